@@ -1,0 +1,62 @@
+"""The demo: emoji drawn by three artists, on a laptop's CPU in minutes.
+
+    python -m xclip_jax.main --config configs/demo.py
+    python -m xclip_jax.main --config configs/demo.py:objective=nclip
+
+The argument's keys: objective (clip, siglip, nclip, xclip), steps, preset, size (pixels).
+"""
+
+import ml_collections
+
+from configs import common
+
+TESTS = (
+    "emoji/test_concepts",
+    "emoji/test_rendering",
+    "emoji/test_rendering_flags",
+    "emoji/test_rendering_animals_food",
+    "emoji/test_rendering_rest",
+    "emoji/test_rendering_flags_all_names",
+    "emoji/test_line",
+    "emoji/test_line_concepts",
+    "emoji/test_retrieval",
+)
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """See the module's docstring."""
+    args = common.parse_arg(arg, objective="xclip", steps=800, preset="Ti/12", size=48)
+    config = common.base(args.objective, args.preset)
+    config.run = f"runs/demo-{args.objective}"
+    config.steps = args.steps
+    config.model.img.size = args.size
+    config.model.txt.length = 16
+    for tower in (config.model.img, config.model.txt):
+        tower.scan = False
+    config.model.dtype = "float32"
+    config.model.cluster_head = {"clusters": 1024, "hidden": 1024, "layers": 1, "last_norm": False}
+    config.objective.w_clip, config.objective.w_nclip = 0.7, 0.3
+    config.optim.lr = 1e-3
+    config.optim.warmup = min(50, args.steps // 10)
+    config.optim.lr_start = config.optim.lr_end = 0.0
+    config.optim.weight_decay = 0.1
+    config.data.sources = ("demo:train", "demo:train_tones")
+    config.data.weights = (0.93, 0.07)
+    config.data.batch = 256
+    config.data.text_keys = ("name", "aliases")
+    config.data.tags_key = "tags"
+    config.data.tags = 4
+    config.data.crop_scale = (0.6, 1.0)
+    config.data.flip = 0.5
+    config.data.color = 0.2
+    config.data.cache = True
+    config.data.threads = 2
+    config.eval.sets = ("emoji/validation_concepts", "emoji/validation_rendering")
+    config.eval.final_sets = TESTS
+    config.eval.every = max(args.steps // 4, 1)
+    config.eval.picture = True
+    config.log.every = 20
+    config.log.alarms_after = 200
+    config.checkpoint.every = max(args.steps // 4, 1)
+    config.checkpoint.keep = 1
+    return config

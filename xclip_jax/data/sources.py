@@ -1,0 +1,138 @@
+"""Where pairs come from: random access to records behind one contract.
+
+A source has `__len__` and `__getitem__(i) -> {"image", "text", "tags"}`: an encoded image (bytes) or a decoded one
+(uint8 (h, w, 3)), captions to choose from (list[str], at least one), and keywords (list[str], may be empty).
+"""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from xclip_jax.data import demo, transforms
+from xclip_jax.errors import UserError
+
+Record = dict[str, Any]
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+
+
+class Source(Protocol):
+    """Random access to image-text pairs."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+def lookup(record: Record, key: str) -> list[str]:
+    """The strings at `key` of a TFDS record, '/' stepping into nested features ("captions/text")."""
+    value: Any = record
+    for part in key.split("/"):
+        value = [item[part] for item in value] if isinstance(value, list) else value[part]
+    values = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
+    return [item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item) for item in values]
+
+
+class TfdsSource:
+    """A split of a TFDS data set, read with `tfds.data_source`: array_record or parquet files, no TensorFlow."""
+
+    def __init__(self, data: Any, image_key: str, text_keys: Sequence[str], tags_key: str = "") -> None:
+        self.data, self.image_key, self.text_keys, self.tags_key = data, image_key, tuple(text_keys), tags_key
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self.data[index]
+        text = [caption for key in self.text_keys for caption in lookup(record, key)]
+        return {
+            "image": record[self.image_key],
+            "text": text,
+            "tags": lookup(record, self.tags_key) if self.tags_key else [],
+        }
+
+
+class FolderSource:
+    """A folder of images, sub-folders too, each beside a .txt file of the same name: one caption a line."""
+
+    def __init__(self, path: str | pathlib.Path) -> None:
+        self.path = pathlib.Path(path)
+        if not self.path.is_dir():
+            raise UserError(f"data folder {str(path)!r} does not exist; set data.sources to folder:PATH of your pairs.")
+        images = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        self.images = [p for p in images if p.with_suffix(".txt").is_file()]
+        if not self.images:
+            raise UserError(
+                f"data folder {str(path)!r} holds {len(images)} images and none with a .txt file of the same name "
+                f"beside it; captions belong in such files."
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Record:
+        path = self.images[index]
+        lines = path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").splitlines()
+        text = [line.strip() for line in lines if line.strip()]
+        if not text:
+            raise UserError(f"caption file {str(path.with_suffix('.txt'))!r} is empty; write one or remove the pair.")
+        return {"image": path.read_bytes(), "text": text, "tags": []}
+
+
+class Decoded:
+    """Keeps each image decoded in memory after its first use. For sets that fit: n * h * w * 3 bytes."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._records: dict[int, Record] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self._records.get(index)
+        if record is None:
+            record = self.source[index]
+            record = self._records[index] = record | {"image": transforms.decode(record["image"])}
+        return record
+
+
+def _tfds(name: str, split: str, data_dir: str) -> Any:
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    try:
+        return tfds.data_source(name, split=split, data_dir=data_dir or None, decoders=decoders, download=False)
+    except Exception as error:
+        raise UserError(
+            f"TFDS data set {name!r}, split {split!r}, cannot be read from {data_dir or 'the default data_dir'} "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). Prepare it once with "
+            f"`pip install 'xclip_jax[tfds-prepare]'` and `tfds build {name} --file_format=array_record`."
+        ) from error
+
+
+def open_source(spec: str, *, data_dir: str, image_key: str, text_keys: Sequence[str], tags_key: str) -> Source:
+    """The source named by `spec`.
+
+    Args:
+      spec: "demo:SPLIT" (the emoji pairs, prepared on first use), "tfds:NAME/SPLIT" or "folder:PATH".
+      data_dir: where TFDS data sets lie; "" for the default.
+      image_key, text_keys, tags_key: features of a TFDS record; ignored by folders. `tags_key` may be "".
+
+    Raises:
+      UserError: unknown kind, missing folder, data set that is not prepared.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "folder":
+        return FolderSource(rest)
+    if kind == "demo":
+        builder = demo.prepare(data_dir or None)
+        data = builder.as_data_source(rest, decoders={"image": tfds.decode.SkipDecoding()})
+    elif kind == "tfds":
+        name, _, split = rest.rpartition("/")
+        if not name:
+            raise UserError(f"source {spec!r} names no split; write tfds:NAME/SPLIT, as in tfds:coco_captions/train.")
+        data = _tfds(name, split, data_dir)
+    else:
+        raise UserError(f"source {spec!r} is of no known kind; write demo:SPLIT, tfds:NAME/SPLIT or folder:PATH.")
+    return TfdsSource(data, image_key, text_keys, tags_key)

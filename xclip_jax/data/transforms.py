@@ -1,0 +1,118 @@
+"""Images: decoding and cropping on the host in NumPy, normalisation and augmentation on the device.
+
+uint8 travels to the device: a quarter of the bytes of floats, and the arithmetic costs nothing there.
+"""
+
+import io
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageOps
+
+from xclip_jax.errors import UserError
+
+STATISTICS = {
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+def decode(data: bytes | np.ndarray) -> np.ndarray:
+    """Encoded image -> uint8 RGB (h, w, 3), turned as EXIF says; an array (h, w, 3) passes through.
+
+    Raises:
+      UserError: the bytes are no image that Pillow reads.
+    """
+    if isinstance(data, np.ndarray):
+        return data
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{len(data)} bytes that begin with {data[:8]!r} are no readable image ({error}).") from error
+
+
+def _resize(image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None) -> np.ndarray:
+    """The part `box` (left, upper, right, lower) of an image at `size` (width, height): bicubic and antialiased."""
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, box=box))
+
+
+def resize_center_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """Shorter side to `size` (bicubic, antialiased), then the central square: OpenAI CLIP's evaluation transform.
+
+    uint8 (h, w, 3) -> uint8 (size, size, 3).
+    """
+    h, w = image.shape[:2]
+    if (h, w) != (size, size):
+        short = min(h, w)
+        h, w = int(size * h / short), int(size * w / short)
+        image = _resize(image, (w, h), None)
+    top, left = round((h - size) / 2), round((w - size) / 2)
+    return image[top : top + size, left : left + size]
+
+
+def random_resized_crop(
+    image: np.ndarray,
+    size: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.5, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """A random part of the image, resized to a square: Inception's training crop.
+
+    Args:
+      image: uint8 (h, w, 3).
+      size: side of the result, pixels.
+      rng: decides the part.
+      scale: range of the part's share of the area.
+      ratio: range of its width / height, log-uniform.
+
+    Returns:
+      uint8 (size, size, 3).
+    """
+    h, w = image.shape[:2]
+    for _ in range(10):
+        area = h * w * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        crop_w, crop_h = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        if crop_w <= w and crop_h <= h:
+            left, top = rng.uniform(0, w - crop_w), rng.uniform(0, h - crop_h)
+            return _resize(image, (size, size), (left, top, left + crop_w, top + crop_h))
+    return resize_center_crop(image, size)
+
+
+def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """uint8 (b, h, w, 3) -> fp32 of the same shape, (x / 255 - mean) / std for each channel."""
+    return (images.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+def augment(images: jax.Array, key: jax.Array, *, flip: float = 0.0, color: float = 0.0) -> jax.Array:
+    """Random flip and colour of uint8 images (b, h, w, 3), on the device.
+
+    Args:
+      images: the global batch.
+      key: decides.
+      flip: probability of a left-right flip.
+      color: strength s; brightness, contrast and saturation each change by a factor from [1 - s, 1 + s].
+
+    Returns:
+      Images of the same shape, in fp32 between 0 and 255 where `color` is above 0.
+    """
+    b = images.shape[0]
+    key_flip, *keys = jax.random.split(key, 4)
+    if flip:
+        flipped = jax.random.bernoulli(key_flip, flip, (b, 1, 1, 1))
+        images = jnp.where(flipped, images[:, :, ::-1], images)
+    if color:
+        brightness, contrast, saturation = (
+            jax.random.uniform(k, (b, 1, 1, 1), minval=1 - color, maxval=1 + color) for k in keys
+        )
+        x = images.astype(jnp.float32) * brightness
+        mean = x.mean(axis=(1, 2, 3), keepdims=True)
+        x = mean + contrast * (x - mean)
+        gray = (x * jnp.asarray((0.299, 0.587, 0.114))).sum(axis=-1, keepdims=True)
+        images = jnp.clip(gray + saturation * (x - gray), 0, 255)
+    return images

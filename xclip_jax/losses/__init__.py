@@ -1,0 +1,5 @@
+"""Losses, pure functions defined on the global batch: `contrastive` (CLIP, SigLIP) and `noncontrastive` (nCLIP)."""
+
+from xclip_jax.losses import contrastive, noncontrastive
+
+__all__ = ["contrastive", "noncontrastive"]

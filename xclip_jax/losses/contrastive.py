@@ -1,0 +1,93 @@
+"""Contrastive losses over the global batch: CLIP's softmax and SigLIP's sigmoid.
+
+Both see the whole batch: under plain `jax.jit` with a sharded batch XLA inserts the collectives, so value and
+gradient do not depend on the number of devices. An average of per-device losses would be another, wrong loss.
+
+Sources: Radford et al., arXiv 2103.00020 (softmax, called CLIP in the paper behind nCLIP [paper]); Zhai et al.,
+arXiv 2303.15343 (sigmoid, offered beside it [ours]).
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+Metrics = dict[str, jax.Array]
+
+
+def softmax(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike) -> tuple[jax.Array, Metrics]:
+    """CLIP's loss: cross-entropy of the matching pair, image to text and text to image, averaged, in nats.
+
+    Args:
+        z_img: image embeddings of the global batch, shape (b, e), L2-normalised; any float type.
+        z_txt: text embeddings, shape (b, e), row i paired with row i of `z_img`.
+        scale: scalar, exp(log_scale): already exponentiated.
+
+    Returns:
+        The loss (fp32 scalar) and fp32 scalar metrics: "loss", "ln_b" (the loss of a blind guess), "acc_img" and
+        "acc_txt" (share of images, of texts, whose best match in the batch is their own partner).
+
+    Raises:
+        AssertionError: if the embeddings are not two (b, e) arrays of one shape, or scale is not a scalar.
+    """
+    logits = _logits(z_img, z_txt, scale)
+    # A masked sum, not jnp.diagonal: that gathers, which costs communication when the batch is sharded. It is taken
+    # off before the log-sum-exp since a small loss would drown in the rounding of two numbers as large as the scale.
+    own = jnp.sum(jnp.eye(logits.shape[0]) * logits, axis=1)
+    img_to_txt = jax.nn.logsumexp(logits - own[:, None], axis=1)
+    txt_to_img = jax.nn.logsumexp(logits - own[None, :], axis=0)
+    loss = 0.5 * jnp.mean(img_to_txt + txt_to_img)
+    return loss, _metrics(loss, logits)
+
+
+def sigmoid(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, bias: ArrayLike) -> tuple[jax.Array, Metrics]:
+    """SigLIP's loss: each of the b * b pairs is a yes-or-no question; summed over pairs, divided by b, in nats.
+
+    -1/b sum_ij log sigmoid(y_ij (scale <z_img_i, z_txt_j> + bias)), y = +1 for i = j and -1 elsewhere.
+
+    Args:
+        z_img: image embeddings of the global batch, shape (b, e), L2-normalised; any float type.
+        z_txt: text embeddings, shape (b, e), row i paired with row i of `z_img`.
+        scale: scalar, already exponentiated (SigLIP starts at 10).
+        bias: scalar added to each logit (SigLIP starts at -10).
+
+    Returns:
+        The loss (fp32 scalar) and the same metrics as `softmax`; "ln_b" is there for comparison with a softmax run
+        and is not a blind guess's value of this loss.
+
+    Raises:
+        AssertionError: if the embeddings are not two (b, e) arrays of one shape, or scale or bias is not a scalar.
+    """
+    bias = jnp.asarray(bias, jnp.float32)
+    chex.assert_shape(bias, ())
+    logits = _logits(z_img, z_txt, scale) + bias
+    b = logits.shape[0]
+    sign = 2 * jnp.eye(b, dtype=jnp.float32) - 1
+    loss = -jnp.sum(jax.nn.log_sigmoid(sign * logits)) / b
+    return loss, _metrics(loss, logits)
+
+
+def _logits(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike) -> jax.Array:
+    """Scaled similarities (b, b), row i for image i, in fp32."""
+    chex.assert_rank(z_img, 2)
+    chex.assert_equal_shape([z_img, z_txt])
+    scale = jnp.asarray(scale, jnp.float32)
+    chex.assert_shape(scale, ())
+    # HIGHEST: the default precision of TPUs and of TF32 rounds fp32 factors to 8 or 10 bits, and the scale (up to 100)
+    # multiplies that error. The product is a small share of a step's FLOPs.
+    return scale * jnp.matmul(
+        z_img.astype(jnp.float32),
+        z_txt.astype(jnp.float32).T,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _metrics(loss: jax.Array, logits: jax.Array) -> Metrics:
+    own = jnp.arange(logits.shape[0])
+    return {
+        "loss": loss,
+        "ln_b": jnp.log(jnp.float32(logits.shape[0])),
+        "acc_img": jnp.mean(jnp.argmax(logits, axis=1) == own, dtype=jnp.float32),
+        "acc_txt": jnp.mean(jnp.argmax(logits, axis=0) == own, dtype=jnp.float32),
+    }

@@ -1,0 +1,118 @@
+"""What a run tells: metrics.jsonl, TensorBoard, one progress line, and the facts of its environment."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+from etils import epath
+from tensorboardX import SummaryWriter
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy", "xclip_jax")
+
+
+class Writer:
+    """Appends scalars to `<run>/metrics.jsonl` (one object a line, with "step") and to `<run>/tensorboard`."""
+
+    def __init__(self, run: epath.Path, *, step: int = 0) -> None:
+        """`step`: where the run stands; lines of later steps, left by a run that was cut off, are taken out."""
+        self.path = run / "metrics.jsonl"
+        if self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
+            self.path.write_text("".join(line + "\n" for line in lines))
+        self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes one set of scalars."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step} | dict(scalars)) + "\n")
+        for name, value in scalars.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes."""
+        self._tensorboard.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")  # half a line: the process was killed while it wrote
+
+
+def clock(seconds: float) -> str:
+    """"1:02:03" or "2:03"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Progress:
+    """Speed and time left, not counting pauses and the first step, which compiles."""
+
+    def __init__(self, start: int, steps: int, batch: int) -> None:
+        self.start, self.steps, self.batch = start, steps, batch
+        self._since: float | None = None
+        self._first = start
+        self._paused = 0.0
+
+    def tick(self, step: int) -> None:
+        """Called after each step."""
+        if self._since is None:
+            self._since, self._first = time.perf_counter(), step
+
+    def pause(self, seconds: float) -> None:
+        """Takes evaluation time out of the speed."""
+        self._paused += seconds
+
+    def samples_per_second(self, step: int) -> float:
+        """Training speed since the first step of this process."""
+        elapsed = time.perf_counter() - (self._since or time.perf_counter()) - self._paused
+        return (step - self._first) * self.batch / elapsed if elapsed > 0 else 0.0
+
+    def line(self, step: int, metrics: Mapping[str, float]) -> str:
+        """The progress line."""
+        speed = self.samples_per_second(step)
+        left = clock((self.steps - step) * self.batch / speed) if speed else "?"
+        parts = [f"step {step}/{self.steps}", f"loss {metrics['loss']:.3f}"]
+        if "clip/loss" in metrics:
+            parts.append(f"clip {metrics['clip/loss']:.3f} (ln b {metrics['clip/ln_b']:.2f})")
+        if "nclip/loss" in metrics:
+            information = min(metrics["nclip/mutual_information_img"], metrics["nclip/mutual_information_txt"])
+            clusters = min(metrics["nclip/clusters_img"], metrics["nclip/clusters_txt"])
+            parts.append(f"nclip {metrics['nclip/loss']:.3f} ({information:.2f} nats, {clusters:.0f} clusters)")
+        return "  ".join([*parts, f"{speed:.0f} samples/s", f"{left} left"])
+
+
+def say(message: str) -> None:
+    """Prints to standard output from the first process."""
+    if jax.process_index() == 0:
+        print(message, flush=True)
+
+
+def git_commit(folder: epath.Path) -> str:
+    """Commit of the checkout that holds `folder`, with "-dirty" where it was changed; "unknown" outside one."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices, commit and command line of this process."""
+    return {
+        "command": " ".join(sys.argv),
+        "commit": git_commit(epath.Path(__file__).parent),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "platform": jax.default_backend(),
+        "processes": jax.process_count(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }

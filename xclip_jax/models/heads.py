@@ -1,0 +1,75 @@
+"""What stands on the towers: CLIP's linear projection and nCLIP's cluster head."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from xclip_jax.models.layers import ACTIVATIONS, dense, named
+
+Array = jax.Array
+
+
+def l2_normalize(x: Array) -> Array:
+    """Rows of unit length, in fp32; an all-zero row stays zero. (..., e) -> (..., e)."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+
+
+class Projection(nn.Module):
+    """CLIP's linear projection without bias, then L2 normalisation. h (b, d) -> z (b, e) in fp32."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, h: Array) -> Array:
+        std = h.shape[-1] ** -0.5
+        kernel = dense(self.features, ("embed", None), std=std, dtype=self.dtype, use_bias=False, name="linear")
+        return l2_normalize(kernel(h))
+
+
+class ClusterHead(nn.Module):
+    """nCLIP's head [ours, after TWIST, arXiv 2110.07402]: h (b, d) -> cluster logits s (b, k) in fp32.
+
+    Linear, BatchNorm and GELU, `layers` times, then a linear map to `clusters` logits. Under `jax.jit` the batch of
+    BatchNorm is the global batch, whatever the mesh.
+
+    Attributes:
+      clusters: k.
+      hidden: width of the hidden layers.
+      layers: number of hidden layers, 1 or 2 in practice.
+      last_norm: a last BatchNorm without scale and bias on the logits.
+    """
+
+    clusters: int = 32768
+    hidden: int = 4096
+    layers: int = 1
+    last_norm: bool = False
+    momentum: float = 0.9
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, h: Array, *, train: bool = False) -> Array:
+        def batch_norm(name: str, affine: bool = True) -> nn.BatchNorm:
+            return nn.BatchNorm(
+                use_running_average=not train,
+                momentum=self.momentum,
+                dtype=jnp.float32,
+                use_scale=affine,
+                use_bias=affine,
+                scale_init=named(nn.initializers.ones, "norm"),
+                bias_init=named(nn.initializers.zeros, "norm"),
+                name=name,
+            )
+
+        x = h
+        for i in range(self.layers):
+            # BatchNorm subtracts the mean, so a bias before it would do nothing.
+            std = x.shape[-1] ** -0.5
+            x = dense(self.hidden, ("embed", "mlp"), std=std, dtype=self.dtype, use_bias=False, name=f"hidden_{i}")(x)
+            x = ACTIVATIONS["gelu"](batch_norm(f"norm_{i}")(x)).astype(self.dtype)
+        s = dense(self.clusters, ("embed", "cluster"), std=x.shape[-1] ** -0.5, dtype=self.dtype, name="clusters")(x)
+        s = s.astype(jnp.float32)
+        return batch_norm("norm_last", affine=False)(s) if self.last_norm else s

@@ -1,0 +1,185 @@
+"""The pre-norm transformer that both towers share.
+
+Parameters carry logical axis names ("embed", "mlp", "heads", "kv", ...); which mesh axis each one lives on is decided
+in `xclip_jax.parallel`. Shapes: b batch, n tokens, d width.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from xclip_jax.errors import one_of
+
+Array = jax.Array
+Initializer = Callable[..., Any]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(nn.gelu, approximate=False),  # erf form: open_clip
+    "gelu_tanh": partial(nn.gelu, approximate=True),  # flax's default, big_vision
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's released weights
+}
+# "dots" keeps matrix products and recomputes the rest; "full" keeps only the input of each block.
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def named(init: Initializer, *axes: str | None) -> Initializer:
+    """`init` with logical axis names attached to the parameter that it makes."""
+    return nn.with_logical_partitioning(init, axes)
+
+
+def dense(
+    features: int | tuple[int, ...],
+    axes: tuple[str | None, ...],
+    *,
+    std: float,
+    dtype: Any,
+    axis: int | tuple[int, ...] = -1,
+    use_bias: bool = True,
+    name: str | None = None,
+) -> nn.DenseGeneral:
+    """A linear map with a normal(0, std) kernel whose dimensions are named `axes`; parameters in fp32."""
+    bias_axes = axes[len(axes) - (len(features) if isinstance(features, tuple) else 1) :]
+    return nn.DenseGeneral(
+        features,
+        axis=axis,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=named(nn.initializers.normal(std), *axes),
+        bias_init=named(nn.initializers.zeros, *bias_axes),
+        name=name,
+    )
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm computed in fp32 and returned in `dtype`. CLIP's eps is 1e-5, timm's 1e-6."""
+
+    eps: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        norm = nn.LayerNorm(
+            epsilon=self.eps,
+            dtype=jnp.float32,
+            scale_init=named(nn.initializers.ones, "norm"),
+            bias_init=named(nn.initializers.zeros, "norm"),
+            name="norm",
+        )
+        return norm(x).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; softmax in fp32. (b, n, d) -> (b, n, d)."""
+
+    heads: int
+    out_std: float
+    causal: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        d = x.shape[-1]
+        features = (3, self.heads, d // self.heads)
+        qkv = dense(features, ("embed", None, "heads", "kv"), std=d**-0.5, dtype=self.dtype, name="qkv")(x)
+        query, key, value = (qkv[:, :, i] for i in range(3))  # (b, n, heads, d / heads)
+        x = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
+        return dense(
+            d, ("heads", "kv", "embed"), std=self.out_std, dtype=self.dtype, axis=(-2, -1), name="out"
+        )(x)
+
+
+class Mlp(nn.Module):
+    """Two linear maps around an activation. (..., d) -> (..., d)."""
+
+    hidden: int
+    out_std: float
+    act: str = "gelu"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        d = x.shape[-1]
+        x = dense(self.hidden, ("embed", "mlp"), std=(2 * d) ** -0.5, dtype=self.dtype, name="up")(x)
+        x = ACTIVATIONS[self.act](x)
+        return dense(d, ("mlp", "embed"), std=self.out_std, dtype=self.dtype, name="down")(x)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). Returns a pair, as `nn.scan` asks. (b, n, d) -> (b, n, d)."""
+
+    heads: int
+    mlp_ratio: float
+    out_std: float
+    causal: bool
+    act: str
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, None]:
+        hidden = int(self.mlp_ratio * x.shape[-1])
+        attention = Attention(self.heads, self.out_std, self.causal, self.dtype, name="attention")
+        mlp = Mlp(hidden, self.out_std, self.act, self.dtype, name="mlp")
+        x = x + attention(LayerNorm(self.eps, self.dtype, name="norm_1")(x))
+        x = x + mlp(LayerNorm(self.eps, self.dtype, name="norm_2")(x))
+        return x, None
+
+
+class Transformer(nn.Module):
+    """`depth` blocks. (b, n, d) -> (b, n, d).
+
+    `scan` stacks the blocks' parameters and compiles one block (on a CPU it costs about 25 %); `remat` says what the
+    backward pass recomputes. The two are independent.
+    """
+
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+    causal: bool = False
+    act: str = "gelu"
+    eps: float = 1e-5
+    scan: bool = False
+    remat: str = "none"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        one_of("act", self.act, ACTIVATIONS)
+        one_of("remat", self.remat, REMAT_POLICIES)
+        # CLIP's initialisation: the residual branches' last maps shrink with depth.
+        out_std = x.shape[-1] ** -0.5 * (2 * self.depth) ** -0.5
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan)
+        args = (self.heads, self.mlp_ratio, out_std, self.causal, self.act, self.eps, self.dtype)
+        if self.scan:
+            stacked = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=self.depth,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            return stacked(*args, name="blocks")(x)[0]
+        for i in range(self.depth):
+            x, _ = block(*args, name=f"block_{i}")(x)
+        return x
+
+
+def stack_blocks(params: dict[str, Any], depth: int) -> dict[str, Any]:
+    """Parameters of an unrolled `Transformer` -> the same ones in the scanned layout (leading axis of `depth`)."""
+    blocks = [params[f"block_{i}"] for i in range(depth)]
+    return {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
+
+
+def unstack_blocks(params: dict[str, Any], depth: int) -> dict[str, Any]:
+    """The inverse of `stack_blocks`."""
+    return {f"block_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]) for i in range(depth)}

@@ -1,0 +1,114 @@
+"""The image tower: a Vision Transformer (arXiv 2010.11929) with CLIP's options."""
+
+from typing import Any
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from xclip_jax.errors import UserError, one_of
+from xclip_jax.models.layers import LayerNorm, Mlp, Transformer, dense, named
+
+Array = jax.Array
+POOLS = ("cls", "mean", "map")
+
+
+class AttentionPool(nn.Module):
+    """One learned query attends to all tokens, then a residual MLP (big_vision's "map" head). (b, n, d) -> (b, d)."""
+
+    heads: int
+    mlp_ratio: float
+    act: str
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        b, _, d = x.shape
+        std, kv = d**-0.5, d // self.heads
+        probe = self.param("probe", named(nn.initializers.normal(std), None, None, "embed"), (1, 1, d))
+        probe = jnp.broadcast_to(probe, (b, 1, d)).astype(self.dtype)
+        axes = ("embed", "heads", "kv")
+        query = dense((self.heads, kv), axes, std=std, dtype=self.dtype, name="query")(probe)
+        key_value = dense((2, self.heads, kv), ("embed", None, *axes[1:]), std=std, dtype=self.dtype, name="kv")(x)
+        y = jax.nn.dot_product_attention(query, key_value[:, :, 0], key_value[:, :, 1])
+        y = dense(d, ("heads", "kv", "embed"), std=std, dtype=self.dtype, axis=(-2, -1), name="out")(y)
+        mlp = Mlp(int(self.mlp_ratio * d), std, self.act, self.dtype, name="mlp")
+        return (y + mlp(LayerNorm(self.eps, self.dtype, name="norm")(y)))[:, 0]
+
+
+class VisionTransformer(nn.Module):
+    """(b, h, w, 3) normalised pixels -> h_img (b, d), the feature that CLIP projects.
+
+    Attributes:
+      size: side of the square input, pixels; a multiple of `patch`.
+      patch: side of a patch, pixels.
+      pool: "cls" (class token), "mean" (over patches) or "map" (attention pooling); only "cls" adds a token.
+      pre_norm: LayerNorm before the first block, as CLIP has it.
+      patch_dropout: share of patches left out of a training pass (FLIP, arXiv 2212.00794); the class token stays.
+    """
+
+    size: int = 224
+    patch: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    pool: str = "cls"
+    pre_norm: bool = True
+    act: str = "gelu"
+    eps: float = 1e-5
+    patch_dropout: float = 0.0
+    scan: bool = False
+    remat: str = "none"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: Array, *, train: bool = False) -> Array:
+        self._check(image)
+        x = einops.rearrange(image.astype(self.dtype), "b (h p) (w q) c -> b (h w) (p q c)", p=self.patch, q=self.patch)
+        std = self.width**-0.5
+        # A strided convolution is the same map; reshape and matmul is faster on CPUs and no slower on TPUs.
+        std_patch = x.shape[-1] ** -0.5
+        x = dense(self.width, ("patch", "embed"), std=std_patch, dtype=self.dtype, use_bias=False, name="patches")(x)
+        tokens = x.shape[1] + (self.pool == "cls")
+        positions = self.param("positions", named(nn.initializers.normal(std), None, "embed"), (tokens, self.width))
+        positions = positions.astype(self.dtype)
+        x = x + positions[tokens - x.shape[1] :]
+        x = self._drop_patches(x, train)
+        if self.pool == "cls":
+            cls = self.param("cls", named(nn.initializers.normal(std), "embed"), (self.width,)).astype(self.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(cls + positions[0], (x.shape[0], 1, self.width)), x], axis=1)
+        if self.pre_norm:
+            x = LayerNorm(self.eps, self.dtype, name="norm_pre")(x)
+        x = Transformer(
+            self.depth, self.heads, self.mlp_ratio, False, self.act, self.eps, self.scan, self.remat, self.dtype,
+            name="transformer",
+        )(x)  # (b, n, d)
+        if self.pool == "cls":
+            x = x[:, :1]  # LayerNorm is per token: only the class token needs it
+        x = LayerNorm(self.eps, self.dtype, name="norm_post")(x)
+        if self.pool == "map":
+            return AttentionPool(self.heads, self.mlp_ratio, self.act, self.eps, self.dtype, name="pool_map")(x)
+        return x.mean(axis=1, dtype=jnp.float32).astype(self.dtype)  # one token for "cls"
+
+    def _check(self, image: Array) -> None:
+        one_of("model.img.pool", self.pool, POOLS)
+        if self.size % self.patch or self.width % self.heads:
+            raise UserError(
+                f"model.img: size {self.size} must be a multiple of patch {self.patch}, "
+                f"and width {self.width} of heads {self.heads}."
+            )
+        if not 0 <= self.patch_dropout < 1:
+            raise UserError(f"model.img.patch_dropout is {self.patch_dropout}; it must be at least 0 and below 1.")
+        if image.shape[1:] != (self.size, self.size, 3):
+            raise UserError(f"images of shape {image.shape} met a tower of size {self.size}; set model.img.size.")
+
+    def _drop_patches(self, x: Array, train: bool) -> Array:
+        if not train or self.patch_dropout == 0:
+            return x
+        b, n, _ = x.shape
+        keep = max(1, round(n * (1 - self.patch_dropout)))
+        order = jnp.argsort(jax.random.uniform(self.make_rng("dropout"), (b, n)), axis=1)[:, :keep]
+        return jnp.take_along_axis(x, order[..., None], axis=1)

@@ -1,0 +1,133 @@
+"""An objective: which losses a run minimises, with which weights. One key of the config chooses it.
+
+    clip    softmax contrastive
+    siglip  sigmoid contrastive
+    nclip   non-contrastive
+    xclip   w_clip * softmax contrastive + w_nclip * non-contrastive
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from xclip_jax.errors import UserError, one_of
+from xclip_jax.losses import contrastive, noncontrastive
+
+Array = jax.Array
+OBJECTIVES = ("clip", "siglip", "nclip", "xclip")
+
+
+@dataclasses.dataclass(frozen=True)
+class NclipConfig:
+    """Group `objective.nclip`: the options of `losses.noncontrastive.nclip`; defaults are our choice.
+
+    `target_tau` 0 stands for "the same as tau"; `center_momentum` is of balance "center".
+    """
+
+    target: str = "detach"
+    tau: float = 1.0
+    target_tau: float = 0.0
+    sharpness: float = 1.0
+    smoothness: float = 2.0
+    balance: str = "none"
+    center_momentum: float = 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Maps what `TwoTowers.project` returns to a scalar loss and metrics; pure.
+
+    Attributes:
+      name: one of `OBJECTIVES`.
+      w_clip, w_nclip: weights of the two losses of "xclip"; the other objectives have one loss of weight 1. With
+        w_nclip = 0 "xclip" is CLIP with an idle cluster head: a control of equal parameter count.
+      nclip: options of the non-contrastive loss.
+    """
+
+    name: str
+    w_clip: float = 0.3
+    w_nclip: float = 0.7
+    nclip: NclipConfig = dataclasses.field(default_factory=NclipConfig)
+
+    def __post_init__(self) -> None:
+        one_of("objective.name", self.name, OBJECTIVES)
+        one_of("objective.nclip.target", self.nclip.target, noncontrastive.TARGETS)
+        one_of("objective.nclip.balance", self.nclip.balance, noncontrastive.BALANCES)
+        if self.nclip.tau <= 0 or self.nclip.target_tau < 0:
+            raise UserError(f"objective.nclip.tau is {self.nclip.tau}; temperatures must be positive.")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Objective":
+        """The objective of config group `objective`."""
+        fields = dict(config)
+        return cls(**fields | {"nclip": NclipConfig(**fields.get("nclip", {}))})
+
+    @property
+    def contrastive(self) -> bool:
+        """Whether the model needs CLIP's projections and scale."""
+        return self.name != "nclip"
+
+    @property
+    def clusters(self) -> bool:
+        """Whether the model needs cluster heads."""
+        return self.name in ("nclip", "xclip")
+
+    @property
+    def teacher(self) -> bool:
+        """Whether targets come from an exponential moving average of the parameters."""
+        return self.clusters and self.nclip.target == "ema"
+
+    def initial_state(self, clusters: int) -> dict[str, Array]:
+        """What the objective carries from step to step: running centers of `clusters` logits, where it uses them."""
+        if not (self.clusters and self.nclip.balance == "center"):
+            return {}
+        return {"center_img": jnp.zeros(clusters), "center_txt": jnp.zeros(clusters)}
+
+    def __call__(
+        self, out: Mapping[str, Array], teacher: Mapping[str, Array] | None, state: Mapping[str, Array]
+    ) -> tuple[Array, dict[str, Array], dict[str, Array]]:
+        """The loss of one global batch.
+
+        Args:
+          out: from `TwoTowers.project`, rows of the global batch.
+          teacher: the same of the teacher, exactly where `self.teacher`.
+          state: from `initial_state` or the last call.
+
+        Returns:
+          fp32 scalar loss; metrics named "<loss>/<metric>" and "loss"; the next state.
+        """
+        terms, metrics, new_state = [], {}, dict(state)
+        if self.contrastive:
+            sigmoid = self.name == "siglip"
+            z = (out["z_img"], out["z_txt"], out["scale"])
+            loss, found = contrastive.sigmoid(*z, out["bias"]) if sigmoid else contrastive.softmax(*z)
+            weight = self.w_clip if self.name == "xclip" else 1.0
+            terms.append(weight * loss)
+            metrics |= {f"{'siglip' if sigmoid else 'clip'}/{key}": value for key, value in found.items()}
+            metrics["clip/scale" if not sigmoid else "siglip/scale"] = out["scale"]
+        if self.clusters:
+            loss, found, new_state = self._nclip(out, teacher, state)
+            weight = self.w_nclip if self.name == "xclip" else 1.0
+            terms.append(weight * loss)
+            metrics |= {f"nclip/{key}": value for key, value in found.items()}
+        loss = sum(terms)
+        return loss, metrics | {"loss": loss}, new_state
+
+    def _nclip(
+        self, out: Mapping[str, Array], teacher: Mapping[str, Array] | None, state: Mapping[str, Array]
+    ) -> tuple[Array, dict[str, Array], dict[str, Array]]:
+        options = dataclasses.asdict(self.nclip)
+        momentum = options.pop("center_momentum")
+        options["target_tau"] = options["target_tau"] or None
+        if self.teacher:
+            options |= {"teacher_img": teacher["s_img"], "teacher_txt": teacher["s_txt"]}
+        loss, metrics = noncontrastive.nclip(out["s_img"], out["s_txt"], **options, **state)
+        target = teacher if self.teacher else out
+        moved = {
+            key: noncontrastive.update_center(center, target[key.replace("center", "s")], momentum)
+            for key, center in state.items()
+        }
+        return loss, metrics, moved

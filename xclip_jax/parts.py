@@ -1,0 +1,129 @@
+"""Config -> the parts of a run. What training, evaluation and planning have in common."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh
+
+from xclip_jax import optim, state, step
+from xclip_jax.data import tokenizer, transforms
+from xclip_jax.data.loader import DataConfig
+from xclip_jax.errors import UserError, one_of
+from xclip_jax.models.two_towers import TwoTowers
+from xclip_jax.objective import Objective
+from xclip_jax.parallel.mesh import check_batch, make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class EmaConfig:
+    """Group `ema`: a moving average of the parameters; kept where `on`, or where the objective's targets need it."""
+
+    on: bool = False
+    momentum: float = 0.996
+    schedule: str = "cosine"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Everything of a run that follows from its config and its devices."""
+
+    mesh: Mesh
+    data: DataConfig
+    tokenizer: tokenizer.Tokenizer
+    objective: Objective
+    model: TwoTowers
+    schedule: optim.Schedule
+    init: Callable[[], state.TrainState]
+    abstract: state.TrainState
+    step: Callable[..., Any]
+    compiled: Any
+
+    @property
+    def size(self) -> int:
+        """Side of an image, pixels."""
+        return self.model.img["size"]
+
+    @property
+    def length(self) -> int:
+        """Tokens of a text."""
+        return self.model.txt["length"]
+
+
+def _group(kind: type, config: ml_collections.ConfigDict, name: str) -> Any:
+    try:
+        return kind(**config[name].to_dict())
+    except TypeError as error:
+        raise UserError(f"config group {name!r}: {error}.") from error
+
+
+def make_model(
+    config: ml_collections.ConfigDict, objective: Objective, tokens: tokenizer.Tokenizer
+) -> TwoTowers:
+    """The towers with the heads that `objective` needs and the vocabulary of `tokens`."""
+    group = config.model.to_dict()
+    one_of("model.dtype", group["dtype"], ("float32", "bfloat16"))
+    try:
+        return TwoTowers(
+            img=group["img"],
+            txt=group["txt"] | {"vocab": tokens.vocab_size, "eot_id": tokens.eot_id},
+            embed=group["embed"] if objective.contrastive else 0,
+            scale_init=group["scale_init"],
+            bias_init=group["bias_init"] if objective.name == "siglip" else None,
+            cluster_head=group["cluster_head"] if objective.clusters else None,
+            dtype=jnp.dtype(group["dtype"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"config group 'model': {error}.") from error
+
+
+def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = None) -> Parts:
+    """All parts, on `devices` (default: all). Nothing is computed yet but shapes.
+
+    Raises:
+      UserError: a value that does not fit, with its key.
+    """
+    mesh = make_mesh(config.mesh.to_dict(), devices)
+    data = _group(DataConfig, config, "data")
+    check_batch(data.batch, mesh)
+    one_of("data.statistics", data.statistics, transforms.STATISTICS)
+    optim_config = _group(optim.OptimConfig, config, "optim")
+    ema = _group(EmaConfig, config, "ema")
+    objective = Objective.from_config(config.objective.to_dict())
+    tokens = tokenizer.load(data.tokenizer)
+    model = make_model(config, objective, tokens)
+    tx = optim.make_optimizer(optim_config, config.steps)
+    init = state.init_fn(
+        model,
+        tx,
+        image_size=config.model.img.size,
+        text_length=config.model.txt.length,
+        loss_state=objective.initial_state(config.model.cluster_head.clusters),
+        ema=ema.on or objective.teacher,
+        seed=config.seed,
+    )
+
+    def preprocess(images: jax.Array, key: jax.Array) -> jax.Array:
+        images = transforms.augment(images, key, flip=data.flip, color=data.color)
+        return transforms.normalize(images, *transforms.STATISTICS[data.statistics])
+
+    def momentum(at: jax.Array) -> Any:
+        return optim.ema_momentum(at, config.steps, ema.momentum, ema.schedule)
+
+    abstract = state.abstract(init, mesh)
+    train_step = step.make_train_step(model, tx, objective, preprocess, momentum)
+    return Parts(
+        mesh=mesh,
+        data=data,
+        tokenizer=tokens,
+        objective=objective,
+        model=model,
+        schedule=optim.schedule(optim_config, config.steps),
+        init=init,
+        abstract=abstract,
+        step=train_step,
+        compiled=step.compile_step(train_step, abstract, mesh),
+    )

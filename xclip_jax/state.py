@@ -1,0 +1,86 @@
+"""Everything that a step changes and a checkpoint holds."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from xclip_jax.parallel import sharding
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The train state; `step` is its only counter and `seed` its only randomness.
+
+    Attributes:
+      step: int32 (), updates made so far.
+      params: fp32 parameters of `TwoTowers`.
+      batch_stats: running means and variances of BatchNorm; empty without cluster heads.
+      opt_state: the optimizer's.
+      ema_params: exponential moving average of `params`, or None.
+      loss_state: what an objective carries from step to step (running centers of the logits); mostly empty.
+      seed: uint32 (), folded with `step` into the key of each step.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    ema_params: Any
+    loss_state: Any
+    seed: jax.Array
+
+    def variables(self, *, ema: bool = False) -> dict[str, Any]:
+        """What `TwoTowers.apply` takes."""
+        params = self.ema_params if ema and self.ema_params is not None else self.params
+        return {"params": params, "batch_stats": self.batch_stats}
+
+
+def init_fn(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    *,
+    image_size: int,
+    text_length: int,
+    loss_state: dict[str, Any],
+    ema: bool,
+    seed: int,
+) -> Any:
+    """A function of no arguments that makes a boxed `TrainState`, to be traced by `create` and `abstract`."""
+
+    def init() -> TrainState:
+        image = jnp.zeros((2, image_size, image_size, 3))
+        text = jnp.zeros((2, text_length), jnp.int32)
+        variables = model.init(jax.random.key(seed), image, text)
+        params = variables["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=tx.init(params),
+            # A copy: a buffer that stands twice in the state could not be donated.
+            ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+            loss_state=jax.tree.map(jnp.asarray, loss_state),
+            seed=jnp.asarray(seed, jnp.uint32),
+        )
+
+    return init
+
+
+def abstract(init: Any, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without making it."""
+    boxed = jax.eval_shape(init)
+    shardings = sharding.shardings(boxed, mesh)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings
+    )
+
+
+def create(init: Any, mesh: Mesh) -> TrainState:
+    """The initial state, each device making only its own shards."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract(init, mesh))
+    return jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)()
