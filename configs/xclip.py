@@ -1,4 +1,4 @@
-"""xCLIP (0.3 contrastive + 0.7 non-contrastive) pre-training at full size, on your own pairs: ViT-B/16, batch 4096, SLIP's recipe.
+"""xCLIP (both losses) pre-training at full size, on your own pairs: ViT-B/16, batch 4096, SLIP's recipe.
 
     python -m xclip_jax.main --config configs/xclip.py:preset=B/16,batch=4096,pairs=15000000,epochs=25 \\
         --config.data.sources='("folder:PATH",)'

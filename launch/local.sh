@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# From nothing to a trained model and its table on this machine: environment, data, training, evaluation.
+#
+#   bash launch/local.sh                                   xCLIP on the emoji pairs, about 10 minutes on 2 cores
+#   bash launch/local.sh --config configs/demo.py:objective=nclip [--config.KEY=VALUE ...]
+#
+# Run it again to resume, or to hear that the run is complete. PYTHON and VENV: see launch/common.sh.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/common.sh
+setup demo
+[ $# -gt 0 ] || set -- --config configs/demo.py
+exec "$VENV/bin/python" -m xclip_jax.main "$@"

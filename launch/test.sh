@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# The test suite in an environment of its own: bash launch/test.sh [pytest arguments]
+#
+#   PYTHON=python3.13 bash launch/test.sh
+#
+# PYTHON and VENV: see launch/common.sh.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/common.sh
+setup test
+"$VENV/bin/ruff" check .
+exec "$VENV/bin/python" -m pytest "$@"

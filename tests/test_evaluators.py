@@ -1,0 +1,413 @@
+import functools
+import tracemalloc
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import sklearn.metrics
+
+from xclip_jax.data import transforms
+from xclip_jax.errors import UserError
+from xclip_jax.evaluators import Encoder, retrieval, zeroshot
+from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet
+from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
+from xclip_jax.models.two_towers import TwoTowers
+from xclip_jax.parallel.mesh import make_mesh
+
+SIZE, LENGTH, K = 8, 6, 10
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+# Zero-shot: pure functions.
+
+
+def loop_top_k(logits, labels, k):
+    """Top-k by a stable sort, so that equal logits keep the order of their classes."""
+    return np.mean([label in np.argsort(-row, kind="stable")[:k] for row, label in zip(logits, labels, strict=True)])
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 7, 9])
+def test_accuracy_against_a_loop_with_ties(k):
+    logits = rng().integers(0, 3, (200, 7)).astype(np.float32)
+    labels = rng(1).integers(0, 7, 200)
+    assert zeroshot.accuracy(logits, labels, k) == pytest.approx(loop_top_k(logits, labels, k))
+    assert k < 7 or zeroshot.accuracy(logits, labels, k) == 1
+
+
+def test_accuracy_of_ties_and_of_duplicate_classes_goes_to_the_lowest_index():
+    tied = np.zeros((3, 4))
+    assert zeroshot.accuracy(tied, np.array([0, 1, 3]), 1) == pytest.approx(1 / 3)
+    assert zeroshot.accuracy(tied, np.array([0, 1, 3]), 2) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_fewer_than_five_classes(classes):
+    logits = rng().normal(size=(20, classes))
+    assert zeroshot.accuracy(logits, rng(1).integers(0, classes, 20), 5) == 1
+
+
+def test_scores_that_are_not_numbers_are_wrong():
+    nan = np.full((4, 3), np.nan)
+    assert zeroshot.accuracy(nan, np.arange(3).repeat([2, 1, 1]), 5) == 0
+    assert zeroshot.mean_per_class(nan, np.array([0, 1, 2, 2])) == 0
+    assert retrieval.recall_at_k(nan, np.ones((4, 3), bool), 10) == 0
+
+
+def test_mean_per_class_is_balanced_accuracy_over_classes_that_occur():
+    logits = rng().normal(size=(300, 12))
+    labels = rng(1).choice([0, 2, 3, 9], 300, p=[0.7, 0.2, 0.05, 0.05])
+    logits[np.arange(300), labels] += 1
+    loop = np.mean([np.mean(logits[labels == c].argmax(1) == c) for c in np.unique(labels)])
+    assert zeroshot.mean_per_class(logits, labels) == pytest.approx(loop)
+    # Only where every predicted class also occurs does scikit-learn mean the same.
+    allowed = np.where(np.isin(np.arange(12), labels), logits, -9)
+    expected = sklearn.metrics.balanced_accuracy_score(labels, allowed.argmax(1))
+    assert zeroshot.mean_per_class(allowed, labels) == pytest.approx(expected)
+
+
+def test_classifier_normalises_twice():
+    prompts = [rng(i).normal(size=(n, 5)) * 10**i for i, n in enumerate([1, 7, 3])]
+    found = zeroshot.classifier(prompts)
+    for row, texts in zip(found, prompts, strict=True):
+        mean = sum(t / np.sqrt(np.sum(t * t)) for t in texts) / len(texts)
+        np.testing.assert_allclose(row, mean / np.sqrt(np.sum(mean * mean)), rtol=1e-6)
+    same = rng(9).normal(size=(4, 3, 5))
+    np.testing.assert_array_equal(zeroshot.classifier(same), zeroshot.classifier(list(same)))
+
+
+def test_classifier_equals_open_clip():
+    open_clip, torch = pytest.importorskip("open_clip"), pytest.importorskip("torch")
+    vectors = {f"{t} {c}": rng(i).normal(size=6) for i, (c, t) in enumerate((c, t) for c in "abc" for t in "xy")}
+
+    class Model:
+        def encode_text(self, texts, normalize):
+            return torch.nn.functional.normalize(torch.tensor(np.stack([vectors[t] for t in texts])), dim=-1)
+
+    templates = [lambda c: f"x {c}", lambda c: f"y {c}"]
+    expected = open_clip.build_zero_shot_classifier(Model(), lambda texts: _Listed(texts), list("abc"), templates)
+    ours = zeroshot.classifier([[vectors[f"{t} {c}"] for t in "xy"] for c in "abc"])
+    np.testing.assert_allclose(ours.T, expected.numpy(), rtol=1e-5)
+
+
+class _Listed(list):
+    def to(self, device):
+        return self
+
+
+@pytest.mark.parametrize("scale", [1, 300])
+def test_cluster_scores_against_scipy(scale):
+    s, t = rng().normal(size=(9, 33)) * scale, rng(1).normal(size=(4, 33)) * scale
+    p, q = zeroshot.distributions(s, 2.0), zeroshot.distributions(t, 2.0)
+    np.testing.assert_allclose(p, scipy.special.softmax(s / 2, axis=-1), rtol=1e-4, atol=1e-30)
+    found = zeroshot.cluster_scores(p, q)
+    for i in range(9):
+        for j in range(4):
+            cosine = 1 - scipy.spatial.distance.cosine(p[i], q[j])
+            assert found["cosine"][i, j] == pytest.approx(cosine, abs=1e-6)
+            pi, qj = p[i].astype(np.float64), q[j].astype(np.float64)
+            tiny = np.finfo(np.float32).tiny
+            entropy = scipy.special.xlogy(pi, np.maximum(qj, tiny)) + scipy.special.xlogy(qj, np.maximum(pi, tiny))
+            assert found["cross_entropy"][i, j] == pytest.approx(entropy.sum() / 2, rel=1e-4)
+    assert np.isfinite(found["cross_entropy"]).all()
+
+
+# Retrieval: pure functions.
+
+
+def loop_recall(scores, positives, k):
+    hits = [match[np.argsort(-row, kind="stable")[:k]].any() for row, match in zip(scores, positives, strict=True)]
+    return np.mean(hits)
+
+
+@pytest.mark.parametrize("k", [1, 5, 10, 50])
+@pytest.mark.parametrize("chunk", [1, 70, 1 << 22])
+def test_recall_against_a_loop_with_ties(k, chunk, monkeypatch):
+    monkeypatch.setattr(retrieval, "_CHUNK", chunk)
+    scores = rng().integers(0, 4, (60, 35)).astype(np.float32)
+    positives = rng(1).random((60, 35)) < 0.06
+    positives[np.arange(60), rng(2).integers(0, 35, 60)] = True
+    assert retrieval.recall_at_k(scores, positives, k) == pytest.approx(loop_recall(scores, positives, k))
+
+
+def test_recall_of_a_query_without_positives_raises():
+    with pytest.raises(UserError, match="positive"):
+        retrieval.recall_at_k(np.zeros((2, 3)), np.array([[True, False, False], [False] * 3]), 1)
+    with pytest.raises(UserError, match="shape"):
+        retrieval.recall_at_k(np.zeros((2, 3)), np.ones((3, 2), bool), 1)
+
+
+def test_recall_needs_less_memory_than_the_scores():
+    scores, positives = rng().random((2000, 10000), np.float32), np.zeros((2000, 10000), bool)
+    positives[np.arange(2000), np.arange(2000)] = True
+    for s, p in ((scores, positives), (scores.T[:2000], positives.T[:2000])):
+        tracemalloc.start()
+        retrieval.recall_at_k(s, p, 5)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < scores.nbytes
+
+
+def test_duplicate_captions_match_all_their_images():
+    expected = [[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
+    np.testing.assert_array_equal(retrieval.positives([["a", "b"], ["b"], ["c"]]), expected)
+
+
+# Evaluators on an encoder with known answers.
+
+
+class FakeEncoder:
+    """An image is a row of features, a text the key of one."""
+
+    tau = 1.0
+
+    def __init__(self, texts, kinds):
+        self.table, self.kinds = texts, kinds
+
+    def images(self, variables, images, features):
+        return {key: np.stack(images).astype(np.float32) for key in features if key in self.kinds}
+
+    def texts(self, variables, texts, features):
+        found = np.array([self.table[text] for text in texts], np.float32)
+        return {key: found for key in features if key in self.kinds}
+
+
+def test_zero_shot_with_known_answers():
+    eye = np.eye(3)
+    encoder = FakeEncoder({"a": eye[0], "b": eye[1], "c": eye[2]}, "z")
+    images = [eye[0], eye[1], eye[0], eye[2], eye[2]]  # the third, of class "b", is taken for an "a"
+    labels = np.array([0, 1, 1, 2, 2])
+    groups = {"x": np.array([1, 1, 1, 0, 0], bool), "y": np.array([0, 0, 0, 1, 1], bool)}
+    data = ZeroShotSet("toy", images, labels, [["a"], ["b"], ["c"]])
+    assert ZeroShot(encoder, data).run(None) == pytest.approx(
+        {
+            "zeroshot/toy/n": 5,
+            "zeroshot/toy/ways": 3,
+            "zeroshot/toy/top1": 80,
+            "zeroshot/toy/top5": 100,
+            "zeroshot/toy/mean_per_class": 100 * 2.5 / 3,
+        }
+    )
+    found = ZeroShot(encoder, ZeroShotSet("toy", images, labels, [["a"], ["b"], ["c"]], groups)).run(None)
+    assert found["zeroshot/toy/x/top1"] == pytest.approx(200 / 3) and found["zeroshot/toy/y/top1"] == 100
+    assert found["zeroshot/toy/top1"] == pytest.approx(250 / 3)
+    assert (found["zeroshot/toy/x/n"], found["zeroshot/toy/y/n"]) == (3, 2)
+
+
+def test_classes_of_equal_prompts_tie_exactly_and_the_first_wins():
+    # 1000 classes: wide enough for a matrix product to round its last columns another way.
+    table = {str(i): rng(i).normal(size=37) for i in range(999)}
+    images = rng(5).normal(size=(64, 37)).astype(np.float32)
+    prompts = [[str(i)] for i in range(999)] + [["7"]]
+    data = ZeroShotSet("twins", list(images), np.zeros(64, int), prompts)
+    scores = ZeroShot(FakeEncoder(table, "z"), data).scores(None)[""]
+    np.testing.assert_array_equal(scores[:, 7], scores[:, 999])
+    assert 999 not in scores.argmax(1)
+
+
+@pytest.mark.parametrize("kinds", ["z", "s", "zs"])
+def test_kinds_of_scores(kinds):
+    table = {"a": [9, 0, 0], "b": [0, 9, 0]}
+    data = ZeroShotSet("toy", [np.array([8, 0, 0.0])], np.array([0]), [["a"], ["b"]])
+    found = ZeroShot(FakeEncoder(table, kinds), data).run(None)
+    assert found["zeroshot/toy/top1"] == 100
+    for kind in ("cosine", "cross_entropy"):
+        assert (f"zeroshot/toy/{kind}/top1" in found) == ("s" in kinds)
+    pairs = RetrievalSet("toy", [np.array([8, 0, 0.0]), np.array([0, 8, 0.0])], [["a"], ["b"]])
+    found = Retrieval(FakeEncoder(table, kinds), pairs).run(None)
+    assert found["retrieval/toy/text_to_image/r1"] == 100
+    assert ("retrieval/toy/cosine/image_to_text/r1" in found) == ("s" in kinds)
+
+
+def test_the_distribution_of_a_class_is_the_mean_over_its_prompts():
+    table = {"a": [3.0, 0, 0], "A": [0, 3.0, 0], "b": [0, 0, 1.0]}
+    data = ZeroShotSet("toy", [np.array([1.0, 2, 0])], np.array([0]), [["a", "A"], ["b"]])
+    scores = ZeroShot(FakeEncoder(table, "s"), data).scores(None)
+    softmax = functools.partial(scipy.special.softmax, axis=-1)
+    p, q = softmax([[1.0, 2, 0]]), np.stack([softmax([table["a"], table["A"]]).mean(0), softmax(table["b"])])
+    expected = 0.5 * (p @ np.log(q).T + np.log(p) @ q.T)
+    np.testing.assert_allclose(scores["cross_entropy"], expected, rtol=1e-5)
+    np.testing.assert_array_equal(scores[""], scores["cosine"])
+
+
+def test_retrieval_with_one_and_seven_captions():
+    images = rng().normal(size=(20, 16))
+    captions = [[f"{i}/{j}" for j in range(7 if i % 2 else 1)] for i in range(20)]
+    keys = [(i, text) for i, texts in enumerate(captions) for text in texts]
+    table = {text: images[i] + rng(n).normal(size=16) for n, (i, text) in enumerate(keys)}
+    captions[3][0] = captions[4][0]
+    found = Retrieval(FakeEncoder(table, "z"), RetrievalSet("toy", list(images), captions)).run(None)
+    texts = [text for c in captions for text in c]
+    assert (found["retrieval/toy/images"], found["retrieval/toy/captions"]) == (20, 80)
+    scores = images.astype(np.float32) @ np.array([table[t] for t in texts], np.float32).T
+    match = np.array([[text in c for text in texts] for c in captions])
+    for k in (1, 5, 10):
+        assert found[f"retrieval/toy/image_to_text/r{k}"] == pytest.approx(100 * loop_recall(scores, match, k))
+        assert found[f"retrieval/toy/text_to_image/r{k}"] == pytest.approx(100 * loop_recall(scores.T, match.T, k))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": np.array([0])}, "labels"),
+        ({"labels": np.array([0, 2])}, "below 2"),
+        ({"prompts": [["a"], []]}, "prompt"),
+        ({"groups": {"x": np.zeros(2, bool)}}, "'x'"),
+    ],
+)
+def test_a_wrong_zero_shot_set_raises(change, message):
+    with pytest.raises(UserError, match=message):
+        ZeroShotSet(**{"name": "toy", "images": [0, 0], "labels": np.array([0, 1]), "prompts": [["a"], ["b"]]} | change)
+
+
+def test_a_wrong_retrieval_set_raises():
+    for captions in ([["a"]], [["a"], []]):
+        with pytest.raises(UserError, match="caption"):
+            RetrievalSet("toy", [0, 0], captions)
+
+
+# The encoder.
+
+
+def tokenize(texts, length):
+    rows = [[*t.encode()][: length - 1] for t in texts]
+    return np.array([row + [99] * (length - len(row)) for row in rows], np.int32)
+
+
+@functools.cache
+def small_model(embed=8, clusters=K):
+    tower = {"width": 16, "depth": 1, "heads": 2}
+    model = TwoTowers(
+        img={"size": SIZE, "patch": 4, **tower},
+        txt={"vocab": 128, "eot_id": 99, "length": LENGTH, **tower},
+        embed=embed,
+        cluster_head={"clusters": clusters, "hidden": 12} if clusters else None,
+    )
+    image, text = jnp.zeros((2, SIZE, SIZE, 3)), jnp.zeros((2, LENGTH), jnp.int32)
+    return model, nn.unbox(jax.jit(model.init)(jax.random.key(0), image, text))
+
+
+def make_encoder(model, devices=8, batch=16, sizes=None):
+    mean, std = transforms.STATISTICS["imagenet"]
+    sizes = sizes or {"data": -1, "fsdp": 1, "model": 1}
+    return Encoder(
+        model, tokenize, text_length=LENGTH, image_size=SIZE, mean=mean, std=std, batch=batch,
+        mesh=make_mesh(sizes, jax.devices()[:devices]),
+    )
+
+
+def pictures(n, size=SIZE):
+    return list(rng(n).integers(0, 256, (n, size, size, 3), np.uint8))
+
+
+TEXTS = ["fox", "a", "dog", "fox", "cat", "b", "c", "d", "e", "f", "g"]
+
+
+def test_encoder_equals_the_model_on_any_mesh():
+    model, variables = small_model()
+    images = pictures(21)
+    pixels = transforms.normalize(jnp.stack(images), *transforms.STATISTICS["imagenet"])
+    tokens = np.stack([tokenize([t], LENGTH)[0] for t in TEXTS])
+    out = jax.jit(model.apply)(variables, pixels, jnp.resize(tokens, (21, LENGTH)))
+    expected_img = {key: out[f"{key}_img"] for key in "hzs"}
+    expected_txt = {key: out[f"{key}_txt"][: len(TEXTS)] for key in "hzs"}
+    for devices, batch, sizes in ((1, 5, None), (8, 16, None), (8, 5, {"data": 2, "fsdp": 2, "model": 2})):
+        encoder = make_encoder(model, devices, batch, sizes)
+        for found, expected in (
+            (encoder.images(variables, images), expected_img),
+            (encoder.texts(variables, TEXTS), expected_txt),
+        ):
+            assert set(found) == set(expected)
+            for key, value in found.items():
+                assert isinstance(value, np.ndarray) and value.dtype == np.float32
+                np.testing.assert_allclose(value, expected[key], atol=2e-5, rtol=1e-5)
+
+
+def test_batch_is_rounded_up_to_the_devices():
+    model, _ = small_model()
+    assert make_encoder(model, 8, 5).batch == 8
+    assert make_encoder(model, 8, 17).batch == 24
+    assert make_encoder(model, 8, 5, {"data": 2, "fsdp": 1, "model": 4}).batch == 6
+
+
+@pytest.mark.parametrize(("embed", "clusters", "expected"), [(8, 0, "hz"), (0, K, "hs")])
+def test_features_follow_the_heads_and_the_request(embed, clusters, expected):
+    model, variables = small_model(embed, clusters)
+    encoder = make_encoder(model)
+    assert set(encoder.images(variables, pictures(3))) == set(expected)
+    assert set(encoder.texts(variables, TEXTS, ("z", "s"))) == set(expected[1:])
+    assert encoder.images(variables, [], ("h",))["h"].shape == (0, 16)
+    assert encoder.texts(variables, [], ("h",))["h"].shape == (0, 16)
+
+
+def test_equal_texts_have_equal_features():
+    model, variables = small_model()
+    z = make_encoder(model).texts(variables, TEXTS)["z"]
+    np.testing.assert_array_equal(z[0], z[3])
+    assert len(z) == len(TEXTS)
+
+
+def test_padding_changes_nothing_and_no_shape_is_compiled_twice():
+    model, variables = small_model()
+    traces = []
+
+    class Counted(TwoTowers):
+        def encode_image(self, image, *, train=False):
+            traces.append("image")
+            return super().encode_image(image, train=train)
+
+        def encode_text(self, text):
+            traces.append("text")
+            return super().encode_text(text)
+
+    counted = Counted(**{f: getattr(model, f) for f in ("img", "txt", "embed", "cluster_head")})
+    encoder = make_encoder(counted)
+    images = pictures(40)
+    whole = encoder.images(variables, images)
+    for n in (1, 15, 16, 17, 40):
+        part = encoder.images(variables, images[:n], ("z",))["z"]
+        np.testing.assert_array_equal(part, whole["z"][:n])
+        encoder.texts(jax.tree.map(lambda x: x + 0.01, variables), [str(i) for i in range(n)])
+    assert sorted(traces) == ["image", "text"]
+
+
+def test_images_may_be_loaded_when_asked_for_and_each_once():
+    model, variables = small_model()
+    images, asked = pictures(19), []
+
+    class Lazy:
+        def __len__(self):
+            return len(images)
+
+        def __getitem__(self, i):
+            asked.append(i)
+            return images[i]
+
+    encoder = make_encoder(model, 8, 8, {"data": 2, "fsdp": 1, "model": 4})
+    np.testing.assert_array_equal(encoder.images(variables, Lazy())["h"], encoder.images(variables, images)["h"])
+    assert sorted(asked) == list(range(19))
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((SIZE, SIZE, 1), np.uint8), np.zeros((SIZE, SIZE, 3), np.float32)])
+def test_a_wrong_image_raises(wrong):
+    model, variables = small_model()
+    with pytest.raises(UserError, match="item 0"):
+        make_encoder(model).images(variables, [wrong])
+
+
+def test_evaluators_on_a_real_model_agree_on_1_and_8_devices():
+    model, variables = small_model()
+    images, labels = pictures(21), rng(3).integers(0, 5, 21)
+    zero_shot = ZeroShotSet("toy", images, labels, [[t] for t in TEXTS[:3]] + [["cat", "kitten"], ["fox"]])
+    pairs = RetrievalSet("toy", images, [[TEXTS[i % 11], "shared"] for i in range(21)])
+    results = []
+    for devices in (1, 8):
+        encoder = make_encoder(model, devices)
+        results.append(ZeroShot(encoder, zero_shot).run(variables) | Retrieval(encoder, pairs).run(variables))
+    assert results[0] == pytest.approx(results[1])
+    assert all(isinstance(value, float) for value in results[0].values())

@@ -1,0 +1,106 @@
+"""Retrieval both ways: recall at k, a query counting as found if any of its matches is among the k best."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from xclip_jax.errors import UserError
+from xclip_jax.evaluators import Encoder
+from xclip_jax.evaluators.zeroshot import distributions, similarities
+
+KS = (1, 5, 10)
+_CHUNK = 1 << 22  # scores looked at in one go: some ten megabytes of temporaries
+
+
+def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
+    """Share of queries with any positive among the k best items; equal scores rank by item index, lowest first.
+
+    Args:
+      scores: (queries, items), higher is nearer.
+      positives: bool of the same shape.
+      k: where it is at least the number of items, every query is found, but for scores that are not numbers.
+
+    Raises:
+      UserError: a query without positives, or shapes that differ.
+    """
+    return float((_ranks(np.asarray(scores), np.asarray(positives)) < k).mean())
+
+
+def _ranks(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    """How many items stand before each query's best positive, int (queries,)."""
+    if scores.shape != positives.shape or not positives.any(axis=1).all():
+        raise UserError(
+            f"scores {scores.shape} and positives {positives.shape} must have one shape, and each query a positive."
+        )
+    ranks = np.empty(len(scores), np.int64)
+    items = np.arange(scores.shape[1])
+    step = max(1, _CHUNK // max(1, scores.shape[1]))
+    # Counting what stands before the best positive needs no sorting and gives all k at once.
+    for start in range(0, len(scores), step):
+        part, match = scores[start : start + step], positives[start : start + step]
+        # NaN ranks last: no number is above it, and a model that diverged would find everything.
+        part = np.where(np.isnan(part), -np.inf, part)
+        best = np.where(match, part, -np.inf).max(axis=1, keepdims=True)
+        first = (match & (part == best)).argmax(axis=1)
+        before = (part > best) | ((part == best) & (items < first[:, None]))
+        ranks[start : start + step] = np.where(best[:, 0] == -np.inf, np.iinfo(np.int64).max, before.sum(axis=1))
+    return ranks
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RetrievalSet:
+    """Images and their captions.
+
+    Attributes:
+      name: in the metrics' names.
+      images: `len` and `[]`, uint8 (size, size, 3).
+      captions: one or more for each image; a caption that several images share matches all of them.
+    """
+
+    name: str
+    images: Sequence[np.ndarray]
+    captions: list[list[str]]
+
+    def __post_init__(self) -> None:
+        if not len(self.images) or len(self.images) != len(self.captions) or not all(self.captions):
+            raise UserError(
+                f"{self.name}: {len(self.images)} images and {len(self.captions)} lists of captions; give each image "
+                f"one caption or more."
+            )
+
+
+class Retrieval:
+    """r1, r5 and r10 in percent, named "retrieval/<set>[/<kind>]/image_to_text/r1" and ".../text_to_image/r1".
+
+    Every caption is an item and a query, repeated ones too, as Flickr30k and COCO count. Kinds are those of
+    `zeroshot.similarities`.
+    """
+
+    def __init__(self, encoder: Encoder, data: RetrievalSet) -> None:
+        self.encoder, self.data = encoder, data
+        self.name = f"retrieval/{data.name}"
+
+    def run(self, variables: Any) -> dict[str, float]:
+        """The metrics that the class names, with the numbers of images and captions."""
+        texts = [caption for captions in self.data.captions for caption in captions]
+        img = self.encoder.images(variables, self.data.images, ("z", "s"))
+        txt = self.encoder.texts(variables, texts, ("z", "s"))
+        q = distributions(txt["s"], self.encoder.tau) if "s" in txt else None
+        matches = positives(self.data.captions)
+        metrics = {f"{self.name}/images": float(len(self.data.images)), f"{self.name}/captions": float(len(texts))}
+        for kind, scores in similarities(img, txt.get("z"), q, self.encoder.tau).items():
+            prefix = f"{self.name}/{kind}" if kind else self.name
+            ways = {"image_to_text": _ranks(scores, matches), "text_to_image": _ranks(scores.T, matches.T)}
+            metrics |= {f"{prefix}/{way}/r{k}": 100 * float((r < k).mean()) for way, r in ways.items() for k in KS}
+        return metrics
+
+
+def positives(captions: list[list[str]]) -> np.ndarray:
+    """Which of all captions, in order, each image has: bool (images, captions)."""
+    column = {text: i for i, text in enumerate(dict.fromkeys(text for texts in captions for text in texts))}
+    has = np.zeros((len(captions), len(column)), bool)
+    for image, texts in enumerate(captions):
+        has[image, [column[text] for text in texts]] = True
+    return has[:, [column[text] for texts in captions for text in texts]]

@@ -1,0 +1,186 @@
+"""Zero-shot classification: an image gets the class whose texts are nearest.
+
+Models with a projection are scored by the cosine of embeddings, after CLIP (arXiv 2103.00020). Models with cluster
+heads are scored by their distributions too, in two ways side by side [ours]: see `cluster_scores`.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from xclip_jax.errors import UserError
+from xclip_jax.evaluators import Encoder, Features
+
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+def classifier(text_embeddings: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+    """Class vectors of prompts' embeddings: each normalised, averaged over prompts, normalised again.
+
+    Args:
+      text_embeddings: for each class an array (prompts, e), or one array (classes, prompts, e).
+
+    Returns:
+      fp32 (classes, e), rows of unit length.
+    """
+    means = [_unit(np.asarray(prompts, np.float32)).mean(axis=0) for prompts in text_embeddings]
+    return _unit(np.stack(means))
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Share of images whose class is among the k highest; equal logits count for the lowest class index.
+
+    Args:
+      logits: scores (n, classes), any scale.
+      labels: class indices (n,).
+      k: where it is at least the number of classes, every image is right, but for scores that are not numbers.
+    """
+    return float((_ranks(logits, labels) < k).mean())
+
+
+def mean_per_class(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean over the classes that occur of the share of their images that are right (balanced accuracy)."""
+    labels = np.asarray(labels)
+    right = np.bincount(labels, weights=_ranks(logits, labels) < 1)
+    count = np.bincount(labels)
+    return float((right[count > 0] / count[count > 0]).mean())
+
+
+def distributions(logits: np.ndarray, tau: float = 1.0) -> np.ndarray:
+    """softmax(logits / tau) over the last axis; (..., k) -> fp32 (..., k)."""
+    x = np.asarray(logits, np.float32) / tau
+    x = np.exp(x - x.max(axis=-1, keepdims=True))
+    return x / x.sum(axis=-1, keepdims=True)
+
+
+def cluster_scores(p: np.ndarray, q: np.ndarray) -> dict[str, np.ndarray]:
+    """Scores of images against classes or captions by their distributions over clusters; higher is nearer [ours].
+
+    Args:
+      p: distributions (n, k) of images.
+      q: distributions (m, k) of texts.
+
+    Returns:
+      Two fp32 arrays (n, m): "cosine" of p and q, and "cross_entropy", the negative symmetric cross-entropy
+      1/2 sum_k (p log q + q log p) in nats.
+    """
+    # exp underflows to 0 where softmax is sharp, and 0 log 0 must be 0.
+    log_p, log_q = (np.log(np.maximum(x, _TINY)) for x in (p, q))
+    return {"cosine": _unit(p) @ _unit(q).T, "cross_entropy": 0.5 * (p @ log_q.T + log_p @ q.T)}
+
+
+def similarities(img: Features, z_txt: np.ndarray | None, q: np.ndarray | None, tau: float) -> dict[str, np.ndarray]:
+    """Every score that a model gives: {kind: (n, m)}.
+
+    Args:
+      img: "z" (n, e) and "s" (n, k) of images, as far as the model has them.
+      z_txt: unit vectors (m, e) of classes or captions, or None without projection.
+      q: distributions (m, k) of the same, or None without cluster heads.
+      tau: temperature of the images' distributions.
+
+    Returns:
+      Kind "" is the one that tables show: cosine of z, or of the distributions where there is no projection. With
+      cluster heads also "cosine" and "cross_entropy", of `cluster_scores`.
+    """
+    scores = {} if z_txt is None else {"": img["z"] @ z_txt.T}
+    if q is not None:
+        found = cluster_scores(distributions(img["s"], tau), q)
+        scores = {"": found["cosine"]} | scores | found
+    return scores
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ZeroShotSet:
+    """Labelled images and the texts of their classes.
+
+    Attributes:
+      name: in the metrics' names.
+      images: `len` and `[]`, uint8 (size, size, 3).
+      labels: class of each image, int (n,).
+      prompts: for each class its texts, templates filled in; classes may share texts.
+      groups: bool (n,) of named parts, such as one for each vendor; the set's value is then their unweighted mean.
+    """
+
+    name: str
+    images: Sequence[np.ndarray]
+    labels: np.ndarray
+    prompts: list[list[str]]
+    groups: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n, ways = len(self.images), len(self.prompts)
+        if not n or np.shape(self.labels) != (n,):
+            raise UserError(f"{self.name}: {n} images, {np.size(self.labels)} labels; give one label for each image.")
+        if np.min(self.labels) < 0 or np.max(self.labels) >= ways or not all(self.prompts):
+            raise UserError(f"{self.name}: labels must be below {ways}, the number of classes, each with a prompt.")
+        for group, mask in self.groups.items():
+            if np.shape(mask) != (n,) or not np.any(mask):
+                raise UserError(f"{self.name}: group {group!r} must be a bool for each of {n} images, not all False.")
+
+
+class ZeroShot:
+    """top1, top5 and mean_per_class in percent, n and ways, named "zeroshot/<set>[/<kind>][/<group>]/<metric>".
+
+    Kinds are those of `similarities`.
+    """
+
+    def __init__(self, encoder: Encoder, data: ZeroShotSet) -> None:
+        self.encoder, self.data = encoder, data
+        self.name = f"zeroshot/{data.name}"
+
+    def scores(self, variables: Any) -> dict[str, np.ndarray]:
+        """{kind: scores (n, ways)} of the set's images."""
+        # Classes of equal prompts are scored once: a matrix product may round equal columns differently, and the rule
+        # for ties would not see that they are tied.
+        rows = {prompts: i for i, prompts in enumerate(dict.fromkeys(map(tuple, self.data.prompts)))}
+        img = self.encoder.images(variables, self.data.images, ("z", "s"))
+        txt = self.encoder.texts(variables, [text for prompts in rows for text in prompts], ("z", "s"))
+        ends = np.cumsum([len(prompts) for prompts in rows])[:-1]
+        z = classifier(np.split(txt["z"], ends)) if "z" in txt else None
+        q = None
+        if "s" in txt:
+            q = np.stack([x.mean(axis=0) for x in np.split(distributions(txt["s"], self.encoder.tau), ends)])
+        classes = [rows[tuple(prompts)] for prompts in self.data.prompts]
+        return {kind: s[:, classes] for kind, s in similarities(img, z, q, self.encoder.tau).items()}
+
+    def run(self, variables: Any) -> dict[str, float]:
+        """The metrics that the class names; `variables` is what `TwoTowers.apply` takes."""
+        labels = np.asarray(self.data.labels)
+        metrics = {f"{self.name}/n": float(len(labels)), f"{self.name}/ways": float(len(self.data.prompts))}
+        metrics |= {f"{self.name}/{group}/n": float(np.sum(mask)) for group, mask in self.data.groups.items()}
+        for kind, scores in self.scores(variables).items():
+            prefix = f"{self.name}/{kind}" if kind else self.name
+            parts = {group: _metrics(scores[mask], labels[mask]) for group, mask in self.data.groups.items()}
+            whole = _mean(list(parts.values())) if parts else _metrics(scores, labels)
+            named = {prefix: whole, **{f"{prefix}/{group}": part for group, part in parts.items()}}
+            metrics |= {f"{name}/{key}": value for name, found in named.items() for key, value in found.items()}
+        return metrics
+
+
+def _metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    shares = {
+        "top1": accuracy(scores, labels, 1),
+        "top5": accuracy(scores, labels, 5),
+        "mean_per_class": mean_per_class(scores, labels),
+    }
+    return {key: 100 * value for key, value in shares.items()}
+
+
+def _mean(parts: list[dict[str, float]]) -> dict[str, float]:
+    return {key: float(np.mean([part[key] for part in parts])) for key in parts[0]}
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    """Rows of unit length; an all-zero row stays zero."""
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def _ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How many classes stand before the right one, int (n,)."""
+    logits, labels = np.asarray(logits), np.asarray(labels)[:, None]
+    own = np.take_along_axis(logits, labels, axis=1)
+    before = (logits > own) | ((logits == own) & (np.arange(logits.shape[1]) < labels))
+    # No number is above NaN: without this a model that diverged would be always right.
+    return np.where(np.isnan(own[:, 0]), np.iinfo(np.int64).max, before.sum(axis=1))
