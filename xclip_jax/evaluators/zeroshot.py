@@ -101,6 +101,7 @@ class ZeroShotSet:
       labels: class of each image, int (n,).
       prompts: for each class its texts, templates filled in; classes may share texts.
       groups: bool (n,) of named parts, such as one for each vendor; the set's value is then their unweighted mean.
+      names: of the classes, for people to read; by default their first prompts.
     """
 
     name: str
@@ -108,6 +109,7 @@ class ZeroShotSet:
     labels: np.ndarray
     prompts: list[list[str]]
     groups: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    names: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         n, ways = len(self.images), len(self.prompts)

@@ -1,0 +1,446 @@
+"""Both towers: parity with open_clip, parameter counts, switches that must not change the result, and bad input."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import open_clip
+import pytest
+import torch
+from flax import linen as nn
+from timm.layers import AttentionPoolLatent
+
+from tests.util import from_open_clip, random_variables
+from xclip_jax.errors import UserError
+from xclip_jax.losses import contrastive
+from xclip_jax.models.layers import ACTIVATIONS, REMAT_POLICIES, attend, stack_blocks, unstack_blocks
+from xclip_jax.models.text import TextTransformer
+from xclip_jax.models.two_towers import PRESETS, TwoTowers, preset
+from xclip_jax.models.vit import POOLS, AttentionPool, VisionTransformer
+from xclip_jax.parallel.sharding import RULES
+
+EOT = 40
+IMG = VisionTransformer(size=16, patch=4, width=24, depth=2, heads=3)
+TXT = TextTransformer(vocab=41, eot_id=EOT, length=7, width=24, depth=2, heads=3)
+TEXT = np.array([[38, 3, 7, EOT, 0, 0, 0], [38, 9, EOT, 0, 0, 0, 0], [38, 5, 1, 8, 2, 6, EOT]])
+IMAGE = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
+
+both_towers = pytest.mark.parametrize(("tower", "batch"), [(IMG, IMAGE), (TXT, TEXT)], ids=["img", "txt"])
+
+
+def numpy(tensor):
+    return tensor.detach().numpy()
+
+
+# --- parity with open_clip
+
+
+@dataclasses.dataclass
+class Parity:
+    """What open_clip computes, and what our towers compute with its weights."""
+
+    theirs: dict
+    ours: dict
+
+
+def torch_image_features(model, image, pool):
+    """h_img of open_clip's image tower, without its projection."""
+    visual = model.visual
+    if pool == "cls":
+        projection, visual.proj = visual.proj, None
+        h = visual(image)
+        visual.proj = projection
+        return h
+    # Its pool "avg" lets the patches attend to a class token that is then left out; our "mean" has none, so the same
+    # parts are put together here without it.
+    x = visual.conv1(image).flatten(2).transpose(1, 2)
+    x = visual.transformer(visual.ln_pre(x + visual.positional_embedding[1:]))
+    return visual.ln_post(x).mean(dim=1)
+
+
+def torch_text_features(model, text):
+    projection, model.text_projection = model.text_projection, None
+    h = model.encode_text(text)
+    model.text_projection = projection
+    return h
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(True, "cls", True), (False, "cls", True), (False, "cls", False), (True, "mean", True)],
+    ids=["quick_gelu", "gelu", "no_pre_norm", "mean"],
+)
+def parity(request):
+    quick_gelu, pool, pre_norm = request.param
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 2, "no_ln_pre": not pre_norm}
+    text = {"context_length": 12, "vocab_size": 100, "width": 48, "heads": 3, "layers": 3}
+    model = open_clip.model.CLIP(40, vision, text, quick_gelu=quick_gelu)
+    with torch.no_grad():
+        for p in model.parameters():  # else biases are zero and norms are one
+            p += 0.1 * torch.randn_like(p)
+
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(5, 32, 32, 3)).astype(np.float32)
+    tokens = rng.integers(1, 99, size=(5, 12))
+    for row, end in enumerate([11, 3, 6, 1, 8]):
+        tokens[row, end], tokens[row, end + 1 :] = 99, 0
+
+    torch_image, torch_tokens = torch.tensor(image).permute(0, 3, 1, 2), torch.tensor(tokens)
+    h_img, h_txt = torch_image_features(model, torch_image, pool), torch_text_features(model, torch_tokens)
+    if pool == "cls":
+        z_img, logits = model.encode_image(torch_image, normalize=True), model.get_logits(torch_image, torch_tokens)[0]
+    else:
+        z_img = torch.nn.functional.normalize(h_img @ model.visual.proj, dim=-1)
+        logits = model.logit_scale.exp() * z_img @ model.encode_text(torch_tokens, normalize=True).T
+    z_txt = model.encode_text(torch_tokens, normalize=True)
+    loss = open_clip.ClipLoss()(z_img, z_txt, model.logit_scale.exp())
+    loss.backward()
+    theirs = {"h_img": h_img, "h_txt": h_txt, "z_img": z_img, "z_txt": z_txt, "logits": logits, "loss": loss}
+    carry = functools.partial(from_open_clip, heads_img=2, heads_txt=3, pool=pool)
+    named = dict(model.named_parameters())
+    gradients = carry({name: numpy(p.grad) for name, p in named.items() if p.grad is not None})
+
+    act = "quick_gelu" if quick_gelu else "gelu"
+    towers = TwoTowers(
+        img={"size": 32, "patch": 8, "width": 64, "depth": 2, "heads": 2, "act": act, "pool": pool,
+             "pre_norm": pre_norm},
+        txt={"vocab": 100, "eot_id": 99, "length": 12, "width": 48, "depth": 3, "heads": 3, "act": act},
+        embed=40,
+    )  # fmt: skip
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def ours(params):
+        out = towers.apply({"params": params}, image, tokens)
+        loss, _ = contrastive.softmax(out["z_img"], out["z_txt"], out["scale"])
+        return loss, out | {"logits": out["scale"] * out["z_img"] @ out["z_txt"].T}
+
+    (loss, out), grads = ours(carry({name: numpy(p) for name, p in named.items()}))
+    return Parity(
+        theirs={name: numpy(x) for name, x in theirs.items()} | {"gradients": gradients},
+        ours=out | {"loss": loss, "gradients": grads},
+    )
+
+
+def test_outputs_equal_open_clips(parity):
+    for name in ("h_img", "h_txt", "z_img", "z_txt", "logits", "loss"):
+        np.testing.assert_allclose(parity.ours[name], parity.theirs[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_gradients_equal_open_clips(parity):
+    chex.assert_trees_all_equal_structs(parity.ours["gradients"], parity.theirs["gradients"])
+
+    def check(path, ours, theirs):
+        # Relative to the tensor's largest entry: the gradient of a key's bias is zero but for rounding.
+        error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+        assert error < 1e-4, f"{jax.tree_util.keystr(path)}: {error}"
+
+    jax.tree_util.tree_map_with_path(check, parity.ours["gradients"], parity.theirs["gradients"])
+
+
+# --- presets
+
+
+def count(**fields):
+    # Scanned blocks hold the same parameters and are traced once.
+    sizes = fields | {tower: fields[tower] | {"scan": True} for tower in ("img", "txt")}
+    image, text = jnp.zeros((1, 224, 224, 3)), jnp.zeros((1, 77), jnp.int32)
+    shapes = jax.eval_shape(TwoTowers(**sizes).init, jax.random.key(0), image, text)
+    return sum(x.size for x in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("B/32", 151_277_313), ("B/16", 149_620_737), ("L/14", 427_616_513), ("L/16", None), ("S/16", None)],
+)
+def test_presets_have_the_parameters_of_open_clips_models(name, parameters):
+    with torch.device("meta"):
+        model = open_clip.model.CLIP(**open_clip.get_model_config("ViT-" + name.replace("/", "-")))
+    theirs = sum(p.numel() for p in model.parameters())
+    assert count(**preset(name)) == theirs
+    assert parameters in (None, theirs)
+
+
+def test_unknown_preset_lists_the_names():
+    with pytest.raises(UserError, match=r"preset is 'B/15'") as error:
+        preset("B/15")
+    assert all(repr(name) in str(error.value) for name in PRESETS)
+
+
+# --- scan, remat, dtype, logical axes
+
+
+def value_and_grad(tower, params, batch):
+    """h and the gradients of a weighted sum of it."""
+
+    def loss(params):
+        h = tower.apply({"params": params}, batch)
+        weights = jnp.cos(jnp.arange(h.size)).reshape(h.shape)
+        return jnp.sum(weights * h), h
+
+    return jax.jit(jax.grad(loss, has_aux=True))(params)[::-1]
+
+
+@functools.cache
+def reference(kind):
+    """Parameters, h and gradients of the unrolled tower without remat."""
+    tower, batch = {"img": (IMG, IMAGE), "txt": (TXT, TEXT)}[kind]
+    params = random_variables(tower, batch)["params"]
+    return params, *value_and_grad(tower, params, batch)
+
+
+def in_layout(params, scan):
+    return params | {"transformer": stack_blocks(params["transformer"], 2)} if scan else params
+
+
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
+@both_towers
+def test_scan_and_remat_change_nothing(tower, batch, scan, remat):
+    params, h_expected, grads_expected = reference("img" if tower is IMG else "txt")
+    h, grads = value_and_grad(tower.clone(scan=scan, remat=remat), in_layout(params, scan), batch)
+    np.testing.assert_allclose(h, h_expected, atol=1e-5)
+    if scan:
+        grads = grads | {"transformer": unstack_blocks(grads["transformer"], 2)}
+    chex.assert_trees_all_close(grads, grads_expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
+def test_remat_recomputes_what_it_says(scan):
+    params = in_layout(reference("img")[0], scan)
+
+    def products(remat):
+        tower = IMG.clone(scan=scan, remat=remat)
+        gradient = jax.jit(jax.grad(lambda params: tower.apply({"params": params}, IMAGE).sum()))
+        return gradient.lower(params).as_text().count("stablehlo.dot_general")
+
+    # "dots" recomputes the attention's two batched products, "full" the others of a block as well.
+    assert products("none") < products("dots") < products("full")
+
+
+def test_stacked_blocks_round_trip():
+    params = reference("txt")[0]["transformer"]
+    stacked = stack_blocks(params, 2)
+    chex.assert_shape(stacked["blocks"]["attention"]["qkv"]["kernel"], (2, 24, 3, 3, 8))
+    chex.assert_trees_all_equal(unstack_blocks(stacked, 2), params)
+
+
+def test_scanned_blocks_start_different_from_one_another():
+    params = nn.unbox(jax.jit(TXT.clone(scan=True).init)(jax.random.key(0), TEXT))["params"]
+    kernel = params["transformer"]["blocks"]["mlp"]["up"]["kernel"]
+    assert np.abs(kernel[0] - kernel[1]).min() > 0
+    np.testing.assert_allclose(np.std(kernel, axis=(1, 2)), 48**-0.5, rtol=0.05)
+
+
+TOWERS = TwoTowers(
+    img={"size": 16, "patch": 4, "width": 24, "depth": 2, "heads": 3, "pool": "map"},
+    txt={"vocab": 41, "eot_id": EOT, "length": 7, "width": 24, "depth": 2, "heads": 3},
+    embed=16,
+    bias_init=-10.0,
+    cluster_head={"clusters": 12, "hidden": 20},
+)
+
+
+def test_bfloat16_keeps_parameters_and_outputs_in_fp32():
+    half = TOWERS.clone(dtype=jnp.bfloat16)
+    shapes = nn.unbox(jax.eval_shape(half.init, jax.random.key(0), IMAGE, TEXT))
+    assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    variables = random_variables(TOWERS, IMAGE, TEXT)
+    expected, out = (jax.jit(model.apply)(variables, IMAGE, TEXT) for model in (TOWERS, half))
+    for name, x in out.items():
+        assert x.dtype == (jnp.bfloat16 if name.startswith("h_") else jnp.float32), name
+        error = np.linalg.norm(x - expected[name]) / np.linalg.norm(expected[name])
+        assert error < 0.03, f"{name}: {error}"
+        # Without this a tower that ignored `dtype` would pass.
+        assert error > 1e-4 or x.ndim == 0, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
+def test_every_parameter_names_its_axes(scan, pool):
+    model = TOWERS.clone(
+        img=TOWERS.img | {"scan": scan, "pool": pool}, txt=TOWERS.txt | {"scan": scan}
+    )
+    params = jax.eval_shape(model.init, jax.random.key(0), IMAGE, TEXT)["params"]
+    boxed = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    assert all(isinstance(x, nn.LogicallyPartitioned) for x in boxed)
+    specs, shapes = nn.get_partition_spec(params), nn.unbox(params)
+    known = {name for name, _ in RULES} | {None}
+
+    def check(path, spec, x):
+        key = jax.tree_util.keystr(path)
+        assert len(spec) == x.ndim and set(spec) <= known, f"{key}: {spec} names {x.shape}"
+        assert ("layers" in spec) == ("'blocks'" in key), f"{key}: {spec}"
+        assert "layers" not in spec[1:], f"{key}: {spec}"
+
+    is_spec = lambda x: isinstance(x, jax.sharding.PartitionSpec)  # noqa: E731
+    jax.tree_util.tree_map_with_path(check, specs, shapes, is_leaf=is_spec)
+    blocks = specs["img"]["transformer"]["blocks" if scan else "block_0"]
+    assert tuple(blocks["attention"]["qkv"]["kernel"])[int(scan) :] == ("embed", None, "heads", "kv")
+    assert tuple(blocks["attention"]["qkv"]["bias"])[int(scan) :] == (None, "heads", "kv")
+    assert tuple(blocks["mlp"]["down"]["kernel"])[int(scan) :] == ("mlp", "embed")
+
+
+# --- pools and patches
+
+
+@pytest.mark.parametrize(("pool", "tokens"), [("cls", 17), ("mean", 16), ("map", 16)])
+def test_pools(pool, tokens):
+    tower = IMG.clone(pool=pool)
+    variables = random_variables(tower, IMAGE)
+    apply = jax.jit(tower.apply)
+    chex.assert_shape(variables["params"]["positions"], (tokens, 24))
+    h = apply(variables, IMAGE)
+    chex.assert_shape(h, (3, 24))
+
+    order = np.random.default_rng(1).permutation(16)
+    patches = IMAGE.reshape(3, 4, 4, 4, 4, 3).swapaxes(2, 3).reshape(3, 16, 4, 4, 3)
+    shuffled = patches[:, order].reshape(3, 4, 4, 4, 4, 3).swapaxes(2, 3).reshape(IMAGE.shape)
+    assert np.abs(apply(variables, shuffled) - h).max() > 1e-2
+    # Only the positions tell patches apart.
+    params = variables["params"]
+    blind = {"params": params | {"positions": jnp.zeros_like(params["positions"])}}
+    np.testing.assert_allclose(apply(blind, shuffled), apply(blind, IMAGE), atol=1e-5)
+    assert np.abs(apply(blind, IMAGE[::-1]) - apply(blind, IMAGE)).max() > 1e-2
+
+
+def test_map_pool_is_timms():
+    torch.manual_seed(0)
+    theirs = AttentionPoolLatent(24, num_heads=3, mlp_ratio=2.0, norm_layer=torch.nn.LayerNorm)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p += 0.1 * torch.randn_like(p)
+    w = {name: numpy(p) for name, p in theirs.named_parameters()}
+    params = {
+        "probe": w["latent"],
+        "query": {"kernel": w["q.weight"].T.reshape(24, 3, 8), "bias": w["q.bias"].reshape(3, 8)},
+        "kv": {"kernel": w["kv.weight"].T.reshape(24, 2, 3, 8), "bias": w["kv.bias"].reshape(2, 3, 8)},
+        "out": {"kernel": w["proj.weight"].T.reshape(3, 8, 24), "bias": w["proj.bias"]},
+        "norm": {"norm": {"scale": w["norm.weight"], "bias": w["norm.bias"]}},
+        "mlp": {
+            "up": {"kernel": w["mlp.fc1.weight"].T, "bias": w["mlp.fc1.bias"]},
+            "down": {"kernel": w["mlp.fc2.weight"].T, "bias": w["mlp.fc2.bias"]},
+        },
+    }
+    x = np.random.default_rng(0).normal(size=(2, 5, 24)).astype(np.float32)
+    ours = AttentionPool(3, 2.0, "gelu", 1e-5, jnp.float32).apply({"params": params}, x)
+    np.testing.assert_allclose(ours, numpy(theirs(torch.tensor(x))), atol=1e-5)
+
+
+@functools.cache
+def text_apply():
+    variables = random_variables(TXT, TEXT)
+    return functools.partial(jax.jit(TXT.apply), variables)
+
+
+def test_text_feature_ignores_what_follows_its_end():
+    h = text_apply()(TEXT)
+    chex.assert_shape(h, (3, 24))
+    padded = TEXT.copy()
+    padded[0, 4:], padded[1, 3:] = [11, EOT, 12], [7, 7, EOT, 1]  # an end after the first end is padding too
+    np.testing.assert_allclose(text_apply()(padded), h, atol=1e-6)
+    np.testing.assert_allclose(text_apply()(TEXT[:2, :5]), h[:2], atol=1e-5)
+
+
+@pytest.mark.parametrize(("row", "position"), [(0, 0), (0, 2), (1, 1), (2, 5)])
+def test_text_feature_sees_what_precedes_its_end(row, position):
+    changed = TEXT.copy()
+    changed[row, position] = 20
+    moved = np.abs(text_apply()(changed) - text_apply()(TEXT)).max(axis=1)
+    assert moved[row] > 1e-2
+    assert np.delete(moved, row).max() < 1e-6
+
+
+def tokens_before_blocks(tower, variables, **kwargs):
+    """What the first block reads, (b, n, d)."""
+
+    @jax.jit
+    def run(variables):
+        capture = lambda module, _: module.name == "norm_pre"  # noqa: E731
+        _, state = tower.apply(variables, IMAGE, capture_intermediates=capture, mutable=["intermediates"], **kwargs)
+        return state["intermediates"]["norm_pre"]["__call__"][0]
+
+    return np.asarray(run(variables))
+
+
+@pytest.mark.parametrize(
+    ("pool", "share", "kept"), [("cls", 0.5, 8), ("cls", 0.3, 11), ("mean", 0.5, 8), ("map", 0.99, 1)]
+)
+def test_patch_dropout_keeps_a_random_subset(pool, share, kept):
+    tower = IMG.clone(depth=1, pool=pool, patch_dropout=share)
+    variables = random_variables(tower, IMAGE)
+    every = tokens_before_blocks(tower, variables)
+    np.testing.assert_array_equal(every, tokens_before_blocks(tower.clone(patch_dropout=0.0), variables, train=True))
+
+    some = tokens_before_blocks(tower, variables, train=True, rngs={"dropout": jax.random.key(0)})
+    first = int(pool == "cls")
+    chex.assert_shape(some, (3, first + kept, 24))
+    np.testing.assert_allclose(some[:, :first], every[:, :first], atol=1e-6)
+    # Each kept token is one of its own image's, position included, and none comes twice.
+    distance = np.abs(some[:, first:, None] - every[:, None, first:]).max(axis=-1)  # (b, kept, patches)
+    assert distance.min(axis=2).max() < 1e-5
+    chosen = [set(row) for row in distance.argmin(axis=2).tolist()]
+    assert all(len(row) == kept for row in chosen)
+    if kept > 1:
+        assert chosen[0] != chosen[1]
+
+    again = tokens_before_blocks(tower, variables, train=True, rngs={"dropout": jax.random.key(0)})
+    other = tokens_before_blocks(tower, variables, train=True, rngs={"dropout": jax.random.key(1)})
+    np.testing.assert_array_equal(again, some)
+    assert np.abs(other - some).max() > 1e-2
+
+
+# --- parts
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("gelu", torch.nn.GELU()),
+        ("gelu_tanh", torch.nn.GELU(approximate="tanh")),
+        ("quick_gelu", open_clip.transformer.QuickGELU()),
+    ],
+)
+def test_activations(name, theirs):
+    x = np.linspace(-6, 6, 101, dtype=np.float32)
+    np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x)), numpy(theirs(torch.tensor(x))), atol=2e-6)
+
+
+@pytest.mark.parametrize(("causal", "queries"), [(False, 6), (False, 1), (True, 6)])
+def test_attend_is_torchs(causal, queries):
+    rng = np.random.default_rng(0)
+    query, key, value = (2 * rng.normal(size=(2, 3, n, 8)).astype(np.float32) for n in (queries, 6, 6))
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        torch.tensor(query), torch.tensor(key), torch.tensor(value), is_causal=causal
+    )
+    np.testing.assert_allclose(attend(query, key, value, causal=causal), numpy(theirs), atol=2e-6)
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("tower", "batch", "message"),
+    [
+        (IMG.clone(act="relu"), IMAGE, r"act is 'relu'.*'gelu', 'gelu_tanh', 'quick_gelu'"),
+        (TXT.clone(act="relu"), TEXT, r"act is 'relu'.*'gelu', 'gelu_tanh', 'quick_gelu'"),
+        (IMG.clone(remat="some"), IMAGE, r"remat is 'some'.*'none', 'dots', 'full'"),
+        (TXT.clone(remat="some"), TEXT, r"remat is 'some'.*'none', 'dots', 'full'"),
+        (IMG.clone(pool="max"), IMAGE, r"model\.img\.pool is 'max'.*'cls', 'mean', 'map'"),
+        (IMG, IMAGE[:, :12, :12], r"\(3, 12, 12, 3\).*size 16.*model\.img\.size"),
+        (IMG, IMAGE[..., :1], r"\(3, 16, 16, 1\)"),
+        (IMG.clone(patch=5), IMAGE, r"model\.img: size 16 .* patch 5"),
+        (IMG.clone(heads=5), IMAGE, r"model\.img: .* width 24 of heads 5"),
+        (TXT.clone(heads=5), TEXT, r"model\.txt: width 24 .* heads 5"),
+        (TXT.clone(length=6), TEXT, r"7 tokens .* length 6.*model\.txt\.length"),
+        (IMG.clone(patch_dropout=1.0), IMAGE, r"model\.img\.patch_dropout is 1\.0"),
+        (IMG.clone(patch_dropout=-0.1), IMAGE, r"model\.img\.patch_dropout is -0\.1"),
+    ],
+)
+def test_bad_input_is_refused(tower, batch, message):
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(tower.init, jax.random.key(0), batch)

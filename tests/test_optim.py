@@ -1,0 +1,97 @@
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from xclip_jax import optim
+from xclip_jax.errors import UserError
+
+
+@pytest.mark.parametrize("kind", optim.SCHEDULES)
+def test_schedule_warms_up_then_decays(kind):
+    config = optim.OptimConfig(lr=1.0, schedule=kind, warmup=10, lr_start=0.1, lr_end=0.2)
+    lr = [float(optim.schedule(config, 110)(step)) for step in range(111)]
+    np.testing.assert_allclose(lr[:11], 0.1 + 0.9 * np.arange(11) / 10, rtol=1e-6)
+    share = np.arange(101) / 100
+    expected = {
+        "cosine": 0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * share)),
+        "linear": 1 - 0.8 * share,
+        "constant": np.ones(101),
+    }[kind]
+    np.testing.assert_allclose(lr[10:], expected, rtol=1e-5)
+
+
+def test_warmup_longer_than_the_run_is_refused():
+    with pytest.raises(UserError, match=r"optim\.warmup=20 .* 20 steps"):
+        optim.schedule(optim.OptimConfig(lr=1.0, warmup=20), 20)
+
+
+def test_unknown_schedule_is_refused():
+    with pytest.raises(UserError, match=r"optim\.schedule is 'cosin'.*'cosine'"):
+        optim.schedule(optim.OptimConfig(lr=1.0, schedule="cosin"), 20)
+
+
+def test_decay_reaches_kernels_alone():
+    params = {
+        "img": {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "positions": jnp.ones((4, 2))},
+        "stack": {"norm": {"scale": jnp.ones((12, 3)), "bias": jnp.ones((12, 3))}},
+        "cls": jnp.ones(2),
+        "log_scale": jnp.ones(()),
+    }
+    mask = optim.decay_mask(params)
+    assert mask == {
+        "img": {"dense": {"kernel": True, "bias": False}, "positions": True},
+        "stack": {"norm": {"scale": False, "bias": False}},
+        "cls": False,
+        "log_scale": False,
+    }
+    tx = optim.make_optimizer(optim.OptimConfig(lr=0.1, schedule="constant", weight_decay=0.5), 10)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    # With no gradient an update is decay alone: -lr * weight_decay * parameter.
+    chex.assert_trees_all_close(updates, jax.tree.map(lambda m, p: -0.05 * m * p, mask, params))
+
+
+def test_adamw_against_its_formula():
+    config = optim.OptimConfig(lr=0.01, schedule="constant", weight_decay=0.1, b1=0.8, b2=0.9, eps=1e-3)
+    tx, rng = optim.make_optimizer(config, 10), np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)}
+    state, w = tx.init(params), np.asarray(params["kernel"], np.float64)
+    mu = nu = np.zeros((3, 2))
+    for t in range(1, 6):
+        grad = rng.normal(size=(3, 2))
+        updates, state = tx.update({"kernel": jnp.asarray(grad, jnp.float32)}, state, params)
+        params = optax.apply_updates(params, updates)
+        mu, nu = 0.8 * mu + 0.2 * grad, 0.9 * nu + 0.1 * grad**2
+        w = w - 0.01 * ((mu / (1 - 0.8**t)) / (np.sqrt(nu / (1 - 0.9**t)) + 1e-3) + 0.1 * w)
+    np.testing.assert_allclose(params["kernel"], w, rtol=1e-5)
+
+
+def test_clip_bounds_the_global_norm():
+    tx = optim.make_optimizer(optim.OptimConfig(lr=1.0, schedule="constant", clip=1.0, b1=0.0, b2=0.0, eps=1e6), 10)
+    params = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
+    grads = {"kernel": jnp.full((2, 2), 30.0), "bias": jnp.full(2, 40.0)}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    # An enormous eps makes AdamW linear in the gradient.
+    np.testing.assert_allclose(float(optax.tree.norm(updates)) * 1e6, 1.0, rtol=1e-4)
+
+
+def test_scale_is_held_after_the_update_and_can_come_back():
+    above = {"log_scale": jnp.asarray(5.0), "kernel": jnp.ones(2)}
+    held = optim.project_scale(above)
+    assert float(jnp.exp(held["log_scale"])) == pytest.approx(100.0, rel=1e-6)
+    assert held["kernel"] is above["kernel"]
+    below = {"log_scale": jnp.asarray(math.log(20))}
+    assert float(optim.project_scale(below)["log_scale"]) == pytest.approx(math.log(20))
+    assert optim.project_scale({"kernel": jnp.ones(2)}).keys() == {"kernel"}
+
+
+def test_ema_momentum():
+    assert optim.ema_momentum(7, 100, 0.99, "constant") == 0.99
+    values = [float(optim.ema_momentum(step, 100, 0.996, "cosine")) for step in (0, 50, 100)]
+    np.testing.assert_allclose(values, [0.996, 0.998, 1.0], rtol=1e-6)
+    with pytest.raises(UserError, match=r"ema\.schedule"):
+        optim.ema_momentum(0, 100, 0.9, "step")

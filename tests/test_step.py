@@ -1,0 +1,169 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests import tiny
+from xclip_jax import optim, parts, state
+from xclip_jax.data import loader
+
+VARIANTS = {
+    "clip": {},
+    "siglip": {},
+    "nclip": {},
+    "xclip": {},
+    "nclip-joint": {"objective__nclip__target": "joint"},
+    "nclip-ema": {"objective__nclip__target": "ema"},
+    "nclip-center": {"objective__nclip__balance": "center"},
+    "xclip-ema-sinkhorn": {"objective__nclip__target": "ema", "objective__nclip__balance": "sinkhorn"},
+    "xclip-ema-center": {"objective__nclip__target": "ema", "objective__nclip__balance": "center"},
+    "xclip-patch-dropout": {"model__img__patch_dropout": 0.5},
+    "xclip-kept-average": {"ema__on": True},
+}
+
+
+def make(variant, devices=8, mesh=None, **changes):
+    config = tiny.config(variant.split("-")[0], **VARIANTS[variant], **changes)
+    if mesh:
+        config.mesh = mesh
+    return parts.build(config, jax.devices()[:devices])
+
+
+def run(p, steps=1):
+    s, seen = state.create(p.init, p.mesh), []
+    for i in range(steps):
+        s, metrics = p.compiled(s, loader.to_global(tiny.batch(i, eot=p.tokenizer.eot_id), p.mesh))
+        seen.append(jax.device_get(metrics))
+    return jax.device_get(s), seen
+
+
+def gradients(p):
+    """Loss and gradients as the step makes them, caught by an optimizer that keeps the gradient as its state."""
+    catch = optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, _, params=None: (grads, grads)
+    )
+    config_step = parts.step.make_train_step(p.model, catch, p.objective, p.preprocess, p.momentum)
+    s = state.create(p.init, p.mesh).replace(opt_state=None)
+    s, metrics = jax.jit(config_step)(s, loader.to_global(tiny.batch(eot=p.tokenizer.eot_id), p.mesh))
+    return float(metrics["loss"]), jax.device_get(s.opt_state), jax.device_get(s.batch_stats)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_device_against_eight(variant):
+    loss_1, grads_1, stats_1 = gradients(make(variant, devices=1))
+    loss_8, grads_8, stats_8 = gradients(make(variant, devices=8))
+    assert loss_8 == pytest.approx(loss_1, rel=1e-5)
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(grads_1))
+    assert largest > 1e-3
+    chex.assert_trees_all_close(grads_8, grads_1, rtol=1e-5, atol=1e-5 * largest)
+    chex.assert_trees_all_close(stats_8, stats_1, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 4, "model": 1}, {"data": 2, "fsdp": 2, "model": 2}])
+def test_split_parameters_make_the_same_step(mesh):
+    loss_1, grads_1, _ = gradients(make("xclip", devices=1))
+    split = make("xclip", mesh=mesh)
+    kernel = split.abstract.params["clusters_img"]["clusters"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) != kernel.shape
+    loss_8, grads_8, _ = gradients(split)
+    assert loss_8 == pytest.approx(loss_1, rel=1e-5)
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(grads_1))
+    chex.assert_trees_all_close(grads_8, grads_1, rtol=1e-5, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("objective", ["clip", "siglip", "nclip", "xclip"])
+def test_the_loss_falls_on_one_batch(objective):
+    p = make(objective, steps=40, data__flip=0.0, data__color=0.0, optim__schedule="constant")
+    s, losses = state.create(p.init, p.mesh), []
+    fixed = loader.to_global(tiny.batch(eot=p.tokenizer.eot_id), p.mesh)
+    for _ in range(40):
+        s, metrics = p.compiled(s, fixed)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.5, losses[::10]
+
+
+def test_compiled_once_and_counted():
+    p = make("xclip")
+    s, seen = run(p, steps=4)
+    assert p.compiled._cache_size() == 1
+    assert s.step == 4
+    assert all(np.isfinite(value) for metrics in seen for value in metrics.values())
+
+
+def test_same_state_and_batch_same_result():
+    s_1, seen_1 = run(make("xclip-patch-dropout"), steps=3)
+    s_2, seen_2 = run(make("xclip-patch-dropout"), steps=3)
+    chex.assert_trees_all_equal(s_1.params, s_2.params)
+    assert seen_1 == seen_2
+
+
+def test_randomness_moves_with_the_step_and_the_seed():
+    p = make("clip")
+    s = state.create(p.init, p.mesh)
+    batch = loader.to_global(tiny.batch(eot=p.tokenizer.eot_id), p.mesh)
+    step = jax.jit(p.step)
+    losses = {
+        float(step(s.replace(step=jnp.int32(at), seed=jnp.uint32(seed)), batch)[1]["loss"])
+        for at, seed in ((0, 0), (1, 0), (0, 1))
+    }
+    assert len(losses) == 3  # other flips and colours
+
+
+def test_state_is_donated():
+    p = make("xclip-kept-average")
+    s = state.create(p.init, p.mesh)
+    p.compiled(s, loader.to_global(tiny.batch(eot=p.tokenizer.eot_id), p.mesh))
+    assert all(x.is_deleted() for x in jax.tree.leaves((s.params, s.opt_state, s.ema_params)))
+
+
+def test_parameters_are_what_the_abstract_state_says():
+    p = make("xclip-ema-center")
+    s = state.create(p.init, p.mesh)
+    chex.assert_trees_all_equal_shapes_and_dtypes(s, p.abstract)
+    assert all(x.sharding == a.sharding for x, a in zip(jax.tree.leaves(s), jax.tree.leaves(p.abstract), strict=True))
+
+
+def test_average_follows_its_formula():
+    p = make("xclip-kept-average", steps=10, ema__momentum=0.9)
+    s = state.create(p.init, p.mesh)
+    expected = jax.device_get(s.params)
+    for i in range(3):
+        s, _ = p.compiled(s, loader.to_global(tiny.batch(i, eot=p.tokenizer.eot_id), p.mesh))
+        m = float(optim.ema_momentum(i, 10, 0.9, "cosine"))
+        expected = jax.tree.map(lambda e, x, m=m: m * e + (1 - m) * x, expected, jax.device_get(s.params))
+    chex.assert_trees_all_close(jax.device_get(s.ema_params), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_centers_follow_the_teacher():
+    s, _ = run(make("xclip-ema-center"), steps=2)
+    assert s.loss_state.keys() == {"center_img", "center_txt"}
+    assert np.abs(s.loss_state["center_img"]).max() > 0
+
+
+def test_scale_stays_bounded_through_updates():
+    p = make("clip", optim__lr=5.0, optim__schedule="constant", optim__warmup=0)
+    s, seen = run(p, steps=5)
+    assert np.exp(s.params["log_scale"]) <= 100 * (1 + 1e-5)
+    assert all(m["clip/scale"] <= 100 * (1 + 1e-5) for m in seen)
+
+
+def test_objectives_have_only_the_heads_that_they_need():
+    heads = {name: set(make(name).abstract.params) - {"img", "txt"} for name in ("clip", "siglip", "nclip", "xclip")}
+    clip = {"proj_img", "proj_txt", "log_scale"}
+    clusters = {"clusters_img", "clusters_txt"}
+    assert heads == {"clip": clip, "siglip": clip | {"bias"}, "nclip": clusters, "xclip": clip | clusters}
+
+
+def test_idle_head_changes_nothing():
+    """xCLIP without weight on nCLIP is CLIP with as many parameters: the control for model size."""
+    _, idle, _ = gradients(make("xclip", objective__w_clip=1.0, objective__w_nclip=0.0))
+    assert all(not g.any() for g in jax.tree.leaves((idle["clusters_img"], idle["clusters_txt"])))
+    _, clip, _ = gradients(make("clip"))
+    assert any(g.any() for g in jax.tree.leaves(clip["proj_img"]))
+
+
+def test_xclip_is_the_weighted_sum():
+    _, seen = run(make("xclip", objective__w_clip=0.25, objective__w_nclip=0.5))
+    assert seen[0]["loss"] == pytest.approx(0.25 * seen[0]["clip/loss"] + 0.5 * seen[0]["nclip/loss"], rel=1e-6)

@@ -1,0 +1,50 @@
+"""A run small enough for tests: config, batches and a folder of pairs."""
+
+import numpy as np
+from PIL import Image
+
+from configs import common
+
+BATCH, SIZE, LENGTH = 16, 16, 12
+
+
+def config(objective="xclip", steps=10, run="", **changes):
+    """A config of towers of one or two narrow layers; `changes` are dotted keys with __ for the dot."""
+    c = common.base(objective, "Ti/12")
+    c.run, c.steps = str(run), steps
+    c.model.img = c.model.img.to_dict() | {"size": SIZE, "patch": 8, "width": 32, "depth": 1, "heads": 2, "scan": False}
+    c.model.txt = c.model.txt.to_dict() | {"length": LENGTH, "width": 32, "depth": 1, "heads": 2, "scan": False}
+    c.model.embed = 16
+    c.model.cluster_head = {"clusters": 24, "hidden": 32, "layers": 1, "last_norm": False}
+    c.model.dtype = "float32"
+    c.optim.warmup, c.optim.lr, c.optim.eps = 1, 1e-3, 1e-6
+    c.data.batch, c.data.tokenizer, c.data.threads = BATCH, "bytes", 2
+    c.data.flip, c.data.color = 0.5, 0.2
+    c.eval.sets, c.eval.final_sets = (), ()
+    c.log.every, c.checkpoint.every = 1, 5
+    for key, value in changes.items():
+        group = c
+        *path, last = key.split("__")
+        for part in path:
+            group = group[part]
+        group[last] = value
+    return c
+
+
+def batch(seed=0, b=BATCH, eot=257):
+    """Random images, and texts of random lengths that end in `eot`."""
+    rng = np.random.default_rng(seed)
+    text = rng.integers(1, 200, (b, LENGTH)).astype(np.int32)
+    for row, end in enumerate(rng.integers(2, LENGTH, b)):
+        text[row, end], text[row, end + 1 :] = eot, 0
+    return {"image": rng.integers(0, 256, (b, SIZE, SIZE, 3), dtype=np.uint8), "text": text}
+
+
+def folder(path, n=40, seed=0):
+    """Writes `n` little images with captions under `path` and returns it."""
+    rng = np.random.default_rng(seed)
+    path.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        Image.fromarray(rng.integers(0, 256, (20 + i % 5, 24, 3), dtype=np.uint8)).save(path / f"{i:03d}.png")
+        (path / f"{i:03d}.txt").write_text(f"picture {i}\n" + (f"number {i}\n" if i % 3 == 0 else ""))
+    return path

@@ -1,0 +1,171 @@
+"""Text -> token ids. `load("clip")` is CLIP's byte-pair encoding, `load("bytes")` needs no file, a path reads any other.
+
+Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021; the ids agree
+with open_clip's `SimpleTokenizer` on every character that Unicode 15 assigns.
+"""
+
+import functools
+import gzip
+import html
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+
+import ftfy
+import numpy as np
+import tokenizers
+
+from xclip_jax.data import assets
+from xclip_jax.errors import UserError
+
+NAMES = ("clip", "bytes")
+END_TOKENS = ("<|endoftext|>", "</s>", "[SEP]")
+START_TOKENS = ("<|startoftext|>", "<s>", "[CLS]")
+PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>")
+
+_CLIP_MERGES = 48894
+_CLIP_START, _CLIP_END = "<start_of_text>", "<end_of_text>"
+# open_clip skips U+0345: without regard to case it equals iota, so it falls out of the class "no letter", and is none.
+_CLIP_WORDS = rf"(?i){_CLIP_START}|{_CLIP_END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}\x{{345}}]+"
+
+
+class Tokenizer:
+    """Callable (texts, length) -> int32 (b, length); made by `load`, immutable, safe in threads, picklable by name.
+
+    Attributes:
+      name: what `load` was given.
+      vocab_size: ids are below it.
+      sot_id: opens each row; None where the vocabulary has no such token, then rows open with the text.
+      eot_id: closes each row, the over-long ones too.
+      pad_id: fills each row up.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        encode: Callable[[str], list[int]],
+        *,
+        vocab_size: int,
+        sot_id: int | None,
+        eot_id: int,
+        pad_id: int,
+    ) -> None:
+        self.name, self.vocab_size = name, vocab_size
+        self.sot_id, self.eot_id, self.pad_id = sot_id, eot_id, pad_id
+        self._encode = encode
+
+    def __call__(self, texts: Sequence[str], length: int) -> np.ndarray:
+        """int32 (len(texts), length): start, text, end, padding. Longer texts are cut before their end token.
+
+        Raises:
+          UserError: `texts` is one string, or `length` leaves no room for a start and an end.
+        """
+        if isinstance(texts, str):
+            raise UserError(f"texts is the string {texts[:40]!r}; pass a list of strings.")
+        if length < 2:
+            raise UserError(f"text length {length} has no room for a start and an end token; it must be 2 or more.")
+        start = [] if self.sot_id is None else [self.sot_id]
+        out = np.full((len(texts), length), self.pad_id, np.int32)
+        for row, text in zip(out, texts, strict=True):
+            ids = (start + self._encode(text))[: length - 1]
+            row[: len(ids)] = ids
+            row[len(ids)] = self.eot_id
+        return out
+
+    def __reduce__(self) -> tuple[Callable[[str], "Tokenizer"], tuple[str]]:
+        """Pickles as its name: data workers load it once each instead of receiving the vocabulary with each message."""
+        return load, (self.name,)
+
+
+@functools.lru_cache
+def load(name: str) -> Tokenizer:
+    """The tokenizer `name`: "clip" (49,408 ids), "bytes" (259 ids), or the path of a Hugging Face `tokenizers` JSON file.
+
+    Raises:
+      UserError: unknown name, unreadable file, a vocabulary without an end token.
+      AssetError: CLIP's vocabulary is neither cached nor to be had.
+    """
+    if name == "clip":
+        return _clip()
+    if name == "bytes":
+        return _bytes()
+    if pathlib.Path(name).is_file():
+        return _from_file(name)
+    raise UserError(f"tokenizer {name!r} must be one of {', '.join(map(repr, NAMES))} or the path of a tokenizer.json.")
+
+
+def clean(text: str) -> str:
+    """CLIP's cleaning: broken encodings mended, HTML entities resolved twice, white space folded, lower case."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+def _byte_letters() -> list[str]:
+    """The printable stand-in of each byte, in the order of the vocabulary: printable bytes first, then the others."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+
+
+def _clip() -> Tokenizer:
+    lines = gzip.decompress(assets.from_wheel("clip_bpe").read_bytes()).decode("utf-8").split("\n")
+    merges = [tuple(line.split()) for line in lines[1 : 1 + _CLIP_MERGES]]
+    letters = _byte_letters()
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in merges), _CLIP_START, _CLIP_END]
+    vocab = {word: i for i, word in enumerate(words)}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), behavior="removed", invert=True),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    special = {_CLIP_START: vocab[_CLIP_START], _CLIP_END: vocab[_CLIP_END]}
+
+    def encode(text: str) -> list[int]:
+        text = clean(text)
+        if not any(token in text for token in special):
+            return bpe.encode(text, add_special_tokens=False).ids
+        # No merges lead to these two, so BPE alone would spell out what open_clip takes for one id.
+        ids = []
+        for piece, _ in bpe.pre_tokenizer.pre_tokenize_str(text):
+            ids += [special[piece]] if piece in special else [token.id for token in bpe.model.tokenize(piece)]
+        return ids
+
+    return Tokenizer(
+        "clip", encode, vocab_size=len(vocab), sot_id=special[_CLIP_START], eot_id=special[_CLIP_END], pad_id=0
+    )
+
+
+def _bytes() -> Tokenizer:
+    def encode(text: str) -> list[int]:
+        return [byte + 3 for byte in text.encode("utf-8", "replace")]
+
+    return Tokenizer("bytes", encode, vocab_size=259, sot_id=1, eot_id=2, pad_id=0)
+
+
+def _from_file(path: str) -> Tokenizer:
+    try:
+        model = tokenizers.Tokenizer.from_file(os.fspath(path))
+    except Exception as error:  # The library raises bare `Exception`.
+        raise UserError(f"tokenizer file {path!r} is no Hugging Face tokenizers JSON: {error}") from error
+    model.no_padding()
+    model.no_truncation()
+    # A caption that spells out "</s>" must not end its row.
+    model.encode_special_tokens = True
+
+    def find(tokens: Sequence[str]) -> int | None:
+        return next((i for i in map(model.token_to_id, tokens) if i is not None), None)
+
+    end = find(END_TOKENS)
+    if end is None:
+        raise UserError(
+            f"tokenizer file {path!r} has no end token; add one of {', '.join(END_TOKENS)} to its vocabulary."
+        )
+    return Tokenizer(
+        path,
+        lambda text: model.encode(text, add_special_tokens=False).ids,
+        vocab_size=max(model.get_vocab(with_added_tokens=True).values()) + 1,
+        sot_id=find(START_TOKENS),
+        eot_id=end,
+        pad_id=find(PAD_TOKENS) or 0,
+    )
