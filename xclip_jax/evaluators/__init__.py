@@ -1,4 +1,4 @@
-"""Evaluators: what they are, how they are made by name and shown, and the one encoder that they share.
+"""Evaluators: what they are, and the one encoder that they share.
 
 An evaluator has a `name` and a method `run(variables) -> {metric: value}`: flat names such as
 "zeroshot/emoji/test_concepts/top1", Python floats, shares in percent. It is built once, with its data, and run as
@@ -7,7 +7,7 @@ often as the trainer likes; `variables` is what `TwoTowers.apply` takes. With se
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -23,20 +23,6 @@ from xclip_jax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
 Features = dict[str, np.ndarray]
 Encode = Callable[[Any, jax.Array], dict[str, jax.Array]]
 
-# For each kind of evaluator: a metric that it alone reports once for each set, its headline, and its table's columns.
-_TABLES = {
-    "zeroshot": (
-        "ways",
-        "top1",
-        ("n", "ways", "top1", "top5", "mean_per_class", "cosine/top1", "cross_entropy/top1"),
-    ),
-    "retrieval": (
-        "captions",
-        "text_to_image/r1",
-        ("images", "captions", *(f"{way}/r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))),
-    ),
-}
-
 
 class Evaluator(Protocol):
     """What the trainer runs; the module's docstring has the contract."""
@@ -44,48 +30,6 @@ class Evaluator(Protocol):
     name: str
 
     def run(self, variables: Any) -> dict[str, float]: ...
-
-
-def make(spec: str, encoder: "Encoder", data_dir: str | None = None) -> Evaluator:
-    """The evaluator of the set named `spec` in `evaluators.sets`; `data_dir` is the root of TFDS data sets.
-
-    Raises:
-      UserError: an unknown `spec`; the message lists the valid ones.
-    """
-    # These modules build on this one.
-    from xclip_jax.evaluators import retrieval, sets, zeroshot
-
-    data = sets.load(spec, encoder.image_size, data_dir)
-    return (retrieval.Retrieval if isinstance(data, retrieval.RetrievalSet) else zeroshot.ZeroShot)(encoder, data)
-
-
-def headlines(results: Mapping[str, float]) -> list[str]:
-    """The keys of `results` that one line has room for: one for each set."""
-    return [f"{name}/{headline}" for kind, (_, headline, _) in _TABLES.items() for name in _sets(results, kind)]
-
-
-def table(results: Mapping[str, float]) -> str:
-    """`results` as text, one table for each kind of evaluator with one row for each set; shares are in percent."""
-    blocks = []
-    for kind, (_, _, columns) in _TABLES.items():
-        names = _sets(results, kind)
-        shown = [c for c in columns if any(f"{name}/{c}" in results for name in names)]
-        rows = [[kind, *shown]]
-        for name in names:
-            values = [results.get(f"{name}/{c}") for c in shown]
-            cells = ["" if v is None else f"{v:.1f}" if "/" in c or c.startswith(("top", "mean")) else f"{v:.0f}"
-                     for c, v in zip(shown, values, strict=True)]
-            rows.append([name.removeprefix(f"{kind}/"), *cells])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
-        blocks += ["\n".join(lines)] if names else []
-    return "\n\n".join(blocks)
-
-
-def _sets(results: Mapping[str, float], kind: str) -> list[str]:
-    """What stands before the metrics of each set of one kind of evaluator: "zeroshot/emoji/test_concepts"."""
-    marker = f"/{_TABLES[kind][0]}"
-    return [key.removesuffix(marker) for key in results if key.startswith(f"{kind}/") and key.endswith(marker)]
 
 
 class Encoder:

@@ -37,7 +37,8 @@ def render(results: Mapping[str, float]) -> str:
     lines = []
     classified = [(name, values) for family, name, values in rows(results) if family == "zeroshot"]
     if classified:
-        lines.append(f"{'zero-shot classification, %':<44}{'ways':>6}{'images':>8}{'top-1':>8}{'top-5':>8}{'chance':>8}")
+        columns = "".join(f"{column:>8}" for column in ("images", "top-1", "top-5", "chance"))
+        lines.append(f"{'zero-shot classification, %':<44}{'ways':>6}{columns}")
         for name, values in classified:
             ways, n = results[f"zeroshot/{name}/ways"], results[f"zeroshot/{name}/n"]
             lines.append(

@@ -1,0 +1,87 @@
+"""One golden dump for each config: a change of any key of any experiment shows in the diff.
+
+    UPDATE_GOLDEN=1 python -m pytest tests/test_configs.py
+"""
+
+import importlib
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from configs import common
+from xclip_jax import trainer
+from xclip_jax.errors import UserError
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+CONFIGS = {
+    "clip": ("clip", None),
+    "siglip": ("siglip", None),
+    "nclip": ("nclip", None),
+    "xclip": ("xclip", None),
+    "xclip_L14": ("xclip", "preset=L/14,batch=8192,pairs=35000000"),
+    "demo": ("demo", None),
+    "demo_clip": ("demo", "objective=clip"),
+    "demo_siglip": ("demo", "objective=siglip"),
+    "demo_nclip": ("demo", "objective=nclip"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_golden(name):
+    module, arg = CONFIGS[name]
+    config = importlib.import_module(f"configs.{module}").get_config(arg)
+    dump = "".join(f"{key} = {value!r}\n" for key, value in sorted(trainer.flatten(config.to_dict()).items()))
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(dump)
+    assert dump == path.read_text()
+
+
+def test_every_config_file_has_a_dump():
+    files = {path.stem for path in (GOLDEN.parents[1] / "configs").glob("*.py")} - {"common"}
+    assert files == {module for module, _ in CONFIGS.values()}
+
+
+def test_parse_arg():
+    parsed = common.parse_arg("steps=5,flag,rate=0.5", steps=1, flag=False, rate=1.0, name="x")
+    assert parsed.to_dict() == {"steps": 5, "flag": True, "rate": 0.5, "name": "x"}
+    with pytest.raises(UserError, match="'stpes' is unknown; did you mean 'steps'"):
+        common.parse_arg("stpes=5", steps=1, name="x")
+    with pytest.raises(UserError, match="steps='many' must be of type int"):
+        common.parse_arg("steps=many", steps=1)
+    with pytest.raises(UserError, match="objective='clap' must be one of clip, siglip, nclip, xclip"):
+        common.parse_arg("objective=clap", objective="clip")
+
+
+def test_unknown_preset():
+    with pytest.raises(UserError, match="preset is 'B/17'.*'B/16'"):
+        common.base("clip", "B/17")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config", "configs/demo.py", "--config.optim.lrr=1"], "lr"),
+        (["--config", "configs/demo.py", "--config.optimm.lr=1"], "optim"),
+        (["--config", "configs/demo.py", "--config.optim.lr=fast"], "fast"),
+        (["--config", "configs/demo.py:objectiv=nclip"], "objective"),
+        (["--config", "configs/demo.py:preset=X/1"], "B/16"),
+        (["--config", "configs/demo.py", "--confg.optim.lr=1"], "confg"),
+        (["--config", "configs/nothing.py"], "configs/nothing.py"),
+        ([], "--config"),
+        (["--config", "configs/demo.py", "optim.lr=1"], "optim.lr=1"),
+        (["--config", "configs/clip.py"], "data.sources"),
+    ],
+)
+def test_bad_command_lines_are_one_sentence(flags, message, tmp_path):
+    command = [sys.executable, "-m", "xclip_jax.main", *flags]
+    if "--config" in flags and "nothing" not in flags[1]:
+        command.append(f"--config.run={tmp_path / 'run'}")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=GOLDEN.parents[1])
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr

@@ -1,0 +1,194 @@
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from tests import tiny
+from xclip_jax import metrics, parts, trainer
+from xclip_jax.checkpoint import Checkpointer
+from xclip_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return tiny.folder(tmp_path_factory.mktemp("pairs"))
+
+
+def config(pairs, run, **changes):
+    return tiny.config(run=run, data__sources=(f"folder:{pairs}",), **changes)
+
+
+def logged(run):
+    """Training metrics by step, without those that measure time."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: {k: v for k, v in line.items() if k != "samples_per_second"} for line in lines}
+
+
+def final_state(c):
+    p = parts.build(c)
+    checkpointer = Checkpointer(c.run)
+    state, position = checkpointer.restore(p.abstract)
+    checkpointer.close()
+    return jax.device_get(state), position
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def straight(pairs, tmp_path_factory):
+    """Ten steps without a break: the run's folder and its last state."""
+    c = config(pairs, tmp_path_factory.mktemp("straight") / "run")
+    trainer.run(c)
+    return c, *final_state(c)
+
+
+def test_resume_is_bit_exact(pairs, tmp_path, straight, monkeypatch):
+    """Killed at step 7, resumed from the checkpoint of step 5: state, metrics and so the data are those of ten steps."""
+    c, seen = config(pairs, tmp_path / "run"), []
+    original = trainer.loader.to_global
+
+    def counted(batch, mesh):
+        if len(seen) == 7:
+            raise Stopped
+        seen.append(batch)
+        return original(batch, mesh)
+
+    monkeypatch.setattr(trainer.loader, "to_global", counted)
+    with pytest.raises(Stopped):
+        trainer.run(c)
+    monkeypatch.undo()
+    trainer.run(c)
+    state, position = final_state(c)
+    chex.assert_trees_all_equal(state, straight[1])
+    assert position == straight[2] == {"batch": tiny.BATCH, "samples": 10 * tiny.BATCH, "seed": 0}
+    assert logged(tmp_path / "run") == logged(pathlib.Path(straight[0].run))
+    assert list(logged(tmp_path / "run")) == list(range(1, 11))
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(pairs, tmp_path, straight):
+    script = (
+        "import sys; from tests import tiny; from xclip_jax import trainer;"
+        "trainer.run(tiny.config(run=sys.argv[1], steps=int(sys.argv[3]), data__sources=('folder:' + sys.argv[2],),"
+        " checkpoint__every=1000))"
+    )
+    env = os.environ | {"PYTHONPATH": os.getcwd()}
+    run = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-c", script, str(run), str(pairs), "100000"], env=env)
+    deadline = time.time() + 120
+    while time.time() < deadline and not (run / "metrics.jsonl").exists():
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    checkpointer = Checkpointer(run)
+    assert checkpointer.latest() >= 1
+    checkpointer.close()
+
+
+def test_complete_run_says_so_and_trains_no_more(straight, capsys, monkeypatch):
+    monkeypatch.setattr(trainer, "build", lambda _: pytest.fail("a complete run was built again"))
+    trainer.run(straight[0])
+    assert "is complete at step 10" in capsys.readouterr().out
+
+
+def test_run_folder_holds_what_is_needed_to_repeat_it(straight):
+    record = json.loads((pathlib.Path(straight[0].run) / "config.json").read_text())
+    assert record["config"]["optim"]["lr"] == 1e-3
+    assert record["environment"]["versions"].keys() >= {"jax", "flax", "xclip_jax"}
+    assert record["environment"]["commit"]
+    line = logged(pathlib.Path(straight[0].run))[10]
+    assert {"loss", "clip/ln_b", "nclip/mutual_information_img", "rank/img", "grad_norm", "lr", "epoch"} <= line.keys()
+    assert line["epoch"] == pytest.approx(10 * tiny.BATCH / 40)
+    assert any((pathlib.Path(straight[0].run) / "tensorboard").iterdir())
+    assert {"results", "config", "environment"} <= json.loads((pathlib.Path(straight[0].run) / "results.json").read_text()).keys()
+
+
+def test_other_settings_in_the_same_folder_are_refused(pairs, straight):
+    c = config(pairs, straight[0].run, optim__lr=2e-3)
+    with pytest.raises(UserError, match=r"other settings: optim\.lr \(0\.001 there, 0\.002 here\)"):
+        trainer.run(c)
+
+
+def test_checkpoint_of_another_architecture_is_refused(pairs, straight):
+    c = config(pairs, straight[0].run, model__embed=32)
+    checkpointer = Checkpointer(c.run)
+    with pytest.raises(UserError, match=r"another architecture: params/proj_img/linear/kernel has shape \(32, 16\) there"):
+        checkpointer.restore(parts.build(c).abstract)
+    checkpointer.close()
+
+
+def test_missing_checkpoint_is_named(tmp_path):
+    checkpointer = Checkpointer(tmp_path)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        checkpointer.restore(parts.build(tiny.config()).abstract)
+    checkpointer.close()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(pairs, tmp_path):
+    c = config(pairs, tmp_path / "run", optim__lr=1e30, optim__warmup=0, optim__schedule="constant")
+    with pytest.raises(UserError, match=r"the loss of step \d+ is nan.*optim\.lr"):
+        trainer.run(c)
+    checkpointer = Checkpointer(c.run)
+    assert checkpointer.latest() is None
+    checkpointer.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__batch": 12}, r"data\.batch=12 cannot be divided over 8 devices.*use 8 or 16"),
+        ({"data__sources": ("folder:/no/such/place",)}, r"folder '/no/such/place' does not exist"),
+        ({"data__sources": ("web:x",)}, r"'web:x' is of no known kind"),
+        ({"data__sources": ()}, r"data\.sources is empty"),
+        ({"data__weights": (1.0, 2.0)}, r"data\.weights has 2 values for 1 sources"),
+        ({"data__tokenizer": "clop"}, r"'clop'"),
+        ({"model__img__pool": "max"}, r"model\.img\.pool is 'max'"),
+        ({"model__img__act": "relu6"}, r"act is 'relu6'"),
+        ({"model__dtype": "float16"}, r"model\.dtype is 'float16'"),
+        ({"objective__nclip__target": "stop"}, r"objective\.nclip\.target is 'stop'.*'detach'"),
+        ({"optim__schedule": "step"}, r"optim\.schedule is 'step'"),
+        ({"mesh": {"data": 3, "fsdp": 1, "model": 1}}, r"does not fit 8 devices"),
+        ({"eval__sets": ("emoji/tests",), "eval__every": 5}, r"emoji/tests"),
+    ],
+)
+def test_bad_values_are_one_sentence_with_the_key(pairs, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        trainer.run(config(pairs, tmp_path / "run", **changes))
+
+
+def test_collapse_is_said_once(pairs, tmp_path, capsys):
+    """A head that starts sharp and never learns to agree."""
+    c = config(pairs, tmp_path / "run", objective__nclip__tau=0.01, optim__lr=1e-12, log__alarms_after=1)
+    trainer.run(c)
+    out = capsys.readouterr().out
+    assert out.count("WARNING, step 1: disagreement") == 1
+    assert out.count("disagreement") == 1
+
+
+def test_writer_drops_what_a_resumed_run_writes_again(tmp_path):
+    writer = metrics.Writer(epath.Path(tmp_path))
+    for step in (1, 2, 3):
+        writer.write(step, {"loss": float(step)})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')  # killed while it wrote
+    metrics.Writer(epath.Path(tmp_path), step=2).close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_clock():
+    assert [metrics.clock(s) for s in (5, 65, 3723)] == ["0:05", "1:05", "1:02:03"]
+
+
+def test_flatten():
+    assert trainer.flatten({"a": {"b": 1, "c": (1, 2)}, "d": np.float32}) == {"a.b": 1, "a.c": [1, 2], "d": np.float32}
