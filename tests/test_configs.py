@@ -57,7 +57,7 @@ def test_parse_arg():
 
 
 def test_unknown_preset():
-    with pytest.raises(UserError, match="preset is 'B/17'.*'B/16'"):
+    with pytest.raises(UserError, match=r"preset is 'B/17'.*'B/16'"):
         common.base("clip", "B/17")
 
 

@@ -47,6 +47,7 @@ class Encoder:
         self,
         model: TwoTowers,
         tokenizer: Callable[[Sequence[str], int], np.ndarray],
+        *,
         text_length: int,
         image_size: int,
         mean: tuple[float, ...],

@@ -66,9 +66,11 @@ class ClusterHead(nn.Module):
 
         x = h
         for i in range(self.layers):
-            # BatchNorm subtracts the mean, so a bias before it would do nothing.
+            # BatchNorm subtracts the mean, so a bias before it would do nothing. The hidden width is not split over the
+            # mesh's model axis: two ("fsdp", "model") kernels in a row with statistics over the batch after them get
+            # wrong gradients from XLA (jaxlib 0.10.2) where data, fsdp and model are all above 1.
             std = x.shape[-1] ** -0.5
-            x = dense(self.hidden, ("embed", "mlp"), std=std, dtype=self.dtype, use_bias=False, name=f"hidden_{i}")(x)
+            x = dense(self.hidden, ("embed", None), std=std, dtype=self.dtype, use_bias=False, name=f"hidden_{i}")(x)
             x = ACTIVATIONS["gelu"](batch_norm(f"norm_{i}")(x)).astype(self.dtype)
         s = dense(self.clusters, ("embed", "cluster"), std=x.shape[-1] ** -0.5, dtype=self.dtype, name="clusters")(x)
         s = s.astype(jnp.float32)

@@ -1,0 +1,199 @@
+import itertools
+
+import grain
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from tests import tiny
+from xclip_jax.data import loader, sources, tokenizer, transforms
+from xclip_jax.errors import UserError
+from xclip_jax.parallel.mesh import make_mesh
+
+
+class Numbers:
+    """Record i of source `name` is a grey image of value i, with the caption "<name> <i>"."""
+
+    def __init__(self, name, n):
+        self.name, self.n = name, n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        image = np.full((8, 8, 3), i % 256, np.uint8)
+        return {"image": image, "text": [f"{self.name} {i}"], "tags": ["red", "blue", "green"]}
+
+
+def config(**changes):
+    return loader.DataConfig(**{"sources": ("x",), "batch": 8, "tokenizer": "bytes"} | changes)
+
+
+def read(found, c, start=0, stop=5, **hosts):
+    transform = loader.Transform(c, 8, tokenizer.load("bytes"), 16)
+    order = loader.sample_order(found, c, seed=3)
+    return list(loader.batches(order, transform, batch=c.batch, start=start, stop=stop, seed=3, **hosts))
+
+
+def texts(batches):
+    rows = np.concatenate([b["text"] for b in batches])
+    return [bytes(int(t) - 3 for t in row if t >= 3).decode() for row in rows]  # start, end and padding are below 3
+
+
+def test_each_sample_once_an_epoch_in_another_order():
+    seen = texts(read([Numbers("a", 40)], config(), stop=10))
+    first, second = seen[:40], seen[40:]
+    assert sorted(first) == sorted(second) == sorted(f"a {i}" for i in range(40))
+    assert first != second
+    assert first != [f"a {i}" for i in range(40)]
+
+
+def test_epochs_need_not_be_whole_batches():
+    seen = texts(read([Numbers("a", 13)], config(), stop=13))
+    assert all(sorted(seen[i : i + 13]) == sorted(f"a {j}" for j in range(13)) for i in range(0, 104, 13))
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_global_batches_are_the_same_on_any_number_of_hosts(hosts):
+    c = config(tags=2)
+    whole = read([Numbers("a", 30)], c)
+    parts = [read([Numbers("a", 30)], c, host=h, hosts=hosts) for h in range(hosts)]
+    for g, batch in enumerate(whole):
+        for key in batch:
+            np.testing.assert_array_equal(np.concatenate([part[g][key] for part in parts]), batch[key])
+
+
+def test_any_start_goes_on_as_if_it_had_never_stopped():
+    c = config(tags=2)
+    whole, rest = read([Numbers("a", 30)], c, stop=8), read([Numbers("a", 30)], c, start=3, stop=8)
+    for a, b in zip(whole[3:], rest, strict=True):
+        np.testing.assert_array_equal(a["image"], b["image"])
+        np.testing.assert_array_equal(a["text"], b["text"])
+
+
+def test_workers_read_the_same():
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain's workers ask absl, which only app.run sets up
+    plain, workers = (read([Numbers("a", 30)], config(workers=w)) for w in (0, 2))
+    for a, b in zip(plain, workers, strict=True):
+        np.testing.assert_array_equal(a["image"], b["image"])
+
+
+def test_seed_and_sample_decide():
+    c = config(crop_scale=(0.3, 1.0))
+    transform = loader.Transform(c, 8, tokenizer.load("bytes"), 16)
+
+    def images(seed):
+        order = loader.sample_order([Numbers("a", 5)], c, seed=seed)
+        return next(loader.batches(order, transform, batch=8, start=0, stop=1, seed=seed))
+
+    np.testing.assert_array_equal(images(1)["text"], images(1)["text"])
+    assert (images(1)["text"] != images(2)["text"]).any()
+
+
+def test_mixture_keeps_the_weights():
+    c = config(sources=("x", "y"), weights=(0.75, 0.25))
+    seen = texts(read([Numbers("a", 10), Numbers("b", 1000)], c, stop=50))
+    share = sum(t.startswith("a") for t in seen) / len(seen)
+    assert share == pytest.approx(0.75, abs=0.01)
+    by_size = texts(read([Numbers("a", 100), Numbers("b", 300)], config(sources=("x", "y")), stop=50))
+    assert sum(t.startswith("a") for t in by_size) / len(by_size) == pytest.approx(0.25, abs=0.01)
+
+
+def test_captions_and_tags():
+    transform = loader.Transform(config(tags=2), 8, tokenizer.load("bytes"), 16)
+    record = {"text": ["fox", "red fox"], "tags": ["fox", "animal", "tail"]}
+    rng = np.random.default_rng(0)
+    seen = {transform.caption(record, rng) for _ in range(500)}
+    tails = ["", ", animal", ", tail", ", animal, tail", ", tail, animal"]
+    assert seen == {a + b for a, b in itertools.product(record["text"], tails)} | {
+        f"red fox, {t}" for t in ("fox", "fox, animal", "fox, tail", "animal, fox", "tail, fox")
+    }
+
+
+def test_to_global_splits_the_rows():
+    mesh = make_mesh({"data": 4, "fsdp": 2, "model": 1})
+    batch = tiny.batch()
+    placed = loader.to_global(batch, mesh)
+    np.testing.assert_array_equal(placed["image"], batch["image"])
+    assert placed["image"].addressable_shards[0].data.shape[0] == tiny.BATCH // 8
+
+
+def test_folder(tmp_path):
+    source = sources.FolderSource(tiny.folder(tmp_path / "pairs", n=6))
+    assert len(source) == 6
+    assert source[3]["text"] == ["picture 3", "number 3"]
+    assert transforms.decode(source[3]["image"]).shape == (23, 24, 3)
+    (tmp_path / "pairs" / "002.txt").write_text("\n")
+    with pytest.raises(UserError, match=r"002\.txt' is empty"):
+        source[2]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds 0 images"):
+        sources.FolderSource(tmp_path / "empty")
+
+
+def test_lookup_of_nested_features():
+    record = {"captions": [{"text": b"one"}, {"text": b"two"}], "name": "x", "list": np.array(["a", "b"])}
+    assert sources.lookup(record, "captions/text") == ["one", "two"]
+    assert sources.lookup(record, "name") == ["x"]
+    assert sources.lookup(record, "list") == ["a", "b"]
+
+
+def test_unprepared_tfds_set_names_the_command(tmp_path):
+    with pytest.raises(UserError, match=r"tfds build cifar10 --file_format=array_record"):
+        sources.open_source("tfds:cifar10/train", data_dir=str(tmp_path), image_key="image", text_keys=(), tags_key="")
+    with pytest.raises(UserError, match="names no split"):
+        sources.open_source("tfds:cifar10", data_dir=str(tmp_path), image_key="image", text_keys=(), tags_key="")
+
+
+def test_decoded_images_are_kept():
+    calls = []
+
+    class Counted(Numbers):
+        def __getitem__(self, i):
+            calls.append(i)
+            return super().__getitem__(i)
+
+    source = sources.Decoded(Counted("a", 3))
+    assert source[1] is source[1]
+    assert calls == [1]
+
+
+def test_crop_is_inside_and_evaluation_is_central():
+    image = np.zeros((30, 50, 3), np.uint8)
+    image[:, 10:40] = 255
+    np.testing.assert_array_equal(transforms.resize_center_crop(image, 30), 255)
+    assert transforms.resize_center_crop(image, 12).shape == (12, 12, 3)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        assert transforms.random_resized_crop(image, 12, rng, (0.2, 1.0)).shape == (12, 12, 3)
+    np.testing.assert_array_equal(transforms.random_resized_crop(np.full((9, 7, 3), 5, np.uint8), 4, rng), 5)
+
+
+def test_device_transforms():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)
+    mean, std = transforms.STATISTICS["imagenet"]
+    np.testing.assert_allclose(transforms.normalize(images, mean, std), (images / 255 - mean) / std, atol=1e-5)
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(transforms.augment(images, key, flip=1.0), images[:, :, ::-1])
+    np.testing.assert_array_equal(transforms.augment(images, key), images)
+    colored = np.asarray(transforms.augment(images, key, color=0.3))
+    assert colored.min() >= 0
+    assert colored.max() <= 255
+    assert np.abs(colored - images).max() > 10
+    gray = np.full((6, 5, 4, 3), 100, np.uint8)
+    gray_colored = np.asarray(transforms.augment(gray, key, color=0.3))
+    np.testing.assert_allclose(np.ptp(gray_colored, axis=(1, 2, 3)), 0, atol=1e-3)
+
+
+def test_broken_image_is_named():
+    with pytest.raises(UserError, match=r"b'<html>' are no readable image"):
+        transforms.decode(b"<html>")
+
+
+def test_order_is_random_access():
+    order = loader.sample_order([Numbers("a", 10)], config(), seed=0)
+    assert isinstance(order, grain.MapDataset)
+    assert order[123]["text"] == order[123]["text"]
