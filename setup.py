@@ -1,4 +1,4 @@
-"""Package definition. Version ranges, not pins: the suite is run on the oldest and the newest pair of Python and JAX."""
+"""Package definition. Version ranges, not pins: the suite runs on the oldest and the newest pair of Python and JAX."""
 
 import pathlib
 import re

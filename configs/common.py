@@ -89,6 +89,8 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
             "text_keys": ("text",),
             "tags_key": "",
             "tags": 0,
+            "tags_behind": 0.5,
+            "tags_alone": 0.0,
             "crop_scale": (0.5, 1.0),
             "flip": 0.0,
             "color": 0.0,

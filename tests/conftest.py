@@ -1,6 +1,14 @@
-"""Eight simulated CPU devices for every test. Read by XLA when jax is first imported, so set before any test module."""
+"""Eight simulated CPU devices for every test, and compilations that are quick instead of fast and are made once.
+
+Read by XLA and JAX when jax is first imported, so set before any test module; commands that tests start inherit it.
+"""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+flags = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+_cache = tempfile.TemporaryDirectory(prefix="xclip_jax_compiled_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"

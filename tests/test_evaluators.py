@@ -1,21 +1,24 @@
 import functools
+import io
 import tracemalloc
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 import scipy.special
 import sklearn.metrics
 
-from xclip_jax.data import transforms
+from xclip_jax.data import demo, transforms
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import Encoder, retrieval, zeroshot
+from xclip_jax.evaluators import Encoder, retrieval, sets, zeroshot
 from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
 from xclip_jax.models.two_towers import TwoTowers
-from xclip_jax.parallel.mesh import make_mesh
+from xclip_jax.parallel.mesh import AXES, make_mesh
+from xclip_jax.report import page, picture
 
 SIZE, LENGTH, K = 8, 6, 10
 
@@ -258,6 +261,7 @@ def test_retrieval_with_one_and_seven_captions():
         ({"labels": np.array([0, 2])}, "below 2"),
         ({"prompts": [["a"], []]}, "prompt"),
         ({"groups": {"x": np.zeros(2, bool)}}, "'x'"),
+        ({"names": ["a"]}, "names"),
     ],
 )
 def test_a_wrong_zero_shot_set_raises(change, message):
@@ -292,13 +296,22 @@ def small_model(embed=8, clusters=K):
     return model, nn.unbox(jax.jit(model.init)(jax.random.key(0), image, text))
 
 
-def make_encoder(model, devices=8, batch=16, sizes=None):
+def build_encoder(model, devices=8, batch=16, sizes=(-1, 1, 1)):
     mean, std = transforms.STATISTICS["imagenet"]
-    sizes = sizes or {"data": -1, "fsdp": 1, "model": 1}
+    mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[:devices])
     return Encoder(
-        model, tokenize, text_length=LENGTH, image_size=SIZE, mean=mean, std=std, batch=batch,
-        mesh=make_mesh(sizes, jax.devices()[:devices]),
+        model, tokenize, text_length=LENGTH, image_size=SIZE, mean=mean, std=std, batch=batch, mesh=mesh
     )
+
+
+def make_encoder(embed=8, clusters=K, devices=8, batch=16, sizes=(-1, 1, 1)):
+    """Shared by the tests, so that each model is compiled once."""
+    return cached_encoder(embed, clusters, devices, batch, sizes)
+
+
+@functools.cache
+def cached_encoder(embed, clusters, devices, batch, sizes):
+    return build_encoder(small_model(embed, clusters)[0], devices, batch, sizes)
 
 
 def pictures(n, size=SIZE):
@@ -316,8 +329,8 @@ def test_encoder_equals_the_model_on_any_mesh():
     out = jax.jit(model.apply)(variables, pixels, jnp.resize(tokens, (21, LENGTH)))
     expected_img = {key: out[f"{key}_img"] for key in "hzs"}
     expected_txt = {key: out[f"{key}_txt"][: len(TEXTS)] for key in "hzs"}
-    for devices, batch, sizes in ((1, 5, None), (8, 16, None), (8, 5, {"data": 2, "fsdp": 2, "model": 2})):
-        encoder = make_encoder(model, devices, batch, sizes)
+    for devices, batch, sizes in ((1, 16, (-1, 1, 1)), (8, 16, (-1, 1, 1)), (8, 5, (2, 2, 2))):
+        encoder = make_encoder(8, K, devices, batch, sizes)
         for found, expected in (
             (encoder.images(variables, images), expected_img),
             (encoder.texts(variables, TEXTS), expected_txt),
@@ -330,15 +343,15 @@ def test_encoder_equals_the_model_on_any_mesh():
 
 def test_batch_is_rounded_up_to_the_devices():
     model, _ = small_model()
-    assert make_encoder(model, 8, 5).batch == 8
-    assert make_encoder(model, 8, 17).batch == 24
-    assert make_encoder(model, 8, 5, {"data": 2, "fsdp": 1, "model": 4}).batch == 6
+    assert build_encoder(model, 8, 5).batch == 8
+    assert build_encoder(model, 8, 17).batch == 24
+    assert build_encoder(model, 8, 5, (2, 1, 4)).batch == 6
 
 
 @pytest.mark.parametrize(("embed", "clusters", "expected"), [(8, 0, "hz"), (0, K, "hs")])
 def test_features_follow_the_heads_and_the_request(embed, clusters, expected):
-    model, variables = small_model(embed, clusters)
-    encoder = make_encoder(model)
+    _, variables = small_model(embed, clusters)
+    encoder = make_encoder(embed, clusters)
     assert set(encoder.images(variables, pictures(3))) == set(expected)
     assert set(encoder.texts(variables, TEXTS, ("z", "s"))) == set(expected[1:])
     assert encoder.images(variables, [], ("h",))["h"].shape == (0, 16)
@@ -346,8 +359,8 @@ def test_features_follow_the_heads_and_the_request(embed, clusters, expected):
 
 
 def test_equal_texts_have_equal_features():
-    model, variables = small_model()
-    z = make_encoder(model).texts(variables, TEXTS)["z"]
+    _, variables = small_model()
+    z = make_encoder().texts(variables, TEXTS)["z"]
     np.testing.assert_array_equal(z[0], z[3])
     assert len(z) == len(TEXTS)
 
@@ -366,7 +379,7 @@ def test_padding_changes_nothing_and_no_shape_is_compiled_twice():
             return super().encode_text(text)
 
     counted = Counted(**{f: getattr(model, f) for f in ("img", "txt", "embed", "cluster_head")})
-    encoder = make_encoder(counted)
+    encoder = build_encoder(counted)
     images = pictures(40)
     whole = encoder.images(variables, images)
     for n in (1, 15, 16, 17, 40):
@@ -377,7 +390,7 @@ def test_padding_changes_nothing_and_no_shape_is_compiled_twice():
 
 
 def test_images_may_be_loaded_when_asked_for_and_each_once():
-    model, variables = small_model()
+    _, variables = small_model()
     images, asked = pictures(19), []
 
     class Lazy:
@@ -388,26 +401,137 @@ def test_images_may_be_loaded_when_asked_for_and_each_once():
             asked.append(i)
             return images[i]
 
-    encoder = make_encoder(model, 8, 8, {"data": 2, "fsdp": 1, "model": 4})
+    encoder = make_encoder(8, K, 8, 5, (2, 2, 2))
     np.testing.assert_array_equal(encoder.images(variables, Lazy())["h"], encoder.images(variables, images)["h"])
     assert sorted(asked) == list(range(19))
 
 
 @pytest.mark.parametrize("wrong", [np.zeros((SIZE, SIZE, 1), np.uint8), np.zeros((SIZE, SIZE, 3), np.float32)])
 def test_a_wrong_image_raises(wrong):
-    model, variables = small_model()
+    _, variables = small_model()
     with pytest.raises(UserError, match="item 0"):
-        make_encoder(model).images(variables, [wrong])
+        make_encoder().images(variables, [wrong])
 
 
 def test_evaluators_on_a_real_model_agree_on_1_and_8_devices():
-    model, variables = small_model()
+    _, variables = small_model()
     images, labels = pictures(21), rng(3).integers(0, 5, 21)
     zero_shot = ZeroShotSet("toy", images, labels, [[t] for t in TEXTS[:3]] + [["cat", "kitten"], ["fox"]])
     pairs = RetrievalSet("toy", images, [[TEXTS[i % 11], "shared"] for i in range(21)])
     results = []
     for devices in (1, 8):
-        encoder = make_encoder(model, devices)
+        encoder = make_encoder(8, K, devices, 16, (-1, 1, 1))
         results.append(ZeroShot(encoder, zero_shot).run(variables) | Retrieval(encoder, pairs).run(variables))
     assert results[0] == pytest.approx(results[1])
     assert all(isinstance(value, float) for value in results[0].values())
+
+
+# The demo's sets, on a small copy of its data.
+
+CONCEPTS = [
+    {"id": f"c{i}", "name": f"name {i}", "tags": [f"tag {j}" for j in range(i)], "role": role, "group": group}
+    for i, (role, group) in enumerate(
+        [
+            ("train", "flags"),
+            ("train", "flags"),
+            ("train", "animals_food"),
+            ("train", "rest"),
+            ("test_concepts", "rest"),
+            ("test_concepts", "flags"),
+            ("validation_concepts", "rest"),
+        ]
+    )
+]
+RENDERED = [("twemoji", 0), ("noto", 2), ("noto", 3), ("openmoji", 1)]
+SPLITS = {
+    "test_rendering": RENDERED,
+    "validation_rendering": RENDERED[:2],
+    "test_concepts": [(v, i) for v in demo.VENDORS for i in (4, 5)],
+    "validation_concepts": [(v, 6) for v in demo.VENDORS],
+    "test_line": [(demo.LINE, i) for i in range(6)],
+}
+
+
+@pytest.fixture
+def small_demo(monkeypatch):
+    def record(vendor, i):
+        png = io.BytesIO()
+        PIL.Image.fromarray(np.full((9, 9, 3), 10 * i, np.uint8)).save(png, "png")
+        words = {"vendor": vendor, "concept": f"c{i}", "name": f"name {i}", "group": CONCEPTS[i]["group"]}
+        texts = {key: value.encode() for key, value in words.items()}
+        return {"image": png.getvalue(), "aliases": [b"alias"] * (i % 3), "tags": [], **texts}
+
+    class Builder:
+        def as_data_source(self, split, decoders):
+            return [record(*key) for key in SPLITS[split]]
+
+    sets._emoji.cache_clear()
+    monkeypatch.setattr(demo, "prepare", lambda data_dir: Builder())
+    monkeypatch.setattr(demo, "concepts", lambda builder: CONCEPTS)
+    yield
+    sets._emoji.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("spec", "classes", "images"),
+    [
+        ("validation_concepts", [6], [6, 6, 6]),
+        ("test_concepts", [4, 5], [4, 5, 4, 5, 4, 5]),
+        ("test_rendering", range(7), [0, 2, 3, 1]),
+        ("validation_rendering", range(7), [0, 2]),
+        ("test_rendering_flags", [0, 1, 5], [0, 1]),
+        ("test_rendering_animals_food", [2], [2]),
+        ("test_rendering_rest", [3, 4, 6], [3]),
+        ("test_rendering_flags_all_names", range(7), [0, 1]),
+        ("test_line", range(7), range(6)),
+        ("test_line_concepts", [4, 5], [4, 5]),
+    ],
+)
+def test_zero_shot_sets_of_the_demo(spec, classes, images, small_demo):
+    data = sets.load(f"emoji/{spec}", SIZE)
+    assert data.names == [f"name {i}" for i in classes]
+    assert [data.names[label] for label in data.labels] == [f"name {i}" for i in images]
+    assert [image[0, 0, 0] for image in data.images] == [10 * i for i in images]
+    assert all(image.shape == (SIZE, SIZE, 3) and image.dtype == np.uint8 for image in data.images)
+    unseen = spec.endswith("concepts")
+    assert data.prompts[-1][0] == ", ".join([data.names[-1], *(f"tag {j}" for j in range(3) if unseen)])
+    vendors = len(data.groups)
+    assert vendors == {"test_concepts": 3, "validation_concepts": 3}.get(spec, vendors) and vendors != 1
+    assert not data.groups or np.sum(list(data.groups.values()), axis=0).tolist() == [1] * len(data.images)
+
+
+def test_retrieval_sets_of_the_demo(small_demo):
+    data = sets.load("emoji/test_retrieval", SIZE)
+    assert data.captions == [["name 0"], ["name 2", "alias", "alias"], ["name 3"], ["name 1", "alias"]]
+    assert len(sets.load("emoji/validation_retrieval", SIZE).images) == 2
+
+
+def test_every_set_can_be_evaluated_and_an_unknown_one_lists_them(small_demo):
+    _, variables = small_model()
+    encoder, results = make_encoder(), {}
+    for spec in sets.SETS:
+        found = sets.make(spec, encoder).run(variables)
+        assert not results.keys() & found.keys()
+        results |= found
+    assert all(0 <= value <= 100 for value in results.values())
+    with pytest.raises(UserError, match="emoji/test_line_concepts"):
+        sets.load("emoji/test_lines", SIZE)
+
+
+# The picture.
+
+
+@pytest.mark.parametrize(("embed", "clusters"), [(8, 0), (0, K), (8, K)])
+def test_the_picture_is_drawn_for_every_kind_of_model(embed, clusters, small_demo, tmp_path):
+    _, variables = small_model(embed, clusters)
+    path = tmp_path / "picture.png"
+    picture.draw(path, make_encoder(embed, clusters), variables, title="Test", note="note", queries=("a", "b"))
+    with PIL.Image.open(path) as image:
+        assert image.width == 1600 and image.height > 1000
+
+
+def test_names_are_printable_and_fit():
+    assert page.printable("Côte d’Ivoire – 中") == "Cote d’Ivoire - ?"
+    assert page.fit("short", 14, 200) == "short"
+    assert page.fit("a very long name", 14, 60).endswith("…")
+    assert page.fit("long", 14, 0) == "…"

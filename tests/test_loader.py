@@ -112,6 +112,13 @@ def test_captions_and_tags():
     }
 
 
+def test_tags_in_place_of_a_caption():
+    transform = loader.Transform(config(tags=3, tags_behind=0.0, tags_alone=1.0), 8, tokenizer.load("bytes"), 16)
+    rng = np.random.default_rng(0)
+    assert {transform.caption({"text": ["fox"], "tags": ["a"]}, rng) for _ in range(20)} == {"a"}
+    assert transform.caption({"text": ["fox"], "tags": []}, rng) == "fox"
+
+
 def test_to_global_splits_the_rows():
     mesh = make_mesh({"data": 4, "fsdp": 2, "model": 1})
     batch = tiny.batch()

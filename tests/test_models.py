@@ -13,10 +13,10 @@ import torch
 from flax import linen as nn
 from timm.layers import AttentionPoolLatent
 
-from tests.util import from_open_clip, random_variables
+from tests.util import from_open_clip, jit, random_variables
 from xclip_jax.errors import UserError
 from xclip_jax.losses import contrastive
-from xclip_jax.models.layers import ACTIVATIONS, REMAT_POLICIES, attend, stack_blocks, unstack_blocks
+from xclip_jax.models.layers import ACTIVATIONS, REMAT_POLICIES, LayerNorm, attend, stack_blocks, unstack_blocks
 from xclip_jax.models.text import TextTransformer
 from xclip_jax.models.two_towers import PRESETS, TwoTowers, preset
 from xclip_jax.models.vit import POOLS, AttentionPool, VisionTransformer
@@ -24,8 +24,9 @@ from xclip_jax.parallel.sharding import RULES
 
 EOT = 40
 IMG = VisionTransformer(size=16, patch=4, width=24, depth=2, heads=3)
-TXT = TextTransformer(vocab=41, eot_id=EOT, length=7, width=24, depth=2, heads=3)
-TEXT = np.array([[38, 3, 7, EOT, 0, 0, 0], [38, 9, EOT, 0, 0, 0, 0], [38, 5, 1, 8, 2, 6, EOT]])
+TXT = TextTransformer(vocab=50, eot_id=EOT, length=7, width=24, depth=2, heads=3)
+# Some ids are above the end's, as in vocabularies other than CLIP's.
+TEXT = np.array([[45, 3, 7, EOT, 0, 0, 0], [45, 9, EOT, 0, 0, 0, 0], [38, 5, 1, 8, 49, 6, EOT]])
 IMAGE = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
 
 both_towers = pytest.mark.parametrize(("tower", "batch"), [(IMG, IMAGE), (TXT, TEXT)], ids=["img", "txt"])
@@ -77,7 +78,7 @@ def parity(request):
     quick_gelu, pool, pre_norm = request.param
     torch.manual_seed(0)
     vision = {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 2, "no_ln_pre": not pre_norm}
-    text = {"context_length": 12, "vocab_size": 100, "width": 48, "heads": 3, "layers": 3}
+    text = {"context_length": 12, "vocab_size": 100, "width": 48, "heads": 3, "layers": 2}
     model = open_clip.model.CLIP(40, vision, text, quick_gelu=quick_gelu)
     with torch.no_grad():
         for p in model.parameters():  # else biases are zero and norms are one
@@ -108,11 +109,11 @@ def parity(request):
     towers = TwoTowers(
         img={"size": 32, "patch": 8, "width": 64, "depth": 2, "heads": 2, "act": act, "pool": pool,
              "pre_norm": pre_norm},
-        txt={"vocab": 100, "eot_id": 99, "length": 12, "width": 48, "depth": 3, "heads": 3, "act": act},
+        txt={"vocab": 100, "eot_id": 99, "length": 12, "width": 48, "depth": 2, "heads": 3, "act": act},
         embed=40,
     )  # fmt: skip
 
-    @jax.jit
+    @jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def ours(params):
         out = towers.apply({"params": params}, image, tokens)
@@ -182,7 +183,7 @@ def value_and_grad(tower, params, batch):
         weights = jnp.cos(jnp.arange(h.size)).reshape(h.shape)
         return jnp.sum(weights * h), h
 
-    return jax.jit(jax.grad(loss, has_aux=True))(params)[::-1]
+    return jit(jax.grad(loss, has_aux=True))(params)[::-1]
 
 
 @functools.cache
@@ -197,8 +198,9 @@ def in_layout(params, scan):
     return params | {"transformer": stack_blocks(params["transformer"], 2)} if scan else params
 
 
-@pytest.mark.parametrize("remat", REMAT_POLICIES)
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
+@pytest.mark.parametrize(
+    ("scan", "remat"), [(scan, remat) for scan in (False, True) for remat in REMAT_POLICIES if scan or remat != "none"]
+)
 @both_towers
 def test_scan_and_remat_change_nothing(tower, batch, scan, remat):
     params, h_expected, grads_expected = reference("img" if tower is IMG else "txt")
@@ -215,7 +217,7 @@ def test_remat_recomputes_what_it_says(scan):
 
     def products(remat):
         tower = IMG.clone(scan=scan, remat=remat)
-        gradient = jax.jit(jax.grad(lambda params: tower.apply({"params": params}, IMAGE).sum()))
+        gradient = jit(jax.grad(lambda params: tower.apply({"params": params}, IMAGE).sum()))
         return gradient.lower(params).as_text().count("stablehlo.dot_general")
 
     # "dots" recomputes the attention's two batched products, "full" the others of a block as well.
@@ -229,16 +231,24 @@ def test_stacked_blocks_round_trip():
     chex.assert_trees_all_equal(unstack_blocks(stacked, 2), params)
 
 
-def test_scanned_blocks_start_different_from_one_another():
-    params = nn.unbox(jax.jit(TXT.clone(scan=True).init)(jax.random.key(0), TEXT))["params"]
-    kernel = params["transformer"]["blocks"]["mlp"]["up"]["kernel"]
-    assert np.abs(kernel[0] - kernel[1]).min() > 0
-    np.testing.assert_allclose(np.std(kernel, axis=(1, 2)), 48**-0.5, rtol=0.05)
+def test_blocks_start_as_clips_and_different_from_one_another():
+    @jit
+    def kernels():
+        params = nn.unbox(TXT.clone(scan=True).init(jax.random.key(0), TEXT))["params"]
+        block = params["transformer"]["blocks"]
+        names = [("attention", "qkv"), ("attention", "out"), ("mlp", "up"), ("mlp", "down")]
+        return {name: block[part][name]["kernel"].reshape(2, -1) for part, name in names}
+
+    residual = 24**-0.5 * (2 * 2) ** -0.5
+    for name, std in {"qkv": 24**-0.5, "out": residual, "up": 48**-0.5, "down": residual}.items():
+        kernel = np.asarray(kernels()[name])
+        np.testing.assert_allclose(kernel.std(axis=1), std, rtol=0.1, err_msg=name)
+        assert np.abs(kernel[0] - kernel[1]).max() > std, name
 
 
 TOWERS = TwoTowers(
     img={"size": 16, "patch": 4, "width": 24, "depth": 2, "heads": 3, "pool": "map"},
-    txt={"vocab": 41, "eot_id": EOT, "length": 7, "width": 24, "depth": 2, "heads": 3},
+    txt={"vocab": 50, "eot_id": EOT, "length": 7, "width": 24, "depth": 2, "heads": 3},
     embed=16,
     bias_init=-10.0,
     cluster_head={"clusters": 12, "hidden": 20},
@@ -246,11 +256,12 @@ TOWERS = TwoTowers(
 
 
 def test_bfloat16_keeps_parameters_and_outputs_in_fp32():
-    half = TOWERS.clone(dtype=jnp.bfloat16)
+    full = TOWERS.clone(img=TOWERS.img | {"depth": 1}, txt=TOWERS.txt | {"depth": 1})
+    half = full.clone(dtype=jnp.bfloat16)
     shapes = nn.unbox(jax.eval_shape(half.init, jax.random.key(0), IMAGE, TEXT))
     assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
-    variables = random_variables(TOWERS, IMAGE, TEXT)
-    expected, out = (jax.jit(model.apply)(variables, IMAGE, TEXT) for model in (TOWERS, half))
+    variables = random_variables(full, IMAGE, TEXT)
+    expected, out = (jit(model.apply)(variables, IMAGE, TEXT) for model in (full, half))
     for name, x in out.items():
         assert x.dtype == (jnp.bfloat16 if name.startswith("h_") else jnp.float32), name
         error = np.linalg.norm(x - expected[name]) / np.linalg.norm(expected[name])
@@ -290,9 +301,9 @@ def test_every_parameter_names_its_axes(scan, pool):
 
 @pytest.mark.parametrize(("pool", "tokens"), [("cls", 17), ("mean", 16), ("map", 16)])
 def test_pools(pool, tokens):
-    tower = IMG.clone(pool=pool)
+    tower = IMG.clone(depth=1, pool=pool)
     variables = random_variables(tower, IMAGE)
-    apply = jax.jit(tower.apply)
+    apply = jit(tower.apply)
     chex.assert_shape(variables["params"]["positions"], (tokens, 24))
     h = apply(variables, IMAGE)
     chex.assert_shape(h, (3, 24))
@@ -334,7 +345,7 @@ def test_map_pool_is_timms():
 @functools.cache
 def text_apply():
     variables = random_variables(TXT, TEXT)
-    return functools.partial(jax.jit(TXT.apply), variables)
+    return functools.partial(jit(TXT.apply), variables)
 
 
 def test_text_feature_ignores_what_follows_its_end():
@@ -358,7 +369,7 @@ def test_text_feature_sees_what_precedes_its_end(row, position):
 def tokens_before_blocks(tower, variables, **kwargs):
     """What the first block reads, (b, n, d)."""
 
-    @jax.jit
+    @jit
     def run(variables):
         capture = lambda module, _: module.name == "norm_pre"  # noqa: E731
         _, state = tower.apply(variables, IMAGE, capture_intermediates=capture, mutable=["intermediates"], **kwargs)
@@ -408,6 +419,19 @@ def test_patch_dropout_keeps_a_random_subset(pool, share, kept):
 def test_activations(name, theirs):
     x = np.linspace(-6, 6, 101, dtype=np.float32)
     np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x)), numpy(theirs(torch.tensor(x))), atol=2e-6)
+
+
+@pytest.mark.parametrize("fields", [{}, {"eps": 1e-6}])
+def test_layer_norm_is_torchs(fields):
+    # Deviations of the order of sqrt(eps), where eps decides.
+    x = 3e-3 * np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    norm = LayerNorm(**fields)
+    variables = random_variables(norm, x)
+    weight, bias = (torch.tensor(np.asarray(variables["params"]["norm"][name])) for name in ("scale", "bias"))
+    eps = fields.get("eps", 1e-5)  # CLIP's
+    theirs = torch.nn.functional.layer_norm(torch.tensor(x), (8,), weight, bias, eps)
+    np.testing.assert_allclose(norm.apply(variables, x), numpy(theirs), atol=1e-5)
+    assert IMG.eps == TXT.eps == LayerNorm.eps == 1e-5
 
 
 @pytest.mark.parametrize(("causal", "queries"), [(False, 6), (False, 1), (True, 6)])

@@ -168,13 +168,22 @@ def test_bad_values_are_one_sentence_with_the_key(pairs, tmp_path, changes, mess
         trainer.run(config(pairs, tmp_path / "run", **changes))
 
 
-def test_collapse_is_said_once(pairs, tmp_path, capsys):
-    """A head that starts sharp and never learns to agree."""
-    c = config(pairs, tmp_path / "run", objective__nclip__tau=0.01, optim__lr=1e-12, log__alarms_after=1)
-    trainer.run(c)
+@pytest.mark.parametrize(
+    ("failure", "changes"),
+    [
+        # Nothing asks for a decision, so nobody makes one.
+        ("flat", {"objective__nclip__sharpness": 0.0, "objective__nclip__smoothness": 1.0, "optim__lr": 1e-3}),
+        # Nothing asks for variety, so all pairs go to one cluster.
+        ("few clusters", {"objective__nclip__sharpness": 2.0, "objective__nclip__smoothness": 0.0, "optim__lr": 1e-2}),
+        # A head that starts sharp and has no time to agree.
+        ("disagreement", {"objective__nclip__tau": 0.01, "optim__lr": 1e-12}),
+    ],
+)
+def test_each_collapse_is_provoked_and_said_once(pairs, tmp_path, capsys, failure, changes):
+    trainer.run(config(pairs, tmp_path / "run", objective="nclip", steps=60, log__alarms_after=50, **changes))
     out = capsys.readouterr().out
-    assert out.count("WARNING, step 1: disagreement") == 1
-    assert out.count("disagreement") == 1
+    print(out[out.index("WARNING") :].splitlines()[0])
+    assert out.count(f": {failure}: ") == 1
 
 
 def test_writer_drops_what_a_resumed_run_writes_again(tmp_path):

@@ -1,9 +1,14 @@
 """What tests of models share: variables without an initialisation, and open_clip's weights in our layout."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+
+# These tests compile far more than they compute: without LLVM's optimisation they take half the time.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def random_variables(module, *args, seed=0, std=0.2):

@@ -79,7 +79,7 @@ class Progress:
     def line(self, step: int, metrics: Mapping[str, float]) -> str:
         """The progress line."""
         speed = self.samples_per_second(step)
-        left = clock((self.steps - step) * self.batch / speed) if speed else "?"
+        left = clock((self.steps - step) * self.batch / speed) if speed else ""
         parts = [f"step {step}/{self.steps}", f"loss {metrics['loss']:.3f}"]
         if "clip/loss" in metrics:
             parts.append(f"clip {metrics['clip/loss']:.3f} (ln b {metrics['clip/ln_b']:.2f})")
@@ -87,7 +87,7 @@ class Progress:
             information = min(metrics["nclip/mutual_information_img"], metrics["nclip/mutual_information_txt"])
             clusters = min(metrics["nclip/clusters_img"], metrics["nclip/clusters_txt"])
             parts.append(f"nclip {metrics['nclip/loss']:.3f} ({information:.2f} nats, {clusters:.0f} clusters)")
-        return "  ".join([*parts, f"{speed:.0f} samples/s", f"{left} left"])
+        return "  ".join([*parts, f"{speed:.0f} samples/s, {left} left" if speed else "(compiled)"])
 
 
 def say(message: str) -> None:

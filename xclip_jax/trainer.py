@@ -12,14 +12,15 @@ import ml_collections
 from etils import epath
 from jax.experimental import multihost_utils
 
-from xclip_jax import evaluators, metrics
+from xclip_jax import metrics
 from xclip_jax.checkpoint import Checkpointer, write_json
 from xclip_jax.data import loader, transforms
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import sets, table
+from xclip_jax.evaluators import Encoder, sets, table
 from xclip_jax.losses.noncontrastive import diagnose
 from xclip_jax.metrics import say
 from xclip_jax.parts import Parts, build
+from xclip_jax.report import picture
 from xclip_jax.state import TrainState, create
 
 # A resumed run may differ in these: they do not change what is learned.
@@ -129,12 +130,10 @@ def _claim(folder: epath.Path, config: ml_collections.ConfigDict) -> None:
         write_json(path, {"config": wanted, "environment": metrics.environment()})
 
 
-def make_evaluators(config: ml_collections.ConfigDict, parts: Parts, specs: tuple[str, ...]) -> list[Any]:
-    """The evaluators of the named sets, sharing one compiled encoder for each modality."""
-    if not specs:
-        return []
+def make_encoder(config: ml_collections.ConfigDict, parts: Parts) -> Encoder:
+    """What the evaluators share: one compiled function for each modality."""
     mean, std = transforms.STATISTICS[parts.data.statistics]
-    encoder = evaluators.Encoder(
+    return Encoder(
         parts.model,
         parts.tokenizer,
         text_length=parts.length,
@@ -145,7 +144,6 @@ def make_evaluators(config: ml_collections.ConfigDict, parts: Parts, specs: tupl
         batch=config.eval.batch,
         tau=parts.objective.nclip.tau,
     )
-    return [sets.make(spec, encoder, parts.data.dir) for spec in specs]
 
 
 def evaluate(found: list[Any], variables: Mapping[str, Any]) -> dict[str, float]:
@@ -182,7 +180,9 @@ def _loop(
         batch=b, start=start, stop=config.steps, seed=config.seed,
         host=jax.process_index(), hosts=jax.process_count(),
     )
-    found = make_evaluators(config, parts, tuple(config.eval.sets)) if config.eval.every else []
+    during = config.eval.sets if config.eval.every else ()
+    encoder = make_encoder(config, parts)
+    found = [sets.make(spec, encoder, parts.data.dir) for spec in during]
     step, stopped = start, False
     for step in range(start + 1, config.steps + 1):
         state, values = parts.compiled(state, loader.to_global(next(batches), parts.mesh))
@@ -275,11 +275,16 @@ class Log:
 def _finish(config: ml_collections.ConfigDict, parts: Parts, state: TrainState, folder: epath.Path) -> dict[str, float]:
     """The last evaluation: results.json, the table, the picture."""
     variables = state.variables(ema=config.eval.ema)
-    found = make_evaluators(config, parts, tuple(config.eval.sets) + tuple(config.eval.final_sets))
+    encoder = make_encoder(config, parts)
     began = time.perf_counter()
-    results = evaluate(found, variables)
+    specs = (*config.eval.sets, *config.eval.final_sets)
+    results = evaluate([sets.make(spec, encoder, parts.data.dir) for spec in specs], variables)
     if jax.process_index() == 0:
         record = {"results": results, "config": config.to_dict(), "environment": metrics.environment()}
         write_json(folder / "results.json", record | {"seconds": time.perf_counter() - began})
     say(table.render(results))
+    if config.eval.picture:
+        title = f"What {config.objective.name} learned in {config.steps} steps of {parts.data.batch} pairs"
+        picture.draw(folder / "picture.png", encoder, variables, title=title, data_dir=parts.data.dir)
+        say(f"picture: {folder / 'picture.png'}")
     return results

@@ -28,7 +28,8 @@ class DataConfig:
       batch: b, pairs in the global batch.
       tokenizer: "clip", "bytes" or the path of a tokenizer file.
       image_key, text_keys, tags_key: features of a TFDS record.
-      tags: at most so many keywords, in random order, are added to every second caption.
+      tags: at most so many keywords, in random order, go into one caption; 0 for none.
+      tags_behind, tags_alone: share of captions with keywords behind them, and of keywords in place of a caption.
       crop_scale: range of the training crop's share of the image.
       flip, color: see `transforms.augment`.
       statistics: channel means and deviations, a key of `transforms.STATISTICS`.
@@ -46,6 +47,8 @@ class DataConfig:
     text_keys: Sequence[str] = ("text",)
     tags_key: str = ""
     tags: int = 0
+    tags_behind: float = 0.5
+    tags_alone: float = 0.0
     crop_scale: Sequence[float] = (0.5, 1.0)
     flip: float = 0.0
     color: float = 0.0
@@ -85,13 +88,14 @@ class Transform:
         return {"image": image, "text": self.tokenizer([self.caption(record, rng)], self.length)[0]}
 
     def caption(self, record: sources.Record, rng: np.random.Generator) -> str:
-        """One of the captions; every second time with some of the keywords behind it."""
+        """One of the captions, keywords, or both."""
         text = record["text"][rng.integers(len(record["text"]))]
         tags = [tag for tag in record["tags"] if tag != text]
-        if not (tags and self.config.tags) or rng.random() < 0.5:
+        draw = rng.random()
+        if not (tags and self.config.tags) or draw >= self.config.tags_behind + self.config.tags_alone:
             return text
-        count = rng.integers(1, self.config.tags + 1)
-        return ", ".join([text, *rng.permutation(tags)[:count]])
+        chosen = rng.permutation(tags)[: rng.integers(1, self.config.tags + 1)]
+        return ", ".join(chosen if draw < self.config.tags_alone else [text, *chosen])
 
 
 def sample_order(found: Sequence[sources.Source], config: DataConfig, seed: int) -> grain.MapDataset:

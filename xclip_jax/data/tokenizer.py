@@ -53,7 +53,8 @@ class Tokenizer:
     ) -> None:
         self.name, self.vocab_size = name, vocab_size
         self.sot_id, self.eot_id, self.pad_id = sot_id, eot_id, pad_id
-        self._encode = encode
+        # Data sets repeat their captions from epoch to epoch, small ones often; cleaning costs more than the merges.
+        self._encode = functools.lru_cache(maxsize=1 << 16)(encode)
 
     def __call__(self, texts: Sequence[str], length: int) -> np.ndarray:
         """int32 (len(texts), length): start, text, end, padding. Longer texts are cut before their end token.

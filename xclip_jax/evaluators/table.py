@@ -33,25 +33,26 @@ def headlines(results: Mapping[str, float]) -> str:
 
 
 def render(results: Mapping[str, float]) -> str:
-    """The final table, all numbers but ways and n in percent."""
+    """The final table; what chance gives stands in brackets."""
     lines = []
     classified = [(name, values) for family, name, values in rows(results) if family == "zeroshot"]
     if classified:
-        columns = "".join(f"{column:>8}" for column in ("images", "top-1", "top-5", "chance"))
-        lines.append(f"{'zero-shot classification, %':<44}{'ways':>6}{columns}")
-        for name, values in classified:
-            ways, n = results[f"zeroshot/{name}/ways"], results[f"zeroshot/{name}/n"]
-            lines.append(
-                f"{name:<44}{ways:>6.0f}{n:>8.0f}{values['top1']:>8.1f}{values['top5']:>8.1f}{500 / ways:>8.1f}"
-            )
-            for kind in ("cosine", "cross_entropy"):
-                if f"zeroshot/{name}/{kind}/top1" in results:
-                    top1, top5 = (results[f"zeroshot/{name}/{kind}/top{k}"] for k in (1, 5))
-                    lines.append(f"{'  clusters, ' + kind.replace('_', '-'):<58}{top1:>8.1f}{top5:>8.1f}")
+        lines.append(f"{'zero-shot classification, %':<42}{'ways':>6}{'images':>8}{'top-1':>8}{'':>7}{'top-5':>8}")
+    for name, values in classified:
+        ways, n = results[f"zeroshot/{name}/ways"], results[f"zeroshot/{name}/n"]
+        chance = [f"({100 * min(k / ways, 1):.1f})" for k in (1, 5)]
+        lines.append(
+            f"{name:<42}{ways:>6.0f}{n:>8.0f}{values['top1']:>8.1f}{chance[0]:>7}{values['top5']:>8.1f}{chance[1]:>7}"
+        )
+        for kind in ("cosine", "cross_entropy"):
+            if f"zeroshot/{name}/{kind}/top1" in results:
+                top1, top5 = (results[f"zeroshot/{name}/{kind}/top{k}"] for k in (1, 5))
+                lines.append(f"{'  by clusters, ' + kind.replace('_', '-'):<56}{top1:>8.1f}{'':>7}{top5:>8.1f}")
     retrieved = [(name, values) for family, name, values in rows(results) if family == "retrieval"]
     if retrieved:
-        lines.append(f"{'retrieval, %':<44}{'images':>6}{'texts':>8}{'i2t@1':>8}{'@5':>8}{'t2i@1':>8}{'@5':>8}")
-        for name, values in retrieved:
-            images, captions = results[f"retrieval/{name}/images"], results[f"retrieval/{name}/captions"]
-            lines.append(f"{name:<44}{images:>6.0f}{captions:>8.0f}" + "".join(f"{v:>8.1f}" for v in values.values()))
+        ways = "".join(f"{column:>8}" for column in ("i2t@1", "i2t@5", "t2i@1", "t2i@5"))
+        lines.append(f"{'retrieval, recall %':<42}{'images':>6}{'texts':>8}{ways}")
+    for name, values in retrieved:
+        images, captions = results[f"retrieval/{name}/images"], results[f"retrieval/{name}/captions"]
+        lines.append(f"{name:<42}{images:>6.0f}{captions:>8.0f}" + "".join(f"{v:>8.1f}" for v in values.values()))
     return "\n".join(lines)

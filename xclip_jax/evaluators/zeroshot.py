@@ -117,9 +117,12 @@ class ZeroShotSet:
             raise UserError(f"{self.name}: {n} images, {np.size(self.labels)} labels; give one label for each image.")
         if np.min(self.labels) < 0 or np.max(self.labels) >= ways or not all(self.prompts):
             raise UserError(f"{self.name}: labels must be below {ways}, the number of classes, each with a prompt.")
+        if len(self.names or self.prompts) != ways:
+            raise UserError(f"{self.name}: {len(self.names)} names for {ways} classes; give each one a name, or none.")
         for group, mask in self.groups.items():
             if np.shape(mask) != (n,) or not np.any(mask):
                 raise UserError(f"{self.name}: group {group!r} must be a bool for each of {n} images, not all False.")
+        object.__setattr__(self, "names", list(self.names) or [prompts[0] for prompts in self.prompts])
 
 
 class ZeroShot:

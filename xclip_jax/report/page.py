@@ -1,10 +1,12 @@
 """A small canvas on Pillow: strips with text, boxes and images that are stacked to one page."""
 
 import functools
+import io
 import os
 import unicodedata
 
 import numpy as np
+from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, MARGIN = 1600, 56  # pixels
@@ -54,7 +56,9 @@ class Strip:
             (x * _SCALE, y * _SCALE), fit(text, size, width), color, _font(size), anchor, stroke_width=stroke
         )
 
-    def box(self, x: float, y: float, width: float, height: float, fill: str, *, radius: float = 0, edge: str = "") -> None:
+    def box(
+        self, x: float, y: float, width: float, height: float, fill: str, *, radius: float = 0, edge: str = ""
+    ) -> None:
         """A filled box with round corners, and a line around it where `edge` is a colour."""
         corners = [v * _SCALE for v in (x, y, x + width, y + height)]
         self._pen.rounded_rectangle(corners, radius * _SCALE, fill, edge or None, _SCALE)
@@ -66,11 +70,13 @@ class Strip:
 
 
 def save(path: str | os.PathLike, strips: list[Strip]) -> None:
-    """The strips, one below the other, as a PNG at `path`."""
+    """The strips, one below the other, as a PNG at `path`, which may lie in a bucket."""
     height = sum(strip.image.height for strip in strips)
     page = Image.new("RGB", (WIDTH * _SCALE, height), PAPER)
     top = 0
     for strip in strips:
         page.paste(strip.image, (0, top))
         top += strip.image.height
-    page.reduce(_SCALE).save(path, "PNG", optimize=True)
+    png = io.BytesIO()
+    page.reduce(_SCALE).save(png, "PNG", optimize=True)
+    epath.Path(path).write_bytes(png.getvalue())

@@ -16,9 +16,12 @@ from xclip_jax.evaluators import Encoder, sets
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, distributions, similarities
 from xclip_jax.report.page import CARD, EDGE, INK, MARGIN, MUTED, WIDTH, Strip, save
 
+Cell = Callable[[Strip, float, float, Any], None]
+
 RIGHT, RIGHT_INK, OTHER = "#a7f3d0", "#047857", "#e0e7ff"
 GAP = 20
 CARDS = 4  # in a row
+VALUE = 46  # width of the number beside a bar
 SHOWN = 96  # side of an image, pixels; also the size at which sets are loaded to be looked at
 
 
@@ -35,7 +38,8 @@ PANELS = (
     Panel(
         "emoji/test_concepts",
         "Things it has never seen",
-        "No picture of these was ever shown in training. The model chooses among {ways} such new names.",
+        "No picture of these was ever shown in training. The model chooses among {ways} new names, each with up to "
+        "three keywords.",
     ),
     Panel(
         "emoji/test_rendering",
@@ -53,10 +57,10 @@ QUERIES = (
     "red heart",
     "fruit",
     "angry face",
-    "flag with a cross",
-    "something to drink",
-    "sport with a ball",
-    "house and garden",
+    "blue",
+    "clock",
+    "woman with long hair",
+    "vehicle on rails",
 )
 
 
@@ -80,7 +84,7 @@ def draw(
       variables: what `TwoTowers.apply` takes.
       title: head of the page.
       note: a line below it: which run, how long, how good.
-      panels: sets whose images get names; the images of the first two are also searched and clustered.
+      panels: one set or more whose images get names; the images of the first two are also searched and clustered.
       queries: texts to search with.
       data_dir: root of TFDS data sets, None for the default.
       seed: decides which images are shown.
@@ -92,8 +96,11 @@ def draw(
     strips = [_head(title, note)]
     for panel, (data, shown) in zip(panels, found, strict=True):
         strips += _names_for_images(panel, encoder, variables, data, shown, np.random.default_rng(seed))
-    gallery = [_Gallery(data.images, shown.images, [data.names[i] for i in data.labels]) for data, shown in found[:2]]
-    pool = _Gallery(*(sum((getattr(part, f.name) for part in gallery), []) for f in dataclasses.fields(_Gallery)))
+    pool = _Gallery(
+        [image for data, _ in found[:2] for image in data.images],
+        [image for _, shown in found[:2] for image in shown.images],
+        [data.names[label] for data, _ in found[:2] for label in data.labels],
+    )
     img = encoder.images(variables, pool.images, ("z", "s"))
     strips += _images_for_words(encoder, variables, pool, img, queries)
     if "s" in img:
@@ -126,7 +133,7 @@ def _section(title: str, sentence: str) -> Strip:
     return strip
 
 
-def _grid(items: Sequence[Any], columns: int, height: int, cell: Callable[[Strip, float, float, Any], None]) -> list[Strip]:
+def _grid(items: Sequence[Any], columns: int, height: int, cell: Cell) -> list[Strip]:
     """Cards of `height`, `columns` of them in a row; cell(strip, x, width, item) fills one."""
     width = (WIDTH - 2 * MARGIN - GAP * (columns - 1)) / columns
     strips = []
@@ -148,33 +155,40 @@ def _names_for_images(
     picked = order[np.sort(first)][: 2 * CARDS]
     few = dataclasses.replace(data, images=[data.images[i] for i in picked], labels=data.labels[picked], groups={})
     scores = ZeroShot(encoder, few).scores(variables)[""]
-    values, show = _values(scores, variables)
+    values, show, meaning = _values(scores, variables)
     best = np.argsort(-scores, axis=1, kind="stable")
 
     def card(strip: Strip, x: float, width: float, n: int) -> None:
         label = few.labels[n]
         rank = int(np.flatnonzero(best[n] == label)[0]) + 1
-        place = "right" if rank == 1 else f"right name: {rank}."
-        strip.text(x + 16, 31, data.names[label], 17, bold=True, width=width - 148)
+        place = "right" if rank == 1 else f"rank {rank:,} of {len(data.prompts):,}"
+        strip.text(x + 16, 31, data.names[label], 17, bold=True, width=width - 152)
         strip.text(x + width - 16, 31, place, 14, RIGHT_INK if rank <= 5 else MUTED, anchor="rs", bold=rank == 1)
         strip.picture(x + 16, 60, SHOWN, shown.images[picked[n]])
         left, room = x + 16 + SHOWN + 16, width - SHOWN - 48
         for row, k in enumerate(best[n, :5]):
             y = 46 + row * 25
-            strip.box(left, y, max(room * min(max(values[n, k], 0), 1), 4), 22, RIGHT if k == label else OTHER, radius=4)
-            strip.text(left + 8, y + 16, data.names[k], 14, INK, width=room - 58, bold=k == label)
+            length = (room - VALUE) * float(np.clip(values[n, k], 0, 1))
+            strip.box(left, y, max(length, 4), 22, RIGHT if k == label else OTHER, radius=4)
+            ink = RIGHT_INK if k == label else INK
+            strip.text(left + 8, y + 16, data.names[k], 14, ink, width=room - VALUE - 10, bold=k == label)
             strip.text(left + room, y + 16, show(values[n, k]), 13, MUTED, anchor="rs")
 
     cards = _grid(range(len(picked)), CARDS, 182, card)
-    return [_section(panel.title, panel.sentence.format(ways=f"{len(data.prompts):,}")), *cards]
+    sentence = panel.sentence.format(ways=f"{len(data.prompts):,}")
+    return [_section(panel.title, f"{sentence} Bars: {meaning}."), *cards]
 
 
-def _values(scores: np.ndarray, variables: Any) -> tuple[np.ndarray, Callable[[float], str]]:
-    """What bars show, and how it is written: probabilities under the learned scale, or cosines without projection."""
+def _values(scores: np.ndarray, variables: Any) -> tuple[np.ndarray, Callable[[float], str], str]:
+    """What bars show, how it is written and called: probabilities, or without a learned scale the scores themselves."""
     if "log_scale" not in variables["params"]:
-        return scores, lambda value: f"{value:.2f}"
+        return scores, lambda value: f"{value:.2f}", "likeness of cluster distributions, 0 to 1"
     scale = math.exp(variables["params"]["log_scale"])
-    return distributions(scale * scores), lambda value: "<1 %" if value < 0.01 else f"{100 * value:.0f} %"
+    return distributions(scale * scores), _percent, "probability"
+
+
+def _percent(value: float) -> str:
+    return "<1 %" if value < 0.01 else f"{100 * value:.0f} %"
 
 
 def _images_for_words(
@@ -189,7 +203,7 @@ def _images_for_words(
         strip.text(x + 20, 38, f"“{queries[n]}”", 20, bold=True, width=width - 40)
         _row(strip, x, width, 56, pool, best[n, :6])
 
-    sentence = f"The best of {len(pool.images):,} test pictures for words that the model is free to understand as it likes."
+    sentence = f"For each text, the best of {len(pool.images):,} test pictures, best first."
     return [_section("Search by words", sentence), *_grid(range(len(queries)), 2, 186, card)]
 
 
@@ -206,7 +220,8 @@ def _clusters(encoder: Encoder, variables: Any, pool: _Gallery, s_img: np.ndarra
     p = distributions(s_img, encoder.tau)
     q = distributions(encoder.texts(variables, names, ("s",))["s"], encoder.tau)
     count = np.bincount(p.argmax(axis=1), minlength=p.shape[1])
-    most = np.argsort(-count, kind="stable")[: min(8, np.count_nonzero(count))]
+    used = np.count_nonzero(count)
+    most = np.argsort(-count, kind="stable")[: min(8, used)]
 
     def card(strip: Strip, x: float, width: float, k: int) -> None:
         strip.text(x + 20, 36, f"cluster {k}", 17, bold=True)
@@ -216,7 +231,7 @@ def _clusters(encoder: Encoder, variables: Any, pool: _Gallery, s_img: np.ndarra
         _row(strip, x, width, 80, pool, np.argsort(-p[:, k], kind="stable")[:6])
 
     sentence = (
-        f"Training without negatives sorts pictures and words into {p.shape[1]:,} clusters; {np.count_nonzero(count)} are in "
-        f"use here. These hold the most test pictures; in green, the names that the text side puts there."
+        f"Training without negatives sorts pictures and words into {p.shape[1]:,} clusters, {used:,} of them in use "
+        f"here. These hold the most test pictures; in green, the names nearest to each."
     )
     return [_section("Clusters it has found", sentence), *_grid(most, 2, 210, card)]
