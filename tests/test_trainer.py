@@ -24,7 +24,7 @@ def pairs(tmp_path_factory):
 
 
 def config(pairs, run, **changes):
-    return tiny.config(run=run, data__sources=(f"folder:{pairs}",), **changes)
+    return tiny.config(run=run, **{"data__sources": (f"folder:{pairs}",)} | changes)
 
 
 def logged(run):
@@ -35,9 +35,8 @@ def logged(run):
 
 def final_state(c):
     p = parts.build(c)
-    checkpointer = Checkpointer(c.run)
-    state, position = checkpointer.restore(p.abstract)
-    checkpointer.close()
+    with Checkpointer(c.run) as checkpointer:
+        state, position = checkpointer.restore(p.abstract)
     return jax.device_get(state), position
 
 
@@ -90,9 +89,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(pairs, tmp_path, straight):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
-    checkpointer = Checkpointer(run)
-    assert checkpointer.latest() >= 1
-    checkpointer.close()
+    with Checkpointer(run) as checkpointer:
+        assert checkpointer.latest() >= 1
 
 
 def test_complete_run_says_so_and_trains_no_more(straight, capsys, monkeypatch):
@@ -123,26 +121,22 @@ def test_other_settings_in_the_same_folder_are_refused(pairs, straight):
 
 def test_checkpoint_of_another_architecture_is_refused(pairs, straight):
     c = config(pairs, straight[0].run, model__embed=32)
-    checkpointer = Checkpointer(c.run)
-    with pytest.raises(UserError, match=r"another architecture: params/proj_img/linear/kernel has shape \(32, 16\)"):
+    message = r"another architecture: params/proj_img/linear/kernel has shape \(32, 16\) there and \(32, 32\) here"
+    with Checkpointer(c.run) as checkpointer, pytest.raises(UserError, match=message):
         checkpointer.restore(parts.build(c).abstract)
-    checkpointer.close()
 
 
 def test_missing_checkpoint_is_named(tmp_path):
-    checkpointer = Checkpointer(tmp_path)
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with Checkpointer(tmp_path) as checkpointer, pytest.raises(UserError, match="holds no checkpoint"):
         checkpointer.restore(parts.build(tiny.config()).abstract)
-    checkpointer.close()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(pairs, tmp_path):
     c = config(pairs, tmp_path / "run", optim__lr=1e30, optim__warmup=0, optim__schedule="constant")
     with pytest.raises(UserError, match=r"the loss of step \d+ is nan.*optim\.lr"):
         trainer.run(c)
-    checkpointer = Checkpointer(c.run)
-    assert checkpointer.latest() is None
-    checkpointer.close()
+    with Checkpointer(c.run) as checkpointer:
+        assert checkpointer.latest() is None
 
 
 @pytest.mark.parametrize(

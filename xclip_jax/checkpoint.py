@@ -87,14 +87,16 @@ class Checkpointer:
                 "Use the config that the run was started with (config.json beside it), or another --config.run."
             )
 
-    def wait(self) -> None:
+    def close(self) -> None:
         """Returns when everything that was started is on disk."""
         self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Waits, then frees the manager."""
-        self.wait()
         self._manager.close()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def write_json(path: epath.Path, content: Any) -> None:

@@ -84,12 +84,22 @@ def run(config: ml_collections.ConfigDict) -> dict[str, float]:
     folder = epath.Path(config.run)
     _claim(folder, config)
     results = folder / "results.json"
-    checkpointer = Checkpointer(folder, keep=config.checkpoint.keep)
-    if results.exists() and checkpointer.latest() == config.steps:
-        say(f"{folder} is complete at step {config.steps}; delete it, or set another --config.run, to train anew.")
-        checkpointer.close()
-        return json.loads(results.read_text())["results"]
-    parts = build(config)
+    with Checkpointer(folder, keep=config.checkpoint.keep) as checkpointer:
+        if results.exists() and checkpointer.latest() == config.steps:
+            say(f"{folder} is complete at step {config.steps}; delete it, or set another --config.run, to train anew.")
+            return json.loads(results.read_text())["results"]
+        parts = build(config)
+        state, stopped = _train(config, parts, checkpointer, folder)
+    if stopped:
+        say(f"stopped at step {int(state.step)} of {config.steps}; the same command goes on from there")
+        raise SystemExit(0)
+    return _finish(config, parts, state, folder)
+
+
+def _train(
+    config: ml_collections.ConfigDict, parts: Parts, checkpointer: Checkpointer, folder: epath.Path
+) -> tuple[TrainState, bool]:
+    """Makes or restores the state and trains it. Returns it, and whether it was interrupted."""
     sources = loader.open_sources(parts.data)
     count = sum(x.size for x in jax.tree.leaves(parts.abstract.params))
     say(
@@ -102,12 +112,7 @@ def run(config: ml_collections.ConfigDict) -> dict[str, float]:
         state, position = checkpointer.restore(parts.abstract)
         say(f"resuming at step {int(state.step)}, sample {position['samples']:,}")
     with Interrupt() as interrupt:
-        state, stopped = _loop(config, parts, sources, state, checkpointer, folder, interrupt)
-    checkpointer.close()
-    if stopped:
-        say(f"stopped at step {int(state.step)} of {config.steps}; the same command goes on from there")
-        raise SystemExit(0)
-    return _finish(config, parts, state, folder)
+        return _loop(config, parts, sources, state, checkpointer, folder, interrupt)
 
 
 def _claim(folder: epath.Path, config: ml_collections.ConfigDict) -> None:
