@@ -3,6 +3,9 @@
 # PYTHON  interpreter to build the environment with (default: python3; 3.11 to 3.13)
 # VENV    where it lies (default: .venv in the checkout, one for each version of Python)
 
+# XLA maps its buffers anew in each step; on a CPU a fifth of the demo's time would go into page faults of small pages.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+
 setup() {
   local python=${PYTHON:-python3} version
   version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || {

@@ -1,26 +1,20 @@
 import functools
-import io
 import tracemalloc
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import PIL.Image
 import pytest
 import scipy.special
 import sklearn.metrics
 
-from xclip_jax.data import demo, transforms
+from tests.encoding import LENGTH, SIZE, K, build_encoder, make_encoder, small_model, tokenize
+from xclip_jax.data import transforms
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import Encoder, retrieval, sets, zeroshot
+from xclip_jax.evaluators import retrieval, zeroshot
 from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
 from xclip_jax.models.two_towers import TwoTowers
-from xclip_jax.parallel.mesh import AXES, make_mesh
-from xclip_jax.report import page, picture
-
-SIZE, LENGTH, K = 8, 6, 10
 
 
 def rng(seed=0):
@@ -278,42 +272,6 @@ def test_a_wrong_retrieval_set_raises():
 # The encoder.
 
 
-def tokenize(texts, length):
-    rows = [[*t.encode()][: length - 1] for t in texts]
-    return np.array([row + [99] * (length - len(row)) for row in rows], np.int32)
-
-
-@functools.cache
-def small_model(embed=8, clusters=K):
-    tower = {"width": 16, "depth": 1, "heads": 2}
-    model = TwoTowers(
-        img={"size": SIZE, "patch": 4, **tower},
-        txt={"vocab": 128, "eot_id": 99, "length": LENGTH, **tower},
-        embed=embed,
-        cluster_head={"clusters": clusters, "hidden": 12} if clusters else None,
-    )
-    image, text = jnp.zeros((2, SIZE, SIZE, 3)), jnp.zeros((2, LENGTH), jnp.int32)
-    return model, nn.unbox(jax.jit(model.init)(jax.random.key(0), image, text))
-
-
-def build_encoder(model, devices=8, batch=16, sizes=(-1, 1, 1)):
-    mean, std = transforms.STATISTICS["imagenet"]
-    mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[:devices])
-    return Encoder(
-        model, tokenize, text_length=LENGTH, image_size=SIZE, mean=mean, std=std, batch=batch, mesh=mesh
-    )
-
-
-def make_encoder(embed=8, clusters=K, devices=8, batch=16, sizes=(-1, 1, 1)):
-    """Shared by the tests, so that each model is compiled once."""
-    return cached_encoder(embed, clusters, devices, batch, sizes)
-
-
-@functools.cache
-def cached_encoder(embed, clusters, devices, batch, sizes):
-    return build_encoder(small_model(embed, clusters)[0], devices, batch, sizes)
-
-
 def pictures(n, size=SIZE):
     return list(rng(n).integers(0, 256, (n, size, size, 3), np.uint8))
 
@@ -424,114 +382,3 @@ def test_evaluators_on_a_real_model_agree_on_1_and_8_devices():
         results.append(ZeroShot(encoder, zero_shot).run(variables) | Retrieval(encoder, pairs).run(variables))
     assert results[0] == pytest.approx(results[1])
     assert all(isinstance(value, float) for value in results[0].values())
-
-
-# The demo's sets, on a small copy of its data.
-
-CONCEPTS = [
-    {"id": f"c{i}", "name": f"name {i}", "tags": [f"tag {j}" for j in range(i)], "role": role, "group": group}
-    for i, (role, group) in enumerate(
-        [
-            ("train", "flags"),
-            ("train", "flags"),
-            ("train", "animals_food"),
-            ("train", "rest"),
-            ("test_concepts", "rest"),
-            ("test_concepts", "flags"),
-            ("validation_concepts", "rest"),
-        ]
-    )
-]
-RENDERED = [("twemoji", 0), ("noto", 2), ("noto", 3), ("openmoji", 1)]
-SPLITS = {
-    "test_rendering": RENDERED,
-    "validation_rendering": RENDERED[:2],
-    "test_concepts": [(v, i) for v in demo.VENDORS for i in (4, 5)],
-    "validation_concepts": [(v, 6) for v in demo.VENDORS],
-    "test_line": [(demo.LINE, i) for i in range(6)],
-}
-
-
-@pytest.fixture
-def small_demo(monkeypatch):
-    def record(vendor, i):
-        png = io.BytesIO()
-        PIL.Image.fromarray(np.full((9, 9, 3), 10 * i, np.uint8)).save(png, "png")
-        words = {"vendor": vendor, "concept": f"c{i}", "name": f"name {i}", "group": CONCEPTS[i]["group"]}
-        texts = {key: value.encode() for key, value in words.items()}
-        return {"image": png.getvalue(), "aliases": [b"alias"] * (i % 3), "tags": [], **texts}
-
-    class Builder:
-        def as_data_source(self, split, decoders):
-            return [record(*key) for key in SPLITS[split]]
-
-    sets._emoji.cache_clear()
-    monkeypatch.setattr(demo, "prepare", lambda data_dir: Builder())
-    monkeypatch.setattr(demo, "concepts", lambda builder: CONCEPTS)
-    yield
-    sets._emoji.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("spec", "classes", "images"),
-    [
-        ("validation_concepts", [6], [6, 6, 6]),
-        ("test_concepts", [4, 5], [4, 5, 4, 5, 4, 5]),
-        ("test_rendering", range(7), [0, 2, 3, 1]),
-        ("validation_rendering", range(7), [0, 2]),
-        ("test_rendering_flags", [0, 1, 5], [0, 1]),
-        ("test_rendering_animals_food", [2], [2]),
-        ("test_rendering_rest", [3, 4, 6], [3]),
-        ("test_rendering_flags_all_names", range(7), [0, 1]),
-        ("test_line", range(7), range(6)),
-        ("test_line_concepts", [4, 5], [4, 5]),
-    ],
-)
-def test_zero_shot_sets_of_the_demo(spec, classes, images, small_demo):
-    data = sets.load(f"emoji/{spec}", SIZE)
-    assert data.names == [f"name {i}" for i in classes]
-    assert [data.names[label] for label in data.labels] == [f"name {i}" for i in images]
-    assert [image[0, 0, 0] for image in data.images] == [10 * i for i in images]
-    assert all(image.shape == (SIZE, SIZE, 3) and image.dtype == np.uint8 for image in data.images)
-    unseen = spec.endswith("concepts")
-    assert data.prompts[-1][0] == ", ".join([data.names[-1], *(f"tag {j}" for j in range(3) if unseen)])
-    vendors = len(data.groups)
-    assert vendors == {"test_concepts": 3, "validation_concepts": 3}.get(spec, vendors) and vendors != 1
-    assert not data.groups or np.sum(list(data.groups.values()), axis=0).tolist() == [1] * len(data.images)
-
-
-def test_retrieval_sets_of_the_demo(small_demo):
-    data = sets.load("emoji/test_retrieval", SIZE)
-    assert data.captions == [["name 0"], ["name 2", "alias", "alias"], ["name 3"], ["name 1", "alias"]]
-    assert len(sets.load("emoji/validation_retrieval", SIZE).images) == 2
-
-
-def test_every_set_can_be_evaluated_and_an_unknown_one_lists_them(small_demo):
-    _, variables = small_model()
-    encoder, results = make_encoder(), {}
-    for spec in sets.SETS:
-        found = sets.make(spec, encoder).run(variables)
-        assert not results.keys() & found.keys()
-        results |= found
-    assert all(0 <= value <= 100 for value in results.values())
-    with pytest.raises(UserError, match="emoji/test_line_concepts"):
-        sets.load("emoji/test_lines", SIZE)
-
-
-# The picture.
-
-
-@pytest.mark.parametrize(("embed", "clusters"), [(8, 0), (0, K), (8, K)])
-def test_the_picture_is_drawn_for_every_kind_of_model(embed, clusters, small_demo, tmp_path):
-    _, variables = small_model(embed, clusters)
-    path = tmp_path / "picture.png"
-    picture.draw(path, make_encoder(embed, clusters), variables, title="Test", note="note", queries=("a", "b"))
-    with PIL.Image.open(path) as image:
-        assert image.width == 1600 and image.height > 1000
-
-
-def test_names_are_printable_and_fit():
-    assert page.printable("Côte d’Ivoire – 中") == "Cote d’Ivoire - ?"
-    assert page.fit("short", 14, 200) == "short"
-    assert page.fit("a very long name", 14, 60).endswith("…")
-    assert page.fit("long", 14, 0) == "…"

@@ -1,0 +1,51 @@
+"""A small model behind an encoder, shared by the tests of evaluators, sets and picture."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xclip_jax.data import transforms
+from xclip_jax.evaluators import Encoder
+from xclip_jax.models.two_towers import TwoTowers
+from xclip_jax.parallel.mesh import AXES, make_mesh
+
+SIZE, LENGTH, K = 8, 6, 10
+
+
+def tokenize(texts, length):
+    rows = [[*t.encode()][: length - 1] for t in texts]
+    return np.array([row + [99] * (length - len(row)) for row in rows], np.int32)
+
+
+@functools.cache
+def small_model(embed=8, clusters=K):
+    tower = {"width": 16, "depth": 1, "heads": 2}
+    model = TwoTowers(
+        img={"size": SIZE, "patch": 4, **tower},
+        txt={"vocab": 128, "eot_id": 99, "length": LENGTH, **tower},
+        embed=embed,
+        cluster_head={"clusters": clusters, "hidden": 12} if clusters else None,
+    )
+    image, text = jnp.zeros((2, SIZE, SIZE, 3)), jnp.zeros((2, LENGTH), jnp.int32)
+    return model, nn.unbox(jax.jit(model.init)(jax.random.key(0), image, text))
+
+
+def build_encoder(model, devices=8, batch=16, sizes=(-1, 1, 1)):
+    mean, std = transforms.STATISTICS["imagenet"]
+    mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[:devices])
+    return Encoder(
+        model, tokenize, text_length=LENGTH, image_size=SIZE, mean=mean, std=std, batch=batch, mesh=mesh
+    )
+
+
+def make_encoder(embed=8, clusters=K, devices=8, batch=16, sizes=(-1, 1, 1)):
+    """Shared by the tests, so that each model is compiled once."""
+    return cached_encoder(embed, clusters, devices, batch, sizes)
+
+
+@functools.cache
+def cached_encoder(embed, clusters, devices, batch, sizes):
+    return build_encoder(small_model(embed, clusters)[0], devices, batch, sizes)

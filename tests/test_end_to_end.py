@@ -1,0 +1,59 @@
+"""The commands as a user gives them, on the demo's data, only shorter."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def command(*flags):
+    line = [sys.executable, "-m", "xclip_jax.main", "--config", *flags]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=500)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    flags = (
+        "configs/demo.py:steps=8",
+        f"--config.run={folder}",
+        "--config.data.batch=64",
+        "--config.eval.final_sets=('emoji/test_concepts','emoji/test_retrieval')",
+    )
+    return folder, flags, command(*flags)
+
+
+def test_from_data_to_table_and_picture(run):
+    folder, _, done = run
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("step 8/8  loss ") for line in lines)
+    assert any(line.startswith("step 4: emoji/validation_concepts top1 ") for line in lines)
+    row = next(line for line in lines if line.startswith("emoji/test_concepts")).split()
+    assert row[1:3] == ["200", "600"]
+    results = json.loads((folder / "results.json").read_text())["results"]
+    assert float(row[3]) == pytest.approx(results["zeroshot/emoji/test_concepts/top1"], abs=0.051)
+    assert results["retrieval/emoji/test_retrieval/images"] == 284
+    with Image.open(folder / "picture.png") as picture:
+        assert picture.width == 1600
+
+
+def test_the_same_command_again_says_that_it_is_complete(run):
+    folder, flags, _ = run
+    again = command(*flags)
+    assert again.returncode == 0, again.stderr
+    assert f"{folder} is complete at step 8" in again.stdout
+    assert "loss" not in again.stdout
+
+
+def test_another_objective_in_the_same_folder_is_one_sentence(run):
+    folder, _, _ = run
+    done = command("configs/demo.py:steps=8,objective=nclip", f"--config.run={folder}", "--config.data.batch=64")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {folder} holds a run with other settings: objective.name ('xclip' there")
+    assert len(done.stderr.strip().splitlines()) == 1
