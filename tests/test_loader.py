@@ -190,6 +190,13 @@ def test_device_transforms():
     assert colored.min() >= 0
     assert colored.max() <= 255
     assert np.abs(colored - images).max() > 10
+    _, *keys = jax.random.split(key, 4)
+    factors = (np.asarray(jax.random.uniform(k, (6, 1, 1), minval=0.7, maxval=1.3))[..., None] for k in keys)
+    brightness, contrast, saturation = factors
+    bright = images * brightness
+    contrasted = bright.mean(axis=(1, 2, 3), keepdims=True) * (1 - contrast) + contrast * bright
+    luma = (contrasted * (0.299, 0.587, 0.114)).sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(colored, np.clip(luma + saturation * (contrasted - luma), 0, 255), atol=1e-2)
     gray = np.full((6, 5, 4, 3), 100, np.uint8)
     gray_colored = np.asarray(transforms.augment(gray, key, color=0.3))
     np.testing.assert_allclose(np.ptp(gray_colored, axis=(1, 2, 3)), 0, atol=1e-3)

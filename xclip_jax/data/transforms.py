@@ -108,11 +108,12 @@ def augment(images: jax.Array, key: jax.Array, *, flip: float = 0.0, color: floa
         images = jnp.where(flipped, images[:, :, ::-1], images)
     if color:
         brightness, contrast, saturation = (
-            jax.random.uniform(k, (b, 1, 1, 1), minval=1 - color, maxval=1 + color) for k in keys
+            jax.random.uniform(k, (b, 1, 1), minval=1 - color, maxval=1 + color) for k in keys
         )
-        x = images.astype(jnp.float32) * brightness
-        mean = x.mean(axis=(1, 2, 3), keepdims=True)
-        x = mean + contrast * (x - mean)
-        gray = (x * jnp.asarray((0.299, 0.587, 0.114))).sum(axis=-1, keepdims=True)
-        images = jnp.clip(gray + saturation * (x - gray), 0, 255)
+        # All three are linear but for the mean, so one 3 x 3 matrix an image does them in one pass over the pixels.
+        luma = jnp.tile(jnp.asarray((0.299, 0.587, 0.114))[:, None], (1, 3))
+        matrix = brightness * contrast * (saturation * jnp.eye(3) + (1 - saturation) * luma)  # (b, 3, 3)
+        x = images.reshape(b, -1, 3).astype(jnp.float32)
+        shift = brightness * (1 - contrast) * x.mean(axis=(1, 2), keepdims=True)
+        images = jnp.clip(jnp.einsum("bnc,bcd->bnd", x, matrix) + shift, 0, 255).reshape(images.shape)
     return images
