@@ -41,7 +41,7 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
         "run": f"runs/{objective}-{size.replace('/', '')}",  # the run's folder
         "seed": 0,
         "steps": 0,
-        "mesh": {"data": -1, "fsdp": 1, "model": 1},
+        "mesh": {"data": -1, "fsdp": 1, "model": 1, "strategy": "dp"},
         "model": {
             "img": img,
             "txt": tower | {"length": 77} | sizes["txt"],
@@ -77,7 +77,9 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
             "eps": 1e-8,
             "clip": 0.0,
             "mu_dtype": "float32",
+            "microbatches": 1,
         },
+        "loss": {"impl": "plain", "chunk": 0},
         "ema": {"on": False, "momentum": 0.996, "schedule": "cosine"},
         "data": {
             "sources": (),

@@ -184,9 +184,10 @@ def test_device_transforms():
     mean, std = transforms.STATISTICS["imagenet"]
     np.testing.assert_allclose(transforms.normalize(images, mean, std), (images / 255 - mean) / std, atol=1e-5)
     key = jax.random.key(0)
-    np.testing.assert_array_equal(transforms.augment(images, key, flip=1.0), images[:, :, ::-1])
-    np.testing.assert_array_equal(transforms.augment(images, key), images)
-    colored = np.asarray(transforms.augment(images, key, color=0.3))
+    flipped = transforms.augment(images, transforms.draw(key, len(images), flip=1.0))
+    np.testing.assert_array_equal(flipped, images[:, :, ::-1])
+    np.testing.assert_array_equal(transforms.augment(images, transforms.draw(key, len(images))), images)
+    colored = np.asarray(transforms.augment(images, transforms.draw(key, len(images), color=0.3)))
     assert colored.min() >= 0
     assert colored.max() <= 255
     assert np.abs(colored - images).max() > 10
@@ -198,7 +199,7 @@ def test_device_transforms():
     luma = (contrasted * (0.299, 0.587, 0.114)).sum(axis=-1, keepdims=True)
     np.testing.assert_allclose(colored, np.clip(luma + saturation * (contrasted - luma), 0, 255), atol=1e-2)
     gray = np.full((6, 5, 4, 3), 100, np.uint8)
-    gray_colored = np.asarray(transforms.augment(gray, key, color=0.3))
+    gray_colored = np.asarray(transforms.augment(gray, transforms.draw(key, len(gray), color=0.3)))
     np.testing.assert_allclose(np.ptp(gray_colored, axis=(1, 2, 3)), 0, atol=1e-3)
 
 

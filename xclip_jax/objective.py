@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from xclip_jax.errors import UserError, one_of
-from xclip_jax.losses import contrastive, noncontrastive
+from xclip_jax.losses import contrastive, noncontrastive, ring
 
 Array = jax.Array
 OBJECTIVES = ("clip", "siglip", "nclip", "xclip")
@@ -45,12 +46,18 @@ class Objective:
       w_clip, w_nclip: weights of the two losses of "xclip"; the other objectives have one loss of weight 1. With
         w_nclip = 0 "xclip" is CLIP with an idle cluster head: a control of equal parameter count.
       nclip: options of the non-contrastive loss.
+      impl: form of the contrastive loss, "plain" (XLA gathers the embeddings) or "ring" (see `losses.ring`).
+      chunk: pairs that the non-contrastive loss takes at a time; 0 for all.
+      mesh: where the ring runs.
     """
 
     name: str
     w_clip: float = 0.3
     w_nclip: float = 0.7
     nclip: NclipConfig = dataclasses.field(default_factory=NclipConfig)
+    impl: str = "plain"
+    chunk: int = 0
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         one_of("objective.name", self.name, OBJECTIVES)
@@ -58,12 +65,20 @@ class Objective:
         one_of("objective.nclip.balance", self.nclip.balance, noncontrastive.BALANCES)
         if self.nclip.tau <= 0 or self.nclip.target_tau < 0:
             raise UserError(f"objective.nclip.tau is {self.nclip.tau}; temperatures must be positive.")
+        one_of("loss.impl", self.impl, ("plain", "ring"))
+        if self.chunk and self.nclip.balance == "sinkhorn":
+            raise UserError(
+                "objective.nclip.balance='sinkhorn' normalises over the whole batch; set loss.chunk=0, or balance "
+                "'none' or 'center'."
+            )
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Objective":
-        """The objective of config group `objective`."""
+    def from_config(
+        cls, config: Mapping[str, Any], loss: Mapping[str, Any] | None = None, mesh: Mesh | None = None
+    ) -> "Objective":
+        """The objective of config groups `objective` and `loss`, on `mesh`."""
         fields = dict(config)
-        return cls(**fields | {"nclip": NclipConfig(**fields.get("nclip", {}))})
+        return cls(**fields | {"nclip": NclipConfig(**fields.get("nclip", {}))}, **dict(loss or {}), mesh=mesh)
 
     @property
     def contrastive(self) -> bool:
@@ -102,8 +117,11 @@ class Objective:
         terms, metrics, new_state = [], {}, dict(state)
         if self.contrastive:
             sigmoid = self.name == "siglip"
-            z = (out["z_img"], out["z_txt"], out["scale"])
-            loss, found = contrastive.sigmoid(*z, out["bias"]) if sigmoid else contrastive.softmax(*z)
+            z = (out["z_img"], out["z_txt"], out["scale"], *([out["bias"]] if sigmoid else []))
+            if self.impl == "ring":
+                loss, found = (ring.sigmoid if sigmoid else ring.softmax)(*z, mesh=self.mesh)
+            else:
+                loss, found = (contrastive.sigmoid if sigmoid else contrastive.softmax)(*z)
             weight = self.w_clip if self.name == "xclip" else 1.0
             terms.append(weight * loss)
             metrics |= {f"{'siglip' if sigmoid else 'clip'}/{key}": value for key, value in found.items()}
@@ -124,7 +142,7 @@ class Objective:
         options["target_tau"] = options["target_tau"] or None
         if self.teacher:
             options |= {"teacher_img": teacher["s_img"], "teacher_txt": teacher["s_txt"]}
-        loss, metrics = noncontrastive.nclip(out["s_img"], out["s_txt"], **options, **state)
+        loss, metrics = noncontrastive.nclip(out["s_img"], out["s_txt"], chunk=self.chunk, **options, **state)
         target = teacher if self.teacher else out
         moved = {
             key: noncontrastive.update_center(center, target[key.replace("center", "s")], momentum)

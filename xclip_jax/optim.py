@@ -28,6 +28,7 @@ class OptimConfig:
       weight_decay: decoupled, on tensors of two dimensions and more (never biases, norms, scale).
       clip: bound on the global gradient norm; 0 for none.
       mu_dtype: dtype of the first moment; the second stays fp32.
+      microbatches: parts of the batch that are encoded one after the other; exact, see `gradcache`.
     """
 
     lr: float
@@ -41,6 +42,7 @@ class OptimConfig:
     eps: float = 1e-8
     clip: float = 0.0
     mu_dtype: str = "float32"
+    microbatches: int = 1
 
 
 def schedule(config: OptimConfig, steps: int) -> Schedule:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import optax
 from jax.sharding import Mesh
 
 from xclip_jax import optim, state, step
@@ -15,6 +16,7 @@ from xclip_jax.data.loader import DataConfig
 from xclip_jax.errors import UserError, one_of
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.objective import Objective
+from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import check_batch, make_mesh
 
 
@@ -39,8 +41,7 @@ class Parts:
     schedule: optim.Schedule
     init: Callable[[], state.TrainState]
     abstract: state.TrainState
-    preprocess: Callable[[jax.Array, jax.Array], jax.Array]
-    momentum: Callable[[jax.Array], Any]
+    make_step: Callable[[optax.GradientTransformation], Callable[..., Any]]
     step: Callable[..., Any]
     compiled: Any
 
@@ -88,13 +89,21 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
     Raises:
       UserError: a value that does not fit, with its key.
     """
-    mesh = make_mesh(config.mesh.to_dict(), devices)
+    sizes = config.mesh.to_dict()
+    strategy = sizes.pop("strategy")
+    mesh = make_mesh(sizes, devices)
+    layout = sharding.Layout(mesh, strategy)
     data = _group(DataConfig, config, "data")
-    check_batch(data.batch, mesh)
+    microbatches = config.optim.microbatches
+    check_batch(data.batch, mesh, parts=microbatches, parts_key="optim.microbatches")
+    if chunk := config.loss.chunk:
+        if data.batch % chunk:
+            raise UserError(f"loss.chunk={chunk} must divide data.batch={data.batch}.")
+        check_batch(chunk, mesh, "loss.chunk")
     one_of("data.statistics", data.statistics, transforms.STATISTICS)
     optim_config = _group(optim.OptimConfig, config, "optim")
     ema = _group(EmaConfig, config, "ema")
-    objective = Objective.from_config(config.objective.to_dict())
+    objective = Objective.from_config(config.objective.to_dict(), config.loss.to_dict(), mesh)
     tokens = tokenizer.load(data.tokenizer)
     model = make_model(config, objective, tokens)
     tx = optim.make_optimizer(optim_config, config.steps)
@@ -108,15 +117,35 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
         seed=config.seed,
     )
 
-    def preprocess(images: jax.Array, key: jax.Array) -> jax.Array:
-        images = transforms.augment(images, key, flip=data.flip, color=data.color)
+    patches = (config.model.img.size // config.model.img.patch) ** 2
+
+    def draw(key: jax.Array, b: int) -> dict[str, jax.Array]:
+        key_image, key_patches = jax.random.split(key)
+        drawn = transforms.draw(key_image, b, flip=data.flip, color=data.color)
+        if model.img["patch_dropout"]:
+            drawn["patches"] = jax.random.uniform(key_patches, (b, patches))
+        return drawn
+
+    def preprocess(inputs: dict[str, jax.Array]) -> jax.Array:
+        images = transforms.augment(inputs["image"], inputs)
         return transforms.normalize(images, *transforms.STATISTICS[data.statistics])
 
     def momentum(at: jax.Array) -> Any:
         return optim.ema_momentum(at, config.steps, ema.momentum, ema.schedule)
 
-    abstract = state.abstract(init, mesh)
-    train_step = step.make_train_step(model, tx, objective, preprocess, momentum)
+    abstract = state.abstract(init, mesh, strategy)
+    at = jax.tree.map(lambda x: x.sharding, abstract.params)
+    if strategy == "zero1":
+        at = sharding.split_moments(abstract.params, at, mesh)
+
+    def make_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
+        made = step.make_train_step(
+            model, tx, objective, draw, preprocess, momentum, microbatches,
+            lambda grads: jax.lax.with_sharding_constraint(grads, at),
+        )
+        return sharding.use(layout)(made)
+
+    train_step = make_step(tx)
     return Parts(
         mesh=mesh,
         data=data,
@@ -126,8 +155,7 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
         schedule=optim.schedule(optim_config, config.steps),
         init=init,
         abstract=abstract,
-        preprocess=preprocess,
-        momentum=momentum,
+        make_step=make_step,
         step=train_step,
         compiled=step.compile_step(train_step, abstract, mesh),
     )

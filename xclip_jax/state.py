@@ -71,16 +71,18 @@ def init_fn(
     return init
 
 
-def abstract(init: Any, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without making it."""
+def abstract(init: Any, mesh: Mesh, strategy: str) -> TrainState:
+    """Shapes, dtypes and shardings of the state under a strategy of `parallel.sharding`, without making it."""
     boxed = jax.eval_shape(init)
-    shardings = sharding.shardings(boxed, mesh)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings
-    )
+    shapes, specs = nn.unbox(boxed), sharding.shardings(boxed, mesh, strategy)
+    if strategy == "zero1":
+        specs = specs.replace(
+            opt_state=sharding.split_moments(shapes.opt_state, specs.opt_state, mesh),
+            ema_params=sharding.split_moments(shapes.ema_params, specs.ema_params, mesh),
+        )
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, specs)
 
 
-def create(init: Any, mesh: Mesh) -> TrainState:
-    """The initial state, each device making only its own shards."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract(init, mesh))
-    return jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)()
+def create(init: Any, abstract: TrainState) -> TrainState:
+    """The initial state, laid out as `abstract` says, each device making only its own shards."""
+    return jax.jit(lambda: nn.unbox(init()), out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()

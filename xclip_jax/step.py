@@ -8,6 +8,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from xclip_jax import gradcache
 from xclip_jax.losses.noncontrastive import effective_rank
 from xclip_jax.objective import Objective
 from xclip_jax.optim import project_scale
@@ -22,8 +23,11 @@ def make_train_step(
     model: nn.Module,
     tx: optax.GradientTransformation,
     objective: Objective,
-    preprocess: Callable[[jax.Array, jax.Array], jax.Array],
+    draw: Callable[[jax.Array, int], Batch],
+    preprocess: Callable[[Batch], jax.Array],
     momentum: Callable[[jax.Array], Any] | None = None,
+    microbatches: int = 1,
+    keep: Callable[[Any], Any] = lambda grads: grads,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step as a pure function, not yet compiled.
 
@@ -31,38 +35,58 @@ def make_train_step(
       model: a `TwoTowers`.
       tx: the optimizer.
       objective: what is minimised.
-      preprocess: (uint8 images, key) -> normalised, augmented images.
+      draw: (key, b) -> all that is random of a batch, arrays with a row for each sample.
+      preprocess: inputs (batch and draws, or some of their rows) -> normalised, augmented images.
       momentum: of the parameters' moving average, as a function of the step; needed where the state has one.
+      microbatches: see `gradcache`.
+      keep: holds gradients to the layout that the optimizer works in.
 
     Returns:
       step(state, {"image": uint8 (b, h, w, 3), "text": int32 (b, n)}) -> (state, metrics); the metrics are those of
       the parameters before the update.
     """
 
+    def encode(params: Any, inputs: Batch) -> tuple[jax.Array, jax.Array]:
+        variables = {"params": params}
+        h_img = model.apply(variables, preprocess(inputs), inputs.get("patches"), method="encode_image")
+        return h_img, model.apply(variables, inputs["text"], method="encode_text")
+
+    def project(params: Any, batch_stats: Any, h: tuple[jax.Array, jax.Array]) -> tuple[Batch, Any]:
+        variables = {"params": params, "batch_stats": batch_stats}
+        out, moved = model.apply(
+            variables, *h, train=True, logits=not objective.chunk, mutable=["batch_stats"], method="project"
+        )
+        return out, moved.get("batch_stats", {})
+
+    def teach(state: TrainState, inputs: Batch) -> Batch:
+        # The average sees all patches, and normalises by the batch's own statistics.
+        params = jax.lax.stop_gradient(state.ema_params)
+        inputs = {key: value for key, value in inputs.items() if key != "patches"}
+        h = gradcache.in_parts(encode, params, inputs, microbatches)
+        return project(params, state.batch_stats, h)[0]
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key_image, key_dropout = jax.random.split(jax.random.fold_in(jax.random.key(state.seed), state.step))
-        image, text = preprocess(batch["image"], key_image), batch["text"]
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        inputs = batch | draw(key, batch["image"].shape[0])
+        teacher = teach(state, inputs) if objective.teacher else None
+
         # Encoders and heads are applied apart: the heads, with BatchNorm, and the losses are defined on the whole
         # batch, while the encoders may be run on parts of it.
-        teacher = _teacher(model, state, image, text) if objective.teacher else None
+        def loss(params: Any, h: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
+            out, batch_stats = project(params, state.batch_stats, h)
+            value, metrics, loss_state = objective(out, teacher, state.loss_state)
+            metrics |= {"rank/img": effective_rank(h[0]), "rank/txt": effective_rank(h[1])}
+            return value, (metrics, batch_stats, loss_state)
 
-        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-            encoders = {"params": params}
-            h_img = model.apply(encoders, image, train=True, rngs={"dropout": key_dropout}, method="encode_image")
-            h_txt = model.apply(encoders, text, method="encode_text")
-            variables = encoders | {"batch_stats": state.batch_stats}
-            out, moved = model.apply(variables, h_img, h_txt, train=True, mutable=["batch_stats"], method="project")
-            loss, metrics, loss_state = objective(out, teacher, state.loss_state)
-            metrics |= {"rank/img": effective_rank(h_img), "rank/txt": effective_rank(h_txt)}
-            return loss, (metrics, moved.get("batch_stats", {}), loss_state)
-
-        grads, (metrics, batch_stats, loss_state) = jax.grad(loss_fn, has_aux=True)(state.params)
+        differentiate = gradcache.value_and_grad(encode, loss, microbatches)
+        (_, (metrics, batch_stats, loss_state)), grads = differentiate(state.params, inputs)
+        grads = keep(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = project_scale(optax.apply_updates(state.params, updates))
         ema_params = state.ema_params
         if ema_params is not None:
             ema_params = optax.incremental_update(params, ema_params, 1 - momentum(state.step))
-        metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.global_norm(params)}
+        metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(state.params)}
         new = state.replace(
             step=state.step + 1,
             params=params,
@@ -74,16 +98,6 @@ def make_train_step(
         return new, metrics
 
     return step
-
-
-def _teacher(model: nn.Module, state: TrainState, image: jax.Array, text: jax.Array) -> dict[str, jax.Array]:
-    """Outputs of the averaged parameters on the same batch: all patches, and the batch's own BatchNorm statistics."""
-    params = {"params": jax.lax.stop_gradient(state.ema_params)}
-    h_img = model.apply(params, image, method="encode_image")
-    h_txt = model.apply(params, text, method="encode_text")
-    variables = params | {"batch_stats": state.batch_stats}
-    out, _ = model.apply(variables, h_img, h_txt, train=True, mutable=["batch_stats"], method="project")
-    return out
 
 
 def compile_step(

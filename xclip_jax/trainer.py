@@ -25,7 +25,8 @@ from xclip_jax.state import TrainState, create
 
 # A resumed run may differ in these: they do not change what is learned.
 FREE_KEYS = (
-    "checkpoint.", "data.buffer", "data.cache", "data.dir", "data.threads", "data.workers", "eval.", "log.", "mesh."
+    "checkpoint.", "data.buffer", "data.cache", "data.dir", "data.threads", "data.workers", "eval.", "log.",
+    "loss.", "mesh.", "optim.microbatches",
 )
 
 
@@ -107,7 +108,7 @@ def _train(
         f"{parts.data.batch} on {jax.device_count()} {jax.devices()[0].device_kind}, in {folder}"
     )
     if checkpointer.latest() is None:
-        state = create(parts.init, parts.mesh)
+        state = create(parts.init, parts.abstract)
     else:
         state, position = checkpointer.restore(parts.abstract)
         say(f"resuming at step {int(state.step)}, sample {position['samples']:,}")

@@ -5,6 +5,7 @@ uint8 travels to the device: a quarter of the bytes of floats, and the arithmeti
 
 import io
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -89,31 +90,41 @@ def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
     return (images.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
 
 
-def augment(images: jax.Array, key: jax.Array, *, flip: float = 0.0, color: float = 0.0) -> jax.Array:
-    """Random flip and colour of uint8 images (b, h, w, 3), on the device.
+def draw(key: jax.Array, b: int, *, flip: float = 0.0, color: float = 0.0) -> dict[str, jax.Array]:
+    """What `augment` does to each of `b` images; apart from it, so that a batch can be augmented in parts.
 
     Args:
-      images: the global batch.
       key: decides.
+      b: images in the global batch.
       flip: probability of a left-right flip.
       color: strength s; brightness, contrast and saturation each change by a factor from [1 - s, 1 + s].
 
     Returns:
-      Images of the same shape, in fp32 between 0 and 255 where `color` is above 0.
+      "flip" bool (b,) where `flip` is above 0; "color" fp32 (b, 3), the three factors, where `color` is.
     """
-    b = images.shape[0]
-    key_flip, *keys = jax.random.split(key, 4)
+    key_flip, key_color = jax.random.split(key)
+    found = {}
     if flip:
-        flipped = jax.random.bernoulli(key_flip, flip, (b, 1, 1, 1))
-        images = jnp.where(flipped, images[:, :, ::-1], images)
+        found["flip"] = jax.random.bernoulli(key_flip, flip, (b,))
     if color:
-        brightness, contrast, saturation = (
-            jax.random.uniform(k, (b, 1, 1), minval=1 - color, maxval=1 + color) for k in keys
-        )
+        found["color"] = jax.random.uniform(key_color, (b, 3), minval=1 - color, maxval=1 + color)
+    return found
+
+
+def augment(images: jax.Array, drawn: Mapping[str, jax.Array]) -> jax.Array:
+    """Flips and colours uint8 images (b, h, w, 3), on the device, as `draw` says.
+
+    Returns:
+      Images of the same shape, in fp32 between 0 and 255 where colours change.
+    """
+    if "flip" in drawn:
+        images = jnp.where(drawn["flip"][:, None, None, None], images[:, :, ::-1], images)
+    if "color" in drawn:
+        brightness, contrast, saturation = jnp.moveaxis(drawn["color"][:, :, None, None], 1, 0)
         # All three are linear but for the mean, so one 3 x 3 matrix an image does them in one pass over the pixels.
         luma = jnp.tile(jnp.asarray((0.299, 0.587, 0.114))[:, None], (1, 3))
         matrix = brightness * contrast * (saturation * jnp.eye(3) + (1 - saturation) * luma)  # (b, 3, 3)
-        x = images.reshape(b, -1, 3).astype(jnp.float32)
+        x = images.reshape(images.shape[0], -1, 3).astype(jnp.float32)
         shift = brightness * (1 - contrast) * x.mean(axis=(1, 2), keepdims=True)
         images = jnp.clip(jnp.einsum("bnc,bcd->bnd", x, matrix) + shift, 0, 255).reshape(images.shape)
     return images

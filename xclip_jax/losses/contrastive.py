@@ -30,7 +30,8 @@ def softmax(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike) -> tuple[jax.A
     Raises:
         AssertionError: if the embeddings are not two (b, e) arrays of one shape, or scale is not a scalar.
     """
-    logits = _logits(z_img, z_txt, scale)
+    check(z_img, z_txt, scale)
+    logits = jnp.asarray(scale, jnp.float32) * dot(z_img, z_txt)
     # A masked sum, not jnp.diagonal: that gathers, which costs communication when the batch is sharded. It is taken
     # off before the log-sum-exp since a small loss would drown in the rounding of two numbers as large as the scale.
     own = jnp.sum(jnp.eye(logits.shape[0]) * logits, axis=1)
@@ -58,24 +59,26 @@ def sigmoid(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, bias: ArrayLik
     Raises:
         AssertionError: if the embeddings are not two (b, e) arrays of one shape, or scale or bias is not a scalar.
     """
-    bias = jnp.asarray(bias, jnp.float32)
-    chex.assert_shape(bias, ())
-    logits = _logits(z_img, z_txt, scale) + bias
+    check(z_img, z_txt, scale, bias)
+    logits = jnp.asarray(scale, jnp.float32) * dot(z_img, z_txt) + jnp.asarray(bias, jnp.float32)
     b = logits.shape[0]
     sign = 2 * jnp.eye(b, dtype=jnp.float32) - 1
     loss = -jnp.sum(jax.nn.log_sigmoid(sign * logits)) / b
     return loss, _metrics(loss, logits)
 
 
-def _logits(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike) -> jax.Array:
-    """Scaled similarities (b, b), row i for image i, in fp32."""
+def check(z_img: jax.Array, z_txt: jax.Array, *scalars: ArrayLike) -> None:
+    """AssertionError unless the embeddings are two (b, e) arrays of one shape, and scale and bias are scalars."""
     chex.assert_rank(z_img, 2)
     chex.assert_equal_shape([z_img, z_txt])
-    scale = jnp.asarray(scale, jnp.float32)
-    chex.assert_shape(scale, ())
+    chex.assert_shape([jnp.asarray(x) for x in scalars], ())
+
+
+def dot(z_img: jax.Array, z_txt: jax.Array) -> jax.Array:
+    """Similarities of all pairs, row i for image i, in fp32."""
     # HIGHEST: the default precision of TPUs and of TF32 rounds fp32 factors to 8 or 10 bits, and the scale (up to 100)
     # multiplies that error. The product is a small share of a step's FLOPs.
-    return scale * jnp.matmul(
+    return jnp.matmul(
         z_img.astype(jnp.float32),
         z_txt.astype(jnp.float32).T,
         precision=jax.lax.Precision.HIGHEST,

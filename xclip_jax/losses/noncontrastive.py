@@ -17,11 +17,15 @@ The means run over the global batch. Smoothness does not decompose over devices 
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import chex
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+
+from xclip_jax.parallel.sharding import map_rows
 
 Metrics = dict[str, jax.Array]
 
@@ -40,9 +44,34 @@ SHARP_SHARE = 0.6
 AGREEMENT_ABOVE_CHANCE = 0.05
 
 
+@flax.struct.dataclass
+class Factors:
+    """Cluster logits (b, k) not multiplied out, x @ kernel + bias, for a loss that never holds them whole.
+
+    x (b, d) decides in which dtype they are computed; kernel (d, k) and bias (k,) are fp32.
+    """
+
+    x: jax.Array
+    kernel: jax.Array
+    bias: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(b, k)."""
+        return self.x.shape[0], self.kernel.shape[1]
+
+    def logits(self) -> jax.Array:
+        """The logits in fp32."""
+        dtype = self.x.dtype
+        return (jnp.matmul(self.x, self.kernel.astype(dtype)) + self.bias.astype(dtype)).astype(jnp.float32)
+
+
+Logits = jax.Array | Factors
+
+
 def nclip(
-    s_img: jax.Array,
-    s_txt: jax.Array,
+    s_img: Logits,
+    s_txt: Logits,
     *,
     target: str = "detach",
     tau: ArrayLike = 1.0,
@@ -50,15 +79,16 @@ def nclip(
     sharpness: ArrayLike = 1.0,
     smoothness: ArrayLike = 2.0,
     balance: str = "none",
-    teacher_img: jax.Array | None = None,
-    teacher_txt: jax.Array | None = None,
+    teacher_img: Logits | None = None,
+    teacher_txt: Logits | None = None,
     center_img: jax.Array | None = None,
     center_txt: jax.Array | None = None,
+    chunk: int = 0,
 ) -> tuple[jax.Array, Metrics]:
     """nCLIP's loss; the module's docstring has the formulas. Defaults are [ours].
 
     Args:
-        s_img, s_txt: cluster logits of the global batch, shape (b, k) each, row i a pair; any float type.
+        s_img, s_txt: cluster logits of the global batch, shape (b, k) each, row i a pair; any float type, or `Factors`.
         target: "detach" (targets from the logits, no gradient), "joint" (gradient to both sides) or "ema" (targets
             from the teacher's logits, no gradient). [ours]
         tau: temperature of p and q. target_tau: temperature of the targets, None for tau.
@@ -67,6 +97,8 @@ def nclip(
             "sinkhorn" (see `sinkhorn`).
         teacher_img, teacher_txt: teacher logits, shape (b, k); exactly with target "ema".
         center_img, center_txt: centers, shape (k,), from `update_center`; exactly with balance "center".
+        chunk: pairs of the global batch to take at a time, 0 for all. Logits and distributions of more pairs are then
+            never in memory, in the backward pass neither; they are given as `Factors`. The value is the same.
 
     Returns:
         The loss (fp32 scalar, nats) and fp32 scalar metrics: "loss", "align", "sharpness", "smoothness" (unweighted),
@@ -75,17 +107,34 @@ def nclip(
         and ln k) and "clusters" (how many clusters are somebody's argmax in the batch).
 
     Raises:
-        ValueError: unknown target or balance; a teacher or center that is missing, or given where it is unused.
+        ValueError: unknown target or balance; a teacher or center that is missing, or given where it is unused; a
+            chunk that does not divide the batch, or with balance "sinkhorn", which normalises over the whole batch.
         AssertionError: shapes other than the above.
     """
     _check(s_img, s_txt, target, balance, (teacher_img, teacher_txt), (center_img, center_txt))
-    s_img, s_txt = s_img.astype(jnp.float32), s_txt.astype(jnp.float32)
-    log_p, log_q = jax.nn.log_softmax(s_img / tau), jax.nn.log_softmax(s_txt / tau)
-    target_tau = tau if target_tau is None else target_tau
-    p_hat = _target(s_img, teacher_img, center_img, target, balance, target_tau)
-    q_hat = _target(s_txt, teacher_txt, center_txt, target, balance, target_tau)
-    align = -0.5 * jnp.mean(jnp.sum(p_hat * log_q + q_hat * log_p, axis=-1))
-    alarms = _alarms("img", s_img, log_p) | _alarms("txt", s_txt, log_q)
+    b, k = s_img.shape
+    if chunk and (b % chunk or balance == "sinkhorn"):
+        raise ValueError(f"chunk={chunk} must divide the batch of {b}, with a balance other than 'sinkhorn'")
+    given = {"s_img": s_img, "s_txt": s_txt, "teacher_img": teacher_img, "teacher_txt": teacher_txt}
+    given = {name: value for name, value in given.items() if value is not None}
+    centers = {"img": center_img, "txt": center_txt}
+    options = {
+        "target": target, "balance": balance, "tau": tau, "target_tau": tau if target_tau is None else target_tau
+    }
+    if chunk:
+        # Each kind of array alone: a part of the batch has its own x, and the kernels of all.
+        shared = ({name: (value.kernel, value.bias) for name, value in given.items()}, centers)
+
+        def part(shared: Any, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            kernels, centers = shared
+            return _sums({name: Factors(x[name], *kernels[name]).logits() for name in x}, centers, **options)
+
+        sums = map_rows(part, shared, {name: value.x for name, value in given.items()}, b // chunk, stack=True)
+    else:
+        whole = {name: v.logits() if isinstance(v, Factors) else v.astype(jnp.float32) for name, v in given.items()}
+        sums = jax.tree.map(lambda x: x[None], _sums(whole, centers, **options))
+    align = jnp.sum(sums["align"]) / b
+    alarms = _alarms("img", sums, b) | _alarms("txt", sums, b)
     sharp = 0.5 * (alarms["entropy_img"] + alarms["entropy_txt"])
     smooth = 0.5 * (alarms["marginal_entropy_img"] + alarms["marginal_entropy_txt"])
     loss = align + sharpness * sharp - smoothness * smooth
@@ -94,9 +143,9 @@ def nclip(
         "align": align,
         "sharpness": sharp,
         "smoothness": smooth,
-        "agreement": jnp.mean(jnp.argmax(s_img, -1) == jnp.argmax(s_txt, -1), dtype=jnp.float32),
-        "ln_k": jnp.log(jnp.float32(s_img.shape[1])),
-        "ln_b": jnp.log(jnp.float32(s_img.shape[0])),
+        "agreement": jnp.sum(sums["agree"]) / b,
+        "ln_k": jnp.log(jnp.float32(k)),
+        "ln_b": jnp.log(jnp.float32(b)),
         **alarms,
     }
 
@@ -120,7 +169,7 @@ def sinkhorn(logits: jax.Array, tau: ArrayLike = 1.0, iterations: int = SINKHORN
     return log_a
 
 
-def update_center(center: jax.Array, target_logits: jax.Array, momentum: float = 0.9) -> jax.Array:
+def update_center(center: jax.Array, target_logits: Logits, momentum: float = 0.9) -> jax.Array:
     """Running mean of target logits, after DINO (arXiv 2104.14294), for the next step's balance "center".
 
     Args:
@@ -134,9 +183,13 @@ def update_center(center: jax.Array, target_logits: jax.Array, momentum: float =
     Raises:
         AssertionError: if the shapes are not (k,) and (b, k).
     """
-    chex.assert_rank(target_logits, 2)
     chex.assert_shape(center, target_logits.shape[1:])
-    mean = jnp.mean(target_logits.astype(jnp.float32), axis=0)
+    if isinstance(target_logits, Factors):  # the mean of linear logits is the logits of the mean
+        x = jnp.mean(target_logits.x.astype(jnp.float32), axis=0, keepdims=True)
+        mean = target_logits.replace(x=x).logits()[0]
+    else:
+        chex.assert_rank(target_logits, 2)
+        mean = jnp.mean(target_logits.astype(jnp.float32), axis=0)
     return jax.lax.stop_gradient(momentum * center.astype(jnp.float32) + (1 - momentum) * mean)
 
 
@@ -214,11 +267,11 @@ def diagnose(metrics: Mapping[str, float], *, k: int, b: int) -> list[str]:
 
 
 def _check(
-    s_img: jax.Array,
-    s_txt: jax.Array,
+    s_img: Logits,
+    s_txt: Logits,
     target: str,
     balance: str,
-    teachers: tuple[jax.Array | None, jax.Array | None],
+    teachers: tuple[Logits | None, Logits | None],
     centers: tuple[jax.Array | None, jax.Array | None],
 ) -> None:
     if target not in TARGETS:
@@ -232,8 +285,9 @@ def _check(
         if any((array is not None) != needed for array in arrays):
             verb = "needs both" if needed else "alone uses"
             raise ValueError(f"{option} {verb} {name}_img and {name}_txt (here target={target!r}, balance={balance!r})")
-    chex.assert_rank(s_img, 2)
-    chex.assert_equal_shape([x for x in (s_img, s_txt, *teachers) if x is not None])
+    if not isinstance(s_img, Factors):
+        chex.assert_rank(s_img, 2)
+    chex.assert_equal(len({x.shape for x in (s_img, s_txt, *teachers) if x is not None}), 1)
     chex.assert_shape([x for x in centers if x is not None], s_img.shape[1:])
 
 
@@ -255,18 +309,34 @@ def _target(
     return jnp.exp(log_target)
 
 
-def _alarms(name: str, s: jax.Array, log_p: jax.Array) -> Metrics:
-    """Entropies (nats) and clusters in use of one modality, from logits and log-probabilities (b, k)."""
-    b, k = s.shape
-    # The mean's logarithm by log-sum-exp: log(mean(p)) has an infinite gradient where a probability underflows to 0.
-    log_mean = jax.nn.logsumexp(log_p, axis=0) - jnp.log(jnp.float32(b))
-    entropy = -jnp.mean(jnp.sum(jnp.exp(log_p) * log_p, axis=-1))
+def _sums(
+    s: Mapping[str, jax.Array], centers: Mapping[str, jax.Array | None], *, target: str, balance: str, tau: ArrayLike,
+    target_tau: ArrayLike,
+) -> dict[str, jax.Array]:
+    """What the loss needs of some rows of the batch: their sums, and for each cluster the log of its summed mass."""
+    log_p, p_hat, found = {}, {}, {}
+    for m in ("img", "txt"):
+        logits = s[f"s_{m}"]
+        log_p[m] = jax.nn.log_softmax(logits / tau)
+        p_hat[m] = _target(logits, s.get(f"teacher_{m}"), centers[m], target, balance, target_tau)
+        found[f"entropy_{m}"] = -jnp.sum(jnp.exp(log_p[m]) * log_p[m])
+        # The mean's logarithm by log-sum-exp: log(mean(p)) has an infinite gradient where a probability underflows.
+        found[f"log_mass_{m}"] = jax.nn.logsumexp(log_p[m], axis=0)
+        # A comparison and a reduction: a scatter of sharded indices would cost a gather over devices.
+        found[f"used_{m}"] = jnp.any(jnp.argmax(logits, axis=-1)[:, None] == jnp.arange(logits.shape[1]), axis=0)
+    found["align"] = -0.5 * jnp.sum(p_hat["img"] * log_p["txt"] + p_hat["txt"] * log_p["img"])
+    same = jnp.argmax(s["s_img"], -1) == jnp.argmax(s["s_txt"], -1)
+    return found | {"agree": jnp.sum(same, dtype=jnp.float32)}
+
+
+def _alarms(name: str, sums: Mapping[str, jax.Array], b: int) -> Metrics:
+    """Entropies (nats) and clusters in use of one modality, from `_sums` of all parts of the batch."""
+    log_mean = jax.nn.logsumexp(sums[f"log_mass_{name}"], axis=0) - jnp.log(jnp.float32(b))
+    entropy = jnp.sum(sums[f"entropy_{name}"]) / b
     marginal = -jnp.sum(jnp.exp(log_mean) * log_mean)
-    # A comparison and a reduction: a scatter of sharded indices would cost a gather over devices.
-    used = jnp.any(jnp.argmax(s, axis=-1)[:, None] == jnp.arange(k), axis=0)
     return {
         f"entropy_{name}": entropy,
         f"marginal_entropy_{name}": marginal,
         f"mutual_information_{name}": marginal - entropy,
-        f"clusters_{name}": jnp.sum(used, dtype=jnp.float32),
+        f"clusters_{name}": jnp.sum(jnp.any(sums[f"used_{name}"], axis=0), dtype=jnp.float32),
     }

@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from xclip_jax.errors import UserError
+from xclip_jax.losses.noncontrastive import Factors
 from xclip_jax.models.layers import ACTIVATIONS, dense, named
 
 Array = jax.Array
@@ -34,7 +36,7 @@ class ClusterHead(nn.Module):
     """nCLIP's head [ours, after TWIST, arXiv 2110.07402]: h (b, d) -> cluster logits s (b, k) in fp32.
 
     Linear, BatchNorm and GELU, `layers` times, then a linear map to `clusters` logits. Under `jax.jit` the batch of
-    BatchNorm is the global batch, whatever the mesh.
+    BatchNorm is the global batch, whatever the mesh. With `logits` false the last map is left to the loss (`Factors`).
 
     Attributes:
       clusters: k.
@@ -51,7 +53,7 @@ class ClusterHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, h: Array, *, train: bool = False) -> Array:
+    def __call__(self, h: Array, *, train: bool = False, logits: bool = True) -> Array | Factors:
         def batch_norm(name: str, affine: bool = True) -> nn.BatchNorm:
             return nn.BatchNorm(
                 use_running_average=not train,
@@ -72,6 +74,22 @@ class ClusterHead(nn.Module):
             std = x.shape[-1] ** -0.5
             x = dense(self.hidden, ("embed", None), std=std, dtype=self.dtype, use_bias=False, name=f"hidden_{i}")(x)
             x = ACTIVATIONS["gelu"](batch_norm(f"norm_{i}")(x)).astype(self.dtype)
-        s = dense(self.clusters, ("embed", "cluster"), std=x.shape[-1] ** -0.5, dtype=self.dtype, name="clusters")(x)
-        s = s.astype(jnp.float32)
-        return batch_norm("norm_last", affine=False)(s) if self.last_norm else s
+        factors = Factors(x, *_Clusters(self.clusters, name="clusters")(x.shape[-1]))
+        if logits:
+            s = factors.logits()
+            return batch_norm("norm_last", affine=False)(s) if self.last_norm else s
+        if self.last_norm:
+            raise UserError("model.cluster_head.last_norm needs all logits at once; set loss.chunk=0, or it to false.")
+        return factors
+
+
+class _Clusters(nn.Module):
+    """Kernel (d, clusters) and bias of a linear map, not applied."""
+
+    clusters: int
+
+    @nn.compact
+    def __call__(self, d: int) -> tuple[Array, Array]:
+        init = named(nn.initializers.normal(d**-0.5), "embed", "cluster")
+        kernel = self.param("kernel", init, (d, self.clusters))
+        return kernel, self.param("bias", named(nn.initializers.zeros, "cluster"), (self.clusters,))

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from xclip_jax.errors import one_of
+from xclip_jax.parallel.sharding import constrain
 
 Array = jax.Array
 Initializer = Callable[..., Any]
@@ -142,9 +143,10 @@ class Block(nn.Module):
         hidden = int(self.mlp_ratio * x.shape[-1])
         attention = Attention(self.heads, self.out_std, self.causal, self.dtype, name="attention")
         mlp = Mlp(hidden, self.out_std, self.act, self.dtype, name="mlp")
+        x = constrain(x, "batch", None, None)
         x = x + attention(LayerNorm(self.eps, self.dtype, name="norm_1")(x))
         x = x + mlp(LayerNorm(self.eps, self.dtype, name="norm_2")(x))
-        return x, None
+        return constrain(x, "batch", None, None), None
 
 
 class Transformer(nn.Module):

@@ -38,9 +38,9 @@ class TextTransformer(nn.Module):
             raise UserError(f"model.txt: width {self.width} must be a multiple of heads {self.heads}.")
         if text.shape[1] > self.length:
             raise UserError(f"{text.shape[1]} tokens met a tower of length {self.length}; set model.txt.length.")
-        tokens = self.param("tokens", named(nn.initializers.normal(0.02), "vocab", "embed"), (self.vocab, self.width))
+        tokens = self.param("tokens", named(nn.initializers.normal(0.02), "vocab", "table"), (self.vocab, self.width))
         shape = (self.length, self.width)
-        positions = self.param("positions", named(nn.initializers.normal(0.01), None, "embed"), shape)
+        positions = self.param("positions", named(nn.initializers.normal(0.01), None, "table"), shape)
         x = (tokens[text] + positions[: text.shape[1]]).astype(self.dtype)  # (b, n, d)
         x = Transformer(
             self.depth, self.heads, self.mlp_ratio, True, self.act, self.eps, self.scan, self.remat, self.dtype,

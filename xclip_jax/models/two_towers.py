@@ -13,6 +13,7 @@ from xclip_jax.models.heads import ClusterHead, Projection
 from xclip_jax.models.layers import named
 from xclip_jax.models.text import TextTransformer
 from xclip_jax.models.vit import VisionTransformer
+from xclip_jax.parallel.sharding import constrain
 
 Array = jax.Array
 
@@ -75,20 +76,23 @@ class TwoTowers(nn.Module):
             self.cluster_img = ClusterHead(**self.cluster_head, dtype=self.dtype, name="clusters_img")
             self.cluster_txt = ClusterHead(**self.cluster_head, dtype=self.dtype, name="clusters_txt")
 
-    def encode_image(self, image: Array, *, train: bool = False) -> Array:
-        """Normalised pixels (b, h, w, 3) -> h_img (b, d). Needs the rng "dropout" where `train` and patch dropout."""
-        return self.tower_img(image, train=train)
+    def encode_image(self, image: Array, noise: Array | None = None) -> Array:
+        """Normalised pixels (b, h, w, 3) -> h_img (b, d); `noise` is of patch dropout, see `VisionTransformer`."""
+        return constrain(self.tower_img(image, noise), "batch", None)
 
     def encode_text(self, text: Array) -> Array:
         """int32 tokens (b, n) -> h_txt (b, d)."""
-        return self.tower_txt(text)
+        return constrain(self.tower_txt(text), "batch", None)
 
-    def project(self, h_img: Array | None, h_txt: Array | None, *, train: bool = False) -> dict[str, Array]:
+    def project(
+        self, h_img: Array | None, h_txt: Array | None, *, train: bool = False, logits: bool = True
+    ) -> dict[str, Any]:
         """Features of one or both modalities -> what the losses and the evaluators read.
 
         Returns:
           z_img, z_txt (b, e) L2-normalised, `scale` = exp(log_scale) and `bias`, where there are projections;
-          s_img, s_txt (b, k) cluster logits, where there are cluster heads. All fp32. With `train` BatchNorm uses the
+          s_img, s_txt (b, k) cluster logits, where there are cluster heads, or their `Factors` where `logits` is false.
+          All fp32. With `train` BatchNorm uses the
           batch's statistics and moves the running ones (collection "batch_stats", to be made mutable).
         """
         out = {}
@@ -102,12 +106,12 @@ class TwoTowers(nn.Module):
                 out["bias"] = self.bias
         if self.cluster_head is not None:
             if h_img is not None:
-                out["s_img"] = self.cluster_img(h_img, train=train)
+                out["s_img"] = self.cluster_img(h_img, train=train, logits=logits)
             if h_txt is not None:
-                out["s_txt"] = self.cluster_txt(h_txt, train=train)
+                out["s_txt"] = self.cluster_txt(h_txt, train=train, logits=logits)
         return out
 
     def __call__(self, image: Array, text: Array, *, train: bool = False) -> dict[str, Array]:
         """`project(encode_image(image), encode_text(text))`, with h_img and h_txt among the results."""
-        h_img, h_txt = self.encode_image(image, train=train), self.encode_text(text)
+        h_img, h_txt = self.encode_image(image), self.encode_text(text)
         return {"h_img": h_img, "h_txt": h_txt} | self.project(h_img, h_txt, train=train)

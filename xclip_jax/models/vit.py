@@ -27,7 +27,7 @@ class AttentionPool(nn.Module):
     def __call__(self, x: Array) -> Array:
         b, _, d = x.shape
         std, kv = d**-0.5, d // self.heads
-        probe = self.param("probe", named(nn.initializers.normal(std), None, None, "embed"), (1, 1, d))
+        probe = self.param("probe", named(nn.initializers.normal(std), None, None, "table"), (1, 1, d))
         probe = jnp.broadcast_to(probe, (b, 1, d)).astype(self.dtype)
         axes = ("embed", "heads", "kv")
         query = dense((self.heads, kv), axes, std=std, dtype=self.dtype, name="query")(probe)
@@ -42,6 +42,10 @@ class AttentionPool(nn.Module):
 
 class VisionTransformer(nn.Module):
     """(b, h, w, 3) normalised pixels -> h_img (b, d), the feature that CLIP projects.
+
+    `noise` (b, patches) says which patches a training pass keeps where there is patch dropout: those with the smallest
+    values. It comes from outside, one row a sample, so that an image loses the same patches in whatever part of the
+    batch it is encoded; without it all patches are kept.
 
     Attributes:
       size: side of the square input, pixels; a multiple of `patch`.
@@ -67,7 +71,7 @@ class VisionTransformer(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, image: Array, *, train: bool = False) -> Array:
+    def __call__(self, image: Array, noise: Array | None = None) -> Array:
         self._check(image)
         x = einops.rearrange(image.astype(self.dtype), "b (h p) (w q) c -> b (h w) (p q c)", p=self.patch, q=self.patch)
         std = self.width**-0.5
@@ -75,12 +79,12 @@ class VisionTransformer(nn.Module):
         std_patch = x.shape[-1] ** -0.5
         x = dense(self.width, ("patch", "embed"), std=std_patch, dtype=self.dtype, use_bias=False, name="patches")(x)
         tokens = x.shape[1] + (self.pool == "cls")
-        positions = self.param("positions", named(nn.initializers.normal(std), None, "embed"), (tokens, self.width))
+        positions = self.param("positions", named(nn.initializers.normal(std), None, "table"), (tokens, self.width))
         positions = positions.astype(self.dtype)
         x = x + positions[tokens - x.shape[1] :]
-        x = self._drop_patches(x, train)
+        x = self._drop_patches(x, noise)
         if self.pool == "cls":
-            cls = self.param("cls", named(nn.initializers.normal(std), "embed"), (self.width,)).astype(self.dtype)
+            cls = self.param("cls", named(nn.initializers.normal(std), "table"), (self.width,)).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(cls + positions[0], (x.shape[0], 1, self.width)), x], axis=1)
         if self.pre_norm:
             x = LayerNorm(self.eps, self.dtype, name="norm_pre")(x)
@@ -107,10 +111,9 @@ class VisionTransformer(nn.Module):
         if image.shape[1:] != (self.size, self.size, 3):
             raise UserError(f"images of shape {image.shape} met a tower of size {self.size}; set model.img.size.")
 
-    def _drop_patches(self, x: Array, train: bool) -> Array:
-        if not train or self.patch_dropout == 0:
+    def _drop_patches(self, x: Array, noise: Array | None) -> Array:
+        if noise is None or self.patch_dropout == 0:
             return x
-        b, n, _ = x.shape
-        keep = max(1, round(n * (1 - self.patch_dropout)))
-        order = jnp.argsort(jax.random.uniform(self.make_rng("dropout"), (b, n)), axis=1)[:, :keep]
+        keep = max(1, round(x.shape[1] * (1 - self.patch_dropout)))
+        order = jnp.argsort(noise, axis=1)[:, :keep]
         return jnp.take_along_axis(x, order[..., None], axis=1)

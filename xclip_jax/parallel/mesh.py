@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xclip_jax.errors import UserError
@@ -14,6 +15,8 @@ BATCH_AXES = ("data", "fsdp")
 
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh of `sizes`, one for each of `AXES`; -1 stands for "the rest", at most once.
+
+    Where the devices are of several TPU slices, the data axis runs over them.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -30,8 +33,17 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
             f"mesh {dict(sizes)} does not fit {len(devices)} devices: the sizes of {', '.join(AXES)} must multiply to "
             f"{len(devices)}; set one of them to -1 for the rest."
         )
-    # Auto axes: linen's logical constraints do not work with the default, Explicit.
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # Auto axes: sharding constraints do not work with the default, Explicit.
+    types = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=devices)
+    if shape[0] % slices:
+        raise UserError(f"mesh {dict(sizes)}: data={shape[0]} must be a multiple of the {slices} slices.")
+    # Slices are joined by the data centre's network: only sums of gradients and the batch's embeddings cross it.
+    inside = (shape[0] // slices, *shape[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices=devices)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -44,13 +56,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(batch: int, mesh: Mesh, key: str = "data.batch") -> None:
-    """Raises `UserError` unless the mesh's batch axes divide the global `batch`, given by config key `key`."""
+def check_batch(batch: int, mesh: Mesh, key: str = "data.batch", *, parts: int = 1, parts_key: str = "") -> None:
+    """Raises `UserError` unless the mesh's batch axes divide the global `batch`, given by config key `key`.
+
+    With `parts`, given by `parts_key`, each of so many equal parts of the batch must be divisible so.
+    """
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if batch % shards:
-        below = batch // shards * shards
-        nearest = f"{below} or {below + shards}" if below else f"{shards}"
+    if parts < 1:
+        raise UserError(f"{parts_key}={parts} must be 1 or more.")
+    if batch % (shards * parts):
+        below = batch // (shards * parts) * shards * parts
+        nearest = f"{below} or {below + shards * parts}" if below else f"{shards * parts}"
+        of = f" in {parts} parts ({parts_key})" if parts > 1 else ""
         raise UserError(
-            f"{key}={batch} cannot be divided over {shards} devices (mesh axes data x fsdp); use {nearest}, "
+            f"{key}={batch} cannot be divided{of} over {shards} devices (mesh axes data x fsdp); use {nearest}, "
             f"or a mesh with fewer of them."
         )

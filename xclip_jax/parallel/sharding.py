@@ -1,25 +1,180 @@
-"""Which mesh axis each logical axis of a parameter lives on. Models name axes; only this file knows what they mean."""
+"""Which mesh axis each logical axis lives on, for each strategy. Models name axes; only this file knows what they mean.
 
+    dp       every parameter on every device; gradients are summed once
+    zero1    as dp, with the optimizer's moments (and the moving average) split over all batch shards
+    fsdp     kernels of matrix products split over "fsdp", gathered where they are used
+    fsdp_tp  as fsdp, with heads and MLPs split over "model" as well
+
+With every strategy the cluster axis of nCLIP's heads lives on "model": their last kernel is the largest matrix of all,
+and a softmax over a split axis costs two small sums. Embeddings of words and positions, norms and biases stay whole:
+splitting the table's features makes XLA reshard every activation behind it.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
-from jax.sharding import Mesh
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Kernels of matrix products are split; embeddings over vocabulary and positions, norms and biases stay whole but for
-# their feature axis. On a mesh with fsdp = model = 1 every parameter is replicated: plain data parallelism.
-RULES: tuple[tuple[str, str | None], ...] = (
-    ("embed", "fsdp"),
-    ("mlp", "model"),
-    ("heads", "model"),
-    ("cluster", "model"),
-    ("kv", None),
-    ("patch", None),
-    ("vocab", None),
-    ("layers", None),
-    ("norm", None),
-)
+from xclip_jax.errors import UserError, one_of
+from xclip_jax.parallel.mesh import BATCH_AXES
+
+_DP = {"batch": BATCH_AXES, "cluster": "model"}
+_FSDP = _DP | {"embed": "fsdp"}
+RULES: Mapping[str, Mapping[str, str | tuple[str, ...]]] = {
+    "dp": _DP,
+    "zero1": _DP,
+    "fsdp": _FSDP,
+    "fsdp_tp": _FSDP | {"mlp": "model", "heads": "model"},
+}
+STRATEGIES = tuple(RULES)
+# Smaller moments stay whole with zero1: their bytes are nothing, and each split array is a collective of its own.
+ZERO1_ELEMENTS = 1 << 14
 
 
-def shardings(abstract: Any, mesh: Mesh) -> Any:
-    """NamedShardings of a tree of logically named (boxed) abstract arrays, in the tree's unboxed structure."""
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, RULES)
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh, a strategy, and the mesh axes that `map_rows` has already taken apart."""
+
+    mesh: Mesh
+    strategy: str
+    manual: tuple[str, ...] = ()
+
+
+_active: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def use(layout: Layout) -> Iterator[None]:
+    """What `constrain` and `map_rows` mean while a function is traced inside."""
+    token = _active.set(layout)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` held to the layout of its logical `axes`; outside of `use`, `x` itself.
+
+    Blocks call it on what goes in and comes out: XLA would otherwise follow a split kernel and split activations by
+    feature, which costs more than gathering the kernel.
+    """
+    layout = _active.get()
+    if layout is None:
+        return x
+    spec = [RULES[layout.strategy].get(axis) for axis in axes]
+    if layout.manual:
+        spec = [_without(part, layout.manual) for part in spec]
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, PartitionSpec(*spec)))
+
+
+def _without(part: str | tuple[str, ...] | None, axes: tuple[str, ...]) -> tuple[str, ...] | None:
+    parts = (part,) if isinstance(part, str) else part or ()
+    return tuple(axis for axis in parts if axis not in axes) or None
+
+
+def map_rows(fn: Callable[[Any, Any], Any], shared: Any, rows: Any, parts: int, *, stack: bool) -> Any:
+    """fn(shared, part of rows) for `parts` equal parts of the batch, one after the other.
+
+    Only one part's intermediate values are in memory at a time, in the backward pass too, where each part is computed
+    once more. Gradients of `shared` are summed over the parts on each device before they are summed over devices.
+
+    Args:
+      fn: sees `shared`, and arrays whose first dimension is a part of the batch.
+      shared: a tree of arrays that do not depend on the batch.
+      rows: a tree of arrays whose first dimension is the global batch.
+      parts: how many; each takes rows of every device, so that none stands idle.
+      stack: whether a result describes its part as a whole: then results are stacked on a new first dimension, one for
+        each part of each device. Otherwise they have the part's rows first, and come back in the batch's order.
+    """
+    layout = _active.get()
+
+    def local(shared: Any, rows: Any) -> Any:
+        def one(part: Any) -> Any:
+            return fn(shared, part)
+
+        found = jax.lax.map(jax.checkpoint(one), jax.tree.map(lambda x: _split(x, parts), rows))
+        return found if stack else jax.tree.map(_join, found)
+
+    if layout is None:
+        return local(shared, rows)
+    # Axes that parameters are split over stay with XLA, which gathers them part by part, block by block.
+    manual = tuple(axis for axis in BATCH_AXES if axis not in RULES[layout.strategy].values())
+
+    def on_device(shared: Any, rows: Any) -> Any:
+        with use(dataclasses.replace(layout, manual=manual)):
+            # Said before the loop, so that its transpose, the sum over devices, comes after it.
+            return local(jax.tree.map(lambda x: jax.lax.pcast(x, manual, to="varying"), shared), rows)
+
+    return jax.shard_map(
+        on_device, mesh=layout.mesh, in_specs=(PartitionSpec(), PartitionSpec(manual)),
+        out_specs=PartitionSpec(manual), axis_names=set(manual),
+    )(shared, rows)
+
+
+def _split(x: jax.Array, parts: int) -> jax.Array:
+    # Row i goes to part i % parts: where rows are still split over devices, every part has its share of each device.
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+
+def shardings(boxed: Any, mesh: Mesh, strategy: str) -> Any:
+    """NamedShardings of a tree of logically named (boxed) abstract arrays, in the tree's unboxed structure.
+
+    Raises:
+      UserError: a strategy that does not exist, or a mesh axis that cannot divide its dimension.
+    """
+    one_of("mesh.strategy", strategy, STRATEGIES)
+    specs = nn.get_partition_spec(boxed)
+    names = {axis for spec in jax.tree.leaves(specs, is_leaf=_is_spec) for axis in spec if axis}
+    found = nn.logical_to_mesh_sharding(specs, mesh, [(name, RULES[strategy].get(name)) for name in sorted(names)])
+    for (path, x), sharding in zip(
+        jax.tree_util.tree_leaves_with_path(nn.unbox(boxed)), jax.tree.leaves(found), strict=True
+    ):
+        for size, axis in zip(x.shape, sharding.spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise UserError(
+                    f"mesh axis {axis!r} of size {mesh.shape[axis]} cannot divide a dimension of {size} of "
+                    f"{jax.tree_util.keystr(path, simple=True, separator='/')}; choose a size that does, or another "
+                    "mesh.strategy."
+                )
+    return found
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
+def split_moments(abstract: Any, specs: Any, mesh: Mesh) -> Any:
+    """`specs` with every large array split over all batch shards, along its largest dimension that they divide.
+
+    Elementwise work alone is done on what is split so, which is why any dimension will do: moments, averages, and the
+    gradients on their way to them.
+
+    Args:
+      abstract: shapes.
+      specs: NamedShardings of the same structure.
+      mesh: the mesh.
+    """
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+    def split(x: Any, sharding: NamedSharding) -> NamedSharding:
+        spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+        free = [i for i in range(x.ndim) if spec[i] is None and x.shape[i] % shards == 0]
+        if x.size < ZERO1_ELEMENTS or not free:
+            return sharding
+        spec[max(free, key=lambda i: x.shape[i])] = BATCH_AXES
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(split, abstract, specs)

@@ -1,0 +1,102 @@
+"""Every strategy, ring, chunks and microbatches against one device's plain step: loss and every gradient."""
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+
+from tests import tiny
+from xclip_jax import parts, state
+from xclip_jax.data import loader
+from xclip_jax.errors import UserError
+
+MESHES = {
+    "dp": ("dp", 8, 1, 1),
+    "dp-clusters": ("dp", 2, 2, 2),
+    "zero1": ("zero1", 4, 2, 1),
+    "fsdp": ("fsdp", 2, 4, 1),
+    "fsdp_tp": ("fsdp_tp", 2, 2, 2),
+}
+OBJECTIVES = ("clip", "siglip", "nclip", "xclip")
+BATCH = 32
+
+
+def make(objective, mesh=None, **changes):
+    """Parts on eight devices of `mesh`, or on one."""
+    config = tiny.config(objective, data__batch=BATCH, **changes)
+    if mesh:
+        strategy, data, fsdp, model = MESHES[mesh]
+        config.mesh = {"data": data, "fsdp": fsdp, "model": model, "strategy": strategy}
+    return parts.build(config, jax.devices()[: 8 if mesh else 1])
+
+
+def gradients(p):
+    """(loss, gradients) as the step makes them, caught by an optimizer that keeps the gradient as its state."""
+    catch = optax.GradientTransformation(lambda params: params, lambda grads, _, params=None: (grads, grads))
+    s = state.create(p.init, p.abstract).replace(opt_state=None)
+    s, metrics = jax.jit(p.make_step(catch))(s, loader.to_global(tiny.batch(b=BATCH, eot=p.tokenizer.eot_id), p.mesh))
+    return jax.device_get(({k: v for k, v in metrics.items() if k != "param_norm"}, s.opt_state, s.batch_stats))
+
+
+def assert_same(found, expected):
+    (metrics, grads, stats), (metrics_1, grads_1, stats_1) = found, expected
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(grads_1))
+    assert largest > 1e-3
+    chex.assert_trees_all_close(metrics, metrics_1, rtol=2e-5, atol=2e-5)
+    # Relative to each tensor's own largest entry, with a floor where a gradient is zero up to rounding.
+    for (path, g), g_1 in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(grads_1), strict=True):
+        scale = max(np.abs(g_1).max(), 1e-2 * largest)
+        np.testing.assert_allclose(g, g_1, rtol=0, atol=1e-5 * scale, err_msg=jax.tree_util.keystr(path))
+    chex.assert_trees_all_close(stats, stats_1, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Memoised results of one device."""
+    known = {}
+
+    def get(objective, **changes):
+        key = (objective, *sorted(changes.items()))
+        if key not in known:
+            known[key] = gradients(make(objective, **changes))
+        return known[key]
+
+    return get
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_strategies(objective, mesh, plain):
+    assert_same(gradients(make(objective, mesh)), plain(objective))
+
+
+@pytest.mark.parametrize("mesh", ["dp", "fsdp_tp"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_ring_and_chunks(objective, mesh, plain):
+    p = make(objective, mesh, loss__impl="ring", loss__chunk=BATCH // 2)
+    assert_same(gradients(p), plain(objective))
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_gradcache_on_one_device(objective, microbatches, plain):
+    dropped = {"model__img__patch_dropout": 0.5}
+    p = make(objective, optim__microbatches=microbatches, **dropped)
+    assert_same(gradients(p), plain(objective, **dropped))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_gradcache_with_every_strategy(mesh, plain):
+    dropped = {"model__img__patch_dropout": 0.5}
+    p = make("xclip", mesh, optim__microbatches=2, loss__impl="ring", loss__chunk=8, **dropped)
+    assert_same(gradients(p), plain("xclip", **dropped))
+
+
+@pytest.mark.parametrize("mesh", [None, "dp", "zero1", "fsdp_tp"])
+def test_gradcache_and_chunks_with_an_average_as_teacher(mesh, plain):
+    teacher = {
+        "objective__nclip__target": "ema", "objective__nclip__balance": "center", "model__img__patch_dropout": 0.5
+    }
+    p = make("xclip", mesh, optim__microbatches=2, loss__chunk=16, **teacher)
+    assert_same(gradients(p), plain("xclip", **teacher))
