@@ -1,79 +1,30 @@
 """Trains a model: python -m xclip_jax.main --config FILE.py[:a=1,b=2] [--config.KEY=VALUE ...]."""
 
-import difflib
-import importlib.util
-import pathlib
-import re
 import sys
 
-import jax
-import ml_collections
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from xclip_jax import trainer
+from xclip_jax import config, trainer
 from xclip_jax.errors import UserError
+from xclip_jax.parallel import processes
 
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Set up jax.distributed: one process a host, as on a pod.")
-
-
-def load_config(spec: str) -> ml_collections.ConfigDict:
-    """`get_config(arg)` of the config file in "FILE.py:arg"."""
-    file, _, arg = spec.partition(":")
-    if not pathlib.Path(file).is_file():
-        raise UserError(f"config file {file!r} does not exist; try configs/demo.py")
-    module_spec = importlib.util.spec_from_file_location("config_file", file)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return module.get_config(arg or None)
-
-
-def check_keys(config: ml_collections.ConfigDict, overrides: list[str]) -> None:
-    """Raises `UserError`, with the nearest valid key, for an override --config.KEY of a key that does not exist."""
-    for override in overrides:
-        found = re.match(r"--?(?:no)?config\.([\w.]+)", override)
-        node = config
-        for i, part in enumerate(path := found[1].split(".") if found else []):
-            keys = list(node) if isinstance(node, ml_collections.ConfigDict) else []
-            if part not in keys:
-                near = difflib.get_close_matches(part, keys, n=1, cutoff=0.0)
-                hint = f"; did you mean {'.'.join([*path[:i], near[0]])!r}?" if near else ""
-                raise UserError(f"config key {'.'.join(path)!r} is unknown{hint}")
-            node = node[part]
-
-
-def parse(argv: list[str]) -> list[str]:
-    """Parses flags; --config is loaded first, since its keys are flags themselves. Bad input is one sentence."""
-    # config_flags can load the file itself, but buries an error of the file under two tracebacks.
-    at = next((i for i, arg in enumerate(argv) if re.fullmatch(r"--?config(=.*)?", arg)), None)
-    try:
-        if at is None and not {"--help", "--helpfull"} & set(argv):
-            raise UserError("--config is missing; start with --config configs/demo.py")
-        if at is not None:
-            spec = argv[at].partition("=")[2] or (argv[at + 1] if at + 1 < len(argv) else "")
-            rest = argv[:at] + argv[at + (1 if "=" in argv[at] else 2) :]
-            config = load_config(spec)
-            check_keys(config, rest)
-            config_flags.DEFINE_config_dict("config", config, "Keys of the config.", sys_argv=rest)
-            argv = rest
-        unparsed = flags.FLAGS(argv)
-        if len(unparsed) > 1:
-            raise UserError(f"{unparsed[1]!r} is no flag; keys are set as --config.KEY=VALUE")
-        return unparsed
-    except (UserError, flags.Error, TypeError, ValueError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Join the other hosts' processes: found by itself on TPU pods, GKE and Slurm."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, elsewhere; with the next two.")
+_PROCESSES = flags.DEFINE_integer("processes", 0, "How many processes there are.")
+_PROCESS = flags.DEFINE_integer("process", -1, "Which of them this one is, from 0.")
 
 
 def main(_: list[str]) -> None:
     """Runs the trainer."""
     logging.set_verbosity(logging.ERROR)
-    if _DISTRIBUTED.value:
-        jax.distributed.initialize()
     try:
+        processes.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         trainer.run(flags.FLAGS.config)
     except UserError as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=config.parse)

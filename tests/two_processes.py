@@ -1,0 +1,63 @@
+"""Trains and encodes a little, alone or as one of several processes; process 0 writes what it saw.
+
+    python -m tests.two_processes FOLDER OUT.npz [COORDINATOR PROCESSES PROCESS]
+"""
+
+import sys
+
+import jax
+import numpy as np
+import optax
+
+from tests import tiny
+from xclip_jax import parts, state, trainer
+from xclip_jax.checkpoint import Checkpointer
+from xclip_jax.data import loader
+from xclip_jax.parallel import processes
+
+STEPS, BATCH, IMAGES = 3, 16, 13
+
+
+def main(folder, out, *others):
+    if others:
+        processes.join(False, others[0], int(others[1]), int(others[2]))
+    config = tiny.config("xclip", data__batch=BATCH, data__sources=(f"folder:{folder}",), model__img__patch_dropout=0.5)
+    p = parts.build(config)
+    order = loader.sample_order(loader.open_sources(p.data), p.data, config.seed)
+    transform = loader.Transform(p.data, p.size, p.tokenizer, p.length)
+    hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
+    batches = loader.batches(order, transform, batch=BATCH, start=0, stop=STEPS, seed=0, **hosts)
+    s, losses, rows = state.create(p.init, p.abstract), [], []
+    catch = optax.GradientTransformation(lambda params: params, lambda grads, _, params=None: (grads, grads))
+    gradients = jax.jit(p.make_step(catch))
+    for i, local in enumerate(batches):
+        rows.append(len(local["text"]))
+        batch = loader.to_global(local, p.mesh)
+        if i == 0:
+            grads = gradients(s.replace(opt_state=None), batch)[0].opt_state
+        s, metrics = p.compiled(s, batch)
+        losses.append(float(metrics["loss"]))
+    with Checkpointer(f"{out}.run") as checkpointer:
+        checkpointer.save(s, {"samples": STEPS * BATCH, "batch": BATCH, "seed": 0})
+    with Checkpointer(f"{out}.run") as checkpointer:
+        restored, position = checkpointer.restore(p.abstract)
+    same = all(
+        np.array_equal(x.addressable_data(0), y.addressable_data(0))
+        for x, y in zip(jax.tree.leaves(s.params), jax.tree.leaves(restored.params), strict=True)
+    )
+    encoder = trainer.make_encoder(config, p)
+    # The last batch is not full: with IMAGES rows the second process has fewer of its own than the first.
+    images = [tiny.batch(i, b=1)["image"][0] for i in range(IMAGES)]
+    features = encoder.images(s.variables(), images)
+    texts = encoder.texts(s.variables(), [f"text number {i}" for i in range(3)])
+    found = {
+        "losses": losses, "rows": rows, "restored": [same, position["samples"] == STEPS * BATCH],
+        "image": features["z"], "clusters": features["s"], "text": texts["z"],
+    }
+    flat = jax.tree_util.tree_leaves_with_path(grads)
+    found |= {f"grad{jax.tree_util.keystr(path)}": x.addressable_data(0) for path, x in flat}
+    np.savez(f"{out}.{jax.process_index()}.npz", **found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

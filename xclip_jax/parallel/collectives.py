@@ -1,0 +1,113 @@
+"""What a compiled program sends between devices, read off its HLO text."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
+_BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
+    "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
+}
+_HEAD = re.compile(r"^\s*(ENTRY\s+)?%?([\w.\-]+)\s*\(.*\)\s*->.*\{\s*$")
+_OP = re.compile(rf"=\s*(\(.*?\)|\S+)\s+({'|'.join(KINDS)})(-start)?\(")
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:body|condition|calls|to_apply|branch_computations|called_computations)=\{?([^}\s,]+(?:, *%[^}\s,]+)*)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective operation of a program.
+
+    Attributes:
+      kind: one of `KINDS`.
+      shapes: what the group holds afterwards or reduces, as "f32[16,8]", for one device's group.
+      bytes: payload of one execution: the array that a group gathers, reduces or passes on, counted once.
+      group: devices in a group.
+      count: executions in a run of the program, loops included.
+    """
+
+    kind: str
+    shapes: tuple[str, ...]
+    bytes: float
+    group: int
+    count: int
+
+    @property
+    def total(self) -> float:
+        """Payload of all executions, bytes."""
+        return self.bytes * self.count
+
+
+def _group(line: str, devices: int) -> int:
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(found[2])
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return found[1].count(",") + 1
+    return 1 if "source_target_pairs={}" in line else devices
+
+
+def _arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    return [(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in _ARRAY.findall(text)]
+
+
+def _operation(line: str, devices: int, count: int) -> Collective | None:
+    found = _OP.search(line)
+    if not found:
+        return None
+    result, kind, start = found.groups()
+    arrays = _arrays(result)
+    if start and kind != "all-reduce":
+        # An asynchronous start returns operands and results, and on TPUs some flags.
+        arrays = [x for x in arrays if x[1]]
+        arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[1:2]
+    group = _group(line, devices)
+    if group == 1:
+        return None
+    whole = group if kind == "reduce-scatter" else 1
+    size = whole * sum(_BYTES.get(dtype, 4) * math.prod(shape) for dtype, shape in arrays)
+    shapes = tuple(f"{dtype}[{','.join(map(str, shape))}]" for dtype, shape in arrays)
+    return Collective(kind, shapes, size, group, count)
+
+
+def collectives(hlo: str, devices: int) -> list[Collective]:
+    """All collectives of a compiled program, `compiled.as_text()`, with the trip counts of the loops around them.
+
+    Args:
+      hlo: the optimised module's text.
+      devices: that it runs on.
+    """
+    bodies: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in hlo.splitlines():
+        if found := _HEAD.match(line):
+            name = found[2]
+            bodies[name] = []
+            entry = name if found[1] else entry
+        elif name:
+            bodies[name].append(line)
+    return list(_walk(bodies, entry, devices, 1))
+
+
+def _walk(bodies: dict[str, list[str]], name: str, devices: int, count: int) -> Iterator[Collective]:
+    for line in bodies.get(name, ()):
+        if found := _operation(line, devices, count):
+            yield found
+            continue  # what it applies is a sum of two numbers
+        if "=" not in line:
+            continue
+        trips = int(found[1]) if (found := _TRIPS.search(line)) else 1
+        for called in _CALLED.findall(line):
+            for each in re.split(r", *", called):
+                yield from _walk(bodies, each.lstrip("%"), devices, count * trips)
+
+
+def summary(found: list[Collective]) -> dict[str, float]:
+    """Payload in bytes by kind."""
+    totals: dict[str, float] = collections.defaultdict(float)
+    for each in found:
+        totals[each.kind] += each.total
+    return dict(totals)
