@@ -9,7 +9,6 @@ import pytest
 from tests import tiny
 from xclip_jax import parts, state
 from xclip_jax.data import loader
-from xclip_jax.errors import UserError
 
 MESHES = {
     "dp": ("dp", 8, 1, 1),

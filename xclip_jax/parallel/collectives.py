@@ -14,7 +14,9 @@ _BYTES = {
 _HEAD = re.compile(r"^\s*(ENTRY\s+)?%?([\w.\-]+)\s*\(.*\)\s*->.*\{\s*$")
 _OP = re.compile(rf"=\s*(\(.*?\)|\S+)\s+({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:body|condition|calls|to_apply|branch_computations|called_computations)=\{?([^}\s,]+(?:, *%[^}\s,]+)*)")
+_CALLED = re.compile(
+    r"(?:body|condition|calls|to_apply|branch_computations|called_computations)=\{?([^}\s,]+(?:, *%[^}\s,]+)*)"
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -45,6 +47,9 @@ class Collective:
 def _group(line: str, devices: int) -> int:
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(found[2])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return found[1].count(",") + 1
     return 1 if "source_target_pairs={}" in line else devices
@@ -89,20 +94,40 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
             entry = name if found[1] else entry
         elif name:
             bodies[name].append(line)
-    return list(_walk(bodies, entry, devices, 1))
+    # The TPU compiler spreads a collective over other work and writes it several times, under one channel; some of the
+    # places may be in a loop, through which one execution goes on.
+    channels: dict[str, Collective] = {}
+    for channel, found in _walk(bodies, entry, devices, 1):
+        known = channels.setdefault(channel, found)
+        if found.total < known.total:
+            channels[channel] = found
+    return list(channels.values())
 
 
-def _walk(bodies: dict[str, list[str]], name: str, devices: int, count: int) -> Iterator[Collective]:
+def _walk(
+    bodies: dict[str, list[str]], name: str, devices: int, count: int
+) -> Iterator[tuple[str, Collective]]:
     for line in bodies.get(name, ()):
         if found := _operation(line, devices, count):
-            yield found
+            channel = re.search(r"channel_id=(\d+)", line)
+            yield channel[1] if channel else f"{name}{line}", found
             continue  # what it applies is a sum of two numbers
         if "=" not in line:
             continue
-        trips = int(found[1]) if (found := _TRIPS.search(line)) else 1
+        trips = _trips(line, bodies) if " while(" in line else 1
         for called in _CALLED.findall(line):
             for each in re.split(r", *", called):
                 yield from _walk(bodies, each.lstrip("%"), devices, count * trips)
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+    """How often a loop runs: the compiler's note, else the number that its condition compares with; 1 if neither."""
+    if found := _TRIPS.search(line):
+        return int(found[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    text = "\n".join(bodies.get(condition[1], ())) if condition else ""
+    bounds = [int(n) for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", text)]
+    return max(bounds, default=1)
 
 
 def summary(found: list[Collective]) -> dict[str, float]:

@@ -1,0 +1,121 @@
+"""The parser against programs whose traffic is known, and every strategy against its analytic minimum."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tests import tiny
+from xclip_jax import parts
+from xclip_jax.parallel.collectives import Collective, collectives, summary
+from xclip_jax.parallel.mesh import make_mesh
+
+MESH = make_mesh({"data": 4, "fsdp": 2, "model": 1})
+P = PartitionSpec
+
+
+def sent(fn, *specs, out=P(), args=((64, 16),)):
+    found = jax.jit(
+        jax.shard_map(fn, mesh=MESH, in_specs=specs, out_specs=out, check_vma=False),
+    ).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in args)).compile()
+    return [(x.kind, x.bytes, x.group, x.count) for x in collectives(found.as_text(), 8)]
+
+
+def test_all_reduce_and_all_gather_and_reduce_scatter():
+    assert sent(lambda x: jax.lax.psum(x, "data"), P("data")) == [("all-reduce", 16 * 16 * 4, 4, 1)]
+    assert sent(lambda x: jax.lax.all_gather(x, "fsdp"), P("fsdp")) == [("all-gather", 64 * 16 * 4, 2, 1)]
+    scattered = sent(lambda x: jax.lax.psum_scatter(x, "data", tiled=True), P(), out=P("data"))
+    assert scattered == [("reduce-scatter", 64 * 16 * 4, 4, 1)]
+
+
+def test_a_loop_counts_each_round():
+    def rounds(x):
+        following = [(i, (i + 1) % 4) for i in range(4)]
+        return jax.lax.fori_loop(0, 7, lambda _, x: jnp.sin(jax.lax.ppermute(x, "data", following)), x)
+
+    found = sent(rounds, P("data"), out=P("data"))
+    assert sum(bytes_ * count for _, bytes_, _, count in found) == 7 * 16 * 16 * 4
+    assert {kind for kind, *_ in found} == {"collective-permute"}
+
+
+TPU = """\
+%cond.1 (p: (s32[], f32[8])) -> pred[] {
+  %n = s32[]{:T(128)} constant(12)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%piece.2 (a: f32[4,8]) -> f32[8,8] {
+  %all-gather.2 = f32[8,8]{1,0} all-gather(%a), channel_id=45, replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}
+}
+
+%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %f = f32[8,8]{1,0} fusion(%a), kind=kOutput, calls=%piece.2
+  %all-reduce.3 = (bf16[8]{0}, f32[2,3]{1,0}) all-reduce(%x, %y), channel_id=7, replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
+ENTRY %main (a: f32[4,8]) -> f32[8] {
+  %s = f32[8,8]{1,0} fusion(%a), kind=kCustom, calls=%piece.2
+  %w = (s32[], f32[8]) while(%t), condition=%cond.1, body=%body.1
+  %ag = (f32[4,8]{1,0}, f32[32,8]{1,0}) all-gather-start(%a), channel_id=9, replica_groups=[1,8]<=[8], dimensions={0}
+  %alone = f32[4,8]{1,0} all-gather(%a), channel_id=10, replica_groups=[8,1]<=[8]
+}
+"""
+
+
+def test_the_tpu_compilers_ways_of_writing():
+    found = sorted(collectives(TPU, 8), key=lambda x: x.bytes)
+    assert found == [
+        Collective("all-reduce", ("bf16[8]", "f32[2,3]"), 40, 2, 12),  # the loop's bound is in its condition
+        Collective("all-gather", ("f32[8,8]",), 256, 4, 1),  # one gather, spread over the loop
+        Collective("all-gather", ("f32[32,8]",), 1024, 8, 1),  # asynchronous; nothing moves in a group of one
+    ]
+    assert summary(found) == {"all-reduce": 480, "all-gather": 1280}
+
+
+CASES = [("dp", 8, 1), ("zero1", 8, 1), ("fsdp", 1, 8), ("fsdp", 2, 4)]
+
+
+@pytest.mark.parametrize("objective", ["clip", "xclip"])
+@pytest.mark.parametrize(("strategy", "data", "fsdp"), CASES)
+def test_no_strategy_moves_much_more_than_it_must(objective, strategy, data, fsdp):
+    """Payload at most 1.2 times the minimum: gradients once, both embeddings once, parameters as the strategy must.
+
+    zero1 gathers the updated parameters once. fsdp gathers each split kernel once, since without rematerialisation
+    what was gathered for the forward pass is kept, and sums gradients over "fsdp", then a shard of them over "data".
+    """
+    b, e = 32, 64
+    p = parts.build(tiny.config(
+        objective, data__batch=b, mesh__strategy=strategy, mesh__data=data, mesh__fsdp=fsdp, mesh__model=1,
+        model__img__width=256, model__img__depth=2, model__txt__width=128, model__embed=e,
+        model__cluster_head={"clusters": 512, "hidden": 256, "layers": 1, "last_norm": False},
+    ))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tiny.batch(b=b))
+    found = collectives(p.compiled.lower(p.abstract, batch).compile().as_text(), 8)
+    leaves = jax.tree.leaves(p.abstract.params)
+    every = 4 * sum(x.size for x in leaves)
+    split = 4 * sum(x.size for x in leaves if x.sharding.shard_shape(x.shape) != x.shape)
+    least = every + 2 * 4 * b * e
+    least += {"dp": 0, "zero1": every, "fsdp": split + (every / fsdp if data > 1 else 0)}[strategy]
+    total = sum(x.total for x in found)
+    print(f"{objective} {strategy} {data} x {fsdp}: {total / least:.3f} of the minimum, {summary(found)}")
+    assert 0.8 * least < total < 1.2 * least
+    if strategy != "dp":
+        assert any(x.sharding.shard_shape(x.shape) != x.shape for x in jax.tree.leaves(p.abstract.opt_state))
+
+
+def test_moments_are_split_with_zero1_alone():
+    def shares(strategy):
+        moments = parts.build(tiny.config("clip", mesh__strategy=strategy, model__img__width=256)).abstract.opt_state
+        large = [x for x in jax.tree.leaves(moments) if x.size > 1 << 15]
+        assert large
+        return {x.size // math.prod(x.sharding.shard_shape(x.shape)) for x in large}
+
+    assert shares("zero1") == {8}
+    assert shares("dp") == {1}
+
+
+def test_replicated_is_not_sent():
+    found = jax.jit(lambda x: x * 2, in_shardings=NamedSharding(MESH, P("data"))).lower(jnp.zeros((8, 8))).compile()
+    assert collectives(found.as_text(), 8) == []

@@ -1,0 +1,67 @@
+"""Analytic floating point operations of a model: what MFU is measured against.
+
+A multiplication and an addition count as two. Only matrix products count, as is the custom; XLA's own cost analysis
+counts the body of a loop over layers once. Causal attention counts in full, since it is computed in full.
+"""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from xclip_jax.objective import Objective
+
+
+def transformer(tokens: float, width: int, depth: int, mlp_ratio: float) -> float:
+    """Forward pass of one sequence: four projections, two products of attention, and the MLP, `depth` times."""
+    per_token = 2 * width * (4 * width + 2 * int(mlp_ratio * width)) + 4 * tokens * width
+    return depth * tokens * per_token
+
+
+def _image(img: Mapping[str, Any], patch_dropout: float) -> float:
+    patches = (img["size"] // img["patch"]) ** 2
+    kept = max(1, round(patches * (1 - patch_dropout)))
+    embedding = 2 * patches * 3 * img["patch"] ** 2 * img["width"]
+    pooled = 0.0
+    if img["pool"] == "map":  # one query, its keys and values, and a residual MLP of one token
+        pooled = 4 * kept * img["width"] ** 2 + (4 + 4 * img["mlp_ratio"]) * img["width"] ** 2 + 4 * kept * img["width"]
+    tokens = kept + (img["pool"] == "cls")
+    return embedding + transformer(tokens, img["width"], img["depth"], img["mlp_ratio"]) + pooled
+
+
+def forward(config: ml_collections.ConfigDict, *, train: bool = True) -> dict[str, float]:
+    """FLOPs of one pair's forward pass: {"img", "txt", "heads", "loss"}.
+
+    Args:
+      config: of a run.
+      train: with patch dropout, and with the comparison of the batch's pairs.
+    """
+    img, txt, model = config.model.img, config.model.txt, config.model
+    objective = Objective.from_config(config.objective.to_dict())
+    heads = loss = 0.0
+    if objective.contrastive:
+        heads += 2 * model.embed * (img.width + txt.width)
+        loss += 2 * config.data.batch * model.embed if train else 0.0
+    if objective.clusters:
+        head = model.cluster_head
+        for width in (img.width, txt.width):
+            widths = [width] + [head.hidden] * head.layers + [head.clusters]
+            heads += 2 * sum(a * b for a, b in itertools.pairwise(widths))
+    return {
+        "img": _image(img, img.patch_dropout if train else 0.0),
+        "txt": transformer(txt.length, txt.width, txt.depth, txt.mlp_ratio),
+        "heads": heads,
+        "loss": loss,
+    }
+
+
+def train_step(config: ml_collections.ConfigDict) -> float:
+    """Model FLOPs of a training step on the whole batch: three forward passes, the teacher's one more.
+
+    What rematerialisation and microbatches compute again does not count: it is no use to the model.
+    """
+    parts = forward(config)
+    objective = Objective.from_config(config.objective.to_dict())
+    teacher = parts["img"] + parts["txt"] + parts["heads"] if objective.teacher else 0.0
+    return config.data.batch * (3 * sum(parts.values()) + teacher)

@@ -1,0 +1,289 @@
+"""What a config needs of TPUs, before anyone pays: python -m xclip_jax.plan --config FILE.py --topology v5e:4x8.
+
+Compiles the train step that a run would use for a topology that need not be there, and prints for each chip what it
+holds, whether that fits, and what it sends; with the analytic FLOPs, how long the run takes at a given MFU. Needs the
+package libtpu (pip install 'xclip_jax[tpu]') and no TPU. `--explain` prints where each parameter lies, and stops.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+import time
+from typing import Any
+
+import jax
+import ml_collections
+from absl import app, flags, logging
+from jax.experimental import topologies
+
+from xclip_jax import config as config_file
+from xclip_jax import flops
+from xclip_jax.errors import UserError, one_of
+from xclip_jax.parallel.collectives import Collective, collectives, summary
+from xclip_jax.parts import Parts, build
+
+_TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:GRID, as v5e:4x8 or v4:2x4x4; without it, the devices here.")
+_SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.")
+_MFU = flags.DEFINE_float("mfu", 0.4, "Share of the chips' peak that the model's FLOPs reach.")
+_EXPLAIN = flags.DEFINE_bool("explain", False, "Print where each parameter lies, and stop.")
+_JSON = flags.DEFINE_bool("json", False, "Print JSON.")
+_SUGGEST = flags.DEFINE_bool("suggest", True, "Look for the nearest change that fits, where the step does not.")
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU chip: memory in bytes, peak bf16 FLOP/s, options of its topology. Source: cloud.google.com/tpu/docs."""
+
+    memory: float
+    peak: float
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+CHIPS = {
+    "v4": Chip(32 * GIB, 275e12, {"chip_config_name": "megacore"}),  # two cores that are one device
+    "v5e": Chip(16 * GIB, 197e12),
+    "v5p": Chip(95 * GIB, 459e12, {"chip_config_name": "megacore"}),
+    "v6e": Chip(32 * GIB, 918e12),
+}
+# Changes that make a step smaller, in the order of what they cost: nothing, traffic, then computation.
+def _remat(policy: str) -> dict[str, Any]:
+    return {"model.img.remat": policy, "model.txt.remat": policy}
+
+
+REMEDIES: tuple[dict[str, Any], ...] = (
+    {"mesh.strategy": "zero1"},
+    _remat("dots"),
+    _remat("full"),
+    {"optim.microbatches": 2},
+    {"optim.microbatches": 4},
+    {"optim.microbatches": 16},
+)
+
+
+def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
+    """Devices of a topology such as "v5e:4x8", none of which need exist, and their kind.
+
+    Raises:
+      UserError: an unknown chip, a grid that the chip does not come in, or no libtpu.
+    """
+    chip = topology.partition(":")[0]
+    one_of("--topology's chip", chip, CHIPS)
+    # libtpu looks for a TPU's metadata server, and lets one process of a machine in, unless it is told otherwise.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # it says on stderr that it finds none
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("planning for TPUs needs libtpu: pip install 'xclip_jax[tpu]'")
+    options = CHIPS[chip].options | ({"num_slices": slices} if slices > 1 else {})
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices, CHIPS[chip]
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--topology={topology!r} is none that {chip} comes in ({reason}).") from error
+
+
+def explain(parts: Parts) -> list[dict[str, Any]]:
+    """One row a parameter: name, shape, sharding, bytes on each chip."""
+    rows = []
+    for path, x in jax.tree_util.tree_leaves_with_path(parts.abstract.params):
+        rows.append({
+            "parameter": jax.tree_util.keystr(path, simple=True, separator="/"),
+            "shape": list(x.shape),
+            "sharding": str(x.sharding.spec).removeprefix("PartitionSpec"),
+            "bytes": _bytes(x),
+        })
+    return rows
+
+
+def _bytes(tree: Any) -> float:
+    """Bytes of a tree of abstract arrays on each chip."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def compile_for(parts: Parts) -> Any:
+    """The compiled step of `parts`; `jax.errors.JaxRuntimeError` where it exceeds the chips' memory."""
+    b, size = parts.data.batch, parts.size
+    batch = {
+        "image": jax.ShapeDtypeStruct((b, size, size, 3), "uint8"),
+        "text": jax.ShapeDtypeStruct((b, parts.length), "int32"),
+    }
+    return parts.compiled.lower(parts.abstract, batch).compile()
+
+
+def memory(parts: Parts, compiled: Any) -> dict[str, float]:
+    """Bytes on each chip: the state's parts, what the step needs beside it ("activations"), and their sum ("peak")."""
+    found, state = compiled.memory_analysis(), parts.abstract
+    return {
+        "parameters": _bytes(state.params),
+        "optimizer": _bytes(state.opt_state),
+        "average": _bytes(state.ema_params),
+        "activations": float(found.temp_size_in_bytes),
+        "peak": float(
+            found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+            + found.temp_size_in_bytes + found.generated_code_size_in_bytes
+        ),
+    }
+
+
+def _compile(config: ml_collections.ConfigDict, devices: list[Any]) -> tuple[Parts, Any, str]:
+    """Parts, the compiled step or None, and what the compiler said if it does not fit."""
+    parts = build(config, devices)
+    try:
+        return parts, compile_for(parts), ""
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed = re.search(r"(?:Used |temporaries \()([\d.]+[KMGT])\b", str(error))
+        return parts, None, f"beside the state, it needs {needed[1]}" if needed else "it needs more"
+
+
+def _changed(config: ml_collections.ConfigDict, changes: dict[str, Any]) -> ml_collections.ConfigDict:
+    new = config.copy_and_resolve_references()
+    new.update_from_flattened_dict(changes)
+    return new
+
+
+def suggest(config: ml_collections.ConfigDict, devices: list[Any]) -> str:
+    """The nearest change, as flags, with which the step fits; "" if `REMEDIES` do not do it, each added to the last."""
+    changes: dict[str, Any] = {}
+    for change in REMEDIES:
+        changes |= change
+        if _compile(_changed(config, changes), devices)[1] is not None:
+            now = config.to_dict()
+            return " ".join(
+                f"--config.{key}={value}" for key, value in changes.items() if _get(now, key) != value
+            )
+    return ""
+
+
+def _get(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree[part]
+    return tree
+
+
+def plan(
+    config: ml_collections.ConfigDict, topology: str, *, slices: int = 1, mfu: float = 0.4, look: bool = True
+) -> dict[str, Any]:
+    """Everything that the command prints, as plain numbers and strings; bytes are of one chip.
+
+    Args:
+      config: of a run.
+      topology, slices: see `devices_of`.
+      mfu: share of peak FLOP/s that the model's FLOPs are taken to reach.
+      look: whether to look for a change that fits, where the step does not; each try is a compilation.
+    """
+    devices, chip = devices_of(topology, slices)
+    began = time.perf_counter()
+    parts, compiled, trouble = _compile(config, devices)
+    hosts = len({(getattr(d, "slice_index", 0), d.process_index) for d in devices})
+    step = flops.train_step(config)
+    per_second = mfu * chip.peak * len(devices) / step * config.data.batch
+    seconds = config.steps * config.data.batch / per_second
+    found = {
+        "topology": topology, "slices": slices, "chips": len(devices), "hosts": hosts,
+        "objective": config.objective.name, "strategy": config.mesh.strategy, "mesh": dict(parts.mesh.shape),
+        "batch": config.data.batch, "steps": config.steps,
+        "model_parameters": sum(x.size for x in jax.tree.leaves(parts.abstract.params)),
+        "fits": compiled is not None,
+        "trouble": trouble,
+        "remedy": suggest(config, devices) if compiled is None and look else "",
+        "flops_per_step": step, "flops_per_pair": step / config.data.batch, "mfu": mfu,
+        "pairs_per_second": per_second, "images_per_second_per_host": per_second / hosts,
+        "chip_hours": seconds / 3600 * len(devices), "days": seconds / 86400,
+        "compile_seconds": time.perf_counter() - began,
+        "capacity": chip.memory,
+    }
+    if compiled is not None:
+        sent = collectives(compiled.as_text(), len(devices))
+        found |= {"memory": memory(parts, compiled), "sent": summary(sent), "collectives": _largest(sent)}
+    return found
+
+
+def _largest(sent: list[Collective], n: int = 12) -> list[dict[str, Any]]:
+    """The collectives that move most, with their shapes."""
+    ordered = sorted(sent, key=lambda each: -each.total)[:n]
+    return [
+        {"kind": x.kind, "shapes": list(x.shapes[:3]), "arrays": len(x.shapes), "group": x.group, "count": x.count,
+         "bytes": x.total}
+        for x in ordered
+    ]
+
+
+def _size(n: float) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n >= scale:
+            return f"{n / scale:.2f} {unit}"
+    return f"{n:.0f} B"
+
+
+def render(found: dict[str, Any]) -> str:
+    """The plan as text."""
+    mesh = " x ".join(f"{axis} {n}" for axis, n in found["mesh"].items())
+    slices = f", {found['slices']} slices" if found["slices"] > 1 else ""
+    lines = [
+        f"{found['objective']}, {found['model_parameters'] / 1e6:.1f} M parameters, batch {found['batch']:,}, "
+        f"on {found['topology']}{slices}: {found['chips']} chips, {found['hosts']} hosts",
+        f"mesh {mesh}, strategy {found['strategy']}; compiled in {found['compile_seconds']:.0f} s",
+        "",
+    ]
+    if found["fits"]:
+        lines += [f"{name:<14}{_size(n):>12}" for name, n in found["memory"].items() if n]
+        lines += [f"{'fits in':<14}{_size(found['capacity']):>12}", "", "sent in a step, payload:"]
+        lines += [f"{kind:<22}{_size(n):>12}" for kind, n in found["sent"].items()]
+        for x in found["collectives"]:
+            more = f" and {x['arrays'] - len(x['shapes'])} more" if x["arrays"] > len(x["shapes"]) else ""
+            each = f"{x['kind']} {', '.join(x['shapes'])}{more}"
+            lines.append(f"  {_size(x['bytes']):>12}  {x['count']:>3} times among {x['group']:>4}: {each}")
+    else:
+        lines += [f"DOES NOT FIT in a chip's {_size(found['capacity'])}: {found['trouble']}"]
+        lines += [f"it would with {found['remedy']}" if found["remedy"] else "no change that was tried makes it fit"]
+    lines += [
+        "",
+        f"{found['flops_per_pair'] / 1e9:.1f} GFLOP a pair, {found['flops_per_step'] / 1e12:,.0f} TFLOP a step",
+        f"at an MFU of {found['mfu']:.0%}: {found['pairs_per_second']:,.0f} pairs/s; each host decodes "
+        f"{found['images_per_second_per_host']:,.0f} images/s",
+        f"{found['steps']:,} steps take {found['days']:.2f} days, {found['chip_hours']:,.0f} chip-hours",
+    ]
+    return "\n".join(lines)
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    width = max(len(row["parameter"]) for row in rows)
+    lines = [f"{'parameter':<{width}}  {'shape':<20}{'sharding':<28}{'per chip':>12}"]
+    lines += [
+        f"{row['parameter']:<{width}}  {' x '.join(map(str, row['shape'])):<20}{row['sharding']:<28}"
+        f"{_size(row['bytes']):>12}"
+        for row in rows
+    ]
+    return "\n".join([*lines, f"{'sum':<{width}}  {'':<48}{_size(sum(row['bytes'] for row in rows)):>12}"])
+
+
+def main(_: list[str]) -> None:
+    """Prints a plan or an explanation."""
+    logging.set_verbosity(logging.ERROR)
+    config = flags.FLAGS.config
+    try:
+        if _EXPLAIN.value:
+            devices = devices_of(_TOPOLOGY.value, _SLICES.value)[0] if _TOPOLOGY.value else None
+            rows = explain(build(config, devices))
+            print(json.dumps(rows, indent=2) if _JSON.value else _table(rows))
+            return
+        if not _TOPOLOGY.value:
+            raise UserError("--topology is missing; name one such as v5e:4x8, v4:2x4x4, v5p:4x4x8 or v6e:4x4")
+        found = plan(config, _TOPOLOGY.value, slices=_SLICES.value, mfu=_MFU.value, look=_SUGGEST.value)
+        print(json.dumps(found, indent=2) if _JSON.value else render(found))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # planning needs no accelerator, and must not wait for one
+    app.run(main, flags_parser=config_file.parse)
