@@ -18,4 +18,4 @@ rm -f train.pid train.exit
   wait $! || status=$?
   echo "$status" >train.exit
 ) >>train.log 2>&1 </dev/null &
-until [ -s train.pid ]; do sleep 0.1; done
+until [ -s train.pid ]; do sleep 0.05; done

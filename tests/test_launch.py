@@ -111,7 +111,7 @@ class Cloud:
     def launch(self, script, *args, born="ACTIVE", scenario=(), **env):
         (self.path / "born").write_text(born + "\n")
         (self.path / "scenario").write_text("".join(f"{line}\n" for line in scenario))
-        env = REQUIRED | {"CLOUD": str(self.path), "POLL": "0.05"} | env
+        env = REQUIRED | {"CLOUD": str(self.path), "POLL": "0.02"} | env
         return launch(script, *args, env=env, cwd=self.checkout, path=[self.path / "bin"])
 
     @property
