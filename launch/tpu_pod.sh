@@ -19,7 +19,8 @@
 # SPOT           1 for spot capacity: cheaper, and preempted at any time (default: empty)
 # CREATE_FLAGS   more flags for `gcloud compute tpus queued-resources create`, split at spaces, as in
 #                "--valid-until-duration=6h --service-account=me@my-project.iam.gserviceaccount.com"
-# SETUP          command that each worker executes before training, as in "sudo mount -o ro /dev/sdb /data"
+# SETUP          command that each worker executes before each start of training, as in
+#                "mountpoint -q /data || sudo mount -o ro,X-mount.mkdir /dev/sdb /data"
 # FAILURES       gives up after so many failures in a row, each within an hour of the start (default: 3)
 # POLL           seconds between two looks at the pod (default: 60)
 # KEEP           1 to keep the pod at the end (default: empty)

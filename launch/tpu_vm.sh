@@ -16,7 +16,8 @@
 # SPOT           1 for a spot VM: cheaper, and gone at any time (default: empty)
 # CREATE_FLAGS   more flags for `gcloud compute tpus tpu-vm create`, split at spaces, as in
 #                "--service-account=me@my-project.iam.gserviceaccount.com --data-disk=source=...,mode=read-only"
-# SETUP          command that each worker executes before training, as in "sudo mount -o ro /dev/sdb /data"
+# SETUP          command that each worker executes before each start of training, as in
+#                "mountpoint -q /data || sudo mount -o ro,X-mount.mkdir /dev/sdb /data"
 # POLL           seconds between two attempts to reach a new VM (default: 15)
 #
 # Needs the Google Cloud CLI. The service account of the VM needs access to the bucket. A run on the VM's own disk is
