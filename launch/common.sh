@@ -1,7 +1,11 @@
-# Shared by the launch scripts: a virtual environment with this checkout in it. Source it, then call `setup EXTRAS`.
+# shellcheck shell=bash
+# Shared by the launch scripts. Source it from the root of the checkout.
 #
-# PYTHON  interpreter to build the environment with (default: python3; 3.11 to 3.13)
-# VENV    where it lies (default: .venv in the checkout, one for each version of Python)
+# `setup EXTRAS` makes a virtual environment with this checkout in it:
+#   PYTHON  interpreter to build the environment with (default: python3; 3.11 to 3.13)
+#   VENV    where it lies (default: .venv in the checkout, one for each version of Python)
+#
+# `tpu_*` prepare a Cloud TPU that is called NAME; their variables are described in tpu_vm.sh.
 
 # XLA maps its buffers anew in each step; on a CPU a fifth of the demo's time would go into page faults of small pages.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
@@ -32,4 +36,114 @@ setup() {
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
     echo "$wanted" >"$stamp"
   fi
+}
+
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+# need VARIABLE EXAMPLE
+need() {
+  [ -n "${!1:-}" ] || fail "$1 is not set; set it as in $1=$2"
+}
+
+# Prints a command so that it can be pasted. printf %q would do, but what it prints is hard to read.
+quote() {
+  local word line="" escaped="'\\''"
+  for word; do
+    case $word in
+      "" | *[!A-Za-z0-9_./:=,@%+-]*) word="'${word//\'/$escaped}'" ;;
+    esac
+    line="$line${line:+ }$word"
+  done
+  printf '%s\n' "$line"
+}
+
+# Executes a command, or prints it in a dry run.
+run() {
+  if [ -n "${DRY_RUN:-}" ]; then quote "$@"; else "$@"; fi
+}
+
+# run_folder EXAMPLE ARGUMENTS: the value of --config.run among the arguments of training.
+run_folder() {
+  local example=$1 argument folder=""
+  shift
+  for argument; do
+    case $argument in
+      --config.run=*) folder=${argument#--config.run=} ;;
+    esac
+  done
+  [ -n "$folder" ] || fail "--config.run is missing; say where the run is kept, as in --config.run=$example"
+  echo "$folder"
+}
+
+# Checks the variables of a TPU and fills the arrays WHERE and SHAPE with flags of gcloud.
+tpu_flags() {
+  local more=()
+  need PROJECT my-project
+  need ZONE us-west4-a
+  if [ -z "${RUNTIME:-}" ]; then
+    case $TYPE in
+      v2* | v3* | v4*) RUNTIME=tpu-ubuntu2204-base ;;
+      v5litepod*) RUNTIME=v2-alpha-tpuv5-lite ;;
+      v5p*) RUNTIME=v2-alpha-tpuv5 ;;
+      v6e*) RUNTIME=v2-alpha-tpuv6e ;;
+      *) fail "RUNTIME is not set, and none is known for TYPE=$TYPE; set it as in RUNTIME=v2-alpha-tpuv6e" ;;
+    esac
+  fi
+  WHERE=("--project=$PROJECT" "--zone=$ZONE")
+  SHAPE=("--accelerator-type=$TYPE")
+  [ -z "${TOPOLOGY:-}" ] || SHAPE=("--type=$TYPE" "--topology=$TOPOLOGY")
+  [ -z "${SPOT:-}" ] || SHAPE+=(--spot)
+  read -ra more <<<"${CREATE_FLAGS:-}"
+  SHAPE+=(${more[@]+"${more[@]}"})
+}
+
+# tpu_describe RESOURCE FIELD, RESOURCE being tpu-vm or queued-resources
+tpu_describe() {
+  run gcloud compute tpus "$1" describe "$NAME" "${WHERE[@]}" "--format=value($2)"
+}
+
+# tpu_state RESOURCE FIELD: the state of NAME, ABSENT where there is none, UNKNOWN where gcloud could not say.
+tpu_state() {
+  local errors
+  errors=$(mktemp)
+  if ! tpu_describe "$1" "$2" 2>"$errors"; then
+    if grep -q NOT_FOUND "$errors"; then
+      echo ABSENT
+    else
+      cat "$errors" >&2
+      echo UNKNOWN
+    fi
+  fi
+  rm -f "$errors"
+}
+
+# tpu_ssh WORKER COMMAND, WORKER being a number or all
+tpu_ssh() {
+  run gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" "--worker=$1" "--command=$2"
+}
+
+# Puts this commit, and an environment with JAX for TPUs, on all workers. A bundle, since config.json of a run names its
+# commit; uv, since the images of TPU VMs have Python 3.10.
+tpu_install() {
+  local bundle
+  bundle=$(git rev-parse --git-path xclip_jax.bundle)
+  [ -z "$(git status --porcelain --untracked-files=no)" ] || echo "warning: what is not committed stays here" >&2
+  run git bundle create --quiet "$bundle" HEAD &&
+    run gcloud compute tpus tpu-vm scp "$bundle" "$NAME:xclip_jax.bundle" "${WHERE[@]}" --worker=all &&
+    tpu_ssh all "git init --quiet xclip_jax && cd xclip_jax && git fetch --quiet ../xclip_jax.bundle HEAD &&\
+ git checkout --quiet --force --detach FETCH_HEAD" &&
+    tpu_ssh all "[ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh" &&
+    tpu_ssh all "cd xclip_jax && { [ -x .venv/bin/python ] || ~/.local/bin/uv venv --quiet --python 3.12 .venv; } &&\
+ ~/.local/bin/uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'" &&
+    { [ -z "${SETUP:-}" ] || tpu_ssh all "$SETUP"; }
+}
+
+# tpu_start ARGUMENTS: starts training on all workers.
+tpu_start() {
+  local training
+  training=$(quote .venv/bin/python -m xclip_jax.main --distributed "$@")
+  tpu_ssh all "bash xclip_jax/launch/detach.sh $training"
 }

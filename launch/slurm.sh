@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=xclip_jax
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=TERM@300
+#
+# Trains on GPUs under Slurm, for as many jobs as it takes: where time runs out or the job is preempted, training saves,
+# and the job goes back to the queue and resumes. Submit it from the root of the checkout:
+#
+#   sbatch --nodes=4 launch/slurm.sh --config configs/xclip.py --config.run=/shared/runs/mine \
+#       --config.data.sources='("folder:/shared/pairs",)'
+#   bash launch/slurm.sh --dry-run --config configs/xclip.py --config.run=/shared/runs/mine
+#
+# The arguments are those of xclip_jax.main; --dry-run before them prints the directives above and the commands, and
+# executes none. Flags of sbatch before the script's name go over its directives.
+#
+# PYTHON  interpreter with xclip_jax and JAX for GPUs (default: python). An environment on a file system that all nodes
+#         share: python3 -m venv .venv-gpu && .venv-gpu/bin/pip install --editable . "jax[cuda13]", or "jax[cuda12]" for
+#         drivers before 580. Then PYTHON=.venv-gpu/bin/python sbatch ...
+#
+# One task for each GPU, as JAX expects under Slurm: change --gpus-per-node and --ntasks-per-node together. --config.run
+# has to be on a shared file system.
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+if [ ! -f launch/common.sh ]; then
+  echo "error: $PWD is not the root of the checkout; go there and submit again with sbatch launch/slurm.sh" >&2
+  exit 2
+fi
+. launch/common.sh
+DRY_RUN=
+[ "${1:-}" != --dry-run ] || { DRY_RUN=1 && shift; }
+folder=$(run_folder /shared/runs/mine "$@")
+
+# JAX gives task i of a node the i-th GPU that it sees, so each task has to see all of them. srun does not inherit
+# --cpus-per-task from sbatch.
+task=(srun --kill-on-bad-exit=1 --gpu-bind=none ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"})
+task+=("${PYTHON:-python}" -m xclip_jax.main --distributed "$@")
+requeue=(scontrol requeue "${SLURM_JOB_ID:-JOB}")
+
+if [ -n "$DRY_RUN" ]; then
+  grep '^#SBATCH' launch/slurm.sh
+  run "${task[@]}"
+  echo "# and where training was stopped before its end:"
+  run "${requeue[@]}"
+  exit 0
+fi
+
+"${task[@]}"
+# SIGTERM goes to the tasks and not to this script, be it for the time limit (--signal) or for a preemption with grace.
+# Training then saves and exits with 0, which Slurm would take for the end of the job. (scancel ends this script too; a
+# job that loses its node, or is preempted without grace, is requeued by Slurm itself.)
+if [ ! -e "$folder/results.json" ]; then
+  echo "training was stopped before its end; back to the queue"
+  "${requeue[@]}"
+fi

@@ -1,0 +1,151 @@
+#!/usr/bin/env bash
+# Trains on a Cloud TPU pod, to the end: queues for it, installs this commit on all hosts, starts training, and watches.
+# Where the pod is preempted or training fails, the pod is deleted, created anew, and training resumes from its last
+# checkpoint. When the run is complete the pod is deleted and the script exits with 0.
+#
+#   SPOT=1 TYPE=v5litepod-64 PROJECT=my-project ZONE=us-west4-a bash launch/tpu_pod.sh --config configs/xclip.py \
+#       --config.run=gs://my-bucket/runs/mine --config.data.sources='("folder:/data/pairs",)'
+#   PROJECT=my-project ZONE=us-west4-a bash launch/tpu_pod.sh --dry-run --config configs/xclip.py --config.run=gs://...
+#
+# The arguments are those of xclip_jax.main; --dry-run before them prints all commands and executes none.
+# Only watching needs this machine: Ctrl-C leaves training alone, and the same command takes up the watch again.
+#
+# PROJECT, ZONE  required
+# NAME           of the queued resource and of its node (default: xclip-jax)
+# TYPE           accelerator type (default: v5litepod-64, 64 chips v5e); of v4, v5e, v5p or v6e; for TPU7x see
+#                gke_jobset.yaml
+# TOPOLOGY       shape in chips, as in TYPE=v4 TOPOLOGY=4x4x4 (default: that of TYPE)
+# RUNTIME        runtime version (default: the one for JAX on TYPE)
+# SPOT           1 for spot capacity: cheaper, and preempted at any time (default: empty)
+# CREATE_FLAGS   more flags for `gcloud compute tpus queued-resources create`, split at spaces, as in
+#                "--valid-until-duration=6h --service-account=me@my-project.iam.gserviceaccount.com"
+# SETUP          command that each worker executes before each start of training, as in
+#                "mountpoint -q /data || sudo mount -o ro,X-mount.mkdir /dev/sdb /data"
+# FAILURES       gives up after so many failures in a row, each within an hour of the start (default: 3)
+# POLL           seconds between two looks at the pod (default: 60)
+# KEEP           1 to keep the pod at the end (default: empty)
+#
+# Needs the Google Cloud CLI, and the key in an ssh agent: ssh-add ~/.ssh/google_compute_engine. The service account of
+# the pod needs access to the bucket.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/common.sh
+DRY_RUN=
+[ "${1:-}" != --dry-run ] || { DRY_RUN=1 && shift; }
+NAME=${NAME:-xclip-jax} TYPE=${TYPE:-v5litepod-64} POLL=${POLL:-60} FAILURES=${FAILURES:-3}
+tpu_flags
+folder=$(run_folder gs://my-bucket/runs/mine "$@")
+[[ $folder == gs://* ]] || fail "--config.run=$folder would be lost with the pod; give a gs:// folder"
+[ -n "$DRY_RUN" ] || command -v gcloud >/dev/null || fail "gcloud is missing; install the Google Cloud CLI"
+
+create() {
+  run gcloud compute tpus queued-resources create "$NAME" "--node-id=$NAME" "${WHERE[@]}" "${SHAPE[@]}" \
+    "--runtime-version=$RUNTIME"
+}
+
+delete() {
+  run gcloud compute tpus queued-resources delete "$NAME" "${WHERE[@]}" --force --quiet
+}
+
+# Of the first worker: where one dies, JAX ends the others.
+training_state() {
+  tpu_ssh 0 "cd xclip_jax 2>/dev/null && [ -f train.pid ] || { echo new; exit; }; \
+if [ -f train.exit ]; then cat train.exit; elif kill -0 \$(cat train.pid); then echo running; else echo lost; fi"
+}
+
+# Training that is asked to stop saves and exits with 0 too, so its exit status does not tell.
+complete() {
+  run gcloud storage ls "$folder/results.json"
+}
+
+say() {
+  echo "$(date +%FT%T) $NAME: $1"
+}
+
+# anew REASON
+anew() {
+  say "$1; creating it anew"
+  delete || say "it could not be deleted yet"
+  misses=0 ended=""
+}
+
+# finish STATUS
+finish() {
+  [ -n "${KEEP:-}" ] || delete || say "it could not be deleted and goes on costing money; delete it yourself"
+  exit "$1"
+}
+
+# failed REASON
+failed() {
+  [ $((SECONDS - started)) -lt 3600 ] || failures=0
+  failures=$((failures + 1))
+  tpu_ssh 0 "tail -n 20 xclip_jax/train.log" || true
+  if [ "$failures" -ge "$FAILURES" ]; then
+    say "$1, $failures times in a row; giving up"
+    finish 1
+  fi
+  anew "$1"
+}
+
+# missed REASON: ten in a row are a failure, fewer may be the network.
+missed() {
+  say "$1; trying again in $POLL s"
+  misses=$((misses + 1))
+  [ "$misses" -lt 10 ] || failed "$1"
+}
+
+# tend ARGUMENTS: looks after training on a pod that is active.
+tend() {
+  local training
+  training=$(training_state 2>/dev/null | tail -n 1) || training=
+  case $training in
+    running) misses=0 ;;
+    new)
+      started=$SECONDS
+      if tpu_install && tpu_start "$@"; then
+        say "training has started; to follow it:"
+        (DRY_RUN=1 tpu_ssh 0 "tail -n 100 -F xclip_jax/train.log")
+      else
+        missed "training could not be started"
+      fi
+      ;;
+    "") missed "the first worker does not answer" ;;
+    *)
+      if complete >/dev/null 2>&1; then
+        say "the run is complete"
+        finish 0
+      elif [ "$training" = 0 ]; then
+        anew "training was stopped before its end"
+      elif [ -z "$ended" ]; then
+        ended=1  # A preemption shows in training before it shows in the state of the pod: look once more.
+      else
+        failed "training failed with exit status $training"
+      fi
+      ;;
+  esac
+}
+
+if [ -n "$DRY_RUN" ]; then
+  create && tpu_install && tpu_start "$@"
+  echo "# every $POLL s, until the run is complete; all of it again where the pod or training failed:"
+  tpu_describe queued-resources state.state
+  training_state && complete && delete
+  exit 0
+fi
+
+created="" last="" ended="" misses=0 failures=0 started=0
+while :; do
+  state=$(tpu_state queued-resources state.state)
+  [ "$state" = "$last" ] || say "$state"
+  last=$state
+  case $state in
+    ABSENT)
+      # Later on it may be a passing fault; the first time it is a wrong flag or no quota.
+      create || [ -n "$created" ] || exit 1
+      created=1
+      ;;
+    SUSPENDED | FAILED) anew "the pod is $state" ;;
+    ACTIVE) tend "$@" ;;
+  esac
+  sleep "$POLL"
+done

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Trains on one Cloud TPU VM: creates it unless it exists, installs this commit, starts training there and returns.
+# Training goes on without this machine. The same command again installs the commit of the day and resumes the run.
+#
+#   PROJECT=my-project ZONE=us-west4-a bash launch/tpu_vm.sh --config configs/xclip.py:preset=B/32,batch=1024 \
+#       --config.run=gs://my-bucket/runs/mine --config.data.sources='("folder:/data/pairs",)'
+#   PROJECT=my-project ZONE=us-west4-a bash launch/tpu_vm.sh --dry-run --config configs/xclip.py
+#
+# The arguments are those of xclip_jax.main; --dry-run before them prints all commands and executes none.
+#
+# PROJECT, ZONE  required
+# NAME           of the VM (default: xclip-jax)
+# TYPE           accelerator type (default: v5litepod-8, eight chips v5e on one host); of v4, v5e, v5p or v6e
+# TOPOLOGY       shape in chips, as in TYPE=v4 TOPOLOGY=2x2x1 (default: that of TYPE)
+# RUNTIME        runtime version (default: the one for JAX on TYPE)
+# SPOT           1 for a spot VM: cheaper, and gone at any time (default: empty)
+# CREATE_FLAGS   more flags for `gcloud compute tpus tpu-vm create`, split at spaces, as in
+#                "--service-account=me@my-project.iam.gserviceaccount.com --data-disk=source=...,mode=read-only"
+# SETUP          command that each worker executes before each start of training, as in
+#                "mountpoint -q /data || sudo mount -o ro,X-mount.mkdir /dev/sdb /data"
+# POLL           seconds between two attempts to reach a new VM (default: 15)
+#
+# Needs the Google Cloud CLI. The service account of the VM needs access to the bucket. A run on the VM's own disk is
+# deleted with it; use gs://.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/common.sh
+DRY_RUN=
+[ "${1:-}" != --dry-run ] || { DRY_RUN=1 && shift; }
+NAME=${NAME:-xclip-jax} TYPE=${TYPE:-v5litepod-8}
+tpu_flags
+[ $# -gt 0 ] || fail "nothing to train; add arguments, as in --config configs/xclip.py --config.run=gs://my-bucket/run"
+[ -n "$DRY_RUN" ] || command -v gcloud >/dev/null || fail "gcloud is missing; install the Google Cloud CLI"
+
+if [ -n "$DRY_RUN" ]; then
+  tpu_describe tpu-vm state
+  state=ABSENT
+else
+  state=$(tpu_state tpu-vm state)
+fi
+case $state in
+  ABSENT) run gcloud compute tpus tpu-vm create "$NAME" "${WHERE[@]}" "${SHAPE[@]}" "--version=$RUNTIME" ;;
+  READY) echo "$NAME exists" ;;
+  *) fail "$NAME is $state; wait, or delete it with: gcloud compute tpus tpu-vm delete $NAME ${WHERE[*]}" ;;
+esac
+
+# A VM is READY some time before it takes connections.
+for ((try = 1; ; try++)); do
+  tpu_ssh all true && break
+  [ "$try" -lt 10 ] || fail "$NAME takes no connections; the messages of ssh are above"
+  sleep "${POLL:-15}"
+done
+
+tpu_install
+tpu_start "$@"
+
+[ -z "$DRY_RUN" ] || exit 0
+DRY_RUN=1  # print, from here on
+echo
+echo "Training has started on $NAME. To follow it, to save and stop it, and to delete the VM:"
+tpu_ssh 0 "tail -n 100 -F xclip_jax/train.log"
+tpu_ssh all "kill -TERM \$(cat xclip_jax/train.pid)"
+run gcloud compute tpus tpu-vm delete "$NAME" "${WHERE[@]}"
