@@ -112,6 +112,7 @@ def pretrain(objective: str, arg: str | None) -> ml_collections.ConfigDict:
     """The full-size recipe: ViT-B/16, batch 4096, 25 epochs over `pairs` image-text pairs, by default 15 million."""
     args = parse_arg(arg, preset="B/16", batch=4096, pairs=15_000_000, epochs=25)
     config = base(objective, args.preset)
+    config.model.img.remat = config.model.txt.remat = "dots"  # else 128 pairs of B/16 do not fit a chip of 16 GiB
     epoch = max(args.pairs // args.batch, 1)
     config.data.batch = args.batch
     config.steps = epoch * args.epochs

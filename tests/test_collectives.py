@@ -16,7 +16,10 @@ MESH = make_mesh({"data": 4, "fsdp": 2, "model": 1})
 P = PartitionSpec
 
 
-def sent(fn, *specs, out=P(), args=((64, 16),)):
+WHOLE = P()
+
+
+def sent(fn, *specs, out=WHOLE, args=((64, 16),)):
     found = jax.jit(
         jax.shard_map(fn, mesh=MESH, in_specs=specs, out_specs=out, check_vma=False),
     ).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in args)).compile()
@@ -52,7 +55,7 @@ TPU = """\
 
 %body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %f = f32[8,8]{1,0} fusion(%a), kind=kOutput, calls=%piece.2
-  %all-reduce.3 = (bf16[8]{0}, f32[2,3]{1,0}) all-reduce(%x, %y), channel_id=7, replica_groups={{0,1},{2,3}}, to_apply=%add
+  %all-reduce.3 = (bf16[8]{0}, f32[2,3]{1,0}) all-reduce(%x, %y), channel_id=7, replica_groups={{0,1},{2,3}}
 }
 
 ENTRY %main (a: f32[4,8]) -> f32[8] {

@@ -153,7 +153,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(pairs, tmp_pat
         ({"model__dtype": "float16"}, r"model\.dtype is 'float16'"),
         ({"objective__nclip__target": "stop"}, r"objective\.nclip\.target is 'stop'.*'detach'"),
         ({"optim__schedule": "step"}, r"optim\.schedule is 'step'"),
-        ({"mesh": {"data": 3, "fsdp": 1, "model": 1}}, r"does not fit 8 devices"),
+        ({"mesh": {"data": 3, "fsdp": 1, "model": 1, "strategy": "dp"}}, r"does not fit 8 devices"),
         ({"eval__sets": ("emoji/tests",), "eval__every": 5}, r"emoji/tests"),
     ],
 )
@@ -180,15 +180,21 @@ def test_each_collapse_is_provoked_and_said_once(pairs, tmp_path, capsys, failur
     assert out.count(f": {failure}: ") == 1
 
 
-def test_writer_drops_what_a_resumed_run_writes_again(tmp_path):
+@pytest.mark.parametrize("remote", [False, True])  # in a bucket files cannot grow
+def test_writer_drops_what_a_resumed_run_writes_again(tmp_path, monkeypatch, remote):
+    monkeypatch.setattr(metrics, "is_remote", lambda _: remote)
     writer = metrics.Writer(epath.Path(tmp_path))
     for step in (1, 2, 3):
         writer.write(step, {"loss": float(step)})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')  # killed while it wrote
-    metrics.Writer(epath.Path(tmp_path), step=2).close()
+    writer = metrics.Writer(epath.Path(tmp_path), step=2)
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    monkeypatch.setattr(metrics, "REWRITE_SECONDS", -1)
+    writer.write(3, {"loss": 0.5})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {"step": 3, "loss": 0.5}
+    writer.close()
 
 
 def test_clock():

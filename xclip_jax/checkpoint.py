@@ -26,7 +26,9 @@ class Checkpointer:
     """
 
     def __init__(self, run: str | epath.Path, *, keep: int = 3) -> None:
-        self.path = epath.Path(run).absolute() / "checkpoints"
+        run = epath.Path(run)
+        # Orbax wants absolute paths; that of a bucket is one, and would be taken for a local folder's name.
+        self.path = (run if is_remote(run) else run.absolute()) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             step_prefix=None,
@@ -99,8 +101,13 @@ class Checkpointer:
         self.close()
 
 
+def is_remote(path: epath.Path) -> bool:
+    """Whether `path` is in a bucket, gs:// or s3://, and not in a file system."""
+    return "://" in str(path)
+
+
 def write_json(path: epath.Path, content: Any) -> None:
     """Writes JSON whole or not at all: readers never see half a file."""
     temporary = path.parent / f".{path.name}.tmp"
     temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    temporary.rename(path)
+    temporary.replace(path)

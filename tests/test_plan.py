@@ -1,0 +1,119 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from tests import tiny
+from xclip_jax import parts, plan
+from xclip_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def config(objective="xclip", **changes):
+    return tiny.config(objective, steps=1000, data__batch=64, model__dtype="bfloat16", **changes)
+
+
+@pytest.fixture(scope="module")
+def found():
+    pytest.importorskip("libtpu")
+    return plan.plan(config(model__img__scan=True), "v5e:2x4", mfu=0.5)
+
+
+def test_a_plan_for_a_topology_that_is_not_there(found):
+    assert (found["chips"], found["hosts"], found["fits"]) == (8, 2, True)
+    assert found["model_parameters"] == sum(x.size for x in jax.tree.leaves(parts.build(config()).abstract.params))
+    assert found["memory"]["parameters"] == 4 * found["model_parameters"]
+    assert found["memory"]["optimizer"] == pytest.approx(2 * found["memory"]["parameters"], rel=1e-3)
+    assert found["memory"]["peak"] > sum(found["memory"][k] for k in ("parameters", "optimizer", "activations"))
+    # Gradients in bf16 at the least, in fp32 at the most.
+    assert 2 * found["model_parameters"] < found["sent"]["all-reduce"] < 5 * found["model_parameters"]
+
+
+def test_time_and_money_follow_from_flops(found):
+    per_second = 0.5 * 197e12 * 8 / found["flops_per_pair"]
+    assert found["pairs_per_second"] == pytest.approx(per_second)
+    assert found["images_per_second_per_host"] == pytest.approx(per_second / 2)
+    assert found["chip_hours"] == pytest.approx(8 * 1000 * 64 / per_second / 3600)
+    assert found["days"] == pytest.approx(found["chip_hours"] / 8 / 24)
+
+
+def test_the_text_has_it_all(found):
+    text = plan.render(found)
+    for words in ("8 chips, 2 hosts", "optimizer", "activations", "peak", "fits in", "all-reduce", "MFU of 50%"):
+        assert words in text
+    json.dumps(found)
+
+
+def test_several_slices(found):
+    two = plan.plan(config(), "v5e:2x4", slices=2)
+    assert (two["chips"], two["hosts"], two["mesh"]["data"]) == (16, 4, 16)
+
+
+def test_what_does_not_fit_gets_a_remedy(monkeypatch):
+    pytest.importorskip("libtpu")
+    devices, _ = plan.devices_of("v5e:2x2")
+    tried = []
+
+    def compiles(config, devices):
+        tried.append(config.mesh.strategy)
+        return None, "compiled" if config.model.img.remat == "dots" else None, ""
+
+    monkeypatch.setattr(plan, "_compile", compiles)
+    words = plan.suggest(config(), devices)
+    assert words == "--config.mesh.strategy=zero1 --config.model.img.remat=dots --config.model.txt.remat=dots"
+    assert tried == ["zero1", "zero1"]
+
+
+@pytest.mark.slow
+def test_a_step_that_is_too_large_is_found_and_mended():
+    pytest.importorskip("libtpu")
+    from configs import common
+
+    large = common.pretrain("clip", "batch=2048")
+    large.model.img.remat = large.model.txt.remat = "none"
+    found = plan.plan(large, "v5e:2x2")
+    assert not found["fits"]
+    assert "remat" in found["remedy"]
+    assert "DOES NOT FIT" in plan.render(found)
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"), [("v9:2x2", "must be one of 'v4'"), ("v5e:3x5", "is none that v5e comes in")]
+)
+def test_bad_topologies_are_one_sentence(topology, message):
+    pytest.importorskip("libtpu")
+    with pytest.raises(UserError, match=message) as error:
+        plan.devices_of(topology)
+    assert "\n" not in str(error.value)
+
+
+def command(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "xclip_jax.plan", "--config", "configs/demo.py", *flags], cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, capture_output=True, text=True,
+        timeout=200,
+    )
+
+
+def test_explain_is_a_table_of_shardings():
+    done = command("--explain", "--config.mesh.strategy=fsdp", "--config.mesh.fsdp=4")
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if line.startswith("img/patches/kernel"))
+    assert "432 x 192" in row
+    assert "fsdp" in row
+    assert "81.00 KiB" in row  # a quarter
+    rows = json.loads(command("--explain", "--json").stdout)
+    assert {row["parameter"] for row in rows} > {"log_scale", "txt/tokens"}
+    assert sum(row["bytes"] for row in rows) == 4 * 11_061_633
+
+
+def test_bad_input_is_one_sentence():
+    assert command().stderr.startswith("error: --topology is missing")
+    done = command("--explain", "--config.mesh.strategy=fsdp_tp", "--config.mesh.model=2")
+    assert done.stderr.startswith("error: mesh axis 'model' of size 2 cannot divide a dimension of 3")
