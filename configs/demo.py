@@ -25,11 +25,12 @@ TESTS = (
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """See the module's docstring."""
-    args = common.parse_arg(arg, objective="xclip", steps=700, preset="Ti/12", size=48)
+    args = common.parse_arg(arg, objective="xclip", steps=760, preset="Ti/8", size=48)
     config = common.base(args.objective, args.preset)
     config.run = f"runs/demo-{args.objective}"
     config.steps = args.steps
     config.model.img.size = args.size
+    config.model.img.patch_dropout = 0.6
     config.model.txt.length = 16
     for tower in (config.model.img, config.model.txt):
         tower.scan = False
@@ -46,11 +47,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.text_keys = ("name", "aliases")
     config.data.tags_key = "tags"
     config.data.tags = 4
+    config.data.tags_alone = 0.3
     config.data.crop_scale = (0.6, 1.0)
     config.data.flip = 0.5
     config.data.color = 0.2
     config.data.cache = True
-    config.data.threads = 2
+    config.data.threads = 1  # more of them wait for each other: decoded images leave Python little to do
     config.eval.sets = ("emoji/validation_concepts", "emoji/validation_rendering")
     config.eval.final_sets = TESTS
     config.eval.every = max(args.steps // 4, 1)

@@ -1,0 +1,128 @@
+"""Plans of full-size runs, and how they scale: writes docs/plans.md, docs/plans.json and docs/weak_scaling.png.
+
+    pip install '.[tpu,bench]' && JAX_PLATFORMS=cpu python -m benchmarks.plans
+
+About twenty compilations of a minute each; no TPU is used.
+"""
+
+import datetime
+import json
+import pathlib
+import sys
+
+from absl import logging
+
+from xclip_jax import config as config_file
+from xclip_jax import metrics, plan
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+# File and argument, topology.
+PLANS = [
+    ("configs/clip.py:preset=B/16,batch=4096", "v4:2x4x4"),
+    ("configs/xclip.py:preset=B/16,batch=4096", "v4:2x4x4"),
+    ("configs/clip.py:preset=B/16,batch=4096", "v5e:4x8"),
+    ("configs/xclip.py:preset=B/16,batch=4096", "v5e:4x8"),
+    ("configs/clip.py:preset=B/16,batch=32768", "v5e:16x16"),
+    ("configs/xclip.py:preset=B/16,batch=32768", "v5e:16x16"),
+    ("configs/clip.py:preset=L/14,batch=32768", "v5p:4x4x8"),
+    ("configs/xclip.py:preset=L/14,batch=32768", "v5p:4x4x8"),
+]
+# Weak scaling of xCLIP, ViT-B/16: 32 pairs a chip, from 8 chips to 1024.
+GRIDS = {8: "v4:2x2x2", 64: "v4:4x4x4", 256: "v4:4x8x8", 1024: "v4:8x8x16"}
+PER_CHIP = 32
+FORMS = {
+    "dp": {},
+    "dp, ring loss": {"loss.impl": "ring"},
+    "zero1": {"mesh.strategy": "zero1"},
+}
+
+
+def make(spec, topology, **changes):
+    print(f"{spec} on {topology} {changes or ''} ...", file=sys.stderr, flush=True)
+    config = config_file.load_config(spec)
+    config.update_from_flattened_dict(changes)
+    return plan.plan(config, topology)
+
+
+def short(found):
+    """One row of the table."""
+    gib = plan.GIB
+    if not found["fits"]:
+        return ["-"] * 5
+    memory, sent = found["memory"], sum(found["sent"].values())
+    return [
+        f"{memory['parameters'] / gib:.2f}", f"{memory['optimizer'] / gib:.2f}", f"{memory['activations'] / gib:.2f}",
+        f"{memory['peak'] / gib:.2f} of {found['capacity'] / gib:.0f}", f"{sent / 2**20:,.0f}",
+    ]
+
+
+def table(head, rows):
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def draw(rows, path):
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
+    for form in FORMS:
+        mine = [found for name, found in rows if name == form and found["fits"]]
+        chips = [found["chips"] for found in mine]
+        left.plot(chips, [found["memory"]["peak"] / plan.GIB for found in mine], marker="o", label=form)
+        right.plot(chips, [sum(found["sent"].values()) / 2**20 for found in mine], marker="o", label=form)
+    for axis, title in ((left, "peak memory a chip, GiB"), (right, "payload of collectives a step, MiB")):
+        axis.set(title=title, xlabel="chips", xscale="log", xticks=list(GRIDS), ylim=(0, None))
+        axis.set_xticklabels(map(str, GRIDS))
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    left.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    logging.set_verbosity(logging.ERROR)
+    DOCS.mkdir(exist_ok=True)
+    plans = [(spec, topology, make(spec, topology)) for spec, topology in PLANS]
+    scaling = [
+        (form, make(f"configs/xclip.py:preset=B/16,batch={PER_CHIP * chips}", grid, **changes))
+        for form, changes in FORMS.items()
+        for chips, grid in GRIDS.items()
+    ]
+    environment = metrics.environment()
+    (DOCS / "plans.json").write_text(json.dumps(
+        {"environment": environment, "plans": [found for *_, found in plans],
+         "weak_scaling": [found | {"form": form} for form, found in scaling]}, indent=1,
+    ) + "\n")
+    draw(scaling, DOCS / "weak_scaling.png")
+    parts = [
+        "# Plans\n\nWhat full-size runs need, by compiling their train step for TPUs that were not there. Made by",
+        "`JAX_PLATFORMS=cpu python -m benchmarks.plans` on "
+        f"{datetime.date.today()}, commit {environment['commit']}, jax {environment['versions']['jax']}.",
+        "Bytes are of one chip; times assume an MFU of 40 %, which is a guess: no run of this size has been made.",
+        "MiB sent are payloads: the array that a group of chips sums or gathers, counted once.\n",
+        table(
+            ["config", "TPU", "chips", "parameters, GiB", "optimizer", "activations", "peak", "sent, MiB a step",
+             "GFLOP a pair", "pairs/s", "images/s a host", "chip-hours", "days"],
+            [[f"`{spec}`", topology, f["chips"], *short(f), f"{f['flops_per_pair'] / 1e9:.1f}",
+              f"{f['pairs_per_second']:,.0f}", f"{f['images_per_second_per_host']:,.0f}", f"{f['chip_hours']:,.0f}",
+              f"{f['days']:.2f}"] for spec, topology, f in plans],
+        ),
+        "\n## Each in full\n",
+        *(f"`python -m xclip_jax.plan --config {spec} --topology {topology}`\n\n```\n{plan.render(found)}\n```\n"
+          for spec, topology, found in plans),
+        f"## Weak scaling\n\nxCLIP, ViT-B/16, {PER_CHIP} pairs a chip on v4. What must grow with the batch b: the logits "
+        "of the plain contrastive loss, (b / chips) x b, and the gathered embeddings, b x e. The ring keeps no logits "
+        "of other chips; zero1 splits the moments over all chips.\n\n![weak scaling](weak_scaling.png)\n",
+        table(
+            ["form", "chips", "batch", "parameters, GiB", "optimizer", "activations", "peak", "sent, MiB a step"],
+            [[form, f["chips"], f["batch"], *short(f)] for form, f in scaling],
+        ),
+    ]
+    (DOCS / "plans.md").write_text("\n".join(parts) + "\n")
+
+
+if __name__ == "__main__":
+    main()
