@@ -168,8 +168,9 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        one_of("act", self.act, ACTIVATIONS)
-        one_of("remat", self.remat, REMAT_POLICIES)
+        tower = ".".join(("model", *self.path[:-1]))  # model.img or model.txt
+        one_of(f"{tower}.act", self.act, ACTIVATIONS)
+        one_of(f"{tower}.remat", self.remat, REMAT_POLICIES)
         # CLIP's initialisation: the residual branches' last maps shrink with depth.
         out_std = x.shape[-1] ** -0.5 * (2 * self.depth) ** -0.5
         block = Block
