@@ -107,7 +107,8 @@ def test_memory_of_nclip_in_chunks():
     bias = jax.ShapeDtypeStruct((k,), jnp.float32, sharding=replicated(mesh))
 
     def loss(x_img, kernel_img, bias_img, x_txt, kernel_txt, bias_txt, *, chunk):
-        return noncontrastive.nclip(Factors(x_img, kernel_img, bias_img), Factors(x_txt, kernel_txt, bias_txt), chunk=chunk)
+        s_img, s_txt = Factors(x_img, kernel_img, bias_img), Factors(x_txt, kernel_txt, bias_txt)
+        return noncontrastive.nclip(s_img, s_txt, chunk=chunk)
 
     args = (x, kernel, bias) * 2
     whole, chunked = (temporaries(partial(loss, chunk=chunk), *args) for chunk in (0, 256))

@@ -33,6 +33,8 @@ RULES: Mapping[str, Mapping[str, str | tuple[str, ...]]] = {
     "fsdp_tp": _FSDP | {"mlp": "model", "heads": "model"},
 }
 STRATEGIES = tuple(RULES)
+# What models may call an axis; those without a rule are whole with every strategy.
+NAMES = ("batch", "cluster", "embed", "heads", "kv", "layers", "mlp", "norm", "patch", "table", "vocab")
 # Smaller moments stay whole with zero1: their bytes are nothing, and each split array is a collective of its own.
 ZERO1_ELEMENTS = 1 << 14
 
