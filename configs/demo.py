@@ -12,6 +12,7 @@ from configs import common
 
 TESTS = (
     "emoji/test_concepts",
+    "emoji/test_concepts_one_prompt",
     "emoji/test_rendering",
     "emoji/test_rendering_flags",
     "emoji/test_rendering_animals_food",
@@ -25,12 +26,12 @@ TESTS = (
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """See the module's docstring."""
-    args = common.parse_arg(arg, objective="xclip", steps=760, preset="Ti/8", size=48)
+    args = common.parse_arg(arg, objective="xclip", steps=680, preset="Ti/8", size=48)
     config = common.base(args.objective, args.preset)
     config.run = f"runs/demo-{args.objective}"
     config.steps = args.steps
     config.model.img.size = args.size
-    config.model.img.patch_dropout = 0.6
+    config.model.img.patch_dropout = 0.5
     config.model.txt.length = 16
     for tower in (config.model.img, config.model.txt):
         tower.scan = False

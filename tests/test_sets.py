@@ -61,6 +61,7 @@ def small_demo(monkeypatch):
     [
         ("validation_concepts", [6], [6, 6, 6]),
         ("test_concepts", [4, 5], [4, 5, 4, 5, 4, 5]),
+        ("test_concepts_one_prompt", [4, 5], [4, 5, 4, 5, 4, 5]),
         ("test_rendering", range(7), [0, 2, 3, 1]),
         ("validation_rendering", range(7), [0, 2]),
         ("test_rendering_flags", [0, 1, 5], [0, 1]),
@@ -77,7 +78,7 @@ def test_zero_shot_sets_of_the_demo(spec, classes, images, small_demo):
     assert [data.names[label] for label in data.labels] == [f"name {i}" for i in images]
     assert [image[0, 0, 0] for image in data.images] == [10 * i for i in images]
     assert all(image.shape == (SIZE, SIZE, 3) and image.dtype == np.uint8 for image in data.images)
-    unseen = spec.endswith("concepts")
+    unseen = "concepts" in spec
     assert data.prompts[-1][0] == ", ".join([data.names[-1], *(f"tag {j}" for j in range(3) if unseen)])
     vendors = len(data.groups)
     assert vendors == {"test_concepts": 3, "validation_concepts": 3}.get(spec, vendors) and vendors != 1
@@ -119,3 +120,14 @@ def test_names_are_printable_and_fit():
     assert page.fit("short", 14, 200) == "short"
     assert page.fit("a very long name", 14, 60).endswith("…")
     assert page.fit("long", 14, 0) == "…"
+
+
+def test_prompts_of_unseen_concepts(small_demo):
+    """Each keyword is in front once, behind the name and alone; without keywords the name is left."""
+    assert sets.load("emoji/test_concepts", SIZE).prompts[0] == [
+        "name 4, tag 0, tag 1, tag 2", "name 4, tag 1, tag 2, tag 3", "name 4, tag 2, tag 3, tag 0",
+        "name 4, tag 3, tag 0, tag 1", "tag 0, tag 1, tag 2, tag 3", "tag 1, tag 2, tag 3, tag 0",
+        "tag 2, tag 3, tag 0, tag 1", "tag 3, tag 0, tag 1, tag 2",
+    ]
+    assert sets.load("emoji/test_concepts_one_prompt", SIZE).prompts[0] == ["name 4, tag 0, tag 1, tag 2"]
+    assert sets._prompts({"name": "n", "tags": []}) == ["n"]

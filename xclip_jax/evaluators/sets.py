@@ -3,7 +3,9 @@
 The sets of the demo, `xclip_jax.data.demo` (`emoji/...`); three artists drew the pictures, results are means over them:
 
     validation_concepts, test_concepts      pictures of concepts that nobody saw, among 100 and 200 such concepts; a
-                                            class's text is its name and up to three tags, "name, tag, tag, tag"
+                                            class's embedding is the mean over its prompts, "name, tag, tag, tag" and
+                                            "tag, tag, tag, tag" with each of its tags in front once
+    ..._concepts_one_prompt                 the same with the one prompt "name, tag, tag, tag"
     validation_rendering, test_rendering    a known concept as an artist drew it whose picture was kept out of
                                             training, among the names of all concepts
     test_rendering_flags, _animals_food, _rest    the same for one group, among the group's names alone
@@ -62,15 +64,15 @@ def _text(value: Any) -> Any:
 
 
 def _classify(
-    name: str, size: int, data_dir: str | None, *, split: str, tags: int = 0, role: str = "", group: str = "",
-    all_names: bool = False,
+    name: str, size: int, data_dir: str | None, *, split: str, prompts: Callable[[Record], list[str]] | None = None,
+    role: str = "", group: str = "", all_names: bool = False,
 ) -> ZeroShotSet:
     """The images of `split` among the names of concepts.
 
     Args:
       name, size, data_dir: as in `load`.
       split: of the demo's data set.
-      tags: at most so many tags after the name.
+      prompts: texts of a concept; by default its name alone.
       role: only concepts of this role, as images and as names.
       group: only concepts of this group, as images and, unless `all_names`, as names.
       all_names: see `group`.
@@ -87,7 +89,7 @@ def _classify(
         name,
         images,
         np.array([index[r["concept"]] for r in records]),
-        [[", ".join([c["name"], *c["tags"][:tags]])] for c in classes.values()],
+        [prompts(c) if prompts else [c["name"]] for c in classes.values()],
         {str(v): vendors == v for v in np.unique(vendors)} if len(set(vendors)) > 1 else {},
         [c["name"] for c in classes.values()],
     )
@@ -102,13 +104,26 @@ def _known(split: str, **options: Any) -> Maker:
     return functools.partial(_classify, split=split, **options)
 
 
-def _unseen(role: str, split: str) -> Maker:
-    return functools.partial(_classify, split=split, role=role, tags=3)
+def _one_prompt(concept: Record) -> list[str]:
+    return [", ".join([concept["name"], *concept["tags"][:3]])]
+
+
+def _prompts(concept: Record) -> list[str]:
+    """Captions as training writes them: keywords behind the name, and alone."""
+    name, tags = concept["name"], concept["tags"]
+    turns = [tags[i:] + tags[:i] for i in range(len(tags))]
+    return [", ".join([name, *turn[:3]]) for turn in turns or [[]]] + [", ".join(turn[:4]) for turn in turns]
+
+
+def _unseen(role: str, split: str, prompts: Callable[[Record], list[str]] = _prompts) -> Maker:
+    return functools.partial(_classify, split=split, role=role, prompts=prompts)
 
 
 SETS: Mapping[str, Maker] = {
     "emoji/validation_concepts": _unseen("validation_concepts", "validation_concepts"),
     "emoji/test_concepts": _unseen("test_concepts", "test_concepts"),
+    "emoji/validation_concepts_one_prompt": _unseen("validation_concepts", "validation_concepts", _one_prompt),
+    "emoji/test_concepts_one_prompt": _unseen("test_concepts", "test_concepts", _one_prompt),
     "emoji/validation_rendering": _known("validation_rendering"),
     "emoji/test_rendering": _known("test_rendering"),
     "emoji/test_rendering_flags": _known("test_rendering", group="flags"),
