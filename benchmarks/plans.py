@@ -114,8 +114,8 @@ def main():
         *(f"`python -m xclip_jax.plan --config {spec} --topology {topology}`\n\n```\n{plan.render(found)}\n```\n"
           for spec, topology, found in plans),
         f"## Weak scaling\n\nxCLIP, ViT-B/16, {PER_CHIP} pairs a chip on v4. What must grow with the batch b: the "
-        "logits of the plain contrastive loss, (b / chips) x b, and the gathered embeddings, b x e. The ring keeps no logits "
-        "of other chips; zero1 splits the moments over all chips.\n\n![weak scaling](weak_scaling.png)\n",
+        "logits of the plain contrastive loss, (b / chips) x b, and the gathered embeddings, b x e. The ring keeps no "
+        "logits of other chips; zero1 splits the moments over all chips.\n\n![weak scaling](weak_scaling.png)\n",
         table(
             ["form", "chips", "batch", "parameters, GiB", "optimizer", "activations", "peak", "sent, MiB a step"],
             [[form, f["chips"], f["batch"], *short(f)] for form, f in scaling],
