@@ -26,12 +26,11 @@ TESTS = (
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """See the module's docstring."""
-    args = common.parse_arg(arg, objective="xclip", steps=680, preset="Ti/8", size=48)
+    args = common.parse_arg(arg, objective="xclip", steps=720, preset="Ti/12", size=48)
     config = common.base(args.objective, args.preset)
     config.run = f"runs/demo-{args.objective}"
     config.steps = args.steps
     config.model.img.size = args.size
-    config.model.img.patch_dropout = 0.5
     config.model.txt.length = 16
     for tower in (config.model.img, config.model.txt):
         tower.scan = False

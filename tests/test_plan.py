@@ -105,9 +105,9 @@ def test_explain_is_a_table_of_shardings():
     done = command("--explain", "--config.mesh.strategy=fsdp", "--config.mesh.fsdp=4")
     assert done.returncode == 0, done.stderr
     row = next(line for line in done.stdout.splitlines() if line.startswith("img/patches/kernel"))
-    assert "192 x 192" in row
+    assert "432 x 192" in row
     assert "fsdp" in row
-    assert "36.00 KiB" in row  # a quarter
+    assert "81.00 KiB" in row  # a quarter
     rows = json.loads(command("--explain", "--json").stdout)
     assert {row["parameter"] for row in rows} > {"log_scale", "txt/tokens"}
     assert sum(row["bytes"] for row in rows) == 4 * 11_061_633

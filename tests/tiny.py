@@ -10,7 +10,7 @@ BATCH, SIZE, LENGTH = 16, 16, 12
 
 def config(objective="xclip", steps=10, run="", **changes):
     """A config of towers of one or two narrow layers; `changes` are dotted keys with __ for the dot."""
-    c = common.base(objective, "Ti/8")
+    c = common.base(objective, "Ti/12")
     c.run, c.steps = str(run), steps
     c.model.img = c.model.img.to_dict() | {"size": SIZE, "patch": 8, "width": 32, "depth": 1, "heads": 2, "scan": False}
     c.model.txt = c.model.txt.to_dict() | {"length": LENGTH, "width": 32, "depth": 1, "heads": 2, "scan": False}

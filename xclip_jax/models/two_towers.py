@@ -17,7 +17,7 @@ from xclip_jax.parallel.sharding import constrain
 
 Array = jax.Array
 
-# Sizes of open_clip's models of the same name. "Ti/8" is the demo's, for two CPU cores.
+# Sizes of open_clip's models of the same name. "Ti/12" is the demo's, for two CPU cores.
 _TEXT = {
     "Ti": {"width": 128, "depth": 1, "heads": 2},
     "S": {"width": 384, "depth": 12, "heads": 6},
@@ -31,7 +31,7 @@ _IMAGE = {
     "L": {"width": 1024, "depth": 24, "heads": 16},
 }
 _EMBED = {"Ti": 128, "S": 384, "B": 512, "L": 768}
-PRESETS = ("Ti/8", "S/16", "B/32", "B/16", "L/16", "L/14")
+PRESETS = ("Ti/12", "S/16", "B/32", "B/16", "L/16", "L/14")
 
 
 def preset(name: str) -> dict[str, Any]:
