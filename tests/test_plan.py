@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from tests import tiny
+from xclip_jax import config as config_file
 from xclip_jax import parts, plan
 from xclip_jax.errors import UserError
 
@@ -110,7 +111,8 @@ def test_explain_is_a_table_of_shardings():
     assert "81.00 KiB" in row  # a quarter
     rows = json.loads(command("--explain", "--json").stdout)
     assert {row["parameter"] for row in rows} > {"log_scale", "txt/tokens"}
-    assert sum(row["bytes"] for row in rows) == 4 * 11_061_633
+    every = parts.build(config_file.load_config("configs/demo.py")).abstract.params
+    assert sum(row["bytes"] for row in rows) == 4 * sum(x.size for x in jax.tree.leaves(every))
 
 
 def test_bad_input_is_one_sentence():

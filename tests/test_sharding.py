@@ -80,7 +80,7 @@ def test_ring_and_chunks(objective, mesh, plain):
     assert_same(gradients(p), plain(objective))
 
 
-@pytest.mark.parametrize("microbatches", [2, 4])
+@pytest.mark.parametrize("microbatches", [pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_gradcache_on_one_device(objective, microbatches, plain):
     dropped = {"model__img__patch_dropout": 0.5}
