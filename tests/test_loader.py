@@ -1,6 +1,5 @@
 import itertools
 
-import grain
 import jax
 import numpy as np
 import pytest
@@ -133,7 +132,7 @@ def test_folder(tmp_path):
     assert source[3]["text"] == ["picture 3", "number 3"]
     assert transforms.decode(source[3]["image"]).shape == (23, 24, 3)
     (tmp_path / "pairs" / "002.txt").write_text("\n")
-    with pytest.raises(UserError, match=r"002\.txt' is empty"):
+    with pytest.raises(UserError, match=r"caption is empty: .*002\.txt'"):
         source[2]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds 0 images"):
@@ -204,11 +203,10 @@ def test_device_transforms():
 
 
 def test_broken_image_is_named():
-    with pytest.raises(UserError, match=r"b'<html>' are no readable image"):
+    with pytest.raises(UserError, match=r"not an image: 6 bytes that begin with b'<html>'"):
         transforms.decode(b"<html>")
 
 
 def test_order_is_random_access():
     order = loader.sample_order([Numbers("a", 10)], config(), seed=0)
-    assert isinstance(order, grain.MapDataset)
     assert order[123]["text"] == order[123]["text"]
