@@ -54,6 +54,7 @@ setup(
         "test": [
             *DEMO,
             "jsonschema>=4.20",
+            "pyarrow>=15",
             "open_clip_torch>=2.30",
             "pytest>=8",
             "pyyaml>=6",
@@ -64,6 +65,7 @@ setup(
         ],
         "tpu": ["gcsfs>=2024.6", "jax[tpu]>=0.10,<0.13"],  # gcsfs: runs in gs:// folders
         "bench": ["matplotlib>=3.9"],
+        "parquet": ["pyarrow>=15"],
         "tfds-prepare": ["tensorflow>=2.18"],
     },
 )

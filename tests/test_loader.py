@@ -190,9 +190,9 @@ def test_device_transforms():
     assert colored.min() >= 0
     assert colored.max() <= 255
     assert np.abs(colored - images).max() > 10
-    _, *keys = jax.random.split(key, 4)
-    factors = (np.asarray(jax.random.uniform(k, (6, 1, 1), minval=0.7, maxval=1.3))[..., None] for k in keys)
-    brightness, contrast, saturation = factors
+    drawn = np.asarray(transforms.draw(key, len(images), color=0.3)["color"])
+    assert 0.7 <= drawn.min() < 0.8 < 1.2 < drawn.max() <= 1.3
+    brightness, contrast, saturation = drawn.T[..., None, None, None]
     bright = images * brightness
     contrasted = bright.mean(axis=(1, 2, 3), keepdims=True) * (1 - contrast) + contrast * bright
     luma = (contrasted * (0.299, 0.587, 0.114)).sum(axis=-1, keepdims=True)

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from xclip_jax.data import demo, transforms
+from xclip_jax.data.tables import ArrayRecordSource, TableSource
 from xclip_jax.data.tar_source import TarSource, decode_text
 from xclip_jax.errors import BadSample, UserError
 
@@ -144,11 +145,11 @@ def open_source(spec: str, *, data_dir: str, image_key: str, text_keys: Sequence
     """The source named by `spec`.
 
     Args:
-      spec: "tar:PATTERN" (see `files.expand`), "folder:PATH", "tfds:NAME/SPLIT" or "demo:SPLIT" (the emoji pairs,
-        prepared on first use).
+      spec: "tar:PATTERN", "csv:PATTERN", "parquet:PATTERN", "array_record:PATTERN" (see `files.expand`),
+        "folder:PATH", "tfds:NAME/SPLIT" or "demo:SPLIT" (the emoji pairs, prepared on first use).
       data_dir: where TFDS data sets lie; "" for the default.
-      image_key, text_keys, tags_key: features of a TFDS record; see `TarSource` for tars; ignored by folders.
-        `tags_key` may be "".
+      image_key, text_keys, tags_key: features of a record, columns of a table; see `TarSource` for tars; ignored by
+        folders. `tags_key` may be "".
 
     Raises:
       UserError: unknown kind, missing folder, data set that is not prepared.
@@ -158,6 +159,10 @@ def open_source(spec: str, *, data_dir: str, image_key: str, text_keys: Sequence
         return FolderSource(rest)
     if kind == "tar":
         return TarSource(rest, text_keys, tags_key)
+    if kind in ("csv", "parquet"):
+        return TableSource(kind, rest, image_key, text_keys, tags_key)
+    if kind == "array_record":
+        return ArrayRecordSource(rest, image_key, text_keys, tags_key)
     if kind == "demo":
         builder = demo.prepare(data_dir or None)
         data = builder.as_data_source(rest, decoders={"image": tfds.decode.SkipDecoding()})
@@ -168,7 +173,7 @@ def open_source(spec: str, *, data_dir: str, image_key: str, text_keys: Sequence
         data = _tfds(name, split, data_dir)
     else:
         raise UserError(
-            f"source {spec!r} is of no known kind; write tar:PATTERN, folder:PATH, tfds:NAME/SPLIT or "
-            "demo:SPLIT."
+            f"source {spec!r} is of no known kind; write tar:PATTERN, folder:PATH, csv:PATTERN, "
+            "parquet:PATTERN, array_record:PATTERN, tfds:NAME/SPLIT or demo:SPLIT."
         )
     return TfdsSource(data, image_key, text_keys, tags_key)

@@ -104,6 +104,10 @@ class TarSource:
         tar, row = self._row(index)
         return {"tar": tar, "key": row["key"].decode("utf-8", "replace")}
 
+    def fault(self, index: int) -> str:
+        """What the index knows to be wrong with a sample, or ""."""
+        return tar_index.FAULTS[self._row(index)[1]["fault"]]
+
     def __getitem__(self, index: int) -> Record:
         tar, row = self._row(index)
         if row["fault"]:

@@ -85,6 +85,23 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _open(data: bytes) -> Image.Image:
+    """The image in its own mode, turned as EXIF says. Raises `BadSample`, see `decode`."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            _check_pixels(*image.size)
+            return ImageOps.exif_transpose(image)
+    except (BadSample, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:  # Pillow's own bound, before it tells the size
+        raise BadSample("image too large", str(error)) from error
+    except Image.UnidentifiedImageError as error:
+        raise BadSample("not an image", f"{len(data)} bytes that begin with {data[:8]!r}") from error
+    except Exception as error:  # Pillow's readers let through whatever a damaged file provokes
+        reason = "image cut off" if "truncated" in str(error) else "image damaged"
+        raise BadSample(reason, f"{len(data)} bytes that begin with {data[:8]!r} ({error})") from error
+
+
 def decode(data: bytes | np.ndarray, *, scaled_to: int = 0) -> np.ndarray:
     """Encoded image -> uint8 RGB (h, w, 3), turned as EXIF says; an array (h, w, 3) passes through.
 
@@ -103,19 +120,7 @@ def decode(data: bytes | np.ndarray, *, scaled_to: int = 0) -> np.ndarray:
         return data
     if data[:2] == b"\xff\xd8" and (image := _decode_jpeg(data, scaled_to)) is not None:
         return image
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            _check_pixels(*image.size)
-            return np.array(_to_rgb(ImageOps.exif_transpose(image)))
-    except (BadSample, MemoryError):
-        raise
-    except Image.DecompressionBombError as error:  # Pillow's own bound, before it tells the size
-        raise BadSample("image too large", str(error)) from error
-    except Image.UnidentifiedImageError as error:
-        raise BadSample("not an image", f"{len(data)} bytes that begin with {data[:8]!r}") from error
-    except Exception as error:  # Pillow's readers let through whatever a damaged file provokes
-        reason = "image cut off" if "truncated" in str(error) else "image damaged"
-        raise BadSample(reason, f"{len(data)} bytes that begin with {data[:8]!r} ({error})") from error
+    return np.array(_to_rgb(_open(data)))
 
 
 def _resize(
@@ -125,22 +130,44 @@ def _resize(
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling[resample.upper()], box=box))
 
 
+def _fit(image: Image.Image, size: int, resample: str) -> Image.Image:
+    # Of a very long picture only the middle is seen; resizing the rest would take any amount of memory.
+    w, h = image.size
+    short = min(w, h)
+    left, top = max(w - _LONGEST * short, 0) // 2, max(h - _LONGEST * short, 0) // 2
+    if left or top:
+        image = image.crop((left, top, w - left, h - top))
+        w, h = image.size
+    if (w, h) != (size, size):
+        w, h = int(size * w / short), int(size * h / short)
+        image = image.resize((w, h), Image.Resampling[resample.upper()])
+    left, top = round((w - size) / 2), round((h - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
 def resize_center_crop(image: np.ndarray, size: int, resample: str = "bicubic") -> np.ndarray:
-    """Shorter side to `size` (antialiased), then the central square: the evaluation transform of OpenAI CLIP.
+    """Shorter side to `size` (antialiased), then the central square: OpenAI CLIP's evaluation transform of RGB.
 
     uint8 (h, w, 3) -> uint8 (size, size, 3). SLIP's is the same with `resample` "bilinear".
     """
-    # Of a very long picture only the middle is seen; resizing the rest would take any amount of memory.
-    h, w = image.shape[:2]
-    short = min(h, w)
-    top, left = max(h - _LONGEST * short, 0) // 2, max(w - _LONGEST * short, 0) // 2
-    image = image[top : h - top, left : w - left]
-    h, w = image.shape[:2]
-    if (h, w) != (size, size):
-        h, w = int(size * h / short), int(size * w / short)
-        image = _resize(image, (w, h), None, resample)
-    top, left = round((h - size) / 2), round((w - size) / 2)
-    return image[top : top + size, left : left + size]
+    return np.asarray(_fit(Image.fromarray(image), size, resample))
+
+
+def evaluation_image(data: bytes | np.ndarray, size: int, resample: str = "bicubic") -> np.ndarray:
+    """Encoded image (or RGB) -> uint8 (size, size, 3) as OpenAI CLIP and open_clip see it when they evaluate.
+
+    They resize before they convert to RGB, which shows where pixels are no colours: palettes are resized without
+    interpolation, transparent pixels count for less. Unlike them, this turns images as EXIF says and scales 16 bits.
+
+    Raises:
+      BadSample: as `decode`.
+    """
+    if isinstance(data, np.ndarray) or data[:2] == b"\xff\xd8":
+        return resize_center_crop(decode(data), size, resample)
+    image = _open(data)
+    if image.mode.startswith("I"):
+        image = _to_rgb(image)
+    return np.asarray(_to_rgb(_fit(image, size, resample)))
 
 
 def random_resized_crop(
