@@ -6,6 +6,7 @@ Shuffling is then global and exact, a run resumes anywhere, and shards need not 
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from xclip_jax.errors import BadSample, UserError
 
 Record = dict[str, Any]
 
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
 _GAP = 1 << 16  # files of a sample that lie closer than this are read at once
 
 
@@ -34,7 +36,7 @@ def decode_text(data: bytes) -> str:
             text = data.decode("cp1252")
         except UnicodeDecodeError as error:
             raise BadSample("caption is no text", f"begins with {data[:8]!r}") from error
-    if any(letter < " " and letter not in "\t\n\v\f\r" for letter in text):
+    if _CONTROL.search(text):
         raise BadSample("caption is no text", f"begins with {data[:8]!r}")
     return text
 
