@@ -7,7 +7,7 @@ from absl import flags
 
 from tests import tiny
 from xclip_jax.data import loader, sources, tokenizer, transforms
-from xclip_jax.errors import UserError
+from xclip_jax.errors import BadSample, UserError
 from xclip_jax.parallel.mesh import make_mesh
 
 
@@ -134,6 +134,11 @@ def test_folder(tmp_path):
     (tmp_path / "pairs" / "002.txt").write_text("\n")
     with pytest.raises(UserError, match=r"caption is empty: .*002\.txt'"):
         source[2]
+    (tmp_path / "pairs" / "001.txt").unlink()
+    with pytest.raises(BadSample, match="no caption file"):
+        source[1]
+    assert len(sources.FolderSource(tmp_path / "pairs")) == 6  # not passed over, but for the ledger
+    assert sources.where(source, 1) == {"file": str(tmp_path / "pairs" / "001.png")}
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds 0 images"):
         sources.FolderSource(tmp_path / "empty")

@@ -149,6 +149,7 @@ def make(folder):
         "emoji": ("🦊 fox".encode(), "🦊 fox"), "long": (b"word " * 5000, ("word " * 5000).strip()),
     }
     wrong = {"empty": b"", "blank": b" \n\t ", "binary": bytes(range(256)), "nul": b"a\0b"}
+    wrong["endless"] = b"x" * (1 << 20 | 1)
     shard(folder / "02.tar", [(key, {"jpg": image, "txt": data}) for key, (data, _) in texts.items()] + [
         (key, {"jpg": image, "txt": data}) for key, data in wrong.items()
     ] + [("no_text", {"jpg": image}), ("json_only", {"jpg": image, "json": b"{}"}), ("no_image", {"txt": b"alone"})])
@@ -156,7 +157,7 @@ def make(folder):
     bad |= {("02.tar", key): "caption is empty" for key in ("empty", "blank")}
     bad |= {("02.tar", key): "caption is no text" for key in ("binary", "nul")}
     bad |= {("02.tar", key): "no caption file" for key in ("no_text", "json_only")}
-    bad |= {("02.tar", "no_image"): "no image file"}
+    bad |= {("02.tar", "no_image"): "no image file", ("02.tar", "endless"): "file too large"}
 
     with tarfile.open(folder / "03.tar", "w", format=tarfile.PAX_FORMAT) as tar:  # keys and members
         long = "a/" + "very/" * 40 + "long"

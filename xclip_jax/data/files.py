@@ -108,9 +108,15 @@ def _remote_glob(pattern: str) -> list[str]:
 
 def stat(path: str) -> tuple[int, int]:
     """Size in bytes and a number that changes with the content: the time of the last change, where there is one."""
-    if not is_remote(path):
-        found = os.stat(path)
-        return found.st_size, found.st_mtime_ns
+    if is_remote(path):
+        return _remote_stat(path)
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
+
+
+@functools.cache
+def _remote_stat(path: str) -> tuple[int, int]:
+    """Kept: a request a file takes minutes for thousands of them."""
     system, name = _remote(path)
     info = system.info(name)
     keys = ("etag", "ETag", "md5Hash", "mtime", "LastModified", "created")

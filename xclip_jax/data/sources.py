@@ -76,11 +76,11 @@ class FolderSource:
         self.path = pathlib.Path(path)
         if not self.path.is_dir():
             raise UserError(f"data folder {str(path)!r} does not exist; set data.sources to folder:PATH of your pairs.")
-        images = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        self.images = [p for p in images if p.with_suffix(".txt").is_file()]
-        if not self.images:
+        found = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        self.images = [p for p in found if not p.name.startswith(".")]
+        if not any(p.with_suffix(".txt").is_file() for p in self.images):
             raise UserError(
-                f"data folder {str(path)!r} holds {len(images)} images and none with a .txt file of the same name "
+                f"data folder {str(path)!r} holds {len(self.images)} images and none with a .txt file of the same name "
                 f"beside it; captions belong in such files."
             )
 
@@ -91,6 +91,8 @@ class FolderSource:
         path = self.images[index]
         try:
             image, caption = path.read_bytes(), path.with_suffix(".txt").read_bytes()
+        except FileNotFoundError as error:
+            raise BadSample("no caption file" if path.exists() else "no image file") from error
         except OSError as error:
             raise BadSample("file cannot be read", str(error)) from error
         text = [line.strip() for line in decode_text(caption).splitlines() if line.strip()]

@@ -29,7 +29,8 @@ FAULTS = (
     "", "no caption file", "no image file", "tar cut off", "tar damaged", "tar without samples", "file too large",
 )
 OK, NO_TEXT, NO_IMAGE, CUT_OFF, DAMAGED, EMPTY, TOO_LARGE = range(len(FAULTS))
-MAX_BYTES = 1 << 28  # of a member that is read; the largest photographs are a tenth of it
+# Bytes of a file that is read. The largest photographs are a tenth of it; a caption so long is none, and takes seconds.
+MAX_BYTES = {"image": 1 << 28, "text": 1 << 20, "json": 1 << 24}
 
 _VERSION = 1
 _FOLDER = ".xclip_index"
@@ -191,12 +192,13 @@ def index(path: str) -> np.ndarray:
             rows.append(row)
         elif part in row:
             continue  # another picture of the same sample, as a.png beside a.jpg: the first one counts
-        if part == "json" and cut_off:
+        too_large = length > MAX_BYTES[part]
+        if part == "json" and (cut_off or too_large):
             continue  # most runs have no use for it
-        row |= {part: offset, f"{part}_size": min(length, MAX_BYTES + 1), f"{part}_suffix": suffix}
+        row |= {part: offset, f"{part}_size": min(length, MAX_BYTES[part] + 1), f"{part}_suffix": suffix}
         if cut_off:
             row["fault"] = CUT_OFF
-        elif length > MAX_BYTES:
+        elif too_large:
             row["fault"] = TOO_LARGE
     if not rows:
         rows.append({"fault": EMPTY, "key": b""})
