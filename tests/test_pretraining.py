@@ -1,6 +1,11 @@
 """Whole runs fed from tars: with bad samples among the pairs, and against the same pairs from a TFDS data set."""
 
 import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -114,3 +119,41 @@ def test_too_many_bad_samples_stop_a_run(mixed, tmp_path):
     sources = (f"tar:{mixed}/0.tar,{tmp_path}/1.tar",)
     with pytest.raises(UserError, match=r"samples are bad, more than data\.max_bad=0\.05 allows \(not an image: \d+\)"):
         trainer.run(tiny.config(steps=50, run=tmp_path / "run", data__sources=sources))
+
+
+RUN = """
+import sys
+from tests import tiny
+from xclip_jax import trainer
+from xclip_jax.parallel import processes
+folder, pattern, *others = sys.argv[1:]
+if others:
+    processes.join(False, others[0], 2, int(others[1]))
+trainer.run(tiny.config(steps=6, run=folder, data__sources=(f"tar:{pattern}",), data__max_bad=0.5))
+"""
+
+
+def test_two_processes_count_and_write_as_one(mixed, tmp_path):
+    """More processes than tars; both see what the other one's samples were."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+
+    def start(devices, name, *others):
+        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        return subprocess.Popen(
+            [sys.executable, "-c", RUN, str(tmp_path / name), f"{mixed}/0.tar", *others], text=True,
+            cwd=pathlib.Path(__file__).parents[1], env=os.environ | {"XLA_FLAGS": flags},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+
+    running = [start(2, "two", address, "0"), start(2, "two", address, "1"), start(4, "one")]
+    for process in running:
+        said, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+    one, two = (tmp_path / name for name in ("one", "two"))
+    assert (one / "bad_samples.jsonl").read_text() == (two / "bad_samples.jsonl").read_text() != ""
+    for here, there in zip(metrics(one), metrics(two), strict=True):
+        for key in ("samples", "tokens", "epoch", "data/bad", "data/bad_share"):
+            assert here[key] == there[key], key
+    assert np.allclose(losses(one), losses(two), atol=1e-3)
