@@ -40,9 +40,11 @@ setup(
         "jax>=0.10,<0.13",
         "ml_collections>=1.0",
         "numpy>=2.0",
+        "opencv-python-headless>=4.9",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.30,<0.14",
         "pillow>=10.1",
+        "simplejpeg>=1.8",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.20",
@@ -52,6 +54,7 @@ setup(
         "test": [
             *DEMO,
             "jsonschema>=4.20",
+            "pyarrow>=15",
             "open_clip_torch>=2.30",
             "pytest>=8",
             "pyyaml>=6",
@@ -62,6 +65,7 @@ setup(
         ],
         "tpu": ["gcsfs>=2024.6", "jax[tpu]>=0.10,<0.13"],  # gcsfs: runs in gs:// folders
         "bench": ["matplotlib>=3.9"],
+        "parquet": ["pyarrow>=15"],
         "tfds-prepare": ["tensorflow>=2.18"],
     },
 )

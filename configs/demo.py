@@ -49,6 +49,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.tags = 4
     config.data.tags_alone = 0.3
     config.data.crop_scale = (0.6, 1.0)
+    config.data.resample = "bicubic"  # smoother than "area" where pictures change little in size
     config.data.flip = 0.5
     config.data.color = 0.2
     config.data.cache = True

@@ -22,6 +22,10 @@ CONFIGS = {
     "nclip": ("nclip", None),
     "xclip": ("xclip", None),
     "xclip_L14": ("xclip", "preset=L/14,batch=8192,pairs=35000000"),
+    "pretrain_cc3m_clip": ("pretrain", "data=cc3m,objective=clip,batch=1024"),
+    "pretrain_cc12m": ("pretrain", None),
+    "pretrain_yfcc15m": ("pretrain", "data=yfcc15m,root=gs://bucket/tars,pairs=14000000"),
+    "pretrain_35m": ("pretrain", "data=35m"),
     "demo": ("demo", None),
     "demo_clip": ("demo", "objective=clip"),
     "demo_siglip": ("demo", "objective=siglip"),
@@ -74,6 +78,8 @@ def test_unknown_preset():
         ([], "--config"),
         (["--config", "configs/demo.py", "optim.lr=1"], "optim.lr=1"),
         (["--config", "configs/clip.py"], "data.sources"),
+        (["--config", "configs/pretrain.py:data=cc4m"], "cc3m"),
+        (["--config", "configs/pretrain.py:root=/nowhere"], "/nowhere/cc12m/*.tar"),
     ],
 )
 def test_bad_command_lines_are_one_sentence(flags, message, tmp_path):

@@ -1,8 +1,10 @@
 import concurrent.futures
+import html
 import pickle
 import random
 import unicodedata
 
+import ftfy
 import numpy as np
 import pytest
 import tokenizers
@@ -214,3 +216,13 @@ def test_errors_name_the_remedy(tmp_path):
         tokenizer.load("bytes")("a cat", 8)
     with pytest.raises(UserError, match="length 1"):
         tokenizer.load("bytes")(["a cat"], 1)
+
+
+def test_plain_captions_need_no_mending():
+    """The short cut for printable ASCII changes nothing."""
+    rng = np.random.default_rng(0)
+    letters = [chr(i) for i in range(32, 127)]
+    for _ in range(300):
+        text = "".join(rng.choice(letters, 40))
+        mended = html.unescape(html.unescape(ftfy.fix_text(text)))
+        assert tokenizer.clean(text) == " ".join(mended.split()).lower()

@@ -70,7 +70,12 @@ def test_resume_is_bit_exact(pairs, tmp_path, straight, monkeypatch):
     trainer.run(c)
     state, position = final_state(c)
     chex.assert_trees_all_equal(state, straight[1])
+    counters = position.pop("counters")
+    assert counters == straight[2].pop("counters")
     assert position == straight[2] == {"batch": tiny.BATCH, "samples": 10 * tiny.BATCH, "seed": 0}
+    assert counters["samples"] == 10 * tiny.BATCH
+    assert counters["bad"] == {}
+    assert counters["tokens"] == logged(tmp_path / "run")[10]["tokens"] > 10 * tiny.BATCH
     assert logged(tmp_path / "run") == logged(pathlib.Path(straight[0].run))
     assert list(logged(tmp_path / "run")) == list(range(1, 11))
 

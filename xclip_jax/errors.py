@@ -5,6 +5,23 @@ class UserError(ValueError):
     """Bad input. The message names the file, key or value that is wrong and what to do about it."""
 
 
+class BadSample(UserError):
+    """One sample that cannot be used; training draws another in its place and writes this one down.
+
+    Attributes:
+      reason: a few words without numbers or names, so that samples can be counted by it.
+      detail: what exactly is wrong; may be "".
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        """Exceptions pickle by their message alone; this one has two parts."""
+        return type(self), (self.reason, self.detail)
+
+
 def one_of(key: str, value: object, valid: object) -> None:
     """Raises `UserError` unless `value` is among `valid`; the message lists the valid values of config key `key`."""
     valid = list(valid)

@@ -101,6 +101,7 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
             raise UserError(f"loss.chunk={chunk} must divide data.batch={data.batch}.")
         check_batch(chunk, mesh, "loss.chunk")
     one_of("data.statistics", data.statistics, transforms.STATISTICS)
+    one_of("data.resample", data.resample, transforms.RESAMPLE)
     optim_config = _group(optim.OptimConfig, config, "optim")
     ema = _group(EmaConfig, config, "ema")
     objective = Objective.from_config(config.objective.to_dict(), config.loss.to_dict(), mesh)

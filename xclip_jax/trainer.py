@@ -14,7 +14,8 @@ from jax.experimental import multihost_utils
 
 from xclip_jax import metrics
 from xclip_jax.checkpoint import Checkpointer, write_json
-from xclip_jax.data import loader, transforms
+from xclip_jax.data import loader, sources, transforms
+from xclip_jax.data.ledger import Ledger
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Encoder, sets, table
 from xclip_jax.losses.noncontrastive import diagnose
@@ -25,8 +26,8 @@ from xclip_jax.state import TrainState, create
 
 # A resumed run may differ in these: they do not change what is learned.
 FREE_KEYS = (
-    "checkpoint.", "data.buffer", "data.cache", "data.dir", "data.threads", "data.workers", "eval.", "log.",
-    "loss.", "mesh.", "optim.microbatches",
+    "checkpoint.", "data.buffer", "data.cache", "data.dir", "data.max_bad", "data.threads", "data.workers", "eval.",
+    "log.", "loss.", "mesh.", "optim.microbatches",
 )
 
 
@@ -101,19 +102,37 @@ def _train(
     config: ml_collections.ConfigDict, parts: Parts, checkpointer: Checkpointer, folder: epath.Path
 ) -> tuple[TrainState, bool]:
     """Makes or restores the state and trains it. Returns it, and whether it was interrupted."""
-    sources = loader.open_sources(parts.data)
+    found = loader.open_sources(parts.data)
+    _check_data(folder, found)
     count = sum(x.size for x in jax.tree.leaves(parts.abstract.params))
     say(
-        f"{config.objective.name}: {count:,} parameters, {sum(map(len, sources)):,} pairs, {config.steps} steps of "
+        f"{config.objective.name}: {count:,} parameters, {sum(map(len, found)):,} pairs, {config.steps} steps of "
         f"{parts.data.batch} on {jax.device_count()} {jax.devices()[0].device_kind}, in {folder}"
     )
     if checkpointer.latest() is None:
-        state = create(parts.init, parts.abstract)
+        state, position = create(parts.init, parts.abstract), {"samples": 0}
     else:
         state, position = checkpointer.restore(parts.abstract)
         say(f"resuming at step {int(state.step)}, sample {position['samples']:,}")
+    ledger = Ledger(
+        folder, max_bad=parts.data.max_bad, start=position["samples"], counters=position.get("counters")
+    )
     with Interrupt() as interrupt:
-        return _loop(config, parts, sources, state, checkpointer, folder, interrupt)
+        return _loop(config, parts, found, ledger, state, checkpointer, folder, interrupt)
+
+
+def _check_data(folder: epath.Path, found: list[sources.Source]) -> None:
+    """Writes data.json, what the run reads, or checks that it still reads the same."""
+    path, cards = folder / "data.json", [sources.card(source) for source in found]
+    if path.exists():
+        for spec, there, here in zip(range(len(cards)), json.loads(path.read_text()), cards, strict=True):
+            if any(there.get(key) != here.get(key) for key in ("samples", "hash")):
+                raise UserError(
+                    f"source {spec} has changed since {path} was written: {there['samples']:,} samples there, "
+                    f"{here['samples']:,} here, or other files. Restore it, or set another --config.run."
+                )
+    elif jax.process_index() == 0:
+        write_json(path, cards)
 
 
 def _claim(folder: epath.Path, config: ml_collections.ConfigDict) -> None:
@@ -171,7 +190,8 @@ def _due(every: int, step: int) -> bool:
 def _loop(
     config: ml_collections.ConfigDict,
     parts: Parts,
-    sources: list[Any],
+    found: list[sources.Source],
+    ledger: Ledger,
     state: TrainState,
     checkpointer: Checkpointer,
     folder: epath.Path,
@@ -179,16 +199,16 @@ def _loop(
 ) -> tuple[TrainState, bool]:
     """Trains to the end, or to an interrupt. Returns the state and whether it was interrupted."""
     start, b = int(state.step), parts.data.batch
-    log = Log(config, parts, folder, start, sum(map(len, sources)))
+    log = Log(config, parts, folder, start, sum(map(len, found)), ledger)
     batches = loader.batches(
-        loader.sample_order(sources, parts.data, config.seed),
+        loader.sample_order(found, parts.data, config.seed),
         loader.Transform(parts.data, parts.size, parts.tokenizer, parts.length),
         batch=b, start=start, stop=config.steps, seed=config.seed,
-        host=jax.process_index(), hosts=jax.process_count(),
+        host=jax.process_index(), hosts=jax.process_count(), ledger=ledger,
     )
     during = config.eval.sets if config.eval.every else ()
     encoder = make_encoder(config, parts)
-    found = [sets.make(spec, encoder, parts.data.dir) for spec in during]
+    evaluators = [sets.make(spec, encoder, parts.data.dir) for spec in during]
     step, stopped = start, False
     for step in range(start + 1, config.steps + 1):
         state, values = parts.compiled(state, loader.to_global(next(batches), parts.mesh))
@@ -196,11 +216,12 @@ def _loop(
         stopped = interrupt.asked(step)
         if _due(config.checkpoint.every, step) or step == config.steps or stopped:
             log.flush()  # raises before a state that is not finite is saved
-            checkpointer.save(state, {"samples": step * b, "batch": b, "seed": config.seed})
+            position = {"samples": step * b, "batch": b, "seed": config.seed, "counters": ledger.counters}
+            checkpointer.save(state, position)
         if stopped:
             break
         if _due(config.eval.every, step) and step < config.steps:
-            log.evaluate(step, found, state.variables(ema=config.eval.ema))
+            log.evaluate(step, evaluators, state.variables(ema=config.eval.ema))
     log.close()
     return state, stopped
 
@@ -209,9 +230,15 @@ class Log:
     """Writes metrics a step late, so that the host never waits for the step that it has just started."""
 
     def __init__(
-        self, config: ml_collections.ConfigDict, parts: Parts, folder: epath.Path, start: int, pairs: int
+        self,
+        config: ml_collections.ConfigDict,
+        parts: Parts,
+        folder: epath.Path,
+        start: int,
+        pairs: int,
+        ledger: Ledger,
     ) -> None:
-        self.config, self.parts, self.pairs = config, parts, pairs
+        self.config, self.parts, self.pairs, self.ledger = config, parts, pairs, ledger
         self.writer = metrics.Writer(folder, step=start) if jax.process_index() == 0 else None
         self.progress = metrics.Progress(start, config.steps, parts.data.batch)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -231,17 +258,21 @@ class Log:
         if not always and not (_due(self.config.log.every, step) or step == 1):
             return
         self._pending = None
+        samples = step * self.parts.data.batch
+        self.ledger.sync(samples)
         scalars = {key: float(value) for key, value in jax.device_get(values).items()}
         if not math.isfinite(scalars["loss"]):
             raise UserError(
                 f"the loss of step {step} is {scalars['loss']}; the last checkpoint is whole. Lower optim.lr, lengthen "
                 "optim.warmup or set optim.clip=1, then start again under another --config.run."
             )
-        samples = step * self.parts.data.batch
         scalars |= {
             "lr": float(self.parts.schedule(step - 1)),
             "samples": samples,
+            "tokens": self.ledger.counters["tokens"],
             "epoch": samples / self.pairs,
+            "data/bad": self.ledger.bad,
+            "data/bad_share": self.ledger.share,
             "samples_per_second": self.progress.samples_per_second(step),
         }
         if self.writer:
@@ -274,6 +305,10 @@ class Log:
     def close(self) -> None:
         """Writes what is left."""
         self.flush()
+        self.ledger.close()
+        if self.ledger.bad:
+            counts = ", ".join(f"{reason}: {count:,}" for reason, count in self.ledger.counters["bad"].items())
+            say(f"bad samples so far: {counts}; see {self.ledger.path}")
         if self.writer:
             self.writer.close()
 

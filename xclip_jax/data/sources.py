@@ -1,7 +1,9 @@
 """Where pairs come from: random access to records behind one contract.
 
-A source has `__len__` and `__getitem__(i) -> {"image", "text", "tags"}`: an encoded image (bytes) or a decoded one
-(uint8 (h, w, 3)), captions to choose from (list[str], at least one), and keywords (list[str], may be empty).
+A source has `__len__` and `__getitem__(i) -> {"image", "text", "tags", "id"}`: an encoded image (bytes) or a decoded
+one (uint8 (h, w, 3)), captions to choose from (list[str], at least one), keywords (list[str], may be empty), and a name
+(str). A sample that cannot be used raises `BadSample`. Where a source has more to say it has `where(i)`, a dict that
+names a sample for the ledger, and `card()`, a dict that says for the run's records what was read.
 """
 
 import pathlib
@@ -12,7 +14,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from xclip_jax.data import demo, transforms
-from xclip_jax.errors import UserError
+from xclip_jax.data.tables import ArrayRecordSource, TableSource
+from xclip_jax.data.tar_source import TarSource, decode_text
+from xclip_jax.errors import BadSample, UserError
 
 Record = dict[str, Any]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -24,6 +28,16 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record: ...
+
+
+def where(source: Source, index: int) -> dict[str, str]:
+    """What names sample `index` to a person."""
+    return source.where(index) if hasattr(source, "where") else {}
+
+
+def card(source: Source) -> dict[str, Any]:
+    """What was read: "samples" and, where the source can tell, a "hash" and its files."""
+    return source.card() if hasattr(source, "card") else {"samples": len(source)}
 
 
 def lookup(record: Record, key: str) -> list[str]:
@@ -51,6 +65,7 @@ class TfdsSource:
             "image": record[self.image_key],
             "text": text,
             "tags": lookup(record, self.tags_key) if self.tags_key else [],
+            "id": str(index),
         }
 
 
@@ -61,11 +76,11 @@ class FolderSource:
         self.path = pathlib.Path(path)
         if not self.path.is_dir():
             raise UserError(f"data folder {str(path)!r} does not exist; set data.sources to folder:PATH of your pairs.")
-        images = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        self.images = [p for p in images if p.with_suffix(".txt").is_file()]
-        if not self.images:
+        found = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        self.images = [p for p in found if not p.name.startswith(".")]
+        if not any(p.with_suffix(".txt").is_file() for p in self.images):
             raise UserError(
-                f"data folder {str(path)!r} holds {len(images)} images and none with a .txt file of the same name "
+                f"data folder {str(path)!r} holds {len(self.images)} images and none with a .txt file of the same name "
                 f"beside it; captions belong in such files."
             )
 
@@ -74,11 +89,20 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> Record:
         path = self.images[index]
-        lines = path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").splitlines()
-        text = [line.strip() for line in lines if line.strip()]
+        try:
+            image, caption = path.read_bytes(), path.with_suffix(".txt").read_bytes()
+        except FileNotFoundError as error:
+            raise BadSample("no caption file" if path.exists() else "no image file") from error
+        except OSError as error:
+            raise BadSample("file cannot be read", str(error)) from error
+        text = [line.strip() for line in decode_text(caption).splitlines() if line.strip()]
         if not text:
-            raise UserError(f"caption file {str(path.with_suffix('.txt'))!r} is empty; write one or remove the pair.")
-        return {"image": path.read_bytes(), "text": text, "tags": []}
+            raise BadSample("caption is empty", f"{str(path.with_suffix('.txt'))!r}")
+        return {"image": image, "text": text, "tags": [], "id": str(path)}
+
+    def where(self, index: int) -> dict[str, str]:
+        """Path of the image."""
+        return {"file": str(self.images[index])}
 
 
 class Decoded:
@@ -90,6 +114,14 @@ class Decoded:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def where(self, index: int) -> dict[str, str]:
+        """As the source says."""
+        return where(self.source, index)
+
+    def card(self) -> dict[str, Any]:
+        """As the source says."""
+        return card(self.source)
 
     def __getitem__(self, index: int) -> Record:
         record = self._records.get(index)
@@ -115,9 +147,11 @@ def open_source(spec: str, *, data_dir: str, image_key: str, text_keys: Sequence
     """The source named by `spec`.
 
     Args:
-      spec: "demo:SPLIT" (the emoji pairs, prepared on first use), "tfds:NAME/SPLIT" or "folder:PATH".
+      spec: "tar:PATTERN", "csv:PATTERN", "parquet:PATTERN", "array_record:PATTERN" (see `files.expand`),
+        "folder:PATH", "tfds:NAME/SPLIT" or "demo:SPLIT" (the emoji pairs, prepared on first use).
       data_dir: where TFDS data sets lie; "" for the default.
-      image_key, text_keys, tags_key: features of a TFDS record; ignored by folders. `tags_key` may be "".
+      image_key, text_keys, tags_key: features of a record, columns of a table; see `TarSource` for tars; ignored by
+        folders. `tags_key` may be "".
 
     Raises:
       UserError: unknown kind, missing folder, data set that is not prepared.
@@ -125,6 +159,12 @@ def open_source(spec: str, *, data_dir: str, image_key: str, text_keys: Sequence
     kind, _, rest = spec.partition(":")
     if kind == "folder":
         return FolderSource(rest)
+    if kind == "tar":
+        return TarSource(rest, text_keys, tags_key)
+    if kind in ("csv", "parquet"):
+        return TableSource(kind, rest, image_key, text_keys, tags_key)
+    if kind == "array_record":
+        return ArrayRecordSource(rest, image_key, text_keys, tags_key)
     if kind == "demo":
         builder = demo.prepare(data_dir or None)
         data = builder.as_data_source(rest, decoders={"image": tfds.decode.SkipDecoding()})
@@ -134,5 +174,8 @@ def open_source(spec: str, *, data_dir: str, image_key: str, text_keys: Sequence
             raise UserError(f"source {spec!r} names no split; write tfds:NAME/SPLIT, as in tfds:coco_captions/train.")
         data = _tfds(name, split, data_dir)
     else:
-        raise UserError(f"source {spec!r} is of no known kind; write demo:SPLIT, tfds:NAME/SPLIT or folder:PATH.")
+        raise UserError(
+            f"source {spec!r} is of no known kind; write tar:PATTERN, folder:PATH, csv:PATTERN, "
+            "parquet:PATTERN, array_record:PATTERN, tfds:NAME/SPLIT or demo:SPLIT."
+        )
     return TfdsSource(data, image_key, text_keys, tags_key)

@@ -98,7 +98,9 @@ def load(name: str) -> Tokenizer:
 
 def clean(text: str) -> str:
     """CLIP's cleaning: broken encodings mended, HTML entities resolved twice, white space folded, lower case."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    # In printable ASCII without entities there is nothing to mend, and looking for it takes most of the time.
+    if not (text.isascii() and text.isprintable() and "&" not in text):
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 

@@ -7,12 +7,21 @@ import io
 import math
 from collections.abc import Mapping
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps
 
-from xclip_jax.errors import UserError
+from xclip_jax.errors import BadSample
+
+cv2.setNumThreads(0)  # the loader has threads and processes of its own
+
+MAX_PIXELS = 1 << 26  # 64 million, 200 MB decoded: more is a decompression bomb or no use at 224 pixels
+RESAMPLE = ("area", "bicubic")  # of training crops
+_ORIENTATION = 0x0112
+_LONGEST = 16  # times the shorter side
 
 STATISTICS = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
@@ -21,38 +30,144 @@ STATISTICS = {
 }
 
 
-def decode(data: bytes | np.ndarray) -> np.ndarray:
+def _check_pixels(w: int, h: int) -> None:
+    if w * h > MAX_PIXELS:
+        raise BadSample("image too large", f"{w} x {h} pixels, more than {MAX_PIXELS:,}")
+
+
+def _jpeg_header(data: bytes) -> tuple[int, int, int, bool] | None:
+    """(width, height, channels, whether EXIF may turn it) of a JPEG, or None where the markers make no sense."""
+    at, exif = 2, False
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # filling
+            at += 1
+            continue
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            if data[at + 4] != 8:  # bits
+                return None
+            h, w = int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+            return (w, h, data[at + 9], exif) if w and h else None
+        exif = exif or (marker == 0xE1 and data[at + 4 : at + 8] == b"Exif")
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
+def _turned(data: bytes) -> bool:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.getexif().get(_ORIENTATION, 1) != 1
+    except Exception:
+        return True  # whatever it is, Pillow may say it
+
+
+def _decode_jpeg(data: bytes, scaled_to: int) -> np.ndarray | None:
+    """What libjpeg-turbo makes of the JPEG, or None for all that is better left to Pillow."""
+    header = _jpeg_header(data)
+    if header is None or header[2] not in (1, 3) or (header[3] and _turned(data)):
+        return None
+    _check_pixels(*header[:2])
+    options = {"fastdct": True, "fastupsample": True, "min_height": scaled_to, "min_width": scaled_to, "min_factor": 2}
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB", **(options if scaled_to else {}))
+    except ValueError:
+        return None  # Pillow tells a file that is cut off from one that is only odd
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of any mode: colours of palettes, 16 bits scaled to 8, transparency dropped as open_clip does."""
+    if image.mode.startswith("I"):
+        # Pillow would clip all that is above 255, which leaves a white picture.
+        values = np.asarray(image)
+        return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns otherwise
+    return image.convert("RGB")
+
+
+def _open(data: bytes) -> Image.Image:
+    """The image in its own mode, turned as EXIF says. Raises `BadSample`, see `decode`."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            _check_pixels(*image.size)
+            return ImageOps.exif_transpose(image)
+    except (BadSample, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:  # Pillow's own bound, before it tells the size
+        raise BadSample("image too large", str(error)) from error
+    except Image.UnidentifiedImageError as error:
+        raise BadSample("not an image", f"{len(data)} bytes that begin with {data[:8]!r}") from error
+    except Exception as error:  # Pillow's readers let through whatever a damaged file provokes
+        reason = "image cut off" if "truncated" in str(error) else "image damaged"
+        raise BadSample(reason, f"{len(data)} bytes that begin with {data[:8]!r} ({error})") from error
+
+
+def decode(data: bytes | np.ndarray, *, scaled_to: int = 0) -> np.ndarray:
     """Encoded image -> uint8 RGB (h, w, 3), turned as EXIF says; an array (h, w, 3) passes through.
 
+    JPEGs go through libjpeg-turbo; CMYK and those that EXIF turns, and all other formats, through Pillow. The first
+    frame of several counts, transparency is dropped.
+
+    Args:
+      data: content of the file.
+      scaled_to: a JPEG may come at a half, a quarter or an eighth of its size, no side below this number of pixels, and
+        slightly less exact: for training. 0 for the image as it is.
+
     Raises:
-      UserError: the bytes are no image that Pillow reads.
+      BadSample: no image, a damaged one, or one of more than `MAX_PIXELS`; that is known before it is decoded.
     """
     if isinstance(data, np.ndarray):
         return data
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{len(data)} bytes that begin with {data[:8]!r} are no readable image ({error}).") from error
+    if data[:2] == b"\xff\xd8" and (image := _decode_jpeg(data, scaled_to)) is not None:
+        return image
+    return np.array(_to_rgb(_open(data)))
 
 
-def _resize(image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None) -> np.ndarray:
-    """The part `box` (left, upper, right, lower) of an image at `size` (width, height): bicubic and antialiased."""
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, box=box))
+def _resize(
+    image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None, resample: str = "bicubic"
+) -> np.ndarray:
+    """The part `box` (left, upper, right, lower) of an image at `size` (width, height), antialiased."""
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling[resample.upper()], box=box))
 
 
-def resize_center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """Shorter side to `size` (bicubic, antialiased), then the central square: OpenAI CLIP's evaluation transform.
+def _fit(image: Image.Image, size: int, resample: str) -> Image.Image:
+    # Of a very long picture only the middle is seen; resizing the rest would take any amount of memory.
+    w, h = image.size
+    short = min(w, h)
+    left, top = max(w - _LONGEST * short, 0) // 2, max(h - _LONGEST * short, 0) // 2
+    if left or top:
+        image = image.crop((left, top, w - left, h - top))
+        w, h = image.size
+    if (w, h) != (size, size):
+        w, h = int(size * w / short), int(size * h / short)
+        image = image.resize((w, h), Image.Resampling[resample.upper()])
+    left, top = round((w - size) / 2), round((h - size) / 2)
+    return image.crop((left, top, left + size, top + size))
 
-    uint8 (h, w, 3) -> uint8 (size, size, 3).
+
+def resize_center_crop(image: np.ndarray, size: int, resample: str = "bicubic") -> np.ndarray:
+    """Shorter side to `size` (antialiased), then the central square: OpenAI CLIP's evaluation transform of RGB.
+
+    uint8 (h, w, 3) -> uint8 (size, size, 3). SLIP's is the same with `resample` "bilinear".
     """
-    h, w = image.shape[:2]
-    if (h, w) != (size, size):
-        short = min(h, w)
-        h, w = int(size * h / short), int(size * w / short)
-        image = _resize(image, (w, h), None)
-    top, left = round((h - size) / 2), round((w - size) / 2)
-    return image[top : top + size, left : left + size]
+    return np.asarray(_fit(Image.fromarray(image), size, resample))
+
+
+def evaluation_image(data: bytes | np.ndarray, size: int, resample: str = "bicubic") -> np.ndarray:
+    """Encoded image (or RGB) -> uint8 (size, size, 3) as OpenAI CLIP and open_clip see it when they evaluate.
+
+    They resize before they convert to RGB, which shows where pixels are no colours: palettes are resized without
+    interpolation, transparent pixels count for less. Unlike them, this turns images as EXIF says and scales 16 bits.
+
+    Raises:
+      BadSample: as `decode`.
+    """
+    if isinstance(data, np.ndarray) or data[:2] == b"\xff\xd8":
+        return resize_center_crop(decode(data), size, resample)
+    image = _open(data)
+    if image.mode.startswith("I"):
+        image = _to_rgb(image)
+    return np.asarray(_to_rgb(_fit(image, size, resample)))
 
 
 def random_resized_crop(
@@ -61,6 +176,7 @@ def random_resized_crop(
     rng: np.random.Generator,
     scale: tuple[float, float] = (0.5, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    resample: str = "bicubic",
 ) -> np.ndarray:
     """A random part of the image, resized to a square: Inception's training crop.
 
@@ -70,6 +186,8 @@ def random_resized_crop(
       rng: decides the part.
       scale: range of the part's share of the area.
       ratio: range of its width / height, log-uniform.
+      resample: "bicubic", antialiased; or "area", OpenCV's mean over the pixels and their bicubic where it enlarges,
+        with whole pixels as the part's borders, in a quarter of the time.
 
     Returns:
       uint8 (size, size, 3).
@@ -81,8 +199,16 @@ def random_resized_crop(
         crop_w, crop_h = math.sqrt(area * aspect), math.sqrt(area / aspect)
         if crop_w <= w and crop_h <= h:
             left, top = rng.uniform(0, w - crop_w), rng.uniform(0, h - crop_h)
-            return _resize(image, (size, size), (left, top, left + crop_w, top + crop_h))
+            if resample == "area":
+                return _resize_area(image, size, round(left), round(top), round(crop_w), round(crop_h))
+            return _resize(image, (size, size), (left, top, left + crop_w, top + crop_h), resample)
     return resize_center_crop(image, size)
+
+
+def _resize_area(image: np.ndarray, size: int, left: int, top: int, w: int, h: int) -> np.ndarray:
+    part = image[top : top + max(h, 1), left : left + max(w, 1)]
+    shrinks = min(part.shape[:2]) >= size
+    return cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:

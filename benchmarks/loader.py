@@ -1,0 +1,181 @@
+"""Images a second from tars: a bare decoding loop, this loader and open_clip's, with one worker and with two.
+
+    pip install '.[bench]' open_clip_torch 'webdataset<=0.2.86' pandas && JAX_PLATFORMS=cpu python -m benchmarks.loader
+
+Writes tars of JPEGs of about 500 x 375 under --folder (10,000 of them take half a minute and 0.5 GB), reads them once
+before it measures, then measures each reader in turn, --repeats times, and prints the medians. The time and size of an
+index are measured on --index samples and extrapolated to a million. open_clip's rows need torch; without it they are
+left out.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import os
+import pathlib
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import simplejpeg
+from absl import flags
+from PIL import Image
+
+from xclip_jax.data import files, loader, tar_index, tar_source, tokenizer, transforms
+
+SIZE = 224
+SCALE = (0.5, 1.0)
+KINDS = 200  # different pictures; they repeat, so that making them takes no time
+
+
+def picture(rng: np.random.Generator) -> bytes:
+    """A JPEG of about 500 x 375 and 50 kB: clouds with the spectrum of photographs."""
+    w, h = int(rng.integers(480, 521)), int(rng.integers(360, 391))
+    image = np.zeros((h, w, 3), np.float32)
+    for octave in range(8):
+        small = rng.normal(size=(3 << octave, 4 << octave, 3)).astype(np.float32) * 60 / 1.7**octave
+        image += cv2.resize(small, (w, h), interpolation=cv2.INTER_CUBIC)
+    out = io.BytesIO()
+    Image.fromarray((image + 127).clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def header(name: str, size: int) -> bytes:
+    """A tar header; tarfile's own take longer than all the rest of the index benchmark."""
+    block = bytearray(512)
+    block[:100] = name.encode().ljust(100, b"\0")
+    block[100:108], block[124:136], block[257:265] = b"0000644\0", b"%011o\0" % size, b"ustar\00000"
+    block[148:156], block[156:157] = b" " * 8, b"0"
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def write(folder: pathlib.Path, images: list[bytes], n: int, shard: int) -> str:
+    """Tars of `shard` samples each, `n` in all. Returns the pattern."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for first in range(0, n, shard):
+        with (folder / f"{first // shard:05d}.tar").open("wb") as tar:
+            for i in range(first, min(first + shard, n)):
+                caption = f"a photo of thing number {i}, seen from the side".encode()
+                image = images[i % len(images)]
+                for suffix, data in (("jpg", image), ("json", b'{"width": 500}'), ("txt", caption)):
+                    tar.write(header(f"{i:09d}.{suffix}", len(data)) + data + bytes(-len(data) % 512))
+            tar.write(bytes(1024))
+    return f"{folder}/*.tar"
+
+
+def bare(images: list[bytes], n: int) -> float:
+    """Images/s of what no loader can do without, on one core: decode a JPEG, resize a random part of it."""
+    rng = np.random.default_rng(0)
+    began = time.perf_counter()
+    for i in range(n):
+        image = simplejpeg.decode_jpeg(images[i % len(images)], "RGB")
+        transforms.random_resized_crop(image, SIZE, rng, SCALE, resample="area")
+    return n / (time.perf_counter() - began)
+
+
+def rate(batches: Iterator, batch: int, n: int) -> float:
+    """Images/s of `n` images behind the first batches, which wait for workers to start and fill their buffers."""
+    for _ in range(8):
+        next(batches)
+    began = time.perf_counter()
+    count = sum(batch for _ in itertools.islice(batches, n // batch))
+    return count / (time.perf_counter() - began)
+
+
+def ours(pattern: str, workers: int, threads: int, batch: int, n: int) -> float:
+    """This loader's images/s: shuffled over all tars, cropped, with tokens, as arrays."""
+    tokens = tokenizer.load("clip")
+    config = loader.DataConfig(
+        (f"tar:{pattern}",), batch=batch, crop_scale=SCALE, resample="area", threads=threads, workers=workers
+    )
+    order = loader.sample_order([tar_source.TarSource(pattern)], config, seed=0)
+    transform = loader.Transform(config, SIZE, tokens, 77)
+    return rate(loader.batches(order, transform, batch=batch, start=0, stop=n // batch + 24, seed=0), batch, n)
+
+
+def open_clips(pattern: str, workers: int, batch: int, n: int) -> float:
+    """Images/s of `open_clip_train.data`, tensors of normalised floats and tokens, as its training reads them."""
+    import open_clip
+    from open_clip_train import data
+
+    paths = files.expand(pattern)
+    args = SimpleNamespace(
+        train_data="::".join(paths), train_num_samples=2 * n + 32 * batch, train_data_upsampling_factors=None,
+        dataset_resampled=True, batch_size=batch, workers=workers, seed=0, world_size=1, distributed=False,
+    )
+    transform = open_clip.image_transform(SIZE, is_train=True)
+    found = data.get_wds_dataset(args, transform, is_train=True, tokenizer=open_clip.get_tokenizer("ViT-B-32"))
+    return rate(iter(found.dataloader), batch, n)
+
+
+def index(folder: pathlib.Path, n: int) -> dict[str, float]:
+    """Seconds on one core and bytes of the index of a million samples, from `n` of 2 kB in tars of 10,000."""
+    pattern = write(folder, [bytes(2000)], n, 10_000)
+    paths = files.expand(pattern)
+    began = time.perf_counter()
+    stored = sum(tar_index.build(path).stat().st_size for path in paths)
+    return {"index_seconds_1M": (time.perf_counter() - began) * 1e6 / n, "index_bytes_1M": stored * 1e6 / n}
+
+
+def main() -> None:
+    """The command; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--folder", default="", help="where tars go and stay; else they are deleted")
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--index", type=int, default=100_000)
+    parser.add_argument("--out", default="", help="JSON file to write")
+    options = parser.parse_args()
+    flags.FLAGS.mark_as_parsed()  # Grain's workers ask absl, which only app.run sets up
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(options.folder or temporary)
+        rng = np.random.default_rng(0)
+        images = [picture(rng) for _ in range(KINDS)]
+        pattern = write(folder / "images", images, options.images, 1000)
+        for path in files.expand(pattern):
+            pathlib.Path(path).read_bytes()  # all readers find the tars in memory
+        n, batch = options.images, options.batch
+        readers: dict[str, Callable[[], float]] = {"bare loop, one core": lambda: bare(images, n)}
+        for workers, threads in ((1, 1), (2, 1), (0, 1), (0, 2)):
+            name = f"xclip_jax, workers {workers}" if workers else f"xclip_jax, threads {threads}"
+            readers[name] = lambda w=workers, t=threads: ours(pattern, w, t, batch, n)
+        try:
+            import open_clip_train.data  # noqa: F401
+            import webdataset  # noqa: F401
+        except ImportError as error:
+            print(f"open_clip's rows are left out ({error})")
+        else:
+            for workers in (1, 2):
+                name = f"open_clip, workers {workers}"
+                readers[name] = lambda workers=workers: open_clips(pattern, workers, batch, n)
+        runs: dict[str, list[float]] = {name: [] for name in readers}
+        for _ in range(options.repeats):
+            for name, reader in readers.items():
+                runs[name].append(reader())
+                print(f"{name}: {runs[name][-1]:,.0f} images/s", flush=True)
+        result = {name: statistics.median(values) for name, values in runs.items()}
+        result |= index(folder / "index", options.index)
+    base = result["bare loop, one core"]
+    print(
+        f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores; "
+        f"{statistics.mean(map(len, images)):,.0f} bytes a JPEG, batch {batch}, medians of {options.repeats}\n"
+    )
+    print("| reader | images/s | of the bare loop |\n|---|---|---|")
+    for name in readers:
+        print(f"| {name} | {result[name]:,.0f} | {result[name] / base:.2f} |")
+    print(f"\nindex of a million samples: {result['index_seconds_1M']:.0f} s on one core, "
+          f"{result['index_bytes_1M'] / 1e6:.0f} MB (from {options.index:,})")
+    if options.out:
+        pathlib.Path(options.out).write_text(json.dumps({"medians": result, "runs": runs}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

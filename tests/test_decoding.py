@@ -1,0 +1,123 @@
+import io
+import warnings
+
+import numpy as np
+import open_clip
+import pytest
+from PIL import Image, ImageOps
+
+from tests import torture
+from xclip_jax.data import transforms
+from xclip_jax.errors import BadSample
+
+
+def odd_images():
+    """Twelve photographs as the web has them, with odd sizes, kinds and modes; (name, content)."""
+    big = torture.picture(3, w=333, h=251).quantize(64)
+    alpha = torture.picture(4, w=250, h=300).convert("RGBA")
+    alpha.putalpha(Image.linear_gradient("L").resize(alpha.size))
+    encode, picture = torture.encode, torture.picture
+    return {
+        "photo": encode(picture(0, w=500, h=375), quality=85),
+        "odd size": encode(picture(1, w=501, h=377), quality=85),
+        "tall": encode(picture(2, w=97, h=613), quality=95, subsampling=0),
+        "small": encode(picture(3, w=31, h=47), quality=90, subsampling=1),
+        "palette": encode(big, "PNG"),
+        "palette with a clear colour": encode(big, "PNG", transparency=3),
+        "alpha": encode(alpha, "PNG"),
+        "CMYK": encode(picture(5, w=300, h=200, mode="CMYK"), quality=90),
+        "gray": encode(picture(6, w=225, h=224, mode="L"), quality=90),
+        "progressive": encode(picture(7, w=640, h=480), quality=75, progressive=True),
+        "webp": encode(picture(8, w=400, h=260), "WEBP", quality=80),
+        "EXIF": encode(picture(9, w=300, h=200), quality=90, exif=torture.exif(6)),
+    }
+
+
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+def test_evaluation_pixels_are_open_clips(resample):
+    theirs = open_clip.image_transform(224, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), interpolation=resample)
+    images = odd_images()
+    assert len(images) == 12
+    for name, data in images.items():
+        there = theirs(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))).numpy().transpose(1, 2, 0)
+        here = transforms.evaluation_image(data, 224, resample) / 255
+        assert here.shape == (224, 224, 3)
+        assert np.abs(here - there).max() < 2 / 255, name
+        if data[:2] == b"\xff\xd8" or name == "webp":
+            pixels = transforms.decode(data)
+            np.testing.assert_array_equal(transforms.resize_center_crop(pixels, 224, resample), here * 255)
+
+
+def test_very_long_pictures_take_little_memory():
+    """And the middle that is left of them is what open_clip sees."""
+    data = torture.encode(torture.picture(14, w=2000, h=4), "PNG")
+    theirs = open_clip.image_transform(32, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
+    there = theirs(Image.open(io.BytesIO(data))).numpy().transpose(1, 2, 0)
+    here = transforms.resize_center_crop(transforms.decode(data), 32) / 255
+    assert np.abs(here - there).max() < 2 / 255
+    line = np.zeros((1, 1_000_000, 3), np.uint8)
+    assert transforms.resize_center_crop(line, 224).shape == (224, 224, 3)
+    for resample in transforms.RESAMPLE:
+        crop = transforms.random_resized_crop(line, 224, np.random.default_rng(0), resample=resample)
+        assert crop.shape == (224, 224, 3)
+
+
+def test_jpegs_are_those_of_pillow():
+    for data in (v for v in odd_images().values() if v[:2] == b"\xff\xd8"):
+        there = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")).astype(int)
+        assert np.abs(transforms.decode(data) - there).max() <= 3
+
+
+def test_scaled_jpegs():
+    data = torture.encode(torture.picture(0, w=1000, h=750), quality=90)
+    assert transforms.decode(data, scaled_to=300).shape == (375, 500, 3)
+    assert transforms.decode(data, scaled_to=180).shape == (188, 250, 3)
+    small = torture.jpeg(0)
+    assert transforms.decode(small, scaled_to=300).shape == (30, 40, 3)
+    half = np.asarray(torture.picture(0, w=1000, h=750).resize((500, 375), Image.Resampling.BOX)).astype(int)
+    assert np.abs(transforms.decode(data, scaled_to=300) - half).mean() < 3
+
+
+def test_sixteen_bits_become_eight():
+    gray = transforms.decode(torture.sixteen_bit())
+    np.testing.assert_array_equal(gray[..., 0].ravel(), np.linspace(0, 65535, 1200).astype(np.uint16) >> 8)
+
+
+def test_exif_turns_and_others_take_the_fast_way(monkeypatch):
+    upright = torture.picture(13)
+    turned = torture.encode(upright.transpose(Image.Transpose.ROTATE_90), quality=95, exif=torture.exif(6))
+    assert np.abs(transforms.decode(turned).astype(int) - np.asarray(upright)).mean() < 8
+    monkeypatch.setattr(transforms.ImageOps, "exif_transpose", lambda _: pytest.fail("Pillow decoded it"))
+    transforms.decode(torture.encode(upright, quality=95, exif=torture.exif(1)))
+    transforms.decode(torture.jpeg(0))
+
+
+def test_bounds_hold_before_anything_is_decoded():
+    for side in (8_200, 12_000, 60_000):  # Pillow would warn at 9,500 and refuse above 13,400
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(BadSample, match="image too large"):
+                transforms.decode(torture.bomb(side))
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 11, 20, 100, 400, 623])
+def test_any_cut_is_a_bad_sample(n):
+    for data in (torture.jpeg(0), *(torture.encode(torture.picture(0), kind) for kind in ("WEBP", "GIF"))):
+        with pytest.raises(BadSample):
+            transforms.decode(data[: n if n < len(data) - 300 else len(data) // 2])
+
+
+def test_area_is_the_mean_over_pixels():
+    image = np.asarray(torture.picture(2, w=64, h=64))
+    rng = np.random.default_rng(0)
+    crops = [transforms.random_resized_crop(image, 16, rng, (0.3, 1.0), resample="area") for _ in range(20)]
+    assert all(crop.shape == (16, 16, 3) for crop in crops)
+    whole = transforms.random_resized_crop(image, 16, rng, (1.0, 1.0), (1.0, 1.0), resample="area")
+    np.testing.assert_allclose(whole, image.reshape(16, 4, 16, 4, 3).mean((1, 3)), atol=0.51)
+    image = np.asarray(torture.picture(0).resize((400, 300)))  # smooth: "area" moves borders by half a pixel
+    for i in range(20):
+        smooth, area = (
+            transforms.random_resized_crop(image, 64, np.random.default_rng(i), (0.3, 1.0), resample=resample)
+            for resample in ("bicubic", "area")
+        )
+        assert np.abs(smooth.astype(int) - area).mean() < 1.5  # the same part

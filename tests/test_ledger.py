@@ -1,0 +1,104 @@
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+
+from xclip_jax.data import files, ledger
+from xclip_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Each process notes its half of two batches of 8; process 1 alone has bad samples, and process 0 writes them down.
+SCRIPT = """
+import sys
+from etils import epath
+from xclip_jax.data import ledger
+from xclip_jax.errors import UserError
+from xclip_jax.parallel import processes
+processes.join(False, sys.argv[2], 2, me := int(sys.argv[3]))
+book = ledger.Ledger(epath.Path(sys.argv[1]), max_bad=0.05)
+def entry(i):
+    return {"position": i, "reason": "caption is empty", "source": 0, "index": i}
+book.add(8, 10 + me, [entry(5)] * me)
+book.add(16, 20 + me, [entry(13), entry(12)] * me)
+book.sync(8)
+book.sync(16)
+print(book.counters)
+book.add(24, 0, [entry(i) for i in range(16, 70)] * (1 - me))
+try:
+    book.sync(24)
+except UserError as error:
+    print(str(error)[:35])
+"""
+
+
+def entry(i, index=None, **more):
+    return {"position": i, "reason": "not an image", "source": 0, "index": i if index is None else index} | more
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
+
+
+def test_processes_agree_and_the_first_one_writes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(tmp_path), address, str(i)], cwd=ROOT, text=True,
+            env=os.environ | {"XLA_FLAGS": ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=120) for process in running]
+    for out, error in said:
+        assert out.splitlines()[-2:] == [  # before them Gloo speaks
+            "{'samples': 16, 'tokens': 62, 'bad': {'caption is empty': 3}}", "57 of 81 samples are bad, more than"
+        ], error
+    assert [line["position"] for line in lines(tmp_path)] == [5, 12, 13, *range(16, 70)]
+
+
+def test_each_bad_sample_is_written_once_and_counted_each_time(tmp_path):
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad=1.0)
+    for epoch in range(3):
+        book.add(8 * (epoch + 1), 5, [entry(8 * epoch, index=3), entry(8 * epoch + 1, index=4)])
+    book.sync(16)
+    assert book.counters == {"samples": 16, "tokens": 10, "bad": {"not an image": 4}}
+    assert [line["position"] for line in lines(tmp_path)] == [0, 1]
+    assert book.share == pytest.approx(4 / 20)
+    book.sync(24)
+    assert book.bad == 6
+    assert len(lines(tmp_path)) == 2
+
+
+def test_share_is_of_a_thousand_at_least(tmp_path):
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad=0.05)
+    book.add(8, 0, [entry(i) for i in range(50)])
+    book.sync(8)
+    book.add(16, 0, [entry(50)])
+    with pytest.raises(UserError, match=r"51 of 67 samples are bad, more than data\.max_bad=0\.05 allows \(not an im"):
+        book.sync(16)
+
+
+def test_in_a_bucket_the_file_is_written_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "is_remote", lambda _: True)
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad=1.0)
+    book.add(8, 0, [entry(1)])
+    book.add(16, 0, [entry(9)])
+    book.sync(8)
+    book.sync(16)
+    book.close()
+    assert [line["position"] for line in lines(tmp_path)] == [1, 9]
+    counters = {"samples": 8, "bad": {"not an image": 1}}
+    again = ledger.Ledger(epath.Path(tmp_path), max_bad=1.0, start=8, counters=counters)
+    assert [line["position"] for line in lines(tmp_path)] == [1]
+    again.add(16, 0, [entry(9)])
+    again.sync(16)
+    again.close()
+    assert [line["position"] for line in lines(tmp_path)] == [1, 9]
+    assert again.bad == 2

@@ -1,0 +1,289 @@
+import collections
+import json
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+import tarfile
+
+import fsspec
+import numpy as np
+import pytest
+from absl import flags
+from etils import epath
+
+from tests import torture
+from xclip_jax.data import files, ledger, loader, sources, tar_index, tar_source, tokenizer, transforms
+from xclip_jax.errors import BadSample, UserError
+
+
+@pytest.fixture(scope="module")
+def tortured(tmp_path_factory):
+    """The pattern, what is good and what is bad."""
+    folder = tmp_path_factory.mktemp("torture")
+    good, bad = torture.make(folder)
+    return f"{folder}/{{00..16}}.tar", good, bad
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Two tars of 13 and 8 good pairs."""
+    folder = tmp_path_factory.mktemp("plain")
+    torture.pairs(folder / "0.tar", 0, 13)
+    torture.pairs(folder / "1.tar", 13, 8)
+    return f"{folder}/{{0..1}}.tar"
+
+
+def config(**changes):
+    return loader.DataConfig(**{"sources": ("x",), "batch": 8, "tokenizer": "bytes", "max_bad": 1.0} | changes)
+
+
+def read(found, c, book=None, start=0, stop=5, length=300, **hosts):
+    transform = loader.Transform(c, 8, tokenizer.load("bytes"), length)
+    order = loader.sample_order(found, c, seed=3)
+    return list(loader.batches(order, transform, batch=c.batch, start=start, stop=stop, seed=3, ledger=book, **hosts))
+
+
+def texts(batches):
+    rows = np.concatenate([b["text"] for b in batches])
+    return [bytes(int(t) - 3 for t in row if t >= 3).decode("utf-8", "replace") for row in rows]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def name(entry):
+    return entry["tar"].rpartition("/")[2], entry["key"]
+
+
+def test_every_case_is_read_or_has_its_reason(tortured):
+    pattern, good, bad = tortured
+    source = tar_source.TarSource(pattern)
+    found, faults = collections.Counter(), {}
+    for i in range(len(source)):
+        try:
+            record = source[i]
+            pixels = transforms.decode(record["image"])
+            assert pixels.dtype == np.uint8
+            assert pixels.shape[2] == 3
+            found[name(source.where(i)), record["text"][0]] += 1
+        except BadSample as error:
+            assert name(source.where(i)) not in faults
+            faults[name(source.where(i))] = error.reason
+    assert faults == bad
+    assert found == collections.Counter((place[:2], caption) for place, caption in good.items())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_delivers_each_good_one_once_and_writes_down_each_bad_one(tortured, tmp_path, workers):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain's workers ask absl, which only app.run sets up
+    pattern, good, bad = tortured
+    source = tar_source.TarSource(pattern)
+    n = len(source)
+    c = config(batch=n, workers=workers)
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad=1.0)
+    batches = read([source], c, book, stop=2)
+    book.sync(2 * n)
+    written = lines(tmp_path / "bad_samples.jsonl")
+    assert {name(entry): entry["reason"] for entry in written} == bad
+    assert len(written) == len(bad)
+    order = loader.sample_order([source], c, seed=3)
+    for epoch, batch in enumerate(batches):
+        places = [order.places[epoch * n + i] for i in range(n)]
+        delivered = collections.Counter(
+            caption
+            for (_, index), caption in zip(places, texts([batch]), strict=True)
+            if name(source.where(index)) not in bad
+        )
+        assert delivered == collections.Counter(caption.strip()[:298] for caption in good.values())
+    assert book.counters["samples"] == 2 * n
+    assert book.bad >= 2 * len(bad)  # replacements may be bad too
+    assert set(book.counters["bad"]) == set(bad.values())
+
+
+@pytest.mark.parametrize("hosts", [2, 4, 8])
+def test_hosts_see_the_same_batches_and_replacements(tortured, plain, hosts):
+    """Also with eight hosts on one tar, and across the end of an epoch."""
+    for pattern in (tortured[0], plain.replace("{0..1}", "0")):
+        source = tar_source.TarSource(pattern)
+        stop = len(source) // 8 + 3
+        book = ledger.Ledger(epath.Path("/nonexistent"), max_bad=1.0)
+        whole = read([source], config(), book, stop=stop)
+        parts = [read([source], config(), book, stop=stop, host=h, hosts=hosts) for h in range(hosts)]
+        for g, batch in enumerate(whole):
+            for key in batch:
+                np.testing.assert_array_equal(np.concatenate([part[g][key] for part in parts]), batch[key])
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 8])
+def test_resumed_on_other_hosts_as_if_never_stopped(tortured, tmp_path, hosts):
+    """Stopped after a random step with a ledger that ran ahead; the rest, and the ledger, are those of one run."""
+    source = tar_source.TarSource(tortured[0])
+    at = int(np.random.default_rng(hosts).integers(1, 9))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    book = ledger.Ledger(epath.Path(whole), max_bad=1.0)
+    batches = read([source], config(), book, stop=12)
+    book.sync(96)
+    killed = ledger.Ledger(epath.Path(cut), max_bad=1.0)
+    read([source], config(), killed, stop=at)
+    killed.sync(8 * at)
+    counters = killed.counters
+    read([source], config(), killed, start=at, stop=10)  # no checkpoint was made of these
+    killed.sync(80)
+    with (cut / "bad_samples.jsonl").open("a") as file:
+        file.write('{"position": 3')  # killed while it wrote
+    resumed = ledger.Ledger(epath.Path(cut), max_bad=1.0, start=8 * at, counters=counters)
+    parts = [read([source], config(), resumed, start=at, stop=12, host=h, hosts=hosts) for h in range(hosts)]
+    resumed._waiting = type(resumed._waiting)(sorted(resumed._waiting, key=lambda noted: noted[0]))
+    resumed.sync(96)
+    for g, batch in enumerate(batches[at:]):
+        for key in batch:
+            np.testing.assert_array_equal(np.concatenate([part[g][key] for part in parts]), batch[key])
+    assert lines(cut / "bad_samples.jsonl") == lines(whole / "bad_samples.jsonl")
+    assert resumed.counters == book.counters
+
+
+def test_too_many_bad_samples_stop_the_run(tortured, tmp_path):
+    source = tar_source.TarSource(tortured[0])
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad=0.01)
+    read([source], config(), book)
+    message = r"of \d+ samples are bad, more than data\.max_bad=0\.01 allows \(.*is empty: \d.*bad_samples\.jsonl"
+    with pytest.raises(UserError, match=message):
+        book.sync(40)
+    assert lines(tmp_path / "bad_samples.jsonl")
+
+
+def test_nothing_but_bad_samples_stop_the_run_at_once(tmp_path):
+    torture.shard(tmp_path / "0.tar", [(str(i), {"jpg": b"<html>", "txt": b"x"}) for i in range(5)])
+    source = tar_source.TarSource(f"{tmp_path}/0.tar")
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad=1.0)
+    with pytest.raises(UserError, match=r"source 0 gave 100 bad samples one after another.*'not an image'"):
+        read([source], config(), book)
+
+
+def test_without_a_ledger_a_bad_sample_is_an_error(tortured):
+    with pytest.raises(UserError, match="cannot be used"):
+        read([tar_source.TarSource(tortured[0])], config(batch=64))
+
+
+def test_captions_from_json(plain):
+    options = {"data_dir": "", "image_key": "image"}
+    keys = ("text", "caption", "alts")
+    source = sources.open_source(f"tar:{plain}", text_keys=keys, tags_key="nested/tag", **options)
+    assert source[15]["text"] == ["picture 15", "json 15", "alt 15"]
+    assert source[15]["tags"] == ["a", "b"]
+    assert source[15]["id"].endswith("1.tar#000000015")
+    alone = sources.open_source(f"tar:{plain}", text_keys=("caption",), tags_key="", **options)
+    assert alone[0]["text"] == ["json 0"]
+    with pytest.raises(BadSample, match="caption is empty"):
+        sources.open_source(f"tar:{plain}", text_keys=("title",), tags_key="", **options)[0]
+
+
+def test_index_is_stored_once_and_follows_the_tar(tmp_path, monkeypatch):
+    path = torture.pairs(tmp_path / "0.tar", 0, 3)
+    assert len(tar_source.TarSource(str(path))) == 3
+    [stored] = (tmp_path / ".xclip_index").iterdir()
+    monkeypatch.setattr(tar_index, "index", lambda _: pytest.fail("indexed again"))
+    assert len(tar_source.TarSource(str(path))) == 3
+    monkeypatch.undo()
+    torture.pairs(path, 0, 5)
+    assert len(tar_source.TarSource(str(path))) == 5
+    assert stored.exists()
+
+
+def test_index_beside_read_only_data_goes_to_the_cache(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    path = torture.pairs(tmp_path / "data" / "0.tar", 0, 3)
+    monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
+    writable = files.writable
+    monkeypatch.setattr(files, "writable", lambda folder: folder.name != ".xclip_index" and writable(folder))
+    assert len(tar_source.TarSource(str(path))) == 3
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["0.tar"]
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
+
+
+def test_index_in_processes_is_that_of_one(tmp_path, capfd):
+    paths = [str(torture.pairs(tmp_path / f"{i}.tar", 10 * i, 4)) for i in range(5)]
+    places = tar_index.load(paths, processes=2)
+    for path, place in zip(paths, places, strict=True):
+        np.testing.assert_array_equal(np.load(place), tar_index.index(path))
+    assert "indexed 5 tars in" in capfd.readouterr().out
+    os.unlink(paths[0])
+    with pytest.raises(UserError, match=r"names do not exist, the first is .*0\.tar"):
+        tar_source.TarSource(f"{tmp_path}/{{0..4}}.tar")
+
+
+def test_index_agrees_with_tarfile(tortured):
+    for path in files.expand(tortured[0])[:8]:
+        with tarfile.open(path) as tar:
+            there = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
+        here = [(n.decode(), offset, size) for n, offset, size in tar_index.members(path, os.path.getsize(path))]
+        assert here == there
+
+
+def test_a_source_travels_to_workers_without_its_arrays(plain):
+    source = tar_source.TarSource(plain)
+    data = pickle.dumps(source)
+    assert len(data) < 2000
+    assert pickle.loads(data)[20] == source[20]
+    with pytest.raises(IndexError):
+        source[21]
+
+
+def test_a_tar_that_shrinks_while_it_is_read(tmp_path):
+    path = torture.pairs(tmp_path / "0.tar", 0, 3)
+    source = tar_source.TarSource(str(path))
+    os.truncate(path, 1000)
+    with pytest.raises(BadSample, match="tar cut off"):
+        source[2]
+
+
+def test_patterns():
+    assert files._split("a,{b,c}d,e") == ["a", "{b,c}d", "e"]
+    assert list(files._braces("x{08..11}y{a,b{1..2}}")) == [
+        f"x{i}y{j}" for i in ("08", "09", "10", "11") for j in ("a", "b1", "b2")
+    ]
+    assert list(files._braces("{2..0}")) == ["2", "1", "0"]
+    assert list(files._braces("{9..10}")) == ["9", "10"]
+    with pytest.raises(UserError, match="do not match"):
+        files.expand("a{b,c")
+    with pytest.raises(UserError, match=r"no file matches '/nowhere/\*\.tar'"):
+        files.expand("/nowhere/*.tar")
+
+
+def test_globs_and_lists(plain):
+    folder = plain.rpartition("/")[0]
+    both = [f"{folder}/0.tar", f"{folder}/1.tar"]
+    assert files.expand(f"{folder}/*.tar") == both
+    assert files.expand(f"{folder}/1.tar,{folder}/*.tar") == both[::-1]
+
+
+def test_no_sample_at_all(tmp_path):
+    (tmp_path / "0.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"names 1 tars and none holds a whole sample \(tar without samples\)"):
+        tar_source.TarSource(str(tmp_path / "0.tar"))
+
+
+def test_remote_tars_are_read_alike(plain, tmp_path, monkeypatch):
+    monkeypatch.setenv("XCLIP_CACHE", str(tmp_path))
+    memory = fsspec.filesystem("memory")
+    for path in files.expand(plain):
+        memory.pipe_file("/tars/" + path.rpartition("/")[2], pathlib.Path(path).read_bytes())
+    here, there = tar_source.TarSource(plain), tar_source.TarSource("memory://tars/*.tar")
+    assert len(there) == len(here) == 21
+    for i in (0, 12, 13, 20):
+        assert {**here[i], "id": ""} == {**there[i], "id": ""}
+    assert here.card()["hash"] == there.card()["hash"]
+
+
+def test_indexing_command(plain, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "xclip_jax.data.tar_index", f"{tmp_path}/x.tar"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: 1 of the 1 files")

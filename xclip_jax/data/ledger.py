@@ -1,0 +1,157 @@
+"""What was wrong with the data: every bad sample is written down, and too many of them stop the run."""
+
+import collections
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from xclip_jax.data import files
+from xclip_jax.errors import UserError
+
+# The share of bad samples is of so many at least: the first batch must not stop a run.
+_FEWEST = 1000
+_REWRITE_SECONDS = 60
+
+Entry = dict[str, Any]
+
+
+def _gather(content: Any) -> list[Any]:
+    """The JSON content of each process, on all of them; every process must call this at the same step."""
+    if jax.process_count() == 1:
+        return [content]
+    data = np.frombuffer(json.dumps(content).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(len(data)))
+    rows = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - len(data))))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+class Ledger:
+    """Counts what a run reads and writes `<run>/bad_samples.jsonl`: each bad sample once, with its reason.
+
+    A line is {"position": place in the run's order, "reason", "detail", "source": number of it, "index"} and what the
+    source knows, as "tar" and "key".
+
+    Attributes:
+      counters: {"samples": delivered, "tokens": of their texts, "bad": {reason: samples that were replaced}}, over all
+        processes, as of the last `sync`.
+    """
+
+    def __init__(
+        self, folder: epath.Path, *, max_bad: float, start: int = 0, counters: Mapping[str, Any] | None = None
+    ) -> None:
+        """Opens the ledger of the run in `folder`.
+
+        Args:
+          folder: the run's.
+          max_bad: a larger share of bad samples stops the run.
+          start: where the run stands, in samples; lines of later ones, left by a run that was cut off, are taken out.
+          counters: as they were there.
+        """
+        self.path, self.max_bad = folder / "bad_samples.jsonl", max_bad
+        self.counters = {"samples": 0, "tokens": 0, "bad": {}} | dict(counters or {})
+        self._waiting: collections.deque[tuple[int, int, list[Entry]]] = collections.deque()
+        # Objects in a bucket cannot grow: there all lines are kept and written anew, once in a while.
+        self._lines: list[str] | None = [] if files.is_remote(str(folder)) else None
+        self._written = 0.0
+        kept = []
+        if self.path.exists():
+            there = self.path.read_text()
+            kept = [line for line in there.splitlines() if _position(line) < start]
+            if jax.process_index() == 0 and "".join(f"{line}\n" for line in kept) != there:
+                self.path.write_text("".join(f"{line}\n" for line in kept))
+        if self._lines is not None:
+            self._lines = kept
+        self._known = {(entry["source"], entry["index"]) for entry in map(json.loads, kept)}
+
+    def add(self, end: int, tokens: int, bad: Sequence[Entry]) -> None:
+        """Takes note of a batch of this process.
+
+        Args:
+          end: place of the first sample behind the global batch.
+          tokens: of this process's rows.
+          bad: samples that others replaced in it.
+
+        Raises:
+          UserError: a place for which nothing could be found.
+        """
+        for entry in bad:
+            if entry.get("last"):
+                raise UserError(
+                    f"source {entry['source']} gave {entry['last']} bad samples one after another, the last for "
+                    f"{entry['reason']!r}; python -m xclip_jax.data.check says what is wrong with it."
+                )
+        self._waiting.append((end, tokens, list(bad)))
+
+    def sync(self, samples: int) -> None:
+        """Writes and counts what was noted of the run's first `samples`. All processes call it at the same steps.
+
+        Raises:
+          UserError: more than the share `max_bad` is bad.
+        """
+        tokens, bad = 0, []
+        while self._waiting and self._waiting[0][0] <= samples:
+            _, more, entries = self._waiting.popleft()
+            tokens, bad = tokens + more, bad + entries
+        found = _gather([tokens, bad])
+        entries = sorted((entry for _, each in found for entry in each), key=lambda entry: entry["position"])
+        counts = collections.Counter(self.counters["bad"])
+        counts.update(entry["reason"] for entry in entries)
+        tokens = self.counters["tokens"] + sum(tokens for tokens, _ in found)
+        self.counters = {"samples": samples, "tokens": tokens, "bad": dict(sorted(counts.items()))}
+        self._write(entries)
+        self._check()
+
+    @property
+    def bad(self) -> int:
+        """Samples that were replaced."""
+        return sum(self.counters["bad"].values())
+
+    @property
+    def share(self) -> float:
+        """Share of bad ones among all samples that were read."""
+        return self.bad / max(self.counters["samples"] + self.bad, 1)
+
+    def _check(self) -> None:
+        read = self.counters["samples"] + self.bad
+        if self.bad > self.max_bad * max(read, _FEWEST):
+            reasons = sorted(self.counters["bad"].items(), key=lambda item: -item[1])
+            raise UserError(
+                f"{self.bad:,} of {read:,} samples are bad, more than data.max_bad={self.max_bad:g} allows "
+                f"({', '.join(f'{reason}: {count:,}' for reason, count in reasons)}); {self.path} names them. Mend the "
+                "data, or raise data.max_bad."
+            )
+
+    def _write(self, entries: Sequence[Entry]) -> None:
+        lines = []
+        for entry in entries:
+            if (name := (entry["source"], entry["index"])) not in self._known:
+                self._known.add(name)
+                lines.append(json.dumps(entry))
+        if jax.process_index():
+            return
+        if self._lines is not None:
+            self._lines += lines
+            if lines and time.monotonic() - self._written > _REWRITE_SECONDS:
+                self.close()
+        elif lines:
+            with self.path.open("a") as file:
+                file.write("".join(f"{line}\n" for line in lines))
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if self._lines and jax.process_index() == 0:
+            self.path.write_text("".join(f"{line}\n" for line in self._lines))
+            self._written = time.monotonic()
+
+
+def _position(line: str) -> float:
+    try:
+        return json.loads(line)["position"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")  # half a line: the process was killed while it wrote

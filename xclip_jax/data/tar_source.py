@@ -1,0 +1,171 @@
+"""Pairs in WebDataset tars, as img2dataset writes them, at random access: nothing is converted or streamed.
+
+Shuffling is then global and exact, a run resumes anywhere, and shards need not be spread over hosts.
+"""
+
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from xclip_jax.data import files, tar_index
+from xclip_jax.errors import BadSample, UserError
+
+Record = dict[str, Any]
+
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
+_GAP = 1 << 16  # files of a sample that lie closer than this are read at once
+
+
+def decode_text(data: bytes) -> str:
+    """Text as it was meant: UTF-8 or, by its mark, UTF-16; else Windows' Latin letters, unless there are none.
+
+    Raises:
+      BadSample: the bytes are no text.
+    """
+    try:
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            return data.decode("utf-16")
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        try:
+            text = data.decode("cp1252")
+        except UnicodeDecodeError as error:
+            raise BadSample("caption is no text", f"begins with {data[:8]!r}") from error
+    if _CONTROL.search(text):
+        raise BadSample("caption is no text", f"begins with {data[:8]!r}")
+    return text
+
+
+def json_strings(record: Any, key: str) -> list[str]:
+    """The strings at `key` of a JSON object, '/' stepping into nested ones; [] for none."""
+    for part in key.split("/"):
+        record = record.get(part) if isinstance(record, dict) else None
+    values = record if isinstance(record, list) else [record]
+    return [text for value in values if isinstance(value, str) and (text := value.strip())]
+
+
+class TarSource:
+    """Samples of tars: `{key}.jpg` (or another image), `{key}.txt`, `{key}.json`.
+
+    A sample that is incomplete, and a part of a tar that cannot be read, keep a place of their own, and raise
+    `BadSample` there.
+    """
+
+    def __init__(self, pattern: str, text_keys: Sequence[str] = ("text",), tags_key: str = "") -> None:
+        """Indexes what has no index yet.
+
+        Args:
+          pattern: see `files.expand`.
+          text_keys: where captions are: "text" is the .txt file, all else a field of the .json file.
+          tags_key: field of the .json file with keywords, or "".
+
+        Raises:
+          UserError: files that do not exist; no sample at all.
+        """
+        self.pattern, self.text_keys, self.tags_key = pattern, tuple(text_keys), tags_key
+        self.tars = files.expand(pattern)
+        self._open(tar_index.load(self.tars))
+        if not any((rows["fault"] == tar_index.OK).any() for rows in self.rows):
+            faults = sorted({tar_index.FAULTS[fault] for rows in self.rows for fault in np.unique(rows["fault"])})
+            raise UserError(
+                f"{pattern!r} names {len(self.tars)} tars and none holds a whole sample ({', '.join(faults)}); a "
+                "sample is KEY.jpg and KEY.txt, as img2dataset writes them with --output_format webdataset."
+            )
+
+    def _open(self, places: Sequence[pathlib.Path]) -> None:
+        self.places = list(places)
+        # Mapped, so that all worker processes share one copy of what may be gigabytes.
+        self.rows = [np.load(place, mmap_mode="r") for place in places]
+        self._ends = np.cumsum([len(rows) for rows in self.rows])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the arrays: a worker process maps them again."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("rows", "_ends")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._open(self.places)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _row(self, index: int) -> tuple[str, np.void]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        rows = self.rows[shard]
+        return self.tars[shard], rows[index - int(self._ends[shard]) + len(rows)]
+
+    def where(self, index: int) -> dict[str, str]:
+        """Tar and key of a sample."""
+        tar, row = self._row(index)
+        return {"tar": tar, "key": row["key"].decode("utf-8", "replace")}
+
+    def fault(self, index: int) -> str:
+        """What the index knows to be wrong with a sample, or ""."""
+        return tar_index.FAULTS[self._row(index)[1]["fault"]]
+
+    def __getitem__(self, index: int) -> Record:
+        tar, row = self._row(index)
+        if row["fault"]:
+            raise BadSample(tar_index.FAULTS[row["fault"]])
+        parts = self._read(tar, row)
+        if not parts["image"]:
+            raise BadSample("image file is empty")
+        text, tags = self._captions(parts)
+        name = f"{tar}#{row['key'].decode(errors='replace')}"
+        return {"image": parts["image"], "text": text, "tags": tags, "id": name}
+
+    def _captions(self, parts: dict[str, bytes | None]) -> tuple[list[str], list[str]]:
+        fields = {}
+        if self.tags_key or any(key != "text" for key in self.text_keys):
+            try:
+                fields = json.loads(parts["json"] or b"{}")
+            except ValueError as error:
+                raise BadSample("JSON file is damaged", str(error)) from error
+        text = []
+        for key in self.text_keys:
+            if key != "text":
+                text += json_strings(fields, key)
+            elif parts["text"] is not None and (caption := decode_text(parts["text"]).strip()):
+                text.append(caption)
+        if not text:
+            some = parts.get("text") is not None or "text" not in self.text_keys
+            raise BadSample("caption is empty" if some else tar_index.FAULTS[tar_index.NO_TEXT])
+        return text, json_strings(fields, self.tags_key) if self.tags_key else []
+
+    def _read(self, tar: str, row: np.void) -> dict[str, bytes | None]:
+        """The bytes of the files that are wanted, None for those that the sample lacks."""
+        wanted = ["image"]
+        wanted += ["text"] if "text" in self.text_keys else []
+        wanted += ["json"] if self.tags_key or any(key != "text" for key in self.text_keys) else []
+        spans = {part: (int(row[part]), int(row[part]) + int(row[f"{part}_size"])) for part in wanted if row[part]}
+        start, end = min(a for a, _ in spans.values()), max(b for _, b in spans.values())
+        try:
+            file = files.open_file(tar)
+            if end - start <= sum(b - a for a, b in spans.values()) + _GAP:
+                whole = file.read(start, end - start)
+                found = {part: whole[a - start : b - start] for part, (a, b) in spans.items()}
+            else:
+                found = {part: file.read(a, b - a) for part, (a, b) in spans.items()}
+        except OSError as error:
+            raise BadSample("tar cannot be read", str(error)) from error
+        if any(len(found[part]) < b - a for part, (a, b) in spans.items()):
+            raise BadSample("tar cut off", "it is shorter than when it was indexed")
+        return {part: found.get(part) for part in wanted}
+
+    def card(self) -> dict[str, Any]:
+        """What was read, for the run's records: names and sizes of the tars, samples, and a hash of the index."""
+        digest = hashlib.blake2b(digest_size=16)
+        for rows in self.rows:
+            digest.update(rows.tobytes())
+        tars = [
+            {"name": pathlib.PurePosixPath(tar).name, "bytes": files.stat(tar)[0], "samples": len(rows)}
+            for tar, rows in zip(self.tars, self.rows, strict=True)
+        ]
+        return {"samples": len(self), "hash": digest.hexdigest(), "tars": tars}
