@@ -116,7 +116,7 @@ def test_the_search_is_clips(monkeypatch):
         def logits(self, x):
             return np.array(self.cs)
 
-    def fit(x, y, cs, classes):
+    def fit(x, y, cs, classes, tolerance):
         tried.append(cs)
         return Fit(cs)
 

@@ -36,13 +36,20 @@ def decode(data: bytes | np.ndarray) -> np.ndarray:
         raise UserError(f"{len(data)} bytes that begin with {data[:8]!r} are no readable image ({error}).") from error
 
 
-def _resize(image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None) -> np.ndarray:
-    """The part `box` (left, upper, right, lower) of an image at `size` (width, height): bicubic and antialiased."""
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, box=box))
+RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
-def resize_center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """Shorter side to `size` (bicubic, antialiased), then the central square: OpenAI CLIP's evaluation transform.
+def _resize(
+    image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None, resample: str = "bicubic"
+) -> np.ndarray:
+    """The part `box` (left, upper, right, lower) of an image at `size` (width, height), antialiased."""
+    return np.asarray(Image.fromarray(image).resize(size, RESAMPLE[resample], box=box))
+
+
+def resize_center_crop(image: np.ndarray, size: int, resample: str = "bicubic") -> np.ndarray:
+    """Shorter side to `size` (antialiased), then the central square: with "bicubic" OpenAI CLIP's evaluation transform.
+
+    `resample` "bilinear" is torchvision's default, and SLIP's.
 
     uint8 (h, w, 3) -> uint8 (size, size, 3).
     """
@@ -50,7 +57,7 @@ def resize_center_crop(image: np.ndarray, size: int) -> np.ndarray:
     if (h, w) != (size, size):
         short = min(h, w)
         h, w = int(size * h / short), int(size * w / short)
-        image = _resize(image, (w, h), None)
+        image = _resize(image, (w, h), None, resample)
     top, left = round((h - size) / 2), round((w - size) / 2)
     return image[top : top + size, left : left + size]
 

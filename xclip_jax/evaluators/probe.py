@@ -95,10 +95,12 @@ class Sweep:
       coarse: the first, ascending.
       halvings: how often the two halfway to the neighbours of the best (in log C) are tried too. Seven from 1e-6 to 1e6
         and 4 is the CLIP paper's search, which ends at eight steps a decade.
+      tolerance: of `logistic.fit`.
     """
 
     coarse: Sequence[float] = COARSE
     halvings: int = 4
+    tolerance: float = 1e-7
 
 
 def search(
@@ -111,7 +113,7 @@ def search(
     def trial(cs: Sequence[float]) -> None:
         new = [c for c in cs if c not in found]
         if new:
-            logits = logistic.fit(*train, new, classes).logits(validation[0])
+            logits = logistic.fit(*train, new, classes, tolerance=sweep.tolerance).logits(validation[0])
             found.update({c: score(part, validation[1]) for c, part in zip(new, logits, strict=True)})
 
     trial(sweep.coarse)
@@ -164,8 +166,9 @@ class ProbeSet:
 class Probe:
     """Results of a linear probe and of kNN, in percent, named "visual/<set>[/<task>]/linear/top1" and ".../knn/top1".
 
-    Beside them mean_per_class, the C of the linear probe ("log10_c"), n, train and ways, and for each part of the
-    training set ".../linear/10%/top1". Texts are probed in the same way, under the family "textual".
+    Beside them mean_per_class, the C of the linear probe ("linear/log10_c"), n, train, ways, "majority" (what always
+    naming the largest class gives) and for each part of the training set ".../linear/10%/top1". Texts are probed in
+    the same way, under the family "textual".
     """
 
     def __init__(self, encoder: Encoder, data: ProbeSet, family: str = "visual") -> None:
@@ -193,6 +196,7 @@ class Probe:
                 metrics |= {f"{name}/{key}/{k}": v for k, v in extra.items()}
             sizes = {"n": len(labels[2]), "train": len(labels[0]), "ways": int(labels[0].max()) + 1}
             metrics |= {f"{name}/{key}": float(value) for key, value in sizes.items()}
+            metrics[f"{name}/majority"] = 100 * float(np.mean(labels[2] == np.bincount(labels[0]).argmax()))
         return {key: item.value() for key, item in items.items()} | metrics, items
 
     def _task(
@@ -240,7 +244,7 @@ def linear(
     if len(sweep.coarse) > 1:
         best, _ = search(train, held, classes, sweep, score)
     both = tuple(np.concatenate(pair) for pair in zip(train, held, strict=True)) if join else train
-    logits = logistic.fit(*both, [best], classes).logits(test[0])[0]
+    logits = logistic.fit(*both, [best], classes, tolerance=sweep.tolerance).logits(test[0])[0]
     return _right(logits, test[1]), {"log10_c": float(np.log10(best))}
 
 
