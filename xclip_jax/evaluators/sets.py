@@ -150,9 +150,10 @@ def _probe(name: str, size: int, data_dir: str | None) -> ProbeSet:
     parts = [_emoji(split, size, data_dir) for split in _ROLES]
     # The newest flags are missing from the table of categories.
     kept = [[i for i, r in enumerate(records) if r["category"]] for _, records in parts]
-    turn = {concept: i for i, concept in enumerate(sorted({parts[0][1][i]["concept"] for i in kept[0]}))}
-    drawn = {v: i for i, v in enumerate(demo.VENDORS)}
-    kept[0] = [i for i in kept[0] if turn[parts[0][1][i]["concept"]] % 3 == drawn[parts[0][1][i]["vendor"]]]
+    drawings: dict[str, list[int]] = {}
+    for i in kept[0]:
+        drawings.setdefault(parts[0][1][i]["concept"], []).append(i)
+    kept[0] = sorted(found[turn % len(found)] for turn, (_, found) in enumerate(sorted(drawings.items())))
     images = [[pictures[i] for i in keep] for (pictures, _), keep in zip(parts, kept, strict=True)]
     records = [[found[i] for i in keep] for (_, found), keep in zip(parts, kept, strict=True)]
     card = _card(
