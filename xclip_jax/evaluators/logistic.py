@@ -100,16 +100,19 @@ def _solve(
     """Weights (d + 1, cs, classes), objective (cs,) and iterations (cs,) for each column of `ridge` (d + 1, cs)."""
     d, count = ridge.shape
     scale = jnp.asarray(1 / (curvature[:, None] + ridge), jnp.float32)[..., None]
-    # Axes along which the features do not vary have no curvature but the penalty, and nothing to fit.
     problem = {"ridge": jnp.asarray(ridge, jnp.float32)[..., None], "scale": scale}
     zeros = jnp.zeros((d, count, classes), jnp.float32)
     history = jnp.zeros((HISTORY, d, count, classes), jnp.float32)
+    # At zero every class has probability 1 / classes, whatever C.
+    wrong = np.full((len(x), classes), 1 / classes, np.float32)
+    wrong[np.arange(len(x)), np.asarray(y)] -= 1
+    g = np.repeat((np.asarray(x).T @ wrong / len(x))[:, None], count, axis=1)
     state = {
-        "w": zeros, "z": jnp.zeros((len(x), count, classes), jnp.float32), "g": zeros, "s": history, "y": history,
+        "w": zeros, "z": jnp.zeros((len(x), count, classes), jnp.float32), "g": jnp.asarray(g),
+        "s": history, "y": history,
         "rho": jnp.zeros((HISTORY, count), jnp.float32), "done": jnp.zeros(count, bool), "steps": jnp.zeros(count, int),
-        "value": jnp.zeros(count, jnp.float32), "at": jnp.zeros((), int),
+        "value": jnp.full(count, np.log(classes), jnp.float32), "at": jnp.zeros((), int),
     }
-    state = _begin(x, y, problem, state)
     alive, out = np.arange(count), (np.zeros((d, count, classes), np.float32), np.zeros(count), np.zeros(count, int))
     for _ in range(0, iterations, _ROUND):
         state = _iterate(x, y, problem, state, iterations, tolerance)
@@ -146,12 +149,6 @@ def _gradient(x: jax.Array, y: jax.Array, z: jax.Array, w: jax.Array, ridge: jax
     value = (jax.nn.logsumexp(z, axis=2) - own).mean(axis=0) + _dot(ridge * w, w) / 2
     wrong = jax.nn.softmax(z, axis=2) - jax.nn.one_hot(y, k)[:, None]
     return value, _matmul("nd,nck->dck", x, wrong) / n + ridge * w
-
-
-@jax.jit
-def _begin(x: jax.Array, y: jax.Array, problem: dict[str, jax.Array], state: dict[str, jax.Array]) -> Any:
-    value, g = _gradient(x, y, state["z"], state["w"], problem["ridge"])
-    return state | {"value": value, "g": g}
 
 
 def _direction(state: dict[str, jax.Array], scale: jax.Array) -> jax.Array:

@@ -198,7 +198,8 @@ def _same_meaning(name: str, size: int, data_dir: str | None, *, keys: tuple[str
     card = _card(
         "test_concepts", names, queries, protocol="recall of names by cosine of text embeddings", metric="r1",
     )
-    return TextRetrievalSet(name, names, queries, {key: of == key for key in keys} if len(keys) > 1 else {}, card)
+    groups = {key: of == key for key in keys if key in of} if len(keys) > 1 else {}
+    return TextRetrievalSet(name, names, queries, groups, card)
 
 
 def _known(split: str, **options: Any) -> Maker:

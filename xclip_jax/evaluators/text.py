@@ -107,6 +107,9 @@ class TextRetrievalSet:
     def __post_init__(self) -> None:
         if not self.queries or not all(0 <= i < len(self.texts) for _, i in self.queries):
             raise UserError(f"{self.name}: {len(self.queries)} queries; each must name one of {len(self.texts)} texts.")
+        for group, mask in self.groups.items():
+            if np.shape(mask) != (len(self.queries),) or not np.any(mask):
+                raise UserError(f"{self.name}: group {group!r} must be a bool for each query, not all False.")
 
 
 class TextRetrieval:
