@@ -152,6 +152,15 @@ def test_a_probe_finds_what_is_easy_to_see(held):
     assert Probe(make_encoder(), data).run(small_model()[1]) == metrics
 
 
+def test_a_probe_gives_the_same_on_1_and_8_devices():
+    labels = [np.arange(n) % 3 for n in (60, 9, 30)]
+    rng = np.random.default_rng(0)
+    pictures = [list(rng.integers(0, 256, (len(y), SIZE, SIZE, 3), dtype=np.uint8)) for y in labels]
+    data = ProbeSet("set", *pictures, {"": tuple(labels)}, ("50%",), Sweep((1e-2, 1.0), 1))
+    one, eight = (Probe(make_encoder(devices=n), data).run(small_model()[1]) for n in (1, 8))
+    assert one == pytest.approx(eight, abs=1e-3)
+
+
 def test_a_text_probe():
     texts, labels = ["aaaa", "zzzz", "aaa", "zzz"] * 5, np.array([0, 1, 0, 1] * 5)
     data = ProbeSet("set", texts, [], texts[:4], {"": (labels, labels[:0], labels[:4])}, sweep=Sweep((1.0,)))

@@ -10,6 +10,7 @@ each item contributed, which --compare resamples for its intervals.
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import sys
@@ -86,8 +87,8 @@ def chosen(suite: str) -> tuple[str, ...]:
 
 
 def evaluate(
-    run: str, suite: str, *, step: int | None = None, profile: str = "openai", data_dir: str = "",
-    output: str = "",
+    run: str, suite: str, *, step: int | None = None, profile: str = "openai",
+    captions: Mapping[str, Any] | None = None, data_dir: str = "", output: str = "",
 ) -> dict[str, Any]:
     """Runs the evaluators on a checkpoint, writes the results and prints their table.
 
@@ -95,6 +96,7 @@ def evaluate(
       run, step: as in `load`.
       suite: as in `chosen`.
       profile: one of `sets.PROFILES`: templates, resizing and retrieval protocol together.
+      captions: fields of the profile to change, those of retrieval: prefix, lower, captions.
       data_dir: root of the data sets; by default that of the run's config.
       output: file of the results, RUN/evaluation.json by default.
 
@@ -106,7 +108,7 @@ def evaluate(
     """
     began = time.perf_counter()
     names = chosen(suite)
-    protocol = sets.profile(profile)
+    protocol = dataclasses.replace(sets.profile(profile), **(captions or {}))
     config, parts, variables, at = load(run, step)
     encoder = trainer.make_encoder(config, parts)
     flat: dict[str, float] = {}
@@ -254,6 +256,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", metavar="RUN", help="folder of a run")
     parser.add_argument("--suite", default="demo", help="demo, paper, or names of sets joined by commas")
     parser.add_argument("--profile", default="openai", help=", ".join(sets.PROFILES))
+    parser.add_argument("--prefix", help="put before captions of retrieval; by default what the profile says")
+    parser.add_argument("--lower", action="store_true", default=None, help="captions in lower case")
+    parser.add_argument("--captions", type=int, help="so many captions of each image; 0 for all")
     parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
     parser.add_argument("--data-dir", default="", help="root of the data sets")
     parser.add_argument("--output", default="", help="file of the results")
@@ -275,9 +280,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             if flags.output:
                 write_json(epath.Path(flags.output), {"a": flags.compare[0], "b": flags.compare[1], "rows": rows})
         else:
+            changed = {key: getattr(flags, key) for key in ("prefix", "lower", "captions")}
             evaluate(
-                flags.checkpoint, flags.suite, step=flags.step, profile=flags.profile, data_dir=flags.data_dir,
-                output=flags.output,
+                flags.checkpoint, flags.suite, step=flags.step, profile=flags.profile,
+                captions={key: value for key, value in changed.items() if value is not None},
+                data_dir=flags.data_dir, output=flags.output,
             )
     except UserError as error:
         sys.exit(f"error: {error}")

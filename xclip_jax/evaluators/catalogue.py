@@ -174,7 +174,7 @@ class Pictures(Sequence):
         return transforms.resize_center_crop(image, self._size, self._resample)
 
 
-class _Field(Sequence):
+class Field(Sequence):
     """One feature of each record of a data source."""
 
     def __init__(self, source: Any, key: str) -> None:
@@ -187,7 +187,7 @@ class _Field(Sequence):
         return self._source[index][self._key]
 
 
-class _Paths(Sequence):
+class Paths(Sequence):
     """Files, read when they are asked for."""
 
     def __init__(self, paths: Sequence[pathlib.Path]) -> None:
@@ -227,14 +227,14 @@ def _tfds(name: str, entry: Entry, data_dir: str | None) -> Read:
         found = np.array([entry.derive(value) for value in values])
         if found.min() < 0 or found.max() >= entry.ways:
             raise UserError(f"{name}: a record of {entry.tfds} gives label {found.min()} to {found.max()}.")
-        return _Field(source, "image"), found, [str(i) for i in range(entry.ways)], version
+        return Field(source, "image"), found, [str(i) for i in range(entry.ways)], version
     labels = list(getattr(feature, "feature", feature).names)
     if np.ndim(values[0]):
         several = np.zeros((len(values), len(labels)), bool)
         for row, value in zip(several, values, strict=True):
             row[np.asarray(value, int)] = True
-        return _Field(source, "image"), several, labels, version
-    return _Field(source, "image"), np.array(values, int), labels, version
+        return Field(source, "image"), several, labels, version
+    return Field(source, "image"), np.array(values, int), labels, version
 
 
 def _files(name: str, path: pathlib.Path) -> Read:
@@ -244,7 +244,7 @@ def _files(name: str, path: pathlib.Path) -> Read:
                  if p.suffix.lower() in IMAGE_SUFFIXES]
         if not files:
             raise UserError(f"{name}: folder {str(path)!r} holds no images in sub-folders; make one for each class.")
-        return _Paths([p for p, _ in files]), np.array([i for _, i in files]), [p.name for p in folders], ""
+        return Paths([p for p, _ in files]), np.array([i for _, i in files]), [p.name for p in folders], ""
     if not path.is_file():
         raise UserError(f"{name}: {str(path)!r} does not exist; name a folder or a CSV file.")
     with path.open(newline="", encoding="utf-8") as file:
@@ -261,11 +261,11 @@ def _files(name: str, path: pathlib.Path) -> Read:
     if missing:
         raise UserError(f"{name}: {len(missing)} images of {str(path)!r} do not exist, {str(missing[0])!r} first.")
     if all(len(labels) == 1 for labels in split):
-        return _Paths(paths), np.array([index[labels[0]] for labels in split]), ordered, ""
+        return Paths(paths), np.array([index[labels[0]] for labels in split]), ordered, ""
     several = np.zeros((len(rows), len(ordered)), bool)
     for row, labels in zip(several, split, strict=True):
         row[[index[word] for word in labels]] = True
-    return _Paths(paths), several, ordered, ""
+    return Paths(paths), several, ordered, ""
 
 
 def _names(entry: Entry, labels: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Encoder, logistic
 from xclip_jax.evaluators.card import Card
-from xclip_jax.evaluators.scores import Items, class_weights
+from xclip_jax.evaluators.scores import Items, class_weights, f1, matthews
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 COARSE = tuple(10.0**e for e in range(-6, 7, 2))
@@ -166,9 +166,9 @@ class ProbeSet:
 class Probe:
     """Results of a linear probe and of kNN, in percent, named "visual/<set>[/<task>]/linear/top1" and ".../knn/top1".
 
-    Beside them mean_per_class, the C of the linear probe ("linear/log10_c"), n, train, ways, "majority" (what always
-    naming the largest class gives) and for each part of the training set ".../linear/10%/top1". Texts are probed in
-    the same way, under the family "textual".
+    Beside them mean_per_class, of two classes f1 (of the second) and matthews, the C of the linear probe
+    ("linear/log10_c"), n, train, ways, "majority" (what always naming the largest class gives) and for each part of the
+    training set ".../linear/10%/top1". Texts are probed in the same way, under the family "textual".
     """
 
     def __init__(self, encoder: Encoder, data: ProbeSet, family: str = "visual") -> None:
@@ -194,6 +194,10 @@ class Probe:
                 items[f"{name}/{key}/top1"] = Items(values)
                 items[f"{name}/{key}/mean_per_class"] = Items(values, class_weights(labels[2]))
                 metrics |= {f"{name}/{key}/{k}": v for k, v in extra.items()}
+                if max(map(np.max, (labels[0], labels[2]))) == 1 and set(np.unique(values)) <= {0.0, 1.0}:
+                    predicted = np.where(values == 1, labels[2], 1 - labels[2])
+                    metrics[f"{name}/{key}/f1"] = 100 * f1(predicted, labels[2])
+                    metrics[f"{name}/{key}/matthews"] = 100 * matthews(predicted, labels[2])
             sizes = {"n": len(labels[2]), "train": len(labels[0]), "ways": int(labels[0].max()) + 1}
             metrics |= {f"{name}/{key}": float(value) for key, value in sizes.items()}
             metrics[f"{name}/majority"] = 100 * float(np.mean(labels[2] == np.bincount(labels[0]).argmax()))

@@ -28,7 +28,7 @@ import tensorflow_datasets as tfds
 from xclip_jax.data import demo
 from xclip_jax.data.transforms import decode, resize_center_crop
 from xclip_jax.errors import one_of
-from xclip_jax.evaluators import Encoder, Evaluator, catalogue
+from xclip_jax.evaluators import Encoder, Evaluator, catalogue, files
 from xclip_jax.evaluators.card import Card, digest
 from xclip_jax.evaluators.names import PROFILES, Profile
 from xclip_jax.evaluators.probe import Probe, ProbeSet, Sweep
@@ -48,7 +48,7 @@ def load(spec: str, image_size: int, data_dir: str | None = None, profile: Profi
     """The set named `spec`, its images square and uint8 at `image_size` pixels.
 
     Args:
-      spec: one of `SETS`, or what `catalogue` reads.
+      spec: one of `SETS`, or what `catalogue` and `files` read.
       image_size: side of the images, as the model wants them.
       data_dir: root of TFDS data sets, None (or "") for the default; the demo's is prepared there on first use.
       profile: protocol of the published sets.
@@ -59,13 +59,15 @@ def load(spec: str, image_size: int, data_dir: str | None = None, profile: Profi
     check(spec)
     if spec in SETS:
         return SETS[spec](spec, image_size, data_dir or None)
-    return catalogue.load(spec, image_size, data_dir or None, profile)
+    reader = files if files.check(spec) else catalogue
+    return reader.load(spec, image_size, data_dir or None, profile)
 
 
 def check(spec: str) -> None:
     """Raises `UserError` unless `load` knows `spec`."""
-    if not catalogue.check(spec):
-        known = [*SETS, *catalogue.ENTRIES, "NAME@PATH", "folder:PATH", "csv:PATH"]
+    if not catalogue.check(spec) and not files.check(spec):
+        from_files = [f"{name}@PATH" for name in (*catalogue.ENTRIES, *files.READERS, *files.RETRIEVAL)]
+        known = [*SETS, *catalogue.PAPER, "coco_retrieval", *from_files, "folder:PATH", "csv:PATH"]
         one_of("the evaluation set (--suite, eval.sets, eval.final_sets)", spec, known)
 
 
@@ -232,7 +234,7 @@ SETS: Mapping[str, Maker] = {
 
 SUITES: Mapping[str, tuple[str, ...]] = {
     "demo": tuple(name for name in SETS if name.startswith("emoji/test_")),
-    "paper": catalogue.PAPER,
+    "paper": (*catalogue.PAPER, "coco_retrieval"),
 }
 
 
