@@ -48,7 +48,7 @@ class Fit:
 
 def fit(
     x: np.ndarray, y: np.ndarray, cs: np.ndarray | list[float], classes: int, *, iterations: int = 1000,
-    tolerance: float = 1e-7,
+    tolerance: float = 1e-6,
 ) -> Fit:
     """Fits every C in `cs`.
 

@@ -100,7 +100,7 @@ class Sweep:
 
     coarse: Sequence[float] = COARSE
     halvings: int = 4
-    tolerance: float = 1e-7
+    tolerance: float = 1e-6
 
 
 def search(
