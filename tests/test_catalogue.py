@@ -14,6 +14,7 @@ from xclip_jax.data import assets
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import catalogue, names, sets
 from xclip_jax.evaluators.names import PROFILES, Profile
+from xclip_jax.evaluators.probe import Sweep
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 OPENAI = PROFILES["openai"]
@@ -197,9 +198,10 @@ def test_labels_that_are_derived(monkeypatch):
     def scene(*objects):
         return {"type": [t for t, _ in objects], "location": [(0, 0, z) for _, z in objects]}
 
-    scenes = [scene((0, 5)), scene((3, 2), (1, 12)), scene((2, 60)), scene((3, 4)), scene()]
+    as_list = [{"type": 1, "location": (0, 0, 21.0)}]
+    scenes = [scene((0, 8)), scene((3, 2), (1, 12)), scene((2, 60)), scene((3, 4)), scene(), as_list]
     fake(monkeypatch, scenes, None, "objects")
-    assert catalogue.load("kitti", SIZE, None, OPENAI).labels.tolist() == [0, 1, 2, 3, 3]
+    assert catalogue.load("kitti", SIZE, None, OPENAI).labels.tolist() == [0, 1, 2, 3, 3, 2]
 
 
 def test_a_set_that_is_not_prepared_is_one_sentence(tmp_path):
@@ -298,7 +300,7 @@ def test_wrong_files(spec, message, tmp_path):
 
 
 def test_unknown_sets_and_profiles_list_the_known():
-    for spec in ("imagenett", "imagenet@", "folder:", "nothing@/tmp"):
+    for spec in ("imagenett", "imagenet@", "folder:", "nothing@/tmp", "probe/folder:/tmp"):
         with pytest.raises(UserError, match="imagenet_v2"):
             sets.check(spec)
     with pytest.raises(UserError, match="'openai', 'slip', 'open_clip'"):
@@ -322,3 +324,43 @@ def test_top1_top5_is_their_mean(tmp_path):
 def test_json_is_what_the_registry_says():
     folder = assets.from_wheel("class_names")
     assert len(json.loads((folder / "en_classnames.json").read_text())["imagenet1k"]) == 1000
+
+
+# Probes of published sets.
+
+
+@pytest.mark.parametrize("name", ["cifar10", "dtd", "kitti"])
+def test_a_probe_of_a_tfds_set(name):
+    with tfds.testing.mock_data(as_data_source_fn=records):
+        data = sets.load(f"probe/{name}", SIZE)
+    assert (len(data.train), len(data.validation), len(data.test)) == (3, 3 if catalogue.ENTRIES[name].held else 0, 3)
+    data = dataclasses.replace(data, sweep=Sweep((1.0,), 0))
+    metrics = evaluate(data)
+    assert metrics[f"visual/probe/{name}/n"] == 3 and f"visual/probe/{name}/{data.card.metric}" in metrics
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_few_shot_probe_of_folders(held, tmp_path):
+    for part in ("train", "test", *["validation"] * held):
+        for label, value in (("cat", 20), ("dog", 220)):
+            for i in range(12):
+                write(tmp_path / part / label / f"{i}.png", value + i)
+    data = sets.load(f"fewshot/pets@{tmp_path}", SIZE)
+    assert data.card.metric == "linear/mean_per_class" and data.parts == ("1%", "10%", "5-shot")
+    metrics = evaluate(dataclasses.replace(data, sweep=Sweep((1.0, 100.0), 0)))
+    name = f"visual/fewshot/pets@{tmp_path}"
+    for way in ("linear", "knn", "linear/1%", "linear/5-shot"):
+        assert metrics[f"{name}/{way}/mean_per_class"] == 100
+
+
+def test_a_probe_without_a_training_split(tmp_path):
+    for name in ("imagenet_a", "eurosat", "gtsrb"):
+        with pytest.raises(UserError, match=f"{name} has no training split in TFDS"):
+            sets.load(f"probe/{name}", SIZE)
+    write(tmp_path / "train" / "cat" / "0.png", 0)
+    write(tmp_path / "test" / "dog" / "0.png", 0)
+    with pytest.raises(UserError, match="same classes"):
+        sets.load(f"probe/pets@{tmp_path}", SIZE)
+    fake_spec = "probe/nothing"
+    with pytest.raises(UserError, match="imagenet_v2"):
+        sets.check(fake_spec)

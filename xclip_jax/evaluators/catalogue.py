@@ -2,6 +2,8 @@
 
 `NAME` reads the TFDS data set in the table; `NAME@PATH` reads the same set from a folder with one sub-folder a class,
 or from a CSV file with the columns path and label; so do `folder:PATH` and `csv:PATH` for a set not in the table.
+`probe/NAME` and `fewshot/NAME` learn from the set's training split; with @PATH, a folder that holds train, test and
+perhaps validation, each with one sub-folder a class.
 """
 
 import csv
@@ -19,6 +21,7 @@ from xclip_jax.errors import UserError
 from xclip_jax.evaluators import names
 from xclip_jax.evaluators.card import Card, digest
 from xclip_jax.evaluators.names import Profile
+from xclip_jax.evaluators.probe import ProbeSet
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 _APPROXIMATE = "the published split is not public or not one: compare only numbers with the same split_hash"
@@ -39,6 +42,7 @@ class Entry:
       derive: makes the label of the feature's value.
       ways: number of classes where the feature does not say it.
       border: pixels cut off on each side.
+      train, held: splits that probes learn from and choose C on; no `train`, no probe; no `held`, a tenth of `train`.
       note: see `Card`.
     """
 
@@ -52,19 +56,26 @@ class Entry:
     derive: Callable[[Any], int] | None = None
     ways: int = 0
     border: int = 0
+    train: str = "train"
+    held: str = ""
     note: str = ""
 
 
-def _count(objects: Mapping[str, Any]) -> int:
+def _column(objects: Any, key: str) -> Sequence[Any]:
+    """A part of nested features, which TFDS gives as a dict of columns or as a list of dicts."""
+    return [each[key] for each in objects] if isinstance(objects, list) else objects[key]
+
+
+def _count(objects: Any) -> int:
     """CLEVR: three to ten objects -> 0 to 7."""
-    return len(objects["color"]) - 3
+    return len(_column(objects, "color")) - 3
 
 
-def _distance(objects: Mapping[str, Any]) -> int:
-    """KITTI, VTAB's task: the nearest vehicle (car, van, truck) within 8, 20, any metres, or none -> 0 to 3."""
-    kinds, at = np.asarray(objects["type"]), np.asarray(objects["location"]).reshape(-1, 3)
+def _distance(objects: Any) -> int:
+    """KITTI, VTAB's task: the nearest vehicle (car, van, truck) within 8 m, 20 m, any distance, or none -> 0 to 3."""
+    kinds, at = np.asarray(_column(objects, "type")), np.asarray(_column(objects, "location")).reshape(-1, 3)
     near = at[np.isin(kinds, (0, 1, 2)), 2]
-    return 3 if not len(near) else int(np.searchsorted((8.0, 20.0), near.min(), side="right"))
+    return 3 if not len(near) else int(np.searchsorted((8.0, 20.0), near.min()))
 
 
 def _imagenet(tfds_name: str, split: str = "test", **fields: Any) -> Entry:
@@ -73,10 +84,10 @@ def _imagenet(tfds_name: str, split: str = "test", **fields: Any) -> Entry:
 
 ENTRIES: Mapping[str, Entry] = {
     "imagenet": _imagenet("imagenet2012:5.1.0", "validation"),
-    "imagenet_v2": _imagenet("imagenet_v2/matched-frequency"),
-    "imagenet_a": _imagenet("imagenet_a", classes=names.IMAGENET_A),
-    "imagenet_r": _imagenet("imagenet_r", classes=names.IMAGENET_R),
-    "imagenet_sketch": _imagenet("imagenet_sketch"),
+    "imagenet_v2": _imagenet("imagenet_v2/matched-frequency", train=""),
+    "imagenet_a": _imagenet("imagenet_a", classes=names.IMAGENET_A, train=""),
+    "imagenet_r": _imagenet("imagenet_r", classes=names.IMAGENET_R, train=""),
+    "imagenet_sketch": _imagenet("imagenet_sketch", train=""),
     "food101": Entry("food101", "validation", "food101"),  # its test split is called so
     "cifar10": Entry("cifar10:3.0.2", templates="cifar10"),
     "cifar100": Entry("cifar100:3.0.2", templates="cifar100"),
@@ -85,18 +96,20 @@ ENTRIES: Mapping[str, Entry] = {
                     note="the official partition; clip_benchmark evaluates all 108,754 images"),
     "cars": Entry("cars196:2.1.0", templates="cars", note="labels of versions before 2.1.0 are wrong"),
     "voc2007": Entry("voc/2007", templates="voc2007_multilabel", metric="map11", label="labels"),
-    "dtd": Entry("dtd:3.0.1", templates="dtd"),
+    "dtd": Entry("dtd:3.0.1", templates="dtd", held="validation"),
     "pets": Entry("oxford_iiit_pet", templates="pets", names="pets", metric="mean_per_class"),
     "caltech101": Entry("caltech101:3.0.2", templates="caltech101", names="caltech101_vtab", metric="mean_per_class"),
-    "flowers": Entry("oxford_flowers102", templates="flowers", names="flowers", metric="mean_per_class"),
+    "flowers": Entry("oxford_flowers102", templates="flowers", names="flowers", metric="mean_per_class",
+                     held="validation"),
     "mnist": Entry("mnist", templates="mnist", names="mnist"),
     "stl10": Entry("stl10", templates="stl10"),
     "svhn": Entry("svhn_cropped", templates="svhn", names="svhn"),
-    "eurosat": Entry("eurosat/rgb", "train", "eurosat", "eurosat", note=_APPROXIMATE),
-    "resisc45": Entry("resisc45:3.0.0", "train", "resisc45", note=_APPROXIMATE),
+    "eurosat": Entry("eurosat/rgb", "train", "eurosat", "eurosat", train="", note=_APPROXIMATE),
+    "resisc45": Entry("resisc45:3.0.0", "train", "resisc45", train="", note=_APPROXIMATE),
     "kitti": Entry("kitti", "test", "kitti_closest_vehicle_distance", "kitti_closest_vehicle_distance",
-                   label="objects", derive=_distance, ways=4, note=_APPROXIMATE),
-    "pcam": Entry("patch_camelyon:2.0.0", templates="pcam", names="pcam", note="SLIP tests on the validation split"),
+                   label="objects", derive=_distance, ways=4, held="validation", note=_APPROXIMATE),
+    "pcam": Entry("patch_camelyon:2.0.0", templates="pcam", names="pcam", held="validation",
+                  note="SLIP tests on the validation split"),
     "clevr": Entry("clevr:3.1.0", "validation", "clevr_count_all", "clevr_count_all", label="objects", derive=_count,
                    ways=8, note=_APPROXIMATE),
     # TFDS lacks these, or its reader does: NAME@PATH.
@@ -117,16 +130,55 @@ PAPER = tuple(name for name, entry in ENTRIES.items() if entry.tfds)
 
 def check(spec: str) -> bool:
     """Whether `spec` names a set of this table, a folder or a CSV file; the path is not looked at."""
-    name, at, path = spec.partition("@")
-    return (name in ENTRIES and bool(path or not at)) or (spec.startswith(("folder:", "csv:")) and spec[-1] != ":")
+    name, at, path = _plain(spec).partition("@")
+    from_files = spec.startswith(("folder:", "csv:")) and spec[-1] != ":"  # no probe of these: they have no parts
+    return (name in ENTRIES and bool(path or not at)) or from_files
 
 
-def load(spec: str, size: int, data_dir: str | None, profile: Profile) -> ZeroShotSet:
+def _plain(spec: str) -> str:
+    return spec.removeprefix("probe/").removeprefix("fewshot/")
+
+
+def load_probe(spec: str, size: int, data_dir: str | None, profile: Profile) -> ProbeSet:
+    """The set `probe/NAME` or `fewshot/NAME`; the latter learns from 1 % and 10 % and 5 a class too.
+
+    Raises:
+      UserError: as `load`; a set without a training split, or with several labels an image.
+    """
+    name, _, path = _plain(spec).partition("@")
+    entry = ENTRIES[name]
+    if not path and not (entry.tfds and entry.train):
+        raise UserError(f"{name} has no training split in TFDS; write {spec}@PATH, a folder with train and test.")
+    if path:
+        held = (pathlib.Path(path) / "validation").is_dir()
+        read = [_files(spec, pathlib.Path(path) / part) for part in ("train", *["validation"] * held, "test")]
+    else:
+        splits = (entry.train, *[entry.held] * bool(entry.held), entry.split)
+        read = [_tfds(name, dataclasses.replace(entry, split=split), data_dir) for split in splits]
+    if any(part[2] != read[0][2] for part in read) or any(np.ndim(part[1]) != 1 for part in read):
+        raise UserError(f"{spec}: the splits must have the same classes, and each image one of them.")
+    if len(read) == 2:
+        read.insert(1, ([], np.array([], int), read[0][2], ""))
+    metric = entry.metric if entry.metric == "mean_per_class" else "top1"
+    card = Card(
+        data=path or entry.tfds.partition(":")[0], version=read[0][3], split=entry.split if not path else "test",
+        split_hash=digest([part[1].tolist() for part in read]),
+        protocol="CLIP's linear probe: features before projection, L-BFGS, C by halving on validation, fit on both",
+        preprocessing=f"shorter side {profile.resample}, central crop", metric=f"linear/{metric}", note=entry.note,
+    )
+    parts = ("1%", "10%", "5-shot") if spec.startswith("fewshot/") else ()
+    pictures = [Pictures(part[0], size, profile.resample, entry.border) for part in read]
+    return ProbeSet(spec, *pictures, {"": tuple(part[1] for part in read)}, parts, card=card)
+
+
+def load(spec: str, size: int, data_dir: str | None, profile: Profile) -> ZeroShotSet | ProbeSet:
     """The set `spec` of the module's docstring, images square and uint8 at `size` pixels, decoded when asked for.
 
     Raises:
       UserError: a set that is not prepared, a path or label that is wrong.
     """
+    if _plain(spec) != spec:
+        return load_probe(spec, size, data_dir, profile)
     name, _, path = spec.partition("@")
     entry = ENTRIES.get(name, Entry(templates="dummy"))
     if spec.startswith(("folder:", "csv:")):

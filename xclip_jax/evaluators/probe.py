@@ -224,7 +224,7 @@ class Probe:
 
     def _score(self, logits: np.ndarray, labels: np.ndarray) -> float:
         """What C is chosen by: the set's own metric."""
-        weights = class_weights(labels) if self.data.card.metric == "mean_per_class" else None
+        weights = class_weights(labels) if self.data.card.metric.endswith("mean_per_class") else None
         return Items(_right(logits, labels), weights).value()
 
 

@@ -67,7 +67,8 @@ def check(spec: str) -> None:
     """Raises `UserError` unless `load` knows `spec`."""
     if not catalogue.check(spec) and not files.check(spec):
         from_files = [f"{name}@PATH" for name in (*catalogue.ENTRIES, *files.READERS, *files.RETRIEVAL)]
-        known = [*SETS, *catalogue.PAPER, "coco_retrieval", *from_files, "folder:PATH", "csv:PATH"]
+        forms = ["probe/NAME", "fewshot/NAME", "folder:PATH", "csv:PATH"]
+        known = [*SETS, *catalogue.PAPER, "coco_retrieval", *from_files, *forms]
         one_of("the evaluation set (--suite, eval.sets, eval.final_sets)", spec, known)
 
 
