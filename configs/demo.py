@@ -21,6 +21,10 @@ TESTS = (
     "emoji/test_line",
     "emoji/test_line_concepts",
     "emoji/test_retrieval",
+    "emoji/test_probe",
+    "emoji/test_aliases",
+    "emoji/test_translations",
+    "emoji/test_text_probe",
 )
 
 

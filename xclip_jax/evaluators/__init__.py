@@ -1,7 +1,8 @@
 """Evaluators: what they are, and the one encoder that they share.
 
 An evaluator has a `name` and a method `run(variables) -> {metric: value}`: flat names such as
-"zeroshot/emoji/test_concepts/top1", Python floats, shares in percent. It is built once, with its data, and run as
+"zeroshot/emoji/test_concepts/top1", Python floats, shares in percent. `measure` gives these and, for those that can be
+resampled, the items that they are made of, by the same names. It is built once, with its data, and run as
 often as the trainer likes; `variables` is what `TwoTowers.apply` takes. With several processes every process calls
 `run`, and every process gets the same numbers.
 """
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 
 from xclip_jax.data.transforms import normalize
 from xclip_jax.errors import UserError
+from xclip_jax.evaluators.scores import Items
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
 
@@ -30,6 +32,8 @@ class Evaluator(Protocol):
     name: str
 
     def run(self, variables: Any) -> dict[str, float]: ...
+
+    def measure(self, variables: Any) -> tuple[dict[str, float], dict[str, Items]]: ...
 
 
 class Encoder:

@@ -8,6 +8,8 @@ import numpy as np
 
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Encoder
+from xclip_jax.evaluators.card import Card
+from xclip_jax.evaluators.scores import Items
 from xclip_jax.evaluators.zeroshot import distributions, similarities
 
 KS = (1, 5, 10)
@@ -25,16 +27,16 @@ def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
     Raises:
       UserError: a query without positives, or shapes that differ.
     """
-    return float((_ranks(np.asarray(scores), np.asarray(positives)) < k).mean())
+    return float((ranks(np.asarray(scores), np.asarray(positives)) < k).mean())
 
 
-def _ranks(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
+def ranks(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
     """How many items stand before each query's best positive, int (queries,)."""
     if scores.shape != positives.shape or not positives.any(axis=1).all():
         raise UserError(
             f"scores {scores.shape} and positives {positives.shape} must have one shape, and each query a positive."
         )
-    ranks = np.empty(len(scores), np.int64)
+    found = np.empty(len(scores), np.int64)
     items = np.arange(scores.shape[1])
     step = max(1, _CHUNK // max(1, scores.shape[1]))
     # Counting what stands before the best positive needs no sorting and gives all k at once.
@@ -45,8 +47,8 @@ def _ranks(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
         best = np.where(match, part, -np.inf).max(axis=1, keepdims=True)
         first = (match & (part == best)).argmax(axis=1)
         before = (part > best) | ((part == best) & (items < first[:, None]))
-        ranks[start : start + step] = np.where(best[:, 0] == -np.inf, np.iinfo(np.int64).max, before.sum(axis=1))
-    return ranks
+        found[start : start + step] = np.where(best[:, 0] == -np.inf, np.iinfo(np.int64).max, before.sum(axis=1))
+    return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,6 +64,7 @@ class RetrievalSet:
     name: str
     images: Sequence[np.ndarray]
     captions: list[list[str]]
+    card: Card = dataclasses.field(default_factory=Card)
 
     def __post_init__(self) -> None:
         if not len(self.images) or len(self.images) != len(self.captions) or not all(self.captions):
@@ -84,17 +87,21 @@ class Retrieval:
 
     def run(self, variables: Any) -> dict[str, float]:
         """The metrics that the class names, with the numbers of images and captions."""
+        return self.measure(variables)[0]
+
+    def measure(self, variables: Any) -> tuple[dict[str, float], dict[str, Items]]:
+        """The metrics, and the items of those that can be resampled: images, or captions."""
         texts = [caption for captions in self.data.captions for caption in captions]
         img = self.encoder.images(variables, self.data.images, ("z", "s"))
         txt = self.encoder.texts(variables, texts, ("z", "s"))
         q = distributions(txt["s"], self.encoder.tau) if "s" in txt else None
-        matches = positives(self.data.captions)
-        metrics = {f"{self.name}/images": float(len(self.data.images)), f"{self.name}/captions": float(len(texts))}
+        matches, items = positives(self.data.captions), {}
         for kind, scores in similarities(img, txt.get("z"), q, self.encoder.tau).items():
             prefix = f"{self.name}/{kind}" if kind else self.name
-            ways = {"image_to_text": _ranks(scores, matches), "text_to_image": _ranks(scores.T, matches.T)}
-            metrics |= {f"{prefix}/{way}/r{k}": 100 * float((r < k).mean()) for way, r in ways.items() for k in KS}
-        return metrics
+            ways = {"image_to_text": ranks(scores, matches), "text_to_image": ranks(scores.T, matches.T)}
+            items |= {f"{prefix}/{way}/r{k}": Items((r < k).astype(float)) for way, r in ways.items() for k in KS}
+        metrics = {f"{self.name}/images": float(len(self.data.images)), f"{self.name}/captions": float(len(texts))}
+        return metrics | {key: item.value() for key, item in items.items()}, items
 
 
 def positives(captions: list[list[str]]) -> np.ndarray:

@@ -12,6 +12,12 @@ The sets of the demo, `xclip_jax.data.demo` (`emoji/...`); three artists drew th
     test_rendering_flags_all_names          flags among all names
     test_line, test_line_concepts           line drawings, a style never trained on: all names; the 200 unseen concepts
     validation_retrieval, test_retrieval    the pictures of ..._rendering with name and aliases as captions
+    test_probe                              visual: category and subcategory by a linear probe and by neighbours,
+                                            trained on the training pictures, tested on test_concepts; C is chosen on
+                                            validation_concepts
+    test_aliases, test_translations         textual: the 200 test concepts' names, found by an alias; by the name in
+                                            five other languages, which training never showed
+    test_text_probe                         textual: the category by a linear probe on names, split as test_probe
 """
 
 import functools
@@ -22,29 +28,56 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from xclip_jax.data import demo
-from xclip_jax.data.transforms import decode, resize_center_crop
+from xclip_jax.data.transforms import evaluation_image
 from xclip_jax.errors import one_of
-from xclip_jax.evaluators import Encoder
+from xclip_jax.evaluators import Encoder, Evaluator, catalogue, files
+from xclip_jax.evaluators.card import Card, digest
+from xclip_jax.evaluators.names import PROFILES, Profile
+from xclip_jax.evaluators.probe import Probe, ProbeSet, Sweep
 from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet
+from xclip_jax.evaluators.text import Similarity, SimilaritySet, TextRetrieval, TextRetrievalSet
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
 
 Record = dict[str, Any]
-Maker = Callable[[str, int, str | None], ZeroShotSet | RetrievalSet]
+AnySet = ZeroShotSet | RetrievalSet | ProbeSet | SimilaritySet | TextRetrievalSet
+Maker = Callable[[str, int, str | None], AnySet]
+
+_RESIZE = "shorter side bicubic, central crop"
+_SWEEP = Sweep((1.0, 10.0, 100.0), halvings=0, tolerance=1e-5)  # of the demo, where seconds matter
 
 
-def load(spec: str, image_size: int, data_dir: str | None = None) -> ZeroShotSet | RetrievalSet:
+def load(spec: str, image_size: int, data_dir: str | None = None, profile: Profile = PROFILES["openai"]) -> AnySet:
     """The set named `spec`, its images square and uint8 at `image_size` pixels.
 
     Args:
-      spec: one of `SETS`.
+      spec: one of `SETS`, or what `catalogue` and `files` read.
       image_size: side of the images, as the model wants them.
       data_dir: root of TFDS data sets, None (or "") for the default; the demo's is prepared there on first use.
+      profile: protocol of the published sets.
 
     Raises:
       UserError: an unknown `spec`; the message lists the valid ones.
     """
-    one_of("the evaluation set (eval.sets, eval.final_sets)", spec, SETS)
-    return SETS[spec](spec, image_size, data_dir or None)
+    check(spec)
+    if spec in SETS:
+        return SETS[spec](spec, image_size, data_dir or None)
+    reader = files if files.check(spec) else catalogue
+    return reader.load(spec, image_size, data_dir or None, profile)
+
+
+def check(spec: str) -> None:
+    """Raises `UserError` unless `load` knows `spec`."""
+    if not catalogue.check(spec) and not files.check(spec):
+        from_files = [f"{name}@PATH" for name in (*catalogue.ENTRIES, *files.READERS, *files.RETRIEVAL)]
+        forms = ["probe/NAME", "fewshot/NAME", "folder:PATH", "csv:PATH"]
+        known = [*SETS, *catalogue.PAPER, "coco_retrieval", *from_files, *forms]
+        one_of("the evaluation set (--suite, eval.sets, eval.final_sets)", spec, known)
+
+
+def profile(name: str) -> Profile:
+    """The profile `name`; an unknown one raises `UserError`."""
+    one_of("--profile", name, PROFILES)
+    return PROFILES[name]
 
 
 @functools.lru_cache(maxsize=16)
@@ -54,7 +87,7 @@ def _emoji(split: str, size: int, data_dir: str | None) -> tuple[list[np.ndarray
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     images, records = [], []
     for record in (source[i] for i in range(len(source))):
-        images.append(resize_center_crop(decode(record.pop("image")), size))
+        images.append(evaluation_image(record.pop("image"), size))
         records.append({key: _text(value) for key, value in record.items()})
     return images, records
 
@@ -92,12 +125,88 @@ def _classify(
         [prompts(c) if prompts else [c["name"]] for c in classes.values()],
         {str(v): vendors == v for v in np.unique(vendors)} if len(set(vendors)) > 1 else {},
         [c["name"] for c in classes.values()],
+        _card(
+            split, [(r["vendor"], r["concept"]) for r in records], [c["name"] for c in classes.values()],
+            protocol="nearest class text by cosine, mean over artists", preprocessing=_RESIZE,
+            templates={_prompts: "name and three tags, four tags, in turn", _one_prompt: "name and three tags"}.get(
+                prompts, "name"
+            ),
+        ),
     )
+
+
+def _card(split: str, *items: list[Any], **fields: str) -> Card:
+    return Card("emoji_pairs", str(demo.EmojiPairs.VERSION), split, digest(x for part in items for x in part), **fields)
 
 
 def _retrieve(name: str, size: int, data_dir: str | None, *, split: str) -> RetrievalSet:
     images, records = _emoji(split, size, data_dir)
-    return RetrievalSet(name, images, [[r["name"], *r["aliases"]] for r in records])
+    captions = [[r["name"], *r["aliases"]] for r in records]
+    card = _card(split, captions, protocol="recall, any match", preprocessing=_RESIZE, metric="image_to_text/r1")
+    return RetrievalSet(name, images, captions, card)
+
+
+_ROLES = ("train", "validation_concepts", "test_concepts")  # of concepts, and the splits with their pictures
+
+
+def _probe(name: str, size: int, data_dir: str | None) -> ProbeSet:
+    """Pictures of known concepts to learn categories from, of unknown ones to choose C and to test.
+
+    To save time one picture of each known concept is learned from, by the artists in turn.
+    """
+    parts = [_emoji(split, size, data_dir) for split in _ROLES]
+    # The newest flags are missing from the table of categories.
+    kept = [[i for i, r in enumerate(records) if r["category"]] for _, records in parts]
+    drawings: dict[str, list[int]] = {}
+    for i in kept[0]:
+        drawings.setdefault(parts[0][1][i]["concept"], []).append(i)
+    kept[0] = sorted(found[turn % len(found)] for turn, (_, found) in enumerate(sorted(drawings.items())))
+    images = [[pictures[i] for i in keep] for (pictures, _), keep in zip(parts, kept, strict=True)]
+    records = [[found[i] for i in keep] for (_, found), keep in zip(parts, kept, strict=True)]
+    card = _card(
+        "+".join(_ROLES), [(r["vendor"], r["concept"], r["subcategory"]) for part in records for r in part],
+        protocol="linear probe (L-BFGS, C of 3 on validation) and 20 neighbours (T 0.07) on features before projection",
+        preprocessing=_RESIZE, metric="category/linear/top1",
+    )
+    tasks = {task: _index([[r[task] for r in part] for part in records]) for task in ("category", "subcategory")}
+    return ProbeSet(name, *images, tasks, sweep=_SWEEP, card=card)
+
+
+def _index(words: list[list[str]]) -> tuple[np.ndarray, ...]:
+    """Labels of each part's words, numbered in alphabetical order of the first part's."""
+    number = {word: i for i, word in enumerate(sorted(set(words[0])))}
+    return tuple(np.array([number[word] for word in part], int) for part in words)
+
+
+def _text_probe(name: str, size: int, data_dir: str | None) -> ProbeSet:
+    del size
+    known = [c for c in demo.concepts(demo.prepare(data_dir)) if c["category"]]
+    parts = [[c for c in known if c["role"] == role] for role in _ROLES]
+    names = [[c["name"] for c in part] for part in parts]
+    card = _card(
+        "+".join(_ROLES), [(c["name"], c["category"]) for part in parts for c in part],
+        protocol="linear probe (L-BFGS, C of 3 on validation) on text features before projection", metric="linear/top1",
+    )
+    tasks = {"": _index([[c["category"] for c in part] for part in parts])}
+    return ProbeSet(name, *names, tasks, sweep=_SWEEP, neighbours=False, card=card)
+
+
+def _same_meaning(name: str, size: int, data_dir: str | None, *, keys: tuple[str, ...]) -> TextRetrievalSet:
+    """Names of the test concepts and what else each is called at `keys`; what is spelt like the name asks nothing."""
+    del size
+    concepts = [c for c in demo.concepts(demo.prepare(data_dir)) if c["role"] == "test_concepts"]
+    found = []
+    for key in keys:
+        for i, c in enumerate(concepts):
+            words = c[key] if isinstance(c[key], list) else [c[key]]
+            found += [(key, w, i) for w in words if w and w.casefold() != c["name"].casefold()]
+    names, of = [c["name"] for c in concepts], np.array([key for key, *_ in found])
+    queries = [(word, i) for _, word, i in found]
+    card = _card(
+        "test_concepts", names, queries, protocol="recall of names by cosine of text embeddings", metric="r1",
+    )
+    groups = {key: of == key for key in keys if key in of} if len(keys) > 1 else {}
+    return TextRetrievalSet(name, names, queries, groups, card)
 
 
 def _known(split: str, **options: Any) -> Maker:
@@ -134,10 +243,29 @@ SETS: Mapping[str, Maker] = {
     "emoji/test_line_concepts": _unseen("test_concepts", "test_line"),
     "emoji/validation_retrieval": functools.partial(_retrieve, split="validation_rendering"),
     "emoji/test_retrieval": functools.partial(_retrieve, split="test_rendering"),
+    "emoji/test_probe": _probe,
+    "emoji/test_aliases": functools.partial(_same_meaning, keys=("aliases",)),
+    "emoji/test_translations": functools.partial(_same_meaning, keys=demo.LANGUAGES),
+    "emoji/test_text_probe": _text_probe,
 }
 
 
-def make(spec: str, encoder: Encoder, data_dir: str | None = None) -> ZeroShot | Retrieval:
+SUITES: Mapping[str, tuple[str, ...]] = {
+    "demo": tuple(name for name in SETS if name.startswith("emoji/test_")),
+    "paper": (*catalogue.PAPER, "coco_retrieval"),
+}
+
+
+def make(
+    spec: str, encoder: Encoder, data_dir: str | None = None, profile: Profile = PROFILES["openai"]
+) -> Evaluator:
     """The evaluator of the set named `spec`; arguments and errors are those of `load`."""
-    data = load(spec, encoder.image_size, data_dir)
-    return ZeroShot(encoder, data) if isinstance(data, ZeroShotSet) else Retrieval(encoder, data)
+    return evaluator(encoder, load(spec, encoder.image_size, data_dir, profile))
+
+
+def evaluator(encoder: Encoder, data: AnySet) -> Evaluator:
+    """The evaluator of a set."""
+    if isinstance(data, ProbeSet):
+        return Probe(encoder, data, "textual" if isinstance(data.test[0], str) else "visual")
+    kinds = {ZeroShotSet: ZeroShot, RetrievalSet: Retrieval, SimilaritySet: Similarity, TextRetrievalSet: TextRetrieval}
+    return kinds[type(data)](encoder, data)

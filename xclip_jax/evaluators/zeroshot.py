@@ -12,6 +12,8 @@ import numpy as np
 
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Encoder, Features
+from xclip_jax.evaluators.card import Card
+from xclip_jax.evaluators.scores import Items, average_precision, class_weights, eleven_point
 
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -98,10 +100,11 @@ class ZeroShotSet:
     Attributes:
       name: in the metrics' names.
       images: `len` and `[]`, uint8 (size, size, 3).
-      labels: class of each image, int (n,).
+      labels: class of each image, int (n,); or, where several classes may hold for one image, bool (n, classes).
       prompts: for each class its texts, templates filled in; classes may share texts.
       groups: bool (n,) of named parts, such as one for each vendor; the set's value is then their unweighted mean.
       names: of the classes, for people to read; by default their first prompts.
+      card: where the set is from; its `metric` "roc_auc" (two classes) and "top1_top5" add that one to the others.
     """
 
     name: str
@@ -110,12 +113,20 @@ class ZeroShotSet:
     prompts: list[list[str]]
     groups: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     names: Sequence[str] = ()
+    card: Card = dataclasses.field(default_factory=Card)
 
     def __post_init__(self) -> None:
         n, ways = len(self.images), len(self.prompts)
-        if not n or np.shape(self.labels) != (n,):
+        several = np.ndim(self.labels) == 2
+        if not n or np.shape(self.labels) != ((n, ways) if several else (n,)):
             raise UserError(f"{self.name}: {n} images, {np.size(self.labels)} labels; give one label for each image.")
-        if np.min(self.labels) < 0 or np.max(self.labels) >= ways or not all(self.prompts):
+        if several and (self.groups or not all(self.prompts)):
+            raise UserError(f"{self.name}: several labels an image exclude groups, and want a prompt a class.")
+        if not several and self.card.metric == "roc_auc" and ways != 2:
+            raise UserError(f"{self.name}: ROC AUC is of two classes; the set has {ways}.")
+        if several:
+            pass
+        elif np.min(self.labels) < 0 or np.max(self.labels) >= ways or not all(self.prompts):
             raise UserError(f"{self.name}: labels must be below {ways}, the number of classes, each with a prompt.")
         if len(self.names or self.prompts) != ways:
             raise UserError(f"{self.name}: {len(self.names)} names for {ways} classes; give each one a name, or none.")
@@ -128,7 +139,8 @@ class ZeroShotSet:
 class ZeroShot:
     """top1, top5 and mean_per_class in percent, n and ways, named "zeroshot/<set>[/<kind>][/<group>]/<metric>".
 
-    Kinds are those of `similarities`.
+    Kinds are those of `similarities`. Where several classes hold for an image it is map (mean over the classes of
+    `average_precision`) and map11 (of `eleven_point`) instead.
     """
 
     def __init__(self, encoder: Encoder, data: ZeroShotSet) -> None:
@@ -152,16 +164,46 @@ class ZeroShot:
 
     def run(self, variables: Any) -> dict[str, float]:
         """The metrics that the class names; `variables` is what `TwoTowers.apply` takes."""
-        labels = np.asarray(self.data.labels)
+        return self.measure(variables)[0]
+
+    def measure(self, variables: Any) -> tuple[dict[str, float], dict[str, Items]]:
+        """The metrics, and the items of those that can be resampled."""
+        labels, items = np.asarray(self.data.labels), {}
         metrics = {f"{self.name}/n": float(len(labels)), f"{self.name}/ways": float(len(self.data.prompts))}
         metrics |= {f"{self.name}/{group}/n": float(np.sum(mask)) for group, mask in self.data.groups.items()}
         for kind, scores in self.scores(variables).items():
             prefix = f"{self.name}/{kind}" if kind else self.name
+            if labels.ndim == 2:
+                precisions = {"map": average_precision(scores, labels), "map11": eleven_point(scores, labels)}
+                metrics |= {f"{prefix}/{key}": 100 * float(value.mean()) for key, value in precisions.items()}
+                continue
+            found = _items(scores, labels, self.data.groups)
+            if self.data.card.metric == "roc_auc":
+                found["roc_auc"] = Items(scores[:, 1] - scores[:, 0], other=labels == 1, statistic="roc_auc")
+            if self.data.card.metric == "top1_top5":
+                found["top1_top5"] = Items((found["top1"].values + found["top5"].values) / 2)
+            items |= {f"{prefix}/{key}": value for key, value in found.items()}
             parts = {group: _metrics(scores[mask], labels[mask]) for group, mask in self.data.groups.items()}
             whole = _mean(list(parts.values())) if parts else _metrics(scores, labels)
+            whole |= {key: found[key].value() for key in found if key not in whole}
             named = {prefix: whole, **{f"{prefix}/{group}": part for group, part in parts.items()}}
             metrics |= {f"{name}/{key}": value for name, found in named.items() for key, value in found.items()}
-        return metrics
+        return metrics, items
+
+
+def _items(scores: np.ndarray, labels: np.ndarray, groups: Mapping[str, np.ndarray]) -> dict[str, Items]:
+    """Each image's part in the set's metrics: the mean over groups counts each group alike."""
+    ranks, masks = _ranks(scores, labels), list(groups.values()) or [np.ones(len(labels), bool)]
+    even, classes = np.zeros(len(labels)), np.zeros(len(labels))
+    for mask in masks:
+        even[mask] += 1 / mask.sum()
+        of_class = class_weights(labels[mask])
+        classes[mask] += of_class / of_class.sum()
+    return {
+        "top1": Items((ranks < 1).astype(float), even),
+        "top5": Items((ranks < 5).astype(float), even),
+        "mean_per_class": Items((ranks < 1).astype(float), classes),
+    }
 
 
 def _metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -1,0 +1,143 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from tests import tiny
+from xclip_jax import evaluate, trainer
+from xclip_jax.errors import UserError
+from xclip_jax.evaluators.scores import Items
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of other seeds, and a folder of pictures in two classes."""
+    root = tmp_path_factory.mktemp("runs")
+    pairs = tiny.folder(root / "pairs")
+    for i, name in enumerate(("a", "b")):
+        changes = {"data__sources": (f"folder:{pairs}",), "checkpoint__every": 1, "mesh__fsdp": 2}
+        trainer.run(tiny.config(run=root / name, steps=STEPS, seed=i, **changes))
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (root / "set" / label).mkdir(parents=True)
+        for i in range(10):
+            image = PIL.Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
+            image.save(root / "set" / label / f"{i}.png")
+    return root
+
+
+def timeless(value):
+    """Without what takes time."""
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if key != "seconds"}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def test_the_results_say_what_they_are_and_are_the_same_twice(runs, capsys):
+    suite = f"folder:{runs / 'set'}"
+    first = evaluate.evaluate(str(runs / "a"), suite)
+    written = json.loads((runs / "a" / "evaluation.json").read_text())
+    again = evaluate.evaluate(str(runs / "a"), suite, output=str(runs / "elsewhere" / "x.json"))
+    assert timeless(first) == timeless(again) and timeless(json.loads((runs / "elsewhere" / "x.json").read_text()))
+    assert timeless(written) == timeless(json.loads((runs / "elsewhere" / "x.json").read_text()))
+    assert written["step"] == STEPS and written["profile"] == "openai" and "commit" in written["environment"]
+    assert written["config"]["seed"] == 0 and written["seconds"] > 0
+    (result,) = written["results"]
+    assert result["set"] == suite and result["metric"] == "top1" and result["n"] == 20
+    assert result["value"] == result["metrics"]["top1"] and 0 <= result["value"] <= 100
+    for key in ("protocol", "templates", "preprocessing", "split_hash", "tokenizer", "seconds"):
+        assert result[key], key
+    assert f"{tiny.SIZE} px" in result["preprocessing"] and "'imagenet'" in result["preprocessing"]
+    assert "zero-shot classification" in capsys.readouterr().out
+
+
+def test_an_earlier_step_can_be_evaluated(runs):
+    found = evaluate.evaluate(str(runs / "a"), f"folder:{runs / 'set'}", step=1, output=str(runs / "one.json"))
+    assert found["step"] == 1
+
+
+def test_runs_side_by_side(runs, capsys):
+    suite = f"folder:{runs / 'set'}"
+    values = [evaluate.evaluate(str(runs / name), suite)["results"][0]["value"] for name in ("a", "b")]
+    (row,) = evaluate.compare(str(runs / "a"), str(runs / "b" / "evaluation.json"))
+    assert (row["a"], row["b"]) == tuple(values) and row["difference"] == values[1] - values[0]
+    assert row["low"] <= row["difference"] <= row["high"]
+    evaluate.main(["--compare", str(runs / "a"), str(runs / "b"), "--output", str(runs / "compared.json")])
+    assert f"{row['difference']:+.1f}" in capsys.readouterr().out
+    assert json.loads((runs / "compared.json").read_text())["rows"] == [row]
+    (same,) = evaluate.compare(str(runs / "a"), str(runs / "a"))
+    assert (same["difference"], same["low"], same["high"]) == (0, 0, 0)
+
+
+def test_sets_that_differ_are_not_compared(runs):
+    for name, profile in (("a", "openai"), ("b", "openai")):
+        evaluate.evaluate(str(runs / name), f"folder:{runs / 'set'}", profile=profile)
+    changed = json.loads((runs / "b" / "evaluation.json").read_text())
+    changed["results"][0]["split_hash"] = "0"
+    (runs / "changed.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"is not the same in .*: split_hash is"):
+        evaluate.compare(str(runs / "a"), str(runs / "changed.json"))
+    changed["results"][0]["set"] = "other"
+    (runs / "changed.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="no set in common"):
+        evaluate.compare(str(runs / "a"), str(runs / "changed.json"))
+    (runs / "changed.json").write_text("{}")
+    with pytest.raises(UserError, match="is no file of results"):
+        evaluate.compare(str(runs / "a"), str(runs / "changed.json"))
+
+
+def test_items_survive_the_file(tmp_path):
+    items = {
+        "zeroshot/x/top1": Items(np.array([1.0, 0.0]), np.array([0.5, 2.0])),
+        "textual/y:z/spearman_all": Items(np.arange(3.0), other=np.array([1.0, 3, 2]), statistic="spearman"),
+    }
+    evaluate._write_items(evaluate.epath.Path(tmp_path / "x.npz"), items)
+    back = evaluate._read_items(evaluate.epath.Path(tmp_path / "x.npz"))
+    assert back.keys() == items.keys()
+    assert all(back[key].value() == items[key].value() for key in items)
+    assert evaluate._read_items(evaluate.epath.Path(tmp_path / "none.npz")) == {}
+
+
+def test_a_suite_is_a_name_or_names():
+    assert len(evaluate.chosen("demo")) > 10 and "imagenet_a" in evaluate.chosen("paper")
+    assert evaluate.chosen("imagenet, emoji/test_line,imagenet") == ("imagenet", "emoji/test_line")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--checkpoint", "{}/none"], "is no run's folder"),
+        (["--checkpoint", "{}/a", "--suite", "imagenett"], "'imagenett'; it must be one of"),
+        (["--checkpoint", "{}/a", "--suite", ","], "--suite is empty"),
+        (["--checkpoint", "{}/a", "--profile", "google"], "--profile is 'google'"),
+        (["--checkpoint", "{}/a", "--step", "9"], "no checkpoint of step 9"),
+        (["--checkpoint", "{}/a", "--stepp", "9"], "unrecognized arguments: --stepp"),
+        (["--checkpoint", "{}/bare"], "holds no checkpoint"),
+        (["--checkpoint", "{}/broken"], "cannot be read"),
+        (["--compare", "{}/bare", "{}/a"], "evaluation.json does not exist"),
+        (["--compare", "{}/a"], "expected 2 arguments"),
+        (["--checkpoint", "{}/a", "--compare", "{}/a", "{}/b"], "either --checkpoint RUN or --compare A B"),
+        ([], "either --checkpoint RUN or --compare A B"),
+    ],
+)
+def test_bad_input_is_one_sentence(flags, message, runs):
+    (runs / "bare").mkdir(exist_ok=True)
+    shutil.copy(runs / "a" / "config.json", runs / "bare")
+    (runs / "broken").mkdir(exist_ok=True)
+    (runs / "broken" / "config.json").write_text("{")
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([flag.format(runs) for flag in flags])
+    assert message in str(stopped.value)
+    assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)
+
+
+def test_the_command(runs):
+    command = [sys.executable, "-m", "xclip_jax.evaluate", "--checkpoint", str(runs / "none")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: --checkpoint")

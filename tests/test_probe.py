@@ -1,0 +1,250 @@
+import numpy as np
+import pytest
+import scipy.stats
+import sklearn.metrics
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from tests.encoding import SIZE, make_encoder, small_model
+from xclip_jax.errors import UserError
+from xclip_jax.evaluators import logistic, probe, scores
+from xclip_jax.evaluators.card import Card
+from xclip_jax.evaluators.probe import Probe, ProbeSet, Sweep
+
+
+def features(n=600, d=24, k=7, spread=0.6, seed=0):
+    """Classes that overlap, on axes of different lengths, away from the origin."""
+    centres = spread * np.random.default_rng(99).normal(size=(k, d))
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, k, n)
+    x = (centres[y] + rng.normal(size=(n, d))) * np.geomspace(3, 0.3, d) + 1
+    return x.astype(np.float32), y
+
+
+def objective(weights, bias, x, y, c):
+    logits = x.astype(np.float64) @ weights + bias
+    loss = scipy.special.logsumexp(logits, axis=1) - logits[np.arange(len(y)), y]
+    return loss.mean() + np.square(weights.astype(np.float64)).sum() / (2 * c * len(y))
+
+
+def test_logistic_regression_equals_sklearn():
+    (x, y), (held, _) = features(), features(seed=1)
+    cs = [1e-3, 1e-1, 1.0, 10.0, 100.0]
+    found = logistic.fit(x, y, cs, 7)
+    for i, c in enumerate(cs):
+        # float64 and a small tolerance: the optimum, rather than wherever scikit-learn's defaults stop.
+        peer = LogisticRegression(C=c, max_iter=20_000, tol=1e-7).fit(x.astype(np.float64), y)
+        best = objective(peer.coef_.T, peer.intercept_, x, y, c)
+        mine = objective(found.weights[i], found.bias[i], x, y, c)
+        assert mine == pytest.approx(best, rel=1e-4)
+        assert found.objective[i] == pytest.approx(mine, rel=1e-4)
+        assert np.mean(found.logits(held)[i].argmax(axis=1) == peer.predict(held)) >= 0.99
+
+
+def test_each_c_is_solved_as_if_alone(monkeypatch):
+    x, y = features(n=300)
+    cs = [1e-2, 1.0, 1e2, 1e4]
+    together = logistic.fit(x, y, cs, 7)
+    monkeypatch.setattr(logistic, "_SMALL", 0)  # those that are done are left behind
+    dropped = logistic.fit(x, y, cs, 7)
+    monkeypatch.setattr(logistic, "_SCORES", 2 * 300 * 7)  # in turns
+    turns = logistic.fit(x, y, cs, 7)
+    for i, c in enumerate(cs):
+        alone = logistic.fit(x, y, [c], 7)
+        for other in (together, dropped, turns):
+            assert other.objective[i] == pytest.approx(alone.objective[0], rel=1e-4)
+            assert abs(int(other.iterations[i]) - int(alone.iterations[0])) <= 0.5 * alone.iterations[0] + 2
+
+
+def test_logistic_regression_of_constant_features_and_absent_classes():
+    x, y = features(n=200, d=5)
+    x[:, 2] = 3
+    found = logistic.fit(x, y, [1.0, 1e6], 9)  # classes 7 and 8 do not occur
+    assert np.isfinite(found.weights).all() and np.isfinite(found.bias).all()
+    assert found.logits(x).argmax(axis=2).max() <= 6
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "c", "message"),
+    [
+        (np.full((3, 2), np.nan), [0, 1, 0], 1.0, "not finite"),
+        (np.zeros((3, 2)), [0, 1, 2], 1.0, "from 0 to 1"),
+        (np.zeros((3, 2)), [0, 1, 1], 0.0, "C above 0"),
+        (np.zeros((3, 2)), [0, 1], 1.0, r"\(3, 2\) and \(2,\)"),
+    ],
+)
+def test_wrong_input_of_a_probe(x, y, c, message):
+    with pytest.raises(UserError, match=message):
+        logistic.fit(x, np.array(y), [c], 2)
+
+
+@pytest.mark.parametrize("chunk", [1 << 25, 600 * 7])
+def test_knn_equals_sklearn(chunk, monkeypatch):
+    monkeypatch.setattr(probe, "_CHUNK", chunk)
+    (x, y), (held, _) = features(), features(n=100, seed=1)
+    peer = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)).fit(x - 1, y)
+    votes = probe.knn(x - 1, y, held - 1, 7)
+    share = votes / votes.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(share, peer.predict_proba(held - 1), atol=1e-3)
+    assert (votes.argmax(axis=1) == peer.predict(held - 1)).all()
+
+
+def test_knn_of_fewer_items_than_neighbours():
+    votes = probe.knn(np.eye(3), np.array([0, 1, 1]), np.array([[1.0, 0.1, 0.0]]), 2)
+    assert votes.argmax() == 0 and votes.shape == (1, 2)
+
+
+def test_parts_of_a_training_set():
+    labels = np.repeat([0, 1, 2], [200, 50, 30])
+    assert np.bincount(labels[probe.subset(labels, "5-shot")]).tolist() == [5, 5, 5]
+    assert np.bincount(labels[probe.subset(labels, "10%")]).tolist() == [20, 5, 3]
+    assert np.bincount(labels[probe.subset(labels, "1%")]).tolist() == [2, 1, 1]
+    assert (probe.subset(labels, "5-shot", 0) != probe.subset(labels, "5-shot", 1)).any()
+    wrong = (("five", "'five' is unknown"), ("0-shot", "unknown"), ("200%", "unknown"), ("31-shot", "class 2"))
+    for amount, message in wrong:
+        with pytest.raises(UserError, match=message):
+            probe.subset(labels, amount)
+
+
+def test_the_search_is_clips(monkeypatch):
+    tried = []
+
+    class Fit:
+        def __init__(self, cs):
+            self.cs = cs
+
+        def logits(self, x):
+            return np.array(self.cs)
+
+    def fit(x, y, cs, classes, tolerance):
+        tried.append(cs)
+        return Fit(cs)
+
+    monkeypatch.setattr(logistic, "fit", fit)
+    best, found = probe.search((0, 0), (0, 0), 2, Sweep(), lambda c, _: -abs(np.log10(c) - 1.3))
+    assert tried[0] == [10.0**e for e in range(-6, 7, 2)]
+    assert [len(cs) for cs in tried[1:]] == [2, 2, 2, 2]
+    assert np.log10(best) == pytest.approx(1.25) and len(found) == 15  # the end: eight steps a decade
+    best, _ = probe.search((0, 0), (0, 0), 2, Sweep((1.0, 10.0), 0), lambda c, _: 0.0)
+    assert best == 1.0
+
+
+def images(labels):
+    """Noise around one brightness a class: easy, but not for a single pixel."""
+    rng = np.random.default_rng(len(labels))
+    noise = rng.integers(0, 30, (len(labels), SIZE, SIZE, 3))
+    return list((noise + 100 * np.asarray(labels)[:, None, None, None]).astype(np.uint8))
+
+
+@pytest.mark.parametrize("held", [0, 9])
+def test_a_probe_finds_what_is_easy_to_see(held):
+    labels = [np.arange(n) % 2 for n in (40, held, 15)]
+    data = ProbeSet(
+        "set", *map(images, labels), {"": tuple(labels), "odd": tuple(1 - y for y in labels)}, ("2-shot",),
+        Sweep((1e-2, 1.0, 100.0), 0),
+    )
+    metrics, items = Probe(make_encoder(), data).measure(small_model()[1])
+    for task in ("visual/set", "visual/set/odd"):
+        assert metrics[f"{task}/n"] == 15 and metrics[f"{task}/ways"] == 2 and metrics[f"{task}/train"] == 40
+        for way in ("linear", "knn", "linear/2-shot"):
+            assert metrics[f"{task}/{way}/top1"] == metrics[f"{task}/{way}/mean_per_class"] == 100
+            assert len(items[f"{task}/{way}/top1"].values) == 15
+    assert Probe(make_encoder(), data).run(small_model()[1]) == metrics
+
+
+def test_a_probe_gives_the_same_on_1_and_8_devices():
+    labels = [np.arange(n) % 3 for n in (60, 9, 30)]
+    rng = np.random.default_rng(0)
+    pictures = [list(rng.integers(0, 256, (len(y), SIZE, SIZE, 3), dtype=np.uint8)) for y in labels]
+    data = ProbeSet("set", *pictures, {"": tuple(labels)}, ("50%",), Sweep((1e-2, 1.0), 1))
+    one, eight = (Probe(make_encoder(devices=n), data).run(small_model()[1]) for n in (1, 8))
+    assert one == pytest.approx(eight, abs=1e-3)
+
+
+def test_a_text_probe():
+    texts, labels = ["aaaa", "zzzz", "aaa", "zzz"] * 5, np.array([0, 1, 0, 1] * 5)
+    data = ProbeSet("set", texts, [], texts[:4], {"": (labels, labels[:0], labels[:4])}, sweep=Sweep((1.0,)))
+    assert Probe(make_encoder(), data, "textual").run(small_model()[1])["textual/set/linear/top1"] == 100
+
+
+def test_c_is_chosen_by_the_sets_own_metric():
+    logits, labels = np.array([[1, 0], [1, 0], [1, 0], [1, 0]]), np.array([0, 0, 0, 1])
+    for metric, value in (("top1", 75), ("mean_per_class", 50)):
+        data = ProbeSet("set", [0, 0], [], [0], {"": (np.array([0, 1]), np.array([], int), np.array([0]))},
+                        card=Card(metric=metric))
+        assert Probe(None, data)._score(logits, labels) == value
+
+
+def test_a_wrong_probe_set():
+    y = np.array([0, 1])
+    with pytest.raises(UserError, match=r"\(2, 0, 1\) items"):
+        ProbeSet("set", [0, 0], [], [0], {"": (y, y[:0], y)})
+    with pytest.raises(UserError, match=r"classes \[2\]"):
+        ProbeSet("set", [0, 0], [], [0], {"": (y, y[:0], y[:1] + 2)})
+
+
+# Measures.
+
+
+def test_average_precision_against_sklearn_and_ties():
+    rng = np.random.default_rng(0)
+    s, y = rng.normal(size=(200, 6)), rng.random((200, 6)) < 0.2
+    y[:, 5] = False
+    mine = scores.average_precision(s, y)
+    peer = [sklearn.metrics.average_precision_score(y[:, k], s[:, k]) for k in range(5)]
+    np.testing.assert_allclose(mine, [*peer, 0], atol=1e-9)
+    assert scores.average_precision(np.zeros((2, 1)), np.array([[False], [True]])) == [0.5]
+    with pytest.raises(UserError, match="classes"):
+        scores.average_precision(s, y[:, :2])
+
+
+def test_average_precision_equals_clip_benchmark():
+    torch = pytest.importorskip("torch")
+    peer = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
+    rng = np.random.default_rng(1)
+    s, y = rng.normal(size=(50, 4)).astype(np.float32), rng.random((50, 4)) < 0.3
+    theirs = peer.average_precision_per_class(torch.from_numpy(s), torch.from_numpy(y))
+    np.testing.assert_allclose(scores.average_precision(s, y), theirs, atol=1e-6)
+
+
+def test_eleven_points():
+    # By hand: hits at ranks 1, 3 and 6; recall 1/3 at precision 1, 2/3 at 2/3, 1 at 1/2.
+    y = np.array([1, 0, 1, 0, 0, 1])[:, None]
+    expected = (4 * 1 + 3 * 2 / 3 + 4 * 1 / 2) / 11
+    assert scores.eleven_point(-np.arange(6.0)[:, None], y)[0] == pytest.approx(expected)
+    ten = np.ones((10, 1), bool)  # recall 3/10 is not 0.30000000000000004
+    assert scores.eleven_point(np.zeros((10, 1)), ten)[0] == 1
+    assert scores.eleven_point(np.zeros((3, 1)), np.zeros((3, 1)))[0] == 0
+
+
+def test_roc_auc_f1_and_correlations_against_sklearn_and_scipy():
+    rng = np.random.default_rng(0)
+    s, y = rng.integers(0, 9, 300), rng.random(300) < 0.3
+    t = s + rng.integers(0, 9, 300)
+    assert scores.roc_auc(s, y) == pytest.approx(sklearn.metrics.roc_auc_score(y, s))
+    assert scores.spearman(s, t) == pytest.approx(scipy.stats.spearmanr(s, t).statistic)
+    assert scores.pearson(s, t) == pytest.approx(scipy.stats.pearsonr(s, t).statistic)
+    assert scores.f1(s > 4, y) == pytest.approx(sklearn.metrics.f1_score(y, s > 4))
+    assert scores.matthews(s > 4, y) == pytest.approx(sklearn.metrics.matthews_corrcoef(y, s > 4))
+    assert scores.spearman(np.zeros(300), t) == 0 and scores.spearman(np.full(300, np.nan), t) == 0
+    with pytest.raises(UserError, match="of 3 items 0 are positive"):
+        scores.roc_auc(np.arange(3), np.zeros(3))
+
+
+def test_the_bootstrap_covers_and_is_paired():
+    rng = np.random.default_rng(0)
+    a = (rng.random(400) < 0.5).astype(float)
+    better = np.where(rng.random(400) < 0.2, 1.0, a)
+    difference, low, high = scores.bootstrap(scores.Items(a), scores.Items(better))
+    assert difference == pytest.approx(100 * (better - a).mean()) and 0 < low < difference < high
+    deviation = 100 * (better - a).std() / np.sqrt(400)
+    assert (high - low) / 2 == pytest.approx(1.96 * deviation, rel=0.1)
+    assert scores.bootstrap(scores.Items(a), scores.Items(a)) == (0, 0, 0)
+    with pytest.raises(UserError, match="400 and 3 items"):
+        scores.bootstrap(scores.Items(a), scores.Items(a[:3]))
+
+
+def test_items_of_a_mean_per_class_are_weighted():
+    y, right = np.array([0, 0, 0, 1]), np.array([1.0, 1, 0, 0])
+    item = scores.Items(right, scores.class_weights(y))
+    assert item.value() == pytest.approx(100 * sklearn.metrics.balanced_accuracy_score(y, [0, 0, 1, 0]))

@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+import scipy.stats
+
+from tests.encoding import make_encoder, small_model
+from xclip_jax.errors import UserError
+from xclip_jax.evaluators.text import (
+    Similarity,
+    SimilaritySet,
+    TextRetrieval,
+    TextRetrievalSet,
+    correlations,
+    embedding,
+)
+
+
+def pairs(n, seed):
+    rng = np.random.default_rng(seed)
+    words = ["".join(chr(c) for c in rng.integers(97, 105, 4)) for _ in range(2 * n)]
+    return list(zip(words[:n], words[n:], (rng.integers(0, 11, n) / 2).tolist(), strict=True))
+
+
+def test_similarity_equals_scipy_and_names_what_it_averages():
+    data = SimilaritySet("sts", {"first": pairs(40, 0), "second": pairs(10, 1)})
+    encoder, variables = make_encoder(), small_model()[1]
+    metrics, items = Similarity(encoder, data).measure(variables)
+    cosine, gold = [], []
+    for part in data.subsets.values():
+        a, b = (encoder.texts(variables, [pair[side] for pair in part])["z"] for side in (0, 1))
+        cosine.append((a * b).sum(axis=1))
+        gold.append([pair[2] for pair in part])
+    by_rank = [100 * scipy.stats.spearmanr(*part).statistic for part in zip(cosine, gold, strict=True)]
+    linear = [100 * scipy.stats.pearsonr(*part).statistic for part in zip(cosine, gold, strict=True)]
+    whole = 100 * scipy.stats.spearmanr(np.concatenate(cosine), np.concatenate(gold)).statistic
+    expected = {
+        "spearman_all": whole,
+        "spearman_mean": np.mean(by_rank),
+        "spearman_weighted": 0.8 * by_rank[0] + 0.2 * by_rank[1],
+        "first/spearman": by_rank[0],
+        "second/spearman": by_rank[1],
+        "pearson_mean": np.mean(linear),
+        "pairs": 50,
+    }
+    for key, value in expected.items():
+        assert metrics[f"textual/sts/{key}"] == pytest.approx(value, abs=1e-3), key
+    assert items["textual/sts/spearman_all"].value() == metrics["textual/sts/spearman_all"]
+    assert Similarity(encoder, data).run(variables) == metrics
+
+
+def test_all_and_mean_differ():
+    # Each subset alone is ordered perfectly, the two together are not.
+    data = SimilaritySet("x", {"a": [("", "", g) for g in (1, 2, 3)], "b": [("", "", g) for g in (4, 5)]})
+    metrics, _ = correlations("x", np.array([0.7, 0.8, 0.9, 0.1, 0.2]), data)
+    assert metrics["x/spearman_mean"] == pytest.approx(100) and metrics["x/spearman_all"] < 0
+
+
+def test_wrong_sets():
+    with pytest.raises(UserError, match="subset 'a' has 1 pairs"):
+        SimilaritySet("x", {"a": [("p", "q", 1.0)]})
+    with pytest.raises(UserError, match="no pairs"):
+        SimilaritySet("x", {})
+    for queries in ([], [("a", 2)], [("a", -1)]):
+        with pytest.raises(UserError, match="one of 2 texts"):
+            TextRetrievalSet("x", ["a", "b"], queries)
+    with pytest.raises(UserError, match="group 'empty'"):
+        TextRetrievalSet("x", ["a", "b"], [("a", 0)], {"empty": np.array([False])})
+
+
+def test_retrieval_of_texts_by_hand():
+    texts = ["aaaa", "mmmm", "zzzz"]
+    queries = [("aaaa", 0), ("zzzz", 2), ("zzzz", 1), ("mmmm", 1)]
+    groups = {"first": np.array([True, False, False, False]), "second": np.array([False, True, True, True])}
+    encoder, variables = make_encoder(), small_model()[1]
+    metrics, items = TextRetrieval(encoder, TextRetrievalSet("x", texts, queries)).measure(variables)
+    assert metrics["textual/x/r1"] == 75 and metrics["textual/x/r5"] == 100
+    assert metrics["textual/x/queries"] == 4 and metrics["textual/x/texts"] == 3
+    assert items["textual/x/r1"].values.tolist() == [1, 1, 0, 1]
+    grouped = TextRetrieval(encoder, TextRetrievalSet("x", texts, queries, groups)).run(variables)
+    assert grouped["textual/x/first/r1"] == 100 and grouped["textual/x/second/r1"] == pytest.approx(200 / 3)
+    assert grouped["textual/x/r1"] == pytest.approx(250 / 3)
+
+
+def test_a_model_without_projection_compares_distributions():
+    found = make_encoder(embed=0).texts(small_model(0)[1], ["abc", "xyz"])
+    e = embedding(found, 1.0)
+    assert "z" not in found and e.shape == found["s"].shape
+    np.testing.assert_allclose(np.linalg.norm(e, axis=1), 1, rtol=1e-5)

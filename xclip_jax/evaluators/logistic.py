@@ -1,0 +1,240 @@
+"""Multinomial logistic regression for many penalties at once: L-BFGS in JAX, the objective of scikit-learn.
+
+For each C the objective, in nats, is  mean_i [-log softmax(x_i W + b)_(y_i)] + |W|^2 / (2 C n),  which is that of
+`sklearn.linear_model.LogisticRegression` over C n; the bias is not penalised. All C share each pass over the features.
+
+Three things make it quick and change no solution. Logits are linear in W, so that a line search needs no product with
+the features. The features are centred (the bias takes that up) and turned to their principal axes, where the Hessian's
+diagonal is known in advance up to a factor: it preconditions each C by itself. And the problems that still move are
+all that is carried on.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xclip_jax.errors import UserError
+
+HISTORY = 10
+_SCORES = 1 << 27  # logits held at once (fp32, some four arrays of them): more C than fit are solved in turns
+_SMALL = 1 << 24  # logits, up to which carrying problems that are done is cheaper than compiling without them
+_ROUND = 20  # iterations between looks at which problems are done
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """Solutions for each C.
+
+    Attributes:
+      weights: fp32 (cs, d, classes).
+      bias: fp32 (cs, classes); its mean over classes is zero.
+      objective: (cs,) as the module's docstring defines it.
+      iterations: (cs,) of L-BFGS.
+    """
+
+    weights: np.ndarray
+    bias: np.ndarray
+    objective: np.ndarray
+    iterations: np.ndarray
+
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        """Features (n, d) -> (cs, n, classes)."""
+        return np.einsum("nd,cdk->cnk", x, self.weights, optimize=True) + self.bias[:, None]
+
+
+def fit(
+    x: np.ndarray, y: np.ndarray, cs: np.ndarray | list[float], classes: int, *, iterations: int = 1000,
+    tolerance: float = 1e-6,
+) -> Fit:
+    """Fits every C in `cs`.
+
+    Args:
+      x: features fp32 (n, d).
+      y: classes int (n,), below `classes`; a class may have no item.
+      cs: inverse strengths of the penalty, as scikit-learn has them, above 0.
+      classes: number of them.
+      iterations: at most so many for each C.
+      tolerance: a problem is solved where the next step promises to lower the objective by less than this share.
+
+    Raises:
+      UserError: features that are not finite, labels or C out of range.
+    """
+    x, y, cs = np.asarray(x, np.float32), np.asarray(y), np.asarray(cs, np.float64)
+    if x.ndim != 2 or y.shape != x.shape[:1] or not len(x):
+        raise UserError(f"a probe needs features (n, d) and labels (n,); it got {x.shape} and {y.shape}.")
+    if not np.isfinite(x).all():
+        raise UserError("a probe's features are not finite: the model diverged.")
+    if y.min() < 0 or y.max() >= classes or not (cs > 0).all():
+        raise UserError(f"a probe's labels must be from 0 to {classes - 1}, and every C above 0; C is {cs.tolist()}.")
+    n, d = x.shape
+    mean = x.mean(axis=0, dtype=np.float64)
+    x = (x - mean).astype(np.float32)
+    spectrum, axes = np.linalg.eigh((x.T @ x).astype(np.float64) / n)
+    turned = jnp.asarray(np.concatenate([x @ axes.astype(np.float32), np.ones((n, 1), np.float32)], axis=1))
+    one_hot = jnp.asarray(y, jnp.int32)
+    # Of softmax's Hessian the diagonal is p (1 - p): 1 / classes where it starts.
+    curvature = np.append(np.maximum(spectrum, 0), 1.0) / classes
+    found: dict[str, list[Any]] = {"w": [], "objective": [], "iterations": []}
+    group = max(1, _SCORES // (n * classes))
+    for start in range(0, len(cs), group):
+        ridge = np.outer(np.append(np.ones(d), 0.0), 1 / (n * cs[start : start + group]))  # (d + 1, cs)
+        w, objective, steps = _solve(turned, one_hot, ridge, curvature, classes, iterations, tolerance)
+        for key, value in (("w", w), ("objective", objective), ("iterations", steps)):
+            found[key].append(value)
+    w = np.concatenate(found["w"], axis=1).transpose(1, 0, 2)  # (cs, d + 1, classes)
+    weights = np.einsum("de,cek->cdk", axes, w[:, :-1], optimize=True)
+    bias = w[:, -1] - np.einsum("d,cdk->ck", mean, weights)
+    bias -= bias.mean(axis=1, keepdims=True)
+    objective, steps = np.concatenate(found["objective"]), np.concatenate(found["iterations"])
+    return Fit(weights.astype(np.float32), bias.astype(np.float32), objective, steps)
+
+
+def _solve(
+    x: jax.Array, y: jax.Array, ridge: np.ndarray, curvature: np.ndarray, classes: int, iterations: int,
+    tolerance: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights (d + 1, cs, classes), objective (cs,) and iterations (cs,) for each column of `ridge` (d + 1, cs)."""
+    d, count = ridge.shape
+    scale = jnp.asarray(1 / (curvature[:, None] + ridge), jnp.float32)[..., None]
+    problem = {"ridge": jnp.asarray(ridge, jnp.float32)[..., None], "scale": scale}
+    zeros = jnp.zeros((d, count, classes), jnp.float32)
+    history = jnp.zeros((HISTORY, d, count, classes), jnp.float32)
+    # At zero every class has probability 1 / classes, whatever C.
+    wrong = np.full((len(x), classes), 1 / classes, np.float32)
+    wrong[np.arange(len(x)), np.asarray(y)] -= 1
+    g = np.repeat((np.asarray(x).T @ wrong / len(x))[:, None], count, axis=1)
+    state = {
+        "w": zeros, "z": jnp.zeros((len(x), count, classes), jnp.float32), "g": jnp.asarray(g),
+        "s": history, "y": history,
+        "rho": jnp.zeros((HISTORY, count), jnp.float32), "done": jnp.zeros(count, bool), "steps": jnp.zeros(count, int),
+        "value": jnp.full(count, np.log(classes), jnp.float32), "at": jnp.zeros((), int),
+    }
+    alive, out = np.arange(count), (np.zeros((d, count, classes), np.float32), np.zeros(count), np.zeros(count, int))
+    for _ in range(0, iterations, _ROUND):
+        state = _iterate(x, y, problem, state, iterations, tolerance)
+        done = np.asarray(state["done"])
+        keep = np.flatnonzero(~done)
+        last = not len(keep) or int(state["at"]) >= iterations
+        # Each new shape is compiled anew: halve, rather than drop one by one, and only where it pays.
+        if last or (len(keep) <= len(alive) // 2 and state["z"].size > _SMALL):
+            out[0][:, alive] = np.asarray(state["w"])
+            out[1][alive], out[2][alive] = np.asarray(state["value"]), np.asarray(state["steps"])
+            if last:
+                break
+            alive = alive[keep]
+            problem = {key: value[:, keep] for key, value in problem.items()}
+            state = {
+                key: value if key == "at" else jnp.take(value, keep, axis=_AXIS[key]) for key, value in state.items()
+            }
+    return out
+
+
+_AXIS = {"w": 1, "z": 1, "g": 1, "s": 2, "y": 2, "rho": 1, "done": 0, "steps": 0, "value": 0}
+_matmul = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Inner products (cs,) of (d, cs, classes) for each C."""
+    return (a * b).sum(axis=(0, 2))
+
+
+def _gradient(x: jax.Array, y: jax.Array, z: jax.Array, w: jax.Array, ridge: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Objective (cs,) and gradient (d, cs, classes) at the logits z (n, cs, classes) of w."""
+    n, _, k = z.shape
+    own = jnp.take_along_axis(z, y[:, None, None], axis=2)[..., 0]
+    value = (jax.nn.logsumexp(z, axis=2) - own).mean(axis=0) + _dot(ridge * w, w) / 2
+    wrong = jax.nn.softmax(z, axis=2) - jax.nn.one_hot(y, k)[:, None]
+    return value, _matmul("nd,nck->dck", x, wrong) / n + ridge * w
+
+
+def _direction(state: dict[str, jax.Array], scale: jax.Array) -> jax.Array:
+    """L-BFGS's two loops, for each C by itself; pairs that are not there yet have rho 0."""
+    newest = (state["at"] - 1 - jnp.arange(HISTORY)) % HISTORY
+
+    def down(j: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        q, alphas = carry
+        i = newest[j]
+        alpha = state["rho"][i] * _dot(state["s"][i], q)
+        return q - alpha[:, None] * state["y"][i], alphas.at[j].set(alpha)
+
+    def up(j: int, r: jax.Array) -> jax.Array:
+        i = newest[HISTORY - 1 - j]
+        beta = state["rho"][i] * _dot(state["y"][i], r)
+        return r + (alphas[HISTORY - 1 - j] - beta)[:, None] * state["s"][i]
+
+    q, alphas = jax.lax.fori_loop(0, HISTORY, down, (state["g"], jnp.zeros_like(state["rho"])))
+    y, rho = state["y"][newest[0]], state["rho"][newest[0]]
+    gamma = jnp.where(rho > 0, 1 / jnp.maximum(rho * _dot(y * scale, y), 1e-30), 1.0)
+    return -jax.lax.fori_loop(0, HISTORY, up, gamma[:, None] * scale * q)
+
+
+def _search(
+    y: jax.Array, state: dict[str, jax.Array], p: jax.Array, zp: jax.Array, ridge: jax.Array, slope: jax.Array
+) -> jax.Array:
+    """Steps (cs,) along p at which the slope has fallen to half or less: Newton within a bracket on convex functions.
+
+    The test is on slopes alone, as values are too coarse in fp32 near the solution.
+    """
+    own = jnp.take_along_axis(zp, y[:, None, None], axis=2)[..., 0].mean(axis=0)
+    wp, pp = _dot(ridge * state["w"], p), _dot(ridge * p, p)
+
+    def look(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        prob = jax.nn.softmax(state["z"] + t[:, None] * zp, axis=2)
+        first = (prob * zp).sum(axis=2)
+        second = (prob * zp * zp).sum(axis=2) - first**2
+        return first.mean(axis=0) - own + wp + t * pp, second.mean(axis=0) + pp
+
+    def cond(carry: Any) -> jax.Array:
+        return (~carry["ok"]).any() & (carry["i"] < 12)
+
+    def body(carry: Any) -> Any:
+        t = carry["t"]
+        first, second = look(t)
+        ok = carry["ok"] | (jnp.abs(first) <= 0.5 * jnp.abs(slope))
+        low, high = jnp.where(first < 0, t, carry["low"]), jnp.where(first < 0, carry["high"], t)
+        new = t - first / jnp.maximum(second, 1e-30)
+        middle = jnp.where(jnp.isinf(high), 4 * t, (low + high) / 2)
+        new = jnp.where((new > low) & (new < jnp.minimum(high, 10 * t)), new, middle)
+        return {"t": jnp.where(ok, t, new), "ok": ok, "low": low, "high": high, "i": carry["i"] + 1}
+
+    start = {
+        "t": jnp.ones_like(slope), "ok": state["done"], "low": jnp.zeros_like(slope),
+        "high": jnp.full_like(slope, jnp.inf), "i": 0,
+    }
+    return jax.lax.while_loop(cond, body, start)["t"]
+
+
+@jax.jit
+def _iterate(
+    x: jax.Array, y: jax.Array, problem: dict[str, jax.Array], state: dict[str, jax.Array], iterations: int,
+    tolerance: float,
+) -> dict[str, jax.Array]:
+    """Up to `_ROUND` iterations; a C that is done stays where it is."""
+    ridge, scale = problem["ridge"], problem["scale"]
+    stop = jnp.minimum(state["at"] + _ROUND, iterations)
+
+    def body(state: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        p = _direction(state, scale)
+        slope = _dot(state["g"], p)
+        done = state["done"] | (-slope <= tolerance * state["value"]) | ~jnp.isfinite(slope)
+        state = state | {"done": done}
+        p = jnp.where(done[:, None], 0, p)
+        zp = _matmul("nd,dck->nck", x, p)
+        t = jnp.where(done, 0, _search(y, state, p, zp, ridge, slope))
+        s = t[:, None] * p
+        w, z = state["w"] + s, state["z"] + t[:, None] * zp
+        value, g = _gradient(x, y, z, w, ridge)
+        change = g - state["g"]
+        sy = _dot(s, change)
+        at = state["at"] % HISTORY
+        return state | {
+            "w": w, "z": z, "g": g, "value": value, "at": state["at"] + 1, "steps": state["steps"] + ~done,
+            "s": state["s"].at[at].set(s), "y": state["y"].at[at].set(change),
+            "rho": state["rho"].at[at].set(jnp.where(sy > 0, 1 / jnp.maximum(sy, 1e-37), 0)),
+        }
+
+    return jax.lax.while_loop(lambda s: (~s["done"]).any() & (s["at"] < stop), body, state)

@@ -1,0 +1,147 @@
+"""Class names, prompt templates and class masks of the zero-shot sets, and the profiles that go with published tables.
+
+Names and templates come from the wheel of clip-benchmark (MIT) through `assets`; what differs is made by rule.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Sequence
+
+from xclip_jax.data import assets
+from xclip_jax.errors import UserError, one_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """A project's protocol, so that numbers can be held against its tables.
+
+    Mean and standard deviation of pixels are no part of it: they belong to the weights.
+
+    Attributes:
+      imagenet: templates of ImageNet and its relatives, "openai80" or "slip7".
+      resample: how the shorter side is resized, "bicubic" or "bilinear".
+      prefix: put before the captions of retrieval.
+      lower: whether captions are lower-cased, as SigLIP's are.
+      captions: at most so many of each image, the first ones; 0 for all.
+    """
+
+    imagenet: str = "openai80"
+    resample: str = "bicubic"
+    prefix: str = ""
+    lower: bool = False
+    captions: int = 0
+
+    def texts(self, captions: Sequence[str]) -> list[str]:
+        """An image's captions as the protocol wants them."""
+        kept = list(captions)[: self.captions or None]
+        return [self.prefix + (text.lower() if self.lower else text) for text in kept]
+
+
+PROFILES = {
+    "openai": Profile(prefix="a photo of "),  # of the CLIP paper's table 13
+    "slip": Profile(imagenet="slip7", resample="bilinear"),
+    "open_clip": Profile(),
+}
+
+# Positions, among the 80, of the seven that forward selection chose (the CLIP repository's notebook); SLIP uses them.
+_SEVEN = (73, 7, 44, 69, 35, 67, 64)
+
+# Classes of ImageNet-A and ImageNet-R among ImageNet's 1000. The lists of wnids of clip_benchmark (datasets/builder.py)
+# and those of big_vision (IMAGENET_A_LABELSET, IMAGENET_R_LABELSET) both give these.
+IMAGENET_A = (
+    6, 11, 13, 15, 17, 22, 23, 27, 30, 37, 39, 42, 47, 50, 57, 70, 71, 76, 79, 89, 90, 94, 96, 97, 99, 105, 107, 108,
+    110, 113, 124, 125, 130, 132, 143, 144, 150, 151, 207, 234, 235, 254, 277, 283, 287, 291, 295, 298, 301, 306, 307,
+    308, 309, 310, 311, 313, 314, 315, 317, 319, 323, 324, 326, 327, 330, 334, 335, 336, 347, 361, 363, 372, 378, 386,
+    397, 400, 401, 402, 404, 407, 411, 416, 417, 420, 425, 428, 430, 437, 438, 445, 456, 457, 461, 462, 470, 472, 483,
+    486, 488, 492, 496, 514, 516, 528, 530, 539, 542, 543, 549, 552, 557, 561, 562, 569, 572, 573, 575, 579, 589, 606,
+    607, 609, 614, 626, 627, 640, 641, 642, 643, 658, 668, 677, 682, 684, 687, 701, 704, 719, 736, 746, 749, 752, 758,
+    763, 765, 768, 773, 774, 776, 779, 780, 786, 792, 797, 802, 803, 804, 813, 815, 820, 823, 831, 833, 835, 839, 845,
+    847, 850, 859, 862, 870, 879, 880, 888, 890, 897, 900, 907, 913, 924, 932, 933, 934, 937, 943, 945, 947, 951, 954,
+    956, 957, 959, 971, 972, 980, 981, 984, 986, 987, 988,
+)
+IMAGENET_R = (
+    1, 2, 4, 6, 8, 9, 11, 13, 22, 23, 26, 29, 31, 39, 47, 63, 71, 76, 79, 84, 90, 94, 96, 97, 99, 100, 105, 107, 113,
+    122, 125, 130, 132, 144, 145, 147, 148, 150, 151, 155, 160, 161, 162, 163, 171, 172, 178, 187, 195, 199, 203, 207,
+    208, 219, 231, 232, 234, 235, 242, 245, 247, 250, 251, 254, 259, 260, 263, 265, 267, 269, 276, 277, 281, 288, 289,
+    291, 292, 293, 296, 299, 301, 308, 309, 310, 311, 314, 315, 319, 323, 327, 330, 334, 335, 337, 338, 340, 341, 344,
+    347, 353, 355, 361, 362, 365, 366, 367, 368, 372, 388, 390, 393, 397, 401, 407, 413, 414, 425, 428, 430, 435, 437,
+    441, 447, 448, 457, 462, 463, 469, 470, 471, 472, 476, 483, 487, 515, 546, 555, 558, 570, 579, 583, 587, 593, 594,
+    596, 609, 613, 617, 621, 629, 637, 657, 658, 701, 717, 724, 763, 768, 774, 776, 779, 780, 787, 805, 812, 815, 820,
+    824, 833, 847, 852, 866, 875, 883, 889, 895, 907, 928, 931, 932, 933, 934, 936, 937, 943, 945, 947, 948, 949, 951,
+    953, 954, 957, 963, 965, 967, 980, 981, 983, 988,
+)
+
+# CLIP's prompts of these are clip-benchmark's of another set with one word changed.
+_DERIVED = {
+    "birds": ("pets", "pet", "bird"),
+    "actions": ("stl10", "a {c}.", "a person doing {c}."),
+}
+
+
+@functools.cache
+def _read(kind: str) -> dict[str, list[str]]:
+    folder = assets.from_wheel("class_names")
+    return json.loads((folder / f"en_{kind}.json").read_text(encoding="utf-8"))
+
+
+def templates(name: str) -> list[str]:
+    """The templates `name`, with {c} for the class: "openai80", "slip7", or a set's own by clip-benchmark's key.
+
+    Raises:
+      UserError: an unknown name; the message lists the known.
+    """
+    known = _read("zeroshot_classification_templates")
+    if name in ("openai80", "slip7"):
+        found = known["imagenet1k"]
+        return [found[i] for i in _SEVEN] if name == "slip7" else found
+    if name in _DERIVED:
+        base, old, new = _DERIVED[name]
+        return [template.replace(old, new) for template in known[base]]
+    one_of("the name of templates", name, ["openai80", "slip7", *_DERIVED, *known])
+    return known[name]
+
+
+def prompts(names: Sequence[str | Sequence[str]], templates_of: str) -> list[list[str]]:
+    """Each class's prompts: every template with its name, or with every one of its synonyms."""
+    filled = templates(templates_of)
+    synonyms = [[name] if isinstance(name, str) else list(name) for name in names]
+    # str.format would stumble over braces in a name.
+    return [[t.replace("{c}", word) for word in words for t in filled] for words in synonyms]
+
+
+def readable(label: str) -> str:
+    """A class name out of a data set's label: "/a/airplane_cabin", "001.Black_footed_Albatross", "ApplyEyeMakeup"."""
+    label = re.sub(r"^/\w/|^\d+\.", "", label)
+    return " ".join(re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", re.sub(r"[_/]", " ", label)).split())
+
+
+def class_names(key: str, labels: Sequence[str]) -> list[str]:
+    """Names of a data set's classes, in the order of its own `labels`.
+
+    Args:
+      key: clip-benchmark's key of the names; "" makes them from the labels by `readable`.
+      labels: the data set's labels, in its order.
+
+    Raises:
+      UserError: as many names as labels, or the same order, are not there.
+    """
+    if not key:
+        return [readable(label) for label in labels]
+    found = _read("classnames")[key]
+    if len(found) != len(labels):
+        raise UserError(f"{key} has {len(found)} class names and the data set {len(labels)} labels; use another split.")
+
+    def plain(name: str) -> str:
+        return re.sub(r"\W|_", "", name.lower())
+
+    theirs, ours = [plain(name) for name in found], [plain(label) for label in labels]
+    if set(theirs) == set(ours) and len(set(ours)) == len(ours):
+        return [found[theirs.index(name)] for name in ours]
+    # Labels that say nothing (numbers, wnids) or say it in other words: the order is the same, which those show that
+    # are spelt alike.
+    moved = [name for i, name in enumerate(ours) if name in theirs and theirs[i] != name and theirs.count(name) == 1]
+    if moved:
+        raise UserError(f"the labels of {key} are in another order than its class names ({moved[0]!r} is one of them).")
+    return list(found)

@@ -1,0 +1,271 @@
+"""Visual representation: how much frozen features know, by a linear probe and by their nearest neighbours.
+
+All use the features "h", before any projection, as the CLIP paper does (arXiv 2103.00020, appendix A.3). They come to
+the host whole; fitting runs on one device of each process, so that the result does not depend on the mesh.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xclip_jax.errors import UserError
+from xclip_jax.evaluators import Encoder, logistic
+from xclip_jax.evaluators.card import Card
+from xclip_jax.evaluators.scores import Items, class_weights, f1, matthews
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+COARSE = tuple(10.0**e for e in range(-6, 7, 2))
+_SEEDS = 3
+_CHUNK = 1 << 25  # similarities at once, fp32
+
+
+def knn(
+    train: np.ndarray, labels: np.ndarray, queries: np.ndarray, classes: int, k: int = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+) -> np.ndarray:
+    """Votes of the k nearest by cosine, each weighted exp(cosine / temperature): DINO's protocol (arXiv 2104.14294).
+
+    Args:
+      train, queries: features (n, d) and (m, d), of any length.
+      labels: classes int (n,).
+      classes: number of them.
+      k: neighbours; all, where the training set has fewer. Of equally near ones the lower index is taken.
+      temperature: of the weights.
+
+    Returns:
+      fp32 (m, classes).
+    """
+    k = min(k, len(train))
+    base = jnp.asarray(_unit(train))
+    one_hot = jnp.asarray(np.eye(classes, dtype=np.float32)[labels])
+
+    @jax.jit
+    def vote(q: jax.Array) -> jax.Array:
+        near, index = jax.lax.top_k(jnp.matmul(q, base.T, precision=jax.lax.Precision.HIGHEST), k)
+        # exp(1 / temperature) is taken out: only ratios matter, and small temperatures would overflow.
+        return jnp.einsum("mk,mkc->mc", jnp.exp((near - 1) / temperature), one_hot[index])
+
+    step = min(max(1, _CHUNK // max(len(train), k * classes)), len(queries))
+    padded = np.zeros((-(-len(queries) // step) * step, queries.shape[1]), np.float32)
+    padded[: len(queries)] = _unit(queries)
+    votes = [np.asarray(vote(padded[i : i + step])) for i in range(0, len(padded), step)]
+    return np.concatenate(votes)[: len(queries)]
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    x = np.asarray(x, np.float32)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def subset(labels: np.ndarray, amount: str, seed: int = 0) -> np.ndarray:
+    """Indices of a part of a training set, sorted: "5-shot" is 5 of each class, "10%" that share of each, at least one.
+
+    ImageNet's customary 1 % and 10 % are lists of their own (SimCLR's, TFDS `imagenet2012_subset`), not this draw.
+
+    Raises:
+      UserError: an amount of another form, or a class with fewer items than shots.
+    """
+    number = amount.removesuffix("-shot").removesuffix("%")
+    kind = amount[len(number) :]
+    try:
+        value = float(number) if kind == "%" else int(number)
+    except ValueError:
+        value = 0
+    if kind not in ("%", "-shot") or value <= 0 or (kind == "%" and value > 100):
+        raise UserError(f"part of a training set {amount!r} is unknown; write N-shot or P%, as in 5-shot or 10%.")
+    rng, chosen = np.random.default_rng(seed), []
+    for c in np.unique(labels):
+        members = np.flatnonzero(labels == c)
+        want = value if kind == "-shot" else max(1, round(len(members) * value / 100))
+        if want > len(members):
+            raise UserError(f"class {c} has {len(members)} training items, fewer than {amount} asks for.")
+        chosen.append(rng.permutation(members)[:want])
+    return np.sort(np.concatenate(chosen))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Which C are tried.
+
+    Attributes:
+      coarse: the first, ascending.
+      halvings: how often the two halfway to the neighbours of the best (in log C) are tried too. Seven from 1e-6 to 1e6
+        and 4 is the CLIP paper's search, which ends at eight steps a decade.
+      tolerance: of `logistic.fit`.
+    """
+
+    coarse: Sequence[float] = COARSE
+    halvings: int = 4
+    tolerance: float = 1e-6
+
+
+def search(
+    train: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.ndarray], classes: int, sweep: Sweep,
+    score: Callable[[np.ndarray, np.ndarray], float],
+) -> tuple[float, dict[float, float]]:
+    """The best C on the validation items, the smaller of equal ones, and {C: score} of all that were tried."""
+    found: dict[float, float] = {}
+
+    def trial(cs: Sequence[float]) -> None:
+        new = [c for c in cs if c not in found]
+        if new:
+            logits = logistic.fit(*train, new, classes, tolerance=sweep.tolerance).logits(validation[0])
+            found.update({c: score(part, validation[1]) for c, part in zip(new, logits, strict=True)})
+
+    trial(sweep.coarse)
+    step = np.log10(sweep.coarse[1] / sweep.coarse[0]) if len(sweep.coarse) > 1 else 0.0
+    for _ in range(sweep.halvings):
+        step /= 2
+        best = _best(found)
+        trial([best * 10.0**-step, best * 10.0**step])
+    return _best(found), found
+
+
+def _best(found: Mapping[float, float]) -> float:
+    return min(found, key=lambda c: (-found[c], c))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ProbeSet:
+    """What a probe is trained, chosen and tested on; images or texts.
+
+    Attributes:
+      name: in the metrics' names.
+      train, validation, test: items, as `Encoder.images` or `Encoder.texts` takes them; without validation items C is
+        chosen on one training item in ten, drawn with seed 0.
+      tasks: name ("" where there is but one) -> labels of the three, int (n,).
+      parts: of the training set, "10%" or "5-shot"; each gives results of its own, means over 3 draws.
+      sweep: of C.
+      neighbours: whether nearest neighbours are tried too.
+    """
+
+    name: str
+    train: Sequence[Any]
+    validation: Sequence[Any]
+    test: Sequence[Any]
+    tasks: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
+    parts: Sequence[str] = ()
+    sweep: Sweep = Sweep()
+    neighbours: bool = True
+    card: Card = dataclasses.field(default_factory=Card)
+
+    def __post_init__(self) -> None:
+        sizes = (len(self.train), len(self.validation), len(self.test))
+        for task, labels in self.tasks.items():
+            if tuple(map(len, labels)) != sizes or not sizes[0] or not sizes[2]:
+                raise UserError(f"{self.name}: {sizes} items and {tuple(map(len, labels))} labels {task!r} differ.")
+            unseen = sorted(set(np.concatenate(labels[1:]).tolist()) - set(labels[0].tolist()))
+            if unseen:
+                raise UserError(f"{self.name}: classes {unseen} of {task or 'the task'} have no training item.")
+
+
+class Probe:
+    """Results of a linear probe and of kNN, in percent, named "visual/<set>[/<task>]/linear/top1" and ".../knn/top1".
+
+    Beside them mean_per_class, of two classes f1 (of the second) and matthews, the C of the linear probe
+    ("linear/log10_c"), n, train, ways, "majority" (what always naming the largest class gives) and for each part of the
+    training set ".../linear/10%/top1". Texts are probed in the same way, under the family "textual".
+    """
+
+    def __init__(self, encoder: Encoder, data: ProbeSet, family: str = "visual") -> None:
+        self.encoder, self.data, self.family = encoder, data, family
+        self.name = f"{family}/{data.name}"
+
+    def run(self, variables: Any) -> dict[str, float]:
+        """The metrics that the class names; `variables` is what `TwoTowers.apply` takes."""
+        return self.measure(variables)[0]
+
+    def measure(self, variables: Any) -> tuple[dict[str, float], dict[str, Items]]:
+        """The metrics, and the items of those that can be resampled."""
+        sides = (self.data.train, self.data.validation, self.data.test)
+        encode = self.encoder.images if self.family == "visual" else self.encoder.texts
+        # One pass for all three: the last batch of each would be filled up.
+        joined = encode(variables, _Joined(sides) if self.family == "visual" else [t for s in sides for t in s], ("h",))
+        features = np.split(joined["h"], np.cumsum([len(side) for side in sides])[:-1])
+        metrics: dict[str, float] = {}
+        items: dict[str, Items] = {}
+        for task, labels in self.data.tasks.items():
+            name = f"{self.name}/{task}" if task else self.name
+            for key, (values, extra) in self._task(features, labels).items():
+                items[f"{name}/{key}/top1"] = Items(values)
+                items[f"{name}/{key}/mean_per_class"] = Items(values, class_weights(labels[2]))
+                metrics |= {f"{name}/{key}/{k}": v for k, v in extra.items()}
+                if max(map(np.max, (labels[0], labels[2]))) == 1 and set(np.unique(values)) <= {0.0, 1.0}:
+                    predicted = np.where(values == 1, labels[2], 1 - labels[2])
+                    metrics[f"{name}/{key}/f1"] = 100 * f1(predicted, labels[2])
+                    metrics[f"{name}/{key}/matthews"] = 100 * matthews(predicted, labels[2])
+            sizes = {"n": len(labels[2]), "train": len(labels[0]), "ways": int(labels[0].max()) + 1}
+            metrics |= {f"{name}/{key}": float(value) for key, value in sizes.items()}
+            metrics[f"{name}/majority"] = 100 * float(np.mean(labels[2] == np.bincount(labels[0]).argmax()))
+        return {key: item.value() for key, item in items.items()} | metrics, items
+
+    def _task(
+        self, features: Sequence[np.ndarray], labels: Sequence[np.ndarray]
+    ) -> dict[str, tuple[np.ndarray, dict[str, float]]]:
+        """{"linear": (share right of each test item (n,), more metrics)} for each way of probing."""
+        train, held, test = ((x, y) for x, y in zip(features, labels, strict=True))
+        classes = int(train[1].max()) + 1
+        out = {"linear": linear(train, held, test, classes, self.data.sweep, self._score)}
+        if self.data.neighbours:
+            both = (np.concatenate([train[0], held[0]]), np.concatenate([train[1], held[1]]))
+            out["knn"] = (_right(knn(*both, test[0], classes), test[1]), {})
+        for part in self.data.parts:
+            runs = []
+            for seed in range(_SEEDS):
+                chosen = subset(train[1], part, seed)
+                some = (train[0][chosen], train[1][chosen])
+                runs.append(linear(some, held, test, classes, self.data.sweep, self._score, join=False)[0])
+            out[f"linear/{part}"] = (np.mean(runs, axis=0), {})
+        return out
+
+    def _score(self, logits: np.ndarray, labels: np.ndarray) -> float:
+        """What C is chosen by: the set's own metric."""
+        weights = class_weights(labels) if self.data.card.metric.endswith("mean_per_class") else None
+        return Items(_right(logits, labels), weights).value()
+
+
+def linear(
+    train: tuple[np.ndarray, np.ndarray], held: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray],
+    classes: int, sweep: Sweep, score: Callable[[np.ndarray, np.ndarray], float], *, join: bool = True,
+) -> tuple[np.ndarray, dict[str, float]]:
+    """CLIP's linear probe: C by `search` on `held`, then one fit on `train` and (if `join`) `held`, tested once.
+
+    Without `held` items a tenth of `train` is held. Where one C is tried there is nothing to choose.
+
+    Returns:
+      Whether each test item is right, 0.0 or 1.0 (n,), and {"log10_c": the choice}.
+    """
+    if not len(held[1]):
+        order = np.random.default_rng(0).permutation(len(train[1]))
+        tenth = max(1, len(order) // 10)
+        held, train = (tuple(v[part] for v in train) for part in (order[:tenth], order[tenth:]))
+        join = True
+    best = sweep.coarse[0]
+    if len(sweep.coarse) > 1:
+        best, _ = search(train, held, classes, sweep, score)
+    both = tuple(np.concatenate(pair) for pair in zip(train, held, strict=True)) if join else train
+    logits = logistic.fit(*both, [best], classes, tolerance=sweep.tolerance).logits(test[0])[0]
+    return _right(logits, test[1]), {"log10_c": float(np.log10(best))}
+
+
+def _right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """1.0 where the highest, of equal ones the first, is the label; logits that are not numbers are wrong."""
+    return ((logits.argmax(axis=1) == labels) & ~np.isnan(logits).any(axis=1)).astype(float)
+
+
+class _Joined(Sequence):
+    """Sequences one after another, without loading their items."""
+
+    def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
+        self._parts, self._ends = parts, np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Any:
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return self._parts[part][index - (int(self._ends[part - 1]) if part else 0)]

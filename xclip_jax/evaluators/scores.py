@@ -1,0 +1,153 @@
+"""Measures other than shares of right answers, and what a result is made of: items that can be resampled."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import scipy.stats
+
+from xclip_jax.errors import UserError
+
+
+def average_precision(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    """Average precision of each class, not interpolated: the mean of precision at each positive.
+
+    The definition of clip_benchmark's `average_precision_per_class`; equal scores rank by index, lowest first.
+
+    Args:
+      scores: (n, classes), higher is likelier.
+      positives: bool of the same shape; several classes may hold for one item.
+
+    Returns:
+      (classes,), between 0 and 1; 0 for a class without positives.
+    """
+    hits, precision = _ranked(scores, positives)
+    return (precision * hits).sum(axis=0) / np.maximum(hits.sum(axis=0), 1)
+
+
+def eleven_point(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    """PASCAL VOC 2007's average precision of each class, (classes,); arguments are those of `average_precision`.
+
+    It is the mean, over the recalls 0, 0.1, ... 1, of the best precision at that recall or above.
+    """
+    hits, precision = _ranked(scores, positives)
+    total = np.maximum(hits.sum(axis=0), 1)
+    recall = hits.cumsum(axis=0) / total
+    # Ten times the recall is compared, in integers: a recall of 3 in 10 must reach 0.3.
+    best = [np.where(10 * hits.cumsum(axis=0) >= point * total, precision, 0).max(axis=0) for point in range(11)]
+    return np.where(recall[-1] > 0, np.mean(best, axis=0), 0)
+
+
+def _ranked(scores: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether the item at each rank is positive, and precision there; both (n, classes)."""
+    scores, positives = np.asarray(scores), np.asarray(positives, bool)
+    if scores.shape != positives.shape or scores.ndim != 2:
+        raise UserError(f"scores {scores.shape} and positives {positives.shape} must both be (items, classes).")
+    order = np.argsort(-np.where(np.isnan(scores), -np.inf, scores), axis=0, kind="stable")
+    hits = np.take_along_axis(positives, order, axis=0)
+    return hits, hits.cumsum(axis=0) / np.arange(1, len(hits) + 1)[:, None]
+
+
+def roc_auc(scores: np.ndarray, positives: np.ndarray) -> float:
+    """Probability that a positive item has a higher score than a negative one; a tie counts one half.
+
+    Args:
+      scores: (n,).
+      positives: bool (n,), with at least one of each kind.
+
+    Raises:
+      UserError: all items are of one kind.
+    """
+    positives = np.asarray(positives, bool)
+    up, down = int(positives.sum()), int((~positives).sum())
+    if not up or not down:
+        raise UserError(f"ROC AUC needs positive and negative items; of {len(positives)} items {up} are positive.")
+    if np.isnan(scores).any():
+        return 0.0  # a model that diverged
+    ranks = scipy.stats.rankdata(scores)
+    return float((ranks[positives].sum() - up * (up + 1) / 2) / (up * down))
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's rank correlation of (n,) and (n,), ties at their mean rank; 0 where one of them is constant."""
+    return pearson(scipy.stats.rankdata(x), scipy.stats.rankdata(y)) if np.isfinite(x).all() else 0.0
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's correlation of (n,) and (n,); 0 where one of them is constant."""
+    x, y = (np.asarray(v, np.float64) - np.mean(v, dtype=np.float64) for v in (x, y))
+    norm = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / norm) if norm > 0 and np.isfinite(norm) else 0.0
+
+
+def f1(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """F1 of class 1, between 0 and 1; 0 where nothing is found."""
+    both = np.sum((predicted == 1) & (labels == 1))
+    return float(2 * both / max(np.sum(predicted == 1) + np.sum(labels == 1), 1))
+
+
+def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Matthews' correlation of two binary (n,): Pearson's of the two; 0 where one is constant."""
+    return pearson(predicted, labels)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Items:
+    """What one number is made of, so that it can be resampled: `value()` is the number.
+
+    Attributes:
+      values: (n,) for statistic "mean"; scores (n,) otherwise.
+      weights: of a mean, (n,); images of three artists count so that each artist counts the same.
+      other: what scores are held against: gold values for "spearman", bool for "roc_auc".
+      statistic: one of `STATISTICS`.
+    """
+
+    values: np.ndarray
+    weights: np.ndarray | None = None
+    other: np.ndarray | None = None
+    statistic: str = "mean"
+
+    def value(self, chosen: np.ndarray | slice = slice(None)) -> float:
+        """The statistic of the items `chosen`, by default of all, in percent."""
+        second = self.weights if self.statistic == "mean" else self.other
+        return 100 * STATISTICS[self.statistic](self.values[chosen], None if second is None else second[chosen])
+
+
+def _mean(values: np.ndarray, weights: np.ndarray | None) -> float:
+    return float(np.average(values, weights=weights))
+
+
+STATISTICS: Mapping[str, Callable[..., float]] = {"mean": _mean, "spearman": spearman, "roc_auc": roc_auc}
+
+
+def class_weights(labels: np.ndarray) -> np.ndarray:
+    """Weights (n,) with which the mean over items is the mean over the classes that occur."""
+    return 1 / np.bincount(labels)[labels]
+
+
+def bootstrap(
+    a: Items, b: Items, *, samples: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """The difference b - a in percentage points, and its percentile interval by resampling the items in pairs.
+
+    Args:
+      a, b: the same items, in the same order, under two models.
+      samples: resamples.
+      level: of the interval.
+      seed: decides the resamples; both sides get the same ones.
+
+    Raises:
+      UserError: sides of different items.
+    """
+    if a.statistic != b.statistic or len(a.values) != len(b.values):
+        raise UserError(f"results over {len(a.values)} and {len(b.values)} items cannot be paired; evaluate both anew.")
+    rng, n = np.random.default_rng(seed), len(a.values)
+    differences = []
+    for _ in range(samples):
+        chosen = rng.integers(0, n, n)
+        try:
+            differences.append(b.value(chosen) - a.value(chosen))
+        except UserError:
+            continue  # a resample of one kind of item alone has no ROC AUC
+    low, high = np.percentile(differences, [50 * (1 - level), 50 * (1 + level)])
+    return b.value() - a.value(), float(low), float(high)
