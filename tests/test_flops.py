@@ -37,7 +37,7 @@ def test_patch_dropout_and_teacher_and_batch():
     config = tiny.config("xclip")
     whole = flops.train_step(config)
     config.model.img.patch_dropout = 0.5
-    assert flops.forward(config)["img"] < 0.7 * flops.forward(config, train=False)["img"]
+    assert flops.forward(config)["img"] < 0.75 * flops.forward(config, train=False)["img"]
     config.model.img.patch_dropout = 0.0
     config.objective.nclip.target = "ema"
     assert flops.train_step(config) == pytest.approx(whole * 4 / 3, rel=0.01)

