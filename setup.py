@@ -55,6 +55,7 @@ setup(
         "test": [
             *DEMO,
             "clip-benchmark>=1.6.2",
+            "jax[tpu]>=0.10,<0.13; platform_system == 'Linux' and platform_machine == 'x86_64'",  # libtpu, for plans
             "jsonschema>=4.20",
             "pyarrow>=15",
             "open_clip_torch>=2.30",
