@@ -15,6 +15,7 @@ from etils import epath
 from tests import tiny
 from xclip_jax import metrics, parts, trainer
 from xclip_jax.checkpoint import Checkpointer
+from xclip_jax.data import files
 from xclip_jax.errors import UserError
 
 
@@ -187,7 +188,7 @@ def test_each_collapse_is_provoked_and_said_once(pairs, tmp_path, capsys, failur
 
 @pytest.mark.parametrize("remote", [False, True])  # in a bucket files cannot grow
 def test_writer_drops_what_a_resumed_run_writes_again(tmp_path, monkeypatch, remote):
-    monkeypatch.setattr(metrics, "is_remote", lambda _: remote)
+    monkeypatch.setattr(files, "is_remote", lambda _: remote)
     writer = metrics.Writer(epath.Path(tmp_path))
     for step in (1, 2, 3):
         writer.write(step, {"loss": float(step)})
@@ -196,7 +197,7 @@ def test_writer_drops_what_a_resumed_run_writes_again(tmp_path, monkeypatch, rem
         file.write('{"step": 2, "lo')  # killed while it wrote
     writer = metrics.Writer(epath.Path(tmp_path), step=2)
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
-    monkeypatch.setattr(metrics, "REWRITE_SECONDS", -1)
+    monkeypatch.setattr(files, "REWRITE_SECONDS", -1)
     writer.write(3, {"loss": 0.5})
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {"step": 3, "loss": 0.5}
     writer.close()

@@ -7,6 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from xclip_jax.data.files import is_remote
 from xclip_jax.errors import UserError
 from xclip_jax.state import TrainState
 
@@ -28,7 +29,7 @@ class Checkpointer:
     def __init__(self, run: str | epath.Path, *, keep: int = 3) -> None:
         run = epath.Path(run)
         # Orbax wants absolute paths; that of a bucket is one, and would be taken for a local folder's name.
-        self.path = (run if is_remote(run) else run.absolute()) / "checkpoints"
+        self.path = (run if is_remote(str(run)) else run.absolute()) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             step_prefix=None,
@@ -99,11 +100,6 @@ class Checkpointer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def is_remote(path: epath.Path) -> bool:
-    """Whether `path` is in a bucket, gs:// or s3://, and not in a file system."""
-    return "://" in str(path)
 
 
 def write_json(path: epath.Path, content: Any) -> None:

@@ -1,6 +1,6 @@
 """What a run tells: metrics.jsonl, TensorBoard, one progress line, and the facts of its environment."""
 
-import json
+import math
 import platform
 import subprocess
 import sys
@@ -13,11 +13,9 @@ import jax
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from xclip_jax.checkpoint import is_remote
+from xclip_jax.data.files import JsonLines
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy", "xclip_jax")
-
-REWRITE_SECONDS = 60
 
 
 class Writer:
@@ -26,45 +24,19 @@ class Writer:
     def __init__(self, run: epath.Path, *, step: int = 0) -> None:
         """`step`: where the run stands; lines of later steps, left by a run that was cut off, are taken out."""
         self.path = run / "metrics.jsonl"
-        # Objects in a bucket cannot grow: there all lines are kept and written anew, once in a while.
-        self._lines: list[str] | None = [] if is_remote(run) else None
-        self._written = time.monotonic()
-        if self.path.exists():
-            lines = [line + "\n" for line in self.path.read_text().splitlines() if _step(line) <= step]
-            self.path.write_text("".join(lines))
-            if self._lines is not None:
-                self._lines = lines
+        self._file = JsonLines(self.path, lambda line: line.get("step", math.inf) <= step)
         self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one set of scalars."""
-        line = json.dumps({"step": step} | dict(scalars)) + "\n"
-        if self._lines is None:
-            with self.path.open("a") as file:
-                file.write(line)
-        else:
-            self._lines.append(line)
-            if time.monotonic() - self._written > REWRITE_SECONDS:
-                self._rewrite()
+        self._file.append({"step": step} | dict(scalars))
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flushes."""
-        if self._lines is not None:
-            self._rewrite()
+        self._file.close()
         self._tensorboard.close()
-
-    def _rewrite(self) -> None:
-        self.path.write_text("".join(self._lines))
-        self._written = time.monotonic()
-
-
-def _step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")  # half a line: the process was killed while it wrote
 
 
 def clock(seconds: float) -> str:

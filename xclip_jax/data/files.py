@@ -1,26 +1,82 @@
-"""Names of many files, and reads at an offset, on local disks and (through fsspec) in buckets."""
+"""Names of many files, reads at an offset, and files that grow, on local disks and (through fsspec) in buckets."""
 
 import functools
 import glob
+import json
 import os
 import pathlib
 import re
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from etils import epath
 
 from xclip_jax.errors import UserError
 
 # Open files kept in each process; the soft limit of open files is often 1024.
 _OPEN = 256
 _TRIES = 3
+REWRITE_SECONDS = 60
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def is_remote(path: str) -> bool:
     """Whether `path` is a URL such as gs://, s3:// or https:// and not in a file system."""
     return "://" in path
+
+
+class JsonLines:
+    """A file of one JSON object a line that a run makes longer, and that a resumed run takes up where it stood.
+
+    Objects in a bucket cannot grow: there all lines are kept, and written anew once in a while.
+
+    Attributes:
+      kept: the objects that were there and stay.
+    """
+
+    def __init__(self, path: epath.Path, keep: Callable[[dict[str, Any]], bool], *, writes: bool = True) -> None:
+        """Opens `path`, without what was written behind the point to go on from.
+
+        Args:
+          path: the file; it need not exist.
+          keep: whether an object that is there stays. Half a line, of a process that was killed, does not.
+          writes: false for all but one process of a run: they only read.
+        """
+        self.path, self._writes, self.kept = path, writes, []
+        there = path.read_text() if path.exists() else ""
+        for line in there.splitlines():
+            try:
+                content = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if keep(content):
+                self.kept.append(content)
+        lines = [f"{json.dumps(content)}\n" for content in self.kept]
+        if writes and "".join(lines) != there:
+            path.write_text("".join(lines))
+        self._lines: list[str] | None = lines if is_remote(str(path)) else None
+        self._written = 0.0
+
+    def append(self, *contents: Mapping[str, Any]) -> None:
+        """Adds objects at the end."""
+        lines = [f"{json.dumps(content)}\n" for content in contents]
+        if not (self._writes and lines):
+            return
+        if self._lines is None:
+            with self.path.open("a") as file:
+                file.write("".join(lines))
+            return
+        self._lines += lines
+        if time.monotonic() - self._written > REWRITE_SECONDS:
+            self.close()
+
+    def close(self) -> None:
+        """Writes what is left; more may be added."""
+        if self._writes and self._lines:
+            self.path.write_text("".join(self._lines))
+            self._written = time.monotonic()
 
 
 def _split(pattern: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 import collections
 import json
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,6 @@ from xclip_jax.errors import UserError
 
 # The share of bad samples is of so many at least: the first batch must not stop a run.
 _FEWEST = 1000
-_REWRITE_SECONDS = 60
 
 Entry = dict[str, Any]
 
@@ -56,18 +54,10 @@ class Ledger:
         self.path, self.max_bad = folder / "bad_samples.jsonl", max_bad
         self.counters = {"samples": 0, "tokens": 0, "bad": {}} | dict(counters or {})
         self._waiting: collections.deque[tuple[int, int, list[Entry]]] = collections.deque()
-        # Objects in a bucket cannot grow: there all lines are kept and written anew, once in a while.
-        self._lines: list[str] | None = [] if files.is_remote(str(folder)) else None
-        self._written = 0.0
-        kept = []
-        if self.path.exists():
-            there = self.path.read_text()
-            kept = [line for line in there.splitlines() if _position(line) < start]
-            if jax.process_index() == 0 and "".join(f"{line}\n" for line in kept) != there:
-                self.path.write_text("".join(f"{line}\n" for line in kept))
-        if self._lines is not None:
-            self._lines = kept
-        self._known = {(entry["source"], entry["index"]) for entry in map(json.loads, kept)}
+        self._file = files.JsonLines(
+            self.path, lambda entry: entry["position"] < start, writes=jax.process_index() == 0
+        )
+        self._known = {(entry["source"], entry["index"]) for entry in self._file.kept}
 
     def add(self, end: int, tokens: int, bad: Sequence[Entry]) -> None:
         """Takes note of a batch of this process.
@@ -128,30 +118,13 @@ class Ledger:
             )
 
     def _write(self, entries: Sequence[Entry]) -> None:
-        lines = []
+        new = []
         for entry in entries:
             if (name := (entry["source"], entry["index"])) not in self._known:
                 self._known.add(name)
-                lines.append(json.dumps(entry))
-        if jax.process_index():
-            return
-        if self._lines is not None:
-            self._lines += lines
-            if lines and time.monotonic() - self._written > _REWRITE_SECONDS:
-                self.close()
-        elif lines:
-            with self.path.open("a") as file:
-                file.write("".join(f"{line}\n" for line in lines))
+                new.append(entry)
+        self._file.append(*new)
 
     def close(self) -> None:
         """Writes what is left."""
-        if self._lines and jax.process_index() == 0:
-            self.path.write_text("".join(f"{line}\n" for line in self._lines))
-            self._written = time.monotonic()
-
-
-def _position(line: str) -> float:
-    try:
-        return json.loads(line)["position"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")  # half a line: the process was killed while it wrote
+        self._file.close()
