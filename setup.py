@@ -61,6 +61,7 @@ setup(
             "pyarrow>=15",
             "open_clip_torch>=2.30",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "pyyaml>=6",
             "ruff>=0.9",
             "scikit-learn>=1.5",

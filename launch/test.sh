@@ -3,10 +3,10 @@
 #
 #   PYTHON=python3.13 bash launch/test.sh
 #
-# PYTHON and VENV: see launch/common.sh.
+# WORKERS: processes that share the files of tests (default 2). PYTHON and VENV: see launch/common.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
 setup test
 "$VENV/bin/ruff" check .
-exec "$VENV/bin/python" -m pytest "$@"
+exec "$VENV/bin/python" -m pytest --numprocesses="${WORKERS:-2}" --dist=loadfile "$@"

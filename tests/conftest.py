@@ -9,6 +9,7 @@ import tempfile
 os.environ["JAX_PLATFORMS"] = "cpu"
 _flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flags}".strip()
-_cache = tempfile.TemporaryDirectory(prefix="xclip_jax_compiled_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
+    _cache = tempfile.TemporaryDirectory(prefix="xclip_jax_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
