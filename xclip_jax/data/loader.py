@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xclip_jax.data import sources, transforms
-from xclip_jax.data.ledger import Ledger
+from xclip_jax.data.ledger import Entry, Ledger
+from xclip_jax.data.slots import Slots
 from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.parallel.mesh import batch_sharding
@@ -21,6 +22,8 @@ Batch = dict[str, Any]
 
 # A place for which so many draws from its source are bad is given up.
 _DRAWS = 100
+# Batches of each worker that lie ready.
+_READY = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,20 +89,20 @@ def open_sources(config: DataConfig) -> list[sources.Source]:
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """Record -> {"image": uint8 (size, size, 3), "text": int32 (length,)}, random through `rng` alone."""
+    """Record -> (uint8 (size, size, 3), caption), random through `rng` alone."""
 
     config: DataConfig
     size: int
     tokenizer: Tokenizer
     length: int
 
-    def __call__(self, record: sources.Record, rng: np.random.Generator) -> Batch:
-        config, scale = self.config, tuple(self.config.crop_scale)
+    def __call__(self, record: sources.Record, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+        config, scale = self.config, self.config.crop_scale
         # So large that a square crop, even the smallest, is not enlarged.
         exact = config.resample != "area"
         image = transforms.decode(record["image"], scaled_to=0 if exact else math.ceil(self.size / scale[0] ** 0.5))
         image = transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample)
-        return {"image": image, "text": self.tokenizer([self.caption(record, rng)], self.length)[0]}
+        return image, self.caption(record, rng)
 
     def caption(self, record: sources.Record, rng: np.random.Generator) -> str:
         """One of the captions, keywords, or both."""
@@ -145,32 +148,61 @@ def sample_order(found: Sequence[sources.Source], config: DataConfig, seed: int)
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """(place in the run, (source, index)) -> row. For a bad sample others of its source are drawn, through `rng`."""
+    """Number of a global batch -> this host's rows of it, a pure function of the number.
 
-    found: Sequence[sources.Source]
+    Attributes:
+      order, transform: what is read, and what becomes of it.
+      batch, host, hosts: rows of the global batch, and which of them.
+      rngs: a generator for each place of the run.
+      slots: memory of the workers, where there are any.
+      start: number of the first batch.
+    """
+
+    order: Order
     transform: Transform
+    batch: int
+    host: int
+    hosts: int
+    rngs: grain.experimental.RngPool
+    slots: Slots | None
+    start: int
 
-    def __call__(self, place: tuple[int, tuple[int, int]], rng: np.random.Generator) -> Batch:
-        position, (number, index) = place
-        source, bad = self.found[number], []
-        while len(bad) < _DRAWS:
+    @property
+    def spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Shapes and types of a batch."""
+        rows, size = self.batch // self.hosts, self.transform.size
+        return {"image": ((rows, size, size, 3), np.uint8), "text": ((rows, self.transform.length), np.int32)}
+
+    def __call__(self, g: int) -> dict[str, Any]:
+        worker, taken = 0, None
+        if self.slots:
+            worker = (g - self.start) % self.transform.config.workers  # as Grain deals them out
+            taken = self.slots.take(worker)
+        found = taken[1] if taken else {key: np.empty(shape, dtype) for key, (shape, dtype) in self.spec.items()}
+        rows = len(found["image"])
+        first, captions, bad = g * self.batch + self.host * rows, [], []
+        for row in range(rows):
+            rng = self.rngs.acquire_rng(first + row)
+            found["image"][row], caption = self._read(first + row, rng, bad)
+            self.rngs.release_rng(rng)
+            captions.append(caption)
+        found["text"][:] = self.transform.tokenizer(captions, self.transform.length)
+        noted = json.dumps(bad).encode()  # bytes, which Grain passes on as they are
+        return {"slot": (worker, taken[0]), "bad": noted} if taken else found | {"bad": noted}
+
+    def _read(self, position: int, rng: np.random.Generator, bad: list[Entry]) -> tuple[np.ndarray, str]:
+        """Image and caption at a place of the run. For a bad sample others of its source are drawn."""
+        number, index = self.order.places[position]
+        source = self.order.found[number]
+        for _ in range(_DRAWS):
             try:
-                return self.transform(source[index], rng) | {"bad": bad}
+                return self.transform(source[index], rng)
             except BadSample as error:
                 entry = {"position": position, "reason": error.reason, "detail": error.detail}
                 bad.append(entry | {"source": number, "index": index} | sources.where(source, index))
             index = int(rng.integers(len(source)))
         bad[-1]["last"] = _DRAWS  # `Ledger.add` stops the run, where its error is not lost in a worker process
-        image = np.zeros((self.transform.size, self.transform.size, 3), np.uint8)
-        return {"image": image, "text": np.zeros(self.transform.length, np.int32), "bad": bad}
-
-
-def _stack(rows: Sequence[Batch]) -> Batch:
-    """Rows -> arrays; what was bad as JSON in bytes, since worker processes send arrays."""
-    bad = json.dumps([entry for row in rows for entry in row["bad"]]).encode()
-    return {key: np.stack([row[key] for row in rows]) for key in ("image", "text")} | {
-        "bad": np.frombuffer(bad, np.uint8)
-    }
+        return np.zeros((self.transform.size, self.transform.size, 3), np.uint8), ""
 
 
 def batches(
@@ -192,35 +224,31 @@ def batches(
     source, which too depends on nothing but the seed and the place.
 
     Raises:
-      UserError: a bad sample, where no `ledger` takes note of it; a place for which nothing could be found.
+      UserError: a bad sample, where no `ledger` takes note of it; a place for which nothing could be found; too little
+        memory for the workers.
     """
-    rows = batch // hosts
-    numbered = order.places.map_with_index(lambda position, place: (int(position), place))
-    samples = numbered.random_map(_Reader(order.found, transform), seed=seed)
     config = transform.config
-
-    def sample(index: int) -> Batch:
-        g, row = divmod(index, rows)
-        return samples[(start + g) * batch + host * rows + row]
-
-    local = grain.MapDataset.range((stop - start) * rows).map(sample).batch(rows, batch_fn=_stack)
-    # Elements are batches here: so many are read at once, and lie ready.
-    options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.buffer)
-    dataset = local.to_iter_dataset(options)
+    reader = _Reader(order, transform, batch, host, hosts, grain.experimental.RngPool(seed), None, start)
     if config.workers:
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=2))
-    return _noted(iter(dataset), transform.tokenizer.eot_id, batch, start, ledger)
+        # One that is written, those that lie ready, one in the queue, and those that the step and the next one hold.
+        reader = dataclasses.replace(reader, slots=Slots(reader.spec, config.workers, _READY + 4))
+    # Elements are batches here: so many are read at once, and lie ready.
+    options = grain.ReadOptions(0, 0) if config.workers else grain.ReadOptions(config.threads, config.buffer)
+    dataset = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
+    if config.workers:
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=_READY))
+    return _noted(iter(dataset), reader, ledger)
 
 
-def _noted(
-    read: Iterator[Batch], eot: int, batch: int, start: int, ledger: Ledger | None
-) -> Iterator[dict[str, np.ndarray]]:
+def _noted(read: Iterator[dict[str, Any]], reader: _Reader, ledger: Ledger | None) -> Iterator[dict[str, np.ndarray]]:
     """The batches without what was bad in them, which goes to the ledger with the number of tokens."""
-    for g, found in enumerate(read, start):
-        bad = json.loads(found.pop("bad").tobytes())
+    for g, found in enumerate(read, reader.start):
+        bad = json.loads(found.pop("bad"))
+        if "slot" in found:
+            found = reader.slots.open(*found["slot"])
         if ledger is not None:
-            tokens = int(((found["text"] == eot).argmax(axis=1) + 1).sum())
-            ledger.add((g + 1) * batch, tokens, bad)
+            tokens = int(((found["text"] == reader.transform.tokenizer.eot_id).argmax(axis=1) + 1).sum())
+            ledger.add((g + 1) * reader.batch, tokens, bad)
         elif bad:
             raise UserError(f"sample {bad[0]} cannot be used.")
         yield found

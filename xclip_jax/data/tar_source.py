@@ -3,7 +3,9 @@
 Shuffling is then global and exact, a run resumes anywhere, and shards need not be spread over hosts.
 """
 
+import bisect
 import hashlib
+import itertools
 import json
 import pathlib
 import re
@@ -80,8 +82,8 @@ class TarSource:
     def _open(self, places: Sequence[pathlib.Path]) -> None:
         self.places = list(places)
         # Mapped, so that all worker processes share one copy of what may be gigabytes.
-        self.rows = [np.load(place, mmap_mode="r") for place in places]
-        self._ends = np.cumsum([len(rows) for rows in self.rows])
+        self.rows = [np.load(place, mmap_mode="r").view(np.ndarray) for place in places]
+        self._ends = list(itertools.accumulate(map(len, self.rows)))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the arrays: a worker process maps them again."""
@@ -92,14 +94,14 @@ class TarSource:
         self._open(self.places)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def _row(self, index: int) -> tuple[str, np.void]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        shard = int(np.searchsorted(self._ends, index, side="right"))
+        shard = bisect.bisect_right(self._ends, index)
         rows = self.rows[shard]
-        return self.tars[shard], rows[index - int(self._ends[shard]) + len(rows)]
+        return self.tars[shard], rows[index - self._ends[shard] + len(rows)]
 
     def where(self, index: int) -> dict[str, str]:
         """Tar and key of a sample."""
