@@ -22,6 +22,8 @@ Batch = dict[str, Any]
 
 # A place for which so many draws from its source are bad is given up.
 _DRAWS = 100
+# Rows whose records are read one after another: between two images the code for it has left the processor's caches.
+_TOGETHER = 32
 # Batches of each worker that lie ready.
 _READY = 2
 
@@ -89,20 +91,20 @@ def open_sources(config: DataConfig) -> list[sources.Source]:
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """Record -> (uint8 (size, size, 3), caption), random through `rng` alone."""
+    """Writes the image of a record to uint8 (size, size, 3) and returns a caption, random through `rng` alone."""
 
     config: DataConfig
     size: int
     tokenizer: Tokenizer
     length: int
 
-    def __call__(self, record: sources.Record, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+    def __call__(self, record: sources.Record, rng: np.random.Generator, out: np.ndarray) -> str:
         config, scale = self.config, self.config.crop_scale
         # So large that a square crop, even the smallest, is not enlarged.
         exact = config.resample != "area"
         image = transforms.decode(record["image"], scaled_to=0 if exact else math.ceil(self.size / scale[0] ** 0.5))
-        image = transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample)
-        return image, self.caption(record, rng)
+        transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample, out=out)
+        return self.caption(record, rng)
 
     def caption(self, record: sources.Record, rng: np.random.Generator) -> str:
         """One of the captions, keywords, or both."""
@@ -181,28 +183,50 @@ class _Reader:
         found = taken[1] if taken else {key: np.empty(shape, dtype) for key, (shape, dtype) in self.spec.items()}
         rows = len(found["image"])
         first, captions, bad = g * self.batch + self.host * rows, [], []
-        for row in range(rows):
-            rng = self.rngs.acquire_rng(first + row)
-            found["image"][row], caption = self._read(first + row, rng, bad)
-            self.rngs.release_rng(rng)
-            captions.append(caption)
+        for row in range(0, rows, _TOGETHER):
+            positions = range(first + row, first + min(row + _TOGETHER, rows))
+            places = [self.order.places[position] for position in positions]
+            records = [self._record(*place) for place in places]
+            rngs = [self.rngs.acquire_rng(position) for position in positions]
+            for position, place, record, rng in zip(positions, places, records, rngs, strict=True):
+                out = found["image"][position - first]
+                captions.append(self._fill(position, *place, record, rng, out, bad))
+                self.rngs.release_rng(rng)
         found["text"][:] = self.transform.tokenizer(captions, self.transform.length)
         noted = json.dumps(bad).encode()  # bytes, which Grain passes on as they are
         return {"slot": (worker, taken[0]), "bad": noted} if taken else found | {"bad": noted}
 
-    def _read(self, position: int, rng: np.random.Generator, bad: list[Entry]) -> tuple[np.ndarray, str]:
-        """Image and caption at a place of the run. For a bad sample others of its source are drawn."""
-        number, index = self.order.places[position]
+    def _record(self, number: int, index: int) -> sources.Record | BadSample:
+        try:
+            return self.order.found[number][index]
+        except BadSample as error:
+            return error
+
+    def _fill(
+        self,
+        position: int,
+        number: int,
+        index: int,
+        record: sources.Record | BadSample,
+        rng: np.random.Generator,
+        out: np.ndarray,
+        bad: list[Entry],
+    ) -> str:
+        """Writes the image of a record to `out` and returns a caption. For a bad one others of its source are drawn."""
         source = self.order.found[number]
         for _ in range(_DRAWS):
             try:
-                return self.transform(source[index], rng)
+                if isinstance(record, BadSample):
+                    raise record
+                return self.transform(record, rng, out)
             except BadSample as error:
                 entry = {"position": position, "reason": error.reason, "detail": error.detail}
                 bad.append(entry | {"source": number, "index": index} | sources.where(source, index))
             index = int(rng.integers(len(source)))
+            record = self._record(number, index)
         bad[-1]["last"] = _DRAWS  # `Ledger.add` stops the run, where its error is not lost in a worker process
-        return np.zeros((self.transform.size, self.transform.size, 3), np.uint8), ""
+        out[:] = 0
+        return ""
 
 
 def batches(

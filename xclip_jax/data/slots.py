@@ -1,7 +1,7 @@
 """Memory through which worker processes hand over batches, used again and again.
 
-Fresh shared memory for each batch, as Grain takes it, costs a page fault for each 4 kB: a fifteenth of the time in which
-the images of the batch are decoded, and as much again for the copy.
+Grain takes fresh shared memory for each batch: a page fault for each 4 kB, which costs a fifteenth of the time in which
+the images are decoded, and a copy.
 """
 
 import mmap
