@@ -264,18 +264,23 @@ def batches(
     return _noted(iter(dataset), reader, ledger)
 
 
-def _noted(read: Iterator[dict[str, Any]], reader: _Reader, ledger: Ledger | None) -> Iterator[dict[str, np.ndarray]]:
+def _noted(
+    read: grain.DatasetIterator[dict[str, Any]], reader: _Reader, ledger: Ledger | None
+) -> Iterator[dict[str, np.ndarray]]:
     """The batches without what was bad in them, which goes to the ledger with the number of tokens."""
-    for g, found in enumerate(read, reader.start):
-        bad = json.loads(found.pop("bad"))
-        if "slot" in found:
-            found = reader.slots.open(*found["slot"])
-        if ledger is not None:
-            tokens = int(((found["text"] == reader.transform.tokenizer.eot_id).argmax(axis=1) + 1).sum())
-            ledger.add((g + 1) * reader.batch, tokens, bad)
-        elif bad:
-            raise UserError(f"sample {bad[0]} cannot be used.")
-        yield found
+    try:
+        for g, found in enumerate(read, reader.start):
+            bad = json.loads(found.pop("bad"))
+            if "slot" in found:
+                found = reader.slots.open(*found["slot"])
+            if ledger is not None:
+                tokens = int(((found["text"] == reader.transform.tokenizer.eot_id).argmax(axis=1) + 1).sum())
+                ledger.add((g + 1) * reader.batch, tokens, bad)
+            elif bad:
+                raise UserError(f"sample {bad[0]} cannot be used.")
+            yield found
+    finally:
+        read.close()  # else worker processes live as long as this one
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
