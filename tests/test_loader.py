@@ -132,8 +132,15 @@ def test_mixture_keeps_the_weights():
     seen = texts(read([Numbers("a", 10), Numbers("b", 1000)], c, stop=50))
     share = sum(t.startswith("a") for t in seen) / len(seen)
     assert share == pytest.approx(0.75, abs=0.01)
-    by_size = texts(read([Numbers("a", 100), Numbers("b", 300)], config(sources=("x", "y")), stop=50))
-    assert sum(t.startswith("a") for t in by_size) / len(by_size) == pytest.approx(0.25, abs=0.01)
+
+
+def test_without_weights_each_sample_of_all_sources_comes_once_an_epoch():
+    found = [Numbers("a", 7), Numbers("b", 30), Numbers("c", 63)]
+    seen = texts(read(found, config(sources=("x", "y", "z"), batch=20), stop=15))
+    for epoch in range(3):
+        part = seen[100 * epoch : 100 * epoch + 100]
+        assert sorted(part) == sorted(f"{source.name} {i}" for source in found for i in range(len(source)))
+    assert len({t[0] for t in seen[:20]}) > 1
 
 
 def test_captions_and_tags():

@@ -1,6 +1,8 @@
 """Training batches: a pure function of (sources, seed, batch number), so that a run can be resumed anywhere."""
 
+import bisect
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -34,7 +36,7 @@ class DataConfig:
 
     Attributes:
       sources: specs for `sources.open_source`; several are mixed.
-      weights: share of samples from each source; empty for shares by size.
+      weights: share of samples from each source; empty to have every sample once an epoch.
       dir: where TFDS data sets lie; "" for the default.
       batch: b, pairs in the global batch.
       tokenizer: "clip", "bytes" or the path of a tokenizer file.
@@ -135,17 +137,27 @@ class Order:
 
 
 def sample_order(found: Sequence[sources.Source], config: DataConfig, seed: int) -> Order:
-    """Each source shuffled anew in each of its epochs, mixed by weight."""
+    """All samples shuffled anew in each epoch; with weights each source by itself, and then mixed.
 
-    def places(number: int, source: sources.Source) -> grain.MapDataset:
-        shuffled = grain.MapDataset.range(len(source)).shuffle(seed=seed + number).repeat()
-        return shuffled.map(lambda index: (number, int(index)))
+    Weights hold to a hundredth of the smallest, and each source has epochs of its own.
+    """
 
-    orders = [places(number, source) for number, source in enumerate(found)]
-    if len(orders) > 1:
-        weights = list(config.weights) or [float(len(source)) for source in found]
-        return Order(found, grain.MapDataset.mix(orders, weights))
-    return Order(found, orders[0])
+    def shuffled(n: int, seed: int) -> grain.MapDataset:
+        return grain.MapDataset.range(n).shuffle(seed=seed).repeat()
+
+    if config.weights and len(found) > 1:
+        orders = [
+            shuffled(len(source), seed + number).map(lambda index, number=number: (number, int(index)))
+            for number, source in enumerate(found)
+        ]
+        return Order(found, grain.MapDataset.mix(orders, list(config.weights)))
+    starts = list(itertools.accumulate(map(len, found), initial=0))
+
+    def place(index: int) -> tuple[int, int]:
+        number = bisect.bisect_right(starts, index) - 1
+        return number, int(index) - starts[number]
+
+    return Order(found, shuffled(starts[-1], seed).map(place))
 
 
 @dataclasses.dataclass(frozen=True)
