@@ -28,6 +28,8 @@ _DRAWS = 100
 _TOGETHER = 32
 # Batches of each worker that lie ready.
 _READY = 2
+# Batches that the loop holds: steps that were started may not have copied theirs yet.
+_HELD = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +51,8 @@ class DataConfig:
       flip, color: see `transforms.augment`.
       statistics: channel means and deviations, a key of `transforms.STATISTICS`.
       cache: keep decoded images in memory.
-      threads, buffer: samples read at once and ahead, in this process, where `workers` is 0.
-      workers: reading processes; 0 for threads of this one.
+      threads, buffer: batches read at once and ahead by threads of this process, where `workers` is 0.
+      workers: reading processes instead, each with one thread; for buckets, where reads wait, several a core.
       max_bad: a larger share of samples that cannot be used stops the run.
     """
 
@@ -266,8 +268,9 @@ def batches(
     config = transform.config
     reader = _Reader(order, transform, batch, host, hosts, grain.experimental.RngPool(seed), None, start)
     if config.workers:
-        # One that is written, those that lie ready, one in the queue, and those that the step and the next one hold.
-        reader = dataclasses.replace(reader, slots=Slots(reader.spec, config.workers, _READY + 4))
+        # Those that lie ready, one that is written, and the worker's share of those that are on their way to devices.
+        depth = _READY + 1 + math.ceil(_HELD / config.workers)
+        reader = dataclasses.replace(reader, slots=Slots(reader.spec, config.workers, depth))
     # Elements are batches here: so many are read at once, and lie ready.
     options = grain.ReadOptions(0, 0) if config.workers else grain.ReadOptions(config.threads, config.buffer)
     dataset = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
