@@ -120,7 +120,7 @@ def bare_twice(pattern: str, n: int) -> float:
 
 def rate(batches: Iterator, batch: int, n: int) -> float:
     """Images/s of `n` images behind the first batches, which wait for workers to start and fill their buffers."""
-    for _ in range(8):
+    for _ in range(16):
         next(batches)
     began = time.perf_counter()
     count = sum(batch for _ in itertools.islice(batches, n // batch))
