@@ -1,6 +1,8 @@
 """Training batches: a pure function of (sources, seed, batch number), so that a run can be resumed anywhere."""
 
+import bisect
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -12,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xclip_jax.data import sources, transforms
-from xclip_jax.data.ledger import Ledger
+from xclip_jax.data.ledger import Entry, Ledger
+from xclip_jax.data.slots import Slots
 from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.parallel.mesh import batch_sharding
@@ -21,6 +24,12 @@ Batch = dict[str, Any]
 
 # A place for which so many draws from its source are bad is given up.
 _DRAWS = 100
+# Rows whose records are read one after another: between two images the code for it has left the processor's caches.
+_TOGETHER = 32
+# Batches of each worker that lie ready.
+_READY = 2
+# Batches that the loop holds: steps that were started may not have copied theirs yet.
+_HELD = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +38,7 @@ class DataConfig:
 
     Attributes:
       sources: specs for `sources.open_source`; several are mixed.
-      weights: share of samples from each source; empty for shares by size.
+      weights: share of samples from each source; empty to have every sample once an epoch.
       dir: where TFDS data sets lie; "" for the default.
       batch: b, pairs in the global batch.
       tokenizer: "clip", "bytes" or the path of a tokenizer file.
@@ -42,8 +51,8 @@ class DataConfig:
       flip, color: see `transforms.augment`.
       statistics: channel means and deviations, a key of `transforms.STATISTICS`.
       cache: keep decoded images in memory.
-      threads, buffer: samples read at once and ahead, in this process, where `workers` is 0.
-      workers: reading processes; 0 for threads of this one.
+      threads, buffer: batches read at once and ahead by threads of this process, where `workers` is 0.
+      workers: reading processes instead, each with one thread; for buckets, where reads wait, several a core.
       max_bad: a larger share of samples that cannot be used stops the run.
     """
 
@@ -86,20 +95,20 @@ def open_sources(config: DataConfig) -> list[sources.Source]:
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """Record -> {"image": uint8 (size, size, 3), "text": int32 (length,)}, random through `rng` alone."""
+    """Writes the image of a record to uint8 (size, size, 3) and returns a caption, random through `rng` alone."""
 
     config: DataConfig
     size: int
     tokenizer: Tokenizer
     length: int
 
-    def __call__(self, record: sources.Record, rng: np.random.Generator) -> Batch:
-        config, scale = self.config, tuple(self.config.crop_scale)
+    def __call__(self, record: sources.Record, rng: np.random.Generator, out: np.ndarray) -> str:
+        config, scale = self.config, self.config.crop_scale
         # So large that a square crop, even the smallest, is not enlarged.
         exact = config.resample != "area"
         image = transforms.decode(record["image"], scaled_to=0 if exact else math.ceil(self.size / scale[0] ** 0.5))
-        image = transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample)
-        return {"image": image, "text": self.tokenizer([self.caption(record, rng)], self.length)[0]}
+        transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample, out=out)
+        return self.caption(record, rng)
 
     def caption(self, record: sources.Record, rng: np.random.Generator) -> str:
         """One of the captions, keywords, or both."""
@@ -130,47 +139,108 @@ class Order:
 
 
 def sample_order(found: Sequence[sources.Source], config: DataConfig, seed: int) -> Order:
-    """Each source shuffled anew in each of its epochs, mixed by weight."""
+    """All samples shuffled anew in each epoch; with weights each source by itself, and then mixed.
 
-    def places(number: int, source: sources.Source) -> grain.MapDataset:
-        shuffled = grain.MapDataset.range(len(source)).shuffle(seed=seed + number).repeat()
-        return shuffled.map(lambda index: (number, int(index)))
+    Weights hold to a hundredth of the smallest, and each source has epochs of its own.
+    """
 
-    orders = [places(number, source) for number, source in enumerate(found)]
-    if len(orders) > 1:
-        weights = list(config.weights) or [float(len(source)) for source in found]
-        return Order(found, grain.MapDataset.mix(orders, weights))
-    return Order(found, orders[0])
+    def shuffled(n: int, seed: int) -> grain.MapDataset:
+        return grain.MapDataset.range(n).shuffle(seed=seed).repeat()
+
+    if config.weights and len(found) > 1:
+        orders = [
+            shuffled(len(source), seed + number).map(lambda index, number=number: (number, int(index)))
+            for number, source in enumerate(found)
+        ]
+        return Order(found, grain.MapDataset.mix(orders, list(config.weights)))
+    starts = list(itertools.accumulate(map(len, found), initial=0))
+
+    def place(index: int) -> tuple[int, int]:
+        number = bisect.bisect_right(starts, index) - 1
+        return number, int(index) - starts[number]
+
+    return Order(found, shuffled(starts[-1], seed).map(place))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """(place in the run, (source, index)) -> row. For a bad sample others of its source are drawn, through `rng`."""
+    """Number of a global batch -> this host's rows of it, a pure function of the number.
 
-    found: Sequence[sources.Source]
+    Attributes:
+      order, transform: what is read, and what becomes of it.
+      batch, host, hosts: rows of the global batch, and which of them.
+      rngs: a generator for each place of the run.
+      slots: memory of the workers, where there are any.
+      start: number of the first batch.
+    """
+
+    order: Order
     transform: Transform
+    batch: int
+    host: int
+    hosts: int
+    rngs: grain.experimental.RngPool
+    slots: Slots | None
+    start: int
 
-    def __call__(self, place: tuple[int, tuple[int, int]], rng: np.random.Generator) -> Batch:
-        position, (number, index) = place
-        source, bad = self.found[number], []
-        while len(bad) < _DRAWS:
+    @property
+    def spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Shapes and types of a batch."""
+        rows, size = self.batch // self.hosts, self.transform.size
+        return {"image": ((rows, size, size, 3), np.uint8), "text": ((rows, self.transform.length), np.int32)}
+
+    def __call__(self, g: int) -> dict[str, Any]:
+        worker, taken = 0, None
+        if self.slots:
+            worker = (g - self.start) % self.transform.config.workers  # as Grain deals them out
+            taken = self.slots.take(worker)
+        found = taken[1] if taken else {key: np.empty(shape, dtype) for key, (shape, dtype) in self.spec.items()}
+        rows = len(found["image"])
+        first, captions, bad = g * self.batch + self.host * rows, [], []
+        for row in range(0, rows, _TOGETHER):
+            positions = range(first + row, first + min(row + _TOGETHER, rows))
+            places = [self.order.places[position] for position in positions]
+            records = [self._record(*place) for place in places]
+            rngs = [self.rngs.acquire_rng(position) for position in positions]
+            for position, place, record, rng in zip(positions, places, records, rngs, strict=True):
+                out = found["image"][position - first]
+                captions.append(self._fill(position, *place, record, rng, out, bad))
+                self.rngs.release_rng(rng)
+        found["text"][:] = self.transform.tokenizer(captions, self.transform.length)
+        noted = json.dumps(bad).encode()  # bytes, which Grain passes on as they are
+        return {"slot": (worker, taken[0]), "bad": noted} if taken else found | {"bad": noted}
+
+    def _record(self, number: int, index: int) -> sources.Record | BadSample:
+        try:
+            return self.order.found[number][index]
+        except BadSample as error:
+            return error
+
+    def _fill(
+        self,
+        position: int,
+        number: int,
+        index: int,
+        record: sources.Record | BadSample,
+        rng: np.random.Generator,
+        out: np.ndarray,
+        bad: list[Entry],
+    ) -> str:
+        """Writes the image of a record to `out` and returns a caption. For a bad one others of its source are drawn."""
+        source = self.order.found[number]
+        for _ in range(_DRAWS):
             try:
-                return self.transform(source[index], rng) | {"bad": bad}
+                if isinstance(record, BadSample):
+                    raise record
+                return self.transform(record, rng, out)
             except BadSample as error:
                 entry = {"position": position, "reason": error.reason, "detail": error.detail}
                 bad.append(entry | {"source": number, "index": index} | sources.where(source, index))
             index = int(rng.integers(len(source)))
+            record = self._record(number, index)
         bad[-1]["last"] = _DRAWS  # `Ledger.add` stops the run, where its error is not lost in a worker process
-        image = np.zeros((self.transform.size, self.transform.size, 3), np.uint8)
-        return {"image": image, "text": np.zeros(self.transform.length, np.int32), "bad": bad}
-
-
-def _stack(rows: Sequence[Batch]) -> Batch:
-    """Rows -> arrays; what was bad as JSON in bytes, since worker processes send arrays."""
-    bad = json.dumps([entry for row in rows for entry in row["bad"]]).encode()
-    return {key: np.stack([row[key] for row in rows]) for key in ("image", "text")} | {
-        "bad": np.frombuffer(bad, np.uint8)
-    }
+        out[:] = 0
+        return ""
 
 
 def batches(
@@ -192,38 +262,40 @@ def batches(
     source, which too depends on nothing but the seed and the place.
 
     Raises:
-      UserError: a bad sample, where no `ledger` takes note of it; a place for which nothing could be found.
+      UserError: a bad sample, where no `ledger` takes note of it; a place for which nothing could be found; too little
+        memory for the workers.
     """
-    rows = batch // hosts
-    numbered = order.places.map_with_index(lambda position, place: (int(position), place))
-    samples = numbered.random_map(_Reader(order.found, transform), seed=seed)
     config = transform.config
-
-    def sample(index: int) -> Batch:
-        g, row = divmod(index, rows)
-        return samples[(start + g) * batch + host * rows + row]
-
-    local = grain.MapDataset.range((stop - start) * rows).map(sample).batch(rows, batch_fn=_stack)
-    # Elements are batches here: so many are read at once, and lie ready.
-    options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.buffer)
-    dataset = local.to_iter_dataset(options)
+    reader = _Reader(order, transform, batch, host, hosts, grain.experimental.RngPool(seed), None, start)
     if config.workers:
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=2))
-    return _noted(iter(dataset), transform.tokenizer.eot_id, batch, start, ledger)
+        # Those that lie ready, one that is written, and the worker's share of those that are on their way to devices.
+        depth = _READY + 1 + math.ceil(_HELD / config.workers)
+        reader = dataclasses.replace(reader, slots=Slots(reader.spec, config.workers, depth))
+    # Elements are batches here: so many are read at once, and lie ready.
+    options = grain.ReadOptions(0, 0) if config.workers else grain.ReadOptions(config.threads, config.buffer)
+    dataset = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
+    if config.workers:
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=_READY))
+    return _noted(iter(dataset), reader, ledger)
 
 
 def _noted(
-    read: Iterator[Batch], eot: int, batch: int, start: int, ledger: Ledger | None
+    read: grain.DatasetIterator[dict[str, Any]], reader: _Reader, ledger: Ledger | None
 ) -> Iterator[dict[str, np.ndarray]]:
     """The batches without what was bad in them, which goes to the ledger with the number of tokens."""
-    for g, found in enumerate(read, start):
-        bad = json.loads(found.pop("bad").tobytes())
-        if ledger is not None:
-            tokens = int(((found["text"] == eot).argmax(axis=1) + 1).sum())
-            ledger.add((g + 1) * batch, tokens, bad)
-        elif bad:
-            raise UserError(f"sample {bad[0]} cannot be used.")
-        yield found
+    try:
+        for g, found in enumerate(read, reader.start):
+            bad = json.loads(found.pop("bad"))
+            if "slot" in found:
+                found = reader.slots.open(*found["slot"])
+            if ledger is not None:
+                tokens = int(((found["text"] == reader.transform.tokenizer.eot_id).argmax(axis=1) + 1).sum())
+                ledger.add((g + 1) * reader.batch, tokens, bad)
+            elif bad:
+                raise UserError(f"sample {bad[0]} cannot be used.")
+            yield found
+    finally:
+        read.close()  # else worker processes live as long as this one
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
