@@ -100,6 +100,7 @@ def test_the_card_says_what_the_run_knows(run, tmp_path):
     )
     for part in (
         f"| {data[0]['samples']} | by size |", "| objective.w_clip | 0.3 |", "| optim.lr | 0.001 |",
+        f"| data.batch | {tiny.BATCH} |",
         "| step | 2 of 2 |", "| parameters | their moving average |",
         "left out, since 'hf' has no place for them: clusters_img, clusters_txt",
         f"commit `{config['environment']['commit']}`", f"jax {config['environment']['versions']['jax']}",

@@ -21,8 +21,9 @@ _USE = {
     'tokenizer = open_clip.get_tokenizer("local-dir:{out}")',
     "safetensors": 'import xclip_jax.interop\n\nconfig, variables = xclip_jax.interop.read("{out}")',
 }
-_RECIPE = ("optim.lr", "optim.schedule", "optim.warmup", "optim.weight_decay", "optim.b1", "optim.b2", "optim.clip",
-           "data.crop_scale", "data.flip", "data.color", "model.img.patch_dropout", "seed")  # fmt: skip
+_RECIPE = ("data.batch", "optim.lr", "optim.schedule", "optim.warmup", "optim.weight_decay", "optim.b1",
+           "optim.b2", "optim.clip", "data.crop_scale", "data.resample", "data.flip", "data.color",
+           "model.img.patch_dropout", "model.dtype", "seed")  # fmt: skip
 
 
 def render(
@@ -46,7 +47,7 @@ def render(
         f"## Use\n\n```python\n{_USE[to].format(out=epath.Path(out).name)}\n```" + "".join(f"\n\n* {n}" for n in notes),
     ]
     if run:
-        sections += [_data(folder, config), _recipe(config, parts, at), _results(folder, config, at)]
+        sections += [_data(folder, config), _recipe(folder, parts, at), _results(folder, config, at)]
     else:
         sections.append(f"## Data, recipe, results\n\nConverted from `{source}`; see what is said of it there.")
     sections += [_limits(config), _licence(), _made(folder if run else None)]
@@ -104,30 +105,32 @@ def _data(folder: epath.Path, config: ml_collections.ConfigDict) -> str:
     return f"## Data\n\n{_rows(('source', 'pairs', 'share', 'hash of the files'), rows)}\n\n{said}."
 
 
-def _recipe(config: ml_collections.ConfigDict, parts: Parts, at: int) -> str:
-    flat = config.to_dict()
+def _recipe(folder: epath.Path, parts: Parts, at: int) -> str:
+    # The file's: `weights.load` sets batch and layout to those of this machine.
+    config = _read(folder / "config.json")["config"]
+    init = config.get("init", {"weights": "", "lock": ()})
 
     def value(key: str) -> Any:
-        found: Any = flat
+        found: Any = config
         for part in key.split("."):
             found = found[part]
         return found
 
-    objective, rows = flat["objective"], []
-    rows.append(("objective.name", objective["name"]))
+    objective = config["objective"]
+    rows = [("objective.name", objective["name"])]
     if objective["name"] == "xclip":
         rows += [(f"objective.{key}", objective[key]) for key in ("w_clip", "w_nclip")]
     if parts.objective.clusters:
         rows += [(f"objective.nclip.{key}", x) for key, x in objective["nclip"].items()]
-        rows += [(f"model.cluster_head.{key}", x) for key, x in flat["model"]["cluster_head"].items()]
-    rows += [("step", f"{at:,} of {config.steps:,}")]
-    averaged = config.eval.ema and (config.ema.on or parts.objective.teacher)
+        rows += [(f"model.cluster_head.{key}", x) for key, x in config["model"]["cluster_head"].items()]
+    rows += [("step", f"{at:,} of {config['steps']:,}")]
+    averaged = config["eval"]["ema"] and (config["ema"]["on"] or parts.objective.teacher)
     rows.append(("parameters", "their moving average" if averaged else "those of the last update"))
     rows += [(key, value(key)) for key in _RECIPE]
-    if config.init.weights:
-        rows.append(("init.weights", config.init.weights))
-    if config.init["lock"]:
-        rows.append(("init.lock", ", ".join(config.init["lock"])))
+    if init["weights"]:
+        rows.append(("init.weights", init["weights"]))
+    if init["lock"]:
+        rows.append(("init.lock", ", ".join(init["lock"])))
     return f"## Recipe\n\n{_rows(('key', 'value'), rows)}"
 
 

@@ -68,8 +68,9 @@ def read(
 
 
 def _given(content: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
-    # Configs of 2022 have a second group of the same, which counts.
-    return {**(content.get(f"{kind}_config") or {}), **(content.get(f"{kind}_config_dict") or {})}
+    # Configs of 2022 have a second group, which counts where it is there.
+    second = content.get(f"{kind}_config_dict")
+    return (content.get(f"{kind}_config") or {}) if second is None else second
 
 
 def _statistics(folder: epath.Path) -> str:

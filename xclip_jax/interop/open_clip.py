@@ -13,7 +13,8 @@ from xclip_jax.interop import groups, links
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 # Left by OpenAI's archives and by older versions.
-_IGNORED = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask")
+_IGNORED = ("input_resolution", "context_length", "vocab_size")
+_IGNORED_ENDS = ("attn_mask", "position_ids")
 # Options that leave our towers as they are; any other that is set is refused by name.
 _IMAGE = ("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout", "no_ln_pre",
           "final_ln_after_pool", "output_tokens", "act_kwargs", "norm_kwargs", "attn_pooler_queries",
@@ -42,7 +43,7 @@ def read(
         if any(name.startswith(start) for name in found):
             raise UserError(f"{where} has {what}, which is not supported; Vision Transformers with a class token are.")
     script = how == "script" or "input_resolution" in found
-    found = {name: x for name, x in found.items() if name not in _IGNORED and not name.endswith("position_ids")}
+    found = {name: x for name, x in found.items() if name not in _IGNORED and not name.endswith(_IGNORED_ENDS)}
     prefix = "text." if "text.token_embedding.weight" in found else ""
     linear = f"{prefix}text_projection.weight" in found
     needed = ("visual.conv1.weight", "visual.positional_embedding", f"{prefix}token_embedding.weight",
