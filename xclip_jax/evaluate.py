@@ -4,9 +4,10 @@
     python -m xclip_jax.evaluate --checkpoint RUN --suite imagenet,imagenet_v2 --profile slip
     python -m xclip_jax.evaluate --compare RUN_A RUN_B
 
-RUN is a run's folder. The result is RUN/evaluation.json, or --output: for each set its value, metric, protocol,
-templates, preprocessing, data set version, hash of the split, n and seconds; beside it, in evaluation.items.npz, what
-each item contributed, which --compare resamples for its intervals.
+RUN is a run's folder, or weights that `xclip_jax.interop` reads: a folder or file of open_clip, of transformers, of
+OpenAI's CLIP or of xclip_jax.export. The result is RUN/evaluation.json (RUN.evaluation.json beside a file), or
+--output: for each set its value, metric, protocol, templates, preprocessing, data set version, hash of the split, n and
+seconds; beside it, in evaluation.items.npz, what each item contributed, which --compare resamples for its intervals.
 """
 
 import argparse
@@ -25,53 +26,16 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import metrics, trainer
-from xclip_jax.checkpoint import Checkpointer, write_json
+from xclip_jax.checkpoint import write_json
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Evaluator, sets, table
 from xclip_jax.evaluators.card import describe
 from xclip_jax.evaluators.scores import Items, bootstrap
 from xclip_jax.metrics import say
-from xclip_jax.parts import Parts, build
+from xclip_jax.weights import load
 
 NAME = "evaluation.json"
 _SIZES = ("n", "images", "queries", "pairs")
-
-
-def load(run: str, step: int | None = None) -> tuple[ml_collections.ConfigDict, Parts, Mapping[str, Any], int]:
-    """The config, parts, variables and step of a run's checkpoint, on this machine's devices.
-
-    Args:
-      run: the run's folder.
-      step: which checkpoint; the newest by default.
-
-    Raises:
-      UserError: no run there, no checkpoint of that step, or one that this code cannot read.
-    """
-    folder = epath.Path(run)
-    path = folder / "config.json"
-    if not path.exists():
-        raise UserError(f"--checkpoint {run!r} is no run's folder: it has no config.json; name the folder of a run.")
-    try:
-        config = ml_collections.ConfigDict(_tuples(json.loads(path.read_text())["config"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); name the folder of another run.") from error
-    # Layout and batch belong to the machine that trained, not to what was learned.
-    config.mesh = {"data": -1, "fsdp": 1, "model": 1, "strategy": "dp"}
-    config.optim.microbatches, config.loss.chunk, config.loss.impl = 1, 0, "plain"
-    config.data.batch = jax.device_count()
-    parts = build(config)
-    if not (folder / "checkpoints").exists():
-        raise UserError(f"{folder} holds no checkpoint; train it first, or name the folder of another run.")
-    with Checkpointer(folder, keep=None) as checkpointer:
-        state, _ = checkpointer.restore(parts.abstract, step)
-    return config, parts, state.variables(ema=config.eval.ema), int(state.step)
-
-
-def _tuples(value: Any) -> Any:
-    """JSON has no tuples, and `ConfigDict` keeps the types that a config file gave."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def chosen(suite: str) -> tuple[str, ...]:
@@ -128,7 +92,9 @@ def evaluate(
         "checkpoint": str(run), "step": at, "suite": suite, "profile": profile, "results": results,
         "config": config.to_dict(), "environment": metrics.environment(), "seconds": time.perf_counter() - began,
     }
-    path = epath.Path(output or epath.Path(run) / NAME)
+    folder = epath.Path(run)
+    # Beside a file, under its own name: its folder may hold others.
+    path = epath.Path(output or (folder / NAME if folder.is_dir() else folder.with_name(f"{folder.name}.{NAME}")))
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
@@ -243,7 +209,7 @@ def render(rows: Sequence[Mapping[str, Any]], a: str, b: str) -> str:
     return "\n".join(lines)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """One sentence instead of usage and a second line."""
 
     def error(self, message: str) -> NoReturn:
@@ -251,9 +217,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m xclip_jax.evaluate", description=__doc__, allow_abbrev=False,
+    parser = Parser(prog="python -m xclip_jax.evaluate", description=__doc__, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="RUN", help="folder of a run")
+    parser.add_argument("--checkpoint", metavar="RUN", help="folder of a run, or weights")
     parser.add_argument("--suite", default="demo", help="demo, paper, or names of sets joined by commas")
     parser.add_argument("--profile", default="openai", help=", ".join(sets.PROFILES))
     parser.add_argument("--prefix", help="put before captions of retrieval; by default what the profile says")
