@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -73,8 +73,11 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW under `schedule`, after clipping where `config.clip` asks for it."""
+def make_optimizer(config: OptimConfig, steps: int, lock: Collection[str] = ()) -> optax.GradientTransformation:
+    """AdamW under `schedule`, after clipping where `config.clip` asks for it.
+
+    Parameters under the top-level names in `lock` get no update, no weight decay, and have no moments.
+    """
     adamw = optax.adamw(
         schedule(config, steps),
         b1=config.b1,
@@ -84,7 +87,13 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
         mask=decay_mask,
         mu_dtype=jnp.dtype(config.mu_dtype),
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
+    tx = optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
+    if not lock:
+        return tx
+    return optax.partition(
+        {"train": tx, "lock": optax.set_to_zero()},
+        lambda params: {name: "lock" if name in lock else "train" for name in params},
+    )
 
 
 def project_scale(params: dict[str, Any]) -> dict[str, Any]:
