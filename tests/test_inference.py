@@ -10,8 +10,8 @@ from PIL import Image
 
 import xclip_jax
 from tests import tiny
-from tests.util import random_variables
-from xclip_jax import evaluate, inference, parts, trainer
+from tests.util import jit, random_variables
+from xclip_jax import inference, parts, trainer, weights
 from xclip_jax.data import tokenizer, transforms
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import zeroshot
@@ -32,7 +32,7 @@ def model(run):
     return xclip_jax.load(run, batch=16)
 
 
-def weights(objective):
+def random_model(objective):
     """A model with random weights, and what it was made of."""
     config = tiny.config(objective)
     made = parts.make_model(config, Objective(objective), tokenizer.load("bytes"))
@@ -55,7 +55,7 @@ def encoded(picture, kind="png"):
 
 
 def test_a_run_gives_what_its_evaluators_see(run, model):
-    config, found, variables, _ = evaluate.load(str(run))
+    config, found, variables, _ = weights.load(str(run))
     encoder = trainer.make_encoder(config, found)
     images = pictures()
     prepared = [transforms.evaluation_image(encoded(p), tiny.SIZE) for p in images]
@@ -68,12 +68,12 @@ def test_a_run_gives_what_its_evaluators_see(run, model):
 @pytest.mark.parametrize("objective", ["clip", "nclip"])
 def test_embeddings_are_those_of_the_towers(objective):
     """Against `TwoTowers.apply` and NumPy; nCLIP's are its distributions, of unit length."""
-    towers, variables, model = weights(objective)
+    towers, variables, model = random_model(objective)
     mean, std = (np.asarray(x, np.float32) for x in transforms.STATISTICS["half"])
     pixels = np.stack([transforms.resize_center_crop(p, tiny.SIZE, "bilinear") for p in pictures()])
     pixels = ((pixels / 255 - mean) / std).astype(np.float32)
     tokens = tokenizer.load("bytes")(TEXTS, tiny.LENGTH)
-    out = jax.device_get(towers.apply(variables, pixels, tokens))
+    out = jax.device_get(jit(towers.apply)(variables, pixels, tokens))
 
     def expected(kind):
         if objective == "clip":
@@ -106,7 +106,7 @@ def test_preprocessing_is_open_clips():
     """Resized and cropped as open_clip's transform does it, for odd sizes, grey and transparent pictures."""
     import open_clip
 
-    _, _, model = weights("clip")
+    _, _, model = random_model("clip")
     plain = {"mean": (0, 0, 0), "std": (1, 1, 1), "interpolation": "bilinear"}
     theirs = open_clip.image_transform(tiny.SIZE, is_train=False, **plain)
     for picture in (Image.fromarray(pictures()[3]), Image.fromarray(pictures()[1]).convert("L"),
@@ -124,7 +124,7 @@ def test_nothing_is_compiled_after_each_size_was_seen_once(model):
     )
     prepared = np.zeros((40, tiny.SIZE, tiny.SIZE, 3), np.uint8)
     tokens = np.ones((40, tiny.LENGTH), np.int32)
-    fresh = weights("clip")[2]
+    fresh = random_model("clip")[2]
     fresh.encode_image(prepared[:3])
     assert compiled  # else the listener hears nothing
     for n in (3, 9):
@@ -144,7 +144,7 @@ def test_batches_do_not_change_an_embedding(model):
 
 @pytest.mark.parametrize("objective", ["clip", "xclip", "nclip"])
 def test_zero_shot_is_the_evaluators(objective):
-    _, variables, model = weights(objective)
+    _, variables, model = random_model(objective)
     names, templates = ["fox", "{hen}", "owl"], ["a {}.", "the {}, a {}."]
     images = [model.prepare(p) for p in pictures(9)]
     data = ZeroShotSet("x", images, np.zeros(9, int), [[t.replace("{}", n) for t in templates] for n in names])
@@ -198,7 +198,7 @@ def test_bad_input_is_named(model, run, tmp_path):
         (lambda: model.zero_shot([], "fox"), "in brackets"),
         (lambda: model.clusters([], texts=[]), "either images or texts"),
         (lambda: model.clusters([], top=99), "top=99 must be from 1 to the model's 24"),
-        (lambda: weights("clip")[2].clusters([]), "objective 'clip' has no cluster heads"),
+        (lambda: random_model("clip")[2].clusters([]), "objective 'clip' has no cluster heads"),
         (lambda: xclip_jax.load(run / "none"), "none' does not exist"),
     ):
         with pytest.raises(UserError, match=message):

@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from xclip_jax import evaluate
+from xclip_jax import weights
 from xclip_jax.data import files, tokenizer, transforms
 from xclip_jax.data.ahead import Ahead
 from xclip_jax.errors import BadSample, UserError
@@ -283,7 +283,7 @@ def load(path: str | os.PathLike, *, step: int | None = None, batch: int = 64, t
     """
     where = os.fspath(path)
     if _is_run(where):
-        config, parts, variables, at = evaluate.load(where, step)
+        config, parts, variables, at = weights.load(where, step)
         # The evaluators' default; data.resample is that of training crops.
         options = {"resample": Profile.resample, "batch": batch, "threads": threads}
         card = {"checkpoint": where, "step": at}
