@@ -44,13 +44,14 @@ def cpu_seconds() -> float:
 
 
 def peer(options: argparse.Namespace):
-    """open_clip's model with weights that depend on the seed alone."""
+    """open_clip's model, with weights that depend on the seed alone, and its config."""
     import open_clip
     import torch
 
     torch.manual_seed(0)
     vision = {"image_size": 224, "patch_size": 32, "width": options.width, "layers": options.layers}
-    return open_clip.model.CLIP(512, vision, TEXT).eval()
+    model = open_clip.model.CLIP(512, vision, TEXT).eval()
+    return model, {"model_cfg": {"embed_dim": 512, "vision_cfg": vision, "text_cfg": TEXT}}
 
 
 def paths(options: argparse.Namespace) -> list[str]:
@@ -65,7 +66,7 @@ def open_clips(options: argparse.Namespace) -> dict[str, float]:
 
     torch.set_num_threads(os.cpu_count())
     began = time.perf_counter()
-    model, preprocess = peer(options), open_clip.image_transform(224, is_train=False)
+    (model, _), preprocess = peer(options), open_clip.image_transform(224, is_train=False)
 
     class Files(torch.utils.data.Dataset):
         def __init__(self, files):
@@ -91,25 +92,11 @@ def open_clips(options: argparse.Namespace) -> dict[str, float]:
 
 def ours(options: argparse.Namespace) -> dict[str, float]:
     """This project's side."""
-    from tests.util import from_open_clip
-    from xclip_jax import embed, inference
+    import xclip_jax
+    from xclip_jax import embed
 
     began = time.perf_counter()
-    params = from_open_clip(
-        {key: value.numpy() for key, value in peer(options).state_dict().items()},
-        heads_img=options.width // 64, heads_txt=TEXT["heads"],
-    )  # fmt: skip
-    sizes = {"width": options.width, "depth": options.layers, "heads": options.width // 64}
-    config = {
-        "model": {
-            "img": {"size": 224, "patch": 32, **sizes},
-            "txt": {"length": 77, "width": TEXT["width"], "depth": TEXT["layers"], "heads": TEXT["heads"]},
-            "embed": 512, "scale_init": 1 / 0.07, "dtype": "float32",
-        },
-        "objective": {"name": "clip"},
-        "data": {"tokenizer": "clip", "statistics": "clip", "resample": "bicubic"},
-    }  # fmt: skip
-    model = inference.from_weights(config, params, batch=options.batch)
+    model = xclip_jax.load(options.folder, batch=options.batch)
     for n in (options.batch, 8, 1):
         model.encode_prepared(np.zeros((n, 224, 224, 3), np.uint8))
     ready, cpu = time.perf_counter(), cpu_seconds()
@@ -138,6 +125,9 @@ def compare(options: argparse.Namespace) -> None:
     from xclip_jax import metrics
 
     write(options.folder, options.images)
+    model, config = peer(options)
+    torch.save(model.state_dict(), options.folder / "open_clip_pytorch_model.bin")
+    (options.folder / "open_clip_config.json").write_text(json.dumps(config))
     runs: dict[str, list[float]] = {"xclip_jax": [], "open_clip": []}
     for _ in range(options.repeats):
         for side in runs:

@@ -26,10 +26,10 @@ embed.main(sys.argv[1:])
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(tmp_path_factory, run):
     """A run, 40 good pictures and two bad ones, texts, two tars."""
     root = tmp_path_factory.mktemp("embed")
-    tiny.untrained(root / "run")
+    (root / "run").symlink_to(run)
     tiny.folder(root / "pictures", 40)
     (root / "pictures" / "013.txt").unlink()
     (root / "pictures" / "002b.png").write_bytes(b"<html>")
@@ -159,7 +159,7 @@ def test_without_pyarrow_the_remedy_is_named(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"checkpoint": "{}/none"}, "none' does not exist"),
+        ({"checkpoint": "{}/none"}, "none' is no folder"),
         ({"images": "{}/none/*.jpg"}, "no file matches"),
         ({"images": "{}/run"}, "holds no image"),
         ({"images": "{}/*.t*"}, "names 2 tars among 3 files"),

@@ -6,10 +6,10 @@ from examples import compare_objectives, train_on_a_folder, use_a_model
 from tests import tiny
 
 
-def test_use_a_model(tmp_path, capsys):
+def test_use_a_model(run, tmp_path, capsys):
     tiny.folder(tmp_path / "pictures", 2)
     images = [str(tmp_path / "pictures" / f"{i:03d}.png") for i in range(2)]
-    use_a_model.main([str(tiny.untrained(tmp_path / "run")), *images, "--classes", "fox,hen"])
+    use_a_model.main([str(run), *images, "--classes", "fox,hen"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "embeddings of 16 numbers" and len(lines) == 1 + 3 * 2
     assert "something to eat" in lines[1] and "cluster " in lines[-1]

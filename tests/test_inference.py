@@ -1,4 +1,5 @@
 import io
+import json
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from PIL import Image
 import xclip_jax
 from tests import tiny
 from tests.util import jit, random_variables
-from xclip_jax import inference, parts, trainer, weights
+from xclip_jax import inference, interop, parts, trainer, weights
 from xclip_jax.data import tokenizer, transforms
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import zeroshot
@@ -19,12 +20,6 @@ from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
 from xclip_jax.objective import Objective
 
 TEXTS = ["a fox", "a hen", "what a long text this one is", "", "a fox"]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """What a run of xCLIP with stacked blocks leaves, but for the training."""
-    return tiny.untrained(tmp_path_factory.mktemp("runs") / "run", model__img__scan=True, model__txt__scan=True)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +35,8 @@ def random_model(objective):
     variables = random_variables(made, image, text)
     plain = {key: config[key].to_dict() for key in ("model", "objective")}
     data = {"tokenizer": "bytes", "statistics": "half", "resample": "bilinear"}
-    return made, variables, inference.from_weights(plain | {"data": data}, variables, batch=8)
+    config = plain | {"data": data}
+    return made, variables, inference.from_weights(config, variables, batch=8)
 
 
 def pictures(n=5, seed=0):
@@ -100,6 +96,38 @@ def test_images_in_every_form_are_the_same(model, tmp_path):
         np.testing.assert_array_equal(model.encode_image(form), expected)
     same = np.stack([np.resize(p, (21, 21, 3)) for p in images])
     np.testing.assert_array_equal(model.encode_image(same), model.encode_image(list(same)))
+
+
+def test_weights_of_open_clip_give_its_embeddings(tmp_path):
+    """From files and strings to embeddings, each by its own preprocessing, tokenizer and towers."""
+    import open_clip
+    import torch
+
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1}
+    text = {"context_length": 12, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
+    theirs = open_clip.model.CLIP(24, vision, text).eval()
+    torch.save(theirs.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    config = {"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    ours, images = xclip_jax.load(tmp_path, batch=8), [Image.fromarray(p) for p in pictures()]
+    preprocess = open_clip.image_transform(32, is_train=False)
+    with torch.inference_mode():
+        z_img = theirs.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)
+        z_txt = theirs.encode_text(open_clip.SimpleTokenizer(context_length=12)(TEXTS), normalize=True)
+    np.testing.assert_allclose(ours.encode_image(images), z_img.numpy(), atol=1e-5)
+    np.testing.assert_allclose(ours.encode_text(TEXTS), z_txt.numpy(), atol=1e-5)
+    assert ours.card["format"] == "open_clip"
+
+
+@pytest.mark.parametrize("objective", ["xclip", "nclip"])
+def test_exported_weights_are_the_same_model(objective, tmp_path):
+    _, variables, model = random_model(objective)
+    interop.write(variables, model.config.to_dict(), tmp_path, "safetensors")
+    again = xclip_jax.load(tmp_path, batch=8)
+    assert again.fingerprint() == model.fingerprint()
+    np.testing.assert_array_equal(again.encode_text(TEXTS), model.encode_text(TEXTS))
+    np.testing.assert_array_equal(again.clusters(pictures()).ids, model.clusters(pictures()).ids)
 
 
 def test_preprocessing_is_open_clips():
@@ -199,7 +227,8 @@ def test_bad_input_is_named(model, run, tmp_path):
         (lambda: model.clusters([], texts=[]), "either images or texts"),
         (lambda: model.clusters([], top=99), "top=99 must be from 1 to the model's 24"),
         (lambda: random_model("clip")[2].clusters([]), "objective 'clip' has no cluster heads"),
-        (lambda: xclip_jax.load(run / "none"), "none' does not exist"),
+        (lambda: xclip_jax.load(tmp_path, step=3), "no checkpoint of step 3"),
+        (lambda: xclip_jax.load(run / "none"), "none' is no folder and no file of weights"),
     ):
         with pytest.raises(UserError, match=message):
             call()

@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from xclip_jax import weights
+from xclip_jax import interop, weights
 from xclip_jax.data import files, tokenizer, transforms
 from xclip_jax.data.ahead import Ahead
 from xclip_jax.errors import BadSample, UserError
@@ -88,12 +88,12 @@ class Model:
 
     def __init__(
         self, model: TwoTowers, variables: Mapping[str, Any], config: ml_collections.ConfigDict,
-        card: Mapping[str, Any], *, resample: str, batch: int, threads: int = 0,
+        card: Mapping[str, Any], *, batch: int, threads: int = 0,
     ) -> None:
         self.config, self.card = config, dict(card)
         self.size, self.length = model.img["size"], model.txt["length"]
         self.tokenizer = tokenizer.load(config.data.tokenizer)
-        self._resample, self._threads = resample, threads
+        self._resample, self._threads = _resample(config), threads
         self._clusters, self._projects = model.cluster_head is not None, bool(model.embed)
         self._embedding = ("z",) if self._projects else ("s",)
         self._tau = Objective.from_config(config.objective.to_dict()).nclip.tau
@@ -284,32 +284,39 @@ def load(path: str | os.PathLike, *, step: int | None = None, batch: int = 64, t
     where = os.fspath(path)
     if _is_run(where):
         config, parts, variables, at = weights.load(where, step)
-        # The evaluators' default; data.resample is that of training crops.
-        options = {"resample": Profile.resample, "batch": batch, "threads": threads}
-        card = {"checkpoint": where, "step": at}
-        return Model(parts.model, variables, config, card | _card(config, Profile.resample), **options)
-    return from_weights(*_read_weights(where), card={"checkpoint": where}, batch=batch, threads=threads)
+        card = {"checkpoint": where, "step": at} | _card(config)
+        return Model(parts.model, variables, config, card, batch=batch, threads=threads)
+    if step is not None:
+        raise UserError(f"{where!r} is no run's folder, so that it has no checkpoint of step {step}.")
+    config, variables = interop.read(where)
+    return from_weights(config, variables, card={"checkpoint": where}, batch=batch, threads=threads)
 
 
 def from_weights(
-    config: Mapping[str, Any], params: Mapping[str, Any], *, card: Mapping[str, Any] | None = None, batch: int = 64,
-    threads: int = 0,
+    config: Mapping[str, Any], variables: Mapping[str, Any], *, card: Mapping[str, Any] | None = None,
+    batch: int = 64, threads: int = 0,
 ) -> Model:
-    """A model of a config with groups "model", "objective" and "data", and its parameters; see `load`."""
-    config = ml_collections.ConfigDict(config)
-    resample = config.data.resample
-    objective = Objective.from_config(config.objective.to_dict())
-    model = make_model(config, objective, tokenizer.load(config.data.tokenizer))
-    variables = params if "params" in params else {"params": params}
-    card = dict(card or {}) | _card(config, resample)
-    return Model(model, variables, config, card, resample=resample, batch=batch, threads=threads)
+    """A model of what `xclip_jax.interop.read` gives; for the rest see `load`."""
+    groups = ml_collections.ConfigDict({key: config[key] for key in ("model", "objective", "data")})
+    objective = Objective.from_config(groups.objective.to_dict())
+    model = make_model(groups, objective, tokenizer.load(groups.data.tokenizer))
+    # A table may have more rows than there are words.
+    model = model.clone(txt={**model.txt, "vocab": len(variables["params"]["txt"]["tokens"])})
+    source = {key: value if isinstance(value, str) else list(value) for key, value in config.get("source", {}).items()}
+    card = {**(card or {}), **_card(groups), **source}
+    return Model(model, variables, groups, card, batch=batch, threads=threads)
 
 
-def _card(config: ml_collections.ConfigDict, resample: str) -> dict[str, Any]:
+def _card(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return {
         "objective": config.objective.name, "size": config.model.img.size, "statistics": config.data.statistics,
-        "resample": resample, "tokenizer": config.data.tokenizer,
+        "resample": _resample(config), "tokenizer": config.data.tokenizer,
     }
+
+
+def _resample(config: ml_collections.ConfigDict) -> str:
+    """How images are resized: the evaluators' default where the config speaks of training crops alone."""
+    return Profile.resample if config.data.resample == "area" else config.data.resample
 
 
 def _is_run(path: str) -> bool:
@@ -319,14 +326,6 @@ def _is_run(path: str) -> bool:
         return config.exists() and {"config", "environment"} <= json.loads(config.read_text()).keys()
     except (ValueError, AttributeError):
         return False
-
-
-def _read_weights(path: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    if not epath.Path(path).exists():
-        raise UserError(f"{path!r} does not exist; name the folder of a run, or a file of weights.")
-    from xclip_jax import interop
-
-    return interop.read(path)
 
 
 def _unrolled(model: TwoTowers, variables: Mapping[str, Any]) -> tuple[TwoTowers, Mapping[str, Any]]:
