@@ -32,6 +32,7 @@ def test_train_on_a_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_on_a_folder, "get_config", narrow(train_on_a_folder.get_config))
     folder = tiny.folder(tmp_path / "pairs", 40)
     flags = ["--run", str(tmp_path / "run"), "--epochs", "1", "--batch", "16", "--size", "24", "--tokenizer", "bytes"]
+    flags += ["--objective", "clip"]
     train_on_a_folder.main([str(folder), *flags])
     said = capsys.readouterr().out
     assert "step 2/2" in said and "of 40 images" in said
