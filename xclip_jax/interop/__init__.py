@@ -1,10 +1,10 @@
 """Weights from and to other projects, in NumPy alone: OpenAI's CLIP, open_clip, Hugging Face, and our own form.
 
-A model travels as a pair. `config` has the groups of a run's config that a model needs, as plain dicts:
-"model" and "objective" with the keys of configs/common.py, and of "data" the keys tokenizer, statistics and resample;
-"source" says where it came from: its format, and "notes", sentences on what was assumed or is not followed.
-`variables` are what `TwoTowers.apply` takes, fp32: {"params": ..., "batch_stats": ...}, the second only where
-there are cluster heads.
+A model travels as a pair. `config` has the groups of a run's config that a model needs, as plain dicts: "model" and
+"objective" with the keys of configs/common.py, and of "data" the keys tokenizer, statistics and resample ("bicubic": of
+images that the model sees when it is used; training may have resized its crops otherwise). "source" says where it came
+from: its format, and "notes", sentences on what was assumed or is not followed. `variables` are what `TwoTowers.apply`
+takes, fp32: {"params": ..., "batch_stats": ...}, the second only where there are cluster heads.
 """
 
 import json
@@ -73,16 +73,18 @@ def write(variables: Mapping[str, Any], config: Mapping[str, Any], path: str, to
 
     Args:
       variables, config: as `read` returns them; further keys of `config`, such as a run has, do not matter.
-      path: the folder; it is made. Files of the same names are replaced.
+      path: the folder; it is made. Files that were written before, in any format, are taken away first.
       to: "hf" (a CLIPModel with its processor), "open_clip", or "safetensors": ours, which loses nothing.
 
     Returns:
       Sentences on what the format could not hold.
 
     Raises:
-      UserError: a model that the format does not have.
+      UserError: a model that the format does not have, or a run's folder.
     """
     one_of("to", to, FORMATS)
+    if files.is_run(path):
+        raise UserError(f"{path!r} is a run's folder; name another.")
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(variables))
     folder = epath.Path(path)
     data = dict(config["data"])
@@ -93,16 +95,19 @@ def write(variables: Mapping[str, Any], config: Mapping[str, Any], path: str, to
         file = data["tokenizer"] if data["tokenizer"] in tokenizer.NAMES else groups.TOKENIZER
         content = {
             "model": config["model"], "objective": config["objective"],
-            "data": {key: data[key] for key in ("statistics", "resample")} | {"tokenizer": file},
+            "data": {"tokenizer": file, "statistics": data["statistics"], "resample": "bicubic"},
         }  # fmt: skip
     else:
         flat, notes = _expressible(variables, config, to)
         content, tensors = (hf if to == "hf" else open_clip).write(config, flat, tokens.vocab_size, tokens.eot_id)
         if data["tokenizer"] == "bytes":
             notes.append("tokenizer 'bytes' has no files there: ids are the bytes of UTF-8 plus 3, 1 starts, 2 ends")
+    words = None if data["tokenizer"] in tokenizer.NAMES else epath.Path(data["tokenizer"]).read_bytes()
     folder.mkdir(parents=True, exist_ok=True)
-    if data["tokenizer"] not in tokenizer.NAMES:
-        (folder / groups.TOKENIZER).write_bytes(epath.Path(data["tokenizer"]).read_bytes())
+    for name in WRITTEN:
+        (folder / name).unlink(missing_ok=True)
+    if words is not None:
+        (folder / groups.TOKENIZER).write_bytes(words)
     name, weights = {"hf": (hf.CONFIG, hf.WEIGHTS), "open_clip": (open_clip.CONFIG, open_clip.WEIGHTS),
                      "safetensors": (CONFIG, WEIGHTS)}[to]  # fmt: skip
     if to == "hf":

@@ -28,6 +28,17 @@ _DTYPES = {
 }  # fmt: skip
 
 
+def is_run(path: str) -> bool:
+    """Whether `path` is a run's folder. transformers calls its file config.json as well, with other keys."""
+    file = epath.Path(path) / "config.json"
+    if not file.exists():
+        return False
+    try:
+        return "config" in json.loads(file.read_text())
+    except ValueError:
+        return True  # damaged; who reads it says so
+
+
 def find(path: str) -> epath.Path:
     """The file of weights at `path`, a file or a folder.
 
@@ -39,6 +50,8 @@ def find(path: str) -> epath.Path:
         if place.exists() and place.suffix in SUFFIXES:
             return place
         raise UserError(f"{path!r} is no folder and no file of weights ({', '.join(SUFFIXES)}); name one that exists.")
+    if is_run(path):
+        raise UserError(f"{path!r} is a run's folder; write its weights with python -m xclip_jax.export.")
     for name in NAMES:
         if (place / name).exists():
             return place / name

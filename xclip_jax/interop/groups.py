@@ -76,9 +76,12 @@ def tokens(folder: epath.Path, vocab: int, eot: int | None, where: str) -> str:
     if file.exists():
         found = tokenizer.load(str(file))
         end = vocab - 1 if eot is None else eot
-        if found.vocab_size <= vocab and found.eot_id == end:
+        if (found.vocab_size, found.eot_id) == (vocab, end):
             return str(file)
-        raise UserError(f"{where} pools texts at id {end}, and {file} ends them with {found.eot_id}.")
+        raise UserError(
+            f"{where} knows {vocab} ids and pools texts at {end}; {file} has {found.vocab_size} and ends with "
+            f"{found.eot_id}."
+        )
     raise UserError(f"{where} has a vocabulary of {vocab}, which is not CLIP's, and no {TOKENIZER} beside it.")
 
 
