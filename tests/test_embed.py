@@ -159,7 +159,7 @@ def test_without_pyarrow_the_remedy_is_named(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"checkpoint": "{}/none"}, "none' is no folder"),
+        ({"checkpoint": "{}/none"}, "none' does not exist"),
         ({"images": "{}/none/*.jpg"}, "no file matches"),
         ({"images": "{}/run"}, "holds no image"),
         ({"images": "{}/*.t*"}, "names 2 tars among 3 files"),

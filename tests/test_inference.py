@@ -5,6 +5,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 from PIL import Image
@@ -34,9 +35,9 @@ def random_model(objective):
     image, text = jnp.zeros((1, tiny.SIZE, tiny.SIZE, 3)), jnp.zeros((1, tiny.LENGTH), jnp.int32)
     variables = random_variables(made, image, text)
     plain = {key: config[key].to_dict() for key in ("model", "objective")}
-    data = {"tokenizer": "bytes", "statistics": "half", "resample": "bilinear"}
-    config = plain | {"data": data}
-    return made, variables, inference.from_weights(config, variables, batch=8)
+    data = {"tokenizer": "bytes", "statistics": "half", "resample": "area"}
+    config = ml_collections.ConfigDict(plain | {"data": data})
+    return made, variables, inference.Model(made, variables, config, {}, batch=8)
 
 
 def pictures(n=5, seed=0):
@@ -66,7 +67,7 @@ def test_embeddings_are_those_of_the_towers(objective):
     """Against `TwoTowers.apply` and NumPy; nCLIP's are its distributions, of unit length."""
     towers, variables, model = random_model(objective)
     mean, std = (np.asarray(x, np.float32) for x in transforms.STATISTICS["half"])
-    pixels = np.stack([transforms.resize_center_crop(p, tiny.SIZE, "bilinear") for p in pictures()])
+    pixels = np.stack([transforms.resize_center_crop(p, tiny.SIZE) for p in pictures()])
     pixels = ((pixels / 255 - mean) / std).astype(np.float32)
     tokens = tokenizer.load("bytes")(TEXTS, tiny.LENGTH)
     out = jax.device_get(jit(towers.apply)(variables, pixels, tokens))
@@ -117,7 +118,6 @@ def test_weights_of_open_clip_give_its_embeddings(tmp_path):
         z_txt = theirs.encode_text(open_clip.SimpleTokenizer(context_length=12)(TEXTS), normalize=True)
     np.testing.assert_allclose(ours.encode_image(images), z_img.numpy(), atol=1e-5)
     np.testing.assert_allclose(ours.encode_text(TEXTS), z_txt.numpy(), atol=1e-5)
-    assert ours.card["format"] == "open_clip"
 
 
 @pytest.mark.parametrize("objective", ["xclip", "nclip"])
@@ -135,7 +135,7 @@ def test_preprocessing_is_open_clips():
     import open_clip
 
     _, _, model = random_model("clip")
-    plain = {"mean": (0, 0, 0), "std": (1, 1, 1), "interpolation": "bilinear"}
+    plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
     theirs = open_clip.image_transform(tiny.SIZE, is_train=False, **plain)
     for picture in (Image.fromarray(pictures()[3]), Image.fromarray(pictures()[1]).convert("L"),
                     Image.fromarray(pictures()[2]).convert("RGBA")):  # fmt: skip
@@ -228,7 +228,7 @@ def test_bad_input_is_named(model, run, tmp_path):
         (lambda: model.clusters([], top=99), "top=99 must be from 1 to the model's 24"),
         (lambda: random_model("clip")[2].clusters([]), "objective 'clip' has no cluster heads"),
         (lambda: xclip_jax.load(tmp_path, step=3), "no checkpoint of step 3"),
-        (lambda: xclip_jax.load(run / "none"), "none' is no folder and no file of weights"),
+        (lambda: xclip_jax.load(run / "none"), "none' does not exist"),
     ):
         with pytest.raises(UserError, match=message):
             call()

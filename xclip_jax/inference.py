@@ -9,7 +9,6 @@ that each is compiled once. Images are prepared as evaluations of the model do i
 """
 
 import dataclasses
-import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from etils import epath
 from PIL import Image
 
-from xclip_jax import interop, weights
+from xclip_jax import weights
 from xclip_jax.data import files, tokenizer, transforms
 from xclip_jax.data.ahead import Ahead
 from xclip_jax.errors import BadSample, UserError
@@ -34,11 +32,11 @@ from xclip_jax.models.layers import unstack_blocks
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.objective import Objective
 from xclip_jax.parallel.mesh import make_mesh, replicated
-from xclip_jax.parts import make_model
 
 ImageLike = str | os.PathLike | bytes | np.ndarray | Image.Image
 
 TEMPLATES = ("a photo of a {}.",)
+_RESAMPLE = Profile.resample  # the evaluators' default; data.resample is of training crops
 _SMALLER = (1, 8)  # batches for few items
 _MESH = {"data": -1, "fsdp": 1, "model": 1}
 
@@ -79,7 +77,7 @@ class Model:
     evaluations print.
 
     Attributes:
-      config: the groups "model", "objective" and "data" that the model was made of.
+      config: of the run; of other weights its groups "model", "objective" and "data".
       card: where the model is from, for the records of what is made with it.
       size: side of an image, pixels.
       length: tokens of a text, start and end included.
@@ -90,10 +88,14 @@ class Model:
         self, model: TwoTowers, variables: Mapping[str, Any], config: ml_collections.ConfigDict,
         card: Mapping[str, Any], *, batch: int, threads: int = 0,
     ) -> None:
-        self.config, self.card = config, dict(card)
+        self.config = config
+        self.card = dict(card) | {
+            "objective": config.objective.name, "size": config.model.img.size, "statistics": config.data.statistics,
+            "resample": _RESAMPLE, "tokenizer": config.data.tokenizer,
+        }  # fmt: skip
         self.size, self.length = model.img["size"], model.txt["length"]
         self.tokenizer = tokenizer.load(config.data.tokenizer)
-        self._resample, self._threads = _resample(config), threads
+        self._threads = threads
         self._clusters, self._projects = model.cluster_head is not None, bool(model.embed)
         self._embedding = ("z",) if self._projects else ("s",)
         self._tau = Objective.from_config(config.objective.to_dict()).nclip.tau
@@ -218,7 +220,7 @@ class Model:
                 raise BadSample("array is no image", f"{image.dtype} of shape {image.shape}; uint8 (h, w, 3) is one")
         elif not isinstance(image, bytes | Image.Image):
             raise BadSample("not an image", f"a {type(image).__name__}")
-        return transforms.evaluation_image(image, self.size, self._resample)
+        return transforms.evaluation_image(image, self.size, _RESAMPLE)
 
     def _images(self, images: Sequence[ImageLike] | np.ndarray, kinds: Sequence[str]) -> Features:
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
@@ -282,50 +284,8 @@ def load(path: str | os.PathLike, *, step: int | None = None, batch: int = 64, t
       UserError: nothing there that can be read.
     """
     where = os.fspath(path)
-    if _is_run(where):
-        config, parts, variables, at = weights.load(where, step)
-        card = {"checkpoint": where, "step": at} | _card(config)
-        return Model(parts.model, variables, config, card, batch=batch, threads=threads)
-    if step is not None:
-        raise UserError(f"{where!r} is no run's folder, so that it has no checkpoint of step {step}.")
-    config, variables = interop.read(where)
-    return from_weights(config, variables, card={"checkpoint": where}, batch=batch, threads=threads)
-
-
-def from_weights(
-    config: Mapping[str, Any], variables: Mapping[str, Any], *, card: Mapping[str, Any] | None = None,
-    batch: int = 64, threads: int = 0,
-) -> Model:
-    """A model of what `xclip_jax.interop.read` gives; for the rest see `load`."""
-    groups = ml_collections.ConfigDict({key: config[key] for key in ("model", "objective", "data")})
-    objective = Objective.from_config(groups.objective.to_dict())
-    model = make_model(groups, objective, tokenizer.load(groups.data.tokenizer))
-    # A table may have more rows than there are words.
-    model = model.clone(txt={**model.txt, "vocab": len(variables["params"]["txt"]["tokens"])})
-    source = {key: value if isinstance(value, str) else list(value) for key, value in config.get("source", {}).items()}
-    card = {**(card or {}), **_card(groups), **source}
-    return Model(model, variables, groups, card, batch=batch, threads=threads)
-
-
-def _card(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    return {
-        "objective": config.objective.name, "size": config.model.img.size, "statistics": config.data.statistics,
-        "resample": _resample(config), "tokenizer": config.data.tokenizer,
-    }
-
-
-def _resample(config: ml_collections.ConfigDict) -> str:
-    """How images are resized: the evaluators' default where the config speaks of training crops alone."""
-    return Profile.resample if config.data.resample == "area" else config.data.resample
-
-
-def _is_run(path: str) -> bool:
-    """Whether `path` is a run's folder; others have a config.json too."""
-    config = epath.Path(path) / "config.json"
-    try:
-        return config.exists() and {"config", "environment"} <= json.loads(config.read_text()).keys()
-    except (ValueError, AttributeError):
-        return False
+    config, parts, variables, at = weights.load(where, step)
+    return Model(parts.model, variables, config, {"checkpoint": where, "step": at}, batch=batch, threads=threads)
 
 
 def _unrolled(model: TwoTowers, variables: Mapping[str, Any]) -> tuple[TwoTowers, Mapping[str, Any]]:
