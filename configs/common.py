@@ -41,6 +41,7 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
         "run": f"runs/{objective}-{size.replace('/', '')}",  # the run's folder
         "seed": 0,
         "steps": 0,
+        "init": {"weights": "", "lock": ()},  # what a new run starts from; towers that get no update
         "mesh": {"data": -1, "fsdp": 1, "model": 1, "strategy": "dp"},
         "model": {
             "img": img,
@@ -64,6 +65,10 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
                 "balance": "none",
                 "center_momentum": 0.9,
             },
+            # Of fine-tuning, configs/finetune.py.
+            "classify": {
+                "tower": "img", "classes": 0, "smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "head_std": 2e-5,
+            },
         },
         "optim": {
             "lr": 5e-4,
@@ -75,6 +80,7 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
             "b1": 0.9,
             "b2": 0.98,
             "eps": 1e-8,
+            "layer_decay": 1.0,
             "clip": 0.0,
             "mu_dtype": "float32",
             "microbatches": 1,

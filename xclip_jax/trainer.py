@@ -102,11 +102,12 @@ def _train(
     config: ml_collections.ConfigDict, parts: Parts, checkpointer: Checkpointer, folder: epath.Path
 ) -> tuple[TrainState, bool]:
     """Makes or restores the state and trains it. Returns it, and whether it was interrupted."""
-    found = loader.open_sources(parts.data)
+    found = loader.open_sources(parts.data, parts.objective.classify.classes if parts.objective.classifies else 0)
     _check_data(folder, found)
     count = sum(x.size for x in jax.tree.leaves(parts.abstract.params))
+    items = "items" if parts.objective.classifies else "pairs"
     say(
-        f"{config.objective.name}: {count:,} parameters, {sum(map(len, found)):,} pairs, {config.steps} steps of "
+        f"{config.objective.name}: {count:,} parameters, {sum(map(len, found)):,} {items}, {config.steps} steps of "
         f"{parts.data.batch} on {jax.device_count()} {jax.devices()[0].device_kind}, in {folder}"
     )
     if checkpointer.latest() is None:
@@ -202,7 +203,7 @@ def _loop(
     log = Log(config, parts, folder, start, sum(map(len, found)), ledger)
     batches = loader.batches(
         loader.sample_order(found, parts.data, config.seed),
-        loader.Transform(parts.data, parts.size, parts.tokenizer, parts.length),
+        loader.Transform(parts.data, parts.size, parts.tokenizer, parts.length, parts.objective.fields),
         batch=b, start=start, stop=config.steps, seed=config.seed,
         host=jax.process_index(), hosts=jax.process_count(), ledger=ledger,
     )

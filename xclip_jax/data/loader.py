@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from xclip_jax.data import sources, transforms
+from xclip_jax.data import labelled, sources, transforms
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.errors import BadSample, UserError
@@ -28,7 +28,7 @@ class DataConfig:
     """Group `data` of a config.
 
     Attributes:
-      sources: specs for `sources.open_source`; several are mixed.
+      sources: specs for `sources.open_source`, of fine-tuning for `labelled.open_source`; several are mixed.
       weights: share of samples from each source; empty for shares by size.
       dir: where TFDS data sets lie; "" for the default.
       batch: b, pairs in the global batch.
@@ -70,8 +70,8 @@ class DataConfig:
     max_bad: float = 0.05
 
 
-def open_sources(config: DataConfig) -> list[sources.Source]:
-    """The sources of `config`, checked against its weights."""
+def open_sources(config: DataConfig, classes: int = 0) -> list[sources.Source]:
+    """The sources of `config`, checked against its weights; with `classes`, labelled ones of so many classes."""
     if not config.sources:
         raise UserError("data.sources is empty; name a source such as folder:PATH or tfds:NAME/SPLIT.")
     if config.weights and len(config.weights) != len(config.sources):
@@ -79,6 +79,15 @@ def open_sources(config: DataConfig) -> list[sources.Source]:
             f"data.weights has {len(config.weights)} values for {len(config.sources)} sources; give one for each, "
             "or none for shares by size."
         )
+    if classes:
+        found = [labelled.open_source(spec, config.dir) for spec in config.sources]
+        for spec, source in zip(config.sources, found, strict=True):
+            if len(source.names or ["a number"]) != classes:
+                raise UserError(
+                    f"source {spec!r} has {len(source.names)} classes and objective.classify.classes is {classes}; "
+                    "make them equal (1 for labels that are numbers)."
+                )
+        return [sources.Decoded(source) if config.cache and source.key == "image" else source for source in found]
     options = {"data_dir": config.dir, "image_key": config.image_key, "text_keys": config.text_keys}
     found = [sources.open_source(spec, tags_key=config.tags_key, **options) for spec in config.sources]
     return [sources.Decoded(source) for source in found] if config.cache else found
@@ -86,20 +95,46 @@ def open_sources(config: DataConfig) -> list[sources.Source]:
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """Record -> {"image": uint8 (size, size, 3), "text": int32 (length,)}, random through `rng` alone."""
+    """Record -> {"image": uint8 (size, size, 3), "text": int32 (length,), "label": int32 or fp32 ()}.
+
+    Random through `rng` alone. `fields` says which of the three are made.
+    """
 
     config: DataConfig
     size: int
     tokenizer: Tokenizer
     length: int
+    fields: tuple[str, ...] = ("image", "text")
 
     def __call__(self, record: sources.Record, rng: np.random.Generator) -> Batch:
+        return {field: getattr(self, field)(record, rng) for field in self.fields}
+
+    def image(self, record: sources.Record, rng: np.random.Generator) -> np.ndarray:
+        """A random crop."""
         config, scale = self.config, tuple(self.config.crop_scale)
         # So large that a square crop, even the smallest, is not enlarged.
         exact = config.resample != "area"
         image = transforms.decode(record["image"], scaled_to=0 if exact else math.ceil(self.size / scale[0] ** 0.5))
-        image = transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample)
-        return {"image": image, "text": self.tokenizer([self.caption(record, rng)], self.length)[0]}
+        return transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample)
+
+    def text(self, record: sources.Record, rng: np.random.Generator) -> np.ndarray:
+        """Token ids of a caption."""
+        return self.tokenizer([self.caption(record, rng)], self.length)[0]
+
+    def label(self, record: sources.Record, rng: np.random.Generator) -> np.ndarray:
+        """The label."""
+        del rng
+        label = np.asarray(record["label"])
+        return label.astype(np.float32 if label.dtype.kind == "f" else np.int32)
+
+    def nothing(self) -> Batch:
+        """In place of a record that could not be found."""
+        empty = {
+            "image": np.zeros((self.size, self.size, 3), np.uint8),
+            "text": np.zeros(self.length, np.int32),
+            "label": np.zeros((), np.int32),
+        }
+        return {field: empty[field] for field in self.fields}
 
     def caption(self, record: sources.Record, rng: np.random.Generator) -> str:
         """One of the captions, keywords, or both."""
@@ -161,16 +196,14 @@ class _Reader:
                 bad.append(entry | {"source": number, "index": index} | sources.where(source, index))
             index = int(rng.integers(len(source)))
         bad[-1]["last"] = _DRAWS  # `Ledger.add` stops the run, where its error is not lost in a worker process
-        image = np.zeros((self.transform.size, self.transform.size, 3), np.uint8)
-        return {"image": image, "text": np.zeros(self.transform.length, np.int32), "bad": bad}
+        return self.transform.nothing() | {"bad": bad}
 
 
 def _stack(rows: Sequence[Batch]) -> Batch:
     """Rows -> arrays; what was bad as JSON in bytes, since worker processes send arrays."""
     bad = json.dumps([entry for row in rows for entry in row["bad"]]).encode()
-    return {key: np.stack([row[key] for row in rows]) for key in ("image", "text")} | {
-        "bad": np.frombuffer(bad, np.uint8)
-    }
+    fields = [key for key in rows[0] if key != "bad"]
+    return {key: np.stack([row[key] for row in rows]) for key in fields} | {"bad": np.frombuffer(bad, np.uint8)}
 
 
 def batches(
@@ -185,7 +218,7 @@ def batches(
     hosts: int = 1,
     ledger: Ledger | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This host's rows of the global batches number `start` to `stop` - 1: {"image", "text"}.
+    """This host's rows of the global batches number `start` to `stop` - 1: what the transform's `fields` say.
 
     Row r of global batch g is sample g * batch + r of the run, and host h holds rows h * batch / hosts and up: the
     global batches are the same on any number of hosts and from any start. A bad sample is replaced by another of its
@@ -219,7 +252,7 @@ def _noted(
     for g, found in enumerate(read, start):
         bad = json.loads(found.pop("bad").tobytes())
         if ledger is not None:
-            tokens = int(((found["text"] == eot).argmax(axis=1) + 1).sum())
+            tokens = int(((found["text"] == eot).argmax(axis=1) + 1).sum()) if "text" in found else 0
             ledger.add((g + 1) * batch, tokens, bad)
         elif bad:
             raise UserError(f"sample {bad[0]} cannot be used.")

@@ -6,17 +6,16 @@ or from a CSV file with the columns path and label; so do `folder:PATH` and `csv
 perhaps validation, each with one sub-folder a class.
 """
 
-import csv
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from xclip_jax.data import transforms
-from xclip_jax.data.sources import IMAGE_SUFFIXES
+from xclip_jax.data.labelled import Field, read_files
+from xclip_jax.data.sources import open_tfds
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import names
 from xclip_jax.evaluators.card import Card, digest
@@ -151,7 +150,8 @@ def load_probe(spec: str, size: int, data_dir: str | None, profile: Profile) -> 
         raise UserError(f"{name} has no training split in TFDS; write {spec}@PATH, a folder with train and test.")
     if path:
         held = (pathlib.Path(path) / "validation").is_dir()
-        read = [_files(spec, pathlib.Path(path) / part) for part in ("train", *["validation"] * held, "test")]
+        folders = ("train", *["validation"] * held, "test")
+        read = [(*read_files(spec, pathlib.Path(path) / folder), "") for folder in folders]
     else:
         splits = (entry.train, *[entry.held] * bool(entry.held), entry.split)
         read = [_tfds(name, dataclasses.replace(entry, split=split), data_dir) for split in splits]
@@ -185,8 +185,8 @@ def load(spec: str, size: int, data_dir: str | None, profile: Profile) -> ZeroSh
         name, path = spec, spec.partition(":")[2]
     if not path and not entry.tfds:
         raise UserError(f"{name} is not in TFDS; write {name}@PATH, a folder of one sub-folder a class or a CSV file.")
-    reader = (lambda: _tfds(name, entry, data_dir)) if not path else (lambda: _files(name, pathlib.Path(path)))
-    images, labels, label_names, version = reader()
+    read = (*read_files(name, pathlib.Path(path)), "") if path else _tfds(name, entry, data_dir)
+    images, labels, label_names, version = read
     found = _names(entry, label_names)
     if entry.classes:
         labels, found = _masked(name, entry, np.asarray(labels), found)
@@ -229,47 +229,7 @@ class Pictures(Sequence):
         return transforms.resize_center_crop(image, self._size, self._resample)
 
 
-class Field(Sequence):
-    """One feature of each record of a data source."""
-
-    def __init__(self, source: Any, key: str) -> None:
-        self._source, self._key = source, key
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._source[index][self._key]
-
-
-class Paths(Sequence):
-    """Files, read when they are asked for."""
-
-    def __init__(self, paths: Sequence[pathlib.Path]) -> None:
-        self._paths = paths
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> bytes:
-        return self._paths[index].read_bytes()
-
-
 Read = tuple[Sequence[Any], np.ndarray, list[str], str]
-
-
-def open_tfds(spec: str, split: str, data_dir: str | None) -> tuple[Any, tfds.core.DatasetInfo]:
-    """A data source without decoded images, and its information; a set that is not there is one sentence."""
-    try:
-        builder = tfds.builder(spec, data_dir=data_dir)
-        return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}), builder.info
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise UserError(
-            f"TFDS data set {spec!r}, split {split!r}, cannot be read from {data_dir or 'the default data_dir'} "
-            f"({type(error).__name__}: {reason[0] if reason else ''}). Prepare it once with `pip install "
-            f"'xclip_jax[tfds-prepare]'` and `tfds build {spec} --file_format=array_record`."
-        ) from error
 
 
 def _tfds(name: str, entry: Entry, data_dir: str | None) -> Read:
@@ -290,37 +250,6 @@ def _tfds(name: str, entry: Entry, data_dir: str | None) -> Read:
             row[np.asarray(value, int)] = True
         return Field(source, "image"), several, labels, version
     return Field(source, "image"), np.array(values, int), labels, version
-
-
-def _files(name: str, path: pathlib.Path) -> Read:
-    if path.is_dir():
-        folders = sorted(p for p in path.iterdir() if p.is_dir())
-        files = [(p, i) for i, folder in enumerate(folders) for p in sorted(folder.rglob("*"))
-                 if p.suffix.lower() in IMAGE_SUFFIXES]
-        if not files:
-            raise UserError(f"{name}: folder {str(path)!r} holds no images in sub-folders; make one for each class.")
-        return Paths([p for p, _ in files]), np.array([i for _, i in files]), [p.name for p in folders], ""
-    if not path.is_file():
-        raise UserError(f"{name}: {str(path)!r} does not exist; name a folder or a CSV file.")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"path", "label"} <= set(rows[0]):
-        raise UserError(f"{name}: CSV file {str(path)!r} must have the columns path and label, and a row.")
-    split = [(row["label"] or "").split("|") for row in rows]
-    words = {word for labels in split for word in labels}
-    # Labels that are numbers count as such: "10" comes after "9".
-    ordered = [str(i) for i in range(max(map(int, words)) + 1)] if all(w.isdigit() for w in words) else sorted(words)
-    index = {word: i for i, word in enumerate(ordered)}
-    paths = [path.parent / row["path"] for row in rows]
-    missing = [p for p in paths if not p.is_file()]
-    if missing:
-        raise UserError(f"{name}: {len(missing)} images of {str(path)!r} do not exist, {str(missing[0])!r} first.")
-    if all(len(labels) == 1 for labels in split):
-        return Paths(paths), np.array([index[labels[0]] for labels in split]), ordered, ""
-    several = np.zeros((len(rows), len(ordered)), bool)
-    for row, labels in zip(several, split, strict=True):
-        row[[index[word] for word in labels]] = True
-    return Paths(paths), several, ordered, ""
 
 
 def _names(entry: Entry, labels: Sequence[str]) -> list[str]:

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from xclip_jax.data.sources import lookup
+from xclip_jax.data.labelled import Field, Paths
+from xclip_jax.data.sources import lookup, open_tfds
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.card import Card, digest
-from xclip_jax.evaluators.catalogue import Field, Paths, Pictures, open_tfds
+from xclip_jax.evaluators.catalogue import Pictures
 from xclip_jax.evaluators.names import Profile
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
 from xclip_jax.evaluators.retrieval import RetrievalSet

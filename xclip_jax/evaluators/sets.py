@@ -30,8 +30,9 @@ import tensorflow_datasets as tfds
 from xclip_jax.data import demo
 from xclip_jax.data.transforms import evaluation_image
 from xclip_jax.errors import one_of
-from xclip_jax.evaluators import Encoder, Evaluator, catalogue, files
+from xclip_jax.evaluators import Encoder, Evaluator, catalogue, files, finetuned
 from xclip_jax.evaluators.card import Card, digest
+from xclip_jax.evaluators.finetuned import Finetuned, LabelledSet
 from xclip_jax.evaluators.names import PROFILES, Profile
 from xclip_jax.evaluators.probe import Probe, ProbeSet, Sweep
 from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet
@@ -39,7 +40,7 @@ from xclip_jax.evaluators.text import Similarity, SimilaritySet, TextRetrieval, 
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
 
 Record = dict[str, Any]
-AnySet = ZeroShotSet | RetrievalSet | ProbeSet | SimilaritySet | TextRetrievalSet
+AnySet = ZeroShotSet | RetrievalSet | ProbeSet | SimilaritySet | TextRetrievalSet | LabelledSet
 Maker = Callable[[str, int, str | None], AnySet]
 
 _RESIZE = "shorter side bicubic, central crop"
@@ -61,15 +62,15 @@ def load(spec: str, image_size: int, data_dir: str | None = None, profile: Profi
     check(spec)
     if spec in SETS:
         return SETS[spec](spec, image_size, data_dir or None)
-    reader = files if files.check(spec) else catalogue
+    reader = finetuned if spec.startswith(finetuned.PREFIX) else files if files.check(spec) else catalogue
     return reader.load(spec, image_size, data_dir or None, profile)
 
 
 def check(spec: str) -> None:
     """Raises `UserError` unless `load` knows `spec`."""
-    if not catalogue.check(spec) and not files.check(spec):
+    if not spec.startswith(finetuned.PREFIX) and not catalogue.check(spec) and not files.check(spec):
         from_files = [f"{name}@PATH" for name in (*catalogue.ENTRIES, *files.READERS, *files.RETRIEVAL)]
-        forms = ["probe/NAME", "fewshot/NAME", "folder:PATH", "csv:PATH"]
+        forms = ["probe/NAME", "fewshot/NAME", "folder:PATH", "csv:PATH", "finetuned/SOURCE"]
         known = [*SETS, *catalogue.PAPER, "coco_retrieval", *from_files, *forms]
         one_of("the evaluation set (--suite, eval.sets, eval.final_sets)", spec, known)
 
@@ -267,5 +268,8 @@ def evaluator(encoder: Encoder, data: AnySet) -> Evaluator:
     """The evaluator of a set."""
     if isinstance(data, ProbeSet):
         return Probe(encoder, data, "textual" if isinstance(data.test[0], str) else "visual")
-    kinds = {ZeroShotSet: ZeroShot, RetrievalSet: Retrieval, SimilaritySet: Similarity, TextRetrievalSet: TextRetrieval}
+    kinds = {
+        ZeroShotSet: ZeroShot, RetrievalSet: Retrieval, SimilaritySet: Similarity, TextRetrievalSet: TextRetrieval,
+        LabelledSet: Finetuned,
+    }
     return kinds[type(data)](encoder, data)

@@ -11,10 +11,10 @@ _KINDS = (
     ("zeroshot", "top1", ("top1", "top5")),
     ("zeroshot", "map", ("map11", "map")),
     ("retrieval", "captions", _RECALLS),
-    ("visual", "majority", ("linear/top1", "knn/top1")),
-    ("textual", "majority", ("linear/top1",)),
+    ("visual", "majority", ("linear/top1", "knn/top1", "finetuned/top1")),
+    ("textual", "majority", ("linear/top1", "finetuned/top1", "finetuned/matthews", "finetuned/f1")),
     ("textual", "queries", ("r1", "r5")),
-    ("textual", "pairs", ("spearman_all", "spearman_mean")),
+    ("textual", "pairs", ("spearman_all", "spearman_mean", "finetuned/spearman", "finetuned/pearson")),
 )
 # Sets of classes that training may know in a style that it does not, by what their names begin with.
 OUT_OF_DOMAIN = ("emoji/test_line", "imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "objectnet")
@@ -46,7 +46,7 @@ def headlines(results: Results) -> str:
 
 def render(results: Results) -> str:
     """The final table: the sets of each kind, then one row for each family. What chance gives stands in brackets."""
-    parts = (_classified, _retrieved, _probed, _texts, _families)
+    parts = (_classified, _retrieved, _probed, _finetuned, _texts, _families)
     return "\n".join(line for part in parts for line in part(results))
 
 
@@ -92,6 +92,16 @@ def _probed(results: Results) -> list[str]:
         neighbours = f"{values['knn/top1']:>8.1f}" if "knn/top1" in values else ""
         lines.append(f"{name:<42}{ways:>6.0f}{n:>8.0f}{values['linear/top1']:>8.1f}{f'({most:.1f})':>7}{neighbours}")
     return [f"{'frozen features, %':<42}{'ways':>6}{'items':>8}{'linear':>8}{'':>7}{'kNN':>8}", *lines] if lines else []
+
+
+def _finetuned(results: Results) -> list[str]:
+    lines = []
+    for family, name, values in rows(results):
+        shown = {key.partition("/")[2]: value for key, value in values.items() if key.startswith("finetuned/")}
+        if shown:
+            n = next(results[f"{family}/{name}/{key}"] for key in ("n", "pairs") if f"{family}/{name}/{key}" in results)
+            lines.append(f"{name:<48}{n:>8.0f}   " + "  ".join(f"{key} {value:.1f}" for key, value in shown.items()))
+    return [f"{'fine-tuned, %':<48}{'items':>8}", *lines] if lines else []
 
 
 def _texts(results: Results) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Encoder, Features
 from xclip_jax.evaluators.card import Card
-from xclip_jax.evaluators.scores import Items, average_precision, class_weights, eleven_point
+from xclip_jax.evaluators.scores import Items, class_weights
 
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -174,8 +174,9 @@ class ZeroShot:
         for kind, scores in self.scores(variables).items():
             prefix = f"{self.name}/{kind}" if kind else self.name
             if labels.ndim == 2:
-                precisions = {"map": average_precision(scores, labels), "map11": eleven_point(scores, labels)}
-                metrics |= {f"{prefix}/{key}": 100 * float(value.mean()) for key, value in precisions.items()}
+                found = {key: Items(scores, other=labels, statistic=key) for key in ("map", "map11")}
+                items |= {f"{prefix}/{key}": item for key, item in found.items()}
+                metrics |= {f"{prefix}/{key}": item.value() for key, item in found.items()}
                 continue
             found = _items(scores, labels, self.data.groups)
             if self.data.card.metric == "roc_auc":
