@@ -25,53 +25,16 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import metrics, trainer
-from xclip_jax.checkpoint import Checkpointer, write_json
+from xclip_jax.checkpoint import write_json
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Evaluator, sets, table
 from xclip_jax.evaluators.card import describe
 from xclip_jax.evaluators.scores import Items, bootstrap
 from xclip_jax.metrics import say
-from xclip_jax.parts import Parts, build
+from xclip_jax.weights import load
 
 NAME = "evaluation.json"
 _SIZES = ("n", "images", "queries", "pairs")
-
-
-def load(run: str, step: int | None = None) -> tuple[ml_collections.ConfigDict, Parts, Mapping[str, Any], int]:
-    """The config, parts, variables and step of a run's checkpoint, on this machine's devices.
-
-    Args:
-      run: the run's folder.
-      step: which checkpoint; the newest by default.
-
-    Raises:
-      UserError: no run there, no checkpoint of that step, or one that this code cannot read.
-    """
-    folder = epath.Path(run)
-    path = folder / "config.json"
-    if not path.exists():
-        raise UserError(f"--checkpoint {run!r} is no run's folder: it has no config.json; name the folder of a run.")
-    try:
-        config = ml_collections.ConfigDict(_tuples(json.loads(path.read_text())["config"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); name the folder of another run.") from error
-    # Layout and batch belong to the machine that trained, not to what was learned.
-    config.mesh = {"data": -1, "fsdp": 1, "model": 1, "strategy": "dp"}
-    config.optim.microbatches, config.loss.chunk, config.loss.impl = 1, 0, "plain"
-    config.data.batch = jax.device_count()
-    parts = build(config)
-    if not (folder / "checkpoints").exists():
-        raise UserError(f"{folder} holds no checkpoint; train it first, or name the folder of another run.")
-    with Checkpointer(folder, keep=None) as checkpointer:
-        state, _ = checkpointer.restore(parts.abstract, step)
-    return config, parts, state.variables(ema=config.eval.ema), int(state.step)
-
-
-def _tuples(value: Any) -> Any:
-    """JSON has no tuples, and `ConfigDict` keeps the types that a config file gave."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def chosen(suite: str) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -110,8 +110,11 @@ def _decay_layers(decay: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW under `schedule`, after clipping and with layer decay where `config` asks for them."""
+def make_optimizer(config: OptimConfig, steps: int, lock: Collection[str] = ()) -> optax.GradientTransformation:
+    """AdamW under `schedule`, after clipping and with layer decay where `config` asks for them.
+
+    Parameters under the top-level names in `lock` get no update, no weight decay, and have no moments.
+    """
     adamw = optax.adamw(
         schedule(config, steps),
         b1=config.b1,
@@ -124,7 +127,13 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     if config.layer_decay != 1:
         # AdamW's weight decay is part of the update, and falls with the layer's learning rate, as in PyTorch.
         adamw = optax.chain(adamw, _decay_layers(config.layer_decay))
-    return optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
+    tx = optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
+    if not lock:
+        return tx
+    return optax.partition(
+        {"train": tx, "lock": optax.set_to_zero()},
+        lambda params: {name: "lock" if name in lock else "train" for name in params},
+    )
 
 
 def project_scale(params: dict[str, Any]) -> dict[str, Any]:

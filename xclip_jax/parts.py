@@ -109,7 +109,10 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
     objective = Objective.from_config(config.objective.to_dict(), config.loss.to_dict(), mesh)
     tokens = tokenizer.load(data.tokenizer)
     model = make_model(config, objective, tokens)
-    tx = optim.make_optimizer(optim_config, config.steps)
+    lock = tuple(config.init["lock"])  # as an attribute it is a method
+    for tower in lock:
+        one_of("init.lock", tower, objective.towers)
+    tx = optim.make_optimizer(optim_config, config.steps, lock)
     init = state.init_fn(
         model,
         tx,
@@ -151,7 +154,7 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
     def make_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
         made = step.make_train_step(
             model, tx, objective, draw, preprocess, momentum, microbatches,
-            lambda grads: jax.lax.with_sharding_constraint(grads, at),
+            lambda grads: jax.lax.with_sharding_constraint(grads, at), lock,
         )
         return sharding.use(layout)(made)
 

@@ -1,6 +1,6 @@
 """The train step: a pure function of (state, batch), compiled once for the whole mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +29,7 @@ def make_train_step(
     momentum: Callable[[jax.Array], Any] | None = None,
     microbatches: int = 1,
     keep: Callable[[Any], Any] = lambda grads: grads,
+    lock: Collection[str] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step as a pure function, not yet compiled.
 
@@ -41,6 +42,7 @@ def make_train_step(
       momentum: of the parameters' moving average, as a function of the step; needed where the state has one.
       microbatches: see `gradcache`.
       keep: holds gradients to the layout that the optimizer works in.
+      lock: towers whose gradient is zero and is not computed.
 
     Returns:
       step(state, {"image": uint8 (b, h, w, 3), "text": int32 (b, n)}) -> (state, metrics); the metrics are those of
@@ -48,7 +50,8 @@ def make_train_step(
     """
 
     def encode(params: Any, inputs: Batch) -> Features:
-        variables, h_img, h_txt = {"params": params}, None, None
+        variables = {"params": params | {tower: jax.lax.stop_gradient(params[tower]) for tower in lock}}
+        h_img = h_txt = None
         if "img" in objective.towers:
             h_img = model.apply(variables, preprocess(inputs), inputs.get("patches"), method="encode_image")
         if "txt" in objective.towers:

@@ -23,6 +23,7 @@ from xclip_jax.metrics import say
 from xclip_jax.parts import Parts, build
 from xclip_jax.report import picture
 from xclip_jax.state import TrainState, create
+from xclip_jax.weights import start
 
 # A resumed run may differ in these: they do not change what is learned.
 FREE_KEYS = (
@@ -112,6 +113,8 @@ def _train(
     )
     if checkpointer.latest() is None:
         state, position = create(parts.init, parts.abstract), {"samples": 0}
+        if config.init.weights:
+            state = start(config, state)
     else:
         state, position = checkpointer.restore(parts.abstract)
         say(f"resuming at step {int(state.step)}, sample {position['samples']:,}")

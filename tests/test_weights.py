@@ -1,0 +1,170 @@
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import open_clip
+import pytest
+import torch
+from flax.traverse_util import flatten_dict
+
+from tests import tiny
+from tests.util import random_variables
+from xclip_jax import parts, state, trainer, weights
+from xclip_jax.checkpoint import Checkpointer
+from xclip_jax.data import loader
+from xclip_jax.errors import UserError
+from xclip_jax.models.layers import stack_blocks
+from xclip_jax.models.two_towers import TwoTowers
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A run of one step, and its pairs."""
+    root = tmp_path_factory.mktemp("source")
+    pairs = tiny.folder(root / "pairs")
+    trainer.run(tiny.config("xclip", run=root / "run", steps=2, data__sources=(f"folder:{pairs}",), checkpoint__every=1,
+                            model__img__depth=2))  # fmt: skip
+    return root
+
+
+def restored(c, step):
+    with Checkpointer(c.run, keep=None) as checkpointer:
+        return jax.device_get(checkpointer.restore(parts.build(c).abstract, step)[0])
+
+
+def test_a_run_starts_from_another_and_resumes_without_it(source, tmp_path, monkeypatch, capsys):
+    kept = shutil.copytree(source / "run", tmp_path / "source")
+    # The first step's learning rate is zero: what is saved after it is what was loaded.
+    c = tiny.config(
+        "nclip", run=tmp_path / "run", steps=2, data__sources=(f"folder:{source / 'pairs'}",), checkpoint__every=1,
+        model__img__depth=2, model__img__scan=True, optim__lr_start=0.0, init__weights=str(kept), seed=1,
+        mesh={"data": 2, "fsdp": 2, "model": 2, "strategy": "fsdp_tp"},
+    )  # fmt: skip
+    c.model.txt.length -= 2
+    original, calls = trainer.loader.to_global, []
+
+    def stop_at_two(batch, mesh):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Stopped
+        return original(batch, mesh)
+
+    monkeypatch.setattr(trainer.loader, "to_global", stop_at_two)
+    with pytest.raises(Stopped):
+        trainer.run(c)
+    said = capsys.readouterr().out
+    assert "starting from" in said and f"text positions cut from {tiny.LENGTH} to {tiny.LENGTH - 2}" in said
+    assert "not in this run: log_scale, proj_img, proj_txt" in said and "WARNING" not in said
+    there, here = jax.device_get(weights.load(str(kept))[2]["params"]), restored(c, 1).params
+    expected = there["img"] | {"transformer": stack_blocks(there["img"]["transformer"], 2)}
+    chex.assert_trees_all_equal(here["img"], expected)
+    chex.assert_trees_all_equal(here["clusters_txt"], there["clusters_txt"])
+    np.testing.assert_array_equal(here["txt"]["positions"], there["txt"]["positions"][:-2])
+    monkeypatch.undo()
+    shutil.rmtree(kept)
+    trainer.run(c)
+    assert "starting from" not in capsys.readouterr().out
+    assert np.any(restored(c, 2).params["img"]["cls"] != here["img"]["cls"])
+
+
+def test_average_statistics_and_layout_of_a_start(source):
+    c = tiny.config(
+        model__img__depth=2, model__txt__scan=True, init__weights=str(source / "run"), seed=1, ema__on=True,
+        mesh={"data": 4, "fsdp": 2, "model": 1, "strategy": "zero1"},
+    )  # fmt: skip
+    p = parts.build(c)
+    fresh = state.create(p.init, p.abstract)
+    begun = weights.start(c, fresh)
+    assert jax.tree.map(lambda x: x.sharding, begun) == jax.tree.map(lambda x: x.sharding, p.abstract)
+    there = jax.device_get(weights.load(str(source / "run"))[2])
+    chex.assert_trees_all_equal(jax.device_get(begun.batch_stats), there["batch_stats"])
+    for params in (begun.params, begun.ema_params):
+        chex.assert_trees_all_equal(jax.device_get(params["img"]), there["params"]["img"])
+    chex.assert_trees_all_equal(begun.opt_state, fresh.opt_state)
+
+
+def test_a_start_that_cannot_be_is_one_sentence(source, tmp_path):
+    def run(**changes):
+        changes = {"model__img__depth": 2, "init__weights": str(source / "run")} | changes
+        trainer.run(tiny.config(run=tmp_path / "run", data__sources=(f"folder:{source / 'pairs'}",), **changes))
+
+    with pytest.raises(UserError, match="no run's folder"):
+        run(init__weights=str(tmp_path / "nothing"))
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(UserError, match=r"params/proj_img/linear/kernel has shape \(32, 16\) there and \(32, 8\) here"):
+        run(model__embed=8)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(UserError, match="params/img/transformer has 2 blocks there and 3 here"):
+        run(model__img__depth=3)
+    with pytest.raises(UserError, match=r"init\.lock is 'image'; it must be one of 'img', 'txt'"):
+        parts.build(tiny.config(init__lock=("image",)))
+
+
+def towers(size=16, length=8, embed=8, **img):
+    model = TwoTowers(
+        img={"size": size, "patch": 4, "width": 16, "depth": 1, "heads": 2} | img,
+        txt={"vocab": 20, "eot_id": 19, "length": length, "width": 8, "depth": 1, "heads": 2},
+        embed=embed,
+    )  # fmt: skip
+    args = jnp.zeros((1, size, size, 3)), jnp.zeros((1, length), jnp.int32)
+    return jax.device_get(random_variables(model, *args))
+
+
+@pytest.mark.parametrize("size", [8, 12, 28])
+def test_image_positions_are_interpolated_as_open_clip_does(size):
+    before, after = towers(16), towers(size)
+    found, notes = weights.fit(before, after, "x")
+    vision = {"image_size": size, "patch_size": 4, "width": 16, "head_width": 8, "layers": 1}
+    theirs = open_clip.model.CLIP(8, vision, {"vocab_size": 20, "width": 8, "heads": 2, "layers": 1})
+    held = {"visual.positional_embedding": torch.tensor(before["params"]["img"]["positions"])}
+    open_clip.model.resize_pos_embed(held, theirs)
+    np.testing.assert_allclose(
+        found["params/img/positions"], held["visual.positional_embedding"].numpy(), rtol=0, atol=1e-6
+    )
+    assert notes == [f"image positions interpolated from 4 x 4 to {size // 4} x {size // 4}"]
+
+
+def test_what_is_fresh_and_what_is_left_out_is_named():
+    found, notes = weights.fit(towers(embed=0), towers(pre_norm=False), "x")
+    assert "params/txt/tokens" in found and "params/log_scale" not in found
+    assert notes == [
+        "not in x, so fresh: log_scale, proj_img, proj_txt",
+        "in x and not in this run: params/img/norm_pre/norm/bias, params/img/norm_pre/norm/scale",
+    ]
+    with pytest.raises(UserError, match=r"knows texts of 8 tokens and model\.txt\.length is 9; set it to 8 or less"):
+        weights.fit(towers(), towers(length=9), "x")
+    with pytest.raises(UserError, match=r"img/positions has shape \(16, 16\) there and \(17, 16\) here"):
+        weights.fit(towers(pool="mean"), towers(), "x")
+
+
+def test_other_meanings_are_warned_of(source, capsys):
+    c = tiny.config(model__img__depth=2, model__img__act="quick_gelu", init__weights=str(source / "run"))
+    p = parts.build(c)
+    weights.start(c, state.create(p.init, p.abstract))
+    said = capsys.readouterr().out
+    assert "made under other settings: model.img.act ('gelu' there, 'quick_gelu' here)" in said
+
+
+@pytest.mark.parametrize(("lock", "changes"), [(("img",), {}), (("txt",), {"optim__microbatches": 2})])
+def test_a_locked_tower_stays_bit_for_bit_and_has_no_moments(lock, changes):
+    c = tiny.config("clip", init__lock=lock, optim__weight_decay=0.5, optim__clip=1.0, **changes)
+    p = parts.build(c)
+    before = state.create(p.init, p.abstract)
+    kept, after = jax.device_get(before.params), before
+    for seed in range(3):
+        after, metrics = p.compiled(after, loader.to_global(tiny.batch(seed), p.mesh))
+    assert metrics["grad_norm"] > 0
+    same = jax.tree.map(np.array_equal, kept, jax.device_get(after.params))
+    assert all(jax.tree.leaves(same[lock[0]]))
+    moved = flatten_dict({name: tree for name, tree in same.items() if name not in lock}, sep="/")
+    assert [name for name, is_same in moved.items() if is_same] == []
+    # Two moments for each parameter that moves, and counters.
+    count = sum(x.size for x in jax.tree.leaves(after.opt_state) if x.ndim)
+    assert count == 2 * sum(x.size for name, tree in kept.items() if name not in lock for x in jax.tree.leaves(tree)
+                            if x.ndim)  # fmt: skip

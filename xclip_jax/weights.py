@@ -1,0 +1,198 @@
+"""The variables of a run's checkpoint, and a new run's start from them: group `init` of a config."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from xclip_jax.checkpoint import Checkpointer
+from xclip_jax.errors import UserError
+from xclip_jax.metrics import say
+from xclip_jax.models.layers import stack_blocks, unstack_blocks
+from xclip_jax.parts import Parts, build
+from xclip_jax.state import TrainState
+
+Variables = Mapping[str, Any]
+
+# What weights mean without being seen in their shapes.
+_MEANING = (
+    "model.img.act", "model.img.eps", "model.img.pool", "model.img.pre_norm", "model.txt.act", "model.txt.eps",
+    "data.tokenizer", "data.statistics",
+)  # fmt: skip
+
+
+def load(path: str, step: int | None = None) -> tuple[ml_collections.ConfigDict, Parts, Variables, int]:
+    """The config, parts, variables and step of a run's checkpoint, on this machine's devices.
+
+    Args:
+      path: the run's folder.
+      step: which checkpoint; the newest by default.
+
+    Raises:
+      UserError: no run there, no checkpoint of that step, or one that this code cannot read.
+    """
+    folder = epath.Path(path)
+    file = folder / "config.json"
+    if not file.exists():
+        raise UserError(f"--checkpoint {path!r} is no run's folder: it has no config.json; name the folder of a run.")
+    try:
+        config = ml_collections.ConfigDict(_tuples(json.loads(file.read_text())["config"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); name the folder of another run.") from error
+    if "init" not in config:  # runs that are older than the group
+        config.init = {"weights": "", "lock": ()}
+    # Layout and batch belong to the machine that trained, not to what was learned.
+    config.mesh = {"data": -1, "fsdp": 1, "model": 1, "strategy": "dp"}
+    config.optim.microbatches, config.loss.chunk, config.loss.impl = 1, 0, "plain"
+    config.data.batch = jax.device_count()
+    parts = build(config)
+    if not (folder / "checkpoints").exists():
+        raise UserError(f"{folder} holds no checkpoint; train it first, or name the folder of another run.")
+    with Checkpointer(folder, keep=None) as checkpointer:
+        state, _ = checkpointer.restore(parts.abstract, step)
+    return config, parts, state.variables(ema=config.eval.ema), int(state.step)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has no tuples, and `ConfigDict` keeps the types that a config file gave."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def start(config: ml_collections.ConfigDict, state: TrainState) -> TrainState:
+    """A new run's `state` with the variables that `config.init.weights` has of it, in the state's own layout.
+
+    What is found, changed, left out and left fresh is said in a line each. The moving average starts from the same
+    parameters; the optimizer's moments are still zero and stay so.
+
+    Raises:
+      UserError: nothing to read there, or tensors of other shapes.
+    """
+    where = config.init.weights
+    there, _, variables, at = load(where)
+    found, notes = fit(jax.device_get(variables), state.variables(), where)
+    say(f"starting from {where}, step {at}: {len(found)} of {len(flatten_dict(state.variables()))} tensors")
+    for note in notes:
+        say(note)
+    differing = [(key, there_is, here_is) for key in _MEANING
+                 if (there_is := _get(there, key)) != (here_is := _get(config, key))]  # fmt: skip
+    if differing:
+        said = ", ".join(f"{key} ({a!r} there, {b!r} here)" for key, a, b in differing)
+        say(f"WARNING: the weights of {where} were made under other settings: {said}")
+
+    def replaced(kind: str, tree: Any) -> Any:
+        # Copied, since each buffer is donated to the first step. Each process makes the shards of its own devices.
+        def put(path: tuple[str, ...], old: jax.Array) -> jax.Array:
+            new = found.get("/".join((kind, *path)))
+            if new is None:
+                return old
+            return jax.make_array_from_callback(old.shape, old.sharding, lambda at: np.array(new[at], old.dtype))
+
+        return unflatten_dict({path: put(path, old) for path, old in flatten_dict(tree).items()})
+
+    return state.replace(
+        params=replaced("params", state.params),
+        batch_stats=replaced("batch_stats", state.batch_stats),
+        ema_params=None if state.ema_params is None else replaced("params", state.ema_params),
+    )
+
+
+def _get(config: ml_collections.ConfigDict, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def fit(source: Variables, target: Variables, where: str) -> tuple[dict[str, np.ndarray], list[str]]:
+    """What a model with variables like `target` can start from.
+
+    Scanned and unrolled blocks are turned into one another, position tables of other sizes are cut (texts) or
+    interpolated (images).
+
+    Args:
+      source: NumPy arrays by collection ("params", "batch_stats"), as `TwoTowers.apply` takes them.
+      target: arrays or shapes.
+      where: what errors call the source.
+
+    Returns:
+      Flat {"params/img/...": array of the target's shape}, and sentences on what was changed or is missing.
+
+    Raises:
+      UserError: tensors of other shapes, or another number of blocks.
+    """
+    notes, wrong = [], []
+    params = dict(source["params"])
+    for tower in ("img", "txt"):
+        if tower not in params or tower not in target["params"]:  # of a fine-tuned model
+            continue
+        like = target["params"][tower]
+        blocks, wanted = params[tower]["transformer"], like["transformer"]
+        depth = _depth(blocks)
+        if depth != _depth(wanted):
+            wrong.append(f"params/{tower}/transformer has {depth} blocks there and {_depth(wanted)} here")
+        elif ("blocks" in blocks) != ("blocks" in wanted):
+            blocks = unstack_blocks(blocks, depth) if "blocks" in blocks else stack_blocks(blocks, depth)
+        fitted = _fit_positions(params[tower]["positions"], like, tower, notes)
+        params[tower] = params[tower] | {"transformer": blocks, "positions": fitted}
+    there = flatten_dict(dict(source) | {"params": params}, sep="/")
+    here = flatten_dict(dict(target), sep="/")
+    found = {name: np.asarray(there[name]) for name in here if name in there}
+    wrong += [
+        f"{name} has shape {x.shape} there and {tuple(here[name].shape)} here"
+        for name, x in found.items()
+        if x.shape != tuple(here[name].shape)
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
+        raise UserError(
+            f"init.weights={where!r} is of another architecture: {'; '.join(wrong[:8])}{more}. Set the keys of model "
+            "to those of the weights, or leave init.weights empty."
+        )
+    if missing := _together(here.keys() - there.keys(), here):
+        notes.append(f"not in {where}, so fresh: {', '.join(missing)}")
+    if extra := _together(there.keys() - here.keys(), there):
+        notes.append(f"in {where} and not in this run: {', '.join(extra)}")
+    return found, notes
+
+
+def _depth(blocks: Mapping[str, Any]) -> int:
+    return len(jax.tree.leaves(blocks["blocks"])[0]) if "blocks" in blocks else len(blocks)
+
+
+def _fit_positions(table: np.ndarray, like: Mapping[str, Any], tower: str, notes: list[str]) -> np.ndarray:
+    """A position table (n, d) with as many rows as the tower `like` has; itself where that cannot be made."""
+    n, wanted = len(table), like["positions"].shape[0]
+    if n == wanted:
+        return table
+    if tower == "txt":
+        if n < wanted:
+            raise UserError(
+                f"init.weights knows texts of {n} tokens and model.txt.length is {wanted}; set it to {n} or less."
+            )
+        notes.append(f"text positions cut from {n} to {wanted}")
+        return table[:wanted]
+    extra = int("cls" in like)  # the class token's row comes first
+    grid, new = math.isqrt(n - extra), math.isqrt(wanted - extra)
+    if grid**2 != n - extra:
+        return table
+    notes.append(f"image positions interpolated from {grid} x {grid} to {new} x {new}")
+    square = table[extra:].reshape(grid, grid, -1)
+    # Antialiased, which matters where the grid shrinks.
+    square = np.asarray(jax.image.resize(square, (new, new, square.shape[-1]), "cubic", antialias=True))
+    return np.concatenate([table[:extra], square.reshape(new**2, -1)])
+
+
+def _together(names: set[str], among: Mapping[str, Any]) -> list[str]:
+    """`names`, those that are all of a head or tower by its name alone; collections left out."""
+    def top(name: str) -> str:
+        return name.split("/")[1]
+
+    whole = {top(name) for name in names} - {top(name) for name in among.keys() - names}
+    return sorted({top(name) if top(name) in whole else name for name in names})
