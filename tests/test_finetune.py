@@ -315,35 +315,44 @@ def images(tmp_path_factory):
     return root
 
 
-def image_config(images, run, steps=30, **changes):
-    arg = f"data=folder:{images},batch={tiny.BATCH},epochs=10"
-    c = finetune.get_config(arg)
-    small = tiny.config("classify", steps=steps, run=run)
-    c.run, c.steps, c.model = str(run), steps, small.model
-    c.data.tokenizer, c.data.threads, c.optim.warmup, c.optim.lr = "bytes", 2, 3, 5e-3
-    c.eval.every, c.checkpoint.every, c.log.every, c.eval.batch = 0, 10, 1, 16
-    for key, value in changes.items():
-        c[key] = value
-    return c
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A run of two steps, whose towers are then fine-tuned."""
+    root = tmp_path_factory.mktemp("pretrained")
+    c = tiny.config("clip", steps=2, run=root / "run", data__sources=(f"folder:{tiny.folder(root / 'pairs', 16)}",),
+                    model__txt__length=24, checkpoint__every=2)
+    trainer.run(c)
+    return c.run
+
+
+def small(config, run, steps):
+    """A config of configs/finetune.py for a test's time."""
+    config.run, config.steps = str(run), steps
+    config.data.threads, config.optim.warmup, config.optim.lr = 2, 3, 1e-2
+    config.eval.every, config.checkpoint.every, config.log.every, config.eval.batch = 0, 10, 1, 16
+    config.data.color = 0.0  # brightness is what the test's classes differ in
+    return config
 
 
 class Stopped(Exception):
     pass
 
 
-def test_images_are_learned_resumed_and_evaluated(images, tmp_path, monkeypatch, capsys):
-    c = image_config(images, tmp_path / "run")
-    assert c.objective.classify.classes == 3 and c.objective.classify.mixup == 0.8
+def test_images_are_learned_resumed_and_evaluated(images, pretrained, tmp_path, monkeypatch, capsys):
+    arg = f"data=folder:{images},batch={tiny.BATCH},epochs=10,weights={pretrained}"
+    c = small(finetune.get_config(arg), tmp_path / "run", 30)
+    assert c.objective.classify.classes == 3 and c.objective.classify.mixup == 0.8 and c.model.img.width == 32
     results = trainer.run(c)
     name = f"visual/finetuned/folder:{images}/validation"
     assert results[f"{name}/finetuned/top1"] >= 90 and results[f"{name}/n"] == 15
-    assert "fine-tuned, %" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "fine-tuned, %" in said and "so fresh: classifier" in said and "WARNING" not in said
     found = evaluate.evaluate(str(c.run), f"finetuned/folder:{images}/validation")
     assert found["results"][0]["value"] == results[f"{name}/finetuned/top1"]
     with pytest.raises(UserError, match="has no txt tower; evaluate finetuned/SET"):
         evaluate.evaluate(str(c.run), f"folder:{images}/validation")
     # Cut off at step 17, gone on with from step 10: the same losses.
-    again = image_config(images, tmp_path / "again")
+    again = small(finetune.get_config(arg), tmp_path / "again", 30)
     original, seen = trainer.loader.to_global, []
 
     def counted(batch, mesh):
@@ -361,13 +370,10 @@ def test_images_are_learned_resumed_and_evaluated(images, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(("task", "metric"), [("cola", "matthews"), ("stsb", "spearman")])
-def test_texts_of_glue_are_learned(task, metric, tmp_path):
+def test_texts_of_glue_are_learned(task, metric, pretrained, tmp_path):
     folder = glue_folder(tmp_path / task, task, 24)
-    c = finetune.get_config(f"data=glue:{task}@{folder},batch={tiny.BATCH}")
-    small = tiny.config("classify", steps=40, run=tmp_path / "run", model__txt__length=24)
-    c.run, c.steps, c.model = small.run, 40, small.model
-    c.data.tokenizer, c.data.threads, c.optim.lr, c.optim.warmup = "bytes", 2, 1e-2, 4
-    c.eval.every, c.eval.batch, c.log.every = 0, 16, 10
+    arg = f"data=glue:{task}@{folder},batch={tiny.BATCH},weights={pretrained}"
+    c = small(finetune.get_config(arg), tmp_path / "run", 40)
     assert c.objective.classify.classes == {"cola": 2, "stsb": 1}[task]
     results = trainer.run(c)
     name = f"textual/finetuned/glue:{task}@{folder}/validation"
