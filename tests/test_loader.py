@@ -1,4 +1,8 @@
+import glob
 import itertools
+import os
+import pickle
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -6,7 +10,7 @@ import pytest
 from absl import flags
 
 from tests import tiny
-from xclip_jax.data import loader, sources, tokenizer, transforms
+from xclip_jax.data import loader, slots, sources, tokenizer, transforms
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.parallel.mesh import make_mesh
 
@@ -74,9 +78,41 @@ def test_any_start_goes_on_as_if_it_had_never_stopped():
 def test_workers_read_the_same():
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers ask absl, which only app.run sets up
-    plain, workers = (read([Numbers("a", 30)], config(workers=w)) for w in (0, 2))
+    plain, workers = (read([Numbers("a", 30)], config(workers=w), stop=20) for w in (0, 2))  # more than have slots
     for a, b in zip(plain, workers, strict=True):
         np.testing.assert_array_equal(a["image"], b["image"])
+        np.testing.assert_array_equal(a["text"], b["text"])
+    assert not glob.glob("/dev/shm/xclip_jax-*")
+
+
+def test_slots_are_used_again_when_nothing_refers_to_them():
+    here = slots.Slots({"image": ((4, 3), np.uint8), "text": ((5,), np.int32)}, workers=2, depth=2)
+    there = pickle.loads(pickle.dumps(here))  # as in a worker
+    (first, a), (second, b) = there.take(1), there.take(1)
+    assert {first, second} == {0, 1}
+    assert there.take(1) is None
+    assert there.take(0) is not None  # the other worker's
+    a["image"][:], a["text"][:], b["image"][:] = 7, 70_000, 8
+    found = here.open(1, first)
+    np.testing.assert_array_equal(found["text"], 70_000)
+    part = found["image"][1:3].T[0]  # a view of a view
+    del found
+    assert there.take(1) is None
+    np.testing.assert_array_equal(part, 7)
+    del part
+    assert there.take(1)[0] == first
+    held = here.open(1, second)["image"]
+    paths = here._paths
+    del here
+    np.testing.assert_array_equal(held, 8)
+    del held
+    assert not any(map(os.path.exists, paths))
+
+
+def test_too_little_memory_for_workers_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(slots.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 26))  # as in a container
+    with pytest.raises(UserError, match=r"8 workers need [\d,]+ MB in .*, which has 67 MB: make it larger"):
+        slots.Slots({"image": ((512, 224, 224, 3), np.uint8)}, workers=8, depth=6)
 
 
 def test_seed_and_sample_decide():
@@ -96,8 +132,15 @@ def test_mixture_keeps_the_weights():
     seen = texts(read([Numbers("a", 10), Numbers("b", 1000)], c, stop=50))
     share = sum(t.startswith("a") for t in seen) / len(seen)
     assert share == pytest.approx(0.75, abs=0.01)
-    by_size = texts(read([Numbers("a", 100), Numbers("b", 300)], config(sources=("x", "y")), stop=50))
-    assert sum(t.startswith("a") for t in by_size) / len(by_size) == pytest.approx(0.25, abs=0.01)
+
+
+def test_without_weights_each_sample_of_all_sources_comes_once_an_epoch():
+    found = [Numbers("a", 7), Numbers("b", 30), Numbers("c", 63)]
+    seen = texts(read(found, config(sources=("x", "y", "z"), batch=20), stop=15))
+    for epoch in range(3):
+        part = seen[100 * epoch : 100 * epoch + 100]
+        assert sorted(part) == sorted(f"{source.name} {i}" for source in found for i in range(len(source)))
+    assert len({t[0] for t in seen[:20]}) > 1
 
 
 def test_captions_and_tags():

@@ -31,7 +31,8 @@ def config(pairs, run, **changes):
 def logged(run):
     """Training metrics by step, without those that measure time."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: {k: v for k, v in line.items() if k != "samples_per_second"} for line in lines}
+    clocks = ("samples_per_second", "data/wait_share")
+    return {line["step"]: {k: v for k, v in line.items() if k not in clocks} for line in lines}
 
 
 def final_state(c):
@@ -201,6 +202,40 @@ def test_writer_drops_what_a_resumed_run_writes_again(tmp_path, monkeypatch, rem
     writer.write(3, {"loss": 0.5})
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {"step": 3, "loss": 0.5}
     writer.close()
+
+
+class Step:
+    """The result of a step that takes a while and begins when the one before has ended."""
+
+    def __init__(self, seconds, before):
+        self.end = max(time.monotonic(), before.end if before else 0) + seconds
+
+    def block_until_ready(self):
+        time.sleep(max(self.end - time.monotonic(), 0))
+
+
+@pytest.mark.parametrize(("step", "data", "share"), [(0.2, 0.05, 0.0), (0.05, 0.2, 0.75)])
+def test_waiting_counts_when_the_devices_are_idle(step, data, share):
+    """A step that is longer than its data hides it; else the devices wait for the difference."""
+
+    def batches():
+        for i in range(5):
+            time.sleep(data if i else 0.5)  # the first one waits for workers to start
+            yield i
+
+    waiting, read, before = metrics.Waiting(), batches(), None
+    for _ in range(5):
+        waiting.next(read)
+        value = Step(step, before)
+        waiting.started(value)
+        if before:
+            before.block_until_ready()  # as for its metrics
+        before = value
+    found = waiting.share()
+    waiting.close()
+    assert found == pytest.approx(share, abs=0.2)
+    assert "input-bound: 75%" in metrics.Progress(0, 10, 8).line(1, {"loss": 1.0, "data/wait_share": 0.75})
+    assert "input-bound" not in metrics.Progress(0, 10, 8).line(1, {"loss": 1.0, "data/wait_share": 0.01})
 
 
 def test_clock():

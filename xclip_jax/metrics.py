@@ -1,11 +1,14 @@
 """What a run tells: metrics.jsonl, TensorBoard, one progress line, and the facts of its environment."""
 
+import contextlib
 import math
 import platform
+import queue
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -16,6 +19,9 @@ from tensorboardX import SummaryWriter
 from xclip_jax.data.files import JsonLines
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy", "xclip_jax")
+
+# A larger share of the time spent waiting for data is told.
+_WAITS = 0.05
 
 
 class Writer:
@@ -80,7 +86,56 @@ class Progress:
             information = min(metrics["nclip/mutual_information_img"], metrics["nclip/mutual_information_txt"])
             clusters = min(metrics["nclip/clusters_img"], metrics["nclip/clusters_txt"])
             parts.append(f"nclip {metrics['nclip/loss']:.3f} ({information:.2f} nats, {clusters:.0f} clusters)")
+        if (share := metrics.get("data/wait_share", 0.0)) > _WAITS:
+            parts.append(f"input-bound: {share:.0%}")
         return "  ".join([*parts, f"{speed:.0f} samples/s, {left} left" if speed else "(compiled)"])
+
+
+class Waiting:
+    """Measures how long the devices have nothing to do because no batch is there.
+
+    A loop that waits while the step before still runs loses nothing: a thread notes when each step ends.
+    """
+
+    def __init__(self) -> None:
+        self._steps: queue.SimpleQueue[jax.Array | None] = queue.SimpleQueue()
+        self._started = self._ended = 0
+        self._ended_at = self._since = time.perf_counter()
+        self._seconds = 0.0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while (value := self._steps.get()) is not None:
+            with contextlib.suppress(Exception):  # the loop meets it too
+                value.block_until_ready()
+            self._ended_at = time.perf_counter()
+            self._ended += 1
+
+    def next(self, batches: Iterator[Any]) -> Any:
+        """The next batch."""
+        began = time.perf_counter()
+        batch = next(batches)
+        if self._started and self._started == self._ended:
+            self._seconds += time.perf_counter() - max(began, self._ended_at)
+        return batch
+
+    def started(self, value: jax.Array) -> None:
+        """Called with a result of each step that was started."""
+        if not self._started:
+            self.share()  # what was before, as starting the workers, is no part of it
+        self._started += 1
+        self._steps.put(value)
+
+    def share(self) -> float:
+        """Share of the time since the last call."""
+        now = time.perf_counter()
+        share = self._seconds / max(now - self._since, 1e-9)
+        self._since, self._seconds = now, 0.0
+        return share
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._steps.put(None)
 
 
 def say(message: str) -> None:

@@ -165,7 +165,7 @@ class Objective:
           out: from `TwoTowers.project`, rows of the global batch.
           teacher: the same of the teacher, exactly where `self.teacher`.
           state: from `initial_state` or the last call.
-          inputs: of fine-tuning: "label" (b,), and of mixed images "share" and "other", see `transforms.mix`.
+          inputs: of fine-tuning: "label" fp32 (b,), and of mixed images "share" and "other", see `transforms.mix`.
 
         Returns:
           fp32 scalar loss; metrics named "<loss>/<metric>" and "loss"; the next state.
@@ -199,9 +199,10 @@ class Objective:
         if classes == 1:
             loss = classification.squared_error(logits[:, 0], labels)
             return loss, {"loss": loss}
+        labels = labels.astype(jnp.int32)
         target = classification.targets(labels, classes, self.classify.smoothing)
         if "other" in inputs:
-            other = classification.targets(inputs["other"]["label"], classes, self.classify.smoothing)
+            other = classification.targets(inputs["other"]["label"].astype(jnp.int32), classes, self.classify.smoothing)
             share = inputs["share"][:, None]
             target = share * target + (1 - share) * other
         loss = classification.cross_entropy(logits, target)

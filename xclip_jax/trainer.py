@@ -215,7 +215,8 @@ def _loop(
     evaluators = [sets.make(spec, encoder, parts.data.dir) for spec in during]
     step, stopped = start, False
     for step in range(start + 1, config.steps + 1):
-        state, values = parts.compiled(state, loader.to_global(next(batches), parts.mesh))
+        # Steps run on while the host goes ahead: this batch travels to the devices while they are busy with the last.
+        state, values = parts.compiled(state, loader.to_global(log.waiting.next(batches), parts.mesh))
         log.after(step, values)
         stopped = interrupt.asked(step)
         if _due(config.checkpoint.every, step) or step == config.steps or stopped:
@@ -245,6 +246,7 @@ class Log:
         self.config, self.parts, self.pairs, self.ledger = config, parts, pairs, ledger
         self.writer = metrics.Writer(folder, step=start) if jax.process_index() == 0 else None
         self.progress = metrics.Progress(start, config.steps, parts.data.batch)
+        self.waiting = metrics.Waiting()
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._warned: set[str] = set()
 
@@ -252,6 +254,7 @@ class Log:
         """Takes the metrics of a step that was started, and writes those of the last one if they are due."""
         self.flush(always=False)
         self._pending = (step, values)
+        self.waiting.started(values["loss"])
         self.progress.tick(step)
 
     def flush(self, always: bool = True) -> None:
@@ -277,6 +280,7 @@ class Log:
             "epoch": samples / self.pairs,
             "data/bad": self.ledger.bad,
             "data/bad_share": self.ledger.share,
+            "data/wait_share": self.waiting.share(),
             "samples_per_second": self.progress.samples_per_second(step),
         }
         if self.writer:
@@ -305,10 +309,12 @@ class Log:
             self.writer.write(step, results)
         say(f"step {step}: {table.headlines(results)}")
         self.progress.pause(time.perf_counter() - began)
+        self.waiting.share()
 
     def close(self) -> None:
         """Writes what is left."""
         self.flush()
+        self.waiting.close()
         self.ledger.close()
         if self.ledger.bad:
             counts = ", ".join(f"{reason}: {count:,}" for reason, count in self.ledger.counters["bad"].items())

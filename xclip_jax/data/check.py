@@ -116,8 +116,8 @@ def _whole(source: TarSource) -> tuple[collections.Counter, list[str]]:
         return faults, []
     keys = collections.Counter(key for rows in source.rows for key in rows["key"].tolist())
     twice = [key.decode("utf-8", "replace") for key, count in keys.items() if count > 1 and key]
-    shown = f", as {', '.join(map(repr, twice[:_EXAMPLES]))}" if twice else ""
-    return faults, [f"keys that come more than once: {len(twice):,}{shown}; all of them are used"]
+    shown = f", as {', '.join(repr(key[-40:]) for key in twice[:_EXAMPLES])}; all of them are used" if twice else ""
+    return faults, [f"keys that come more than once: {len(twice):,}{shown}"]
 
 
 def report(source: sources.Source, options: argparse.Namespace) -> Iterator[str]:

@@ -1,6 +1,8 @@
 """Training batches: a pure function of (sources, seed, batch number), so that a run can be resumed anywhere."""
 
+import bisect
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -12,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xclip_jax.data import labelled, sources, transforms
-from xclip_jax.data.ledger import Ledger
+from xclip_jax.data.ledger import Entry, Ledger
+from xclip_jax.data.slots import Slots
 from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.parallel.mesh import batch_sharding
@@ -21,6 +24,10 @@ Batch = dict[str, Any]
 
 # A place for which so many draws from its source are bad is given up.
 _DRAWS = 100
+# Rows whose records are read one after another: between two images the code for it has left the processor's caches.
+_TOGETHER = 32
+# Batches of each worker that lie ready.
+_READY = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +36,7 @@ class DataConfig:
 
     Attributes:
       sources: specs for `sources.open_source`, of fine-tuning for `labelled.open_source`; several are mixed.
-      weights: share of samples from each source; empty for shares by size.
+      weights: share of samples from each source; empty to have every sample once an epoch.
       dir: where TFDS data sets lie; "" for the default.
       batch: b, pairs in the global batch.
       tokenizer: "clip", "bytes" or the path of a tokenizer file.
@@ -95,9 +102,10 @@ def open_sources(config: DataConfig, classes: int = 0) -> list[sources.Source]:
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """Record -> {"image": uint8 (size, size, 3), "text": int32 (length,), "label": int32 or fp32 ()}.
+    """Writes the image of a record to uint8 (size, size, 3) and returns a caption, random through `rng` alone.
 
-    Random through `rng` alone. `fields` says which of the three are made.
+    `fields` says what batches are made of, of "image", "text" and "label"; without "image" nothing is written, without
+    "text" the caption is "".
     """
 
     config: DataConfig
@@ -106,35 +114,17 @@ class Transform:
     length: int
     fields: tuple[str, ...] = ("image", "text")
 
-    def __call__(self, record: sources.Record, rng: np.random.Generator) -> Batch:
-        return {field: getattr(self, field)(record, rng) for field in self.fields}
+    def __call__(self, record: sources.Record, rng: np.random.Generator, out: np.ndarray) -> str:
+        if "image" in self.fields:
+            self._crop(record, rng, out)
+        return self.caption(record, rng) if "text" in self.fields else ""
 
-    def image(self, record: sources.Record, rng: np.random.Generator) -> np.ndarray:
-        """A random crop."""
-        config, scale = self.config, tuple(self.config.crop_scale)
+    def _crop(self, record: sources.Record, rng: np.random.Generator, out: np.ndarray) -> None:
+        config, scale = self.config, self.config.crop_scale
         # So large that a square crop, even the smallest, is not enlarged.
         exact = config.resample != "area"
         image = transforms.decode(record["image"], scaled_to=0 if exact else math.ceil(self.size / scale[0] ** 0.5))
-        return transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample)
-
-    def text(self, record: sources.Record, rng: np.random.Generator) -> np.ndarray:
-        """Token ids of a caption."""
-        return self.tokenizer([self.caption(record, rng)], self.length)[0]
-
-    def label(self, record: sources.Record, rng: np.random.Generator) -> np.ndarray:
-        """The label."""
-        del rng
-        label = np.asarray(record["label"])
-        return label.astype(np.float32 if label.dtype.kind == "f" else np.int32)
-
-    def nothing(self) -> Batch:
-        """In place of a record that could not be found."""
-        empty = {
-            "image": np.zeros((self.size, self.size, 3), np.uint8),
-            "text": np.zeros(self.length, np.int32),
-            "label": np.zeros((), np.int32),
-        }
-        return {field: empty[field] for field in self.fields}
+        transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample, out=out)
 
     def caption(self, record: sources.Record, rng: np.random.Generator) -> str:
         """One of the captions, keywords, or both."""
@@ -165,45 +155,120 @@ class Order:
 
 
 def sample_order(found: Sequence[sources.Source], config: DataConfig, seed: int) -> Order:
-    """Each source shuffled anew in each of its epochs, mixed by weight."""
+    """All samples shuffled anew in each epoch; with weights each source by itself, and then mixed.
 
-    def places(number: int, source: sources.Source) -> grain.MapDataset:
-        shuffled = grain.MapDataset.range(len(source)).shuffle(seed=seed + number).repeat()
-        return shuffled.map(lambda index: (number, int(index)))
+    Weights hold to a hundredth of the smallest, and each source has epochs of its own.
+    """
 
-    orders = [places(number, source) for number, source in enumerate(found)]
-    if len(orders) > 1:
-        weights = list(config.weights) or [float(len(source)) for source in found]
-        return Order(found, grain.MapDataset.mix(orders, weights))
-    return Order(found, orders[0])
+    def shuffled(n: int, seed: int) -> grain.MapDataset:
+        return grain.MapDataset.range(n).shuffle(seed=seed).repeat()
+
+    if config.weights and len(found) > 1:
+        orders = [
+            shuffled(len(source), seed + number).map(lambda index, number=number: (number, int(index)))
+            for number, source in enumerate(found)
+        ]
+        return Order(found, grain.MapDataset.mix(orders, list(config.weights)))
+    starts = list(itertools.accumulate(map(len, found), initial=0))
+
+    def place(index: int) -> tuple[int, int]:
+        number = bisect.bisect_right(starts, index) - 1
+        return number, int(index) - starts[number]
+
+    return Order(found, shuffled(starts[-1], seed).map(place))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """(place in the run, (source, index)) -> row. For a bad sample others of its source are drawn, through `rng`."""
+    """Number of a global batch -> this host's rows of it, a pure function of the number.
 
-    found: Sequence[sources.Source]
+    Attributes:
+      order, transform: what is read, and what becomes of it.
+      batch, host, hosts: rows of the global batch, and which of them.
+      rngs: a generator for each place of the run.
+      slots: memory of the workers, where there are any.
+      start: number of the first batch.
+    """
+
+    order: Order
     transform: Transform
+    batch: int
+    host: int
+    hosts: int
+    rngs: grain.experimental.RngPool
+    slots: Slots | None
+    start: int
 
-    def __call__(self, place: tuple[int, tuple[int, int]], rng: np.random.Generator) -> Batch:
-        position, (number, index) = place
-        source, bad = self.found[number], []
-        while len(bad) < _DRAWS:
+    @property
+    def spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Shapes and types of a batch."""
+        rows, size = self.batch // self.hosts, self.transform.size
+        found = {
+            "image": ((rows, size, size, 3), np.uint8),
+            "text": ((rows, self.transform.length), np.int32),
+            "label": ((rows,), np.float32),
+        }
+        return {field: found[field] for field in self.transform.fields}
+
+    def __call__(self, g: int) -> dict[str, Any]:
+        worker, taken = 0, None
+        if self.slots:
+            worker = (g - self.start) % self.transform.config.workers  # as Grain deals them out
+            taken = self.slots.take(worker)
+        found = taken[1] if taken else {key: np.empty(shape, dtype) for key, (shape, dtype) in self.spec.items()}
+        rows = self.batch // self.hosts
+        first, captions, bad = g * self.batch + self.host * rows, [], []
+        for row in range(0, rows, _TOGETHER):
+            positions = range(first + row, first + min(row + _TOGETHER, rows))
+            places = [self.order.places[position] for position in positions]
+            records = [self._record(*place) for place in places]
+            rngs = [self.rngs.acquire_rng(position) for position in positions]
+            for position, place, record, rng in zip(positions, places, records, rngs, strict=True):
+                # Views of the row, into which its image and label go.
+                at = position - first
+                out = {key: found[key][at : at + 1] for key in found if key != "text"}
+                captions.append(self._fill(position, *place, record, rng, out, bad))
+                self.rngs.release_rng(rng)
+        if "text" in found:
+            found["text"][:] = self.transform.tokenizer(captions, self.transform.length)
+        noted = json.dumps(bad).encode()  # bytes, which Grain passes on as they are
+        return {"slot": (worker, taken[0]), "bad": noted} if taken else found | {"bad": noted}
+
+    def _record(self, number: int, index: int) -> sources.Record | BadSample:
+        try:
+            return self.order.found[number][index]
+        except BadSample as error:
+            return error
+
+    def _fill(
+        self,
+        position: int,
+        number: int,
+        index: int,
+        record: sources.Record | BadSample,
+        rng: np.random.Generator,
+        out: dict[str, np.ndarray],
+        bad: list[Entry],
+    ) -> str:
+        """Writes image and label of a record to `out` and returns a caption. For a bad one others are drawn."""
+        source = self.order.found[number]
+        for _ in range(_DRAWS):
             try:
-                return self.transform(source[index], rng) | {"bad": bad}
+                if isinstance(record, BadSample):
+                    raise record
+                caption = self.transform(record, rng, out["image"][0] if "image" in out else None)
+                if "label" in out:
+                    out["label"][0] = record["label"]
+                return caption
             except BadSample as error:
                 entry = {"position": position, "reason": error.reason, "detail": error.detail}
                 bad.append(entry | {"source": number, "index": index} | sources.where(source, index))
             index = int(rng.integers(len(source)))
+            record = self._record(number, index)
         bad[-1]["last"] = _DRAWS  # `Ledger.add` stops the run, where its error is not lost in a worker process
-        return self.transform.nothing() | {"bad": bad}
-
-
-def _stack(rows: Sequence[Batch]) -> Batch:
-    """Rows -> arrays; what was bad as JSON in bytes, since worker processes send arrays."""
-    bad = json.dumps([entry for row in rows for entry in row["bad"]]).encode()
-    fields = [key for key in rows[0] if key != "bad"]
-    return {key: np.stack([row[key] for row in rows]) for key in fields} | {"bad": np.frombuffer(bad, np.uint8)}
+        for row in out.values():
+            row[:] = 0
+        return ""
 
 
 def batches(
@@ -225,38 +290,40 @@ def batches(
     source, which too depends on nothing but the seed and the place.
 
     Raises:
-      UserError: a bad sample, where no `ledger` takes note of it; a place for which nothing could be found.
+      UserError: a bad sample, where no `ledger` takes note of it; a place for which nothing could be found; too little
+        memory for the workers.
     """
-    rows = batch // hosts
-    numbered = order.places.map_with_index(lambda position, place: (int(position), place))
-    samples = numbered.random_map(_Reader(order.found, transform), seed=seed)
     config = transform.config
-
-    def sample(index: int) -> Batch:
-        g, row = divmod(index, rows)
-        return samples[(start + g) * batch + host * rows + row]
-
-    local = grain.MapDataset.range((stop - start) * rows).map(sample).batch(rows, batch_fn=_stack)
-    # Elements are batches here: so many are read at once, and lie ready.
-    options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.buffer)
-    dataset = local.to_iter_dataset(options)
+    reader = _Reader(order, transform, batch, host, hosts, grain.experimental.RngPool(seed), None, start)
     if config.workers:
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=2))
-    return _noted(iter(dataset), transform.tokenizer.eot_id, batch, start, ledger)
+        # One that is written, those that lie ready, one in the queue, and those that the step and the next one hold.
+        reader = dataclasses.replace(reader, slots=Slots(reader.spec, config.workers, _READY + 4))
+    # Elements are batches here: so many are read at once, and lie ready.
+    options = grain.ReadOptions(0, 0) if config.workers else grain.ReadOptions(config.threads, config.buffer)
+    dataset = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
+    if config.workers:
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=_READY))
+    return _noted(iter(dataset), reader, ledger)
 
 
 def _noted(
-    read: Iterator[Batch], eot: int, batch: int, start: int, ledger: Ledger | None
+    read: grain.DatasetIterator[dict[str, Any]], reader: _Reader, ledger: Ledger | None
 ) -> Iterator[dict[str, np.ndarray]]:
     """The batches without what was bad in them, which goes to the ledger with the number of tokens."""
-    for g, found in enumerate(read, start):
-        bad = json.loads(found.pop("bad").tobytes())
-        if ledger is not None:
-            tokens = int(((found["text"] == eot).argmax(axis=1) + 1).sum()) if "text" in found else 0
-            ledger.add((g + 1) * batch, tokens, bad)
-        elif bad:
-            raise UserError(f"sample {bad[0]} cannot be used.")
-        yield found
+    try:
+        for g, found in enumerate(read, reader.start):
+            bad = json.loads(found.pop("bad"))
+            if "slot" in found:
+                found = reader.slots.open(*found["slot"])
+            if ledger is not None:
+                ends = found.get("text", np.zeros((0, 1))) == reader.transform.tokenizer.eot_id
+                tokens = int((ends.argmax(axis=1) + 1).sum())
+                ledger.add((g + 1) * reader.batch, tokens, bad)
+            elif bad:
+                raise UserError(f"sample {bad[0]} cannot be used.")
+            yield found
+    finally:
+        read.close()  # else worker processes live as long as this one
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -3,7 +3,9 @@
 Shuffling is then global and exact, a run resumes anywhere, and shards need not be spread over hosts.
 """
 
+import bisect
 import hashlib
+import itertools
 import json
 import pathlib
 import re
@@ -68,6 +70,8 @@ class TarSource:
           UserError: files that do not exist; no sample at all.
         """
         self.pattern, self.text_keys, self.tags_key = pattern, tuple(text_keys), tags_key
+        fields = bool(tags_key) or any(key != "text" for key in self.text_keys)
+        self._parts = ("image", *["text"] * ("text" in self.text_keys), *["json"] * fields)
         self.tars = files.expand(pattern)
         self._open(tar_index.load(self.tars))
         if not any((rows["fault"] == tar_index.OK).any() for rows in self.rows):
@@ -80,8 +84,8 @@ class TarSource:
     def _open(self, places: Sequence[pathlib.Path]) -> None:
         self.places = list(places)
         # Mapped, so that all worker processes share one copy of what may be gigabytes.
-        self.rows = [np.load(place, mmap_mode="r") for place in places]
-        self._ends = np.cumsum([len(rows) for rows in self.rows])
+        self.rows = [np.load(place, mmap_mode="r").view(np.ndarray) for place in places]
+        self._ends = list(itertools.accumulate(map(len, self.rows)))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the arrays: a worker process maps them again."""
@@ -92,14 +96,14 @@ class TarSource:
         self._open(self.places)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def _row(self, index: int) -> tuple[str, np.void]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        shard = int(np.searchsorted(self._ends, index, side="right"))
+        shard = bisect.bisect_right(self._ends, index)
         rows = self.rows[shard]
-        return self.tars[shard], rows[index - int(self._ends[shard]) + len(rows)]
+        return self.tars[shard], rows[index - self._ends[shard] + len(rows)]
 
     def where(self, index: int) -> dict[str, str]:
         """Tar and key of a sample."""
@@ -123,7 +127,7 @@ class TarSource:
 
     def _captions(self, parts: dict[str, bytes | None]) -> tuple[list[str], list[str]]:
         fields = {}
-        if self.tags_key or any(key != "text" for key in self.text_keys):
+        if "json" in self._parts:
             try:
                 fields = json.loads(parts["json"] or b"{}")
             except ValueError as error:
@@ -141,23 +145,21 @@ class TarSource:
 
     def _read(self, tar: str, row: np.void) -> dict[str, bytes | None]:
         """The bytes of the files that are wanted, None for those that the sample lacks."""
-        wanted = ["image"]
-        wanted += ["text"] if "text" in self.text_keys else []
-        wanted += ["json"] if self.tags_key or any(key != "text" for key in self.text_keys) else []
-        spans = {part: (int(row[part]), int(row[part]) + int(row[f"{part}_size"])) for part in wanted if row[part]}
-        start, end = min(a for a, _ in spans.values()), max(b for _, b in spans.values())
+        found: dict[str, bytes | None] = dict.fromkeys(self._parts)
+        spans = {part: (start, int(row[f"{part}_size"])) for part in self._parts if (start := int(row[part]))}
+        first, end = min(start for start, _ in spans.values()), max(start + size for start, size in spans.values())
         try:
             file = files.open_file(tar)
-            if end - start <= sum(b - a for a, b in spans.values()) + _GAP:
-                whole = file.read(start, end - start)
-                found = {part: whole[a - start : b - start] for part, (a, b) in spans.items()}
+            if end - first <= sum(size for _, size in spans.values()) + _GAP:
+                whole = file.read(first, end - first)
+                found |= {part: whole[start - first : start - first + size] for part, (start, size) in spans.items()}
             else:
-                found = {part: file.read(a, b - a) for part, (a, b) in spans.items()}
+                found |= {part: file.read(start, size) for part, (start, size) in spans.items()}
         except OSError as error:
             raise BadSample("tar cannot be read", str(error)) from error
-        if any(len(found[part]) < b - a for part, (a, b) in spans.items()):
+        if any(len(found[part]) < size for part, (_, size) in spans.items()):
             raise BadSample("tar cut off", "it is shorter than when it was indexed")
-        return {part: found.get(part) for part in wanted}
+        return found
 
     def card(self) -> dict[str, Any]:
         """What was read, for the run's records: names and sizes of the tars, samples, and a hash of the index."""

@@ -177,6 +177,7 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.5, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     resample: str = "bicubic",
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """A random part of the image, resized to a square: Inception's training crop.
 
@@ -188,10 +189,12 @@ def random_resized_crop(
       ratio: range of its width / height, log-uniform.
       resample: "bicubic", antialiased; or "area", OpenCV's mean over the pixels and their bicubic where it enlarges,
         with whole pixels as the part's borders, in a quarter of the time.
+      out: uint8 (size, size, 3) to write to, as a row of a batch; None for new memory.
 
     Returns:
       uint8 (size, size, 3).
     """
+    out = np.empty((size, size, 3), np.uint8) if out is None else out
     h, w = image.shape[:2]
     for _ in range(10):
         area = h * w * rng.uniform(*scale)
@@ -200,15 +203,18 @@ def random_resized_crop(
         if crop_w <= w and crop_h <= h:
             left, top = rng.uniform(0, w - crop_w), rng.uniform(0, h - crop_h)
             if resample == "area":
-                return _resize_area(image, size, round(left), round(top), round(crop_w), round(crop_h))
-            return _resize(image, (size, size), (left, top, left + crop_w, top + crop_h), resample)
-    return resize_center_crop(image, size)
+                _resize_area(image, out, round(left), round(top), round(crop_w), round(crop_h))
+            else:
+                out[:] = _resize(image, (size, size), (left, top, left + crop_w, top + crop_h), resample)
+            return out
+    out[:] = resize_center_crop(image, size)
+    return out
 
 
-def _resize_area(image: np.ndarray, size: int, left: int, top: int, w: int, h: int) -> np.ndarray:
+def _resize_area(image: np.ndarray, out: np.ndarray, left: int, top: int, w: int, h: int) -> None:
     part = image[top : top + max(h, 1), left : left + max(w, 1)]
-    shrinks = min(part.shape[:2]) >= size
-    return cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    shrinks = min(part.shape[:2]) >= len(out)
+    cv2.resize(part, out.shape[:2], dst=out, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
