@@ -112,7 +112,8 @@ def test_a_suite_is_a_name_or_names():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--checkpoint", "{}/none"], "is no run's folder"),
+        (["--checkpoint", "{}/none"], "none' does not exist; name the folder of a run"),
+        (["--checkpoint", "{}/set"], "holds no file of weights"),
         (["--checkpoint", "{}/a", "--suite", "imagenett"], "'imagenett'; it must be one of"),
         (["--checkpoint", "{}/a", "--suite", ","], "--suite is empty"),
         (["--checkpoint", "{}/a", "--profile", "google"], "--profile is 'google'"),
@@ -140,4 +141,4 @@ def test_bad_input_is_one_sentence(flags, message, runs):
 def test_the_command(runs):
     command = [sys.executable, "-m", "xclip_jax.evaluate", "--checkpoint", str(runs / "none")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: --checkpoint")
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ")

@@ -10,9 +10,11 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from flax.traverse_util import unflatten_dict
 
-from tests.util import from_open_clip, jit
+from tests.util import jit
 from xclip_jax.errors import UserError
+from xclip_jax.interop import links
 from xclip_jax.losses import contrastive
 from xclip_jax.models.two_towers import PRESETS, TwoTowers, preset
 
@@ -54,6 +56,16 @@ def torch_text_features(model, text):
     return h
 
 
+def carry(weights, model):
+    """open_clip's arrays as our parameters; the map is linear and loses nothing, so it carries gradients as well."""
+    weights = {"visual.class_embedding": np.zeros(64, np.float32)} | weights
+    flat = links.read(weights, links.links(model, 100, links.open_clip(), bias=False), "open_clip")
+    if model["img"]["pool"] == "mean":
+        del flat["img/cls"]
+        flat["img/positions"] = flat["img/positions"][1:]
+    return unflatten_dict(flat, sep="/")
+
+
 @pytest.fixture(
     scope="module",
     params=[(True, "cls", True), (False, "cls", True), (False, "cls", False), (True, "mean", True)],
@@ -86,17 +98,16 @@ def parity(request):
     loss = open_clip.ClipLoss()(z_img, z_txt, model.logit_scale.exp())
     loss.backward()
     theirs = {"h_img": h_img, "h_txt": h_txt, "z_img": z_img, "z_txt": z_txt, "logits": logits, "loss": loss}
-    carry = functools.partial(from_open_clip, heads_img=2, heads_txt=3, pool=pool)
-    named = dict(model.named_parameters())
-    gradients = carry({name: numpy(p.grad) for name, p in named.items() if p.grad is not None})
-
     act = "quick_gelu" if quick_gelu else "gelu"
-    towers = TwoTowers(
-        img={"size": 32, "patch": 8, "width": 64, "depth": 2, "heads": 2, "act": act, "pool": pool,
-             "pre_norm": pre_norm},
-        txt={"vocab": 100, "eot_id": 99, "length": 12, "width": 48, "depth": 2, "heads": 3, "act": act},
-        embed=40,
-    )  # fmt: skip
+    sizes = {
+        "img": {"size": 32, "patch": 8, "width": 64, "depth": 2, "heads": 2, "mlp_ratio": 4.0, "act": act, "pool": pool,
+                "pre_norm": pre_norm},
+        "txt": {"length": 12, "width": 48, "depth": 2, "heads": 3, "mlp_ratio": 4.0, "act": act},
+        "embed": 40,
+    }  # fmt: skip
+    named = dict(model.named_parameters())
+    gradients = carry({name: numpy(p.grad) for name, p in named.items() if p.grad is not None}, sizes)
+    towers = TwoTowers(**sizes | {"txt": sizes["txt"] | {"vocab": 100, "eot_id": 99}})
 
     @jit
     @functools.partial(jax.value_and_grad, has_aux=True)
@@ -105,7 +116,7 @@ def parity(request):
         loss, _ = contrastive.softmax(out["z_img"], out["z_txt"], out["scale"])
         return loss, out | {"logits": out["scale"] * out["z_img"] @ out["z_txt"].T}
 
-    (loss, out), grads = ours(carry({name: numpy(p) for name, p in named.items()}))
+    (loss, out), grads = ours(carry({name: numpy(p) for name, p in named.items()}, sizes))
     return Parity(
         theirs={name: numpy(x) for name, x in theirs.items()} | {"gradients": gradients},
         ours=out | {"loss": loss, "gradients": grads},

@@ -94,7 +94,7 @@ def test_a_start_that_cannot_be_is_one_sentence(source, tmp_path):
         changes = {"model__img__depth": 2, "init__weights": str(source / "run")} | changes
         trainer.run(tiny.config(run=tmp_path / "run", data__sources=(f"folder:{source / 'pairs'}",), **changes))
 
-    with pytest.raises(UserError, match="no run's folder"):
+    with pytest.raises(UserError, match="does not exist; name the folder of a run"):
         run(init__weights=str(tmp_path / "nothing"))
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(UserError, match=r"params/proj_img/linear/kernel has shape \(32, 16\) there and \(32, 8\) here"):

@@ -4,9 +4,10 @@
     python -m xclip_jax.evaluate --checkpoint RUN --suite imagenet,imagenet_v2 --profile slip
     python -m xclip_jax.evaluate --compare RUN_A RUN_B
 
-RUN is a run's folder. The result is RUN/evaluation.json, or --output: for each set its value, metric, protocol,
-templates, preprocessing, data set version, hash of the split, n and seconds; beside it, in evaluation.items.npz, what
-each item contributed, which --compare resamples for its intervals.
+RUN is a run's folder, or weights that `xclip_jax.interop` reads: a folder or file of open_clip, of transformers, of
+OpenAI's CLIP or of xclip_jax.export. The result is RUN/evaluation.json (RUN.evaluation.json beside a file), or
+--output: for each set its value, metric, protocol, templates, preprocessing, data set version, hash of the split, n and
+seconds; beside it, in evaluation.items.npz, what each item contributed, which --compare resamples for its intervals.
 """
 
 import argparse
@@ -91,7 +92,9 @@ def evaluate(
         "checkpoint": str(run), "step": at, "suite": suite, "profile": profile, "results": results,
         "config": config.to_dict(), "environment": metrics.environment(), "seconds": time.perf_counter() - began,
     }
-    path = epath.Path(output or epath.Path(run) / NAME)
+    folder = epath.Path(run)
+    # Beside a file, under its own name: its folder may hold others.
+    path = epath.Path(output or (folder / NAME if folder.is_dir() else folder.with_name(f"{folder.name}.{NAME}")))
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
@@ -206,7 +209,7 @@ def render(rows: Sequence[Mapping[str, Any]], a: str, b: str) -> str:
     return "\n".join(lines)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """One sentence instead of usage and a second line."""
 
     def error(self, message: str) -> NoReturn:
@@ -214,9 +217,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m xclip_jax.evaluate", description=__doc__, allow_abbrev=False,
+    parser = Parser(prog="python -m xclip_jax.evaluate", description=__doc__, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="RUN", help="folder of a run")
+    parser.add_argument("--checkpoint", metavar="RUN", help="folder of a run, or weights")
     parser.add_argument("--suite", default="demo", help="demo, paper, or names of sets joined by commas")
     parser.add_argument("--profile", default="openai", help=", ".join(sets.PROFILES))
     parser.add_argument("--prefix", help="put before captions of retrieval; by default what the profile says")

@@ -1,4 +1,4 @@
-"""The variables of a run's checkpoint, and a new run's start from them: group `init` of a config."""
+"""The variables of a run's checkpoint or of other weights, and a new run's start from them: group `init`."""
 
 import json
 import math
@@ -11,8 +11,10 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from xclip_jax import interop
 from xclip_jax.checkpoint import Checkpointer
 from xclip_jax.errors import UserError
+from xclip_jax.interop.files import is_run
 from xclip_jax.metrics import say
 from xclip_jax.models.layers import stack_blocks, unstack_blocks
 from xclip_jax.parts import Parts, build
@@ -25,38 +27,74 @@ _MEANING = (
     "model.img.act", "model.img.eps", "model.img.pool", "model.img.pre_norm", "model.txt.act", "model.txt.eps",
     "data.tokenizer", "data.statistics",
 )  # fmt: skip
+# What a file of weights does not say, and nothing but training asks for.
+_UNTRAINED = {
+    "seed": 0, "steps": 1, "init": {"weights": "", "lock": ()}, "optim": {"lr": 1.0, "microbatches": 1},
+    "loss": {"impl": "plain", "chunk": 0}, "ema": {"on": False}, "eval": {"batch": 256, "ema": False},
+}  # fmt: skip
 
 
 def load(path: str, step: int | None = None) -> tuple[ml_collections.ConfigDict, Parts, Variables, int]:
-    """The config, parts, variables and step of a run's checkpoint, on this machine's devices.
+    """The config, parts, variables and step of a run's checkpoint or of other weights, on this machine's devices.
+
+    A run's variables are those that it evaluates: the moving average where `eval.ema` says so.
 
     Args:
-      path: the run's folder.
-      step: which checkpoint; the newest by default.
+      path: a run's folder, or anything that `interop.read` knows; such weights are of step 0.
+      step: which checkpoint of a run; the newest by default.
 
     Raises:
-      UserError: no run there, no checkpoint of that step, or one that this code cannot read.
+      UserError: no run and no weights there, no checkpoint of that step, or one that this code cannot read.
     """
+    if not epath.Path(path).exists():
+        raise UserError(f"{path!r} does not exist; name the folder of a run, or a folder or file of weights.")
+    config, variables = (_run_config(path), None) if is_run(path) else _weights(path, step)
+    # Layout and batch belong to the machine that trained, not to what was learned.
+    config.mesh = {"data": -1, "fsdp": 1, "model": 1, "strategy": "dp"}
+    config.optim.microbatches, config.loss.chunk, config.loss.impl = 1, 0, "plain"
+    config.data.batch = jax.device_count()
+    parts = build(config)
+    if variables is not None:
+        return config, parts, _placed(variables, parts, path), 0
     folder = epath.Path(path)
-    file = folder / "config.json"
-    if not file.exists():
-        raise UserError(f"--checkpoint {path!r} is no run's folder: it has no config.json; name the folder of a run.")
+    if not (folder / "checkpoints").exists():
+        raise UserError(f"{folder} holds no checkpoint; train it first, or name the folder of another run.")
+    with Checkpointer(folder, keep=None) as checkpointer:
+        state, _ = checkpointer.restore(parts.abstract, step)
+    return config, parts, state.variables(ema=config.eval.ema), int(state.step)
+
+
+def _run_config(path: str) -> ml_collections.ConfigDict:
+    file = epath.Path(path) / "config.json"
     try:
         config = ml_collections.ConfigDict(_tuples(json.loads(file.read_text())["config"]))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} cannot be read ({error}); name the folder of another run.") from error
     if "init" not in config:  # runs that are older than the group
         config.init = {"weights": "", "lock": ()}
-    # Layout and batch belong to the machine that trained, not to what was learned.
-    config.mesh = {"data": -1, "fsdp": 1, "model": 1, "strategy": "dp"}
-    config.optim.microbatches, config.loss.chunk, config.loss.impl = 1, 0, "plain"
-    config.data.batch = jax.device_count()
-    parts = build(config)
-    if not (folder / "checkpoints").exists():
-        raise UserError(f"{folder} holds no checkpoint; train it first, or name the folder of another run.")
-    with Checkpointer(folder, keep=None) as checkpointer:
-        state, _ = checkpointer.restore(parts.abstract, step)
-    return config, parts, state.variables(ema=config.eval.ema), int(state.step)
+    return config
+
+
+def _weights(path: str, step: int | None) -> tuple[ml_collections.ConfigDict, Variables]:
+    if step is not None:
+        raise UserError(f"{path} is no run's folder, so it has no checkpoint of step {step}; leave --step out.")
+    there, variables = interop.read(path)
+    for note in there.pop("source")["notes"]:
+        say(f"{path}: {note}")
+    there["data"] = {"sources": ()} | there["data"]
+    return ml_collections.ConfigDict(_UNTRAINED | there), variables
+
+
+def _placed(variables: Variables, parts: Parts, path: str) -> Variables:
+    """`variables` on the devices, checked against the model that their config describes."""
+    wanted = parts.abstract.variables()
+    here, there = flatten_dict(wanted, sep="/"), flatten_dict(dict(variables), sep="/")
+    differing = sorted(here.keys() ^ there.keys())
+    differing += [name for name, x in here.items() if name in there and x.shape != there[name].shape]
+    if differing:
+        raise UserError(f"{path} does not have the tensors that its config promises: {', '.join(differing[:8])}.")
+    put = {name: jax.device_put(there[name], x.sharding) for name, x in here.items()}
+    return {"params": {}, "batch_stats": {}} | unflatten_dict(put, sep="/")
 
 
 def _tuples(value: Any) -> Any:

@@ -110,12 +110,17 @@ def _byte_letters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
-def _clip() -> Tokenizer:
+def clip_vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
+    """Words of CLIP's vocabulary in the order of their ids, without the start and end tokens behind them; merges."""
     lines = gzip.decompress(assets.from_wheel("clip_bpe").read_bytes()).decode("utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines[1 : 1 + _CLIP_MERGES]]
     letters = _byte_letters()
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in merges), _CLIP_START, _CLIP_END]
-    vocab = {word: i for i, word in enumerate(words)}
+    return [*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in merges)], merges
+
+
+def _clip() -> Tokenizer:
+    words, merges = clip_vocabulary()
+    vocab = {word: i for i, word in enumerate([*words, _CLIP_START, _CLIP_END])}
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [

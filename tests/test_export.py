@@ -1,0 +1,166 @@
+import json
+import shutil
+
+import chex
+import jax
+import numpy as np
+import open_clip
+import pytest
+import torch
+import transformers
+
+from tests import tiny
+from xclip_jax import evaluate, export, interop, parts, state, trainer, weights
+from xclip_jax.errors import UserError
+from xclip_jax.models.layers import stack_blocks
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run that evaluates its moving average, with results of a set in two classes."""
+    root = tmp_path_factory.mktemp("export")
+    pairs = tiny.folder(root / "pairs")
+    for label in ("cat", "dog"):
+        tiny.folder(root / "set" / label, n=4)
+        for text in (root / "set" / label).glob("*.txt"):
+            text.unlink()
+    suite = f"folder:{root / 'set'}"
+    trainer.run(tiny.config(
+        "xclip", run=root / "run", steps=STEPS, data__sources=(f"folder:{pairs}",), data__tokenizer="clip",
+        checkpoint__every=1, ema__on=True, ema__momentum=0.5, eval__ema=True, eval__final_sets=(suite,),
+        model__img__scan=True,
+    ))  # fmt: skip
+    evaluate.evaluate(str(root / "run"), suite)
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def expected(run):
+    """Embeddings of the run's average, by its own evaluation."""
+    config, parts, variables, _ = weights.load(str(run))
+    return encode(config, parts, variables)
+
+
+def encode(config, parts, variables):
+    encoder = trainer.make_encoder(config, parts)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (5, tiny.SIZE, tiny.SIZE, 3), dtype=np.uint8)
+    found = encoder.images(variables, images), encoder.texts(variables, ["a cat", "number 3", "x"])
+    return {f"{key}_{kind}": x for kind, out in zip(("img", "txt"), found, strict=True) for key, x in out.items()}
+
+
+def test_a_run_in_our_form_is_the_run(run, expected, tmp_path, capsys):
+    export.export(str(run), str(tmp_path / "out"), to="safetensors")
+    config, parts, variables, step = weights.load(str(tmp_path / "out"))
+    chex.assert_trees_all_equal(jax.device_get(variables), jax.device_get(weights.load(str(run))[2]))
+    chex.assert_trees_all_equal(encode(config, parts, variables), expected)
+    assert step == 0 and "s_img" in expected
+    capsys.readouterr()
+    # What is evaluated so has the run's numbers.
+    suite = f"folder:{run.parent / 'set'}"
+    evaluate.main(["--checkpoint", str(tmp_path / "out" / interop.WEIGHTS), "--suite", suite])
+    there = json.loads((tmp_path / "out" / f"{interop.WEIGHTS}.evaluation.json").read_text())
+    here = json.loads((run / "evaluation.json").read_text())
+    assert there["results"][0]["metrics"] == here["results"][0]["metrics"]
+    with pytest.raises(UserError, match="no checkpoint of step 3"):
+        weights.load(str(tmp_path / "out"), 3)
+
+
+def test_other_projects_see_what_the_run_saw(run, expected, tmp_path, capsys):
+    for to in ("hf", "open_clip"):
+        export.main(["--checkpoint", str(run), "--to", to, str(tmp_path / to)])
+        assert f"no place for them: clusters_img, clusters_txt\n{run}, step {STEPS}, as {to}" in capsys.readouterr().out
+        config, parts, variables, _ = weights.load(str(tmp_path / to))
+        found = encode(config, parts, variables)
+        assert found.keys() == {"h_img", "z_img", "h_txt", "z_txt"}
+        for key, x in found.items():
+            np.testing.assert_allclose(x, expected[key], rtol=0, atol=1e-5, err_msg=key)
+    tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'open_clip'}")(["a cat", "number 3", "x"])
+    model = open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}").eval()
+    with torch.no_grad():
+        z_txt = model.encode_text(tokens, normalize=True).numpy()
+    np.testing.assert_allclose(z_txt, expected["z_txt"], rtol=0, atol=1e-5)
+    theirs = transformers.CLIPModel.from_pretrained(tmp_path / "hf").eval()
+    tokens = transformers.CLIPTokenizer.from_pretrained(tmp_path / "hf")(
+        ["a cat", "number 3", "x"], padding="max_length", truncation=True, return_tensors="pt")  # fmt: skip
+    assert tokens["input_ids"].shape[1] == tiny.LENGTH
+    with torch.no_grad():
+        z_txt = theirs.text_projection(theirs.text_model(**tokens).pooler_output).numpy()
+    np.testing.assert_allclose(z_txt / np.linalg.norm(z_txt, axis=1, keepdims=True), expected["z_txt"], atol=1e-5)
+
+
+def test_the_card_says_what_the_run_knows(run, tmp_path):
+    export.export(str(run), str(tmp_path / "hf"))
+    card = (tmp_path / "hf" / export.CARD).read_text()
+    assert card.startswith("---\nlicense: unknown\nlibrary_name: transformers\n")
+    data, results, evaluation, config = (
+        json.loads((run / f"{name}.json").read_text()) for name in ("data", "results", "evaluation", "config")
+    )
+    for part in (
+        f"| {data[0]['samples']} | by size |", "| objective.w_clip | 0.3 |", "| optim.lr | 0.001 |",
+        f"| data.batch | {tiny.BATCH} |",
+        "| step | 2 of 2 |", "| parameters | their moving average |",
+        "left out, since 'hf' has no place for them: clusters_img, clusters_txt",
+        f"commit `{config['environment']['commit']}`", f"jax {config['environment']['versions']['jax']}",
+        "The licence of the training data: see its sources", "## Limits",
+        f"| {evaluation['results'][0]['value']:.1f} |", "zero-shot classification, %", "one caption of text is drawn",
+    ):  # fmt: skip
+        assert part in card, part
+    assert results["results"]
+    # Results of the last step are none of an earlier one.
+    export.export(str(run), str(tmp_path / "hf"), step=1, overwrite=True)
+    card = (tmp_path / "hf" / export.CARD).read_text()
+    assert "| step | 1 of 2 |" in card and "this checkpoint was not evaluated" in card
+    # Weights of others: nothing is made up.
+    export.export(str(tmp_path / "hf"), str(tmp_path / "oc"), to="open_clip")
+    card = (tmp_path / "oc" / export.CARD).read_text()
+    assert "## Recipe" not in card and f"Converted from `{tmp_path / 'hf'}`" in card
+
+
+def test_a_folder_with_files_is_kept(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match="is not empty; name another, or add --overwrite"):
+        export.export(str(run), str(tmp_path / "out"))
+    export.export(str(run), str(tmp_path / "out"), overwrite=True)
+    export.export(str(run), str(tmp_path / "out"), to="open_clip", overwrite=True)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"mine.txt", "README.md", "open_clip_config.json", "open_clip_model.safetensors"}
+    for out in (run, run.parent):
+        with pytest.raises(UserError, match="holds what is to be exported"):
+            export.export(str(run), str(out), overwrite=True)
+    shutil.copytree(run, tmp_path / "other")
+    with pytest.raises(UserError, match="is a run's folder; name another"):
+        export.export(str(run), str(tmp_path / "other"), overwrite=True)
+    with pytest.raises(UserError, match="is a run's folder; write its weights with"):
+        interop.read(str(run))
+
+
+def test_a_new_run_starts_from_an_export(run, tmp_path, capsys):
+    export.export(str(run), str(tmp_path / "hf"))
+    c = tiny.config("clip", data__tokenizer="clip", model__txt__scan=True, seed=3, init__weights=str(tmp_path / "hf"))
+    p = parts.build(c)
+    begun = weights.start(c, state.create(p.init, p.abstract))
+    assert f"starting from {tmp_path / 'hf'}, step 0" in capsys.readouterr().out
+    found = interop.read(str(tmp_path / "hf"))[1]["params"]
+    found["txt"]["transformer"] = stack_blocks(found["txt"]["transformer"], 1)
+    chex.assert_trees_all_equal(jax.device_get(begun.params), found)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--checkpoint", "{}", "--to", "onnx", "{}/../x"], "to is 'onnx'; it must be one of 'hf'"),
+        (["--checkpoint", "{}/none", "{}/../x"], "does not exist; name the folder of a run"),
+        (["--checkpoint", "{}", "--step", "9", "{}/../x"], "no checkpoint of step 9"),
+        (["--checkpoint", "{}"], "required: OUT"),
+        (["--checkpoint", "{}", "{}/config.json"], "is a file; name a folder"),
+    ],
+)
+def test_bad_input_is_one_sentence(flags, message, run):
+    with pytest.raises(SystemExit) as stopped:
+        export.main([flag.format(run) for flag in flags])
+    assert message in str(stopped.value)
+    assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)

@@ -1,0 +1,80 @@
+"""Weights of a run, or of another project, in the form that others read.
+
+    python -m xclip_jax.export --checkpoint RUN --to hf OUT
+
+writes the folder OUT: `hf` for transformers (CLIPModel, with its processor), `open_clip` for open_clip, `safetensors`
+for xclip_jax itself, which loses nothing; and a model card, README.md, of what the run's folder knows. RUN may also be
+weights that `xclip_jax.interop` reads. Where the run evaluates the moving average of its parameters (eval.ema), that is
+what is written.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import jax
+from absl import logging
+from etils import epath
+
+from xclip_jax import interop, model_card
+from xclip_jax.errors import UserError
+from xclip_jax.evaluate import Parser
+from xclip_jax.interop.files import is_run
+from xclip_jax.metrics import say
+from xclip_jax.weights import load
+
+CARD = "README.md"
+
+
+def export(path: str, out: str, *, to: str = "hf", step: int | None = None, overwrite: bool = False) -> None:
+    """Writes the weights at `path` to the folder `out`, with a model card.
+
+    Args:
+      path, step: as in `weights.load`.
+      out: a folder that is empty or does not exist.
+      to: one of `interop.FORMATS`.
+      overwrite: replace what an earlier export left in `out`; other files stay.
+
+    Raises:
+      UserError: bad input, or a model that the format does not have.
+    """
+    folder = epath.Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{out!r} is a file; name a folder.")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise UserError(f"folder {out!r} is not empty; name another, or add --overwrite.")
+    source = epath.Path(path).resolve()
+    if folder.resolve() in (source, source.parent):
+        raise UserError(f"{out!r} holds what is to be exported; name another folder.")
+    config, parts, variables, at = load(path, step)
+    variables = jax.device_get(variables)
+    if not variables["batch_stats"]:
+        del variables["batch_stats"]
+    if jax.process_index() == 0:
+        notes = interop.write(variables, config.to_dict(), out, to)
+        card = model_card.render(path, out, to, config, parts, at, notes, run=is_run(path))
+        (folder / CARD).write_text(card)
+        for note in notes:
+            say(note)
+    say(f"{path}, step {at}, as {to}: {out}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    parser = Parser(prog="python -m xclip_jax.export", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a run, or weights")
+    parser.add_argument("--to", default="hf", help=", ".join(interop.FORMATS))
+    parser.add_argument("--step", type=int, help="which checkpoint of a run; the newest by default")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    flags = parser.parse_args(argv)
+    logging.set_verbosity(logging.ERROR)
+    try:
+        export(flags.checkpoint, flags.out, to=flags.to, step=flags.step, overwrite=flags.overwrite)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

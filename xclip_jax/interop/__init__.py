@@ -1,0 +1,141 @@
+"""Weights from and to other projects, in NumPy alone: OpenAI's CLIP, open_clip, Hugging Face, and our own form.
+
+A model travels as a pair. `config` has the groups of a run's config that a model needs, as plain dicts: "model" and
+"objective" with the keys of configs/common.py, and of "data" the keys tokenizer, statistics and resample ("bicubic": of
+images that the model sees when it is used; training may have resized its crops otherwise). "source" says where it came
+from: its format, and "notes", sentences on what was assumed or is not followed. `variables` are what `TwoTowers.apply`
+takes, fp32: {"params": ..., "batch_stats": ...}, the second only where there are cluster heads.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from xclip_jax.data import tokenizer
+from xclip_jax.errors import UserError, one_of
+from xclip_jax.interop import files, groups, hf, links, open_clip
+from xclip_jax.models.layers import unstack_blocks
+
+FORMATS = ("hf", "open_clip", "safetensors")
+CONFIG = "xclip_config.json"
+WEIGHTS = "xclip_model.safetensors"
+# All that `write` may leave in a folder.
+WRITTEN = (
+    CONFIG, WEIGHTS, open_clip.CONFIG, open_clip.WEIGHTS, hf.CONFIG, hf.WEIGHTS, hf.PREPROCESSOR,
+    *hf.TOKENIZER_FILES, groups.TOKENIZER,
+)  # fmt: skip
+
+
+def read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(config, variables) of weights; see the module's docstring.
+
+    Args:
+      path: a folder or a file of weights: .safetensors, or .bin, .pt and .pth as torch.save has written them since 1.6.
+        Their config is looked for beside them; weights with OpenAI's names may do without, their sizes are inferred.
+
+    Raises:
+      UserError: nothing to read, files that hold more than tensors, an architecture that is not supported, or tensors
+        that are missing, unknown or misshapen, by name.
+    """
+    file = files.find(path)
+    folder = file.parent
+    found, how = files.tensors(file)
+    where = str(file)
+    if any(name.startswith("params/") for name in found):
+        return _read_own(found, folder, where)
+    if any(name.startswith("visual.") for name in found):
+        there = folder / open_clip.CONFIG
+        config, flat = open_clip.read(found, how, folder, files.read_json(there) if there.exists() else None, where)
+    elif any(name.startswith(("vision_model.", "text_model.")) for name in found):
+        config, flat = hf.read(found, folder, files.read_json(folder / hf.CONFIG), where)
+    else:
+        names = ", ".join(list(found)[:3])
+        raise UserError(f"{where} is no CLIP that is known here: its tensors are called {names}, ...")
+    return config, {"params": unflatten_dict(flat, sep="/")}
+
+
+def _read_own(found: files.Tensors, folder: epath.Path, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    config = files.read_json(folder / CONFIG)
+    if missing := [key for key in ("model", "objective", "data") if key not in config]:
+        raise UserError(f"{folder / CONFIG} has no group {missing[0]!r}; export the run anew.")
+    if config["data"]["tokenizer"] == groups.TOKENIZER:
+        config["data"]["tokenizer"] = str(folder / groups.TOKENIZER)
+    return config | {"source": {"format": "safetensors", "notes": ()}}, unflatten_dict(found, sep="/")
+
+
+def write(variables: Mapping[str, Any], config: Mapping[str, Any], path: str, to: str = "safetensors") -> list[str]:
+    """Writes a model into the folder `path`.
+
+    Args:
+      variables, config: as `read` returns them; further keys of `config`, such as a run has, do not matter.
+      path: the folder; it is made. Files that were written before, in any format, are taken away first.
+      to: "hf" (a CLIPModel with its processor), "open_clip", or "safetensors": ours, which loses nothing.
+
+    Returns:
+      Sentences on what the format could not hold.
+
+    Raises:
+      UserError: a model that the format does not have, or a run's folder.
+    """
+    one_of("to", to, FORMATS)
+    if files.is_run(path):
+        raise UserError(f"{path!r} is a run's folder; name another.")
+    variables = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(variables))
+    folder = epath.Path(path)
+    data = dict(config["data"])
+    tokens = tokenizer.load(data["tokenizer"])
+    content: dict[str, Any]
+    if to == "safetensors":
+        notes, tensors = [], flatten_dict(variables, sep="/")
+        file = data["tokenizer"] if data["tokenizer"] in tokenizer.NAMES else groups.TOKENIZER
+        content = {
+            "model": config["model"], "objective": config["objective"],
+            "data": {"tokenizer": file, "statistics": data["statistics"], "resample": "bicubic"},
+        }  # fmt: skip
+    else:
+        flat, notes = _expressible(variables, config, to)
+        content, tensors = (hf if to == "hf" else open_clip).write(config, flat, tokens.vocab_size, tokens.eot_id)
+        if data["tokenizer"] == "bytes":
+            notes.append("tokenizer 'bytes' has no files there: ids are the bytes of UTF-8 plus 3, 1 starts, 2 ends")
+    words = None if data["tokenizer"] in tokenizer.NAMES else epath.Path(data["tokenizer"]).read_bytes()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in WRITTEN:
+        (folder / name).unlink(missing_ok=True)
+    if words is not None:
+        (folder / groups.TOKENIZER).write_bytes(words)
+    name, weights = {"hf": (hf.CONFIG, hf.WEIGHTS), "open_clip": (open_clip.CONFIG, open_clip.WEIGHTS),
+                     "safetensors": (CONFIG, WEIGHTS)}[to]  # fmt: skip
+    if to == "hf":
+        hf.write_beside(folder, config)
+    files.write(folder / weights, tensors)
+    (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    return notes
+
+
+def _expressible(variables: Mapping[str, Any], config: Mapping[str, Any], to: str) -> tuple[links.Flat, list[str]]:
+    """What other projects have of a model, flat and unrolled, and what they have not."""
+    params, model = dict(variables["params"]), config["model"]
+    if "proj_img" not in params:
+        raise UserError(
+            f"this model has no projection to a shared space (objective {config['objective']['name']!r}), which "
+            f"{to!r} needs; write to 'safetensors'."
+        )
+    if (pool := model["img"]["pool"]) != "cls":
+        raise UserError(f"model.img.pool is {pool!r}, which {to!r} does not have; write to 'safetensors'.")
+    for tower in ("img", "txt"):
+        blocks = params[tower]["transformer"]
+        if "blocks" in blocks:
+            params[tower] = params[tower] | {"transformer": unstack_blocks(blocks, model[tower]["depth"])}
+    notes = []
+    known = {"img", "txt", "proj_img", "proj_txt", "log_scale", "bias"}
+    if left := sorted(params.keys() - known):
+        notes.append(f"left out, since {to!r} has no place for them: {', '.join(left)}")
+    if "bias" in params and to == "hf":
+        notes.append("left out, since CLIPModel has no place for it: bias, of the sigmoid's logits")
+    flat = flatten_dict({name: tree for name, tree in params.items() if name in known}, sep="/")
+    return {name: np.asarray(x) for name, x in flat.items()}, notes

@@ -1,0 +1,121 @@
+"""Files of weights -> tensors by name, in fp32; and safetensors files of them."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+
+from xclip_jax.errors import UserError
+from xclip_jax.interop import torch_file
+
+Tensors = dict[str, np.ndarray]
+
+# In a folder the first of these counts.
+NAMES = (
+    "xclip_model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)  # fmt: skip
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+_DTYPES = {
+    "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64, "I64": np.int64,
+    "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+
+def is_run(path: str) -> bool:
+    """Whether `path` is a run's folder. transformers calls its file config.json as well, with other keys."""
+    file = epath.Path(path) / "config.json"
+    if not file.exists():
+        return False
+    try:
+        return "config" in json.loads(file.read_text())
+    except ValueError:
+        return True  # damaged; who reads it says so
+
+
+def find(path: str) -> epath.Path:
+    """The file of weights at `path`, a file or a folder.
+
+    Raises:
+      UserError: none, or several without a name that tells which.
+    """
+    place = epath.Path(path)
+    if not place.is_dir():
+        if place.exists() and place.suffix in SUFFIXES:
+            return place
+        raise UserError(f"{path!r} is no folder and no file of weights ({', '.join(SUFFIXES)}); name one that exists.")
+    if is_run(path):
+        raise UserError(f"{path!r} is a run's folder; write its weights with python -m xclip_jax.export.")
+    for name in NAMES:
+        if (place / name).exists():
+            return place / name
+    found = sorted((file for file in place.iterdir() if file.suffix in SUFFIXES), key=lambda file: file.name)
+    if len(found) == 1:
+        return found[0]
+    raise UserError(
+        f"folder {path!r} holds {'no file' if not found else 'several files'} of weights ({', '.join(SUFFIXES)})"
+        f"{': ' + ', '.join(file.name for file in found[:4]) if found else ''}; name the file itself."
+    )
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """A JSON object; `UserError` where there is another thing."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no JSON object; fetch it anew.")
+    return content
+
+
+def tensors(file: epath.Path) -> tuple[Tensors, str]:
+    """All tensors of a file, or of the files of an index, in fp32; and how they were kept.
+
+    Returns:
+      Tensors by name, and "safetensors", "script" (TorchScript), "checkpoint" (a dict with state_dict, or names that
+      begin with "module.") or "pickle".
+    """
+    if file.name.endswith(".index.json"):
+        shards = sorted(set(read_json(file).get("weight_map", {}).values()))
+        found: Tensors = {}
+        for shard in shards:
+            if not (file.parent / shard).exists():
+                raise UserError(f"{file} names {shard}, which is not there; fetch it.")
+            found |= tensors(file.parent / shard)[0]
+        return found, "safetensors"
+    if file.suffix == ".safetensors":
+        try:
+            content = safetensors.deserialize(file.read_bytes())
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{file} is no whole safetensors file: {error}.") from error
+        return {name: _array(info, name, file) for name, info in content}, "safetensors"
+    content, scripted = torch_file.load(file.read_bytes(), str(file))
+    how = "script" if scripted else "pickle"
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content, how = content["state_dict"], "checkpoint"
+    if not isinstance(content, dict) or not any(isinstance(x, np.ndarray) for x in content.values()):
+        raise UserError(f"{file} holds no dict of tensors and none under 'state_dict'; name a file of weights.")
+    found = {str(name): x.astype(np.float32) for name, x in content.items() if isinstance(x, np.ndarray)}
+    for prefix in ("module.", "_orig_mod."):  # of distributed and of compiled models
+        if all(name.startswith(prefix) for name in found):
+            found, how = {name.removeprefix(prefix): x for name, x in found.items()}, "checkpoint"
+    return found, how
+
+
+def _array(info: Mapping[str, Any], name: str, file: epath.Path) -> np.ndarray:
+    if info["dtype"] not in _DTYPES:
+        raise UserError(f"{file}: tensor {name} is of type {info['dtype']}; convert it to F32.")
+    return np.frombuffer(info["data"], _DTYPES[info["dtype"]]).reshape(info["shape"]).astype(np.float32)
+
+
+def write(path: epath.Path, found: Mapping[str, np.ndarray]) -> None:
+    """One safetensors file; its metadata says "pt", without which transformers does not take it."""
+    whole = {name: np.asarray(x, order="C") for name, x in found.items()}
+    path.write_bytes(safetensors.numpy.save(whole, metadata={"format": "pt"}))

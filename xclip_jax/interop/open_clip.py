@@ -1,0 +1,184 @@
+"""open_clip's models, and OpenAI's, whose names it keeps: tensors and open_clip_config.json."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from xclip_jax.data.transforms import STATISTICS
+from xclip_jax.errors import UserError
+from xclip_jax.interop import groups, links
+
+CONFIG = "open_clip_config.json"
+WEIGHTS = "open_clip_model.safetensors"
+# Left by OpenAI's archives and by older versions.
+_IGNORED = ("input_resolution", "context_length", "vocab_size")
+_IGNORED_ENDS = ("attn_mask", "position_ids")
+# Options that leave our towers as they are; any other that is set is refused by name.
+_IMAGE = ("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout", "no_ln_pre",
+          "final_ln_after_pool", "output_tokens", "act_kwargs", "norm_kwargs", "attn_pooler_queries",
+          "attn_pooler_heads", "pool_type", "pos_embed_type")  # fmt: skip
+_TEXT = ("context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "width", "heads",
+         "layers", "mlp_ratio", "pad_id", "eos_id", "final_ln_after_pool", "output_tokens", "act_kwargs",
+         "norm_kwargs", "pool_type", "proj_type", "proj_bias")  # fmt: skip
+_HARMLESS = ("timm_pool", "timm_proj", "hf_proj_type", "hf_pooler_type", "hf_model_pretrained", "timm_model_pretrained")
+
+
+def read(
+    found: Mapping[str, np.ndarray], how: str, folder: epath.Path, content: Mapping[str, Any] | None, where: str
+) -> tuple[dict[str, Any], links.Flat]:
+    """Config and flat parameters of tensors with open_clip's names.
+
+    Args:
+      found: the tensors.
+      how: as `files.tensors` says.
+      folder: where a tokenizer may lie.
+      content: of open_clip_config.json, or None: then sizes follow from shapes, as OpenAI's weights need.
+      where: what errors call them.
+    """
+    for start, what in (("visual.trunk.", "an image tower of timm"), ("visual.layer1.", "a ResNet"),
+                        ("visual.attn_pool.", "attention pooling of images"), ("text.transformer.embeddings.",
+                        "a text tower of transformers"), ("visual.head.", "an image tower of timm")):  # fmt: skip
+        if any(name.startswith(start) for name in found):
+            raise UserError(f"{where} has {what}, which is not supported; Vision Transformers with a class token are.")
+    script = how == "script" or "input_resolution" in found
+    found = {name: x for name, x in found.items() if name not in _IGNORED and not name.endswith(_IGNORED_ENDS)}
+    prefix = "text." if "text.token_embedding.weight" in found else ""
+    linear = f"{prefix}text_projection.weight" in found
+    needed = ("visual.conv1.weight", "visual.positional_embedding", f"{prefix}token_embedding.weight",
+              f"{prefix}positional_embedding", f"{prefix}transformer.resblocks.0.mlp.c_fc.weight",
+              "visual.transformer.resblocks.0.mlp.c_fc.weight", "logit_scale", "visual.proj")  # fmt: skip
+    if missing := [name for name in needed if name not in found]:
+        raise UserError(f"{where} is no CLIP with both towers and projections: it lacks {', '.join(missing)}.")
+    notes: list[str] = []
+    if content is None:
+        sizes, embed, act, preprocess = _inferred(found, prefix, where), found["visual.proj"].shape[1], "quick_gelu", {}
+        if not script:
+            act = "gelu" if how == "checkpoint" else act
+            notes.append(f"without {CONFIG} beside it: heads are taken to be 64 wide and activations to be {act}")
+        img, txt = ({**sizes[key], "act": act, "eps": 1e-5} for key in ("img", "txt"))
+        tokens = groups.tokens(folder, len(found[f"{prefix}token_embedding.weight"]), None, where)
+    else:
+        img, txt, embed, tokens, more = _from_config(content.get("model_cfg", content), folder, where)
+        preprocess, notes = content.get("preprocess_cfg", {}), notes + more
+    if preprocess.get("resize_mode", "shortest") != "shortest":
+        notes.append(f"made for images that are resized by {preprocess['resize_mode']!r}; here the centre is cut out")
+    bias = float(found["logit_bias"].reshape(())) if "logit_bias" in found else None
+    model = groups.model(img, txt, embed, log_scale=float(found["logit_scale"].reshape(())), bias=bias)
+    vocab = len(found[f"{prefix}token_embedding.weight"])
+    table = links.links(model, vocab, links.open_clip(prefix, linear=linear), bias=bias is not None)
+    projection = f"{prefix}text_projection.bias"
+    if projection in found and not found[projection].any():
+        found.pop(projection)
+    statistics = groups.statistics(preprocess.get("mean"), preprocess.get("std"), where)
+    config = groups.config(model, tokens, statistics, notes, "open_clip", bias=bias is not None)
+    return config, links.read(found, table, where)
+
+
+def _inferred(found: Mapping[str, np.ndarray], prefix: str, where: str) -> dict[str, dict[str, Any]]:
+    """Sizes of both towers from shapes."""
+    def blocks(start: str) -> int:
+        return len({name.removeprefix(start).split(".")[0] for name in found if name.startswith(start)})
+
+    def tower(start: str, width: int) -> dict[str, Any]:
+        if width % 64:
+            raise UserError(f"{where}: {width} is no multiple of 64, a head's width; put {CONFIG} beside it.")
+        ratio = groups.mlp_ratio(len(found[f"{start}0.mlp.c_fc.weight"]), width)
+        return {"width": width, "depth": blocks(start), "heads": width // 64, "mlp_ratio": ratio}
+
+    conv, texts = found["visual.conv1.weight"], found[f"{prefix}positional_embedding"]
+    grid = round((len(found["visual.positional_embedding"]) - 1) ** 0.5)
+    img = {"patch": conv.shape[-1], "size": grid * conv.shape[-1], "pre_norm": "visual.ln_pre.weight" in found}
+    return {
+        "img": tower("visual.transformer.resblocks.", len(conv)) | img,
+        "txt": tower(f"{prefix}transformer.resblocks.", texts.shape[1]) | {"length": len(texts)},
+    }
+
+
+def _from_config(
+    content: Mapping[str, Any], folder: epath.Path, where: str
+) -> tuple[dict[str, Any], dict[str, Any], int, str, list[str]]:
+    try:
+        vision, text, embed = dict(content["vision_cfg"]), dict(content["text_cfg"]), content["embed_dim"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: {CONFIG} has no {error}; fetch it anew.") from error
+    for kind, cfg, known in (("vision_cfg", vision, _IMAGE), ("text_cfg", text, _TEXT)):
+        unknown = [f"{kind}.{key}={value!r}" for key, value in cfg.items()
+                   if value and key not in known and key not in _HARMLESS]  # fmt: skip
+        if unknown:
+            raise UserError(f"{where} is not supported: {CONFIG} sets {', '.join(unknown)}.")
+    for key, cfg, right in (("pool_type", vision, ("tok",)), ("pos_embed_type", vision, ("learnable",)),
+                            ("pool_type", text, ("argmax", "eos")), ("proj_type", text, ("linear",))):  # fmt: skip
+        if cfg.get(key, right[0]) not in right:
+            raise UserError(f"{where} is not supported: {CONFIG} sets {key}={cfg[key]!r}; it must be {right[0]!r}.")
+    if isinstance(vision.get("layers"), list):
+        raise UserError(f"{where} has a ResNet, which is not supported; Vision Transformers with a class token are.")
+    quick = content.get("quick_gelu", False)
+
+    def tower(cfg: Mapping[str, Any], width: int, heads: int) -> dict[str, Any]:
+        approximate = (cfg.get("act_kwargs") or {}).get("approximate", "none")
+        act = "quick_gelu" if quick else {"none": "gelu", "tanh": "gelu_tanh"}[approximate]
+        return {
+            "width": width, "depth": cfg.get("layers", 12), "heads": heads, "mlp_ratio": cfg.get("mlp_ratio", 4.0),
+            "act": act, "eps": (cfg.get("norm_kwargs") or {}).get("eps", 1e-5),
+        }  # fmt: skip
+
+    width = vision.get("width", 768)
+    img = tower(vision, width, width // vision.get("head_width", 64)) | {
+        "size": groups.square(vision.get("image_size", 224), "image_size", where),
+        "patch": groups.square(vision.get("patch_size", 16), "patch_size", where),
+        "pre_norm": not vision.get("no_ln_pre", False),
+    }
+    length = text.get("context_length", 77)
+    txt = tower(text, text.get("width", 512), text.get("heads", 8)) | {"length": length}
+    vocab, eot = text.get("vocab_size", groups.CLIP_VOCAB), None
+    if text.get("pool_type", "argmax") == "eos":
+        eot = text.get("eos_id", 2)
+    tokens = groups.tokens(folder, vocab, eot, where)
+    notes = []
+    if text.get("tokenizer_kwargs"):
+        notes.append(f"its tokenizer's options {text['tokenizer_kwargs']} are not followed")
+    if text.get("hf_tokenizer_name") and tokens == "clip":
+        notes.append(f"its tokenizer {text['hf_tokenizer_name']!r} is taken to be CLIP's")
+    return img, txt, embed, tokens, notes
+
+
+def write(config: Mapping[str, Any], params: links.Flat, vocab: int, eot: int) -> tuple[dict[str, Any], links.Flat]:
+    """Content of open_clip_config.json and tensors.
+
+    Raises:
+      UserError: a model that open_clip does not have.
+    """
+    model, bias = config["model"], "bias" in params
+    img, txt = model["img"], model["txt"]
+    acts = {tower["act"] for tower in (img, txt)}
+    if "quick_gelu" in acts and len(acts) > 1:
+        raise UserError(
+            f"open_clip has one kind of GELU for both towers, and here are {img['act']!r} and {txt['act']!r}; write "
+            "to 'hf' or 'safetensors'."
+        )
+
+    def options(tower: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {"width": tower["width"], "layers": tower["depth"], "mlp_ratio": tower["mlp_ratio"]}
+        if tower["eps"] != 1e-5:
+            found["norm_kwargs"] = {"eps": tower["eps"]}
+        if tower["act"] == "gelu_tanh":
+            found["act_kwargs"] = {"approximate": "tanh"}
+        return found
+
+    vision = options(img) | {
+        "image_size": img["size"], "patch_size": img["patch"], "head_width": img["width"] // img["heads"],
+    }  # fmt: skip
+    if not img["pre_norm"]:
+        vision["no_ln_pre"] = True
+    text = options(txt) | {"context_length": txt["length"], "vocab_size": vocab, "heads": txt["heads"]}
+    if eot != vocab - 1:
+        text |= {"pool_type": "eos", "eos_id": eot}
+    content = {"embed_dim": model["embed"], "quick_gelu": "quick_gelu" in acts, "vision_cfg": vision, "text_cfg": text}
+    if bias:
+        content["init_logit_bias"] = float(params["bias"])
+    mean, std = STATISTICS[config["data"]["statistics"]]
+    preprocess = {"mean": mean, "std": std, "interpolation": "bicubic", "resize_mode": "shortest", "size": img["size"]}
+    table = links.links(model, vocab, links.open_clip(), bias=bias)
+    return {"model_cfg": content, "preprocess_cfg": preprocess}, links.write(params, table, "the model")

@@ -1,0 +1,182 @@
+"""The README of exported weights: what the model is, what it learned from and how, what is known of it and what not."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+from etils import epath
+
+from xclip_jax import metrics
+from xclip_jax.evaluators import table
+from xclip_jax.parts import Parts
+
+_LIBRARIES = {"hf": "transformers", "open_clip": "open_clip", "safetensors": "xclip_jax"}
+_USE = {
+    "hf": 'from transformers import CLIPModel, CLIPProcessor\n\nmodel = CLIPModel.from_pretrained("{out}")\n'
+    'processor = CLIPProcessor.from_pretrained("{out}")',
+    "open_clip": "import open_clip\n\n"
+    'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{out}")\n'
+    'tokenizer = open_clip.get_tokenizer("local-dir:{out}")',
+    "safetensors": 'import xclip_jax.interop\n\nconfig, variables = xclip_jax.interop.read("{out}")',
+}
+_RECIPE = ("data.batch", "optim.lr", "optim.schedule", "optim.warmup", "optim.weight_decay", "optim.b1",
+           "optim.b2", "optim.clip", "data.crop_scale", "data.resample", "data.flip", "data.color",
+           "model.img.patch_dropout", "model.dtype", "seed")  # fmt: skip
+
+
+def render(
+    source: str, out: str, to: str, config: ml_collections.ConfigDict, parts: Parts, at: int, notes: Sequence[str],
+    *, run: bool,
+) -> str:
+    """Markdown.
+
+    Args:
+      source: what was exported: a run's folder (`run`), or weights of another project.
+      out: the folder that the card is for.
+      to: format of the weights there.
+      config, parts, at: of the source, as `weights.load` gives them.
+      notes: sentences on what the format could not hold.
+      run: whether data, recipe and results can be looked up in `source`.
+    """
+    folder = epath.Path(source)
+    sections = [
+        _head(config, to),
+        _model(config, parts),
+        f"## Use\n\n```python\n{_USE[to].format(out=epath.Path(out).name)}\n```" + "".join(f"\n\n* {n}" for n in notes),
+    ]
+    if run:
+        sections += [_data(folder, config), _recipe(folder, parts, at), _results(folder, config, at)]
+    else:
+        sections.append(f"## Data, recipe, results\n\nConverted from `{source}`; see what is said of it there.")
+    sections += [_limits(config), _licence(), _made(folder if run else None)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _rows(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _head(config: ml_collections.ConfigDict, to: str) -> str:
+    name, img = config.objective.name, config.model.img
+    return (
+        f"---\nlicense: unknown\nlibrary_name: {_LIBRARIES[to]}\npipeline_tag: zero-shot-image-classification\n"
+        f"tags:\n- {name}\n- xclip_jax\n---\n\n"
+        f"# {name}, ViT of width {img.width}, depth {img.depth}, patch {img.patch}, {img.size} px\n\n"
+        "Images and texts in one space, learned from pairs of them."
+    )
+
+
+def _model(config: ml_collections.ConfigDict, parts: Parts) -> str:
+    count = sum(x.size for x in jax.tree.leaves(parts.abstract.params))
+    towers = [
+        (kind, group.width, group.depth, group.heads, group.act, f"{group.eps:g}", sees)
+        for kind, group, sees in (
+            ("image", config.model.img, f"{config.model.img.size} px, pool {config.model.img.pool}"),
+            ("text", config.model.txt, f"{config.model.txt.length} tokens, tokenizer {config.data.tokenizer}"),
+        )
+    ]
+    head = ("tower", "width", "depth", "heads", "activation", "LayerNorm eps", "sees")
+    return (
+        f"## Model\n\n{count:,} parameters in training, heads included; embeddings of {parts.model.embed or 'no'} "
+        f"dimensions. Pixels are normalised by the mean and deviation of {config.data.statistics!r}.\n\n"
+        + _rows(head, towers)
+    )
+
+
+def _read(path: epath.Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _data(folder: epath.Path, config: ml_collections.ConfigDict) -> str:
+    cards = _read(folder / "data.json")
+    if cards is None:
+        return "## Data\n\nUnknown: the run has no data.json."
+    shares = config.data.weights or ("by size",) * len(cards)
+    rows = [
+        (f"`{spec}`", f"{card['samples']:,}", share, f"`{card['hash']}`" if card.get("hash") else "none")
+        for spec, card, share in zip(config.data.sources, cards, shares, strict=True)
+    ]
+    said = f"Of each pair one caption of {', '.join(config.data.text_keys)} is drawn"
+    if config.data.tags:
+        said += f", with up to {config.data.tags} keywords of {config.data.tags_key}"
+    return f"## Data\n\n{_rows(('source', 'pairs', 'share', 'hash of the files'), rows)}\n\n{said}."
+
+
+def _recipe(folder: epath.Path, parts: Parts, at: int) -> str:
+    # The file's: `weights.load` sets batch and layout to those of this machine.
+    config = _read(folder / "config.json")["config"]
+    init = config.get("init", {"weights": "", "lock": ()})
+
+    def value(key: str) -> Any:
+        found: Any = config
+        for part in key.split("."):
+            found = found[part]
+        return found
+
+    objective = config["objective"]
+    rows = [("objective.name", objective["name"])]
+    if objective["name"] == "xclip":
+        rows += [(f"objective.{key}", objective[key]) for key in ("w_clip", "w_nclip")]
+    if parts.objective.clusters:
+        rows += [(f"objective.nclip.{key}", x) for key, x in objective["nclip"].items()]
+        rows += [(f"model.cluster_head.{key}", x) for key, x in config["model"]["cluster_head"].items()]
+    rows += [("step", f"{at:,} of {config['steps']:,}")]
+    averaged = config["eval"]["ema"] and (config["ema"]["on"] or parts.objective.teacher)
+    rows.append(("parameters", "their moving average" if averaged else "those of the last update"))
+    rows += [(key, value(key)) for key in _RECIPE]
+    if init["weights"]:
+        rows.append(("init.weights", init["weights"]))
+    if init["lock"]:
+        rows.append(("init.lock", ", ".join(init["lock"])))
+    return f"## Recipe\n\n{_rows(('key', 'value'), rows)}"
+
+
+def _results(folder: epath.Path, config: ml_collections.ConfigDict, at: int) -> str:
+    lines = ["## Results"]
+    last, evaluation = _read(folder / "results.json"), _read(folder / "evaluation.json")
+    if last and last["results"] and at == config.steps:
+        lines.append(f"At the end of training, in percent:\n\n```\n{table.render(last['results'])}\n```")
+    if evaluation and evaluation["step"] == at:
+        rows = [
+            (r["set"], r["metric"], f"{r['value']:.1f}", f"{r['n']:,}", r.get("protocol", ""), r.get("templates", ""))
+            for r in evaluation["results"]
+        ]
+        head = ("set", "metric", "value", "n", "protocol", "templates")
+        lines.append(f"By `python -m xclip_jax.evaluate`, profile {evaluation['profile']}:\n\n{_rows(head, rows)}")
+    if len(lines) == 1:
+        lines.append("None: this checkpoint was not evaluated.")
+    return "\n\n".join(lines)
+
+
+def _limits(config: ml_collections.ConfigDict) -> str:
+    size, length = config.model.img.size, config.model.txt.length
+    return (
+        "## Limits\n\n"
+        f"* An image is seen as its central square at {size} x {size} pixels, a text as its first {length} tokens.\n"
+        "* Scores compare texts or images with one another. They are no probabilities that something is so: the best "
+        "of the given texts wins even where none of them is right.\n"
+        "* It knows the languages, styles and things of its training pairs, with their errors and prejudices, which "
+        "have not been measured beyond the results above.\n"
+        "* Not meant for decisions about people, for surveillance, or where a mistake does harm."
+    )
+
+
+def _licence() -> str:
+    return (
+        "## Licence\n\nNone is stated for these weights; who publishes them must choose one (`license:` above). The "
+        "licence of the training data: see its sources. The code, xclip_jax, is under Apache-2.0."
+    )
+
+
+def _made(folder: epath.Path | None) -> str:
+    def lines(name: str, environment: Mapping[str, Any]) -> Iterator[str]:
+        versions = ", ".join(f"{key} {value}" for key, value in environment["versions"].items())
+        yield f"* {name}: `{environment['command']}`, commit `{environment['commit']}`, on {environment['devices']}"
+        yield f"  with Python {environment['python']}, {versions}"
+
+    found = list(lines("exported", metrics.environment()))
+    trained = folder and _read(folder / "config.json").get("environment")
+    return "## Made by\n\n" + "\n".join([*(lines("trained", trained) if trained else ()), *found])
