@@ -4,10 +4,11 @@
     python -m xclip_jax.main --config configs/finetune.py:data=folder:/my/images,test=val,weights=RUN
     python -m xclip_jax.main --config configs/finetune.py:data=glue:cola@/data/CoLA,weights=RUN
 
-RUN is a run's folder, whose sizes, tokenizer and pixel statistics are taken over. The argument's keys: data, train and
-test (a source is DATA/TRAIN: tfds:imagenet2012/train, folder:/my/images/train with one sub-folder a class,
-csv:/my/images/train.csv with train=train.csv, glue:TASK/train), weights, preset (where there are no weights, or
-weights of other projects), batch, epochs, examples and classes (0 counts them in the source), dir (of TFDS data sets).
+RUN is a run's folder, or weights of another project as init.weights reads them: their sizes, tokenizer and pixel
+statistics are taken over. The argument's keys: data, train and test (a source is DATA/TRAIN: tfds:imagenet2012/train,
+folder:/my/images/train with one sub-folder a class, csv:/my/images/train.csv with train=train.csv, glue:TASK/train),
+weights, preset (where there are none), batch, epochs, examples and classes (0 counts them in the source), dir (of TFDS
+data sets).
 
 Images: the recipe of SLIP's README and BEiT's code, 100 epochs at batch 1024, here with lr in proportion to the batch;
 without its RandAugment and random erasing: brightness, contrast and saturation by 0.4 stand for the former. The class
@@ -21,8 +22,10 @@ import ml_collections
 from etils import epath
 
 from configs import common
+from xclip_jax import interop
 from xclip_jax.data import labelled
 from xclip_jax.errors import UserError
+from xclip_jax.interop.files import is_run
 
 # Training examples and classes, so that a config can be read where the data are not.
 _KNOWN = {"tfds:imagenet2012": (1_281_167, 1000)}
@@ -66,19 +69,24 @@ def _size(args: ml_collections.ConfigDict) -> tuple[int, int]:
 
 
 def _adopt(config: ml_collections.ConfigDict, weights: str) -> None:
-    """Sizes, tokenizer and pixel statistics of the run `weights`, if it is one."""
-    path = epath.Path(weights) / "config.json"
+    """Sizes, tokenizer and pixel statistics of the run `weights`, or of another project's file or folder."""
+    path = epath.Path(weights)
     if not path.exists():
-        return
+        return  # the trainer says so; this config may be read on another machine
     try:
-        run = json.loads(path.read_text())["config"]
-        model, data = run["model"], run["data"]
-        config.model.img.update(model["img"] | {"patch_dropout": 0.0})
-        config.model.txt.update(model["txt"])
-        config.model.dtype = model["dtype"]
-        config.data.tokenizer, config.data.statistics = data["tokenizer"], data["statistics"]
+        run = is_run(weights)
+        found = json.loads((path / "config.json").read_text())["config"] if run else interop.read(weights)[0]
+        model, data = found["model"], found["data"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give weights=RUN of another run.") from error
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path / 'config.json'} cannot be read ({error}); give weights=RUN of another run.") from error
+    for name in ("img", "txt"):
+        tower = config.model[name]
+        # How it is computed is no matter of the weights.
+        tower.update(model[name] | {"scan": tower.scan, "remat": tower.remat})
+    config.model.img.patch_dropout = 0.0
+    config.data.tokenizer, config.data.statistics = data["tokenizer"], data["statistics"]
 
 
 def _image(config: ml_collections.ConfigDict, epochs: int) -> None:
