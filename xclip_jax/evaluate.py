@@ -62,7 +62,7 @@ def load(run: str, step: int | None = None) -> tuple[ml_collections.ConfigDict, 
     parts = build(config)
     if not (folder / "checkpoints").exists():
         raise UserError(f"{folder} holds no checkpoint; train it first, or name the folder of another run.")
-    with Checkpointer(folder, keep=None) as checkpointer:
+    with Checkpointer(folder, read_only=True) as checkpointer:
         state, _ = checkpointer.restore(parts.abstract, step)
     return config, parts, state.variables(ema=config.eval.ema), int(state.step)
 
