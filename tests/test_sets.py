@@ -9,7 +9,7 @@ from tests.encoding import SIZE, K, make_encoder, small_model
 from xclip_jax.data import demo
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import sets, table
-from xclip_jax.report import page, picture
+from xclip_jax.report import examples, page, pick, picture
 
 # The demo's sets, on a small copy of its data.
 
@@ -175,7 +175,9 @@ def test_every_set_can_be_evaluated_and_an_unknown_one_lists_them(small_demo):
 def test_the_picture_is_drawn_for_every_kind_of_model(embed, clusters, small_demo, tmp_path):
     _, variables = small_model(embed, clusters)
     path = tmp_path / "picture.png"
-    picture.draw(path, make_encoder(embed, clusters), variables, title="Test", note="note", queries=("a", "b"))
+    specs = [panel.spec for panel in pick.PANELS]
+    found = examples.look(make_encoder(embed, clusters), variables, specs, queries=("a", "b"))
+    picture.draw(path, found, title="Test", note="note")
     with PIL.Image.open(path) as image:
         assert image.width == 1600 and image.height > 1000
 
