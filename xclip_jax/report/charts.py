@@ -38,7 +38,9 @@ def number(value: float) -> str:
     size = abs(value)
     if size >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if size >= 100 and value % 1 else f"{value:.3g}".replace("e-0", "e-")
+    if 0 < size < 1e-3:
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
+    return f"{value:.1f}" if size >= 100 and value % 1 else f"{value:.3g}"
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:

@@ -36,10 +36,10 @@ def missing(id: str, title: str, reason: str) -> Section:
     return Section(id, title, f'<p class="none">{esc(reason)}</p>', empty=True)
 
 
-def data_uri(image: np.ndarray, side: int, *, lossless: bool = False) -> str:
-    """uint8 (h, w, 3) -> WebP, `side` pixels high and wide, as a URI."""
+def data_uri(image: np.ndarray, side: int = 0, *, lossless: bool = False) -> str:
+    """uint8 (h, w, 3) -> WebP as a URI; `side` pixels high and wide, 0 for as large as it is."""
     square = Image.fromarray(image)
-    if square.size != (side, side):
+    if side:
         square = square.resize((side, side), Image.Resampling.LANCZOS)
     data = io.BytesIO()
     square.save(data, "WEBP", quality=82, lossless=lossless, method=4)

@@ -34,12 +34,12 @@ def _guess(guess: Guess, images: Images, ways: int) -> str:
     )
     return (
         f'<article class="card guess"><div class="head"><b title="{esc(guess.name)}">{esc(guess.name)}</b>'
-        f'<small{" class=ok" if guess.rank <= 5 else ""}>{place}</small></div>'
+        f'<small{_OK if guess.rank <= 5 else ""}>{place}</small></div>'
         f'<div>{images.show(guess.image, guess.name)}</div><ol class="bars">{bars}</ol></article>'
     )
 
 
-_RIGHT = ' class="right"'
+_RIGHT, _OK = ' class="right"', ' class="ok"'
 
 
 def search(examples: Examples, images: Images, why: str) -> Section:
@@ -127,11 +127,11 @@ def attention(examples: Examples, images: Images, maps: Maps | None, why: str) -
     cards = []
     for i, last, rollout in zip(maps.picked, maps.last, maps.rollout, strict=True):
         name, shown = examples.gallery.names[i], examples.gallery.shown[i]
-        pictures = [f'<img src="{data_uri(shown, _MAP)}" alt="{esc(name)}" width="{_MAP}" height="{_MAP}">']
+        pictures = [f'<img src="{data_uri(shown)}" alt="{esc(name)}" width="{_MAP}" height="{_MAP}">']
         for kind, values in (("the last block", last), ("all blocks", rollout)):
             row, column = np.unravel_index(values.argmax(), values.shape)
             alt = f"Attention of {kind} to {name}: most on row {row + 1}, column {column + 1} of {len(values)} patches"
-            picture = data_uri(_spotlight(shown, values), _MAP, lossless=True)
+            picture = data_uri(_spotlight(shown, values), lossless=True)
             pictures.append(f'<img src="{picture}" alt="{esc(alt)}" width="{_MAP}" height="{_MAP}">')
         cards.append(
             f'<figure class="card look"><div>{"".join(pictures)}</div><div class="keys" aria-hidden="true">'
@@ -149,7 +149,7 @@ def attention(examples: Examples, images: Images, maps: Maps | None, why: str) -
 
 def _spotlight(image: np.ndarray, values: np.ndarray) -> np.ndarray:
     """The image, dark where `values` (rows, columns) are small; patches keep their edges."""
-    side = _MAP // len(values) * len(values)
+    side = max(1, _MAP // len(values)) * len(values)
     at = np.arange(side) * len(values) // side
     light = (0.1 + 0.9 * values / values.max())[at][:, at, None]
     across = np.arange(side) * image.shape[0] // side

@@ -193,6 +193,7 @@ const charts = [...document.querySelectorAll("[data-chart]")].map(figure => {
   let at = steps.length - 1;
   const show = (x, tip) => {
     hide();
+    if (!tip && (x < x0 || x > x1)) return;
     at = nearest(steps, x);
     const step = steps[at];
     const cross = make("div", "cross", plot);
