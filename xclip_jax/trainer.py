@@ -338,8 +338,8 @@ def _report(
 ) -> None:
     """What the run leaves for people to look at."""
     examples = document.make(folder, parts, encoder, variables, (*config.eval.final_sets, *config.eval.sets))
-    if jax.process_index() == 0:
+    say(f"report: {folder / document.NAME}")
+    if jax.process_index() == 0 and (examples.named or examples.clusters):
         title = f"What {config.objective.name} learned in {config.steps} steps of {parts.data.batch} pairs"
         picture.draw(folder / "picture.png", examples, title=title)
-    say(f"picture: {folder / 'picture.png'}")
-    say(f"report: {folder / document.NAME}")
+        say(f"picture: {folder / 'picture.png'}")

@@ -85,10 +85,11 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class Retrieved:
-    """Both ways of retrieval on one set: texts that find images, images that find texts."""
+    """Both ways of retrieval on one set: texts that find images, images that find texts, and what their bars mean."""
 
     title: str
     texts: int
+    meaning: str
     gallery: Gallery
     by_text: list[Found]
     by_image: list[Guess]
@@ -258,7 +259,7 @@ def _retrieved(
     q = distributions(txt["s"], encoder.tau) if "s" in txt else None
     scores = similarities(img, txt.get("z"), q, encoder.tau)[""]
     matches = positives(captions)
-    values, show, _ = _values(scores, variables)
+    values, show, meaning = _values(scores, variables)
     by_text, by_image = [], []
     _, first = np.unique(texts, return_index=True)
     for t in rng.permutation(first)[:ASKED]:
@@ -274,7 +275,7 @@ def _retrieved(
         ]
         rank = int(ranks_of(scores[i][None], matches[i][None])[0]) + 1
         by_image.append(Guess(gallery.shown[i], captions[i][0], rank, choices))
-    return Retrieved(data.name, len(texts), gallery, by_text, by_image), texts
+    return Retrieved(data.name, len(texts), meaning, gallery, by_text, by_image), texts
 
 
 def _confusion(

@@ -110,6 +110,6 @@ def _clusters(clusters: Clusters) -> list[Strip]:
 
     sentence = (
         f"Training without negatives sorts pictures and words into {clusters.k:,} clusters, {clusters.used:,} of them "
-        "in use here. These hold the most test pictures; in green, the names nearest to each."
+        "in use here. These hold the most pictures; in green, the names nearest to each."
     )
     return [_section("Clusters it has found", sentence), *_grid(clusters.most[:CLUSTERS], 2, 210, card)]

@@ -52,7 +52,7 @@ def search(examples: Examples, images: Images, why: str) -> Section:
             f'of {n:,} images, best first. Those that the caption belongs to are framed in green.</p>'
             f'<div class="grid2">{"".join(_found(f, both.gallery, images, n) for f in both.by_text)}</div>'
             f'<h3>Images find texts</h3><p class="say">The other way: the best of {both.texts:,} captions; those that '
-            'belong to the image are green.</p>'
+            f'belong to the image are green. Bars: {both.meaning}.</p>'
             f'<div class="grid3">{"".join(_guess(g, images, both.texts) for g in both.by_image)}</div>'
         )
     if examples.searches:
