@@ -1,6 +1,7 @@
 """The sections of the page that show what the model makes of pictures and texts."""
 
 import numpy as np
+from PIL import Image
 
 from xclip_jax.report.attention import Maps
 from xclip_jax.report.examples import Confusion, Examples, Found, Gallery, Guess
@@ -152,8 +153,8 @@ def _spotlight(image: np.ndarray, values: np.ndarray) -> np.ndarray:
     side = max(1, _MAP // len(values)) * len(values)
     at = np.arange(side) * len(values) // side
     light = (0.1 + 0.9 * values / values.max())[at][:, at, None]
-    across = np.arange(side) * image.shape[0] // side
-    return (image[across][:, across] * light + _DARK * (1 - light)).astype(np.uint8)
+    picture = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
+    return (picture * light + _DARK * (1 - light)).astype(np.uint8)
 
 
 def confusion(examples: Examples, images: Images, why: str) -> Section:

@@ -37,7 +37,7 @@ nav a:hover{color:var(--accent)}
 .tile b{display:block;font-size:36px;line-height:1.1;letter-spacing:-.03em;margin:6px 0 2px;font-weight:650}
 .tile b small{font-size:18px;letter-spacing:0;font-weight:500}
 .tile span{display:block;color:var(--muted);font-size:13px;line-height:1.4;overflow-wrap:anywhere}
-.tile .name{color:var(--ink);font-size:14px;font-weight:600}
+.tile .name{color:var(--ink);font-size:14px;font-weight:600;min-height:2.8em}
 .facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:14px 20px;margin:26px 0 0}
 .facts div{min-width:0}.facts .long{grid-column:span 2}
 .facts dt{color:var(--muted);font-size:12.5px}
@@ -85,6 +85,7 @@ table{border-collapse:collapse;width:100%;font-size:14.5px;font-variant-numeric:
 .wide tr.more>*{border-top:0!important;padding-top:0;color:var(--muted);font-size:13px}
 .wide tr.more th{padding-left:30px;font-weight:400}
 td small{margin-left:4px}
+.wide .text{text-align:left}
 .light{border-top:4px solid var(--l2)}.light.alarm{border-top-color:var(--bad);background:var(--bad-soft)}
 .light.early{border-top-color:var(--muted)}
 .light h3{margin:0 0 2px;font-size:16px;display:flex;gap:8px;align-items:center}
@@ -130,7 +131,7 @@ border-radius:10px;padding:8px 16px;cursor:pointer;margin:18px 0 0}
 button:hover{background:var(--soft)}
 [hidden]{display:none!important}
 .heat{border-spacing:3px;border-collapse:separate;width:100%;padding:12px;font-size:13px;table-layout:fixed;
-min-width:760px}
+min-width:860px}
 .heat thead td,.heat thead th:first-child{width:130px}
 .wide .heat td,.wide .heat th{border:0!important}
 .wide .heat tbody td{height:44px;padding:0;text-align:center;border-radius:6px;
@@ -139,7 +140,7 @@ background:rgb(var(--heat)/calc(.05 + .85*var(--v,0)))}
 .wide .heat th{padding:0 6px;font-weight:500;font-size:12.5px;line-height:1.25;white-space:normal;
 overflow-wrap:anywhere;vertical-align:middle}
 .wide .heat thead th{vertical-align:bottom;text-align:center;color:var(--muted);padding-bottom:4px}
-.wide .heat.dense{border-spacing:1px}.wide .heat.dense tbody td{height:9px;border-radius:1px}
+.wide .heat.dense{border-spacing:1px;min-width:1000px}.wide .heat.dense tbody td{height:9px;border-radius:1px}
 .wide .heat.dense th{font-size:9px;line-height:1;padding:0 3px;white-space:nowrap;overflow:hidden}
 .wide .heat.dense thead th span{writing-mode:vertical-rl;transform:rotate(180deg);max-height:110px}
 .pair{display:grid;grid-template-columns:1fr;gap:8px;font-size:14px}
@@ -159,7 +160,11 @@ code{font:.9em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wra
 footer{padding:36px 0 64px;color:var(--muted);font-size:14px}
 @media(max-width:560px){main,header>div,footer>div,nav ul{padding:0 16px}header{padding-top:34px}.card{padding:14px}
 .chart{padding:14px 12px 34px}.plot{margin-left:40px}.tile b{font-size:30px}.row{gap:6px}section{padding-top:32px}
-.tiles{grid-template-columns:repeat(2,minmax(0,1fr));gap:10px}.facts{grid-template-columns:repeat(2,minmax(0,1fr))}
+.tiles{grid-template-columns:repeat(2,minmax(0,1fr));gap:10px}
+.wide th,.wide td{padding:7px 6px}.wide th:first-child{padding-left:12px;white-space:normal}.wide table{font-size:13px}
+.wide td:last-child,.wide th:last-child{padding-right:12px}.wide tr.more th{padding-left:20px}
+.wide thead th{white-space:normal;font-size:12px}.wide .text{white-space:normal}td small{margin-left:2px;font-size:11px}
+.facts{grid-template-columns:repeat(2,minmax(0,1fr))}
 }
 @media print{nav,.find,button{display:none}.card,.chart{break-inside:avoid}}
 @media(prefers-reduced-motion:reduce){html{scroll-behavior:auto}}

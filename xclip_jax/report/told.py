@@ -45,7 +45,7 @@ def _tiles(record: Record) -> str:
         results, at = record.evaluations[-1], f"at step {record.evaluations[-1]['step']:,}"
     tiles = []
     for family, (name, metric, value, chance) in table.families(results).rows:
-        by_chance = f"chance {chance.strip('()')} %" if chance and not metric.startswith("spearman") else ""
+        by_chance = f"chance {chance.strip('()')}\u00a0%" if chance and not metric.startswith("spearman") else ""
         said = ", ".join(filter(None, (name, by_chance, at)))
         unit = "" if metric.startswith("spearman") else " <small>%</small>"
         tiles.append(
@@ -109,23 +109,25 @@ def results(record: Record) -> Section:
 
 
 def _table(found: table.Table) -> str:
-    columns = [name for name, _ in found.columns]
-    # A column without a name is set small, behind the cell that it belongs to.
-    heads = "".join(f'<th scope="col">{esc(name)}</th>' for name in columns if name)
+    heads = "".join(f'<th scope="col"{_text(form)}>{esc(name)}</th>' for name, form in found.columns if name)
     rows = []
     for name, cells in found.rows:
         shown: list[str] = []
-        for column, cell in zip(columns, cells, strict=True):
+        for (column, form), cell in zip(found.columns, cells, strict=True):
             if column:
-                shown.append(esc(cell))
-            elif cell:
+                shown.append(f"<td{_text(form)}>{_breakable(cell)}")
+            elif cell:  # a column without a name is set small, behind the cell that it belongs to
                 shown[-1] += f" <small>{esc(cell)}</small>"
         more = ' class="more"' if name.startswith(" ") else ""
-        rows.append(f'<tr{more}><th scope="row">{esc(name.strip())}</th>{"".join(f"<td>{c}</td>" for c in shown)}</tr>')
+        rows.append(f'<tr{more}><th scope="row">{_breakable(name.strip())}</th>{"</td>".join(shown)}</td></tr>')
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="{esc(found.title)}"><table><thead><tr>'
         f'<th scope="col">{esc(found.title)}</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
+
+
+def _text(form: str) -> str:
+    return ' class="text"' if form.startswith("<") else ""
 
 
 def curves(record: Record) -> Section:
