@@ -110,7 +110,7 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
             "workers": 0,
             "max_bad": 0.05,
         },
-        "eval": {"sets": (), "final_sets": (), "every": 0, "batch": 256, "ema": False, "picture": False},
+        "eval": {"sets": (), "final_sets": (), "every": 0, "batch": 256, "ema": False, "report": False},
         "log": {"every": 20, "alarms_after": 500},
         "checkpoint": {"every": 1000, "keep": 3},
     })

@@ -59,7 +59,7 @@ def load(path: str, step: int | None = None) -> tuple[ml_collections.ConfigDict,
     folder = epath.Path(path)
     if not (folder / "checkpoints").exists():
         raise UserError(f"{folder} holds no checkpoint; train it first, or name the folder of another run.")
-    with Checkpointer(folder, keep=None) as checkpointer:
+    with Checkpointer(folder, read_only=True) as checkpointer:
         state, _ = checkpointer.restore(parts.abstract, step)
     return config, parts, state.variables(ema=config.eval.ema), int(state.step)
 

@@ -104,6 +104,7 @@ class ZeroShotSet:
       prompts: for each class its texts, templates filled in; classes may share texts.
       groups: bool (n,) of named parts, such as one for each vendor; the set's value is then their unweighted mean.
       names: of the classes, for people to read; by default their first prompts.
+      coarse: of each class a coarser one that it is part of, for people to read; may be empty.
       card: where the set is from; its `metric` "roc_auc" (two classes) and "top1_top5" add that one to the others.
     """
 
@@ -114,6 +115,7 @@ class ZeroShotSet:
     groups: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     names: Sequence[str] = ()
     card: Card = dataclasses.field(default_factory=Card)
+    coarse: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         n, ways = len(self.images), len(self.prompts)
@@ -128,8 +130,9 @@ class ZeroShotSet:
             pass
         elif np.min(self.labels) < 0 or np.max(self.labels) >= ways or not all(self.prompts):
             raise UserError(f"{self.name}: labels must be below {ways}, the number of classes, each with a prompt.")
-        if len(self.names or self.prompts) != ways:
-            raise UserError(f"{self.name}: {len(self.names)} names for {ways} classes; give each one a name, or none.")
+        for words in (self.names, self.coarse):
+            if len(words or self.prompts) != ways:
+                raise UserError(f"{self.name}: {len(words)} names for {ways} classes; give each one a name, or none.")
         for group, mask in self.groups.items():
             if np.shape(mask) != (n,) or not np.any(mask):
                 raise UserError(f"{self.name}: group {group!r} must be a bool for each of {n} images, not all False.")
