@@ -6,9 +6,19 @@ Read by XLA and JAX when jax is first imported, so set before any test module; c
 import os
 import tempfile
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 _flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flags}".strip()
 _cache = tempfile.TemporaryDirectory(prefix="xclip_jax_compiled_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """What a run of xCLIP with stacked blocks leaves, but for the training; to be read only."""
+    from tests import tiny
+
+    return tiny.untrained(tmp_path_factory.mktemp("runs") / "run", model__img__scan=True, model__txt__scan=True)

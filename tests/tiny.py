@@ -4,6 +4,9 @@ import numpy as np
 from PIL import Image
 
 from configs import common
+from xclip_jax import parts, trainer
+from xclip_jax.checkpoint import Checkpointer
+from xclip_jax.state import create
 
 BATCH, SIZE, LENGTH = 16, 16, 12
 
@@ -29,6 +32,16 @@ def config(objective="xclip", steps=10, run="", **changes):
             group = group[part]
         group[last] = value
     return c
+
+
+def untrained(run, objective="xclip", **changes):
+    """What a run leaves in the folder `run`, with the weights that it began with. Returns the folder."""
+    c = config(objective, run=run, data__batch=8, **changes)
+    trainer._claim(trainer.epath.Path(run), c)
+    made = parts.build(c)
+    with Checkpointer(run) as checkpointer:
+        checkpointer.save(create(made.init, made.abstract), {"samples": 0})
+    return run
 
 
 def batch(seed=0, b=BATCH, eot=257):

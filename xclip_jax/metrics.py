@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from xclip_jax.data.files import JsonLines
 
@@ -29,6 +28,8 @@ class Writer:
 
     def __init__(self, run: epath.Path, *, step: int = 0) -> None:
         """`step`: where the run stands; lines of later steps, left by a run that was cut off, are taken out."""
+        from tensorboardX import SummaryWriter  # it imports torch where there is one, which takes seconds
+
         self.path = run / "metrics.jsonl"
         self._file = JsonLines(self.path, lambda line: line.get("step", math.inf) <= step)
         self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)

@@ -118,12 +118,19 @@ class TarSource:
         tar, row = self._row(index)
         if row["fault"]:
             raise BadSample(tar_index.FAULTS[row["fault"]])
-        parts = self._read(tar, row)
+        parts = self._read(tar, row, self._parts)
         if not parts["image"]:
             raise BadSample("image file is empty")
         text, tags = self._captions(parts)
         name = f"{tar}#{row['key'].decode(errors='replace')}"
         return {"image": parts["image"], "text": text, "tags": tags, "id": name}
+
+    def image(self, index: int) -> bytes:
+        """The image alone, for those who can do without a caption. Raises `BadSample` where that is missing too."""
+        tar, row = self._row(index)
+        if row["fault"] not in (tar_index.OK, tar_index.NO_TEXT):
+            raise BadSample(tar_index.FAULTS[row["fault"]])
+        return self._read(tar, row, ("image",))["image"] or b""
 
     def _captions(self, parts: dict[str, bytes | None]) -> tuple[list[str], list[str]]:
         fields = {}
@@ -143,10 +150,10 @@ class TarSource:
             raise BadSample("caption is empty" if some else tar_index.FAULTS[tar_index.NO_TEXT])
         return text, json_strings(fields, self.tags_key) if self.tags_key else []
 
-    def _read(self, tar: str, row: np.void) -> dict[str, bytes | None]:
+    def _read(self, tar: str, row: np.void, wanted: Sequence[str]) -> dict[str, bytes | None]:
         """The bytes of the files that are wanted, None for those that the sample lacks."""
-        found: dict[str, bytes | None] = dict.fromkeys(self._parts)
-        spans = {part: (start, int(row[f"{part}_size"])) for part in self._parts if (start := int(row[part]))}
+        found: dict[str, bytes | None] = dict.fromkeys(wanted)
+        spans = {part: (start, int(row[f"{part}_size"])) for part in wanted if (start := int(row[part]))}
         first, end = min(start for start, _ in spans.values()), max(start + size for start, size in spans.values())
         try:
             file = files.open_file(tar)

@@ -85,9 +85,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes | Image.Image) -> Image.Image:
     """The image in its own mode, turned as EXIF says. Raises `BadSample`, see `decode`."""
+    about = f"{len(data)} bytes that begin with {data[:8]!r}" if isinstance(data, bytes) else "an image of Pillow's"
     try:
+        if isinstance(data, Image.Image):  # its owner closes it
+            _check_pixels(*data.size)
+            return ImageOps.exif_transpose(data)
         with Image.open(io.BytesIO(data)) as image:
             _check_pixels(*image.size)
             return ImageOps.exif_transpose(image)
@@ -96,10 +100,10 @@ def _open(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:  # Pillow's own bound, before it tells the size
         raise BadSample("image too large", str(error)) from error
     except Image.UnidentifiedImageError as error:
-        raise BadSample("not an image", f"{len(data)} bytes that begin with {data[:8]!r}") from error
+        raise BadSample("not an image", about) from error
     except Exception as error:  # Pillow's readers let through whatever a damaged file provokes
         reason = "image cut off" if "truncated" in str(error) else "image damaged"
-        raise BadSample(reason, f"{len(data)} bytes that begin with {data[:8]!r} ({error})") from error
+        raise BadSample(reason, f"{about} ({error})") from error
 
 
 def decode(data: bytes | np.ndarray, *, scaled_to: int = 0) -> np.ndarray:
@@ -153,8 +157,8 @@ def resize_center_crop(image: np.ndarray, size: int, resample: str = "bicubic") 
     return np.asarray(_fit(Image.fromarray(image), size, resample))
 
 
-def evaluation_image(data: bytes | np.ndarray, size: int, resample: str = "bicubic") -> np.ndarray:
-    """Encoded image (or RGB) -> uint8 (size, size, 3) as OpenAI CLIP and open_clip see it when they evaluate.
+def evaluation_image(data: bytes | np.ndarray | Image.Image, size: int, resample: str = "bicubic") -> np.ndarray:
+    """Encoded image, RGB or one of Pillow's -> uint8 (size, size, 3) as OpenAI CLIP and open_clip evaluate.
 
     They resize before they convert to RGB, which shows where pixels are no colours: palettes are resized without
     interpolation, transparent pixels count for less. Unlike them, this turns images as EXIF says and scales 16 bits.
@@ -162,7 +166,7 @@ def evaluation_image(data: bytes | np.ndarray, size: int, resample: str = "bicub
     Raises:
       BadSample: as `decode`.
     """
-    if isinstance(data, np.ndarray) or data[:2] == b"\xff\xd8":
+    if isinstance(data, np.ndarray) or (isinstance(data, bytes) and data[:2] == b"\xff\xd8"):
         return resize_center_crop(decode(data), size, resample)
     image = _open(data)
     if image.mode.startswith("I"):

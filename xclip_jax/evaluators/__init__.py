@@ -37,13 +37,14 @@ class Evaluator(Protocol):
 
 
 class Encoder:
-    """Images and texts -> features, in batches of one fixed shape: each modality is compiled once.
+    """Images and texts -> features, in batches of one fixed shape, or of a few: each is compiled once a modality.
 
     The last batch is filled up with zeros and cut after encoding, so that no item is lost and none counts twice. Each
     process loads only the rows of the batch that its devices hold; features come back whole to every process.
 
     Attributes:
       batch: the global batch, rounded up to a multiple of the mesh's batch shards.
+      sizes: all batches that there are, `batch` the largest: it and what `smaller` adds, rounded up alike.
       tau: temperature of the cluster distributions, softmax(s / tau), for those who make them of the logits.
     """
 
@@ -58,10 +59,12 @@ class Encoder:
         std: tuple[float, ...],
         mesh: Mesh,
         batch: int = 256,
+        smaller: Sequence[int] = (),
         tau: float = 1.0,
     ) -> None:
         shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-        self.batch = math.ceil(batch / shards) * shards
+        self.sizes = sorted({math.ceil(size / shards) * shards for size in (batch, *smaller)})
+        self.batch = self.sizes[-1]
         self.tau, self.image_size = tau, image_size
         self._tokenizer, self._text_length, self._sharding = tokenizer, text_length, batch_sharding(mesh)
 
@@ -75,7 +78,8 @@ class Encoder:
             return {key: value.astype(jnp.float32) for key, value in found.items() if value is not None}
 
         def encode_images(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
-            return encode(variables, normalize(images, mean, std), "img")
+            pixels = normalize(images, mean, std) if images.dtype == jnp.uint8 else images
+            return encode(variables, pixels, "img")
 
         def encode_texts(variables: Any, tokens: jax.Array) -> dict[str, jax.Array]:
             return encode(variables, tokens, "txt")
@@ -90,7 +94,8 @@ class Encoder:
 
         Args:
           variables: what `TwoTowers.apply` takes.
-          images: n of them; they may be decoded when asked for.
+          images: n of them; they may be decoded when asked for. Or one fp32 array (n, size, size, 3) of pixels that are
+            normalised already.
           features: which to bring to the host; the model's heads decide which of them exist.
 
         Returns:
@@ -101,16 +106,23 @@ class Encoder:
           UserError: an image of another shape or dtype.
         """
         shape = (self.image_size, self.image_size, 3)
-        return self._run(self._encode_images, variables, images, shape, np.uint8, features)
+        dtype = np.float32 if getattr(images, "dtype", None) == np.float32 else np.uint8
+        return self._run(self._encode_images, variables, images, shape, dtype, features)
 
     def texts(self, variables: Any, texts: Sequence[str], features: Sequence[str] = ("h", "z", "s")) -> Features:
         """Features of `texts`, as `images` gives them. Equal texts are encoded once and so have equal features."""
         rows = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         tokens = self._tokenizer(list(rows), self._text_length) if rows else []
-        found = self._run(self._encode_texts, variables, tokens, (self._text_length,), np.int32, features)
+        found = self.tokens(variables, tokens, features)
         if len(rows) == len(texts):
             return found
         return {key: value[[rows[text] for text in texts]] for key, value in found.items()}
+
+    def tokens(
+        self, variables: Any, tokens: Sequence[np.ndarray], features: Sequence[str] = ("h", "z", "s")
+    ) -> Features:
+        """Features of int32 rows (n, text_length) as the tokenizer makes them, as `images` gives them."""
+        return self._run(self._encode_texts, variables, tokens, (self._text_length,), np.int32, features)
 
     def _run(
         self, encode: Encode, variables: Any, items: Sequence[np.ndarray], shape: tuple[int, ...], dtype: Any,
@@ -123,20 +135,29 @@ class Encoder:
                 parts.setdefault(key, []).append(np.asarray(value))
 
         pending: dict[str, jax.Array] = {}
-        for start in range(0, max(len(items), 1), self.batch):
-            out = encode(variables, self._place(items, start, shape, dtype))
+        start = 0
+        while start < max(len(items), 1):
+            size = self._size(len(items) - start)
+            out = encode(variables, self._place(items, start, size, shape, dtype))
             # One batch behind: the device works while the host fetches and loads.
             fetch(pending)
             pending = {key: out[key] for key in features if key in out}
+            start += size
         fetch(pending)
         return {key: np.concatenate(value)[: len(items)] for key, value in parts.items()}
 
-    def _place(self, items: Sequence[np.ndarray], start: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        """The global batch of `items` from `start` on, filled up with zeros; each process loads its own rows."""
+    def _size(self, left: int) -> int:
+        """The largest batch that `left` items fill at least half, or the smallest: less than half is padding."""
+        return next((size for size in reversed(self.sizes) if left > size // 2), self.sizes[0])
+
+    def _place(
+        self, items: Sequence[np.ndarray], start: int, size: int, shape: tuple[int, ...], dtype: Any
+    ) -> jax.Array:
+        """The global batch of `size` items from `start` on, filled up with zeros; each process loads its own rows."""
         blocks: dict[int, np.ndarray] = {}
 
         def rows(index: tuple[slice, ...]) -> np.ndarray:
-            first, stop, _ = index[0].indices(self.batch)
+            first, stop, _ = index[0].indices(size)
             # Devices along the mesh's model axis ask for the same rows: load them once.
             if first not in blocks:
                 block = blocks[first] = np.zeros((stop - first, *shape), dtype)
@@ -144,7 +165,7 @@ class Encoder:
                     block[i - start - first] = _checked(items[i], i, shape, dtype)
             return blocks[first]
 
-        return jax.make_array_from_callback((self.batch, *shape), self._sharding, rows)
+        return jax.make_array_from_callback((size, *shape), self._sharding, rows)
 
 
 def _checked(item: np.ndarray, i: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

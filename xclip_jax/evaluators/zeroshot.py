@@ -93,6 +93,23 @@ def similarities(img: Features, z_txt: np.ndarray | None, q: np.ndarray | None, 
     return scores
 
 
+def class_scores(img: Features, txt: Features, counts: Sequence[int], tau: float) -> dict[str, np.ndarray]:
+    """`similarities` of images and classes, each class the mean of its prompts.
+
+    Args:
+      img: "z" and "s" of images, as far as the model has them.
+      txt: the same of all prompts, class after class.
+      counts: prompts of each class.
+      tau: temperature of the distributions.
+    """
+    ends = np.cumsum(counts)[:-1]
+    z = classifier(np.split(txt["z"], ends)) if "z" in txt else None
+    q = None
+    if "s" in txt:
+        q = np.stack([x.mean(axis=0) for x in np.split(distributions(txt["s"], tau), ends)])
+    return similarities(img, z, q, tau)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ZeroShotSet:
     """Labelled images and the texts of their classes.
@@ -157,13 +174,9 @@ class ZeroShot:
         rows = {prompts: i for i, prompts in enumerate(dict.fromkeys(map(tuple, self.data.prompts)))}
         img = self.encoder.images(variables, self.data.images, ("z", "s"))
         txt = self.encoder.texts(variables, [text for prompts in rows for text in prompts], ("z", "s"))
-        ends = np.cumsum([len(prompts) for prompts in rows])[:-1]
-        z = classifier(np.split(txt["z"], ends)) if "z" in txt else None
-        q = None
-        if "s" in txt:
-            q = np.stack([x.mean(axis=0) for x in np.split(distributions(txt["s"], self.encoder.tau), ends)])
+        scores = class_scores(img, txt, [len(prompts) for prompts in rows], self.encoder.tau)
         classes = [rows[tuple(prompts)] for prompts in self.data.prompts]
-        return {kind: s[:, classes] for kind, s in similarities(img, z, q, self.encoder.tau).items()}
+        return {kind: s[:, classes] for kind, s in scores.items()}
 
     def run(self, variables: Any) -> dict[str, float]:
         """The metrics that the class names; `variables` is what `TwoTowers.apply` takes."""

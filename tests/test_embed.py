@@ -1,0 +1,178 @@
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import xclip_jax
+from tests import tiny, torture
+from xclip_jax import embed
+from xclip_jax.data import embeddings
+from xclip_jax.errors import UserError
+
+KILL = """
+import os, pathlib, signal, sys
+from xclip_jax import embed
+replace = pathlib.Path.replace
+def kill(self, target):
+    if self.name == ".000002.parquet.tmp":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(self, target)
+pathlib.Path.replace = kill
+embed.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, run):
+    """A run, 40 good pictures and two bad ones, texts, two tars."""
+    root = tmp_path_factory.mktemp("embed")
+    (root / "run").symlink_to(run)
+    tiny.folder(root / "pictures", 40)
+    (root / "pictures" / "013.txt").unlink()
+    (root / "pictures" / "002b.png").write_bytes(b"<html>")
+    (root / "pictures" / "036b.jpg").write_bytes((root / "pictures" / "003.png").read_bytes()[:100])
+    (root / "texts.txt").write_text("a fox\r\nein Füchslein\n\nthe last one", encoding="utf-8")
+    torture.pairs(root / "0.tar", 0, 13)
+    torture.pairs(root / "1.tar", 13, 8)
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(root):
+    return xclip_jax.load(root / "run", batch=8)
+
+
+def read(path):
+    """Columns, and what the file says about itself."""
+    about = embeddings.format_of(path).about(path)
+    if path.suffix == ".npz":
+        with np.load(path) as arrays:
+            return {key: arrays[key] for key in embeddings.COLUMNS}, about
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = parquet.read_table(path).to_pydict()
+    return {key: np.array(columns[key], np.float32 if key == "embedding" else None) for key in columns}, about
+
+
+def flags(root, where, **changes):
+    options = {"checkpoint": root / "run", "images": root / "pictures", "out": where, "batch": 8, "part": 8} | changes
+    return [f"--{key}={value}" for key, value in options.items()]
+
+
+@pytest.fixture(scope="module")
+def straight(root):
+    embed.main(flags(root, root / "straight.parquet"))
+    return root / "straight.parquet"
+
+
+def test_rows_are_the_images_and_the_bad_ones_are_listed(root, model, straight):
+    columns, about = read(straight)
+    good = [root / "pictures" / f"{i:03d}.png" for i in range(40)]
+    assert list(columns["id"]) == list(map(str, good)) and set(columns["kind"]) == {"image"}
+    assert list(columns["text"]) == ["" if i == 13 else f"picture {i}" for i in range(40)]
+    np.testing.assert_allclose(columns["embedding"], model.encode_image(good), atol=1e-6)
+    assert about["rows"] == 40 and about["bad"] == 2 and about["step"] == 0 and about["checkpoint"].endswith("run")
+    assert {"commit", "versions", "command"} <= about["environment"].keys()
+    listed = [json.loads(line) for line in (root / "straight.parquet.bad.jsonl").read_text().splitlines()]
+    assert [pathlib.Path(entry["id"]).name for entry in listed] == ["002b.png", "036b.jpg"]
+    assert listed[0]["reason"] == "not an image"
+    assert not (root / "straight.parquet.parts").exists()
+
+
+def test_a_kill_loses_nothing_and_repeats_nothing(root, straight, capsys, monkeypatch):
+    """Killed when two parts of six are whole and the third is written but has no name yet."""
+    out = root / "killed.parquet"
+    command = [sys.executable, "-c", KILL, *flags(root, out)]
+    assert subprocess.run(command, capture_output=True).returncode == -9
+    there = sorted(path.name for path in (root / "killed.parquet.parts").glob("*.parquet"))
+    assert there == ["000000.parquet", "000001.parquet"] and not out.exists()
+    decoded, original = [], embed.Images.read
+    monkeypatch.setattr(embed.Images, "read", lambda self, i: decoded.append(i) or original(self, i))
+    embed.main(flags(root, out))
+    assert "going on behind part 2 of 6" in capsys.readouterr().out
+    assert sorted(decoded) == list(range(16, 42))
+    (found, about), (wanted, other) = read(out), read(straight)
+    for key in wanted:
+        np.testing.assert_array_equal(found[key], wanted[key])
+    assert about["plan"] == other["plan"] and about["bad"] == 2
+    bad = (root / "straight.parquet.bad.jsonl").read_text()
+    assert (root / "killed.parquet.bad.jsonl").read_text() == bad
+    embed.main(flags(root, out))
+    assert "is complete" in capsys.readouterr().out and len(decoded) == 26
+
+
+def test_texts_beside_images_as_npz(root, model, straight):
+    out = root / "both.npz"
+    embed.main(flags(root, out, texts=root / "texts.txt"))
+    columns, about = read(out)
+    assert list(columns["kind"]) == ["image"] * 40 + ["text"] * 4 and about["rows"] == 44
+    texts = ["a fox", "ein Füchslein", "", "the last one"]
+    assert list(columns["text"][40:]) == texts
+    assert list(columns["id"][40:]) == [f"{root / 'texts.txt'}#{i + 1}" for i in range(4)]
+    np.testing.assert_allclose(columns["embedding"][40:], model.encode_text(texts), atol=1e-6)
+    np.testing.assert_array_equal(columns["embedding"][:40], read(straight)[0]["embedding"])
+
+
+def test_tars(root, model):
+    out = root / "tars.npz"
+    embed.main(flags(root, out, images=f"{root}/{{0..1}}.tar"))
+    columns, _ = read(out)
+    source = embed.open_images(f"{root}/*.tar")
+    assert len(source) == 21 == len(columns["id"])
+    content = [source.read(i) for i in range(21)]
+    assert list(columns["text"]) == [text for _, text in content] and all(columns["text"])
+    assert list(columns["id"][:2]) == [source.name(0), source.name(1)] and "0.tar#" in columns["id"][0]
+    np.testing.assert_allclose(columns["embedding"], model.encode_image([data for data, _ in content]), atol=1e-6)
+
+
+def test_damaged_tars_give_all_that_is_whole(tmp_path, root):
+    """Of every kind of damage; what has no caption is embedded without it."""
+    good, bad = torture.make(tmp_path)
+    embed.main(flags(root, tmp_path / "x.npz", images=f"{tmp_path}/*.tar"))
+    columns, about = read(tmp_path / "x.npz")
+    listed = [json.loads(line) for line in (tmp_path / "x.npz.bad.jsonl").read_text().splitlines()]
+    assert len(columns["id"]) + len(listed) == len(good) + len(bad) == about["rows"] + about["bad"]
+    assert len(columns["id"]) >= len(good) and all(entry["reason"] for entry in listed)
+    captionless = {entry["reason"] for entry in listed} & {"no caption file", "caption is empty", "caption is no text"}
+    assert not captionless and len(columns["id"]) > len(good)
+
+
+def test_what_is_in_the_way_is_named(root, straight, model, tmp_path):
+    sources = {"image": embed.open_images(str(root / "pictures"))}
+    with pytest.raises(UserError, match=r"holds other embeddings: part differ"):
+        embed.Job(model, sources, str(straight), part=16)
+    job = embed.Job(model, sources, str(tmp_path / "x.npz"), part=8)
+    job.folder.mkdir()
+    (job.folder / "plan.json").write_text(json.dumps(job.plan | {"weights": "other"}))
+    with pytest.raises(UserError, match=r"x.npz.parts is of another job: weights differ; delete it"):
+        embed.Job(model, sources, str(tmp_path / "x.npz"), part=8)
+
+
+def test_without_pyarrow_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pip install 'xclip_jax\[parquet\]'"):
+        embeddings.format_of(pathlib.Path("x.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint": "{}/none"}, "none' does not exist"),
+        ({"images": "{}/none/*.jpg"}, "no file matches"),
+        ({"images": "{}/run"}, "holds no image"),
+        ({"images": "{}/*.t*"}, "names 2 tars among 3 files"),
+        ({"texts": "{}/none.txt"}, "none.txt' cannot be read"),
+        ({"out": "{}/x.csv"}, "ending of --out is '.csv'"),
+        ({"step": 9}, "no checkpoint of step 9"),
+        ({"images": "{}/pictures/*b.*", "out": "{}/bad.npz"}, "nothing could be embedded"),
+        ({"imagess": "x"}, "unrecognized arguments"),
+    ],
+)
+def test_bad_input_is_one_sentence(root, changes, message):
+    changes = {key: str(value).format(root) for key, value in changes.items()}
+    with pytest.raises(SystemExit) as stopped:
+        embed.main(flags(root, root / "y.npz", **changes))
+    assert message in str(stopped.value) and str(stopped.value).startswith("error: ")
+    assert "\n" not in str(stopped.value)

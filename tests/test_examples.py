@@ -1,0 +1,53 @@
+"""Each example as its users run it, only shorter."""
+
+import pathlib
+
+from examples import compare_objectives, train_on_a_folder, use_a_model
+from tests import tiny
+
+
+def test_use_a_model(run, tmp_path, capsys):
+    tiny.folder(tmp_path / "pictures", 2)
+    images = [str(tmp_path / "pictures" / f"{i:03d}.png") for i in range(2)]
+    use_a_model.main([str(run), *images, "--classes", "fox,hen"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "embeddings of 16 numbers" and len(lines) == 1 + 3 * 2
+    assert "something to eat" in lines[1] and "cluster " in lines[-1]
+    assert lines[3].startswith(f"{images[0]}: ") and "%" in lines[3]
+
+
+def narrow(get_config):
+    """The same config with towers that compile in a second."""
+    def narrowed(*args, **kwargs):
+        config = get_config(*args, **kwargs)
+        for tower in (config.model.img, config.model.txt):
+            tower.width, tower.depth, tower.heads = 16, 1, 2
+        config.model.cluster_head.clusters = config.model.cluster_head.hidden = 32
+        return config
+
+    return narrowed
+
+
+def test_train_on_a_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_on_a_folder, "get_config", narrow(train_on_a_folder.get_config))
+    folder = tiny.folder(tmp_path / "pairs", 40)
+    flags = ["--run", str(tmp_path / "run"), "--epochs", "1", "--batch", "16", "--size", "24", "--tokenizer", "bytes"]
+    flags += ["--objective", "clip"]
+    train_on_a_folder.main([str(folder), *flags])
+    said = capsys.readouterr().out
+    assert "step 2/2" in said and "of 40 images" in said
+    train_on_a_folder.main([str(folder), *flags])
+    assert "is complete at step 2" in capsys.readouterr().out
+
+
+def test_compare_objectives(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare_objectives.demo, "get_config", narrow(compare_objectives.demo.get_config))
+    flags = ["--steps", "1", "--batch", "16", "--objectives", "clip,nclip", "--suite", "emoji/test_aliases"]
+    compare_objectives.main([*flags, "--runs", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "95 % interval" in said and f"B: {tmp_path}/nclip-1" in said
+
+
+def test_headers_name_their_command():
+    for path in pathlib.Path(use_a_model.__file__).parent.glob("[a-z]*.py"):
+        assert f"python -m examples.{path.stem}" in path.read_text().split('"""')[1]
