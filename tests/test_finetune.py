@@ -11,10 +11,12 @@ import PIL.Image
 import pytest
 import scipy.special
 import sklearn.metrics
+from etils import epath
 
 from configs import finetune
 from tests import tiny
 from xclip_jax import evaluate, optim, parts, state, trainer
+from xclip_jax.checkpoint import Checkpointer, write_json
 from xclip_jax.data import glue, labelled, loader, transforms
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import sets, table
@@ -317,11 +319,13 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """A run of two steps, whose towers are then fine-tuned."""
-    root = tmp_path_factory.mktemp("pretrained")
-    c = tiny.config("clip", steps=2, run=root / "run", data__sources=(f"folder:{tiny.folder(root / 'pairs', 16)}",),
-                    model__txt__length=24, checkpoint__every=2)
-    trainer.run(c)
+    """A run that was saved before its first step, whose towers are then fine-tuned."""
+    run = tmp_path_factory.mktemp("pretrained") / "run"
+    c = tiny.config("clip", run=run, model__txt__length=24)
+    p = parts.build(c, jax.devices()[:1])
+    with Checkpointer(run) as checkpointer:
+        checkpointer.save(state.create(p.init, p.abstract), {"samples": 0})
+    write_json(epath.Path(run) / "config.json", {"config": c.to_dict(), "environment": {}})
     return c.run
 
 
