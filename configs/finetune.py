@@ -11,8 +11,8 @@ weights, preset (where there are none), batch, epochs, examples and classes (0 c
 data sets).
 
 Images: the recipe of SLIP's README and BEiT's code, 100 epochs at batch 1024, here with lr in proportion to the batch;
-without its RandAugment and random erasing: brightness, contrast and saturation by 0.4 stand for the former. The class
-token and positions decay here, not there. GLUE: AdamW, 2e-5 falling linearly, batch 32, 3 epochs, as BERT's; there is
+without its RandAugment and random erasing: brightness, contrast and saturation by 0.4 stand for the former. Positions
+decay here, not there. GLUE: AdamW, 2e-5 falling linearly, batch 32, 3 epochs, as BERT's; there is
 no published recipe for these towers, and no dropout. No run of full size has been made and no score is claimed.
 """
 
@@ -85,12 +85,13 @@ def _adopt(config: ml_collections.ConfigDict, weights: str) -> None:
         tower = config.model[name]
         # How it is computed is no matter of the weights.
         tower.update(model[name] | {"scan": tower.scan, "remat": tower.remat})
-    config.model.img.patch_dropout = 0.0
+    config.model.img.patch_dropout = config.model.img.drop_path = 0.0
     config.data.tokenizer, config.data.statistics = data["tokenizer"], data["statistics"]
 
 
 def _image(config: ml_collections.ConfigDict, epochs: int) -> None:
     large = config.model.img.depth >= 24
+    config.model.img.drop_path = 0.1 if config.model.img.width >= 768 else 0.0
     config.objective.classify.update(tower="img", smoothing=0.1, mixup=0.8, cutmix=1.0, head_std=2e-5)
     config.optim.lr = 4e-3 * config.data.batch / 1024
     config.optim.lr_start = config.optim.lr_end = 1e-6

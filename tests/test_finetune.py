@@ -151,7 +151,8 @@ def test_layer_decay_scales_the_update_with_its_weight_decay():
 # The objective.
 
 IMAGES = {"objective__classify__classes": 3, "objective__classify__smoothing": 0.1,
-          "objective__classify__mixup": 0.8, "objective__classify__cutmix": 1.0, "optim__layer_decay": 0.65}
+          "objective__classify__mixup": 0.8, "objective__classify__cutmix": 1.0, "optim__layer_decay": 0.65,
+          "model__img__drop_path": 0.3}
 TEXTS = {"objective__classify__tower": "txt", "objective__classify__classes": 2}
 
 
@@ -176,10 +177,11 @@ def gradients(p):
 
 
 def test_one_device_against_eight_and_one_part_against_two():
-    one, grads_1 = gradients(make(1, **IMAGES))
+    images = IMAGES | {"model__img__depth": 2}
+    one, grads_1 = gradients(make(1, **images))
     largest = max(np.abs(g).max() for g in jax.tree.leaves(grads_1))
     assert largest > 1e-3
-    for other in (make(8, **IMAGES, optim__microbatches=n) for n in (1, 2)):
+    for other in (make(8, **images, optim__microbatches=n) for n in (1, 2)):
         found, grads = gradients(other)
         assert found["loss"] == pytest.approx(one["loss"], rel=1e-5)
         chex.assert_trees_all_close(grads, grads_1, rtol=1e-5, atol=1e-5 * largest)
@@ -192,7 +194,7 @@ def test_the_model_has_one_tower_and_a_classifier():
 
 def test_mixed_images_and_labels_belong_together():
     """The step's loss is the cross-entropy of the model's logits on mixed images and equally mixed labels."""
-    p = make(1, **IMAGES | {"data__flip": 0.0, "data__color": 0.0})
+    p = make(1, **IMAGES | {"data__flip": 0.0, "data__color": 0.0, "model__img__drop_path": 0.0})
     s, b = state.create(p.init, p.abstract), batch(p)
     metrics = jax.jit(lambda *args: p.step(*args)[1])(s, loader.to_global(b, p.mesh))
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(s.seed), s.step), 1)

@@ -136,6 +136,8 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
             inputs |= transforms.draw_mix(key_mix, b, config.model.img.size, mixed.mixup, mixed.cutmix)
         if model.img["patch_dropout"]:
             inputs["patches"] = jax.random.uniform(key_patches, (b, patches))
+        if model.img.get("drop_path"):
+            inputs["paths"] = jax.random.uniform(jax.random.fold_in(key, 2), (b, model.img["depth"], 2))
         return inputs
 
     def preprocess(inputs: dict[str, Any]) -> jax.Array:

@@ -53,7 +53,8 @@ def make_train_step(
         variables = {"params": params | {tower: jax.lax.stop_gradient(params[tower]) for tower in lock}}
         h_img = h_txt = None
         if "img" in objective.towers:
-            h_img = model.apply(variables, preprocess(inputs), inputs.get("patches"), method="encode_image")
+            dropped = (inputs.get("patches"), inputs.get("paths"))
+            h_img = model.apply(variables, preprocess(inputs), *dropped, method="encode_image")
         if "txt" in objective.towers:
             h_txt = model.apply(variables, inputs["text"], method="encode_text")
         return h_img, h_txt
@@ -66,9 +67,9 @@ def make_train_step(
         return out, moved.get("batch_stats", {})
 
     def teach(state: TrainState, inputs: Batch) -> Batch:
-        # The average sees all patches, and normalises by the batch's own statistics.
+        # The average sees all patches and blocks, and normalises by the batch's own statistics.
         params = jax.lax.stop_gradient(state.ema_params)
-        inputs = {key: value for key, value in inputs.items() if key != "patches"}
+        inputs = {key: value for key, value in inputs.items() if key not in ("patches", "paths")}
         h = gradcache.in_parts(encode, params, inputs, microbatches)
         return project(params, state.batch_stats, h)[0]
 

@@ -82,9 +82,9 @@ class TwoTowers(nn.Module):
         if self.classifier is not None:
             self.classify = Classifier(**self.classifier, dtype=self.dtype, name="classifier")
 
-    def encode_image(self, image: Array, noise: Array | None = None) -> Array:
-        """Normalised pixels (b, h, w, 3) -> h_img (b, d); `noise` is of patch dropout, see `VisionTransformer`."""
-        return constrain(self.tower_img(image, noise), "batch", None)
+    def encode_image(self, image: Array, noise: Array | None = None, paths: Array | None = None) -> Array:
+        """Normalised pixels (b, h, w, 3) -> h_img (b, d); for `noise` and `paths` see `VisionTransformer`."""
+        return constrain(self.tower_img(image, noise, paths), "batch", None)
 
     def encode_text(self, text: Array) -> Array:
         """int32 tokens (b, n) -> h_txt (b, d)."""
