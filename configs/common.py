@@ -36,7 +36,7 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
     sizes = preset(size)
     sigmoid = objective == "siglip"
     tower = {"mlp_ratio": 4.0, "act": "gelu", "eps": 1e-5, "scan": True, "remat": "none"}
-    img = tower | {"size": 224, "pool": "cls", "pre_norm": True, "patch_dropout": 0.0} | sizes["img"]
+    img = tower | {"size": 224, "pool": "cls", "pre_norm": True, "patch_dropout": 0.0, "drop_path": 0.0} | sizes["img"]
     return ml_collections.ConfigDict({
         "run": f"runs/{objective}-{size.replace('/', '')}",  # the run's folder
         "seed": 0,
@@ -65,6 +65,10 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
                 "balance": "none",
                 "center_momentum": 0.9,
             },
+            # Of fine-tuning, configs/finetune.py.
+            "classify": {
+                "tower": "img", "classes": 0, "smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "head_std": 2e-5,
+            },
         },
         "optim": {
             "lr": 5e-4,
@@ -76,6 +80,7 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
             "b1": 0.9,
             "b2": 0.98,
             "eps": 1e-8,
+            "layer_decay": 1.0,
             "clip": 0.0,
             "mu_dtype": "float32",
             "microbatches": 1,
@@ -105,7 +110,7 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
             "workers": 0,
             "max_bad": 0.05,
         },
-        "eval": {"sets": (), "final_sets": (), "every": 0, "batch": 256, "ema": False, "picture": False},
+        "eval": {"sets": (), "final_sets": (), "every": 0, "batch": 256, "ema": False, "report": False},
         "log": {"every": 20, "alarms_after": 500},
         "checkpoint": {"every": 1000, "keep": 3},
     })

@@ -40,6 +40,32 @@ def test_templates_are_the_published_ones():
         names.templates("openai8")
 
 
+def test_clips_own_templates_follow_from_their_rules():
+    counts = {"ucf101": 48, "kinetics700": 28, "clip_resisc45": 18, "clip_pcam": 1, "clip_clevr_count_all": 1}
+    for name, count in counts.items():
+        assert len(names.templates(name)) == len(set(names.templates(name))) == count, name
+    assert names.templates("ucf101")[:5:4] == ["a photo of a person {c}.", "a photo of the person {c}."]
+    assert names.templates("ucf101")[-1] == "a demonstration of the person practicing {c}."
+    assert names.templates("kinetics700")[:3] == [
+        "a photo of {c}.", "a photo of a person {c}.", "a photo of a person using {c}.",
+    ]
+    assert names.templates("kinetics700")[-1] == "a demonstration of a person practicing {c}."
+    assert names.templates("clip_resisc45")[:2] == ["satellite imagery of {c}.", "aerial imagery of {c}."]
+    assert names.templates("clip_resisc45")[-1] == "aerial view of the {c}."
+    chosen = {key: names.chosen("resisc45", profile) for key, profile in PROFILES.items()}
+    assert chosen == {"openai": "clip_resisc45", "slip": "clip_resisc45", "open_clip": "resisc45"}
+
+
+def test_synonyms_of_fer2013(tmp_path):
+    for i, name in enumerate(["angry", "disgusted", "fearful", "happy", "neutral", "sad", "surprised"]):
+        write(tmp_path / name / "x.png", i)
+    found = {key: catalogue.load(f"fer2013@{tmp_path}", SIZE, None, profile) for key, profile in PROFILES.items()}
+    assert [len(texts) for texts in found["slip"].prompts] == [6, 6, 6, 12, 12, 12, 18]
+    assert "they look spooked." in found["openai"].prompts[6] and found["slip"].names[6] == "surprised"
+    assert {len(texts) for texts in found["open_clip"].prompts} == {6}
+    assert found["slip"].card.templates == "fer2013 (6, synonyms)" != found["open_clip"].card.templates
+
+
 def test_templates_equal_open_clips():
     theirs = pytest.importorskip("open_clip").OPENAI_IMAGENET_TEMPLATES
     assert [f("cat") for f in theirs] == [t.replace("{c}", "cat") for t in names.templates("openai80")]
@@ -337,6 +363,26 @@ def test_a_probe_of_a_tfds_set(name):
     data = dataclasses.replace(data, sweep=Sweep((1.0,), 0))
     metrics = evaluate(data)
     assert metrics[f"visual/probe/{name}/n"] == 3 and f"visual/probe/{name}/{data.card.metric}" in metrics
+
+
+def test_slips_probe_of_folders(tmp_path):
+    for part in ("train", "test"):
+        for label, value in (("cat", 20), ("dog", 220)):
+            for i in range(6):
+                write(tmp_path / part / label / f"{i}.png", value + i)
+    profile = dataclasses.replace(PROFILES["slip"], augment=True)
+    data = sets.load(f"probe/pets@{tmp_path}", SIZE, profile=profile)
+    assert data.sgd and "lr 0.00625" in data.card.protocol and f"side to {round(SIZE * 256 / 224)}" in str(data.card)
+    one, two = data.augmented(0), data.augmented(1)
+    assert len(one) == 12 and one[0].shape == (SIZE, SIZE, 3) and (one[11] > 200).all() and (one[0] < 40).all()
+    assert (data.test[0] == data.train[0]).all() and data.test[0].shape == (SIZE, SIZE, 3)
+    picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    PIL.Image.fromarray(picture).save(tmp_path / "train" / "cat" / "0.png")
+    assert (one[0] != two[0]).any() and (one[0] == data.augmented(0)[0]).all()  # the epoch alone decides
+    plain = sets.load(f"probe/pets@{tmp_path}", SIZE, profile=PROFILES["slip"])
+    assert plain.augmented is None and "without its crops" in plain.card.protocol
+    assert not sets.load(f"fewshot/pets@{tmp_path}", SIZE, profile=profile).sgd
+    assert evaluate(plain)[f"visual/probe/pets@{tmp_path}/linear/mean_per_class"] > 50
 
 
 @pytest.mark.parametrize("held", [False, True])

@@ -43,6 +43,11 @@ def test_from_data_to_table_and_picture(run):
     assert results["retrieval/emoji/test_retrieval/images"] == 284
     with Image.open(folder / "picture.png") as picture:
         assert picture.width == 1600
+    assert f"report: {folder / 'report.html'}" in lines
+    page = (folder / "report.html").read_text()
+    assert len(page) < 3e6
+    for said in ("Things it has never seen", "Texts find images", "Animals &amp; Nature", "OpenMoji", 'data-words="'):
+        assert said in page, said
 
 
 def test_the_same_command_again_says_that_it_is_complete(run):

@@ -366,9 +366,9 @@ def test_padding_changes_nothing_and_no_shape_is_compiled_twice():
     traces = []
 
     class Counted(TwoTowers):
-        def encode_image(self, image, noise=None):
+        def encode_image(self, image, noise=None, paths=None):
             traces.append("image")
-            return super().encode_image(image, noise)
+            return super().encode_image(image, noise, paths)
 
         def encode_text(self, text):
             traces.append("text")

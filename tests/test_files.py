@@ -1,13 +1,17 @@
+import dataclasses
 import json
 
 import numpy as np
 import PIL.Image
 import pytest
+import tensorflow_datasets as tfds
 
 from tests.encoding import SIZE, make_encoder, small_model
+from xclip_jax.data import glue
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import files, sets
 from xclip_jax.evaluators.names import Profile
+from xclip_jax.evaluators.probe import Sweep
 
 PLAIN = Profile()
 
@@ -53,11 +57,76 @@ def test_senteval(tmp_path):
     (tmp_path / "custrev.neg").write_text("".join(f"bad {i}\n" for i in range(20)))
     (tmp_path / "custrev.pos").write_text("".join(f"zzz {i}\n" for i in range(20)))
     data = load(f"cr@{tmp_path}")
-    assert [len(part) for part in (data.train, data.validation, data.test)] == [32, 4, 4]
-    for texts, labels in zip((data.train, data.validation, data.test), data.tasks[""], strict=True):
-        assert [text.startswith("zzz") for text in texts] == labels.astype(bool).tolist()
-    assert len({*data.train, *data.validation, *data.test}) == 40
-    assert evaluate(data)[f"textual/cr@{tmp_path}/linear/top1"] == 100
+    assert (len(data.train), len(data.validation), len(data.test), data.folds) == (40, 0, 0, 10)
+    assert [text.startswith("zzz") for text in data.train] == data.tasks[""][0].astype(bool).tolist()
+    metrics = evaluate(dataclasses.replace(data, sweep=Sweep((1.0, 8.0), 0), folds=4))
+    assert metrics[f"textual/cr@{tmp_path}/linear/top1"] == 100 and metrics[f"textual/cr@{tmp_path}/n"] == 40
+
+
+SICK = "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n"
+SPLITS = {
+    "sst2": (["sentiment-train", "sentiment-dev", "sentiment-test"], "", "{w} film .\t{i}\n"),
+    "sst5": (["sentiment-train", "sentiment-dev", "sentiment-test"], "", "{w} film .\t{i}\n"),
+    "trec": (["train_5500.label", "TREC_10.label"], "", "{L}:manner How {w} \xe9 ?\n"),
+    "mrpc": (["msr_paraphrase_train.txt", "msr_paraphrase_test.txt"],
+             "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n", '{i}\t1\t2\t{w} "one\tzz\n'),
+    "sicke": (["SICK_train.txt", "SICK_trial.txt", "SICK_test_annotated.txt"], SICK, "1\t{w} man\tzz\t3.3\t{L}\n"),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_sentevals_own_splits(name, tmp_path):
+    files_of, head, row = SPLITS[name]
+    for file in files_of:
+        text = head + "".join(row.format(w="za"[i % 2] * 3, i=i % 2, L="NE"[i % 2]) for i in range(20))
+        (tmp_path / file).write_bytes(text.encode("latin-1" if name == "trec" else "utf-8"))
+    data = load(f"{name}@{tmp_path}")
+    pair = name in ("mrpc", "sicke")
+    assert data.pairs == ("difference" if pair else "") and isinstance(data.train[0], tuple) == pair
+    assert (len(data.validation), data.folds) == ((0, 10) if len(files_of) == 2 else (20, 0))
+    expected = {"trec": "How zzz é ?", "mrpc": ('zzz "one', "zz"), "sicke": ("zzz man", "zz")}.get(name, "zzz film .")
+    assert data.test[0] == expected
+    # TREC's and SICK's classes in alphabetical order.
+    assert data.tasks[""][2][:2].tolist() == ([1, 0] if name in ("trec", "sicke") else [0, 1])
+    small = dataclasses.replace(data, sweep=Sweep((1.0, 8.0), 0), folds=2 if data.folds else 0)
+    metrics = evaluate(small)
+    assert metrics[f"textual/{name}@{tmp_path}/linear/top1"] == 100
+    assert metrics[f"textual/{name}@{tmp_path}/linear/f1"] == 100
+    (tmp_path / files_of[-1]).write_text(head + row.format(w="b", i=9, L="X"))
+    with pytest.raises(UserError, match=f"{name}: label '[9X]' is not in"):
+        load(f"{name}@{tmp_path}")
+
+
+def test_trec_and_glue_of_tfds(monkeypatch):
+    records = {
+        "trec": [{"text": b"How ?", "label-coarse": 0}, {"text": b"Who ?", "label-coarse": 3}],
+        "glue/cola": [{"sentence": b"A b .", "label": 1}, {"sentence": b"B a .", "label": 0}],
+        "glue/mnli": [{"premise": b"A", "hypothesis": b"B", "label": i} for i in (1, 2, 0)],
+        "glue/stsb": [{"sentence1": b"A", "sentence2": b"B", "label": x} for x in (1.5, 2.5)],
+    }
+    asked = []
+
+    def open_tfds(name, split, data_dir):
+        asked.append((name, split))
+        return records["glue/mnli" if name == "glue/mnli_mismatched" else name], None
+
+    monkeypatch.setattr(files, "open_tfds", open_tfds)
+    monkeypatch.setattr(glue, "open_tfds", open_tfds)
+    trec = load("trec")
+    assert trec.train == ["How ?", "Who ?"] and trec.tasks[""][2].tolist() == [0, 3] and trec.folds == 10
+    cola = load("glue/cola")
+    assert cola.test == ["A b .", "B a ."] and cola.tasks[""][0].tolist() == [1, 0] and cola.name == "glue/cola"
+    assert load("glue/stsb").subsets == {"": [("A", "B", 1.5), ("A", "B", 2.5)]}
+    asked.clear()
+    assert load("glue/mnli").pairs == load("glue/mnli_mismatched").pairs == "all"
+    assert asked == [("glue/mnli", "validation_matched"), ("glue/mnli", "train"),
+                     ("glue/mnli_mismatched", "validation"), ("glue/mnli", "train")]
+
+
+def test_trec_runs_on_mock_data():
+    with tfds.testing.mock_data(num_examples=30):
+        data = load("trec")
+    assert len(data.train) == len(data.test) == 30 and data.tasks[""][0].max() < 6
 
 
 def test_glue(tmp_path):
@@ -81,7 +150,11 @@ def test_glue_without_header_and_of_two_sentences(tmp_path):
             "sentence1\tsentence2\tgold_label\na\tb\tneutral\nc\td\tcontradiction\ne\tf\tentailment\n"
         )
     mnli = load(f"glue/mnli@{tmp_path}")
-    assert mnli.test[0] == "a b" and mnli.tasks[""][2].tolist() == [2, 0, 1]
+    assert mnli.test[0] == ("a", "b") and mnli.tasks[""][2].tolist() == [1, 2, 0]
+    (tmp_path / "dev.tsv").write_text("sentence1\tsentence2\tscore\na\tb\t0.5\na\tzz\t5\nb\tc\t1\n")
+    stsb = load(f"glue/stsb@{tmp_path}")
+    assert stsb.subsets[""][1] == ("a", "zz", 5.0) and stsb.card.metric == "spearman_all"
+    assert f"textual/glue/stsb@{tmp_path}/pearson_all" in evaluate(stsb)
 
 
 @pytest.fixture
@@ -129,7 +202,9 @@ def test_coco_of_tfds(monkeypatch):
         ("stsb@{}/y", "", "does not exist"),
         ("sickr@{}/x", "a\tb\n1\t2\n", "columns sentence_A"),
         ("mr@{}", None, "rt-polarity.neg' does not exist"),
-        ("glue/sst2@{}", None, "train.tsv' does not exist"),
+        ("glue/sst2@{}", None, "dev.tsv' does not exist"),
+        ("trec@{}", None, "train_5500.label' does not exist"),
+        ("mrpc@{}/x", None, "msr_paraphrase_train.txt' does not exist"),
         ("coco_retrieval@{}/x", "[]", "no Karpathy JSON"),
         ("coco_retrieval@{}/y", "", "no Karpathy JSON"),
         ("flickr30k_retrieval@{}/x", '{"images": [{"filename": "a.jpg", "split": "test", "sentences": []}]}', "a.jpg"),

@@ -14,7 +14,16 @@ from timm.layers import AttentionPoolLatent
 
 from tests.util import jit, random_variables
 from xclip_jax.errors import UserError
-from xclip_jax.models.layers import ACTIVATIONS, REMAT_POLICIES, LayerNorm, attend, stack_blocks, unstack_blocks
+from xclip_jax.models.layers import (
+    ACTIVATIONS,
+    REMAT_POLICIES,
+    Block,
+    LayerNorm,
+    Transformer,
+    attend,
+    stack_blocks,
+    unstack_blocks,
+)
 from xclip_jax.models.text import TextTransformer
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.models.vit import POOLS, AttentionPool, VisionTransformer
@@ -330,3 +339,27 @@ def test_attend_is_torchs(causal, queries):
 def test_bad_input_is_refused(tower, batch, message):
     with pytest.raises(UserError, match=message):
         jax.eval_shape(tower.init, jax.random.key(0), batch)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_drop_path_leaves_out_branches_and_counts_the_rest_for_more(scan):
+    unrolled = Transformer(3, 2, drop_path=0.4)
+    rng = np.random.default_rng(0)
+    x, noise = jnp.asarray(rng.normal(size=(4, 5, 8)), jnp.float32), rng.random((4, 3, 2))
+    noise[0], noise[1] = 0.0, 1.0  # all that may go, goes; nothing does
+    variables = random_variables(unrolled, x)
+    params = variables["params"]
+    module = Transformer(3, 2, drop_path=0.4, scan=scan)
+    if scan:
+        variables = {"params": stack_blocks(params, 3)}
+    out = jit(module.apply)(variables, x, jnp.asarray(noise))
+    expected = x
+    for i, rate in enumerate((0.0, 0.2, 0.4)):
+        keep = jnp.asarray((noise[:, i] >= rate) / (1 - rate), jnp.float32)
+        block = Block(2, 4.0, 1.0, False, "gelu", 1e-5, jnp.float32)
+        expected, _ = jit(block.apply)({"params": params[f"block_{i}"]}, expected, keep)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+    first, _ = jit(block.apply)({"params": params["block_0"]}, x)
+    np.testing.assert_allclose(out[0], first[0], rtol=1e-4, atol=1e-5)
+    plain = jit(module.apply)(variables, x)
+    np.testing.assert_array_equal(plain, jit(Transformer(3, 2, scan=scan).apply)(variables, x, jnp.asarray(noise)))

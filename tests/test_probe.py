@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -7,7 +9,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from tests.encoding import SIZE, make_encoder, small_model
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import logistic, probe, scores
+from xclip_jax.evaluators import logistic, probe, scores, sgd
 from xclip_jax.evaluators.card import Card
 from xclip_jax.evaluators.probe import Probe, ProbeSet, Sweep
 
@@ -183,6 +185,101 @@ def test_a_wrong_probe_set():
         ProbeSet("set", [0, 0], [], [0], {"": (y, y[:0], y[:1] + 2)})
 
 
+# SLIP's probe.
+
+
+def test_sgd_equals_torchs(monkeypatch):
+    torch = pytest.importorskip("torch")
+    x, y = features(n=100, d=6, k=3)
+    mine = sgd.fit(lambda _: x, y, 3, lr=0.05, epochs=5, batch=32)
+    weights, bias = (torch.tensor(v, requires_grad=True) for v in sgd.initial(6, 3))
+    optimizer = torch.optim.SGD([weights, bias], 0.05, momentum=0.9, weight_decay=0)
+    for epoch in range(5):
+        optimizer.param_groups[0]["lr"] = 0.05 * 0.5 * (1 + np.cos(np.pi * epoch / 5))
+        for items in sgd.order(100, 32, epoch):
+            items = items[items >= 0]  # the last batch is of 4
+            loss = torch.nn.functional.cross_entropy(torch.tensor(x[items]) @ weights + bias, torch.tensor(y[items]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    np.testing.assert_allclose(mine[0], weights.detach().numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(mine[1], bias.detach().numpy(), rtol=1e-4, atol=1e-5)
+    assert np.abs(mine[0] - sgd.initial(6, 3)[0]).max() > 0.1
+
+
+def test_sgds_order_is_a_permutation_and_its_numbers_are_slips():
+    seen = [sgd.order(10, 4, epoch) for epoch in range(2)]
+    assert all(sorted(o[o >= 0]) == list(range(10)) and o.shape == (3, 4) for o in seen) and (seen[0] != seen[1]).any()
+    assert (sgd.LR, sgd.EPOCHS, sgd.BATCH) == (0.00625, 90, 1024)
+    weights, bias = sgd.initial(100, 100)
+    assert weights.std() == pytest.approx(0.01, rel=0.03) and not bias.any()
+
+
+def test_slips_probe_of_pictures_and_its_views():
+    labels = [np.arange(n) % 2 for n in (40, 0, 15)]
+    seen = []
+
+    def augmented(epoch):
+        seen.append(epoch)
+        return images(labels[0])
+
+    data = ProbeSet("set", *map(images, labels), {"": tuple(labels)}, sgd=True, neighbours=False)
+    _, variables = small_model()
+    plain = Probe(make_encoder(), data).run(variables)
+    assert plain["visual/set/linear/top1"] == 100 and "visual/set/linear/log10_c" not in plain
+    again = Probe(make_encoder(), dataclasses.replace(data, augmented=augmented)).run(variables)
+    assert seen == list(range(90)) and again == plain  # these views are the pictures themselves
+
+
+# Folds.
+
+
+def test_folds_are_even_and_stratified():
+    labels = np.repeat([0, 1, 2], [55, 30, 17])
+    of = probe.folds(labels, 10)
+    assert set(np.bincount(of)) == {10, 11}
+    for label, count in enumerate([55, 30, 17]):
+        inside = np.bincount(of[labels == label], minlength=10)
+        assert inside.sum() == count and inside.max() - inside.min() <= 1
+    with pytest.raises(UserError, match="9 items cannot be 10 folds"):
+        probe.folds(labels[:9], 10)
+
+
+def test_nested_folds_equal_sklearns():
+    """scikit-learn's grid search inside of its cross-validation, on the same folds."""
+    from sklearn.model_selection import GridSearchCV, PredefinedSplit
+
+    x, y = features(n=99, d=6, k=3, spread=0.4)
+    cs = [1e-3, 0.1, 10.0]
+    right, extra = probe.nested(x, y, 3, cs, 3, 1e-7)
+    of, chosen = probe.folds(y, 3), []
+    for fold in range(3):
+        train, test = of != fold, of == fold
+        inner = PredefinedSplit(probe.folds(y[train], 3))
+        search = GridSearchCV(LogisticRegression(max_iter=5000, tol=1e-6), {"C": cs}, cv=inner)
+        search.fit(x[train].astype(np.float64), y[train])
+        chosen.append(np.log10(search.best_params_["C"]))
+        assert np.mean((search.predict(x[test]) == y[test]) == right[test]) >= 0.99
+    assert extra["log10_c"] == pytest.approx(np.mean(chosen))
+
+
+def test_a_probe_of_pairs():
+    seen = {}
+
+    class Encoder:
+        def texts(self, variables, texts, features):
+            return {"h": np.array([seen.setdefault(t, np.random.default_rng(len(seen)).normal(size=3)) for t in texts])}
+
+    pairs, y = [("a", "b"), ("c", "a")], np.array([0, 1])
+    for kind, width in (("difference", 6), ("all", 12)):
+        data = ProbeSet("set", pairs, [], pairs, {"": (y, y[:0], y)}, pairs=kind)
+        found = Probe(Encoder(), data, "textual")._features(None)
+        u, v = seen["c"], seen["a"]
+        expected = np.concatenate([*([u, v] if kind == "all" else []), np.abs(u - v), u * v])
+        assert found[0].shape == (2, width)
+        np.testing.assert_allclose(found[2][1], expected)
+
+
 # Measures.
 
 
@@ -242,6 +339,24 @@ def test_the_bootstrap_covers_and_is_paired():
     assert scores.bootstrap(scores.Items(a), scores.Items(a)) == (0, 0, 0)
     with pytest.raises(UserError, match="400 and 3 items"):
         scores.bootstrap(scores.Items(a), scores.Items(a[:3]))
+
+
+@pytest.mark.parametrize("statistic", ["map", "map11", "roc_auc", "spearman", "pearson", "f1", "matthews"])
+def test_the_bootstrap_of_other_statistics(statistic):
+    """Items are drawn again and the statistic is computed anew, on the same items for both sides."""
+    rng = np.random.default_rng(0)
+    y = rng.random((80, 3)) < 0.3 if statistic.startswith("map") else rng.random(80) < 0.4
+    values = [y + scale * rng.normal(size=y.shape) for scale in (1.5, 0.3)]
+    if statistic in ("f1", "matthews"):
+        values = [(v > 0.5).astype(int) for v in values]
+    gold = y.astype(float) + 0.01 * rng.random(80) if statistic in ("spearman", "pearson") else y
+    a, b = (scores.Items(v, other=gold, statistic=statistic) for v in values)
+    difference, low, high = scores.bootstrap(a, b, samples=100)
+    assert difference == b.value() - a.value() and 0 < low <= difference <= high
+    draws = np.random.default_rng(0)
+    again = [b.value(i) - a.value(i) for i in (draws.integers(0, 80, 80) for _ in range(100))]
+    assert (low, high) == pytest.approx(np.percentile(again, [2.5, 97.5]))
+    assert a.value() == pytest.approx(100 * scores.STATISTICS[statistic](values[0], gold))
 
 
 def test_items_of_a_mean_per_class_are_weighted():

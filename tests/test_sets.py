@@ -1,4 +1,5 @@
 import io
+import json
 
 import numpy as np
 import PIL.Image
@@ -9,7 +10,7 @@ from tests.encoding import SIZE, K, make_encoder, small_model
 from xclip_jax.data import demo
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import sets, table
-from xclip_jax.report import page, picture
+from xclip_jax.report import document, examples, page, picture, record
 
 # The demo's sets, on a small copy of its data.
 
@@ -163,7 +164,8 @@ def test_every_set_can_be_evaluated_and_an_unknown_one_lists_them(small_demo):
         found = sets.make(spec, encoder).run(variables)
         assert not results.keys() & found.keys()
         results |= found
-    assert all(0 <= value <= 100 for value in results.values()), [k for k, v in results.items() if not 0 <= v <= 100]
+    shares = {key: value for key, value in results.items() if not key.endswith("log10_c")}
+    assert all(0 <= value <= 100 for value in shares.values()), [k for k, v in shares.items() if not 0 <= v <= 100]
     with pytest.raises(UserError, match="emoji/test_line_concepts"):
         sets.load("emoji/test_lines", SIZE)
 
@@ -171,13 +173,27 @@ def test_every_set_can_be_evaluated_and_an_unknown_one_lists_them(small_demo):
 # The picture.
 
 
-@pytest.mark.parametrize(("embed", "clusters"), [(8, 0), (0, K), (8, K)])
-def test_the_picture_is_drawn_for_every_kind_of_model(embed, clusters, small_demo, tmp_path):
+@pytest.mark.parametrize(("objective", "embed", "clusters"), [("clip", 8, 0), ("nclip", 0, K), ("xclip", 8, K)])
+def test_picture_and_page_are_drawn_for_every_kind_of_model(objective, embed, clusters, small_demo, tmp_path):
     _, variables = small_model(embed, clusters)
     path = tmp_path / "picture.png"
-    picture.draw(path, make_encoder(embed, clusters), variables, title="Test", note="note", queries=("a", "b"))
+    found = examples.look(make_encoder(embed, clusters), variables, demo_config.TESTS, queries=("a", "b"))
+    picture.draw(path, found, title="Test", note="note")
     with PIL.Image.open(path) as image:
         assert image.width == 1600 and image.height > 1000
+    config = {"config": demo_config.get_config(f"objective={objective}").to_dict(), "environment": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = document.render(record.read(tmp_path), found)
+    shown = [title for title in ("Line drawings", "Search by words", "Images find texts", 'id="find"') if title in text]
+    assert len(shown) == 3 + bool(clusters)
+    # Each picture is right or wrong as its set says, and the right name's place is that among all of them.
+    assert [named.ways for named in found.named] == [2, 7, 7] and found.confusion.images == 6
+    for named in found.named:
+        for guess in named.guesses:
+            assert [c.right for c in guess.best] == [c.name == guess.name for c in guess.best]
+            assert guess.rank > 5 or guess.best[guess.rank - 1].right
+    for asked in found.retrieved.by_text:
+        assert any(asked.right) == (asked.rank <= len(asked.right)) and (asked.rank > 6 or asked.right[asked.rank - 1])
 
 
 def test_names_are_printable_and_fit():

@@ -26,15 +26,19 @@ class Checkpointer:
     `position` is a small JSON dict that says where in the data the run stands.
     """
 
-    def __init__(self, run: str | epath.Path, *, keep: int = 3) -> None:
+    def __init__(self, run: str | epath.Path, *, keep: int = 3, read_only: bool = False) -> None:
+        """`read_only`: nothing of the folder is touched, so that a run in progress can be read beside it."""
         run = epath.Path(run)
         # Orbax wants absolute paths; that of a bucket is one, and would be taken for a local folder's name.
         self.path = (run if is_remote(str(run)) else run.absolute()) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            max_to_keep=None if read_only else keep,
             step_prefix=None,
-            # An interrupted save leaves a temporary folder; it is not a checkpoint.
-            cleanup_tmp_directories=True,
+            # An interrupted save leaves a temporary folder; it is not a checkpoint. Who only reads leaves it, since
+            # somebody may be writing it.
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            create=not read_only,
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)

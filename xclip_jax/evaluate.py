@@ -52,7 +52,7 @@ def chosen(suite: str) -> tuple[str, ...]:
 
 def evaluate(
     run: str, suite: str, *, step: int | None = None, profile: str = "openai",
-    captions: Mapping[str, Any] | None = None, data_dir: str = "", output: str = "",
+    changes: Mapping[str, Any] | None = None, data_dir: str = "", output: str = "",
 ) -> dict[str, Any]:
     """Runs the evaluators on a checkpoint, writes the results and prints their table.
 
@@ -60,7 +60,7 @@ def evaluate(
       run, step: as in `load`.
       suite: as in `chosen`.
       profile: one of `sets.PROFILES`: templates, resizing and retrieval protocol together.
-      captions: fields of the profile to change, those of retrieval: prefix, lower, captions.
+      changes: fields of the profile to change: prefix, lower, captions (of retrieval), augment (of SLIP's probe).
       data_dir: root of the data sets; by default that of the run's config.
       output: file of the results, RUN/evaluation.json by default.
 
@@ -72,7 +72,7 @@ def evaluate(
     """
     began = time.perf_counter()
     names = chosen(suite)
-    protocol = dataclasses.replace(sets.profile(profile), **(captions or {}))
+    protocol = dataclasses.replace(sets.profile(profile), **(changes or {}))
     config, parts, variables, at = load(run, step)
     encoder = trainer.make_encoder(config, parts)
     flat: dict[str, float] = {}
@@ -224,6 +224,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", default="openai", help=", ".join(sets.PROFILES))
     parser.add_argument("--prefix", help="put before captions of retrieval; by default what the profile says")
     parser.add_argument("--lower", action="store_true", default=None, help="captions in lower case")
+    parser.add_argument("--augment", action="store_true", default=None,
+                        help="profile slip: probe/ learns from new crops and flips in each of 90 epochs")
     parser.add_argument("--captions", type=int, help="so many captions of each image; 0 for all")
     parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
     parser.add_argument("--data-dir", default="", help="root of the data sets")
@@ -246,10 +248,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             if flags.output:
                 write_json(epath.Path(flags.output), {"a": flags.compare[0], "b": flags.compare[1], "rows": rows})
         else:
-            changed = {key: getattr(flags, key) for key in ("prefix", "lower", "captions")}
+            changed = {key: getattr(flags, key) for key in ("prefix", "lower", "captions", "augment")}
             evaluate(
                 flags.checkpoint, flags.suite, step=flags.step, profile=flags.profile,
-                captions={key: value for key, value in changed.items() if value is not None},
+                changes={key: value for key, value in changed.items() if value is not None},
                 data_dir=flags.data_dir, output=flags.output,
             )
     except UserError as error:

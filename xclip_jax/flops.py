@@ -48,12 +48,13 @@ def forward(config: ml_collections.ConfigDict, *, train: bool = True) -> dict[st
         for width in (img.width, txt.width):
             widths = [width] + [head.hidden] * head.layers + [head.clusters]
             heads += 2 * sum(a * b for a, b in itertools.pairwise(widths))
-    return {
+    if objective.classifies:
+        heads += 2 * objective.classify.classes * config.model[objective.towers[0]].width
+    towers = {
         "img": _image(img, img.patch_dropout if train else 0.0),
         "txt": transformer(txt.length, txt.width, txt.depth, txt.mlp_ratio),
-        "heads": heads,
-        "loss": loss,
     }
+    return {name: value * (name in objective.towers) for name, value in towers.items()} | {"heads": heads, "loss": loss}
 
 
 def train_step(config: ml_collections.ConfigDict) -> float:

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with masked weight decay, its schedules, and the bound on the logit scale."""
+"""The optimizer: AdamW with masked weight decay and layer decay, its schedules, and the bound on the logit scale."""
 
 import dataclasses
 import math
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from xclip_jax.errors import UserError, one_of
@@ -14,6 +15,7 @@ from xclip_jax.errors import UserError, one_of
 Schedule = Callable[[Any], Any]
 MAX_SCALE = 100.0
 SCHEDULES = ("cosine", "linear", "constant")
+_BEFORE = ("patches", "tokens", "positions", "cls", "norm_pre")  # a tower's parameters ahead of its blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,7 @@ class OptimConfig:
       warmup: steps of linear warm-up from `lr_start`.
       lr_end: learning rate of the last step.
       weight_decay: decoupled, on tensors of two dimensions and more (never biases, norms, scale).
+      layer_decay: each layer's updates are so many times those of the layer above, see `layer_scales`; 1 for none.
       clip: bound on the global gradient norm; 0 for none.
       mu_dtype: dtype of the first moment; the second stays fp32.
       microbatches: parts of the batch that are encoded one after the other; exact, see `gradcache`.
@@ -40,6 +43,7 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.98
     eps: float = 1e-8
+    layer_decay: float = 1.0
     clip: float = 0.0
     mu_dtype: str = "float32"
     microbatches: int = 1
@@ -73,8 +77,41 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def layer_scales(params: dict[str, Any], decay: float) -> dict[str, Any]:
+    """By what each parameter's updates are multiplied: BEiT's layer decay (arXiv 2106.08254).
+
+    In a tower of n blocks it is decay^(n + 1) for what comes before them (patches, tokens, positions, cls, norm_pre),
+    decay^(n - i) for block i from 0 on, and 1 for what comes after them.
+
+    Returns:
+      A tree of scalars; of scanned blocks an array with their leading axis.
+    """
+
+    def scale(path: tuple[Any, ...], x: Any) -> Any:
+        tower, *rest = (key.key for key in path)
+        if tower not in ("img", "txt"):
+            return 1.0
+        blocks = params[tower]["transformer"]
+        n = len(jax.tree.leaves(blocks)[0]) if "blocks" in blocks else len(blocks)
+        if rest[0] != "transformer":
+            return decay ** (n + 1) if rest[0] in _BEFORE else 1.0
+        if "blocks" in blocks:
+            return (decay ** np.arange(n, 0, -1, np.float32)).reshape(n, *[1] * (x.ndim - 1))
+        return decay ** (n - int(rest[1].removeprefix("block_")))
+
+    return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def _decay_layers(decay: float) -> optax.GradientTransformation:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        return jax.tree.map(lambda x, scale: x * scale, updates, layer_scales(updates, decay)), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def make_optimizer(config: OptimConfig, steps: int, lock: Collection[str] = ()) -> optax.GradientTransformation:
-    """AdamW under `schedule`, after clipping where `config.clip` asks for it.
+    """AdamW under `schedule`, after clipping and with layer decay where `config` asks for them.
 
     Parameters under the top-level names in `lock` get no update, no weight decay, and have no moments.
     """
@@ -87,6 +124,9 @@ def make_optimizer(config: OptimConfig, steps: int, lock: Collection[str] = ()) 
         mask=decay_mask,
         mu_dtype=jnp.dtype(config.mu_dtype),
     )
+    if config.layer_decay != 1:
+        # AdamW's weight decay is part of the update, and falls with the layer's learning rate, as in PyTorch.
+        adamw = optax.chain(adamw, _decay_layers(config.layer_decay))
     tx = optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
     if not lock:
         return tx

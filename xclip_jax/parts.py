@@ -67,7 +67,7 @@ def make_model(
     config: ml_collections.ConfigDict, objective: Objective, tokens: tokenizer.Tokenizer
 ) -> TwoTowers:
     """The towers with the heads that `objective` needs and the vocabulary of `tokens`."""
-    group = config.model.to_dict()
+    group, options = config.model.to_dict(), objective.classify
     one_of("model.dtype", group["dtype"], ("float32", "bfloat16"))
     try:
         return TwoTowers(
@@ -77,6 +77,8 @@ def make_model(
             scale_init=group["scale_init"],
             bias_init=group["bias_init"] if objective.name == "siglip" else None,
             cluster_head=group["cluster_head"] if objective.clusters else None,
+            classifier={"classes": options.classes, "std": options.head_std} if objective.classifies else None,
+            towers=objective.towers,
             dtype=jnp.dtype(group["dtype"]),
         )
     except (KeyError, TypeError) as error:
@@ -109,7 +111,7 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
     model = make_model(config, objective, tokens)
     lock = tuple(config.init["lock"])  # as an attribute it is a method
     for tower in lock:
-        one_of("init.lock", tower, ("img", "txt"))
+        one_of("init.lock", tower, objective.towers)
     tx = optim.make_optimizer(optim_config, config.steps, lock)
     init = state.init_fn(
         model,
@@ -121,18 +123,27 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
         seed=config.seed,
     )
 
-    patches = (config.model.img.size // config.model.img.patch) ** 2
+    patches, mixed = (config.model.img.size // config.model.img.patch) ** 2, objective.classify
 
-    def draw(key: jax.Array, b: int) -> dict[str, jax.Array]:
-        key_image, key_patches = jax.random.split(key)
-        drawn = transforms.draw(key_image, b, flip=data.flip, color=data.color)
+    def draw(key: jax.Array, batch: dict[str, jax.Array]) -> dict[str, Any]:
+        if "image" not in batch:
+            return batch
+        b, (key_image, key_patches) = len(batch["image"]), jax.random.split(key)
+        inputs = batch | transforms.draw(key_image, b, flip=data.flip, color=data.color)
+        if objective.classifies and (mixed.mixup or mixed.cutmix):
+            inputs["other"] = jax.tree.map(lambda x: x[::-1], inputs)
+            key_mix = jax.random.fold_in(key, 1)
+            inputs |= transforms.draw_mix(key_mix, b, config.model.img.size, mixed.mixup, mixed.cutmix)
         if model.img["patch_dropout"]:
-            drawn["patches"] = jax.random.uniform(key_patches, (b, patches))
-        return drawn
+            inputs["patches"] = jax.random.uniform(key_patches, (b, patches))
+        if model.img.get("drop_path"):
+            inputs["paths"] = jax.random.uniform(jax.random.fold_in(key, 2), (b, model.img["depth"], 2))
+        return inputs
 
-    def preprocess(inputs: dict[str, jax.Array]) -> jax.Array:
+    def preprocess(inputs: dict[str, Any]) -> jax.Array:
         images = transforms.augment(inputs["image"], inputs)
-        return transforms.normalize(images, *transforms.STATISTICS[data.statistics])
+        images = transforms.normalize(images, *transforms.STATISTICS[data.statistics])
+        return transforms.mix(images, preprocess(inputs["other"]), inputs) if "other" in inputs else images
 
     def momentum(at: jax.Array) -> Any:
         return optim.ema_momentum(at, config.steps, ema.momentum, ema.schedule)

@@ -113,8 +113,9 @@ def compile_for(parts: Parts) -> Any:
     batch = {
         "image": jax.ShapeDtypeStruct((b, size, size, 3), "uint8"),
         "text": jax.ShapeDtypeStruct((b, parts.length), "int32"),
+        "label": jax.ShapeDtypeStruct((b,), "float32"),
     }
-    return parts.compiled.lower(parts.abstract, batch).compile()
+    return parts.compiled.lower(parts.abstract, {key: batch[key] for key in parts.objective.fields}).compile()
 
 
 def memory(parts: Parts, compiled: Any) -> dict[str, float]:

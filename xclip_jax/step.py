@@ -17,13 +17,14 @@ from xclip_jax.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Features = tuple[jax.Array | None, jax.Array | None]  # of images and of texts
 
 
 def make_train_step(
     model: nn.Module,
     tx: optax.GradientTransformation,
     objective: Objective,
-    draw: Callable[[jax.Array, int], Batch],
+    draw: Callable[[jax.Array, Batch], Batch],
     preprocess: Callable[[Batch], jax.Array],
     momentum: Callable[[jax.Array], Any] | None = None,
     microbatches: int = 1,
@@ -36,8 +37,8 @@ def make_train_step(
       model: a `TwoTowers`.
       tx: the optimizer.
       objective: what is minimised.
-      draw: (key, b) -> all that is random of a batch, arrays with a row for each sample.
-      preprocess: inputs (batch and draws, or some of their rows) -> normalised, augmented images.
+      draw: (key, batch) -> inputs, the batch with all that is random of it: arrays with a row for each sample.
+      preprocess: inputs, or some of their rows -> normalised, augmented images.
       momentum: of the parameters' moving average, as a function of the step; needed where the state has one.
       microbatches: see `gradcache`.
       keep: holds gradients to the layout that the optimizer works in.
@@ -45,15 +46,20 @@ def make_train_step(
 
     Returns:
       step(state, {"image": uint8 (b, h, w, 3), "text": int32 (b, n)}) -> (state, metrics); the metrics are those of
-      the parameters before the update.
+      the parameters before the update. A batch has what `objective.fields` says.
     """
 
-    def encode(params: Any, inputs: Batch) -> tuple[jax.Array, jax.Array]:
+    def encode(params: Any, inputs: Batch) -> Features:
         variables = {"params": params | {tower: jax.lax.stop_gradient(params[tower]) for tower in lock}}
-        h_img = model.apply(variables, preprocess(inputs), inputs.get("patches"), method="encode_image")
-        return h_img, model.apply(variables, inputs["text"], method="encode_text")
+        h_img = h_txt = None
+        if "img" in objective.towers:
+            dropped = (inputs.get("patches"), inputs.get("paths"))
+            h_img = model.apply(variables, preprocess(inputs), *dropped, method="encode_image")
+        if "txt" in objective.towers:
+            h_txt = model.apply(variables, inputs["text"], method="encode_text")
+        return h_img, h_txt
 
-    def project(params: Any, batch_stats: Any, h: tuple[jax.Array, jax.Array]) -> tuple[Batch, Any]:
+    def project(params: Any, batch_stats: Any, h: Features) -> tuple[Batch, Any]:
         variables = {"params": params, "batch_stats": batch_stats}
         out, moved = model.apply(
             variables, *h, train=True, logits=not objective.chunk, mutable=["batch_stats"], method="project"
@@ -61,23 +67,24 @@ def make_train_step(
         return out, moved.get("batch_stats", {})
 
     def teach(state: TrainState, inputs: Batch) -> Batch:
-        # The average sees all patches, and normalises by the batch's own statistics.
+        # The average sees all patches and blocks, and normalises by the batch's own statistics.
         params = jax.lax.stop_gradient(state.ema_params)
-        inputs = {key: value for key, value in inputs.items() if key != "patches"}
+        inputs = {key: value for key, value in inputs.items() if key not in ("patches", "paths")}
         h = gradcache.in_parts(encode, params, inputs, microbatches)
         return project(params, state.batch_stats, h)[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        inputs = batch | draw(key, batch["image"].shape[0])
+        inputs = draw(key, batch)
         teacher = teach(state, inputs) if objective.teacher else None
 
         # Encoders and heads are applied apart: the heads, with BatchNorm, and the losses are defined on the whole
         # batch, while the encoders may be run on parts of it.
-        def loss(params: Any, h: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
+        def loss(params: Any, h: Features) -> tuple[jax.Array, Any]:
             out, batch_stats = project(params, state.batch_stats, h)
-            value, metrics, loss_state = objective(out, teacher, state.loss_state)
-            metrics |= {"rank/img": effective_rank(h[0]), "rank/txt": effective_rank(h[1])}
+            value, metrics, loss_state = objective(out, teacher, state.loss_state, inputs)
+            found = {"rank/img": h[0], "rank/txt": h[1]}
+            metrics |= {key: effective_rank(x) for key, x in found.items() if x is not None}
             return value, (metrics, batch_stats, loss_state)
 
         differentiate = gradcache.value_and_grad(encode, loss, microbatches)

@@ -21,7 +21,7 @@ from xclip_jax.evaluators import Encoder, sets, table
 from xclip_jax.losses.noncontrastive import diagnose
 from xclip_jax.metrics import say
 from xclip_jax.parts import Parts, build
-from xclip_jax.report import picture
+from xclip_jax.report import document, picture
 from xclip_jax.state import TrainState, create
 from xclip_jax.weights import start
 
@@ -78,8 +78,9 @@ class Interrupt:
 def run(config: ml_collections.ConfigDict) -> dict[str, float]:
     """Trains, or goes on training, to `config.steps` and returns the results of the last evaluation.
 
-    Everything goes to the folder `config.run`: config.json, metrics.jsonl, tensorboard/, checkpoints/, results.json and
-    a picture. The same call on the same folder resumes, or returns the results of a run that is complete.
+    Everything goes to the folder `config.run`: config.json, metrics.jsonl, tensorboard/, checkpoints/, results.json
+    and, where eval.report is set, picture.png and report.html. The same call on the same folder resumes, or returns the
+    results of a run that is complete.
 
     Raises:
       UserError: bad input, or a loss that is not finite.
@@ -103,11 +104,12 @@ def _train(
     config: ml_collections.ConfigDict, parts: Parts, checkpointer: Checkpointer, folder: epath.Path
 ) -> tuple[TrainState, bool]:
     """Makes or restores the state and trains it. Returns it, and whether it was interrupted."""
-    found = loader.open_sources(parts.data)
+    found = loader.open_sources(parts.data, parts.objective.classify.classes if parts.objective.classifies else 0)
     _check_data(folder, found)
     count = sum(x.size for x in jax.tree.leaves(parts.abstract.params))
+    items = "items" if parts.objective.classifies else "pairs"
     say(
-        f"{config.objective.name}: {count:,} parameters, {sum(map(len, found)):,} pairs, {config.steps} steps of "
+        f"{config.objective.name}: {count:,} parameters, {sum(map(len, found)):,} {items}, {config.steps} steps of "
         f"{parts.data.batch} on {jax.device_count()} {jax.devices()[0].device_kind}, in {folder}"
     )
     if checkpointer.latest() is None:
@@ -205,7 +207,7 @@ def _loop(
     log = Log(config, parts, folder, start, sum(map(len, found)), ledger)
     batches = loader.batches(
         loader.sample_order(found, parts.data, config.seed),
-        loader.Transform(parts.data, parts.size, parts.tokenizer, parts.length),
+        loader.Transform(parts.data, parts.size, parts.tokenizer, parts.length, parts.objective.fields),
         batch=b, start=start, stop=config.steps, seed=config.seed,
         host=jax.process_index(), hosts=jax.process_count(), ledger=ledger,
     )
@@ -323,7 +325,7 @@ class Log:
 
 
 def _finish(config: ml_collections.ConfigDict, parts: Parts, state: TrainState, folder: epath.Path) -> dict[str, float]:
-    """The last evaluation: results.json, the table, the picture."""
+    """The last evaluation: results.json, the table, the picture and the report."""
     variables = state.variables(ema=config.eval.ema)
     encoder = make_encoder(config, parts)
     began = time.perf_counter()
@@ -333,8 +335,21 @@ def _finish(config: ml_collections.ConfigDict, parts: Parts, state: TrainState, 
         record = {"results": results, "config": config.to_dict(), "environment": metrics.environment()}
         write_json(folder / "results.json", record | {"seconds": time.perf_counter() - began})
     say(table.render(results))
-    if config.eval.picture:
-        title = f"What {config.objective.name} learned in {config.steps} steps of {parts.data.batch} pairs"
-        picture.draw(folder / "picture.png", encoder, variables, title=title, data_dir=parts.data.dir)
-        say(f"picture: {folder / 'picture.png'}")
+    if config.eval.report:
+        try:
+            _report(config, parts, encoder, variables, folder)
+        except Exception as error:  # the run is complete and its results are written
+            say(f"no report: {type(error).__name__}: {error}; python -m xclip_jax.report {folder} tries again")
     return results
+
+
+def _report(
+    config: ml_collections.ConfigDict, parts: Parts, encoder: Encoder, variables: Mapping[str, Any], folder: epath.Path
+) -> None:
+    """What the run leaves for people to look at."""
+    examples = document.make(folder, parts, encoder, variables, (*config.eval.final_sets, *config.eval.sets))
+    say(f"report: {folder / document.NAME}")
+    if jax.process_index() == 0 and (examples.named or examples.clusters):
+        title = f"What {config.objective.name} learned in {config.steps} steps of {parts.data.batch} pairs"
+        picture.draw(folder / "picture.png", examples, title=title)
+        say(f"picture: {folder / 'picture.png'}")

@@ -59,7 +59,7 @@ def load(path: str, step: int | None = None) -> tuple[ml_collections.ConfigDict,
     folder = epath.Path(path)
     if not (folder / "checkpoints").exists():
         raise UserError(f"{folder} holds no checkpoint; train it first, or name the folder of another run.")
-    with Checkpointer(folder, keep=None) as checkpointer:
+    with Checkpointer(folder, read_only=True) as checkpointer:
         state, _ = checkpointer.restore(parts.abstract, step)
     return config, parts, state.variables(ema=config.eval.ema), int(state.step)
 
@@ -168,6 +168,8 @@ def fit(source: Variables, target: Variables, where: str) -> tuple[dict[str, np.
     notes, wrong = [], []
     params = dict(source["params"])
     for tower in ("img", "txt"):
+        if tower not in params or tower not in target["params"]:  # of a fine-tuned model
+            continue
         like = target["params"][tower]
         blocks, wanted = params[tower]["transformer"], like["transformer"]
         depth = _depth(blocks)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from xclip_jax.data import sources, transforms
+from xclip_jax.data import labelled, sources, transforms
 from xclip_jax.data.ledger import Entry, Ledger
 from xclip_jax.data.slots import Slots
 from xclip_jax.data.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ class DataConfig:
     """Group `data` of a config.
 
     Attributes:
-      sources: specs for `sources.open_source`; several are mixed.
+      sources: specs for `sources.open_source`, of fine-tuning for `labelled.open_source`; several are mixed.
       weights: share of samples from each source; empty to have every sample once an epoch.
       dir: where TFDS data sets lie; "" for the default.
       batch: b, pairs in the global batch.
@@ -79,8 +79,8 @@ class DataConfig:
     max_bad: float = 0.05
 
 
-def open_sources(config: DataConfig) -> list[sources.Source]:
-    """The sources of `config`, checked against its weights."""
+def open_sources(config: DataConfig, classes: int = 0) -> list[sources.Source]:
+    """The sources of `config`, checked against its weights; with `classes`, labelled ones of so many classes."""
     if not config.sources:
         raise UserError("data.sources is empty; name a source such as folder:PATH or tfds:NAME/SPLIT.")
     if config.weights and len(config.weights) != len(config.sources):
@@ -88,6 +88,15 @@ def open_sources(config: DataConfig) -> list[sources.Source]:
             f"data.weights has {len(config.weights)} values for {len(config.sources)} sources; give one for each, "
             "or none for shares by size."
         )
+    if classes:
+        found = [labelled.open_source(spec, config.dir) for spec in config.sources]
+        for spec, source in zip(config.sources, found, strict=True):
+            if len(source.names or ["a number"]) != classes:
+                raise UserError(
+                    f"source {spec!r} has {len(source.names)} classes and objective.classify.classes is {classes}; "
+                    "make them equal (1 for labels that are numbers)."
+                )
+        return [sources.Decoded(source) if config.cache and source.key == "image" else source for source in found]
     options = {"data_dir": config.dir, "image_key": config.image_key, "text_keys": config.text_keys}
     found = [sources.open_source(spec, tags_key=config.tags_key, **options) for spec in config.sources]
     return [sources.Decoded(source) for source in found] if config.cache else found
@@ -95,20 +104,29 @@ def open_sources(config: DataConfig) -> list[sources.Source]:
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """Writes the image of a record to uint8 (size, size, 3) and returns a caption, random through `rng` alone."""
+    """Writes the image of a record to uint8 (size, size, 3) and returns a caption, random through `rng` alone.
+
+    `fields` says what batches are made of, of "image", "text" and "label"; without "image" nothing is written, without
+    "text" the caption is "".
+    """
 
     config: DataConfig
     size: int
     tokenizer: Tokenizer
     length: int
+    fields: tuple[str, ...] = ("image", "text")
 
     def __call__(self, record: sources.Record, rng: np.random.Generator, out: np.ndarray) -> str:
+        if "image" in self.fields:
+            self._crop(record, rng, out)
+        return self.caption(record, rng) if "text" in self.fields else ""
+
+    def _crop(self, record: sources.Record, rng: np.random.Generator, out: np.ndarray) -> None:
         config, scale = self.config, self.config.crop_scale
         # So large that a square crop, even the smallest, is not enlarged.
         exact = config.resample != "area"
         image = transforms.decode(record["image"], scaled_to=0 if exact else math.ceil(self.size / scale[0] ** 0.5))
         transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample, out=out)
-        return self.caption(record, rng)
 
     def caption(self, record: sources.Record, rng: np.random.Generator) -> str:
         """One of the captions, keywords, or both."""
@@ -187,7 +205,12 @@ class _Reader:
     def spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
         """Shapes and types of a batch."""
         rows, size = self.batch // self.hosts, self.transform.size
-        return {"image": ((rows, size, size, 3), np.uint8), "text": ((rows, self.transform.length), np.int32)}
+        found = {
+            "image": ((rows, size, size, 3), np.uint8),
+            "text": ((rows, self.transform.length), np.int32),
+            "label": ((rows,), np.float32),
+        }
+        return {field: found[field] for field in self.transform.fields}
 
     def __call__(self, g: int) -> dict[str, Any]:
         worker, taken = 0, None
@@ -195,7 +218,7 @@ class _Reader:
             worker = (g - self.start) % self.transform.config.workers  # as Grain deals them out
             taken = self.slots.take(worker)
         found = taken[1] if taken else {key: np.empty(shape, dtype) for key, (shape, dtype) in self.spec.items()}
-        rows = len(found["image"])
+        rows = self.batch // self.hosts
         first, captions, bad = g * self.batch + self.host * rows, [], []
         for row in range(0, rows, _TOGETHER):
             positions = range(first + row, first + min(row + _TOGETHER, rows))
@@ -203,10 +226,13 @@ class _Reader:
             records = [self._record(*place) for place in places]
             rngs = [self.rngs.acquire_rng(position) for position in positions]
             for position, place, record, rng in zip(positions, places, records, rngs, strict=True):
-                out = found["image"][position - first]
+                # Views of the row, into which its image and label go.
+                at = position - first
+                out = {key: found[key][at : at + 1] for key in found if key != "text"}
                 captions.append(self._fill(position, *place, record, rng, out, bad))
                 self.rngs.release_rng(rng)
-        found["text"][:] = self.transform.tokenizer(captions, self.transform.length)
+        if "text" in found:
+            found["text"][:] = self.transform.tokenizer(captions, self.transform.length)
         noted = json.dumps(bad).encode()  # bytes, which Grain passes on as they are
         return {"slot": (worker, taken[0]), "bad": noted} if taken else found | {"bad": noted}
 
@@ -223,23 +249,27 @@ class _Reader:
         index: int,
         record: sources.Record | BadSample,
         rng: np.random.Generator,
-        out: np.ndarray,
+        out: dict[str, np.ndarray],
         bad: list[Entry],
     ) -> str:
-        """Writes the image of a record to `out` and returns a caption. For a bad one others of its source are drawn."""
+        """Writes image and label of a record to `out` and returns a caption. For a bad one others are drawn."""
         source = self.order.found[number]
         for _ in range(_DRAWS):
             try:
                 if isinstance(record, BadSample):
                     raise record
-                return self.transform(record, rng, out)
+                caption = self.transform(record, rng, out["image"][0] if "image" in out else None)
+                if "label" in out:
+                    out["label"][0] = record["label"]
+                return caption
             except BadSample as error:
                 entry = {"position": position, "reason": error.reason, "detail": error.detail}
                 bad.append(entry | {"source": number, "index": index} | sources.where(source, index))
             index = int(rng.integers(len(source)))
             record = self._record(number, index)
         bad[-1]["last"] = _DRAWS  # `Ledger.add` stops the run, where its error is not lost in a worker process
-        out[:] = 0
+        for row in out.values():
+            row[:] = 0
         return ""
 
 
@@ -255,7 +285,7 @@ def batches(
     hosts: int = 1,
     ledger: Ledger | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This host's rows of the global batches number `start` to `stop` - 1: {"image", "text"}.
+    """This host's rows of the global batches number `start` to `stop` - 1: what the transform's `fields` say.
 
     Row r of global batch g is sample g * batch + r of the run, and host h holds rows h * batch / hosts and up: the
     global batches are the same on any number of hosts and from any start. A bad sample is replaced by another of its
@@ -289,7 +319,8 @@ def _noted(
             if "slot" in found:
                 found = reader.slots.open(*found["slot"])
             if ledger is not None:
-                tokens = int(((found["text"] == reader.transform.tokenizer.eot_id).argmax(axis=1) + 1).sum())
+                ends = found.get("text", np.zeros((0, 1))) == reader.transform.tokenizer.eot_id
+                tokens = int((ends.argmax(axis=1) + 1).sum())
                 ledger.add((g + 1) * reader.batch, tokens, bad)
             elif bad:
                 raise UserError(f"sample {bad[0]} cannot be used.")

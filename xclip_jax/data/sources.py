@@ -131,15 +131,18 @@ class Decoded:
         return record
 
 
-def _tfds(name: str, split: str, data_dir: str) -> Any:
-    decoders = {"image": tfds.decode.SkipDecoding()}
+def open_tfds(spec: str, split: str, data_dir: str | None) -> tuple[Any, tfds.core.DatasetInfo]:
+    """A data source without decoded images, and its information; a set that is not there is one sentence."""
     try:
-        return tfds.data_source(name, split=split, data_dir=data_dir or None, decoders=decoders, download=False)
+        builder = tfds.builder(spec, data_dir=data_dir)
+        decoders = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
+        return builder.as_data_source(split, decoders=decoders), builder.info
     except Exception as error:
+        reason = str(error).strip().splitlines()
         raise UserError(
-            f"TFDS data set {name!r}, split {split!r}, cannot be read from {data_dir or 'the default data_dir'} "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). Prepare it once with "
-            f"`pip install 'xclip_jax[tfds-prepare]'` and `tfds build {name} --file_format=array_record`."
+            f"TFDS data set {spec!r}, split {split!r}, cannot be read from {data_dir or 'the default data_dir'} "
+            f"({type(error).__name__}: {reason[0] if reason else ''}). Prepare it once with `pip install "
+            f"'xclip_jax[tfds-prepare]'` and `tfds build {spec} --file_format=array_record`."
         ) from error
 
 
@@ -172,7 +175,7 @@ def open_source(spec: str, *, data_dir: str, image_key: str, text_keys: Sequence
         name, _, split = rest.rpartition("/")
         if not name:
             raise UserError(f"source {spec!r} names no split; write tfds:NAME/SPLIT, as in tfds:coco_captions/train.")
-        data = _tfds(name, split, data_dir)
+        data, _ = open_tfds(name, split, data_dir or None)
     else:
         raise UserError(
             f"source {spec!r} is of no known kind; write tar:PATTERN, folder:PATH, csv:PATTERN, "

@@ -130,7 +130,7 @@ class TarSource:
         tar, row = self._row(index)
         if row["fault"] not in (tar_index.OK, tar_index.NO_TEXT):
             raise BadSample(tar_index.FAULTS[row["fault"]])
-        return self._read(tar, row, ["image"])["image"] or b""
+        return self._read(tar, row, ("image",))["image"] or b""
 
     def _captions(self, parts: dict[str, bytes | None]) -> tuple[list[str], list[str]]:
         fields = {}

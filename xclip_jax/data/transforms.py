@@ -264,3 +264,39 @@ def augment(images: jax.Array, drawn: Mapping[str, jax.Array]) -> jax.Array:
         shift = brightness * (1 - contrast) * x.mean(axis=(1, 2), keepdims=True)
         images = jnp.clip(jnp.einsum("bnc,bcd->bnd", x, matrix) + shift, 0, 255).reshape(images.shape)
     return images
+
+
+def draw_mix(key: jax.Array, b: int, size: int, mixup: float, cutmix: float) -> dict[str, jax.Array]:
+    """How `mix` mixes a batch: mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899), half of the batches each.
+
+    Args:
+      key: decides.
+      b: images in the global batch, all of which are mixed alike, as timm does it.
+      size: side of an image, pixels.
+      mixup, cutmix: parameter a of the share's distribution Beta(a, a); 0 for never.
+
+    Returns:
+      Rows for each image: "share" fp32 (b,) of an image's own label; "weight" fp32 (b,) of its own pixels outside the
+      box; "box" int32 (b, 4), top, bottom, left, right of what comes from the other image, empty for mixup.
+    """
+    key_kind, key_share, key_y, key_x = jax.random.split(key, 4)
+    cut = jax.random.bernoulli(key_kind, 0.5 if mixup and cutmix else float(cutmix > 0))
+    a = jnp.where(cut, cutmix, mixup)
+    mixed = jax.random.beta(key_share, a, a)
+    # A box anywhere, as large as its share asks for, less what lies outside of the image.
+    half = (size * jnp.sqrt(1 - mixed)).astype(jnp.int32) // 2
+    centre = jnp.stack([jax.random.randint(k, (), 0, size) for k in (key_y, key_x)])
+    low, high = jnp.clip(centre - half, 0, size), jnp.clip(centre + half, 0, size)
+    box = jnp.stack([low[0], high[0], low[1], high[1]]) * cut
+    area = (high - low).prod() / size**2
+    drawn = {"share": jnp.where(cut, 1 - area, mixed), "weight": jnp.where(cut, 1.0, mixed), "box": box}
+    return {name: jnp.broadcast_to(x, (b, *x.shape)) for name, x in drawn.items()}
+
+
+def mix(images: jax.Array, others: jax.Array, drawn: Mapping[str, jax.Array]) -> jax.Array:
+    """Mixes images with `others`, both fp32 (b, h, w, 3), as `draw_mix` says."""
+    top, bottom, left, right = (side[:, None] for side in jnp.moveaxis(drawn["box"], 1, 0))
+    y, x = jnp.arange(images.shape[1]), jnp.arange(images.shape[2])
+    inside = ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None]  # (b, h, w)
+    weight = jnp.where(inside, 0, drawn["weight"][:, None, None])[..., None]
+    return weight * images + (1 - weight) * others

@@ -69,10 +69,12 @@ class Encoder:
         self._tokenizer, self._text_length, self._sharding = tokenizer, text_length, batch_sharding(mesh)
 
         def encode(variables: Any, x: jax.Array, modality: str) -> dict[str, jax.Array]:
+            if modality not in model.towers:
+                raise UserError(f"the model was fine-tuned and has no {modality} tower; evaluate finetuned/SET.")
             h = model.apply(variables, x, method="encode_image" if modality == "img" else "encode_text")
             both = (h, None) if modality == "img" else (None, h)
             heads = model.apply(variables, *both, train=False, method="project")
-            found = {"h": h, "z": heads.get(f"z_{modality}"), "s": heads.get(f"s_{modality}")}
+            found = {"h": h, "z": heads.get(f"z_{modality}"), "s": heads.get(f"s_{modality}"), "c": heads.get("logits")}
             return {key: value.astype(jnp.float32) for key, value in found.items() if value is not None}
 
         def encode_images(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
@@ -98,7 +100,7 @@ class Encoder:
 
         Returns:
           fp32 arrays: "h" (n, d) pooled features, "z" (n, e) L2-normalised embeddings where the model has a
-          projection, "s" (n, k) cluster logits where it has cluster heads.
+          projection, "s" (n, k) cluster logits where it has cluster heads, "c" (n, classes) logits of a classifier.
 
         Raises:
           UserError: an image of another shape or dtype.

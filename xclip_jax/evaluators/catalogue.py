@@ -6,22 +6,22 @@ or from a CSV file with the columns path and label; so do `folder:PATH` and `csv
 perhaps validation, each with one sub-folder a class.
 """
 
-import csv
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from xclip_jax.data import transforms
-from xclip_jax.data.sources import IMAGE_SUFFIXES
+from xclip_jax.data.labelled import Field, read_files
+from xclip_jax.data.sources import open_tfds
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import names
 from xclip_jax.evaluators.card import Card, digest
 from xclip_jax.evaluators.names import Profile
-from xclip_jax.evaluators.probe import ProbeSet
+from xclip_jax.evaluators.probe import Joined, ProbeSet
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 _APPROXIMATE = "the published split is not public or not one: compare only numbers with the same split_hash"
@@ -116,13 +116,13 @@ ENTRIES: Mapping[str, Entry] = {
     "objectnet": Entry(templates="imagenet", border=2, note="113 classes overlap with ImageNet's; give those alone"),
     "birdsnap": Entry(templates="birds"),
     "fgvc_aircraft": Entry(templates="fgvc_aircraft", metric="mean_per_class", note="by variant"),
-    "fer2013": Entry(templates="fer2013", names="fer2013", note="one name a class; SLIP averages over synonyms"),
+    "fer2013": Entry(templates="fer2013", names="fer2013"),
     "gtsrb": Entry(templates="gtsrb", names="gtsrb"),
     "country211": Entry(templates="country211", names="country211", note="folders in order of the country's code"),
-    "hatefulmemes": Entry(templates="stl10", metric="roc_auc", note="CLIP's own prompt is not in the wheel"),
+    "hatefulmemes": Entry(templates="hatefulmemes", names="hatefulmemes", metric="roc_auc"),
     "renderedsst2": Entry(templates="renderedsst2"),
-    "ucf101": Entry(templates="actions", note=_APPROXIMATE + "; middle frames, one of CLIP's 48 prompts"),
-    "kinetics700": Entry(templates="actions", metric="top1_top5", note=_APPROXIMATE + "; middle frames"),
+    "ucf101": Entry(templates="ucf101", note=_APPROXIMATE + "; middle frames"),
+    "kinetics700": Entry(templates="kinetics700", metric="top1_top5", note=_APPROXIMATE + "; middle frames"),
 }
 
 PAPER = tuple(name for name, entry in ENTRIES.items() if entry.tfds)
@@ -151,7 +151,8 @@ def load_probe(spec: str, size: int, data_dir: str | None, profile: Profile) -> 
         raise UserError(f"{name} has no training split in TFDS; write {spec}@PATH, a folder with train and test.")
     if path:
         held = (pathlib.Path(path) / "validation").is_dir()
-        read = [_files(spec, pathlib.Path(path) / part) for part in ("train", *["validation"] * held, "test")]
+        folders = ("train", *["validation"] * held, "test")
+        read = [(*read_files(spec, pathlib.Path(path) / folder), "") for folder in folders]
     else:
         splits = (entry.train, *[entry.held] * bool(entry.held), entry.split)
         read = [_tfds(name, dataclasses.replace(entry, split=split), data_dir) for split in splits]
@@ -160,15 +161,24 @@ def load_probe(spec: str, size: int, data_dir: str | None, profile: Profile) -> 
     if len(read) == 2:
         read.insert(1, ([], np.array([], int), read[0][2], ""))
     metric = entry.metric if entry.metric == "mean_per_class" else "top1"
+    sgd = profile.sgd and spec.startswith("probe/")
+    shorter = round(size * 256 / 224) if sgd else size
+    views = "crops and flips of each epoch" if profile.augment else "central crops, without its crops and flips"
     card = Card(
         data=path or entry.tfds.partition(":")[0], version=read[0][3], split=entry.split if not path else "test",
         split_hash=digest([part[1].tolist() for part in read]),
-        protocol="CLIP's linear probe: features before projection, L-BFGS, C by halving on validation, fit on both",
-        preprocessing=f"shorter side {profile.resample}, central crop", metric=f"linear/{metric}", note=entry.note,
+        protocol=f"SLIP's linear probe: features before projection, SGD, 90 epochs, lr 0.00625, {views}" if sgd else
+        "CLIP's linear probe: features before projection, L-BFGS, C by halving on validation, fit on both",
+        preprocessing=f"shorter side{f' to {shorter}' * sgd} {profile.resample}, central crop",
+        metric=f"linear/{metric}", note=entry.note,
     )
     parts = ("1%", "10%", "5-shot") if spec.startswith("fewshot/") else ()
-    pictures = [Pictures(part[0], size, profile.resample, entry.border) for part in read]
-    return ProbeSet(spec, *pictures, {"": tuple(part[1] for part in read)}, parts, card=card)
+    pictures = [Pictures(part[0], size, profile.resample, entry.border, shorter) for part in read]
+    learned = [image for part in read[:2] for image in (part[0],) if len(image)]
+    augmented = functools.partial(Augmented, learned, size, profile.resample) if sgd and profile.augment else None
+    return ProbeSet(
+        spec, *pictures, {"": tuple(part[1] for part in read)}, parts, sgd=sgd, augmented=augmented, card=card
+    )
 
 
 def load(spec: str, size: int, data_dir: str | None, profile: Profile) -> ZeroShotSet | ProbeSet:
@@ -185,91 +195,79 @@ def load(spec: str, size: int, data_dir: str | None, profile: Profile) -> ZeroSh
         name, path = spec, spec.partition(":")[2]
     if not path and not entry.tfds:
         raise UserError(f"{name} is not in TFDS; write {name}@PATH, a folder of one sub-folder a class or a CSV file.")
-    reader = (lambda: _tfds(name, entry, data_dir)) if not path else (lambda: _files(name, pathlib.Path(path)))
-    images, labels, label_names, version = reader()
+    read = (*read_files(name, pathlib.Path(path)), "") if path else _tfds(name, entry, data_dir)
+    images, labels, label_names, version = read
     found = _names(entry, label_names)
     if entry.classes:
         labels, found = _masked(name, entry, np.asarray(labels), found)
     if np.ndim(labels) == 1 and found and np.size(labels) and np.max(labels) >= len(found):
         raise UserError(f"{name}: label {np.max(labels)} is not among {len(found)} classes.")
-    used = profile.imagenet if entry.templates == "imagenet" else entry.templates
+    used = names.chosen(entry.templates, profile)
+    words = [names.SYNONYMS.get(name, name) for name in found] if name == "fer2013" and profile.clips else found
     card = Card(
         data=path or entry.tfds.partition(":")[0],
         version=version,
         split=entry.split if not path else "",
         split_hash=digest([*np.asarray(labels).tolist(), *found]),
         protocol="mean of normalised prompts, normalised again; cosine; equal scores go to the lowest class",
-        templates=f"{used} ({len(names.templates(used))})",
+        templates=f"{used} ({len(names.templates(used))}{', synonyms' if words != found else ''})",
         preprocessing=f"shorter side {profile.resample}, central crop",
         metric=entry.metric,
         note=entry.note,
     )
     pictures = Pictures(images, size, profile.resample, entry.border)
-    return ZeroShotSet(spec, pictures, labels, names.prompts(found, used), names=found, card=card)
+    return ZeroShotSet(spec, pictures, labels, names.prompts(words, used), names=found, card=card)
 
 
 class Pictures(Sequence):
-    """Encoded images, decoded and resized when they are asked for: data sets need not fit into memory."""
+    """Encoded images, decoded and resized when they are asked for: data sets need not fit into memory.
 
-    def __init__(self, images: Sequence[Any], size: int, resample: str = "bicubic", border: int = 0) -> None:
+    The shorter side is resized to `shorter` pixels, by default `size`, of which the middle is kept.
+    """
+
+    def __init__(
+        self, images: Sequence[Any], size: int, resample: str = "bicubic", border: int = 0, shorter: int = 0
+    ) -> None:
         self._images, self._size, self._resample, self._border = images, size, resample, border
+        self._shorter = shorter or size
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        image = self._images[index]
+        image, margin = self._images[index], round((self._shorter - self._size) / 2)
         if not self._border and isinstance(image, bytes):
-            return transforms.evaluation_image(image, self._size, self._resample)
-        image = transforms.decode(image)
-        if image.ndim == 3 and image.shape[-1] == 1:  # grey, as TFDS keeps MNIST
-            image = image.repeat(3, axis=-1)
-        if self._border:
-            image = image[self._border : -self._border, self._border : -self._border]
-        return transforms.resize_center_crop(image, self._size, self._resample)
+            image = transforms.evaluation_image(image, self._shorter, self._resample)
+        else:
+            image = _colours(transforms.decode(image))
+            if self._border:
+                image = image[self._border : -self._border, self._border : -self._border]
+            image = transforms.resize_center_crop(image, self._shorter, self._resample)
+        return image[margin : margin + self._size, margin : margin + self._size]
 
 
-class Field(Sequence):
-    """One feature of each record of a data source."""
-
-    def __init__(self, source: Any, key: str) -> None:
-        self._source, self._key = source, key
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._source[index][self._key]
+def _colours(image: np.ndarray) -> np.ndarray:
+    """RGB of what may be grey (h, w, 1), as TFDS keeps MNIST."""
+    return image.repeat(3, axis=-1) if image.shape[-1] == 1 else image
 
 
-class Paths(Sequence):
-    """Files, read when they are asked for."""
+class Augmented(Sequence):
+    """Random crops of encoded images, half of them flipped: those of one epoch, drawn as torchvision does."""
 
-    def __init__(self, paths: Sequence[pathlib.Path]) -> None:
-        self._paths = paths
+    def __init__(self, images: Sequence[Sequence[Any]], size: int, resample: str, epoch: int) -> None:
+        self._images, self._size, self._resample, self._epoch = Joined(images), size, resample, epoch
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._images)
 
-    def __getitem__(self, index: int) -> bytes:
-        return self._paths[index].read_bytes()
+    def __getitem__(self, index: int) -> np.ndarray:
+        rng = np.random.default_rng((self._epoch, index))
+        image = _colours(transforms.decode(self._images[index]))
+        image = transforms.random_resized_crop(image, self._size, rng, (0.08, 1.0), resample=self._resample)
+        return image[:, ::-1] if rng.random() < 0.5 else image
 
 
 Read = tuple[Sequence[Any], np.ndarray, list[str], str]
-
-
-def open_tfds(spec: str, split: str, data_dir: str | None) -> tuple[Any, tfds.core.DatasetInfo]:
-    """A data source without decoded images, and its information; a set that is not there is one sentence."""
-    try:
-        builder = tfds.builder(spec, data_dir=data_dir)
-        return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}), builder.info
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise UserError(
-            f"TFDS data set {spec!r}, split {split!r}, cannot be read from {data_dir or 'the default data_dir'} "
-            f"({type(error).__name__}: {reason[0] if reason else ''}). Prepare it once with `pip install "
-            f"'xclip_jax[tfds-prepare]'` and `tfds build {spec} --file_format=array_record`."
-        ) from error
 
 
 def _tfds(name: str, entry: Entry, data_dir: str | None) -> Read:
@@ -290,37 +288,6 @@ def _tfds(name: str, entry: Entry, data_dir: str | None) -> Read:
             row[np.asarray(value, int)] = True
         return Field(source, "image"), several, labels, version
     return Field(source, "image"), np.array(values, int), labels, version
-
-
-def _files(name: str, path: pathlib.Path) -> Read:
-    if path.is_dir():
-        folders = sorted(p for p in path.iterdir() if p.is_dir())
-        files = [(p, i) for i, folder in enumerate(folders) for p in sorted(folder.rglob("*"))
-                 if p.suffix.lower() in IMAGE_SUFFIXES]
-        if not files:
-            raise UserError(f"{name}: folder {str(path)!r} holds no images in sub-folders; make one for each class.")
-        return Paths([p for p, _ in files]), np.array([i for _, i in files]), [p.name for p in folders], ""
-    if not path.is_file():
-        raise UserError(f"{name}: {str(path)!r} does not exist; name a folder or a CSV file.")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"path", "label"} <= set(rows[0]):
-        raise UserError(f"{name}: CSV file {str(path)!r} must have the columns path and label, and a row.")
-    split = [(row["label"] or "").split("|") for row in rows]
-    words = {word for labels in split for word in labels}
-    # Labels that are numbers count as such: "10" comes after "9".
-    ordered = [str(i) for i in range(max(map(int, words)) + 1)] if all(w.isdigit() for w in words) else sorted(words)
-    index = {word: i for i, word in enumerate(ordered)}
-    paths = [path.parent / row["path"] for row in rows]
-    missing = [p for p in paths if not p.is_file()]
-    if missing:
-        raise UserError(f"{name}: {len(missing)} images of {str(path)!r} do not exist, {str(missing[0])!r} first.")
-    if all(len(labels) == 1 for labels in split):
-        return Paths(paths), np.array([index[labels[0]] for labels in split]), ordered, ""
-    several = np.zeros((len(rows), len(ordered)), bool)
-    for row, labels in zip(several, split, strict=True):
-        row[[index[word] for word in labels]] = True
-    return Paths(paths), several, ordered, ""
 
 
 def _names(entry: Entry, labels: Sequence[str]) -> list[str]:

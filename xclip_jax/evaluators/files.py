@@ -1,9 +1,10 @@
 """Sets of text and retrieval from files in their published layout: STS, SentEval, GLUE, Karpathy's captions.
 
 `NAME@PATH` names them: `sts12@FOLDER` to `sts16@FOLDER` (STS.input.X.txt beside STS.gs.X.txt), `stsb@sts-test.csv`,
-`sickr@SICK_test_annotated.txt`, `mr@FOLDER` and its like (SentEval), `glue/sst2@FOLDER` (train.tsv, dev.tsv), and
-`coco_retrieval@dataset_coco.json`, `flickr30k_retrieval@dataset_flickr30k.json`, whose images lie beside the JSON or in
-folders named there. `coco_retrieval` alone reads TFDS's `coco_captions`, whose test split is Karpathy's.
+`sickr@SICK_test_annotated.txt`; SentEval's folders `mr@`, `cr@`, `subj@`, `mpqa@`, `sst2@`, `sst5@`, `trec@`, `mrpc@`,
+`sicke@`; `glue/sst2@FOLDER` (train.tsv, dev.tsv); and `coco_retrieval@dataset_coco.json`,
+`flickr30k_retrieval@dataset_flickr30k.json`, whose images lie beside the JSON or in folders named there. Without @PATH
+TFDS is read: `coco_retrieval` (coco_captions, whose test split is Karpathy's), `trec`, `glue/NAME`.
 """
 
 import csv
@@ -15,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from xclip_jax.data.sources import lookup
+from xclip_jax.data import glue as tasks
+from xclip_jax.data.labelled import Field, Paths
+from xclip_jax.data.sources import lookup, open_tfds
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.card import Card, digest
-from xclip_jax.evaluators.catalogue import Field, Paths, Pictures, open_tfds
+from xclip_jax.evaluators.catalogue import Pictures
 from xclip_jax.evaluators.names import Profile
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
 from xclip_jax.evaluators.retrieval import RetrievalSet
@@ -31,17 +34,8 @@ _SENTEVAL = {
     "subj": ("subj.subjective", "subj.objective"),
     "mpqa": ("mpqa.neg", "mpqa.pos"),
 }
-# GLUE's tasks of one sentence or two: columns of the text(s) and of the label; a file without a header has none.
-_GLUE: Mapping[str, tuple[tuple[str, ...], str, str]] = {
-    "cola": (("3",), "1", "linear/matthews"),
-    "sst2": (("sentence",), "label", "linear/top1"),
-    "mrpc": (("#1 String", "#2 String"), "Quality", "linear/top1"),
-    "qqp": (("question1", "question2"), "is_duplicate", "linear/top1"),
-    "qnli": (("question", "sentence"), "label", "linear/top1"),
-    "rte": (("sentence1", "sentence2"), "label", "linear/top1"),
-    "mnli": (("sentence1", "sentence2"), "gold_label", "linear/top1"),
-}
 _SWEEP = Sweep(tuple(2.0**e for e in range(-2, 4)), halvings=0)  # SentEval's C: 2^-2 to 2^3
+_FOLDS = 10
 
 
 def _lines(path: pathlib.Path) -> list[str]:
@@ -81,7 +75,7 @@ def sts(name: str, path: pathlib.Path) -> SimilaritySet:
         subsets[subset] = pairs
     if not subsets:
         raise UserError(f"{name}: folder {str(path)!r} holds no STS.input.*.txt; name the folder of one year.")
-    return SimilaritySet(f"{name}@{path}", subsets, _similar(name, path, subsets))
+    return SimilaritySet(f"{name}@{path}", subsets, _similar(name, path.name, subsets))
 
 
 def sts_benchmark(name: str, path: pathlib.Path) -> SimilaritySet:
@@ -90,7 +84,7 @@ def sts_benchmark(name: str, path: pathlib.Path) -> SimilaritySet:
     if any(len(row) < 7 for row in rows):
         raise UserError(f"{name}: {str(path)!r} must have 7 columns with tabs between them, as sts-test.csv has.")
     pairs = {"": [(row[5], row[6], float(row[4])) for row in rows]}
-    return SimilaritySet(f"{name}@{path}", pairs, _similar(name, path, pairs))
+    return SimilaritySet(f"{name}@{path}", pairs, _similar(name, path.name, pairs))
 
 
 def sick(name: str, path: pathlib.Path) -> SimilaritySet:
@@ -99,68 +93,123 @@ def sick(name: str, path: pathlib.Path) -> SimilaritySet:
     if not rows or not {"sentence_A", "sentence_B", "relatedness_score"} <= set(rows[0]):
         raise UserError(f"{name}: {str(path)!r} needs the columns sentence_A, sentence_B and relatedness_score.")
     pairs = {"": [(r["sentence_A"], r["sentence_B"], float(r["relatedness_score"])) for r in rows]}
-    return SimilaritySet(f"{name}@{path}", pairs, _similar(name, path, pairs))
+    return SimilaritySet(f"{name}@{path}", pairs, _similar(name, path.name, pairs))
 
 
-def _similar(name: str, path: pathlib.Path, subsets: Mapping[str, Sequence[Pair]]) -> Card:
+def _similar(name: str, split: str, subsets: Mapping[str, Sequence[Pair]]) -> Card:
     return Card(
-        data=name, split=path.name, split_hash=digest([name, *subsets.values()]), metric="spearman_all",
+        data=name, split=split, split_hash=digest([name, *subsets.values()]), metric="spearman_all",
         protocol="cosine, no training; Spearman over all pairs (spearman_all); spearman_mean averages the subsets",
     )
 
 
 def senteval(name: str, path: pathlib.Path) -> ProbeSet:
-    """MR, CR, SUBJ or MPQA: a linear probe on one split by tenths (seed 0), not SentEval's ten nested folds."""
+    """MR, CR, SUBJ or MPQA, which have no splits: nested cross-validation in ten folds."""
     texts, labels = [], []
     for label, file in enumerate(_SENTEVAL[name]):
         lines = _lines(path / file)
         texts += lines
         labels += [label] * len(lines)
-    order = np.random.default_rng(0).permutation(len(texts))
-    tenth = max(1, len(order) // 10)
-    parts = (order[2 * tenth :], order[tenth : 2 * tenth], order[:tenth])
     y = np.array(labels)
+    return _senteval(name, path, (texts, [], []), (y, y[:0], y[:0]), "nested, stratified ten-fold cross-validation")
+
+
+def _senteval(
+    name: str, path: pathlib.Path | None, parts: Sequence[Sequence[Any]], labels: tuple[np.ndarray, ...], how: str
+) -> ProbeSet:
+    """A task of SentEval: training, validation and test items; where there are none to choose C on, ten folds are."""
+    pairs = "difference" if isinstance(parts[0][0], tuple) else ""
+    features = "[|u - v|, u v] of text features before projection" if pairs else "text features before projection"
     card = Card(
-        data=name, split_hash=digest([*texts]), metric="linear/top1", note="one of ten folds, not the mean of ten",
-        protocol="logistic regression on text features before projection, C of 2^-2..2^3 on a tenth, tested on a tenth",
+        data=name, split_hash=digest(item for part in parts for item in part), metric="linear/top1",
+        protocol=f"logistic regression on {features}, C of 2^-2..2^3; {how}",
     )
     return ProbeSet(
-        f"{name}@{path}", *([texts[i] for i in part] for part in parts), {"": tuple(y[part] for part in parts)},
-        sweep=_SWEEP, neighbours=False, card=card,
+        f"{name}@{path}" if path else name, *parts, {"": labels}, sweep=_SWEEP, neighbours=False, pairs=pairs,
+        folds=0 if len(parts[1]) else _FOLDS, card=card,
     )
 
 
-def glue(name: str, path: pathlib.Path) -> ProbeSet:
-    """A GLUE task from train.tsv and dev.tsv: a linear probe on frozen features, tested on dev, as test has no labels.
+def _split(read: Callable[[pathlib.Path], list[tuple[Any, str]]], files: Sequence[str]) -> Callable[..., ProbeSet]:
+    """A task of SentEval with splits of its own: `read` gives (text or pair, label) of each of `files`."""
 
-    Two sentences are one text with a space between them, as a causal tower reads them.
+    def task(name: str, path: pathlib.Path) -> ProbeSet:
+        found = [read(path / file) for file in files]
+        number = {label: i for i, label in enumerate(sorted({label for _, label in found[0]}))}
+        strange = {label for part in found for _, label in part} - set(number)
+        if strange:
+            raise UserError(f"{name}: label {min(strange)!r} is not in {str(path / files[0])!r}.")
+        if len(found) == 2:
+            found.insert(1, [])
+        labels = tuple(np.array([number[label] for _, label in part], int) for part in found)
+        how = "own splits" if found[1] else "own splits, C by ten folds of the training items"
+        return _senteval(name, path, [[item for item, _ in part] for part in found], labels, how)
+
+    return task
+
+
+def _read_sst(path: pathlib.Path) -> list[tuple[str, str]]:
+    return [tuple(line.rsplit("\t", 1)) for line in _lines(path)]
+
+
+def _read_trec(path: pathlib.Path) -> list[tuple[str, str]]:
+    """Lines such as "DESC:manner How did ..."; the class is what stands before the colon."""
+    return [(line.partition(" ")[2], line.partition(":")[0]) for line in _lines(path)]
+
+
+def _read_mrpc(path: pathlib.Path) -> list[tuple[tuple[str, str], str]]:
+    rows = [line.lstrip("\ufeff").split("\t") for line in _lines(path)[1:]]
+    return [((row[3], row[4]), row[0]) for row in rows]
+
+
+def _read_sick(path: pathlib.Path) -> list[tuple[tuple[str, str], str]]:
+    return [((row["sentence_A"], row["sentence_B"]), row["entailment_judgment"]) for row in _rows(path)]
+
+
+_SST = [f"sentiment-{part}" for part in ("train", "dev", "test")]
+_SPLITS: Mapping[str, Callable[[str, pathlib.Path], ProbeSet]] = {
+    "sst2": _split(_read_sst, _SST),
+    "sst5": _split(_read_sst, _SST),
+    "trec": _split(_read_trec, ["train_5500.label", "TREC_10.label"]),
+    "mrpc": _split(_read_mrpc, ["msr_paraphrase_train.txt", "msr_paraphrase_test.txt"]),
+    "sicke": _split(_read_sick, ["SICK_train.txt", "SICK_trial.txt", "SICK_test_annotated.txt"]),
+}
+
+
+def trec(data_dir: str | None) -> ProbeSet:
+    """TREC out of TFDS."""
+    sources = [open_tfds("trec", split, data_dir)[0] for split in ("train", "test")]
+    records = [[source[i] for i in range(len(source))] for source in sources]
+    train, test = ([lookup(record, "text")[0] for record in part] for part in records)
+    y_train, y_test = (np.array([record["label-coarse"] for record in part], int) for part in records)
+    how = "own splits, C by ten folds of the training items"
+    return _senteval("trec", None, (train, [], test), (y_train, y_train[:0], y_test), how)
+
+
+def glue(name: str, folder: str, data_dir: str | None) -> ProbeSet | SimilaritySet:
+    """A GLUE task, tested on dev, as test has no labels: a probe of frozen features, or for STS-B cosines.
+
+    The features of two sentences u and v are [u, v, |u - v|, u v], as for the sentence encoders of GLUE's paper.
     """
-    columns, key, metric = _GLUE[name.removeprefix("glue/")]
-    dev = path / ("dev_matched.tsv" if name == "glue/mnli" else "dev.tsv")
-    parts = []
-    for file in (path / "train.tsv", dev):
-        if key.isdigit():  # CoLA has no header
-            rows = [dict(enumerate(line.split("\t"))) for line in _lines(file)]
-            rows = [{str(k): v for k, v in row.items()} for row in rows]
-        else:
-            rows = _rows(file)
-        if not rows or not {*columns, key} <= set(rows[0]):
-            raise UserError(f"{name}: {str(file)!r} needs the columns {', '.join((*columns, key))}.")
-        parts.append([(" ".join(row[c] or "" for c in columns), row[key]) for row in rows if row[key]])
-    number = {label: i for i, label in enumerate(sorted({label for _, label in parts[0]}))}
-    strange = {label for _, label in parts[1]} - set(number)
-    if strange:
-        raise UserError(f"{name}: label {min(strange)!r} of {str(dev)!r} is not in train.tsv.")
-    train, test = ([text for text, _ in part] for part in parts)
-    y_train, y_test = (np.array([number[label] for _, label in part]) for part in parts)
+    task = name.removeprefix("glue/")
+    spec = f"{name}@{folder}" if folder else name
+    texts, y_test = tasks.read_pairs(task, "validation", folder, data_dir)
+    split_hash = digest([*texts, *y_test.tolist()])
+    if not tasks.TASKS[task].labels:
+        pairs = {"": [(a, b, float(gold)) for (a, b), gold in zip(texts, y_test, strict=True)]}
+        return SimilaritySet(spec, pairs, dataclasses.replace(_similar(name, "dev", pairs), split_hash=split_hash))
+    train, y_train = tasks.read_pairs(task, "train", folder, data_dir)
+    two = len(train[0]) == 2
+    train, test = ([tuple(parts) if two else parts[0] for parts in side] for side in (train, texts))
+    features = "[u, v, |u - v|, u v] of text features" if two else "text features"
     card = Card(
-        data=name, split="dev", split_hash=digest(parts[1]), metric=metric,
-        protocol="logistic regression on text features before projection, C of 2^-2..2^3 on a tenth of train",
-        note="frozen features; published GLUE numbers are of fine-tuned towers",
+        data=name, split="dev", split_hash=split_hash, metric=f"linear/{tasks.TASKS[task].metrics[0]}",
+        protocol=f"logistic regression on {features} before projection, C of 2^-2..2^3 on a tenth of train",
+        note="frozen features; published GLUE numbers are of fine-tuned towers, see configs/finetune.py",
     )
     return ProbeSet(
-        f"{name}@{path}", train, [], test, {"": (y_train, y_train[:0], y_test)}, sweep=_SWEEP, neighbours=False,
-        card=card,
+        spec, train, [], test, {"": (y_train, y_train[:0], y_test)}, sweep=_SWEEP, neighbours=False,
+        pairs="all" if two else "", card=card,
     )
 
 
@@ -215,28 +264,34 @@ READERS: Mapping[str, Callable[[str, pathlib.Path], Any]] = {
     "stsb": sts_benchmark,
     "sickr": sick,
     **dict.fromkeys(_SENTEVAL, senteval),
-    **{f"glue/{task}": glue for task in _GLUE},
+    **_SPLITS,
 }
+GLUE = tuple(f"glue/{task}" for task in tasks.TASKS)
+IN_TFDS = ("coco_retrieval", "trec", *GLUE)
 RETRIEVAL = ("coco_retrieval", "flickr30k_retrieval")
 
 
 def check(spec: str) -> bool:
     """Whether `spec` names a set of this file; the path is not looked at."""
     name, _, path = spec.partition("@")
-    return (bool(path) and (name in READERS or name in RETRIEVAL)) or spec == "coco_retrieval"
+    return (bool(path) and name in (*READERS, *RETRIEVAL, *GLUE)) or spec in IN_TFDS
 
 
 def load(spec: str, size: int, data_dir: str | None, profile: Profile) -> SimilaritySet | ProbeSet | RetrievalSet:
     """The set `spec` of the module's docstring; images at `size` pixels."""
     name, _, where = spec.partition("@")
     path = pathlib.Path(where)
+    if name in GLUE:
+        return glue(name, where, data_dir)
+    if spec == "trec":
+        return trec(data_dir)
     if not where:
         return coco_captions(name, data_dir, size, profile)
     if name in RETRIEVAL:
         return karpathy(name, path, size, profile)
     try:
         return READERS[name](name, path)
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, KeyError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{name}: {where!r} is not of the published layout ({error}).") from error

@@ -21,6 +21,10 @@ class Profile:
 
     Attributes:
       imagenet: templates of ImageNet and its relatives, "openai80" or "slip7".
+      clips: whether the other sets have CLIP's own templates, which are SLIP's too, where clip-benchmark's differ.
+      sgd: whether probe/ is SLIP's, see `sgd`; with test pictures cut out of the middle 224 of 256.
+      augment: whether its training pictures are cropped and flipped anew in each epoch, as SLIP's are: a forward pass
+        of all of them for each of 90 epochs.
       resample: how the shorter side is resized, "bicubic" or "bilinear".
       prefix: put before the captions of retrieval.
       lower: whether captions are lower-cased, as SigLIP's are.
@@ -28,6 +32,9 @@ class Profile:
     """
 
     imagenet: str = "openai80"
+    clips: bool = True
+    sgd: bool = False
+    augment: bool = False
     resample: str = "bicubic"
     prefix: str = ""
     lower: bool = False
@@ -41,8 +48,8 @@ class Profile:
 
 PROFILES = {
     "openai": Profile(prefix="a photo of "),  # of the CLIP paper's table 13
-    "slip": Profile(imagenet="slip7", resample="bilinear"),
-    "open_clip": Profile(),
+    "slip": Profile(imagenet="slip7", sgd=True, resample="bilinear"),
+    "open_clip": Profile(clips=False),
 }
 
 # Positions, among the 80, of the seven that forward selection chose (the CLIP repository's notebook); SLIP uses them.
@@ -73,10 +80,27 @@ IMAGENET_R = (
     953, 954, 957, 963, 965, 967, 980, 981, 983, 988,
 )
 
-# CLIP's prompts of these are clip-benchmark's of another set with one word changed.
-_DERIVED = {
-    "birds": ("pets", "pet", "bird"),
-    "actions": ("stl10", "a {c}.", "a person doing {c}."),
+# CLIP's own templates (its repository's prompts.md; SLIP's templates.json has the same) of sets that clip-benchmark
+# lacks, or has others of ("clip_..."): made by the rules that they follow.
+_VERBS = ("", "using ", "doing ", "during ", "performing ", "practicing ")
+_KINDS = ("photo", "video", "example", "demonstration")
+_VIEWS = tuple(f"{how} {what}" for what in ("imagery", "photo", "view") for how in ("satellite", "aerial"))
+_OWN = {
+    "birds": ["a photo of a {c}, a type of bird."],
+    "hatefulmemes": ["a {c}."],
+    "ucf101": [f"a {kind} of {one} person {verb}{{c}}." for verb in _VERBS for one in ("a", "the") for kind in _KINDS],
+    "kinetics700": [f"a {kind} of {who}{{c}}." for kind in _KINDS for who in ("", *(f"a person {v}" for v in _VERBS))],
+    "clip_resisc45": [f"{view} of {article}{{c}}." for article in ("", "a ", "the ") for view in _VIEWS],
+    "clip_clevr_count_all": ["a photo of {c} objects."],
+    "clip_pcam": ["this is a photo of {c}"],
+}
+_OWN_NAMES = {"hatefulmemes": ["meme", "hatespeech meme"]}
+# Of FER2013's classes, in CLIP and SLIP; the mean runs over templates and synonyms.
+SYNONYMS = {
+    "happy": ["happy", "smiling"],
+    "sad": ["sad", "depressed"],
+    "surprised": ["surprised", "shocked", "spooked"],
+    "neutral": ["neutral", "bored"],
 }
 
 
@@ -96,11 +120,15 @@ def templates(name: str) -> list[str]:
     if name in ("openai80", "slip7"):
         found = known["imagenet1k"]
         return [found[i] for i in _SEVEN] if name == "slip7" else found
-    if name in _DERIVED:
-        base, old, new = _DERIVED[name]
-        return [template.replace(old, new) for template in known[base]]
-    one_of("the name of templates", name, ["openai80", "slip7", *_DERIVED, *known])
-    return known[name]
+    one_of("the name of templates", name, ["openai80", "slip7", *_OWN, *known])
+    return _OWN.get(name) or known[name]
+
+
+def chosen(name: str, profile: Profile) -> str:
+    """The templates of a set whose own are called `name`, "imagenet" for ImageNet's, under a profile."""
+    if name == "imagenet":
+        return profile.imagenet
+    return f"clip_{name}" if profile.clips and f"clip_{name}" in _OWN else name
 
 
 def prompts(names: Sequence[str | Sequence[str]], templates_of: str) -> list[list[str]]:
@@ -129,7 +157,7 @@ def class_names(key: str, labels: Sequence[str]) -> list[str]:
     """
     if not key:
         return [readable(label) for label in labels]
-    found = _read("classnames")[key]
+    found = _OWN_NAMES.get(key) or _read("classnames")[key]
     if len(found) != len(labels):
         raise UserError(f"{key} has {len(found)} class names and the data set {len(labels)} labels; use another split.")
 

@@ -13,14 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import Encoder, logistic
+from xclip_jax.evaluators import Encoder, logistic, sgd
 from xclip_jax.evaluators.card import Card
-from xclip_jax.evaluators.scores import Items, class_weights, f1, matthews
+from xclip_jax.evaluators.scores import Items, class_weights
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 COARSE = tuple(10.0**e for e in range(-6, 7, 2))
 _SEEDS = 3
 _CHUNK = 1 << 25  # similarities at once, fp32
+
+# Whether each test item is right, 0.0 or 1.0 (n,), or the share over several fits; and other metrics.
+Result = tuple[np.ndarray, dict[str, float]]
 
 
 def knn(
@@ -129,6 +132,41 @@ def _best(found: Mapping[float, float]) -> float:
     return min(found, key=lambda c: (-found[c], c))
 
 
+def folds(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """Number of the fold, 0 to `count` - 1, of each item (n,): each class spread evenly, drawn with `seed`.
+
+    Raises:
+      UserError: fewer items than folds.
+    """
+    if len(labels) < count:
+        raise UserError(f"{len(labels)} items cannot be {count} folds.")
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]  # one class after the other, each in random order
+    found = np.empty(len(labels), int)
+    found[order] = np.arange(len(labels)) % count
+    return found
+
+
+def choose(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], count: int, tolerance: float) -> float:
+    """The C of `cs` with the best mean accuracy over `count` folds, the smaller of equal ones."""
+    of, right = folds(y, count), np.zeros(len(cs))
+    for fold in range(count):
+        fit = logistic.fit(x[of != fold], y[of != fold], cs, classes, tolerance=tolerance)
+        right += [_right(logits, y[of == fold]).mean() for logits in fit.logits(x[of == fold])]
+    return _best(dict(zip(cs, right.tolist(), strict=True)))
+
+
+def nested(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], count: int, tolerance: float) -> Result:
+    """SentEval's nested cross-validation: each fold is tested once, with the C that folds of the others choose."""
+    of, right, chosen = folds(y, count), np.zeros(len(y)), []
+    for fold in range(count):
+        train, test = of != fold, of == fold
+        chosen.append(choose(x[train], y[train], classes, cs, count, tolerance))
+        fit = logistic.fit(x[train], y[train], [chosen[-1]], classes, tolerance=tolerance)
+        right[test] = _right(fit.logits(x[test])[0], y[test])
+    return right, {"log10_c": float(np.mean(np.log10(chosen)))}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ProbeSet:
     """What a probe is trained, chosen and tested on; images or texts.
@@ -141,6 +179,12 @@ class ProbeSet:
       parts: of the training set, "10%" or "5-shot"; each gives results of its own, means over 3 draws.
       sweep: of C.
       neighbours: whether nearest neighbours are tried too.
+      folds: above 0, C is chosen among the sweep's `coarse` by so many folds of `train`; without `test` items those of
+        `train` are tested, in as many folds (`nested`).
+      pairs: where items are pairs of texts, what their features u and v are joined to: "difference" [|u - v|, u v],
+        SentEval's, or "all" [u, v, |u - v|, u v], GLUE's baselines'.
+      sgd: the linear probe is SLIP's, `sgd.fit`, on `train` and `validation` items.
+      augmented: for `sgd`, epoch -> other views of those items; without it their features are those of one view.
     """
 
     name: str
@@ -151,12 +195,16 @@ class ProbeSet:
     parts: Sequence[str] = ()
     sweep: Sweep = Sweep()
     neighbours: bool = True
+    folds: int = 0
+    pairs: str = ""
+    sgd: bool = False
+    augmented: Callable[[int], Sequence[Any]] | None = None
     card: Card = dataclasses.field(default_factory=Card)
 
     def __post_init__(self) -> None:
         sizes = (len(self.train), len(self.validation), len(self.test))
         for task, labels in self.tasks.items():
-            if tuple(map(len, labels)) != sizes or not sizes[0] or not sizes[2]:
+            if tuple(map(len, labels)) != sizes or not sizes[0] or not (sizes[2] or self.folds):
                 raise UserError(f"{self.name}: {sizes} items and {tuple(map(len, labels))} labels {task!r} differ.")
             unseen = sorted(set(np.concatenate(labels[1:]).tolist()) - set(labels[0].tolist()))
             if unseen:
@@ -181,46 +229,77 @@ class Probe:
 
     def measure(self, variables: Any) -> tuple[dict[str, float], dict[str, Items]]:
         """The metrics, and the items of those that can be resampled."""
-        sides = (self.data.train, self.data.validation, self.data.test)
-        encode = self.encoder.images if self.family == "visual" else self.encoder.texts
-        # One pass for all three: the last batch of each would be filled up.
-        joined = encode(variables, _Joined(sides) if self.family == "visual" else [t for s in sides for t in s], ("h",))
-        features = np.split(joined["h"], np.cumsum([len(side) for side in sides])[:-1])
+        features = self._features(variables)
         metrics: dict[str, float] = {}
         items: dict[str, Items] = {}
         for task, labels in self.data.tasks.items():
             name = f"{self.name}/{task}" if task else self.name
-            for key, (values, extra) in self._task(features, labels).items():
+            tested = labels[2] if len(labels[2]) else labels[0]
+            for key, (values, extra) in self._task(variables, features, labels).items():
                 items[f"{name}/{key}/top1"] = Items(values)
-                items[f"{name}/{key}/mean_per_class"] = Items(values, class_weights(labels[2]))
+                items[f"{name}/{key}/mean_per_class"] = Items(values, class_weights(tested))
                 metrics |= {f"{name}/{key}/{k}": v for k, v in extra.items()}
-                if max(map(np.max, (labels[0], labels[2]))) == 1 and set(np.unique(values)) <= {0.0, 1.0}:
-                    predicted = np.where(values == 1, labels[2], 1 - labels[2])
-                    metrics[f"{name}/{key}/f1"] = 100 * f1(predicted, labels[2])
-                    metrics[f"{name}/{key}/matthews"] = 100 * matthews(predicted, labels[2])
-            sizes = {"n": len(labels[2]), "train": len(labels[0]), "ways": int(labels[0].max()) + 1}
+                if max(map(np.max, (labels[0], tested))) == 1 and set(np.unique(values)) <= {0.0, 1.0}:
+                    predicted = np.where(values == 1, tested, 1 - tested)
+                    for kind in ("f1", "matthews"):
+                        items[f"{name}/{key}/{kind}"] = Items(predicted, other=tested, statistic=kind)
+            sizes = {"n": len(tested), "train": len(labels[0]), "ways": int(labels[0].max()) + 1}
             metrics |= {f"{name}/{key}": float(value) for key, value in sizes.items()}
-            metrics[f"{name}/majority"] = 100 * float(np.mean(labels[2] == np.bincount(labels[0]).argmax()))
+            metrics[f"{name}/majority"] = 100 * float(np.mean(tested == np.bincount(labels[0]).argmax()))
         return {key: item.value() for key, item in items.items()} | metrics, items
 
+    def _features(self, variables: Any) -> list[np.ndarray]:
+        """Features of the three parts."""
+        sides = (self.data.train, self.data.validation, self.data.test)
+        ends = np.cumsum([len(side) for side in sides])[:-1]
+        # One pass for all three: the last batch of each would be filled up.
+        if self.family == "visual":
+            return np.split(self.encoder.images(variables, Joined(sides), ("h",))["h"], ends)
+        texts = [item for side in sides for item in side]
+        if not self.data.pairs:
+            return np.split(self.encoder.texts(variables, texts, ("h",))["h"], ends)
+        h = self.encoder.texts(variables, [text for pair in texts for text in pair], ("h",))["h"]
+        u, v = h[::2], h[1::2]
+        joined = [*((u, v) if self.data.pairs == "all" else ()), np.abs(u - v), u * v]
+        return np.split(np.concatenate(joined, axis=1), ends)
+
     def _task(
-        self, features: Sequence[np.ndarray], labels: Sequence[np.ndarray]
-    ) -> dict[str, tuple[np.ndarray, dict[str, float]]]:
-        """{"linear": (share right of each test item (n,), more metrics)} for each way of probing."""
+        self, variables: Any, features: Sequence[np.ndarray], labels: Sequence[np.ndarray]
+    ) -> dict[str, Result]:
+        """{"linear": result} for each way of probing."""
         train, held, test = ((x, y) for x, y in zip(features, labels, strict=True))
-        classes = int(train[1].max()) + 1
-        out = {"linear": linear(train, held, test, classes, self.data.sweep, self._score)}
+        classes, sweep, count = int(train[1].max()) + 1, self.data.sweep, self.data.folds
+        both = (np.concatenate([train[0], held[0]]), np.concatenate([train[1], held[1]]))
+        if count and not len(test[1]):
+            return {"linear": nested(*train, classes, sweep.coarse, count, sweep.tolerance)}
+        if count:
+            c = choose(*train, classes, sweep.coarse, count, sweep.tolerance)
+            return {"linear": linear(train, held, test, classes, Sweep((c,), 0, sweep.tolerance), self._score)}
+        if self.data.sgd:
+            out = {"linear": (self._sgd(variables, both, test, classes), {})}
+        else:
+            out = {"linear": linear(train, held, test, classes, sweep, self._score)}
         if self.data.neighbours:
-            both = (np.concatenate([train[0], held[0]]), np.concatenate([train[1], held[1]]))
             out["knn"] = (_right(knn(*both, test[0], classes), test[1]), {})
         for part in self.data.parts:
             runs = []
             for seed in range(_SEEDS):
                 chosen = subset(train[1], part, seed)
                 some = (train[0][chosen], train[1][chosen])
-                runs.append(linear(some, held, test, classes, self.data.sweep, self._score, join=False)[0])
+                runs.append(linear(some, held, test, classes, sweep, self._score, join=False)[0])
             out[f"linear/{part}"] = (np.mean(runs, axis=0), {})
         return out
+
+    def _sgd(
+        self, variables: Any, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], classes: int
+    ) -> np.ndarray:
+        def features(epoch: int) -> np.ndarray:
+            if self.data.augmented is None:
+                return train[0]
+            return self.encoder.images(variables, self.data.augmented(epoch), ("h",))["h"]
+
+        weights, bias = sgd.fit(features, train[1], classes)
+        return _right(test[0] @ weights + bias, test[1])
 
     def _score(self, logits: np.ndarray, labels: np.ndarray) -> float:
         """What C is chosen by: the set's own metric."""
@@ -231,7 +310,7 @@ class Probe:
 def linear(
     train: tuple[np.ndarray, np.ndarray], held: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray],
     classes: int, sweep: Sweep, score: Callable[[np.ndarray, np.ndarray], float], *, join: bool = True,
-) -> tuple[np.ndarray, dict[str, float]]:
+) -> Result:
     """CLIP's linear probe: C by `search` on `held`, then one fit on `train` and (if `join`) `held`, tested once.
 
     Without `held` items a tenth of `train` is held. Where one C is tried there is nothing to choose.
@@ -257,7 +336,7 @@ def _right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return ((logits.argmax(axis=1) == labels) & ~np.isnan(logits).any(axis=1)).astype(float)
 
 
-class _Joined(Sequence):
+class Joined(Sequence):
     """Sequences one after another, without loading their items."""
 
     def __init__(self, parts: Sequence[Sequence[Any]]) -> None:

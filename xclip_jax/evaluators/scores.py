@@ -96,9 +96,9 @@ class Items:
     """What one number is made of, so that it can be resampled: `value()` is the number.
 
     Attributes:
-      values: (n,) for statistic "mean"; scores (n,) otherwise.
+      values: (n,) for statistic "mean"; otherwise scores, or classes that were predicted: what `STATISTICS` takes.
       weights: of a mean, (n,); images of three artists count so that each artist counts the same.
-      other: what scores are held against: gold values for "spearman", bool for "roc_auc".
+      other: what values are held against: gold values, classes, or bool.
       statistic: one of `STATISTICS`.
     """
 
@@ -117,7 +117,12 @@ def _mean(values: np.ndarray, weights: np.ndarray | None) -> float:
     return float(np.average(values, weights=weights))
 
 
-STATISTICS: Mapping[str, Callable[..., float]] = {"mean": _mean, "spearman": spearman, "roc_auc": roc_auc}
+STATISTICS: Mapping[str, Callable[..., float]] = {
+    "mean": _mean, "spearman": spearman, "pearson": pearson, "roc_auc": roc_auc, "f1": f1, "matthews": matthews,
+    # A class that a resample lacks counts 0, on both sides of a comparison.
+    "map": lambda *items: float(average_precision(*items).mean()),
+    "map11": lambda *items: float(eleven_point(*items).mean()),
+}
 
 
 def class_weights(labels: np.ndarray) -> np.ndarray:

@@ -1,20 +1,37 @@
-"""Results as people read them: a table, and one line for the middle of a run."""
+"""Results as people read them: tables, and one line for the middle of a run."""
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 Results = Mapping[str, float]
 Row = tuple[str, str, dict[str, float]]
 
 _RECALLS = ("image_to_text/r1", "image_to_text/r5", "text_to_image/r1", "text_to_image/r5")
+
+
+class Table(NamedTuple):
+    """One table: its rows are of one kind of set.
+
+    Attributes:
+      title: stands above the sets' names.
+      columns: name and format of each further column; one without a name holds what chance gives for the one before.
+      rows: name of the set and the cells; a name that begins with spaces says more of the set above.
+    """
+
+    title: str
+    columns: tuple[tuple[str, str], ...]
+    rows: list[tuple[str, list[str]]]
+
+
 # Family, the metric that marks a set of it, the metrics to show.
 _KINDS = (
     ("zeroshot", "top1", ("top1", "top5")),
     ("zeroshot", "map", ("map11", "map")),
     ("retrieval", "captions", _RECALLS),
-    ("visual", "majority", ("linear/top1", "knn/top1")),
-    ("textual", "majority", ("linear/top1",)),
+    ("visual", "majority", ("linear/top1", "knn/top1", "finetuned/top1")),
+    ("textual", "majority", ("linear/top1", "finetuned/top1", "finetuned/matthews", "finetuned/f1")),
     ("textual", "queries", ("r1", "r5")),
-    ("textual", "pairs", ("spearman_all", "spearman_mean")),
+    ("textual", "pairs", ("spearman_all", "spearman_mean", "finetuned/spearman", "finetuned/pearson")),
 )
 # Sets of classes that training may know in a style that it does not, by what their names begin with.
 OUT_OF_DOMAIN = ("emoji/test_line", "imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "objectnet")
@@ -44,75 +61,110 @@ def headlines(results: Results) -> str:
     return "  ".join(parts)
 
 
+def tables(results: Results) -> list[Table]:
+    """The sets of each kind, then `families` where there are several; what chance gives is in brackets."""
+    parts = (_classified, _several, _retrieved, _probed, _finetuned, _texts, _similar, families)
+    found = [part(results) for part in parts]
+    return [table for table in found if len(table.rows) > (table.title == _FAMILIES)]
+
+
 def render(results: Results) -> str:
-    """The final table: the sets of each kind, then one row for each family. What chance gives stands in brackets."""
-    parts = (_classified, _retrieved, _probed, _texts, _families)
-    return "\n".join(line for part in parts for line in part(results))
+    """The final table as text."""
+    lines = []
+    for title, columns, rows in tables(results):
+        width = 26 if title == _FAMILIES else 42
+        for name, cells in [(title, [column for column, _ in columns]), *rows]:
+            line = "".join(f"{cell:{form}}" for cell, (_, form) in zip(cells, columns, strict=True))
+            lines.append(f"{name:<{width}}{line}".rstrip())
+    return "\n".join(lines)
 
 
 def _of(results: Results, *families: str, having: str = "") -> list[Row]:
     return [row for row in rows(results) if row[0] in families and (not having or having in row[2])]
 
 
-def _classified(results: Results) -> list[str]:
-    lines = []
+def _classified(results: Results) -> Table:
+    columns = (("ways", ">6"), ("images", ">8"), ("top-1", ">8"), ("", ">7"), ("top-5", ">8"), ("", ">7"))
+    found = []
     for _, name, values in _of(results, "zeroshot", having="top1"):
         ways, n = results[f"zeroshot/{name}/ways"], results[f"zeroshot/{name}/n"]
-        chance = [f"({100 * min(k / ways, 1):.1f})" for k in (1, 5)]
-        lines.append(
-            f"{name:<42}{ways:>6.0f}{n:>8.0f}{values['top1']:>8.1f}{chance[0]:>7}{values['top5']:>8.1f}{chance[1]:>7}"
-        )
+        shares = [f"{values['top1']:.1f}", _by_chance(1, ways), f"{values['top5']:.1f}", _by_chance(5, ways)]
+        found.append((name, [f"{ways:.0f}", f"{n:.0f}", *shares]))
         for kind in ("cosine", "cross_entropy"):
             if f"zeroshot/{name}/{kind}/top1" in results:
                 top1, top5 = (results[f"zeroshot/{name}/{kind}/top{k}"] for k in (1, 5))
-                lines.append(f"{'  by clusters, ' + kind.replace('_', '-'):<56}{top1:>8.1f}{'':>7}{top5:>8.1f}")
+                label = f"  by clusters, {kind.replace('_', '-')}"
+                found.append((label, ["", "", f"{top1:.1f}", "", f"{top5:.1f}", ""]))
         if name.startswith(OUT_OF_DOMAIN) and "zeroshot/imagenet/top1" in results:
-            lines.append(f"{'  less than imagenet':<56}{results['zeroshot/imagenet/top1'] - values['top1']:>8.1f}")
-    head = f"{'zero-shot classification, %':<42}{'ways':>6}{'images':>8}{'top-1':>8}{'':>7}{'top-5':>8}"
-    several = _of(results, "zeroshot", having="map")
-    for _, name, values in several:
-        ways, n = results[f"zeroshot/{name}/ways"], results[f"zeroshot/{name}/n"]
-        lines.append(f"{name:<42}{ways:>6.0f}{n:>8.0f}{values['map11']:>8.1f} 11-point mAP {values['map']:>8.1f} mAP")
-    return [head, *lines] if lines else []
+            gap = results["zeroshot/imagenet/top1"] - values["top1"]
+            found.append(("  less than imagenet", ["", "", f"{gap:.1f}", "", "", ""]))
+    return Table("zero-shot classification, %", columns, found)
 
 
-def _retrieved(results: Results) -> list[str]:
-    lines = []
+def _by_chance(k: int, ways: float) -> str:
+    return f"({100 * min(k / ways, 1):.1f})"
+
+
+def _several(results: Results) -> Table:
+    found = []
+    for _, name, values in _of(results, "zeroshot", having="map"):
+        sizes = [f"{results[f'zeroshot/{name}/{key}']:.0f}" for key in ("ways", "n")]
+        found.append((name, [*sizes, f"{values['map11']:.1f}", f"{values['map']:.1f}"]))
+    columns = (("ways", ">6"), ("images", ">8"), ("11-point mAP", ">15"), ("mAP", ">8"))
+    return Table("zero-shot, several labels an image, %", columns, found)
+
+
+def _retrieved(results: Results) -> Table:
+    found = []
     for _, name, values in _of(results, "retrieval"):
-        images, captions = results[f"retrieval/{name}/images"], results[f"retrieval/{name}/captions"]
-        lines.append(f"{name:<42}{images:>6.0f}{captions:>8.0f}" + "".join(f"{v:>8.1f}" for v in values.values()))
-    ways = "".join(f"{column:>8}" for column in ("i2t@1", "i2t@5", "t2i@1", "t2i@5"))
-    return [f"{'retrieval, recall %':<42}{'images':>6}{'texts':>8}{ways}", *lines] if lines else []
+        sizes = [f"{results[f'retrieval/{name}/{key}']:.0f}" for key in ("images", "captions")]
+        found.append((name, [*sizes, *(f"{values[metric]:.1f}" for metric in _RECALLS)]))
+    columns = (("images", ">6"), ("texts", ">8"), *((c, ">8") for c in ("i2t@1", "i2t@5", "t2i@1", "t2i@5")))
+    return Table("retrieval, recall %", columns, found)
 
 
-def _probed(results: Results) -> list[str]:
-    lines = []
+def _probed(results: Results) -> Table:
+    found = []
     for family, name, values in _of(results, "visual", "textual", having="linear/top1"):
         ways, n, most = (results[f"{family}/{name}/{key}"] for key in ("ways", "n", "majority"))
-        neighbours = f"{values['knn/top1']:>8.1f}" if "knn/top1" in values else ""
-        lines.append(f"{name:<42}{ways:>6.0f}{n:>8.0f}{values['linear/top1']:>8.1f}{f'({most:.1f})':>7}{neighbours}")
-    return [f"{'frozen features, %':<42}{'ways':>6}{'items':>8}{'linear':>8}{'':>7}{'kNN':>8}", *lines] if lines else []
+        neighbours = f"{values['knn/top1']:.1f}" if "knn/top1" in values else ""
+        found.append((name, [f"{ways:.0f}", f"{n:.0f}", f"{values['linear/top1']:.1f}", f"({most:.1f})", neighbours]))
+    columns = (("ways", ">6"), ("items", ">8"), ("linear", ">8"), ("", ">7"), ("kNN", ">8"))
+    return Table("frozen features, %", columns, found)
 
 
-def _texts(results: Results) -> list[str]:
-    lines = []
+def _finetuned(results: Results) -> Table:
+    found = []
+    for family, name, values in rows(results):
+        shown = {key.partition("/")[2]: value for key, value in values.items() if key.startswith("finetuned/")}
+        for i, (key, value) in enumerate(shown.items()):
+            n = results.get(f"{family}/{name}/n", results.get(f"{family}/{name}/pairs"))
+            found.append(("  the same", ["", key, f"{value:.1f}"]) if i else (name, [f"{n:.0f}", key, f"{value:.1f}"]))
+    return Table("fine-tuned, %", (("items", ">14"), ("metric", ">11"), ("%", ">8")), found)
+
+
+def _texts(results: Results) -> Table:
+    found = []
     for _, name, values in _of(results, "textual", having="r1"):
         texts, n = results[f"textual/{name}/texts"], results[f"textual/{name}/queries"]
-        chance = [f"({100 * min(k / texts, 1):.1f})" for k in (1, 5)]
-        lines.append(
-            f"{name:<42}{texts:>6.0f}{n:>8.0f}{values['r1']:>8.1f}{chance[0]:>7}{values['r5']:>8.1f}{chance[1]:>7}"
-        )
-    head = f"{'texts by texts, recall %':<42}{'texts':>6}{'queries':>8}{'R@1':>8}{'':>7}{'R@5':>8}"
-    found = [head, *lines] if lines else []
-    lines = []
+        shares = [f"{values['r1']:.1f}", _by_chance(1, texts), f"{values['r5']:.1f}", _by_chance(5, texts)]
+        found.append((name, [f"{texts:.0f}", f"{n:.0f}", *shares]))
+    columns = (("texts", ">6"), ("queries", ">8"), ("R@1", ">8"), ("", ">7"), ("R@5", ">8"), ("", ">7"))
+    return Table("texts by texts, recall %", columns, found)
+
+
+def _similar(results: Results) -> Table:
+    found = []
     for _, name, values in _of(results, "textual", having="spearman_all"):
-        n = results[f"textual/{name}/pairs"]
-        lines.append(f"{name:<48}{n:>8.0f}{values['spearman_all']:>8.1f}{'':>7}{values['spearman_mean']:>8.1f}")
-    head = f"{'similarity of texts, Spearman x 100':<48}{'pairs':>8}{'all':>8}{'':>7}{'mean':>8}"
-    return [*found, head, *lines] if lines else found
+        shares = [f"{values[key]:.1f}" for key in ("spearman_all", "spearman_mean")]
+        found.append((name, [f"{results[f'textual/{name}/pairs']:.0f}", *shares]))
+    return Table("similarity of texts, Spearman x 100", (("pairs", ">14"), ("all", ">8"), ("mean", ">15")), found)
 
 
-def _families(results: Results) -> list[str]:
+_FAMILIES = "the families"
+
+
+def families(results: Results) -> Table:
     """One row for each family: its first set that is not for validation, the first metric, what chance gives."""
     tested = [row for row in rows(results) if "/validation" not in row[1]] or rows(results)
     outside = [row[0] == "zeroshot" and row[1].startswith(OUT_OF_DOMAIN) for row in tested]
@@ -123,13 +175,13 @@ def _families(results: Results) -> list[str]:
         ("visual representation", lambda row, out: row[0] == "visual"),
         ("textual representation", lambda row, out: row[0] == "textual"),
     )
-    lines = []
+    found = []
     for family, fits in wanted:
         row = next((row for row, out in zip(tested, outside, strict=True) if fits(row, out)), None)
         if row:
             metric, value = next(iter(row[2].items()))
-            lines.append(f"{family:<26}{row[1]:<30}{metric:<18}{value:>6.1f}{_chance(results, row):>8}")
-    return [f"{'the families':<26}{'set':<30}{'metric':<18}{'%':>6}{'chance':>8}", *lines] if len(lines) > 1 else []
+            found.append((family, [row[1], metric, f"{value:.1f}", _chance(results, row)]))
+    return Table(_FAMILIES, (("set", "<30"), ("metric", "<18"), ("%", ">6"), ("chance", ">8")), found)
 
 
 def _chance(results: Results, row: Row) -> str:

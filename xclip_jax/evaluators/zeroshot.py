@@ -13,7 +13,7 @@ import numpy as np
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Encoder, Features
 from xclip_jax.evaluators.card import Card
-from xclip_jax.evaluators.scores import Items, average_precision, class_weights, eleven_point
+from xclip_jax.evaluators.scores import Items, class_weights
 
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -121,6 +121,7 @@ class ZeroShotSet:
       prompts: for each class its texts, templates filled in; classes may share texts.
       groups: bool (n,) of named parts, such as one for each vendor; the set's value is then their unweighted mean.
       names: of the classes, for people to read; by default their first prompts.
+      coarse: of each class a coarser one that it is part of, for people to read; may be empty.
       card: where the set is from; its `metric` "roc_auc" (two classes) and "top1_top5" add that one to the others.
     """
 
@@ -131,6 +132,7 @@ class ZeroShotSet:
     groups: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     names: Sequence[str] = ()
     card: Card = dataclasses.field(default_factory=Card)
+    coarse: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         n, ways = len(self.images), len(self.prompts)
@@ -145,8 +147,9 @@ class ZeroShotSet:
             pass
         elif np.min(self.labels) < 0 or np.max(self.labels) >= ways or not all(self.prompts):
             raise UserError(f"{self.name}: labels must be below {ways}, the number of classes, each with a prompt.")
-        if len(self.names or self.prompts) != ways:
-            raise UserError(f"{self.name}: {len(self.names)} names for {ways} classes; give each one a name, or none.")
+        for words in (self.names, self.coarse):
+            if len(words or self.prompts) != ways:
+                raise UserError(f"{self.name}: {len(words)} names for {ways} classes; give each one a name, or none.")
         for group, mask in self.groups.items():
             if np.shape(mask) != (n,) or not np.any(mask):
                 raise UserError(f"{self.name}: group {group!r} must be a bool for each of {n} images, not all False.")
@@ -187,8 +190,9 @@ class ZeroShot:
         for kind, scores in self.scores(variables).items():
             prefix = f"{self.name}/{kind}" if kind else self.name
             if labels.ndim == 2:
-                precisions = {"map": average_precision(scores, labels), "map11": eleven_point(scores, labels)}
-                metrics |= {f"{prefix}/{key}": 100 * float(value.mean()) for key, value in precisions.items()}
+                found = {key: Items(scores, other=labels, statistic=key) for key in ("map", "map11")}
+                items |= {f"{prefix}/{key}": item for key, item in found.items()}
+                metrics |= {f"{prefix}/{key}": item.value() for key, item in found.items()}
                 continue
             found = _items(scores, labels, self.data.groups)
             if self.data.card.metric == "roc_auc":

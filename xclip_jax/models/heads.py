@@ -1,4 +1,4 @@
-"""What stands on the towers: CLIP's linear projection and nCLIP's cluster head."""
+"""What stands on the towers: CLIP's linear projection, nCLIP's cluster head, the classifier of fine-tuning."""
 
 from typing import Any
 
@@ -30,6 +30,19 @@ class Projection(nn.Module):
         std = h.shape[-1] ** -0.5
         kernel = dense(self.features, ("embed", None), std=std, dtype=self.dtype, use_bias=False, name="linear")
         return l2_normalize(kernel(h))
+
+
+class Classifier(nn.Module):
+    """Features (b, d) -> fp32 logits of `classes`, linear. It starts near zero: fine-tuning first fits it alone."""
+
+    classes: int
+    std: float = 2e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, h: Array) -> Array:
+        linear = dense(self.classes, ("embed", None), std=self.std, dtype=self.dtype, name="linear")
+        return linear(h).astype(jnp.float32)
 
 
 class ClusterHead(nn.Module):

@@ -128,7 +128,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). Returns a pair, as `nn.scan` asks. (b, n, d) -> (b, n, d)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). Returns a pair, as `nn.scan` asks. (b, n, d) -> (b, n, d).
+
+    `keep` (b, 2) multiplies the two branches of each sample, where given.
+    """
 
     heads: int
     mlp_ratio: float
@@ -139,13 +142,16 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array) -> tuple[Array, None]:
+    def __call__(self, x: Array, keep: Array | None = None) -> tuple[Array, None]:
+        def kept(branch: Array, i: int) -> Array:
+            return branch if keep is None else branch * keep[:, i, None, None].astype(branch.dtype)
+
         hidden = int(self.mlp_ratio * x.shape[-1])
         attention = Attention(self.heads, self.out_std, self.causal, self.dtype, name="attention")
         mlp = Mlp(hidden, self.out_std, self.act, self.dtype, name="mlp")
         x = constrain(x, "batch", None, None)
-        x = x + attention(LayerNorm(self.eps, self.dtype, name="norm_1")(x))
-        x = x + mlp(LayerNorm(self.eps, self.dtype, name="norm_2")(x))
+        x = x + kept(attention(LayerNorm(self.eps, self.dtype, name="norm_1")(x)), 0)
+        x = x + kept(mlp(LayerNorm(self.eps, self.dtype, name="norm_2")(x)), 1)
         return constrain(x, "batch", None, None), None
 
 
@@ -154,6 +160,10 @@ class Transformer(nn.Module):
 
     `scan` stacks the blocks' parameters and compiles one block (on a CPU it costs about 25 %); `remat` says what the
     backward pass recomputes. The two are independent.
+
+    With `noise` (b, depth, 2), uniform, blocks are left out of a training pass (stochastic depth, arXiv 1603.09382):
+    each branch of a sample with a probability that rises from 0 in the first block to `drop_path` in the last; what
+    stays counts for more. The noise comes from outside, one row a sample, as that of patch dropout.
     """
 
     depth: int
@@ -165,9 +175,10 @@ class Transformer(nn.Module):
     scan: bool = False
     remat: str = "none"
     dtype: Any = jnp.float32
+    drop_path: float = 0.0
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, noise: Array | None = None) -> Array:
         tower = ".".join(("model", *self.path[:-1]))  # model.img or model.txt
         one_of(f"{tower}.act", self.act, ACTIVATIONS)
         one_of(f"{tower}.remat", self.remat, REMAT_POLICIES)
@@ -176,18 +187,23 @@ class Transformer(nn.Module):
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan)
+        keep = None
+        if noise is not None and self.drop_path:
+            rates = self.drop_path * jnp.arange(self.depth)[:, None, None] / max(self.depth - 1, 1)
+            keep = (noise.swapaxes(0, 1) >= rates) / (1 - rates)  # (depth, b, 2)
         args = (self.heads, self.mlp_ratio, out_std, self.causal, self.act, self.eps, self.dtype)
         if self.scan:
             stacked = nn.scan(
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
+                in_axes=0,
                 length=self.depth,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            return stacked(*args, name="blocks")(x)[0]
+            return stacked(*args, name="blocks")(x, keep)[0]
         for i in range(self.depth):
-            x, _ = block(*args, name=f"block_{i}")(x)
+            x, _ = block(*args, name=f"block_{i}")(x, None if keep is None else keep[i])
         return x
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from xclip_jax.errors import one_of
-from xclip_jax.models.heads import ClusterHead, Projection
+from xclip_jax.models.heads import Classifier, ClusterHead, Projection
 from xclip_jax.models.layers import named
 from xclip_jax.models.text import TextTransformer
 from xclip_jax.models.vit import VisionTransformer
@@ -42,7 +42,7 @@ def preset(name: str) -> dict[str, Any]:
 
 
 class TwoTowers(nn.Module):
-    """Image and text towers with a projection head, a cluster head, or both.
+    """Image and text towers with a projection head, a cluster head, or both; or one of them with a classifier.
 
     Attributes:
       img: fields of `VisionTransformer`.
@@ -51,6 +51,8 @@ class TwoTowers(nn.Module):
       scale_init: initial value of the logit scale t = exp(log_scale).
       bias_init: initial logit bias of the sigmoid loss, or None for no bias.
       cluster_head: fields of `ClusterHead`, or None for no cluster heads.
+      classifier: fields of `Classifier` for fine-tuning, or None.
+      towers: those that the model has; the classifier stands on the first.
       dtype: computation dtype of towers and heads; parameters, norms, softmax and logits stay fp32.
     """
 
@@ -60,6 +62,8 @@ class TwoTowers(nn.Module):
     scale_init: float = 1 / 0.07
     bias_init: float | None = None
     cluster_head: Mapping[str, Any] | None = None
+    classifier: Mapping[str, Any] | None = None
+    towers: tuple[str, ...] = ("img", "txt")
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
@@ -75,10 +79,12 @@ class TwoTowers(nn.Module):
         if self.cluster_head is not None:
             self.cluster_img = ClusterHead(**self.cluster_head, dtype=self.dtype, name="clusters_img")
             self.cluster_txt = ClusterHead(**self.cluster_head, dtype=self.dtype, name="clusters_txt")
+        if self.classifier is not None:
+            self.classify = Classifier(**self.classifier, dtype=self.dtype, name="classifier")
 
-    def encode_image(self, image: Array, noise: Array | None = None) -> Array:
-        """Normalised pixels (b, h, w, 3) -> h_img (b, d); `noise` is of patch dropout, see `VisionTransformer`."""
-        return constrain(self.tower_img(image, noise), "batch", None)
+    def encode_image(self, image: Array, noise: Array | None = None, paths: Array | None = None) -> Array:
+        """Normalised pixels (b, h, w, 3) -> h_img (b, d); for `noise` and `paths` see `VisionTransformer`."""
+        return constrain(self.tower_img(image, noise, paths), "batch", None)
 
     def encode_text(self, text: Array) -> Array:
         """int32 tokens (b, n) -> h_txt (b, d)."""
@@ -91,8 +97,8 @@ class TwoTowers(nn.Module):
 
         Returns:
           z_img, z_txt (b, e) L2-normalised, `scale` = exp(log_scale) and `bias`, where there are projections;
-          s_img, s_txt (b, k) cluster logits, where there are cluster heads, or their `Factors` where `logits` is false.
-          All fp32. With `train` BatchNorm uses the
+          s_img, s_txt (b, k) cluster logits, where there are cluster heads, or their `Factors` where `logits` is false;
+          logits (b, classes) of a classifier. All fp32. With `train` BatchNorm uses the
           batch's statistics and moves the running ones (collection "batch_stats", to be made mutable).
         """
         out = {}
@@ -109,9 +115,12 @@ class TwoTowers(nn.Module):
                 out["s_img"] = self.cluster_img(h_img, train=train, logits=logits)
             if h_txt is not None:
                 out["s_txt"] = self.cluster_txt(h_txt, train=train, logits=logits)
+        if self.classifier is not None:
+            out["logits"] = self.classify(h_img if self.towers[0] == "img" else h_txt)
         return out
 
     def __call__(self, image: Array, text: Array, *, train: bool = False) -> dict[str, Array]:
         """`project(encode_image(image), encode_text(text))`, with h_img and h_txt among the results."""
-        h_img, h_txt = self.encode_image(image), self.encode_text(text)
+        h_img = self.encode_image(image) if "img" in self.towers else None
+        h_txt = self.encode_text(text) if "txt" in self.towers else None
         return {"h_img": h_img, "h_txt": h_txt} | self.project(h_img, h_txt, train=train)

@@ -45,13 +45,14 @@ class VisionTransformer(nn.Module):
 
     `noise` (b, patches) says which patches a training pass keeps where there is patch dropout: those with the smallest
     values. It comes from outside, one row a sample, so that an image loses the same patches in whatever part of the
-    batch it is encoded; without it all patches are kept.
+    batch it is encoded; without it all patches are kept. `paths` is the same of `drop_path`, see `Transformer`.
 
     Attributes:
       size: side of the square input, pixels; a multiple of `patch`.
       patch: side of a patch, pixels.
       pool: "cls" (class token), "mean" (over patches) or "map" (attention pooling); only "cls" adds a token.
       pre_norm: LayerNorm before the first block, as CLIP has it.
+      drop_path: probability with which a training pass leaves out a branch of the last block, see `Transformer`.
       patch_dropout: share of patches left out of a training pass (FLIP, arXiv 2212.00794); the class token stays.
     """
 
@@ -66,12 +67,13 @@ class VisionTransformer(nn.Module):
     act: str = "gelu"
     eps: float = 1e-5
     patch_dropout: float = 0.0
+    drop_path: float = 0.0
     scan: bool = False
     remat: str = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, image: Array, noise: Array | None = None) -> Array:
+    def __call__(self, image: Array, noise: Array | None = None, paths: Array | None = None) -> Array:
         self._check(image)
         x = einops.rearrange(image.astype(self.dtype), "b (h p) (w q) c -> b (h w) (p q c)", p=self.patch, q=self.patch)
         std = self.width**-0.5
@@ -90,8 +92,8 @@ class VisionTransformer(nn.Module):
             x = LayerNorm(self.eps, self.dtype, name="norm_pre")(x)
         x = Transformer(
             self.depth, self.heads, self.mlp_ratio, False, self.act, self.eps, self.scan, self.remat, self.dtype,
-            name="transformer",
-        )(x)  # (b, n, d)
+            self.drop_path, name="transformer",
+        )(x, paths)  # (b, n, d)
         if self.pool == "cls":
             x = x[:, :1]  # LayerNorm is per token: only the class token needs it
         x = LayerNorm(self.eps, self.dtype, name="norm_post")(x)
@@ -106,8 +108,9 @@ class VisionTransformer(nn.Module):
                 f"model.img: size {self.size} must be a multiple of patch {self.patch}, "
                 f"and width {self.width} of heads {self.heads}."
             )
-        if not 0 <= self.patch_dropout < 1:
-            raise UserError(f"model.img.patch_dropout is {self.patch_dropout}; it must be at least 0 and below 1.")
+        for key in ("patch_dropout", "drop_path"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(f"model.img.{key} is {getattr(self, key)}; it must be at least 0 and below 1.")
         if image.shape[1:] != (self.size, self.size, 3):
             raise UserError(f"images of shape {image.shape} met a tower of size {self.size}; set model.img.size.")
 

@@ -1,0 +1,108 @@
+"""What a fine-tuned model makes of labelled items: the classifier that training fitted, tested.
+
+`finetuned/SPEC`, where SPEC is a source as `data.labelled` names them: finetuned/tfds:imagenet2012/validation,
+finetuned/folder:PATH, finetuned/glue:cola/validation.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from xclip_jax.data import glue, labelled
+from xclip_jax.errors import UserError
+from xclip_jax.evaluators import Encoder
+from xclip_jax.evaluators.card import Card, digest
+from xclip_jax.evaluators.catalogue import Pictures
+from xclip_jax.evaluators.names import Profile
+from xclip_jax.evaluators.scores import Items, class_weights
+from xclip_jax.evaluators.zeroshot import accuracy
+
+PREFIX = "finetuned/"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LabelledSet:
+    """Items and their labels.
+
+    Attributes:
+      name: in the metrics' names.
+      items: as `Encoder.images` or `Encoder.texts` takes them.
+      labels: classes int (n,), or numbers fp32 (n,).
+      classes: number of them; 1 where labels are numbers.
+    """
+
+    name: str
+    items: Sequence[Any]
+    labels: np.ndarray
+    classes: int
+    card: Card = dataclasses.field(default_factory=Card)
+
+
+class Finetuned:
+    """Results in percent, named "visual/<set>/finetuned/top1", or "textual/..." for texts.
+
+    Of classes top1, top5 and mean_per_class, of two of them also f1 and matthews, beside n, ways and "majority", what
+    always naming the largest class gives; of numbers spearman and pearson, beside their number "pairs".
+    """
+
+    def __init__(self, encoder: Encoder, data: LabelledSet) -> None:
+        self.encoder, self.data = encoder, data
+        self.images = not isinstance(data.items[0], str)
+        self.name = f"{'visual' if self.images else 'textual'}/{data.name}"
+
+    def run(self, variables: Any) -> dict[str, float]:
+        """The metrics that the class names; `variables` is what `TwoTowers.apply` takes."""
+        return self.measure(variables)[0]
+
+    def measure(self, variables: Any) -> tuple[dict[str, float], dict[str, Items]]:
+        """The metrics, and the items of those that can be resampled."""
+        encode = self.encoder.images if self.images else self.encoder.texts
+        logits = encode(variables, self.data.items, ("c",)).get("c")
+        if logits is None or logits.shape[1] != self.data.classes:
+            found = "no classifier" if logits is None else f"a classifier of {logits.shape[1]} classes"
+            raise UserError(f"{self.data.name} has {self.data.classes} classes and the model {found}; see finetune.py.")
+        labels, name = self.data.labels, f"{self.name}/finetuned"
+        if self.data.classes == 1:
+            kinds = ("spearman", "pearson")
+            items = {f"{name}/{kind}": Items(logits[:, 0], other=labels, statistic=kind) for kind in kinds}
+            found = {key: item.value() for key, item in items.items()}
+            return found | {f"{self.name}/pairs": float(len(labels))}, items
+        right = (logits.argmax(axis=1) == labels) & np.isfinite(logits).all(axis=1)
+        items = {
+            f"{name}/top1": Items(right.astype(float)),
+            f"{name}/mean_per_class": Items(right.astype(float), class_weights(labels)),
+        }
+        if self.data.classes == 2:
+            predicted = np.where(right, labels, 1 - labels)
+            for kind in ("f1", "matthews"):
+                items[f"{name}/{kind}"] = Items(predicted, other=labels, statistic=kind)
+        metrics = {
+            f"{name}/top5": 100 * accuracy(logits, labels, 5),
+            f"{self.name}/n": float(len(labels)),
+            f"{self.name}/ways": float(self.data.classes),
+            f"{self.name}/majority": 100 * float(np.bincount(labels).max() / len(labels)),
+        }
+        return {key: item.value() for key, item in items.items()} | metrics, items
+
+
+def load(spec: str, size: int, data_dir: str | None, profile: Profile) -> LabelledSet:
+    """The set `finetuned/SPEC`; images at `size` pixels, resized as `profile` says.
+
+    Raises:
+      UserError: as `labelled.open_source`.
+    """
+    source = labelled.open_source(where := spec.removeprefix(PREFIX), data_dir)
+    labels, metrics = source.labels(), ("top1",)
+    images = source.key == "image"
+    if where.startswith("glue:"):
+        metrics = glue.TASKS[where.removeprefix("glue:").rpartition("/")[0].partition("@")[0]].metrics
+    card = Card(
+        data=where, version=source.version, split=where.rpartition("/")[2],
+        split_hash=digest([*labels.tolist(), *source.names, *([] if images else source.items)]),
+        protocol="the classifier that end-to-end fine-tuning fitted", metric=f"finetuned/{metrics[0]}",
+        preprocessing=f"shorter side {profile.resample}, central crop" if images else "",
+    )
+    items = Pictures(source.items, size, profile.resample) if images else source.items
+    return LabelledSet(spec, items, labels, len(source.names) or 1, card)

@@ -1,0 +1,77 @@
+"""Writes a run's report, one HTML page that needs nothing else: RUN/report.html.
+
+    python -m xclip_jax.report RUN
+    python -m xclip_jax.report RUN --sets imagenet_v2,coco_retrieval --data-dir /data/tfds
+
+It reads what is there: a run in progress has curves, and examples as soon as it has a checkpoint. Where the
+accelerators are taken by the training itself, JAX_PLATFORMS=cpu reads beside it.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from absl import logging
+from etils import epath
+
+from xclip_jax import evaluate, trainer
+from xclip_jax.errors import UserError
+from xclip_jax.evaluators import sets
+from xclip_jax.metrics import say
+from xclip_jax.report import document, record
+from xclip_jax.report.examples import Examples
+
+
+class _Parser(argparse.ArgumentParser):
+    """One sentence instead of usage and a second line."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(f"error: {message}; see --help")
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="python -m xclip_jax.report", description=__doc__, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("--sets", default="", help="evaluation sets to look at, joined by commas; by default the run's")
+    parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
+    parser.add_argument("--data-dir", default="", help="root of the data sets")
+    parser.add_argument("--seed", type=int, default=0, help="decides which examples are shown")
+    parser.add_argument("--output", default="", help=f"file of the page, RUN/{document.NAME} by default")
+    return parser.parse_args(argv)
+
+
+def make(flags: argparse.Namespace) -> epath.Path:
+    """Writes the page; where there is no checkpoint yet, without examples."""
+    told = record.read(flags.run)
+    path = epath.Path(flags.output or told.folder / document.NAME)
+    specs = tuple(filter(None, map(str.strip, flags.sets.split(","))))
+    for spec in specs:
+        sets.check(spec)
+    try:
+        config, parts, variables, _ = evaluate.load(flags.run, flags.step)
+    except UserError as error:
+        if flags.step is not None:
+            raise
+        path.write_text(document.render(told, Examples(flags.seed, missing=[str(error)])))
+        return path
+    document.make(
+        flags.run, parts, trainer.make_encoder(config, parts), variables,
+        specs or (*config.eval.final_sets, *config.eval.sets),
+        data_dir=flags.data_dir, output=path, seed=flags.seed,
+    )
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    logging.set_verbosity(logging.ERROR)
+    try:
+        say(f"report: {make(_arguments(argv))}")
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""What a model makes of pictures and texts, found once for the picture and for the page.
+
+Examples are drawn by a seed, never picked by hand.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from xclip_jax.data import loader
+from xclip_jax.evaluators import Encoder
+from xclip_jax.evaluators.retrieval import RetrievalSet, positives
+from xclip_jax.evaluators.retrieval import ranks as ranks_of
+from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, distributions, similarities
+from xclip_jax.report.pick import POOL, Panel, pick, take
+
+GUESSED = 9  # images that get names, of each set
+ASKED = 8  # texts that are searched for
+TOP = 6  # images in a row
+CLUSTERS = 96
+CLASSES = 100  # of the confusion matrix
+QUERIES = (
+    "cat",
+    "red heart",
+    "fruit",
+    "angry face",
+    "blue",
+    "clock",
+    "woman with long hair",
+    "vehicle on rails",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gallery:
+    """Images as the model sees them and as people see them, and their names."""
+
+    images: list[np.ndarray]
+    shown: list[np.ndarray]
+    names: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A name for an image: what its bar shows (0 to 1), how that is written, and whether it is right."""
+
+    name: str
+    value: float
+    text: str
+    right: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Guess:
+    """An image, its right name, the place of that name among all (from 1), and the best five names."""
+
+    image: np.ndarray
+    name: str
+    rank: int
+    best: list[Choice]
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """Names for images of one set: what it is, among how many names, and what bars mean."""
+
+    title: str
+    sentence: str
+    ways: int
+    guesses: list[Guess]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a text finds: indices of a gallery's images, best first, and which of them are right where that is known."""
+
+    text: str
+    images: list[int]
+    right: list[bool]
+    rank: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieved:
+    """Both ways of retrieval on one set: texts that find images, images that find texts, and what their bars mean."""
+
+    title: str
+    texts: int
+    meaning: str
+    gallery: Gallery
+    by_text: list[Found]
+    by_image: list[Guess]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mistake:
+    """A class that is taken for another one: how often, and images of it."""
+
+    name: str
+    taken_for: str
+    count: int
+    images: list[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Confusion:
+    """Who is taken for whom: counts (c, c), rows the right classes, columns the answers; empty for many classes."""
+
+    title: str
+    images: int
+    classes: list[str]
+    counts: np.ndarray
+    mistakes: list[Mistake]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """One cluster: images (indices of the gallery) and words nearest to it, and how many have it as their first."""
+
+    number: int
+    pictures: int
+    texts: int
+    images: list[int]
+    words: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Clusters:
+    """The most used clusters, by pictures; `used` of `k` hold a picture of the gallery."""
+
+    k: int
+    used: int
+    gallery: Gallery
+    most: list[Cluster]
+
+
+@dataclasses.dataclass
+class Examples:
+    """All that is shown of a model; empty where there is nothing, and then `missing` says for each section why."""
+
+    seed: int = 0
+    named: list[Named] = dataclasses.field(default_factory=list)
+    gallery: Gallery = dataclasses.field(default_factory=lambda: Gallery([], [], []))
+    searches: list[Found] = dataclasses.field(default_factory=list)
+    retrieved: Retrieved | None = None
+    confusion: Confusion | None = None
+    clusters: Clusters | None = None
+    emoji: bool = False  # whether pictures of the demo are among them, whose artists are to be named
+    missing: list[str] = dataclasses.field(default_factory=list)
+
+
+def look(
+    encoder: Encoder, variables: Any, specs: Sequence[str], *, data: loader.DataConfig | None = None,
+    data_dir: str | None = None, queries: Sequence[str] = QUERIES, seed: int = 0,
+) -> Examples:
+    """Everything of `Examples`. With several processes all of them call this, and all get the same.
+
+    Args:
+      encoder: of the model.
+      variables: what `TwoTowers.apply` takes.
+      specs: evaluation sets of the run, of which `pick` takes some.
+      data: of the training pairs, which serve where none of the sets can be read.
+      data_dir: root of TFDS data sets, None for the default.
+      queries: texts to search the demo's images with.
+      seed: decides which images and texts are shown.
+    """
+    picked = pick(specs, encoder.image_size, data_dir, data, seed)
+    examples = Examples(seed, emoji=picked.emoji, missing=picked.missing)
+    words: Sequence[str] = [name for _, found, _ in picked.zeroshot for name in found.names]
+    for n, (panel, found, shown) in enumerate(picked.zeroshot):
+        rng = np.random.default_rng(seed)
+        first = _different(found.labels, rng)
+        # The first two sets are searched, clustered and counted; of the others only what is shown is encoded.
+        pool = rng.permutation(len(found.labels))[:POOL] if n < 2 else []
+        keep = np.unique([*first, *pool]).astype(int)
+        found, shown = take(found, keep), take(shown, keep)
+        scores = ZeroShot(encoder, found).scores(variables)[""]
+        examples.named.append(_named(panel, found, shown, scores, np.searchsorted(keep, first), variables))
+        if n == 0:
+            examples.confusion = _confusion(panel.title, found, shown, scores, rng)
+        if n < 2:
+            examples.gallery.images.extend(found.images)
+            examples.gallery.shown.extend(shown.images)
+            examples.gallery.names.extend(found.names[label] for label in found.labels)
+    if picked.retrieval:
+        rng = np.random.default_rng(seed)
+        examples.retrieved, captions = _retrieved(encoder, variables, *picked.retrieval, rng)
+        if not picked.zeroshot:
+            examples.gallery, words = examples.retrieved.gallery, captions
+    if examples.gallery.images:
+        img = encoder.images(variables, examples.gallery.images, ("z", "s"))
+        if examples.emoji:
+            examples.searches = _searches(encoder, variables, img, queries)
+        if "s" in img:
+            examples.clusters = _clusters(encoder, variables, examples.gallery, img["s"], list(dict.fromkeys(words)))
+    return examples
+
+
+def _different(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Indices of `GUESSED` images of different classes."""
+    order = rng.permutation(len(labels))
+    _, first = np.unique(labels[order], return_index=True)
+    return order[np.sort(first)][:GUESSED]
+
+
+def _named(
+    panel: Panel, data: ZeroShotSet, shown: ZeroShotSet, scores: np.ndarray, places: np.ndarray, variables: Any
+) -> Named:
+    values, show, meaning = _values(scores[places], variables)
+    best = np.argsort(-scores[places], axis=1, kind="stable")
+    guesses = []
+    for row, i in enumerate(places):
+        label = int(data.labels[i])
+        choices = [
+            Choice(data.names[k], float(np.clip(values[row, k], 0, 1)), show(values[row, k]), k == label)
+            for k in best[row, :5]
+        ]
+        rank = int(np.flatnonzero(best[row] == label)[0]) + 1
+        guesses.append(Guess(shown.images[i], data.names[label], rank, choices))
+    ways = len(data.prompts)
+    return Named(panel.title, f"{panel.sentence.format(ways=f'{ways:,}')} Bars: {meaning}.", ways, guesses)
+
+
+def _values(scores: np.ndarray, variables: Any) -> tuple[np.ndarray, Callable[[float], str], str]:
+    """What bars show, how it is written and called: probabilities, or without a learned scale the scores themselves."""
+    if "log_scale" not in variables["params"]:
+        return scores, lambda value: f"{value:.2f}", "likeness of cluster distributions, 0 to 1"
+    scale = math.exp(variables["params"]["log_scale"])
+    return distributions(scale * scores), _percent, "probability"
+
+
+def _percent(value: float) -> str:
+    return "<1 %" if value < 0.01 else f"{100 * value:.0f} %"
+
+
+def _searches(encoder: Encoder, variables: Any, img: dict[str, np.ndarray], queries: Sequence[str]) -> list[Found]:
+    txt = encoder.texts(variables, queries, ("z", "s"))
+    q = distributions(txt["s"], encoder.tau) if "s" in txt else None
+    scores = similarities(img, txt.get("z"), q, encoder.tau)[""].T
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :TOP]
+    return [Found(query, row.tolist(), []) for query, row in zip(queries, best, strict=True)]
+
+
+def _retrieved(
+    encoder: Encoder, variables: Any, data: RetrievalSet, shown: RetrievalSet, rng: np.random.Generator
+) -> tuple[Retrieved, list[str]]:
+    """`ASKED` texts and `GUESSED` images, with what each finds; and all texts."""
+    keep = np.sort(rng.permutation(len(data.images))[:POOL])
+    captions = [data.captions[i] for i in keep]
+    texts = [text for of_image in captions for text in of_image]
+    gallery = Gallery(
+        [data.images[i] for i in keep], [shown.images[i] for i in keep], [of_image[0] for of_image in captions]
+    )
+    img = encoder.images(variables, gallery.images, ("z", "s"))
+    txt = encoder.texts(variables, texts, ("z", "s"))
+    q = distributions(txt["s"], encoder.tau) if "s" in txt else None
+    scores = similarities(img, txt.get("z"), q, encoder.tau)[""]
+    matches = positives(captions)
+    values, show, meaning = _values(scores, variables)
+    by_text, by_image = [], []
+    _, first = np.unique(texts, return_index=True)
+    for t in rng.permutation(first)[:ASKED]:
+        best = np.argsort(-scores[:, t], kind="stable")[:TOP]
+        rank = int(ranks_of(scores[:, t][None], matches[:, t][None])[0]) + 1
+        by_text.append(Found(texts[t], best.tolist(), matches[best, t].tolist(), rank))
+    for i in rng.permutation(len(gallery.images))[:GUESSED]:
+        order = np.argsort(-scores[i], kind="stable")
+        _, once = np.unique([texts[t] for t in order], return_index=True)  # a text of several images is shown once
+        choices = [
+            Choice(texts[t], float(np.clip(values[i, t], 0, 1)), show(values[i, t]), bool(matches[i, t]))
+            for t in order[np.sort(once)][:5]
+        ]
+        rank = int(ranks_of(scores[i][None], matches[i][None])[0]) + 1
+        by_image.append(Guess(gallery.shown[i], captions[i][0], rank, choices))
+    return Retrieved(data.name, len(texts), meaning, gallery, by_text, by_image), texts
+
+
+def _confusion(
+    title: str, data: ZeroShotSet, shown: ZeroShotSet, scores: np.ndarray, rng: np.random.Generator
+) -> Confusion:
+    answers, labels = scores.argmax(axis=1), np.asarray(data.labels)
+    names = list(data.coarse or (data.names if len(data.names) <= CLASSES else ()))
+    classes = sorted(set(names))
+    counts = np.zeros((len(classes), len(classes)), int)
+    if classes:
+        number = {name: i for i, name in enumerate(classes)}
+        of = np.array([number[name] for name in names])
+        np.add.at(counts, (of[labels], of[answers]), 1)
+        seen = counts.any(axis=0) | counts.any(axis=1)
+        classes, counts = [c for c, keep in zip(classes, seen, strict=True) if keep], counts[seen][:, seen]
+    wrong: dict[tuple[int, int], list[int]] = {}
+    for i in rng.permutation(np.flatnonzero(answers != labels)):  # the seed decides among those equally frequent
+        wrong.setdefault((int(labels[i]), int(answers[i])), []).append(int(i))
+    most = sorted(wrong.items(), key=lambda pair: -len(pair[1]))[:12]
+    mistakes = [
+        Mistake(data.names[a], data.names[b], len(found), [shown.images[i] for i in found[:3]])
+        for (a, b), found in most
+    ]
+    return Confusion(title, len(labels), classes, counts, mistakes)
+
+
+def _clusters(
+    encoder: Encoder, variables: Any, gallery: Gallery, s_img: np.ndarray, words: Sequence[str]
+) -> Clusters:
+    p = distributions(s_img, encoder.tau)
+    q = distributions(encoder.texts(variables, words, ("s",))["s"], encoder.tau)
+    pictures, texts = (np.bincount(x.argmax(axis=1), minlength=p.shape[1]) for x in (p, q))
+    used = int(np.count_nonzero(pictures))
+    most = [
+        Cluster(
+            int(k), int(pictures[k]), int(texts[k]), np.argsort(-p[:, k], kind="stable")[:TOP].tolist(),
+            [words[i] for i in np.argsort(-q[:, k], kind="stable")[:TOP]],
+        )
+        for k in np.argsort(-pictures, kind="stable")[: min(CLUSTERS, used)]
+    ]
+    return Clusters(p.shape[1], used, gallery, most)

@@ -1,0 +1,66 @@
+"""Pieces of the page that its sections share. Whatever comes from outside goes through `esc`."""
+
+import base64
+import dataclasses
+import html
+import io
+
+import numpy as np
+from PIL import Image
+
+THUMB = 72  # side of an image in the page, pixels
+
+
+def esc(value: object) -> str:
+    """Text for elements and attributes."""
+    return html.escape(str(value), quote=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of the page with its heading; `empty` ones say what is missing and go to the end."""
+
+    id: str
+    title: str
+    body: str
+    empty: bool = False
+
+    def render(self) -> str:
+        """HTML."""
+        return f'<section id="{self.id}" aria-labelledby="{self.id}-h"><h2 id="{self.id}-h">{self.title}</h2>' \
+            f"{self.body}</section>"
+
+
+def missing(id: str, title: str, reason: str) -> Section:
+    """A section that has nothing to show; `reason` says why and what to do."""
+    return Section(id, title, f'<p class="none">{esc(reason)}</p>', empty=True)
+
+
+def data_uri(image: np.ndarray, side: int = 0, *, lossless: bool = False) -> str:
+    """uint8 (h, w, 3) -> WebP as a URI; `side` pixels high and wide, 0 for as large as it is."""
+    square = Image.fromarray(image)
+    if side:
+        square = square.resize((side, side), Image.Resampling.LANCZOS)
+    data = io.BytesIO()
+    square.save(data, "WEBP", quality=82, lossless=lossless, method=4)
+    return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+class Images:
+    """Every picture is in the page once, as a class of the style sheet, however often it is shown."""
+
+    def __init__(self) -> None:
+        self._classes: dict[bytes, str] = {}
+        self._rules: list[str] = []
+
+    def show(self, image: np.ndarray, alt: str) -> str:
+        """An element with the picture; `alt` says what it shows."""
+        key = image.tobytes()
+        if key not in self._classes:
+            self._classes[key] = f"i{len(self._classes)}"
+            self._rules.append(f".{self._classes[key]}{{background-image:url({data_uri(image, THUMB)})}}")
+        return f'<span class="im {self._classes[key]}" role="img" aria-label="{esc(alt)}"></span>'
+
+    def css(self) -> str:
+        """The rules of all pictures that were shown."""
+        return "\n".join(self._rules)

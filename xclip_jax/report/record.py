@@ -1,0 +1,104 @@
+"""What a run's folder tells, however far the run has come."""
+
+import dataclasses
+import datetime
+import json
+from typing import Any
+
+from etils import epath
+
+from xclip_jax.errors import UserError
+
+Row = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A run as its files describe it; empty where a file is not there yet.
+
+    Attributes:
+      folder: of the run.
+      config: all keys, nested.
+      environment: versions, devices, commit and command.
+      training: metrics of the logged steps, in order.
+      evaluations: results of the evaluations on the way, each with its "step".
+      results: of the last evaluation, or of `xclip_jax.evaluate` where there is no last one.
+      sources: what data.json says of each of config's data.sources.
+      bad: how many samples the ledger names.
+      began, ended: when config.json and results.json were written, UTC.
+    """
+
+    folder: epath.Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    training: list[Row]
+    evaluations: list[Row]
+    results: dict[str, float]
+    sources: list[dict[str, Any]]
+    bad: int
+    began: datetime.datetime
+    ended: datetime.datetime | None
+
+    @property
+    def steps(self) -> int:
+        """How many steps were made, as far as they are logged."""
+        return int(self.training[-1]["step"]) if self.training else 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last evaluation has been made."""
+        return self.ended is not None
+
+
+def read(run: str | epath.Path) -> Record:
+    """The record of the run in folder `run`; `UserError` where it holds no readable config.json."""
+    folder = epath.Path(run)
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{str(run)!r} is no run's folder: it has no config.json; name the folder of a run.")
+    try:
+        written = json.loads(path.read_text())
+        config, environment = written["config"], written["environment"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); name the folder of another run.") from error
+    rows = _lines(folder / "metrics.jsonl")
+    final = _json(folder / "results.json")
+    return Record(
+        folder=folder,
+        config=config,
+        environment=final.get("environment", environment),
+        training=[row for row in rows if "loss" in row],
+        evaluations=[row for row in rows if "loss" not in row],
+        results=final.get("results") or _evaluated(folder / "evaluation.json"),
+        sources=_json(folder / "data.json") or [],
+        bad=len(_lines(folder / "bad_samples.jsonl")),
+        began=_written(path),
+        ended=_written(folder / "results.json") if final else None,
+    )
+
+
+def _json(path: epath.Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _lines(path: epath.Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; its last line may be half written."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def _evaluated(path: epath.Path) -> dict[str, float]:
+    return {
+        f"{result['name']}/{key}": value
+        for result in _json(path).get("results", [])
+        for key, value in result["metrics"].items()
+    }
+
+
+def _written(path: epath.Path) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(path.stat().mtime, datetime.UTC)
