@@ -2,7 +2,8 @@
 
     pip install '.[tpu,bench]' && JAX_PLATFORMS=cpu python -m benchmarks.plans
 
-About 24 compilations of one to two minutes each; no TPU is used.
+About 24 compilations of one to two minutes each; no TPU is used. Each is kept in docs/plans.json at once, and is not
+made again by the same commit.
 """
 
 import datetime
@@ -38,11 +39,26 @@ FORMS = {
 }
 
 
-def make(spec, topology, **changes):
-    print(f"{spec} on {topology} {changes or ''} ...", file=sys.stderr, flush=True)
-    config = config_file.load_config(spec)
-    config.update_from_flattened_dict(changes)
-    return plan.plan(config, topology)
+class Planner:
+    """Plans, each kept in a file as soon as it is made."""
+
+    def __init__(self, path):
+        self.path, self.environment = path, metrics.environment()
+        there = json.loads(path.read_text()) if path.exists() else {}
+        # The file itself makes the checkout dirty.
+        commits = [e.get("commit", "").removesuffix("-dirty") for e in (there.get("environment", {}), self.environment)]
+        same = commits[0] == commits[1]
+        self.known = there["plans"] if same else {}
+
+    def __call__(self, spec, topology, **changes):
+        key = " ".join([spec, topology, *(f"{name}={value}" for name, value in changes.items())])
+        if key not in self.known:
+            print(f"{key} ...", file=sys.stderr, flush=True)
+            config = config_file.load_config(spec)
+            config.update_from_flattened_dict(changes)
+            self.known[key] = plan.plan(config, topology)
+            self.path.write_text(json.dumps({"environment": self.environment, "plans": self.known}, indent=1) + "\n")
+        return self.known[key]
 
 
 def short(found):
@@ -86,17 +102,14 @@ def draw(rows, path):
 def main():
     logging.set_verbosity(logging.ERROR)
     DOCS.mkdir(exist_ok=True)
+    make = Planner(DOCS / "plans.json")
+    environment = make.environment
     plans = [(spec, topology, make(spec, topology)) for spec, topology in PLANS]
     scaling = [
         (form, make(f"configs/xclip.py:preset=B/16,batch={PER_CHIP * chips}", grid, **changes))
         for form, changes in FORMS.items()
         for chips, grid in GRIDS.items()
     ]
-    environment = metrics.environment()
-    (DOCS / "plans.json").write_text(json.dumps(
-        {"environment": environment, "plans": [found for *_, found in plans],
-         "weak_scaling": [found | {"form": form} for form, found in scaling]}, indent=1,
-    ) + "\n")
     draw(scaling, DOCS / "weak_scaling.png")
     parts = [
         "# Plans\n\nWhat full-size runs need, by compiling their train step for TPUs that were not there. Made by",

@@ -41,7 +41,7 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
         "run": f"runs/{objective}-{size.replace('/', '')}",  # the run's folder
         "seed": 0,
         "steps": 0,
-        "init": {"weights": "", "lock": ()},  # what a new run starts from; towers that get no update
+        "init": {"weights": "", "frozen": ()},  # what a new run starts from; towers that get no update
         "mesh": {"data": -1, "fsdp": 1, "model": 1, "strategy": "dp"},
         "model": {
             "img": img,

@@ -11,6 +11,7 @@ from tests import tiny
 from xclip_jax import config as config_file
 from xclip_jax import parts, plan
 from xclip_jax.errors import UserError
+from xclip_jax.parallel.mesh import make_mesh
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -54,6 +55,12 @@ def test_the_text_has_it_all(found):
 def test_several_slices(found):
     two = plan.plan(config(), "v5e:2x4", slices=2)
     assert (two["chips"], two["hosts"], two["mesh"]["data"]) == (16, 4, 16)
+
+
+def test_mesh_axes_may_share_an_axis_of_the_torus():
+    pytest.importorskip("libtpu")
+    devices, _ = plan.devices_of("v4:4x4x4")
+    assert make_mesh({"data": -1, "fsdp": 8, "model": 1}, devices).shape == {"data": 8, "fsdp": 8, "model": 1}
 
 
 def test_what_does_not_fit_gets_a_remedy(monkeypatch):

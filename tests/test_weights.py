@@ -102,8 +102,8 @@ def test_a_start_that_cannot_be_is_one_sentence(source, tmp_path):
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(UserError, match="params/img/transformer has 2 blocks there and 3 here"):
         run(model__img__depth=3)
-    with pytest.raises(UserError, match=r"init\.lock is 'image'; it must be one of 'img', 'txt'"):
-        parts.build(tiny.config(init__lock=("image",)))
+    with pytest.raises(UserError, match=r"init\.frozen is 'image'; it must be one of 'img', 'txt'"):
+        parts.build(tiny.config(init__frozen=("image",)))
 
 
 def towers(size=16, length=8, embed=8, **img):
@@ -151,9 +151,9 @@ def test_other_meanings_are_warned_of(source, capsys):
     assert "made under other settings: model.img.act ('gelu' there, 'quick_gelu' here)" in said
 
 
-@pytest.mark.parametrize(("lock", "changes"), [(("img",), {}), (("txt",), {"optim__microbatches": 2})])
-def test_a_locked_tower_stays_bit_for_bit_and_has_no_moments(lock, changes):
-    c = tiny.config("clip", init__lock=lock, optim__weight_decay=0.5, optim__clip=1.0, **changes)
+@pytest.mark.parametrize(("frozen", "changes"), [(("img",), {}), (("txt",), {"optim__microbatches": 2})])
+def test_a_frozen_tower_stays_bit_for_bit_and_has_no_moments(frozen, changes):
+    c = tiny.config("clip", init__frozen=frozen, optim__weight_decay=0.5, optim__clip=1.0, **changes)
     p = parts.build(c)
     before = state.create(p.init, p.abstract)
     kept, after = jax.device_get(before.params), before
@@ -161,10 +161,10 @@ def test_a_locked_tower_stays_bit_for_bit_and_has_no_moments(lock, changes):
         after, metrics = p.compiled(after, loader.to_global(tiny.batch(seed), p.mesh))
     assert metrics["grad_norm"] > 0
     same = jax.tree.map(np.array_equal, kept, jax.device_get(after.params))
-    assert all(jax.tree.leaves(same[lock[0]]))
-    moved = flatten_dict({name: tree for name, tree in same.items() if name not in lock}, sep="/")
+    assert all(jax.tree.leaves(same[frozen[0]]))
+    moved = flatten_dict({name: tree for name, tree in same.items() if name not in frozen}, sep="/")
     assert [name for name, is_same in moved.items() if is_same] == []
     # Two moments for each parameter that moves, and counters.
     count = sum(x.size for x in jax.tree.leaves(after.opt_state) if x.ndim)
-    assert count == 2 * sum(x.size for name, tree in kept.items() if name not in lock for x in jax.tree.leaves(tree)
+    assert count == 2 * sum(x.size for name, tree in kept.items() if name not in frozen for x in jax.tree.leaves(tree)
                             if x.ndim)  # fmt: skip

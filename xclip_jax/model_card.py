@@ -108,7 +108,7 @@ def _data(folder: epath.Path, config: ml_collections.ConfigDict) -> str:
 def _recipe(folder: epath.Path, parts: Parts, at: int) -> str:
     # The file's: `weights.load` sets batch and layout to those of this machine.
     config = _read(folder / "config.json")["config"]
-    init = config.get("init", {"weights": "", "lock": ()})
+    init = config.get("init", {"weights": "", "frozen": ()})
 
     def value(key: str) -> Any:
         found: Any = config
@@ -129,8 +129,8 @@ def _recipe(folder: epath.Path, parts: Parts, at: int) -> str:
     rows += [(key, value(key)) for key in _RECIPE]
     if init["weights"]:
         rows.append(("init.weights", init["weights"]))
-    if init["lock"]:
-        rows.append(("init.lock", ", ".join(init["lock"])))
+    if init["frozen"]:
+        rows.append(("init.frozen", ", ".join(init["frozen"])))
     return f"## Recipe\n\n{_rows(('key', 'value'), rows)}"
 
 

@@ -110,10 +110,10 @@ def _decay_layers(decay: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def make_optimizer(config: OptimConfig, steps: int, lock: Collection[str] = ()) -> optax.GradientTransformation:
+def make_optimizer(config: OptimConfig, steps: int, frozen: Collection[str] = ()) -> optax.GradientTransformation:
     """AdamW under `schedule`, after clipping and with layer decay where `config` asks for them.
 
-    Parameters under the top-level names in `lock` get no update, no weight decay, and have no moments.
+    Parameters under the top-level names in `frozen` get no update, no weight decay, and have no moments.
     """
     adamw = optax.adamw(
         schedule(config, steps),
@@ -128,11 +128,11 @@ def make_optimizer(config: OptimConfig, steps: int, lock: Collection[str] = ()) 
         # AdamW's weight decay is part of the update, and falls with the layer's learning rate, as in PyTorch.
         adamw = optax.chain(adamw, _decay_layers(config.layer_decay))
     tx = optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
-    if not lock:
+    if not frozen:
         return tx
     return optax.partition(
-        {"train": tx, "lock": optax.set_to_zero()},
-        lambda params: {name: "lock" if name in lock else "train" for name in params},
+        {"train": tx, "frozen": optax.set_to_zero()},
+        lambda params: {name: "frozen" if name in frozen else "train" for name in params},
     )
 
 

@@ -109,10 +109,10 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
     objective = Objective.from_config(config.objective.to_dict(), config.loss.to_dict(), mesh)
     tokens = tokenizer.load(data.tokenizer)
     model = make_model(config, objective, tokens)
-    lock = tuple(config.init["lock"])  # as an attribute it is a method
-    for tower in lock:
-        one_of("init.lock", tower, objective.towers)
-    tx = optim.make_optimizer(optim_config, config.steps, lock)
+    frozen = tuple(config.init.frozen)
+    for tower in frozen:
+        one_of("init.frozen", tower, objective.towers)
+    tx = optim.make_optimizer(optim_config, config.steps, frozen)
     init = state.init_fn(
         model,
         tx,
@@ -156,7 +156,7 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
     def make_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
         made = step.make_train_step(
             model, tx, objective, draw, preprocess, momentum, microbatches,
-            lambda grads: jax.lax.with_sharding_constraint(grads, at), lock,
+            lambda grads: jax.lax.with_sharding_constraint(grads, at), frozen,
         )
         return sharding.use(layout)(made)
 

@@ -29,7 +29,7 @@ def make_train_step(
     momentum: Callable[[jax.Array], Any] | None = None,
     microbatches: int = 1,
     keep: Callable[[Any], Any] = lambda grads: grads,
-    lock: Collection[str] = (),
+    frozen: Collection[str] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step as a pure function, not yet compiled.
 
@@ -42,7 +42,7 @@ def make_train_step(
       momentum: of the parameters' moving average, as a function of the step; needed where the state has one.
       microbatches: see `gradcache`.
       keep: holds gradients to the layout that the optimizer works in.
-      lock: towers whose gradient is zero and is not computed.
+      frozen: towers whose gradient is zero and is not computed.
 
     Returns:
       step(state, {"image": uint8 (b, h, w, 3), "text": int32 (b, n)}) -> (state, metrics); the metrics are those of
@@ -50,7 +50,7 @@ def make_train_step(
     """
 
     def encode(params: Any, inputs: Batch) -> Features:
-        variables = {"params": params | {tower: jax.lax.stop_gradient(params[tower]) for tower in lock}}
+        variables = {"params": params | {tower: jax.lax.stop_gradient(params[tower]) for tower in frozen}}
         h_img = h_txt = None
         if "img" in objective.towers:
             dropped = (inputs.get("patches"), inputs.get("paths"))

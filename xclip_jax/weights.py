@@ -29,7 +29,7 @@ _MEANING = (
 )  # fmt: skip
 # What a file of weights does not say, and nothing but training asks for.
 _UNTRAINED = {
-    "seed": 0, "steps": 1, "init": {"weights": "", "lock": ()}, "optim": {"lr": 1.0, "microbatches": 1},
+    "seed": 0, "steps": 1, "init": {"weights": "", "frozen": ()}, "optim": {"lr": 1.0, "microbatches": 1},
     "loss": {"impl": "plain", "chunk": 0}, "ema": {"on": False}, "eval": {"batch": 256, "ema": False},
 }  # fmt: skip
 
@@ -71,7 +71,7 @@ def _run_config(path: str) -> ml_collections.ConfigDict:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} cannot be read ({error}); name the folder of another run.") from error
     if "init" not in config:  # runs that are older than the group
-        config.init = {"weights": "", "lock": ()}
+        config.init = {"weights": "", "frozen": ()}
     return config
 
 

@@ -36,13 +36,15 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     # Auto axes: sharding constraints do not work with the default, Explicit.
     types = (AxisType.Auto,) * len(AXES)
+    # An axis of 8 has no physical axis of its own in a torus of 4 x 4 x 4.
+    split = {"devices": devices, "allow_split_physical_axes": True}
     if slices == 1:
-        return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=devices)
+        return Mesh(mesh_utils.create_device_mesh(tuple(shape), **split), AXES, axis_types=types)
     if shape[0] % slices:
         raise UserError(f"mesh {dict(sizes)}: data={shape[0]} must be a multiple of the {slices} slices.")
     # Slices are joined by the data centre's network: only sums of gradients and the batch's embeddings cross it.
     inside = (shape[0] // slices, *shape[1:])
-    grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices=devices)
+    grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), **split)
     return Mesh(grid, AXES, axis_types=types)
 
 
