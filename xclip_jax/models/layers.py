@@ -92,7 +92,7 @@ def attend(query: Array, key: Array, value: Array, *, causal: bool = False) -> A
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; softmax in fp32. (b, n, d) -> (b, n, d)."""
+    """Multi-head self-attention; softmax in fp32. (b, n, d) -> (b, n, d), or (b, 1, d) where the `first` alone asks."""
 
     heads: int
     out_std: float
@@ -100,11 +100,12 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, first: bool = False) -> Array:
         d = x.shape[-1]
         features = (3, self.heads, d // self.heads)
         qkv = dense(features, ("embed", None, "heads", "kv"), std=d**-0.5, dtype=self.dtype, name="qkv")(x)
         query, key, value = einops.rearrange(qkv, "b n c heads kv -> c b heads n kv")
+        query = query[:, :, :1] if first else query
         x = einops.rearrange(attend(query, key, value, causal=self.causal), "b heads n kv -> b n heads kv")
         return dense(
             d, ("heads", "kv", "embed"), std=self.out_std, dtype=self.dtype, axis=(-2, -1), name="out"
@@ -139,12 +140,13 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array) -> tuple[Array, None]:
+    def __call__(self, x: Array, first: bool = False) -> tuple[Array, None]:
         hidden = int(self.mlp_ratio * x.shape[-1])
         attention = Attention(self.heads, self.out_std, self.causal, self.dtype, name="attention")
         mlp = Mlp(hidden, self.out_std, self.act, self.dtype, name="mlp")
         x = constrain(x, "batch", None, None)
-        x = x + attention(LayerNorm(self.eps, self.dtype, name="norm_1")(x))
+        y = attention(LayerNorm(self.eps, self.dtype, name="norm_1")(x), first)
+        x = (x[:, :1] if first else x) + y
         x = x + mlp(LayerNorm(self.eps, self.dtype, name="norm_2")(x))
         return constrain(x, "batch", None, None), None
 
@@ -153,7 +155,8 @@ class Transformer(nn.Module):
     """`depth` blocks. (b, n, d) -> (b, n, d).
 
     `scan` stacks the blocks' parameters and compiles one block (on a CPU it costs about 25 %); `remat` says what the
-    backward pass recomputes. The two are independent.
+    backward pass recomputes. The two are independent. With `first` the last of unrolled blocks computes the first token
+    alone, (b, 1, d): for those who read no other, without gradients.
     """
 
     depth: int
@@ -165,6 +168,7 @@ class Transformer(nn.Module):
     scan: bool = False
     remat: str = "none"
     dtype: Any = jnp.float32
+    first: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -187,7 +191,8 @@ class Transformer(nn.Module):
             )
             return stacked(*args, name="blocks")(x)[0]
         for i in range(self.depth):
-            x, _ = block(*args, name=f"block_{i}")(x)
+            last = {"first": True} if self.first and i == self.depth - 1 else {}
+            x, _ = block(*args, name=f"block_{i}")(x, **last)
         return x
 
 

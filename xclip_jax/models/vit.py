@@ -53,6 +53,7 @@ class VisionTransformer(nn.Module):
       pool: "cls" (class token), "mean" (over patches) or "map" (attention pooling); only "cls" adds a token.
       pre_norm: LayerNorm before the first block, as CLIP has it.
       patch_dropout: share of patches left out of a training pass (FLIP, arXiv 2212.00794); the class token stays.
+      short: the last block computes the class token alone, since no other is read; for inference with unrolled blocks.
     """
 
     size: int = 224
@@ -68,6 +69,7 @@ class VisionTransformer(nn.Module):
     patch_dropout: float = 0.0
     scan: bool = False
     remat: str = "none"
+    short: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -90,8 +92,8 @@ class VisionTransformer(nn.Module):
             x = LayerNorm(self.eps, self.dtype, name="norm_pre")(x)
         x = Transformer(
             self.depth, self.heads, self.mlp_ratio, False, self.act, self.eps, self.scan, self.remat, self.dtype,
-            name="transformer",
-        )(x)  # (b, n, d)
+            self.short and self.pool == "cls", name="transformer",
+        )(x)  # (b, n, d), or (b, 1, d)
         if self.pool == "cls":
             x = x[:, :1]  # LayerNorm is per token: only the class token needs it
         x = LayerNorm(self.eps, self.dtype, name="norm_post")(x)
