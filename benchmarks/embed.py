@@ -159,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--folder", type=pathlib.Path, help="where images and embeddings go and stay; else deleted")
     parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--layers", type=int, default=12)

@@ -345,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", help="a folder, or files: globs, ranges {00..12}, lists; or tars")
     parser.add_argument("--texts", metavar="FILE", help="a text a line")
     parser.add_argument("--out", required=True, help="file to write, .parquet or .npz")
-    parser.add_argument("--batch", type=int, default=64, help="items that are encoded at once")
+    parser.add_argument("--batch", type=int, default=32, help="items that are encoded at once")
     parser.add_argument("--threads", type=int, default=0, help="that read and decode images; 0 for one a core")
     parser.add_argument("--part", type=int, default=PART, help="rows that a kill may cost")
     options = parser.parse_args(argv)

@@ -269,7 +269,7 @@ def read(path: str | os.PathLike) -> bytes:
     return data
 
 
-def load(path: str | os.PathLike, *, step: int | None = None, batch: int = 64, threads: int = 0) -> Model:
+def load(path: str | os.PathLike, *, step: int | None = None, batch: int = 32, threads: int = 0) -> Model:
     """The model at `path`, on all devices of this machine.
 
     On a CPU, which has no fast bfloat16, it computes in float32.
@@ -277,7 +277,8 @@ def load(path: str | os.PathLike, *, step: int | None = None, batch: int = 64, t
     Args:
       path: a run's folder, or weights that `xclip_jax.interop.read` reads.
       step: which of a run's checkpoints; the newest by default.
-      batch: items that are encoded at once, rounded up to a multiple of the devices.
+      batch: items that are encoded at once, rounded up to a multiple of the devices; 32 suits the caches of a CPU,
+        accelerators take more.
       threads: that read and decode images; 0 for one a core.
 
     Raises:
@@ -289,7 +290,7 @@ def load(path: str | os.PathLike, *, step: int | None = None, batch: int = 64, t
 
 
 def _unrolled(model: TwoTowers, variables: Mapping[str, Any]) -> tuple[TwoTowers, Mapping[str, Any]]:
-    """On a CPU: in float32, and without scans over blocks, which cost a quarter of the time."""
+    """On a CPU: in float32, without scans over blocks, which cost a quarter of the time."""
     if jax.default_backend() != "cpu":
         return model, variables
     params = dict(variables["params"])

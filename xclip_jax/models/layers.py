@@ -92,12 +92,13 @@ def attend(query: Array, key: Array, value: Array, *, causal: bool = False) -> A
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; softmax in fp32. (b, n, d) -> (b, n, d)."""
+    """Multi-head self-attention; softmax in fp32. (b, n, d) -> (b, n, d), or (b, 1, d) where only the `first` asks."""
 
     heads: int
     out_std: float
     causal: bool = False
     dtype: Any = jnp.float32
+    first: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -105,6 +106,7 @@ class Attention(nn.Module):
         features = (3, self.heads, d // self.heads)
         qkv = dense(features, ("embed", None, "heads", "kv"), std=d**-0.5, dtype=self.dtype, name="qkv")(x)
         query, key, value = einops.rearrange(qkv, "b n c heads kv -> c b heads n kv")
+        query = query[:, :, :1] if self.first else query
         x = einops.rearrange(attend(query, key, value, causal=self.causal), "b heads n kv -> b n heads kv")
         return dense(
             d, ("heads", "kv", "embed"), std=self.out_std, dtype=self.dtype, axis=(-2, -1), name="out"
@@ -130,7 +132,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Returns a pair, as `nn.scan` asks. (b, n, d) -> (b, n, d).
 
-    `keep` (b, 2) multiplies the two branches of each sample, where given.
+    `keep` (b, 2) multiplies the two branches of each sample, where given. With `first` only the first token is
+    computed, (b, 1, d).
     """
 
     heads: int
@@ -140,6 +143,7 @@ class Block(nn.Module):
     act: str
     eps: float
     dtype: Any
+    first: bool = False
 
     @nn.compact
     def __call__(self, x: Array, keep: Array | None = None) -> tuple[Array, None]:
@@ -147,10 +151,11 @@ class Block(nn.Module):
             return branch if keep is None else branch * keep[:, i, None, None].astype(branch.dtype)
 
         hidden = int(self.mlp_ratio * x.shape[-1])
-        attention = Attention(self.heads, self.out_std, self.causal, self.dtype, name="attention")
+        attention = Attention(self.heads, self.out_std, self.causal, self.dtype, self.first, name="attention")
         mlp = Mlp(hidden, self.out_std, self.act, self.dtype, name="mlp")
         x = constrain(x, "batch", None, None)
-        x = x + kept(attention(LayerNorm(self.eps, self.dtype, name="norm_1")(x)), 0)
+        y = attention(LayerNorm(self.eps, self.dtype, name="norm_1")(x))
+        x = (x[:, :1] if self.first else x) + kept(y, 0)
         x = x + kept(mlp(LayerNorm(self.eps, self.dtype, name="norm_2")(x)), 1)
         return constrain(x, "batch", None, None), None
 
@@ -159,7 +164,8 @@ class Transformer(nn.Module):
     """`depth` blocks. (b, n, d) -> (b, n, d).
 
     `scan` stacks the blocks' parameters and compiles one block (on a CPU it costs about 25 %); `remat` says what the
-    backward pass recomputes. The two are independent.
+    backward pass recomputes. The two are independent. With `first` no token but the first is read, and the last of
+    unrolled blocks computes no other: (b, 1, d).
 
     With `noise` (b, depth, 2), uniform, blocks are left out of a training pass (stochastic depth, arXiv 1603.09382):
     each branch of a sample with a probability that rises from 0 in the first block to `drop_path` in the last; what
@@ -176,6 +182,7 @@ class Transformer(nn.Module):
     remat: str = "none"
     dtype: Any = jnp.float32
     drop_path: float = 0.0
+    first: bool = False
 
     @nn.compact
     def __call__(self, x: Array, noise: Array | None = None) -> Array:
@@ -203,7 +210,8 @@ class Transformer(nn.Module):
             )
             return stacked(*args, name="blocks")(x, keep)[0]
         for i in range(self.depth):
-            x, _ = block(*args, name=f"block_{i}")(x, None if keep is None else keep[i])
+            first = self.first and i == self.depth - 1
+            x, _ = block(*args, first, name=f"block_{i}")(x, None if keep is None else keep[i])
         return x
 
 

@@ -92,7 +92,7 @@ class VisionTransformer(nn.Module):
             x = LayerNorm(self.eps, self.dtype, name="norm_pre")(x)
         x = Transformer(
             self.depth, self.heads, self.mlp_ratio, False, self.act, self.eps, self.scan, self.remat, self.dtype,
-            self.drop_path, name="transformer",
+            self.drop_path, self.pool == "cls", name="transformer",
         )(x, paths)  # (b, n, d)
         if self.pool == "cls":
             x = x[:, :1]  # LayerNorm is per token: only the class token needs it
