@@ -39,6 +39,7 @@ setup(
         "importlib_resources>=6",  # tensorflow-datasets imports it without requiring it
         "jax>=0.10,<0.13",
         "ml_collections>=1.0",
+        "ml_dtypes>=0.4",
         "numpy>=2.0",
         "opencv-python-headless>=4.9",
         "optax>=0.2.5",
@@ -69,7 +70,14 @@ setup(
             "transformers>=4.50",
         ],
         "tpu": ["gcsfs>=2024.6", "jax[tpu]>=0.10,<0.13"],  # gcsfs: runs in gs:// folders
-        "bench": ["matplotlib>=3.9"],
+        "bench": [
+            "matplotlib>=3.9",
+            "open_clip_torch>=2.30",
+            "pandas>=2",
+            "pyarrow>=15",
+            "scikit-learn>=1.5",
+            "webdataset<=0.2.86",  # open_clip's loader does not run with later ones
+        ],
         "parquet": ["pyarrow>=15"],
         "tfds-prepare": ["tensorflow>=2.18"],
     },

@@ -1,6 +1,6 @@
 """Images a second from JPEG files to embeddings: xclip_jax.embed and open_clip with the same weights.
 
-    pip install '.[bench,parquet]' open_clip_torch && JAX_PLATFORMS=cpu python -m benchmarks.embed
+    pip install '.[bench]' && JAX_PLATFORMS=cpu python -m benchmarks.embed
 
 Writes 5,000 JPEGs of about 500 x 375, then lets each side embed all of them in turn, --repeats times, each time in a
 process of its own, with random weights of a ViT-S/32 (12 layers of width 384, 224 pixels): both in float32, with equal

@@ -1,6 +1,6 @@
 """Images a second from tars: a bare decoding loop, this loader and open_clip's, with one worker and with two.
 
-    pip install '.[bench]' open_clip_torch 'webdataset<=0.2.86' pandas && JAX_PLATFORMS=cpu python -m benchmarks.loader
+    pip install '.[bench]' && JAX_PLATFORMS=cpu python -m benchmarks.loader
 
 takes six minutes on an idle machine, with --quick one. Writes tars of 10,000 JPEGs of about 500 x 375 (0.4 GB), reads
 them once, then measures all readers in turn, --repeats times, and prints medians. All crop between half and all of an

@@ -1,6 +1,6 @@
 """The linear probe against scikit-learn: the same features, the same sweep of C, the same machine, in turns.
 
-    python -m benchmarks.probe [--size small]
+    pip install '.[bench]' && JAX_PLATFORMS=cpu python -m benchmarks.probe [--size small]
 
 Both count compiling and choosing C by validation accuracy; scikit-learn runs with tol 1e-4, its default, and max_iter
 1000, CLIP's. The whole sweep of xclip_jax runs before, between and after scikit-learn's, which goes from C to C. Sizes:
