@@ -130,7 +130,8 @@ def main():
         f"## Weak scaling\n\nxCLIP, ViT-B/16, {PER_CHIP} pairs a chip on v4. What must grow with the batch b: the "
         "logits of the plain contrastive loss, (b / chips) x b, and the gathered embeddings, b x e. The ring keeps no "
         "logits of other chips; zero1 splits the moments over all chips, "
-        "fsdp the kernels over 8. zero1 keeps whole what the chips do not divide: at 1,024 the table of tokens and attention kernels.\n\n![weak scaling](weak_scaling.png)\n",
+        "fsdp the kernels over 8. zero1 keeps "
+        "whole what the chips do not divide: at 1,024 the table of tokens and attention kernels.\n\n![weak scaling](weak_scaling.png)\n",
         table(
             ["form", "chips", "batch", "parameters, GiB", "optimizer", "activations", "peak", "sent, MiB a step"],
             [[form, f["chips"], f["batch"], *short(f)] for form, f in scaling],
