@@ -131,7 +131,8 @@ def main():
         "logits of the plain contrastive loss, (b / chips) x b, and the gathered embeddings, b x e. The ring keeps no "
         "logits of other chips; zero1 splits the moments over all chips, "
         "fsdp the kernels over 8. zero1 keeps "
-        "whole what the chips do not divide: at 1,024 the table of tokens and attention kernels.\n\n![weak scaling](weak_scaling.png)\n",
+        "whole what the chips do not divide: at 1,024 the table of tokens and attention kernels.\n\n"
+        "![weak scaling](weak_scaling.png)\n",
         table(
             ["form", "chips", "batch", "parameters, GiB", "optimizer", "activations", "peak", "sent, MiB a step"],
             [[form, f["chips"], f["batch"], *short(f)] for form, f in scaling],
