@@ -34,7 +34,7 @@ def shapes(config, b=8):
 
 
 def test_patch_dropout_and_teacher_and_batch():
-    config = tiny.config("xclip")
+    config = tiny.config("xclip", model__img__depth=4)
     whole = flops.train_step(config)
     config.model.img.patch_dropout = 0.5
     assert flops.forward(config)["img"] < 0.75 * flops.forward(config, train=False)["img"]

@@ -13,10 +13,15 @@ import ml_collections
 from xclip_jax.objective import Objective
 
 
-def transformer(tokens: float, width: int, depth: int, mlp_ratio: float) -> float:
-    """Forward pass of one sequence: four projections, two products of attention, and the MLP, `depth` times."""
-    per_token = 2 * width * (4 * width + 2 * int(mlp_ratio * width)) + 4 * tokens * width
-    return depth * tokens * per_token
+def transformer(tokens: float, width: int, depth: int, mlp_ratio: float, first: bool = False) -> float:
+    """Forward pass of one sequence: four projections, two products of attention, and the MLP, `depth` times.
+
+    With `first` the last of the blocks makes queries of all tokens and goes on with the first alone.
+    """
+    qkv = 6 * width**2
+    rest = 2 * width * (width + 2 * int(mlp_ratio * width)) + 4 * tokens * width
+    going_on = (depth - 1) * tokens + 1 if first else depth * tokens
+    return depth * tokens * qkv + going_on * rest
 
 
 def _image(img: Mapping[str, Any], patch_dropout: float) -> float:
@@ -26,8 +31,8 @@ def _image(img: Mapping[str, Any], patch_dropout: float) -> float:
     pooled = 0.0
     if img["pool"] == "map":  # one query, its keys and values, and a residual MLP of one token
         pooled = 4 * kept * img["width"] ** 2 + (4 + 4 * img["mlp_ratio"]) * img["width"] ** 2 + 4 * kept * img["width"]
-    tokens = kept + (img["pool"] == "cls")
-    return embedding + transformer(tokens, img["width"], img["depth"], img["mlp_ratio"]) + pooled
+    tokens, first = kept + (img["pool"] == "cls"), img["pool"] == "cls" and not img["scan"]
+    return embedding + transformer(tokens, img["width"], img["depth"], img["mlp_ratio"], first) + pooled
 
 
 def forward(config: ml_collections.ConfigDict, *, train: bool = True) -> dict[str, float]:
