@@ -43,7 +43,7 @@ class Planner:
     """Plans, each kept in a file as soon as it is made."""
 
     def __init__(self, path):
-        self.path, self.environment = path, metrics.environment()
+        self.path, self.environment = path, metrics.environment() | {"command": "python -m benchmarks.plans"}
         there = json.loads(path.read_text()) if path.exists() else {}
         # The file itself makes the checkout dirty.
         commits = [e.get("commit", "").removesuffix("-dirty") for e in (there.get("environment", {}), self.environment)]
