@@ -33,7 +33,7 @@ from xclip_jax.data import embeddings, files
 from xclip_jax.data.ahead import Ahead
 from xclip_jax.data.sources import IMAGE_SUFFIXES
 from xclip_jax.data.tar_source import TarSource, decode_text
-from xclip_jax.errors import BadSample, UserError
+from xclip_jax.errors import BadSample, Parser, UserError
 from xclip_jax.metrics import say
 
 PART = 1024  # rows that a kill may cost
@@ -337,9 +337,8 @@ class _Progress:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(prog="python -m xclip_jax.embed", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.error = lambda message: sys.exit(f"error: {message}; see --help")
+    parser = Parser(prog="python -m xclip_jax.embed", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a run, or weights")
     parser.add_argument("--step", type=int, help="which checkpoint of a run; the newest by default")
     parser.add_argument("--images", help="a folder, or files: globs, ranges {00..12}, lists; or tars")

@@ -1,5 +1,9 @@
 """The one exception that is the user's to mend; commands print it as a sentence, without a traceback."""
 
+import argparse
+import sys
+from typing import NoReturn
+
 
 class UserError(ValueError):
     """Bad input. The message names the file, key or value that is wrong and what to do about it."""
@@ -20,6 +24,13 @@ class BadSample(UserError):
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         """Exceptions pickle by their message alone; this one has two parts."""
         return type(self), (self.reason, self.detail)
+
+
+class Parser(argparse.ArgumentParser):
+    """Command lines of commands: what is wrong is one sentence, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(f"error: {message}; see --help")
 
 
 def one_of(key: str, value: object, valid: object) -> None:

@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import ml_collections
@@ -27,7 +27,7 @@ from etils import epath
 
 from xclip_jax import metrics, trainer
 from xclip_jax.checkpoint import write_json
-from xclip_jax.errors import UserError
+from xclip_jax.errors import Parser, UserError
 from xclip_jax.evaluators import Evaluator, sets, table
 from xclip_jax.evaluators.card import describe
 from xclip_jax.evaluators.scores import Items, bootstrap
@@ -207,13 +207,6 @@ def render(rows: Sequence[Mapping[str, Any]], a: str, b: str) -> str:
         values = "".join(f"{row[key]:>8.1f}" for key in ("a", "b")) + f"{row['difference']:>+8.1f}"
         lines.append(f"{row['set']:<36}{row['metric']:<24}{values}{interval}")
     return "\n".join(lines)
-
-
-class Parser(argparse.ArgumentParser):
-    """One sentence instead of usage and a second line."""
-
-    def error(self, message: str) -> NoReturn:
-        sys.exit(f"error: {message}; see --help")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

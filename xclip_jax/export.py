@@ -17,8 +17,7 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import interop, model_card
-from xclip_jax.errors import UserError
-from xclip_jax.evaluate import Parser
+from xclip_jax.errors import Parser, UserError
 from xclip_jax.interop.files import is_run
 from xclip_jax.metrics import say
 from xclip_jax.weights import load

@@ -10,29 +10,21 @@ accelerators are taken by the training itself, JAX_PLATFORMS=cpu reads beside it
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from absl import logging
 from etils import epath
 
 from xclip_jax import evaluate, trainer
-from xclip_jax.errors import UserError
+from xclip_jax.errors import Parser, UserError
 from xclip_jax.evaluators import sets
 from xclip_jax.metrics import say
 from xclip_jax.report import document, record
 from xclip_jax.report.examples import Examples
 
 
-class _Parser(argparse.ArgumentParser):
-    """One sentence instead of usage and a second line."""
-
-    def error(self, message: str) -> NoReturn:
-        sys.exit(f"error: {message}; see --help")
-
-
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m xclip_jax.report", description=__doc__, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m xclip_jax.report", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     parser.add_argument("--sets", default="", help="evaluation sets to look at, joined by commas; by default the run's")
     parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
