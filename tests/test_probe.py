@@ -43,6 +43,24 @@ def test_logistic_regression_equals_sklearn():
         assert np.mean(found.logits(held)[i].argmax(axis=1) == peer.predict(held)) >= 0.99
 
 
+def test_it_stops_at_a_small_gradient():
+    x, y = features()
+    x = x + 3  # where the gradient of centred features is another one
+    cs = [1e-2, 1.0, 1e2]
+    rough, fine = (logistic.fit(x, y, cs, 7, tolerance=tolerance) for tolerance in (1e-3, 1e-5))
+    for found, tolerance in ((rough, 1e-3), (fine, 1e-5)):
+        for c, weights, bias in zip(cs, found.weights, found.bias, strict=True):
+            wrong = scipy.special.softmax(x @ weights + bias, axis=1) - np.eye(7)[y]
+            slopes = np.abs(x.T @ wrong / len(y) + weights / (c * len(y)))
+            assert max(slopes.max(), np.abs(wrong.mean(axis=0)).max()) <= 1.1 * tolerance
+    assert (rough.iterations < fine.iterations).all()
+
+
+def test_separable_classes_do_not_go_on_for_ever():
+    x, y = np.eye(4, dtype=np.float32)[np.arange(400) % 4], np.arange(400) % 4
+    assert logistic.fit(x, y, [1.0, 1e3, 1e6], 4).iterations.max() < 50
+
+
 def test_each_c_is_solved_as_if_alone(monkeypatch):
     x, y = features(n=300)
     cs = [1e-2, 1.0, 1e2, 1e4]

@@ -103,7 +103,7 @@ class Sweep:
 
     coarse: Sequence[float] = COARSE
     halvings: int = 4
-    tolerance: float = 1e-6
+    tolerance: float = 1e-5
 
 
 def search(
