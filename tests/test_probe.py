@@ -64,13 +64,13 @@ def test_separable_classes_do_not_go_on_for_ever():
 def test_each_c_is_solved_as_if_alone(monkeypatch):
     x, y = features(n=300)
     cs = [1e-2, 1.0, 1e2, 1e4]
-    together = logistic.fit(x, y, cs, 7)
+    together = logistic.fit(x, y, cs, 7, tolerance=1e-7)
     monkeypatch.setattr(logistic, "_SMALL", 0)  # those that are done are left behind
-    dropped = logistic.fit(x, y, cs, 7)
+    dropped = logistic.fit(x, y, cs, 7, tolerance=1e-7)
     monkeypatch.setattr(logistic, "_SCORES", 2 * 300 * 7)  # in turns
-    turns = logistic.fit(x, y, cs, 7)
+    turns = logistic.fit(x, y, cs, 7, tolerance=1e-7)
     for i, c in enumerate(cs):
-        alone = logistic.fit(x, y, [c], 7)
+        alone = logistic.fit(x, y, [c], 7, tolerance=1e-7)
         for other in (together, dropped, turns):
             assert other.objective[i] == pytest.approx(alone.objective[0], rel=1e-4)
             assert abs(int(other.iterations[i]) - int(alone.iterations[0])) <= 0.5 * alone.iterations[0] + 2
