@@ -90,6 +90,7 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
         "data": {
             "sources": (),
             "weights": (),
+            "apart": False,
             "dir": "",
             "batch": 4096,
             "tokenizer": "clip",

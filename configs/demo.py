@@ -47,6 +47,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.optim.weight_decay = 0.1
     config.data.sources = ("demo:train", "demo:train_tones")
     config.data.weights = (0.93, 0.07)
+    config.data.apart = True  # the three pictures of a thing have one caption
     config.data.batch = 256
     config.data.text_keys = ("name", "aliases")
     config.data.tags_key = "tags"

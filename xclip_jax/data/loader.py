@@ -39,6 +39,8 @@ class DataConfig:
     Attributes:
       sources: specs for `sources.open_source`, of fine-tuning for `labelled.open_source`; several are mixed.
       weights: share of samples from each source; empty to have every sample once an epoch.
+      apart: keep records with the same captions apart, so that hardly a batch holds two of them, whose pairs would be
+        wrong negatives; captions are read once for it, at the start.
       dir: where TFDS data sets lie; "" for the default.
       batch: b, pairs in the global batch.
       tokenizer: "clip", "bytes" or the path of a tokenizer file.
@@ -58,6 +60,7 @@ class DataConfig:
 
     sources: Sequence[str]
     weights: Sequence[float] = ()
+    apart: bool = False
     dir: str = ""
     batch: int = 256
     tokenizer: str = "clip"
@@ -89,6 +92,8 @@ def open_sources(config: DataConfig, classes: int = 0) -> list[sources.Source]:
             "or none for shares by size."
         )
     if classes:
+        if config.apart:
+            raise UserError("data.apart compares captions, and labelled items have none: set data.apart to False.")
         found = [labelled.open_source(spec, config.dir) for spec in config.sources]
         for spec, source in zip(config.sources, found, strict=True):
             if len(source.names or ["a number"]) != classes:
@@ -156,18 +161,64 @@ class Order:
         return self.found[number][index]
 
 
+class _Apart:
+    """Index of the record at each place, (place, _) -> int: in every epoch another shuffle of the records.
+
+    The m records of a group come an m-th of an epoch apart, from a random time on and in random order; that of a record
+    alone is any time. The last of an epoch and the first of the next may be near each other.
+    """
+
+    def __init__(self, groups: np.ndarray, seed: int) -> None:
+        self.groups, self.seed = groups, seed
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def __call__(self, place: int, _: Any = None) -> int:
+        epoch, at = divmod(place, len(self.groups))
+        order = self._epochs.get(epoch)
+        if order is None:
+            order = self._order(epoch)
+            self._epochs = {e: o for e, o in self._epochs.items() if e >= epoch - 1} | {epoch: order}
+        return int(order[at])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        n, rng = len(self.groups), np.random.default_rng((self.seed, epoch))
+        sizes = np.bincount(self.groups)
+        shuffled = rng.permutation(n)
+        grouped = shuffled[np.argsort(self.groups[shuffled], kind="stable")]
+        group = self.groups[grouped]
+        turn = np.arange(n) - (np.cumsum(sizes) - sizes)[group]
+        return grouped[np.argsort((turn + rng.random(len(sizes))[group]) / sizes[group])]
+
+
+def _by_captions(found: Sequence[sources.Source]) -> np.ndarray:
+    """Number of the group of records with the same captions, int (n,), of all records of `found`."""
+    numbers: dict[tuple[str, ...], int] = {}
+    groups = []
+    for source in found:
+        for index in range(len(source)):
+            try:
+                key = tuple(source[index]["text"])
+            except BadSample:
+                key = ("", str(len(groups)))  # nobody's
+            groups.append(numbers.setdefault(key, len(numbers)))
+    return np.array(groups)
+
+
 def sample_order(found: Sequence[sources.Source], config: DataConfig, seed: int) -> Order:
     """All samples shuffled anew in each epoch; with weights each source by itself, and then mixed.
 
-    Weights hold to a hundredth of the smallest, and each source has epochs of its own.
+    Weights hold to a hundredth of the smallest, and each source has epochs of its own. See `DataConfig.apart`.
     """
 
-    def shuffled(n: int, seed: int) -> grain.MapDataset:
-        return grain.MapDataset.range(n).shuffle(seed=seed).repeat()
+    def shuffled(parts: Sequence[sources.Source], seed: int) -> grain.MapDataset:
+        places = grain.MapDataset.range(sum(map(len, parts)))
+        if config.apart:
+            return places.repeat().map_with_index(_Apart(_by_captions(parts), seed))
+        return places.shuffle(seed=seed).repeat()
 
     if config.weights and len(found) > 1:
         orders = [
-            shuffled(len(source), seed + number).map(lambda index, number=number: (number, int(index)))
+            shuffled([source], seed + number).map(lambda index, number=number: (number, int(index)))
             for number, source in enumerate(found)
         ]
         return Order(found, grain.MapDataset.mix(orders, list(config.weights)))
@@ -177,7 +228,7 @@ def sample_order(found: Sequence[sources.Source], config: DataConfig, seed: int)
         number = bisect.bisect_right(starts, index) - 1
         return number, int(index) - starts[number]
 
-    return Order(found, shuffled(starts[-1], seed).map(place))
+    return Order(found, shuffled(found, seed).map(place))
 
 
 @dataclasses.dataclass(frozen=True)
