@@ -253,10 +253,22 @@ def test_kinds_of_scores(kinds):
     assert found["zeroshot/toy/top1"] == 100
     for kind in ("cosine", "cross_entropy"):
         assert (f"zeroshot/toy/{kind}/top1" in found) == ("s" in kinds)
+    assert ("zeroshot/toy/both/top1" in found) == (kinds == "zs")
     pairs = RetrievalSet("toy", [np.array([8, 0, 0.0]), np.array([0, 8, 0.0])], [["a"], ["b"]])
     found = Retrieval(FakeEncoder(table, kinds), pairs).run(None)
     assert found["retrieval/toy/text_to_image/r1"] == 100
     assert ("retrieval/toy/cosine/image_to_text/r1" in found) == ("s" in kinds)
+
+
+def test_both_heads_of_xclip_are_scored_together():
+    rng_z, rng_p = rng(1), rng(2)
+    z, txt = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng_z.normal(size=(2, 6, 4)))
+    s, q = rng_p.normal(size=(6, 5)), scipy.special.softmax(rng_p.normal(size=(6, 5)), axis=1)
+    scores = zeroshot.similarities({"z": z, "s": s}, txt, q, tau=0.5)
+    entropy = zeroshot.cluster_scores(scipy.special.softmax(s / 0.5, axis=1), q)["cross_entropy"]
+    cosine = z @ txt.T
+    np.testing.assert_allclose(scores["both"], cosine / cosine.std() + entropy / entropy.std(), rtol=1e-5)
+    assert list(scores) == ["", "cosine", "cross_entropy", "both"]
 
 
 def test_the_distribution_of_a_class_is_the_mean_over_its_prompts():

@@ -33,6 +33,8 @@ _KINDS = (
     ("textual", "queries", ("r1", "r5")),
     ("textual", "pairs", ("spearman_all", "spearman_mean", "finetuned/spearman", "finetuned/pearson")),
 )
+# Kinds of `zeroshot.similarities` that stand below the set's own.
+_SCORES = {"cosine": "clusters, cosine", "cross_entropy": "clusters, cross-entropy", "both": "both heads together"}
 # Sets of classes that training may know in a style that it does not, by what their names begin with.
 OUT_OF_DOMAIN = ("emoji/test_line", "imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "objectnet")
 
@@ -90,11 +92,10 @@ def _classified(results: Results) -> Table:
         ways, n = results[f"zeroshot/{name}/ways"], results[f"zeroshot/{name}/n"]
         shares = [f"{values['top1']:.1f}", _by_chance(1, ways), f"{values['top5']:.1f}", _by_chance(5, ways)]
         found.append((name, [f"{ways:.0f}", f"{n:.0f}", *shares]))
-        for kind in ("cosine", "cross_entropy"):
+        for kind, label in _SCORES.items():
             if f"zeroshot/{name}/{kind}/top1" in results:
                 top1, top5 = (results[f"zeroshot/{name}/{kind}/top{k}"] for k in (1, 5))
-                label = f"  by clusters, {kind.replace('_', '-')}"
-                found.append((label, ["", "", f"{top1:.1f}", "", f"{top5:.1f}", ""]))
+                found.append((f"  by {label}", ["", "", f"{top1:.1f}", "", f"{top5:.1f}", ""]))
         if name.startswith(OUT_OF_DOMAIN) and "zeroshot/imagenet/top1" in results:
             gap = results["zeroshot/imagenet/top1"] - values["top1"]
             found.append(("  less than imagenet", ["", "", f"{gap:.1f}", "", "", ""]))

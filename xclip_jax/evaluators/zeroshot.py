@@ -84,11 +84,14 @@ def similarities(img: Features, z_txt: np.ndarray | None, q: np.ndarray | None, 
 
     Returns:
       Kind "" is the one that tables show: cosine of z, or of the distributions where there is no projection. With
-      cluster heads also "cosine" and "cross_entropy", of `cluster_scores`.
+      cluster heads also "cosine" and "cross_entropy", of `cluster_scores`; with projection and cluster heads, as xCLIP
+      has them, "both", the sum of "" and "cross_entropy", each over its standard deviation [ours].
     """
     scores = {} if z_txt is None else {"": img["z"] @ z_txt.T}
     if q is not None:
         found = cluster_scores(distributions(img["s"], tau), q)
+        if scores:
+            found["both"] = sum(x / max(x.std(), _TINY) for x in (scores[""], found["cross_entropy"]))
         scores = {"": found["cosine"]} | scores | found
     return scores
 
