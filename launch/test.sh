@@ -9,4 +9,4 @@ cd "$(dirname "$0")/.."
 . launch/common.sh
 setup test
 "$VENV/bin/ruff" check .
-exec "$VENV/bin/python" -m pytest --numprocesses="${WORKERS:-2}" --dist=loadfile --no-loadscope-reorder "$@"
+exec "$VENV/bin/python" -m pytest --numprocesses="${WORKERS:-2}" --dist=loadfile "$@"

@@ -15,12 +15,6 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
     _cache = tempfile.TemporaryDirectory(prefix="xclip_jax_compiled_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
-# Files that take longest come first: a worker that began one at the end would leave the others idle.
-_LONG = ("test_end_to_end", "test_sharding", "test_processes", "test_step", "test_examples", "test_pretraining")
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.stem not in _LONG)
 
 
 @pytest.fixture(scope="session")
