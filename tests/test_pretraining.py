@@ -146,7 +146,7 @@ def test_two_processes_count_and_write_as_one(mixed, tmp_path):
         address = f"localhost:{free.getsockname()[1]}"
 
     def start(devices, name, *others):
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last one holds
         return subprocess.Popen(
             [sys.executable, "-c", RUN, str(tmp_path / name), f"{mixed}/0.tar", *others], text=True,
             cwd=pathlib.Path(__file__).parents[1], env=os.environ | {"XLA_FLAGS": flags},
