@@ -36,7 +36,8 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
     sizes = preset(size)
     sigmoid = objective == "siglip"
     tower = {"mlp_ratio": 4.0, "act": "gelu", "eps": 1e-5, "scan": True, "remat": "none"}
-    img = tower | {"size": 224, "pool": "cls", "pre_norm": True, "patch_dropout": 0.0, "drop_path": 0.0} | sizes["img"]
+    options = {"stem": "linear", "pool": "cls", "pre_norm": True, "patch_dropout": 0.0, "drop_path": 0.0}
+    img = tower | {"size": 224} | options | sizes["img"]
     return ml_collections.ConfigDict({
         "run": f"runs/{objective}-{size.replace('/', '')}",  # the run's folder
         "seed": 0,

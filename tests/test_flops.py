@@ -15,10 +15,10 @@ def test_known_models():
     assert found["txt"] == 12 * (tokens * 24 * width**2 + 4 * tokens**2 * width)
 
 
-@pytest.mark.parametrize("pool", ["cls", "mean", "map"])
-def test_against_the_compilers_count(pool):
+@pytest.mark.parametrize(("pool", "stem"), [("cls", "linear"), ("mean", "linear"), ("map", "linear"), ("cls", "hmlp")])
+def test_against_the_compilers_count(pool, stem):
     config = tiny.config("xclip", model__img__width=128, model__img__size=32, model__txt__width=64)
-    config.model.img.pool = pool
+    config.model.img.pool, config.model.img.stem = pool, stem
     p = parts.build(config, jax.devices()[:1])
     variables = nn.unbox(jax.eval_shape(p.model.init, jax.random.key(0), *shapes(config)))
     compiled = jax.jit(p.model.apply).lower(variables, *shapes(config)).compile()

@@ -296,6 +296,7 @@ def test_what_a_format_cannot_hold_is_said(tmp_path):
     [
         ("nclip", {}, "hf", "no projection to a shared space .*'nclip'.*'safetensors'"),
         ("clip", {"model__img__pool": "mean"}, "open_clip", r"model\.img\.pool is 'mean'"),
+        ("clip", {"model__img__stem": "hmlp"}, "hf", r"model\.img\.stem is 'hmlp'"),
         ("clip", {"model__img__pre_norm": False}, "hf", "norm before the first block"),
         ("clip", {"model__img__act": "quick_gelu"}, "open_clip", "one kind of GELU for both towers"),
         ("clip", {"data__tokenizer": "bytes"}, "hf", "end token's id 2"),

@@ -26,7 +26,7 @@ from xclip_jax.models.layers import (
 )
 from xclip_jax.models.text import TextTransformer
 from xclip_jax.models.two_towers import TwoTowers
-from xclip_jax.models.vit import POOLS, AttentionPool, VisionTransformer
+from xclip_jax.models.vit import POOLS, AttentionPool, HierarchicalStem, VisionTransformer
 from xclip_jax.parallel.sharding import NAMES
 
 EOT = 40
@@ -170,9 +170,12 @@ def test_every_parameter_names_its_axes(scan, pool):
 # --- pools and patches
 
 
-@pytest.mark.parametrize(("pool", "tokens"), [("cls", 17), ("mean", 16), ("map", 16)])
-def test_pools(pool, tokens):
-    tower = IMG.clone(depth=1, pool=pool)
+@pytest.mark.parametrize(
+    ("pool", "tokens", "stem"),
+    [("cls", 17, "linear"), ("mean", 16, "linear"), ("map", 16, "linear"), ("cls", 17, "hmlp")],
+)
+def test_pools_and_stems(pool, tokens, stem):
+    tower = IMG.clone(depth=1, pool=pool, stem=stem)
     variables = random_variables(tower, IMAGE)
     apply = jit(tower.apply)
     chex.assert_shape(variables["params"]["positions"], (tokens, 24))
@@ -188,6 +191,24 @@ def test_pools(pool, tokens):
     blind = {"params": params | {"positions": jnp.zeros_like(params["positions"])}}
     np.testing.assert_allclose(apply(blind, shuffled), apply(blind, IMAGE), atol=1e-5)
     assert np.abs(apply(blind, IMAGE[::-1]) - apply(blind, IMAGE)).max() > 1e-2
+
+
+@pytest.mark.parametrize(("patch", "kernels"), [(12, (4, 3)), (16, (4, 2, 2)), (4, (4,))])
+def test_hierarchical_stem_is_torchs_convolutions(patch, kernels):
+    image = np.random.default_rng(0).normal(size=(2, 48, 48, 3)).astype(np.float32)
+    stem = HierarchicalStem(patch, 24, "gelu", 1e-5, jnp.float32)
+    variables = random_variables(stem, image)
+    x = torch.tensor(image).permute(0, 3, 1, 2)
+    for i, kernel in enumerate(kernels):
+        part = variables["params"]
+        if i:
+            w = {name: torch.tensor(value) for name, value in part[f"norm_{i}"]["norm"].items()}
+            x = torch.nn.functional.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], w["scale"], w["bias"])
+            x = torch.nn.functional.gelu(x).permute(0, 3, 1, 2)
+        w = np.asarray(part[f"linear_{i}"]["kernel"]).reshape(kernel, kernel, x.shape[1], -1)
+        x = torch.nn.functional.conv2d(x, torch.tensor(w).permute(3, 2, 0, 1), stride=kernel)
+    assert len(variables["params"]) == 2 * len(kernels) - 1
+    np.testing.assert_allclose(stem.apply(variables, image), numpy(x.permute(0, 2, 3, 1)), rtol=1e-4, atol=1e-5)
 
 
 def test_map_pool_is_timms():
@@ -326,6 +347,8 @@ def test_attend_is_torchs(causal, queries):
         (IMG.clone(remat="some"), IMAGE, r"remat is 'some'.*'none', 'dots', 'full'"),
         (TXT.clone(remat="some"), TEXT, r"remat is 'some'.*'none', 'dots', 'full'"),
         (IMG.clone(pool="max"), IMAGE, r"model\.img\.pool is 'max'.*'cls', 'mean', 'map'"),
+        (IMG.clone(stem="conv"), IMAGE, r"model\.img\.stem is 'conv'.*'linear', 'hmlp'"),
+        (IMG.clone(stem="hmlp", patch=2), IMAGE, r"model\.img\.stem 'hmlp' wants multiples of 4, and patch is 2"),
         (IMG, IMAGE[:, :12, :12], r"\(3, 12, 12, 3\).*size 16.*model\.img\.size"),
         (IMG, IMAGE[..., :1], r"\(3, 16, 16, 1\)"),
         (IMG.clone(patch=5), IMAGE, r"model\.img: size 16 .* patch 5"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_collections
 
+from xclip_jax.models.vit import stem_stages
 from xclip_jax.objective import Objective
 
 
@@ -27,7 +28,11 @@ def transformer(tokens: float, width: int, depth: int, mlp_ratio: float, first: 
 def _image(img: Mapping[str, Any], patch_dropout: float) -> float:
     patches = (img["size"] // img["patch"]) ** 2
     kept = max(1, round(patches * (1 - patch_dropout)))
-    embedding = 2 * patches * 3 * img["patch"] ** 2 * img["width"]
+    embedding, side, channels = 0, img["size"], 3
+    for joined, features in stem_stages(img.get("stem", "linear"), img["patch"], img["width"]):
+        side //= joined
+        embedding += 2 * side**2 * joined**2 * channels * features
+        channels = features
     pooled = 0.0
     if img["pool"] == "map":  # one query, its keys and values, and a residual MLP of one token
         pooled = 4 * kept * img["width"] ** 2 + (4 + 4 * img["mlp_ratio"]) * img["width"] ** 2 + 4 * kept * img["width"]

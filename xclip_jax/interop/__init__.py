@@ -125,8 +125,9 @@ def _expressible(variables: Mapping[str, Any], config: Mapping[str, Any], to: st
             f"this model has no projection to a shared space (objective {config['objective']['name']!r}), which "
             f"{to!r} needs; write to 'safetensors'."
         )
-    if (pool := model["img"]["pool"]) != "cls":
-        raise UserError(f"model.img.pool is {pool!r}, which {to!r} does not have; write to 'safetensors'.")
+    for key, theirs in (("pool", "cls"), ("stem", "linear")):
+        if (value := model["img"].get(key, theirs)) != theirs:  # runs before `stem` lack it
+            raise UserError(f"model.img.{key} is {value!r}, which {to!r} does not have; write to 'safetensors'.")
     for tower in ("img", "txt"):
         blocks = params[tower]["transformer"]
         if "blocks" in blocks:

@@ -23,7 +23,7 @@ def model(
 ) -> dict[str, Any]:
     """Group `model`: towers of a CLIP, to be computed in fp32."""
     return {
-        "img": _TOWER | {"pool": "cls", "patch_dropout": 0.0, "drop_path": 0.0} | dict(img),
+        "img": _TOWER | {"stem": "linear", "pool": "cls", "patch_dropout": 0.0, "drop_path": 0.0} | dict(img),
         "txt": _TOWER | dict(txt),
         "embed": embed,
         "scale_init": math.exp(log_scale),

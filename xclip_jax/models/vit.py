@@ -8,10 +8,57 @@ import jax
 import jax.numpy as jnp
 
 from xclip_jax.errors import UserError, one_of
-from xclip_jax.models.layers import LayerNorm, Mlp, Transformer, attend, dense, named
+from xclip_jax.models.layers import ACTIVATIONS, LayerNorm, Mlp, Transformer, attend, dense, named
 
 Array = jax.Array
 POOLS = ("cls", "mean", "map")
+STEMS = ("linear", "hmlp")
+
+
+def stem_stages(stem: str, patch: int, width: int) -> list[tuple[int, int]]:
+    """What makes a token of a patch of `patch` x `patch` pixels: (side, features) of each linear map, in order.
+
+    A map takes side x side neighbours, pixels at first, and makes one vector of them. "linear" is one map; "hmlp"
+    begins with 4 x 4 pixels and joins by the prime factors of what is left.
+    """
+    sides = [patch]
+    if stem == "hmlp":
+        sides, left = [4], patch // 4
+        while left > 1:
+            sides.append(next(f for f in range(2, left + 1) if left % f == 0))
+            left //= sides[-1]
+    return [(side, width if i == len(sides) else width // 4) for i, side in enumerate(sides, 1)]
+
+
+def _join(x: Array, side: int) -> Array:
+    """Puts the vectors of side x side neighbours into one. (b, h, w, c) -> (b, h / side, w / side, side * side * c)."""
+    return einops.rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=side, q=side)
+
+
+class HierarchicalStem(nn.Module):
+    """The hierarchical MLP of arXiv 2203.09795 ("hMLP"): a patch's vector in the stages of `stem_stages`.
+
+    LayerNorm and the activation are between stages; the paper's last norm is the tower's `pre_norm`. Patches never see
+    each other. (b, h, w, 3) -> (b, h / patch, w / patch, width).
+    """
+
+    patch: int
+    width: int
+    act: str
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for i, (side, features) in enumerate(stem_stages("hmlp", self.patch, self.width)):
+            if i:
+                x = ACTIVATIONS[self.act](LayerNorm(self.eps, self.dtype, name=f"norm_{i}")(x))
+            x = _join(x, side)
+            std = x.shape[-1] ** -0.5
+            x = dense(
+                features, ("patch", "embed"), std=std, dtype=self.dtype, use_bias=False, name=f"linear_{i}"
+            )(x)
+        return x
 
 
 class AttentionPool(nn.Module):
@@ -50,6 +97,8 @@ class VisionTransformer(nn.Module):
     Attributes:
       size: side of the square input, pixels; a multiple of `patch`.
       patch: side of a patch, pixels.
+      stem: "linear" (CLIP's one map of a patch's pixels) or "hmlp", see `HierarchicalStem`; it wants a patch that is a
+        multiple of 4 and a width that is one.
       pool: "cls" (class token), "mean" (over patches) or "map" (attention pooling); only "cls" adds a token.
       pre_norm: LayerNorm before the first block, as CLIP has it.
       drop_path: probability with which a training pass leaves out a branch of the last block, see `Transformer`.
@@ -62,6 +111,7 @@ class VisionTransformer(nn.Module):
     depth: int = 12
     heads: int = 12
     mlp_ratio: float = 4.0
+    stem: str = "linear"
     pool: str = "cls"
     pre_norm: bool = True
     act: str = "gelu"
@@ -75,11 +125,15 @@ class VisionTransformer(nn.Module):
     @nn.compact
     def __call__(self, image: Array, noise: Array | None = None, paths: Array | None = None) -> Array:
         self._check(image)
-        x = einops.rearrange(image.astype(self.dtype), "b (h p) (w q) c -> b (h w) (p q c)", p=self.patch, q=self.patch)
-        std = self.width**-0.5
-        # A strided convolution is the same map; reshape and matmul is faster on CPUs and no slower on TPUs.
-        std_patch = x.shape[-1] ** -0.5
-        x = dense(self.width, ("patch", "embed"), std=std_patch, dtype=self.dtype, use_bias=False, name="patches")(x)
+        x, std = image.astype(self.dtype), self.width**-0.5
+        if self.stem == "hmlp":
+            x = HierarchicalStem(self.patch, self.width, self.act, self.eps, self.dtype, name="patches")(x)
+        else:
+            # A strided convolution is the same map; reshape and matmul is faster on CPUs and no slower on TPUs.
+            x = _join(x, self.patch)
+            std_in = x.shape[-1] ** -0.5
+            x = dense(self.width, ("patch", "embed"), std=std_in, dtype=self.dtype, use_bias=False, name="patches")(x)
+        x = einops.rearrange(x, "b h w d -> b (h w) d")
         tokens = x.shape[1] + (self.pool == "cls")
         positions = self.param("positions", named(nn.initializers.normal(std), None, "table"), (tokens, self.width))
         positions = positions.astype(self.dtype)
@@ -103,6 +157,12 @@ class VisionTransformer(nn.Module):
 
     def _check(self, image: Array) -> None:
         one_of("model.img.pool", self.pool, POOLS)
+        one_of("model.img.stem", self.stem, STEMS)
+        if self.stem == "hmlp" and (self.patch % 4 or self.width % 4):
+            raise UserError(
+                f"model.img.stem 'hmlp' wants multiples of 4, and patch is {self.patch}, width {self.width}; "
+                "change them, or set model.img.stem to 'linear'."
+            )
         if self.size % self.patch or self.width % self.heads:
             raise UserError(
                 f"model.img: size {self.size} must be a multiple of patch {self.patch}, "
