@@ -30,7 +30,7 @@ TESTS = (
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """See the module's docstring."""
-    args = common.parse_arg(arg, objective="xclip", steps=700, preset="Ti/12", size=48)
+    args = common.parse_arg(arg, objective="xclip", steps=680, preset="Ti/12", size=48)
     config = common.base(args.objective, args.preset)
     config.run = f"runs/demo-{args.objective}"
     config.steps = args.steps

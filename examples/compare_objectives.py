@@ -3,7 +3,7 @@
     pip install '.[demo]' && python -m examples.compare_objectives
 
 Takes about ten minutes on two cores: 120 steps of each, too short to say which is better, only to see how it is done.
---steps 700 is the demo's length, for which README shows results; one seed of it says little about a point or two. The
+--steps 680 is the demo's length, for which README shows results; one seed of it says little about a point or two. The
 first run prepares the data. The same command again goes on where it was cut off.
 """
 

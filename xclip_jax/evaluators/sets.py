@@ -3,8 +3,8 @@
 The sets of the demo, `xclip_jax.data.demo` (`emoji/...`); three artists drew the pictures, results are means over them:
 
     validation_concepts, test_concepts      pictures of concepts that nobody saw, among 100 and 200 such concepts; a
-                                            class's embedding is the mean over its prompts, "name, tag, tag, tag" and
-                                            "tag, tag, tag, tag" with each of its tags in front once
+                                            class's embedding is the mean over its prompts, "name, tag, tag, tag" with
+                                            each of its tags in front once, and each tag alone
     ..._concepts_one_prompt                 the same with the one prompt "name, tag, tag, tag"
     validation_rendering, test_rendering    a known concept as an artist drew it whose picture was kept out of
                                             training, among the names of all concepts
@@ -130,7 +130,7 @@ def _classify(
         _card(
             split, [(r["vendor"], r["concept"]) for r in records], [c["name"] for c in classes.values()],
             protocol="nearest class text by cosine, mean over artists", preprocessing=_RESIZE,
-            templates={_prompts: "name and three tags, four tags, in turn", _one_prompt: "name and three tags"}.get(
+            templates={_prompts: "name and three tags in turn, each tag", _one_prompt: "name and three tags"}.get(
                 prompts, "name"
             ),
         ),
@@ -224,7 +224,7 @@ def _prompts(concept: Record) -> list[str]:
     """Captions as training writes them: keywords behind the name, and alone."""
     name, tags = concept["name"], concept["tags"]
     turns = [tags[i:] + tags[:i] for i in range(len(tags))]
-    return [", ".join([name, *turn[:3]]) for turn in turns or [[]]] + [", ".join(turn[:4]) for turn in turns]
+    return [", ".join([name, *turn[:3]]) for turn in turns or [[]]] + tags
 
 
 def _unseen(role: str, split: str, prompts: Callable[[Record], list[str]] = _prompts) -> Maker:
