@@ -12,7 +12,7 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 _flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # Its older emitters take half of the time to compile; later releases have them no more.
+    # Its older emitters take half of the time to compile; 0.12 has them no more.
     _flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flags}".strip()
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
