@@ -33,7 +33,7 @@ from xclip_jax.data import embeddings, files
 from xclip_jax.data.ahead import Ahead
 from xclip_jax.data.sources import IMAGE_SUFFIXES
 from xclip_jax.data.tar_source import TarSource, decode_text
-from xclip_jax.errors import BadSample, Parser, UserError
+from xclip_jax.errors import BadSample, Parser, UserError, exit_with_message
 from xclip_jax.metrics import say
 
 PART = 1024  # rows that a kill may cost
@@ -350,14 +350,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
     try:
-        if not (options.images or options.texts):
-            raise UserError("give --images, --texts or both.")
-        sources = {"image": open_images(options.images)} if options.images else {}
-        sources |= {"text": Lines(options.texts)} if options.texts else {}
-        model = inference.load(options.checkpoint, step=options.step, batch=options.batch)
-        Job(model, sources, options.out, part=options.part, threads=options.threads).run()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+        with exit_with_message():
+            if not (options.images or options.texts):
+                raise UserError("give --images, --texts or both.")
+            sources = {"image": open_images(options.images)} if options.images else {}
+            sources |= {"text": Lines(options.texts)} if options.texts else {}
+            model = inference.load(options.checkpoint, step=options.step, batch=options.batch)
+            Job(model, sources, options.out, part=options.part, threads=options.threads).run()
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from there")
 

@@ -1,7 +1,9 @@
 """The one exception that is the user's to mend; commands print it as a sentence, without a traceback."""
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import NoReturn
 
 
@@ -24,6 +26,24 @@ class BadSample(UserError):
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         """Exceptions pickle by their message alone; this one has two parts."""
         return type(self), (self.reason, self.detail)
+
+
+def describe(error: BaseException) -> str:
+    """Return the message of an exception with its notes, such as the set or file in which it was raised."""
+    return "; ".join([str(error), *getattr(error, "__notes__", ())])
+
+
+@contextlib.contextmanager
+def exit_with_message() -> Iterator[None]:
+    """Context of a command: `UserError`, and an `OSError` that names a file, end it with one sentence and status 1."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"error: {describe(error)}")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {str(error.filename)!r}: {error.strerror}")
 
 
 class Parser(argparse.ArgumentParser):

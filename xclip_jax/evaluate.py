@@ -27,7 +27,7 @@ from etils import epath
 
 from xclip_jax import metrics, trainer
 from xclip_jax.checkpoint import write_json
-from xclip_jax.errors import Parser, UserError
+from xclip_jax.errors import Parser, UserError, exit_with_message
 from xclip_jax.evaluators import Evaluator, sets, table
 from xclip_jax.evaluators.card import describe
 from xclip_jax.evaluators.scores import Items, bootstrap
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     flags = _arguments(argv)
     logging.set_verbosity(logging.ERROR)
-    try:
+    with exit_with_message():
         if flags.compare:
             rows = compare(*flags.compare)
             say(render(rows, *flags.compare))
@@ -247,8 +247,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 changes={key: value for key, value in changed.items() if value is not None},
                 data_dir=flags.data_dir, output=flags.output,
             )
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

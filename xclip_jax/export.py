@@ -17,7 +17,7 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import interop, model_card
-from xclip_jax.errors import Parser, UserError
+from xclip_jax.errors import Parser, UserError, exit_with_message
 from xclip_jax.interop.files import is_run
 from xclip_jax.metrics import say
 from xclip_jax.weights import load
@@ -69,10 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", metavar="OUT", help="folder to write")
     flags = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
-    try:
+    with exit_with_message():
         export(flags.checkpoint, flags.out, to=flags.to, step=flags.step, overwrite=flags.overwrite)
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import sys
 from absl import app, flags, logging
 
 from xclip_jax import config, trainer
-from xclip_jax.errors import UserError
+from xclip_jax.errors import exit_with_message
 from xclip_jax.parallel import processes
 
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -19,11 +19,9 @@ _PROCESS = flags.DEFINE_integer("process", -1, "Which of them this one is, from 
 def main(_: list[str]) -> None:
     """Runs the trainer."""
     logging.set_verbosity(logging.ERROR)
-    try:
+    with exit_with_message():
         processes.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         trainer.run(flags.FLAGS.config)
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

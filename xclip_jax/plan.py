@@ -22,7 +22,7 @@ from jax.experimental import topologies
 
 from xclip_jax import config as config_file
 from xclip_jax import flops
-from xclip_jax.errors import UserError, one_of
+from xclip_jax.errors import UserError, exit_with_message, one_of
 from xclip_jax.parallel.collectives import Collective, collectives, summary
 from xclip_jax.parts import Parts, build
 
@@ -271,7 +271,7 @@ def main(_: list[str]) -> None:
     """Prints a plan or an explanation."""
     logging.set_verbosity(logging.ERROR)
     config = flags.FLAGS.config
-    try:
+    with exit_with_message():
         if _EXPLAIN.value:
             devices = devices_of(_TOPOLOGY.value, _SLICES.value)[0] if _TOPOLOGY.value else None
             rows = explain(build(config, devices))
@@ -281,8 +281,6 @@ def main(_: list[str]) -> None:
             raise UserError("--topology is missing; name one such as v5e:4x8, v4:2x4x4, v5p:4x4x8 or v6e:4x4")
         found = plan(config, _TOPOLOGY.value, slices=_SLICES.value, mfu=_MFU.value, look=_SUGGEST.value)
         print(json.dumps(found, indent=2) if _JSON.value else render(found))
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from xclip_jax.data import assets, files
-from xclip_jax.errors import UserError
+from xclip_jax.errors import UserError, exit_with_message
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jfif", "ppm")
 # Faults of a row, by number.
@@ -351,10 +351,8 @@ def main(arguments: Sequence[str]) -> None:
     if list(arguments) == ["--serve"]:
         _serve()
     elif len(arguments) == 1:
-        try:
+        with exit_with_message():
             load(files.expand(arguments[0]))
-        except UserError as error:
-            sys.exit(f"error: {error}")
     else:
         sys.exit("usage: python -m xclip_jax.data.tar_index PATTERN")
 

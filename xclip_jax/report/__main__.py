@@ -15,7 +15,7 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import evaluate, trainer
-from xclip_jax.errors import Parser, UserError
+from xclip_jax.errors import Parser, UserError, exit_with_message
 from xclip_jax.evaluators import sets
 from xclip_jax.metrics import say
 from xclip_jax.report import document, record
@@ -59,10 +59,8 @@ def make(flags: argparse.Namespace) -> epath.Path:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     logging.set_verbosity(logging.ERROR)
-    try:
+    with exit_with_message():
         say(f"report: {make(_arguments(argv))}")
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
