@@ -13,8 +13,8 @@ import sys
 
 from absl import logging
 
-from xclip_jax import config as config_file
 from xclip_jax import metrics, plan
+from xclip_jax.config import load as config_file
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 # File and argument, topology.

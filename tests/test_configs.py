@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from configs import common
-from xclip_jax import trainer
+from xclip_jax.config import schema
 from xclip_jax.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -40,7 +40,7 @@ CONFIGS = {
 def test_golden(name):
     module, arg = CONFIGS[name]
     config = importlib.import_module(f"configs.{module}").get_config(arg)
-    dump = "".join(f"{key} = {value!r}\n" for key, value in sorted(trainer.flatten(config.to_dict()).items()))
+    dump = "".join(f"{key} = {value!r}\n" for key, value in sorted(schema.flatten(config.to_dict()).items()))
     path = GOLDEN / f"{name}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(dump)
@@ -94,3 +94,7 @@ def test_bad_command_lines_are_one_sentence(flags, message, tmp_path):
     assert message in done.stderr
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_flatten():
+    assert schema.flatten({"a": {"b": 1, "c": (1, 2)}, "d": "x"}) == {"a.b": 1, "a.c": [1, 2], "d": "x"}

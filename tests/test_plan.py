@@ -8,8 +8,8 @@ import jax
 import pytest
 
 from tests import tiny
-from xclip_jax import config as config_file
 from xclip_jax import parts, plan
+from xclip_jax.config import load as config_file
 from xclip_jax.errors import UserError
 from xclip_jax.parallel.mesh import make_mesh
 

@@ -8,7 +8,6 @@ import time
 
 import chex
 import jax
-import numpy as np
 import pytest
 from etils import epath
 
@@ -17,6 +16,7 @@ from xclip_jax import metrics, parts, trainer
 from xclip_jax.checkpoint import Checkpointer
 from xclip_jax.data import files
 from xclip_jax.errors import UserError
+from xclip_jax.interrupt import EXIT_RESUMABLE
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(pairs, tmp_path, straight):
     while time.time() < deadline and not (run / "metrics.jsonl").exists():
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(60) == EXIT_RESUMABLE
     with Checkpointer(run) as checkpointer:
         assert checkpointer.latest() >= 1
 
@@ -122,7 +122,7 @@ def test_run_folder_holds_what_is_needed_to_repeat_it(straight):
 
 def test_other_settings_in_the_same_folder_are_refused(pairs, straight):
     c = config(pairs, straight[0].run, optim__lr=2e-3)
-    with pytest.raises(UserError, match=r"other settings: optim\.lr \(0\.001 there, 0\.002 here\)"):
+    with pytest.raises(UserError, match=r"different config: optim\.lr \(0\.001 in config\.json, 0\.002 now\)"):
         trainer.run(c)
 
 
@@ -138,14 +138,6 @@ def test_missing_checkpoint_is_named(tmp_path):
         checkpointer.restore(parts.build(tiny.config()).abstract)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(pairs, tmp_path):
-    c = config(pairs, tmp_path / "run", optim__lr=1e30, optim__warmup=0, optim__schedule="constant")
-    with pytest.raises(UserError, match=r"the loss of step \d+ is nan.*optim\.lr"):
-        trainer.run(c)
-    with Checkpointer(c.run) as checkpointer:
-        assert checkpointer.latest() is None
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -153,20 +145,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(pairs, tmp_pat
         ({"data__sources": ("folder:/no/such/place",)}, r"folder '/no/such/place' does not exist"),
         ({"data__sources": ("web:x",)}, r"'web:x' is of no known kind"),
         ({"data__sources": ()}, r"data\.sources is empty"),
-        ({"data__weights": (1.0, 2.0)}, r"data\.weights has 2 values for 1 sources"),
         ({"data__tokenizer": "clop"}, r"'clop'"),
-        ({"model__img__pool": "max"}, r"model\.img\.pool is 'max'"),
-        ({"model__img__act": "relu6"}, r"act is 'relu6'"),
-        ({"model__dtype": "float16"}, r"model\.dtype is 'float16'"),
-        ({"objective__nclip__target": "stop"}, r"objective\.nclip\.target is 'stop'.*'detach'"),
-        ({"optim__schedule": "step"}, r"optim\.schedule is 'step'"),
         ({"mesh": {"data": 3, "fsdp": 1, "model": 1, "strategy": "dp"}}, r"does not fit 8 devices"),
         ({"eval__sets": ("emoji/tests",), "eval__every": 5}, r"emoji/tests"),
+        ({"eval__sets": ("emoji/tests",)}, r"emoji/tests"),
+        ({"eval__final_sets": ("imagenett",)}, r"imagenett"),
+        ({"eval__final_sets": ("zeroshot/folder:nowhere",)}, r"nowhere"),
     ],
 )
 def test_bad_values_are_one_sentence_with_the_key(pairs, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         trainer.run(config(pairs, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -240,7 +230,3 @@ def test_waiting_counts_when_the_devices_are_idle(step, data, share):
 
 def test_clock():
     assert [metrics.clock(s) for s in (5, 65, 3723)] == ["0:05", "1:05", "1:02:03"]
-
-
-def test_flatten():
-    assert trainer.flatten({"a": {"b": 1, "c": (1, 2)}, "d": np.float32}) == {"a.b": 1, "a.c": [1, 2], "d": np.float32}

@@ -4,14 +4,15 @@ import numpy as np
 from PIL import Image
 
 from configs import common
-from xclip_jax import parts, trainer
+from xclip_jax import parts
 from xclip_jax.checkpoint import Checkpointer
+from xclip_jax.run_folder import RunFolder
 from xclip_jax.state import create
 
 BATCH, SIZE, LENGTH = 16, 16, 12
 
 
-def config(objective="xclip", steps=10, run="", **changes):
+def config(objective="xclip", steps=10, run="runs/tiny", **changes):
     """A config of towers of one or two narrow layers; `changes` are dotted keys with __ for the dot."""
     c = common.base(objective, "Ti/12")
     c.run, c.steps = str(run), steps
@@ -37,8 +38,9 @@ def config(objective="xclip", steps=10, run="", **changes):
 def untrained(run, objective="xclip", **changes):
     """What a run leaves in the folder `run`, with the weights that it began with. Returns the folder."""
     c = config(objective, run=run, data__batch=8, **changes)
-    trainer._claim(trainer.epath.Path(run), c)
     made = parts.build(c)
+    with RunFolder(run).claimed(made.config, []):
+        pass
     with Checkpointer(run) as checkpointer:
         checkpointer.save(create(made.init, made.abstract), {"samples": 0})
     return run

@@ -4,11 +4,13 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
 from xclip_jax.data.files import is_remote
 from xclip_jax.errors import UserError
+from xclip_jax.metrics import say
 from xclip_jax.state import TrainState
 
 _SHOWN = 4  # mismatches that an error lists by name
@@ -18,6 +20,18 @@ def _names(tree: Any) -> dict[str, Any]:
     """Flat {"params/img/...": leaf}."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {"/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in p): x for p, x in paths}
+
+
+def latest_step(run: str | epath.Path) -> int | None:
+    """Step of the newest whole checkpoint of a run's folder, or None; touches nothing."""
+    path = epath.Path(run) / "checkpoints"
+    return max(ocp.utils.checkpoint_steps(path), default=None) if path.exists() else None
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
 
 
 class Checkpointer:
@@ -70,6 +84,20 @@ class Checkpointer:
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
         )
         return restored.state, restored.position
+
+    def restore_finite(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """As `restore`, of the newest checkpoint whose values are all finite; newer ones are deleted.
+
+        Raises:
+          UserError: as `restore`, or no checkpoint is finite.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            state, position = self.restore(abstract, step)
+            if _all_finite(state):
+                return state, position
+            say(f"WARNING: deleting checkpoint {self.path / str(step)}, which has values that are not finite")
+            self._manager.delete(step)
+        raise UserError(f"{self.path} has no checkpoint with finite values; delete the run's folder to start again.")
 
     def _check(self, abstract: TrainState, step: int) -> None:
         """Compares names and shapes before any array is read: Orbax's own error is a page long."""

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import io
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any

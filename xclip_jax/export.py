@@ -9,7 +9,6 @@ what is written.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import jax

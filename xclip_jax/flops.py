@@ -5,12 +5,11 @@ counts the body of a loop over layers once. Causal attention counts in full, sin
 """
 
 import itertools
-from collections.abc import Mapping
-from typing import Any
 
 import ml_collections
 
-from xclip_jax.models.vit import stem_stages
+from xclip_jax.config.schema import Config, resolve
+from xclip_jax.models.vit import ImageTowerConfig, stem_stages
 from xclip_jax.objective import Objective
 
 
@@ -25,30 +24,31 @@ def transformer(tokens: float, width: int, depth: int, mlp_ratio: float, first: 
     return depth * tokens * qkv + going_on * rest
 
 
-def _image(img: Mapping[str, Any], patch_dropout: float) -> float:
-    patches = (img["size"] // img["patch"]) ** 2
+def _image(img: ImageTowerConfig, patch_dropout: float) -> float:
+    patches = (img.size // img.patch) ** 2
     kept = max(1, round(patches * (1 - patch_dropout)))
-    embedding, side, channels = 0, img["size"], 3
-    for joined, features in stem_stages(img.get("stem", "linear"), img["patch"], img["width"]):
+    embedding, side, channels = 0, img.size, 3
+    for joined, features in stem_stages(img.stem, img.patch, img.width):
         side //= joined
         embedding += 2 * side**2 * joined**2 * channels * features
         channels = features
     pooled = 0.0
-    if img["pool"] == "map":  # one query, its keys and values, and a residual MLP of one token
-        pooled = 4 * kept * img["width"] ** 2 + (4 + 4 * img["mlp_ratio"]) * img["width"] ** 2 + 4 * kept * img["width"]
-    tokens, first = kept + (img["pool"] == "cls"), img["pool"] == "cls" and not img["scan"]
-    return embedding + transformer(tokens, img["width"], img["depth"], img["mlp_ratio"], first) + pooled
+    if img.pool == "map":  # one query, its keys and values, and a residual MLP of one token
+        pooled = 4 * kept * img.width ** 2 + (4 + 4 * img.mlp_ratio) * img.width ** 2 + 4 * kept * img.width
+    tokens, first = kept + (img.pool == "cls"), img.pool == "cls" and not img.scan
+    return embedding + transformer(tokens, img.width, img.depth, img.mlp_ratio, first) + pooled
 
 
-def forward(config: ml_collections.ConfigDict, *, train: bool = True) -> dict[str, float]:
+def forward(config: ml_collections.ConfigDict | Config, *, train: bool = True) -> dict[str, float]:
     """FLOPs of one pair's forward pass: {"img", "txt", "heads", "loss"}.
 
     Args:
       config: of a run.
       train: with patch dropout, and with the comparison of the batch's pairs.
     """
+    config = resolve(config)
     img, txt, model = config.model.img, config.model.txt, config.model
-    objective = Objective.from_config(config.objective.to_dict())
+    objective = Objective.from_config(config.objective)
     heads = loss = 0.0
     if objective.contrastive:
         heads += 2 * model.embed * (img.width + txt.width)
@@ -59,7 +59,7 @@ def forward(config: ml_collections.ConfigDict, *, train: bool = True) -> dict[st
             widths = [width] + [head.hidden] * head.layers + [head.clusters]
             heads += 2 * sum(a * b for a, b in itertools.pairwise(widths))
     if objective.classifies:
-        heads += 2 * objective.classify.classes * config.model[objective.towers[0]].width
+        heads += 2 * objective.classify.classes * getattr(model, objective.towers[0]).width
     towers = {
         "img": _image(img, img.patch_dropout if train else 0.0),
         "txt": transformer(txt.length, txt.width, txt.depth, txt.mlp_ratio),
@@ -67,12 +67,13 @@ def forward(config: ml_collections.ConfigDict, *, train: bool = True) -> dict[st
     return {name: value * (name in objective.towers) for name, value in towers.items()} | {"heads": heads, "loss": loss}
 
 
-def train_step(config: ml_collections.ConfigDict) -> float:
+def train_step(config: ml_collections.ConfigDict | Config) -> float:
     """Model FLOPs of a training step on the whole batch: three forward passes, the teacher's one more.
 
     What rematerialisation and microbatches compute again does not count: it is no use to the model.
     """
+    config = resolve(config)
     parts = forward(config)
-    objective = Objective.from_config(config.objective.to_dict())
+    objective = Objective.from_config(config.objective)
     teacher = parts["img"] + parts["txt"] + parts["heads"] if objective.teacher else 0.0
     return config.data.batch * (3 * sum(parts.values()) + teacher)

@@ -30,7 +30,6 @@ from xclip_jax.evaluators.text import embedding
 from xclip_jax.evaluators.zeroshot import class_scores, distributions
 from xclip_jax.models.layers import unstack_blocks
 from xclip_jax.models.two_towers import TwoTowers
-from xclip_jax.objective import Objective
 from xclip_jax.parallel.mesh import make_mesh, replicated
 
 ImageLike = str | os.PathLike | bytes | np.ndarray | Image.Image
@@ -98,7 +97,7 @@ class Model:
         self._threads = threads
         self._clusters, self._projects = model.cluster_head is not None, bool(model.embed)
         self._embedding = ("z",) if self._projects else ("s",)
-        self._tau = Objective.from_config(config.objective.to_dict()).nclip.tau
+        self._tau = config.objective.nclip.tau
         mesh = make_mesh(_MESH)
         model, variables = _unrolled(model, variables)
         self._variables = jax.device_put(variables, replicated(mesh))

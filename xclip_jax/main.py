@@ -1,10 +1,10 @@
 """Trains a model: python -m xclip_jax.main --config FILE.py[:a=1,b=2] [--config.KEY=VALUE ...]."""
 
-import sys
 
 from absl import app, flags, logging
 
-from xclip_jax import config, trainer
+from xclip_jax import trainer
+from xclip_jax.config import load
 from xclip_jax.errors import exit_with_message
 from xclip_jax.parallel import processes
 
@@ -25,4 +25,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=config.parse)
+    app.run(main, flags_parser=load.parse)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from etils import epath
 
+import xclip_jax
 from xclip_jax.data.files import JsonLines
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy", "xclip_jax")
@@ -26,12 +27,22 @@ _WAITS = 0.05
 class Writer:
     """Writes scalars to `<run>/metrics.jsonl` (one object a line, with "step") and to `<run>/tensorboard`."""
 
-    def __init__(self, run: epath.Path, *, step: int = 0) -> None:
-        """`step`: where the run stands; lines of later steps, left by a run that was cut off, are taken out."""
+    def __init__(self, run: epath.Path, *, step: int = 0, evaluations: int | None = None) -> None:
+        """Open the files of `run`, without lines of later steps that a run left which was cut off.
+
+        Args:
+          run: the run's folder.
+          step: where the run stands.
+          evaluations: last step whose evaluation stays, `step` by default.
+        """
         from tensorboardX import SummaryWriter  # it imports torch where there is one, which takes seconds
 
         self.path = run / "metrics.jsonl"
-        self._file = JsonLines(self.path, lambda line: line.get("step", math.inf) <= step)
+        last = step if evaluations is None else evaluations
+        self._file = JsonLines(
+            self.path, lambda line: line.get("step", math.inf) <= (step if "loss" in line else last)
+        )
+        self._evaluated = {line["step"] for line in self._file.kept if "loss" not in line}
         self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -39,6 +50,10 @@ class Writer:
         self._file.append({"step": step} | dict(scalars))
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, step)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the file had results of an evaluation of `step` when it was opened."""
+        return step in self._evaluated
 
     def close(self) -> None:
         """Flushes."""
@@ -154,6 +169,14 @@ def git_commit(folder: epath.Path) -> str:
         return "unknown"
 
 
+def _version(package: str) -> str:
+    """Version of a package; this one's own also where it is on the path and not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return xclip_jax.__version__ if package == "xclip_jax" else "unknown"
+
+
 def environment() -> dict[str, Any]:
     """Versions, devices, commit and command line of this process."""
     return {
@@ -163,5 +186,5 @@ def environment() -> dict[str, Any]:
         "platform": jax.default_backend(),
         "processes": jax.process_count(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
     }

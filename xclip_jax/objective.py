@@ -11,14 +11,14 @@ and, to fine-tune one tower end to end on labelled items,
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from xclip_jax.errors import UserError, one_of
+from xclip_jax.config.fields import above, at_least, choice, fraction_below_one, key
 from xclip_jax.losses import classification, contrastive, noncontrastive, ring
 
 Array = jax.Array
@@ -27,38 +27,58 @@ OBJECTIVES = ("clip", "siglip", "nclip", "xclip")  # of pre-training
 
 @dataclasses.dataclass(frozen=True)
 class NclipConfig:
-    """Group `objective.nclip`: the options of `losses.noncontrastive.nclip`; defaults are our choice.
+    """Config group `objective.nclip`: options of `losses.noncontrastive.nclip`; defaults are our choice."""
 
-    `target_tau` 0 stands for "the same as tau"; `center_momentum` is of balance "center".
-    """
-
-    target: str = "detach"
-    tau: float = 1.0
-    target_tau: float = 0.0
-    sharpness: float = 1.0
-    smoothness: float = 2.0
-    balance: str = "none"
-    center_momentum: float = 0.9
+    target: str = key("detach", "where pseudo-labels come from", choice(noncontrastive.TARGETS))
+    tau: float = key(1.0, "temperature of the cluster distributions", above(0))
+    target_tau: float = key(0.0, "temperature of the targets; 0 for tau", at_least(0))
+    sharpness: float = key(1.0, "weight of the entropy of each pair's distribution", at_least(0))
+    smoothness: float = key(2.0, "weight of the entropy of the batch's mean distribution", at_least(0))
+    balance: str = key("none", "how targets are spread over clusters", choice(noncontrastive.BALANCES))
+    center_momentum: float = key(0.9, "of the running mean of logits, of balance 'center'", fraction_below_one())
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassifyConfig:
-    """Group `objective.classify`, of fine-tuning.
+    """Config group `objective.classify`: fine-tuning of one tower on labelled items."""
 
-    Attributes:
-      tower: "img" or "txt", the one that is trained; the model has no other.
-      classes: number of them; 1 fits the label itself, a number, by squared error.
-      smoothing: of labels, see `classification.targets`.
-      mixup, cutmix: parameters of their beta distributions, see `transforms.draw_mix`; 0 for without.
-      head_std: of the classifier's initial weights.
-    """
+    tower: str = key("img", "the tower that is trained; the model has no other", choice(("img", "txt")))
+    classes: int = key(0, "number of classes; 1 fits the label itself, a number, by squared error", at_least(0))
+    smoothing: float = key(0.0, "label smoothing", fraction_below_one())
+    mixup: float = key(0.0, "parameter of mixup's beta distribution; 0 for none", at_least(0))
+    cutmix: float = key(0.0, "parameter of cutmix's beta distribution; 0 for none", at_least(0))
+    head_std: float = key(2e-5, "standard deviation of the classifier's initial weights", at_least(0))
 
-    tower: str = "img"
-    classes: int = 0
-    smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    head_std: float = 2e-5
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """Config group `objective`: what is minimised."""
+
+    name: str = key("clip", "contrastive, non-contrastive, both, or fine-tuning", choice((*OBJECTIVES, "classify")))
+    w_clip: float = key(0.3, "weight of the contrastive loss in xclip", at_least(0))
+    w_nclip: float = key(0.7, "weight of the non-contrastive loss in xclip", at_least(0))
+    nclip: NclipConfig = dataclasses.field(default_factory=NclipConfig)
+    classify: ClassifyConfig = dataclasses.field(default_factory=ClassifyConfig)
+
+    def conflicts(self) -> Iterator[str]:
+        """Values that do not go together."""
+        if self.name == "xclip" and not (self.w_clip or self.w_nclip):
+            yield "w_clip and w_nclip are both 0; set one of them above 0"
+        if self.name != "classify":
+            return
+        options = self.classify
+        if options.classes < 1:
+            yield f"classify.classes is {options.classes}; give the number of classes of the data"
+        if (options.mixup or options.cutmix) and (options.tower == "txt" or options.classes == 1):
+            yield "classify.mixup and .cutmix are of images in classes; set both to 0"
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Config group `loss`: how a loss is computed, which does not change its value."""
+
+    impl: str = key("plain", "contrastive loss by gathered embeddings, or around a ring", choice(("plain", "ring")))
+    chunk: int = key(0, "pairs that the non-contrastive loss takes at a time; 0 for all", at_least(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,38 +105,14 @@ class Objective:
     chunk: int = 0
     mesh: Mesh | None = None
 
-    def __post_init__(self) -> None:
-        one_of("objective.name", self.name, (*OBJECTIVES, "classify"))
-        one_of("objective.nclip.target", self.nclip.target, noncontrastive.TARGETS)
-        one_of("objective.nclip.balance", self.nclip.balance, noncontrastive.BALANCES)
-        if self.nclip.tau <= 0 or self.nclip.target_tau < 0:
-            raise UserError(f"objective.nclip.tau is {self.nclip.tau}; temperatures must be positive.")
-        one_of("loss.impl", self.impl, ("plain", "ring"))
-        if self.chunk and self.nclip.balance == "sinkhorn":
-            raise UserError(
-                "objective.nclip.balance='sinkhorn' normalises over the whole batch; set loss.chunk=0, or balance "
-                "'none' or 'center'."
-            )
-        if self.classifies:
-            self._check_classify()
-
-    def _check_classify(self) -> None:
-        options = self.classify
-        one_of("objective.classify.tower", options.tower, ("img", "txt"))
-        if options.classes < 1:
-            raise UserError(f"objective.classify.classes is {options.classes}; give the number of classes of the data.")
-        if (options.mixup or options.cutmix) and (options.tower == "txt" or options.classes == 1):
-            raise UserError("objective.classify.mixup and .cutmix are of images in classes; set both to 0.")
-
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], loss: Mapping[str, Any] | None = None, mesh: Mesh | None = None
+        cls, config: ObjectiveConfig, loss: LossConfig = LossConfig(), mesh: Mesh | None = None
     ) -> "Objective":
         """The objective of config groups `objective` and `loss`, on `mesh`."""
-        fields = dict(config)
-        kinds = {"nclip": NclipConfig, "classify": ClassifyConfig}
-        groups = {name: kind(**fields.get(name, {})) for name, kind in kinds.items()}
-        return cls(**fields | groups, **dict(loss or {}), mesh=mesh)
+        return cls(
+            config.name, config.w_clip, config.w_nclip, config.nclip, config.classify, loss.impl, loss.chunk, mesh
+        )
 
     @property
     def contrastive(self) -> bool:

@@ -10,47 +10,56 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from xclip_jax.config.fields import Check, above, at_least, choice, fraction_below_one, key
 from xclip_jax.errors import UserError, one_of
+from xclip_jax.models.two_towers import MAX_SCALE
 
 Schedule = Callable[[Any], Any]
-MAX_SCALE = 100.0
 SCHEDULES = ("cosine", "linear", "constant")
+EMA_SCHEDULES = ("constant", "cosine")
 _BEFORE = ("patches", "tokens", "positions", "cls", "norm_pre")  # a tower's parameters ahead of its blocks
+
+
+def _is_share(value: float) -> bool:
+    return 0 < value <= 1
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """Group `optim` of a config.
+    """Config group `optim`: AdamW."""
 
-    Attributes:
-      lr: peak learning rate.
-      schedule: "cosine", "linear" or "constant" after the warm-up.
-      warmup: steps of linear warm-up from `lr_start`.
-      lr_end: learning rate of the last step.
-      weight_decay: decoupled, on tensors of two dimensions and more (never biases, norms, scale).
-      layer_decay: each layer's updates are so many times those of the layer above, see `layer_scales`; 1 for none.
-      clip: bound on the global gradient norm; 0 for none.
-      mu_dtype: dtype of the first moment; the second stays fp32.
-      microbatches: parts of the batch that are encoded one after the other; exact, see `gradcache`.
-    """
+    lr: float = key(5e-4, "peak learning rate", above(0))
+    schedule: str = key("cosine", "learning rate after the warm-up", choice(SCHEDULES))
+    warmup: int = key(0, "steps of linear warm-up from lr_start", at_least(0))
+    lr_start: float = key(1e-6, "learning rate of the first step, where there is a warm-up", at_least(0))
+    lr_end: float = key(1e-5, "learning rate that the schedule reaches after its last step", at_least(0))
+    weight_decay: float = key(0.5, "decoupled, of kernels and embeddings; not of biases, norms and scale", at_least(0))
+    b1: float = key(0.9, "decay of the first moment", fraction_below_one())
+    b2: float = key(0.98, "decay of the second moment", fraction_below_one())
+    eps: float = key(1e-8, "added to the root of the second moment", above(0))
+    layer_decay: float = key(
+        1.0, "updates of a layer over those of the layer above; 1 for none", Check("above 0 and at most 1", _is_share)
+    )
+    clip: float = key(0.0, "bound on the global norm of the gradient; 0 for none", at_least(0))
+    mu_dtype: str = key("float32", "of the first moment; the second is float32", choice(("float32", "bfloat16")))
+    microbatches: int = key(1, "parts of the batch that are encoded one after another; exact", at_least(1))
 
-    lr: float
-    schedule: str = "cosine"
-    warmup: int = 0
-    lr_start: float = 0.0
-    lr_end: float = 0.0
-    weight_decay: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.98
-    eps: float = 1e-8
-    layer_decay: float = 1.0
-    clip: float = 0.0
-    mu_dtype: str = "float32"
-    microbatches: int = 1
+
+@dataclasses.dataclass(frozen=True)
+class EmaConfig:
+    """Config group `ema`: a moving average of the parameters, kept where `on` or where targets need it."""
+
+    on: bool = key(False, "keep the average although the objective does not need it")
+    momentum: float = key(0.996, "of the average, at the start", fraction_below_one())
+    schedule: str = key("cosine", "momentum over the run: as it starts, or rising to 1", choice(EMA_SCHEDULES))
 
 
 def schedule(config: OptimConfig, steps: int) -> Schedule:
-    """Learning rate as a function of the step, for a run of `steps` steps."""
+    """Learning rate as a function of the step, from 0, for a run of `steps` steps.
+
+    As in SLIP and open_clip the decay spans the steps after the warm-up, so that `lr_end` is the value at `steps`, one
+    after the last step: with `lr_end` 0 the last step still learns.
+    """
     one_of("optim.schedule", config.schedule, SCHEDULES)
     if not 0 <= config.warmup < max(steps, 1):
         raise UserError(f"optim.warmup={config.warmup} must be below the {steps} steps of the run; shorten it.")
@@ -148,7 +157,7 @@ def project_scale(params: dict[str, Any]) -> dict[str, Any]:
 
 def ema_momentum(step: Any, steps: int, start: float, kind: str) -> Any:
     """Momentum of the exponential moving average at `step`: constant, or from `start` to 1 on a cosine."""
-    one_of("ema.schedule", kind, ("constant", "cosine"))
+    one_of("ema.schedule", kind, EMA_SCHEDULES)
     if kind == "constant":
         return start
     return 1 - (1 - start) * 0.5 * (1 + jnp.cos(jnp.pi * step / steps))

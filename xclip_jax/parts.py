@@ -11,28 +11,20 @@ import optax
 from jax.sharding import Mesh
 
 from xclip_jax import optim, state, step
+from xclip_jax.config.schema import Config, resolve
 from xclip_jax.data import tokenizer, transforms
 from xclip_jax.data.loader import DataConfig
-from xclip_jax.errors import UserError, one_of
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.objective import Objective
 from xclip_jax.parallel import sharding
-from xclip_jax.parallel.mesh import check_batch, make_mesh
-
-
-@dataclasses.dataclass(frozen=True)
-class EmaConfig:
-    """Group `ema`: a moving average of the parameters; kept where `on`, or where the objective's targets need it."""
-
-    on: bool = False
-    momentum: float = 0.996
-    schedule: str = "cosine"
+from xclip_jax.parallel.mesh import AXES, check_batch, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
     """Everything of a run that follows from its config and its devices."""
 
+    config: Config
     mesh: Mesh
     data: DataConfig
     tokenizer: tokenizer.Tokenizer
@@ -56,63 +48,41 @@ class Parts:
         return self.model.txt["length"]
 
 
-def _group(kind: type, config: ml_collections.ConfigDict, name: str) -> Any:
-    try:
-        return kind(**config[name].to_dict())
-    except TypeError as error:
-        raise UserError(f"config group {name!r}: {error}.") from error
-
-
-def make_model(
-    config: ml_collections.ConfigDict, objective: Objective, tokens: tokenizer.Tokenizer
-) -> TwoTowers:
+def make_model(config: Config, objective: Objective, tokens: tokenizer.Tokenizer) -> TwoTowers:
     """The towers with the heads that `objective` needs and the vocabulary of `tokens`."""
-    group, options = config.model.to_dict(), objective.classify
-    one_of("model.dtype", group["dtype"], ("float32", "bfloat16"))
-    try:
-        return TwoTowers(
-            img=group["img"],
-            txt=group["txt"] | {"vocab": tokens.vocab_size, "eot_id": tokens.eot_id},
-            embed=group["embed"] if objective.contrastive else 0,
-            scale_init=group["scale_init"],
-            bias_init=group["bias_init"] if objective.name == "siglip" else None,
-            cluster_head=group["cluster_head"] if objective.clusters else None,
-            classifier={"classes": options.classes, "std": options.head_std} if objective.classifies else None,
-            towers=objective.towers,
-            dtype=jnp.dtype(group["dtype"]),
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"config group 'model': {error}.") from error
+    model, options = config.model, objective.classify
+    return TwoTowers(
+        img=dataclasses.asdict(model.img),
+        txt=dataclasses.asdict(model.txt) | {"vocab": tokens.vocab_size, "eot_id": tokens.eot_id},
+        embed=model.embed if objective.contrastive else 0,
+        scale_init=model.scale_init,
+        bias_init=model.bias_init if objective.name == "siglip" else None,
+        cluster_head=dataclasses.asdict(model.cluster_head) if objective.clusters else None,
+        classifier={"classes": options.classes, "std": options.head_std} if objective.classifies else None,
+        towers=objective.towers,
+        dtype=jnp.dtype(model.dtype),
+    )
 
 
-def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = None) -> Parts:
+def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] | None = None) -> Parts:
     """All parts, on `devices` (default: all). Nothing is computed yet but shapes.
 
     Raises:
-      UserError: a value that does not fit, with its key.
+      UserError: names every key whose value is not allowed, or what does not fit the devices.
     """
-    sizes = config.mesh.to_dict()
-    strategy = sizes.pop("strategy")
-    mesh = make_mesh(sizes, devices)
+    config = resolve(config)
+    mesh = make_mesh({axis: getattr(config.mesh, axis) for axis in AXES}, devices)
+    strategy, data, ema = config.mesh.strategy, config.data, config.ema
     layout = sharding.Layout(mesh, strategy)
-    data = _group(DataConfig, config, "data")
     microbatches = config.optim.microbatches
     check_batch(data.batch, mesh, parts=microbatches, parts_key="optim.microbatches")
-    if chunk := config.loss.chunk:
-        if data.batch % chunk:
-            raise UserError(f"loss.chunk={chunk} must divide data.batch={data.batch}.")
-        check_batch(chunk, mesh, "loss.chunk")
-    one_of("data.statistics", data.statistics, transforms.STATISTICS)
-    one_of("data.resample", data.resample, transforms.RESAMPLE)
-    optim_config = _group(optim.OptimConfig, config, "optim")
-    ema = _group(EmaConfig, config, "ema")
-    objective = Objective.from_config(config.objective.to_dict(), config.loss.to_dict(), mesh)
+    if config.loss.chunk:
+        check_batch(config.loss.chunk, mesh, "loss.chunk")
+    objective = Objective.from_config(config.objective, config.loss, mesh)
     tokens = tokenizer.load(data.tokenizer)
     model = make_model(config, objective, tokens)
     frozen = tuple(config.init.frozen)
-    for tower in frozen:
-        one_of("init.frozen", tower, objective.towers)
-    tx = optim.make_optimizer(optim_config, config.steps, frozen)
+    tx = optim.make_optimizer(config.optim, config.steps, frozen)
     init = state.init_fn(
         model,
         tx,
@@ -162,12 +132,13 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
 
     train_step = make_step(tx)
     return Parts(
+        config=config,
         mesh=mesh,
         data=data,
         tokenizer=tokens,
         objective=objective,
         model=model,
-        schedule=optim.schedule(optim_config, config.steps),
+        schedule=optim.schedule(config.optim, config.steps),
         init=init,
         abstract=abstract,
         make_step=make_step,

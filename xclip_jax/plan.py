@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 from typing import Any
 
@@ -20,8 +19,8 @@ import ml_collections
 from absl import app, flags, logging
 from jax.experimental import topologies
 
-from xclip_jax import config as config_file
 from xclip_jax import flops
+from xclip_jax.config import load as config_file
 from xclip_jax.errors import UserError, exit_with_message, one_of
 from xclip_jax.parallel.collectives import Collective, collectives, summary
 from xclip_jax.parts import Parts, build

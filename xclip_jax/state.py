@@ -22,6 +22,7 @@ class TrainState:
       batch_stats: running means and variances of BatchNorm; empty without cluster heads.
       opt_state: the optimizer's.
       ema_params: exponential moving average of `params`, or None.
+      ema_batch_stats: running means and variances of the averaged model, or None.
       loss_state: what an objective carries from step to step (running centers of the logits); mostly empty.
       seed: uint32 (), folded with `step` into the key of each step.
     """
@@ -31,13 +32,15 @@ class TrainState:
     batch_stats: Any
     opt_state: Any
     ema_params: Any
+    ema_batch_stats: Any
     loss_state: Any
     seed: jax.Array
 
     def variables(self, *, ema: bool = False) -> dict[str, Any]:
         """What `TwoTowers.apply` takes."""
-        params = self.ema_params if ema and self.ema_params is not None else self.params
-        return {"params": params, "batch_stats": self.batch_stats}
+        if ema and self.ema_params is not None:
+            return {"params": self.ema_params, "batch_stats": self.ema_batch_stats}
+        return {"params": self.params, "batch_stats": self.batch_stats}
 
 
 def init_fn(
@@ -56,14 +59,16 @@ def init_fn(
         image = jnp.zeros((2, image_size, image_size, 3))
         text = jnp.zeros((2, text_length), jnp.int32)
         variables = model.init(jax.random.key(seed), image, text)
-        params = variables["params"]
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        # A copy: a buffer that stands twice in the state could not be donated.
+        average = jax.tree.map(jnp.copy, (params, batch_stats)) if ema else (None, None)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            batch_stats=variables.get("batch_stats", {}),
+            batch_stats=batch_stats,
             opt_state=tx.init(params),
-            # A copy: a buffer that stands twice in the state could not be donated.
-            ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+            ema_params=average[0],
+            ema_batch_stats=average[1],
             loss_state=jax.tree.map(jnp.asarray, loss_state),
             seed=jnp.asarray(seed, jnp.uint32),
         )

@@ -46,7 +46,8 @@ def make_train_step(
 
     Returns:
       step(state, {"image": uint8 (b, h, w, 3), "text": int32 (b, n)}) -> (state, metrics); the metrics are those of
-      the parameters before the update. A batch has what `objective.fields` says.
+      the parameters before the update, but for "update_norm", which is not finite where the new parameters are not. A
+      batch has what `objective.fields` says.
     """
 
     def encode(params: Any, inputs: Batch) -> Features:
@@ -66,17 +67,17 @@ def make_train_step(
         )
         return out, moved.get("batch_stats", {})
 
-    def teach(state: TrainState, inputs: Batch) -> Batch:
+    def teacher_forward(state: TrainState, inputs: Batch) -> tuple[Batch, Any]:
         # The average sees all patches and blocks, and normalises by the batch's own statistics.
         params = jax.lax.stop_gradient(state.ema_params)
         inputs = {key: value for key, value in inputs.items() if key not in ("patches", "paths")}
         h = gradcache.in_parts(encode, params, inputs, microbatches)
-        return project(params, state.batch_stats, h)[0]
+        return project(params, state.ema_batch_stats, h)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         inputs = draw(key, batch)
-        teacher = teach(state, inputs) if objective.teacher else None
+        teacher, ema_batch_stats = teacher_forward(state, inputs) if objective.teacher else (None, None)
 
         # Encoders and heads are applied apart: the heads, with BatchNorm, and the losses are defined on the whole
         # batch, while the encoders may be run on parts of it.
@@ -94,14 +95,22 @@ def make_train_step(
         params = project_scale(optax.apply_updates(state.params, updates))
         ema_params = state.ema_params
         if ema_params is not None:
-            ema_params = optax.incremental_update(params, ema_params, 1 - momentum(state.step))
-        metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(state.params)}
+            rate = 1 - momentum(state.step)
+            ema_params = optax.incremental_update(params, ema_params, rate)
+            if not objective.teacher:  # whose own forward pass has made statistics already
+                ema_batch_stats = optax.incremental_update(batch_stats, state.ema_batch_stats, rate)
+        metrics |= {
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(state.params),
+        }
         new = state.replace(
             step=state.step + 1,
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
             ema_params=ema_params,
+            ema_batch_stats=ema_batch_stats,
             loss_state=loss_state,
         )
         return new, metrics

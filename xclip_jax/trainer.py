@@ -1,166 +1,129 @@
-"""A run: builds the parts in order and goes round the loop. No mathematics here."""
+"""A run: checks everything, builds the parts in order and goes round the loop. No mathematics here."""
 
-import json
+import dataclasses
 import math
-import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import ml_collections
-from etils import epath
+import numpy as np
 from jax.experimental import multihost_utils
 
 from xclip_jax import metrics
-from xclip_jax.checkpoint import Checkpointer, write_json
+from xclip_jax.checkpoint import Checkpointer
+from xclip_jax.config.schema import Config, resolve
 from xclip_jax.data import loader, sources, transforms
 from xclip_jax.data.ledger import Ledger
-from xclip_jax.errors import UserError
-from xclip_jax.evaluators import Encoder, sets, table
+from xclip_jax.errors import UserError, describe
+from xclip_jax.evaluators import Encoder, Evaluator, sets, table
+from xclip_jax.interrupt import EXIT_RESUMABLE, PreemptionHandler
 from xclip_jax.losses.noncontrastive import diagnose
 from xclip_jax.metrics import say
 from xclip_jax.parts import Parts, build
 from xclip_jax.report import document, picture
+from xclip_jax.run_folder import RunFolder
 from xclip_jax.state import TrainState, create
 from xclip_jax.weights import start
 
-# A resumed run may differ in these: they do not change what is learned.
-FREE_KEYS = (
-    "checkpoint.", "data.buffer", "data.cache", "data.dir", "data.max_bad", "data.threads", "data.workers", "eval.",
-    "log.", "loss.", "mesh.", "optim.microbatches",
-)
 
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What a run is made of; all of it is checked and opened before anything is written.
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim": {"lr": 1}} -> {"optim.lr": 1}; tuples become lists, as JSON has them."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-class Interrupt:
-    """Turns the first SIGTERM or SIGINT into a request to save and stop; the second one acts at once.
-
-    On several processes the request is agreed upon through JAX's coordination service, which watches SIGTERM.
+    Attributes:
+      config, parts, folder: the config, what follows from it, and where the run is kept.
+      sources: training data, with a fingerprint of each.
+      during: evaluators of `eval.sets`, run every `eval.every` steps.
+      final: those of `eval.sets` and `eval.final_sets`, run at the end.
+      encoder: what the evaluators share.
     """
 
-    def __init__(self) -> None:
-        self._asked = False
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interrupt":
-        if jax.process_count() == 1:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, _: Any) -> None:
-        self._asked = True
-        say(f"{signal.Signals(number).name}: saving, then stopping; once more to stop at once")
-        signal.signal(number, self._old[number])
-
-    def asked(self, step: int) -> bool:
-        """Whether to stop at `step`; the same answer on every process."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
+    config: Config
+    parts: Parts
+    folder: RunFolder
+    sources: list[sources.Source]
+    fingerprints: list[dict[str, Any]]
+    during: list[Evaluator]
+    final: list[Evaluator]
+    encoder: Encoder
 
 
-def run(config: ml_collections.ConfigDict) -> dict[str, float]:
-    """Trains, or goes on training, to `config.steps` and returns the results of the last evaluation.
+def run(config: ml_collections.ConfigDict | Config) -> dict[str, float]:
+    """Train, or resume training, to `config.steps` and return the results of the last evaluation.
 
-    Everything goes to the folder `config.run`: config.json, metrics.jsonl, tensorboard/, checkpoints/, results.json
-    and, where eval.report is set, picture.png and report.html. The same call on the same folder resumes, or returns the
-    results of a run that is complete.
+    Everything goes to the folder `config.run`, see `run_folder`. The same call on the same folder resumes, or returns
+    the results of a run that is complete. Nothing is written before the config, the folder, the sources and the
+    evaluation sets are checked.
 
     Raises:
-      UserError: bad input, or a loss that is not finite.
+      UserError: bad input, or values that are not finite.
+      SystemExit: a signal asked to stop; the status is `EXIT_RESUMABLE`.
     """
-    folder = epath.Path(config.run)
-    _claim(folder, config)
-    results = folder / "results.json"
-    with Checkpointer(folder, keep=config.checkpoint.keep) as checkpointer:
-        if results.exists() and checkpointer.latest() == config.steps:
-            say(f"{folder} is complete at step {config.steps}; delete it, or set another --config.run, to train anew.")
-            return json.loads(results.read_text())["results"]
-        parts = build(config)
-        state, stopped = _train(config, parts, checkpointer, folder)
-    if stopped:
-        say(f"stopped at step {int(state.step)} of {config.steps}; the same command goes on from there")
-        raise SystemExit(0)
-    return _finish(config, parts, state, folder)
+    config = resolve(config)
+    folder = RunFolder(config.run)
+    folder.check(config)
+    if (results := folder.completed(config)) is not None:
+        say(f"{folder.path} is complete at step {config.steps}; to train again, use a different --config.run")
+        return results
+    with PreemptionHandler() as preemption:
+        job = _open(config, folder)
+        with folder.claimed(config, job.fingerprints):
+            with Checkpointer(folder.path, keep=config.checkpoint.keep) as checkpointer:
+                state, log, stopped = _train(job, checkpointer, preemption)
+            if stopped:
+                log.close()
+                say(f"stopped at step {int(state.step)} of {config.steps}; run the same command to resume")
+                raise SystemExit(EXIT_RESUMABLE)
+            return _finish(job, state, log)
+
+
+def _open(config: Config, folder: RunFolder) -> _Run:
+    """Build and open everything that a run needs, so that what is missing shows before it is written or trained."""
+    built = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=folder.tokenizer(config)))
+    parts = build(built)
+    classes = parts.objective.classify.classes if parts.objective.classifies else 0
+    opened = loader.open_sources(parts.data, classes)
+    fingerprints = [sources.card(source) for source in opened]
+    folder.check_sources(config, fingerprints)
+    encoder = make_encoder(config, parts)
+    specs = tuple(dict.fromkeys((*config.eval.sets, *config.eval.final_sets)))
+    evaluators = dict(zip(specs, [sets.make(spec, encoder, parts.data.dir) for spec in specs], strict=True))
+    during = [evaluators[spec] for spec in config.eval.sets] if config.eval.every else []
+    return _Run(config, parts, folder, opened, fingerprints, during, list(evaluators.values()), encoder)
 
 
 def _train(
-    config: ml_collections.ConfigDict, parts: Parts, checkpointer: Checkpointer, folder: epath.Path
-) -> tuple[TrainState, bool]:
-    """Makes or restores the state and trains it. Returns it, and whether it was interrupted."""
-    found = loader.open_sources(parts.data, parts.objective.classify.classes if parts.objective.classifies else 0)
-    _check_data(folder, found)
+    job: _Run, checkpointer: Checkpointer, preemption: PreemptionHandler
+) -> tuple[TrainState, "Log", bool]:
+    """Make or restore the state and train it. Returns it, the log, and whether the run was interrupted."""
+    config, parts = job.config, job.parts
+    pairs = sum(map(len, job.sources))
     count = sum(x.size for x in jax.tree.leaves(parts.abstract.params))
     items = "items" if parts.objective.classifies else "pairs"
     say(
-        f"{config.objective.name}: {count:,} parameters, {sum(map(len, found)):,} {items}, {config.steps} steps of "
-        f"{parts.data.batch} on {jax.device_count()} {jax.devices()[0].device_kind}, in {folder}"
+        f"{config.objective.name}: {count:,} parameters, {pairs:,} {items}, {config.steps} steps of "
+        f"{parts.data.batch} on {jax.device_count()} {jax.devices()[0].device_kind}, in {job.folder.path}"
     )
     if checkpointer.latest() is None:
         state, position = create(parts.init, parts.abstract), {"samples": 0}
         if config.init.weights:
             state = start(config, state)
     else:
-        state, position = checkpointer.restore(parts.abstract)
+        state, position = checkpointer.restore_finite(parts.abstract)
         say(f"resuming at step {int(state.step)}, sample {position['samples']:,}")
     ledger = Ledger(
-        folder, max_bad=parts.data.max_bad, start=position["samples"], counters=position.get("counters")
+        job.folder.path, max_bad=parts.data.max_bad, start=position["samples"], counters=position.get("counters")
     )
-    with Interrupt() as interrupt:
-        return _loop(config, parts, found, ledger, state, checkpointer, folder, interrupt)
+    log = Log(config, parts, job.folder, int(state.step), pairs, ledger)
+    preemption.saves = True
+    state, stopped = _loop(job, state, log, checkpointer, preemption)
+    preemption.saves = False
+    return state, log, stopped
 
 
-def _check_data(folder: epath.Path, found: list[sources.Source]) -> None:
-    """Writes data.json, what the run reads, or checks that it still reads the same."""
-    path, cards = folder / "data.json", [sources.card(source) for source in found]
-    if path.exists():
-        for spec, there, here in zip(range(len(cards)), json.loads(path.read_text()), cards, strict=True):
-            if any(there.get(key) != here.get(key) for key in ("samples", "hash")):
-                raise UserError(
-                    f"source {spec} has changed since {path} was written: {there['samples']:,} samples there, "
-                    f"{here['samples']:,} here, or other files. Restore it, or set another --config.run."
-                )
-    elif jax.process_index() == 0:
-        write_json(path, cards)
-
-
-def _claim(folder: epath.Path, config: ml_collections.ConfigDict) -> None:
-    """Writes config.json, or checks that the one there is of the same run."""
-    path, wanted = folder / "config.json", config.to_dict()
-    if path.exists():
-        there, here = flatten(json.loads(path.read_text())["config"]), flatten(wanted)
-        differing = [
-            f"{key} ({there.get(key)!r} there, {here.get(key)!r} here)"
-            for key in sorted(there.keys() | here.keys())
-            if there.get(key) != here.get(key) and not key.startswith(FREE_KEYS)
-        ]
-        if differing:
-            raise UserError(
-                f"{folder} holds a run with other settings: {', '.join(differing[:5])}"
-                f"{' and more' if len(differing) > 5 else ''}. Set another --config.run, or delete the folder."
-            )
-    elif jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"config": wanted, "environment": metrics.environment()})
-
-
-def make_encoder(config: ml_collections.ConfigDict, parts: Parts) -> Encoder:
+def make_encoder(config: ml_collections.ConfigDict | Config, parts: Parts) -> Encoder:
     """What the evaluators share: one compiled function for each modality."""
     mean, std = transforms.STATISTICS[parts.data.statistics]
     return Encoder(
@@ -176,10 +139,10 @@ def make_encoder(config: ml_collections.ConfigDict, parts: Parts) -> Encoder:
     )
 
 
-def evaluate(found: list[Any], variables: Mapping[str, Any]) -> dict[str, float]:
+def evaluate(evaluators: Sequence[Evaluator], variables: Mapping[str, Any]) -> dict[str, float]:
     """Results of all evaluators; an exception names the evaluator that raised it."""
     results = {}
-    for evaluator in found:
+    for evaluator in evaluators:
         try:
             results |= evaluator.run(variables)
         except Exception as error:
@@ -193,42 +156,35 @@ def _due(every: int, step: int) -> bool:
 
 
 def _loop(
-    config: ml_collections.ConfigDict,
-    parts: Parts,
-    found: list[sources.Source],
-    ledger: Ledger,
-    state: TrainState,
-    checkpointer: Checkpointer,
-    folder: epath.Path,
-    interrupt: Interrupt,
+    job: _Run, state: TrainState, log: "Log", checkpointer: Checkpointer, preemption: PreemptionHandler
 ) -> tuple[TrainState, bool]:
-    """Trains to the end, or to an interrupt. Returns the state and whether it was interrupted."""
+    """Train to the end, or to an interrupt. Returns the state and whether it was interrupted."""
+    config, parts, ledger = job.config, job.parts, log.ledger
     start, b = int(state.step), parts.data.batch
-    log = Log(config, parts, folder, start, sum(map(len, found)), ledger)
     batches = loader.batches(
-        loader.sample_order(found, parts.data, config.seed),
+        loader.sample_order(job.sources, parts.data, config.seed),
         loader.Transform(parts.data, parts.size, parts.tokenizer, parts.length, parts.objective.fields),
         batch=b, start=start, stop=config.steps, seed=config.seed,
         host=jax.process_index(), hosts=jax.process_count(), ledger=ledger,
-    )
-    during = config.eval.sets if config.eval.every else ()
-    encoder = make_encoder(config, parts)
-    evaluators = [sets.make(spec, encoder, parts.data.dir) for spec in during]
+    )  # fmt: skip
+    # A run that stopped between a checkpoint and the evaluation of the same step makes that evaluation now.
+    if job.during and _due(config.eval.every, start) and 0 < start < config.steps and not log.evaluated(start):
+        log.evaluate(start, job.during, state.variables(ema=config.eval.ema))
     step, stopped = start, False
     for step in range(start + 1, config.steps + 1):
         # Steps run on while the host goes ahead: this batch travels to the devices while they are busy with the last.
         state, values = parts.compiled(state, loader.to_global(log.waiting.next(batches), parts.mesh))
         log.after(step, values)
-        stopped = interrupt.asked(step)
+        stopped = preemption.requested(step)
         if _due(config.checkpoint.every, step) or step == config.steps or stopped:
             log.flush()  # raises before a state that is not finite is saved
             position = {"samples": step * b, "batch": b, "seed": config.seed, "counters": ledger.counters}
             checkpointer.save(state, position)
         if stopped:
             break
-        if _due(config.eval.every, step) and step < config.steps:
-            log.evaluate(step, evaluators, state.variables(ema=config.eval.ema))
-    log.close()
+        if job.during and _due(config.eval.every, step) and step < config.steps:
+            log.evaluate(step, job.during, state.variables(ema=config.eval.ema))
+    log.flush()
     return state, stopped
 
 
@@ -237,15 +193,18 @@ class Log:
 
     def __init__(
         self,
-        config: ml_collections.ConfigDict,
+        config: Config,
         parts: Parts,
-        folder: epath.Path,
+        folder: RunFolder,
         start: int,
         pairs: int,
         ledger: Ledger,
     ) -> None:
-        self.config, self.parts, self.pairs, self.ledger = config, parts, pairs, ledger
-        self.writer = metrics.Writer(folder, step=start) if jax.process_index() == 0 else None
+        self.config, self.parts, self.folder, self.pairs, self.ledger = config, parts, folder, pairs, ledger
+        # A run that resumes at its last step makes the last evaluation again.
+        self.writer = None
+        if jax.process_index() == 0:
+            self.writer = metrics.Writer(folder.path, step=start, evaluations=start - (start == config.steps))
         self.progress = metrics.Progress(start, config.steps, parts.data.batch)
         self.waiting = metrics.Waiting()
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -269,11 +228,10 @@ class Log:
         samples = step * self.parts.data.batch
         self.ledger.sync(samples)
         scalars = {key: float(value) for key, value in jax.device_get(values).items()}
-        if not math.isfinite(scalars["loss"]):
-            raise UserError(
-                f"the loss of step {step} is {scalars['loss']}; the last checkpoint is whole. Lower optim.lr, lengthen "
-                "optim.warmup or set optim.clip=1, then start again under another --config.run."
-            )
+        # The loss is that of the parameters before the update, the norm of the update that of the state to be saved.
+        for name in ("loss", "grad_norm", "update_norm"):
+            if not math.isfinite(scalars[name]):
+                self._raise_not_finite(step, name, scalars[name])
         scalars |= {
             "lr": float(self.parts.schedule(step - 1)),
             "samples": samples,
@@ -289,6 +247,14 @@ class Log:
         say(self.progress.line(step, scalars))
         self._alarm(step, scalars)
 
+    def _raise_not_finite(self, step: int, name: str, value: float) -> None:
+        saved = self.folder.latest_step()
+        last = "there is no checkpoint yet" if saved is None else f"the last checkpoint is of step {saved}"
+        raise UserError(
+            f"{name.replace('_', ' ')} of step {step} is {value} and is not saved; {last}. Lower optim.lr, "
+            "lengthen optim.warmup or set optim.clip=1, under a different --config.run."
+        )
+
     def _alarm(self, step: int, scalars: dict[str, float]) -> None:
         """Says each kind of collapse once, when it is first seen."""
         if not self.parts.objective.clusters or step < self.config.log.alarms_after:
@@ -301,13 +267,24 @@ class Log:
                 self._warned.add(kind)
                 say(f"WARNING, step {step}: {warning}")
 
-    def evaluate(self, step: int, found: list[Any], variables: Mapping[str, Any]) -> None:
-        """Runs an evaluation, writes its results, and keeps its time out of the speed."""
+    def evaluated(self, step: int) -> bool:
+        """Whether metrics.jsonl had results of `step` when the run resumed; the same answer on every process."""
+        value = self.writer is not None and self.writer.has_evaluation(step)
+        if jax.process_count() == 1:
+            return value
+        return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+    def write(self, step: int, results: Mapping[str, float]) -> None:
+        """Write results of an evaluation to metrics.jsonl and TensorBoard."""
+        if self.writer and results:
+            self.writer.write(step, results)
+
+    def evaluate(self, step: int, evaluators: Sequence[Evaluator], variables: Mapping[str, Any]) -> None:
+        """Run an evaluation, write its results, and keep its time out of the speed."""
         began = time.perf_counter()
         self.flush()
-        results = evaluate(found, variables)
-        if self.writer:
-            self.writer.write(step, results)
+        results = evaluate(evaluators, variables)
+        self.write(step, results)
         say(f"step {step}: {table.headlines(results)}")
         self.progress.pause(time.perf_counter() - began)
         self.waiting.share()
@@ -324,32 +301,49 @@ class Log:
             self.writer.close()
 
 
-def _finish(config: ml_collections.ConfigDict, parts: Parts, state: TrainState, folder: epath.Path) -> dict[str, float]:
+def _finish(job: _Run, state: TrainState, log: "Log") -> dict[str, float]:
     """The last evaluation: results.json, the table, the picture and the report."""
-    variables = state.variables(ema=config.eval.ema)
-    encoder = make_encoder(config, parts)
-    began = time.perf_counter()
-    specs = (*config.eval.sets, *config.eval.final_sets)
-    results = evaluate([sets.make(spec, encoder, parts.data.dir) for spec in specs], variables)
+    config, began = job.config, time.perf_counter()
+    variables, step = state.variables(ema=config.eval.ema), int(state.step)
+    results, failed = {}, {}
+    for evaluator in job.final:
+        try:
+            values = evaluate([evaluator], variables)
+        except Exception as error:
+            if jax.process_count() > 1:
+                raise  # the others would wait for this process in the next set
+            failed[evaluator.name] = describe(error)
+            say(f"{evaluator.name} failed: {type(error).__name__}: {describe(error)}")
+        else:
+            results |= values
+            log.write(step, values)
+    log.close()
     if jax.process_index() == 0:
-        record = {"results": results, "config": config.to_dict(), "environment": metrics.environment()}
-        write_json(folder / "results.json", record | {"seconds": time.perf_counter() - began})
-    say(table.render(results))
+        more = {"failed": failed} if failed else {}
+        job.folder.write_results(config, results, seconds=time.perf_counter() - began, **more)
+    if results:
+        say(table.render(results))
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(job.final)} evaluation sets failed ({', '.join(failed)}); "
+            f"{job.folder.results_file} has the others. Run the same command to evaluate again."
+        )
     if config.eval.report:
         try:
-            _report(config, parts, encoder, variables, folder)
+            _report(job, variables)
         except Exception as error:  # the run is complete and its results are written
-            say(f"no report: {type(error).__name__}: {error}; python -m xclip_jax.report {folder} tries again")
+            say(f"no report: {type(error).__name__}: {error}; python -m xclip_jax.report {config.run} tries again")
+    say(f"model: {config.run}; load it with xclip_jax.load({config.run!r}), see README for evaluate, embed and export")
     return results
 
 
-def _report(
-    config: ml_collections.ConfigDict, parts: Parts, encoder: Encoder, variables: Mapping[str, Any], folder: epath.Path
-) -> None:
+def _report(job: _Run, variables: Mapping[str, Any]) -> None:
     """What the run leaves for people to look at."""
-    examples = document.make(folder, parts, encoder, variables, (*config.eval.final_sets, *config.eval.sets))
+    config, folder = job.config, job.folder.path
+    specs = (*config.eval.final_sets, *config.eval.sets)
+    examples = document.make(folder, job.parts, job.encoder, variables, specs)
     say(f"report: {folder / document.NAME}")
     if jax.process_index() == 0 and (examples.named or examples.clusters):
-        title = f"What {config.objective.name} learned in {config.steps} steps of {parts.data.batch} pairs"
+        title = f"What {config.objective.name} learned in {config.steps} steps of {job.parts.data.batch} pairs"
         picture.draw(folder / "picture.png", examples, title=title)
         say(f"picture: {folder / 'picture.png'}")

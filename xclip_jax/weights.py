@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xclip_jax import interop
 from xclip_jax.checkpoint import Checkpointer
+from xclip_jax.config import schema
 from xclip_jax.errors import UserError
 from xclip_jax.interop.files import is_run
 from xclip_jax.metrics import say
@@ -27,11 +28,6 @@ _MEANING = (
     "model.img.act", "model.img.eps", "model.img.pool", "model.img.pre_norm", "model.txt.act", "model.txt.eps",
     "data.tokenizer", "data.statistics",
 )  # fmt: skip
-# What a file of weights does not say, and nothing but training asks for.
-_UNTRAINED = {
-    "seed": 0, "steps": 1, "init": {"weights": "", "frozen": ()}, "optim": {"lr": 1.0, "microbatches": 1},
-    "loss": {"impl": "plain", "chunk": 0}, "ema": {"on": False}, "eval": {"batch": 256, "ema": False},
-}  # fmt: skip
 
 
 def load(path: str, step: int | None = None) -> tuple[ml_collections.ConfigDict, Parts, Variables, int]:
@@ -50,7 +46,7 @@ def load(path: str, step: int | None = None) -> tuple[ml_collections.ConfigDict,
         raise UserError(f"{path!r} does not exist; name the folder of a run, or a folder or file of weights.")
     config, variables = (_run_config(path), None) if is_run(path) else _weights(path, step)
     # Layout and batch belong to the machine that trained, not to what was learned.
-    config.mesh = {"data": -1, "fsdp": 1, "model": 1, "strategy": "dp"}
+    config.mesh.update(data=-1, fsdp=1, model=1, strategy="dp")
     config.optim.microbatches, config.loss.chunk, config.loss.impl = 1, 0, "plain"
     config.data.batch = jax.device_count()
     parts = build(config)
@@ -67,12 +63,9 @@ def load(path: str, step: int | None = None) -> tuple[ml_collections.ConfigDict,
 def _run_config(path: str) -> ml_collections.ConfigDict:
     file = epath.Path(path) / "config.json"
     try:
-        config = ml_collections.ConfigDict(_tuples(json.loads(file.read_text())["config"]))
-    except (ValueError, KeyError, TypeError) as error:
+        return schema.complete(json.loads(file.read_text())["config"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} cannot be read ({error}); name the folder of another run.") from error
-    if "init" not in config:  # runs that are older than the group
-        config.init = {"weights": "", "frozen": ()}
-    return config
 
 
 def _weights(path: str, step: int | None) -> tuple[ml_collections.ConfigDict, Variables]:
@@ -81,8 +74,7 @@ def _weights(path: str, step: int | None) -> tuple[ml_collections.ConfigDict, Va
     there, variables = interop.read(path)
     for note in there.pop("source")["notes"]:
         say(f"{path}: {note}")
-    there["data"] = {"sources": ()} | there["data"]
-    return ml_collections.ConfigDict(_UNTRAINED | there), variables
+    return schema.complete({"steps": 1} | there), variables
 
 
 def _placed(variables: Variables, parts: Parts, path: str) -> Variables:
@@ -95,13 +87,6 @@ def _placed(variables: Variables, parts: Parts, path: str) -> Variables:
         raise UserError(f"{path} does not have the tensors that its config promises: {', '.join(differing[:8])}.")
     put = {name: jax.device_put(there[name], x.sharding) for name, x in here.items()}
     return {"params": {}, "batch_stats": {}} | unflatten_dict(put, sep="/")
-
-
-def _tuples(value: Any) -> Any:
-    """JSON has no tuples, and `ConfigDict` keeps the types that a config file gave."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def start(config: ml_collections.ConfigDict, state: TrainState) -> TrainState:
@@ -139,6 +124,7 @@ def start(config: ml_collections.ConfigDict, state: TrainState) -> TrainState:
         params=replaced("params", state.params),
         batch_stats=replaced("batch_stats", state.batch_stats),
         ema_params=None if state.ema_params is None else replaced("params", state.ema_params),
+        ema_batch_stats=None if state.ema_params is None else replaced("batch_stats", state.ema_batch_stats),
     )
 
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from xclip_jax.config.fields import at_least, between, choice, key, not_empty
 from xclip_jax.data import labelled, sources, transforms
 from xclip_jax.data.ledger import Entry, Ledger
 from xclip_jax.data.slots import Slots
@@ -34,63 +35,55 @@ _HELD = 4
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Group `data` of a config.
+    """Config group `data`: what is read, how images and captions are drawn from it, and how fast."""
 
-    Attributes:
-      sources: specs for `sources.open_source`, of fine-tuning for `labelled.open_source`; several are mixed.
-      weights: share of samples from each source; empty to have every sample once an epoch.
-      apart: keep records with the same captions apart, so that hardly a batch holds two of them, whose pairs would be
-        wrong negatives; captions are read once for it, at the start.
-      dir: where TFDS data sets lie; "" for the default.
-      batch: b, pairs in the global batch.
-      tokenizer: "clip", "bytes" or the path of a tokenizer file.
-      image_key, text_keys, tags_key: features of a record or columns of a table; in tars "text" is the .txt file, other
-        keys are fields of the .json file. One of the captions is drawn each time.
-      tags: at most so many keywords, in random order, go into one caption; 0 for none.
-      tags_behind, tags_alone: share of captions with keywords behind them, and of keywords in place of a caption.
-      crop_scale: range of the training crop's share of the image.
-      resample: how the crop is resized, see `transforms.random_resized_crop`; "area" is the fast one.
-      flip, color: see `transforms.augment`.
-      statistics: channel means and deviations, a key of `transforms.STATISTICS`.
-      cache: keep decoded images in memory.
-      threads, buffer: batches read at once and ahead by threads of this process, where `workers` is 0.
-      workers: reading processes instead, each with one thread; for buckets, where reads wait, several a core.
-      max_bad: a larger share of samples that cannot be used stops the run.
-    """
+    sources: Sequence[str] = key((), "specs for `sources.open_source`, of fine-tuning `labelled.open_source`; mixed")
+    weights: Sequence[float] = key((), "share of samples from each source; empty to see every sample once an epoch")
+    apart: bool = key(
+        False, "keep records of equal captions, wrong negatives of each other, apart; reads captions once at the start"
+    )
+    dir: str = key("", "root of TFDS data sets; empty for the default")
+    batch: int = key(4096, "b, pairs of the global batch", at_least(1))
+    tokenizer: str = key("clip", "clip, bytes or the path of a tokenizer file", not_empty())
+    image_key: str = key("image", "feature of a record or column of a table; not of tars and folders")
+    text_keys: Sequence[str] = key(
+        ("text",), "captions, one of which is drawn each time; in tars text is the .txt file, else fields of .json"
+    )
+    tags_key: str = key("", "keywords of a record; empty for none")
+    tags: int = key(0, "at most so many keywords, in random order, go into a caption", at_least(0))
+    tags_behind: float = key(0.5, "share of captions with keywords behind them", between(0, 1))
+    tags_alone: float = key(0.0, "share of captions that are keywords alone", between(0, 1))
+    crop_scale: tuple[float, float] = key((0.5, 1.0), "smallest and largest area of a training crop over the image's")
+    resample: str = key("area", "how a crop is resized; area is the fast one", choice(transforms.RESAMPLE))
+    flip: float = key(0.0, "probability of a horizontal flip", between(0, 1))
+    color: float = key(0.0, "strength of random brightness, contrast and saturation", between(0, 1))
+    statistics: str = key("imagenet", "mean and deviation of pixels", choice(transforms.STATISTICS))
+    cache: bool = key(False, "keep decoded images in memory")
+    threads: int = key(16, "batches that this process reads at once, where workers is 0", at_least(1))
+    buffer: int = key(8, "batches that are read ahead, where workers is 0", at_least(1))
+    workers: int = key(0, "reading processes, one thread each; for buckets several a core", at_least(0))
+    max_bad: float = key(0.05, "a larger share of samples that cannot be used stops the run", between(0, 1))
 
-    sources: Sequence[str]
-    weights: Sequence[float] = ()
-    apart: bool = False
-    dir: str = ""
-    batch: int = 256
-    tokenizer: str = "clip"
-    image_key: str = "image"
-    text_keys: Sequence[str] = ("text",)
-    tags_key: str = ""
-    tags: int = 0
-    tags_behind: float = 0.5
-    tags_alone: float = 0.0
-    crop_scale: Sequence[float] = (0.5, 1.0)
-    resample: str = "bicubic"
-    flip: float = 0.0
-    color: float = 0.0
-    statistics: str = "clip"
-    cache: bool = False
-    threads: int = 4
-    buffer: int = 8
-    workers: int = 0
-    max_bad: float = 0.05
+    def conflicts(self) -> Iterator[str]:
+        """Values that do not go together."""
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            yield f"crop_scale is {self.crop_scale}; expected 0 < smallest <= largest <= 1"
+        if self.weights and len(self.weights) != len(self.sources):
+            yield (
+                f"weights has {len(self.weights)} values for {len(self.sources)} sources; give one for each, or "
+                "none for shares by size"
+            )
+        if any(weight <= 0 for weight in self.weights):
+            yield f"weights is {self.weights}; expected values above 0, and sources without a share left out"
+        if self.tags_behind + self.tags_alone > 1:
+            yield f"tags_behind {self.tags_behind} and tags_alone {self.tags_alone} must not exceed 1 together"
 
 
 def open_sources(config: DataConfig, classes: int = 0) -> list[sources.Source]:
     """The sources of `config`, checked against its weights; with `classes`, labelled ones of so many classes."""
     if not config.sources:
         raise UserError("data.sources is empty; name a source such as folder:PATH or tfds:NAME/SPLIT.")
-    if config.weights and len(config.weights) != len(config.sources):
-        raise UserError(
-            f"data.weights has {len(config.weights)} values for {len(config.sources)} sources; give one for each, "
-            "or none for shares by size."
-        )
     if classes:
         if config.apart:
             raise UserError("data.apart compares captions, and labelled items have none: set data.apart to False.")

@@ -1,11 +1,13 @@
 """What stands on the towers: CLIP's linear projection, nCLIP's cluster head, the classifier of fine-tuning."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from xclip_jax.config.fields import at_least, key
 from xclip_jax.errors import UserError
 from xclip_jax.losses.noncontrastive import Factors
 from xclip_jax.models.layers import ACTIVATIONS, dense, named
@@ -43,6 +45,16 @@ class Classifier(nn.Module):
     def __call__(self, h: Array) -> Array:
         linear = dense(self.classes, ("embed", None), std=self.std, dtype=self.dtype, name="linear")
         return linear(h).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterHeadConfig:
+    """Config group `model.cluster_head`; see `ClusterHead`."""
+
+    clusters: int = key(32768, "k, clusters that a modality is distributed over", at_least(1))
+    hidden: int = key(4096, "hidden width of the MLP", at_least(1))
+    layers: int = key(1, "hidden layers; 0 for a linear head", at_least(0))
+    last_norm: bool = key(False, "BatchNorm of the logits, without scale and bias")
 
 
 class ClusterHead(nn.Module):

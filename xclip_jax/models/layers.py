@@ -4,7 +4,7 @@ Parameters carry logical axis names ("embed", "mlp", "heads", "kv", ...); which 
 in `xclip_jax.parallel`. Shapes: b batch, n tokens, d width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xclip_jax.errors import one_of
 from xclip_jax.parallel.sharding import constrain
 
 Array = jax.Array
@@ -186,9 +185,6 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, noise: Array | None = None) -> Array:
-        tower = ".".join(("model", *self.path[:-1]))  # model.img or model.txt
-        one_of(f"{tower}.act", self.act, ACTIVATIONS)
-        one_of(f"{tower}.remat", self.remat, REMAT_POLICIES)
         # CLIP's initialisation: the residual branches' last maps shrink with depth.
         out_std = x.shape[-1] ** -0.5 * (2 * self.depth) ** -0.5
         block = Block
@@ -213,6 +209,14 @@ class Transformer(nn.Module):
             first = self.first and i == self.depth - 1
             x, _ = block(*args, first, name=f"block_{i}")(x, None if keep is None else keep[i])
         return x
+
+
+def tower_conflicts(width: int, heads: int, mlp_ratio: float) -> Iterator[str]:
+    """Sizes of a transformer that do not go together, a sentence each."""
+    if width % heads:
+        yield f"width {width} must be a multiple of heads {heads}"
+    if int(mlp_ratio * width) < 1:
+        yield f"mlp_ratio {mlp_ratio} of width {width} leaves the MLP without a hidden unit"
 
 
 def stack_blocks(params: dict[str, Any], depth: int) -> dict[str, Any]:

@@ -1,15 +1,37 @@
 """The text tower: CLIP's causal transformer, pooled at an explicit end-of-text token."""
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from xclip_jax.config.fields import above, at_least, choice, key
 from xclip_jax.errors import UserError
-from xclip_jax.models.layers import LayerNorm, Transformer, named
+from xclip_jax.models.layers import ACTIVATIONS, REMAT_POLICIES, LayerNorm, Transformer, named, tower_conflicts
 
 Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTowerConfig:
+    """Config group `model.txt`; see `TextTransformer`. The vocabulary is the tokenizer's."""
+
+    length: int = key(77, "tokens of a text, with its start and end", at_least(2))
+    width: int = key(512, "channels of a token", at_least(1))
+    depth: int = key(12, "blocks", at_least(1))
+    heads: int = key(8, "attention heads; they divide width", at_least(1))
+    mlp_ratio: float = key(4.0, "hidden width of the MLP over width", above(0))
+    act: str = key("gelu", "activation of the MLP", choice(ACTIVATIONS))
+    eps: float = key(1e-5, "added to the variance in LayerNorm", above(0))
+    scan: bool = key(True, "one compiled block for all of them, with stacked parameters")
+    remat: str = key("none", "what the backward pass computes again in place of keeping it", choice(REMAT_POLICIES))
+
+    def conflicts(self) -> Iterator[str]:
+        """Values that do not go together."""
+        yield from tower_conflicts(self.width, self.heads, self.mlp_ratio)
 
 
 class TextTransformer(nn.Module):
@@ -34,8 +56,6 @@ class TextTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, text: Array) -> Array:
-        if self.width % self.heads:
-            raise UserError(f"model.txt: width {self.width} must be a multiple of heads {self.heads}.")
         if text.shape[1] > self.length:
             raise UserError(f"{text.shape[1]} tokens met a tower of length {self.length}; set model.txt.length.")
         tokens = self.param("tokens", named(nn.initializers.normal(0.02), "vocab", "table"), (self.vocab, self.width))

@@ -1,5 +1,6 @@
 """Both towers, their heads and the learned temperature in one module; the sizes that have a name."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -8,14 +9,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from xclip_jax.config.fields import Check, at_least, choice, key
 from xclip_jax.errors import one_of
-from xclip_jax.models.heads import Classifier, ClusterHead, Projection
+from xclip_jax.models.heads import Classifier, ClusterHead, ClusterHeadConfig, Projection
 from xclip_jax.models.layers import named
-from xclip_jax.models.text import TextTransformer
-from xclip_jax.models.vit import VisionTransformer
+from xclip_jax.models.text import TextTowerConfig, TextTransformer
+from xclip_jax.models.vit import ImageTowerConfig, VisionTransformer
 from xclip_jax.parallel.sharding import constrain
 
 Array = jax.Array
+MAX_SCALE = 100.0  # of the logit scale, see `optim.project_scale`
 
 # Sizes of open_clip's models of the same name. "Ti/12" is the demo's, for two CPU cores.
 _TEXT = {
@@ -39,6 +42,21 @@ def preset(name: str) -> dict[str, Any]:
     one_of("preset", name, PRESETS)
     size, patch = name.split("/")
     return {"img": _IMAGE[size] | {"patch": int(patch)}, "txt": _TEXT[size], "embed": _EMBED[size]}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Config group `model`: both towers, their heads and the computation's dtype."""
+
+    img: ImageTowerConfig = dataclasses.field(default_factory=ImageTowerConfig)
+    txt: TextTowerConfig = dataclasses.field(default_factory=TextTowerConfig)
+    embed: int = key(512, "e, size of the embedding that images and texts share", at_least(1))
+    scale_init: float = key(
+        1 / 0.07, "logit scale at the start", Check(f"above 0 and at most {MAX_SCALE:g}", lambda x: 0 < x <= MAX_SCALE)
+    )
+    bias_init: float = key(-10.0, "logit bias at the start, of the sigmoid loss alone")
+    cluster_head: ClusterHeadConfig = dataclasses.field(default_factory=ClusterHeadConfig)
+    dtype: str = key("bfloat16", "of towers and heads; parameters stay float32", choice(("float32", "bfloat16")))
 
 
 class TwoTowers(nn.Module):

@@ -1,5 +1,7 @@
 """The image tower: a Vision Transformer (arXiv 2010.11929) with CLIP's options."""
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import einops
@@ -7,8 +9,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xclip_jax.errors import UserError, one_of
-from xclip_jax.models.layers import ACTIVATIONS, LayerNorm, Mlp, Transformer, attend, dense, named
+from xclip_jax.config.fields import above, at_least, choice, fraction_below_one, key
+from xclip_jax.errors import UserError
+from xclip_jax.models.layers import (
+    ACTIVATIONS,
+    REMAT_POLICIES,
+    LayerNorm,
+    Mlp,
+    Transformer,
+    attend,
+    dense,
+    named,
+    tower_conflicts,
+)
 
 Array = jax.Array
 POOLS = ("cls", "mean", "map")
@@ -87,6 +100,38 @@ class AttentionPool(nn.Module):
         return (y + mlp(LayerNorm(self.eps, self.dtype, name="norm")(y)))[:, 0]
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageTowerConfig:
+    """Config group `model.img`; see `VisionTransformer`."""
+
+    size: int = key(224, "side of the square image, pixels; a multiple of patch", at_least(1))
+    patch: int = key(16, "side of a patch, pixels", at_least(1))
+    width: int = key(768, "channels of a token", at_least(1))
+    depth: int = key(12, "blocks", at_least(1))
+    heads: int = key(12, "attention heads; they divide width", at_least(1))
+    mlp_ratio: float = key(4.0, "hidden width of the MLP over width", above(0))
+    act: str = key("gelu", "activation of the MLP", choice(ACTIVATIONS))
+    eps: float = key(1e-5, "added to the variance in LayerNorm", above(0))
+    scan: bool = key(True, "one compiled block for all of them, with stacked parameters")
+    remat: str = key("none", "what the backward pass computes again in place of keeping it", choice(REMAT_POLICIES))
+    stem: str = key("linear", "patches to tokens: one linear map, or a hierarchical MLP", choice(STEMS))
+    pool: str = key("cls", "class token, mean over patches, or attention pooling", choice(POOLS))
+    pre_norm: bool = key(True, "LayerNorm before the first block")
+    patch_dropout: float = key(0.0, "share of patches left out of a training pass", fraction_below_one())
+    drop_path: float = key(0.0, "probability that training leaves out a branch of the last block", fraction_below_one())
+
+    def conflicts(self) -> Iterator[str]:
+        """Values that do not go together."""
+        if self.size % self.patch:
+            yield f"size {self.size} must be a multiple of patch {self.patch}"
+        if self.stem == "hmlp" and (self.patch % 4 or self.width % 4):
+            yield (
+                f"stem 'hmlp' needs multiples of 4, and patch is {self.patch}, width {self.width}; change them, or set "
+                "stem to 'linear'"
+            )
+        yield from tower_conflicts(self.width, self.heads, self.mlp_ratio)
+
+
 class VisionTransformer(nn.Module):
     """(b, h, w, 3) normalised pixels -> h_img (b, d), the feature that CLIP projects.
 
@@ -156,21 +201,6 @@ class VisionTransformer(nn.Module):
         return x.mean(axis=1, dtype=jnp.float32).astype(self.dtype)  # one token for "cls"
 
     def _check(self, image: Array) -> None:
-        one_of("model.img.pool", self.pool, POOLS)
-        one_of("model.img.stem", self.stem, STEMS)
-        if self.stem == "hmlp" and (self.patch % 4 or self.width % 4):
-            raise UserError(
-                f"model.img.stem 'hmlp' wants multiples of 4, and patch is {self.patch}, width {self.width}; "
-                "change them, or set model.img.stem to 'linear'."
-            )
-        if self.size % self.patch or self.width % self.heads:
-            raise UserError(
-                f"model.img: size {self.size} must be a multiple of patch {self.patch}, "
-                f"and width {self.width} of heads {self.heads}."
-            )
-        for key in ("patch_dropout", "drop_path"):
-            if not 0 <= getattr(self, key) < 1:
-                raise UserError(f"model.img.{key} is {getattr(self, key)}; it must be at least 0 and below 1.")
         if image.shape[1:] != (self.size, self.size, 3):
             raise UserError(f"images of shape {image.shape} met a tower of size {self.size}; set model.img.size.")
 

@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from xclip_jax.config.fields import Check, choice, key
 from xclip_jax.errors import UserError, one_of
 from xclip_jax.parallel.mesh import BATCH_AXES
 
@@ -38,6 +39,19 @@ NAMES = ("batch", "cluster", "embed", "heads", "kv", "layers", "mlp", "norm", "p
 # Smaller moments stay whole with zero1: their bytes are nothing, and each split array is a collective of its own.
 ZERO1_ELEMENTS = 1 << 14
 
+
+
+_SIZE = Check("a positive number, or -1 for the rest of the devices", lambda value: value == -1 or value >= 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Config group `mesh`: sizes of the device mesh's axes, and what is split over them."""
+
+    data: int = key(-1, "copies of the model, each with a share of the batch", _SIZE)
+    fsdp: int = key(1, "devices that share a batch as well as parameters, of strategies fsdp", _SIZE)
+    model: int = key(1, "devices that share clusters and, with fsdp_tp, heads and MLPs", _SIZE)
+    strategy: str = key("dp", "what is split beside the batch", choice(STRATEGIES))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,15 +1,16 @@
 """The config of a command: loads the file, checks the overrides, and makes one sentence of what is wrong."""
 
-import difflib
 import importlib.util
 import pathlib
 import re
 import sys
+import traceback
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from xclip_jax.config import fields, schema
 from xclip_jax.errors import UserError
 
 
@@ -20,22 +21,41 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
         raise UserError(f"config file {file!r} does not exist; try configs/demo.py")
     module_spec = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return module.get_config(arg or None)
+    try:
+        module_spec.loader.exec_module(module)
+        config = module.get_config(arg or None)
+    except (AttributeError, KeyError) as error:
+        if "since the config is locked" not in str(error):
+            raise
+        # ConfigDict names the last part of the key alone, so the line of the file is named beside it.
+        line = traceback.extract_tb(error.__traceback__)
+        number = next((frame.lineno for frame in reversed(line) if frame.filename == module_spec.origin), 0)
+        name = str(error).split('"')[1]
+        raise UserError(f"config key {name!r} is unknown; {file}, line {number}, sets it.") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"{file} is not a config file: get_config returns {type(config).__name__}, not a ConfigDict.")
+    return config.lock()
 
 
 def check_keys(config: ml_collections.ConfigDict, overrides: list[str]) -> None:
     """Raises `UserError`, with the nearest valid key, for an override --config.KEY of a key that does not exist."""
     for override in overrides:
-        found = re.match(r"--?(?:no)?config\.([\w.]+)", override)
+        match = re.match(r"--?(?:no)?config\.([\w.]+)", override)
         node = config
-        for i, part in enumerate(path := found[1].split(".") if found else []):
+        for i, part in enumerate(path := match[1].split(".") if match else []):
             keys = list(node) if isinstance(node, ml_collections.ConfigDict) else []
             if part not in keys:
-                near = difflib.get_close_matches(part, keys, n=1, cutoff=0.0)
-                hint = f"; did you mean {'.'.join([*path[:i], near[0]])!r}?" if near else ""
+                near = fields.nearest(part, keys)
+                hint = f"; did you mean {'.'.join([*path[:i], near])!r}?" if near else ""
                 raise UserError(f"config key {'.'.join(path)!r} is unknown{hint}")
             node = node[part]
+
+
+def help_text() -> str:
+    """All keys of a config, a line each, with their defaults."""
+    rows = [(f"--config.{name}={value!r}", doc) for name, value, _, doc in fields.describe(schema.Config)]
+    lines = [f"  {left:<50} {doc}" if len(left) < 50 else f"  {left}\n  {'':<50} {doc}" for left, doc in rows]
+    return "\n".join(["keys of a config, with the defaults that a recipe starts from:", *lines])
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -43,7 +63,10 @@ def parse(argv: list[str]) -> list[str]:
     # config_flags can load the file itself, but buries an error of the file under two tracebacks.
     at = next((i for i, arg in enumerate(argv) if re.fullmatch(r"--?config(=.*)?", arg)), None)
     try:
-        if at is None and not {"--help", "--helpfull"} & set(argv):
+        if {"--help", "-help", "-h"} & set(argv):
+            print(f"{sys.modules['__main__'].__doc__}\n\n{flags.FLAGS.main_module_help()}\n{help_text()}")
+            sys.exit(0)
+        if at is None and "--helpfull" not in argv:
             raise UserError("--config is missing; start with --config configs/demo.py")
         if at is not None:
             spec = argv[at].partition("=")[2] or (argv[at + 1] if at + 1 < len(argv) else "")
@@ -54,7 +77,7 @@ def parse(argv: list[str]) -> list[str]:
             argv = rest
         unparsed = flags.FLAGS(argv)
         if len(unparsed) > 1:
-            raise UserError(f"{unparsed[1]!r} is no flag; keys are set as --config.KEY=VALUE")
+            raise UserError(f"unknown argument {unparsed[1]!r}; set config keys with --config.KEY=VALUE")
         return unparsed
     except (UserError, flags.Error, TypeError, ValueError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")

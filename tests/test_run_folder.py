@@ -1,0 +1,371 @@
+"""A run's folder over several starts: what is refused, what is kept, and what resumes."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from tests import tiny
+from xclip_jax import checkpoint, interrupt, metrics, parts, trainer, weights
+from xclip_jax.checkpoint import Checkpointer
+from xclip_jax.errors import UserError
+from xclip_jax.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return tiny.folder(tmp_path_factory.mktemp("pairs"))
+
+
+def config(pairs, run, **changes):
+    defaults = {"data__sources": (f"folder:{pairs}",), "steps": 4, "checkpoint__every": 2, "optim__warmup": 0}
+    return tiny.config(run=run, **defaults | changes)
+
+
+@pytest.fixture(scope="module")
+def trained(pairs, tmp_path_factory):
+    """A run of four steps with checkpoints of steps 2 and 4. To be copied, not changed."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    trainer.run(config(pairs, run))
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+class Evaluator:
+    """Counts what it is asked, and fails where it is told to."""
+
+    def __init__(self, name, fails=False):
+        self.name, self.fails, self.calls = name, fails, []
+
+    def run(self, variables):
+        self.calls.append(variables)
+        if self.fails:
+            raise OSError(f"disk of {self.name} is gone")
+        return {f"{self.name}/top1": 12.5}
+
+
+@pytest.fixture
+def evaluators(monkeypatch):
+    """Sets named "a" and "b" in place of the real ones."""
+    made = {name: Evaluator(name) for name in ("a", "b")}
+    monkeypatch.setattr(trainer.sets, "make", lambda spec, *_: made[spec])
+    return made
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+# What a run must not become
+
+
+@pytest.mark.parametrize("changes", [{"optim__b1": 0.9999999999}, {"optim__lr": 3e37, "optim__schedule": "constant"}])
+def test_an_update_that_is_not_finite_is_never_saved(pairs, tmp_path, changes):
+    """The loss of the step is finite: it is that of the parameters before the update."""
+    run = tmp_path / "run"
+    if "optim__lr" not in changes:  # a bias correction of 1 - b1^t = 0 in fp32
+        changes |= {"optim__b2": 0.5}
+    with pytest.raises(UserError, match=r"(update|grad) norm of step 1 is (nan|inf) and is not saved; there is no"):
+        trainer.run(config(pairs, run, steps=1, checkpoint__every=1, **changes))
+    assert checkpoint.latest_step(run) is None
+    assert not (run / "results.json").exists()
+
+
+def test_a_run_that_fails_keeps_its_last_good_checkpoint_and_resumes_from_it(pairs, tmp_path, monkeypatch, capsys):
+    """checkpoint.keep=1: what is not finite must not take the place of the good one."""
+    c = config(pairs, tmp_path / "run", steps=6, checkpoint__keep=1)
+    original, calls = trainer.loader.to_global, []
+
+    def poisoned(batch, mesh):
+        calls.append(batch)
+        batch = original(batch, mesh)
+        return batch | {"image": batch["image"].astype(jnp.float32) * jnp.nan} if len(calls) == 4 else batch
+
+    monkeypatch.setattr(trainer.loader, "to_global", poisoned)
+    with pytest.raises(UserError, match=r"of step 4 is nan and is not saved; the last checkpoint is of step 2"):
+        trainer.run(c)
+    assert checkpoint.latest_step(c.run) == 2
+    monkeypatch.undo()
+    trainer.run(c)
+    assert "resuming at step 2" in capsys.readouterr().out
+    assert checkpoint.latest_step(c.run) == 6
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_resumed_from(pairs, run, capsys):
+    """As an older version may have left one."""
+    c = config(pairs, run, steps=8)
+    made = parts.build(c)
+    with Checkpointer(run) as checkpointer:
+        state, position = checkpointer.restore(made.abstract, 4)
+        params = jax.tree.map(lambda x: x * np.nan, state.params)
+        checkpointer.save(state.replace(step=state.step + 1, params=params), position)
+    config_file = run / "config.json"
+    content = json.loads(config_file.read_text())
+    content["config"]["steps"] = 8
+    config_file.write_text(json.dumps(content))
+    (run / "results.json").unlink()
+    trainer.run(c)
+    out = capsys.readouterr().out
+    assert "deleting checkpoint" in out and "resuming at step 4" in out
+    assert checkpoint.latest_step(run) == 8
+
+
+# Starting and starting again
+
+
+def test_a_first_command_that_fails_leaves_nothing_and_the_corrected_one_starts(pairs, tmp_path):
+    run = tmp_path / "deep" / "run"
+    for changes in (
+        {"data__tokenizer": "foo"},
+        {"data__sources": ("folder:nowhere",)},
+        {"init__weights": "nowhere"},
+        {"eval__final_sets": ("nothing",)},
+    ):
+        with pytest.raises(UserError):
+            trainer.run(config(pairs, run, steps=1, **changes))
+        assert not (tmp_path / "deep").exists(), changes
+    trainer.run(config(pairs, run, steps=1))
+
+
+def test_a_folder_without_a_checkpoint_takes_the_new_config(pairs, tmp_path, capsys):
+    first = config(pairs, tmp_path / "run")
+    with RunFolder(first.run).claimed(parts.build(first).config, []):
+        pass
+    trainer.run(config(pairs, tmp_path / "run", optim__lr=2e-3))
+    assert "no checkpoint, so the run starts with its new config: optim.lr (0.001 in config.json, 0.002 now)" in (
+        capsys.readouterr().out
+    )
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["optim"]["lr"] == 2e-3
+
+
+def test_a_run_may_be_moved_with_its_data_and_its_tokenizer(pairs, tmp_path, capsys):
+    vocabulary = tmp_path / "tokenizer.json"
+    from tests.test_tokenizer import write_tokenizer  # noqa: PLC0415
+
+    write_tokenizer(vocabulary)
+    data = pathlib.Path(shutil.copytree(pairs, tmp_path / "data"))
+    c = config(data, tmp_path / "run", data__tokenizer=str(vocabulary))
+    trainer.run(c)
+    (tmp_path / "moved").mkdir()
+    for name in ("run", "data"):
+        shutil.move(tmp_path / name, tmp_path / "moved" / name)
+    vocabulary.rename(tmp_path / "moved" / "words.json")
+    there = tmp_path / "moved"
+    trainer.run(config(there / "data", there / "run", data__tokenizer=str(there / "words.json")))
+    assert "is complete at step 4" in capsys.readouterr().out
+    loaded, *_ = weights.load(str(there / "run"))
+    assert loaded.data.tokenizer == str(there / "run" / "tokenizer.json")
+    (there / "words.json").write_text("{}")
+    (there / "run" / "results.json").unlink()
+    with pytest.raises(UserError, match=r"data\.tokenizer='.*words\.json' differs from .*tokenizer\.json"):
+        trainer.run(config(there / "data", there / "run", data__tokenizer=str(there / "words.json")))
+
+
+def test_changed_data_is_refused(pairs, run, tmp_path):
+    data = pathlib.Path(shutil.copytree(pairs, tmp_path / "data"))
+    (run / "results.json").unlink()
+    (data / "000.txt").write_text("another caption, longer than the first\n")
+    with pytest.raises(UserError, match=r"source 0, 'folder:.*', has changed since .*data\.json"):
+        trainer.run(config(data, run))
+    with pytest.raises(UserError, match=r"has 2 sources and had 1"):
+        trainer.run(config(data, run, data__sources=(f"folder:{pairs}", f"folder:{data}")))
+
+
+def test_free_keys_are_written_and_earlier_starts_are_kept(pairs, run):
+    (run / "results.json").unlink()
+    trainer.run(config(pairs, run, log__every=3, eval__ema=True))
+    content = json.loads((run / "config.json").read_text())
+    assert content["config"]["log"]["every"] == 3
+    assert content["config"]["eval"]["ema"] is True
+    (start,) = content["starts"]
+    assert start["step"] == 4
+    assert start["changed"]["eval.ema"] == [False, True]
+    assert start["environment"]["versions"].keys() == content["environment"]["versions"].keys()
+
+
+def test_keys_that_an_older_run_did_not_know_have_their_defaults(pairs, run, capsys):
+    content = json.loads((run / "config.json").read_text())
+    del content["config"]["data"]["apart"], content["config"]["init"]
+    (run / "config.json").write_text(json.dumps(content))
+    trainer.run(config(pairs, run))
+    assert "is complete at step 4" in capsys.readouterr().out
+
+
+def test_two_runs_cannot_share_a_folder(pairs, run):
+    (run / "results.json").unlink()
+    script = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); f.truncate(0);"
+    script += "f.write('process 1 on host'); f.flush(); print('locked', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", script, str(run / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match=r"is in use by process 1 on host"):
+            trainer.run(config(pairs, run))
+        other.stdin.close()
+    trainer.run(config(pairs, run))
+
+
+def test_lost_checkpoints_are_not_trained_over(pairs, tmp_path):
+    c = config(pairs, tmp_path / "run", steps=8)
+    trainer.run(c)
+    (tmp_path / "run" / "results.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(UserError, match=r"metrics up to step 8 and no checkpoint; restore .*checkpoints"):
+        trainer.run(c)
+    assert lines(tmp_path / "run")[-1]["step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"{", r"config\.json is damaged"),
+        ("config.json", b"\xff\xfe", r"config\.json is damaged"),
+        ("config.json", b'{"model": 1}', r"config\.json is not the config of a run"),
+        ("config.json", b"[]", r"config\.json is not the config of a run"),
+        ("data.json", b"[{]", r"data\.json is damaged"),
+        ("data.json", b'{"samples": 3}', r"data\.json is damaged"),
+        ("results.json", b"", r"results\.json is damaged"),
+        ("results.json", b"3", r"results\.json is damaged"),
+    ],
+)
+def test_a_damaged_file_is_named(pairs, run, name, content, message):
+    (run / name).write_bytes(content)
+    if name == "data.json":
+        (run / "results.json").unlink()
+    with pytest.raises(UserError, match=message):
+        trainer.run(config(pairs, run))
+
+
+def test_folders_that_cannot_be_written(pairs, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    os.symlink(tmp_path / "nowhere", tmp_path / "link")
+    for run in (file, file / "run", tmp_path / "link"):
+        with pytest.raises(UserError, match=r"is not a folder; name another folder"):
+            trainer.run(config(pairs, run))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+# Evaluations
+
+
+def test_all_sets_are_opened_before_the_first_step(pairs, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(trainer.sets, "make", lambda spec, *_: opened.append(spec) or Evaluator(spec))
+    monkeypatch.setattr(trainer, "_train", lambda *_: (_ for _ in ()).throw(InterruptedError))
+    with pytest.raises(InterruptedError):
+        trainer.run(config(pairs, tmp_path / "run", eval__sets=("a",), eval__final_sets=("b",), eval__every=2))
+    assert opened == ["a", "b"]
+
+
+@pytest.mark.parametrize("stop", ["kill", "signal"])
+def test_the_evaluation_of_a_step_that_was_cut_off_is_made_after_all(pairs, tmp_path, evaluators, monkeypatch, stop):
+    """Checkpoint and evaluation are due at step 2, and the run ends between them."""
+    c = config(pairs, tmp_path / "run", eval__sets=("a",), eval__every=2)
+    with monkeypatch.context() as patch:
+        if stop == "kill":
+            patch.setattr(trainer.Log, "evaluate", lambda *_: (_ for _ in ()).throw(InterruptedError))
+        else:
+            patch.setattr(interrupt.PreemptionHandler, "requested", lambda _, step: step == 2)
+        with pytest.raises(InterruptedError if stop == "kill" else SystemExit):
+            trainer.run(c)
+    assert evaluators["a"].calls == []
+    trainer.run(c)
+    assert [line["step"] for line in lines(tmp_path / "run") if "a/top1" in line] == [2, 4]
+
+
+def test_an_evaluation_that_was_made_is_not_made_again(pairs, tmp_path, evaluators, monkeypatch):
+    c = config(pairs, tmp_path / "run", eval__sets=("a",), eval__every=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupt.PreemptionHandler, "requested", lambda _, step: step == 3)
+        with pytest.raises(SystemExit) as stopped:
+            trainer.run(c)
+    assert stopped.value.code == interrupt.EXIT_RESUMABLE
+    trainer.run(c)
+    assert [line["step"] for line in lines(tmp_path / "run") if "a/top1" in line] == [2, 4]
+
+
+def test_a_set_that_fails_at_the_end_does_not_cost_the_others(pairs, tmp_path, evaluators):
+    c = config(pairs, tmp_path / "run", eval__final_sets=("a", "b"))
+    evaluators["a"].fails = True
+    with pytest.raises(UserError, match=r"1 of 2 evaluation sets failed \(a\).*results\.json has the others"):
+        trainer.run(c)
+    record = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert record["results"] == {"b/top1": 12.5}
+    assert record["failed"] == {"a": "disk of a is gone; in evaluator a"}
+    evaluators["a"].fails = False
+    assert trainer.run(c) == {"a/top1": 12.5, "b/top1": 12.5}
+    assert [line for line in lines(tmp_path / "run") if line["step"] == 4 and "loss" not in line] == [
+        {"step": 4, "a/top1": 12.5},
+        {"step": 4, "b/top1": 12.5},
+    ]
+
+
+def test_other_sets_on_a_complete_run_are_evaluated(pairs, run, evaluators):
+    assert trainer.run(config(pairs, run, eval__final_sets=("b",))) == {"b/top1": 12.5}
+    assert trainer.run(config(pairs, run, eval__final_sets=("b",))) == {"b/top1": 12.5}
+    assert len(evaluators["b"].calls) == 1
+
+
+def test_the_average_has_batch_statistics_of_its_own(pairs, tmp_path):
+    """With momentum 0 the average is the model; else its statistics lie between the first ones and the model's."""
+    states = {}
+    for momentum in (0.0, 0.5):
+        c = config(pairs, tmp_path / str(momentum), ema__on=True, ema__momentum=momentum, ema__schedule="constant")
+        trainer.run(c)
+        with Checkpointer(c.run) as checkpointer:
+            states[momentum] = jax.device_get(checkpointer.restore(parts.build(c).abstract)[0])
+    for state, equal in ((states[0.0], True), (states[0.5], False)):
+        average, model = state.variables(ema=True), state.variables()
+        for name in ("params", "batch_stats"):
+            same = all(map(np.array_equal, *map(jax.tree.leaves, (average[name], model[name]))))
+            assert same == equal, name
+
+
+# Signals
+
+
+def test_signals_outside_the_loop_end_the_process_at_once():
+    with interrupt.PreemptionHandler(), pytest.raises(SystemExit) as stopped:
+        signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.code == interrupt.EXIT_RESUMABLE
+
+
+def test_the_second_signal_acts_also_where_the_first_is_ignored_by_inheritance():
+    """As under nohup."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupt.PreemptionHandler() as handler:
+            handler.saves = True
+            signal.raise_signal(signal.SIGINT)
+            assert handler.requested(1)
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_versions_are_known_without_an_installation(monkeypatch):
+    def missing(name):
+        raise metrics.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metrics.metadata, "version", missing)
+    versions = metrics.environment()["versions"]
+    assert versions["xclip_jax"] == metrics.xclip_jax.__version__
+    assert versions["jax"] == "unknown"
+
+
+def test_results_are_json_for_every_reader(tmp_path):
+    checkpoint.write_json(epath.Path(tmp_path / "x.json"), {"a": float("nan"), "b": [float("inf"), 1.5]})
+    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {"a": None, "b": [None, 1.5]}

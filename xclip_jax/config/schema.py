@@ -1,0 +1,149 @@
+"""All keys of a run: each room's group of keys in one frozen dataclass, checked at once.
+
+Recipes start from `default()`, a locked `ConfigDict`, and change values; `resolve` turns it into a `Config`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from xclip_jax.config import fields
+from xclip_jax.config.fields import Check, at_least, between, key, not_empty
+from xclip_jax.data.loader import DataConfig
+from xclip_jax.errors import UserError
+from xclip_jax.models.two_towers import ModelConfig
+from xclip_jax.objective import LossConfig, ObjectiveConfig
+from xclip_jax.optim import EmaConfig, OptimConfig
+from xclip_jax.parallel.sharding import MeshConfig
+
+_TOWERS = Check("names of towers, 'img' or 'txt'", lambda value: set(value) <= {"img", "txt"})
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """Config group `init`: what a new run starts from."""
+
+    weights: str = key("", "a run's folder, or weights of another project; empty for random ones")
+    frozen: Sequence[str] = key((), "towers that get no update", _TOWERS)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Config group `eval`: what is evaluated, and when."""
+
+    sets: Sequence[str] = key((), "sets that are evaluated every so many steps, and at the end")
+    final_sets: Sequence[str] = key((), "further sets, at the end alone")
+    every: int = key(0, "steps between two evaluations; 0 for the end alone", at_least(0))
+    batch: int = key(256, "items that are encoded at once", at_least(1))
+    ema: bool = key(False, "evaluate the moving average, where there is one")
+    report: bool = key(False, "make picture.png and report.html at the end")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Config group `log`: metrics and warnings."""
+
+    every: int = key(20, "steps between two lines of metrics; 0 for the first and last alone", at_least(0))
+    alarms_after: int = key(500, "step from which on a collapse of the clusters is warned of", at_least(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Config group `checkpoint`."""
+
+    every: int = key(1000, "steps between two checkpoints; 0 for the end alone", at_least(0))
+    keep: int = key(3, "newest checkpoints that are kept", at_least(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that a run can be told. Frozen; made by `resolve`."""
+
+    run: str = key("runs/new", "the run's folder, on a disk or in a bucket", not_empty())
+    seed: int = key(0, "of initial parameters, data order and augmentation", between(0, 2**32 - 1))
+    steps: int = key(0, "updates of the whole run", at_least(1))
+    init: InitConfig = dataclasses.field(default_factory=InitConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    ema: EmaConfig = dataclasses.field(default_factory=EmaConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+    def conflicts(self) -> Iterator[str]:
+        """Values of several groups that do not go together."""
+        if self.optim.warmup >= self.steps:
+            yield f"optim.warmup={self.optim.warmup} must be below the {self.steps} steps of the run; shorten it"
+        batch, chunk = self.data.batch, self.loss.chunk
+        for name, parts in (("optim.microbatches", self.optim.microbatches), ("loss.chunk", chunk)):
+            if parts and batch % parts:
+                yield f"{name}={parts} must divide data.batch={batch}"
+        if chunk and self.objective.nclip.balance == "sinkhorn":
+            yield (
+                "objective.nclip.balance='sinkhorn' normalises over the whole batch; set loss.chunk=0, or balance "
+                "'none' or 'center'"
+            )
+        if chunk and self.model.cluster_head.last_norm:
+            yield "model.cluster_head.last_norm needs all logits at once; set loss.chunk=0, or it to False"
+        if self.objective.name == "classify" and set(self.init.frozen) - {self.objective.classify.tower}:
+            yield f"init.frozen is {self.init.frozen}; the model has the {self.objective.classify.tower} tower alone"
+
+
+def default() -> ml_collections.ConfigDict:
+    """Every key with its default. Locked: a key that does not exist cannot be set."""
+    return ml_collections.ConfigDict(fields.default(Config)).lock()
+
+
+def resolve(config: ml_collections.ConfigDict | Mapping[str, Any] | Config) -> Config:
+    """Check a config as a whole. Keys that are absent have their defaults.
+
+    Raises:
+      UserError: names every unknown key and every value that is not allowed, with what is.
+    """
+    if isinstance(config, Config):
+        return config
+    values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    faults: list[str] = []
+    resolved = fields.read_group(Config, values, "", faults)
+    if faults:
+        count = f"{len(faults)} values of the config are wrong:\n  " if len(faults) > 1 else ""
+        raise UserError(count + "\n  ".join(f"{fault}." for fault in faults))
+    return resolved
+
+
+def complete(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """Locked config with `values`, such as those of a run's config.json, and defaults for all other keys.
+
+    Lists become tuples: JSON has none, and `ConfigDict` keeps types. `resolve` reports keys that do not exist.
+    """
+
+    def fill(defaults: Any, given: Any) -> Any:
+        if isinstance(given, Mapping):
+            known = defaults if isinstance(defaults, Mapping) else {}
+            return dict(known) | {name: fill(known.get(name), value) for name, value in given.items()}
+        return fields.with_tuples(given)
+
+    return ml_collections.ConfigDict(fill(fields.default(Config), values)).lock()
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested dict of JSON's types."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}; tuples become lists, as JSON has them."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat

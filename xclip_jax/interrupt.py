@@ -1,0 +1,55 @@
+"""Signals that end a run: it saves its state and stops, so that the same command can resume it."""
+
+import signal
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from xclip_jax.metrics import say
+
+# Exit status of a run that was interrupted and can be resumed by the same command: EX_TEMPFAIL of sysexits.h.
+EXIT_RESUMABLE = 75
+
+
+class PreemptionHandler:
+    """Turns the first SIGTERM or SIGINT into a request to save and stop; the second one acts at once.
+
+    Outside the training loop (`saves` is false) nothing new is to be saved, and the first signal ends the process with
+    `EXIT_RESUMABLE`. On several processes the request is agreed upon through JAX's coordination service, which watches
+    SIGTERM.
+
+    Attributes:
+      saves: whether a request leads to a checkpoint; set by the training loop.
+    """
+
+    def __init__(self) -> None:
+        self.saves = False
+        self._requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "PreemptionHandler":
+        if jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: Any) -> None:
+        name, previous = signal.Signals(number).name, self._previous[number]
+        # Under nohup SIGINT is ignored by inheritance; the second one is to end the process all the same.
+        signal.signal(number, signal.SIG_DFL if previous == signal.SIG_IGN else previous)
+        self._requested = True
+        if not self.saves:
+            say(f"{name}: stopping; run the same command to resume")
+            raise SystemExit(EXIT_RESUMABLE)
+        say(f"{name}: saving, then stopping; once more to stop at once")
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop at `step`; the same answer on every process."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._requested

@@ -1,0 +1,268 @@
+"""A run's folder: what its files are called and hold, whether it may be resumed, and who writes to it.
+
+    config.json    {"config", "environment", "started", "starts": later starts, where something differed}
+    data.json      fingerprint of each training source
+    tokenizer.json the tokenizer, where data.tokenizer is a file
+    results.json   of the last evaluation
+    checkpoints/, metrics.jsonl, bad_samples.jsonl, tensorboard/, report.html, picture.png
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from xclip_jax import metrics
+from xclip_jax.checkpoint import latest_step, write_json
+from xclip_jax.config import schema
+from xclip_jax.config.schema import Config
+from xclip_jax.data import tokenizer
+from xclip_jax.data.files import is_remote
+from xclip_jax.errors import UserError
+from xclip_jax.metrics import say
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+# A resumed run may differ in these: they do not change what is learned, or other files of the folder guard them.
+KEYS_FREE_ON_RESUME = (
+    "checkpoint.", "data.buffer", "data.cache", "data.dir", "data.max_bad", "data.sources", "data.threads",
+    "data.tokenizer", "data.workers", "eval.", "log.", "loss.", "mesh.", "optim.microbatches", "run",
+)  # fmt: skip
+_EVALUATION_KEYS = ("eval.sets", "eval.final_sets", "eval.ema")
+_SHOWN = 5  # differences that an error lists
+
+
+class RunFolder:
+    """Checks a folder before a run, claims it for the time of the run, and reads and writes its small files."""
+
+    def __init__(self, path: str | epath.Path) -> None:
+        self.path = epath.Path(path)
+        self.config_file, self.data_file = self.path / "config.json", self.path / "data.json"
+        self.results_file, self.tokenizer_file = self.path / "results.json", self.path / "tokenizer.json"
+
+    def latest_step(self) -> int | None:
+        """Step of the newest whole checkpoint, or None."""
+        return latest_step(self.path)
+
+    def check(self, config: Config) -> None:
+        """Check, without writing anything, that a run of `config` can start or resume here.
+
+        Raises:
+          UserError: a path that cannot be written, a damaged file, a run of another config, or lost checkpoints.
+        """
+        self._check_writable()
+        saved = self.read_config()
+        if saved is None:
+            return
+        step = self.latest_step()
+        if step is None:
+            self._check_not_lost(saved)
+            return
+        if differing := _differences(saved["config"], config):
+            rest = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+            raise UserError(
+                f"{self.path} contains a run with a different config: {', '.join(differing[:_SHOWN])}{rest}. Use a "
+                "different --config.run, or delete the folder."
+            )
+        weights = config.init.weights
+        if saved.get("init_weights") and epath.Path(weights).exists() and fingerprint(weights) != saved["init_weights"]:
+            say(f"WARNING: init.weights={weights!r} has changed since the run started from it")
+
+    def read_config(self) -> dict[str, Any] | None:
+        """Content of config.json with defaults for keys that its run did not know; None where there is no run."""
+        if not self.config_file.exists():
+            return None
+        content = self._read(self.config_file)
+        if not (isinstance(content, dict) and isinstance(content.get("config"), dict)):
+            raise UserError(f"{self.config_file} is not the config of a run; use a different --config.run.")
+        return content | {"config": schema.complete(content["config"]).to_dict()}
+
+    def completed(self, config: Config) -> dict[str, float] | None:
+        """Results of a run that is trained to its end and evaluated as `config` asks, else None."""
+        if not self.results_file.exists() or self.latest_step() != config.steps:
+            return None
+        record = self._read(self.results_file)
+        if not isinstance(record, dict) or not isinstance(record.get("results"), dict):
+            raise UserError(f"{self.results_file} is damaged; delete it and run the same command to evaluate again.")
+        saved = schema.flatten(schema.complete(record.get("config", {})).to_dict())
+        current = schema.flatten(schema.to_dict(config))
+        if record.get("failed") or any(saved[key] != current[key] for key in _EVALUATION_KEYS):
+            return None
+        return record["results"]
+
+    def tokenizer(self, config: Config) -> str:
+        """Value of data.tokenizer to build with: the run's own copy of a tokenizer file, where it has one.
+
+        Raises:
+          UserError: the file that the config names has changed since the run started.
+        """
+        name = config.data.tokenizer
+        if name in tokenizer.NAMES or not self.tokenizer_file.exists():
+            return name
+        given = epath.Path(name)
+        if given.exists() and given.read_bytes() != self.tokenizer_file.read_bytes():
+            raise UserError(
+                f"data.tokenizer={name!r} differs from {self.tokenizer_file}, which the run was started with; use a "
+                "different --config.run, or restore the file."
+            )
+        return str(self.tokenizer_file)
+
+    def check_sources(self, config: Config, fingerprints: Sequence[Mapping[str, Any]]) -> None:
+        """Check that a run that resumes reads the data that it read before, wherever they are now.
+
+        Raises:
+          UserError: names the source that has changed, or a damaged data.json.
+        """
+        if not self.data_file.exists() or self.latest_step() is None:
+            return
+        saved = self._read(self.data_file)
+        if not (isinstance(saved, list) and all(isinstance(item, dict) and "samples" in item for item in saved)):
+            raise UserError(f"{self.data_file} is damaged; restore it, or use a different --config.run.")
+        specs = self.read_config()["config"]["data"]["sources"]
+        if len(saved) != len(fingerprints):
+            raise UserError(
+                f"data.sources has {len(fingerprints)} sources and had {len(saved)} when {self.path} was started; "
+                "restore them, or use a different --config.run."
+            )
+        for number, (old, new) in enumerate(zip(saved, fingerprints, strict=True)):
+            # Without a hash, as older runs have it, only the source's name can tell.
+            spec = config.data.sources[number]
+            same = old["hash"] == new.get("hash") if old.get("hash") else specs[number] == spec
+            if not same or any(key in old and old[key] != new.get(key) for key in ("samples", "classes")):
+                raise UserError(
+                    f"source {number}, {spec!r}, has changed since {self.data_file} was "
+                    f"written: {old['samples']:,} samples then, {new['samples']:,} now, or other files. Restore it, or "
+                    "use a different --config.run."
+                )
+
+    @contextlib.contextmanager
+    def claimed(self, config: Config, fingerprints: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+        """Keep other runs out of the folder, and write config.json, data.json and the tokenizer.
+
+        Raises:
+          UserError: another run is writing to the folder.
+        """
+        if jax.process_index() != 0:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            self.check(config)  # another run may have come and gone
+            self._write_config(config)
+            write_json(self.data_file, list(fingerprints))
+            if config.data.tokenizer not in tokenizer.NAMES and not self.tokenizer_file.exists():
+                self.tokenizer_file.write_bytes(epath.Path(config.data.tokenizer).read_bytes())
+            yield
+
+    def write_results(self, config: Config, results: Mapping[str, float], **more: Any) -> None:
+        """Write results.json: results with the config and environment that they are of."""
+        record = {"results": dict(results), "config": schema.to_dict(config), "environment": metrics.environment()}
+        write_json(self.results_file, record | more)
+
+    def _read(self, path: epath.Path) -> Any:
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:  # of JSON or of UTF-8
+            raise UserError(
+                f"{path} is damaged ({' '.join(str(error).split())}); restore it, or use a different --config.run."
+            ) from error
+
+    def _check_writable(self) -> None:
+        if is_remote(str(self.path)):
+            return
+        parent = self.path.absolute()
+        while not (parent.exists() or os.path.islink(parent)):
+            parent = parent.parent
+        fault = ""
+        if not parent.is_dir():
+            fault = "is not a folder"
+        elif not os.access(parent, os.W_OK | os.X_OK):
+            fault = "cannot be written to"
+        if fault:
+            raise UserError(f"--config.run={str(self.path)!r}: {str(parent)!r} {fault}; name another folder.")
+
+    def _check_not_lost(self, saved: Mapping[str, Any]) -> None:
+        """Metrics without checkpoints are a run that was killed early, or one whose checkpoints are lost."""
+        step, every = self._last_logged_step(), saved["config"]["checkpoint"]["every"]
+        # The second checkpoint is started when the first is on disk.
+        if self.results_file.exists() or 0 < 2 * every < step:
+            raise UserError(
+                f"{self.path} has metrics up to step {step} and no checkpoint; restore {self.path / 'checkpoints'}, or "
+                "delete the folder to train from step 0."
+            )
+
+    def _last_logged_step(self) -> int:
+        path, step = self.path / "metrics.jsonl", 0
+        for line in path.read_bytes().splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError, TypeError, KeyError, IndexError):
+                step = max(step, int(json.loads(line)["step"]))
+        return step
+
+    def _write_config(self, config: Config) -> None:
+        saved, current = self.read_config(), schema.to_dict(config)
+        environment, now = metrics.environment(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        if saved is None or self.latest_step() is None:
+            if saved is not None and (differing := _differences(saved["config"], config)):
+                say(f"{self.path} has no checkpoint, so the run starts with its new config: {', '.join(differing)}")
+            content = {"config": current, "environment": environment, "started": now}
+            if config.init.weights:
+                content["init_weights"] = fingerprint(config.init.weights)
+            write_json(self.config_file, content)
+            return
+        before, after = schema.flatten(saved["config"]), schema.flatten(current)
+        changed = {key: [before.get(key), value] for key, value in after.items() if before.get(key) != value}
+        last = (saved.get("starts") or [saved])[-1]["environment"]
+        if changed or {**last, "command": ""} != {**environment, "command": ""}:
+            start = {"step": self.latest_step(), "time": now, "changed": changed, "environment": environment}
+            write_json(self.config_file, saved | {"config": current, "starts": [*saved.get("starts", []), start]})
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        # Buckets have no locks, and a file in one would outlive a run that is killed.
+        if fcntl is None or is_remote(str(self.path)):
+            yield
+            return
+        with open(self.path / ".lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise UserError(
+                    f"{self.path} is in use by {file.read().strip() or 'another run'}; wait for it, or use a different "
+                    "--config.run."
+                ) from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            yield
+
+
+def _differences(saved: Mapping[str, Any], config: Config) -> list[str]:
+    """Keys that decide what is learned and differ between a saved config and `config`."""
+    before, after = schema.flatten(saved), schema.flatten(schema.to_dict(config))
+    return [
+        f"{key} ({before.get(key)!r} in config.json, {after.get(key)!r} now)"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith(KEYS_FREE_ON_RESUME)
+    ]
+
+
+def fingerprint(path: str) -> str:
+    """SHA-256 of names and sizes of a file, or of all files in a folder; a changed size or name changes it."""
+    root = epath.Path(path)
+    files = sorted(item for item in root.rglob("*") if item.is_file()) if root.is_dir() else [root]
+    digest = hashlib.sha256()
+    for file in files:
+        name = file.relative_to(root) if root.is_dir() else file.name
+        digest.update(f"{name}\0{file.stat().length}\n".encode())
+    return digest.hexdigest()
