@@ -15,6 +15,7 @@ import pytest
 from etils import epath
 
 from tests import tiny
+from tests.test_tokenizer import save_words
 from xclip_jax import checkpoint, interrupt, metrics, parts, trainer, weights
 from xclip_jax.checkpoint import Checkpointer
 from xclip_jax.errors import UserError
@@ -153,9 +154,7 @@ def test_a_folder_without_a_checkpoint_takes_the_new_config(pairs, tmp_path, cap
 
 def test_a_run_may_be_moved_with_its_data_and_its_tokenizer(pairs, tmp_path, capsys):
     vocabulary = tmp_path / "tokenizer.json"
-    from tests.test_tokenizer import write_tokenizer  # noqa: PLC0415
-
-    write_tokenizer(vocabulary)
+    save_words(vocabulary, ["?", "<pad>", "<s>", "</s>", "picture", "number"])
     data = pathlib.Path(shutil.copytree(pairs, tmp_path / "data"))
     c = config(data, tmp_path / "run", data__tokenizer=str(vocabulary))
     trainer.run(c)

@@ -7,7 +7,7 @@ import pytest
 
 from tests import tiny
 from xclip_jax import optim, parts, state
-from xclip_jax.data import loader
+from xclip_jax.data import loader, transforms
 
 VARIANTS = {
     "clip": {},
@@ -119,6 +119,23 @@ def test_average_follows_its_formula():
         m = float(optim.ema_momentum(i, 10, 0.9, "cosine"))
         expected = jax.tree.map(lambda e, x, m=m: m * e + (1 - m) * x, expected, jax.device_get(s.params))
     chex.assert_trees_all_close(jax.device_get(s.ema_params), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_teacher_has_the_statistics_of_its_own_features():
+    p = make("xclip-ema-center", data__flip=0.0, data__color=0.0, ema__momentum=0.5, optim__lr=0.1)
+    s = state.create(p.init, p.abstract)
+    for i in range(2):
+        batch = tiny.batch(i, eot=p.tokenizer.eot_id)
+        before = jax.device_get(s)
+        s, _ = p.compiled(s, loader.to_global(batch, p.mesh))
+    images = transforms.normalize(jnp.asarray(batch["image"]), *transforms.STATISTICS["imagenet"])
+    teacher = {"params": before.ema_params, "batch_stats": before.ema_batch_stats}
+    h = [p.model.apply(teacher, x, method=f"encode_{name}") for name, x in (("image", images), ("text", batch["text"]))]
+    _, new = p.model.apply(teacher, *h, train=True, mutable=["batch_stats"], method="project")
+    average = jax.device_get(s).variables(ema=True)["batch_stats"]
+    chex.assert_trees_all_close(average, new["batch_stats"], rtol=1e-4, atol=1e-5)
+    differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), average, jax.device_get(s.batch_stats))
+    assert max(jax.tree.leaves(differences)) > 1e-2
 
 
 def test_centers_follow_the_teacher():

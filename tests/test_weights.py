@@ -80,7 +80,7 @@ def test_average_statistics_and_layout_of_a_start(source):
     )  # fmt: skip
     p = parts.build(c)
     fresh = state.create(p.init, p.abstract)
-    begun = weights.start(c, fresh)
+    begun = weights.start(weights.read_initial(parts.build(c).config, fresh), fresh)
     assert jax.tree.map(lambda x: x.sharding, begun) == jax.tree.map(lambda x: x.sharding, p.abstract)
     there = jax.device_get(weights.load(str(source / "run"))[2])
     chex.assert_trees_all_equal(jax.device_get(begun.batch_stats), there["batch_stats"])
@@ -146,9 +146,9 @@ def test_what_is_fresh_and_what_is_left_out_is_named():
 def test_other_meanings_are_warned_of(source, capsys):
     c = tiny.config(model__img__depth=2, model__img__act="quick_gelu", init__weights=str(source / "run"))
     p = parts.build(c)
-    weights.start(c, state.create(p.init, p.abstract))
+    weights.read_initial(p.config, p.abstract)
     said = capsys.readouterr().out
-    assert "made under other settings: model.img.act ('gelu' there, 'quick_gelu' here)" in said
+    assert "trained with different settings: model.img.act ('gelu', 'quick_gelu' in this run)" in said
 
 
 @pytest.mark.parametrize(("frozen", "changes"), [(("img",), {}), (("txt",), {"optim__microbatches": 2})])

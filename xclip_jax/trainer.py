@@ -25,7 +25,7 @@ from xclip_jax.parts import Parts, build
 from xclip_jax.report import document, picture
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.state import TrainState, create
-from xclip_jax.weights import start
+from xclip_jax.weights import read_initial, start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,7 @@ class _Run:
 
     Attributes:
       config, parts, folder: the config, what follows from it, and where the run is kept.
+      initial: tensors of `init.weights` that a new run starts from.
       sources: training data, with a fingerprint of each.
       during: evaluators of `eval.sets`, run every `eval.every` steps.
       final: those of `eval.sets` and `eval.final_sets`, run at the end.
@@ -43,6 +44,7 @@ class _Run:
     config: Config
     parts: Parts
     folder: RunFolder
+    initial: Mapping[str, np.ndarray]
     sources: list[sources.Source]
     fingerprints: list[dict[str, Any]]
     during: list[Evaluator]
@@ -87,11 +89,13 @@ def _open(config: Config, folder: RunFolder) -> _Run:
     opened = loader.open_sources(parts.data, classes)
     fingerprints = [sources.card(source) for source in opened]
     folder.check_sources(config, fingerprints)
+    starts = config.init.weights and folder.latest_step() is None
+    initial = read_initial(config, parts.abstract) if starts else {}
     encoder = make_encoder(config, parts)
     specs = tuple(dict.fromkeys((*config.eval.sets, *config.eval.final_sets)))
     evaluators = dict(zip(specs, [sets.make(spec, encoder, parts.data.dir) for spec in specs], strict=True))
     during = [evaluators[spec] for spec in config.eval.sets] if config.eval.every else []
-    return _Run(config, parts, folder, opened, fingerprints, during, list(evaluators.values()), encoder)
+    return _Run(config, parts, folder, initial, opened, fingerprints, during, list(evaluators.values()), encoder)
 
 
 def _train(
@@ -108,8 +112,8 @@ def _train(
     )
     if checkpointer.latest() is None:
         state, position = create(parts.init, parts.abstract), {"samples": 0}
-        if config.init.weights:
-            state = start(config, state)
+        if job.initial:
+            state = start(job.initial, state)
     else:
         state, position = checkpointer.restore_finite(parts.abstract)
         say(f"resuming at step {int(state.step)}, sample {position['samples']:,}")

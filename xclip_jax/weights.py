@@ -1,5 +1,6 @@
 """The variables of a run's checkpoint or of other weights, and a new run's start from them: group `init`."""
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from xclip_jax import interop
 from xclip_jax.checkpoint import Checkpointer
 from xclip_jax.config import schema
+from xclip_jax.config.schema import Config
 from xclip_jax.errors import UserError
 from xclip_jax.interop.files import is_run
 from xclip_jax.metrics import say
@@ -89,31 +91,45 @@ def _placed(variables: Variables, parts: Parts, path: str) -> Variables:
     return {"params": {}, "batch_stats": {}} | unflatten_dict(put, sep="/")
 
 
-def start(config: ml_collections.ConfigDict, state: TrainState) -> TrainState:
-    """A new run's `state` with the variables that `config.init.weights` has of it, in the state's own layout.
+def read_initial(config: Config, abstract: TrainState) -> dict[str, np.ndarray]:
+    """Tensors of a new run's state that `config.init.weights` has, in the shapes of the state.
 
-    What is found, changed, left out and left fresh is said in a line each. The moving average starts from the same
-    parameters; the optimizer's moments are still zero and stay so.
+    Prints a line on what is taken, changed, left out and left fresh.
+
+    Args:
+      config: of the run.
+      abstract: shapes of its state.
+
+    Returns:
+      Flat {"params/img/...": array}.
 
     Raises:
       UserError: nothing to read there, or tensors of other shapes.
     """
-    where = config.init.weights
-    there, _, variables, at = load(where)
-    found, notes = fit(jax.device_get(variables), state.variables(), where)
-    say(f"starting from {where}, step {at}: {len(found)} of {len(flatten_dict(state.variables()))} tensors")
+    where, target = config.init.weights, abstract.variables()
+    source_config, _, variables, step = load(where)
+    tensors, notes = fit(jax.device_get(variables), target, where)
+    say(f"starting from {where}, step {step}: {len(tensors)} of {len(flatten_dict(target))} tensors")
     for note in notes:
         say(note)
-    differing = [(key, there_is, here_is) for key in _MEANING
-                 if (there_is := _get(there, key)) != (here_is := _get(config, key))]  # fmt: skip
+    differing = [(key, source, run) for key in _MEANING
+                 if (source := _get(source_config, key)) != (run := _get(config, key))]  # fmt: skip
     if differing:
-        said = ", ".join(f"{key} ({a!r} there, {b!r} here)" for key, a, b in differing)
-        say(f"WARNING: the weights of {where} were made under other settings: {said}")
+        settings = ", ".join(f"{key} ({a!r}, {b!r} in this run)" for key, a, b in differing)
+        say(f"WARNING: the weights of {where} were trained with different settings: {settings}")
+    return tensors
 
-    def replaced(kind: str, tree: Any) -> Any:
+
+def start(tensors: Mapping[str, np.ndarray], state: TrainState) -> TrainState:
+    """A new run's `state` with `tensors` of `read_initial`, in the state's own layout.
+
+    The moving average starts from the same parameters; the optimizer's moments are still zero and stay so.
+    """
+
+    def replaced(collection: str, tree: Any) -> Any:
         # Copied, since each buffer is donated to the first step. Each process makes the shards of its own devices.
         def put(path: tuple[str, ...], old: jax.Array) -> jax.Array:
-            new = found.get("/".join((kind, *path)))
+            new = tensors.get("/".join((collection, *path)))
             if new is None:
                 return old
             return jax.make_array_from_callback(old.shape, old.sharding, lambda at: np.array(new[at], old.dtype))
@@ -128,10 +144,8 @@ def start(config: ml_collections.ConfigDict, state: TrainState) -> TrainState:
     )
 
 
-def _get(config: ml_collections.ConfigDict, key: str) -> Any:
-    for part in key.split("."):
-        config = config[part]
-    return config
+def _get(config: ml_collections.ConfigDict | Config, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
 
 
 def fit(source: Variables, target: Variables, where: str) -> tuple[dict[str, np.ndarray], list[str]]:
