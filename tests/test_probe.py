@@ -166,7 +166,7 @@ def test_the_search_stays_within_its_range(wanted, reached, monkeypatch):
 
 def test_a_probe_of_too_few_items_to_choose_c():
     x, y, none = np.ones((3, 2), np.float32), np.array([0, 1, 1]), (np.zeros((0, 2), np.float32), np.array([], int))
-    with pytest.raises(UserError, match="at least 2 training items .* got 1 training item"):
+    with pytest.raises(UserError, match=r"at least 2 training items .* got 1 training item"):
         probe.linear((x[:1], y[:1]), none, (x, y), 2, Sweep(), None)
     accuracy = lambda logits, labels: np.mean(logits.argmax(axis=1) == labels)  # noqa: E731
     assert len(probe.linear((x[:2], y[:2]), none, (x, y), 2, Sweep((1.0, 10.0)), accuracy)[0]) == 3

@@ -315,7 +315,7 @@ def linear(
 ) -> Result:
     """CLIP's linear probe: C by `search` on `held`, then one fit on `train` and (if `join`) `held`, tested once.
 
-    Without `held` items a tenth of `train`, at least one item, is held. Where one C is tried there is nothing to choose.
+    Without `held` items a tenth of `train`, one item or more, is held. Where one C is tried there is nothing to choose.
 
     Returns:
       Whether each test item is right, 0.0 or 1.0 (n,), and {"log10_c": the choice}.
