@@ -54,6 +54,13 @@ def test_scores_that_are_not_numbers_are_wrong():
     assert zeroshot.accuracy(nan, np.arange(3).repeat([2, 1, 1]), 5) == 0
     assert zeroshot.mean_per_class(nan, np.array([0, 1, 2, 2])) == 0
     assert retrieval.recall_at_k(nan, np.ones((4, 3), bool), 10) == 0
+    inf = np.inf
+    for row, right in (([2, nan[0, 0], 1], 0), ([2, inf, 1], 0), ([inf, 0, 1], 0), ([2, -inf, 1], 1), ([-inf] * 3, 0)):
+        for k in (1, 3):
+            logits = np.array([row, [5.0, 0, 0]])
+            assert zeroshot.accuracy(logits, np.array([0, 0]), k) == (1 + right) / 2
+            assert retrieval.recall_at_k(logits, np.array([[True, False, False]] * 2), k) == (1 + right) / 2
+        assert zeroshot.mean_per_class(np.array([row]), np.array([0])) == right
 
 
 def test_mean_per_class_is_balanced_accuracy_over_classes_that_occur():

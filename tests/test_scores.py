@@ -1,8 +1,12 @@
+import json
+
 import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
+from etils import epath
 
+from xclip_jax import evaluate
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import scores
 
@@ -87,3 +91,40 @@ def test_items_of_a_mean_per_class_are_weighted():
     y, right = np.array([0, 0, 0, 1]), np.array([1.0, 1, 0, 0])
     item = scores.Items(right, scores.class_weights(y))
     assert item.value() == pytest.approx(100 * sklearn.metrics.balanced_accuracy_score(y, [0, 0, 1, 0]))
+
+
+@pytest.mark.parametrize("y", [[True, True, True], [True, False, False]])
+def test_the_bootstrap_of_one_kind_of_item_has_no_interval(y, monkeypatch):
+    """Whether all items are positive, or each of a few resamples has positive items alone."""
+    monkeypatch.setattr(scores.np.random, "default_rng", lambda seed: OnlyTheFirst())
+    a, b = (scores.Items(np.array(v), other=np.array(y), statistic="roc_auc") for v in ([1.0, 2, 3], [3.0, 2, 1]))
+    difference, low, high = scores.bootstrap(a, b, samples=3)
+    assert difference == pytest.approx(100) if not all(y) else np.isnan(difference)
+    assert np.isnan(low) and np.isnan(high)
+
+
+def test_a_comparison_without_an_interval_leaves_it_out(tmp_path):
+    result = {"set": "pcam", "name": "zeroshot/pcam", "metric": "roc_auc", "value": 60.0}
+    for name, values in (("a", [1.0, 2]), ("b", [2.0, 1])):
+        path = epath.Path(tmp_path / f"{name}.json")
+        path.write_text(json.dumps({"results": [result]}))
+        items = scores.Items(np.array(values), other=np.array([True, True]), statistic="roc_auc")
+        evaluate._write_items(evaluate._items_path(path), {"zeroshot/pcam/roc_auc": items})
+    rows = evaluate.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"))
+    assert rows == [{"set": "pcam", "metric": "roc_auc", "a": 60.0, "b": 60.0, "difference": 0.0}]
+    assert evaluate.render(rows, "a", "b").splitlines()[-1].endswith("+0.0")
+
+
+class OnlyTheFirst:
+    def integers(self, low, high, n):
+        return np.zeros(n, int)
+
+
+def test_scores_that_are_not_numbers_have_no_precision():
+    y = np.array([[True, True], [False, False], [True, True]])
+    s = np.array([[3.0, 3], [2, np.nan], [1, 1]])
+    for measure in (scores.average_precision, scores.eleven_point):
+        first, second = measure(s, y)
+        assert first > 0.8 and second == 0
+    excluded = scores.average_precision(np.array([[3.0], [-np.inf], [1]]), y[:, :1])
+    assert excluded == [1.0]  # minus infinity is the lowest score

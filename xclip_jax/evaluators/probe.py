@@ -15,7 +15,7 @@ import numpy as np
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Encoder, logistic, sgd
 from xclip_jax.evaluators.card import Card
-from xclip_jax.evaluators.scores import Items, class_weights
+from xclip_jax.evaluators.scores import Items, class_weights, valid_rows
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 COARSE = tuple(10.0**e for e in range(-6, 7, 2))
@@ -342,8 +342,8 @@ def linear(
 
 
 def _right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """1.0 where the highest, of equal ones the first, is the label; logits that are not numbers are wrong."""
-    return ((logits.argmax(axis=1) == labels) & ~np.isnan(logits).any(axis=1)).astype(float)
+    """1.0 where the highest, of equal ones the first, is the label; rows with NaN or plus infinity are wrong."""
+    return ((logits.argmax(axis=1) == labels) & valid_rows(logits)).astype(float)
 
 
 class Joined(Sequence):

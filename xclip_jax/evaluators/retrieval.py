@@ -9,7 +9,7 @@ import numpy as np
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Encoder
 from xclip_jax.evaluators.card import Card
-from xclip_jax.evaluators.scores import Items
+from xclip_jax.evaluators.scores import Items, valid_rows
 from xclip_jax.evaluators.zeroshot import distributions, similarities
 
 KS = (1, 5, 10)
@@ -22,7 +22,8 @@ def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
     Args:
       scores: (queries, items), higher is nearer.
       positives: bool of the same shape.
-      k: where it is at least the number of items, every query is found, but for scores that are not numbers.
+      k: where it is at least the number of items, every query counts, but for those without a valid ranking: with a
+        score that is NaN or plus infinity, or minus infinity for all positives.
 
     Raises:
       UserError: a query without positives, or shapes that differ.
@@ -42,12 +43,11 @@ def ranks(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
     # Counting what stands before the best positive needs no sorting and gives all k at once.
     for start in range(0, len(scores), step):
         part, match = scores[start : start + step], positives[start : start + step]
-        # NaN ranks last: no number is above it, and a model that diverged would find everything.
-        part = np.where(np.isnan(part), -np.inf, part)
         best = np.where(match, part, -np.inf).max(axis=1, keepdims=True)
         first = (match & (part == best)).argmax(axis=1)
         before = (part > best) | ((part == best) & (items < first[:, None]))
-        found[start : start + step] = np.where(best[:, 0] == -np.inf, np.iinfo(np.int64).max, before.sum(axis=1))
+        ranked = valid_rows(part) & (best[:, 0] > -np.inf)
+        found[start : start + step] = np.where(ranked, before.sum(axis=1), np.iinfo(np.int64).max)
     return found
 
 

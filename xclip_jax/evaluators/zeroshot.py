@@ -13,7 +13,7 @@ import numpy as np
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Encoder, Features
 from xclip_jax.evaluators.card import Card
-from xclip_jax.evaluators.scores import Items, class_weights
+from xclip_jax.evaluators.scores import Items, class_weights, valid_rows
 
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -37,7 +37,8 @@ def accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
     Args:
       logits: scores (n, classes), any scale.
       labels: class indices (n,).
-      k: where it is at least the number of classes, every image is right, but for scores that are not numbers.
+      k: where it is at least the number of classes, every image is right, but for those without a valid ranking: with
+        a score that is NaN or plus infinity, or minus infinity for the right class.
     """
     return float((_ranks(logits, labels) < k).mean())
 
@@ -245,9 +246,9 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 
 def _ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many classes stand before the right one, int (n,)."""
+    """How many classes come before the right one, int (n,); the largest integer without a valid ranking."""
     logits, labels = np.asarray(logits), np.asarray(labels)[:, None]
     own = np.take_along_axis(logits, labels, axis=1)
     before = (logits > own) | ((logits == own) & (np.arange(logits.shape[1]) < labels))
-    # No number is above NaN: without this a model that diverged would be always right.
-    return np.where(np.isnan(own[:, 0]), np.iinfo(np.int64).max, before.sum(axis=1))
+    ranked = valid_rows(logits) & (own[:, 0] > -np.inf)
+    return np.where(ranked, before.sum(axis=1), np.iinfo(np.int64).max)
