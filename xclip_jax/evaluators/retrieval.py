@@ -94,7 +94,8 @@ class Retrieval:
         texts = [caption for captions in self.data.captions for caption in captions]
         img = self.encoder.images(variables, self.data.images, ("z", "s"))
         txt = self.encoder.texts(variables, texts, ("z", "s"))
-        q = distributions(txt["s"], self.encoder.tau) if "s" in txt else None
+        # Not both the logits and the distributions of a set's texts are kept: each may be gigabytes.
+        q = distributions(txt.pop("s"), self.encoder.tau) if "s" in txt else None
         matches, items = positives(self.data.captions), {}
         for kind, scores in similarities(img, txt.get("z"), q, self.encoder.tau).items():
             prefix = f"{self.name}/{kind}" if kind else self.name
