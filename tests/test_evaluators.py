@@ -212,6 +212,26 @@ def test_duplicate_captions_match_all_their_images():
     np.testing.assert_array_equal(retrieval.positives([["a", "b"], ["b"], ["c"]]), expected)
 
 
+@pytest.mark.parametrize("k", [1, 5, 10, 50])
+def test_chance_of_recall_equals_random_rankings(k):
+    """Images with 1 to 7 captions, two of which other images share."""
+    captions = [[f"{i}/{j}" for j in range(1 + i % 7)] for i in range(9)]
+    captions[3][0], captions[5][1] = captions[6][0], captions[6][1]
+    match = retrieval.positives(captions)
+    for m in (match, match.T):
+        draws = [retrieval.recall_at_k(rng(i).random(m.shape), m, k) for i in range(3000)]
+        error = np.std(draws) / np.sqrt(len(draws))
+        assert retrieval.chance(m, k) == pytest.approx(np.mean(draws), abs=max(4 * error, 1e-12))
+
+
+def test_chance_of_recall_in_closed_form():
+    five = np.repeat(np.eye(20, dtype=bool), 5, axis=1)  # five captions an image: R@1 is 1 in 20, not 1 in 100
+    assert retrieval.chance(five, 1) == pytest.approx(1 / 20)
+    assert retrieval.chance(five, 5) == pytest.approx(1 - scipy.special.comb(95, 5) / scipy.special.comb(100, 5))
+    assert retrieval.chance(five.T, 5) == pytest.approx(5 / 20)
+    assert retrieval.chance(five, 96) == retrieval.chance(five, 1000) == 1
+
+
 # Evaluators on an encoder with known answers.
 
 
@@ -310,6 +330,7 @@ def test_retrieval_with_one_and_seven_captions():
     found = Retrieval(FakeEncoder(table, "z"), RetrievalSet("toy", list(images), captions)).run(None)
     texts = [text for c in captions for text in c]
     assert (found["retrieval/toy/images"], found["retrieval/toy/captions"]) == (20, 80)
+    assert found["retrieval/toy/chance/text_to_image/r5"] == pytest.approx(100 * (78 * 5 / 20 + 2 * 17 / 38) / 80)
     scores = images.astype(np.float32) @ np.array([table[t] for t in texts], np.float32).T
     match = np.array([[text in c for text in texts] for c in captions])
     for k in (1, 5, 10):

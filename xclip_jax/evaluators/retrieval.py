@@ -51,6 +51,20 @@ def ranks(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
     return found
 
 
+def chance(positives: np.ndarray, k: int) -> float:
+    """Expected recall at k of a random ranking: the mean over queries of 1 - C(n - m, k) / C(n, k).
+
+    Args:
+      positives: bool (queries, n items); m of a query's items are positive.
+      k: items that are looked at.
+    """
+    n, m = positives.shape[1], positives.sum(axis=1)
+    missed = np.ones(len(m))
+    for i in range(min(k, n)):  # item i + 1 of the ranking is drawn from the n - i that are left
+        missed *= np.maximum(n - m - i, 0) / (n - i)
+    return float(1 - missed.mean())
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class RetrievalSet:
     """Images and their captions.
@@ -78,7 +92,7 @@ class Retrieval:
     """r1, r5 and r10 in percent, named "retrieval/<set>[/<kind>]/image_to_text/r1" and ".../text_to_image/r1".
 
     Every caption is an item and a query, repeated ones too, as Flickr30k and COCO count. Kinds are those of
-    `zeroshot.similarities`.
+    `zeroshot.similarities`; "retrieval/<set>/chance/image_to_text/r1" and so on are what a random ranking gives.
     """
 
     def __init__(self, encoder: Encoder, data: RetrievalSet) -> None:
@@ -102,6 +116,8 @@ class Retrieval:
             ways = {"image_to_text": ranks(scores, matches), "text_to_image": ranks(scores.T, matches.T)}
             items |= {f"{prefix}/{way}/r{k}": Items((r < k).astype(float)) for way, r in ways.items() for k in KS}
         metrics = {f"{self.name}/images": float(len(self.data.images)), f"{self.name}/captions": float(len(texts))}
+        for way, positive in (("image_to_text", matches), ("text_to_image", matches.T)):
+            metrics |= {f"{self.name}/chance/{way}/r{k}": 100 * chance(positive, k) for k in KS}
         return metrics | {key: item.value() for key, item in items.items()}, items
 
 
