@@ -33,11 +33,11 @@ def small_model(embed=8, clusters=K):
     return model, nn.unbox(jax.jit(model.init)(jax.random.key(0), image, text))
 
 
-def build_encoder(model, devices=8, batch=16, sizes=(-1, 1, 1)):
+def build_encoder(model, devices=8, batch=16, sizes=(-1, 1, 1), **options):
     mean, std = transforms.STATISTICS["imagenet"]
     mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[:devices])
     return Encoder(
-        model, tokenize, text_length=LENGTH, image_size=SIZE, mean=mean, std=std, batch=batch, mesh=mesh
+        model, tokenize, text_length=LENGTH, image_size=SIZE, mean=mean, std=std, batch=batch, mesh=mesh, **options
     )
 
 

@@ -1,20 +1,16 @@
 import functools
 import tracemalloc
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
 import sklearn.metrics
 
-from tests.encoding import LENGTH, SIZE, K, build_encoder, make_encoder, small_model, tokenize
-from xclip_jax.data import transforms
+from tests.encoding import SIZE, K, make_encoder, small_model
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import retrieval, zeroshot
 from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
-from xclip_jax.models.two_towers import TwoTowers
 
 
 def rng(seed=0):
@@ -54,6 +50,13 @@ def test_scores_that_are_not_numbers_are_wrong():
     assert zeroshot.accuracy(nan, np.arange(3).repeat([2, 1, 1]), 5) == 0
     assert zeroshot.mean_per_class(nan, np.array([0, 1, 2, 2])) == 0
     assert retrieval.recall_at_k(nan, np.ones((4, 3), bool), 10) == 0
+    inf = np.inf
+    for row, right in (([2, nan[0, 0], 1], 0), ([2, inf, 1], 0), ([inf, 0, 1], 0), ([2, -inf, 1], 1), ([-inf] * 3, 0)):
+        for k in (1, 3):
+            logits = np.array([row, [5.0, 0, 0]])
+            assert zeroshot.accuracy(logits, np.array([0, 0]), k) == (1 + right) / 2
+            assert retrieval.recall_at_k(logits, np.array([[True, False, False]] * 2), k) == (1 + right) / 2
+        assert zeroshot.mean_per_class(np.array([row]), np.array([0])) == right
 
 
 def test_mean_per_class_is_balanced_accuracy_over_classes_that_occur():
@@ -136,11 +139,14 @@ def test_recall_equals_clip_benchmark(counts, k):
 
 
 @pytest.mark.parametrize("scale", [1, 300])
-def test_cluster_scores_against_scipy(scale):
+@pytest.mark.parametrize("blocks", [(1 << 22, 1 << 25), (2 * 33, 3 * 33), (1, 1)])
+def test_cluster_scores_against_scipy(scale, blocks, monkeypatch):
+    monkeypatch.setattr(zeroshot, "_IMAGES", blocks[0])
+    monkeypatch.setattr(zeroshot, "_TEXTS", blocks[1])
     s, t = rng().normal(size=(9, 33)) * scale, rng(1).normal(size=(4, 33)) * scale
     p, q = zeroshot.distributions(s, 2.0), zeroshot.distributions(t, 2.0)
     np.testing.assert_allclose(p, scipy.special.softmax(s / 2, axis=-1), rtol=1e-4, atol=1e-30)
-    found = zeroshot.cluster_scores(p, q)
+    found = zeroshot.cluster_scores(s, q, 2.0)
     for i in range(9):
         for j in range(4):
             cosine = 1 - scipy.spatial.distance.cosine(p[i], q[j])
@@ -150,6 +156,19 @@ def test_cluster_scores_against_scipy(scale):
             entropy = scipy.special.xlogy(pi, np.maximum(qj, tiny)) + scipy.special.xlogy(qj, np.maximum(pi, tiny))
             assert found["cross_entropy"][i, j] == pytest.approx(entropy.sum() / 2, rel=1e-4)
     assert np.isfinite(found["cross_entropy"]).all()
+
+
+def test_scores_by_clusters_need_less_memory_than_the_clusters():
+    s, q = rng().normal(size=(2000, 8192)).astype(np.float32), np.full((300, 8192), 1 / 8192, np.float32)
+    for score in (
+        lambda: zeroshot.similarities({"s": s}, None, q, 1.0),
+        lambda: zeroshot.class_scores({"s": s[:300]}, {"s": s}, [20] * 100, 1.0),
+    ):
+        tracemalloc.start()
+        score()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < s.nbytes
 
 
 # Retrieval: pure functions.
@@ -191,6 +210,26 @@ def test_recall_needs_less_memory_than_the_scores():
 def test_duplicate_captions_match_all_their_images():
     expected = [[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
     np.testing.assert_array_equal(retrieval.positives([["a", "b"], ["b"], ["c"]]), expected)
+
+
+@pytest.mark.parametrize("k", [1, 5, 10, 50])
+def test_chance_of_recall_equals_random_rankings(k):
+    """Images with 1 to 7 captions, two of which other images share."""
+    captions = [[f"{i}/{j}" for j in range(1 + i % 7)] for i in range(9)]
+    captions[3][0], captions[5][1] = captions[6][0], captions[6][1]
+    match = retrieval.positives(captions)
+    for m in (match, match.T):
+        draws = [retrieval.recall_at_k(rng(i).random(m.shape), m, k) for i in range(3000)]
+        error = np.std(draws) / np.sqrt(len(draws))
+        assert retrieval.chance(m, k) == pytest.approx(np.mean(draws), abs=max(4 * error, 1e-12))
+
+
+def test_chance_of_recall_in_closed_form():
+    five = np.repeat(np.eye(20, dtype=bool), 5, axis=1)  # five captions an image: R@1 is 1 in 20, not 1 in 100
+    assert retrieval.chance(five, 1) == pytest.approx(1 / 20)
+    assert retrieval.chance(five, 5) == pytest.approx(1 - scipy.special.comb(95, 5) / scipy.special.comb(100, 5))
+    assert retrieval.chance(five.T, 5) == pytest.approx(5 / 20)
+    assert retrieval.chance(five, 96) == retrieval.chance(five, 1000) == 1
 
 
 # Evaluators on an encoder with known answers.
@@ -265,7 +304,7 @@ def test_both_heads_of_xclip_are_scored_together():
     z, txt = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng_z.normal(size=(2, 6, 4)))
     s, q = rng_p.normal(size=(6, 5)), scipy.special.softmax(rng_p.normal(size=(6, 5)), axis=1)
     scores = zeroshot.similarities({"z": z, "s": s}, txt, q, tau=0.5)
-    entropy = zeroshot.cluster_scores(scipy.special.softmax(s / 0.5, axis=1), q)["cross_entropy"]
+    entropy = zeroshot.cluster_scores(s, q, 0.5)["cross_entropy"]
     cosine = z @ txt.T
     np.testing.assert_allclose(scores["both"], cosine / cosine.std() + entropy / entropy.std(), rtol=1e-5)
     assert list(scores) == ["", "cosine", "cross_entropy", "both"]
@@ -291,6 +330,7 @@ def test_retrieval_with_one_and_seven_captions():
     found = Retrieval(FakeEncoder(table, "z"), RetrievalSet("toy", list(images), captions)).run(None)
     texts = [text for c in captions for text in c]
     assert (found["retrieval/toy/images"], found["retrieval/toy/captions"]) == (20, 80)
+    assert found["retrieval/toy/chance/text_to_image/r5"] == pytest.approx(100 * (78 * 5 / 20 + 2 * 17 / 38) / 80)
     scores = images.astype(np.float32) @ np.array([table[t] for t in texts], np.float32).T
     match = np.array([[text in c for text in texts] for c in captions])
     for k in (1, 5, 10):
@@ -319,113 +359,14 @@ def test_a_wrong_retrieval_set_raises():
             RetrievalSet("toy", [0, 0], captions)
 
 
-# The encoder.
-
-
-def pictures(n, size=SIZE):
-    return list(rng(n).integers(0, 256, (n, size, size, 3), np.uint8))
-
-
-TEXTS = ["fox", "a", "dog", "fox", "cat", "b", "c", "d", "e", "f", "g"]
-
-
-def test_encoder_equals_the_model_on_any_mesh():
-    model, variables = small_model()
-    images = pictures(21)
-    pixels = transforms.normalize(jnp.stack(images), *transforms.STATISTICS["imagenet"])
-    tokens = np.stack([tokenize([t], LENGTH)[0] for t in TEXTS])
-    out = jax.jit(model.apply)(variables, pixels, jnp.resize(tokens, (21, LENGTH)))
-    expected_img = {key: out[f"{key}_img"] for key in "hzs"}
-    expected_txt = {key: out[f"{key}_txt"][: len(TEXTS)] for key in "hzs"}
-    for devices, batch, sizes in ((1, 16, (-1, 1, 1)), (8, 16, (-1, 1, 1)), (8, 5, (2, 2, 2))):
-        encoder = make_encoder(8, K, devices, batch, sizes)
-        for found, expected in (
-            (encoder.images(variables, images), expected_img),
-            (encoder.texts(variables, TEXTS), expected_txt),
-        ):
-            assert set(found) == set(expected)
-            for key, value in found.items():
-                assert isinstance(value, np.ndarray) and value.dtype == np.float32
-                np.testing.assert_allclose(value, expected[key], atol=2e-5, rtol=1e-5)
-
-
-def test_batch_is_rounded_up_to_the_devices():
-    model, _ = small_model()
-    assert build_encoder(model, 8, 5).batch == 8
-    assert build_encoder(model, 8, 17).batch == 24
-    assert build_encoder(model, 8, 5, (2, 1, 4)).batch == 6
-
-
-@pytest.mark.parametrize(("embed", "clusters", "expected"), [(8, 0, "hz"), (0, K, "hs")])
-def test_features_follow_the_heads_and_the_request(embed, clusters, expected):
-    _, variables = small_model(embed, clusters)
-    encoder = make_encoder(embed, clusters)
-    assert set(encoder.images(variables, pictures(3))) == set(expected)
-    assert set(encoder.texts(variables, TEXTS, ("z", "s"))) == set(expected[1:])
-    assert encoder.images(variables, [], ("h",))["h"].shape == (0, 16)
-    assert encoder.texts(variables, [], ("h",))["h"].shape == (0, 16)
-
-
-def test_equal_texts_have_equal_features():
-    _, variables = small_model()
-    z = make_encoder().texts(variables, TEXTS)["z"]
-    np.testing.assert_array_equal(z[0], z[3])
-    assert len(z) == len(TEXTS)
-
-
-def test_padding_changes_nothing_and_no_shape_is_compiled_twice():
-    model, variables = small_model()
-    traces = []
-
-    class Counted(TwoTowers):
-        def encode_image(self, image, noise=None, paths=None):
-            traces.append("image")
-            return super().encode_image(image, noise, paths)
-
-        def encode_text(self, text):
-            traces.append("text")
-            return super().encode_text(text)
-
-    counted = Counted(**{f: getattr(model, f) for f in ("img", "txt", "embed", "cluster_head")})
-    encoder = build_encoder(counted)
-    images = pictures(40)
-    whole = encoder.images(variables, images)
-    for n in (1, 15, 16, 17, 40):
-        part = encoder.images(variables, images[:n], ("z",))["z"]
-        np.testing.assert_array_equal(part, whole["z"][:n])
-        encoder.texts(jax.tree.map(lambda x: x + 0.01, variables), [str(i) for i in range(n)])
-    assert sorted(traces) == ["image", "text"]
-
-
-def test_images_may_be_loaded_when_asked_for_and_each_once():
-    _, variables = small_model()
-    images, asked = pictures(19), []
-
-    class Lazy:
-        def __len__(self):
-            return len(images)
-
-        def __getitem__(self, i):
-            asked.append(i)
-            return images[i]
-
-    encoder = make_encoder(8, K, 8, 5, (2, 2, 2))
-    np.testing.assert_array_equal(encoder.images(variables, Lazy())["h"], encoder.images(variables, images)["h"])
-    assert sorted(asked) == list(range(19))
-
-
-@pytest.mark.parametrize("wrong", [np.zeros((SIZE, SIZE, 1), np.uint8), np.zeros((SIZE, SIZE, 3), np.float32)])
-def test_a_wrong_image_raises(wrong):
-    _, variables = small_model()
-    with pytest.raises(UserError, match="item 0"):
-        make_encoder().images(variables, [wrong])
+# Evaluators on a real model.
 
 
 def test_evaluators_on_a_real_model_agree_on_1_and_8_devices():
     _, variables = small_model()
-    images, labels = pictures(21), rng(3).integers(0, 5, 21)
-    zero_shot = ZeroShotSet("toy", images, labels, [[t] for t in TEXTS[:3]] + [["cat", "kitten"], ["fox"]])
-    pairs = RetrievalSet("toy", images, [[TEXTS[i % 11], "shared"] for i in range(21)])
+    images, labels = list(rng(21).integers(0, 256, (21, SIZE, SIZE, 3), np.uint8)), rng(3).integers(0, 5, 21)
+    zero_shot = ZeroShotSet("toy", images, labels, [[t] for t in ["fox", "a", "dog"]] + [["cat", "kitten"], ["fox"]])
+    pairs = RetrievalSet("toy", images, [[str(i % 11), "shared"] for i in range(21)])
     results = []
     for devices in (1, 8):
         encoder = make_encoder(8, K, devices, 16, (-1, 1, 1))

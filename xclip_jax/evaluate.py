@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import io
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -188,7 +189,8 @@ def compare(a: str, b: str) -> list[dict[str, Any]]:
         row = {"set": left["set"], "metric": left["metric"], "a": left["value"], "b": right["value"]}
         row["difference"] = right["value"] - left["value"]
         if name in items_a and name in items_b:
-            _, row["low"], row["high"] = bootstrap(items_a[name], items_b[name])
+            _, low, high = bootstrap(items_a[name], items_b[name])
+            row |= {} if math.isnan(low) else {"low": low, "high": high}
         found.append(row)
     if not found:
         raise UserError(f"{a} and {b} have no set in common; evaluate both with the same --suite.")

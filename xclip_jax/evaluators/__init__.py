@@ -46,6 +46,9 @@ class Encoder:
       batch: the global batch, rounded up to a multiple of the mesh's batch shards.
       sizes: all batches that there are, `batch` the largest: it and what `smaller` adds, rounded up alike.
       tau: temperature of the cluster distributions, softmax(s / tau), for those who make them of the logits.
+
+    Raises:
+      UserError: a batch below 1.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class Encoder:
         smaller: Sequence[int] = (),
         tau: float = 1.0,
     ) -> None:
+        if (least := min((batch, *smaller))) < 1:
+            raise UserError(f"expected evaluation batches of 1 item or more (eval.batch); got {least}.")
         shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         self.sizes = sorted({math.ceil(size / shards) * shards for size in (batch, *smaller)})
         self.batch = self.sizes[-1]
@@ -128,23 +133,25 @@ class Encoder:
         self, encode: Encode, variables: Any, items: Sequence[np.ndarray], shape: tuple[int, ...], dtype: Any,
         features: Sequence[str],
     ) -> Features:
-        parts: dict[str, list[np.ndarray]] = {}
+        results: Features = {}
 
-        def fetch(out: dict[str, jax.Array]) -> None:
+        def fetch(out: dict[str, jax.Array], start: int) -> None:
             for key, value in out.items():
-                parts.setdefault(key, []).append(np.asarray(value))
+                if key not in results:  # whole from the beginning: joined batches would need the memory twice
+                    results[key] = np.empty((len(items), *value.shape[1:]), value.dtype)
+                results[key][start : start + len(value)] = np.asarray(value)[: len(items) - start]
 
-        pending: dict[str, jax.Array] = {}
+        pending: tuple[dict[str, jax.Array], int] = {}, 0
         start = 0
         while start < max(len(items), 1):
             size = self._size(len(items) - start)
             out = encode(variables, self._place(items, start, size, shape, dtype))
             # One batch behind: the device works while the host fetches and loads.
-            fetch(pending)
-            pending = {key: out[key] for key in features if key in out}
+            fetch(*pending)
+            pending = {key: out[key] for key in features if key in out}, start
             start += size
-        fetch(pending)
-        return {key: np.concatenate(value)[: len(items)] for key, value in parts.items()}
+        fetch(*pending)
+        return results
 
     def _size(self, left: int) -> int:
         """The largest batch that `left` items fill at least half, or the smallest: less than half is padding."""

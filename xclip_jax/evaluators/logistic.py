@@ -1,7 +1,10 @@
-"""Multinomial logistic regression for many penalties at once: L-BFGS in JAX, the objective of scikit-learn.
+"""Logistic regression for many penalties at once: L-BFGS in JAX, the objective of scikit-learn.
 
 For each C the objective, in nats, is  mean_i [-log softmax(x_i W + b)_(y_i)] + |W|^2 / (2 C n),  which is that of
-`sklearn.linear_model.LogisticRegression` over C n; the bias is not penalised. All C share each pass over the features.
+`sklearn.linear_model.LogisticRegression` over C n; the bias is not penalised. Where two classes occur scikit-learn has
+one vector w, the logit of the one less that of the other, and the penalty |w|^2 / (2 C n). The two columns of W that
+give w at the least penalty are -w / 2 and w / 2, with |W|^2 = |w|^2 / 2: twice the penalty on W is the same objective.
+All C share each pass over the features.
 
 Three things make it quick and change no solution. Logits are linear in W, so that a line search needs no product with
 the features. The features are centred (the bias takes that up) and turned to their principal axes, where the Hessian's
@@ -56,7 +59,7 @@ def fit(
     Args:
       x: features fp32 (n, d).
       y: classes int (n,), below `classes`; a class may have no item.
-      cs: inverse strengths of the penalty, as scikit-learn has them, above 0.
+      cs: inverse strengths of the penalty, as scikit-learn has them for as many classes as occur, above 0.
       classes: number of them.
       iterations: at most so many for each C.
       tolerance: a problem is solved where no component of the gradient of its objective is larger, as with
@@ -73,6 +76,7 @@ def fit(
     if y.min() < 0 or y.max() >= classes or not (cs > 0).all():
         raise UserError(f"a probe's labels must be from 0 to {classes - 1}, and every C above 0; C is {cs.tolist()}.")
     n, d = x.shape
+    penalty = 2.0 if len(np.unique(y)) == 2 else 1.0
     mean = x.mean(axis=0, dtype=np.float64)
     x = (x - mean).astype(np.float32)
     spectrum, axes = np.linalg.eigh((x.T @ x).astype(np.float64) / n)
@@ -85,7 +89,7 @@ def fit(
     found: dict[str, list[Any]] = {"w": [], "objective": [], "iterations": []}
     group = max(1, _SCORES // (n * classes))
     for start in range(0, len(cs), group):
-        ridge = np.outer(np.append(np.ones(d), 0.0), 1 / (n * cs[start : start + group]))  # (d + 1, cs)
+        ridge = np.outer(np.append(np.ones(d), 0.0), penalty / (n * cs[start : start + group]))  # (d + 1, cs)
         w, objective, steps = _solve(turned, one_hot, back, ridge, curvature, classes, iterations, tolerance)
         for key, value in (("w", w), ("objective", objective), ("iterations", steps)):
             found[key].append(value)

@@ -15,7 +15,7 @@ import numpy as np
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Encoder, logistic, sgd
 from xclip_jax.evaluators.card import Card
-from xclip_jax.evaluators.scores import Items, class_weights
+from xclip_jax.evaluators.scores import Items, class_weights, valid_rows
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 COARSE = tuple(10.0**e for e in range(-6, 7, 2))
@@ -78,7 +78,8 @@ def subset(labels: np.ndarray, amount: str, seed: int = 0) -> np.ndarray:
         value = float(number) if kind == "%" else int(number)
     except ValueError:
         value = 0
-    if kind not in ("%", "-shot") or value <= 0 or (kind == "%" and value > 100):
+    in_range = 0 < value <= 100 if kind == "%" else value > 0  # NaN is not
+    if kind not in ("%", "-shot") or not in_range:
         raise UserError(f"part of a training set {amount!r} is unknown; write N-shot or P%, as in 5-shot or 10%.")
     rng, chosen = np.random.default_rng(seed), []
     for c in np.unique(labels):
@@ -96,8 +97,8 @@ class Sweep:
 
     Attributes:
       coarse: the first, ascending.
-      halvings: how often the two halfway to the neighbours of the best (in log C) are tried too. Seven from 1e-6 to 1e6
-        and 4 is the CLIP paper's search, which ends at eight steps a decade.
+      halvings: how often the two halfway to the neighbours of the best (in log C) are tried too, as far as they are
+        within `coarse`. Seven from 1e-6 to 1e6 and 4 is the CLIP paper's search, which ends at eight steps a decade.
       tolerance: of `logistic.fit`.
     """
 
@@ -112,9 +113,10 @@ def search(
 ) -> tuple[float, dict[float, float]]:
     """The best C on the validation items, the smaller of equal ones, and {C: score} of all that were tried."""
     found: dict[float, float] = {}
+    low, high = min(sweep.coarse), max(sweep.coarse)
 
     def trial(cs: Sequence[float]) -> None:
-        new = [c for c in cs if c not in found]
+        new = [c for c in cs if low <= c <= high and c not in found]
         if new:
             logits = logistic.fit(*train, new, classes, tolerance=sweep.tolerance).logits(validation[0])
             found.update({c: score(part, validation[1]) for c, part in zip(new, logits, strict=True)})
@@ -313,11 +315,19 @@ def linear(
 ) -> Result:
     """CLIP's linear probe: C by `search` on `held`, then one fit on `train` and (if `join`) `held`, tested once.
 
-    Without `held` items a tenth of `train` is held. Where one C is tried there is nothing to choose.
+    Without `held` items a tenth of `train`, one item or more, is held. Where one C is tried there is nothing to choose.
 
     Returns:
       Whether each test item is right, 0.0 or 1.0 (n,), and {"log10_c": the choice}.
+
+    Raises:
+      UserError: a C to choose, no `held` items, and fewer than two of `train`.
     """
+    if not len(held[1]) and len(sweep.coarse) > 1 and len(train[1]) < 2:
+        raise UserError(
+            f"expected validation items, or at least 2 training items to hold one out and choose C; got "
+            f"{len(train[1])} training item and no validation items."
+        )
     if not len(held[1]):
         order = np.random.default_rng(0).permutation(len(train[1]))
         tenth = max(1, len(order) // 10)
@@ -332,8 +342,8 @@ def linear(
 
 
 def _right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """1.0 where the highest, of equal ones the first, is the label; logits that are not numbers are wrong."""
-    return ((logits.argmax(axis=1) == labels) & ~np.isnan(logits).any(axis=1)).astype(float)
+    """1.0 where the highest, of equal ones the first, is the label; rows with NaN or plus infinity are wrong."""
+    return ((logits.argmax(axis=1) == labels) & valid_rows(logits)).astype(float)
 
 
 class Joined(Sequence):

@@ -9,7 +9,7 @@ import numpy as np
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Encoder
 from xclip_jax.evaluators.card import Card
-from xclip_jax.evaluators.scores import Items
+from xclip_jax.evaluators.scores import Items, valid_rows
 from xclip_jax.evaluators.zeroshot import distributions, similarities
 
 KS = (1, 5, 10)
@@ -22,7 +22,8 @@ def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
     Args:
       scores: (queries, items), higher is nearer.
       positives: bool of the same shape.
-      k: where it is at least the number of items, every query is found, but for scores that are not numbers.
+      k: where it is at least the number of items, every query counts, but for those without a valid ranking: with a
+        score that is NaN or plus infinity, or minus infinity for all positives.
 
     Raises:
       UserError: a query without positives, or shapes that differ.
@@ -42,13 +43,26 @@ def ranks(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
     # Counting what stands before the best positive needs no sorting and gives all k at once.
     for start in range(0, len(scores), step):
         part, match = scores[start : start + step], positives[start : start + step]
-        # NaN ranks last: no number is above it, and a model that diverged would find everything.
-        part = np.where(np.isnan(part), -np.inf, part)
         best = np.where(match, part, -np.inf).max(axis=1, keepdims=True)
         first = (match & (part == best)).argmax(axis=1)
         before = (part > best) | ((part == best) & (items < first[:, None]))
-        found[start : start + step] = np.where(best[:, 0] == -np.inf, np.iinfo(np.int64).max, before.sum(axis=1))
+        ranked = valid_rows(part) & (best[:, 0] > -np.inf)
+        found[start : start + step] = np.where(ranked, before.sum(axis=1), np.iinfo(np.int64).max)
     return found
+
+
+def chance(positives: np.ndarray, k: int) -> float:
+    """Expected recall at k of a random ranking: the mean over queries of 1 - C(n - m, k) / C(n, k).
+
+    Args:
+      positives: bool (queries, n items); m of a query's items are positive.
+      k: items that are looked at.
+    """
+    n, m = positives.shape[1], positives.sum(axis=1)
+    missed = np.ones(len(m))
+    for i in range(min(k, n)):  # item i + 1 of the ranking is drawn from the n - i that are left
+        missed *= np.maximum(n - m - i, 0) / (n - i)
+    return float(1 - missed.mean())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,7 +92,7 @@ class Retrieval:
     """r1, r5 and r10 in percent, named "retrieval/<set>[/<kind>]/image_to_text/r1" and ".../text_to_image/r1".
 
     Every caption is an item and a query, repeated ones too, as Flickr30k and COCO count. Kinds are those of
-    `zeroshot.similarities`.
+    `zeroshot.similarities`; "retrieval/<set>/chance/image_to_text/r1" and so on are what a random ranking gives.
     """
 
     def __init__(self, encoder: Encoder, data: RetrievalSet) -> None:
@@ -94,13 +108,16 @@ class Retrieval:
         texts = [caption for captions in self.data.captions for caption in captions]
         img = self.encoder.images(variables, self.data.images, ("z", "s"))
         txt = self.encoder.texts(variables, texts, ("z", "s"))
-        q = distributions(txt["s"], self.encoder.tau) if "s" in txt else None
+        # Not both the logits and the distributions of a set's texts are kept: each may be gigabytes.
+        q = distributions(txt.pop("s"), self.encoder.tau) if "s" in txt else None
         matches, items = positives(self.data.captions), {}
         for kind, scores in similarities(img, txt.get("z"), q, self.encoder.tau).items():
             prefix = f"{self.name}/{kind}" if kind else self.name
             ways = {"image_to_text": ranks(scores, matches), "text_to_image": ranks(scores.T, matches.T)}
             items |= {f"{prefix}/{way}/r{k}": Items((r < k).astype(float)) for way, r in ways.items() for k in KS}
         metrics = {f"{self.name}/images": float(len(self.data.images)), f"{self.name}/captions": float(len(texts))}
+        for way, positive in (("image_to_text", matches), ("text_to_image", matches.T)):
+            metrics |= {f"{self.name}/chance/{way}/r{k}": 100 * chance(positive, k) for k in KS}
         return metrics | {key: item.value() for key, item in items.items()}, items
 
 

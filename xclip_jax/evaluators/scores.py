@@ -9,6 +9,18 @@ import scipy.stats
 from xclip_jax.errors import UserError
 
 
+def valid_rows(scores: np.ndarray) -> np.ndarray:
+    """Which rows can be ranked, bool (n,): those without NaN and without plus infinity, as a model that diverged has.
+
+    Nothing compares as higher than NaN, so that counting what is higher would call such rows right. Minus infinity is
+    allowed: it excludes a class or an item.
+
+    Args:
+      scores: (n, items), at least one item.
+    """
+    return scores.max(axis=1) < np.inf  # the maximum of a row with NaN is NaN
+
+
 def average_precision(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
     """Average precision of each class, not interpolated: the mean of precision at each positive.
 
@@ -19,7 +31,7 @@ def average_precision(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
       positives: bool of the same shape; several classes may hold for one item.
 
     Returns:
-      (classes,), between 0 and 1; 0 for a class without positives.
+      (classes,), between 0 and 1; 0 for a class without positives, or with a score that is NaN or plus infinity.
     """
     hits, precision = _ranked(scores, positives)
     return (precision * hits).sum(axis=0) / np.maximum(hits.sum(axis=0), 1)
@@ -39,12 +51,12 @@ def eleven_point(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
 
 
 def _ranked(scores: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether the item at each rank is positive, and precision there; both (n, classes)."""
+    """Whether the item at each rank is a hit, and precision there; both (n, classes)."""
     scores, positives = np.asarray(scores), np.asarray(positives, bool)
     if scores.shape != positives.shape or scores.ndim != 2:
         raise UserError(f"scores {scores.shape} and positives {positives.shape} must both be (items, classes).")
-    order = np.argsort(-np.where(np.isnan(scores), -np.inf, scores), axis=0, kind="stable")
-    hits = np.take_along_axis(positives, order, axis=0)
+    order = np.argsort(-scores.astype(np.float64), axis=0, kind="stable")
+    hits = np.take_along_axis(positives & valid_rows(scores.T), order, axis=0)
     return hits, hits.cumsum(axis=0) / np.arange(1, len(hits) + 1)[:, None]
 
 
@@ -135,6 +147,9 @@ def bootstrap(
 ) -> tuple[float, float, float]:
     """The difference b - a in percentage points, and its percentile interval by resampling the items in pairs.
 
+    Resamples in which the statistic is not defined are left out, as that of ROC AUC with items of one kind alone. The
+    interval is NaN where no resample is left, and the difference where it is not defined itself.
+
     Args:
       a, b: the same items, in the same order, under two models.
       samples: resamples.
@@ -146,13 +161,16 @@ def bootstrap(
     """
     if a.statistic != b.statistic or len(a.values) != len(b.values):
         raise UserError(f"results over {len(a.values)} and {len(b.values)} items cannot be paired; evaluate both anew.")
-    rng, n = np.random.default_rng(seed), len(a.values)
-    differences = []
-    for _ in range(samples):
-        chosen = rng.integers(0, n, n)
+
+    def difference(chosen: np.ndarray | slice = slice(None)) -> float | None:
         try:
-            differences.append(b.value(chosen) - a.value(chosen))
-        except UserError:
-            continue  # a resample of one kind of item alone has no ROC AUC
-    low, high = np.percentile(differences, [50 * (1 - level), 50 * (1 + level)])
-    return b.value() - a.value(), float(low), float(high)
+            return b.value(chosen) - a.value(chosen)
+        except UserError:  # these items do not define the statistic
+            return None
+
+    rng, n = np.random.default_rng(seed), len(a.values)
+    draws = (difference(rng.integers(0, n, n)) for _ in range(samples))
+    defined = [value for value in draws if value is not None]
+    low, high = np.percentile(defined, [50 * (1 - level), 50 * (1 + level)]) if defined else (np.nan, np.nan)
+    whole = difference()
+    return np.nan if whole is None else whole, float(low), float(high)

@@ -1,5 +1,6 @@
 """Results as people read them: tables, and one line for the middle of a run."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ class Table(NamedTuple):
 
     Attributes:
       title: stands above the sets' names.
-      columns: name and format of each further column; one without a name holds what chance gives for the one before.
+      columns: name of each further column, and its format with the least width; one without a name holds what chance
+        gives for the one before.
       rows: name of the set and the cells; a name that begins with spaces says more of the set above.
     """
 
@@ -35,6 +37,8 @@ _KINDS = (
 )
 # Kinds of `zeroshot.similarities` that stand below the set's own.
 _SCORES = {"cosine": "clusters, cosine", "cross_entropy": "clusters, cross-entropy", "both": "both heads together"}
+# The names of sets of files: what is before an absolute path or URL, as "folder:" and "imagenet@", and the path.
+_PATH = re.compile(r"([^:@]*[:@])((?:/|~|\w+://).+)")
 # Sets of classes that training may know in a style that it does not, by what their names begin with.
 OUT_OF_DOMAIN = ("emoji/test_line", "imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "objectnet")
 
@@ -54,30 +58,53 @@ def rows(results: Results) -> list[Row]:
     return found
 
 
+def short_names(results: Results) -> dict[str, str]:
+    """{set: its name in tables}: of an absolute path or URL the last part, or as many as tell the sets apart."""
+    names = {name: name for _, name, _ in rows(results)}
+    paths = {name: match.groups() for name in names if (match := _PATH.fullmatch(name))}
+
+    def end(prefix: str, path: str, depth: int) -> str:
+        return prefix + "/".join(path.rstrip("/").split("/")[-depth:])
+
+    for name, parts in paths.items():
+        depth = 1
+        while depth <= name.count("/") and [end(*p, depth) for p in paths.values()].count(end(*parts, depth)) > 1:
+            depth += 1
+        names[name] = end(*parts, depth)
+    return names
+
+
 def headlines(results: Results) -> str:
-    """One line: the first two metrics of each set."""
-    parts = []
+    """One line: the first two metrics of each set; empty without results."""
+    parts, short = [], short_names(results)
     for _, name, values in rows(results):
         shown = ", ".join(f"{metric.rpartition('/')[2]} {value:.1f}" for metric, value in list(values.items())[:2])
-        parts.append(f"{name} {shown}")
+        parts.append(f"{short[name]} {shown}")
     return "  ".join(parts)
 
 
 def tables(results: Results) -> list[Table]:
     """The sets of each kind, then `families` where there are several; what chance gives is in brackets."""
-    parts = (_classified, _several, _retrieved, _probed, _finetuned, _texts, _similar, families)
+    parts, short = (_classified, _several, _retrieved, _probed, _finetuned, _texts, _similar), short_names(results)
     found = [part(results) for part in parts]
-    return [table for table in found if len(table.rows) > (table.title == _FAMILIES)]
+    found = [part._replace(rows=[(short.get(name, name), cells) for name, cells in part.rows]) for part in found]
+    return [table for table in (*found, families(results)) if len(table.rows) > (table.title == _FAMILIES)]
 
 
 def render(results: Results) -> str:
-    """The final table as text."""
-    lines = []
-    for title, columns, rows in tables(results):
-        width = 26 if title == _FAMILIES else 42
-        for name, cells in [(title, [column for column, _ in columns]), *rows]:
-            line = "".join(f"{cell:{form}}" for cell, (_, form) in zip(cells, columns, strict=True))
-            lines.append(f"{name:<{width}}{line}".rstrip())
+    """The final tables as text, each column as wide as its longest cell; empty without results."""
+    shown, lines = tables(results), []
+    names = [name for table in shown if table.title != _FAMILIES for name, _ in table.rows]
+    width = max([42, *(len(name) + 2 for name in names)])
+    for title, columns, rows in shown:
+        texts = [(title, [column for column, _ in columns]), *rows]
+        forms = []
+        for i, (_, form) in enumerate(columns):
+            gap = 2 if form[0] == "<" else int(i > 0)  # the first column is right behind the names, which have theirs
+            forms.append(f"{form[0]}{max(int(form[1:]), *(len(cells[i]) + gap for _, cells in texts))}")
+        for name, cells in texts:
+            line = "".join(f"{cell:{form}}" for cell, form in zip(cells, forms, strict=True))
+            lines.append(f"{name:<{26 if title == _FAMILIES else width}}{line}".rstrip())
     return "\n".join(lines)
 
 
@@ -119,9 +146,18 @@ def _retrieved(results: Results) -> Table:
     found = []
     for _, name, values in _of(results, "retrieval"):
         sizes = [f"{results[f'retrieval/{name}/{key}']:.0f}" for key in ("images", "captions")]
-        found.append((name, [*sizes, *(f"{values[metric]:.1f}" for metric in _RECALLS)]))
-    columns = (("images", ">6"), ("texts", ">8"), *((c, ">8") for c in ("i2t@1", "i2t@5", "t2i@1", "t2i@5")))
-    return Table("retrieval, recall %", columns, found)
+        cells = [cell for m in _RECALLS for cell in (f"{values[m]:.1f}", _by_random_order(results, name, m))]
+        found.append((name, [*sizes, *cells]))
+    recalls = [column for c in ("i2t@1", "i2t@5", "t2i@1", "t2i@5") for column in ((c, ">8"), ("", ">7"))]
+    return Table("retrieval, recall %", (("images", ">6"), ("texts", ">8"), *recalls), found)
+
+
+def _by_random_order(results: Results, name: str, metric: str) -> str:
+    """What a random ranking gives. Results without it have the sizes: 1 / images for R@1, if no caption is shared."""
+    value = results.get(f"retrieval/{name}/chance/{metric}")
+    if value is None and metric.endswith("/r1"):
+        value = 100 / results[f"retrieval/{name}/images"]
+    return "" if value is None else f"({value:.1f})"
 
 
 def _probed(results: Results) -> Table:
@@ -167,6 +203,7 @@ _FAMILIES = "the families"
 
 def families(results: Results) -> Table:
     """One row for each family: its first set that is not for validation, the first metric, what chance gives."""
+    short = short_names(results)
     tested = [row for row in rows(results) if "/validation" not in row[1]] or rows(results)
     outside = [row[0] == "zeroshot" and row[1].startswith(OUT_OF_DOMAIN) for row in tested]
     wanted: tuple[tuple[str, Callable[[Row, bool], bool]], ...] = (
@@ -181,14 +218,17 @@ def families(results: Results) -> Table:
         row = next((row for row, out in zip(tested, outside, strict=True) if fits(row, out)), None)
         if row:
             metric, value = next(iter(row[2].items()))
-            found.append((family, [row[1], metric, f"{value:.1f}", _chance(results, row)]))
+            found.append((family, [short[row[1]], metric, f"{value:.1f}", _chance(results, row)]))
     return Table(_FAMILIES, (("set", "<30"), ("metric", "<18"), ("%", ">6"), ("chance", ">8")), found)
 
 
 def _chance(results: Results, row: Row) -> str:
-    family, name, _ = row
+    family, name, values = row
+    metric, sizes = next(iter(values)), ("ways", "texts")
     if f"{family}/{name}/majority" in results:
         return f"({results[f'{family}/{name}/majority']:.1f})"
-    sizes = [results[f"{family}/{name}/{key}"] for key in ("ways", "texts", "captions") if f"{family}/{name}/{key}" in
-             results]
-    return f"({100 / sizes[0]:.1f})" if sizes else ""
+    if family == "retrieval":
+        return _by_random_order(results, name, metric)
+    size = next((results[f"{family}/{name}/{key}"] for key in sizes if f"{family}/{name}/{key}" in results), None)
+    # A mean average precision has no such chance: it depends on how many images have each class.
+    return _by_chance(1, size) if size and not metric.startswith("map") else ""

@@ -13,9 +13,12 @@ import numpy as np
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Encoder, Features
 from xclip_jax.evaluators.card import Card
-from xclip_jax.evaluators.scores import Items, class_weights
+from xclip_jax.evaluators.scores import Items, class_weights, valid_rows
 
 _TINY = float(np.finfo(np.float32).tiny)
+# Distributions at once, fp32, of images and of texts: a set of 50,000 images with 32,768 clusters is 6.6 GB. Those of
+# images are made again for each block of texts, which therefore are the larger blocks.
+_IMAGES, _TEXTS = 1 << 22, 1 << 25
 
 
 def classifier(text_embeddings: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
@@ -37,7 +40,8 @@ def accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
     Args:
       logits: scores (n, classes), any scale.
       labels: class indices (n,).
-      k: where it is at least the number of classes, every image is right, but for scores that are not numbers.
+      k: where it is at least the number of classes, every image is right, but for those without a valid ranking: with
+        a score that is NaN or plus infinity, or minus infinity for the right class.
     """
     return float((_ranks(logits, labels) < k).mean())
 
@@ -52,25 +56,43 @@ def mean_per_class(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def distributions(logits: np.ndarray, tau: float = 1.0) -> np.ndarray:
     """softmax(logits / tau) over the last axis; (..., k) -> fp32 (..., k)."""
-    x = np.asarray(logits, np.float32) / tau
-    x = np.exp(x - x.max(axis=-1, keepdims=True))
-    return x / x.sum(axis=-1, keepdims=True)
+    p = np.asarray(logits, np.float32) / tau
+    p -= p.max(axis=-1, keepdims=True)
+    np.exp(p, out=p)
+    p /= p.sum(axis=-1, keepdims=True)
+    return p
 
 
-def cluster_scores(p: np.ndarray, q: np.ndarray) -> dict[str, np.ndarray]:
+def cluster_scores(s: np.ndarray, q: np.ndarray, tau: float = 1.0) -> dict[str, np.ndarray]:
     """Scores of images against classes or captions by their distributions over clusters; higher is nearer [ours].
 
     Args:
-      p: distributions (n, k) of images.
+      s: cluster logits (n, k) of images, whose distributions are p = softmax(s / tau).
       q: distributions (m, k) of texts.
+      tau: temperature.
 
     Returns:
       Two fp32 arrays (n, m): "cosine" of p and q, and "cross_entropy", the negative symmetric cross-entropy
       1/2 sum_k (p log q + q log p) in nats.
     """
-    # exp underflows to 0 where softmax is sharp, and 0 log 0 must be 0.
-    log_p, log_q = (np.log(np.maximum(x, _TINY)) for x in (p, q))
-    return {"cosine": _unit(p) @ _unit(q).T, "cross_entropy": 0.5 * (p @ log_q.T + log_p @ q.T)}
+    (n, k), m = s.shape, len(q)
+    scores = {key: np.empty((n, m), np.float32) for key in ("cosine", "cross_entropy")}
+    rows, columns = max(1, _IMAGES // k), max(1, _TEXTS // k)
+    for column in range(0, m, columns):
+        texts = q[column : column + columns]
+        length, log_q = np.linalg.norm(texts, axis=1), _log(texts)
+        for row in range(0, n, rows):
+            block = np.s_[row : row + rows, column : column + columns]
+            p = distributions(s[row : row + rows], tau)
+            scores["cosine"][block] = _unit(p) @ texts.T / length
+            scores["cross_entropy"][block] = 0.5 * (p @ log_q.T + _log(p) @ texts.T)
+    return scores
+
+
+def _log(p: np.ndarray) -> np.ndarray:
+    """log p, finite: exp underflows to 0 where softmax is sharp, and 0 log 0 must be 0."""
+    x = np.maximum(p, _TINY)
+    return np.log(x, out=x)
 
 
 def similarities(img: Features, z_txt: np.ndarray | None, q: np.ndarray | None, tau: float) -> dict[str, np.ndarray]:
@@ -89,7 +111,7 @@ def similarities(img: Features, z_txt: np.ndarray | None, q: np.ndarray | None, 
     """
     scores = {} if z_txt is None else {"": img["z"] @ z_txt.T}
     if q is not None:
-        found = cluster_scores(distributions(img["s"], tau), q)
+        found = cluster_scores(img["s"], q, tau)
         if scores:
             found["both"] = sum(x / max(x.std(), _TINY) for x in (scores[""], found["cross_entropy"]))
         scores = {"": found["cosine"]} | scores | found
@@ -109,7 +131,7 @@ def class_scores(img: Features, txt: Features, counts: Sequence[int], tau: float
     z = classifier(np.split(txt["z"], ends)) if "z" in txt else None
     q = None
     if "s" in txt:
-        q = np.stack([x.mean(axis=0) for x in np.split(distributions(txt["s"], tau), ends)])
+        q = np.stack([distributions(s, tau).mean(axis=0) for s in np.split(txt["s"], ends)])
     return similarities(img, z, q, tau)
 
 
@@ -245,9 +267,9 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 
 def _ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many classes stand before the right one, int (n,)."""
+    """How many classes come before the right one, int (n,); the largest integer without a valid ranking."""
     logits, labels = np.asarray(logits), np.asarray(labels)[:, None]
     own = np.take_along_axis(logits, labels, axis=1)
     before = (logits > own) | ((logits == own) & (np.arange(logits.shape[1]) < labels))
-    # No number is above NaN: without this a model that diverged would be always right.
-    return np.where(np.isnan(own[:, 0]), np.iinfo(np.int64).max, before.sum(axis=1))
+    ranked = valid_rows(logits) & (own[:, 0] > -np.inf)
+    return np.where(ranked, before.sum(axis=1), np.iinfo(np.int64).max)

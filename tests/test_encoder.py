@@ -1,0 +1,135 @@
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.encoding import LENGTH, SIZE, K, build_encoder, make_encoder, small_model, tokenize
+from xclip_jax.data import transforms
+from xclip_jax.errors import UserError
+from xclip_jax.models.two_towers import TwoTowers
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def pictures(n, size=SIZE):
+    return list(rng(n).integers(0, 256, (n, size, size, 3), np.uint8))
+
+
+TEXTS = ["fox", "a", "dog", "fox", "cat", "b", "c", "d", "e", "f", "g"]
+
+
+def test_encoder_equals_the_model_on_any_mesh():
+    model, variables = small_model()
+    images = pictures(21)
+    pixels = transforms.normalize(jnp.stack(images), *transforms.STATISTICS["imagenet"])
+    tokens = np.stack([tokenize([t], LENGTH)[0] for t in TEXTS])
+    out = jax.jit(model.apply)(variables, pixels, jnp.resize(tokens, (21, LENGTH)))
+    expected_img = {key: out[f"{key}_img"] for key in "hzs"}
+    expected_txt = {key: out[f"{key}_txt"][: len(TEXTS)] for key in "hzs"}
+    for devices, batch, sizes in ((1, 16, (-1, 1, 1)), (8, 16, (-1, 1, 1)), (8, 5, (2, 2, 2))):
+        encoder = make_encoder(8, K, devices, batch, sizes)
+        for found, expected in (
+            (encoder.images(variables, images), expected_img),
+            (encoder.texts(variables, TEXTS), expected_txt),
+        ):
+            assert set(found) == set(expected)
+            for key, value in found.items():
+                assert isinstance(value, np.ndarray) and value.dtype == np.float32
+                np.testing.assert_allclose(value, expected[key], atol=2e-5, rtol=1e-5)
+
+
+def test_batch_is_rounded_up_to_the_devices():
+    model, _ = small_model()
+    assert build_encoder(model, 8, 5).batch == 8
+    assert build_encoder(model, 8, 17).batch == 24
+    assert build_encoder(model, 8, 5, (2, 1, 4)).batch == 6
+
+
+@pytest.mark.parametrize(("embed", "clusters", "expected"), [(8, 0, "hz"), (0, K, "hs")])
+def test_features_follow_the_heads_and_the_request(embed, clusters, expected):
+    _, variables = small_model(embed, clusters)
+    encoder = make_encoder(embed, clusters)
+    assert set(encoder.images(variables, pictures(3))) == set(expected)
+    assert set(encoder.texts(variables, TEXTS, ("z", "s"))) == set(expected[1:])
+    assert encoder.images(variables, [], ("h",))["h"].shape == (0, 16)
+    assert encoder.texts(variables, [], ("h",))["h"].shape == (0, 16)
+
+
+def test_equal_texts_have_equal_features():
+    _, variables = small_model()
+    z = make_encoder().texts(variables, TEXTS)["z"]
+    np.testing.assert_array_equal(z[0], z[3])
+    assert len(z) == len(TEXTS)
+
+
+def test_padding_changes_nothing_and_no_shape_is_compiled_twice():
+    model, variables = small_model()
+    traces = []
+
+    class Counted(TwoTowers):
+        def encode_image(self, image, noise=None, paths=None):
+            traces.append("image")
+            return super().encode_image(image, noise, paths)
+
+        def encode_text(self, text):
+            traces.append("text")
+            return super().encode_text(text)
+
+    counted = Counted(**{f: getattr(model, f) for f in ("img", "txt", "embed", "cluster_head")})
+    encoder = build_encoder(counted)
+    images = pictures(40)
+    whole = encoder.images(variables, images)
+    for n in (1, 15, 16, 17, 40):
+        part = encoder.images(variables, images[:n], ("z",))["z"]
+        np.testing.assert_array_equal(part, whole["z"][:n])
+        encoder.texts(jax.tree.map(lambda x: x + 0.01, variables), [str(i) for i in range(n)])
+    assert sorted(traces) == ["image", "text"]
+
+
+def test_images_may_be_loaded_when_asked_for_and_each_once():
+    _, variables = small_model()
+    images, asked = pictures(19), []
+
+    class Lazy:
+        def __len__(self):
+            return len(images)
+
+        def __getitem__(self, i):
+            asked.append(i)
+            return images[i]
+
+    encoder = make_encoder(8, K, 8, 5, (2, 2, 2))
+    np.testing.assert_array_equal(encoder.images(variables, Lazy())["h"], encoder.images(variables, images)["h"])
+    assert sorted(asked) == list(range(19))
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((SIZE, SIZE, 1), np.uint8), np.zeros((SIZE, SIZE, 3), np.float32)])
+def test_a_wrong_image_raises(wrong):
+    _, variables = small_model()
+    with pytest.raises(UserError, match="item 0"):
+        make_encoder().images(variables, [wrong])
+
+
+@pytest.mark.parametrize(("batch", "smaller"), [(0, ()), (-3, ()), (8, (4, 0))])
+def test_a_batch_of_nothing_raises(batch, smaller):
+    with pytest.raises(UserError, match=r"1 item or more .*got (0|-3)\."):
+        build_encoder(small_model()[0], batch=batch, smaller=smaller)
+
+
+def test_features_are_held_once():
+    """Each batch goes to its place: joined at the end they would need their memory twice."""
+    encoder, rows = make_encoder(), np.arange(16 * 100 + 3)
+
+    def encode(variables, x):
+        return {"h": np.repeat(np.asarray(x, np.float32), 5000, axis=1)}
+
+    tracemalloc.start()
+    h = encoder._run(encode, None, rows[:, None].astype(np.int32), (1,), np.int32, ("h",))["h"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(h[:, 0], rows)
+    assert h.shape == (len(rows), 5000) and peak < 1.3 * h.nbytes
