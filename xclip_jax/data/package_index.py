@@ -59,7 +59,8 @@ def _uv_index() -> str | None:
     return None
 
 
-def _pip_setting(name: str) -> str | None:
+def pip_setting(name: str) -> str | None:
+    """Value of an option of pip, such as "index-url", from its variables and the section [global] of its files."""
     if value := os.environ.get(f"PIP_{name.upper().replace('-', '_')}"):
         return value
     own = [os.environ.get("PIP_CONFIG_FILE") or "", os.path.join(sys.prefix, "pip.conf")]
@@ -81,7 +82,7 @@ def index_url() -> str:
     Raises:
       UserError: a configuration file is malformed.
     """
-    return (_uv_index() or _pip_setting("index-url") or PYPI).rstrip("/")
+    return (_uv_index() or pip_setting("index-url") or PYPI).rstrip("/")
 
 
 def _without_login(url: str) -> tuple[str, str | None]:
@@ -99,7 +100,7 @@ def _open(url: str, login: str | None) -> http.client.HTTPResponse:
     if login:
         request.add_unredirected_header("Authorization", login)  # must not reach the host of a redirect
     # Without `cert`, OpenSSL's default certificates and SSL_CERT_FILE.
-    context = ssl.create_default_context(cafile=_pip_setting("cert"))
+    context = ssl.create_default_context(cafile=pip_setting("cert"))
     return urllib.request.urlopen(request, timeout=_TIMEOUT, context=context)
 
 
