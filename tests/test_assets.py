@@ -219,7 +219,7 @@ def test_login_goes_to_the_index_alone(index, cache, monkeypatch):
 
 def test_failed_downloads_are_one_sentence(index, cache):
     index.length = 10_000
-    with pytest.raises(assets.AssetError, match="bytes early|IncompleteRead"):
+    with pytest.raises(assets.AssetError, match=r"bytes early|IncompleteRead"):
         assets.from_wheel(ART)
     index.length = None
     index.pages["/simple/some-art/"] = b"<a href='Some_Art-2.0-py3-none-any.whl'>x</a>"
