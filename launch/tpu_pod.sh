@@ -30,6 +30,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
+show_help "$@"
 DRY_RUN=
 [ "${1:-}" != --dry-run ] || { DRY_RUN=1 && shift; }
 NAME=${NAME:-xclip-jax} TYPE=${TYPE:-v5litepod-64} POLL=${POLL:-60} FAILURES=${FAILURES:-3}
@@ -37,6 +38,7 @@ tpu_flags
 folder=$(run_folder gs://my-bucket/runs/mine "$@")
 [[ $folder == gs://* ]] || fail "--config.run=$folder would be lost with the pod; give a gs:// folder"
 [ -n "$DRY_RUN" ] || command -v gcloud >/dev/null || fail "gcloud is missing; install the Google Cloud CLI"
+tpu_pack
 
 create() {
   run gcloud compute tpus queued-resources create "$NAME" "--node-id=$NAME" "${WHERE[@]}" "${SHAPE[@]}" \
@@ -50,10 +52,10 @@ delete() {
 # Of the first worker: where one dies, JAX ends the others.
 training_state() {
   tpu_ssh 0 "cd xclip_jax 2>/dev/null && [ -f train.pid ] || { echo new; exit; }; \
-if [ -f train.exit ]; then cat train.exit; elif kill -0 \$(cat train.pid); then echo running; else echo lost; fi"
+if [ -f train.exit ]; then cat train.exit; elif flock -n train.lock true; then echo lost; else echo running; fi"
 }
 
-# Training that is asked to stop saves and exits with 0 too, so its exit status does not tell.
+# Of the run, whatever the exit status of training.
 complete() {
   run gcloud storage ls "$folder/results.json"
 }
@@ -114,7 +116,8 @@ tend() {
       if complete >/dev/null 2>&1; then
         say "the run is complete"
         finish 0
-      elif [ "$training" = 0 ]; then
+      elif [[ $training == @(0|75|143) ]]; then
+        # 75: asked to stop, and saved. 143: asked to stop before it could save.
         anew "training was stopped before its end"
       elif [ -z "$ended" ]; then
         ended=1  # A preemption shows in training before it shows in the state of the pod: look once more.

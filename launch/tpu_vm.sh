@@ -25,6 +25,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
+show_help "$@"
 DRY_RUN=
 [ "${1:-}" != --dry-run ] || { DRY_RUN=1 && shift; }
 NAME=${NAME:-xclip-jax} TYPE=${TYPE:-v5litepod-8}
@@ -32,6 +33,7 @@ tpu_flags
 [ $# -gt 0 ] || fail "nothing to train; add arguments, as in --config configs/xclip.py --config.run=gs://my-bucket/run"
 [ -n "$DRY_RUN" ] || command -v gcloud >/dev/null || fail "gcloud is missing; install the Google Cloud CLI"
 
+tpu_pack
 if [ -n "$DRY_RUN" ]; then
   tpu_describe tpu-vm state
   state=ABSENT

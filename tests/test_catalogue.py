@@ -20,11 +20,6 @@ from xclip_jax.evaluators.zeroshot import ZeroShotSet
 OPENAI = PROFILES["openai"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def wheel():
-    assets.from_wheel("class_names")
-
-
 # Names and templates.
 
 
@@ -347,9 +342,8 @@ def test_top1_top5_is_their_mean(tmp_path):
     assert metrics[f"{of}/top1_top5"] == pytest.approx((metrics[f"{of}/top1"] + metrics[f"{of}/top5"]) / 2)
 
 
-def test_json_is_what_the_registry_says():
-    folder = assets.from_wheel("class_names")
-    assert len(json.loads((folder / "en_classnames.json").read_text())["imagenet1k"]) == 1000
+def test_class_names_are_those_of_clip_benchmark():
+    assert len(json.loads(assets.third_party("en_classnames.json"))["imagenet1k"]) == 1000
 
 
 # Probes of published sets.

@@ -4,6 +4,7 @@ import contextlib
 import math
 import platform
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -161,12 +162,17 @@ def say(message: str) -> None:
 
 
 def git_commit(folder: epath.Path) -> str:
-    """Commit of the checkout that holds `folder`, with "-dirty" where it was changed; "unknown" outside one."""
+    """Commit of the checkout that holds `folder`, with "-dirty" where it was changed, or of the `git archive`.
+
+    "unknown" where neither names one.
+    """
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        archive = folder.parent / ".git_archival.txt"
+        match = re.fullmatch(r"node: ([0-9a-f]{40})\s*", archive.read_text()) if archive.is_file() else None
+        return match[1] if match else "unknown"
 
 
 def _version(package: str) -> str:

