@@ -26,6 +26,7 @@ from xclip_jax.config.schema import Config
 from xclip_jax.data import tokenizer
 from xclip_jax.data.files import is_remote
 from xclip_jax.errors import UserError
+from xclip_jax.interop.files import is_run
 from xclip_jax.metrics import say
 
 try:
@@ -258,11 +259,10 @@ def _differences(saved: Mapping[str, Any], config: Config) -> list[str]:
 
 
 def fingerprint(path: str) -> str:
-    """SHA-256 of names and sizes of a file, or of all files in a folder; a changed size or name changes it."""
+    """SHA-256 that changes with other weights: of a run its config and newest step, else names and sizes of files."""
     root = epath.Path(path)
-    files = sorted(item for item in root.rglob("*") if item.is_file()) if root.is_dir() else [root]
-    digest = hashlib.sha256()
-    for file in files:
-        name = file.relative_to(root) if root.is_dir() else file.name
-        digest.update(f"{name}\0{file.stat().length}\n".encode())
-    return digest.hexdigest()
+    files = sorted(item for item in root.iterdir() if item.is_file()) if root.is_dir() else [root]
+    facts: list[Any] = [[file.name, file.stat().length] for file in files]
+    if is_run(path):
+        facts = [json.loads((root / "config.json").read_text())["config"], latest_step(root)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
