@@ -116,7 +116,7 @@ def _shards(index: epath.Path) -> list[str]:
     for name in names.values():
         # Another index could name this one, and so on without end.
         if not (isinstance(name, str) and name.endswith(SUFFIXES)) or "/" in name or "\\" in name:
-            raise UserError(f"{index} names {name!r}, which is not a file of weights ({', '.join(SUFFIXES)}) beside it.")
+            raise UserError(f"{index} names {name!r}, not a file of weights ({', '.join(SUFFIXES)}) beside it.")
     return sorted(set(names.values()))
 
 
