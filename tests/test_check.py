@@ -94,6 +94,13 @@ def test_values_of_arguments(arguments, message, tmp_path, capsys, monkeypatch):
     assert run(capsys, f"folder:{tmp_path}/pairs", *arguments) == (1, "", f"error: {message.format(tmp_path)}")
 
 
+def test_a_bad_sample_whose_name_is_not_utf8(tmp_path, capsys):
+    tiny.folder(tmp_path, n=3)
+    (tmp_path / "a\udcff.jpg").touch()
+    code, out, _ = run(capsys, f"folder:{tmp_path}")
+    assert code == 1 and "/a?.jpg" in out
+
+
 def test_a_sheet_is_written_where_it_is_asked_for_alone(tmp_path, capsys, monkeypatch):
     tiny.folder(tmp_path / "pairs", n=3)
     monkeypatch.chdir(tmp_path)

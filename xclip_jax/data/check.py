@@ -239,7 +239,7 @@ def main(arguments: Sequence[str]) -> int:
             tags_key=options.tags_key,
         )
         for line in report(source, options):
-            print(line, flush=True)
+            print(line.encode("utf-8", "replace").decode(), flush=True)  # names of files need not be UTF-8
     return 0 if options.passed else 1
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from xclip_jax.data import demo, files, tar_index, transforms
-from xclip_jax.data.tables import ArrayRecordSource, TableSource
+from xclip_jax.data.tables import ArrayRecordSource, TableSource, first_line
 from xclip_jax.data.tar_source import TarSource, decode_text
 from xclip_jax.errors import BadSample, UserError
 
@@ -194,25 +194,27 @@ def open_tfds(spec: str, split: str, data_dir: str | None) -> tuple[Any, tfds.co
     )
     try:
         builder = tfds.builder(spec, data_dir=data_dir)
-        if not builder.is_prepared():
-            raise UserError(f"TFDS data set {spec!r} is not prepared in {where}; prepare it once with {prepare}.")
-        decoders = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
-        return builder.as_data_source(split, decoders=decoders), builder.info
-    except UserError:
-        raise
-    except NotImplementedError as error:
-        raise UserError(
-            f"TFDS data set {spec!r} in {where} is prepared as {builder.info.file_format.value}, which gives no random "
-            f"access; delete it and prepare it once more, with {prepare}."
-        ) from error
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(f"unknown TFDS data set {spec!r}; see https://www.tensorflow.org/datasets/catalog.") from error
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"TFDS data set {spec!r}, split {split!r}, cannot be read from {where} ({type(error).__name__}: {reason}). "
-            f"Is the split right? If files are missing, prepare it once more with {prepare}."
-        ) from error
+        raise UserError(f"TFDS data set {spec!r} cannot be opened in {where} ({first_line(error)}).") from error
+    try:
+        decoders = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
+        return builder.as_data_source(split, decoders=decoders), builder.info
+    except Exception as error:
+        if not builder.is_prepared():
+            message = f"TFDS data set {spec!r} is not prepared in {where}; prepare it once with {prepare}."
+        elif isinstance(error, NotImplementedError):
+            message = (
+                f"TFDS data set {spec!r} in {where} is prepared as {builder.info.file_format.value}, which gives no "
+                f"random access; delete it and prepare it once more, with {prepare}."
+            )
+        else:
+            message = (
+                f"TFDS data set {spec!r}, split {split!r}, cannot be read from {where} ({first_line(error)}). Is the "
+                f"split right? If files are missing, prepare it once more with {prepare}."
+            )
+        raise UserError(message) from error
 
 
 def open_source(spec: str, *, data_dir: str, image_key: str, text_keys: Sequence[str], tags_key: str) -> Source:

@@ -172,13 +172,13 @@ class TableSource:
             except UserError:
                 raise
             except Exception as error:  # of many classes, by what is damaged
-                raise UserError(f"{path!r} cannot be read as parquet ({_first_line(error)}).") from error
+                raise UserError(f"{path!r} cannot be read as parquet ({first_line(error)}).") from error
             try:
                 # A column without any value has a type of its own and fits the others.
                 schema = pyarrow.unify_schemas([schema, tables[-1].schema], promote_options="default")
             except pyarrow.ArrowException as error:
                 raise UserError(
-                    f"a column of {path!r} has another type than in the tables before it ({_first_line(error)}); name "
+                    f"a column of {path!r} has another type than in the tables before it ({first_line(error)}); name "
                     "tables of one schema, or make each a source of its own."
                 ) from error
         columns = pyarrow.concat_tables(tables, promote_options="default").columns
@@ -247,8 +247,9 @@ def _card(samples: int, paths: Sequence[str], whole: int = 0) -> dict[str, Any]:
     return {"samples": samples, "hash": files.fingerprint(paths, whole=whole), "files": sizes}
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+def first_line(error: Exception) -> str:
+    """Class and first line of an error of a library, for a sentence."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _strings(value: Any) -> list[str]:
