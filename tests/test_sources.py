@@ -28,9 +28,9 @@ def test_hidden_folders_and_files_are_no_pairs(tmp_path):
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         (root / place).write_bytes(torture.jpeg(0))
     (root / "folder.jpg").mkdir()
-    found = names(sources.FolderSource(root))
-    assert sorted(found) == sorted([*before, "sub/d/e.JPG", "sub-1/f.png"])
-    assert found.index("sub/d/e.JPG") < found.index("sub-1/f.png")  # by folders, not by letters
+    after = names(sources.FolderSource(root))
+    assert sorted(after) == sorted([*before, "sub/d/e.JPG", "sub-1/f.png"])
+    assert after.index("sub/d/e.JPG") < after.index("sub-1/f.png")  # by folders, not by letters
 
 
 def test_what_a_folder_cannot_read_is_a_bad_sample(tmp_path, monkeypatch):

@@ -151,7 +151,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(pairs, tmp_pat
     [
         ({"data__batch": 12}, r"data\.batch=12 cannot be divided over 8 devices.*use 8 or 16"),
         ({"data__sources": ("folder:/no/such/place",)}, r"folder '/no/such/place' does not exist"),
-        ({"data__sources": ("web:x",)}, r"'web:x' is of no known kind"),
+        ({"data__sources": ("web:x",)}, r"unknown source 'web:x'"),
         ({"data__sources": ()}, r"data\.sources is empty"),
         ({"data__weights": (1.0, 2.0)}, r"data\.weights has 2 values for 1 sources"),
         ({"data__tokenizer": "clop"}, r"'clop'"),

@@ -142,10 +142,9 @@ class FolderSource:
 def _visible_images(root: pathlib.Path) -> Iterator[pathlib.Path]:
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        here = pathlib.Path(folder)
         for name in names:
             if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
-                yield here / name
+                yield pathlib.Path(folder, name)
 
 
 def _size(path: str) -> int:
