@@ -1,7 +1,9 @@
 import collections
 import json
+import os
 import re
 
+import pytest
 from PIL import Image
 
 from tests import tiny, torture
@@ -9,9 +11,13 @@ from xclip_jax.data import check
 
 
 def run(capsys, *arguments):
-    code = check.main([*map(str, arguments), "--tokenizer", "bytes", "--size", "32"])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    """Exit code, output and the sentence of an error."""
+    error = ""
+    try:
+        code = check.main([*map(str, arguments), "--tokenizer", "bytes", "--size", "32"])
+    except SystemExit as end:
+        code, error = 1, end.code
+    return code, capsys.readouterr().out, error
 
 
 def test_tars(tmp_path, capsys):
@@ -23,7 +29,8 @@ def test_tars(tmp_path, capsys):
     assert lines["samples"].startswith("40 in 2 tars, 0.00 GB, index ")
     assert lines["width, 5/50/95 %"] == "40 / 50 / 60"
     assert lines["same image among those read"] == "0"
-    assert lines["same caption among those read"] == "5"
+    assert lines["same caption among those read"].startswith("5; ")
+    assert "data.apart=True" in lines["same caption among those read"]
     assert lines["keys that come more than once"].startswith("5, as '000000015', ")
     assert lines["tokens, 5/50/95 %"] == "11 / 12 / 12, 75.0% of the captions fill all 12"
     assert "images/s to 32 px" in out
@@ -54,6 +61,53 @@ def test_folder_and_errors(tmp_path, capsys):
     code, out, _ = run(capsys, f"folder:{tmp_path / 'pairs'}", "--sheet", tmp_path / "x.png", "--samples", 4)
     assert code == 0
     assert "read: 4 at random" in out
+    assert "same caption among those read: 0\n" in out
     code, _, err = run(capsys, "/nowhere/*.tar")
     assert code == 1
-    assert err == "error: no file matches '/nowhere/*.tar'; check the path, or list the folder.\n"
+    assert err == "error: no file matches '/nowhere/*.tar'; check the path, or list the folder."
+
+
+def test_a_folder_without_its_prefix(tmp_path, capsys):
+    tiny.folder(tmp_path / "pairs", n=3)
+    code, _, err = run(capsys, tmp_path / "pairs")
+    assert code == 1
+    assert err.startswith(f"error: '{tmp_path}/pairs' is a folder, not a file; write folder:{tmp_path}/pairs for ")
+    assert run(capsys, "/nowhere/x")[2] == "error: no file or folder '/nowhere/x'; check the path."
+    assert run(capsys, "folder:/nowhere/x")[2].startswith("error: data folder '/nowhere/x' does not exist")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--samples", "-1"), "argument --samples: '-1' is not a number of at least 0; see --help"),
+        (("--size", "0"), "argument --size: '0' is not a number of at least 1; see --help"),
+        (("--threads", "0"), "argument --threads: '0' is not a number of at least 1; see --help"),
+        (("--length", "1"), "argument --length: '1' is not a number of at least 2; see --help"),
+        (("--max_bad", "nan"), "argument --max_bad: 'nan' is not a number of at least 0 and at most 1; see --help"),
+        (("--seed", "x"), "argument --seed: 'x' is not a number of at least 0; see --help"),
+        (("--sheet", "{}"), "--sheet '{}' is a folder; name a PNG file in it."),
+    ],
+)
+def test_values_of_arguments(arguments, message, tmp_path, capsys, monkeypatch):
+    tiny.folder(tmp_path / "pairs", n=3)
+    arguments = [argument.format(tmp_path) for argument in arguments]
+    assert run(capsys, f"folder:{tmp_path}/pairs", *arguments) == (1, "", f"error: {message.format(tmp_path)}")
+
+
+def test_a_bad_sample_whose_name_is_not_utf8(tmp_path, capsys):
+    tiny.folder(tmp_path, n=3)
+    (tmp_path / "a\udcff.jpg").touch()
+    code, out, _ = run(capsys, f"folder:{tmp_path}")
+    assert code == 1 and "/a?.jpg" in out
+
+
+def test_a_sheet_is_written_where_it_is_asked_for_alone(tmp_path, capsys, monkeypatch):
+    tiny.folder(tmp_path / "pairs", n=3)
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "folder:pairs")[0] == 0
+    assert sorted(os.listdir()) == ["pairs"]
+    assert run(capsys, "folder:pairs", "--sheet", "new/folder/sheet.of.pairs")[0] == 0
+    with Image.open("new/folder/sheet.of.pairs") as page:
+        assert page.format == "PNG"
+    (tmp_path / "file").touch()
+    assert "error: 'file/x'" in run(capsys, "folder:pairs", "--sheet", "file/x/y.png")[2]

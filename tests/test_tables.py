@@ -1,5 +1,8 @@
+import csv
+import os
 import pickle
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -7,7 +10,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
 from tests import torture
-from xclip_jax.data import sources, tables
+from xclip_jax.data import sources, tables, tar_index
 from xclip_jax.errors import BadSample, UserError
 
 
@@ -23,19 +26,23 @@ def images(tmp_path):
     return [torture.jpeg(i) for i in range(3)]
 
 
-@pytest.mark.parametrize("tab", [",", "\t"])
-def test_csv(tmp_path, images, tab):
-    head = tab.join(("title", "filepath", "words"))
-    rows = [
-        head, tab.join(('"a, ""b""\nc"', "images/0.jpg", '"x, y"')),
-        tab.join(("ünï", str(tmp_path / "images/1.jpg"), "")), "",
-        tab.join(("", "images/2.jpg", "")), tab.join(("lost", "images/9.jpg", "")), "short",
-    ]
-    (tmp_path / "pairs.csv").write_text("\n".join(rows), encoding="utf-8-sig")
-    (tmp_path / "more.csv").write_text(head + "\n" + tab.join(("more", "images/2.jpg", "z")))
+def write(path, rows, tab=","):
+    path.write_text("\n".join(tab.join(row) if isinstance(row, tuple) else row for row in rows), encoding="utf-8-sig")
+
+
+@pytest.mark.filterwarnings("ignore:table")
+@pytest.mark.parametrize(("tab", "first"), [(",", 'a, "b"\nc'), ("\t", 'a, ""b"" c')])
+def test_csv(tmp_path, images, tab, first):
+    head = ("title", "filepath", "words")
+    write(tmp_path / "pairs.csv", [
+        head, ('"a, ""b""\nc"' if tab == "," else first, "images/0.jpg", '"x, y"' if tab == "," else "x, y"),
+        ("ünï", str(tmp_path / "images/1.jpg"), ""), "", ("", "images/2.jpg", ""), ("lost", "images/9.jpg", ""),
+        "short",
+    ], tab)
+    write(tmp_path / "more.csv", [head, ("more", "images/2.jpg", "z")], tab)
     source = open_source(f"csv:{tmp_path}/pairs.csv,{tmp_path}/more.csv", "filepath", ("title",), "words")
     assert len(source) == 6
-    assert source[0]["text"] == ['a, "b"\nc']
+    assert source[0]["text"] == [first]
     assert source[0]["tags"] == ["x", "y"]
     assert source[1]["text"] == ["ünï"]
     assert [source[i]["image"] for i in (0, 1, 5)] == images
@@ -49,6 +56,94 @@ def test_csv(tmp_path, images, tab):
     (tmp_path / "empty.csv").write_text("image,text\n")
     with pytest.raises(UserError, match="has no row"):
         open_source(f"csv:{tmp_path}/empty.csv")
+
+
+def test_quotes_mean_nothing_between_tabs(tmp_path):
+    captions = [f"caption {i}" for i in range(1001)]
+    captions[500] = '"a quote that nobody closes'
+    captions[700] = '"quoted" and not'
+    write(tmp_path / "x.tsv", [("image", "text"), *((f"{i}.jpg", text) for i, text in enumerate(captions))], "\t")
+    rows = list(tables.read_rows(f"{tmp_path}/x.tsv"))
+    assert [row[1] for row in rows] == ["text", *captions]
+    assert len(open_source(f"csv:{tmp_path}/x.tsv")) == 1001
+
+
+@pytest.mark.parametrize(
+    ("caption", "later", "line", "swallowed"),
+    [
+        ('"never closed', "plain", 11, "all rows behind it"), ('"five inch', 'the "best" one', 11, "rows behind it"),
+        ('"five inch', '19"', 11, "more than 20 lines"),
+    ],
+)
+@pytest.mark.parametrize("apart", [3, 60])
+def test_a_quote_without_a_partner_between_commas(tmp_path, caption, later, line, swallowed, apart):
+    captions = [f"caption {i}" for i in range(100)]
+    captions[9], captions[9 + apart] = caption, later
+    write(tmp_path / "x.csv", [("image", "text"), *((f"{i}.jpg", text) for i, text in enumerate(captions))])
+    if apart == 3 and later == '19"':  # as a legitimate field of several lines would look
+        with pytest.warns(UserWarning, match=r"x\.csv' has 1 rows of several lines, the first at line 11"):
+            assert len(list(tables.read_rows(f"{tmp_path}/x.csv"))) == 98
+        return
+    swallowed = "more than 20 lines" if apart == 60 or caption == '"never closed' else swallowed
+    with pytest.raises(UserError, match=rf"x\.csv', line {line}: a quote opens a field that swallows {swallowed}"):
+        open_source(f"csv:{tmp_path}/x.csv")
+    write(tmp_path / "x.csv", [("image", "text"), *((f"{i}.jpg", "x") for i in range(9)), ("9.jpg", '"x')])
+    with pytest.raises(UserError, match="line 11: a quote opens a field that swallows all rows behind it"):
+        open_source(f"csv:{tmp_path}/x.csv")
+
+
+def test_rows_agree_with_the_csv_module_where_quotes_are_in_pairs(tmp_path):
+    rng = np.random.default_rng(0)
+    letters = list('ab ,"ü\n')
+    rows = [["image", "text"], *(["".join(rng.choice(letters, 9)) + "x" for _ in range(2)] for _ in range(300))]
+    with (tmp_path / "x.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    with pytest.warns(UserWarning, match="rows of several lines"):
+        assert list(tables.read_rows(f"{tmp_path}/x.csv")) == rows
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    (tmp_path / "x.csv").write_bytes("path,label\na,caf\xe9\n".encode("latin-1"))
+    assert list(tables.read_rows(f"{tmp_path}/x.csv"))[1] == ["a", "caf\ufffd"]
+    with pytest.raises(UserError, match=r"x\.csv' is not UTF-8 .*; save it in that encoding"):
+        list(tables.read_rows(f"{tmp_path}/x.csv", errors="strict"))
+
+
+def test_rows_whose_image_cannot_be_read_are_bad_samples(tmp_path, images, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setitem(tar_index.MAX_BYTES, "image", 2000)
+    (tmp_path / "large.jpg").write_bytes(bytes(2001))
+    names = ["images/0.jpg", "nul\0.jpg", "foo://x/y.jpg", "pipe", "images", "large.jpg", "x" * 5000]
+    write(tmp_path / "x.csv", [("image", "text"), *((name, "caption") for name in names)])
+    source = open_source(f"csv:{tmp_path}/x.csv")
+    assert source[0]["image"] == images[0]
+    for i, (reason, detail) in enumerate([
+        ("file cannot be read", "null byte"), ("file cannot be read", "foo"), ("file cannot be read", "not a regular"),
+        ("file cannot be read", "not a regular"), ("file too large", "larger than 2,000 bytes"),
+        ("file cannot be read", "too long"),
+    ], 1):
+        with pytest.raises(BadSample, match=detail) as error:
+            source[i]
+        assert error.value.reason == reason
+        assert source.where(i)["file"]
+
+
+def test_card_of_tables_changes_with_their_content_alone(tmp_path, images):
+    rows = [("image", "text"), ("images/0.jpg", "one"), ("images/1.jpg", "two")]
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "x.csv", rows)
+    cards = [open_source(f"csv:{tmp_path}/{folder}/x.csv").card() for folder in "ab"]
+    assert cards[0] == cards[1]
+    assert cards[0]["samples"] == 2 and cards[0]["files"][0]["name"] == "x.csv"
+    write(tmp_path / "b" / "x.csv", [rows[0], rows[2], rows[1]])
+    changed = open_source(f"csv:{tmp_path}/b/x.csv").card()
+    assert changed["hash"] != cards[0]["hash"] and changed["files"] == cards[0]["files"]
+    hashes = set()
+    for captions in (["one", "two"], ["two", "one"]):
+        pyarrow.parquet.write_table(pyarrow.table({"image": ["a", "b"], "text": captions}), tmp_path / "x.parquet")
+        hashes.add(open_source(f"parquet:{tmp_path}/x.parquet").card()["hash"])
+    assert len(hashes) == 2 and "" not in hashes
 
 
 def test_parquet(tmp_path, images):
@@ -65,6 +160,39 @@ def test_parquet(tmp_path, images):
     source = open_source(f"parquet:{tmp_path}/1.parquet", tags="tags")
     assert source[0] == {"image": images[1], "text": ["t"], "tags": ["a", "b"], "id": "0"}
     assert pickle.loads(pickle.dumps(source))[0] == source[0]
+
+
+def test_damaged_parquet_is_a_sentence(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"image": ["a"] * 50, "text": ["x"] * 50}), tmp_path / "x.parquet")
+    whole = (tmp_path / "x.parquet").read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for content in [b"", b"rubbish" * 9, *(whole[: rng.integers(len(whole))] for _ in range(20)), *(
+        whole[:i] + rng.bytes(9) + whole[i + 9 :] for i in rng.integers(len(whole), size=100)
+    )]:
+        (tmp_path / "x.parquet").write_bytes(content)
+        try:
+            source = open_source(f"parquet:{tmp_path}/x.parquet")
+            for i in range(len(source)):
+                source.where(i)
+                with pytest.raises(BadSample):
+                    source[i]
+        except UserError as error:
+            refused += "\n" not in str(error) and "x.parquet" in str(error)
+    assert refused > 30
+
+
+def test_parquet_tables_of_different_schemas(tmp_path):
+    for name, image, text in (("0", ["a"], ["x"]), ("1", [b"a"], ["x"]), ("2", ["a"], [None])):
+        table = pyarrow.table({"image": image, "text": pyarrow.array(text, None if text != [None] else pyarrow.null())})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    assert len(open_source(f"parquet:{tmp_path}/0.parquet,{tmp_path}/2.parquet")) == 2
+    assert len(open_source(f"parquet:{tmp_path}/2.parquet,{tmp_path}/0.parquet")) == 2
+    with pytest.raises(UserError, match=r"a column of '.*1\.parquet' has another type .*image.*string vs binary"):
+        open_source(f"parquet:{tmp_path}/*.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"image": [5], "text": ["x"]}), tmp_path / "n.parquet")
+    with pytest.raises(BadSample, match="no image in the row"):
+        open_source(f"parquet:{tmp_path}/n.parquet")[0]
 
 
 def test_array_record(tmp_path, images):
@@ -86,7 +214,8 @@ def test_array_record(tmp_path, images):
     for i, reason in ((1, "caption is empty"), (2, "no image in the record"), (3, "record cannot be read")):
         with pytest.raises(BadSample, match=reason):
             source[i]
-    assert sources.card(source)["samples"] == 4
+    card = sources.card(source)
+    assert card["samples"] == 4 and len(card["hash"]) == 32
     (tmp_path / "b.array_record").write_bytes(b"rubbish" * 100)
     with pytest.raises(UserError, match="cannot be read as ArrayRecord"):
         tables.ArrayRecordSource(f"{tmp_path}/b.array_record", "image", ("text",))

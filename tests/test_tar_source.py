@@ -1,4 +1,5 @@
 import collections
+import itertools
 import json
 import os
 import pathlib
@@ -184,6 +185,19 @@ def test_captions_from_json(plain):
         sources.open_source(f"tar:{plain}", text_keys=("title",), tags_key="", **options)[0]
 
 
+def test_json_that_is_nested_or_holds_half_a_letter(tmp_path):
+    texts = ['"cut \\ud83d"', '"\\ud83d\\ude00"', '"\\ude00 \\ud83d"', "[" * 100_000, '{"a":' * 100_000]
+    image = torture.jpeg(0)
+    torture.shard(tmp_path / "0.tar", [
+        (str(i), {"jpg": image, "json": b'{"caption": %s}' % text.encode()}) for i, text in enumerate(texts)
+    ])
+    source = tar_source.TarSource(str(tmp_path / "0.tar"), ("caption",))
+    assert [source[i]["text"] for i in range(3)] == [["cut \ufffd"], ["😀"], ["\ufffd \ufffd"]]
+    for i in (3, 4):
+        with pytest.raises(BadSample, match="JSON file is damaged"):
+            source[i]
+
+
 def test_index_is_stored_once_and_follows_the_tar(tmp_path, monkeypatch):
     path = torture.pairs(tmp_path / "0.tar", 0, 3)
     assert len(tar_source.TarSource(str(path))) == 3
@@ -194,6 +208,30 @@ def test_index_is_stored_once_and_follows_the_tar(tmp_path, monkeypatch):
     torture.pairs(path, 0, 5)
     assert len(tar_source.TarSource(str(path))) == 5
     assert stored.exists()
+
+
+def test_a_stored_index_that_is_damaged_is_made_again(tmp_path, monkeypatch):
+    path = torture.pairs(tmp_path / "0.tar", 0, 3)
+    expected = tar_source.TarSource(str(path))
+    [stored] = (tmp_path / ".xclip_index").iterdir()
+    whole, rng, indexed = stored.read_bytes(), np.random.default_rng(0), []
+    index = tar_index.index
+    monkeypatch.setattr(tar_index, "index", lambda path: indexed.append(path) or index(path))
+    damaged = [b"", b"x", whole[:100], whole[:-1], whole + b"x", bytes(len(whole)), whole[:-16], rng.bytes(300)]
+    for at in rng.integers(len(whole), size=40):
+        damaged.append(whole[:at] + bytes([whole[at] ^ 1 << int(rng.integers(8))]) + whole[at + 1 :])
+    for number, content in enumerate(damaged, 1):
+        stored.unlink()  # else it would change under the maps of the source before
+        stored.write_bytes(content)
+        source = tar_source.TarSource(str(path))
+        assert [source[i] for i in range(3)] == [expected[i] for i in range(3)]
+        assert len(indexed) == number
+        assert stored.read_bytes() == whole
+    stored.unlink()
+    stored.mkdir()
+    monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
+    assert len(tar_source.TarSource(str(path))) == 3
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
 
 
 def test_index_beside_read_only_data_goes_to_the_cache(tmp_path, monkeypatch):
@@ -216,6 +254,39 @@ def test_index_in_processes_is_that_of_one(tmp_path, capfd):
     os.unlink(paths[0])
     with pytest.raises(UserError, match=r"names do not exist, the first is .*0\.tar"):
         tar_source.TarSource(f"{tmp_path}/{{0..4}}.tar")
+
+
+def test_names_with_line_breaks(tmp_path):
+    paths = [str(torture.pairs(tmp_path / f"a\n{i}\udcff.tar", 0, 1)) for i in range(3)]
+    assert [len(np.load(place)) for place in tar_index.load(paths, processes=2)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        b"-0000001000\0", b"+0000001000\0", b"0000_001000\0", b"0o000001000\0", b"00000010 00\0", b"99999999999\0",
+        b"\xff" * 12, b"\xff" * 11 + b"\0", b"\xc0" + bytes(11), b"\x80" + b"\xff" * 11, b"-1\0".ljust(12, b"\0"),
+    ],
+)
+def test_a_header_with_an_odd_size_neither_hangs_the_index_nor_ends_it(size, tmp_path):
+    path = torture.shard(tmp_path / "x.tar", [(key, {"jpg": b"x" * 600, "txt": b"y"}) for key in ("a", "b", "c")])
+    with tarfile.open(path) as tar:
+        at = tar.getmember("b.jpg").offset
+    data = bytearray(path.read_bytes())
+    data[at + 124 : at + 136] = size
+    data[at + 148 : at + 156] = b"%06o\0 " % (sum(data[at : at + 512]) - sum(data[at + 148 : at + 156]) + 8 * 32)
+    path.write_bytes(data)
+    names = [name for name, *_ in itertools.islice(tar_index.members(str(path), len(data)), 20)]
+    assert names[:2] == [b"a.jpg", b"a.txt"] and len(names) < 20
+    rows = tar_index.index(str(path))
+    assert rows["key"][0] == b"a" and rows["fault"][0] == tar_index.OK
+
+
+def test_a_long_number_in_an_extended_header(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        torture.add(tar, "a.jpg", torture.jpeg(0), pax_headers={"size": "9" * 5000})
+        torture.add(tar, "a.txt", b"caption")
+    assert tar_index.index(str(tmp_path / "x.tar"))["fault"][0] == tar_index.OK
 
 
 def test_index_agrees_with_tarfile(tortured):
@@ -282,8 +353,18 @@ def test_remote_tars_are_read_alike(plain, tmp_path, monkeypatch):
 
 
 def test_indexing_command(plain, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "xclip_jax.data.tar_index", f"{tmp_path}/x.tar"], capture_output=True, text=True
-    )
+    def run(*arguments):
+        command = [sys.executable, "-m", "xclip_jax.data.tar_index", *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = run(f"{tmp_path}/x.tar")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: 1 of the 1 files")
+    assert done.stderr == f"error: no file or folder '{tmp_path}/x.tar'; check the path.\n"
+    done = run("--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: python -m xclip_jax.data.tar_index [-h] pattern")
+    done = run()
+    assert (done.returncode, done.stderr) == (1, "error: the following arguments are required: pattern; see --help\n")
+    torture.pairs(tmp_path / "x.tar", 0, 2)
+    assert run(f"{tmp_path}/x.tar").stdout.endswith("s\n")
+    assert len(list((tmp_path / ".xclip_index").iterdir())) == 1

@@ -2,6 +2,7 @@ import concurrent.futures
 import html
 import pickle
 import random
+import tracemalloc
 import unicodedata
 
 import ftfy
@@ -197,6 +198,49 @@ def test_file(tmp_path):
         [2, 4, 0, 0, 0, 6, 3],
     ]
     assert np.array_equal(pickle.loads(pickle.dumps(tok))(["a fox"], 6), tok(["a fox"], 6))
+
+
+def test_file_and_half_a_surrogate_pair(tmp_path):
+    tok = tokenizer.load(save_words(tmp_path / "tokenizer.json", ["?", "<s>", "</s>", "a", "😀", "\ufffd"]))
+    assert tok(["a \ud83d", "a \ud83d\ude00"], 5).tolist() == [[1, 3, 5, 2, 0], [1, 3, 4, 2, 0]]
+    assert (tok(["a \ud83d"], 5) == tok(["a \ufffd"], 5)).all()
+
+
+def test_file_without_an_unknown_token(tmp_path):
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "fox": 1}, unk_token="none"))
+    model.save(str(tmp_path / "t.json"))
+    tok = tokenizer.load(str(tmp_path / "t.json"))
+    assert tok(["fox"], 3).tolist() == [[1, 0, 0]]
+    with pytest.raises(UserError, match=r"t\.json' cannot encode 'wolf' .*; add an unknown token"):
+        tok(["wolf"], 3)
+
+
+@pytest.mark.parametrize(("letters", "cached"), [(512, True), (513, False)])
+def test_the_cache_is_bounded_in_bytes(letters, cached):
+    """Short texts are encoded once and kept as arrays, long ones each time; both alike."""
+    calls = []
+
+    def encode(text):
+        calls.append(len(text))
+        return [3] * len(text)
+
+    tok = tokenizer.Tokenizer("x", encode, vocab_size=9, sot_id=1, eot_id=2, pad_id=0)
+    text = "x" * letters
+    for length in (4, 600):
+        rows = [tok([text], length) for _ in range(3)]
+        expected = [1, *[3] * min(letters, length - 2), 2]
+        assert all(row[0].tolist() == expected + [0] * (length - len(expected)) for row in rows)
+    assert len(calls) == (2 if cached else 6)
+    tracemalloc.start()
+    for i in range(200):
+        tok([f"{i:0600d}"], 77)
+    long = tracemalloc.get_traced_memory()[0]
+    for i in range(200):
+        tok([f"{i:0500d}"], 77)
+    short = tracemalloc.get_traced_memory()[0] - long
+    tracemalloc.stop()
+    assert long < 200 * 100
+    assert short < 200 * 1500
 
 
 def test_file_without_a_start_token(tmp_path):

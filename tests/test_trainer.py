@@ -143,7 +143,7 @@ def test_missing_checkpoint_is_named(tmp_path):
     [
         ({"data__batch": 12}, r"data\.batch=12 cannot be divided over 8 devices.*use 8 or 16"),
         ({"data__sources": ("folder:/no/such/place",)}, r"folder '/no/such/place' does not exist"),
-        ({"data__sources": ("web:x",)}, r"'web:x' is of no known kind"),
+        ({"data__sources": ("web:x",)}, r"unknown source 'web:x'"),
         ({"data__sources": ()}, r"data\.sources is empty"),
         ({"data__tokenizer": "clop"}, r"'clop'"),
         ({"mesh": {"data": 3, "fsdp": 1, "model": 1, "strategy": "dp"}}, r"does not fit 8 devices"),

@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from xclip_jax.errors import UserError
+
 
 class Ahead(Sequence):
     """make(0), make(1), ..., each to be asked for once; `with` ends the threads.
@@ -20,7 +22,12 @@ class Ahead(Sequence):
           n: how many items there are.
           threads: 0 for one a core.
           window: how many are made ahead; they may be asked for in another order within so many.
+
+        Raises:
+          UserError: a number of threads below 0.
         """
+        if threads < 0:
+            raise UserError(f"threads is {threads}; it must be 0, for one a core, or more.")
         self._make, self._n, self._window = make, n, window
         self._pool = concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count())
         self._waiting: dict[int, concurrent.futures.Future] = {}

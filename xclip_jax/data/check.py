@@ -1,7 +1,7 @@
 """Looks at pairs before a run does: what is there, what is wrong with it, how fast it is read.
 
-    python -m xclip_jax.data.check '/data/cc12m/{00000..01242}.tar'
-    python -m xclip_jax.data.check folder:/data/pairs --samples 0 --sheet pairs.png
+    python -m xclip_jax.data.check '/data/cc12m/{00000..01242}.tar' --sheet pairs.png
+    python -m xclip_jax.data.check folder:/data/pairs --samples 0
 
 Tars are indexed whole; of the samples a random part is read, by default 2,000. Leaves with exit code 0 if training
 would run, 1 if it would stop for too many bad samples, or for anything else.
@@ -14,10 +14,11 @@ import dataclasses
 import hashlib
 import json
 import os
+import pathlib
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from PIL import Image, ImageDraw
 
 from xclip_jax.data import loader, sources, tar_index, tokenizer, transforms
 from xclip_jax.data.tar_source import TarSource
-from xclip_jax.errors import BadSample, UserError
+from xclip_jax.errors import BadSample, Parser, UserError, exit_with_message
 
 _KINDS = ("tar", "csv", "parquet", "array_record", "folder", "tfds", "demo")
 _TILE, _COLUMNS, _ROWS, _LINES = 200, 6, 4, 4
@@ -91,7 +92,7 @@ def sheet(samples: Sequence[Sample], source: sources.Source, path: str) -> int:
         for j, text in enumerate(lines):
             # The built-in font has Latin letters alone.
             pen.text((x + 4, y + _TILE + j * line), text.encode("latin-1", "replace").decode("latin-1"), fill="black")
-    page.save(path)
+    page.save(path, format="PNG")
     return len(chosen)
 
 
@@ -142,7 +143,9 @@ def report(source: sources.Source, options: argparse.Namespace) -> Iterator[str]
         yield f"tokens, 5/50/95 %: {_spread(tokens)}, {full:.1%} of the captions fill all {options.length}"
         yield f"captions of one image: {np.mean([s.captions for s in good]):.2f}"
         yield f"same image among those read: {_doubles([s.digest for s in good]):,}"
-        yield f"same caption among those read: {_doubles([s.caption for s in good]):,}"
+        same = _doubles([s.caption for s in good])
+        remedy = "; as pairs of one batch they are wrong negatives, data.apart=True keeps them apart" if same else ""
+        yield f"same caption among those read: {same:,}{remedy}"
     rate = count / seconds
     yield (
         f"speed: {rate:,.0f} images/s to {options.size} px with {options.threads} threads on {os.cpu_count()} cores, "
@@ -155,7 +158,7 @@ def report(source: sources.Source, options: argparse.Namespace) -> Iterator[str]
     options.passed = bool(good) and share <= options.max_bad
     if options.sheet and good:
         yield f"{sheet(samples, source, options.sheet)} pairs in {options.sheet}"
-    verdict = "training would run" if options.passed else "training would stop; mend the data or raise data.max_bad"
+    verdict = "training would run" if options.passed else "training would stop; fix the data or raise data.max_bad"
     yield f"bad: {share:.2%}, allowed {options.max_bad:.2%}: {verdict}"
 
 
@@ -182,25 +185,52 @@ def _about_bad(
             yield f"    {json.dumps(sources.where(source, sample.index) | about, ensure_ascii=False)}"
 
 
-def main(arguments: Sequence[str]) -> int:
-    """The command; see the module's docstring. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m xclip_jax.data.check", description=__doc__.split("\n\n")[0])
+def _number(convert: Callable[[str], float], low: float, high: float = float("inf")) -> Callable[[str], float]:
+    """Type of an argument: a number from `low` to `high`."""
+
+    def read_number(text: str) -> float:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            upper = "" if high == float("inf") else f" and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least {low:g}{upper}")
+        return value
+
+    return read_number
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(prog="python -m xclip_jax.data.check", description=__doc__.split("\n\n")[0])
     parser.add_argument("source", help="as in data.sources; a pattern alone is of tars")
-    parser.add_argument("--samples", type=int, default=2000, help="how many to read, 0 for all")
-    parser.add_argument("--size", type=int, default=224, help="side of the crop, pixels")
-    parser.add_argument("--length", type=int, default=77, help="tokens of a text")
+    parser.add_argument("--samples", type=_number(int, 0), default=2000, help="how many to read, 0 for all")
+    parser.add_argument("--size", type=_number(int, 1), default=224, help="side of the crop, pixels")
+    parser.add_argument("--length", type=_number(int, 2), default=77, help="tokens of a text")
     parser.add_argument("--tokenizer", default="clip")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max_bad", type=float, default=loader.DataConfig.max_bad, help="data.max_bad of the run")
-    parser.add_argument("--sheet", default="pairs.png", help="picture of random pairs to write; '' for none")
+    parser.add_argument("--threads", type=_number(int, 1), default=os.cpu_count() or 1)
+    parser.add_argument("--seed", type=_number(int, 0), default=0)
+    parser.add_argument(
+        "--max_bad", type=_number(float, 0, 1), default=loader.DataConfig.max_bad, help="data.max_bad of the run"
+    )
+    parser.add_argument("--sheet", default="", help="PNG file of random pairs to write; its folder is made")
     parser.add_argument("--image_key", default="image")
     parser.add_argument("--text_keys", default="text", help="with commas between them")
     parser.add_argument("--tags_key", default="")
     parser.add_argument("--data_dir", default="")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command; see the module's docstring. Returns the exit code."""
+    options = _options(arguments)
     spec = options.source if options.source.partition(":")[0] in _KINDS else f"tar:{options.source}"
-    try:
+    with exit_with_message():
+        if options.sheet:
+            if os.path.isdir(options.sheet):
+                raise UserError(f"--sheet {options.sheet!r} is a folder; name a PNG file in it.")
+            pathlib.Path(options.sheet).parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.load(options.tokenizer)
         source = sources.open_source(
             spec,
             data_dir=options.data_dir,
@@ -209,10 +239,7 @@ def main(arguments: Sequence[str]) -> int:
             tags_key=options.tags_key,
         )
         for line in report(source, options):
-            print(line, flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+            print(line.encode("utf-8", "replace").decode(), flush=True)  # names of files need not be UTF-8
     return 0 if options.passed else 1
 
 

@@ -1,25 +1,41 @@
 """Names of many files, reads at an offset, and files that grow, on local disks and (through fsspec) in buckets."""
 
+import contextlib
+import errno
 import functools
 import glob
+import hashlib
 import json
+import math
 import os
 import pathlib
 import re
+import stat as stat_modes
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from xclip_jax.errors import UserError
+from xclip_jax.errors import BadSample, UserError
 
 # Open files kept in each process; the soft limit of open files is often 1024.
 _OPEN = 256
 _TRIES = 3
 REWRITE_SECONDS = 60
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
+_MAX_NAMES = 1_000_000
+# Sizes of remote files that are remembered: about 80 MB at most.
+_MAX_REMEMBERED = 1 << 18
+_EDGE = 1 << 20
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+# Of errors without a number, by class or by the status that an HTTP server answered; after EIO one may try again.
+_NUMBERS = {
+    FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, IsADirectoryError: errno.EISDIR,
+    401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 410: errno.ENOENT,
+    408: errno.EIO, 425: errno.EIO, 429: errno.EIO,
+}  # fmt: skip
 
 
 def is_remote(path: str) -> bool:
@@ -27,10 +43,44 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    return [_finite(value) for value in content] if isinstance(content, (list, tuple)) else content
+
+
+def strict_json(content: Any, **options: Any) -> str:
+    """Return `content` as JSON that every reader takes: floats that are not finite become null.
+
+    Args:
+      content: as `json.dumps` takes it.
+      **options: of `json.dumps`.
+    """
+    try:
+        return json.dumps(content, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_finite(content), allow_nan=False, **options)
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Write a file whole or not at all, even if the process or the machine stops in between."""
+    if is_remote(str(path)):
+        path.write_text(text)  # an object in a bucket appears when it is complete
+        return
+    temporary = path.parent / f".{path.name}.tmp"
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
 class JsonLines:
     """A file of one JSON object a line that a run makes longer, and that a resumed run takes up where it stood.
 
-    Objects in a bucket cannot grow: there all lines are kept, and written anew once in a while.
+    Objects in a bucket cannot grow: there all lines are kept, and written again once in a while.
 
     Attributes:
       kept: the objects that were there and stay.
@@ -41,27 +91,23 @@ class JsonLines:
 
         Args:
           path: the file; it need not exist.
-          keep: whether an object that is there stays. Half a line, of a process that was killed, does not.
+          keep: whether an object that is there stays. Lines that are not a JSON object, such as half a line of a
+            process that was killed, do not.
           writes: false for all but one process of a run: they only read.
         """
-        self.path, self._writes, self.kept = path, writes, []
-        there = path.read_text() if path.exists() else ""
-        for line in there.splitlines():
-            try:
-                content = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if keep(content):
-                self.kept.append(content)
-        lines = [f"{json.dumps(content)}\n" for content in self.kept]
-        if writes and "".join(lines) != there:
-            path.write_text("".join(lines))
+        self.path, self._writes = path, writes
+        old = path.read_bytes() if path.exists() else b""
+        objects = filter(None, map(_json_object, old.split(b"\n")))
+        self.kept = [content for content in objects if keep(content)]
+        lines = [f"{strict_json(content)}\n" for content in self.kept]
+        if writes and "".join(lines).encode() != old:
+            write_whole(path, "".join(lines))
         self._lines: list[str] | None = lines if is_remote(str(path)) else None
         self._written = 0.0
 
     def append(self, *contents: Mapping[str, Any]) -> None:
         """Adds objects at the end."""
-        lines = [f"{json.dumps(content)}\n" for content in contents]
+        lines = [f"{strict_json(content)}\n" for content in contents]
         if not (self._writes and lines):
             return
         if self._lines is None:
@@ -77,6 +123,14 @@ class JsonLines:
         if self._writes and self._lines:
             self.path.write_text("".join(self._lines))
             self._written = time.monotonic()
+
+
+def _json_object(line: bytes) -> dict[str, Any] | None:
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):  # JSON that is damaged, bytes that are not UTF-8, brackets without end
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _split(pattern: str) -> list[str]:
@@ -104,48 +158,91 @@ def _braces(pattern: str) -> Iterator[str]:
         if depth == 0:
             break
     inside = pattern[start + 1 : end]
-    if found := _RANGE.fullmatch(inside):
-        first, last = int(found[1]), int(found[2])
+    choices: Iterable[str]
+    if match := _RANGE.fullmatch(inside):
+        first, last = int(match[1]), int(match[2])
         step = 1 if last >= first else -1
-        padded = any(len(number) > 1 and number[0] == "0" for number in found.groups())
-        width = max(map(len, found.groups())) if padded else 0
-        choices = [f"{number:0{width}d}" for number in range(first, last + step, step)]
+        padded = any(len(number) > 1 and number[0] == "0" for number in match.groups())
+        width = max(map(len, match.groups())) if padded else 0
+        choices = (f"{number:0{width}d}" for number in range(first, last + step, step))
     else:
-        choices = [choice for part in _split(inside) for choice in _braces(part)]
+        choices = (choice for part in _split(inside) for choice in _braces(part))
     for choice in choices:
         for rest in _braces(pattern[end + 1 :]):
             yield pattern[:start] + choice + rest
 
 
-def expand(pattern: str) -> list[str]:
-    """The files that `pattern` names: a list with commas of paths, brace ranges and globs, local or remote.
+def _names(pattern: str) -> Iterator[str]:
+    """Yield the paths and globs of a pattern; what is the path of a file is taken as it is."""
+    if _is_file(pattern):
+        yield pattern
+        return
+    for part in _split(pattern):
+        yield from [part] if _is_file(part) else _braces(part)
 
-    "a/{00000..00331}.tar,b/*.tar" is 332 files and those that match; each file is named once, globs are sorted.
+
+def _is_file(path: str) -> bool:
+    return not is_remote(path) and os.path.isfile(os.path.expanduser(path))
+
+
+def _glob(pattern: str) -> list[str]:
+    if is_remote(pattern):
+        system, path = _remote(pattern)
+        with _os_errors(pattern):
+            return sorted(map(system.unstrip_protocol, system.glob(path)))
+    matches = sorted(glob.glob(pattern, recursive=True))
+    folders = set(filter(os.path.isdir, matches))
+    if folders and "**" not in pattern:
+        raise UserError(f"{pattern!r} matches the folder {min(folders)!r}; write a glob that matches files alone.")
+    return [match for match in matches if match not in folders]
+
+
+def expand(pattern: str) -> list[str]:
+    """Return the files that `pattern` names: a list with commas of paths, brace ranges and globs, local or remote.
+
+    "a/{00000..00331}.tar,b/*.tar" is 332 files and those that match. Each file is named once, globs are sorted. The
+    path of an existing file is taken literally, whatever commas, brackets and braces it holds, as the whole pattern or
+    as one of its parts; in a glob "?" stands for such a letter ("a?b/*.tar" for the folder "a,b"). "**" passes over
+    folders.
 
     Raises:
-      UserError: nothing matches a glob, a file does not exist, braces do not match.
+      UserError: nothing matches a glob, a file does not exist, braces do not match, too many names.
     """
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     missing = []
-    for part in (path for item in _split(pattern) for path in _braces(item)):
-        if is_remote(part):
-            matches = _remote_glob(part) if glob.has_magic(part) else [part]
+    for i, name in enumerate(_names(pattern)):
+        if i == _MAX_NAMES:
+            raise UserError(f"pattern {pattern!r} names more than {_MAX_NAMES:,} files; correct its ranges.")
+        if is_remote(name):
+            matches = _glob(name) if glob.has_magic(name) else [name]
         else:
-            part = os.path.expanduser(part)
-            matches = sorted(glob.glob(part, recursive=True)) if glob.has_magic(part) else [part]
-            if matches == [part] and not os.path.isfile(part):
-                missing.append(part)
+            name = os.path.expanduser(name)
+            exists = os.path.isfile(name)
+            matches = [name] if exists or not glob.has_magic(name) else _glob(name)
+            if matches == [name] and not exists:
+                missing.append(name)
         if not matches:
-            raise UserError(f"no file matches {part!r}; check the path, or list the folder.")
-        found |= dict.fromkeys(matches)
+            raise UserError(f"no file matches {name!r}; check the path, or list the folder.")
+        names |= dict.fromkeys(matches)
     if missing:
-        raise UserError(
-            f"{len(missing)} of the {len(found)} files that {pattern!r} names do not exist, the first is "
-            f"{missing[0]!r}; correct the range, or use a glob such as *.tar for the files that are there."
-        )
-    if not found:
+        raise UserError(_about_missing(pattern, missing, len(names)))
+    if not names:
         raise UserError(f"pattern {pattern!r} names no file; write a path, a range {{00000..00331}} or a glob.")
-    return list(found)
+    return list(names)
+
+
+def _about_missing(pattern: str, missing: list[str], n: int) -> str:
+    if os.path.isdir(missing[0]):
+        return (
+            f"{missing[0]!r} is a folder, not a file; write folder:{missing[0]} for images with .txt files beside "
+            f"them, or a glob such as {os.path.join(missing[0], '*.tar')!r} for the files in it."
+        )
+    if n == 1:
+        return f"no file or folder {missing[0]!r}; check the path."
+    return (
+        f"{len(missing)} of the {n} files that {pattern!r} names do not exist, the first is {missing[0]!r}; correct "
+        "the range, or use a glob such as *.tar for the files that exist."
+    )
 
 
 def _remote(path: str) -> tuple[Any, str]:
@@ -157,46 +254,77 @@ def _remote(path: str) -> tuple[Any, str]:
         raise UserError(f"{path!r} cannot be opened ({error}); install the file system's package, as gcsfs.") from error
 
 
-def _remote_glob(pattern: str) -> list[str]:
-    system, path = _remote(pattern)
-    return sorted(map(system.unstrip_protocol, system.glob(path)))
+@contextlib.contextmanager
+def _os_errors(path: str) -> Iterator[None]:
+    """Raise errors of a store's client as the `OSError` that a disk would have raised.
+
+    fsspec's file systems let through the errors of their HTTP clients, which share no class.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        status = next((x for key in ("status", "code") if isinstance(x := getattr(error, key, None), int)), None)
+        number = getattr(error, "errno", None) or _NUMBERS.get(type(error)) or _NUMBERS.get(status)
+        if number is None:
+            number = errno.EINVAL if isinstance(error, ValueError) or 400 <= (status or 0) < 500 else errno.EIO
+        message = f"{type(error).__name__}{f', status {status}' if status else ''}: {error}"
+        raise OSError(number, message, path) from error
 
 
 def stat(path: str) -> tuple[int, int]:
-    """Size in bytes and a number that changes with the content: the time of the last change, where there is one."""
+    """Size in bytes and a number that changes with the content: the time of the last change, where there is one.
+
+    Raises:
+      OSError: the file does not exist or is refused, or a server does not report its size.
+    """
     if is_remote(path):
         return _remote_stat(path)
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
 
-@functools.cache
+@functools.lru_cache(maxsize=_MAX_REMEMBERED)
 def _remote_stat(path: str) -> tuple[int, int]:
     """Kept: a request a file takes minutes for thousands of them."""
     system, name = _remote(path)
-    info = system.info(name)
+    with _os_errors(path):
+        info = system.info(name)
+    if info.get("size") is None:
+        raise OSError(errno.EINVAL, "the server does not report the file's size; download the file", path)
     keys = ("etag", "ETag", "md5Hash", "mtime", "LastModified", "created")
     changed = next((info[key] for key in keys if info.get(key)), 0)
     return info["size"], int.from_bytes(str(changed).encode()[-8:], "big")
 
 
 class File:
-    """Bytes of a file at any offset; safe in threads. Closed with its last reference."""
+    """Bytes of a file at any offset; safe in threads. Closed with its last reference.
+
+    Attributes:
+      size: bytes when it was opened, None for remote files.
+    """
 
     def __init__(self, path: str) -> None:
-        self.path = path
-        self._fd = None
+        self.path, self._fd, self.size = path, None, None
         if not is_remote(path):
-            self._fd = os.open(path, os.O_RDONLY)
+            # To open a named pipe would else wait for somebody who writes to it.
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
             weakref.finalize(self, os.close, self._fd)
+            status = os.fstat(self._fd)
+            if not stat_modes.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", path)
+            self.size = status.st_size
 
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`, fewer at the end of the file. A passing failure of a network disk is retried."""
         for wait in range(_TRIES):
             try:
                 return self._read(offset, size)
-            except OSError:
-                if wait == _TRIES - 1:
+            except OSError as error:
+                if wait == _TRIES - 1 or isinstance(error, _PERMANENT) or error.errno == errno.EINVAL:
                     raise
                 time.sleep(0.1 * 10**wait)
         raise AssertionError
@@ -204,16 +332,59 @@ class File:
     def _read(self, offset: int, size: int) -> bytes:
         if self._fd is None:
             system, name = _remote(self.path)
-            return system.cat_file(name, start=offset, end=offset + size)
+            with _os_errors(self.path):
+                return system.cat_file(name, start=offset, end=offset + size)
         data = os.pread(self._fd, size, offset)
         while len(data) < size and (more := os.pread(self._fd, size - len(data), offset + len(data))):
             data += more
         return data
 
 
+def read(path: str, max_bytes: int) -> bytes:
+    """Return the content of a local or remote file, in one request.
+
+    Raises:
+      OSError: the file does not exist, is refused, is larger than `max_bytes` (EFBIG) or is not a regular file.
+      UserError: no package for a URL of this sort is installed.
+      ValueError: not a path.
+    """
+    file = File(path)
+    size = max_bytes + 1 if file.size is None else file.size
+    data = file.read(0, size) if file.size is None or size <= max_bytes else b""
+    if max(file.size or 0, len(data)) > max_bytes:
+        raise OSError(errno.EFBIG, f"file is larger than {max_bytes:,} bytes", path)
+    return data
+
+
+def unreadable(error: Exception) -> BadSample:
+    """Return the bad sample that an error of `read` makes of the row or pair that named the file."""
+    too_large = isinstance(error, OSError) and error.errno == errno.EFBIG
+    return BadSample("file too large" if too_large else "file cannot be read", str(error))
+
+
+def fingerprint(paths: Iterable[str], *, whole: int = 0) -> str:
+    """Return a hash of files: their names without folders, their sizes and (a part of) their content.
+
+    It is that of a copy in another folder. Of local files the content counts, of those above `whole` bytes only the
+    first and the last MiB; of remote ones the store's tag or time of the last change.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        size, changed = stat(path)
+        digest.update(f"{os.path.basename(path)}\0{size}\0".encode("utf-8", "surrogateescape"))
+        if is_remote(path):
+            digest.update(str(changed).encode())
+            continue
+        file = File(path)
+        pieces = range(0, size, _EDGE) if size <= max(whole, 2 * _EDGE) else (0, size - _EDGE)
+        for offset in pieces:
+            digest.update(file.read(offset, _EDGE))
+    return digest.hexdigest()
+
+
 @functools.lru_cache(maxsize=_OPEN)
 def open_file(path: str) -> File:
-    """The file `path`, one of the last that this process used or opened anew."""
+    """The file `path`, one of the last that this process used, or opened."""
     return File(path)
 
 

@@ -34,6 +34,7 @@ class Task:
     metrics: tuple[str, ...] = ("top1",)
 
 
+_MAX_INCOMPLETE = 0.01  # of the rows of a file
 _ENTAILS = ("entailment", "not_entailment")
 _MNLI = Task(("sentence1", "sentence2"), "gold_label", ("premise", "hypothesis"),
              ("entailment", "neutral", "contradiction"))
@@ -66,6 +67,22 @@ def _rows(path: pathlib.Path, task: Task) -> list[dict[str, str]]:
     return rows
 
 
+def _complete(rows: list[dict[str, str]], path: pathlib.Path, task: Task) -> list[dict[str, str]]:
+    """Return the rows that have their texts and a label, and print how many have not.
+
+    A few of QQP's lack a question or end too early; others leave them out, too. Many are a damaged file.
+    """
+    wanted = (*task.columns, task.label)
+    complete = [row for row in rows if all(row.get(column) for column in wanted)]
+    if missing := len(rows) - len(complete):
+        short = sum(any(row.get(column) is None for column in wanted) for row in rows)
+        message = f"{str(path)!r}: {missing:,} of {len(rows):,} rows lack a text or the label ({short:,} end too early)"
+        if missing > _MAX_INCOMPLETE * len(rows):
+            raise UserError(f"{message}; the file is damaged, download it again.")
+        print(f"{message} and are left out", flush=True)
+    return complete
+
+
 def read_pairs(
     name: str, split: str, folder: str = "", data_dir: str | None = None
 ) -> tuple[list[list[str]], np.ndarray]:
@@ -84,8 +101,7 @@ def read_pairs(
     if name.startswith("mnli"):
         files["validation"] = "dev_mismatched.tsv" if name == "mnli_mismatched" else "dev_matched.tsv"
     path = pathlib.Path(folder) / files[split]
-    # A few rows of QQP have no second question or no label; others leave them out, too.
-    rows = [r for r in _rows(path, task) if r.get(task.label) and all(r.get(column) for column in task.columns)]
+    rows = _complete(_rows(path, task), path, task)
     texts = [[row[column] for column in task.columns] for row in rows]
     try:
         if not task.labels:

@@ -1,18 +1,27 @@
 """Pairs named by a table: CSV, TSV or parquet files of image paths and captions; and ArrayRecord files of examples."""
 
 import csv
+import itertools
+import multiprocessing
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from xclip_jax.data import files
+from xclip_jax.data import files, tar_index
 from xclip_jax.errors import BadSample, UserError
 
 Record = dict[str, Any]
+
+# A field in quotes may run over so many lines; above, two quotes without partners are likelier.
+_MAX_LINES = 20
+_END = "end of the table"  # read behind its last line: a field that is still open swallows it
+# Bytes up to which a table counts whole in its card.
+_WHOLE = 1 << 30
 
 
 class _Strings:
@@ -37,19 +46,79 @@ def _check_columns(path: str, there: Sequence[str], wanted: Sequence[str]) -> No
         )
 
 
-def _read_csv(path: str, wanted: Sequence[str]) -> Iterator[list[str]]:
-    """The columns `wanted` of each row; the first line names the columns, tabs or commas part them."""
+def read_rows(path: str, *, errors: str = "replace") -> Iterator[list[str]]:
+    """Yield the rows of a CSV or TSV file, the one that names the columns first, without empty lines.
+
+    Commas part the columns, or tabs if the first line has one. Quotes mean nothing between tabs: captions and titles
+    hold single ones. Between commas a field in quotes may run over several lines.
+
+    Args:
+      path: the file, in UTF-8, with or without a byte order mark.
+      errors: what becomes of bytes that are not UTF-8, "replace" or "strict".
+
+    Raises:
+      UserError: a quote that is never closed, or that only one of a later row seems to close, so that rows would be
+        lost in a field; with "strict" text that is not UTF-8.
+    """
     csv.field_size_limit(sys.maxsize)
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        head = file.readline()
-        file.seek(0)
-        rows = csv.reader(file, delimiter="\t" if "\t" in head else ",")
-        names = next(rows, [])
-        _check_columns(path, names, wanted)
-        columns = [names.index(key) for key in wanted]
-        for row in rows:
-            if row:
-                yield [row[i] if i < len(row) else "" for i in columns]
+    lines: list[str] = []  # of the row that is being read
+
+    def read_lines(file: Iterable[str]) -> Iterator[str]:
+        for line in itertools.chain(file, [_END]):
+            lines.append(line)
+            if len(lines) > _MAX_LINES:
+                raise UserError(_about_quote(path, rows.line_num - len(lines) + 2, f"more than {_MAX_LINES} lines"))
+            yield line
+
+    spread = []
+    with open(path, encoding="utf-8-sig", errors=errors, newline="") as file:
+        try:
+            tabs = "\t" in file.readline()
+            file.seek(0)
+            quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+            rows = csv.reader(read_lines(file), delimiter="\t" if tabs else ",", quoting=quoting)
+            for row in rows:
+                if len(lines) > 1:
+                    first = rows.line_num - len(lines) + 1
+                    if not _is_closed(lines):
+                        what = "all rows behind it" if lines[-1] == _END else "rows behind it"
+                        raise UserError(_about_quote(path, first, what))
+                    spread.append(first)
+                if row and lines != [_END]:
+                    yield row
+                lines.clear()
+        except UnicodeDecodeError as error:
+            raise UserError(f"table {path!r} is not UTF-8 ({error}); save it in that encoding.") from error
+    if spread and multiprocessing.parent_process() is None:
+        warnings.warn(
+            f"table {path!r} has {len(spread):,} rows of several lines, the first at line {spread[0]}; if that is not "
+            "meant, a quote there has no partner and rows are lost.", stacklevel=2,
+        )
+
+
+def _is_closed(lines: Sequence[str]) -> bool:
+    """Whether the quotes of a row of several lines are in pairs, each around a whole field."""
+    try:
+        return lines[-1] != _END and len(list(csv.reader(lines, strict=True))) == 1
+    except csv.Error:
+        return False
+
+
+def _about_quote(path: str, line: int, what: str) -> str:
+    return (
+        f"table {path!r}, line {line}: a quote opens a field that swallows {what}; double a quote that is part of the "
+        'text ("" in a quoted field), or write the table with tabs, between which quotes mean nothing.'
+    )
+
+
+def _read_csv(path: str, wanted: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the columns `wanted` of each row."""
+    rows = read_rows(path)
+    names = next(rows, [])
+    _check_columns(path, names, wanted)
+    columns = [names.index(key) for key in wanted]
+    for row in rows:
+        yield [row[i] if i < len(row) else "" for i in columns]
 
 
 class TableSource:
@@ -95,11 +164,25 @@ class TableSource:
             import pyarrow.parquet
         except ImportError as error:
             raise UserError("parquet tables need pyarrow: pip install 'xclip_jax[parquet]'.") from error
-        tables = []
+        tables, schema = [], pyarrow.schema([])
         for path in self.tables:
-            _check_columns(path, pyarrow.parquet.read_schema(path).names, wanted)
-            tables.append(pyarrow.parquet.read_table(path, columns=wanted))
-        return dict(zip(wanted, pyarrow.concat_tables(tables).columns, strict=True)), [t.num_rows for t in tables]
+            try:
+                _check_columns(path, pyarrow.parquet.read_schema(path).names, wanted)
+                tables.append(pyarrow.parquet.read_table(path, columns=wanted))
+            except UserError:
+                raise
+            except Exception as error:  # of many classes, by what is damaged
+                raise UserError(f"{path!r} cannot be read as parquet ({first_line(error)}).") from error
+            try:
+                # A column without any value has a type of its own and fits the others.
+                schema = pyarrow.unify_schemas([schema, tables[-1].schema], promote_options="default")
+            except pyarrow.ArrowException as error:
+                raise UserError(
+                    f"a column of {path!r} has another type than in the tables before it ({first_line(error)}); name "
+                    "tables of one schema, or make each a source of its own."
+                ) from error
+        columns = pyarrow.concat_tables(tables, promote_options="default").columns
+        return dict(zip(wanted, columns, strict=True)), [table.num_rows for table in tables]
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         """A worker process reads the tables itself."""
@@ -110,7 +193,10 @@ class TableSource:
 
     def _value(self, key: str, index: int) -> Any:
         value = self._columns[key][index]
-        return value if isinstance(value, str) else value.as_py()
+        try:
+            return value if isinstance(value, str) else value.as_py()
+        except UnicodeDecodeError as error:
+            raise BadSample("text is not UTF-8", str(error)) from error
 
     def _path(self, index: int, value: str) -> str:
         if files.is_remote(value):
@@ -120,8 +206,15 @@ class TableSource:
 
     def where(self, index: int) -> dict[str, str]:
         """Path of the image, or the row's number."""
-        value = self._value(self.image_key, index)
+        try:
+            value = self._value(self.image_key, index)
+        except BadSample:
+            value = None
         return {"file": self._path(index, value)} if isinstance(value, str) else {"row": str(index)}
+
+    def card(self) -> dict[str, Any]:
+        """Number of rows, a hash of the tables (see `files.fingerprint`), and their names and sizes."""
+        return _card(len(self), self.tables, whole=_WHOLE if self._arguments[0] == "csv" else 0)
 
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
@@ -132,10 +225,10 @@ class TableSource:
         if isinstance(image, str) and image:
             name = self._path(index, image)
             try:
-                image = files.File(name).read(0, files.stat(name)[0])
-            except OSError as error:
-                raise BadSample("file cannot be read", str(error)) from error
-        if not image:
+                image = files.read(name, tar_index.MAX_BYTES["image"])
+            except (OSError, ValueError) as error:  # a ValueError for a zero byte, or a URL that cannot be opened
+                raise files.unreadable(error) from error
+        if not (image and isinstance(image, bytes)):
             raise BadSample("image file is empty" if name != str(index) else "no image in the row")
         text = [caption for key in self.text_keys for caption in _strings(self._value(key, index))]
         if not text:
@@ -147,6 +240,16 @@ class TableSource:
             "tags": _strings(tags.split(",") if isinstance(tags, str) else tags),
             "id": name,
         }
+
+
+def _card(samples: int, paths: Sequence[str], whole: int = 0) -> dict[str, Any]:
+    sizes = [{"name": os.path.basename(path), "bytes": files.stat(path)[0]} for path in paths]
+    return {"samples": samples, "hash": files.fingerprint(paths, whole=whole), "files": sizes}
+
+
+def first_line(error: Exception) -> str:
+    """Class and first line of an error of a library, for a sentence."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _strings(value: Any) -> list[str]:
@@ -206,6 +309,5 @@ class ArrayRecordSource:
         return {"image": features[self.image_key][0], "text": text, "tags": tags, "id": str(index)}
 
     def card(self) -> dict[str, Any]:
-        """Names and sizes of the files, and the number of records."""
-        found = [{"name": os.path.basename(path), "bytes": files.stat(path)[0]} for path in self.files]
-        return {"samples": len(self), "hash": "", "files": found}
+        """Number of records, a hash of the files (see `files.fingerprint`), and their names and sizes."""
+        return _card(len(self), self.files)

@@ -8,6 +8,8 @@ nothing is lost without a trace: a row with a fault cannot be read, and whoever 
 
 import concurrent.futures
 import hashlib
+import io
+import json
 import os
 import pathlib
 import queue
@@ -21,7 +23,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from xclip_jax.data import assets, files
-from xclip_jax.errors import UserError, exit_with_message
+from xclip_jax.errors import Parser, UserError, exit_with_message
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jfif", "ppm")
 # Faults of a row, by number.
@@ -33,6 +35,7 @@ OK, NO_TEXT, NO_IMAGE, CUT_OFF, DAMAGED, EMPTY, TOO_LARGE = range(len(FAULTS))
 MAX_BYTES = {"image": 1 << 28, "text": 1 << 20, "json": 1 << 24}
 
 _VERSION = 1
+_DIGEST = 16  # bytes
 _FOLDER = ".xclip_index"
 _BLOCK = 512
 _CHUNK = 1 << 20
@@ -51,13 +54,12 @@ def dtype(key_size: int) -> np.dtype:
 
 
 def _number(field: bytes) -> int | None:
-    """A tar header's number: octal digits, or base 256 above 8 GiB; None if it is neither."""
+    """A tar header's number: octal digits, or base 256 above 8 GiB; None if it is neither, or negative."""
     if field[0] & 0x80:
-        return int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
-    try:
-        return int(field.strip(b" \0") or b"0", 8)
-    except ValueError:
-        return None
+        return None if field[0] & 0x40 else int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
+    digits = field.strip(b" \0")
+    # int() would take signs and underscores too, and a walk by a negative size never ends.
+    return None if digits.strip(b"01234567") else int(digits or b"0", 8)
 
 
 def _header_size(block: bytes) -> int | None:
@@ -145,7 +147,8 @@ def members(path: str, size: int) -> Iterator[tuple[bytes, int, int]]:
             elif kind in (b"x", b"X"):
                 records = _pax(content)
                 name = records.get(b"path", name)
-                real_size = int(records[b"size"]) if records.get(b"size", b"").isdigit() else None
+                digits = records.get(b"size", b"")
+                real_size = int(digits) if digits.isdigit() and len(digits) < 20 else None
         else:
             length = length if real_size is None else real_size
             if kind in b"123456":
@@ -222,8 +225,29 @@ def cached_at(path: str) -> list[pathlib.Path]:
     return [elsewhere] if files.is_remote(path) else [pathlib.Path(folder) / _FOLDER / file, elsewhere]
 
 
+def read(place: pathlib.Path) -> np.ndarray | None:
+    """Return the rows of a stored index, mapped into memory; None where it does not exist or is not as it was written.
+
+    Behind the rows is their digest: whatever cut, emptied or changed the file, the tar is then indexed again.
+    """
+    try:
+        with place.open("rb") as file:
+            left = os.fstat(file.fileno()).st_size - _DIGEST
+            digest = hashlib.blake2b(digest_size=_DIGEST)
+            while left > 0 and (chunk := file.read(min(left, _CHUNK))):
+                digest.update(chunk)
+                left -= len(chunk)
+            if file.read() != digest.digest():
+                return None
+        rows = np.load(place, mmap_mode="r").view(np.ndarray)
+    except (OSError, ValueError):
+        return None
+    key = (rows.dtype.fields or {}).get("key")
+    return rows if rows.ndim == 1 and len(rows) and key and rows.dtype == dtype(key[0].itemsize) else None
+
+
 def _cached(path: str) -> pathlib.Path | None:
-    return next((place for place in cached_at(path) if place.is_file()), None)
+    return next((place for place in cached_at(path) if read(place) is not None), None)
 
 
 def build(path: str) -> pathlib.Path:
@@ -238,8 +262,13 @@ def build(path: str) -> pathlib.Path:
             continue
         temporary = place.with_name(f".{place.name}.{os.getpid()}.{threading.get_ident()}")
         try:
+            content = io.BytesIO()
+            np.save(content, rows)
             with temporary.open("wb") as file:
-                np.save(file, rows)
+                file.write(content.getbuffer())
+                file.write(hashlib.blake2b(content.getbuffer(), digest_size=_DIGEST).digest())
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, place)
         except OSError:  # a full or a read-only disk that did not look like one
             temporary.unlink(missing_ok=True)
@@ -263,7 +292,7 @@ class _Indexer:
         )
 
     def __call__(self, path: str) -> None:
-        self._process.stdin.write(path + "\n")
+        self._process.stdin.write(json.dumps(path) + "\n")  # a name may hold a line break
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if answer != "ok\n":
@@ -285,16 +314,18 @@ def load(paths: Sequence[str], *, processes: int | None = None) -> list[pathlib.
     Raises:
       UserError: a tar that cannot be read, or no place to store an index.
     """
-    todo = [path for path in paths if _cached(path) is None]
+    with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+        places = dict(zip(paths, pool.map(_cached, paths), strict=True))
+    todo = [path for path, place in places.items() if place is None]
     if todo:
         if processes is None:
             processes = min(os.cpu_count() or 1, 16, len(todo) // 4)
         _build_all(todo, processes)
-    places = [_cached(path) for path in paths]
-    for path, place in zip(paths, places, strict=True):
-        if place is None:
+    for path in todo:
+        places[path] = _cached(path)
+        if places[path] is None:
             raise UserError(f"{path!r} changed while it was indexed; start again when it is complete.")
-    return places
+    return [places[path] for path in paths]
 
 
 def _build_all(todo: list[str], processes: int) -> None:
@@ -340,7 +371,7 @@ def _build_all(todo: list[str], processes: int) -> None:
 def _serve() -> None:
     for line in sys.stdin:
         try:
-            build(line.rstrip("\n"))
+            build(json.loads(line))
             print("ok", flush=True)
         except (OSError, UserError) as error:
             print(" ".join(str(error).split()), flush=True)
@@ -348,13 +379,14 @@ def _serve() -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """The command; see the module's docstring."""
-    if list(arguments) == ["--serve"]:
+    if list(arguments) == ["--serve"]:  # by `_Indexer`
         _serve()
-    elif len(arguments) == 1:
-        with exit_with_message():
-            load(files.expand(arguments[0]))
-    else:
-        sys.exit("usage: python -m xclip_jax.data.tar_index PATTERN")
+        return
+    parser = Parser(prog="python -m xclip_jax.data.tar_index", description="Index tars of pairs ahead of a run.")
+    parser.add_argument("pattern", help="of tars: paths, ranges as {00000..01242}.tar and globs, with commas between")
+    options = parser.parse_args(arguments)
+    with exit_with_message():
+        load(files.expand(options.pattern))
 
 
 if __name__ == "__main__":

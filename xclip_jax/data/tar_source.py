@@ -44,11 +44,23 @@ def decode_text(data: bytes) -> str:
 
 
 def json_strings(record: Any, key: str) -> list[str]:
-    """The strings at `key` of a JSON object, '/' stepping into nested ones; [] for none."""
+    """The strings at `key` of a JSON object, '/' stepping into nested ones; [] for none.
+
+    JSON may hold half of a surrogate pair, of a letter cut in two; it becomes U+FFFD, since no other code takes it.
+    """
     for part in key.split("/"):
         record = record.get(part) if isinstance(record, dict) else None
     values = record if isinstance(record, list) else [record]
-    return [text for value in values if isinstance(value, str) and (text := value.strip())]
+    return [text for value in values if isinstance(value, str) and (text := whole_letters(value.strip()))]
+
+
+def whole_letters(text: str) -> str:
+    """Return `text` with surrogate pairs joined and halves of them replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 class TarSource:
@@ -137,7 +149,7 @@ class TarSource:
         if "json" in self._parts:
             try:
                 fields = json.loads(parts["json"] or b"{}")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadSample("JSON file is damaged", str(error)) from error
         text = []
         for key in self.text_keys:

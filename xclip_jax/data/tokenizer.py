@@ -16,6 +16,7 @@ import numpy as np
 import tokenizers
 
 from xclip_jax.data import assets
+from xclip_jax.data.tar_source import whole_letters
 from xclip_jax.errors import UserError
 
 NAMES = ("clip", "bytes")
@@ -23,6 +24,8 @@ END_TOKENS = ("<|endoftext|>", "</s>", "[SEP]")
 START_TOKENS = ("<|startoftext|>", "<s>", "[CLS]")
 PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>")
 
+# Longer texts are encoded each time; the cache then takes 100 MB at most, of Latin letters and 77 tokens.
+_CACHED_LETTERS = 512
 _CLIP_MERGES = 48894
 _CLIP_START, _CLIP_END = "<start_of_text>", "<end_of_text>"
 # \p{L} stays without brackets: in a class, and without regard to case, U+0345 would count as a letter because it equals
@@ -53,8 +56,9 @@ class Tokenizer:
     ) -> None:
         self.name, self.vocab_size = name, vocab_size
         self.sot_id, self.eot_id, self.pad_id = sot_id, eot_id, pad_id
+        self._encode = encode
         # Data sets repeat their captions from epoch to epoch, small ones often; cleaning costs more than the merges.
-        self._encode = functools.lru_cache(maxsize=1 << 16)(encode)
+        self._cached_ids = functools.lru_cache(maxsize=1 << 16)(self._ids)
 
     def __call__(self, texts: Sequence[str], length: int) -> np.ndarray:
         """int32 (len(texts), length): start, text, end, padding. Longer texts are cut before their end token.
@@ -66,13 +70,16 @@ class Tokenizer:
             raise UserError(f"texts is the string {texts[:40]!r}; pass a list of strings.")
         if length < 2:
             raise UserError(f"text length {length} has no room for a start and an end token; it must be 2 or more.")
-        start = [] if self.sot_id is None else [self.sot_id]
         out = np.full((len(texts), length), self.pad_id, np.int32)
         for row, text in zip(out, texts, strict=True):
-            ids = (start + self._encode(text))[: length - 1]
+            ids = (self._cached_ids if len(text) <= _CACHED_LETTERS else self._ids)(text, length)
             row[: len(ids)] = ids
-            row[len(ids)] = self.eot_id
         return out
+
+    def _ids(self, text: str, length: int) -> np.ndarray:
+        """The ids of one text, without padding; an array, since a list takes several times the memory."""
+        start = [] if self.sot_id is None else [self.sot_id]
+        return np.array([*(start + self._encode(text))[: length - 1], self.eot_id], np.int32)
 
     def __reduce__(self) -> tuple[Callable[[str], "Tokenizer"], tuple[str]]:
         """Pickles as its name: data workers load it once each instead of receiving the vocabulary with each message."""
@@ -155,7 +162,7 @@ def _from_file(path: str) -> Tokenizer:
     try:
         model = tokenizers.Tokenizer.from_file(os.fspath(path))
     except Exception as error:  # The library raises bare `Exception`.
-        raise UserError(f"tokenizer file {path!r} is no Hugging Face tokenizers JSON: {error}") from error
+        raise UserError(f"tokenizer file {path!r} is not a Hugging Face tokenizers JSON: {error}") from error
     model.no_padding()
     model.no_truncation()
     # A caption that spells out "</s>" must not end its row.
@@ -169,9 +176,19 @@ def _from_file(path: str) -> Tokenizer:
         raise UserError(
             f"tokenizer file {path!r} has no end token; add one of {', '.join(END_TOKENS)} to its vocabulary."
         )
+
+    def encode(text: str) -> list[int]:
+        try:
+            return model.encode(whole_letters(text), add_special_tokens=False).ids
+        except Exception as error:  # The library raises bare `Exception`.
+            raise UserError(
+                f"tokenizer file {path!r} cannot encode {text[:40]!r} ({error}); add an unknown token to its "
+                "vocabulary."
+            ) from error
+
     return Tokenizer(
         path,
-        lambda text: model.encode(text, add_special_tokens=False).ids,
+        encode,
         vocab_size=max(model.get_vocab(with_added_tokens=True).values()) + 1,
         sot_id=find(START_TOKENS),
         eot_id=end,

@@ -68,10 +68,10 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     """A JSON object; `UserError` where there is another thing."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no JSON object; fetch it anew.")
+        raise UserError(f"{path} is not a JSON object; download it again.")
     return content
 
 
@@ -83,9 +83,8 @@ def tensors(file: epath.Path) -> tuple[Tensors, str]:
       begin with "module.") or "pickle".
     """
     if file.name.endswith(".index.json"):
-        shards = sorted(set(read_json(file).get("weight_map", {}).values()))
         found: Tensors = {}
-        for shard in shards:
+        for shard in _shards(file):
             if not (file.parent / shard).exists():
                 raise UserError(f"{file} names {shard}, which is not there; fetch it.")
             found |= tensors(file.parent / shard)[0]
@@ -107,6 +106,18 @@ def tensors(file: epath.Path) -> tuple[Tensors, str]:
         if all(name.startswith(prefix) for name in found):
             found, how = {name.removeprefix(prefix): x for name, x in found.items()}, "checkpoint"
     return found, how
+
+
+def _shards(index: epath.Path) -> list[str]:
+    """Names of the files of weights that an index.json lists, each beside it."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{index} has no 'weight_map' of tensors and files; download it again.")
+    for name in names.values():
+        # Another index could name this one, and so on without end.
+        if not (isinstance(name, str) and name.endswith(SUFFIXES)) or "/" in name or "\\" in name:
+            raise UserError(f"{index} names {name!r}, not a file of weights ({', '.join(SUFFIXES)}) beside it.")
+    return sorted(set(names.values()))
 
 
 def _array(info: Mapping[str, Any], name: str, file: epath.Path) -> np.ndarray:

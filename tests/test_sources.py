@@ -1,0 +1,196 @@
+"""Folders, TFDS data sets, specs of sources, and the cards that say which data a run reads."""
+
+import io
+import os
+import shutil
+
+import pytest
+import tensorflow_datasets as tfds
+
+from tests import tiny, torture
+from xclip_jax.data import ahead, glue, sources, tar_index
+from xclip_jax.errors import BadSample, UserError
+
+
+def open_source(spec, data_dir=""):
+    return sources.open_source(spec, data_dir=data_dir, image_key="image", text_keys=("text",), tags_key="")
+
+
+def names(source):
+    return [str(path.relative_to(source.path)) for path in source.images]
+
+
+def test_hidden_folders_and_files_are_no_pairs(tmp_path):
+    tiny.folder(tmp_path / ".data" / "pairs", n=3)  # above the root a dot means nothing
+    root = tmp_path / ".data" / "pairs"
+    before = names(sources.FolderSource(root))
+    for place in (".ipynb_checkpoints/a-checkpoint.jpg", "sub/.thumbs/b.jpg", "._c.jpg", "sub/d/e.JPG", "sub-1/f.png"):
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        (root / place).write_bytes(torture.jpeg(0))
+    (root / "folder.jpg").mkdir()
+    after = names(sources.FolderSource(root))
+    assert sorted(after) == sorted([*before, "sub/d/e.JPG", "sub-1/f.png"])
+    assert after.index("sub/d/e.JPG") < after.index("sub-1/f.png")  # by folders, not by letters
+
+
+def test_what_a_folder_cannot_read_is_a_bad_sample(tmp_path, monkeypatch):
+    tiny.folder(tmp_path, n=1)
+    for name in ("pipe", "pipe_text", "large", "large_text", "no_text", "link"):
+        (tmp_path / f"{name}.jpg").write_bytes(torture.jpeg(0))
+        (tmp_path / f"{name}.txt").write_text("caption")
+    for name in ("pipe.jpg", "pipe_text.txt"):
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "no_text.txt").unlink()
+    (tmp_path / "link.jpg").unlink()
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setitem(tar_index.MAX_BYTES, "image", 10_000)
+    monkeypatch.setitem(tar_index.MAX_BYTES, "text", 1000)
+    (tmp_path / "large.jpg").write_bytes(bytes(10_001))
+    (tmp_path / "large_text.txt").write_bytes(b"x" * 1001)
+    source, reasons = sources.FolderSource(tmp_path), {}
+    for i, path in enumerate(source.images):
+        try:
+            source[i]
+        except BadSample as error:
+            reasons[path.stem] = error.reason
+    assert reasons == {
+        "pipe": "file cannot be read", "pipe_text": "file cannot be read", "large": "file too large",
+        "large_text": "file too large", "no_text": "no caption file", "link": "no image file",
+    }
+
+
+def test_card_of_a_folder(tmp_path):
+    """It is that of a copy in another place; another name, size or number of files changes it."""
+    root = tiny.folder(tmp_path / "a", n=4)
+    card = sources.Decoded(sources.FolderSource(root)).card()
+    assert card["samples"] == 4 and len(card["hash"]) == 32
+    shutil.copytree(root, tmp_path / "b")
+    [image, *_] = sorted((tmp_path / "b").glob("*.*g"))
+    os.utime(image, (1, 1))
+    copy = sources.FolderSource(tmp_path / "b")
+    assert copy.card() == card
+    text = image.with_suffix(".txt")
+    hashes = {card["hash"]}
+    for change in (
+        lambda: text.write_text(f"{text.read_text()}!"), lambda: image.write_bytes(image.read_bytes() + b"x"),
+        lambda: image.rename(image.with_stem("new")), lambda: text.rename(text.with_stem("new")),
+    ):
+        change()
+        hashes.add(sources.FolderSource(tmp_path / "b").card()["hash"])
+    assert len(hashes) == 5
+
+
+def test_card_of_a_folder_takes_names_that_are_not_utf8(tmp_path):
+    path = os.fsencode(tmp_path) + b"/\xff.jpg"
+    with open(path, "wb") as file:
+        file.write(torture.jpeg(0))
+    (tmp_path / "\udcff.txt").write_text("x")
+    assert sources.FolderSource(tmp_path).card()["samples"] == 1
+
+
+def test_card_of_the_demo():
+    splits = ("train", "train", "train[:10]", "test_line")
+    cards = [sources.card(open_source(f"demo:{split}")) for split in splits]
+    assert cards[0] == cards[1] and cards[0]["name"].startswith("emoji_pairs/")
+    assert [card["samples"] for card in cards[1:]] == [4309, 10, 1474]
+    assert len({card["hash"] for card in cards}) == 3
+    with pytest.raises(UserError, match=r"^source 'demo:tests': the demo's splits are .*test_line, .*train"):
+        open_source("demo:tests")
+
+
+class Numbers(tfds.core.GeneratorBasedBuilder):
+    """A TFDS data set; one with the images in bytes needs no TensorFlow."""
+
+    VERSION = tfds.core.Version("1.2.0")
+    n = 3
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "text": tfds.features.Text()})
+        return self.dataset_info_from_configs(features=features)
+
+    def _split_generators(self, _):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(self.n):
+            yield i, {"image": io.BytesIO(torture.encode(torture.picture(i), "PNG")), "text": f"number {i}"}
+
+
+def prepare(folder, n, file_format="array_record"):
+    Numbers.n = n
+    builder = Numbers(data_dir=str(folder), file_format=file_format)
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=1))
+    return str(folder)
+
+
+def test_tfds(tmp_path):
+    folder = prepare(tmp_path / "a", 3)
+    source = open_source("tfds:numbers/train", folder)
+    assert source[1]["text"] == ["number 1"]
+    card = source.card()
+    assert (card["samples"], card["name"], card["split"]) == (3, "numbers/1.2.0", "train")
+    shutil.copytree(folder, tmp_path / "b")
+    assert open_source("tfds:numbers/train", str(tmp_path / "b")).card() == card
+    part = open_source("tfds:numbers/train[:2]", folder)
+    assert len(part) == 2 and part.card()["hash"] != card["hash"]
+    other = open_source("tfds:numbers/train[:3]", prepare(tmp_path / "c", 4))
+    assert len(other) == 3 and other.card()["hash"] != open_source("tfds:numbers/train[:3]", folder).card()["hash"]
+    with pytest.raises(UserError, match=r"^TFDS data set 'numbers', split 'tests', cannot be read from .*/a \(.*tests"):
+        open_source("tfds:numbers/tests", folder)
+
+
+def test_tfds_that_is_not_there_or_in_another_format(tmp_path):
+    command = r"`tfds build numbers --file_format=array_record --data_dir=.*`\.$"
+    with pytest.raises(UserError, match=r"^TFDS data set 'numbers' is not prepared in .*/x; prepare .*" + command):
+        open_source("tfds:numbers/train", str(tmp_path / "x"))
+    with pytest.raises(UserError, match=r"^unknown TFDS data set 'no_numbers'; see https://"):
+        open_source("tfds:no_numbers/train", str(tmp_path / "x"))
+
+
+def test_tfds_without_random_access(monkeypatch):
+    class Builder:
+        info = type("Info", (), {"features": {}, "file_format": tfds.core.FileFormat.TFRECORD})
+
+        def is_prepared(self):
+            return True
+
+        def as_data_source(self, *_, **__):
+            raise NotImplementedError("Random access data source for file format FileFormat.TFRECORD is not supported.")
+
+    monkeypatch.setattr(tfds, "builder", lambda *_, **__: Builder())
+    message = r"^TFDS data set 'x' in the default data_dir is prepared as tfrecord, which gives no random access; .*"
+    with pytest.raises(UserError, match=message + r"--file_format=array_record`\.$"):
+        sources.open_tfds("x", "train", None)
+
+
+def test_a_path_without_its_prefix(tmp_path):
+    for name, meant in (("pairs", "folder"), ("a.tar", "tar"), ("a.tsv", "csv"), ("a.parquet", "parquet")):
+        path = tmp_path / name
+        path.mkdir() if meant == "folder" else path.touch()
+        with pytest.raises(UserError, match=rf"^unknown source '{path}'; .*did you mean '{meant}:{path}'\?$"):
+            open_source(str(path))
+    with pytest.raises(UserError, match=r"^unknown source 'what:x'; write tar:PATTERN, .* or demo:SPLIT\.$"):
+        open_source("what:x")
+
+
+def test_incomplete_rows_of_glue_are_counted_and_many_refused(tmp_path, capsys):
+    head = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
+    rows = [f"{i}\t1\t2\tWhat {i}?\tWhy?\t{i % 2}" for i in range(300)]
+    (tmp_path / "dev.tsv").write_text("\n".join([head, *rows]))
+    assert len(glue.read("qqp", "validation", str(tmp_path))[0]) == 300
+    assert capsys.readouterr().out == ""
+    rows[7], rows[9] = "7\t1\t2\tWhat?\t\t1", "9\t1\t2\tWhat?"
+    (tmp_path / "dev.tsv").write_text("\n".join([head, *rows]))
+    texts, labels = glue.read("qqp", "validation", str(tmp_path))
+    assert len(texts) == len(labels) == 298
+    message = "dev.tsv': 2 of 300 rows lack a text or the label (1 end too early) and are left out\n"
+    assert capsys.readouterr().out.endswith(message)
+    (tmp_path / "dev.tsv").write_text("\n".join([head, *rows[:100]]))
+    with pytest.raises(UserError, match=r"dev\.tsv': 2 of 100 rows lack .* \(1 end too early\); the file is damaged"):
+        glue.read("qqp", "validation", str(tmp_path))
+
+
+def test_threads_below_zero():
+    with pytest.raises(UserError, match="threads is -1; it must be 0, for one a core, or more"):
+        ahead.Ahead(str, 3, threads=-1)
