@@ -20,6 +20,7 @@ from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Encoder, sets, table
 from xclip_jax.losses.noncontrastive import diagnose
 from xclip_jax.metrics import say
+from xclip_jax.parallel.mesh import batch_part
 from xclip_jax.parts import Parts, build
 from xclip_jax.report import document, picture
 from xclip_jax.state import TrainState, create
@@ -104,7 +105,8 @@ def _train(
     config: ml_collections.ConfigDict, parts: Parts, checkpointer: Checkpointer, folder: epath.Path
 ) -> tuple[TrainState, bool]:
     """Makes or restores the state and trains it. Returns it, and whether it was interrupted."""
-    found = loader.open_sources(parts.data, parts.objective.classify.classes if parts.objective.classifies else 0)
+    classes = parts.objective.classify.classes if parts.objective.classifies else 0
+    found = loader.open_sources(parts.data, classes, parts.objective.fields)
     _check_data(folder, found)
     count = sum(x.size for x in jax.tree.leaves(parts.abstract.params))
     items = "items" if parts.objective.classifies else "pairs"
@@ -205,11 +207,12 @@ def _loop(
     """Trains to the end, or to an interrupt. Returns the state and whether it was interrupted."""
     start, b = int(state.step), parts.data.batch
     log = Log(config, parts, folder, start, sum(map(len, found)), ledger)
+    host, hosts = batch_part(parts.mesh)
     batches = loader.batches(
         loader.sample_order(found, parts.data, config.seed),
         loader.Transform(parts.data, parts.size, parts.tokenizer, parts.length, parts.objective.fields),
         batch=b, start=start, stop=config.steps, seed=config.seed,
-        host=jax.process_index(), hosts=jax.process_count(), ledger=ledger,
+        host=host, hosts=hosts, ledger=ledger,
     )
     during = config.eval.sets if config.eval.every else ()
     encoder = make_encoder(config, parts)
