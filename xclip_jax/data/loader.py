@@ -365,7 +365,7 @@ def batches(
     dataset = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
     if config.workers:
         processes = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=_READY)
-        dataset = dataset.mp_prefetch(processes, worker_init_fn=workers.end_with_parent)
+        dataset = dataset.mp_prefetch(processes, worker_init_fn=workers.prepare)
     return _noted(iter(dataset), reader, ledger)
 
 
