@@ -132,6 +132,7 @@ CONFLICTS = [
     ({"data.crop_scale": (-1.0, 0.5)}, r"data\.crop_scale is \(-1\.0, 0\.5\)"),
     ({"data.crop_scale": (0.5, 2.0)}, r"data\.crop_scale is \(0\.5, 2\.0\)"),
     ({"data.tags_behind": 0.7, "data.tags_alone": 0.7}, r"must not exceed 1 together"),
+    ({"data.cache": True, "data.workers": 2}, r"data\.cache with data\.workers=2 .*data\.workers=0"),
 ]
 
 

@@ -107,6 +107,17 @@ def test_any_cut_is_a_bad_sample(n):
             transforms.decode(data[: n if n < len(data) - 300 else len(data) // 2])
 
 
+@pytest.mark.parametrize("resample", transforms.RESAMPLE)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 40)])
+def test_crops_of_less_than_a_pixel(resample, shape):
+    """Tracking pixels of the web: a crop of less than half a pixel may round to one behind the border."""
+    image = np.full((*shape, 3), 77, np.uint8)
+    for scale in ((0.08, 1.0), (1e-9, 1e-6)):
+        for seed in range(50):
+            crop = transforms.random_resized_crop(image, 8, np.random.default_rng(seed), scale, resample=resample)
+            np.testing.assert_array_equal(crop, np.full((8, 8, 3), 77))
+
+
 def test_area_is_the_mean_over_pixels():
     image = np.asarray(torture.picture(2, w=64, h=64))
     rng = np.random.default_rng(0)

@@ -76,6 +76,22 @@ def test_each_bad_sample_is_written_once_and_counted_each_time(tmp_path):
     assert len(lines(tmp_path)) == 2
 
 
+def test_what_several_processes_load_counts_once(tmp_path, monkeypatch):
+    """Four processes, of which 0 and 1, and 2 and 3, load the same rows."""
+    gathered = [[0, 10, [entry(1)]], [0, 10, [entry(1) | {"detail": "here"}]], [1, 7, [entry(6)]], [1, 7, [entry(6)]]]
+    monkeypatch.setattr(ledger, "_gather", lambda content: [content, *gathered[1:]])
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad=1.0)
+    book.add(8, 10, [entry(1)], 0)
+    book.sync(8)
+    assert book.counters == {"samples": 8, "tokens": 17, "bad": {"not an image": 2}}
+    assert [line["position"] for line in lines(tmp_path)] == [1, 6]
+    for other in ([0, 10, []], [0, 9, [entry(1)]], [0, 10, [entry(1, index=5)]]):
+        gathered[1] = other
+        book.add(16, 10, [entry(1)], 0)
+        with pytest.raises(UserError, match=r"process 1 and another one load the same rows .* read different samples"):
+            book.sync(16)
+
+
 def test_share_is_of_a_thousand_at_least(tmp_path):
     book = ledger.Ledger(epath.Path(tmp_path), max_bad=0.05)
     book.add(8, 0, [entry(i) for i in range(50)])

@@ -1,6 +1,7 @@
 import dataclasses
 import glob
 import itertools
+import json
 import os
 import pickle
 from types import SimpleNamespace
@@ -9,9 +10,11 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from etils import epath
 
 from tests import tiny
-from xclip_jax.data import loader, slots, sources, tokenizer, transforms
+from xclip_jax import trainer
+from xclip_jax.data import ledger, loader, slots, sources, tokenizer, transforms
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.parallel.mesh import make_mesh
 
@@ -85,6 +88,75 @@ def test_equal_captions_are_kept_apart(weights):
             assert all(len(set(ends[i : i + 64])) == 64 for i in range(0, len(source) - 63, 64))
     again = loader.sample_order(found, c, seed=3)
     assert [again.places[i] for i in (2500, 10, 1700)] == [places[i] for i in (2500, 10, 1700)]
+
+
+class Hostile(Numbers):
+    """Records with which sources, decoders and tokens' readers raise whatever they like."""
+
+    def __getitem__(self, i):
+        record = super().__getitem__(i)
+        if i == 3:
+            raise RecursionError("maximum recursion depth exceeded")
+        if i == 5:
+            return record | {"tags": None}
+        if i == 8:
+            return record | {"image": None}
+        if i == 9:
+            del record["tags"]
+        return record
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_any_exception_of_a_sample_makes_it_a_bad_one(tmp_path, apart):
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad=1.0)
+    c = config(apart=apart)
+    batches = read([Hostile("a", 16)], c, stop=2, ledger=book)
+    book.sync(16)
+    entries = {entry["index"]: entry for entry in map(json.loads, book.path.read_text().splitlines())}
+    assert entries.keys() == {3, 5, 8, 9}
+    assert entries[3]["reason"] == "RecursionError" and "maximum recursion" in entries[3]["detail"]
+    assert entries[5]["reason"] == "TypeError" and entries[9]["reason"] == "KeyError"
+    rows = texts(batches)
+    assert len(rows) == 16 and not set(rows) & {"a 3", "a 5", "a 8", "a 9"}
+    with pytest.raises(UserError, match=r"sample \{.*'index': .* cannot be used"):
+        read([Hostile("a", 16)], c, stop=2)
+
+
+@pytest.mark.parametrize("error", [UserError("no bucket"), MemoryError("all of it"), KeyboardInterrupt("stop")])
+@pytest.mark.parametrize("where", ["record", "image"])
+def test_what_concerns_the_whole_run_ends_it(tmp_path, monkeypatch, error, where):
+    def fail(*_, **__):
+        raise error
+
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad=1.0)
+    if where == "record":
+        monkeypatch.setattr(Numbers, "__getitem__", fail)
+    else:
+        monkeypatch.setattr(transforms, "decode", fail)
+    with pytest.raises(type(error), match=str(error)):
+        read([Numbers("a", 16)], config(threads=0), stop=2, ledger=book)
+
+
+def test_a_batch_is_not_larger_than_the_pairs(tmp_path):
+    pairs = f"folder:{tiny.folder(tmp_path / 'pairs', 12)}"
+    c = config(sources=(pairs, pairs), batch=25, weights=(0.5, 0.5))
+    with pytest.raises(UserError, match=r"data\.batch=25 exceeds the 24 pairs of data\.sources.*at most 24"):
+        loader.open_sources(c, 0, ("image", "text"))
+    assert loader.open_sources(dataclasses.replace(c, batch=24), 0, ("image", "text"))
+    assert loader.open_sources(c)  # nothing is trained
+    with pytest.raises(UserError, match=r"data\.batch=16 exceeds the 12 pairs"):
+        trainer.run(tiny.config(run=tmp_path / "run", data__sources=(pairs,), data__batch=16))
+
+
+def test_labelled_items_may_be_fewer_than_a_batch(tmp_path):
+    for name in ("a", "b"):
+        tiny.folder(tmp_path / name, 2)
+    assert loader.open_sources(config(sources=(f"folder:{tmp_path}",), batch=64), 2, ("image", "label"))
+
+
+def test_workers_have_no_cache():
+    with pytest.raises(UserError, match=r"data\.cache with data\.workers=2 .*data\.workers=0"):
+        loader.open_sources(config(cache=True, workers=2))
 
 
 def test_labels_cannot_be_kept_apart():

@@ -1,3 +1,4 @@
+import json
 import os
 import pathlib
 import socket
@@ -23,15 +24,13 @@ def start(devices, *args):
     )
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What one process with four devices saw, and each of two with two."""
-    root = tmp_path_factory.mktemp("processes")
-    pairs = tiny.folder(root / "pairs")
+def address():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    running = [start(2, pairs, root / "two", address, 2, i) for i in range(2)] + [start(4, pairs, root / "one")]
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def wait_for(running):
     for process in running:
         try:
             said, _ = process.communicate(timeout=240)
@@ -39,6 +38,14 @@ def found(tmp_path_factory):
             process.kill()
             raise
         assert process.returncode == 0, said
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What one process with four devices saw, and each of two with two."""
+    root = tmp_path_factory.mktemp("processes")
+    pairs, at = tiny.folder(root / "pairs"), address()
+    wait_for([start(2, pairs, root / "two", at, 2, i) for i in range(2)] + [start(4, pairs, root / "one")])
     return [dict(np.load(root / f"{name}.npz")) for name in ("one.0", "two.0", "two.1")]
 
 
@@ -68,6 +75,61 @@ def test_each_process_gets_all_features(found):
 
 def test_a_checkpoint_comes_back_in_each_process(found):
     assert all(x["restored"].all() for x in found)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs on one device, and on two of a process each, along the mesh's data and along its model axis."""
+    root = tmp_path_factory.mktemp("runs")
+    pairs = tiny.folder(root / "pairs", 16)
+    for i in range(5):
+        (pairs / f"{3 * i:03d}.png").write_bytes(b"damaged")
+    where = {"one": start(1, "run", pairs, root / "one", 1, 1)}
+    wait_for(where.values())
+    for name, sizes in (("data", (2, 1)), ("model", (1, 2))):
+        at = address()
+        wait_for([start(1, "run", pairs, root / name, *sizes, at, 2, i) for i in range(2)])
+    return root
+
+
+def texts(root, name, process=0):
+    """Global shape and this process's rows of each batch."""
+    seen = np.load(root / f"{name}.{process}.npz")
+    return [tuple(shape) for shape in seen["shapes"]], seen["texts"]
+
+
+def metrics(root, name):
+    lines = [json.loads(line) for line in (root / f"{name}.run" / "metrics.jsonl").read_text().splitlines()]
+    keys = ("loss", "samples", "tokens", "data/bad", "data/bad_share")
+    return [line[key] for line in lines for key in keys]
+
+
+def bad(root, name):
+    return sorted((root / f"{name}.run" / "bad_samples.jsonl").read_text().splitlines())
+
+
+def test_processes_of_a_model_group_hold_the_same_rows(runs):
+    shapes, expected = texts(runs, "one")
+    assert shapes == [(8, tiny.LENGTH)] * 2
+    for process in range(2):
+        seen, rows = texts(runs, "model", process)
+        assert seen == shapes
+        np.testing.assert_array_equal(rows, expected)
+
+
+def test_processes_of_the_data_axis_hold_halves(runs):
+    shapes, expected = texts(runs, "one")
+    halves = [texts(runs, "data", process) for process in range(2)]
+    assert all(seen == shapes for seen, _ in halves)
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows in halves], axis=1), expected)
+
+
+@pytest.mark.parametrize("name", ["data", "model"])
+def test_losses_tokens_and_bad_samples_are_those_of_one_process(runs, name):
+    expected = metrics(runs, "one")
+    assert expected[3] > 0, "no bad sample in the first batch"
+    np.testing.assert_allclose(metrics(runs, name), expected, rtol=1e-4)
+    assert bad(runs, name) == bad(runs, "one") != []
 
 
 @pytest.mark.parametrize("given", [("h:1", 0, -1), ("", 2, 0), ("h:1", 2, 2), ("h:1", 2, -1)])

@@ -1,6 +1,7 @@
-"""Trains and encodes a little, alone or as one of several processes; process 0 writes what it saw.
+"""Trains and encodes a little, alone or as one of several processes; each writes what it saw.
 
-    python -m tests.two_processes FOLDER OUT.npz [COORDINATOR PROCESSES PROCESS]
+    python -m tests.two_processes FOLDER OUT [COORDINATOR PROCESSES PROCESS]
+    python -m tests.two_processes run FOLDER OUT DATA MODEL [COORDINATOR PROCESSES PROCESS]
 """
 
 import sys
@@ -62,5 +63,26 @@ def main(folder, out, *others):
     np.savez(f"{out}.{jax.process_index()}.npz", **found)
 
 
+def run(folder, out, data, model, *others):
+    """A run of two steps on a mesh of these sizes; keeps the rows of each batch that this process's devices hold."""
+    if others:
+        processes.join(False, others[0], int(others[1]), int(others[2]))
+    config = tiny.config(
+        "xclip", run=f"{out}.run", steps=2, data__batch=8, data__sources=(f"folder:{folder}",), data__max_bad=0.5,
+        mesh__data=int(data), mesh__model=int(model), optim__eps=1e-3,
+    )
+    to_global, shapes, texts = loader.to_global, [], []
+
+    def spy(batch, mesh):
+        placed = to_global(batch, mesh)
+        shapes.append(placed["text"].shape)
+        texts.append(np.asarray(placed["text"].addressable_data(0)))
+        return placed
+
+    trainer.loader.to_global = spy
+    trainer.run(config)
+    np.savez(f"{out}.{jax.process_index()}.npz", shapes=shapes, texts=texts)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    (run if sys.argv[1] == "run" else main)(*sys.argv[1 + (sys.argv[1] == "run") :])

@@ -21,6 +21,7 @@ from xclip_jax.evaluators import Encoder, Evaluator, sets, table
 from xclip_jax.interrupt import EXIT_RESUMABLE, PreemptionHandler
 from xclip_jax.losses.noncontrastive import diagnose
 from xclip_jax.metrics import say
+from xclip_jax.parallel.mesh import batch_part
 from xclip_jax.parts import Parts, build
 from xclip_jax.report import document, picture
 from xclip_jax.run_folder import RunFolder
@@ -34,6 +35,7 @@ class _Run:
 
     Attributes:
       config, parts, folder: the config, what follows from it, and where the run is kept.
+      host, hosts: which part of each batch this process loads, of how many.
       initial: tensors of `init.weights` that a new run starts from.
       sources: training data, with a fingerprint of each.
       during: evaluators of `eval.sets`, run every `eval.every` steps.
@@ -44,6 +46,8 @@ class _Run:
     config: Config
     parts: Parts
     folder: RunFolder
+    host: int
+    hosts: int
     initial: Mapping[str, np.ndarray]
     sources: list[sources.Source]
     fingerprints: list[dict[str, Any]]
@@ -86,7 +90,8 @@ def _open(config: Config, folder: RunFolder) -> _Run:
     built = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=folder.tokenizer(config)))
     parts = build(built)
     classes = parts.objective.classify.classes if parts.objective.classifies else 0
-    opened = loader.open_sources(parts.data, classes)
+    host, hosts = batch_part(parts.mesh)
+    opened = loader.open_sources(parts.data, classes, parts.objective.fields)
     fingerprints = [sources.card(source) for source in opened]
     folder.check_sources(config, fingerprints)
     starts = config.init.weights and folder.latest_step() is None
@@ -95,7 +100,8 @@ def _open(config: Config, folder: RunFolder) -> _Run:
     specs = tuple(dict.fromkeys((*config.eval.sets, *config.eval.final_sets)))
     evaluators = dict(zip(specs, [sets.make(spec, encoder, parts.data.dir) for spec in specs], strict=True))
     during = [evaluators[spec] for spec in config.eval.sets] if config.eval.every else []
-    return _Run(config, parts, folder, initial, opened, fingerprints, during, list(evaluators.values()), encoder)
+    final = list(evaluators.values())
+    return _Run(config, parts, folder, host, hosts, initial, opened, fingerprints, during, final, encoder)
 
 
 def _train(
@@ -169,7 +175,7 @@ def _loop(
         loader.sample_order(job.sources, parts.data, config.seed),
         loader.Transform(parts.data, parts.size, parts.tokenizer, parts.length, parts.objective.fields),
         batch=b, start=start, stop=config.steps, seed=config.seed,
-        host=jax.process_index(), hosts=jax.process_count(), ledger=ledger,
+        host=job.host, hosts=job.hosts, ledger=ledger,
     )  # fmt: skip
     # A run that stopped between a checkpoint and the evaluation of the same step makes that evaluation now.
     if job.during and _due(config.eval.every, start) and 0 < start < config.steps and not log.evaluated(start):

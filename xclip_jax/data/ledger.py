@@ -29,6 +29,23 @@ def _gather(content: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
+def _distinct(gathered: Sequence[tuple[int, int, list[Entry]]]) -> list[tuple[int, list[Entry]]]:
+    """Tokens and bad samples of each part of the batch once, of (part, tokens, bad samples) of each process."""
+    notes: dict[int, tuple[int, list[Entry]]] = {}
+    for process, (part, tokens, bad) in enumerate(gathered):
+        first, others = notes.setdefault(part, (tokens, bad))
+        if first != tokens or [_place(entry) for entry in others] != [_place(entry) for entry in bad]:
+            raise UserError(
+                f"process {process} and another one load the same rows of the batch and read different samples; check "
+                "that all processes can read the same files."
+            )
+    return list(notes.values())
+
+
+def _place(entry: Entry) -> tuple[int, int, int]:
+    return entry["position"], entry["source"], entry["index"]
+
+
 class Ledger:
     """Counts what a run reads and writes `<run>/bad_samples.jsonl`: each bad sample once, with its reason.
 
@@ -54,18 +71,21 @@ class Ledger:
         self.path, self.max_bad = folder / "bad_samples.jsonl", max_bad
         self.counters = {"samples": 0, "tokens": 0, "bad": {}} | dict(counters or {})
         self._waiting: collections.deque[tuple[int, int, list[Entry]]] = collections.deque()
+        self._part = jax.process_index()
         self._file = files.JsonLines(
             self.path, lambda entry: entry["position"] < start, writes=jax.process_index() == 0
         )
         self._known = {(entry["source"], entry["index"]) for entry in self._file.kept}
 
-    def add(self, end: int, tokens: int, bad: Sequence[Entry]) -> None:
+    def add(self, end: int, tokens: int, bad: Sequence[Entry], part: int | None = None) -> None:
         """Takes note of a batch of this process.
 
         Args:
           end: place of the first sample behind the global batch.
           tokens: of this process's rows.
           bad: samples that others replaced in it.
+          part: number of the part of the global batch that this process loads, see `mesh.batch_part`. What several
+            processes load counts once. By default each process has a part of its own.
 
         Raises:
           UserError: a place for which nothing could be found.
@@ -76,23 +96,24 @@ class Ledger:
                     f"source {entry['source']} gave {entry['last']} bad samples one after another, the last for "
                     f"{entry['reason']!r}; python -m xclip_jax.data.check says what is wrong with it."
                 )
+        self._part = self._part if part is None else part
         self._waiting.append((end, tokens, list(bad)))
 
     def sync(self, samples: int) -> None:
         """Writes and counts what was noted of the run's first `samples`. All processes call it at the same steps.
 
         Raises:
-          UserError: more than the share `max_bad` is bad.
+          UserError: more than the share `max_bad` is bad; processes that load the same rows read different samples.
         """
         tokens, bad = 0, []
         while self._waiting and self._waiting[0][0] <= samples:
             _, more, entries = self._waiting.popleft()
             tokens, bad = tokens + more, bad + entries
-        found = _gather([tokens, bad])
-        entries = sorted((entry for _, each in found for entry in each), key=lambda entry: entry["position"])
+        notes = _distinct(_gather([self._part, tokens, bad]))
+        entries = sorted((entry for _, each in notes for entry in each), key=lambda entry: entry["position"])
         counts = collections.Counter(self.counters["bad"])
         counts.update(entry["reason"] for entry in entries)
-        tokens = self.counters["tokens"] + sum(tokens for tokens, _ in found)
+        tokens = self.counters["tokens"] + sum(tokens for tokens, _ in notes)
         self.counters = {"samples": samples, "tokens": tokens, "bad": dict(sorted(counts.items()))}
         self._write(entries)
         self._check()

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xclip_jax.config.fields import at_least, between, choice, key, not_empty
-from xclip_jax.data import labelled, sources, transforms
+from xclip_jax.data import labelled, records, sources, transforms, workers
 from xclip_jax.data.ledger import Entry, Ledger
 from xclip_jax.data.slots import Slots
 from xclip_jax.data.tokenizer import Tokenizer
@@ -76,28 +76,42 @@ class DataConfig:
             )
         if any(weight <= 0 for weight in self.weights):
             yield f"weights is {self.weights}; expected values above 0, and sources without a share left out"
+        if self.cache and self.workers:
+            yield (
+                f"cache with data.workers={self.workers} would keep {self.workers} copies of all decoded images; set "
+                "data.workers=0 (data.threads share one copy) or data.cache=False"
+            )
         if self.tags_behind + self.tags_alone > 1:
             yield f"tags_behind {self.tags_behind} and tags_alone {self.tags_alone} must not exceed 1 together"
 
 
-def open_sources(config: DataConfig, classes: int = 0) -> list[sources.Source]:
-    """The sources of `config`, checked against its weights; with `classes`, labelled ones of so many classes."""
+def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | None = None) -> list[sources.Source]:
+    """Open the sources of `config`.
+
+    Args:
+      config: says which, and is checked.
+      classes: of labelled sources; 0 for pairs.
+      fields: what the batches of training will have, of "image", "text" and "label"; None where nothing is trained.
+
+    Raises:
+      UserError: a source that cannot be opened, keys that contradict each other, labelled sources that do not fit
+        `classes`, `fields` or each other, and for training fewer pairs than a batch has.
+    """
     if not config.sources:
         raise UserError("data.sources is empty; name a source such as folder:PATH or tfds:NAME/SPLIT.")
     if classes:
         if config.apart:
             raise UserError("data.apart compares captions, and labelled items have none: set data.apart to False.")
-        found = [labelled.open_source(spec, config.dir) for spec in config.sources]
-        for spec, source in zip(config.sources, found, strict=True):
-            if len(source.names or ["a number"]) != classes:
-                raise UserError(
-                    f"source {spec!r} has {len(source.names)} classes and objective.classify.classes is {classes}; "
-                    "make them equal (1 for labels that are numbers)."
-                )
-        return [sources.Decoded(source) if config.cache and source.key == "image" else source for source in found]
+        opened = labelled.open_sources(config.sources, config.dir, classes, fields)
+        return [sources.Decoded(source) if config.cache and source.key == "image" else source for source in opened]
     options = {"data_dir": config.dir, "image_key": config.image_key, "text_keys": config.text_keys}
-    found = [sources.open_source(spec, tags_key=config.tags_key, **options) for spec in config.sources]
-    return [sources.Decoded(source) for source in found] if config.cache else found
+    opened = [sources.open_source(spec, tags_key=config.tags_key, **options) for spec in config.sources]
+    if fields is not None and config.batch > (pairs := sum(map(len, opened))):
+        raise UserError(
+            f"data.batch={config.batch} exceeds the {pairs} pairs of data.sources: a batch would hold pairs several "
+            f"times, as their own negatives. Set data.batch to at most {pairs}, or add pairs."
+        )
+    return [sources.Decoded(source) for source in opened] if config.cache else opened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,10 +203,8 @@ def _by_captions(found: Sequence[sources.Source]) -> np.ndarray:
     groups = []
     for source in found:
         for index in range(len(source)):
-            try:
-                key = tuple(source[index]["text"])
-            except BadSample:
-                key = ("", str(len(groups)))  # nobody's
+            record = records.read(source, index)
+            key = ("", str(len(groups))) if isinstance(record, BadSample) else tuple(record["text"])  # "": nobody's
             groups.append(numbers.setdefault(key, len(numbers)))
     return np.array(groups)
 
@@ -267,9 +279,9 @@ class _Reader:
         for row in range(0, rows, _TOGETHER):
             positions = range(first + row, first + min(row + _TOGETHER, rows))
             places = [self.order.places[position] for position in positions]
-            records = [self._record(*place) for place in places]
+            read = [records.read(self.order.found[number], index) for number, index in places]
             rngs = [self.rngs.acquire_rng(position) for position in positions]
-            for position, place, record, rng in zip(positions, places, records, rngs, strict=True):
+            for position, place, record, rng in zip(positions, places, read, rngs, strict=True):
                 # Views of the row, into which its image and label go.
                 at = position - first
                 out = {key: found[key][at : at + 1] for key in found if key != "text"}
@@ -279,12 +291,6 @@ class _Reader:
             found["text"][:] = self.transform.tokenizer(captions, self.transform.length)
         noted = json.dumps(bad).encode()  # bytes, which Grain passes on as they are
         return {"slot": (worker, taken[0]), "bad": noted} if taken else found | {"bad": noted}
-
-    def _record(self, number: int, index: int) -> sources.Record | BadSample:
-        try:
-            return self.order.found[number][index]
-        except BadSample as error:
-            return error
 
     def _fill(
         self,
@@ -306,11 +312,12 @@ class _Reader:
                 if "label" in out:
                     out["label"][0] = record["label"]
                 return caption
-            except BadSample as error:
-                entry = {"position": position, "reason": error.reason, "detail": error.detail}
+            except Exception as error:
+                reason = records.as_bad_sample(error)
+                entry = {"position": position, "reason": reason.reason, "detail": reason.detail}
                 bad.append(entry | {"source": number, "index": index} | sources.where(source, index))
             index = int(rng.integers(len(source)))
-            record = self._record(number, index)
+            record = records.read(source, index)
         bad[-1]["last"] = _DRAWS  # `Ledger.add` stops the run, where its error is not lost in a worker process
         for row in out.values():
             row[:] = 0
@@ -332,8 +339,9 @@ def batches(
     """This host's rows of the global batches number `start` to `stop` - 1: what the transform's `fields` say.
 
     Row r of global batch g is sample g * batch + r of the run, and host h holds rows h * batch / hosts and up: the
-    global batches are the same on any number of hosts and from any start. A bad sample is replaced by another of its
-    source, which too depends on nothing but the seed and the place.
+    global batches are the same on any number of hosts and from any start. Processes that hold the same rows count as
+    one host, see `mesh.batch_part`. A bad sample is replaced by another of its source, which too depends on nothing but
+    the seed and the place.
 
     Raises:
       UserError: a bad sample, where no `ledger` takes note of it; a place for which nothing could be found; too little
@@ -349,7 +357,8 @@ def batches(
     options = grain.ReadOptions(0, 0) if config.workers else grain.ReadOptions(config.threads, config.buffer)
     dataset = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
     if config.workers:
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=_READY))
+        processes = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=_READY)
+        dataset = dataset.mp_prefetch(processes, worker_init_fn=workers.prepare)
     return _noted(iter(dataset), reader, ledger)
 
 
@@ -358,14 +367,14 @@ def _noted(
 ) -> Iterator[dict[str, np.ndarray]]:
     """The batches without what was bad in them, which goes to the ledger with the number of tokens."""
     try:
-        for g, found in enumerate(read, reader.start):
+        for g, found in enumerate(workers.shielded(read) if reader.slots else read, reader.start):
             bad = json.loads(found.pop("bad"))
             if "slot" in found:
                 found = reader.slots.open(*found["slot"])
             if ledger is not None:
                 ends = found.get("text", np.zeros((0, 1))) == reader.transform.tokenizer.eot_id
                 tokens = int((ends.argmax(axis=1) + 1).sum())
-                ledger.add((g + 1) * reader.batch, tokens, bad)
+                ledger.add((g + 1) * reader.batch, tokens, bad, reader.host)
             elif bad:
                 raise UserError(f"sample {bad[0]} cannot be used.")
             yield found

@@ -216,6 +216,8 @@ def random_resized_crop(
 
 
 def _resize_area(image: np.ndarray, out: np.ndarray, left: int, top: int, w: int, h: int) -> None:
+    # A part of less than half a pixel may be rounded to one behind the last.
+    top, left = min(top, image.shape[0] - 1), min(left, image.shape[1] - 1)
     part = image[top : top + max(h, 1), left : left + max(w, 1)]
     shrinks = min(part.shape[:2]) >= len(out)
     cv2.resize(part, out.shape[:2], dst=out, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)

@@ -53,6 +53,38 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def batch_parts(mesh: Mesh) -> dict[int, int]:
+    """Return which part of the global batch each process loads, {process: part}: 0, 1, ... of as many equal parts.
+
+    Processes whose devices hold the same rows, as those that differ along the model axis alone, load the same part.
+
+    Raises:
+      UserError: two processes hold some rows in common and others not, or different numbers of rows.
+    """
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    rows: dict[int, set[int]] = {}
+    for device, index in batch_sharding(mesh).devices_indices_map((shards,)).items():
+        rows.setdefault(device.process_index, set()).add(index[0].indices(shards)[0])
+    parts = sorted({tuple(sorted(held)) for held in rows.values()})
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != shards:
+        sizes = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items())
+        raise UserError(
+            f"mesh {sizes} splits the batch unevenly over {len(rows)} processes: some hold a part of the rows of "
+            "others. Choose mesh.model so that it divides, or is a multiple of, the number of devices of a process."
+        )
+    return {process: parts.index(tuple(sorted(held))) for process, held in sorted(rows.items())}
+
+
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+    """Return (part, parts): this process loads the `part`-th of `parts` equal contiguous parts of the global batch.
+
+    Raises:
+      UserError: as `batch_parts`.
+    """
+    parts = batch_parts(mesh)
+    return parts[jax.process_index()], max(parts.values()) + 1
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
@@ -61,8 +93,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def check_batch(batch: int, mesh: Mesh, key: str = "data.batch", *, parts: int = 1, parts_key: str = "") -> None:
     """Raises `UserError` unless the mesh's batch axes divide the global `batch`, given by config key `key`.
 
-    With `parts`, given by `parts_key`, each of so many equal parts of the batch must be divisible so.
+    With `parts`, given by `parts_key`, each of so many equal parts of the batch must be divisible so. Processes must be
+    able to load the batch in equal parts, see `batch_parts`.
     """
+    batch_parts(mesh)
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if parts < 1:
         raise UserError(f"{parts_key}={parts} must be 1 or more.")

@@ -1,0 +1,61 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from xclip_jax.errors import UserError
+from xclip_jax.parallel.mesh import AXES, batch_part, batch_parts, check_batch, make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As much of a device as a mesh looks at."""
+
+    id: int
+    process_index: int
+    device_kind: str = "fake"
+    platform: str = "cpu"
+
+
+def mesh(data, fsdp, model, processes):
+    devices = [Device(i, process) for i, process in enumerate(processes)]
+    grid = np.array(devices, dtype=object).reshape(data, fsdp, model)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes", "parts"),
+    [
+        ((2, 1, 1), [0, 1], {0: 0, 1: 1}),
+        ((1, 1, 2), [0, 1], {0: 0, 1: 0}),
+        ((2, 1, 2), [0, 1, 2, 3], {0: 0, 1: 0, 2: 1, 3: 1}),
+        ((1, 2, 2), [0, 1, 2, 3], {0: 0, 1: 0, 2: 1, 3: 1}),
+        ((1, 1, 4), [0, 1, 2, 3], {0: 0, 1: 0, 2: 0, 3: 0}),
+        ((4, 1, 2), [0, 0, 0, 0, 1, 1, 1, 1], {0: 0, 1: 1}),
+        ((2, 2, 2), [0, 1, 0, 1, 2, 3, 2, 3], {0: 0, 1: 0, 2: 1, 3: 1}),
+        # Hosts of 2 x 2 chips in a torus: rows need not lie together, nor in the order of the processes.
+        ((4, 2, 1), [1, 1, 0, 0, 1, 1, 0, 0], {0: 1, 1: 0}),
+    ],
+)
+def test_processes_load_equal_parts_of_the_batch(sizes, processes, parts):
+    assert batch_parts(mesh(*sizes, processes)) == parts
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes"),
+    [
+        ((3, 1, 2), [0, 0, 0, 1, 1, 1]),  # row 1 of three is on both processes
+        ((2, 1, 2), [0, 0, 0, 1]),  # of different numbers of devices
+    ],
+)
+def test_a_batch_that_cannot_be_loaded_in_equal_parts_is_refused(sizes, processes):
+    message = rf"mesh data={sizes[0]}, fsdp=1, model=2 splits the batch unevenly over 2 processes.*mesh\.model"
+    with pytest.raises(UserError, match=message):
+        check_batch(12, mesh(*sizes, processes))
+
+
+def test_one_process_loads_all():
+    assert batch_part(make_mesh({"data": 4, "fsdp": 1, "model": 2})) == (0, 1)
+    assert jax.process_count() == 1

@@ -1,0 +1,48 @@
+"""Reading processes that only their parent ends: signals to the process group pass them by, and its death ends them."""
+
+import concurrent.futures
+import itertools
+import multiprocessing
+import multiprocessing.resource_tracker
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+# A terminal's Ctrl-C, and a batch system that ends a job, send these to the whole process group.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def prepare(*_: int) -> None:
+    """Leave signals to the parent, and end with it, however it ends. Called in each worker when it starts."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def shielded(elements: Iterator[Any]) -> Iterator[Any]:
+    """Yield `elements`, of which the first `next` starts workers, with signals blocked in these until `prepare` is run.
+
+    A thread asks for the first element: threads and processes that it starts inherit its blocked signals. The calling
+    thread goes on handling them.
+    """
+
+    def first() -> list[Any]:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        return list(itertools.islice(elements, 1))
+
+    # It would be started with the first worker, and unblocks the signals.
+    multiprocessing.resource_tracker.ensure_running()
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    try:
+        yield from pool.submit(first).result()
+    finally:
+        pool.shutdown(wait=False)
+    yield from elements
