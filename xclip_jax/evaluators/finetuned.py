@@ -14,8 +14,8 @@ from xclip_jax.data import glue, labelled
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Encoder
 from xclip_jax.evaluators.card import Card, digest
-from xclip_jax.evaluators.catalogue import Pictures
 from xclip_jax.evaluators.names import Profile
+from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.scores import Items, class_weights
 from xclip_jax.evaluators.zeroshot import accuracy
 
