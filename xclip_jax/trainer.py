@@ -4,7 +4,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -160,8 +160,8 @@ def _claim(folder: epath.Path, config: ml_collections.ConfigDict) -> None:
         write_json(path, {"config": wanted, "environment": metrics.environment()})
 
 
-def make_encoder(config: ml_collections.ConfigDict, parts: Parts) -> Encoder:
-    """What the evaluators share: one compiled function for each modality."""
+def make_encoder(config: ml_collections.ConfigDict, parts: Parts, classes: Sequence[str] | None = None) -> Encoder:
+    """What the evaluators share: one compiled function for each modality. `classes` are those of a fine-tuned model."""
     mean, std = transforms.STATISTICS[parts.data.statistics]
     return Encoder(
         parts.model,
@@ -173,6 +173,7 @@ def make_encoder(config: ml_collections.ConfigDict, parts: Parts) -> Encoder:
         mesh=parts.mesh,
         batch=config.eval.batch,
         tau=parts.objective.nclip.tau,
+        classes=classes,
     )
 
 

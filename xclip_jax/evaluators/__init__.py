@@ -32,6 +32,8 @@ class Evaluator(Protocol):
     """What the trainer runs; the module's docstring has the contract."""
 
     name: str
+    encoder: "Encoder"
+    data: Any
 
     def run(self, variables: Any) -> dict[str, float]: ...
 

@@ -298,22 +298,25 @@ def _published(
     whole = names.published(entry.names)
     kept = entry.classes or range(len(whole))
     published = [whole[i] for i in kept]
-    spellings = [published, entry.spelled]
+    spellings = {"as published": published, "as the archive has them": entry.spelled}
     if entry.tfds and not entry.derive:
-        spellings.append([label for i, label in enumerate(_tfds_labels(entry.tfds, entry.label)) if i in kept])
+        own = _tfds_labels(entry.tfds, entry.label)
+        spellings["as TFDS has them"] = [own[i] for i in kept] if own else []
     if entry.in_order and len(classes) == len(published) and all(re.fullmatch(entry.in_order, x) for x in classes):
-        spellings.append(sorted(classes))
-    spellings += [[str(i) for i in kept]] if entry.classes else []
+        spellings["in their order"] = sorted(classes)
+    if entry.classes:
+        spellings["by number among the 1000"] = [str(i) for i in kept]
     # Without 0 among them, numbers may well begin at 1.
-    if any(label.isascii() and label.isdigit() and int(label) == 0 for label in classes):
-        spellings.append([str(i) for i in range(len(published))])
+    numbers = [str(i) for i in range(len(published))]
+    first = any(label.isascii() and label.isdigit() and int(label) == 0 for label in classes)
+    spellings["by number"] = numbers if first else []
     try:
-        position = np.array(names.match(classes, *spellings))
+        position = np.array(names.match(classes, *spellings.values()))
     except KeyError as error:
+        ways = [f"{how} ({names_[0]!r}, ...)" for how, names_ in (spellings | {"by number": numbers}).items() if names_]
         raise UserError(
-            f"{name}: {error.args[0]!r} is not a class of {name}. Name each class as published ({published[0]!r}, "
-            f"{published[1]!r}, ...) or by its number, 0 to {len(published) - 1}, or evaluate folder:PATH or csv:PATH, "
-            "whose classes have their own names."
+            f"{name}: {error.args[0]!r} is not a class of {name}, or is there twice. Name the classes "
+            f"{' or '.join(ways)}, or evaluate folder:PATH or csv:PATH, where their own names are used."
         ) from error
     if np.ndim(labels) == 1:
         return position[labels], published

@@ -91,7 +91,10 @@ def similarities(img: Features, z_txt: np.ndarray | None, q: np.ndarray | None, 
     if q is not None:
         found = cluster_scores(distributions(img["s"], tau), q)
         if scores:
-            found["both"] = sum(x / max(x.std(), _TINY) for x in (scores[""], found["cross_entropy"]))
+            # Rows of images that cannot be read are NaN, and would make all others NaN.
+            valid = ~np.isnan(scores[""]).any(axis=1)
+            valid = slice(None) if valid.all() else valid
+            found["both"] = sum(x / max(x[valid].std(), _TINY) for x in (scores[""], found["cross_entropy"]))
         scores = {"": found["cosine"]} | scores | found
     return scores
 
