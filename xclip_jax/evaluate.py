@@ -196,7 +196,9 @@ def compare(a: str, b: str, *, step: int | None = None, profile: str | None = No
         if not sides[1]:
             continue
         left, right = _pair(*sides)
-        for key in ("split_hash", "version", "metric", "templates", "protocol", "preprocessing"):
+        # Within one profile images are resized as the profile, or else each model itself, wants it.
+        resizing = ("preprocessing",) if left["profile"] != right["profile"] else ()
+        for key in ("split_hash", "version", "metric", "templates", "protocol", *resizing):
             if _comparable(left, key) != _comparable(right, key):
                 raise UserError(
                     f"{name} is not the same in {a} and {b}: {key} is {left.get(key)!r} and {right.get(key)!r}; "

@@ -313,7 +313,8 @@ def _published(
     try:
         position = np.array(names.match(classes, *spellings.values()))
     except KeyError as error:
-        ways = [f"{how} ({names_[0]!r}, ...)" for how, names_ in (spellings | {"by number": numbers}).items() if names_]
+        ways = [f"{how} ({spelling[0]!r}, ...)" for how, spelling in (spellings | {"by number": numbers}).items() if
+                spelling]
         raise UserError(
             f"{name}: {error.args[0]!r} is not a class of {name}, or is there twice. Name the classes "
             f"{' or '.join(ways)}, or evaluate folder:PATH or csv:PATH, where their own names are used."

@@ -85,17 +85,21 @@ def similarities(img: Features, z_txt: np.ndarray | None, q: np.ndarray | None, 
     Returns:
       Kind "" is the one that tables show: cosine of z, or of the distributions where there is no projection. With
       cluster heads also "cosine" and "cross_entropy", of `cluster_scores`; with projection and cluster heads, as xCLIP
-      has them, "both", the sum of "" and "cross_entropy", each over its standard deviation [ours].
+      has them, "both", the sum of "" and "cross_entropy", each over its standard deviation [ours]. Images whose
+      features are NaN, as those of unreadable ones are, have minus infinity.
     """
+    unreadable = np.isnan(img["s" if z_txt is None else "z"]).any(axis=1)
+    any_unreadable = unreadable.any() and not unreadable.all()  # a model that diverged keeps its NaN
     scores = {} if z_txt is None else {"": img["z"] @ z_txt.T}
     if q is not None:
         found = cluster_scores(distributions(img["s"], tau), q)
         if scores:
-            # Rows of images that cannot be read are NaN, and would make all others NaN.
-            valid = ~np.isnan(scores[""]).any(axis=1)
-            valid = slice(None) if valid.all() else valid
-            found["both"] = sum(x / max(x[valid].std(), _TINY) for x in (scores[""], found["cross_entropy"]))
+            both = scores[""], found["cross_entropy"]
+            found["both"] = sum(x / max((x[~unreadable] if any_unreadable else x).std(), _TINY) for x in both)
         scores = {"": found["cosine"]} | scores | found
+    if any_unreadable:
+        for x in scores.values():
+            x[unreadable] = -np.inf
     return scores
 
 
@@ -202,7 +206,8 @@ class ZeroShot:
                 continue
             found = _items(scores, labels, self.data.groups)
             if self.data.card.metric == "roc_auc":
-                found["roc_auc"] = Items(scores[:, 1] - scores[:, 0], other=labels == 1, statistic="roc_auc")
+                with np.errstate(invalid="ignore"):  # of unreadable images NaN
+                    found["roc_auc"] = Items(scores[:, 1] - scores[:, 0], other=labels == 1, statistic="roc_auc")
             if self.data.card.metric == "top1_top5":
                 found["top1_top5"] = Items((found["top1"].values + found["top5"].values) / 2)
             items |= {f"{prefix}/{key}": value for key, value in found.items()}
@@ -252,5 +257,6 @@ def _ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     logits, labels = np.asarray(logits), np.asarray(labels)[:, None]
     own = np.take_along_axis(logits, labels, axis=1)
     before = (logits > own) | ((logits == own) & (np.arange(logits.shape[1]) < labels))
-    # No number is above NaN: without this a model that diverged would be always right.
-    return np.where(np.isnan(own[:, 0]), np.iinfo(np.int64).max, before.sum(axis=1))
+    # No number is above NaN: without this a model that diverged would be always right. Minus infinity: not readable.
+    ranked = own[:, 0] > -np.inf
+    return np.where(ranked, before.sum(axis=1), np.iinfo(np.int64).max)
