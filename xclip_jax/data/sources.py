@@ -139,13 +139,10 @@ def open_tfds(spec: str, split: str, data_dir: str | None) -> tuple[Any, tfds.co
         return builder.as_data_source(split, decoders=decoders), builder.info
     except Exception as error:
         reason = str(error).strip().splitlines()
-        what = f"cannot be read ({type(error).__name__}: {reason[0] if reason else ''})"
-        # What TFDS raises for a data set that is not there, and for one of TFRecord files.
-        if isinstance(error, NotImplementedError):
-            what = "is not prepared as array_record files"
         raise UserError(
-            f"TFDS data set {spec!r}, split {split!r}, {what} in {data_dir or 'the default data_dir'}. Prepare it once "
-            f"with `pip install 'xclip_jax[tfds-prepare]'` and `tfds build {spec} --file_format=array_record`."
+            f"TFDS data set {spec!r}, split {split!r}, cannot be read from {data_dir or 'the default data_dir'} "
+            f"({type(error).__name__}: {reason[0] if reason else ''}). Prepare it once with `pip install "
+            f"'xclip_jax[tfds-prepare]'` and `tfds build {spec} --file_format=array_record`."
         ) from error
 
 
