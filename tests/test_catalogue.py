@@ -231,7 +231,7 @@ def test_labels_that_are_derived(monkeypatch):
 
 
 def test_a_set_that_is_not_prepared_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"'dtd:3.0.1'.*tfds build dtd") as error:
+    with pytest.raises(UserError, match=r"'dtd:3.0.1', split 'test', cannot be read .*tfds build dtd") as error:
         catalogue.load("dtd", SIZE, str(tmp_path), OPENAI)
     assert "\n" not in str(error.value)
 
