@@ -18,6 +18,7 @@ set are an error.
 import argparse
 import dataclasses
 import json
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -210,7 +211,8 @@ def compare(a: str, b: str, *, step: int | None = None, profile: str | None = No
         row["difference"] = right["value"] - left["value"]
         of_a, of_b = (items.get(entry["items"], {}) for items, entry in ((items_a, left), (items_b, right)))
         if metric in of_a and metric in of_b:
-            _, row["low"], row["high"] = bootstrap(of_a[metric], of_b[metric])
+            _, low, high = bootstrap(of_a[metric], of_b[metric])
+            row |= {} if math.isnan(low) else {"low": low, "high": high}
         rows.append(row)
     if not rows:
         raise UserError(f"{a} and {b} have no set in common; evaluate both with the same --suite.")
