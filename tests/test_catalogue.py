@@ -258,16 +258,17 @@ def test_a_folder(tmp_path):
             write(tmp_path / name / f"{j}.png", 10 * i)
     (tmp_path / "cat" / "notes.txt").write_text("no image")
     data = sets.load(f"folder:{tmp_path}", SIZE)
-    assert data.names == ["cat", "dog", "red fox"] and data.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert data.names == ["cat", "dog", "red_fox"] and data.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert [image[0, 0, 0] for image in data.images] == [10, 10, 20, 20, 0, 0]
-    assert data.prompts[0] == ["a photo of a cat"]
+    assert data.prompts[0] == ["a photo of a cat"] and data.prompts[2] == ["a photo of a red fox"]
     assert catalogue.load(f"fgvc_aircraft@{tmp_path}", SIZE, None, OPENAI).card.metric == "mean_per_class"
     assert f"zeroshot/folder:{tmp_path}/top1" in evaluate(data)
 
 
 def test_a_folder_of_the_200_has_their_names(tmp_path):
-    for i in range(200):
-        write(tmp_path / f"n{i:08d}" / "x.png", i)
+    wnids = tfds.builder("imagenet_a").info.features["label"].names
+    for i, number in enumerate(names.IMAGENET_A):
+        write(tmp_path / wnids[number] / "x.png", i)
     data = catalogue.load(f"imagenet_a@{tmp_path}", SIZE, None, OPENAI)
     whole = names.class_names("imagenet1k", [str(i) for i in range(1000)])
     assert data.names == [whole[i] for i in names.IMAGENET_A] and data.labels.tolist() == list(range(200))
@@ -320,10 +321,25 @@ def test_wrong_files(spec, message, tmp_path):
         catalogue.load(spec.format(tmp_path), SIZE, None, OPENAI)
 
 
-def test_unknown_sets_and_profiles_list_the_known():
-    for spec in ("imagenett", "imagenet@", "folder:", "nothing@/tmp", "probe/folder:/tmp"):
-        with pytest.raises(UserError, match="imagenet_v2"):
-            sets.check(spec)
+@pytest.mark.parametrize(
+    ("spec", "meant"),
+    [
+        ("imagenett", "did you mean 'imagenet' or 'imagenet_"),
+        ("imagenet@", "did you mean 'imagenet'"),
+        ("gtsr@/x", "did you mean 'gtsrb@PATH'"),
+        ("folder:", ""),
+        ("nothing@/tmp", ""),
+        ("probe/csv:/tmp/a.csv", "probe/folder:PATH"),
+        ("probe/cifar1", "did you mean 'probe/cifar10'"),
+    ],
+)
+def test_an_unknown_set_has_the_nearest_names(spec, meant):
+    with pytest.raises(UserError, match=r"unknown evaluation set .* --help lists the names") as error:
+        sets.check(spec)
+    assert repr(spec) in str(error.value) and meant in str(error.value) and len(str(error.value)) < 300
+
+
+def test_unknown_profiles_list_the_known():
     with pytest.raises(UserError, match="'openai', 'slip', 'open_clip'"):
         sets.profile("google")
 
@@ -401,6 +417,5 @@ def test_a_probe_without_a_training_split(tmp_path):
     write(tmp_path / "test" / "dog" / "0.png", 0)
     with pytest.raises(UserError, match="same classes"):
         sets.load(f"probe/pets@{tmp_path}", SIZE)
-    fake_spec = "probe/nothing"
-    with pytest.raises(UserError, match="imagenet_v2"):
-        sets.check(fake_spec)
+    with pytest.raises(UserError, match="unknown evaluation set 'probe/nothing'"):
+        sets.check("probe/nothing")

@@ -396,6 +396,8 @@ def test_numbers_of_glue_are_learned(pretrained, tmp_path):
 
 
 class FakeEncoder:
+    classes = None
+
     def __init__(self, logits):
         self.logits = logits
 

@@ -154,11 +154,6 @@ def test_labelled_items_may_be_fewer_than_a_batch(tmp_path):
     assert loader.open_sources(config(sources=(f"folder:{tmp_path}",), batch=64), 2, ("image", "label"))
 
 
-def test_workers_have_no_cache():
-    with pytest.raises(UserError, match=r"data\.cache with data\.workers=2 .*data\.workers=0"):
-        loader.open_sources(config(cache=True, workers=2))
-
-
 def test_labels_cannot_be_kept_apart():
     with pytest.raises(UserError, match=r"data\.apart compares captions"):
         loader.open_sources(config(apart=True), classes=3)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.two_processes import BROKEN
 from xclip_jax.errors import UserError
 from xclip_jax.parallel import processes
 
@@ -147,3 +148,7 @@ def test_alone_where_others_should_be_is_one_sentence():
     code = "from xclip_jax.parallel import processes; processes.join(True)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert "UserError: this process cannot join the others" in done.stderr
+
+
+def test_every_process_knows_what_one_could_not_read(found):
+    assert all(process[key].tolist() == [BROKEN] for process in found for key in ("unreadable", "counted"))

@@ -187,7 +187,7 @@ def _tuples(value):
     ("flags", "message"),
     [
         (["{}/none"], "is no run's folder"),
-        (["{}/run", "--sets", "imagenett"], "'imagenett'; it must be one of"),
+        (["{}/run", "--sets", "imagenett"], "set 'imagenett'; did you mean 'imagenet'"),
         (["{}/run", "--step", "9"], "no checkpoint of step 9"),
         (["{}/run", "--stepp", "9"], "unrecognized arguments"),
         ([], "required: RUN"),

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -50,19 +51,20 @@ class Evaluator:
 
     def __init__(self, name, fails=False):
         self.name, self.fails, self.calls = name, fails, []
+        self.encoder = types.SimpleNamespace(unreadable={})
 
-    def run(self, variables):
+    def measure(self, variables):
         self.calls.append(variables)
         if self.fails:
             raise OSError(f"disk of {self.name} is gone")
-        return {f"{self.name}/top1": 12.5}
+        return {f"{self.name}/top1": 12.5}, {}
 
 
 @pytest.fixture
 def evaluators(monkeypatch):
     """Sets named "a" and "b" in place of the real ones."""
     made = {name: Evaluator(name) for name in ("a", "b")}
-    monkeypatch.setattr(trainer.sets, "make", lambda spec, *_: made[spec])
+    monkeypatch.setattr(trainer.sets, "open_all", lambda specs, *_: [made[spec] for spec in specs])
     return made
 
 
@@ -262,7 +264,7 @@ def test_folders_that_cannot_be_written(pairs, tmp_path):
 
 def test_all_sets_are_opened_before_the_first_step(pairs, tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr(trainer.sets, "make", lambda spec, *_: opened.append(spec) or Evaluator(spec))
+    monkeypatch.setattr(trainer.sets, "open_all", lambda specs, *_: opened.extend(specs) or list(map(Evaluator, specs)))
     monkeypatch.setattr(trainer, "_train", lambda *_: (_ for _ in ()).throw(InterruptedError))
     with pytest.raises(InterruptedError):
         trainer.run(config(pairs, tmp_path / "run", eval__sets=("a",), eval__final_sets=("b",), eval__every=2))

@@ -14,10 +14,19 @@ from tests import tiny
 from xclip_jax import parts, state, trainer
 from xclip_jax.checkpoint import Checkpointer
 from xclip_jax.data import loader, transforms
+from xclip_jax.errors import BadSample
 from xclip_jax.parallel import processes
 from xclip_jax.report.attention import attention
 
 STEPS, BATCH, IMAGES = 3, 16, 13
+BROKEN = 20  # of twice IMAGES
+
+
+class Broken(list):
+    def __getitem__(self, index):
+        if index == BROKEN:
+            raise BadSample("broken")
+        return super().__getitem__(index)
 
 
 def main(folder, out, *others):
@@ -52,11 +61,12 @@ def main(folder, out, *others):
     images = [tiny.batch(i, b=1)["image"][0] for i in range(IMAGES)]
     features = encoder.images(s.variables(), images)
     texts = encoder.texts(s.variables(), [f"text number {i}" for i in range(3)])
+    unreadable = np.isnan(encoder.images(s.variables(), Broken(2 * images))["z"]).all(axis=1)
     maps = attention(p.model, s.variables(), images, transforms.STATISTICS[p.data.statistics], p.mesh)
     found = {
         "losses": losses, "rows": rows, "restored": [same, position["samples"] == STEPS * BATCH],
         "image": features["z"], "clusters": features["s"], "text": texts["z"],
-        "attention": maps.last,
+        "attention": maps.last, "unreadable": np.flatnonzero(unreadable), "counted": [*encoder.unreadable],
     }
     flat = jax.tree_util.tree_leaves_with_path(grads)
     found |= {f"grad{jax.tree_util.keystr(path)}": x.addressable_data(0) for path, x in flat}

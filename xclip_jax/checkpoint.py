@@ -1,6 +1,5 @@
 """Checkpoints through Orbax: state and data position, asynchronous, the newest few kept."""
 
-import json
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from xclip_jax.data.files import is_remote
+from xclip_jax.data.files import is_remote, strict_json, write_whole
 from xclip_jax.errors import UserError
 from xclip_jax.metrics import say
 from xclip_jax.state import TrainState
@@ -135,7 +134,5 @@ class Checkpointer:
 
 
 def write_json(path: epath.Path, content: Any) -> None:
-    """Writes JSON whole or not at all: readers never see half a file."""
-    temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    temporary.replace(path)
+    """Write JSON whole or not at all: readers never see half a file. Floats that are not finite become null."""
+    write_whole(path, strict_json(content, indent=2, sort_keys=True) + "\n")

@@ -5,32 +5,36 @@
     python -m xclip_jax.evaluate --compare RUN_A RUN_B
 
 RUN is a run's folder, or weights that `xclip_jax.interop` reads: a folder or file of open_clip, of transformers, of
-OpenAI's CLIP or of xclip_jax.export. The result is RUN/evaluation.json (RUN.evaluation.json beside a file), or
---output: for each set its value, metric, protocol, templates, preprocessing, data set version, hash of the split, n and
-seconds; beside it, in evaluation.items.npz, what each item contributed, which --compare resamples for its intervals.
+OpenAI's CLIP or of xclip_jax.export. Results are added to RUN/evaluation.json (RUN.evaluation.json beside a file), or
+to --output, set by set: each has its value, metric, protocol, templates, preprocessing, data set version, hash of the
+split, n and seconds, and its step and profile. A result of the same set, step and profile is replaced, all others
+stay; `evaluators.results` has the layout. Beside the file, in FILE.items.npz, is what each item contributed, which
+--compare resamples for its intervals.
+
+Images that cannot be decoded count as wrong, and the result says how many there were ("unreadable"); more than 5 % of a
+set are an error.
 """
 
 import argparse
 import dataclasses
-import io
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from absl import logging
 from etils import epath
 
 from xclip_jax import metrics, trainer
 from xclip_jax.checkpoint import write_json
 from xclip_jax.errors import Parser, UserError, exit_with_message
-from xclip_jax.evaluators import Evaluator, sets, table
+from xclip_jax.evaluators import Evaluator, results, sets, table
 from xclip_jax.evaluators.card import describe
-from xclip_jax.evaluators.scores import Items, bootstrap
+from xclip_jax.evaluators.scores import bootstrap
 from xclip_jax.metrics import say
 from xclip_jax.weights import load
 
@@ -38,23 +42,29 @@ NAME = "evaluation.json"
 _SIZES = ("n", "images", "queries", "pairs")
 
 
-def chosen(suite: str) -> tuple[str, ...]:
-    """The sets of "demo", "paper", or of names joined by commas; "" and unknown ones raise `UserError`."""
-    if suite in sets.SUITES:
-        return sets.SUITES[suite]
-    names = tuple(dict.fromkeys(filter(None, map(str.strip, suite.split(",")))))
+def chosen(suite: str | Sequence[str]) -> tuple[str, ...]:
+    """The sets of "demo", "paper", or of names joined by commas, or of several of these.
+
+    A name whose path has commas is not split where the path exists.
+
+    Raises:
+      UserError: none, or unknown ones.
+    """
+    names: dict[str, None] = {}
+    for part in [suite] if isinstance(suite, str) else suite:
+        names |= dict.fromkeys(sets.SUITES.get(part) or sets.split(part))
     if not names:
         raise UserError(f"--suite is empty; it must be one of {', '.join(sets.SUITES)} or names of sets.")
     for name in names:
-        sets.check(name)
-    return names
+        sets.check(name, others=tuple(sets.SUITES))
+    return tuple(names)
 
 
 def evaluate(
-    run: str, suite: str, *, step: int | None = None, profile: str = "openai",
+    run: str, suite: str | Sequence[str], *, step: int | None = None, profile: str = "openai",
     changes: Mapping[str, Any] | None = None, data_dir: str = "", output: str = "",
 ) -> dict[str, Any]:
-    """Runs the evaluators on a checkpoint, writes the results and prints their table.
+    """Runs the evaluators on a checkpoint, adds each result to the file when it is there, and prints their table.
 
     Args:
       run, step: as in `load`.
@@ -65,47 +75,74 @@ def evaluate(
       output: file of the results, RUN/evaluation.json by default.
 
     Returns:
-      What was written.
+      What this call added: its entries are "results".
 
     Raises:
-      UserError: bad input.
+      UserError: bad input. All sets are opened before the first one is evaluated.
     """
     began = time.perf_counter()
-    names = chosen(suite)
-    protocol = dataclasses.replace(sets.profile(profile), **(changes or {}))
-    config, parts, variables, at = load(run, step)
-    encoder = trainer.make_encoder(config, parts)
-    flat: dict[str, float] = {}
-    items: dict[str, Items] = {}
-    results = []
-    for name in names:
-        since = time.perf_counter()
-        evaluator = sets.make(name, encoder, data_dir or parts.data.dir, protocol)
-        try:
-            found, parts_of = evaluator.measure(variables)
-        except Exception as error:
-            error.add_note(f"in evaluator {evaluator.name}")
-            raise
-        results.append(_record(name, evaluator, found, config) | {"seconds": time.perf_counter() - since})
-        flat, items = flat | found, items | parts_of
-    record = {
-        "checkpoint": str(run), "step": at, "suite": suite, "profile": profile, "results": results,
-        "config": config.to_dict(), "environment": metrics.environment(), "seconds": time.perf_counter() - began,
-    }
+    names, changes = chosen(suite), dict(changes or {})
+    protocol = dataclasses.replace(sets.profile(profile), **changes)
     folder = epath.Path(run)
     # Beside a file, under its own name: its folder may hold others.
     path = epath.Path(output or (folder / NAME if folder.is_dir() else folder.with_name(f"{folder.name}.{NAME}")))
-    if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, record)
-        _write_items(_items_path(path), items)
+    if output:
+        _make_folder(path)
+    config, parts, variables, at = load(run, step)
+    if path.exists():
+        results.read(path)  # a damaged file shows now
+    encoder = trainer.make_encoder(config, parts, run_classes(folder))
+    evaluators = sets.open_all(names, encoder, data_dir or parts.data.dir, protocol)
+    command = {"suite": suite if isinstance(suite, str) else list(suite), "config": config.to_dict(),
+               "environment": metrics.environment()}  # fmt: skip
+    which = {"checkpoint": str(run), "step": at, "profile": profile, "changes": changes}
+    flat: dict[str, float] = {}
+    added = []
+    for name, evaluator in zip(names, evaluators, strict=True):
+        since = time.perf_counter()
+        found, items = sets.measure(evaluator, variables)
+        seconds = time.perf_counter() - since
+        added.append(_entry(name, evaluator, found, config) | which | {"seconds": seconds})
+        flat |= found
+        command["seconds"] = time.perf_counter() - began
+        if jax.process_index() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            results.add(path, added[-1], items, command, own=not output)
     say(f"{run}, step {at}, profile {profile}")
     say(table.render(flat))
     say(f"results: {path}")
-    return record
+    return {**which, **command, "results": added}
 
 
-def _record(name: str, evaluator: Evaluator, found: Mapping[str, float], config: ml_collections.ConfigDict) -> dict:
+def run_classes(folder: epath.Path) -> tuple[str, ...] | None:
+    """The classes that a run was fine-tuned on, as its data.json names them; None where it does not.
+
+    Raises:
+      UserError: a data.json that cannot be read.
+    """
+    file = folder / "data.json"
+    if not folder.is_dir() or not file.exists():
+        return None
+    try:
+        cards = json.loads(file.read_text())
+        classes = next((card["classes"] for card in cards if card.get("classes")), None)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); restore it: it names the run's classes.") from error
+    return None if classes is None else tuple(classes)
+
+
+def _make_folder(path: epath.Path) -> None:
+    """Makes the folder of a file that is written later; raises `UserError` where the file cannot be written."""
+    if path.is_dir():
+        raise UserError(f"--output {str(path)!r} is a folder; name a file in it.")
+    if jax.process_index() == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output {str(path)!r}: the folder cannot be made ({error}).") from error
+
+
+def _entry(name: str, evaluator: Evaluator, found: Mapping[str, float], config: ml_collections.ConfigDict) -> dict:
     """One set's entry: the card, the card's metric as "value", and all metrics by their short names."""
     card = describe(evaluator.data.card)
     short = {key.removeprefix(f"{evaluator.name}/"): value for key, value in found.items()}
@@ -121,85 +158,85 @@ def _record(name: str, evaluator: Evaluator, found: Mapping[str, float], config:
     return card | tokens | sides | {"metrics": short}
 
 
-def _items_path(path: epath.Path) -> epath.Path:
-    return path.with_name(f"{path.stem}.items.npz")
-
-
-def _write_items(path: epath.Path, items: Mapping[str, Items]) -> None:
-    arrays = {}
-    for name, item in items.items():
-        for part in ("values", "weights", "other"):
-            if (array := getattr(item, part)) is not None:
-                arrays[f"{item.statistic}:{part}:{name}"] = array
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{key.replace("/", "|"): value for key, value in arrays.items()})
-    path.write_bytes(buffer.getvalue())
-
-
-def _read_items(path: epath.Path) -> dict[str, Items]:
-    if not path.exists():
-        return {}
-    found: dict[str, dict[str, Any]] = {}
-    with np.load(io.BytesIO(path.read_bytes())) as arrays:
-        for key in arrays.files:
-            statistic, part, name = key.replace("|", "/").split(":", 2)
-            found.setdefault(name, {"statistic": statistic})[part] = arrays[key]
-    return {name: Items(**parts) for name, parts in found.items()}
-
-
-def _read(where: str) -> tuple[dict[str, Any], dict[str, Items]]:
+def _read(where: str, step: int | None, profile: str | None) -> tuple[list[results.Entry], results.ItemsOf]:
+    """Entries of one step, the newest by default, and of one checkpoint, the last that was evaluated."""
     path = epath.Path(where)
     path = path / NAME if path.is_dir() else path
-    if not path.exists():
-        raise UserError(f"{path} does not exist; make it with python -m xclip_jax.evaluate --checkpoint RUN.")
-    try:
-        record = json.loads(path.read_text())
-        _ = [(r["set"], r["value"], r["name"]) for r in record["results"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no file of results ({error}); write it anew with --checkpoint.") from error
-    return record, _read_items(_items_path(path))
+    entries, items = results.read(path)
+    if not entries:
+        raise UserError(f"{path} has no results; evaluate again with --checkpoint.")
+    entries = [entry for entry in entries if entry["checkpoint"] == entries[-1]["checkpoint"]]
+    steps = sorted({entry["step"] for entry in entries})
+    wanted = steps[-1] if step is None else step
+    if wanted not in steps:
+        raise UserError(f"{path} has no results of step {step}, only of {', '.join(map(str, steps))}.")
+    entries = [entry for entry in entries if entry["step"] == wanted and profile in (None, entry["profile"])]
+    if not entries:
+        raise UserError(f"{path} has no results of step {wanted} and profile {profile!r}.")
+    return entries, items
 
 
-def compare(a: str, b: str) -> list[dict[str, Any]]:
-    """Two evaluations, set by set: {set, metric, a, b, difference, low, high}.
+def compare(a: str, b: str, *, step: int | None = None, profile: str | None = None) -> list[dict[str, Any]]:
+    """Two evaluations, set by set: {set, metric, a, b, difference, low, high, step_a, step_b, profile}.
 
     The interval is the 95 % percentile bootstrap of the paired difference; absent for metrics that are no mean over
     items, such as mAP.
 
     Args:
       a, b: runs' folders, or files that `evaluate` wrote.
+      step: of both; by default the newest that each file has.
+      profile: of both; by default the one, of those that both files have for a set, that was evaluated last.
 
     Raises:
       UserError: a file that is missing or damaged, no set in common, or sets that are not the same data.
     """
-    (first, items_a), (second, items_b) = _read(a), _read(b)
-    others = {result["set"]: result for result in second["results"]}
-    found = []
-    for left in first["results"]:
-        right = others.get(left["set"])
-        if right is None:
+    (first, items_a), (second, items_b) = _read(a, step, profile), _read(b, step, profile)
+    rows = []
+    for name in dict.fromkeys(entry["set"] for entry in first):
+        sides = [[entry for entry in entries if entry["set"] == name] for entries in (first, second)]
+        if not sides[1]:
             continue
-        for key in ("split_hash", "version", "metric", "templates", "protocol"):
-            if left.get(key) != right.get(key):
+        left, right = _pair(*sides)
+        # Within one profile images are resized as the profile, or else each model itself, wants it.
+        resizing = ("preprocessing",) if left["profile"] != right["profile"] else ()
+        for key in ("split_hash", "version", "metric", "templates", "protocol", *resizing):
+            if _comparable(left, key) != _comparable(right, key):
                 raise UserError(
-                    f"{left['set']} is not the same in {a} and {b}: {key} is {left.get(key)!r} and {right.get(key)!r}; "
-                    "evaluate both anew with the same data and --profile."
+                    f"{name} is not the same in {a} and {b}: {key} is {left.get(key)!r} and {right.get(key)!r}; "
+                    "evaluate both again with the same data and --profile."
                 )
-        name = f"{left['name']}/{left['metric']}"
-        row = {"set": left["set"], "metric": left["metric"], "a": left["value"], "b": right["value"]}
+        metric = f"{left['name']}/{left['metric']}"
+        row = {"set": name, "metric": left["metric"], "a": left["value"], "b": right["value"],
+               "step_a": left["step"], "step_b": right["step"], "profile": left["profile"]}  # fmt: skip
         row["difference"] = right["value"] - left["value"]
-        if name in items_a and name in items_b:
-            _, low, high = bootstrap(items_a[name], items_b[name])
+        of_a, of_b = (items.get(entry["items"], {}) for items, entry in ((items_a, left), (items_b, right)))
+        if metric in of_a and metric in of_b:
+            _, low, high = bootstrap(of_a[metric], of_b[metric])
             row |= {} if math.isnan(low) else {"low": low, "high": high}
-        found.append(row)
-    if not found:
+        rows.append(row)
+    if not rows:
         raise UserError(f"{a} and {b} have no set in common; evaluate both with the same --suite.")
-    return found
+    return rows
+
+
+def _pair(lefts: Sequence[results.Entry], rights: Sequence[results.Entry]) -> tuple[results.Entry, results.Entry]:
+    """The last two of one profile, or else the last two."""
+    pairs = [(left, right) for left in lefts for right in rights
+             if (left["profile"], left["changes"]) == (right["profile"], right["changes"])]  # fmt: skip
+    return pairs[-1] if pairs else (lefts[-1], rights[-1])
+
+
+def _comparable(entry: results.Entry, key: str) -> Any:
+    """What two entries must have in common at `key`: sizes and statistics of pixels belong to the model."""
+    if key == "preprocessing":
+        return re.sub(r"(?<=side) to \d+|, \d+ px, .*", "", entry.get(key, ""))
+    return entry.get(key)
 
 
 def render(rows: Sequence[Mapping[str, Any]], a: str, b: str) -> str:
     """The table of `compare`; a star marks differences whose interval leaves out zero."""
-    lines = [f"A: {a}", f"B: {b}", f"{'set':<36}{'metric':<24}{'A':>8}{'B':>8}{'B - A':>8}   95 % interval"]
+    lines = [f"{side.upper()}: {file}, step {rows[0][f'step_{side}']}" for side, file in (("a", a), ("b", b))]
+    lines += [f"{'set':<36}{'metric':<24}{'A':>8}{'B':>8}{'B - A':>8}   95 % interval"]
     for row in rows:
         interval = ""
         if "low" in row:
@@ -211,11 +248,12 @@ def render(rows: Sequence[Mapping[str, Any]], a: str, b: str) -> str:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m xclip_jax.evaluate", description=__doc__, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m xclip_jax.evaluate", description=__doc__, epilog=sets.listing(), allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--checkpoint", metavar="RUN", help="folder of a run, or weights")
-    parser.add_argument("--suite", default="demo", help="demo, paper, or names of sets joined by commas")
-    parser.add_argument("--profile", default="openai", help=", ".join(sets.PROFILES))
+    parser.add_argument("--suite", action="append", help="demo (the default), paper, or names of sets joined by "
+                        "commas; may be given several times. The names are listed below")
+    parser.add_argument("--profile", help=f"{', '.join(sets.PROFILES)}; openai by default")
     parser.add_argument("--prefix", help="put before captions of retrieval; by default what the profile says")
     parser.add_argument("--lower", action="store_true", default=None, help="captions in lower case")
     parser.add_argument("--augment", action="store_true", default=None,
@@ -224,11 +262,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
     parser.add_argument("--data-dir", default="", help="root of the data sets")
     parser.add_argument("--output", default="", help="file of the results")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="runs' folders, or files of results")
-    found = parser.parse_args(argv)
-    if bool(found.checkpoint) == bool(found.compare):
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"),
+                        help="runs' folders, or files of results; of --step and --profile, or the newest")
+    flags = parser.parse_args(argv)
+    if bool(flags.checkpoint) == bool(flags.compare):
         parser.error("give either --checkpoint RUN or --compare A B")
-    return found
+    return flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -237,14 +276,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.set_verbosity(logging.ERROR)
     with exit_with_message():
         if flags.compare:
-            rows = compare(*flags.compare)
+            if flags.output:
+                _make_folder(epath.Path(flags.output))
+            rows = compare(*flags.compare, step=flags.step, profile=flags.profile)
             say(render(rows, *flags.compare))
             if flags.output:
                 write_json(epath.Path(flags.output), {"a": flags.compare[0], "b": flags.compare[1], "rows": rows})
         else:
+            suite = flags.suite or ["demo"]
             changed = {key: getattr(flags, key) for key in ("prefix", "lower", "captions", "augment")}
             evaluate(
-                flags.checkpoint, flags.suite, step=flags.step, profile=flags.profile,
+                flags.checkpoint, suite[0] if len(suite) == 1 else suite, step=flags.step,
+                profile=flags.profile or "openai",
                 changes={key: value for key, value in changed.items() if value is not None},
                 data_dir=flags.data_dir, output=flags.output,
             )

@@ -9,7 +9,7 @@ import ml_collections
 from etils import epath
 
 from xclip_jax import metrics
-from xclip_jax.evaluators import table
+from xclip_jax.evaluators import results, table
 from xclip_jax.parts import Parts
 
 _LIBRARIES = {"hf": "transformers", "open_clip": "open_clip", "safetensors": "xclip_jax"}
@@ -136,16 +136,18 @@ def _recipe(folder: epath.Path, parts: Parts, at: int) -> str:
 
 def _results(folder: epath.Path, config: ml_collections.ConfigDict, at: int) -> str:
     lines = ["## Results"]
-    last, evaluation = _read(folder / "results.json"), _read(folder / "evaluation.json")
+    last, evaluation = _read(folder / "results.json"), folder / "evaluation.json"
     if last and last["results"] and at == config.steps:
         lines.append(f"At the end of training, in percent:\n\n```\n{table.render(last['results'])}\n```")
-    if evaluation and evaluation["step"] == at:
+    entries = results.read(evaluation)[0] if evaluation.exists() else []
+    if entries := [entry for entry in entries if entry["step"] == at]:
+        shown, _ = results.latest(entries)
         rows = [
             (r["set"], r["metric"], f"{r['value']:.1f}", f"{r['n']:,}", r.get("protocol", ""), r.get("templates", ""))
-            for r in evaluation["results"]
+            for r in shown
         ]
         head = ("set", "metric", "value", "n", "protocol", "templates")
-        lines.append(f"By `python -m xclip_jax.evaluate`, profile {evaluation['profile']}:\n\n{_rows(head, rows)}")
+        lines.append(f"By `python -m xclip_jax.evaluate`, profile {shown[-1]['profile']}:\n\n{_rows(head, rows)}")
     if len(lines) == 1:
         lines.append("None: this checkpoint was not evaluated.")
     return "\n\n".join(lines)

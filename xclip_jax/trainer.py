@@ -96,9 +96,9 @@ def _open(config: Config, folder: RunFolder) -> _Run:
     folder.check_sources(config, fingerprints)
     starts = config.init.weights and folder.latest_step() is None
     initial = read_initial(config, parts.abstract) if starts else {}
-    encoder = make_encoder(config, parts)
+    encoder = make_encoder(config, parts, fingerprints[0].get("classes"))
     specs = tuple(dict.fromkeys((*config.eval.sets, *config.eval.final_sets)))
-    evaluators = dict(zip(specs, [sets.make(spec, encoder, parts.data.dir) for spec in specs], strict=True))
+    evaluators = dict(zip(specs, sets.open_all(specs, encoder, parts.data.dir), strict=True))
     during = [evaluators[spec] for spec in config.eval.sets] if config.eval.every else []
     final = list(evaluators.values())
     return _Run(config, parts, folder, host, hosts, initial, opened, fingerprints, during, final, encoder)
@@ -133,8 +133,10 @@ def _train(
     return state, log, stopped
 
 
-def make_encoder(config: ml_collections.ConfigDict | Config, parts: Parts) -> Encoder:
-    """What the evaluators share: one compiled function for each modality."""
+def make_encoder(
+    config: ml_collections.ConfigDict | Config, parts: Parts, classes: Sequence[str] | None = None
+) -> Encoder:
+    """What the evaluators share: one compiled function for each modality. `classes` are those of a fine-tuned model."""
     mean, std = transforms.STATISTICS[parts.data.statistics]
     return Encoder(
         parts.model,
@@ -146,6 +148,7 @@ def make_encoder(config: ml_collections.ConfigDict | Config, parts: Parts) -> En
         mesh=parts.mesh,
         batch=config.eval.batch,
         tau=parts.objective.nclip.tau,
+        classes=classes,
     )
 
 
@@ -153,11 +156,7 @@ def evaluate(evaluators: Sequence[Evaluator], variables: Mapping[str, Any]) -> d
     """Results of all evaluators; an exception names the evaluator that raised it."""
     results = {}
     for evaluator in evaluators:
-        try:
-            results |= evaluator.run(variables)
-        except Exception as error:
-            error.add_note(f"in evaluator {evaluator.name}")
-            raise
+        results |= sets.measure(evaluator, variables)[0]
     return results
 
 

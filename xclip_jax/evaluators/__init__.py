@@ -17,19 +17,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xclip_jax.data.transforms import normalize
-from xclip_jax.errors import UserError
+from xclip_jax.errors import BadSample, UserError, describe
 from xclip_jax.evaluators.scores import Items
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
 
 Features = dict[str, np.ndarray]
-Encode = Callable[[Any, jax.Array], dict[str, jax.Array]]
+Encode = Callable[..., dict[str, jax.Array]]
+
+MAX_UNREADABLE = 0.05  # of a set's images; with more the number would say little about the model
 
 
 class Evaluator(Protocol):
     """What the trainer runs; the module's docstring has the contract."""
 
     name: str
+    encoder: "Encoder"
+    data: Any
 
     def run(self, variables: Any) -> dict[str, float]: ...
 
@@ -46,6 +50,8 @@ class Encoder:
       batch: the global batch, rounded up to a multiple of the mesh's batch shards.
       sizes: all batches that there are, `batch` the largest: it and what `smaller` adds, rounded up alike.
       tau: temperature of the cluster distributions, softmax(s / tau), for those who make them of the logits.
+      classes: what a fine-tuned model's classifier tells apart, in its order; None where that is unknown.
+      unreadable: which images, by index, could not be read, and why as far as this process knows. `images` adds to it.
 
     Raises:
       UserError: a batch below 1.
@@ -64,6 +70,7 @@ class Encoder:
         batch: int = 256,
         smaller: Sequence[int] = (),
         tau: float = 1.0,
+        classes: Sequence[str] | None = None,
     ) -> None:
         if (least := min((batch, *smaller))) < 1:
             raise UserError(f"expected evaluation batches of 1 item or more (eval.batch); got {least}.")
@@ -71,6 +78,8 @@ class Encoder:
         self.sizes = sorted({math.ceil(size / shards) * shards for size in (batch, *smaller)})
         self.batch = self.sizes[-1]
         self.tau, self.image_size = tau, image_size
+        self.classes = None if classes is None else tuple(classes)
+        self.unreadable: dict[int, str] = {}
         self._tokenizer, self._text_length, self._sharding = tokenizer, text_length, batch_sharding(mesh)
 
         def encode(variables: Any, x: jax.Array, modality: str) -> dict[str, jax.Array]:
@@ -82,11 +91,13 @@ class Encoder:
             found = {"h": h, "z": heads.get(f"z_{modality}"), "s": heads.get(f"s_{modality}"), "c": heads.get("logits")}
             return {key: value.astype(jnp.float32) for key, value in found.items() if value is not None}
 
-        def encode_images(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+        def encode_images(variables: Any, images: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
             pixels = normalize(images, mean, std) if images.dtype == jnp.uint8 else images
-            return encode(variables, pixels, "img")
+            features = encode(variables, pixels, "img")
+            # Every process learns in this way which rows the others could not read.
+            return {key: jnp.where(valid[:, None], x, jnp.nan) for key, x in features.items()} | {"valid": valid}
 
-        def encode_texts(variables: Any, tokens: jax.Array) -> dict[str, jax.Array]:
+        def encode_texts(variables: Any, tokens: jax.Array, _: jax.Array) -> dict[str, jax.Array]:
             return encode(variables, tokens, "txt")
 
         self._encode_images: Encode = jax.jit(encode_images, out_shardings=replicated(mesh))
@@ -105,14 +116,24 @@ class Encoder:
 
         Returns:
           fp32 arrays: "h" (n, d) pooled features, "z" (n, e) L2-normalised embeddings where the model has a
-          projection, "s" (n, k) cluster logits where it has cluster heads, "c" (n, classes) logits of a classifier.
+          projection, "s" (n, k) cluster logits where it has cluster heads, "c" (n, classes) logits of a classifier. The
+          rows of an image that raised `BadSample` are NaN.
 
         Raises:
-          UserError: an image of another shape or dtype.
+          UserError: an image of another shape or dtype, or more than `MAX_UNREADABLE` that raised `BadSample`.
         """
         shape = (self.image_size, self.image_size, 3)
         dtype = np.float32 if getattr(images, "dtype", None) == np.float32 else np.uint8
-        return self._run(self._encode_images, variables, images, shape, dtype, features)
+        found = self._run(self._encode_images, variables, images, shape, dtype, (*features, "valid"))
+        unreadable = np.flatnonzero(~found.pop("valid")).tolist()
+        self.unreadable |= {i: self._reasons.get(i, "") for i in unreadable}
+        if len(unreadable) > MAX_UNREADABLE * len(images):
+            first = self._reasons.get(unreadable[0], f"image {unreadable[0]}")
+            raise UserError(
+                f"{len(unreadable)} of {len(images)} images cannot be read, more than {MAX_UNREADABLE:.0%}; "
+                f"the first is: {first}"
+            )
+        return found
 
     def texts(self, variables: Any, texts: Sequence[str], features: Sequence[str] = ("h", "z", "s")) -> Features:
         """Features of `texts`, as `images` gives them. Equal texts are encoded once and so have equal features."""
@@ -141,11 +162,12 @@ class Encoder:
                     results[key] = np.empty((len(items), *value.shape[1:]), value.dtype)
                 results[key][start : start + len(value)] = np.asarray(value)[: len(items) - start]
 
+        self._reasons: dict[int, str] = {}
         pending: tuple[dict[str, jax.Array], int] = {}, 0
         start = 0
         while start < max(len(items), 1):
             size = self._size(len(items) - start)
-            out = encode(variables, self._place(items, start, size, shape, dtype))
+            out = encode(variables, *self._place(items, start, size, shape, dtype))
             # One batch behind: the device works while the host fetches and loads.
             fetch(*pending)
             pending = {key: out[key] for key in features if key in out}, start
@@ -159,8 +181,11 @@ class Encoder:
 
     def _place(
         self, items: Sequence[np.ndarray], start: int, size: int, shape: tuple[int, ...], dtype: Any
-    ) -> jax.Array:
-        """The global batch of `size` items from `start` on, filled up with zeros; each process loads its own rows."""
+    ) -> tuple[jax.Array, jax.Array]:
+        """The global batch of `size` items from `start` on, filled up with zeros, and bool (size,): which are readable.
+
+        Each process loads its own rows.
+        """
         blocks: dict[int, np.ndarray] = {}
 
         def rows(index: tuple[slice, ...]) -> np.ndarray:
@@ -169,10 +194,17 @@ class Encoder:
             if first not in blocks:
                 block = blocks[first] = np.zeros((stop - first, *shape), dtype)
                 for i in range(start + first, min(start + stop, len(items))):
-                    block[i - start - first] = _checked(items[i], i, shape, dtype)
+                    try:
+                        block[i - start - first] = _checked(items[i], i, shape, dtype)
+                    except BadSample as error:
+                        self._reasons[i] = describe(error)
             return blocks[first]
 
-        return jax.make_array_from_callback((size, *shape), self._sharding, rows)
+        def valid(index: tuple[slice, ...]) -> np.ndarray:
+            return np.array([start + i not in self._reasons for i in range(*index[0].indices(size))])
+
+        batch = jax.make_array_from_callback((size, *shape), self._sharding, rows)
+        return batch, jax.make_array_from_callback((size,), self._sharding, valid)
 
 
 def _checked(item: np.ndarray, i: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

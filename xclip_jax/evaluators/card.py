@@ -3,8 +3,11 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from xclip_jax.data.labelled import Paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +18,8 @@ class Card:
       data: name of the data set.
       version: of the data set.
       split: which part.
-      split_hash: sha256, 16 digits, over the ids (or labels and texts) of the items in order: `digest`.
+      split_hash: `digest` of what the set consists of, in order: labels, class names and texts; of images their files'
+        names and sizes, of a TFDS data set its name, version, split and number of items.
       protocol: how the number is made, in words.
       templates: name of the prompts.
       preprocessing: of the images, but for mean and standard deviation, which belong to the model.
@@ -40,6 +44,18 @@ def digest(items: Iterable[Any]) -> str:
     for item in items:
         state.update(json.dumps(item, ensure_ascii=False, default=lambda x: x.tolist()).encode() + b"\n")
     return state.hexdigest()[:16]
+
+
+def contents(images: Sequence[Any]) -> list[tuple[str, int]]:
+    """Name and size in bytes of each image's file, as a part of `digest`; of images that are not in files, none.
+
+    Names begin at the folder that holds all of the files: where the data set is stored does not matter.
+    """
+    if not isinstance(images, Paths) or not len(images):
+        return []
+    paths = [os.path.abspath(path) for path in images.paths]
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return [(os.path.relpath(path, root).replace(os.sep, "/"), os.stat(path).st_size) for path in paths]
 
 
 def describe(card: Card) -> Mapping[str, str]:

@@ -3,25 +3,31 @@
 `NAME` reads the TFDS data set in the table; `NAME@PATH` reads the same set from a folder with one sub-folder a class,
 or from a CSV file with the columns path and label; so do `folder:PATH` and `csv:PATH` for a set not in the table.
 `probe/NAME` and `fewshot/NAME` learn from the set's training split; with @PATH, a folder that holds train, test and
-perhaps validation, each with one sub-folder a class.
+perhaps validation, each with one sub-folder a class; `probe/folder:PATH` does so for a set not in the table.
+
+Where clip-benchmark has names for a set's classes, folders and labels of CSV files get them by what they are called: a
+published name, a label of the TFDS data set (a WordNet id of ImageNet), or the class's number from 0. Others are
+refused, as their order would be a guess. All published classes are answers, those without an image too.
 """
 
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds
 
-from xclip_jax.data import transforms
 from xclip_jax.data.labelled import Field, read_files
 from xclip_jax.data.sources import open_tfds
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import names
-from xclip_jax.evaluators.card import Card, digest
+from xclip_jax.evaluators.card import Card, contents, digest
 from xclip_jax.evaluators.names import Profile
-from xclip_jax.evaluators.probe import Joined, ProbeSet
+from xclip_jax.evaluators.pictures import Augmented, Pictures
+from xclip_jax.evaluators.probe import ProbeSet
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 _APPROXIMATE = "the published split is not public or not one: compare only numbers with the same split_hash"
@@ -36,6 +42,9 @@ class Entry:
       split: of the TFDS data set.
       templates: key of `names.templates`; "imagenet" is what the profile says.
       names: clip-benchmark's key of the class names; "" for the data set's own labels.
+      readable: whether own labels need `names.readable`.
+      spelled: what the published archive calls the classes, in the order of `names`.
+      in_order: pattern of class folders that are in the order of `names` when they are sorted.
       metric: the one that is published.
       label: feature with the label; of several parts, "/" between them.
       classes: of the 1000 of ImageNet, the only ones to choose from, where the labels are still of the 1000.
@@ -50,6 +59,9 @@ class Entry:
     split: str = "test"
     templates: str = ""
     names: str = ""
+    readable: bool = False
+    spelled: tuple[str, ...] = ()
+    in_order: str = ""
     metric: str = "top1"
     label: str = "label"
     classes: tuple[int, ...] = ()
@@ -91,8 +103,8 @@ ENTRIES: Mapping[str, Entry] = {
     "food101": Entry("food101", "validation", "food101"),  # its test split is called so
     "cifar10": Entry("cifar10:3.0.2", templates="cifar10"),
     "cifar100": Entry("cifar100:3.0.2", templates="cifar100"),
-    "cub200": Entry("caltech_birds2011:0.2.0", templates="birds"),
-    "sun397": Entry("sun397/standard-part1-120k", templates="sun397",
+    "cub200": Entry("caltech_birds2011:0.2.0", templates="birds", readable=True),
+    "sun397": Entry("sun397/standard-part1-120k", templates="sun397", readable=True,
                     note="the official partition; clip_benchmark evaluates all 108,754 images"),
     "cars": Entry("cars196:2.1.0", templates="cars", note="labels of versions before 2.1.0 are wrong"),
     "voc2007": Entry("voc/2007", templates="voc2007_multilabel", metric="map11", label="labels"),
@@ -116,12 +128,13 @@ ENTRIES: Mapping[str, Entry] = {
     "objectnet": Entry(templates="imagenet", border=2, note="113 classes overlap with ImageNet's; give those alone"),
     "birdsnap": Entry(templates="birds"),
     "fgvc_aircraft": Entry(templates="fgvc_aircraft", metric="mean_per_class", note="by variant"),
-    "fer2013": Entry(templates="fer2013", names="fer2013"),
+    "fer2013": Entry(templates="fer2013", names="fer2013",
+                     spelled=("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")),
     "gtsrb": Entry(templates="gtsrb", names="gtsrb"),
-    "country211": Entry(templates="country211", names="country211", note="folders in order of the country's code"),
+    "country211": Entry(templates="country211", names="country211", in_order="[A-Z]{2}"),  # codes of countries
     "hatefulmemes": Entry(templates="hatefulmemes", names="hatefulmemes", metric="roc_auc"),
     "renderedsst2": Entry(templates="renderedsst2"),
-    "ucf101": Entry(templates="ucf101", note=_APPROXIMATE + "; middle frames"),
+    "ucf101": Entry(templates="ucf101", readable=True, note=_APPROXIMATE + "; middle frames"),
     "kinetics700": Entry(templates="kinetics700", metric="top1_top5", note=_APPROXIMATE + "; middle frames"),
 }
 
@@ -130,13 +143,31 @@ PAPER = tuple(name for name, entry in ENTRIES.items() if entry.tfds)
 
 def check(spec: str) -> bool:
     """Whether `spec` names a set of this table, a folder or a CSV file; the path is not looked at."""
-    name, at, path = _plain(spec).partition("@")
-    from_files = spec.startswith(("folder:", "csv:")) and spec[-1] != ":"  # no probe of these: they have no parts
-    return (name in ENTRIES and bool(path or not at)) or from_files
+    plain = _plain(spec)
+    name, at, path = plain.partition("@")
+    # A CSV file has no parts, which probes need.
+    own = plain.startswith(("folder:", "csv:") if plain == spec else "folder:") and plain[-1] != ":"
+    return (name in ENTRIES and bool(path or not at)) or own
 
 
 def _plain(spec: str) -> str:
     return spec.removeprefix("probe/").removeprefix("fewshot/")
+
+
+def _entry(spec: str) -> tuple[str, Entry, str]:
+    """Name, entry and path of a set; the path is "" where TFDS is read, and the name that of the table, if it is there.
+
+    Raises:
+      UserError: neither a path nor a TFDS data set.
+    """
+    plain = _plain(spec)
+    if plain.startswith(("folder:", "csv:")):
+        return plain, Entry(templates="dummy"), plain.partition(":")[2]
+    name, _, path = plain.partition("@")
+    entry = ENTRIES[name]
+    if not path and not entry.tfds:
+        raise UserError(f"{name} is not in TFDS; write {name}@PATH, a folder of one sub-folder a class or a CSV file.")
+    return name, entry, path
 
 
 def load_probe(spec: str, size: int, data_dir: str | None, profile: Profile) -> ProbeSet:
@@ -146,18 +177,20 @@ def load_probe(spec: str, size: int, data_dir: str | None, profile: Profile) -> 
       UserError: as `load`; a set without a training split, or with several labels an image.
     """
     name, _, path = _plain(spec).partition("@")
-    entry = ENTRIES[name]
-    if not path and not (entry.tfds and entry.train):
+    if not path and name in ENTRIES and not (ENTRIES[name].tfds and ENTRIES[name].train):
         raise UserError(f"{name} has no training split in TFDS; write {spec}@PATH, a folder with train and test.")
+    name, entry, path = _entry(spec)
     if path:
         held = (pathlib.Path(path) / "validation").is_dir()
-        folders = ("train", *["validation"] * held, "test")
-        read = [(*read_files(spec, pathlib.Path(path) / folder), "") for folder in folders]
+        splits = ("train", *["validation"] * held, "test")
+        read = [(*read_files(spec, pathlib.Path(path) / split), "") for split in splits]
     else:
         splits = (entry.train, *[entry.held] * bool(entry.held), entry.split)
         read = [_tfds(name, dataclasses.replace(entry, split=split), data_dir) for split in splits]
-    if any(part[2] != read[0][2] for part in read) or any(np.ndim(part[1]) != 1 for part in read):
+    if any(set(part[2]) - set(read[0][2]) for part in read) or any(np.ndim(part[1]) != 1 for part in read):
         raise UserError(f"{spec}: the splits must have the same classes, and each image one of them.")
+    # A split may lack a class.
+    read = [(part[0], np.array([read[0][2].index(x) for x in part[2]])[part[1]], *part[2:]) for part in read]
     if len(read) == 2:
         read.insert(1, ([], np.array([], int), read[0][2], ""))
     metric = entry.metric if entry.metric == "mean_per_class" else "top1"
@@ -166,7 +199,10 @@ def load_probe(spec: str, size: int, data_dir: str | None, profile: Profile) -> 
     views = "crops and flips of each epoch" if profile.augment else "central crops, without its crops and flips"
     card = Card(
         data=path or entry.tfds.partition(":")[0], version=read[0][3], split=entry.split if not path else "test",
-        split_hash=digest([part[1].tolist() for part in read]),
+        split_hash=digest([
+            _identity(entry, read[0][3], *splits) if not path else "",
+            *([part[1].tolist(), part[2], contents(part[0])] for part in read),
+        ]),
         protocol=f"SLIP's linear probe: features before projection, SGD, 90 epochs, lr 0.00625, {views}" if sgd else
         "CLIP's linear probe: features before projection, L-BFGS, C by halving on validation, fit on both",
         preprocessing=f"shorter side{f' to {shorter}' * sgd} {profile.resample}, central crop",
@@ -189,82 +225,43 @@ def load(spec: str, size: int, data_dir: str | None, profile: Profile) -> ZeroSh
     """
     if _plain(spec) != spec:
         return load_probe(spec, size, data_dir, profile)
-    name, _, path = spec.partition("@")
-    entry = ENTRIES.get(name, Entry(templates="dummy"))
-    if spec.startswith(("folder:", "csv:")):
-        name, path = spec, spec.partition(":")[2]
-    if not path and not entry.tfds:
-        raise UserError(f"{name} is not in TFDS; write {name}@PATH, a folder of one sub-folder a class or a CSV file.")
-    read = (*read_files(name, pathlib.Path(path)), "") if path else _tfds(name, entry, data_dir)
-    images, labels, label_names, version = read
-    found = _names(entry, label_names)
-    if entry.classes:
-        labels, found = _masked(name, entry, np.asarray(labels), found)
-    if np.ndim(labels) == 1 and found and np.size(labels) and np.max(labels) >= len(found):
-        raise UserError(f"{name}: label {np.max(labels)} is not among {len(found)} classes.")
+    name, entry, path = _entry(spec)
+    if path:
+        images, labels, classes = read_files(name, pathlib.Path(path))
+        version = ""
+        if entry.names:
+            labels, classes = _published(name, entry, labels, classes)
+    else:
+        images, labels, classes, version = _tfds(name, entry, data_dir)
+        classes = names.class_names(entry.names, classes) if entry.names else classes
+        if entry.classes:
+            labels, classes = _masked(name, entry, labels, classes)
+        if np.ndim(labels) == 1 and np.size(labels) and np.max(labels) >= len(classes):
+            raise UserError(f"{name}: label {np.max(labels)} is not among {len(classes)} classes.")
+    if not entry.names and name in ENTRIES:
+        classes = [names.readable(label) if entry.readable else names.spaced(label) for label in classes]
     used = names.chosen(entry.templates, profile)
-    words = [names.SYNONYMS.get(name, name) for name in found] if name == "fer2013" and profile.clips else found
+    words: list[Any] = classes
+    if name == "fer2013" and profile.clips:
+        words = [names.SYNONYMS.get(label, label) for label in classes]
+    elif name not in ENTRIES:
+        words = [names.spaced(label) for label in classes]
     card = Card(
         data=path or entry.tfds.partition(":")[0],
         version=version,
         split=entry.split if not path else "",
-        split_hash=digest([*np.asarray(labels).tolist(), *found]),
+        split_hash=digest([
+            _identity(entry, version, entry.split) if not path else "",
+            *np.asarray(labels).tolist(), *classes, *contents(images),
+        ]),
         protocol="mean of normalised prompts, normalised again; cosine; equal scores go to the lowest class",
-        templates=f"{used} ({len(names.templates(used))}{', synonyms' if words != found else ''})",
+        templates=f"{used} ({len(names.templates(used))}{', synonyms' if name == 'fer2013' and profile.clips else ''})",
         preprocessing=f"shorter side {profile.resample}, central crop",
         metric=entry.metric,
         note=entry.note,
     )
     pictures = Pictures(images, size, profile.resample, entry.border)
-    return ZeroShotSet(spec, pictures, labels, names.prompts(words, used), names=found, card=card)
-
-
-class Pictures(Sequence):
-    """Encoded images, decoded and resized when they are asked for: data sets need not fit into memory.
-
-    The shorter side is resized to `shorter` pixels, by default `size`, of which the middle is kept.
-    """
-
-    def __init__(
-        self, images: Sequence[Any], size: int, resample: str = "bicubic", border: int = 0, shorter: int = 0
-    ) -> None:
-        self._images, self._size, self._resample, self._border = images, size, resample, border
-        self._shorter = shorter or size
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        image, margin = self._images[index], round((self._shorter - self._size) / 2)
-        if not self._border and isinstance(image, bytes):
-            image = transforms.evaluation_image(image, self._shorter, self._resample)
-        else:
-            image = _colours(transforms.decode(image))
-            if self._border:
-                image = image[self._border : -self._border, self._border : -self._border]
-            image = transforms.resize_center_crop(image, self._shorter, self._resample)
-        return image[margin : margin + self._size, margin : margin + self._size]
-
-
-def _colours(image: np.ndarray) -> np.ndarray:
-    """RGB of what may be grey (h, w, 1), as TFDS keeps MNIST."""
-    return image.repeat(3, axis=-1) if image.shape[-1] == 1 else image
-
-
-class Augmented(Sequence):
-    """Random crops of encoded images, half of them flipped: those of one epoch, drawn as torchvision does."""
-
-    def __init__(self, images: Sequence[Sequence[Any]], size: int, resample: str, epoch: int) -> None:
-        self._images, self._size, self._resample, self._epoch = Joined(images), size, resample, epoch
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        rng = np.random.default_rng((self._epoch, index))
-        image = _colours(transforms.decode(self._images[index]))
-        image = transforms.random_resized_crop(image, self._size, rng, (0.08, 1.0), resample=self._resample)
-        return image[:, ::-1] if rng.random() < 0.5 else image
+    return ZeroShotSet(spec, pictures, labels, names.prompts(words, used), names=classes, card=card)
 
 
 Read = tuple[Sequence[Any], np.ndarray, list[str], str]
@@ -290,18 +287,61 @@ def _tfds(name: str, entry: Entry, data_dir: str | None) -> Read:
     return Field(source, "image"), np.array(values, int), labels, version
 
 
-def _names(entry: Entry, labels: Sequence[str]) -> list[str]:
-    if entry.classes and len(labels) == len(entry.classes):
-        # A folder of the 200 alone: their wnids are in ImageNet's order.
-        whole = names.class_names(entry.names, [str(i) for i in range(1000)])
-        return [whole[i] for i in entry.classes]
-    return names.class_names(entry.names, labels)
+def _published(
+    name: str, entry: Entry, labels: np.ndarray, classes: Sequence[str]
+) -> tuple[np.ndarray, list[str]]:
+    """Labels and names among the published classes of a set whose own classes are called `classes`.
+
+    Raises:
+      UserError: a class that is none of the published ones by name or number.
+    """
+    whole = names.published(entry.names)
+    kept = entry.classes or range(len(whole))
+    published = [whole[i] for i in kept]
+    spellings = {"as published": published, "as the archive has them": entry.spelled}
+    if entry.tfds and not entry.derive:
+        own = _tfds_labels(entry.tfds, entry.label)
+        spellings["as TFDS has them"] = [own[i] for i in kept] if own else []
+    if entry.in_order and len(classes) == len(published) and all(re.fullmatch(entry.in_order, x) for x in classes):
+        spellings["in their order"] = sorted(classes)
+    if entry.classes:
+        spellings["by number among the 1000"] = [str(i) for i in kept]
+    # Without 0 among them, numbers may well begin at 1.
+    numbers = [str(i) for i in range(len(published))]
+    first = any(label.isascii() and label.isdigit() and int(label) == 0 for label in classes)
+    spellings["by number"] = numbers if first else []
+    try:
+        position = np.array(names.match(classes, *spellings.values()))
+    except KeyError as error:
+        ways = [f"{how} ({spelling[0]!r}, ...)" for how, spelling in (spellings | {"by number": numbers}).items() if
+                spelling]
+        raise UserError(
+            f"{name}: {error.args[0]!r} is not a class of {name}, or is there twice. Name the classes "
+            f"{' or '.join(ways)}, or evaluate folder:PATH or csv:PATH, where their own names are used."
+        ) from error
+    if np.ndim(labels) == 1:
+        return position[labels], published
+    several = np.zeros((len(labels), len(published)), bool)
+    several[:, position] = labels
+    return several, published
+
+
+@functools.cache
+def _tfds_labels(name: str, feature: str) -> list[str]:
+    """Labels of a TFDS data set, which need not be prepared; none where this version of TFDS lacks it."""
+    try:
+        return list(tfds.builder(name).info.features[feature].names)
+    except Exception:  # files can be read without TFDS
+        return []
+
+
+def _identity(entry: Entry, version: str, *splits: str) -> list[str]:
+    """What tells a TFDS data set from another one; labels tell how many items it has."""
+    return [entry.tfds.partition(":")[0], version, *splits]
 
 
 def _masked(name: str, entry: Entry, labels: np.ndarray, found: list[str]) -> tuple[np.ndarray, list[str]]:
     """Labels and names among the set's own classes; labels of the 1000 are renumbered."""
-    if len(found) == len(entry.classes):
-        return labels, found
     position = np.full(len(found), -1)
     position[list(entry.classes)] = np.arange(len(entry.classes))
     foreign = np.unique(labels[position[labels] < 0])

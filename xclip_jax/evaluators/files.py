@@ -20,9 +20,9 @@ from xclip_jax.data import glue as tasks
 from xclip_jax.data.labelled import Field, Paths
 from xclip_jax.data.sources import lookup, open_tfds
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators.card import Card, digest
-from xclip_jax.evaluators.catalogue import Pictures
+from xclip_jax.evaluators.card import Card, contents, digest
 from xclip_jax.evaluators.names import Profile
+from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
 from xclip_jax.evaluators.retrieval import RetrievalSet
 from xclip_jax.evaluators.text import Pair, SimilaritySet
@@ -235,8 +235,11 @@ def karpathy(name: str, path: pathlib.Path, size: int, profile: Profile, split: 
         if found is None:
             raise UserError(f"{name}: image {str(options[0])!r} does not exist; put the images beside the JSON.")
         files.append(found)
-    card = _retrieval_card(name, f"Karpathy {split}", [file for _, file in places], captions, profile)
-    return RetrievalSet(f"{name}@{path}", Pictures(Paths(files), size, profile.resample), captions, card)
+    images = Paths(files)
+    # Which folder an image is in differs between copies.
+    ids = [(file, bytes_of) for (_, file), (_, bytes_of) in zip(places, contents(images), strict=True)]
+    card = _retrieval_card(name, f"Karpathy {split}", ids, captions, profile)
+    return RetrievalSet(f"{name}@{path}", Pictures(images, size, profile.resample), captions, card)
 
 
 def coco_captions(name: str, data_dir: str | None, size: int, profile: Profile) -> RetrievalSet:

@@ -1,7 +1,7 @@
 """What a fine-tuned model makes of labelled items: the classifier that training fitted, tested.
 
 `finetuned/SPEC`, where SPEC is a source as `data.labelled` names them: finetuned/tfds:imagenet2012/validation,
-finetuned/folder:PATH, finetuned/glue:cola/validation.
+finetuned/folder:PATH, finetuned/glue:cola/validation. Its classes are those that the run learned, by their names.
 """
 
 import dataclasses
@@ -13,9 +13,9 @@ import numpy as np
 from xclip_jax.data import glue, labelled
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Encoder
-from xclip_jax.evaluators.card import Card, digest
-from xclip_jax.evaluators.catalogue import Pictures
+from xclip_jax.evaluators.card import Card, contents, digest
 from xclip_jax.evaluators.names import Profile
+from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.scores import Items, class_weights
 from xclip_jax.evaluators.zeroshot import accuracy
 
@@ -31,6 +31,7 @@ class LabelledSet:
       items: as `Encoder.images` or `Encoder.texts` takes them.
       labels: classes int (n,), or numbers fp32 (n,).
       classes: number of them; 1 where labels are numbers.
+      names: of the classes; none where labels are numbers.
     """
 
     name: str
@@ -38,6 +39,26 @@ class LabelledSet:
     labels: np.ndarray
     classes: int
     card: Card = dataclasses.field(default_factory=Card)
+    names: Sequence[str] = ()
+
+    def renumbered(self, names: Sequence[str]) -> "LabelledSet":
+        """The set with `names` as its classes, of which it may lack some.
+
+        Raises:
+          UserError: a class of the set that is not among them.
+        """
+        if tuple(names) == tuple(self.names):
+            return self
+        number = {name: i for i, name in enumerate(names)}
+        unknown = [name for name in self.names if name not in number]
+        if unknown:
+            shown = ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
+            raise UserError(
+                f"{self.name}: class {unknown[0]!r} is not among the {len(names)} classes that the model was "
+                f"fine-tuned on ({shown}); test it on items of those classes."
+            )
+        labels = np.array([number[name] for name in self.names])[self.labels]
+        return dataclasses.replace(self, labels=labels, classes=len(names), names=tuple(names))
 
 
 class Finetuned:
@@ -48,6 +69,9 @@ class Finetuned:
     """
 
     def __init__(self, encoder: Encoder, data: LabelledSet) -> None:
+        """Raises `UserError` where the set has a class that the model's classifier does not know."""
+        if encoder.classes and data.names:
+            data = data.renumbered(encoder.classes)
         self.encoder, self.data = encoder, data
         self.images = not isinstance(data.items[0], str)
         self.name = f"{'visual' if self.images else 'textual'}/{data.name}"
@@ -100,9 +124,12 @@ def load(spec: str, size: int, data_dir: str | None, profile: Profile) -> Labell
         metrics = glue.TASKS[where.removeprefix("glue:").rpartition("/")[0].partition("@")[0]].metrics
     card = Card(
         data=where, version=source.version, split=where.rpartition("/")[2],
-        split_hash=digest([*labels.tolist(), *source.names, *([] if images else source.items)]),
+        split_hash=digest([
+            [where, source.version] if where.startswith("tfds:") else "",
+            *labels.tolist(), *source.names, *(contents(source.items) if images else source.items),
+        ]),
         protocol="the classifier that end-to-end fine-tuning fitted", metric=f"finetuned/{metrics[0]}",
         preprocessing=f"shorter side {profile.resample}, central crop" if images else "",
     )
     items = Pictures(source.items, size, profile.resample) if images else source.items
-    return LabelledSet(spec, items, labels, len(source.names) or 1, card)
+    return LabelledSet(spec, items, labels, len(source.names) or 1, card, tuple(source.names))

@@ -29,6 +29,9 @@ class Profile:
       prefix: put before the captions of retrieval.
       lower: whether captions are lower-cased, as SigLIP's are.
       captions: at most so many of each image, the first ones; 0 for all.
+
+    Raises:
+      UserError: a negative number of captions, or `augment` without `sgd`, which alone learns from crops.
     """
 
     imagenet: str = "openai80"
@@ -39,6 +42,12 @@ class Profile:
     prefix: str = ""
     lower: bool = False
     captions: int = 0
+
+    def __post_init__(self) -> None:
+        if self.captions < 0:
+            raise UserError(f"--captions is {self.captions}; expected a number of captions, or 0 for all of them.")
+        if self.augment and not self.sgd:
+            raise UserError("--augment is a part of SLIP's linear probe; add --profile slip, or leave --augment out.")
 
     def texts(self, captions: Sequence[str]) -> list[str]:
         """An image's captions as the protocol wants them."""
@@ -139,31 +148,68 @@ def prompts(names: Sequence[str | Sequence[str]], templates_of: str) -> list[lis
 
 
 def readable(label: str) -> str:
-    """A class name out of a data set's label: "/a/airplane_cabin", "001.Black_footed_Albatross", "ApplyEyeMakeup"."""
+    """A class name out of a label of CUB-200, SUN397 or UCF101, such as "001.Black_footed_Albatross".
+
+    The others are like "/a/airplane_cabin" and "ApplyEyeMakeup". Labels of other sets would be torn apart.
+    """
     label = re.sub(r"^/\w/|^\d+\.", "", label)
-    return " ".join(re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", re.sub(r"[_/]", " ", label)).split())
+    return spaced(re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", label.replace("/", " ")))
+
+
+def spaced(label: str) -> str:
+    """`label` with spaces for underscores."""
+    return " ".join(label.replace("_", " ").split())
+
+
+def published(key: str) -> list[str]:
+    """The class names that clip-benchmark calls `key`."""
+    return list(_OWN_NAMES.get(key) or _read("classnames")[key])
+
+
+def _comparable(label: str) -> str:
+    """`label` without case, spaces and punctuation, or as a number without leading zeros."""
+    return str(int(label)) if label.isascii() and label.isdigit() else re.sub(r"\W|_", "", label.lower())
+
+
+def match(labels: Sequence[str], *spellings: Sequence[str]) -> list[int]:
+    """Return each label's position in the first of `spellings` that has all of `labels`.
+
+    Case, spaces, punctuation and leading zeros do not count. Names that a spelling has twice match nothing.
+
+    Raises:
+      KeyError: the label that keeps the likeliest spelling from having them all, or that is one class with another.
+    """
+    strange: list[tuple[int, str]] = []
+    for spelling in spellings:
+        plain = [_comparable(name) for name in spelling]
+        index = {name: i for i, name in enumerate(plain) if plain.count(name) == 1}
+        positions: dict[int, str] = {}
+        for label in labels:
+            position = index.get(_comparable(label))
+            if position is None or position in positions:
+                strange.append((len(positions), label))
+                break
+            positions[position] = label
+        else:
+            return list(positions)
+    # The likeliest spelling is the one that has most of those before.
+    raise KeyError(max(strange, key=lambda item: item[0])[1])
 
 
 def class_names(key: str, labels: Sequence[str]) -> list[str]:
-    """Names of a data set's classes, in the order of its own `labels`.
+    """Names of a TFDS data set's classes, in the order of its own `labels`.
 
     Args:
-      key: clip-benchmark's key of the names; "" makes them from the labels by `readable`.
+      key: clip-benchmark's key of the names.
       labels: the data set's labels, in its order.
 
     Raises:
       UserError: as many names as labels, or the same order, are not there.
     """
-    if not key:
-        return [readable(label) for label in labels]
-    found = _OWN_NAMES.get(key) or _read("classnames")[key]
+    found = published(key)
     if len(found) != len(labels):
         raise UserError(f"{key} has {len(found)} class names and the data set {len(labels)} labels; use another split.")
-
-    def plain(name: str) -> str:
-        return re.sub(r"\W|_", "", name.lower())
-
-    theirs, ours = [plain(name) for name in found], [plain(label) for label in labels]
+    theirs, ours = [_comparable(name) for name in found], [_comparable(label) for label in labels]
     if set(theirs) == set(ours) and len(set(ours)) == len(ours):
         return [found[theirs.index(name)] for name in ours]
     # Labels that say nothing (numbers, wnids) or say it in other words: the order is the same, which those show that

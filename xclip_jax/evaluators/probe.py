@@ -269,8 +269,13 @@ class Probe:
         self, variables: Any, features: Sequence[np.ndarray], labels: Sequence[np.ndarray]
     ) -> dict[str, Result]:
         """{"linear": result} for each way of probing."""
+        classes, sweep, count = int(labels[0].max()) + 1, self.data.sweep, self.data.folds
         train, held, test = ((x, y) for x, y in zip(features, labels, strict=True))
-        classes, sweep, count = int(train[1].max()) + 1, self.data.sweep, self.data.folds
+        readable = [~np.isnan(x).any(axis=1) for x in features[:2]]
+        # Pictures that cannot be read teach nothing. Of a model that diverged all rows are NaN, and all answers wrong.
+        left_out = self.family == "visual" and readable[0].any() and not np.concatenate(readable).all()
+        if left_out:
+            train, held = (tuple(v[keep] for v in x) for x, keep in zip((train, held), readable, strict=True))
         both = (np.concatenate([train[0], held[0]]), np.concatenate([train[1], held[1]]))
         if count and not len(test[1]):
             return {"linear": nested(*train, classes, sweep.coarse, count, sweep.tolerance)}
@@ -278,7 +283,8 @@ class Probe:
             c = choose(*train, classes, sweep.coarse, count, sweep.tolerance)
             return {"linear": linear(train, held, test, classes, Sweep((c,), 0, sweep.tolerance), self._score)}
         if self.data.sgd:
-            out = {"linear": (self._sgd(variables, both, test, classes), {})}
+            kept = np.concatenate(readable) if left_out else slice(None)
+            out = {"linear": (self._sgd(variables, both, test, classes, kept), {})}
         else:
             out = {"linear": linear(train, held, test, classes, sweep, self._score)}
         if self.data.neighbours:
@@ -293,12 +299,13 @@ class Probe:
         return out
 
     def _sgd(
-        self, variables: Any, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], classes: int
+        self, variables: Any, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], classes: int,
+        kept: np.ndarray | slice,
     ) -> np.ndarray:
         def features(epoch: int) -> np.ndarray:
             if self.data.augmented is None:
                 return train[0]
-            return self.encoder.images(variables, self.data.augmented(epoch), ("h",))["h"]
+            return self.encoder.images(variables, self.data.augmented(epoch), ("h",))["h"][kept]
 
         weights, bias = sgd.fit(features, train[1], classes)
         return _right(test[0] @ weights + bias, test[1])

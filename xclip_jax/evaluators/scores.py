@@ -64,7 +64,7 @@ def roc_auc(scores: np.ndarray, positives: np.ndarray) -> float:
     """Probability that a positive item has a higher score than a negative one; a tie counts one half.
 
     Args:
-      scores: (n,).
+      scores: (n,); NaN counts as wrong: below all others for a positive item, above them for a negative one.
       positives: bool (n,), with at least one of each kind.
 
     Raises:
@@ -74,8 +74,7 @@ def roc_auc(scores: np.ndarray, positives: np.ndarray) -> float:
     up, down = int(positives.sum()), int((~positives).sum())
     if not up or not down:
         raise UserError(f"ROC AUC needs positive and negative items; of {len(positives)} items {up} are positive.")
-    if np.isnan(scores).any():
-        return 0.0  # a model that diverged
+    scores = np.where(np.isnan(scores), np.where(positives, -np.inf, np.inf), scores)
     ranks = scipy.stats.rankdata(scores)
     return float((ranks[positives].sum() - up * (up + 1) / 2) / (up * down))
 

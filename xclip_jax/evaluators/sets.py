@@ -20,8 +20,11 @@ The sets of the demo, `xclip_jax.data.demo` (`emoji/...`); three artists drew th
     test_text_probe                         textual: the category by a linear probe on names, split as test_probe
 """
 
+import difflib
 import functools
-from collections.abc import Callable, Mapping
+import pathlib
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,15 +32,17 @@ import tensorflow_datasets as tfds
 
 from xclip_jax.data import demo
 from xclip_jax.data.transforms import evaluation_image
-from xclip_jax.errors import one_of
+from xclip_jax.errors import BadSample, UserError, describe, one_of
 from xclip_jax.evaluators import Encoder, Evaluator, catalogue, files, finetuned
 from xclip_jax.evaluators.card import Card, digest
 from xclip_jax.evaluators.finetuned import Finetuned, LabelledSet
 from xclip_jax.evaluators.names import PROFILES, Profile
 from xclip_jax.evaluators.probe import Probe, ProbeSet, Sweep
 from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet
+from xclip_jax.evaluators.scores import Items
 from xclip_jax.evaluators.text import Similarity, SimilaritySet, TextRetrieval, TextRetrievalSet
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
+from xclip_jax.metrics import say
 
 Record = dict[str, Any]
 AnySet = ZeroShotSet | RetrievalSet | ProbeSet | SimilaritySet | TextRetrievalSet | LabelledSet
@@ -46,6 +51,8 @@ Maker = Callable[[str, int, str | None], AnySet]
 _UNCATEGORISED = {"flags": "Flags"}  # the newest flags are missing from the table of categories
 _RESIZE = "shorter side bicubic, central crop"
 _SWEEP = Sweep(halvings=0, tolerance=1e-4)  # of the demo, where seconds matter: coarse, from 1e-6 to 1e6
+_TRIED = 8  # images of a set that `open_all` decodes
+_SAID = 3  # unreadable images that `measure` names
 
 
 def load(spec: str, image_size: int, data_dir: str | None = None, profile: Profile = PROFILES["openai"]) -> AnySet:
@@ -58,7 +65,7 @@ def load(spec: str, image_size: int, data_dir: str | None = None, profile: Profi
       profile: protocol of the published sets.
 
     Raises:
-      UserError: an unknown `spec`; the message lists the valid ones.
+      UserError: an unknown `spec`; the message has those that are spelled like it.
     """
     check(spec)
     if spec in SETS:
@@ -67,13 +74,40 @@ def load(spec: str, image_size: int, data_dir: str | None = None, profile: Profi
     return reader.load(spec, image_size, data_dir or None, profile)
 
 
-def check(spec: str) -> None:
-    """Raises `UserError` unless `load` knows `spec`."""
-    if not spec.startswith(finetuned.PREFIX) and not catalogue.check(spec) and not files.check(spec):
-        from_files = [f"{name}@PATH" for name in (*catalogue.ENTRIES, *files.READERS, *files.RETRIEVAL, *files.GLUE)]
-        forms = ["probe/NAME", "fewshot/NAME", "folder:PATH", "csv:PATH", "finetuned/SOURCE"]
-        known = [*SETS, *catalogue.PAPER, *files.IN_TFDS, *from_files, *forms]
-        one_of("the evaluation set (--suite, eval.sets, eval.final_sets)", spec, known)
+def check(spec: str, others: Sequence[str] = ()) -> None:
+    """Raises `UserError` unless `load` knows `spec`; the message has the names nearest to it, of `others` too."""
+    if spec.startswith(finetuned.PREFIX) or catalogue.check(spec) or files.check(spec) or spec in SETS:
+        return
+    probe = next((prefix for prefix in ("probe/", "fewshot/") if spec.startswith(prefix)), "")
+    known = catalogue.ENTRIES if probe else dict.fromkeys([*others, *_PLAIN, *_AT_PATH])
+    near = difflib.get_close_matches(spec.removeprefix(probe).partition("@")[0], known, n=3)
+    meant = [probe + name + ("" if name in (*_PLAIN, *others) else "@PATH") for name in near]
+    hint = f"; did you mean {' or '.join(map(repr, meant))}?" if meant else "."
+    raise UserError(
+        f"unknown evaluation set {spec!r}{hint} python -m xclip_jax.evaluate --help lists the names; own images are "
+        "folder:PATH, csv:PATH or probe/folder:PATH."
+    )
+
+
+def listing() -> str:
+    """All names that `load` knows, for people to read."""
+    lines = (
+        f"suites: {', '.join(SUITES)}",
+        f"sets: {', '.join(_PLAIN)}",
+        f"sets in files, NAME@PATH: {', '.join(_AT_PATH)}",
+        "own data: folder:PATH, one sub-folder a class; csv:PATH, with the columns path and label",
+        "probes: probe/NAME, fewshot/NAME, probe/folder:PATH; of a fine-tuned model: finetuned/SOURCE",
+    )
+    return "\n".join(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
+
+
+def split(suite: str) -> list[str]:
+    """Names of sets joined by commas; a name whose path exists, commas and all, stands for itself."""
+    paths = [pathlib.Path(suite.partition(mark)[2]) for mark in "@:"]
+    # In finetuned/glue:TASK@PATH/SPLIT the split is behind the path.
+    if any("," in str(path) and path.exists() for whole in paths for path in (whole, whole.parent)):
+        return [suite]
+    return [name for name in map(str.strip, suite.split(",")) if name]
 
 
 def profile(name: str) -> Profile:
@@ -259,11 +293,82 @@ SUITES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+_PLAIN = tuple(dict.fromkeys([*SETS, *catalogue.PAPER, *files.IN_TFDS]))
+_AT_PATH = tuple(dict.fromkeys([*catalogue.ENTRIES, *files.READERS, *files.RETRIEVAL, *files.GLUE]))
+
+
 def make(
     spec: str, encoder: Encoder, data_dir: str | None = None, profile: Profile = PROFILES["openai"]
 ) -> Evaluator:
     """The evaluator of the set named `spec`; arguments and errors are those of `load`."""
     return evaluator(encoder, load(spec, encoder.image_size, data_dir, profile))
+
+
+def open_all(
+    specs: Sequence[str], encoder: Encoder, data_dir: str | None = None, profile: Profile = PROFILES["openai"]
+) -> list[Evaluator]:
+    """The evaluators of all of `specs`, without running the model: what is wrong with any shows before the first one.
+
+    Args:
+      specs: names of sets.
+      encoder, data_dir, profile: as in `make`.
+
+    Raises:
+      UserError: sets that are unknown, missing or damaged, or of which none of some images can be decoded; one line for
+        each set.
+    """
+    evaluators, faults = [], []
+    for spec in specs:
+        try:
+            evaluators.append(make(spec, encoder, data_dir, profile))
+            _try_images(evaluators[-1].data)
+        except (UserError, OSError) as error:
+            named = str(error).startswith((spec, f"{spec.partition('@')[0]}:")) or repr(spec) in str(error)
+            faults.append(("" if named else f"{spec}: ") + describe(error))
+        except Exception as error:
+            error.add_note(f"in evaluation set {spec}")
+            raise
+    if len(faults) > 1:
+        raise UserError("\n  ".join([f"{len(faults)} of {len(specs)} evaluation sets cannot be opened:", *faults]))
+    if faults:
+        raise UserError(faults[0])
+    return evaluators
+
+
+def _try_images(data: AnySet) -> None:
+    """Decodes a few images of each part of a set; raises `UserError` where none of them can be."""
+    for part in ("images", "items", "train", "validation", "test"):
+        images = getattr(data, part, ())
+        indices = np.unique(np.linspace(0, len(images) - 1, _TRIED).astype(int)) if len(images) else []
+        errors = []
+        for i in indices:
+            try:
+                images[i]
+            except BadSample as error:
+                errors.append(error)
+        if errors and len(errors) == len(indices):
+            raise UserError(f"{data.name}: images cannot be read; of {len(errors)} none was: {describe(errors[0])}")
+
+
+def measure(evaluator: Evaluator, variables: Any) -> tuple[dict[str, float], dict[str, Items]]:
+    """`evaluator.measure`, and how many images could not be read: "<name>/unreadable", where there are any.
+
+    They count as wrong, or teach a probe nothing. The first few are named in the log. An exception says in which
+    evaluator it was raised.
+    """
+    encoder = evaluator.encoder
+    encoder.unreadable.clear()
+    try:
+        metrics, items = evaluator.measure(variables)
+    except Exception as error:
+        error.add_note(f"in evaluator {evaluator.name}")
+        raise
+    if encoder.unreadable:
+        first = [reason or f"image {i}" for i, reason in sorted(encoder.unreadable.items())[:_SAID]]
+        more = f"; and {len(encoder.unreadable) - _SAID} more" if len(encoder.unreadable) > _SAID else ""
+        say(f"WARNING: {evaluator.name}: {len(encoder.unreadable)} unreadable images: {'; '.join(first)}{more}")
+        metrics = metrics | {f"{evaluator.name}/unreadable": float(len(encoder.unreadable))}
+    return metrics, items
 
 
 def evaluator(encoder: Encoder, data: AnySet) -> Evaluator:

@@ -107,14 +107,21 @@ def similarities(img: Features, z_txt: np.ndarray | None, q: np.ndarray | None, 
     Returns:
       Kind "" is the one that tables show: cosine of z, or of the distributions where there is no projection. With
       cluster heads also "cosine" and "cross_entropy", of `cluster_scores`; with projection and cluster heads, as xCLIP
-      has them, "both", the sum of "" and "cross_entropy", each over its standard deviation [ours].
+      has them, "both", the sum of "" and "cross_entropy", each over its standard deviation [ours]. Images whose
+      features are NaN, as those of unreadable ones are, have minus infinity.
     """
+    unreadable = np.isnan(img["s" if z_txt is None else "z"]).any(axis=1)
+    any_unreadable = unreadable.any() and not unreadable.all()  # a model that diverged keeps its NaN
     scores = {} if z_txt is None else {"": img["z"] @ z_txt.T}
     if q is not None:
         found = cluster_scores(img["s"], q, tau)
         if scores:
-            found["both"] = sum(x / max(x.std(), _TINY) for x in (scores[""], found["cross_entropy"]))
+            both = scores[""], found["cross_entropy"]
+            found["both"] = sum(x / max((x[~unreadable] if any_unreadable else x).std(), _TINY) for x in both)
         scores = {"": found["cosine"]} | scores | found
+    if any_unreadable:
+        for x in scores.values():
+            x[unreadable] = -np.inf
     return scores
 
 
@@ -221,7 +228,8 @@ class ZeroShot:
                 continue
             found = _items(scores, labels, self.data.groups)
             if self.data.card.metric == "roc_auc":
-                found["roc_auc"] = Items(scores[:, 1] - scores[:, 0], other=labels == 1, statistic="roc_auc")
+                with np.errstate(invalid="ignore"):  # of unreadable images NaN
+                    found["roc_auc"] = Items(scores[:, 1] - scores[:, 0], other=labels == 1, statistic="roc_auc")
             if self.data.card.metric == "top1_top5":
                 found["top1_top5"] = Items((found["top1"].values + found["top5"].values) / 2)
             items |= {f"{prefix}/{key}": value for key, value in found.items()}

@@ -1,0 +1,97 @@
+"""A fine-tuned model is tested on the classes that it learned, by their names."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from tests import tiny
+from tests.test_finetune import FakeEncoder, folder_of_classes
+from xclip_jax import evaluate, parts, trainer
+from xclip_jax.checkpoint import Checkpointer, write_json
+from xclip_jax.errors import UserError
+from xclip_jax.evaluators import sets
+from xclip_jax.evaluators.finetuned import Finetuned, LabelledSet
+from xclip_jax.state import create
+
+
+def encoder(classes):
+    fake = FakeEncoder(None)
+    fake.classes = classes
+    return fake
+
+
+def labelled(names, labels):
+    return LabelledSet("finetuned/x", ["text"] * len(labels), np.array(labels), len(names), names=names)
+
+
+def test_classes_of_the_set_are_numbered_as_those_of_the_model():
+    fake = encoder(("bee", "ant", "cat"))
+    fake.logits = np.eye(3)[[1, 0, 2, 2]]
+    same = Finetuned(fake, labelled(("ant", "bee", "cat"), [0, 1, 2, 1]))
+    assert same.data.labels.tolist() == [1, 0, 2, 0]
+    metrics, items = same.measure(None)
+    assert items["textual/finetuned/x/finetuned/top1"].values.tolist() == [1, 1, 1, 0]
+    # A class without items is an answer all the same.
+    some = Finetuned(fake, labelled(("ant", "cat"), [0, 1]))
+    assert some.data.labels.tolist() == [1, 2] and some.data.classes == 3
+    assert some.measure(None)[0]["textual/finetuned/x/ways"] == 3
+    assert metrics["textual/finetuned/x/finetuned/top1"] == 75
+
+
+@pytest.mark.parametrize(
+    ("names", "first"), [(("ant", "bee", "cow"), "cow"), (("ant", "bee", "cat", ".git"), ".git"), (("Ant",), "Ant")]
+)
+def test_a_class_that_the_model_did_not_learn_is_refused(names, first):
+    with pytest.raises(UserError, match=rf"class '{first}' is not among the 3 classes .*\('ant', 'bee', 'cat'\)"):
+        Finetuned(encoder(("ant", "bee", "cat")), labelled(names, [0]))
+
+
+def test_runs_that_do_not_say_their_classes_are_tested_by_number():
+    data = labelled(("ant", "cow"), [0, 1])
+    assert Finetuned(encoder(None), data).data is data
+    numbers = LabelledSet("finetuned/y", ["text"], np.array([0.5]), 1)
+    assert Finetuned(encoder(("ant",)), numbers).data is numbers
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of three classes, saved before its first step."""
+    run = tmp_path_factory.mktemp("finetuned") / "run"
+    c = tiny.config("classify", run=run, objective__classify__classes=3, data__batch=8)
+    trainer._claim(epath.Path(run), c)
+    p = parts.build(c, jax.devices()[:1])
+    with Checkpointer(run) as checkpointer:
+        checkpointer.save(create(p.init, p.abstract), {"samples": 0})
+    return run
+
+
+def test_the_runs_data_json_names_its_classes(run, tmp_path, capsys):
+    images = folder_of_classes(tmp_path / "images", 2)
+    spec = f"finetuned/folder:{images}"
+    names = ["bright", "dark", "grey"]
+    (run / "data.json").unlink(missing_ok=True)
+    old = evaluate.evaluate(str(run), spec, output=str(tmp_path / "x.json"))["results"][0]
+    write_json(epath.Path(run / "data.json"), [{"samples": 6, "hash": "x", "classes": names}])
+    new = evaluate.evaluate(str(run), spec, output=str(tmp_path / "x.json"))["results"][0]
+    assert new["metrics"] == old["metrics"] and evaluate.run_classes(epath.Path(run)) == tuple(names)
+    write_json(epath.Path(run / "data.json"), [{"samples": 6, "classes": ["bright", "grey", "white"]}])
+    with pytest.raises(UserError, match="class 'dark' is not among the 3 classes"):
+        sets.open_all([spec], trainer.make_encoder(*evaluate.load(str(run))[:2], ["bright", "grey", "white"]))
+    with pytest.raises(UserError, match="class 'dark' is not among the 3 classes"):
+        evaluate.evaluate(str(run), spec, output=str(tmp_path / "x.json"))
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "7"])
+def test_a_damaged_data_json_is_one_sentence(content, tmp_path):
+    (tmp_path / "data.json").write_text(content)
+    with pytest.raises(UserError, match=r"data\.json cannot be read"):
+        evaluate.run_classes(epath.Path(tmp_path))
+
+
+def test_no_data_json_and_no_classes_are_none(tmp_path):
+    assert evaluate.run_classes(epath.Path(tmp_path)) is None
+    (tmp_path / "data.json").write_text(json.dumps([{"samples": 3, "hash": ""}]))
+    assert evaluate.run_classes(epath.Path(tmp_path)) is None

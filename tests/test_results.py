@@ -1,0 +1,271 @@
+"""The file of results, what commands add to it, and comparisons of two."""
+
+import json
+import pathlib
+
+import numpy as np
+import PIL.Image
+import pytest
+from etils import epath
+
+from tests import tiny
+from xclip_jax import evaluate, model_card, trainer
+from xclip_jax.errors import UserError
+from xclip_jax.evaluators import results, sets
+from xclip_jax.evaluators.scores import Items
+from xclip_jax.report import record
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A run with two checkpoints, and three folders of pictures in two classes."""
+    root = tmp_path_factory.mktemp("results")
+    pairs = tiny.folder(root / "pairs")
+    trainer.run(tiny.config(run=root / "run", steps=STEPS, data__sources=(f"folder:{pairs}",), checkpoint__every=1))
+    rng = np.random.default_rng(0)
+    for name in ("one", "two", "with, comma"):
+        for label in ("cat", "dog"):
+            (root / name / label).mkdir(parents=True)
+            for i in range(5):
+                image = PIL.Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
+                image.save(root / name / label / f"{i}.png")
+    return root
+
+
+def entries(path):
+    return {(entry["set"].rpartition("/")[2], entry["step"], entry["profile"], json.dumps(entry["changes"]))
+            for entry in results.read(epath.Path(path))[0]}
+
+
+def test_later_commands_add_to_the_file(root):
+    run, one, two = str(root / "run"), f"folder:{root / 'one'}", f"folder:{root / 'two'}"
+    file = root / "run" / "evaluation.json"
+    file.unlink(missing_ok=True)
+    evaluate.evaluate(run, one, step=1)
+    evaluate.evaluate(run, one)
+    evaluate.evaluate(run, two)
+    written = json.loads(file.read_text())
+    assert [r["set"] for r in written["results"]] == [one, two] and written["step"] == STEPS
+    assert [r["step"] for r in written["other_results"]] == [1]
+    # What shows the newest shows both, and nothing of the earlier step.
+    assert record._evaluated(epath.Path(file)).keys() == {
+        f"{r['name']}/{key}" for r in written["results"] for key in r["metrics"]
+    }
+    evaluate.evaluate(run, one, profile="slip")
+    evaluate.evaluate(run, one, changes={"prefix": "a "})
+    assert entries(file) == {
+        ("one", 1, "openai", "{}"), ("one", 2, "openai", "{}"), ("two", 2, "openai", "{}"), ("one", 2, "slip", "{}"),
+        ("one", 2, "openai", '{"prefix": "a "}'),
+    }
+    # A repeated one is replaced, and is the one to show again.
+    before = len(results.read(epath.Path(file))[0])
+    again = evaluate.evaluate(run, one)
+    entries_, items = results.read(epath.Path(file))
+    shown = json.loads(file.read_text())["results"]
+    assert len(entries_) == before and [r["set"] for r in shown] == [two, one] and again["results"][0]["value"] == (
+        shown[1]["value"]
+    )
+    # Every entry still has its items.
+    for entry in entries_:
+        name = f"{entry['name']}/{entry['metric']}"
+        assert items[entry["items"]][name].value() == pytest.approx(entry["value"])
+    card = model_card._results(epath.Path(run), evaluate.load(run)[0], 1)
+    assert str(root / "one") in card and str(root / "two") not in card and "profile openai" in card
+
+
+def test_results_of_two_runs_in_one_file(root, tmp_path):
+    one, file = f"folder:{root / 'one'}", tmp_path / "all.json"
+    copy = root / "copy"
+    copy.exists() or copy.symlink_to(root / "run")
+    for run in ("run", "copy"):
+        evaluate.evaluate(str(root / run), one, output=str(file))
+    written = json.loads(file.read_text())
+    assert written["checkpoint"] == str(copy) and len(written["results"]) == len(written["other_results"]) == 1
+
+
+def test_a_run_that_was_moved_keeps_its_results(root):
+    one, two = f"folder:{root / 'one'}", f"folder:{root / 'two'}"
+    evaluate.evaluate(str(root / "run"), one)
+    (root / "run").rename(root / "moved")
+    try:
+        evaluate.evaluate(str(root / "moved"), two)
+        assert {one, two} <= {r["set"] for r in json.loads((root / "moved" / "evaluation.json").read_text())["results"]}
+        rows = evaluate.compare(str(root / "moved"), str(root / "moved"))
+        assert all(row["low"] == row["high"] == 0 for row in rows) and len(rows) >= 2
+    finally:
+        (root / "moved").rename(root / "run")
+
+
+def test_all_sets_are_opened_before_the_first_is_evaluated(root, monkeypatch, tmp_path):
+    def never(*_):
+        raise AssertionError("evaluated")
+
+    suite = [f"folder:{root / 'one'}", f"folder:{root / 'none'}", "dtd", "birdsnap"]
+    with monkeypatch.context() as patched:
+        patched.setattr(sets, "measure", never)
+        with pytest.raises(UserError) as error:
+            evaluate.evaluate(str(root / "run"), suite, data_dir=str(tmp_path), output=str(tmp_path / "x.json"))
+    first, *faults = str(error.value).splitlines()
+    assert first == "3 of 4 evaluation sets cannot be opened:" and len(faults) == 3
+    expected = (f"folder:{root / 'none'}: ", "'dtd:3.0.1'", "birdsnap is not in TFDS")
+    assert all(words in fault for fault, words in zip(faults, expected, strict=True))
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_results_are_written_as_soon_as_they_are_there(root, monkeypatch, tmp_path):
+    one, two = f"folder:{root / 'one'}", f"folder:{root / 'two'}"
+    original = sets.measure
+
+    def killed(evaluator, variables):
+        if "two" in evaluator.name:
+            raise KeyboardInterrupt
+        return original(evaluator, variables)
+
+    monkeypatch.setattr(sets, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(str(root / "run"), [one, two], output=str(tmp_path / "x.json"))
+    assert [r["set"] for r in json.loads((tmp_path / "x.json").read_text())["results"]] == [one]
+
+
+def test_a_name_with_commas(root, tmp_path):
+    comma, one = f"folder:{root / 'with, comma'}", f"folder:{root / 'one'}"
+    assert evaluate.chosen(comma) == (comma,) and evaluate.chosen(f"{one},{one},mnist") == (one, "mnist")
+    assert evaluate.chosen([comma, f"mnist, {one}"]) == (comma, "mnist", one)
+    assert evaluate.chosen(f"finetuned/glue:cola@{root / 'with, comma'}/dev") == (
+        f"finetuned/glue:cola@{root / 'with, comma'}/dev",
+    )
+    output = str(tmp_path / "deep" / "x.json")
+    evaluate.main(["--checkpoint", str(root / "run"), "--suite", comma, "--suite", one, "--output", output])
+    assert [r["set"] for r in json.loads(pathlib.Path(output).read_text())["results"]] == [comma, one]
+
+
+# The file.
+
+
+def entry(name="zeroshot/x", **changes):
+    fields = {"set": "x", "name": name, "metric": "top1", "value": 50.0, "checkpoint": "run", "step": 1,
+              "profile": "openai", "changes": {}, "tokenizer": "bytes", "text_length": 8}
+    return fields | changes
+
+
+ITEMS = {
+    "zeroshot/x/top1": Items(np.array([1.0, 0.0]), np.array([0.5, 2.0])),
+    "zeroshot/a|b:c%7C d/ü/top1": Items(np.arange(3.0), other=np.array([1.0, 3, 2]), statistic="spearman"),
+}
+
+
+def test_items_survive_the_file(tmp_path):
+    file = epath.Path(tmp_path / "x.json")
+    results.add(file, entry(), ITEMS, {}, own=True)
+    (read,), items = results.read(file)
+    back = items[read["items"]]
+    assert back.keys() == ITEMS.keys() and all(back[key].value() == ITEMS[key].value() for key in ITEMS)
+
+
+def test_two_files_that_differ_in_their_suffix_have_items_of_their_own(tmp_path):
+    for name, value in (("a.txt", 0.0), ("a.json", 1.0)):
+        results.add(epath.Path(tmp_path / name), entry(), {"zeroshot/x/top1": Items(np.array([value]))}, {}, own=True)
+    for name, value in (("a.txt", 0.0), ("a.json", 1.0)):
+        (read,), items = results.read(epath.Path(tmp_path / name))
+        assert items[read["items"]]["zeroshot/x/top1"].value() == 100 * value
+
+
+def older(path, **changes):
+    """A file as it was before entries had a step and a profile of their own."""
+    fields = {key: value for key, value in entry(**changes).items() if key not in ("checkpoint", "step", "profile",
+                                                                                   "changes")}
+    path.write_text(json.dumps({"checkpoint": "run", "step": 1, "profile": "slip", "suite": "x", "results": [fields]}))
+    np.savez_compressed(path.with_name(f"{path.stem}.items.npz"), **{"mean:values:zeroshot|x|top1": np.array([1.0, 0])})
+    return epath.Path(path)
+
+
+def test_older_files_are_read_and_added_to(tmp_path):
+    file = older(tmp_path / "evaluation.json")
+    (read,), items = results.read(file)
+    assert (read["step"], read["profile"]) == (1, "slip") and items[read["items"]]["zeroshot/x/top1"].value() == 50
+    results.add(file, entry(set="y", name="zeroshot/y", profile="slip"), {}, {}, own=True)
+    both, items = results.read(file)
+    assert [e["set"] for e in both] == ["x", "y"] and items[read["items"]]["zeroshot/x/top1"].value() == 50
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"results": [{"set": "x"}]}', '{"results": 3}'])
+def test_damaged_files_are_one_sentence(content, tmp_path):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(UserError, match=r"x\.json is not a file of results"):
+        results.read(epath.Path(tmp_path / "x.json"))
+
+
+def test_damaged_items_are_one_sentence(tmp_path):
+    results.add(epath.Path(tmp_path / "x.json"), entry(), ITEMS, {}, own=True)
+    whole = (tmp_path / "x.json.items.npz").read_bytes()
+    (tmp_path / "x.json.items.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"x\.json\.items\.npz is damaged"):
+        results.read(epath.Path(tmp_path / "x.json"))
+
+
+# Comparisons.
+
+
+def compared(tmp_path, lefts, rights, **choice):
+    for name, side in (("a.json", lefts), ("b.json", rights)):
+        for fields in side:
+            item = Items(np.array([1.0, 0.0]) if fields["value"] == 50 else np.array([1.0, 1.0]))
+            results.add(epath.Path(tmp_path / name), fields, {f"{fields['name']}/top1": item}, {}, own=True)
+    return evaluate.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"), **choice)
+
+
+def test_the_newest_steps_of_one_profile_are_compared(tmp_path):
+    lefts = [entry(step=9, profile="slip"), entry(step=9), entry(step=3, value=100.0)]
+    rights = [entry(step=5, value=100.0), entry(step=5, profile="slip", value=100.0), entry(step=3)]
+    (row,) = compared(tmp_path, lefts, rights)
+    assert (row["step_a"], row["step_b"], row["profile"], row["difference"]) == (9, 5, "openai", 50)
+    assert row["low"] == 0 and row["high"] == 100
+    (row,) = evaluate.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"), profile="slip")
+    assert row["profile"] == "slip"
+    (row,) = evaluate.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"), step=3)
+    assert row["difference"] == -50 and row["step_a"] == 3
+    with pytest.raises(UserError, match="no results of step 4, only of 3, 9"):
+        evaluate.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"), step=4)
+    with pytest.raises(UserError, match="of step 9 and profile 'open_clip'"):
+        evaluate.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"), profile="open_clip")
+    assert "a.json, step 9" in evaluate.render([row | {"step_a": 9}], str(tmp_path / "a.json"), "b")
+
+
+def test_profiles_that_resize_otherwise_are_not_compared_but_models_of_other_sizes_are(tmp_path):
+    def made(how, size, shorter="", **fields):
+        words = f"shorter side{shorter} {how}, central crop, {size} px, mean and deviation of 'clip'"
+        return entry(preprocessing=words, **fields)
+
+    assert compared(tmp_path, [made("bicubic", 224)], [made("bicubic", 336)])
+    assert compared(tmp_path, [made("bicubic", 224)], [made("bicubic", 336, profile="open_clip")])
+    assert compared(tmp_path, [made("bilinear", 224, " to 256", set="y")], [made("bilinear", 336, " to 384", set="y")])
+    with pytest.raises(UserError, match=r"preprocessing is .*bicubic.* and .*bilinear"):
+        compared(tmp_path, [made("bicubic", 224, set="z")], [made("bilinear", 224, set="z", profile="slip")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--captions", "-1"], "--captions is -1; expected"),
+        (["--augment"], "add --profile slip"),
+        (["--output", "{}"], "is a folder; name a file in it"),
+        (["--output", "{}/one/cat/0.png/x.json"], "the folder cannot be made"),
+    ],
+)
+def test_bad_flags_are_one_sentence(flags, message, root):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["--checkpoint", str(root / "run"), *(flag.format(root) for flag in flags)])
+    assert message in str(stopped.value) and str(stopped.value).startswith("error: ")
+    assert "\n" not in str(stopped.value)
+
+
+def test_the_folder_of_the_output_is_made_before_anything_is_read(tmp_path):
+    results.add(epath.Path(tmp_path / "a.json"), entry(), ITEMS, {}, own=True)
+    output = tmp_path / "deep" / "er" / "x.json"
+    evaluate.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "a.json"), "--output", str(output)])
+    assert json.loads(output.read_text())["rows"][0]["difference"] == 0
+    with pytest.raises(SystemExit):
+        evaluate.main(["--compare", "none", "none", "--output", str(tmp_path / "other" / "x.json")])
+    assert (tmp_path / "other").is_dir()
