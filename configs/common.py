@@ -112,7 +112,18 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
             "workers": 0,
             "max_bad": 0.05,
         },
-        "eval": {"sets": (), "final_sets": (), "every": 0, "batch": 256, "ema": False, "report": False},
+        "eval": {
+            "sets": (),
+            "final_sets": (),
+            "every": 0,
+            "batch": 256,
+            "ema": False,
+            "report": False,
+            # How images are prepared wherever the model is used but for training.
+            "resize": "shortest",
+            "resize_size": 0,
+            "interpolation": "bicubic",
+        },
         "log": {"every": 20, "alarms_after": 500},
         "checkpoint": {"every": 1000, "keep": 3},
     })

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from xclip_jax import optim, state, step
 from xclip_jax.data import tokenizer, transforms
 from xclip_jax.data.loader import DataConfig
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError, one_of
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.objective import Objective
@@ -35,6 +36,7 @@ class Parts:
 
     mesh: Mesh
     data: DataConfig
+    preprocessing: Preprocessing
     tokenizer: tokenizer.Tokenizer
     objective: Objective
     model: TwoTowers
@@ -102,7 +104,7 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
         if data.batch % chunk:
             raise UserError(f"loss.chunk={chunk} must divide data.batch={data.batch}.")
         check_batch(chunk, mesh, "loss.chunk")
-    one_of("data.statistics", data.statistics, transforms.STATISTICS)
+    prepare = Preprocessing.from_config(config)
     one_of("data.resample", data.resample, transforms.RESAMPLE)
     optim_config = _group(optim.OptimConfig, config, "optim")
     ema = _group(EmaConfig, config, "ema")
@@ -142,7 +144,7 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
 
     def preprocess(inputs: dict[str, Any]) -> jax.Array:
         images = transforms.augment(inputs["image"], inputs)
-        images = transforms.normalize(images, *transforms.STATISTICS[data.statistics])
+        images = transforms.normalize(images, prepare.mean, prepare.std)
         return transforms.mix(images, preprocess(inputs["other"]), inputs) if "other" in inputs else images
 
     def momentum(at: jax.Array) -> Any:
@@ -164,6 +166,7 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
     return Parts(
         mesh=mesh,
         data=data,
+        preprocessing=prepare,
         tokenizer=tokens,
         objective=objective,
         model=model,

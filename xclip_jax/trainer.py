@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from xclip_jax import metrics
 from xclip_jax.checkpoint import Checkpointer, write_json
-from xclip_jax.data import loader, sources, transforms
+from xclip_jax.data import loader, sources
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Encoder, sets, table
@@ -39,8 +39,12 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+            flat[prefix + key] = _lists(value)
     return flat
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 class Interrupt:
@@ -162,14 +166,11 @@ def _claim(folder: epath.Path, config: ml_collections.ConfigDict) -> None:
 
 def make_encoder(config: ml_collections.ConfigDict, parts: Parts) -> Encoder:
     """What the evaluators share: one compiled function for each modality."""
-    mean, std = transforms.STATISTICS[parts.data.statistics]
     return Encoder(
         parts.model,
         parts.tokenizer,
         text_length=parts.length,
-        image_size=parts.size,
-        mean=mean,
-        std=std,
+        preprocessing=parts.preprocessing,
         mesh=parts.mesh,
         batch=config.eval.batch,
         tau=parts.objective.nclip.tau,

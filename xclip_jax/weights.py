@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xclip_jax import interop
 from xclip_jax.checkpoint import Checkpointer
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.interop.files import is_run
 from xclip_jax.metrics import say
@@ -25,7 +26,7 @@ Variables = Mapping[str, Any]
 # What weights mean without being seen in their shapes.
 _MEANING = (
     "model.img.act", "model.img.eps", "model.img.pool", "model.img.pre_norm", "model.txt.act", "model.txt.eps",
-    "data.tokenizer", "data.statistics",
+    "data.tokenizer",
 )  # fmt: skip
 # What a file of weights does not say, and nothing but training asks for.
 _UNTRAINED = {
@@ -82,6 +83,7 @@ def _weights(path: str, step: int | None) -> tuple[ml_collections.ConfigDict, Va
     for note in there.pop("source")["notes"]:
         say(f"{path}: {note}")
     there["data"] = {"sources": ()} | there["data"]
+    there["eval"] = _UNTRAINED["eval"] | there["eval"]
     return ml_collections.ConfigDict(_UNTRAINED | there), variables
 
 
@@ -119,8 +121,8 @@ def start(config: ml_collections.ConfigDict, state: TrainState) -> TrainState:
     say(f"starting from {where}, step {at}: {len(found)} of {len(flatten_dict(state.variables()))} tensors")
     for note in notes:
         say(note)
-    differing = [(key, there_is, here_is) for key in _MEANING
-                 if (there_is := _get(there, key)) != (here_is := _get(config, key))]  # fmt: skip
+    meant, here = _meaning(there), _meaning(config)
+    differing = [(key, meant[key], here[key]) for key in meant if meant[key] != here[key]]
     if differing:
         said = ", ".join(f"{key} ({a!r} there, {b!r} here)" for key, a, b in differing)
         say(f"WARNING: the weights of {where} were made under other settings: {said}")
@@ -140,6 +142,12 @@ def start(config: ml_collections.ConfigDict, state: TrainState) -> TrainState:
         batch_stats=replaced("batch_stats", state.batch_stats),
         ema_params=None if state.ema_params is None else replaced("params", state.ema_params),
     )
+
+
+def _meaning(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What weights mean, by config keys."""
+    prepare = flatten_dict(Preprocessing.from_config(config).to_config(), sep=".")
+    return {key: _get(config, key) for key in _MEANING} | prepare
 
 
 def _get(config: ml_collections.ConfigDict, key: str) -> Any:

@@ -51,7 +51,7 @@ class DataConfig:
       crop_scale: range of the training crop's share of the image.
       resample: how the crop is resized, see `transforms.random_resized_crop`; "area" is the fast one.
       flip, color: see `transforms.augment`.
-      statistics: channel means and deviations, a key of `transforms.STATISTICS`.
+      statistics: channel means and deviations, see `preprocessing.mean_std`.
       cache: keep decoded images in memory.
       threads, buffer: batches read at once and ahead by threads of this process, where `workers` is 0.
       workers: reading processes instead, each with one thread; for buckets, where reads wait, several a core.
@@ -74,7 +74,7 @@ class DataConfig:
     resample: str = "bicubic"
     flip: float = 0.0
     color: float = 0.0
-    statistics: str = "clip"
+    statistics: str | Sequence[Sequence[float]] = "clip"
     cache: bool = False
     threads: int = 4
     buffer: int = 8

@@ -16,6 +16,7 @@ import numpy as np
 
 from xclip_jax.data import transforms
 from xclip_jax.data.labelled import Field, read_files
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.sources import open_tfds
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import names
@@ -139,7 +140,7 @@ def _plain(spec: str) -> str:
     return spec.removeprefix("probe/").removeprefix("fewshot/")
 
 
-def load_probe(spec: str, size: int, data_dir: str | None, profile: Profile) -> ProbeSet:
+def load_probe(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> ProbeSet:
     """The set `probe/NAME` or `fewshot/NAME`; the latter learns from 1 % and 10 % and 5 a class too.
 
     Raises:
@@ -162,33 +163,37 @@ def load_probe(spec: str, size: int, data_dir: str | None, profile: Profile) -> 
         read.insert(1, ([], np.array([], int), read[0][2], ""))
     metric = entry.metric if entry.metric == "mean_per_class" else "top1"
     sgd = profile.sgd and spec.startswith("probe/")
-    shorter = round(size * 256 / 224) if sgd else size
+    prepare = profile.preprocessing(prepare)
+    if sgd:
+        prepare = dataclasses.replace(prepare, resize_size=round(prepare.size * 256 / 224))
     views = "crops and flips of each epoch" if profile.augment else "central crops, without its crops and flips"
     card = Card(
         data=path or entry.tfds.partition(":")[0], version=read[0][3], split=entry.split if not path else "test",
         split_hash=digest([part[1].tolist() for part in read]),
         protocol=f"SLIP's linear probe: features before projection, SGD, 90 epochs, lr 0.00625, {views}" if sgd else
         "CLIP's linear probe: features before projection, L-BFGS, C by halving on validation, fit on both",
-        preprocessing=f"shorter side{f' to {shorter}' * sgd} {profile.resample}, central crop",
+        preprocessing=prepare.resizing,
         metric=f"linear/{metric}", note=entry.note,
     )
     parts = ("1%", "10%", "5-shot") if spec.startswith("fewshot/") else ()
-    pictures = [Pictures(part[0], size, profile.resample, entry.border, shorter) for part in read]
+    pictures = [Pictures(part[0], prepare, entry.border) for part in read]
     learned = [image for part in read[:2] for image in (part[0],) if len(image)]
-    augmented = functools.partial(Augmented, learned, size, profile.resample) if sgd and profile.augment else None
+    augmented = functools.partial(Augmented, learned, prepare) if sgd and profile.augment else None
     return ProbeSet(
         spec, *pictures, {"": tuple(part[1] for part in read)}, parts, sgd=sgd, augmented=augmented, card=card
     )
 
 
-def load(spec: str, size: int, data_dir: str | None, profile: Profile) -> ZeroShotSet | ProbeSet:
-    """The set `spec` of the module's docstring, images square and uint8 at `size` pixels, decoded when asked for.
+def load(
+    spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile
+) -> ZeroShotSet | ProbeSet:
+    """The set `spec` of the module's docstring, images uint8 as `prepare` and the profile say, decoded when asked for.
 
     Raises:
       UserError: a set that is not prepared, a path or label that is wrong.
     """
     if _plain(spec) != spec:
-        return load_probe(spec, size, data_dir, profile)
+        return load_probe(spec, prepare, data_dir, profile)
     name, _, path = spec.partition("@")
     entry = ENTRIES.get(name, Entry(templates="dummy"))
     if spec.startswith(("folder:", "csv:")):
@@ -202,7 +207,7 @@ def load(spec: str, size: int, data_dir: str | None, profile: Profile) -> ZeroSh
         labels, found = _masked(name, entry, np.asarray(labels), found)
     if np.ndim(labels) == 1 and found and np.size(labels) and np.max(labels) >= len(found):
         raise UserError(f"{name}: label {np.max(labels)} is not among {len(found)} classes.")
-    used = names.chosen(entry.templates, profile)
+    used, prepare = names.chosen(entry.templates, profile), profile.preprocessing(prepare)
     words = [names.SYNONYMS.get(name, name) for name in found] if name == "fer2013" and profile.clips else found
     card = Card(
         data=path or entry.tfds.partition(":")[0],
@@ -211,39 +216,30 @@ def load(spec: str, size: int, data_dir: str | None, profile: Profile) -> ZeroSh
         split_hash=digest([*np.asarray(labels).tolist(), *found]),
         protocol="mean of normalised prompts, normalised again; cosine; equal scores go to the lowest class",
         templates=f"{used} ({len(names.templates(used))}{', synonyms' if words != found else ''})",
-        preprocessing=f"shorter side {profile.resample}, central crop",
+        preprocessing=prepare.resizing,
         metric=entry.metric,
         note=entry.note,
     )
-    pictures = Pictures(images, size, profile.resample, entry.border)
+    pictures = Pictures(images, prepare, entry.border)
     return ZeroShotSet(spec, pictures, labels, names.prompts(words, used), names=found, card=card)
 
 
 class Pictures(Sequence):
-    """Encoded images, decoded and resized when they are asked for: data sets need not fit into memory.
+    """Encoded images, decoded and resized when they are asked for: data sets need not fit into memory."""
 
-    The shorter side is resized to `shorter` pixels, by default `size`, of which the middle is kept.
-    """
-
-    def __init__(
-        self, images: Sequence[Any], size: int, resample: str = "bicubic", border: int = 0, shorter: int = 0
-    ) -> None:
-        self._images, self._size, self._resample, self._border = images, size, resample, border
-        self._shorter = shorter or size
+    def __init__(self, images: Sequence[Any], prepare: Preprocessing, border: int = 0) -> None:
+        self._images, self._prepare, self._border = images, prepare, border
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        image, margin = self._images[index], round((self._shorter - self._size) / 2)
-        if not self._border and isinstance(image, bytes):
-            image = transforms.evaluation_image(image, self._shorter, self._resample)
-        else:
+        image = self._images[index]
+        if self._border or not isinstance(image, bytes):
             image = _colours(transforms.decode(image))
-            if self._border:
-                image = image[self._border : -self._border, self._border : -self._border]
-            image = transforms.resize_center_crop(image, self._shorter, self._resample)
-        return image[margin : margin + self._size, margin : margin + self._size]
+        if self._border:
+            image = image[self._border : -self._border, self._border : -self._border]
+        return self._prepare(image)
 
 
 def _colours(image: np.ndarray) -> np.ndarray:
@@ -254,8 +250,9 @@ def _colours(image: np.ndarray) -> np.ndarray:
 class Augmented(Sequence):
     """Random crops of encoded images, half of them flipped: those of one epoch, drawn as torchvision does."""
 
-    def __init__(self, images: Sequence[Sequence[Any]], size: int, resample: str, epoch: int) -> None:
-        self._images, self._size, self._resample, self._epoch = Joined(images), size, resample, epoch
+    def __init__(self, images: Sequence[Sequence[Any]], prepare: Preprocessing, epoch: int) -> None:
+        self._images, self._epoch = Joined(images), epoch
+        self._size, self._resample = prepare.size, prepare.interpolation
 
     def __len__(self) -> int:
         return len(self._images)
