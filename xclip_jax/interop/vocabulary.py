@@ -43,8 +43,8 @@ def identify(folder: epath.Path, size: int, eot: int | None, where: str) -> str:
         return str(file)
     if not like_clip:
         raise UserError(
-            f"{where} has a vocabulary of {size} and ends texts with id {end}, which is not CLIP's, and no {FILE} "
-            "beside it."
+            f"{where} has a vocabulary of {size} with end {end}, which is not CLIP's, and no {FILE} beside it; put the "
+            "one that it was trained with there."
         )
     if words.exists() and not _is_clips(read_json(words)):
         raise UserError(
