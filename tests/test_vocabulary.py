@@ -215,7 +215,8 @@ def run(tmp_path):
 def test_the_code_of_the_card_runs(to, run, tmp_path, monkeypatch, capsys):
     export.export(str(run), str(tmp_path / "out"), to=to)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "* Images: shorter side bicubic, central crop, 16 x 16 pixels; values from 0 to 1, less the mean (0.485" in card
+    assert "* Images: shorter side bicubic, central crop, 16 x 16 pixels;" in card
+    assert "less the mean (0.485, 0.456, 0.406), divided by the deviation (0.229, 0.224, 0.225)" in card
     assert "`tokenizer.json` of this folder" in card and "At most 12 tokens" in card
     assert ("open_clip cleans the text before" in card) == (to == "open_clip")
     code = card.split("```python\n")[1].split("```")[0]
