@@ -24,6 +24,7 @@ from etils import epath
 from configs import common
 from xclip_jax import interop
 from xclip_jax.data import labelled
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.interop.files import is_run
 
@@ -86,7 +87,10 @@ def _adopt(config: ml_collections.ConfigDict, weights: str) -> None:
         # How it is computed is no matter of the weights.
         tower.update(model[name] | {"scan": tower.scan, "remat": tower.remat})
     config.model.img.patch_dropout = config.model.img.drop_path = 0.0
-    config.data.tokenizer, config.data.statistics = data["tokenizer"], data["statistics"]
+    prepare = Preprocessing.from_config(found).to_config()
+    config.eval.update(prepare["eval"])
+    with config.ignore_type():  # a name, or a pair
+        config.data.tokenizer, config.data.statistics = data["tokenizer"], prepare["data"]["statistics"]
 
 
 def _image(config: ml_collections.ConfigDict, epochs: int) -> None:

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xclip_jax.data import transforms
+from xclip_jax.data.preprocessing import Preprocessing, mean_std
 from xclip_jax.evaluators import Encoder
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.parallel.mesh import AXES, make_mesh
 
 SIZE, LENGTH, K = 8, 6, 10
+PREPARE = Preprocessing(SIZE, *mean_std("imagenet"))
 
 
 def tokenize(texts, length):
@@ -34,10 +35,9 @@ def small_model(embed=8, clusters=K):
 
 
 def build_encoder(model, devices=8, batch=16, sizes=(-1, 1, 1), **options):
-    mean, std = transforms.STATISTICS["imagenet"]
     mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[:devices])
     return Encoder(
-        model, tokenize, text_length=LENGTH, image_size=SIZE, mean=mean, std=std, batch=batch, mesh=mesh, **options
+        model, tokenize, text_length=LENGTH, preprocessing=PREPARE, batch=batch, mesh=mesh, **options
     )
 
 

@@ -18,6 +18,7 @@ import scipy.special
 from tests import tiny
 from xclip_jax import trainer
 from xclip_jax.checkpoint import Checkpointer
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import table
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
@@ -327,13 +328,14 @@ def test_what_is_looked_at(monkeypatch):
         return ZeroShotSet(spec, images, np.arange(3), [[f"{c} {i}" for i in range(4000)] for c in "abc"])
 
     monkeypatch.setattr(pick.sets, "load", load)
-    found = pick.pick(["imagenet", "probe/cifar10", "folder:x", "sts12@y", "coco_retrieval"], 4, None, None, 0)
+    specs = ["imagenet", "probe/cifar10", "folder:x", "sts12@y", "coco_retrieval"]
+    found = pick.pick(specs, Preprocessing(4), None, None, 0)
     assert set(asked) == {"imagenet", "folder:x", "coco_retrieval"} and found.missing == ["imagenet is not prepared."]
     assert [panel.title for panel, *_ in found.zeroshot] == ["folder:x"] and found.retrieval[0].name == "coco_retrieval"
     assert sum(map(len, found.zeroshot[0][1].prompts)) == pick.PROMPTS and not found.emoji
     asked.clear()
-    found = pick.pick(["emoji/test_line", "emoji/test_probe", "emoji/test_concepts", "emoji/test_rendering_rest"], 4,
-                      None, None, 0)
+    found = pick.pick(["emoji/test_line", "emoji/test_probe", "emoji/test_concepts", "emoji/test_rendering_rest"],
+                      Preprocessing(4), None, None, 0)
     assert [panel.spec for panel, *_ in found.zeroshot] == ["emoji/test_concepts", "emoji/test_line"] and found.emoji
     assert "emoji/test_rendering_rest" not in asked
 

@@ -13,7 +13,7 @@ import optax
 from tests import tiny
 from xclip_jax import parts, state, trainer
 from xclip_jax.checkpoint import Checkpointer
-from xclip_jax.data import loader, transforms
+from xclip_jax.data import loader
 from xclip_jax.errors import BadSample
 from xclip_jax.parallel import processes
 from xclip_jax.report.attention import attention
@@ -62,7 +62,7 @@ def main(folder, out, *others):
     features = encoder.images(s.variables(), images)
     texts = encoder.texts(s.variables(), [f"text number {i}" for i in range(3)])
     unreadable = np.isnan(encoder.images(s.variables(), Broken(2 * images))["z"]).all(axis=1)
-    maps = attention(p.model, s.variables(), images, transforms.STATISTICS[p.data.statistics], p.mesh)
+    maps = attention(p.model, s.variables(), images, (p.preprocessing.mean, p.preprocessing.std), p.mesh)
     found = {
         "losses": losses, "rows": rows, "restored": [same, position["samples"] == STEPS * BATCH],
         "image": features["z"], "clusters": features["s"], "text": texts["z"],

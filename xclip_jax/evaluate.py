@@ -31,6 +31,7 @@ from etils import epath
 
 from xclip_jax import metrics, trainer
 from xclip_jax.checkpoint import write_json
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import Parser, UserError, exit_with_message
 from xclip_jax.evaluators import Evaluator, results, sets, table
 from xclip_jax.evaluators.card import describe
@@ -150,8 +151,8 @@ def _entry(name: str, evaluator: Evaluator, found: Mapping[str, float], config: 
     if metric not in short:  # a set whose card says nothing
         metric = next(iter(short))
     if "preprocessing" in card:
-        size, statistics = config.model.img.size, config.data.statistics
-        card["preprocessing"] += f", {size} px, mean and deviation of {statistics!r}"
+        prepare = Preprocessing.from_config(config)
+        card["preprocessing"] += f", {prepare.size} px, {prepare.normalization}"
     tokens = {"tokenizer": config.data.tokenizer, "text_length": config.model.txt.length}
     n = next((short[key] for key in short if key.rpartition("/")[2] in _SIZES), 0.0)
     sides = {"set": name, "name": evaluator.name, "metric": metric, "value": short[metric], "n": int(n)}

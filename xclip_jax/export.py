@@ -36,6 +36,8 @@ def export(path: str, out: str, *, to: str = "hf", step: int | None = None, over
     Raises:
       UserError: bad input, or a model that the format does not have.
     """
+    if to not in interop.FORMATS:
+        raise UserError(f"--to is {to!r}; expected one of {', '.join(interop.FORMATS)}.")
     folder = epath.Path(out)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{out!r} is a file; name a folder.")

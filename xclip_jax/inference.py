@@ -5,7 +5,7 @@
     found = model.zero_shot(["a.jpg"], ["fox", "hen"])
 
 NumPy comes out, and any number of items goes in: they are encoded on all devices in batches of a few fixed sizes, so
-that each is compiled once. Images are prepared as evaluations of the model do it: shorter side resized, central square.
+that each is compiled once. Images are prepared as the model wants them, which its config says.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ import numpy as np
 from PIL import Image
 
 from xclip_jax import weights
-from xclip_jax.data import files, tokenizer, transforms
+from xclip_jax.data import files, tokenizer
 from xclip_jax.data.ahead import Ahead
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.evaluators import Encoder, Features
-from xclip_jax.evaluators.names import Profile
 from xclip_jax.evaluators.text import embedding
 from xclip_jax.evaluators.zeroshot import class_scores, distributions
 from xclip_jax.models.layers import unstack_blocks
@@ -35,7 +35,6 @@ from xclip_jax.parallel.mesh import make_mesh, replicated
 ImageLike = str | os.PathLike | bytes | np.ndarray | Image.Image
 
 TEMPLATES = ("a photo of a {}.",)
-_RESAMPLE = Profile.resample  # the evaluators' default; data.resample is of training crops
 _SMALLER = (1, 8)  # batches for few items
 _MESH = {"data": -1, "fsdp": 1, "model": 1}
 
@@ -78,6 +77,7 @@ class Model:
     Attributes:
       config: of the run; of other weights its groups "model", "objective" and "data".
       card: where the model is from, for the records of what is made with it.
+      preprocessing: what `prepare` does, and how pixels are normalised.
       size: side of an image, pixels.
       length: tokens of a text, start and end included.
       batch: items that are encoded at once.
@@ -87,10 +87,10 @@ class Model:
         self, model: TwoTowers, variables: Mapping[str, Any], config: ml_collections.ConfigDict,
         card: Mapping[str, Any], *, batch: int, threads: int = 0,
     ) -> None:
-        self.config = config
+        self.config, self.preprocessing = config, Preprocessing.from_config(config)
         self.card = dict(card) | {
-            "objective": config.objective.name, "size": config.model.img.size, "statistics": config.data.statistics,
-            "resample": _RESAMPLE, "tokenizer": config.data.tokenizer,
+            "objective": config.objective.name, "size": config.model.img.size,
+            "preprocessing": self.preprocessing.describe(), "tokenizer": config.data.tokenizer,
         }  # fmt: skip
         self.size, self.length = model.img["size"], model.txt["length"]
         self.tokenizer = tokenizer.load(config.data.tokenizer)
@@ -101,10 +101,9 @@ class Model:
         mesh = make_mesh(_MESH)
         model, variables = _unrolled(model, variables)
         self._variables = jax.device_put(variables, replicated(mesh))
-        mean, std = transforms.STATISTICS[config.data.statistics]
         self._encoder = Encoder(
-            model, self.tokenizer, text_length=self.length, image_size=self.size, mean=mean, std=std, mesh=mesh,
-            batch=batch, smaller=[size for size in _SMALLER if size < batch], tau=self._tau,
+            model, self.tokenizer, text_length=self.length, preprocessing=self.preprocessing, mesh=mesh, batch=batch,
+            smaller=[size for size in _SMALLER if size < batch], tau=self._tau,
         )
         self.batch = self._encoder.batch
 
@@ -219,7 +218,7 @@ class Model:
                 raise BadSample("array is no image", f"{image.dtype} of shape {image.shape}; uint8 (h, w, 3) is one")
         elif not isinstance(image, bytes | Image.Image):
             raise BadSample("not an image", f"a {type(image).__name__}")
-        return transforms.evaluation_image(image, self.size, _RESAMPLE)
+        return self.preprocessing(image)
 
     def _images(self, images: Sequence[ImageLike] | np.ndarray, kinds: Sequence[str]) -> Features:
         if isinstance(images, str | bytes | os.PathLike | Image.Image):

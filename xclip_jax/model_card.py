@@ -13,13 +13,39 @@ from xclip_jax.evaluators import results, table
 from xclip_jax.parts import Parts
 
 _LIBRARIES = {"hf": "transformers", "open_clip": "open_clip", "safetensors": "xclip_jax"}
+# Run beside the folder {out}, with a picture and texts of the reader's.
 _USE = {
-    "hf": 'from transformers import CLIPModel, CLIPProcessor\n\nmodel = CLIPModel.from_pretrained("{out}")\n'
-    'processor = CLIPProcessor.from_pretrained("{out}")',
-    "open_clip": "import open_clip\n\n"
-    'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{out}")\n'
-    'tokenizer = open_clip.get_tokenizer("local-dir:{out}")',
-    "safetensors": 'import xclip_jax.interop\n\nconfig, variables = xclip_jax.interop.read("{out}")',
+    "hf": """\
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+model = CLIPModel.from_pretrained("{out}").eval()
+tokenizer = AutoTokenizer.from_pretrained("{out}")
+processor = CLIPImageProcessor.from_pretrained("{out}")
+pixels = processor(Image.open("picture.jpg"), return_tensors="pt")
+tokens = tokenizer(["a photo of a cat", "a photo of a dog"], padding="max_length", truncation=True, return_tensors="pt")
+with torch.no_grad():
+    logits = model(**pixels, **tokens).logits_per_image
+print(logits.softmax(dim=-1))""",
+    "open_clip": """\
+import open_clip
+import torch
+from PIL import Image
+
+model, preprocess = open_clip.create_model_from_pretrained("local-dir:{out}")
+tokenizer = open_clip.get_tokenizer("local-dir:{out}")
+pixels = preprocess(Image.open("picture.jpg")).unsqueeze(0)
+tokens = tokenizer(["a photo of a cat", "a photo of a dog"])
+with torch.no_grad():
+    logits, _ = model.eval().get_logits(pixels, tokens)
+print(logits.softmax(dim=-1))""",
+    "safetensors": """\
+import xclip_jax
+
+model = xclip_jax.load("{out}")
+result = model.zero_shot(["picture.jpg"], ["cat", "dog"])
+print(result.labels, result.probabilities)""",
 }
 _RECIPE = ("data.batch", "optim.lr", "optim.schedule", "optim.warmup", "optim.weight_decay", "optim.b1",
            "optim.b2", "optim.clip", "data.crop_scale", "data.resample", "data.flip", "data.color",
@@ -44,6 +70,7 @@ def render(
     sections = [
         _head(config, to),
         _model(config, parts),
+        _input(config, parts, to),
         f"## Use\n\n```python\n{_USE[to].format(out=epath.Path(out).name)}\n```" + "".join(f"\n\n* {n}" for n in notes),
     ]
     if run:
@@ -75,14 +102,34 @@ def _model(config: ml_collections.ConfigDict, parts: Parts) -> str:
         (kind, group.width, group.depth, group.heads, group.act, f"{group.eps:g}", sees)
         for kind, group, sees in (
             ("image", config.model.img, f"{config.model.img.size} px, pool {config.model.img.pool}"),
-            ("text", config.model.txt, f"{config.model.txt.length} tokens, tokenizer {config.data.tokenizer}"),
+            ("text", config.model.txt, f"{config.model.txt.length} tokens of {parts.tokenizer.vocab_size:,}"),
         )
     ]
     head = ("tower", "width", "depth", "heads", "activation", "LayerNorm eps", "sees")
     return (
         f"## Model\n\n{count:,} parameters in training, heads included; embeddings of {parts.model.embed or 'no'} "
-        f"dimensions. Pixels are normalised by the mean and deviation of {config.data.statistics!r}.\n\n"
-        + _rows(head, towers)
+        f"dimensions.\n\n{_rows(head, towers)}"
+    )
+
+
+def _input(config: ml_collections.ConfigDict, parts: Parts, to: str) -> str:
+    """How images and texts become what the towers take."""
+    prepare, name, length = parts.preprocessing, config.data.tokenizer, config.model.txt.length
+    if name == "clip":
+        tokens = "lower case, CLIP's byte-pair encoding"
+        tokens += {
+            "hf": "; training also repaired broken encodings and resolved HTML entities, which transformers leaves",
+        }.get(to, ", after broken encodings are repaired and HTML entities resolved")
+    elif name == "bytes":
+        tokens = "the bytes of UTF-8 plus 3, with 1 in front, 2 at the end and 0 behind"
+    else:
+        cleaned = "; open_clip cleans the text before" if to == "open_clip" else ""
+        tokens = f"`tokenizer.json` of this folder, which the model was trained with{cleaned}"
+    mean, std = (", ".join(map(str, values)) for values in (prepare.mean, prepare.std))
+    return (
+        f"## Input\n\n* Images: {prepare.resizing}, {prepare.size} x {prepare.size} pixels; values from 0 to 1, less "
+        f"the mean ({mean}), divided by the deviation ({std}).\n"
+        f"* Texts: {tokens}. At most {length} tokens, start and end included; longer texts are cut."
     )
 
 
@@ -154,10 +201,12 @@ def _results(folder: epath.Path, config: ml_collections.ConfigDict, at: int) -> 
 
 
 def _limits(config: ml_collections.ConfigDict) -> str:
-    size, length = config.model.img.size, config.model.txt.length
+    size, length, mode = config.model.img.size, config.model.txt.length, config.eval.get("resize", "shortest")
+    view = {"shortest": "its central square", "squash": "a whole that is squashed to a square",
+            "longest": "a whole with black borders"}[mode]  # fmt: skip
     return (
         "## Limits\n\n"
-        f"* An image is seen as its central square at {size} x {size} pixels, a text as its first {length} tokens.\n"
+        f"* An image is seen as {view} at {size} x {size} pixels, a text as its first {length} tokens.\n"
         "* Scores compare texts or images with one another. They are no probabilities that something is so: the best "
         "of the given texts wins even where none of them is right.\n"
         "* It knows the languages, styles and things of its training pairs, with their errors and prejudices, which "

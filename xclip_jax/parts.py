@@ -14,6 +14,7 @@ from xclip_jax import optim, state, step
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.data import tokenizer, transforms
 from xclip_jax.data.loader import DataConfig
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.objective import Objective
 from xclip_jax.parallel import sharding
@@ -27,6 +28,7 @@ class Parts:
     config: Config
     mesh: Mesh
     data: DataConfig
+    preprocessing: Preprocessing
     tokenizer: tokenizer.Tokenizer
     objective: Objective
     model: TwoTowers
@@ -79,6 +81,7 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
     if config.loss.chunk:
         check_batch(config.loss.chunk, mesh, "loss.chunk")
     objective = Objective.from_config(config.objective, config.loss, mesh)
+    prepare = Preprocessing.from_config(dataclasses.asdict(config))
     tokens = tokenizer.load(data.tokenizer)
     model = make_model(config, objective, tokens)
     frozen = tuple(config.init.frozen)
@@ -112,7 +115,7 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
 
     def preprocess(inputs: dict[str, Any]) -> jax.Array:
         images = transforms.augment(inputs["image"], inputs)
-        images = transforms.normalize(images, *transforms.STATISTICS[data.statistics])
+        images = transforms.normalize(images, prepare.mean, prepare.std)
         return transforms.mix(images, preprocess(inputs["other"]), inputs) if "other" in inputs else images
 
     def momentum(at: jax.Array) -> Any:
@@ -135,6 +138,7 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
         config=config,
         mesh=mesh,
         data=data,
+        preprocessing=prepare,
         tokenizer=tokens,
         objective=objective,
         model=model,

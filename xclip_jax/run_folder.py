@@ -39,7 +39,9 @@ KEYS_FREE_ON_RESUME = (
     "checkpoint.", "data.buffer", "data.cache", "data.dir", "data.max_bad", "data.sources", "data.threads",
     "data.tokenizer", "data.workers", "eval.", "log.", "loss.", "mesh.", "optim.microbatches", "run",
 )  # fmt: skip
-_EVALUATION_KEYS = ("eval.sets", "eval.final_sets", "eval.ema")
+_EVALUATION_KEYS = (
+    "eval.sets", "eval.final_sets", "eval.ema", "eval.resize", "eval.resize_size", "eval.interpolation",
+)  # fmt: skip
 _SHOWN = 5  # differences that an error lists
 
 

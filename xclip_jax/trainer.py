@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from xclip_jax import metrics
 from xclip_jax.checkpoint import Checkpointer
 from xclip_jax.config.schema import Config, resolve
-from xclip_jax.data import loader, sources, transforms
+from xclip_jax.data import loader, sources
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.errors import UserError, describe
 from xclip_jax.evaluators import Encoder, Evaluator, sets, table
@@ -137,14 +137,11 @@ def make_encoder(
     config: ml_collections.ConfigDict | Config, parts: Parts, classes: Sequence[str] | None = None
 ) -> Encoder:
     """What the evaluators share: one compiled function for each modality. `classes` are those of a fine-tuned model."""
-    mean, std = transforms.STATISTICS[parts.data.statistics]
     return Encoder(
         parts.model,
         parts.tokenizer,
         text_length=parts.length,
-        image_size=parts.size,
-        mean=mean,
-        std=std,
+        preprocessing=parts.preprocessing,
         mesh=parts.mesh,
         batch=config.eval.batch,
         tau=parts.objective.nclip.tau,

@@ -1,8 +1,10 @@
 """The variables of a run's checkpoint or of other weights, and a new run's start from them: group `init`."""
 
+import dataclasses
 import functools
 import json
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +18,7 @@ from xclip_jax import interop
 from xclip_jax.checkpoint import Checkpointer
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.interop.files import is_run
 from xclip_jax.metrics import say
@@ -28,7 +31,7 @@ Variables = Mapping[str, Any]
 # What weights mean without being seen in their shapes.
 _MEANING = (
     "model.img.act", "model.img.eps", "model.img.pool", "model.img.pre_norm", "model.txt.act", "model.txt.eps",
-    "data.tokenizer", "data.statistics",
+    "data.tokenizer",
 )  # fmt: skip
 
 
@@ -112,8 +115,8 @@ def read_initial(config: Config, abstract: TrainState) -> dict[str, np.ndarray]:
     say(f"starting from {where}, step {step}: {len(tensors)} of {len(flatten_dict(target))} tensors")
     for note in notes:
         say(note)
-    differing = [(key, source, run) for key in _MEANING
-                 if (source := _get(source_config, key)) != (run := _get(config, key))]  # fmt: skip
+    source, run = _meaning(source_config.to_dict()), _meaning(dataclasses.asdict(config))
+    differing = [(key, source[key], run[key]) for key in source if source[key] != run[key]]
     if differing:
         settings = ", ".join(f"{key} ({a!r}, {b!r} in this run)" for key, a, b in differing)
         say(f"WARNING: the weights of {where} were trained with different settings: {settings}")
@@ -144,8 +147,10 @@ def start(tensors: Mapping[str, np.ndarray], state: TrainState) -> TrainState:
     )
 
 
-def _get(config: ml_collections.ConfigDict | Config, key: str) -> Any:
-    return functools.reduce(getattr, key.split("."), config)
+def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What weights mean, by config keys."""
+    keys = flatten_dict(Preprocessing.from_config(config).to_config(), sep=".")
+    return {key: functools.reduce(operator.getitem, key.split("."), config) for key in _MEANING} | keys
 
 
 def fit(source: Variables, target: Variables, where: str) -> tuple[dict[str, np.ndarray], list[str]]:

@@ -11,8 +11,9 @@ from typing import Any
 import ml_collections
 
 from xclip_jax.config import fields
-from xclip_jax.config.fields import Check, at_least, between, key, not_empty
+from xclip_jax.config.fields import Check, at_least, between, choice, key, not_empty
 from xclip_jax.data.loader import DataConfig
+from xclip_jax.data.transforms import INTERPOLATIONS, RESIZE_MODES
 from xclip_jax.errors import UserError
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objective import LossConfig, ObjectiveConfig
@@ -40,6 +41,9 @@ class EvalConfig:
     batch: int = key(256, "items that are encoded at once", at_least(1))
     ema: bool = key(False, "evaluate the moving average, where there is one")
     report: bool = key(False, "make picture.png and report.html at the end")
+    resize: str = key("shortest", "how images are made square wherever the model is used", choice(RESIZE_MODES))
+    resize_size: int = key(0, "side before the central crop, pixels; 0 for model.img.size", at_least(0))
+    interpolation: str = key("bicubic", "how images are resized wherever the model is used", choice(INTERPOLATIONS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +142,10 @@ def to_dict(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def _lists(value: Any) -> Any:
+    return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"optim": {"lr": 1}} -> {"optim.lr": 1}; tuples become lists, as JSON has them."""
     flat = {}
@@ -145,5 +153,5 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+            flat[prefix + name] = _lists(value)
     return flat

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from xclip_jax.config.fields import at_least, between, choice, key, not_empty
+from xclip_jax.config.fields import Check, at_least, between, choice, key, not_empty
 from xclip_jax.data import labelled, records, sources, transforms, workers
 from xclip_jax.data.ledger import Entry, Ledger
+from xclip_jax.data.preprocessing import Triple, mean_std
 from xclip_jax.data.slots import Slots
 from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.errors import BadSample, UserError
@@ -31,6 +32,19 @@ _TOGETHER = 32
 _READY = 2
 # Batches that the loop holds: steps that were started may not have copied theirs yet.
 _HELD = 4
+
+
+def _knows_statistics(value: Any) -> bool:
+    try:
+        return bool(mean_std(value))
+    except UserError:
+        return False
+
+
+_STATISTICS = Check(
+    f"{', '.join(map(repr, transforms.STATISTICS))}, or mean and deviation by channel, ((r, g, b), (r, g, b))",
+    _knows_statistics,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +71,9 @@ class DataConfig:
     resample: str = key("area", "how a crop is resized; area is the fast one", choice(transforms.RESAMPLE))
     flip: float = key(0.0, "probability of a horizontal flip", between(0, 1))
     color: float = key(0.0, "strength of random brightness, contrast and saturation", between(0, 1))
-    statistics: str = key("imagenet", "mean and deviation of pixels", choice(transforms.STATISTICS))
+    statistics: str | tuple[Triple, Triple] = key(
+        "imagenet", "name of mean and deviation of pixels, or both by channel, ((r, g, b), (r, g, b))", _STATISTICS
+    )
     cache: bool = key(False, "keep decoded images in memory")
     threads: int = key(16, "batches that this process reads at once, where workers is 0", at_least(1))
     buffer: int = key(8, "batches that are read ahead, where workers is 0", at_least(1))

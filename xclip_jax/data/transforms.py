@@ -20,6 +20,8 @@ cv2.setNumThreads(0)  # the loader has threads and processes of its own
 
 MAX_PIXELS = 1 << 26  # 64 million, 200 MB decoded: more is a decompression bomb or no use at 224 pixels
 RESAMPLE = ("area", "bicubic")  # of training crops
+RESIZE_MODES = ("shortest", "squash", "longest")  # of evaluation
+INTERPOLATIONS = ("bicubic", "bilinear")
 _ORIENTATION = 0x0112
 _LONGEST = 16  # times the shorter side
 
@@ -134,19 +136,31 @@ def _resize(
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling[resample.upper()], box=box))
 
 
-def _fit(image: Image.Image, size: int, resample: str) -> Image.Image:
+def _fit(image: Image.Image, size: int, resample: str, mode: str = "shortest", resize_size: int = 0) -> Image.Image:
+    """The square of `evaluation_image`, in the image's own mode."""
+    side = resize_size or size
+    if mode == "shortest":
+        image = _middle(image)
+    w, h = image.size
+    if mode == "squash":
+        new = (side, side)
+    elif mode == "longest":  # at least one pixel of a thin line
+        ratio = max(w, h) / side
+        new = (max(1, round(w / ratio)), max(1, round(h / ratio)))
+    else:
+        new = (int(side * w / min(w, h)), int(side * h / min(w, h)))
+    if new != (w, h):
+        image = image.resize(new, Image.Resampling[resample.upper()])
+    # Where the image is smaller, Pillow fills up with black.
+    left, top = (round((x - size) / 2) if x >= size else -((size - x) // 2) for x in new)
+    return image.crop((left, top, left + size, top + size))
+
+
+def _middle(image: Image.Image) -> Image.Image:
     # Of a very long picture only the middle is seen; resizing the rest would take any amount of memory.
     w, h = image.size
-    short = min(w, h)
-    left, top = max(w - _LONGEST * short, 0) // 2, max(h - _LONGEST * short, 0) // 2
-    if left or top:
-        image = image.crop((left, top, w - left, h - top))
-        w, h = image.size
-    if (w, h) != (size, size):
-        w, h = int(size * w / short), int(size * h / short)
-        image = image.resize((w, h), Image.Resampling[resample.upper()])
-    left, top = round((w - size) / 2), round((h - size) / 2)
-    return image.crop((left, top, left + size, top + size))
+    left, top = (max(x - _LONGEST * min(w, h), 0) // 2 for x in (w, h))
+    return image.crop((left, top, w - left, h - top)) if left or top else image
 
 
 def resize_center_crop(image: np.ndarray, size: int, resample: str = "bicubic") -> np.ndarray:
@@ -157,21 +171,32 @@ def resize_center_crop(image: np.ndarray, size: int, resample: str = "bicubic") 
     return np.asarray(_fit(Image.fromarray(image), size, resample))
 
 
-def evaluation_image(data: bytes | np.ndarray | Image.Image, size: int, resample: str = "bicubic") -> np.ndarray:
-    """Encoded image, RGB or one of Pillow's -> uint8 (size, size, 3) as OpenAI CLIP and open_clip evaluate.
+def evaluation_image(
+    data: bytes | np.ndarray | Image.Image, size: int, resample: str = "bicubic", mode: str = "shortest",
+    resize_size: int = 0,
+) -> np.ndarray:
+    """Encoded image, RGB or one of Pillow's -> uint8 (size, size, 3), the pixels of open_clip's evaluation transform.
 
-    They resize before they convert to RGB, which shows where pixels are no colours: palettes are resized without
-    interpolation, transparent pixels count for less. Unlike them, this turns images as EXIF says and scales 16 bits.
+    That one resizes before it converts to RGB, which shows where pixels are no colours: palettes are resized without
+    interpolation, transparent pixels count for less. Unlike it, this turns images as EXIF says and scales 16 bits.
+
+    Args:
+      data: content of a file, an RGB array (h, w, 3), or an image of Pillow's.
+      size: side of the result, pixels.
+      resample: one of `INTERPOLATIONS`, antialiased.
+      mode: "shortest" resizes the shorter side and keeps the central square, "squash" resizes each side to the same
+        length, "longest" resizes the longer side and fills up with black.
+      resize_size: what is resized to, before the central `size` pixels are kept; 0 for `size`.
 
     Raises:
       BadSample: as `decode`.
     """
     if isinstance(data, np.ndarray) or (isinstance(data, bytes) and data[:2] == b"\xff\xd8"):
-        return resize_center_crop(decode(data), size, resample)
+        return np.asarray(_fit(Image.fromarray(decode(data)), size, resample, mode, resize_size))
     image = _open(data)
     if image.mode.startswith("I"):
         image = _to_rgb(image)
-    return np.asarray(_to_rgb(_fit(image, size, resample)))
+    return np.asarray(_to_rgb(_fit(image, size, resample, mode, resize_size)))
 
 
 def random_resized_crop(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.transforms import normalize
 from xclip_jax.errors import BadSample, UserError, describe
 from xclip_jax.evaluators.scores import Items
@@ -63,9 +64,7 @@ class Encoder:
         tokenizer: Callable[[Sequence[str], int], np.ndarray],
         *,
         text_length: int,
-        image_size: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        preprocessing: Preprocessing,
         mesh: Mesh,
         batch: int = 256,
         smaller: Sequence[int] = (),
@@ -77,7 +76,7 @@ class Encoder:
         shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         self.sizes = sorted({math.ceil(size / shards) * shards for size in (batch, *smaller)})
         self.batch = self.sizes[-1]
-        self.tau, self.image_size = tau, image_size
+        self.tau, self.preprocessing, self.image_size = tau, preprocessing, preprocessing.size
         self.classes = None if classes is None else tuple(classes)
         self.unreadable: dict[int, str] = {}
         self._tokenizer, self._text_length, self._sharding = tokenizer, text_length, batch_sharding(mesh)
@@ -92,6 +91,7 @@ class Encoder:
             return {key: value.astype(jnp.float32) for key, value in found.items() if value is not None}
 
         def encode_images(variables: Any, images: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
+            mean, std = preprocessing.mean, preprocessing.std
             pixels = normalize(images, mean, std) if images.dtype == jnp.uint8 else images
             features = encode(variables, pixels, "img")
             # Every process learns in this way which rows the others could not read.

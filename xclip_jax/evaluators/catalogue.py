@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from xclip_jax.data.labelled import Field, read_files
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.sources import open_tfds
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import names
@@ -170,7 +171,7 @@ def _entry(spec: str) -> tuple[str, Entry, str]:
     return name, entry, path
 
 
-def load_probe(spec: str, size: int, data_dir: str | None, profile: Profile) -> ProbeSet:
+def load_probe(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> ProbeSet:
     """The set `probe/NAME` or `fewshot/NAME`; the latter learns from 1 % and 10 % and 5 a class too.
 
     Raises:
@@ -195,7 +196,9 @@ def load_probe(spec: str, size: int, data_dir: str | None, profile: Profile) -> 
         read.insert(1, ([], np.array([], int), read[0][2], ""))
     metric = entry.metric if entry.metric == "mean_per_class" else "top1"
     sgd = profile.sgd and spec.startswith("probe/")
-    shorter = round(size * 256 / 224) if sgd else size
+    prepare = profile.preprocessing(prepare)
+    if sgd:
+        prepare = dataclasses.replace(prepare, resize_size=round(prepare.size * 256 / 224))
     views = "crops and flips of each epoch" if profile.augment else "central crops, without its crops and flips"
     card = Card(
         data=path or entry.tfds.partition(":")[0], version=read[0][3], split=entry.split if not path else "test",
@@ -205,26 +208,28 @@ def load_probe(spec: str, size: int, data_dir: str | None, profile: Profile) -> 
         ]),
         protocol=f"SLIP's linear probe: features before projection, SGD, 90 epochs, lr 0.00625, {views}" if sgd else
         "CLIP's linear probe: features before projection, L-BFGS, C by halving on validation, fit on both",
-        preprocessing=f"shorter side{f' to {shorter}' * sgd} {profile.resample}, central crop",
+        preprocessing=prepare.resizing,
         metric=f"linear/{metric}", note=entry.note,
     )
     parts = ("1%", "10%", "5-shot") if spec.startswith("fewshot/") else ()
-    pictures = [Pictures(part[0], size, profile.resample, entry.border, shorter) for part in read]
+    pictures = [Pictures(part[0], prepare, entry.border) for part in read]
     learned = [image for part in read[:2] for image in (part[0],) if len(image)]
-    augmented = functools.partial(Augmented, learned, size, profile.resample) if sgd and profile.augment else None
+    augmented = functools.partial(Augmented, learned, prepare) if sgd and profile.augment else None
     return ProbeSet(
         spec, *pictures, {"": tuple(part[1] for part in read)}, parts, sgd=sgd, augmented=augmented, card=card
     )
 
 
-def load(spec: str, size: int, data_dir: str | None, profile: Profile) -> ZeroShotSet | ProbeSet:
-    """The set `spec` of the module's docstring, images square and uint8 at `size` pixels, decoded when asked for.
+def load(
+    spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile
+) -> ZeroShotSet | ProbeSet:
+    """The set `spec` of the module's docstring, images uint8 as `prepare` and the profile say, decoded when asked for.
 
     Raises:
       UserError: a set that is not prepared, a path or label that is wrong.
     """
     if _plain(spec) != spec:
-        return load_probe(spec, size, data_dir, profile)
+        return load_probe(spec, prepare, data_dir, profile)
     name, entry, path = _entry(spec)
     if path:
         images, labels, classes = read_files(name, pathlib.Path(path))
@@ -240,7 +245,7 @@ def load(spec: str, size: int, data_dir: str | None, profile: Profile) -> ZeroSh
             raise UserError(f"{name}: label {np.max(labels)} is not among {len(classes)} classes.")
     if not entry.names and name in ENTRIES:
         classes = [names.readable(label) if entry.readable else names.spaced(label) for label in classes]
-    used = names.chosen(entry.templates, profile)
+    used, prepare = names.chosen(entry.templates, profile), profile.preprocessing(prepare)
     words: list[Any] = classes
     if name == "fer2013" and profile.clips:
         words = [names.SYNONYMS.get(label, label) for label in classes]
@@ -256,11 +261,11 @@ def load(spec: str, size: int, data_dir: str | None, profile: Profile) -> ZeroSh
         ]),
         protocol="mean of normalised prompts, normalised again; cosine; equal scores go to the lowest class",
         templates=f"{used} ({len(names.templates(used))}{', synonyms' if name == 'fer2013' and profile.clips else ''})",
-        preprocessing=f"shorter side {profile.resample}, central crop",
+        preprocessing=prepare.resizing,
         metric=entry.metric,
         note=entry.note,
     )
-    pictures = Pictures(images, size, profile.resample, entry.border)
+    pictures = Pictures(images, prepare, entry.border)
     return ZeroShotSet(spec, pictures, labels, names.prompts(words, used), names=classes, card=card)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from xclip_jax.data import glue as tasks
 from xclip_jax.data.labelled import Field, Paths
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.sources import lookup, open_tfds
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.card import Card, contents, digest
@@ -213,7 +214,9 @@ def glue(name: str, folder: str, data_dir: str | None) -> ProbeSet | SimilarityS
     )
 
 
-def karpathy(name: str, path: pathlib.Path, size: int, profile: Profile, split: str = "test") -> RetrievalSet:
+def karpathy(
+    name: str, path: pathlib.Path, prepare: Preprocessing, profile: Profile, split: str = "test"
+) -> RetrievalSet:
     """COCO or Flickr30k from Karpathy's JSON ({"images": [{"filename", "filepath"?, "split", "sentences"}]}).
 
     Images lie in the JSON's folder, in "filepath" there, or in a folder "images". All captions of an image count, some
@@ -238,26 +241,28 @@ def karpathy(name: str, path: pathlib.Path, size: int, profile: Profile, split: 
     images = Paths(files)
     # Which folder an image is in differs between copies.
     ids = [(file, bytes_of) for (_, file), (_, bytes_of) in zip(places, contents(images), strict=True)]
-    card = _retrieval_card(name, f"Karpathy {split}", ids, captions, profile)
-    return RetrievalSet(f"{name}@{path}", Pictures(images, size, profile.resample), captions, card)
+    card = _retrieval_card(name, f"Karpathy {split}", ids, captions, prepare, profile)
+    return RetrievalSet(f"{name}@{path}", Pictures(images, prepare), captions, card)
 
 
-def coco_captions(name: str, data_dir: str | None, size: int, profile: Profile) -> RetrievalSet:
+def coco_captions(name: str, data_dir: str | None, prepare: Preprocessing, profile: Profile) -> RetrievalSet:
     """Karpathy's test split of COCO out of TFDS."""
     source, info = open_tfds("coco_captions", "test", data_dir)
     records = [source[i] for i in range(len(source))]
     captions = [profile.texts(lookup(record, "captions/text")) for record in records]
-    card = _retrieval_card(name, "test", [int(r["image/id"]) for r in records], captions, profile)
-    pictures = Pictures(Field(source, "image"), size, profile.resample)
+    card = _retrieval_card(name, "test", [int(r["image/id"]) for r in records], captions, prepare, profile)
+    pictures = Pictures(Field(source, "image"), prepare)
     return RetrievalSet(name, pictures, captions, dataclasses.replace(card, version=str(info.version)))
 
 
-def _retrieval_card(name: str, split: str, ids: list[Any], captions: list[list[str]], profile: Profile) -> Card:
+def _retrieval_card(
+    name: str, split: str, ids: list[Any], captions: list[list[str]], prepare: Preprocessing, profile: Profile
+) -> Card:
     kept = f"first {profile.captions}" if profile.captions else "all"
     return Card(
         data=name, split=split, split_hash=digest([*ids, *captions]),
         protocol=f"recall, any match; {kept} captions of each image{', in lower case' if profile.lower else ''}",
-        templates=f"{profile.prefix}CAPTION", preprocessing=f"shorter side {profile.resample}, central crop",
+        templates=f"{profile.prefix}CAPTION", preprocessing=prepare.resizing,
         metric="image_to_text/r1",
     )
 
@@ -280,8 +285,10 @@ def check(spec: str) -> bool:
     return (bool(path) and name in (*READERS, *RETRIEVAL, *GLUE)) or spec in IN_TFDS
 
 
-def load(spec: str, size: int, data_dir: str | None, profile: Profile) -> SimilaritySet | ProbeSet | RetrievalSet:
-    """The set `spec` of the module's docstring; images at `size` pixels."""
+def load(
+    spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile
+) -> SimilaritySet | ProbeSet | RetrievalSet:
+    """The set `spec` of the module's docstring; images as `prepare` and the profile say."""
     name, _, where = spec.partition("@")
     path = pathlib.Path(where)
     if name in GLUE:
@@ -289,9 +296,9 @@ def load(spec: str, size: int, data_dir: str | None, profile: Profile) -> Simila
     if spec == "trec":
         return trec(data_dir)
     if not where:
-        return coco_captions(name, data_dir, size, profile)
+        return coco_captions(name, data_dir, profile.preprocessing(prepare), profile)
     if name in RETRIEVAL:
-        return karpathy(name, path, size, profile)
+        return karpathy(name, path, profile.preprocessing(prepare), profile)
     try:
         return READERS[name](name, path)
     except (ValueError, IndexError, KeyError) as error:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from xclip_jax.data import glue, labelled
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Encoder
 from xclip_jax.evaluators.card import Card, contents, digest
@@ -111,15 +112,15 @@ class Finetuned:
         return {key: item.value() for key, item in items.items()} | metrics, items
 
 
-def load(spec: str, size: int, data_dir: str | None, profile: Profile) -> LabelledSet:
-    """The set `finetuned/SPEC`; images at `size` pixels, resized as `profile` says.
+def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> LabelledSet:
+    """The set `finetuned/SPEC`; images as `prepare` and the profile say.
 
     Raises:
       UserError: as `labelled.open_source`.
     """
     source = labelled.open_source(where := spec.removeprefix(PREFIX), data_dir)
     labels, metrics = source.labels(), ("top1",)
-    images = source.key == "image"
+    images, prepare = source.key == "image", profile.preprocessing(prepare)
     if where.startswith("glue:"):
         metrics = glue.TASKS[where.removeprefix("glue:").rpartition("/")[0].partition("@")[0]].metrics
     card = Card(
@@ -129,7 +130,7 @@ def load(spec: str, size: int, data_dir: str | None, profile: Profile) -> Labell
             *labels.tolist(), *source.names, *(contents(source.items) if images else source.items),
         ]),
         protocol="the classifier that end-to-end fine-tuning fitted", metric=f"finetuned/{metrics[0]}",
-        preprocessing=f"shorter side {profile.resample}, central crop" if images else "",
+        preprocessing=prepare.resizing if images else "",
     )
-    items = Pictures(source.items, size, profile.resample) if images else source.items
+    items = Pictures(source.items, prepare) if images else source.items
     return LabelledSet(spec, items, labels, len(source.names) or 1, card, tuple(source.names))

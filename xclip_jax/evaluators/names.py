@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 
 from xclip_jax.data import assets
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError, one_of
 
 
@@ -25,7 +26,7 @@ class Profile:
       sgd: whether probe/ is SLIP's, see `sgd`; with test pictures cut out of the middle 224 of 256.
       augment: whether its training pictures are cropped and flipped anew in each epoch, as SLIP's are: a forward pass
         of all of them for each of 90 epochs.
-      resample: how the shorter side is resized, "bicubic" or "bilinear".
+      resample: how the shorter side is resized, "bicubic" or "bilinear"; "" to resize as the model does.
       prefix: put before the captions of retrieval.
       lower: whether captions are lower-cased, as SigLIP's are.
       captions: at most so many of each image, the first ones; 0 for all.
@@ -38,7 +39,7 @@ class Profile:
     clips: bool = True
     sgd: bool = False
     augment: bool = False
-    resample: str = "bicubic"
+    resample: str = ""
     prefix: str = ""
     lower: bool = False
     captions: int = 0
@@ -48,6 +49,12 @@ class Profile:
             raise UserError(f"--captions is {self.captions}; expected a number of captions, or 0 for all of them.")
         if self.augment and not self.sgd:
             raise UserError("--augment is a part of SLIP's linear probe; add --profile slip, or leave --augment out.")
+
+    def preprocessing(self, own: Preprocessing | int) -> Preprocessing:
+        """What the protocol makes of the model's `own` preprocessing; a number is a size, with CLIP's."""
+        own = Preprocessing(own) if isinstance(own, int) else own
+        changed = {"resize_mode": "shortest", "resize_size": 0, "interpolation": self.resample} if self.resample else {}
+        return dataclasses.replace(own, **changed)
 
     def texts(self, captions: Sequence[str]) -> list[str]:
         """An image's captions as the protocol wants them."""

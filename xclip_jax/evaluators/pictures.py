@@ -7,41 +7,31 @@ import numpy as np
 
 from xclip_jax.data import transforms
 from xclip_jax.data.labelled import Paths
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample
 from xclip_jax.evaluators.probe import Joined
 
 
 class Pictures(Sequence):
-    """Encoded images as uint8 (size, size, 3); one that cannot be decoded raises `BadSample` with its name as a note.
+    """Encoded images as the model wants them; one that cannot be decoded raises `BadSample` with its name as a note."""
 
-    The shorter side is resized to `shorter` pixels, by default `size`, of which the middle is kept.
-    """
-
-    def __init__(
-        self, images: Sequence[Any], size: int, resample: str = "bicubic", border: int = 0, shorter: int = 0
-    ) -> None:
-        self._images, self._size, self._resample, self._border = images, size, resample, border
-        self._shorter = shorter or size
+    def __init__(self, images: Sequence[Any], prepare: Preprocessing, border: int = 0) -> None:
+        self._images, self._prepare, self._border = images, prepare, border
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> np.ndarray:
         try:
-            image = self._decode(self._images[index])
+            image = self._images[index]
+            if self._border or not isinstance(image, bytes):
+                image = _colours(transforms.decode(image))
+            if self._border:
+                image = image[self._border : -self._border, self._border : -self._border]
+            return self._prepare(image)
         except BadSample as error:
             error.add_note(_where(self._images, index))
             raise
-        margin = round((self._shorter - self._size) / 2)
-        return image[margin : margin + self._size, margin : margin + self._size]
-
-    def _decode(self, image: Any) -> np.ndarray:
-        if not self._border and isinstance(image, bytes):
-            return transforms.evaluation_image(image, self._shorter, self._resample)
-        image = _colours(transforms.decode(image))
-        if self._border:
-            image = image[self._border : -self._border, self._border : -self._border]
-        return transforms.resize_center_crop(image, self._shorter, self._resample)
 
 
 def _where(images: Sequence[Any], index: int) -> str:
@@ -57,8 +47,9 @@ def _colours(image: np.ndarray) -> np.ndarray:
 class Augmented(Sequence):
     """Random crops of encoded images, half of them flipped: those of one epoch, drawn as torchvision does."""
 
-    def __init__(self, images: Sequence[Sequence[Any]], size: int, resample: str, epoch: int) -> None:
-        self._images, self._size, self._resample, self._epoch = Joined(images), size, resample, epoch
+    def __init__(self, images: Sequence[Sequence[Any]], prepare: Preprocessing, epoch: int) -> None:
+        self._images, self._epoch = Joined(images), epoch
+        self._size, self._resample = prepare.size, prepare.interpolation
 
     def __len__(self) -> int:
         return len(self._images)

@@ -31,7 +31,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from xclip_jax.data import demo
-from xclip_jax.data.transforms import evaluation_image
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample, UserError, describe, one_of
 from xclip_jax.evaluators import Encoder, Evaluator, catalogue, files, finetuned
 from xclip_jax.evaluators.card import Card, digest
@@ -46,21 +46,22 @@ from xclip_jax.metrics import say
 
 Record = dict[str, Any]
 AnySet = ZeroShotSet | RetrievalSet | ProbeSet | SimilaritySet | TextRetrievalSet | LabelledSet
-Maker = Callable[[str, int, str | None], AnySet]
+Maker = Callable[[str, Preprocessing, str | None], AnySet]
 
 _UNCATEGORISED = {"flags": "Flags"}  # the newest flags are missing from the table of categories
-_RESIZE = "shorter side bicubic, central crop"
 _SWEEP = Sweep(halvings=0, tolerance=1e-4)  # of the demo, where seconds matter: coarse, from 1e-6 to 1e6
 _TRIED = 8  # images of a set that `open_all` decodes
 _SAID = 3  # unreadable images that `measure` names
 
 
-def load(spec: str, image_size: int, data_dir: str | None = None, profile: Profile = PROFILES["openai"]) -> AnySet:
-    """The set named `spec`, its images square and uint8 at `image_size` pixels.
+def load(
+    spec: str, prepare: Preprocessing | int, data_dir: str | None = None, profile: Profile = PROFILES["openai"]
+) -> AnySet:
+    """The set named `spec`, its images square and uint8.
 
     Args:
       spec: one of `SETS`, or what `catalogue` and `files` read.
-      image_size: side of the images, as the model wants them.
+      prepare: how the model wants its images; a number for CLIP's way, at that size.
       data_dir: root of TFDS data sets, None (or "") for the default; the demo's is prepared there on first use.
       profile: protocol of the published sets.
 
@@ -69,9 +70,9 @@ def load(spec: str, image_size: int, data_dir: str | None = None, profile: Profi
     """
     check(spec)
     if spec in SETS:
-        return SETS[spec](spec, image_size, data_dir or None)
+        return SETS[spec](spec, Profile().preprocessing(prepare), data_dir or None)
     reader = finetuned if spec.startswith(finetuned.PREFIX) else files if files.check(spec) else catalogue
-    return reader.load(spec, image_size, data_dir or None, profile)
+    return reader.load(spec, prepare, data_dir or None, profile)
 
 
 def check(spec: str, others: Sequence[str] = ()) -> None:
@@ -117,13 +118,13 @@ def profile(name: str) -> Profile:
 
 
 @functools.lru_cache(maxsize=16)
-def _emoji(split: str, size: int, data_dir: str | None) -> tuple[list[np.ndarray], list[Record]]:
+def _emoji(split: str, prepare: Preprocessing, data_dir: str | None) -> tuple[list[np.ndarray], list[Record]]:
     """Images and the rest of the records of a split; kept, because several sets look at the same pictures."""
     builder = demo.prepare(data_dir)
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     images, records = [], []
     for record in (source[i] for i in range(len(source))):
-        images.append(evaluation_image(record.pop("image"), size))
+        images.append(prepare(record.pop("image")))
         records.append({key: _text(value) for key, value in record.items()})
     return images, records
 
@@ -133,13 +134,13 @@ def _text(value: Any) -> Any:
 
 
 def _classify(
-    name: str, size: int, data_dir: str | None, *, split: str, prompts: Callable[[Record], list[str]] | None = None,
-    role: str = "", group: str = "", all_names: bool = False,
+    name: str, prepare: Preprocessing, data_dir: str | None, *, split: str,
+    prompts: Callable[[Record], list[str]] | None = None, role: str = "", group: str = "", all_names: bool = False,
 ) -> ZeroShotSet:
     """The images of `split` among the names of concepts.
 
     Args:
-      name, size, data_dir: as in `load`.
+      name, prepare, data_dir: as in `load`.
       split: of the demo's data set.
       prompts: texts of a concept; by default its name alone.
       role: only concepts of this role, as images and as names.
@@ -148,7 +149,7 @@ def _classify(
     """
     concepts = {c["id"]: c for c in demo.concepts(demo.prepare(data_dir)) if role in ("", c["role"])}
     classes = {i: c for i, c in concepts.items() if all_names or group in ("", c["group"])}
-    images, records = _emoji(split, size, data_dir)
+    images, records = _emoji(split, prepare, data_dir)
     if role or group:
         keep = [i for i, r in enumerate(records) if r["concept"] in concepts and group in ("", r["group"])]
         images, records = [images[i] for i in keep], [records[i] for i in keep]
@@ -163,7 +164,7 @@ def _classify(
         [c["name"] for c in classes.values()],
         _card(
             split, [(r["vendor"], r["concept"]) for r in records], [c["name"] for c in classes.values()],
-            protocol="nearest class text by cosine, mean over artists", preprocessing=_RESIZE,
+            protocol="nearest class text by cosine, mean over artists", preprocessing=prepare.resizing,
             templates={_prompts: "name and three tags in turn, each tag", _one_prompt: "name and three tags"}.get(
                 prompts, "name"
             ),
@@ -176,22 +177,24 @@ def _card(split: str, *items: list[Any], **fields: str) -> Card:
     return Card("emoji_pairs", str(demo.EmojiPairs.VERSION), split, digest(x for part in items for x in part), **fields)
 
 
-def _retrieve(name: str, size: int, data_dir: str | None, *, split: str) -> RetrievalSet:
-    images, records = _emoji(split, size, data_dir)
+def _retrieve(name: str, prepare: Preprocessing, data_dir: str | None, *, split: str) -> RetrievalSet:
+    images, records = _emoji(split, prepare, data_dir)
     captions = [[r["name"], *r["aliases"]] for r in records]
-    card = _card(split, captions, protocol="recall, any match", preprocessing=_RESIZE, metric="image_to_text/r1")
+    card = _card(
+        split, captions, protocol="recall, any match", preprocessing=prepare.resizing, metric="image_to_text/r1"
+    )
     return RetrievalSet(name, images, captions, card)
 
 
 _ROLES = ("train", "validation_concepts", "test_concepts")  # of concepts, and the splits with their pictures
 
 
-def _probe(name: str, size: int, data_dir: str | None) -> ProbeSet:
+def _probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
     """Pictures of known concepts to learn categories from, of unknown ones to choose C and to test.
 
     To save time one picture of each known concept is learned from, by the artists in turn.
     """
-    parts = [_emoji(split, size, data_dir) for split in _ROLES]
+    parts = [_emoji(split, prepare, data_dir) for split in _ROLES]
     # The newest flags are missing from the table of categories.
     kept = [[i for i, r in enumerate(records) if r["category"]] for _, records in parts]
     drawings: dict[str, list[int]] = {}
@@ -203,7 +206,7 @@ def _probe(name: str, size: int, data_dir: str | None) -> ProbeSet:
     card = _card(
         "+".join(_ROLES), [(r["vendor"], r["concept"], r["subcategory"]) for part in records for r in part],
         protocol="linear probe (L-BFGS, C of 7 on validation) and 20 neighbours (T 0.07) on features before projection",
-        preprocessing=_RESIZE, metric="category/linear/top1",
+        preprocessing=prepare.resizing, metric="category/linear/top1",
     )
     tasks = {task: _index([[r[task] for r in part] for part in records]) for task in ("category", "subcategory")}
     return ProbeSet(name, *images, tasks, sweep=_SWEEP, card=card)
@@ -215,8 +218,8 @@ def _index(words: list[list[str]]) -> tuple[np.ndarray, ...]:
     return tuple(np.array([number[word] for word in part], int) for part in words)
 
 
-def _text_probe(name: str, size: int, data_dir: str | None) -> ProbeSet:
-    del size
+def _text_probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
+    del prepare
     known = [c for c in demo.concepts(demo.prepare(data_dir)) if c["category"]]
     parts = [[c for c in known if c["role"] == role] for role in _ROLES]
     names = [[c["name"] for c in part] for part in parts]
@@ -228,9 +231,11 @@ def _text_probe(name: str, size: int, data_dir: str | None) -> ProbeSet:
     return ProbeSet(name, *names, tasks, sweep=_SWEEP, neighbours=False, card=card)
 
 
-def _same_meaning(name: str, size: int, data_dir: str | None, *, keys: tuple[str, ...]) -> TextRetrievalSet:
+def _same_meaning(
+    name: str, prepare: Preprocessing, data_dir: str | None, *, keys: tuple[str, ...]
+) -> TextRetrievalSet:
     """Names of the test concepts and what else each is called at `keys`; what is spelt like the name asks nothing."""
-    del size
+    del prepare
     concepts = [c for c in demo.concepts(demo.prepare(data_dir)) if c["role"] == "test_concepts"]
     found = []
     for key in keys:
@@ -301,7 +306,7 @@ def make(
     spec: str, encoder: Encoder, data_dir: str | None = None, profile: Profile = PROFILES["openai"]
 ) -> Evaluator:
     """The evaluator of the set named `spec`; arguments and errors are those of `load`."""
-    return evaluator(encoder, load(spec, encoder.image_size, data_dir, profile))
+    return evaluator(encoder, load(spec, encoder.preprocessing, data_dir, profile))
 
 
 def open_all(

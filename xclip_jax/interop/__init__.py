@@ -1,10 +1,10 @@
 """Weights from and to other projects, in NumPy alone: OpenAI's CLIP, open_clip, Hugging Face, and our own form.
 
 A model travels as a pair. `config` has the groups of a run's config that a model needs, as plain dicts: "model" and
-"objective" with the keys of configs/common.py, and of "data" the keys tokenizer, statistics and resample ("bicubic": of
-images that the model sees when it is used; training may have resized its crops otherwise). "source" says where it came
-from: its format, and "notes", sentences on what was assumed or is not followed. `variables` are what `TwoTowers.apply`
-takes, fp32: {"params": ..., "batch_stats": ...}, the second only where there are cluster heads.
+"objective" with the keys of configs/common.py; of "data" the keys tokenizer, statistics and resample ("bicubic", for
+new training), of "eval" those that say how images are prepared, see `Preprocessing`. "source" says where it came from:
+its format, and "notes", sentences on what was assumed or is not followed. `variables` are what `TwoTowers.apply` takes,
+fp32: {"params": ..., "batch_stats": ...}, the second only where there are cluster heads.
 """
 
 import json
@@ -17,8 +17,9 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xclip_jax.data import tokenizer
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError, one_of
-from xclip_jax.interop import files, groups, hf, links, open_clip
+from xclip_jax.interop import files, hf, links, open_clip, vocabulary
 from xclip_jax.models.layers import unstack_blocks
 
 FORMATS = ("hf", "open_clip", "safetensors")
@@ -27,7 +28,7 @@ WEIGHTS = "xclip_model.safetensors"
 # All that `write` may leave in a folder.
 WRITTEN = (
     CONFIG, WEIGHTS, open_clip.CONFIG, open_clip.WEIGHTS, hf.CONFIG, hf.WEIGHTS, hf.PREPROCESSOR,
-    *hf.TOKENIZER_FILES, groups.TOKENIZER,
+    vocabulary.FILE, *vocabulary.CLIP_FILES, vocabulary.OPTIONS, vocabulary.SPECIAL,
 )  # fmt: skip
 
 
@@ -63,8 +64,10 @@ def _read_own(found: files.Tensors, folder: epath.Path, where: str) -> tuple[dic
     config = files.read_json(folder / CONFIG)
     if missing := [key for key in ("model", "objective", "data") if key not in config]:
         raise UserError(f"{folder / CONFIG} has no group {missing[0]!r}; export the run anew.")
-    if config["data"]["tokenizer"] == groups.TOKENIZER:
-        config["data"]["tokenizer"] = str(folder / groups.TOKENIZER)
+    if config["data"]["tokenizer"] == vocabulary.FILE:
+        config["data"]["tokenizer"] = str(folder / vocabulary.FILE)
+    keys = Preprocessing.from_config(config).to_config()
+    config["data"], config["eval"] = config["data"] | keys["data"], keys["eval"]
     return config | {"source": {"format": "safetensors", "notes": ()}}, unflatten_dict(found, sep="/")
 
 
@@ -80,40 +83,42 @@ def write(variables: Mapping[str, Any], config: Mapping[str, Any], path: str, to
       Sentences on what the format could not hold.
 
     Raises:
-      UserError: a model that the format does not have, or a run's folder.
+      UserError: a model, tokenizer or preprocessing that the format does not have, or a run's folder.
     """
     one_of("to", to, FORMATS)
     if files.is_run(path):
         raise UserError(f"{path!r} is a run's folder; name another.")
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(variables))
     folder = epath.Path(path)
-    data = dict(config["data"])
-    tokens = tokenizer.load(data["tokenizer"])
-    content: dict[str, Any]
+    name = config["data"]["tokenizer"]
+    tokens, length = tokenizer.load(name), config["model"]["txt"]["length"]
+    own = name not in tokenizer.NAMES
     if to == "safetensors":
         notes, tensors = [], flatten_dict(variables, sep="/")
-        file = data["tokenizer"] if data["tokenizer"] in tokenizer.NAMES else groups.TOKENIZER
-        content = {
+        keys = Preprocessing.from_config(config).to_config()
+        content: dict[str, Any] = {
             "model": config["model"], "objective": config["objective"],
-            "data": {"tokenizer": file, "statistics": data["statistics"], "resample": "bicubic"},
+            "data": {"tokenizer": vocabulary.FILE if own else name, "resample": "bicubic"} | keys["data"],
+            "eval": keys["eval"],
         }  # fmt: skip
+        texts = {vocabulary.FILE: epath.Path(name).read_bytes().decode()} if own else {}
     else:
+        if name == "bytes":
+            raise UserError(f"tokenizer 'bytes' has no files that {to!r} could read; write to 'safetensors'.")
         flat, notes = _expressible(variables, config, to)
-        content, tensors = (hf if to == "hf" else open_clip).write(config, flat, tokens.vocab_size, tokens.eot_id)
-        if data["tokenizer"] == "bytes":
-            notes.append("tokenizer 'bytes' has no files there: ids are the bytes of UTF-8 plus 3, 1 starts, 2 ends")
-    words = None if data["tokenizer"] in tokenizer.NAMES else epath.Path(data["tokenizer"]).read_bytes()
+        content, tensors = (hf if to == "hf" else open_clip).write(config, flat, tokens)
+        texts = hf.beside(config) if to == "hf" else vocabulary.own_files(name, length) if own else {}
+        if own and to == "open_clip":
+            notes += open_clip.OWN_TOKENIZER
     folder.mkdir(parents=True, exist_ok=True)
-    for name in WRITTEN:
-        (folder / name).unlink(missing_ok=True)
-    if words is not None:
-        (folder / groups.TOKENIZER).write_bytes(words)
-    name, weights = {"hf": (hf.CONFIG, hf.WEIGHTS), "open_clip": (open_clip.CONFIG, open_clip.WEIGHTS),
+    for old in WRITTEN:
+        (folder / old).unlink(missing_ok=True)
+    file, weights = {"hf": (hf.CONFIG, hf.WEIGHTS), "open_clip": (open_clip.CONFIG, open_clip.WEIGHTS),
                      "safetensors": (CONFIG, WEIGHTS)}[to]  # fmt: skip
-    if to == "hf":
-        hf.write_beside(folder, config)
+    for beside, text in texts.items():
+        (folder / beside).write_bytes(text.encode())
     files.write(folder / weights, tensors)
-    (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    (folder / file).write_text(json.dumps(content, indent=2) + "\n")
     return notes
 
 

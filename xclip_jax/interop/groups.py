@@ -5,14 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from xclip_jax.data import tokenizer
+from xclip_jax.data.preprocessing import Preprocessing, mean_std
 from xclip_jax.data.transforms import STATISTICS
 from xclip_jax.errors import UserError
 
-CLIP_VOCAB = 49408
-TOKENIZER = "tokenizer.json"
 _TOWER = {"scan": False, "remat": "none"}
 # Not of the weights; what a new run would start with, as in configs/common.py.
 _CLUSTERS = {"clusters": 32768, "hidden": 4096, "layers": 1, "last_norm": False}
@@ -34,13 +31,15 @@ def model(
 
 
 def config(
-    group: dict[str, Any], tokens: str, statistics: str, notes: Sequence[str], kind: str, *, bias: bool
+    group: dict[str, Any], tokens: str, prepare: Preprocessing, notes: Sequence[str], kind: str, *, bias: bool
 ) -> dict[str, Any]:
     """What `interop.read` returns first."""
+    keys = prepare.to_config()
     return {
         "model": group,
         "objective": {"name": "siglip" if bias else "clip"},
-        "data": {"tokenizer": tokens, "statistics": statistics, "resample": "bicubic"},
+        "data": {"tokenizer": tokens, "resample": "bicubic"} | keys["data"],
+        "eval": keys["eval"],
         "source": {"format": kind, "notes": tuple(notes)},
     }
 
@@ -51,38 +50,22 @@ def mlp_ratio(hidden: int, width: int) -> float:
     return ratio if int(ratio * width) == hidden else (hidden + 0.5) / width
 
 
-def statistics(mean: Any, std: Any, where: str) -> str:
-    """The name of a channel mean and deviation; CLIP's own where they are None."""
-    if mean is None and std is None:
-        return "clip"
-    for name, known in STATISTICS.items():
-        pair = [np.broadcast_to(np.asarray(x, np.float64), 3) for x in (mean, std)]
-        if np.allclose(pair, known, rtol=0, atol=1e-4):
-            return name
-    raise UserError(f"{where} normalises images by mean {mean} and deviation {std}; known are {', '.join(STATISTICS)}.")
-
-
-def tokens(folder: epath.Path, vocab: int, eot: int | None, where: str) -> str:
-    """The tokenizer of a text tower of `vocab` words that pools at id `eot` (None: the largest id).
-
-    CLIP's, or the folder's tokenizer.json.
+def preprocessing(size: int, mean: Any, std: Any, where: str, **resizing: Any) -> Preprocessing:
+    """Of images of `size` pixels. `mean` and `std`: one number, three, or None for CLIP's; `resizing` as its fields.
 
     Raises:
-      UserError: none of them has this vocabulary and this end.
+      UserError: no numbers, or a deviation that is not above 0.
     """
-    if vocab == CLIP_VOCAB and eot in (None, CLIP_VOCAB - 1):
-        return "clip"
-    file = folder / TOKENIZER
-    if file.exists():
-        found = tokenizer.load(str(file))
-        end = vocab - 1 if eot is None else eot
-        if (found.vocab_size, found.eot_id) == (vocab, end):
-            return str(file)
-        raise UserError(
-            f"{where} knows {vocab} ids and pools texts at {end}; {file} has {found.vocab_size} and ends with "
-            f"{found.eot_id}."
+    try:
+        pair = tuple(
+            known if value is None else tuple(np.broadcast_to(np.asarray(value, np.float64), 3).tolist())
+            for value, known in zip((mean, std), STATISTICS["clip"], strict=True)
         )
-    raise UserError(f"{where} has a vocabulary of {vocab}, which is not CLIP's, and no {TOKENIZER} beside it.")
+        return Preprocessing(size, *mean_std(pair), **resizing)
+    except ValueError as error:
+        raise UserError(
+            f"{where}: mean {mean} and standard deviation {std} with {resizing} cannot be used ({error})."
+        ) from error
 
 
 def square(value: Any, key: str, where: str) -> int:

@@ -1,23 +1,25 @@
 """Hugging Face transformers: folders of a CLIPModel."""
 
+import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from xclip_jax.data import tokenizer
-from xclip_jax.data.transforms import STATISTICS
+from xclip_jax.data.preprocessing import Preprocessing
+from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.errors import UserError
-from xclip_jax.interop import groups, links
+from xclip_jax.interop import groups, links, vocabulary
 from xclip_jax.interop.files import read_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 PREPROCESSOR = "preprocessor_config.json"
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 _ACTS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+_INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _LEGACY_EOT = 2  # of configs before 2023; CLIPModel then pools at the largest id
 # What CLIPConfig leaves out of the file where it is the default.
 _IMAGE = {
@@ -26,7 +28,7 @@ _IMAGE = {
 }  # fmt: skip
 _TEXT = {
     "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
-    "max_position_embeddings": 77, "vocab_size": groups.CLIP_VOCAB, "eos_token_id": groups.CLIP_VOCAB - 1,
+    "max_position_embeddings": 77, "vocab_size": vocabulary.CLIP_SIZE, "eos_token_id": vocabulary.CLIP_SIZE - 1,
 }  # fmt: skip
 _TOWER = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 
@@ -59,12 +61,12 @@ def read(
     txt = tower(cfg_txt) | {"length": cfg_txt["max_position_embeddings"]}
     eot = cfg_txt["eos_token_id"]
     vocab = cfg_txt["vocab_size"]
-    tokens = groups.tokens(folder, vocab, None if eot == _LEGACY_EOT else eot, where)
+    tokens = vocabulary.identify(folder, vocab, None if eot == _LEGACY_EOT else eot, where)
     found = {name: x for name, x in found.items() if not name.endswith("position_ids")}
     log_scale = float(found["logit_scale"].reshape(())) if "logit_scale" in found else 0.0
     model = groups.model(img, txt, content.get("projection_dim", 512), log_scale=log_scale, bias=None)
     flat = links.read(found, links.links(model, vocab, links.HF, bias=False), where)
-    return groups.config(model, tokens, _statistics(folder), (), "hf", bias=False), flat
+    return groups.config(model, tokens, _preprocessing(folder, size), (), "hf", bias=False), flat
 
 
 def _given(content: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
@@ -73,16 +75,59 @@ def _given(content: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
     return (content.get(f"{kind}_config") or {}) if second is None else second
 
 
-def _statistics(folder: epath.Path) -> str:
+def _preprocessing(folder: epath.Path, size: int) -> Preprocessing:
+    """Of the folder's image processor, for a tower of images of `size` pixels; CLIP's where there is none."""
     for name, key in ((PREPROCESSOR, None), ("processor_config.json", "image_processor")):
         if (folder / name).exists():
             content = read_json(folder / name)
-            content = content.get(key) or {} if key else content
-            return groups.statistics(content.get("image_mean"), content.get("image_std"), str(folder / name))
-    return "clip"
+            return _processor(content.get(key) or {} if key else content, size, str(folder / name))
+    return Preprocessing(size)
 
 
-def write(config: Mapping[str, Any], params: links.Flat, vocab: int, eot: int) -> tuple[dict[str, Any], links.Flat]:
+def _processor(content: Mapping[str, Any], size: int, where: str) -> Preprocessing:
+    content = {key: value for key, value in content.items() if value is not None}
+
+    def refuse(key: str, right: str) -> UserError:
+        return UserError(f"{where}: {key}={content.get(key)!r} is not supported; expected {right}.")
+
+    for key in ("image_processor_type", "feature_extractor_type"):
+        if not str(content.get(key) or "CLIP").startswith("CLIP"):
+            raise refuse(key, "'CLIPImageProcessor'")
+    if not content.get("do_resize", True):
+        raise refuse("do_resize", "true")
+    if content.get("resample", 3) not in _INTERPOLATIONS:
+        raise refuse("resample", "2 (bilinear) or 3 (bicubic)")
+    crops, crop = content.get("do_center_crop", True), _edges(content.get("crop_size", size), "height", "width")
+    if crops and crop != {"height": size, "width": size}:
+        raise refuse("crop_size", f"{size}, the size of the tower's images")
+    edges = _edges(content.get("size", size), "shortest_edge")
+    side = next(iter(edges.values()), 0)
+    square = edges == {"height": side, "width": side}
+    if not isinstance(side, int) or not (square or edges == {"shortest_edge": side}) or side < size:
+        raise refuse("size", f"shortest_edge, or height and width that are equal, of at least {size}")
+    if not crops and not (square and side == size):
+        raise refuse("do_center_crop", f"true, or size with height and width {size}")
+    # Ours normalises x / 255; another factor is another mean and deviation.
+    factor = 255 * (content.get("rescale_factor", 1 / 255) if content.get("do_rescale", True) else 1.0)
+    mean, std = content.get("image_mean"), content.get("image_std")
+    if not content.get("do_normalize", True):
+        mean, std = 0.0, 1.0
+    prepare = groups.preprocessing(
+        size, mean, std, where, resize_mode="squash" if square else "shortest",
+        resize_size=0 if side == size else side, interpolation=_INTERPOLATIONS[content.get("resample", 3)],
+    )  # fmt: skip
+    if math.isclose(factor, 1):
+        return prepare
+    mean, std = (tuple(x / factor for x in values) for values in (prepare.mean, prepare.std))
+    return dataclasses.replace(prepare, mean=mean, std=std)
+
+
+def _edges(value: Any, *names: str) -> dict[str, Any]:
+    """A size as a dict of edges; older files have a number."""
+    return dict(value) if isinstance(value, dict) else dict.fromkeys(names, value)
+
+
+def write(config: Mapping[str, Any], params: links.Flat, tokens: Tokenizer) -> tuple[dict[str, Any], links.Flat]:
     """Content of config.json and tensors.
 
     Raises:
@@ -91,6 +136,7 @@ def write(config: Mapping[str, Any], params: links.Flat, vocab: int, eot: int) -
     model = config["model"]
     if not model["img"]["pre_norm"]:
         raise UserError("CLIPModel has a norm before the first block, model.img.pre_norm; write to 'open_clip'.")
+    vocab, eot = tokens.vocab_size, tokens.eot_id
     if eot == _LEGACY_EOT:
         raise UserError(
             f"CLIPModel takes the end token's id {eot}, that of tokenizer {config['data']['tokenizer']!r}, for the "
@@ -106,7 +152,6 @@ def write(config: Mapping[str, Any], params: links.Flat, vocab: int, eot: int) -
             "projection_dim": model["embed"],
         }  # fmt: skip
 
-    clip = config["data"]["tokenizer"] == "clip"
     content = {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
@@ -116,39 +161,32 @@ def write(config: Mapping[str, Any], params: links.Flat, vocab: int, eot: int) -
         | {"image_size": model["img"]["size"], "patch_size": model["img"]["patch"], "num_channels": 3},
         "text_config": tower(model["txt"], "text")
         | {"max_position_embeddings": model["txt"]["length"], "vocab_size": vocab, "eos_token_id": eot,
-           "bos_token_id": vocab - 2 if clip else None, "pad_token_id": eot if clip else None},
+           "bos_token_id": tokens.sot_id, "pad_token_id": vocabulary.padding(tokens)},
         "dtype": "float32",
     }  # fmt: skip
     params = {name: x for name, x in params.items() if name != "bias"}
     return content, links.write(params, links.links(model, vocab, links.HF, bias=False), "the model")
 
 
-def write_beside(folder: epath.Path, config: Mapping[str, Any]) -> None:
-    """The image processor's file, and the tokenizer's where it is CLIP's."""
-    size = config["model"]["img"]["size"]
-    mean, std = STATISTICS[config["data"]["statistics"]]
+def beside(config: Mapping[str, Any]) -> dict[str, str]:
+    """Content by name of the image processor's and the tokenizer's files.
+
+    Raises:
+      UserError: images are prepared in a way that CLIPImageProcessor does not have.
+    """
+    prepare, tokens = Preprocessing.from_config(config), config["data"]["tokenizer"]
+    if prepare.resize_mode == "longest":
+        raise UserError("CLIPImageProcessor has no eval.resize='longest'; write to 'open_clip' or 'safetensors'.")
+    side, size = prepare.resize_size or prepare.size, prepare.size
+    squash = prepare.resize_mode == "squash"
+    resample = {name: number for number, name in _INTERPOLATIONS.items()}[prepare.interpolation]
     processor = {
         "image_processor_type": "CLIPImageProcessor", "processor_class": "CLIPProcessor", "do_convert_rgb": True,
-        "do_resize": True, "size": {"shortest_edge": size}, "resample": 3,  # Pillow's bicubic
-        "do_center_crop": True, "crop_size": {"height": size, "width": size}, "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": mean, "image_std": std,
+        "do_resize": True, "size": {"height": side, "width": side} if squash else {"shortest_edge": side},
+        "resample": resample, "do_center_crop": not squash or side != size,
+        "crop_size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": prepare.mean, "image_std": prepare.std,
     }  # fmt: skip
-    (folder / PREPROCESSOR).write_text(json.dumps(processor, indent=2) + "\n")
-    if config["data"]["tokenizer"] != "clip":
-        return
-    words, merges = tokenizer.clip_vocabulary()
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    vocab = {word: i for i, word in enumerate([*words, start, end])}
-    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
-    options = {
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": config["model"]["txt"]["length"],
-        "do_lower_case": True, **special,
-    }  # fmt: skip
-    contents = (
-        json.dumps(vocab, ensure_ascii=False),
-        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
-        json.dumps(options, indent=2) + "\n",
-        json.dumps(special, indent=2) + "\n",
-    )
-    for name, content in zip(TOKENIZER_FILES, contents, strict=True):
-        (folder / name).write_text(content)
+    length = config["model"]["txt"]["length"]
+    words = vocabulary.clip_files(length) if tokens == "clip" else vocabulary.own_files(tokens, length)
+    return {PREPROCESSOR: json.dumps(processor, indent=2) + "\n"} | words

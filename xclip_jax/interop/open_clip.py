@@ -6,12 +6,21 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from xclip_jax.data.transforms import STATISTICS
+from xclip_jax.data.preprocessing import Preprocessing
+from xclip_jax.data.tokenizer import Tokenizer
+from xclip_jax.data.transforms import RESIZE_MODES
 from xclip_jax.errors import UserError
-from xclip_jax.interop import groups, links
+from xclip_jax.interop import groups, links, vocabulary
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
+# Says that the tokenizer is a file; of a local folder open_clip takes the folder's, of the Hub that of this id.
+HUB_ID = "REPOSITORY/ID"
+OWN_TOKENIZER = (
+    "open_clip cleans texts before its tokenizer (broken encodings, HTML entities, white space), which the model's own "
+    "does not; ids of other texts are equal",
+    f"before it goes to the Hugging Face Hub, set text_cfg.hf_tokenizer_name in {CONFIG} to the repository's id",
+)
 # Left by OpenAI's archives and by older versions.
 _IGNORED = ("input_resolution", "context_length", "vocab_size")
 _IGNORED_ENDS = ("attn_mask", "position_ids")
@@ -58,12 +67,10 @@ def read(
             act = "gelu" if how == "checkpoint" else act
             notes.append(f"without {CONFIG} beside it: heads are taken to be 64 wide and activations to be {act}")
         img, txt = ({**sizes[key], "act": act, "eps": 1e-5} for key in ("img", "txt"))
-        tokens = groups.tokens(folder, len(found[f"{prefix}token_embedding.weight"]), None, where)
+        tokens = vocabulary.identify(folder, len(found[f"{prefix}token_embedding.weight"]), None, where)
     else:
         img, txt, embed, tokens, more = _from_config(content.get("model_cfg", content), folder, where)
         preprocess, notes = content.get("preprocess_cfg", {}), notes + more
-    if preprocess.get("resize_mode", "shortest") != "shortest":
-        notes.append(f"made for images that are resized by {preprocess['resize_mode']!r}; here the centre is cut out")
     bias = float(found["logit_bias"].reshape(())) if "logit_bias" in found else None
     model = groups.model(img, txt, embed, log_scale=float(found["logit_scale"].reshape(())), bias=bias)
     vocab = len(found[f"{prefix}token_embedding.weight"])
@@ -71,9 +78,24 @@ def read(
     projection = f"{prefix}text_projection.bias"
     if projection in found and not found[projection].any():
         found.pop(projection)
-    statistics = groups.statistics(preprocess.get("mean"), preprocess.get("std"), where)
-    config = groups.config(model, tokens, statistics, notes, "open_clip", bias=bias is not None)
+    prepare = _preprocessing(preprocess, img["size"], where)
+    config = groups.config(model, tokens, prepare, notes, "open_clip", bias=bias is not None)
     return config, links.read(found, table, where)
+
+
+def _preprocessing(content: Mapping[str, Any], size: int, where: str) -> Preprocessing:
+    """Of preprocess_cfg. Its own `size` does not count in open_clip either, which takes the tower's."""
+    mode, interpolation = content.get("resize_mode") or "shortest", content.get("interpolation") or "bicubic"
+    for key, value, known in (("resize_mode", mode, RESIZE_MODES),
+                              ("interpolation", interpolation, ("bicubic", "bilinear", "random"))):  # fmt: skip
+        if value not in known:
+            raise UserError(f"{where}: preprocess_cfg sets {key}={value!r}; expected one of {', '.join(known)}.")
+    if mode == "longest" and content.get("fill_color"):
+        raise UserError(f"{where}: preprocess_cfg sets fill_color={content['fill_color']!r}; images are padded with 0.")
+    # "random" is of training; open_clip evaluates it as "bicubic".
+    interpolation = "bilinear" if interpolation == "bilinear" else "bicubic"
+    mean, std = content.get("mean"), content.get("std")
+    return groups.preprocessing(size, mean, std, where, resize_mode=mode, interpolation=interpolation)
 
 
 def _inferred(found: Mapping[str, np.ndarray], prefix: str, where: str) -> dict[str, dict[str, Any]]:
@@ -132,11 +154,13 @@ def _from_config(
     }
     length = text.get("context_length", 77)
     txt = tower(text, text.get("width", 512), text.get("heads", 8)) | {"length": length}
-    vocab, eot = text.get("vocab_size", groups.CLIP_VOCAB), None
+    vocab, eot = text.get("vocab_size", vocabulary.CLIP_SIZE), None
     if text.get("pool_type", "argmax") == "eos":
         eot = text.get("eos_id", 2)
-    tokens = groups.tokens(folder, vocab, eot, where)
+    tokens = vocabulary.identify(folder, vocab, eot, where)
     notes = []
+    if tokens != "clip":
+        notes.append("open_clip cleans texts before this tokenizer (HTML entities, white space); here they are not")
     if text.get("tokenizer_kwargs"):
         notes.append(f"its tokenizer's options {text['tokenizer_kwargs']} are not followed")
     if text.get("hf_tokenizer_name") and tokens == "clip":
@@ -144,13 +168,13 @@ def _from_config(
     return img, txt, embed, tokens, notes
 
 
-def write(config: Mapping[str, Any], params: links.Flat, vocab: int, eot: int) -> tuple[dict[str, Any], links.Flat]:
+def write(config: Mapping[str, Any], params: links.Flat, tokens: Tokenizer) -> tuple[dict[str, Any], links.Flat]:
     """Content of open_clip_config.json and tensors.
 
     Raises:
       UserError: a model that open_clip does not have.
     """
-    model, bias = config["model"], "bias" in params
+    model, bias, vocab, eot = config["model"], "bias" in params, tokens.vocab_size, tokens.eot_id
     img, txt = model["img"], model["txt"]
     acts = {tower["act"] for tower in (img, txt)}
     if "quick_gelu" in acts and len(acts) > 1:
@@ -175,10 +199,20 @@ def write(config: Mapping[str, Any], params: links.Flat, vocab: int, eot: int) -
     text = options(txt) | {"context_length": txt["length"], "vocab_size": vocab, "heads": txt["heads"]}
     if eot != vocab - 1:
         text |= {"pool_type": "eos", "eos_id": eot}
+    if tokens.name != "clip":
+        text["hf_tokenizer_name"] = HUB_ID
     content = {"embed_dim": model["embed"], "quick_gelu": "quick_gelu" in acts, "vision_cfg": vision, "text_cfg": text}
     if bias:
         content["init_logit_bias"] = float(params["bias"])
-    mean, std = STATISTICS[config["data"]["statistics"]]
-    preprocess = {"mean": mean, "std": std, "interpolation": "bicubic", "resize_mode": "shortest", "size": img["size"]}
+    prepare = Preprocessing.from_config(config)
+    if prepare.resize_size not in (0, prepare.size):
+        raise UserError(
+            f"open_clip has no size but {prepare.size} to resize images to, and eval.resize_size is "
+            f"{prepare.resize_size}; write to 'hf' or 'safetensors'."
+        )
+    preprocess = {
+        "size": prepare.size, "mean": prepare.mean, "std": prepare.std, "interpolation": prepare.interpolation,
+        "resize_mode": prepare.resize_mode, "fill_color": 0,
+    }  # fmt: skip
     table = links.links(model, vocab, links.open_clip(), bias=bias)
     return {"model_cfg": content, "preprocess_cfg": preprocess}, links.write(params, table, "the model")

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 from etils import epath
 
-from xclip_jax.data import transforms
 from xclip_jax.evaluators import Encoder
 from xclip_jax.parts import Parts
 from xclip_jax.report import record, seen, style, told
@@ -46,7 +45,7 @@ def make(
     examples = look(encoder, variables, specs, data=parts.data, data_dir=data_dir or parts.data.dir, seed=seed)
     maps = None
     if examples.gallery.images:
-        statistics = transforms.STATISTICS[parts.data.statistics]
+        statistics = (parts.preprocessing.mean, parts.preprocessing.std)
         maps = attention(parts.model, variables, examples.gallery.images, statistics, parts.mesh, seed=seed)
     if jax.process_index() == 0:
         parameters = sum(x.size for x in jax.tree.leaves(parts.abstract.params))

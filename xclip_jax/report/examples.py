@@ -167,7 +167,7 @@ def look(
       queries: texts to search the demo's images with.
       seed: decides which images and texts are shown.
     """
-    picked = pick(specs, encoder.image_size, data_dir, data, seed)
+    picked = pick(specs, encoder.preprocessing, data_dir, data, seed)
     examples = Examples(seed, emoji=picked.emoji, missing=picked.missing)
     words: Sequence[str] = [name for _, found, _ in picked.zeroshot for name in found.names]
     for n, (panel, found, shown) in enumerate(picked.zeroshot):

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from xclip_jax.data import loader, transforms
+from xclip_jax.data import loader
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.evaluators import files, sets
 from xclip_jax.evaluators.retrieval import RetrievalSet
@@ -67,13 +68,13 @@ class Picked:
 
 
 def pick(
-    specs: Sequence[str], size: int, data_dir: str | None, data: loader.DataConfig | None, seed: int
+    specs: Sequence[str], prepare: Preprocessing, data_dir: str | None, data: loader.DataConfig | None, seed: int
 ) -> Picked:
     """The sets to show of `specs`: those of `PANELS`, else the first three for classification, and one for retrieval.
 
     Args:
       specs: names of evaluation sets.
-      size: side of the model's images.
+      prepare: how the model wants its images.
       data_dir: root of TFDS data sets, None for the default.
       data: of the training pairs, which serve where none of the sets can be read.
       seed: decides which training pairs.
@@ -84,7 +85,7 @@ def pick(
         if picked.retrieval if _is_retrieval(spec) else len(picked.zeroshot) == (len(known) or len(PANELS)):
             continue
         try:
-            found, shown = (sets.load(spec, side, data_dir) for side in (size, SHOWN))
+            found, shown = (sets.load(spec, way, data_dir) for way in (prepare, prepare.at(SHOWN)))
         except UserError as error:
             picked.missing += [str(error)] if str(error) not in picked.missing else []
             continue
@@ -95,7 +96,7 @@ def pick(
             panel = known.get(spec) or Panel(spec, spec, "The model chooses among {ways} names.")
             picked.zeroshot.append((panel, _few_prompts(found), shown))
     if data is not None and not picked.zeroshot and not picked.retrieval:
-        _training_pairs(picked, data, size, seed)
+        _training_pairs(picked, data, prepare, seed)
     return picked
 
 
@@ -124,7 +125,7 @@ def take(data: ZeroShotSet, keep: np.ndarray) -> ZeroShotSet:
     return dataclasses.replace(data, images=images, labels=np.asarray(data.labels)[keep], groups={})
 
 
-def _training_pairs(picked: Picked, data: loader.DataConfig, size: int, seed: int) -> None:
+def _training_pairs(picked: Picked, data: loader.DataConfig, prepare: Preprocessing, seed: int) -> None:
     """Pairs that were trained on, drawn by the seed: better than nothing where a run names no set."""
     try:
         found = loader.open_sources(dataclasses.replace(data, cache=False))
@@ -137,7 +138,7 @@ def _training_pairs(picked: Picked, data: loader.DataConfig, size: int, seed: in
     for i in np.random.default_rng(seed).permutation(len(of))[:PAIRS]:
         try:
             record = found[of[i]][int(i - starts[of[i]])]
-            images.append([transforms.evaluation_image(record["image"], side) for side in (size, SHOWN)])
+            images.append([way(record["image"]) for way in (prepare, prepare.at(SHOWN))])
         except BadSample:
             continue
         captions.append(record["text"][:5])

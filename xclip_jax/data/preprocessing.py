@@ -1,0 +1,132 @@
+"""How a model wants its images when it is used: a part of the model, as its tokenizer is."""
+
+import ast
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from xclip_jax.data.transforms import INTERPOLATIONS, RESIZE_MODES, STATISTICS, evaluation_image
+from xclip_jax.errors import UserError, one_of
+
+Triple = tuple[float, float, float]
+
+
+def mean_std(statistics: Any) -> tuple[Triple, Triple]:
+    """Channel means and standard deviations of config key `data.statistics`, of pixels between 0 and 1.
+
+    Args:
+      statistics: a name of `STATISTICS`, or ((r, g, b), (r, g, b)), as text too, since command lines give text.
+
+    Raises:
+      UserError: it is neither.
+    """
+    if isinstance(statistics, str) and statistics in STATISTICS:
+        return STATISTICS[statistics]
+    try:
+        pair = ast.literal_eval(statistics) if isinstance(statistics, str) else statistics
+        values = np.array(pair, np.float64)
+        if values.shape == (2, 3) and np.isfinite(values).all() and (values[1] > 0).all():
+            mean, std = (tuple(row) for row in values.tolist())
+            return mean, std
+    except (ValueError, TypeError, SyntaxError):
+        pass
+    names = ", ".join(map(repr, STATISTICS))
+    raise UserError(
+        f"data.statistics is {statistics!r}; expected {names}, or mean and standard deviation of each channel, "
+        "((r, g, b), (r, g, b)), deviations above 0."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """Resizing to a square on the host, by a call, and what `transforms.normalize` takes on the device.
+
+    With the defaults it is OpenAI CLIP's, as open_clip has it too.
+
+    Attributes:
+      size: side of the result, pixels.
+      mean, std: of each channel, for pixels between 0 and 1.
+      resize_mode: config key `eval.resize`: "shortest" resizes the shorter side and keeps the central square, "squash"
+        resizes both sides alike, "longest" resizes the longer side and fills up with black.
+      resize_size: `eval.resize_size`, what "shortest" and "squash" resize to before the central `size` pixels are kept;
+        0 for `size`.
+      interpolation: `eval.interpolation`, "bicubic" or "bilinear", both antialiased.
+
+    Raises:
+      UserError: a value that does not fit, by its config key.
+    """
+
+    size: int
+    mean: Triple = STATISTICS["clip"][0]
+    std: Triple = STATISTICS["clip"][1]
+    resize_mode: str = "shortest"
+    resize_size: int = 0
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        one_of("eval.resize", self.resize_mode, RESIZE_MODES)
+        one_of("eval.interpolation", self.interpolation, INTERPOLATIONS)
+        if self.resize_size and self.resize_mode == "longest":
+            raise UserError(f"eval.resize_size is {self.resize_size}; with eval.resize='longest' it must be 0.")
+        if self.resize_size and self.resize_size < self.size:
+            raise UserError(
+                f"eval.resize_size is {self.resize_size}, less than the model's image size {self.size}; set it to 0 "
+                f"or at least {self.size}."
+            )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Preprocessing":
+        """Of a model with these groups of a config; where `eval` lacks keys, as in older runs, defaults hold."""
+        mean, std = mean_std(config["data"]["statistics"])
+        group = config.get("eval", {})
+        fields = {"resize": "resize_mode", "resize_size": "resize_size", "interpolation": "interpolation"}
+        given = {field: group[key] for key, field in fields.items() if key in group}
+        return cls(config["model"]["img"]["size"], mean, std, **given)
+
+    def to_config(self) -> dict[str, dict[str, Any]]:
+        """The keys that `from_config` reads, of groups `data` and `eval`; known statistics by their name."""
+        pair = (self.mean, self.std)
+        return {
+            "data": {"statistics": next((name for name, known in STATISTICS.items() if known == pair), pair)},
+            "eval": {
+                "resize": self.resize_mode, "resize_size": self.resize_size, "interpolation": self.interpolation,
+            },
+        }  # fmt: skip
+
+    def at(self, size: int) -> "Preprocessing":
+        """The same view of an image at another size."""
+        return dataclasses.replace(self, size=size, resize_size=math.ceil(self.resize_size * size / self.size))
+
+    @property
+    def resizing(self) -> str:
+        """What a call does, in words, without sizes that are the result's."""
+        side = {"shortest": "shorter side", "squash": "each side", "longest": "longer side"}[self.resize_mode]
+        crop = ", black borders" if self.resize_mode == "longest" else ", central crop"
+        if self.resize_mode == "squash" and self.resize_size in (0, self.size):
+            crop = ""
+        to = f" to {self.resize_size}" if self.resize_size not in (0, self.size) else ""
+        return f"{side}{to} {self.interpolation}{crop}"
+
+    @property
+    def normalization(self) -> str:
+        """Mean and deviation, in words."""
+        statistics = self.to_config()["data"]["statistics"]
+        if isinstance(statistics, str):
+            return f"mean and deviation of {statistics!r}"
+        return f"mean {self.mean}, deviation {self.std}"
+
+    def describe(self) -> str:
+        """All of it, in words."""
+        return f"{self.resizing}, {self.size} px, {self.normalization}"
+
+    def __call__(self, data: bytes | np.ndarray | Image.Image) -> np.ndarray:
+        """Encoded image, RGB array (h, w, 3) or image of Pillow's -> uint8 (size, size, 3).
+
+        Raises:
+          BadSample: it cannot be decoded.
+        """
+        return evaluation_image(data, self.size, self.interpolation, self.resize_mode, self.resize_size)

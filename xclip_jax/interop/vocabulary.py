@@ -1,0 +1,111 @@
+"""Tokenizers that travel with weights: which one a folder has, and the files from which other projects make one."""
+
+import json
+from typing import Any
+
+import tokenizers
+from etils import epath
+
+from xclip_jax.data import tokenizer
+from xclip_jax.errors import UserError
+from xclip_jax.interop.files import read_json
+
+CLIP_SIZE = 49408
+FILE = "tokenizer.json"
+CLIP_FILES = ("vocab.json", "merges.txt")
+OPTIONS = "tokenizer_config.json"
+SPECIAL = "special_tokens_map.json"
+
+
+def identify(folder: epath.Path, size: int, eot: int | None, where: str) -> str:
+    """Return the tokenizer of a text tower of `size` ids that pools at id `eot` (None: the largest id).
+
+    Returns:
+      The path of the folder's tokenizer.json, or "clip" where that has CLIP's vocabulary, or where it is missing and
+      the sizes are CLIP's.
+
+    Raises:
+      UserError: neither has this number of ids and this end, or the folder has another vocabulary.
+    """
+    end = size - 1 if eot is None else eot
+    like_clip = (size, end) == (CLIP_SIZE, CLIP_SIZE - 1)
+    file, words = folder / FILE, folder / CLIP_FILES[0]
+    if file.exists():
+        if like_clip and _is_clips(read_json(file).get("model", {}).get("vocab")):
+            return "clip"
+        own = tokenizer.load(str(file))
+        if (own.vocab_size, own.eot_id) != (size, end):
+            remedy = f", or remove {FILE} if the tokenizer is CLIP's" if like_clip else ""
+            raise UserError(
+                f"{where} has {size} token ids and pools texts at id {end}; {file} has {own.vocab_size} and ends texts "
+                f"with {own.eot_id}. Put the {FILE} of these weights there{remedy}."
+            )
+        return str(file)
+    if not like_clip:
+        raise UserError(
+            f"{where} has a vocabulary of {size} with end {end}, which is not CLIP's, and no {FILE} beside it; put the "
+            "one that it was trained with there."
+        )
+    if words.exists() and not _is_clips(read_json(words)):
+        raise UserError(
+            f"{words} is not CLIP's vocabulary; save the tokenizer as {FILE} beside it, as transformers' "
+            "save_pretrained does."
+        )
+    return "clip"
+
+
+def _is_clips(vocabulary: Any) -> bool:
+    """Whether a dict of ids by words has CLIP's words; start and end, which have several spellings, do not count."""
+    if not isinstance(vocabulary, dict):
+        return False
+    return all(vocabulary.get(word) == i for i, word in enumerate(tokenizer.clip_vocabulary()[0]))
+
+
+def clip_files(length: int) -> dict[str, str]:
+    """Content by name of the files from which transformers makes CLIP's tokenizer, for texts of `length` tokens."""
+    words, merges = tokenizer.clip_vocabulary()
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    options = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True, **special}
+    return {
+        CLIP_FILES[0]: json.dumps({word: i for i, word in enumerate([*words, start, end])}, ensure_ascii=False),
+        CLIP_FILES[1]: "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
+        OPTIONS: json.dumps(options, indent=2) + "\n",
+        SPECIAL: json.dumps(special, indent=2) + "\n",
+    }
+
+
+def own_files(path: str, length: int) -> dict[str, str]:
+    """Content by name of the files from which transformers, and open_clip through it, makes the ids of ours.
+
+    Ours adds start, end and padding itself and takes special tokens in a text for text; there the file has to say so.
+
+    Args:
+      path: of a tokenizer file that `tokenizer.load` takes.
+      length: tokens of a text.
+    """
+    ours, model = tokenizer.load(path), tokenizers.Tokenizer.from_file(path)
+    model.no_padding()
+    model.no_truncation()
+    start = [] if ours.sot_id is None else [model.id_to_token(ours.sot_id)]
+    end = model.id_to_token(ours.eot_id)
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single=[*start, "$A", end], special_tokens=[(token, model.token_to_id(token)) for token in (*start, end)]
+    )
+    options = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length, "padding_side": "right",
+        "truncation_side": "right", "split_special_tokens": True, "clean_up_tokenization_spaces": False,
+        **({"bos_token": start[0]} if start else {}), "eos_token": end, "pad_token": model.id_to_token(padding(ours)),
+    }  # fmt: skip
+    return {FILE: model.to_str(), OPTIONS: json.dumps(options, indent=2) + "\n"}
+
+
+def padding(tokens: tokenizer.Tokenizer) -> int:
+    """The id that others pad with: ours where it is a padding token's, else the end's, as CLIP is padded there.
+
+    Towers see no token behind the first end, so that either gives the same embeddings.
+    """
+    if tokens.name in tokenizer.NAMES:
+        return tokens.eot_id
+    token = tokenizers.Tokenizer.from_file(tokens.name).id_to_token(tokens.pad_id)
+    return tokens.pad_id if token in tokenizer.PAD_TOKENS else tokens.eot_id
