@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 from typing import Any
 

@@ -8,7 +8,6 @@ accelerators are taken by the training itself, JAX_PLATFORMS=cpu reads beside it
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from absl import logging
