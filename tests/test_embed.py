@@ -1,5 +1,8 @@
+import itertools
 import json
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -9,7 +12,7 @@ import pytest
 
 import xclip_jax
 from tests import tiny, torture
-from xclip_jax import embed
+from xclip_jax import embed, embed_sources
 from xclip_jax.data import embeddings
 from xclip_jax.errors import UserError
 
@@ -83,8 +86,8 @@ def test_a_kill_loses_nothing_and_repeats_nothing(root, straight, capsys, monkey
     assert subprocess.run(command, capture_output=True).returncode == -9
     there = sorted(path.name for path in (root / "killed.parquet.parts").glob("*.parquet"))
     assert there == ["000000.parquet", "000001.parquet"] and not out.exists()
-    decoded, original = [], embed.Images.read
-    monkeypatch.setattr(embed.Images, "read", lambda self, i: decoded.append(i) or original(self, i))
+    decoded, original = [], embed_sources.Images.read
+    monkeypatch.setattr(embed_sources.Images, "read", lambda self, i: decoded.append(i) or original(self, i))
     embed.main(flags(root, out))
     assert "going on behind part 2 of 6" in capsys.readouterr().out
     assert sorted(decoded) == list(range(16, 42))
@@ -102,12 +105,57 @@ def test_texts_beside_images_as_npz(root, model, straight):
     out = root / "both.npz"
     embed.main(flags(root, out, texts=root / "texts.txt"))
     columns, about = read(out)
-    assert list(columns["kind"]) == ["image"] * 40 + ["text"] * 4 and about["rows"] == 44
+    assert list(columns["kind"]) == ["image"] * 40 + ["text"] * 4 and about["rows"] == 44 and about["bad"] == 3
     texts = ["a fox", "ein Füchslein", "", "the last one"]
     assert list(columns["text"][40:]) == texts
     assert list(columns["id"][40:]) == [f"{root / 'texts.txt'}#{i + 1}" for i in range(4)]
-    np.testing.assert_allclose(columns["embedding"][40:], model.encode_text(texts), atol=1e-6)
+    np.testing.assert_allclose(columns["embedding"][[40, 41, 43]], model.encode_text([*texts[:2], texts[3]]), atol=1e-6)
+    assert not columns["embedding"][42].any()
+    listed = [json.loads(line) for line in (root / "both.npz.bad.jsonl").read_text().splitlines()]
+    assert listed[2] == {"kind": "text", "id": f"{root / 'texts.txt'}#3", "reason": "line is empty", "detail": ""}
     np.testing.assert_array_equal(columns["embedding"][:40], read(straight)[0]["embedding"])
+
+
+def test_row_i_is_line_i(root, model, tmp_path):
+    """In parts of 8 lines, one of them without any good line; spaces are no text, control characters neither."""
+    lines = [b"", b" \t", b"a\x00b", *[b""] * 6, b"a fox", b"", b"a hen", *[b""] * 14]
+    (tmp_path / "t.txt").write_bytes(b"\n".join(lines) + b"\n")
+    out = tmp_path / "t.npz"
+    embed.main(["--checkpoint", str(root / "run"), "--texts", str(tmp_path / "t.txt"), "--out", str(out),
+                "--batch=8", "--part=8"])
+    columns, about = read(out)
+    assert len(columns["text"]) == about["rows"] == len(lines) and about["bad"] == len(lines) - 2
+    assert {i: text for i, text in enumerate(columns["text"]) if text} == {9: "a fox", 11: "a hen"}
+    expected = np.zeros((len(lines), 16), np.float32)
+    expected[[9, 11]] = model.encode_text(["a fox", "a hen"])
+    np.testing.assert_allclose(columns["embedding"], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+def test_text_files_in_other_encodings_are_refused(tmp_path, encoding):
+    mark = "\ufeff" if encoding.endswith("be") else ""
+    (tmp_path / "t.txt").write_text(f"{mark}a fox\na hen\n", encoding=encoding)
+    name = encoding[:6].upper()
+    with pytest.raises(UserError, match=f"is {name} by its byte order mark; .* iconv -f {name} -t UTF-8"):
+        embed.Lines(str(tmp_path / "t.txt"))
+    (tmp_path / "t.txt").write_text("a fox\na hen\n", encoding="utf-8-sig")
+    assert embed.Lines(str(tmp_path / "t.txt")).read(0) == ("a fox", "a fox")
+
+
+def test_changed_pictures_are_another_job(root, model, tmp_path, capsys):
+    """A picture or caption of another size; the same files, written again at a later time, are the same job."""
+    pictures = shutil.copytree(root / "pictures", tmp_path / "pictures")
+    changes = {"images": pictures}
+    embed.main(flags(root, tmp_path / "x.npz", **changes))
+    os.utime(pictures / "003.png", (1, 1))
+    embed.main(flags(root, tmp_path / "x.npz", **changes))
+    assert "is complete" in capsys.readouterr().out
+    for name, content in (("003.png", (pictures / "004.png").read_bytes() + b"x"), ("003.txt", b"another caption")):
+        before = (pictures / name).read_bytes()
+        (pictures / name).write_bytes(content)
+        with pytest.raises(SystemExit, match="holds other embeddings: image differ; delete it"):
+            embed.main(flags(root, tmp_path / "x.npz", **changes))
+        (pictures / name).write_bytes(before)
 
 
 def test_tars(root, model):
@@ -175,7 +223,7 @@ def test_strings_of_any_length_come_back(tmp_path, suffix):
         with np.load(out) as arrays:
             utf8, ends = arrays["text_utf8"].tobytes(), arrays["text_offsets"]
             assert list(arrays["kind"]) == expected["kind"]
-        texts = [utf8[start:end].decode() for start, end in zip(ends, ends[1:], strict=False)]
+        texts = [utf8[start:end].decode() for start, end in itertools.pairwise(ends)]
         assert texts == expected["text"]
 
 
@@ -210,6 +258,12 @@ def test_files_of_earlier_versions_are_read_and_joined(tmp_path):
     np.testing.assert_array_equal(columns["embedding"], np.concatenate([old["embedding"], new["embedding"]]))
 
 
+@pytest.mark.parametrize(("changes", "message"), [({"part": 0}, "part is 0"), ({"threads": -1}, "threads is -1")])
+def test_a_job_checks_its_counts(root, model, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        embed.Job(model, {"image": embed.open_images(str(root / "pictures"))}, str(tmp_path / "x.npz"), **changes)
+
+
 def test_without_pyarrow_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"pip install 'xclip_jax\[parquet\]'"):
@@ -221,6 +275,11 @@ def test_without_pyarrow_the_remedy_is_named(monkeypatch):
     [
         ({"checkpoint": "{}/none"}, "none' does not exist"),
         ({"images": "{}/none/*.jpg"}, "no file matches"),
+        ({"images": "{}/none"}, "none' does not exist; name a folder, a file, or a glob"),
+        ({"batch": 0}, "--batch is 0; expected an integer of at least 1"),
+        ({"batch": -1}, "--batch is -1; expected an integer of at least 1"),
+        ({"part": 0}, "--part is 0; expected an integer of at least 1"),
+        ({"threads": -1}, "--threads is -1; expected an integer of at least 0"),
         ({"images": "{}/run"}, "holds no image"),
         ({"images": "{}/*.t*"}, "names 2 tars among 3 files"),
         ({"texts": "{}/none.txt"}, "none.txt' cannot be read"),
