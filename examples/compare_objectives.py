@@ -8,12 +8,11 @@ first run prepares the data. The same command again goes on where it was cut off
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from configs import demo
 from xclip_jax import evaluate, trainer
-from xclip_jax.errors import UserError
+from xclip_jax.errors import exit_with_message
 
 SUITE = "emoji/test_concepts,emoji/test_rendering,emoji/test_retrieval,emoji/test_aliases"
 
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, run in runs.items():
         config = demo.get_config(f"objective={name},steps={options.steps}")
         config.run, config.seed, config.data.batch = run, options.seed, options.batch
-        config.eval.sets, config.eval.final_sets, config.eval.picture = (), (), False  # they come below
+        config.eval.sets, config.eval.final_sets, config.eval.report = (), (), False  # `evaluate` follows below
         trainer.run(config)
         evaluate.evaluate(run, options.suite)
     first, *others = runs.values()
@@ -41,7 +40,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_with_message():
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -7,11 +7,10 @@ run, bash launch/local.sh makes one in ten minutes.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import xclip_jax
-from xclip_jax.errors import UserError
+from xclip_jax.errors import exit_with_message
 
 TEXTS = ("a photo of an animal", "a drawing of a face", "something to eat", "the flag of a country")
 
@@ -42,7 +41,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_with_message():
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -1,14 +1,18 @@
+import itertools
 import json
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 
 import xclip_jax
 from tests import tiny, torture
-from xclip_jax import embed
+from xclip_jax import embed, embed_sources
 from xclip_jax.data import embeddings
 from xclip_jax.errors import UserError
 
@@ -47,13 +51,7 @@ def model(root):
 
 def read(path):
     """Columns, and what the file says about itself."""
-    about = embeddings.format_of(path).about(path)
-    if path.suffix == ".npz":
-        with np.load(path) as arrays:
-            return {key: arrays[key] for key in embeddings.COLUMNS}, about
-    parquet = pytest.importorskip("pyarrow.parquet")
-    columns = parquet.read_table(path).to_pydict()
-    return {key: np.array(columns[key], np.float32 if key == "embedding" else None) for key in columns}, about
+    return embeddings.read(path), embeddings.format_of(path).about(path)
 
 
 def flags(root, where, **changes):
@@ -88,8 +86,8 @@ def test_a_kill_loses_nothing_and_repeats_nothing(root, straight, capsys, monkey
     assert subprocess.run(command, capture_output=True).returncode == -9
     there = sorted(path.name for path in (root / "killed.parquet.parts").glob("*.parquet"))
     assert there == ["000000.parquet", "000001.parquet"] and not out.exists()
-    decoded, original = [], embed.Images.read
-    monkeypatch.setattr(embed.Images, "read", lambda self, i: decoded.append(i) or original(self, i))
+    decoded, original = [], embed_sources.Images.read
+    monkeypatch.setattr(embed_sources.Images, "read", lambda self, i: decoded.append(i) or original(self, i))
     embed.main(flags(root, out))
     assert "going on behind part 2 of 6" in capsys.readouterr().out
     assert sorted(decoded) == list(range(16, 42))
@@ -107,12 +105,57 @@ def test_texts_beside_images_as_npz(root, model, straight):
     out = root / "both.npz"
     embed.main(flags(root, out, texts=root / "texts.txt"))
     columns, about = read(out)
-    assert list(columns["kind"]) == ["image"] * 40 + ["text"] * 4 and about["rows"] == 44
+    assert list(columns["kind"]) == ["image"] * 40 + ["text"] * 4 and about["rows"] == 44 and about["bad"] == 3
     texts = ["a fox", "ein Füchslein", "", "the last one"]
     assert list(columns["text"][40:]) == texts
     assert list(columns["id"][40:]) == [f"{root / 'texts.txt'}#{i + 1}" for i in range(4)]
-    np.testing.assert_allclose(columns["embedding"][40:], model.encode_text(texts), atol=1e-6)
+    np.testing.assert_allclose(columns["embedding"][[40, 41, 43]], model.encode_text([*texts[:2], texts[3]]), atol=1e-6)
+    assert not columns["embedding"][42].any()
+    listed = [json.loads(line) for line in (root / "both.npz.bad.jsonl").read_text().splitlines()]
+    assert listed[2] == {"kind": "text", "id": f"{root / 'texts.txt'}#3", "reason": "line is empty", "detail": ""}
     np.testing.assert_array_equal(columns["embedding"][:40], read(straight)[0]["embedding"])
+
+
+def test_row_i_is_line_i(root, model, tmp_path):
+    """In parts of 8 lines, one of them without any good line; spaces are no text, control characters neither."""
+    lines = [b"", b" \t", b"a\x00b", *[b""] * 6, b"a fox", b"", b"a hen", *[b""] * 14]
+    (tmp_path / "t.txt").write_bytes(b"\n".join(lines) + b"\n")
+    out = tmp_path / "t.npz"
+    embed.main(["--checkpoint", str(root / "run"), "--texts", str(tmp_path / "t.txt"), "--out", str(out),
+                "--batch=8", "--part=8"])
+    columns, about = read(out)
+    assert len(columns["text"]) == about["rows"] == len(lines) and about["bad"] == len(lines) - 2
+    assert {i: text for i, text in enumerate(columns["text"]) if text} == {9: "a fox", 11: "a hen"}
+    expected = np.zeros((len(lines), 16), np.float32)
+    expected[[9, 11]] = model.encode_text(["a fox", "a hen"])
+    np.testing.assert_allclose(columns["embedding"], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+def test_text_files_in_other_encodings_are_refused(tmp_path, encoding):
+    mark = "\ufeff" if encoding.endswith("be") else ""
+    (tmp_path / "t.txt").write_text(f"{mark}a fox\na hen\n", encoding=encoding)
+    name = encoding[:6].upper()
+    with pytest.raises(UserError, match=f"is {name} by its byte order mark; .* iconv -f {name} -t UTF-8"):
+        embed.Lines(str(tmp_path / "t.txt"))
+    (tmp_path / "t.txt").write_text("a fox\na hen\n", encoding="utf-8-sig")
+    assert embed.Lines(str(tmp_path / "t.txt")).read(0) == ("a fox", "a fox")
+
+
+def test_changed_pictures_are_another_job(root, model, tmp_path, capsys):
+    """A picture or caption of another size; the same files, written again at a later time, are the same job."""
+    pictures = shutil.copytree(root / "pictures", tmp_path / "pictures")
+    changes = {"images": pictures}
+    embed.main(flags(root, tmp_path / "x.npz", **changes))
+    os.utime(pictures / "003.png", (1, 1))
+    embed.main(flags(root, tmp_path / "x.npz", **changes))
+    assert "is complete" in capsys.readouterr().out
+    for name, content in (("003.png", (pictures / "004.png").read_bytes() + b"x"), ("003.txt", b"another caption")):
+        before = (pictures / name).read_bytes()
+        (pictures / name).write_bytes(content)
+        with pytest.raises(SystemExit, match="holds other embeddings: image differ; delete it"):
+            embed.main(flags(root, tmp_path / "x.npz", **changes))
+        (pictures / name).write_bytes(before)
 
 
 def test_tars(root, model):
@@ -150,6 +193,77 @@ def test_what_is_in_the_way_is_named(root, straight, model, tmp_path):
         embed.Job(model, sources, str(tmp_path / "x.npz"), part=8)
 
 
+LONG = ["", "a fox", "b" * 10**6, "ü\0" * 3, "狐\nl"]
+
+
+def columns_of(texts, seed=0):
+    rows = np.random.default_rng(seed).normal(size=(len(texts), 3)).astype(np.float32)
+    return {"kind": ["text"] * len(texts), "id": [f"f#{i}" for i in range(len(texts))], "text": texts,
+            "embedding": rows}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_strings_of_any_length_come_back(tmp_path, suffix):
+    parts, expected = [], {key: [] for key in embeddings.COLUMNS}
+    for i, texts in enumerate((LONG, [], ["last"])):
+        parts.append(tmp_path / f"{i}{suffix}")
+        columns = columns_of(texts, i)
+        embeddings.format_of(parts[-1]).write(parts[-1], columns)
+        for key, values in expected.items():
+            values.extend(columns[key])
+    out = tmp_path / f"out{suffix}"
+    embeddings.format_of(out).join(parts, out, {"rows": 6})
+    columns, about = read(out)
+    assert about == {"rows": 6}
+    for key in ("kind", "id", "text"):
+        assert columns[key] == expected[key]
+    np.testing.assert_array_equal(columns["embedding"], expected["embedding"])
+    assert columns["embedding"].dtype == np.float32
+    if suffix == ".npz":  # as the module's docstring reads it
+        with np.load(out) as arrays:
+            utf8, ends = arrays["text_utf8"].tobytes(), arrays["text_offsets"]
+            assert list(arrays["kind"]) == expected["kind"]
+        texts = [utf8[start:end].decode() for start, end in itertools.pairwise(ends)]
+        assert texts == expected["text"]
+
+
+def test_one_long_caption_costs_its_own_size(tmp_path):
+    """1 MB of 1,024 captions: strings of one width would take 4 GB in memory and in the file."""
+    texts = ["a caption"] * 1023 + ["x" * 10**6]
+    npz, parts = embeddings.Npz(), [tmp_path / "0.npz", tmp_path / "1.npz"]
+    tracemalloc.start()
+    try:
+        for part in parts:
+            npz.write(part, columns_of(texts))
+        npz.join(parts, tmp_path / "out.npz", {})
+        assert npz.read(tmp_path / "out.npz")["text"] == 2 * texts
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20e6 and (tmp_path / "out.npz").stat().st_size < 2.2e6
+
+
+def test_files_of_earlier_versions_are_read_and_joined(tmp_path):
+    """They had NumPy's strings; a job of an earlier version goes on, and its file tells what it is."""
+    old, new = columns_of(["a fox", "ein Füchslein", ""]), columns_of(["later"], 1)
+    with (tmp_path / "0.npz").open("wb") as file:
+        arrays = {key: np.asarray(old[key], None if key == "embedding" else str) for key in embeddings.COLUMNS}
+        np.savez(file, **arrays, xclip_jax=np.array(json.dumps({"rows": 3})))
+    columns, about = read(tmp_path / "0.npz")
+    assert about == {"rows": 3} and columns["text"] == old["text"] and columns["id"] == old["id"]
+    embeddings.Npz().write(tmp_path / "1.npz", new)
+    embeddings.Npz().join([tmp_path / "0.npz", tmp_path / "1.npz"], tmp_path / "out.npz", {})
+    columns = embeddings.read(tmp_path / "out.npz")
+    assert columns["text"] == old["text"] + new["text"] and columns["kind"] == ["text"] * 4
+    np.testing.assert_array_equal(columns["embedding"], np.concatenate([old["embedding"], new["embedding"]]))
+
+
+@pytest.mark.parametrize(("changes", "message"), [({"part": 0}, "part is 0"), ({"threads": -1}, "threads is -1")])
+def test_a_job_checks_its_counts(root, model, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        embed.Job(model, {"image": embed.open_images(str(root / "pictures"))}, str(tmp_path / "x.npz"), **changes)
+
+
 def test_without_pyarrow_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"pip install 'xclip_jax\[parquet\]'"):
@@ -161,10 +275,15 @@ def test_without_pyarrow_the_remedy_is_named(monkeypatch):
     [
         ({"checkpoint": "{}/none"}, "none' does not exist"),
         ({"images": "{}/none/*.jpg"}, "no file matches"),
+        ({"images": "{}/none"}, "none' does not exist; name a folder, a file, or a glob"),
+        ({"batch": 0}, "--batch is 0; expected an integer of at least 1"),
+        ({"batch": -1}, "--batch is -1; expected an integer of at least 1"),
+        ({"part": 0}, "--part is 0; expected an integer of at least 1"),
+        ({"threads": -1}, "--threads is -1; expected an integer of at least 0"),
         ({"images": "{}/run"}, "holds no image"),
         ({"images": "{}/*.t*"}, "names 2 tars among 3 files"),
         ({"texts": "{}/none.txt"}, "none.txt' cannot be read"),
-        ({"out": "{}/x.csv"}, "ending of --out is '.csv'"),
+        ({"out": "{}/x.csv"}, "x.csv' is '.csv'; it must be one of '.parquet', '.npz'"),
         ({"step": 9}, "no checkpoint of step 9"),
         ({"images": "{}/pictures/*b.*", "out": "{}/bad.npz"}, "nothing could be embedded"),
         ({"imagess": "x"}, "unrecognized arguments"),

@@ -1,6 +1,9 @@
 """Each example as its users run it, only shorter."""
 
+import json
 import pathlib
+
+import numpy as np
 
 from examples import compare_objectives, train_on_a_folder, use_a_model
 from tests import tiny
@@ -17,9 +20,9 @@ def test_use_a_model(run, tmp_path, capsys):
 
 
 def narrow(get_config):
-    """The same config with towers that compile in a second."""
+    """The same config with towers that compile in a second, and without room for keys that do not exist."""
     def narrowed(*args, **kwargs):
-        config = get_config(*args, **kwargs)
+        config = get_config(*args, **kwargs).lock()
         for tower in (config.model.img, config.model.txt):
             tower.width, tower.depth, tower.heads = 16, 1, 2
         config.model.cluster_head.clusters = config.model.cluster_head.hidden = 32
@@ -29,15 +32,35 @@ def narrow(get_config):
 
 
 def test_train_on_a_folder(tmp_path, capsys, monkeypatch):
+    locked = train_on_a_folder.pretrain.get_config
+    monkeypatch.setattr(train_on_a_folder.pretrain, "get_config", lambda *args: locked(*args).lock())
     monkeypatch.setattr(train_on_a_folder, "get_config", narrow(train_on_a_folder.get_config))
     folder = tiny.folder(tmp_path / "pairs", 40)
+    (folder / "007.txt").unlink()
+    (folder / "008.png").write_bytes(b"<html>")
     flags = ["--run", str(tmp_path / "run"), "--epochs", "1", "--batch", "16", "--size", "24", "--tokenizer", "bytes"]
     flags += ["--objective", "clip"]
     train_on_a_folder.main([str(folder), *flags])
     said = capsys.readouterr().out
-    assert "step 2/2" in said and "of 40 images" in said
+    assert "step 2/2" in said and "of 38 images" in said and "among 38; chance is 2.6%\n" in said
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["data"]["apart"]
     train_on_a_folder.main([str(folder), *flags])
     assert "is complete at step 2" in capsys.readouterr().out
+
+
+def test_the_verdict_counts_equal_captions_as_right():
+    """Every image finds a caption of its words, though half of them find another image's."""
+    texts = ["a cat", "a dog", "a cat", "a hen"]
+    answers = np.array([0, 1, 0, 3])
+    scores = np.eye(4)[answers]
+    assert train_on_a_folder.verdict(scores, texts) == (
+        "of 4 images 100% find their own caption among 3; chance is 50.0% (the most frequent caption), and 100% can be "
+        "reached, since equal captions count as right"
+    )
+    wrong = np.eye(4)[[1, 0, 3, 3]]
+    assert train_on_a_folder.verdict(wrong, texts).startswith("of 4 images 25% find")
+    assert train_on_a_folder.verdict(np.eye(4), list("abcd")) == "of 4 images 100% find their own caption among 4; " \
+        "chance is 25.0%"
 
 
 def test_compare_objectives(tmp_path, capsys, monkeypatch):
@@ -46,6 +69,8 @@ def test_compare_objectives(tmp_path, capsys, monkeypatch):
     compare_objectives.main([*flags, "--runs", str(tmp_path)])
     said = capsys.readouterr().out
     assert "95 % interval" in said and f"B: {tmp_path}/nclip-1" in said
+    assert not list(tmp_path.glob("*/report.html"))
+    assert json.loads((tmp_path / "clip-1" / "config.json").read_text())["config"]["eval"]["report"] is False
 
 
 def test_headers_name_their_command():

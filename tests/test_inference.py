@@ -219,7 +219,14 @@ def test_bad_input_is_named(model, run, tmp_path):
         (lambda: model.encode_image("a.jpg"), "pass a list"),
         (lambda: model.encode_pixels(pixels), "pixels are float64"),
         (lambda: model.encode_pixels(pixels[0].astype(np.float32)), "this model takes float32"),
-        (lambda: model.encode_tokens(np.zeros((1, 3), np.int32)), r"this model takes int32 \(b, 12\)"),
+        (lambda: model.encode_tokens(np.zeros((1, 3), np.int32)), r"int32 of shape \(1, 3\); expected .* \(b, 12\)"),
+        (lambda: model.encode_tokens(np.zeros(12, np.int64)), r"int64 of shape \(12,\); expected"),
+        (lambda: model.encode_tokens(np.zeros((1, 1, 12), np.int64)), r"int64 of shape \(1, 1, 12\); expected"),
+        (lambda: model.encode_tokens(np.ones((1, 12))), "tokens are float64 of shape"),
+        (lambda: model.encode_tokens(np.ones((1, 12), bool)), "tokens are bool of shape"),
+        (lambda: model.encode_tokens([[1] * 9 + [259, 0, 0]]), "token 259 in row 0, column 9 is outside .* 0 to 258"),
+        (lambda: model.encode_tokens([[1] * 12, [5, -3] + [0] * 10]), "token -3 in row 1, column 1 is outside"),
+        (lambda: model.encode_tokens(np.full((1, 12), 2**63 + 1, np.uint64)), f"token {2**63 + 1} in row 0"),
         (lambda: model.encode_text("a fox"), "pass a list of strings"),
         (lambda: model.encode_text(["a", 3]), "texts holds 3, a int"),
         (lambda: model.zero_shot([], []), "at least one class"),
@@ -233,6 +240,38 @@ def test_bad_input_is_named(model, run, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             call()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int64", "uint64", ">i4"])
+def test_tokens_of_every_integer_type_are_the_same(model, dtype):
+    tokens = model.tokenizer(TEXTS, model.length)
+    few = np.minimum(tokens, 200).astype(np.int32)  # within uint8
+    np.testing.assert_array_equal(model.encode_tokens(few.astype(dtype)), model.encode_tokens(few))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": 0}, "batch is 0; expected an integer of at least 1"),
+        ({"batch": -8}, "batch is -8; expected"),
+        ({"batch": 2.5}, "batch is 2.5; expected an integer"),
+        ({"threads": -1}, "threads is -1; expected an integer of at least 0"),
+    ],
+)
+def test_counts_are_checked_before_anything_is_read(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        xclip_jax.load(tmp_path / "none", **changes)
+
+
+def test_loading_a_run_logs_nothing_and_leaves_logging_alone(run):
+    code = f"""import logging, xclip_jax
+from absl import logging as absl_logging
+xclip_jax.load({str(run)!r})
+logging.getLogger("orbax").warning("other library")
+absl_logging.warning("own message")"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if "WARNING" in line or "message" in line or "library" in line]
+    assert lines == ["WARNING:orbax:other library", "WARNING:absl:own message"]
 
 
 def test_the_package_alone_imports_no_jax():

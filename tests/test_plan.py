@@ -63,19 +63,58 @@ def test_mesh_axes_may_share_an_axis_of_the_torus():
     assert make_mesh({"data": -1, "fsdp": 8, "model": 1}, devices).shape == {"data": 8, "fsdp": 8, "model": 1}
 
 
-def test_what_does_not_fit_gets_a_remedy(monkeypatch):
-    pytest.importorskip("libtpu")
-    devices, _ = plan.devices_of("v5e:2x2")
+def search(monkeypatch, start, fits):
+    """`suggest` where `fits(config)` decides; the remedy and (strategy, remat, microbatches) of each try."""
     tried = []
 
     def compiles(config, devices):
-        tried.append(config.mesh.strategy)
-        return None, "compiled" if config.model.img.remat == "dots" else None, ""
+        built = parts.build(config, devices)  # refuses what does not suit
+        tried.append((config.mesh.strategy, config.model.img.remat, config.optim.microbatches))
+        return built, "compiled" if fits(*tried[-1]) else None, ""
 
     monkeypatch.setattr(plan, "_compile", compiles)
-    words = plan.suggest(config(), devices)
+    return plan.suggest(start, jax.devices()[:4]), tried
+
+
+def test_what_does_not_fit_gets_a_remedy(monkeypatch):
+    words, tried = search(monkeypatch, config(), lambda strategy, remat, _: remat == "dots")
     assert words == "--config.mesh.strategy=zero1 --config.model.img.remat=dots --config.model.txt.remat=dots"
-    assert tried == ["zero1", "zero1"]
+    assert tried == [("zero1", "none", 1), ("zero1", "dots", 1)]
+
+
+def test_a_config_with_fsdp_is_tried_with_fsdp_and_remat(monkeypatch):
+    start = config(mesh__strategy="fsdp", mesh__fsdp=2)
+    words, tried = search(monkeypatch, start, lambda strategy, remat, _: (strategy, remat) == ("fsdp", "full"))
+    assert words == "--config.model.img.remat=full --config.model.txt.remat=full"
+    assert tried == [("zero1", "none", 1), ("fsdp", "dots", 1), ("zero1", "dots", 1), ("fsdp", "full", 1)]
+
+
+def test_remedies_that_do_not_divide_the_batch_are_left_out(monkeypatch):
+    """24 pairs on 4 devices are no 4 equal parts of 4 equal shards, nor 16; with 12 pairs nor 2."""
+    start, plain = config(), [("zero1", "none", 1), ("zero1", "dots", 1), ("zero1", "full", 1)]
+    for batch, microbatches in ((12, []), (24, [2]), (32, [2, 4]), (64, [2, 4, 16])):
+        start.data.batch = batch
+        words, tried = search(monkeypatch, start, lambda *_: False)
+        assert words == "" and tried == plain + [("zero1", "full", n) for n in microbatches]
+
+
+def test_remedies_never_take_back_what_a_config_has(monkeypatch):
+    start = config(mesh__strategy="zero1", model__img__remat="full", model__txt__remat="dots", optim__microbatches=4)
+    words, tried = search(monkeypatch, start, lambda strategy, remat, n: n == 16)
+    assert words == "--config.model.txt.remat=full --config.optim.microbatches=16"
+    assert tried == [("zero1", "full", 4), ("zero1", "full", 16)]
+
+
+@pytest.mark.parametrize("mfu", [0.0, -0.4, 1.5, float("nan")])
+def test_an_mfu_that_is_no_share_is_refused_before_compiling(mfu, monkeypatch):
+    monkeypatch.setattr(plan, "_compile", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(UserError, match=f"--mfu is {mfu}; expected a share"):
+        plan.plan(config(), "v5e:2x4", mfu=mfu)
+
+
+def test_slices_are_one_or_more():
+    with pytest.raises(UserError, match="--slices is 0; expected an integer of at least 1"):
+        plan.devices_of("v5e:2x4", 0)
 
 
 @pytest.mark.slow

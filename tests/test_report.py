@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import scipy.special
+import scipy.stats
 
 from tests import tiny
 from xclip_jax import trainer
@@ -27,7 +28,7 @@ from xclip_jax.models.layers import stack_blocks
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.parallel.mesh import AXES, make_mesh
 from xclip_jax.report import __main__ as command
-from xclip_jax.report import attention, charts, document, examples, pick, record
+from xclip_jax.report import attention, chance, charts, document, examples, pick, record
 
 HOSTILE = "<script>alert(1)</script>\" onload='alert(2)' &amp; <b>"
 SECTIONS = ("names", "search", "clusters", "attention", "confusion", "results", "curves", "health", "run")
@@ -191,10 +192,13 @@ def _tuples(value):
         (["{}/run", "--sets", "imagenett"], "set 'imagenett'; did you mean 'imagenet'"),
         (["{}/run", "--step", "9"], "no checkpoint of step 9"),
         (["{}/run", "--stepp", "9"], "unrecognized arguments"),
+        (["{}/run", "--output", "{}/none/x.html"], "none' does not exist; make it first"),
+        (["{}/run", "--output", "{}"], "is a folder; name a file in it"),
         ([], "required: RUN"),
     ],
 )
-def test_bad_input_is_one_sentence(flags, message, run):
+def test_bad_input_is_one_sentence(flags, message, run, monkeypatch):
+    monkeypatch.setattr(document, "make", lambda *_, **__: pytest.fail("looked at the model first"))
     with pytest.raises(SystemExit) as stopped:
         command.main([flag.format(run) for flag in flags])
     assert message in str(stopped.value)
@@ -248,6 +252,18 @@ def test_each_failure_has_its_light_and_its_remedy(kind, tmp_path):
     assert early.count("too early") == 3 and "healthy" not in early.partition("<main")[2].partition("<script")[0]
 
 
+@pytest.mark.parametrize(("k", "b"), [(1, 16), (24, 1), (1, 1)])
+def test_one_cluster_or_a_batch_of_one_pair_cannot_be_judged(k, b, tmp_path):
+    """ln 1 = 0 is all the information that there could be."""
+    row = dict.fromkeys(collapsed(""), 0.0) | {"nclip/agreement": 1.0, "nclip/ln_b": math.log(b)}
+    row |= {"step": 1, "loss": 0.0, "nclip/ln_k": math.log(k), "nclip/clusters_img": 1.0, "nclip/clusters_txt": 1.0}
+    changes = {"log__alarms_after": 1, "data__batch": b, "model__cluster_head__clusters": k}
+    text = document.render(written(tmp_path / "run", "nclip", [row], **changes), examples.Examples())
+    check(text)
+    assert text.count("not judged") == 3 and text.count("cannot collapse") == 3 and "0.00 possible" in text
+    assert "nan" not in text.partition("<main")[2].partition("<script")[0]
+
+
 def test_the_evaluation_stands_in_for_results(tmp_path):
     found = written(tmp_path / "run", "clip", [])
     assert found.results == {} and found.steps == 0
@@ -255,6 +271,44 @@ def test_the_evaluation_stands_in_for_results(tmp_path):
     (tmp_path / "run" / "evaluation.json").write_text(json.dumps({"results": [result]}))
     words = " ".join(Page(document.render(record.read(tmp_path / "run"), examples.Examples())).text)
     assert "From evaluation.json" in words and "12.5" in words and "(10.0)" in words
+
+
+def test_results_are_told_from_chance(tmp_path):
+    """Of 10 names: 11 of 100 right are within the interval, 5.6 to 18.8 %, of 20 chance is below, of 1 above."""
+    results = {}
+    for name, top1 in (("a<b", 20.0), ("b", 11.0), ("c", 1.0)):
+        results |= {f"zeroshot/{name}/top1": top1, f"zeroshot/{name}/top5": 50.0}
+        results |= {f"zeroshot/{name}/n": 100.0, f"zeroshot/{name}/ways": 10.0}
+    results |= {f"retrieval/r/{way}/r{k}": 9.0 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    results |= {"retrieval/r/images": 100.0, "retrieval/r/captions": 500.0}
+    results |= {"visual/p/linear/top1": 55.0, "visual/p/n": 100.0, "visual/p/ways": 3.0, "visual/p/majority": 50.0}
+    results |= {"textual/s/spearman_all": 50.0, "textual/s/spearman_mean": 50.0, "textual/s/pairs": 100.0}
+    judged = chance.verdicts(results)
+    assert judged == {
+        ("a<b", "top1"): "above chance", ("b", "top1"): "not distinguishable from chance",
+        ("c", "top1"): "below chance", ("r", "image_to_text/r1"): "above chance",
+        ("p", "linear/top1"): "not distinguishable from chance",
+    }  # fmt: skip
+    found = written(tmp_path / "run", "clip", [{"step": 1, "loss": 1.0, "clip/loss": 1.0}])
+    words = " ".join(check(document.render(dataclasses.replace(found, results=results), examples.Examples())).text)
+    assert "above chance (10.0\u00a0%)" in words  # the tile of zero-shot classification
+    assert "Not distinguishable from chance: b (top-1), p (linear probe, top-1). By 95% binomial" in words
+
+
+@pytest.mark.parametrize(
+    ("n", "right", "low", "high"), [(40, 23, 0.4089, 0.7296), (100, 11, 0.0562, 0.1883), (8, 0, 0.0, 0.3694)]
+)
+def test_verdicts_change_where_the_exact_interval_ends(n, right, low, high):
+    """Ends by the beta distribution's quantiles, of which chance is a hair to either side."""
+    ends = scipy.stats.beta.ppf([0.025, 0.975], [max(right, 1e-12), right + 1], [n - right + 1, n - right])
+    assert ends == pytest.approx([low, high], abs=1e-4)
+    within = "not distinguishable from chance"
+    for share, verdict in ((low - 1e-3, "above chance"), (low + 1e-3, within), (high - 1e-3, within),
+                           (high + 1e-3, "below chance")):  # fmt: skip
+        if share > 0:
+            results = {"visual/x/linear/top1": 100 * right / n, "visual/x/n": float(n), "visual/x/ways": 2.0}
+            results["visual/x/majority"] = 100 * share
+            assert chance.verdicts(results) == {("x", "linear/top1"): verdict}
 
 
 # Parts.

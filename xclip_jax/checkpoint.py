@@ -1,5 +1,8 @@
 """Checkpoints through Orbax: state and data position, asynchronous, the newest few kept."""
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -33,6 +36,21 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
 
 
+@contextlib.contextmanager
+def _without_read_only_notice() -> Iterator[None]:
+    """Drop the warning with which Orbax confirms that a folder was opened read-only, and no other message."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("Given directory is read only")
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
 class Checkpointer:
     """Saves and restores (`TrainState`, position) under `<run>/checkpoints/<step>`.
 
@@ -46,6 +64,7 @@ class Checkpointer:
         self.path = (run if is_remote(str(run)) else run.absolute()) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
+            save_interval_steps=0 if read_only else 1,  # Orbax warns of any other where it only reads
             step_prefix=None,
             # An interrupted save leaves a temporary folder; it is not a checkpoint. Who only reads leaves it, since
             # somebody may be writing it.
@@ -54,7 +73,8 @@ class Checkpointer:
             create=not read_only,
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
+        with _without_read_only_notice():
+            self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """Step of the newest whole checkpoint, or None."""

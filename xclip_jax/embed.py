@@ -7,21 +7,24 @@
 A row is an image or a text: "kind" (image or text), "id" (path, TAR#KEY or FILE#LINE), "text" (an image's first
 caption, if it has one in its tar or in a .txt file beside it; or the text) and "embedding", float32, of unit length.
 The file's metadata, "xclip_jax" (an array of that name in .npz), is JSON: checkpoint, preprocessing, commit, versions.
+In .npz ids and texts are UTF-8 with offsets (see `xclip_jax.data.embeddings`, whose `read` reads both kinds of file).
+
+Images that cannot be used are left out. Of --texts every line has its row, so that row i is line i: one that cannot be
+used, such as an empty one, has an embedding of zeros. Both are counted, and listed in OUT.bad.jsonl.
 
 The work is done in parts, kept in OUT.parts until all are there: the same command goes on after a kill and does no part
-twice. Images that cannot be used are left out, counted, and listed in OUT.bad.jsonl.
+twice. It refuses to go on when the weights, the text file, or the names or sizes of images have changed. An image of
+other content and equal size is not noticed, nor is any change of image files in a bucket.
 """
 
 import argparse
-import hashlib
 import json
-import os
 import pathlib
 import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -29,132 +32,14 @@ from etils import epath
 
 from xclip_jax import inference, metrics
 from xclip_jax.checkpoint import write_json
-from xclip_jax.data import embeddings, files
+from xclip_jax.data import embeddings
 from xclip_jax.data.ahead import Ahead
-from xclip_jax.data.sources import IMAGE_SUFFIXES
-from xclip_jax.data.tar_source import TarSource, decode_text
-from xclip_jax.errors import BadSample, Parser, UserError, exit_with_message
+from xclip_jax.embed_sources import Lines, Source, open_images
+from xclip_jax.errors import BadSample, Parser, UserError, check_count, exit_with_message
 from xclip_jax.metrics import say
 
 PART = 1024  # rows that a kill may cost
 _PROGRESS_SECONDS = 5
-
-
-class Source(Protocol):
-    """What there is to embed: `read` gives content and text of an item, or raises `BadSample`."""
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str: ...
-
-    def read(self, index: int) -> tuple[Any, str]: ...
-
-    def digest(self) -> str: ...
-
-
-class Images:
-    """Image files, each with the first line of a .txt file of the same name, if there is one."""
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = list(paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def name(self, index: int) -> str:
-        # A name need not be UTF-8 to a file system.
-        return os.fsencode(self.paths[index]).decode("utf-8", "replace")
-
-    def read(self, index: int) -> tuple[bytes, str]:
-        path = self.paths[index]
-        return inference.read(path), "" if files.is_remote(path) else _caption(pathlib.Path(path).with_suffix(".txt"))
-
-    def digest(self) -> str:
-        return hashlib.blake2b("\n".join(map(self.name, range(len(self)))).encode(), digest_size=16).hexdigest()
-
-
-def _caption(path: pathlib.Path) -> str:
-    """The first line of a file; "" where there is none, or no text: the image counts, not what is said of it."""
-    try:
-        return decode_text(path.read_bytes()).strip().partition("\n")[0].strip()
-    except (OSError, BadSample):
-        return ""
-
-
-class Tars:
-    """Images in tars as img2dataset writes them, with their captions; those without one are embedded too."""
-
-    def __init__(self, pattern: str) -> None:
-        self.source = TarSource(pattern)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def name(self, index: int) -> str:
-        return "{tar}#{key}".format(**self.source.where(index))
-
-    def read(self, index: int) -> tuple[bytes, str]:
-        try:
-            record = self.source[index]
-        except BadSample:
-            return self.source.image(index), ""
-        return record["image"], record["text"][0]
-
-    def digest(self) -> str:
-        return self.source.card()["hash"]
-
-
-class Lines:
-    """The lines of a text file; where they begin is kept in memory, not they."""
-
-    def __init__(self, path: str) -> None:
-        self.path, ends, at, digest = path, [np.array([-1])], 0, hashlib.blake2b(digest_size=16)
-        try:
-            self._file = files.File(path)
-            while chunk := self._file.read(at, 1 << 24):
-                ends.append(at + np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")))
-                at += len(chunk)
-                digest.update(chunk)
-        except OSError as error:
-            raise UserError(f"--texts {path!r} cannot be read ({error}).") from error
-        self._ends, self._digest = np.concatenate(ends), digest.hexdigest()
-        if self._ends[-1] < at - 1:  # the last line has no end
-            self._ends = np.append(self._ends, at)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def name(self, index: int) -> str:
-        return f"{self.path}#{index + 1}"
-
-    def read(self, index: int) -> tuple[str, str]:
-        start, end = int(self._ends[index]) + 1, int(self._ends[index + 1])
-        text = decode_text(self._file.read(start, end - start)).strip()
-        return text, text
-
-    def digest(self) -> str:
-        return self._digest
-
-
-def open_images(pattern: str) -> Images | Tars:
-    """The images of a folder, or of files as `files.expand` names them: all of them tars, or none.
-
-    Raises:
-      UserError: nothing there.
-    """
-    if not files.is_remote(pattern) and os.path.isdir(pattern):
-        inside = sorted(str(path) for path in pathlib.Path(pattern).rglob("*") if path.name[0] != ".")
-        found = [path for path in inside if path.lower().endswith(IMAGE_SUFFIXES)]
-        if not found and any(path.endswith(".tar") for path in inside):
-            return open_images(f"{pattern}/*.tar")
-        if not found:
-            raise UserError(f"--images {pattern!r} holds no image ({', '.join(IMAGE_SUFFIXES)}); name a glob of files.")
-        return Images(found)
-    paths = files.expand(pattern)
-    tars = sum(path.endswith(".tar") for path in paths)
-    if tars and tars < len(paths):
-        raise UserError(f"--images {pattern!r} names {tars} tars among {len(paths)} files; embed them one by one.")
-    return Tars(pattern) if tars else Images(paths)
 
 
 class _Part(Sequence):
@@ -190,8 +75,10 @@ class Job:
           threads: that read and decode; 0 for one a core.
 
         Raises:
-          UserError: another file is in the way, or parts of another job are.
+          UserError: another file is in the way, or parts of another job are; `part` below 1, `threads` below 0.
         """
+        check_count("part", part, 1)
+        check_count("threads", threads, 0)
         self.model, self.sources, self.out, self._threads = model, sources, pathlib.Path(out), threads
         self._format = embeddings.format_of(self.out)
         self.folder = pathlib.Path(f"{out}.parts")
@@ -265,8 +152,8 @@ class Job:
             for i in todo:
                 _, start, stop = self._parts[i]
                 part = _Part(ahead, start - first, stop - first)
-                found = self.model.encode_prepared(part)
-                self._write(i, part.texts, found, part.bad)
+                rows = self.model.encode_prepared(part)
+                self._write(i, part.texts, rows, part.bad, [row for row in range(stop - start) if row not in part.bad])
                 progress.after(stop, self._bad)
 
     def _texts(self, source: Source, todo: Sequence[int]) -> None:
@@ -280,10 +167,17 @@ class Job:
                 except BadSample as error:
                     texts.append("")
                     bad[row] = error
-            self._write(i, texts, self.model.encode_text(texts), bad)
+            good = [row for row in range(stop - start) if row not in bad]
+            embeddings_of_good = self.model.encode_text([texts[row] for row in good])
+            rows = np.zeros((stop - start, embeddings_of_good.shape[1]), np.float32)
+            rows[good] = embeddings_of_good
+            self._write(i, texts, rows, bad, range(stop - start))
             progress.after(stop, self._bad)
 
-    def _write(self, i: int, texts: list[str], found: np.ndarray, bad: Mapping[int, BadSample]) -> None:
+    def _write(
+        self, i: int, texts: list[str], rows: np.ndarray, bad: Mapping[int, BadSample], kept: Sequence[int]
+    ) -> None:
+        """Writes the rows `kept` of part i, and lists the bad ones."""
         kind, start, stop = self._parts[i]
         names = [self.sources[kind].name(index) for index in range(start, stop)]
         if bad:
@@ -291,11 +185,10 @@ class Job:
                      for row in sorted(bad)]  # fmt: skip
             self._file(i).with_suffix(".bad.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
             self._bad += len(bad)
-        good = [row for row in range(stop - start) if row not in bad]
-        columns = {"kind": [kind] * len(good), "id": [names[row] for row in good], "text": [texts[row] for row in good]}
+        columns = {"kind": [kind] * len(kept), "id": [names[row] for row in kept], "text": [texts[row] for row in kept]}
         # The name tells that the part is whole.
         temporary = self.folder / f".{self._file(i).name}.tmp"
-        self._format.write(temporary, columns | {"embedding": found[good]})
+        self._format.write(temporary, columns | {"embedding": rows[kept]})
         temporary.replace(self._file(i))
 
     def _join(self) -> dict[str, Any]:
@@ -308,7 +201,8 @@ class Job:
             say(f"{len(bad):,} of {total:,} could not be used; {ledger} names them")
         if len(bad) == total:
             raise UserError(f"nothing could be embedded; {ledger} says why.")
-        about = {**self.model.card, "rows": total - len(bad), "bad": len(bad), "plan": self.plan}
+        left_out = sum(json.loads(line)["kind"] == "image" for line in bad)
+        about = {**self.model.card, "rows": total - left_out, "bad": len(bad), "plan": self.plan}
         about["environment"] = metrics.environment()
         temporary = self.out.with_name(f".{self.out.name}.tmp")
         self._format.join([self._file(i) for i in range(len(self._parts))], temporary, about)
@@ -353,6 +247,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with exit_with_message():
             if not (options.images or options.texts):
                 raise UserError("give --images, --texts or both.")
+            for key, minimum in (("batch", 1), ("part", 1), ("threads", 0)):
+                check_count(f"--{key}", getattr(options, key), minimum)
             sources = {"image": open_images(options.images)} if options.images else {}
             sources |= {"text": Lines(options.texts)} if options.texts else {}
             model = inference.load(options.checkpoint, step=options.step, batch=options.batch)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import numbers
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
@@ -58,3 +59,9 @@ def one_of(key: str, value: object, valid: object) -> None:
     valid = list(valid)
     if value not in valid:
         raise UserError(f"{key} is {value!r}; it must be one of {', '.join(map(repr, valid))}.")
+
+
+def check_count(key: str, value: object, minimum: int) -> None:
+    """Raises `UserError` unless `value`, given as `key`, is an integer of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
+        raise UserError(f"{key} is {value!r}; expected an integer of at least {minimum}.")

@@ -24,7 +24,7 @@ from xclip_jax import weights
 from xclip_jax.data import files, tokenizer
 from xclip_jax.data.ahead import Ahead
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.errors import BadSample, UserError
+from xclip_jax.errors import BadSample, UserError, check_count
 from xclip_jax.evaluators import Encoder, Features
 from xclip_jax.evaluators.text import embedding
 from xclip_jax.evaluators.zeroshot import class_scores, distributions
@@ -141,14 +141,30 @@ class Model:
         return self._embed(self._texts(texts, self._embedding))
 
     def encode_tokens(self, tokens: np.ndarray) -> np.ndarray:
-        """Embeddings (b, e) of int32 tokens (b, length), as `model.tokenizer(texts, model.length)` makes them."""
-        tokens = np.asarray(tokens)
-        if tokens.dtype != np.int32 or tokens.shape[1:] != (self.length,):
+        """Embeddings of token ids, as `model.tokenizer(texts, model.length)` makes them.
+
+        Args:
+          tokens: ids (b, length) of any integer dtype.
+
+        Returns:
+          fp32 (b, e), rows of unit length.
+
+        Raises:
+          UserError: another dtype or shape, or an id outside of the tokenizer's vocabulary.
+        """
+        tokens, vocab = np.asarray(tokens), self.tokenizer.vocab_size
+        if tokens.dtype.kind not in "iu" or tokens.ndim != 2 or tokens.shape[1] != self.length:
             raise UserError(
-                f"tokens are {tokens.dtype} of shape {tokens.shape}; this model takes int32 (b, {self.length}). "
-                "encode_text takes strings."
+                f"tokens are {tokens.dtype} of shape {tokens.shape}; expected integers of shape (b, {self.length}). "
+                "Use encode_text for strings."
             )
-        return self._embed(self._encoder.tokens(self._variables, tokens, self._embedding))
+        if (outside := (tokens < 0) | (tokens >= vocab)).any():
+            row, column = np.argwhere(outside)[0]
+            raise UserError(
+                f"token {tokens[row, column]} in row {row}, column {column} is outside of the model's vocabulary, "
+                f"0 to {vocab - 1}; use the model's own tokenizer, model.tokenizer(texts, {self.length})."
+            )
+        return self._embed(self._encoder.tokens(self._variables, tokens.astype(np.int32), self._embedding))
 
     def zero_shot(
         self, images: Sequence[ImageLike] | np.ndarray, class_names: Sequence[str],
@@ -280,8 +296,10 @@ def load(path: str | os.PathLike, *, step: int | None = None, batch: int = 32, t
       threads: that read and decode images; 0 for one a core.
 
     Raises:
-      UserError: nothing there that can be read.
+      UserError: nothing there that can be read; `batch` below 1 or `threads` below 0.
     """
+    check_count("batch", batch, 1)  # before weights are read, which may take a while
+    check_count("threads", threads, 0)
     where = os.fspath(path)
     config, parts, variables, at = weights.load(where, step)
     return Model(parts.model, variables, config, {"checkpoint": where, "step": at}, batch=batch, threads=threads)

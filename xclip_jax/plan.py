@@ -21,7 +21,8 @@ from jax.experimental import topologies
 
 from xclip_jax import flops
 from xclip_jax.config import load as config_file
-from xclip_jax.errors import UserError, exit_with_message, one_of
+from xclip_jax.errors import UserError, check_count, exit_with_message, one_of
+from xclip_jax.models.layers import REMAT_POLICIES
 from xclip_jax.parallel.collectives import Collective, collectives, summary
 from xclip_jax.parts import Parts, build
 
@@ -50,27 +51,17 @@ CHIPS = {
     "v5p": Chip(95 * GIB, 459e12, {"chip_config_name": "megacore"}),
     "v6e": Chip(32 * GIB, 918e12),
 }
-# Changes that make a step smaller, in the order of what they cost: nothing, traffic, then computation.
-def _remat(policy: str) -> dict[str, Any]:
-    return {"model.img.remat": policy, "model.txt.remat": policy}
-
-
-REMEDIES: tuple[dict[str, Any], ...] = (
-    {"mesh.strategy": "zero1"},
-    _remat("dots"),
-    _remat("full"),
-    {"optim.microbatches": 2},
-    {"optim.microbatches": 4},
-    {"optim.microbatches": 16},
-)
+REMAT = tuple(REMAT_POLICIES)  # in the order of what is computed again
+MICROBATCHES = (2, 4, 16)
 
 
 def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
     """Devices of a topology such as "v5e:4x8", none of which need exist, and their kind.
 
     Raises:
-      UserError: an unknown chip, a grid that the chip does not come in, or no libtpu.
+      UserError: an unknown chip, a grid that the chip does not come in, slices below 1, or no libtpu.
     """
+    check_count("--slices", slices, 1)
     chip = topology.partition(":")[0]
     one_of("--topology's chip", chip, CHIPS)
     # libtpu looks for a TPU's metadata server, and lets one process of a machine in, unless it is told otherwise.
@@ -150,23 +141,41 @@ def _changed(config: ml_collections.ConfigDict, changes: dict[str, Any]) -> ml_c
     return new
 
 
+def remedies(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
+    """Changes with which the step of `config` needs less memory, in the order of what they cost.
+
+    First zero1, which costs nothing to speak of, then more computation: remat, and microbatches beside the most remat.
+    Each of these with zero1, which holds no more than dp does; and with fsdp or fsdp_tp before that where `config` has
+    it, since either may be the smaller one.
+    """
+    towers = (config.model.img.remat, config.model.txt.remat)
+    remat = [
+        {f"model.{tower}.remat": policy for tower, now in zip(("img", "txt"), towers, strict=True)
+         if REMAT.index(policy) > REMAT.index(now)}
+        for policy in REMAT[1:]
+    ]  # fmt: skip
+    computation = [{}, *remat]
+    computation += [remat[-1] | {"optim.microbatches": n} for n in MICROBATCHES if n > config.optim.microbatches]
+    strategies = {"dp": ["zero1"], "zero1": ["zero1"]}.get(config.mesh.strategy, [config.mesh.strategy, "zero1"])
+    changes = []
+    for change in computation:
+        for strategy in strategies:
+            other = {} if strategy == config.mesh.strategy else {"mesh.strategy": strategy}
+            if other | change and other | change not in changes:
+                changes.append(other | change)
+    return changes
+
+
 def suggest(config: ml_collections.ConfigDict, devices: list[Any]) -> str:
-    """The nearest change, as flags, with which the step fits; "" if `REMEDIES` do not do it, each added to the last."""
-    changes: dict[str, Any] = {}
-    for change in REMEDIES:
-        changes |= change
-        if _compile(_changed(config, changes), devices)[1] is not None:
-            now = config.to_dict()
-            return " ".join(
-                f"--config.{key}={value}" for key, value in changes.items() if _get(now, key) != value
-            )
+    """The nearest of `remedies`, as flags, with which the step fits; "" if none does."""
+    for changes in remedies(config):
+        try:
+            compiled = _compile(_changed(config, changes), devices)[1]
+        except UserError:
+            continue  # it does not suit the config, as microbatches that do not divide its batch
+        if compiled is not None:
+            return " ".join(f"--config.{key}={value}" for key, value in changes.items())
     return ""
-
-
-def _get(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree[part]
-    return tree
 
 
 def plan(
@@ -179,7 +188,12 @@ def plan(
       topology, slices: see `devices_of`.
       mfu: share of peak FLOP/s that the model's FLOPs are taken to reach.
       look: whether to look for a change that fits, where the step does not; each try is a compilation.
+
+    Raises:
+      UserError: as `devices_of`; a config that cannot be built; an `mfu` that is no share.
     """
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu is {mfu}; expected a share of the chips' peak, above 0 and at most 1, such as 0.4.")
     devices, chip = devices_of(topology, slices)
     began = time.perf_counter()
     parts, compiled, trouble = _compile(config, devices)

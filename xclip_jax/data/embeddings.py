@@ -2,12 +2,23 @@
 
 Columns are "kind", "id", "text" (strings) and "embedding" (fp32, e numbers each); beside them there is a dict about
 where they are from. Joining takes no more memory than a part does.
+
+In .npz "id" and "text" are each two arrays, since NumPy's own strings are all as wide as the longest: "text_utf8", the
+bytes of all strings without gaps, and "text_offsets", int64 (n + 1,), where each begins and the last one ends:
+
+    arrays = np.load("captions.npz")
+    utf8, ends = arrays["text_utf8"].tobytes(), arrays["text_offsets"]
+    texts = [utf8[start:end].decode() for start, end in zip(ends, ends[1:])]
+
+`read` gives the same, and reads files of earlier versions, which have "id" and "text" as NumPy's strings.
 """
 
+import itertools
 import json
+import os
 import pathlib
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +26,8 @@ import numpy as np
 from xclip_jax.errors import UserError, one_of
 
 COLUMNS = ("kind", "id", "text", "embedding")
+_STRINGS = ("id", "text")  # of any length
+_KIND = "<U5"  # "image" or "text"
 _ABOUT = "xclip_jax"
 
 Columns = Mapping[str, Any]
@@ -32,39 +45,86 @@ class Format(Protocol):
     def about(self, path: pathlib.Path) -> dict[str, Any]:
         """What `join` was told; {} for a file from elsewhere."""
 
+    def read(self, path: pathlib.Path) -> dict[str, Any]:
+        """The columns of a part or of a joined file: lists of strings, and an array (n, e)."""
+
 
 class Npz:
     """NumPy's .npz, not compressed; the dict is JSON in an array "xclip_jax"."""
 
     def write(self, path: pathlib.Path, columns: Columns) -> None:
+        arrays = {"kind": np.asarray(columns["kind"], _KIND), "embedding": np.asarray(columns["embedding"])}
+        for column in _STRINGS:
+            arrays |= dict(zip(_names(column), _pack(columns[column]), strict=True))
         with path.open("wb") as file:
-            np.savez(file, **{key: np.asarray(columns[key], None if key == "embedding" else str) for key in COLUMNS})
+            np.savez(file, **arrays)
 
     def join(self, parts: Sequence[pathlib.Path], path: pathlib.Path, about: Mapping[str, Any]) -> None:
         with zipfile.ZipFile(path, "w") as archive:
-            for column in COLUMNS:
-                self._join(parts, archive, column)
+            _append(archive, "kind", lambda: _each(parts, lambda arrays: arrays["kind"].astype(_KIND)))
+            for column in _STRINGS:
+                utf8, offsets = _names(column)
+                _append(archive, utf8, lambda column=column: _each(parts, lambda arrays: _packed(arrays, column, 0)))
+                _append(archive, offsets, lambda column=column: _offsets(parts, column))
+            _append(archive, "embedding", lambda: _each(parts, lambda arrays: arrays["embedding"]))
             with archive.open(f"{_ABOUT}.npy", "w") as file:
                 np.lib.format.write_array(file, np.array(json.dumps(about)))
-
-    def _join(self, parts: Sequence[pathlib.Path], archive: zipfile.ZipFile, column: str) -> None:
-        kinds, rows = set(), 0
-        for part in parts:
-            with np.load(part) as arrays:
-                array = arrays[column]
-                kinds.add((array.dtype, array.shape[1:]))
-                rows += len(array)
-        dtype, shape = max(kinds, key=lambda kind: kind[0].itemsize)  # strings are as wide as the longest
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows, *shape)}
-        with archive.open(f"{column}.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_2_0(file, header)
-            for part in parts:
-                with np.load(part) as arrays:
-                    file.write(arrays[column].astype(dtype).tobytes())
 
     def about(self, path: pathlib.Path) -> dict[str, Any]:
         with np.load(path) as arrays:
             return json.loads(str(arrays[_ABOUT])) if _ABOUT in arrays.files else {}
+
+    def read(self, path: pathlib.Path) -> dict[str, Any]:
+        with np.load(path) as arrays:
+            columns = {"kind": arrays["kind"].tolist(), "embedding": arrays["embedding"]}
+            for column in _STRINGS:
+                utf8, offsets = (_packed(arrays, column, half) for half in (0, 1))
+                data = utf8.tobytes()
+                columns[column] = [data[start:end].decode() for start, end in itertools.pairwise(offsets.tolist())]
+            return {column: columns[column] for column in COLUMNS}
+
+
+def _names(column: str) -> tuple[str, str]:
+    return f"{column}_utf8", f"{column}_offsets"
+
+
+def _pack(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """UTF-8 of all strings, uint8 (bytes,), and where each begins and the last one ends, int64 (n + 1,)."""
+    encoded = [string.encode() for string in strings]
+    return np.frombuffer(b"".join(encoded), np.uint8), np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+
+
+def _packed(arrays: Any, column: str, half: int) -> np.ndarray:
+    """The UTF-8 (half 0) or the offsets (half 1) of a column, of files of earlier versions too."""
+    name = _names(column)[half]
+    return arrays[name] if name in arrays.files else _pack(arrays[column].tolist())[half]
+
+
+def _each(parts: Sequence[pathlib.Path], take: Callable[[Any], np.ndarray]) -> Iterator[np.ndarray]:
+    for part in parts:
+        with np.load(part) as arrays:
+            yield take(arrays)
+
+
+def _offsets(parts: Sequence[pathlib.Path], column: str) -> Iterator[np.ndarray]:
+    yield np.zeros(1, np.int64)
+    start = 0
+    for offsets in _each(parts, lambda arrays: _packed(arrays, column, 1)):
+        yield start + offsets[1:]
+        start += int(offsets[-1])
+
+
+def _append(archive: zipfile.ZipFile, name: str, blocks: Callable[[], Iterator[np.ndarray]]) -> None:
+    """Writes the blocks as one array. They are iterated twice, since an array's length comes before its content."""
+    rows, block = 0, np.empty(0)
+    for block in blocks():
+        rows += len(block)
+    descr = np.lib.format.dtype_to_descr(block.dtype)
+    header = {"descr": descr, "fortran_order": False, "shape": (rows, *block.shape[1:])}
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_2_0(file, header)
+        for block in blocks():
+            file.write(block.tobytes())
 
 
 class Parquet:
@@ -95,6 +155,13 @@ class Parquet:
         metadata = self._pa.parquet.read_schema(path).metadata or {}
         return json.loads(metadata.get(_ABOUT.encode(), b"{}"))
 
+    def read(self, path: pathlib.Path) -> dict[str, Any]:
+        table = self._pa.parquet.read_table(path)
+        vectors = [np.asarray(chunk.flatten()) for chunk in table["embedding"].chunks]
+        size = table.schema.field("embedding").type.list_size
+        rows = np.concatenate([np.empty(0, np.float32), *vectors]).reshape(-1, size)
+        return {column: table[column].to_pylist() for column in COLUMNS[:-1]} | {"embedding": rows}
+
 
 FORMATS = {".parquet": Parquet, ".npz": Npz}
 
@@ -105,5 +172,10 @@ def format_of(path: pathlib.Path) -> Format:
     Raises:
       UserError: neither .parquet nor .npz; parquet without pyarrow.
     """
-    one_of("the ending of --out", path.suffix, FORMATS)
+    one_of(f"the ending of {str(path)!r}", path.suffix, FORMATS)
     return FORMATS[path.suffix]()
+
+
+def read(path: str | os.PathLike) -> dict[str, Any]:
+    """The columns of a file that `xclip_jax.embed` wrote: "kind", "id", "text" (lists) and "embedding", fp32 (n, e)."""
+    return format_of(pathlib.Path(path)).read(pathlib.Path(path))

@@ -14,6 +14,7 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import evaluate, trainer
+from xclip_jax.data.files import is_remote
 from xclip_jax.errors import Parser, UserError, exit_with_message
 from xclip_jax.evaluators import sets
 from xclip_jax.metrics import say
@@ -37,6 +38,7 @@ def make(flags: argparse.Namespace) -> epath.Path:
     """Writes the page; where there is no checkpoint yet, without examples."""
     told = record.read(flags.run)
     path = epath.Path(flags.output or told.folder / document.NAME)
+    _check_writable(path)
     specs = tuple(filter(None, map(str.strip, flags.sets.split(","))))
     for spec in specs:
         sets.check(spec)
@@ -53,6 +55,16 @@ def make(flags: argparse.Namespace) -> epath.Path:
         data_dir=flags.data_dir, output=path, seed=flags.seed,
     )
     return path
+
+
+def _check_writable(path: epath.Path) -> None:
+    """Raises `UserError` where a page at `path` could not be written: looking at the model takes a while."""
+    if is_remote(str(path)):
+        return
+    if path.is_dir():
+        raise UserError(f"--output {str(path)!r} is a folder; name a file in it.")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {str(path)!r}: folder {str(path.parent)!r} does not exist; make it first.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

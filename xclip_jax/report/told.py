@@ -7,6 +7,7 @@ from typing import Any
 
 from xclip_jax.evaluators import table
 from xclip_jax.losses import noncontrastive as nclip
+from xclip_jax.report.chance import LEVEL, verdicts
 from xclip_jax.report.charts import Level, Line, chart, number
 from xclip_jax.report.markup import Section, esc, missing
 from xclip_jax.report.record import Record, Row
@@ -43,9 +44,10 @@ def _tiles(record: Record) -> str:
     results, at = record.results, ""
     if not results and record.evaluations:
         results, at = record.evaluations[-1], f"at step {record.evaluations[-1]['step']:,}"
-    tiles = []
+    tiles, judged = [], verdicts(results)
     for family, (name, metric, value, chance) in table.families(results).rows:
-        by_chance = f"chance {chance.strip('()')}\u00a0%" if chance and not metric.startswith("spearman") else ""
+        by_chance = f"{judged.get((name, metric), 'chance')} ({chance.strip('()')}\u00a0%)" \
+            if chance and not metric.startswith("spearman") else ""
         said = ", ".join(filter(None, (name, by_chance, at)))
         unit = "" if metric.startswith("spearman") else " <small>%</small>"
         tiles.append(
@@ -102,10 +104,20 @@ def results(record: Record) -> Section:
         why = "The last evaluation has not been made yet" if not record.complete else "The run names no evaluation set"
         how = f"python -m xclip_jax.evaluate --checkpoint {record.folder} --suite NAME makes one."
         return missing("results", "Results", f"{why}; {how}")
-    say = "Percent; what chance gives stands in brackets."
+    say = f"Percent; what chance gives stands in brackets. {_judged(record)}"
     if not record.complete:
         say += " From evaluation.json, since the run is not complete."
     return Section("results", "Results", f"<p>{say}</p>{''.join(map(_table, found))}")
+
+
+def _judged(record: Record) -> str:
+    """Which sets are above chance, in sentences; "" where none can be judged."""
+    sets: dict[str, list[str]] = {}
+    for (name, metric), verdict in verdicts(record.results).items():
+        sets.setdefault(verdict, []).append(f"{_breakable(name)} ({_METRICS.get(metric, metric)})")
+    sentences = [f"{verdict.capitalize()}: {', '.join(names)}." for verdict, names in sorted(sets.items())]
+    how = f"By {LEVEL:.0%} binomial intervals, which take items to be independent and of one weight."
+    return " ".join([*sentences, how]) if sentences else ""
 
 
 def _table(found: table.Table) -> str:
@@ -250,6 +262,11 @@ def _alarms(row: Row, k: int, b: int) -> dict[str, str]:
     return {warning.split(":")[0]: warning for warning in nclip.diagnose(measures, k=k, b=b)}
 
 
+def _share(part: float, whole: float) -> float:
+    """part / whole; 0 where the whole is, as ln 1 of one cluster or of a batch of one pair."""
+    return part / whole if whole else 0.0
+
+
 def _lights(record: Record, k: int, b: int) -> str:
     last, after = record.training[-1], record.config["log"]["alarms_after"]
     judged = [row for row in record.training if row["step"] >= after and "nclip/agreement" in row]
@@ -260,17 +277,18 @@ def _lights(record: Record, k: int, b: int) -> str:
     used = min(last["nclip/clusters_img"], last["nclip/clusters_txt"])
     agreed = chance + nclip.AGREEMENT_ABOVE_CHANCE * (1 - chance)
     flat, few = nclip.FLAT_SHARE * ceiling, nclip.FEW_CLUSTERS_SHARE * ceiling
+    most = max(math.log(k), ceiling)
     kinds: dict[str, tuple[str, str, float, float]] = {
         "flat": (
             "Fails when predictions tell pairs nothing apart.",
             f"{information:.2f} nats of mutual information, of {ceiling:.2f} possible; the alarm is below {flat:.2f}.",
-            information / ceiling, nclip.FLAT_SHARE,
+            _share(information, ceiling), nclip.FLAT_SHARE,
         ),
         "few clusters": (
             "Fails when nearly everything goes to a few clusters.",
             f"{marginal:.2f} nats of entropy of the mean prediction, the alarm is below {few:.2f}; at least {used:.0f} "
             f"of {k:,} clusters in use in a batch.",
-            marginal / max(math.log(k), ceiling), few / max(math.log(k), ceiling),
+            _share(marginal, most), _share(few, most),
         ),
         "disagreement": (
             "Fails when image and text commit to different clusters.",
@@ -285,7 +303,10 @@ def _lights(record: Record, k: int, b: int) -> str:
         warning = alarms[-1][1].get(kind, "") if alarms else ""
         state, said = ("alarm", "alarm") if warning else ("", "healthy") if alarms else ("early", "too early")
         history = f"Judged from step {after:,} on: a model's first hundred steps are always flat."
-        if alarms:
+        if not ceiling:
+            state, said, warning = "early", "not judged", ""
+            history = "One cluster, or a batch of one pair, cannot collapse."
+        elif alarms:
             where = f"of {len(alarms):,} logged steps from step {after:,} on"
             history = f"Seen at {len(seen):,} {where}, last at {seen[-1]:,}." if seen else f"Not seen at any {where}."
         told = esc(warning.partition(": ")[2]) if warning else esc(measured)

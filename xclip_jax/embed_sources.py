@@ -1,0 +1,171 @@
+"""What `xclip_jax.embed` reads: image files, tars and lines of a text file, by index.
+
+Digests tell a job that goes on whether its input is still the same.
+"""
+
+import codecs
+import glob
+import hashlib
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from xclip_jax import inference
+from xclip_jax.data import files
+from xclip_jax.data.sources import IMAGE_SUFFIXES
+from xclip_jax.data.tar_source import TarSource, decode_text
+from xclip_jax.errors import BadSample, UserError
+
+_OTHER_ENCODINGS = (  # by byte order mark; UTF-32's begins with UTF-16's
+    (codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+
+
+class Source(Protocol):
+    """What there is to embed: `read` gives content and text of an item, or raises `BadSample`."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str: ...
+
+    def read(self, index: int) -> tuple[Any, str]: ...
+
+    def digest(self) -> str: ...
+
+
+class Images:
+    """Image files, each with the first line of a .txt file of the same name, if there is one."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = list(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        # A name need not be UTF-8 to a file system.
+        return os.fsencode(self.paths[index]).decode("utf-8", "replace")
+
+    def read(self, index: int) -> tuple[bytes, str]:
+        path = self.paths[index]
+        return inference.read(path), "" if files.is_remote(path) else _caption(pathlib.Path(path).with_suffix(".txt"))
+
+    def digest(self) -> str:
+        """Of names and sizes, captions' too. Times are left out: the same files may be fetched again on a new disk."""
+        digest = hashlib.blake2b(digest_size=16)
+        for path in self.paths:
+            sizes = (0, 0) if files.is_remote(path) else (_size(path), _size(pathlib.Path(path).with_suffix(".txt")))
+            digest.update(b"%s\n%d %d\n" % (os.fsencode(path), *sizes))
+        return digest.hexdigest()
+
+
+def _size(path: str | os.PathLike) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def _caption(path: pathlib.Path) -> str:
+    """The first line of a file; "" where there is none, or no text: the image counts, not what is said of it."""
+    try:
+        return decode_text(path.read_bytes()).strip().partition("\n")[0].strip()
+    except (OSError, BadSample):
+        return ""
+
+
+class Tars:
+    """Images in tars as img2dataset writes them, with their captions; those without one are embedded too."""
+
+    def __init__(self, pattern: str) -> None:
+        self.source = TarSource(pattern)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, index: int) -> str:
+        return "{tar}#{key}".format(**self.source.where(index))
+
+    def read(self, index: int) -> tuple[bytes, str]:
+        try:
+            record = self.source[index]
+        except BadSample:
+            return self.source.image(index), ""
+        return record["image"], record["text"][0]
+
+    def digest(self) -> str:
+        return self.source.card()["hash"]
+
+
+class Lines:
+    """The lines of a text file in UTF-8; where they begin is kept in memory, not they."""
+
+    def __init__(self, path: str) -> None:
+        # The digest is of what becomes of the file too: parts in which lines had no row must not be gone on with.
+        self.path, ends, at, digest = path, [np.array([-1])], 0, hashlib.blake2b(b"a row a line", digest_size=16)
+        try:
+            self._file = files.File(path)
+            _check_encoding(path, self._file.read(0, 4))
+            while chunk := self._file.read(at, 1 << 24):
+                ends.append(at + np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")))
+                at += len(chunk)
+                digest.update(chunk)
+        except OSError as error:
+            raise UserError(f"--texts {path!r} cannot be read ({error}).") from error
+        self._ends, self._digest = np.concatenate(ends), digest.hexdigest()
+        if self._ends[-1] < at - 1:  # the last line has no end
+            self._ends = np.append(self._ends, at)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def name(self, index: int) -> str:
+        return f"{self.path}#{index + 1}"
+
+    def read(self, index: int) -> tuple[str, str]:
+        start, end = int(self._ends[index]) + 1, int(self._ends[index + 1])
+        text = decode_text(self._file.read(start, end - start)).strip()
+        if not text:
+            raise BadSample("line is empty")
+        return text, text
+
+    def digest(self) -> str:
+        return self._digest
+
+
+def _check_encoding(path: str, head: bytes) -> None:
+    for mark, encoding in _OTHER_ENCODINGS:
+        if head.startswith(mark):
+            raise UserError(
+                f"--texts {path!r} is {encoding} by its byte order mark; expected UTF-8. Convert it: "
+                f"iconv -f {encoding} -t UTF-8 {path} > NEW."
+            )
+
+
+def open_images(pattern: str) -> Images | Tars:
+    """The images of a folder, or of files as `files.expand` names them: all of them tars, or none.
+
+    Raises:
+      UserError: nothing there.
+    """
+    if not files.is_remote(pattern):
+        pattern = os.path.expanduser(pattern)
+        if not os.path.exists(pattern) and not glob.has_magic(pattern) and not set(pattern) & set(",{"):
+            raise UserError(f"--images {pattern!r} does not exist; name a folder, a file, or a glob as 'DIR/*.jpg'.")
+    if os.path.isdir(pattern):
+        inside = sorted(str(path) for path in pathlib.Path(pattern).rglob("*") if path.name[0] != ".")
+        found = [path for path in inside if path.lower().endswith(IMAGE_SUFFIXES)]
+        if not found and any(path.endswith(".tar") for path in inside):
+            return open_images(f"{pattern}/*.tar")
+        if not found:
+            raise UserError(f"--images {pattern!r} holds no image ({', '.join(IMAGE_SUFFIXES)}); name a glob of files.")
+        return Images(found)
+    paths = files.expand(pattern)
+    tars = sum(path.endswith(".tar") for path in paths)
+    if tars and tars < len(paths):
+        raise UserError(f"--images {pattern!r} names {tars} tars among {len(paths)} files; embed them one by one.")
+    return Tars(pattern) if tars else Images(paths)
