@@ -70,7 +70,7 @@ def write_whole(path: epath.Path, text: str) -> None:
         path.write_text(text)  # an object in a bucket appears when it is complete
         return
     temporary = path.parent / f".{path.name}.tmp"
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
