@@ -24,6 +24,7 @@ from xclip_jax import weights
 from xclip_jax.data import files, tokenizer
 from xclip_jax.data.ahead import Ahead
 from xclip_jax.data.preprocessing import Preprocessing
+from xclip_jax.data.tar_index import MAX_BYTES
 from xclip_jax.errors import BadSample, UserError, check_count
 from xclip_jax.evaluators import Encoder, Features
 from xclip_jax.evaluators.text import embedding
@@ -273,7 +274,7 @@ def read(path: str | os.PathLike) -> bytes:
     """Content of a file, of a bucket too. Raises `BadSample`."""
     name = os.fspath(path)
     try:
-        data = files.File(name).read(0, files.stat(name)[0])
+        data = files.read(name, MAX_BYTES["image"])
     except FileNotFoundError as error:
         raise BadSample("file does not exist") from error
     except OSError as error:

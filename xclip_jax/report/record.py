@@ -1,5 +1,6 @@
 """What a run's folder tells, however far the run has come."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -72,24 +73,28 @@ def read(run: str | epath.Path) -> Record:
         results=final.get("results") or _evaluated(folder / "evaluation.json"),
         sources=_json(folder / "data.json") or [],
         bad=len(_lines(folder / "bad_samples.jsonl")),
-        began=_written(path),
+        # config.json is written again when a run resumes.
+        began=datetime.datetime.fromisoformat(written["started"]) if "started" in written else _written(path),
         ended=_written(folder / "results.json") if final else None,
     )
 
 
 def _json(path: epath.Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); restore or delete it.") from error
 
 
 def _lines(path: epath.Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; its last line may be half written."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+    """The objects of a file of JSON lines, without values that were not finite; its last line may be half written."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            content = json.loads(line)
+            if isinstance(content, dict):
+                rows.append({key: value for key, value in content.items() if value is not None})
+    return rows
 
 
 def _evaluated(path: epath.Path) -> dict[str, float]:
