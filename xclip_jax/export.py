@@ -3,9 +3,10 @@
     python -m xclip_jax.export --checkpoint RUN --to hf OUT
 
 writes the folder OUT: `hf` for transformers (CLIPModel, with its processor), `open_clip` for open_clip, `safetensors`
-for xclip_jax itself, which loses nothing; and a model card, README.md, of what the run's folder knows. RUN may also be
-weights that `xclip_jax.interop` reads. Where the run evaluates the moving average of its parameters (eval.ema), that is
-what is written.
+for xclip_jax itself, which loses nothing. The model's preprocessing and tokenizer go with it, or are refused where the
+format has no place for them. A model card, README.md, tells what the run's folder knows. RUN may also be weights that
+`xclip_jax.interop` reads. Where the run evaluates the moving average of its parameters (eval.ema), that is what is
+written.
 """
 
 import argparse
