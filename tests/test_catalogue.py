@@ -265,15 +265,6 @@ def test_a_folder(tmp_path):
     assert f"zeroshot/folder:{tmp_path}/top1" in evaluate(data)
 
 
-def test_a_folder_of_the_200_has_their_names(tmp_path):
-    wnids = tfds.builder("imagenet_a").info.features["label"].names
-    for i, number in enumerate(names.IMAGENET_A):
-        write(tmp_path / wnids[number] / "x.png", i)
-    data = catalogue.load(f"imagenet_a@{tmp_path}", SIZE, None, OPENAI)
-    whole = names.class_names("imagenet1k", [str(i) for i in range(1000)])
-    assert data.names == [whole[i] for i in names.IMAGENET_A] and data.labels.tolist() == list(range(200))
-
-
 def test_the_border_of_objectnet_is_cut(tmp_path):
     picture = np.full((30, 30, 3), 9, np.uint8)
     picture[:2], picture[-2:], picture[:, :2], picture[:, -2:] = (255,) * 4
@@ -319,24 +310,6 @@ def test_wrong_files(spec, message, tmp_path):
     table(tmp_path / "missing.csv", [["path", "label"], ["a.png", "b"]])
     with pytest.raises(UserError, match=message):
         catalogue.load(spec.format(tmp_path), SIZE, None, OPENAI)
-
-
-@pytest.mark.parametrize(
-    ("spec", "meant"),
-    [
-        ("imagenett", "did you mean 'imagenet' or 'imagenet_"),
-        ("imagenet@", "did you mean 'imagenet'"),
-        ("gtsr@/x", "did you mean 'gtsrb@PATH'"),
-        ("folder:", ""),
-        ("nothing@/tmp", ""),
-        ("probe/csv:/tmp/a.csv", "probe/folder:PATH"),
-        ("probe/cifar1", "did you mean 'probe/cifar10'"),
-    ],
-)
-def test_an_unknown_set_has_the_nearest_names(spec, meant):
-    with pytest.raises(UserError, match=r"unknown evaluation set .* --help lists the names") as error:
-        sets.check(spec)
-    assert repr(spec) in str(error.value) and meant in str(error.value) and len(str(error.value)) < 300
 
 
 def test_unknown_profiles_list_the_known():

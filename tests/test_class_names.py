@@ -79,6 +79,15 @@ def test_word_net_ids_are_those_of_imagenet(tmp_path):
     assert named(data) == {i: whole[names.IMAGENET_R[i]] for i in range(3)} and len(data.prompts) == 200
 
 
+def test_a_folder_of_the_200_has_their_names(tmp_path):
+    wnids = tfds.builder("imagenet_a").info.features["label"].names
+    for i, number in enumerate(names.IMAGENET_A):
+        write(tmp_path / wnids[number] / "x.png", i)
+    data = catalogue.load(f"imagenet_a@{tmp_path}", SIZE, None, OPENAI)
+    whole = names.class_names("imagenet1k", [str(i) for i in range(1000)])
+    assert data.names == [whole[i] for i in names.IMAGENET_A] and data.labels.tolist() == list(range(200))
+
+
 def test_classes_of_imagenet_a_by_number_among_the_1000_or_the_200(tmp_path):
     whole = names.published("imagenet1k")
     data = load(f"imagenet_a@{folder(tmp_path / 'thousand', ['988', '6', '11'])}")
@@ -139,6 +148,24 @@ def test_a_probe_of_own_folders(tmp_path):
     train, held, test = data.tasks[""]
     assert (train.tolist(), held.tolist(), test.tolist()) == ([0, 1, 2], [1], [1, 2])
     assert data.name == f"probe/folder:{tmp_path}" and data.card.data == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spec", "meant"),
+    [
+        ("imagenett", "did you mean 'imagenet' or 'imagenet_"),
+        ("imagenet@", "did you mean 'imagenet'"),
+        ("gtsr@/x", "did you mean 'gtsrb@PATH'"),
+        ("folder:", ""),
+        ("nothing@/tmp", ""),
+        ("probe/csv:/tmp/a.csv", "probe/folder:PATH"),
+        ("probe/cifar1", "did you mean 'probe/cifar10'"),
+    ],
+)
+def test_an_unknown_set_has_the_nearest_names(spec, meant):
+    with pytest.raises(UserError, match=r"unknown evaluation set .* --help lists the names") as error:
+        sets.check(spec)
+    assert repr(spec) in str(error.value) and meant in str(error.value) and len(str(error.value)) < 300
 
 
 # What the hash of a set covers.
