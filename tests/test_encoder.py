@@ -124,7 +124,7 @@ def test_features_are_held_once():
     """Each batch goes to its place: joined at the end they would need their memory twice."""
     encoder, rows = make_encoder(), np.arange(16 * 100 + 3)
 
-    def encode(variables, x):
+    def encode(variables, x, valid):
         return {"h": np.repeat(np.asarray(x, np.float32), 5000, axis=1)}
 
     tracemalloc.start()
