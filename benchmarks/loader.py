@@ -41,7 +41,8 @@ import simplejpeg
 from absl import flags
 from PIL import Image
 
-from xclip_jax.data import files, loader, tar_index, tar_source, tokenizer, transforms
+from xclip_jax import storage
+from xclip_jax.data import loader, tar_index, tar_source, tokenizer, transforms
 
 SIZE = 224
 SCALE = (0.5, 1.0)
@@ -143,7 +144,7 @@ def open_clips(pattern: str, workers: int, batch: int, n: int) -> float:
     import open_clip
     from open_clip_train import data
 
-    paths = files.expand(pattern)
+    paths = storage.expand(pattern)
     args = SimpleNamespace(
         train_data="::".join(paths), train_num_samples=2 * n + 32 * batch, train_data_upsampling_factors=None,
         dataset_resampled=True, batch_size=batch, workers=workers, seed=0, world_size=1, distributed=False,
@@ -156,7 +157,7 @@ def open_clips(pattern: str, workers: int, batch: int, n: int) -> float:
 def index(folder: pathlib.Path, n: int) -> dict[str, float]:
     """Seconds on one core and bytes of the index of a million samples, from `n` of 2 kB in tars of 10,000."""
     pattern = write(folder, [bytes(2000)], n, 10_000)
-    paths = files.expand(pattern)
+    paths = storage.expand(pattern)
     began = time.perf_counter()
     stored = sum(tar_index.build(path).stat().st_size for path in paths)
     return {"index_seconds_1M": (time.perf_counter() - began) * 1e6 / n, "index_bytes_1M": stored * 1e6 / n}
@@ -222,7 +223,7 @@ def main() -> None:
         rng = np.random.default_rng(0)
         images = [picture(rng) for _ in range(KINDS)]
         pattern = write(folder / "images", images, options.images, 1000)
-        for path in files.expand(pattern):
+        for path in storage.expand(pattern):
             pathlib.Path(path).read_bytes()  # all readers find the tars in memory
         readers = readers_of(pattern, options.batch, options.images)
         runs: dict[str, list[float]] = {name: [] for name in readers}

@@ -11,8 +11,9 @@ import argparse
 from collections.abc import Sequence
 
 from configs import demo
-from xclip_jax import evaluate, trainer
+from xclip_jax import evaluate
 from xclip_jax.errors import exit_with_message
+from xclip_jax.train import trainer
 
 SUITE = "emoji/test_concepts,emoji/test_rendering,emoji/test_retrieval,emoji/test_aliases"
 

@@ -17,10 +17,10 @@ import numpy as np
 
 import xclip_jax
 from configs import pretrain
-from xclip_jax import trainer
 from xclip_jax.data.sources import FolderSource
 from xclip_jax.errors import BadSample, exit_with_message
 from xclip_jax.evaluators.retrieval import positives, ranks
+from xclip_jax.train import trainer
 
 
 def get_config(

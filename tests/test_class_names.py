@@ -12,8 +12,8 @@ import tensorflow_datasets as tfds
 from tests.encoding import SIZE
 from xclip_jax.data import assets
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import catalogue, names, sets
-from xclip_jax.evaluators.names import PROFILES, Profile
+from xclip_jax.evaluators import prompts, registry, zeroshot_datasets
+from xclip_jax.evaluators.prompts import PROFILES, Profile
 
 OPENAI = PROFILES["openai"]
 
@@ -42,7 +42,7 @@ def table(path, rows):
 
 
 def load(spec, profile=OPENAI):
-    return sets.load(spec, SIZE, None, profile)
+    return registry.load(spec, SIZE, None, profile)
 
 
 def named(data):
@@ -53,14 +53,14 @@ def named(data):
 @pytest.mark.parametrize("digits", [1, 5])
 def test_folders_named_by_numbers_get_the_name_of_their_number(digits, tmp_path):
     path = folder(tmp_path, [f"{i:0{digits}}" for i in range(43)])
-    assert named(load(f"gtsrb@{path}")) == dict(enumerate(names.published("gtsrb")))
+    assert named(load(f"gtsrb@{path}")) == dict(enumerate(prompts.published("gtsrb")))
 
 
 def test_numbers_in_a_csv_file_get_the_name_of_their_number(tmp_path):
     for i in (0, 2, 10):
         write(tmp_path / f"{i}.png", i)
     data = load(f"gtsrb@{table(tmp_path / 'a.csv', [[f'{i}.png', str(i)] for i in (10, 0, 2)])}")
-    whole = names.published("gtsrb")
+    whole = prompts.published("gtsrb")
     assert named(data) == {i: whole[i] for i in (0, 2, 10)} and len(data.prompts) == 43
 
 
@@ -72,28 +72,28 @@ def test_folders_with_published_names_are_these_classes_and_all_are_answers(tmp_
 
 def test_word_net_ids_are_those_of_imagenet(tmp_path):
     wnids = tfds.builder("imagenet2012:5.1.0").info.features["label"].names
-    whole = names.published("imagenet1k")
+    whole = prompts.published("imagenet1k")
     data = load(f"imagenet@{folder(tmp_path / 'all', [wnids[i] for i in (999, 1, 20)])}")
     assert named(data) == {0: whole[999], 1: whole[1], 2: whole[20]} and len(data.prompts) == 1000
-    data = load(f"imagenet_r@{folder(tmp_path / 'r', [wnids[i] for i in names.IMAGENET_R[:3]])}")
-    assert named(data) == {i: whole[names.IMAGENET_R[i]] for i in range(3)} and len(data.prompts) == 200
+    data = load(f"imagenet_r@{folder(tmp_path / 'r', [wnids[i] for i in prompts.IMAGENET_R[:3]])}")
+    assert named(data) == {i: whole[prompts.IMAGENET_R[i]] for i in range(3)} and len(data.prompts) == 200
 
 
 def test_a_folder_of_the_200_has_their_names(tmp_path):
     wnids = tfds.builder("imagenet_a").info.features["label"].names
-    for i, number in enumerate(names.IMAGENET_A):
+    for i, number in enumerate(prompts.IMAGENET_A):
         write(tmp_path / wnids[number] / "x.png", i)
-    data = catalogue.load(f"imagenet_a@{tmp_path}", SIZE, None, OPENAI)
-    whole = names.class_names("imagenet1k", [str(i) for i in range(1000)])
-    assert data.names == [whole[i] for i in names.IMAGENET_A] and data.labels.tolist() == list(range(200))
+    data = zeroshot_datasets.load(f"imagenet_a@{tmp_path}", SIZE, None, OPENAI)
+    whole = prompts.class_names("imagenet1k", [str(i) for i in range(1000)])
+    assert data.names == [whole[i] for i in prompts.IMAGENET_A] and data.labels.tolist() == list(range(200))
 
 
 def test_classes_of_imagenet_a_by_number_among_the_1000_or_the_200(tmp_path):
-    whole = names.published("imagenet1k")
+    whole = prompts.published("imagenet1k")
     data = load(f"imagenet_a@{folder(tmp_path / 'thousand', ['988', '6', '11'])}")
     assert named(data) == {0: whole[988], 1: whole[6], 2: whole[11]}
     data = load(f"imagenet_a@{folder(tmp_path / 'own', ['0', '10', '9'])}")
-    assert named(data) == {i: whole[names.IMAGENET_A[n]] for i, n in enumerate((0, 10, 9))}
+    assert named(data) == {i: whole[prompts.IMAGENET_A[n]] for i, n in enumerate((0, 10, 9))}
 
 
 def test_labels_of_an_archive_and_codes_of_countries(tmp_path):
@@ -103,7 +103,7 @@ def test_labels_of_an_archive_and_codes_of_countries(tmp_path):
     assert named(data) == {0: "lake or sea", 1: "annual crop land"}
     codes = [a + b for a in "ABCDEFGHI" for b in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"][:211]
     data = load(f"country211@{folder(tmp_path / 'codes', codes)}")
-    assert named(data) == dict(enumerate(names.published("country211")))
+    assert named(data) == dict(enumerate(prompts.published("country211")))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_own_labels_are_names_as_they_are(tmp_path):
 
 def test_labels_of_three_sets_are_made_readable(tmp_path):
     data = load(f"cub200@{folder(tmp_path / 'birds', ['001.Black_footed_Albatross'])}")
-    assert data.names == ["Black footed Albatross"] and catalogue.ENTRIES["sun397"].readable
+    assert data.names == ["Black footed Albatross"] and zeroshot_datasets.ENTRIES["sun397"].readable
     assert load(f"ucf101@{folder(tmp_path / 'acts', ['ApplyEyeMakeup'])}").names == ["Apply Eye Makeup"]
 
 
@@ -164,7 +164,7 @@ def test_a_probe_of_own_folders(tmp_path):
 )
 def test_an_unknown_set_has_the_nearest_names(spec, meant):
     with pytest.raises(UserError, match=r"unknown evaluation set .* --help lists the names") as error:
-        sets.check(spec)
+        registry.check(spec)
     assert repr(spec) in str(error.value) and meant in str(error.value) and len(str(error.value)) < 300
 
 
@@ -214,6 +214,6 @@ def test_the_hash_of_a_tfds_set_covers_version_and_split(monkeypatch):
     source, hashes = [{"image": np.zeros((9, 9, 3), np.uint8), "label": 3}] * 2, set()
     for version, data in (("1", source), ("2", source), ("2", source[:1])):
         opened = data, Info(version)
-        monkeypatch.setattr(catalogue, "open_tfds", lambda *_, opened=opened: opened)
+        monkeypatch.setattr(zeroshot_datasets, "open_tfds", lambda *_, opened=opened: opened)
         hashes |= {load(f"{probe}mnist").card.split_hash for probe in ("", "probe/")}
     assert len(hashes) == 6

@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests import tiny
-from xclip_jax import parts
 from xclip_jax.parallel.collectives import Collective, collectives, summary
 from xclip_jax.parallel.mesh import make_mesh
+from xclip_jax.train import build
 
 MESH = make_mesh({"data": 4, "fsdp": 2, "model": 1})
 P = PartitionSpec
@@ -89,7 +89,7 @@ def test_no_strategy_moves_much_more_than_it_must(objective, strategy, data, fsd
     what was gathered for the forward pass is kept, and sums gradients over "fsdp", then a shard of them over "data".
     """
     b, e = 32, 64
-    p = parts.build(tiny.config(
+    p = build.build(tiny.config(
         objective, data__batch=b, mesh__strategy=strategy, mesh__data=data, mesh__fsdp=fsdp, mesh__model=1,
         model__img__width=256, model__img__depth=2, model__txt__width=128, model__embed=e,
         model__cluster_head={"clusters": 512, "hidden": 256, "layers": 1, "last_norm": False},
@@ -110,7 +110,7 @@ def test_no_strategy_moves_much_more_than_it_must(objective, strategy, data, fsd
 
 def test_moments_are_split_with_zero1_alone():
     def shares(strategy):
-        moments = parts.build(tiny.config("clip", mesh__strategy=strategy, model__img__width=256)).abstract.opt_state
+        moments = build.build(tiny.config("clip", mesh__strategy=strategy, model__img__width=256)).abstract.opt_state
         large = [x for x in jax.tree.leaves(moments) if x.size > 1 << 15]
         assert large
         return {x.size // math.prod(x.sharding.shard_shape(x.shape)) for x in large}

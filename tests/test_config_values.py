@@ -3,9 +3,9 @@
 import pytest
 
 from tests import tiny
-from xclip_jax import trainer
 from xclip_jax.config import schema
 from xclip_jax.errors import UserError
+from xclip_jax.train import trainer
 
 INF, NAN = float("inf"), float("nan")
 # (key, value, what the sentence says beside the key and the value)

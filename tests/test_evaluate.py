@@ -8,8 +8,9 @@ import PIL.Image
 import pytest
 
 from tests import tiny
-from xclip_jax import evaluate, trainer
+from xclip_jax import evaluate
 from xclip_jax.errors import UserError
+from xclip_jax.train import trainer
 
 STEPS = 2
 

@@ -10,9 +10,10 @@ import torch
 import transformers
 
 from tests import tiny
-from xclip_jax import evaluate, export, interop, parts, state, trainer, weights
+from xclip_jax import evaluate, export, interop, weights
 from xclip_jax.errors import UserError
 from xclip_jax.models.layers import stack_blocks
+from xclip_jax.train import build, state, trainer
 
 STEPS = 2
 
@@ -141,7 +142,7 @@ def test_a_folder_with_files_is_kept(run, tmp_path):
 def test_a_new_run_starts_from_an_export(run, tmp_path, capsys):
     export.export(str(run), str(tmp_path / "hf"))
     c = tiny.config("clip", data__tokenizer="clip", model__txt__scan=True, seed=3, init__weights=str(tmp_path / "hf"))
-    p = parts.build(c)
+    p = build.build(c)
     begun = weights.start(c, state.create(p.init, p.abstract))
     assert f"starting from {tmp_path / 'hf'}, step 0" in capsys.readouterr().out
     found = interop.read(str(tmp_path / "hf"))[1]["params"]

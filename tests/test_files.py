@@ -9,20 +9,20 @@ import tensorflow_datasets as tfds
 from tests.encoding import SIZE, make_encoder, small_model
 from xclip_jax.data import glue
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import files, sets
-from xclip_jax.evaluators.names import Profile
+from xclip_jax.evaluators import file_datasets, registry
 from xclip_jax.evaluators.probe import Sweep
+from xclip_jax.evaluators.prompts import Profile
 
 PLAIN = Profile()
 
 
 def load(spec, profile=PLAIN):
-    sets.check(spec)
-    return sets.load(spec, SIZE, profile=profile)
+    registry.check(spec)
+    return registry.load(spec, SIZE, profile=profile)
 
 
 def evaluate(data):
-    return sets.evaluator(make_encoder(), data).run(small_model()[1])
+    return registry.evaluator(make_encoder(), data).run(small_model()[1])
 
 
 def test_a_year_of_sts(tmp_path):
@@ -110,7 +110,7 @@ def test_trec_and_glue_of_tfds(monkeypatch):
         asked.append((name, split))
         return records["glue/mnli" if name == "glue/mnli_mismatched" else name], None
 
-    monkeypatch.setattr(files, "open_tfds", open_tfds)
+    monkeypatch.setattr(file_datasets, "open_tfds", open_tfds)
     monkeypatch.setattr(glue, "open_tfds", open_tfds)
     trec = load("trec")
     assert trec.train == ["How ?", "Who ?"] and trec.tasks[""][2].tolist() == [0, 3] and trec.folds == 10
@@ -187,10 +187,10 @@ def test_karpathys_split(karpathy):
 def test_coco_of_tfds(monkeypatch):
     picture = np.zeros((9, 9, 3), np.uint8)
     source = [{"image": picture, "image/id": i, "captions": {"text": [b"one", b"two"]}} for i in range(3)]
-    monkeypatch.setattr(files, "open_tfds", lambda *_: (source, type("Info", (), {"version": "1.1.0"})))
+    monkeypatch.setattr(file_datasets, "open_tfds", lambda *_: (source, type("Info", (), {"version": "1.1.0"})))
     data = load("coco_retrieval")
     assert data.captions == [["one", "two"]] * 3 and data.card.version == "1.1.0"
-    assert "coco_retrieval" in sets.SUITES["paper"]
+    assert "coco_retrieval" in registry.SUITES["paper"]
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,14 @@ from etils import epath
 
 from configs import finetune
 from tests import tiny
-from xclip_jax import evaluate, optim, parts, state, trainer
-from xclip_jax.checkpoint import Checkpointer, write_json
+from xclip_jax import evaluate
 from xclip_jax.data import glue, labelled, loader, transforms
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import sets, table
-from xclip_jax.evaluators.finetuned import Finetuned
+from xclip_jax.evaluators import registry, summary
+from xclip_jax.evaluators.classification import Finetuned
 from xclip_jax.losses import classification
+from xclip_jax.train import build, optim, state, trainer
+from xclip_jax.train.checkpoint import Checkpointer, write_json
 
 # Losses.
 
@@ -99,7 +100,7 @@ def layer_tree(scanned):
     """Shapes of a model with both kinds of blocks."""
     c = tiny.config("clip", model__img__depth=3, model__txt__depth=2)
     c.model.img["scan"] = scanned
-    p = parts.build(c, jax.devices()[:1])
+    p = build.build(c, jax.devices()[:1])
     return p.abstract.params
 
 
@@ -157,7 +158,7 @@ TEXTS = {"objective__classify__tower": "txt", "objective__classify__classes": 2}
 
 
 def make(devices=8, **changes):
-    return parts.build(tiny.config("classify", objective__classify__head_std=0.3, **changes), jax.devices()[:devices])
+    return build.build(tiny.config("classify", objective__classify__head_std=0.3, **changes), jax.devices()[:devices])
 
 
 def batch(p, seed=0):
@@ -325,7 +326,7 @@ def pretrained(tmp_path_factory):
     """A run that was saved before its first step, whose towers are then fine-tuned."""
     run = tmp_path_factory.mktemp("pretrained") / "run"
     c = tiny.config("clip", run=run, model__txt__length=24)
-    p = parts.build(c, jax.devices()[:1])
+    p = build.build(c, jax.devices()[:1])
     with Checkpointer(run) as checkpointer:
         checkpointer.save(state.create(p.init, p.abstract), {"samples": 0})
     write_json(epath.Path(run) / "config.json", {"config": c.to_dict(), "environment": {}})
@@ -407,7 +408,7 @@ class FakeEncoder:
 
 def test_metrics_of_a_task_with_two_classes(tmp_path):
     folder = glue_folder(tmp_path / "c", "cola", 50)
-    data = sets.load(f"finetuned/glue:cola@{folder}/validation", 8)
+    data = registry.load(f"finetuned/glue:cola@{folder}/validation", 8)
     assert data.card.metric == "finetuned/matthews" and len(data.items) == 100
     logits = data.labels[:, None] * np.array([-0.5, 0.5]) + np.random.default_rng(0).normal(size=(100, 2))
     metrics, items = Finetuned(FakeEncoder(logits), data).measure(None)
@@ -420,7 +421,7 @@ def test_metrics_of_a_task_with_two_classes(tmp_path):
         "matthews": sklearn.metrics.matthews_corrcoef(data.labels, predicted),
     })
     assert items.keys() == {f"{name}/finetuned/{key}" for key in found} and metrics[f"{name}/majority"] == 50
-    assert "matthews" in table.render(metrics)
+    assert "matthews" in summary.render(metrics)
     for logits, message in ((None, "no classifier"), (np.zeros((100, 3)), "a classifier of 3 classes")):
         with pytest.raises(UserError, match=message):
             Finetuned(FakeEncoder(logits), data).run(None)

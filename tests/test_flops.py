@@ -4,7 +4,8 @@ import pytest
 
 from configs import common
 from tests import tiny
-from xclip_jax import flops, parts
+from xclip_jax import flops
+from xclip_jax.train import build
 
 
 def test_known_models():
@@ -19,7 +20,7 @@ def test_known_models():
 def test_against_the_compilers_count(pool, stem):
     config = tiny.config("xclip", model__img__width=128, model__img__size=32, model__txt__width=64)
     config.model.img.pool, config.model.img.stem = pool, stem
-    p = parts.build(config, jax.devices()[:1])
+    p = build.build(config, jax.devices()[:1])
     variables = nn.unbox(jax.eval_shape(p.model.init, jax.random.key(0), *shapes(config)))
     compiled = jax.jit(p.model.apply).lower(variables, *shapes(config)).compile()
     counted = compiled.cost_analysis()["flops"] / 8

@@ -20,11 +20,12 @@ from flax.traverse_util import flatten_dict
 from configs import common
 from tests import tiny
 from tests.util import jit, random_variables
-from xclip_jax import interop, parts
+from xclip_jax import interop
 from xclip_jax.data import tokenizer, transforms
 from xclip_jax.errors import UserError
-from xclip_jax.interop import files, torch_file
+from xclip_jax.interop import tensor_files, torch_file
 from xclip_jax.models.two_towers import TwoTowers
+from xclip_jax.train import build
 
 # Shapes of B/32 and B/16 in small: 7 x 7 patches and 14 x 14, heads of 64 where they must be inferred.
 B32 = {"image_size": 28, "patch_size": 4, "width": 128, "head_width": 64, "layers": 2}
@@ -173,7 +174,7 @@ def test_half_precision_becomes_fp32(tmp_path):
         safetensors.torch.save_file(half, tmp_path / "x.safetensors")
         torch.save(half, tmp_path / "x.bin")
         for name in ("x.safetensors", "x.bin"):
-            found, _ = files.tensors(files.epath.Path(tmp_path / name))
+            found, _ = tensor_files.tensors(tensor_files.epath.Path(tmp_path / name))
             for key, x in half.items():
                 assert found[key].dtype == np.float32
                 np.testing.assert_array_equal(found[key], x.float().numpy())
@@ -245,7 +246,7 @@ def test_transformers_processor_reads_as_ours(tmp_path):
 def our_model(objective, **changes):
     """A run's config and variables of its model, random."""
     c = tiny.config(objective, **{"data__tokenizer": "clip", "model__img__heads": 1, "model__txt__heads": 1} | changes)
-    p = parts.build(c, jax.devices()[:1])
+    p = build.build(c, jax.devices()[:1])
     args = jnp.zeros((1, p.size, p.size, 3)), jnp.zeros((1, p.length), jnp.int32)
     return c.to_dict(), jax.device_get(random_variables(p.model, *args))
 

@@ -8,7 +8,8 @@ import sys
 import pytest
 from etils import epath
 
-from xclip_jax.data import files, ledger
+from xclip_jax import storage
+from xclip_jax.data import ledger
 from xclip_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -102,7 +103,7 @@ def test_share_is_of_a_thousand_at_least(tmp_path):
 
 
 def test_in_a_bucket_the_file_is_written_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "is_remote", lambda _: True)
+    monkeypatch.setattr(storage, "is_remote", lambda _: True)
     book = ledger.Ledger(epath.Path(tmp_path), max_bad=1.0)
     book.add(8, 0, [entry(1)])
     book.add(16, 0, [entry(9)])

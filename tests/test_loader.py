@@ -13,10 +13,10 @@ from absl import flags
 from etils import epath
 
 from tests import tiny
-from xclip_jax import trainer
-from xclip_jax.data import ledger, loader, slots, sources, tokenizer, transforms
+from xclip_jax.data import ledger, loader, shared_memory, sources, tokenizer, transforms
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.parallel.mesh import make_mesh
+from xclip_jax.train import trainer
 
 
 class Numbers:
@@ -193,7 +193,7 @@ def test_workers_read_the_same():
 
 
 def test_slots_are_used_again_when_nothing_refers_to_them():
-    here = slots.Slots({"image": ((4, 3), np.uint8), "text": ((5,), np.int32)}, workers=2, depth=2)
+    here = shared_memory.Slots({"image": ((4, 3), np.uint8), "text": ((5,), np.int32)}, workers=2, depth=2)
     there = pickle.loads(pickle.dumps(here))  # as in a worker
     (first, a), (second, b) = there.take(1), there.take(1)
     assert {first, second} == {0, 1}
@@ -217,9 +217,9 @@ def test_slots_are_used_again_when_nothing_refers_to_them():
 
 
 def test_too_little_memory_for_workers_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(slots.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 26))  # as in a container
+    monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 26))  # as in a container
     with pytest.raises(UserError, match=r"8 workers need [\d,]+ MB in .*, which has 67 MB: make it larger"):
-        slots.Slots({"image": ((512, 224, 224, 3), np.uint8)}, workers=8, depth=6)
+        shared_memory.Slots({"image": ((512, 224, 224, 3), np.uint8)}, workers=8, depth=6)
 
 
 def test_seed_and_sample_decide():

@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from xclip_jax import optim
 from xclip_jax.errors import UserError
+from xclip_jax.train import optim
 
 
 @pytest.mark.parametrize("kind", optim.SCHEDULES)

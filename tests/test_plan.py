@@ -8,10 +8,11 @@ import jax
 import pytest
 
 from tests import tiny
-from xclip_jax import parts, plan
+from xclip_jax import plan
 from xclip_jax.config import load as config_file
 from xclip_jax.errors import UserError
 from xclip_jax.parallel.mesh import make_mesh
+from xclip_jax.train import build
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -29,7 +30,7 @@ def found():
 
 def test_a_plan_for_a_topology_that_is_not_there(found):
     assert (found["chips"], found["hosts"], found["fits"]) == (8, 2, True)
-    assert found["model_parameters"] == sum(x.size for x in jax.tree.leaves(parts.build(config()).abstract.params))
+    assert found["model_parameters"] == sum(x.size for x in jax.tree.leaves(build.build(config()).abstract.params))
     assert found["memory"]["parameters"] == 4 * found["model_parameters"]
     assert found["memory"]["optimizer"] == pytest.approx(2 * found["memory"]["parameters"], rel=1e-3)
     assert found["memory"]["peak"] > sum(found["memory"][k] for k in ("parameters", "optimizer", "activations"))
@@ -68,7 +69,7 @@ def search(monkeypatch, start, fits):
     tried = []
 
     def compiles(config, devices):
-        built = parts.build(config, devices)  # refuses what does not suit
+        built = build.build(config, devices)  # refuses what does not suit
         tried.append((config.mesh.strategy, config.model.img.remat, config.optim.microbatches))
         return built, "compiled" if fits(*tried[-1]) else None, ""
 
@@ -157,7 +158,7 @@ def test_explain_is_a_table_of_shardings():
     assert "81.00 KiB" in row  # a quarter
     rows = json.loads(command("--explain", "--json").stdout)
     assert {row["parameter"] for row in rows} > {"log_scale", "txt/tokens"}
-    every = parts.build(config_file.load_config("configs/demo.py")).abstract.params
+    every = build.build(config_file.load_config("configs/demo.py")).abstract.params
     assert sum(row["bytes"] for row in rows) == 4 * sum(x.size for x in jax.tree.leaves(every))
 
 

@@ -17,11 +17,12 @@ import xclip_jax
 from configs import finetune
 from tests import tiny, torture
 from tests.test_interop import TEXT, make_hf, our_model, shaken
-from xclip_jax import evaluate, interop, parts, trainer, weights
+from xclip_jax import evaluate, interop, weights
 from xclip_jax.data import transforms
 from xclip_jax.data.preprocessing import Preprocessing, mean_std
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import sets
+from xclip_jax.evaluators import registry
+from xclip_jax.train import build, trainer
 
 SIZE = 28
 MEAN, STD = (0.41, 0.52, 0.33), (0.21, 0.31, 0.26)
@@ -219,7 +220,7 @@ def test_evaluations_and_embeddings_are_prepared_as_the_model_says(pictures, tmp
     slip = evaluate.evaluate(str(there), suite, profile="slip")["results"][0]["preprocessing"]
     assert slip == f"shorter side bilinear, central crop, {SIZE} px, mean {MEAN}, deviation {STD}"
     config, made, *_ = weights.load(str(there))
-    data = sets.load(suite, trainer.make_encoder(config, made).preprocessing)
+    data = registry.load(suite, trainer.make_encoder(config, made).preprocessing)
     model = xclip_jax.load(there)
     for image, path in zip(data.images, sorted((tmp_path / "set").glob("*/*")), strict=True):
         np.testing.assert_array_equal(image, model.prepare(path))
@@ -239,7 +240,7 @@ def test_a_run_has_a_preprocessing_of_its_own(pictures, tmp_path):
         c.data.statistics = pair
     trainer._claim(trainer.epath.Path(c.run), c)
     trainer._claim(trainer.epath.Path(c.run), c)
-    assert parts.build(weights._run_config(c.run)).preprocessing == Preprocessing(tiny.SIZE, *pair)
+    assert build.build(weights._run_config(c.run)).preprocessing == Preprocessing(tiny.SIZE, *pair)
     # Runs that are older than the keys are prepared as they were.
     old = json.loads((run / "config.json").read_text())
     for key in ("resize", "resize_size", "interpolation"):
@@ -254,7 +255,7 @@ def test_runs_that_start_from_weights_with_another_preprocessing_say_so(tmp_path
     assert Preprocessing.from_config(fine) == Preprocessing(SIZE, MEAN, STD, resize_mode="squash")
     model = {f"model__{key}": value for key, value in interop.read(str(there))[0]["model"].items()}
     c = tiny.config("clip", data__tokenizer="clip", init__weights=str(there), **model)
-    made = parts.build(c)
+    made = build.build(c)
     state = trainer.create(made.init, made.abstract)
     weights.start(c, state)
     out = capsys.readouterr().out
@@ -262,7 +263,7 @@ def test_runs_that_start_from_weights_with_another_preprocessing_say_so(tmp_path
     assert "eval.resize ('squash' there, 'shortest' here)" in out
     # The values may be pasted behind --config.KEY=.
     c.data.statistics, c.eval.resize = str((MEAN, STD)), "squash"
-    assert parts.build(c).preprocessing == Preprocessing(SIZE, MEAN, STD, resize_mode="squash")
+    assert build.build(c).preprocessing == Preprocessing(SIZE, MEAN, STD, resize_mode="squash")
     weights.start(c, state)
     assert "other settings" not in capsys.readouterr().out
 
@@ -282,7 +283,7 @@ def test_runs_that_start_from_weights_with_another_preprocessing_say_so(tmp_path
 )
 def test_bad_values_are_named_by_their_keys(changes, message):
     with pytest.raises(UserError, match=message):
-        parts.build(tiny.config("clip", **changes))
+        build.build(tiny.config("clip", **changes))
 
 
 def test_damaged_pictures_are_bad_samples(pictures):

@@ -13,8 +13,8 @@ import tensorflow_datasets as tfds
 from absl import flags
 
 from tests import tiny, torture
-from xclip_jax import trainer
 from xclip_jax.errors import UserError
+from xclip_jax.train import trainer
 
 
 class Pairs(tfds.core.GeneratorBasedBuilder):

@@ -9,8 +9,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from tests.encoding import SIZE, make_encoder, small_model
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import logistic, probe, sgd
-from xclip_jax.evaluators.card import Card
 from xclip_jax.evaluators.probe import Probe, ProbeSet, Sweep
+from xclip_jax.evaluators.provenance import Card
 
 
 def features(n=600, d=24, k=7, spread=0.6, seed=0):

@@ -17,18 +17,18 @@ import scipy.special
 import scipy.stats
 
 from tests import tiny
-from xclip_jax import trainer
-from xclip_jax.checkpoint import Checkpointer
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import table
+from xclip_jax.evaluators import summary
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 from xclip_jax.losses import noncontrastive
 from xclip_jax.models.layers import stack_blocks
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.parallel.mesh import AXES, make_mesh
 from xclip_jax.report import __main__ as command
-from xclip_jax.report import attention, chance, charts, document, examples, pick, record
+from xclip_jax.report import attention, chance, charts, examples, html, record, selection
+from xclip_jax.train import trainer
+from xclip_jax.train.checkpoint import Checkpointer
 
 HOSTILE = "<script>alert(1)</script>\" onload='alert(2)' &amp; <b>"
 SECTIONS = ("names", "search", "clusters", "attention", "confusion", "results", "curves", "health", "run")
@@ -101,7 +101,7 @@ def run(tmp_path_factory):
 
 
 def test_the_page_of_a_run_needs_nothing_else_and_escapes_everything(run):
-    text = (run / "run" / document.NAME).read_text()
+    text = (run / "run" / html.NAME).read_text()
     page = check(text)
     assert "alert" not in re.sub(r"&lt;.*?&gt;|alert\(2\)", "", text)
     words = " ".join(page.text)
@@ -135,14 +135,14 @@ def test_a_run_in_progress(run, tmp_path):
     half.mkdir(parents=True)
     command.main([str(folder)])
     assert half.exists()
-    page = check((folder / document.NAME).read_text())
+    page = check((folder / html.NAME).read_text())
     words = " ".join(page.text)
     assert "What xCLIP has learned so far" in words and "holds no checkpoint" in words
     assert "2 of 4 steps" in words and "The last evaluation has not been made yet" in words
     (folder / "metrics.jsonl").unlink()
     shutil.rmtree(folder / "checkpoints")
     command.main([str(folder)])
-    assert "No step is logged yet" in (folder / document.NAME).read_text()
+    assert "No step is logged yet" in (folder / html.NAME).read_text()
 
 
 def test_a_reader_leaves_what_a_writer_has_begun(tmp_path):
@@ -173,7 +173,7 @@ def test_a_report_that_fails_loses_nothing(run, tmp_path, monkeypatch, capsys):
     def broken(*_, **__):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(document, "make", broken)
+    monkeypatch.setattr(html, "make", broken)
     assert trainer.run(config) == pytest.approx(expected, abs=1e-4)
     assert json.loads((tmp_path / "run" / "results.json").read_text())["results"] == pytest.approx(expected, abs=1e-4)
     assert "no report: RuntimeError: broken; python -m xclip_jax.report" in capsys.readouterr().out
@@ -198,7 +198,7 @@ def _tuples(value):
     ],
 )
 def test_bad_input_is_one_sentence(flags, message, run, monkeypatch):
-    monkeypatch.setattr(document, "make", lambda *_, **__: pytest.fail("looked at the model first"))
+    monkeypatch.setattr(html, "make", lambda *_, **__: pytest.fail("looked at the model first"))
     with pytest.raises(SystemExit) as stopped:
         command.main([flag.format(run) for flag in flags])
     assert message in str(stopped.value)
@@ -218,7 +218,7 @@ def written(folder, objective, rows, **changes):
 
 def test_a_run_without_clusters(tmp_path):
     rows = [{"step": s, "loss": 2 / s, "clip/loss": 2 / s, "clip/ln_b": 2.77, "rank/img": 3.0} for s in (1, 2)]
-    text = document.render(written(tmp_path / "run", "clip", rows), examples.Examples(missing=["nothing"]))
+    text = html.render(written(tmp_path / "run", "clip", rows), examples.Examples(missing=["nothing"]))
     words = " ".join(check(text).text)
     assert "this objective trains no cluster heads" in words and "The alarms are of cluster heads" in words
     assert "ln b" in words and "Mutual information" not in words
@@ -238,7 +238,7 @@ def collapsed(kind):
 def test_each_failure_has_its_light_and_its_remedy(kind, tmp_path):
     rows = [{"step": s, "loss": 0.0} | collapsed(kind if s == 2 else "") for s in (1, 2)]
     found = written(tmp_path / "run", "nclip", rows, log__alarms_after=1)
-    text = document.render(found, examples.Examples())
+    text = html.render(found, examples.Examples())
     lights = re.findall(r'<article class="card light (\w*)"><h3>([^<]+)<span>([^<]+)', text)
     expected = {name: ("alarm", "alarm") if name == kind else ("", "healthy") for name in
                 ("flat", "few clusters", "disagreement")}
@@ -247,7 +247,7 @@ def test_each_failure_has_its_light_and_its_remedy(kind, tmp_path):
     warnings = noncontrastive.diagnose(measures, k=24, b=16)
     assert [warning.split(":")[0] for warning in warnings] == ([kind] if kind else [])
     assert all(warning.partition(": ")[2] in " ".join(Page(text).text) for warning in warnings)
-    early = document.render(dataclasses.replace(found, config=found.config | {"log": {"alarms_after": 9}}),
+    early = html.render(dataclasses.replace(found, config=found.config | {"log": {"alarms_after": 9}}),
                             examples.Examples())
     assert early.count("too early") == 3 and "healthy" not in early.partition("<main")[2].partition("<script")[0]
 
@@ -258,7 +258,7 @@ def test_one_cluster_or_a_batch_of_one_pair_cannot_be_judged(k, b, tmp_path):
     row = dict.fromkeys(collapsed(""), 0.0) | {"nclip/agreement": 1.0, "nclip/ln_b": math.log(b)}
     row |= {"step": 1, "loss": 0.0, "nclip/ln_k": math.log(k), "nclip/clusters_img": 1.0, "nclip/clusters_txt": 1.0}
     changes = {"log__alarms_after": 1, "data__batch": b, "model__cluster_head__clusters": k}
-    text = document.render(written(tmp_path / "run", "nclip", [row], **changes), examples.Examples())
+    text = html.render(written(tmp_path / "run", "nclip", [row], **changes), examples.Examples())
     check(text)
     assert text.count("not judged") == 3 and text.count("cannot collapse") == 3 and "0.00 possible" in text
     assert "nan" not in text.partition("<main")[2].partition("<script")[0]
@@ -269,7 +269,7 @@ def test_the_evaluation_stands_in_for_results(tmp_path):
     assert found.results == {} and found.steps == 0
     result = {"name": "zeroshot/x", "metrics": {"top1": 12.5, "top5": 50.0, "n": 8, "ways": 10}}
     (tmp_path / "run" / "evaluation.json").write_text(json.dumps({"results": [result]}))
-    words = " ".join(Page(document.render(record.read(tmp_path / "run"), examples.Examples())).text)
+    words = " ".join(Page(html.render(record.read(tmp_path / "run"), examples.Examples())).text)
     assert "From evaluation.json" in words and "12.5" in words and "(10.0)" in words
 
 
@@ -290,7 +290,7 @@ def test_results_are_told_from_chance(tmp_path):
         ("p", "linear/top1"): "not distinguishable from chance",
     }  # fmt: skip
     found = written(tmp_path / "run", "clip", [{"step": 1, "loss": 1.0, "clip/loss": 1.0}])
-    words = " ".join(check(document.render(dataclasses.replace(found, results=results), examples.Examples())).text)
+    words = " ".join(check(html.render(dataclasses.replace(found, results=results), examples.Examples())).text)
     assert "above chance (10.0\u00a0%)" in words  # the tile of zero-shot classification
     assert "Not distinguishable from chance: b (top-1), p (linear probe, top-1). By 95% binomial" in words
 
@@ -319,12 +319,12 @@ def test_tables_have_a_cell_for_each_column_and_say_what_their_text_says():
     results |= {"zeroshot/a/cosine/top1": 40.0, "zeroshot/a/cosine/top5": 60.0}
     results |= {f"retrieval/r/{way}/r{k}": 9.0 for way in ("image_to_text", "text_to_image") for k in (1, 5)}
     results |= {"retrieval/r/images": 5.0, "retrieval/r/captions": 20.0}
-    found = table.tables(results)
+    found = summary.tables(results)
     assert [t.title.split(",")[0] for t in found] == ["zero-shot classification", "retrieval", "the families"]
     assert all(len(cells) == len(t.columns) for t in found for _, cells in t.rows)
     assert found[0].rows[0] == ("a", ["10", "8", "50.0", "(10.0)", "75.0", "(50.0)"])
     assert [row[0] for row in found[2].rows] == ["zero-shot classification", "retrieval"]
-    text = table.render(results)
+    text = summary.render(results)
     assert all(cell in text for t in found for _, cells in t.rows for cell in cells)
 
 
@@ -378,17 +378,17 @@ def test_what_is_looked_at(monkeypatch):
             raise UserError("imagenet is not prepared.")
         images = [np.zeros((4, 4, 3), np.uint8)] * 3
         if "retrieval" in spec:
-            return pick.RetrievalSet(spec, images, [["a"]] * 3)
+            return selection.RetrievalSet(spec, images, [["a"]] * 3)
         return ZeroShotSet(spec, images, np.arange(3), [[f"{c} {i}" for i in range(4000)] for c in "abc"])
 
-    monkeypatch.setattr(pick.sets, "load", load)
+    monkeypatch.setattr(selection.sets, "load", load)
     specs = ["imagenet", "probe/cifar10", "folder:x", "sts12@y", "coco_retrieval"]
-    found = pick.pick(specs, Preprocessing(4), None, None, 0)
+    found = selection.pick(specs, Preprocessing(4), None, None, 0)
     assert set(asked) == {"imagenet", "folder:x", "coco_retrieval"} and found.missing == ["imagenet is not prepared."]
     assert [panel.title for panel, *_ in found.zeroshot] == ["folder:x"] and found.retrieval[0].name == "coco_retrieval"
-    assert sum(map(len, found.zeroshot[0][1].prompts)) == pick.PROMPTS and not found.emoji
+    assert sum(map(len, found.zeroshot[0][1].prompts)) == selection.PROMPTS and not found.emoji
     asked.clear()
-    found = pick.pick(["emoji/test_line", "emoji/test_probe", "emoji/test_concepts", "emoji/test_rendering_rest"],
+    found = selection.pick(["emoji/test_line", "emoji/test_probe", "emoji/test_concepts", "emoji/test_rendering_rest"],
                       Preprocessing(4), None, None, 0)
     assert [panel.spec for panel, *_ in found.zeroshot] == ["emoji/test_concepts", "emoji/test_line"] and found.emoji
     assert "emoji/test_rendering_rest" not in asked
@@ -479,7 +479,7 @@ addEventListener("load", () => setTimeout(() => {
 @pytest.mark.skipif(not (shutil.which("chromium") or shutil.which("google-chrome")), reason="no browser here")
 @pytest.mark.parametrize("width", [400, 1400])
 def test_in_a_browser_nothing_fails_and_nothing_sticks_out(width, run, tmp_path):
-    text = (run / "run" / document.NAME).read_text()
+    text = (run / "run" / html.NAME).read_text()
     (tmp_path / "page.html").write_text(text.replace("<head>", f"<head>{_WATCH}", 1))
     # Chromium's own windows are never narrower than 500 pixels; a frame is.
     (tmp_path / "frame.html").write_text(

@@ -9,11 +9,12 @@ import pytest
 from etils import epath
 
 from tests import tiny
-from xclip_jax import evaluate, model_card, trainer
+from xclip_jax import evaluate, model_card
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import results, sets
-from xclip_jax.evaluators.scores import Items
+from xclip_jax.evaluators import registry, results
+from xclip_jax.evaluators.statistics import Items
 from xclip_jax.report import record
+from xclip_jax.train import trainer
 
 STEPS = 2
 
@@ -104,7 +105,7 @@ def test_all_sets_are_opened_before_the_first_is_evaluated(root, monkeypatch, tm
 
     suite = [f"folder:{root / 'one'}", f"folder:{root / 'none'}", "dtd", "birdsnap"]
     with monkeypatch.context() as patched:
-        patched.setattr(sets, "measure", never)
+        patched.setattr(registry, "measure", never)
         with pytest.raises(UserError) as error:
             evaluate.evaluate(str(root / "run"), suite, data_dir=str(tmp_path), output=str(tmp_path / "x.json"))
     first, *faults = str(error.value).splitlines()
@@ -116,14 +117,14 @@ def test_all_sets_are_opened_before_the_first_is_evaluated(root, monkeypatch, tm
 
 def test_results_are_written_as_soon_as_they_are_there(root, monkeypatch, tmp_path):
     one, two = f"folder:{root / 'one'}", f"folder:{root / 'two'}"
-    original = sets.measure
+    original = registry.measure
 
     def killed(evaluator, variables):
         if "two" in evaluator.name:
             raise KeyboardInterrupt
         return original(evaluator, variables)
 
-    monkeypatch.setattr(sets, "measure", killed)
+    monkeypatch.setattr(registry, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(str(root / "run"), [one, two], output=str(tmp_path / "x.json"))
     assert [r["set"] for r in json.loads((tmp_path / "x.json").read_text())["results"]] == [one]

@@ -17,10 +17,11 @@ from etils import epath
 
 from tests import tiny
 from tests.test_tokenizer import save_words
-from xclip_jax import checkpoint, interrupt, metrics, parts, trainer, weights
-from xclip_jax.checkpoint import Checkpointer
+from xclip_jax import metrics, weights
 from xclip_jax.errors import UserError
-from xclip_jax.run_folder import RunFolder
+from xclip_jax.train import build, checkpoint, interrupt, trainer
+from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_a_run_that_fails_keeps_its_last_good_checkpoint_and_resumes_from_it(pai
 def test_a_checkpoint_that_is_not_finite_is_not_resumed_from(pairs, run, capsys):
     """As an older version may have left one."""
     c = config(pairs, run, steps=8)
-    made = parts.build(c)
+    made = build.build(c)
     with Checkpointer(run) as checkpointer:
         state, position = checkpointer.restore(made.abstract, 4)
         params = jax.tree.map(lambda x: x * np.nan, state.params)
@@ -145,7 +146,7 @@ def test_a_first_command_that_fails_leaves_nothing_and_the_corrected_one_starts(
 
 def test_a_folder_without_a_checkpoint_takes_the_new_config(pairs, tmp_path, capsys):
     first = config(pairs, tmp_path / "run")
-    with RunFolder(first.run).claimed(parts.build(first).config, []):
+    with RunFolder(first.run).claimed(build.build(first).config, []):
         pass
     trainer.run(config(pairs, tmp_path / "run", optim__lr=2e-3))
     assert "no checkpoint, so the run starts with its new config: optim.lr (0.001 in config.json, 0.002 now)" in (
@@ -327,7 +328,7 @@ def test_the_average_has_batch_statistics_of_its_own(pairs, tmp_path):
         c = config(pairs, tmp_path / str(momentum), ema__on=True, ema__momentum=momentum, ema__schedule="constant")
         trainer.run(c)
         with Checkpointer(c.run) as checkpointer:
-            states[momentum] = jax.device_get(checkpointer.restore(parts.build(c).abstract)[0])
+            states[momentum] = jax.device_get(checkpointer.restore(build.build(c).abstract)[0])
     for state, equal in ((states[0.0], True), (states[0.5], False)):
         average, model = state.variables(ema=True), state.variables()
         for name in ("params", "batch_stats"):

@@ -8,19 +8,19 @@ from etils import epath
 
 from xclip_jax import evaluate
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import scores
+from xclip_jax.evaluators import statistics
 
 
 def test_average_precision_against_sklearn_and_ties():
     rng = np.random.default_rng(0)
     s, y = rng.normal(size=(200, 6)), rng.random((200, 6)) < 0.2
     y[:, 5] = False
-    mine = scores.average_precision(s, y)
+    mine = statistics.average_precision(s, y)
     peer = [sklearn.metrics.average_precision_score(y[:, k], s[:, k]) for k in range(5)]
     np.testing.assert_allclose(mine, [*peer, 0], atol=1e-9)
-    assert scores.average_precision(np.zeros((2, 1)), np.array([[False], [True]])) == [0.5]
+    assert statistics.average_precision(np.zeros((2, 1)), np.array([[False], [True]])) == [0.5]
     with pytest.raises(UserError, match="classes"):
-        scores.average_precision(s, y[:, :2])
+        statistics.average_precision(s, y[:, :2])
 
 
 def test_average_precision_equals_clip_benchmark():
@@ -29,44 +29,44 @@ def test_average_precision_equals_clip_benchmark():
     rng = np.random.default_rng(1)
     s, y = rng.normal(size=(50, 4)).astype(np.float32), rng.random((50, 4)) < 0.3
     theirs = peer.average_precision_per_class(torch.from_numpy(s), torch.from_numpy(y))
-    np.testing.assert_allclose(scores.average_precision(s, y), theirs, atol=1e-6)
+    np.testing.assert_allclose(statistics.average_precision(s, y), theirs, atol=1e-6)
 
 
 def test_eleven_points():
     # By hand: hits at ranks 1, 3 and 6; recall 1/3 at precision 1, 2/3 at 2/3, 1 at 1/2.
     y = np.array([1, 0, 1, 0, 0, 1])[:, None]
     expected = (4 * 1 + 3 * 2 / 3 + 4 * 1 / 2) / 11
-    assert scores.eleven_point(-np.arange(6.0)[:, None], y)[0] == pytest.approx(expected)
+    assert statistics.eleven_point(-np.arange(6.0)[:, None], y)[0] == pytest.approx(expected)
     ten = np.ones((10, 1), bool)  # recall 3/10 is not 0.30000000000000004
-    assert scores.eleven_point(np.zeros((10, 1)), ten)[0] == 1
-    assert scores.eleven_point(np.zeros((3, 1)), np.zeros((3, 1)))[0] == 0
+    assert statistics.eleven_point(np.zeros((10, 1)), ten)[0] == 1
+    assert statistics.eleven_point(np.zeros((3, 1)), np.zeros((3, 1)))[0] == 0
 
 
 def test_roc_auc_f1_and_correlations_against_sklearn_and_scipy():
     rng = np.random.default_rng(0)
     s, y = rng.integers(0, 9, 300), rng.random(300) < 0.3
     t = s + rng.integers(0, 9, 300)
-    assert scores.roc_auc(s, y) == pytest.approx(sklearn.metrics.roc_auc_score(y, s))
-    assert scores.spearman(s, t) == pytest.approx(scipy.stats.spearmanr(s, t).statistic)
-    assert scores.pearson(s, t) == pytest.approx(scipy.stats.pearsonr(s, t).statistic)
-    assert scores.f1(s > 4, y) == pytest.approx(sklearn.metrics.f1_score(y, s > 4))
-    assert scores.matthews(s > 4, y) == pytest.approx(sklearn.metrics.matthews_corrcoef(y, s > 4))
-    assert scores.spearman(np.zeros(300), t) == 0 and scores.spearman(np.full(300, np.nan), t) == 0
+    assert statistics.roc_auc(s, y) == pytest.approx(sklearn.metrics.roc_auc_score(y, s))
+    assert statistics.spearman(s, t) == pytest.approx(scipy.stats.spearmanr(s, t).statistic)
+    assert statistics.pearson(s, t) == pytest.approx(scipy.stats.pearsonr(s, t).statistic)
+    assert statistics.f1(s > 4, y) == pytest.approx(sklearn.metrics.f1_score(y, s > 4))
+    assert statistics.matthews(s > 4, y) == pytest.approx(sklearn.metrics.matthews_corrcoef(y, s > 4))
+    assert statistics.spearman(np.zeros(300), t) == 0 and statistics.spearman(np.full(300, np.nan), t) == 0
     with pytest.raises(UserError, match="of 3 items 0 are positive"):
-        scores.roc_auc(np.arange(3), np.zeros(3))
+        statistics.roc_auc(np.arange(3), np.zeros(3))
 
 
 def test_the_bootstrap_covers_and_is_paired():
     rng = np.random.default_rng(0)
     a = (rng.random(400) < 0.5).astype(float)
     better = np.where(rng.random(400) < 0.2, 1.0, a)
-    difference, low, high = scores.bootstrap(scores.Items(a), scores.Items(better))
+    difference, low, high = statistics.bootstrap(statistics.Items(a), statistics.Items(better))
     assert difference == pytest.approx(100 * (better - a).mean()) and 0 < low < difference < high
     deviation = 100 * (better - a).std() / np.sqrt(400)
     assert (high - low) / 2 == pytest.approx(1.96 * deviation, rel=0.1)
-    assert scores.bootstrap(scores.Items(a), scores.Items(a)) == (0, 0, 0)
+    assert statistics.bootstrap(statistics.Items(a), statistics.Items(a)) == (0, 0, 0)
     with pytest.raises(UserError, match="400 and 3 items"):
-        scores.bootstrap(scores.Items(a), scores.Items(a[:3]))
+        statistics.bootstrap(statistics.Items(a), statistics.Items(a[:3]))
 
 
 @pytest.mark.parametrize("statistic", ["map", "map11", "roc_auc", "spearman", "pearson", "f1", "matthews"])
@@ -78,27 +78,27 @@ def test_the_bootstrap_of_other_statistics(statistic):
     if statistic in ("f1", "matthews"):
         values = [(v > 0.5).astype(int) for v in values]
     gold = y.astype(float) + 0.01 * rng.random(80) if statistic in ("spearman", "pearson") else y
-    a, b = (scores.Items(v, other=gold, statistic=statistic) for v in values)
-    difference, low, high = scores.bootstrap(a, b, samples=100)
+    a, b = (statistics.Items(v, other=gold, statistic=statistic) for v in values)
+    difference, low, high = statistics.bootstrap(a, b, samples=100)
     assert difference == b.value() - a.value() and 0 < low <= difference <= high
     draws = np.random.default_rng(0)
     again = [b.value(i) - a.value(i) for i in (draws.integers(0, 80, 80) for _ in range(100))]
     assert (low, high) == pytest.approx(np.percentile(again, [2.5, 97.5]))
-    assert a.value() == pytest.approx(100 * scores.STATISTICS[statistic](values[0], gold))
+    assert a.value() == pytest.approx(100 * statistics.STATISTICS[statistic](values[0], gold))
 
 
 def test_items_of_a_mean_per_class_are_weighted():
     y, right = np.array([0, 0, 0, 1]), np.array([1.0, 1, 0, 0])
-    item = scores.Items(right, scores.class_weights(y))
+    item = statistics.Items(right, statistics.class_weights(y))
     assert item.value() == pytest.approx(100 * sklearn.metrics.balanced_accuracy_score(y, [0, 0, 1, 0]))
 
 
 @pytest.mark.parametrize("y", [[True, True, True], [True, False, False]])
 def test_the_bootstrap_of_one_kind_of_item_has_no_interval(y, monkeypatch):
     """Whether all items are positive, or each of a few resamples has positive items alone."""
-    monkeypatch.setattr(scores.np.random, "default_rng", lambda seed: OnlyTheFirst())
-    a, b = (scores.Items(np.array(v), other=np.array(y), statistic="roc_auc") for v in ([1.0, 2, 3], [3.0, 2, 1]))
-    difference, low, high = scores.bootstrap(a, b, samples=3)
+    monkeypatch.setattr(statistics.np.random, "default_rng", lambda seed: OnlyTheFirst())
+    a, b = (statistics.Items(np.array(v), other=np.array(y), statistic="roc_auc") for v in ([1.0, 2, 3], [3.0, 2, 1]))
+    difference, low, high = statistics.bootstrap(a, b, samples=3)
     assert difference == pytest.approx(100) if not all(y) else np.isnan(difference)
     assert np.isnan(low) and np.isnan(high)
 
@@ -108,7 +108,7 @@ def test_a_comparison_without_an_interval_leaves_it_out(tmp_path):
     for name, values in (("a", [1.0, 2]), ("b", [2.0, 1])):
         path = epath.Path(tmp_path / f"{name}.json")
         path.write_text(json.dumps({"results": [result]}))
-        items = scores.Items(np.array(values), other=np.array([True, True]), statistic="roc_auc")
+        items = statistics.Items(np.array(values), other=np.array([True, True]), statistic="roc_auc")
         evaluate._write_items(evaluate._items_path(path), {"zeroshot/pcam/roc_auc": items})
     rows = evaluate.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"))
     assert rows == [{"set": "pcam", "metric": "roc_auc", "a": 60.0, "b": 60.0, "difference": 0.0}]
@@ -123,8 +123,8 @@ class OnlyTheFirst:
 def test_scores_that_are_not_numbers_have_no_precision():
     y = np.array([[True, True], [False, False], [True, True]])
     s = np.array([[3.0, 3], [2, np.nan], [1, 1]])
-    for measure in (scores.average_precision, scores.eleven_point):
+    for measure in (statistics.average_precision, statistics.eleven_point):
         first, second = measure(s, y)
         assert first > 0.8 and second == 0
-    excluded = scores.average_precision(np.array([[3.0], [-np.inf], [1]]), y[:, :1])
+    excluded = statistics.average_precision(np.array([[3.0], [-np.inf], [1]]), y[:, :1])
     assert excluded == [1.0]  # minus infinity is the lowest score

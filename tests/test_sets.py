@@ -9,8 +9,8 @@ from configs import demo as demo_config
 from tests.encoding import SIZE, K, make_encoder, small_model
 from xclip_jax.data import demo
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import sets, table
-from xclip_jax.report import document, examples, page, picture, record
+from xclip_jax.evaluators import registry, summary
+from xclip_jax.report import canvas, examples, html, picture, record
 
 # The demo's sets, on a small copy of its data.
 
@@ -62,11 +62,11 @@ def small_demo(monkeypatch):
         def as_data_source(self, split, decoders):
             return [record(*key) for key in SPLITS[split]]
 
-    sets._emoji.cache_clear()
+    registry._emoji.cache_clear()
     monkeypatch.setattr(demo, "prepare", lambda data_dir: Builder())
     monkeypatch.setattr(demo, "concepts", lambda builder: CONCEPTS)
     yield
-    sets._emoji.cache_clear()
+    registry._emoji.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def small_demo(monkeypatch):
     ],
 )
 def test_zero_shot_sets_of_the_demo(spec, classes, images, small_demo):
-    data = sets.load(f"emoji/{spec}", SIZE)
+    data = registry.load(f"emoji/{spec}", SIZE)
     assert data.names == [f"name {i}" for i in classes]
     assert [data.names[label] for label in data.labels] == [f"name {i}" for i in images]
     assert [image[0, 0, 0] for image in data.images] == [10 * i for i in images]
@@ -99,44 +99,44 @@ def test_zero_shot_sets_of_the_demo(spec, classes, images, small_demo):
 
 
 def test_retrieval_sets_of_the_demo(small_demo):
-    data = sets.load("emoji/test_retrieval", SIZE)
+    data = registry.load("emoji/test_retrieval", SIZE)
     assert data.captions == [["name 0"], ["name 2", "alias", "alias"], ["name 3"], ["name 1", "alias"]]
-    assert len(sets.load("emoji/validation_retrieval", SIZE).images) == 2
+    assert len(registry.load("emoji/validation_retrieval", SIZE).images) == 2
 
 
 def test_probes_of_the_demo(small_demo):
-    data = sets.load("emoji/test_probe", SIZE)
+    data = registry.load("emoji/test_probe", SIZE)
     # One picture of each known concept that has a category, by the artists in turn.
     assert [image[0, 0, 0] for image in data.train] == [0, 20, 10]
     assert len(data.validation) == 3 and len(data.test) == 6
     assert [labels.tolist() for labels in data.tasks["category"]] == [[0, 0, 1], [0] * 3, [0, 1] * 3]
-    texts = sets.load("emoji/test_text_probe", SIZE)
+    texts = registry.load("emoji/test_text_probe", SIZE)
     assert texts.train == ["name 0", "name 1", "name 2"] and texts.test == ["name 4", "name 5"]
-    assert sets.make("emoji/test_text_probe", make_encoder()).name == "textual/emoji/test_text_probe"
+    assert registry.make("emoji/test_text_probe", make_encoder()).name == "textual/emoji/test_text_probe"
 
 
 def test_texts_of_the_demo(small_demo):
-    aliases = sets.load("emoji/test_aliases", SIZE)
+    aliases = registry.load("emoji/test_aliases", SIZE)
     assert aliases.texts == ["name 4", "name 5"] and aliases.queries == [("alias 4", 0)]
-    translations = sets.load("emoji/test_translations", SIZE)
+    translations = registry.load("emoji/test_translations", SIZE)
     assert translations.queries[:2] == [("de 4", 0), ("de 5", 1)]
     assert "pt" not in translations.groups  # spelt like the names
     assert {key: mask.sum() for key, mask in translations.groups.items()} == {"de": 2, "es": 2, "fr": 2, "it": 2}
 
 
 def test_every_set_says_where_it_is_from(small_demo):
-    for spec in sets.SETS:
-        card = sets.load(spec, SIZE).card
+    for spec in registry.SETS:
+        card = registry.load(spec, SIZE).card
         assert card.data == "emoji_pairs" and len(card.split_hash) == 16 and card.protocol, spec
-    assert sets.load("emoji/test_line", SIZE).card == sets.load("emoji/test_line", SIZE).card
-    assert sets.load("emoji/test_line", SIZE).card != sets.load("emoji/test_line_concepts", SIZE).card
+    assert registry.load("emoji/test_line", SIZE).card == registry.load("emoji/test_line", SIZE).card
+    assert registry.load("emoji/test_line", SIZE).card != registry.load("emoji/test_line_concepts", SIZE).card
 
 
 def test_the_final_table_has_a_row_for_each_family(small_demo):
     results = {}
     for spec in (*demo_config.get_config().eval.sets, *demo_config.TESTS):
-        results |= sets.make(spec, make_encoder()).run(small_model()[1])
-    lines = table.render(results).splitlines()
+        results |= registry.make(spec, make_encoder()).run(small_model()[1])
+    lines = summary.render(results).splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("the families"))
     assert [line[:26].strip() for line in lines[at + 1 :]] == [
         "zero-shot classification", "out of domain", "retrieval", "visual representation", "textual representation",
@@ -146,28 +146,28 @@ def test_the_final_table_has_a_row_for_each_family(small_demo):
     assert float(lines[at + 4].split()[-2]) == pytest.approx(
         results["visual/emoji/test_probe/category/linear/top1"], abs=0.051
     )
-    assert set(demo_config.TESTS) == set(sets.SUITES["demo"])
-    assert "test_translations" in table.headlines(results)
+    assert set(demo_config.TESTS) == set(registry.SUITES["demo"])
+    assert "test_translations" in summary.headlines(results)
 
 
 def test_the_gap_to_imagenet_is_shown():
     sizes = {"n": 5.0, "ways": 1000.0, "top5": 90.0}
     both = {f"zeroshot/{name}/{key}": value for name, top1 in (("imagenet", 60.0), ("imagenet_a", 20.5))
             for key, value in (sizes | {"top1": top1}).items()}
-    assert "less than imagenet" in table.render(both) and "39.5" in table.render(both)
+    assert "less than imagenet" in summary.render(both) and "39.5" in summary.render(both)
 
 
 def test_every_set_can_be_evaluated_and_an_unknown_one_lists_them(small_demo):
     _, variables = small_model()
     encoder, results = make_encoder(), {}
-    for spec in sets.SETS:
-        found = sets.make(spec, encoder).run(variables)
+    for spec in registry.SETS:
+        found = registry.make(spec, encoder).run(variables)
         assert not results.keys() & found.keys()
         results |= found
     shares = {key: value for key, value in results.items() if not key.endswith("log10_c")}
     assert all(0 <= value <= 100 for value in shares.values()), [k for k, v in shares.items() if not 0 <= v <= 100]
     with pytest.raises(UserError, match="emoji/test_line_concepts"):
-        sets.load("emoji/test_lines", SIZE)
+        registry.load("emoji/test_lines", SIZE)
 
 
 # The picture.
@@ -183,7 +183,7 @@ def test_picture_and_page_are_drawn_for_every_kind_of_model(objective, embed, cl
         assert image.width == 1600 and image.height > 1000
     config = {"config": demo_config.get_config(f"objective={objective}").to_dict(), "environment": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    text = document.render(record.read(tmp_path), found)
+    text = html.render(record.read(tmp_path), found)
     shown = [title for title in ("Line drawings", "Search by words", "Images find texts", 'id="find"') if title in text]
     assert len(shown) == 3 + bool(clusters)
     # Each picture is right or wrong as its set says, and the right name's place is that among all of them.
@@ -197,17 +197,17 @@ def test_picture_and_page_are_drawn_for_every_kind_of_model(objective, embed, cl
 
 
 def test_names_are_printable_and_fit():
-    assert page.printable("Côte d’Ivoire – 中") == "Cote d’Ivoire - ?"
-    assert page.fit("short", 14, 200) == "short"
-    assert page.fit("a very long name", 14, 60).endswith("…")
-    assert page.fit("long", 14, 0) == "…"
+    assert canvas.printable("Côte d’Ivoire – 中") == "Cote d’Ivoire - ?"
+    assert canvas.fit("short", 14, 200) == "short"
+    assert canvas.fit("a very long name", 14, 60).endswith("…")
+    assert canvas.fit("long", 14, 0) == "…"
 
 
 def test_prompts_of_unseen_concepts(small_demo):
     """Each keyword is in front once, behind the name and alone; without keywords the name is left."""
-    assert sets.load("emoji/test_concepts", SIZE).prompts[0] == [
+    assert registry.load("emoji/test_concepts", SIZE).prompts[0] == [
         "name 4, tag 0, tag 1, tag 2", "name 4, tag 1, tag 2, tag 3", "name 4, tag 2, tag 3, tag 0",
         "name 4, tag 3, tag 0, tag 1", "tag 0", "tag 1", "tag 2", "tag 3",
     ]
-    assert sets.load("emoji/test_concepts_one_prompt", SIZE).prompts[0] == ["name 4, tag 0, tag 1, tag 2"]
-    assert sets._prompts({"name": "n", "tags": []}) == ["n"]
+    assert registry.load("emoji/test_concepts_one_prompt", SIZE).prompts[0] == ["name 4, tag 0, tag 1, tag 2"]
+    assert registry._prompts({"name": "n", "tags": []}) == ["n"]

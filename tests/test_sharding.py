@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from tests import tiny
-from xclip_jax import parts, state
 from xclip_jax.data import loader
+from xclip_jax.train import build, state
 
 MESHES = {
     "dp": ("dp", 8, 1, 1),
@@ -30,7 +30,7 @@ def make(objective, mesh=None, **changes):
     if mesh:
         strategy, data, fsdp, model = MESHES[mesh]
         config.mesh = {"data": data, "fsdp": fsdp, "model": model, "strategy": strategy}
-    return parts.build(config, jax.devices()[: 8 if mesh else 1])
+    return build.build(config, jax.devices()[: 8 if mesh else 1])
 
 
 def gradients(p):

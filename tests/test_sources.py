@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from tests import tiny, torture
-from xclip_jax.data import ahead, glue, sources, tar_index
+from xclip_jax.data import glue, prefetch, sources, tar_index
 from xclip_jax.errors import BadSample, UserError
 
 
@@ -193,4 +193,4 @@ def test_incomplete_rows_of_glue_are_counted_and_many_refused(tmp_path, capsys):
 
 def test_threads_below_zero():
     with pytest.raises(UserError, match="threads is -1; it must be 0, for one a core, or more"):
-        ahead.Ahead(str, 3, threads=-1)
+        prefetch.Ahead(str, 3, threads=-1)

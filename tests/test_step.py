@@ -6,8 +6,8 @@ import optax
 import pytest
 
 from tests import tiny
-from xclip_jax import optim, parts, state
 from xclip_jax.data import loader, transforms
+from xclip_jax.train import build, optim, state
 
 VARIANTS = {
     "clip": {},
@@ -24,7 +24,7 @@ VARIANTS = {
 
 def make(variant, devices=8, **changes):
     config = tiny.config(variant.split("-")[0], **VARIANTS[variant], **changes)
-    return parts.build(config, jax.devices()[:devices])
+    return build.build(config, jax.devices()[:devices])
 
 
 def run(p, steps=1):

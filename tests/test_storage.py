@@ -13,9 +13,9 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
-from xclip_jax.data import files
+from xclip_jax import storage
 from xclip_jax.errors import UserError
-from xclip_jax.interop import files as weights
+from xclip_jax.interop import tensor_files as weights
 
 
 class HttpError(Exception):
@@ -52,7 +52,7 @@ def store(monkeypatch):
     monkeypatch.setattr(Store, "answers", {})
     monkeypatch.setattr(Store, "requests", [])
     slept = []
-    monkeypatch.setattr(files.time, "sleep", slept.append)
+    monkeypatch.setattr(storage.time, "sleep", slept.append)
     return Store
 
 
@@ -67,7 +67,7 @@ def store(monkeypatch):
 def test_what_will_not_pass_is_tried_once(store, error, kind):
     store.answers["a"] = error
     with pytest.raises(kind) as raised:
-        files.read("answers://host/a", 100)
+        storage.read("answers://host/a", 100)
     assert len(store.requests) == 1
     assert raised.value.filename == "answers://host/a"
     if isinstance(error, HttpError):
@@ -77,45 +77,45 @@ def test_what_will_not_pass_is_tried_once(store, error, kind):
 @pytest.mark.parametrize("error", [HttpError(503), HttpError(429), TimeoutError("slow"), OSError(errno.EIO, "disk")])
 def test_what_may_pass_is_tried_again(store, error):
     store.answers["a"] = [error, error, b"content"]
-    assert files.read("answers://host/a", 100) == b"content"
+    assert storage.read("answers://host/a", 100) == b"content"
     store.answers["a"] = [error] * 9
     with pytest.raises(OSError, match=r"503|429|slow|disk"):
-        files.read("answers://host/a", 100)
+        storage.read("answers://host/a", 100)
     assert len(store.requests) == 6
 
 
 def test_a_picture_costs_one_request_and_an_unknown_length_is_read(store):
     store.answers["a"] = b"content"
-    assert files.read("answers://host/a", 100) == b"content"
+    assert storage.read("answers://host/a", 100) == b"content"
     assert len(store.requests) == 1
     with pytest.raises(OSError, match="larger than 6 bytes"):
-        files.read("answers://host/a", 6)
+        storage.read("answers://host/a", 6)
     with pytest.raises(OSError, match="does not report the file's size"):
-        files.stat("answers://host/a")
+        storage.stat("answers://host/a")
 
 
 def test_sizes_of_remote_files_are_not_remembered_for_ever():
-    assert 0 < files._remote_stat.cache_info().maxsize <= 1 << 20
+    assert 0 < storage._remote_stat.cache_info().maxsize <= 1 << 20
 
 
 def test_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     for path in (tmp_path / "pipe.jpg", tmp_path, pathlib.Path("/dev/zero")):
         with pytest.raises(OSError, match="not a regular file"):
-            files.read(str(path), 100)
+            storage.read(str(path), 100)
     (tmp_path / "a").write_bytes(b"x" * 101)
-    assert files.read(str(tmp_path / "a"), 101) == b"x" * 101
+    assert storage.read(str(tmp_path / "a"), 101) == b"x" * 101
     with pytest.raises(OSError, match="larger than 100 bytes") as error:
-        files.read(str(tmp_path / "a"), 100)
-    assert files.unreadable(error.value).reason == "file too large"
+        storage.read(str(tmp_path / "a"), 100)
+    assert storage.unreadable(error.value).reason == "file too large"
 
 
 def test_strict_json_has_null_for_numbers_that_json_lacks():
     content = {"a": [1.5, float("nan")], "b": {"c": (-float("inf"), 2)}, "d": "NaN", "e": np.float64("inf")}
-    assert json.loads(files.strict_json(content)) == {
+    assert json.loads(storage.strict_json(content)) == {
         "a": [1.5, None], "b": {"c": [None, 2]}, "d": "NaN", "e": None
     }
-    assert files.strict_json({"b": 1, "a": 0.1}, sort_keys=True) == '{"a": 0.1, "b": 1}'
+    assert storage.strict_json({"b": 1, "a": 0.1}, sort_keys=True) == '{"a": 0.1, "b": 1}'
 
 
 def test_json_lines_drop_what_is_damaged(tmp_path):
@@ -125,14 +125,14 @@ def test_json_lines_drop_what_is_damaged(tmp_path):
     damaged = [b'{"step": 3, "t": "\xff\xfe"}', b"5", b"[1, 2]", b"null", b'{"step": 4', b"\xff\xfe\x00", nested, b""]
     lines = [json.dumps(good[0]).encode(), *damaged[:4], json.dumps(good[1], ensure_ascii=False).encode(), *damaged[4:]]
     path.write_bytes(b"\n".join(lines))
-    kept = files.JsonLines(path, lambda content: content["step"] < 5)
+    kept = storage.JsonLines(path, lambda content: content["step"] < 5)
     assert kept.kept == good
     kept.append({"step": 5, "loss": float("nan")})
     assert [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().split("\n")[:-1]] == [
         *good, {"step": 5, "loss": None}
     ]
     before = path.read_bytes()
-    files.JsonLines(path, lambda _: True)
+    storage.JsonLines(path, lambda _: True)
     assert path.read_bytes() == before
 
 
@@ -146,7 +146,7 @@ if moment.isdigit():  # a kill in the middle of a write: after so many bytes
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(moment), int(moment)))
 os.fsync = (lambda fd: os._exit(9)) if moment == "fsync" else os.fsync
 sys.addaudithook(lambda event, _: os._exit(9) if event == moment else None)
-files.JsonLines(epath.Path(sys.argv[1]), lambda content: content["step"] <= 50)
+storage.JsonLines(epath.Path(sys.argv[1]), lambda content: content["step"] <= 50)
 """
 
 
@@ -158,22 +158,22 @@ def test_json_lines_survive_a_kill_while_they_are_rewritten(moment, tmp_path):
     assert (code == 0) is (moment == "none")
     steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
     assert steps == list(range(51 if moment == "none" else 100))
-    assert files.JsonLines(epath.Path(path), lambda content: content["step"] <= 50).kept[-1] == {"step": 50}
+    assert storage.JsonLines(epath.Path(path), lambda content: content["step"] <= 50).kept[-1] == {"step": 50}
 
 
 def test_names_with_commas_brackets_and_braces(tmp_path):
     names = ["a, b.tar", "a[1].tar", "a{b.tar", "{0..1}.tar", "0.tar", "a1.tar"]
     for name in names:
         (tmp_path / name).touch()
-        assert files.expand(f"{tmp_path}/{name}") == [f"{tmp_path}/{name}"]
-    assert files.expand(f"{tmp_path}/a[1].tar,{tmp_path}/0.tar") == [f"{tmp_path}/a[1].tar", f"{tmp_path}/0.tar"]
-    assert files.expand(f"{tmp_path}/a[[]1].tar") == [f"{tmp_path}/a[1].tar"]
+        assert storage.expand(f"{tmp_path}/{name}") == [f"{tmp_path}/{name}"]
+    assert storage.expand(f"{tmp_path}/a[1].tar,{tmp_path}/0.tar") == [f"{tmp_path}/a[1].tar", f"{tmp_path}/0.tar"]
+    assert storage.expand(f"{tmp_path}/a[[]1].tar") == [f"{tmp_path}/a[1].tar"]
     (tmp_path / "{0..1}.tar").unlink()
     (tmp_path / "1.tar").touch()
-    assert files.expand(f"{tmp_path}/{{0..1}}.tar") == [f"{tmp_path}/0.tar", f"{tmp_path}/1.tar"]
+    assert storage.expand(f"{tmp_path}/{{0..1}}.tar") == [f"{tmp_path}/0.tar", f"{tmp_path}/1.tar"]
     (tmp_path / "d,[1]").mkdir()
     (tmp_path / "d,[1]" / "x.tar").touch()
-    assert files.expand(f"{tmp_path}/d??1]/*.tar") == [f"{tmp_path}/d,[1]/x.tar"]
+    assert storage.expand(f"{tmp_path}/d??1]/*.tar") == [f"{tmp_path}/d,[1]/x.tar"]
 
 
 def test_folders_among_names(tmp_path):
@@ -181,21 +181,21 @@ def test_folders_among_names(tmp_path):
     (tmp_path / "sub.tar" / "x.tar").touch()
     (tmp_path / "y.tar").touch()
     with pytest.raises(UserError, match=r"sub\.tar' is a folder, not a file; write folder:.*sub\.tar for images"):
-        files.expand(f"{tmp_path}/sub.tar")
+        storage.expand(f"{tmp_path}/sub.tar")
     with pytest.raises(UserError, match=r"matches the folder '.*sub\.tar'; write a glob that matches files"):
-        files.expand(f"{tmp_path}/*.tar")
-    assert files.expand(f"{tmp_path}/**/*.tar") == [f"{tmp_path}/sub.tar/x.tar", f"{tmp_path}/y.tar"]
+        storage.expand(f"{tmp_path}/*.tar")
+    assert storage.expand(f"{tmp_path}/**/*.tar") == [f"{tmp_path}/sub.tar/x.tar", f"{tmp_path}/y.tar"]
     with pytest.raises(UserError, match=r"^no file or folder '/nowhere/x'; check the path\.$"):
-        files.expand("/nowhere/x")
+        storage.expand("/nowhere/x")
     with pytest.raises(UserError, match=r"^2 of the 3 files that .* do not exist, the first is '/nowhere/0\.tar'"):
-        files.expand(f"/nowhere/{{0..1}}.tar,{tmp_path}/y.tar")
+        storage.expand(f"/nowhere/{{0..1}}.tar,{tmp_path}/y.tar")
 
 
 @pytest.mark.parametrize("pattern", ["{0..99999999999}", "{0..9999}{0..9999}{0..9999}", "{a,b{0..99999999}}"])
 def test_a_range_that_is_too_long_is_refused_before_it_fills_memory(pattern, monkeypatch):
-    monkeypatch.setattr(files, "_MAX_NAMES", 1000)
+    monkeypatch.setattr(storage, "_MAX_NAMES", 1000)
     with pytest.raises(UserError, match="names more than 1,000 files"):
-        files.expand(f"memory://x/{pattern}.tar")
+        storage.expand(f"memory://x/{pattern}.tar")
 
 
 def test_fingerprint_is_of_content_and_not_of_places_and_times(tmp_path):
@@ -204,19 +204,19 @@ def test_fingerprint_is_of_content_and_not_of_places_and_times(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.bin").write_bytes(content)
         os.utime(tmp_path / folder / "x.bin", (len(folder), ord(folder)))
-    first = files.fingerprint([f"{tmp_path}/a/x.bin"])
-    assert files.fingerprint([f"{tmp_path}/b/x.bin"]) == first
+    first = storage.fingerprint([f"{tmp_path}/a/x.bin"])
+    assert storage.fingerprint([f"{tmp_path}/b/x.bin"]) == first
     for offset, whole, differs in ((0, 0, True), (-1, 0, True), (2 << 20, 0, False), (2 << 20, 6 << 20, True)):
         changed = bytearray(content)
         changed[offset] ^= 1
         (tmp_path / "b" / "x.bin").write_bytes(changed)
-        pair = [files.fingerprint([f"{tmp_path}/{folder}/x.bin"], whole=whole) for folder in "ab"]
+        pair = [storage.fingerprint([f"{tmp_path}/{folder}/x.bin"], whole=whole) for folder in "ab"]
         assert (pair[0] != pair[1]) is differs
     (tmp_path / "b" / "x.bin").write_bytes(content[:-1])
-    assert files.fingerprint([f"{tmp_path}/b/x.bin"]) != first
+    assert storage.fingerprint([f"{tmp_path}/b/x.bin"]) != first
     (tmp_path / "b" / "x.bin").rename(tmp_path / "b" / "y.bin")
     (tmp_path / "b" / "y.bin").write_bytes(content)
-    assert files.fingerprint([f"{tmp_path}/b/y.bin"]) != first
+    assert storage.fingerprint([f"{tmp_path}/b/y.bin"]) != first
 
 
 @pytest.mark.parametrize(

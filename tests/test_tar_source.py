@@ -15,7 +15,8 @@ from absl import flags
 from etils import epath
 
 from tests import torture
-from xclip_jax.data import files, ledger, loader, sources, tar_index, tar_source, tokenizer, transforms
+from xclip_jax import storage
+from xclip_jax.data import ledger, loader, sources, tar_index, tar_source, tokenizer, transforms
 from xclip_jax.errors import BadSample, UserError
 
 
@@ -238,8 +239,8 @@ def test_index_beside_read_only_data_goes_to_the_cache(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     path = torture.pairs(tmp_path / "data" / "0.tar", 0, 3)
     monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
-    writable = files.writable
-    monkeypatch.setattr(files, "writable", lambda folder: folder.name != ".xclip_index" and writable(folder))
+    writable = storage.writable
+    monkeypatch.setattr(storage, "writable", lambda folder: folder.name != ".xclip_index" and writable(folder))
     assert len(tar_source.TarSource(str(path))) == 3
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["0.tar"]
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
@@ -290,7 +291,7 @@ def test_a_long_number_in_an_extended_header(tmp_path):
 
 
 def test_index_agrees_with_tarfile(tortured):
-    for path in files.expand(tortured[0])[:8]:
+    for path in storage.expand(tortured[0])[:8]:
         with tarfile.open(path) as tar:
             there = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
         here = [(n.decode(), offset, size) for n, offset, size in tar_index.members(path, os.path.getsize(path))]
@@ -315,23 +316,23 @@ def test_a_tar_that_shrinks_while_it_is_read(tmp_path):
 
 
 def test_patterns():
-    assert files._split("a,{b,c}d,e") == ["a", "{b,c}d", "e"]
-    assert list(files._braces("x{08..11}y{a,b{1..2}}")) == [
+    assert storage._split("a,{b,c}d,e") == ["a", "{b,c}d", "e"]
+    assert list(storage._braces("x{08..11}y{a,b{1..2}}")) == [
         f"x{i}y{j}" for i in ("08", "09", "10", "11") for j in ("a", "b1", "b2")
     ]
-    assert list(files._braces("{2..0}")) == ["2", "1", "0"]
-    assert list(files._braces("{9..10}")) == ["9", "10"]
+    assert list(storage._braces("{2..0}")) == ["2", "1", "0"]
+    assert list(storage._braces("{9..10}")) == ["9", "10"]
     with pytest.raises(UserError, match="do not match"):
-        files.expand("a{b,c")
+        storage.expand("a{b,c")
     with pytest.raises(UserError, match=r"no file matches '/nowhere/\*\.tar'"):
-        files.expand("/nowhere/*.tar")
+        storage.expand("/nowhere/*.tar")
 
 
 def test_globs_and_lists(plain):
     folder = plain.rpartition("/")[0]
     both = [f"{folder}/0.tar", f"{folder}/1.tar"]
-    assert files.expand(f"{folder}/*.tar") == both
-    assert files.expand(f"{folder}/1.tar,{folder}/*.tar") == both[::-1]
+    assert storage.expand(f"{folder}/*.tar") == both
+    assert storage.expand(f"{folder}/1.tar,{folder}/*.tar") == both[::-1]
 
 
 def test_no_sample_at_all(tmp_path):
@@ -343,7 +344,7 @@ def test_no_sample_at_all(tmp_path):
 def test_remote_tars_are_read_alike(plain, tmp_path, monkeypatch):
     monkeypatch.setenv("XCLIP_CACHE", str(tmp_path))
     memory = fsspec.filesystem("memory")
-    for path in files.expand(plain):
+    for path in storage.expand(plain):
         memory.pipe_file("/tars/" + path.rpartition("/")[2], pathlib.Path(path).read_bytes())
     here, there = tar_source.TarSource(plain), tar_source.TarSource("memory://tars/*.tar")
     assert len(there) == len(here) == 21

@@ -12,11 +12,11 @@ import pytest
 from etils import epath
 
 from tests import tiny
-from xclip_jax import metrics, parts, trainer
-from xclip_jax.checkpoint import Checkpointer
-from xclip_jax.data import files
+from xclip_jax import metrics, storage
 from xclip_jax.errors import UserError
-from xclip_jax.interrupt import EXIT_RESUMABLE
+from xclip_jax.train import build, trainer
+from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.interrupt import EXIT_RESUMABLE
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def logged(run):
 
 
 def final_state(c):
-    p = parts.build(c)
+    p = build.build(c)
     with Checkpointer(c.run) as checkpointer:
         state, position = checkpointer.restore(p.abstract)
     return jax.device_get(state), position
@@ -130,12 +130,12 @@ def test_checkpoint_of_another_architecture_is_refused(pairs, straight):
     c = config(pairs, straight[0].run, model__embed=32)
     message = r"another architecture: params/proj_img/linear/kernel has shape \(32, 16\) there and \(32, 32\) here"
     with Checkpointer(c.run) as checkpointer, pytest.raises(UserError, match=message):
-        checkpointer.restore(parts.build(c).abstract)
+        checkpointer.restore(build.build(c).abstract)
 
 
 def test_missing_checkpoint_is_named(tmp_path):
     with Checkpointer(tmp_path) as checkpointer, pytest.raises(UserError, match="holds no checkpoint"):
-        checkpointer.restore(parts.build(tiny.config()).abstract)
+        checkpointer.restore(build.build(tiny.config()).abstract)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_each_collapse_is_provoked_and_said_once(pairs, tmp_path, capsys, failur
 
 @pytest.mark.parametrize("remote", [False, True])  # in a bucket files cannot grow
 def test_writer_drops_what_a_resumed_run_writes_again(tmp_path, monkeypatch, remote):
-    monkeypatch.setattr(files, "is_remote", lambda _: remote)
+    monkeypatch.setattr(storage, "is_remote", lambda _: remote)
     writer = metrics.Writer(epath.Path(tmp_path))
     for step in (1, 2, 3):
         writer.write(step, {"loss": float(step)})
@@ -188,7 +188,7 @@ def test_writer_drops_what_a_resumed_run_writes_again(tmp_path, monkeypatch, rem
         file.write('{"step": 2, "lo')  # killed while it wrote
     writer = metrics.Writer(epath.Path(tmp_path), step=2)
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
-    monkeypatch.setattr(files, "REWRITE_SECONDS", -1)
+    monkeypatch.setattr(storage, "REWRITE_SECONDS", -1)
     writer.write(3, {"loss": 0.5})
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {"step": 3, "loss": 0.5}
     writer.close()

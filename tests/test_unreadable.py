@@ -10,10 +10,10 @@ import pytest
 
 from tests.encoding import SIZE, make_encoder, small_model
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import scores, sets
-from xclip_jax.evaluators.finetuned import Finetuned
-from xclip_jax.evaluators.names import PROFILES
+from xclip_jax.evaluators import registry, statistics
+from xclip_jax.evaluators.classification import Finetuned
 from xclip_jax.evaluators.probe import Sweep
+from xclip_jax.evaluators.prompts import PROFILES
 
 BROKEN = (3, 30)  # of 50 images a class
 
@@ -36,10 +36,10 @@ def spoil(path, classes=("cat",)):
 
 
 def measure(spec, embed=8, clusters=10, profile=PROFILES["openai"], **changes):
-    evaluator = sets.make(spec, make_encoder(embed, clusters), None, profile)
+    evaluator = registry.make(spec, make_encoder(embed, clusters), None, profile)
     if changes:
         evaluator.data = dataclasses.replace(evaluator.data, **changes)
-    return sets.measure(evaluator, small_model(embed, clusters)[1])
+    return registry.measure(evaluator, small_model(embed, clusters)[1])
 
 
 @pytest.mark.parametrize(("embed", "clusters"), [(8, 0), (0, 10), (8, 10)])
@@ -66,9 +66,9 @@ def test_an_unreadable_image_counts_as_wrong_and_changes_no_other(embed, cluster
 def test_the_encoder_marks_their_rows_alone(tmp_path):
     spec = f"folder:{folder(tmp_path)}"
     encoder, variables = make_encoder(), small_model()[1]
-    before = encoder.images(variables, sets.load(spec, SIZE).images)
+    before = encoder.images(variables, registry.load(spec, SIZE).images)
     spoil(tmp_path)
-    after = encoder.images(variables, sets.load(spec, SIZE).images)
+    after = encoder.images(variables, registry.load(spec, SIZE).images)
     for key in ("h", "z", "s"):
         assert np.isnan(after[key][list(BROKEN)]).all()
         others = np.delete(np.arange(100), BROKEN)
@@ -89,7 +89,7 @@ def test_a_set_without_a_readable_image_is_not_opened(tmp_path):
     for path in folder(tmp_path, n=3).rglob("*.png"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match=r"images cannot be read; of 6 none was: .*cat/00\.png"):
-        sets.open_all([f"folder:{tmp_path}"], make_encoder())
+        registry.open_all([f"folder:{tmp_path}"], make_encoder())
 
 
 def test_a_query_whose_image_is_unreadable_misses_in_both_directions(tmp_path):
@@ -128,8 +128,8 @@ def test_several_labels_and_two_classes(tmp_path):
 def test_roc_auc_counts_what_is_not_a_number_as_wrong():
     values, positive = np.array([0.1, np.nan, 0.7, 0.2, np.nan, 0.3]), np.array([1, 1, 1, 0, 0, 0], bool)
     pairs = [(p, n) for p in (0.1, -np.inf, 0.7) for n in (0.2, np.inf, 0.3)]
-    assert scores.roc_auc(values, positive) == pytest.approx(np.mean([p > n for p, n in pairs]))
-    assert scores.roc_auc(np.full(6, np.nan), positive) == 0
+    assert statistics.roc_auc(values, positive) == pytest.approx(np.mean([p > n for p, n in pairs]))
+    assert statistics.roc_auc(np.full(6, np.nan), positive) == 0
 
 
 @pytest.mark.parametrize("way", ["openai", "slip", "augment"])
@@ -163,14 +163,14 @@ def test_a_fine_tuned_model_is_wrong_on_them(tmp_path):
             found = make_encoder().images(variables, images, ("z",))["z"]
             return {"c": found[:, :2]}
 
-    metrics, items = Finetuned(Encoder(), sets.load(spec, SIZE)).measure(small_model()[1])
+    metrics, items = Finetuned(Encoder(), registry.load(spec, SIZE)).measure(small_model()[1])
     name = f"visual/{spec}"
     assert (items[f"{name}/finetuned/top1"].values[list(BROKEN)] == 0).all() and metrics[f"{name}/n"] == 100
 
 
 def test_a_model_that_diverged_is_wrong_everywhere(tmp_path):
     spec = f"folder:{folder(tmp_path)}"
-    evaluator = sets.make(spec, make_encoder())
+    evaluator = registry.make(spec, make_encoder())
     nans = jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), small_model()[1])
-    metrics, _ = sets.measure(evaluator, nans)
+    metrics, _ = registry.measure(evaluator, nans)
     assert metrics[f"zeroshot/{spec}/top1"] == 0 and f"zeroshot/{spec}/unreadable" not in metrics

@@ -11,12 +11,13 @@ from flax.traverse_util import flatten_dict
 
 from tests import tiny
 from tests.util import random_variables
-from xclip_jax import parts, state, trainer, weights
-from xclip_jax.checkpoint import Checkpointer
+from xclip_jax import weights
 from xclip_jax.data import loader
 from xclip_jax.errors import UserError
 from xclip_jax.models.layers import stack_blocks
 from xclip_jax.models.two_towers import TwoTowers
+from xclip_jax.train import build, state, trainer
+from xclip_jax.train.checkpoint import Checkpointer
 
 
 class Stopped(Exception):
@@ -35,7 +36,7 @@ def source(tmp_path_factory):
 
 def restored(c, step):
     with Checkpointer(c.run, keep=None) as checkpointer:
-        return jax.device_get(checkpointer.restore(parts.build(c).abstract, step)[0])
+        return jax.device_get(checkpointer.restore(build.build(c).abstract, step)[0])
 
 
 def test_a_run_starts_from_another_and_resumes_without_it(source, tmp_path, monkeypatch, capsys):
@@ -78,9 +79,9 @@ def test_average_statistics_and_layout_of_a_start(source):
         model__img__depth=2, model__txt__scan=True, init__weights=str(source / "run"), seed=1, ema__on=True,
         mesh={"data": 4, "fsdp": 2, "model": 1, "strategy": "zero1"},
     )  # fmt: skip
-    p = parts.build(c)
+    p = build.build(c)
     fresh = state.create(p.init, p.abstract)
-    begun = weights.start(weights.read_initial(parts.build(c).config, fresh), fresh)
+    begun = weights.start(weights.read_initial(build.build(c).config, fresh), fresh)
     assert jax.tree.map(lambda x: x.sharding, begun) == jax.tree.map(lambda x: x.sharding, p.abstract)
     there = jax.device_get(weights.load(str(source / "run"))[2])
     chex.assert_trees_all_equal(jax.device_get(begun.batch_stats), there["batch_stats"])
@@ -103,7 +104,7 @@ def test_a_start_that_cannot_be_is_one_sentence(source, tmp_path):
     with pytest.raises(UserError, match="params/img/transformer has 2 blocks there and 3 here"):
         run(model__img__depth=3)
     with pytest.raises(UserError, match=r"init\.frozen is 'image'; it must be one of 'img', 'txt'"):
-        parts.build(tiny.config(init__frozen=("image",)))
+        build.build(tiny.config(init__frozen=("image",)))
 
 
 def towers(size=16, length=8, embed=8, **img):
@@ -145,7 +146,7 @@ def test_what_is_fresh_and_what_is_left_out_is_named():
 
 def test_other_meanings_are_warned_of(source, capsys):
     c = tiny.config(model__img__depth=2, model__img__act="quick_gelu", init__weights=str(source / "run"))
-    p = parts.build(c)
+    p = build.build(c)
     weights.read_initial(p.config, p.abstract)
     said = capsys.readouterr().out
     assert "trained with different settings: model.img.act ('gelu', 'quick_gelu' in this run)" in said
@@ -154,7 +155,7 @@ def test_other_meanings_are_warned_of(source, capsys):
 @pytest.mark.parametrize(("frozen", "changes"), [(("img",), {}), (("txt",), {"optim__microbatches": 2})])
 def test_a_frozen_tower_stays_bit_for_bit_and_has_no_moments(frozen, changes):
     c = tiny.config("clip", init__frozen=frozen, optim__weight_decay=0.5, optim__clip=1.0, **changes)
-    p = parts.build(c)
+    p = build.build(c)
     before = state.create(p.init, p.abstract)
     kept, after = jax.device_get(before.params), before
     for seed in range(3):

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests import tiny
-from xclip_jax.checkpoint import Checkpointer
+from xclip_jax.train.checkpoint import Checkpointer
 
 # Two seconds a batch, far more than a step: the loop waits for data nearly all the time.
 SCRIPT = """

@@ -4,10 +4,10 @@ import numpy as np
 from PIL import Image
 
 from configs import common
-from xclip_jax import parts
-from xclip_jax.checkpoint import Checkpointer
-from xclip_jax.run_folder import RunFolder
-from xclip_jax.state import create
+from xclip_jax.train import build
+from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.run_folder import RunFolder
+from xclip_jax.train.state import create
 
 BATCH, SIZE, LENGTH = 16, 16, 12
 
@@ -38,7 +38,7 @@ def config(objective="xclip", steps=10, run="runs/tiny", **changes):
 def untrained(run, objective="xclip", **changes):
     """What a run leaves in the folder `run`, with the weights that it began with. Returns the folder."""
     c = config(objective, run=run, data__batch=8, **changes)
-    made = parts.build(c)
+    made = build.build(c)
     with RunFolder(run).claimed(made.config, []):
         pass
     with Checkpointer(run) as checkpointer:

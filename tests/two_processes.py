@@ -11,12 +11,12 @@ import numpy as np
 import optax
 
 from tests import tiny
-from xclip_jax import parts, state, trainer
-from xclip_jax.checkpoint import Checkpointer
 from xclip_jax.data import loader
 from xclip_jax.errors import BadSample
 from xclip_jax.parallel import processes
 from xclip_jax.report.attention import attention
+from xclip_jax.train import build, state, trainer
+from xclip_jax.train.checkpoint import Checkpointer
 
 STEPS, BATCH, IMAGES = 3, 16, 13
 BROKEN = 20  # of twice IMAGES
@@ -33,7 +33,7 @@ def main(folder, out, *others):
     if others:
         processes.join(False, others[0], int(others[1]), int(others[2]))
     config = tiny.config("xclip", data__batch=BATCH, data__sources=(f"folder:{folder}",), model__img__patch_dropout=0.5)
-    p = parts.build(config)
+    p = build.build(config)
     order = loader.sample_order(loader.open_sources(p.data), p.data, config.seed)
     transform = loader.Transform(p.data, p.size, p.tokenizer, p.length)
     hosts = {"host": jax.process_index(), "hosts": jax.process_count()}

@@ -31,12 +31,12 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import inference, metrics
-from xclip_jax.checkpoint import write_json
 from xclip_jax.data import embeddings
-from xclip_jax.data.ahead import Ahead
+from xclip_jax.data.prefetch import Ahead
 from xclip_jax.embed_sources import Lines, Source, open_images
 from xclip_jax.errors import BadSample, Parser, UserError, check_count, exit_with_message
 from xclip_jax.metrics import say
+from xclip_jax.train.checkpoint import write_json
 
 PART = 1024  # rows that a kill may cost
 _PROGRESS_SECONDS = 5

@@ -13,8 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from xclip_jax import inference
-from xclip_jax.data import files
+from xclip_jax import inference, storage
 from xclip_jax.data.sources import IMAGE_SUFFIXES
 from xclip_jax.data.tar_source import TarSource, decode_text
 from xclip_jax.errors import BadSample, UserError
@@ -52,13 +51,13 @@ class Images:
 
     def read(self, index: int) -> tuple[bytes, str]:
         path = self.paths[index]
-        return inference.read(path), "" if files.is_remote(path) else _caption(pathlib.Path(path).with_suffix(".txt"))
+        return inference.read(path), "" if storage.is_remote(path) else _caption(pathlib.Path(path).with_suffix(".txt"))
 
     def digest(self) -> str:
         """Of names and sizes, captions' too. Times are left out: the same files may be fetched again on a new disk."""
         digest = hashlib.blake2b(digest_size=16)
         for path in self.paths:
-            sizes = (0, 0) if files.is_remote(path) else (_size(path), _size(pathlib.Path(path).with_suffix(".txt")))
+            sizes = (0, 0) if storage.is_remote(path) else (_size(path), _size(pathlib.Path(path).with_suffix(".txt")))
             digest.update(b"%s\n%d %d\n" % (os.fsencode(path), *sizes))
         return digest.hexdigest()
 
@@ -108,7 +107,7 @@ class Lines:
         # The digest is of what becomes of the file too: parts in which lines had no row must not be gone on with.
         self.path, ends, at, digest = path, [np.array([-1])], 0, hashlib.blake2b(b"a row a line", digest_size=16)
         try:
-            self._file = files.File(path)
+            self._file = storage.File(path)
             _check_encoding(path, self._file.read(0, 4))
             while chunk := self._file.read(at, 1 << 24):
                 ends.append(at + np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")))
@@ -147,12 +146,12 @@ def _check_encoding(path: str, head: bytes) -> None:
 
 
 def open_images(pattern: str) -> Images | Tars:
-    """The images of a folder, or of files as `files.expand` names them: all of them tars, or none.
+    """The images of a folder, or of files as `storage.expand` names them: all of them tars, or none.
 
     Raises:
       UserError: nothing there.
     """
-    if not files.is_remote(pattern):
+    if not storage.is_remote(pattern):
         pattern = os.path.expanduser(pattern)
         if not os.path.exists(pattern) and not glob.has_magic(pattern) and not set(pattern) & set(",{"):
             raise UserError(f"--images {pattern!r} does not exist; name a folder, a file, or a glob as 'DIR/*.jpg'.")
@@ -164,7 +163,7 @@ def open_images(pattern: str) -> Images | Tars:
         if not found:
             raise UserError(f"--images {pattern!r} holds no image ({', '.join(IMAGE_SUFFIXES)}); name a glob of files.")
         return Images(found)
-    paths = files.expand(pattern)
+    paths = storage.expand(pattern)
     tars = sum(path.endswith(".tar") for path in paths)
     if tars and tars < len(paths):
         raise UserError(f"--images {pattern!r} names {tars} tars among {len(paths)} files; embed them one by one.")

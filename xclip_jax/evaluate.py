@@ -29,14 +29,15 @@ import ml_collections
 from absl import logging
 from etils import epath
 
-from xclip_jax import metrics, trainer
-from xclip_jax.checkpoint import write_json
+from xclip_jax import metrics
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import Parser, UserError, exit_with_message
-from xclip_jax.evaluators import Evaluator, results, sets, table
-from xclip_jax.evaluators.card import describe
-from xclip_jax.evaluators.scores import bootstrap
+from xclip_jax.evaluators import Evaluator, registry, results, summary
+from xclip_jax.evaluators.provenance import describe
+from xclip_jax.evaluators.statistics import bootstrap
 from xclip_jax.metrics import say
+from xclip_jax.train import trainer
+from xclip_jax.train.checkpoint import write_json
 from xclip_jax.weights import load
 
 NAME = "evaluation.json"
@@ -53,11 +54,11 @@ def chosen(suite: str | Sequence[str]) -> tuple[str, ...]:
     """
     names: dict[str, None] = {}
     for part in [suite] if isinstance(suite, str) else suite:
-        names |= dict.fromkeys(sets.SUITES.get(part) or sets.split(part))
+        names |= dict.fromkeys(registry.SUITES.get(part) or registry.split(part))
     if not names:
-        raise UserError(f"--suite is empty; it must be one of {', '.join(sets.SUITES)} or names of sets.")
+        raise UserError(f"--suite is empty; it must be one of {', '.join(registry.SUITES)} or names of sets.")
     for name in names:
-        sets.check(name, others=tuple(sets.SUITES))
+        registry.check(name, others=tuple(registry.SUITES))
     return tuple(names)
 
 
@@ -70,7 +71,7 @@ def evaluate(
     Args:
       run, step: as in `load`.
       suite: as in `chosen`.
-      profile: one of `sets.PROFILES`: templates, resizing and retrieval protocol together.
+      profile: one of `registry.PROFILES`: templates, resizing and retrieval protocol together.
       changes: fields of the profile to change: prefix, lower, captions (of retrieval), augment (of SLIP's probe).
       data_dir: root of the data sets; by default that of the run's config.
       output: file of the results, RUN/evaluation.json by default.
@@ -83,7 +84,7 @@ def evaluate(
     """
     began = time.perf_counter()
     names, changes = chosen(suite), dict(changes or {})
-    protocol = dataclasses.replace(sets.profile(profile), **changes)
+    protocol = dataclasses.replace(registry.profile(profile), **changes)
     folder = epath.Path(run)
     # Beside a file, under its own name: its folder may hold others.
     path = epath.Path(output or (folder / NAME if folder.is_dir() else folder.with_name(f"{folder.name}.{NAME}")))
@@ -93,7 +94,7 @@ def evaluate(
     if path.exists():
         results.read(path)  # a damaged file shows now
     encoder = trainer.make_encoder(config, parts, run_classes(folder))
-    evaluators = sets.open_all(names, encoder, data_dir or parts.data.dir, protocol)
+    evaluators = registry.open_all(names, encoder, data_dir or parts.data.dir, protocol)
     command = {"suite": suite if isinstance(suite, str) else list(suite), "config": config.to_dict(),
                "environment": metrics.environment()}  # fmt: skip
     which = {"checkpoint": str(run), "step": at, "profile": profile, "changes": changes}
@@ -101,7 +102,7 @@ def evaluate(
     added = []
     for name, evaluator in zip(names, evaluators, strict=True):
         since = time.perf_counter()
-        found, items = sets.measure(evaluator, variables)
+        found, items = registry.measure(evaluator, variables)
         seconds = time.perf_counter() - since
         added.append(_entry(name, evaluator, found, config) | which | {"seconds": seconds})
         flat |= found
@@ -110,7 +111,7 @@ def evaluate(
             path.parent.mkdir(parents=True, exist_ok=True)
             results.add(path, added[-1], items, command, own=not output)
     say(f"{run}, step {at}, profile {profile}")
-    say(table.render(flat))
+    say(summary.render(flat))
     say(f"results: {path}")
     return {**which, **command, "results": added}
 
@@ -249,12 +250,12 @@ def render(rows: Sequence[Mapping[str, Any]], a: str, b: str) -> str:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m xclip_jax.evaluate", description=__doc__, epilog=sets.listing(), allow_abbrev=False,
+    parser = Parser(prog="python -m xclip_jax.evaluate", description=__doc__, epilog=registry.listing(), allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--checkpoint", metavar="RUN", help="folder of a run, or weights")
     parser.add_argument("--suite", action="append", help="demo (the default), paper, or names of sets joined by "
                         "commas; may be given several times. The names are listed below")
-    parser.add_argument("--profile", help=f"{', '.join(sets.PROFILES)}; openai by default")
+    parser.add_argument("--profile", help=f"{', '.join(registry.PROFILES)}; openai by default")
     parser.add_argument("--prefix", help="put before captions of retrieval; by default what the profile says")
     parser.add_argument("--lower", action="store_true", default=None, help="captions in lower case")
     parser.add_argument("--augment", action="store_true", default=None,

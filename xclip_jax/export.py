@@ -18,7 +18,7 @@ from etils import epath
 
 from xclip_jax import interop, model_card
 from xclip_jax.errors import Parser, UserError, exit_with_message
-from xclip_jax.interop.files import is_run
+from xclip_jax.interop.tensor_files import is_run
 from xclip_jax.metrics import say
 from xclip_jax.weights import load
 

@@ -20,9 +20,9 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from xclip_jax import weights
-from xclip_jax.data import files, tokenizer
-from xclip_jax.data.ahead import Ahead
+from xclip_jax import storage, weights
+from xclip_jax.data import tokenizer
+from xclip_jax.data.prefetch import Ahead
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.tar_index import MAX_BYTES
 from xclip_jax.errors import BadSample, UserError, check_count
@@ -274,7 +274,7 @@ def read(path: str | os.PathLike) -> bytes:
     """Content of a file, of a bucket too. Raises `BadSample`."""
     name = os.fspath(path)
     try:
-        data = files.read(name, MAX_BYTES["image"])
+        data = storage.read(name, MAX_BYTES["image"])
     except FileNotFoundError as error:
         raise BadSample("file does not exist") from error
     except OSError as error:

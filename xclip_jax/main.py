@@ -3,10 +3,10 @@
 
 from absl import app, flags, logging
 
-from xclip_jax import trainer
 from xclip_jax.config import load
 from xclip_jax.errors import exit_with_message
 from xclip_jax.parallel import processes
+from xclip_jax.train import trainer
 
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Join the other hosts' processes: found by itself on TPU pods, GKE and Slurm."

@@ -17,7 +17,7 @@ import jax
 from etils import epath
 
 import xclip_jax
-from xclip_jax.data.files import JsonLines
+from xclip_jax.storage import JsonLines
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy", "xclip_jax")
 

@@ -9,8 +9,8 @@ import ml_collections
 from etils import epath
 
 from xclip_jax import metrics
-from xclip_jax.evaluators import results, table
-from xclip_jax.parts import Parts
+from xclip_jax.evaluators import results, summary
+from xclip_jax.train.build import Parts
 
 _LIBRARIES = {"hf": "transformers", "open_clip": "open_clip", "safetensors": "xclip_jax"}
 # Run beside the folder {out}, with a picture and texts of the reader's.
@@ -185,7 +185,7 @@ def _results(folder: epath.Path, config: ml_collections.ConfigDict, at: int) -> 
     lines = ["## Results"]
     last, evaluation = _read(folder / "results.json"), folder / "evaluation.json"
     if last and last["results"] and at == config.steps:
-        lines.append(f"At the end of training, in percent:\n\n```\n{table.render(last['results'])}\n```")
+        lines.append(f"At the end of training, in percent:\n\n```\n{summary.render(last['results'])}\n```")
     entries = results.read(evaluation)[0] if evaluation.exists() else []
     if entries := [entry for entry in entries if entry["step"] == at]:
         shown, _ = results.latest(entries)

@@ -24,7 +24,7 @@ from xclip_jax.config import load as config_file
 from xclip_jax.errors import UserError, check_count, exit_with_message, one_of
 from xclip_jax.models.layers import REMAT_POLICIES
 from xclip_jax.parallel.collectives import Collective, collectives, summary
-from xclip_jax.parts import Parts, build
+from xclip_jax.train.build import Parts, build
 
 _TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:GRID, as v5e:4x8 or v4:2x4x4; without it, the devices here.")
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.")

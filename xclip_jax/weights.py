@@ -15,16 +15,16 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xclip_jax import interop
-from xclip_jax.checkpoint import Checkpointer
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
-from xclip_jax.interop.files import is_run
+from xclip_jax.interop.tensor_files import is_run
 from xclip_jax.metrics import say
 from xclip_jax.models.layers import stack_blocks, unstack_blocks
-from xclip_jax.parts import Parts, build
-from xclip_jax.state import TrainState
+from xclip_jax.train.build import Parts, build
+from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.state import TrainState
 
 Variables = Mapping[str, Any]
 

@@ -17,8 +17,8 @@ from xclip_jax.data.transforms import INTERPOLATIONS, RESIZE_MODES
 from xclip_jax.errors import UserError
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objective import LossConfig, ObjectiveConfig
-from xclip_jax.optim import EmaConfig, OptimConfig
 from xclip_jax.parallel.sharding import MeshConfig
+from xclip_jax.train.optim import EmaConfig, OptimConfig
 
 _TOWERS = Check("names of towers, 'img' or 'txt'", lambda value: set(value) <= {"img", "txt"})
 

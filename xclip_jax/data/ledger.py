@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from xclip_jax.data import files
+from xclip_jax import storage
 from xclip_jax.errors import UserError
 
 # The share of bad samples is of so many at least: the first batch must not stop a run.
@@ -72,7 +72,7 @@ class Ledger:
         self.counters = {"samples": 0, "tokens": 0, "bad": {}} | dict(counters or {})
         self._waiting: collections.deque[tuple[int, int, list[Entry]]] = collections.deque()
         self._part = jax.process_index()
-        self._file = files.JsonLines(
+        self._file = storage.JsonLines(
             self.path, lambda entry: entry["position"] < start, writes=jax.process_index() == 0
         )
         self._known = {(entry["source"], entry["index"]) for entry in self._file.kept}

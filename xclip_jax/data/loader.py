@@ -17,7 +17,7 @@ from xclip_jax.config.fields import Check, at_least, between, choice, key, not_e
 from xclip_jax.data import labelled, records, sources, transforms, workers
 from xclip_jax.data.ledger import Entry, Ledger
 from xclip_jax.data.preprocessing import Triple, mean_std
-from xclip_jax.data.slots import Slots
+from xclip_jax.data.shared_memory import Slots
 from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.parallel.mesh import batch_sharding

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow_datasets as tfds
 
-from xclip_jax.data import demo, files, tar_index, transforms
+from xclip_jax import storage
+from xclip_jax.data import demo, tar_index, transforms
 from xclip_jax.data.tables import ArrayRecordSource, TableSource, first_line
 from xclip_jax.data.tar_source import TarSource, decode_text
 from xclip_jax.errors import BadSample, UserError
@@ -114,12 +115,12 @@ class FolderSource:
     def __getitem__(self, index: int) -> Record:
         path = self.images[index]
         try:
-            image = files.read(str(path), tar_index.MAX_BYTES["image"])
-            caption = files.read(str(path.with_suffix(".txt")), tar_index.MAX_BYTES["text"])
+            image = storage.read(str(path), tar_index.MAX_BYTES["image"])
+            caption = storage.read(str(path.with_suffix(".txt")), tar_index.MAX_BYTES["text"])
         except FileNotFoundError as error:
             raise BadSample("no caption file" if path.exists() else "no image file") from error
         except OSError as error:
-            raise files.unreadable(error) from error
+            raise storage.unreadable(error) from error
         text = [line.strip() for line in decode_text(caption).splitlines() if line.strip()]
         if not text:
             raise BadSample("caption is empty", f"{str(path.with_suffix('.txt'))!r}")
@@ -220,7 +221,7 @@ def open_source(spec: str, *, data_dir: str, image_key: str, text_keys: Sequence
     """The source named by `spec`.
 
     Args:
-      spec: "tar:PATTERN", "csv:PATTERN", "parquet:PATTERN", "array_record:PATTERN" (see `files.expand`),
+      spec: "tar:PATTERN", "csv:PATTERN", "parquet:PATTERN", "array_record:PATTERN" (see `storage.expand`),
         "folder:PATH", "tfds:NAME/SPLIT" or "demo:SPLIT" (the emoji pairs, prepared on first use).
       data_dir: where TFDS data sets lie; "" for the default.
       image_key, text_keys, tags_key: features of a record, columns of a table; see `TarSource` for tars; ignored by

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from xclip_jax.data import files, tar_index
+from xclip_jax import storage
+from xclip_jax.data import tar_index
 from xclip_jax.errors import BadSample, UserError
 
 Record = dict[str, Any]
@@ -129,7 +130,7 @@ class TableSource:
 
         Args:
           kind: "csv" (commas or tabs, the first line names the columns) or "parquet".
-          pattern: the tables, see `files.expand`.
+          pattern: the tables, see `storage.expand`.
           image_key: column of paths, taken from the table's folder where they are not absolute; in parquet also of
             bytes, or of {"bytes", "path"} as Hugging Face writes them.
           text_keys: columns of captions, one of which is drawn each time; in parquet also lists.
@@ -140,7 +141,7 @@ class TableSource:
         """
         self._arguments = (kind, pattern, image_key, text_keys, tags_key)
         self.text_keys, self.image_key, self.tags_key = tuple(text_keys), image_key, tags_key
-        self.tables = files.expand(pattern)
+        self.tables = storage.expand(pattern)
         wanted = list(dict.fromkeys([image_key, *text_keys, *filter(None, [tags_key])]))
         read = {"csv": self._open_csv, "parquet": self._open_parquet}[kind]
         self._columns, counts = read(wanted)
@@ -199,7 +200,7 @@ class TableSource:
             raise BadSample("text is not UTF-8", str(error)) from error
 
     def _path(self, index: int, value: str) -> str:
-        if files.is_remote(value):
+        if storage.is_remote(value):
             return value
         table = self.tables[int(np.searchsorted(self._ends, index, side="right"))]
         return str(pathlib.Path(table).parent / value)
@@ -213,7 +214,7 @@ class TableSource:
         return {"file": self._path(index, value)} if isinstance(value, str) else {"row": str(index)}
 
     def card(self) -> dict[str, Any]:
-        """Number of rows, a hash of the tables (see `files.fingerprint`), and their names and sizes."""
+        """Number of rows, a hash of the tables (see `storage.fingerprint`), and their names and sizes."""
         return _card(len(self), self.tables, whole=_WHOLE if self._arguments[0] == "csv" else 0)
 
     def __getitem__(self, index: int) -> Record:
@@ -225,9 +226,9 @@ class TableSource:
         if isinstance(image, str) and image:
             name = self._path(index, image)
             try:
-                image = files.read(name, tar_index.MAX_BYTES["image"])
+                image = storage.read(name, tar_index.MAX_BYTES["image"])
             except (OSError, ValueError) as error:  # a ValueError for a zero byte, or a URL that cannot be opened
-                raise files.unreadable(error) from error
+                raise storage.unreadable(error) from error
         if not (image and isinstance(image, bytes)):
             raise BadSample("image file is empty" if name != str(index) else "no image in the row")
         text = [caption for key in self.text_keys for caption in _strings(self._value(key, index))]
@@ -243,8 +244,8 @@ class TableSource:
 
 
 def _card(samples: int, paths: Sequence[str], whole: int = 0) -> dict[str, Any]:
-    sizes = [{"name": os.path.basename(path), "bytes": files.stat(path)[0]} for path in paths]
-    return {"samples": samples, "hash": files.fingerprint(paths, whole=whole), "files": sizes}
+    sizes = [{"name": os.path.basename(path), "bytes": storage.stat(path)[0]} for path in paths]
+    return {"samples": samples, "hash": storage.fingerprint(paths, whole=whole), "files": sizes}
 
 
 def first_line(error: Exception) -> str:
@@ -264,7 +265,7 @@ class ArrayRecordSource:
         """Opens the files.
 
         Args:
-          pattern: see `files.expand`.
+          pattern: see `storage.expand`.
           image_key: feature with the encoded image.
           text_keys: features with captions.
           tags_key: feature with keywords, or "".
@@ -274,7 +275,7 @@ class ArrayRecordSource:
         """
         from array_record.python import array_record_data_source
 
-        self.files = files.expand(pattern)
+        self.files = storage.expand(pattern)
         self.image_key, self.text_keys, self.tags_key = image_key, tuple(text_keys), tags_key
         try:
             self._data = array_record_data_source.ArrayRecordDataSource(self.files)
@@ -309,5 +310,5 @@ class ArrayRecordSource:
         return {"image": features[self.image_key][0], "text": text, "tags": tags, "id": str(index)}
 
     def card(self) -> dict[str, Any]:
-        """Number of records, a hash of the files (see `files.fingerprint`), and their names and sizes."""
+        """Number of records, a hash of the files (see `storage.fingerprint`), and their names and sizes."""
         return _card(len(self), self.files)

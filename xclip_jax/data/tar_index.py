@@ -22,7 +22,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from xclip_jax.data import assets, files
+from xclip_jax import storage
+from xclip_jax.data import assets
 from xclip_jax.errors import Parser, UserError, exit_with_message
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jfif", "ppm")
@@ -81,7 +82,7 @@ class _Reader:
     """Blocks of a file at growing offsets: single ones from a disk, large pieces from a bucket."""
 
     def __init__(self, path: str) -> None:
-        self._file, self._remote = files.File(path), files.is_remote(path)
+        self._file, self._remote = storage.File(path), storage.is_remote(path)
         self._start, self._data = 0, b""
 
     def read(self, offset: int, size: int) -> bytes:
@@ -177,7 +178,7 @@ def index(path: str) -> np.ndarray:
 
     Files belong together by key, wherever in the tar they lie; a name that comes again begins another sample.
     """
-    size, _ = files.stat(path)
+    size, _ = storage.stat(path)
     rows: list[dict[str, int | bytes]] = []
     latest: dict[bytes, dict[str, int | bytes]] = {}
     for name, offset, length in members(path, size):
@@ -217,12 +218,12 @@ def index(path: str) -> np.ndarray:
 
 def cached_at(path: str) -> list[pathlib.Path]:
     """Where the index of `path` may lie, best place first; the names change with the tar's size and time."""
-    size, changed = files.stat(path)
-    name = path.rpartition("/")[2] if files.is_remote(path) else os.path.basename(path)
+    size, changed = storage.stat(path)
+    name = path.rpartition("/")[2] if storage.is_remote(path) else os.path.basename(path)
     file = f"{name}-{size:x}-{changed:x}-v{_VERSION}.npy"
-    folder = path.rpartition("/")[0] if files.is_remote(path) else os.path.dirname(os.path.abspath(path))
+    folder = path.rpartition("/")[0] if storage.is_remote(path) else os.path.dirname(os.path.abspath(path))
     elsewhere = assets.cache_dir() / "tar_index" / hashlib.sha256(folder.encode()).hexdigest()[:16] / file
-    return [elsewhere] if files.is_remote(path) else [pathlib.Path(folder) / _FOLDER / file, elsewhere]
+    return [elsewhere] if storage.is_remote(path) else [pathlib.Path(folder) / _FOLDER / file, elsewhere]
 
 
 def read(place: pathlib.Path) -> np.ndarray | None:
@@ -258,7 +259,7 @@ def build(path: str) -> pathlib.Path:
     """
     rows = index(path)
     for place in cached_at(path):
-        if not files.writable(place.parent):
+        if not storage.writable(place.parent):
             continue
         temporary = place.with_name(f".{place.name}.{os.getpid()}.{threading.get_ident()}")
         try:
@@ -386,7 +387,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("pattern", help="of tars: paths, ranges as {00000..01242}.tar and globs, with commas between")
     options = parser.parse_args(arguments)
     with exit_with_message():
-        load(files.expand(options.pattern))
+        load(storage.expand(options.pattern))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from xclip_jax.data import files, tar_index
+from xclip_jax import storage
+from xclip_jax.data import tar_index
 from xclip_jax.errors import BadSample, UserError
 
 Record = dict[str, Any]
@@ -74,7 +75,7 @@ class TarSource:
         """Indexes what has no index yet.
 
         Args:
-          pattern: see `files.expand`.
+          pattern: see `storage.expand`.
           text_keys: where captions are: "text" is the .txt file, all else a field of the .json file.
           tags_key: field of the .json file with keywords, or "".
 
@@ -84,7 +85,7 @@ class TarSource:
         self.pattern, self.text_keys, self.tags_key = pattern, tuple(text_keys), tags_key
         fields = bool(tags_key) or any(key != "text" for key in self.text_keys)
         self._parts = ("image", *["text"] * ("text" in self.text_keys), *["json"] * fields)
-        self.tars = files.expand(pattern)
+        self.tars = storage.expand(pattern)
         self._open(tar_index.load(self.tars))
         if not any((rows["fault"] == tar_index.OK).any() for rows in self.rows):
             faults = sorted({tar_index.FAULTS[fault] for rows in self.rows for fault in np.unique(rows["fault"])})
@@ -168,7 +169,7 @@ class TarSource:
         spans = {part: (start, int(row[f"{part}_size"])) for part in wanted if (start := int(row[part]))}
         first, end = min(start for start, _ in spans.values()), max(start + size for start, size in spans.values())
         try:
-            file = files.open_file(tar)
+            file = storage.open_file(tar)
             if end - first <= sum(size for _, size in spans.values()) + _GAP:
                 whole = file.read(first, end - first)
                 found |= {part: whole[start - first : start - first + size] for part, (start, size) in spans.items()}
@@ -186,7 +187,7 @@ class TarSource:
         for rows in self.rows:
             digest.update(rows.tobytes())
         tars = [
-            {"name": pathlib.PurePosixPath(tar).name, "bytes": files.stat(tar)[0], "samples": len(rows)}
+            {"name": pathlib.PurePosixPath(tar).name, "bytes": storage.stat(tar)[0], "samples": len(rows)}
             for tar, rows in zip(self.tars, self.rows, strict=True)
         ]
         return {"samples": len(self), "hash": digest.hexdigest(), "tars": tars}

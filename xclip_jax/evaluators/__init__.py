@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.transforms import normalize
 from xclip_jax.errors import BadSample, UserError, describe
-from xclip_jax.evaluators.scores import Items
+from xclip_jax.evaluators.statistics import Items
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
 

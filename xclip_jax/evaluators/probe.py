@@ -14,8 +14,8 @@ import numpy as np
 
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Encoder, logistic, sgd
-from xclip_jax.evaluators.card import Card
-from xclip_jax.evaluators.scores import Items, class_weights, valid_rows
+from xclip_jax.evaluators.provenance import Card
+from xclip_jax.evaluators.statistics import Items, class_weights, valid_rows
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 COARSE = tuple(10.0**e for e in range(-6, 7, 2))

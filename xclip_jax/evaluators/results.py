@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from xclip_jax.checkpoint import write_json
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators.card import digest
-from xclip_jax.evaluators.scores import Items
+from xclip_jax.evaluators.provenance import digest
+from xclip_jax.evaluators.statistics import Items
+from xclip_jax.train.checkpoint import write_json
 
 Entry = dict[str, Any]
 ItemsOf = dict[str, dict[str, Items]]  # of an entry, by its "items"

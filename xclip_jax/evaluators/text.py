@@ -8,9 +8,9 @@ import numpy as np
 
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Encoder, Features
-from xclip_jax.evaluators.card import Card
+from xclip_jax.evaluators.provenance import Card
 from xclip_jax.evaluators.retrieval import KS, ranks
-from xclip_jax.evaluators.scores import Items, pearson, spearman
+from xclip_jax.evaluators.statistics import Items, pearson, spearman
 from xclip_jax.evaluators.zeroshot import distributions
 
 Pair = tuple[str, str, float]

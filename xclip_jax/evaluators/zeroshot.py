@@ -12,8 +12,8 @@ import numpy as np
 
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Encoder, Features
-from xclip_jax.evaluators.card import Card
-from xclip_jax.evaluators.scores import Items, class_weights, valid_rows
+from xclip_jax.evaluators.provenance import Card
+from xclip_jax.evaluators.statistics import Items, class_weights, valid_rows
 
 _TINY = float(np.finfo(np.float32).tiny)
 # Distributions at once, fp32, of images and of texts: a set of 50,000 images with 32,768 clusters is 6.6 GB. Those of

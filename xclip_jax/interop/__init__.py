@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from xclip_jax.data import tokenizer
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError, one_of
-from xclip_jax.interop import files, hf, links, open_clip, vocabulary
+from xclip_jax.interop import hf, open_clip, param_mapping, tensor_files, vocabulary
 from xclip_jax.models.layers import unstack_blocks
 
 FORMATS = ("hf", "open_clip", "safetensors")
@@ -43,25 +43,25 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
       UserError: nothing to read, files that hold more than tensors, an architecture that is not supported, or tensors
         that are missing, unknown or misshapen, by name.
     """
-    file = files.find(path)
+    file = tensor_files.find(path)
     folder = file.parent
-    found, how = files.tensors(file)
+    found, how = tensor_files.tensors(file)
     where = str(file)
     if any(name.startswith("params/") for name in found):
         return _read_own(found, folder, where)
     if any(name.startswith("visual.") for name in found):
         there = folder / open_clip.CONFIG
-        config, flat = open_clip.read(found, how, folder, files.read_json(there) if there.exists() else None, where)
+        config, flat = open_clip.read(found, how, folder, tensor_files.read_json(there) if there.exists() else None, where)
     elif any(name.startswith(("vision_model.", "text_model.")) for name in found):
-        config, flat = hf.read(found, folder, files.read_json(folder / hf.CONFIG), where)
+        config, flat = hf.read(found, folder, tensor_files.read_json(folder / hf.CONFIG), where)
     else:
         names = ", ".join(list(found)[:3])
         raise UserError(f"{where} is no CLIP that is known here: its tensors are called {names}, ...")
     return config, {"params": unflatten_dict(flat, sep="/")}
 
 
-def _read_own(found: files.Tensors, folder: epath.Path, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    config = files.read_json(folder / CONFIG)
+def _read_own(found: tensor_files.Tensors, folder: epath.Path, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    config = tensor_files.read_json(folder / CONFIG)
     if missing := [key for key in ("model", "objective", "data") if key not in config]:
         raise UserError(f"{folder / CONFIG} has no group {missing[0]!r}; export the run anew.")
     if config["data"]["tokenizer"] == vocabulary.FILE:
@@ -86,7 +86,7 @@ def write(variables: Mapping[str, Any], config: Mapping[str, Any], path: str, to
       UserError: a model, tokenizer or preprocessing that the format does not have, or a run's folder.
     """
     one_of("to", to, FORMATS)
-    if files.is_run(path):
+    if tensor_files.is_run(path):
         raise UserError(f"{path!r} is a run's folder; name another.")
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(variables))
     folder = epath.Path(path)
@@ -117,12 +117,12 @@ def write(variables: Mapping[str, Any], config: Mapping[str, Any], path: str, to
                      "safetensors": (CONFIG, WEIGHTS)}[to]  # fmt: skip
     for beside, text in texts.items():
         (folder / beside).write_bytes(text.encode())
-    files.write(folder / weights, tensors)
+    tensor_files.write(folder / weights, tensors)
     (folder / file).write_text(json.dumps(content, indent=2) + "\n")
     return notes
 
 
-def _expressible(variables: Mapping[str, Any], config: Mapping[str, Any], to: str) -> tuple[links.Flat, list[str]]:
+def _expressible(variables: Mapping[str, Any], config: Mapping[str, Any], to: str) -> tuple[param_mapping.Flat, list[str]]:
     """What other projects have of a model, flat and unrolled, and what they have not."""
     params, model = dict(variables["params"]), config["model"]
     if "proj_img" not in params:

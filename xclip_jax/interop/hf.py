@@ -12,8 +12,8 @@ from etils import epath
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.errors import UserError
-from xclip_jax.interop import groups, links, vocabulary
-from xclip_jax.interop.files import read_json
+from xclip_jax.interop import config_mapping, param_mapping, vocabulary
+from xclip_jax.interop.tensor_files import read_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -35,7 +35,7 @@ _TOWER = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 
 def read(
     found: Mapping[str, np.ndarray], folder: epath.Path, content: Mapping[str, Any], where: str
-) -> tuple[dict[str, Any], links.Flat]:
+) -> tuple[dict[str, Any], param_mapping.Flat]:
     """Config and flat parameters of a CLIPModel's tensors and config.json."""
     if content.get("model_type") != "clip":
         raise UserError(f"{where} is a model of type {content.get('model_type')!r}, which is not supported; 'clip' is.")
@@ -52,11 +52,11 @@ def read(
         width = cfg["hidden_size"]
         return {
             "width": width, "depth": cfg["num_hidden_layers"], "heads": cfg["num_attention_heads"],
-            "mlp_ratio": groups.mlp_ratio(cfg["intermediate_size"], width), "act": _ACTS[cfg["hidden_act"]],
+            "mlp_ratio": config_mapping.mlp_ratio(cfg["intermediate_size"], width), "act": _ACTS[cfg["hidden_act"]],
             "eps": cfg["layer_norm_eps"],
         }  # fmt: skip
 
-    size, patch = (groups.square(cfg_img[key], f"vision_config.{key}", where) for key in ("image_size", "patch_size"))
+    size, patch = (config_mapping.square(cfg_img[key], f"vision_config.{key}", where) for key in ("image_size", "patch_size"))
     img = tower(cfg_img) | {"size": size, "patch": patch, "pre_norm": True}
     txt = tower(cfg_txt) | {"length": cfg_txt["max_position_embeddings"]}
     eot = cfg_txt["eos_token_id"]
@@ -64,9 +64,9 @@ def read(
     tokens = vocabulary.identify(folder, vocab, None if eot == _LEGACY_EOT else eot, where)
     found = {name: x for name, x in found.items() if not name.endswith("position_ids")}
     log_scale = float(found["logit_scale"].reshape(())) if "logit_scale" in found else 0.0
-    model = groups.model(img, txt, content.get("projection_dim", 512), log_scale=log_scale, bias=None)
-    flat = links.read(found, links.links(model, vocab, links.HF, bias=False), where)
-    return groups.config(model, tokens, _preprocessing(folder, size), (), "hf", bias=False), flat
+    model = config_mapping.model(img, txt, content.get("projection_dim", 512), log_scale=log_scale, bias=None)
+    flat = param_mapping.read(found, param_mapping.links(model, vocab, param_mapping.HF, bias=False), where)
+    return config_mapping.config(model, tokens, _preprocessing(folder, size), (), "hf", bias=False), flat
 
 
 def _given(content: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
@@ -112,7 +112,7 @@ def _processor(content: Mapping[str, Any], size: int, where: str) -> Preprocessi
     mean, std = content.get("image_mean"), content.get("image_std")
     if not content.get("do_normalize", True):
         mean, std = 0.0, 1.0
-    prepare = groups.preprocessing(
+    prepare = config_mapping.preprocessing(
         size, mean, std, where, resize_mode="squash" if square else "shortest",
         resize_size=0 if side == size else side, interpolation=_INTERPOLATIONS[content.get("resample", 3)],
     )  # fmt: skip
@@ -127,7 +127,7 @@ def _edges(value: Any, *names: str) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else dict.fromkeys(names, value)
 
 
-def write(config: Mapping[str, Any], params: links.Flat, tokens: Tokenizer) -> tuple[dict[str, Any], links.Flat]:
+def write(config: Mapping[str, Any], params: param_mapping.Flat, tokens: Tokenizer) -> tuple[dict[str, Any], param_mapping.Flat]:
     """Content of config.json and tensors.
 
     Raises:
@@ -165,7 +165,7 @@ def write(config: Mapping[str, Any], params: links.Flat, tokens: Tokenizer) -> t
         "dtype": "float32",
     }  # fmt: skip
     params = {name: x for name, x in params.items() if name != "bias"}
-    return content, links.write(params, links.links(model, vocab, links.HF, bias=False), "the model")
+    return content, param_mapping.write(params, param_mapping.links(model, vocab, param_mapping.HF, bias=False), "the model")
 
 
 def beside(config: Mapping[str, Any]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.data.transforms import RESIZE_MODES
 from xclip_jax.errors import UserError
-from xclip_jax.interop import groups, links, vocabulary
+from xclip_jax.interop import config_mapping, param_mapping, vocabulary
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -36,7 +36,7 @@ _HARMLESS = ("timm_pool", "timm_proj", "hf_proj_type", "hf_pooler_type", "hf_mod
 
 def read(
     found: Mapping[str, np.ndarray], how: str, folder: epath.Path, content: Mapping[str, Any] | None, where: str
-) -> tuple[dict[str, Any], links.Flat]:
+) -> tuple[dict[str, Any], param_mapping.Flat]:
     """Config and flat parameters of tensors with open_clip's names.
 
     Args:
@@ -72,15 +72,15 @@ def read(
         img, txt, embed, tokens, more = _from_config(content.get("model_cfg", content), folder, where)
         preprocess, notes = content.get("preprocess_cfg", {}), notes + more
     bias = float(found["logit_bias"].reshape(())) if "logit_bias" in found else None
-    model = groups.model(img, txt, embed, log_scale=float(found["logit_scale"].reshape(())), bias=bias)
+    model = config_mapping.model(img, txt, embed, log_scale=float(found["logit_scale"].reshape(())), bias=bias)
     vocab = len(found[f"{prefix}token_embedding.weight"])
-    table = links.links(model, vocab, links.open_clip(prefix, linear=linear), bias=bias is not None)
+    table = param_mapping.links(model, vocab, param_mapping.open_clip(prefix, linear=linear), bias=bias is not None)
     projection = f"{prefix}text_projection.bias"
     if projection in found and not found[projection].any():
         found.pop(projection)
     prepare = _preprocessing(preprocess, img["size"], where)
-    config = groups.config(model, tokens, prepare, notes, "open_clip", bias=bias is not None)
-    return config, links.read(found, table, where)
+    config = config_mapping.config(model, tokens, prepare, notes, "open_clip", bias=bias is not None)
+    return config, param_mapping.read(found, table, where)
 
 
 def _preprocessing(content: Mapping[str, Any], size: int, where: str) -> Preprocessing:
@@ -95,7 +95,7 @@ def _preprocessing(content: Mapping[str, Any], size: int, where: str) -> Preproc
     # "random" is of training; open_clip evaluates it as "bicubic".
     interpolation = "bilinear" if interpolation == "bilinear" else "bicubic"
     mean, std = content.get("mean"), content.get("std")
-    return groups.preprocessing(size, mean, std, where, resize_mode=mode, interpolation=interpolation)
+    return config_mapping.preprocessing(size, mean, std, where, resize_mode=mode, interpolation=interpolation)
 
 
 def _inferred(found: Mapping[str, np.ndarray], prefix: str, where: str) -> dict[str, dict[str, Any]]:
@@ -106,7 +106,7 @@ def _inferred(found: Mapping[str, np.ndarray], prefix: str, where: str) -> dict[
     def tower(start: str, width: int) -> dict[str, Any]:
         if width % 64:
             raise UserError(f"{where}: {width} is no multiple of 64, a head's width; put {CONFIG} beside it.")
-        ratio = groups.mlp_ratio(len(found[f"{start}0.mlp.c_fc.weight"]), width)
+        ratio = config_mapping.mlp_ratio(len(found[f"{start}0.mlp.c_fc.weight"]), width)
         return {"width": width, "depth": blocks(start), "heads": width // 64, "mlp_ratio": ratio}
 
     conv, texts = found["visual.conv1.weight"], found[f"{prefix}positional_embedding"]
@@ -148,8 +148,8 @@ def _from_config(
 
     width = vision.get("width", 768)
     img = tower(vision, width, width // vision.get("head_width", 64)) | {
-        "size": groups.square(vision.get("image_size", 224), "image_size", where),
-        "patch": groups.square(vision.get("patch_size", 16), "patch_size", where),
+        "size": config_mapping.square(vision.get("image_size", 224), "image_size", where),
+        "patch": config_mapping.square(vision.get("patch_size", 16), "patch_size", where),
         "pre_norm": not vision.get("no_ln_pre", False),
     }
     length = text.get("context_length", 77)
@@ -168,7 +168,7 @@ def _from_config(
     return img, txt, embed, tokens, notes
 
 
-def write(config: Mapping[str, Any], params: links.Flat, tokens: Tokenizer) -> tuple[dict[str, Any], links.Flat]:
+def write(config: Mapping[str, Any], params: param_mapping.Flat, tokens: Tokenizer) -> tuple[dict[str, Any], param_mapping.Flat]:
     """Content of open_clip_config.json and tensors.
 
     Raises:
@@ -214,5 +214,5 @@ def write(config: Mapping[str, Any], params: links.Flat, tokens: Tokenizer) -> t
         "size": prepare.size, "mean": prepare.mean, "std": prepare.std, "interpolation": prepare.interpolation,
         "resize_mode": prepare.resize_mode, "fill_color": 0,
     }  # fmt: skip
-    table = links.links(model, vocab, links.open_clip(), bias=bias)
-    return {"model_cfg": content, "preprocess_cfg": preprocess}, links.write(params, table, "the model")
+    table = param_mapping.links(model, vocab, param_mapping.open_clip(), bias=bias)
+    return {"model_cfg": content, "preprocess_cfg": preprocess}, param_mapping.write(params, table, "the model")

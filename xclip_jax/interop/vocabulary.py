@@ -8,7 +8,7 @@ from etils import epath
 
 from xclip_jax.data import tokenizer
 from xclip_jax.errors import UserError
-from xclip_jax.interop.files import read_json
+from xclip_jax.interop.tensor_files import read_json
 
 CLIP_SIZE = 49408
 FILE = "tokenizer.json"

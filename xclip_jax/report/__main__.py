@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from absl import logging
 from etils import epath
 
-from xclip_jax import evaluate, trainer
-from xclip_jax.data.files import is_remote
+from xclip_jax import evaluate
 from xclip_jax.errors import Parser, UserError, exit_with_message
-from xclip_jax.evaluators import sets
+from xclip_jax.evaluators import registry
 from xclip_jax.metrics import say
-from xclip_jax.report import document, record
+from xclip_jax.report import html, record
 from xclip_jax.report.examples import Examples
+from xclip_jax.storage import is_remote
+from xclip_jax.train import trainer
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -30,26 +31,26 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
     parser.add_argument("--data-dir", default="", help="root of the data sets")
     parser.add_argument("--seed", type=int, default=0, help="decides which examples are shown")
-    parser.add_argument("--output", default="", help=f"file of the page, RUN/{document.NAME} by default")
+    parser.add_argument("--output", default="", help=f"file of the page, RUN/{html.NAME} by default")
     return parser.parse_args(argv)
 
 
 def make(flags: argparse.Namespace) -> epath.Path:
     """Writes the page; where there is no checkpoint yet, without examples."""
     told = record.read(flags.run)
-    path = epath.Path(flags.output or told.folder / document.NAME)
+    path = epath.Path(flags.output or told.folder / html.NAME)
     _check_writable(path)
     specs = tuple(filter(None, map(str.strip, flags.sets.split(","))))
     for spec in specs:
-        sets.check(spec)
+        registry.check(spec)
     try:
         config, parts, variables, _ = evaluate.load(flags.run, flags.step)
     except UserError as error:
         if flags.step is not None:
             raise
-        path.write_text(document.render(told, Examples(flags.seed, missing=[str(error)])))
+        path.write_text(html.render(told, Examples(flags.seed, missing=[str(error)])))
         return path
-    document.make(
+    html.make(
         flags.run, parts, trainer.make_encoder(config, parts), variables,
         specs or (*config.eval.final_sets, *config.eval.sets),
         data_dir=flags.data_dir, output=path, seed=flags.seed,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import scipy.stats
 
-from xclip_jax.evaluators import table
+from xclip_jax.evaluators import summary
 
 LEVEL = 0.95
 
@@ -17,7 +17,7 @@ def verdicts(results: Mapping[str, float]) -> dict[tuple[str, str], str]:
     Pearson's, which takes items to be independent and of one weight.
     """
     judged = {}
-    for family, name, values in table.rows(results):
+    for family, name, values in summary.rows(results):
         for metric, value in list(values.items())[:1]:
             items, chance = _expected(results, f"{family}/{name}", metric)
             if items and math.isfinite(value):

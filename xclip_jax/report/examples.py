@@ -15,7 +15,7 @@ from xclip_jax.evaluators import Encoder
 from xclip_jax.evaluators.retrieval import RetrievalSet, positives
 from xclip_jax.evaluators.retrieval import ranks as ranks_of
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, distributions, similarities
-from xclip_jax.report.pick import POOL, Panel, pick, take
+from xclip_jax.report.selection import POOL, Panel, pick, take
 
 GUESSED = 9  # images that get names, of each set
 ASKED = 8  # texts that are searched for

@@ -4,9 +4,9 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from xclip_jax.report.canvas import CARD, EDGE, INK, MARGIN, MUTED, WIDTH, Strip, save
 from xclip_jax.report.examples import Cluster, Clusters, Examples, Found, Gallery, Guess, Named
-from xclip_jax.report.page import CARD, EDGE, INK, MARGIN, MUTED, WIDTH, Strip, save
-from xclip_jax.report.pick import SHOWN
+from xclip_jax.report.selection import SHOWN
 
 Cell = Callable[[Strip, float, float, Any], None]
 

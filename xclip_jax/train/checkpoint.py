@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from xclip_jax.data.files import is_remote, strict_json, write_whole
 from xclip_jax.errors import UserError
 from xclip_jax.metrics import say
-from xclip_jax.state import TrainState
+from xclip_jax.storage import is_remote, strict_json, write_whole
+from xclip_jax.train.state import TrainState
 
 _SHOWN = 4  # mismatches that an error lists by name
 

@@ -14,10 +14,10 @@ from xclip_jax.data import glue, labelled
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import Encoder
-from xclip_jax.evaluators.card import Card, contents, digest
-from xclip_jax.evaluators.names import Profile
 from xclip_jax.evaluators.pictures import Pictures
-from xclip_jax.evaluators.scores import Items, class_weights
+from xclip_jax.evaluators.prompts import Profile
+from xclip_jax.evaluators.provenance import Card, contents, digest
+from xclip_jax.evaluators.statistics import Items, class_weights
 from xclip_jax.evaluators.zeroshot import accuracy
 
 PREFIX = "finetuned/"

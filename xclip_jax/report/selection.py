@@ -11,7 +11,7 @@ import numpy as np
 from xclip_jax.data import loader
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample, UserError
-from xclip_jax.evaluators import files, sets
+from xclip_jax.evaluators import file_datasets, registry
 from xclip_jax.evaluators.retrieval import RetrievalSet
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
@@ -85,7 +85,7 @@ def pick(
         if picked.retrieval if _is_retrieval(spec) else len(picked.zeroshot) == (len(known) or len(PANELS)):
             continue
         try:
-            found, shown = (sets.load(spec, way, data_dir) for way in (prepare, prepare.at(SHOWN)))
+            found, shown = (registry.load(spec, way, data_dir) for way in (prepare, prepare.at(SHOWN)))
         except UserError as error:
             picked.missing += [str(error)] if str(error) not in picked.missing else []
             continue
@@ -107,7 +107,7 @@ def _is_retrieval(spec: str) -> bool:
 def _has_images(spec: str) -> bool:
     """Whether a set may be one to classify or to retrieve; others would be loaded for nothing."""
     name = spec.partition("@")[0]
-    probes = name.startswith(("probe/", "fewshot/")) or name in files.READERS
+    probes = name.startswith(("probe/", "fewshot/")) or name in file_datasets.READERS
     return not probes and not (name.startswith("emoji/") and any(w in name for w in ("probe", "alias", "transl")))
 
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from xclip_jax.evaluators import table
+from xclip_jax.evaluators import summary
 from xclip_jax.losses import noncontrastive as nclip
 from xclip_jax.report.chance import LEVEL, verdicts
 from xclip_jax.report.charts import Level, Line, chart, number
@@ -45,7 +45,7 @@ def _tiles(record: Record) -> str:
     if not results and record.evaluations:
         results, at = record.evaluations[-1], f"at step {record.evaluations[-1]['step']:,}"
     tiles, judged = [], verdicts(results)
-    for family, (name, metric, value, chance) in table.families(results).rows:
+    for family, (name, metric, value, chance) in summary.families(results).rows:
         by_chance = f"{judged.get((name, metric), 'chance')} ({chance.strip('()')}\u00a0%)" \
             if chance and not metric.startswith("spearman") else ""
         said = ", ".join(filter(None, (name, by_chance, at)))
@@ -99,7 +99,7 @@ _LONG = ' class="long"'
 
 def results(record: Record) -> Section:
     """The tables of the last evaluation."""
-    found = table.tables(record.results)
+    found = summary.tables(record.results)
     if not found:
         why = "The last evaluation has not been made yet" if not record.complete else "The run names no evaluation set"
         how = f"python -m xclip_jax.evaluate --checkpoint {record.folder} --suite NAME makes one."
@@ -120,7 +120,7 @@ def _judged(record: Record) -> str:
     return " ".join([*sentences, how]) if sentences else ""
 
 
-def _table(found: table.Table) -> str:
+def _table(found: summary.Table) -> str:
     heads = "".join(f'<th scope="col"{_text(form)}>{esc(name)}</th>' for name, form in found.columns if name)
     rows = []
     for name, cells in found.rows:
@@ -205,7 +205,7 @@ def _evaluated(record: Record) -> list[Line]:
         rows.append({"step": record.steps} | record.results)
     points: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        for _, name, values in table.rows(row):
+        for _, name, values in summary.rows(row):
             metric, value = next(iter(values.items()))
             label = f"{name.rpartition('/')[2] or name}, {_METRICS.get(metric, metric)}"
             points.setdefault(label, []).append((row["step"], value))

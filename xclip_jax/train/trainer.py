@@ -12,20 +12,20 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from xclip_jax import metrics
-from xclip_jax.checkpoint import Checkpointer
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.data import loader, sources
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.errors import UserError, describe
-from xclip_jax.evaluators import Encoder, Evaluator, sets, table
-from xclip_jax.interrupt import EXIT_RESUMABLE, PreemptionHandler
+from xclip_jax.evaluators import Encoder, Evaluator, registry, summary
 from xclip_jax.losses.noncontrastive import diagnose
 from xclip_jax.metrics import say
 from xclip_jax.parallel.mesh import batch_part
-from xclip_jax.parts import Parts, build
-from xclip_jax.report import document, picture
-from xclip_jax.run_folder import RunFolder
-from xclip_jax.state import TrainState, create
+from xclip_jax.report import html, picture
+from xclip_jax.train.build import Parts, build
+from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.interrupt import EXIT_RESUMABLE, PreemptionHandler
+from xclip_jax.train.run_folder import RunFolder
+from xclip_jax.train.state import TrainState, create
 from xclip_jax.weights import read_initial, start
 
 
@@ -98,7 +98,7 @@ def _open(config: Config, folder: RunFolder) -> _Run:
     initial = read_initial(config, parts.abstract) if starts else {}
     encoder = make_encoder(config, parts, fingerprints[0].get("classes"))
     specs = tuple(dict.fromkeys((*config.eval.sets, *config.eval.final_sets)))
-    evaluators = dict(zip(specs, sets.open_all(specs, encoder, parts.data.dir), strict=True))
+    evaluators = dict(zip(specs, registry.open_all(specs, encoder, parts.data.dir), strict=True))
     during = [evaluators[spec] for spec in config.eval.sets] if config.eval.every else []
     final = list(evaluators.values())
     return _Run(config, parts, folder, host, hosts, initial, opened, fingerprints, during, final, encoder)
@@ -153,7 +153,7 @@ def evaluate(evaluators: Sequence[Evaluator], variables: Mapping[str, Any]) -> d
     """Results of all evaluators; an exception names the evaluator that raised it."""
     results = {}
     for evaluator in evaluators:
-        results |= sets.measure(evaluator, variables)[0]
+        results |= registry.measure(evaluator, variables)[0]
     return results
 
 
@@ -291,7 +291,7 @@ class Log:
         self.flush()
         results = evaluate(evaluators, variables)
         self.write(step, results)
-        say(f"step {step}: {table.headlines(results)}")
+        say(f"step {step}: {summary.headlines(results)}")
         self.progress.pause(time.perf_counter() - began)
         self.waiting.share()
 
@@ -328,7 +328,7 @@ def _finish(job: _Run, state: TrainState, log: "Log") -> dict[str, float]:
         more = {"failed": failed} if failed else {}
         job.folder.write_results(config, results, seconds=time.perf_counter() - began, **more)
     if results:
-        say(table.render(results))
+        say(summary.render(results))
     if failed:
         raise UserError(
             f"{len(failed)} of {len(job.final)} evaluation sets failed ({', '.join(failed)}); "
@@ -347,8 +347,8 @@ def _report(job: _Run, variables: Mapping[str, Any]) -> None:
     """What the run leaves for people to look at."""
     config, folder = job.config, job.folder.path
     specs = (*config.eval.final_sets, *config.eval.sets)
-    examples = document.make(folder, job.parts, job.encoder, variables, specs)
-    say(f"report: {folder / document.NAME}")
+    examples = html.make(folder, job.parts, job.encoder, variables, specs)
+    say(f"report: {folder / html.NAME}")
     if jax.process_index() == 0 and (examples.named or examples.clusters):
         title = f"What {config.objective.name} learned in {config.steps} steps of {job.parts.data.batch} pairs"
         picture.draw(folder / "picture.png", examples, title=title)

@@ -33,13 +33,13 @@ import tensorflow_datasets as tfds
 from xclip_jax.data import demo
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample, UserError, describe, one_of
-from xclip_jax.evaluators import Encoder, Evaluator, catalogue, files, finetuned
-from xclip_jax.evaluators.card import Card, digest
-from xclip_jax.evaluators.finetuned import Finetuned, LabelledSet
-from xclip_jax.evaluators.names import PROFILES, Profile
+from xclip_jax.evaluators import Encoder, Evaluator, classification, file_datasets, zeroshot_datasets
+from xclip_jax.evaluators.classification import Finetuned, LabelledSet
 from xclip_jax.evaluators.probe import Probe, ProbeSet, Sweep
+from xclip_jax.evaluators.prompts import PROFILES, Profile
+from xclip_jax.evaluators.provenance import Card, digest
 from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet
-from xclip_jax.evaluators.scores import Items
+from xclip_jax.evaluators.statistics import Items
 from xclip_jax.evaluators.text import Similarity, SimilaritySet, TextRetrieval, TextRetrievalSet
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
 from xclip_jax.metrics import say
@@ -71,16 +71,20 @@ def load(
     check(spec)
     if spec in SETS:
         return SETS[spec](spec, Profile().preprocessing(prepare), data_dir or None)
-    reader = finetuned if spec.startswith(finetuned.PREFIX) else files if files.check(spec) else catalogue
+    reader = zeroshot_datasets
+    if spec.startswith(classification.PREFIX):
+        reader = classification
+    elif file_datasets.check(spec):
+        reader = file_datasets
     return reader.load(spec, prepare, data_dir or None, profile)
 
 
 def check(spec: str, others: Sequence[str] = ()) -> None:
     """Raises `UserError` unless `load` knows `spec`; the message has the names nearest to it, of `others` too."""
-    if spec.startswith(finetuned.PREFIX) or catalogue.check(spec) or files.check(spec) or spec in SETS:
+    if spec.startswith(classification.PREFIX) or zeroshot_datasets.check(spec) or file_datasets.check(spec) or spec in SETS:
         return
     probe = next((prefix for prefix in ("probe/", "fewshot/") if spec.startswith(prefix)), "")
-    known = catalogue.ENTRIES if probe else dict.fromkeys([*others, *_PLAIN, *_AT_PATH])
+    known = zeroshot_datasets.ENTRIES if probe else dict.fromkeys([*others, *_PLAIN, *_AT_PATH])
     near = difflib.get_close_matches(spec.removeprefix(probe).partition("@")[0], known, n=3)
     meant = [probe + name + ("" if name in (*_PLAIN, *others) else "@PATH") for name in near]
     hint = f"; did you mean {' or '.join(map(repr, meant))}?" if meant else "."
@@ -294,12 +298,12 @@ SETS: Mapping[str, Maker] = {
 
 SUITES: Mapping[str, tuple[str, ...]] = {
     "demo": tuple(name for name in SETS if name.startswith("emoji/test_")),
-    "paper": (*catalogue.PAPER, "coco_retrieval"),
+    "paper": (*zeroshot_datasets.PAPER, "coco_retrieval"),
 }
 
 
-_PLAIN = tuple(dict.fromkeys([*SETS, *catalogue.PAPER, *files.IN_TFDS]))
-_AT_PATH = tuple(dict.fromkeys([*catalogue.ENTRIES, *files.READERS, *files.RETRIEVAL, *files.GLUE]))
+_PLAIN = tuple(dict.fromkeys([*SETS, *zeroshot_datasets.PAPER, *file_datasets.IN_TFDS]))
+_AT_PATH = tuple(dict.fromkeys([*zeroshot_datasets.ENTRIES, *file_datasets.READERS, *file_datasets.RETRIEVAL, *file_datasets.GLUE]))
 
 
 def make(

@@ -20,14 +20,14 @@ import jax
 from etils import epath
 
 from xclip_jax import metrics
-from xclip_jax.checkpoint import latest_step, write_json
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.data import tokenizer
-from xclip_jax.data.files import is_remote
 from xclip_jax.errors import UserError
-from xclip_jax.interop.files import is_run
+from xclip_jax.interop.tensor_files import is_run
 from xclip_jax.metrics import say
+from xclip_jax.storage import is_remote
+from xclip_jax.train.checkpoint import latest_step, write_json
 
 try:
     import fcntl

@@ -7,12 +7,12 @@ import jax
 from etils import epath
 
 from xclip_jax.evaluators import Encoder
-from xclip_jax.parts import Parts
-from xclip_jax.report import record, seen, style, told
+from xclip_jax.report import model_sections, record, run_sections, style
 from xclip_jax.report.attention import Maps, attention
 from xclip_jax.report.examples import Examples, look
 from xclip_jax.report.markup import Images, esc
 from xclip_jax.report.record import Record
+from xclip_jax.train.build import Parts
 
 NAME = "report.html"
 
@@ -67,15 +67,15 @@ def render(record: Record, examples: Examples, maps: Maps | None = None, paramet
     why = " ".join(examples.missing) or _HOW.format(run=record.folder)
     has_head = record.config["objective"]["name"] in ("nclip", "xclip")
     sections = [
-        seen.names(examples, images, why),
-        seen.search(examples, images, why),
-        seen.clusters(examples, images, why, has_head=has_head),
-        seen.attention(examples, images, maps, why),
-        seen.confusion(examples, images, why),
-        told.results(record),
-        told.curves(record),
-        told.health(record),
-        told.about(record),
+        model_sections.names(examples, images, why),
+        model_sections.search(examples, images, why),
+        model_sections.clusters(examples, images, why, has_head=has_head),
+        model_sections.attention(examples, images, maps, why),
+        model_sections.confusion(examples, images, why),
+        run_sections.results(record),
+        run_sections.curves(record),
+        run_sections.health(record),
+        run_sections.about(record),
     ]
     sections.sort(key=lambda section: section.empty)
     links = "".join(f'<li><a href="#{s.id}">{s.title}</a></li>' for s in sections)
@@ -84,11 +84,11 @@ def render(record: Record, examples: Examples, maps: Maps | None = None, paramet
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>{esc(told.title(record))} · {esc(record.folder.name)}</title>
+<title>{esc(run_sections.title(record))} · {esc(record.folder.name)}</title>
 <style>{style.CSS}
 {images.css()}</style></head><body>
 <a class="skip" href="#main">Skip to content</a>
-{told.head(record, parameters)}
+{run_sections.head(record, parameters)}
 <nav aria-label="Sections"><ul>{links}</ul></nav>
 <main id="main">{body}</main>
 <footer><div><p>Made by <code>python -m xclip_jax.report {esc(record.folder)}</code>. Examples are drawn by seed

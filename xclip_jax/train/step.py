@@ -8,12 +8,12 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from xclip_jax import gradcache
 from xclip_jax.losses.noncontrastive import effective_rank
 from xclip_jax.objective import Objective
-from xclip_jax.optim import project_scale
 from xclip_jax.parallel.mesh import batch_sharding, replicated
-from xclip_jax.state import TrainState
+from xclip_jax.train import gradcache
+from xclip_jax.train.optim import project_scale
+from xclip_jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]

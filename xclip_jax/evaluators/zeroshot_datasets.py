@@ -24,11 +24,11 @@ from xclip_jax.data.labelled import Field, read_files
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.sources import open_tfds
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import names
-from xclip_jax.evaluators.card import Card, contents, digest
-from xclip_jax.evaluators.names import Profile
+from xclip_jax.evaluators import prompts
 from xclip_jax.evaluators.pictures import Augmented, Pictures
 from xclip_jax.evaluators.probe import ProbeSet
+from xclip_jax.evaluators.prompts import Profile
+from xclip_jax.evaluators.provenance import Card, contents, digest
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 _APPROXIMATE = "the published split is not public or not one: compare only numbers with the same split_hash"
@@ -41,9 +41,9 @@ class Entry:
     Attributes:
       tfds: name, configuration and version, "" where TFDS lacks it.
       split: of the TFDS data set.
-      templates: key of `names.templates`; "imagenet" is what the profile says.
+      templates: key of `prompts.templates`; "imagenet" is what the profile says.
       names: clip-benchmark's key of the class names; "" for the data set's own labels.
-      readable: whether own labels need `names.readable`.
+      readable: whether own labels need `prompts.readable`.
       spelled: what the published archive calls the classes, in the order of `names`.
       in_order: pattern of class folders that are in the order of `names` when they are sorted.
       metric: the one that is published.
@@ -98,8 +98,8 @@ def _imagenet(tfds_name: str, split: str = "test", **fields: Any) -> Entry:
 ENTRIES: Mapping[str, Entry] = {
     "imagenet": _imagenet("imagenet2012:5.1.0", "validation"),
     "imagenet_v2": _imagenet("imagenet_v2/matched-frequency", train=""),
-    "imagenet_a": _imagenet("imagenet_a", classes=names.IMAGENET_A, train=""),
-    "imagenet_r": _imagenet("imagenet_r", classes=names.IMAGENET_R, train=""),
+    "imagenet_a": _imagenet("imagenet_a", classes=prompts.IMAGENET_A, train=""),
+    "imagenet_r": _imagenet("imagenet_r", classes=prompts.IMAGENET_R, train=""),
     "imagenet_sketch": _imagenet("imagenet_sketch", train=""),
     "food101": Entry("food101", "validation", "food101"),  # its test split is called so
     "cifar10": Entry("cifar10:3.0.2", templates="cifar10"),
@@ -238,19 +238,19 @@ def load(
             labels, classes = _published(name, entry, labels, classes)
     else:
         images, labels, classes, version = _tfds(name, entry, data_dir)
-        classes = names.class_names(entry.names, classes) if entry.names else classes
+        classes = prompts.class_names(entry.names, classes) if entry.names else classes
         if entry.classes:
             labels, classes = _masked(name, entry, labels, classes)
         if np.ndim(labels) == 1 and np.size(labels) and np.max(labels) >= len(classes):
             raise UserError(f"{name}: label {np.max(labels)} is not among {len(classes)} classes.")
     if not entry.names and name in ENTRIES:
-        classes = [names.readable(label) if entry.readable else names.spaced(label) for label in classes]
-    used, prepare = names.chosen(entry.templates, profile), profile.preprocessing(prepare)
+        classes = [prompts.readable(label) if entry.readable else prompts.spaced(label) for label in classes]
+    used, prepare = prompts.chosen(entry.templates, profile), profile.preprocessing(prepare)
     words: list[Any] = classes
     if name == "fer2013" and profile.clips:
-        words = [names.SYNONYMS.get(label, label) for label in classes]
+        words = [prompts.SYNONYMS.get(label, label) for label in classes]
     elif name not in ENTRIES:
-        words = [names.spaced(label) for label in classes]
+        words = [prompts.spaced(label) for label in classes]
     card = Card(
         data=path or entry.tfds.partition(":")[0],
         version=version,
@@ -260,13 +260,13 @@ def load(
             *np.asarray(labels).tolist(), *classes, *contents(images),
         ]),
         protocol="mean of normalised prompts, normalised again; cosine; equal scores go to the lowest class",
-        templates=f"{used} ({len(names.templates(used))}{', synonyms' if name == 'fer2013' and profile.clips else ''})",
+        templates=f"{used} ({len(prompts.templates(used))}{', synonyms' if name == 'fer2013' and profile.clips else ''})",
         preprocessing=prepare.resizing,
         metric=entry.metric,
         note=entry.note,
     )
     pictures = Pictures(images, prepare, entry.border)
-    return ZeroShotSet(spec, pictures, labels, names.prompts(words, used), names=classes, card=card)
+    return ZeroShotSet(spec, pictures, labels, prompts.prompts(words, used), names=classes, card=card)
 
 
 Read = tuple[Sequence[Any], np.ndarray, list[str], str]
@@ -300,7 +300,7 @@ def _published(
     Raises:
       UserError: a class that is none of the published ones by name or number.
     """
-    whole = names.published(entry.names)
+    whole = prompts.published(entry.names)
     kept = entry.classes or range(len(whole))
     published = [whole[i] for i in kept]
     spellings = {"as published": published, "as the archive has them": entry.spelled}
@@ -316,7 +316,7 @@ def _published(
     first = any(label.isascii() and label.isdigit() and int(label) == 0 for label in classes)
     spellings["by number"] = numbers if first else []
     try:
-        position = np.array(names.match(classes, *spellings.values()))
+        position = np.array(prompts.match(classes, *spellings.values()))
     except KeyError as error:
         ways = [f"{how} ({spelling[0]!r}, ...)" for how, spelling in (spellings | {"by number": numbers}).items() if
                 spelling]

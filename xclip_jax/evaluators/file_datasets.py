@@ -21,10 +21,10 @@ from xclip_jax.data.labelled import Field, Paths
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.sources import lookup, open_tfds
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators.card import Card, contents, digest
-from xclip_jax.evaluators.names import Profile
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
+from xclip_jax.evaluators.prompts import Profile
+from xclip_jax.evaluators.provenance import Card, contents, digest
 from xclip_jax.evaluators.retrieval import RetrievalSet
 from xclip_jax.evaluators.text import Pair, SimilaritySet
 

@@ -10,7 +10,6 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from xclip_jax import optim, state, step
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.data import tokenizer, transforms
 from xclip_jax.data.loader import DataConfig
@@ -19,6 +18,7 @@ from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.objective import Objective
 from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import AXES, check_batch, make_mesh
+from xclip_jax.train import optim, state, step
 
 
 @dataclasses.dataclass(frozen=True)
