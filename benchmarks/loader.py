@@ -48,8 +48,17 @@ SIZE = 224
 SCALE = (0.5, 1.0)
 KINDS = 200  # different pictures; they repeat, so that making them takes no time
 PACKAGES = (
-    "grain", "jax", "numpy", "opencv-python-headless", "simplejpeg", "tokenizers", "open_clip_torch", "webdataset",
-    "torch", "torchvision", "pillow",
+    "grain",
+    "jax",
+    "numpy",
+    "opencv-python-headless",
+    "simplejpeg",
+    "tokenizers",
+    "open_clip_torch",
+    "webdataset",
+    "torch",
+    "torchvision",
+    "pillow",
 )
 
 
@@ -94,7 +103,8 @@ def bare(pattern: str, n: int) -> float:
     source = tar_source.TarSource(pattern)
     places = [
         (os.open(tar, os.O_RDONLY), int(row["image_size"]), int(row["image"]))
-        for tar, rows in zip(source.tars, source.rows, strict=True) for row in rows
+        for tar, rows in zip(source.tars, source.rows, strict=True)
+        for row in rows
     ]
     rng = np.random.default_rng(0)
     chosen = [places[i % len(places)] for i in rng.permutation(n)]
@@ -146,8 +156,15 @@ def open_clips(pattern: str, workers: int, batch: int, n: int) -> float:
 
     paths = storage.expand(pattern)
     args = SimpleNamespace(
-        train_data="::".join(paths), train_num_samples=2 * n + 32 * batch, train_data_upsampling_factors=None,
-        dataset_resampled=True, batch_size=batch, workers=workers, seed=0, world_size=1, distributed=False,
+        train_data="::".join(paths),
+        train_num_samples=2 * n + 32 * batch,
+        train_data_upsampling_factors=None,
+        dataset_resampled=True,
+        batch_size=batch,
+        workers=workers,
+        seed=0,
+        world_size=1,
+        distributed=False,
     )
     transform = open_clip.image_transform(SIZE, is_train=True, aug_cfg={"scale": SCALE})
     found = data.get_wds_dataset(args, transform, is_train=True, tokenizer=open_clip.get_tokenizer("ViT-B-32"))
@@ -243,8 +260,10 @@ def main() -> None:
         spread = f"{min(values):,.0f} to {max(values):,.0f}"
         print(f"| {name} | {result[name]:,.0f} | {spread} | {result[name] / result['bare loop']:.2f} |")
     print("", *verdicts(result), sep="\n")
-    print(f"index of a million samples: {result['index_seconds_1M']:.0f} s on one core, "
-          f"{result['index_bytes_1M'] / 1e6:.0f} MB (from {options.index:,})")
+    print(
+        f"index of a million samples: {result['index_seconds_1M']:.0f} s on one core, "
+        f"{result['index_bytes_1M'] / 1e6:.0f} MB (from {options.index:,})"
+    )
     if options.out:
         pathlib.Path(options.out).write_text(json.dumps({"medians": result, "runs": runs}, indent=2) + "\n")
 

@@ -68,8 +68,11 @@ def short(found):
         return ["-"] * 5
     memory, sent = found["memory"], sum(found["sent"].values())
     return [
-        f"{memory['parameters'] / gib:.2f}", f"{memory['optimizer'] / gib:.2f}", f"{memory['activations'] / gib:.2f}",
-        f"{memory['peak'] / gib:.2f} of {found['capacity'] / gib:.0f}", f"{sent / 2**20:,.0f}",
+        f"{memory['parameters'] / gib:.2f}",
+        f"{memory['optimizer'] / gib:.2f}",
+        f"{memory['activations'] / gib:.2f}",
+        f"{memory['peak'] / gib:.2f} of {found['capacity'] / gib:.0f}",
+        f"{sent / 2**20:,.0f}",
     ]
 
 
@@ -118,15 +121,41 @@ def main():
         "Bytes are of one chip; times assume an MFU of 40 %, which is a guess: no run of this size has been made.",
         "MiB sent are payloads: the array that a group of chips sums or gathers, counted once.\n",
         table(
-            ["config", "TPU", "chips", "parameters, GiB", "optimizer", "activations", "peak", "sent, MiB a step",
-             "GFLOP a pair", "pairs/s", "images/s a host", "chip-hours", "days"],
-            [[f"`{spec}`", topology, f["chips"], *short(f), f"{f['flops_per_pair'] / 1e9:.1f}",
-              f"{f['pairs_per_second']:,.0f}", f"{f['images_per_second_per_host']:,.0f}", f"{f['chip_hours']:,.0f}",
-              f"{f['days']:.2f}"] for spec, topology, f in plans],
+            [
+                "config",
+                "TPU",
+                "chips",
+                "parameters, GiB",
+                "optimizer",
+                "activations",
+                "peak",
+                "sent, MiB a step",
+                "GFLOP a pair",
+                "pairs/s",
+                "images/s a host",
+                "chip-hours",
+                "days",
+            ],
+            [
+                [
+                    f"`{spec}`",
+                    topology,
+                    f["chips"],
+                    *short(f),
+                    f"{f['flops_per_pair'] / 1e9:.1f}",
+                    f"{f['pairs_per_second']:,.0f}",
+                    f"{f['images_per_second_per_host']:,.0f}",
+                    f"{f['chip_hours']:,.0f}",
+                    f"{f['days']:.2f}",
+                ]
+                for spec, topology, f in plans
+            ],
         ),
         "\n## Each in full\n",
-        *(f"`python -m xclip_jax.plan --config {spec} --topology {topology}`\n\n```\n{plan.render(found)}\n```\n"
-          for spec, topology, found in plans),
+        *(
+            f"`python -m xclip_jax.plan --config {spec} --topology {topology}`\n\n```\n{plan.render(found)}\n```\n"
+            for spec, topology, found in plans
+        ),
         f"## Weak scaling\n\nxCLIP, ViT-B/16, {PER_CHIP} pairs a chip on v4. What must grow with the batch b: the "
         "logits of the plain contrastive loss, (b / chips) x b, and the gathered embeddings, b x e. The ring keeps no "
         "logits of other chips; zero1 splits the moments over all chips, "

@@ -44,8 +44,10 @@ def main() -> None:
     n, d, classes, count = SIZES[flags.size]
     (x, y), (held, wanted) = features(n, d, classes, 0), features(5000, d, classes, 1)
     cs = 10.0 ** np.linspace(-4, 4, count)
-    print(f"{n} x {d}, {classes} classes, {count} C, tolerance {flags.tolerance:g}, "
-          f"jax {jax.__version__} on {jax.devices()[0]}, scikit-learn {sklearn.__version__}")
+    print(
+        f"{n} x {d}, {classes} classes, {count} C, tolerance {flags.tolerance:g}, "
+        f"jax {jax.__version__} on {jax.devices()[0]}, scikit-learn {sklearn.__version__}"
+    )
     ours, theirs, scores, peers = [], 0.0, np.zeros(count), []
     for turn, part in enumerate([*np.array_split(cs, max(flags.turns - 1, 1)), cs[:0]][: max(flags.turns, 1)]):
         began = time.perf_counter()
@@ -65,8 +67,10 @@ def main() -> None:
     median = float(np.median(ours))
     print(f"xclip_jax     {median:8.1f} s (median of {len(ours)})   best {100 * scores.max():.2f} %")
     print(f"scikit-learn  {theirs:8.1f} s   best {100 * max(peers):.2f} %")
-    print(f"{theirs / median:.1f} times faster; the accuracies at one C differ by at most "
-          f"{100 * np.abs(scores - peers).max():.2f} points")
+    print(
+        f"{theirs / median:.1f} times faster; the accuracies at one C differ by at most "
+        f"{100 * np.abs(scores - peers).max():.2f} points"
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from xclip_jax.objective import OBJECTIVES
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
-    """"a=1,b=x" -> ConfigDict of `defaults` with these values, each of its default's type; unknown keys raise."""
+    """ "a=1,b=x" -> ConfigDict of `defaults` with these values, each of its default's type; unknown keys raise."""
     values = dict(defaults)
     for item in filter(None, (arg or "").split(",")):
         key, _, text = item.partition("=")

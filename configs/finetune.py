@@ -35,8 +35,17 @@ _KNOWN = {"tfds:imagenet2012": (1_281_167, 1000)}
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """See the module's docstring."""
     args = common.parse_arg(
-        arg, data="tfds:imagenet2012", train="train", test="validation", weights="", preset="B/16", batch=0, epochs=0,
-        examples=0, classes=0, dir="",
+        arg,
+        data="tfds:imagenet2012",
+        train="train",
+        test="validation",
+        weights="",
+        preset="B/16",
+        batch=0,
+        epochs=0,
+        examples=0,
+        classes=0,
+        dir="",
     )
     text = args.data.startswith("glue:")
     config = common.base("classify", args.preset)

@@ -10,4 +10,5 @@ cd "$(dirname "$0")/.."
 show_help "$@"
 setup test
 "$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check --quiet .
 exec "$VENV/bin/python" -m pytest --numprocesses="${WORKERS:-2}" --dist=loadfile "$@"

@@ -36,9 +36,7 @@ def small_model(embed=8, clusters=K):
 
 def build_encoder(model, devices=8, batch=16, sizes=(-1, 1, 1), **options):
     mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[:devices])
-    return Encoder(
-        model, tokenize, text_length=LENGTH, preprocessing=PREPARE, batch=batch, mesh=mesh, **options
-    )
+    return Encoder(model, tokenize, text_length=LENGTH, preprocessing=PREPARE, batch=batch, mesh=mesh, **options)
 
 
 def make_encoder(embed=8, clusters=K, devices=8, batch=16, sizes=(-1, 1, 1)):

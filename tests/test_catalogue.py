@@ -27,8 +27,13 @@ def test_templates_are_the_published_ones():
     eighty, seven = prompts.templates("openai80"), prompts.templates("slip7")
     assert len(eighty) == len(set(eighty)) == 80 and eighty[0] == "a bad photo of a {c}."
     assert seven == [
-        "itap of a {c}.", "a bad photo of the {c}.", "a origami {c}.", "a photo of the large {c}.",
-        "a {c} in a video game.", "art of the {c}.", "a photo of the small {c}.",
+        "itap of a {c}.",
+        "a bad photo of the {c}.",
+        "a origami {c}.",
+        "a photo of the large {c}.",
+        "a {c} in a video game.",
+        "art of the {c}.",
+        "a photo of the small {c}.",
     ]
     assert prompts.templates("birds") == ["a photo of a {c}, a type of bird."]
     with pytest.raises(UserError, match=r"'openai8'; it must be one of 'openai80', 'slip7'"):
@@ -42,7 +47,9 @@ def test_clips_own_templates_follow_from_their_rules():
     assert prompts.templates("ucf101")[:5:4] == ["a photo of a person {c}.", "a photo of the person {c}."]
     assert prompts.templates("ucf101")[-1] == "a demonstration of the person practicing {c}."
     assert prompts.templates("kinetics700")[:3] == [
-        "a photo of {c}.", "a photo of a person {c}.", "a photo of a person using {c}.",
+        "a photo of {c}.",
+        "a photo of a person {c}.",
+        "a photo of a person using {c}.",
     ]
     assert prompts.templates("kinetics700")[-1] == "a demonstration of a person practicing {c}."
     assert prompts.templates("clip_resisc45")[:2] == ["satellite imagery of {c}.", "aerial imagery of {c}."]
@@ -54,7 +61,9 @@ def test_clips_own_templates_follow_from_their_rules():
 def test_synonyms_of_fer2013(tmp_path):
     for i, name in enumerate(["angry", "disgusted", "fearful", "happy", "neutral", "sad", "surprised"]):
         write(tmp_path / name / "x.png", i)
-    found = {key: zeroshot_datasets.load(f"fer2013@{tmp_path}", SIZE, None, profile) for key, profile in PROFILES.items()}
+    found = {
+        key: zeroshot_datasets.load(f"fer2013@{tmp_path}", SIZE, None, profile) for key, profile in PROFILES.items()
+    }
     assert [len(texts) for texts in found["slip"].prompts] == [6, 6, 6, 12, 12, 12, 18]
     assert "they look spooked." in found["openai"].prompts[6] and found["slip"].names[6] == "surprised"
     assert {len(texts) for texts in found["open_clip"].prompts} == {6}
@@ -119,7 +128,8 @@ def test_class_names_follow_the_labels_order(monkeypatch):
 def test_synonyms_and_braces_in_prompts(monkeypatch):
     monkeypatch.setattr(prompts, "templates", lambda name: ["a {c}.", "the {c}."])
     assert prompts.prompts([["cat", "kitty"], "{x}"], "any") == [
-        ["a cat.", "the cat.", "a kitty.", "the kitty."], ["a {x}.", "the {x}."],
+        ["a cat.", "the cat.", "a kitty.", "the kitty."],
+        ["a {x}.", "the {x}."],
     ]
 
 
@@ -168,9 +178,25 @@ def test_every_tfds_set_runs_on_mock_data(name):
     assert metrics[f"zeroshot/{name}/n"] == 3
     assert f"zeroshot/{name}/{entry.metric}" in metrics
     assert data.card.version and data.card.metric == entry.metric and data.card.data == entry.tfds.partition(":")[0]
-    ways = {"imagenet": 1000, "imagenet_a": 200, "imagenet_r": 200, "food101": 101, "cifar100": 100, "cub200": 200,
-            "sun397": 397, "cars": 196, "voc2007": 20, "dtd": 47, "pets": 37, "caltech101": 102, "flowers": 102,
-            "eurosat": 10, "resisc45": 45, "kitti": 4, "clevr": 8}
+    ways = {
+        "imagenet": 1000,
+        "imagenet_a": 200,
+        "imagenet_r": 200,
+        "food101": 101,
+        "cifar100": 100,
+        "cub200": 200,
+        "sun397": 397,
+        "cars": 196,
+        "voc2007": 20,
+        "dtd": 47,
+        "pets": 37,
+        "caltech101": 102,
+        "flowers": 102,
+        "eurosat": 10,
+        "resisc45": 45,
+        "kitti": 4,
+        "clevr": 8,
+    }
     assert len(data.prompts) == ways.get(name, len(data.prompts))
 
 
@@ -342,7 +368,11 @@ def test_class_names_are_those_of_clip_benchmark():
 def test_a_probe_of_a_tfds_set(name):
     with tfds.testing.mock_data(as_data_source_fn=records):
         data = registry.load(f"probe/{name}", SIZE)
-    assert (len(data.train), len(data.validation), len(data.test)) == (3, 3 if zeroshot_datasets.ENTRIES[name].held else 0, 3)
+    assert (len(data.train), len(data.validation), len(data.test)) == (
+        3,
+        3 if zeroshot_datasets.ENTRIES[name].held else 0,
+        3,
+    )
     data = dataclasses.replace(data, sweep=Sweep((1.0,), 0))
     metrics = evaluate(data)
     assert metrics[f"visual/probe/{name}/n"] == 3 and f"visual/probe/{name}/{data.card.metric}" in metrics

@@ -176,8 +176,10 @@ def test_other_images_with_the_same_labels_have_another_hash(tmp_path):
     for name in "abcd":
         PIL.Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
     PIL.Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "small.png")
-    one, other = (load(f"csv:{table(tmp_path / f'{i}.csv', [[f'{x}.png', x in 'ac'] for x in part])}").card
-                  for i, part in enumerate(("ab", "cd")))
+    one, other = (
+        load(f"csv:{table(tmp_path / f'{i}.csv', [[f'{x}.png', x in 'ac'] for x in part])}").card
+        for i, part in enumerate(("ab", "cd"))
+    )
     assert one.split_hash != other.split_hash
     shutil.copy(tmp_path / "small.png", tmp_path / "b.png")  # of another size
     assert load(f"csv:{tmp_path / '0.csv'}").card.split_hash != one.split_hash

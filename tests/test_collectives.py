@@ -20,9 +20,13 @@ WHOLE = P()
 
 
 def sent(fn, *specs, out=WHOLE, args=((64, 16),)):
-    found = jax.jit(
-        jax.shard_map(fn, mesh=MESH, in_specs=specs, out_specs=out, check_vma=False),
-    ).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in args)).compile()
+    found = (
+        jax.jit(
+            jax.shard_map(fn, mesh=MESH, in_specs=specs, out_specs=out, check_vma=False),
+        )
+        .lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in args))
+        .compile()
+    )
     return [(x.kind, x.bytes, x.group, x.count) for x in collectives(found.as_text(), 8)]
 
 
@@ -89,11 +93,21 @@ def test_no_strategy_moves_much_more_than_it_must(objective, strategy, data, fsd
     what was gathered for the forward pass is kept, and sums gradients over "fsdp", then a shard of them over "data".
     """
     b, e = 32, 64
-    p = build.build(tiny.config(
-        objective, data__batch=b, mesh__strategy=strategy, mesh__data=data, mesh__fsdp=fsdp, mesh__model=1,
-        model__img__width=256, model__img__depth=2, model__txt__width=128, model__embed=e,
-        model__cluster_head={"clusters": 512, "hidden": 256, "layers": 1, "last_norm": False},
-    ))
+    p = build.build(
+        tiny.config(
+            objective,
+            data__batch=b,
+            mesh__strategy=strategy,
+            mesh__data=data,
+            mesh__fsdp=fsdp,
+            mesh__model=1,
+            model__img__width=256,
+            model__img__depth=2,
+            model__txt__width=128,
+            model__embed=e,
+            model__cluster_head={"clusters": 512, "hidden": 256, "layers": 1, "last_norm": False},
+        )
+    )
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tiny.batch(b=b))
     found = collectives(p.compiled.lower(p.abstract, batch).compile().as_text(), 8)
     leaves = jax.tree.leaves(p.abstract.params)

@@ -1,6 +1,6 @@
 """One golden dump for each config: a change of any key of any experiment shows in the diff.
 
-    UPDATE_GOLDEN=1 python -m pytest tests/test_configs.py
+UPDATE_GOLDEN=1 python -m pytest tests/test_configs.py
 """
 
 import importlib

@@ -121,8 +121,18 @@ def test_row_i_is_line_i(root, model, tmp_path):
     lines = [b"", b" \t", b"a\x00b", *[b""] * 6, b"a fox", b"", b"a hen", *[b""] * 14]
     (tmp_path / "t.txt").write_bytes(b"\n".join(lines) + b"\n")
     out = tmp_path / "t.npz"
-    embed.main(["--checkpoint", str(root / "run"), "--texts", str(tmp_path / "t.txt"), "--out", str(out),
-                "--batch=8", "--part=8"])
+    embed.main(
+        [
+            "--checkpoint",
+            str(root / "run"),
+            "--texts",
+            str(tmp_path / "t.txt"),
+            "--out",
+            str(out),
+            "--batch=8",
+            "--part=8",
+        ]
+    )
     columns, about = read(out)
     assert len(columns["text"]) == about["rows"] == len(lines) and about["bad"] == len(lines) - 2
     assert {i: text for i, text in enumerate(columns["text"]) if text} == {9: "a fox", 11: "a hen"}

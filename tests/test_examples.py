@@ -21,6 +21,7 @@ def test_use_a_model(run, tmp_path, capsys):
 
 def narrow(get_config):
     """The same config with towers that compile in a second, and without room for keys that do not exist."""
+
     def narrowed(*args, **kwargs):
         config = get_config(*args, **kwargs).lock()
         for tower in (config.model.img, config.model.txt):
@@ -59,8 +60,10 @@ def test_the_verdict_counts_equal_captions_as_right():
     )
     wrong = np.eye(4)[[1, 0, 3, 3]]
     assert train_on_a_folder.verdict(wrong, texts).startswith("of 4 images 25% find")
-    assert train_on_a_folder.verdict(np.eye(4), list("abcd")) == "of 4 images 100% find their own caption among 4; " \
+    assert (
+        train_on_a_folder.verdict(np.eye(4), list("abcd")) == "of 4 images 100% find their own caption among 4; "
         "chance is 25.0%"
+    )
 
 
 def test_compare_objectives(tmp_path, capsys, monkeypatch):

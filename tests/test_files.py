@@ -32,7 +32,8 @@ def test_a_year_of_sts(tmp_path):
     (tmp_path / "STS.gs.web.txt").write_text("5\n0\n")
     data = load(f"sts14@{tmp_path}")
     assert data.subsets == {
-        "news": [("a cat", "a dog", 4.2), ("x y", "x z", 1.0)], "web": [("café", "bar", 5.0), ("b", "c", 0.0)],
+        "news": [("a cat", "a dog", 4.2), ("x y", "x z", 1.0)],
+        "web": [("café", "bar", 5.0), ("b", "c", 0.0)],
     }
     metrics = evaluate(data)
     assert metrics[f"textual/sts14@{tmp_path}/pairs"] == 4 and f"textual/sts14@{tmp_path}/spearman_mean" in metrics
@@ -47,8 +48,10 @@ def test_sts_benchmark_and_sick(tmp_path):
     path.write_text('main\tMSR\t2012\t0001\t5.000\tA "cat.\tA kitty.\nmain\tMSR\t2012\t0002\t0.5\tB\tC\textra\n')
     assert load(f"stsb@{path}").subsets[""] == [('A "cat.', "A kitty.", 5.0), ("B", "C", 0.5)]
     path = tmp_path / "SICK_test_annotated.txt"
-    path.write_text("pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n"
-                    "6\tA man\tA woman\t3.3\tNEUTRAL\n7\tX\tY\t1\tNEUTRAL\n")
+    path.write_text(
+        "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n"
+        "6\tA man\tA woman\t3.3\tNEUTRAL\n7\tX\tY\t1\tNEUTRAL\n"
+    )
     data = load(f"sickr@{path}")
     assert data.subsets[""] == [("A man", "A woman", 3.3), ("X", "Y", 1.0)] and evaluate(data)
 
@@ -68,8 +71,11 @@ SPLITS = {
     "sst2": (["sentiment-train", "sentiment-dev", "sentiment-test"], "", "{w} film .\t{i}\n"),
     "sst5": (["sentiment-train", "sentiment-dev", "sentiment-test"], "", "{w} film .\t{i}\n"),
     "trec": (["train_5500.label", "TREC_10.label"], "", "{L}:manner How {w} \xe9 ?\n"),
-    "mrpc": (["msr_paraphrase_train.txt", "msr_paraphrase_test.txt"],
-             "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n", '{i}\t1\t2\t{w} "one\tzz\n'),
+    "mrpc": (
+        ["msr_paraphrase_train.txt", "msr_paraphrase_test.txt"],
+        "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n",
+        '{i}\t1\t2\t{w} "one\tzz\n',
+    ),
     "sicke": (["SICK_train.txt", "SICK_trial.txt", "SICK_test_annotated.txt"], SICK, "1\t{w} man\tzz\t3.3\t{L}\n"),
 }
 
@@ -119,8 +125,12 @@ def test_trec_and_glue_of_tfds(monkeypatch):
     assert load("glue/stsb").subsets == {"": [("A", "B", 1.5), ("A", "B", 2.5)]}
     asked.clear()
     assert load("glue/mnli").pairs == load("glue/mnli_mismatched").pairs == "all"
-    assert asked == [("glue/mnli", "validation_matched"), ("glue/mnli", "train"),
-                     ("glue/mnli_mismatched", "validation"), ("glue/mnli", "train")]
+    assert asked == [
+        ("glue/mnli", "validation_matched"),
+        ("glue/mnli", "train"),
+        ("glue/mnli_mismatched", "validation"),
+        ("glue/mnli", "train"),
+    ]
 
 
 def test_trec_runs_on_mock_data():

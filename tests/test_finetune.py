@@ -128,8 +128,11 @@ def test_layer_decay_equals_timms():
 
     model = timm.create_model("vit_tiny_patch16_224", depth=3, num_classes=4)
     names = {id(x): name for name, x in model.named_parameters()}
-    theirs = {names[id(x)]: group["lr_scale"] for group in param_groups_layer_decay(model, layer_decay=0.5)
-              for x in group["params"]}
+    theirs = {
+        names[id(x)]: group["lr_scale"]
+        for group in param_groups_layer_decay(model, layer_decay=0.5)
+        for x in group["params"]
+    }
     mine = optim.layer_scales(layer_tree(False), 0.5)["img"]
     # All but the last norm, which timm counts to the last block, and BEiT to the head.
     assert theirs["head.weight"] == 1
@@ -151,9 +154,14 @@ def test_layer_decay_scales_the_update_with_its_weight_decay():
 
 # The objective.
 
-IMAGES = {"objective__classify__classes": 3, "objective__classify__smoothing": 0.1,
-          "objective__classify__mixup": 0.8, "objective__classify__cutmix": 1.0, "optim__layer_decay": 0.65,
-          "model__img__drop_path": 0.3}
+IMAGES = {
+    "objective__classify__classes": 3,
+    "objective__classify__smoothing": 0.1,
+    "objective__classify__mixup": 0.8,
+    "objective__classify__cutmix": 1.0,
+    "optim__layer_decay": 0.65,
+    "model__img__drop_path": 0.3,
+}
 TEXTS = {"objective__classify__tower": "txt", "objective__classify__classes": 2}
 
 
@@ -265,7 +273,7 @@ def glue_folder(path, task, n=12):
     if task == "cola":
         text = "".join(COLA.format(i=i) for i in range(n))
     elif task == "stsb":
-        rows = [f"{i}\tg\tf\ty\t{i}\ts\ts\t{'ab'[i % 2] * 3} {i}\t\"aaa {i}\t{5.0 * (1 - i % 2)}" for i in range(n)]
+        rows = [f'{i}\tg\tf\ty\t{i}\ts\ts\t{"ab"[i % 2] * 3} {i}\t"aaa {i}\t{5.0 * (1 - i % 2)}' for i in range(n)]
         head = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore"
         text = "\n".join([head, *rows])
     else:
@@ -414,12 +422,14 @@ def test_metrics_of_a_task_with_two_classes(tmp_path):
     metrics, items = Finetuned(FakeEncoder(logits), data).measure(None)
     name, predicted = f"textual/{data.name}", logits.argmax(axis=1)
     found = {key: metrics[f"{name}/finetuned/{key}"] / 100 for key in ("top1", "mean_per_class", "f1", "matthews")}
-    assert found == pytest.approx({
-        "top1": sklearn.metrics.accuracy_score(data.labels, predicted),
-        "mean_per_class": sklearn.metrics.balanced_accuracy_score(data.labels, predicted),
-        "f1": sklearn.metrics.f1_score(data.labels, predicted),
-        "matthews": sklearn.metrics.matthews_corrcoef(data.labels, predicted),
-    })
+    assert found == pytest.approx(
+        {
+            "top1": sklearn.metrics.accuracy_score(data.labels, predicted),
+            "mean_per_class": sklearn.metrics.balanced_accuracy_score(data.labels, predicted),
+            "f1": sklearn.metrics.f1_score(data.labels, predicted),
+            "matthews": sklearn.metrics.matthews_corrcoef(data.labels, predicted),
+        }
+    )
     assert items.keys() == {f"{name}/finetuned/{key}" for key in found} and metrics[f"{name}/majority"] == 50
     assert "matthews" in summary.render(metrics)
     for logits, message in ((None, "no classifier"), (np.zeros((100, 3)), "a classifier of 3 classes")):

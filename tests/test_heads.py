@@ -95,9 +95,7 @@ def test_batch_statistics_are_global(sizes):
     variables = random_variables(head, h)
 
     def loss(params, h, batch_stats, weights):
-        s, state = head.apply(
-            {"params": params, "batch_stats": batch_stats}, h, train=True, mutable=["batch_stats"]
-        )
+        s, state = head.apply({"params": params, "batch_stats": batch_stats}, h, train=True, mutable=["batch_stats"])
         return jnp.sum(weights * s), (s, state)
 
     def run(mesh):

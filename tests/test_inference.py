@@ -81,8 +81,10 @@ def test_embeddings_are_those_of_the_towers(objective):
         return p / np.linalg.norm(p, axis=1, keepdims=True)
 
     for found, kind in (
-        (model.encode_image(pictures()), "img"), (model.encode_pixels(pixels), "img"),
-        (model.encode_text(TEXTS), "txt"), (model.encode_tokens(tokens), "txt"),
+        (model.encode_image(pictures()), "img"),
+        (model.encode_pixels(pixels), "img"),
+        (model.encode_text(TEXTS), "txt"),
+        (model.encode_tokens(tokens), "txt"),
     ):
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected(kind), atol=3e-6)

@@ -215,7 +215,8 @@ def test_a_card_of_tfds(monkeypatch):
     records = Data([{"image": b"", "label": 0}, {"image": b"", "label": 1}])
     versions = iter(["1.0.0", "1.0.0", "1.0.0", "2.0.0"])
     monkeypatch.setattr(
-        labelled, "open_tfds",
+        labelled,
+        "open_tfds",
         lambda *_: (records, Info({"image": None, "label": Label(["a", "b"])}, next(versions))),
     )
     first, same, split, version = (

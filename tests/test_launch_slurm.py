@@ -39,8 +39,15 @@ def test_dry_run_of_slurm(tmp_path):
         ('kill -KILL "$$"', 137, False),
     ],
     ids=[
-        "stopped", "no results", "stopped early", "all stopped", "complete when stopped", "complete", "failed",
-        "failed when stopped", "killed",
+        "stopped",
+        "no results",
+        "stopped early",
+        "all stopped",
+        "complete when stopped",
+        "complete",
+        "failed",
+        "failed when stopped",
+        "killed",
     ],
 )
 def test_slurm_requeues_what_was_stopped(training, status, requeued, tmp_path):

@@ -136,7 +136,11 @@ def test_what_is_missing_is_one_sentence(script, env, args, message):
 @pytest.mark.parametrize(
     ("script", "run", "message"),
     [
-        ("tpu_pod.sh", "", "error: --config.run is missing; say where the run is kept, as in --config.run=gs://my-bucket"),
+        (
+            "tpu_pod.sh",
+            "",
+            "error: --config.run is missing; say where the run is kept, as in --config.run=gs://my-bucket",
+        ),
         ("tpu_pod.sh", "runs/mine", "error: --config.run=runs/mine would be lost with the pod; give a gs:// folder"),
         ("slurm.sh", "", "error: --config.run is missing; say where the run is kept, as in --config.run=/shared"),
     ],

@@ -51,15 +51,20 @@ def test_processes_agree_and_the_first_one_writes(tmp_path):
         address = f"localhost:{free.getsockname()[1]}"
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(tmp_path), address, str(i)], cwd=ROOT, text=True,
-            env=os.environ | {"XLA_FLAGS": ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, "-c", SCRIPT, str(tmp_path), address, str(i)],
+            cwd=ROOT,
+            text=True,
+            env=os.environ | {"XLA_FLAGS": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for i in range(2)
     ]
     said = [process.communicate(timeout=120) for process in running]
     for out, error in said:
         assert out.splitlines()[-2:] == [  # before them Gloo speaks
-            "{'samples': 16, 'tokens': 62, 'bad': {'caption is empty': 3}}", "57 of 81 samples are bad, more than"
+            "{'samples': 16, 'tokens': 62, 'bad': {'caption is empty': 3}}",
+            "57 of 81 samples are bad, more than",
         ], error
     assert [line["position"] for line in lines(tmp_path)] == [5, 12, 13, *range(16, 70)]
 

@@ -217,7 +217,9 @@ def test_slots_are_used_again_when_nothing_refers_to_them():
 
 
 def test_too_little_memory_for_workers_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 26))  # as in a container
+    monkeypatch.setattr(
+        shared_memory.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 26)
+    )  # as in a container
     with pytest.raises(UserError, match=r"8 workers need [\d,]+ MB in .*, which has 67 MB: make it larger"):
         shared_memory.Slots({"image": ((512, 224, 224, 3), np.uint8)}, workers=8, depth=6)
 

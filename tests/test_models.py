@@ -144,9 +144,7 @@ def test_bfloat16_keeps_parameters_and_outputs_in_fp32():
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
 def test_every_parameter_names_its_axes(scan, pool):
-    model = TOWERS.clone(
-        img=TOWERS.img | {"scan": scan, "pool": pool}, txt=TOWERS.txt | {"scan": scan}
-    )
+    model = TOWERS.clone(img=TOWERS.img | {"scan": scan, "pool": pool}, txt=TOWERS.txt | {"scan": scan})
     params = jax.eval_shape(model.init, jax.random.key(0), IMAGE, TEXT)["params"]
     boxed = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     assert all(isinstance(x, nn.LogicallyPartitioned) for x in boxed)

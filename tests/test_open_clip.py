@@ -59,7 +59,9 @@ def torch_text_features(model, text):
 def carry(weights, model):
     """open_clip's arrays as our parameters; the map is linear and loses nothing, so it carries gradients as well."""
     weights = {"visual.class_embedding": np.zeros(64, np.float32)} | weights
-    flat = param_mapping.read(weights, param_mapping.links(model, 100, param_mapping.open_clip(), bias=False), "open_clip")
+    flat = param_mapping.read(
+        weights, param_mapping.links(model, 100, param_mapping.open_clip(), bias=False), "open_clip"
+    )
     if model["img"]["pool"] == "mean":
         del flat["img/cls"]
         flat["img/positions"] = flat["img/positions"][1:]

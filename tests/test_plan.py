@@ -143,8 +143,11 @@ def test_bad_topologies_are_one_sentence(topology, message):
 
 def command(*flags):
     return subprocess.run(
-        [sys.executable, "-m", "xclip_jax.plan", "--config", "configs/demo.py", *flags], cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, capture_output=True, text=True,
+        [sys.executable, "-m", "xclip_jax.plan", "--config", "configs/demo.py", *flags],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        capture_output=True,
+        text=True,
         timeout=200,
     )
 

@@ -148,9 +148,12 @@ def test_two_processes_count_and_write_as_one(mixed, tmp_path):
     def start(devices, name, *others):
         flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last one holds
         return subprocess.Popen(
-            [sys.executable, "-c", RUN, str(tmp_path / name), f"{mixed}/0.tar", *others], text=True,
-            cwd=pathlib.Path(__file__).parents[1], env=os.environ | {"XLA_FLAGS": flags},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, "-c", RUN, str(tmp_path / name), f"{mixed}/0.tar", *others],
+            text=True,
+            cwd=pathlib.Path(__file__).parents[1],
+            env=os.environ | {"XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
 
     running = [start(2, "two", address, "0"), start(2, "two", address, "1"), start(4, "one")]

@@ -119,8 +119,16 @@ def test_parts_of_a_training_set():
     assert np.bincount(labels[probe.subset(labels, "10%")]).tolist() == [20, 5, 3]
     assert np.bincount(labels[probe.subset(labels, "1%")]).tolist() == [2, 1, 1]
     assert (probe.subset(labels, "5-shot", 0) != probe.subset(labels, "5-shot", 1)).any()
-    wrong = (("five", "'five' is unknown"), ("0-shot", "unknown"), ("200%", "unknown"), ("31-shot", "class 2"),
-             ("nan%", "'nan%' is unknown"), ("-5%", "unknown"), ("inf%", "unknown"), ("inf-shot", "unknown"))
+    wrong = (
+        ("five", "'five' is unknown"),
+        ("0-shot", "unknown"),
+        ("200%", "unknown"),
+        ("31-shot", "class 2"),
+        ("nan%", "'nan%' is unknown"),
+        ("-5%", "unknown"),
+        ("inf%", "unknown"),
+        ("inf-shot", "unknown"),
+    )
     for amount, message in wrong:
         with pytest.raises(UserError, match=message):
             probe.subset(labels, amount)
@@ -185,7 +193,10 @@ def images(labels):
 def test_a_probe_finds_what_is_easy_to_see(held):
     labels = [np.arange(n) % 2 for n in (40, held, 15)]
     data = ProbeSet(
-        "set", *map(images, labels), {"": tuple(labels), "odd": tuple(1 - y for y in labels)}, ("2-shot",),
+        "set",
+        *map(images, labels),
+        {"": tuple(labels), "odd": tuple(1 - y for y in labels)},
+        ("2-shot",),
         Sweep((1e-2, 1.0, 100.0), 0),
     )
     metrics, items = Probe(make_encoder(), data).measure(small_model()[1])
@@ -215,8 +226,9 @@ def test_a_text_probe():
 def test_c_is_chosen_by_the_sets_own_metric():
     logits, labels = np.array([[1, 0], [1, 0], [1, 0], [1, 0]]), np.array([0, 0, 0, 1])
     for metric, value in (("top1", 75), ("mean_per_class", 50)):
-        data = ProbeSet("set", [0, 0], [], [0], {"": (np.array([0, 1]), np.array([], int), np.array([0]))},
-                        card=Card(metric=metric))
+        data = ProbeSet(
+            "set", [0, 0], [], [0], {"": (np.array([0, 1]), np.array([], int), np.array([0]))}, card=Card(metric=metric)
+        )
         assert Probe(None, data)._score(logits, labels) == value
 
 

@@ -20,8 +20,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 def start(devices, *args):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last one holds
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.two_processes", *map(str, args)], cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": flags}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, "-m", "tests.two_processes", *map(str, args)],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": flags},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 

@@ -240,15 +240,18 @@ def test_each_failure_has_its_light_and_its_remedy(kind, tmp_path):
     found = written(tmp_path / "run", "nclip", rows, log__alarms_after=1)
     text = html.render(found, examples.Examples())
     lights = re.findall(r'<article class="card light (\w*)"><h3>([^<]+)<span>([^<]+)', text)
-    expected = {name: ("alarm", "alarm") if name == kind else ("", "healthy") for name in
-                ("flat", "few clusters", "disagreement")}
+    expected = {
+        name: ("alarm", "alarm") if name == kind else ("", "healthy")
+        for name in ("flat", "few clusters", "disagreement")
+    }
     assert {name.lower(): (state, said) for state, name, said in lights} == expected
     measures = {key.removeprefix("nclip/"): value for key, value in rows[-1].items()}
     warnings = noncontrastive.diagnose(measures, k=24, b=16)
     assert [warning.split(":")[0] for warning in warnings] == ([kind] if kind else [])
     assert all(warning.partition(": ")[2] in " ".join(Page(text).text) for warning in warnings)
-    early = html.render(dataclasses.replace(found, config=found.config | {"log": {"alarms_after": 9}}),
-                            examples.Examples())
+    early = html.render(
+        dataclasses.replace(found, config=found.config | {"log": {"alarms_after": 9}}), examples.Examples()
+    )
     assert early.count("too early") == 3 and "healthy" not in early.partition("<main")[2].partition("<script")[0]
 
 
@@ -331,7 +334,17 @@ def test_tables_have_a_cell_for_each_column_and_say_what_their_text_says():
 def test_numbers_and_ticks():
     values = (0, 12, 0.5, 7.5, 103.25, 1234.5, 1e-5, 0.00075, 0.001, -0.0312, math.nan)
     assert list(map(charts.number, values)) == [
-        "0", "12", "0.5", "7.5", "103.2", "1,234", "1e-5", "7.5e-4", "0.001", "-0.0312", "not a number",
+        "0",
+        "12",
+        "0.5",
+        "7.5",
+        "103.2",
+        "1,234",
+        "1e-5",
+        "7.5e-4",
+        "0.001",
+        "-0.0312",
+        "not a number",
     ]
     assert charts.ticks(0, 10, 5) == [0, 2, 4, 6, 8, 10]
     assert charts.ticks(-0.3, 0.35, 5) == pytest.approx([-0.2, 0, 0.2])
@@ -361,11 +374,13 @@ def test_the_confusion_matrix_counts_and_the_seed_decides_among_equals():
     found = examples._confusion("x", data, data, np.eye(3)[answers], np.random.default_rng(0))
     assert found.classes == ["p", "q"] and found.counts.tolist() == [[3, 0], [2, 1]]
     assert [(m.name, m.taken_for, m.count) for m in found.mistakes[:2]] in (
-        [("a", "b", 2), ("c", "a", 2)], [("c", "a", 2), ("a", "b", 2)]
+        [("a", "b", 2), ("c", "a", 2)],
+        [("c", "a", 2), ("a", "b", 2)],
     )
     assert found.mistakes[2].taken_for == "a" and found.mistakes[2].images[0][0, 0, 0] == 2
-    fine = examples._confusion("x", dataclasses.replace(data, coarse=()), data, np.eye(3)[answers],
-                               np.random.default_rng(0))
+    fine = examples._confusion(
+        "x", dataclasses.replace(data, coarse=()), data, np.eye(3)[answers], np.random.default_rng(0)
+    )
     assert fine.classes == ["a", "b", "c"] and fine.counts[2].tolist() == [2, 0, 1]
 
 
@@ -388,8 +403,13 @@ def test_what_is_looked_at(monkeypatch):
     assert [panel.title for panel, *_ in found.zeroshot] == ["folder:x"] and found.retrieval[0].name == "coco_retrieval"
     assert sum(map(len, found.zeroshot[0][1].prompts)) == selection.PROMPTS and not found.emoji
     asked.clear()
-    found = selection.pick(["emoji/test_line", "emoji/test_probe", "emoji/test_concepts", "emoji/test_rendering_rest"],
-                      Preprocessing(4), None, None, 0)
+    found = selection.pick(
+        ["emoji/test_line", "emoji/test_probe", "emoji/test_concepts", "emoji/test_rendering_rest"],
+        Preprocessing(4),
+        None,
+        None,
+        0,
+    )
     assert [panel.spec for panel, *_ in found.zeroshot] == ["emoji/test_concepts", "emoji/test_line"] and found.emoji
     assert "emoji/test_rendering_rest" not in asked
 
@@ -406,14 +426,18 @@ def softmax(query, key):
 def test_attention_is_that_of_the_tower(pool):
     """Queries and keys as captured, applied to the values, give what the tower's own attention gives."""
     tower = {"width": 16, "depth": 2, "heads": 2}
-    model = TwoTowers(img={"size": 8, "patch": 4, "pool": pool, **tower},
-                      txt={"vocab": 8, "eot_id": 7, "length": 4, **tower}, embed=8)
+    model = TwoTowers(
+        img={"size": 8, "patch": 4, "pool": pool, **tower}, txt={"vocab": 8, "eot_id": 7, "length": 4, **tower}, embed=8
+    )
     images = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     statistics = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     pixels = (images / 255 - 0.5).astype(np.float32) / 0.25
     variables = nn.unbox(jax.jit(model.init)(jax.random.key(0), pixels, jnp.zeros((3, 4), jnp.int32)))
-    run = jax.jit(lambda v: model.apply(v, pixels, method="encode_image", capture_intermediates=True,
-                                        mutable=["intermediates"])[1])
+    run = jax.jit(
+        lambda v: model.apply(v, pixels, method="encode_image", capture_intermediates=True, mutable=["intermediates"])[
+            1
+        ]
+    )
     found = jax.device_get(run(variables))["intermediates"]["img"]
     rollout = np.eye(4 + (pool == "cls"))[None]
     for i in range(2):
@@ -487,8 +511,10 @@ def test_in_a_browser_nothing_fails_and_nothing_sticks_out(width, run, tmp_path)
         f'</script><iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe></body>'
     )
     browser = shutil.which("chromium") or shutil.which("google-chrome")
-    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking " \
+    flags = (
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
         "--disable-component-update --disable-sync --virtual-time-budget=4000 --window-size=1600,1000 --dump-dom"
+    )
     line = [browser, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'frame.html'}"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     out = re.search(r'<pre id="out">(.+?)</pre>', done.stdout, re.DOTALL)

@@ -36,8 +36,10 @@ def root(tmp_path_factory):
 
 
 def entries(path):
-    return {(entry["set"].rpartition("/")[2], entry["step"], entry["profile"], json.dumps(entry["changes"]))
-            for entry in results.read(epath.Path(path))[0]}
+    return {
+        (entry["set"].rpartition("/")[2], entry["step"], entry["profile"], json.dumps(entry["changes"]))
+        for entry in results.read(epath.Path(path))[0]
+    }
 
 
 def test_later_commands_add_to_the_file(root):
@@ -57,7 +59,10 @@ def test_later_commands_add_to_the_file(root):
     evaluate.evaluate(run, one, profile="slip")
     evaluate.evaluate(run, one, changes={"prefix": "a "})
     assert entries(file) == {
-        ("one", 1, "openai", "{}"), ("one", 2, "openai", "{}"), ("two", 2, "openai", "{}"), ("one", 2, "slip", "{}"),
+        ("one", 1, "openai", "{}"),
+        ("one", 2, "openai", "{}"),
+        ("two", 2, "openai", "{}"),
+        ("one", 2, "slip", "{}"),
         ("one", 2, "openai", '{"prefix": "a "}'),
     }
     # A repeated one is replaced, and is the one to show again.
@@ -65,8 +70,10 @@ def test_later_commands_add_to_the_file(root):
     again = evaluate.evaluate(run, one)
     entries_, items = results.read(epath.Path(file))
     shown = json.loads(file.read_text())["results"]
-    assert len(entries_) == before and [r["set"] for r in shown] == [two, one] and again["results"][0]["value"] == (
-        shown[1]["value"]
+    assert (
+        len(entries_) == before
+        and [r["set"] for r in shown] == [two, one]
+        and again["results"][0]["value"] == (shown[1]["value"])
     )
     # Every entry still has its items.
     for entry in entries_:
@@ -146,8 +153,18 @@ def test_a_name_with_commas(root, tmp_path):
 
 
 def entry(name="zeroshot/x", **changes):
-    fields = {"set": "x", "name": name, "metric": "top1", "value": 50.0, "checkpoint": "run", "step": 1,
-              "profile": "openai", "changes": {}, "tokenizer": "bytes", "text_length": 8}
+    fields = {
+        "set": "x",
+        "name": name,
+        "metric": "top1",
+        "value": 50.0,
+        "checkpoint": "run",
+        "step": 1,
+        "profile": "openai",
+        "changes": {},
+        "tokenizer": "bytes",
+        "text_length": 8,
+    }
     return fields | changes
 
 
@@ -175,8 +192,9 @@ def test_two_files_that_differ_in_their_suffix_have_items_of_their_own(tmp_path)
 
 def older(path, **changes):
     """A file as it was before entries had a step and a profile of their own."""
-    fields = {key: value for key, value in entry(**changes).items() if key not in ("checkpoint", "step", "profile",
-                                                                                   "changes")}
+    fields = {
+        key: value for key, value in entry(**changes).items() if key not in ("checkpoint", "step", "profile", "changes")
+    }
     path.write_text(json.dumps({"checkpoint": "run", "step": 1, "profile": "slip", "suite": "x", "results": [fields]}))
     np.savez_compressed(path.with_name(f"{path.stem}.items.npz"), **{"mean:values:zeroshot|x|top1": np.array([1.0, 0])})
     return epath.Path(path)

@@ -139,7 +139,11 @@ def test_the_final_table_has_a_row_for_each_family(small_demo):
     lines = summary.render(results).splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("the families"))
     assert [line[:26].strip() for line in lines[at + 1 :]] == [
-        "zero-shot classification", "out of domain", "retrieval", "visual representation", "textual representation",
+        "zero-shot classification",
+        "out of domain",
+        "retrieval",
+        "visual representation",
+        "textual representation",
     ]
     chosen = [line[26:].split()[0] for line in lines[at + 1 :]]
     assert chosen == [f"emoji/test_{n}" for n in ("concepts", "line", "retrieval", "probe/category", "aliases")]
@@ -152,8 +156,11 @@ def test_the_final_table_has_a_row_for_each_family(small_demo):
 
 def test_the_gap_to_imagenet_is_shown():
     sizes = {"n": 5.0, "ways": 1000.0, "top5": 90.0}
-    both = {f"zeroshot/{name}/{key}": value for name, top1 in (("imagenet", 60.0), ("imagenet_a", 20.5))
-            for key, value in (sizes | {"top1": top1}).items()}
+    both = {
+        f"zeroshot/{name}/{key}": value
+        for name, top1 in (("imagenet", 60.0), ("imagenet_a", 20.5))
+        for key, value in (sizes | {"top1": top1}).items()
+    }
     assert "less than imagenet" in summary.render(both) and "39.5" in summary.render(both)
 
 
@@ -206,8 +213,14 @@ def test_names_are_printable_and_fit():
 def test_prompts_of_unseen_concepts(small_demo):
     """Each keyword is in front once, behind the name and alone; without keywords the name is left."""
     assert registry.load("emoji/test_concepts", SIZE).prompts[0] == [
-        "name 4, tag 0, tag 1, tag 2", "name 4, tag 1, tag 2, tag 3", "name 4, tag 2, tag 3, tag 0",
-        "name 4, tag 3, tag 0, tag 1", "tag 0", "tag 1", "tag 2", "tag 3",
+        "name 4, tag 0, tag 1, tag 2",
+        "name 4, tag 1, tag 2, tag 3",
+        "name 4, tag 2, tag 3, tag 0",
+        "name 4, tag 3, tag 0, tag 1",
+        "tag 0",
+        "tag 1",
+        "tag 2",
+        "tag 3",
     ]
     assert registry.load("emoji/test_concepts_one_prompt", SIZE).prompts[0] == ["name 4, tag 0, tag 1, tag 2"]
     assert registry._prompts({"name": "n", "tags": []}) == ["n"]

@@ -19,7 +19,10 @@ MESHES = {
 }
 # xCLIP holds the other two losses; by themselves they are minutes more of compilation.
 OBJECTIVES = (
-    pytest.param("clip", marks=pytest.mark.slow), "siglip", pytest.param("nclip", marks=pytest.mark.slow), "xclip"
+    pytest.param("clip", marks=pytest.mark.slow),
+    "siglip",
+    pytest.param("nclip", marks=pytest.mark.slow),
+    "xclip",
 )
 BATCH = 32
 
@@ -98,7 +101,9 @@ def test_gradcache_with_every_strategy(mesh, plain):
 @pytest.mark.parametrize("mesh", [None, "dp", "zero1", "fsdp_tp"])
 def test_gradcache_and_chunks_with_an_average_as_teacher(mesh, plain):
     teacher = {
-        "objective__nclip__target": "ema", "objective__nclip__balance": "center", "model__img__patch_dropout": 0.5
+        "objective__nclip__target": "ema",
+        "objective__nclip__balance": "center",
+        "model__img__patch_dropout": 0.5,
     }
     p = make("xclip", mesh, optim__microbatches=2, loss__chunk=16, **teacher)
     assert_same(gradients(p), plain("xclip", **teacher))

@@ -55,8 +55,12 @@ def test_what_a_folder_cannot_read_is_a_bad_sample(tmp_path, monkeypatch):
         except BadSample as error:
             reasons[path.stem] = error.reason
     assert reasons == {
-        "pipe": "file cannot be read", "pipe_text": "file cannot be read", "large": "file too large",
-        "large_text": "file too large", "no_text": "no caption file", "link": "no image file",
+        "pipe": "file cannot be read",
+        "pipe_text": "file cannot be read",
+        "large": "file too large",
+        "large_text": "file too large",
+        "no_text": "no caption file",
+        "link": "no image file",
     }
 
 
@@ -73,8 +77,10 @@ def test_card_of_a_folder(tmp_path):
     text = image.with_suffix(".txt")
     hashes = {card["hash"]}
     for change in (
-        lambda: text.write_text(f"{text.read_text()}!"), lambda: image.write_bytes(image.read_bytes() + b"x"),
-        lambda: image.rename(image.with_stem("new")), lambda: text.rename(text.with_stem("new")),
+        lambda: text.write_text(f"{text.read_text()}!"),
+        lambda: image.write_bytes(image.read_bytes() + b"x"),
+        lambda: image.rename(image.with_stem("new")),
+        lambda: text.rename(text.with_stem("new")),
     ):
         change()
         hashes.add(sources.FolderSource(tmp_path / "b").card()["hash"])

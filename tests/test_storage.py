@@ -59,9 +59,14 @@ def store(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
-        (FileNotFoundError("a"), FileNotFoundError), (HttpError(404), FileNotFoundError), (HttpError(410), OSError),
-        (PermissionError("no"), PermissionError), (HttpError(403), PermissionError), (HttpError(416), OSError),
-        (IsADirectoryError("a"), IsADirectoryError), (ValueError("not a URL"), OSError),
+        (FileNotFoundError("a"), FileNotFoundError),
+        (HttpError(404), FileNotFoundError),
+        (HttpError(410), OSError),
+        (PermissionError("no"), PermissionError),
+        (HttpError(403), PermissionError),
+        (HttpError(416), OSError),
+        (IsADirectoryError("a"), IsADirectoryError),
+        (ValueError("not a URL"), OSError),
     ],
 )
 def test_what_will_not_pass_is_tried_once(store, error, kind):
@@ -112,9 +117,7 @@ def test_only_regular_files_are_read(tmp_path):
 
 def test_strict_json_has_null_for_numbers_that_json_lacks():
     content = {"a": [1.5, float("nan")], "b": {"c": (-float("inf"), 2)}, "d": "NaN", "e": np.float64("inf")}
-    assert json.loads(storage.strict_json(content)) == {
-        "a": [1.5, None], "b": {"c": [None, 2]}, "d": "NaN", "e": None
-    }
+    assert json.loads(storage.strict_json(content)) == {"a": [1.5, None], "b": {"c": [None, 2]}, "d": "NaN", "e": None}
     assert storage.strict_json({"b": 1, "a": 0.1}, sort_keys=True) == '{"a": 0.1, "b": 1}'
 
 
@@ -129,7 +132,8 @@ def test_json_lines_drop_what_is_damaged(tmp_path):
     assert kept.kept == good
     kept.append({"step": 5, "loss": float("nan")})
     assert [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().split("\n")[:-1]] == [
-        *good, {"step": 5, "loss": None}
+        *good,
+        {"step": 5, "loss": None},
     ]
     before = path.read_bytes()
     storage.JsonLines(path, lambda _: True)

@@ -68,8 +68,10 @@ def test_short_names_have_the_usual_columns():
         (["folder:/val", "folder:/a/val"], ["folder:/val", "folder:a/val"]),
         (["tar:gs://bucket/pairs/000.tar"], ["tar:000.tar"]),
         # What is no absolute path is called as the user wrote it.
-        (["tfds:mnist/test", "folder:own/classes", "emoji/test_line"],
-         ["tfds:mnist/test", "folder:own/classes", "emoji/test_line"]),
+        (
+            ["tfds:mnist/test", "folder:own/classes", "emoji/test_line"],
+            ["tfds:mnist/test", "folder:own/classes", "emoji/test_line"],
+        ),
     ],
 )
 def test_sets_of_own_files_have_short_names(names, short):

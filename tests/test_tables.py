@@ -34,11 +34,19 @@ def write(path, rows, tab=","):
 @pytest.mark.parametrize(("tab", "first"), [(",", 'a, "b"\nc'), ("\t", 'a, ""b"" c')])
 def test_csv(tmp_path, images, tab, first):
     head = ("title", "filepath", "words")
-    write(tmp_path / "pairs.csv", [
-        head, ('"a, ""b""\nc"' if tab == "," else first, "images/0.jpg", '"x, y"' if tab == "," else "x, y"),
-        ("ünï", str(tmp_path / "images/1.jpg"), ""), "", ("", "images/2.jpg", ""), ("lost", "images/9.jpg", ""),
-        "short",
-    ], tab)
+    write(
+        tmp_path / "pairs.csv",
+        [
+            head,
+            ('"a, ""b""\nc"' if tab == "," else first, "images/0.jpg", '"x, y"' if tab == "," else "x, y"),
+            ("ünï", str(tmp_path / "images/1.jpg"), ""),
+            "",
+            ("", "images/2.jpg", ""),
+            ("lost", "images/9.jpg", ""),
+            "short",
+        ],
+        tab,
+    )
     write(tmp_path / "more.csv", [head, ("more", "images/2.jpg", "z")], tab)
     source = open_source(f"csv:{tmp_path}/pairs.csv,{tmp_path}/more.csv", "filepath", ("title",), "words")
     assert len(source) == 6
@@ -71,7 +79,8 @@ def test_quotes_mean_nothing_between_tabs(tmp_path):
 @pytest.mark.parametrize(
     ("caption", "later", "line", "swallowed"),
     [
-        ('"never closed', "plain", 11, "all rows behind it"), ('"five inch', 'the "best" one', 11, "rows behind it"),
+        ('"never closed', "plain", 11, "all rows behind it"),
+        ('"five inch', 'the "best" one', 11, "rows behind it"),
         ('"five inch', '19"', 11, "more than 20 lines"),
     ],
 )
@@ -117,11 +126,17 @@ def test_rows_whose_image_cannot_be_read_are_bad_samples(tmp_path, images, monke
     write(tmp_path / "x.csv", [("image", "text"), *((name, "caption") for name in names)])
     source = open_source(f"csv:{tmp_path}/x.csv")
     assert source[0]["image"] == images[0]
-    for i, (reason, detail) in enumerate([
-        ("file cannot be read", "null byte"), ("file cannot be read", "foo"), ("file cannot be read", "not a regular"),
-        ("file cannot be read", "not a regular"), ("file too large", "larger than 2,000 bytes"),
-        ("file cannot be read", "too long"),
-    ], 1):
+    for i, (reason, detail) in enumerate(
+        [
+            ("file cannot be read", "null byte"),
+            ("file cannot be read", "foo"),
+            ("file cannot be read", "not a regular"),
+            ("file cannot be read", "not a regular"),
+            ("file too large", "larger than 2,000 bytes"),
+            ("file cannot be read", "too long"),
+        ],
+        1,
+    ):
         with pytest.raises(BadSample, match=detail) as error:
             source[i]
         assert error.value.reason == reason
@@ -151,7 +166,10 @@ def test_parquet(tmp_path, images):
     pyarrow.parquet.write_table(paths, tmp_path / "0.parquet")
     source = open_source(f"parquet:{tmp_path}/0.parquet")
     assert source[0] == {
-        "image": images[0], "text": ["one", "two"], "tags": [], "id": str(tmp_path / "images" / "0.jpg")
+        "image": images[0],
+        "text": ["one", "two"],
+        "tags": [],
+        "id": str(tmp_path / "images" / "0.jpg"),
     }
     with pytest.raises(BadSample, match="no image in the row"):
         source[1]
@@ -167,9 +185,12 @@ def test_damaged_parquet_is_a_sentence(tmp_path):
     whole = (tmp_path / "x.parquet").read_bytes()
     rng = np.random.default_rng(0)
     refused = 0
-    for content in [b"", b"rubbish" * 9, *(whole[: rng.integers(len(whole))] for _ in range(20)), *(
-        whole[:i] + rng.bytes(9) + whole[i + 9 :] for i in rng.integers(len(whole), size=100)
-    )]:
+    for content in [
+        b"",
+        b"rubbish" * 9,
+        *(whole[: rng.integers(len(whole))] for _ in range(20)),
+        *(whole[:i] + rng.bytes(9) + whole[i + 9 :] for i in rng.integers(len(whole), size=100)),
+    ]:
         (tmp_path / "x.parquet").write_bytes(content)
         try:
             source = open_source(f"parquet:{tmp_path}/x.parquet")
@@ -204,7 +225,10 @@ def test_array_record(tmp_path, images):
 
     writer = array_record_module.ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
     for record in (
-        example(image=[images[0]], text=[b"one", b"two"]), example(image=[images[1]]), example(text=[b"x"]), b"\xff\xff"
+        example(image=[images[0]], text=[b"one", b"two"]),
+        example(image=[images[1]]),
+        example(text=[b"x"]),
+        b"\xff\xff",
     ):
         writer.write(record)
     writer.close()

@@ -189,9 +189,10 @@ def test_captions_from_json(plain):
 def test_json_that_is_nested_or_holds_half_a_letter(tmp_path):
     texts = ['"cut \\ud83d"', '"\\ud83d\\ude00"', '"\\ude00 \\ud83d"', "[" * 100_000, '{"a":' * 100_000]
     image = torture.jpeg(0)
-    torture.shard(tmp_path / "0.tar", [
-        (str(i), {"jpg": image, "json": b'{"caption": %s}' % text.encode()}) for i, text in enumerate(texts)
-    ])
+    torture.shard(
+        tmp_path / "0.tar",
+        [(str(i), {"jpg": image, "json": b'{"caption": %s}' % text.encode()}) for i, text in enumerate(texts)],
+    )
     source = tar_source.TarSource(str(tmp_path / "0.tar"), ("caption",))
     assert [source[i]["text"] for i in range(3)] == [["cut \ufffd"], ["😀"], ["\ufffd \ufffd"]]
     for i in (3, 4):
@@ -265,8 +266,17 @@ def test_names_with_line_breaks(tmp_path):
 @pytest.mark.parametrize(
     "size",
     [
-        b"-0000001000\0", b"+0000001000\0", b"0000_001000\0", b"0o000001000\0", b"00000010 00\0", b"99999999999\0",
-        b"\xff" * 12, b"\xff" * 11 + b"\0", b"\xc0" + bytes(11), b"\x80" + b"\xff" * 11, b"-1\0".ljust(12, b"\0"),
+        b"-0000001000\0",
+        b"+0000001000\0",
+        b"0000_001000\0",
+        b"0o000001000\0",
+        b"00000010 00\0",
+        b"99999999999\0",
+        b"\xff" * 12,
+        b"\xff" * 11 + b"\0",
+        b"\xc0" + bytes(11),
+        b"\x80" + b"\xff" * 11,
+        b"-1\0".ljust(12, b"\0"),
     ],
 )
 def test_a_header_with_an_odd_size_neither_hangs_the_index_nor_ends_it(size, tmp_path):

@@ -14,9 +14,16 @@ from xclip_jax.data import package_index
 ROOT = pathlib.Path(__file__).parents[1]
 OFFLINE = "http://127.0.0.1:9/simple"  # the discard port: refused at once
 TRAINING = [
-    "-m", "xclip_jax.main", "--config", "configs/demo.py:objective=clip,steps=2", "--config.run=run",
-    "--config.data.batch=32", "--config.model.img.depth=1", "--config.model.txt.depth=1",
-    '--config.eval.final_sets=("emoji/test_rendering",)', "--config.eval.report=False",
+    "-m",
+    "xclip_jax.main",
+    "--config",
+    "configs/demo.py:objective=clip,steps=2",
+    "--config.run=run",
+    "--config.data.batch=32",
+    "--config.model.img.depth=1",
+    "--config.model.txt.depth=1",
+    '--config.eval.final_sets=("emoji/test_rendering",)',
+    "--config.eval.report=False",
 ]
 LOOK_UPS = """
 from xclip_jax.data import demo, tokenizer

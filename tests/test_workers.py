@@ -44,8 +44,11 @@ def start(tmp_path):
     def begin(until):
         process = subprocess.Popen(
             [sys.executable, str(tmp_path / "script.py"), str(run), str(tmp_path / "pairs")],
-            env=os.environ | {"PYTHONPATH": os.getcwd()}, start_new_session=True, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": os.getcwd()},
+            start_new_session=True,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         groups.append(process.pid)
         wait(lambda: until(process.pid, run) or process.poll() is not None)

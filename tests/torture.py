@@ -107,16 +107,22 @@ def shard(path, samples, fmt=tarfile.USTAR_FORMAT):
 
 def pairs(path, first, n, **size):
     """A tar as img2dataset writes it, keys `first` and up."""
-    return shard(path, [
-        (f"{i:09d}", {
-            "jpg": jpeg(i, **size),
-            "json": json.dumps(
-                {"caption": f"json {i}", "alts": [f"alt {i}", ""], "nested": {"tag": ["a", "b"]}}
-            ).encode(),
-            "txt": f"picture {i}".encode(),
-        })
-        for i in range(first, first + n)
-    ])
+    return shard(
+        path,
+        [
+            (
+                f"{i:09d}",
+                {
+                    "jpg": jpeg(i, **size),
+                    "json": json.dumps(
+                        {"caption": f"json {i}", "alts": [f"alt {i}", ""], "nested": {"tag": ["a", "b"]}}
+                    ).encode(),
+                    "txt": f"picture {i}".encode(),
+                },
+            )
+            for i in range(first, first + n)
+        ],
+    )
 
 
 def make(folder):
@@ -144,15 +150,21 @@ def make(folder):
 
     image = jpeg(30)
     texts = {
-        "latin": ("caf\xe9".encode("latin-1"), "café"), "mark": ("\ufeffmark".encode(), "mark"),
-        "utf16": ("sixteen".encode("utf-16"), "sixteen"), "lines": (b"two\r\nlines\n", "two\r\nlines"),
-        "emoji": ("🦊 fox".encode(), "🦊 fox"), "long": (b"word " * 5000, ("word " * 5000).strip()),
+        "latin": ("caf\xe9".encode("latin-1"), "café"),
+        "mark": ("\ufeffmark".encode(), "mark"),
+        "utf16": ("sixteen".encode("utf-16"), "sixteen"),
+        "lines": (b"two\r\nlines\n", "two\r\nlines"),
+        "emoji": ("🦊 fox".encode(), "🦊 fox"),
+        "long": (b"word " * 5000, ("word " * 5000).strip()),
     }
     wrong = {"empty": b"", "blank": b" \n\t ", "binary": bytes(range(256)), "nul": b"a\0b"}
     wrong["endless"] = b"x" * (1 << 20 | 1)
-    shard(folder / "02.tar", [(key, {"jpg": image, "txt": data}) for key, (data, _) in texts.items()] + [
-        (key, {"jpg": image, "txt": data}) for key, data in wrong.items()
-    ] + [("no_text", {"jpg": image}), ("json_only", {"jpg": image, "json": b"{}"}), ("no_image", {"txt": b"alone"})])
+    shard(
+        folder / "02.tar",
+        [(key, {"jpg": image, "txt": data}) for key, (data, _) in texts.items()]
+        + [(key, {"jpg": image, "txt": data}) for key, data in wrong.items()]
+        + [("no_text", {"jpg": image}), ("json_only", {"jpg": image, "json": b"{}"}), ("no_image", {"txt": b"alone"})],
+    )
     good |= {("02.tar", key): caption for key, (_, caption) in texts.items()}
     bad |= {("02.tar", key): "caption is empty" for key in ("empty", "blank")}
     bad |= {("02.tar", key): "caption is no text" for key in ("binary", "nul")}

@@ -1,7 +1,7 @@
 """Trains and encodes a little, alone or as one of several processes; each writes what it saw.
 
-    python -m tests.two_processes FOLDER OUT [COORDINATOR PROCESSES PROCESS]
-    python -m tests.two_processes run FOLDER OUT DATA MODEL [COORDINATOR PROCESSES PROCESS]
+python -m tests.two_processes FOLDER OUT [COORDINATOR PROCESSES PROCESS]
+python -m tests.two_processes run FOLDER OUT DATA MODEL [COORDINATOR PROCESSES PROCESS]
 """
 
 import sys
@@ -64,9 +64,15 @@ def main(folder, out, *others):
     unreadable = np.isnan(encoder.images(s.variables(), Broken(2 * images))["z"]).all(axis=1)
     maps = attention(p.model, s.variables(), images, (p.preprocessing.mean, p.preprocessing.std), p.mesh)
     found = {
-        "losses": losses, "rows": rows, "restored": [same, position["samples"] == STEPS * BATCH],
-        "image": features["z"], "clusters": features["s"], "text": texts["z"],
-        "attention": maps.last, "unreadable": np.flatnonzero(unreadable), "counted": [*encoder.unreadable],
+        "losses": losses,
+        "rows": rows,
+        "restored": [same, position["samples"] == STEPS * BATCH],
+        "image": features["z"],
+        "clusters": features["s"],
+        "text": texts["z"],
+        "attention": maps.last,
+        "unreadable": np.flatnonzero(unreadable),
+        "counted": [*encoder.unreadable],
     }
     flat = jax.tree_util.tree_leaves_with_path(grads)
     found |= {f"grad{jax.tree_util.keystr(path)}": x.addressable_data(0) for path, x in flat}
@@ -78,8 +84,15 @@ def run(folder, out, data, model, *others):
     if others:
         processes.join(False, others[0], int(others[1]), int(others[2]))
     config = tiny.config(
-        "xclip", run=f"{out}.run", steps=2, data__batch=8, data__sources=(f"folder:{folder}",), data__max_bad=0.5,
-        mesh__data=int(data), mesh__model=int(model), optim__eps=1e-3,
+        "xclip",
+        run=f"{out}.run",
+        steps=2,
+        data__batch=8,
+        data__sources=(f"folder:{folder}",),
+        data__max_bad=0.5,
+        mesh__data=int(data),
+        mesh__model=int(model),
+        optim__eps=1e-3,
     )
     to_global, shapes, texts = loader.to_global, [], []
 

@@ -85,7 +85,8 @@ class Job:
         size = -(-part // model.batch) * model.batch
         self._parts = [
             (kind, start, min(start + size, len(source)))
-            for kind, source in sources.items() for start in range(0, len(source), size)
+            for kind, source in sources.items()
+            for start in range(0, len(source), size)
         ]
         if not self._parts:
             raise UserError("there is nothing to embed; --texts is an empty file.")

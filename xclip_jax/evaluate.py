@@ -63,8 +63,14 @@ def chosen(suite: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def evaluate(
-    run: str, suite: str | Sequence[str], *, step: int | None = None, profile: str = "openai",
-    changes: Mapping[str, Any] | None = None, data_dir: str = "", output: str = "",
+    run: str,
+    suite: str | Sequence[str],
+    *,
+    step: int | None = None,
+    profile: str = "openai",
+    changes: Mapping[str, Any] | None = None,
+    data_dir: str = "",
+    output: str = "",
 ) -> dict[str, Any]:
     """Runs the evaluators on a checkpoint, adds each result to the file when it is there, and prints their table.
 
@@ -250,22 +256,39 @@ def render(rows: Sequence[Mapping[str, Any]], a: str, b: str) -> str:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m xclip_jax.evaluate", description=__doc__, epilog=registry.listing(), allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser(
+        prog="python -m xclip_jax.evaluate",
+        description=__doc__,
+        epilog=registry.listing(),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--checkpoint", metavar="RUN", help="folder of a run, or weights")
-    parser.add_argument("--suite", action="append", help="demo (the default), paper, or names of sets joined by "
-                        "commas; may be given several times. The names are listed below")
+    parser.add_argument(
+        "--suite",
+        action="append",
+        help="demo (the default), paper, or names of sets joined by "
+        "commas; may be given several times. The names are listed below",
+    )
     parser.add_argument("--profile", help=f"{', '.join(registry.PROFILES)}; openai by default")
     parser.add_argument("--prefix", help="put before captions of retrieval; by default what the profile says")
     parser.add_argument("--lower", action="store_true", default=None, help="captions in lower case")
-    parser.add_argument("--augment", action="store_true", default=None,
-                        help="profile slip: probe/ learns from new crops and flips in each of 90 epochs")
+    parser.add_argument(
+        "--augment",
+        action="store_true",
+        default=None,
+        help="profile slip: probe/ learns from new crops and flips in each of 90 epochs",
+    )
     parser.add_argument("--captions", type=int, help="so many captions of each image; 0 for all")
     parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
     parser.add_argument("--data-dir", default="", help="root of the data sets")
     parser.add_argument("--output", default="", help="file of the results")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"),
-                        help="runs' folders, or files of results; of --step and --profile, or the newest")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="runs' folders, or files of results; of --step and --profile, or the newest",
+    )
     flags = parser.parse_args(argv)
     if bool(flags.checkpoint) == bool(flags.compare):
         parser.error("give either --checkpoint RUN or --compare A B")
@@ -288,10 +311,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             suite = flags.suite or ["demo"]
             changed = {key: getattr(flags, key) for key in ("prefix", "lower", "captions", "augment")}
             evaluate(
-                flags.checkpoint, suite[0] if len(suite) == 1 else suite, step=flags.step,
+                flags.checkpoint,
+                suite[0] if len(suite) == 1 else suite,
+                step=flags.step,
                 profile=flags.profile or "openai",
                 changes={key: value for key, value in changed.items() if value is not None},
-                data_dir=flags.data_dir, output=flags.output,
+                data_dir=flags.data_dir,
+                output=flags.output,
             )
 
 

@@ -34,7 +34,7 @@ def _image(img: ImageTowerConfig, patch_dropout: float) -> float:
         channels = features
     pooled = 0.0
     if img.pool == "map":  # one query, its keys and values, and a residual MLP of one token
-        pooled = 4 * kept * img.width ** 2 + (4 + 4 * img.mlp_ratio) * img.width ** 2 + 4 * kept * img.width
+        pooled = 4 * kept * img.width**2 + (4 + 4 * img.mlp_ratio) * img.width**2 + 4 * kept * img.width
     tokens, first = kept + (img.pool == "cls"), img.pool == "cls" and not img.scan
     return embedding + transformer(tokens, img.width, img.depth, img.mlp_ratio, first) + pooled
 

@@ -85,8 +85,14 @@ class Model:
     """
 
     def __init__(
-        self, model: TwoTowers, variables: Mapping[str, Any], config: ml_collections.ConfigDict,
-        card: Mapping[str, Any], *, batch: int, threads: int = 0,
+        self,
+        model: TwoTowers,
+        variables: Mapping[str, Any],
+        config: ml_collections.ConfigDict,
+        card: Mapping[str, Any],
+        *,
+        batch: int,
+        threads: int = 0,
     ) -> None:
         self.config, self.preprocessing = config, Preprocessing.from_config(config)
         self.card = dict(card) | {
@@ -103,8 +109,14 @@ class Model:
         model, variables = _unrolled(model, variables)
         self._variables = jax.device_put(variables, replicated(mesh))
         self._encoder = Encoder(
-            model, self.tokenizer, text_length=self.length, preprocessing=self.preprocessing, mesh=mesh, batch=batch,
-            smaller=[size for size in _SMALLER if size < batch], tau=self._tau,
+            model,
+            self.tokenizer,
+            text_length=self.length,
+            preprocessing=self.preprocessing,
+            mesh=mesh,
+            batch=batch,
+            smaller=[size for size in _SMALLER if size < batch],
+            tau=self._tau,
         )
         self.batch = self._encoder.batch
 
@@ -168,7 +180,9 @@ class Model:
         return self._embed(self._encoder.tokens(self._variables, tokens.astype(np.int32), self._embedding))
 
     def zero_shot(
-        self, images: Sequence[ImageLike] | np.ndarray, class_names: Sequence[str],
+        self,
+        images: Sequence[ImageLike] | np.ndarray,
+        class_names: Sequence[str],
         templates: Sequence[str] = TEMPLATES,
     ) -> ZeroShotResult:
         """Which of the classes each image shows.
@@ -202,7 +216,10 @@ class Model:
         return ZeroShotResult(labels, distributions(scale * scores), scores)
 
     def clusters(
-        self, images: Sequence[ImageLike] | np.ndarray | None = None, *, texts: Sequence[str] | None = None,
+        self,
+        images: Sequence[ImageLike] | np.ndarray | None = None,
+        *,
+        texts: Sequence[str] | None = None,
         top: int = 5,
     ) -> Clusters:
         """The likeliest clusters of images or of texts, for models of nCLIP and xCLIP.

@@ -1,6 +1,5 @@
 """Trains a model: python -m xclip_jax.main --config FILE.py[:a=1,b=2] [--config.KEY=VALUE ...]."""
 
-
 from absl import app, flags, logging
 
 from xclip_jax.config import load

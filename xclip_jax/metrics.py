@@ -40,9 +40,7 @@ class Writer:
 
         self.path = run / "metrics.jsonl"
         last = step if evaluations is None else evaluations
-        self._file = JsonLines(
-            self.path, lambda line: line.get("step", math.inf) <= (step if "loss" in line else last)
-        )
+        self._file = JsonLines(self.path, lambda line: line.get("step", math.inf) <= (step if "loss" in line else last))
         self._evaluated = {line["step"] for line in self._file.kept if "loss" not in line}
         self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
@@ -63,7 +61,7 @@ class Writer:
 
 
 def clock(seconds: float) -> str:
-    """"1:02:03" or "2:03"."""
+    """ "1:02:03" or "2:03"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

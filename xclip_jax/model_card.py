@@ -53,8 +53,15 @@ _RECIPE = ("data.batch", "optim.lr", "optim.schedule", "optim.warmup", "optim.we
 
 
 def render(
-    source: str, out: str, to: str, config: ml_collections.ConfigDict, parts: Parts, at: int, notes: Sequence[str],
-    *, run: bool,
+    source: str,
+    out: str,
+    to: str,
+    config: ml_collections.ConfigDict,
+    parts: Parts,
+    at: int,
+    notes: Sequence[str],
+    *,
+    run: bool,
 ) -> str:
     """Markdown.
 

@@ -152,7 +152,10 @@ class Objective:
         return {"center_img": jnp.zeros(clusters), "center_txt": jnp.zeros(clusters)}
 
     def __call__(
-        self, out: Mapping[str, Array], teacher: Mapping[str, Array] | None, state: Mapping[str, Array],
+        self,
+        out: Mapping[str, Array],
+        teacher: Mapping[str, Array] | None,
+        state: Mapping[str, Array],
         inputs: Mapping[str, Any],
     ) -> tuple[Array, dict[str, Array], dict[str, Array]]:
         """The loss of one global batch.

@@ -82,12 +82,14 @@ def explain(parts: Parts) -> list[dict[str, Any]]:
     """One row a parameter: name, shape, sharding, bytes on each chip."""
     rows = []
     for path, x in jax.tree_util.tree_leaves_with_path(parts.abstract.params):
-        rows.append({
-            "parameter": jax.tree_util.keystr(path, simple=True, separator="/"),
-            "shape": list(x.shape),
-            "sharding": str(x.sharding.spec).removeprefix("PartitionSpec"),
-            "bytes": _bytes(x),
-        })
+        rows.append(
+            {
+                "parameter": jax.tree_util.keystr(path, simple=True, separator="/"),
+                "shape": list(x.shape),
+                "sharding": str(x.sharding.spec).removeprefix("PartitionSpec"),
+                "bytes": _bytes(x),
+            }
+        )
     return rows
 
 
@@ -117,8 +119,11 @@ def memory(parts: Parts, compiled: Any) -> dict[str, float]:
         "average": _bytes(state.ema_params),
         "activations": float(found.temp_size_in_bytes),
         "peak": float(
-            found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-            + found.temp_size_in_bytes + found.generated_code_size_in_bytes
+            found.argument_size_in_bytes
+            + found.output_size_in_bytes
+            - found.alias_size_in_bytes
+            + found.temp_size_in_bytes
+            + found.generated_code_size_in_bytes
         ),
     }
 
@@ -202,16 +207,26 @@ def plan(
     per_second = mfu * chip.peak * len(devices) / step * config.data.batch
     seconds = config.steps * config.data.batch / per_second
     found = {
-        "topology": topology, "slices": slices, "chips": len(devices), "hosts": hosts,
-        "objective": config.objective.name, "strategy": config.mesh.strategy, "mesh": dict(parts.mesh.shape),
-        "batch": config.data.batch, "steps": config.steps,
+        "topology": topology,
+        "slices": slices,
+        "chips": len(devices),
+        "hosts": hosts,
+        "objective": config.objective.name,
+        "strategy": config.mesh.strategy,
+        "mesh": dict(parts.mesh.shape),
+        "batch": config.data.batch,
+        "steps": config.steps,
         "model_parameters": sum(x.size for x in jax.tree.leaves(parts.abstract.params)),
         "fits": compiled is not None,
         "trouble": trouble,
         "remedy": suggest(config, devices) if compiled is None and look else "",
-        "flops_per_step": step, "flops_per_pair": step / config.data.batch, "mfu": mfu,
-        "pairs_per_second": per_second, "images_per_second_per_host": per_second / hosts,
-        "chip_hours": seconds / 3600 * len(devices), "days": seconds / 86400,
+        "flops_per_step": step,
+        "flops_per_pair": step / config.data.batch,
+        "mfu": mfu,
+        "pairs_per_second": per_second,
+        "images_per_second_per_host": per_second / hosts,
+        "chip_hours": seconds / 3600 * len(devices),
+        "days": seconds / 86400,
         "compile_seconds": time.perf_counter() - began,
         "capacity": chip.memory,
     }
@@ -225,8 +240,14 @@ def _largest(sent: list[Collective], n: int = 12) -> list[dict[str, Any]]:
     """The collectives that move most, with their shapes."""
     ordered = sorted(sent, key=lambda each: -each.total)[:n]
     return [
-        {"kind": x.kind, "shapes": list(x.shapes[:3]), "arrays": len(x.shapes), "group": x.group, "count": x.count,
-         "bytes": x.total}
+        {
+            "kind": x.kind,
+            "shapes": list(x.shapes[:3]),
+            "arrays": len(x.shapes),
+            "group": x.group,
+            "count": x.count,
+            "bytes": x.total,
+        }
         for x in ordered
     ]
 

@@ -234,6 +234,7 @@ def _fit_positions(table: np.ndarray, like: Mapping[str, Any], tower: str, notes
 
 def _together(names: set[str], among: Mapping[str, Any]) -> list[str]:
     """`names`, those that are all of a head or tower by its name alone; collections left out."""
+
     def top(name: str) -> str:
         return name.split("/")[1]
 

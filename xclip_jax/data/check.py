@@ -172,9 +172,7 @@ def _unindexed(source: sources.Source, bad: Sequence[Sample]) -> list[Sample]:
     return [s for s in bad if not (isinstance(source, TarSource) and source.fault(s.index))]
 
 
-def _about_bad(
-    source: sources.Source, bad: Sequence[Sample], faults: collections.Counter, count: int
-) -> Iterator[str]:
+def _about_bad(source: sources.Source, bad: Sequence[Sample], faults: collections.Counter, count: int) -> Iterator[str]:
     for reason, found in sorted(faults.items()):
         yield f"bad, {reason}: {found:,} in the index of all"
     for reason, found in sorted(collections.Counter(s.reason for s in _unindexed(source, bad)).items()):

@@ -36,8 +36,9 @@ class Task:
 
 _MAX_INCOMPLETE = 0.01  # of the rows of a file
 _ENTAILS = ("entailment", "not_entailment")
-_MNLI = Task(("sentence1", "sentence2"), "gold_label", ("premise", "hypothesis"),
-             ("entailment", "neutral", "contradiction"))
+_MNLI = Task(
+    ("sentence1", "sentence2"), "gold_label", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction")
+)
 _PAIR = ("sentence1", "sentence2")
 TASKS: Mapping[str, Task] = {
     "cola": Task(("3",), "1", ("sentence",), metrics=("matthews",)),

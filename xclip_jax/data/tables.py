@@ -93,7 +93,8 @@ def read_rows(path: str, *, errors: str = "replace") -> Iterator[list[str]]:
     if spread and multiprocessing.parent_process() is None:
         warnings.warn(
             f"table {path!r} has {len(spread):,} rows of several lines, the first at line {spread[0]}; if that is not "
-            "meant, a quote there has no partner and rows are lost.", stacklevel=2,
+            "meant, a quote there has no partner and rows are lost.",
+            stacklevel=2,
         )
 
 

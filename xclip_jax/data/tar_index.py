@@ -29,7 +29,13 @@ from xclip_jax.errors import Parser, UserError, exit_with_message
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jfif", "ppm")
 # Faults of a row, by number.
 FAULTS = (
-    "", "no caption file", "no image file", "tar cut off", "tar damaged", "tar without samples", "file too large",
+    "",
+    "no caption file",
+    "no image file",
+    "tar cut off",
+    "tar damaged",
+    "tar without samples",
+    "file too large",
 )
 OK, NO_TEXT, NO_IMAGE, CUT_OFF, DAMAGED, EMPTY, TOO_LARGE = range(len(FAULTS))
 # Bytes of a file that is read. The largest photographs are a tenth of it; a caption so long is none, and takes seconds.
@@ -47,11 +53,18 @@ _FIELDS = ("image", "image_size", "text", "text_size", "json", "json_size", "fau
 
 def dtype(key_size: int) -> np.dtype:
     """A row: where image, .txt and .json begin, their sizes (0 for none), the fault, the key in UTF-8."""
-    return np.dtype([
-        ("image", "<u8"), ("text", "<u8"), ("json", "<u8"),
-        ("image_size", "<u4"), ("text_size", "<u4"), ("json_size", "<u4"),
-        ("fault", "u1"), ("key", f"S{max(key_size, 1)}"),
-    ])
+    return np.dtype(
+        [
+            ("image", "<u8"),
+            ("text", "<u8"),
+            ("json", "<u8"),
+            ("image_size", "<u4"),
+            ("text_size", "<u4"),
+            ("json_size", "<u4"),
+            ("fault", "u1"),
+            ("key", f"S{max(key_size, 1)}"),
+        ]
+    )
 
 
 def _number(field: bytes) -> int | None:
@@ -288,7 +301,9 @@ class _Indexer:
         path = [str(pathlib.Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "xclip_jax.data.tar_index", "--serve"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
         )
 

@@ -172,7 +172,10 @@ def resize_center_crop(image: np.ndarray, size: int, resample: str = "bicubic") 
 
 
 def evaluation_image(
-    data: bytes | np.ndarray | Image.Image, size: int, resample: str = "bicubic", mode: str = "shortest",
+    data: bytes | np.ndarray | Image.Image,
+    size: int,
+    resample: str = "bicubic",
+    mode: str = "shortest",
     resize_size: int = 0,
 ) -> np.ndarray:
     """Encoded image, RGB or one of Pillow's -> uint8 (size, size, 3), the pixels of open_clip's evaluation transform.

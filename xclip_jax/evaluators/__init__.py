@@ -151,7 +151,12 @@ class Encoder:
         return self._run(self._encode_texts, variables, tokens, (self._text_length,), np.int32, features)
 
     def _run(
-        self, encode: Encode, variables: Any, items: Sequence[np.ndarray], shape: tuple[int, ...], dtype: Any,
+        self,
+        encode: Encode,
+        variables: Any,
+        items: Sequence[np.ndarray],
+        shape: tuple[int, ...],
+        dtype: Any,
         features: Sequence[str],
     ) -> Features:
         results: Features = {}

@@ -124,12 +124,19 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
     if where.startswith("glue:"):
         metrics = glue.TASKS[where.removeprefix("glue:").rpartition("/")[0].partition("@")[0]].metrics
     card = Card(
-        data=where, version=source.version, split=where.rpartition("/")[2],
-        split_hash=digest([
-            [where, source.version] if where.startswith("tfds:") else "",
-            *labels.tolist(), *source.names, *(contents(source.items) if images else source.items),
-        ]),
-        protocol="the classifier that end-to-end fine-tuning fitted", metric=f"finetuned/{metrics[0]}",
+        data=where,
+        version=source.version,
+        split=where.rpartition("/")[2],
+        split_hash=digest(
+            [
+                [where, source.version] if where.startswith("tfds:") else "",
+                *labels.tolist(),
+                *source.names,
+                *(contents(source.items) if images else source.items),
+            ]
+        ),
+        protocol="the classifier that end-to-end fine-tuning fitted",
+        metric=f"finetuned/{metrics[0]}",
         preprocessing=prepare.resizing if images else "",
     )
     items = Pictures(source.items, prepare) if images else source.items

@@ -99,7 +99,10 @@ def sick(name: str, path: pathlib.Path) -> SimilaritySet:
 
 def _similar(name: str, split: str, subsets: Mapping[str, Sequence[Pair]]) -> Card:
     return Card(
-        data=name, split=split, split_hash=digest([name, *subsets.values()]), metric="spearman_all",
+        data=name,
+        split=split,
+        split_hash=digest([name, *subsets.values()]),
+        metric="spearman_all",
         protocol="cosine, no training; Spearman over all pairs (spearman_all); spearman_mean averages the subsets",
     )
 
@@ -122,12 +125,20 @@ def _senteval(
     pairs = "difference" if isinstance(parts[0][0], tuple) else ""
     features = "[|u - v|, u v] of text features before projection" if pairs else "text features before projection"
     card = Card(
-        data=name, split_hash=digest(item for part in parts for item in part), metric="linear/top1",
+        data=name,
+        split_hash=digest(item for part in parts for item in part),
+        metric="linear/top1",
         protocol=f"logistic regression on {features}, C of 2^-2..2^3; {how}",
     )
     return ProbeSet(
-        f"{name}@{path}" if path else name, *parts, {"": labels}, sweep=_SWEEP, neighbours=False, pairs=pairs,
-        folds=0 if len(parts[1]) else _FOLDS, card=card,
+        f"{name}@{path}" if path else name,
+        *parts,
+        {"": labels},
+        sweep=_SWEEP,
+        neighbours=False,
+        pairs=pairs,
+        folds=0 if len(parts[1]) else _FOLDS,
+        card=card,
     )
 
 
@@ -204,13 +215,23 @@ def glue(name: str, folder: str, data_dir: str | None) -> ProbeSet | SimilarityS
     train, test = ([tuple(parts) if two else parts[0] for parts in side] for side in (train, texts))
     features = "[u, v, |u - v|, u v] of text features" if two else "text features"
     card = Card(
-        data=name, split="dev", split_hash=split_hash, metric=f"linear/{tasks.TASKS[task].metrics[0]}",
+        data=name,
+        split="dev",
+        split_hash=split_hash,
+        metric=f"linear/{tasks.TASKS[task].metrics[0]}",
         protocol=f"logistic regression on {features} before projection, C of 2^-2..2^3 on a tenth of train",
         note="frozen features; published GLUE numbers are of fine-tuned towers, see configs/finetune.py",
     )
     return ProbeSet(
-        spec, train, [], test, {"": (y_train, y_train[:0], y_test)}, sweep=_SWEEP, neighbours=False,
-        pairs="all" if two else "", card=card,
+        spec,
+        train,
+        [],
+        test,
+        {"": (y_train, y_train[:0], y_test)},
+        sweep=_SWEEP,
+        neighbours=False,
+        pairs="all" if two else "",
+        card=card,
     )
 
 
@@ -260,9 +281,12 @@ def _retrieval_card(
 ) -> Card:
     kept = f"first {profile.captions}" if profile.captions else "all"
     return Card(
-        data=name, split=split, split_hash=digest([*ids, *captions]),
+        data=name,
+        split=split,
+        split_hash=digest([*ids, *captions]),
         protocol=f"recall, any match; {kept} captions of each image{', in lower case' if profile.lower else ''}",
-        templates=f"{profile.prefix}CAPTION", preprocessing=prepare.resizing,
+        templates=f"{profile.prefix}CAPTION",
+        preprocessing=prepare.resizing,
         metric="image_to_text/r1",
     )
 
@@ -305,4 +329,3 @@ def load(
         if isinstance(error, UserError):
             raise
         raise UserError(f"{name}: {where!r} is not of the published layout ({error}).") from error
-

@@ -51,7 +51,12 @@ class Fit:
 
 
 def fit(
-    x: np.ndarray, y: np.ndarray, cs: np.ndarray | list[float], classes: int, *, iterations: int = 1000,
+    x: np.ndarray,
+    y: np.ndarray,
+    cs: np.ndarray | list[float],
+    classes: int,
+    *,
+    iterations: int = 1000,
     tolerance: float = 1e-5,
 ) -> Fit:
     """Fits every C in `cs`.
@@ -102,8 +107,14 @@ def fit(
 
 
 def _solve(
-    x: jax.Array, y: jax.Array, back: jax.Array, ridge: np.ndarray, curvature: np.ndarray, classes: int,
-    iterations: int, tolerance: float,
+    x: jax.Array,
+    y: jax.Array,
+    back: jax.Array,
+    ridge: np.ndarray,
+    curvature: np.ndarray,
+    classes: int,
+    iterations: int,
+    tolerance: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weights (d + 1, cs, classes), objective (cs,) and iterations (cs,) for each column of `ridge` (d + 1, cs)."""
     d, count = ridge.shape
@@ -116,10 +127,16 @@ def _solve(
     wrong[np.arange(len(x)), np.asarray(y)] -= 1
     g = np.repeat((np.asarray(x).T @ wrong / len(x))[:, None], count, axis=1)
     state = {
-        "w": zeros, "z": jnp.zeros((len(x), count, classes), jnp.float32), "g": jnp.asarray(g),
-        "s": history, "y": history,
-        "rho": jnp.zeros((HISTORY, count), jnp.float32), "done": jnp.zeros(count, bool), "steps": jnp.zeros(count, int),
-        "value": jnp.full(count, np.log(classes), jnp.float32), "at": jnp.zeros((), int),
+        "w": zeros,
+        "z": jnp.zeros((len(x), count, classes), jnp.float32),
+        "g": jnp.asarray(g),
+        "s": history,
+        "y": history,
+        "rho": jnp.zeros((HISTORY, count), jnp.float32),
+        "done": jnp.zeros(count, bool),
+        "steps": jnp.zeros(count, int),
+        "value": jnp.full(count, np.log(classes), jnp.float32),
+        "at": jnp.zeros((), int),
     }
     alive, out = np.arange(count), (np.zeros((d, count, classes), np.float32), np.zeros(count), np.zeros(count, int))
     for _ in range(0, iterations, _ROUND):
@@ -210,16 +227,24 @@ def _search(
         return {"t": jnp.where(ok, t, new), "ok": ok, "low": low, "high": high, "i": carry["i"] + 1}
 
     start = {
-        "t": jnp.ones_like(slope), "ok": state["done"], "low": jnp.zeros_like(slope),
-        "high": jnp.full_like(slope, jnp.inf), "i": 0,
+        "t": jnp.ones_like(slope),
+        "ok": state["done"],
+        "low": jnp.zeros_like(slope),
+        "high": jnp.full_like(slope, jnp.inf),
+        "i": 0,
     }
     return jax.lax.while_loop(cond, body, start)["t"]
 
 
 @jax.jit
 def _iterate(
-    x: jax.Array, y: jax.Array, back: jax.Array, problem: dict[str, jax.Array], state: dict[str, jax.Array],
-    iterations: int, tolerance: float,
+    x: jax.Array,
+    y: jax.Array,
+    back: jax.Array,
+    problem: dict[str, jax.Array],
+    state: dict[str, jax.Array],
+    iterations: int,
+    tolerance: float,
 ) -> dict[str, jax.Array]:
     """Up to `_ROUND` iterations; a C that is done stays where it is."""
     ridge, scale = problem["ridge"], problem["scale"]
@@ -241,8 +266,14 @@ def _iterate(
         sy = _dot(s, change)
         at = state["at"] % HISTORY
         return state | {
-            "w": w, "z": z, "g": g, "value": value, "at": state["at"] + 1, "steps": state["steps"] + ~done,
-            "s": state["s"].at[at].set(s), "y": state["y"].at[at].set(change),
+            "w": w,
+            "z": z,
+            "g": g,
+            "value": value,
+            "at": state["at"] + 1,
+            "steps": state["steps"] + ~done,
+            "s": state["s"].at[at].set(s),
+            "y": state["y"].at[at].set(change),
             "rho": state["rho"].at[at].set(jnp.where(sy > 0, 1 / jnp.maximum(sy, 1e-37), 0)),
         }
 

@@ -27,7 +27,11 @@ Result = tuple[np.ndarray, dict[str, float]]
 
 
 def knn(
-    train: np.ndarray, labels: np.ndarray, queries: np.ndarray, classes: int, k: int = NEIGHBOURS,
+    train: np.ndarray,
+    labels: np.ndarray,
+    queries: np.ndarray,
+    classes: int,
+    k: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
 ) -> np.ndarray:
     """Votes of the k nearest by cosine, each weighted exp(cosine / temperature): DINO's protocol (arXiv 2104.14294).
@@ -108,7 +112,10 @@ class Sweep:
 
 
 def search(
-    train: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.ndarray], classes: int, sweep: Sweep,
+    train: tuple[np.ndarray, np.ndarray],
+    validation: tuple[np.ndarray, np.ndarray],
+    classes: int,
+    sweep: Sweep,
     score: Callable[[np.ndarray, np.ndarray], float],
 ) -> tuple[float, dict[float, float]]:
     """The best C on the validation items, the smaller of equal ones, and {C: score} of all that were tried."""
@@ -265,9 +272,7 @@ class Probe:
         joined = [*((u, v) if self.data.pairs == "all" else ()), np.abs(u - v), u * v]
         return np.split(np.concatenate(joined, axis=1), ends)
 
-    def _task(
-        self, variables: Any, features: Sequence[np.ndarray], labels: Sequence[np.ndarray]
-    ) -> dict[str, Result]:
+    def _task(self, variables: Any, features: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> dict[str, Result]:
         """{"linear": result} for each way of probing."""
         classes, sweep, count = int(labels[0].max()) + 1, self.data.sweep, self.data.folds
         train, held, test = ((x, y) for x, y in zip(features, labels, strict=True))
@@ -299,7 +304,11 @@ class Probe:
         return out
 
     def _sgd(
-        self, variables: Any, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], classes: int,
+        self,
+        variables: Any,
+        train: tuple[np.ndarray, np.ndarray],
+        test: tuple[np.ndarray, np.ndarray],
+        classes: int,
         kept: np.ndarray | slice,
     ) -> np.ndarray:
         def features(epoch: int) -> np.ndarray:
@@ -317,8 +326,14 @@ class Probe:
 
 
 def linear(
-    train: tuple[np.ndarray, np.ndarray], held: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray],
-    classes: int, sweep: Sweep, score: Callable[[np.ndarray, np.ndarray], float], *, join: bool = True,
+    train: tuple[np.ndarray, np.ndarray],
+    held: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    classes: int,
+    sweep: Sweep,
+    score: Callable[[np.ndarray, np.ndarray], float],
+    *,
+    join: bool = True,
 ) -> Result:
     """CLIP's linear probe: C by `search` on `held`, then one fit on `train` and (if `join`) `held`, tested once.
 

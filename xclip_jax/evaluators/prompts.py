@@ -73,6 +73,7 @@ _SEVEN = (73, 7, 44, 69, 35, 67, 64)
 
 # Classes of ImageNet-A and ImageNet-R among ImageNet's 1000. The lists of wnids of clip_benchmark (datasets/builder.py)
 # and those of big_vision (IMAGENET_A_LABELSET, IMAGENET_R_LABELSET) both give these.
+# fmt: off
 IMAGENET_A = (
     6, 11, 13, 15, 17, 22, 23, 27, 30, 37, 39, 42, 47, 50, 57, 70, 71, 76, 79, 89, 90, 94, 96, 97, 99, 105, 107, 108,
     110, 113, 124, 125, 130, 132, 143, 144, 150, 151, 207, 234, 235, 254, 277, 283, 287, 291, 295, 298, 301, 306, 307,
@@ -95,6 +96,7 @@ IMAGENET_R = (
     824, 833, 847, 852, 866, 875, 883, 889, 895, 907, 928, 931, 932, 933, 934, 936, 937, 943, 945, 947, 948, 949, 951,
     953, 954, 957, 963, 965, 967, 980, 981, 983, 988,
 )
+# fmt: on
 
 # CLIP's own templates (its repository's prompts.md; SLIP's templates.json has the same) of sets that clip-benchmark
 # lacks, or has others of ("clip_..."): made by the rules that they follow.

@@ -60,7 +60,7 @@ def load(
     """The set named `spec`, its images square and uint8.
 
     Args:
-      spec: one of `SETS`, or what `catalogue` and `files` read.
+      spec: one of `SETS`, or what `zeroshot_datasets` and `file_datasets` read.
       prepare: how the model wants its images; a number for CLIP's way, at that size.
       data_dir: root of TFDS data sets, None (or "") for the default; the demo's is prepared there on first use.
       profile: protocol of the published sets.
@@ -81,7 +81,12 @@ def load(
 
 def check(spec: str, others: Sequence[str] = ()) -> None:
     """Raises `UserError` unless `load` knows `spec`; the message has the names nearest to it, of `others` too."""
-    if spec.startswith(classification.PREFIX) or zeroshot_datasets.check(spec) or file_datasets.check(spec) or spec in SETS:
+    if (
+        spec.startswith(classification.PREFIX)
+        or zeroshot_datasets.check(spec)
+        or file_datasets.check(spec)
+        or spec in SETS
+    ):
         return
     probe = next((prefix for prefix in ("probe/", "fewshot/") if spec.startswith(prefix)), "")
     known = zeroshot_datasets.ENTRIES if probe else dict.fromkeys([*others, *_PLAIN, *_AT_PATH])
@@ -138,8 +143,15 @@ def _text(value: Any) -> Any:
 
 
 def _classify(
-    name: str, prepare: Preprocessing, data_dir: str | None, *, split: str,
-    prompts: Callable[[Record], list[str]] | None = None, role: str = "", group: str = "", all_names: bool = False,
+    name: str,
+    prepare: Preprocessing,
+    data_dir: str | None,
+    *,
+    split: str,
+    prompts: Callable[[Record], list[str]] | None = None,
+    role: str = "",
+    group: str = "",
+    all_names: bool = False,
 ) -> ZeroShotSet:
     """The images of `split` among the names of concepts.
 
@@ -167,8 +179,11 @@ def _classify(
         {str(v): vendors == v for v in np.unique(vendors)} if len(set(vendors)) > 1 else {},
         [c["name"] for c in classes.values()],
         _card(
-            split, [(r["vendor"], r["concept"]) for r in records], [c["name"] for c in classes.values()],
-            protocol="nearest class text by cosine, mean over artists", preprocessing=prepare.resizing,
+            split,
+            [(r["vendor"], r["concept"]) for r in records],
+            [c["name"] for c in classes.values()],
+            protocol="nearest class text by cosine, mean over artists",
+            preprocessing=prepare.resizing,
             templates={_prompts: "name and three tags in turn, each tag", _one_prompt: "name and three tags"}.get(
                 prompts, "name"
             ),
@@ -208,9 +223,11 @@ def _probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
     images = [[pictures[i] for i in keep] for (pictures, _), keep in zip(parts, kept, strict=True)]
     records = [[found[i] for i in keep] for (_, found), keep in zip(parts, kept, strict=True)]
     card = _card(
-        "+".join(_ROLES), [(r["vendor"], r["concept"], r["subcategory"]) for part in records for r in part],
+        "+".join(_ROLES),
+        [(r["vendor"], r["concept"], r["subcategory"]) for part in records for r in part],
         protocol="linear probe (L-BFGS, C of 7 on validation) and 20 neighbours (T 0.07) on features before projection",
-        preprocessing=prepare.resizing, metric="category/linear/top1",
+        preprocessing=prepare.resizing,
+        metric="category/linear/top1",
     )
     tasks = {task: _index([[r[task] for r in part] for part in records]) for task in ("category", "subcategory")}
     return ProbeSet(name, *images, tasks, sweep=_SWEEP, card=card)
@@ -228,8 +245,10 @@ def _text_probe(name: str, prepare: Preprocessing, data_dir: str | None) -> Prob
     parts = [[c for c in known if c["role"] == role] for role in _ROLES]
     names = [[c["name"] for c in part] for part in parts]
     card = _card(
-        "+".join(_ROLES), [(c["name"], c["category"]) for part in parts for c in part],
-        protocol="linear probe (L-BFGS, C of 7 on validation) on text features before projection", metric="linear/top1",
+        "+".join(_ROLES),
+        [(c["name"], c["category"]) for part in parts for c in part],
+        protocol="linear probe (L-BFGS, C of 7 on validation) on text features before projection",
+        metric="linear/top1",
     )
     tasks = {"": _index([[c["category"] for c in part] for part in parts])}
     return ProbeSet(name, *names, tasks, sweep=_SWEEP, neighbours=False, card=card)
@@ -249,7 +268,11 @@ def _same_meaning(
     names, of = [c["name"] for c in concepts], np.array([key for key, *_ in found])
     queries = [(word, i) for _, word, i in found]
     card = _card(
-        "test_concepts", names, queries, protocol="recall of names by cosine of text embeddings", metric="r1",
+        "test_concepts",
+        names,
+        queries,
+        protocol="recall of names by cosine of text embeddings",
+        metric="r1",
     )
     groups = {key: of == key for key in keys if key in of} if len(keys) > 1 else {}
     return TextRetrievalSet(name, names, queries, groups, card)
@@ -303,12 +326,12 @@ SUITES: Mapping[str, tuple[str, ...]] = {
 
 
 _PLAIN = tuple(dict.fromkeys([*SETS, *zeroshot_datasets.PAPER, *file_datasets.IN_TFDS]))
-_AT_PATH = tuple(dict.fromkeys([*zeroshot_datasets.ENTRIES, *file_datasets.READERS, *file_datasets.RETRIEVAL, *file_datasets.GLUE]))
+_AT_PATH = tuple(
+    dict.fromkeys([*zeroshot_datasets.ENTRIES, *file_datasets.READERS, *file_datasets.RETRIEVAL, *file_datasets.GLUE])
+)
 
 
-def make(
-    spec: str, encoder: Encoder, data_dir: str | None = None, profile: Profile = PROFILES["openai"]
-) -> Evaluator:
+def make(spec: str, encoder: Encoder, data_dir: str | None = None, profile: Profile = PROFILES["openai"]) -> Evaluator:
     """The evaluator of the set named `spec`; arguments and errors are those of `load`."""
     return evaluator(encoder, load(spec, encoder.preprocessing, data_dir, profile))
 
@@ -385,7 +408,10 @@ def evaluator(encoder: Encoder, data: AnySet) -> Evaluator:
     if isinstance(data, ProbeSet):
         return Probe(encoder, data, "textual" if isinstance(data.train[0], (str, tuple)) else "visual")
     kinds = {
-        ZeroShotSet: ZeroShot, RetrievalSet: Retrieval, SimilaritySet: Similarity, TextRetrievalSet: TextRetrieval,
+        ZeroShotSet: ZeroShot,
+        RetrievalSet: Retrieval,
+        SimilaritySet: Similarity,
+        TextRetrievalSet: TextRetrieval,
         LabelledSet: Finetuned,
     }
     return kinds[type(data)](encoder, data)

@@ -36,8 +36,14 @@ def order(n: int, batch: int, epoch: int, seed: int = 0) -> np.ndarray:
 
 
 def fit(
-    features: Callable[[int], np.ndarray], y: np.ndarray, classes: int, *, lr: float = LR, epochs: int = EPOCHS,
-    batch: int = BATCH, seed: int = 0,
+    features: Callable[[int], np.ndarray],
+    y: np.ndarray,
+    classes: int,
+    *,
+    lr: float = LR,
+    epochs: int = EPOCHS,
+    batch: int = BATCH,
+    seed: int = 0,
 ) -> Head:
     """Trains the head.
 

@@ -129,7 +129,12 @@ def _mean(values: np.ndarray, weights: np.ndarray | None) -> float:
 
 
 STATISTICS: Mapping[str, Callable[..., float]] = {
-    "mean": _mean, "spearman": spearman, "pearson": pearson, "roc_auc": roc_auc, "f1": f1, "matthews": matthews,
+    "mean": _mean,
+    "spearman": spearman,
+    "pearson": pearson,
+    "roc_auc": roc_auc,
+    "f1": f1,
+    "matthews": matthews,
     # A class that a resample lacks counts 0, on both sides of a comparison.
     "map": lambda *items: float(average_precision(*items).mean()),
     "map11": lambda *items: float(eleven_point(*items).mean()),

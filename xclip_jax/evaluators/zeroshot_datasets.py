@@ -105,32 +105,62 @@ ENTRIES: Mapping[str, Entry] = {
     "cifar10": Entry("cifar10:3.0.2", templates="cifar10"),
     "cifar100": Entry("cifar100:3.0.2", templates="cifar100"),
     "cub200": Entry("caltech_birds2011:0.2.0", templates="birds", readable=True),
-    "sun397": Entry("sun397/standard-part1-120k", templates="sun397", readable=True,
-                    note="the official partition; clip_benchmark evaluates all 108,754 images"),
+    "sun397": Entry(
+        "sun397/standard-part1-120k",
+        templates="sun397",
+        readable=True,
+        note="the official partition; clip_benchmark evaluates all 108,754 images",
+    ),
     "cars": Entry("cars196:2.1.0", templates="cars", note="labels of versions before 2.1.0 are wrong"),
     "voc2007": Entry("voc/2007", templates="voc2007_multilabel", metric="map11", label="labels"),
     "dtd": Entry("dtd:3.0.1", templates="dtd", held="validation"),
     "pets": Entry("oxford_iiit_pet", templates="pets", names="pets", metric="mean_per_class"),
     "caltech101": Entry("caltech101:3.0.2", templates="caltech101", names="caltech101_vtab", metric="mean_per_class"),
-    "flowers": Entry("oxford_flowers102", templates="flowers", names="flowers", metric="mean_per_class",
-                     held="validation"),
+    "flowers": Entry(
+        "oxford_flowers102", templates="flowers", names="flowers", metric="mean_per_class", held="validation"
+    ),
     "mnist": Entry("mnist", templates="mnist", names="mnist"),
     "stl10": Entry("stl10", templates="stl10"),
     "svhn": Entry("svhn_cropped", templates="svhn", names="svhn"),
     "eurosat": Entry("eurosat/rgb", "train", "eurosat", "eurosat", train="", note=_APPROXIMATE),
     "resisc45": Entry("resisc45:3.0.0", "train", "resisc45", train="", note=_APPROXIMATE),
-    "kitti": Entry("kitti", "test", "kitti_closest_vehicle_distance", "kitti_closest_vehicle_distance",
-                   label="objects", derive=_distance, ways=4, held="validation", note=_APPROXIMATE),
-    "pcam": Entry("patch_camelyon:2.0.0", templates="pcam", names="pcam", held="validation",
-                  note="SLIP tests on the validation split"),
-    "clevr": Entry("clevr:3.1.0", "validation", "clevr_count_all", "clevr_count_all", label="objects", derive=_count,
-                   ways=8, note=_APPROXIMATE),
+    "kitti": Entry(
+        "kitti",
+        "test",
+        "kitti_closest_vehicle_distance",
+        "kitti_closest_vehicle_distance",
+        label="objects",
+        derive=_distance,
+        ways=4,
+        held="validation",
+        note=_APPROXIMATE,
+    ),
+    "pcam": Entry(
+        "patch_camelyon:2.0.0",
+        templates="pcam",
+        names="pcam",
+        held="validation",
+        note="SLIP tests on the validation split",
+    ),
+    "clevr": Entry(
+        "clevr:3.1.0",
+        "validation",
+        "clevr_count_all",
+        "clevr_count_all",
+        label="objects",
+        derive=_count,
+        ways=8,
+        note=_APPROXIMATE,
+    ),
     # TFDS lacks these, or its reader does: NAME@PATH.
     "objectnet": Entry(templates="imagenet", border=2, note="113 classes overlap with ImageNet's; give those alone"),
     "birdsnap": Entry(templates="birds"),
     "fgvc_aircraft": Entry(templates="fgvc_aircraft", metric="mean_per_class", note="by variant"),
-    "fer2013": Entry(templates="fer2013", names="fer2013",
-                     spelled=("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")),
+    "fer2013": Entry(
+        templates="fer2013",
+        names="fer2013",
+        spelled=("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"),
+    ),
     "gtsrb": Entry(templates="gtsrb", names="gtsrb"),
     "country211": Entry(templates="country211", names="country211", in_order="[A-Z]{2}"),  # codes of countries
     "hatefulmemes": Entry(templates="hatefulmemes", names="hatefulmemes", metric="roc_auc"),
@@ -201,15 +231,21 @@ def load_probe(spec: str, prepare: Preprocessing | int, data_dir: str | None, pr
         prepare = dataclasses.replace(prepare, resize_size=round(prepare.size * 256 / 224))
     views = "crops and flips of each epoch" if profile.augment else "central crops, without its crops and flips"
     card = Card(
-        data=path or entry.tfds.partition(":")[0], version=read[0][3], split=entry.split if not path else "test",
-        split_hash=digest([
-            _identity(entry, read[0][3], *splits) if not path else "",
-            *([part[1].tolist(), part[2], contents(part[0])] for part in read),
-        ]),
-        protocol=f"SLIP's linear probe: features before projection, SGD, 90 epochs, lr 0.00625, {views}" if sgd else
-        "CLIP's linear probe: features before projection, L-BFGS, C by halving on validation, fit on both",
+        data=path or entry.tfds.partition(":")[0],
+        version=read[0][3],
+        split=entry.split if not path else "test",
+        split_hash=digest(
+            [
+                _identity(entry, read[0][3], *splits) if not path else "",
+                *([part[1].tolist(), part[2], contents(part[0])] for part in read),
+            ]
+        ),
+        protocol=f"SLIP's linear probe: features before projection, SGD, 90 epochs, lr 0.00625, {views}"
+        if sgd
+        else "CLIP's linear probe: features before projection, L-BFGS, C by halving on validation, fit on both",
         preprocessing=prepare.resizing,
-        metric=f"linear/{metric}", note=entry.note,
+        metric=f"linear/{metric}",
+        note=entry.note,
     )
     parts = ("1%", "10%", "5-shot") if spec.startswith("fewshot/") else ()
     pictures = [Pictures(part[0], prepare, entry.border) for part in read]
@@ -220,9 +256,7 @@ def load_probe(spec: str, prepare: Preprocessing | int, data_dir: str | None, pr
     )
 
 
-def load(
-    spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile
-) -> ZeroShotSet | ProbeSet:
+def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> ZeroShotSet | ProbeSet:
     """The set `spec` of the module's docstring, images uint8 as `prepare` and the profile say, decoded when asked for.
 
     Raises:
@@ -251,16 +285,21 @@ def load(
         words = [prompts.SYNONYMS.get(label, label) for label in classes]
     elif name not in ENTRIES:
         words = [prompts.spaced(label) for label in classes]
+    synonyms = ", synonyms" if name == "fer2013" and profile.clips else ""
     card = Card(
         data=path or entry.tfds.partition(":")[0],
         version=version,
         split=entry.split if not path else "",
-        split_hash=digest([
-            _identity(entry, version, entry.split) if not path else "",
-            *np.asarray(labels).tolist(), *classes, *contents(images),
-        ]),
+        split_hash=digest(
+            [
+                _identity(entry, version, entry.split) if not path else "",
+                *np.asarray(labels).tolist(),
+                *classes,
+                *contents(images),
+            ]
+        ),
         protocol="mean of normalised prompts, normalised again; cosine; equal scores go to the lowest class",
-        templates=f"{used} ({len(prompts.templates(used))}{', synonyms' if name == 'fer2013' and profile.clips else ''})",
+        templates=f"{used} ({len(prompts.templates(used))}{synonyms})",
         preprocessing=prepare.resizing,
         metric=entry.metric,
         note=entry.note,
@@ -292,9 +331,7 @@ def _tfds(name: str, entry: Entry, data_dir: str | None) -> Read:
     return Field(source, "image"), np.array(values, int), labels, version
 
 
-def _published(
-    name: str, entry: Entry, labels: np.ndarray, classes: Sequence[str]
-) -> tuple[np.ndarray, list[str]]:
+def _published(name: str, entry: Entry, labels: np.ndarray, classes: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     """Labels and names among the published classes of a set whose own classes are called `classes`.
 
     Raises:
@@ -318,8 +355,11 @@ def _published(
     try:
         position = np.array(prompts.match(classes, *spellings.values()))
     except KeyError as error:
-        ways = [f"{how} ({spelling[0]!r}, ...)" for how, spelling in (spellings | {"by number": numbers}).items() if
-                spelling]
+        ways = [
+            f"{how} ({spelling[0]!r}, ...)"
+            for how, spelling in (spellings | {"by number": numbers}).items()
+            if spelling
+        ]
         raise UserError(
             f"{name}: {error.args[0]!r} is not a class of {name}, or is there twice. Name the classes "
             f"{' or '.join(ways)}, or evaluate folder:PATH or csv:PATH, where their own names are used."

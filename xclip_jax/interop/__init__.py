@@ -51,7 +51,9 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         return _read_own(found, folder, where)
     if any(name.startswith("visual.") for name in found):
         there = folder / open_clip.CONFIG
-        config, flat = open_clip.read(found, how, folder, tensor_files.read_json(there) if there.exists() else None, where)
+        config, flat = open_clip.read(
+            found, how, folder, tensor_files.read_json(there) if there.exists() else None, where
+        )
     elif any(name.startswith(("vision_model.", "text_model.")) for name in found):
         config, flat = hf.read(found, folder, tensor_files.read_json(folder / hf.CONFIG), where)
     else:
@@ -122,7 +124,9 @@ def write(variables: Mapping[str, Any], config: Mapping[str, Any], path: str, to
     return notes
 
 
-def _expressible(variables: Mapping[str, Any], config: Mapping[str, Any], to: str) -> tuple[param_mapping.Flat, list[str]]:
+def _expressible(
+    variables: Mapping[str, Any], config: Mapping[str, Any], to: str
+) -> tuple[param_mapping.Flat, list[str]]:
     """What other projects have of a model, flat and unrolled, and what they have not."""
     params, model = dict(variables["params"]), config["model"]
     if "proj_img" not in params:

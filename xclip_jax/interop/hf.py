@@ -56,7 +56,9 @@ def read(
             "eps": cfg["layer_norm_eps"],
         }  # fmt: skip
 
-    size, patch = (config_mapping.square(cfg_img[key], f"vision_config.{key}", where) for key in ("image_size", "patch_size"))
+    size, patch = (
+        config_mapping.square(cfg_img[key], f"vision_config.{key}", where) for key in ("image_size", "patch_size")
+    )
     img = tower(cfg_img) | {"size": size, "patch": patch, "pre_norm": True}
     txt = tower(cfg_txt) | {"length": cfg_txt["max_position_embeddings"]}
     eot = cfg_txt["eos_token_id"]
@@ -127,7 +129,9 @@ def _edges(value: Any, *names: str) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else dict.fromkeys(names, value)
 
 
-def write(config: Mapping[str, Any], params: param_mapping.Flat, tokens: Tokenizer) -> tuple[dict[str, Any], param_mapping.Flat]:
+def write(
+    config: Mapping[str, Any], params: param_mapping.Flat, tokens: Tokenizer
+) -> tuple[dict[str, Any], param_mapping.Flat]:
     """Content of config.json and tensors.
 
     Raises:
@@ -165,7 +169,9 @@ def write(config: Mapping[str, Any], params: param_mapping.Flat, tokens: Tokeniz
         "dtype": "float32",
     }  # fmt: skip
     params = {name: x for name, x in params.items() if name != "bias"}
-    return content, param_mapping.write(params, param_mapping.links(model, vocab, param_mapping.HF, bias=False), "the model")
+    return content, param_mapping.write(
+        params, param_mapping.links(model, vocab, param_mapping.HF, bias=False), "the model"
+    )
 
 
 def beside(config: Mapping[str, Any]) -> dict[str, str]:

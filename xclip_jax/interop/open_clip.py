@@ -100,6 +100,7 @@ def _preprocessing(content: Mapping[str, Any], size: int, where: str) -> Preproc
 
 def _inferred(found: Mapping[str, np.ndarray], prefix: str, where: str) -> dict[str, dict[str, Any]]:
     """Sizes of both towers from shapes."""
+
     def blocks(start: str) -> int:
         return len({name.removeprefix(start).split(".")[0] for name in found if name.startswith(start)})
 
@@ -168,7 +169,9 @@ def _from_config(
     return img, txt, embed, tokens, notes
 
 
-def write(config: Mapping[str, Any], params: param_mapping.Flat, tokens: Tokenizer) -> tuple[dict[str, Any], param_mapping.Flat]:
+def write(
+    config: Mapping[str, Any], params: param_mapping.Flat, tokens: Tokenizer
+) -> tuple[dict[str, Any], param_mapping.Flat]:
     """Content of open_clip_config.json and tensors.
 
     Raises:

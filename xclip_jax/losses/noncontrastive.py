@@ -119,7 +119,10 @@ def nclip(
     given = {name: value for name, value in given.items() if value is not None}
     centers = {"img": center_img, "txt": center_txt}
     options = {
-        "target": target, "balance": balance, "tau": tau, "target_tau": tau if target_tau is None else target_tau
+        "target": target,
+        "balance": balance,
+        "tau": tau,
+        "target_tau": tau if target_tau is None else target_tau,
     }
     if chunk:
         # Each kind of array alone: a part of the batch has its own x, and the kernels of all.
@@ -310,7 +313,12 @@ def _target(
 
 
 def _sums(
-    s: Mapping[str, jax.Array], centers: Mapping[str, jax.Array | None], *, target: str, balance: str, tau: ArrayLike,
+    s: Mapping[str, jax.Array],
+    centers: Mapping[str, jax.Array | None],
+    *,
+    target: str,
+    balance: str,
+    tau: ArrayLike,
     target_tau: ArrayLike,
 ) -> dict[str, jax.Array]:
     """What the loss needs of some rows of the batch: their sums, and for each cluster the log of its summed mass."""

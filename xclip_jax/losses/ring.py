@@ -30,9 +30,7 @@ def softmax(z_img: Array, z_txt: Array, scale: ArrayLike, *, mesh: Mesh) -> tupl
     return _ring(hops, _softmax_end, z_img, z_txt, jnp.asarray(scale, jnp.float32), jnp.float32(0), mesh)
 
 
-def sigmoid(
-    z_img: Array, z_txt: Array, scale: ArrayLike, bias: ArrayLike, *, mesh: Mesh
-) -> tuple[Array, Metrics]:
+def sigmoid(z_img: Array, z_txt: Array, scale: ArrayLike, bias: ArrayLike, *, mesh: Mesh) -> tuple[Array, Metrics]:
     """`contrastive.sigmoid`, the batch split over `mesh`'s batch axes. Arguments, results and errors are the same."""
     contrastive.check(z_img, z_txt, scale, bias)
     scale, bias = jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32)
@@ -50,7 +48,9 @@ def _ring(
     following = [(i, (i + 1) % shards) for i in range(shards)]
 
     @partial(
-        jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(BATCH_AXES),) * 2 + (PartitionSpec(),) * 2,
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(PartitionSpec(BATCH_AXES),) * 2 + (PartitionSpec(),) * 2,
         out_specs=PartitionSpec(),
     )
     def local(z_img: Array, z_txt: Array, scale: Array, bias: Array) -> Array:

@@ -107,9 +107,7 @@ class Attention(nn.Module):
         query, key, value = einops.rearrange(qkv, "b n c heads kv -> c b heads n kv")
         query = query[:, :, :1] if self.first else query
         x = einops.rearrange(attend(query, key, value, causal=self.causal), "b heads n kv -> b n heads kv")
-        return dense(
-            d, ("heads", "kv", "embed"), std=self.out_std, dtype=self.dtype, axis=(-2, -1), name="out"
-        )(x)
+        return dense(d, ("heads", "kv", "embed"), std=self.out_std, dtype=self.dtype, axis=(-2, -1), name="out")(x)
 
 
 class Mlp(nn.Module):

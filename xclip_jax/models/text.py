@@ -63,7 +63,15 @@ class TextTransformer(nn.Module):
         positions = self.param("positions", named(nn.initializers.normal(0.01), None, "table"), shape)
         x = (tokens[text] + positions[: text.shape[1]]).astype(self.dtype)  # (b, n, d)
         x = Transformer(
-            self.depth, self.heads, self.mlp_ratio, True, self.act, self.eps, self.scan, self.remat, self.dtype,
+            self.depth,
+            self.heads,
+            self.mlp_ratio,
+            True,
+            self.act,
+            self.eps,
+            self.scan,
+            self.remat,
+            self.dtype,
             name="transformer",
         )(x)
         eot = jnp.argmax(text == self.eot_id, axis=1)  # (b,)

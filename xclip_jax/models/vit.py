@@ -68,9 +68,7 @@ class HierarchicalStem(nn.Module):
                 x = ACTIVATIONS[self.act](LayerNorm(self.eps, self.dtype, name=f"norm_{i}")(x))
             x = _join(x, side)
             std = x.shape[-1] ** -0.5
-            x = dense(
-                features, ("patch", "embed"), std=std, dtype=self.dtype, use_bias=False, name=f"linear_{i}"
-            )(x)
+            x = dense(features, ("patch", "embed"), std=std, dtype=self.dtype, use_bias=False, name=f"linear_{i}")(x)
         return x
 
 
@@ -190,8 +188,18 @@ class VisionTransformer(nn.Module):
         if self.pre_norm:
             x = LayerNorm(self.eps, self.dtype, name="norm_pre")(x)
         x = Transformer(
-            self.depth, self.heads, self.mlp_ratio, False, self.act, self.eps, self.scan, self.remat, self.dtype,
-            self.drop_path, self.pool == "cls", name="transformer",
+            self.depth,
+            self.heads,
+            self.mlp_ratio,
+            False,
+            self.act,
+            self.eps,
+            self.scan,
+            self.remat,
+            self.dtype,
+            self.drop_path,
+            self.pool == "cls",
+            name="transformer",
         )(x, paths)  # (b, n, d)
         if self.pool == "cls":
             x = x[:, :1]  # LayerNorm is per token: only the class token needs it

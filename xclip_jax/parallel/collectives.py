@@ -8,8 +8,23 @@ from collections.abc import Iterator
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
 _BYTES = {
-    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
-    "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+    "c64": 8,
+    "c128": 16,
 }
 _HEAD = re.compile(r"^\s*(ENTRY\s+)?%?([\w.\-]+)\s*\(.*\)\s*->.*\{\s*$")
 _OP = re.compile(rf"=\s*(\(.*?\)|\S+)\s+({'|'.join(KINDS)})(-start)?\(")
@@ -104,9 +119,7 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
     return list(channels.values())
 
 
-def _walk(
-    bodies: dict[str, list[str]], name: str, devices: int, count: int
-) -> Iterator[tuple[str, Collective]]:
+def _walk(bodies: dict[str, list[str]], name: str, devices: int, count: int) -> Iterator[tuple[str, Collective]]:
     for line in bodies.get(name, ()):
         if found := _operation(line, devices, count):
             channel = re.search(r"channel_id=(\d+)", line)

@@ -40,7 +40,6 @@ NAMES = ("batch", "cluster", "embed", "heads", "kv", "layers", "mlp", "norm", "p
 ZERO1_ELEMENTS = 1 << 14
 
 
-
 _SIZE = Check("a positive number, or -1 for the rest of the devices", lambda value: value == -1 or value >= 1)
 
 
@@ -132,8 +131,12 @@ def map_rows(fn: Callable[[Any, Any], Any], shared: Any, rows: Any, parts: int, 
     # Unchecked, JAX sums the gradient of `shared` over devices where it comes in: once, after the loop. Checked, JAX
     # 0.12 refuses the derivative of erf.
     return jax.shard_map(
-        on_device, mesh=layout.mesh, in_specs=(PartitionSpec(), PartitionSpec(manual)),
-        out_specs=PartitionSpec(manual), axis_names=set(manual), check_vma=False,
+        on_device,
+        mesh=layout.mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(manual)),
+        out_specs=PartitionSpec(manual),
+        axis_names=set(manual),
+        check_vma=False,
     )(shared, rows)
 
 

@@ -24,8 +24,12 @@ from xclip_jax.train import trainer
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m xclip_jax.report", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m xclip_jax.report",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     parser.add_argument("--sets", default="", help="evaluation sets to look at, joined by commas; by default the run's")
     parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
@@ -51,9 +55,14 @@ def make(flags: argparse.Namespace) -> epath.Path:
         path.write_text(html.render(told, Examples(flags.seed, missing=[str(error)])))
         return path
     html.make(
-        flags.run, parts, trainer.make_encoder(config, parts), variables,
+        flags.run,
+        parts,
+        trainer.make_encoder(config, parts),
+        variables,
         specs or (*config.eval.final_sets, *config.eval.sets),
-        data_dir=flags.data_dir, output=path, seed=flags.seed,
+        data_dir=flags.data_dir,
+        output=path,
+        seed=flags.seed,
     )
     return path
 

@@ -50,8 +50,14 @@ class Maps:
 
 
 def attention(
-    model: TwoTowers, variables: Mapping[str, Any], gallery: Sequence[np.ndarray],
-    statistics: tuple[tuple[float, ...], ...], mesh: jax.sharding.Mesh, *, n: int = IMAGES, seed: int = 0,
+    model: TwoTowers,
+    variables: Mapping[str, Any],
+    gallery: Sequence[np.ndarray],
+    statistics: tuple[tuple[float, ...], ...],
+    mesh: jax.sharding.Mesh,
+    *,
+    n: int = IMAGES,
+    seed: int = 0,
 ) -> Maps:
     """Maps of `n` images of `gallery`, uint8 (size, size, 3), drawn by the seed.
 
@@ -73,8 +79,11 @@ def attention(
 
     def run(params: Any, images: Array) -> tuple[Array, Array]:
         _, found = plain.apply(
-            {**variables, "params": params}, normalize(images, *statistics), method="encode_image",
-            capture_intermediates=lambda module, _: module.name in ("qkv", "query", "kv"), mutable=["intermediates"],
+            {**variables, "params": params},
+            normalize(images, *statistics),
+            method="encode_image",
+            capture_intermediates=lambda module, _: module.name in ("qkv", "query", "kv"),
+            mutable=["intermediates"],
         )
         return _maps(found["intermediates"]["img"], tower["depth"], tower["pool"])
 

@@ -46,7 +46,15 @@ class Strip:
         self._pen = ImageDraw.Draw(self.image)
 
     def text(
-        self, x: float, y: float, text: str, size: int, color: str = INK, *, bold: bool = False, anchor: str = "ls",
+        self,
+        x: float,
+        y: float,
+        text: str,
+        size: int,
+        color: str = INK,
+        *,
+        bold: bool = False,
+        anchor: str = "ls",
         width: float = WIDTH,
     ) -> None:
         """One line with its baseline at y, from x on ("ls"), to x ("rs") or around x ("ms")."""

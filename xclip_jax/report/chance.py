@@ -24,8 +24,9 @@ def verdicts(results: Mapping[str, float]) -> dict[tuple[str, str], str]:
                 right = min(max(round(items * value / 100), 0), items)
                 interval = scipy.stats.binomtest(right, items).proportion_ci(LEVEL)
                 above, below = interval.low > chance, interval.high < chance
-                judged[name, metric] = f"{'above' if above else 'below'} chance" if above or below else \
-                    "not distinguishable from chance"
+                judged[name, metric] = (
+                    f"{'above' if above else 'below'} chance" if above or below else "not distinguishable from chance"
+                )
     return judged
 
 

@@ -88,7 +88,9 @@ def chart(title: str, lines: Sequence[Line], levels: Sequence[Level] = (), *, un
             words.append(f'<i class="dot c{line.color}" style="left:{100 * px:.1f}%;bottom:{100 * py:.1f}%"></i>')
     legend = "".join(f'<li class="c{line.color}">{html.escape(line.name)}</li>' for line in drawn)
     data = {
-        "x": [left, right], "y": [low, high], "unit": unit,
+        "x": [left, right],
+        "y": [low, high],
+        "unit": unit,
         "lines": [{"name": z.name, "color": z.color, "x": z.x, "y": [_rounded(v) for v in z.y]} for z in drawn],
     }
     said = "; ".join(f"{z.name} from {number(z.y[0])} to {number(z.y[-1])}" for z in drawn)
@@ -101,7 +103,7 @@ def chart(title: str, lines: Sequence[Line], levels: Sequence[Level] = (), *, un
         f'{f" <small>{html.escape(unit)}</small>" if unit else ""}<ul class="legend">{legend}</ul></figcaption>'
         f'<div class="plot{" marked" if levels else ""}">'
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio="none" aria-hidden="true">'
-        f'{"".join(parts)}</svg>{"".join(words)}</div>{f"<p>{html.escape(note)}</p>" if note else ""}</figure>'
+        f"{''.join(parts)}</svg>{''.join(words)}</div>{f'<p>{html.escape(note)}</p>' if note else ''}</figure>"
     )
 
 

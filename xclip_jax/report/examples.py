@@ -153,8 +153,14 @@ class Examples:
 
 
 def look(
-    encoder: Encoder, variables: Any, specs: Sequence[str], *, data: loader.DataConfig | None = None,
-    data_dir: str | None = None, queries: Sequence[str] = QUERIES, seed: int = 0,
+    encoder: Encoder,
+    variables: Any,
+    specs: Sequence[str],
+    *,
+    data: loader.DataConfig | None = None,
+    data_dir: str | None = None,
+    queries: Sequence[str] = QUERIES,
+    seed: int = 0,
 ) -> Examples:
     """Everything of `Examples`. With several processes all of them call this, and all get the same.
 
@@ -302,16 +308,17 @@ def _confusion(
     return Confusion(title, len(labels), classes, counts, mistakes)
 
 
-def _clusters(
-    encoder: Encoder, variables: Any, gallery: Gallery, s_img: np.ndarray, words: Sequence[str]
-) -> Clusters:
+def _clusters(encoder: Encoder, variables: Any, gallery: Gallery, s_img: np.ndarray, words: Sequence[str]) -> Clusters:
     p = distributions(s_img, encoder.tau)
     q = distributions(encoder.texts(variables, words, ("s",))["s"], encoder.tau)
     pictures, texts = (np.bincount(x.argmax(axis=1), minlength=p.shape[1]) for x in (p, q))
     used = int(np.count_nonzero(pictures))
     most = [
         Cluster(
-            int(k), int(pictures[k]), int(texts[k]), np.argsort(-p[:, k], kind="stable")[:TOP].tolist(),
+            int(k),
+            int(pictures[k]),
+            int(texts[k]),
+            np.argsort(-p[:, k], kind="stable")[:TOP].tolist(),
             [words[i] for i in np.argsort(-q[:, k], kind="stable")[:TOP]],
         )
         for k in np.argsort(-pictures, kind="stable")[: min(CLUSTERS, used)]

@@ -26,8 +26,15 @@ _ARTISTS = (
 
 
 def make(
-    run: str | epath.Path, parts: Parts, encoder: Encoder, variables: Any, specs: Sequence[str], *, data_dir: str = "",
-    output: str | epath.Path = "", seed: int = 0,
+    run: str | epath.Path,
+    parts: Parts,
+    encoder: Encoder,
+    variables: Any,
+    specs: Sequence[str],
+    *,
+    data_dir: str = "",
+    output: str | epath.Path = "",
+    seed: int = 0,
 ) -> Examples:
     """Looks at a model and writes the page of its run; with several processes all call this, the first one writes.
 

@@ -27,8 +27,10 @@ class Section:
 
     def render(self) -> str:
         """HTML."""
-        return f'<section id="{self.id}" aria-labelledby="{self.id}-h"><h2 id="{self.id}-h">{self.title}</h2>' \
+        return (
+            f'<section id="{self.id}" aria-labelledby="{self.id}-h"><h2 id="{self.id}-h">{self.title}</h2>'
             f"{self.body}</section>"
+        )
 
 
 def missing(id: str, title: str, reason: str) -> Section:

@@ -19,8 +19,9 @@ def names(examples: Examples, images: Images, why: str) -> Section:
     parts = []
     for named in examples.named:
         cards = "".join(_guess(guess, images, named.ways) for guess in named.guesses)
-        parts.append(f'<h3>{esc(named.title)}</h3><p class="say">{esc(named.sentence)}</p>'
-                     f'<div class="grid3">{cards}</div>')
+        parts.append(
+            f'<h3>{esc(named.title)}</h3><p class="say">{esc(named.sentence)}</p><div class="grid3">{cards}</div>'
+        )
     say = "Zero-shot: each image gets the name whose text is nearest to it. The images are drawn by a seed, not picked."
     return Section("names", "Names for images", f"<p>{say}</p>{''.join(parts)}")
 
@@ -35,7 +36,7 @@ def _guess(guess: Guess, images: Images, ways: int) -> str:
     )
     return (
         f'<article class="card guess"><div class="head"><b title="{esc(guess.name)}">{esc(guess.name)}</b>'
-        f'<small{_OK if guess.rank <= 5 else ""}>{place}</small></div>'
+        f"<small{_OK if guess.rank <= 5 else ''}>{place}</small></div>"
         f'<div>{images.show(guess.image, guess.name)}</div><ol class="bars">{bars}</ol></article>'
     )
 
@@ -50,10 +51,10 @@ def search(examples: Examples, images: Images, why: str) -> Section:
         n = len(both.gallery.images)
         parts.append(
             f'<h3>Texts find images</h3><p class="say">Captions of {esc(both.title)} drawn by a seed, and the best '
-            f'of {n:,} images, best first. Those that the caption belongs to are framed in green.</p>'
+            f"of {n:,} images, best first. Those that the caption belongs to are framed in green.</p>"
             f'<div class="grid2">{"".join(_found(f, both.gallery, images, n) for f in both.by_text)}</div>'
             f'<h3>Images find texts</h3><p class="say">The other way: the best of {both.texts:,} captions; those that '
-            f'belong to the image are green. Bars: {both.meaning}.</p>'
+            f"belong to the image are green. Bars: {both.meaning}.</p>"
             f'<div class="grid3">{"".join(_guess(g, images, both.texts) for g in both.by_image)}</div>'
         )
     if examples.searches:
@@ -61,7 +62,7 @@ def search(examples: Examples, images: Images, why: str) -> Section:
         parts.append(
             f'<h3>Search by words</h3><p class="say">The same queries for every run, and the best of {n:,} test '
             'pictures, best first.</p><div class="grid2">'
-            f'{"".join(_found(f, examples.gallery, images, n) for f in examples.searches)}</div>'
+            f"{''.join(_found(f, examples.gallery, images, n) for f in examples.searches)}</div>"
         )
     if not parts:
         return missing("search", "Search both ways", f"No retrieval set was looked at: {why}")
@@ -81,7 +82,7 @@ def _found(found: Found, gallery: Gallery, images: Images, n: int) -> str:
 
 def _row(picked: list[int], right: list[bool], gallery: Gallery, images: Images) -> str:
     items = "".join(
-        f'<li{_RIGHT if good else ""}>{images.show(gallery.shown[i], gallery.names[i] + (", right" if good else ""))}'
+        f"<li{_RIGHT if good else ''}>{images.show(gallery.shown[i], gallery.names[i] + (', right' if good else ''))}"
         f'<span title="{esc(gallery.names[i])}" aria-hidden="true">{esc(gallery.names[i])}</span></li>'
         for i, good in zip(picked, right, strict=True)
     )
@@ -110,11 +111,15 @@ def clusters(examples: Examples, images: Images, why: str, *, has_head: bool) ->
         f"{found.used:,} of them are the first choice of one of the {len(found.gallery.images):,} pictures here; these "
         f"{len(found.most)} hold the most. In green the names nearest to each, below its nearest pictures."
     )
-    return Section("clusters", "Clusters it has found", f"""<p>{say}</p>
+    return Section(
+        "clusters",
+        "Clusters it has found",
+        f"""<p>{say}</p>
 <div class="find"><input id="find" type="search" data-first="{FIRST}" placeholder="cat, flag, red ..."
 aria-label="Search the clusters by word" aria-controls="cards">
 <output id="found" for="find" aria-live="polite"></output></div><div class="grid2" id="cards">{"".join(cards)}</div>
-<button id="more" type="button" hidden>Show all {len(found.most)}</button>""")
+<button id="more" type="button" hidden>Show all {len(found.most)}</button>""",
+    )
 
 
 def _many(n: int, word: str) -> str:
@@ -172,13 +177,15 @@ def confusion(examples: Examples, images: Images, why: str) -> Section:
         )
     pairs = "".join(
         f'<article class="card pair"><div><b>{esc(mistake.name)}</b><br><small>taken for</small> '
-        f"<b>{esc(mistake.taken_for)}</b> <small>{mistake.count} x</small></div><ol class=\"row\">"
-        f'{"".join(f"<li>{images.show(image, mistake.name)}</li>" for image in mistake.images)}</ol></article>'
+        f'<b>{esc(mistake.taken_for)}</b> <small>{mistake.count} x</small></div><ol class="row">'
+        f"{''.join(f'<li>{images.show(image, mistake.name)}</li>' for image in mistake.images)}</ol></article>"
         for mistake in found.mistakes
     )
     if pairs:
-        parts.append('<h3>Most frequent mistakes</h3><p class="say">One name for another, with images of the first; '
-                     f'the seed decides among equals.</p><div class="grid4">{pairs}</div>')
+        parts.append(
+            '<h3>Most frequent mistakes</h3><p class="say">One name for another, with images of the first; '
+            f'the seed decides among equals.</p><div class="grid4">{pairs}</div>'
+        )
     return Section("confusion", "What it mixes up", "".join(parts) or "<p>No image was misnamed.</p>")
 
 
@@ -200,5 +207,5 @@ def _heat(found: Confusion) -> str:
     return (
         '<div class="wide" tabindex="0" role="region" aria-label="Confusion matrix">'
         f'<table class="heat{" dense" if dense else ""}"><thead><tr><td></td>{head}</tr></thead>'
-        f'<tbody>{"".join(rows)}</tbody></table></div>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )

@@ -14,8 +14,13 @@ from xclip_jax.report.record import Record, Row
 
 NAMES = {"clip": "CLIP", "siglip": "SigLIP", "nclip": "nCLIP", "xclip": "xCLIP"}
 _METRICS = {
-    "top1": "top-1", "top5": "top-5", "r1": "R@1", "image_to_text/r1": "image to text, R@1",
-    "linear/top1": "linear probe, top-1", "map11": "11-point mAP", "spearman_all": "Spearman",
+    "top1": "top-1",
+    "top5": "top-5",
+    "r1": "R@1",
+    "image_to_text/r1": "image to text, R@1",
+    "linear/top1": "linear probe, top-1",
+    "map11": "11-point mAP",
+    "spearman_all": "Spearman",
 }
 
 
@@ -46,8 +51,11 @@ def _tiles(record: Record) -> str:
         results, at = record.evaluations[-1], f"at step {record.evaluations[-1]['step']:,}"
     tiles, judged = [], verdicts(results)
     for family, (name, metric, value, chance) in summary.families(results).rows:
-        by_chance = f"{judged.get((name, metric), 'chance')} ({chance.strip('()')}\u00a0%)" \
-            if chance and not metric.startswith("spearman") else ""
+        by_chance = (
+            f"{judged.get((name, metric), 'chance')} ({chance.strip('()')}\u00a0%)"
+            if chance and not metric.startswith("spearman")
+            else ""
+        )
         said = ", ".join(filter(None, (name, by_chance, at)))
         unit = "" if metric.startswith("spearman") else " <small>%</small>"
         tiles.append(
@@ -89,7 +97,8 @@ def _facts(record: Record, parameters: int | None) -> str:
     }
     items = (
         f"<div{_LONG if len(str(value)) > 20 else ''}><dt>{esc(key)}</dt><dd>{esc(value)}</dd></div>"
-        for key, value in facts.items() if value != ""
+        for key, value in facts.items()
+        if value != ""
     )
     return f'<dl class="facts">{"".join(items)}</dl>'
 
@@ -162,12 +171,22 @@ def curves(record: Record) -> Section:
     drawn = [
         chart("Loss", lines(*total), unit="nats"),
         chart(f"{NAMES[clip]} loss", lines((f"{clip}/loss", "contrastive")), [ln_b] if ln_b else [], unit="nats"),
-        chart("Own partner is the best in the batch",
-              lines((f"{clip}/acc_img", "image to text"), (f"{clip}/acc_txt", "text to image"), **share), unit="%"),
-        chart("Cluster entropies", lines(
-            ("nclip/entropy_img", "one image"), ("nclip/entropy_txt", "one text"),
-            ("nclip/marginal_entropy_img", "mean of images"), ("nclip/marginal_entropy_txt", "mean of texts"),
-        ), entropies, unit="nats"),
+        chart(
+            "Own partner is the best in the batch",
+            lines((f"{clip}/acc_img", "image to text"), (f"{clip}/acc_txt", "text to image"), **share),
+            unit="%",
+        ),
+        chart(
+            "Cluster entropies",
+            lines(
+                ("nclip/entropy_img", "one image"),
+                ("nclip/entropy_txt", "one text"),
+                ("nclip/marginal_entropy_img", "mean of images"),
+                ("nclip/marginal_entropy_txt", "mean of texts"),
+            ),
+            entropies,
+            unit="nats",
+        ),
         chart("Evaluation on the way", _evaluated(record), unit="%"),
         chart("Learning rate", lines(("lr", "learning rate"))),
         chart("Gradient norm", lines(("grad_norm", "norm"))),
@@ -219,7 +238,8 @@ def health(record: Record) -> Section:
         return missing("health", "Health", "No step is logged yet.")
     lines, last = _Lines(record.training), record.training[-1]
     rank = chart(
-        "Effective rank of features", lines(("rank/img", "images"), ("rank/txt", "texts")),
+        "Effective rank of features",
+        lines(("rank/img", "images"), ("rank/txt", "texts")),
         note="In how many directions features vary over a batch; 1 would be collapse. No alarm is set on it.",
     )
     if "nclip/agreement" not in last:
@@ -232,16 +252,30 @@ def health(record: Record) -> Section:
     ceiling, chance = min(math.log(b), math.log(k)), _chance(last)
     agreed = chance + nclip.AGREEMENT_ABOVE_CHANCE * (1 - chance)
     charts = [
-        chart("Mutual information", lines(("nclip/mutual_information_img", "images"),
-                                          ("nclip/mutual_information_txt", "texts")),
-              [Level("alarm", nclip.FLAT_SHARE * ceiling, below=True), Level("most", ceiling)], unit="nats"),
-        chart("Entropy of the mean prediction", lines(("nclip/marginal_entropy_img", "images"),
-                                                      ("nclip/marginal_entropy_txt", "texts")),
-              [Level("alarm", nclip.FEW_CLUSTERS_SHARE * ceiling, below=True)], unit="nats"),
-        chart("Agreement of image and text", lines(("nclip/agreement", "pairs"), scale=100.0),
-              [Level("alarm", 100 * agreed, below=True)], unit="%"),
-        chart("Clusters in use in a batch", lines(("nclip/clusters_img", "images"), ("nclip/clusters_txt", "texts")),
-              [Level("most", min(b, k))], note=f"Of {k:,} clusters; a batch of {b:,} can use at most {min(b, k):,}."),
+        chart(
+            "Mutual information",
+            lines(("nclip/mutual_information_img", "images"), ("nclip/mutual_information_txt", "texts")),
+            [Level("alarm", nclip.FLAT_SHARE * ceiling, below=True), Level("most", ceiling)],
+            unit="nats",
+        ),
+        chart(
+            "Entropy of the mean prediction",
+            lines(("nclip/marginal_entropy_img", "images"), ("nclip/marginal_entropy_txt", "texts")),
+            [Level("alarm", nclip.FEW_CLUSTERS_SHARE * ceiling, below=True)],
+            unit="nats",
+        ),
+        chart(
+            "Agreement of image and text",
+            lines(("nclip/agreement", "pairs"), scale=100.0),
+            [Level("alarm", 100 * agreed, below=True)],
+            unit="%",
+        ),
+        chart(
+            "Clusters in use in a batch",
+            lines(("nclip/clusters_img", "images"), ("nclip/clusters_txt", "texts")),
+            [Level("most", min(b, k))],
+            note=f"Of {k:,} clusters; a batch of {b:,} can use at most {min(b, k):,}.",
+        ),
         rank,
     ]
     say = (
@@ -272,8 +306,9 @@ def _lights(record: Record, k: int, b: int) -> str:
     judged = [row for row in record.training if row["step"] >= after and "nclip/agreement" in row]
     alarms = [(int(row["step"]), _alarms(row, k, b)) for row in judged]
     ceiling, chance = min(math.log(b), math.log(k)), _chance(last)
-    information, marginal = (min(last[f"nclip/{key}_{m}"] for m in ("img", "txt"))
-                             for key in ("mutual_information", "marginal_entropy"))
+    information, marginal = (
+        min(last[f"nclip/{key}_{m}"] for m in ("img", "txt")) for key in ("mutual_information", "marginal_entropy")
+    )
     used = min(last["nclip/clusters_img"], last["nclip/clusters_txt"])
     agreed = chance + nclip.AGREEMENT_ABOVE_CHANCE * (1 - chance)
     flat, few = nclip.FLAT_SHARE * ceiling, nclip.FEW_CLUSTERS_SHARE * ceiling
@@ -282,19 +317,22 @@ def _lights(record: Record, k: int, b: int) -> str:
         "flat": (
             "Fails when predictions tell pairs nothing apart.",
             f"{information:.2f} nats of mutual information, of {ceiling:.2f} possible; the alarm is below {flat:.2f}.",
-            _share(information, ceiling), nclip.FLAT_SHARE,
+            _share(information, ceiling),
+            nclip.FLAT_SHARE,
         ),
         "few clusters": (
             "Fails when nearly everything goes to a few clusters.",
             f"{marginal:.2f} nats of entropy of the mean prediction, the alarm is below {few:.2f}; at least {used:.0f} "
             f"of {k:,} clusters in use in a batch.",
-            _share(marginal, most), _share(few, most),
+            _share(marginal, most),
+            _share(few, most),
         ),
         "disagreement": (
             "Fails when image and text commit to different clusters.",
             f"{100 * last['nclip/agreement']:.1f} % of pairs agree; chance is about {100 * chance:.1f} %, and the "
             f"alarm below {100 * agreed:.1f} %.",
-            last["nclip/agreement"], agreed,
+            last["nclip/agreement"],
+            agreed,
         ),
     }
     cards = []
@@ -314,7 +352,7 @@ def _lights(record: Record, k: int, b: int) -> str:
             f'<article class="card light {state}"><h3>{kind.capitalize()}<span>{said}</span></h3>'
             f'<div class="gauge" aria-hidden="true"><b style="width:{100 * min(limit, 1):.1f}%"></b>'
             f'<i style="left:{100 * min(max(value, 0), 1):.1f}%"></i></div>'
-            f'<p>{meaning if not warning else ""} {told}</p>'
+            f"<p>{meaning if not warning else ''} {told}</p>"
             f"<p><small>{history}</small></p></article>"
         )
     return f'<div class="grid3" style="margin-bottom:16px">{"".join(cards)}</div>'
@@ -325,12 +363,14 @@ def about(record: Record) -> Section:
     environment = dict(record.environment)
     command = environment.pop("command", "")
     parts: list[tuple[str, Any]] = [
-        ("Versions and machine", environment), ("All keys of the config", record.config),
+        ("Versions and machine", environment),
+        ("All keys of the config", record.config),
         ("Data that was read", record.sources),
     ]
     folded = "".join(
         f'<details><summary>{name}</summary><pre tabindex="0">{esc(json.dumps(content, indent=2, sort_keys=True))}'
         "</pre></details>"
-        for name, content in parts if content
+        for name, content in parts
+        if content
     )
     return Section("run", "This run", f"<p>Started by <code>{esc(command)}</code></p>{folded}")

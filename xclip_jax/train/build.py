@@ -128,8 +128,15 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
 
     def make_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
         made = step.make_train_step(
-            model, tx, objective, draw, preprocess, momentum, microbatches,
-            lambda grads: jax.lax.with_sharding_constraint(grads, at), frozen,
+            model,
+            tx,
+            objective,
+            draw,
+            preprocess,
+            momentum,
+            microbatches,
+            lambda grads: jax.lax.with_sharding_constraint(grads, at),
+            frozen,
         )
         return sharding.use(layout)(made)
 

@@ -79,6 +79,7 @@ def decay_mask(params: Any) -> Any:
 
     A stack of scanned blocks has one dimension more, so the test is by name, not by the number of dimensions.
     """
+
     def decays(path: tuple[Any, ...], _: Any) -> bool:
         name = [key.key for key in path if hasattr(key, "key")][-1]  # a boxed parameter has an attribute behind it
         return name in ("kernel", "tokens", "positions", "probe")

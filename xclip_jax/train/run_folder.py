@@ -1,10 +1,10 @@
 """A run's folder: what its files are called and hold, whether it may be resumed, and who writes to it.
 
-    config.json    {"config", "environment", "started", "starts": later starts, where something differed}
-    data.json      fingerprint of each training source
-    tokenizer.json the tokenizer, where data.tokenizer is a file
-    results.json   of the last evaluation
-    checkpoints/, metrics.jsonl, bad_samples.jsonl, tensorboard/, report.html, picture.png
+config.json    {"config", "environment", "started", "starts": later starts, where something differed}
+data.json      fingerprint of each training source
+tokenizer.json the tokenizer, where data.tokenizer is a file
+results.json   of the last evaluation
+checkpoints/, metrics.jsonl, bad_samples.jsonl, tensorboard/, report.html, picture.png
 """
 
 import contextlib

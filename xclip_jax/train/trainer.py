@@ -104,9 +104,7 @@ def _open(config: Config, folder: RunFolder) -> _Run:
     return _Run(config, parts, folder, host, hosts, initial, opened, fingerprints, during, final, encoder)
 
 
-def _train(
-    job: _Run, checkpointer: Checkpointer, preemption: PreemptionHandler
-) -> tuple[TrainState, "Log", bool]:
+def _train(job: _Run, checkpointer: Checkpointer, preemption: PreemptionHandler) -> tuple[TrainState, "Log", bool]:
     """Make or restore the state and train it. Returns it, the log, and whether the run was interrupted."""
     config, parts = job.config, job.parts
     pairs = sum(map(len, job.sources))
