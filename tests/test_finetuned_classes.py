@@ -13,8 +13,9 @@ from xclip_jax import evaluate
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.classification import Finetuned, LabelledSet
-from xclip_jax.train import build, trainer
+from xclip_jax.train import build
 from xclip_jax.train.checkpoint import Checkpointer, write_json
+from xclip_jax.train.run_folder import RunFolder
 from xclip_jax.train.state import create
 
 
@@ -62,8 +63,9 @@ def run(tmp_path_factory):
     """A run of three classes, saved before its first step."""
     run = tmp_path_factory.mktemp("finetuned") / "run"
     c = tiny.config("classify", run=run, objective__classify__classes=3, data__batch=8)
-    trainer._claim(epath.Path(run), c)
     p = build.build(c, jax.devices()[:1])
+    with RunFolder(run).claimed(p.config, []):
+        pass
     with Checkpointer(run) as checkpointer:
         checkpointer.save(create(p.init, p.abstract), {"samples": 0})
     return run

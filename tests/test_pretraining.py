@@ -116,7 +116,9 @@ def test_a_resumed_run_counts_on_and_refuses_other_data(mixed, tmp_path):
     assert (whole / "bad_samples.jsonl").read_text() == (cut / "bad_samples.jsonl").read_text()
     (cut / "results.json").unlink()
     torture.pairs(tar, 0, 40)
-    with pytest.raises(UserError, match=r"source 0 has changed since .*data\.json was written: 40 samples there, 40"):
+    with pytest.raises(
+        UserError, match=r"source 0, 'tar:.*', has changed since .*data\.json was written: 40 samples then, 40"
+    ):
         trainer.run(tiny.config(steps=10, run=cut, **options))
 
 

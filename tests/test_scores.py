@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 import scipy.stats
@@ -8,7 +6,7 @@ from etils import epath
 
 from xclip_jax import evaluate
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import statistics
+from xclip_jax.evaluators import results, statistics
 
 
 def test_average_precision_against_sklearn_and_ties():
@@ -104,14 +102,14 @@ def test_the_bootstrap_of_one_kind_of_item_has_no_interval(y, monkeypatch):
 
 
 def test_a_comparison_without_an_interval_leaves_it_out(tmp_path):
-    result = {"set": "pcam", "name": "zeroshot/pcam", "metric": "roc_auc", "value": 60.0}
+    entry = {"set": "pcam", "name": "zeroshot/pcam", "metric": "roc_auc", "value": 60.0, "items": "x"}
+    entry |= {"step": 1, "profile": "openai", "changes": {}}
     for name, values in (("a", [1.0, 2]), ("b", [2.0, 1])):
-        path = epath.Path(tmp_path / f"{name}.json")
-        path.write_text(json.dumps({"results": [result]}))
         items = statistics.Items(np.array(values), other=np.array([True, True]), statistic="roc_auc")
-        evaluate._write_items(evaluate._items_path(path), {"zeroshot/pcam/roc_auc": items})
+        path = epath.Path(tmp_path / f"{name}.json")
+        results.add(path, dict(entry), {"zeroshot/pcam/roc_auc": items}, {}, own=True)
     rows = evaluate.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"))
-    assert rows == [{"set": "pcam", "metric": "roc_auc", "a": 60.0, "b": 60.0, "difference": 0.0}]
+    assert [(row["difference"], "low" in row) for row in rows] == [(0.0, False)]
     assert evaluate.render(rows, "a", "b").splitlines()[-1].endswith("+0.0")
 
 

@@ -84,7 +84,7 @@ def test_resume_is_bit_exact(pairs, tmp_path, straight, monkeypatch):
 
 def test_sigterm_saves_and_the_same_command_goes_on(pairs, tmp_path, straight):
     script = (
-        "import sys; from tests import tiny; from xclip_jax import trainer;"
+        "import sys; from tests import tiny; from xclip_jax.train import trainer;"
         "trainer.run(tiny.config(run=sys.argv[1], steps=int(sys.argv[3]), data__sources=('folder:' + sys.argv[2],),"
         " checkpoint__every=1000))"
     )

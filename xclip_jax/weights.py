@@ -66,9 +66,13 @@ def load(path: str, step: int | None = None) -> tuple[ml_collections.ConfigDict,
 
 
 def _run_config(path: str) -> ml_collections.ConfigDict:
-    file = epath.Path(path) / "config.json"
+    """Config of a run, which reads its own copy of a tokenizer file."""
+    file, copy = epath.Path(path) / "config.json", epath.Path(path) / "tokenizer.json"
     try:
-        return schema.complete(json.loads(file.read_text())["config"])
+        config = schema.complete(json.loads(file.read_text())["config"])
+        if copy.exists():
+            config.data.tokenizer = str(copy)
+        return config
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} cannot be read ({error}); name the folder of another run.") from error
 
