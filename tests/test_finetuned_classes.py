@@ -17,6 +17,7 @@ from xclip_jax.train import build
 from xclip_jax.train.checkpoint import Checkpointer, write_json
 from xclip_jax.train.run_folder import RunFolder
 from xclip_jax.train.state import create
+from xclip_jax.train.trainer import make_encoder
 
 
 def encoder(classes):
@@ -82,7 +83,7 @@ def test_the_runs_data_json_names_its_classes(run, tmp_path, capsys):
     assert new["metrics"] == old["metrics"] and evaluate.run_classes(epath.Path(run)) == tuple(names)
     write_json(epath.Path(run / "data.json"), [{"samples": 6, "classes": ["bright", "grey", "white"]}])
     with pytest.raises(UserError, match="class 'dark' is not among the 3 classes"):
-        registry.open_all([spec], trainer.make_encoder(*evaluate.load(str(run))[:2], ["bright", "grey", "white"]))
+        registry.open_all([spec], make_encoder(*evaluate.load(str(run))[:2], ["bright", "grey", "white"]))
     with pytest.raises(UserError, match="class 'dark' is not among the 3 classes"):
         evaluate.evaluate(str(run), spec, output=str(tmp_path / "x.json"))
 

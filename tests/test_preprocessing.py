@@ -24,6 +24,7 @@ from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
 from xclip_jax.train import build
 from xclip_jax.train.run_folder import RunFolder
+from xclip_jax.train.trainer import make_encoder
 
 SIZE = 28
 MEAN, STD = (0.41, 0.52, 0.33), (0.21, 0.31, 0.26)
@@ -221,7 +222,7 @@ def test_evaluations_and_embeddings_are_prepared_as_the_model_says(pictures, tmp
     slip = evaluate.evaluate(str(there), suite, profile="slip")["results"][0]["preprocessing"]
     assert slip == f"shorter side bilinear, central crop, {SIZE} px, mean {MEAN}, deviation {STD}"
     config, made, *_ = weights.load(str(there))
-    data = registry.load(suite, trainer.make_encoder(config, made).preprocessing)
+    data = registry.load(suite, make_encoder(config, made).preprocessing)
     model = xclip_jax.load(there)
     for image, path in zip(data.images, sorted((tmp_path / "set").glob("*/*")), strict=True):
         np.testing.assert_array_equal(image, model.prepare(path))

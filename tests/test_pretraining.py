@@ -132,7 +132,7 @@ def test_too_many_bad_samples_stop_a_run(mixed, tmp_path):
 RUN = """
 import sys
 from tests import tiny
-from xclip_jax import trainer
+from xclip_jax.train import trainer
 from xclip_jax.parallel import processes
 folder, pattern, *others = sys.argv[1:]
 if others:

@@ -65,7 +65,7 @@ class Evaluator:
 def evaluators(monkeypatch):
     """Sets named "a" and "b" in place of the real ones."""
     made = {name: Evaluator(name) for name in ("a", "b")}
-    monkeypatch.setattr(trainer.sets, "open_all", lambda specs, *_: [made[spec] for spec in specs])
+    monkeypatch.setattr(trainer.registry, "open_all", lambda specs, *_: [made[spec] for spec in specs])
     return made
 
 
@@ -265,7 +265,9 @@ def test_folders_that_cannot_be_written(pairs, tmp_path):
 
 def test_all_sets_are_opened_before_the_first_step(pairs, tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr(trainer.sets, "open_all", lambda specs, *_: opened.extend(specs) or list(map(Evaluator, specs)))
+    monkeypatch.setattr(
+        trainer.registry, "open_all", lambda specs, *_: opened.extend(specs) or list(map(Evaluator, specs))
+    )
     monkeypatch.setattr(trainer, "_train", lambda *_: (_ for _ in ()).throw(InterruptedError))
     with pytest.raises(InterruptedError):
         trainer.run(config(pairs, tmp_path / "run", eval__sets=("a",), eval__final_sets=("b",), eval__every=2))

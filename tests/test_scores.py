@@ -103,7 +103,14 @@ def test_the_bootstrap_of_one_kind_of_item_has_no_interval(y, monkeypatch):
 
 def test_a_comparison_without_an_interval_leaves_it_out(tmp_path):
     entry = {"set": "pcam", "name": "zeroshot/pcam", "metric": "roc_auc", "value": 60.0, "items": "x"}
-    entry |= {"step": 1, "profile": "openai", "changes": {}}
+    entry |= {
+        "checkpoint": "run",
+        "step": 1,
+        "profile": "openai",
+        "changes": {},
+        "tokenizer": "clip",
+        "text_length": 77,
+    }
     for name, values in (("a", [1.0, 2]), ("b", [2.0, 1])):
         items = statistics.Items(np.array(values), other=np.array([True, True]), statistic="roc_auc")
         path = epath.Path(tmp_path / f"{name}.json")
