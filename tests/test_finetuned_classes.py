@@ -10,11 +10,15 @@ from etils import epath
 from tests import tiny
 from tests.test_finetune import FakeEncoder, folder_of_classes
 from xclip_jax import evaluate
+from xclip_jax.config.schema import resolve
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.classification import Finetuned, LabelledSet
-from xclip_jax.train import build, trainer
-from xclip_jax.train.checkpoint import Checkpointer, write_json
+from xclip_jax.evaluators.encoder import make_encoder
+from xclip_jax.storage import write_json
+from xclip_jax.train import build
+from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.run_folder import TrainingFolder
 from xclip_jax.train.state import create
 
 
@@ -62,7 +66,8 @@ def run(tmp_path_factory):
     """A run of three classes, saved before its first step."""
     run = tmp_path_factory.mktemp("finetuned") / "run"
     c = tiny.config("classify", run=run, objective__classify__classes=3, data__batch=8)
-    trainer._claim(epath.Path(run), c)
+    with TrainingFolder(run).claimed(resolve(c), []):
+        pass
     p = build.build(c, jax.devices()[:1])
     with Checkpointer(run) as checkpointer:
         checkpointer.save(create(p.init, p.abstract), {"samples": 0})
@@ -80,7 +85,7 @@ def test_the_runs_data_json_names_its_classes(run, tmp_path, capsys):
     assert new["metrics"] == old["metrics"] and evaluate.run_classes(epath.Path(run)) == tuple(names)
     write_json(epath.Path(run / "data.json"), [{"samples": 6, "classes": ["bright", "grey", "white"]}])
     with pytest.raises(UserError, match="class 'dark' is not among the 3 classes"):
-        registry.open_all([spec], trainer.make_encoder(*evaluate.load(str(run))[:2], ["bright", "grey", "white"]))
+        registry.open_all([spec], make_encoder(*evaluate.load(str(run))[:2], ["bright", "grey", "white"]))
     with pytest.raises(UserError, match="class 'dark' is not among the 3 classes"):
         evaluate.evaluate(str(run), spec, output=str(tmp_path / "x.json"))
 

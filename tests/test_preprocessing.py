@@ -17,12 +17,17 @@ import xclip_jax
 from configs import finetune
 from tests import tiny, torture
 from tests.test_interop import TEXT, make_hf, our_model, shaken
-from xclip_jax import evaluate, interop, weights
+from xclip_jax import evaluate, interop
+from xclip_jax.config.schema import resolve
 from xclip_jax.data import transforms
 from xclip_jax.data.preprocessing import Preprocessing, mean_std
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
-from xclip_jax.train import build, trainer
+from xclip_jax.evaluators.encoder import make_encoder
+from xclip_jax.run_folder import RunFolder
+from xclip_jax.train import build, weights
+from xclip_jax.train.run_folder import TrainingFolder
+from xclip_jax.train.state import create
 
 SIZE = 28
 MEAN, STD = (0.41, 0.52, 0.33), (0.21, 0.31, 0.26)
@@ -220,7 +225,7 @@ def test_evaluations_and_embeddings_are_prepared_as_the_model_says(pictures, tmp
     slip = evaluate.evaluate(str(there), suite, profile="slip")["results"][0]["preprocessing"]
     assert slip == f"shorter side bilinear, central crop, {SIZE} px, mean {MEAN}, deviation {STD}"
     config, made, *_ = weights.load(str(there))
-    data = registry.load(suite, trainer.make_encoder(config, made).preprocessing)
+    data = registry.load(suite, make_encoder(config, made).preprocessing)
     model = xclip_jax.load(there)
     for image, path in zip(data.images, sorted((tmp_path / "set").glob("*/*")), strict=True):
         np.testing.assert_array_equal(image, model.prepare(path))
@@ -238,9 +243,10 @@ def test_a_run_has_a_preprocessing_of_its_own(pictures, tmp_path):
     c = tiny.config("clip", run=tmp_path / "other")
     with c.ignore_type():
         c.data.statistics = pair
-    trainer._claim(trainer.epath.Path(c.run), c)
-    trainer._claim(trainer.epath.Path(c.run), c)
-    assert build.build(weights._run_config(c.run)).preprocessing == Preprocessing(tiny.SIZE, *pair)
+    for _ in range(2):
+        with TrainingFolder(c.run).claimed(resolve(c), []):
+            pass
+    assert build.build(weights._run_config(RunFolder(c.run))).preprocessing == Preprocessing(tiny.SIZE, *pair)
     # Runs that are older than the keys are prepared as they were.
     old = json.loads((run / "config.json").read_text())
     for key in ("resize", "resize_size", "interpolation"):
@@ -256,16 +262,17 @@ def test_runs_that_start_from_weights_with_another_preprocessing_say_so(tmp_path
     model = {f"model__{key}": value for key, value in interop.read(str(there))[0]["model"].items()}
     c = tiny.config("clip", data__tokenizer="clip", init__weights=str(there), **model)
     made = build.build(c)
-    state = trainer.create(made.init, made.abstract)
-    weights.start(c, state)
+    state = create(made.init, made.abstract)
+    weights.init_from_weights(weights.read_initial(made.config, made.abstract), state)
     out = capsys.readouterr().out
-    assert f"data.statistics ({(MEAN, STD)} there, 'imagenet' here)" in out
-    assert "eval.resize ('squash' there, 'shortest' here)" in out
+    assert f"data.statistics ({(MEAN, STD)}, 'imagenet' in this run)" in out
+    assert "eval.resize ('squash', 'shortest' in this run)" in out
     # The values may be pasted behind --config.KEY=.
     c.data.statistics, c.eval.resize = str((MEAN, STD)), "squash"
-    assert build.build(c).preprocessing == Preprocessing(SIZE, MEAN, STD, resize_mode="squash")
-    weights.start(c, state)
-    assert "other settings" not in capsys.readouterr().out
+    made = build.build(c)
+    assert made.preprocessing == Preprocessing(SIZE, MEAN, STD, resize_mode="squash")
+    weights.read_initial(made.config, made.abstract)
+    assert "different settings" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ SCRIPT = """
 import sys, time
 from absl import flags
 from tests import tiny
-from xclip_jax import trainer
+from xclip_jax.train import trainer
 from xclip_jax.data import sources
 
 class Slow(sources.FolderSource):

@@ -77,6 +77,11 @@ def write_whole(path: epath.Path, text: str) -> None:
     temporary.replace(path)
 
 
+def write_json(path: epath.Path, content: Any) -> None:
+    """Write JSON whole or not at all: readers never see half a file. Floats that are not finite become null."""
+    write_whole(path, strict_json(content, indent=2, sort_keys=True) + "\n")
+
+
 class JsonLines:
     """A file of one JSON object a line that a run makes longer, and that a resumed run takes up where it stood.
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from xclip_jax.metrics import say
+from xclip_jax.console import log0
 
 # Exit status of a run that was interrupted and can be resumed by the same command: EX_TEMPFAIL of sysexits.h.
 EXIT_RESUMABLE = 75
@@ -44,9 +44,9 @@ class PreemptionHandler:
         signal.signal(number, signal.SIG_DFL if previous == signal.SIG_IGN else previous)
         self._requested = True
         if not self.saves:
-            say(f"{name}: stopping; run the same command to resume")
+            log0(f"{name}: stopping; run the same command to resume")
             raise SystemExit(EXIT_RESUMABLE)
-        say(f"{name}: saving, then stopping; once more to stop at once")
+        log0(f"{name}: saving, then stopping; once more to stop at once")
 
     def requested(self, step: int) -> bool:
         """Whether to stop at `step`; the same answer on every process."""
