@@ -122,7 +122,7 @@ def compare(options: argparse.Namespace) -> None:
     import torch
 
     import xclip_jax
-    from xclip_jax import metrics
+    from xclip_jax import environment
 
     write(options.folder, options.images)
     model, config = peer(options)
@@ -141,7 +141,7 @@ def compare(options: argparse.Namespace) -> None:
     cosines = (z * np.load(options.folder / "open_clip.npy")).sum(axis=1)
     medians = {side: statistics.median(values) for side, values in runs.items()}
     versions = f"xclip_jax {xclip_jax.__version__}, open_clip {open_clip.__version__}, torch {torch.__version__}"
-    print(f"\n{versions}, {metrics.environment()['versions']}")
+    print(f"\n{versions}, {environment.capture()['versions']}")
     print(
         f"{os.cpu_count()} cores, {options.images:,} JPEGs, {options.layers} layers of width {options.width}, batch "
         f"{options.batch}, {options.workers} workers, medians of {options.repeats}; cosine of both sides' embeddings "

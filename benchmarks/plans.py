@@ -13,7 +13,7 @@ import sys
 
 from absl import logging
 
-from xclip_jax import metrics, plan
+from xclip_jax import environment, plan
 from xclip_jax.config import load as config_file
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
@@ -43,7 +43,7 @@ class Planner:
     """Plans, each kept in a file as soon as it is made."""
 
     def __init__(self, path):
-        self.path, self.environment = path, metrics.environment() | {"command": "python -m benchmarks.plans"}
+        self.path, self.environment = path, environment.capture() | {"command": "python -m benchmarks.plans"}
         there = json.loads(path.read_text()) if path.exists() else {}
         # The file itself makes the checkout dirty.
         commits = [e.get("commit", "").removesuffix("-dirty") for e in (there.get("environment", {}), self.environment)]

@@ -26,7 +26,7 @@ from xclip_jax import interop
 from xclip_jax.data import labelled
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
-from xclip_jax.interop.tensor_files import is_run
+from xclip_jax.run_folder import is_run
 
 # Training examples and classes, so that a config can be read where the data are not.
 _KNOWN = {"tfds:imagenet2012": (1_281_167, 1000)}

@@ -10,10 +10,11 @@ import torch
 import transformers
 
 from tests import tiny
-from xclip_jax import evaluate, export, interop, weights
+from xclip_jax import evaluate, export, interop
 from xclip_jax.errors import UserError
+from xclip_jax.evaluators.encoder import make_encoder
 from xclip_jax.models.layers import stack_blocks
-from xclip_jax.train import build, state, trainer
+from xclip_jax.train import build, state, trainer, weights
 
 STEPS = 2
 
@@ -45,7 +46,7 @@ def expected(run):
 
 
 def encode(config, parts, variables):
-    encoder = trainer.make_encoder(config, parts)
+    encoder = make_encoder(config, parts)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (5, tiny.SIZE, tiny.SIZE, 3), dtype=np.uint8)
     found = encoder.images(variables, images), encoder.texts(variables, ["a cat", "number 3", "x"])
@@ -143,7 +144,7 @@ def test_a_new_run_starts_from_an_export(run, tmp_path, capsys):
     export.export(str(run), str(tmp_path / "hf"))
     c = tiny.config("clip", data__tokenizer="clip", model__txt__scan=True, seed=3, init__weights=str(tmp_path / "hf"))
     p = build.build(c)
-    begun = weights.start(weights.read_initial(p.config, p.abstract), state.create(p.init, p.abstract))
+    begun = weights.init_from_weights(weights.read_initial(p.config, p.abstract), state.create(p.init, p.abstract))
     assert f"starting from {tmp_path / 'hf'}, step 0" in capsys.readouterr().out
     found = interop.read(str(tmp_path / "hf"))[1]["params"]
     found["txt"]["transformer"] = stack_blocks(found["txt"]["transformer"], 1)

@@ -21,8 +21,9 @@ from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, summary
 from xclip_jax.evaluators.classification import Finetuned
 from xclip_jax.losses import classification
+from xclip_jax.storage import write_json
 from xclip_jax.train import build, optim, state, trainer
-from xclip_jax.train.checkpoint import Checkpointer, write_json
+from xclip_jax.train.checkpoint import Checkpointer
 
 # Losses.
 
@@ -378,7 +379,7 @@ def test_images_are_learned_resumed_and_evaluated(images, pretrained, tmp_path, 
         evaluate.evaluate(str(c.run), f"folder:{images}/validation")
     # Cut off at step 17, gone on with from step 10: the same losses.
     again = small(finetune.get_config(arg), tmp_path / "again", 30)
-    original, seen = trainer.loader.to_global, []
+    original, seen = loader.to_global, []
 
     def counted(batch, mesh):
         if len(seen) == 17:
@@ -386,7 +387,7 @@ def test_images_are_learned_resumed_and_evaluated(images, pretrained, tmp_path, 
         seen.append(batch)
         return original(batch, mesh)
 
-    monkeypatch.setattr(trainer.loader, "to_global", counted)
+    monkeypatch.setattr(loader, "to_global", counted)
     with pytest.raises(Stopped):
         trainer.run(again)
     monkeypatch.undo()

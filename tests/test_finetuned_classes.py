@@ -10,14 +10,16 @@ from etils import epath
 from tests import tiny
 from tests.test_finetune import FakeEncoder, folder_of_classes
 from xclip_jax import evaluate
+from xclip_jax.config.schema import resolve
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.classification import Finetuned, LabelledSet
+from xclip_jax.evaluators.encoder import make_encoder
+from xclip_jax.storage import write_json
 from xclip_jax.train import build
-from xclip_jax.train.checkpoint import Checkpointer, write_json
-from xclip_jax.train.run_folder import RunFolder
+from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.run_folder import TrainingFolder
 from xclip_jax.train.state import create
-from xclip_jax.train.trainer import make_encoder
 
 
 def encoder(classes):
@@ -64,9 +66,9 @@ def run(tmp_path_factory):
     """A run of three classes, saved before its first step."""
     run = tmp_path_factory.mktemp("finetuned") / "run"
     c = tiny.config("classify", run=run, objective__classify__classes=3, data__batch=8)
-    p = build.build(c, jax.devices()[:1])
-    with RunFolder(run).claimed(p.config, []):
+    with TrainingFolder(run).claimed(resolve(c), []):
         pass
+    p = build.build(c, jax.devices()[:1])
     with Checkpointer(run) as checkpointer:
         checkpointer.save(create(p.init, p.abstract), {"samples": 0})
     return run

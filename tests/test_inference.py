@@ -13,14 +13,15 @@ from PIL import Image
 import xclip_jax
 from tests import tiny
 from tests.util import jit, random_variables
-from xclip_jax import inference, interop, weights
+from xclip_jax import inference, interop
 from xclip_jax.config import schema
 from xclip_jax.data import tokenizer, transforms
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import zeroshot
+from xclip_jax.evaluators.encoder import make_encoder
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
 from xclip_jax.objective import Objective
-from xclip_jax.train import build, trainer
+from xclip_jax.train import build, weights
 
 TEXTS = ["a fox", "a hen", "what a long text this one is", "", "a fox"]
 
@@ -55,7 +56,7 @@ def encoded(picture, kind="png"):
 
 def test_a_run_gives_what_its_evaluators_see(run, model):
     config, found, variables, _ = weights.load(str(run))
-    encoder = trainer.make_encoder(config, found)
+    encoder = make_encoder(config, found)
     images = pictures()
     prepared = [transforms.evaluation_image(encoded(p), tiny.SIZE) for p in images]
     np.testing.assert_allclose(model.encode_image(images), encoder.images(variables, prepared)["z"], atol=2e-6)

@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 
 from tests.launching import COMMAND, ROOT, TRAINING, commands, executable, launch, read, untouched
-from xclip_jax import metrics
+from xclip_jax import environment
 
 REQUIRED = {"PROJECT": "some-project", "ZONE": "some-zone"}
 
@@ -236,7 +236,7 @@ def test_workers_have_the_code_and_its_commit_from(source, checkout, tmp_path):
     (worker / "xclip_jax" / "removed_since.py").touch()
     done = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["exit 0"])
     assert done.returncode == 0, done.stderr
-    assert metrics.git_commit(epath.Path(worker / "xclip_jax")) == ("unknown" if source == "folder" else commit)
+    assert environment.git_commit(epath.Path(worker / "xclip_jax")) == ("unknown" if source == "folder" else commit)
     names = ["setup.py", "README.md", "configs/xclip.py", "launch/detach.sh", "xclip_jax/main.py"]
     assert [name for name in names if not (worker / name).is_file()] == []
     assert not (worker / "xclip_jax" / "removed_since.py").exists()

@@ -17,14 +17,17 @@ import xclip_jax
 from configs import finetune
 from tests import tiny, torture
 from tests.test_interop import TEXT, make_hf, our_model, shaken
-from xclip_jax import evaluate, interop, weights
+from xclip_jax import evaluate, interop
+from xclip_jax.config.schema import resolve
 from xclip_jax.data import transforms
 from xclip_jax.data.preprocessing import Preprocessing, mean_std
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
-from xclip_jax.train import build
-from xclip_jax.train.run_folder import RunFolder
-from xclip_jax.train.trainer import make_encoder
+from xclip_jax.evaluators.encoder import make_encoder
+from xclip_jax.run_folder import RunFolder
+from xclip_jax.train import build, weights
+from xclip_jax.train.run_folder import TrainingFolder
+from xclip_jax.train.state import create
 
 SIZE = 28
 MEAN, STD = (0.41, 0.52, 0.33), (0.21, 0.31, 0.26)
@@ -241,9 +244,9 @@ def test_a_run_has_a_preprocessing_of_its_own(pictures, tmp_path):
     with c.ignore_type():
         c.data.statistics = pair
     for _ in range(2):
-        with RunFolder(c.run).claimed(build.build(c).config, []):
+        with TrainingFolder(c.run).claimed(resolve(c), []):
             pass
-    assert build.build(weights._run_config(c.run)).preprocessing == Preprocessing(tiny.SIZE, *pair)
+    assert build.build(weights._run_config(RunFolder(c.run))).preprocessing == Preprocessing(tiny.SIZE, *pair)
     # Runs that are older than the keys are prepared as they were.
     old = json.loads((run / "config.json").read_text())
     for key in ("resize", "resize_size", "interpolation"):
@@ -259,7 +262,8 @@ def test_runs_that_start_from_weights_with_another_preprocessing_say_so(tmp_path
     model = {f"model__{key}": value for key, value in interop.read(str(there))[0]["model"].items()}
     c = tiny.config("clip", data__tokenizer="clip", init__weights=str(there), **model)
     made = build.build(c)
-    weights.read_initial(made.config, made.abstract)
+    state = create(made.init, made.abstract)
+    weights.init_from_weights(weights.read_initial(made.config, made.abstract), state)
     out = capsys.readouterr().out
     assert f"data.statistics ({(MEAN, STD)}, 'imagenet' in this run)" in out
     assert "eval.resize ('squash', 'shortest' in this run)" in out

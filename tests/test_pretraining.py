@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 
 from tests import tiny, torture
+from xclip_jax.data import loader
 from xclip_jax.errors import UserError
 from xclip_jax.train import trainer
 
@@ -97,14 +98,14 @@ def test_a_resumed_run_counts_on_and_refuses_other_data(mixed, tmp_path):
     class Stopped(Exception):
         pass
 
-    def stop(batch, mesh, seen=[], original=trainer.loader.to_global):  # noqa: B006
+    def stop(batch, mesh, seen=[], original=loader.to_global):  # noqa: B006
         seen.append(0)
         if len(seen) == 8:
             raise Stopped
         return original(batch, mesh)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(trainer.loader, "to_global", stop)
+        patch.setattr(loader, "to_global", stop)
         trainer.run(tiny.config(steps=10, run=cut, **options))
     trainer.run(tiny.config(steps=10, run=cut, **options))
     clocks = ("samples_per_second", "data/wait_share")

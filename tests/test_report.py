@@ -17,6 +17,7 @@ import scipy.special
 import scipy.stats
 
 from tests import tiny
+from xclip_jax import report
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import summary
@@ -96,7 +97,7 @@ def run(tmp_path_factory):
             image.save(root / "set" / label / f"{i}.png")
     changes = {"data__sources": (f"folder:{pairs}",), "mesh__fsdp": 2, "eval__every": 2, "eval__report": True}
     changes |= {"eval__sets": (f"folder:{root / 'set'}",), "log__alarms_after": 1}
-    trainer.run(tiny.config(run=root / "run", steps=4, **changes))
+    trainer.run(tiny.config(run=root / "run", steps=4, **changes), [report.callback()])
     return root
 
 
@@ -174,7 +175,7 @@ def test_a_report_that_fails_loses_nothing(run, tmp_path, monkeypatch, capsys):
         raise RuntimeError("broken")
 
     monkeypatch.setattr(html, "make", broken)
-    assert trainer.run(config) == pytest.approx(expected, abs=1e-4)
+    assert trainer.run(config, [report.callback()]) == pytest.approx(expected, abs=1e-4)
     assert json.loads((tmp_path / "run" / "results.json").read_text())["results"] == pytest.approx(expected, abs=1e-4)
     assert "no report: RuntimeError: broken; python -m xclip_jax.report" in capsys.readouterr().out
 

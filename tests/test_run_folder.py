@@ -17,11 +17,14 @@ from etils import epath
 
 from tests import tiny
 from tests.test_tokenizer import save_words
-from xclip_jax import metrics, weights
+from xclip_jax import environment, storage
+from xclip_jax.data import loader
 from xclip_jax.errors import UserError
-from xclip_jax.train import build, checkpoint, interrupt, trainer
+from xclip_jax.evaluators import registry
+from xclip_jax.run_folder import RunFolder
+from xclip_jax.train import build, interrupt, loop, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.run_folder import RunFolder
+from xclip_jax.train.run_folder import TrainingFolder
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,7 @@ class Evaluator:
 def evaluators(monkeypatch):
     """Sets named "a" and "b" in place of the real ones."""
     made = {name: Evaluator(name) for name in ("a", "b")}
-    monkeypatch.setattr(trainer.registry, "open_all", lambda specs, *_: [made[spec] for spec in specs])
+    monkeypatch.setattr(registry, "open_all", lambda specs, *_: [made[spec] for spec in specs])
     return made
 
 
@@ -84,28 +87,28 @@ def test_an_update_that_is_not_finite_is_never_saved(pairs, tmp_path, changes):
         changes |= {"optim__b2": 0.5}
     with pytest.raises(UserError, match=r"(update|grad) norm of step 1 is (nan|inf) and is not saved; there is no"):
         trainer.run(config(pairs, run, steps=1, checkpoint__every=1, **changes))
-    assert checkpoint.latest_step(run) is None
+    assert RunFolder(run).latest_step() is None
     assert not (run / "results.json").exists()
 
 
 def test_a_run_that_fails_keeps_its_last_good_checkpoint_and_resumes_from_it(pairs, tmp_path, monkeypatch, capsys):
     """checkpoint.keep=1: what is not finite must not take the place of the good one."""
     c = config(pairs, tmp_path / "run", steps=6, checkpoint__keep=1)
-    original, calls = trainer.loader.to_global, []
+    original, calls = loader.to_global, []
 
     def poisoned(batch, mesh):
         calls.append(batch)
         batch = original(batch, mesh)
         return batch | {"image": batch["image"].astype(jnp.float32) * jnp.nan} if len(calls) == 4 else batch
 
-    monkeypatch.setattr(trainer.loader, "to_global", poisoned)
+    monkeypatch.setattr(loader, "to_global", poisoned)
     with pytest.raises(UserError, match=r"of step 4 is nan and is not saved; the last checkpoint is of step 2"):
         trainer.run(c)
-    assert checkpoint.latest_step(c.run) == 2
+    assert RunFolder(c.run).latest_step() == 2
     monkeypatch.undo()
     trainer.run(c)
     assert "resuming at step 2" in capsys.readouterr().out
-    assert checkpoint.latest_step(c.run) == 6
+    assert RunFolder(c.run).latest_step() == 6
 
 
 def test_a_checkpoint_that_is_not_finite_is_not_resumed_from(pairs, run, capsys):
@@ -124,7 +127,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_resumed_from(pairs, run, capsys)
     trainer.run(c)
     out = capsys.readouterr().out
     assert "deleting checkpoint" in out and "resuming at step 4" in out
-    assert checkpoint.latest_step(run) == 8
+    assert RunFolder(run).latest_step() == 8
 
 
 # Starting and starting again
@@ -146,7 +149,7 @@ def test_a_first_command_that_fails_leaves_nothing_and_the_corrected_one_starts(
 
 def test_a_folder_without_a_checkpoint_takes_the_new_config(pairs, tmp_path, capsys):
     first = config(pairs, tmp_path / "run")
-    with RunFolder(first.run).claimed(build.build(first).config, []):
+    with TrainingFolder(first.run).claimed(build.build(first).config, []):
         pass
     trainer.run(config(pairs, tmp_path / "run", optim__lr=2e-3))
     assert "no checkpoint, so the run starts with its new config: optim.lr (0.001 in config.json, 0.002 now)" in (
@@ -265,9 +268,7 @@ def test_folders_that_cannot_be_written(pairs, tmp_path):
 
 def test_all_sets_are_opened_before_the_first_step(pairs, tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr(
-        trainer.registry, "open_all", lambda specs, *_: opened.extend(specs) or list(map(Evaluator, specs))
-    )
+    monkeypatch.setattr(registry, "open_all", lambda specs, *_: opened.extend(specs) or list(map(Evaluator, specs)))
     monkeypatch.setattr(trainer, "_train", lambda *_: (_ for _ in ()).throw(InterruptedError))
     with pytest.raises(InterruptedError):
         trainer.run(config(pairs, tmp_path / "run", eval__sets=("a",), eval__final_sets=("b",), eval__every=2))
@@ -280,7 +281,7 @@ def test_the_evaluation_of_a_step_that_was_cut_off_is_made_after_all(pairs, tmp_
     c = config(pairs, tmp_path / "run", eval__sets=("a",), eval__every=2)
     with monkeypatch.context() as patch:
         if stop == "kill":
-            patch.setattr(trainer.Log, "evaluate", lambda *_: (_ for _ in ()).throw(InterruptedError))
+            patch.setattr(loop, "_evaluate", lambda *_: (_ for _ in ()).throw(InterruptedError))
         else:
             patch.setattr(interrupt.PreemptionHandler, "requested", lambda _, step: step == 2)
         with pytest.raises(InterruptedError if stop == "kill" else SystemExit):
@@ -362,14 +363,14 @@ def test_the_second_signal_acts_also_where_the_first_is_ignored_by_inheritance()
 
 def test_versions_are_known_without_an_installation(monkeypatch):
     def missing(name):
-        raise metrics.metadata.PackageNotFoundError(name)
+        raise environment.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(metrics.metadata, "version", missing)
-    versions = metrics.environment()["versions"]
-    assert versions["xclip_jax"] == metrics.xclip_jax.__version__
+    monkeypatch.setattr(environment.metadata, "version", missing)
+    versions = environment.capture()["versions"]
+    assert versions["xclip_jax"] == environment.xclip_jax.__version__
     assert versions["jax"] == "unknown"
 
 
 def test_results_are_json_for_every_reader(tmp_path):
-    checkpoint.write_json(epath.Path(tmp_path / "x.json"), {"a": float("nan"), "b": [float("inf"), 1.5]})
+    storage.write_json(epath.Path(tmp_path / "x.json"), {"a": float("nan"), "b": [float("inf"), 1.5]})
     assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {"a": None, "b": [None, 1.5]}

@@ -143,7 +143,7 @@ def test_json_lines_drop_what_is_damaged(tmp_path):
 KILLED = """
 import os, resource, signal, sys
 from etils import epath
-from xclip_jax.data import files
+from xclip_jax import storage
 moment = sys.argv[2]
 if moment.isdigit():  # a kill in the middle of a write: after so many bytes
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)

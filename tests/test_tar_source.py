@@ -164,7 +164,7 @@ def test_nothing_but_bad_samples_stop_the_run_at_once(tmp_path):
     torture.shard(tmp_path / "0.tar", [(str(i), {"jpg": b"<html>", "txt": b"x"}) for i in range(5)])
     source = tar_source.TarSource(f"{tmp_path}/0.tar")
     book = ledger.Ledger(epath.Path(tmp_path), max_bad=1.0)
-    with pytest.raises(UserError, match=r"source 0 gave 100 bad samples one after another.*'not an image'"):
+    with pytest.raises(UserError, match=r"source 0 gave 100 bad samples in a row.*'not an image'"):
         read([source], config(), book)
 
 

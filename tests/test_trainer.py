@@ -9,14 +9,16 @@ import time
 import chex
 import jax
 import pytest
-from etils import epath
 
 from tests import tiny
-from xclip_jax import metrics, storage
+from xclip_jax import console, storage
+from xclip_jax.data import loader
 from xclip_jax.errors import UserError
-from xclip_jax.train import build, trainer
+from xclip_jax.run_folder import RunFolder
+from xclip_jax.train import build, job, progress, trainer
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.interrupt import EXIT_RESUMABLE
+from xclip_jax.train.log import MetricWriter
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def straight(pairs, tmp_path_factory):
 def test_resume_is_bit_exact(pairs, tmp_path, straight, monkeypatch):
     """Killed at step 7, resumed from step 5: state and metrics, and so the data, are those of ten steps."""
     c, seen = config(pairs, tmp_path / "run"), []
-    original = trainer.loader.to_global
+    original = loader.to_global
 
     def counted(batch, mesh):
         if len(seen) == 7:
@@ -65,7 +67,7 @@ def test_resume_is_bit_exact(pairs, tmp_path, straight, monkeypatch):
         seen.append(batch)
         return original(batch, mesh)
 
-    monkeypatch.setattr(trainer.loader, "to_global", counted)
+    monkeypatch.setattr(loader, "to_global", counted)
     with pytest.raises(Stopped):
         trainer.run(c)
     monkeypatch.undo()
@@ -101,7 +103,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(pairs, tmp_path, straight):
 
 
 def test_complete_run_says_so_and_trains_no_more(straight, capsys, monkeypatch):
-    monkeypatch.setattr(trainer, "build", lambda _: pytest.fail("a complete run was built again"))
+    monkeypatch.setattr(job, "build", lambda _: pytest.fail("a complete run was built again"))
     trainer.run(straight[0])
     assert "is complete at step 10" in capsys.readouterr().out
 
@@ -128,7 +130,7 @@ def test_other_settings_in_the_same_folder_are_refused(pairs, straight):
 
 def test_checkpoint_of_another_architecture_is_refused(pairs, straight):
     c = config(pairs, straight[0].run, model__embed=32)
-    message = r"another architecture: params/proj_img/linear/kernel has shape \(32, 16\) there and \(32, 32\) here"
+    message = r"another architecture: params/proj_img/linear/kernel has shape \(32, 16\), expected \(32, 32\)"
     with Checkpointer(c.run) as checkpointer, pytest.raises(UserError, match=message):
         checkpointer.restore(build.build(c).abstract)
 
@@ -180,13 +182,13 @@ def test_each_collapse_is_provoked_and_said_once(pairs, tmp_path, capsys, failur
 @pytest.mark.parametrize("remote", [False, True])  # in a bucket files cannot grow
 def test_writer_drops_what_a_resumed_run_writes_again(tmp_path, monkeypatch, remote):
     monkeypatch.setattr(storage, "is_remote", lambda _: remote)
-    writer = metrics.Writer(epath.Path(tmp_path))
+    writer = MetricWriter(RunFolder(tmp_path))
     for step in (1, 2, 3):
         writer.write(step, {"loss": float(step)})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')  # killed while it wrote
-    writer = metrics.Writer(epath.Path(tmp_path), step=2)
+    writer = MetricWriter(RunFolder(tmp_path), step=2)
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
     monkeypatch.setattr(storage, "REWRITE_SECONDS", -1)
     writer.write(3, {"loss": 0.5})
@@ -213,20 +215,20 @@ def test_waiting_counts_when_the_devices_are_idle(step, data, share):
             time.sleep(data if i else 0.5)  # the first one waits for workers to start
             yield i
 
-    waiting, read, before = metrics.Waiting(), batches(), None
-    for _ in range(5):
-        waiting.next(read)
+    stalls, before = progress.InputStallTimer(), None
+    for i, batch in enumerate(stalls(batches())):
+        assert i == batch
         value = Step(step, before)
-        waiting.started(value)
+        stalls.step_started(value)
         if before:
             before.block_until_ready()  # as for its metrics
         before = value
-    found = waiting.share()
-    waiting.close()
-    assert found == pytest.approx(share, abs=0.2)
-    assert "input-bound: 75%" in metrics.Progress(0, 10, 8).line(1, {"loss": 1.0, "data/wait_share": 0.75})
-    assert "input-bound" not in metrics.Progress(0, 10, 8).line(1, {"loss": 1.0, "data/wait_share": 0.01})
+    measured = stalls.share()
+    stalls.close()
+    assert measured == pytest.approx(share, abs=0.2)
+    assert "input-bound: 75%" in progress.Progress(0, 10, 8).line(1, {"loss": 1.0, "data/wait_share": 0.75})
+    assert "input-bound" not in progress.Progress(0, 10, 8).line(1, {"loss": 1.0, "data/wait_share": 0.01})
 
 
-def test_clock():
-    assert [metrics.clock(s) for s in (5, 65, 3723)] == ["0:05", "1:05", "1:02:03"]
+def test_durations():
+    assert [console.format_duration(s) for s in (5, 65, 3723)] == ["0:05", "1:05", "1:02:03"]

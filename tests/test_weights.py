@@ -11,12 +11,11 @@ from flax.traverse_util import flatten_dict
 
 from tests import tiny
 from tests.util import random_variables
-from xclip_jax import weights
 from xclip_jax.data import loader
 from xclip_jax.errors import UserError
 from xclip_jax.models.layers import stack_blocks
 from xclip_jax.models.two_towers import TwoTowers
-from xclip_jax.train import build, state, trainer
+from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
 
 
@@ -48,7 +47,7 @@ def test_a_run_starts_from_another_and_resumes_without_it(source, tmp_path, monk
         mesh={"data": 2, "fsdp": 2, "model": 2, "strategy": "fsdp_tp"},
     )  # fmt: skip
     c.model.txt.length -= 2
-    original, calls = trainer.loader.to_global, []
+    original, calls = loader.to_global, []
 
     def stop_at_two(batch, mesh):
         calls.append(1)
@@ -56,7 +55,7 @@ def test_a_run_starts_from_another_and_resumes_without_it(source, tmp_path, monk
             raise Stopped
         return original(batch, mesh)
 
-    monkeypatch.setattr(trainer.loader, "to_global", stop_at_two)
+    monkeypatch.setattr(loader, "to_global", stop_at_two)
     with pytest.raises(Stopped):
         trainer.run(c)
     said = capsys.readouterr().out
@@ -81,7 +80,7 @@ def test_average_statistics_and_layout_of_a_start(source):
     )  # fmt: skip
     p = build.build(c)
     fresh = state.create(p.init, p.abstract)
-    begun = weights.start(weights.read_initial(build.build(c).config, fresh), fresh)
+    begun = weights.init_from_weights(weights.read_initial(build.build(c).config, fresh), fresh)
     assert jax.tree.map(lambda x: x.sharding, begun) == jax.tree.map(lambda x: x.sharding, p.abstract)
     there = jax.device_get(weights.load(str(source / "run"))[2])
     chex.assert_trees_all_equal(jax.device_get(begun.batch_stats), there["batch_stats"])
@@ -97,9 +96,9 @@ def test_a_start_that_cannot_be_is_one_sentence(source, tmp_path):
 
     with pytest.raises(UserError, match="does not exist; name the folder of a run"):
         run(init__weights=str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match=r"params/proj_img/linear/kernel has shape \(32, 16\) there and \(32, 8\) here"):
+    with pytest.raises(UserError, match=r"params/proj_img/linear/kernel has shape \(32, 16\), expected \(32, 8\)"):
         run(model__embed=8)
-    with pytest.raises(UserError, match="params/img/transformer has 2 blocks there and 3 here"):
+    with pytest.raises(UserError, match="params/img/transformer has 2 blocks, expected 3"):
         run(model__img__depth=3)
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match=r"init\.frozen is \('image',\); expected names of towers, 'img' or 'txt'"):
@@ -119,7 +118,7 @@ def towers(size=16, length=8, embed=8, **img):
 @pytest.mark.parametrize("size", [8, 12, 28])
 def test_image_positions_are_interpolated_as_open_clip_does(size):
     before, after = towers(16), towers(size)
-    found, notes = weights.fit(before, after, "x")
+    found, notes = weights.convert_params(before, after, "x")
     vision = {"image_size": size, "patch_size": 4, "width": 16, "head_width": 8, "layers": 1}
     theirs = open_clip.model.CLIP(8, vision, {"vocab_size": 20, "width": 8, "heads": 2, "layers": 1})
     held = {"visual.positional_embedding": torch.tensor(before["params"]["img"]["positions"])}
@@ -131,16 +130,16 @@ def test_image_positions_are_interpolated_as_open_clip_does(size):
 
 
 def test_what_is_fresh_and_what_is_left_out_is_named():
-    found, notes = weights.fit(towers(embed=0), towers(pre_norm=False), "x")
+    found, notes = weights.convert_params(towers(embed=0), towers(pre_norm=False), "x")
     assert "params/txt/tokens" in found and "params/log_scale" not in found
     assert notes == [
-        "not in x, so fresh: log_scale, proj_img, proj_txt",
+        "not in x, so initialised at random: log_scale, proj_img, proj_txt",
         "in x and not in this run: params/img/norm_pre/norm/bias, params/img/norm_pre/norm/scale",
     ]
-    with pytest.raises(UserError, match=r"knows texts of 8 tokens and model\.txt\.length is 9; set it to 8 or less"):
-        weights.fit(towers(), towers(length=9), "x")
-    with pytest.raises(UserError, match=r"img/positions has shape \(16, 16\) there and \(17, 16\) here"):
-        weights.fit(towers(pool="mean"), towers(), "x")
+    with pytest.raises(UserError, match=r"positions for texts of 8 tokens and model\.txt\.length is 9; set it to 8 or"):
+        weights.convert_params(towers(), towers(length=9), "x")
+    with pytest.raises(UserError, match=r"img/positions has shape \(16, 16\), expected \(17, 16\)"):
+        weights.convert_params(towers(pool="mean"), towers(), "x")
 
 
 def test_other_meanings_are_warned_of(source, capsys):

@@ -6,7 +6,7 @@ from PIL import Image
 from configs import common
 from xclip_jax.train import build
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.run_folder import RunFolder
+from xclip_jax.train.run_folder import TrainingFolder
 from xclip_jax.train.state import create
 
 BATCH, SIZE, LENGTH = 16, 16, 12
@@ -39,7 +39,7 @@ def untrained(run, objective="xclip", **changes):
     """What a run leaves in the folder `run`, with the weights that it began with. Returns the folder."""
     c = config(objective, run=run, data__batch=8, **changes)
     made = build.build(c)
-    with RunFolder(run).claimed(made.config, []):
+    with TrainingFolder(run).claimed(made.config, []):
         pass
     with Checkpointer(run) as checkpointer:
         checkpointer.save(create(made.init, made.abstract), {"samples": 0})

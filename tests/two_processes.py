@@ -13,6 +13,7 @@ import optax
 from tests import tiny
 from xclip_jax.data import loader
 from xclip_jax.errors import BadSample
+from xclip_jax.evaluators.encoder import make_encoder
 from xclip_jax.parallel import processes
 from xclip_jax.report.attention import attention
 from xclip_jax.train import build, state, trainer
@@ -56,7 +57,7 @@ def main(folder, out, *others):
         np.array_equal(x.addressable_data(0), y.addressable_data(0))
         for x, y in zip(jax.tree.leaves(s.params), jax.tree.leaves(restored.params), strict=True)
     )
-    encoder = trainer.make_encoder(config, p)
+    encoder = make_encoder(config, p)
     # The last batch is not full: with IMAGES rows the second process has fewer of its own than the first.
     images = [tiny.batch(i, b=1)["image"][0] for i in range(IMAGES)]
     features = encoder.images(s.variables(), images)
@@ -102,7 +103,7 @@ def run(folder, out, data, model, *others):
         texts.append(np.asarray(placed["text"].addressable_data(0)))
         return placed
 
-    trainer.loader.to_global = spy
+    loader.to_global = spy
     trainer.run(config)
     np.savez(f"{out}.{jax.process_index()}.npz", shapes=shapes, texts=texts)
 

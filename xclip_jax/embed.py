@@ -30,13 +30,13 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from xclip_jax import inference, metrics
+from xclip_jax import environment, inference
+from xclip_jax.console import format_duration, log0
 from xclip_jax.data import embeddings
 from xclip_jax.data.prefetch import Ahead
 from xclip_jax.embed_sources import Lines, Source, open_images
 from xclip_jax.errors import BadSample, Parser, UserError, check_count, exit_with_message
-from xclip_jax.metrics import say
-from xclip_jax.train.checkpoint import write_json
+from xclip_jax.storage import write_json
 
 PART = 1024  # rows that a kill may cost
 _PROGRESS_SECONDS = 5
@@ -113,14 +113,14 @@ class Job:
     def run(self) -> dict[str, Any]:
         """Embeds what is left, and joins the parts. Returns what the file says about itself."""
         if self.complete:
-            say(f"{self.out} is complete; delete it to embed anew.")
+            log0(f"{self.out} is complete; delete it to embed anew.")
             return self._format.about(self.out)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "plan.json").exists():
             write_json(epath.Path(self.folder / "plan.json"), self.plan)
         done = next((i for i in range(len(self._parts)) if not self._file(i).exists()), len(self._parts))
         if done:
-            say(f"going on behind part {done:,} of {len(self._parts):,}")
+            log0(f"going on behind part {done:,} of {len(self._parts):,}")
         self._bad = sum(len(self._listed(i)) for i in range(done))
         for kind, source in self.sources.items():
             todo = [i for i, (k, *_) in enumerate(self._parts) if k == kind and i >= done]
@@ -199,17 +199,17 @@ class Job:
         ledger.unlink(missing_ok=True)
         if bad:
             ledger.write_text("\n".join(bad) + "\n")
-            say(f"{len(bad):,} of {total:,} could not be used; {ledger} names them")
+            log0(f"{len(bad):,} of {total:,} could not be used; {ledger} names them")
         if len(bad) == total:
             raise UserError(f"nothing could be embedded; {ledger} says why.")
         left_out = sum(json.loads(line)["kind"] == "image" for line in bad)
         about = {**self.model.card, "rows": total - left_out, "bad": len(bad), "plan": self.plan}
-        about["environment"] = metrics.environment()
+        about["environment"] = environment.capture()
         temporary = self.out.with_name(f".{self.out.name}.tmp")
         self._format.join([self._file(i) for i in range(len(self._parts))], temporary, about)
         temporary.replace(self.out)
         shutil.rmtree(self.folder)
-        say(f"{about['rows']:,} embeddings: {self.out}")
+        log0(f"{about['rows']:,} embeddings: {self.out}")
         return about
 
 
@@ -226,8 +226,8 @@ class _Progress:
             return
         self._said, speed = now, (done - self._first) / (now - self._began)
         line = f"{self._what} {done:,}/{self._n:,}  {speed:,.0f} {self._what}/s"
-        line += f", {metrics.clock((self._n - done) / speed)} left"
-        say(line + (f", {bad:,} bad" if bad else ""))
+        line += f", {format_duration((self._n - done) / speed)} left"
+        log0(line + (f", {bad:,} bad" if bad else ""))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -29,16 +29,16 @@ import ml_collections
 from absl import logging
 from etils import epath
 
-from xclip_jax import metrics
+from xclip_jax import environment
+from xclip_jax.console import log0
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import Parser, UserError, exit_with_message
 from xclip_jax.evaluators import Evaluator, registry, results, summary
+from xclip_jax.evaluators.encoder import make_encoder
 from xclip_jax.evaluators.provenance import describe
 from xclip_jax.evaluators.statistics import bootstrap
-from xclip_jax.metrics import say
-from xclip_jax.train import trainer
-from xclip_jax.train.checkpoint import write_json
-from xclip_jax.weights import load
+from xclip_jax.storage import write_json
+from xclip_jax.train.weights import load
 
 NAME = "evaluation.json"
 _SIZES = ("n", "images", "queries", "pairs")
@@ -99,10 +99,10 @@ def evaluate(
     config, parts, variables, at = load(run, step)
     if path.exists():
         results.read(path)  # a damaged file shows now
-    encoder = trainer.make_encoder(config, parts, run_classes(folder))
+    encoder = make_encoder(config, parts, run_classes(folder))
     evaluators = registry.open_all(names, encoder, data_dir or parts.data.dir, protocol)
     command = {"suite": suite if isinstance(suite, str) else list(suite), "config": config.to_dict(),
-               "environment": metrics.environment()}  # fmt: skip
+               "environment": environment.capture()}  # fmt: skip
     which = {"checkpoint": str(run), "step": at, "profile": profile, "changes": changes}
     flat: dict[str, float] = {}
     added = []
@@ -116,9 +116,9 @@ def evaluate(
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             results.add(path, added[-1], items, command, own=not output)
-    say(f"{run}, step {at}, profile {profile}")
-    say(summary.render(flat))
-    say(f"results: {path}")
+    log0(f"{run}, step {at}, profile {profile}")
+    log0(summary.render(flat))
+    log0(f"results: {path}")
     return {**which, **command, "results": added}
 
 
@@ -304,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if flags.output:
                 _make_folder(epath.Path(flags.output))
             rows = compare(*flags.compare, step=flags.step, profile=flags.profile)
-            say(render(rows, *flags.compare))
+            log0(render(rows, *flags.compare))
             if flags.output:
                 write_json(epath.Path(flags.output), {"a": flags.compare[0], "b": flags.compare[1], "rows": rows})
         else:

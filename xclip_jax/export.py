@@ -17,10 +17,10 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import interop, model_card
+from xclip_jax.console import log0
 from xclip_jax.errors import Parser, UserError, exit_with_message
-from xclip_jax.interop.tensor_files import is_run
-from xclip_jax.metrics import say
-from xclip_jax.weights import load
+from xclip_jax.run_folder import is_run
+from xclip_jax.train.weights import load
 
 CARD = "README.md"
 
@@ -56,8 +56,8 @@ def export(path: str, out: str, *, to: str = "hf", step: int | None = None, over
         card = model_card.render(path, out, to, config, parts, at, notes, run=is_run(path))
         (folder / CARD).write_text(card)
         for note in notes:
-            say(note)
-    say(f"{path}, step {at}, as {to}: {out}")
+            log0(note)
+    log0(f"{path}, step {at}, as {to}: {out}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from xclip_jax import storage, weights
+from xclip_jax import storage
 from xclip_jax.data import tokenizer
 from xclip_jax.data.prefetch import Ahead
 from xclip_jax.data.preprocessing import Preprocessing
@@ -32,6 +32,7 @@ from xclip_jax.evaluators.zeroshot import class_scores, distributions
 from xclip_jax.models.layers import unstack_blocks
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.parallel.mesh import make_mesh, replicated
+from xclip_jax.train import weights
 
 ImageLike = str | os.PathLike | bytes | np.ndarray | Image.Image
 

@@ -2,6 +2,7 @@
 
 from absl import app, flags, logging
 
+from xclip_jax import report
 from xclip_jax.config import load
 from xclip_jax.errors import exit_with_message
 from xclip_jax.parallel import processes
@@ -20,7 +21,7 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     with exit_with_message():
         processes.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        trainer.run(flags.FLAGS.config)
+        trainer.run(flags.FLAGS.config, [report.callback()])
 
 
 if __name__ == "__main__":

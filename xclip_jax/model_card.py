@@ -8,7 +8,7 @@ import jax
 import ml_collections
 from etils import epath
 
-from xclip_jax import metrics
+from xclip_jax import environment
 from xclip_jax.evaluators import results, summary
 from xclip_jax.train.build import Parts
 
@@ -235,6 +235,6 @@ def _made(folder: epath.Path | None) -> str:
         yield f"* {name}: `{environment['command']}`, commit `{environment['commit']}`, on {environment['devices']}"
         yield f"  with Python {environment['python']}, {versions}"
 
-    found = list(lines("exported", metrics.environment()))
+    found = list(lines("exported", environment.capture()))
     trained = folder and _read(folder / "config.json").get("environment")
     return "## Made by\n\n" + "\n".join([*(lines("trained", trained) if trained else ()), *found])

@@ -1,4 +1,4 @@
-"""Names of many files, reads at an offset, and files that grow, on local disks and (through fsspec) in buckets."""
+"""Files on local disks and, through fsspec, in buckets: patterns of names, reads at an offset, JSON that grows."""
 
 import contextlib
 import errno
@@ -26,7 +26,7 @@ _TRIES = 3
 REWRITE_SECONDS = 60
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 _MAX_NAMES = 1_000_000
-# Sizes of remote files that are remembered: about 80 MB at most.
+# Remote files whose sizes are cached: about 80 MB at most.
 _MAX_REMEMBERED = 1 << 18
 _EDGE = 1 << 20
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -52,12 +52,7 @@ def _finite(content: Any) -> Any:
 
 
 def strict_json(content: Any, **options: Any) -> str:
-    """Return `content` as JSON that every reader takes: floats that are not finite become null.
-
-    Args:
-      content: as `json.dumps` takes it.
-      **options: of `json.dumps`.
-    """
+    """Return `content` as strict JSON, with `options` of `json.dumps`: floats that are not finite become null."""
     try:
         return json.dumps(content, allow_nan=False, **options)
     except ValueError:
@@ -77,22 +72,27 @@ def write_whole(path: epath.Path, text: str) -> None:
     temporary.replace(path)
 
 
-class JsonLines:
-    """A file of one JSON object a line that a run makes longer, and that a resumed run takes up where it stood.
+def write_json(path: epath.Path, content: Any) -> None:
+    """Write JSON whole or not at all: readers never see half a file. Floats that are not finite become null."""
+    write_whole(path, strict_json(content, indent=2, sort_keys=True) + "\n")
 
-    Objects in a bucket cannot grow: there all lines are kept, and written again once in a while.
+
+class JsonLines:
+    """A file of one JSON object a line that a run appends to, and that a resumed run continues.
+
+    Objects in a bucket cannot grow: their lines are kept in memory, and all written again once in a while.
 
     Attributes:
-      kept: the objects that were there and stay.
+      kept: the objects of an existing file that stay.
     """
 
     def __init__(self, path: epath.Path, keep: Callable[[dict[str, Any]], bool], *, writes: bool = True) -> None:
-        """Opens `path`, without what was written behind the point to go on from.
+        """Open `path`, without the lines that were written after the point to resume from.
 
         Args:
           path: the file; it need not exist.
-          keep: whether an object that is there stays. Lines that are not a JSON object, such as half a line of a
-            process that was killed, do not.
+          keep: whether an existing object stays. Lines that are not a JSON object, such as half a line of a process
+            that was killed, do not.
           writes: false for all but one process of a run: they only read.
         """
         self.path, self._writes = path, writes
@@ -106,7 +106,7 @@ class JsonLines:
         self._written = 0.0
 
     def append(self, *contents: Mapping[str, Any]) -> None:
-        """Adds objects at the end."""
+        """Append objects."""
         lines = [f"{strict_json(content)}\n" for content in contents]
         if not (self._writes and lines):
             return
@@ -119,7 +119,7 @@ class JsonLines:
             self.close()
 
     def close(self) -> None:
-        """Writes what is left; more may be added."""
+        """Write what is left; more may be appended."""
         if self._writes and self._lines:
             self.path.write_text("".join(self._lines))
             self._written = time.monotonic()
@@ -134,7 +134,7 @@ def _json_object(line: bytes) -> dict[str, Any] | None:
 
 
 def _split(pattern: str) -> list[str]:
-    """Parts between the commas that are outside braces."""
+    """Split at the commas that are outside braces."""
     parts, depth, start = [], 0, 0
     for i, letter in enumerate(pattern):
         depth += (letter == "{") - (letter == "}")
@@ -147,7 +147,7 @@ def _split(pattern: str) -> list[str]:
 
 
 def _braces(pattern: str) -> Iterator[str]:
-    """All strings that a pattern with {a,b} and {000..123} stands for, as in a shell."""
+    """Yield all strings of a pattern with {a,b} and {000..123}, as a shell does."""
     start = pattern.find("{")
     if start < 0:
         yield pattern
@@ -173,7 +173,7 @@ def _braces(pattern: str) -> Iterator[str]:
 
 
 def _names(pattern: str) -> Iterator[str]:
-    """Yield the paths and globs of a pattern; what is the path of a file is taken as it is."""
+    """Yield the paths and globs of a pattern; the path of an existing file is taken literally."""
     if _is_file(pattern):
         yield pattern
         return
@@ -258,7 +258,7 @@ def _remote(path: str) -> tuple[Any, str]:
 def _os_errors(path: str) -> Iterator[None]:
     """Raise errors of a store's client as the `OSError` that a disk would have raised.
 
-    fsspec's file systems let through the errors of their HTTP clients, which share no class.
+    fsspec's file systems pass on the errors of their HTTP clients, which have no common class.
     """
     try:
         yield
@@ -276,7 +276,7 @@ def _os_errors(path: str) -> Iterator[None]:
 
 
 def stat(path: str) -> tuple[int, int]:
-    """Size in bytes and a number that changes with the content: the time of the last change, where there is one.
+    """Return the size in bytes and a number that changes with the content, such as the time of the last change.
 
     Raises:
       OSError: the file does not exist or is refused, or a server does not report its size.
@@ -289,7 +289,7 @@ def stat(path: str) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=_MAX_REMEMBERED)
 def _remote_stat(path: str) -> tuple[int, int]:
-    """Kept: a request a file takes minutes for thousands of them."""
+    """Cached: a request for each of thousands of files takes minutes."""
     system, name = _remote(path)
     with _os_errors(path):
         info = system.info(name)
@@ -301,7 +301,7 @@ def _remote_stat(path: str) -> tuple[int, int]:
 
 
 class File:
-    """Bytes of a file at any offset; safe in threads. Closed with its last reference.
+    """A file that is read at any offset, from several threads. Closed with its last reference.
 
     Attributes:
       size: bytes when it was opened, None for remote files.
@@ -310,7 +310,7 @@ class File:
     def __init__(self, path: str) -> None:
         self.path, self._fd, self.size = path, None, None
         if not is_remote(path):
-            # To open a named pipe would else wait for somebody who writes to it.
+            # Opening a named pipe would wait for a writer otherwise.
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
             weakref.finalize(self, os.close, self._fd)
             status = os.fstat(self._fd)
@@ -319,7 +319,7 @@ class File:
             self.size = status.st_size
 
     def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`, fewer at the end of the file. A passing failure of a network disk is retried."""
+        """Read `size` bytes from `offset`, fewer at the end of the file. Transient failures are retried."""
         for wait in range(_TRIES):
             try:
                 return self._read(offset, size)
@@ -335,8 +335,8 @@ class File:
             with _os_errors(self.path):
                 return system.cat_file(name, start=offset, end=offset + size)
         data = os.pread(self._fd, size, offset)
-        while len(data) < size and (more := os.pread(self._fd, size - len(data), offset + len(data))):
-            data += more
+        while len(data) < size and (chunk := os.pread(self._fd, size - len(data), offset + len(data))):
+            data += chunk
         return data
 
 
@@ -357,7 +357,7 @@ def read(path: str, max_bytes: int) -> bytes:
 
 
 def unreadable(error: Exception) -> BadSample:
-    """Return the bad sample that an error of `read` makes of the row or pair that named the file."""
+    """Return an error of `read` as the bad sample of the row or pair that names the file."""
     too_large = isinstance(error, OSError) and error.errno == errno.EFBIG
     return BadSample("file too large" if too_large else "file cannot be read", str(error))
 
@@ -365,8 +365,8 @@ def unreadable(error: Exception) -> BadSample:
 def fingerprint(paths: Iterable[str], *, whole: int = 0) -> str:
     """Return a hash of files: their names without folders, their sizes and (a part of) their content.
 
-    It is that of a copy in another folder. Of local files the content counts, of those above `whole` bytes only the
-    first and the last MiB; of remote ones the store's tag or time of the last change.
+    A copy in another folder has the same hash. Local files are hashed by content, those above `whole` bytes by their
+    first and last MiB; remote ones by the store's tag or time of the last change.
     """
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:
@@ -384,12 +384,12 @@ def fingerprint(paths: Iterable[str], *, whole: int = 0) -> str:
 
 @functools.lru_cache(maxsize=_OPEN)
 def open_file(path: str) -> File:
-    """The file `path`, one of the last that this process used, or opened."""
+    """Open the file `path`, or return it if it is one of the last that this process used."""
     return File(path)
 
 
 def writable(folder: pathlib.Path) -> bool:
-    """Whether files can be written into `folder`, which is made if need be."""
+    """Whether files can be written into `folder`, which is made if it does not exist."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

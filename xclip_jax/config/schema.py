@@ -12,7 +12,7 @@ import ml_collections
 
 from xclip_jax.config import fields
 from xclip_jax.config.fields import Check, at_least, between, choice, key, not_empty
-from xclip_jax.data.loader import DataConfig
+from xclip_jax.data.config import DataConfig
 from xclip_jax.data.transforms import INTERPOLATIONS, RESIZE_MODES
 from xclip_jax.errors import UserError
 from xclip_jax.models.two_towers import ModelConfig

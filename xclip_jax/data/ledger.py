@@ -1,4 +1,4 @@
-"""What was wrong with the data: every bad sample is written down, and too many of them stop the run."""
+"""Ledger of bad samples: each is recorded with its reason, and too many of them stop the run."""
 
 import collections
 import json
@@ -12,15 +12,16 @@ from jax.experimental import multihost_utils
 
 from xclip_jax import storage
 from xclip_jax.errors import UserError
+from xclip_jax.run_folder import RunFolder
 
-# The share of bad samples is of so many at least: the first batch must not stop a run.
-_FEWEST = 1000
+# The share of bad samples is of this many at least, so that the first batch cannot stop a run.
+_MIN_SAMPLES = 1000
 
 Entry = dict[str, Any]
 
 
 def _gather(content: Any) -> list[Any]:
-    """The JSON content of each process, on all of them; every process must call this at the same step."""
+    """Return the JSON content of each process, on all of them; every process must call this at the same step."""
     if jax.process_count() == 1:
         return [content]
     data = np.frombuffer(json.dumps(content).encode(), np.uint8)
@@ -31,26 +32,26 @@ def _gather(content: Any) -> list[Any]:
 
 def _distinct(gathered: Sequence[tuple[int, int, list[Entry]]]) -> list[tuple[int, list[Entry]]]:
     """Tokens and bad samples of each part of the batch once, of (part, tokens, bad samples) of each process."""
-    notes: dict[int, tuple[int, list[Entry]]] = {}
+    records: dict[int, tuple[int, list[Entry]]] = {}
     for process, (part, tokens, bad) in enumerate(gathered):
-        first, others = notes.setdefault(part, (tokens, bad))
-        if first != tokens or [_place(entry) for entry in others] != [_place(entry) for entry in bad]:
+        first, others = records.setdefault(part, (tokens, bad))
+        if first != tokens or [_key(entry) for entry in others] != [_key(entry) for entry in bad]:
             raise UserError(
                 f"process {process} and another one load the same rows of the batch and read different samples; check "
                 "that all processes can read the same files."
             )
-    return list(notes.values())
+    return list(records.values())
 
 
-def _place(entry: Entry) -> tuple[int, int, int]:
+def _key(entry: Entry) -> tuple[int, int, int]:
     return entry["position"], entry["source"], entry["index"]
 
 
 class Ledger:
-    """Counts what a run reads and writes `<run>/bad_samples.jsonl`: each bad sample once, with its reason.
+    """Counts what a run reads and writes bad_samples.jsonl: each bad sample once, with its reason.
 
-    A line is {"position": place in the run's order, "reason", "detail", "source": number of it, "index"} and what the
-    source knows, as "tar" and "key".
+    A line is {"position": in the run's order, "reason", "detail", "source": its number, "index"} and fields of the
+    source, as "tar" and "key".
 
     Attributes:
       counters: {"samples": delivered, "tokens": of their texts, "bad": {reason: samples that were replaced}}, over all
@@ -60,17 +61,17 @@ class Ledger:
     def __init__(
         self, folder: epath.Path, *, max_bad: float, start: int = 0, counters: Mapping[str, Any] | None = None
     ) -> None:
-        """Opens the ledger of the run in `folder`.
+        """Open the ledger of the run in `folder`.
 
         Args:
-          folder: the run's.
+          folder: the run's folder.
           max_bad: a larger share of bad samples stops the run.
-          start: where the run stands, in samples; lines of later ones, left by a run that was cut off, are taken out.
-          counters: as they were there.
+          start: samples that the run has read; lines of later ones, which an interrupted run left, are removed.
+          counters: as they were at `start`.
         """
-        self.path, self.max_bad = folder / "bad_samples.jsonl", max_bad
+        self.path, self.max_bad = RunFolder(folder).bad_samples_file, max_bad
         self.counters = {"samples": 0, "tokens": 0, "bad": {}} | dict(counters or {})
-        self._waiting: collections.deque[tuple[int, int, list[Entry]]] = collections.deque()
+        self._pending: collections.deque[tuple[int, int, list[Entry]]] = collections.deque()
         self._part = jax.process_index()
         self._file = storage.JsonLines(
             self.path, lambda entry: entry["position"] < start, writes=jax.process_index() == 0
@@ -78,42 +79,42 @@ class Ledger:
         self._known = {(entry["source"], entry["index"]) for entry in self._file.kept}
 
     def add(self, end: int, tokens: int, bad: Sequence[Entry], part: int | None = None) -> None:
-        """Takes note of a batch of this process.
+        """Record a batch of this process.
 
         Args:
-          end: place of the first sample behind the global batch.
+          end: position of the first sample after the global batch.
           tokens: of this process's rows.
-          bad: samples that others replaced in it.
+          bad: samples of it that were replaced by others.
           part: number of the part of the global batch that this process loads, see `mesh.batch_part`. What several
             processes load counts once. By default each process has a part of its own.
 
         Raises:
-          UserError: a place for which nothing could be found.
+          UserError: no usable sample for a position.
         """
         for entry in bad:
             if entry.get("last"):
                 raise UserError(
-                    f"source {entry['source']} gave {entry['last']} bad samples one after another, the last for "
-                    f"{entry['reason']!r}; python -m xclip_jax.data.check says what is wrong with it."
+                    f"source {entry['source']} gave {entry['last']} bad samples in a row, the last for "
+                    f"{entry['reason']!r}; run python -m xclip_jax.data.check on it."
                 )
         self._part = self._part if part is None else part
-        self._waiting.append((end, tokens, list(bad)))
+        self._pending.append((end, tokens, list(bad)))
 
     def sync(self, samples: int) -> None:
-        """Writes and counts what was noted of the run's first `samples`. All processes call it at the same steps.
+        """Write and count what was recorded of the run's first `samples`. All processes call it at the same steps.
 
         Raises:
           UserError: more than the share `max_bad` is bad; processes that load the same rows read different samples.
         """
         tokens, bad = 0, []
-        while self._waiting and self._waiting[0][0] <= samples:
-            _, more, entries = self._waiting.popleft()
-            tokens, bad = tokens + more, bad + entries
-        notes = _distinct(_gather([self._part, tokens, bad]))
-        entries = sorted((entry for _, each in notes for entry in each), key=lambda entry: entry["position"])
+        while self._pending and self._pending[0][0] <= samples:
+            _, batch_tokens, batch_bad = self._pending.popleft()
+            tokens, bad = tokens + batch_tokens, bad + batch_bad
+        records = _distinct(_gather([self._part, tokens, bad]))
+        entries = sorted((entry for _, each in records for entry in each), key=lambda entry: entry["position"])
         counts = collections.Counter(self.counters["bad"])
         counts.update(entry["reason"] for entry in entries)
-        tokens = self.counters["tokens"] + sum(tokens for tokens, _ in notes)
+        tokens = self.counters["tokens"] + sum(tokens for tokens, _ in records)
         self.counters = {"samples": samples, "tokens": tokens, "bad": dict(sorted(counts.items()))}
         self._write(entries)
         self._check()
@@ -125,27 +126,27 @@ class Ledger:
 
     @property
     def share(self) -> float:
-        """Share of bad ones among all samples that were read."""
+        """Fraction of bad samples among all that were read."""
         return self.bad / max(self.counters["samples"] + self.bad, 1)
 
     def _check(self) -> None:
         read = self.counters["samples"] + self.bad
-        if self.bad > self.max_bad * max(read, _FEWEST):
+        if self.bad > self.max_bad * max(read, _MIN_SAMPLES):
             reasons = sorted(self.counters["bad"].items(), key=lambda item: -item[1])
             raise UserError(
                 f"{self.bad:,} of {read:,} samples are bad, more than data.max_bad={self.max_bad:g} allows "
-                f"({', '.join(f'{reason}: {count:,}' for reason, count in reasons)}); {self.path} names them. Mend the "
+                f"({', '.join(f'{reason}: {count:,}' for reason, count in reasons)}); {self.path} lists them. Fix the "
                 "data, or raise data.max_bad."
             )
 
     def _write(self, entries: Sequence[Entry]) -> None:
         new = []
         for entry in entries:
-            if (name := (entry["source"], entry["index"])) not in self._known:
-                self._known.add(name)
+            if (sample := (entry["source"], entry["index"])) not in self._known:
+                self._known.add(sample)
                 new.append(entry)
         self._file.append(*new)
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Write what is left."""
         self._file.close()

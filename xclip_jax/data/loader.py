@@ -13,10 +13,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from xclip_jax.config.fields import Check, at_least, between, choice, key, not_empty
 from xclip_jax.data import labelled, records, sources, transforms, workers
+from xclip_jax.data.config import DataConfig
 from xclip_jax.data.ledger import Entry, Ledger
-from xclip_jax.data.preprocessing import Triple, mean_std
 from xclip_jax.data.shared_memory import Slots
 from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.errors import BadSample, UserError
@@ -24,90 +23,23 @@ from xclip_jax.parallel.mesh import batch_sharding
 
 Batch = dict[str, Any]
 
-# A place for which so many draws from its source are bad is given up.
-_DRAWS = 100
-# Rows whose records are read one after another: between two images the code for it has left the processor's caches.
-_TOGETHER = 32
-# Batches of each worker that lie ready.
-_READY = 2
-# Batches that the loop holds: steps that were started may not have copied theirs yet.
-_HELD = 4
-
-
-def _knows_statistics(value: Any) -> bool:
-    try:
-        return bool(mean_std(value))
-    except UserError:
-        return False
-
-
-_STATISTICS = Check(
-    f"{', '.join(map(repr, transforms.STATISTICS))}, or mean and deviation by channel, ((r, g, b), (r, g, b))",
-    _knows_statistics,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Config group `data`: what is read, how images and captions are drawn from it, and how fast."""
-
-    sources: Sequence[str] = key((), "specs for `sources.open_source`, of fine-tuning `labelled.open_source`; mixed")
-    weights: Sequence[float] = key((), "share of samples from each source; empty to see every sample once an epoch")
-    apart: bool = key(
-        False, "keep records of equal captions, wrong negatives of each other, apart; reads captions once at the start"
-    )
-    dir: str = key("", "root of TFDS data sets; empty for the default")
-    batch: int = key(4096, "b, pairs of the global batch", at_least(1))
-    tokenizer: str = key("clip", "clip, bytes or the path of a tokenizer file", not_empty())
-    image_key: str = key("image", "feature of a record or column of a table; not of tars and folders")
-    text_keys: Sequence[str] = key(
-        ("text",), "captions, one of which is drawn each time; in tars text is the .txt file, else fields of .json"
-    )
-    tags_key: str = key("", "keywords of a record; empty for none")
-    tags: int = key(0, "at most so many keywords, in random order, go into a caption", at_least(0))
-    tags_behind: float = key(0.5, "share of captions with keywords behind them", between(0, 1))
-    tags_alone: float = key(0.0, "share of captions that are keywords alone", between(0, 1))
-    crop_scale: tuple[float, float] = key((0.5, 1.0), "smallest and largest area of a training crop over the image's")
-    resample: str = key("area", "how a crop is resized; area is the fast one", choice(transforms.RESAMPLE))
-    flip: float = key(0.0, "probability of a horizontal flip", between(0, 1))
-    color: float = key(0.0, "strength of random brightness, contrast and saturation", between(0, 1))
-    statistics: str | tuple[Triple, Triple] = key(
-        "imagenet", "name of mean and deviation of pixels, or both by channel, ((r, g, b), (r, g, b))", _STATISTICS
-    )
-    cache: bool = key(False, "keep decoded images in memory")
-    threads: int = key(16, "batches that this process reads at once, where workers is 0", at_least(1))
-    buffer: int = key(8, "batches that are read ahead, where workers is 0", at_least(1))
-    workers: int = key(0, "reading processes, one thread each; for buckets several a core", at_least(0))
-    max_bad: float = key(0.05, "a larger share of samples that cannot be used stops the run", between(0, 1))
-
-    def conflicts(self) -> Iterator[str]:
-        """Values that do not go together."""
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            yield f"crop_scale is {self.crop_scale}; expected 0 < smallest <= largest <= 1"
-        if self.weights and len(self.weights) != len(self.sources):
-            yield (
-                f"weights has {len(self.weights)} values for {len(self.sources)} sources; give one for each, or "
-                "none for shares by size"
-            )
-        if any(weight <= 0 for weight in self.weights):
-            yield f"weights is {self.weights}; expected values above 0, and sources without a share left out"
-        if self.cache and self.workers:
-            yield (
-                f"cache with data.workers={self.workers} would keep {self.workers} copies of all decoded images; set "
-                "data.workers=0 (data.threads share one copy) or data.cache=False"
-            )
-        if self.tags_behind + self.tags_alone > 1:
-            yield f"tags_behind {self.tags_behind} and tags_alone {self.tags_alone} must not exceed 1 together"
+# A position is given up, and the run stops, after this many bad samples in its place.
+MAX_RESAMPLES = 100
+# Rows whose records are read in a row, before their images are decoded: alternating would empty the processor's caches.
+READ_GROUP = 32
+# Finished batches that each worker keeps.
+WORKER_BUFFER = 2
+# Batches that the loop holds: steps that were dispatched may not have copied theirs yet.
+IN_FLIGHT = 4
 
 
 def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | None = None) -> list[sources.Source]:
     """Open the sources of `config`.
 
     Args:
-      config: says which, and is checked.
-      classes: of labelled sources; 0 for pairs.
-      fields: what the batches of training will have, of "image", "text" and "label"; None where nothing is trained.
+      config: names them.
+      classes: number of classes of labelled sources; 0 for pairs.
+      fields: those of training batches, of "image", "text" and "label"; None where nothing is trained.
 
     Raises:
       UserError: a source that cannot be opened, keys that contradict each other, labelled sources that do not fit
@@ -134,8 +66,8 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
 class Transform:
     """Writes the image of a record to uint8 (size, size, 3) and returns a caption, random through `rng` alone.
 
-    `fields` says what batches are made of, of "image", "text" and "label"; without "image" nothing is written, without
-    "text" the caption is "".
+    `fields` are those of a batch, of "image", "text" and "label"; without "image" nothing is written, without "text"
+    the caption is "".
     """
 
     config: DataConfig
@@ -151,7 +83,7 @@ class Transform:
 
     def _crop(self, record: sources.Record, rng: np.random.Generator, out: np.ndarray) -> None:
         config, scale = self.config, self.config.crop_scale
-        # So large that a square crop, even the smallest, is not enlarged.
+        # Large enough that not even the smallest square crop is enlarged.
         exact = config.resample != "area"
         image = transforms.decode(record["image"], scaled_to=0 if exact else math.ceil(self.size / scale[0] ** 0.5))
         transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample, out=out)
@@ -168,40 +100,40 @@ class Transform:
 
 
 @dataclasses.dataclass(frozen=True)
-class Order:
-    """All samples of a run, without end. Item i is the record at place i of the run.
+class SampleOrder:
+    """All samples of a run, an endless sequence. Item i is the record at position i of the run.
 
     Attributes:
-      found: the sources.
+      sources: which are read.
       places: element i is (number of the source, index in it); it depends on nothing but the seed and i.
     """
 
-    found: Sequence[sources.Source]
+    sources: Sequence[sources.Source]
     places: grain.MapDataset
 
-    def __getitem__(self, place: int) -> sources.Record:
-        number, index = self.places[place]
-        return self.found[number][index]
+    def __getitem__(self, position: int) -> sources.Record:
+        number, index = self.places[position]
+        return self.sources[number][index]
 
 
-class _Apart:
-    """Index of the record at each place, (place, _) -> int: in every epoch another shuffle of the records.
+class _SpreadDuplicates:
+    """Index of the record at each position, (position, _) -> int: another shuffle of the records in every epoch.
 
-    The m records of a group come an m-th of an epoch apart, from a random time on and in random order; that of a record
-    alone is any time. The last of an epoch and the first of the next may be near each other.
+    The m records of a group are spaced an m-th of an epoch apart, from a random start and in random order; a record
+    without duplicates is anywhere. The last of an epoch and the first of the next may be near each other.
     """
 
     def __init__(self, groups: np.ndarray, seed: int) -> None:
         self.groups, self.seed = groups, seed
         self._epochs: dict[int, np.ndarray] = {}
 
-    def __call__(self, place: int, _: Any = None) -> int:
-        epoch, at = divmod(place, len(self.groups))
+    def __call__(self, position: int, _: Any = None) -> int:
+        epoch, offset = divmod(position, len(self.groups))
         order = self._epochs.get(epoch)
         if order is None:
             order = self._order(epoch)
             self._epochs = {e: o for e, o in self._epochs.items() if e >= epoch - 1} | {epoch: order}
-        return int(order[at])
+        return int(order[offset])
 
     def _order(self, epoch: int) -> np.ndarray:
         n, rng = len(self.groups), np.random.default_rng((self.seed, epoch))
@@ -213,11 +145,11 @@ class _Apart:
         return grouped[np.argsort((turn + rng.random(len(sizes))[group]) / sizes[group])]
 
 
-def _by_captions(found: Sequence[sources.Source]) -> np.ndarray:
-    """Number of the group of records with the same captions, int (n,), of all records of `found`."""
+def _caption_groups(opened: Sequence[sources.Source]) -> np.ndarray:
+    """Number of each record's group, int (n,), over all records of `opened`; a group has the same captions."""
     numbers: dict[tuple[str, ...], int] = {}
     groups = []
-    for source in found:
+    for source in opened:
         for index in range(len(source)):
             record = records.read(source, index)
             key = ("", str(len(groups))) if isinstance(record, BadSample) else tuple(record["text"])  # "": nobody's
@@ -225,31 +157,32 @@ def _by_captions(found: Sequence[sources.Source]) -> np.ndarray:
     return np.array(groups)
 
 
-def sample_order(found: Sequence[sources.Source], config: DataConfig, seed: int) -> Order:
-    """All samples shuffled anew in each epoch; with weights each source by itself, and then mixed.
+def sample_order(opened: Sequence[sources.Source], config: DataConfig, seed: int) -> SampleOrder:
+    """Return the order of all samples, shuffled in each epoch; with weights each source by itself, and then mixed.
 
-    Weights hold to a hundredth of the smallest, and each source has epochs of its own. See `DataConfig.apart`.
+    Shares are exact to a hundredth of the smallest weight, and each source has epochs of its own. See
+    `DataConfig.apart`.
     """
 
     def shuffled(parts: Sequence[sources.Source], seed: int) -> grain.MapDataset:
         places = grain.MapDataset.range(sum(map(len, parts)))
         if config.apart:
-            return places.repeat().map_with_index(_Apart(_by_captions(parts), seed))
+            return places.repeat().map_with_index(_SpreadDuplicates(_caption_groups(parts), seed))
         return places.shuffle(seed=seed).repeat()
 
-    if config.weights and len(found) > 1:
+    if config.weights and len(opened) > 1:
         orders = [
             shuffled([source], seed + number).map(lambda index, number=number: (number, int(index)))
-            for number, source in enumerate(found)
+            for number, source in enumerate(opened)
         ]
-        return Order(found, grain.MapDataset.mix(orders, list(config.weights)))
-    starts = list(itertools.accumulate(map(len, found), initial=0))
+        return SampleOrder(opened, grain.MapDataset.mix(orders, list(config.weights)))
+    starts = list(itertools.accumulate(map(len, opened), initial=0))
 
     def place(index: int) -> tuple[int, int]:
         number = bisect.bisect_right(starts, index) - 1
         return number, int(index) - starts[number]
 
-    return Order(found, shuffled(found, seed).map(place))
+    return SampleOrder(opened, shuffled(opened, seed).map(place))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,14 +190,14 @@ class _Reader:
     """Number of a global batch -> this host's rows of it, a pure function of the number.
 
     Attributes:
-      order, transform: what is read, and what becomes of it.
-      batch, host, hosts: rows of the global batch, and which of them.
-      rngs: a generator for each place of the run.
-      slots: memory of the workers, where there are any.
+      order, transform: what is read, and how it is transformed.
+      batch, host, hosts: rows of the global batch, and which of them are read.
+      rngs: a generator for each position of the run.
+      slots: shared memory of the workers, if there are any.
       start: number of the first batch.
     """
 
-    order: Order
+    order: SampleOrder
     transform: Transform
     batch: int
     host: int
@@ -277,36 +210,36 @@ class _Reader:
     def spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
         """Shapes and types of a batch."""
         rows, size = self.batch // self.hosts, self.transform.size
-        found = {
+        spec = {
             "image": ((rows, size, size, 3), np.uint8),
             "text": ((rows, self.transform.length), np.int32),
             "label": ((rows,), np.float32),
         }
-        return {field: found[field] for field in self.transform.fields}
+        return {field: spec[field] for field in self.transform.fields}
 
     def __call__(self, g: int) -> dict[str, Any]:
-        worker, taken = 0, None
+        worker, slot = 0, None
         if self.slots:
             worker = (g - self.start) % self.transform.config.workers  # as Grain deals them out
-            taken = self.slots.take(worker)
-        found = taken[1] if taken else {key: np.empty(shape, dtype) for key, (shape, dtype) in self.spec.items()}
+            slot = self.slots.take(worker)
+        batch = slot[1] if slot else {key: np.empty(shape, dtype) for key, (shape, dtype) in self.spec.items()}
         rows = self.batch // self.hosts
         first, captions, bad = g * self.batch + self.host * rows, [], []
-        for row in range(0, rows, _TOGETHER):
-            positions = range(first + row, first + min(row + _TOGETHER, rows))
+        for row in range(0, rows, READ_GROUP):
+            positions = range(first + row, first + min(row + READ_GROUP, rows))
             places = [self.order.places[position] for position in positions]
-            read = [records.read(self.order.found[number], index) for number, index in places]
+            read = [records.read(self.order.sources[number], index) for number, index in places]
             rngs = [self.rngs.acquire_rng(position) for position in positions]
             for position, place, record, rng in zip(positions, places, read, rngs, strict=True):
                 # Views of the row, into which its image and label go.
-                at = position - first
-                out = {key: found[key][at : at + 1] for key in found if key != "text"}
+                i = position - first
+                out = {key: batch[key][i : i + 1] for key in batch if key != "text"}
                 captions.append(self._fill(position, *place, record, rng, out, bad))
                 self.rngs.release_rng(rng)
-        if "text" in found:
-            found["text"][:] = self.transform.tokenizer(captions, self.transform.length)
-        noted = json.dumps(bad).encode()  # bytes, which Grain passes on as they are
-        return {"slot": (worker, taken[0]), "bad": noted} if taken else found | {"bad": noted}
+        if "text" in batch:
+            batch["text"][:] = self.transform.tokenizer(captions, self.transform.length)
+        encoded = json.dumps(bad).encode()  # bytes, which Grain passes on as they are
+        return {"slot": (worker, slot[0]), "bad": encoded} if slot else batch | {"bad": encoded}
 
     def _fill(
         self,
@@ -318,9 +251,9 @@ class _Reader:
         out: dict[str, np.ndarray],
         bad: list[Entry],
     ) -> str:
-        """Writes image and label of a record to `out` and returns a caption. For a bad one others are drawn."""
-        source = self.order.found[number]
-        for _ in range(_DRAWS):
+        """Write image and label of a record to `out` and return a caption. A bad record is replaced by a random one."""
+        source = self.order.sources[number]
+        for _ in range(MAX_RESAMPLES):
             try:
                 if isinstance(record, BadSample):
                     raise record
@@ -334,14 +267,14 @@ class _Reader:
                 bad.append(entry | {"source": number, "index": index} | sources.where(source, index))
             index = int(rng.integers(len(source)))
             record = records.read(source, index)
-        bad[-1]["last"] = _DRAWS  # `Ledger.add` stops the run, where its error is not lost in a worker process
+        bad[-1]["last"] = MAX_RESAMPLES  # `Ledger.add` stops the run, where its error is not lost in a worker process
         for row in out.values():
             row[:] = 0
         return ""
 
 
 def batches(
-    order: Order,
+    order: SampleOrder,
     transform: Transform,
     *,
     batch: int,
@@ -352,53 +285,53 @@ def batches(
     hosts: int = 1,
     ledger: Ledger | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This host's rows of the global batches number `start` to `stop` - 1: what the transform's `fields` say.
+    """Yield this host's rows of the global batches number `start` to `stop` - 1, with the transform's `fields`.
 
     Row r of global batch g is sample g * batch + r of the run, and host h holds rows h * batch / hosts and up: the
     global batches are the same on any number of hosts and from any start. Processes that hold the same rows count as
     one host, see `mesh.batch_part`. A bad sample is replaced by another of its source, which too depends on nothing but
-    the seed and the place.
+    the seed and the position.
 
     Raises:
-      UserError: a bad sample, where no `ledger` takes note of it; a place for which nothing could be found; too little
-        memory for the workers.
+      UserError: a bad sample without a `ledger` to record it; no usable sample for a position; too little memory for
+        the workers.
     """
     config = transform.config
     reader = _Reader(order, transform, batch, host, hosts, grain.experimental.RngPool(seed), None, start)
     if config.workers:
-        # Those that lie ready, one that is written, and the worker's share of those that are on their way to devices.
-        depth = _READY + 1 + math.ceil(_HELD / config.workers)
+        # The buffered ones, one that is being written, and the worker's share of those that the loop holds.
+        depth = WORKER_BUFFER + 1 + math.ceil(IN_FLIGHT / config.workers)
         reader = dataclasses.replace(reader, slots=Slots(reader.spec, config.workers, depth))
-    # Elements are batches here: so many are read at once, and lie ready.
+    # Grain's elements are batches here: the number that are read at once, and that are buffered.
     options = grain.ReadOptions(0, 0) if config.workers else grain.ReadOptions(config.threads, config.buffer)
     dataset = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
     if config.workers:
-        processes = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=_READY)
+        processes = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=WORKER_BUFFER)
         dataset = dataset.mp_prefetch(processes, worker_init_fn=workers.prepare)
-    return _noted(iter(dataset), reader, ledger)
+    return _report_bad_samples(iter(dataset), reader, ledger)
 
 
-def _noted(
+def _report_bad_samples(
     read: grain.DatasetIterator[dict[str, Any]], reader: _Reader, ledger: Ledger | None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The batches without what was bad in them, which goes to the ledger with the number of tokens."""
+    """Yield the batches; their bad samples and numbers of tokens go to the ledger."""
     try:
-        for g, found in enumerate(workers.shielded(read) if reader.slots else read, reader.start):
-            bad = json.loads(found.pop("bad"))
-            if "slot" in found:
-                found = reader.slots.open(*found["slot"])
+        for g, batch in enumerate(workers.shielded(read) if reader.slots else read, reader.start):
+            bad = json.loads(batch.pop("bad"))
+            if "slot" in batch:
+                batch = reader.slots.open(*batch["slot"])
             if ledger is not None:
-                ends = found.get("text", np.zeros((0, 1))) == reader.transform.tokenizer.eot_id
+                ends = batch.get("text", np.zeros((0, 1))) == reader.transform.tokenizer.eot_id
                 tokens = int((ends.argmax(axis=1) + 1).sum())
                 ledger.add((g + 1) * reader.batch, tokens, bad, reader.host)
             elif bad:
                 raise UserError(f"sample {bad[0]} cannot be used.")
-            yield found
+            yield batch
     finally:
         read.close()  # else worker processes live as long as this one
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's rows -> arrays of the global batch, split over the mesh."""
+    """Make arrays of the global batch, split over the mesh, of this host's rows."""
     sharding = batch_sharding(mesh)
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}

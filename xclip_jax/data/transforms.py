@@ -38,48 +38,49 @@ def _check_pixels(w: int, h: int) -> None:
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int, int, bool] | None:
-    """(width, height, channels, whether EXIF may turn it) of a JPEG, or None where the markers make no sense."""
-    at, exif = 2, False
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xFF:  # filling
-            at += 1
+    """(width, height, channels, whether EXIF may rotate it) of a JPEG, or None if its markers make no sense."""
+    offset, exif = 2, False
+    while offset + 10 <= len(data) and data[offset] == 0xFF:
+        marker = data[offset + 1]
+        if marker == 0xFF:  # padding
+            offset += 1
             continue
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            if data[at + 4] != 8:  # bits
+            if data[offset + 4] != 8:  # bits
                 return None
-            h, w = int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
-            return (w, h, data[at + 9], exif) if w and h else None
-        exif = exif or (marker == 0xE1 and data[at + 4 : at + 8] == b"Exif")
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+            h = int.from_bytes(data[offset + 5 : offset + 7], "big")
+            w = int.from_bytes(data[offset + 7 : offset + 9], "big")
+            return (w, h, data[offset + 9], exif) if w and h else None
+        exif = exif or (marker == 0xE1 and data[offset + 4 : offset + 8] == b"Exif")
+        offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
     return None
 
 
-def _turned(data: bytes) -> bool:
+def _is_rotated(data: bytes) -> bool:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.getexif().get(_ORIENTATION, 1) != 1
     except Exception:
-        return True  # whatever it is, Pillow may say it
+        return True  # Pillow raises the error
 
 
 def _decode_jpeg(data: bytes, scaled_to: int) -> np.ndarray | None:
-    """What libjpeg-turbo makes of the JPEG, or None for all that is better left to Pillow."""
+    """Decode a JPEG by libjpeg-turbo, or return None for those that Pillow is to decode."""
     header = _jpeg_header(data)
-    if header is None or header[2] not in (1, 3) or (header[3] and _turned(data)):
+    if header is None or header[2] not in (1, 3) or (header[3] and _is_rotated(data)):
         return None
     _check_pixels(*header[:2])
     options = {"fastdct": True, "fastupsample": True, "min_height": scaled_to, "min_width": scaled_to, "min_factor": 2}
     try:
         return simplejpeg.decode_jpeg(data, "RGB", **(options if scaled_to else {}))
     except ValueError:
-        return None  # Pillow tells a file that is cut off from one that is only odd
+        return None  # Pillow distinguishes truncated files from those that are only unusual
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode: colours of palettes, 16 bits scaled to 8, transparency dropped as open_clip does."""
+    """Convert any mode to RGB: palettes to colours, 16 bits to 8, transparency dropped as open_clip does."""
     if image.mode.startswith("I"):
-        # Pillow would clip all that is above 255, which leaves a white picture.
+        # Pillow would clip values above 255, which gives a white image.
         values = np.asarray(image)
         return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
@@ -88,10 +89,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _open(data: bytes | Image.Image) -> Image.Image:
-    """The image in its own mode, turned as EXIF says. Raises `BadSample`, see `decode`."""
+    """Open an image in its own mode, rotated by its EXIF tag. Raises `BadSample`, see `decode`."""
     about = f"{len(data)} bytes that begin with {data[:8]!r}" if isinstance(data, bytes) else "an image of Pillow's"
     try:
-        if isinstance(data, Image.Image):  # its owner closes it
+        if isinstance(data, Image.Image):  # the caller closes it
             _check_pixels(*data.size)
             return ImageOps.exif_transpose(data)
         with Image.open(io.BytesIO(data)) as image:
@@ -99,28 +100,28 @@ def _open(data: bytes | Image.Image) -> Image.Image:
             return ImageOps.exif_transpose(image)
     except (BadSample, MemoryError):
         raise
-    except Image.DecompressionBombError as error:  # Pillow's own bound, before it tells the size
+    except Image.DecompressionBombError as error:  # Pillow's own bound, raised before the size is known
         raise BadSample("image too large", str(error)) from error
     except Image.UnidentifiedImageError as error:
         raise BadSample("not an image", about) from error
-    except Exception as error:  # Pillow's readers let through whatever a damaged file provokes
+    except Exception as error:  # Pillow's readers raise errors of any class for damaged files
         reason = "image cut off" if "truncated" in str(error) else "image damaged"
         raise BadSample(reason, f"{about} ({error})") from error
 
 
 def decode(data: bytes | np.ndarray, *, scaled_to: int = 0) -> np.ndarray:
-    """Encoded image -> uint8 RGB (h, w, 3), turned as EXIF says; an array (h, w, 3) passes through.
+    """Decode an image to uint8 RGB (h, w, 3), rotated by its EXIF tag; an array (h, w, 3) is returned as it is.
 
-    JPEGs go through libjpeg-turbo; CMYK and those that EXIF turns, and all other formats, through Pillow. The first
-    frame of several counts, transparency is dropped.
+    JPEGs are decoded by libjpeg-turbo; CMYK, those that EXIF rotates, and all other formats by Pillow. Of several
+    frames the first is decoded, transparency is dropped.
 
     Args:
       data: content of the file.
-      scaled_to: a JPEG may come at a half, a quarter or an eighth of its size, no side below this number of pixels, and
-        slightly less exact: for training. 0 for the image as it is.
+      scaled_to: for training; a JPEG may be decoded to a half, a quarter or an eighth of its size, no side below this
+        number of pixels, and slightly less exact. 0 for the full size.
 
     Raises:
-      BadSample: no image, a damaged one, or one of more than `MAX_PIXELS`; that is known before it is decoded.
+      BadSample: not an image, a damaged one, or one of more than `MAX_PIXELS`, which is checked before decoding.
     """
     if isinstance(data, np.ndarray):
         return data
@@ -132,15 +133,15 @@ def decode(data: bytes | np.ndarray, *, scaled_to: int = 0) -> np.ndarray:
 def _resize(
     image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None, resample: str = "bicubic"
 ) -> np.ndarray:
-    """The part `box` (left, upper, right, lower) of an image at `size` (width, height), antialiased."""
+    """Resize the part `box` (left, upper, right, lower) of an image to `size` (width, height), antialiased."""
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling[resample.upper()], box=box))
 
 
 def _fit(image: Image.Image, size: int, resample: str, mode: str = "shortest", resize_size: int = 0) -> Image.Image:
-    """The square of `evaluation_image`, in the image's own mode."""
+    """Make the square of `evaluation_image`, in the image's own mode."""
     side = resize_size or size
     if mode == "shortest":
-        image = _middle(image)
+        image = _crop_middle(image)
     w, h = image.size
     if mode == "squash":
         new = (side, side)
@@ -151,13 +152,13 @@ def _fit(image: Image.Image, size: int, resample: str, mode: str = "shortest", r
         new = (int(side * w / min(w, h)), int(side * h / min(w, h)))
     if new != (w, h):
         image = image.resize(new, Image.Resampling[resample.upper()])
-    # Where the image is smaller, Pillow fills up with black.
+    # Pillow pads smaller images with black.
     left, top = (round((x - size) / 2) if x >= size else -((size - x) // 2) for x in new)
     return image.crop((left, top, left + size, top + size))
 
 
-def _middle(image: Image.Image) -> Image.Image:
-    # Of a very long picture only the middle is seen; resizing the rest would take any amount of memory.
+def _crop_middle(image: Image.Image) -> Image.Image:
+    # Only the middle of a very long image is used; resizing the rest would take any amount of memory.
     w, h = image.size
     left, top = (max(x - _LONGEST * min(w, h), 0) // 2 for x in (w, h))
     return image.crop((left, top, w - left, h - top)) if left or top else image
@@ -180,16 +181,16 @@ def evaluation_image(
 ) -> np.ndarray:
     """Encoded image, RGB or one of Pillow's -> uint8 (size, size, 3), the pixels of open_clip's evaluation transform.
 
-    That one resizes before it converts to RGB, which shows where pixels are no colours: palettes are resized without
-    interpolation, transparent pixels count for less. Unlike it, this turns images as EXIF says and scales 16 bits.
+    It resizes before it converts to RGB, which matters for palettes, which are resized without interpolation, and for
+    transparent pixels, which have a lower weight. Unlike it, this rotates images by EXIF and scales 16 bits.
 
     Args:
       data: content of a file, an RGB array (h, w, 3), or an image of Pillow's.
       size: side of the result, pixels.
       resample: one of `INTERPOLATIONS`, antialiased.
       mode: "shortest" resizes the shorter side and keeps the central square, "squash" resizes each side to the same
-        length, "longest" resizes the longer side and fills up with black.
-      resize_size: what is resized to, before the central `size` pixels are kept; 0 for `size`.
+        length, "longest" resizes the longer side and pads with black.
+      resize_size: side after resizing, before the central `size` pixels are cropped; 0 for `size`.
 
     Raises:
       BadSample: as `decode`.
@@ -211,17 +212,17 @@ def random_resized_crop(
     resample: str = "bicubic",
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A random part of the image, resized to a square: Inception's training crop.
+    """Resize a random part of the image to a square: Inception's training crop.
 
     Args:
       image: uint8 (h, w, 3).
       size: side of the result, pixels.
-      rng: decides the part.
-      scale: range of the part's share of the area.
+      rng: chooses the part.
+      scale: range of the part's area, as a fraction of the image's.
       ratio: range of its width / height, log-uniform.
       resample: "bicubic", antialiased; or "area", OpenCV's mean over the pixels and their bicubic where it enlarges,
         with whole pixels as the part's borders, in a quarter of the time.
-      out: uint8 (size, size, 3) to write to, as a row of a batch; None for new memory.
+      out: uint8 (size, size, 3) to write to, such as a row of a batch; None for a new array.
 
     Returns:
       uint8 (size, size, 3).
@@ -244,7 +245,7 @@ def random_resized_crop(
 
 
 def _resize_area(image: np.ndarray, out: np.ndarray, left: int, top: int, w: int, h: int) -> None:
-    # A part of less than half a pixel may be rounded to one behind the last.
+    # A part of less than half a pixel may be rounded to one past the edge.
     top, left = min(top, image.shape[0] - 1), min(left, image.shape[1] - 1)
     part = image[top : top + max(h, 1), left : left + max(w, 1)]
     shrinks = min(part.shape[:2]) >= len(out)
@@ -252,36 +253,36 @@ def _resize_area(image: np.ndarray, out: np.ndarray, left: int, top: int, w: int
 
 
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """uint8 (b, h, w, 3) -> fp32 of the same shape, (x / 255 - mean) / std for each channel."""
+    """Normalise uint8 (b, h, w, 3) to fp32 of the same shape: (x / 255 - mean) / std for each channel."""
     return (images.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
 
 
 def draw(key: jax.Array, b: int, *, flip: float = 0.0, color: float = 0.0) -> dict[str, jax.Array]:
-    """What `augment` does to each of `b` images; apart from it, so that a batch can be augmented in parts.
+    """Sample the augmentations of `b` images for `augment`, so that a batch can be augmented in microbatches.
 
     Args:
-      key: decides.
+      key: of the random generator.
       b: images in the global batch.
       flip: probability of a left-right flip.
       color: strength s; brightness, contrast and saturation each change by a factor from [1 - s, 1 + s].
 
     Returns:
-      "flip" bool (b,) where `flip` is above 0; "color" fp32 (b, 3), the three factors, where `color` is.
+      "flip" bool (b,) if `flip` is above 0; "color" fp32 (b, 3), the three factors, if `color` is.
     """
     key_flip, key_color = jax.random.split(key)
-    found = {}
+    sampled = {}
     if flip:
-        found["flip"] = jax.random.bernoulli(key_flip, flip, (b,))
+        sampled["flip"] = jax.random.bernoulli(key_flip, flip, (b,))
     if color:
-        found["color"] = jax.random.uniform(key_color, (b, 3), minval=1 - color, maxval=1 + color)
-    return found
+        sampled["color"] = jax.random.uniform(key_color, (b, 3), minval=1 - color, maxval=1 + color)
+    return sampled
 
 
 def augment(images: jax.Array, drawn: Mapping[str, jax.Array]) -> jax.Array:
-    """Flips and colours uint8 images (b, h, w, 3), on the device, as `draw` says.
+    """Apply the augmentations sampled by `draw` to uint8 images (b, h, w, 3), on the device.
 
     Returns:
-      Images of the same shape, in fp32 between 0 and 255 where colours change.
+      Images of the same shape, in fp32 from 0 to 255 if colours change.
     """
     if "flip" in drawn:
         images = jnp.where(drawn["flip"][:, None, None, None], images[:, :, ::-1], images)
@@ -297,13 +298,13 @@ def augment(images: jax.Array, drawn: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def draw_mix(key: jax.Array, b: int, size: int, mixup: float, cutmix: float) -> dict[str, jax.Array]:
-    """How `mix` mixes a batch: mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899), half of the batches each.
+    """Sample how `mix` mixes a batch: mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899), half of the batches each.
 
     Args:
-      key: decides.
-      b: images in the global batch, all of which are mixed alike, as timm does it.
+      key: of the random generator.
+      b: images in the global batch, all mixed alike, as in timm.
       size: side of an image, pixels.
-      mixup, cutmix: parameter a of the share's distribution Beta(a, a); 0 for never.
+      mixup, cutmix: parameter a of the distribution Beta(a, a) of the share; 0 for never.
 
     Returns:
       Rows for each image: "share" fp32 (b,) of an image's own label; "weight" fp32 (b,) of its own pixels outside the
@@ -313,7 +314,7 @@ def draw_mix(key: jax.Array, b: int, size: int, mixup: float, cutmix: float) -> 
     cut = jax.random.bernoulli(key_kind, 0.5 if mixup and cutmix else float(cutmix > 0))
     a = jnp.where(cut, cutmix, mixup)
     mixed = jax.random.beta(key_share, a, a)
-    # A box anywhere, as large as its share asks for, less what lies outside of the image.
+    # A box at a random centre, as large as the share requires, cut at the image's borders.
     half = (size * jnp.sqrt(1 - mixed)).astype(jnp.int32) // 2
     centre = jnp.stack([jax.random.randint(k, (), 0, size) for k in (key_y, key_x)])
     low, high = jnp.clip(centre - half, 0, size), jnp.clip(centre + half, 0, size)
@@ -324,7 +325,7 @@ def draw_mix(key: jax.Array, b: int, size: int, mixup: float, cutmix: float) -> 
 
 
 def mix(images: jax.Array, others: jax.Array, drawn: Mapping[str, jax.Array]) -> jax.Array:
-    """Mixes images with `others`, both fp32 (b, h, w, 3), as `draw_mix` says."""
+    """Mix images with `others`, both fp32 (b, h, w, 3), as sampled by `draw_mix`."""
     top, bottom, left, right = (side[:, None] for side in jnp.moveaxis(drawn["box"], 1, 0))
     y, x = jnp.arange(images.shape[1]), jnp.arange(images.shape[2])
     inside = ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None]  # (b, h, w)

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from xclip_jax.console import log0
 from xclip_jax.data import demo
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample, UserError, describe, one_of
@@ -42,7 +43,6 @@ from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet
 from xclip_jax.evaluators.statistics import Items
 from xclip_jax.evaluators.text import Similarity, SimilaritySet, TextRetrieval, TextRetrievalSet
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
-from xclip_jax.metrics import say
 
 Record = dict[str, Any]
 AnySet = ZeroShotSet | RetrievalSet | ProbeSet | SimilaritySet | TextRetrievalSet | LabelledSet
@@ -398,7 +398,7 @@ def measure(evaluator: Evaluator, variables: Any) -> tuple[dict[str, float], dic
     if encoder.unreadable:
         first = [reason or f"image {i}" for i, reason in sorted(encoder.unreadable.items())[:_SAID]]
         more = f"; and {len(encoder.unreadable) - _SAID} more" if len(encoder.unreadable) > _SAID else ""
-        say(f"WARNING: {evaluator.name}: {len(encoder.unreadable)} unreadable images: {'; '.join(first)}{more}")
+        log0(f"WARNING: {evaluator.name}: {len(encoder.unreadable)} unreadable images: {'; '.join(first)}{more}")
         metrics = metrics | {f"{evaluator.name}/unreadable": float(len(encoder.unreadable))}
     return metrics, items
 

@@ -27,7 +27,7 @@ from etils import epath
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.provenance import digest
 from xclip_jax.evaluators.statistics import Items
-from xclip_jax.train.checkpoint import write_json
+from xclip_jax.storage import write_json
 
 Entry = dict[str, Any]
 ItemsOf = dict[str, dict[str, Items]]  # of an entry, by its "items"

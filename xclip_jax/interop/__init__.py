@@ -21,6 +21,7 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError, one_of
 from xclip_jax.interop import hf, open_clip, param_mapping, tensor_files, vocabulary
 from xclip_jax.models.layers import unstack_blocks
+from xclip_jax.run_folder import is_run
 
 FORMATS = ("hf", "open_clip", "safetensors")
 CONFIG = "xclip_config.json"
@@ -88,7 +89,7 @@ def write(variables: Mapping[str, Any], config: Mapping[str, Any], path: str, to
       UserError: a model, tokenizer or preprocessing that the format does not have, or a run's folder.
     """
     one_of("to", to, FORMATS)
-    if tensor_files.is_run(path):
+    if is_run(path):
         raise UserError(f"{path!r} is a run's folder; name another.")
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(variables))
     folder = epath.Path(path)

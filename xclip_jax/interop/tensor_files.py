@@ -12,6 +12,7 @@ from etils import epath
 
 from xclip_jax.errors import UserError
 from xclip_jax.interop import torch_file
+from xclip_jax.run_folder import is_run
 
 Tensors = dict[str, np.ndarray]
 
@@ -26,17 +27,6 @@ _DTYPES = {
     "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64, "I64": np.int64,
     "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
-
-
-def is_run(path: str) -> bool:
-    """Whether `path` is a run's folder. transformers calls its file config.json as well, with other keys."""
-    file = epath.Path(path) / "config.json"
-    if not file.exists():
-        return False
-    try:
-        return "config" in json.loads(file.read_text())
-    except ValueError:
-        return True  # damaged; who reads it says so
 
 
 def find(path: str) -> epath.Path:

@@ -1,4 +1,4 @@
-"""Several processes as one run: one a host, each with the devices of its host."""
+"""Several processes as one run: one for each host, with the host's devices."""
 
 import jax
 
@@ -6,21 +6,21 @@ from xclip_jax.errors import UserError
 
 
 def join(distributed: bool, coordinator: str = "", processes: int = 0, process: int = -1) -> None:
-    """Joins `jax.distributed` where asked to; must come before the first use of a device.
+    """Initialise `jax.distributed` if asked to; must be called before the first use of a device.
 
     Args:
-      distributed: let JAX find the others, as it can on TPU pods, GKE, Slurm and MPI.
-      coordinator: "HOST:PORT" of process 0, where JAX cannot find it.
-      processes, process: how many there are, and the number of this one; with `coordinator` alone.
+      distributed: let JAX discover the other processes, as it can on TPU pods, GKE, Slurm and MPI.
+      coordinator: "HOST:PORT" of process 0, elsewhere.
+      processes, process: the number of processes, and the index of this one; only with `coordinator`.
 
     Raises:
-      UserError: arguments that do not fit together, or others that cannot be found or reached.
+      UserError: incomplete arguments, or processes that cannot be discovered or reached.
     """
     given = (bool(coordinator), processes > 0, process >= 0)
     if any(given) and (not all(given) or process >= processes):
         raise UserError(
             f"--coordinator={coordinator!r}, --processes={processes} and --process={process} belong together: "
-            "HOST:PORT of process 0, how many processes there are, and the number of this one, from 0."
+            "HOST:PORT of process 0, the number of processes, and the index of this one, from 0."
         )
     if not distributed and not coordinator:
         return
@@ -32,6 +32,6 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"this process cannot join the others ({reason}). Where they cannot be found by themselves, start each "
-            "with --coordinator=HOST:PORT --processes=N --process=I."
+            f"this process cannot join the others ({reason}). Where JAX cannot discover them, start each with "
+            "--coordinator=HOST:PORT --processes=N --process=I."
         ) from error

@@ -14,13 +14,13 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import evaluate
+from xclip_jax.console import log0
 from xclip_jax.errors import Parser, UserError, exit_with_message
 from xclip_jax.evaluators import registry
-from xclip_jax.metrics import say
+from xclip_jax.evaluators.encoder import make_encoder
 from xclip_jax.report import html, record
 from xclip_jax.report.examples import Examples
 from xclip_jax.storage import is_remote
-from xclip_jax.train import trainer
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -57,7 +57,7 @@ def make(flags: argparse.Namespace) -> epath.Path:
     html.make(
         flags.run,
         parts,
-        trainer.make_encoder(config, parts),
+        make_encoder(config, parts),
         variables,
         specs or (*config.eval.final_sets, *config.eval.sets),
         data_dir=flags.data_dir,
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     logging.set_verbosity(logging.ERROR)
     with exit_with_message():
-        say(f"report: {make(_arguments(argv))}")
+        log0(f"report: {make(_arguments(argv))}")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from xclip_jax.console import log0
 from xclip_jax.errors import UserError
-from xclip_jax.metrics import say
-from xclip_jax.storage import is_remote, strict_json, write_whole
+from xclip_jax.run_folder import RunFolder
+from xclip_jax.storage import is_remote
 from xclip_jax.train.state import TrainState
 
 _SHOWN = 4  # mismatches that an error lists by name
@@ -22,12 +23,6 @@ def _names(tree: Any) -> dict[str, Any]:
     """Flat {"params/img/...": leaf}."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {"/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in p): x for p, x in paths}
-
-
-def latest_step(run: str | epath.Path) -> int | None:
-    """Step of the newest whole checkpoint of a run's folder, or None; touches nothing."""
-    path = epath.Path(run) / "checkpoints"
-    return max(ocp.utils.checkpoint_steps(path), default=None) if path.exists() else None
 
 
 @jax.jit
@@ -54,20 +49,26 @@ def _without_read_only_notice() -> Iterator[None]:
 class Checkpointer:
     """Saves and restores (`TrainState`, position) under `<run>/checkpoints/<step>`.
 
-    `position` is a small JSON dict that says where in the data the run stands.
+    `position` is a small JSON dict: how many samples the run has read, and its counters.
     """
 
     def __init__(self, run: str | epath.Path, *, keep: int = 3, read_only: bool = False) -> None:
-        """`read_only`: nothing of the folder is touched, so that a run in progress can be read beside it."""
-        run = epath.Path(run)
+        """Open the checkpoints of the folder `run`.
+
+        Args:
+          run: the run's folder.
+          keep: newest checkpoints that are kept.
+          read_only: touch nothing, so that a run in progress can be read.
+        """
+        checkpoints = RunFolder(run).checkpoints
         # Orbax wants absolute paths; that of a bucket is one, and would be taken for a local folder's name.
-        self.path = (run if is_remote(str(run)) else run.absolute()) / "checkpoints"
+        self.path = checkpoints if is_remote(str(checkpoints)) else checkpoints.absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             save_interval_steps=0 if read_only else 1,  # Orbax warns of any other where it only reads
             step_prefix=None,
-            # An interrupted save leaves a temporary folder; it is not a checkpoint. Who only reads leaves it, since
-            # somebody may be writing it.
+            # An interrupted save leaves a temporary folder; it is not a checkpoint. A reader leaves it, since
+            # another process may be writing it.
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
             create=not read_only,
@@ -81,7 +82,7 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Starts to save; returns when the state is copied, so the next step may overwrite it."""
+        """Start to save; returns when the state is copied, so the next step may overwrite it."""
         step = int(state.step)
         if step == self.latest():
             return
@@ -90,7 +91,7 @@ class Checkpointer:
         )
 
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
-        """State and position of `step` (default: the newest), placed as the shardings of `abstract` say.
+        """Restore state and position of `step` (default: the newest) in the shardings of `abstract`.
 
         Raises:
           UserError: no checkpoint, an unreadable one, or one of another architecture.
@@ -105,7 +106,7 @@ class Checkpointer:
         return restored.state, restored.position
 
     def restore_finite(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """As `restore`, of the newest checkpoint whose values are all finite; newer ones are deleted.
+        """Restore the newest checkpoint whose values are all finite; newer ones are deleted.
 
         Raises:
           UserError: as `restore`, or no checkpoint is finite.
@@ -114,35 +115,35 @@ class Checkpointer:
             state, position = self.restore(abstract, step)
             if _all_finite(state):
                 return state, position
-            say(f"WARNING: deleting checkpoint {self.path / str(step)}, which has values that are not finite")
+            log0(f"WARNING: deleting checkpoint {self.path / str(step)}, which has values that are not finite")
             self._manager.delete(step)
         raise UserError(f"{self.path} has no checkpoint with finite values; delete the run's folder to start again.")
 
     def _check(self, abstract: TrainState, step: int) -> None:
-        """Compares names and shapes before any array is read: Orbax's own error is a page long."""
+        """Compare names and shapes before any array is read: Orbax's own error is a page long."""
         try:
             saved = _names(self._manager.item_metadata(step)["state"])
         except Exception as error:
             raise UserError(f"checkpoint {self.path / str(step)} cannot be read: {error}") from error
-        here = {name: x for name, x in _names(abstract).items() if hasattr(x, "shape")}
-        there = {name: x for name, x in saved.items() if getattr(x, "shape", None) is not None}
-        wrong = [f"{name} is missing there" for name in here if name not in there]
-        wrong += [f"{name} is unknown here" for name in there if name not in here]
+        current = {name: x for name, x in _names(abstract).items() if hasattr(x, "shape")}
+        saved = {name: x for name, x in saved.items() if getattr(x, "shape", None) is not None}
+        wrong = [f"{name} is missing" for name in current if name not in saved]
+        wrong += [f"{name} is not in this model" for name in saved if name not in current]
         wrong += [
-            f"{name} has shape {tuple(there[name].shape)} there and {tuple(x.shape)} here"
-            for name, x in here.items()
-            if name in there and tuple(there[name].shape) != tuple(x.shape)
+            f"{name} has shape {tuple(saved[name].shape)}, expected {tuple(x.shape)}"
+            for name, x in current.items()
+            if name in saved and tuple(saved[name].shape) != tuple(x.shape)
         ]
         if wrong:
             params = [line for line in wrong if line.startswith("params/")] or wrong
-            more = f" (and {len(params) - _SHOWN} more)" if len(params) > _SHOWN else ""
+            suffix = f" (and {len(params) - _SHOWN} more)" if len(params) > _SHOWN else ""
             raise UserError(
-                f"checkpoint {self.path / str(step)} is of another architecture: {'; '.join(params[:_SHOWN])}{more}. "
+                f"checkpoint {self.path / str(step)} has another architecture: {'; '.join(params[:_SHOWN])}{suffix}. "
                 "Use the config that the run was started with (config.json beside it), or another --config.run."
             )
 
     def close(self) -> None:
-        """Returns when everything that was started is on disk."""
+        """Wait until everything that was started is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
 
@@ -151,8 +152,3 @@ class Checkpointer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def write_json(path: epath.Path, content: Any) -> None:
-    """Write JSON whole or not at all: readers never see half a file. Floats that are not finite become null."""
-    write_whole(path, strict_json(content, indent=2, sort_keys=True) + "\n")

@@ -1,4 +1,4 @@
-"""Signals that end a run: it saves its state and stops, so that the same command can resume it."""
+"""Signals: a run saves its state and stops, so that the same command can resume it."""
 
 import signal
 from typing import Any
@@ -6,18 +6,17 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from xclip_jax.metrics import say
+from xclip_jax.console import log0
 
-# Exit status of a run that was interrupted and can be resumed by the same command: EX_TEMPFAIL of sysexits.h.
+# Exit status of an interrupted run that the same command resumes: EX_TEMPFAIL of sysexits.h.
 EXIT_RESUMABLE = 75
 
 
 class PreemptionHandler:
-    """Turns the first SIGTERM or SIGINT into a request to save and stop; the second one acts at once.
+    """Makes the first SIGTERM or SIGINT a request to save and stop; the second acts at once.
 
-    Outside the training loop (`saves` is false) nothing new is to be saved, and the first signal ends the process with
-    `EXIT_RESUMABLE`. On several processes the request is agreed upon through JAX's coordination service, which watches
-    SIGTERM.
+    Outside the training loop (`saves` is false) there is nothing to save, and the first signal ends the process with
+    `EXIT_RESUMABLE`. Several processes agree on the step through JAX's coordination service, which handles SIGTERM.
 
     Attributes:
       saves: whether a request leads to a checkpoint; set by the training loop.
@@ -40,13 +39,13 @@ class PreemptionHandler:
 
     def _handle(self, number: int, _: Any) -> None:
         name, previous = signal.Signals(number).name, self._previous[number]
-        # Under nohup SIGINT is ignored by inheritance; the second one is to end the process all the same.
+        # Under nohup the inherited handler ignores SIGINT; the second one must end the process nevertheless.
         signal.signal(number, signal.SIG_DFL if previous == signal.SIG_IGN else previous)
         self._requested = True
         if not self.saves:
-            say(f"{name}: stopping; run the same command to resume")
+            log0(f"{name}: stopping; run the same command to resume")
             raise SystemExit(EXIT_RESUMABLE)
-        say(f"{name}: saving, then stopping; once more to stop at once")
+        log0(f"{name}: saving, then stopping; send it again to stop at once")
 
     def requested(self, step: int) -> bool:
         """Whether to stop at `step`; the same answer on every process."""

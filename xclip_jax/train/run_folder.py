@@ -1,11 +1,4 @@
-"""A run's folder: what its files are called and hold, whether it may be resumed, and who writes to it.
-
-config.json    {"config", "environment", "started", "starts": later starts, where something differed}
-data.json      fingerprint of each training source
-tokenizer.json the tokenizer, where data.tokenizer is a file
-results.json   of the last evaluation
-checkpoints/, metrics.jsonl, bad_samples.jsonl, tensorboard/, report.html, picture.png
-"""
+"""The run's folder of a training run: whether it may be started or resumed there, and what it writes."""
 
 import contextlib
 import datetime
@@ -19,15 +12,14 @@ from typing import Any
 import jax
 from etils import epath
 
-from xclip_jax import metrics
+from xclip_jax import environment
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
+from xclip_jax.console import log0
 from xclip_jax.data import tokenizer
 from xclip_jax.errors import UserError
-from xclip_jax.interop.tensor_files import is_run
-from xclip_jax.metrics import say
-from xclip_jax.storage import is_remote
-from xclip_jax.train.checkpoint import latest_step, write_json
+from xclip_jax.run_folder import RunFolder
+from xclip_jax.storage import is_remote, write_json
 
 try:
     import fcntl
@@ -45,17 +37,8 @@ _EVALUATION_KEYS = (
 _SHOWN = 5  # differences that an error lists
 
 
-class RunFolder:
-    """Checks a folder before a run, claims it for the time of the run, and reads and writes its small files."""
-
-    def __init__(self, path: str | epath.Path) -> None:
-        self.path = epath.Path(path)
-        self.config_file, self.data_file = self.path / "config.json", self.path / "data.json"
-        self.results_file, self.tokenizer_file = self.path / "results.json", self.path / "tokenizer.json"
-
-    def latest_step(self) -> int | None:
-        """Step of the newest whole checkpoint, or None."""
-        return latest_step(self.path)
+class TrainingFolder(RunFolder):
+    """Checks a folder before a run, claims it for the time of the run, and writes its small files."""
 
     def check(self, config: Config) -> None:
         """Check, without writing anything, that a run of `config` can start or resume here.
@@ -79,24 +62,18 @@ class RunFolder:
             )
         weights = config.init.weights
         if saved.get("init_weights") and epath.Path(weights).exists() and fingerprint(weights) != saved["init_weights"]:
-            say(f"WARNING: init.weights={weights!r} has changed since the run started from it")
+            log0(f"WARNING: init.weights={weights!r} has changed since the run started from it")
 
     def read_config(self) -> dict[str, Any] | None:
-        """Content of config.json with defaults for keys that its run did not know; None where there is no run."""
-        if not self.config_file.exists():
-            return None
-        content = self._read(self.config_file)
-        if not (isinstance(content, dict) and isinstance(content.get("config"), dict)):
-            raise UserError(f"{self.config_file} is not the config of a run; use a different --config.run.")
-        return content | {"config": schema.complete(content["config"]).to_dict()}
+        """As of `RunFolder`, with defaults for keys that the run did not know."""
+        content = super().read_config()
+        return content and content | {"config": schema.complete(content["config"]).to_dict()}
 
     def completed(self, config: Config) -> dict[str, float] | None:
         """Results of a run that is trained to its end and evaluated as `config` asks, else None."""
         if not self.results_file.exists() or self.latest_step() != config.steps:
             return None
-        record = self._read(self.results_file)
-        if not isinstance(record, dict) or not isinstance(record.get("results"), dict):
-            raise UserError(f"{self.results_file} is damaged; delete it and run the same command to evaluate again.")
+        record = self.read_results()
         saved = schema.flatten(schema.complete(record.get("config", {})).to_dict())
         current = schema.flatten(schema.to_dict(config))
         if record.get("failed") or any(saved[key] != current[key] for key in _EVALUATION_KEYS):
@@ -128,9 +105,7 @@ class RunFolder:
         """
         if not self.data_file.exists() or self.latest_step() is None:
             return
-        saved = self._read(self.data_file)
-        if not (isinstance(saved, list) and all(isinstance(item, dict) and "samples" in item for item in saved)):
-            raise UserError(f"{self.data_file} is damaged; restore it, or use a different --config.run.")
+        saved = self.read_sources()
         specs = self.read_config()["config"]["data"]["sources"]
         if len(saved) != len(fingerprints):
             raise UserError(
@@ -167,18 +142,10 @@ class RunFolder:
                 self.tokenizer_file.write_bytes(epath.Path(config.data.tokenizer).read_bytes())
             yield
 
-    def write_results(self, config: Config, results: Mapping[str, float], **more: Any) -> None:
-        """Write results.json: results with the config and environment that they are of."""
-        record = {"results": dict(results), "config": schema.to_dict(config), "environment": metrics.environment()}
-        write_json(self.results_file, record | more)
-
-    def _read(self, path: epath.Path) -> Any:
-        try:
-            return json.loads(path.read_text())
-        except ValueError as error:  # of JSON or of UTF-8
-            raise UserError(
-                f"{path} is damaged ({' '.join(str(error).split())}); restore it, or use a different --config.run."
-            ) from error
+    def write_results(self, config: Config, results: Mapping[str, float], **details: Any) -> None:
+        """Write results.json: `results`, the config and environment that they are of, and `details`."""
+        record = {"results": dict(results), "config": schema.to_dict(config), "environment": environment.capture()}
+        write_json(self.results_file, record | details)
 
     def _check_writable(self) -> None:
         if is_remote(str(self.path)):
@@ -200,24 +167,24 @@ class RunFolder:
         # The second checkpoint is started when the first is on disk.
         if self.results_file.exists() or 0 < 2 * every < step:
             raise UserError(
-                f"{self.path} has metrics up to step {step} and no checkpoint; restore {self.path / 'checkpoints'}, or "
+                f"{self.path} has metrics up to step {step} and no checkpoint; restore {self.checkpoints}, or "
                 "delete the folder to train from step 0."
             )
 
     def _last_logged_step(self) -> int:
-        path, step = self.path / "metrics.jsonl", 0
-        for line in path.read_bytes().splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError, TypeError, KeyError, IndexError):
-                step = max(step, int(json.loads(line)["step"]))
+        step = 0
+        for line in self.read_metrics():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                step = max(step, int(line["step"]))
         return step
 
     def _write_config(self, config: Config) -> None:
         saved, current = self.read_config(), schema.to_dict(config)
-        environment, now = metrics.environment(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        facts, now = environment.capture(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         if saved is None or self.latest_step() is None:
             if saved is not None and (differing := _differences(saved["config"], config)):
-                say(f"{self.path} has no checkpoint, so the run starts with its new config: {', '.join(differing)}")
-            content = {"config": current, "environment": environment, "started": now}
+                log0(f"{self.path} has no checkpoint, so the run starts with its new config: {', '.join(differing)}")
+            content = {"config": current, "environment": facts, "started": now}
             if config.init.weights:
                 content["init_weights"] = fingerprint(config.init.weights)
             write_json(self.config_file, content)
@@ -225,8 +192,8 @@ class RunFolder:
         before, after = schema.flatten(saved["config"]), schema.flatten(current)
         changed = {key: [before.get(key), value] for key, value in after.items() if before.get(key) != value}
         last = (saved.get("starts") or [saved])[-1]["environment"]
-        if changed or {**last, "command": ""} != {**environment, "command": ""}:
-            start = {"step": self.latest_step(), "time": now, "changed": changed, "environment": environment}
+        if changed or {**last, "command": ""} != {**facts, "command": ""}:
+            start = {"step": self.latest_step(), "time": now, "changed": changed, "environment": facts}
             write_json(self.config_file, saved | {"config": current, "starts": [*saved.get("starts", []), start]})
 
     @contextlib.contextmanager
@@ -262,9 +229,10 @@ def _differences(saved: Mapping[str, Any], config: Config) -> list[str]:
 
 def fingerprint(path: str) -> str:
     """SHA-256 that changes with other weights: of a run its config and newest step, else names and sizes of files."""
-    root = epath.Path(path)
-    files = sorted(item for item in root.iterdir() if item.is_file()) if root.is_dir() else [root]
-    facts: list[Any] = [[file.name, file.stat().length] for file in files]
-    if is_run(path):
-        facts = [json.loads((root / "config.json").read_text())["config"], latest_step(root)]
+    root, run = epath.Path(path), RunFolder(path)
+    if run.is_run():
+        facts: list[Any] = [run.read_config()["config"], run.latest_step()]
+    else:
+        files = sorted(item for item in root.iterdir() if item.is_file()) if root.is_dir() else [root]
+        facts = [[file.name, file.stat().length] for file in files]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

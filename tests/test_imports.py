@@ -1,0 +1,176 @@
+"""The shape of the package: who imports whom, how long files and functions are, and names that stay away."""
+
+import ast
+import pathlib
+import re
+from collections.abc import Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = "xclip_jax"
+
+# A module may import from its own floor and from those before it. Rooms are packages and modules of the top level; a
+# module of a package that belongs to another floor is a room of its own.
+FLOORS = (
+    {"errors"},
+    {"config.fields", "console", "environment", "storage", "run_folder", "logits", "parallel", "losses"},
+    {"data", "models"},
+    {"objective", "objectives", "interop", "train.optim"},
+    {"config", "evaluators"},
+    {"train", "flops"},
+    {"inference", "embed_sources", "model_card", "report", "study"},
+    {"main", "cli", "evaluate", "embed", "export", "plan", "doctor", "report.__main__", "data.check"},
+)
+# Small files that everybody may use: they do not count as rooms that a room depends on.
+GROUND = {"errors", "config.fields", "console", "environment", "storage", "run_folder"}
+MOST_ROOMS = 6
+# The trainer's job is to bring the rooms together.
+MORE_ROOMS = {"train": 9}
+
+MOST_LINES = {"file": 400, "function": 60}
+# What is longer today, with its length; may shrink and leave the list, and nothing may join it.
+LONGER = {
+    "xclip_jax/data/tar_index.py": 409,
+    "xclip_jax/evaluators/registry.py": 417,
+    "xclip_jax/losses/noncontrastive.py:nclip": 82,
+    "xclip_jax/train/build.py:build": 90,
+    "xclip_jax/train/step.py:make_train_step": 96,
+}
+
+# Names that say what somebody did with a value and not what it is.
+DIALECT = {"found", "told", "seen"}
+FREE_OF_DIALECT = (
+    "console.py", "environment.py", "run_folder.py", "storage.py", "data/config.py", "data/ledger.py",
+    "data/loader.py", "data/transforms.py", "evaluators/encoder.py", "parallel/processes.py", "report/writer.py",
+    "train/callbacks.py", "train/checkpoint.py", "train/interrupt.py", "train/job.py", "train/log.py",
+    "train/loop.py", "train/progress.py", "train/run_folder.py", "train/trainer.py", "train/weights.py",
+)  # fmt: skip
+
+
+def sources(*folders: str) -> list[pathlib.Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def module_name(path: pathlib.Path) -> str:
+    """ "" for the package itself, "train.loop" for its modules."""
+    parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def tree(path: pathlib.Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imported(path: pathlib.Path, modules: set[str]) -> Iterator[str]:
+    """Modules of the package that a file imports, at its top or in a function."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            # `from a import b` names a module or what a module defines.
+            names = [name if name.removeprefix(f"{PACKAGE}.") in modules else str(node.module) for name in names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        yield from (name.removeprefix(f"{PACKAGE}.") for name in names if name.startswith(f"{PACKAGE}."))
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    """Imports of each module, but for the package's own __init__: it loads the public names when they are used."""
+    files = {module_name(path): path for path in sources(PACKAGE)}
+    return {name: set(imported(path, set(files))) - {name} for name, path in files.items() if name}
+
+
+def room(module: str) -> str:
+    single = set().union(*FLOORS)
+    return module if module in single else module.split(".")[0]
+
+
+def floor(module: str) -> int:
+    floors = [number for number, rooms in enumerate(FLOORS) if room(module) in rooms]
+    assert len(floors) == 1, f"put {room(module)} on one floor of FLOORS in {__file__}"
+    return floors[0]
+
+
+def rooms(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Rooms that each room imports."""
+    links: dict[str, set[str]] = {room(module): set() for module in graph}
+    for module, targets in graph.items():
+        links[room(module)] |= {room(target) for target in targets} - {room(module)}
+    return links
+
+
+def circle(links: dict[str, set[str]]) -> list[str]:
+    """One circle of a graph, or []."""
+    done: set[str] = set()
+
+    def visit(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return []
+        for target in sorted(links.get(node, ())):
+            if circular := visit(target, [*path, node]):
+                return circular
+        done.add(node)
+        return []
+
+    return next((circular for node in sorted(links) if (circular := visit(node, []))), [])
+
+
+def test_no_import_goes_upwards(graph):
+    assert len(FLOORS) <= 8
+    upwards = [
+        f"{module} imports {target}"
+        for module, targets in graph.items()
+        for target in targets
+        if floor(target) > floor(module)
+    ]
+    assert not upwards
+
+
+def test_no_circle(graph):
+    assert circle(graph) == []
+    assert circle(rooms(graph)) == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_no_room_depends_on_more_than_six_others(graph):
+    doors = FLOORS[-1]
+    counts = {name: len(targets - GROUND) for name, targets in rooms(graph).items() if name not in doors}
+    assert {name: count for name, count in counts.items() if count > MORE_ROOMS.get(name, MOST_ROOMS)} == {}
+
+
+def test_files_and_functions_are_short():
+    lengths = {}
+    for path in sources(PACKAGE, "configs"):
+        name = path.relative_to(ROOT).as_posix()
+        if (lines := len(path.read_text().splitlines())) > MOST_LINES["file"]:
+            lengths[name] = lines
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > MOST_LINES["function"]:
+                    lengths[f"{name}:{node.name}"] = lines
+    assert {name: lines for name, lines in lengths.items() if lines > LONGER.get(name, 0)} == {}
+
+
+@pytest.mark.parametrize("name", FREE_OF_DIALECT)
+def test_names_are_those_of_the_field(name):
+    used = set()
+    for node in ast.walk(tree(ROOT / PACKAGE / name)):
+        match node:
+            case ast.Name(id=identifier) | ast.arg(arg=identifier) | ast.Attribute(attr=identifier):
+                used.add(identifier)
+            case ast.FunctionDef(name=identifier) | ast.ClassDef(name=identifier):
+                used.add(identifier)
+    assert not used & DIALECT
+
+
+@pytest.mark.parametrize("name", FREE_OF_DIALECT)
+def test_messages_are_plain_english(name):
+    strings = [node.value for node in ast.walk(tree(ROOT / PACKAGE / name)) if isinstance(node, ast.Constant)]
+    assert not [text for text in strings if isinstance(text, str) and re.search(r"(?<!there) is no ", text)]

@@ -1,0 +1,77 @@
+"""Config group `data`."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from xclip_jax.config.fields import Check, at_least, between, choice, key, not_empty
+from xclip_jax.data import transforms
+from xclip_jax.data.preprocessing import Triple, mean_std
+from xclip_jax.errors import UserError
+
+
+def _are_statistics(value: Any) -> bool:
+    try:
+        return bool(mean_std(value))
+    except UserError:
+        return False
+
+
+_STATISTICS = Check(
+    f"{', '.join(map(repr, transforms.STATISTICS))}, or mean and deviation by channel, ((r, g, b), (r, g, b))",
+    _are_statistics,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Config group `data`: what is read, how images and captions are drawn from it, and how fast."""
+
+    sources: Sequence[str] = key((), "specs for `sources.open_source`, of fine-tuning `labelled.open_source`; mixed")
+    weights: Sequence[float] = key((), "share of samples from each source; empty to see every sample once an epoch")
+    apart: bool = key(
+        False, "keep records of equal captions, wrong negatives of each other, apart; reads captions once at the start"
+    )
+    dir: str = key("", "root of TFDS data sets; empty for the default")
+    batch: int = key(4096, "b, pairs of the global batch", at_least(1))
+    tokenizer: str = key("clip", "clip, bytes or the path of a tokenizer file", not_empty())
+    image_key: str = key("image", "feature of a record or column of a table; not of tars and folders")
+    text_keys: Sequence[str] = key(
+        ("text",), "captions, one of which is drawn each time; in tars text is the .txt file, else fields of .json"
+    )
+    tags_key: str = key("", "keywords of a record; empty for none")
+    tags: int = key(0, "at most this many keywords, in random order, go into a caption", at_least(0))
+    tags_behind: float = key(0.5, "share of captions with keywords behind them", between(0, 1))
+    tags_alone: float = key(0.0, "share of captions that are keywords alone", between(0, 1))
+    crop_scale: tuple[float, float] = key((0.5, 1.0), "smallest and largest area of a training crop over the image's")
+    resample: str = key("area", "how a crop is resized; area is the fast one", choice(transforms.RESAMPLE))
+    flip: float = key(0.0, "probability of a horizontal flip", between(0, 1))
+    color: float = key(0.0, "strength of random brightness, contrast and saturation", between(0, 1))
+    statistics: str | tuple[Triple, Triple] = key(
+        "imagenet", "name of mean and deviation of pixels, or both by channel, ((r, g, b), (r, g, b))", _STATISTICS
+    )
+    cache: bool = key(False, "keep decoded images in memory")
+    threads: int = key(16, "batches that this process reads at once, where workers is 0", at_least(1))
+    buffer: int = key(8, "batches that are read ahead, where workers is 0", at_least(1))
+    workers: int = key(0, "reading processes, one thread each; for buckets several a core", at_least(0))
+    max_bad: float = key(0.05, "a larger share of samples that cannot be used stops the run", between(0, 1))
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield values that contradict each other."""
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            yield f"crop_scale is {self.crop_scale}; expected 0 < smallest <= largest <= 1"
+        if self.weights and len(self.weights) != len(self.sources):
+            yield (
+                f"weights has {len(self.weights)} values for {len(self.sources)} sources; give one for each, or "
+                "none for shares by size"
+            )
+        if any(weight <= 0 for weight in self.weights):
+            yield f"weights is {self.weights}; expected values above 0, and sources without a share left out"
+        if self.cache and self.workers:
+            yield (
+                f"cache with data.workers={self.workers} would keep {self.workers} copies of all decoded images; set "
+                "data.workers=0 (data.threads share one copy) or data.cache=False"
+            )
+        if self.tags_behind + self.tags_alone > 1:
+            yield f"tags_behind {self.tags_behind} and tags_alone {self.tags_alone} must not exceed 1 together"

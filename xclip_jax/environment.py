@@ -1,0 +1,50 @@
+"""Versions, devices and commit that a result was computed with."""
+
+import platform
+import re
+import subprocess
+import sys
+from importlib import metadata
+from typing import Any
+
+import jax
+from etils import epath
+
+import xclip_jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy", "xclip_jax")
+
+
+def git_commit(folder: epath.Path) -> str:
+    """Return the commit of the checkout that contains `folder`, or of the `git archive` that it is from.
+
+    It ends in "-dirty" where files were changed, and is "unknown" outside both.
+    """
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        archive = folder.parent / ".git_archival.txt"
+        match = re.fullmatch(r"node: ([0-9a-f]{40})\s*", archive.read_text()) if archive.is_file() else None
+        return match[1] if match else "unknown"
+
+
+def _version(package: str) -> str:
+    """Version of a package; this one's own also where it is on the path and not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return xclip_jax.__version__ if package == "xclip_jax" else "unknown"
+
+
+def capture() -> dict[str, Any]:
+    """Return versions, devices, commit and command line of this process."""
+    return {
+        "command": " ".join(sys.argv),
+        "commit": git_commit(epath.Path(__file__).parent),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "platform": jax.default_backend(),
+        "processes": jax.process_count(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }

@@ -1,0 +1,37 @@
+"""The report as a callback of the trainer: report.html and picture.png at the end of a run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from xclip_jax.console import log0
+from xclip_jax.report import html, picture
+from xclip_jax.train.callbacks import Callback
+from xclip_jax.train.job import Job
+
+
+class ReportWriter(Callback):
+    """Writes the report of a run that has `eval.report` set; a report that fails costs nothing of the run."""
+
+    def on_end(self, job: Job, variables: Mapping[str, Any], results: Mapping[str, float]) -> None:
+        """Write the report, or print why not."""
+        del results  # the page reads them from the folder
+        run = job.config.run
+        if not job.config.eval.report:
+            return
+        try:
+            _write(job, variables)
+        except Exception as error:
+            log0(f"no report: {type(error).__name__}: {error}; python -m xclip_jax.report {run} tries again")
+
+
+def _write(job: Job, variables: Mapping[str, Any]) -> None:
+    config, folder = job.config, job.folder
+    specs = (*config.eval.final_sets, *config.eval.sets)
+    examples = html.make(folder.path, job.parts, job.encoder, variables, specs)
+    log0(f"report: {folder.report_file}")
+    if jax.process_index() == 0 and (examples.named or examples.clusters):
+        title = f"What {config.objective.name} learned in {config.steps} steps of {job.parts.data.batch} pairs"
+        picture.draw(folder.picture_file, examples, title=title)
+        log0(f"picture: {folder.picture_file}")

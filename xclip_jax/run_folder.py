@@ -1,0 +1,125 @@
+"""A run's folder: what its files are called, and what is in them. No other module knows their names.
+
+config.json     {"config", "environment", "started", "starts": later starts, where something differed}
+data.json       fingerprint of each training source
+tokenizer.json  the tokenizer, where data.tokenizer is a file
+metrics.jsonl   {"step", metric: value} a line; lines of training steps have a "loss", those of evaluations do not
+results.json    {"results", "config", "environment", "seconds"} of the last evaluation
+evaluation.json of `xclip_jax.evaluate`, see `evaluators.results`
+checkpoints/, bad_samples.jsonl, tensorboard/, report.html, picture.png
+"""
+
+import contextlib
+import json
+from typing import Any
+
+from etils import epath
+
+from xclip_jax.errors import UserError
+
+
+class RunFolder:
+    """Paths and contents of a run's files, complete or in progress. It only reads; `train.run_folder` writes."""
+
+    def __init__(self, path: str | epath.Path) -> None:
+        self.path = epath.Path(path)
+        self.config_file = self.path / "config.json"
+        self.data_file = self.path / "data.json"
+        self.tokenizer_file = self.path / "tokenizer.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.results_file = self.path / "results.json"
+        self.evaluation_file = self.path / "evaluation.json"
+        self.bad_samples_file = self.path / "bad_samples.jsonl"
+        self.report_file = self.path / "report.html"
+        self.picture_file = self.path / "picture.png"
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+
+    def is_run(self) -> bool:
+        """Whether this is a run's folder. transformers too calls its file config.json; it has other keys."""
+        if not self.config_file.exists():
+            return False
+        try:
+            return "config" in json.loads(self.config_file.read_text())
+        except ValueError:
+            return True  # damaged: `read_config` raises an error that says so
+
+    def latest_step(self) -> int | None:
+        """Step of the newest whole checkpoint, or None; touches nothing."""
+        import orbax.checkpoint as ocp  # takes seconds
+
+        return max(ocp.utils.checkpoint_steps(self.checkpoints), default=None) if self.checkpoints.exists() else None
+
+    def read_config(self) -> dict[str, Any] | None:
+        """Return the content of config.json, or None where there is no run. Keys newer than the run are absent.
+
+        Raises:
+          UserError: the file is damaged, or another program's.
+        """
+        content = self._read(self.config_file)
+        if content is None or (isinstance(content, dict) and isinstance(content.get("config"), dict)):
+            return content
+        raise UserError(f"{self.config_file} is not the config of a run; use a different --config.run.")
+
+    def read_sources(self) -> list[dict[str, Any]] | None:
+        """Return the fingerprints in data.json, one for each of data.sources, or None where there is no such file.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+        content = self._read(self.data_file)
+        if content is None or (
+            isinstance(content, list) and all(isinstance(item, dict) and "samples" in item for item in content)
+        ):
+            return content
+        raise UserError(f"{self.data_file} is damaged; restore it, or use a different --config.run.")
+
+    def read_results(self) -> dict[str, Any] | None:
+        """Return the content of results.json, or None where there was no last evaluation yet.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+        if not self.results_file.exists():
+            return None
+        with contextlib.suppress(ValueError):
+            content = json.loads(self.results_file.read_text())
+            if isinstance(content, dict) and isinstance(content.get("results"), dict):
+                return content
+        raise UserError(f"{self.results_file} is damaged; delete it and run the same command to evaluate again.")
+
+    def read_metrics(self) -> list[dict[str, float]]:
+        """Return the objects of metrics.jsonl without values that were not finite.
+
+        A line that is damaged or only half written is left out.
+        """
+        lines = _read_lines(self.metrics_file)
+        return [{key: value for key, value in line.items() if value is not None} for line in lines]
+
+    def read_bad_samples(self) -> list[dict[str, Any]]:
+        """Return the entries of bad_samples.jsonl, see `data.ledger`; a line that is only half written is left out."""
+        return _read_lines(self.bad_samples_file)
+
+    def _read(self, path: epath.Path) -> Any:
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except ValueError as error:  # of JSON or of UTF-8
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{path} is damaged and cannot be read ({reason}); restore it, or use a different --config.run."
+            ) from error
+
+
+def is_run(path: str) -> bool:
+    """Whether `path` is a run's folder."""
+    return RunFolder(path).is_run()
+
+
+def _read_lines(path: epath.Path) -> list[dict[str, Any]]:
+    objects = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            content = json.loads(line)
+            if isinstance(content, dict):
+                objects.append(content)
+    return objects

@@ -1,0 +1,71 @@
+"""What a run consists of, checked and opened before anything is written or trained."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from xclip_jax.config.schema import Config
+from xclip_jax.data import loader, sources
+from xclip_jax.evaluators import Encoder, Evaluator, registry
+from xclip_jax.evaluators.encoder import make_encoder
+from xclip_jax.parallel.mesh import batch_part
+from xclip_jax.train.build import Parts, build
+from xclip_jax.train.run_folder import TrainingFolder
+from xclip_jax.train.weights import read_initial
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run that is ready to start.
+
+    Attributes:
+      config, parts, folder: the config, what is built from it, and the run's folder.
+      host, hosts: which part of each batch this process loads, of how many.
+      initial: tensors of `init.weights` that a new run starts from.
+      sources: training data, with a fingerprint of each.
+      during: evaluators of `eval.sets`, run every `eval.every` steps.
+      final: those of `eval.sets` and `eval.final_sets`, run at the end.
+      encoder: what the evaluators share.
+    """
+
+    config: Config
+    parts: Parts
+    folder: TrainingFolder
+    host: int
+    hosts: int
+    initial: Mapping[str, np.ndarray]
+    sources: list[sources.Source]
+    fingerprints: list[dict[str, Any]]
+    during: list[Evaluator]
+    final: list[Evaluator]
+    encoder: Encoder
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all sources together: an epoch."""
+        return sum(map(len, self.sources))
+
+
+def prepare(config: Config, folder: TrainingFolder) -> Job:
+    """Build and open everything that a run needs, so that what is missing shows before it is written or trained.
+
+    Raises:
+      UserError: a source, a set or initial weights that cannot be opened or do not fit the config.
+    """
+    built = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=folder.tokenizer(config)))
+    parts = build(built)
+    classes = parts.objective.classify.classes if parts.objective.classifies else 0
+    host, hosts = batch_part(parts.mesh)
+    opened = loader.open_sources(parts.data, classes, parts.objective.fields)
+    fingerprints = [sources.card(source) for source in opened]
+    folder.check_sources(config, fingerprints)
+    starts = config.init.weights and folder.latest_step() is None
+    initial = read_initial(config, parts.abstract) if starts else {}
+    encoder = make_encoder(config, parts, fingerprints[0].get("classes"))
+    specs = tuple(dict.fromkeys((*config.eval.sets, *config.eval.final_sets)))
+    evaluators = dict(zip(specs, registry.open_all(specs, encoder, parts.data.dir), strict=True))
+    during = [evaluators[spec] for spec in config.eval.sets] if config.eval.every else []
+    final = list(evaluators.values())
+    return Job(config, parts, folder, host, hosts, initial, opened, fingerprints, during, final, encoder)

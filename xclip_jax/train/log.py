@@ -1,0 +1,206 @@
+"""Metrics of a run: metrics.jsonl, TensorBoard, the progress line, callbacks, and warnings of a collapse."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from xclip_jax.console import log0
+from xclip_jax.data.ledger import Ledger
+from xclip_jax.errors import UserError
+from xclip_jax.losses.noncontrastive import diagnose
+from xclip_jax.run_folder import RunFolder
+from xclip_jax.storage import JsonLines
+from xclip_jax.train.callbacks import Callback
+from xclip_jax.train.job import Job
+from xclip_jax.train.progress import InputStallTimer, Progress
+
+
+def is_due(every: int, step: int) -> bool:
+    """Whether something is done at `step` that is done every so many steps; 0 is never."""
+    return every > 0 and step % every == 0
+
+
+class MetricWriter:
+    """Writes scalars to metrics.jsonl, one object a line with its "step", and to TensorBoard."""
+
+    def __init__(self, folder: RunFolder, *, step: int = 0, evaluations: int | None = None) -> None:
+        """Open the files, without the lines of later steps that an interrupted run left.
+
+        Args:
+          folder: the run's.
+          step: the step that the run starts or resumes from.
+          evaluations: last step whose evaluation stays, `step` by default.
+        """
+        from tensorboardX import SummaryWriter  # it imports torch where there is one, which takes seconds
+
+        last = step if evaluations is None else evaluations
+        self._file = JsonLines(
+            folder.metrics_file, lambda line: line.get("step", math.inf) <= (step if "loss" in line else last)
+        )
+        self._evaluated = {line["step"] for line in self._file.kept if "loss" not in line}
+        self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write one set of scalars."""
+        self._file.append({"step": step} | dict(scalars))
+        for name, value in scalars.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the file had results of an evaluation of `step` when it was opened."""
+        return step in self._evaluated
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        self._file.close()
+        self._tensorboard.close()
+
+
+class CollapseMonitor:
+    """Prints a warning the first time that each sort of collapse is diagnosed."""
+
+    def __init__(self, alarms: Callable[[Mapping[str, float]], Sequence[str]], first_step: int) -> None:
+        """Watch from `first_step` on.
+
+        Args:
+          alarms: metrics of a step -> sentences of the form "NAME: what is wrong".
+          first_step: earlier steps are too early for a judgement.
+        """
+        self._alarms, self._first_step = alarms, first_step
+        self._warned: set[str] = set()
+
+    def check(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print warnings that the metrics of `step` are the first to give."""
+        if step < self._first_step:
+            return
+        for warning in self._alarms(metrics):
+            name = warning.split(":")[0]
+            if name not in self._warned:
+                self._warned.add(name)
+                log0(f"WARNING, step {step}: {warning}")
+
+
+class MetricLogger:
+    """Logs metrics one step late, so that the host never waits for the step that it has just dispatched.
+
+    Attributes:
+      ledger: counts samples, and is synchronised between processes at logged steps.
+      stalls: wraps the batches, see `InputStallTimer`.
+    """
+
+    def __init__(self, job: Job, start: int, ledger: Ledger, callbacks: Sequence[Callback] = ()) -> None:
+        """Open the run's metrics.
+
+        Args:
+          job: the run.
+          start: the step that it starts or resumes from.
+          ledger: of the samples that are read.
+          callbacks: receive what is logged.
+        """
+        self.ledger, self.stalls = ledger, InputStallTimer()
+        self._job, self._callbacks = job, callbacks
+        self._progress = Progress(start, job.config.steps, job.parts.data.batch)
+        self._collapse = CollapseMonitor(self._alarms, job.config.log.alarms_after)
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._writer = None
+        if jax.process_index() == 0:
+            # A run that resumes at its last step makes the last evaluation again.
+            last = start - (start == job.config.steps)
+            self._writer = MetricWriter(job.folder, step=start, evaluations=last)
+
+    def log_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Take the metrics of a step that was dispatched, and log those of the step before if they are due."""
+        if self._pending and (is_due(self._job.config.log.every, self._pending[0]) or self._pending[0] == 1):
+            self.flush()
+        self._pending = (step, metrics)
+        self.stalls.step_started(metrics["loss"])
+        self._progress.tick(step)
+
+    def flush(self) -> None:
+        """Wait for the last step and log its metrics, unless they are logged already.
+
+        Raises:
+          UserError: values that are not finite, or too many bad samples.
+        """
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        self.ledger.sync(step * self._job.parts.data.batch)
+        scalars = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        self._check_finite(step, scalars)
+        scalars |= self._accounts(step)
+        if self._writer:
+            self._writer.write(step, scalars)
+        for callback in self._callbacks:
+            callback.on_log(step, scalars)
+        log0(self._progress.line(step, scalars))
+        self._collapse.check(step, scalars)
+
+    def _accounts(self, step: int) -> dict[str, float]:
+        """What is logged beside the metrics that the step computes."""
+        samples = step * self._job.parts.data.batch
+        return {
+            "lr": float(self._job.parts.schedule(step - 1)),
+            "samples": samples,
+            "tokens": self.ledger.counters["tokens"],
+            "epoch": samples / self._job.num_samples,
+            "data/bad": self.ledger.bad,
+            "data/bad_share": self.ledger.share,
+            "data/wait_share": self.stalls.share(),
+            "samples_per_second": self._progress.samples_per_second(step),
+        }
+
+    def _check_finite(self, step: int, scalars: Mapping[str, float]) -> None:
+        # The loss is that of the parameters before the update, the norm of the update that of the state to be saved.
+        for name in ("loss", "grad_norm", "update_norm"):
+            if not math.isfinite(scalars[name]):
+                saved = self._job.folder.latest_step()
+                last = "there is no checkpoint yet" if saved is None else f"the last checkpoint is of step {saved}"
+                raise UserError(
+                    f"{name.replace('_', ' ')} of step {step} is {scalars[name]} and is not saved; {last}. Lower "
+                    "optim.lr, lengthen optim.warmup or set optim.clip=1, under a different --config.run."
+                )
+
+    def _alarms(self, metrics: Mapping[str, float]) -> list[str]:
+        parts = self._job.parts
+        if not parts.objective.clusters:
+            return []
+        values = {key.removeprefix("nclip/"): value for key, value in metrics.items() if key.startswith("nclip/")}
+        return diagnose(values, k=parts.model.cluster_head["clusters"], b=parts.data.batch)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether metrics.jsonl had results of `step` when the run resumed; the same answer on every process."""
+        value = self._writer is not None and self._writer.has_evaluation(step)
+        if jax.process_count() == 1:
+            return value
+        return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+    def write_results(self, step: int, results: Mapping[str, float]) -> None:
+        """Write results of an evaluation, all of its sets or some, to metrics.jsonl and TensorBoard."""
+        if self._writer and results:
+            self._writer.write(step, results)
+
+    def end_evaluation(self, step: int, results: Mapping[str, float]) -> None:
+        """Hand the results of all sets to the callbacks."""
+        for callback in self._callbacks:
+            callback.on_evaluation(step, results)
+
+    def pause(self, seconds: float) -> None:
+        """Leave the last `seconds` out of the speed and of the share of input stalls."""
+        self._progress.pause(seconds)
+        self.stalls.share()
+
+    def close(self) -> None:
+        """Log and write what is left."""
+        self.flush()
+        self.stalls.close()
+        self.ledger.close()
+        if self.ledger.bad:
+            counts = ", ".join(f"{reason}: {count:,}" for reason, count in self.ledger.counters["bad"].items())
+            log0(f"bad samples so far: {counts}; see {self.ledger.path}")
+        if self._writer:
+            self._writer.close()

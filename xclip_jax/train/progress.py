@@ -1,0 +1,104 @@
+"""Speed of training: the progress line, and how long the devices wait for data."""
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
+
+import jax
+
+from xclip_jax.console import format_duration
+
+T = TypeVar("T")
+
+# Input stalls above this fraction of the step time are reported.
+INPUT_BOUND = 0.05
+
+
+class Progress:
+    """Training speed and time left, without pauses and the first step, which compiles."""
+
+    def __init__(self, start: int, steps: int, batch: int) -> None:
+        self.start, self.steps, self.batch = start, steps, batch
+        self._since: float | None = None
+        self._first = start
+        self._paused = 0.0
+
+    def tick(self, step: int) -> None:
+        """Count a step; to be called after each."""
+        if self._since is None:
+            self._since, self._first = time.perf_counter(), step
+
+    def pause(self, seconds: float) -> None:
+        """Leave `seconds`, as of an evaluation, out of the speed."""
+        self._paused += seconds
+
+    def samples_per_second(self, step: int) -> float:
+        """Return the training speed since the first step of this process."""
+        elapsed = time.perf_counter() - (self._since or time.perf_counter()) - self._paused
+        return (step - self._first) * self.batch / elapsed if elapsed > 0 else 0.0
+
+    def line(self, step: int, metrics: Mapping[str, float]) -> str:
+        """Return the line that is printed for a step."""
+        speed = self.samples_per_second(step)
+        left = format_duration((self.steps - step) * self.batch / speed) if speed else ""
+        parts = [f"step {step}/{self.steps}", f"loss {metrics['loss']:.3f}"]
+        if "clip/loss" in metrics:
+            parts.append(f"clip {metrics['clip/loss']:.3f} (ln b {metrics['clip/ln_b']:.2f})")
+        if "nclip/loss" in metrics:
+            information = min(metrics["nclip/mutual_information_img"], metrics["nclip/mutual_information_txt"])
+            clusters = min(metrics["nclip/clusters_img"], metrics["nclip/clusters_txt"])
+            parts.append(f"nclip {metrics['nclip/loss']:.3f} ({information:.2f} nats, {clusters:.0f} clusters)")
+        if (share := metrics.get("data/wait_share", 0.0)) > INPUT_BOUND:
+            parts.append(f"input-bound: {share:.0%}")
+        return "  ".join([*parts, f"{speed:.0f} samples/s, {left} left" if speed else "(compiled)"])
+
+
+class InputStallTimer:
+    """Measures how long the devices are idle because the next batch is not ready.
+
+    A loop that waits for data while the devices compute loses nothing: a thread notes when each step ends.
+    """
+
+    def __init__(self) -> None:
+        self._steps: queue.SimpleQueue[jax.Array | None] = queue.SimpleQueue()
+        self._started = self._ended = 0
+        self._ended_at = self._since = time.perf_counter()
+        self._seconds = 0.0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while (value := self._steps.get()) is not None:
+            with contextlib.suppress(Exception):  # the loop raises it too
+                value.block_until_ready()
+            self._ended_at = time.perf_counter()
+            self._ended += 1
+
+    def __call__(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield `batches`, timed."""
+        began = time.perf_counter()
+        for batch in batches:
+            if self._started and self._started == self._ended:
+                self._seconds += time.perf_counter() - max(began, self._ended_at)
+            yield batch
+            began = time.perf_counter()
+
+    def step_started(self, value: jax.Array) -> None:
+        """Count a step; to be called with one of its results as soon as it is dispatched."""
+        if not self._started:
+            self.share()  # the time before the first step, as of starting workers, does not count
+        self._started += 1
+        self._steps.put(value)
+
+    def share(self) -> float:
+        """Return the stalled share of the time since the last call."""
+        now = time.perf_counter()
+        share = self._seconds / max(now - self._since, 1e-9)
+        self._since, self._seconds = now, 0.0
+        return share
+
+    def close(self) -> None:
+        """End the thread."""
+        self._steps.put(None)
