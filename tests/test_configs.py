@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from docs import generate
 from xclip_jax.config import schema
 from xclip_jax.configs import common
 from xclip_jax.errors import UserError
@@ -101,3 +102,9 @@ def test_bad_command_lines_are_one_sentence(flags, message, tmp_path):
 
 def test_flatten():
     assert schema.flatten({"a": {"b": 1, "c": (1, 2)}, "d": "x"}) == {"a.b": 1, "a.c": [1, 2], "d": "x"}
+
+
+@pytest.mark.parametrize("name", generate.PAGES)
+def test_pages_made_from_the_code_are_current(name):
+    made = generate.PAGES[name]()
+    assert (GOLDEN.parents[1] / "docs" / name).read_text() == made, "run python -m docs.generate"

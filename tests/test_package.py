@@ -3,11 +3,14 @@
 import importlib.util
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
+import yaml
 
+import xclip_jax
 from xclip_jax import cli
 from xclip_jax.config import load
 from xclip_jax.errors import UserError
@@ -65,3 +68,16 @@ def test_recipes_by_name_and_by_path(tmp_path):
 
 def test_package_is_typed():
     assert (ROOT / "xclip_jax" / "py.typed").exists()
+
+
+def test_readme_is_short_and_its_links_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    assert len(pages[0].read_text().split()) <= 1200
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("https://") or (ROOT / target).exists(), f"{page.name}: {target}"
+
+
+def test_versions_agree():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == xclip_jax.__version__ and citation["license"] == "Apache-2.0"
