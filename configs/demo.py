@@ -8,7 +8,7 @@ The argument's keys: objective (clip, siglip, nclip, xclip), steps, preset, size
 
 import ml_collections
 
-from configs import common
+from xclip_jax.configs import common
 
 TESTS = (
     "emoji/test_concepts",

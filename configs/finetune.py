@@ -21,8 +21,8 @@ import json
 import ml_collections
 from etils import epath
 
-from configs import common
 from xclip_jax import interop
+from xclip_jax.configs import common
 from xclip_jax.data import labelled
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError

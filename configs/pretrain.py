@@ -18,7 +18,7 @@ each weighted by its size.
 
 import ml_collections
 
-from configs import common
+from xclip_jax.configs import common
 from xclip_jax.errors import one_of
 
 # Folders under `root`, and pairs as published.

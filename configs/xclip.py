@@ -8,7 +8,7 @@ The argument's keys are optional. Written for TPU pods; no run of this size has 
 
 import ml_collections
 
-from configs import common
+from xclip_jax.configs import common
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

@@ -10,8 +10,8 @@ first run prepares the data. The same command again goes on where it was cut off
 import argparse
 from collections.abc import Sequence
 
-from configs import demo
 from xclip_jax import evaluate
+from xclip_jax.configs import demo
 from xclip_jax.errors import exit_with_message
 from xclip_jax.train import trainer
 

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 import xclip_jax
-from configs import pretrain
+from xclip_jax.configs import pretrain
 from xclip_jax.data.sources import FolderSource
 from xclip_jax.errors import BadSample, exit_with_message
 from xclip_jax.evaluators.retrieval import positives, ranks

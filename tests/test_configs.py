@@ -11,8 +11,9 @@ import sys
 
 import pytest
 
-from configs import common
+from docs import generate
 from xclip_jax.config import schema
+from xclip_jax.configs import common
 from xclip_jax.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -39,7 +40,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_golden(name):
     module, arg = CONFIGS[name]
-    config = importlib.import_module(f"configs.{module}").get_config(arg)
+    config = importlib.import_module(f"xclip_jax.configs.{module}").get_config(arg)
     dump = "".join(f"{key} = {value!r}\n" for key, value in sorted(schema.flatten(config.to_dict()).items()))
     path = GOLDEN / f"{name}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
@@ -48,7 +49,7 @@ def test_golden(name):
 
 
 def test_every_config_file_has_a_dump():
-    files = {path.stem for path in (GOLDEN.parents[1] / "configs").glob("*.py")} - {"common"}
+    files = {path.stem for path in (GOLDEN.parents[1] / "configs").glob("*.py")} - {"common", "__init__"}
     assert files == {module for module, _ in CONFIGS.values()}
 
 
@@ -78,6 +79,9 @@ def test_unknown_preset():
         (["--config", "configs/demo.py:preset=X/1"], "B/16"),
         (["--config", "configs/demo.py", "--confg.optim.lr=1"], "confg"),
         (["--config", "configs/nothing.py"], "configs/nothing.py"),
+        (["--config", "elsewhere/demo.py"], "give --config demo"),
+        (["--config", "dmo"], "did you mean 'demo'? Recipes: clip, demo, finetune,"),
+        (["--config", "demo:steps=0"], "steps='0'"),
         ([], "--config"),
         (["--config", "configs/demo.py", "optim.lr=1"], "optim.lr=1"),
         (["--config", "configs/clip.py"], "data.sources"),
@@ -98,3 +102,9 @@ def test_bad_command_lines_are_one_sentence(flags, message, tmp_path):
 
 def test_flatten():
     assert schema.flatten({"a": {"b": 1, "c": (1, 2)}, "d": "x"}) == {"a.b": 1, "a.c": [1, 2], "d": "x"}
+
+
+@pytest.mark.parametrize("name", generate.PAGES)
+def test_pages_made_from_the_code_are_current(name):
+    made = generate.PAGES[name]()
+    assert (GOLDEN.parents[1] / "docs" / name).read_text() == made, "run python -m docs.generate"

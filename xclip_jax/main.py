@@ -1,4 +1,7 @@
-"""Trains a model: python -m xclip_jax.main --config FILE.py[:a=1,b=2] [--config.KEY=VALUE ...]."""
+"""Train a model: xclip-jax train --config RECIPE[:a=1,b=2] [--config.KEY=VALUE ...].
+
+RECIPE is the name of a recipe of the package, such as demo, or the path of a file. The same: python -m xclip_jax.main.
+"""
 
 from absl import app, flags, logging
 
@@ -17,7 +20,7 @@ _PROCESS = flags.DEFINE_integer("process", -1, "Which of them this one is, from 
 
 
 def main(_: list[str]) -> None:
-    """Runs the trainer."""
+    """Run the trainer."""
     logging.set_verbosity(logging.ERROR)
     with exit_with_message():
         processes.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)

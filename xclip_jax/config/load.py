@@ -1,4 +1,4 @@
-"""The config of a command: loads the file, checks the overrides, and makes one sentence of what is wrong."""
+"""The config of a command: loads the recipe, checks the overrides, and makes one sentence of what is wrong."""
 
 import importlib.util
 import pathlib
@@ -10,15 +10,42 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from xclip_jax import configs
 from xclip_jax.config import fields, schema
 from xclip_jax.errors import UserError
 
 
+def recipes() -> dict[str, pathlib.Path]:
+    """Files of the recipes that come with the package, by name."""
+    files = (path for folder in configs.__path__ for path in sorted(pathlib.Path(folder).glob("[a-z]*.py")))
+    return {path.stem: path for path in files if path.stem != "common"}
+
+
+def find_recipe(name: str) -> str:
+    """Return the file of a recipe: that of a recipe of the package, or `name` itself where it is a path.
+
+    Raises:
+      UserError: no such recipe or file.
+    """
+    known = recipes()
+    if name in known:
+        return str(known[name])
+    stem = pathlib.PurePath(name).stem
+    if pathlib.PurePath(name).name == name and not name.endswith(".py"):
+        raise UserError(
+            f"recipe {name!r} is unknown; did you mean {fields.nearest(name, known)!r}? Recipes: {', '.join(known)}; "
+            "a file of your own is given by its path, FILE.py"
+        )
+    if not pathlib.Path(name).is_file():
+        hint = f"--config {stem}" if stem in known else f"a path, or a recipe by name: {', '.join(known)}"
+        raise UserError(f"config file {name!r} does not exist; give {hint}")
+    return name
+
+
 def load_config(spec: str) -> ml_collections.ConfigDict:
-    """`get_config(arg)` of the config file in "FILE.py:arg"."""
-    file, _, arg = spec.partition(":")
-    if not pathlib.Path(file).is_file():
-        raise UserError(f"config file {file!r} does not exist; try configs/demo.py")
+    """Return `get_config(arg)` of the recipe in "NAME:arg" or "FILE.py:arg", locked."""
+    name, _, arg = spec.partition(":")
+    file = find_recipe(name)
     module_spec = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(module_spec)
     try:
@@ -67,7 +94,7 @@ def parse(argv: list[str]) -> list[str]:
             print(f"{sys.modules['__main__'].__doc__}\n\n{flags.FLAGS.main_module_help()}\n{help_text()}")
             sys.exit(0)
         if at is None and "--helpfull" not in argv:
-            raise UserError("--config is missing; start with --config configs/demo.py")
+            raise UserError("--config is missing; start with --config demo")
         if at is not None:
             spec = argv[at].partition("=")[2] or (argv[at + 1] if at + 1 < len(argv) else "")
             rest = argv[:at] + argv[at + (1 if "=" in argv[at] else 2) :]

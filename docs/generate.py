@@ -1,0 +1,79 @@
+"""Write the pages that are made from the code, docs/config.md and docs/tree.md: python -m docs.generate [--check]."""
+
+import ast
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+
+from xclip_jax.config import fields, schema
+from xclip_jax.errors import Parser, UserError, exit_with_message
+
+ROOT = pathlib.Path(__file__).parents[1]
+FOLDERS = ("xclip_jax", "configs", "examples", "benchmarks", "launch", "docs")
+MADE = "Made by `python -m docs.generate`; a test holds it current."
+
+
+def config_page() -> str:
+    """Return a table of keys, defaults, allowed values and doc strings for each group of the config."""
+    lines, group = ["# All keys of a config", ""], None
+    lines += ["Each key is a flag, `--config.optim.lr=1e-3`. The defaults are those that recipes start from; a recipe"]
+    lines += [f"changes some of them, and `config.json` in a run's folder has the values of that run. {MADE}"]
+    for name, default, allowed, doc in fields.describe(schema.Config):
+        if name.rpartition(".")[0] != group:
+            group = name.rpartition(".")[0]
+            lines += ["", f"## {group or 'The run'}", "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
+        cells = (f"`{name}`", f"`{default!r}`", allowed, doc)
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _markdown(text: str) -> str:
+    """Escape brackets, which would be links."""
+    return re.sub(r"([\[\]<>])", r"\\\1", text)
+
+
+def summary(path: pathlib.Path) -> str:
+    """Return the first line of a module's docstring, or of the comment that begins a shell or YAML file."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        return (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
+    comment = re.search(r"^# (?!shellcheck)(.+)", text, re.MULTILINE)
+    return comment[1] if comment else ""
+
+
+def _tree(folder: pathlib.Path, depth: int) -> Iterator[str]:
+    init = folder / "__init__.py"
+    about = summary(init) if init.exists() else ""
+    yield f"{'    ' * depth}- **{folder.name}/**{' ' + _markdown(about) if about else ''}"
+    files = (path for path in folder.iterdir() if path.suffix in (".py", ".sh", ".yaml") and path != init)
+    for path in sorted(files):
+        yield f"{'    ' * (depth + 1)}- `{path.name}` {_markdown(summary(path))}"
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.py"))):
+        yield from _tree(inner, depth + 1)
+
+
+def tree_page() -> str:
+    """Return the tree of source files, each with the first line of its docstring."""
+    lines = [line for name in FOLDERS for line in _tree(ROOT / name, 0)]
+    return "\n".join(["# The tree", "", f"One line a file, its docstring's first. {MADE}", "", *lines]) + "\n"
+
+
+PAGES = {"config.md": config_page, "tree.md": tree_page}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the pages, or compare them with the files."""
+    parser = Parser(prog="python -m docs.generate", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page is not current")
+    check = parser.parse_args(argv).check
+    with exit_with_message():
+        for name, make in PAGES.items():
+            path = ROOT / "docs" / name
+            if not check:
+                path.write_text(make())
+            elif path.read_text() != make():
+                raise UserError(f"docs/{name} is not current; run python -m docs.generate")
+
+
+if __name__ == "__main__":
+    main()

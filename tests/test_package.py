@@ -1,0 +1,83 @@
+"""What an installed package has: the command, recipes by name, files beside the code. tests/test_uv.py installs one."""
+
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+import xclip_jax
+from xclip_jax import cli
+from xclip_jax.config import load
+from xclip_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def python(*arguments, cwd):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def command(*arguments, cwd):
+    return python("-m", "xclip_jax.cli", *arguments, cwd=cwd)
+
+
+def test_help_names_every_command_and_imports_none(tmp_path):
+    code = "import sys; from xclip_jax import cli; cli.main(['--help']); print('jax' in sys.modules)"
+    done = python("-c", code, cwd=tmp_path)
+    *lines, imported = done.stdout.splitlines()
+    assert imported == "False" and len(lines) < 16
+    assert [line.split()[0] for line in lines[2 : 2 + len(cli.COMMANDS)]] == list(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_commands_are_modules_that_run(name):
+    spec = importlib.util.find_spec(cli.COMMANDS[name][0])
+    if spec.submodule_search_locations:
+        spec = importlib.util.find_spec(f"{spec.name}.__main__")
+    assert 'if __name__ == "__main__":' in pathlib.Path(spec.origin).read_text()
+
+
+def test_command_line_of_a_command(tmp_path):
+    done = command("train", "--config", "demo:objective=nclip", "--config.optim.lrr=1", cwd=tmp_path)
+    assert done.stderr == "error: config key 'optim.lrr' is unknown; did you mean 'optim.lr'?\n"
+    assert done.returncode == 1 and list(tmp_path.iterdir()) == []
+    done = command("trian", cwd=tmp_path)
+    assert done.stderr == "error: unknown command 'trian'; did you mean 'train'? See xclip-jax --help\n"
+    assert command("--version", cwd=tmp_path).stdout.startswith("xclip_jax 0.")
+
+
+def test_recipes_by_name_and_by_path(tmp_path):
+    assert set(load.recipes()) == {path.stem for path in (ROOT / "configs").glob("[a-z]*.py")} - {"common"}
+    named = load.load_config("demo:objective=clip,steps=9")
+    assert named.to_dict() == load.load_config(f"{ROOT}/configs/demo.py:objective=clip,steps=9").to_dict()
+    own = tmp_path / "mine.py"
+    own.write_text(
+        "from xclip_jax.configs import demo\n\n\n"
+        "def get_config(arg=None):\n    config = demo.get_config(arg)\n    config.steps = 7\n    return config\n"
+    )
+    assert load.load_config(f"{own}:objective=clip").steps == 7
+    with pytest.raises(UserError, match="recipe 'pretrian' is unknown; did you mean 'pretrain'"):
+        load.load_config("pretrian:data=cc3m")
+
+
+def test_package_is_typed():
+    assert (ROOT / "xclip_jax" / "py.typed").exists()
+
+
+def test_readme_is_short_and_its_links_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    assert len(pages[0].read_text().split()) <= 1200
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("https://") or (ROOT / target).exists(), f"{page.name}: {target}"
+
+
+def test_versions_agree():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == xclip_jax.__version__ and citation["license"] == "Apache-2.0"

@@ -1,0 +1,50 @@
+"""The command `xclip-jax COMMAND ...`: imports and runs one module, which `python -m` runs as well."""
+
+import runpy
+import sys
+from collections.abc import Sequence
+
+import xclip_jax
+from xclip_jax.config.fields import nearest
+
+COMMANDS = {
+    "train": ("xclip_jax.main", "train a model by a recipe, or resume a run"),
+    "evaluate": ("xclip_jax.evaluate", "evaluate a run or weights of another project, or compare two runs"),
+    "embed": ("xclip_jax.embed", "write embeddings of images or texts to a file"),
+    "export": ("xclip_jax.export", "write weights for transformers, open_clip or safetensors"),
+    "plan": ("xclip_jax.plan", "show memory, traffic and time of a run before it is started"),
+    "report": ("xclip_jax.report", "write the page of a run"),
+    "check": ("xclip_jax.data.check", "check image-text pairs before training"),
+    "index": ("xclip_jax.data.tar_index", "index tars ahead of a run"),
+}
+
+
+def usage() -> str:
+    """Return the help text: all commands with a line each."""
+    rows = [f"  {name:<10} {doc}" for name, (_, doc) in COMMANDS.items()]
+    end = "xclip-jax COMMAND --help shows the arguments of a command, xclip-jax --version the version."
+    return "\n".join(["usage: xclip-jax COMMAND [ARGUMENTS]", "", *rows, "", end])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command as `python -m MODULE` does, so that its name, help and child processes are the same.
+
+    Args:
+      argv: the command and its arguments; by default those of the process.
+    """
+    command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("--help", "-h", "help"):
+        print(usage())
+    elif command == "--version":
+        print(f"xclip_jax {xclip_jax.__version__}")
+    elif command in COMMANDS:
+        sys.argv = [sys.argv[0], *arguments]
+        runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
+    else:
+        sys.exit(
+            f"error: unknown command {command!r}; did you mean {nearest(command, COMMANDS)!r}? See xclip-jax --help"
+        )
+
+
+if __name__ == "__main__":
+    main()
