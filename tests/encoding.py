@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xclip_jax.data.preprocessing import Preprocessing, mean_std
-from xclip_jax.evaluators import Encoder
+from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.parallel.mesh import AXES, make_mesh
 

@@ -32,7 +32,8 @@ from etils import epath
 from xclip_jax import metrics
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import Parser, UserError, exit_with_message
-from xclip_jax.evaluators import Evaluator, registry, results, summary
+from xclip_jax.evaluators import registry, results, summary
+from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.provenance import describe
 from xclip_jax.evaluators.statistics import bootstrap
 from xclip_jax.metrics import say

@@ -13,7 +13,7 @@ import numpy as np
 from xclip_jax.data import glue, labelled
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import Encoder
+from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.provenance import Card, contents, digest

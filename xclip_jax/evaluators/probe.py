@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import Encoder, logistic, sgd
+from xclip_jax.evaluators import logistic, sgd
+from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.provenance import Card
 from xclip_jax.evaluators.statistics import Items, class_weights, valid_rows
 

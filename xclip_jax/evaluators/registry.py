@@ -33,8 +33,10 @@ import tensorflow_datasets as tfds
 from xclip_jax.data import demo
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample, UserError, describe, one_of
-from xclip_jax.evaluators import Encoder, Evaluator, classification, file_datasets, zeroshot_datasets
+from xclip_jax.evaluators import classification, file_datasets, zeroshot_datasets
+from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.classification import Finetuned, LabelledSet
+from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.probe import Probe, ProbeSet, Sweep
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.provenance import Card, digest

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import Encoder
+from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.provenance import Card
 from xclip_jax.evaluators.statistics import Items, valid_rows
 from xclip_jax.evaluators.zeroshot import distributions, similarities

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import Encoder, Features
+from xclip_jax.evaluators.encoder import Encoder, Features
 from xclip_jax.evaluators.provenance import Card
 from xclip_jax.evaluators.retrieval import KS, ranks
 from xclip_jax.evaluators.statistics import Items, pearson, spearman

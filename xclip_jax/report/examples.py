@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from xclip_jax.data import loader
-from xclip_jax.evaluators import Encoder
+from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.retrieval import RetrievalSet, positives
 from xclip_jax.evaluators.retrieval import ranks as ranks_of
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, distributions, similarities

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from xclip_jax.evaluators import Encoder
+from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.report import model_sections, record, run_sections, style
 from xclip_jax.report.attention import Maps, attention
 from xclip_jax.report.examples import Examples, look

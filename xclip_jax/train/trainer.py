@@ -16,7 +16,9 @@ from xclip_jax.config.schema import Config, resolve
 from xclip_jax.data import loader, sources
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.errors import UserError, describe
-from xclip_jax.evaluators import Encoder, Evaluator, registry, summary
+from xclip_jax.evaluators import registry, summary
+from xclip_jax.evaluators.base import Evaluator
+from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.losses.noncontrastive import diagnose
 from xclip_jax.metrics import say
 from xclip_jax.parallel.mesh import batch_part
