@@ -19,6 +19,7 @@ from tests import tiny
 from tests.test_tokenizer import save_words
 from xclip_jax import metrics, weights
 from xclip_jax.errors import UserError
+from xclip_jax.evaluators.result import Result
 from xclip_jax.train import build, checkpoint, interrupt, trainer
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.run_folder import RunFolder
@@ -58,7 +59,7 @@ class Evaluator:
         self.calls.append(variables)
         if self.fails:
             raise OSError(f"disk of {self.name} is gone")
-        return {f"{self.name}/top1": 12.5}, {}
+        return [Result("", self.name, "top1", 12.5)]
 
 
 @pytest.fixture

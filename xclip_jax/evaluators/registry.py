@@ -20,6 +20,7 @@ The sets of the demo, `xclip_jax.data.demo` (`emoji/...`); three artists drew th
     test_text_probe                         textual: the category by a linear probe on names, split as test_probe
 """
 
+import dataclasses
 import difflib
 import functools
 import pathlib
@@ -34,14 +35,14 @@ from xclip_jax.data import demo
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample, UserError, describe, one_of
 from xclip_jax.evaluators import classification, file_datasets, zeroshot_datasets
-from xclip_jax.evaluators.base import Evaluator
+from xclip_jax.evaluators.base import Evaluator, Layout
 from xclip_jax.evaluators.classification import Finetuned, LabelledSet
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.probe import Probe, ProbeSet, Sweep
 from xclip_jax.evaluators.prompts import PROFILES, Profile
-from xclip_jax.evaluators.provenance import Card, digest
+from xclip_jax.evaluators.provenance import SHIFTED, VALIDATION, Card, digest
+from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet
-from xclip_jax.evaluators.statistics import Items
 from xclip_jax.evaluators.text import Similarity, SimilaritySet, TextRetrieval, TextRetrievalSet
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
 from xclip_jax.metrics import say
@@ -195,7 +196,9 @@ def _classify(
 
 
 def _card(split: str, *items: list[Any], **fields: str) -> Card:
-    return Card("emoji_pairs", str(demo.EmojiPairs.VERSION), split, digest(x for part in items for x in part), **fields)
+    role = VALIDATION if split.startswith("validation") else SHIFTED if split == "test_line" else ""
+    items_hash = digest(x for part in items for x in part)
+    return Card("emoji_pairs", str(demo.EmojiPairs.VERSION), split, items_hash, role=role, **fields)
 
 
 def _retrieve(name: str, prepare: Preprocessing, data_dir: str | None, *, split: str) -> RetrievalSet:
@@ -384,36 +387,44 @@ def _try_images(data: AnySet) -> None:
             raise UserError(f"{data.name}: images cannot be read; of {len(errors)} none was: {describe(errors[0])}")
 
 
-def measure(evaluator: Evaluator, variables: Any) -> tuple[dict[str, float], dict[str, Items]]:
-    """`evaluator.measure`, and how many images could not be read: "<name>/unreadable", where there are any.
+def measure(evaluator: Evaluator, variables: Any) -> list[Result]:
+    """The results of an evaluator, one of them the headline, and how many images could not be read: "unreadable".
 
-    They count as wrong, or teach a probe nothing. The first few are named in the log. An exception says in which
+    Such images count as wrong, or teach a probe nothing. The first few are named in the log. An exception says in which
     evaluator it was raised.
     """
     encoder = evaluator.encoder
     encoder.unreadable.clear()
     try:
-        metrics, items = evaluator.measure(variables)
+        results = evaluator.measure(variables)
     except Exception as error:
         error.add_note(f"in evaluator {evaluator.name}")
         raise
+    if results and not any(result.headline for result in results):
+        results = [dataclasses.replace(results[0], headline=True), *results[1:]]
     if encoder.unreadable:
         first = [reason or f"image {i}" for i, reason in sorted(encoder.unreadable.items())[:_SAID]]
         more = f"; and {len(encoder.unreadable) - _SAID} more" if len(encoder.unreadable) > _SAID else ""
         say(f"WARNING: {evaluator.name}: {len(encoder.unreadable)} unreadable images: {'; '.join(first)}{more}")
-        metrics = metrics | {f"{evaluator.name}/unreadable": float(len(encoder.unreadable))}
-    return metrics, items
+        results = [*results, evaluator.count("unreadable", len(encoder.unreadable))]
+    return results
 
 
-def evaluator(encoder: Encoder, data: AnySet) -> Evaluator:
-    """The evaluator of a set."""
-    if isinstance(data, ProbeSet):
-        return Probe(encoder, data, "textual" if isinstance(data.train[0], (str, tuple)) else "visual")
-    kinds = {
-        ZeroShotSet: ZeroShot,
-        RetrievalSet: Retrieval,
-        SimilaritySet: Similarity,
-        TextRetrievalSet: TextRetrieval,
-        LabelledSet: Finetuned,
-    }
-    return kinds[type(data)](encoder, data)
+EVALUATORS: Mapping[str, type[Evaluator]] = {
+    "zeroshot": ZeroShot,
+    "retrieval": Retrieval,
+    "probe": Probe,
+    "classifier": Finetuned,
+    "text_retrieval": TextRetrieval,
+    "similarity": Similarity,
+}
+
+
+def layouts() -> list[Layout]:
+    """The tables of all evaluators, in the order in which they are shown."""
+    return [layout for evaluator in EVALUATORS.values() for layout in evaluator.layouts]
+
+
+def evaluator(encoder: Encoder, data: Any) -> Evaluator:
+    """The evaluator that a set names: one of `EVALUATORS`, or "package.module:Class"."""
+    return EVALUATORS[data.evaluator](encoder, data)

@@ -28,7 +28,7 @@ from xclip_jax.evaluators import prompts
 from xclip_jax.evaluators.pictures import Augmented, Pictures
 from xclip_jax.evaluators.probe import ProbeSet
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.provenance import Card, contents, digest
+from xclip_jax.evaluators.provenance import SHIFTED, Card, contents, digest
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 _APPROXIMATE = "the published split is not public or not one: compare only numbers with the same split_hash"
@@ -54,6 +54,7 @@ class Entry:
       border: pixels cut off on each side.
       train, held: splits that probes learn from and choose C on; no `train`, no probe; no `held`, a tenth of `train`.
       note: see `Card`.
+      shifted: whether it is of another source or style than what its classes are known from, as `SHIFTED` says.
     """
 
     tfds: str = ""
@@ -72,6 +73,7 @@ class Entry:
     train: str = "train"
     held: str = ""
     note: str = ""
+    shifted: bool = False
 
 
 def _column(objects: Any, key: str) -> Sequence[Any]:
@@ -97,10 +99,10 @@ def _imagenet(tfds_name: str, split: str = "test", **fields: Any) -> Entry:
 
 ENTRIES: Mapping[str, Entry] = {
     "imagenet": _imagenet("imagenet2012:5.1.0", "validation"),
-    "imagenet_v2": _imagenet("imagenet_v2/matched-frequency", train=""),
-    "imagenet_a": _imagenet("imagenet_a", classes=prompts.IMAGENET_A, train=""),
-    "imagenet_r": _imagenet("imagenet_r", classes=prompts.IMAGENET_R, train=""),
-    "imagenet_sketch": _imagenet("imagenet_sketch", train=""),
+    "imagenet_v2": _imagenet("imagenet_v2/matched-frequency", train="", shifted=True),
+    "imagenet_a": _imagenet("imagenet_a", classes=prompts.IMAGENET_A, train="", shifted=True),
+    "imagenet_r": _imagenet("imagenet_r", classes=prompts.IMAGENET_R, train="", shifted=True),
+    "imagenet_sketch": _imagenet("imagenet_sketch", train="", shifted=True),
     "food101": Entry("food101", "validation", "food101"),  # its test split is called so
     "cifar10": Entry("cifar10:3.0.2", templates="cifar10"),
     "cifar100": Entry("cifar100:3.0.2", templates="cifar100"),
@@ -153,7 +155,9 @@ ENTRIES: Mapping[str, Entry] = {
         note=_APPROXIMATE,
     ),
     # TFDS lacks these, or its reader does: NAME@PATH.
-    "objectnet": Entry(templates="imagenet", border=2, note="113 classes overlap with ImageNet's; give those alone"),
+    "objectnet": Entry(
+        templates="imagenet", border=2, shifted=True, note="113 classes overlap with ImageNet's; give those alone"
+    ),
     "birdsnap": Entry(templates="birds"),
     "fgvc_aircraft": Entry(templates="fgvc_aircraft", metric="mean_per_class", note="by variant"),
     "fer2013": Entry(
@@ -303,6 +307,7 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
         preprocessing=prepare.resizing,
         metric=entry.metric,
         note=entry.note,
+        role=SHIFTED if entry.shifted else "",
     )
     pictures = Pictures(images, prepare, entry.border)
     return ZeroShotSet(spec, pictures, labels, prompts.prompts(words, used), names=classes, card=card)

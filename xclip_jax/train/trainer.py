@@ -19,6 +19,7 @@ from xclip_jax.errors import UserError, describe
 from xclip_jax.evaluators import registry, summary
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.encoder import Encoder
+from xclip_jax.evaluators.result import Result, flat, to_json
 from xclip_jax.losses.noncontrastive import diagnose
 from xclip_jax.metrics import say
 from xclip_jax.parallel.mesh import batch_part
@@ -149,12 +150,9 @@ def make_encoder(
     )
 
 
-def evaluate(evaluators: Sequence[Evaluator], variables: Mapping[str, Any]) -> dict[str, float]:
+def evaluate(evaluators: Sequence[Evaluator], variables: Mapping[str, Any]) -> list[Result]:
     """Results of all evaluators; an exception names the evaluator that raised it."""
-    results = {}
-    for evaluator in evaluators:
-        results |= registry.measure(evaluator, variables)[0]
-    return results
+    return [result for evaluator in evaluators for result in registry.measure(evaluator, variables)]
 
 
 def _due(every: int, step: int) -> bool:
@@ -290,7 +288,7 @@ class Log:
         began = time.perf_counter()
         self.flush()
         results = evaluate(evaluators, variables)
-        self.write(step, results)
+        self.write(step, flat(results))
         say(f"step {step}: {summary.headlines(results)}")
         self.progress.pause(time.perf_counter() - began)
         self.waiting.share()
@@ -311,7 +309,8 @@ def _finish(job: _Run, state: TrainState, log: "Log") -> dict[str, float]:
     """The last evaluation: results.json, the table, the picture and the report."""
     config, began = job.config, time.perf_counter()
     variables, step = state.variables(ema=config.eval.ema), int(state.step)
-    results, failed = {}, {}
+    results: list[Result] = []
+    failed = {}
     for evaluator in job.final:
         try:
             values = evaluate([evaluator], variables)
@@ -321,12 +320,12 @@ def _finish(job: _Run, state: TrainState, log: "Log") -> dict[str, float]:
             failed[evaluator.name] = describe(error)
             say(f"{evaluator.name} failed: {type(error).__name__}: {describe(error)}")
         else:
-            results |= values
-            log.write(step, values)
+            results += values
+            log.write(step, flat(values))
     log.close()
     if jax.process_index() == 0:
-        more = {"failed": failed} if failed else {}
-        job.folder.write_results(config, results, seconds=time.perf_counter() - began, **more)
+        more = {"records": to_json(results)} | ({"failed": failed} if failed else {})
+        job.folder.write_results(config, flat(results), seconds=time.perf_counter() - began, **more)
     if results:
         say(summary.render(results))
     if failed:
@@ -340,7 +339,7 @@ def _finish(job: _Run, state: TrainState, log: "Log") -> dict[str, float]:
         except Exception as error:  # the run is complete and its results are written
             say(f"no report: {type(error).__name__}: {error}; python -m xclip_jax.report {config.run} tries again")
     say(f"model: {config.run}; load it with xclip_jax.load({config.run!r}), see README for evaluate, embed and export")
-    return results
+    return flat(results)
 
 
 def _report(job: _Run, variables: Mapping[str, Any]) -> None:
