@@ -399,12 +399,12 @@ def test_what_is_looked_at(monkeypatch):
             return selection.RetrievalSet(spec, images, [["a"]] * 3)
         return ZeroShotSet(spec, images, np.arange(3), [[f"{c} {i}" for i in range(4000)] for c in "abc"])
 
-    monkeypatch.setattr(selection.sets, "load", load)
+    monkeypatch.setattr(selection.registry, "load", load)
     specs = ["imagenet", "probe/cifar10", "folder:x", "sts12@y", "coco_retrieval"]
     found = selection.pick(specs, Preprocessing(4), None, None, 0)
     assert set(asked) == {"imagenet", "folder:x", "coco_retrieval"} and found.missing == ["imagenet is not prepared."]
     assert [panel.title for panel, *_ in found.zeroshot] == ["folder:x"] and found.retrieval[0].name == "coco_retrieval"
-    assert sum(map(len, found.zeroshot[0][1].prompts)) == selection.PROMPTS and not found.emoji
+    assert sum(map(len, found.zeroshot[0][1].prompts)) == selection.PROMPTS and not found.credits
     asked.clear()
     found = selection.pick(
         ["emoji/test_line", "emoji/test_probe", "emoji/test_concepts", "emoji/test_rendering_rest"],
@@ -413,7 +413,7 @@ def test_what_is_looked_at(monkeypatch):
         None,
         0,
     )
-    assert [panel.spec for panel, *_ in found.zeroshot] == ["emoji/test_concepts", "emoji/test_line"] and found.emoji
+    assert [panel.spec for panel, *_ in found.zeroshot] == ["emoji/test_concepts", "emoji/test_line"] and found.credits
     assert "emoji/test_rendering_rest" not in asked
 
 

@@ -9,7 +9,7 @@ from configs import demo as demo_config
 from tests.encoding import SIZE, K, make_encoder, small_model
 from xclip_jax.data import demo
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import flat_names, registry, summary
+from xclip_jax.evaluators import emoji_sets, flat_names, registry, summary
 from xclip_jax.evaluators.result import flat
 from xclip_jax.report import canvas, examples, html, picture, record
 
@@ -63,11 +63,11 @@ def small_demo(monkeypatch):
         def as_data_source(self, split, decoders):
             return [record(*key) for key in SPLITS[split]]
 
-    registry._emoji.cache_clear()
+    emoji_sets._emoji.cache_clear()
     monkeypatch.setattr(demo, "prepare", lambda data_dir: Builder())
     monkeypatch.setattr(demo, "concepts", lambda builder: CONCEPTS)
     yield
-    registry._emoji.cache_clear()
+    emoji_sets._emoji.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_texts_of_the_demo(small_demo):
 
 
 def test_every_set_says_where_it_is_from(small_demo):
-    for spec in registry.SETS:
+    for spec in emoji_sets.EmojiSets.names:
         card = registry.load(spec, SIZE).card
         assert card.data == "emoji_pairs" and len(card.split_hash) == 16 and card.protocol, spec
     assert registry.load("emoji/test_line", SIZE).card == registry.load("emoji/test_line", SIZE).card
@@ -170,7 +170,7 @@ def test_the_gap_to_imagenet_is_shown():
 def test_every_set_can_be_evaluated_and_an_unknown_one_lists_them(small_demo):
     _, variables = small_model()
     encoder, results = make_encoder(), {}
-    for spec in registry.SETS:
+    for spec in emoji_sets.EmojiSets.names:
         found = registry.make(spec, encoder).run(variables)
         assert not results.keys() & found.keys()
         results |= found
@@ -226,4 +226,4 @@ def test_prompts_of_unseen_concepts(small_demo):
         "tag 3",
     ]
     assert registry.load("emoji/test_concepts_one_prompt", SIZE).prompts[0] == ["name 4, tag 0, tag 1, tag 2"]
-    assert registry._prompts({"name": "n", "tags": []}) == ["n"]
+    assert emoji_sets._prompts({"name": "n", "tags": []}) == ["n"]

@@ -2,10 +2,13 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.encoder import Encoder
+from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.result import Result, flat
 
 
@@ -92,3 +95,54 @@ class Evaluator(abc.ABC):
     def count(self, metric: str, value: float, **fields: Any) -> Result:
         """A plain number that goes with the results, such as the size of the set."""
         return self.result(metric, value, unit="", **fields)
+
+
+class SetKind(abc.ABC):
+    """A kind of evaluation sets: those whose names begin alike.
+
+    A set is an object with `name`, `card` and `evaluator`: the protocol that it is for, a name in
+    `registry.EVALUATORS` or "package.module:Class".
+
+    Attributes:
+      prefixes: the first words of the names, up to "/", ":" or "@".
+      names: complete names of sets, as far as there is a list of them.
+      at_path: names that a path follows, NAME@PATH.
+      usage: how else its sets are named, for --help.
+      panels: {name: (title, sentence)} of sets that a report shows before others; the sentence may contain {ways}.
+      queries: texts that a report searches the images with.
+      credit: who made the images, for a page that shows some.
+    """
+
+    prefixes: ClassVar[Sequence[str]] = ()
+    names: ClassVar[Sequence[str]] = ()
+    at_path: ClassVar[Sequence[str]] = ()
+    usage: ClassVar[str] = ""
+    panels: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    queries: ClassVar[Sequence[str]] = ()
+    credit: ClassVar[str] = ""
+
+    @classmethod
+    def knows(cls, spec: str) -> bool:
+        """Whether `spec`, which begins with one of `prefixes`, is a name that `load` accepts; no file is read."""
+        return bool(spec)
+
+    @classmethod
+    def closest(cls, spec: str) -> list[str]:
+        """Names that are spelled like `spec`, which is unknown."""
+        return closest(spec, cls.names, cls.at_path)
+
+    @classmethod
+    @abc.abstractmethod
+    def load(cls, spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> Any:
+        """Return the set `spec`, its images square and uint8; the arguments are those of `registry.load`."""
+
+    @classmethod
+    def shows(cls, spec: str) -> str:
+        """What a report can show of a set: "classes" of a `ZeroShotSet`, "captions" of a `RetrievalSet`, or ""."""
+        return ""
+
+
+def closest(spec: str, names: Iterable[str], at_path: Iterable[str]) -> list[str]:
+    """Up to three of the names that are spelled like `spec`, as a user writes them."""
+    written = {name: f"{name}@PATH" for name in at_path} | {name: name for name in names}
+    return [written[name] for name in difflib.get_close_matches(spec.partition("@")[0], written, n=3)]

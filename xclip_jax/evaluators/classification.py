@@ -13,7 +13,7 @@ import numpy as np
 from xclip_jax.data import glue, labelled
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators.base import Evaluator, Layout, Metric
+from xclip_jax.evaluators.base import Evaluator, Layout, Metric, SetKind
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.prompts import Profile
@@ -149,3 +149,16 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
     )
     items = Pictures(source.items, prepare) if images else source.items
     return LabelledSet(spec, items, labels, len(source.names) or 1, card, tuple(source.names))
+
+
+class FinetunedSets(SetKind):
+    """`finetuned/SOURCE`: labelled items for a model with a classifier."""
+
+    prefixes = (PREFIX.rstrip("/"),)
+    usage = "of a fine-tuned model: finetuned/SOURCE"
+    load = staticmethod(load)
+
+    @classmethod
+    def knows(cls, spec: str) -> bool:
+        """Whether a source is named."""
+        return spec.startswith(PREFIX)
