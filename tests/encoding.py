@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from xclip_jax.data.preprocessing import Preprocessing, mean_std
-from xclip_jax.evaluators import Encoder
+from xclip_jax.evaluators.encoder import Encoder
+from xclip_jax.evaluators.result import flat, items
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.parallel.mesh import AXES, make_mesh
 
@@ -47,3 +48,8 @@ def make_encoder(embed=8, clusters=K, devices=8, batch=16, sizes=(-1, 1, 1)):
 @functools.cache
 def cached_encoder(embed, clusters, devices, batch, sizes):
     return build_encoder(small_model(embed, clusters)[0], devices, batch, sizes)
+
+
+def by_name(results):
+    """{name: value} and {name: items} of results."""
+    return flat(results), items(results)

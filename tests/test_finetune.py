@@ -15,6 +15,7 @@ from etils import epath
 
 from configs import finetune
 from tests import tiny
+from tests.encoding import by_name
 from xclip_jax import evaluate
 from xclip_jax.data import glue, labelled, loader, transforms
 from xclip_jax.errors import UserError
@@ -420,7 +421,8 @@ def test_metrics_of_a_task_with_two_classes(tmp_path):
     data = registry.load(f"finetuned/glue:cola@{folder}/validation", 8)
     assert data.card.metric == "finetuned/matthews" and len(data.items) == 100
     logits = data.labels[:, None] * np.array([-0.5, 0.5]) + np.random.default_rng(0).normal(size=(100, 2))
-    metrics, items = Finetuned(FakeEncoder(logits), data).measure(None)
+    results = Finetuned(FakeEncoder(logits), data).measure(None)
+    metrics, items = by_name(results)
     name, predicted = f"textual/{data.name}", logits.argmax(axis=1)
     found = {key: metrics[f"{name}/finetuned/{key}"] / 100 for key in ("top1", "mean_per_class", "f1", "matthews")}
     assert found == pytest.approx(
@@ -432,7 +434,7 @@ def test_metrics_of_a_task_with_two_classes(tmp_path):
         }
     )
     assert items.keys() == {f"{name}/finetuned/{key}" for key in found} and metrics[f"{name}/majority"] == 50
-    assert "matthews" in summary.render(metrics)
+    assert "matthews" in summary.render(results)
     for logits, message in ((None, "no classifier"), (np.zeros((100, 3)), "a classifier of 3 classes")):
         with pytest.raises(UserError, match=message):
             Finetuned(FakeEncoder(logits), data).run(None)

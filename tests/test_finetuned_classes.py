@@ -8,6 +8,7 @@ import pytest
 from etils import epath
 
 from tests import tiny
+from tests.encoding import by_name
 from tests.test_finetune import FakeEncoder, folder_of_classes
 from xclip_jax import evaluate
 from xclip_jax.config.schema import resolve
@@ -37,12 +38,12 @@ def test_classes_of_the_set_are_numbered_as_those_of_the_model():
     fake.logits = np.eye(3)[[1, 0, 2, 2]]
     same = Finetuned(fake, labelled(("ant", "bee", "cat"), [0, 1, 2, 1]))
     assert same.data.labels.tolist() == [1, 0, 2, 0]
-    metrics, items = same.measure(None)
+    metrics, items = by_name(same.measure(None))
     assert items["textual/finetuned/x/finetuned/top1"].values.tolist() == [1, 1, 1, 0]
     # A class without items is an answer all the same.
     some = Finetuned(fake, labelled(("ant", "cat"), [0, 1]))
     assert some.data.labels.tolist() == [1, 2] and some.data.classes == 3
-    assert some.measure(None)[0]["textual/finetuned/x/ways"] == 3
+    assert some.run(None)["textual/finetuned/x/ways"] == 3
     assert metrics["textual/finetuned/x/finetuned/top1"] == 75
 
 

@@ -6,7 +6,7 @@ import scipy.special
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from tests.encoding import SIZE, make_encoder, small_model
+from tests.encoding import SIZE, by_name, make_encoder, small_model
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import logistic, probe, sgd
 from xclip_jax.evaluators.probe import Probe, ProbeSet, Sweep
@@ -199,7 +199,7 @@ def test_a_probe_finds_what_is_easy_to_see(held):
         ("2-shot",),
         Sweep((1e-2, 1.0, 100.0), 0),
     )
-    metrics, items = Probe(make_encoder(), data).measure(small_model()[1])
+    metrics, items = by_name(Probe(make_encoder(), data).measure(small_model()[1]))
     for task in ("visual/set", "visual/set/odd"):
         assert metrics[f"{task}/n"] == 15 and metrics[f"{task}/ways"] == 2 and metrics[f"{task}/train"] == 40
         for way in ("linear", "knn", "linear/2-shot"):

@@ -1,11 +1,12 @@
 import dataclasses
-import html.parser
 import json
 import math
 import re
 import shutil
 import subprocess
 import time
+from html import unescape
+from html.parser import HTMLParser
 
 import flax.linen as nn
 import jax
@@ -20,7 +21,7 @@ from tests import tiny
 from xclip_jax import report
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import summary
+from xclip_jax.evaluators import flat_names, summary
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 from xclip_jax.losses import noncontrastive
 from xclip_jax.models.layers import stack_blocks
@@ -35,7 +36,7 @@ HOSTILE = "<script>alert(1)</script>\" onload='alert(2)' &amp; <b>"
 SECTIONS = ("names", "search", "clusters", "attention", "confusion", "results", "curves", "health", "run")
 
 
-class Page(html.parser.HTMLParser):
+class Page(HTMLParser):
     """Reads a page and notes its tags, ids, what it loads and its text; unbalanced tags are an error."""
 
     VOID = frozenset(("meta", "input", "img", "br", "wbr", "line", "rect", "polyline", "link"))
@@ -270,7 +271,7 @@ def test_one_cluster_or_a_batch_of_one_pair_cannot_be_judged(k, b, tmp_path):
 
 def test_the_evaluation_stands_in_for_results(tmp_path):
     found = written(tmp_path / "run", "clip", [])
-    assert found.results == {} and found.steps == 0
+    assert found.results == [] and found.steps == 0
     result = {"name": "zeroshot/x", "metrics": {"top1": 12.5, "top5": 50.0, "n": 8, "ways": 10}}
     (tmp_path / "run" / "evaluation.json").write_text(json.dumps({"results": [result]}))
     words = " ".join(Page(html.render(record.read(tmp_path / "run"), examples.Examples())).text)
@@ -287,6 +288,7 @@ def test_results_are_told_from_chance(tmp_path):
     results |= {"retrieval/r/images": 100.0, "retrieval/r/captions": 500.0}
     results |= {"visual/p/linear/top1": 55.0, "visual/p/n": 100.0, "visual/p/ways": 3.0, "visual/p/majority": 50.0}
     results |= {"textual/s/spearman_all": 50.0, "textual/s/spearman_mean": 50.0, "textual/s/pairs": 100.0}
+    results = flat_names.read(results)
     judged = chance.verdicts(results)
     assert judged == {
         ("a<b", "top1"): "above chance", ("b", "top1"): "not distinguishable from chance",
@@ -312,7 +314,7 @@ def test_verdicts_change_where_the_exact_interval_ends(n, right, low, high):
         if share > 0:
             results = {"visual/x/linear/top1": 100 * right / n, "visual/x/n": float(n), "visual/x/ways": 2.0}
             results["visual/x/majority"] = 100 * share
-            assert chance.verdicts(results) == {("x", "linear/top1"): verdict}
+            assert chance.verdicts(flat_names.read(results)) == {("x", "linear/top1"): verdict}
 
 
 # Parts.
@@ -323,6 +325,7 @@ def test_tables_have_a_cell_for_each_column_and_say_what_their_text_says():
     results |= {"zeroshot/a/cosine/top1": 40.0, "zeroshot/a/cosine/top5": 60.0}
     results |= {f"retrieval/r/{way}/r{k}": 9.0 for way in ("image_to_text", "text_to_image") for k in (1, 5)}
     results |= {"retrieval/r/images": 5.0, "retrieval/r/captions": 20.0}
+    results = flat_names.read(results)
     found = summary.tables(results)
     assert [t.title.split(",")[0] for t in found] == ["zero-shot classification", "retrieval", "the families"]
     assert all(len(cells) == len(t.columns) for t in found for _, cells in t.rows)
@@ -397,12 +400,12 @@ def test_what_is_looked_at(monkeypatch):
             return selection.RetrievalSet(spec, images, [["a"]] * 3)
         return ZeroShotSet(spec, images, np.arange(3), [[f"{c} {i}" for i in range(4000)] for c in "abc"])
 
-    monkeypatch.setattr(selection.sets, "load", load)
+    monkeypatch.setattr(selection.registry, "load", load)
     specs = ["imagenet", "probe/cifar10", "folder:x", "sts12@y", "coco_retrieval"]
     found = selection.pick(specs, Preprocessing(4), None, None, 0)
     assert set(asked) == {"imagenet", "folder:x", "coco_retrieval"} and found.missing == ["imagenet is not prepared."]
     assert [panel.title for panel, *_ in found.zeroshot] == ["folder:x"] and found.retrieval[0].name == "coco_retrieval"
-    assert sum(map(len, found.zeroshot[0][1].prompts)) == selection.PROMPTS and not found.emoji
+    assert sum(map(len, found.zeroshot[0][1].prompts)) == selection.PROMPTS and not found.credits
     asked.clear()
     found = selection.pick(
         ["emoji/test_line", "emoji/test_probe", "emoji/test_concepts", "emoji/test_rendering_rest"],
@@ -411,7 +414,7 @@ def test_what_is_looked_at(monkeypatch):
         None,
         0,
     )
-    assert [panel.spec for panel, *_ in found.zeroshot] == ["emoji/test_concepts", "emoji/test_line"] and found.emoji
+    assert [panel.spec for panel, *_ in found.zeroshot] == ["emoji/test_concepts", "emoji/test_line"] and found.credits
     assert "emoji/test_rendering_rest" not in asked
 
 
@@ -520,7 +523,7 @@ def test_in_a_browser_nothing_fails_and_nothing_sticks_out(width, run, tmp_path)
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     out = re.search(r'<pre id="out">(.+?)</pre>', done.stdout, re.DOTALL)
     assert out, done.stderr[-2000:]
-    found = json.loads(html.unescape(out[1]))
+    found = json.loads(unescape(out[1]))
     assert found["errors"] == []
     assert found["width"] <= found["inner"] == width
     assert found["tip"].startswith("step 4") and found["left"] == 0 and found["first"] == "step 1"

@@ -12,8 +12,8 @@ from tests import tiny
 from xclip_jax import evaluate, model_card
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, results
+from xclip_jax.evaluators.result import flat
 from xclip_jax.evaluators.statistics import Items
-from xclip_jax.report import record
 from xclip_jax.train import trainer
 
 STEPS = 2
@@ -53,7 +53,7 @@ def test_later_commands_add_to_the_file(root):
     assert [r["set"] for r in written["results"]] == [one, two] and written["step"] == STEPS
     assert [r["step"] for r in written["other_results"]] == [1]
     # What shows the newest shows both, and nothing of the earlier step.
-    assert record._evaluated(epath.Path(file)).keys() == {
+    assert flat(results.of_entries(written["results"])).keys() == {
         f"{r['name']}/{key}" for r in written["results"] for key in r["metrics"]
     }
     evaluate.evaluate(run, one, profile="slip")

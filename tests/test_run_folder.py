@@ -21,6 +21,7 @@ from xclip_jax import environment, storage
 from xclip_jax.data import loader
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
+from xclip_jax.evaluators.result import Result
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.train import build, interrupt, loop, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
@@ -61,7 +62,7 @@ class Evaluator:
         self.calls.append(variables)
         if self.fails:
             raise OSError(f"disk of {self.name} is gone")
-        return {f"{self.name}/top1": 12.5}, {}
+        return [Result("", self.name, "top1", 12.5)]
 
 
 @pytest.fixture

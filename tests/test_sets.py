@@ -9,7 +9,8 @@ from configs import demo as demo_config
 from tests.encoding import SIZE, K, make_encoder, small_model
 from xclip_jax.data import demo
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import registry, summary
+from xclip_jax.evaluators import emoji_sets, flat_names, registry, summary
+from xclip_jax.evaluators.result import flat
 from xclip_jax.report import canvas, examples, html, picture, record
 
 # The demo's sets, on a small copy of its data.
@@ -62,11 +63,11 @@ def small_demo(monkeypatch):
         def as_data_source(self, split, decoders):
             return [record(*key) for key in SPLITS[split]]
 
-    registry._emoji.cache_clear()
+    emoji_sets._emoji.cache_clear()
     monkeypatch.setattr(demo, "prepare", lambda data_dir: Builder())
     monkeypatch.setattr(demo, "concepts", lambda builder: CONCEPTS)
     yield
-    registry._emoji.cache_clear()
+    emoji_sets._emoji.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_texts_of_the_demo(small_demo):
 
 
 def test_every_set_says_where_it_is_from(small_demo):
-    for spec in registry.SETS:
+    for spec in emoji_sets.EmojiSets.names:
         card = registry.load(spec, SIZE).card
         assert card.data == "emoji_pairs" and len(card.split_hash) == 16 and card.protocol, spec
     assert registry.load("emoji/test_line", SIZE).card == registry.load("emoji/test_line", SIZE).card
@@ -133,9 +134,9 @@ def test_every_set_says_where_it_is_from(small_demo):
 
 
 def test_the_final_table_has_a_row_for_each_family(small_demo):
-    results = {}
+    results = []
     for spec in (*demo_config.get_config().eval.sets, *demo_config.TESTS):
-        results |= registry.make(spec, make_encoder()).run(small_model()[1])
+        results += registry.make(spec, make_encoder()).measure(small_model()[1])
     lines = summary.render(results).splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("the families"))
     assert [line[:26].strip() for line in lines[at + 1 :]] == [
@@ -148,7 +149,7 @@ def test_the_final_table_has_a_row_for_each_family(small_demo):
     chosen = [line[26:].split()[0] for line in lines[at + 1 :]]
     assert chosen == [f"emoji/test_{n}" for n in ("concepts", "line", "retrieval", "probe/category", "aliases")]
     assert float(lines[at + 4].split()[-2]) == pytest.approx(
-        results["visual/emoji/test_probe/category/linear/top1"], abs=0.051
+        flat(results)["visual/emoji/test_probe/category/linear/top1"], abs=0.051
     )
     assert set(demo_config.TESTS) == set(registry.SUITES["demo"])
     assert "test_translations" in summary.headlines(results)
@@ -156,18 +157,20 @@ def test_the_final_table_has_a_row_for_each_family(small_demo):
 
 def test_the_gap_to_imagenet_is_shown():
     sizes = {"n": 5.0, "ways": 1000.0, "top5": 90.0}
-    both = {
-        f"zeroshot/{name}/{key}": value
-        for name, top1 in (("imagenet", 60.0), ("imagenet_a", 20.5))
-        for key, value in (sizes | {"top1": top1}).items()
-    }
+    both = flat_names.read(
+        {
+            f"zeroshot/{name}/{key}": value
+            for name, top1 in (("imagenet", 60.0), ("imagenet_a", 20.5))
+            for key, value in (sizes | {"top1": top1}).items()
+        }
+    )
     assert "less than imagenet" in summary.render(both) and "39.5" in summary.render(both)
 
 
 def test_every_set_can_be_evaluated_and_an_unknown_one_lists_them(small_demo):
     _, variables = small_model()
     encoder, results = make_encoder(), {}
-    for spec in registry.SETS:
+    for spec in emoji_sets.EmojiSets.names:
         found = registry.make(spec, encoder).run(variables)
         assert not results.keys() & found.keys()
         results |= found
@@ -223,4 +226,4 @@ def test_prompts_of_unseen_concepts(small_demo):
         "tag 3",
     ]
     assert registry.load("emoji/test_concepts_one_prompt", SIZE).prompts[0] == ["name 4, tag 0, tag 1, tag 2"]
-    assert registry._prompts({"name": "n", "tags": []}) == ["n"]
+    assert emoji_sets._prompts({"name": "n", "tags": []}) == ["n"]

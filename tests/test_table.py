@@ -1,6 +1,6 @@
 import pytest
 
-from xclip_jax.evaluators import summary
+from xclip_jax.evaluators import flat_names, summary
 
 
 def zero_shot(name):
@@ -17,19 +17,20 @@ def retrieval(name, chance=True):
 
 
 def test_without_results_nothing_is_rendered():
-    assert summary.render({}) == summary.headlines({}) == "" and summary.tables({}) == []
+    assert summary.render([]) == summary.headlines([]) == "" and summary.tables([]) == []
 
 
 def test_chance_of_retrieval_counts_every_caption():
-    (recalls,) = [t for t in summary.tables(retrieval("coco")) if t.title.startswith("retrieval")]
+    results = flat_names.read(retrieval("coco"))
+    (recalls,) = [t for t in summary.tables(results) if t.title.startswith("retrieval")]
     cells = ["61.0", "(5.0)", "65.0", "(23.0)", "61.0", "(5.0)", "65.0", "(25.0)"]
     assert recalls.rows == [("coco", ["20", "100", *cells])]
-    assert summary.families(retrieval("coco")).rows == [("retrieval", ["coco", "image_to_text/r1", "61.0", "(5.0)"])]
+    assert summary.families(results).rows == [("retrieval", ["coco", "image_to_text/r1", "61.0", "(5.0)"])]
 
 
 def test_chance_of_retrieval_in_results_without_it():
     """Results of earlier versions: five captions an image, of which none is shared."""
-    results = retrieval("coco", chance=False)
+    results = flat_names.read(retrieval("coco", chance=False))
     assert summary.families(results).rows[0][1][-1] == "(5.0)"
     (recalls, *_) = summary.tables(results)
     assert recalls.rows[0][1] == ["20", "100", "61.0", "(5.0)", "65.0", "", "61.0", "(5.0)", "65.0", ""]
@@ -37,14 +38,14 @@ def test_chance_of_retrieval_in_results_without_it():
 
 def test_chance_of_a_mean_average_precision_is_not_one_over_the_classes():
     metrics = {"n": 8.0, "ways": 4.0, "map": 50.0, "map11": 51.0}
-    results = {f"zeroshot/voc/{key}": value for key, value in metrics.items()}
+    results = flat_names.read({f"zeroshot/voc/{key}": value for key, value in metrics.items()})
     assert summary.families(results).rows == [("zero-shot classification", ["voc", "map11", "51.0", ""])]
 
 
 def test_long_names_do_not_shift_the_columns():
     long = "mnist_and_more_than_that@relative/path/of/a/set/that/is/long"
     results = zero_shot(long) | zero_shot("mnist") | retrieval("coco_retrieval@pictures/of/2017/dataset_coco.json")
-    lines = summary.render(results).splitlines()
+    lines = summary.render(flat_names.read(results)).splitlines()
     blocks = {"zero-shot": lines[:3], "retrieval": lines[3:5], "families": lines[5:]}
     assert [len(block) for block in blocks.values()] == [3, 2, 3]
     assert long in blocks["zero-shot"][1] and len({line.index("57.5") for line in blocks["zero-shot"][1:]}) == 1
@@ -55,7 +56,7 @@ def test_long_names_do_not_shift_the_columns():
 
 
 def test_short_names_have_the_usual_columns():
-    lines = summary.render(zero_shot("mnist") | retrieval("coco")).splitlines()
+    lines = summary.render(flat_names.read(zero_shot("mnist") | retrieval("coco"))).splitlines()
     assert lines[1].index("4") == 42 + 5 and lines[5].index("mnist") == 26 and lines[5].index("top1") == 56
 
 
@@ -75,7 +76,7 @@ def test_short_names_have_the_usual_columns():
     ],
 )
 def test_sets_of_own_files_have_short_names(names, short):
-    results = {key: value for name in names for key, value in zero_shot(name).items()}
+    results = flat_names.read({key: value for name in names for key, value in zero_shot(name).items()})
     classified, *_ = summary.tables(results)
     assert [name for name, _ in classified.rows] == short
     assert summary.families(results).rows[0][1][0] == short[0]

@@ -2,14 +2,13 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from tests.encoding import make_encoder, small_model
+from tests.encoding import by_name, make_encoder, small_model
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.text import (
     Similarity,
     SimilaritySet,
     TextRetrieval,
     TextRetrievalSet,
-    correlations,
     embedding,
 )
 
@@ -23,7 +22,7 @@ def pairs(n, seed):
 def test_similarity_equals_scipy_and_names_what_it_averages():
     data = SimilaritySet("sts", {"first": pairs(40, 0), "second": pairs(10, 1)})
     encoder, variables = make_encoder(), small_model()[1]
-    metrics, items = Similarity(encoder, data).measure(variables)
+    metrics, items = by_name(Similarity(encoder, data).measure(variables))
     cosine, gold = [], []
     for part in data.subsets.values():
         a, b = (encoder.texts(variables, [pair[side] for pair in part])["z"] for side in (0, 1))
@@ -50,8 +49,8 @@ def test_similarity_equals_scipy_and_names_what_it_averages():
 def test_all_and_mean_differ():
     # Each subset alone is ordered perfectly, the two together are not.
     data = SimilaritySet("x", {"a": [("", "", g) for g in (1, 2, 3)], "b": [("", "", g) for g in (4, 5)]})
-    metrics, _ = correlations("x", np.array([0.7, 0.8, 0.9, 0.1, 0.2]), data)
-    assert metrics["x/spearman_mean"] == pytest.approx(100) and metrics["x/spearman_all"] < 0
+    metrics, _ = by_name(Similarity(make_encoder(), data).correlations(np.array([0.7, 0.8, 0.9, 0.1, 0.2])))
+    assert metrics["textual/x/spearman_mean"] == pytest.approx(100) and metrics["textual/x/spearman_all"] < 0
 
 
 def test_wrong_sets():
@@ -71,7 +70,7 @@ def test_retrieval_of_texts_by_hand():
     queries = [("aaaa", 0), ("zzzz", 2), ("zzzz", 1), ("mmmm", 1)]
     groups = {"first": np.array([True, False, False, False]), "second": np.array([False, True, True, True])}
     encoder, variables = make_encoder(), small_model()[1]
-    metrics, items = TextRetrieval(encoder, TextRetrievalSet("x", texts, queries)).measure(variables)
+    metrics, items = by_name(TextRetrieval(encoder, TextRetrievalSet("x", texts, queries)).measure(variables))
     assert metrics["textual/x/r1"] == 75 and metrics["textual/x/r5"] == 100
     assert metrics["textual/x/queries"] == 4 and metrics["textual/x/texts"] == 3
     assert items["textual/x/r1"].values.tolist() == [1, 1, 0, 1]

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from tests.encoding import SIZE, make_encoder, small_model
+from tests.encoding import SIZE, by_name, make_encoder, small_model
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, statistics
 from xclip_jax.evaluators.classification import Finetuned
@@ -39,7 +39,7 @@ def measure(spec, embed=8, clusters=10, profile=PROFILES["openai"], **changes):
     evaluator = registry.make(spec, make_encoder(embed, clusters), None, profile)
     if changes:
         evaluator.data = dataclasses.replace(evaluator.data, **changes)
-    return registry.measure(evaluator, small_model(embed, clusters)[1])
+    return by_name(registry.measure(evaluator, small_model(embed, clusters)[1]))
 
 
 @pytest.mark.parametrize(("embed", "clusters"), [(8, 0), (0, 10), (8, 10)])
@@ -163,7 +163,7 @@ def test_a_fine_tuned_model_is_wrong_on_them(tmp_path):
             found = make_encoder().images(variables, images, ("z",))["z"]
             return {"c": found[:, :2]}
 
-    metrics, items = Finetuned(Encoder(), registry.load(spec, SIZE)).measure(small_model()[1])
+    metrics, items = by_name(Finetuned(Encoder(), registry.load(spec, SIZE)).measure(small_model()[1]))
     name = f"visual/{spec}"
     assert (items[f"{name}/finetuned/top1"].values[list(BROKEN)] == 0).all() and metrics[f"{name}/n"] == 100
 
@@ -172,5 +172,5 @@ def test_a_model_that_diverged_is_wrong_everywhere(tmp_path):
     spec = f"folder:{folder(tmp_path)}"
     evaluator = registry.make(spec, make_encoder())
     nans = jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), small_model()[1])
-    metrics, _ = registry.measure(evaluator, nans)
+    metrics, _ = by_name(registry.measure(evaluator, nans))
     assert metrics[f"zeroshot/{spec}/top1"] == 0 and f"zeroshot/{spec}/unreadable" not in metrics

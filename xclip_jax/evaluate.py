@@ -33,15 +33,16 @@ from xclip_jax import environment
 from xclip_jax.console import log0
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import Parser, UserError, exit_with_message
-from xclip_jax.evaluators import Evaluator, registry, results, summary
+from xclip_jax.evaluators import registry, result, results, summary
+from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.encoder import make_encoder
 from xclip_jax.evaluators.provenance import describe
+from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import bootstrap
 from xclip_jax.storage import write_json
 from xclip_jax.train.weights import load
 
 NAME = "evaluation.json"
-_SIZES = ("n", "images", "queries", "pairs")
 
 
 def chosen(suite: str | Sequence[str]) -> tuple[str, ...]:
@@ -104,20 +105,20 @@ def evaluate(
     command = {"suite": suite if isinstance(suite, str) else list(suite), "config": config.to_dict(),
                "environment": environment.capture()}  # fmt: skip
     which = {"checkpoint": str(run), "step": at, "profile": profile, "changes": changes}
-    flat: dict[str, float] = {}
+    measured: list[Result] = []
     added = []
     for name, evaluator in zip(names, evaluators, strict=True):
         since = time.perf_counter()
-        found, items = registry.measure(evaluator, variables)
+        of_set = registry.measure(evaluator, variables)
         seconds = time.perf_counter() - since
-        added.append(_entry(name, evaluator, found, config) | which | {"seconds": seconds})
-        flat |= found
+        added.append(_entry(name, evaluator, of_set, config) | which | {"seconds": seconds})
+        measured += of_set
         command["seconds"] = time.perf_counter() - began
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            results.add(path, added[-1], items, command, own=not output)
+            results.add(path, added[-1], result.items(of_set), command, own=not output)
     log0(f"{run}, step {at}, profile {profile}")
-    log0(summary.render(flat))
+    log0(summary.render(measured))
     log0(f"results: {path}")
     return {**which, **command, "results": added}
 
@@ -150,20 +151,19 @@ def _make_folder(path: epath.Path) -> None:
             raise UserError(f"--output {str(path)!r}: the folder cannot be made ({error}).") from error
 
 
-def _entry(name: str, evaluator: Evaluator, found: Mapping[str, float], config: ml_collections.ConfigDict) -> dict:
-    """One set's entry: the card, the card's metric as "value", and all metrics by their short names."""
-    card = describe(evaluator.data.card)
-    short = {key.removeprefix(f"{evaluator.name}/"): value for key, value in found.items()}
-    metric = card.get("metric", "")
-    if metric not in short:  # a set whose card says nothing
-        metric = next(iter(short))
+def _entry(
+    name: str, evaluator: Evaluator, measured: Sequence[Result], config: ml_collections.ConfigDict
+) -> results.Entry:
+    """One set's entry: where it is from, the headline as "value", all metrics by their short names, and the records."""
+    headline = next(each for each in measured if each.headline)
+    card = dict(describe(headline.protocol))
     if "preprocessing" in card:
         prepare = Preprocessing.from_config(config)
         card["preprocessing"] += f", {prepare.size} px, {prepare.normalization}"
     tokens = {"tokenizer": config.data.tokenizer, "text_length": config.model.txt.length}
-    n = next((short[key] for key in short if key.rpartition("/")[2] in _SIZES), 0.0)
-    sides = {"set": name, "name": evaluator.name, "metric": metric, "value": short[metric], "n": int(n)}
-    return card | tokens | sides | {"metrics": short}
+    sides = {"set": name, "name": evaluator.name, "metric": headline.key, "value": headline.value, "n": headline.n}
+    metrics_of = {each.key: each.value for each in measured}
+    return card | tokens | sides | {"metrics": metrics_of, "records": result.to_json(measured)}
 
 
 def _read(where: str, step: int | None, profile: str | None) -> tuple[list[results.Entry], results.ItemsOf]:

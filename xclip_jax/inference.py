@@ -26,7 +26,7 @@ from xclip_jax.data.prefetch import Ahead
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.tar_index import MAX_BYTES
 from xclip_jax.errors import BadSample, UserError, check_count
-from xclip_jax.evaluators import Encoder, Features
+from xclip_jax.evaluators.encoder import Encoder, Features
 from xclip_jax.evaluators.text import embedding
 from xclip_jax.evaluators.zeroshot import class_scores, distributions
 from xclip_jax.models.layers import unstack_blocks

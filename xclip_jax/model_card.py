@@ -192,7 +192,7 @@ def _results(folder: epath.Path, config: ml_collections.ConfigDict, at: int) -> 
     lines = ["## Results"]
     last, evaluation = _read(folder / "results.json"), folder / "evaluation.json"
     if last and last["results"] and at == config.steps:
-        lines.append(f"At the end of training, in percent:\n\n```\n{summary.render(last['results'])}\n```")
+        lines.append(f"At the end of training, in percent:\n\n```\n{summary.render(results.of_run(last))}\n```")
     entries = results.read(evaluation)[0] if evaluation.exists() else []
     if entries := [entry for entry in entries if entry["step"] == at]:
         shown, _ = results.latest(entries)

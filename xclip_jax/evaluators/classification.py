@@ -6,21 +6,24 @@ finetuned/folder:PATH, finetuned/glue:cola/validation. Its classes are those tha
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from xclip_jax.data import glue, labelled
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import Encoder
+from xclip_jax.evaluators.base import Evaluator, Layout, Metric, SetKind
+from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.provenance import Card, contents, digest
+from xclip_jax.evaluators.provenance import VALIDATION, Card, contents, digest
+from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import Items, class_weights
 from xclip_jax.evaluators.zeroshot import accuracy
 
 PREFIX = "finetuned/"
+_LABELS = {"top1": "top-1", "matthews": "Matthews", "f1": "F1", "spearman": "Spearman", "pearson": "Pearson"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +37,8 @@ class LabelledSet:
       classes: number of them; 1 where labels are numbers.
       names: of the classes; none where labels are numbers.
     """
+
+    evaluator: ClassVar[str] = "classifier"
 
     name: str
     items: Sequence[Any]
@@ -62,54 +67,56 @@ class LabelledSet:
         return dataclasses.replace(self, labels=labels, classes=len(names), names=tuple(names))
 
 
-class Finetuned:
+class Finetuned(Evaluator):
     """Results in percent, named "visual/<set>/finetuned/top1", or "textual/..." for texts.
 
     Of classes top1, top5 and mean_per_class, of two of them also f1 and matthews, beside n, ways and "majority", what
     always naming the largest class gives; of numbers spearman and pearson, beside their number "pairs".
     """
 
+    layouts = (
+        Layout(
+            "fine-tuned, %",
+            ("visual", "textual"),
+            tuple(Metric(f"finetuned/{key}", key, f"fine-tuned, {label}") for key, label in _LABELS.items()),
+        ),
+    )
+
     def __init__(self, encoder: Encoder, data: LabelledSet) -> None:
         """Raises `UserError` where the set has a class that the model's classifier does not know."""
-        if encoder.classes and data.names:
-            data = data.renumbered(encoder.classes)
-        self.encoder, self.data = encoder, data
+        super().__init__(encoder, data.renumbered(encoder.classes) if encoder.classes and data.names else data)
         self.images = not isinstance(data.items[0], str)
-        self.name = f"{'visual' if self.images else 'textual'}/{data.name}"
+        self.family = "visual" if self.images else "textual"
 
-    def run(self, variables: Any) -> dict[str, float]:
-        """The metrics that the class names; `variables` is what `TwoTowers.apply` takes."""
-        return self.measure(variables)[0]
-
-    def measure(self, variables: Any) -> tuple[dict[str, float], dict[str, Items]]:
-        """The metrics, and the items of those that can be resampled."""
+    def measure(self, variables: Any) -> list[Result]:
+        """Return the results that the class names."""
         encode = self.encoder.images if self.images else self.encoder.texts
         logits = encode(variables, self.data.items, ("c",)).get("c")
         if logits is None or logits.shape[1] != self.data.classes:
-            found = "no classifier" if logits is None else f"a classifier of {logits.shape[1]} classes"
-            raise UserError(f"{self.data.name} has {self.data.classes} classes and the model {found}; see finetune.py.")
-        labels, name = self.data.labels, f"{self.name}/finetuned"
+            model = "no classifier" if logits is None else f"a classifier of {logits.shape[1]} classes"
+            raise UserError(f"{self.data.name} has {self.data.classes} classes and the model {model}; see finetune.py.")
+        labels, n = self.data.labels, len(self.data.labels)
         if self.data.classes == 1:
-            kinds = ("spearman", "pearson")
-            items = {f"{name}/{kind}": Items(logits[:, 0], other=labels, statistic=kind) for kind in kinds}
-            found = {key: item.value() for key, item in items.items()}
-            return found | {f"{self.name}/pairs": float(len(labels))}, items
+            items = {key: Items(logits[:, 0], other=labels, statistic=key) for key in ("spearman", "pearson")}
+            results = [
+                self.result(f"finetuned/{key}", x.value(), unit="x 100", n=n, items=x) for key, x in items.items()
+            ]
+            return [*results, self.count("pairs", n)]
+        majority = 100 * float(np.bincount(labels).max() / n)
         right = (logits.argmax(axis=1) == labels) & np.isfinite(logits).all(axis=1)
         items = {
-            f"{name}/top1": Items(right.astype(float)),
-            f"{name}/mean_per_class": Items(right.astype(float), class_weights(labels)),
+            "top1": Items(right.astype(float)),
+            "mean_per_class": Items(right.astype(float), class_weights(labels)),
         }
         if self.data.classes == 2:
             predicted = np.where(right, labels, 1 - labels)
-            for kind in ("f1", "matthews"):
-                items[f"{name}/{kind}"] = Items(predicted, other=labels, statistic=kind)
-        metrics = {
-            f"{name}/top5": 100 * accuracy(logits, labels, 5),
-            f"{self.name}/n": float(len(labels)),
-            f"{self.name}/ways": float(self.data.classes),
-            f"{self.name}/majority": 100 * float(np.bincount(labels).max() / len(labels)),
-        }
-        return {key: item.value() for key, item in items.items()} | metrics, items
+            items |= {key: Items(predicted, other=labels, statistic=key) for key in ("f1", "matthews")}
+        results = []
+        for key, item in items.items():
+            chance = majority if key == "top1" else None
+            results.append(self.result(f"finetuned/{key}", item.value(), n=n, items=item, chance=chance))
+        results.append(self.result("finetuned/top5", 100 * accuracy(logits, labels, 5), n=n))
+        return [*results, self.count("n", n), self.count("ways", self.data.classes), self.result("majority", majority)]
 
 
 def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> LabelledSet:
@@ -138,6 +145,20 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
         protocol="the classifier that end-to-end fine-tuning fitted",
         metric=f"finetuned/{metrics[0]}",
         preprocessing=prepare.resizing if images else "",
+        role=VALIDATION if where.endswith("/validation") else "",
     )
     items = Pictures(source.items, prepare) if images else source.items
     return LabelledSet(spec, items, labels, len(source.names) or 1, card, tuple(source.names))
+
+
+class FinetunedSets(SetKind):
+    """`finetuned/SOURCE`: labelled items for a model with a classifier."""
+
+    prefixes = (PREFIX.rstrip("/"),)
+    usage = "of a fine-tuned model: finetuned/SOURCE"
+    load = staticmethod(load)
+
+    @classmethod
+    def knows(cls, spec: str) -> bool:
+        """Whether a source is named."""
+        return spec.startswith(PREFIX)

@@ -1,14 +1,206 @@
-"""The encoder that the evaluators of a run or a model share."""
+"""The encoder that all evaluators share: images and texts to features, in batches of few fixed shapes."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.tokenizer import Tokenizer
-from xclip_jax.evaluators import Encoder
+from xclip_jax.data.transforms import normalize
+from xclip_jax.errors import BadSample, UserError, describe
 from xclip_jax.models.two_towers import TwoTowers
+from xclip_jax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
+
+Features = dict[str, np.ndarray]
+Encode = Callable[..., dict[str, jax.Array]]
+
+MAX_UNREADABLE = 0.05  # of a set's images; with more the number would say little about the model
+
+
+class Encoder:
+    """Images and texts -> features, in batches of one fixed shape, or of a few: each is compiled once a modality.
+
+    The last batch is filled up with zeros and cut after encoding, so that no item is lost and none counts twice. Each
+    process loads only the rows of the batch that its devices hold; features come back whole to every process.
+
+    Attributes:
+      batch: the global batch, rounded up to a multiple of the mesh's batch shards.
+      sizes: all batches that there are, `batch` the largest: it and what `smaller` adds, rounded up alike.
+      tau: temperature of the cluster distributions, softmax(s / tau), for those who make them of the logits.
+      classes: what a fine-tuned model's classifier tells apart, in its order; None where that is unknown.
+      unreadable: which images, by index, could not be read, and why as far as this process knows. `images` adds to it.
+
+    Raises:
+      UserError: a batch below 1.
+    """
+
+    def __init__(
+        self,
+        model: TwoTowers,
+        tokenizer: Callable[[Sequence[str], int], np.ndarray],
+        *,
+        text_length: int,
+        preprocessing: Preprocessing,
+        mesh: Mesh,
+        batch: int = 256,
+        smaller: Sequence[int] = (),
+        tau: float = 1.0,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        if (least := min((batch, *smaller))) < 1:
+            raise UserError(f"expected evaluation batches of 1 item or more (eval.batch); got {least}.")
+        shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+        self.sizes = sorted({math.ceil(size / shards) * shards for size in (batch, *smaller)})
+        self.batch = self.sizes[-1]
+        self.tau, self.preprocessing, self.image_size = tau, preprocessing, preprocessing.size
+        self.classes = None if classes is None else tuple(classes)
+        self.unreadable: dict[int, str] = {}
+        self._tokenizer, self._text_length, self._sharding = tokenizer, text_length, batch_sharding(mesh)
+
+        def encode(variables: Any, x: jax.Array, modality: str) -> dict[str, jax.Array]:
+            if modality not in model.towers:
+                raise UserError(f"the model was fine-tuned and has no {modality} tower; evaluate finetuned/SET.")
+            h = model.apply(variables, x, method="encode_image" if modality == "img" else "encode_text")
+            both = (h, None) if modality == "img" else (None, h)
+            heads = model.apply(variables, *both, train=False, method="project")
+            found = {"h": h, "z": heads.get(f"z_{modality}"), "s": heads.get(f"s_{modality}"), "c": heads.get("logits")}
+            return {key: value.astype(jnp.float32) for key, value in found.items() if value is not None}
+
+        def encode_images(variables: Any, images: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
+            mean, std = preprocessing.mean, preprocessing.std
+            pixels = normalize(images, mean, std) if images.dtype == jnp.uint8 else images
+            features = encode(variables, pixels, "img")
+            # Every process learns in this way which rows the others could not read.
+            return {key: jnp.where(valid[:, None], x, jnp.nan) for key, x in features.items()} | {"valid": valid}
+
+        def encode_texts(variables: Any, tokens: jax.Array, _: jax.Array) -> dict[str, jax.Array]:
+            return encode(variables, tokens, "txt")
+
+        self._encode_images: Encode = jax.jit(encode_images, out_shardings=replicated(mesh))
+        self._encode_texts: Encode = jax.jit(encode_texts, out_shardings=replicated(mesh))
+
+    def images(
+        self, variables: Any, images: Sequence[np.ndarray], features: Sequence[str] = ("h", "z", "s")
+    ) -> Features:
+        """Features of `images`, anything with `len` and `[]` that gives uint8 (size, size, 3).
+
+        Args:
+          variables: what `TwoTowers.apply` takes.
+          images: n of them; they may be decoded when asked for. Or one fp32 array (n, size, size, 3) of pixels that are
+            normalised already.
+          features: which to bring to the host; the model's heads decide which of them exist.
+
+        Returns:
+          fp32 arrays: "h" (n, d) pooled features, "z" (n, e) L2-normalised embeddings where the model has a
+          projection, "s" (n, k) cluster logits where it has cluster heads, "c" (n, classes) logits of a classifier. The
+          rows of an image that raised `BadSample` are NaN.
+
+        Raises:
+          UserError: an image of another shape or dtype, or more than `MAX_UNREADABLE` that raised `BadSample`.
+        """
+        shape = (self.image_size, self.image_size, 3)
+        dtype = np.float32 if getattr(images, "dtype", None) == np.float32 else np.uint8
+        found = self._run(self._encode_images, variables, images, shape, dtype, (*features, "valid"))
+        unreadable = np.flatnonzero(~found.pop("valid")).tolist()
+        self.unreadable |= {i: self._reasons.get(i, "") for i in unreadable}
+        if len(unreadable) > MAX_UNREADABLE * len(images):
+            first = self._reasons.get(unreadable[0], f"image {unreadable[0]}")
+            raise UserError(
+                f"{len(unreadable)} of {len(images)} images cannot be read, more than {MAX_UNREADABLE:.0%}; "
+                f"the first is: {first}"
+            )
+        return found
+
+    def texts(self, variables: Any, texts: Sequence[str], features: Sequence[str] = ("h", "z", "s")) -> Features:
+        """Features of `texts`, as `images` gives them. Equal texts are encoded once and so have equal features."""
+        rows = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        tokens = self._tokenizer(list(rows), self._text_length) if rows else []
+        found = self.tokens(variables, tokens, features)
+        if len(rows) == len(texts):
+            return found
+        return {key: value[[rows[text] for text in texts]] for key, value in found.items()}
+
+    def tokens(
+        self, variables: Any, tokens: Sequence[np.ndarray], features: Sequence[str] = ("h", "z", "s")
+    ) -> Features:
+        """Features of int32 rows (n, text_length) as the tokenizer makes them, as `images` gives them."""
+        return self._run(self._encode_texts, variables, tokens, (self._text_length,), np.int32, features)
+
+    def _run(
+        self,
+        encode: Encode,
+        variables: Any,
+        items: Sequence[np.ndarray],
+        shape: tuple[int, ...],
+        dtype: Any,
+        features: Sequence[str],
+    ) -> Features:
+        results: Features = {}
+
+        def fetch(out: dict[str, jax.Array], start: int) -> None:
+            for key, value in out.items():
+                if key not in results:  # whole from the beginning: joined batches would need the memory twice
+                    results[key] = np.empty((len(items), *value.shape[1:]), value.dtype)
+                results[key][start : start + len(value)] = np.asarray(value)[: len(items) - start]
+
+        self._reasons: dict[int, str] = {}
+        pending: tuple[dict[str, jax.Array], int] = {}, 0
+        start = 0
+        while start < max(len(items), 1):
+            size = self._size(len(items) - start)
+            out = encode(variables, *self._place(items, start, size, shape, dtype))
+            # One batch behind: the device works while the host fetches and loads.
+            fetch(*pending)
+            pending = {key: out[key] for key in features if key in out}, start
+            start += size
+        fetch(*pending)
+        return results
+
+    def _size(self, left: int) -> int:
+        """The largest batch that `left` items fill at least half, or the smallest: less than half is padding."""
+        return next((size for size in reversed(self.sizes) if left > size // 2), self.sizes[0])
+
+    def _place(
+        self, items: Sequence[np.ndarray], start: int, size: int, shape: tuple[int, ...], dtype: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """The global batch of `size` items from `start` on, filled up with zeros, and bool (size,): which are readable.
+
+        Each process loads its own rows.
+        """
+        blocks: dict[int, np.ndarray] = {}
+
+        def rows(index: tuple[slice, ...]) -> np.ndarray:
+            first, stop, _ = index[0].indices(size)
+            # Devices along the mesh's model axis ask for the same rows: load them once.
+            if first not in blocks:
+                block = blocks[first] = np.zeros((stop - first, *shape), dtype)
+                for i in range(start + first, min(start + stop, len(items))):
+                    try:
+                        block[i - start - first] = _checked(items[i], i, shape, dtype)
+                    except BadSample as error:
+                        self._reasons[i] = describe(error)
+            return blocks[first]
+
+        def valid(index: tuple[slice, ...]) -> np.ndarray:
+            return np.array([start + i not in self._reasons for i in range(*index[0].indices(size))])
+
+        batch = jax.make_array_from_callback((size, *shape), self._sharding, rows)
+        return batch, jax.make_array_from_callback((size,), self._sharding, valid)
+
+
+def _checked(item: np.ndarray, i: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """`item`; NumPy would cast and broadcast a wrong one in silence."""
+    if item.shape != shape or item.dtype != dtype:
+        raise UserError(
+            f"item {i} of an evaluation set is {item.dtype} of shape {item.shape}; the encoder was built for "
+            f"{np.dtype(dtype)} of shape {shape}: prepare the set for this model's image size or text length."
+        )
+    return item
 
 
 class Built(Protocol):

@@ -21,6 +21,7 @@ from xclip_jax.data.labelled import Field, Paths
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.sources import lookup, open_tfds
 from xclip_jax.errors import UserError
+from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
 from xclip_jax.evaluators.prompts import Profile
@@ -329,3 +330,18 @@ def load(
         if isinstance(error, UserError):
             raise
         raise UserError(f"{name}: {where!r} is not of the published layout ({error}).") from error
+
+
+class FileSets(SetKind):
+    """Sets of text and retrieval in their published layout, and those of TFDS."""
+
+    prefixes = tuple(dict.fromkeys([*READERS, *RETRIEVAL, "glue"]))
+    names = IN_TFDS
+    at_path = (*READERS, *RETRIEVAL, *GLUE)
+    knows = staticmethod(check)
+    load = staticmethod(load)
+
+    @classmethod
+    def shows(cls, spec: str) -> str:
+        """Sets with captions are shown."""
+        return "captions" if spec.partition("@")[0] in RETRIEVAL else ""

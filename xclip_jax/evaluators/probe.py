@@ -6,15 +6,18 @@ the host whole; fitting runs on one device of each process, so that the result d
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import Encoder, logistic, sgd
+from xclip_jax.evaluators import logistic, sgd
+from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
+from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.provenance import Card
+from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import Items, class_weights, valid_rows
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
@@ -23,7 +26,7 @@ _SEEDS = 3
 _CHUNK = 1 << 25  # similarities at once, fp32
 
 # Whether each test item is right, 0.0 or 1.0 (n,), or the share over several fits; and other metrics.
-Result = tuple[np.ndarray, dict[str, float]]
+Fit = tuple[np.ndarray, dict[str, float]]
 
 
 def knn(
@@ -165,7 +168,7 @@ def choose(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], coun
     return _best(dict(zip(cs, right.tolist(), strict=True)))
 
 
-def nested(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], count: int, tolerance: float) -> Result:
+def nested(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], count: int, tolerance: float) -> Fit:
     """SentEval's nested cross-validation: each fold is tested once, with the C that folds of the others choose."""
     of, right, chosen = folds(y, count), np.zeros(len(y)), []
     for fold in range(count):
@@ -196,6 +199,8 @@ class ProbeSet:
       augmented: for `sgd`, epoch -> other views of those items; without it their features are those of one view.
     """
 
+    evaluator: ClassVar[str] = "probe"
+
     name: str
     train: Sequence[Any]
     validation: Sequence[Any]
@@ -220,7 +225,7 @@ class ProbeSet:
                 raise UserError(f"{self.name}: classes {unseen} of {task or 'the task'} have no training item.")
 
 
-class Probe:
+class Probe(Evaluator):
     """Results of a linear probe and of kNN, in percent, named "visual/<set>[/<task>]/linear/top1" and ".../knn/top1".
 
     Beside them mean_per_class, of two classes f1 (of the second) and matthews, the C of the linear probe
@@ -228,34 +233,46 @@ class Probe:
     training set ".../linear/10%/top1". Texts are probed in the same way, under the family "textual".
     """
 
-    def __init__(self, encoder: Encoder, data: ProbeSet, family: str = "visual") -> None:
-        self.encoder, self.data, self.family = encoder, data, family
-        self.name = f"{family}/{data.name}"
+    layouts = (
+        Layout(
+            "frozen features, %",
+            ("visual", "textual"),
+            (
+                Metric("linear/top1", "top1", "linear probe, top-1"),
+                Metric("knn/top1", "top1", "nearest neighbours, top-1"),
+            ),
+            (
+                Column("ways", "ways", ">6"),
+                Column("items", "n", ">8"),
+                Column("linear", "linear/top1", ">8", chance=">7"),
+                Column("kNN", "knn/top1", ">8"),
+            ),
+        ),
+    )
 
-    def run(self, variables: Any) -> dict[str, float]:
-        """The metrics that the class names; `variables` is what `TwoTowers.apply` takes."""
-        return self.measure(variables)[0]
+    def __init__(self, encoder: Encoder, data: ProbeSet, family: str = "") -> None:
+        super().__init__(encoder, data)
+        self.family = family or ("textual" if isinstance(data.train[0], (str, tuple)) else "visual")
 
-    def measure(self, variables: Any) -> tuple[dict[str, float], dict[str, Items]]:
-        """The metrics, and the items of those that can be resampled."""
-        features = self._features(variables)
-        metrics: dict[str, float] = {}
-        items: dict[str, Items] = {}
+    def measure(self, variables: Any) -> list[Result]:
+        """Return the results that the class names."""
+        features, results, others = self._features(variables), [], []
         for task, labels in self.data.tasks.items():
-            name = f"{self.name}/{task}" if task else self.name
             tested = labels[2] if len(labels[2]) else labels[0]
-            for key, (values, extra) in self._task(variables, features, labels).items():
-                items[f"{name}/{key}/top1"] = Items(values)
-                items[f"{name}/{key}/mean_per_class"] = Items(values, class_weights(tested))
-                metrics |= {f"{name}/{key}/{k}": v for k, v in extra.items()}
+            n, majority = len(tested), 100 * float(np.mean(tested == np.bincount(labels[0]).argmax()))
+            for probe, (values, extra) in self._task(variables, features, labels).items():
+                items = {"top1": Items(values), "mean_per_class": Items(values, class_weights(tested))}
                 if max(map(np.max, (labels[0], tested))) == 1 and set(np.unique(values)) <= {0.0, 1.0}:
                     predicted = np.where(values == 1, tested, 1 - tested)
-                    for kind in ("f1", "matthews"):
-                        items[f"{name}/{key}/{kind}"] = Items(predicted, other=tested, statistic=kind)
-            sizes = {"n": len(tested), "train": len(labels[0]), "ways": int(labels[0].max()) + 1}
-            metrics |= {f"{name}/{key}": float(value) for key, value in sizes.items()}
-            metrics[f"{name}/majority"] = 100 * float(np.mean(tested == np.bincount(labels[0]).argmax()))
-        return {key: item.value() for key, item in items.items()} | metrics, items
+                    items |= {key: Items(predicted, other=tested, statistic=key) for key in ("f1", "matthews")}
+                for key, item in items.items():
+                    fields = {"task": task, "n": n, "items": item, "chance": majority if key == "top1" else None}
+                    results.append(self.result(f"{probe}/{key}", item.value(), **fields))
+                others += [self.count(f"{probe}/{key}", value, task=task) for key, value in extra.items()]
+            sizes = {"n": n, "train": len(labels[0]), "ways": int(labels[0].max()) + 1}
+            others += [self.count(key, value, task=task) for key, value in sizes.items()]
+            others.append(self.result("majority", majority, task=task))
+        return results + others
 
     def _features(self, variables: Any) -> list[np.ndarray]:
         """Features of the three parts."""
@@ -272,8 +289,8 @@ class Probe:
         joined = [*((u, v) if self.data.pairs == "all" else ()), np.abs(u - v), u * v]
         return np.split(np.concatenate(joined, axis=1), ends)
 
-    def _task(self, variables: Any, features: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> dict[str, Result]:
-        """{"linear": result} for each way of probing."""
+    def _task(self, variables: Any, features: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> dict[str, Fit]:
+        """{"linear": fit} for each way of probing."""
         classes, sweep, count = int(labels[0].max()) + 1, self.data.sweep, self.data.folds
         train, held, test = ((x, y) for x, y in zip(features, labels, strict=True))
         readable = [~np.isnan(x).any(axis=1) for x in features[:2]]
@@ -334,7 +351,7 @@ def linear(
     score: Callable[[np.ndarray, np.ndarray], float],
     *,
     join: bool = True,
-) -> Result:
+) -> Fit:
     """CLIP's linear probe: C by `search` on `held`, then one fit on `train` and (if `join`) `held`, tested once.
 
     Without `held` items a tenth of `train`, one item or more, is held. Where one C is tried there is nothing to choose.

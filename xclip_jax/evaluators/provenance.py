@@ -1,4 +1,4 @@
-"""What a number must say about itself before it can be compared with another."""
+"""Provenance of an evaluation result: what it is of and how it was made."""
 
 import dataclasses
 import hashlib
@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from xclip_jax.data.labelled import Paths
+
+VALIDATION, SHIFTED = "validation", "shifted"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Card:
       preprocessing: of the images, but for mean and standard deviation, which belong to the model.
       metric: the one to report; the data set's own.
       note: what keeps the number from being compared with published ones.
+      role: `VALIDATION` of a set that serves to choose, `SHIFTED` of one whose classes training may know in a style or
+        from a source that it does not.
     """
 
     data: str = ""
@@ -36,6 +40,7 @@ class Card:
     preprocessing: str = ""
     metric: str = "top1"
     note: str = ""
+    role: str = ""
 
 
 def digest(items: Iterable[Any]) -> str:
@@ -59,5 +64,5 @@ def contents(images: Sequence[Any]) -> list[tuple[str, int]]:
 
 
 def describe(card: Card) -> Mapping[str, str]:
-    """The fields that say something."""
-    return {key: value for key, value in dataclasses.asdict(card).items() if value}
+    """The fields that say something, as evaluation.json has them."""
+    return {key: value for key, value in dataclasses.asdict(card).items() if value and key != "role"}

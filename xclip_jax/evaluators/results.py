@@ -6,8 +6,9 @@
     other_results                           entries of other steps, profiles and checkpoints, oldest first
     suite, config, environment, seconds     of the command that wrote last
 
-An entry is one set's result: "set", "metric", "value", "n", "metrics" (all of them), where the set is from and how the
-number was made ("split_hash", "protocol", "templates", ...), and its own "checkpoint", "step", "profile" and "changes".
+An entry is one set's result: "set", "metric", "value", "n", "metrics" (all of them), "records" (the same with unit,
+chance level and items), where the set is from and how the number was made ("split_hash", "protocol", "templates", ...),
+and its own "checkpoint", "step", "profile" and "changes".
 A new entry takes the place of one that equals it in `KEY`; all others stay.
 
 FILE.items.npz beside it has what each item contributed to an entry's metrics, under "statistic:part:id:metric"; "id" is
@@ -25,7 +26,9 @@ import numpy as np
 from etils import epath
 
 from xclip_jax.errors import UserError
+from xclip_jax.evaluators import flat_names
 from xclip_jax.evaluators.provenance import digest
+from xclip_jax.evaluators.result import Result, from_json
 from xclip_jax.evaluators.statistics import Items
 from xclip_jax.storage import write_json
 
@@ -55,6 +58,24 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
             f"{path} is not a file of results ({error}); delete it, and evaluate again with --checkpoint."
         ) from error
     return entries, _read_items(path, entries)
+
+
+def of_run(record: Mapping[str, Any]) -> list[Result]:
+    """The results of a run's results.json, which of earlier versions has names and values alone."""
+    if "records" in record:
+        return from_json(record["records"])
+    return flat_names.read(record.get("results") or {})
+
+
+def of_entries(entries: Sequence[Entry]) -> list[Result]:
+    """The results of `entries`, which of earlier versions have names and values alone."""
+    found = []
+    for entry in entries:
+        if "records" in entry:
+            found += from_json(entry["records"])
+        else:
+            found += flat_names.read({f"{entry['name']}/{key}": value for key, value in entry["metrics"].items()})
+    return found
 
 
 def add(path: epath.Path, entry: Entry, items: Mapping[str, Items], command: Mapping[str, Any], *, own: bool) -> None:

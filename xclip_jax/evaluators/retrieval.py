@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import Encoder
+from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.provenance import Card
+from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import Items, valid_rows
 from xclip_jax.evaluators.zeroshot import distributions, similarities
 
@@ -75,6 +76,8 @@ class RetrievalSet:
       captions: one or more for each image; a caption that several images share matches all of them.
     """
 
+    evaluator: ClassVar[str] = "retrieval"
+
     name: str
     images: Sequence[np.ndarray]
     captions: list[list[str]]
@@ -88,37 +91,54 @@ class RetrievalSet:
             )
 
 
-class Retrieval:
-    """r1, r5 and r10 in percent, named "retrieval/<set>[/<kind>]/image_to_text/r1" and ".../text_to_image/r1".
+_LABELS = {"image_to_text": "image to text", "text_to_image": "text to image"}
+LAYOUT = Layout(
+    "retrieval, recall %",
+    ("retrieval",),
+    tuple(Metric(f"{way}/r{k}", f"r{k}", f"{label}, R@{k}") for way, label in _LABELS.items() for k in (1, 5)),
+    (
+        Column("images", "images", ">6"),
+        Column("texts", "captions", ">8"),
+        Column("i2t@1", "image_to_text/r1", ">8", chance=">7"),
+        Column("i2t@5", "image_to_text/r5", ">8", chance=">7"),
+        Column("t2i@1", "text_to_image/r1", ">8", chance=">7"),
+        Column("t2i@5", "text_to_image/r5", ">8", chance=">7"),
+    ),
+)
 
-    Every caption is an item and a query, repeated ones too, as Flickr30k and COCO count. Kinds are those of
+
+class Retrieval(Evaluator):
+    """r1, r5 and r10 in percent, named "retrieval/<set>[/<score>]/image_to_text/r1" and ".../text_to_image/r1".
+
+    Every caption is an item and a query, repeated ones too, as Flickr30k and COCO count. Scores are those of
     `zeroshot.similarities`; "retrieval/<set>/chance/image_to_text/r1" and so on are what a random ranking gives.
     """
 
-    def __init__(self, encoder: Encoder, data: RetrievalSet) -> None:
-        self.encoder, self.data = encoder, data
-        self.name = f"retrieval/{data.name}"
+    family = "retrieval"
+    layouts = (LAYOUT,)
 
-    def run(self, variables: Any) -> dict[str, float]:
-        """The metrics that the class names, with the numbers of images and captions."""
-        return self.measure(variables)[0]
-
-    def measure(self, variables: Any) -> tuple[dict[str, float], dict[str, Items]]:
-        """The metrics, and the items of those that can be resampled: images, or captions."""
+    def measure(self, variables: Any) -> list[Result]:
+        """Return the results that the class names; their items are images, or captions."""
         texts = [caption for captions in self.data.captions for caption in captions]
         img = self.encoder.images(variables, self.data.images, ("z", "s"))
         txt = self.encoder.texts(variables, texts, ("z", "s"))
         # Not both the logits and the distributions of a set's texts are kept: each may be gigabytes.
         q = distributions(txt.pop("s"), self.encoder.tau) if "s" in txt else None
-        matches, items = positives(self.data.captions), {}
-        for kind, scores in similarities(img, txt.get("z"), q, self.encoder.tau).items():
-            prefix = f"{self.name}/{kind}" if kind else self.name
-            ways = {"image_to_text": ranks(scores, matches), "text_to_image": ranks(scores.T, matches.T)}
-            items |= {f"{prefix}/{way}/r{k}": Items((r < k).astype(float)) for way, r in ways.items() for k in KS}
-        metrics = {f"{self.name}/images": float(len(self.data.images)), f"{self.name}/captions": float(len(texts))}
-        for way, positive in (("image_to_text", matches), ("text_to_image", matches.T)):
-            metrics |= {f"{self.name}/chance/{way}/r{k}": 100 * chance(positive, k) for k in KS}
-        return metrics | {key: item.value() for key, item in items.items()}, items
+        matches = positives(self.data.captions)
+        levels = {
+            f"{way}/r{k}": 100 * chance(positive, k)
+            for way, positive in (("image_to_text", matches), ("text_to_image", matches.T))
+            for k in KS
+        }
+        results = [self.count("images", len(self.data.images)), self.count("captions", len(texts))]
+        results += [self.result(f"chance/{metric}", level) for metric, level in levels.items()]
+        for score, scores in similarities(img, txt.get("z"), q, self.encoder.tau).items():
+            for way, rank in (("image_to_text", ranks(scores, matches)), ("text_to_image", ranks(scores.T, matches.T))):
+                for k in KS:
+                    metric, items = f"{way}/r{k}", Items((rank < k).astype(float))
+                    fields = {"n": len(rank), "chance": levels[metric], "items": items, "score": score}
+                    results.append(self.result(metric, items.value(), **fields))
+        return results
 
 
 def positives(captions: list[list[str]]) -> np.ndarray:

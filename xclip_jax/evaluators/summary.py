@@ -1,20 +1,34 @@
 """Results as people read them: tables, and one line for the middle of a run."""
 
+import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from typing import NamedTuple
 
-Results = Mapping[str, float]
-Row = tuple[str, str, dict[str, float]]
+from xclip_jax.evaluators import registry
+from xclip_jax.evaluators.base import Layout, Metric
+from xclip_jax.evaluators.provenance import SHIFTED, VALIDATION
+from xclip_jax.evaluators.result import Result
 
-_RECALLS = ("image_to_text/r1", "image_to_text/r5", "text_to_image/r1", "text_to_image/r5")
+# Rows of the table of families, in its order; another family is called by its own name.
+_FAMILIES = {
+    "zeroshot": "zero-shot classification",
+    SHIFTED: "out of domain",
+    "retrieval": "retrieval",
+    "visual": "visual representation",
+    "textual": "textual representation",
+}
+_FAMILIES_TITLE = "the families"
+_LINES = (("items", ">14"), ("metric", ">11"), ("%", ">8"))  # columns of a table with a line for each metric
+# The names of sets of files: what is before an absolute path or URL, as "folder:" and "imagenet@", and the path.
+_PATH = re.compile(r"([^:@]*[:@])((?:/|~|\w+://).+)")
 
 
 class Table(NamedTuple):
     """One table: its rows are of one kind of set.
 
     Attributes:
-      title: stands above the sets' names.
+      title: head of the column with the sets' names.
       columns: name of each further column, and its format with the least width; one without a name holds what chance
         gives for the one before.
       rows: name of the set and the cells; a name that begins with spaces says more of the set above.
@@ -25,42 +39,63 @@ class Table(NamedTuple):
     rows: list[tuple[str, list[str]]]
 
 
-# Family, the metric that marks a set of it, the metrics to show.
-_KINDS = (
-    ("zeroshot", "top1", ("top1", "top5")),
-    ("zeroshot", "map", ("map11", "map")),
-    ("retrieval", "captions", _RECALLS),
-    ("visual", "majority", ("linear/top1", "knn/top1", "finetuned/top1")),
-    ("textual", "majority", ("linear/top1", "finetuned/top1", "finetuned/matthews", "finetuned/f1")),
-    ("textual", "queries", ("r1", "r5")),
-    ("textual", "pairs", ("spearman_all", "spearman_mean", "finetuned/spearman", "finetuned/pearson")),
-)
-# Kinds of `zeroshot.similarities` that stand below the set's own.
-_SCORES = {"cosine": "clusters, cosine", "cross_entropy": "clusters, cross-entropy", "both": "both heads together"}
-# The names of sets of files: what is before an absolute path or URL, as "folder:" and "imagenet@", and the path.
-_PATH = re.compile(r"([^:@]*[:@])((?:/|~|\w+://).+)")
-# Sets of classes that training may know in a style that it does not, by what their names begin with.
-OUT_OF_DOMAIN = ("emoji/test_line", "imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "objectnet")
+@dataclasses.dataclass
+class Row:
+    """The results of one set, or of one task on it.
+
+    Attributes:
+      name: of the set, and the task.
+      family, role: of its results.
+      layout: the table that it is in.
+      results: {metric: result} of the model's own score and all items.
+      scores: {score: {metric: result}} of the others.
+    """
+
+    name: str
+    family: str
+    role: str
+    layout: Layout
+    results: dict[str, Result]
+    scores: dict[str, dict[str, Result]]
+
+    @property
+    def shown(self) -> list[tuple[Metric, Result]]:
+        """The metrics that tables show, the most important one first."""
+        return [(m, self.results[m.name]) for m in self.layout.metrics if m.name in self.results]
 
 
-def rows(results: Results) -> list[Row]:
-    """(family, set, {metric: percent}) of every set in `results`, in their order; groups and kinds are left out."""
-    found = []
-    for key in results:
-        family, _, rest = key.partition("/")
-        for kind, mark, metrics in _KINDS:
-            name = rest.removesuffix(f"/{mark}")
-            # The sizes of a set stand under its own name alone, not under those of its groups and kinds.
-            sized = any(f"{family}/{name}/{size}" in results for size in ("ways", "captions", "queries", "pairs"))
-            if family == kind and name != rest and sized:
-                values = {m: results[f"{family}/{name}/{m}"] for m in metrics if f"{family}/{name}/{m}" in results}
-                found.append((family, name, values))
-    return found
+def rows(results: Sequence[Result]) -> list[Row]:
+    """One row for each set and task in `results`, in their order; those without anything to show are left out."""
+    found: dict[tuple[str, str, str], Row] = {}
+    for result in results:
+        if result.group:
+            continue
+        key = (result.family, result.set, result.task)
+        name = "/".join(filter(None, (result.set, result.task)))
+        row = found.setdefault(key, Row(name, result.family, result.protocol.role, Layout("", ()), {}, {}))
+        (row.scores.setdefault(result.score, {}) if result.score else row.results)[result.metric] = result
+    for row in found.values():
+        row.layout = _layout(row)
+    return [row for row in found.values() if row.shown]
 
 
-def short_names(results: Results) -> dict[str, str]:
-    """{set: its name in tables}: of an absolute path or URL the last part, or as many as tell the sets apart."""
-    names = {name: name for _, name, _ in rows(results)}
+def _layout(row: Row) -> Layout:
+    """The layout that an evaluator declares for results as these, or one with a line for each of their metrics."""
+    for layout in registry.layouts():
+        if row.family in layout.families and any(metric.name in row.results for metric in layout.metrics):
+            return layout
+    shown = sorted((r for r in row.results.values() if r.unit), key=lambda result: not result.headline)
+    return Layout(row.family, (row.family,), tuple(Metric(r.metric, r.metric, r.metric) for r in shown), chance=True)
+
+
+def label(row: Row) -> str:
+    """What the most important metric of a row is called in a report."""
+    return row.shown[0][0].label
+
+
+def short_names(results: Sequence[Result]) -> dict[str, str]:
+    """{row: its name in tables}: of an absolute path or URL the last part, or as many as tell the sets apart."""
+    names = {row.name: row.name for row in rows(results)}
     paths = {name: match.groups() for name in names if (match := _PATH.fullmatch(name))}
 
     def end(prefix: str, path: str, depth: int) -> str:
@@ -74,161 +109,113 @@ def short_names(results: Results) -> dict[str, str]:
     return names
 
 
-def headlines(results: Results) -> str:
+def headlines(results: Sequence[Result]) -> str:
     """One line: the first two metrics of each set; empty without results."""
     parts, short = [], short_names(results)
-    for _, name, values in rows(results):
-        shown = ", ".join(f"{metric.rpartition('/')[2]} {value:.1f}" for metric, value in list(values.items())[:2])
-        parts.append(f"{short[name]} {shown}")
+    for row in rows(results):
+        shown = ", ".join(f"{metric.short} {result.value:.1f}" for metric, result in row.shown[:2])
+        parts.append(f"{short[row.name]} {shown}")
     return "  ".join(parts)
 
 
-def tables(results: Results) -> list[Table]:
+def tables(results: Sequence[Result]) -> list[Table]:
     """The sets of each kind, then `families` where there are several; what chance gives is in brackets."""
-    parts, short = (_classified, _several, _retrieved, _probed, _finetuned, _texts, _similar), short_names(results)
-    found = [part(results) for part in parts]
-    found = [part._replace(rows=[(short.get(name, name), cells) for name, cells in part.rows]) for part in found]
-    return [table for table in (*found, families(results)) if len(table.rows) > (table.title == _FAMILIES)]
+    everything, short = rows(results), short_names(results)
+    order = list(registry.layouts())
+    layouts = [*order, *(row.layout for row in everything if row.layout not in order)]
+    titles = {layout.title: layout for layout in layouts}
+    built = []
+    for title, layout in titles.items():
+        chosen = [row for row in everything if row.layout.title == title]
+        table = _grid(layout, chosen, everything) if layout.columns else _lines(layout, chosen)
+        built.append(table._replace(rows=[(short.get(name, name), cells) for name, cells in table.rows]))
+    return [table for table in (*built, families(results)) if len(table.rows) > (table.title == _FAMILIES_TITLE)]
 
 
-def render(results: Results) -> str:
+def render(results: Sequence[Result]) -> str:
     """The final tables as text, each column as wide as its longest cell; empty without results."""
     shown, lines = tables(results), []
-    names = [name for table in shown if table.title != _FAMILIES for name, _ in table.rows]
+    names = [name for table in shown if table.title != _FAMILIES_TITLE for name, _ in table.rows]
     width = max([42, *(len(name) + 2 for name in names)])
-    for title, columns, rows in shown:
-        texts = [(title, [column for column, _ in columns]), *rows]
+    for title, columns, table_rows in shown:
+        texts = [(title, [column for column, _ in columns]), *table_rows]
         forms = []
         for i, (_, form) in enumerate(columns):
             gap = 2 if form[0] == "<" else int(i > 0)  # the first column is right behind the names, which have theirs
             forms.append(f"{form[0]}{max(int(form[1:]), *(len(cells[i]) + gap for _, cells in texts))}")
         for name, cells in texts:
             line = "".join(f"{cell:{form}}" for cell, form in zip(cells, forms, strict=True))
-            lines.append(f"{name:<{26 if title == _FAMILIES else width}}{line}".rstrip())
+            lines.append(f"{name:<{26 if title == _FAMILIES_TITLE else width}}{line}".rstrip())
     return "\n".join(lines)
 
 
-def _of(results: Results, *families: str, having: str = "") -> list[Row]:
-    return [row for row in rows(results) if row[0] in families and (not having or having in row[2])]
+def _grid(layout: Layout, chosen: Sequence[Row], everything: Sequence[Row]) -> Table:
+    """A row for each set, and further ones for its scores and for the reference that it is held against."""
+    columns = []
+    for column in layout.columns:
+        columns += [(column.title, column.form), *([("", column.chance)] if column.chance else [])]
+    references = [row for row in everything if row.family in layout.families and row.name == layout.reference]
+    texts = []
+    for row in chosen:
+        texts.append((row.name, _cells(layout, row.results)))
+        texts += [
+            (f"  by {label}", _cells(layout, row.scores[score], levels=False))
+            for score, label in layout.scores.items()
+            if score in row.scores
+        ]
+        first = layout.metrics[0].name
+        if row.role == SHIFTED and references and first in references[0].results:
+            gap = dataclasses.replace(
+                row.results[first], value=references[0].results[first].value - row.results[first].value
+            )
+            texts.append((f"  less than {layout.reference}", _cells(layout, {first: gap}, levels=False)))
+    return Table(layout.title, tuple(columns), texts)
 
 
-def _classified(results: Results) -> Table:
-    columns = (("ways", ">6"), ("images", ">8"), ("top-1", ">8"), ("", ">7"), ("top-5", ">8"), ("", ">7"))
-    found = []
-    for _, name, values in _of(results, "zeroshot", having="top1"):
-        ways, n = results[f"zeroshot/{name}/ways"], results[f"zeroshot/{name}/n"]
-        shares = [f"{values['top1']:.1f}", _by_chance(1, ways), f"{values['top5']:.1f}", _by_chance(5, ways)]
-        found.append((name, [f"{ways:.0f}", f"{n:.0f}", *shares]))
-        for kind, label in _SCORES.items():
-            if f"zeroshot/{name}/{kind}/top1" in results:
-                top1, top5 = (results[f"zeroshot/{name}/{kind}/top{k}"] for k in (1, 5))
-                found.append((f"  by {label}", ["", "", f"{top1:.1f}", "", f"{top5:.1f}", ""]))
-        if name.startswith(OUT_OF_DOMAIN) and "zeroshot/imagenet/top1" in results:
-            gap = results["zeroshot/imagenet/top1"] - values["top1"]
-            found.append(("  less than imagenet", ["", "", f"{gap:.1f}", "", "", ""]))
-    return Table("zero-shot classification, %", columns, found)
+def _cells(layout: Layout, results: dict[str, Result], levels: bool = True) -> list[str]:
+    cells = []
+    for column in layout.columns:
+        result = results.get(column.metric)
+        cells.append("" if result is None else _number(result))
+        if column.chance:
+            cells.append(_chance(result) if result and levels else "")
+    return cells
 
 
-def _by_chance(k: int, ways: float) -> str:
-    return f"({100 * min(k / ways, 1):.1f})"
+def _number(result: Result) -> str:
+    return f"{result.value:.1f}" if result.unit else f"{result.value:.0f}"
 
 
-def _several(results: Results) -> Table:
-    found = []
-    for _, name, values in _of(results, "zeroshot", having="map"):
-        sizes = [f"{results[f'zeroshot/{name}/{key}']:.0f}" for key in ("ways", "n")]
-        found.append((name, [*sizes, f"{values['map11']:.1f}", f"{values['map']:.1f}"]))
-    columns = (("ways", ">6"), ("images", ">8"), ("11-point mAP", ">15"), ("mAP", ">8"))
-    return Table("zero-shot, several labels an image, %", columns, found)
+def _chance(result: Result) -> str:
+    return "" if result.chance is None else f"({result.chance:.1f})"
 
 
-def _retrieved(results: Results) -> Table:
-    found = []
-    for _, name, values in _of(results, "retrieval"):
-        sizes = [f"{results[f'retrieval/{name}/{key}']:.0f}" for key in ("images", "captions")]
-        cells = [cell for m in _RECALLS for cell in (f"{values[m]:.1f}", _by_random_order(results, name, m))]
-        found.append((name, [*sizes, *cells]))
-    recalls = [column for c in ("i2t@1", "i2t@5", "t2i@1", "t2i@5") for column in ((c, ">8"), ("", ">7"))]
-    return Table("retrieval, recall %", (("images", ">6"), ("texts", ">8"), *recalls), found)
+def _lines(layout: Layout, chosen: Sequence[Row]) -> Table:
+    """A line for each metric of each set."""
+    texts = []
+    for row in chosen:
+        for i, (metric, result) in enumerate(row.shown):
+            cells = ["" if i else f"{result.n}", metric.short, _number(result)]
+            cells += [_chance(result)] if layout.chance else []
+            texts.append(("  the same" if i else row.name, cells))
+    return Table(layout.title, (*_LINES, *([("", ">7")] if layout.chance else [])), texts)
 
 
-def _by_random_order(results: Results, name: str, metric: str) -> str:
-    """What a random ranking gives. Results without it have the sizes: 1 / images for R@1, if no caption is shared."""
-    value = results.get(f"retrieval/{name}/chance/{metric}")
-    if value is None and metric.endswith("/r1"):
-        value = 100 / results[f"retrieval/{name}/images"]
-    return "" if value is None else f"({value:.1f})"
+def families(results: Sequence[Result]) -> Table:
+    """The first set of each family that is not for validation, its first metric, and what chance gives."""
+    short, texts = short_names(results), []
+    for family, row in representatives(results).items():
+        metric, result = row.shown[0]
+        texts.append((family, [short[row.name], metric.name, f"{result.value:.1f}", _chance(result)]))
+    return Table(_FAMILIES_TITLE, (("set", "<30"), ("metric", "<18"), ("%", ">6"), ("chance", ">8")), texts)
 
 
-def _probed(results: Results) -> Table:
-    found = []
-    for family, name, values in _of(results, "visual", "textual", having="linear/top1"):
-        ways, n, most = (results[f"{family}/{name}/{key}"] for key in ("ways", "n", "majority"))
-        neighbours = f"{values['knn/top1']:.1f}" if "knn/top1" in values else ""
-        found.append((name, [f"{ways:.0f}", f"{n:.0f}", f"{values['linear/top1']:.1f}", f"({most:.1f})", neighbours]))
-    columns = (("ways", ">6"), ("items", ">8"), ("linear", ">8"), ("", ">7"), ("kNN", ">8"))
-    return Table("frozen features, %", columns, found)
-
-
-def _finetuned(results: Results) -> Table:
-    found = []
-    for family, name, values in rows(results):
-        shown = {key.partition("/")[2]: value for key, value in values.items() if key.startswith("finetuned/")}
-        for i, (key, value) in enumerate(shown.items()):
-            n = results.get(f"{family}/{name}/n", results.get(f"{family}/{name}/pairs"))
-            found.append(("  the same", ["", key, f"{value:.1f}"]) if i else (name, [f"{n:.0f}", key, f"{value:.1f}"]))
-    return Table("fine-tuned, %", (("items", ">14"), ("metric", ">11"), ("%", ">8")), found)
-
-
-def _texts(results: Results) -> Table:
-    found = []
-    for _, name, values in _of(results, "textual", having="r1"):
-        texts, n = results[f"textual/{name}/texts"], results[f"textual/{name}/queries"]
-        shares = [f"{values['r1']:.1f}", _by_chance(1, texts), f"{values['r5']:.1f}", _by_chance(5, texts)]
-        found.append((name, [f"{texts:.0f}", f"{n:.0f}", *shares]))
-    columns = (("texts", ">6"), ("queries", ">8"), ("R@1", ">8"), ("", ">7"), ("R@5", ">8"), ("", ">7"))
-    return Table("texts by texts, recall %", columns, found)
-
-
-def _similar(results: Results) -> Table:
-    found = []
-    for _, name, values in _of(results, "textual", having="spearman_all"):
-        shares = [f"{values[key]:.1f}" for key in ("spearman_all", "spearman_mean")]
-        found.append((name, [f"{results[f'textual/{name}/pairs']:.0f}", *shares]))
-    return Table("similarity of texts, Spearman x 100", (("pairs", ">14"), ("all", ">8"), ("mean", ">15")), found)
-
-
-_FAMILIES = "the families"
-
-
-def families(results: Results) -> Table:
-    """One row for each family: its first set that is not for validation, the first metric, what chance gives."""
-    short = short_names(results)
-    tested = [row for row in rows(results) if "/validation" not in row[1]] or rows(results)
-    outside = [row[0] == "zeroshot" and row[1].startswith(OUT_OF_DOMAIN) for row in tested]
-    wanted: tuple[tuple[str, Callable[[Row, bool], bool]], ...] = (
-        ("zero-shot classification", lambda row, out: row[0] == "zeroshot" and not out),
-        ("out of domain", lambda row, out: out),
-        ("retrieval", lambda row, out: row[0] == "retrieval"),
-        ("visual representation", lambda row, out: row[0] == "visual"),
-        ("textual representation", lambda row, out: row[0] == "textual"),
-    )
-    found = []
-    for family, fits in wanted:
-        row = next((row for row, out in zip(tested, outside, strict=True) if fits(row, out)), None)
-        if row:
-            metric, value = next(iter(row[2].items()))
-            found.append((family, [short[row[1]], metric, f"{value:.1f}", _chance(results, row)]))
-    return Table(_FAMILIES, (("set", "<30"), ("metric", "<18"), ("%", ">6"), ("chance", ">8")), found)
-
-
-def _chance(results: Results, row: Row) -> str:
-    family, name, values = row
-    metric, sizes = next(iter(values)), ("ways", "texts")
-    if f"{family}/{name}/majority" in results:
-        return f"({results[f'{family}/{name}/majority']:.1f})"
-    if family == "retrieval":
-        return _by_random_order(results, name, metric)
-    size = next((results[f"{family}/{name}/{key}"] for key in sizes if f"{family}/{name}/{key}" in results), None)
-    # A mean average precision has no such chance: it depends on how many images have each class.
-    return _by_chance(1, size) if size and not metric.startswith("map") else ""
+def representatives(results: Sequence[Result]) -> dict[str, Row]:
+    """{family in words: the row that stands for it}."""
+    everything = rows(results)
+    tested = [row for row in everything if row.role != VALIDATION] or everything
+    first: dict[str, Row] = {}
+    for row in tested:
+        first.setdefault(SHIFTED if row.role == SHIFTED else row.family, row)
+    order = [*(family for family in _FAMILIES if family in first), *(f for f in first if f not in _FAMILIES)]
+    return {_FAMILIES.get(family, family): first[family] for family in order}

@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import Encoder, Features
+from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
+from xclip_jax.evaluators.encoder import Features
 from xclip_jax.evaluators.provenance import Card
+from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.retrieval import KS, ranks
 from xclip_jax.evaluators.statistics import Items, pearson, spearman
 from xclip_jax.evaluators.zeroshot import distributions
@@ -31,6 +33,8 @@ class SimilaritySet:
       subsets: name -> (sentence, sentence, gold), at least two; one for sets that have no parts.
     """
 
+    evaluator: ClassVar[str] = "similarity"
+
     name: str
     subsets: Mapping[str, Sequence[Pair]]
     card: Card = dataclasses.field(default_factory=Card)
@@ -43,7 +47,7 @@ class SimilaritySet:
             raise UserError(f"{self.name}: the set has no pairs.")
 
 
-class Similarity:
+class Similarity(Evaluator):
     """Correlation of cosine and gold, times 100, without training; named "textual/<set>/<metric>".
 
     Two conventions that differ by several points, side by side: "spearman_all" is Spearman's over all pairs in one list
@@ -51,40 +55,51 @@ class Similarity:
     (SentEval's); beside them pearson_all, pearson_mean and pairs.
     """
 
-    def __init__(self, encoder: Encoder, data: SimilaritySet) -> None:
-        self.encoder, self.data = encoder, data
-        self.name = f"textual/{data.name}"
+    family = "textual"
+    layouts = (
+        Layout(
+            "similarity of texts, Spearman x 100",
+            ("textual",),
+            (
+                Metric("spearman_all", "spearman_all", "Spearman"),
+                Metric("spearman_mean", "spearman_mean", "Spearman, mean of the subsets"),
+            ),
+            (
+                Column("pairs", "pairs", ">14"),
+                Column("all", "spearman_all", ">8"),
+                Column("mean", "spearman_mean", ">15"),
+            ),
+        ),
+    )
 
-    def run(self, variables: Any) -> dict[str, float]:
-        """The metrics that the class names; `variables` is what `TwoTowers.apply` takes."""
-        return self.measure(variables)[0]
-
-    def measure(self, variables: Any) -> tuple[dict[str, float], dict[str, Items]]:
-        """The metrics, and the items of those that can be resampled."""
+    def measure(self, variables: Any) -> list[Result]:
+        """Return the results that the class names."""
         pairs = [pair for part in self.data.subsets.values() for pair in part]
         texts = [pair[side] for side in (0, 1) for pair in pairs]
         e = embedding(self.encoder.texts(variables, texts, ("z", "s")), self.encoder.tau)
-        return correlations(self.name, (e[: len(pairs)] * e[len(pairs) :]).sum(axis=1), self.data)
+        return self.correlations((e[: len(pairs)] * e[len(pairs) :]).sum(axis=1))
 
-
-def correlations(name: str, cosine: np.ndarray, data: SimilaritySet) -> tuple[dict[str, float], dict[str, Items]]:
-    """The metrics of `Similarity` for the cosines (pairs,), in the order of the subsets."""
-    gold = np.array([pair[2] for part in data.subsets.values() for pair in part], np.float64)
-    ends = np.cumsum([len(part) for part in data.subsets.values()])
-    parts = list(zip(np.split(cosine, ends[:-1]), np.split(gold, ends[:-1]), strict=True))
-    by_rank, linear = ([100 * f(*part) for part in parts] for f in (spearman, pearson))
-    item = Items(cosine, other=gold, statistic="spearman")
-    found = {
-        "spearman_all": item.value(),
-        "spearman_mean": np.mean(by_rank),
-        "spearman_weighted": np.average(by_rank, weights=[len(part) for part in data.subsets.values()]),
-        "pearson_all": 100 * pearson(cosine, gold),
-        "pearson_mean": np.mean(linear),
-        "pairs": len(gold),
-    }
-    if len(parts) > 1:
-        found |= {f"{subset}/spearman": value for subset, value in zip(data.subsets, by_rank, strict=True)}
-    return {f"{name}/{key}": float(value) for key, value in found.items()}, {f"{name}/spearman_all": item}
+    def correlations(self, cosine: np.ndarray) -> list[Result]:
+        """Return the results for the cosines (pairs,), in the order of the subsets."""
+        subsets = self.data.subsets
+        gold = np.array([pair[2] for part in subsets.values() for pair in part], np.float64)
+        ends = np.cumsum([len(part) for part in subsets.values()])
+        parts = list(zip(np.split(cosine, ends[:-1]), np.split(gold, ends[:-1]), strict=True))
+        by_rank, linear = ([100 * f(*part) for part in parts] for f in (spearman, pearson))
+        items, shared = Items(cosine, other=gold, statistic="spearman"), {"unit": "x 100", "n": len(gold)}
+        results = [self.result("spearman_all", items.value(), items=items, **shared)]
+        values = {
+            "spearman_mean": np.mean(by_rank),
+            "spearman_weighted": np.average(by_rank, weights=[len(part) for part in subsets.values()]),
+            "pearson_all": 100 * pearson(cosine, gold),
+            "pearson_mean": np.mean(linear),
+        }
+        results += [self.result(key, value, **shared) for key, value in values.items()]
+        results.append(self.count("pairs", len(gold)))
+        if len(parts) > 1:
+            for (subset, pairs), value in zip(subsets.items(), by_rank, strict=True):
+                results.append(self.result("spearman", value, group=subset, unit="x 100", n=len(pairs)))
+        return results
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,6 +112,8 @@ class TextRetrievalSet:
       queries: (query, index of its text).
       groups: bool (queries,) of named parts, such as one for each language; the value is then their unweighted mean.
     """
+
+    evaluator: ClassVar[str] = "text_retrieval"
 
     name: str
     texts: Sequence[str]
@@ -112,29 +129,40 @@ class TextRetrievalSet:
                 raise UserError(f"{self.name}: group {group!r} must be a bool for each query, not all False.")
 
 
-class TextRetrieval:
+class TextRetrieval(Evaluator):
     """Share of queries whose text is among the k nearest by cosine: "textual/<set>[/<group>]/r1", r5 and r10."""
 
-    def __init__(self, encoder: Encoder, data: TextRetrievalSet) -> None:
-        self.encoder, self.data = encoder, data
-        self.name = f"textual/{data.name}"
+    family = "textual"
+    layouts = (
+        Layout(
+            "texts by texts, recall %",
+            ("textual",),
+            (Metric("r1", "r1", "R@1"), Metric("r5", "r5", "R@5")),
+            (
+                Column("texts", "texts", ">6"),
+                Column("queries", "queries", ">8"),
+                Column("R@1", "r1", ">8", chance=">7"),
+                Column("R@5", "r5", ">8", chance=">7"),
+            ),
+        ),
+    )
 
-    def run(self, variables: Any) -> dict[str, float]:
-        """The metrics that the class names; `variables` is what `TwoTowers.apply` takes."""
-        return self.measure(variables)[0]
-
-    def measure(self, variables: Any) -> tuple[dict[str, float], dict[str, Items]]:
-        """The metrics, and the items of those that can be resampled."""
-        n, queries = len(self.data.texts), self.data.queries
+    def measure(self, variables: Any) -> list[Result]:
+        """Return the results that the class names."""
+        n, queries, groups = len(self.data.texts), self.data.queries, self.data.groups
         texts = [*self.data.texts, *(text for text, _ in queries)]
         e = embedding(self.encoder.texts(variables, texts, ("z", "s")), self.encoder.tau)
         right = np.arange(n) == np.array([i for _, i in queries])[:, None]
-        found = ranks(e[n:] @ e[:n].T, right)
+        rank = ranks(e[n:] @ e[:n].T, right)
         weights = np.ones(len(queries))
-        if self.data.groups:
-            weights = sum(mask / mask.sum() for mask in self.data.groups.values())
-        items = {f"{self.name}/r{k}": Items((found < k).astype(float), weights) for k in KS}
-        metrics = {key: item.value() for key, item in items.items()}
-        for group, mask in self.data.groups.items():
-            metrics |= {f"{self.name}/{group}/r{k}": 100 * float((found[mask] < k).mean()) for k in KS}
-        return metrics | {f"{self.name}/queries": float(len(queries)), f"{self.name}/texts": float(n)}, items
+        if groups:
+            weights = sum(mask / mask.sum() for mask in groups.values())
+        chance, results = {k: 100 * min(k / n, 1) for k in KS}, []
+        for k in KS:
+            items = Items((rank < k).astype(float), weights)
+            results.append(self.result(f"r{k}", items.value(), n=len(queries), chance=chance[k], items=items))
+        for group, mask in groups.items():
+            for k in KS:
+                value = 100 * float((rank[mask] < k).mean())
+                results.append(self.result(f"r{k}", value, n=int(mask.sum()), chance=chance[k], group=group))
+        return [*results, self.count("queries", len(queries)), self.count("texts", n)]

@@ -6,13 +6,15 @@ heads are scored by their distributions too, in two ways side by side [ours]: se
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import Encoder, Features
+from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
+from xclip_jax.evaluators.encoder import Features
 from xclip_jax.evaluators.provenance import Card
+from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import Items, class_weights, valid_rows
 
 _TINY = float(np.finfo(np.float32).tiny)
@@ -157,6 +159,8 @@ class ZeroShotSet:
       card: where the set is from; its `metric` "roc_auc" (two classes) and "top1_top5" add that one to the others.
     """
 
+    evaluator: ClassVar[str] = "zeroshot"
+
     name: str
     images: Sequence[np.ndarray]
     labels: np.ndarray
@@ -188,16 +192,47 @@ class ZeroShotSet:
         object.__setattr__(self, "names", list(self.names) or [prompts[0] for prompts in self.prompts])
 
 
-class ZeroShot:
-    """top1, top5 and mean_per_class in percent, n and ways, named "zeroshot/<set>[/<kind>][/<group>]/<metric>".
+LAYOUTS = (
+    Layout(
+        "zero-shot classification, %",
+        ("zeroshot",),
+        (Metric("top1", "top1", "top-1"), Metric("top5", "top5", "top-5")),
+        (
+            Column("ways", "ways", ">6"),
+            Column("images", "n", ">8"),
+            Column("top-1", "top1", ">8", chance=">7"),
+            Column("top-5", "top5", ">8", chance=">7"),
+        ),
+        scores={
+            "cosine": "clusters, cosine",
+            "cross_entropy": "clusters, cross-entropy",
+            "both": "both heads together",
+        },
+        reference="imagenet",
+    ),
+    Layout(
+        "zero-shot, several labels an image, %",
+        ("zeroshot",),
+        (Metric("map11", "map11", "11-point mAP"), Metric("map", "map", "mAP")),
+        (
+            Column("ways", "ways", ">6"),
+            Column("images", "n", ">8"),
+            Column("11-point mAP", "map11", ">15"),
+            Column("mAP", "map", ">8"),
+        ),
+    ),
+)
 
-    Kinds are those of `similarities`. Where several classes hold for an image it is map (mean over the classes of
+
+class ZeroShot(Evaluator):
+    """top1, top5 and mean_per_class in percent, n and ways, named "zeroshot/<set>[/<score>][/<group>]/<metric>".
+
+    Scores are those of `similarities`. Where several classes hold for an image it is map (mean over the classes of
     `average_precision`) and map11 (of `eleven_point`) instead.
     """
 
-    def __init__(self, encoder: Encoder, data: ZeroShotSet) -> None:
-        self.encoder, self.data = encoder, data
-        self.name = f"zeroshot/{data.name}"
+    family = "zeroshot"
+    layouts = LAYOUTS
 
     def scores(self, variables: Any) -> dict[str, np.ndarray]:
         """{kind: scores (n, ways)} of the set's images."""
@@ -210,35 +245,34 @@ class ZeroShot:
         classes = [rows[tuple(prompts)] for prompts in self.data.prompts]
         return {kind: s[:, classes] for kind, s in scores.items()}
 
-    def run(self, variables: Any) -> dict[str, float]:
-        """The metrics that the class names; `variables` is what `TwoTowers.apply` takes."""
-        return self.measure(variables)[0]
-
-    def measure(self, variables: Any) -> tuple[dict[str, float], dict[str, Items]]:
-        """The metrics, and the items of those that can be resampled."""
-        labels, items = np.asarray(self.data.labels), {}
-        metrics = {f"{self.name}/n": float(len(labels)), f"{self.name}/ways": float(len(self.data.prompts))}
-        metrics |= {f"{self.name}/{group}/n": float(np.sum(mask)) for group, mask in self.data.groups.items()}
-        for kind, scores in self.scores(variables).items():
-            prefix = f"{self.name}/{kind}" if kind else self.name
+    def measure(self, variables: Any) -> list[Result]:
+        """Return the results that the class names."""
+        labels, groups = np.asarray(self.data.labels), self.data.groups
+        n, ways = len(labels), len(self.data.prompts)
+        results = [self.count("n", n), self.count("ways", ways)]
+        results += [self.count("n", np.sum(mask), group=group) for group, mask in groups.items()]
+        for score, scores in self.scores(variables).items():
             if labels.ndim == 2:
-                found = {key: Items(scores, other=labels, statistic=key) for key in ("map", "map11")}
-                items |= {f"{prefix}/{key}": item for key, item in found.items()}
-                metrics |= {f"{prefix}/{key}": item.value() for key, item in found.items()}
+                items = {key: Items(scores, other=labels, statistic=key) for key in ("map", "map11")}
+                results += [self.result(k, x.value(), n=n, items=x, score=score) for k, x in items.items()]
                 continue
-            found = _items(scores, labels, self.data.groups)
+            items = _items(scores, labels, groups)
             if self.data.card.metric == "roc_auc":
                 with np.errstate(invalid="ignore"):  # of unreadable images NaN
-                    found["roc_auc"] = Items(scores[:, 1] - scores[:, 0], other=labels == 1, statistic="roc_auc")
+                    items["roc_auc"] = Items(scores[:, 1] - scores[:, 0], other=labels == 1, statistic="roc_auc")
             if self.data.card.metric == "top1_top5":
-                found["top1_top5"] = Items((found["top1"].values + found["top5"].values) / 2)
-            items |= {f"{prefix}/{key}": value for key, value in found.items()}
-            parts = {group: _metrics(scores[mask], labels[mask]) for group, mask in self.data.groups.items()}
+                items["top1_top5"] = Items((items["top1"].values + items["top5"].values) / 2)
+            parts = {group: _metrics(scores[mask], labels[mask]) for group, mask in groups.items()}
             whole = _mean(list(parts.values())) if parts else _metrics(scores, labels)
-            whole |= {key: found[key].value() for key in found if key not in whole}
-            named = {prefix: whole, **{f"{prefix}/{group}": part for group, part in parts.items()}}
-            metrics |= {f"{name}/{key}": value for name, found in named.items() for key, value in found.items()}
-        return metrics, items
+            whole |= {key: items[key].value() for key in items if key not in whole}
+            chance = {f"top{k}": 100 * min(k / ways, 1) for k in (1, 5)}
+            for key, value in whole.items():
+                results.append(self.result(key, value, n=n, chance=chance.get(key), items=items.get(key), score=score))
+            for group, metrics in parts.items():
+                size = int(np.sum(groups[group]))
+                for key, value in metrics.items():
+                    results.append(self.result(key, value, n=size, chance=chance.get(key), score=score, group=group))
+        return results
 
 
 def _items(scores: np.ndarray, labels: np.ndarray, groups: Mapping[str, np.ndarray]) -> dict[str, Items]:

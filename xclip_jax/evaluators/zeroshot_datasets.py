@@ -2,8 +2,7 @@
 
 `NAME` reads the TFDS data set in the table; `NAME@PATH` reads the same set from a folder with one sub-folder a class,
 or from a CSV file with the columns path and label; so do `folder:PATH` and `csv:PATH` for a set not in the table.
-`probe/NAME` and `fewshot/NAME` learn from the set's training split; with @PATH, a folder that holds train, test and
-perhaps validation, each with one sub-folder a class; `probe/folder:PATH` does so for a set not in the table.
+Probes of the same sets are in `probe_datasets`.
 
 Where clip-benchmark has names for a set's classes, folders and labels of CSV files get them by what they are called: a
 published name, a label of the TFDS data set (a WordNet id of ImageNet), or the class's number from 0. Others are
@@ -25,10 +24,10 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.sources import open_tfds
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import prompts
-from xclip_jax.evaluators.pictures import Augmented, Pictures
-from xclip_jax.evaluators.probe import ProbeSet
+from xclip_jax.evaluators.base import SetKind
+from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.provenance import Card, contents, digest
+from xclip_jax.evaluators.provenance import SHIFTED, Card, contents, digest
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 _APPROXIMATE = "the published split is not public or not one: compare only numbers with the same split_hash"
@@ -54,6 +53,7 @@ class Entry:
       border: pixels cut off on each side.
       train, held: splits that probes learn from and choose C on; no `train`, no probe; no `held`, a tenth of `train`.
       note: see `Card`.
+      shifted: whether it is of another source or style than what its classes are known from, as `SHIFTED` says.
     """
 
     tfds: str = ""
@@ -72,6 +72,7 @@ class Entry:
     train: str = "train"
     held: str = ""
     note: str = ""
+    shifted: bool = False
 
 
 def _column(objects: Any, key: str) -> Sequence[Any]:
@@ -97,10 +98,10 @@ def _imagenet(tfds_name: str, split: str = "test", **fields: Any) -> Entry:
 
 ENTRIES: Mapping[str, Entry] = {
     "imagenet": _imagenet("imagenet2012:5.1.0", "validation"),
-    "imagenet_v2": _imagenet("imagenet_v2/matched-frequency", train=""),
-    "imagenet_a": _imagenet("imagenet_a", classes=prompts.IMAGENET_A, train=""),
-    "imagenet_r": _imagenet("imagenet_r", classes=prompts.IMAGENET_R, train=""),
-    "imagenet_sketch": _imagenet("imagenet_sketch", train=""),
+    "imagenet_v2": _imagenet("imagenet_v2/matched-frequency", train="", shifted=True),
+    "imagenet_a": _imagenet("imagenet_a", classes=prompts.IMAGENET_A, train="", shifted=True),
+    "imagenet_r": _imagenet("imagenet_r", classes=prompts.IMAGENET_R, train="", shifted=True),
+    "imagenet_sketch": _imagenet("imagenet_sketch", train="", shifted=True),
     "food101": Entry("food101", "validation", "food101"),  # its test split is called so
     "cifar10": Entry("cifar10:3.0.2", templates="cifar10"),
     "cifar100": Entry("cifar100:3.0.2", templates="cifar100"),
@@ -153,7 +154,9 @@ ENTRIES: Mapping[str, Entry] = {
         note=_APPROXIMATE,
     ),
     # TFDS lacks these, or its reader does: NAME@PATH.
-    "objectnet": Entry(templates="imagenet", border=2, note="113 classes overlap with ImageNet's; give those alone"),
+    "objectnet": Entry(
+        templates="imagenet", border=2, shifted=True, note="113 classes overlap with ImageNet's; give those alone"
+    ),
     "birdsnap": Entry(templates="birds"),
     "fgvc_aircraft": Entry(templates="fgvc_aircraft", metric="mean_per_class", note="by variant"),
     "fer2013": Entry(
@@ -174,104 +177,40 @@ PAPER = tuple(name for name, entry in ENTRIES.items() if entry.tfds)
 
 def check(spec: str) -> bool:
     """Whether `spec` names a set of this table, a folder or a CSV file; the path is not looked at."""
-    plain = _plain(spec)
-    name, at, path = plain.partition("@")
-    # A CSV file has no parts, which probes need.
-    own = plain.startswith(("folder:", "csv:") if plain == spec else "folder:") and plain[-1] != ":"
+    name, at, path = spec.partition("@")
+    own = spec.startswith(("folder:", "csv:")) and spec[-1] != ":"
     return (name in ENTRIES and bool(path or not at)) or own
 
 
-def _plain(spec: str) -> str:
-    return spec.removeprefix("probe/").removeprefix("fewshot/")
-
-
-def _entry(spec: str) -> tuple[str, Entry, str]:
+def entry_of(spec: str) -> tuple[str, Entry, str]:
     """Name, entry and path of a set; the path is "" where TFDS is read, and the name that of the table, if it is there.
 
     Raises:
       UserError: neither a path nor a TFDS data set.
     """
-    plain = _plain(spec)
-    if plain.startswith(("folder:", "csv:")):
-        return plain, Entry(templates="dummy"), plain.partition(":")[2]
-    name, _, path = plain.partition("@")
+    if spec.startswith(("folder:", "csv:")):
+        return spec, Entry(templates="dummy"), spec.partition(":")[2]
+    name, _, path = spec.partition("@")
     entry = ENTRIES[name]
     if not path and not entry.tfds:
         raise UserError(f"{name} is not in TFDS; write {name}@PATH, a folder of one sub-folder a class or a CSV file.")
     return name, entry, path
 
 
-def load_probe(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> ProbeSet:
-    """The set `probe/NAME` or `fewshot/NAME`; the latter learns from 1 % and 10 % and 5 a class too.
-
-    Raises:
-      UserError: as `load`; a set without a training split, or with several labels an image.
-    """
-    name, _, path = _plain(spec).partition("@")
-    if not path and name in ENTRIES and not (ENTRIES[name].tfds and ENTRIES[name].train):
-        raise UserError(f"{name} has no training split in TFDS; write {spec}@PATH, a folder with train and test.")
-    name, entry, path = _entry(spec)
-    if path:
-        held = (pathlib.Path(path) / "validation").is_dir()
-        splits = ("train", *["validation"] * held, "test")
-        read = [(*read_files(spec, pathlib.Path(path) / split), "") for split in splits]
-    else:
-        splits = (entry.train, *[entry.held] * bool(entry.held), entry.split)
-        read = [_tfds(name, dataclasses.replace(entry, split=split), data_dir) for split in splits]
-    if any(set(part[2]) - set(read[0][2]) for part in read) or any(np.ndim(part[1]) != 1 for part in read):
-        raise UserError(f"{spec}: the splits must have the same classes, and each image one of them.")
-    # A split may lack a class.
-    read = [(part[0], np.array([read[0][2].index(x) for x in part[2]])[part[1]], *part[2:]) for part in read]
-    if len(read) == 2:
-        read.insert(1, ([], np.array([], int), read[0][2], ""))
-    metric = entry.metric if entry.metric == "mean_per_class" else "top1"
-    sgd = profile.sgd and spec.startswith("probe/")
-    prepare = profile.preprocessing(prepare)
-    if sgd:
-        prepare = dataclasses.replace(prepare, resize_size=round(prepare.size * 256 / 224))
-    views = "crops and flips of each epoch" if profile.augment else "central crops, without its crops and flips"
-    card = Card(
-        data=path or entry.tfds.partition(":")[0],
-        version=read[0][3],
-        split=entry.split if not path else "test",
-        split_hash=digest(
-            [
-                _identity(entry, read[0][3], *splits) if not path else "",
-                *([part[1].tolist(), part[2], contents(part[0])] for part in read),
-            ]
-        ),
-        protocol=f"SLIP's linear probe: features before projection, SGD, 90 epochs, lr 0.00625, {views}"
-        if sgd
-        else "CLIP's linear probe: features before projection, L-BFGS, C by halving on validation, fit on both",
-        preprocessing=prepare.resizing,
-        metric=f"linear/{metric}",
-        note=entry.note,
-    )
-    parts = ("1%", "10%", "5-shot") if spec.startswith("fewshot/") else ()
-    pictures = [Pictures(part[0], prepare, entry.border) for part in read]
-    learned = [image for part in read[:2] for image in (part[0],) if len(image)]
-    augmented = functools.partial(Augmented, learned, prepare) if sgd and profile.augment else None
-    return ProbeSet(
-        spec, *pictures, {"": tuple(part[1] for part in read)}, parts, sgd=sgd, augmented=augmented, card=card
-    )
-
-
-def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> ZeroShotSet | ProbeSet:
+def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> ZeroShotSet:
     """The set `spec` of the module's docstring, images uint8 as `prepare` and the profile say, decoded when asked for.
 
     Raises:
       UserError: a set that is not prepared, a path or label that is wrong.
     """
-    if _plain(spec) != spec:
-        return load_probe(spec, prepare, data_dir, profile)
-    name, entry, path = _entry(spec)
+    name, entry, path = entry_of(spec)
     if path:
         images, labels, classes = read_files(name, pathlib.Path(path))
         version = ""
         if entry.names:
             labels, classes = _published(name, entry, labels, classes)
     else:
-        images, labels, classes, version = _tfds(name, entry, data_dir)
+        images, labels, classes, version = read_tfds(name, entry, data_dir)
         classes = prompts.class_names(entry.names, classes) if entry.names else classes
         if entry.classes:
             labels, classes = _masked(name, entry, labels, classes)
@@ -292,7 +231,7 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
         split=entry.split if not path else "",
         split_hash=digest(
             [
-                _identity(entry, version, entry.split) if not path else "",
+                identity(entry, version, entry.split) if not path else "",
                 *np.asarray(labels).tolist(),
                 *classes,
                 *contents(images),
@@ -303,6 +242,7 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
         preprocessing=prepare.resizing,
         metric=entry.metric,
         note=entry.note,
+        role=SHIFTED if entry.shifted else "",
     )
     pictures = Pictures(images, prepare, entry.border)
     return ZeroShotSet(spec, pictures, labels, prompts.prompts(words, used), names=classes, card=card)
@@ -311,7 +251,8 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
 Read = tuple[Sequence[Any], np.ndarray, list[str], str]
 
 
-def _tfds(name: str, entry: Entry, data_dir: str | None) -> Read:
+def read_tfds(name: str, entry: Entry, data_dir: str | None) -> Read:
+    """Images, labels, classes and version of an entry's split in TFDS."""
     source, info = open_tfds(entry.tfds, entry.split, data_dir)
     # Images are skipped here, not decoded.
     values = [source[i][entry.label] for i in range(len(source))]
@@ -380,7 +321,7 @@ def _tfds_labels(name: str, feature: str) -> list[str]:
         return []
 
 
-def _identity(entry: Entry, version: str, *splits: str) -> list[str]:
+def identity(entry: Entry, version: str, *splits: str) -> list[str]:
     """What tells a TFDS data set from another one; labels tell how many items it has."""
     return [entry.tfds.partition(":")[0], version, *splits]
 
@@ -393,3 +334,19 @@ def _masked(name: str, entry: Entry, labels: np.ndarray, found: list[str]) -> tu
     if len(foreign):
         raise UserError(f"{name}: class {foreign[0]} occurs and is not among its {len(entry.classes)} classes.")
     return position[labels], [found[i] for i in entry.classes]
+
+
+class PublishedSets(SetKind):
+    """`NAME`, `NAME@PATH`, `folder:PATH` and `csv:PATH`."""
+
+    prefixes = (*ENTRIES, "folder", "csv")
+    names = PAPER
+    at_path = tuple(ENTRIES)
+    usage = "own data: folder:PATH, one sub-folder a class; csv:PATH, with the columns path and label"
+    knows = staticmethod(check)
+    load = staticmethod(load)
+
+    @classmethod
+    def shows(cls, spec: str) -> str:
+        """All of them have images and classes."""
+        return "classes"

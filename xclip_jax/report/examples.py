@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from xclip_jax.data import loader
-from xclip_jax.evaluators import Encoder
+from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.retrieval import RetrievalSet, positives
 from xclip_jax.evaluators.retrieval import ranks as ranks_of
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, distributions, similarities
@@ -22,16 +22,6 @@ ASKED = 8  # texts that are searched for
 TOP = 6  # images in a row
 CLUSTERS = 96
 CLASSES = 100  # of the confusion matrix
-QUERIES = (
-    "cat",
-    "red heart",
-    "fruit",
-    "angry face",
-    "blue",
-    "clock",
-    "woman with long hair",
-    "vehicle on rails",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +138,7 @@ class Examples:
     retrieved: Retrieved | None = None
     confusion: Confusion | None = None
     clusters: Clusters | None = None
-    emoji: bool = False  # whether pictures of the demo are among them, whose artists are to be named
+    credits: list[str] = dataclasses.field(default_factory=list)  # who made the images
     missing: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -159,7 +149,7 @@ def look(
     *,
     data: loader.DataConfig | None = None,
     data_dir: str | None = None,
-    queries: Sequence[str] = QUERIES,
+    queries: Sequence[str] = (),
     seed: int = 0,
 ) -> Examples:
     """Everything of `Examples`. With several processes all of them call this, and all get the same.
@@ -170,11 +160,11 @@ def look(
       specs: evaluation sets of the run, of which `pick` takes some.
       data: of the training pairs, which serve where none of the sets can be read.
       data_dir: root of TFDS data sets, None for the default.
-      queries: texts to search the demo's images with.
+      queries: texts to search the images of a set that has queries with, in place of its own.
       seed: decides which images and texts are shown.
     """
     picked = pick(specs, encoder.preprocessing, data_dir, data, seed)
-    examples = Examples(seed, emoji=picked.emoji, missing=picked.missing)
+    examples = Examples(seed, credits=picked.credits, missing=picked.missing)
     words: Sequence[str] = [name for _, found, _ in picked.zeroshot for name in found.names]
     for n, (panel, found, shown) in enumerate(picked.zeroshot):
         rng = np.random.default_rng(seed)
@@ -198,8 +188,8 @@ def look(
             examples.gallery, words = examples.retrieved.gallery, captions
     if examples.gallery.images:
         img = encoder.images(variables, examples.gallery.images, ("z", "s"))
-        if examples.emoji:
-            examples.searches = _searches(encoder, variables, img, queries)
+        if picked.queries:
+            examples.searches = _searches(encoder, variables, img, queries or picked.queries)
         if "s" in img:
             examples.clusters = _clusters(encoder, variables, examples.gallery, img["s"], list(dict.fromkeys(words)))
     return examples

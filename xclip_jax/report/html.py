@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from xclip_jax.evaluators import Encoder
+from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.report import model_sections, record, run_sections, style
 from xclip_jax.report.attention import Maps, attention
 from xclip_jax.report.examples import Examples, look
@@ -19,10 +19,6 @@ NAME = "report.html"
 # The browser itself holds the page to what it promises: nothing is fetched.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _HOW = "the run names none. Name some in eval.final_sets, or now: python -m xclip_jax.report {run} --sets NAME,NAME"
-_ARTISTS = (
-    "Emoji: Twemoji (CC-BY 4.0, Twitter and contributors), OpenMoji (CC BY-SA 4.0, openmoji.org), Noto Emoji "
-    "(Apache-2.0, Google). The pictures in this page are under these licences."
-)
 
 
 def make(
@@ -87,7 +83,7 @@ def render(record: Record, examples: Examples, maps: Maps | None = None, paramet
     sections.sort(key=lambda section: section.empty)
     links = "".join(f'<li><a href="#{s.id}">{s.title}</a></li>' for s in sections)
     body = "".join(section.render() for section in sections)
-    credit = f"<p>{_ARTISTS}</p>" if examples.emoji else ""
+    credit = "".join(f"<p>{esc(credit)}</p>" for credit in examples.credits)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">

@@ -1,4 +1,4 @@
-"""What a run's folder tells, however far the run has come."""
+"""Reads a run directory, complete or in progress."""
 
 import contextlib
 import dataclasses
@@ -9,6 +9,8 @@ from typing import Any
 from etils import epath
 
 from xclip_jax.errors import UserError
+from xclip_jax.evaluators import flat_names, results
+from xclip_jax.evaluators.result import Result
 
 Row = dict[str, float]
 
@@ -22,7 +24,7 @@ class Record:
       config: all keys, nested.
       environment: versions, devices, commit and command.
       training: metrics of the logged steps, in order.
-      evaluations: results of the evaluations on the way, each with its "step".
+      evaluations: (step, results) of the evaluations on the way.
       results: of the last evaluation, or of `xclip_jax.evaluate` where there is no last one.
       sources: what data.json says of each of config's data.sources.
       bad: how many samples the ledger names.
@@ -33,8 +35,8 @@ class Record:
     config: dict[str, Any]
     environment: dict[str, Any]
     training: list[Row]
-    evaluations: list[Row]
-    results: dict[str, float]
+    evaluations: list[tuple[int, list[Result]]]
+    results: list[Result]
     sources: list[dict[str, Any]]
     bad: int
     began: datetime.datetime
@@ -64,13 +66,14 @@ def read(run: str | epath.Path) -> Record:
         raise UserError(f"{path} cannot be read ({error}); name the folder of another run.") from error
     rows = _lines(folder / "metrics.jsonl")
     final = _json(folder / "results.json")
+    known = results.of_run(final) or results.of_entries(_json(folder / "evaluation.json").get("results", []))
     return Record(
         folder=folder,
         config=config,
         environment=final.get("environment", environment),
         training=[row for row in rows if "loss" in row],
-        evaluations=[row for row in rows if "loss" not in row],
-        results=final.get("results") or _evaluated(folder / "evaluation.json"),
+        evaluations=[(int(row["step"]), flat_names.read(row, known)) for row in rows if "loss" not in row],
+        results=known,
         sources=_json(folder / "data.json") or [],
         bad=len(_lines(folder / "bad_samples.jsonl")),
         # config.json is written again when a run resumes.
@@ -95,14 +98,6 @@ def _lines(path: epath.Path) -> list[dict[str, Any]]:
             if isinstance(content, dict):
                 rows.append({key: value for key, value in content.items() if value is not None})
     return rows
-
-
-def _evaluated(path: epath.Path) -> dict[str, float]:
-    return {
-        f"{result['name']}/{key}": value
-        for result in _json(path).get("results", [])
-        for key, value in result["metrics"].items()
-    }
 
 
 def _written(path: epath.Path) -> datetime.datetime:

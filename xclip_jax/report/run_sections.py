@@ -7,21 +7,12 @@ from typing import Any
 
 from xclip_jax.evaluators import summary
 from xclip_jax.losses import noncontrastive as nclip
-from xclip_jax.report.chance import LEVEL, verdicts
+from xclip_jax.report.chance import LEVEL, verdict
 from xclip_jax.report.charts import Level, Line, chart, number
 from xclip_jax.report.markup import Section, esc, missing
 from xclip_jax.report.record import Record, Row
 
 NAMES = {"clip": "CLIP", "siglip": "SigLIP", "nclip": "nCLIP", "xclip": "xCLIP"}
-_METRICS = {
-    "top1": "top-1",
-    "top5": "top-5",
-    "r1": "R@1",
-    "image_to_text/r1": "image to text, R@1",
-    "linear/top1": "linear probe, top-1",
-    "map11": "11-point mAP",
-    "spearman_all": "Spearman",
-}
 
 
 def title(record: Record) -> str:
@@ -48,19 +39,17 @@ def head(record: Record, parameters: int | None) -> str:
 def _tiles(record: Record) -> str:
     results, at = record.results, ""
     if not results and record.evaluations:
-        results, at = record.evaluations[-1], f"at step {record.evaluations[-1]['step']:,}"
-    tiles, judged = [], verdicts(results)
-    for family, (name, metric, value, chance) in summary.families(results).rows:
-        by_chance = (
-            f"{judged.get((name, metric), 'chance')} ({chance.strip('()')}\u00a0%)"
-            if chance and not metric.startswith("spearman")
-            else ""
-        )
-        said = ", ".join(filter(None, (name, by_chance, at)))
-        unit = "" if metric.startswith("spearman") else " <small>%</small>"
+        step, results = record.evaluations[-1]
+        at = f"at step {step:,}"
+    tiles, short = [], summary.short_names(results)
+    for family, row in summary.representatives(results).items():
+        metric, result = row.shown[0]
+        chance = f"{verdict(result) or 'chance'} ({result.chance:.1f}\u00a0%)" if result.chance is not None else ""
+        details = ", ".join(filter(None, (short[row.name], chance, at)))
+        unit = " <small>%</small>" if result.unit == "%" else ""
         tiles.append(
-            f'<div class="card tile"><span class="name">{esc(family)}</span><b>{esc(value)}{unit}</b>'
-            f"<span>{esc(_METRICS.get(metric, metric))}</span><span>{_breakable(said)}</span></div>"
+            f'<div class="card tile"><span class="name">{esc(family)}</span><b>{result.value:.1f}{unit}</b>'
+            f"<span>{esc(metric.label)}</span><span>{_breakable(details)}</span></div>"
         )
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
@@ -122,9 +111,11 @@ def results(record: Record) -> Section:
 def _judged(record: Record) -> str:
     """Which sets are above chance, in sentences; "" where none can be judged."""
     sets: dict[str, list[str]] = {}
-    for (name, metric), verdict in verdicts(record.results).items():
-        sets.setdefault(verdict, []).append(f"{_breakable(name)} ({_METRICS.get(metric, metric)})")
-    sentences = [f"{verdict.capitalize()}: {', '.join(names)}." for verdict, names in sorted(sets.items())]
+    for row in summary.rows(record.results):
+        metric, result = row.shown[0]
+        if judged := verdict(result):
+            sets.setdefault(judged, []).append(f"{_breakable(row.name)} ({esc(metric.label)})")
+    sentences = [f"{judged.capitalize()}: {', '.join(names)}." for judged, names in sorted(sets.items())]
     how = f"By {LEVEL:.0%} binomial intervals, which take items to be independent and of one weight."
     return " ".join([*sentences, how]) if sentences else ""
 
@@ -219,15 +210,15 @@ class _Lines:
 
 def _evaluated(record: Record) -> list[Line]:
     """The first metric of each set that was evaluated on the way, with its last value where it has one."""
-    rows = list(record.evaluations)
+    evaluations = list(record.evaluations)
     if record.complete:
-        rows.append({"step": record.steps} | record.results)
+        evaluations.append((record.steps, record.results))
     points: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        for _, name, values in summary.rows(row):
-            metric, value = next(iter(values.items()))
-            label = f"{name.rpartition('/')[2] or name}, {_METRICS.get(metric, metric)}"
-            points.setdefault(label, []).append((row["step"], value))
+    for step, results_of in evaluations:
+        for row in summary.rows(results_of):
+            metric, result = row.shown[0]
+            label = f"{row.name.rpartition('/')[2] or row.name}, {metric.label}"
+            points.setdefault(label, []).append((step, result.value))
     several = {label: at for label, at in points.items() if len(at) > 1 or not record.complete}
     return [Line(label, *zip(*at, strict=True), color % 8) for color, (label, at) in enumerate(several.items())]
 

@@ -11,7 +11,8 @@ import numpy as np
 from xclip_jax.data import loader
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample, UserError
-from xclip_jax.evaluators import file_datasets, registry
+from xclip_jax.evaluators import registry
+from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.retrieval import RetrievalSet
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
@@ -19,35 +20,16 @@ SHOWN = 96  # side of an image to be looked at, pixels
 POOL = 1000  # images of a set
 PROMPTS = 6000  # texts of a set's classes
 PAIRS = 400  # training pairs, where there is no set
+ZEROSHOT_SETS = 3  # where none has a panel
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """A zero-shot set to show: its name in `evaluators.sets`, a title and a sentence that may say {ways}."""
+    """A zero-shot set to show: its name in `evaluators.registry`, a title and a sentence that may say {ways}."""
 
     spec: str
     title: str
     sentence: str
-
-
-PANELS = (
-    Panel(
-        "emoji/test_concepts",
-        "Things it has never seen",
-        "No picture of these was ever shown in training. The model chooses among {ways} new names, each with up to "
-        "three keywords.",
-    ),
-    Panel(
-        "emoji/test_rendering",
-        "Known things, drawn by another artist",
-        "Training showed other artists' pictures of these, never this one. The model chooses among {ways} names.",
-    ),
-    Panel(
-        "emoji/test_line",
-        "Line drawings",
-        "Training showed colour pictures only. The model chooses among {ways} names.",
-    ),
-)
 
 
 @dataclasses.dataclass
@@ -57,20 +39,27 @@ class Picked:
     Attributes:
       zeroshot: for classification, with what to say about them.
       retrieval: one for retrieval, where there is any.
-      emoji: whether pictures of the demo are among them, whose artists are to be named.
+      credits: who made the images.
+      queries: texts to search the images with.
       missing: what could not be read, and what to do about it.
     """
 
     zeroshot: list[tuple[Panel, ZeroShotSet, ZeroShotSet]] = dataclasses.field(default_factory=list)
     retrieval: tuple[RetrievalSet, RetrievalSet] | None = None
-    emoji: bool = False
+    credits: list[str] = dataclasses.field(default_factory=list)
+    queries: list[str] = dataclasses.field(default_factory=list)
     missing: list[str] = dataclasses.field(default_factory=list)
+
+    def add_kind(self, kind: type[SetKind]) -> None:
+        """Adds the credit and the queries of a kind of sets, once."""
+        self.credits += [kind.credit] if kind.credit and kind.credit not in self.credits else []
+        self.queries += [query for query in kind.queries if query not in self.queries]
 
 
 def pick(
     specs: Sequence[str], prepare: Preprocessing, data_dir: str | None, data: loader.DataConfig | None, seed: int
 ) -> Picked:
-    """The sets to show of `specs`: those of `PANELS`, else the first three for classification, and one for retrieval.
+    """The sets to show of `specs`: those that have a panel, else the first for classification, and one for retrieval.
 
     Args:
       specs: names of evaluation sets.
@@ -80,35 +69,26 @@ def pick(
       seed: decides which training pairs.
     """
     picked = Picked()
-    known = {panel.spec: panel for panel in PANELS if panel.spec in specs}
-    for spec in [*known, *(spec for spec in dict.fromkeys(specs) if spec not in known and _has_images(spec))]:
-        if picked.retrieval if _is_retrieval(spec) else len(picked.zeroshot) == (len(known) or len(PANELS)):
+    kinds = {spec: registry.check(spec) for spec in dict.fromkeys(specs)}
+    panels = {spec: panel for kind in kinds.values() for spec, panel in kind.panels.items() if spec in kinds}
+    shows = {spec: kind.shows(spec) for spec, kind in kinds.items()}
+    for spec in [*panels, *(spec for spec in kinds if spec not in panels and shows[spec])]:
+        if picked.retrieval if shows[spec] == "captions" else len(picked.zeroshot) == (len(panels) or ZEROSHOT_SETS):
             continue
         try:
-            found, shown = (registry.load(spec, way, data_dir) for way in (prepare, prepare.at(SHOWN)))
+            sets = [registry.load(spec, way, data_dir) for way in (prepare, prepare.at(SHOWN))]
         except UserError as error:
             picked.missing += [str(error)] if str(error) not in picked.missing else []
             continue
-        picked.emoji |= spec.startswith("emoji/")
-        if isinstance(found, RetrievalSet):
-            picked.retrieval = found, shown
-        elif isinstance(found, ZeroShotSet) and np.ndim(found.labels) == 1:
-            panel = known.get(spec) or Panel(spec, spec, "The model chooses among {ways} names.")
-            picked.zeroshot.append((panel, _few_prompts(found), shown))
+        if shows[spec] == "captions":
+            picked.retrieval = sets[0], sets[1]
+        elif np.ndim(sets[0].labels) == 1:
+            title, sentence = panels.get(spec) or (spec, "The model chooses among {ways} names.")
+            picked.zeroshot.append((Panel(spec, title, sentence), _few_prompts(sets[0]), sets[1]))
+        picked.add_kind(kinds[spec])
     if data is not None and not picked.zeroshot and not picked.retrieval:
         _training_pairs(picked, data, prepare, seed)
     return picked
-
-
-def _is_retrieval(spec: str) -> bool:
-    return "retrieval" in spec.partition("@")[0]
-
-
-def _has_images(spec: str) -> bool:
-    """Whether a set may be one to classify or to retrieve; others would be loaded for nothing."""
-    name = spec.partition("@")[0]
-    probes = name.startswith(("probe/", "fewshot/")) or name in file_datasets.READERS
-    return not probes and not (name.startswith("emoji/") and any(w in name for w in ("probe", "alias", "transl")))
 
 
 def _few_prompts(data: ZeroShotSet) -> ZeroShotSet:
@@ -145,6 +125,7 @@ def _training_pairs(picked: Picked, data: loader.DataConfig, prepare: Preprocess
     if not images:
         picked.missing.append("None of the training pairs could be read.")
         return
-    picked.emoji |= any(spec.startswith("demo:") for spec in data.sources)
+    if any(spec.startswith("demo:") for spec in data.sources):
+        picked.add_kind(registry.SETS["emoji"])
     title = "training pairs, which the model has seen"
     picked.retrieval = tuple(RetrievalSet(title, [pair[side] for pair in images], captions) for side in (0, 1))

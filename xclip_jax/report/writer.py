@@ -1,11 +1,12 @@
 """The report as a callback of the trainer: report.html and picture.png at the end of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from xclip_jax.console import log0
+from xclip_jax.evaluators.result import Result
 from xclip_jax.report import html, picture
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.job import Job
@@ -14,7 +15,7 @@ from xclip_jax.train.job import Job
 class ReportWriter(Callback):
     """Writes the report of a run that has `eval.report` set; a report that fails costs nothing of the run."""
 
-    def on_end(self, job: Job, variables: Mapping[str, Any], results: Mapping[str, float]) -> None:
+    def on_end(self, job: Job, variables: Mapping[str, Any], results: Sequence[Result]) -> None:
         """Write the report, or print why not."""
         del results  # the page reads them from the folder
         run = job.config.run

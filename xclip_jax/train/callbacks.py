@@ -1,8 +1,9 @@
 """What a run calls while it trains, such as a logger, an experiment tracker or the report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from xclip_jax.evaluators.result import Result
 from xclip_jax.train.job import Job
 
 
@@ -15,10 +16,10 @@ class Callback:
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Receive the metrics of a training step, those of a line of metrics.jsonl."""
 
-    def on_evaluation(self, step: int, results: Mapping[str, float]) -> None:
+    def on_evaluation(self, step: int, results: Sequence[Result]) -> None:
         """Receive the results of an evaluation, on the way or at the end."""
 
-    def on_end(self, job: Job, variables: Mapping[str, Any], results: Mapping[str, float]) -> None:
+    def on_end(self, job: Job, variables: Mapping[str, Any], results: Sequence[Result]) -> None:
         """Receive the trained model, once results.json is written.
 
         Args:

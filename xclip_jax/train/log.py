@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from xclip_jax.console import log0
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.errors import UserError
+from xclip_jax.evaluators.result import Result, flat
 from xclip_jax.losses.noncontrastive import diagnose
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import JsonLines
@@ -179,12 +180,12 @@ class MetricLogger:
             return value
         return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
-    def write_results(self, step: int, results: Mapping[str, float]) -> None:
+    def write_results(self, step: int, results: Sequence[Result]) -> None:
         """Write results of an evaluation, all of its sets or some, to metrics.jsonl and TensorBoard."""
         if self._writer and results:
-            self._writer.write(step, results)
+            self._writer.write(step, flat(results))
 
-    def end_evaluation(self, step: int, results: Mapping[str, float]) -> None:
+    def end_evaluation(self, step: int, results: Sequence[Result]) -> None:
         """Hand the results of all sets to the callbacks."""
         for callback in self._callbacks:
             callback.on_evaluation(step, results)

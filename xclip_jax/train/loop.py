@@ -9,7 +9,9 @@ import numpy as np
 from xclip_jax.console import log0
 from xclip_jax.data import loader
 from xclip_jax.data.ledger import Ledger
-from xclip_jax.evaluators import Evaluator, registry, summary
+from xclip_jax.evaluators import registry, summary
+from xclip_jax.evaluators.base import Evaluator
+from xclip_jax.evaluators.result import Result
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.interrupt import PreemptionHandler
 from xclip_jax.train.job import Job
@@ -49,12 +51,9 @@ def train(
     return state, stopped
 
 
-def run_evaluators(evaluators: Sequence[Evaluator], variables: Mapping[str, Any]) -> dict[str, float]:
+def run_evaluators(evaluators: Sequence[Evaluator], variables: Mapping[str, Any]) -> list[Result]:
     """Return the results of all evaluators; an exception names the evaluator that raised it."""
-    results = {}
-    for evaluator in evaluators:
-        results |= registry.measure(evaluator, variables)[0]
-    return results
+    return [result for evaluator in evaluators for result in registry.measure(evaluator, variables)]
 
 
 def _batches(job: Job, start: int, ledger: Ledger) -> Iterator[dict[str, np.ndarray]]:

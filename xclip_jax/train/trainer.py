@@ -11,6 +11,7 @@ from xclip_jax.console import log0
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.errors import UserError, describe
 from xclip_jax.evaluators import summary
+from xclip_jax.evaluators.result import Result, flat, to_json
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.interrupt import EXIT_RESUMABLE, PreemptionHandler
@@ -87,7 +88,8 @@ def _finish(job: Job, state: TrainState, log: MetricLogger, callbacks: Sequence[
     """Make the last evaluation: results.json, the table, and the callbacks."""
     config, began = job.config, time.perf_counter()
     variables, step = state.variables(ema=config.eval.ema), int(state.step)
-    results, failed = {}, {}
+    results: list[Result] = []
+    failed = {}
     for evaluator in job.final:
         try:
             values = run_evaluators([evaluator], variables)
@@ -97,12 +99,12 @@ def _finish(job: Job, state: TrainState, log: MetricLogger, callbacks: Sequence[
             failed[evaluator.name] = describe(error)
             log0(f"{evaluator.name} failed: {type(error).__name__}: {describe(error)}")
         else:
-            results |= values
+            results += values
             log.write_results(step, values)
     log.close()
     if jax.process_index() == 0:
-        details = {"failed": failed} if failed else {}
-        job.folder.write_results(config, results, seconds=time.perf_counter() - began, **details)
+        details = {"records": to_json(results)} | ({"failed": failed} if failed else {})
+        job.folder.write_results(config, flat(results), seconds=time.perf_counter() - began, **details)
     if results:
         log0(summary.render(results))
     if failed:
@@ -115,4 +117,4 @@ def _finish(job: Job, state: TrainState, log: MetricLogger, callbacks: Sequence[
     for callback in callbacks:
         callback.on_end(job, variables, results)
     log0(f"model: {config.run}; load it with xclip_jax.load({config.run!r}), see README for evaluate, embed and export")
-    return results
+    return flat(results)

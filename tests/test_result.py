@@ -1,0 +1,75 @@
+"""Results as records: their names on disk, their JSON, and tables of results that earlier versions wrote."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from tests.encoding import make_encoder, small_model
+from tests.test_sets import small_demo  # noqa: F401
+from xclip_jax.evaluators import flat_names, registry, summary
+from xclip_jax.evaluators.provenance import SHIFTED, Card
+from xclip_jax.evaluators.result import Result, flat, from_json, items, to_json
+from xclip_jax.evaluators.statistics import Items
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "results"
+
+
+def golden(name):
+    """Results and their tables as they were written before results were records."""
+    return json.loads((GOLDEN / f"{name}.json").read_text())["results"], (GOLDEN / f"{name}.txt").read_text()
+
+
+def text(results):
+    return f"{summary.render(results)}\n\n{summary.headlines(results)}\n"
+
+
+@pytest.mark.parametrize("name", ["demo", "others"])
+def test_tables_of_names_and_values_are_as_they_were(name):
+    values, expected = golden(name)
+    assert text(flat_names.read(values)) == expected
+
+
+def test_the_demo_has_the_names_and_the_tables_that_it_had(small_demo):  # noqa: F811
+    values, expected = golden("demo")
+    results = []
+    for spec in dict.fromkeys("/".join(name.split("/")[1:3]) for name in values):
+        results += registry.measure(registry.make(spec, make_encoder()), small_model()[1])
+    assert sorted(flat(results)) == sorted(values)
+    # With the values of the file, of which ties may be another matter on another machine.
+    known = flat_names.read(values, results)
+    assert len(known) == len(values) and text(known) == expected
+    assert text(from_json(json.loads(json.dumps(to_json(known))))) == expected
+    assert sum(result.headline for result in results) == len({(r.family, r.set) for r in results})
+
+
+def test_a_record_has_its_name_and_survives_json():
+    fields = {"task": "category", "score": "both", "group": "noto", "n": 3, "chance": 0.5, "headline": True}
+    result = Result("emoji/x", "zeroshot", "top1", 12.5, protocol=Card(role=SHIFTED), **fields)
+    assert flat([result]) == {"zeroshot/emoji/x/category/both/noto/top1": 12.5}
+    (back,) = from_json([{**record, "of a later version": 1} for record in to_json([result])])
+    assert {key: getattr(back, key) for key in fields} == fields and back.protocol.role == SHIFTED
+    assert (back.set, back.family, back.metric, back.value, back.unit) == ("emoji/x", "zeroshot", "top1", 12.5, "%")
+
+
+def test_items_go_by_the_name_of_their_result():
+    of = Items(np.ones(2))
+    results = [Result("x", "zeroshot", "top1", 100, items=of), Result("x", "zeroshot", "n", 2, unit="")]
+    assert items(results) == {"zeroshot/x/top1": of}
+
+
+def test_results_of_a_family_without_a_layout_have_a_line_each():
+    results = [
+        Result("a", "colour", "hue", 30.0, n=50, chance=10.0),
+        Result("a", "colour", "n", 50.0, unit=""),
+        Result("a", "colour", "lightness", 45.5, n=50, headline=True),
+        Result("b", "colour", "hue", 20.0, n=5),
+    ]
+    table, families = summary.tables(results)[0], summary.families(results)
+    assert table.rows == [
+        ("a", ["50", "lightness", "45.5", ""]),
+        ("  the same", ["", "hue", "30.0", "(10.0)"]),
+        ("b", ["5", "hue", "20.0", ""]),
+    ]
+    assert families.rows == [("colour", ["a", "lightness", "45.5", ""])]
