@@ -34,10 +34,10 @@ from xclip_jax.console import log0
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import Parser, UserError, exit_with_message
 from xclip_jax.evaluators import Evaluator, registry, results, summary
-from xclip_jax.evaluators.encoder import make_encoder
 from xclip_jax.evaluators.provenance import describe
 from xclip_jax.evaluators.statistics import bootstrap
 from xclip_jax.storage import write_json
+from xclip_jax.train.encoder import make_encoder
 from xclip_jax.train.weights import load
 
 NAME = "evaluation.json"

@@ -9,9 +9,9 @@ import numpy as np
 from xclip_jax.config.schema import Config
 from xclip_jax.data import loader, sources
 from xclip_jax.evaluators import Encoder, Evaluator, registry
-from xclip_jax.evaluators.encoder import make_encoder
 from xclip_jax.parallel.mesh import batch_part
 from xclip_jax.train.build import Parts, build
+from xclip_jax.train.encoder import make_encoder
 from xclip_jax.train.run_folder import TrainingFolder
 from xclip_jax.train.weights import read_initial
 
