@@ -10,6 +10,7 @@ import pytest
 
 from tests import tiny
 from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.interrupt import EXIT_RESUMABLE
 
 # Two seconds a batch, far more than a step: the loop waits for data nearly all the time.
 SCRIPT = """
@@ -106,7 +107,7 @@ def test_a_signal_to_the_group_saves_the_last_step(start, number, until):
     process, run = start(until)
     os.killpg(process.pid, number)
     said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    assert process.returncode == EXIT_RESUMABLE, said
     with Checkpointer(run) as checkpointer:
         assert checkpointer.latest() == steps(run)[-1] >= 1
     assert f"stopped at step {steps(run)[-1]} of 1000" in said
