@@ -12,9 +12,9 @@ import transformers
 from tests import tiny
 from xclip_jax import evaluate, export, interop
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators.encoder import make_encoder
 from xclip_jax.models.layers import stack_blocks
 from xclip_jax.train import build, state, trainer, weights
+from xclip_jax.train.encoder import make_encoder
 
 STEPS = 2
 

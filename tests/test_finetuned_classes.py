@@ -15,10 +15,10 @@ from xclip_jax.config.schema import resolve
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.classification import Finetuned, LabelledSet
-from xclip_jax.evaluators.encoder import make_encoder
 from xclip_jax.storage import write_json
 from xclip_jax.train import build
 from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.encoder import make_encoder
 from xclip_jax.train.run_folder import TrainingFolder
 from xclip_jax.train.state import create
 

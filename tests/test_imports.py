@@ -42,7 +42,7 @@ LONGER = {
 DIALECT = {"found", "told", "seen"}
 FREE_OF_DIALECT = (
     "console.py", "environment.py", "run_folder.py", "storage.py", "data/config.py", "data/ledger.py",
-    "data/loader.py", "data/transforms.py", "evaluators/encoder.py", "parallel/processes.py", "report/writer.py",
+    "data/loader.py", "data/transforms.py", "train/encoder.py", "parallel/processes.py", "report/writer.py",
     "train/callbacks.py", "train/checkpoint.py", "train/interrupt.py", "train/job.py", "train/log.py",
     "train/loop.py", "train/progress.py", "train/run_folder.py", "train/trainer.py", "train/weights.py",
 )  # fmt: skip

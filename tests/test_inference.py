@@ -18,10 +18,10 @@ from xclip_jax.config import schema
 from xclip_jax.data import tokenizer, transforms
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import zeroshot
-from xclip_jax.evaluators.encoder import make_encoder
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
 from xclip_jax.objective import Objective
 from xclip_jax.train import build, weights
+from xclip_jax.train.encoder import make_encoder
 
 TEXTS = ["a fox", "a hen", "what a long text this one is", "", "a fox"]
 

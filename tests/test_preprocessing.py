@@ -23,9 +23,9 @@ from xclip_jax.data import transforms
 from xclip_jax.data.preprocessing import Preprocessing, mean_std
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
-from xclip_jax.evaluators.encoder import make_encoder
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.train import build, weights
+from xclip_jax.train.encoder import make_encoder
 from xclip_jax.train.run_folder import TrainingFolder
 from xclip_jax.train.state import create
 

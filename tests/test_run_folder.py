@@ -24,6 +24,7 @@ from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.result import Result
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.train import build, interrupt, loop, trainer, weights
+from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.run_folder import TrainingFolder
 
@@ -299,8 +300,12 @@ def test_an_evaluation_that_was_made_is_not_made_again(pairs, tmp_path, evaluato
         with pytest.raises(SystemExit) as stopped:
             trainer.run(c)
     assert stopped.value.code == interrupt.EXIT_RESUMABLE
-    trainer.run(c)
+    evaluations = []
+    recorder = Callback()
+    recorder.on_evaluation = lambda step, results: evaluations.append((step, results))
+    trainer.run(c, [recorder])
     assert [line["step"] for line in lines(tmp_path / "run") if "a/top1" in line] == [2, 4]
+    assert evaluations == [(4, {"a/top1": 12.5})]
 
 
 def test_a_set_that_fails_at_the_end_does_not_cost_the_others(pairs, tmp_path, evaluators):

@@ -16,6 +16,7 @@ from xclip_jax.data import loader
 from xclip_jax.errors import UserError
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.train import build, job, progress, trainer
+from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.interrupt import EXIT_RESUMABLE
 from xclip_jax.train.log import MetricWriter
@@ -82,6 +83,24 @@ def test_resume_is_bit_exact(pairs, tmp_path, straight, monkeypatch):
     assert counters["tokens"] == logged(tmp_path / "run")[10]["tokens"] > 10 * tiny.BATCH
     assert logged(tmp_path / "run") == logged(pathlib.Path(straight[0].run))
     assert list(logged(tmp_path / "run")) == list(range(1, 11))
+
+
+class Recorder(Callback):
+    def __init__(self):
+        self.steps, self.ends = [], []
+
+    def on_log(self, step, metrics):
+        self.steps.append((step, metrics["loss"]))
+
+    def on_end(self, job, variables, results):
+        self.ends.append((job.folder.read_results()["results"], sorted(variables), results))
+
+
+def test_callbacks_receive_metrics_and_the_model(pairs, tmp_path, straight):
+    recorder = Recorder()
+    trainer.run(config(pairs, tmp_path / "run"), [recorder])
+    assert recorder.steps == [(step, line["loss"]) for step, line in logged(pathlib.Path(straight[0].run)).items()]
+    assert recorder.ends == [({}, ["batch_stats", "params"], {})]
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(pairs, tmp_path, straight):

@@ -13,11 +13,11 @@ import optax
 from tests import tiny
 from xclip_jax.data import loader
 from xclip_jax.errors import BadSample
-from xclip_jax.evaluators.encoder import make_encoder
 from xclip_jax.parallel import processes
 from xclip_jax.report.attention import attention
 from xclip_jax.train import build, state, trainer
 from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.encoder import make_encoder
 
 STEPS, BATCH, IMAGES = 3, 16, 13
 BROKEN = 20  # of twice IMAGES

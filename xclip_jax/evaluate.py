@@ -35,11 +35,11 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import Parser, UserError, exit_with_message
 from xclip_jax.evaluators import registry, result, results, summary
 from xclip_jax.evaluators.base import Evaluator
-from xclip_jax.evaluators.encoder import make_encoder
 from xclip_jax.evaluators.provenance import describe
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import bootstrap
 from xclip_jax.storage import write_json
+from xclip_jax.train.encoder import make_encoder
 from xclip_jax.train.weights import load
 
 NAME = "evaluation.json"

@@ -18,7 +18,8 @@ def _are_statistics(value: Any) -> bool:
 
 
 _STATISTICS = Check(
-    f"{', '.join(map(repr, transforms.STATISTICS))}, or mean and deviation by channel, ((r, g, b), (r, g, b))",
+    f"{', '.join(map(repr, transforms.STATISTICS))}, or mean and deviation by channel, ((r, g, b), (r, g, b)), "
+    "deviations above 0",
     _are_statistics,
 )
 

@@ -17,10 +17,10 @@ from xclip_jax import evaluate
 from xclip_jax.console import log0
 from xclip_jax.errors import Parser, UserError, exit_with_message
 from xclip_jax.evaluators import registry
-from xclip_jax.evaluators.encoder import make_encoder
 from xclip_jax.report import html, record
 from xclip_jax.report.examples import Examples
 from xclip_jax.storage import is_remote
+from xclip_jax.train.encoder import make_encoder
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

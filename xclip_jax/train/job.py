@@ -10,9 +10,10 @@ from xclip_jax.config.schema import Config
 from xclip_jax.data import loader, sources
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import Evaluator
-from xclip_jax.evaluators.encoder import Encoder, make_encoder
+from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.parallel.mesh import batch_part
 from xclip_jax.train.build import Parts, build
+from xclip_jax.train.encoder import make_encoder
 from xclip_jax.train.run_folder import TrainingFolder
 from xclip_jax.train.weights import read_initial
 
