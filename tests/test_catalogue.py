@@ -343,7 +343,7 @@ def test_unknown_profiles_list_the_known():
 
 
 def test_auc_wants_two_classes():
-    card = zeroshot_datasets.Card(metric="roc_auc")
+    card = zeroshot_datasets.Provenance(metric="roc_auc")
     with pytest.raises(UserError, match="two classes; the set has 3"):
         ZeroShotSet("x", [0], np.array([0]), [["a"], ["b"], ["c"]], card=card)
 

@@ -67,8 +67,13 @@ class Encoder:
             h = model.apply(variables, x, method="encode_image" if modality == "img" else "encode_text")
             both = (h, None) if modality == "img" else (None, h)
             heads = model.apply(variables, *both, train=False, method="project")
-            found = {"h": h, "z": heads.get(f"z_{modality}"), "s": heads.get(f"s_{modality}"), "c": heads.get("logits")}
-            return {key: value.astype(jnp.float32) for key, value in found.items() if value is not None}
+            outputs = {
+                "h": h,
+                "z": heads.get(f"z_{modality}"),
+                "s": heads.get(f"s_{modality}"),
+                "c": heads.get("logits"),
+            }
+            return {key: value.astype(jnp.float32) for key, value in outputs.items() if value is not None}
 
         def encode_images(variables: Any, images: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
             mean, std = preprocessing.mean, preprocessing.std
@@ -104,8 +109,8 @@ class Encoder:
         """
         shape = (self.image_size, self.image_size, 3)
         dtype = np.float32 if getattr(images, "dtype", None) == np.float32 else np.uint8
-        found = self._run(self._encode_images, variables, images, shape, dtype, (*features, "valid"))
-        unreadable = np.flatnonzero(~found.pop("valid")).tolist()
+        features_of = self._run(self._encode_images, variables, images, shape, dtype, (*features, "valid"))
+        unreadable = np.flatnonzero(~features_of.pop("valid")).tolist()
         self.unreadable |= {i: self._reasons.get(i, "") for i in unreadable}
         if len(unreadable) > MAX_UNREADABLE * len(images):
             first = self._reasons.get(unreadable[0], f"image {unreadable[0]}")
@@ -113,16 +118,16 @@ class Encoder:
                 f"{len(unreadable)} of {len(images)} images cannot be read, more than {MAX_UNREADABLE:.0%}; "
                 f"the first is: {first}"
             )
-        return found
+        return features_of
 
     def texts(self, variables: Any, texts: Sequence[str], features: Sequence[str] = ("h", "z", "s")) -> Features:
         """Features of `texts`, as `images` gives them. Equal texts are encoded once and so have equal features."""
         rows = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         tokens = self._tokenizer(list(rows), self._text_length) if rows else []
-        found = self.tokens(variables, tokens, features)
+        features_of = self.tokens(variables, tokens, features)
         if len(rows) == len(texts):
-            return found
-        return {key: value[[rows[text] for text in texts]] for key, value in found.items()}
+            return features_of
+        return {key: value[[rows[text] for text in texts]] for key, value in features_of.items()}
 
     def tokens(
         self, variables: Any, tokens: Sequence[np.ndarray], features: Sequence[str] = ("h", "z", "s")
