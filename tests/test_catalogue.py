@@ -13,7 +13,6 @@ from tests.encoding import SIZE, make_encoder, small_model
 from xclip_jax.data import assets
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import prompts, registry, zeroshot_datasets
-from xclip_jax.evaluators.probe import Sweep
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
@@ -344,7 +343,7 @@ def test_unknown_profiles_list_the_known():
 
 
 def test_auc_wants_two_classes():
-    card = zeroshot_datasets.Card(metric="roc_auc")
+    card = zeroshot_datasets.Provenance(metric="roc_auc")
     with pytest.raises(UserError, match="two classes; the set has 3"):
         ZeroShotSet("x", [0], np.array([0]), [["a"], ["b"], ["c"]], card=card)
 
@@ -359,66 +358,3 @@ def test_top1_top5_is_their_mean(tmp_path):
 
 def test_class_names_are_those_of_clip_benchmark():
     assert len(json.loads(assets.third_party("en_classnames.json"))["imagenet1k"]) == 1000
-
-
-# Probes of published sets.
-
-
-@pytest.mark.parametrize("name", ["cifar10", "dtd", "kitti"])
-def test_a_probe_of_a_tfds_set(name):
-    with tfds.testing.mock_data(as_data_source_fn=records):
-        data = registry.load(f"probe/{name}", SIZE)
-    assert (len(data.train), len(data.validation), len(data.test)) == (
-        3,
-        3 if zeroshot_datasets.ENTRIES[name].held else 0,
-        3,
-    )
-    data = dataclasses.replace(data, sweep=Sweep((1.0,), 0))
-    metrics = evaluate(data)
-    assert metrics[f"visual/probe/{name}/n"] == 3 and f"visual/probe/{name}/{data.card.metric}" in metrics
-
-
-def test_slips_probe_of_folders(tmp_path):
-    for part in ("train", "test"):
-        for label, value in (("cat", 20), ("dog", 220)):
-            for i in range(6):
-                write(tmp_path / part / label / f"{i}.png", value + i)
-    profile = dataclasses.replace(PROFILES["slip"], augment=True)
-    data = registry.load(f"probe/pets@{tmp_path}", SIZE, profile=profile)
-    assert data.sgd and "lr 0.00625" in data.card.protocol and f"side to {round(SIZE * 256 / 224)}" in str(data.card)
-    one, two = data.augmented(0), data.augmented(1)
-    assert len(one) == 12 and one[0].shape == (SIZE, SIZE, 3) and (one[11] > 200).all() and (one[0] < 40).all()
-    assert (data.test[0] == data.train[0]).all() and data.test[0].shape == (SIZE, SIZE, 3)
-    picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    PIL.Image.fromarray(picture).save(tmp_path / "train" / "cat" / "0.png")
-    assert (one[0] != two[0]).any() and (one[0] == data.augmented(0)[0]).all()  # the epoch alone decides
-    plain = registry.load(f"probe/pets@{tmp_path}", SIZE, profile=PROFILES["slip"])
-    assert plain.augmented is None and "without its crops" in plain.card.protocol
-    assert not registry.load(f"fewshot/pets@{tmp_path}", SIZE, profile=profile).sgd
-    assert evaluate(plain)[f"visual/probe/pets@{tmp_path}/linear/mean_per_class"] > 50
-
-
-@pytest.mark.parametrize("held", [False, True])
-def test_a_few_shot_probe_of_folders(held, tmp_path):
-    for part in ("train", "test", *["validation"] * held):
-        for label, value in (("cat", 20), ("dog", 220)):
-            for i in range(12):
-                write(tmp_path / part / label / f"{i}.png", value + i)
-    data = registry.load(f"fewshot/pets@{tmp_path}", SIZE)
-    assert data.card.metric == "linear/mean_per_class" and data.parts == ("1%", "10%", "5-shot")
-    metrics = evaluate(dataclasses.replace(data, sweep=Sweep((1.0, 100.0), 0)))
-    name = f"visual/fewshot/pets@{tmp_path}"
-    for way in ("linear", "knn", "linear/1%", "linear/5-shot"):
-        assert metrics[f"{name}/{way}/mean_per_class"] == 100
-
-
-def test_a_probe_without_a_training_split(tmp_path):
-    for name in ("imagenet_a", "eurosat", "gtsrb"):
-        with pytest.raises(UserError, match=f"{name} has no training split in TFDS"):
-            registry.load(f"probe/{name}", SIZE)
-    write(tmp_path / "train" / "cat" / "0.png", 0)
-    write(tmp_path / "test" / "dog" / "0.png", 0)
-    with pytest.raises(UserError, match="same classes"):
-        registry.load(f"probe/pets@{tmp_path}", SIZE)
-    with pytest.raises(UserError, match="unknown evaluation set 'probe/nothing'"):
-        registry.check("probe/nothing")

@@ -10,7 +10,7 @@ from xclip_jax import evaluate
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, results, summary
 from xclip_jax.evaluators.base import Evaluator, SetKind
-from xclip_jax.evaluators.provenance import Card
+from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.statistics import Items
 from xclip_jax.report import __main__ as report
 from xclip_jax.train import trainer
@@ -22,7 +22,9 @@ SPEC = "tests.test_extension_evaluators:Greys"
 
 class GreyPairs:
     evaluator = "tests.test_extension_evaluators:SameSide"
-    card = Card("greys", split_hash="1", protocol="two images of one text are nearer than two of others", metric="same")
+    card = Provenance(
+        "greys", split_hash="1", protocol="two images of one text are nearer than two of others", metric="same"
+    )
 
     def __init__(self, name, images):
         self.name, self.images = name, images

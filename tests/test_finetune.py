@@ -20,7 +20,7 @@ from xclip_jax import evaluate
 from xclip_jax.data import glue, labelled, loader, transforms
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, summary
-from xclip_jax.evaluators.classification import Finetuned
+from xclip_jax.evaluators.classification import ClassifierEvaluator
 from xclip_jax.losses import classification
 from xclip_jax.storage import write_json
 from xclip_jax.train import build, optim, state, trainer
@@ -421,7 +421,7 @@ def test_metrics_of_a_task_with_two_classes(tmp_path):
     data = registry.load(f"finetuned/glue:cola@{folder}/validation", 8)
     assert data.card.metric == "finetuned/matthews" and len(data.items) == 100
     logits = data.labels[:, None] * np.array([-0.5, 0.5]) + np.random.default_rng(0).normal(size=(100, 2))
-    results = Finetuned(FakeEncoder(logits), data).measure(None)
+    results = ClassifierEvaluator(FakeEncoder(logits), data).measure(None)
     metrics, items = by_name(results)
     name, predicted = f"textual/{data.name}", logits.argmax(axis=1)
     found = {key: metrics[f"{name}/finetuned/{key}"] / 100 for key in ("top1", "mean_per_class", "f1", "matthews")}
@@ -437,4 +437,4 @@ def test_metrics_of_a_task_with_two_classes(tmp_path):
     assert "matthews" in summary.render(results)
     for logits, message in ((None, "no classifier"), (np.zeros((100, 3)), "a classifier of 3 classes")):
         with pytest.raises(UserError, match=message):
-            Finetuned(FakeEncoder(logits), data).run(None)
+            ClassifierEvaluator(FakeEncoder(logits), data).run(None)

@@ -14,7 +14,7 @@ from xclip_jax import evaluate
 from xclip_jax.config.schema import resolve
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
-from xclip_jax.evaluators.classification import Finetuned, LabelledSet
+from xclip_jax.evaluators.classification import ClassificationSet, ClassifierEvaluator
 from xclip_jax.storage import write_json
 from xclip_jax.train import build
 from xclip_jax.train.checkpoint import Checkpointer
@@ -30,18 +30,18 @@ def encoder(classes):
 
 
 def labelled(names, labels):
-    return LabelledSet("finetuned/x", ["text"] * len(labels), np.array(labels), len(names), names=names)
+    return ClassificationSet("finetuned/x", ["text"] * len(labels), np.array(labels), len(names), names=names)
 
 
 def test_classes_of_the_set_are_numbered_as_those_of_the_model():
     fake = encoder(("bee", "ant", "cat"))
     fake.logits = np.eye(3)[[1, 0, 2, 2]]
-    same = Finetuned(fake, labelled(("ant", "bee", "cat"), [0, 1, 2, 1]))
+    same = ClassifierEvaluator(fake, labelled(("ant", "bee", "cat"), [0, 1, 2, 1]))
     assert same.data.labels.tolist() == [1, 0, 2, 0]
     metrics, items = by_name(same.measure(None))
     assert items["textual/finetuned/x/finetuned/top1"].values.tolist() == [1, 1, 1, 0]
     # A class without items is an answer all the same.
-    some = Finetuned(fake, labelled(("ant", "cat"), [0, 1]))
+    some = ClassifierEvaluator(fake, labelled(("ant", "cat"), [0, 1]))
     assert some.data.labels.tolist() == [1, 2] and some.data.classes == 3
     assert some.run(None)["textual/finetuned/x/ways"] == 3
     assert metrics["textual/finetuned/x/finetuned/top1"] == 75
@@ -52,14 +52,14 @@ def test_classes_of_the_set_are_numbered_as_those_of_the_model():
 )
 def test_a_class_that_the_model_did_not_learn_is_refused(names, first):
     with pytest.raises(UserError, match=rf"class '{first}' is not among the 3 classes .*\('ant', 'bee', 'cat'\)"):
-        Finetuned(encoder(("ant", "bee", "cat")), labelled(names, [0]))
+        ClassifierEvaluator(encoder(("ant", "bee", "cat")), labelled(names, [0]))
 
 
 def test_runs_that_do_not_say_their_classes_are_tested_by_number():
     data = labelled(("ant", "cow"), [0, 1])
-    assert Finetuned(encoder(None), data).data is data
-    numbers = LabelledSet("finetuned/y", ["text"], np.array([0.5]), 1)
-    assert Finetuned(encoder(("ant",)), numbers).data is numbers
+    assert ClassifierEvaluator(encoder(None), data).data is data
+    numbers = ClassificationSet("finetuned/y", ["text"], np.array([0.5]), 1)
+    assert ClassifierEvaluator(encoder(("ant",)), numbers).data is numbers
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from tests.encoding import SIZE, by_name, make_encoder, small_model
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import logistic, probe, sgd
 from xclip_jax.evaluators.probe import Probe, ProbeSet, Sweep
-from xclip_jax.evaluators.provenance import Card
+from xclip_jax.evaluators.provenance import Provenance
 
 
 def features(n=600, d=24, k=7, spread=0.6, seed=0):
@@ -227,7 +227,12 @@ def test_c_is_chosen_by_the_sets_own_metric():
     logits, labels = np.array([[1, 0], [1, 0], [1, 0], [1, 0]]), np.array([0, 0, 0, 1])
     for metric, value in (("top1", 75), ("mean_per_class", 50)):
         data = ProbeSet(
-            "set", [0, 0], [], [0], {"": (np.array([0, 1]), np.array([], int), np.array([0]))}, card=Card(metric=metric)
+            "set",
+            [0, 0],
+            [],
+            [0],
+            {"": (np.array([0, 1]), np.array([], int), np.array([0]))},
+            card=Provenance(metric=metric),
         )
         assert Probe(None, data)._score(logits, labels) == value
 

@@ -402,12 +402,12 @@ def test_what_is_looked_at(monkeypatch):
 
     monkeypatch.setattr(selection.registry, "load", load)
     specs = ["imagenet", "probe/cifar10", "folder:x", "sts12@y", "coco_retrieval"]
-    found = selection.pick(specs, Preprocessing(4), None, None, 0)
+    found = selection.select(specs, Preprocessing(4), None, None, 0)
     assert set(asked) == {"imagenet", "folder:x", "coco_retrieval"} and found.missing == ["imagenet is not prepared."]
     assert [panel.title for panel, *_ in found.zeroshot] == ["folder:x"] and found.retrieval[0].name == "coco_retrieval"
     assert sum(map(len, found.zeroshot[0][1].prompts)) == selection.PROMPTS and not found.credits
     asked.clear()
-    found = selection.pick(
+    found = selection.select(
         ["emoji/test_line", "emoji/test_probe", "emoji/test_concepts", "emoji/test_rendering_rest"],
         Preprocessing(4),
         None,

@@ -9,7 +9,7 @@ import pytest
 from tests.encoding import make_encoder, small_model
 from tests.test_sets import small_demo  # noqa: F401
 from xclip_jax.evaluators import flat_names, registry, summary
-from xclip_jax.evaluators.provenance import SHIFTED, Card
+from xclip_jax.evaluators.provenance import SHIFTED, Provenance
 from xclip_jax.evaluators.result import Result, flat, from_json, items, to_json
 from xclip_jax.evaluators.statistics import Items
 
@@ -46,7 +46,7 @@ def test_the_demo_has_the_names_and_the_tables_that_it_had(small_demo):  # noqa:
 
 def test_a_record_has_its_name_and_survives_json():
     fields = {"task": "category", "score": "both", "group": "noto", "n": 3, "chance": 0.5, "headline": True}
-    result = Result("emoji/x", "zeroshot", "top1", 12.5, protocol=Card(role=SHIFTED), **fields)
+    result = Result("emoji/x", "zeroshot", "top1", 12.5, protocol=Provenance(role=SHIFTED), **fields)
     assert flat([result]) == {"zeroshot/emoji/x/category/both/noto/top1": 12.5}
     (back,) = from_json([{**record, "of a later version": 1} for record in to_json([result])])
     assert {key: getattr(back, key) for key in fields} == fields and back.protocol.role == SHIFTED

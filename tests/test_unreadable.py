@@ -11,7 +11,7 @@ import pytest
 from tests.encoding import SIZE, by_name, make_encoder, small_model
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, statistics
-from xclip_jax.evaluators.classification import Finetuned
+from xclip_jax.evaluators.classification import ClassifierEvaluator
 from xclip_jax.evaluators.probe import Sweep
 from xclip_jax.evaluators.prompts import PROFILES
 
@@ -163,7 +163,7 @@ def test_a_fine_tuned_model_is_wrong_on_them(tmp_path):
             found = make_encoder().images(variables, images, ("z",))["z"]
             return {"c": found[:, :2]}
 
-    metrics, items = by_name(Finetuned(Encoder(), registry.load(spec, SIZE)).measure(small_model()[1]))
+    metrics, items = by_name(ClassifierEvaluator(Encoder(), registry.load(spec, SIZE)).measure(small_model()[1]))
     name = f"visual/{spec}"
     assert (items[f"{name}/finetuned/top1"].values[list(BROKEN)] == 0).all() and metrics[f"{name}/n"] == 100
 

@@ -17,7 +17,7 @@ from xclip_jax.evaluators.base import Evaluator, Layout, Metric, SetKind
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.provenance import VALIDATION, Card, contents, digest
+from xclip_jax.evaluators.provenance import VALIDATION, Provenance, contents, digest
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import Items, class_weights
 from xclip_jax.evaluators.zeroshot import accuracy
@@ -27,7 +27,7 @@ _LABELS = {"top1": "top-1", "matthews": "Matthews", "f1": "F1", "spearman": "Spe
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LabelledSet:
+class ClassificationSet:
     """Items and their labels.
 
     Attributes:
@@ -44,10 +44,10 @@ class LabelledSet:
     items: Sequence[Any]
     labels: np.ndarray
     classes: int
-    card: Card = dataclasses.field(default_factory=Card)
+    card: Provenance = dataclasses.field(default_factory=Provenance)
     names: Sequence[str] = ()
 
-    def renumbered(self, names: Sequence[str]) -> "LabelledSet":
+    def renumbered(self, names: Sequence[str]) -> "ClassificationSet":
         """The set with `names` as its classes, of which it may lack some.
 
         Raises:
@@ -67,7 +67,7 @@ class LabelledSet:
         return dataclasses.replace(self, labels=labels, classes=len(names), names=tuple(names))
 
 
-class Finetuned(Evaluator):
+class ClassifierEvaluator(Evaluator):
     """Results in percent, named "visual/<set>/finetuned/top1", or "textual/..." for texts.
 
     Of classes top1, top5 and mean_per_class, of two of them also f1 and matthews, beside n, ways and "majority", what
@@ -82,7 +82,7 @@ class Finetuned(Evaluator):
         ),
     )
 
-    def __init__(self, encoder: Encoder, data: LabelledSet) -> None:
+    def __init__(self, encoder: Encoder, data: ClassificationSet) -> None:
         """Raises `UserError` where the set has a class that the model's classifier does not know."""
         super().__init__(encoder, data.renumbered(encoder.classes) if encoder.classes and data.names else data)
         self.images = not isinstance(data.items[0], str)
@@ -119,7 +119,7 @@ class Finetuned(Evaluator):
         return [*results, self.count("n", n), self.count("ways", self.data.classes), self.result("majority", majority)]
 
 
-def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> LabelledSet:
+def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> ClassificationSet:
     """The set `finetuned/SPEC`; images as `prepare` and the profile say.
 
     Raises:
@@ -130,7 +130,7 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
     images, prepare = source.key == "image", profile.preprocessing(prepare)
     if where.startswith("glue:"):
         metrics = glue.TASKS[where.removeprefix("glue:").rpartition("/")[0].partition("@")[0]].metrics
-    card = Card(
+    card = Provenance(
         data=where,
         version=source.version,
         split=where.rpartition("/")[2],
@@ -148,7 +148,7 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
         role=VALIDATION if where.endswith("/validation") else "",
     )
     items = Pictures(source.items, prepare) if images else source.items
-    return LabelledSet(spec, items, labels, len(source.names) or 1, card, tuple(source.names))
+    return ClassificationSet(spec, items, labels, len(source.names) or 1, card, tuple(source.names))
 
 
 class FinetunedSets(SetKind):

@@ -32,7 +32,7 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.provenance import SHIFTED, VALIDATION, Card, digest
+from xclip_jax.evaluators.provenance import SHIFTED, VALIDATION, Provenance, digest
 from xclip_jax.evaluators.retrieval import RetrievalSet
 from xclip_jax.evaluators.text import TextRetrievalSet
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
@@ -111,10 +111,10 @@ def _classify(
     )
 
 
-def _card(split: str, *items: list[Any], **fields: str) -> Card:
+def _card(split: str, *items: list[Any], **fields: str) -> Provenance:
     role = VALIDATION if split.startswith("validation") else SHIFTED if split == "test_line" else ""
     items_hash = digest(x for part in items for x in part)
-    return Card("emoji_pairs", str(demo.EmojiPairs.VERSION), split, items_hash, role=role, **fields)
+    return Provenance("emoji_pairs", str(demo.EmojiPairs.VERSION), split, items_hash, role=role, **fields)
 
 
 def _retrieve(name: str, prepare: Preprocessing, data_dir: str | None, *, split: str) -> RetrievalSet:
@@ -140,9 +140,9 @@ def _probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
     drawings: dict[str, list[int]] = {}
     for i in kept[0]:
         drawings.setdefault(parts[0][1][i]["concept"], []).append(i)
-    kept[0] = sorted(found[turn % len(found)] for turn, (_, found) in enumerate(sorted(drawings.items())))
+    kept[0] = sorted(drawn[turn % len(drawn)] for turn, (_, drawn) in enumerate(sorted(drawings.items())))
     images = [[pictures[i] for i in keep] for (pictures, _), keep in zip(parts, kept, strict=True)]
-    records = [[found[i] for i in keep] for (_, found), keep in zip(parts, kept, strict=True)]
+    records = [[part[i] for i in keep] for (_, part), keep in zip(parts, kept, strict=True)]
     card = _card(
         "+".join(_ROLES),
         [(r["vendor"], r["concept"], r["subcategory"]) for part in records for r in part],
@@ -181,13 +181,13 @@ def _same_meaning(
     """Names of the test concepts and what else each is called at `keys`; what is spelt like the name asks nothing."""
     del prepare
     concepts = [c for c in demo.concepts(demo.prepare(data_dir)) if c["role"] == "test_concepts"]
-    found = []
+    rows = []
     for key in keys:
         for i, c in enumerate(concepts):
             words = c[key] if isinstance(c[key], list) else [c[key]]
-            found += [(key, w, i) for w in words if w and w.casefold() != c["name"].casefold()]
-    names, of = [c["name"] for c in concepts], np.array([key for key, *_ in found])
-    queries = [(word, i) for _, word, i in found]
+            rows += [(key, w, i) for w in words if w and w.casefold() != c["name"].casefold()]
+    names, of = [c["name"] for c in concepts], np.array([key for key, *_ in rows])
+    queries = [(word, i) for _, word, i in rows]
     card = _card(
         "test_concepts",
         names,

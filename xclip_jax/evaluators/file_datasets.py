@@ -25,7 +25,7 @@ from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.provenance import Card, contents, digest
+from xclip_jax.evaluators.provenance import Provenance, contents, digest
 from xclip_jax.evaluators.retrieval import RetrievalSet
 from xclip_jax.evaluators.text import Pair, SimilaritySet
 
@@ -98,8 +98,8 @@ def sick(name: str, path: pathlib.Path) -> SimilaritySet:
     return SimilaritySet(f"{name}@{path}", pairs, _similar(name, path.name, pairs))
 
 
-def _similar(name: str, split: str, subsets: Mapping[str, Sequence[Pair]]) -> Card:
-    return Card(
+def _similar(name: str, split: str, subsets: Mapping[str, Sequence[Pair]]) -> Provenance:
+    return Provenance(
         data=name,
         split=split,
         split_hash=digest([name, *subsets.values()]),
@@ -125,7 +125,7 @@ def _senteval(
     """A task of SentEval: training, validation and test items; where there are none to choose C on, ten folds are."""
     pairs = "difference" if isinstance(parts[0][0], tuple) else ""
     features = "[|u - v|, u v] of text features before projection" if pairs else "text features before projection"
-    card = Card(
+    card = Provenance(
         data=name,
         split_hash=digest(item for part in parts for item in part),
         metric="linear/top1",
@@ -147,16 +147,16 @@ def _split(read: Callable[[pathlib.Path], list[tuple[Any, str]]], files: Sequenc
     """A task of SentEval with splits of its own: `read` gives (text or pair, label) of each of `files`."""
 
     def task(name: str, path: pathlib.Path) -> ProbeSet:
-        found = [read(path / file) for file in files]
-        number = {label: i for i, label in enumerate(sorted({label for _, label in found[0]}))}
-        strange = {label for part in found for _, label in part} - set(number)
+        parts = [read(path / file) for file in files]
+        number = {label: i for i, label in enumerate(sorted({label for _, label in parts[0]}))}
+        strange = {label for part in parts for _, label in part} - set(number)
         if strange:
             raise UserError(f"{name}: label {min(strange)!r} is not in {str(path / files[0])!r}.")
-        if len(found) == 2:
-            found.insert(1, [])
-        labels = tuple(np.array([number[label] for _, label in part], int) for part in found)
-        how = "own splits" if found[1] else "own splits, C by ten folds of the training items"
-        return _senteval(name, path, [[item for item, _ in part] for part in found], labels, how)
+        if len(parts) == 2:
+            parts.insert(1, [])
+        labels = tuple(np.array([number[label] for _, label in part], int) for part in parts)
+        how = "own splits" if parts[1] else "own splits, C by ten folds of the training items"
+        return _senteval(name, path, [[item for item, _ in part] for part in parts], labels, how)
 
     return task
 
@@ -215,7 +215,7 @@ def glue(name: str, folder: str, data_dir: str | None) -> ProbeSet | SimilarityS
     two = len(train[0]) == 2
     train, test = ([tuple(parts) if two else parts[0] for parts in side] for side in (train, texts))
     features = "[u, v, |u - v|, u v] of text features" if two else "text features"
-    card = Card(
+    card = Provenance(
         data=name,
         split="dev",
         split_hash=split_hash,
@@ -256,10 +256,10 @@ def karpathy(
     files = []
     for folder, file in places:
         options = [path.parent / folder / file, path.parent / file, path.parent / "images" / file]
-        found = next((option for option in options if option.is_file()), None)
-        if found is None:
+        existing = next((option for option in options if option.is_file()), None)
+        if existing is None:
             raise UserError(f"{name}: image {str(options[0])!r} does not exist; put the images beside the JSON.")
-        files.append(found)
+        files.append(existing)
     images = Paths(files)
     # Which folder an image is in differs between copies.
     ids = [(file, bytes_of) for (_, file), (_, bytes_of) in zip(places, contents(images), strict=True)]
@@ -279,9 +279,9 @@ def coco_captions(name: str, data_dir: str | None, prepare: Preprocessing, profi
 
 def _retrieval_card(
     name: str, split: str, ids: list[Any], captions: list[list[str]], prepare: Preprocessing, profile: Profile
-) -> Card:
+) -> Provenance:
     kept = f"first {profile.captions}" if profile.captions else "all"
-    return Card(
+    return Provenance(
         data=name,
         split=split,
         split_hash=digest([*ids, *captions]),

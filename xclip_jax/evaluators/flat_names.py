@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from xclip_jax.evaluators.provenance import SHIFTED, VALIDATION, Card
+from xclip_jax.evaluators.provenance import SHIFTED, VALIDATION, Provenance
 from xclip_jax.evaluators.result import Result
 
 _RECALLS = ("image_to_text/r1", "image_to_text/r5", "text_to_image/r1", "text_to_image/r5")
@@ -51,7 +51,7 @@ def _set(values: Mapping[str, float], family: str, name: str, metrics: tuple[str
     sizes = {key: values[full] for key in _SIZES if (full := f"{family}/{name}/{key}") in values}
     shifted = family == "zeroshot" and name.startswith(_SHIFTED)
     role = SHIFTED if shifted else VALIDATION if "/validation" in name else ""
-    shared: dict[str, Any] = {"set": name, "family": family, "protocol": Card(role=role)}
+    shared: dict[str, Any] = {"set": name, "family": family, "protocol": Provenance(role=role)}
     results = [Result(metric=key, value=value, unit="", **shared) for key, value in sizes.items()]
     headline = True
     for score in ("", *(_SCORES if family == "zeroshot" else ())):

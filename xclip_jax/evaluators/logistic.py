@@ -91,18 +91,18 @@ def fit(
     back = jnp.asarray(np.block([[axes, mean[:, None]], [np.zeros((1, d)), np.ones((1, 1))]]), jnp.float32)
     # Of softmax's Hessian the diagonal is p (1 - p): 1 / classes where it starts.
     curvature = np.append(np.maximum(spectrum, 0), 1.0) / classes
-    found: dict[str, list[Any]] = {"w": [], "objective": [], "iterations": []}
+    fits: dict[str, list[Any]] = {"w": [], "objective": [], "iterations": []}
     group = max(1, _SCORES // (n * classes))
     for start in range(0, len(cs), group):
         ridge = np.outer(np.append(np.ones(d), 0.0), penalty / (n * cs[start : start + group]))  # (d + 1, cs)
         w, objective, steps = _solve(turned, one_hot, back, ridge, curvature, classes, iterations, tolerance)
         for key, value in (("w", w), ("objective", objective), ("iterations", steps)):
-            found[key].append(value)
-    w = np.concatenate(found["w"], axis=1).transpose(1, 0, 2)  # (cs, d + 1, classes)
+            fits[key].append(value)
+    w = np.concatenate(fits["w"], axis=1).transpose(1, 0, 2)  # (cs, d + 1, classes)
     weights = np.einsum("de,cek->cdk", axes, w[:, :-1], optimize=True)
     bias = w[:, -1] - np.einsum("d,cdk->ck", mean, weights)
     bias -= bias.mean(axis=1, keepdims=True)
-    objective, steps = np.concatenate(found["objective"]), np.concatenate(found["iterations"])
+    objective, steps = np.concatenate(fits["objective"]), np.concatenate(fits["iterations"])
     return Fit(weights.astype(np.float32), bias.astype(np.float32), objective, steps)
 
 

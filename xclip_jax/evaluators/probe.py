@@ -16,7 +16,7 @@ from xclip_jax.errors import UserError
 from xclip_jax.evaluators import logistic, sgd
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.encoder import Encoder
-from xclip_jax.evaluators.provenance import Card
+from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import Items, class_weights, valid_rows
 
@@ -122,26 +122,26 @@ def search(
     score: Callable[[np.ndarray, np.ndarray], float],
 ) -> tuple[float, dict[float, float]]:
     """The best C on the validation items, the smaller of equal ones, and {C: score} of all that were tried."""
-    found: dict[float, float] = {}
+    scores: dict[float, float] = {}
     low, high = min(sweep.coarse), max(sweep.coarse)
 
     def trial(cs: Sequence[float]) -> None:
-        new = [c for c in cs if low <= c <= high and c not in found]
+        new = [c for c in cs if low <= c <= high and c not in scores]
         if new:
             logits = logistic.fit(*train, new, classes, tolerance=sweep.tolerance).logits(validation[0])
-            found.update({c: score(part, validation[1]) for c, part in zip(new, logits, strict=True)})
+            scores.update({c: score(part, validation[1]) for c, part in zip(new, logits, strict=True)})
 
     trial(sweep.coarse)
     step = np.log10(sweep.coarse[1] / sweep.coarse[0]) if len(sweep.coarse) > 1 else 0.0
     for _ in range(sweep.halvings):
         step /= 2
-        best = _best(found)
+        best = _best(scores)
         trial([best * 10.0**-step, best * 10.0**step])
-    return _best(found), found
+    return _best(scores), scores
 
 
-def _best(found: Mapping[float, float]) -> float:
-    return min(found, key=lambda c: (-found[c], c))
+def _best(scores: Mapping[float, float]) -> float:
+    return min(scores, key=lambda c: (-scores[c], c))
 
 
 def folds(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
@@ -154,9 +154,9 @@ def folds(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
         raise UserError(f"{len(labels)} items cannot be {count} folds.")
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]  # one class after the other, each in random order
-    found = np.empty(len(labels), int)
-    found[order] = np.arange(len(labels)) % count
-    return found
+    fold = np.empty(len(labels), int)
+    fold[order] = np.arange(len(labels)) % count
+    return fold
 
 
 def choose(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], count: int, tolerance: float) -> float:
@@ -213,7 +213,7 @@ class ProbeSet:
     pairs: str = ""
     sgd: bool = False
     augmented: Callable[[int], Sequence[Any]] | None = None
-    card: Card = dataclasses.field(default_factory=Card)
+    card: Provenance = dataclasses.field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
         sizes = (len(self.train), len(self.validation), len(self.test))

@@ -17,7 +17,7 @@ from xclip_jax.evaluators.base import SetKind, closest
 from xclip_jax.evaluators.pictures import Augmented, Pictures
 from xclip_jax.evaluators.probe import ProbeSet
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.provenance import Card, contents, digest
+from xclip_jax.evaluators.provenance import Provenance, contents, digest
 from xclip_jax.evaluators.zeroshot_datasets import ENTRIES, entry_of, identity, read_tfds
 from xclip_jax.evaluators.zeroshot_datasets import check as check_set
 
@@ -51,7 +51,7 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
     if sgd:
         prepare = dataclasses.replace(prepare, resize_size=round(prepare.size * 256 / 224))
     views = "crops and flips of each epoch" if profile.augment else "central crops, without its crops and flips"
-    card = Card(
+    card = Provenance(
         data=path or entry.tfds.partition(":")[0],
         version=read[0][3],
         split=entry.split if not path else "test",

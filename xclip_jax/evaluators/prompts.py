@@ -135,8 +135,8 @@ def templates(name: str) -> list[str]:
     """
     known = _read("zeroshot_classification_templates")
     if name in ("openai80", "slip7"):
-        found = known["imagenet1k"]
-        return [found[i] for i in _SEVEN] if name == "slip7" else found
+        texts = known["imagenet1k"]
+        return [texts[i] for i in _SEVEN] if name == "slip7" else texts
     one_of("the name of templates", name, ["openai80", "slip7", *_OWN, *known])
     return _OWN.get(name) or known[name]
 
@@ -215,15 +215,15 @@ def class_names(key: str, labels: Sequence[str]) -> list[str]:
     Raises:
       UserError: as many names as labels, or the same order, are not there.
     """
-    found = published(key)
-    if len(found) != len(labels):
-        raise UserError(f"{key} has {len(found)} class names and the data set {len(labels)} labels; use another split.")
-    theirs, ours = [_comparable(name) for name in found], [_comparable(label) for label in labels]
+    names = published(key)
+    if len(names) != len(labels):
+        raise UserError(f"{key} has {len(names)} class names and the data set {len(labels)} labels; use another split.")
+    theirs, ours = [_comparable(name) for name in names], [_comparable(label) for label in labels]
     if set(theirs) == set(ours) and len(set(ours)) == len(ours):
-        return [found[theirs.index(name)] for name in ours]
+        return [names[theirs.index(name)] for name in ours]
     # Labels that say nothing (numbers, wnids) or say it in other words: the order is the same, which those show that
     # are spelt alike.
     moved = [name for i, name in enumerate(ours) if name in theirs and theirs[i] != name and theirs.count(name) == 1]
     if moved:
         raise UserError(f"the labels of {key} are in another order than its class names ({moved[0]!r} is one of them).")
-    return list(found)
+    return list(names)

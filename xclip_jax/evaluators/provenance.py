@@ -13,7 +13,7 @@ VALIDATION, SHIFTED = "validation", "shifted"
 
 
 @dataclasses.dataclass(frozen=True)
-class Card:
+class Provenance:
     """Provenance of an evaluation set; empty where unknown.
 
     Attributes:
@@ -63,6 +63,6 @@ def contents(images: Sequence[Any]) -> list[tuple[str, int]]:
     return [(os.path.relpath(path, root).replace(os.sep, "/"), os.stat(path).st_size) for path in paths]
 
 
-def describe(card: Card) -> Mapping[str, str]:
+def describe(card: Provenance) -> Mapping[str, str]:
     """The fields that say something, as evaluation.json has them."""
     return {key: value for key, value in dataclasses.asdict(card).items() if value and key != "role"}

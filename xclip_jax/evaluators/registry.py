@@ -19,7 +19,7 @@ from xclip_jax.console import log0
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample, UserError, describe, one_of
 from xclip_jax.evaluators.base import Evaluator, Layout, SetKind, closest
-from xclip_jax.evaluators.classification import Finetuned, FinetunedSets
+from xclip_jax.evaluators.classification import ClassifierEvaluator, FinetunedSets
 from xclip_jax.evaluators.emoji_sets import TESTS, EmojiSets
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.file_datasets import FileSets
@@ -38,7 +38,7 @@ EVALUATORS: Mapping[str, type[Evaluator]] = {
     "zeroshot": ZeroShot,
     "retrieval": Retrieval,
     "probe": Probe,
-    "classifier": Finetuned,
+    "classifier": ClassifierEvaluator,
     "text_retrieval": TextRetrieval,
     "similarity": Similarity,
 }

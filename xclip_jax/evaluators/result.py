@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from xclip_jax.evaluators.provenance import Card
+from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.statistics import Items
 
 
@@ -36,7 +36,7 @@ class Result:
     unit: str = "%"
     n: int = 0
     chance: float | None = None
-    protocol: Card = dataclasses.field(default_factory=Card)
+    protocol: Provenance = dataclasses.field(default_factory=Provenance)
     items: Items | None = None
     task: str = ""
     score: str = ""
@@ -83,7 +83,7 @@ def from_json(records: Sequence[Mapping[str, Any]]) -> list[Result]:
     return [
         Result(
             **{key: record[key] for key in _SAVED if key in record},
-            protocol=Card(role=record.get("role", "")),
+            protocol=Provenance(role=record.get("role", "")),
         )
         for record in records
     ]

@@ -69,13 +69,13 @@ def of_run(record: Mapping[str, Any]) -> list[Result]:
 
 def of_entries(entries: Sequence[Entry]) -> list[Result]:
     """The results of `entries`, which of earlier versions have names and values alone."""
-    found = []
+    results = []
     for entry in entries:
         if "records" in entry:
-            found += from_json(entry["records"])
+            results += from_json(entry["records"])
         else:
-            found += flat_names.read({f"{entry['name']}/{key}": value for key, value in entry["metrics"].items()})
-    return found
+            results += flat_names.read({f"{entry['name']}/{key}": value for key, value in entry["metrics"].items()})
+    return results
 
 
 def add(path: epath.Path, entry: Entry, items: Mapping[str, Items], command: Mapping[str, Any], *, own: bool) -> None:

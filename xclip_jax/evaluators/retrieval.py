@@ -8,7 +8,7 @@ import numpy as np
 
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
-from xclip_jax.evaluators.provenance import Card
+from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import Items, valid_rows
 from xclip_jax.evaluators.zeroshot import distributions, similarities
@@ -38,7 +38,7 @@ def ranks(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
         raise UserError(
             f"scores {scores.shape} and positives {positives.shape} must have one shape, and each query a positive."
         )
-    found = np.empty(len(scores), np.int64)
+    rank = np.empty(len(scores), np.int64)
     items = np.arange(scores.shape[1])
     step = max(1, _CHUNK // max(1, scores.shape[1]))
     # Counting what stands before the best positive needs no sorting and gives all k at once.
@@ -48,8 +48,8 @@ def ranks(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
         first = (match & (part == best)).argmax(axis=1)
         before = (part > best) | ((part == best) & (items < first[:, None]))
         ranked = valid_rows(part) & (best[:, 0] > -np.inf)
-        found[start : start + step] = np.where(ranked, before.sum(axis=1), np.iinfo(np.int64).max)
-    return found
+        rank[start : start + step] = np.where(ranked, before.sum(axis=1), np.iinfo(np.int64).max)
+    return rank
 
 
 def chance(positives: np.ndarray, k: int) -> float:
@@ -81,7 +81,7 @@ class RetrievalSet:
     name: str
     images: Sequence[np.ndarray]
     captions: list[list[str]]
-    card: Card = dataclasses.field(default_factory=Card)
+    card: Provenance = dataclasses.field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
         if not len(self.images) or len(self.images) != len(self.captions) or not all(self.captions):

@@ -56,11 +56,11 @@ def fit(
       seed: of the head and of the order.
     """
     labels, state, rows = jnp.asarray(y, jnp.int32), None, min(batch, len(y))
-    seen, x = None, None
+    previous, x = None, None
     for epoch in range(epochs):
-        found = features(epoch)
-        if found is not seen:  # frozen features of one view need not travel again
-            seen, x = found, jnp.asarray(found, jnp.float32)
+        current = features(epoch)
+        if current is not previous:  # frozen features of one view need not travel again
+            previous, x = current, jnp.asarray(current, jnp.float32)
         if state is None:
             head = jax.tree.map(jnp.asarray, initial(x.shape[1], classes, seed))
             state = (head, jax.tree.map(jnp.zeros_like, head))

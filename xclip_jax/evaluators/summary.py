@@ -66,17 +66,17 @@ class Row:
 
 def rows(results: Sequence[Result]) -> list[Row]:
     """One row for each set and task in `results`, in their order; those without anything to show are left out."""
-    found: dict[tuple[str, str, str], Row] = {}
+    by_set: dict[tuple[str, str, str], Row] = {}
     for result in results:
         if result.group:
             continue
         key = (result.family, result.set, result.task)
         name = "/".join(filter(None, (result.set, result.task)))
-        row = found.setdefault(key, Row(name, result.family, result.protocol.role, Layout("", ()), {}, {}))
+        row = by_set.setdefault(key, Row(name, result.family, result.protocol.role, Layout("", ()), {}, {}))
         (row.scores.setdefault(result.score, {}) if result.score else row.results)[result.metric] = result
-    for row in found.values():
+    for row in by_set.values():
         row.layout = _layout(row)
-    return [row for row in found.values() if row.shown]
+    return [row for row in by_set.values() if row.shown]
 
 
 def _layout(row: Row) -> Layout:

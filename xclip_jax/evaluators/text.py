@@ -9,7 +9,7 @@ import numpy as np
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.encoder import Features
-from xclip_jax.evaluators.provenance import Card
+from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.retrieval import KS, ranks
 from xclip_jax.evaluators.statistics import Items, pearson, spearman
@@ -37,7 +37,7 @@ class SimilaritySet:
 
     name: str
     subsets: Mapping[str, Sequence[Pair]]
-    card: Card = dataclasses.field(default_factory=Card)
+    card: Provenance = dataclasses.field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
         for subset, pairs in self.subsets.items():
@@ -119,7 +119,7 @@ class TextRetrievalSet:
     texts: Sequence[str]
     queries: Sequence[tuple[str, int]]
     groups: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    card: Card = dataclasses.field(default_factory=Card)
+    card: Provenance = dataclasses.field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
         if not self.queries or not all(0 <= i < len(self.texts) for _, i in self.queries):

@@ -13,7 +13,7 @@ import numpy as np
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.encoder import Features
-from xclip_jax.evaluators.provenance import Card
+from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import Items, class_weights, valid_rows
 
@@ -116,11 +116,11 @@ def similarities(img: Features, z_txt: np.ndarray | None, q: np.ndarray | None, 
     any_unreadable = unreadable.any() and not unreadable.all()  # a model that diverged keeps its NaN
     scores = {} if z_txt is None else {"": img["z"] @ z_txt.T}
     if q is not None:
-        found = cluster_scores(img["s"], q, tau)
+        by_cluster = cluster_scores(img["s"], q, tau)
         if scores:
-            both = scores[""], found["cross_entropy"]
-            found["both"] = sum(x / max((x[~unreadable] if any_unreadable else x).std(), _TINY) for x in both)
-        scores = {"": found["cosine"]} | scores | found
+            both = scores[""], by_cluster["cross_entropy"]
+            by_cluster["both"] = sum(x / max((x[~unreadable] if any_unreadable else x).std(), _TINY) for x in both)
+        scores = {"": by_cluster["cosine"]} | scores | by_cluster
     if any_unreadable:
         for x in scores.values():
             x[unreadable] = -np.inf
@@ -167,7 +167,7 @@ class ZeroShotSet:
     prompts: list[list[str]]
     groups: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     names: Sequence[str] = ()
-    card: Card = dataclasses.field(default_factory=Card)
+    card: Provenance = dataclasses.field(default_factory=Provenance)
     coarse: Sequence[str] = ()
 
     def __post_init__(self) -> None:

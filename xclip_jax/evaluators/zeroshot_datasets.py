@@ -27,7 +27,7 @@ from xclip_jax.evaluators import prompts
 from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.provenance import SHIFTED, Card, contents, digest
+from xclip_jax.evaluators.provenance import SHIFTED, Provenance, contents, digest
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 _APPROXIMATE = "the published split is not public or not one: compare only numbers with the same split_hash"
@@ -52,7 +52,7 @@ class Entry:
       ways: number of classes where the feature does not say it.
       border: pixels cut off on each side.
       train, held: splits that probes learn from and choose C on; no `train`, no probe; no `held`, a tenth of `train`.
-      note: see `Card`.
+      note: see `Provenance`.
       shifted: whether it is of another source or style than what its classes are known from, as `SHIFTED` says.
     """
 
@@ -225,7 +225,7 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
     elif name not in ENTRIES:
         words = [prompts.spaced(label) for label in classes]
     synonyms = ", synonyms" if name == "fer2013" and profile.clips else ""
-    card = Card(
+    card = Provenance(
         data=path or entry.tfds.partition(":")[0],
         version=version,
         split=entry.split if not path else "",
@@ -259,10 +259,10 @@ def read_tfds(name: str, entry: Entry, data_dir: str | None) -> Read:
     feature = info.features[entry.label]
     version = str(info.version)
     if entry.derive:
-        found = np.array([entry.derive(value) for value in values])
-        if found.min() < 0 or found.max() >= entry.ways:
-            raise UserError(f"{name}: a record of {entry.tfds} gives label {found.min()} to {found.max()}.")
-        return Field(source, "image"), found, [str(i) for i in range(entry.ways)], version
+        derived = np.array([entry.derive(value) for value in values])
+        if derived.min() < 0 or derived.max() >= entry.ways:
+            raise UserError(f"{name}: a record of {entry.tfds} gives label {derived.min()} to {derived.max()}.")
+        return Field(source, "image"), derived, [str(i) for i in range(entry.ways)], version
     labels = list(getattr(feature, "feature", feature).names)
     if np.ndim(values[0]):
         several = np.zeros((len(values), len(labels)), bool)
@@ -326,14 +326,14 @@ def identity(entry: Entry, version: str, *splits: str) -> list[str]:
     return [entry.tfds.partition(":")[0], version, *splits]
 
 
-def _masked(name: str, entry: Entry, labels: np.ndarray, found: list[str]) -> tuple[np.ndarray, list[str]]:
+def _masked(name: str, entry: Entry, labels: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
     """Labels and names among the set's own classes; labels of the 1000 are renumbered."""
-    position = np.full(len(found), -1)
+    position = np.full(len(names), -1)
     position[list(entry.classes)] = np.arange(len(entry.classes))
     foreign = np.unique(labels[position[labels] < 0])
     if len(foreign):
         raise UserError(f"{name}: class {foreign[0]} occurs and is not among its {len(entry.classes)} classes.")
-    return position[labels], [found[i] for i in entry.classes]
+    return position[labels], [names[i] for i in entry.classes]
 
 
 class PublishedSets(SetKind):

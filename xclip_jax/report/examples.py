@@ -1,4 +1,4 @@
-"""What a model makes of pictures and texts, found once for the picture and for the page.
+"""Predictions of a model on images and texts, computed once for the picture and for the page.
 
 Examples are drawn by a seed, never picked by hand.
 """
@@ -15,10 +15,10 @@ from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.retrieval import RetrievalSet, positives
 from xclip_jax.evaluators.retrieval import ranks as ranks_of
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, distributions, similarities
-from xclip_jax.report.selection import POOL, Panel, pick, take
+from xclip_jax.report.selection import POOL, ZeroShotPanel, select, subset
 
-GUESSED = 9  # images that get names, of each set
-ASKED = 8  # texts that are searched for
+NUM_IMAGES = 9  # images that get names, of each set
+NUM_QUERIES = 8  # texts that are searched for
 TOP = 6  # images in a row
 CLUSTERS = 96
 CLASSES = 100  # of the confusion matrix
@@ -34,7 +34,7 @@ class Gallery:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class ScoredLabel:
     """A name for an image: what its bar shows (0 to 1), how that is written, and whether it is right."""
 
     name: str
@@ -44,27 +44,27 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Guess:
+class Prediction:
     """An image, its right name, the place of that name among all (from 1), and the best five names."""
 
     image: np.ndarray
     name: str
     rank: int
-    best: list[Choice]
+    best: list[ScoredLabel]
 
 
 @dataclasses.dataclass(frozen=True)
-class Named:
+class ZeroShotExamples:
     """Names for images of one set: what it is, among how many names, and what bars mean."""
 
     title: str
     sentence: str
     ways: int
-    guesses: list[Guess]
+    guesses: list[Prediction]
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a text finds: indices of a gallery's images, best first, and which of them are right where that is known."""
 
     text: str
@@ -74,19 +74,19 @@ class Found:
 
 
 @dataclasses.dataclass(frozen=True)
-class Retrieved:
+class RetrievalExamples:
     """Both ways of retrieval on one set: texts that find images, images that find texts, and what their bars mean."""
 
     title: str
     texts: int
     meaning: str
     gallery: Gallery
-    by_text: list[Found]
-    by_image: list[Guess]
+    by_text: list[SearchResult]
+    by_image: list[Prediction]
 
 
 @dataclasses.dataclass(frozen=True)
-class Mistake:
+class ConfusedPair:
     """A class that is taken for another one: how often, and images of it."""
 
     name: str
@@ -103,7 +103,7 @@ class Confusion:
     images: int
     classes: list[str]
     counts: np.ndarray
-    mistakes: list[Mistake]
+    mistakes: list[ConfusedPair]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,17 +132,17 @@ class Examples:
     """All that is shown of a model; empty where there is nothing, and then `missing` says for each section why."""
 
     seed: int = 0
-    named: list[Named] = dataclasses.field(default_factory=list)
+    named: list[ZeroShotExamples] = dataclasses.field(default_factory=list)
     gallery: Gallery = dataclasses.field(default_factory=lambda: Gallery([], [], []))
-    searches: list[Found] = dataclasses.field(default_factory=list)
-    retrieved: Retrieved | None = None
+    searches: list[SearchResult] = dataclasses.field(default_factory=list)
+    retrieved: RetrievalExamples | None = None
     confusion: Confusion | None = None
     clusters: Clusters | None = None
     credits: list[str] = dataclasses.field(default_factory=list)  # who made the images
     missing: list[str] = dataclasses.field(default_factory=list)
 
 
-def look(
+def collect_examples(
     encoder: Encoder,
     variables: Any,
     specs: Sequence[str],
@@ -157,67 +157,67 @@ def look(
     Args:
       encoder: of the model.
       variables: what `TwoTowers.apply` takes.
-      specs: evaluation sets of the run, of which `pick` takes some.
+      specs: evaluation sets of the run, of which `select` chooses some.
       data: of the training pairs, which serve where none of the sets can be read.
       data_dir: root of TFDS data sets, None for the default.
       queries: texts to search the images of a set that has queries with, in place of its own.
       seed: decides which images and texts are shown.
     """
-    picked = pick(specs, encoder.preprocessing, data_dir, data, seed)
-    examples = Examples(seed, credits=picked.credits, missing=picked.missing)
-    words: Sequence[str] = [name for _, found, _ in picked.zeroshot for name in found.names]
-    for n, (panel, found, shown) in enumerate(picked.zeroshot):
+    selection = select(specs, encoder.preprocessing, data_dir, data, seed)
+    examples = Examples(seed, credits=selection.credits, missing=selection.missing)
+    words: Sequence[str] = [name for _, zeroshot, _ in selection.zeroshot for name in zeroshot.names]
+    for n, (panel, zeroshot, shown) in enumerate(selection.zeroshot):
         rng = np.random.default_rng(seed)
-        first = _different(found.labels, rng)
+        first = _different(zeroshot.labels, rng)
         # The first two sets are searched, clustered and counted; of the others only what is shown is encoded.
-        pool = rng.permutation(len(found.labels))[:POOL] if n < 2 else []
+        pool = rng.permutation(len(zeroshot.labels))[:POOL] if n < 2 else []
         keep = np.unique([*first, *pool]).astype(int)
-        found, shown = take(found, keep), take(shown, keep)
-        scores = ZeroShot(encoder, found).scores(variables)[""]
-        examples.named.append(_named(panel, found, shown, scores, np.searchsorted(keep, first), variables))
+        zeroshot, shown = subset(zeroshot, keep), subset(shown, keep)
+        scores = ZeroShot(encoder, zeroshot).scores(variables)[""]
+        examples.named.append(_named(panel, zeroshot, shown, scores, np.searchsorted(keep, first), variables))
         if n == 0:
-            examples.confusion = _confusion(panel.title, found, shown, scores, rng)
+            examples.confusion = _confusion(panel.title, zeroshot, shown, scores, rng)
         if n < 2:
-            examples.gallery.images.extend(found.images)
+            examples.gallery.images.extend(zeroshot.images)
             examples.gallery.shown.extend(shown.images)
-            examples.gallery.names.extend(found.names[label] for label in found.labels)
-    if picked.retrieval:
+            examples.gallery.names.extend(zeroshot.names[label] for label in zeroshot.labels)
+    if selection.retrieval:
         rng = np.random.default_rng(seed)
-        examples.retrieved, captions = _retrieved(encoder, variables, *picked.retrieval, rng)
-        if not picked.zeroshot:
+        examples.retrieved, captions = _retrieved(encoder, variables, *selection.retrieval, rng)
+        if not selection.zeroshot:
             examples.gallery, words = examples.retrieved.gallery, captions
     if examples.gallery.images:
         img = encoder.images(variables, examples.gallery.images, ("z", "s"))
-        if picked.queries:
-            examples.searches = _searches(encoder, variables, img, queries or picked.queries)
+        if selection.queries:
+            examples.searches = _searches(encoder, variables, img, queries or selection.queries)
         if "s" in img:
             examples.clusters = _clusters(encoder, variables, examples.gallery, img["s"], list(dict.fromkeys(words)))
     return examples
 
 
 def _different(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Indices of `GUESSED` images of different classes."""
+    """Indices of `NUM_IMAGES` images of different classes."""
     order = rng.permutation(len(labels))
     _, first = np.unique(labels[order], return_index=True)
-    return order[np.sort(first)][:GUESSED]
+    return order[np.sort(first)][:NUM_IMAGES]
 
 
 def _named(
-    panel: Panel, data: ZeroShotSet, shown: ZeroShotSet, scores: np.ndarray, places: np.ndarray, variables: Any
-) -> Named:
+    panel: ZeroShotPanel, data: ZeroShotSet, shown: ZeroShotSet, scores: np.ndarray, places: np.ndarray, variables: Any
+) -> ZeroShotExamples:
     values, show, meaning = _values(scores[places], variables)
     best = np.argsort(-scores[places], axis=1, kind="stable")
     guesses = []
     for row, i in enumerate(places):
         label = int(data.labels[i])
         choices = [
-            Choice(data.names[k], float(np.clip(values[row, k], 0, 1)), show(values[row, k]), k == label)
+            ScoredLabel(data.names[k], float(np.clip(values[row, k], 0, 1)), show(values[row, k]), k == label)
             for k in best[row, :5]
         ]
         rank = int(np.flatnonzero(best[row] == label)[0]) + 1
-        guesses.append(Guess(shown.images[i], data.names[label], rank, choices))
+        guesses.append(Prediction(shown.images[i], data.names[label], rank, choices))
     ways = len(data.prompts)
-    return Named(panel.title, f"{panel.sentence.format(ways=f'{ways:,}')} Bars: {meaning}.", ways, guesses)
+    return ZeroShotExamples(panel.title, f"{panel.sentence.format(ways=f'{ways:,}')} Bars: {meaning}.", ways, guesses)
 
 
 def _values(scores: np.ndarray, variables: Any) -> tuple[np.ndarray, Callable[[float], str], str]:
@@ -232,18 +232,20 @@ def _percent(value: float) -> str:
     return "<1 %" if value < 0.01 else f"{100 * value:.0f} %"
 
 
-def _searches(encoder: Encoder, variables: Any, img: dict[str, np.ndarray], queries: Sequence[str]) -> list[Found]:
+def _searches(
+    encoder: Encoder, variables: Any, img: dict[str, np.ndarray], queries: Sequence[str]
+) -> list[SearchResult]:
     txt = encoder.texts(variables, queries, ("z", "s"))
     q = distributions(txt["s"], encoder.tau) if "s" in txt else None
     scores = similarities(img, txt.get("z"), q, encoder.tau)[""].T
     best = np.argsort(-scores, axis=1, kind="stable")[:, :TOP]
-    return [Found(query, row.tolist(), []) for query, row in zip(queries, best, strict=True)]
+    return [SearchResult(query, row.tolist(), []) for query, row in zip(queries, best, strict=True)]
 
 
 def _retrieved(
     encoder: Encoder, variables: Any, data: RetrievalSet, shown: RetrievalSet, rng: np.random.Generator
-) -> tuple[Retrieved, list[str]]:
-    """`ASKED` texts and `GUESSED` images, with what each finds; and all texts."""
+) -> tuple[RetrievalExamples, list[str]]:
+    """`NUM_QUERIES` texts and `NUM_IMAGES` images, with what each finds; and all texts."""
     keep = np.sort(rng.permutation(len(data.images))[:POOL])
     captions = [data.captions[i] for i in keep]
     texts = [text for of_image in captions for text in of_image]
@@ -258,20 +260,20 @@ def _retrieved(
     values, show, meaning = _values(scores, variables)
     by_text, by_image = [], []
     _, first = np.unique(texts, return_index=True)
-    for t in rng.permutation(first)[:ASKED]:
+    for t in rng.permutation(first)[:NUM_QUERIES]:
         best = np.argsort(-scores[:, t], kind="stable")[:TOP]
         rank = int(ranks_of(scores[:, t][None], matches[:, t][None])[0]) + 1
-        by_text.append(Found(texts[t], best.tolist(), matches[best, t].tolist(), rank))
-    for i in rng.permutation(len(gallery.images))[:GUESSED]:
+        by_text.append(SearchResult(texts[t], best.tolist(), matches[best, t].tolist(), rank))
+    for i in rng.permutation(len(gallery.images))[:NUM_IMAGES]:
         order = np.argsort(-scores[i], kind="stable")
         _, once = np.unique([texts[t] for t in order], return_index=True)  # a text of several images is shown once
         choices = [
-            Choice(texts[t], float(np.clip(values[i, t], 0, 1)), show(values[i, t]), bool(matches[i, t]))
+            ScoredLabel(texts[t], float(np.clip(values[i, t], 0, 1)), show(values[i, t]), bool(matches[i, t]))
             for t in order[np.sort(once)][:5]
         ]
         rank = int(ranks_of(scores[i][None], matches[i][None])[0]) + 1
-        by_image.append(Guess(gallery.shown[i], captions[i][0], rank, choices))
-    return Retrieved(data.name, len(texts), meaning, gallery, by_text, by_image), texts
+        by_image.append(Prediction(gallery.shown[i], captions[i][0], rank, choices))
+    return RetrievalExamples(data.name, len(texts), meaning, gallery, by_text, by_image), texts
 
 
 def _confusion(
@@ -292,8 +294,8 @@ def _confusion(
         wrong.setdefault((int(labels[i]), int(answers[i])), []).append(int(i))
     most = sorted(wrong.items(), key=lambda pair: -len(pair[1]))[:12]
     mistakes = [
-        Mistake(data.names[a], data.names[b], len(found), [shown.images[i] for i in found[:3]])
-        for (a, b), found in most
+        ConfusedPair(data.names[a], data.names[b], len(indices), [shown.images[i] for i in indices[:3]])
+        for (a, b), indices in most
     ]
     return Confusion(title, len(labels), classes, counts, mistakes)
 

@@ -9,7 +9,7 @@ from etils import epath
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.report import model_sections, record, run_sections, style
 from xclip_jax.report.attention import Maps, attention
-from xclip_jax.report.examples import Examples, look
+from xclip_jax.report.examples import Examples, collect_examples
 from xclip_jax.report.markup import Images, esc
 from xclip_jax.report.record import Record
 from xclip_jax.train.build import Parts
@@ -37,7 +37,7 @@ def make(
     Args:
       run: the run's folder.
       parts, encoder, variables: the model.
-      specs: evaluation sets, see `examples.look`.
+      specs: evaluation sets, see `examples.collect_examples`.
       data_dir: root of the data sets, "" for that of the run.
       output: where the page goes, RUN/report.html by default.
       seed: decides which examples are shown.
@@ -45,7 +45,9 @@ def make(
     Returns:
       What the page shows of the model.
     """
-    examples = look(encoder, variables, specs, data=parts.data, data_dir=data_dir or parts.data.dir, seed=seed)
+    examples = collect_examples(
+        encoder, variables, specs, data=parts.data, data_dir=data_dir or parts.data.dir, seed=seed
+    )
     maps = None
     if examples.gallery.images:
         statistics = (parts.preprocessing.mean, parts.preprocessing.std)

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from xclip_jax.report.attention import Maps
-from xclip_jax.report.examples import Confusion, Examples, Found, Gallery, Guess
+from xclip_jax.report.examples import Confusion, Examples, Gallery, Prediction, SearchResult
 from xclip_jax.report.markup import Images, Section, data_uri, esc, missing
 
 FIRST = 24  # clusters shown before somebody asks for more
@@ -26,7 +26,7 @@ def names(examples: Examples, images: Images, why: str) -> Section:
     return Section("names", "Names for images", f"<p>{say}</p>{''.join(parts)}")
 
 
-def _guess(guess: Guess, images: Images, ways: int) -> str:
+def _guess(guess: Prediction, images: Images, ways: int) -> str:
     """A card: an image with its best names as bars."""
     place = "right" if guess.rank == 1 else f"rank {guess.rank:,} of {ways:,}"
     bars = "".join(
@@ -69,7 +69,7 @@ def search(examples: Examples, images: Images, why: str) -> Section:
     return Section("search", "Search both ways", "".join(parts))
 
 
-def _found(found: Found, gallery: Gallery, images: Images, n: int) -> str:
+def _found(found: SearchResult, gallery: Gallery, images: Images, n: int) -> str:
     right = found.right or [False] * len(found.images)
     place = ""
     if found.right:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from xclip_jax.report.canvas import CARD, EDGE, INK, MARGIN, MUTED, WIDTH, Strip, save
-from xclip_jax.report.examples import Cluster, Clusters, Examples, Found, Gallery, Guess, Named
+from xclip_jax.report.examples import Cluster, Clusters, Examples, Gallery, Prediction, SearchResult, ZeroShotExamples
 from xclip_jax.report.selection import SHOWN
 
 Cell = Callable[[Strip, float, float, Any], None]
@@ -64,8 +64,8 @@ def _grid(items: Sequence[Any], columns: int, height: int, cell: Cell) -> list[S
     return strips
 
 
-def _names_for_images(named: Named) -> list[Strip]:
-    def card(strip: Strip, x: float, width: float, guess: Guess) -> None:
+def _names_for_images(named: ZeroShotExamples) -> list[Strip]:
+    def card(strip: Strip, x: float, width: float, guess: Prediction) -> None:
         place = "right" if guess.rank == 1 else f"rank {guess.rank:,} of {named.ways:,}"
         strip.text(x + 16, 31, guess.name, 17, bold=True, width=width - 152)
         ink = RIGHT_INK if guess.rank <= 5 else MUTED
@@ -83,8 +83,8 @@ def _names_for_images(named: Named) -> list[Strip]:
     return [_section(named.title, named.sentence), *_grid(named.guesses[: 2 * CARDS], CARDS, 182, card)]
 
 
-def _images_for_words(gallery: Gallery, searches: Sequence[Found]) -> list[Strip]:
-    def card(strip: Strip, x: float, width: float, found: Found) -> None:
+def _images_for_words(gallery: Gallery, searches: Sequence[SearchResult]) -> list[Strip]:
+    def card(strip: Strip, x: float, width: float, found: SearchResult) -> None:
         strip.text(x + 20, 38, f"“{found.text}”", 20, bold=True, width=width - 40)
         _row(strip, x, width, 56, gallery, found.images)
 

@@ -24,7 +24,7 @@ ZEROSHOT_SETS = 3  # where none has a panel
 
 
 @dataclasses.dataclass(frozen=True)
-class Panel:
+class ZeroShotPanel:
     """A zero-shot set to show: its name in `evaluators.registry`, a title and a sentence that may say {ways}."""
 
     spec: str
@@ -33,7 +33,7 @@ class Panel:
 
 
 @dataclasses.dataclass
-class Picked:
+class Selection:
     """Sets, each at the model's size and at `SHOWN`.
 
     Attributes:
@@ -44,7 +44,7 @@ class Picked:
       missing: what could not be read, and what to do about it.
     """
 
-    zeroshot: list[tuple[Panel, ZeroShotSet, ZeroShotSet]] = dataclasses.field(default_factory=list)
+    zeroshot: list[tuple[ZeroShotPanel, ZeroShotSet, ZeroShotSet]] = dataclasses.field(default_factory=list)
     retrieval: tuple[RetrievalSet, RetrievalSet] | None = None
     credits: list[str] = dataclasses.field(default_factory=list)
     queries: list[str] = dataclasses.field(default_factory=list)
@@ -56,9 +56,9 @@ class Picked:
         self.queries += [query for query in kind.queries if query not in self.queries]
 
 
-def pick(
+def select(
     specs: Sequence[str], prepare: Preprocessing, data_dir: str | None, data: loader.DataConfig | None, seed: int
-) -> Picked:
+) -> Selection:
     """The sets to show of `specs`: those that have a panel, else the first for classification, and one for retrieval.
 
     Args:
@@ -68,27 +68,31 @@ def pick(
       data: of the training pairs, which serve where none of the sets can be read.
       seed: decides which training pairs.
     """
-    picked = Picked()
+    selection = Selection()
     kinds = {spec: registry.check(spec) for spec in dict.fromkeys(specs)}
     panels = {spec: panel for kind in kinds.values() for spec, panel in kind.panels.items() if spec in kinds}
     shows = {spec: kind.shows(spec) for spec, kind in kinds.items()}
     for spec in [*panels, *(spec for spec in kinds if spec not in panels and shows[spec])]:
-        if picked.retrieval if shows[spec] == "captions" else len(picked.zeroshot) == (len(panels) or ZEROSHOT_SETS):
+        if (
+            selection.retrieval
+            if shows[spec] == "captions"
+            else len(selection.zeroshot) == (len(panels) or ZEROSHOT_SETS)
+        ):
             continue
         try:
             sets = [registry.load(spec, way, data_dir) for way in (prepare, prepare.at(SHOWN))]
         except UserError as error:
-            picked.missing += [str(error)] if str(error) not in picked.missing else []
+            selection.missing += [str(error)] if str(error) not in selection.missing else []
             continue
         if shows[spec] == "captions":
-            picked.retrieval = sets[0], sets[1]
+            selection.retrieval = sets[0], sets[1]
         elif np.ndim(sets[0].labels) == 1:
             title, sentence = panels.get(spec) or (spec, "The model chooses among {ways} names.")
-            picked.zeroshot.append((Panel(spec, title, sentence), _few_prompts(sets[0]), sets[1]))
-        picked.add_kind(kinds[spec])
-    if data is not None and not picked.zeroshot and not picked.retrieval:
-        _training_pairs(picked, data, prepare, seed)
-    return picked
+            selection.zeroshot.append((ZeroShotPanel(spec, title, sentence), _few_prompts(sets[0]), sets[1]))
+        selection.add_kind(kinds[spec])
+    if data is not None and not selection.zeroshot and not selection.retrieval:
+        _training_pairs(selection, data, prepare, seed)
+    return selection
 
 
 def _few_prompts(data: ZeroShotSet) -> ZeroShotSet:
@@ -99,33 +103,33 @@ def _few_prompts(data: ZeroShotSet) -> ZeroShotSet:
     return dataclasses.replace(data, prompts=[prompts[:each] for prompts in data.prompts])
 
 
-def take(data: ZeroShotSet, keep: np.ndarray) -> ZeroShotSet:
+def subset(data: ZeroShotSet, keep: np.ndarray) -> ZeroShotSet:
     """The images at `keep`, decoded."""
     images = [data.images[i] for i in keep]
     return dataclasses.replace(data, images=images, labels=np.asarray(data.labels)[keep], groups={})
 
 
-def _training_pairs(picked: Picked, data: loader.DataConfig, prepare: Preprocessing, seed: int) -> None:
+def _training_pairs(selection: Selection, data: loader.DataConfig, prepare: Preprocessing, seed: int) -> None:
     """Pairs that were trained on, drawn by the seed: better than nothing where a run names no set."""
     try:
-        found = loader.open_sources(dataclasses.replace(data, cache=False))
+        sources = loader.open_sources(dataclasses.replace(data, cache=False))
     except UserError as error:
-        picked.missing.append(str(error))
+        selection.missing.append(str(error))
         return
-    of = np.repeat(np.arange(len(found)), [len(source) for source in found])
-    starts = np.cumsum([0, *map(len, found)])
+    of = np.repeat(np.arange(len(sources)), [len(source) for source in sources])
+    starts = np.cumsum([0, *map(len, sources)])
     images, captions = [], []
     for i in np.random.default_rng(seed).permutation(len(of))[:PAIRS]:
         try:
-            record = found[of[i]][int(i - starts[of[i]])]
+            record = sources[of[i]][int(i - starts[of[i]])]
             images.append([way(record["image"]) for way in (prepare, prepare.at(SHOWN))])
         except BadSample:
             continue
         captions.append(record["text"][:5])
     if not images:
-        picked.missing.append("None of the training pairs could be read.")
+        selection.missing.append("None of the training pairs could be read.")
         return
     if any(spec.startswith("demo:") for spec in data.sources):
-        picked.add_kind(registry.SETS["emoji"])
+        selection.add_kind(registry.SETS["emoji"])
     title = "training pairs, which the model has seen"
-    picked.retrieval = tuple(RetrievalSet(title, [pair[side] for pair in images], captions) for side in (0, 1))
+    selection.retrieval = tuple(RetrievalSet(title, [pair[side] for pair in images], captions) for side in (0, 1))
