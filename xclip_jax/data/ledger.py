@@ -69,7 +69,7 @@ class Ledger:
           counters: as they were there.
         """
         self.path, self.max_bad = folder / "bad_samples.jsonl", max_bad
-        self.counters = {"samples": 0, "tokens": 0, "bad": {}} | dict(counters or {})
+        self.counters: dict[str, Any] = {"samples": 0, "tokens": 0, "bad": {}} | dict(counters or {})
         self._waiting: collections.deque[tuple[int, int, list[Entry]]] = collections.deque()
         self._part = jax.process_index()
         self._file = storage.JsonLines(
