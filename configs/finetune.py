@@ -75,7 +75,7 @@ def _size(args: ml_collections.ConfigDict) -> tuple[int, int]:
     if args.data in _KNOWN:
         return _KNOWN[args.data]
     source = labelled.open_source(f"{args.data}/{args.train}", args.dir)
-    return len(source), len(source.names) or 1
+    return len(source), len(source.names or ()) or 1
 
 
 def _adopt(config: ml_collections.ConfigDict, weights: str) -> None:

@@ -4,8 +4,8 @@ import argparse
 import contextlib
 import numbers
 import sys
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(f"error: {message}; see --help")
 
 
-def one_of(key: str, value: object, valid: object) -> None:
+def one_of(key: str, value: object, valid: Iterable[Any]) -> None:
     """Raises `UserError` unless `value` is among `valid`; the message lists the valid values of config key `key`."""
     valid = list(valid)
     if value not in valid:

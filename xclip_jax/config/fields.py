@@ -132,7 +132,7 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)), None)
 
 
-def read_group(group: type, values: Any, path: str, faults: list[str]) -> Any:
+def read_group(group: type[Any], values: Any, path: str, faults: list[str]) -> Any:
     """Make an instance of the config dataclass `group` from nested `values`.
 
     Args:
@@ -167,7 +167,7 @@ def read_group(group: type, values: Any, path: str, faults: list[str]) -> Any:
     return made
 
 
-def describe(group: type, path: str = "") -> Iterator[tuple[str, Any, str, str]]:
+def describe(group: type[Any], path: str = "") -> Iterator[tuple[str, Any, str, str]]:
     """(dotted key, default, allowed values, doc string) of each key of a config dataclass."""
     expected = typing.get_type_hints(group)
     for field in dataclasses.fields(group):

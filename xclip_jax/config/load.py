@@ -47,6 +47,8 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     name, _, arg = spec.partition(":")
     file = find_recipe(name)
     module_spec = importlib.util.spec_from_file_location("config_file", file)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"config file {file!r} is not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)

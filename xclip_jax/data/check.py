@@ -130,7 +130,7 @@ def report(source: sources.Source, options: argparse.Namespace) -> Iterator[str]
     yield f"samples: {n:,}{where}" + (f", index {card['hash']}" if card.get("hash") else "")
     count = min(options.samples or n, n)
     chosen = np.random.default_rng(options.seed).choice(n, count, replace=False)
-    samples, seconds = read(source, chosen, options.threads, options.size)
+    samples, seconds = read(source, chosen.tolist(), options.threads, options.size)
     good, bad = [s for s in samples if not s.reason], [s for s in samples if s.reason]
     yield f"read: {count:,} at random"
     if good:

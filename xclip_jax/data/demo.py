@@ -136,7 +136,10 @@ def shared(pictures: Mapping[str, bytes]) -> set[str]:
 
 
 def _home(module: str) -> pathlib.Path:
-    return pathlib.Path(next(iter(importlib.util.find_spec(module).submodule_search_locations)))
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"no package {module!r}")
+    return pathlib.Path(next(iter(spec.submodule_search_locations)))
 
 
 def _require_packages() -> dict[str, str]:

@@ -53,7 +53,10 @@ class Npz:
     """NumPy's .npz, not compressed; the dict is JSON in an array "xclip_jax"."""
 
     def write(self, path: pathlib.Path, columns: Columns) -> None:
-        arrays = {"kind": np.asarray(columns["kind"], _KIND), "embedding": np.asarray(columns["embedding"])}
+        arrays: dict[str, Any] = {
+            "kind": np.asarray(columns["kind"], _KIND),
+            "embedding": np.asarray(columns["embedding"]),
+        }
         for column in _STRINGS:
             arrays |= dict(zip(_names(column), _pack(columns[column]), strict=True))
         with path.open("wb") as file:

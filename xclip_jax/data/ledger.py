@@ -70,11 +70,11 @@ class Ledger:
           counters: as they were at `start`.
         """
         self.path, self.max_bad = RunFolder(folder).bad_samples_file, max_bad
-        self.counters = {"samples": 0, "tokens": 0, "bad": {}} | dict(counters or {})
+        self.counters: dict[str, Any] = {"samples": 0, "tokens": 0, "bad": {}} | dict(counters or {})
         self._pending: collections.deque[tuple[int, int, list[Entry]]] = collections.deque()
         self._part = jax.process_index()
         self._file = storage.JsonLines(
-            self.path, lambda entry: entry["position"] < start, writes=jax.process_index() == 0
+            self.path, lambda entry: entry.get("position", start) < start, writes=jax.process_index() == 0
         )
         self._known = {(entry["source"], entry["index"]) for entry in self._file.kept}
 

@@ -36,7 +36,8 @@ class Source(Protocol):
 
 def where(source: Source, index: int) -> dict[str, str]:
     """What names sample `index` to a person."""
-    return source.where(index) if hasattr(source, "where") else {}
+    own = getattr(source, "where", None)
+    return own(index) if own else {}
 
 
 def card(source: Source) -> dict[str, Any]:
@@ -44,7 +45,8 @@ def card(source: Source) -> dict[str, Any]:
 
     A source may add names and sizes of its files, or whatever else says which data it is.
     """
-    return source.card() if hasattr(source, "card") else {"samples": len(source)}
+    own = getattr(source, "card", None)
+    return own() if own else {"samples": len(source)}
 
 
 def lookup(record: Record, key: str) -> list[str]:
@@ -193,7 +195,7 @@ def open_tfds(spec: str, split: str, data_dir: str | None) -> tuple[Any, tfds.co
         f"{f' --data_dir={data_dir}' if data_dir else ''}`"
     )
     try:
-        builder = tfds.builder(spec, data_dir=data_dir)
+        builder: Any = tfds.builder(spec, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(f"unknown TFDS data set {spec!r}; see https://www.tensorflow.org/datasets/catalog.") from error
     except Exception as error:

@@ -294,7 +294,7 @@ class ArrayRecordSource:
         from tensorflow_datasets.proto import tf_example_pb2
 
         try:
-            example = tf_example_pb2.Example.FromString(self._data[index])
+            example = tf_example_pb2.Example.FromString(self._data[index])  # ty: ignore[missing-attribute]
         except Exception as error:
             raise BadSample("record cannot be read", str(error)) from error
         features = {key: list(value.bytes_list.value) for key, value in example.features.feature.items()}

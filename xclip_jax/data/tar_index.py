@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -192,8 +193,8 @@ def index(path: str) -> np.ndarray:
     Files belong together by key, wherever in the tar they lie; a name that comes again begins another sample.
     """
     size, _ = storage.stat(path)
-    rows: list[dict[str, int | bytes]] = []
-    latest: dict[bytes, dict[str, int | bytes]] = {}
+    rows: list[dict[str, Any]] = []
+    latest: dict[bytes, dict[str, Any]] = {}
     for name, offset, length in members(path, size):
         if not name:
             rows.append({"fault": DAMAGED, "image": offset, "key": b"byte %d" % offset})
@@ -203,7 +204,7 @@ def index(path: str) -> np.ndarray:
         if part is None:
             continue
         cut_off = offset + length > size
-        row = latest.get(key)
+        row: dict[str, Any] | None = latest.get(key)
         if row is None or row.get(f"{part}_suffix") == suffix:
             row = latest[key] = {"key": key, "fault": OK}
             rows.append(row)
@@ -306,18 +307,19 @@ class _Indexer:
             text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
         )
+        self._input, self._output = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
 
     def __call__(self, path: str) -> None:
-        self._process.stdin.write(json.dumps(path) + "\n")  # a name may hold a line break
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
+        self._input.write(json.dumps(path) + "\n")  # a name may hold a line break
+        self._input.flush()
+        answer = self._output.readline()
         if answer != "ok\n":
             raise UserError(f"{path!r} cannot be indexed ({answer.strip() or 'the indexing process died'}).")
 
     def close(self) -> None:
-        self._process.stdin.close()
+        self._input.close()
         self._process.wait()
-        self._process.stdout.close()
+        self._output.close()
 
 
 def load(paths: Sequence[str], *, processes: int | None = None) -> list[pathlib.Path]:
@@ -337,11 +339,11 @@ def load(paths: Sequence[str], *, processes: int | None = None) -> list[pathlib.
         if processes is None:
             processes = min(os.cpu_count() or 1, 16, len(todo) // 4)
         _build_all(todo, processes)
-    for path in todo:
-        places[path] = _cached(path)
-        if places[path] is None:
+    places |= {path: _cached(path) for path in todo}
+    for path, place in places.items():
+        if place is None:
             raise UserError(f"{path!r} changed while it was indexed; start again when it is complete.")
-    return [places[path] for path in paths]
+    return [place for path in paths if (place := places[path])]
 
 
 def _build_all(todo: list[str], processes: int) -> None:

@@ -177,7 +177,7 @@ class TarSource:
                 found |= {part: file.read(start, size) for part, (start, size) in spans.items()}
         except OSError as error:
             raise BadSample("tar cannot be read", str(error)) from error
-        if any(len(found[part]) < size for part, (_, size) in spans.items()):
+        if any(len(found[part] or b"") < size for part, (_, size) in spans.items()):
             raise BadSample("tar cut off", "it is shorter than when it was indexed")
         return found
 

@@ -119,7 +119,7 @@ def _byte_letters() -> list[str]:
 def clip_vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
     """Words of CLIP's vocabulary in the order of their ids, without the start and end tokens behind them; merges."""
     lines = gzip.decompress(assets.third_party("bpe_simple_vocab_16e6.txt.gz")).decode("utf-8").split("\n")
-    merges = [tuple(line.split()) for line in lines[1 : 1 + _CLIP_MERGES]]
+    merges = [(first, second) for first, second in map(str.split, lines[1 : 1 + _CLIP_MERGES])]
     letters = _byte_letters()
     return [*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in merges)], merges
 

@@ -6,6 +6,7 @@ uint8 travels to the device: a quarter of the bytes of floats, and the arithmeti
 import io
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import cv2
 import jax
@@ -70,7 +71,13 @@ def _decode_jpeg(data: bytes, scaled_to: int) -> np.ndarray | None:
     if header is None or header[2] not in (1, 3) or (header[3] and _is_rotated(data)):
         return None
     _check_pixels(*header[:2])
-    options = {"fastdct": True, "fastupsample": True, "min_height": scaled_to, "min_width": scaled_to, "min_factor": 2}
+    options: dict[str, Any] = {
+        "fastdct": True,
+        "fastupsample": True,
+        "min_height": scaled_to,
+        "min_width": scaled_to,
+        "min_factor": 2,
+    }
     try:
         return simplejpeg.decode_jpeg(data, "RGB", **(options if scaled_to else {}))
     except ValueError:

@@ -19,6 +19,8 @@ def prepare(*_: int) -> None:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
+    if parent is None:
+        raise RuntimeError("prepare is called in worker processes alone")
 
     def watch() -> None:
         parent.join()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
@@ -37,7 +38,7 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     # Auto axes: sharding constraints do not work with the default, Explicit.
     types = (AxisType.Auto,) * len(AXES)
     # An axis of 8 has no physical axis of its own in a torus of 4 x 4 x 4.
-    split = {"devices": devices, "allow_split_physical_axes": True}
+    split: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
     if slices == 1:
         return Mesh(mesh_utils.create_device_mesh(tuple(shape), **split), AXES, axis_types=types)
     if shape[0] % slices:
