@@ -8,7 +8,7 @@ from xclip_jax.config import schema
 from xclip_jax.config.fields import nearest
 from xclip_jax.errors import UserError
 from xclip_jax.models.two_towers import preset
-from xclip_jax.objective import OBJECTIVES
+from xclip_jax.objectives import OBJECTIVES
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:

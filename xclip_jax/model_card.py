@@ -113,8 +113,9 @@ def _model(config: ml_collections.ConfigDict, parts: Parts) -> str:
         )
     ]
     head = ("tower", "width", "depth", "heads", "activation", "LayerNorm eps", "sees")
+    embed = config.model.embed if parts.objective.contrastive else "no"
     return (
-        f"## Model\n\n{count:,} parameters in training, heads included; embeddings of {parts.model.embed or 'no'} "
+        f"## Model\n\n{count:,} parameters in training, heads included; embeddings of {embed} "
         f"dimensions.\n\n{_rows(head, towers)}"
     )
 

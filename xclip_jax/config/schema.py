@@ -16,7 +16,7 @@ from xclip_jax.data.loader import DataConfig
 from xclip_jax.data.transforms import INTERPOLATIONS, RESIZE_MODES
 from xclip_jax.errors import UserError
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objective import LossConfig, ObjectiveConfig
+from xclip_jax.objectives import LossConfig, ObjectiveConfig, make_objective
 from xclip_jax.parallel.sharding import MeshConfig
 from xclip_jax.train.optim import EmaConfig, OptimConfig
 
@@ -89,15 +89,11 @@ class Config:
         for name, parts in (("optim.microbatches", self.optim.microbatches), ("loss.chunk", chunk)):
             if parts and batch % parts:
                 yield f"{name}={parts} must divide data.batch={batch}"
-        if chunk and self.objective.nclip.balance == "sinkhorn":
-            yield (
-                "objective.nclip.balance='sinkhorn' normalises over the whole batch; set loss.chunk=0, or balance "
-                "'none' or 'center'"
-            )
-        if chunk and self.model.cluster_head.last_norm:
-            yield "model.cluster_head.last_norm needs all logits at once; set loss.chunk=0, or it to False"
-        if self.objective.name == "classify" and set(self.init.frozen) - {self.objective.classify.tower}:
-            yield f"init.frozen is {self.init.frozen}; the model has the {self.objective.classify.tower} tower alone"
+        objective = make_objective(self.objective)
+        for term in objective.terms.values():
+            yield from term.problems(self.model, self.loss)
+        if set(self.init.frozen) - set(objective.towers):
+            yield f"init.frozen is {self.init.frozen}; the model has the {objective.towers[0]} tower alone"
 
 
 def default() -> ml_collections.ConfigDict:

@@ -17,7 +17,6 @@ from xclip_jax.data import loader, sources
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.errors import UserError, describe
 from xclip_jax.evaluators import Encoder, Evaluator, registry, summary
-from xclip_jax.losses.noncontrastive import diagnose
 from xclip_jax.metrics import say
 from xclip_jax.parallel.mesh import batch_part
 from xclip_jax.report import html, picture
@@ -89,7 +88,7 @@ def _open(config: Config, folder: RunFolder) -> _Run:
     """Build and open everything that a run needs, so that what is missing shows before it is written or trained."""
     built = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=folder.tokenizer(config)))
     parts = build(built)
-    classes = parts.objective.classify.classes if parts.objective.classifies else 0
+    classes = parts.objective.classes
     host, hosts = batch_part(parts.mesh)
     opened = loader.open_sources(parts.data, classes, parts.objective.fields)
     fingerprints = [sources.card(source) for source in opened]
@@ -109,7 +108,7 @@ def _train(job: _Run, checkpointer: Checkpointer, preemption: PreemptionHandler)
     config, parts = job.config, job.parts
     pairs = sum(map(len, job.sources))
     count = sum(x.size for x in jax.tree.leaves(parts.abstract.params))
-    items = "items" if parts.objective.classifies else "pairs"
+    items = "items" if parts.objective.labelled else "pairs"
     say(
         f"{config.objective.name}: {count:,} parameters, {pairs:,} {items}, {config.steps} steps of "
         f"{parts.data.batch} on {jax.device_count()} {jax.devices()[0].device_kind}, in {job.folder.path}"
@@ -142,7 +141,7 @@ def make_encoder(
         preprocessing=parts.preprocessing,
         mesh=parts.mesh,
         batch=config.eval.batch,
-        tau=parts.objective.nclip.tau,
+        tau=parts.objective.tau,
         classes=classes,
     )
 
@@ -209,7 +208,7 @@ class Log:
         self.writer = None
         if jax.process_index() == 0:
             self.writer = metrics.Writer(folder.path, step=start, evaluations=start - (start == config.steps))
-        self.progress = metrics.Progress(start, config.steps, parts.data.batch)
+        self.progress = metrics.Progress(start, config.steps, parts.data.batch, parts.objective.progress)
         self.waiting = metrics.Waiting()
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._warned: set[str] = set()
@@ -261,11 +260,9 @@ class Log:
 
     def _alarm(self, step: int, scalars: dict[str, float]) -> None:
         """Says each kind of collapse once, when it is first seen."""
-        if not self.parts.objective.clusters or step < self.config.log.alarms_after:
+        if step < self.config.log.alarms_after:
             return
-        alarms = {key.removeprefix("nclip/"): value for key, value in scalars.items() if key.startswith("nclip/")}
-        clusters = self.parts.model.cluster_head["clusters"]
-        for warning in diagnose(alarms, k=clusters, b=self.parts.data.batch):
+        for warning in self.parts.objective.alarms(scalars):
             kind = warning.split(":")[0]
             if kind not in self._warned:
                 self._warned.add(kind)
