@@ -98,7 +98,7 @@ class Term:
         """
         return {}
 
-    def initial_state(self, model: ModelConfig) -> dict[str, Array]:
+    def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, Array]:
         """Arrays that it carries from step to step; their names are its own, in a checkpoint too."""
         return {}
 
@@ -248,11 +248,11 @@ class Objective:
                     )
         return heads
 
-    def initial_state(self, model: ModelConfig) -> dict[str, Array]:
+    def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, Array]:
         """What is carried from step to step."""
         state: dict[str, Array] = {}
         for name, term in self.terms.items():
-            own = term.initial_state(model)
+            own = term.initial_state(model, vocab)
             if both := state.keys() & own.keys():
                 raise UserError(
                     f"objective term {name!r} has the same state {min(both)!r} as one before it; rename it."

@@ -43,7 +43,7 @@ class Nclip(Term):
         """A cluster head on each tower."""
         return cluster_heads(model.cluster_head, model.widths, dtype=jnp.dtype(model.dtype))
 
-    def initial_state(self, model: ModelConfig) -> dict[str, Array]:
+    def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, Array]:
         """Running centers of the logits, with balance "center"."""
         if self.balance != "center":
             return {}

@@ -87,7 +87,7 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
         tx,
         image_size=config.model.img.size,
         text_length=config.model.txt.length,
-        loss_state=objective.initial_state(config.model),
+        loss_state=objective.initial_state(config.model, tokens.vocab_size),
         ema=ema.on or objective.teacher,
         seed=config.seed,
     )
