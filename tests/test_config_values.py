@@ -213,7 +213,10 @@ def test_every_key_has_a_doc_string_and_a_default_that_is_allowed():
     resolved = schema.resolve(config)
     flat = schema.flatten(schema.to_dict(resolved))
     assert flat == schema.flatten(schema.to_dict(schema.Config())) | {"steps": 1}
-    assert {name for name, *_ in rows} == set(flat)
+    open_groups = {"objective.terms", "objective.plugins"}  # their keys are the run's own
+    assert {name for name, *_ in rows} - open_groups == {
+        key for key in flat if key.rpartition(".")[0] not in open_groups
+    }
 
 
 @pytest.mark.parametrize("group", ["", *(name for name in schema.default() if hasattr(schema.default()[name], "keys"))])

@@ -92,6 +92,7 @@ class ObjectiveConfig:
         """Values that do not go together."""
         if not any(self.terms.values()):
             yield f"terms is {dict(self.terms)}; give one of them a weight above 0"
+            return
         recipe = RECIPES.get(self.name, self.terms)
         if recipe.keys() != self.terms.keys():
             yield (
