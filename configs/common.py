@@ -8,7 +8,7 @@ from xclip_jax.config import schema
 from xclip_jax.config.fields import nearest
 from xclip_jax.errors import UserError
 from xclip_jax.models.two_towers import preset
-from xclip_jax.objective import OBJECTIVES
+from xclip_jax.objectives import OBJECTIVES, RECIPES
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
@@ -40,7 +40,7 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
     """
     config, sizes = schema.default(), preset(size)
     config.run = f"runs/{objective}-{size.replace('/', '')}"
-    config.objective.name = objective
+    config.objective.name, config.objective.terms = objective, RECIPES[objective]
     config.model.img.update(sizes["img"])
     config.model.txt.update(sizes["txt"])
     config.model.embed = sizes["embed"]

@@ -41,7 +41,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         tower.scan = False
     config.model.dtype = "float32"
     config.model.cluster_head = {"clusters": 1024, "hidden": 1024, "layers": 1, "last_norm": False}
-    config.objective.w_clip, config.objective.w_nclip = 0.7, 0.3
+    if args.objective == "xclip":
+        config.objective.terms = {"clip": 0.7, "nclip": 0.3}
     config.optim.lr = 1e-3
     config.optim.warmup = min(50, args.steps // 10)
     config.optim.lr_start = config.optim.lr_end = 0.0

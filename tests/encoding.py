@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.util import two_towers
 from xclip_jax.data.preprocessing import Preprocessing, mean_std
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.result import flat, items
-from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.parallel.mesh import AXES, make_mesh
 
 SIZE, LENGTH, K = 8, 6, 10
@@ -25,7 +25,7 @@ def tokenize(texts, length):
 @functools.cache
 def small_model(embed=8, clusters=K):
     tower = {"width": 16, "depth": 1, "heads": 2}
-    model = TwoTowers(
+    model = two_towers(
         img={"size": SIZE, "patch": 4, **tower},
         txt={"vocab": 128, "eot_id": 99, "length": LENGTH, **tower},
         embed=embed,

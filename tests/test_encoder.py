@@ -79,7 +79,7 @@ def test_padding_changes_nothing_and_no_shape_is_compiled_twice():
             traces.append("text")
             return super().encode_text(text)
 
-    counted = Counted(**{f: getattr(model, f) for f in ("img", "txt", "embed", "cluster_head")})
+    counted = Counted(**{f: getattr(model, f) for f in ("img", "txt", "heads")})
     encoder = build_encoder(counted)
     images = pictures(40)
     whole = encoder.images(variables, images)

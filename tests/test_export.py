@@ -101,7 +101,7 @@ def test_the_card_says_what_the_run_knows(run, tmp_path):
         json.loads((run / f"{name}.json").read_text()) for name in ("data", "results", "evaluation", "config")
     )
     for part in (
-        f"| {data[0]['samples']} | by size |", "| objective.w_clip | 0.3 |", "| optim.lr | 0.001 |",
+        f"| {data[0]['samples']} | by size |", "| objective.terms.clip | 0.3 |", "| optim.lr | 0.001 |",
         f"| data.batch | {tiny.BATCH} |",
         "| step | 2 of 2 |", "| parameters | their moving average |",
         "left out, since 'hf' has no place for them: clusters_img, clusters_txt",

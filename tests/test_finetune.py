@@ -173,7 +173,7 @@ def make(devices=8, **changes):
 
 def batch(p, seed=0):
     whole = tiny.batch(seed, eot=p.tokenizer.eot_id)
-    whole["label"] = np.random.default_rng(seed).integers(0, p.objective.classify.classes, tiny.BATCH, dtype=np.int32)
+    whole["label"] = np.random.default_rng(seed).integers(0, p.objective.classes, tiny.BATCH, dtype=np.int32)
     return {field: whole[field] for field in p.objective.fields}
 
 

@@ -10,9 +10,8 @@ import pytest
 from flax import linen as nn
 from scipy.special import erf
 
-from tests.util import jit, random_variables
+from tests.util import jit, random_variables, two_towers
 from xclip_jax.models.heads import ClusterHead, Projection, l2_normalize
-from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.parallel.mesh import batch_sharding, make_mesh
 from xclip_jax.parallel.sharding import shardings
 
@@ -160,11 +159,11 @@ def test_l2_normalize_works_in_fp32():
 
 # --- two towers
 
-TOWERS = TwoTowers(
-    img={"size": 8, "patch": 4, "width": 8, "depth": 1, "heads": 2},
-    txt={"vocab": 9, "eot_id": 8, "length": 4, "width": 12, "depth": 1, "heads": 2},
-    embed=6,
-)
+SIZES = {
+    "img": {"size": 8, "patch": 4, "width": 8, "depth": 1, "heads": 2},
+    "txt": {"vocab": 9, "eot_id": 8, "length": 4, "width": 12, "depth": 1, "heads": 2},
+    "embed": 6,
+}
 IMAGE = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
 TEXT = np.array([[1, 2, 8, 0], [3, 4, 5, 8]])
 HEAD = {"clusters": 5, "hidden": 7}
@@ -189,7 +188,7 @@ CLUSTERS = {"s_img", "s_txt"}
     ids=["clip", "siglip", "nclip", "towers", "xclip"],
 )
 def test_two_towers_have_what_is_asked_for(fields, outputs, params, statistics):
-    model = TOWERS.clone(**fields)
+    model = two_towers(**SIZES | fields)
     variables = jax.eval_shape(model.init, jax.random.key(0), IMAGE, TEXT)
     assert set(variables["params"]) == {"img", "txt"} | params
     assert ("batch_stats" in variables) == statistics
@@ -202,7 +201,7 @@ def test_two_towers_have_what_is_asked_for(fields, outputs, params, statistics):
 
 
 def test_two_towers_scale_and_bias_start_where_told():
-    model = TOWERS.clone(scale_init=10.0, bias_init=-10.0)
+    model = two_towers(**SIZES, scale_init=10.0, bias_init=-10.0)
 
     @jit  # compiles what it returns and no more
     def run():
@@ -216,7 +215,7 @@ def test_two_towers_scale_and_bias_start_where_told():
 
 @pytest.mark.parametrize(("kind", "batch"), [("img", IMAGE), ("txt", TEXT)])
 def test_one_modality_alone_gives_the_same(kind, batch):
-    model = TOWERS.clone(cluster_head=HEAD)
+    model = two_towers(**SIZES, cluster_head=HEAD)
     variables = random_variables(model, IMAGE, TEXT)
     everything = jit(model.apply)(variables, IMAGE, TEXT)
 
@@ -232,7 +231,7 @@ def test_one_modality_alone_gives_the_same(kind, batch):
 
 
 def test_clusters_train_with_the_statistics_of_the_batch():
-    model = TOWERS.clone(cluster_head=HEAD)
+    model = two_towers(**SIZES, cluster_head=HEAD)
     variables = random_variables(model, IMAGE, TEXT)
     out, state = jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))(variables, IMAGE, TEXT)
     for kind in ("img", "txt"):

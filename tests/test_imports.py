@@ -18,7 +18,7 @@ FLOORS = (
     {"data", "models"},
     {"objective", "objectives", "interop", "train.optim"},
     {"config", "evaluators"},
-    {"train", "flops"},
+    {"train", "flops", "configs"},
     {"inference", "embed_sources", "model_card", "report", "study"},
     {"main", "cli", "evaluate", "embed", "export", "plan", "doctor", "report.__main__", "data.check"},
 )

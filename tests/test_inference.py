@@ -19,7 +19,7 @@ from xclip_jax.data import tokenizer, transforms
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import zeroshot
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
-from xclip_jax.objective import Objective
+from xclip_jax.objectives import make_objective
 from xclip_jax.train import build, weights
 from xclip_jax.train.encoder import make_encoder
 
@@ -34,7 +34,8 @@ def model(run):
 def random_model(objective):
     """A model with random weights, and what it was made of."""
     config = tiny.config(objective)
-    made = build.make_model(schema.resolve(config), Objective(objective), tokenizer.load("bytes"))
+    resolved = schema.resolve(config)
+    made = build.make_model(resolved, make_objective(resolved.objective), tokenizer.load("bytes"))
     image, text = jnp.zeros((1, tiny.SIZE, tiny.SIZE, 3)), jnp.zeros((1, tiny.LENGTH), jnp.int32)
     variables = random_variables(made, image, text)
     plain = {key: config[key].to_dict() for key in ("model", "objective")}

@@ -19,12 +19,11 @@ from flax.traverse_util import flatten_dict
 
 from configs import common
 from tests import tiny
-from tests.util import jit, random_variables
+from tests.util import jit, random_variables, two_towers
 from xclip_jax import interop
 from xclip_jax.data import tokenizer, transforms
 from xclip_jax.errors import UserError
 from xclip_jax.interop import tensor_files, torch_file
-from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.train import build
 
 # Shapes of B/32 and B/16 in small: 7 x 7 patches and 14 x 14, heads of 64 where they must be inferred.
@@ -51,7 +50,7 @@ def ours(config, variables, pixels, tokens):
     """What our towers make of it: the model as a run would build it."""
     model, bias = config["model"], config["objective"]["name"] == "siglip"
     tokenized = tokenizer.load(config["data"]["tokenizer"])
-    towers = TwoTowers(
+    towers = two_towers(
         img=model["img"], txt=model["txt"] | {"vocab": tokenized.vocab_size, "eot_id": tokenized.eot_id},
         embed=model["embed"], bias_init=model["bias_init"] if bias else None,
     )  # fmt: skip

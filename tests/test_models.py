@@ -12,7 +12,7 @@ import torch
 from flax import linen as nn
 from timm.layers import AttentionPoolLatent
 
-from tests.util import jit, random_variables
+from tests.util import jit, random_variables, two_towers
 from xclip_jax.errors import UserError
 from xclip_jax.models.layers import (
     ACTIVATIONS,
@@ -25,7 +25,6 @@ from xclip_jax.models.layers import (
     unstack_blocks,
 )
 from xclip_jax.models.text import TextTransformer
-from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.models.vit import POOLS, AttentionPool, HierarchicalStem, VisionTransformer
 from xclip_jax.parallel.sharding import NAMES
 
@@ -117,18 +116,19 @@ def test_blocks_start_as_clips_and_different_from_one_another():
         assert np.abs(kernel[0] - kernel[1]).max() > std, name
 
 
-TOWERS = TwoTowers(
-    img={"size": 16, "patch": 4, "width": 24, "depth": 2, "heads": 3, "pool": "map"},
-    txt={"vocab": 50, "eot_id": EOT, "length": 7, "width": 24, "depth": 2, "heads": 3},
-    embed=16,
-    bias_init=-10.0,
-    cluster_head={"clusters": 12, "hidden": 20},
-)
+SIZES = {
+    "img": {"size": 16, "patch": 4, "width": 24, "depth": 2, "heads": 3, "pool": "map"},
+    "txt": {"vocab": 50, "eot_id": EOT, "length": 7, "width": 24, "depth": 2, "heads": 3},
+    "embed": 16,
+    "bias_init": -10.0,
+    "cluster_head": {"clusters": 12, "hidden": 20},
+}
+TOWERS = two_towers(**SIZES)
 
 
 def test_bfloat16_keeps_parameters_and_outputs_in_fp32():
-    full = TOWERS.clone(img=TOWERS.img | {"depth": 1}, txt=TOWERS.txt | {"depth": 1})
-    half = full.clone(dtype=jnp.bfloat16)
+    shallow = SIZES | {"img": SIZES["img"] | {"depth": 1}, "txt": SIZES["txt"] | {"depth": 1}}
+    full, half = two_towers(**shallow), two_towers(**shallow, dtype=jnp.bfloat16)
     shapes = nn.unbox(jax.eval_shape(half.init, jax.random.key(0), IMAGE, TEXT))
     assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     variables = random_variables(full, IMAGE, TEXT)

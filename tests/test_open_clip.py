@@ -12,11 +12,11 @@ import pytest
 import torch
 from flax.traverse_util import unflatten_dict
 
-from tests.util import jit
+from tests.util import jit, two_towers
 from xclip_jax.errors import UserError
 from xclip_jax.interop import param_mapping
 from xclip_jax.losses import contrastive
-from xclip_jax.models.two_towers import PRESETS, TwoTowers, preset
+from xclip_jax.models.two_towers import PRESETS, preset
 
 
 def numpy(tensor):
@@ -109,7 +109,7 @@ def parity(request):
     }  # fmt: skip
     named = dict(model.named_parameters())
     gradients = carry({name: numpy(p.grad) for name, p in named.items() if p.grad is not None}, sizes)
-    towers = TwoTowers(**sizes | {"txt": sizes["txt"] | {"vocab": 100, "eot_id": 99}})
+    towers = two_towers(**sizes | {"txt": sizes["txt"] | {"vocab": 100, "eot_id": 99}})
 
     @jit
     @functools.partial(jax.value_and_grad, has_aux=True)
@@ -148,7 +148,7 @@ def count(**fields):
     # Scanned blocks hold the same parameters and are traced once.
     sizes = fields | {tower: fields[tower] | {"scan": True} for tower in ("img", "txt")}
     image, text = jnp.zeros((1, 224, 224, 3)), jnp.zeros((1, 77), jnp.int32)
-    shapes = jax.eval_shape(TwoTowers(**sizes).init, jax.random.key(0), image, text)
+    shapes = jax.eval_shape(two_towers(**sizes).init, jax.random.key(0), image, text)
     return sum(x.size for x in jax.tree.leaves(shapes))
 
 

@@ -18,6 +18,7 @@ import scipy.special
 import scipy.stats
 
 from tests import tiny
+from tests.util import two_towers
 from xclip_jax import report
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
@@ -25,7 +26,6 @@ from xclip_jax.evaluators import flat_names, summary
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 from xclip_jax.losses import noncontrastive
 from xclip_jax.models.layers import stack_blocks
-from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.parallel.mesh import AXES, make_mesh
 from xclip_jax.report import __main__ as command
 from xclip_jax.report import attention, chance, charts, examples, html, record, selection
@@ -430,7 +430,7 @@ def softmax(query, key):
 def test_attention_is_that_of_the_tower(pool):
     """Queries and keys as captured, applied to the values, give what the tower's own attention gives."""
     tower = {"width": 16, "depth": 2, "heads": 2}
-    model = TwoTowers(
+    model = two_towers(
         img={"size": 8, "patch": 4, "pool": pool, **tower}, txt={"vocab": 8, "eot_id": 7, "length": 4, **tower}, embed=8
     )
     images = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)

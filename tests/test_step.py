@@ -160,12 +160,12 @@ def test_objectives_have_only_the_heads_that_they_need():
 
 def test_idle_head_changes_nothing():
     """xCLIP without weight on nCLIP is CLIP with as many parameters: the control for model size."""
-    _, idle, _ = gradients(make("xclip", objective__w_clip=1.0, objective__w_nclip=0.0))
+    _, idle, _ = gradients(make("xclip", objective__terms={"clip": 1.0, "nclip": 0.0}))
     assert all(not g.any() for g in jax.tree.leaves((idle["clusters_img"], idle["clusters_txt"])))
     _, clip, _ = gradients(make("clip"))
     assert any(g.any() for g in jax.tree.leaves(clip["proj_img"]))
 
 
 def test_xclip_is_the_weighted_sum():
-    _, seen = run(make("xclip", objective__w_clip=0.25, objective__w_nclip=0.5))
+    _, seen = run(make("xclip", objective__terms={"clip": 0.25, "nclip": 0.5}))
     assert seen[0]["loss"] == pytest.approx(0.25 * seen[0]["clip/loss"] + 0.5 * seen[0]["nclip/loss"], rel=1e-6)

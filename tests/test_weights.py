@@ -10,11 +10,10 @@ import torch
 from flax.traverse_util import flatten_dict
 
 from tests import tiny
-from tests.util import random_variables
+from tests.util import random_variables, two_towers
 from xclip_jax.data import loader
 from xclip_jax.errors import UserError
 from xclip_jax.models.layers import stack_blocks
-from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
 
@@ -106,7 +105,7 @@ def test_a_start_that_cannot_be_is_one_sentence(source, tmp_path):
 
 
 def towers(size=16, length=8, embed=8, **img):
-    model = TwoTowers(
+    model = two_towers(
         img={"size": size, "patch": 4, "width": 16, "depth": 1, "heads": 2} | img,
         txt={"vocab": 20, "eot_id": 19, "length": length, "width": 8, "depth": 1, "heads": 2},
         embed=embed,

@@ -1,4 +1,4 @@
-"""What tests of models share: variables without an initialisation."""
+"""What tests of models share: towers with heads by their sizes, variables without an initialisation."""
 
 import functools
 
@@ -7,8 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from xclip_jax.models.heads import ClusterHeadConfig, cluster_heads, contrastive_heads
+from xclip_jax.models.two_towers import TwoTowers
+
 # These tests compile far more than they compute: without LLVM's optimisation they take half the time.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def two_towers(
+    *, img, txt, embed=0, scale_init=1 / 0.07, bias_init=None, cluster_head=None, dtype=jnp.float32, cls=TwoTowers
+):
+    """`cls` with projections to `embed` above 0, a logit bias of `bias_init`, and cluster heads of these fields."""
+    heads, widths = {}, {"img": img["width"], "txt": txt["width"]}
+    if embed:
+        heads |= contrastive_heads(embed, widths, scale_init=scale_init, bias_init=bias_init, dtype=dtype)
+    if cluster_head:
+        heads |= cluster_heads(ClusterHeadConfig(**cluster_head), widths, dtype=dtype)
+    return cls(img=img, txt=txt, heads=heads, dtype=dtype)
 
 
 def random_variables(module, *args, seed=0, std=0.2):

@@ -4,13 +4,12 @@ A multiplication and an addition count as two. Only matrix products count, as is
 counts the body of a loop over layers once. Causal attention counts in full, since it is computed in full.
 """
 
-import itertools
-
 import ml_collections
 
 from xclip_jax.config.schema import Config, resolve
+from xclip_jax.data import tokenizer
 from xclip_jax.models.vit import ImageTowerConfig, stem_stages
-from xclip_jax.objective import Objective
+from xclip_jax.objectives import make_objective
 
 
 def transformer(tokens: float, width: int, depth: int, mlp_ratio: float, first: bool = False) -> float:
@@ -48,23 +47,14 @@ def forward(config: ml_collections.ConfigDict | Config, *, train: bool = True) -
     """
     config = resolve(config)
     img, txt, model = config.model.img, config.model.txt, config.model
-    objective = Objective.from_config(config.objective)
-    heads = loss = 0.0
-    if objective.contrastive:
-        heads += 2 * model.embed * (img.width + txt.width)
-        loss += 2 * config.data.batch * model.embed if train else 0.0
-    if objective.clusters:
-        head = model.cluster_head
-        for width in (img.width, txt.width):
-            widths = [width] + [head.hidden] * head.layers + [head.clusters]
-            heads += 2 * sum(a * b for a, b in itertools.pairwise(widths))
-    if objective.classifies:
-        heads += 2 * objective.classify.classes * getattr(model, objective.towers[0]).width
+    objective = make_objective(config.objective)
+    vocab = tokenizer.load(config.data.tokenizer).vocab_size
+    rest = objective.flops(model, vocab, config.data.batch if train else 0)
     towers = {
         "img": _image(img, img.patch_dropout if train else 0.0),
         "txt": transformer(txt.length, txt.width, txt.depth, txt.mlp_ratio),
     }
-    return {name: value * (name in objective.towers) for name, value in towers.items()} | {"heads": heads, "loss": loss}
+    return {name: value * (name in objective.towers) for name, value in towers.items()} | rest
 
 
 def train_step(config: ml_collections.ConfigDict | Config) -> float:
@@ -74,6 +64,6 @@ def train_step(config: ml_collections.ConfigDict | Config) -> float:
     """
     config = resolve(config)
     parts = forward(config)
-    objective = Objective.from_config(config.objective)
+    objective = make_objective(config.objective)
     teacher = parts["img"] + parts["txt"] + parts["heads"] if objective.teacher else 0.0
     return config.data.batch * (3 * sum(parts.values()) + teacher)

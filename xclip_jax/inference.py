@@ -103,7 +103,7 @@ class Model:
         self.size, self.length = model.img["size"], model.txt["length"]
         self.tokenizer = tokenizer.load(config.data.tokenizer)
         self._threads = threads
-        self._clusters, self._projects = model.cluster_head is not None, bool(model.embed)
+        self._clusters, self._projects = "s_img" in model.outputs, "z_img" in model.outputs
         self._embedding = ("z",) if self._projects else ("s",)
         self._tau = config.objective.nclip.tau
         mesh = make_mesh(_MESH)

@@ -113,8 +113,9 @@ def _model(config: ml_collections.ConfigDict, parts: Parts) -> str:
         )
     ]
     head = ("tower", "width", "depth", "heads", "activation", "LayerNorm eps", "sees")
+    embed = config.model.embed if parts.objective.contrastive else "no"
     return (
-        f"## Model\n\n{count:,} parameters in training, heads included; embeddings of {parts.model.embed or 'no'} "
+        f"## Model\n\n{count:,} parameters in training, heads included; embeddings of {embed} "
         f"dimensions.\n\n{_rows(head, towers)}"
     )
 
@@ -172,11 +173,8 @@ def _recipe(folder: epath.Path, parts: Parts, at: int) -> str:
 
     objective = config["objective"]
     rows = [("objective.name", objective["name"])]
-    if objective["name"] == "xclip":
-        rows += [(f"objective.{key}", objective[key]) for key in ("w_clip", "w_nclip")]
-    if parts.objective.clusters:
-        rows += [(f"objective.nclip.{key}", x) for key, x in objective["nclip"].items()]
-        rows += [(f"model.cluster_head.{key}", x) for key, x in config["model"]["cluster_head"].items()]
+    rows += [(f"objective.terms.{key}", weight) for key, weight in objective["terms"].items()]
+    rows += parts.objective.recipe(parts.config.model).items()
     rows += [("step", f"{at:,} of {config['steps']:,}")]
     averaged = config["eval"]["ema"] and (config["ema"]["on"] or parts.objective.teacher)
     rows.append(("parameters", "their moving average" if averaged else "those of the last update"))

@@ -69,7 +69,10 @@ def choice(valid: Iterable[Any]) -> Check:
 
 def key(default: Any, doc: str, *checks: Check) -> Any:
     """Declare a config key: a dataclass field that knows its doc string and its checks."""
-    return dataclasses.field(default=default, metadata={"doc": doc, "checks": checks})
+    metadata = {"doc": doc, "checks": checks}
+    if isinstance(default, Mapping):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def default(group: Any) -> dict[str, Any]:
@@ -87,6 +90,8 @@ def _type_name(expected: Any) -> str:
     origin, args = typing.get_origin(expected), typing.get_args(expected)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(map(_type_name, args))
+    if origin is Mapping:
+        return "a group of keys"
     if origin is tuple and args[-1] is not Ellipsis:
         return f"a tuple of {len(args)} values, {', '.join(map(_type_name, args))}"
     plural = {int: "integers", float: "numbers", str: "strings"}.get(args[0], "tuples")
@@ -94,6 +99,8 @@ def _type_name(expected: Any) -> str:
 
 
 def _matches(value: Any, expected: Any) -> bool:
+    if expected is Any:
+        return True
     if expected is float:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return number and math.isfinite(value) and abs(value) <= _MAX_FLOAT
@@ -104,6 +111,8 @@ def _matches(value: Any, expected: Any) -> bool:
     origin, args = typing.get_origin(expected), typing.get_args(expected)
     if origin in (typing.Union, types.UnionType):
         return any(_matches(value, option) for option in args)
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(_matches(item, args[1]) for item in value.values())
     if not isinstance(value, (list, tuple)):
         return False
     if origin is tuple and args[-1] is not Ellipsis:
@@ -169,7 +178,7 @@ def read_group(group: type[Any], values: Any, path: str, faults: list[str]) -> A
 
 def describe(group: type[Any], path: str = "") -> Iterator[tuple[str, Any, str, str]]:
     """(dotted key, default, allowed values, doc string) of each key of a config dataclass."""
-    expected = typing.get_type_hints(group)
+    expected, defaults = typing.get_type_hints(group), group()
     for field in dataclasses.fields(group):
         name = f"{path}.{field.name}" if path else field.name
         if dataclasses.is_dataclass(expected[field.name]):
@@ -177,4 +186,4 @@ def describe(group: type[Any], path: str = "") -> Iterator[tuple[str, Any, str, 
         else:
             checks = field.metadata["checks"]
             allowed = ", ".join([_type_name(expected[field.name]), *(check.allowed for check in checks)])
-            yield name, field.default, allowed, field.metadata["doc"]
+            yield name, getattr(defaults, field.name), allowed, field.metadata["doc"]

@@ -5,6 +5,7 @@ Recipes start from `default()`, a locked `ConfigDict`, and change values; `resol
 
 import dataclasses
 import json
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from xclip_jax.data.config import DataConfig
 from xclip_jax.data.transforms import INTERPOLATIONS, RESIZE_MODES
 from xclip_jax.errors import UserError
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objective import LossConfig, ObjectiveConfig
+from xclip_jax.objectives import LossConfig, ObjectiveConfig, make_objective, upgrade
 from xclip_jax.parallel.sharding import MeshConfig
 from xclip_jax.train.optim import EmaConfig, OptimConfig
 
@@ -89,15 +90,11 @@ class Config:
         for name, parts in (("optim.microbatches", self.optim.microbatches), ("loss.chunk", chunk)):
             if parts and batch % parts:
                 yield f"{name}={parts} must divide data.batch={batch}"
-        if chunk and self.objective.nclip.balance == "sinkhorn":
-            yield (
-                "objective.nclip.balance='sinkhorn' normalises over the whole batch; set loss.chunk=0, or balance "
-                "'none' or 'center'"
-            )
-        if chunk and self.model.cluster_head.last_norm:
-            yield "model.cluster_head.last_norm needs all logits at once; set loss.chunk=0, or it to False"
-        if self.objective.name == "classify" and set(self.init.frozen) - {self.objective.classify.tower}:
-            yield f"init.frozen is {self.init.frozen}; the model has the {self.objective.classify.tower} tower alone"
+        objective = make_objective(self.objective)
+        for term in objective.terms.values():
+            yield from term.problems(self.model, self.loss)
+        if set(self.init.frozen) - set(objective.towers):
+            yield f"init.frozen is {self.init.frozen}; the model has the {objective.towers[0]} tower alone"
 
 
 def default() -> ml_collections.ConfigDict:
@@ -125,16 +122,20 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any] | Config) -> C
 def complete(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """Locked config with `values`, such as those of a run's config.json, and defaults for all other keys.
 
-    Lists become tuples: JSON has none, and `ConfigDict` keeps types. `resolve` reports keys that do not exist.
+    Lists become tuples: JSON has none, and `ConfigDict` keeps types. `resolve` reports keys that do not exist. Keys of
+    earlier versions are translated.
     """
 
-    def fill(defaults: Any, given: Any) -> Any:
-        if isinstance(given, Mapping):
-            known = defaults if isinstance(defaults, Mapping) else {}
-            return dict(known) | {name: fill(known.get(name), value) for name, value in given.items()}
-        return fields.with_tuples(given)
+    def fill(expected: Any, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return fields.with_tuples(given)
+        group = dataclasses.is_dataclass(expected)
+        hints, defaults = (typing.get_type_hints(expected), fields.default(expected)) if group else ({}, {})
+        return defaults | {name: fill(hints.get(name), value) for name, value in given.items()}
 
-    return ml_collections.ConfigDict(fill(fields.default(Config), values)).lock()
+    if isinstance(values.get("objective"), Mapping):
+        values = {**values, "objective": upgrade(values["objective"])}
+    return ml_collections.ConfigDict(fill(Config, values)).lock()
 
 
 def to_dict(config: Config) -> dict[str, Any]:

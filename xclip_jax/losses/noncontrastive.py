@@ -20,11 +20,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import chex
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from xclip_jax.logits import Factors, Logits
 from xclip_jax.parallel.sharding import map_rows
 
 Metrics = dict[str, jax.Array]
@@ -42,31 +42,6 @@ FEW_CLUSTERS_SHARE = 0.7
 SHARP_SHARE = 0.6
 # The run that disagreed had 1 % equal argmax, chance being 0.5 %; counted above chance, as a share of what is left.
 AGREEMENT_ABOVE_CHANCE = 0.05
-
-
-@flax.struct.dataclass
-class Factors:
-    """Cluster logits (b, k) not multiplied out, x @ kernel + bias, for a loss that never holds them whole.
-
-    x (b, d) decides in which dtype they are computed; kernel (d, k) and bias (k,) are fp32.
-    """
-
-    x: jax.Array
-    kernel: jax.Array
-    bias: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(b, k)."""
-        return self.x.shape[0], self.kernel.shape[1]
-
-    def logits(self) -> jax.Array:
-        """The logits in fp32."""
-        dtype = self.x.dtype
-        return (jnp.matmul(self.x, self.kernel.astype(dtype)) + self.bias.astype(dtype)).astype(jnp.float32)
-
-
-Logits = jax.Array | Factors
 
 
 def nclip(

@@ -1,6 +1,12 @@
-"""What stands on the towers: CLIP's linear projection, nCLIP's cluster head, the classifier of fine-tuning."""
+"""Heads on the towers: CLIP's linear projection, nCLIP's cluster head, the classifier of fine-tuning.
+
+`TwoTowers` takes its heads as a mapping {name: Head or Scalar}; the functions at the end make those of one loss.
+"""
 
 import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +15,7 @@ import jax.numpy as jnp
 
 from xclip_jax.config.fields import at_least, key
 from xclip_jax.errors import UserError
-from xclip_jax.losses.noncontrastive import Factors
+from xclip_jax.logits import Factors
 from xclip_jax.models.layers import ACTIVATIONS, dense, named
 
 Array = jax.Array
@@ -19,6 +25,43 @@ def l2_normalize(x: Array) -> Array:
     """Rows of unit length, in fp32; an all-zero row stays zero. (..., e) -> (..., e)."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A module on the features of one tower, of which it gets (b, d). Its name in the model names its parameters.
+
+    Attributes:
+      module: not bound to a parent.
+      reads: the tower whose features it takes, "img" or "txt".
+      writes: key of its output among those of `TwoTowers.project`.
+      takes: keyword arguments of `TwoTowers.project` that the module takes, of "train" and "logits".
+      flops: of one sample's forward pass, for MFU; a multiplication and an addition count as two.
+    """
+
+    module: nn.Module
+    reads: str
+    writes: str
+    takes: tuple[str, ...] = ()
+    flops: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scalar:
+    """A learned number, such as the logit scale. Its name in the model is the name of the parameter.
+
+    Attributes:
+      writes: key of the value among the outputs of `TwoTowers.project`.
+      initial: value of the parameter at the start.
+      transform: parameter -> value.
+    """
+
+    writes: str
+    initial: float
+    transform: Callable[[Array], Array] | None = None
+
+
+Heads = Mapping[str, Head | Scalar]
 
 
 class Projection(nn.Module):
@@ -118,3 +161,49 @@ class _Clusters(nn.Module):
         init = named(nn.initializers.normal(d**-0.5), "embed", "cluster")
         kernel = self.param("kernel", init, (d, self.clusters))
         return kernel, self.param("bias", named(nn.initializers.zeros, "cluster"), (self.clusters,))
+
+
+def contrastive_heads(
+    embed: int,
+    widths: Mapping[str, int],
+    *,
+    scale_init: float = 1 / 0.07,
+    bias_init: float | None = None,
+    dtype: Any = jnp.float32,
+) -> dict[str, Head | Scalar]:
+    """Projections of both towers to (b, embed), the logit scale and, for the sigmoid loss, the logit bias.
+
+    Args:
+      embed: e, size of the shared space.
+      widths: {"img", "txt"} features of the towers.
+      scale_init: logit scale at the start.
+      bias_init: logit bias at the start; None for no bias.
+      dtype: computation dtype.
+    """
+    heads: dict[str, Head | Scalar] = {
+        f"proj_{tower}": Head(Projection(embed, dtype), tower, f"z_{tower}", flops=2 * embed * width)
+        for tower, width in widths.items()
+    }
+    heads["log_scale"] = Scalar("scale", math.log(scale_init), jnp.exp)
+    if bias_init is not None:
+        heads["bias"] = Scalar("bias", bias_init)
+    return heads
+
+
+def cluster_heads(
+    options: ClusterHeadConfig, widths: Mapping[str, int], *, dtype: Any = jnp.float32
+) -> dict[str, Head | Scalar]:
+    """A `ClusterHead` on each tower of `widths`, {"img", "txt"} features of the towers."""
+    fields = dataclasses.asdict(options)
+    heads: dict[str, Head | Scalar] = {}
+    for tower, width in widths.items():
+        layers = [width] + [options.hidden] * options.layers + [options.clusters]
+        flops = 2 * sum(a * b for a, b in itertools.pairwise(layers))
+        module = ClusterHead(**fields, dtype=dtype)
+        heads[f"clusters_{tower}"] = Head(module, tower, f"s_{tower}", ("train", "logits"), flops)
+    return heads
+
+
+def classifier_head(classes: int, tower: str, width: int, *, std: float, dtype: Any = jnp.float32) -> dict[str, Head]:
+    """A `Classifier` of `classes` on the features of `tower`, of which there are `width`."""
+    return {"classifier": Head(Classifier(classes, std, dtype), tower, "logits", flops=2 * classes * width)}

@@ -1,7 +1,6 @@
-"""Both towers, their heads and the learned temperature in one module; the sizes that have a name."""
+"""Both towers and the heads on them in one module; the sizes that have a name."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 
 from xclip_jax.config.fields import Check, at_least, choice, key
 from xclip_jax.errors import one_of
-from xclip_jax.models.heads import Classifier, ClusterHead, ClusterHeadConfig, Projection
+from xclip_jax.models.heads import ClusterHeadConfig, Head, Heads, Scalar
 from xclip_jax.models.layers import named
 from xclip_jax.models.text import TextTowerConfig, TextTransformer
 from xclip_jax.models.vit import ImageTowerConfig, VisionTransformer
@@ -58,47 +57,43 @@ class ModelConfig:
     cluster_head: ClusterHeadConfig = dataclasses.field(default_factory=ClusterHeadConfig)
     dtype: str = key("bfloat16", "of towers and heads; parameters stay float32", choice(("float32", "bfloat16")))
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """{"img", "txt"} features of the towers."""
+        return {"img": self.img.width, "txt": self.txt.width}
+
 
 class TwoTowers(nn.Module):
-    """Image and text towers with a projection head, a cluster head, or both; or one of them with a classifier.
+    """Image and text towers, and the heads on them; or one of the towers.
 
     Attributes:
       img: fields of `VisionTransformer`.
       txt: fields of `TextTransformer`.
-      embed: e, the size of the shared embedding space; 0 leaves CLIP's projection, scale and bias out.
-      scale_init: initial value of the logit scale t = exp(log_scale).
-      bias_init: initial logit bias of the sigmoid loss, or None for no bias.
-      cluster_head: fields of `ClusterHead`, or None for no cluster heads.
-      classifier: fields of `Classifier` for fine-tuning, or None.
-      towers: those that the model has; the classifier stands on the first.
-      dtype: computation dtype of towers and heads; parameters, norms, softmax and logits stay fp32.
+      heads: {name: `Head` or `Scalar`}; a head's parameters have its name. The objective chooses them.
+      towers: those that the model has.
+      dtype: computation dtype of the towers; parameters, norms, softmax and logits stay fp32.
     """
 
     img: Mapping[str, Any]
     txt: Mapping[str, Any]
-    embed: int = 512
-    scale_init: float = 1 / 0.07
-    bias_init: float | None = None
-    cluster_head: Mapping[str, Any] | None = None
-    classifier: Mapping[str, Any] | None = None
+    heads: Heads = dataclasses.field(default_factory=dict)
     towers: tuple[str, ...] = ("img", "txt")
     dtype: Any = jnp.float32
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Keys of what `project` returns for features of both modalities."""
+        return tuple(head.writes for head in self.heads.values())
 
     def setup(self) -> None:
         self.tower_img = VisionTransformer(**self.img, dtype=self.dtype, name="img")
         self.tower_txt = TextTransformer(**self.txt, dtype=self.dtype, name="txt")
-        if self.embed:
-            self.project_img = Projection(self.embed, self.dtype, name="proj_img")
-            self.project_txt = Projection(self.embed, self.dtype, name="proj_txt")
-            constant = nn.initializers.constant
-            self.log_scale = self.param("log_scale", named(constant(math.log(self.scale_init))), ())
-            if self.bias_init is not None:
-                self.bias = self.param("bias", named(constant(self.bias_init)), ())
-        if self.cluster_head is not None:
-            self.cluster_img = ClusterHead(**self.cluster_head, dtype=self.dtype, name="clusters_img")
-            self.cluster_txt = ClusterHead(**self.cluster_head, dtype=self.dtype, name="clusters_txt")
-        if self.classifier is not None:
-            self.classify = Classifier(**self.classifier, dtype=self.dtype, name="classifier")
+        self.made = {
+            name: head.module.clone(parent=self, name=name)
+            if isinstance(head, Head)
+            else self.param(name, named(nn.initializers.constant(head.initial)), ())
+            for name, head in self.heads.items()
+        }
 
     def encode_image(self, image: Array, noise: Array | None = None, paths: Array | None = None) -> Array:
         """Normalised pixels (b, h, w, 3) -> h_img (b, d); for `noise` and `paths` see `VisionTransformer`."""
@@ -114,27 +109,19 @@ class TwoTowers(nn.Module):
         """Features of one or both modalities -> what the losses and the evaluators read.
 
         Returns:
-          z_img, z_txt (b, e) L2-normalised, `scale` = exp(log_scale) and `bias`, where there are projections;
-          s_img, s_txt (b, k) cluster logits, where there are cluster heads, or their `Factors` where `logits` is false;
-          logits (b, classes) of a classifier. All fp32. With `train` BatchNorm uses the
-          batch's statistics and moves the running ones (collection "batch_stats", to be made mutable).
+          {key: output} of each head whose features are given, and of each scalar, by the key that it writes: z_img,
+          z_txt (b, e) L2-normalised, `scale` and `bias` of contrastive heads; s_img, s_txt (b, k) of cluster heads, or
+          their `Factors` where `logits` is false; logits (b, classes) of a classifier. All fp32. With `train`
+          BatchNorm uses the batch's statistics and moves the running ones (collection "batch_stats", to be made
+          mutable).
         """
+        features, options = {"img": h_img, "txt": h_txt}, {"train": train, "logits": logits}
         out = {}
-        if self.embed:
-            if h_img is not None:
-                out["z_img"] = self.project_img(h_img)
-            if h_txt is not None:
-                out["z_txt"] = self.project_txt(h_txt)
-            out["scale"] = jnp.exp(self.log_scale)
-            if self.bias_init is not None:
-                out["bias"] = self.bias
-        if self.cluster_head is not None:
-            if h_img is not None:
-                out["s_img"] = self.cluster_img(h_img, train=train, logits=logits)
-            if h_txt is not None:
-                out["s_txt"] = self.cluster_txt(h_txt, train=train, logits=logits)
-        if self.classifier is not None:
-            out["logits"] = self.classify(h_img if self.towers[0] == "img" else h_txt)
+        for name, head in self.heads.items():
+            if isinstance(head, Scalar):
+                out[head.writes] = head.transform(self.made[name]) if head.transform else self.made[name]
+            elif features[head.reads] is not None:
+                out[head.writes] = self.made[name](features[head.reads], **{key: options[key] for key in head.takes})
         return out
 
     def __call__(self, image: Array, text: Array, *, train: bool = False) -> dict[str, Array]:

@@ -11,6 +11,7 @@ from etils import epath
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import flat_names, results
 from xclip_jax.evaluators.result import Result
+from xclip_jax.objectives import upgrade
 
 Row = dict[str, float]
 
@@ -62,6 +63,7 @@ def read(run: str | epath.Path) -> Record:
     try:
         written = json.loads(path.read_text())
         config, environment = written["config"], written["environment"]
+        config["objective"] = upgrade(config["objective"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}); name the folder of another run.") from error
     rows = _lines(folder / "metrics.jsonl")

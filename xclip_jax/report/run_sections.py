@@ -64,8 +64,9 @@ def _facts(record: Record, parameters: int | None) -> str:
     objective, data = config["objective"], config["data"]
     last = record.training[-1] if record.training else {}
     name = NAMES.get(objective["name"], objective["name"])
-    if objective["name"] == "xclip":
-        name += f", {objective['w_clip']:g} CLIP + {objective['w_nclip']:g} nCLIP"
+    if len(objective["terms"]) > 1:
+        weighted = (f"{weight:g} {NAMES.get(term, term)}" for term, weight in objective["terms"].items())
+        name += f", {' + '.join(weighted)}"
     pairs = sum(source.get("samples", 0) for source in record.sources)
     img = config["model"]["img"]
     facts = {

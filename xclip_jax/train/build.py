@@ -15,7 +15,7 @@ from xclip_jax.data import tokenizer, transforms
 from xclip_jax.data.loader import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.models.two_towers import TwoTowers
-from xclip_jax.objective import Objective
+from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import AXES, check_batch, make_mesh
 from xclip_jax.train import optim, state, step
@@ -52,15 +52,11 @@ class Parts:
 
 def make_model(config: Config, objective: Objective, tokens: tokenizer.Tokenizer) -> TwoTowers:
     """The towers with the heads that `objective` needs and the vocabulary of `tokens`."""
-    model, options = config.model, objective.classify
+    model = config.model
     return TwoTowers(
         img=dataclasses.asdict(model.img),
         txt=dataclasses.asdict(model.txt) | {"vocab": tokens.vocab_size, "eot_id": tokens.eot_id},
-        embed=model.embed if objective.contrastive else 0,
-        scale_init=model.scale_init,
-        bias_init=model.bias_init if objective.name == "siglip" else None,
-        cluster_head=dataclasses.asdict(model.cluster_head) if objective.clusters else None,
-        classifier={"classes": options.classes, "std": options.head_std} if objective.classifies else None,
+        heads=objective.heads(model, tokens.vocab_size),
         towers=objective.towers,
         dtype=jnp.dtype(model.dtype),
     )
@@ -80,7 +76,7 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
     check_batch(data.batch, mesh, parts=microbatches, parts_key="optim.microbatches")
     if config.loss.chunk:
         check_batch(config.loss.chunk, mesh, "loss.chunk")
-    objective = Objective.from_config(config.objective, config.loss, mesh)
+    objective = make_objective(config.objective, config.loss, mesh)
     prepare = Preprocessing.from_config(dataclasses.asdict(config))
     tokens = tokenizer.load(data.tokenizer)
     model = make_model(config, objective, tokens)
@@ -91,22 +87,19 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
         tx,
         image_size=config.model.img.size,
         text_length=config.model.txt.length,
-        loss_state=objective.initial_state(config.model.cluster_head.clusters),
+        loss_state=objective.initial_state(config.model, tokens.vocab_size),
         ema=ema.on or objective.teacher,
         seed=config.seed,
     )
 
-    patches, mixed = (config.model.img.size // config.model.img.patch) ** 2, objective.classify
+    patches = (config.model.img.size // config.model.img.patch) ** 2
 
     def draw(key: jax.Array, batch: dict[str, jax.Array]) -> dict[str, Any]:
         if "image" not in batch:
             return batch
         b, (key_image, key_patches) = len(batch["image"]), jax.random.split(key)
         inputs = batch | transforms.draw(key_image, b, flip=data.flip, color=data.color)
-        if objective.classifies and (mixed.mixup or mixed.cutmix):
-            inputs["other"] = jax.tree.map(lambda x: x[::-1], inputs)
-            key_mix = jax.random.fold_in(key, 1)
-            inputs |= transforms.draw_mix(key_mix, b, config.model.img.size, mixed.mixup, mixed.cutmix)
+        inputs = objective.draw(key, inputs, config.model.img.size)
         if model.img["patch_dropout"]:
             inputs["patches"] = jax.random.uniform(key_patches, (b, patches))
         if model.img.get("drop_path"):

@@ -58,9 +58,8 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
     """
     built = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=folder.tokenizer(config)))
     parts = build(built)
-    classes = parts.objective.classify.classes if parts.objective.classifies else 0
     host, hosts = batch_part(parts.mesh)
-    opened = loader.open_sources(parts.data, classes, parts.objective.fields)
+    opened = loader.open_sources(parts.data, parts.objective.classes, parts.objective.fields)
     fingerprints = [sources.card(source) for source in opened]
     folder.check_sources(config, fingerprints)
     starts = config.init.weights and folder.latest_step() is None

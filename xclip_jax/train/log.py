@@ -11,7 +11,6 @@ from xclip_jax.console import log0
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.result import Result, flat
-from xclip_jax.losses.noncontrastive import diagnose
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import JsonLines
 from xclip_jax.train.callbacks import Callback
@@ -103,8 +102,8 @@ class MetricLogger:
         """
         self.ledger, self.stalls = ledger, InputStallTimer()
         self._job, self._callbacks = job, callbacks
-        self._progress = Progress(start, job.config.steps, job.parts.data.batch)
-        self._collapse = CollapseMonitor(self._alarms, job.config.log.alarms_after)
+        self._progress = Progress(start, job.config.steps, job.parts.data.batch, job.parts.objective.progress)
+        self._collapse = CollapseMonitor(job.parts.objective.alarms, job.config.log.alarms_after)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._writer = None
         if jax.process_index() == 0:
@@ -165,13 +164,6 @@ class MetricLogger:
                     f"{name.replace('_', ' ')} of step {step} is {scalars[name]} and is not saved; {last}. Lower "
                     "optim.lr, lengthen optim.warmup or set optim.clip=1, under a different --config.run."
                 )
-
-    def _alarms(self, metrics: Mapping[str, float]) -> list[str]:
-        parts = self._job.parts
-        if not parts.objective.clusters:
-            return []
-        values = {key.removeprefix("nclip/"): value for key, value in metrics.items() if key.startswith("nclip/")}
-        return diagnose(values, k=parts.model.cluster_head["clusters"], b=parts.data.batch)
 
     def has_evaluation(self, step: int) -> bool:
         """Whether metrics.jsonl had results of `step` when the run resumed; the same answer on every process."""

@@ -4,7 +4,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -20,8 +20,22 @@ INPUT_BOUND = 0.05
 class Progress:
     """Training speed and time left, without pauses and the first step, which compiles."""
 
-    def __init__(self, start: int, steps: int, batch: int) -> None:
-        self.start, self.steps, self.batch = start, steps, batch
+    def __init__(
+        self,
+        start: int,
+        steps: int,
+        batch: int,
+        terms: Callable[[Mapping[str, float]], Sequence[str]] = lambda metrics: (),
+    ) -> None:
+        """Begin to count.
+
+        Args:
+          start: step at which the run stands.
+          steps: of the whole run.
+          batch: samples of a step.
+          terms: metrics -> the objective's parts of the line.
+        """
+        self.start, self.steps, self.batch, self._terms = start, steps, batch, terms
         self._since: float | None = None
         self._first = start
         self._paused = 0.0
@@ -44,13 +58,7 @@ class Progress:
         """Return the line that is printed for a step."""
         speed = self.samples_per_second(step)
         left = format_duration((self.steps - step) * self.batch / speed) if speed else ""
-        parts = [f"step {step}/{self.steps}", f"loss {metrics['loss']:.3f}"]
-        if "clip/loss" in metrics:
-            parts.append(f"clip {metrics['clip/loss']:.3f} (ln b {metrics['clip/ln_b']:.2f})")
-        if "nclip/loss" in metrics:
-            information = min(metrics["nclip/mutual_information_img"], metrics["nclip/mutual_information_txt"])
-            clusters = min(metrics["nclip/clusters_img"], metrics["nclip/clusters_txt"])
-            parts.append(f"nclip {metrics['nclip/loss']:.3f} ({information:.2f} nats, {clusters:.0f} clusters)")
+        parts = [f"step {step}/{self.steps}", f"loss {metrics['loss']:.3f}", *self._terms(metrics)]
         if (share := metrics.get("data/wait_share", 0.0)) > INPUT_BOUND:
             parts.append(f"input-bound: {share:.0%}")
         return "  ".join([*parts, f"{speed:.0f} samples/s, {left} left" if speed else "(compiled)"])

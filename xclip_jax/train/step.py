@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from xclip_jax.losses.noncontrastive import effective_rank
-from xclip_jax.objective import Objective
+from xclip_jax.objectives import Objective
 from xclip_jax.parallel.mesh import batch_sharding, replicated
 from xclip_jax.train import gradcache
 from xclip_jax.train.optim import project_scale
@@ -63,7 +63,7 @@ def make_train_step(
     def project(params: Any, batch_stats: Any, h: Features) -> tuple[Batch, Any]:
         variables = {"params": params, "batch_stats": batch_stats}
         out, moved = model.apply(
-            variables, *h, train=True, logits=not objective.chunk, mutable=["batch_stats"], method="project"
+            variables, *h, train=True, logits=not objective.loss.chunk, mutable=["batch_stats"], method="project"
         )
         return out, moved.get("batch_stats", {})
 
@@ -83,9 +83,10 @@ def make_train_step(
         # batch, while the encoders may be run on parts of it.
         def loss(params: Any, h: Features) -> tuple[jax.Array, Any]:
             out, batch_stats = project(params, state.batch_stats, h)
+            features = {name: x for name, x in zip(("img", "txt"), h, strict=True) if x is not None}
+            out |= {f"h_{name}": x for name, x in features.items()}
             value, metrics, loss_state = objective(out, teacher, state.loss_state, inputs)
-            found = {"rank/img": h[0], "rank/txt": h[1]}
-            metrics |= {key: effective_rank(x) for key, x in found.items() if x is not None}
+            metrics |= {f"rank/{name}": effective_rank(x) for name, x in features.items()}
             return value, (metrics, batch_stats, loss_state)
 
         differentiate = gradcache.value_and_grad(encode, loss, microbatches)

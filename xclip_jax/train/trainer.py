@@ -62,7 +62,7 @@ def _train(
     """Make or restore the state and train it. Returns it, the log, and whether the run was interrupted."""
     config, parts = job.config, job.parts
     count = sum(x.size for x in jax.tree.leaves(parts.abstract.params))
-    items = "items" if parts.objective.classifies else "pairs"
+    items = "items" if parts.objective.labelled else "pairs"
     log0(
         f"{config.objective.name}: {count:,} parameters, {job.num_samples:,} {items}, {config.steps} steps of "
         f"{parts.data.batch} on {jax.device_count()} {jax.devices()[0].device_kind}, in {job.folder.path}"

@@ -1,0 +1,45 @@
+"""SuperCLIP's token classification (arXiv 2512.14480): image features say which tokens their caption has."""
+
+import dataclasses
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from xclip_jax.config.fields import fraction_below_one, key
+from xclip_jax.models.heads import Head
+from xclip_jax.objectives import Term
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenClassification(Term):
+    """Cross-entropy of a linear head on image features with the tokens of the text, weighted by their rarity."""
+
+    title: ClassVar[str] = "token classification"
+
+    momentum: float = key(0.9, "of the running document frequencies", fraction_below_one())
+
+    def heads(self, model, vocab):
+        """A linear head of the vocabulary's size."""
+        head = Head(nn.Dense(vocab), reads="img", writes="tokens", flops=2 * vocab * model.img.width)
+        return {"token_classifier": head}
+
+    def initial_state(self, model, vocab):
+        """Document frequencies: the share of texts that have a token."""
+        return {"token_frequency": jnp.zeros(vocab)}
+
+    def __call__(self, out, teacher, state, batch):
+        """See `Term.__call__`."""
+        logits, text = out["tokens"], batch["text"]  # (b, vocab), (b, n)
+        present = jnp.zeros_like(logits).at[jnp.arange(len(text))[:, None], text].set(1.0).at[:, 0].set(0.0)
+        frequency = self.momentum * state["token_frequency"] + (1 - self.momentum) * present.mean(axis=0)
+        weighted = present * -jnp.log(frequency + 1e-3)
+        target = weighted / jnp.maximum(weighted.sum(axis=1, keepdims=True), 1e-6)
+        loss = -(target * jax.nn.log_softmax(logits)).sum(axis=1).mean()
+        best = jnp.take_along_axis(present, logits.argmax(axis=1)[:, None], axis=1)
+        return loss, {"loss": loss, "top1": best.mean()}, {"token_frequency": frequency}
+
+    def alarms(self, metrics):
+        """A head that learns nothing stays at the loss of a blind guess."""
+        return ["tokens: the loss is above 20 nats; lower optim.lr."] if metrics["loss"] > 20 else []

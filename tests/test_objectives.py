@@ -1,0 +1,239 @@
+"""Objectives as sums of terms: terms of other packages, configs of earlier versions, and what other modules ask."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from configs import common
+from tests import tiny
+from xclip_jax import flops
+from xclip_jax.config import schema
+from xclip_jax.data import loader
+from xclip_jax.errors import UserError
+from xclip_jax.objectives import RECIPES, TERMS, Curve, find_term, make_objective
+from xclip_jax.train import build, state
+from xclip_jax.train.checkpoint import Checkpointer
+
+SUPERCLIP = "tests.extension.superclip:TokenClassification"
+
+
+def superclip(run="runs/tiny", **changes):
+    """CLIP and the token classification of another package, as a recipe would write it."""
+    config = tiny.config("clip", run=run, **changes)
+    config.objective.name = "superclip"
+    config.objective.terms = {"clip": 1.0, "tokens": 0.5}
+    config.objective.plugins = {"tokens": {"type": SUPERCLIP, "momentum": 0.5}}
+    return config
+
+
+def train(p, steps, s=None):
+    s, logged = state.create(p.init, p.abstract) if s is None else s, []
+    for i in range(steps):
+        s, metrics = p.compiled(s, loader.to_global(tiny.batch(i, eot=p.tokenizer.eot_id), p.mesh))
+        logged.append({key: float(value) for key, value in jax.device_get(metrics).items()})
+    return s, logged
+
+
+# --- a term of another package
+
+
+def test_a_term_of_another_package_trains_and_resumes(tmp_path):
+    p = build.build(superclip(tmp_path))
+    assert p.objective.fields == ("image", "text") and p.objective.similarities == ("cosine",)
+    before = jax.device_get(state.create(p.init, p.abstract).params["token_classifier"])
+    assert before["kernel"].shape == (32, p.tokenizer.vocab_size)
+    s, logged = train(p, 2)
+    for metrics in logged:
+        assert metrics["loss"] == pytest.approx(metrics["clip/loss"] + 0.5 * metrics["tokens/loss"], rel=1e-6)
+    after = jax.device_get(s.params["token_classifier"])
+    assert np.abs(after["kernel"] - before["kernel"]).max() > 1e-4
+    assert p.objective.progress(logged[1])[1] == f"tokens {logged[1]['tokens/loss']:.3f}"
+    assert p.objective.alarms(logged[1] | {"tokens/loss": 30.0}) == [
+        "tokens: the loss is above 20 nats; lower optim.lr."
+    ]
+
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(s, {"samples": 0})
+    # The config alone, as the run's folder has it, finds the term again.
+    again = build.build(schema.complete(json.loads(json.dumps(schema.to_dict(p.config)))))
+    with Checkpointer(tmp_path, read_only=True) as checkpointer:
+        restored, _ = checkpointer.restore(again.abstract)
+    np.testing.assert_array_equal(restored.params["token_classifier"]["kernel"], after["kernel"])
+    np.testing.assert_array_equal(restored.loss_state["token_frequency"], s.loss_state["token_frequency"])
+    assert np.asarray(restored.loss_state["token_frequency"]).any()
+    _, (resumed,) = train(again, 1, restored)
+    assert np.isfinite(resumed["loss"]) and resumed["tokens/loss"] < logged[0]["tokens/loss"]
+
+
+@pytest.mark.parametrize("strategy", ["dp", "fsdp"])
+def test_a_term_of_another_package_on_eight_devices(strategy):
+    one = build.build(superclip(), jax.devices()[:1])
+    many = build.build(superclip(mesh__strategy=strategy, mesh__data=4, mesh__fsdp=2))
+    (_, (expected,)), (_, (metrics,)) = train(one, 1), train(many, 1)
+    for key in ("loss", "tokens/loss", "grad_norm"):
+        assert metrics[key] == pytest.approx(expected[key], rel=1e-4), key
+
+
+def test_a_heads_flops_count():
+    vocab = build.build(superclip()).tokenizer.vocab_size
+    with_term, without = (flops.forward(config)["heads"] for config in (superclip(), tiny.config("clip")))
+    assert with_term - without == 2 * 32 * vocab
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        (
+            {"type": SUPERCLIP, "momentun": 0.5},
+            "'objective.plugins.tokens.momentun' is unknown; did you mean .*momentum",
+        ),
+        ({"type": SUPERCLIP, "momentum": 2.0}, r"objective\.plugins\.tokens\.momentum is 2\.0; expected at least 0"),
+        ({"type": "tests.extension.superclip:Tokens"}, "cannot be imported .*install its package"),
+        ({"type": "tests.tiny:config"}, "is not a dataclass derived from xclip_jax.objectives.Term"),
+        ({}, "unknown objective term 'tokens'"),
+    ],
+)
+def test_wrong_plugins_are_named(plugin, message):
+    config = superclip()
+    config.objective.plugins = {"tokens": plugin}
+    with pytest.raises(UserError, match=message):
+        schema.resolve(config)
+
+
+def test_a_term_under_two_names_shares_its_heads():
+    config = tiny.config("clip")
+    config.objective.name = "both"
+    config.objective.terms = {"clip": 0.5, "siglip": 0.25}
+    p = build.build(config)
+    assert set(p.model.heads) == {"proj_img", "proj_txt", "log_scale", "bias"}
+    _, (metrics,) = train(p, 1)
+    assert metrics["loss"] == pytest.approx(0.5 * metrics["clip/loss"] + 0.25 * metrics["siglip/loss"], rel=1e-6)
+
+
+# --- the built-in terms, as they were before they were terms
+
+VARIANTS = {
+    "clip": {},
+    "siglip": {},
+    "nclip": {},
+    "xclip": {},
+    "xclip-ema-center": {"objective__nclip__target": "ema", "objective__nclip__balance": "center"},
+    "classify-img": {
+        "objective__classify__classes": 3,
+        "objective__classify__smoothing": 0.1,
+        "objective__classify__mixup": 0.8,
+        "objective__classify__cutmix": 1.0,
+        "model__img__drop_path": 0.1,
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameters_and_metrics_are_those_of_the_first_edition(variant):
+    """Mean magnitude of each tensor at the start, and metrics of three steps, recorded from the version before."""
+    expected = json.loads((pathlib.Path(__file__).parent / "golden" / "objectives.json").read_text())[variant]
+    p = build.build(tiny.config(variant.split("-")[0], **VARIANTS[variant]), jax.devices()[:1])
+    s = state.create(p.init, p.abstract)
+    flat = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(s)}
+    assert {key: list(x.shape) for key, x in flat.items()} == {
+        key: shape for key, (shape, _) in expected["init"].items()
+    }
+    for key, (_, magnitude) in expected["init"].items():
+        assert float(np.abs(flat[key]).mean()) == pytest.approx(magnitude, rel=1e-5, abs=1e-12), key
+    for i, metrics in enumerate(expected["metrics"]):
+        batch = tiny.batch(i, eot=p.tokenizer.eot_id)
+        batch["label"] = np.random.default_rng(i).integers(0, 2, tiny.BATCH, dtype=np.int32)
+        s, values = p.compiled(s, loader.to_global({key: batch[key] for key in p.objective.fields}, p.mesh))
+        assert values.keys() == metrics.keys()
+        for key, value in metrics.items():
+            assert float(values[key]) == pytest.approx(value, rel=2e-3, abs=2e-4), (i, key)
+
+
+# --- configs
+
+
+@pytest.mark.parametrize(
+    ("old", "terms"),
+    [
+        ({"name": "clip", "w_clip": 0.3, "w_nclip": 0.7}, {"clip": 1.0}),
+        ({"name": "siglip"}, {"siglip": 1.0}),
+        ({"name": "nclip", "w_clip": 0.3, "w_nclip": 0.7, "nclip": {"tau": 0.5}}, {"nclip": 1.0}),
+        ({"name": "xclip", "w_clip": 0.2, "w_nclip": 0.8}, {"clip": 0.2, "nclip": 0.8}),
+        ({"name": "xclip"}, {"clip": 0.3, "nclip": 0.7}),
+        ({"name": "xclip", "w_clip": 1.0, "w_nclip": 0.0}, {"clip": 1.0, "nclip": 0.0}),
+        ({"name": "classify", "classify": {"classes": 3}}, {"classify": 1.0}),
+        ({"name": "mine", "terms": {"clip": 0.5, "siglip": 0.5}}, {"clip": 0.5, "siglip": 0.5}),
+    ],
+)
+def test_configs_of_earlier_versions_are_read(old, terms):
+    objective = schema.resolve(schema.complete({"steps": 1, "optim": {"warmup": 0}, "objective": old})).objective
+    assert dict(objective.terms) == terms and objective.name == old["name"]
+    for group in ("nclip", "classify"):
+        for key, value in old.get(group, {}).items():
+            assert getattr(getattr(objective, group), key) == value
+
+
+def test_recipes_are_known_terms():
+    for name, terms in RECIPES.items():
+        assert terms.keys() <= TERMS.keys()
+        assert dict(common.base(name, "Ti/12").objective.terms.to_dict()) == terms
+    with pytest.raises(UserError, match="unknown objective term 'nclop'; did you mean 'nclip'"):
+        find_term("nclop")
+
+
+# --- what other modules ask
+
+
+@pytest.mark.parametrize(
+    ("name", "similarities", "fields"),
+    [
+        ("clip", ("cosine",), ("image", "text")),
+        ("siglip", ("cosine",), ("image", "text")),
+        ("nclip", ("cross_entropy",), ("image", "text")),
+        ("xclip", ("cosine", "cross_entropy"), ("image", "text")),
+        ("classify", (), ("image", "label")),
+    ],
+)
+def test_terms_describe_themselves(name, similarities, fields):
+    config = tiny.config(name, objective__classify__classes=3)
+    resolved = schema.resolve(config)
+    objective = make_objective(resolved.objective)
+    assert objective.similarities == similarities and objective.fields == fields
+    p = build.build(resolved)
+    _, (metrics,) = _one_step(p)
+    for term, curves in objective.curves().items():
+        assert curves
+        for curve in curves:
+            assert isinstance(curve, Curve)
+            keys = [key for key, _ in curve.lines] + ([curve.level[0]] if curve.level else [])
+            assert {f"{term}/{key}" for key in keys} <= metrics.keys()
+    flat = schema.flatten(schema.to_dict(resolved))
+    assert all(flat[key] == value for key, value in objective.recipe(resolved.model).items())
+
+
+def _one_step(p):
+    batch = tiny.batch(eot=p.tokenizer.eot_id) | {"label": np.arange(tiny.BATCH, dtype=np.int32) % 3}
+    s = state.create(p.init, p.abstract)
+    s, metrics = p.compiled(s, loader.to_global({key: batch[key] for key in p.objective.fields}, p.mesh))
+    return s, (jax.device_get(metrics),)
+
+
+def test_progress_and_alarms_are_the_terms():
+    objective = make_objective(schema.resolve(tiny.config("xclip")).objective)
+    flat = {
+        f"nclip/{key}_{m}": 0.0 for key in ("mutual_information", "marginal_entropy", "entropy") for m in ("img", "txt")
+    }
+    flat |= {"nclip/marginal_entropy_img": 3.1, "nclip/marginal_entropy_txt": 3.1, "nclip/entropy_img": 3.1}
+    flat |= {"nclip/clusters_img": 9.0, "nclip/clusters_txt": 8.0, "nclip/entropy_txt": 3.1, "nclip/agreement": 0.1}
+    flat |= {
+        "nclip/ln_k": np.log(24.0),
+        "nclip/ln_b": np.log(32.0),
+        "nclip/loss": 1.5,
+        "clip/loss": 3.0,
+        "clip/ln_b": 3.47,
+    }
+    assert objective.progress(flat) == ["clip 3.000 (ln b 3.47)", "nclip 1.500 (0.00 nats, 8 clusters)"]
+    assert [text.split(":")[0] for text in objective.alarms(flat)] == ["flat"]

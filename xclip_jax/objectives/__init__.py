@@ -1,0 +1,35 @@
+"""Objectives: what a run minimises, a weighted sum of terms.
+
+    clip      softmax contrastive                       xCLIP is 0.3 clip + 0.7 nclip
+    siglip    sigmoid contrastive
+    nclip     non-contrastive
+    classify  fine-tuning of one tower on labelled items
+
+A term is one class in one file, see `base.Term`. `TERMS` is the table of this package's; one of another package is
+named "package.module:Class" in the config, see `ObjectiveConfig`.
+"""
+
+from xclip_jax.objectives.base import Curve, LossConfig, Objective, Term
+from xclip_jax.objectives.config import (
+    OBJECTIVES,
+    RECIPES,
+    TERMS,
+    ObjectiveConfig,
+    find_term,
+    make_objective,
+    upgrade,
+)
+
+__all__ = [
+    "OBJECTIVES",
+    "RECIPES",
+    "TERMS",
+    "Curve",
+    "LossConfig",
+    "Objective",
+    "ObjectiveConfig",
+    "Term",
+    "find_term",
+    "make_objective",
+    "upgrade",
+]

@@ -1,0 +1,314 @@
+"""What an objective is made of: weighted terms, each with its options, heads, state, alarms and costs in one class.
+
+A term is a frozen dataclass whose fields are config keys, its group of the config. To add one from another package:
+
+    @dataclasses.dataclass(frozen=True)
+    class SuperClip(Term):
+        title: ClassVar[str] = "SuperCLIP"
+        smoothing: float = key(0.0, "label smoothing", fraction_below_one())
+
+        def heads(self, model, vocab):
+            return {"tokens": Head(nn.Dense(vocab), reads="img", writes="tokens")}
+
+        def __call__(self, out, teacher, state, batch):
+            loss = ...  # of out["tokens"] (b, vocab) and batch["text"] (b, n)
+            return loss, {"loss": loss}, {}
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import jax
+from jax.sharding import Mesh
+
+from xclip_jax.config.fields import at_least, choice, key
+from xclip_jax.errors import UserError
+from xclip_jax.models.heads import Head, Heads, Scalar
+from xclip_jax.models.two_towers import ModelConfig
+
+Array = jax.Array
+Result = tuple[Array, dict[str, Array], dict[str, Array]]
+_FIELDS = {"img": "image", "txt": "text"}
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Config group `loss`: how a loss is computed, which does not change its value."""
+
+    impl: str = key("plain", "contrastive loss by gathered embeddings, or around a ring", choice(("plain", "ring")))
+    chunk: int = key(0, "pairs that the non-contrastive loss takes at a time; 0 for all", at_least(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A chart of a term's metrics over steps, for reports.
+
+    Attributes:
+      title: of the chart.
+      lines: (metric without the term's prefix, label) of each line.
+      unit: of the vertical axis; "%" for shares, which are drawn as percentages.
+      level: (metric, label) of a constant to compare with, or None.
+    """
+
+    title: str
+    lines: tuple[tuple[str, str], ...]
+    unit: str = ""
+    level: tuple[str, str] | None = None
+
+
+class Term:
+    """One loss with everything that belongs to it; subclasses are frozen dataclasses of config keys.
+
+    Attributes:
+      title: the term's name in sentences, tables and charts.
+      similarity: how its outputs compare an image with a text in zero-shot classification and retrieval: "cosine" of
+        z_img and z_txt, "cross_entropy" of the distributions of s_img and s_txt, or None where they do not.
+      labelled: whether it is computed from labelled items instead of image-text pairs.
+    """
+
+    title: ClassVar[str] = ""
+    similarity: ClassVar[str | None] = None
+    labelled: ClassVar[bool] = False
+
+    @property
+    def classes(self) -> int:
+        """Classes of labelled items; 1 where the label is a number, 0 where items have no labels."""
+        return 0
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """The towers that it trains, of "img" and "txt"."""
+        return ("img", "txt")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """What it reads of a batch, of "image", "text" and "label"."""
+        return (*(_FIELDS[tower] for tower in self.towers), *["label"] * self.labelled)
+
+    @property
+    def teacher(self) -> bool:
+        """Whether it needs the outputs of an exponential moving average of the parameters."""
+        return False
+
+    def heads(self, model: ModelConfig, vocab: int) -> Heads:
+        """{name: `Head` or `Scalar`} that it needs on towers of `model`, with `vocab` tokens in the tokenizer.
+
+        Terms of one objective share heads of the same name, which must then be equal.
+        """
+        return {}
+
+    def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, Array]:
+        """Arrays that it carries from step to step; their names are its own, in a checkpoint too."""
+        return {}
+
+    def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
+        """Add to the inputs of a step what is random and the term's own; called for batches with images.
+
+        Args:
+          random_key: of the step; fold a number above 15 into it, which no other term uses.
+          inputs: the batch, and the random numbers of its augmentation: arrays with a row for each sample.
+          size: side of an image, pixels.
+        """
+        return inputs
+
+    def in_form(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
+        """`__call__` computed as the config group `loss` says, on `mesh`; the value is the same."""
+        return self
+
+    def __call__(
+        self,
+        out: Mapping[str, Array],
+        teacher: Mapping[str, Array] | None,
+        state: Mapping[str, Array],
+        batch: Mapping[str, Any],
+    ) -> Result:
+        """The loss of one global batch; pure.
+
+        Args:
+          out: what the heads write, see `TwoTowers.project`, and h_img, h_txt (b, d); rows of the global batch.
+          teacher: the same of the teacher, where the objective has one.
+          state: from `initial_state` of all terms, or from the last step.
+          batch: inputs of the step: of "image", "text" (b, n) and "label" (b,) those of `fields`, and what `draw` adds.
+
+        Returns:
+          fp32 scalar loss; metrics, to which the term's name is put in front; its entries of the next state.
+        """
+        raise NotImplementedError
+
+    def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
+        """What is wrong with its options, once it is in use; each sentence begins with the full name of a key."""
+        return iter(())
+
+    def alarms(self, metrics: Mapping[str, float]) -> list[str]:
+        """Warnings "KIND: what is wrong and what to change" from its metrics, without their prefix."""
+        return []
+
+    def progress(self, metrics: Mapping[str, float]) -> str:
+        """Its part of the progress line, from its metrics without their prefix; "" for none."""
+        return f"{metrics['loss']:.3f}" if "loss" in metrics else ""
+
+    def flops(self, model: ModelConfig, batch: int) -> float:
+        """FLOPs of the loss itself for one sample of a global batch of `batch`; those of heads are the heads' own."""
+        return 0.0
+
+    def curves(self) -> tuple[Curve, ...]:
+        """Charts of its metrics."""
+        return ()
+
+    def recipe(self, model: ModelConfig) -> dict[str, Any]:
+        """{full config key: value} that a model card lists, besides the weight."""
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A weighted sum of terms: maps what `TwoTowers.project` returns to a scalar loss and metrics; pure.
+
+    Attributes:
+      name: what the run calls it.
+      terms: {name: term}; a term's name is the prefix of its metrics.
+      weights: {name: weight} of the same names. A weight of 0 keeps the term's heads, which then are not trained by
+        it: a control of equal parameter count.
+      loss: forms of the losses.
+      mesh: where they are computed.
+    """
+
+    name: str
+    terms: Mapping[str, Term]
+    weights: Mapping[str, float]
+    loss: LossConfig = LossConfig()
+    mesh: Mesh | None = None
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """The towers that are trained, of "img" and "txt"."""
+        return self._union(("img", "txt"), "towers")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """What a batch is made of, of "image", "text" and "label"."""
+        return self._union(("image", "text", "label"), "fields")
+
+    def _union(self, order: tuple[str, ...], attribute: str) -> tuple[str, ...]:
+        return tuple(x for x in order if any(x in getattr(term, attribute) for term in self.terms.values()))
+
+    @property
+    def teacher(self) -> bool:
+        """Whether a term needs an exponential moving average of the parameters."""
+        return any(term.teacher for term in self.terms.values())
+
+    @property
+    def labelled(self) -> bool:
+        """Whether a batch is made of labelled items instead of image-text pairs."""
+        return any(term.labelled for term in self.terms.values())
+
+    @property
+    def classes(self) -> int:
+        """Classes of labelled items; 1 where the label is a number, 0 where items have no labels."""
+        return max(term.classes for term in self.terms.values())
+
+    @property
+    def tau(self) -> float:
+        """Temperature of the distributions that similarity "cross_entropy" compares."""
+        return next((term.tau for term in self.terms.values() if term.similarity == "cross_entropy"), 1.0)
+
+    @property
+    def similarities(self) -> tuple[str, ...]:
+        """How an image is compared with a text, see `Term.similarity`; the first is the embedding's."""
+        return tuple(dict.fromkeys(term.similarity for term in self.terms.values() if term.similarity))
+
+    @property
+    def contrastive(self) -> bool:
+        """Whether the model has projections to a shared space."""
+        return "cosine" in self.similarities
+
+    @property
+    def clusters(self) -> bool:
+        """Whether the model has cluster heads."""
+        return "cross_entropy" in self.similarities
+
+    @property
+    def classifies(self) -> bool:
+        """Whether this is fine-tuning on labelled items."""
+        return self.labelled
+
+    def heads(self, model: ModelConfig, vocab: int) -> Heads:
+        """{name: `Head` or `Scalar`} of all terms.
+
+        Raises:
+          UserError: two terms need different heads under one name.
+        """
+        heads: dict[str, Head | Scalar] = {}
+        for name, term in self.terms.items():
+            for head_name, head in term.heads(model, vocab).items():
+                if heads.setdefault(head_name, head) != head:
+                    raise UserError(
+                        f"objective term {name!r} needs another head {head_name!r} than a term before it; rename it."
+                    )
+        return heads
+
+    def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, Array]:
+        """What is carried from step to step."""
+        state: dict[str, Array] = {}
+        for name, term in self.terms.items():
+            own = term.initial_state(model, vocab)
+            if both := state.keys() & own.keys():
+                raise UserError(
+                    f"objective term {name!r} has the same state {min(both)!r} as one before it; rename it."
+                )
+            state |= own
+        return state
+
+    def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
+        """See `Term.draw`."""
+        for term in self.terms.values():
+            inputs = term.draw(random_key, inputs, size)
+        return inputs
+
+    def __call__(
+        self,
+        out: Mapping[str, Array],
+        teacher: Mapping[str, Array] | None,
+        state: Mapping[str, Array],
+        batch: Mapping[str, Any],
+    ) -> Result:
+        """The loss of one global batch; arguments as `Term.__call__`.
+
+        Returns:
+          fp32 scalar loss; metrics named "<term>/<metric>" and "loss"; the next state.
+        """
+        losses, metrics, new_state = [], {}, dict(state)
+        for name, term in self.terms.items():
+            loss, own, moved = term.in_form(self.loss, self.mesh)(out, teacher, state, batch)
+            losses.append(self.weights[name] * loss)
+            metrics |= {f"{name}/{key}": value for key, value in own.items()}
+            new_state |= moved
+        total = sum(losses)
+        return total, metrics | {"loss": total}, new_state
+
+    def _own(self, name: str, metrics: Mapping[str, float]) -> dict[str, float]:
+        prefix = f"{name}/"
+        return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+
+    def alarms(self, metrics: Mapping[str, float]) -> list[str]:
+        """Warnings "KIND: what is wrong and what to change" from a step's metrics."""
+        return [text for name, term in self.terms.items() for text in term.alarms(self._own(name, metrics))]
+
+    def progress(self, metrics: Mapping[str, float]) -> list[str]:
+        """Parts of the progress line, one for each term that has one."""
+        parts = {name: term.progress(self._own(name, metrics)) for name, term in self.terms.items()}
+        return [f"{name} {part}" for name, part in parts.items() if part]
+
+    def flops(self, model: ModelConfig, vocab: int, batch: int) -> dict[str, float]:
+        """FLOPs of one sample's forward pass: {"heads", "loss"}."""
+        heads = sum(head.flops for head in self.heads(model, vocab).values() if isinstance(head, Head))
+        return {"heads": float(heads), "loss": sum((t.flops(model, batch) for t in self.terms.values()), 0.0)}
+
+    def curves(self) -> dict[str, tuple[Curve, ...]]:
+        """{term: charts of its metrics}."""
+        return {name: term.curves() for name, term in self.terms.items()}
+
+    def recipe(self, model: ModelConfig) -> dict[str, Any]:
+        """{full config key: value} that a model card lists of all terms."""
+        return {key: value for term in self.terms.values() for key, value in term.recipe(model).items()}

@@ -1,0 +1,87 @@
+"""The term of fine-tuning: cross-entropy with soft targets, or squared error where the label is a number."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from xclip_jax.config.fields import at_least, choice, fraction_below_one, key
+from xclip_jax.data import transforms
+from xclip_jax.losses import classification
+from xclip_jax.models.heads import Heads, classifier_head
+from xclip_jax.models.two_towers import ModelConfig
+from xclip_jax.objectives.base import Curve, LossConfig, Result, Term
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Classify(Term):
+    """Config group `objective.classify`: fine-tuning of one tower on labelled items."""
+
+    title: ClassVar[str] = "fine-tuning"
+    labelled: ClassVar[bool] = True
+
+    tower: str = key("img", "the tower that is trained; the model has no other", choice(("img", "txt")))
+    classes: int = key(0, "number of classes; 1 fits the label itself, a number, by squared error", at_least(0))
+    smoothing: float = key(0.0, "label smoothing", fraction_below_one())
+    mixup: float = key(0.0, "parameter of mixup's beta distribution; 0 for none", at_least(0))
+    cutmix: float = key(0.0, "parameter of cutmix's beta distribution; 0 for none", at_least(0))
+    head_std: float = key(2e-5, "standard deviation of the classifier's initial weights", at_least(0))
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """The one that is trained."""
+        return (self.tower,)
+
+    def heads(self, model: ModelConfig, vocab: int) -> Heads:
+        """A linear classifier."""
+        dtype = jnp.dtype(model.dtype)
+        return classifier_head(self.classes, self.tower, model.widths[self.tower], std=self.head_std, dtype=dtype)
+
+    def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
+        """Of mixup and cutmix: the batch in reverse as "other", and the "share" that an image keeps of itself."""
+        if not (self.mixup or self.cutmix):
+            return inputs
+        b = len(inputs["image"])
+        mixed = inputs | {"other": jax.tree.map(lambda x: x[::-1], inputs)}
+        return mixed | transforms.draw_mix(jax.random.fold_in(random_key, 1), b, size, self.mixup, self.cutmix)
+
+    def __call__(
+        self,
+        out: Mapping[str, Array],
+        teacher: Mapping[str, Array] | None,
+        state: Mapping[str, Array],
+        batch: Mapping[str, Any],
+    ) -> Result:
+        """See `Term.__call__`; `batch` has "label" (b,) and, of mixed images, "share" and "other"."""
+        logits, labels = out["logits"], batch["label"]
+        if self.classes == 1:
+            loss = classification.squared_error(logits[:, 0], labels)
+            return loss, {"loss": loss}, {}
+        labels = labels.astype(jnp.int32)
+        target = classification.targets(labels, self.classes, self.smoothing)
+        if "other" in batch:
+            other = classification.targets(batch["other"]["label"].astype(jnp.int32), self.classes, self.smoothing)
+            share = batch["share"][:, None]
+            target = share * target + (1 - share) * other
+        loss = classification.cross_entropy(logits, target)
+        return loss, {"loss": loss, "top1": (logits.argmax(axis=-1) == labels).mean()}, {}
+
+    def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
+        """A number of classes that is missing, and mixing of what cannot be mixed."""
+        if self.classes < 1:
+            yield f"objective.classify.classes is {self.classes}; give the number of classes of the data"
+        if (self.mixup or self.cutmix) and (self.tower == "txt" or self.classes == 1):
+            yield "objective.classify.mixup and .cutmix are of images in classes; set both to 0"
+
+    def progress(self, metrics: Mapping[str, float]) -> str:
+        """Accuracy on the batch; the loss is the run's."""
+        return f"top-1 {metrics['top1']:.1%}" if "top1" in metrics else ""
+
+    def curves(self) -> tuple[Curve, ...]:
+        """Loss and accuracy on the batches."""
+        unit = "squared error" if self.classes == 1 else "nats"
+        return (Curve("Loss", (("loss", "training"),), unit), Curve("Accuracy", (("top1", "training"),), "%"))
