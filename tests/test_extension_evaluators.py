@@ -17,6 +17,7 @@ from xclip_jax.train import trainer
 
 SPEC = "tests.test_extension_evaluators:Greys"
 
+# --8<-- [start:extension]
 # A kind of sets: pairs of grey images, the first of which is darker.
 
 
@@ -53,6 +54,7 @@ class SameSide(Evaluator):
         ]
 
 
+# --8<-- [end:extension]
 # What becomes of them.
 
 
