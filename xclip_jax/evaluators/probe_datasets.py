@@ -18,7 +18,7 @@ from xclip_jax.evaluators.pictures import Augmented, Pictures
 from xclip_jax.evaluators.probe import ProbeSet
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.provenance import Provenance, contents, digest
-from xclip_jax.evaluators.zeroshot_datasets import ENTRIES, entry_of, identity, read_tfds
+from xclip_jax.evaluators.zeroshot_datasets import ENTRIES, PAPER, entry_of, identity, read_tfds
 from xclip_jax.evaluators.zeroshot_datasets import check as check_set
 
 
@@ -94,4 +94,4 @@ class ProbeSets(SetKind):
     def closest(cls, spec: str) -> list[str]:
         """Names that are spelled like `spec`."""
         prefix, _, name = spec.partition("/")
-        return [f"{prefix}/{near}" for near in closest(name, (), ENTRIES)]
+        return [f"{prefix}/{near}" for near in closest(name, PAPER, ENTRIES)]
