@@ -141,7 +141,7 @@ def test_resumed_on_other_hosts_as_if_never_stopped(tortured, tmp_path, hosts):
         file.write('{"position": 3')  # killed while it wrote
     resumed = ledger.Ledger(epath.Path(cut), max_bad=1.0, start=8 * at, counters=counters)
     parts = [read([source], config(), resumed, start=at, stop=12, host=h, hosts=hosts) for h in range(hosts)]
-    resumed._waiting = type(resumed._waiting)(sorted(resumed._waiting, key=lambda noted: noted[0]))
+    resumed._pending = type(resumed._pending)(sorted(resumed._pending, key=lambda noted: noted[0]))
     resumed.sync(96)
     for g, batch in enumerate(batches[at:]):
         for key in batch:

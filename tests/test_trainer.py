@@ -100,7 +100,7 @@ def test_callbacks_receive_metrics_and_the_model(pairs, tmp_path, straight):
     recorder = Recorder()
     trainer.run(config(pairs, tmp_path / "run"), [recorder])
     assert recorder.steps == [(step, line["loss"]) for step, line in logged(pathlib.Path(straight[0].run)).items()]
-    assert recorder.ends == [({}, ["batch_stats", "params"], {})]
+    assert recorder.ends == [({}, ["batch_stats", "params"], [])]
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(pairs, tmp_path, straight):
