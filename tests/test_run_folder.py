@@ -255,6 +255,17 @@ def test_a_damaged_file_is_named(pairs, run, name, content, message):
         trainer.run(config(pairs, run))
 
 
+def test_a_damaged_checkpoint_is_one_sentence(pairs, run):
+    (run / "results.json").unlink()
+    data = max(
+        (path for path in (run / "checkpoints" / "4" / "state").rglob("*") if path.is_file()), key=os.path.getsize
+    )
+    data.write_bytes(data.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"checkpoint .*/checkpoints/4 is damaged .*delete its folder") as caught:
+        trainer.run(config(pairs, run))
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_folders_that_cannot_be_written(pairs, tmp_path):
     file = tmp_path / "file"
     file.write_text("")

@@ -100,9 +100,16 @@ class Checkpointer:
         if step is None or step not in self._manager.all_steps():
             raise UserError(f"{self.path} holds no checkpoint{'' if step is None else f' of step {step}'}.")
         self._check(abstract, step)
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
-        )
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
+            )
+        except Exception as error:  # whatever the storage raises, often a page long
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(
+                f"checkpoint {self.path / str(step)} is damaged ({type(error).__name__}: {lines[0][:200]}); restore it, "
+                "or delete its folder to use the checkpoint before it."
+            ) from error
         return restored.state, restored.position
 
     def restore_finite(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
