@@ -152,7 +152,7 @@ def test_a_probe_of_own_folders(tmp_path):
         ("gtsr@/x", "did you mean 'gtsrb@PATH'"),
         ("folder:", ""),
         ("nothing@/tmp", ""),
-        ("probe/csv:/tmp/a.csv", "probe/folder:PATH"),
+        ("probe/csv:labels/a.csv", "probe/folder:PATH"),
         ("probe/cifar1", "did you mean 'probe/cifar10'"),
     ],
 )

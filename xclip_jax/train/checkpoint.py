@@ -107,8 +107,8 @@ class Checkpointer:
         except Exception as error:  # whatever the storage raises, often a page long
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(
-                f"checkpoint {self.path / str(step)} is damaged ({type(error).__name__}: {lines[0][:200]}); restore it, "
-                "or delete its folder to use the checkpoint before it."
+                f"checkpoint {self.path / str(step)} is damaged ({type(error).__name__}: {lines[0][:200]}); restore "
+                "it, or delete its folder to use the checkpoint before it."
             ) from error
         return restored.state, restored.position
 
