@@ -99,7 +99,7 @@ def _adopt(config: ml_collections.ConfigDict, weights: str) -> None:
     prepare = Preprocessing.from_config(found).to_config()
     config.eval.update(prepare["eval"])
     with config.ignore_type():  # a name, or a pair
-        config.data.tokenizer, config.data.statistics = data["tokenizer"], prepare["data"]["statistics"]
+        config.data.tokenizer, config.data.normalization = data["tokenizer"], prepare["data"]["normalization"]
 
 
 def _image(config: ml_collections.ConfigDict, epochs: int) -> None:
@@ -112,7 +112,7 @@ def _image(config: ml_collections.ConfigDict, epochs: int) -> None:
     config.optim.weight_decay, config.optim.b2 = 0.05, 0.999
     config.optim.layer_decay = 0.75 if large else 0.65
     config.data.crop_scale, config.data.resample = (0.08, 1.0), "bicubic"
-    config.data.flip, config.data.color = 0.5, 0.4
+    config.data.flip_prob, config.data.color_jitter = 0.5, 0.4
 
 
 def _text(config: ml_collections.ConfigDict) -> None:
@@ -120,4 +120,4 @@ def _text(config: ml_collections.ConfigDict) -> None:
     config.optim.lr, config.optim.schedule = 2e-5, "linear"
     config.optim.lr_start = config.optim.lr_end = 0.0
     config.optim.warmup = config.steps // 10
-    config.optim.weight_decay, config.optim.b2, config.optim.clip = 0.01, 0.999, 1.0
+    config.optim.weight_decay, config.optim.b2, config.optim.grad_clip_norm = 0.01, 0.999, 1.0

@@ -33,9 +33,11 @@ def get_config(
     config.run = run
     config.data.sources = (f"folder:{folder}",)
     config.data.tokenizer = tokenizer
-    config.data.apart = True  # captions of one's own often repeat; in one batch they would be wrong negatives
+    config.data.spread_duplicate_captions = (
+        True  # captions of one's own often repeat; in one batch they would be wrong negatives
+    )
     config.data.threads = 2
-    config.model.img.size, config.model.txt.length = size, 32
+    config.model.img.image_size, config.model.txt.context_length = size, 32
     for tower in (config.model.img, config.model.txt):
         tower.scan, tower.remat = False, "none"
     config.model.cluster_head.update({"clusters": 1024, "hidden": 512, "layers": 1, "last_norm": False})

@@ -26,8 +26,8 @@ def tokenize(texts, length):
 def small_model(embed=8, clusters=K):
     tower = {"width": 16, "depth": 1, "heads": 2}
     model = two_towers(
-        img={"size": SIZE, "patch": 4, **tower},
-        txt={"vocab": 128, "eot_id": 99, "length": LENGTH, **tower},
+        img={"image_size": SIZE, "patch": 4, **tower},
+        txt={"vocab": 128, "eot_id": 99, "context_length": LENGTH, **tower},
         embed=embed,
         cluster_head={"clusters": clusters, "hidden": 12} if clusters else None,
     )

@@ -30,7 +30,7 @@ def test_tars(tmp_path, capsys):
     assert lines["width, 5/50/95 %"] == "40 / 50 / 60"
     assert lines["same image among those read"] == "0"
     assert lines["same caption among those read"].startswith("5; ")
-    assert "data.apart=True" in lines["same caption among those read"]
+    assert "data.spread_duplicate_captions=True" in lines["same caption among those read"]
     assert lines["keys that come more than once"].startswith("5, as '000000015', ")
     assert lines["tokens, 5/50/95 %"] == "11 / 12 / 12, 75.0% of the captions fill all 12"
     assert "images/s to 32 px" in out
@@ -52,7 +52,7 @@ def test_torture_set_would_stop_a_run(tmp_path, capsys):
     shown = [json.loads(line) for line in out.splitlines() if line.startswith("    {")]
     assert {(e["tar"].rpartition("/")[2], e["key"]) for e in shown} <= bad.keys()
     assert {e["reason"] for e in shown} == set(bad.values())
-    code, _, _ = run(capsys, f"{tmp_path}/*.tar", "--sheet", "", "--max_bad", "0.9")
+    code, _, _ = run(capsys, f"{tmp_path}/*.tar", "--sheet", "", "--max_bad_fraction", "0.9")
     assert code == 0
 
 
@@ -83,7 +83,10 @@ def test_a_folder_without_its_prefix(tmp_path, capsys):
         (("--size", "0"), "argument --size: '0' is not a number of at least 1; see --help"),
         (("--threads", "0"), "argument --threads: '0' is not a number of at least 1; see --help"),
         (("--length", "1"), "argument --length: '1' is not a number of at least 2; see --help"),
-        (("--max_bad", "nan"), "argument --max_bad: 'nan' is not a number of at least 0 and at most 1; see --help"),
+        (
+            ("--max_bad_fraction", "nan"),
+            "argument --max_bad_fraction: 'nan' is not a number of at least 0 and at most 1; see --help",
+        ),
         (("--seed", "x"), "argument --seed: 'x' is not a number of at least 0; see --help"),
         (("--sheet", "{}"), "--sheet '{}' is a folder; name a PNG file in it."),
     ],

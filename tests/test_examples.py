@@ -44,7 +44,7 @@ def test_train_on_a_folder(tmp_path, capsys, monkeypatch):
     train_on_a_folder.main([str(folder), *flags])
     said = capsys.readouterr().out
     assert "step 2/2" in said and "of 38 images" in said and "among 38; chance is 2.6%\n" in said
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["data"]["apart"]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["data"]["spread_duplicate_captions"]
     train_on_a_folder.main([str(folder), *flags])
     assert "is complete at step 2" in capsys.readouterr().out
 

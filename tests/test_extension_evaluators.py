@@ -11,7 +11,7 @@ from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, results, summary
 from xclip_jax.evaluators.base import Evaluator, SetKind
 from xclip_jax.evaluators.provenance import Provenance
-from xclip_jax.evaluators.statistics import Items
+from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.report import __main__ as report
 from xclip_jax.train import trainer
 
@@ -47,7 +47,7 @@ class SameSide(Evaluator):
     def measure(self, variables):
         z = self.encoder.images(variables, self.data.images, ("z",))["z"]
         near, far = (np.einsum("ne,ne->n", z[:-2], z[step : len(z) - 2 + step]) for step in (1, 2))
-        items = Items((near > far).astype(float))
+        items = PerExample((near > far).astype(float))
         return [
             self.result("same", items.value(), n=len(near), chance=50.0, items=items),
             self.count("images", len(self.data.images)),

@@ -348,13 +348,13 @@ def small(config, run, steps):
     config.run, config.steps, config.model.dtype = str(run), steps, "float32"
     config.data.threads, config.optim.warmup, config.optim.lr = 2, 3, 1e-2
     config.eval.every, config.checkpoint.every, config.log.every, config.eval.batch = 0, 10, 1, 16
-    config.data.color = 0.0  # brightness is what the test's classes differ in
+    config.data.color_jitter = 0.0  # brightness is what the test's classes differ in
     return config
 
 
 def test_sizes_are_taken_over_from_weights(pretrained, tmp_path):
     c = finetune.get_config(f"data=tfds:imagenet2012,weights={pretrained}")
-    assert (c.model.img.width, c.model.img.patch, c.model.txt.length, c.data.tokenizer) == (32, 8, 24, "bytes")
+    assert (c.model.img.width, c.model.img.patch, c.model.txt.context_length, c.data.tokenizer) == (32, 8, 24, "bytes")
     assert c.model.img.scan and c.objective.classify.classes == 1000  # how towers are computed stays the config's
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json cannot be read"):

@@ -30,8 +30,8 @@ def test_against_the_compilers_count(pool, stem):
 
 
 def shapes(config, b=8):
-    image = (b, config.model.img.size, config.model.img.size, 3)
-    return jax.ShapeDtypeStruct(image, "float32"), jax.ShapeDtypeStruct((b, config.model.txt.length), "int32")
+    image = (b, config.model.img.image_size, config.model.img.image_size, 3)
+    return jax.ShapeDtypeStruct(image, "float32"), jax.ShapeDtypeStruct((b, config.model.txt.context_length), "int32")
 
 
 def test_patch_dropout_and_teacher_and_batch():

@@ -160,8 +160,8 @@ def test_l2_normalize_works_in_fp32():
 # --- two towers
 
 SIZES = {
-    "img": {"size": 8, "patch": 4, "width": 8, "depth": 1, "heads": 2},
-    "txt": {"vocab": 9, "eot_id": 8, "length": 4, "width": 12, "depth": 1, "heads": 2},
+    "img": {"image_size": 8, "patch": 4, "width": 8, "depth": 1, "heads": 2},
+    "txt": {"vocab": 9, "eot_id": 8, "context_length": 4, "width": 12, "depth": 1, "heads": 2},
     "embed": 6,
 }
 IMAGE = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)

@@ -39,7 +39,7 @@ def random_model(objective):
     image, text = jnp.zeros((1, tiny.SIZE, tiny.SIZE, 3)), jnp.zeros((1, tiny.LENGTH), jnp.int32)
     variables = random_variables(made, image, text)
     plain = {key: config[key].to_dict() for key in ("model", "objective")}
-    data = {"tokenizer": "bytes", "statistics": "half", "resample": "area"}
+    data = {"tokenizer": "bytes", "normalization": "half", "resample": "area"}
     config = ml_collections.ConfigDict(plain | {"data": data})
     return made, variables, inference.Model(made, variables, config, {}, batch=8)
 

@@ -136,7 +136,7 @@ def test_open_clip_there_and_back(name, file, tmp_path):
     (there / "open_clip_config.json").write_text(json.dumps(
         {"model_cfg": MODELS[name] | {"embed_dim": 48}, "preprocess_cfg": {"mean": mean, "std": std}}))  # fmt: skip
     config, variables = interop.read(str(there))
-    assert config["data"] == {"tokenizer": "clip", "statistics": "half", "resample": "bicubic"}
+    assert config["data"] == {"tokenizer": "clip", "normalization": "half", "resample": "bicubic"}
     pixels, tokens = images(28), clip_tokens(12)
     expected = theirs_open_clip(model, pixels, tokens)
     assert_same(ours(config, variables, pixels, tokens), expected)
@@ -161,7 +161,7 @@ def test_openai_weights_need_no_config(scripted, tmp_path):
         torch.save(model.state_dict() | {key: torch.tensor(x) for key, x in sizes.items()}, tmp_path / "ViT.pt")
     config, variables = interop.read(str(tmp_path / "ViT.pt"))
     assert config["model"]["img"]["act"] == "quick_gelu" and config["source"]["notes"] == ()
-    assert config["data"]["statistics"] == "clip"
+    assert config["data"]["normalization"] == "clip"
     pixels, tokens = images(28), clip_tokens(12)
     assert_same(ours(config, variables, pixels, tokens), theirs_open_clip(model, pixels, tokens))
 
@@ -225,7 +225,7 @@ def test_transformers_processor_reads_as_ours(tmp_path):
     model = make_hf("gelu", 1e-5, 49407, 4)
     model.save_pretrained(tmp_path / "there")
     config, variables = interop.read(str(tmp_path / "there"))
-    config["data"]["statistics"] = "imagenet"
+    config["data"]["normalization"] = "imagenet"
     interop.write(variables, config, str(tmp_path / "back"), "hf")
     processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "back")
     pixels = np.random.default_rng(0).integers(0, 256, (40, 28, 3), dtype=np.uint8)
@@ -236,7 +236,7 @@ def test_transformers_processor_reads_as_ours(tmp_path):
         np.testing.assert_array_equal(there[: end + 1], row[: end + 1])
     prepared = transforms.normalize(transforms.resize_center_crop(pixels, 28)[None], *transforms.STATISTICS["imagenet"])
     np.testing.assert_allclose(found["pixel_values"].transpose(0, 2, 3, 1), prepared, atol=0.02)
-    assert interop.read(str(tmp_path / "back"))[0]["data"]["statistics"] == "imagenet"
+    assert interop.read(str(tmp_path / "back"))[0]["data"]["normalization"] == "imagenet"
 
 
 # --- ours

@@ -21,7 +21,7 @@ from xclip_jax.data import ledger
 from xclip_jax.errors import UserError
 from xclip_jax.parallel import processes
 processes.join(False, sys.argv[2], 2, me := int(sys.argv[3]))
-book = ledger.Ledger(epath.Path(sys.argv[1]), max_bad=0.05)
+book = ledger.Ledger(epath.Path(sys.argv[1]), max_bad_fraction=0.05)
 def entry(i):
     return {"position": i, "reason": "caption is empty", "source": 0, "index": i}
 book.add(8, 10 + me, [entry(5)] * me)
@@ -70,7 +70,7 @@ def test_processes_agree_and_the_first_one_writes(tmp_path):
 
 
 def test_each_bad_sample_is_written_once_and_counted_each_time(tmp_path):
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad=1.0)
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
     for epoch in range(3):
         book.add(8 * (epoch + 1), 5, [entry(8 * epoch, index=3), entry(8 * epoch + 1, index=4)])
     book.sync(16)
@@ -86,7 +86,7 @@ def test_what_several_processes_load_counts_once(tmp_path, monkeypatch):
     """Four processes, of which 0 and 1, and 2 and 3, load the same rows."""
     gathered = [[0, 10, [entry(1)]], [0, 10, [entry(1) | {"detail": "here"}]], [1, 7, [entry(6)]], [1, 7, [entry(6)]]]
     monkeypatch.setattr(ledger, "_gather", lambda content: [content, *gathered[1:]])
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad=1.0)
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
     book.add(8, 10, [entry(1)], 0)
     book.sync(8)
     assert book.counters == {"samples": 8, "tokens": 17, "bad": {"not an image": 2}}
@@ -99,17 +99,19 @@ def test_what_several_processes_load_counts_once(tmp_path, monkeypatch):
 
 
 def test_share_is_of_a_thousand_at_least(tmp_path):
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad=0.05)
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=0.05)
     book.add(8, 0, [entry(i) for i in range(50)])
     book.sync(8)
     book.add(16, 0, [entry(50)])
-    with pytest.raises(UserError, match=r"51 of 67 samples are bad, more than data\.max_bad=0\.05 allows \(not an im"):
+    with pytest.raises(
+        UserError, match=r"51 of 67 samples are bad, more than data\.max_bad_fraction=0\.05 allows \(not an im"
+    ):
         book.sync(16)
 
 
 def test_in_a_bucket_the_file_is_written_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "is_remote", lambda _: True)
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad=1.0)
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
     book.add(8, 0, [entry(1)])
     book.add(16, 0, [entry(9)])
     book.sync(8)
@@ -117,7 +119,7 @@ def test_in_a_bucket_the_file_is_written_anew(tmp_path, monkeypatch):
     book.close()
     assert [line["position"] for line in lines(tmp_path)] == [1, 9]
     counters = {"samples": 8, "bad": {"not an image": 1}}
-    again = ledger.Ledger(epath.Path(tmp_path), max_bad=1.0, start=8, counters=counters)
+    again = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0, start=8, counters=counters)
     assert [line["position"] for line in lines(tmp_path)] == [1]
     again.add(16, 0, [entry(9)])
     again.sync(16)

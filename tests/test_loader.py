@@ -68,10 +68,10 @@ class Drawings(Numbers):
 @pytest.mark.parametrize("weights", [(), (0.7, 0.3)])
 def test_equal_captions_are_kept_apart(weights):
     found = [Drawings("a", 600), Drawings("b", 300)]
-    c = config(sources=("x", "y"), weights=weights, batch=64, apart=True)
+    c = config(sources=("x", "y"), weights=weights, batch=64, spread_duplicate_captions=True)
     order = loader.sample_order(found, c, seed=3)
     places = [order.places[i] for i in range(3 * 900)]
-    mixed = loader.sample_order(found, dataclasses.replace(c, apart=False), seed=3)
+    mixed = loader.sample_order(found, dataclasses.replace(c, spread_duplicate_captions=False), seed=3)
 
     def repeated(places):
         names = [(number, index % (len(found[number]) // 3)) for number, index in places]
@@ -108,8 +108,8 @@ class Hostile(Numbers):
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_any_exception_of_a_sample_makes_it_a_bad_one(tmp_path, apart):
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad=1.0)
-    c = config(apart=apart)
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
+    c = config(spread_duplicate_captions=apart)
     batches = read([Hostile("a", 16)], c, stop=2, ledger=book)
     book.sync(16)
     entries = {entry["index"]: entry for entry in map(json.loads, book.path.read_text().splitlines())}
@@ -128,7 +128,7 @@ def test_what_concerns_the_whole_run_ends_it(tmp_path, monkeypatch, error, where
     def fail(*_, **__):
         raise error
 
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad=1.0)
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
     if where == "record":
         monkeypatch.setattr(Numbers, "__getitem__", fail)
     else:
@@ -156,7 +156,7 @@ def test_labelled_items_may_be_fewer_than_a_batch(tmp_path):
 
 def test_labels_cannot_be_kept_apart():
     with pytest.raises(UserError, match=r"data\.apart compares captions"):
-        loader.open_sources(config(apart=True), classes=3)
+        loader.open_sources(config(spread_duplicate_captions=True), classes=3)
 
 
 def test_epochs_need_not_be_whole_batches():
@@ -264,7 +264,9 @@ def test_captions_and_tags():
 
 
 def test_tags_in_place_of_a_caption():
-    transform = loader.Transform(config(tags=3, tags_behind=0.0, tags_alone=1.0), 8, tokenizer.load("bytes"), 16)
+    transform = loader.Transform(
+        config(tags=3, tags_append_prob=0.0, tags_only_prob=1.0), 8, tokenizer.load("bytes"), 16
+    )
     rng = np.random.default_rng(0)
     assert {transform.caption({"text": ["fox"], "tags": ["a"]}, rng) for _ in range(20)} == {"a"}
     assert transform.caption({"text": ["fox"], "tags": []}, rng) == "fox"

@@ -29,8 +29,8 @@ from xclip_jax.models.vit import POOLS, AttentionPool, HierarchicalStem, VisionT
 from xclip_jax.parallel.sharding import NAMES
 
 EOT = 40
-IMG = VisionTransformer(size=16, patch=4, width=24, depth=2, heads=3)
-TXT = TextTransformer(vocab=50, eot_id=EOT, length=7, width=24, depth=2, heads=3)
+IMG = VisionTransformer(image_size=16, patch=4, width=24, depth=2, heads=3)
+TXT = TextTransformer(vocab=50, eot_id=EOT, context_length=7, width=24, depth=2, heads=3)
 # Some ids are above the end's, as in vocabularies other than CLIP's.
 TEXT = np.array([[45, 3, 7, EOT, 0, 0, 0], [45, 9, EOT, 0, 0, 0, 0], [38, 5, 1, 8, 49, 6, EOT]])
 IMAGE = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
@@ -117,8 +117,8 @@ def test_blocks_start_as_clips_and_different_from_one_another():
 
 
 SIZES = {
-    "img": {"size": 16, "patch": 4, "width": 24, "depth": 2, "heads": 3, "pool": "map"},
-    "txt": {"vocab": 50, "eot_id": EOT, "length": 7, "width": 24, "depth": 2, "heads": 3},
+    "img": {"image_size": 16, "patch": 4, "width": 24, "depth": 2, "heads": 3, "pool": "map"},
+    "txt": {"vocab": 50, "eot_id": EOT, "context_length": 7, "width": 24, "depth": 2, "heads": 3},
     "embed": 16,
     "bias_init": -10.0,
     "cluster_head": {"clusters": 12, "hidden": 20},
@@ -342,7 +342,7 @@ def test_attend_is_torchs(causal, queries):
     [
         (IMG, IMAGE[:, :12, :12], r"\(3, 12, 12, 3\).*size 16.*model\.img\.size"),
         (IMG, IMAGE[..., :1], r"\(3, 16, 16, 1\)"),
-        (TXT.clone(length=6), TEXT, r"7 tokens .* length 6.*model\.txt\.length"),
+        (TXT.clone(context_length=6), TEXT, r"at most 6 tokens, got 7.*model\.txt\.length"),
     ],
 )
 def test_bad_input_is_refused(tower, batch, message):

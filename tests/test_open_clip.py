@@ -102,9 +102,9 @@ def parity(request):
     theirs = {"h_img": h_img, "h_txt": h_txt, "z_img": z_img, "z_txt": z_txt, "logits": logits, "loss": loss}
     act = "quick_gelu" if quick_gelu else "gelu"
     sizes = {
-        "img": {"size": 32, "patch": 8, "width": 64, "depth": 2, "heads": 2, "mlp_ratio": 4.0, "act": act, "pool": pool,
-                "pre_norm": pre_norm},
-        "txt": {"length": 12, "width": 48, "depth": 2, "heads": 3, "mlp_ratio": 4.0, "act": act},
+        "img": {"image_size": 32, "patch": 8, "width": 64, "depth": 2, "heads": 2, "mlp_ratio": 4.0, "act": act,
+                "pool": pool, "pre_norm": pre_norm},
+        "txt": {"context_length": 12, "width": 48, "depth": 2, "heads": 3, "mlp_ratio": 4.0, "act": act},
         "embed": 40,
     }  # fmt: skip
     named = dict(model.named_parameters())

@@ -71,7 +71,9 @@ def test_adamw_against_its_formula():
 
 
 def test_clip_bounds_the_global_norm():
-    tx = optim.make_optimizer(optim.OptimConfig(lr=1.0, schedule="constant", clip=1.0, b1=0.0, b2=0.0, eps=1e6), 10)
+    tx = optim.make_optimizer(
+        optim.OptimConfig(lr=1.0, schedule="constant", grad_clip_norm=1.0, b1=0.0, b2=0.0, eps=1e6), 10
+    )
     params = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
     grads = {"kernel": jnp.full((2, 2), 30.0), "bias": jnp.full(2, 40.0)}
     updates, _ = tx.update(grads, tx.init(params), params)

@@ -242,7 +242,7 @@ def test_a_run_has_a_preprocessing_of_its_own(pictures, tmp_path):
     # Numbers survive config.json, and a resumed run takes them for the same.
     c = tiny.config("clip", run=tmp_path / "other")
     with c.ignore_type():
-        c.data.statistics = pair
+        c.data.normalization = pair
     for _ in range(2):
         with TrainingFolder(c.run).claimed(resolve(c), []):
             pass
@@ -265,10 +265,10 @@ def test_runs_that_start_from_weights_with_another_preprocessing_say_so(tmp_path
     state = create(made.init, made.abstract)
     weights.init_from_weights(weights.read_initial(made.config, made.abstract), state)
     out = capsys.readouterr().out
-    assert f"data.statistics ({(MEAN, STD)}, 'imagenet' in this run)" in out
+    assert f"data.normalization ({(MEAN, STD)}, 'imagenet' in this run)" in out
     assert "eval.resize ('squash', 'shortest' in this run)" in out
     # The values may be pasted behind --config.KEY=.
-    c.data.statistics, c.eval.resize = str((MEAN, STD)), "squash"
+    c.data.normalization, c.eval.resize = str((MEAN, STD)), "squash"
     made = build.build(c)
     assert made.preprocessing == Preprocessing(SIZE, MEAN, STD, resize_mode="squash")
     weights.read_initial(made.config, made.abstract)
@@ -278,10 +278,10 @@ def test_runs_that_start_from_weights_with_another_preprocessing_say_so(tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data__statistics": "clap"}, "data.statistics is 'clap'; expected 'clip', 'imagenet', 'half', or"),
-        ({"data__statistics": "((1, 2), (3, 4))"}, "data.statistics is"),
-        ({"data__statistics": "((1, 2, 3), (1, 0, 1))"}, "data.statistics is .*mean and deviation by channel"),
-        ({"data__statistics": "((1, 2, 3), (1, 'x', 1))"}, "data.statistics is"),
+        ({"data__normalization": "clap"}, "data.normalization is 'clap'; expected 'clip', 'imagenet', 'half', or"),
+        ({"data__normalization": "((1, 2), (3, 4))"}, "data.normalization is"),
+        ({"data__normalization": "((1, 2, 3), (1, 0, 1))"}, "data.normalization is .*mean and deviation by channel"),
+        ({"data__normalization": "((1, 2, 3), (1, 'x', 1))"}, "data.normalization is"),
         ({"eval__resize": "crop"}, "eval.resize is 'crop'"),
         ({"eval__interpolation": "area"}, "eval.interpolation is 'area'"),
         ({"eval__resize_size": 3}, "eval.resize_size is 3, less than the model's image size 16"),

@@ -126,7 +126,9 @@ def test_a_resumed_run_counts_on_and_refuses_other_data(mixed, tmp_path):
 def test_too_many_bad_samples_stop_a_run(mixed, tmp_path):
     torture.shard(tmp_path / "1.tar", [(str(i), {"jpg": b"<html>", "txt": b"pair"}) for i in range(40)])
     sources = (f"tar:{mixed}/0.tar,{tmp_path}/1.tar",)
-    with pytest.raises(UserError, match=r"samples are bad, more than data\.max_bad=0\.05 allows \(not an image: \d+\)"):
+    with pytest.raises(
+        UserError, match=r"samples are bad, more than data\.max_bad_fraction=0\.05 allows \(not an image: \d+\)"
+    ):
         trainer.run(tiny.config(steps=50, run=tmp_path / "run", data__sources=sources))
 
 

@@ -252,7 +252,7 @@ def test_each_failure_has_its_light_and_its_remedy(kind, tmp_path):
     assert [warning.split(":")[0] for warning in warnings] == ([kind] if kind else [])
     assert all(warning.partition(": ")[2] in " ".join(Page(text).text) for warning in warnings)
     early = html.render(
-        dataclasses.replace(found, config=found.config | {"log": {"alarms_after": 9}}), examples.Examples()
+        dataclasses.replace(found, config=found.config | {"log": {"collapse_warmup_steps": 9}}), examples.Examples()
     )
     assert early.count("too early") == 3 and "healthy" not in early.partition("<main")[2].partition("<script")[0]
 
@@ -431,7 +431,9 @@ def test_attention_is_that_of_the_tower(pool):
     """Queries and keys as captured, applied to the values, give what the tower's own attention gives."""
     tower = {"width": 16, "depth": 2, "heads": 2}
     model = two_towers(
-        img={"size": 8, "patch": 4, "pool": pool, **tower}, txt={"vocab": 8, "eot_id": 7, "length": 4, **tower}, embed=8
+        img={"image_size": 8, "patch": 4, "pool": pool, **tower},
+        txt={"vocab": 8, "eot_id": 7, "context_length": 4, **tower},
+        embed=8,
     )
     images = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     statistics = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))

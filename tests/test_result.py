@@ -11,7 +11,7 @@ from tests.test_sets import small_demo  # noqa: F401
 from xclip_jax.evaluators import flat_names, registry, summary
 from xclip_jax.evaluators.provenance import SHIFTED, Provenance
 from xclip_jax.evaluators.result import Result, flat, from_json, items, to_json
-from xclip_jax.evaluators.statistics import Items
+from xclip_jax.evaluators.statistics import PerExample
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "results"
 
@@ -54,7 +54,7 @@ def test_a_record_has_its_name_and_survives_json():
 
 
 def test_items_go_by_the_name_of_their_result():
-    of = Items(np.ones(2))
+    of = PerExample(np.ones(2))
     results = [Result("x", "zeroshot", "top1", 100, items=of), Result("x", "zeroshot", "n", 2, unit="")]
     assert items(results) == {"zeroshot/x/top1": of}
 

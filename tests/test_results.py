@@ -13,7 +13,7 @@ from xclip_jax import evaluate, model_card
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, results
 from xclip_jax.evaluators.result import flat
-from xclip_jax.evaluators.statistics import Items
+from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.train import trainer
 
 STEPS = 2
@@ -169,8 +169,8 @@ def entry(name="zeroshot/x", **changes):
 
 
 ITEMS = {
-    "zeroshot/x/top1": Items(np.array([1.0, 0.0]), np.array([0.5, 2.0])),
-    "zeroshot/a|b:c%7C d/ü/top1": Items(np.arange(3.0), other=np.array([1.0, 3, 2]), statistic="spearman"),
+    "zeroshot/x/top1": PerExample(np.array([1.0, 0.0]), np.array([0.5, 2.0])),
+    "zeroshot/a|b:c%7C d/ü/top1": PerExample(np.arange(3.0), other=np.array([1.0, 3, 2]), statistic="spearman"),
 }
 
 
@@ -184,7 +184,9 @@ def test_items_survive_the_file(tmp_path):
 
 def test_two_files_that_differ_in_their_suffix_have_items_of_their_own(tmp_path):
     for name, value in (("a.txt", 0.0), ("a.json", 1.0)):
-        results.add(epath.Path(tmp_path / name), entry(), {"zeroshot/x/top1": Items(np.array([value]))}, {}, own=True)
+        results.add(
+            epath.Path(tmp_path / name), entry(), {"zeroshot/x/top1": PerExample(np.array([value]))}, {}, own=True
+        )
     for name, value in (("a.txt", 0.0), ("a.json", 1.0)):
         (read,), items = results.read(epath.Path(tmp_path / name))
         assert items[read["items"]]["zeroshot/x/top1"].value() == 100 * value
@@ -230,7 +232,7 @@ def test_damaged_items_are_one_sentence(tmp_path):
 def compared(tmp_path, lefts, rights, **choice):
     for name, side in (("a.json", lefts), ("b.json", rights)):
         for fields in side:
-            item = Items(np.array([1.0, 0.0]) if fields["value"] == 50 else np.array([1.0, 1.0]))
+            item = PerExample(np.array([1.0, 0.0]) if fields["value"] == 50 else np.array([1.0, 1.0]))
             results.add(epath.Path(tmp_path / name), fields, {f"{fields['name']}/top1": item}, {}, own=True)
     return evaluate.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"), **choice)
 

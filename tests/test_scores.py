@@ -58,13 +58,13 @@ def test_the_bootstrap_covers_and_is_paired():
     rng = np.random.default_rng(0)
     a = (rng.random(400) < 0.5).astype(float)
     better = np.where(rng.random(400) < 0.2, 1.0, a)
-    difference, low, high = statistics.bootstrap(statistics.Items(a), statistics.Items(better))
+    difference, low, high = statistics.bootstrap(statistics.PerExample(a), statistics.PerExample(better))
     assert difference == pytest.approx(100 * (better - a).mean()) and 0 < low < difference < high
     deviation = 100 * (better - a).std() / np.sqrt(400)
     assert (high - low) / 2 == pytest.approx(1.96 * deviation, rel=0.1)
-    assert statistics.bootstrap(statistics.Items(a), statistics.Items(a)) == (0, 0, 0)
+    assert statistics.bootstrap(statistics.PerExample(a), statistics.PerExample(a)) == (0, 0, 0)
     with pytest.raises(UserError, match="400 and 3 items"):
-        statistics.bootstrap(statistics.Items(a), statistics.Items(a[:3]))
+        statistics.bootstrap(statistics.PerExample(a), statistics.PerExample(a[:3]))
 
 
 @pytest.mark.parametrize("statistic", ["map", "map11", "roc_auc", "spearman", "pearson", "f1", "matthews"])
@@ -76,7 +76,7 @@ def test_the_bootstrap_of_other_statistics(statistic):
     if statistic in ("f1", "matthews"):
         values = [(v > 0.5).astype(int) for v in values]
     gold = y.astype(float) + 0.01 * rng.random(80) if statistic in ("spearman", "pearson") else y
-    a, b = (statistics.Items(v, other=gold, statistic=statistic) for v in values)
+    a, b = (statistics.PerExample(v, other=gold, statistic=statistic) for v in values)
     difference, low, high = statistics.bootstrap(a, b, samples=100)
     assert difference == b.value() - a.value() and 0 < low <= difference <= high
     draws = np.random.default_rng(0)
@@ -87,7 +87,7 @@ def test_the_bootstrap_of_other_statistics(statistic):
 
 def test_items_of_a_mean_per_class_are_weighted():
     y, right = np.array([0, 0, 0, 1]), np.array([1.0, 1, 0, 0])
-    item = statistics.Items(right, statistics.class_weights(y))
+    item = statistics.PerExample(right, statistics.class_weights(y))
     assert item.value() == pytest.approx(100 * sklearn.metrics.balanced_accuracy_score(y, [0, 0, 1, 0]))
 
 
@@ -95,7 +95,9 @@ def test_items_of_a_mean_per_class_are_weighted():
 def test_the_bootstrap_of_one_kind_of_item_has_no_interval(y, monkeypatch):
     """Whether all items are positive, or each of a few resamples has positive items alone."""
     monkeypatch.setattr(statistics.np.random, "default_rng", lambda seed: OnlyTheFirst())
-    a, b = (statistics.Items(np.array(v), other=np.array(y), statistic="roc_auc") for v in ([1.0, 2, 3], [3.0, 2, 1]))
+    a, b = (
+        statistics.PerExample(np.array(v), other=np.array(y), statistic="roc_auc") for v in ([1.0, 2, 3], [3.0, 2, 1])
+    )
     difference, low, high = statistics.bootstrap(a, b, samples=3)
     assert difference == pytest.approx(100) if not all(y) else np.isnan(difference)
     assert np.isnan(low) and np.isnan(high)
@@ -112,7 +114,7 @@ def test_a_comparison_without_an_interval_leaves_it_out(tmp_path):
         "text_length": 77,
     }
     for name, values in (("a", [1.0, 2]), ("b", [2.0, 1])):
-        items = statistics.Items(np.array(values), other=np.array([True, True]), statistic="roc_auc")
+        items = statistics.PerExample(np.array(values), other=np.array([True, True]), statistic="roc_auc")
         path = epath.Path(tmp_path / f"{name}.json")
         results.add(path, dict(entry), {"zeroshot/pcam/roc_auc": items}, {}, own=True)
     rows = evaluate.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"))

@@ -79,7 +79,7 @@ def test_strategies(objective, mesh, plain):
 @pytest.mark.parametrize("mesh", ["dp", "fsdp_tp"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_ring_and_chunks(objective, mesh, plain):
-    p = make(objective, mesh, loss__impl="ring", loss__chunk=BATCH // 2)
+    p = make(objective, mesh, loss__impl="ring", loss__chunk_size=BATCH // 2)
     assert_same(gradients(p), plain(objective))
 
 
@@ -94,7 +94,7 @@ def test_gradcache_on_one_device(objective, microbatches, plain):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_gradcache_with_every_strategy(mesh, plain):
     tower = {"model__img__patch_dropout": 0.5, "model__img__stem": "hmlp"}
-    p = make("xclip", mesh, optim__microbatches=2, loss__impl="ring", loss__chunk=8, **tower)
+    p = make("xclip", mesh, optim__microbatches=2, loss__impl="ring", loss__chunk_size=8, **tower)
     assert_same(gradients(p), plain("xclip", **tower))
 
 
@@ -105,5 +105,5 @@ def test_gradcache_and_chunks_with_an_average_as_teacher(mesh, plain):
         "objective__nclip__balance": "center",
         "model__img__patch_dropout": 0.5,
     }
-    p = make("xclip", mesh, optim__microbatches=2, loss__chunk=16, **teacher)
+    p = make("xclip", mesh, optim__microbatches=2, loss__chunk_size=16, **teacher)
     assert_same(gradients(p), plain("xclip", **teacher))

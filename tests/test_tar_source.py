@@ -38,7 +38,7 @@ def plain(tmp_path_factory):
 
 
 def config(**changes):
-    return loader.DataConfig(**{"sources": ("x",), "batch": 8, "tokenizer": "bytes", "max_bad": 1.0} | changes)
+    return loader.DataConfig(**{"sources": ("x",), "batch": 8, "tokenizer": "bytes", "max_bad_fraction": 1.0} | changes)
 
 
 def read(found, c, book=None, start=0, stop=5, length=300, **hosts):
@@ -86,7 +86,7 @@ def test_an_epoch_delivers_each_good_one_once_and_writes_down_each_bad_one(tortu
     source = tar_source.TarSource(pattern)
     n = len(source)
     c = config(batch=n, workers=workers)
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad=1.0)
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
     batches = read([source], c, book, stop=2)
     book.sync(2 * n)
     written = lines(tmp_path / "bad_samples.jsonl")
@@ -112,7 +112,7 @@ def test_hosts_see_the_same_batches_and_replacements(tortured, plain, hosts):
     for pattern in (tortured[0], plain.replace("{0..1}", "0")):
         source = tar_source.TarSource(pattern)
         stop = len(source) // 8 + 3
-        book = ledger.Ledger(epath.Path("/nonexistent"), max_bad=1.0)
+        book = ledger.Ledger(epath.Path("/nonexistent"), max_bad_fraction=1.0)
         whole = read([source], config(), book, stop=stop)
         parts = [read([source], config(), book, stop=stop, host=h, hosts=hosts) for h in range(hosts)]
         for g, batch in enumerate(whole):
@@ -128,10 +128,10 @@ def test_resumed_on_other_hosts_as_if_never_stopped(tortured, tmp_path, hosts):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
-    book = ledger.Ledger(epath.Path(whole), max_bad=1.0)
+    book = ledger.Ledger(epath.Path(whole), max_bad_fraction=1.0)
     batches = read([source], config(), book, stop=12)
     book.sync(96)
-    killed = ledger.Ledger(epath.Path(cut), max_bad=1.0)
+    killed = ledger.Ledger(epath.Path(cut), max_bad_fraction=1.0)
     read([source], config(), killed, stop=at)
     killed.sync(8 * at)
     counters = killed.counters
@@ -139,7 +139,7 @@ def test_resumed_on_other_hosts_as_if_never_stopped(tortured, tmp_path, hosts):
     killed.sync(80)
     with (cut / "bad_samples.jsonl").open("a") as file:
         file.write('{"position": 3')  # killed while it wrote
-    resumed = ledger.Ledger(epath.Path(cut), max_bad=1.0, start=8 * at, counters=counters)
+    resumed = ledger.Ledger(epath.Path(cut), max_bad_fraction=1.0, start=8 * at, counters=counters)
     parts = [read([source], config(), resumed, start=at, stop=12, host=h, hosts=hosts) for h in range(hosts)]
     resumed._pending = type(resumed._pending)(sorted(resumed._pending, key=lambda noted: noted[0]))
     resumed.sync(96)
@@ -152,9 +152,11 @@ def test_resumed_on_other_hosts_as_if_never_stopped(tortured, tmp_path, hosts):
 
 def test_too_many_bad_samples_stop_the_run(tortured, tmp_path):
     source = tar_source.TarSource(tortured[0])
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad=0.01)
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=0.01)
     read([source], config(), book)
-    message = r"of \d+ samples are bad, more than data\.max_bad=0\.01 allows \(.*is empty: \d.*bad_samples\.jsonl"
+    message = (
+        r"of \d+ samples are bad, more than data\.max_bad_fraction=0\.01 allows \(.*is empty: \d.*bad_samples\.jsonl"
+    )
     with pytest.raises(UserError, match=message):
         book.sync(40)
     assert lines(tmp_path / "bad_samples.jsonl")
@@ -163,7 +165,7 @@ def test_too_many_bad_samples_stop_the_run(tortured, tmp_path):
 def test_nothing_but_bad_samples_stop_the_run_at_once(tmp_path):
     torture.shard(tmp_path / "0.tar", [(str(i), {"jpg": b"<html>", "txt": b"x"}) for i in range(5)])
     source = tar_source.TarSource(f"{tmp_path}/0.tar")
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad=1.0)
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
     with pytest.raises(UserError, match=r"source 0 gave 100 bad samples in a row.*'not an image'"):
         read([source], config(), book)
 

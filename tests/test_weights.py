@@ -45,7 +45,7 @@ def test_a_run_starts_from_another_and_resumes_without_it(source, tmp_path, monk
         model__img__depth=2, model__img__scan=True, optim__lr_start=0.0, init__weights=str(kept), seed=1,
         mesh={"data": 2, "fsdp": 2, "model": 2, "strategy": "fsdp_tp"},
     )  # fmt: skip
-    c.model.txt.length -= 2
+    c.model.txt.context_length -= 2
     original, calls = loader.to_global, []
 
     def stop_at_two(batch, mesh):
@@ -106,8 +106,8 @@ def test_a_start_that_cannot_be_is_one_sentence(source, tmp_path):
 
 def towers(size=16, length=8, embed=8, **img):
     model = two_towers(
-        img={"size": size, "patch": 4, "width": 16, "depth": 1, "heads": 2} | img,
-        txt={"vocab": 20, "eot_id": 19, "length": length, "width": 8, "depth": 1, "heads": 2},
+        img={"image_size": size, "patch": 4, "width": 16, "depth": 1, "heads": 2} | img,
+        txt={"vocab": 20, "eot_id": 19, "context_length": length, "width": 8, "depth": 1, "heads": 2},
         embed=embed,
     )  # fmt: skip
     args = jnp.zeros((1, size, size, 3)), jnp.zeros((1, length), jnp.int32)
@@ -151,7 +151,7 @@ def test_other_meanings_are_warned_of(source, capsys):
 
 @pytest.mark.parametrize(("frozen", "changes"), [(("img",), {}), (("txt",), {"optim__microbatches": 2})])
 def test_a_frozen_tower_stays_bit_for_bit_and_has_no_moments(frozen, changes):
-    c = tiny.config("clip", init__frozen=frozen, optim__weight_decay=0.5, optim__clip=1.0, **changes)
+    c = tiny.config("clip", init__frozen=frozen, optim__weight_decay=0.5, optim__grad_clip_norm=1.0, **changes)
     p = build.build(c)
     before = state.create(p.init, p.abstract)
     kept, after = jax.device_get(before.params), before

@@ -16,14 +16,21 @@ def config(objective="xclip", steps=10, run="runs/tiny", **changes):
     """A config of towers of one or two narrow layers; `changes` are dotted keys with __ for the dot."""
     c = common.base(objective, "Ti/12")
     c.run, c.steps = str(run), steps
-    c.model.img = c.model.img.to_dict() | {"size": SIZE, "patch": 8, "width": 32, "depth": 1, "heads": 2, "scan": False}
-    c.model.txt = c.model.txt.to_dict() | {"length": LENGTH, "width": 32, "depth": 1, "heads": 2, "scan": False}
+    c.model.img = c.model.img.to_dict() | {
+        "image_size": SIZE,
+        "patch": 8,
+        "width": 32,
+        "depth": 1,
+        "heads": 2,
+        "scan": False,
+    }
+    c.model.txt = c.model.txt.to_dict() | {"context_length": LENGTH, "width": 32, "depth": 1, "heads": 2, "scan": False}
     c.model.embed = 16
     c.model.cluster_head = {"clusters": 24, "hidden": 32, "layers": 1, "last_norm": False}
     c.model.dtype = "float32"
     c.optim.warmup, c.optim.lr, c.optim.eps = 1, 1e-3, 1e-6
     c.data.batch, c.data.tokenizer, c.data.threads = BATCH, "bytes", 2
-    c.data.flip, c.data.color = 0.5, 0.2
+    c.data.flip_prob, c.data.color_jitter = 0.5, 0.2
     c.eval.sets, c.eval.final_sets = (), ()
     c.log.every, c.checkpoint.every = 1, 5
     for key, value in changes.items():

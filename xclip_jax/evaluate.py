@@ -160,7 +160,7 @@ def _entry(
     if "preprocessing" in card:
         prepare = Preprocessing.from_config(config)
         card["preprocessing"] += f", {prepare.size} px, {prepare.normalization}"
-    tokens = {"tokenizer": config.data.tokenizer, "text_length": config.model.txt.length}
+    tokens = {"tokenizer": config.data.tokenizer, "text_length": config.model.txt.context_length}
     sides = {"set": name, "name": evaluator.name, "metric": headline.key, "value": headline.value, "n": headline.n}
     metrics_of = {each.key: each.value for each in measured}
     return card | tokens | sides | {"metrics": metrics_of, "records": result.to_json(measured)}

@@ -24,9 +24,9 @@ def transformer(tokens: float, width: int, depth: int, mlp_ratio: float, first: 
 
 
 def _image(img: ImageTowerConfig, patch_dropout: float) -> float:
-    patches = (img.size // img.patch) ** 2
+    patches = (img.image_size // img.patch) ** 2
     kept = max(1, round(patches * (1 - patch_dropout)))
-    embedding, side, channels = 0, img.size, 3
+    embedding, side, channels = 0, img.image_size, 3
     for joined, features in stem_stages(img.stem, img.patch, img.width):
         side //= joined
         embedding += 2 * side**2 * joined**2 * channels * features
@@ -52,7 +52,7 @@ def forward(config: ml_collections.ConfigDict | Config, *, train: bool = True) -
     rest = objective.flops(model, vocab, config.data.batch if train else 0)
     towers = {
         "img": _image(img, img.patch_dropout if train else 0.0),
-        "txt": transformer(txt.length, txt.width, txt.depth, txt.mlp_ratio),
+        "txt": transformer(txt.context_length, txt.width, txt.depth, txt.mlp_ratio),
     }
     return {name: value * (name in objective.towers) for name, value in towers.items()} | rest
 

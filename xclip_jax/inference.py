@@ -97,10 +97,10 @@ class Model:
     ) -> None:
         self.config, self.preprocessing = config, Preprocessing.from_config(config)
         self.card = dict(card) | {
-            "objective": config.objective.name, "size": config.model.img.size,
+            "objective": config.objective.name, "size": config.model.img.image_size,
             "preprocessing": self.preprocessing.describe(), "tokenizer": config.data.tokenizer,
         }  # fmt: skip
-        self.size, self.length = model.img["size"], model.txt["length"]
+        self.size, self.length = model.img["image_size"], model.txt["context_length"]
         self.tokenizer = tokenizer.load(config.data.tokenizer)
         self._threads = threads
         self._clusters, self._projects = "s_img" in model.outputs, "z_img" in model.outputs

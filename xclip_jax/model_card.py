@@ -48,8 +48,8 @@ result = model.zero_shot(["picture.jpg"], ["cat", "dog"])
 print(result.labels, result.probabilities)""",
 }
 _RECIPE = ("data.batch", "optim.lr", "optim.schedule", "optim.warmup", "optim.weight_decay", "optim.b1",
-           "optim.b2", "optim.clip", "data.crop_scale", "data.resample", "data.flip", "data.color",
-           "model.img.patch_dropout", "model.dtype", "seed")  # fmt: skip
+           "optim.b2", "optim.grad_clip_norm", "data.crop_scale", "data.resample", "data.flip_prob",
+           "data.color_jitter", "model.img.patch_dropout", "model.dtype", "seed")  # fmt: skip
 
 
 def render(
@@ -98,7 +98,7 @@ def _head(config: ml_collections.ConfigDict, to: str) -> str:
     return (
         f"---\nlicense: unknown\nlibrary_name: {_LIBRARIES[to]}\npipeline_tag: zero-shot-image-classification\n"
         f"tags:\n- {name}\n- xclip_jax\n---\n\n"
-        f"# {name}, ViT of width {img.width}, depth {img.depth}, patch {img.patch}, {img.size} px\n\n"
+        f"# {name}, ViT of width {img.width}, depth {img.depth}, patch {img.patch}, {img.image_size} px\n\n"
         "Images and texts in one space, learned from pairs of them."
     )
 
@@ -108,8 +108,8 @@ def _model(config: ml_collections.ConfigDict, parts: Parts) -> str:
     towers = [
         (kind, group.width, group.depth, group.heads, group.act, f"{group.eps:g}", sees)
         for kind, group, sees in (
-            ("image", config.model.img, f"{config.model.img.size} px, pool {config.model.img.pool}"),
-            ("text", config.model.txt, f"{config.model.txt.length} tokens of {parts.tokenizer.vocab_size:,}"),
+            ("image", config.model.img, f"{config.model.img.image_size} px, pool {config.model.img.pool}"),
+            ("text", config.model.txt, f"{config.model.txt.context_length} tokens of {parts.tokenizer.vocab_size:,}"),
         )
     ]
     head = ("tower", "width", "depth", "heads", "activation", "LayerNorm eps", "sees")
@@ -122,7 +122,7 @@ def _model(config: ml_collections.ConfigDict, parts: Parts) -> str:
 
 def _input(config: ml_collections.ConfigDict, parts: Parts, to: str) -> str:
     """How images and texts become what the towers take."""
-    prepare, name, length = parts.preprocessing, config.data.tokenizer, config.model.txt.length
+    prepare, name, length = parts.preprocessing, config.data.tokenizer, config.model.txt.context_length
     if name == "clip":
         tokens = "lower case, CLIP's byte-pair encoding"
         tokens += {
@@ -206,7 +206,11 @@ def _results(folder: epath.Path, config: ml_collections.ConfigDict, at: int) -> 
 
 
 def _limits(config: ml_collections.ConfigDict) -> str:
-    size, length, mode = config.model.img.size, config.model.txt.length, config.eval.get("resize", "shortest")
+    size, length, mode = (
+        config.model.img.image_size,
+        config.model.txt.context_length,
+        config.eval.get("resize", "shortest"),
+    )
     view = {"shortest": "its central square", "squash": "a whole that is squashed to a square",
             "longest": "a whole with black borders"}[mode]  # fmt: skip
     return (

@@ -101,10 +101,10 @@ def _bytes(tree: Any) -> float:
 
 def compile_for(parts: Parts) -> Any:
     """The compiled step of `parts`; `jax.errors.JaxRuntimeError` where it exceeds the chips' memory."""
-    b, size = parts.data.batch, parts.size
+    b, size = parts.data.batch, parts.image_size
     batch = {
         "image": jax.ShapeDtypeStruct((b, size, size, 3), "uint8"),
-        "text": jax.ShapeDtypeStruct((b, parts.length), "int32"),
+        "text": jax.ShapeDtypeStruct((b, parts.context_length), "int32"),
         "label": jax.ShapeDtypeStruct((b,), "float32"),
     }
     return parts.compiled.lower(parts.abstract, {key: batch[key] for key in parts.objective.fields}).compile()

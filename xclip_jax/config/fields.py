@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from xclip_jax.config.renamed import RENAMED
+
 _MAX_FLOAT = float(np.finfo(np.float32).max)
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
 
@@ -141,6 +143,15 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)), None)
 
 
+def unknown_key(key: str, names: Iterable[str]) -> str:
+    """Return the sentence about a dotted `key` whose last part is not among `names`, without its full stop."""
+    if key in RENAMED:
+        return f"config key {key!r} has another name now: {RENAMED[key]!r}"
+    prefix, dot, name = key.rpartition(".")
+    near = nearest(name, names)
+    return f"config key {key!r} is unknown" + (f"; did you mean {prefix + dot + near!r}" if near else "")
+
+
 def read_group(group: type[Any], values: Any, path: str, faults: list[str]) -> Any:
     """Make an instance of the config dataclass `group` from nested `values`.
 
@@ -157,7 +168,7 @@ def read_group(group: type[Any], values: Any, path: str, faults: list[str]) -> A
     fields = {field.name: field for field in dataclasses.fields(group)}
     for name in values:
         if name not in fields:
-            faults.append(f"config key '{prefix}{name}' is unknown; did you mean '{prefix}{nearest(name, fields)}'")
+            faults.append(unknown_key(f"{prefix}{name}", fields))
     expected, arguments = typing.get_type_hints(group), {}
     for name, field in fields.items():
         if name not in values:

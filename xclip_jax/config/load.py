@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from xclip_jax import configs
 from xclip_jax.config import fields, schema
+from xclip_jax.config.renamed import RENAMED
 from xclip_jax.errors import UserError
 
 
@@ -74,9 +75,8 @@ def check_keys(config: ml_collections.ConfigDict, overrides: list[str]) -> None:
         for i, part in enumerate(path := match[1].split(".") if match else []):
             keys = list(node) if isinstance(node, ml_collections.ConfigDict) else []
             if part not in keys:
-                near = fields.nearest(part, keys)
-                hint = f"; did you mean {'.'.join([*path[:i], near])!r}?" if near else ""
-                raise UserError(f"config key {'.'.join(path)!r} is unknown{hint}")
+                key = ".".join(path)
+                raise UserError(fields.unknown_key(key if key in RENAMED else ".".join(path[: i + 1]), keys))
             node = node[part]
 
 

@@ -13,6 +13,7 @@ import ml_collections
 
 from xclip_jax.config import fields
 from xclip_jax.config.fields import Check, at_least, between, choice, key, not_empty
+from xclip_jax.config.renamed import translate
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.transforms import INTERPOLATIONS, RESIZE_MODES
 from xclip_jax.errors import UserError
@@ -43,7 +44,7 @@ class EvalConfig:
     ema: bool = key(False, "evaluate the moving average, where there is one")
     report: bool = key(False, "make picture.png and report.html at the end")
     resize: str = key("shortest", "how images are made square wherever the model is used", choice(RESIZE_MODES))
-    resize_size: int = key(0, "side before the central crop, pixels; 0 for model.img.size", at_least(0))
+    resize_size: int = key(0, "side before the central crop, pixels; 0 for model.img.image_size", at_least(0))
     interpolation: str = key("bicubic", "how images are resized wherever the model is used", choice(INTERPOLATIONS))
 
 
@@ -52,7 +53,7 @@ class LogConfig:
     """Config group `log`: metrics and warnings."""
 
     every: int = key(20, "steps between two lines of metrics; 0 for the first and last alone", at_least(0))
-    alarms_after: int = key(500, "step from which on a collapse of the clusters is warned of", at_least(0))
+    collapse_warmup_steps: int = key(500, "step from which on a collapse of the clusters is warned of", at_least(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +87,8 @@ class Config:
         """Values of several groups that do not go together."""
         if self.optim.warmup >= self.steps:
             yield f"optim.warmup={self.optim.warmup} must be below the {self.steps} steps of the run; shorten it"
-        batch, chunk = self.data.batch, self.loss.chunk
-        for name, parts in (("optim.microbatches", self.optim.microbatches), ("loss.chunk", chunk)):
+        batch, chunk = self.data.batch, self.loss.chunk_size
+        for name, parts in (("optim.microbatches", self.optim.microbatches), ("loss.chunk_size", chunk)):
             if parts and batch % parts:
                 yield f"{name}={parts} must divide data.batch={batch}"
         objective = make_objective(self.objective)
@@ -133,6 +134,7 @@ def complete(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
         hints, defaults = (typing.get_type_hints(expected), fields.default(expected)) if group else ({}, {})
         return defaults | {name: fill(hints.get(name), value) for name, value in given.items()}
 
+    values = translate(values)
     if isinstance(values.get("objective"), Mapping):
         values = {**values, "objective": upgrade(values["objective"])}
     return ml_collections.ConfigDict(fill(Config, values)).lock()

@@ -144,7 +144,11 @@ def report(source: sources.Source, options: argparse.Namespace) -> Iterator[str]
         yield f"captions of one image: {np.mean([s.captions for s in good]):.2f}"
         yield f"same image among those read: {_doubles([s.digest for s in good]):,}"
         same = _doubles([s.caption for s in good])
-        remedy = "; as pairs of one batch they are wrong negatives, data.apart=True keeps them apart" if same else ""
+        remedy = (
+            "; as pairs of one batch they are wrong negatives, data.spread_duplicate_captions=True keeps them apart"
+            if same
+            else ""
+        )
         yield f"same caption among those read: {same:,}{remedy}"
     rate = count / seconds
     yield (
@@ -155,11 +159,13 @@ def report(source: sources.Source, options: argparse.Namespace) -> Iterator[str]
     yield from lines
     yield from _about_bad(source, bad, faults, count)
     share = sum(faults.values()) / n + len(_unindexed(source, bad)) / count
-    options.passed = bool(good) and share <= options.max_bad
+    options.passed = bool(good) and share <= options.max_bad_fraction
     if options.sheet and good:
         yield f"{sheet(samples, source, options.sheet)} pairs in {options.sheet}"
-    verdict = "training would run" if options.passed else "training would stop; fix the data or raise data.max_bad"
-    yield f"bad: {share:.2%}, allowed {options.max_bad:.2%}: {verdict}"
+    verdict = (
+        "training would run" if options.passed else "training would stop; fix the data or raise data.max_bad_fraction"
+    )
+    yield f"bad: {share:.2%}, allowed {options.max_bad_fraction:.2%}: {verdict}"
 
 
 def _tokens(options: argparse.Namespace, caption: str) -> int:
@@ -209,7 +215,10 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=_number(int, 1), default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=_number(int, 0), default=0)
     parser.add_argument(
-        "--max_bad", type=_number(float, 0, 1), default=loader.DataConfig.max_bad, help="data.max_bad of the run"
+        "--max_bad_fraction",
+        type=_number(float, 0, 1),
+        default=loader.DataConfig.max_bad_fraction,
+        help="data.max_bad_fraction of the run",
     )
     parser.add_argument("--sheet", default="", help="PNG file of random pairs to write; its folder is made")
     parser.add_argument("--image_key", default="image")

@@ -30,7 +30,7 @@ class DataConfig:
 
     sources: Sequence[str] = key((), "specs for `sources.open_source`, of fine-tuning `labelled.open_source`; mixed")
     weights: Sequence[float] = key((), "share of samples from each source; empty to see every sample once an epoch")
-    apart: bool = key(
+    spread_duplicate_captions: bool = key(
         False, "keep records of equal captions, wrong negatives of each other, apart; reads captions once at the start"
     )
     dir: str = key("", "root of TFDS data sets; empty for the default")
@@ -42,20 +42,20 @@ class DataConfig:
     )
     tags_key: str = key("", "keywords of a record; empty for none")
     tags: int = key(0, "at most this many keywords, in random order, go into a caption", at_least(0))
-    tags_behind: float = key(0.5, "share of captions with keywords behind them", between(0, 1))
-    tags_alone: float = key(0.0, "share of captions that are keywords alone", between(0, 1))
+    tags_append_prob: float = key(0.5, "share of captions with keywords behind them", between(0, 1))
+    tags_only_prob: float = key(0.0, "share of captions that are keywords alone", between(0, 1))
     crop_scale: tuple[float, float] = key((0.5, 1.0), "smallest and largest area of a training crop over the image's")
     resample: str = key("area", "how a crop is resized; area is the fast one", choice(transforms.RESAMPLE))
-    flip: float = key(0.0, "probability of a horizontal flip", between(0, 1))
-    color: float = key(0.0, "strength of random brightness, contrast and saturation", between(0, 1))
-    statistics: str | tuple[Triple, Triple] = key(
+    flip_prob: float = key(0.0, "probability of a horizontal flip", between(0, 1))
+    color_jitter: float = key(0.0, "strength of random brightness, contrast and saturation", between(0, 1))
+    normalization: str | tuple[Triple, Triple] = key(
         "imagenet", "name of mean and deviation of pixels, or both by channel, ((r, g, b), (r, g, b))", _STATISTICS
     )
     cache: bool = key(False, "keep decoded images in memory")
     threads: int = key(16, "batches that this process reads at once, where workers is 0", at_least(1))
     buffer: int = key(8, "batches that are read ahead, where workers is 0", at_least(1))
     workers: int = key(0, "reading processes, one thread each; for buckets several a core", at_least(0))
-    max_bad: float = key(0.05, "a larger share of samples that cannot be used stops the run", between(0, 1))
+    max_bad_fraction: float = key(0.05, "a larger share of samples that cannot be used stops the run", between(0, 1))
 
     def conflicts(self) -> Iterator[str]:
         """Yield values that contradict each other."""
@@ -74,5 +74,6 @@ class DataConfig:
                 f"cache with data.workers={self.workers} would keep {self.workers} copies of all decoded images; set "
                 "data.workers=0 (data.threads share one copy) or data.cache=False"
             )
-        if self.tags_behind + self.tags_alone > 1:
-            yield f"tags_behind {self.tags_behind} and tags_alone {self.tags_alone} must not exceed 1 together"
+        if self.tags_append_prob + self.tags_only_prob > 1:
+            probs = f"tags_append_prob {self.tags_append_prob} and tags_only_prob {self.tags_only_prob}"
+            yield f"{probs} must not exceed 1 together"

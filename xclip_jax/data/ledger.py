@@ -59,17 +59,17 @@ class Ledger:
     """
 
     def __init__(
-        self, folder: epath.Path, *, max_bad: float, start: int = 0, counters: Mapping[str, Any] | None = None
+        self, folder: epath.Path, *, max_bad_fraction: float, start: int = 0, counters: Mapping[str, Any] | None = None
     ) -> None:
         """Open the ledger of the run in `folder`.
 
         Args:
           folder: the run's folder.
-          max_bad: a larger share of bad samples stops the run.
+          max_bad_fraction: a larger share of bad samples stops the run.
           start: samples that the run has read; lines of later ones, which an interrupted run left, are removed.
           counters: as they were at `start`.
         """
-        self.path, self.max_bad = RunFolder(folder).bad_samples_file, max_bad
+        self.path, self.max_bad_fraction = RunFolder(folder).bad_samples_file, max_bad_fraction
         self.counters: dict[str, Any] = {"samples": 0, "tokens": 0, "bad": {}} | dict(counters or {})
         self._pending: collections.deque[tuple[int, int, list[Entry]]] = collections.deque()
         self._part = jax.process_index()
@@ -104,7 +104,7 @@ class Ledger:
         """Write and count what was recorded of the run's first `samples`. All processes call it at the same steps.
 
         Raises:
-          UserError: more than the share `max_bad` is bad; processes that load the same rows read different samples.
+          UserError: more than `max_bad_fraction` are bad; processes that load the same rows read different samples.
         """
         tokens, bad = 0, []
         while self._pending and self._pending[0][0] <= samples:
@@ -131,12 +131,12 @@ class Ledger:
 
     def _check(self) -> None:
         read = self.counters["samples"] + self.bad
-        if self.bad > self.max_bad * max(read, _MIN_SAMPLES):
+        if self.bad > self.max_bad_fraction * max(read, _MIN_SAMPLES):
             reasons = sorted(self.counters["bad"].items(), key=lambda item: -item[1])
             raise UserError(
-                f"{self.bad:,} of {read:,} samples are bad, more than data.max_bad={self.max_bad:g} allows "
-                f"({', '.join(f'{reason}: {count:,}' for reason, count in reasons)}); {self.path} lists them. Fix the "
-                "data, or raise data.max_bad."
+                f"{self.bad:,} of {read:,} samples are bad, more than data.max_bad_fraction={self.max_bad_fraction:g} "
+                f"allows ({', '.join(f'{reason}: {count:,}' for reason, count in reasons)}); {self.path} lists them. "
+                "Fix the data, or raise data.max_bad_fraction."
             )
 
     def _write(self, entries: Sequence[Entry]) -> None:

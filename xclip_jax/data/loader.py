@@ -48,8 +48,10 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
     if not config.sources:
         raise UserError("data.sources is empty; name a source such as folder:PATH or tfds:NAME/SPLIT.")
     if classes:
-        if config.apart:
-            raise UserError("data.apart compares captions, and labelled items have none: set data.apart to False.")
+        if config.spread_duplicate_captions:
+            raise UserError(
+                "data.spread_duplicate_captions compares captions, and labelled items have none: set it to False."
+            )
         opened = labelled.open_sources(config.sources, config.dir, classes, fields)
         return [sources.Decoded(source) if config.cache and source.key == "image" else source for source in opened]
     options = {"data_dir": config.dir, "image_key": config.image_key, "text_keys": config.text_keys}
@@ -93,10 +95,10 @@ class Transform:
         text = record["text"][rng.integers(len(record["text"]))]
         tags = [tag for tag in record["tags"] if tag != text]
         draw = rng.random()
-        if not (tags and self.config.tags) or draw >= self.config.tags_behind + self.config.tags_alone:
+        if not (tags and self.config.tags) or draw >= self.config.tags_append_prob + self.config.tags_only_prob:
             return text
         chosen = rng.permutation(tags)[: rng.integers(1, self.config.tags + 1)]
-        return ", ".join(chosen if draw < self.config.tags_alone else [text, *chosen])
+        return ", ".join(chosen if draw < self.config.tags_only_prob else [text, *chosen])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,12 +163,12 @@ def sample_order(opened: Sequence[sources.Source], config: DataConfig, seed: int
     """Return the order of all samples, shuffled in each epoch; with weights each source by itself, and then mixed.
 
     Shares are exact to a hundredth of the smallest weight, and each source has epochs of its own. See
-    `DataConfig.apart`.
+    `DataConfig.spread_duplicate_captions`.
     """
 
     def shuffled(parts: Sequence[sources.Source], seed: int) -> grain.MapDataset:
         places = grain.MapDataset.range(sum(map(len, parts)))
-        if config.apart:
+        if config.spread_duplicate_captions:
             return places.repeat().map_with_index(_SpreadDuplicates(_caption_groups(parts), seed))
         return places.shuffle(seed=seed).repeat()
 

@@ -16,7 +16,7 @@ Triple = tuple[float, float, float]
 
 
 def mean_std(statistics: Any) -> tuple[Triple, Triple]:
-    """Channel means and standard deviations of config key `data.statistics`, of pixels between 0 and 1.
+    """Channel means and standard deviations of config key `data.normalization`, of pixels between 0 and 1.
 
     Args:
       statistics: a name of `STATISTICS`, or ((r, g, b), (r, g, b)), as text too, since command lines give text.
@@ -36,7 +36,7 @@ def mean_std(statistics: Any) -> tuple[Triple, Triple]:
         pass
     names = ", ".join(map(repr, STATISTICS))
     raise UserError(
-        f"data.statistics is {statistics!r}; expected {names}, or mean and standard deviation of each channel, "
+        f"data.normalization is {statistics!r}; expected {names}, or mean and standard deviation of each channel, "
         "((r, g, b), (r, g, b)), deviations above 0."
     )
 
@@ -81,17 +81,17 @@ class Preprocessing:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Preprocessing":
         """Of a model with these groups of a config; where `eval` lacks keys, as in older runs, defaults hold."""
-        mean, std = mean_std(config["data"]["statistics"])
+        mean, std = mean_std(config["data"]["normalization"])
         group = config.get("eval", {})
         fields = {"resize": "resize_mode", "resize_size": "resize_size", "interpolation": "interpolation"}
         given = {field: group[key] for key, field in fields.items() if key in group}
-        return cls(config["model"]["img"]["size"], mean, std, **given)
+        return cls(config["model"]["img"]["image_size"], mean, std, **given)
 
     def to_config(self) -> dict[str, dict[str, Any]]:
         """The keys that `from_config` reads, of groups `data` and `eval`; known statistics by their name."""
         pair = (self.mean, self.std)
         return {
-            "data": {"statistics": next((name for name, known in STATISTICS.items() if known == pair), pair)},
+            "data": {"normalization": next((name for name, known in STATISTICS.items() if known == pair), pair)},
             "eval": {
                 "resize": self.resize_mode, "resize_size": self.resize_size, "interpolation": self.interpolation,
             },
@@ -114,9 +114,9 @@ class Preprocessing:
     @property
     def normalization(self) -> str:
         """Mean and deviation, in words."""
-        statistics = self.to_config()["data"]["statistics"]
-        if isinstance(statistics, str):
-            return f"mean and deviation of {statistics!r}"
+        normalization = self.to_config()["data"]["normalization"]
+        if isinstance(normalization, str):
+            return f"mean and deviation of {normalization!r}"
         return f"mean {self.mean}, deviation {self.std}"
 
     def describe(self) -> str:

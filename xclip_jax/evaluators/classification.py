@@ -19,7 +19,7 @@ from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.provenance import VALIDATION, Provenance, contents, digest
 from xclip_jax.evaluators.result import Result
-from xclip_jax.evaluators.statistics import Items, class_weights
+from xclip_jax.evaluators.statistics import PerExample, class_weights
 from xclip_jax.evaluators.zeroshot import accuracy
 
 PREFIX = "finetuned/"
@@ -97,7 +97,7 @@ class ClassifierEvaluator(Evaluator):
             raise UserError(f"{self.data.name} has {self.data.classes} classes and the model {model}; see finetune.py.")
         labels, n = self.data.labels, len(self.data.labels)
         if self.data.classes == 1:
-            items = {key: Items(logits[:, 0], other=labels, statistic=key) for key in ("spearman", "pearson")}
+            items = {key: PerExample(logits[:, 0], other=labels, statistic=key) for key in ("spearman", "pearson")}
             results = [
                 self.result(f"finetuned/{key}", x.value(), unit="x 100", n=n, items=x) for key, x in items.items()
             ]
@@ -105,12 +105,12 @@ class ClassifierEvaluator(Evaluator):
         majority = 100 * float(np.bincount(labels).max() / n)
         right = (logits.argmax(axis=1) == labels) & np.isfinite(logits).all(axis=1)
         items = {
-            "top1": Items(right.astype(float)),
-            "mean_per_class": Items(right.astype(float), class_weights(labels)),
+            "top1": PerExample(right.astype(float)),
+            "mean_per_class": PerExample(right.astype(float), class_weights(labels)),
         }
         if self.data.classes == 2:
             predicted = np.where(right, labels, 1 - labels)
-            items |= {key: Items(predicted, other=labels, statistic=key) for key in ("f1", "matthews")}
+            items |= {key: PerExample(predicted, other=labels, statistic=key) for key in ("f1", "matthews")}
         results = []
         for key, item in items.items():
             chance = majority if key == "top1" else None

@@ -18,7 +18,7 @@ from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
-from xclip_jax.evaluators.statistics import Items, class_weights, valid_rows
+from xclip_jax.evaluators.statistics import PerExample, class_weights, valid_rows
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 COARSE = tuple(10.0**e for e in range(-6, 7, 2))
@@ -261,10 +261,10 @@ class Probe(Evaluator):
             tested = labels[2] if len(labels[2]) else labels[0]
             n, majority = len(tested), 100 * float(np.mean(tested == np.bincount(labels[0]).argmax()))
             for probe, (values, extra) in self._task(variables, features, labels).items():
-                items = {"top1": Items(values), "mean_per_class": Items(values, class_weights(tested))}
+                items = {"top1": PerExample(values), "mean_per_class": PerExample(values, class_weights(tested))}
                 if max(map(np.max, (labels[0], tested))) == 1 and set(np.unique(values)) <= {0.0, 1.0}:
                     predicted = np.where(values == 1, tested, 1 - tested)
-                    items |= {key: Items(predicted, other=tested, statistic=key) for key in ("f1", "matthews")}
+                    items |= {key: PerExample(predicted, other=tested, statistic=key) for key in ("f1", "matthews")}
                 for key, item in items.items():
                     fields = {"task": task, "n": n, "items": item, "chance": majority if key == "top1" else None}
                     results.append(self.result(f"{probe}/{key}", item.value(), **fields))
@@ -339,7 +339,7 @@ class Probe(Evaluator):
     def _score(self, logits: np.ndarray, labels: np.ndarray) -> float:
         """What C is chosen by: the set's own metric."""
         weights = class_weights(labels) if self.data.card.metric.endswith("mean_per_class") else None
-        return Items(_right(logits, labels), weights).value()
+        return PerExample(_right(logits, labels), weights).value()
 
 
 def linear(

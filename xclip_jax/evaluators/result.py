@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from xclip_jax.evaluators.provenance import Provenance
-from xclip_jax.evaluators.statistics import Items
+from xclip_jax.evaluators.statistics import PerExample
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Result:
     n: int = 0
     chance: float | None = None
     protocol: Provenance = dataclasses.field(default_factory=Provenance)
-    items: Items | None = None
+    items: PerExample | None = None
     task: str = ""
     score: str = ""
     group: str = ""
@@ -59,7 +59,7 @@ def flat(results: Iterable[Result]) -> dict[str, float]:
     return {result.name: result.value for result in results}
 
 
-def items(results: Iterable[Result]) -> dict[str, Items]:
+def items(results: Iterable[Result]) -> dict[str, PerExample]:
     """{name on disk: items} of the results that can be resampled."""
     return {result.name: result.items for result in results if result.items is not None}
 

@@ -29,11 +29,11 @@ from xclip_jax.errors import UserError
 from xclip_jax.evaluators import flat_names
 from xclip_jax.evaluators.provenance import digest
 from xclip_jax.evaluators.result import Result, from_json
-from xclip_jax.evaluators.statistics import Items
+from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.storage import write_json
 
 Entry = dict[str, Any]
-ItemsOf = dict[str, dict[str, Items]]  # of an entry, by its "items"
+ItemsOf = dict[str, dict[str, PerExample]]  # of an entry, by its "items"
 
 KEY = ("set", "checkpoint", "step", "profile", "changes", "tokenizer", "text_length")
 _VIEW = ("checkpoint", "step", "profile", "changes")
@@ -78,7 +78,9 @@ def of_entries(entries: Sequence[Entry]) -> list[Result]:
     return results
 
 
-def add(path: epath.Path, entry: Entry, items: Mapping[str, Items], command: Mapping[str, Any], *, own: bool) -> None:
+def add(
+    path: epath.Path, entry: Entry, items: Mapping[str, PerExample], command: Mapping[str, Any], *, own: bool
+) -> None:
     """Puts an entry into a results file, which is made where it does not exist.
 
     Args:
@@ -155,7 +157,7 @@ def _read_items(path: epath.Path, entries: Sequence[Entry]) -> ItemsOf:
                 parts.setdefault((entry_id, name), {"statistic": statistic})[part] = array
     items_of: ItemsOf = {}
     for (entry_id, name), fields in parts.items():
-        items_of.setdefault(entry_id, {})[name] = Items(**fields)
+        items_of.setdefault(entry_id, {})[name] = PerExample(**fields)
     return items_of
 
 

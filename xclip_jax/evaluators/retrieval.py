@@ -10,7 +10,7 @@ from xclip_jax.errors import UserError
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
-from xclip_jax.evaluators.statistics import Items, valid_rows
+from xclip_jax.evaluators.statistics import PerExample, valid_rows
 from xclip_jax.evaluators.zeroshot import distributions, similarities
 
 KS = (1, 5, 10)
@@ -135,7 +135,7 @@ class Retrieval(Evaluator):
         for score, scores in similarities(img, txt.get("z"), q, self.encoder.tau).items():
             for way, rank in (("image_to_text", ranks(scores, matches)), ("text_to_image", ranks(scores.T, matches.T))):
                 for k in KS:
-                    metric, items = f"{way}/r{k}", Items((rank < k).astype(float))
+                    metric, items = f"{way}/r{k}", PerExample((rank < k).astype(float))
                     fields = {"n": len(rank), "chance": levels[metric], "items": items, "score": score}
                     results.append(self.result(metric, items.value(), **fields))
         return results

@@ -103,7 +103,7 @@ def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Items:
+class PerExample:
     """What one number is made of, so that it can be resampled: `value()` is the number.
 
     Attributes:
@@ -147,7 +147,7 @@ def class_weights(labels: np.ndarray) -> np.ndarray:
 
 
 def bootstrap(
-    a: Items, b: Items, *, samples: int = 2000, level: float = 0.95, seed: int = 0
+    a: PerExample, b: PerExample, *, samples: int = 2000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float, float]:
     """The difference b - a in percentage points, and its percentile interval by resampling the items in pairs.
 

@@ -12,7 +12,7 @@ from xclip_jax.evaluators.encoder import Features
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.retrieval import KS, ranks
-from xclip_jax.evaluators.statistics import Items, pearson, spearman
+from xclip_jax.evaluators.statistics import PerExample, pearson, spearman
 from xclip_jax.evaluators.zeroshot import distributions
 
 Pair = tuple[str, str, float]
@@ -86,7 +86,7 @@ class Similarity(Evaluator):
         ends = np.cumsum([len(part) for part in subsets.values()])
         parts = list(zip(np.split(cosine, ends[:-1]), np.split(gold, ends[:-1]), strict=True))
         by_rank, linear = ([100 * f(*part) for part in parts] for f in (spearman, pearson))
-        items, shared = Items(cosine, other=gold, statistic="spearman"), {"unit": "x 100", "n": len(gold)}
+        items, shared = PerExample(cosine, other=gold, statistic="spearman"), {"unit": "x 100", "n": len(gold)}
         results = [self.result("spearman_all", items.value(), items=items, **shared)]
         values = {
             "spearman_mean": np.mean(by_rank),
@@ -159,7 +159,7 @@ class TextRetrieval(Evaluator):
             weights = sum(mask / mask.sum() for mask in groups.values())
         chance, results = {k: 100 * min(k / n, 1) for k in KS}, []
         for k in KS:
-            items = Items((rank < k).astype(float), weights)
+            items = PerExample((rank < k).astype(float), weights)
             results.append(self.result(f"r{k}", items.value(), n=len(queries), chance=chance[k], items=items))
         for group, mask in groups.items():
             for k in KS:

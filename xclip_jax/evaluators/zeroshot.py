@@ -15,7 +15,7 @@ from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.encoder import Features
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
-from xclip_jax.evaluators.statistics import Items, class_weights, valid_rows
+from xclip_jax.evaluators.statistics import PerExample, class_weights, valid_rows
 
 _TINY = float(np.finfo(np.float32).tiny)
 # Distributions at once, fp32, of images and of texts: a set of 50,000 images with 32,768 clusters is 6.6 GB. Those of
@@ -253,15 +253,15 @@ class ZeroShot(Evaluator):
         results += [self.count("n", np.sum(mask), group=group) for group, mask in groups.items()]
         for score, scores in self.scores(variables).items():
             if labels.ndim == 2:
-                items = {key: Items(scores, other=labels, statistic=key) for key in ("map", "map11")}
+                items = {key: PerExample(scores, other=labels, statistic=key) for key in ("map", "map11")}
                 results += [self.result(k, x.value(), n=n, items=x, score=score) for k, x in items.items()]
                 continue
             items = _items(scores, labels, groups)
             if self.data.card.metric == "roc_auc":
                 with np.errstate(invalid="ignore"):  # of unreadable images NaN
-                    items["roc_auc"] = Items(scores[:, 1] - scores[:, 0], other=labels == 1, statistic="roc_auc")
+                    items["roc_auc"] = PerExample(scores[:, 1] - scores[:, 0], other=labels == 1, statistic="roc_auc")
             if self.data.card.metric == "top1_top5":
-                items["top1_top5"] = Items((items["top1"].values + items["top5"].values) / 2)
+                items["top1_top5"] = PerExample((items["top1"].values + items["top5"].values) / 2)
             parts = {group: _metrics(scores[mask], labels[mask]) for group, mask in groups.items()}
             whole = _mean(list(parts.values())) if parts else _metrics(scores, labels)
             whole |= {key: items[key].value() for key in items if key not in whole}
@@ -275,7 +275,7 @@ class ZeroShot(Evaluator):
         return results
 
 
-def _items(scores: np.ndarray, labels: np.ndarray, groups: Mapping[str, np.ndarray]) -> dict[str, Items]:
+def _items(scores: np.ndarray, labels: np.ndarray, groups: Mapping[str, np.ndarray]) -> dict[str, PerExample]:
     """Each image's part in the set's metrics: the mean over groups counts each group alike."""
     ranks, masks = _ranks(scores, labels), list(groups.values()) or [np.ones(len(labels), bool)]
     even, classes = np.zeros(len(labels)), np.zeros(len(labels))
@@ -284,9 +284,9 @@ def _items(scores: np.ndarray, labels: np.ndarray, groups: Mapping[str, np.ndarr
         of_class = class_weights(labels[mask])
         classes[mask] += of_class / of_class.sum()
     return {
-        "top1": Items((ranks < 1).astype(float), even),
-        "top5": Items((ranks < 5).astype(float), even),
-        "mean_per_class": Items((ranks < 1).astype(float), classes),
+        "top1": PerExample((ranks < 1).astype(float), even),
+        "top5": PerExample((ranks < 5).astype(float), even),
+        "mean_per_class": PerExample((ranks < 1).astype(float), classes),
     }
 
 

@@ -94,7 +94,7 @@ def write(variables: Mapping[str, Any], config: Mapping[str, Any], path: str, to
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(variables))
     folder = epath.Path(path)
     name = config["data"]["tokenizer"]
-    tokens, length = tokenizer.load(name), config["model"]["txt"]["length"]
+    tokens, length = tokenizer.load(name), config["model"]["txt"]["context_length"]
     own = name not in tokenizer.NAMES
     if to == "safetensors":
         notes, tensors = [], flatten_dict(variables, sep="/")

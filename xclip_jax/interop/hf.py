@@ -59,8 +59,8 @@ def read(
     size, patch = (
         config_mapping.square(cfg_img[key], f"vision_config.{key}", where) for key in ("image_size", "patch_size")
     )
-    img = tower(cfg_img) | {"size": size, "patch": patch, "pre_norm": True}
-    txt = tower(cfg_txt) | {"length": cfg_txt["max_position_embeddings"]}
+    img = tower(cfg_img) | {"image_size": size, "patch": patch, "pre_norm": True}
+    txt = tower(cfg_txt) | {"context_length": cfg_txt["max_position_embeddings"]}
     eot = cfg_txt["eos_token_id"]
     vocab = cfg_txt["vocab_size"]
     tokens = vocabulary.identify(folder, vocab, None if eot == _LEGACY_EOT else eot, where)
@@ -162,9 +162,9 @@ def write(
         "projection_dim": model["embed"],
         "logit_scale_init_value": float(params["log_scale"]),
         "vision_config": tower(model["img"], "vision")
-        | {"image_size": model["img"]["size"], "patch_size": model["img"]["patch"], "num_channels": 3},
+        | {"image_size": model["img"]["image_size"], "patch_size": model["img"]["patch"], "num_channels": 3},
         "text_config": tower(model["txt"], "text")
-        | {"max_position_embeddings": model["txt"]["length"], "vocab_size": vocab, "eos_token_id": eot,
+        | {"max_position_embeddings": model["txt"]["context_length"], "vocab_size": vocab, "eos_token_id": eot,
            "bos_token_id": tokens.sot_id, "pad_token_id": vocabulary.padding(tokens)},
         "dtype": "float32",
     }  # fmt: skip
@@ -193,6 +193,6 @@ def beside(config: Mapping[str, Any]) -> dict[str, str]:
         "crop_size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": prepare.mean, "image_std": prepare.std,
     }  # fmt: skip
-    length = config["model"]["txt"]["length"]
+    length = config["model"]["txt"]["context_length"]
     words = vocabulary.clip_files(length) if tokens == "clip" else vocabulary.own_files(tokens, length)
     return {PREPROCESSOR: json.dumps(processor, indent=2) + "\n"} | words

@@ -78,7 +78,7 @@ def read(
     projection = f"{prefix}text_projection.bias"
     if projection in found and not found[projection].any():
         found.pop(projection)
-    prepare = _preprocessing(preprocess, img["size"], where)
+    prepare = _preprocessing(preprocess, img["image_size"], where)
     config = config_mapping.config(model, tokens, prepare, notes, "open_clip", bias=bias is not None)
     return config, param_mapping.read(found, table, where)
 
@@ -112,10 +112,10 @@ def _inferred(found: Mapping[str, np.ndarray], prefix: str, where: str) -> dict[
 
     conv, texts = found["visual.conv1.weight"], found[f"{prefix}positional_embedding"]
     grid = round((len(found["visual.positional_embedding"]) - 1) ** 0.5)
-    img = {"patch": conv.shape[-1], "size": grid * conv.shape[-1], "pre_norm": "visual.ln_pre.weight" in found}
+    img = {"patch": conv.shape[-1], "image_size": grid * conv.shape[-1], "pre_norm": "visual.ln_pre.weight" in found}
     return {
         "img": tower("visual.transformer.resblocks.", len(conv)) | img,
-        "txt": tower(f"{prefix}transformer.resblocks.", texts.shape[1]) | {"length": len(texts)},
+        "txt": tower(f"{prefix}transformer.resblocks.", texts.shape[1]) | {"context_length": len(texts)},
     }
 
 
@@ -149,12 +149,12 @@ def _from_config(
 
     width = vision.get("width", 768)
     img = tower(vision, width, width // vision.get("head_width", 64)) | {
-        "size": config_mapping.square(vision.get("image_size", 224), "image_size", where),
+        "image_size": config_mapping.square(vision.get("image_size", 224), "image_size", where),
         "patch": config_mapping.square(vision.get("patch_size", 16), "patch_size", where),
         "pre_norm": not vision.get("no_ln_pre", False),
     }
     length = text.get("context_length", 77)
-    txt = tower(text, text.get("width", 512), text.get("heads", 8)) | {"length": length}
+    txt = tower(text, text.get("width", 512), text.get("heads", 8)) | {"context_length": length}
     vocab, eot = text.get("vocab_size", vocabulary.CLIP_SIZE), None
     if text.get("pool_type", "argmax") == "eos":
         eot = text.get("eos_id", 2)
@@ -195,11 +195,11 @@ def write(
         return found
 
     vision = options(img) | {
-        "image_size": img["size"], "patch_size": img["patch"], "head_width": img["width"] // img["heads"],
+        "image_size": img["image_size"], "patch_size": img["patch"], "head_width": img["width"] // img["heads"],
     }  # fmt: skip
     if not img["pre_norm"]:
         vision["no_ln_pre"] = True
-    text = options(txt) | {"context_length": txt["length"], "vocab_size": vocab, "heads": txt["heads"]}
+    text = options(txt) | {"context_length": txt["context_length"], "vocab_size": vocab, "heads": txt["heads"]}
     if eot != vocab - 1:
         text |= {"pool_type": "eos", "eos_id": eot}
     if tokens.name != "clip":

@@ -139,7 +139,7 @@ def _block(ours: str, theirs: str, tower: Mapping[str, Any], names: Names) -> li
 def links(model: Mapping[str, Any], vocab: int, names: Names, *, bias: bool) -> list[Link]:
     """All tensors of a CLIP of group `model`, with a class token and unrolled blocks; `bias` is the sigmoid's."""
     img, txt, embed = model["img"], model["txt"], model["embed"]
-    d, patch, tokens = img["width"], img["patch"], (img["size"] // img["patch"]) ** 2 + 1
+    d, patch, tokens = img["width"], img["patch"], (img["image_size"] // img["patch"]) ** 2 + 1
     found = [
         Link("img/patches/kernel", (names.img["patches/kernel"],), (d, 3, patch, patch),
              lambda x: x.transpose(2, 3, 1, 0).reshape(-1, d),
@@ -149,7 +149,7 @@ def links(model: Mapping[str, Any], vocab: int, names: Names, *, bias: bool) -> 
         *(_norm("img/norm_pre", names.img["norm_pre"], d) if img["pre_norm"] else []),
         *_norm("img/norm_post", names.img["norm_post"], d),
         Link("txt/tokens", (names.txt["tokens"],), (vocab, txt["width"])),
-        Link("txt/positions", (names.txt["positions"],), (txt["length"], txt["width"])),
+        Link("txt/positions", (names.txt["positions"],), (txt["context_length"], txt["width"])),
         *_norm("txt/norm_post", names.txt["norm_post"], txt["width"]),
         Link("log_scale", (names.heads["log_scale"],), ()),
     ]  # fmt: skip

@@ -147,7 +147,9 @@ class ClusterHead(nn.Module):
             s = factors.logits()
             return batch_norm("norm_last", affine=False)(s) if self.last_norm else s
         if self.last_norm:
-            raise UserError("model.cluster_head.last_norm needs all logits at once; set loss.chunk=0, or it to false.")
+            raise UserError(
+                "model.cluster_head.last_norm needs all logits at once; set loss.chunk_size=0, or it to false."
+            )
         return factors
 
 

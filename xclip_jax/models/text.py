@@ -19,7 +19,7 @@ Array = jax.Array
 class TextTowerConfig:
     """Config group `model.txt`; see `TextTransformer`. The vocabulary is the tokenizer's."""
 
-    length: int = key(77, "tokens of a text, with its start and end", at_least(2))
+    context_length: int = key(77, "tokens of a text, with its start and end", at_least(2))
     width: int = key(512, "channels of a token", at_least(1))
     depth: int = key(12, "blocks", at_least(1))
     heads: int = key(8, "attention heads; they divide width", at_least(1))
@@ -43,7 +43,7 @@ class TextTransformer(nn.Module):
 
     vocab: int = 49408
     eot_id: int = 49407
-    length: int = 77
+    context_length: int = 77
     width: int = 512
     depth: int = 12
     heads: int = 8
@@ -56,10 +56,12 @@ class TextTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, text: Array) -> Array:
-        if text.shape[1] > self.length:
-            raise UserError(f"{text.shape[1]} tokens met a tower of length {self.length}; set model.txt.length.")
+        if text.shape[1] > self.context_length:
+            raise UserError(
+                f"expected at most {self.context_length} tokens, got {text.shape[1]}; set model.txt.context_length."
+            )
         tokens = self.param("tokens", named(nn.initializers.normal(0.02), "vocab", "table"), (self.vocab, self.width))
-        shape = (self.length, self.width)
+        shape = (self.context_length, self.width)
         positions = self.param("positions", named(nn.initializers.normal(0.01), None, "table"), shape)
         x = (tokens[text] + positions[: text.shape[1]]).astype(self.dtype)  # (b, n, d)
         x = Transformer(

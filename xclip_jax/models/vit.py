@@ -102,7 +102,7 @@ class AttentionPool(nn.Module):
 class ImageTowerConfig:
     """Config group `model.img`; see `VisionTransformer`."""
 
-    size: int = key(224, "side of the square image, pixels; a multiple of patch", at_least(1))
+    image_size: int = key(224, "side of the square image, pixels; a multiple of patch", at_least(1))
     patch: int = key(16, "side of a patch, pixels", at_least(1))
     width: int = key(768, "channels of a token", at_least(1))
     depth: int = key(12, "blocks", at_least(1))
@@ -120,8 +120,8 @@ class ImageTowerConfig:
 
     def conflicts(self) -> Iterator[str]:
         """Values that do not go together."""
-        if self.size % self.patch:
-            yield f"size {self.size} must be a multiple of patch {self.patch}"
+        if self.image_size % self.patch:
+            yield f"image_size {self.image_size} must be a multiple of patch {self.patch}"
         if self.stem == "hmlp" and (self.patch % 4 or self.width % 4):
             yield (
                 f"stem 'hmlp' needs multiples of 4, and patch is {self.patch}, width {self.width}; change them, or set "
@@ -138,7 +138,7 @@ class VisionTransformer(nn.Module):
     batch it is encoded; without it all patches are kept. `paths` is the same of `drop_path`, see `Transformer`.
 
     Attributes:
-      size: side of the square input, pixels; a multiple of `patch`.
+      image_size: side of the square input, pixels; a multiple of `patch`.
       patch: side of a patch, pixels.
       stem: "linear" (CLIP's one map of a patch's pixels) or "hmlp", see `HierarchicalStem`; it wants a patch that is a
         multiple of 4 and a width that is one.
@@ -148,7 +148,7 @@ class VisionTransformer(nn.Module):
       patch_dropout: share of patches left out of a training pass (FLIP, arXiv 2212.00794); the class token stays.
     """
 
-    size: int = 224
+    image_size: int = 224
     patch: int = 16
     width: int = 768
     depth: int = 12
@@ -209,8 +209,11 @@ class VisionTransformer(nn.Module):
         return x.mean(axis=1, dtype=jnp.float32).astype(self.dtype)  # one token for "cls"
 
     def _check(self, image: Array) -> None:
-        if image.shape[1:] != (self.size, self.size, 3):
-            raise UserError(f"images of shape {image.shape} met a tower of size {self.size}; set model.img.size.")
+        if image.shape[1:] != (self.image_size, self.image_size, 3):
+            raise UserError(
+                f"expected images of {self.image_size} x {self.image_size} pixels, got shape {image.shape}; set "
+                "model.img.image_size."
+            )
 
     def _drop_patches(self, x: Array, noise: Array | None) -> Array:
         if noise is None or self.patch_dropout == 0:

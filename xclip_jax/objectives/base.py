@@ -37,7 +37,7 @@ class LossConfig:
     """Config group `loss`: how a loss is computed, which does not change its value."""
 
     impl: str = key("plain", "contrastive loss by gathered embeddings, or around a ring", choice(("plain", "ring")))
-    chunk: int = key(0, "pairs that the non-contrastive loss takes at a time; 0 for all", at_least(0))
+    chunk_size: int = key(0, "pairs that the non-contrastive loss takes at a time; 0 for all", at_least(0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,8 +50,8 @@ class Nclip(Term):
         return {f"center_{tower}": jnp.zeros(model.cluster_head.clusters) for tower in self.towers}
 
     def in_form(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
-        """With `loss.chunk` pairs at a time."""
-        return functools.partial(self.__call__, chunk=loss.chunk)
+        """With `loss.chunk_size` pairs at a time."""
+        return functools.partial(self.__call__, chunk=loss.chunk_size)
 
     def __call__(
         self,
@@ -79,13 +79,13 @@ class Nclip(Term):
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
         """Options that need the whole batch at once, where the loss takes a part of it at a time."""
-        if loss.chunk and self.balance == "sinkhorn":
+        if loss.chunk_size and self.balance == "sinkhorn":
             yield (
-                "objective.nclip.balance='sinkhorn' normalises over the whole batch; set loss.chunk=0, or balance "
+                "objective.nclip.balance='sinkhorn' normalises over the whole batch; set loss.chunk_size=0, or balance "
                 "'none' or 'center'"
             )
-        if loss.chunk and model.cluster_head.last_norm:
-            yield "model.cluster_head.last_norm needs all logits at once; set loss.chunk=0, or it to False"
+        if loss.chunk_size and model.cluster_head.last_norm:
+            yield "model.cluster_head.last_norm needs all logits at once; set loss.chunk_size=0, or it to False"
 
     def alarms(self, metrics: Mapping[str, float]) -> list[str]:
         """See `losses.noncontrastive.diagnose`."""

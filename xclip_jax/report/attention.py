@@ -88,7 +88,7 @@ def attention(
         return _maps(found["intermediates"]["img"], tower["depth"], tower["pool"])
 
     last, rollout = jax.jit(run, out_shardings=replicated(mesh))(params, images)
-    side = tower["size"] // tower["patch"]
+    side = tower["image_size"] // tower["patch"]
     square = (np.asarray(x).reshape(len(images), side, side) for x in (last, rollout))
     return Maps(picked.tolist(), *square, _LAST[tower["pool"]])
 

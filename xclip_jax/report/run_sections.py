@@ -71,7 +71,7 @@ def _facts(record: Record, parameters: int | None) -> str:
     img = config["model"]["img"]
     facts = {
         "Objective": name,
-        "Image tower": f"{img['size']} px, patch {img['patch']}, width {img['width']}, depth {img['depth']}",
+        "Image tower": f"{img['image_size']} px, patch {img['patch']}, width {img['width']}, depth {img['depth']}",
         "Parameters": f"{parameters:,}" if parameters else "",
         "Training pairs": f"{pairs:,}" if pairs else "",
         "Pairs seen": f"{last['samples']:,} ({last['epoch']:.1f} epochs)" if "epoch" in last else "",
@@ -294,7 +294,7 @@ def _share(part: float, whole: float) -> float:
 
 
 def _lights(record: Record, k: int, b: int) -> str:
-    last, after = record.training[-1], record.config["log"]["alarms_after"]
+    last, after = record.training[-1], record.config["log"]["collapse_warmup_steps"]
     judged = [row for row in record.training if row["step"] >= after and "nclip/agreement" in row]
     alarms = [(int(row["step"]), _alarms(row, k, b)) for row in judged]
     ceiling, chance = min(math.log(b), math.log(k)), _chance(last)

@@ -40,14 +40,14 @@ class Parts:
     compiled: Any
 
     @property
-    def size(self) -> int:
+    def image_size(self) -> int:
         """Side of an image, pixels."""
-        return self.model.img["size"]
+        return self.model.img["image_size"]
 
     @property
-    def length(self) -> int:
+    def context_length(self) -> int:
         """Tokens of a text."""
-        return self.model.txt["length"]
+        return self.model.txt["context_length"]
 
 
 def make_model(config: Config, objective: Objective, tokens: tokenizer.Tokenizer) -> TwoTowers:
@@ -74,8 +74,8 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
     layout = sharding.Layout(mesh, strategy)
     microbatches = config.optim.microbatches
     check_batch(data.batch, mesh, parts=microbatches, parts_key="optim.microbatches")
-    if config.loss.chunk:
-        check_batch(config.loss.chunk, mesh, "loss.chunk")
+    if config.loss.chunk_size:
+        check_batch(config.loss.chunk_size, mesh, "loss.chunk_size")
     objective = make_objective(config.objective, config.loss, mesh)
     prepare = Preprocessing.from_config(dataclasses.asdict(config))
     tokens = tokenizer.load(data.tokenizer)
@@ -85,21 +85,21 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
     init = state.init_fn(
         model,
         tx,
-        image_size=config.model.img.size,
-        text_length=config.model.txt.length,
+        image_size=config.model.img.image_size,
+        text_length=config.model.txt.context_length,
         loss_state=objective.initial_state(config.model, tokens.vocab_size),
         ema=ema.on or objective.teacher,
         seed=config.seed,
     )
 
-    patches = (config.model.img.size // config.model.img.patch) ** 2
+    patches = (config.model.img.image_size // config.model.img.patch) ** 2
 
     def draw(key: jax.Array, batch: dict[str, jax.Array]) -> dict[str, Any]:
         if "image" not in batch:
             return batch
         b, (key_image, key_patches) = len(batch["image"]), jax.random.split(key)
-        inputs = batch | transforms.draw(key_image, b, flip=data.flip, color=data.color)
-        inputs = objective.draw(key, inputs, config.model.img.size)
+        inputs = batch | transforms.draw(key_image, b, flip=data.flip_prob, color=data.color_jitter)
+        inputs = objective.draw(key, inputs, config.model.img.image_size)
         if model.img["patch_dropout"]:
             inputs["patches"] = jax.random.uniform(key_patches, (b, patches))
         if model.img.get("drop_path"):

@@ -22,7 +22,7 @@ def make_encoder(
     return Encoder(
         parts.model,
         parts.tokenizer,
-        text_length=parts.length,
+        text_length=parts.context_length,
         preprocessing=parts.preprocessing,
         mesh=parts.mesh,
         batch=config.eval.batch,

@@ -103,7 +103,7 @@ class MetricLogger:
         self.ledger, self.stalls = ledger, InputStallTimer()
         self._job, self._callbacks = job, callbacks
         self._progress = Progress(start, job.config.steps, job.parts.data.batch, job.parts.objective.progress)
-        self._collapse = CollapseMonitor(job.parts.objective.alarms, job.config.log.alarms_after)
+        self._collapse = CollapseMonitor(job.parts.objective.alarms, job.config.log.collapse_warmup_steps)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._writer = None
         if jax.process_index() == 0:
@@ -162,7 +162,7 @@ class MetricLogger:
                 last = "there is no checkpoint yet" if saved is None else f"the last checkpoint is of step {saved}"
                 raise UserError(
                     f"{name.replace('_', ' ')} of step {step} is {scalars[name]} and is not saved; {last}. Lower "
-                    "optim.lr, lengthen optim.warmup or set optim.clip=1, under a different --config.run."
+                    "optim.lr, lengthen optim.warmup or set optim.grad_clip_norm=1, under a different --config.run."
                 )
 
     def has_evaluation(self, step: int) -> bool:

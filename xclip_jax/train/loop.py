@@ -61,7 +61,7 @@ def _batches(job: Job, start: int, ledger: Ledger) -> Iterator[dict[str, np.ndar
     config, parts = job.config, job.parts
     return loader.batches(
         loader.sample_order(job.sources, parts.data, config.seed),
-        loader.Transform(parts.data, parts.size, parts.tokenizer, parts.length, parts.objective.fields),
+        loader.Transform(parts.data, parts.image_size, parts.tokenizer, parts.context_length, parts.objective.fields),
         batch=parts.data.batch,
         start=start,
         stop=config.steps,

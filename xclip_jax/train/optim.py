@@ -40,7 +40,7 @@ class OptimConfig:
     layer_decay: float = key(
         1.0, "updates of a layer over those of the layer above; 1 for none", Check("above 0 and at most 1", _is_share)
     )
-    clip: float = key(0.0, "bound on the global norm of the gradient; 0 for none", at_least(0))
+    grad_clip_norm: float = key(0.0, "bound on the global norm of the gradient; 0 for none", at_least(0))
     mu_dtype: str = key("float32", "of the first moment; the second is float32", choice(("float32", "bfloat16")))
     microbatches: int = key(1, "parts of the batch that are encoded one after another; exact", at_least(1))
 
@@ -137,7 +137,7 @@ def make_optimizer(config: OptimConfig, steps: int, frozen: Collection[str] = ()
     if config.layer_decay != 1:
         # AdamW's weight decay is part of the update, and falls with the layer's learning rate, as in PyTorch.
         adamw = optax.chain(adamw, _decay_layers(config.layer_decay))
-    tx = optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
+    tx = optax.chain(optax.clip_by_global_norm(config.grad_clip_norm), adamw) if config.grad_clip_norm else adamw
     if not frozen:
         return tx
     return optax.partition(

@@ -63,7 +63,7 @@ def make_train_step(
     def project(params: Any, batch_stats: Any, h: Features) -> tuple[Batch, Any]:
         variables = {"params": params, "batch_stats": batch_stats}
         out, moved = model.apply(
-            variables, *h, train=True, logits=not objective.loss.chunk, mutable=["batch_stats"], method="project"
+            variables, *h, train=True, logits=not objective.loss.chunk_size, mutable=["batch_stats"], method="project"
         )
         return out, moved.get("batch_stats", {})
 

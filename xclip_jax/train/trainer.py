@@ -75,7 +75,10 @@ def _train(
         state, position = checkpointer.restore_finite(parts.abstract)
         log0(f"resuming at step {int(state.step)}, sample {position['samples']:,}")
     ledger = Ledger(
-        job.folder.path, max_bad=parts.data.max_bad, start=position["samples"], counters=position.get("counters")
+        job.folder.path,
+        max_bad_fraction=parts.data.max_bad_fraction,
+        start=position["samples"],
+        counters=position.get("counters"),
     )
     log = MetricLogger(job, int(state.step), ledger, callbacks)
     preemption.saves = True

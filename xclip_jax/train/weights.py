@@ -54,7 +54,7 @@ def load(path: str, step: int | None = None) -> tuple[ml_collections.ConfigDict,
     config, variables = (_run_config(run), None) if run.is_run() else _read_foreign(path, step)
     # Layout and batch belong to the machine that trained, not to what was learned.
     config.mesh.update(data=-1, fsdp=1, model=1, strategy="dp")
-    config.optim.microbatches, config.loss.chunk, config.loss.impl = 1, 0, "plain"
+    config.optim.microbatches, config.loss.chunk_size, config.loss.impl = 1, 0, "plain"
     config.data.batch = jax.device_count()
     parts = build(config)
     if variables is not None:
@@ -220,8 +220,8 @@ def _convert_positions(table: np.ndarray, template: Mapping[str, Any], tower: st
     if tower == "txt":
         if n < expected:
             raise UserError(
-                f"init.weights has positions for texts of {n} tokens and model.txt.length is {expected}; set it to "
-                f"{n} or less."
+                f"init.weights has positions for texts of {n} tokens and model.txt.context_length is {expected}; set "
+                f"it to {n} or less."
             )
         notes.append(f"text positions cut from {n} to {expected}")
         return table[:expected]
