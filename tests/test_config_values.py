@@ -115,7 +115,7 @@ BAD = [
 CLASSIFY = {"objective.name": "classify", "objective.terms": {"classify": 1.0}}
 # Values that are allowed by themselves and not together.
 CONFLICTS = [
-    ({"model.img.patch": 5}, r"model\.img\.size 16 must be a multiple of patch 5"),
+    ({"model.img.patch": 5}, r"model\.img\.image_size 16 must be a multiple of patch 5"),
     ({"model.img.heads": 5}, r"model\.img\.width 32 must be a multiple of heads 5"),
     ({"model.txt.heads": 5}, r"model\.txt\.width 32 must be a multiple of heads 5"),
     ({"model.img.mlp_ratio": 0.01}, r"model\.img\.mlp_ratio 0\.01 of width 32 leaves"),

@@ -205,7 +205,7 @@ def test_the_model_has_one_tower_and_a_classifier():
 
 def test_mixed_images_and_labels_belong_together():
     """The step's loss is the cross-entropy of the model's logits on mixed images and equally mixed labels."""
-    p = make(1, **IMAGES | {"data__flip": 0.0, "data__color": 0.0, "model__img__drop_path": 0.0})
+    p = make(1, **IMAGES | {"data__flip_prob": 0.0, "data__color_jitter": 0.0, "model__img__drop_path": 0.0})
     s, b = state.create(p.init, p.abstract), batch(p)
     metrics = jax.jit(lambda *args: p.step(*args)[1])(s, loader.to_global(b, p.mesh))
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(s.seed), s.step), 1)
@@ -335,7 +335,7 @@ def images(tmp_path_factory):
 def pretrained(tmp_path_factory):
     """A run that was saved before its first step, whose towers are then fine-tuned."""
     run = tmp_path_factory.mktemp("pretrained") / "run"
-    c = tiny.config("clip", run=run, model__txt__length=24)
+    c = tiny.config("clip", run=run, model__txt__context_length=24)
     p = build.build(c, jax.devices()[:1])
     with Checkpointer(run) as checkpointer:
         checkpointer.save(state.create(p.init, p.abstract), {"samples": 0})

@@ -18,7 +18,7 @@ def test_known_models():
 
 @pytest.mark.parametrize(("pool", "stem"), [("cls", "linear"), ("mean", "linear"), ("map", "linear"), ("cls", "hmlp")])
 def test_against_the_compilers_count(pool, stem):
-    config = tiny.config("xclip", model__img__width=128, model__img__size=32, model__txt__width=64)
+    config = tiny.config("xclip", model__img__width=128, model__img__image_size=32, model__txt__width=64)
     config.model.img.pool, config.model.img.stem = pool, stem
     p = build.build(config, jax.devices()[:1])
     variables = nn.unbox(jax.eval_shape(p.model.init, jax.random.key(0), *shapes(config)))

@@ -1,0 +1,185 @@
+"""Seconds of a training step on this machine: xclip_jax beside open_clip, beside CLIP, or beside another checkout.
+
+    pip install '.[bench]' && JAX_PLATFORMS=cpu python -m benchmarks.step
+    python -m benchmarks.step --objective xclip          # beside CLIP, k = 4096, in place of open_clip
+    python -m benchmarks.step --against ../old-checkout  # the same of another checkout
+
+Two processes with models of equal size (17,750,401 parameters: image tower 12 x 192, 64 pixels, patch 16; text tower
+6 x 192, 32 tokens; embedding 256), batch 256, float32, texts that fill the context, AdamW (open_clip: fused). Both
+compile first; then each takes --steps steps in turn, --turns times, while the other waits. Prints each turn's median,
+what the first step took, and last "ratio R", the median of the first over that of the second. Set GLIBC_TUNABLES as
+launch/common.sh does.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+BATCH, IMAGE_SIZE, PATCH, CONTEXT, VOCAB, EMBED = 256, 64, 16, 32, 49408, 256
+TOWERS = {"img": {"width": 192, "depth": 12, "heads": 3}, "txt": {"width": 192, "depth": 6, "heads": 3}}
+CLUSTERS = 4096
+
+
+def batch() -> tuple[np.ndarray, np.ndarray]:
+    """uint8 images (b, h, w, 3) and int32 tokens (b, n) whose last one is the end of the text."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, VOCAB - 2, (BATCH, CONTEXT), np.int32)
+    tokens[:, 0], tokens[:, -1] = VOCAB - 2, VOCAB - 1
+    return rng.integers(0, 256, (BATCH, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), tokens
+
+
+def ours(objective: str) -> Callable[[], float]:
+    """Take one step of xclip_jax and return its loss."""
+    import jax
+
+    from xclip_jax.configs import common
+    from xclip_jax.train import build, state
+
+    config = common.base(objective, "Ti/12")
+    config.steps, config.optim.warmup, config.data.batch = 1000, 0, BATCH
+    config.model.dtype, config.model.embed = "float32", EMBED
+    config.model.img.image_size, config.model.img.patch = IMAGE_SIZE, PATCH
+    config.model.txt.context_length = CONTEXT
+    for tower, sizes in TOWERS.items():
+        config.model[tower].update(sizes, scan=False)
+    config.model.cluster_head.update(clusters=CLUSTERS, hidden=CLUSTERS)
+    parts = build.build(config)
+    current = [state.create(parts.init, parts.abstract)]
+    image, text = (jax.device_put(x) for x in batch())
+
+    def step() -> float:
+        current[0], metrics = parts.step(current[0], {"image": image, "text": text})
+        return float(metrics["loss"])
+
+    return step
+
+
+def open_clip(objective: str) -> Callable[[], float]:
+    """The same of open_clip."""
+    import open_clip as peer
+    import torch
+
+    del objective
+    torch.manual_seed(0)
+    img, txt = TOWERS["img"], TOWERS["txt"]
+    vision = {
+        "image_size": IMAGE_SIZE, "patch_size": PATCH, "width": img["width"], "layers": img["depth"],
+        "head_width": img["width"] // img["heads"],
+    }  # fmt: skip
+    text = {
+        "context_length": CONTEXT, "vocab_size": VOCAB, "width": txt["width"], "heads": txt["heads"],
+        "layers": txt["depth"],
+    }  # fmt: skip
+    model = peer.model.CLIP(EMBED, vision, text)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.98), weight_decay=0.5, fused=True)
+    loss_of = peer.ClipLoss()
+    pixels, tokens = batch()
+    tokens = torch.from_numpy(tokens.astype(np.int64))
+    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+    def step() -> float:
+        images = (pixels.float() / 255 - 0.5) / 0.25
+        loss = loss_of(*model(images, tokens)[:3])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, np.log(100))
+        return loss.item()
+
+    return step
+
+
+def child(program: str, objective: str) -> None:
+    """Print the seconds of the first step, then for each line N of stdin those of N more."""
+    began = time.perf_counter()
+    step = {"ours": ours, "open_clip": open_clip}[program](objective)
+    loss = step()
+    print(json.dumps({"first": time.perf_counter() - began, "loss": loss}), flush=True)
+    for line in sys.stdin:
+        seconds = []
+        for _ in range(int(line)):
+            began = time.perf_counter()
+            loss = step()
+            seconds.append(time.perf_counter() - began)
+        print(json.dumps({"seconds": seconds, "loss": loss}), flush=True)
+
+
+class Program:
+    """A process that takes steps when it is asked to."""
+
+    def __init__(self, label: str, program: str, objective: str, checkout: pathlib.Path) -> None:
+        command = [sys.executable, "-m", "benchmarks.step", "--child", program, "--objective", objective]
+        environment = os.environ | {"PYTHONPATH": str(checkout)}
+        self.label, self.seconds = label, []
+        self.process = subprocess.Popen(
+            command, cwd=checkout, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        first = self._answer()
+        print(f"{label}: first step after {first['first']:.1f} s, loss {first['loss']:.4f}", flush=True)
+        self.take(2)
+        self.seconds.clear()
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"{self.label}: the process ended; see its error above")
+        return json.loads(line)
+
+    def take(self, steps: int) -> float:
+        """Median seconds of `steps` steps."""
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        self.seconds += answer["seconds"]
+        return statistics.median(answer["seconds"])
+
+
+def main() -> None:
+    """Print a line for each turn, then the medians and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objective", choices=("clip", "xclip"), default="clip")
+    parser.add_argument("--against", type=pathlib.Path, help="another checkout of xclip_jax, in place of open_clip")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--child", choices=("ours", "open_clip"), help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.child:
+        child(flags.child, flags.objective)
+        return
+    here = pathlib.Path(__file__).resolve().parents[1]
+    print(f"{os.cpu_count()} cores, {platform.machine()}, GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES', '')}")
+    first = Program(f"xclip_jax {flags.objective}", "ours", flags.objective, here)
+    if flags.against:
+        second = Program(str(flags.against), "ours", flags.objective, flags.against.resolve())
+    elif flags.objective == "xclip":
+        second = Program("xclip_jax clip", "ours", "clip", here)
+    else:
+        second = Program("open_clip", "open_clip", "clip", here)
+    for turn in range(flags.turns):
+        print(
+            f"turn {turn + 1}: " + ", ".join(f"{p.label} {p.take(flags.steps):.3f} s" for p in (first, second)),
+            flush=True,
+        )
+    medians = [statistics.median(p.seconds) for p in (first, second)]
+    for program, median in zip((first, second), medians, strict=True):
+        print(
+            f"{program.label}: median {median:.3f} s of {len(program.seconds)} steps, "
+            f"fastest {min(program.seconds):.3f} s"
+        )
+        program.process.stdin.close()
+        program.process.wait()
+    print(f"ratio {medians[0] / medians[1]:.3f}")
+
+
+if __name__ == "__main__":
+    main()
