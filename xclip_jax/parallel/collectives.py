@@ -60,13 +60,13 @@ class Collective:
 
 
 def _group(line: str, devices: int) -> int:
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
-        return int(found[2])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
-        return found[1].count(",") + 1
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(match[2])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return match[1].count(",") + 1
     return 1 if "source_target_pairs={}" in line else devices
 
 
@@ -75,10 +75,10 @@ def _arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _operation(line: str, devices: int, count: int) -> Collective | None:
-    found = _OP.search(line)
-    if not found:
+    match = _OP.search(line)
+    if not match:
         return None
-    result, kind, start = found.groups()
+    result, kind, start = match.groups()
     arrays = _arrays(result)
     if start and kind != "all-reduce":
         # An asynchronous start returns operands and results, and on TPUs some flags.
@@ -103,27 +103,27 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
     bodies: dict[str, list[str]] = {}
     entry = name = ""
     for line in hlo.splitlines():
-        if found := _HEAD.match(line):
-            name = found[2]
+        if match := _HEAD.match(line):
+            name = match[2]
             bodies[name] = []
-            entry = name if found[1] else entry
+            entry = name if match[1] else entry
         elif name:
             bodies[name].append(line)
     # The TPU compiler spreads a collective over other work and writes it several times, under one channel; some of the
     # places may be in a loop, through which one execution goes on.
     channels: dict[str, Collective] = {}
-    for channel, found in _walk(bodies, entry, devices, 1):
-        known = channels.setdefault(channel, found)
-        if found.total < known.total:
-            channels[channel] = found
+    for channel, operation in _walk(bodies, entry, devices, 1):
+        known = channels.setdefault(channel, operation)
+        if operation.total < known.total:
+            channels[channel] = operation
     return list(channels.values())
 
 
 def _walk(bodies: dict[str, list[str]], name: str, devices: int, count: int) -> Iterator[tuple[str, Collective]]:
     for line in bodies.get(name, ()):
-        if found := _operation(line, devices, count):
+        if operation := _operation(line, devices, count):
             channel = re.search(r"channel_id=(\d+)", line)
-            yield channel[1] if channel else f"{name}{line}", found
+            yield channel[1] if channel else f"{name}{line}", operation
             continue  # what it applies is a sum of two numbers
         if "=" not in line:
             continue
@@ -135,17 +135,17 @@ def _walk(bodies: dict[str, list[str]], name: str, devices: int, count: int) -> 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int:
     """How often a loop runs: the compiler's note, else the number that its condition compares with; 1 if neither."""
-    if found := _TRIPS.search(line):
-        return int(found[1])
+    if match := _TRIPS.search(line):
+        return int(match[1])
     condition = re.search(r"condition=%?([\w.\-]+)", line)
     text = "\n".join(bodies.get(condition[1], ())) if condition else ""
     bounds = [int(n) for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", text)]
     return max(bounds, default=1)
 
 
-def summary(found: list[Collective]) -> dict[str, float]:
+def summary(collectives: list[Collective]) -> dict[str, float]:
     """Payload in bytes by kind."""
     totals: dict[str, float] = collections.defaultdict(float)
-    for each in found:
+    for each in collectives:
         totals[each.kind] += each.total
     return dict(totals)

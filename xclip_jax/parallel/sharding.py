@@ -55,7 +55,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh, a strategy, and the mesh axes that `map_rows` has already taken apart."""
+    """A mesh, a strategy, and the mesh axes over which `map_rows` has already split its rows."""
 
     mesh: Mesh
     strategy: str
@@ -67,7 +67,7 @@ _active: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout"
 
 @contextlib.contextmanager
 def use(layout: Layout) -> Iterator[None]:
-    """What `constrain` and `map_rows` mean while a function is traced inside."""
+    """Context in which `constrain` and `map_rows` apply `layout`."""
     token = _active.set(layout)
     try:
         yield
@@ -106,7 +106,7 @@ def map_rows(fn: Callable[[Any, Any], Any], shared: Any, rows: Any, parts: int, 
       fn: sees `shared`, and arrays whose first dimension is a part of the batch.
       shared: a tree of arrays that do not depend on the batch.
       rows: a tree of arrays whose first dimension is the global batch.
-      parts: how many; each takes rows of every device, so that none stands idle.
+      parts: how many; each takes rows of every device, so that none is idle.
       stack: whether a result describes its part as a whole: then results are stacked on a new first dimension, one for
         each part of each device. Otherwise they have the part's rows first, and come back in the batch's order.
     """
@@ -116,8 +116,8 @@ def map_rows(fn: Callable[[Any, Any], Any], shared: Any, rows: Any, parts: int, 
         def one(part: Any) -> Any:
             return fn(shared, part)
 
-        found = jax.lax.map(jax.checkpoint(one), jax.tree.map(lambda x: _split(x, parts), rows))
-        return found if stack else jax.tree.map(_join, found)
+        results = jax.lax.map(jax.checkpoint(one), jax.tree.map(lambda x: _split(x, parts), rows))
+        return results if stack else jax.tree.map(_join, results)
 
     if layout is None:
         return local(shared, rows)
@@ -158,9 +158,11 @@ def shardings(boxed: Any, mesh: Mesh, strategy: str) -> Any:
     one_of("mesh.strategy", strategy, STRATEGIES)
     specs = nn.get_partition_spec(boxed)
     names = {axis for spec in jax.tree.leaves(specs, is_leaf=_is_spec) for axis in spec if axis}
-    found = nn.logical_to_mesh_sharding(specs, mesh, [(name, RULES[strategy].get(name)) for name in sorted(names)])
+    shardings_of = nn.logical_to_mesh_sharding(
+        specs, mesh, [(name, RULES[strategy].get(name)) for name in sorted(names)]
+    )
     for (path, x), sharding in zip(
-        jax.tree_util.tree_leaves_with_path(nn.unbox(boxed)), jax.tree.leaves(found), strict=True
+        jax.tree_util.tree_leaves_with_path(nn.unbox(boxed)), jax.tree.leaves(shardings_of), strict=True
     ):
         for size, axis in zip(x.shape, sharding.spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
@@ -169,7 +171,7 @@ def shardings(boxed: Any, mesh: Mesh, strategy: str) -> Any:
                     f"{jax.tree_util.keystr(path, simple=True, separator='/')}; choose a size that does, or another "
                     "mesh.strategy."
                 )
-    return found
+    return shardings_of
 
 
 def _is_spec(x: Any) -> bool:
