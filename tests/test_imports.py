@@ -19,6 +19,7 @@ FLOORS = (
         "config.renamed",
         "console",
         "environment",
+        "imports",
         "storage",
         "run_folder",
         "logits",
@@ -33,7 +34,7 @@ FLOORS = (
     {"main", "cli", "config.load", "evaluate", "embed", "export", "plan", "doctor", "report.__main__", "data.check"},
 )
 # Small files that everybody may use: they do not count as rooms that a room depends on.
-GROUND = {"errors", "config.fields", "config.renamed", "console", "environment", "storage", "run_folder"}
+GROUND = {"errors", "config.fields", "config.renamed", "console", "environment", "imports", "storage", "run_folder"}
 MOST_ROOMS = 6
 # The trainer's job is to bring the rooms together, the report's to show what is in each.
 MORE_ROOMS = {"train": 9, "report": 7}

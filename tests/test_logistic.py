@@ -7,8 +7,8 @@ import pytest
 import scipy.special
 from sklearn.linear_model import LogisticRegression
 
-from xclip_jax.evaluators import logistic, probe
-from xclip_jax.evaluators.probe import Sweep
+from xclip_jax.evaluators import feature_classifiers, logistic
+from xclip_jax.evaluators.feature_classifiers import Sweep
 
 CS = (1e-4, 1e-2, 1.0, 100.0)
 
@@ -80,7 +80,9 @@ def test_probe_chooses_the_c_that_sklearn_would(classes):
     """CLIP's protocol by scikit-learn: each C of a coarse grid on validation, then a fit on both, tested once."""
     train, held, test = (features(n, classes, seed=seed, spread=0.2) for seed, n in enumerate((100, 300, 500)))
     sweep = Sweep(tuple(2.0**e for e in range(-12, 5)), 0, 1e-6)
-    right, extra = probe.linear(train, held, test, classes, sweep, lambda logits, y: -_log_loss(logits, y))
+    right, extra = feature_classifiers.linear(
+        train, held, test, classes, sweep, lambda logits, y: -_log_loss(logits, y)
+    )
     losses = {c: _log_loss(sklearn_fit(*train, c).predict_log_proba(held[0]), held[1]) for c in sweep.coarse}
     best = min(losses, key=losses.get)
     assert sweep.coarse[0] < best < sweep.coarse[-1]

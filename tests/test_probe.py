@@ -8,8 +8,9 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from tests.encoding import SIZE, by_name, make_encoder, small_model
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import logistic, probe, sgd
-from xclip_jax.evaluators.probe import Probe, ProbeSet, Sweep
+from xclip_jax.evaluators import feature_classifiers, logistic, sgd
+from xclip_jax.evaluators.feature_classifiers import Sweep
+from xclip_jax.evaluators.probe import Probe, ProbeSet
 from xclip_jax.evaluators.provenance import Provenance
 
 
@@ -99,39 +100,39 @@ def test_wrong_input_of_a_probe(x, y, c, message):
 
 @pytest.mark.parametrize("chunk", [1 << 25, 600 * 7])
 def test_knn_equals_sklearn(chunk, monkeypatch):
-    monkeypatch.setattr(probe, "_CHUNK", chunk)
+    monkeypatch.setattr(feature_classifiers, "_CHUNK", chunk)
     (x, y), (held, _) = features(), features(n=100, seed=1)
     peer = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)).fit(x - 1, y)
-    votes = probe.knn(x - 1, y, held - 1, 7)
+    votes = feature_classifiers.knn(x - 1, y, held - 1, 7)
     share = votes / votes.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(share, peer.predict_proba(held - 1), atol=1e-3)
     assert (votes.argmax(axis=1) == peer.predict(held - 1)).all()
 
 
 def test_knn_of_fewer_items_than_neighbours():
-    votes = probe.knn(np.eye(3), np.array([0, 1, 1]), np.array([[1.0, 0.1, 0.0]]), 2)
+    votes = feature_classifiers.knn(np.eye(3), np.array([0, 1, 1]), np.array([[1.0, 0.1, 0.0]]), 2)
     assert votes.argmax() == 0 and votes.shape == (1, 2)
 
 
 def test_parts_of_a_training_set():
     labels = np.repeat([0, 1, 2], [200, 50, 30])
-    assert np.bincount(labels[probe.subset(labels, "5-shot")]).tolist() == [5, 5, 5]
-    assert np.bincount(labels[probe.subset(labels, "10%")]).tolist() == [20, 5, 3]
-    assert np.bincount(labels[probe.subset(labels, "1%")]).tolist() == [2, 1, 1]
-    assert (probe.subset(labels, "5-shot", 0) != probe.subset(labels, "5-shot", 1)).any()
+    assert np.bincount(labels[feature_classifiers.subset(labels, "5-shot")]).tolist() == [5, 5, 5]
+    assert np.bincount(labels[feature_classifiers.subset(labels, "10%")]).tolist() == [20, 5, 3]
+    assert np.bincount(labels[feature_classifiers.subset(labels, "1%")]).tolist() == [2, 1, 1]
+    assert (feature_classifiers.subset(labels, "5-shot", 0) != feature_classifiers.subset(labels, "5-shot", 1)).any()
     wrong = (
-        ("five", "'five' is unknown"),
+        ("five", "'five'; expected"),
         ("0-shot", "unknown"),
         ("200%", "unknown"),
         ("31-shot", "class 2"),
-        ("nan%", "'nan%' is unknown"),
+        ("nan%", "'nan%'; expected"),
         ("-5%", "unknown"),
         ("inf%", "unknown"),
         ("inf-shot", "unknown"),
     )
     for amount, message in wrong:
         with pytest.raises(UserError, match=message):
-            probe.subset(labels, amount)
+            feature_classifiers.subset(labels, amount)
 
 
 def test_the_search_is_clips(monkeypatch):
@@ -149,11 +150,11 @@ def test_the_search_is_clips(monkeypatch):
         return Fit(cs)
 
     monkeypatch.setattr(logistic, "fit", fit)
-    best, found = probe.search((0, 0), (0, 0), 2, Sweep(), lambda c, _: -abs(np.log10(c) - 1.3))
+    best, found = feature_classifiers.search((0, 0), (0, 0), 2, Sweep(), lambda c, _: -abs(np.log10(c) - 1.3))
     assert tried[0] == [10.0**e for e in range(-6, 7, 2)]
     assert [len(cs) for cs in tried[1:]] == [2, 2, 2, 2]
     assert np.log10(best) == pytest.approx(1.25) and len(found) == 15  # the end: eight steps a decade
-    best, _ = probe.search((0, 0), (0, 0), 2, Sweep((1.0, 10.0), 0), lambda c, _: 0.0)
+    best, _ = feature_classifiers.search((0, 0), (0, 0), 2, Sweep((1.0, 10.0), 0), lambda c, _: 0.0)
     assert best == 1.0
 
 
@@ -167,7 +168,7 @@ def test_the_search_stays_within_its_range(wanted, reached, monkeypatch):
             return np.array(self.cs)
 
     monkeypatch.setattr(logistic, "fit", lambda x, y, cs, classes, tolerance: Fit(cs))
-    best, scores = probe.search((0, 0), (0, 0), 2, Sweep(), lambda c, _: -abs(np.log10(c) - wanted))
+    best, scores = feature_classifiers.search((0, 0), (0, 0), 2, Sweep(), lambda c, _: -abs(np.log10(c) - wanted))
     assert np.log10(best) == pytest.approx(reached)
     assert min(scores) == 1e-6 and max(scores) == 1e6
 
@@ -175,11 +176,11 @@ def test_the_search_stays_within_its_range(wanted, reached, monkeypatch):
 def test_a_probe_of_too_few_items_to_choose_c():
     x, y, none = np.ones((3, 2), np.float32), np.array([0, 1, 1]), (np.zeros((0, 2), np.float32), np.array([], int))
     with pytest.raises(UserError, match=r"at least 2 training items .* got 1 training item"):
-        probe.linear((x[:1], y[:1]), none, (x, y), 2, Sweep(), None)
+        feature_classifiers.linear((x[:1], y[:1]), none, (x, y), 2, Sweep(), None)
     accuracy = lambda logits, labels: np.mean(logits.argmax(axis=1) == labels)  # noqa: E731
-    assert len(probe.linear((x[:2], y[:2]), none, (x, y), 2, Sweep((1.0, 10.0)), accuracy)[0]) == 3
+    assert len(feature_classifiers.linear((x[:2], y[:2]), none, (x, y), 2, Sweep((1.0, 10.0)), accuracy)[0]) == 3
     # Where one C is tried there is nothing to choose.
-    assert len(probe.linear((x[:1], y[:1]), none, (x, y), 2, Sweep((1.0,), 0), None)[0]) == 3
+    assert len(feature_classifiers.linear((x[:1], y[:1]), none, (x, y), 2, Sweep((1.0,), 0), None)[0]) == 3
 
 
 def images(labels):
@@ -239,7 +240,7 @@ def test_c_is_chosen_by_the_sets_own_metric():
 
 def test_a_wrong_probe_set():
     y = np.array([0, 1])
-    with pytest.raises(UserError, match=r"\(2, 0, 1\) items"):
+    with pytest.raises(UserError, match=r"\(2, 0, 1\) training, validation and test items have \(2, 0, 2\) labels"):
         ProbeSet("set", [0, 0], [], [0], {"": (y, y[:0], y)})
     with pytest.raises(UserError, match=r"classes \[2\]"):
         ProbeSet("set", [0, 0], [], [0], {"": (y, y[:0], y[:1] + 2)})
@@ -296,13 +297,13 @@ def test_slips_probe_of_pictures_and_its_views():
 
 def test_folds_are_even_and_stratified():
     labels = np.repeat([0, 1, 2], [55, 30, 17])
-    of = probe.folds(labels, 10)
+    of = feature_classifiers.folds(labels, 10)
     assert set(np.bincount(of)) == {10, 11}
     for label, count in enumerate([55, 30, 17]):
         inside = np.bincount(of[labels == label], minlength=10)
         assert inside.sum() == count and inside.max() - inside.min() <= 1
-    with pytest.raises(UserError, match="9 items cannot be 10 folds"):
-        probe.folds(labels[:9], 10)
+    with pytest.raises(UserError, match="at least 10 items for 10 folds; got 9"):
+        feature_classifiers.folds(labels[:9], 10)
 
 
 def test_nested_folds_equal_sklearns():
@@ -311,11 +312,11 @@ def test_nested_folds_equal_sklearns():
 
     x, y = features(n=99, d=6, k=3, spread=0.4)
     cs = [1e-3, 0.1, 10.0]
-    right, extra = probe.nested(x, y, 3, cs, 3, 1e-7)
-    of, chosen = probe.folds(y, 3), []
+    right, extra = feature_classifiers.nested(x, y, 3, cs, 3, 1e-7)
+    of, chosen = feature_classifiers.folds(y, 3), []
     for fold in range(3):
         train, test = of != fold, of == fold
-        inner = PredefinedSplit(probe.folds(y[train], 3))
+        inner = PredefinedSplit(feature_classifiers.folds(y[train], 3))
         search = GridSearchCV(LogisticRegression(max_iter=5000, tol=1e-6), {"C": cs}, cv=inner)
         search.fit(x[train].astype(np.float64), y[train])
         chosen.append(np.log10(search.best_params_["C"]))

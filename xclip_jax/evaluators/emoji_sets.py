@@ -257,16 +257,17 @@ TESTS = tuple(name for name in _MAKERS if name.startswith("emoji/test_"))
 _PANELS = {
     "emoji/test_concepts": (
         "Things it has never seen",
-        "No picture of these was ever shown in training. The model chooses among {ways} new names, each with up to "
-        "three keywords.",
+        "No picture of these was ever shown in training. The model chooses among {num_classes} new names, each with up "
+        "to three keywords.",
     ),
     "emoji/test_rendering": (
         "Known things, drawn by another artist",
-        "Training showed other artists' pictures of these, never this one. The model chooses among {ways} names.",
+        "Training showed other artists' pictures of these, never this one. The model chooses among {num_classes} "
+        "names.",
     ),
     "emoji/test_line": (
         "Line drawings",
-        "Training showed colour pictures only. The model chooses among {ways} names.",
+        "Training showed colour pictures only. The model chooses among {num_classes} names.",
     ),
 }
 
@@ -279,6 +280,7 @@ class EmojiSets(SetKind):
     panels = _PANELS
     queries = _QUERIES
     credit = _CREDIT
+    sources = ("demo",)
 
     @classmethod
     def knows(cls, spec: str) -> bool:
