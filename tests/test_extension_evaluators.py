@@ -103,6 +103,11 @@ def test_an_unknown_evaluator_is_one_sentence(name, message):
         registry.evaluator(None, data)
 
 
+def test_a_set_that_lacks_an_attribute_is_one_sentence():
+    with pytest.raises(UserError, match="object is not an evaluation set: it has no name and no card and no evaluator"):
+        registry.evaluator(None, object())
+
+
 def test_names_of_classes():
     assert class_name(SPEC) == "tests.extension.greys:Greys" and class_name("emoji/test_line") is None
     assert import_class("tests.extension.greys:Greys", greys.SetKind) is greys.Greys

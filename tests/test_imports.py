@@ -30,7 +30,7 @@ FLOORS = (
     {"objective", "objectives", "interop", "train.optim"},
     {"config", "evaluators"},
     {"train", "flops", "configs"},
-    {"inference", "embed_sources", "model_card", "report", "study"},
+    {"inference", "embed_sources", "evaluation", "model_card", "report", "study"},
     {"main", "cli", "config.load", "evaluate", "embed", "export", "plan", "doctor", "report.__main__", "data.check"},
 )
 # Small files that everybody may use: they do not count as rooms that a room depends on.

@@ -28,7 +28,7 @@ def knn(
     k: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
 ) -> np.ndarray:
-    """Return votes of the k nearest by cosine, weighted by exp(cosine / temperature): DINO's protocol (arXiv 2104.14294).
+    """Return votes of the k nearest by cosine, weighted by exp(cosine / temperature), as DINO does (arXiv 2104.14294).
 
     Args:
       train, queries: features (n, d) and (m, d), of any norm.
@@ -193,8 +193,8 @@ def linear(
         held out.
       classes: number of them.
       sweep: values of C.
-      score: (logits, labels) -> what C is chosen by.
-      join: whether the last fit is on training and validation items, not on training items alone.
+      score: (logits, labels) -> the score by which C is chosen.
+      join: whether the last fit is on training and validation items, or on training items only.
 
     Returns:
       Whether each test item is right, 0.0 or 1.0 (n,), and {"log10_c": the choice}.

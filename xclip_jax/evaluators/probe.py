@@ -50,7 +50,7 @@ class ProbeSet:
     test: Sequence[Any]
     tasks: Mapping[str, Sequence[np.ndarray]]
     parts: Sequence[str] = ()
-    sweep: Sweep = Sweep()
+    sweep: Sweep = dataclasses.field(default_factory=Sweep)
     neighbours: bool = True
     folds: int = 0
     pairs: str = ""
@@ -143,7 +143,7 @@ class Probe(Evaluator):
         classes, sweep, count = int(labels[0].max()) + 1, self.data.sweep, self.data.folds
         train, validation, test = ((x, y) for x, y in zip(features, labels, strict=True))
         readable = [~np.isnan(x).any(axis=1) for x in features[:2]]
-        # Images that cannot be read are not trained on. Of a model that diverged all rows are NaN, and all answers wrong.
+        # Images that cannot be read are not trained on. Of a model that diverged all rows are NaN, all answers wrong.
         left_out = self.family == "visual" and readable[0].any() and not np.concatenate(readable).all()
         if left_out:
             train, validation = ((x[keep], y[keep]) for (x, y), keep in zip((train, validation), readable, strict=True))

@@ -44,6 +44,7 @@ EVALUATORS: Mapping[str, type[Evaluator]] = {
 }
 SUITES: Mapping[str, tuple[str, ...]] = {"demo": TESTS, "paper": (*PAPER, "coco_retrieval")}
 
+_SET_ATTRIBUTES = ("name", "card", "evaluator")
 _NUM_CHECKED = 8  # images of a set that `open_all` decodes
 _NUM_LISTED = 3  # unreadable images that `measure` names
 
@@ -99,6 +100,24 @@ def listing() -> str:
         "sets of another package: package.module:Class",
     )
     return "\n".join(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
+
+
+def expand_suites(suites: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the names of sets, each once, of one of `SUITES`, of names joined by commas, or of several of these.
+
+    A name whose path has commas is not split where the path exists.
+
+    Raises:
+      UserError: no names, or unknown ones.
+    """
+    names: dict[str, None] = {}
+    for part in [suites] if isinstance(suites, str) else suites:
+        names |= dict.fromkeys(SUITES.get(part) or split(part))
+    if not names:
+        raise UserError(f"--suite is empty; it must be one of {', '.join(SUITES)} or names of sets.")
+    for name in names:
+        check(name, others=tuple(SUITES))
+    return tuple(names)
 
 
 def split(suite: str) -> list[str]:
@@ -207,7 +226,12 @@ def evaluator_class(name: str) -> type[Evaluator]:
 
 
 def evaluator(encoder: Encoder, data: Any) -> Evaluator:
-    """Return the evaluator of the set `data`; errors are those of `evaluator_class`."""
+    """Return the evaluator of the set `data`; `UserError` as `evaluator_class`, or where the set lacks attributes."""
+    if missing := [name for name in _SET_ATTRIBUTES if not hasattr(data, name)]:
+        raise UserError(
+            f"{type(data).__name__} is not an evaluation set: it has no {' and no '.join(missing)}; see "
+            "xclip_jax.evaluators.base.SetKind."
+        )
     try:
         protocol = evaluator_class(data.evaluator)
     except UserError as error:

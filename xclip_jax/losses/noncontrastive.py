@@ -1,4 +1,4 @@
-"""nCLIP's loss over the global batch, its collapse alarms and what to do about them.
+"""nCLIP's loss over the global batch, and warnings of its known failures with their remedies.
 
 Each modality is projected to a distribution over k clusters that is the pseudo-label of the other, without
 negatives [paper]; a sharpness and a smoothness regulariser hold off the trivial solutions [note]. The targets'
@@ -82,7 +82,7 @@ def nclip(
         The loss (fp32 scalar, nats) and fp32 scalar metrics: "loss", "align", "sharpness", "smoothness" (unweighted),
         "agreement" (share of pairs whose image and text have one argmax), "ln_k", "ln_b", and with the suffixes _img
         and _txt "entropy", "marginal_entropy", "mutual_information" (their difference, at most the smaller of ln b
-        and ln k) and "clusters" (how many clusters are somebody's argmax in the batch).
+        and ln k) and "clusters" (number of clusters that are an argmax in the batch).
 
     Raises:
         ValueError: unknown target or balance; a teacher or center that is missing, or given where it is unused; a
@@ -126,7 +126,7 @@ def update_center(center: jax.Array, target_logits: Logits, momentum: float = 0.
 
     Args:
         center: shape (k,), zeros at the start.
-        target_logits: what targets are made of (the teacher's logits with target "ema"), shape (b, k), global batch.
+        target_logits: logits of the targets (the teacher's with target "ema"), shape (b, k), global batch.
         momentum: the share kept of the old center.
 
     Returns:
@@ -209,8 +209,8 @@ def _check(
         ("center", "balance='center'", balance == "center", centers),
     ):
         if any((array is not None) != needed for array in arrays):
-            verb = "needs both" if needed else "alone uses"
-            raise ValueError(f"{option} {verb} {name}_img and {name}_txt (here target={target!r}, balance={balance!r})")
+            rule = f"{option} needs both" if needed else f"only {option} uses"
+            raise ValueError(f"{rule} {name}_img and {name}_txt; got target={target!r}, balance={balance!r}")
     if not isinstance(s_img, Factors):
         chex.assert_rank(s_img, 2)
     chex.assert_equal(len({x.shape for x in (s_img, s_txt, *teachers) if x is not None}), 1)
