@@ -7,10 +7,12 @@ import pathlib
 import pytest
 
 from tests import tiny
+from tests.encoding import make_encoder, small_model
 from tests.extension import greys
 from xclip_jax import evaluate
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, results, summary
+from xclip_jax.evaluators.result import from_json, to_json
 from xclip_jax.imports import class_name, import_class
 from xclip_jax.report import __main__ as report
 from xclip_jax.train import trainer
@@ -33,6 +35,26 @@ def check_table(shown):
     assert head.split() == ["order", "of", "images,", "%", "images", "next", "one", "nearer"]
     assert row.split()[:2] == [SPEC, "20"] and row.endswith("(50.0)")
     assert summary.headlines(shown).startswith(f"{SPEC} nearer ")
+
+
+def test_built_in_ones_are_an_entry_each(monkeypatch):
+    """What KINDS, from which SETS is made, and EVALUATORS have is all that a kind of sets and an evaluator need."""
+
+    class BuiltIn(greys.Greys):
+        prefixes, names = ("greys",), ("greys/20",)
+
+    monkeypatch.setattr(registry, "KINDS", (*registry.KINDS, BuiltIn))
+    monkeypatch.setattr(registry, "SETS", {**registry.SETS, "greys": BuiltIn})
+    monkeypatch.setattr(registry, "EVALUATORS", {**registry.EVALUATORS, "neighbours": greys.Neighbours})
+    monkeypatch.setattr(greys.GreyImages, "evaluator", "neighbours")
+    assert "greys/20" in registry.listing() and registry.expand_suites("greys/20,mnist") == ("greys/20", "mnist")
+    with pytest.raises(UserError, match="did you mean 'greys/20'"):
+        registry.check("grey/20")
+    (evaluator,) = registry.open_all(["greys/20"], make_encoder())
+    measured = registry.measure(evaluator, small_model()[1])
+    for shown in (measured, from_json(to_json(measured)), [dataclasses.replace(r, evaluator="") for r in measured]):
+        (table,) = summary.tables(shown)
+        assert table.title == "order of images, %" and table.rows[0][0] == "greys/20" and table.rows[0][1][0] == "20"
 
 
 def test_the_extension_is_one_short_file():

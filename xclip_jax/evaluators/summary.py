@@ -143,7 +143,7 @@ def render(results: Sequence[Result]) -> str:
         texts = [(title, [column for column, _ in columns]), *table_rows]
         forms = []
         for i, (_, form) in enumerate(columns):
-            gap = 2 if form[0] == "<" else int(i > 0)  # the first column is right behind the names, which have theirs
+            gap = 2 if form[0] == "<" else int(i > 0)  # the names before the first column have a gap already
             forms.append(f"{form[0]}{max(int(form[1:]), *(len(cells[i]) + gap for _, cells in texts))}")
         for name, cells in texts:
             line = "".join(f"{cell:{form}}" for cell, form in zip(cells, forms, strict=True))
