@@ -10,6 +10,7 @@ import pytest
 from tests import tiny
 from xclip_jax import evaluate
 from xclip_jax.errors import UserError
+from xclip_jax.evaluators import registry
 from xclip_jax.train import trainer
 
 STEPS = 2
@@ -93,8 +94,8 @@ def test_sets_that_differ_are_not_compared(runs):
 
 
 def test_a_suite_is_a_name_or_names():
-    assert len(evaluate.chosen("demo")) > 10 and "imagenet_a" in evaluate.chosen("paper")
-    assert evaluate.chosen("imagenet, emoji/test_line,imagenet") == ("imagenet", "emoji/test_line")
+    assert len(registry.expand_suites("demo")) > 10 and "imagenet_a" in registry.expand_suites("paper")
+    assert registry.expand_suites("imagenet, emoji/test_line,imagenet") == ("imagenet", "emoji/test_line")
 
 
 @pytest.mark.parametrize(

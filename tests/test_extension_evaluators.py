@@ -1,61 +1,24 @@
-"""A kind of set and a kind of evaluator of somebody else's: this file, and no change inside xclip_jax."""
+"""Sets and an evaluator of another package, `tests.extension.greys`, without a change inside xclip_jax."""
 
+import dataclasses
 import json
+import pathlib
 
-import numpy as np
 import pytest
 
 from tests import tiny
+from tests.encoding import make_encoder, small_model
+from tests.extension import greys
 from xclip_jax import evaluate
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, results, summary
-from xclip_jax.evaluators.base import Evaluator, SetKind
-from xclip_jax.evaluators.provenance import Provenance
-from xclip_jax.evaluators.statistics import PerExample
+from xclip_jax.evaluators.result import from_json, to_json
+from xclip_jax.imports import class_name, import_class
 from xclip_jax.report import __main__ as report
 from xclip_jax.train import trainer
 
-SPEC = "tests.test_extension_evaluators:Greys"
-
-# --8<-- [start:extension]
-# A kind of sets: pairs of grey images, the first of which is darker.
-
-
-class GreyPairs:
-    evaluator = "tests.test_extension_evaluators:SameSide"
-    card = Provenance(
-        "greys", split_hash="1", protocol="two images of one text are nearer than two of others", metric="same"
-    )
-
-    def __init__(self, name, images):
-        self.name, self.images = name, images
-
-
-class Greys(SetKind):
-    @classmethod
-    def load(cls, spec, prepare, data_dir, profile):
-        levels = np.linspace(0, 255, 20).astype(np.uint8)
-        return GreyPairs(spec, [np.full((prepare.size, prepare.size, 3), level) for level in levels])
-
-
-# A kind of evaluators: whether an image is nearer to the next one than to the one after.
-
-
-class SameSide(Evaluator):
-    family = "similarity of images"
-
-    def measure(self, variables):
-        z = self.encoder.images(variables, self.data.images, ("z",))["z"]
-        near, far = (np.einsum("ne,ne->n", z[:-2], z[step : len(z) - 2 + step]) for step in (1, 2))
-        items = PerExample((near > far).astype(float))
-        return [
-            self.result("same", items.value(), n=len(near), chance=50.0, items=items),
-            self.count("images", len(self.data.images)),
-        ]
-
-
-# --8<-- [end:extension]
-# What becomes of them.
+SPEC = "tests.extension.greys:Greys/20"
+NAME = f"order of images/{SPEC}"
 
 
 @pytest.fixture(scope="module")
@@ -66,22 +29,54 @@ def run(tmp_path_factory):
     return root / "run"
 
 
+def check_table(shown):
+    """The table of the evaluator's own layout."""
+    head, row = summary.render(shown).splitlines()[:2]
+    assert head.split() == ["order", "of", "images,", "%", "images", "next", "one", "nearer"]
+    assert row.split()[:2] == [SPEC, "20"] and row.endswith("(50.0)")
+    assert summary.headlines(shown).startswith(f"{SPEC} nearer ")
+
+
+def test_built_in_ones_are_an_entry_each(monkeypatch):
+    """What KINDS, from which SETS is made, and EVALUATORS have is all that a kind of sets and an evaluator need."""
+
+    class BuiltIn(greys.Greys):
+        prefixes, names = ("greys",), ("greys/20",)
+
+    monkeypatch.setattr(registry, "KINDS", (*registry.KINDS, BuiltIn))
+    monkeypatch.setattr(registry, "SETS", {**registry.SETS, "greys": BuiltIn})
+    monkeypatch.setattr(registry, "EVALUATORS", {**registry.EVALUATORS, "neighbours": greys.Neighbours})
+    monkeypatch.setattr(greys.GreyImages, "evaluator", "neighbours")
+    assert "greys/20" in registry.listing() and registry.expand_suites("greys/20,mnist") == ("greys/20", "mnist")
+    with pytest.raises(UserError, match="did you mean 'greys/20'"):
+        registry.check("grey/20")
+    (evaluator,) = registry.open_all(["greys/20"], make_encoder())
+    measured = registry.measure(evaluator, small_model()[1])
+    for shown in (measured, from_json(to_json(measured)), [dataclasses.replace(r, evaluator="") for r in measured]):
+        (table,) = summary.tables(shown)
+        assert table.title == "order of images, %" and table.rows[0][0] == "greys/20" and table.rows[0][1][0] == "20"
+
+
+def test_the_extension_is_one_short_file():
+    assert len(pathlib.Path(greys.__file__).read_text().splitlines()) < 60
+
+
 def test_a_run_evaluates_the_set_by_its_name(run):
     record = json.loads((run / "results.json").read_text())
-    name = f"similarity of images/{SPEC}"
-    assert record["results"].keys() == {f"{name}/same", f"{name}/images"} and record["results"][f"{name}/images"] == 20
+    assert (
+        record["results"].keys() == {f"{NAME}/nearer", f"{NAME}/images"} and record["results"][f"{NAME}/images"] == 20
+    )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if f"{name}/same" in line] == [1, 2]
-    table = summary.render(results.of_run(record)).splitlines()
-    assert table[0].split() == ["similarity", "of", "images", "items", "metric", "%"]
-    assert table[1].split()[:3] == [SPEC, "18", "same"] and table[1].endswith("(50.0)")
+    assert [line["step"] for line in lines if f"{NAME}/nearer" in line] == [1, 2]
+    check_table(results.of_run(record))
 
 
 def test_the_command_adds_it_to_its_file_and_compares_it(run, capsys):
     (entry,) = evaluate.evaluate(str(run), SPEC)["results"]
-    assert (entry["set"], entry["metric"], entry["n"]) == (SPEC, "same", 18) and entry["protocol"]
-    assert 0 <= entry["value"] <= 100 and SPEC in capsys.readouterr().out
+    assert (entry["set"], entry["metric"], entry["n"]) == (SPEC, "nearer", 18) and entry["protocol"]
+    assert 0 <= entry["value"] <= 100 and "order of images, %" in capsys.readouterr().out
     evaluate.evaluate(str(run), SPEC, step=2)
+    check_table(results.of_entries(json.loads((run / "evaluation.json").read_text())["results"]))
     evaluate.main(["--compare", str(run), str(run)])
     out = capsys.readouterr().out
     assert SPEC in out and "+0.0 to +0.0" in out
@@ -90,24 +85,53 @@ def test_the_command_adds_it_to_its_file_and_compares_it(run, capsys):
 def test_the_report_shows_it(run):
     report.main([str(run)])
     page = (run / "report.html").read_text().replace("<wbr>", "")
-    assert page.count(SPEC) >= 2 and "similarity of images" in page and "chance (50.0\u00a0%)" in page
+    assert page.count(SPEC) >= 2 and "order of images, %" in page and "next one nearer" in page
+    assert "chance (50.0\u00a0%)" in page
+
+
+@pytest.mark.parametrize("evaluator", ["", "not_installed.here:Neighbours"])
+def test_results_without_their_evaluator_have_a_line_for_each_metric(evaluator, run):
+    record = json.loads((run / "results.json").read_text())
+    shown = [dataclasses.replace(result, evaluator=evaluator) for result in results.of_run(record)]
+    head, row = summary.render(shown).splitlines()[:2]
+    assert head.split() == ["order", "of", "images", "items", "metric", "%"]
+    assert row.split()[:3] == [SPEC, "18", "nearer"] and row.endswith("(50.0)")
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("no_such_package.evals:Mine", "module 'no_such_package.evals' cannot be imported"),
-        ("tests.test_extension_evaluators:Nothing", "Nothing is not a subclass of .*SetKind"),
-        ("tests.test_extension_evaluators:SameSide", "SameSide is not a subclass of .*SetKind"),
+        ("tests.extension.greys:Nothing/20", "greys:Nothing does not exist; name a subclass of SetKind"),
+        ("tests.extension.greys:Neighbours", "Neighbours is not a subclass of .*SetKind"),
     ],
 )
-def test_a_name_that_leads_nowhere_is_one_sentence(spec, message):
+def test_an_unknown_kind_of_sets_is_one_sentence(spec, message):
     with pytest.raises(UserError, match=message):
         registry.check(spec)
 
 
-def test_an_evaluator_that_leads_nowhere_is_one_sentence():
-    data = GreyPairs("x", [])
-    data.evaluator = "zeroshott"
-    with pytest.raises(UserError, match="x: unknown evaluator 'zeroshott'; expected zeroshot, retrieval"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("zeroshott", "x: unknown evaluator 'zeroshott'; expected zeroshot, retrieval"),
+        ("tests.extension.greys:Greys", "x: tests.extension.greys:Greys is not a subclass of .*Evaluator"),
+    ],
+)
+def test_an_unknown_evaluator_is_one_sentence(name, message):
+    data = greys.GreyImages("x", [])
+    data.evaluator = name
+    with pytest.raises(UserError, match=message):
         registry.evaluator(None, data)
+
+
+def test_a_set_that_lacks_an_attribute_is_one_sentence():
+    with pytest.raises(UserError, match="object is not an evaluation set: it has no name and no card and no evaluator"):
+        registry.evaluator(None, object())
+
+
+def test_names_of_classes():
+    assert class_name(SPEC) == "tests.extension.greys:Greys" and class_name("emoji/test_line") is None
+    assert import_class("tests.extension.greys:Greys", greys.SetKind) is greys.Greys
+    with pytest.raises(UserError, match=r"'greys' is not the name of a class; expected 'package\.module:Class'"):
+        import_class("greys", greys.SetKind)

@@ -99,7 +99,7 @@ def test_sentevals_own_splits(name, tmp_path):
     assert metrics[f"textual/{name}@{tmp_path}/linear/top1"] == 100
     assert metrics[f"textual/{name}@{tmp_path}/linear/f1"] == 100
     (tmp_path / files_of[-1]).write_text(head + row.format(w="b", i=9, L="X"))
-    with pytest.raises(UserError, match=f"{name}: label '[9X]' is not in"):
+    with pytest.raises(UserError, match=f"{name}: label '[9X]' is not a training label"):
         load(f"{name}@{tmp_path}")
 
 
@@ -206,17 +206,17 @@ def test_coco_of_tfds(monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "content", "message"),
     [
-        ("sts12@{}", None, "holds no STS.input"),
+        ("sts12@{}", None, "has no STS.input"),
         ("stsb@{}/x", "a\tb\n", "7 columns"),
-        ("stsb@{}/x", "a\tb\tc\td\tfive\tf\tg\n", "not of the published layout"),
+        ("stsb@{}/x", "a\tb\tc\td\tfive\tf\tg\n", "is not in the published layout"),
         ("stsb@{}/y", "", "does not exist"),
         ("sickr@{}/x", "a\tb\n1\t2\n", "columns sentence_A"),
         ("mr@{}", None, "rt-polarity.neg' does not exist"),
         ("glue/sst2@{}", None, "dev.tsv' does not exist"),
         ("trec@{}", None, "train_5500.label' does not exist"),
         ("mrpc@{}/x", None, "msr_paraphrase_train.txt' does not exist"),
-        ("coco_retrieval@{}/x", "[]", "no Karpathy JSON"),
-        ("coco_retrieval@{}/y", "", "no Karpathy JSON"),
+        ("coco_retrieval@{}/x", "[]", "is not a JSON file in Karpathy's layout"),
+        ("coco_retrieval@{}/y", "", "is not a JSON file in Karpathy's layout"),
         ("flickr30k_retrieval@{}/x", '{"images": [{"filename": "a.jpg", "split": "test", "sentences": []}]}', "a.jpg"),
     ],
 )

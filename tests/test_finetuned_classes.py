@@ -15,8 +15,9 @@ from xclip_jax.config.schema import resolve
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.classification import ClassificationSet, ClassifierEvaluator
+from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import write_json
-from xclip_jax.train import build
+from xclip_jax.train import build, weights
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.encoder import make_encoder
 from xclip_jax.train.run_folder import TrainingFolder
@@ -83,10 +84,10 @@ def test_the_runs_data_json_names_its_classes(run, tmp_path, capsys):
     old = evaluate.evaluate(str(run), spec, output=str(tmp_path / "x.json"))["results"][0]
     write_json(epath.Path(run / "data.json"), [{"samples": 6, "hash": "x", "classes": names}])
     new = evaluate.evaluate(str(run), spec, output=str(tmp_path / "x.json"))["results"][0]
-    assert new["metrics"] == old["metrics"] and evaluate.run_classes(epath.Path(run)) == tuple(names)
+    assert new["metrics"] == old["metrics"] and RunFolder(run).read_classes() == tuple(names)
     write_json(epath.Path(run / "data.json"), [{"samples": 6, "classes": ["bright", "grey", "white"]}])
     with pytest.raises(UserError, match="class 'dark' is not among the 3 classes"):
-        registry.open_all([spec], make_encoder(*evaluate.load(str(run))[:2], ["bright", "grey", "white"]))
+        registry.open_all([spec], make_encoder(*weights.load(str(run))[:2], ["bright", "grey", "white"]))
     with pytest.raises(UserError, match="class 'dark' is not among the 3 classes"):
         evaluate.evaluate(str(run), spec, output=str(tmp_path / "x.json"))
 
@@ -94,11 +95,11 @@ def test_the_runs_data_json_names_its_classes(run, tmp_path, capsys):
 @pytest.mark.parametrize("content", ["{", "[1]", "7"])
 def test_a_damaged_data_json_is_one_sentence(content, tmp_path):
     (tmp_path / "data.json").write_text(content)
-    with pytest.raises(UserError, match=r"data\.json cannot be read"):
-        evaluate.run_classes(epath.Path(tmp_path))
+    with pytest.raises(UserError, match=r"data\.json is damaged"):
+        RunFolder(tmp_path).read_classes()
 
 
 def test_no_data_json_and_no_classes_are_none(tmp_path):
-    assert evaluate.run_classes(epath.Path(tmp_path)) is None
+    assert RunFolder(tmp_path).read_classes() is None
     (tmp_path / "data.json").write_text(json.dumps([{"samples": 3, "hash": ""}]))
-    assert evaluate.run_classes(epath.Path(tmp_path)) is None
+    assert RunFolder(tmp_path).read_classes() is None

@@ -19,6 +19,7 @@ FLOORS = (
         "config.renamed",
         "console",
         "environment",
+        "imports",
         "storage",
         "run_folder",
         "logits",
@@ -29,11 +30,11 @@ FLOORS = (
     {"objective", "objectives", "interop", "train.optim"},
     {"config", "evaluators"},
     {"train", "flops", "configs"},
-    {"inference", "embed_sources", "model_card", "report", "study"},
+    {"inference", "embed_sources", "evaluation", "model_card", "report", "study"},
     {"main", "cli", "config.load", "evaluate", "embed", "export", "plan", "doctor", "report.__main__", "data.check"},
 )
 # Small files that everybody may use: they do not count as rooms that a room depends on.
-GROUND = {"errors", "config.fields", "config.renamed", "console", "environment", "storage", "run_folder"}
+GROUND = {"errors", "config.fields", "config.renamed", "console", "environment", "imports", "storage", "run_folder"}
 MOST_ROOMS = 6
 # The trainer's job is to bring the rooms together, the report's to show what is in each.
 MORE_ROOMS = {"train": 9, "report": 7}
@@ -42,7 +43,6 @@ MOST_LINES = {"file": 400, "function": 60}
 # What is longer today, with its length; may shrink and leave the list, and nothing may join it.
 LONGER = {
     "xclip_jax/data/tar_index.py": 411,
-    "xclip_jax/losses/noncontrastive.py:nclip": 82,
     "xclip_jax/train/build.py:build": 87,
     "xclip_jax/train/step.py:make_train_step": 97,
 }

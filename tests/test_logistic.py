@@ -7,8 +7,9 @@ import pytest
 import scipy.special
 from sklearn.linear_model import LogisticRegression
 
-from xclip_jax.evaluators import logistic, probe
-from xclip_jax.evaluators.probe import Sweep
+from xclip_jax.errors import UserError
+from xclip_jax.evaluators import feature_classifiers, logistic
+from xclip_jax.evaluators.feature_classifiers import Sweep
 
 CS = (1e-4, 1e-2, 1.0, 100.0)
 
@@ -80,7 +81,9 @@ def test_probe_chooses_the_c_that_sklearn_would(classes):
     """CLIP's protocol by scikit-learn: each C of a coarse grid on validation, then a fit on both, tested once."""
     train, held, test = (features(n, classes, seed=seed, spread=0.2) for seed, n in enumerate((100, 300, 500)))
     sweep = Sweep(tuple(2.0**e for e in range(-12, 5)), 0, 1e-6)
-    right, extra = probe.linear(train, held, test, classes, sweep, lambda logits, y: -_log_loss(logits, y))
+    right, extra = feature_classifiers.linear(
+        train, held, test, classes, sweep, lambda logits, y: -_log_loss(logits, y)
+    )
     losses = {c: _log_loss(sklearn_fit(*train, c).predict_log_proba(held[0]), held[1]) for c in sweep.coarse}
     best = min(losses, key=losses.get)
     assert sweep.coarse[0] < best < sweep.coarse[-1]
@@ -92,3 +95,87 @@ def test_probe_chooses_the_c_that_sklearn_would(classes):
 
 def _log_loss(logits, y):
     return -scipy.special.log_softmax(logits, axis=1)[np.arange(len(y)), y].mean()
+
+
+def overlapping(n=600, d=24, k=7, spread=0.6, seed=0):
+    """Classes that overlap, on axes of different lengths, away from the origin."""
+    centres = spread * np.random.default_rng(99).normal(size=(k, d))
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, k, n)
+    x = (centres[y] + rng.normal(size=(n, d))) * np.geomspace(3, 0.3, d) + 1
+    return x.astype(np.float32), y
+
+
+def objective(weights, bias, x, y, c):
+    logits = x.astype(np.float64) @ weights + bias
+    loss = scipy.special.logsumexp(logits, axis=1) - logits[np.arange(len(y)), y]
+    return loss.mean() + np.square(weights.astype(np.float64)).sum() / (2 * c * len(y))
+
+
+def test_logistic_regression_equals_sklearn():
+    (x, y), (held, _) = overlapping(), overlapping(seed=1)
+    cs = [1e-3, 1e-1, 1.0, 10.0, 100.0]
+    solution = logistic.fit(x, y, cs, 7)
+    for i, c in enumerate(cs):
+        # float64 and a small tolerance: the optimum, rather than wherever scikit-learn's defaults stop.
+        peer = LogisticRegression(C=c, max_iter=20_000, tol=1e-7).fit(x.astype(np.float64), y)
+        best = objective(peer.coef_.T, peer.intercept_, x, y, c)
+        mine = objective(solution.weights[i], solution.bias[i], x, y, c)
+        assert mine == pytest.approx(best, rel=1e-4)
+        assert solution.objective[i] == pytest.approx(mine, rel=1e-4)
+        assert np.mean(solution.logits(held)[i].argmax(axis=1) == peer.predict(held)) >= 0.99
+
+
+def test_it_stops_at_a_small_gradient():
+    x, y = overlapping()
+    x = x + 3  # where the gradient of centred features is another one
+    cs = [1e-2, 1.0, 1e2]
+    rough, fine = (logistic.fit(x, y, cs, 7, tolerance=tolerance) for tolerance in (1e-3, 1e-5))
+    for solution, tolerance in ((rough, 1e-3), (fine, 1e-5)):
+        for c, weights, bias in zip(cs, solution.weights, solution.bias, strict=True):
+            wrong = scipy.special.softmax(x @ weights + bias, axis=1) - np.eye(7)[y]
+            slopes = np.abs(x.T @ wrong / len(y) + weights / (c * len(y)))
+            assert max(slopes.max(), np.abs(wrong.mean(axis=0)).max()) <= 1.1 * tolerance
+    assert (rough.iterations < fine.iterations).all()
+
+
+def test_separable_classes_do_not_go_on_for_ever():
+    x, y = np.eye(4, dtype=np.float32)[np.arange(400) % 4], np.arange(400) % 4
+    assert logistic.fit(x, y, [1.0, 1e3, 1e6], 4).iterations.max() < 50
+
+
+def test_each_c_is_solved_as_if_alone(monkeypatch):
+    x, y = overlapping(n=300)
+    cs = [1e-2, 1.0, 1e2, 1e4]
+    together = logistic.fit(x, y, cs, 7, tolerance=1e-7)
+    monkeypatch.setattr(logistic, "_SMALL", 0)  # those that are done are left behind
+    dropped = logistic.fit(x, y, cs, 7, tolerance=1e-7)
+    monkeypatch.setattr(logistic, "_SCORES", 2 * 300 * 7)  # in turns
+    turns = logistic.fit(x, y, cs, 7, tolerance=1e-7)
+    for i, c in enumerate(cs):
+        alone = logistic.fit(x, y, [c], 7, tolerance=1e-7)
+        for other in (together, dropped, turns):
+            assert other.objective[i] == pytest.approx(alone.objective[0], rel=1e-4)
+            assert abs(int(other.iterations[i]) - int(alone.iterations[0])) <= 0.5 * alone.iterations[0] + 2
+
+
+def test_logistic_regression_of_constant_features_and_absent_classes():
+    x, y = overlapping(n=200, d=5)
+    x[:, 2] = 3
+    solution = logistic.fit(x, y, [1.0, 1e6], 9)  # classes 7 and 8 do not occur
+    assert np.isfinite(solution.weights).all() and np.isfinite(solution.bias).all()
+    assert solution.logits(x).argmax(axis=2).max() <= 6
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "c", "message"),
+    [
+        (np.full((3, 2), np.nan), [0, 1, 0], 1.0, "not finite"),
+        (np.zeros((3, 2)), [0, 1, 2], 1.0, "from 0 to 1"),
+        (np.zeros((3, 2)), [0, 1, 1], 0.0, "C above 0"),
+        (np.zeros((3, 2)), [0, 1], 1.0, r"\(3, 2\) and \(2,\)"),
+    ],
+)
+def test_wrong_input_of_a_probe(x, y, c, message):
+    with pytest.raises(UserError, match=message):
+        logistic.fit(x, np.array(y), [c], 2)

@@ -14,7 +14,7 @@ from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, results
 from xclip_jax.evaluators.result import flat
 from xclip_jax.evaluators.statistics import PerExample
-from xclip_jax.train import trainer
+from xclip_jax.train import trainer, weights
 
 STEPS = 2
 
@@ -79,7 +79,7 @@ def test_later_commands_add_to_the_file(root):
     for entry in entries_:
         name = f"{entry['name']}/{entry['metric']}"
         assert items[entry["items"]][name].value() == pytest.approx(entry["value"])
-    card = model_card._results(epath.Path(run), evaluate.load(run)[0], 1)
+    card = model_card._results(epath.Path(run), weights.load(run)[0], 1)
     assert str(root / "one") in card and str(root / "two") not in card and "profile openai" in card
 
 
@@ -139,9 +139,9 @@ def test_results_are_written_as_soon_as_they_are_there(root, monkeypatch, tmp_pa
 
 def test_a_name_with_commas(root, tmp_path):
     comma, one = f"folder:{root / 'with, comma'}", f"folder:{root / 'one'}"
-    assert evaluate.chosen(comma) == (comma,) and evaluate.chosen(f"{one},{one},mnist") == (one, "mnist")
-    assert evaluate.chosen([comma, f"mnist, {one}"]) == (comma, "mnist", one)
-    assert evaluate.chosen(f"finetuned/glue:cola@{root / 'with, comma'}/dev") == (
+    assert registry.expand_suites(comma) == (comma,) and registry.expand_suites(f"{one},{one},mnist") == (one, "mnist")
+    assert registry.expand_suites([comma, f"mnist, {one}"]) == (comma, "mnist", one)
+    assert registry.expand_suites(f"finetuned/glue:cola@{root / 'with, comma'}/dev") == (
         f"finetuned/glue:cola@{root / 'with, comma'}/dev",
     )
     output = str(tmp_path / "deep" / "x.json")

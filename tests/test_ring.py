@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xclip_jax.logits import Factors
 from xclip_jax.losses import contrastive, noncontrastive, ring
-from xclip_jax.losses.noncontrastive import Factors
 from xclip_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from xclip_jax.parallel.sharding import Layout, use
 

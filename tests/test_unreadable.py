@@ -88,7 +88,7 @@ def test_more_than_a_twentieth_is_an_error_that_names_the_set_and_the_first(tmp_
 def test_a_set_without_a_readable_image_is_not_opened(tmp_path):
     for path in folder(tmp_path, n=3).rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"images cannot be read; of 6 none was: .*cat/00\.png"):
+    with pytest.raises(UserError, match=r"images cannot be read; all of the 6 that were tried failed: .*cat/00\.png"):
         registry.open_all([f"folder:{tmp_path}"], make_encoder())
 
 

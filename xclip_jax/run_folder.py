@@ -74,6 +74,15 @@ class RunFolder:
             return content
         raise UserError(f"{self.data_file} is damaged; restore it, or use a different --config.run.")
 
+    def read_classes(self) -> tuple[str, ...] | None:
+        """Return the classes that a fine-tuning run was trained on, or None where data.json names none.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+        sources = self.read_sources() or []
+        return next((tuple(source["classes"]) for source in sources if source.get("classes")), None)
+
     def read_results(self) -> dict[str, Any] | None:
         """Return the content of results.json, or None where there was no last evaluation yet.
 
@@ -113,6 +122,13 @@ class RunFolder:
 def is_run(path: str) -> bool:
     """Whether `path` is a run's folder."""
     return RunFolder(path).is_run()
+
+
+def evaluation_file(path: str | epath.Path) -> epath.Path:
+    """Return the file of evaluations of a run or of weights: in a folder, or beside a file and named after it."""
+    weights = epath.Path(path)
+    file = RunFolder(weights).evaluation_file
+    return file if weights.is_dir() else weights.with_name(f"{weights.name}.{file.name}")
 
 
 def _read_lines(path: epath.Path) -> list[dict[str, Any]]:

@@ -1,22 +1,23 @@
 """Evaluation sets of the demo, `xclip_jax.data.demo` (`emoji/...`).
 
-Three artists drew the pictures; results are means over them.
+The images are of three artists; results are means over them.
 
-    validation_concepts, test_concepts      pictures of concepts that nobody saw, among 100 and 200 such concepts; a
-                                            class's embedding is the mean over its prompts, "name, tag, tag, tag" with
-                                            each of its tags in front once, and each tag alone
+    validation_concepts, test_concepts      images of 100 and 200 concepts that are not in the training data, among the
+                                            names of these; a class's embedding is the mean over its prompts,
+                                            "name, tag, tag, tag" with each of its tags first once, and each tag alone
     ..._concepts_one_prompt                 the same with the one prompt "name, tag, tag, tag"
-    validation_rendering, test_rendering    a known concept as an artist drew it whose picture was kept out of
-                                            training, among the names of all concepts
-    test_rendering_flags, _animals_food, _rest    the same for one group, among the group's names alone
+    validation_rendering, test_rendering    concepts of the training data by an artist whose image of them is not in it,
+                                            among the names of all concepts
+    test_rendering_flags, _animals_food, _rest    the same for one group, among the names of the group
     test_rendering_flags_all_names          flags among all names
-    test_line, test_line_concepts           line drawings, a style never trained on: all names; the 200 unseen concepts
-    validation_retrieval, test_retrieval    the pictures of ..._rendering with name and aliases as captions
-    test_probe                              visual: category and subcategory by a linear probe and by neighbours,
-                                            trained on the training pictures, tested on test_concepts; C is chosen on
+    test_line, test_line_concepts           line drawings, a style that is not in the training data: all names; the
+                                            200 test concepts
+    validation_retrieval, test_retrieval    the images of ..._rendering with name and aliases as captions
+    test_probe                              visual: category and subcategory by a linear probe and nearest neighbours,
+                                            trained on the training images, tested on test_concepts; C is chosen on
                                             validation_concepts
-    test_aliases, test_translations         textual: the 200 test concepts' names, found by an alias; by the name in
-                                            five other languages, which training never showed
+    test_aliases, test_translations         textual: retrieval of the 200 test concepts' names by their aliases; by
+                                            their names in five other languages, which are not in the training data
     test_text_probe                         textual: the category by a linear probe on names, split as test_probe
 """
 
@@ -41,13 +42,13 @@ Record = dict[str, Any]
 EmojiSet = ZeroShotSet | RetrievalSet | ProbeSet | TextRetrievalSet
 Maker = Callable[[str, Preprocessing, str | None], EmojiSet]
 
-_UNCATEGORISED = {"flags": "Flags"}  # the newest flags are missing from the table of categories
-_SWEEP = Sweep(halvings=0, tolerance=1e-4)  # coarse, from 1e-6 to 1e6: seconds matter here
+_UNCATEGORISED = {"flags": "Flags"}  # the newest flags have no category in Unicode's table
+_SWEEP = Sweep(halvings=0, tolerance=1e-4)  # coarse, from 1e-6 to 1e6: the demo is short
 
 
 @functools.lru_cache(maxsize=16)
 def _emoji(split: str, prepare: Preprocessing, data_dir: str | None) -> tuple[list[np.ndarray], list[Record]]:
-    """Images and the rest of the records of a split; kept, because several sets look at the same pictures."""
+    """Return images and records of a split; cached, because several sets share them."""
     builder = demo.prepare(data_dir)
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     images, records = [], []
@@ -72,12 +73,12 @@ def _classify(
     group: str = "",
     all_names: bool = False,
 ) -> ZeroShotSet:
-    """The images of `split` among the names of concepts.
+    """Return a set of zero-shot classification: the images of `split`, among the names of concepts.
 
     Args:
       name, prepare, data_dir: as in `load`.
       split: of the demo's data set.
-      prompts: texts of a concept; by default its name alone.
+      prompts: texts of a concept; by default its name.
       role: only concepts of this role, as images and as names.
       group: only concepts of this group, as images and, unless `all_names`, as names.
       all_names: see `group`.
@@ -112,12 +113,14 @@ def _classify(
 
 
 def _card(split: str, *items: list[Any], **fields: str) -> Provenance:
+    """Return the provenance of a set with these contents."""
     role = VALIDATION if split.startswith("validation") else SHIFTED if split == "test_line" else ""
     items_hash = digest(x for part in items for x in part)
     return Provenance("emoji_pairs", str(demo.EmojiPairs.VERSION), split, items_hash, role=role, **fields)
 
 
 def _retrieve(name: str, prepare: Preprocessing, data_dir: str | None, *, split: str) -> RetrievalSet:
+    """Return a retrieval set: the images of `split`, with names and aliases as captions."""
     images, records = _emoji(split, prepare, data_dir)
     captions = [[r["name"], *r["aliases"]] for r in records]
     card = _card(
@@ -130,18 +133,18 @@ _ROLES = ("train", "validation_concepts", "test_concepts")  # of concepts, and t
 
 
 def _probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
-    """Pictures of known concepts to learn categories from, of unknown ones to choose C and to test.
+    """Return a probe of categories: trained on concepts of the training data, C and accuracy on other ones.
 
-    To save time one picture of each known concept is learned from, by the artists in turn.
+    To save time it is trained on one image of each concept, of the artists in turn.
     """
     parts = [_emoji(split, prepare, data_dir) for split in _ROLES]
-    # The newest flags are missing from the table of categories.
+    # The newest flags have no category.
     kept = [[i for i, r in enumerate(records) if r["category"]] for _, records in parts]
     drawings: dict[str, list[int]] = {}
     for i in kept[0]:
         drawings.setdefault(parts[0][1][i]["concept"], []).append(i)
     kept[0] = sorted(drawn[turn % len(drawn)] for turn, (_, drawn) in enumerate(sorted(drawings.items())))
-    images = [[pictures[i] for i in keep] for (pictures, _), keep in zip(parts, kept, strict=True)]
+    train, validation, test = ([images[i] for i in keep] for (images, _), keep in zip(parts, kept, strict=True))
     records = [[part[i] for i in keep] for (_, part), keep in zip(parts, kept, strict=True)]
     card = _card(
         "+".join(_ROLES),
@@ -151,20 +154,21 @@ def _probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
         metric="category/linear/top1",
     )
     tasks = {task: _index([[r[task] for r in part] for part in records]) for task in ("category", "subcategory")}
-    return ProbeSet(name, *images, tasks, sweep=_SWEEP, card=card)
+    return ProbeSet(name, train, validation, test, tasks, sweep=_SWEEP, card=card)
 
 
 def _index(words: list[list[str]]) -> tuple[np.ndarray, ...]:
-    """Labels of each part's words, numbered in alphabetical order of the first part's."""
+    """Return the labels of each part's words, numbered in alphabetical order of the first part's."""
     number = {word: i for i, word in enumerate(sorted(set(words[0])))}
     return tuple(np.array([number[word] for word in part], int) for part in words)
 
 
 def _text_probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
+    """Return a probe of categories on the names of concepts, split as `_probe`."""
     del prepare
     known = [c for c in demo.concepts(demo.prepare(data_dir)) if c["category"]]
     parts = [[c for c in known if c["role"] == role] for role in _ROLES]
-    names = [[c["name"] for c in part] for part in parts]
+    train, validation, test = ([c["name"] for c in part] for part in parts)
     card = _card(
         "+".join(_ROLES),
         [(c["name"], c["category"]) for part in parts for c in part],
@@ -172,13 +176,13 @@ def _text_probe(name: str, prepare: Preprocessing, data_dir: str | None) -> Prob
         metric="linear/top1",
     )
     tasks = {"": _index([[c["category"] for c in part] for part in parts])}
-    return ProbeSet(name, *names, tasks, sweep=_SWEEP, neighbours=False, card=card)
+    return ProbeSet(name, train, validation, test, tasks, sweep=_SWEEP, neighbours=False, card=card)
 
 
 def _same_meaning(
     name: str, prepare: Preprocessing, data_dir: str | None, *, keys: tuple[str, ...]
 ) -> TextRetrievalSet:
-    """Names of the test concepts and what else each is called at `keys`; what is spelt like the name asks nothing."""
+    """Return a set of the test concepts' names, with their other names at `keys` as queries but for equal ones."""
     del prepare
     concepts = [c for c in demo.concepts(demo.prepare(data_dir)) if c["role"] == "test_concepts"]
     rows = []
@@ -186,7 +190,7 @@ def _same_meaning(
         for i, c in enumerate(concepts):
             words = c[key] if isinstance(c[key], list) else [c[key]]
             rows += [(key, w, i) for w in words if w and w.casefold() != c["name"].casefold()]
-    names, of = [c["name"] for c in concepts], np.array([key for key, *_ in rows])
+    names, key_of = [c["name"] for c in concepts], np.array([key for key, *_ in rows])
     queries = [(word, i) for _, word, i in rows]
     card = _card(
         "test_concepts",
@@ -195,7 +199,7 @@ def _same_meaning(
         protocol="recall of names by cosine of text embeddings",
         metric="r1",
     )
-    groups = {key: of == key for key in keys if key in of} if len(keys) > 1 else {}
+    groups = {key: key_of == key for key in keys if key in key_of} if len(keys) > 1 else {}
     return TextRetrievalSet(name, names, queries, groups, card)
 
 
@@ -208,10 +212,10 @@ def _one_prompt(concept: Record) -> list[str]:
 
 
 def _prompts(concept: Record) -> list[str]:
-    """Captions as training writes them: keywords behind the name, and alone."""
+    """Return captions of the training data's form: keywords after the name, and alone."""
     name, tags = concept["name"], concept["tags"]
-    turns = [tags[i:] + tags[:i] for i in range(len(tags))]
-    return [", ".join([name, *turn[:3]]) for turn in turns or [[]]] + tags
+    rotations = [tags[i:] + tags[:i] for i in range(len(tags))]
+    return [", ".join([name, *rotation[:3]]) for rotation in rotations or [[]]] + tags
 
 
 def _unseen(role: str, split: str, prompts: Callable[[Record], list[str]] = _prompts) -> Maker:
@@ -257,16 +261,17 @@ TESTS = tuple(name for name in _MAKERS if name.startswith("emoji/test_"))
 _PANELS = {
     "emoji/test_concepts": (
         "Things it has never seen",
-        "No picture of these was ever shown in training. The model chooses among {ways} new names, each with up to "
-        "three keywords.",
+        "No picture of these was ever shown in training. The model chooses among {num_classes} new names, each with up "
+        "to three keywords.",
     ),
     "emoji/test_rendering": (
         "Known things, drawn by another artist",
-        "Training showed other artists' pictures of these, never this one. The model chooses among {ways} names.",
+        "Training showed other artists' pictures of these, never this one. The model chooses among {num_classes} "
+        "names.",
     ),
     "emoji/test_line": (
         "Line drawings",
-        "Training showed colour pictures only. The model chooses among {ways} names.",
+        "Training showed colour pictures only. The model chooses among {num_classes} names.",
     ),
 }
 
@@ -279,19 +284,20 @@ class EmojiSets(SetKind):
     panels = _PANELS
     queries = _QUERIES
     credit = _CREDIT
+    sources = ("demo",)
 
     @classmethod
     def knows(cls, spec: str) -> bool:
-        """Whether the demo has a set of this name."""
+        """Return whether the demo has a set of this name."""
         return spec in _MAKERS
 
     @classmethod
     def load(cls, spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> EmojiSet:
-        """Return the set `spec`; the profile is that of published sets, and not used."""
+        """Return the set `spec`; the profile is of published sets and not used."""
         return _MAKERS[spec](spec, Profile().preprocessing(prepare), data_dir)
 
     @classmethod
     def shows(cls, spec: str) -> str:
-        """Sets of pictures are shown, but for those of the probe."""
+        """Return "classes" or "captions" for sets of images, but for those of the probe."""
         maker = getattr(_MAKERS[spec], "func", None)
         return {_classify: "classes", _retrieve: "captions"}.get(maker, "")

@@ -1,10 +1,10 @@
-"""Sets of text and retrieval from files in their published layout: STS, SentEval, GLUE, Karpathy's captions.
+"""Sets of texts and of captions from files in their published layout: STS, SentEval, GLUE, Karpathy's captions.
 
-`NAME@PATH` names them: `sts12@FOLDER` to `sts16@FOLDER` (STS.input.X.txt beside STS.gs.X.txt), `stsb@sts-test.csv`,
+They are named `NAME@PATH`: `sts12@FOLDER` to `sts16@FOLDER` (STS.input.X.txt beside STS.gs.X.txt), `stsb@sts-test.csv`,
 `sickr@SICK_test_annotated.txt`; SentEval's folders `mr@`, `cr@`, `subj@`, `mpqa@`, `sst2@`, `sst5@`, `trec@`, `mrpc@`,
 `sicke@`; `glue/sst2@FOLDER` (train.tsv, dev.tsv); and `coco_retrieval@dataset_coco.json`,
-`flickr30k_retrieval@dataset_flickr30k.json`, whose images lie beside the JSON or in folders named there. Without @PATH
-TFDS is read: `coco_retrieval` (coco_captions, whose test split is Karpathy's), `trec`, `glue/NAME`.
+`flickr30k_retrieval@dataset_flickr30k.json`, whose images are beside the JSON or in folders that it names. Without
+@PATH TFDS is read: `coco_retrieval` (coco_captions, whose test split is Karpathy's), `trec`, `glue/NAME`.
 """
 
 import csv
@@ -41,9 +41,10 @@ _FOLDS = 10
 
 
 def _lines(path: pathlib.Path) -> list[str]:
+    """Return the lines of a file that are not blank."""
     if not path.is_file():
-        raise UserError(f"{str(path)!r} does not exist; it is a file of the published layout.")
-    # Files of the nineties are Latin-1.
+        raise UserError(f"{str(path)!r} does not exist; expected the files of the published layout.")
+    # The oldest of these data sets are Latin-1.
     data = path.read_bytes()
     try:
         text = data.decode("utf-8")
@@ -54,21 +55,21 @@ def _lines(path: pathlib.Path) -> list[str]:
 
 
 def _rows(path: pathlib.Path) -> list[dict[str, str]]:
-    """Rows of a tab-separated file with a header; without quotes, which occur in sentences."""
+    """Return the rows of a tab-separated file with a header; quotes are characters of the sentences."""
     return list(csv.DictReader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 def sts(name: str, path: pathlib.Path) -> SimilaritySet:
-    """A year of STS: STS.input.X.txt and STS.gs.X.txt of the folder are subset X; pairs without gold are left out.
+    """Read a year of STS: STS.input.X.txt and STS.gs.X.txt of the folder are subset X; pairs without gold are left out.
 
     Raises:
-      UserError: no such files, or a different number of lines.
+      UserError: no such files, or files of different lengths.
     """
     subsets: dict[str, list[Pair]] = {}
     for file in sorted(path.glob("STS.input.*.txt")) if path.is_dir() else []:
         subset = file.name.removeprefix("STS.input.").removesuffix(".txt")
         gold_file = file.with_name(f"STS.gs.{subset}.txt")
-        # Lines of the gold are empty where nobody judged the pair.
+        # Pairs that nobody judged have an empty line.
         gold = gold_file.read_text().splitlines() if gold_file.is_file() else []
         texts = [line.split("\t") for line in _lines(file)]
         if len(gold) != len(texts):
@@ -76,21 +77,21 @@ def sts(name: str, path: pathlib.Path) -> SimilaritySet:
         pairs = [(a[0], a[1], float(g)) for a, g in zip(texts, gold, strict=True) if g.strip()]
         subsets[subset] = pairs
     if not subsets:
-        raise UserError(f"{name}: folder {str(path)!r} holds no STS.input.*.txt; name the folder of one year.")
+        raise UserError(f"{name}: folder {str(path)!r} has no STS.input.*.txt; name the folder of one year.")
     return SimilaritySet(f"{name}@{path}", subsets, _similar(name, path.name, subsets))
 
 
 def sts_benchmark(name: str, path: pathlib.Path) -> SimilaritySet:
-    """STS-B's sts-test.csv or sts-dev.csv: genre, file, year, number, score, sentence, sentence, tab-separated."""
+    """Read STS-B's sts-test.csv or sts-dev.csv: genre, file, year, number, score, sentence, sentence, tab-separated."""
     rows = [line.split("\t") for line in _lines(path)]
     if any(len(row) < 7 for row in rows):
-        raise UserError(f"{name}: {str(path)!r} must have 7 columns with tabs between them, as sts-test.csv has.")
+        raise UserError(f"{name}: {str(path)!r} does not have 7 columns with tabs between them; expected sts-test.csv.")
     pairs = {"": [(row[5], row[6], float(row[4])) for row in rows]}
     return SimilaritySet(f"{name}@{path}", pairs, _similar(name, path.name, pairs))
 
 
 def sick(name: str, path: pathlib.Path) -> SimilaritySet:
-    """SICK-R: columns sentence_A, sentence_B and relatedness_score."""
+    """Read SICK-R: columns sentence_A, sentence_B and relatedness_score."""
     rows = _rows(path)
     if not rows or not {"sentence_A", "sentence_B", "relatedness_score"} <= set(rows[0]):
         raise UserError(f"{name}: {str(path)!r} needs the columns sentence_A, sentence_B and relatedness_score.")
@@ -99,6 +100,7 @@ def sick(name: str, path: pathlib.Path) -> SimilaritySet:
 
 
 def _similar(name: str, split: str, subsets: Mapping[str, Sequence[Pair]]) -> Provenance:
+    """Return the provenance of a set of similarities."""
     return Provenance(
         data=name,
         split=split,
@@ -109,7 +111,7 @@ def _similar(name: str, split: str, subsets: Mapping[str, Sequence[Pair]]) -> Pr
 
 
 def senteval(name: str, path: pathlib.Path) -> ProbeSet:
-    """MR, CR, SUBJ or MPQA, which have no splits: nested cross-validation in ten folds."""
+    """Read MR, CR, SUBJ or MPQA, which have no splits: nested cross-validation in ten folds."""
     texts, labels = [], []
     for label, file in enumerate(_SENTEVAL[name]):
         lines = _lines(path / file)
@@ -122,7 +124,7 @@ def senteval(name: str, path: pathlib.Path) -> ProbeSet:
 def _senteval(
     name: str, path: pathlib.Path | None, parts: Sequence[Sequence[Any]], labels: tuple[np.ndarray, ...], how: str
 ) -> ProbeSet:
-    """A task of SentEval: training, validation and test items; where there are none to choose C on, ten folds are."""
+    """Return a probe of SentEval: training, validation and test items; without validation items ten folds choose C."""
     pairs = "difference" if isinstance(parts[0][0], tuple) else ""
     features = "[|u - v|, u v] of text features before projection" if pairs else "text features before projection"
     card = Provenance(
@@ -131,9 +133,12 @@ def _senteval(
         metric="linear/top1",
         protocol=f"logistic regression on {features}, C of 2^-2..2^3; {how}",
     )
+    train, validation, test = parts
     return ProbeSet(
         f"{name}@{path}" if path else name,
-        *parts,
+        train,
+        validation,
+        test,
         {"": labels},
         sweep=_SWEEP,
         neighbours=False,
@@ -143,30 +148,35 @@ def _senteval(
     )
 
 
-def _split(read: Callable[[pathlib.Path], list[tuple[Any, str]]], files: Sequence[str]) -> Callable[..., ProbeSet]:
-    """A task of SentEval with splits of its own: `read` gives (text or pair, label) of each of `files`."""
+def _with_splits(
+    read: Callable[[pathlib.Path], list[tuple[Any, str]]], files: Sequence[str]
+) -> Callable[[str, pathlib.Path], ProbeSet]:
+    """Return a reader of a SentEval task with own splits, one of `files` each: `read` gives (text or pair, label)."""
 
-    def task(name: str, path: pathlib.Path) -> ProbeSet:
+    def open_task(name: str, path: pathlib.Path) -> ProbeSet:
         parts = [read(path / file) for file in files]
         number = {label: i for i, label in enumerate(sorted({label for _, label in parts[0]}))}
-        strange = {label for part in parts for _, label in part} - set(number)
-        if strange:
-            raise UserError(f"{name}: label {min(strange)!r} is not in {str(path / files[0])!r}.")
+        unknown = {label for part in parts for _, label in part} - set(number)
+        if unknown:
+            raise UserError(
+                f"{name}: label {min(unknown)!r} is not a training label of {str(path / files[0])!r}; check the files."
+            )
         if len(parts) == 2:
             parts.insert(1, [])
         labels = tuple(np.array([number[label] for _, label in part], int) for part in parts)
         how = "own splits" if parts[1] else "own splits, C by ten folds of the training items"
         return _senteval(name, path, [[item for item, _ in part] for part in parts], labels, how)
 
-    return task
+    return open_task
 
 
 def _read_sst(path: pathlib.Path) -> list[tuple[str, str]]:
-    return [tuple(line.rsplit("\t", 1)) for line in _lines(path)]
+    rows = [line.rsplit("\t", 1) for line in _lines(path)]
+    return [(text, label) for text, label in rows]
 
 
 def _read_trec(path: pathlib.Path) -> list[tuple[str, str]]:
-    """Lines such as "DESC:manner How did ..."; the class is what stands before the colon."""
+    """Read lines such as "DESC:manner How did ..."; the class is the word before the colon."""
     return [(line.partition(" ")[2], line.partition(":")[0]) for line in _lines(path)]
 
 
@@ -181,16 +191,16 @@ def _read_sick(path: pathlib.Path) -> list[tuple[tuple[str, str], str]]:
 
 _SST = [f"sentiment-{part}" for part in ("train", "dev", "test")]
 _SPLITS: Mapping[str, Callable[[str, pathlib.Path], ProbeSet]] = {
-    "sst2": _split(_read_sst, _SST),
-    "sst5": _split(_read_sst, _SST),
-    "trec": _split(_read_trec, ["train_5500.label", "TREC_10.label"]),
-    "mrpc": _split(_read_mrpc, ["msr_paraphrase_train.txt", "msr_paraphrase_test.txt"]),
-    "sicke": _split(_read_sick, ["SICK_train.txt", "SICK_trial.txt", "SICK_test_annotated.txt"]),
+    "sst2": _with_splits(_read_sst, _SST),
+    "sst5": _with_splits(_read_sst, _SST),
+    "trec": _with_splits(_read_trec, ["train_5500.label", "TREC_10.label"]),
+    "mrpc": _with_splits(_read_mrpc, ["msr_paraphrase_train.txt", "msr_paraphrase_test.txt"]),
+    "sicke": _with_splits(_read_sick, ["SICK_train.txt", "SICK_trial.txt", "SICK_test_annotated.txt"]),
 }
 
 
 def trec(data_dir: str | None) -> ProbeSet:
-    """TREC out of TFDS."""
+    """Read TREC from TFDS."""
     sources = [open_tfds("trec", split, data_dir)[0] for split in ("train", "test")]
     records = [[source[i] for i in range(len(source))] for source in sources]
     train, test = ([lookup(record, "text")[0] for record in part] for part in records)
@@ -200,7 +210,7 @@ def trec(data_dir: str | None) -> ProbeSet:
 
 
 def glue(name: str, folder: str, data_dir: str | None) -> ProbeSet | SimilaritySet:
-    """A GLUE task, tested on dev, as test has no labels: a probe of frozen features, or for STS-B cosines.
+    """Read a GLUE task, tested on dev, as test has no labels: a probe of frozen features, or for STS-B cosines.
 
     The features of two sentences u and v are [u, v, |u - v|, u v], as for the sentence encoders of GLUE's paper.
     """
@@ -239,10 +249,10 @@ def glue(name: str, folder: str, data_dir: str | None) -> ProbeSet | SimilarityS
 def karpathy(
     name: str, path: pathlib.Path, prepare: Preprocessing, profile: Profile, split: str = "test"
 ) -> RetrievalSet:
-    """COCO or Flickr30k from Karpathy's JSON ({"images": [{"filename", "filepath"?, "split", "sentences"}]}).
+    """Read COCO or Flickr30k from Karpathy's JSON ({"images": [{"filename", "filepath"?, "split", "sentences"}]}).
 
-    Images lie in the JSON's folder, in "filepath" there, or in a folder "images". All captions of an image count, some
-    images of COCO have six or seven (25,010 in all), unless the profile keeps fewer.
+    Images are in the JSON's folder, in its sub-folder "filepath", or in a sub-folder "images". All captions of an image
+    count, of which some images of COCO have six or seven (25,010 in all), unless the profile keeps fewer.
 
     Raises:
       UserError: a file of another layout, or images that are missing.
@@ -250,25 +260,27 @@ def karpathy(
     try:
         records = [r for r in json.loads(path.read_text(encoding="utf-8"))["images"] if r["split"] == split]
         captions = [profile.texts([s["raw"] for s in r["sentences"]]) for r in records]
-        places = [(r.get("filepath", ""), r["filename"]) for r in records]
+        names = [(r.get("filepath", ""), r["filename"]) for r in records]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{name}: {str(path)!r} is no Karpathy JSON ({type(error).__name__}: {error}).") from error
+        raise UserError(
+            f"{name}: {str(path)!r} is not a JSON file in Karpathy's layout ({type(error).__name__}: {error})."
+        ) from error
     files = []
-    for folder, file in places:
+    for folder, file in names:
         options = [path.parent / folder / file, path.parent / file, path.parent / "images" / file]
         existing = next((option for option in options if option.is_file()), None)
         if existing is None:
             raise UserError(f"{name}: image {str(options[0])!r} does not exist; put the images beside the JSON.")
         files.append(existing)
     images = Paths(files)
-    # Which folder an image is in differs between copies.
-    ids = [(file, bytes_of) for (_, file), (_, bytes_of) in zip(places, contents(images), strict=True)]
+    # Folders of images differ between copies.
+    ids = [(file, size) for (_, file), (_, size) in zip(names, contents(images), strict=True)]
     card = _retrieval_card(name, f"Karpathy {split}", ids, captions, prepare, profile)
     return RetrievalSet(f"{name}@{path}", Pictures(images, prepare), captions, card)
 
 
 def coco_captions(name: str, data_dir: str | None, prepare: Preprocessing, profile: Profile) -> RetrievalSet:
-    """Karpathy's test split of COCO out of TFDS."""
+    """Read Karpathy's test split of COCO from TFDS."""
     source, info = open_tfds("coco_captions", "test", data_dir)
     records = [source[i] for i in range(len(source))]
     captions = [profile.texts(lookup(record, "captions/text")) for record in records]
@@ -280,6 +292,7 @@ def coco_captions(name: str, data_dir: str | None, prepare: Preprocessing, profi
 def _retrieval_card(
     name: str, split: str, ids: list[Any], captions: list[list[str]], prepare: Preprocessing, profile: Profile
 ) -> Provenance:
+    """Return the provenance of a set of captions."""
     kept = f"first {profile.captions}" if profile.captions else "all"
     return Provenance(
         data=name,
@@ -305,7 +318,7 @@ RETRIEVAL = ("coco_retrieval", "flickr30k_retrieval")
 
 
 def check(spec: str) -> bool:
-    """Whether `spec` names a set of this file; the path is not looked at."""
+    """Return whether `spec` names a set of this module; the path is not checked."""
     name, _, path = spec.partition("@")
     return (bool(path) and name in (*READERS, *RETRIEVAL, *GLUE)) or spec in IN_TFDS
 
@@ -313,14 +326,14 @@ def check(spec: str) -> bool:
 def load(
     spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile
 ) -> SimilaritySet | ProbeSet | RetrievalSet:
-    """The set `spec` of the module's docstring; images as `prepare` and the profile say."""
-    name, _, where = spec.partition("@")
-    path = pathlib.Path(where)
+    """Open the set `spec` of the module's docstring; images are prepared by `prepare` and the profile."""
+    name, _, location = spec.partition("@")
+    path = pathlib.Path(location)
     if name in GLUE:
-        return glue(name, where, data_dir)
+        return glue(name, location, data_dir)
     if spec == "trec":
         return trec(data_dir)
-    if not where:
+    if not location:
         return coco_captions(name, data_dir, profile.preprocessing(prepare), profile)
     if name in RETRIEVAL:
         return karpathy(name, path, profile.preprocessing(prepare), profile)
@@ -329,11 +342,11 @@ def load(
     except (ValueError, IndexError, KeyError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{name}: {where!r} is not of the published layout ({error}).") from error
+        raise UserError(f"{name}: {location!r} is not in the published layout ({error}).") from error
 
 
 class FileSets(SetKind):
-    """Sets of text and retrieval in their published layout, and those of TFDS."""
+    """Sets of texts and of captions in their published layout, and those of TFDS."""
 
     prefixes = tuple(dict.fromkeys([*READERS, *RETRIEVAL, "glue"]))
     names = IN_TFDS
@@ -343,5 +356,5 @@ class FileSets(SetKind):
 
     @classmethod
     def shows(cls, spec: str) -> str:
-        """Sets with captions are shown."""
+        """Return "captions" for sets of captions."""
         return "captions" if spec.partition("@")[0] in RETRIEVAL else ""

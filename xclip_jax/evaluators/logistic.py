@@ -2,18 +2,18 @@
 
 For each C the objective, in nats, is  mean_i [-log softmax(x_i W + b)_(y_i)] + |W|^2 / (2 C n),  which is that of
 `sklearn.linear_model.LogisticRegression` over C n; the bias is not penalised. Where two classes occur scikit-learn has
-one vector w, the logit of the one less that of the other, and the penalty |w|^2 / (2 C n). The two columns of W that
-give w at the least penalty are -w / 2 and w / 2, with |W|^2 = |w|^2 / 2: twice the penalty on W is the same objective.
-All C share each pass over the features.
+one vector w, the difference of the two logits' weights, and the penalty |w|^2 / (2 C n). The two columns of W that give
+w at the least penalty are -w / 2 and w / 2, with |W|^2 = |w|^2 / 2: twice the penalty on W is the same objective. All C
+share each pass over the features.
 
-Three things make it quick and change no solution. Logits are linear in W, so that a line search needs no product with
-the features. The features are centred (the bias takes that up) and turned to their principal axes, where the Hessian's
-diagonal is known in advance up to a factor: it preconditions each C by itself. And the problems that still move are
-all that is carried on.
+Three things make it fast and change no solution. Logits are linear in W, so that a line search needs no product with
+the features. The features are centred (the bias compensates) and rotated to their principal axes, where the Hessian's
+diagonal is known in advance up to a factor and preconditions each C. And problems that have converged are dropped.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,15 +23,15 @@ import numpy as np
 from xclip_jax.errors import UserError
 
 HISTORY = 10
-_SCORES = 1 << 27  # logits held at once (fp32, some four arrays of them): more C than fit are solved in turns
-_SMALL = 1 << 24  # logits, up to which carrying problems that are done is cheaper than compiling without them
-_ROUND = 4  # iterations between looks at which problems are done
-_STALLED = 1e-10  # share of the objective: a step that promises less changes nothing
+_SCORES = 1 << 27  # logits in memory at once (fp32, about four arrays of them): more C than fit are solved in turns
+_SMALL = 1 << 24  # logits, up to which keeping problems that are done is cheaper than compiling without them
+_ROUND = 4  # iterations between two checks of which problems are done
+_STALLED = 1e-10  # share of the objective: a step that promises less is not made
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Solutions for each C.
+    """Solutions, one for each C.
 
     Attributes:
       weights: fp32 (cs, d, classes).
@@ -46,36 +46,36 @@ class Fit:
     iterations: np.ndarray
 
     def logits(self, x: np.ndarray) -> np.ndarray:
-        """Features (n, d) -> (cs, n, classes)."""
+        """Return the logits (cs, n, classes) of features (n, d)."""
         return np.einsum("nd,cdk->cnk", x, self.weights, optimize=True) + self.bias[:, None]
 
 
 def fit(
     x: np.ndarray,
     y: np.ndarray,
-    cs: np.ndarray | list[float],
+    cs: np.ndarray | Sequence[float],
     classes: int,
     *,
     iterations: int = 1000,
     tolerance: float = 1e-5,
 ) -> Fit:
-    """Fits every C in `cs`.
+    """Fit every C in `cs`.
 
     Args:
       x: features fp32 (n, d).
       y: classes int (n,), below `classes`; a class may have no item.
-      cs: inverse strengths of the penalty, as scikit-learn has them for as many classes as occur, above 0.
+      cs: inverse strengths of the penalty, above 0, as scikit-learn defines them for the classes that occur.
       classes: number of them.
-      iterations: at most so many for each C.
-      tolerance: a problem is solved where no component of the gradient of its objective is larger, as with
-        scikit-learn's `tol` (1e-4 by default).
+      iterations: maximum for each C.
+      tolerance: a problem is solved when no component of its gradient is larger, as with scikit-learn's `tol` (1e-4 by
+        default).
 
     Raises:
       UserError: features that are not finite, labels or C out of range.
     """
     x, y, cs = np.asarray(x, np.float32), np.asarray(y), np.asarray(cs, np.float64)
     if x.ndim != 2 or y.shape != x.shape[:1] or not len(x):
-        raise UserError(f"a probe needs features (n, d) and labels (n,); it got {x.shape} and {y.shape}.")
+        raise UserError(f"expected features (n, d) and labels (n,) of a probe; got {x.shape} and {y.shape}.")
     if not np.isfinite(x).all():
         raise UserError("a probe's features are not finite: the model diverged.")
     if y.min() < 0 or y.max() >= classes or not (cs > 0).all():
@@ -85,17 +85,17 @@ def fit(
     mean = x.mean(axis=0, dtype=np.float64)
     x = (x - mean).astype(np.float32)
     spectrum, axes = np.linalg.eigh((x.T @ x).astype(np.float64) / n)
-    turned = jnp.asarray(np.concatenate([x @ axes.astype(np.float32), np.ones((n, 1), np.float32)], axis=1))
-    one_hot = jnp.asarray(y, jnp.int32)
-    # From the gradient along the axes to that of the features as they came.
+    rotated = jnp.asarray(np.concatenate([x @ axes.astype(np.float32), np.ones((n, 1), np.float32)], axis=1))
+    labels = jnp.asarray(y, jnp.int32)
+    # From the gradient along the axes to that of the given features.
     back = jnp.asarray(np.block([[axes, mean[:, None]], [np.zeros((1, d)), np.ones((1, 1))]]), jnp.float32)
-    # Of softmax's Hessian the diagonal is p (1 - p): 1 / classes where it starts.
+    # The diagonal of softmax's Hessian is p (1 - p), about 1 / classes at the start.
     curvature = np.append(np.maximum(spectrum, 0), 1.0) / classes
     fits: dict[str, list[Any]] = {"w": [], "objective": [], "iterations": []}
     group = max(1, _SCORES // (n * classes))
     for start in range(0, len(cs), group):
         ridge = np.outer(np.append(np.ones(d), 0.0), penalty / (n * cs[start : start + group]))  # (d + 1, cs)
-        w, objective, steps = _solve(turned, one_hot, back, ridge, curvature, classes, iterations, tolerance)
+        w, objective, steps = _solve(rotated, labels, back, ridge, curvature, classes, iterations, tolerance)
         for key, value in (("w", w), ("objective", objective), ("iterations", steps)):
             fits[key].append(value)
     w = np.concatenate(fits["w"], axis=1).transpose(1, 0, 2)  # (cs, d + 1, classes)
@@ -116,7 +116,7 @@ def _solve(
     iterations: int,
     tolerance: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights (d + 1, cs, classes), objective (cs,) and iterations (cs,) for each column of `ridge` (d + 1, cs)."""
+    """Return weights (d + 1, cs, classes), objective (cs,) and iterations (cs,); `ridge` is (d + 1, cs)."""
     d, count = ridge.shape
     scale = jnp.asarray(1 / (curvature[:, None] + ridge), jnp.float32)[..., None]
     problem = {"ridge": jnp.asarray(ridge, jnp.float32)[..., None], "scale": scale}
@@ -136,15 +136,15 @@ def _solve(
         "done": jnp.zeros(count, bool),
         "steps": jnp.zeros(count, int),
         "value": jnp.full(count, np.log(classes), jnp.float32),
-        "at": jnp.zeros((), int),
+        "iteration": jnp.zeros((), int),
     }
     alive, out = np.arange(count), (np.zeros((d, count, classes), np.float32), np.zeros(count), np.zeros(count, int))
     for _ in range(0, iterations, _ROUND):
         state = _iterate(x, y, back, problem, state, iterations, tolerance)
         done = np.asarray(state["done"])
         keep = np.flatnonzero(~done)
-        last = not len(keep) or int(state["at"]) >= iterations
-        # Each new shape is compiled anew: drop a quarter or more, and only where it pays.
+        last = not len(keep) or int(state["iteration"]) >= iterations
+        # Each new shape is compiled: drop problems only where that is a quarter or more, and worth it.
         if last or (4 * len(keep) <= 3 * len(alive) and state["z"].size > _SMALL):
             out[0][:, alive] = np.asarray(state["w"])
             out[1][alive], out[2][alive] = np.asarray(state["value"]), np.asarray(state["steps"])
@@ -153,7 +153,8 @@ def _solve(
             alive = alive[keep]
             problem = {key: value[:, keep] for key, value in problem.items()}
             state = {
-                key: value if key == "at" else jnp.take(value, keep, axis=_AXIS[key]) for key, value in state.items()
+                key: value if key == "iteration" else jnp.take(value, keep, axis=_AXIS[key])
+                for key, value in state.items()
             }
     return out
 
@@ -163,12 +164,12 @@ _matmul = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Inner products (cs,) of (d, cs, classes) for each C."""
+    """Return the inner products (cs,) of two (d, cs, classes), one for each C."""
     return (a * b).sum(axis=(0, 2))
 
 
 def _gradient(x: jax.Array, y: jax.Array, z: jax.Array, w: jax.Array, ridge: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Objective (cs,) and gradient (d, cs, classes) at the logits z (n, cs, classes) of w."""
+    """Return objective (cs,) and gradient (d, cs, classes) at the logits z (n, cs, classes) of w."""
     n, _, k = z.shape
     own = jnp.take_along_axis(z, y[:, None, None], axis=2)[..., 0]
     value = (jax.nn.logsumexp(z, axis=2) - own).mean(axis=0) + _dot(ridge * w, w) / 2
@@ -177,8 +178,8 @@ def _gradient(x: jax.Array, y: jax.Array, z: jax.Array, w: jax.Array, ridge: jax
 
 
 def _direction(state: dict[str, jax.Array], scale: jax.Array) -> jax.Array:
-    """L-BFGS's two loops, for each C by itself; pairs that are not there yet have rho 0."""
-    newest = (state["at"] - 1 - jnp.arange(HISTORY)) % HISTORY
+    """Return L-BFGS's direction for each C, by its two loops; pairs of the history that are still empty have rho 0."""
+    newest = (state["iteration"] - 1 - jnp.arange(HISTORY)) % HISTORY
 
     def down(j: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         q, alphas = carry
@@ -200,14 +201,14 @@ def _direction(state: dict[str, jax.Array], scale: jax.Array) -> jax.Array:
 def _search(
     y: jax.Array, state: dict[str, jax.Array], p: jax.Array, zp: jax.Array, ridge: jax.Array, slope: jax.Array
 ) -> jax.Array:
-    """Steps (cs,) along p at which the slope has fallen to half or less: Newton within a bracket on convex functions.
+    """Return steps (cs,) along p at which the slope is half as steep or less: Newton's method within a bracket.
 
-    The test is on slopes alone, as values are too coarse in fp32 near the solution.
+    Only slopes are compared, as values are too coarse in fp32 near the solution.
     """
     own = jnp.take_along_axis(zp, y[:, None, None], axis=2)[..., 0].mean(axis=0)
     wp, pp = _dot(ridge * state["w"], p), _dot(ridge * p, p)
 
-    def look(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def derivatives(t: jax.Array) -> tuple[jax.Array, jax.Array]:
         prob = jax.nn.softmax(state["z"] + t[:, None] * zp, axis=2)
         first = (prob * zp).sum(axis=2)
         second = (prob * zp * zp).sum(axis=2) - first**2
@@ -218,7 +219,7 @@ def _search(
 
     def body(carry: Any) -> Any:
         t = carry["t"]
-        first, second = look(t)
+        first, second = derivatives(t)
         ok = carry["ok"] | (jnp.abs(first) <= 0.5 * jnp.abs(slope))
         low, high = jnp.where(first < 0, t, carry["low"]), jnp.where(first < 0, carry["high"], t)
         new = t - first / jnp.maximum(second, 1e-30)
@@ -226,7 +227,7 @@ def _search(
         new = jnp.where((new > low) & (new < jnp.minimum(high, 10 * t)), new, middle)
         return {"t": jnp.where(ok, t, new), "ok": ok, "low": low, "high": high, "i": carry["i"] + 1}
 
-    start = {
+    start: dict[str, Any] = {
         "t": jnp.ones_like(slope),
         "ok": state["done"],
         "low": jnp.zeros_like(slope),
@@ -246,9 +247,9 @@ def _iterate(
     iterations: int,
     tolerance: float,
 ) -> dict[str, jax.Array]:
-    """Up to `_ROUND` iterations; a C that is done stays where it is."""
+    """Return the state after up to `_ROUND` iterations; a C that is done does not change."""
     ridge, scale = problem["ridge"], problem["scale"]
-    stop = jnp.minimum(state["at"] + _ROUND, iterations)
+    stop = jnp.minimum(state["iteration"] + _ROUND, iterations)
 
     def body(state: dict[str, jax.Array]) -> dict[str, jax.Array]:
         p = _direction(state, scale)
@@ -264,17 +265,17 @@ def _iterate(
         value, g = _gradient(x, y, z, w, ridge)
         change = g - state["g"]
         sy = _dot(s, change)
-        at = state["at"] % HISTORY
+        slot = state["iteration"] % HISTORY
         return state | {
             "w": w,
             "z": z,
             "g": g,
             "value": value,
-            "at": state["at"] + 1,
+            "iteration": state["iteration"] + 1,
             "steps": state["steps"] + ~done,
-            "s": state["s"].at[at].set(s),
-            "y": state["y"].at[at].set(change),
-            "rho": state["rho"].at[at].set(jnp.where(sy > 0, 1 / jnp.maximum(sy, 1e-37), 0)),
+            "s": state["s"].at[slot].set(s),
+            "y": state["y"].at[slot].set(change),
+            "rho": state["rho"].at[slot].set(jnp.where(sy > 0, 1 / jnp.maximum(sy, 1e-37), 0)),
         }
 
-    return jax.lax.while_loop(lambda s: (~s["done"]).any() & (s["at"] < stop), body, state)
+    return jax.lax.while_loop(lambda s: (~s["done"]).any() & (s["iteration"] < stop), body, state)

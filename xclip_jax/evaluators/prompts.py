@@ -1,6 +1,6 @@
-"""Class names, prompt templates and class masks of the zero-shot sets, and the profiles that go with published tables.
+"""Class names, prompt templates and class subsets of the zero-shot sets, and the profiles of published tables.
 
-Names and templates are those of clip-benchmark (MIT), in `data/third_party`; what differs is made by rule.
+Names and templates are those of clip-benchmark (MIT), in `data/third_party`; what differs is generated here.
 """
 
 import dataclasses
@@ -16,23 +16,23 @@ from xclip_jax.errors import UserError, one_of
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """A project's protocol, so that numbers can be held against its tables.
+    """A project's protocol, for numbers that can be compared with its tables.
 
-    Mean and standard deviation of pixels are no part of it: they belong to the weights.
+    Mean and standard deviation of pixels are not part of it: they belong to the weights.
 
     Attributes:
-      imagenet: templates of ImageNet and its relatives, "openai80" or "slip7".
-      clips: whether the other sets have CLIP's own templates, which are SLIP's too, where clip-benchmark's differ.
-      sgd: whether probe/ is SLIP's, see `sgd`; with test pictures cut out of the middle 224 of 256.
-      augment: whether its training pictures are cropped and flipped anew in each epoch, as SLIP's are: a forward pass
+      imagenet: templates of ImageNet and its variants, "openai80" or "slip7".
+      clips: whether the other sets have CLIP's own templates, which SLIP uses too, where clip-benchmark's differ.
+      sgd: whether probe/ is SLIP's, see `sgd`; with test images cropped to the central 224 of 256.
+      augment: whether its training images have new random crops and flips in each epoch, as SLIP's have: a forward pass
         of all of them for each of 90 epochs.
       resample: how the shorter side is resized, "bicubic" or "bilinear"; "" to resize as the model does.
-      prefix: put before the captions of retrieval.
+      prefix: text before the captions of retrieval.
       lower: whether captions are lower-cased, as SigLIP's are.
-      captions: at most so many of each image, the first ones; 0 for all.
+      captions: the number of first captions of each image that are kept; 0 for all.
 
     Raises:
-      UserError: a negative number of captions, or `augment` without `sgd`, which alone learns from crops.
+      UserError: a negative number of captions, or `augment` without `sgd`.
     """
 
     imagenet: str = "openai80"
@@ -48,16 +48,16 @@ class Profile:
         if self.captions < 0:
             raise UserError(f"--captions is {self.captions}; expected a number of captions, or 0 for all of them.")
         if self.augment and not self.sgd:
-            raise UserError("--augment is a part of SLIP's linear probe; add --profile slip, or leave --augment out.")
+            raise UserError("--augment is for SLIP's linear probe; add --profile slip, or leave --augment out.")
 
     def preprocessing(self, own: Preprocessing | int) -> Preprocessing:
-        """What the protocol makes of the model's `own` preprocessing; a number is a size, with CLIP's."""
+        """Return the model's `own` preprocessing as the protocol changes it; a number is a size, with CLIP's."""
         own = Preprocessing(own) if isinstance(own, int) else own
         changed = {"resize_mode": "shortest", "resize_size": 0, "interpolation": self.resample} if self.resample else {}
         return dataclasses.replace(own, **changed)
 
     def texts(self, captions: Sequence[str]) -> list[str]:
-        """An image's captions as the protocol wants them."""
+        """Return an image's captions by the protocol."""
         kept = list(captions)[: self.captions or None]
         return [self.prefix + (text.lower() if self.lower else text) for text in kept]
 
@@ -68,7 +68,7 @@ PROFILES = {
     "open_clip": Profile(clips=False),
 }
 
-# Positions, among the 80, of the seven that forward selection chose (the CLIP repository's notebook); SLIP uses them.
+# Indices among the 80 of the seven that forward selection chose (the CLIP repository's notebook); SLIP uses them.
 _SEVEN = (73, 7, 44, 69, 35, 67, 64)
 
 # Classes of ImageNet-A and ImageNet-R among ImageNet's 1000. The lists of wnids of clip_benchmark (datasets/builder.py)
@@ -99,21 +99,21 @@ IMAGENET_R = (
 # fmt: on
 
 # CLIP's own templates (its repository's prompts.md; SLIP's templates.json has the same) of sets that clip-benchmark
-# lacks, or has others of ("clip_..."): made by the rules that they follow.
+# lacks, or has other templates of ("clip_..."): generated from the pattern that they follow.
 _VERBS = ("", "using ", "doing ", "during ", "performing ", "practicing ")
-_KINDS = ("photo", "video", "example", "demonstration")
+_NOUNS = ("photo", "video", "example", "demonstration")
 _VIEWS = tuple(f"{how} {what}" for what in ("imagery", "photo", "view") for how in ("satellite", "aerial"))
 _OWN = {
     "birds": ["a photo of a {c}, a type of bird."],
     "hatefulmemes": ["a {c}."],
-    "ucf101": [f"a {kind} of {one} person {verb}{{c}}." for verb in _VERBS for one in ("a", "the") for kind in _KINDS],
-    "kinetics700": [f"a {kind} of {who}{{c}}." for kind in _KINDS for who in ("", *(f"a person {v}" for v in _VERBS))],
+    "ucf101": [f"a {noun} of {one} person {verb}{{c}}." for verb in _VERBS for one in ("a", "the") for noun in _NOUNS],
+    "kinetics700": [f"a {noun} of {who}{{c}}." for noun in _NOUNS for who in ("", *(f"a person {v}" for v in _VERBS))],
     "clip_resisc45": [f"{view} of {article}{{c}}." for article in ("", "a ", "the ") for view in _VIEWS],
     "clip_clevr_count_all": ["a photo of {c} objects."],
     "clip_pcam": ["this is a photo of {c}"],
 }
 _OWN_NAMES = {"hatefulmemes": ["meme", "hatespeech meme"]}
-# Of FER2013's classes, in CLIP and SLIP; the mean runs over templates and synonyms.
+# Of FER2013's classes, in CLIP and SLIP; the mean is over templates and synonyms.
 SYNONYMS = {
     "happy": ["happy", "smiling"],
     "sad": ["sad", "depressed"],
@@ -123,15 +123,16 @@ SYNONYMS = {
 
 
 @functools.cache
-def _read(kind: str) -> dict[str, list[str]]:
-    return json.loads(assets.third_party(f"en_{kind}.json"))
+def _read(name: str) -> dict[str, list[str]]:
+    """Return the content of clip-benchmark's file en_NAME.json."""
+    return json.loads(assets.third_party(f"en_{name}.json"))
 
 
 def templates(name: str) -> list[str]:
-    """The templates `name`, with {c} for the class: "openai80", "slip7", or a set's own by clip-benchmark's key.
+    """Return the templates `name`, with {c} for the class: "openai80", "slip7", or a set's own by clip-benchmark's key.
 
     Raises:
-      UserError: an unknown name; the message lists the known.
+      UserError: an unknown name; the message lists the known ones.
     """
     known = _read("zeroshot_classification_templates")
     if name in ("openai80", "slip7"):
@@ -142,41 +143,41 @@ def templates(name: str) -> list[str]:
 
 
 def chosen(name: str, profile: Profile) -> str:
-    """The templates of a set whose own are called `name`, "imagenet" for ImageNet's, under a profile."""
+    """Return the name of a set's templates under a profile; `name` is that of its own, "imagenet" for ImageNet's."""
     if name == "imagenet":
         return profile.imagenet
     return f"clip_{name}" if profile.clips and f"clip_{name}" in _OWN else name
 
 
 def prompts(names: Sequence[str | Sequence[str]], templates_of: str) -> list[list[str]]:
-    """Each class's prompts: every template with its name, or with every one of its synonyms."""
+    """Return each class's prompts: every template with its name, or with each of its synonyms."""
     filled = templates(templates_of)
     synonyms = [[name] if isinstance(name, str) else list(name) for name in names]
-    # str.format would stumble over braces in a name.
+    # str.format fails on braces in a name.
     return [[t.replace("{c}", word) for word in words for t in filled] for words in synonyms]
 
 
 def readable(label: str) -> str:
-    """A class name out of a label of CUB-200, SUN397 or UCF101, such as "001.Black_footed_Albatross".
+    """Return the class name in a label of CUB-200, SUN397 or UCF101, such as "001.Black_footed_Albatross".
 
-    The others are like "/a/airplane_cabin" and "ApplyEyeMakeup". Labels of other sets would be torn apart.
+    The others are like "/a/airplane_cabin" and "ApplyEyeMakeup". Not for labels of other sets.
     """
     label = re.sub(r"^/\w/|^\d+\.", "", label)
     return spaced(re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", label.replace("/", " ")))
 
 
 def spaced(label: str) -> str:
-    """`label` with spaces for underscores."""
+    """Return `label` with spaces for underscores."""
     return " ".join(label.replace("_", " ").split())
 
 
 def published(key: str) -> list[str]:
-    """The class names that clip-benchmark calls `key`."""
+    """Return the class names that clip-benchmark calls `key`."""
     return list(_OWN_NAMES.get(key) or _read("classnames")[key])
 
 
 def _comparable(label: str) -> str:
-    """`label` without case, spaces and punctuation, or as a number without leading zeros."""
+    """Return `label` without case, spaces and punctuation, or as a number without leading zeros."""
     return str(int(label)) if label.isascii() and label.isdigit() else re.sub(r"\W|_", "", label.lower())
 
 
@@ -186,9 +187,9 @@ def match(labels: Sequence[str], *spellings: Sequence[str]) -> list[int]:
     Case, spaces, punctuation and leading zeros do not count. Names that a spelling has twice match nothing.
 
     Raises:
-      KeyError: the label that keeps the likeliest spelling from having them all, or that is one class with another.
+      KeyError: the label that is missing from the most likely spelling, or is one class with another label.
     """
-    strange: list[tuple[int, str]] = []
+    unmatched: list[tuple[int, str]] = []
     for spelling in spellings:
         plain = [_comparable(name) for name in spelling]
         index = {name: i for i, name in enumerate(plain) if plain.count(name) == 1}
@@ -196,24 +197,24 @@ def match(labels: Sequence[str], *spellings: Sequence[str]) -> list[int]:
         for label in labels:
             position = index.get(_comparable(label))
             if position is None or position in positions:
-                strange.append((len(positions), label))
+                unmatched.append((len(positions), label))
                 break
             positions[position] = label
         else:
             return list(positions)
-    # The likeliest spelling is the one that has most of those before.
-    raise KeyError(max(strange, key=lambda item: item[0])[1])
+    # The most likely spelling is the one with the most labels before its first unmatched one.
+    raise KeyError(max(unmatched, key=lambda item: item[0])[1])
 
 
 def class_names(key: str, labels: Sequence[str]) -> list[str]:
-    """Names of a TFDS data set's classes, in the order of its own `labels`.
+    """Return the names of a TFDS data set's classes, in the order of its own `labels`.
 
     Args:
       key: clip-benchmark's key of the names.
       labels: the data set's labels, in its order.
 
     Raises:
-      UserError: as many names as labels, or the same order, are not there.
+      UserError: the number of names and of labels, or their order, differs.
     """
     names = published(key)
     if len(names) != len(labels):
@@ -221,8 +222,8 @@ def class_names(key: str, labels: Sequence[str]) -> list[str]:
     theirs, ours = [_comparable(name) for name in names], [_comparable(label) for label in labels]
     if set(theirs) == set(ours) and len(set(ours)) == len(ours):
         return [names[theirs.index(name)] for name in ours]
-    # Labels that say nothing (numbers, wnids) or say it in other words: the order is the same, which those show that
-    # are spelt alike.
+    # Labels without meaning (numbers, wnids), or in other words: the order is the same, as those with equal spelling
+    # show.
     moved = [name for i, name in enumerate(ours) if name in theirs and theirs[i] != name and theirs.count(name) == 1]
     if moved:
         raise UserError(f"the labels of {key} are in another order than its class names ({moved[0]!r} is one of them).")

@@ -1,4 +1,4 @@
-"""Provenance of an evaluation result: what it is of and how it was made."""
+"""Provenance of an evaluation result: data set, split, protocol, and hashes of what was evaluated."""
 
 import dataclasses
 import hashlib
@@ -19,16 +19,16 @@ class Provenance:
     Attributes:
       data: name of the data set.
       version: of the data set.
-      split: which part.
-      split_hash: `digest` of what the set consists of, in order: labels, class names and texts; of images their files'
-        names and sizes, of a TFDS data set its name, version, split and number of items.
-      protocol: how the number is made, in words.
-      templates: name of the prompts.
-      preprocessing: of the images, but for mean and standard deviation, which belong to the model.
+      split: of the data set.
+      split_hash: `digest` of the set's contents, in order: labels, class names and texts; of images their files' names
+        and sizes, of a TFDS data set its name, version, split and number of items.
+      protocol: of the measurement, in words.
+      templates: name of the prompt templates.
+      preprocessing: of the images, without mean and standard deviation, which belong to the model.
       metric: the one to report; the data set's own.
-      note: what keeps the number from being compared with published ones.
-      role: `VALIDATION` of a set that serves to choose, `SHIFTED` of one whose classes training may know in a style or
-        from a source that it does not.
+      note: why the number cannot be compared with published ones.
+      role: `VALIDATION` of a set for model selection, `SHIFTED` of one whose images are of another style or source than
+        the training data's.
     """
 
     data: str = ""
@@ -44,7 +44,7 @@ class Provenance:
 
 
 def digest(items: Iterable[Any]) -> str:
-    """The first 16 hex digits of the sha256 over the JSON of `items`, one a line, in their order."""
+    """Return the first 16 hex digits of the sha256 over the JSON of `items`, one a line, in their order."""
     state = hashlib.sha256()
     for item in items:
         state.update(json.dumps(item, ensure_ascii=False, default=lambda x: x.tolist()).encode() + b"\n")
@@ -52,9 +52,9 @@ def digest(items: Iterable[Any]) -> str:
 
 
 def contents(images: Sequence[Any]) -> list[tuple[str, int]]:
-    """Name and size in bytes of each image's file, as a part of `digest`; of images that are not in files, none.
+    """Return name and size in bytes of each image's file, for `digest`; [] for images that are not in files.
 
-    Names begin at the folder that holds all of the files: where the data set is stored does not matter.
+    Names are relative to the folder that has all of the files: the path of the data set does not matter.
     """
     if not isinstance(images, Paths) or not len(images):
         return []
@@ -64,5 +64,5 @@ def contents(images: Sequence[Any]) -> list[tuple[str, int]]:
 
 
 def describe(card: Provenance) -> Mapping[str, str]:
-    """The fields that say something, as evaluation.json has them."""
+    """Return the fields that are not empty, but for the role, as evaluation.json has them."""
     return {key: value for key, value in dataclasses.asdict(card).items() if value and key != "role"}

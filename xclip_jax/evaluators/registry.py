@@ -1,12 +1,11 @@
-"""Evaluation sets by their names, and the evaluators that go with them: the one place to add a kind of either.
+"""Registry of evaluation sets and evaluators; opens sets by their names and runs evaluators.
 
-A set's name begins with one of the prefixes in `SETS`; the rest is up to its kind. "package.module:Class", with or
-without more behind it, is a `SetKind` of somebody else's. Likewise a set names its evaluator: one of `EVALUATORS`, or
+A set's name begins with one of the prefixes in `SETS`; its kind interprets the rest. A name that begins with
+"package.module:Class" is of that `SetKind` of another package. A set names its evaluator: one of `EVALUATORS`, or
 "package.module:Class".
 """
 
 import dataclasses
-import importlib
 import pathlib
 import re
 import textwrap
@@ -31,6 +30,7 @@ from xclip_jax.evaluators.retrieval import Retrieval
 from xclip_jax.evaluators.text import Similarity, TextRetrieval
 from xclip_jax.evaluators.zeroshot import ZeroShot
 from xclip_jax.evaluators.zeroshot_datasets import PAPER, PublishedSets
+from xclip_jax.imports import class_name, import_class
 
 KINDS: tuple[type[SetKind], ...] = (EmojiSets, PublishedSets, FileSets, ProbeSets, FinetunedSets)
 SETS: Mapping[str, type[SetKind]] = {prefix: kind for kind in KINDS for prefix in kind.prefixes}
@@ -44,24 +44,24 @@ EVALUATORS: Mapping[str, type[Evaluator]] = {
 }
 SUITES: Mapping[str, tuple[str, ...]] = {"demo": TESTS, "paper": (*PAPER, "coco_retrieval")}
 
-_IMPORTED = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*):([A-Za-z_]\w*)")
-_TRIED = 8  # images of a set that `open_all` decodes
-_SAID = 3  # unreadable images that `measure` names
+_SET_ATTRIBUTES = ("name", "card", "evaluator")
+_NUM_CHECKED = 8  # images of a set that `open_all` decodes
+_NUM_LISTED = 3  # unreadable images that `measure` names
 
 
 def load(
     spec: str, prepare: Preprocessing | int, data_dir: str | None = None, profile: Profile = PROFILES["openai"]
 ) -> Any:
-    """The set named `spec`, its images square and uint8.
+    """Open the set named `spec`, its images square and uint8.
 
     Args:
-      spec: a name that one of `SETS` knows.
-      prepare: how the model wants its images; a number for CLIP's way, at that size.
+      spec: name of the set.
+      prepare: preprocessing of the model's images; a number for CLIP's, at that size.
       data_dir: root of TFDS data sets, None (or "") for the default; the demo's is prepared there on first use.
       profile: protocol of the published sets.
 
     Raises:
-      UserError: an unknown `spec`; the message has those that are spelled like it.
+      UserError: an unknown `spec`, with the names that are spelled like it, or a set that cannot be opened.
     """
     return check(spec).load(spec, prepare, data_dir or None, profile)
 
@@ -70,63 +70,58 @@ def check(spec: str, others: Sequence[str] = ()) -> type[SetKind]:
     """Return the kind of the set `spec`.
 
     Raises:
-      UserError: an unknown name; the message has the names nearest to it, of `others` too.
+      UserError: an unknown name; the message suggests the nearest ones, of `others` too.
     """
-    kind = SETS.get(re.split("[/:@]", spec, maxsplit=1)[0]) or _imported(spec, SetKind)
+    kind = SETS.get(re.split("[/:@]", spec, maxsplit=1)[0])
+    if kind is None and (name := class_name(spec)):
+        kind = import_class(name, SetKind)
     if kind and kind.knows(spec):
         return kind
     near = kind.closest(spec) if kind else closest(spec, [*others, *_all("names")], _all("at_path"))
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     raise UserError(
-        f"unknown evaluation set {spec!r}{hint} python -m xclip_jax.evaluate --help lists the names; own images are "
-        "folder:PATH, csv:PATH or probe/folder:PATH."
+        f"unknown evaluation set {spec!r}{hint} python -m xclip_jax.evaluate --help lists the names; your own images "
+        "are folder:PATH, csv:PATH or probe/folder:PATH."
     )
 
 
 def _all(attribute: str) -> list[str]:
-    """`names` or `at_path` of all kinds."""
+    """Return `names` or `at_path` of all kinds."""
     return list(dict.fromkeys(name for kind in KINDS for name in getattr(kind, attribute)))
 
 
-def _imported(name: str, base: type) -> Any:
-    """The class that `name` begins with, as "package.module:Class"; None where it is not of this form.
-
-    Raises:
-      UserError: a module that cannot be imported, or that lacks a `base` of this name.
-    """
-    match = _IMPORTED.match(name)
-    if match is None:
-        return None
-    module, attribute = match.groups()
-    try:
-        value = getattr(importlib.import_module(module), attribute, None)
-    except ModuleNotFoundError as error:
-        # Nothing of this name is installed; a module that is, and lacks another one, has a fault of its own.
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise
-        raise UserError(
-            f"unknown evaluation set or evaluator {name!r}: module {module!r} cannot be imported; install its package "
-            "or put its folder on PYTHONPATH."
-        ) from error
-    if not (isinstance(value, type) and issubclass(value, base)):
-        raise UserError(f"{module}:{attribute} is not a subclass of xclip_jax.evaluators.base.{base.__name__}.")
-    return value
-
-
 def listing() -> str:
-    """All names that `load` knows, for people to read."""
+    """Return a text with all names of sets and suites."""
     lines = (
         f"suites: {', '.join(SUITES)}",
         f"sets: {', '.join(_all('names'))}",
         f"sets in files, NAME@PATH: {', '.join(_all('at_path'))}",
         *(kind.usage for kind in KINDS if kind.usage),
-        "of another package: package.module:Class",
+        "sets of another package: package.module:Class",
     )
     return "\n".join(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
 
 
+def expand_suites(suites: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the names of sets, each once, of one of `SUITES`, of names joined by commas, or of several of these.
+
+    A name whose path has commas is not split where the path exists.
+
+    Raises:
+      UserError: no names, or unknown ones.
+    """
+    names: dict[str, None] = {}
+    for part in [suites] if isinstance(suites, str) else suites:
+        names |= dict.fromkeys(SUITES.get(part) or split(part))
+    if not names:
+        raise UserError(f"--suite is empty; it must be one of {', '.join(SUITES)} or names of sets.")
+    for name in names:
+        check(name, others=tuple(SUITES))
+    return tuple(names)
+
+
 def split(suite: str) -> list[str]:
-    """Names of sets joined by commas; a name whose path exists, commas and all, stands for itself."""
+    """Split names of sets at commas, unless they are part of a path that exists."""
     paths = [pathlib.Path(suite.partition(mark)[2]) for mark in "@:"]
     # In finetuned/glue:TASK@PATH/SPLIT the split is behind the path.
     if any("," in str(path) and path.exists() for whole in paths for path in (whole, whole.parent)):
@@ -135,20 +130,20 @@ def split(suite: str) -> list[str]:
 
 
 def profile(name: str) -> Profile:
-    """The profile `name`; an unknown one raises `UserError`."""
+    """Return the profile `name`; an unknown one raises `UserError`."""
     one_of("--profile", name, PROFILES)
     return PROFILES[name]
 
 
 def make(spec: str, encoder: Encoder, data_dir: str | None = None, profile: Profile = PROFILES["openai"]) -> Evaluator:
-    """The evaluator of the set named `spec`; arguments and errors are those of `load`."""
+    """Open the set named `spec` and return its evaluator; arguments and errors are those of `load`."""
     return evaluator(encoder, load(spec, encoder.preprocessing, data_dir, profile))
 
 
 def open_all(
     specs: Sequence[str], encoder: Encoder, data_dir: str | None = None, profile: Profile = PROFILES["openai"]
 ) -> list[Evaluator]:
-    """The evaluators of all of `specs`, without running the model: what is wrong with any shows before the first one.
+    """Open sets and return their evaluators, without running the model: errors are raised before the first one runs.
 
     Args:
       specs: names of sets.
@@ -162,7 +157,7 @@ def open_all(
     for spec in specs:
         try:
             evaluators.append(make(spec, encoder, data_dir, profile))
-            _try_images(evaluators[-1].data)
+            _check_images(evaluators[-1])
         except (UserError, OSError) as error:
             named = str(error).startswith((spec, f"{spec.partition('@')[0]}:")) or repr(spec) in str(error)
             faults.append(("" if named else f"{spec}: ") + describe(error))
@@ -176,11 +171,11 @@ def open_all(
     return evaluators
 
 
-def _try_images(data: Any) -> None:
-    """Decodes a few images of each part of a set; raises `UserError` where none of them can be."""
-    for part in ("images", "items", "train", "validation", "test"):
-        images = getattr(data, part, ())
-        indices = np.unique(np.linspace(0, len(images) - 1, _TRIED).astype(int)) if len(images) else []
+def _check_images(evaluator: Evaluator) -> None:
+    """Decode a few images of each part of a set; `UserError` where none of them can be."""
+    for part in evaluator.inputs:
+        images = getattr(evaluator.data, part, ())
+        indices = np.unique(np.linspace(0, len(images) - 1, _NUM_CHECKED).astype(int)) if len(images) else []
         errors = []
         for i in indices:
             try:
@@ -188,14 +183,17 @@ def _try_images(data: Any) -> None:
             except BadSample as error:
                 errors.append(error)
         if errors and len(errors) == len(indices):
-            raise UserError(f"{data.name}: images cannot be read; of {len(errors)} none was: {describe(errors[0])}")
+            raise UserError(
+                f"{evaluator.data.name}: images cannot be read; all of the {len(errors)} that were tried failed: "
+                f"{describe(errors[0])}"
+            )
 
 
 def measure(evaluator: Evaluator, variables: Any) -> list[Result]:
-    """The results of an evaluator, one of them the headline, and how many images could not be read: "unreadable".
+    """Run an evaluator. One of the results is the headline; "unreadable" counts images that could not be read, if any.
 
-    Such images count as wrong, or teach a probe nothing. The first few are named in the log. An exception says in which
-    evaluator it was raised.
+    Such images count as wrong, and a probe is not trained on them. The first few are named in the log. An exception has
+    a note with the evaluator's name.
     """
     encoder = evaluator.encoder
     encoder.unreadable.clear()
@@ -207,24 +205,48 @@ def measure(evaluator: Evaluator, variables: Any) -> list[Result]:
     if results and not any(result.headline for result in results):
         results = [dataclasses.replace(results[0], headline=True), *results[1:]]
     if encoder.unreadable:
-        first = [reason or f"image {i}" for i, reason in sorted(encoder.unreadable.items())[:_SAID]]
-        more = f"; and {len(encoder.unreadable) - _SAID} more" if len(encoder.unreadable) > _SAID else ""
+        first = [reason or f"image {i}" for i, reason in sorted(encoder.unreadable.items())[:_NUM_LISTED]]
+        more = f"; and {len(encoder.unreadable) - _NUM_LISTED} more" if len(encoder.unreadable) > _NUM_LISTED else ""
         log0(f"WARNING: {evaluator.name}: {len(encoder.unreadable)} unreadable images: {'; '.join(first)}{more}")
         results = [*results, evaluator.count("unreadable", len(encoder.unreadable))]
     return results
 
 
-def layouts() -> list[Layout]:
-    """The tables of all evaluators, in the order in which they are shown."""
-    return [layout for evaluator in EVALUATORS.values() for layout in evaluator.layouts]
+def evaluator_class(name: str) -> type[Evaluator]:
+    """Return the evaluator that sets call `name`: one of `EVALUATORS`, or "package.module:Class".
+
+    Raises:
+      UserError: an unknown name, or a class that cannot be imported.
+    """
+    if name in EVALUATORS:
+        return EVALUATORS[name]
+    if class_name(name) is None:
+        raise UserError(f"unknown evaluator {name!r}; expected {', '.join(EVALUATORS)} or package.module:Class.")
+    return import_class(name, Evaluator)
 
 
 def evaluator(encoder: Encoder, data: Any) -> Evaluator:
-    """The evaluator that the set `data` names."""
-    protocol = EVALUATORS.get(data.evaluator) or _imported(data.evaluator, Evaluator)
-    if protocol is None:
+    """Return the evaluator of the set `data`; `UserError` as `evaluator_class`, or where the set lacks attributes."""
+    if missing := [name for name in _SET_ATTRIBUTES if not hasattr(data, name)]:
         raise UserError(
-            f"{data.name}: unknown evaluator {data.evaluator!r}; expected {', '.join(EVALUATORS)} or "
-            "package.module:Class."
+            f"{type(data).__name__} is not an evaluation set: it has no {' and no '.join(missing)}; see "
+            "xclip_jax.evaluators.base.SetKind."
         )
+    try:
+        protocol = evaluator_class(data.evaluator)
+    except UserError as error:
+        raise UserError(f"{data.name}: {error}") from error
     return protocol(encoder, data)
+
+
+def layouts(name: str = "") -> Sequence[Layout]:
+    """Return the tables of an evaluator's results; without a name those of all `EVALUATORS`, in the order of display.
+
+    An evaluator that is not installed here has none: results of another machine are shown without it.
+    """
+    if not name:
+        return [layout for protocol in EVALUATORS.values() for layout in protocol.layouts]
+    try:
+        return evaluator_class(name).layouts
+    except UserError:
+        return ()

@@ -1,4 +1,4 @@
-"""Results as records, their names on disk, and their JSON."""
+"""Results of evaluations as records, their names on disk, and their JSON."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,19 +14,20 @@ class Result:
 
     Attributes:
       set: name of the evaluation set.
-      family: what is measured: "zeroshot", "retrieval", "visual", "textual", or a word of the evaluator's own.
+      family: what is measured: "zeroshot", "retrieval", "visual", "textual", or a name of the evaluator's own.
       metric: "top1", "image_to_text/r1"; also the sizes of the set, such as "n".
       value: a share in percent, a correlation times 100, or a plain number.
       unit: "%", "x 100" of correlations, "" of plain numbers.
-      n: items that it is measured on, 0 where that is not known.
-      chance: what a random answer gives, in `unit`; with the unit "%" it is the share of items that are right by
-        chance. None where no such level exists.
-      protocol: where the set is from and how the number is made.
-      items: values of the single items, for the bootstrap; None where the metric cannot be resampled.
-      task: which of several questions about the same items, such as "category".
-      score: which of several ways in which the model compares, such as "cross_entropy"; "" is the model's own.
+      n: number of items that it is measured on, 0 where unknown.
+      chance: value of a random answer, in `unit`; with the unit "%" the share of items that are right by chance. None
+        where no such level exists.
+      protocol: provenance of the set and protocol of the measurement.
+      items: per-example values for the bootstrap; None where the metric cannot be resampled.
+      task: one of several questions about the same items, such as "category".
+      score: one of several similarities that a model gives, such as "cross_entropy"; "" is the model's own.
       group: a part of the items.
       headline: whether it is the number to report of its set.
+      evaluator: name of the evaluator, as its set has it; "" in results of earlier versions.
     """
 
     set: str
@@ -42,34 +43,35 @@ class Result:
     score: str = ""
     group: str = ""
     headline: bool = False
+    evaluator: str = ""
 
     @property
     def key(self) -> str:
-        """Its name within the set, as evaluation.json has it."""
+        """Name within the set, as in evaluation.json."""
         return "/".join(filter(None, (self.task, self.score, self.group, self.metric)))
 
     @property
     def name(self) -> str:
-        """Its name in metrics.jsonl, results.json and TensorBoard: "zeroshot/emoji/test_concepts/top1"."""
+        """Name in metrics.jsonl, results.json and TensorBoard: "zeroshot/emoji/test_concepts/top1"."""
         return "/".join(filter(None, (self.family, self.set, self.key)))
 
 
 def flat(results: Iterable[Result]) -> dict[str, float]:
-    """{name on disk: value}, in the order of the results."""
+    """Return {name on disk: value}, in the order of the results."""
     return {result.name: result.value for result in results}
 
 
 def items(results: Iterable[Result]) -> dict[str, PerExample]:
-    """{name on disk: items} of the results that can be resampled."""
+    """Return {name on disk: items} of the results that can be resampled."""
     return {result.name: result.items for result in results if result.items is not None}
 
 
-_SAVED = ("set", "family", "metric", "value", "unit", "n", "chance", "task", "score", "group", "headline")
+_SAVED = ("set", "family", "metric", "value", "unit", "n", "chance", "task", "score", "group", "headline", "evaluator")
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Result)}
 
 
 def to_json(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """Records for a JSON file, without protocols and items; fields that have their default are left out."""
+    """Return records for a JSON file, without protocols and items; fields that have their default are left out."""
     records = []
     for result in results:
         fields = {key: getattr(result, key) for key in _SAVED}
@@ -79,7 +81,7 @@ def to_json(results: Iterable[Result]) -> list[dict[str, Any]]:
 
 
 def from_json(records: Sequence[Mapping[str, Any]]) -> list[Result]:
-    """What `to_json` wrote; keys of later versions are ignored."""
+    """Return the results that `to_json` wrote; keys of later versions are ignored."""
     return [
         Result(
             **{key: record[key] for key in _SAVED if key in record},

@@ -1,18 +1,17 @@
-"""The results file of `xclip_jax.evaluate`: one JSON file, evaluation.json, that later commands add to.
+"""Results file of `xclip_jax.evaluate`: one JSON file, evaluation.json, to which later commands add.
 
     checkpoint, step, profile, changes      of "results"
     results                                 entries of the newest step that was evaluated, and of the profile that was
                                             evaluated last at that step: what tables and reports show
     other_results                           entries of other steps, profiles and checkpoints, oldest first
-    suite, config, environment, seconds     of the command that wrote last
+    suite, config, environment, seconds     of the last command that wrote the file
 
 An entry is one set's result: "set", "metric", "value", "n", "metrics" (all of them), "records" (the same with unit,
-chance level and items), where the set is from and how the number was made ("split_hash", "protocol", "templates", ...),
-and its own "checkpoint", "step", "profile" and "changes".
-A new entry takes the place of one that equals it in `KEY`; all others stay.
+chance level and evaluator), the provenance of the set ("split_hash", "protocol", "templates", ...), and its own
+"checkpoint", "step", "profile" and "changes". A new entry replaces one with the same values of `KEY`; all others stay.
 
-FILE.items.npz beside it has what each item contributed to an entry's metrics, under "statistic:part:id:metric"; "id" is
-the entry's "items", and the metric is quoted as in a URL.
+FILE.items.npz beside it has the per-example values of an entry's metrics, under "statistic:part:id:metric"; "id" is the
+entry's "items", and the metric is quoted as in a URL.
 """
 
 import io
@@ -22,25 +21,27 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import flat_names
-from xclip_jax.evaluators.provenance import digest
-from xclip_jax.evaluators.result import Result, from_json
+from xclip_jax.evaluators.provenance import describe, digest
+from xclip_jax.evaluators.result import Result, from_json, to_json
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.storage import write_json
 
 Entry = dict[str, Any]
-ItemsOf = dict[str, dict[str, PerExample]]  # of an entry, by its "items"
+ItemsOf = dict[str, dict[str, PerExample]]  # of each entry, by its "items"
 
 KEY = ("set", "checkpoint", "step", "profile", "changes", "tokenizer", "text_length")
 _VIEW = ("checkpoint", "step", "profile", "changes")
 
 
 def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
-    """All entries of a results file, oldest first and those of "results" last, and their items.
+    """Return all entries of a results file, oldest first and those of "results" last, and their items.
 
     Raises:
       UserError: a file that is missing or damaged.
@@ -49,9 +50,9 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
         raise UserError(f"{path} does not exist; make it with python -m xclip_jax.evaluate --checkpoint RUN.")
     try:
         record = json.loads(path.read_text())
-        # Files of before these keys were an entry's own have one of each.
-        whole = {key: record.get(key, default) for key, default in zip(_VIEW, ("", 0, "", {}), strict=True)}
-        entries = [whole | entry for entry in (*record.get("other_results", ()), *record["results"])]
+        # Older files have these keys once, not in each entry.
+        defaults = {key: record.get(key, default) for key, default in zip(_VIEW, ("", 0, "", {}), strict=True)}
+        entries = [defaults | entry for entry in (*record.get("other_results", ()), *record["results"])]
         _ = [(entry["set"], entry["value"], entry["name"], entry["metric"]) for entry in entries]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -60,15 +61,43 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
     return entries, _read_items(path, entries)
 
 
+def make_folder(path: epath.Path) -> None:
+    """Make the folder of a results file that will be written; `UserError` where the file cannot be written."""
+    if path.is_dir():
+        raise UserError(f"--output {str(path)!r} is a folder; name a file in it.")
+    if jax.process_index() == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output {str(path)!r}: the folder cannot be made ({error}).") from error
+
+
+def make_entry(name: str, evaluator: str, results: Sequence[Result], preprocessing: Preprocessing) -> Entry:
+    """Return the entry of a set: its provenance, the headline as "value", all metrics by their keys, and the records.
+
+    Args:
+      name: of the set.
+      evaluator: `Evaluator.name`.
+      results: of the set; one of them is the headline.
+      preprocessing: of the model's images.
+    """
+    headline = next(result for result in results if result.headline)
+    entry: Entry = dict(describe(headline.protocol))
+    if "preprocessing" in entry:
+        entry["preprocessing"] += f", {preprocessing.size} px, {preprocessing.normalization}"
+    entry |= {"set": name, "name": evaluator, "metric": headline.key, "value": headline.value, "n": headline.n}
+    return entry | {"metrics": {result.key: result.value for result in results}, "records": to_json(results)}
+
+
 def of_run(record: Mapping[str, Any]) -> list[Result]:
-    """The results of a run's results.json, which of earlier versions has names and values alone."""
+    """Return the results of a run's results.json, which in earlier versions has names and values only."""
     if "records" in record:
         return from_json(record["records"])
     return flat_names.read(record.get("results") or {})
 
 
 def of_entries(entries: Sequence[Entry]) -> list[Result]:
-    """The results of `entries`, which of earlier versions have names and values alone."""
+    """Return the results of `entries`, which in earlier versions have names and values only."""
     results = []
     for entry in entries:
         if "records" in entry:
@@ -81,17 +110,17 @@ def of_entries(entries: Sequence[Entry]) -> list[Result]:
 def add(
     path: epath.Path, entry: Entry, items: Mapping[str, PerExample], command: Mapping[str, Any], *, own: bool
 ) -> None:
-    """Puts an entry into a results file, which is made where it does not exist.
+    """Add an entry to a results file, which is created if it does not exist.
 
     Args:
       path: of the file.
       entry: with all of `KEY`.
       items: of its metrics.
-      command: what the file says of the command that wrote last.
-      own: whether all of the file is of the entry's checkpoint, whatever its folder was called before.
+      command: keys of the file about the command that writes.
+      own: whether the whole file is of the entry's checkpoint, also under former names of its folder.
 
     Raises:
-      UserError: there is a file, and it is damaged.
+      UserError: the file is damaged.
     """
     entries, items_of = read(path) if path.exists() else ([], {})
     if own:
@@ -105,25 +134,27 @@ def add(
 
 
 def latest(entries: Sequence[Entry], checkpoint: str | None = None) -> tuple[list[Entry], list[Entry]]:
-    """The entries of the newest step and, among several profiles, of that evaluated last at this step; and all others.
+    """Return the entries of the newest step and of the profile that was evaluated last at this step; and all others.
 
     Args:
       entries: oldest first.
-      checkpoint: whose; by default that of the last entry.
+      checkpoint: of the first ones; by default that of the last entry.
     """
     checkpoint = entries[-1]["checkpoint"] if checkpoint is None else checkpoint
-    of = [entry for entry in entries if entry["checkpoint"] == checkpoint]
-    newest = max(entry["step"] for entry in of)
-    last = next(entry for entry in reversed(of) if entry["step"] == newest)
+    own = [entry for entry in entries if entry["checkpoint"] == checkpoint]
+    newest = max(entry["step"] for entry in own)
+    last = next(entry for entry in reversed(own) if entry["step"] == newest)
     shown = [entry for entry in entries if all(entry[key] == last[key] for key in _VIEW)]
     return shown, [entry for entry in entries if entry not in shown]
 
 
 def _items_path(path: epath.Path) -> epath.Path:
+    """Return the file of the items of results file `path`."""
     return path.with_name(f"{path.name}.items.npz")
 
 
 def _write_items(path: epath.Path, items_of: ItemsOf) -> None:
+    """Write the items of all entries of results file `path`."""
     arrays = {}
     for entry, items in items_of.items():
         for name, item in items.items():
@@ -139,14 +170,14 @@ def _write_items(path: epath.Path, items_of: ItemsOf) -> None:
 
 
 def _read_items(path: epath.Path, entries: Sequence[Entry]) -> ItemsOf:
-    """The items of `entries`; those of an older file, which gives entries no "items", are its only ones by name."""
+    """Return the items of `entries`. Older files give entries no "items", and have one entry of each name."""
     for entry in entries:
         entry.setdefault("items", digest([entry.get(key) for key in KEY]))
     file, older = _items_path(path), path.with_name(f"{path.stem}.items.npz")
     parts: dict[tuple[str, str], dict[str, Any]] = {}
     if file.exists() or older.exists():
         for key, array in _load(file if file.exists() else older).items():
-            # Only older files have a bar, for a slash.
+            # Older files have a bar for each slash.
             if "|" in key:
                 statistic, part, name = key.replace("|", "/").split(":", 2)
                 ids = [entry["items"] for entry in entries if name.startswith(f"{entry['name']}/")]
@@ -162,6 +193,7 @@ def _read_items(path: epath.Path, entries: Sequence[Entry]) -> ItemsOf:
 
 
 def _load(path: epath.Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a .npz file."""
     try:
         with np.load(io.BytesIO(path.read_bytes())) as arrays:
             return {key: arrays[key] for key in arrays.files}

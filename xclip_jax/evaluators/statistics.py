@@ -1,4 +1,4 @@
-"""Measures other than shares of right answers, and what a result is made of: items that can be resampled."""
+"""Statistics of evaluations: average precision, ROC AUC, correlations, F1; per-example values and their bootstrap."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -10,9 +10,9 @@ from xclip_jax.errors import UserError
 
 
 def valid_rows(scores: np.ndarray) -> np.ndarray:
-    """Which rows can be ranked, bool (n,): those without NaN and without plus infinity, as a model that diverged has.
+    """Return which rows can be ranked, bool (n,): those without NaN and plus infinity, which a diverged model gives.
 
-    Nothing compares as higher than NaN, so that counting what is higher would call such rows right. Minus infinity is
+    No score compares as higher than NaN, so that counting higher scores would call such rows right. Minus infinity is
     allowed: it excludes a class or an item.
 
     Args:
@@ -22,13 +22,13 @@ def valid_rows(scores: np.ndarray) -> np.ndarray:
 
 
 def average_precision(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """Average precision of each class, not interpolated: the mean of precision at each positive.
+    """Return the average precision of each class, not interpolated: the mean of precision at each positive.
 
     The definition of clip_benchmark's `average_precision_per_class`; equal scores rank by index, lowest first.
 
     Args:
-      scores: (n, classes), higher is likelier.
-      positives: bool of the same shape; several classes may hold for one item.
+      scores: (n, classes), higher is more likely.
+      positives: bool of the same shape; an item may have several classes.
 
     Returns:
       (classes,), between 0 and 1; 0 for a class without positives, or with a score that is NaN or plus infinity.
@@ -38,7 +38,7 @@ def average_precision(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
 
 
 def eleven_point(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """PASCAL VOC 2007's average precision of each class, (classes,); arguments are those of `average_precision`.
+    """Return PASCAL VOC 2007's average precision of each class, (classes,); arguments as of `average_precision`.
 
     It is the mean, over the recalls 0, 0.1, ... 1, of the best precision at that recall or above.
     """
@@ -51,65 +51,70 @@ def eleven_point(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
 
 
 def _ranked(scores: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether the item at each rank is a hit, and precision there; both (n, classes)."""
+    """Return whether the item at each rank is a hit, and the precision at that rank; both (n, classes)."""
     scores, positives = np.asarray(scores), np.asarray(positives, bool)
     if scores.shape != positives.shape or scores.ndim != 2:
-        raise UserError(f"scores {scores.shape} and positives {positives.shape} must both be (items, classes).")
+        raise UserError(
+            f"expected scores and positives of one shape (items, classes); got {scores.shape} and {positives.shape}."
+        )
     order = np.argsort(-scores.astype(np.float64), axis=0, kind="stable")
     hits = np.take_along_axis(positives & valid_rows(scores.T), order, axis=0)
     return hits, hits.cumsum(axis=0) / np.arange(1, len(hits) + 1)[:, None]
 
 
 def roc_auc(scores: np.ndarray, positives: np.ndarray) -> float:
-    """Probability that a positive item has a higher score than a negative one; a tie counts one half.
+    """Return the probability that a positive item has a higher score than a negative one; a tie counts one half.
 
     Args:
       scores: (n,); NaN counts as wrong: below all others for a positive item, above them for a negative one.
-      positives: bool (n,), with at least one of each kind.
+      positives: bool (n,), with positive and negative items.
 
     Raises:
-      UserError: all items are of one kind.
+      UserError: all items are positive, or all negative.
     """
     positives = np.asarray(positives, bool)
-    up, down = int(positives.sum()), int((~positives).sum())
-    if not up or not down:
-        raise UserError(f"ROC AUC needs positive and negative items; of {len(positives)} items {up} are positive.")
+    num_positive, num_negative = int(positives.sum()), int((~positives).sum())
+    if not num_positive or not num_negative:
+        raise UserError(
+            f"ROC AUC needs positive and negative items; of {len(positives)} items {num_positive} are positive."
+        )
     scores = np.where(np.isnan(scores), np.where(positives, -np.inf, np.inf), scores)
     ranks = scipy.stats.rankdata(scores)
-    return float((ranks[positives].sum() - up * (up + 1) / 2) / (up * down))
+    return float((ranks[positives].sum() - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation of (n,) and (n,), ties at their mean rank; 0 where one of them is constant."""
+    """Return Spearman's rank correlation of (n,) and (n,), ties at their mean rank; 0 where one of them is constant."""
     return pearson(scipy.stats.rankdata(x), scipy.stats.rankdata(y)) if np.isfinite(x).all() else 0.0
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's correlation of (n,) and (n,); 0 where one of them is constant."""
+    """Return Pearson's correlation of (n,) and (n,); 0 where one of them is constant."""
     x, y = (np.asarray(v, np.float64) - np.mean(v, dtype=np.float64) for v in (x, y))
     norm = np.sqrt((x @ x) * (y @ y))
     return float(x @ y / norm) if norm > 0 and np.isfinite(norm) else 0.0
 
 
 def f1(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """F1 of class 1, between 0 and 1; 0 where nothing is found."""
+    """Return F1 of class 1, between 0 and 1; 0 without true positives."""
     both = np.sum((predicted == 1) & (labels == 1))
     return float(2 * both / max(np.sum(predicted == 1) + np.sum(labels == 1), 1))
 
 
 def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Matthews' correlation of two binary (n,): Pearson's of the two; 0 where one is constant."""
+    """Return Matthews' correlation of two binary (n,), which is Pearson's of the two; 0 where one is constant."""
     return pearson(predicted, labels)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PerExample:
-    """What one number is made of, so that it can be resampled: `value()` is the number.
+    """Per-example values of a number that can be resampled: `value()` is the number.
 
     Attributes:
-      values: (n,) for statistic "mean"; otherwise scores, or classes that were predicted: what `STATISTICS` takes.
-      weights: of a mean, (n,); images of three artists count so that each artist counts the same.
-      other: what values are held against: gold values, classes, or bool.
+      values: (n,) for statistic "mean"; otherwise scores or predicted classes, as the function in `STATISTICS` takes
+        them.
+      weights: of a mean, (n,); images of three artists are weighted so that each artist counts the same.
+      other: targets: gold values, classes, or bool.
       statistic: one of `STATISTICS`.
     """
 
@@ -119,7 +124,7 @@ class PerExample:
     statistic: str = "mean"
 
     def value(self, chosen: np.ndarray | slice = slice(None)) -> float:
-        """The statistic of the items `chosen`, by default of all, in percent."""
+        """Return the statistic of the items `chosen`, by default of all, in percent."""
         second = self.weights if self.statistic == "mean" else self.other
         return 100 * STATISTICS[self.statistic](self.values[chosen], None if second is None else second[chosen])
 
@@ -142,29 +147,31 @@ STATISTICS: Mapping[str, Callable[..., float]] = {
 
 
 def class_weights(labels: np.ndarray) -> np.ndarray:
-    """Weights (n,) with which the mean over items is the mean over the classes that occur."""
+    """Return weights (n,) with which the mean over items is the mean over the classes that occur."""
     return 1 / np.bincount(labels)[labels]
 
 
 def bootstrap(
     a: PerExample, b: PerExample, *, samples: int = 2000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float, float]:
-    """The difference b - a in percentage points, and its percentile interval by resampling the items in pairs.
+    """Return the difference b - a in percentage points, and its percentile interval by resampling pairs of items.
 
-    Resamples in which the statistic is not defined are left out, as that of ROC AUC with items of one kind alone. The
-    interval is NaN where no resample is left, and the difference where it is not defined itself.
+    Resamples in which the statistic is undefined are left out, such as ROC AUC of positive items only. The interval is
+    NaN where no resample is left, and the difference where it is undefined itself.
 
     Args:
-      a, b: the same items, in the same order, under two models.
-      samples: resamples.
+      a, b: values of two models on the same items, in the same order.
+      samples: number of resamples.
       level: of the interval.
-      seed: decides the resamples; both sides get the same ones.
+      seed: of the resamples, which are the same on both sides.
 
     Raises:
-      UserError: sides of different items.
+      UserError: the two are of different items.
     """
     if a.statistic != b.statistic or len(a.values) != len(b.values):
-        raise UserError(f"results over {len(a.values)} and {len(b.values)} items cannot be paired; evaluate both anew.")
+        raise UserError(
+            f"results over {len(a.values)} and {len(b.values)} items cannot be paired; evaluate both again."
+        )
 
     def difference(chosen: np.ndarray | slice = slice(None)) -> float | None:
         try:

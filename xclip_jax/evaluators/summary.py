@@ -1,8 +1,8 @@
-"""Results as people read them: tables, and one line for the middle of a run."""
+"""Tables of results as text, and one line for an evaluation during a run."""
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from xclip_jax.evaluators import registry
@@ -10,7 +10,7 @@ from xclip_jax.evaluators.base import Layout, Metric
 from xclip_jax.evaluators.provenance import SHIFTED, VALIDATION
 from xclip_jax.evaluators.result import Result
 
-# Rows of the table of families, in its order; another family is called by its own name.
+# Titles of families, in the order of their table; another family has its own name as title.
 _FAMILIES = {
     "zeroshot": "zero-shot classification",
     SHIFTED: "out of domain",
@@ -20,18 +20,18 @@ _FAMILIES = {
 }
 _FAMILIES_TITLE = "the families"
 _LINES = (("items", ">14"), ("metric", ">11"), ("%", ">8"))  # columns of a table with a line for each metric
-# The names of sets of files: what is before an absolute path or URL, as "folder:" and "imagenet@", and the path.
+# Names of sets of files: a prefix such as "folder:" or "imagenet@", and an absolute path or URL.
 _PATH = re.compile(r"([^:@]*[:@])((?:/|~|\w+://).+)")
 
 
 class Table(NamedTuple):
-    """One table: its rows are of one kind of set.
+    """A table whose rows are sets.
 
     Attributes:
       title: head of the column with the sets' names.
-      columns: name of each further column, and its format with the least width; one without a name holds what chance
-        gives for the one before.
-      rows: name of the set and the cells; a name that begins with spaces says more of the set above.
+      columns: name of each further column, and its format with the least width; one without a name has the chance level
+        of the one before.
+      rows: name of the set and the cells; a name that begins with spaces continues the set above.
     """
 
     title: str
@@ -45,34 +45,36 @@ class Row:
 
     Attributes:
       name: of the set, and the task.
-      family, role: of its results.
+      family, role, evaluator: of its results.
       layout: the table that it is in.
       results: {metric: result} of the model's own score and all items.
-      scores: {score: {metric: result}} of the others.
+      scores: {score: {metric: result}} of the other scores.
     """
 
     name: str
     family: str
     role: str
+    evaluator: str
     layout: Layout
     results: dict[str, Result]
     scores: dict[str, dict[str, Result]]
 
     @property
     def shown(self) -> list[tuple[Metric, Result]]:
-        """The metrics that tables show, the most important one first."""
+        """Metrics that tables show, the most important one first."""
         return [(m, self.results[m.name]) for m in self.layout.metrics if m.name in self.results]
 
 
 def rows(results: Sequence[Result]) -> list[Row]:
-    """One row for each set and task in `results`, in their order; those without anything to show are left out."""
+    """Return one row for each set and task in `results`, in their order; those without a metric are left out."""
     by_set: dict[tuple[str, str, str], Row] = {}
     for result in results:
         if result.group:
             continue
         key = (result.family, result.set, result.task)
         name = "/".join(filter(None, (result.set, result.task)))
-        row = by_set.setdefault(key, Row(name, result.family, result.protocol.role, Layout("", ()), {}, {}))
+        role, empty = result.protocol.role, Layout("", ())
+        row = by_set.setdefault(key, Row(name, result.family, role, result.evaluator, empty, {}, {}))
         (row.scores.setdefault(result.score, {}) if result.score else row.results)[result.metric] = result
     for row in by_set.values():
         row.layout = _layout(row)
@@ -80,8 +82,8 @@ def rows(results: Sequence[Result]) -> list[Row]:
 
 
 def _layout(row: Row) -> Layout:
-    """The layout that an evaluator declares for results as these, or one with a line for each of their metrics."""
-    for layout in registry.layouts():
+    """Return the layout that the evaluator declares for these results, or one with a line for each of their metrics."""
+    for layout in registry.layouts(row.evaluator):
         if row.family in layout.families and any(metric.name in row.results for metric in layout.metrics):
             return layout
     shown = sorted((r for r in row.results.values() if r.unit), key=lambda result: not result.headline)
@@ -89,12 +91,12 @@ def _layout(row: Row) -> Layout:
 
 
 def label(row: Row) -> str:
-    """What the most important metric of a row is called in a report."""
+    """Return the name in reports of the most important metric of a row."""
     return row.shown[0][0].label
 
 
 def short_names(results: Sequence[Result]) -> dict[str, str]:
-    """{row: its name in tables}: of an absolute path or URL the last part, or as many as tell the sets apart."""
+    """Return {row: its name in tables}: of absolute paths and URLs only as many last parts as distinguish the sets."""
     names = {row.name: row.name for row in rows(results)}
     paths = {name: match.groups() for name in names if (match := _PATH.fullmatch(name))}
 
@@ -110,7 +112,7 @@ def short_names(results: Sequence[Result]) -> dict[str, str]:
 
 
 def headlines(results: Sequence[Result]) -> str:
-    """One line: the first two metrics of each set; empty without results."""
+    """Return one line with the first two metrics of each set; empty without results."""
     parts, short = [], short_names(results)
     for row in rows(results):
         shown = ", ".join(f"{metric.short} {result.value:.1f}" for metric, result in row.shown[:2])
@@ -119,21 +121,21 @@ def headlines(results: Sequence[Result]) -> str:
 
 
 def tables(results: Sequence[Result]) -> list[Table]:
-    """The sets of each kind, then `families` where there are several; what chance gives is in brackets."""
+    """Return a table for each layout, then `families` where there are several; chance levels are in brackets."""
     everything, short = rows(results), short_names(results)
-    order = list(registry.layouts())
-    layouts = [*order, *(row.layout for row in everything if row.layout not in order)]
-    titles = {layout.title: layout for layout in layouts}
+    # Layouts without columns differ in the metrics that a set has; those of one title share a table.
+    layouts = {(layout.title, layout.columns): layout for layout in registry.layouts()}
+    layouts |= {(row.layout.title, row.layout.columns): row.layout for row in everything}
     built = []
-    for title, layout in titles.items():
-        chosen = [row for row in everything if row.layout.title == title]
+    for key, layout in layouts.items():
+        chosen = [row for row in everything if (row.layout.title, row.layout.columns) == key]
         table = _grid(layout, chosen, everything) if layout.columns else _lines(layout, chosen)
         built.append(table._replace(rows=[(short.get(name, name), cells) for name, cells in table.rows]))
     return [table for table in (*built, families(results)) if len(table.rows) > (table.title == _FAMILIES_TITLE)]
 
 
 def render(results: Sequence[Result]) -> str:
-    """The final tables as text, each column as wide as its longest cell; empty without results."""
+    """Return the tables as text, each column as wide as its longest cell; empty without results."""
     shown, lines = tables(results), []
     names = [name for table in shown if table.title != _FAMILIES_TITLE for name, _ in table.rows]
     width = max([42, *(len(name) + 2 for name in names)])
@@ -141,7 +143,7 @@ def render(results: Sequence[Result]) -> str:
         texts = [(title, [column for column, _ in columns]), *table_rows]
         forms = []
         for i, (_, form) in enumerate(columns):
-            gap = 2 if form[0] == "<" else int(i > 0)  # the first column is right behind the names, which have theirs
+            gap = 2 if form[0] == "<" else int(i > 0)  # the names before the first column have a gap already
             forms.append(f"{form[0]}{max(int(form[1:]), *(len(cells[i]) + gap for _, cells in texts))}")
         for name, cells in texts:
             line = "".join(f"{cell:{form}}" for cell, form in zip(cells, forms, strict=True))
@@ -150,10 +152,10 @@ def render(results: Sequence[Result]) -> str:
 
 
 def _grid(layout: Layout, chosen: Sequence[Row], everything: Sequence[Row]) -> Table:
-    """A row for each set, and further ones for its scores and for the reference that it is held against."""
+    """Return a table with a row for each set, and further ones for its scores and its gap to the reference."""
     columns = []
     for column in layout.columns:
-        columns += [(column.title, column.form), *([("", column.chance)] if column.chance else [])]
+        columns += [(column.title, column.format), *([("", column.chance)] if column.chance else [])]
     references = [row for row in everything if row.family in layout.families and row.name == layout.reference]
     texts = []
     for row in chosen:
@@ -172,7 +174,8 @@ def _grid(layout: Layout, chosen: Sequence[Row], everything: Sequence[Row]) -> T
     return Table(layout.title, tuple(columns), texts)
 
 
-def _cells(layout: Layout, results: dict[str, Result], levels: bool = True) -> list[str]:
+def _cells(layout: Layout, results: Mapping[str, Result], levels: bool = True) -> list[str]:
+    """Return the cells of a row; chance levels only if `levels`."""
     cells = []
     for column in layout.columns:
         result = results.get(column.metric)
@@ -191,7 +194,7 @@ def _chance(result: Result) -> str:
 
 
 def _lines(layout: Layout, chosen: Sequence[Row]) -> Table:
-    """A line for each metric of each set."""
+    """Return a table with a line for each metric of each set."""
     texts = []
     for row in chosen:
         for i, (metric, result) in enumerate(row.shown):
@@ -202,7 +205,7 @@ def _lines(layout: Layout, chosen: Sequence[Row]) -> Table:
 
 
 def families(results: Sequence[Result]) -> Table:
-    """The first set of each family that is not for validation, its first metric, and what chance gives."""
+    """Return a table of the first set of each family that is not for validation: its first metric and chance level."""
     short, texts = short_names(results), []
     for family, row in representatives(results).items():
         metric, result = row.shown[0]
@@ -211,7 +214,7 @@ def families(results: Sequence[Result]) -> Table:
 
 
 def representatives(results: Sequence[Result]) -> dict[str, Row]:
-    """{family in words: the row that stands for it}."""
+    """Return {title of the family: row of its first set that is not for validation}."""
     everything = rows(results)
     tested = [row for row in everything if row.role != VALIDATION] or everything
     first: dict[str, Row] = {}

@@ -1,7 +1,7 @@
 """Contrastive losses over the global batch: CLIP's softmax and SigLIP's sigmoid.
 
-Both see the whole batch: under plain `jax.jit` with a sharded batch XLA inserts the collectives, so value and
-gradient do not depend on the number of devices. An average of per-device losses would be another, wrong loss.
+Both are defined on the global batch: under plain `jax.jit` with a sharded batch XLA inserts the collectives, so value
+and gradient do not depend on the number of devices. An average of per-device losses is a different, wrong loss.
 
 Sources: Radford et al., arXiv 2103.00020 (softmax, called CLIP in the paper behind nCLIP [paper]); Zhai et al.,
 arXiv 2303.15343 (sigmoid, offered beside it [ours]).
@@ -16,7 +16,7 @@ Metrics = dict[str, jax.Array]
 
 
 def softmax(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike) -> tuple[jax.Array, Metrics]:
-    """CLIP's loss: cross-entropy of the matching pair, image to text and text to image, averaged, in nats.
+    """Return CLIP's loss: cross-entropy of the matching pair, image to text and text to image, averaged, in nats.
 
     Args:
         z_img: image embeddings of the global batch, shape (b, e), L2-normalised; any float type.
@@ -42,7 +42,7 @@ def softmax(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike) -> tuple[jax.A
 
 
 def sigmoid(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, bias: ArrayLike) -> tuple[jax.Array, Metrics]:
-    """SigLIP's loss: each of the b * b pairs is a yes-or-no question; summed over pairs, divided by b, in nats.
+    """Return SigLIP's loss: binary cross-entropy of each of the b * b pairs, summed and divided by b, in nats.
 
     -1/b sum_ij log sigmoid(y_ij (scale <z_img_i, z_txt_j> + bias)), y = +1 for i = j and -1 elsewhere.
 
@@ -53,8 +53,8 @@ def sigmoid(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, bias: ArrayLik
         bias: scalar added to each logit (SigLIP starts at -10).
 
     Returns:
-        The loss (fp32 scalar) and the same metrics as `softmax`; "ln_b" is there for comparison with a softmax run
-        and is not a blind guess's value of this loss.
+        The loss (fp32 scalar) and the same metrics as `softmax`; "ln_b" is for comparison with a softmax run and
+        not the value of this loss for a blind guess.
 
     Raises:
         AssertionError: if the embeddings are not two (b, e) arrays of one shape, or scale or bias is not a scalar.
@@ -68,14 +68,14 @@ def sigmoid(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, bias: ArrayLik
 
 
 def check(z_img: jax.Array, z_txt: jax.Array, *scalars: ArrayLike) -> None:
-    """AssertionError unless the embeddings are two (b, e) arrays of one shape, and scale and bias are scalars."""
+    """Raise `AssertionError` unless embeddings are two (b, e) arrays of one shape, and scale and bias are scalars."""
     chex.assert_rank(z_img, 2)
     chex.assert_equal_shape([z_img, z_txt])
     chex.assert_shape([jnp.asarray(x) for x in scalars], ())
 
 
 def dot(z_img: jax.Array, z_txt: jax.Array) -> jax.Array:
-    """Similarities of all pairs, row i for image i, in fp32."""
+    """Return the similarities of all pairs, fp32 (b, b), row i for image i."""
     # HIGHEST: the default precision of TPUs and of TF32 rounds fp32 factors to 8 or 10 bits, and the scale (up to 100)
     # multiplies that error. The product is a small share of a step's FLOPs.
     return jnp.matmul(

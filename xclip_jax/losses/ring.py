@@ -1,7 +1,7 @@
 """The contrastive losses on a ring of devices: the (b, b) logits are never whole in memory.
 
-Each device keeps its images, and the texts go round: at each of as many hops as there are batch shards a device meets
-one block of texts, adds that block to its images' sums and to the texts' own, which travel with them. A hop is
+Each device keeps its images, and the texts travel round the ring: in each of as many hops as there are batch shards a
+device has one block of texts and adds it to its images' sums and to the texts' own, which travel with them. A hop is
 rematerialised in the backward pass. Values and gradients are those of `losses.contrastive`, which defines the losses;
 this form pays where (b, b) / devices logits outweigh the towers' activations, at hundreds of thousands of pairs or on
 few devices.
@@ -24,25 +24,27 @@ Array = jax.Array
 
 
 def softmax(z_img: Array, z_txt: Array, scale: ArrayLike, *, mesh: Mesh) -> tuple[Array, Metrics]:
-    """`contrastive.softmax`, the batch split over `mesh`'s batch axes. Arguments, results and errors are the same."""
+    """`contrastive.softmax`, the batch split over `mesh`'s batch axes; arguments, results and errors are the same."""
     contrastive.check(z_img, z_txt, scale)
     hops = (_softmax_hop, _softmax_hop)
     return _ring(hops, _softmax_end, z_img, z_txt, jnp.asarray(scale, jnp.float32), jnp.float32(0), mesh)
 
 
 def sigmoid(z_img: Array, z_txt: Array, scale: ArrayLike, bias: ArrayLike, *, mesh: Mesh) -> tuple[Array, Metrics]:
-    """`contrastive.sigmoid`, the batch split over `mesh`'s batch axes. Arguments, results and errors are the same."""
+    """`contrastive.sigmoid`, the batch split over `mesh`'s batch axes; arguments, results and errors are the same."""
     contrastive.check(z_img, z_txt, scale, bias)
     scale, bias = jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32)
-    hops = (_sigmoid_hop, lambda state, *_: state)  # every pair is met once, by its image
+    hops = (_sigmoid_hop, lambda state, *_: state)  # every pair is counted once, by its image
     return _ring(hops, _sigmoid_end, z_img, z_txt, scale, bias, mesh)
 
 
 def _ring(
     hops: tuple[Any, Any], end: Any, z_img: Array, z_txt: Array, scale: Array, bias: Array, mesh: Mesh
 ) -> tuple[Array, Metrics]:
-    """Sends the texts once round the mesh: `hops` take a block into the state of its images and of its texts, and `end`
-    makes one number a row of both."""
+    """Send the texts once round the mesh.
+
+    `hops` add a block of logits to the state of its images and of its texts; `end` makes one number a row of both.
+    """
     b = z_img.shape[0]
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     following = [(i, (i + 1) % shards) for i in range(shards)]
@@ -54,27 +56,27 @@ def _ring(
         out_specs=PartitionSpec(),
     )
     def local(z_img: Array, z_txt: Array, scale: Array, bias: Array) -> Array:
-        here = jax.lax.axis_index(BATCH_AXES)
+        index = jax.lax.axis_index(BATCH_AXES)
         rows = z_img.shape[0]
-        # The diagonal of the first block, as it is computed there: relative to it a perfect pair's logit is exactly 0.
+        # The diagonal of the first block, as the first hop computes it: relative to it a perfect pair's logit is 0.
         own = jnp.sum(jnp.eye(rows) * (scale * contrastive.dot(z_img, z_txt) + bias), axis=1)
-        zeros = jnp.zeros_like(own)  # varies over the mesh as what it is made of does
+        zeros = jnp.zeros_like(own)  # of `own`, so that it varies over the mesh as the states do
         # log-sum-exp as (maximum, sum), and the best match as (value, index)
         fresh = {"own": own, "max": zeros, "sum": zeros, "best": zeros - jnp.inf, "index": zeros.astype(jnp.int32)}
         home, away = fresh, fresh | {"z": z_txt}
 
-        def one(carry: tuple[Any, Any], shift: Array) -> tuple[tuple[Any, Any], None]:
+        def hop(carry: tuple[Any, Any], shift: Array) -> tuple[tuple[Any, Any], None]:
             home, away = carry
-            there = (here - shift) % shards  # whose texts these are
+            source = (index - shift) % shards  # the shard that the texts came from
             logits = scale * contrastive.dot(z_img, away["z"]) + bias
-            home = hops[0](_best(home, logits, there * rows), logits, shift == 0)
-            away = hops[1](_best(away, logits.T, here * rows), logits.T, shift == 0)
+            home = hops[0](_best(home, logits, source * rows), logits, shift == 0)
+            away = hops[1](_best(away, logits.T, index * rows), logits.T, shift == 0)
             away = jax.tree.map(lambda x: jax.lax.ppermute(x, BATCH_AXES, following), away)
             return (home, away), None
 
-        (home, away), _ = jax.lax.scan(jax.checkpoint(one), (home, away), jnp.arange(shards))
+        (home, away), _ = jax.lax.scan(jax.checkpoint(hop), (home, away), jnp.arange(shards))
         # After a whole round the texts are home again.
-        mine = here * rows + jnp.arange(rows)
+        mine = index * rows + jnp.arange(rows)
         hits = [jnp.sum(state["index"] == mine, dtype=jnp.float32) for state in (home, away)]
         return jax.lax.psum(jnp.stack([jnp.sum(end(home, away)), *hits]), BATCH_AXES) / b
 
@@ -84,7 +86,7 @@ def _ring(
 
 
 def _best(state: dict[str, Array], logits: Array, offset: Array) -> dict[str, Array]:
-    """`state` with the best match among columns `offset` and up; the lowest index wins ties, in whatever order."""
+    """Return `state` with the best match among columns `offset` and up; the lowest index wins ties, in any order."""
     logits = jax.lax.stop_gradient(logits)
     value, index = jnp.max(logits, axis=1), offset + jnp.argmax(logits, axis=1).astype(jnp.int32)
     better = (value > state["best"]) | ((value == state["best"]) & (index < state["index"]))
@@ -92,7 +94,7 @@ def _best(state: dict[str, Array], logits: Array, offset: Array) -> dict[str, Ar
 
 
 def _softmax_hop(state: dict[str, Array], logits: Array, first: Array) -> dict[str, Array]:
-    """Adds a block's exponentials, relative to the row's own pair as in `contrastive.softmax`."""
+    """Add a block's exponentials, relative to the row's own pair as in `contrastive.softmax`."""
     relative = logits - state["own"][:, None]
     # Nothing is below the own pair's 0, so the running maximum may start there.
     highest = jax.lax.stop_gradient(jnp.maximum(state["max"], jnp.max(relative, axis=1)))
@@ -101,11 +103,12 @@ def _softmax_hop(state: dict[str, Array], logits: Array, first: Array) -> dict[s
 
 
 def _softmax_end(home: dict[str, Array], away: dict[str, Array]) -> Array:
-    return 0.5 * sum(state["max"] + jnp.log(state["sum"]) for state in (home, away))
+    img_to_txt, txt_to_img = (state["max"] + jnp.log(state["sum"]) for state in (home, away))
+    return 0.5 * (img_to_txt + txt_to_img)
 
 
 def _sigmoid_hop(state: dict[str, Array], logits: Array, first: Array) -> dict[str, Array]:
-    """Adds a block's questions; the matching pairs are on the diagonal of the first."""
+    """Add a block's terms; the matching pairs are on the diagonal of the first."""
     sign = jnp.where(first, 2 * jnp.eye(logits.shape[0], dtype=jnp.float32) - 1, -1.0)
     return state | {"sum": state["sum"] - jnp.sum(jax.nn.log_sigmoid(sign * logits), axis=1)}
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from absl import logging
 from etils import epath
 
-from xclip_jax import evaluate
 from xclip_jax.console import log0
 from xclip_jax.errors import Parser, UserError, exit_with_message
 from xclip_jax.evaluators import registry
@@ -21,6 +20,7 @@ from xclip_jax.report import html, record
 from xclip_jax.report.examples import Examples
 from xclip_jax.storage import is_remote
 from xclip_jax.train.encoder import make_encoder
+from xclip_jax.train.weights import load
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -48,7 +48,7 @@ def make(flags: argparse.Namespace) -> epath.Path:
     for spec in specs:
         registry.check(spec)
     try:
-        config, parts, variables, _ = evaluate.load(flags.run, flags.step)
+        config, parts, variables, _ = load(flags.run, flags.step)
     except UserError as error:
         if flags.step is not None:
             raise

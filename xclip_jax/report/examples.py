@@ -217,7 +217,8 @@ def _named(
         rank = int(np.flatnonzero(best[row] == label)[0]) + 1
         guesses.append(Prediction(shown.images[i], data.names[label], rank, choices))
     ways = len(data.prompts)
-    return ZeroShotExamples(panel.title, f"{panel.sentence.format(ways=f'{ways:,}')} Bars: {meaning}.", ways, guesses)
+    sentence = panel.sentence.replace("{num_classes}", f"{ways:,}")
+    return ZeroShotExamples(panel.title, f"{sentence} Bars: {meaning}.", ways, guesses)
 
 
 def _values(scores: np.ndarray, variables: Any) -> tuple[np.ndarray, Callable[[float], str], str]:

@@ -25,7 +25,7 @@ ZEROSHOT_SETS = 3  # where none has a panel
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShotPanel:
-    """A zero-shot set to show: its name in `evaluators.registry`, a title and a sentence that may say {ways}."""
+    """A zero-shot set to show: its name in `evaluators.registry`, a title, a sentence that may have {num_classes}."""
 
     spec: str
     title: str
@@ -87,7 +87,7 @@ def select(
         if shows[spec] == "captions":
             selection.retrieval = sets[0], sets[1]
         elif np.ndim(sets[0].labels) == 1:
-            title, sentence = panels.get(spec) or (spec, "The model chooses among {ways} names.")
+            title, sentence = panels.get(spec) or (spec, "The model chooses among {num_classes} names.")
             selection.zeroshot.append((ZeroShotPanel(spec, title, sentence), _few_prompts(sets[0]), sets[1]))
         selection.add_kind(kinds[spec])
     if data is not None and not selection.zeroshot and not selection.retrieval:
@@ -129,7 +129,9 @@ def _training_pairs(selection: Selection, data: loader.DataConfig, prepare: Prep
     if not images:
         selection.missing.append("None of the training pairs could be read.")
         return
-    if any(spec.startswith("demo:") for spec in data.sources):
-        selection.add_kind(registry.SETS["emoji"])
+    source_types = {spec.partition(":")[0] for spec in data.sources}
+    for kind in registry.KINDS:
+        if source_types & set(kind.sources):
+            selection.add_kind(kind)
     title = "training pairs, which the model has seen"
     selection.retrieval = tuple(RetrievalSet(title, [pair[side] for pair in images], captions) for side in (0, 1))

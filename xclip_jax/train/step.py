@@ -8,7 +8,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from xclip_jax.losses.noncontrastive import effective_rank
+from xclip_jax.losses.rank import effective_rank
 from xclip_jax.objectives import Objective
 from xclip_jax.parallel.mesh import batch_sharding, replicated
 from xclip_jax.train import gradcache

@@ -1,0 +1,81 @@
+"""Warnings of nCLIP's three failures, on cluster logits in the likeness of each."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xclip_jax.losses import noncontrastive
+from xclip_jax.losses.noncontrastive import diagnose, nclip
+
+
+@jax.jit
+def measured(s_img, s_txt):
+    return nclip(s_img, s_txt)[1]
+
+
+def metrics_of(s_img, s_txt):
+    return {key: float(value) for key, value in measured(jnp.asarray(s_img), jnp.asarray(s_txt)).items()}
+
+
+def logits_of(name, b=256, k=1024):
+    """Cluster logits in the likeness of one training outcome."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(2, b, k))
+    own = np.eye(k)[rng.permutation(k)[:b]]
+    if name == "flat":
+        return 0.5 * noise
+    if name == "few clusters":
+        return noise + 12 * np.eye(k)[rng.integers(14, size=b)]
+    if name == "one cluster":
+        return noise + 30 * np.eye(k)[0]
+    if name == "disagreement":
+        return noise + 12 * np.stack([own, rng.permutation(own)])
+    assert name == "healthy"
+    return noise + 9 * own
+
+
+@pytest.mark.parametrize(
+    ("name", "failure", "words"),
+    [
+        ("flat", "flat", ("mutual information", "sharpness", "smoothness", "objective.nclip.tau", "last_norm")),
+        ("few clusters", "few clusters", ("14 of 1024", "Raise objective.nclip.smoothness")),
+        ("one cluster", "few clusters", ("1 of 1024", "Raise objective.nclip.smoothness")),
+        ("disagreement", "disagreement", ("Lower optim.lr", "model.cluster_head.last_norm", "%")),
+    ],
+)
+def test_diagnose_names_failure_and_remedy(name, failure, words):
+    metrics = metrics_of(*logits_of(name))
+    warnings = diagnose(metrics, k=1024, b=256)
+    assert [w.split(":")[0] for w in warnings] == [failure]
+    assert all(word in warnings[0] for word in words), warnings[0]
+
+
+def test_diagnose_is_silent_on_a_healthy_run():
+    metrics = metrics_of(*logits_of("healthy"))
+    # Soft enough that the thresholds matter, as in the middle of training.
+    assert 1.5 < metrics["mutual_information_img"] < 5
+    assert diagnose(metrics, k=1024, b=256) == []
+
+
+@pytest.mark.parametrize("name", ["img", "txt"])
+def test_diagnose_looks_at_each_modality(name):
+    healthy = metrics_of(*logits_of("healthy"))
+    flat = healthy | {f"mutual_information_{name}": 0.1}
+    few = healthy | {f"marginal_entropy_{name}": 2.5}
+    assert [w.split(" is ")[0] for w in diagnose(flat, k=1024, b=256)] == [f"flat: mutual information of {name}"]
+    assert [w.split(" is ")[0] for w in diagnose(few, k=1024, b=256)] == [f"few clusters: H(mean) of {name}"]
+
+
+def test_diagnose_reports_two_failures_at_once():
+    rng = np.random.default_rng(1)
+    s = [12 * np.eye(1024)[rng.integers(14, size=256)] for _ in range(2)]
+    metrics = metrics_of(*s)
+    names = [w.split(":")[0] for w in diagnose(metrics, k=1024, b=256)]
+    assert names == ["few clusters", "disagreement"]
+
+
+def test_threshold_constants_match_the_trials():
+    ln_b = np.log(256)
+    assert 0.2 < noncontrastive.FLAT_SHARE * ln_b < 0.6
+    assert 3.1 < noncontrastive.FEW_CLUSTERS_SHARE * ln_b < ln_b

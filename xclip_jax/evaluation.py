@@ -1,0 +1,80 @@
+"""Evaluation of a checkpoint on sets, each result added to a file as soon as it is measured."""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from xclip_jax import environment
+from xclip_jax.config import schema
+from xclip_jax.console import log0
+from xclip_jax.evaluators import registry, result, results, summary
+from xclip_jax.evaluators.result import Result
+from xclip_jax.run_folder import RunFolder, evaluation_file
+from xclip_jax.train.encoder import make_encoder
+from xclip_jax.train.weights import load
+
+
+def evaluate(
+    run: str,
+    suite: str | Sequence[str],
+    *,
+    step: int | None = None,
+    profile: str = "openai",
+    changes: Mapping[str, Any] | None = None,
+    data_dir: str = "",
+    output: str = "",
+) -> dict[str, Any]:
+    """Evaluate a checkpoint, add the results to the file set by set, and print their table.
+
+    Args:
+      run, step: as in `load`.
+      suite: as in `registry.expand_suites`.
+      profile: one of `registry.PROFILES`: templates, resizing and retrieval protocol together.
+      changes: fields of the profile to change: prefix, lower, captions (of retrieval), augment (of SLIP's probe).
+      data_dir: root of the data sets; by default that of the run's config.
+      output: file of the results, `evaluation_file(run)` by default.
+
+    Returns:
+      What this call added: its entries are "results".
+
+    Raises:
+      UserError: bad input. All sets are opened before the first one is evaluated.
+    """
+    began = time.perf_counter()
+    names, changes = registry.expand_suites(suite), dict(changes or {})
+    protocol = dataclasses.replace(registry.profile(profile), **changes)
+    path = epath.Path(output) if output else evaluation_file(run)
+    if output:
+        results.make_folder(path)
+    config, parts, variables, loaded_step = load(run, step)
+    if path.exists():
+        results.read(path)  # an error for a damaged file, before the work
+    encoder = make_encoder(config, parts, RunFolder(run).read_classes())
+    evaluators = registry.open_all(names, encoder, data_dir or parts.data.dir, protocol)
+    command = {
+        "suite": suite if isinstance(suite, str) else list(suite),
+        "config": schema.to_dict(schema.resolve(config)),
+        "environment": environment.capture(),
+    }
+    shared = {"checkpoint": str(run), "step": loaded_step, "profile": profile, "changes": changes}
+    model = {"tokenizer": config.data.tokenizer, "text_length": parts.context_length}
+    entries, all_results = [], list[Result]()
+    for name, evaluator in zip(names, evaluators, strict=True):
+        started = time.perf_counter()
+        of_set = registry.measure(evaluator, variables)
+        seconds = {"seconds": time.perf_counter() - started}
+        entry = results.make_entry(name, evaluator.name, of_set, parts.preprocessing) | model | shared | seconds
+        command["seconds"] = time.perf_counter() - began
+        if jax.process_index() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            results.add(path, entry, result.items(of_set), command, own=not output)
+        entries.append(entry)
+        all_results += of_set
+    log0(f"{run}, step {loaded_step}, profile {profile}")
+    log0(summary.render(all_results))
+    log0(f"results: {path}")
+    return {**shared, **command, "results": entries}

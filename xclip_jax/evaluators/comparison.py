@@ -1,0 +1,128 @@
+"""Comparison of two evaluations set by set, with bootstrap intervals of the differences."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from xclip_jax.errors import UserError
+from xclip_jax.evaluators import results
+from xclip_jax.evaluators.statistics import bootstrap
+from xclip_jax.run_folder import evaluation_file
+
+# What two results must have in common.
+_COMPARED_KEYS = ("split_hash", "version", "metric", "templates", "protocol")
+
+
+def compare(a: str, b: str, *, step: int | None = None, profile: str | None = None) -> list[dict[str, Any]]:
+    """Compare two evaluations set by set.
+
+    Returns for each set {set, metric, a, b, difference, low, high, step_a, step_b, profile}. The interval, low to high,
+    is the 95 % percentile bootstrap of the paired difference; absent for metrics that cannot be resampled.
+
+    Args:
+      a, b: runs' folders, or results files of `xclip_jax.evaluate`.
+      step: of both; by default the newest that each file has.
+      profile: of both; by default the last evaluated one of those that both files have for a set.
+
+    Raises:
+      UserError: a file that is missing or damaged, no set in common, or sets whose data or protocol differ.
+    """
+    (entries_a, items_a), (entries_b, items_b) = _read(a, step, profile), _read(b, step, profile)
+    rows = []
+    for name in dict.fromkeys(entry["set"] for entry in entries_a):
+        of_a, of_b = ([entry for entry in entries if entry["set"] == name] for entries in (entries_a, entries_b))
+        if not of_b:
+            continue
+        left, right = _pair(of_a, of_b)
+        _check_comparable(left, right, f"in {a} and {b}")
+        row = {
+            "set": name,
+            "metric": left["metric"],
+            "a": left["value"],
+            "b": right["value"],
+            "step_a": left["step"],
+            "step_b": right["step"],
+            "profile": left["profile"],
+            "difference": right["value"] - left["value"],
+        }
+        rows.append(row | _interval(left, right, items_a, items_b))
+    if not rows:
+        raise UserError(f"{a} and {b} have no set in common; evaluate both with the same --suite.")
+    return rows
+
+
+def _read(path: str, step: int | None, profile: str | None) -> tuple[list[results.Entry], results.ItemsOf]:
+    """Return the entries of one step, the newest by default, and of the checkpoint that was evaluated last."""
+    file = epath.Path(path)
+    file = evaluation_file(file) if file.is_dir() else file
+    entries, items = results.read(file)
+    if not entries:
+        raise UserError(f"{file} has no results; evaluate again with --checkpoint.")
+    entries = [entry for entry in entries if entry["checkpoint"] == entries[-1]["checkpoint"]]
+    steps = sorted({entry["step"] for entry in entries})
+    selected = steps[-1] if step is None else step
+    if selected not in steps:
+        raise UserError(f"{file} has no results of step {step}, only of {', '.join(map(str, steps))}.")
+    entries = [entry for entry in entries if entry["step"] == selected and profile in (None, entry["profile"])]
+    if not entries:
+        raise UserError(f"{file} has no results of step {selected} and profile {profile!r}.")
+    return entries, items
+
+
+def _pair(lefts: Sequence[results.Entry], rights: Sequence[results.Entry]) -> tuple[results.Entry, results.Entry]:
+    """Return the last entries of one profile, or else the last two."""
+    pairs = [
+        (left, right)
+        for left in lefts
+        for right in rights
+        if (left["profile"], left["changes"]) == (right["profile"], right["changes"])
+    ]
+    return pairs[-1] if pairs else (lefts[-1], rights[-1])
+
+
+def _check_comparable(left: results.Entry, right: results.Entry, files: str) -> None:
+    """Raise `UserError` where the data or the protocol of two entries of a set differ."""
+    # Within one profile images are resized as the profile, or else each model, defines it.
+    resizing = ("preprocessing",) if left["profile"] != right["profile"] else ()
+    for key in (*_COMPARED_KEYS, *resizing):
+        if _comparable(left, key) != _comparable(right, key):
+            raise UserError(
+                f"{left['set']} is not the same {files}: {key} is {left.get(key)!r} and {right.get(key)!r}; "
+                "evaluate both again with the same data and --profile."
+            )
+
+
+def _comparable(entry: results.Entry, key: str) -> Any:
+    """Return the part of an entry's `key` that two models share; sizes and statistics of pixels belong to the model."""
+    if key == "preprocessing":
+        return re.sub(r"(?<=side) to \d+|, \d+ px, .*", "", entry.get(key, ""))
+    return entry.get(key)
+
+
+def _interval(
+    left: results.Entry, right: results.Entry, items_a: results.ItemsOf, items_b: results.ItemsOf
+) -> dict[str, float]:
+    """Return {"low", "high"}, or {} for a metric that cannot be resampled."""
+    metric = f"{left['name']}/{left['metric']}"
+    of_a, of_b = (items.get(entry["items"], {}) for items, entry in ((items_a, left), (items_b, right)))
+    if metric not in of_a or metric not in of_b:
+        return {}
+    _, low, high = bootstrap(of_a[metric], of_b[metric])
+    return {} if math.isnan(low) else {"low": low, "high": high}
+
+
+def render(rows: Sequence[Mapping[str, Any]], a: str, b: str) -> str:
+    """Return the rows of `compare` as a table; a star marks differences whose interval excludes zero."""
+    lines = [f"{side.upper()}: {file}, step {rows[0][f'step_{side}']}" for side, file in (("a", a), ("b", b))]
+    lines += [f"{'set':<36}{'metric':<24}{'A':>8}{'B':>8}{'B - A':>8}   95 % interval"]
+    for row in rows:
+        interval = ""
+        if "low" in row:
+            star = " *" if row["low"] > 0 or row["high"] < 0 else ""
+            interval = f"   {row['low']:+.1f} to {row['high']:+.1f}{star}"
+        values = "".join(f"{row[key]:>8.1f}" for key in ("a", "b")) + f"{row['difference']:>+8.1f}"
+        lines.append(f"{row['set']:<36}{row['metric']:<24}{values}{interval}")
+    return "\n".join(lines)

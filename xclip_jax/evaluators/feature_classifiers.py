@@ -1,0 +1,226 @@
+"""Classifiers on frozen features: nearest neighbours, and logistic regression whose C validation items choose."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xclip_jax.errors import UserError
+from xclip_jax.evaluators import logistic
+from xclip_jax.evaluators.statistics import valid_rows
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+COARSE = tuple(10.0**e for e in range(-6, 7, 2))
+_CHUNK = 1 << 25  # similarities at once, fp32
+
+Labelled = tuple[np.ndarray, np.ndarray]  # features (n, d) and labels int (n,)
+# Of each test item whether it is right, 0.0 or 1.0 (n,), or how often in several fits; and {metric: value} of the fit.
+Fit = tuple[np.ndarray, dict[str, float]]
+
+
+def knn(
+    train: np.ndarray,
+    labels: np.ndarray,
+    queries: np.ndarray,
+    classes: int,
+    k: int = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+) -> np.ndarray:
+    """Return votes of the k nearest by cosine, weighted by exp(cosine / temperature), as DINO does (arXiv 2104.14294).
+
+    Args:
+      train, queries: features (n, d) and (m, d), of any norm.
+      labels: classes int (n,).
+      classes: number of them.
+      k: neighbours; all, where the training set has fewer. Of equally near ones the lower index counts.
+      temperature: of the weights.
+
+    Returns:
+      fp32 (m, classes).
+    """
+    k = min(k, len(train))
+    base = jnp.asarray(_unit(train))
+    one_hot = jnp.asarray(np.eye(classes, dtype=np.float32)[labels])
+
+    @jax.jit
+    def vote(q: jax.Array) -> jax.Array:
+        cosine, index = jax.lax.top_k(jnp.matmul(q, base.T, precision=jax.lax.Precision.HIGHEST), k)
+        # Without the common factor exp(1 / temperature), which would overflow at small temperatures.
+        return jnp.einsum("mk,mkc->mc", jnp.exp((cosine - 1) / temperature), one_hot[index])
+
+    step = min(max(1, _CHUNK // max(len(train), k * classes)), len(queries))
+    padded = np.zeros((-(-len(queries) // step) * step, queries.shape[1]), np.float32)
+    padded[: len(queries)] = _unit(queries)
+    votes = [np.asarray(vote(padded[i : i + step])) for i in range(0, len(padded), step)]
+    return np.concatenate(votes)[: len(queries)]
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    x = np.asarray(x, np.float32)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def subset(labels: np.ndarray, amount: str, seed: int = 0) -> np.ndarray:
+    """Return sorted indices of a part of a training set.
+
+    ImageNet's customary 1 % and 10 % are fixed lists (SimCLR's, TFDS `imagenet2012_subset`), not this random subset.
+
+    Args:
+      labels: classes int (n,).
+      amount: "5-shot" for 5 items of each class, "10%" for that share of each class, at least one.
+      seed: of the subset.
+
+    Raises:
+      UserError: an unknown amount, or a class with fewer items than shots.
+    """
+    number = amount.removesuffix("-shot").removesuffix("%")
+    unit = amount[len(number) :]
+    try:
+        value = float(number) if unit == "%" else int(number)
+    except ValueError:
+        value = 0
+    in_range = 0 < value <= 100 if unit == "%" else value > 0  # NaN is not
+    if unit not in ("%", "-shot") or not in_range:
+        raise UserError(f"unknown part of a training set {amount!r}; expected N-shot or P%, such as 5-shot or 10%.")
+    rng, chosen = np.random.default_rng(seed), []
+    for c in np.unique(labels):
+        members = np.flatnonzero(labels == c)
+        count = value if unit == "-shot" else max(1, round(len(members) * value / 100))
+        if count > len(members):
+            raise UserError(f"class {c} has {len(members)} training items, too few for {amount}.")
+        chosen.append(rng.permutation(members)[:count])
+    return np.sort(np.concatenate(chosen))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Values of C to try.
+
+    Attributes:
+      coarse: the first ones, ascending.
+      halvings: how often the two halfway to the neighbours of the best (in log C) are tried too, within the range of
+        `coarse`. Seven from 1e-6 to 1e6 and 4 is the CLIP paper's search, which ends at eight steps a decade.
+      tolerance: of `logistic.fit`.
+    """
+
+    coarse: Sequence[float] = COARSE
+    halvings: int = 4
+    tolerance: float = 1e-5
+
+
+def search(
+    train: Labelled,
+    validation: Labelled,
+    classes: int,
+    sweep: Sweep,
+    score: Callable[[np.ndarray, np.ndarray], float],
+) -> tuple[float, dict[float, float]]:
+    """Return the best C on the validation items, the smaller of equal ones, and {C: score} of all that were tried."""
+    scores: dict[float, float] = {}
+    low, high = min(sweep.coarse), max(sweep.coarse)
+
+    def trial(cs: Sequence[float]) -> None:
+        new = [c for c in cs if low <= c <= high and c not in scores]
+        if new:
+            logits = logistic.fit(*train, new, classes, tolerance=sweep.tolerance).logits(validation[0])
+            scores.update({c: score(part, validation[1]) for c, part in zip(new, logits, strict=True)})
+
+    trial(sweep.coarse)
+    step = np.log10(sweep.coarse[1] / sweep.coarse[0]) if len(sweep.coarse) > 1 else 0.0
+    for _ in range(sweep.halvings):
+        step /= 2
+        best = _best(scores)
+        trial([best * 10.0**-step, best * 10.0**step])
+    return _best(scores), scores
+
+
+def _best(scores: Mapping[float, float]) -> float:
+    return min(scores, key=lambda c: (-scores[c], c))
+
+
+def folds(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """Return each item's fold, 0 to `count` - 1, int (n,): stratified by class, at random by `seed`.
+
+    Raises:
+      UserError: fewer items than folds.
+    """
+    if len(labels) < count:
+        raise UserError(f"expected at least {count} items for {count} folds; got {len(labels)}.")
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]  # class after class, each in random order
+    fold = np.empty(len(labels), int)
+    fold[order] = np.arange(len(labels)) % count
+    return fold
+
+
+def choose(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], count: int, tolerance: float) -> float:
+    """Return the C of `cs` with the best mean accuracy over `count` folds, the smaller of equal ones."""
+    fold_of, accuracy = folds(y, count), np.zeros(len(cs))
+    for fold in range(count):
+        train, test = fold_of != fold, fold_of == fold
+        fit = logistic.fit(x[train], y[train], cs, classes, tolerance=tolerance)
+        accuracy += [is_right(logits, y[test]).mean() for logits in fit.logits(x[test])]
+    return _best(dict(zip(cs, accuracy.tolist(), strict=True)))
+
+
+def nested(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], count: int, tolerance: float) -> Fit:
+    """Run SentEval's nested cross-validation: each fold is tested once, with the C that folds of the others choose."""
+    fold_of, right, chosen = folds(y, count), np.zeros(len(y)), []
+    for fold in range(count):
+        train, test = fold_of != fold, fold_of == fold
+        chosen.append(choose(x[train], y[train], classes, cs, count, tolerance))
+        fit = logistic.fit(x[train], y[train], [chosen[-1]], classes, tolerance=tolerance)
+        right[test] = is_right(fit.logits(x[test])[0], y[test])
+    return right, {"log10_c": float(np.mean(np.log10(chosen)))}
+
+
+def linear(
+    train: Labelled,
+    validation: Labelled,
+    test: Labelled,
+    classes: int,
+    sweep: Sweep,
+    score: Callable[[np.ndarray, np.ndarray], float],
+    *,
+    join: bool = True,
+) -> Fit:
+    """Run CLIP's linear probe: C by `search` on validation items, then one fit that is tested once.
+
+    Args:
+      train, validation, test: features and labels. Without validation items a tenth of `train`, one item or more, is
+        held out.
+      classes: number of them.
+      sweep: values of C.
+      score: (logits, labels) -> the score by which C is chosen.
+      join: whether the last fit is on training and validation items, or on training items only.
+
+    Returns:
+      Whether each test item is right, 0.0 or 1.0 (n,), and {"log10_c": the choice}.
+
+    Raises:
+      UserError: several C, no validation items, and fewer than two training items.
+    """
+    if not len(validation[1]) and len(sweep.coarse) > 1 and len(train[1]) < 2:
+        raise UserError(
+            f"expected validation items, or at least 2 training items to hold one out and choose C; got "
+            f"{len(train[1])} training item and no validation items."
+        )
+    if not len(validation[1]):
+        order = np.random.default_rng(0).permutation(len(train[1]))
+        tenth = max(1, len(order) // 10)
+        x, y = train
+        validation, train = ((x[part], y[part]) for part in (order[:tenth], order[tenth:]))
+        join = True
+    best = sweep.coarse[0]
+    if len(sweep.coarse) > 1:
+        best, _ = search(train, validation, classes, sweep, score)
+    x, y = (np.concatenate(pair) for pair in zip(train, validation, strict=True)) if join else train
+    logits = logistic.fit(x, y, [best], classes, tolerance=sweep.tolerance).logits(test[0])[0]
+    return is_right(logits, test[1]), {"log10_c": float(np.log10(best))}
+
+
+def is_right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return 1.0 where the highest logit, of equal ones the first, is the label's; rows with NaN or +inf are wrong."""
+    return ((logits.argmax(axis=1) == labels) & valid_rows(logits)).astype(float)
