@@ -465,7 +465,7 @@ def test_attention_is_that_of_the_tower(pool):
 
     mesh = make_mesh(dict(zip(AXES, (-1, 1, 1), strict=True)))
     if pool == "map":  # stacked blocks are the same tower
-        model = model.clone(img={**model.img, "scan": True, "remat": "full"})
+        model = model.clone(img=dataclasses.replace(model.img, scan=True, remat="full"))
         blocks = stack_blocks(variables["params"]["img"]["transformer"], 2)
         img = {**variables["params"]["img"], "transformer": blocks}
         variables = {"params": {**variables["params"], "img": img}}

@@ -60,7 +60,7 @@ def test_one_device_against_eight(variant):
 
 @pytest.mark.parametrize("objective", ["clip", "siglip", "nclip", "xclip"])
 def test_the_loss_falls_on_one_batch(objective):
-    p = make(objective, steps=40, data__flip=0.0, data__color=0.0, optim__schedule="constant")
+    p = make(objective, steps=40, data__flip_prob=0.0, data__color_jitter=0.0, optim__schedule="constant")
     s, losses = state.create(p.init, p.abstract), []
     fixed = loader.to_global(tiny.batch(eot=p.tokenizer.eot_id), p.mesh)
     for _ in range(40):
@@ -122,7 +122,7 @@ def test_average_follows_its_formula():
 
 
 def test_a_teacher_has_the_statistics_of_its_own_features():
-    p = make("xclip-ema-center", data__flip=0.0, data__color=0.0, ema__momentum=0.9, optim__lr=0.1, optim__warmup=0)
+    p = make("xclip-ema-center", data__flip_prob=0.0, data__color_jitter=0.0, ema__momentum=0.9, optim__lr=0.1, optim__warmup=0)
     s = state.create(p.init, p.abstract)
     for i in range(3):
         batch = tiny.batch(i, eot=p.tokenizer.eot_id)

@@ -25,11 +25,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 from absl import logging
 from etils import epath
 
 from xclip_jax import environment
+from xclip_jax.config import schema
+from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import Parser, UserError, exit_with_message
@@ -102,7 +103,7 @@ def evaluate(
         results.read(path)  # a damaged file shows now
     encoder = make_encoder(config, parts, run_classes(folder))
     evaluators = registry.open_all(names, encoder, data_dir or parts.data.dir, protocol)
-    command = {"suite": suite if isinstance(suite, str) else list(suite), "config": config.to_dict(),
+    command = {"suite": suite if isinstance(suite, str) else list(suite), "config": schema.to_dict(config),
                "environment": environment.capture()}  # fmt: skip
     which = {"checkpoint": str(run), "step": at, "profile": profile, "changes": changes}
     measured: list[Result] = []
@@ -151,16 +152,14 @@ def _make_folder(path: epath.Path) -> None:
             raise UserError(f"--output {str(path)!r}: the folder cannot be made ({error}).") from error
 
 
-def _entry(
-    name: str, evaluator: Evaluator, measured: Sequence[Result], config: ml_collections.ConfigDict
-) -> results.Entry:
+def _entry(name: str, evaluator: Evaluator, measured: Sequence[Result], config: Config) -> results.Entry:
     """One set's entry: where it is from, the headline as "value", all metrics by their short names, and the records."""
     headline = next(each for each in measured if each.headline)
     card = dict(describe(headline.protocol))
     if "preprocessing" in card:
         prepare = Preprocessing.from_config(config)
         card["preprocessing"] += f", {prepare.size} px, {prepare.normalization}"
-    tokens = {"tokenizer": config.data.tokenizer, "text_length": config.model.txt.context_length}
+    tokens = {"tokenizer": config.data.tokenizer, "text_length": config.model.tower("txt").context_length}
     sides = {"set": name, "name": evaluator.name, "metric": headline.key, "value": headline.value, "n": headline.n}
     metrics_of = {each.key: each.value for each in measured}
     return card | tokens | sides | {"metrics": metrics_of, "records": result.to_json(measured)}

@@ -11,6 +11,7 @@ beginning with the name of a key.
 
 import dataclasses
 import difflib
+import importlib
 import math
 import types
 import typing
@@ -20,6 +21,9 @@ from typing import Any
 import numpy as np
 
 from xclip_jax.config.renamed import RENAMED
+from xclip_jax.errors import UserError
+
+T = typing.TypeVar("T")
 
 _MAX_FLOAT = float(np.finfo(np.float32).max)
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
@@ -150,6 +154,71 @@ def unknown_key(key: str, names: Iterable[str]) -> str:
     prefix, dot, name = key.rpartition(".")
     near = nearest(name, names)
     return f"config key {key!r} is unknown" + (f"; did you mean {prefix + dot + near!r}" if near else "")
+
+
+def import_class(name: str, base: type[T], what: str, *, dataclass: bool = False) -> type[T]:
+    """Return the class "package.module:Class", which derives from `base`.
+
+    Args:
+      name: where it is.
+      base: class that it must derive from.
+      what: what it is, for messages, such as "image tower".
+      dataclass: whether it must be a dataclass.
+
+    Raises:
+      UserError: a name of another form, a module that cannot be imported, or another class.
+    """
+    module, colon, attribute = name.partition(":")
+    if not (colon and module and attribute):
+        raise UserError(f"{what} {name!r} is not of the form 'package.module:Class'.")
+    try:
+        value = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{what} {name!r} cannot be imported ({error}); install its package.") from error
+    if not (isinstance(value, type) and issubclass(value, base)) or (dataclass and not dataclasses.is_dataclass(value)):
+        base_name = f"{base.__module__.removesuffix('.base')}.{base.__name__}"
+        raise UserError(f"{what} {name!r} is not a {'data' * dataclass}class derived from {base_name}.")
+    return value
+
+
+def find_class(name: Any, table: Mapping[str, type[T]], base: type[T], what: str) -> type[T]:
+    """Return the config dataclass that `name` is an entry of in `table`, or "package.module:Class", which is imported.
+
+    Raises:
+      UserError: no such entry, module or class, or a class that is not a dataclass derived from `base`.
+    """
+    name = str(name)
+    if name in table:
+        return table[name]
+    if ":" not in name:
+        raise UserError(
+            f"unknown {what} {name!r}; did you mean {nearest(name, table)!r}? One of another package is named "
+            "'package.module:Class'."
+        )
+    return import_class(name, base, what, dataclass=True)
+
+
+def read_plugin(group: Callable[[Any], type[T]], values: Any, path: str, default_type: str | None = None) -> T:
+    """Make an instance of the class that key "type" of `values` names, with the other keys as its options.
+
+    Args:
+      group: finds a class by its name, see `find_class`.
+      values: {"type": name, key: value}.
+      path: dotted name of the group.
+      default_type: name where `values` has none.
+
+    Raises:
+      UserError: names every key that is unknown and every value that is not allowed.
+    """
+    options = dict(values)
+    name = options.pop("type", default_type)
+    if name is None:
+        raise UserError(f"{path}.type is missing; expected 'package.module:Class'.")
+    faults: list[str] = []
+    made = read_group(group(name), options, path, faults)
+    if faults:
+        raise UserError("; ".join(faults) + ".")
+    return made
 
 
 def read_group(group: type[Any], values: Any, path: str, faults: list[str]) -> Any:
