@@ -122,7 +122,14 @@ def test_average_follows_its_formula():
 
 
 def test_a_teacher_has_the_statistics_of_its_own_features():
-    p = make("xclip-ema-center", data__flip_prob=0.0, data__color_jitter=0.0, ema__momentum=0.9, optim__lr=0.1, optim__warmup=0)
+    p = make(
+        "xclip-ema-center",
+        data__flip_prob=0.0,
+        data__color_jitter=0.0,
+        ema__momentum=0.9,
+        optim__lr=0.1,
+        optim__warmup=0,
+    )
     s = state.create(p.init, p.abstract)
     for i in range(3):
         batch = tiny.batch(i, eot=p.tokenizer.eot_id)

@@ -36,11 +36,14 @@ class Tower:
     Attributes:
       meaning_keys: keys that change what weights mean and not their shapes; a run that starts from weights is warned
         where they differ.
-      width: features of an item, d.
     """
 
     meaning_keys: ClassVar[tuple[str, ...]] = ()
-    width: int
+
+    @property
+    def width(self) -> int:
+        """Features of an item, d; usually a key."""
+        raise NotImplementedError
 
     def flops(self, train: bool) -> float:
         """FLOPs of one item's forward pass, in training or not; a multiplication and an addition count as two."""
@@ -89,14 +92,12 @@ class Tower:
 
 
 class ImageTower(Tower):
-    """Base of image towers.
+    """Base of image towers."""
 
-    Attributes:
-      image_size: side of the square image, pixels.
-      attention: what `attention_maps` shows, in words; "" where the tower has none.
-    """
-
-    image_size: int
+    @property
+    def image_size(self) -> int:
+        """Side of the square image, pixels; usually a key."""
+        raise NotImplementedError
 
     def module(self, dtype: Any) -> nn.Module:
         """A module of normalised pixels (b, h, w, 3), and `sample_noise`, to features (b, width)."""
@@ -130,13 +131,12 @@ class ImageTower(Tower):
 
 
 class TextTower(Tower):
-    """Base of text towers.
+    """Base of text towers."""
 
-    Attributes:
-      context_length: tokens of a text, with its start and end.
-    """
-
-    context_length: int
+    @property
+    def context_length(self) -> int:
+        """Tokens of a text, with its start and end; usually a key."""
+        raise NotImplementedError
 
     def module(self, vocab: int, eot_id: int, dtype: Any) -> nn.Module:
         """A module of int32 tokens (b, n), and `sample_noise`, to features (b, width).

@@ -133,7 +133,7 @@ class TwoTowers(nn.Module):
     def setup(self) -> None:
         self.tower_img = self.img.module(self.dtype).clone(parent=self, name="img")
         self.tower_txt = self.txt.module(self.vocab, self.eot_id, self.dtype).clone(parent=self, name="txt")
-        self.made = {
+        self.made: dict[str, Any] = {
             name: head.module.clone(parent=self, name=name)
             if isinstance(head, Head)
             else self.param(name, named(nn.initializers.constant(head.initial)), ())
@@ -169,7 +169,7 @@ class TwoTowers(nn.Module):
                 out[head.writes] = self.made[name](features[head.reads], **{key: options[key] for key in head.takes})
         return out
 
-    def __call__(self, image: Array, text: Array, *, train: bool = False) -> dict[str, Array]:
+    def __call__(self, image: Array, text: Array, *, train: bool = False) -> dict[str, Any]:
         """`project(encode_image(image), encode_text(text))`, with h_img and h_txt among the results."""
         h_img = self.encode_image(image) if "img" in self.towers else None
         h_txt = self.encode_text(text) if "txt" in self.towers else None

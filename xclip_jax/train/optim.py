@@ -148,7 +148,7 @@ def make_optimizer(
     )
 
 
-def project_scale(params: dict[str, Any]) -> dict[str, Any]:
+def project_scale(params: Any) -> Any:
     """Holds the logit scale exp(log_scale) at `MAX_SCALE` or below, after an update.
 
     Clipping in the forward pass instead would leave no gradient to come back from the bound.

@@ -20,7 +20,7 @@ from xclip_jax.train.state import TrainState
 Batch = dict[str, jax.Array]
 Inputs = dict[str, Any]
 Metrics = dict[str, jax.Array]
-Features = tuple[jax.Array | None, jax.Array | None]  # h_img and h_txt
+Features = tuple[Any, Any]  # h_img and h_txt; None of a tower that the model does not have
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -141,7 +141,8 @@ def init_from_weights(tensors: Mapping[str, np.ndarray], state: TrainState) -> T
 
         return unflatten_dict({path: put(path, old) for path, old in flatten_dict(tree).items()})
 
-    return state.replace(
+    return dataclasses.replace(
+        state,
         params=replaced("params", state.params),
         batch_stats=replaced("batch_stats", state.batch_stats),
         ema_params=None if state.ema_params is None else replaced("params", state.ema_params),
