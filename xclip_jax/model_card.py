@@ -174,7 +174,10 @@ def _recipe(folder: epath.Path, parts: Parts, at: int) -> str:
     rows += [("step", f"{at:,} of {config['steps']:,}")]
     averaged = config["eval"]["ema"] and (config["ema"]["on"] or parts.objective.teacher)
     rows.append(("parameters", "their moving average" if averaged else "those of the last update"))
-    rows += [(key, value(key)) for key in _RECIPE]
+    plugins = parts.config.model.plugins
+    unused = tuple(f"model.{name}." for name in plugins)
+    rows += [(key, value(key)) for key in _RECIPE if not key.startswith(unused)]
+    rows += [(f"model.plugins.{name}.{key}", x) for name, options in plugins.items() for key, x in options.items()]
     if init["weights"]:
         rows.append(("init.weights", init["weights"]))
     if init["frozen"]:

@@ -185,7 +185,8 @@ def convert_params(
             continue
         if type(saved_tower) is not type(tower):
             del params[name]
-            notes.append(f"{name} is another tower: {saved_tower.describe()} in {where}, {tower.describe()} here")
+            saved, current = saved_tower.describe(), tower.describe()
+            notes.append(f"{name} is another tower: {saved} in {where}, {current} in this run")
             continue
         try:
             params[name], changed = tower.convert(params[name])
