@@ -198,24 +198,26 @@ def find_class(name: Any, table: Mapping[str, type[T]], base: type[T], what: str
     return import_class(name, base, what, dataclass=True)
 
 
-def read_plugin(group: Callable[[Any], type[T]], values: Any, path: str, default_type: str | None = None) -> T:
+def read_plugin(
+    values: Mapping[str, Any], path: str, table: Mapping[str, type[T]], base: type[T], what: str, type_name: str = ""
+) -> T:
     """Make an instance of the class that key "type" of `values` names, with the other keys as its options.
 
     Args:
-      group: finds a class by its name, see `find_class`.
       values: {"type": name, key: value}.
       path: dotted name of the group.
-      default_type: name where `values` has none.
+      table, base, what: see `find_class`.
+      type_name: name where `values` has none.
 
     Raises:
       UserError: names every key that is unknown and every value that is not allowed.
     """
     options = dict(values)
-    name = options.pop("type", default_type)
-    if name is None:
+    name = options.pop("type", type_name)
+    if not name:
         raise UserError(f"{path}.type is missing; expected 'package.module:Class'.")
     faults: list[str] = []
-    made = read_group(group(name), options, path, faults)
+    made = read_group(find_class(name, table, base, what), options, path, faults)
     if faults:
         raise UserError("; ".join(faults) + ".")
     return made

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xclip_jax.config.fields import Check, at_least, choice, find_class, key, read_plugin
+from xclip_jax.config.fields import Check, at_least, choice, key, read_plugin
 from xclip_jax.errors import UserError, one_of
 from xclip_jax.models.heads import ClusterHeadConfig, Head, Heads, Scalar
 from xclip_jax.models.layers import named
@@ -88,8 +88,8 @@ class ModelConfig:
             return self.img if name == "img" else self.txt
         path, values = f"model.plugins.{name}", self.plugins[name]
         if name == "img":
-            return read_plugin(lambda type_: find_class(type_, IMAGE_TOWERS, ImageTower, "image tower"), values, path)
-        return read_plugin(lambda type_: find_class(type_, TEXT_TOWERS, TextTower, "text tower"), values, path)
+            return read_plugin(values, path, IMAGE_TOWERS, ImageTower, "image tower")
+        return read_plugin(values, path, TEXT_TOWERS, TextTower, "text tower")
 
     def conflicts(self) -> Iterator[str]:
         """What is wrong with a plug-in."""

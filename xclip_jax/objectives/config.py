@@ -66,7 +66,8 @@ class ObjectiveConfig:
         if name not in self.plugins:
             term = find_term(name)
             return getattr(self, name, None) or term()
-        return read_plugin(find_term, self.plugins[name], f"objective.plugins.{name}", name)
+        path = f"objective.plugins.{name}"
+        return read_plugin(self.plugins[name], path, TERMS, Term, "objective term", type_name=name)
 
     def conflicts(self) -> Iterator[str]:
         """Values that do not go together."""
