@@ -115,7 +115,7 @@ BAD = [
 CLASSIFY = {"objective.name": "classify", "objective.terms": {"classify": 1.0}}
 # Values that are allowed by themselves and not together.
 CONFLICTS = [
-    ({"model.img.patch": 5}, r"model\.img\.size 16 must be a multiple of patch 5"),
+    ({"model.img.patch": 5}, r"model\.img\.image_size 16 must be a multiple of patch 5"),
     ({"model.img.heads": 5}, r"model\.img\.width 32 must be a multiple of heads 5"),
     ({"model.txt.heads": 5}, r"model\.txt\.width 32 must be a multiple of heads 5"),
     ({"model.img.mlp_ratio": 0.01}, r"model\.img\.mlp_ratio 0\.01 of width 32 leaves"),
@@ -216,7 +216,7 @@ def test_every_key_has_a_doc_string_and_a_default_that_is_allowed():
     resolved = schema.resolve(config)
     flat = schema.flatten(schema.to_dict(resolved))
     assert flat == schema.flatten(schema.to_dict(schema.Config())) | {"steps": 1}
-    open_groups = {"objective.terms", "objective.plugins"}  # their keys are the run's own
+    open_groups = {"objective.terms", "objective.plugins", "model.plugins"}  # their keys are the run's own
     assert {name for name, *_ in rows} - open_groups == {
         key for key in flat if key.rpartition(".")[0] not in open_groups
     }

@@ -246,7 +246,7 @@ def our_model(objective, **changes):
     """A run's config and variables of its model, random."""
     c = tiny.config(objective, **{"data__tokenizer": "clip", "model__img__heads": 1, "model__txt__heads": 1} | changes)
     p = build.build(c, jax.devices()[:1])
-    args = jnp.zeros((1, p.size, p.size, 3)), jnp.zeros((1, p.length), jnp.int32)
+    args = jnp.zeros((1, p.image_size, p.image_size, 3)), jnp.zeros((1, p.context_length), jnp.int32)
     return c.to_dict(), jax.device_get(random_variables(p.model, *args))
 
 

@@ -97,7 +97,8 @@ class ModelConfig:
             try:
                 self.tower(name)
             except UserError as error:
-                yield f"plugins.{name}: {str(error).rstrip('.')}"
+                text = str(error).rstrip(".")
+                yield text.removeprefix("model.") if text.startswith("model.") else f"plugins.{name}: {text}"
 
     @property
     def widths(self) -> dict[str, int]:

@@ -82,7 +82,7 @@ def decay_mask(params: Any) -> Any:
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
         name = [key.key for key in path if hasattr(key, "key")][-1]  # a boxed parameter has an attribute behind it
-        return name in ("kernel", "tokens", "positions", "probe")
+        return name in ("kernel", "embedding", "tokens", "positions", "probe")
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
