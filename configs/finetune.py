@@ -16,12 +16,14 @@ decay here, not there. GLUE: AdamW, 2e-5 falling linearly, batch 32, 3 epochs, a
 no published recipe for these towers, and no dropout. No run of full size has been made and no score is claimed.
 """
 
+import dataclasses
 import json
 
 import ml_collections
 from etils import epath
 
 from xclip_jax import interop
+from xclip_jax.config import schema
 from xclip_jax.configs import common
 from xclip_jax.data import labelled
 from xclip_jax.data.preprocessing import Preprocessing
@@ -86,7 +88,8 @@ def _adopt(config: ml_collections.ConfigDict, weights: str) -> None:
     try:
         run = is_run(weights)
         found = json.loads((path / "config.json").read_text())["config"] if run else interop.read(weights)[0]
-        model, data = found["model"], found["data"]
+        groups = {name: found[name] for name in ("model", "objective", "data", "eval") if name in found}
+        saved = schema.resolve(schema.complete({"steps": 1} | groups))
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
@@ -94,12 +97,13 @@ def _adopt(config: ml_collections.ConfigDict, weights: str) -> None:
     for name in ("img", "txt"):
         tower = config.model[name]
         # How it is computed is no matter of the weights.
-        tower.update(model[name] | {"scan": tower.scan, "remat": tower.remat})
+        tower.update(dataclasses.asdict(getattr(saved.model, name)) | {"scan": tower.scan, "remat": tower.remat})
+    config.model.plugins = saved.model.plugins
     config.model.img.patch_dropout = config.model.img.drop_path = 0.0
-    prepare = Preprocessing.from_config(found).to_config()
+    prepare = Preprocessing.from_config(saved).to_config()
     config.eval.update(prepare["eval"])
     with config.ignore_type():  # a name, or a pair
-        config.data.tokenizer, config.data.normalization = data["tokenizer"], prepare["data"]["normalization"]
+        config.data.tokenizer, config.data.normalization = saved.data.tokenizer, prepare["data"]["normalization"]
 
 
 def _image(config: ml_collections.ConfigDict, epochs: int) -> None:

@@ -101,9 +101,12 @@ def test_results_without_their_evaluator_have_a_line_for_each_metric(evaluator, 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("no_such_package.evals:Mine", "module 'no_such_package.evals' cannot be imported"),
-        ("tests.extension.greys:Nothing/20", "greys:Nothing does not exist; name a subclass of SetKind"),
-        ("tests.extension.greys:Neighbours", "Neighbours is not a subclass of .*SetKind"),
+        (
+            "no_such_package.evals:Mine",
+            "'no_such_package.evals:Mine' cannot be imported .*No module named",
+        ),
+        ("tests.extension.greys:Nothing/20", "evaluation set .*greys:Nothing.* cannot be imported .*no attribute"),
+        ("tests.extension.greys:Neighbours", "Neighbours' is not a class derived from .*SetKind"),
     ],
 )
 def test_an_unknown_kind_of_sets_is_one_sentence(spec, message):
@@ -115,7 +118,7 @@ def test_an_unknown_kind_of_sets_is_one_sentence(spec, message):
     ("name", "message"),
     [
         ("zeroshott", "x: unknown evaluator 'zeroshott'; expected zeroshot, retrieval"),
-        ("tests.extension.greys:Greys", "x: tests.extension.greys:Greys is not a subclass of .*Evaluator"),
+        ("tests.extension.greys:Greys", "x: evaluator .*greys:Greys' is not a class derived from .*Evaluator"),
     ],
 )
 def test_an_unknown_evaluator_is_one_sentence(name, message):

@@ -5,12 +5,13 @@ import pytest
 from configs import common
 from tests import tiny
 from xclip_jax import flops
+from xclip_jax.config.schema import resolve
 from xclip_jax.train import build
 
 
 def test_known_models():
     """Twice the multiply-adds that are quoted for ViT-B/16 at 224 pixels, 17.6 G, and for CLIP's B-size text tower."""
-    found = flops.forward(common.pretrain("clip", None))
+    found = flops.forward(resolve(common.pretrain("clip", None)))
     assert found["img"] == pytest.approx(2 * 17.58e9, rel=0.01)
     tokens, width = 77, 512
     assert found["txt"] == 12 * (tokens * 24 * width**2 + 4 * tokens**2 * width)
@@ -24,7 +25,7 @@ def test_against_the_compilers_count(pool, stem):
     variables = nn.unbox(jax.eval_shape(p.model.init, jax.random.key(0), *shapes(config)))
     compiled = jax.jit(p.model.apply).lower(variables, *shapes(config)).compile()
     counted = compiled.cost_analysis()["flops"] / 8
-    analytic = flops.forward(config, train=False)
+    analytic = flops.forward(resolve(config), train=False)
     # Norms, softmax and activations are left out of the analytic figure.
     assert 0.8 * counted < sum(analytic.values()) < counted
 
@@ -36,15 +37,15 @@ def shapes(config, b=8):
 
 def test_patch_dropout_and_teacher_and_batch():
     config = tiny.config("xclip", model__img__depth=4)
-    whole = flops.train_step(config)
+    whole = flops.train_step(resolve(config))
     config.model.img.patch_dropout = 0.5
-    assert flops.forward(config)["img"] < 0.75 * flops.forward(config, train=False)["img"]
+    assert flops.forward(resolve(config))["img"] < 0.75 * flops.forward(resolve(config), train=False)["img"]
     config.model.img.patch_dropout = 0.0
     config.objective.nclip.target = "ema"
-    assert flops.train_step(config) == pytest.approx(whole * 4 / 3, rel=0.01)
+    assert flops.train_step(resolve(config)) == pytest.approx(whole * 4 / 3, rel=0.01)
 
 
 def test_xclip_costs_a_tenth_more_than_clip_at_most():
-    clip, xclip = (flops.train_step(common.pretrain(name, None)) for name in ("clip", "xclip"))
+    clip, xclip = (flops.train_step(resolve(common.pretrain(name, None))) for name in ("clip", "xclip"))
     print(f"xCLIP's FLOPs are {xclip / clip:.4f} times CLIP's, ViT-B/16")
     assert 1 < xclip / clip <= 1.10

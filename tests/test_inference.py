@@ -5,7 +5,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 from PIL import Image
@@ -33,15 +32,11 @@ def model(run):
 
 def random_model(objective):
     """A model with random weights, and what it was made of."""
-    config = tiny.config(objective)
-    resolved = schema.resolve(config)
+    resolved = schema.resolve(tiny.config(objective, data__normalization="half", data__resample="area"))
     made = build.make_model(resolved, make_objective(resolved.objective), tokenizer.load("bytes"))
     image, text = jnp.zeros((1, tiny.SIZE, tiny.SIZE, 3)), jnp.zeros((1, tiny.LENGTH), jnp.int32)
     variables = random_variables(made, image, text)
-    plain = {key: config[key].to_dict() for key in ("model", "objective")}
-    data = {"tokenizer": "bytes", "normalization": "half", "resample": "area"}
-    config = ml_collections.ConfigDict(plain | {"data": data})
-    return made, variables, inference.Model(made, variables, config, {}, batch=8)
+    return made, variables, inference.Model(made, variables, resolved, {}, batch=8)
 
 
 def pictures(n=5, seed=0):
@@ -129,7 +124,7 @@ def test_weights_of_open_clip_give_its_embeddings(tmp_path):
 @pytest.mark.parametrize("objective", ["xclip", "nclip"])
 def test_exported_weights_are_the_same_model(objective, tmp_path):
     _, variables, model = random_model(objective)
-    interop.write(variables, model.config.to_dict(), tmp_path, "safetensors")
+    interop.write(variables, schema.to_dict(model.config), tmp_path, "safetensors")
     again = xclip_jax.load(tmp_path, batch=8)
     assert again.fingerprint() == model.fingerprint()
     np.testing.assert_array_equal(again.encode_text(TEXTS), model.encode_text(TEXTS))

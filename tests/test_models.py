@@ -1,5 +1,6 @@
 """Both towers: switches that must not change the result, pools and patches, parts against torch's, bad input."""
 
+import dataclasses
 import functools
 
 import chex
@@ -20,22 +21,28 @@ from xclip_jax.models.layers import (
     Block,
     LayerNorm,
     Transformer,
+    TransformerConfig,
     attend,
     stack_blocks,
     unstack_blocks,
 )
-from xclip_jax.models.text import TextTransformer
-from xclip_jax.models.vit import POOLS, AttentionPool, HierarchicalStem, VisionTransformer
+from xclip_jax.models.text import TextTowerConfig, TextTransformer
+from xclip_jax.models.vit import POOLS, AttentionPool, HierarchicalStem, ImageTowerConfig, VisionTransformer
 from xclip_jax.parallel.sharding import NAMES
 
 EOT = 40
-IMG = VisionTransformer(image_size=16, patch=4, width=24, depth=2, heads=3)
-TXT = TextTransformer(vocab=50, eot_id=EOT, context_length=7, width=24, depth=2, heads=3)
+SHAPE = {"width": 24, "depth": 2, "heads": 3}
+IMG = VisionTransformer(ImageTowerConfig(image_size=16, patch=4, scan=False, **SHAPE))
+TXT = TextTransformer(TextTowerConfig(context_length=7, scan=False, **SHAPE), vocab=50, eot_id=EOT)
 # Some ids are above the end's, as in vocabularies other than CLIP's.
 TEXT = np.array([[45, 3, 7, EOT, 0, 0, 0], [45, 9, EOT, 0, 0, 0, 0], [38, 5, 1, 8, 49, 6, EOT]])
 IMAGE = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
 
 both_towers = pytest.mark.parametrize(("tower", "batch"), [(IMG, IMAGE), (TXT, TEXT)], ids=["img", "txt"])
+
+
+def changed(tower, **keys):
+    return tower.clone(config=dataclasses.replace(tower.config, **keys))
 
 
 def numpy(tensor):
@@ -74,7 +81,7 @@ def in_layout(params, scan):
 @both_towers
 def test_scan_and_remat_change_nothing(tower, batch, scan, remat):
     params, h_expected, grads_expected = reference("img" if tower is IMG else "txt")
-    h, grads = value_and_grad(tower.clone(scan=scan, remat=remat), in_layout(params, scan), batch)
+    h, grads = value_and_grad(changed(tower, scan=scan, remat=remat), in_layout(params, scan), batch)
     np.testing.assert_allclose(h, h_expected, atol=1e-5)
     if scan:
         grads = grads | {"transformer": unstack_blocks(grads["transformer"], 2)}
@@ -86,7 +93,7 @@ def test_remat_recomputes_what_it_says(scan):
     params = in_layout(reference("img")[0], scan)
 
     def products(remat):
-        tower = IMG.clone(scan=scan, remat=remat)
+        tower = changed(IMG, scan=scan, remat=remat)
         gradient = jit(jax.grad(lambda params: tower.apply({"params": params}, IMAGE).sum()))
         return gradient.lower(params).as_text().count("stablehlo.dot_general")
 
@@ -104,7 +111,7 @@ def test_stacked_blocks_round_trip():
 def test_blocks_start_as_clips_and_different_from_one_another():
     @jit
     def kernels():
-        params = nn.unbox(TXT.clone(scan=True).init(jax.random.key(0), TEXT))["params"]
+        params = nn.unbox(changed(TXT, scan=True).init(jax.random.key(0), TEXT))["params"]
         block = params["transformer"]["blocks"]
         names = [("attention", "qkv"), ("attention", "out"), ("mlp", "up"), ("mlp", "down")]
         return {name: block[part][name]["kernel"].reshape(2, -1) for part, name in names}
@@ -144,7 +151,9 @@ def test_bfloat16_keeps_parameters_and_outputs_in_fp32():
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
 def test_every_parameter_names_its_axes(scan, pool):
-    model = TOWERS.clone(img=TOWERS.img | {"scan": scan, "pool": pool}, txt=TOWERS.txt | {"scan": scan})
+    model = two_towers(
+        **SIZES | {"img": SIZES["img"] | {"scan": scan, "pool": pool}, "txt": SIZES["txt"] | {"scan": scan}}
+    )
     params = jax.eval_shape(model.init, jax.random.key(0), IMAGE, TEXT)["params"]
     boxed = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     assert all(isinstance(x, nn.LogicallyPartitioned) for x in boxed)
@@ -173,7 +182,7 @@ def test_every_parameter_names_its_axes(scan, pool):
     [("cls", 17, "linear"), ("mean", 16, "linear"), ("map", 16, "linear"), ("cls", 17, "hmlp")],
 )
 def test_pools_and_stems(pool, tokens, stem):
-    tower = IMG.clone(depth=1, pool=pool, stem=stem)
+    tower = changed(IMG, depth=1, pool=pool, stem=stem)
     variables = random_variables(tower, IMAGE)
     apply = jit(tower.apply)
     chex.assert_shape(variables["params"]["positions"], (tokens, 24))
@@ -228,7 +237,7 @@ def test_map_pool_is_timms():
         },
     }
     x = np.random.default_rng(0).normal(size=(2, 5, 24)).astype(np.float32)
-    ours = AttentionPool(3, 2.0, "gelu", 1e-5, jnp.float32).apply({"params": params}, x)
+    ours = AttentionPool(TransformerConfig(24, heads=3, mlp_ratio=2.0)).apply({"params": params}, x)
     np.testing.assert_allclose(ours, numpy(theirs(torch.tensor(x))), atol=1e-5)
 
 
@@ -272,11 +281,11 @@ def tokens_before_blocks(tower, variables, noise=None):
     ("pool", "share", "kept"), [("cls", 0.5, 8), ("cls", 0.3, 11), ("mean", 0.5, 8), ("map", 0.99, 1)]
 )
 def test_patch_dropout_keeps_a_random_subset(pool, share, kept):
-    tower = IMG.clone(depth=1, pool=pool, patch_dropout=share)
+    tower = changed(IMG, depth=1, pool=pool, patch_dropout=share)
     variables = random_variables(tower, IMAGE)
     every = tokens_before_blocks(tower, variables)
     noise = jax.random.uniform(jax.random.key(0), (3, 16))
-    np.testing.assert_array_equal(every, tokens_before_blocks(tower.clone(patch_dropout=0.0), variables, noise))
+    np.testing.assert_array_equal(every, tokens_before_blocks(changed(tower, patch_dropout=0.0), variables, noise))
 
     some = tokens_before_blocks(tower, variables, noise)
     first = int(pool == "cls")
@@ -321,7 +330,7 @@ def test_layer_norm_is_torchs(fields):
     eps = fields.get("eps", 1e-5)  # CLIP's
     theirs = torch.nn.functional.layer_norm(torch.tensor(x), (8,), weight, bias, eps)
     np.testing.assert_allclose(norm.apply(variables, x), numpy(theirs), atol=1e-5)
-    assert IMG.eps == TXT.eps == LayerNorm.eps == 1e-5
+    assert IMG.config.eps == TXT.config.eps == LayerNorm.eps == 1e-5
 
 
 @pytest.mark.parametrize(("causal", "queries"), [(False, 6), (False, 1), (True, 6)])
@@ -340,9 +349,9 @@ def test_attend_is_torchs(causal, queries):
 @pytest.mark.parametrize(
     ("tower", "batch", "message"),
     [
-        (IMG, IMAGE[:, :12, :12], r"\(3, 12, 12, 3\).*size 16.*model\.img\.size"),
+        (IMG, IMAGE[:, :12, :12], r"16 x 16 pixels, got shape \(3, 12, 12, 3\).*model\.img\.image_size"),
         (IMG, IMAGE[..., :1], r"\(3, 16, 16, 1\)"),
-        (TXT.clone(context_length=6), TEXT, r"at most 6 tokens, got 7.*model\.txt\.length"),
+        (changed(TXT, context_length=6), TEXT, r"at most 6 tokens, got 7.*model\.txt\.context_length"),
     ],
 )
 def test_bad_input_is_refused(tower, batch, message):
@@ -352,23 +361,24 @@ def test_bad_input_is_refused(tower, batch, message):
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_drop_path_leaves_out_branches_and_counts_the_rest_for_more(scan):
-    unrolled = Transformer(3, 2, drop_path=0.4)
+    config = TransformerConfig(width=8, depth=3, heads=2, scan=scan)
+    unrolled = Transformer(config.unrolled(), drop_path=0.4)
     rng = np.random.default_rng(0)
     x, noise = jnp.asarray(rng.normal(size=(4, 5, 8)), jnp.float32), rng.random((4, 3, 2))
     noise[0], noise[1] = 0.0, 1.0  # all that may go, goes; nothing does
     variables = random_variables(unrolled, x)
     params = variables["params"]
-    module = Transformer(3, 2, drop_path=0.4, scan=scan)
+    module = Transformer(config, drop_path=0.4)
     if scan:
         variables = {"params": stack_blocks(params, 3)}
     out = jit(module.apply)(variables, x, jnp.asarray(noise))
     expected = x
     for i, rate in enumerate((0.0, 0.2, 0.4)):
         keep = jnp.asarray((noise[:, i] >= rate) / (1 - rate), jnp.float32)
-        block = Block(2, 4.0, 1.0, False, "gelu", 1e-5, jnp.float32)
+        block = Block(config, False, jnp.float32)
         expected, _ = jit(block.apply)({"params": params[f"block_{i}"]}, expected, keep)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
     first, _ = jit(block.apply)({"params": params["block_0"]}, x)
     np.testing.assert_allclose(out[0], first[0], rtol=1e-4, atol=1e-5)
     plain = jit(module.apply)(variables, x)
-    np.testing.assert_array_equal(plain, jit(Transformer(3, 2, scan=scan).apply)(variables, x, jnp.asarray(noise)))
+    np.testing.assert_array_equal(plain, jit(Transformer(config).apply)(variables, x, jnp.asarray(noise)))

@@ -49,7 +49,7 @@ def test_decay_reaches_kernels_alone():
         "cls": False,
         "log_scale": False,
     }
-    tx = optim.make_optimizer(optim.OptimConfig(lr=0.1, schedule="constant", weight_decay=0.5), 10)
+    tx = optim.make_optimizer(optim.OptimConfig(lr=0.1, schedule="constant", weight_decay=0.5), 10, {})
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     # With no gradient an update is decay alone: -lr * weight_decay * parameter.
     chex.assert_trees_all_close(updates, jax.tree.map(lambda m, p: -0.05 * m * p, mask, params))
@@ -57,7 +57,7 @@ def test_decay_reaches_kernels_alone():
 
 def test_adamw_against_its_formula():
     config = optim.OptimConfig(lr=0.01, schedule="constant", weight_decay=0.1, b1=0.8, b2=0.9, eps=1e-3)
-    tx, rng = optim.make_optimizer(config, 10), np.random.default_rng(0)
+    tx, rng = optim.make_optimizer(config, 10, {}), np.random.default_rng(0)
     params = {"kernel": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)}
     state, w = tx.init(params), np.asarray(params["kernel"], np.float64)
     mu = nu = np.zeros((3, 2))
@@ -72,7 +72,7 @@ def test_adamw_against_its_formula():
 
 def test_clip_bounds_the_global_norm():
     tx = optim.make_optimizer(
-        optim.OptimConfig(lr=1.0, schedule="constant", grad_clip_norm=1.0, b1=0.0, b2=0.0, eps=1e6), 10
+        optim.OptimConfig(lr=1.0, schedule="constant", grad_clip_norm=1.0, b1=0.0, b2=0.0, eps=1e6), 10, {}
     )
     params = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
     grads = {"kernel": jnp.full((2, 2), 30.0), "bias": jnp.full(2, 40.0)}

@@ -258,7 +258,7 @@ def test_a_run_has_a_preprocessing_of_its_own(pictures, tmp_path):
 def test_runs_that_start_from_weights_with_another_preprocessing_say_so(tmp_path, capsys):
     there = open_clip_folder(tmp_path / "there", {"mean": MEAN, "std": STD, "resize_mode": "squash"})
     fine = finetune.get_config(f"weights={there},data=folder:{tmp_path},examples=8,classes=2")
-    assert Preprocessing.from_config(fine) == Preprocessing(SIZE, MEAN, STD, resize_mode="squash")
+    assert Preprocessing.from_config(resolve(fine)) == Preprocessing(SIZE, MEAN, STD, resize_mode="squash")
     model = {f"model__{key}": value for key, value in interop.read(str(there))[0]["model"].items()}
     c = tiny.config("clip", data__tokenizer="clip", init__weights=str(there), **model)
     made = build.build(c)

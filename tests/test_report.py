@@ -97,7 +97,7 @@ def run(tmp_path_factory):
             image = PIL.Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
             image.save(root / "set" / label / f"{i}.png")
     changes = {"data__sources": (f"folder:{pairs}",), "mesh__fsdp": 2, "eval__every": 2, "eval__report": True}
-    changes |= {"eval__sets": (f"folder:{root / 'set'}",), "log__alarms_after": 1}
+    changes |= {"eval__sets": (f"folder:{root / 'set'}",), "log__collapse_warmup_steps": 1}
     trainer.run(tiny.config(run=root / "run", steps=4, **changes), [report.callback()])
     return root
 
@@ -239,7 +239,7 @@ def collapsed(kind):
 @pytest.mark.parametrize("kind", ["", "flat", "few clusters", "disagreement"])
 def test_each_failure_has_its_light_and_its_remedy(kind, tmp_path):
     rows = [{"step": s, "loss": 0.0} | collapsed(kind if s == 2 else "") for s in (1, 2)]
-    found = written(tmp_path / "run", "nclip", rows, log__alarms_after=1)
+    found = written(tmp_path / "run", "nclip", rows, log__collapse_warmup_steps=1)
     text = html.render(found, examples.Examples())
     lights = re.findall(r'<article class="card light (\w*)"><h3>([^<]+)<span>([^<]+)', text)
     expected = {
@@ -262,7 +262,7 @@ def test_one_cluster_or_a_batch_of_one_pair_cannot_be_judged(k, b, tmp_path):
     """ln 1 = 0 is all the information that there could be."""
     row = dict.fromkeys(collapsed(""), 0.0) | {"nclip/agreement": 1.0, "nclip/ln_b": math.log(b)}
     row |= {"step": 1, "loss": 0.0, "nclip/ln_k": math.log(k), "nclip/clusters_img": 1.0, "nclip/clusters_txt": 1.0}
-    changes = {"log__alarms_after": 1, "data__batch": b, "model__cluster_head__clusters": k}
+    changes = {"log__collapse_warmup_steps": 1, "data__batch": b, "model__cluster_head__clusters": k}
     text = html.render(written(tmp_path / "run", "nclip", [row], **changes), examples.Examples())
     check(text)
     assert text.count("not judged") == 3 and text.count("cannot collapse") == 3 and "0.00 possible" in text
@@ -465,7 +465,7 @@ def test_attention_is_that_of_the_tower(pool):
 
     mesh = make_mesh(dict(zip(AXES, (-1, 1, 1), strict=True)))
     if pool == "map":  # stacked blocks are the same tower
-        model = model.clone(img={**model.img, "scan": True, "remat": "full"})
+        model = model.clone(img=dataclasses.replace(model.img, scan=True, remat="full"))
         blocks = stack_blocks(variables["params"]["img"]["transformer"], 2)
         img = {**variables["params"]["img"], "transformer": blocks}
         variables = {"params": {**variables["params"], "img": img}}

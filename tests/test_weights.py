@@ -105,22 +105,28 @@ def test_a_start_that_cannot_be_is_one_sentence(source, tmp_path):
 
 
 def towers(size=16, length=8, embed=8, **img):
+    """A model and random variables of it."""
     model = two_towers(
         img={"image_size": size, "patch": 4, "width": 16, "depth": 1, "heads": 2} | img,
         txt={"vocab": 20, "eot_id": 19, "context_length": length, "width": 8, "depth": 1, "heads": 2},
         embed=embed,
     )  # fmt: skip
     args = jnp.zeros((1, size, size, 3)), jnp.zeros((1, length), jnp.int32)
-    return jax.device_get(random_variables(model, *args))
+    return model, jax.device_get(random_variables(model, *args))
+
+
+def convert(before, after):
+    pairs = {name: (getattr(before[0], name), getattr(after[0], name)) for name in ("img", "txt")}
+    return weights.convert_params(before[1], after[1], pairs, "x")
 
 
 @pytest.mark.parametrize("size", [8, 12, 28])
 def test_image_positions_are_interpolated_as_open_clip_does(size):
     before, after = towers(16), towers(size)
-    found, notes = weights.convert_params(before, after, "x")
+    found, notes = convert(before, after)
     vision = {"image_size": size, "patch_size": 4, "width": 16, "head_width": 8, "layers": 1}
     theirs = open_clip.model.CLIP(8, vision, {"vocab_size": 20, "width": 8, "heads": 2, "layers": 1})
-    held = {"visual.positional_embedding": torch.tensor(before["params"]["img"]["positions"])}
+    held = {"visual.positional_embedding": torch.tensor(before[1]["params"]["img"]["positions"])}
     open_clip.model.resize_pos_embed(held, theirs)
     np.testing.assert_allclose(
         found["params/img/positions"], held["visual.positional_embedding"].numpy(), rtol=0, atol=1e-6
@@ -129,16 +135,16 @@ def test_image_positions_are_interpolated_as_open_clip_does(size):
 
 
 def test_what_is_fresh_and_what_is_left_out_is_named():
-    found, notes = weights.convert_params(towers(embed=0), towers(pre_norm=False), "x")
+    found, notes = convert(towers(embed=0), towers(pre_norm=False))
     assert "params/txt/tokens" in found and "params/log_scale" not in found
     assert notes == [
         "not in x, so initialised at random: log_scale, proj_img, proj_txt",
         "in x and not in this run: params/img/norm_pre/norm/bias, params/img/norm_pre/norm/scale",
     ]
-    with pytest.raises(UserError, match=r"positions for texts of 8 tokens and model\.txt\.length is 9; set it to 8 or"):
-        weights.convert_params(towers(), towers(length=9), "x")
+    with pytest.raises(UserError, match=r"txt/positions are those of 8 tokens and context_length is 9; set it to 8 or"):
+        convert(towers(), towers(length=9))
     with pytest.raises(UserError, match=r"img/positions has shape \(16, 16\), expected \(17, 16\)"):
-        weights.convert_params(towers(pool="mean"), towers(), "x")
+        convert(towers(pool="mean"), towers())
 
 
 def test_other_meanings_are_warned_of(source, capsys):

@@ -8,7 +8,9 @@ import numpy as np
 from flax import linen as nn
 
 from xclip_jax.models.heads import ClusterHeadConfig, cluster_heads, contrastive_heads
+from xclip_jax.models.text import TextTowerConfig
 from xclip_jax.models.two_towers import TwoTowers
+from xclip_jax.models.vit import ImageTowerConfig
 
 # These tests compile far more than they compute: without LLVM's optimisation they take half the time.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -17,13 +19,16 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 def two_towers(
     *, img, txt, embed=0, scale_init=1 / 0.07, bias_init=None, cluster_head=None, dtype=jnp.float32, cls=TwoTowers
 ):
-    """`cls` with projections to `embed` above 0, a logit bias of `bias_init`, and cluster heads of these fields."""
+    """`cls` with projections to `embed` above 0, a logit bias of `bias_init`, cluster heads; blocks are unrolled."""
     heads, widths = {}, {"img": img["width"], "txt": txt["width"]}
+    txt = dict(txt)
+    tokens = {key: txt.pop(key, default) for key, default in (("vocab", 49408), ("eot_id", 49407))}
     if embed:
         heads |= contrastive_heads(embed, widths, scale_init=scale_init, bias_init=bias_init, dtype=dtype)
     if cluster_head:
         heads |= cluster_heads(ClusterHeadConfig(**cluster_head), widths, dtype=dtype)
-    return cls(img=img, txt=txt, heads=heads, dtype=dtype)
+    towers = ImageTowerConfig(**{"scan": False} | img), TextTowerConfig(**{"scan": False} | txt)
+    return cls(*towers, **tokens, heads=heads, dtype=dtype)
 
 
 def random_variables(module, *args, seed=0, std=0.2):

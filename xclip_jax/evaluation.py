@@ -57,7 +57,7 @@ def evaluate(
     evaluators = registry.open_all(names, encoder, data_dir or parts.data.dir, protocol)
     command = {
         "suite": suite if isinstance(suite, str) else list(suite),
-        "config": schema.to_dict(schema.resolve(config)),
+        "config": schema.to_dict(config),
         "environment": environment.capture(),
     }
     shared = {"checkpoint": str(run), "step": loaded_step, "profile": profile, "changes": changes}

@@ -17,6 +17,7 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import interop, model_card
+from xclip_jax.config import schema
 from xclip_jax.console import log0
 from xclip_jax.errors import Parser, UserError, exit_with_message
 from xclip_jax.run_folder import is_run
@@ -52,7 +53,7 @@ def export(path: str, out: str, *, to: str = "hf", step: int | None = None, over
     if not variables["batch_stats"]:
         del variables["batch_stats"]
     if jax.process_index() == 0:
-        notes = interop.write(variables, config.to_dict(), out, to)
+        notes = interop.write(variables, schema.to_dict(config), out, to)
         card = model_card.render(path, out, to, config, parts, at, notes, run=is_run(path))
         (folder / CARD).write_text(card)
         for note in notes:

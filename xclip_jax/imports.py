@@ -1,5 +1,6 @@
 """Classes of other packages by their names, "package.module:Class"."""
 
+import dataclasses
 import importlib
 import re
 from typing import TypeVar
@@ -17,24 +18,29 @@ def class_name(spec: str) -> str | None:
     return match.group() if match else None
 
 
-def import_class(name: str, base: type[T]) -> type[T]:
+def import_class(name: str, base: type[T], what: str = "class", *, dataclass: bool = False) -> type[T]:
     """Import the class `name`, "package.module:Class", which must be a subclass of `base`.
 
+    Args:
+      name: where it is.
+      base: class that it must derive from.
+      what: what it is, for messages, such as "image tower".
+      dataclass: whether it must be a dataclass.
+
     Raises:
-      UserError: a name of another form, a module that cannot be imported, or no such subclass in it.
+      UserError: a name of another form, a module that cannot be imported, or no such class in it.
     """
     match = _CLASS_NAME.fullmatch(name)
     if match is None:
-        raise UserError(f"{name!r} is not the name of a class; expected 'package.module:Class'.")
+        raise UserError(f"{what} {name!r} is not the name of a class; expected 'package.module:Class'.")
     module, attribute = match.groups()
     try:
-        value = getattr(importlib.import_module(module), attribute, None)
-    except ImportError as error:
+        value = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
         raise UserError(
-            f"{name!r}: module {module!r} cannot be imported ({error}); install its package or put its folder on "
-            "PYTHONPATH."
+            f"{what} {name!r} cannot be imported ({error}); install its package or put its folder on PYTHONPATH."
         ) from error
-    if not (isinstance(value, type) and issubclass(value, base)):
-        problem = "does not exist" if value is None else f"is not a subclass of {base.__module__}.{base.__qualname__}"
-        raise UserError(f"{module}:{attribute} {problem}; name a subclass of {base.__qualname__}.")
+    if not (isinstance(value, type) and issubclass(value, base)) or (dataclass and not dataclasses.is_dataclass(value)):
+        base_name = f"{base.__module__.removesuffix('.base')}.{base.__qualname__}"
+        raise UserError(f"{what} {name!r} is not a {'data' * dataclass}class derived from {base_name}.")
     return value

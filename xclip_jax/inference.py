@@ -16,11 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from PIL import Image
 
 from xclip_jax import storage
+from xclip_jax.config.schema import Config
 from xclip_jax.data import tokenizer
 from xclip_jax.data.prefetch import Ahead
 from xclip_jax.data.preprocessing import Preprocessing
@@ -29,7 +29,6 @@ from xclip_jax.errors import BadSample, UserError, check_count
 from xclip_jax.evaluators.encoder import Encoder, Features
 from xclip_jax.evaluators.text import embedding
 from xclip_jax.evaluators.zeroshot import class_scores, distributions
-from xclip_jax.models.layers import unstack_blocks
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.parallel.mesh import make_mesh, replicated
 from xclip_jax.train import weights
@@ -77,7 +76,7 @@ class Model:
     evaluations print.
 
     Attributes:
-      config: of the run; of other weights its groups "model", "objective" and "data".
+      config: of the run; of other weights with their groups "model", "objective" and "data".
       card: where the model is from, for the records of what is made with it.
       preprocessing: what `prepare` does, and how pixels are normalised.
       size: side of an image, pixels.
@@ -89,7 +88,7 @@ class Model:
         self,
         model: TwoTowers,
         variables: Mapping[str, Any],
-        config: ml_collections.ConfigDict,
+        config: Config,
         card: Mapping[str, Any],
         *,
         batch: int,
@@ -97,10 +96,10 @@ class Model:
     ) -> None:
         self.config, self.preprocessing = config, Preprocessing.from_config(config)
         self.card = dict(card) | {
-            "objective": config.objective.name, "size": config.model.img.image_size,
+            "objective": config.objective.name, "size": model.img.image_size,
             "preprocessing": self.preprocessing.describe(), "tokenizer": config.data.tokenizer,
         }  # fmt: skip
-        self.size, self.length = model.img["image_size"], model.txt["context_length"]
+        self.size, self.length = model.img.image_size, model.txt.context_length
         self.tokenizer = tokenizer.load(config.data.tokenizer)
         self._threads = threads
         self._clusters, self._projects = "s_img" in model.outputs, "z_img" in model.outputs
@@ -328,12 +327,7 @@ def _unrolled(model: TwoTowers, variables: Mapping[str, Any]) -> tuple[TwoTowers
     """On a CPU: in float32, without scans over blocks, which cost a quarter of the time."""
     if jax.default_backend() != "cpu":
         return model, variables
-    params = dict(variables["params"])
-    towers: dict[str, Mapping[str, Any]] = {}
-    for name in ("img", "txt"):
-        towers[name] = tower = getattr(model, name)
-        if tower.get("scan"):
-            towers[name] = {**tower, "scan": False}
-            blocks = unstack_blocks(params[name]["transformer"], tower.get("depth", 12))
-            params[name] = {**params[name], "transformer": blocks}
-    return model.clone(dtype=jnp.float32, **towers), {**variables, "params": params}
+    towers = {name: getattr(model, name).unrolled() for name in model.towers}
+    params = {name: tower.convert(variables["params"][name])[0] for name, tower in towers.items()}
+    variables = {**variables, "params": {**variables["params"], **params}}
+    return model.clone(dtype=jnp.float32, **towers), variables

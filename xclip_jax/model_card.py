@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 from etils import epath
 
 from xclip_jax import environment
+from xclip_jax.config.schema import Config
 from xclip_jax.evaluators import results, summary
 from xclip_jax.train.build import Parts
 
@@ -56,7 +56,7 @@ def render(
     source: str,
     out: str,
     to: str,
-    config: ml_collections.ConfigDict,
+    config: Config,
     parts: Parts,
     at: int,
     notes: Sequence[str],
@@ -93,36 +93,32 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _head(config: ml_collections.ConfigDict, to: str) -> str:
-    name, img = config.objective.name, config.model.img
+def _head(config: Config, to: str) -> str:
+    name = config.objective.name
     return (
         f"---\nlicense: unknown\nlibrary_name: {_LIBRARIES[to]}\npipeline_tag: zero-shot-image-classification\n"
         f"tags:\n- {name}\n- xclip_jax\n---\n\n"
-        f"# {name}, ViT of width {img.width}, depth {img.depth}, patch {img.patch}, {img.image_size} px\n\n"
+        f"# {name}, {config.model.tower('img').describe()}\n\n"
         "Images and texts in one space, learned from pairs of them."
     )
 
 
-def _model(config: ml_collections.ConfigDict, parts: Parts) -> str:
+def _model(config: Config, parts: Parts) -> str:
     count = sum(x.size for x in jax.tree.leaves(parts.abstract.params))
-    towers = [
-        (kind, group.width, group.depth, group.heads, group.act, f"{group.eps:g}", sees)
-        for kind, group, sees in (
-            ("image", config.model.img, f"{config.model.img.image_size} px, pool {config.model.img.pool}"),
-            ("text", config.model.txt, f"{config.model.txt.context_length} tokens of {parts.tokenizer.vocab_size:,}"),
-        )
-    ]
-    head = ("tower", "width", "depth", "heads", "activation", "LayerNorm eps", "sees")
+    towers = {"image": parts.model.img.facts(), "text": parts.model.txt.facts()}
+    towers["text"]["sees"] += f" of {parts.tokenizer.vocab_size:,}"
+    head = list(dict.fromkeys(key for facts in towers.values() for key in facts if key != "sees"))
+    rows = [[name, *(facts.get(key, "") for key in [*head, "sees"])] for name, facts in towers.items()]
     embed = config.model.embed if parts.objective.contrastive else "no"
     return (
         f"## Model\n\n{count:,} parameters in training, heads included; embeddings of {embed} "
-        f"dimensions.\n\n{_rows(head, towers)}"
+        f"dimensions.\n\n{_rows(['tower', *head, 'sees'], rows)}"
     )
 
 
-def _input(config: ml_collections.ConfigDict, parts: Parts, to: str) -> str:
+def _input(config: Config, parts: Parts, to: str) -> str:
     """How images and texts become what the towers take."""
-    prepare, name, length = parts.preprocessing, config.data.tokenizer, config.model.txt.context_length
+    prepare, name, length = parts.preprocessing, config.data.tokenizer, parts.context_length
     if name == "clip":
         tokens = "lower case, CLIP's byte-pair encoding"
         tokens += {
@@ -145,7 +141,7 @@ def _read(path: epath.Path) -> Any:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _data(folder: epath.Path, config: ml_collections.ConfigDict) -> str:
+def _data(folder: epath.Path, config: Config) -> str:
     cards = _read(folder / "data.json")
     if cards is None:
         return "## Data\n\nUnknown: the run has no data.json."
@@ -178,7 +174,10 @@ def _recipe(folder: epath.Path, parts: Parts, at: int) -> str:
     rows += [("step", f"{at:,} of {config['steps']:,}")]
     averaged = config["eval"]["ema"] and (config["ema"]["on"] or parts.objective.teacher)
     rows.append(("parameters", "their moving average" if averaged else "those of the last update"))
-    rows += [(key, value(key)) for key in _RECIPE]
+    plugins = parts.config.model.plugins
+    unused = tuple(f"model.{name}." for name in plugins)
+    rows += [(key, value(key)) for key in _RECIPE if not key.startswith(unused)]
+    rows += [(f"model.plugins.{name}.{key}", x) for name, options in plugins.items() for key, x in options.items()]
     if init["weights"]:
         rows.append(("init.weights", init["weights"]))
     if init["frozen"]:
@@ -186,7 +185,7 @@ def _recipe(folder: epath.Path, parts: Parts, at: int) -> str:
     return f"## Recipe\n\n{_rows(('key', 'value'), rows)}"
 
 
-def _results(folder: epath.Path, config: ml_collections.ConfigDict, at: int) -> str:
+def _results(folder: epath.Path, config: Config, at: int) -> str:
     lines = ["## Results"]
     last, evaluation = _read(folder / "results.json"), folder / "evaluation.json"
     if last and last["results"] and at == config.steps:
@@ -205,11 +204,11 @@ def _results(folder: epath.Path, config: ml_collections.ConfigDict, at: int) -> 
     return "\n\n".join(lines)
 
 
-def _limits(config: ml_collections.ConfigDict) -> str:
+def _limits(config: Config) -> str:
     size, length, mode = (
-        config.model.img.image_size,
-        config.model.txt.context_length,
-        config.eval.get("resize", "shortest"),
+        config.model.tower("img").image_size,
+        config.model.tower("txt").context_length,
+        config.eval.resize,
     )
     view = {"shortest": "its central square", "squash": "a whole that is squashed to a square",
             "longest": "a whole with black borders"}[mode]  # fmt: skip

@@ -23,6 +23,7 @@ from xclip_jax import flops
 from xclip_jax.config import load as config_file
 from xclip_jax.errors import UserError, check_count, exit_with_message, one_of
 from xclip_jax.models.layers import REMAT_POLICIES
+from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.parallel.collectives import Collective, collectives, summary
 from xclip_jax.train.build import Parts, build
 
@@ -153,12 +154,11 @@ def remedies(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
     Each of these with zero1, which holds no more than dp does; and with fsdp or fsdp_tp before that where `config` has
     it, since either may be the smaller one.
     """
-    towers = (config.model.img.remat, config.model.txt.remat)
+    # A tower of another type may have no such key.
+    towers = {f"model.{name}.remat": config.model[name].remat for name in TOWERS if name not in config.model.plugins}
     remat = [
-        {f"model.{tower}.remat": policy for tower, now in zip(("img", "txt"), towers, strict=True)
-         if REMAT.index(policy) > REMAT.index(now)}
-        for policy in REMAT[1:]
-    ]  # fmt: skip
+        {key: policy for key, now in towers.items() if REMAT.index(policy) > REMAT.index(now)} for policy in REMAT[1:]
+    ]
     computation = [{}, *remat]
     computation += [remat[-1] | {"optim.microbatches": n} for n in MICROBATCHES if n > config.optim.microbatches]
     strategies = {"dp": ["zero1"], "zero1": ["zero1"]}.get(config.mesh.strategy, [config.mesh.strategy, "zero1"])
@@ -203,7 +203,7 @@ def plan(
     began = time.perf_counter()
     parts, compiled, trouble = _compile(config, devices)
     hosts = len({(getattr(d, "slice_index", 0), d.process_index) for d in devices})
-    step = flops.train_step(config)
+    step = flops.train_step(parts.config)
     per_second = mfu * chip.peak * len(devices) / step * config.data.batch
     seconds = config.steps * config.data.batch / per_second
     found = {

@@ -22,7 +22,7 @@ class TokenClassification(Term):
 
     def heads(self, model, vocab):
         """A linear head of the vocabulary's size."""
-        head = Head(nn.Dense(vocab), reads="img", writes="tokens", flops=2 * vocab * model.img.width)
+        head = Head(nn.Dense(vocab), reads="img", writes="tokens", flops=2 * vocab * model.widths["img"])
         return {"token_classifier": head}
 
     def initial_state(self, model, vocab):

@@ -20,6 +20,10 @@ from typing import Any
 import numpy as np
 
 from xclip_jax.config.renamed import RENAMED
+from xclip_jax.errors import UserError
+from xclip_jax.imports import import_class
+
+T = typing.TypeVar("T")
 
 _MAX_FLOAT = float(np.finfo(np.float32).max)
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
@@ -150,6 +154,48 @@ def unknown_key(key: str, names: Iterable[str]) -> str:
     prefix, dot, name = key.rpartition(".")
     near = nearest(name, names)
     return f"config key {key!r} is unknown" + (f"; did you mean {prefix + dot + near!r}" if near else "")
+
+
+def find_class(name: Any, table: Mapping[str, type[T]], base: type[T], what: str) -> type[T]:
+    """Return the config dataclass that `name` is an entry of in `table`, or "package.module:Class", which is imported.
+
+    Raises:
+      UserError: no such entry, module or class, or a class that is not a dataclass derived from `base`.
+    """
+    name = str(name)
+    if name in table:
+        return table[name]
+    if ":" not in name:
+        raise UserError(
+            f"unknown {what} {name!r}; did you mean {nearest(name, table)!r}? One of another package is named "
+            "'package.module:Class'."
+        )
+    return import_class(name, base, what, dataclass=True)
+
+
+def read_plugin(
+    values: Mapping[str, Any], path: str, table: Mapping[str, type[T]], base: type[T], what: str, type_name: str = ""
+) -> T:
+    """Make an instance of the class that key "type" of `values` names, with the other keys as its options.
+
+    Args:
+      values: {"type": name, key: value}.
+      path: dotted name of the group.
+      table, base, what: see `find_class`.
+      type_name: name where `values` has none.
+
+    Raises:
+      UserError: names every key that is unknown and every value that is not allowed.
+    """
+    options = dict(values)
+    name = options.pop("type", type_name)
+    if not name:
+        raise UserError(f"{path}.type is missing; expected 'package.module:Class'.")
+    faults: list[str] = []
+    made = read_group(find_class(name, table, base, what), options, path, faults)
+    if faults:
+        raise UserError("; ".join(faults) + ".")
+    return made
 
 
 def read_group(group: type[Any], values: Any, path: str, faults: list[str]) -> Any:

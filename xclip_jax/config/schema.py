@@ -94,6 +94,10 @@ class Config:
         objective = make_objective(self.objective)
         for term in objective.terms.values():
             yield from term.problems(self.model, self.loss)
+        towers = [self.model.tower(name) for name in objective.towers]
+        if self.optim.layer_decay != 1 and all(tower.num_layers == 1 for tower in towers):
+            types = " and ".join(type(tower).__name__ for tower in towers)
+            yield f"optim.layer_decay is {self.optim.layer_decay}, and {types} has no layers to tell apart; set it to 1"
         if set(self.init.frozen) - set(objective.towers):
             yield f"init.frozen is {self.init.frozen}; the model has the {objective.towers[0]} tower alone"
 

@@ -4,7 +4,7 @@ import ast
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -39,6 +39,17 @@ def mean_std(statistics: Any) -> tuple[Triple, Triple]:
         f"data.normalization is {statistics!r}; expected {names}, or mean and standard deviation of each channel, "
         "((r, g, b), (r, g, b)), deviations above 0."
     )
+
+
+class _Config(Protocol):
+    """What `Preprocessing` reads of a `Config`, which is defined above this module."""
+
+    @property
+    def model(self) -> Any: ...
+    @property
+    def data(self) -> Any: ...
+    @property
+    def eval(self) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,16 +90,26 @@ class Preprocessing:
             )
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Preprocessing":
-        """Of a model with these groups of a config; where `eval` lacks keys, as in older runs, defaults hold."""
+    def from_config(cls, config: _Config) -> "Preprocessing":
+        """Of the model of a run's `Config`."""
+        mean, std = mean_std(config.data.normalization)
+        group = config.eval
+        size = config.model.tower("img").image_size
+        return cls(size, mean, std, group.resize, group.resize_size, group.interpolation)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], size: int) -> "Preprocessing":
+        """Of groups "data" and "eval" of a config as nested dicts, and the size of the tower's images.
+
+        Where "eval" lacks keys, as in older files of weights, defaults hold.
+        """
         mean, std = mean_std(config["data"]["normalization"])
         group = config.get("eval", {})
         fields = {"resize": "resize_mode", "resize_size": "resize_size", "interpolation": "interpolation"}
-        given = {field: group[key] for key, field in fields.items() if key in group}
-        return cls(config["model"]["img"]["image_size"], mean, std, **given)
+        return cls(size, mean, std, **{field: group[key] for key, field in fields.items() if key in group})
 
     def to_config(self) -> dict[str, dict[str, Any]]:
-        """The keys that `from_config` reads, of groups `data` and `eval`; known statistics by their name."""
+        """The keys of groups `data` and `eval` that `from_dict` reads; known statistics by their name."""
         pair = (self.mean, self.std)
         return {
             "data": {"normalization": next((name for name, known in STATISTICS.items() if known == pair), pair)},

@@ -74,7 +74,7 @@ def check(spec: str, others: Sequence[str] = ()) -> type[SetKind]:
     """
     kind = SETS.get(re.split("[/:@]", spec, maxsplit=1)[0])
     if kind is None and (name := class_name(spec)):
-        kind = import_class(name, SetKind)
+        kind = import_class(name, SetKind, "evaluation set")
     if kind and kind.knows(spec):
         return kind
     near = kind.closest(spec) if kind else closest(spec, [*others, *_all("names")], _all("at_path"))
@@ -222,7 +222,7 @@ def evaluator_class(name: str) -> type[Evaluator]:
         return EVALUATORS[name]
     if class_name(name) is None:
         raise UserError(f"unknown evaluator {name!r}; expected {', '.join(EVALUATORS)} or package.module:Class.")
-    return import_class(name, Evaluator)
+    return import_class(name, Evaluator, "evaluator")
 
 
 def evaluator(encoder: Encoder, data: Any) -> Evaluator:

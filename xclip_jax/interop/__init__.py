@@ -16,11 +16,14 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from xclip_jax.config.fields import read_group
 from xclip_jax.data import tokenizer
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError, one_of
 from xclip_jax.interop import hf, open_clip, param_mapping, tensor_files, vocabulary
 from xclip_jax.models.layers import unstack_blocks
+from xclip_jax.models.tower import ImageTower
+from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.run_folder import is_run
 
 FORMATS = ("hf", "open_clip", "safetensors")
@@ -69,7 +72,7 @@ def _read_own(found: tensor_files.Tensors, folder: epath.Path, where: str) -> tu
         raise UserError(f"{folder / CONFIG} has no group {missing[0]!r}; export the run anew.")
     if config["data"]["tokenizer"] == vocabulary.FILE:
         config["data"]["tokenizer"] = str(folder / vocabulary.FILE)
-    keys = Preprocessing.from_config(config).to_config()
+    keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
     config["data"], config["eval"] = config["data"] | keys["data"], keys["eval"]
     return config | {"source": {"format": "safetensors", "notes": ()}}, unflatten_dict(found, sep="/")
 
@@ -93,12 +96,15 @@ def write(variables: Mapping[str, Any], config: Mapping[str, Any], path: str, to
         raise UserError(f"{path!r} is a run's folder; name another.")
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(variables))
     folder = epath.Path(path)
-    name = config["data"]["tokenizer"]
+    name, plugins = config["data"]["tokenizer"], config["model"].get("plugins", {})
+    if plugins and to != "safetensors":
+        types = ", ".join(f"{tower} {options['type']!r}" for tower, options in plugins.items())
+        raise UserError(f"{to!r} cannot hold a tower of another type ({types}); write to 'safetensors'.")
     tokens, length = tokenizer.load(name), config["model"]["txt"]["context_length"]
     own = name not in tokenizer.NAMES
     if to == "safetensors":
         notes, tensors = [], flatten_dict(variables, sep="/")
-        keys = Preprocessing.from_config(config).to_config()
+        keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
         content: dict[str, Any] = {
             "model": config["model"], "objective": config["objective"],
             "data": {"tokenizer": vocabulary.FILE if own else name, "resample": "bicubic"} | keys["data"],
@@ -123,6 +129,10 @@ def write(variables: Mapping[str, Any], config: Mapping[str, Any], path: str, to
     tensor_files.write(folder / weights, tensors)
     (folder / file).write_text(json.dumps(content, indent=2) + "\n")
     return notes
+
+
+def _image_tower(config: Mapping[str, Any]) -> ImageTower:
+    return read_group(ModelConfig, config["model"], "model", []).tower("img")
 
 
 def _expressible(

@@ -180,7 +180,7 @@ def beside(config: Mapping[str, Any]) -> dict[str, str]:
     Raises:
       UserError: images are prepared in a way that CLIPImageProcessor does not have.
     """
-    prepare, tokens = Preprocessing.from_config(config), config["data"]["tokenizer"]
+    prepare, tokens = Preprocessing.from_dict(config, config["model"]["img"]["image_size"]), config["data"]["tokenizer"]
     if prepare.resize_mode == "longest":
         raise UserError("CLIPImageProcessor has no eval.resize='longest'; write to 'open_clip' or 'safetensors'.")
     side, size = prepare.resize_size or prepare.size, prepare.size

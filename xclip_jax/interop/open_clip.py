@@ -207,7 +207,7 @@ def write(
     content = {"embed_dim": model["embed"], "quick_gelu": "quick_gelu" in acts, "vision_cfg": vision, "text_cfg": text}
     if bias:
         content["init_logit_bias"] = float(params["bias"])
-    prepare = Preprocessing.from_config(config)
+    prepare = Preprocessing.from_dict(config, config["model"]["img"]["image_size"])
     if prepare.resize_size not in (0, prepare.size):
         raise UserError(
             f"open_clip has no size but {prepare.size} to resize images to, and eval.resize_size is "

@@ -1,18 +1,23 @@
-"""The pre-norm transformer that both towers share.
+"""The pre-norm transformer that both towers share, and its config keys.
 
 Parameters carry logical axis names ("embed", "mlp", "heads", "kv", ...); which mesh axis each one lives on is decided
 in `xclip_jax.parallel`. Shapes: b batch, n tokens, d width.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from xclip_jax.config.fields import above, at_least, choice, key
+from xclip_jax.errors import UserError
+from xclip_jax.models.tower import Params, Tower
 from xclip_jax.parallel.sharding import constrain
 
 Array = jax.Array
@@ -126,6 +131,74 @@ class Mlp(nn.Module):
         return dense(d, ("mlp", "embed"), std=self.out_std, dtype=self.dtype, name="down")(x)
 
 
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig(Tower):
+    """Config keys of a tower that is a `Transformer` between its embeddings and its features."""
+
+    before: ClassVar[tuple[str, ...]] = ()  # parameters ahead of the blocks
+
+    width: int = key(512, "channels of a token", at_least(1))
+    depth: int = key(12, "blocks", at_least(1))
+    heads: int = key(8, "attention heads; they divide width", at_least(1))
+    mlp_ratio: float = key(4.0, "hidden width of the MLP over width", above(0))
+    act: str = key("gelu", "activation of the MLP", choice(ACTIVATIONS))
+    eps: float = key(1e-5, "added to the variance in LayerNorm", above(0))
+    scan: bool = key(True, "one compiled block for all of them, with stacked parameters")
+    remat: str = key("none", "what the backward pass computes again in place of keeping it", choice(REMAT_POLICIES))
+
+    def conflicts(self) -> Iterator[str]:
+        """Values that do not go together."""
+        if self.width % self.heads:
+            yield f"width {self.width} must be a multiple of heads {self.heads}"
+        if self.hidden < 1:
+            yield f"mlp_ratio {self.mlp_ratio} of width {self.width} leaves the MLP without a hidden unit"
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the MLP."""
+        return int(self.mlp_ratio * self.width)
+
+    def block_flops(self, tokens: float, first: bool = False) -> float:
+        """FLOPs of a sequence in all blocks: four projections, two products of attention, and the MLP.
+
+        With `first` the last of the blocks makes queries of all tokens and goes on with the first alone.
+        """
+        qkv = 6 * self.width**2
+        rest = 2 * self.width * (self.width + 2 * self.hidden) + 4 * tokens * self.width
+        going_on = (self.depth - 1) * tokens + 1 if first else self.depth * tokens
+        return self.depth * tokens * qkv + going_on * rest
+
+    @property
+    def num_layers(self) -> int:
+        """The blocks, what comes before them, and what comes after them (BEiT, arXiv 2106.08254)."""
+        return self.depth + 2
+
+    def layer_of(self, path: tuple[str, ...]) -> int | np.ndarray:
+        """0 before the blocks, i + 1 in block i, depth + 1 after them."""
+        if path[0] != "transformer":
+            return 0 if path[0] in self.before else self.depth + 1
+        return np.arange(1, self.depth + 1) if path[1] == "blocks" else 1 + int(path[1].removeprefix("block_"))
+
+    def unrolled(self) -> Self:
+        """The same function computed block by block."""
+        return dataclasses.replace(self, scan=False, remat="none")
+
+    def convert(self, params: Params) -> tuple[Params, list[str]]:
+        """Stack blocks or take them apart, as `scan` says."""
+        blocks = params["transformer"]
+        depth = len(jax.tree.leaves(blocks["blocks"])[0]) if "blocks" in blocks else len(blocks)
+        if depth != self.depth:
+            raise UserError(f"transformer has {depth} blocks, expected {self.depth}")
+        if ("blocks" in blocks) != self.scan:
+            blocks = stack_blocks(blocks, depth) if self.scan else unstack_blocks(blocks, depth)
+        return {**params, "transformer": blocks}, []
+
+    def facts(self) -> dict[str, str]:
+        """{column: value} of the tower's row in a model card."""
+        sizes = {"width": str(self.width), "depth": str(self.depth), "heads": str(self.heads)}
+        return sizes | {"activation": self.act, "LayerNorm eps": f"{self.eps:g}"} | super().facts()
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Returns a pair, as `nn.scan` asks. (b, n, d) -> (b, n, d).
 
@@ -133,12 +206,8 @@ class Block(nn.Module):
     computed, (b, 1, d).
     """
 
-    heads: int
-    mlp_ratio: float
-    out_std: float
+    config: TransformerConfig
     causal: bool
-    act: str
-    eps: float
     dtype: Any
     first: bool = False
 
@@ -147,74 +216,61 @@ class Block(nn.Module):
         def kept(branch: Array, i: int) -> Array:
             return branch if keep is None else branch * keep[:, i, None, None].astype(branch.dtype)
 
-        hidden = int(self.mlp_ratio * x.shape[-1])
-        attention = Attention(self.heads, self.out_std, self.causal, self.dtype, self.first, name="attention")
-        mlp = Mlp(hidden, self.out_std, self.act, self.dtype, name="mlp")
+        config = self.config
+        # CLIP's initialisation: the residual branches' last maps shrink with depth.
+        out_std = config.width**-0.5 * (2 * config.depth) ** -0.5
+        attention = Attention(config.heads, out_std, self.causal, self.dtype, self.first, name="attention")
+        mlp = Mlp(config.hidden, out_std, config.act, self.dtype, name="mlp")
         x = constrain(x, "batch", None, None)
-        y = attention(LayerNorm(self.eps, self.dtype, name="norm_1")(x))
+        y = attention(LayerNorm(config.eps, self.dtype, name="norm_1")(x))
         x = (x[:, :1] if self.first else x) + kept(y, 0)
-        x = x + kept(mlp(LayerNorm(self.eps, self.dtype, name="norm_2")(x)), 1)
+        x = x + kept(mlp(LayerNorm(config.eps, self.dtype, name="norm_2")(x)), 1)
         return constrain(x, "batch", None, None), None
 
 
 class Transformer(nn.Module):
-    """`depth` blocks. (b, n, d) -> (b, n, d).
+    """The blocks of `config`. (b, n, d) -> (b, n, d).
 
-    `scan` stacks the blocks' parameters and compiles one block (on a CPU it costs about 25 %); `remat` says what the
-    backward pass recomputes. The two are independent. With `first` no token but the first is read, and the last of
-    unrolled blocks computes no other: (b, 1, d).
+    `config.scan` stacks the blocks' parameters and compiles one block (on a CPU it costs about 25 %); `config.remat`
+    says what the backward pass recomputes. The two are independent. With `first` no token but the first is read, and
+    the last of unrolled blocks computes no other: (b, 1, d).
 
     With `noise` (b, depth, 2), uniform, blocks are left out of a training pass (stochastic depth, arXiv 1603.09382):
     each branch of a sample with a probability that rises from 0 in the first block to `drop_path` in the last; what
     stays counts for more. The noise comes from outside, one row a sample, as that of patch dropout.
     """
 
-    depth: int
-    heads: int
-    mlp_ratio: float = 4.0
+    config: TransformerConfig
     causal: bool = False
-    act: str = "gelu"
-    eps: float = 1e-5
-    scan: bool = False
-    remat: str = "none"
-    dtype: Any = jnp.float32
     drop_path: float = 0.0
     first: bool = False
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, noise: Array | None = None) -> Array:
-        # CLIP's initialisation: the residual branches' last maps shrink with depth.
-        out_std = x.shape[-1] ** -0.5 * (2 * self.depth) ** -0.5
+        depth, scan, remat = self.config.depth, self.config.scan, self.config.remat
         block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan)
+        if remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
         keep = None
         if noise is not None and self.drop_path:
-            rates = self.drop_path * jnp.arange(self.depth)[:, None, None] / max(self.depth - 1, 1)
+            rates = self.drop_path * jnp.arange(depth)[:, None, None] / max(depth - 1, 1)
             keep = (noise.swapaxes(0, 1) >= rates) / (1 - rates)  # (depth, b, 2)
-        args = (self.heads, self.mlp_ratio, out_std, self.causal, self.act, self.eps, self.dtype)
-        if self.scan:
+        args = (self.config, self.causal, self.dtype)
+        if scan:
             stacked = nn.scan(
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=0,
-                length=self.depth,
+                length=depth,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             return stacked(*args, name="blocks")(x, keep)[0]
-        for i in range(self.depth):
-            first = self.first and i == self.depth - 1
+        for i in range(depth):
+            first = self.first and i == depth - 1
             x, _ = block(*args, first, name=f"block_{i}")(x, None if keep is None else keep[i])
         return x
-
-
-def tower_conflicts(width: int, heads: int, mlp_ratio: float) -> Iterator[str]:
-    """Sizes of a transformer that do not go together, a sentence each."""
-    if width % heads:
-        yield f"width {width} must be a multiple of heads {heads}"
-    if int(mlp_ratio * width) < 1:
-        yield f"mlp_ratio {mlp_ratio} of width {width} leaves the MLP without a hidden unit"
 
 
 def stack_blocks(params: dict[str, Any], depth: int) -> dict[str, Any]:

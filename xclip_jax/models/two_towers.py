@@ -1,38 +1,38 @@
 """Both towers and the heads on them in one module; the sizes that have a name."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, overload
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xclip_jax.config.fields import Check, at_least, choice, key
-from xclip_jax.errors import one_of
+from xclip_jax.config.fields import Check, at_least, choice, key, read_plugin
+from xclip_jax.errors import UserError, one_of
 from xclip_jax.models.heads import ClusterHeadConfig, Head, Heads, Scalar
 from xclip_jax.models.layers import named
-from xclip_jax.models.text import TextTowerConfig, TextTransformer
-from xclip_jax.models.vit import ImageTowerConfig, VisionTransformer
+from xclip_jax.models.text import TextTowerConfig
+from xclip_jax.models.tower import ImageTower, TextTower, Tower
+from xclip_jax.models.vit import ImageTowerConfig
 from xclip_jax.parallel.sharding import constrain
 
 Array = jax.Array
 MAX_SCALE = 100.0  # of the logit scale, see `optim.project_scale`
 
-# Sizes of open_clip's models of the same name. "Ti/12" is the demo's, for two CPU cores.
-_TEXT = {
-    "Ti": {"width": 128, "depth": 1, "heads": 2},
-    "S": {"width": 384, "depth": 12, "heads": 6},
-    "B": {"width": 512, "depth": 12, "heads": 8},
-    "L": {"width": 768, "depth": 12, "heads": 12},
+# Built-in types of towers, by the name that "type" in `model.plugins` has.
+IMAGE_TOWERS: dict[str, type[ImageTower]] = {"vit": ImageTowerConfig}
+TEXT_TOWERS: dict[str, type[TextTower]] = {"transformer": TextTowerConfig}
+TOWERS = ("img", "txt")
+
+# Sizes of open_clip's models of the same name: (width, depth, heads) of both towers, and the embedding. "Ti" is the
+# demo's, for two CPU cores.
+_SIZES = {
+    "Ti": ((192, 4, 3), (128, 1, 2), 128),
+    "S": ((384, 12, 6), (384, 12, 6), 384),
+    "B": ((768, 12, 12), (512, 12, 8), 512),
+    "L": ((1024, 24, 16), (768, 12, 12), 768),
 }
-_IMAGE = {
-    "Ti": {"width": 192, "depth": 4, "heads": 3},
-    "S": {"width": 384, "depth": 12, "heads": 6},
-    "B": {"width": 768, "depth": 12, "heads": 12},
-    "L": {"width": 1024, "depth": 24, "heads": 16},
-}
-_EMBED = {"Ti": 128, "S": 384, "B": 512, "L": 768}
 PRESETS = ("Ti/12", "S/16", "B/32", "B/16", "L/16", "L/14")
 
 
@@ -40,12 +40,19 @@ def preset(name: str) -> dict[str, Any]:
     """{"img", "txt", "embed"} sizes of the preset `name`; `UserError` lists the valid names."""
     one_of("preset", name, PRESETS)
     size, patch = name.split("/")
-    return {"img": _IMAGE[size] | {"patch": int(patch)}, "txt": _TEXT[size], "embed": _EMBED[size]}
+    img, txt, embed = _SIZES[size]
+    sizes = [dict(zip(("width", "depth", "heads"), tower, strict=True)) for tower in (img, txt)]
+    return {"img": sizes[0] | {"patch": int(patch)}, "txt": sizes[1], "embed": embed}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Config group `model`: both towers, their heads and the computation's dtype."""
+    """Config group `model`: both towers, their heads and the computation's dtype.
+
+    A tower of another type than `img` and `txt` has its options in `plugins`, which then replaces the group:
+
+        config.model.plugins = {"img": {"type": "my_lab.towers:ConvNet", "width": 512}}
+    """
 
     img: ImageTowerConfig = dataclasses.field(default_factory=ImageTowerConfig)
     txt: TextTowerConfig = dataclasses.field(default_factory=TextTowerConfig)
@@ -56,28 +63,67 @@ class ModelConfig:
     bias_init: float = key(-10.0, "logit bias at the start, of the sigmoid loss alone")
     cluster_head: ClusterHeadConfig = dataclasses.field(default_factory=ClusterHeadConfig)
     dtype: str = key("bfloat16", "of towers and heads; parameters stay float32", choice(("float32", "bfloat16")))
+    plugins: Mapping[str, Mapping[str, Any]] = key(
+        {},
+        "towers of other types, in place of group img or txt: its 'type', 'package.module:Class', and its options",
+        Check("groups 'img' and 'txt'", lambda plugins: set(plugins) <= set(TOWERS)),
+    )
+
+    @overload
+    def tower(self, name: Literal["img"]) -> ImageTower: ...
+
+    @overload
+    def tower(self, name: Literal["txt"]) -> TextTower: ...
+
+    @overload
+    def tower(self, name: str) -> Tower: ...
+
+    def tower(self, name: str) -> Tower:
+        """The tower "img" or "txt".
+
+        Raises:
+          UserError: names what is wrong with the type or an option of a plug-in.
+        """
+        if name not in self.plugins:
+            return self.img if name == "img" else self.txt
+        path, values = f"model.plugins.{name}", self.plugins[name]
+        if name == "img":
+            return read_plugin(values, path, IMAGE_TOWERS, ImageTower, "image tower")
+        return read_plugin(values, path, TEXT_TOWERS, TextTower, "text tower")
+
+    def conflicts(self) -> Iterator[str]:
+        """What is wrong with a plug-in."""
+        for name in self.plugins:
+            try:
+                self.tower(name)
+            except UserError as error:
+                text = str(error).rstrip(".")
+                yield text.removeprefix("model.") if text.startswith("model.") else f"plugins.{name}: {text}"
 
     @property
     def widths(self) -> dict[str, int]:
         """{"img", "txt"} features of the towers."""
-        return {"img": self.img.width, "txt": self.txt.width}
+        return {name: self.tower(name).width for name in TOWERS}
 
 
 class TwoTowers(nn.Module):
     """Image and text towers, and the heads on them; or one of the towers.
 
     Attributes:
-      img: fields of `VisionTransformer`.
-      txt: fields of `TextTransformer`.
+      img, txt: the towers.
+      vocab: tokens of the tokenizer.
+      eot_id: its end-of-text token.
       heads: {name: `Head` or `Scalar`}; a head's parameters have its name. The objective chooses them.
       towers: those that the model has.
       dtype: computation dtype of the towers; parameters, norms, softmax and logits stay fp32.
     """
 
-    img: Mapping[str, Any]
-    txt: Mapping[str, Any]
+    img: ImageTower
+    txt: TextTower
+    vocab: int
+    eot_id: int
     heads: Heads = dataclasses.field(default_factory=dict)
-    towers: tuple[str, ...] = ("img", "txt")
+    towers: tuple[str, ...] = TOWERS
     dtype: Any = jnp.float32
 
     @property
@@ -86,22 +132,22 @@ class TwoTowers(nn.Module):
         return tuple(head.writes for head in self.heads.values())
 
     def setup(self) -> None:
-        self.tower_img = VisionTransformer(**self.img, dtype=self.dtype, name="img")
-        self.tower_txt = TextTransformer(**self.txt, dtype=self.dtype, name="txt")
-        self.made = {
+        self.tower_img = self.img.module(self.dtype).clone(parent=self, name="img")
+        self.tower_txt = self.txt.module(self.vocab, self.eot_id, self.dtype).clone(parent=self, name="txt")
+        self.made: dict[str, Any] = {
             name: head.module.clone(parent=self, name=name)
             if isinstance(head, Head)
             else self.param(name, named(nn.initializers.constant(head.initial)), ())
             for name, head in self.heads.items()
         }
 
-    def encode_image(self, image: Array, noise: Array | None = None, paths: Array | None = None) -> Array:
-        """Normalised pixels (b, h, w, 3) -> h_img (b, d); for `noise` and `paths` see `VisionTransformer`."""
-        return constrain(self.tower_img(image, noise, paths), "batch", None)
+    def encode_image(self, image: Array, **noise: Array) -> Array:
+        """Normalised pixels (b, h, w, 3) -> h_img (b, d); `noise` see `Tower.sample_noise`."""
+        return constrain(self.tower_img(image, **noise), "batch", None)
 
-    def encode_text(self, text: Array) -> Array:
-        """int32 tokens (b, n) -> h_txt (b, d)."""
-        return constrain(self.tower_txt(text), "batch", None)
+    def encode_text(self, text: Array, **noise: Array) -> Array:
+        """int32 tokens (b, n) -> h_txt (b, d); `noise` see `Tower.sample_noise`."""
+        return constrain(self.tower_txt(text, **noise), "batch", None)
 
     def project(
         self, h_img: Array | None, h_txt: Array | None, *, train: bool = False, logits: bool = True
@@ -124,7 +170,7 @@ class TwoTowers(nn.Module):
                 out[head.writes] = self.made[name](features[head.reads], **{key: options[key] for key in head.takes})
         return out
 
-    def __call__(self, image: Array, text: Array, *, train: bool = False) -> dict[str, Array]:
+    def __call__(self, image: Array, text: Array, *, train: bool = False) -> dict[str, Any]:
         """`project(encode_image(image), encode_text(text))`, with h_img and h_txt among the results."""
         h_img = self.encode_image(image) if "img" in self.towers else None
         h_txt = self.encode_text(text) if "txt" in self.towers else None

@@ -1,27 +1,21 @@
 """The image tower: a Vision Transformer (arXiv 2010.11929) with CLIP's options."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from xclip_jax.config.fields import above, at_least, choice, fraction_below_one, key
+from xclip_jax.config.fields import at_least, choice, fraction_below_one, key
 from xclip_jax.errors import UserError
-from xclip_jax.models.layers import (
-    ACTIVATIONS,
-    REMAT_POLICIES,
-    LayerNorm,
-    Mlp,
-    Transformer,
-    attend,
-    dense,
-    named,
-    tower_conflicts,
-)
+from xclip_jax.models import attention_maps
+from xclip_jax.models.layers import ACTIVATIONS, LayerNorm, Mlp, Transformer, TransformerConfig, attend, dense, named
+from xclip_jax.models.tower import ImageTower, Params
 
 Array = jax.Array
 POOLS = ("cls", "mean", "map")
@@ -75,43 +69,37 @@ class HierarchicalStem(nn.Module):
 class AttentionPool(nn.Module):
     """One learned query attends to all tokens, then a residual MLP (big_vision's "map" head). (b, n, d) -> (b, d)."""
 
-    heads: int
-    mlp_ratio: float
-    act: str
-    eps: float
-    dtype: Any
+    config: TransformerConfig
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        b, _, d = x.shape
-        std, kv = d**-0.5, d // self.heads
+        (b, _, d), heads = x.shape, self.config.heads
+        std, kv = d**-0.5, d // heads
         probe = self.param("probe", named(nn.initializers.normal(std), None, None, "table"), (1, 1, d))
         probe = jnp.broadcast_to(probe, (b, 1, d)).astype(self.dtype)
         axes = ("embed", "heads", "kv")
-        query = dense((self.heads, kv), axes, std=std, dtype=self.dtype, name="query")(probe)
-        key_value = dense((2, self.heads, kv), ("embed", None, *axes[1:]), std=std, dtype=self.dtype, name="kv")(x)
+        query = dense((heads, kv), axes, std=std, dtype=self.dtype, name="query")(probe)
+        key_value = dense((2, heads, kv), ("embed", None, *axes[1:]), std=std, dtype=self.dtype, name="kv")(x)
         key, value = einops.rearrange(key_value, "b n c heads kv -> c b heads n kv")
         y = attend(einops.rearrange(query, "b n heads kv -> b heads n kv"), key, value)
         y = einops.rearrange(y, "b heads n kv -> b n heads kv")
         y = dense(d, ("heads", "kv", "embed"), std=std, dtype=self.dtype, axis=(-2, -1), name="out")(y)
-        mlp = Mlp(int(self.mlp_ratio * d), std, self.act, self.dtype, name="mlp")
-        return (y + mlp(LayerNorm(self.eps, self.dtype, name="norm")(y)))[:, 0]
+        mlp = Mlp(self.config.hidden, std, self.config.act, self.dtype, name="mlp")
+        return (y + mlp(LayerNorm(self.config.eps, self.dtype, name="norm")(y)))[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageTowerConfig:
+class ImageTowerConfig(TransformerConfig, ImageTower):
     """Config group `model.img`; see `VisionTransformer`."""
+
+    meaning_keys: ClassVar[tuple[str, ...]] = ("act", "eps", "pool", "pre_norm")
+    before: ClassVar[tuple[str, ...]] = ("patches", "positions", "cls", "norm_pre")
 
     image_size: int = key(224, "side of the square image, pixels; a multiple of patch", at_least(1))
     patch: int = key(16, "side of a patch, pixels", at_least(1))
     width: int = key(768, "channels of a token", at_least(1))
-    depth: int = key(12, "blocks", at_least(1))
     heads: int = key(12, "attention heads; they divide width", at_least(1))
-    mlp_ratio: float = key(4.0, "hidden width of the MLP over width", above(0))
-    act: str = key("gelu", "activation of the MLP", choice(ACTIVATIONS))
-    eps: float = key(1e-5, "added to the variance in LayerNorm", above(0))
-    scan: bool = key(True, "one compiled block for all of them, with stacked parameters")
-    remat: str = key("none", "what the backward pass computes again in place of keeping it", choice(REMAT_POLICIES))
     stem: str = key("linear", "patches to tokens: one linear map, or a hierarchical MLP", choice(STEMS))
     pool: str = key("cls", "class token, mean over patches, or attention pooling", choice(POOLS))
     pre_norm: bool = key(True, "LayerNorm before the first block")
@@ -127,97 +115,144 @@ class ImageTowerConfig:
                 f"stem 'hmlp' needs multiples of 4, and patch is {self.patch}, width {self.width}; change them, or set "
                 "stem to 'linear'"
             )
-        yield from tower_conflicts(self.width, self.heads, self.mlp_ratio)
+        yield from super().conflicts()
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image_size // self.patch
+
+    def module(self, dtype: Any) -> nn.Module:
+        """See `VisionTransformer`."""
+        return VisionTransformer(self, dtype)
+
+    def kept(self, patches: int) -> int:
+        """How many of `patches` a training pass keeps."""
+        return max(1, round(patches * (1 - self.patch_dropout)))
+
+    def flops(self, train: bool) -> float:
+        """Those of stem, blocks and pooling; in training without the patches that are dropped."""
+        kept = self.kept(self.grid**2) if train else self.grid**2
+        embedding, side, channels = 0, self.image_size, 3
+        for joined, features in stem_stages(self.stem, self.patch, self.width):
+            side //= joined
+            embedding += 2 * side**2 * joined**2 * channels * features
+            channels = features
+        pooled = 0.0
+        if self.pool == "map":  # one query, its keys and values, and a residual MLP of one token
+            pooled = 4 * kept * self.width**2 + (4 + 4 * self.mlp_ratio) * self.width**2 + 4 * kept * self.width
+        cls = self.pool == "cls"
+        return embedding + self.block_flops(kept + cls, first=cls and not self.scan) + pooled
+
+    def sample_noise(self, random_key: Array, b: int) -> dict[str, Array]:
+        """Uniform numbers: "patches" (b, patches) of patch dropout, "paths" (b, depth, 2) of stochastic depth."""
+        noise = {}
+        if self.patch_dropout:
+            noise["patches"] = jax.random.uniform(jax.random.split(random_key)[1], (b, self.grid**2))
+        if self.drop_path:
+            noise["paths"] = jax.random.uniform(jax.random.fold_in(random_key, 2), (b, self.depth, 2))
+        return noise
+
+    def convert(self, params: Params) -> tuple[Params, list[str]]:
+        """Stack blocks or take them apart, and interpolate positions to the size of the image."""
+        params, notes = super().convert(params)
+        extra = int(self.pool == "cls")  # the class token's row comes first
+        table = params["positions"]
+        grid = math.isqrt(len(table) - extra)
+        if grid == self.grid or grid**2 != len(table) - extra:
+            return params, notes
+        square = table[extra:].reshape(grid, grid, -1)
+        # Antialiased, which matters where the grid shrinks.
+        shape = (self.grid, self.grid, square.shape[-1])
+        square = np.asarray(jax.image.resize(square, shape, "cubic", antialias=True))
+        table = np.concatenate([table[:extra], square.reshape(self.grid**2, -1)])
+        note = f"image positions interpolated from {grid} x {grid} to {self.grid} x {self.grid}"
+        return {**params, "positions": table}, [*notes, note]
+
+    @property
+    def attention(self) -> str:
+        """What the last attention before the features is."""
+        return attention_maps.MEANINGS[self.pool]
+
+    def attention_maps(self, params: Params, image: Array, dtype: Any) -> tuple[Array, Array]:
+        """See `attention_maps.maps`."""
+        tower = self.unrolled()
+        _, captured = tower.module(dtype).apply(
+            {"params": tower.convert(params)[0]},
+            image,
+            capture_intermediates=attention_maps.is_captured,
+            mutable=["intermediates"],
+        )
+        last, rollout = attention_maps.maps(captured["intermediates"], self.depth, self.pool)
+        return last.reshape(-1, self.grid, self.grid), rollout.reshape(-1, self.grid, self.grid)
+
+    def describe(self) -> str:
+        """Its sizes."""
+        return f"ViT of width {self.width}, depth {self.depth}, patch {self.patch}, {self.image_size} px"
+
+    def facts(self) -> dict[str, str]:
+        """{column: value} of the tower's row in a model card."""
+        return super().facts() | {"sees": f"{self.image_size} px, pool {self.pool}"}
 
 
 class VisionTransformer(nn.Module):
     """(b, h, w, 3) normalised pixels -> h_img (b, d), the feature that CLIP projects.
 
-    `noise` (b, patches) says which patches a training pass keeps where there is patch dropout: those with the smallest
-    values. It comes from outside, one row a sample, so that an image loses the same patches in whatever part of the
-    batch it is encoded; without it all patches are kept. `paths` is the same of `drop_path`, see `Transformer`.
+    `patches` (b, patches) says which patches a training pass keeps where there is patch dropout (FLIP, arXiv
+    2212.00794): those with the smallest values; the class token stays. It comes from outside, one row a sample, so that
+    an image loses the same patches in whatever part of the batch it is encoded; without it all patches are kept.
+    `paths` (b, depth, 2) is the same of `drop_path`, see `Transformer`.
 
     Attributes:
-      image_size: side of the square input, pixels; a multiple of `patch`.
-      patch: side of a patch, pixels.
-      stem: "linear" (CLIP's one map of a patch's pixels) or "hmlp", see `HierarchicalStem`; it wants a patch that is a
-        multiple of 4 and a width that is one.
-      pool: "cls" (class token), "mean" (over patches) or "map" (attention pooling); only "cls" adds a token.
-      pre_norm: LayerNorm before the first block, as CLIP has it.
-      drop_path: probability with which a training pass leaves out a branch of the last block, see `Transformer`.
-      patch_dropout: share of patches left out of a training pass (FLIP, arXiv 2212.00794); the class token stays.
+      config: stem "linear" is CLIP's one map of a patch's pixels, "hmlp" see `HierarchicalStem`; of the pools only
+        "cls" adds a token; CLIP has `pre_norm`.
+      dtype: computation dtype.
     """
 
-    image_size: int = 224
-    patch: int = 16
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
-    stem: str = "linear"
-    pool: str = "cls"
-    pre_norm: bool = True
-    act: str = "gelu"
-    eps: float = 1e-5
-    patch_dropout: float = 0.0
-    drop_path: float = 0.0
-    scan: bool = False
-    remat: str = "none"
+    config: ImageTowerConfig
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, image: Array, noise: Array | None = None, paths: Array | None = None) -> Array:
+    def __call__(self, image: Array, patches: Array | None = None, paths: Array | None = None) -> Array:
         self._check(image)
-        x, std = image.astype(self.dtype), self.width**-0.5
-        if self.stem == "hmlp":
-            x = HierarchicalStem(self.patch, self.width, self.act, self.eps, self.dtype, name="patches")(x)
+        config, x = self.config, image.astype(self.dtype)
+        std = config.width**-0.5
+        if config.stem == "hmlp":
+            x = HierarchicalStem(config.patch, config.width, config.act, config.eps, self.dtype, name="patches")(x)
         else:
             # A strided convolution is the same map; reshape and matmul is faster on CPUs and no slower on TPUs.
-            x = _join(x, self.patch)
+            x = _join(x, config.patch)
             std_in = x.shape[-1] ** -0.5
-            x = dense(self.width, ("patch", "embed"), std=std_in, dtype=self.dtype, use_bias=False, name="patches")(x)
+            x = dense(config.width, ("patch", "embed"), std=std_in, dtype=self.dtype, use_bias=False, name="patches")(x)
         x = einops.rearrange(x, "b h w d -> b (h w) d")
-        tokens = x.shape[1] + (self.pool == "cls")
-        positions = self.param("positions", named(nn.initializers.normal(std), None, "table"), (tokens, self.width))
+        first = config.pool == "cls"
+        tokens = x.shape[1] + first
+        positions = self.param("positions", named(nn.initializers.normal(std), None, "table"), (tokens, config.width))
         positions = positions.astype(self.dtype)
         x = x + positions[tokens - x.shape[1] :]
-        x = self._drop_patches(x, noise)
-        if self.pool == "cls":
-            cls = self.param("cls", named(nn.initializers.normal(std), "table"), (self.width,)).astype(self.dtype)
-            x = jnp.concatenate([jnp.broadcast_to(cls + positions[0], (x.shape[0], 1, self.width)), x], axis=1)
-        if self.pre_norm:
-            x = LayerNorm(self.eps, self.dtype, name="norm_pre")(x)
-        x = Transformer(
-            self.depth,
-            self.heads,
-            self.mlp_ratio,
-            False,
-            self.act,
-            self.eps,
-            self.scan,
-            self.remat,
-            self.dtype,
-            self.drop_path,
-            self.pool == "cls",
-            name="transformer",
-        )(x, paths)  # (b, n, d)
-        if self.pool == "cls":
+        x = self._drop_patches(x, patches)
+        if first:
+            cls = self.param("cls", named(nn.initializers.normal(std), "table"), (config.width,)).astype(self.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(cls + positions[0], (x.shape[0], 1, config.width)), x], axis=1)
+        if config.pre_norm:
+            x = LayerNorm(config.eps, self.dtype, name="norm_pre")(x)
+        x = Transformer(config, False, config.drop_path, first, self.dtype, name="transformer")(x, paths)  # (b, n, d)
+        if first:
             x = x[:, :1]  # LayerNorm is per token: only the class token needs it
-        x = LayerNorm(self.eps, self.dtype, name="norm_post")(x)
-        if self.pool == "map":
-            return AttentionPool(self.heads, self.mlp_ratio, self.act, self.eps, self.dtype, name="pool_map")(x)
+        x = LayerNorm(config.eps, self.dtype, name="norm_post")(x)
+        if config.pool == "map":
+            return AttentionPool(config, self.dtype, name="pool_map")(x)
         return x.mean(axis=1, dtype=jnp.float32).astype(self.dtype)  # one token for "cls"
 
     def _check(self, image: Array) -> None:
-        if image.shape[1:] != (self.image_size, self.image_size, 3):
+        size = self.config.image_size
+        if image.shape[1:] != (size, size, 3):
             raise UserError(
-                f"expected images of {self.image_size} x {self.image_size} pixels, got shape {image.shape}; set "
-                "model.img.image_size."
+                f"expected images of {size} x {size} pixels, got shape {image.shape}; set model.img.image_size."
             )
 
     def _drop_patches(self, x: Array, noise: Array | None) -> Array:
-        if noise is None or self.patch_dropout == 0:
+        if noise is None or self.config.patch_dropout == 0:
             return x
-        keep = max(1, round(x.shape[1] * (1 - self.patch_dropout)))
-        order = jnp.argsort(noise, axis=1)[:, :keep]
+        order = jnp.argsort(noise, axis=1)[:, : self.config.kept(x.shape[1])]
         return jnp.take_along_axis(x, order[..., None], axis=1)

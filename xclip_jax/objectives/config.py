@@ -1,13 +1,12 @@
 """Config group `objective`: which terms a run minimises, with which weights, and the options of each."""
 
 import dataclasses
-import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
 
-from xclip_jax.config.fields import Check, key, nearest, not_empty, read_group
+from xclip_jax.config.fields import Check, find_class, key, not_empty, read_plugin
 from xclip_jax.errors import UserError
 from xclip_jax.objectives.base import LossConfig, Objective, Term
 from xclip_jax.objectives.classify import Classify
@@ -36,21 +35,7 @@ def find_term(name: str) -> type[Term]:
     Raises:
       UserError: no such entry, module or class, or a class that is not a term.
     """
-    if ":" not in name:
-        if name not in TERMS:
-            raise UserError(
-                f"unknown objective term {name!r}; did you mean {nearest(name, TERMS)!r}? A term of another package is "
-                "named 'package.module:Class'."
-            )
-        return TERMS[name]
-    module, _, attribute = name.partition(":")
-    try:
-        term = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"objective term {name!r} cannot be imported ({error}); install its package.") from error
-    if not (isinstance(term, type) and issubclass(term, Term) and dataclasses.is_dataclass(term)):
-        raise UserError(f"objective term {name!r} is not a dataclass derived from xclip_jax.objectives.Term.")
-    return term
+    return find_class(name, TERMS, Term, "objective term")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +66,8 @@ class ObjectiveConfig:
         if name not in self.plugins:
             term = find_term(name)
             return getattr(self, name, None) or term()
-        options = dict(self.plugins[name])
-        faults: list[str] = []
-        term = read_group(find_term(options.pop("type", name)), options, f"objective.plugins.{name}", faults)
-        if faults:
-            raise UserError("; ".join(faults))
-        return term
+        path = f"objective.plugins.{name}"
+        return read_plugin(self.plugins[name], path, TERMS, Term, "objective term", type_name=name)
 
     def conflicts(self) -> Iterator[str]:
         """Values that do not go together."""

@@ -129,6 +129,8 @@ def _many(n: int, word: str) -> str:
 def attention(examples: Examples, images: Images, maps: Maps | None, why: str) -> Section:
     """Attention over patches of some images of the gallery, `maps.picked`."""
     if maps is None:
+        if examples.gallery.images:
+            why = "The image tower of this model has no attention maps."
         return missing("attention", "Where it looks", why)
     cards = []
     for i, last, rollout in zip(maps.picked, maps.last, maps.rollout, strict=True):

@@ -2,11 +2,15 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from xclip_jax.config.fields import read_group
+from xclip_jax.config.renamed import translate
+from xclip_jax.errors import UserError
 from xclip_jax.evaluators import summary
 from xclip_jax.losses import noncontrastive as nclip
+from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.report.chance import LEVEL, verdict
 from xclip_jax.report.charts import Level, Line, chart, number
 from xclip_jax.report.markup import Section, esc, missing
@@ -68,10 +72,9 @@ def _facts(record: Record, parameters: int | None) -> str:
         weighted = (f"{weight:g} {NAMES.get(term, term)}" for term, weight in objective["terms"].items())
         name += f", {' + '.join(weighted)}"
     pairs = sum(source.get("samples", 0) for source in record.sources)
-    img = config["model"]["img"]
     facts = {
         "Objective": name,
-        "Image tower": f"{img['image_size']} px, patch {img['patch']}, width {img['width']}, depth {img['depth']}",
+        "Image tower": _image_tower(config),
         "Parameters": f"{parameters:,}" if parameters else "",
         "Training pairs": f"{pairs:,}" if pairs else "",
         "Pairs seen": f"{last['samples']:,} ({last['epoch']:.1f} epochs)" if "epoch" in last else "",
@@ -91,6 +94,14 @@ def _facts(record: Record, parameters: int | None) -> str:
         if value != ""
     )
     return f'<dl class="facts">{"".join(items)}</dl>'
+
+
+def _image_tower(config: Mapping[str, Any]) -> str:
+    model = translate(config["model"], "model.")
+    try:
+        return read_group(ModelConfig, model, "model", []).tower("img").describe()
+    except UserError:  # of a package that is not installed
+        return str(model["plugins"]["img"]["type"])
 
 
 _LONG = ' class="long"'

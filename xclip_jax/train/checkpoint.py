@@ -101,7 +101,7 @@ class Checkpointer:
             raise UserError(f"{self.path} holds no checkpoint{'' if step is None else f' of step {step}'}.")
         self._check(abstract, step)
         try:
-            restored = self._manager.restore(
+            restored: Any = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
             )
         except Exception as error:  # whatever the storage raises, often a page long

@@ -2,16 +2,12 @@
 
 from collections.abc import Sequence
 
-import ml_collections
-
 from xclip_jax.config.schema import Config
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.train.build import Parts
 
 
-def make_encoder(
-    config: ml_collections.ConfigDict | Config, parts: Parts, classes: Sequence[str] | None = None
-) -> Encoder:
+def make_encoder(config: Config, parts: Parts, classes: Sequence[str] | None = None) -> Encoder:
     """Return an encoder of the model in `parts`: one compiled function for each modality.
 
     Args:

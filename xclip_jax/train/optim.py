@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -12,12 +12,12 @@ import optax
 
 from xclip_jax.config.fields import Check, above, at_least, choice, fraction_below_one, key
 from xclip_jax.errors import UserError, one_of
+from xclip_jax.models.tower import Tower
 from xclip_jax.models.two_towers import MAX_SCALE
 
 Schedule = Callable[[Any], Any]
 SCHEDULES = ("cosine", "linear", "constant")
 EMA_SCHEDULES = ("constant", "cosine")
-_BEFORE = ("patches", "tokens", "positions", "cls", "norm_pre")  # a tower's parameters ahead of its blocks
 
 
 def _is_share(value: float) -> bool:
@@ -82,48 +82,50 @@ def decay_mask(params: Any) -> Any:
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
         name = [key.key for key in path if hasattr(key, "key")][-1]  # a boxed parameter has an attribute behind it
-        return name in ("kernel", "tokens", "positions", "probe")
+        return name in ("kernel", "embedding", "tokens", "positions", "probe")
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def layer_scales(params: dict[str, Any], decay: float) -> dict[str, Any]:
+def layer_scales(params: dict[str, Any], decay: float, towers: Mapping[str, Tower]) -> dict[str, Any]:
     """By what each parameter's updates are multiplied: BEiT's layer decay (arXiv 2106.08254).
 
-    In a tower of n blocks it is decay^(n + 1) for what comes before them (patches, tokens, positions, cls, norm_pre),
-    decay^(n - i) for block i from 0 on, and 1 for what comes after them.
+    Of the n layers of a tower (`Tower.num_layers`) layer i has decay^(n - 1 - i); what is not in a tower has 1.
 
     Returns:
-      A tree of scalars; of scanned blocks an array with their leading axis.
+      A tree of scalars; of stacked layers an array with their leading axis.
     """
 
     def scale(path: tuple[Any, ...], x: Any) -> Any:
-        tower, *rest = (key.key for key in path)
-        if tower not in ("img", "txt"):
+        name, *rest = (key.key for key in path)
+        if name not in towers:
             return 1.0
-        blocks = params[tower]["transformer"]
-        n = len(jax.tree.leaves(blocks)[0]) if "blocks" in blocks else len(blocks)
-        if rest[0] != "transformer":
-            return decay ** (n + 1) if rest[0] in _BEFORE else 1.0
-        if "blocks" in blocks:
-            return (decay ** np.arange(n, 0, -1, np.float32)).reshape(n, *[1] * (x.ndim - 1))
-        return decay ** (n - int(rest[1].removeprefix("block_")))
+        layers = towers[name].num_layers - 1 - towers[name].layer_of(tuple(rest))
+        if isinstance(layers, int):
+            return decay**layers
+        return (decay ** layers.astype(np.float32)).reshape(-1, *[1] * (x.ndim - 1))
 
     return jax.tree_util.tree_map_with_path(scale, params)
 
 
-def _decay_layers(decay: float) -> optax.GradientTransformation:
+def _decay_layers(decay: float, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        return jax.tree.map(lambda x, scale: x * scale, updates, layer_scales(updates, decay)), state
+        return jax.tree.map(lambda x, scale: x * scale, updates, layer_scales(updates, decay, towers)), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def make_optimizer(config: OptimConfig, steps: int, frozen: Collection[str] = ()) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimConfig, steps: int, towers: Mapping[str, Tower], frozen: Collection[str] = ()
+) -> optax.GradientTransformation:
     """AdamW under `schedule`, after clipping and with layer decay where `config` asks for them.
 
-    Parameters under the top-level names in `frozen` get no update, no weight decay, and have no moments.
+    Args:
+      config: group `optim`.
+      steps: of the whole run.
+      towers: {"img", "txt"}, whose layers `layer_decay` tells apart.
+      frozen: top-level names of parameters that get no update, no weight decay, and have no moments.
     """
     adamw = optax.adamw(
         schedule(config, steps),
@@ -136,7 +138,7 @@ def make_optimizer(config: OptimConfig, steps: int, frozen: Collection[str] = ()
     )
     if config.layer_decay != 1:
         # AdamW's weight decay is part of the update, and falls with the layer's learning rate, as in PyTorch.
-        adamw = optax.chain(adamw, _decay_layers(config.layer_decay))
+        adamw = optax.chain(adamw, _decay_layers(config.layer_decay, towers))
     tx = optax.chain(optax.clip_by_global_norm(config.grad_clip_norm), adamw) if config.grad_clip_norm else adamw
     if not frozen:
         return tx
@@ -146,7 +148,7 @@ def make_optimizer(config: OptimConfig, steps: int, frozen: Collection[str] = ()
     )
 
 
-def project_scale(params: dict[str, Any]) -> dict[str, Any]:
+def project_scale(params: Any) -> Any:
     """Holds the logit scale exp(log_scale) at `MAX_SCALE` or below, after an update.
 
     Clipping in the forward pass instead would leave no gradient to come back from the bound.

@@ -71,9 +71,8 @@ class TrainingFolder(RunFolder):
 
     def completed(self, config: Config) -> dict[str, float] | None:
         """Results of a run that is trained to its end and evaluated as `config` asks, else None."""
-        if not self.results_file.exists() or self.latest_step() != config.steps:
+        if self.latest_step() != config.steps or (record := self.read_results()) is None:
             return None
-        record = self.read_results()
         saved = schema.flatten(schema.complete(record.get("config", {})).to_dict())
         current = schema.flatten(schema.to_dict(config))
         if record.get("failed") or any(saved[key] != current[key] for key in _EVALUATION_KEYS):
@@ -103,10 +102,10 @@ class TrainingFolder(RunFolder):
         Raises:
           UserError: names the source that has changed, or a damaged data.json.
         """
-        if not self.data_file.exists() or self.latest_step() is None:
+        content = self.read_config()
+        if content is None or self.latest_step() is None or (saved := self.read_sources()) is None:
             return
-        saved = self.read_sources()
-        specs = self.read_config()["config"]["data"]["sources"]
+        specs = content["config"]["data"]["sources"]
         if len(saved) != len(fingerprints):
             raise UserError(
                 f"data.sources has {len(fingerprints)} sources and had {len(saved)} when {self.path} was started; "
@@ -230,8 +229,8 @@ def _differences(saved: Mapping[str, Any], config: Config) -> list[str]:
 def fingerprint(path: str) -> str:
     """SHA-256 that changes with other weights: of a run its config and newest step, else names and sizes of files."""
     root, run = epath.Path(path), RunFolder(path)
-    if run.is_run():
-        facts: list[Any] = [run.read_config()["config"], run.latest_step()]
+    if run.is_run() and (content := run.read_config()):
+        facts: list[Any] = [content["config"], run.latest_step()]
     else:
         files = sorted(item for item in root.iterdir() if item.is_file()) if root.is_dir() else [root]
         facts = [[file.name, file.stat().length] for file in files]

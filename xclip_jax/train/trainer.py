@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import ml_collections
@@ -67,8 +68,9 @@ def _train(
         f"{config.objective.name}: {count:,} parameters, {job.num_samples:,} {items}, {config.steps} steps of "
         f"{parts.data.batch} on {jax.device_count()} {jax.devices()[0].device_kind}, in {job.folder.path}"
     )
+    position: dict[str, Any] = {"samples": 0}
     if checkpointer.latest() is None:
-        state, position = create(parts.init, parts.abstract), {"samples": 0}
+        state = create(parts.init, parts.abstract)
         if job.initial:
             state = init_from_weights(job.initial, state)
     else:

@@ -1,14 +1,10 @@
 """The variables of a run's checkpoint or of other weights, and a new run's start from them: group `init`."""
 
 import dataclasses
-import functools
-import math
-import operator
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -19,7 +15,10 @@ from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
-from xclip_jax.models.layers import stack_blocks, unstack_blocks
+from xclip_jax.models.tower import Tower
+from xclip_jax.models.two_towers import TOWERS
+from xclip_jax.objectives import LossConfig
+from xclip_jax.parallel.sharding import MeshConfig
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.train.build import Parts, build
 from xclip_jax.train.checkpoint import Checkpointer
@@ -29,14 +28,8 @@ Variables = Mapping[str, Any]
 
 _SHOWN = 8  # tensors that an error lists by name
 
-# What changes the meaning of weights and not their shapes.
-_MEANING_KEYS = (
-    "model.img.act", "model.img.eps", "model.img.pool", "model.img.pre_norm", "model.txt.act", "model.txt.eps",
-    "data.tokenizer",
-)  # fmt: skip
 
-
-def load(path: str, step: int | None = None) -> tuple[ml_collections.ConfigDict, Parts, Variables, int]:
+def load(path: str, step: int | None = None) -> tuple[Config, Parts, Variables, int]:
     """Load the config, parts, variables and step of a run's checkpoint or of other weights, on this machine's devices.
 
     A run's variables are those that it evaluates: the moving average where `eval.ema` says so.
@@ -53,9 +46,13 @@ def load(path: str, step: int | None = None) -> tuple[ml_collections.ConfigDict,
     run = RunFolder(path)
     config, variables = (_run_config(run), None) if run.is_run() else _read_foreign(path, step)
     # Layout and batch belong to the machine that trained, not to what was learned.
-    config.mesh.update(data=-1, fsdp=1, model=1, strategy="dp")
-    config.optim.microbatches, config.loss.chunk_size, config.loss.impl = 1, 0, "plain"
-    config.data.batch = jax.device_count()
+    config = dataclasses.replace(
+        config,
+        mesh=MeshConfig(),
+        loss=LossConfig(),
+        optim=dataclasses.replace(config.optim, microbatches=1),
+        data=dataclasses.replace(config.data, batch=jax.device_count()),
+    )
     parts = build(config)
     if variables is not None:
         return config, parts, _device_put_checked(variables, parts, path), 0
@@ -66,23 +63,23 @@ def load(path: str, step: int | None = None) -> tuple[ml_collections.ConfigDict,
     return config, parts, state.variables(ema=config.eval.ema), int(state.step)
 
 
-def _run_config(run: RunFolder) -> ml_collections.ConfigDict:
+def _run_config(run: RunFolder) -> Config:
     content = run.read_config()
     if content is None:
         raise UserError(f"{str(run.path)!r} is not a run's folder: it has no config.json; name the folder of a run.")
     config = schema.complete(content["config"])
     if run.tokenizer_file.exists():  # the file that the config names may be elsewhere now
         config.data.tokenizer = str(run.tokenizer_file)
-    return config
+    return schema.resolve(config)
 
 
-def _read_foreign(path: str, step: int | None) -> tuple[ml_collections.ConfigDict, Variables]:
+def _read_foreign(path: str, step: int | None) -> tuple[Config, Variables]:
     if step is not None:
         raise UserError(f"{path} is not a run's folder, so it has no checkpoint of step {step}; leave --step out.")
     config, variables = interop.read(path)
     for note in config.pop("source")["notes"]:
         log0(f"{path}: {note}")
-    return schema.complete({"steps": 1} | config), variables
+    return schema.resolve(schema.complete({"steps": 1} | config)), variables
 
 
 def _device_put_checked(variables: Variables, parts: Parts, path: str) -> Variables:
@@ -113,13 +110,15 @@ def read_initial(config: Config, abstract: TrainState) -> dict[str, np.ndarray]:
       UserError: no weights, or tensors of other shapes.
     """
     where, target = config.init.weights, abstract.variables()
-    source_config, _, variables, step = load(where)
-    tensors, notes = convert_params(jax.device_get(variables), target, where)
+    source_config, source, variables, step = load(where)
+    model = config.model
+    towers = {name: (getattr(source.model, name), model.tower(name)) for name in source.objective.towers}
+    tensors, notes = convert_params(jax.device_get(variables), target, towers, where)
     log0(f"starting from {where}, step {step}: {len(tensors)} of {len(flatten_dict(target))} tensors")
     for note in notes:
         log0(note)
-    source, run = _meaning(source_config.to_dict()), _meaning(dataclasses.asdict(config))
-    differing = [(key, source[key], run[key]) for key in source if source[key] != run[key]]
+    saved, current = _meaning(source_config), _meaning(config)
+    differing = [(key, saved[key], current[key]) for key in saved if key in current and saved[key] != current[key]]
     if differing:
         settings = ", ".join(f"{key} ({a!r}, {b!r} in this run)" for key, a, b in differing)
         log0(f"WARNING: the weights of {where} were trained with different settings: {settings}")
@@ -142,7 +141,8 @@ def init_from_weights(tensors: Mapping[str, np.ndarray], state: TrainState) -> T
 
         return unflatten_dict({path: put(path, old) for path, old in flatten_dict(tree).items()})
 
-    return state.replace(
+    return dataclasses.replace(
+        state,
         params=replaced("params", state.params),
         batch_stats=replaced("batch_stats", state.batch_stats),
         ema_params=None if state.ema_params is None else replaced("params", state.ema_params),
@@ -150,21 +150,26 @@ def init_from_weights(tensors: Mapping[str, np.ndarray], state: TrainState) -> T
     )
 
 
-def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+def _meaning(config: Config) -> dict[str, Any]:
     """Values of the config keys without which the weights are useless though their shapes fit."""
-    keys = flatten_dict(Preprocessing.from_config(config).to_config(), sep=".")
-    return {key: functools.reduce(operator.getitem, key.split("."), config) for key in _MEANING_KEYS} | keys
+    towers = {name: config.model.tower(name) for name in TOWERS}
+    keys = {f"model.{name}.{key}": getattr(tower, key) for name, tower in towers.items() for key in tower.meaning_keys}
+    preprocessing = flatten_dict(Preprocessing.from_config(config).to_config(), sep=".")
+    return keys | {"data.tokenizer": config.data.tokenizer} | preprocessing
 
 
-def convert_params(source: Variables, target: Variables, where: str) -> tuple[dict[str, np.ndarray], list[str]]:
+def convert_params(
+    source: Variables, target: Variables, towers: Mapping[str, tuple[Tower, Tower]], where: str
+) -> tuple[dict[str, np.ndarray], list[str]]:
     """Convert variables to the layout of `target`, as far as it has them.
 
     Scanned and unrolled blocks are turned into one another, position tables of other sizes are cut (texts) or
-    interpolated (images).
+    interpolated (images). A tower of another type is left out.
 
     Args:
       source: NumPy arrays by collection ("params", "batch_stats"), as `TwoTowers.apply` takes them.
       target: arrays or shapes.
+      towers: {"img", "txt"}: the towers of source and target.
       where: what errors call the source.
 
     Returns:
@@ -175,18 +180,19 @@ def convert_params(source: Variables, target: Variables, where: str) -> tuple[di
     """
     notes, wrong = [], []
     params = dict(source["params"])
-    for tower in ("img", "txt"):
-        if tower not in params or tower not in target["params"]:  # of a fine-tuned model
+    for name, (saved_tower, tower) in towers.items():
+        if name not in params or name not in target["params"]:  # of a fine-tuned model
             continue
-        template = target["params"][tower]
-        blocks, expected = params[tower]["transformer"], template["transformer"]
-        depth = _depth(blocks)
-        if depth != _depth(expected):
-            wrong.append(f"params/{tower}/transformer has {depth} blocks, expected {_depth(expected)}")
-        elif ("blocks" in blocks) != ("blocks" in expected):
-            blocks = unstack_blocks(blocks, depth) if "blocks" in blocks else stack_blocks(blocks, depth)
-        positions = _convert_positions(params[tower]["positions"], template, tower, notes)
-        params[tower] = params[tower] | {"transformer": blocks, "positions": positions}
+        if type(saved_tower) is not type(tower):
+            del params[name]
+            saved, current = saved_tower.describe(), tower.describe()
+            notes.append(f"{name} is another tower: {saved} in {where}, {current} in this run")
+            continue
+        try:
+            params[name], changed = tower.convert(params[name])
+            notes += changed
+        except UserError as error:
+            wrong.append(f"params/{name}/{error}")
     saved = flatten_dict(dict(source) | {"params": params}, sep="/")
     current = flatten_dict(dict(target), sep="/")
     tensors = {name: np.asarray(saved[name]) for name in current if name in saved}
@@ -206,34 +212,6 @@ def convert_params(source: Variables, target: Variables, where: str) -> tuple[di
     if unused := _group_by_prefix(saved.keys() - current.keys(), saved):
         notes.append(f"in {where} and not in this run: {', '.join(unused)}")
     return tensors, notes
-
-
-def _depth(blocks: Mapping[str, Any]) -> int:
-    return len(jax.tree.leaves(blocks["blocks"])[0]) if "blocks" in blocks else len(blocks)
-
-
-def _convert_positions(table: np.ndarray, template: Mapping[str, Any], tower: str, notes: list[str]) -> np.ndarray:
-    """A position table (n, d) with as many rows as that of the tower `template`; itself where that is impossible."""
-    n, expected = len(table), template["positions"].shape[0]
-    if n == expected:
-        return table
-    if tower == "txt":
-        if n < expected:
-            raise UserError(
-                f"init.weights has positions for texts of {n} tokens and model.txt.context_length is {expected}; set "
-                f"it to {n} or less."
-            )
-        notes.append(f"text positions cut from {n} to {expected}")
-        return table[:expected]
-    extra = int("cls" in template)  # the class token's row comes first
-    grid, new = math.isqrt(n - extra), math.isqrt(expected - extra)
-    if grid**2 != n - extra:
-        return table
-    notes.append(f"image positions interpolated from {grid} x {grid} to {new} x {new}")
-    square = table[extra:].reshape(grid, grid, -1)
-    # Antialiased, which matters where the grid shrinks.
-    square = np.asarray(jax.image.resize(square, (new, new, square.shape[-1]), "cubic", antialias=True))
-    return np.concatenate([table[:extra], square.reshape(new**2, -1)])
 
 
 def _group_by_prefix(names: set[str], variables: Mapping[str, Any]) -> list[str]:

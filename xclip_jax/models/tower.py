@@ -1,0 +1,157 @@
+"""What a tower is: one frozen dataclass of config keys that makes the module and knows everything about its type.
+
+To add one from another package:
+
+    @dataclasses.dataclass(frozen=True)
+    class ConvNet(ImageTower):
+        width: int = key(256, "channels", at_least(1))
+        image_size: int = key(64, "side of the square image, pixels", at_least(1))
+
+        def module(self, dtype):
+            return ConvNetModule(self.width, dtype)  # (b, h, w, 3) -> (b, width)
+
+        def flops(self, train):
+            return ...
+
+and name it in the config: `model.plugins = {"img": {"type": "my_lab.towers:ConvNet", "width": 512}}`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+Array = jax.Array
+Params = Mapping[str, Any]
+
+
+class Tower:
+    """Base of image and text towers; subclasses are frozen dataclasses of config keys.
+
+    The module has no state but its parameters: all randomness of a training pass comes in by `sample_noise`, and
+    statistics over the batch, as BatchNorm's, are not defined for a part of the batch.
+
+    Attributes:
+      meaning_keys: keys that change what weights mean and not their shapes; a run that starts from weights is warned
+        where they differ.
+    """
+
+    meaning_keys: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def width(self) -> int:
+        """Features of an item, d; usually a key."""
+        raise NotImplementedError
+
+    def flops(self, train: bool) -> float:
+        """FLOPs of one item's forward pass, in training or not; a multiplication and an addition count as two."""
+        raise NotImplementedError
+
+    def sample_noise(self, random_key: Array, b: int) -> dict[str, Array]:
+        """Random inputs of a training pass on `b` items, keyword arguments of the module: arrays with a row per item.
+
+        Args:
+          random_key: of the step; fold a number from 8 to 15 into it.
+          b: items of the batch.
+        """
+        return {}
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that layer decay tells apart; 1 where it does not."""
+        return 1
+
+    def layer_of(self, path: tuple[str, ...]) -> int | np.ndarray:
+        """Layer of the parameter at `path` inside the tower, from 0 for the input; an array for stacked layers."""
+        return self.num_layers - 1
+
+    def unrolled(self) -> Self:
+        """The same function computed layer by layer: faster on a CPU, and each layer can be looked at."""
+        return self
+
+    def convert(self, params: Params) -> tuple[Params, list[str]]:
+        """Bring parameters of a tower of this type to the layout of this one.
+
+        Returns:
+          The parameters, and sentences on what was changed, without what is only another layout.
+
+        Raises:
+          UserError: what cannot be converted, beginning with the path of a parameter inside the tower.
+        """
+        return params, []
+
+    def describe(self) -> str:
+        """The tower in one phrase."""
+        return f"{type(self).__name__} of width {self.width}"
+
+    def facts(self) -> dict[str, str]:
+        """{column: value} of the tower's row in a model card."""
+        return {"width": str(self.width), "sees": ""}
+
+
+class ImageTower(Tower):
+    """Base of image towers."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square image, pixels; usually a key."""
+        raise NotImplementedError
+
+    def module(self, dtype: Any) -> nn.Module:
+        """A module of normalised pixels (b, h, w, 3), and `sample_noise`, to features (b, width)."""
+        raise NotImplementedError
+
+    @property
+    def attention(self) -> str:
+        """What `attention_maps` shows, in words; "" where the tower has none."""
+        return ""
+
+    def attention_maps(self, params: Params, image: Array, dtype: Any) -> tuple[Array, Array]:
+        """Attention over patches: of the last layer, and through all layers.
+
+        Args:
+          params: of the tower.
+          image: normalised pixels (b, h, w, 3).
+          dtype: computation dtype.
+
+        Returns:
+          Twice fp32 (b, rows, columns); each map sums to 1.
+        """
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """The tower in one phrase."""
+        return f"{super().describe()}, {self.image_size} px"
+
+    def facts(self) -> dict[str, str]:
+        """{column: value} of the tower's row in a model card."""
+        return super().facts() | {"sees": f"{self.image_size} px"}
+
+
+class TextTower(Tower):
+    """Base of text towers."""
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a text, with its start and end; usually a key."""
+        raise NotImplementedError
+
+    def module(self, vocab: int, eot_id: int, dtype: Any) -> nn.Module:
+        """A module of int32 tokens (b, n), and `sample_noise`, to features (b, width).
+
+        Args:
+          vocab: tokens of the tokenizer.
+          eot_id: its end-of-text token, with which each text ends.
+          dtype: computation dtype.
+        """
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """The tower in one phrase."""
+        return f"{super().describe()}, {self.context_length} tokens"
+
+    def facts(self) -> dict[str, str]:
+        """{column: value} of the tower's row in a model card."""
+        return super().facts() | {"sees": f"{self.context_length} tokens"}
