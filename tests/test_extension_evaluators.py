@@ -45,7 +45,7 @@ class SameSide(Evaluator):
     family = "similarity of images"
 
     def measure(self, variables):
-        z = self.encoder.images(variables, self.data.images, ("z",))["z"]
+        z = self.encoder.images(variables, self.data.images, ("embedding",))["embedding"]
         near, far = (np.einsum("ne,ne->n", z[:-2], z[step : len(z) - 2 + step]) for step in (1, 2))
         items = PerExample((near > far).astype(float))
         return [

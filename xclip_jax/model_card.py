@@ -113,7 +113,7 @@ def _model(config: ml_collections.ConfigDict, parts: Parts) -> str:
         )
     ]
     head = ("tower", "width", "depth", "heads", "activation", "LayerNorm eps", "sees")
-    embed = config.model.embed if parts.objective.contrastive else "no"
+    embed = config.model.embed if "z_img" in parts.model.outputs else "no"
     return (
         f"## Model\n\n{count:,} parameters in training, heads included; embeddings of {embed} "
         f"dimensions.\n\n{_rows(head, towers)}"

@@ -26,6 +26,6 @@ def make_encoder(
         preprocessing=parts.preprocessing,
         mesh=parts.mesh,
         batch=config.eval.batch,
-        tau=parts.objective.tau,
+        similarities=parts.objective.similarities,
         classes=classes,
     )
