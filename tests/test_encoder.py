@@ -61,7 +61,7 @@ def test_features_follow_the_similarities_and_the_request(embed, clusters, expec
     assert encoder.texts(variables, [], ("features",))["features"].shape == (0, 16)
 
 
-def test_a_head_that_no_similarity_reads_is_not_computed():
+def test_a_head_that_no_similarity_reads_is_left_out():
     """Of a model with both heads, the encoder of one similarity returns its output alone."""
     model, variables = small_model()
     encoder = build_encoder(model, similarities=(CosineSimilarity(),))

@@ -68,11 +68,11 @@ class Clusters:
 
 
 class Model:
-    """Both towers with their weights, tokenizer and preprocessing; made by `load`.
+    """Both towers with their weights, tokenizer and preprocessing; `load` returns one.
 
-    Embeddings are those of the model's own similarity, see `Objective.similarities`. Where it has CLIP's projection,
-    they are its (b, e). nCLIP alone has none: there the embedding is the distribution over clusters (b, k), scaled to
-    unit length, so that products of embeddings are the cosines that its evaluations print.
+    Embeddings are those of the model's own similarity, see `Objective.similarities`: of a projection (b, e), or without
+    one distributions over clusters (b, k), scaled to unit length, so that products of embeddings are the cosines that
+    its evaluations print.
 
     Attributes:
       config: of the run, or of other weights.
@@ -182,8 +182,8 @@ class Model:
         """Classify images by the texts of their classes.
 
         By the model's own similarity. With a projection a class is the mean over its prompts, each normalised,
-        normalised again, the score is the cosine, and the probabilities are its softmax at the learned scale, for
-        SigLIP's models too. nCLIP alone is scored by the negative cross-entropy of clusters.
+        normalised again, the score is the cosine, and the probabilities are its softmax at the learned scale, of models
+        of the sigmoid loss too. Without one the score is the negative cross-entropy of distributions over clusters.
 
         Args:
           images: as in `encode_image`.
@@ -199,7 +199,7 @@ class Model:
             raise UserError("zero_shot needs at least one class name and one template.")
         if wrong := [template for template in templates if "{}" not in template]:
             raise UserError(f"template {wrong[0]!r} has no {{}}, where the class name goes.")
-        # str.format would stumble over braces in a name.
+        # str.format would fail on braces in a name.
         prompts = [template.replace("{}", name) for name in class_names for template in templates]
         own = self._similarities[:1]
         img, txt = self._images(images, features(own)), self._texts(prompts, features(own))

@@ -1,4 +1,4 @@
-"""Retrieval both ways: recall at k, the share of queries with any of their matches among the k best items."""
+"""Retrieval in both directions: recall at k, the share of queries with any of their matches among the k best items."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
     Args:
       scores: (queries, items), higher is nearer.
       positives: bool of the same shape.
-      k: where it is at least the number of items, every query counts, but for those without a valid ranking: with a
-        score that is NaN or plus infinity, or minus infinity for all positives.
+      k: from the number of items on every query counts, except those without a valid ranking: with a score that is NaN
+        or plus infinity, or minus infinity for all positives.
 
     Raises:
       UserError: a query without positives, or shapes that differ.
@@ -95,7 +95,9 @@ _LABELS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 LAYOUT = Layout(
     "retrieval, recall %",
     ("retrieval",),
-    tuple(Metric(f"{way}/r{k}", f"r{k}", f"{label}, R@{k}") for way, label in _LABELS.items() for k in (1, 5)),
+    tuple(
+        Metric(f"{direction}/r{k}", f"r{k}", f"{label}, R@{k}") for direction, label in _LABELS.items() for k in (1, 5)
+    ),
     (
         Column("images", "images", ">6"),
         Column("texts", "captions", ">8"),
@@ -118,21 +120,22 @@ class Retrieval(Evaluator):
     layouts = (LAYOUT,)
 
     def measure(self, variables: Any) -> list[Result]:
-        """Return the results that the class names; their items are images, or captions."""
+        """Return the results that the class docstring lists; their items are images, or captions."""
         texts = [caption for captions in self.data.captions for caption in captions]
         by_score = text_scores(self.encoder, variables, self.data.images, texts)
         matches = positives(self.data.captions)
         levels = {
-            f"{way}/r{k}": 100 * chance(positive, k)
-            for way, positive in (("image_to_text", matches), ("text_to_image", matches.T))
+            f"{direction}/r{k}": 100 * chance(positive, k)
+            for direction, positive in (("image_to_text", matches), ("text_to_image", matches.T))
             for k in KS
         }
         results = [self.count("images", len(self.data.images)), self.count("captions", len(texts))]
         results += [self.result(f"chance/{metric}", level) for metric, level in levels.items()]
         for score, scores in by_score.items():
-            for way, rank in (("image_to_text", ranks(scores, matches)), ("text_to_image", ranks(scores.T, matches.T))):
+            rank_of = {"image_to_text": ranks(scores, matches), "text_to_image": ranks(scores.T, matches.T)}
+            for direction, rank in rank_of.items():
                 for k in KS:
-                    metric, items = f"{way}/r{k}", PerExample((rank < k).astype(float))
+                    metric, items = f"{direction}/r{k}", PerExample((rank < k).astype(float))
                     fields = {"n": len(rank), "chance": levels[metric], "items": items, "score": score}
                     results.append(self.result(metric, items.value(), **fields))
         return results

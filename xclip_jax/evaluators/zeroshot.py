@@ -39,8 +39,8 @@ def accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
     Args:
       logits: scores (n, classes), any scale.
       labels: class indices (n,).
-      k: where it is at least the number of classes, every image is right, but for those without a valid ranking: with
-        a score that is NaN or plus infinity, or minus infinity for the right class.
+      k: from the number of classes on every image is right, except those without a valid ranking: with a score that is
+        NaN or plus infinity, or minus infinity for the right class.
     """
     return float((_ranks(logits, labels) < k).mean())
 
@@ -136,8 +136,8 @@ class ZeroShotSet:
       prompts: for each class its texts, templates filled in; classes may share texts.
       groups: bool (n,) of named parts, such as one for each vendor; the set's value is then their unweighted mean.
       names: of the classes, for people to read; by default their first prompts.
-      coarse: of each class a coarser one that it is part of, for people to read; may be empty.
-      card: where the set is from; its `metric` "roc_auc" (two classes) and "top1_top5" add that one to the others.
+      coarse: of each class a coarser one that includes it, for people to read; may be empty.
+      card: origin of the set; its `metric` "roc_auc" (two classes) and "top1_top5" add that one to the others.
     """
 
     evaluator: ClassVar[str] = "zeroshot"
@@ -152,21 +152,28 @@ class ZeroShotSet:
     coarse: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        n, ways = len(self.images), len(self.prompts)
+        n, num_classes = len(self.images), len(self.prompts)
         several = np.ndim(self.labels) == 2
-        if not n or np.shape(self.labels) != ((n, ways) if several else (n,)):
+        if not n or np.shape(self.labels) != ((n, num_classes) if several else (n,)):
             raise UserError(f"{self.name}: {n} images, {np.size(self.labels)} labels; give one label for each image.")
         if several and (self.groups or not all(self.prompts)):
-            raise UserError(f"{self.name}: several labels an image exclude groups, and want a prompt a class.")
-        if not several and self.card.metric == "roc_auc" and ways != 2:
-            raise UserError(f"{self.name}: ROC AUC is of two classes; the set has {ways}.")
+            raise UserError(
+                f"{self.name}: labels are bool (n, classes), several for an image; leave groups out and give each "
+                "class a prompt."
+            )
+        if not several and self.card.metric == "roc_auc" and num_classes != 2:
+            raise UserError(f"{self.name}: metric 'roc_auc' needs two classes; the set has {num_classes}.")
         if several:
             pass
-        elif np.min(self.labels) < 0 or np.max(self.labels) >= ways or not all(self.prompts):
-            raise UserError(f"{self.name}: labels must be below {ways}, the number of classes, each with a prompt.")
+        elif np.min(self.labels) < 0 or np.max(self.labels) >= num_classes or not all(self.prompts):
+            raise UserError(
+                f"{self.name}: labels must be below {num_classes}, the number of classes, each with a prompt."
+            )
         for words in (self.names, self.coarse):
-            if len(words or self.prompts) != ways:
-                raise UserError(f"{self.name}: {len(words)} names for {ways} classes; give each one a name, or none.")
+            if len(words or self.prompts) != num_classes:
+                raise UserError(
+                    f"{self.name}: {len(words)} names for {num_classes} classes; give each one a name, or none."
+                )
         for group, mask in self.groups.items():
             if np.shape(mask) != (n,) or not np.any(mask):
                 raise UserError(f"{self.name}: group {group!r} must be a bool for each of {n} images, not all False.")
@@ -216,9 +223,9 @@ class ZeroShot(Evaluator):
     layouts = LAYOUTS
 
     def scores(self, variables: Any) -> dict[str, np.ndarray]:
-        """{score: (n, ways)} of the set's images."""
-        # Classes of equal prompts are scored once: a matrix product may round equal columns differently, and the rule
-        # for ties would not see that they are tied.
+        """{score: (n, num_classes)} of the set's images."""
+        # Classes of equal prompts are scored once: a matrix product may round equal columns differently, and then they
+        # are not tied.
         rows = {prompts: i for i, prompts in enumerate(dict.fromkeys(map(tuple, self.data.prompts)))}
         similarities = self.encoder.similarities
         img = self.encoder.images(variables, self.data.images, features(similarities))
@@ -228,10 +235,10 @@ class ZeroShot(Evaluator):
         return {score: x[:, classes] for score, x in scores.items()}
 
     def measure(self, variables: Any) -> list[Result]:
-        """Return the results that the class names."""
+        """Return the results that the class docstring lists."""
         labels, groups = np.asarray(self.data.labels), self.data.groups
-        n, ways = len(labels), len(self.data.prompts)
-        results = [self.count("n", n), self.count("ways", ways)]
+        n, num_classes = len(labels), len(self.data.prompts)
+        results = [self.count("n", n), self.count("ways", num_classes)]
         results += [self.count("n", np.sum(mask), group=group) for group, mask in groups.items()]
         for score, scores in self.scores(variables).items():
             if labels.ndim == 2:
@@ -247,7 +254,7 @@ class ZeroShot(Evaluator):
             parts = {group: _metrics(scores[mask], labels[mask]) for group, mask in groups.items()}
             whole = _mean(list(parts.values())) if parts else _metrics(scores, labels)
             whole |= {key: items[key].value() for key in items if key not in whole}
-            chance = {f"top{k}": 100 * min(k / ways, 1) for k in (1, 5)}
+            chance = {f"top{k}": 100 * min(k / num_classes, 1) for k in (1, 5)}
             for key, value in whole.items():
                 results.append(self.result(key, value, n=n, chance=chance.get(key), items=items.get(key), score=score))
             for group, metrics in parts.items():
@@ -258,7 +265,7 @@ class ZeroShot(Evaluator):
 
 
 def _items(scores: np.ndarray, labels: np.ndarray, groups: Mapping[str, np.ndarray]) -> dict[str, PerExample]:
-    """Each image's part in the set's metrics: the mean over groups counts each group alike."""
+    """Each image's part in the set's metrics, with equal weight for each group."""
     ranks, masks = _ranks(scores, labels), list(groups.values()) or [np.ones(len(labels), bool)]
     even, classes = np.zeros(len(labels)), np.zeros(len(labels))
     for mask in masks:

@@ -59,7 +59,7 @@ class ZeroShotExamples:
 
     title: str
     sentence: str
-    ways: int
+    num_classes: int
     guesses: list[Prediction]
 
 
@@ -242,9 +242,9 @@ def _named(
         best = [bars.label(row, k, data.names[k], k == label) for k in ranking[row, :5]]
         rank = int(np.flatnonzero(ranking[row] == label)[0]) + 1
         guesses.append(Prediction(shown.images[i], data.names[label], rank, best))
-    ways = len(data.prompts)
-    sentence = f"{panel.sentence.format(ways=f'{ways:,}')} Bars: {bars.meaning}."
-    return ZeroShotExamples(panel.title, sentence, ways, guesses)
+    num_classes = len(data.prompts)
+    sentence = f"{panel.sentence.format(ways=f'{num_classes:,}')} Bars: {bars.meaning}."
+    return ZeroShotExamples(panel.title, sentence, num_classes, guesses)
 
 
 def _searches(encoder: Encoder, variables: Any, img: Features, queries: Sequence[str]) -> list[SearchResult]:
