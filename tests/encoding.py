@@ -11,6 +11,7 @@ from tests.util import two_towers
 from xclip_jax.data.preprocessing import Preprocessing, mean_std
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.result import flat, items
+from xclip_jax.objectives.similarity import ClusterSimilarity, CosineSimilarity
 from xclip_jax.parallel.mesh import AXES, make_mesh
 
 SIZE, LENGTH, K = 8, 6, 10
@@ -37,7 +38,13 @@ def small_model(embed=8, clusters=K):
 
 def build_encoder(model, devices=8, batch=16, sizes=(-1, 1, 1), **options):
     mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[:devices])
+    options = {"similarities": similarities("z_img" in model.outputs, "s_img" in model.outputs)} | options
     return Encoder(model, tokenize, text_length=LENGTH, preprocessing=PREPARE, batch=batch, mesh=mesh, **options)
+
+
+def similarities(embedding, clusters, tau=1.0):
+    """Those of a model with a projection, with cluster heads, or with both."""
+    return (CosineSimilarity(),) * bool(embedding) + (ClusterSimilarity(tau),) * bool(clusters)
 
 
 def make_encoder(embed=8, clusters=K, devices=8, batch=16, sizes=(-1, 1, 1)):

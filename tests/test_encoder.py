@@ -9,6 +9,7 @@ from tests.encoding import LENGTH, SIZE, K, build_encoder, make_encoder, small_m
 from xclip_jax.data import transforms
 from xclip_jax.errors import UserError
 from xclip_jax.models.two_towers import TwoTowers
+from xclip_jax.objectives.similarity import ClusterSimilarity, CosineSimilarity
 
 
 def rng(seed=0):
@@ -28,8 +29,9 @@ def test_encoder_equals_the_model_on_any_mesh():
     pixels = transforms.normalize(jnp.stack(images), *transforms.STATISTICS["imagenet"])
     tokens = np.stack([tokenize([t], LENGTH)[0] for t in TEXTS])
     out = jax.jit(model.apply)(variables, pixels, jnp.resize(tokens, (21, LENGTH)))
-    expected_img = {key: out[f"{key}_img"] for key in "hzs"}
-    expected_txt = {key: out[f"{key}_txt"][: len(TEXTS)] for key in "hzs"}
+    names = {"features": "h", "embedding": "z", "cluster_logits": "s"}
+    expected_img = {key: out[f"{name}_img"] for key, name in names.items()}
+    expected_txt = {key: out[f"{name}_txt"][: len(TEXTS)] for key, name in names.items()}
     for devices, batch, sizes in ((1, 16, (-1, 1, 1)), (8, 16, (-1, 1, 1)), (8, 5, (2, 2, 2))):
         encoder = make_encoder(8, K, devices, batch, sizes)
         for found, expected in (
@@ -49,19 +51,31 @@ def test_batch_is_rounded_up_to_the_devices():
     assert build_encoder(model, 8, 5, (2, 1, 4)).batch == 6
 
 
-@pytest.mark.parametrize(("embed", "clusters", "expected"), [(8, 0, "hz"), (0, K, "hs")])
-def test_features_follow_the_heads_and_the_request(embed, clusters, expected):
+@pytest.mark.parametrize(("embed", "clusters", "expected"), [(8, 0, "embedding"), (0, K, "cluster_logits")])
+def test_features_follow_the_similarities_and_the_request(embed, clusters, expected):
     _, variables = small_model(embed, clusters)
     encoder = make_encoder(embed, clusters)
-    assert set(encoder.images(variables, pictures(3))) == set(expected)
-    assert set(encoder.texts(variables, TEXTS, ("z", "s"))) == set(expected[1:])
-    assert encoder.images(variables, [], ("h",))["h"].shape == (0, 16)
-    assert encoder.texts(variables, [], ("h",))["h"].shape == (0, 16)
+    assert set(encoder.images(variables, pictures(3))) == {"features", expected}
+    assert set(encoder.texts(variables, TEXTS, ("embedding", "cluster_logits"))) == {expected}
+    assert encoder.images(variables, [], ("features",))["features"].shape == (0, 16)
+    assert encoder.texts(variables, [], ("features",))["features"].shape == (0, 16)
+
+
+def test_a_head_that_no_similarity_reads_is_left_out():
+    """Of a model with both heads, the encoder of one similarity returns its output alone."""
+    model, variables = small_model()
+    encoder = build_encoder(model, similarities=(CosineSimilarity(),))
+    features = encoder.images(variables, pictures(3))
+    assert set(features) == {"features", "embedding"}
+    expected = make_encoder().images(variables, pictures(3), ("embedding",))["embedding"]
+    np.testing.assert_allclose(features["embedding"], expected, atol=1e-6)
+    with pytest.raises(UserError, match="similarity 'clusters' reads 's_img', which no head of the model writes"):
+        build_encoder(small_model(clusters=0)[0], similarities=(ClusterSimilarity(),))
 
 
 def test_equal_texts_have_equal_features():
     _, variables = small_model()
-    z = make_encoder().texts(variables, TEXTS)["z"]
+    z = make_encoder().texts(variables, TEXTS)["embedding"]
     np.testing.assert_array_equal(z[0], z[3])
     assert len(z) == len(TEXTS)
 
@@ -84,8 +98,8 @@ def test_padding_changes_nothing_and_no_shape_is_compiled_twice():
     images = pictures(40)
     whole = encoder.images(variables, images)
     for n in (1, 15, 16, 17, 40):
-        part = encoder.images(variables, images[:n], ("z",))["z"]
-        np.testing.assert_array_equal(part, whole["z"][:n])
+        part = encoder.images(variables, images[:n], ("embedding",))["embedding"]
+        np.testing.assert_array_equal(part, whole["embedding"][:n])
         encoder.texts(jax.tree.map(lambda x: x + 0.01, variables), [str(i) for i in range(n)])
     assert sorted(traces) == ["image", "text"]
 
@@ -103,7 +117,8 @@ def test_images_may_be_loaded_when_asked_for_and_each_once():
             return images[i]
 
     encoder = make_encoder(8, K, 8, 5, (2, 2, 2))
-    np.testing.assert_array_equal(encoder.images(variables, Lazy())["h"], encoder.images(variables, images)["h"])
+    lazy, eager = (encoder.images(variables, items)["features"] for items in (Lazy(), images))
+    np.testing.assert_array_equal(lazy, eager)
     assert sorted(asked) == list(range(19))
 
 
@@ -125,10 +140,10 @@ def test_features_are_held_once():
     encoder, rows = make_encoder(), np.arange(16 * 100 + 3)
 
     def encode(variables, x, valid):
-        return {"h": np.repeat(np.asarray(x, np.float32), 5000, axis=1)}
+        return {"features": np.repeat(np.asarray(x, np.float32), 5000, axis=1)}
 
     tracemalloc.start()
-    h = encoder._run(encode, None, rows[:, None].astype(np.int32), (1,), np.int32, ("h",))["h"]
+    h = encoder._run(encode, None, rows[:, None].astype(np.int32), (1,), np.int32, ("features",))["features"]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     np.testing.assert_array_equal(h[:, 0], rows)

@@ -6,11 +6,12 @@ import pytest
 import scipy.special
 import sklearn.metrics
 
-from tests.encoding import SIZE, K, make_encoder, small_model
+from tests.encoding import SIZE, K, make_encoder, similarities, small_model
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import retrieval, zeroshot
 from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
+from xclip_jax.objectives.similarity import ClusterSimilarity, CosineSimilarity, Similarity
 
 
 def rng(seed=0):
@@ -138,39 +139,6 @@ def test_recall_equals_clip_benchmark(counts, k):
         assert retrieval.recall_at_k(s, m, k) == pytest.approx((theirs > 0).float().mean().item())
 
 
-@pytest.mark.parametrize("scale", [1, 300])
-@pytest.mark.parametrize("blocks", [(1 << 22, 1 << 25), (2 * 33, 3 * 33), (1, 1)])
-def test_cluster_scores_against_scipy(scale, blocks, monkeypatch):
-    monkeypatch.setattr(zeroshot, "_IMAGES", blocks[0])
-    monkeypatch.setattr(zeroshot, "_TEXTS", blocks[1])
-    s, t = rng().normal(size=(9, 33)) * scale, rng(1).normal(size=(4, 33)) * scale
-    p, q = zeroshot.distributions(s, 2.0), zeroshot.distributions(t, 2.0)
-    np.testing.assert_allclose(p, scipy.special.softmax(s / 2, axis=-1), rtol=1e-4, atol=1e-30)
-    found = zeroshot.cluster_scores(s, q, 2.0)
-    for i in range(9):
-        for j in range(4):
-            cosine = 1 - scipy.spatial.distance.cosine(p[i], q[j])
-            assert found["cosine"][i, j] == pytest.approx(cosine, abs=1e-6)
-            pi, qj = p[i].astype(np.float64), q[j].astype(np.float64)
-            tiny = np.finfo(np.float32).tiny
-            entropy = scipy.special.xlogy(pi, np.maximum(qj, tiny)) + scipy.special.xlogy(qj, np.maximum(pi, tiny))
-            assert found["cross_entropy"][i, j] == pytest.approx(entropy.sum() / 2, rel=1e-4)
-    assert np.isfinite(found["cross_entropy"]).all()
-
-
-def test_scores_by_clusters_need_less_memory_than_the_clusters():
-    s, q = rng().normal(size=(2000, 8192)).astype(np.float32), np.full((300, 8192), 1 / 8192, np.float32)
-    for score in (
-        lambda: zeroshot.similarities({"s": s}, None, q, 1.0),
-        lambda: zeroshot.class_scores({"s": s[:300]}, {"s": s}, [20] * 100, 1.0),
-    ):
-        tracemalloc.start()
-        score()
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < s.nbytes
-
-
 # Retrieval: pure functions.
 
 
@@ -238,22 +206,19 @@ def test_chance_of_recall_in_closed_form():
 class FakeEncoder:
     """An image is a row of features, a text the key of one."""
 
-    tau = 1.0
-
-    def __init__(self, texts, kinds):
-        self.table, self.kinds = texts, kinds
+    def __init__(self, texts, embedding=True, clusters=False):
+        self.table, self.similarities = texts, similarities(embedding, clusters)
 
     def images(self, variables, images, features):
-        return {key: np.stack(images).astype(np.float32) for key in features if key in self.kinds}
+        return dict.fromkeys(features, np.stack(images).astype(np.float32))
 
     def texts(self, variables, texts, features):
-        found = np.array([self.table[text] for text in texts], np.float32)
-        return {key: found for key in features if key in self.kinds}
+        return dict.fromkeys(features, np.array([self.table[text] for text in texts], np.float32))
 
 
 def test_zero_shot_with_known_answers():
     eye = np.eye(3)
-    encoder = FakeEncoder({"a": eye[0], "b": eye[1], "c": eye[2]}, "z")
+    encoder = FakeEncoder({"a": eye[0], "b": eye[1], "c": eye[2]})
     images = [eye[0], eye[1], eye[0], eye[2], eye[2]]  # the third, of class "b", is taken for an "a"
     labels = np.array([0, 1, 1, 2, 2])
     groups = {"x": np.array([1, 1, 1, 0, 0], bool), "y": np.array([0, 0, 0, 1, 1], bool)}
@@ -279,41 +244,64 @@ def test_classes_of_equal_prompts_tie_exactly_and_the_first_wins():
     images = rng(5).normal(size=(64, 37)).astype(np.float32)
     prompts = [[str(i)] for i in range(999)] + [["7"]]
     data = ZeroShotSet("twins", list(images), np.zeros(64, int), prompts)
-    scores = ZeroShot(FakeEncoder(table, "z"), data).scores(None)[""]
+    scores = ZeroShot(FakeEncoder(table), data).scores(None)[""]
     np.testing.assert_array_equal(scores[:, 7], scores[:, 999])
     assert 999 not in scores.argmax(1)
 
 
-@pytest.mark.parametrize("kinds", ["z", "s", "zs"])
-def test_kinds_of_scores(kinds):
+@pytest.mark.parametrize(("embedding", "clusters"), [(True, False), (False, True), (True, True)])
+def test_names_of_scores(embedding, clusters):
     table = {"a": [9, 0, 0], "b": [0, 9, 0]}
     data = ZeroShotSet("toy", [np.array([8, 0, 0.0])], np.array([0]), [["a"], ["b"]])
-    found = ZeroShot(FakeEncoder(table, kinds), data).run(None)
-    assert found["zeroshot/toy/top1"] == 100
-    for kind in ("cosine", "cross_entropy"):
-        assert (f"zeroshot/toy/{kind}/top1" in found) == ("s" in kinds)
-    assert ("zeroshot/toy/both/top1" in found) == (kinds == "zs")
+    metrics = ZeroShot(FakeEncoder(table, embedding, clusters), data).run(None)
+    assert metrics["zeroshot/toy/top1"] == 100
+    for score in ("cosine", "cross_entropy"):
+        assert (f"zeroshot/toy/{score}/top1" in metrics) == clusters
+    assert ("zeroshot/toy/both/top1" in metrics) == (embedding and clusters)
     pairs = RetrievalSet("toy", [np.array([8, 0, 0.0]), np.array([0, 8, 0.0])], [["a"], ["b"]])
-    found = Retrieval(FakeEncoder(table, kinds), pairs).run(None)
-    assert found["retrieval/toy/text_to_image/r1"] == 100
-    assert ("retrieval/toy/cosine/image_to_text/r1" in found) == ("s" in kinds)
+    metrics = Retrieval(FakeEncoder(table, embedding, clusters), pairs).run(None)
+    assert metrics["retrieval/toy/text_to_image/r1"] == 100
+    assert ("retrieval/toy/cosine/image_to_text/r1" in metrics) == clusters
 
 
 def test_both_heads_of_xclip_are_scored_together():
     rng_z, rng_p = rng(1), rng(2)
     z, txt = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng_z.normal(size=(2, 6, 4)))
     s, q = rng_p.normal(size=(6, 5)), scipy.special.softmax(rng_p.normal(size=(6, 5)), axis=1)
-    scores = zeroshot.similarities({"z": z, "s": s}, txt, q, tau=0.5)
-    entropy = zeroshot.cluster_scores(s, q, 0.5)["cross_entropy"]
+    scores = zeroshot.compare(similarities(True, True, tau=0.5), {"embedding": z, "cluster_logits": s}, [txt, q])
+    entropy = ClusterSimilarity(0.5).scores(s, q)["cross_entropy"]
     cosine = z @ txt.T
     np.testing.assert_allclose(scores["both"], cosine / cosine.std() + entropy / entropy.std(), rtol=1e-5)
     assert list(scores) == ["", "cosine", "cross_entropy", "both"]
 
 
+class Twice(Similarity):
+    """Scores under the names of another similarity."""
+
+    name, reads, logits = "twice", "z", "cosine"
+
+    def scores(self, img, txt):
+        return {"cosine": 2 * img @ txt.T}
+
+
+def test_scores_of_one_name_are_refused():
+    x = np.eye(3)
+    with pytest.raises(UserError, match="similarity 'twice' has a score 'cosine', and so has one before it; rename it"):
+        zeroshot.compare((ClusterSimilarity(), Twice()), {"embedding": x, "cluster_logits": x}, [x, x])
+
+
+def test_a_single_score_that_is_not_the_models_own_has_the_name_of_its_similarity():
+    x, q = np.eye(3), np.full((3, 3), 1 / 3)
+    scores = zeroshot.compare((ClusterSimilarity(), CosineSimilarity()), {"embedding": x, "cluster_logits": x}, [q, x])
+    assert list(scores) == ["", "cosine", "cross_entropy", "embedding", "both"]
+    assert scores[""] is scores["cosine"]
+    np.testing.assert_array_equal(scores["embedding"], np.eye(3))
+
+
 def test_the_distribution_of_a_class_is_the_mean_over_its_prompts():
     table = {"a": [3.0, 0, 0], "A": [0, 3.0, 0], "b": [0, 0, 1.0]}
     data = ZeroShotSet("toy", [np.array([1.0, 2, 0])], np.array([0]), [["a", "A"], ["b"]])
-    scores = ZeroShot(FakeEncoder(table, "s"), data).scores(None)
+    scores = ZeroShot(FakeEncoder(table, False, True), data).scores(None)
     softmax = functools.partial(scipy.special.softmax, axis=-1)
     p, q = softmax([[1.0, 2, 0]]), np.stack([softmax([table["a"], table["A"]]).mean(0), softmax(table["b"])])
     expected = 0.5 * (p @ np.log(q).T + np.log(p) @ q.T)
@@ -327,7 +315,7 @@ def test_retrieval_with_one_and_seven_captions():
     keys = [(i, text) for i, texts in enumerate(captions) for text in texts]
     table = {text: images[i] + rng(n).normal(size=16) for n, (i, text) in enumerate(keys)}
     captions[3][0] = captions[4][0]
-    found = Retrieval(FakeEncoder(table, "z"), RetrievalSet("toy", list(images), captions)).run(None)
+    found = Retrieval(FakeEncoder(table), RetrievalSet("toy", list(images), captions)).run(None)
     texts = [text for c in captions for text in c]
     assert (found["retrieval/toy/images"], found["retrieval/toy/captions"]) == (20, 80)
     assert found["retrieval/toy/chance/text_to_image/r5"] == pytest.approx(100 * (78 * 5 / 20 + 2 * 17 / 38) / 80)

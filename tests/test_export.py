@@ -58,7 +58,7 @@ def test_a_run_in_our_form_is_the_run(run, expected, tmp_path, capsys):
     config, parts, variables, step = weights.load(str(tmp_path / "out"))
     chex.assert_trees_all_equal(jax.device_get(variables), jax.device_get(weights.load(str(run))[2]))
     chex.assert_trees_all_equal(encode(config, parts, variables), expected)
-    assert step == 0 and "s_img" in expected
+    assert step == 0 and "cluster_logits_img" in expected
     capsys.readouterr()
     # What is evaluated so has the run's numbers.
     suite = f"folder:{run.parent / 'set'}"
@@ -76,21 +76,23 @@ def test_other_projects_see_what_the_run_saw(run, expected, tmp_path, capsys):
         assert f"no place for them: clusters_img, clusters_txt\n{run}, step {STEPS}, as {to}" in capsys.readouterr().out
         config, parts, variables, _ = weights.load(str(tmp_path / to))
         found = encode(config, parts, variables)
-        assert found.keys() == {"h_img", "z_img", "h_txt", "z_txt"}
+        assert found.keys() == {"features_img", "embedding_img", "features_txt", "embedding_txt"}
         for key, x in found.items():
             np.testing.assert_allclose(x, expected[key], rtol=0, atol=1e-5, err_msg=key)
     tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'open_clip'}")(["a cat", "number 3", "x"])
     model = open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}").eval()
     with torch.no_grad():
         z_txt = model.encode_text(tokens, normalize=True).numpy()
-    np.testing.assert_allclose(z_txt, expected["z_txt"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(z_txt, expected["embedding_txt"], rtol=0, atol=1e-5)
     theirs = transformers.CLIPModel.from_pretrained(tmp_path / "hf").eval()
     tokens = transformers.CLIPTokenizer.from_pretrained(tmp_path / "hf")(
         ["a cat", "number 3", "x"], padding="max_length", truncation=True, return_tensors="pt")  # fmt: skip
     assert tokens["input_ids"].shape[1] == tiny.LENGTH
     with torch.no_grad():
         z_txt = theirs.text_projection(theirs.text_model(**tokens).pooler_output).numpy()
-    np.testing.assert_allclose(z_txt / np.linalg.norm(z_txt, axis=1, keepdims=True), expected["z_txt"], atol=1e-5)
+    np.testing.assert_allclose(
+        z_txt / np.linalg.norm(z_txt, axis=1, keepdims=True), expected["embedding_txt"], atol=1e-5
+    )
 
 
 def test_the_card_says_what_the_run_knows(run, tmp_path):

@@ -201,7 +201,7 @@ class FakeEncoder:
         self.logits = logits
 
     def texts(self, variables, texts, features):
-        return {} if self.logits is None else {"c": np.asarray(self.logits, np.float32)[: len(texts)]}
+        return {} if self.logits is None else {"class_logits": np.asarray(self.logits, np.float32)[: len(texts)]}
 
 
 def test_metrics_of_a_task_with_two_classes(tmp_path):

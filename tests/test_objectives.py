@@ -14,6 +14,7 @@ from xclip_jax.config import schema
 from xclip_jax.data import loader
 from xclip_jax.errors import UserError
 from xclip_jax.objectives import RECIPES, TERMS, Curve, find_term, make_objective
+from xclip_jax.objectives.similarity import ClusterSimilarity, CosineSimilarity
 from xclip_jax.train import build, state
 from xclip_jax.train.checkpoint import Checkpointer
 
@@ -42,7 +43,7 @@ def train(p, steps, s=None):
 
 def test_a_term_of_another_package_trains_and_resumes(tmp_path):
     p = build.build(superclip(tmp_path))
-    assert p.objective.fields == ("image", "text") and p.objective.similarities == ("cosine",)
+    assert p.objective.fields == ("image", "text") and p.objective.similarities == (CosineSimilarity(),)
     before = jax.device_get(state.create(p.init, p.abstract).params["token_classifier"])
     assert before["kernel"].shape == (32, p.tokenizer.vocab_size)
     s, logged = train(p, 2)
@@ -191,15 +192,15 @@ def test_recipes_are_known_terms():
 @pytest.mark.parametrize(
     ("name", "similarities", "fields"),
     [
-        ("clip", ("cosine",), ("image", "text")),
-        ("siglip", ("cosine",), ("image", "text")),
-        ("nclip", ("cross_entropy",), ("image", "text")),
-        ("xclip", ("cosine", "cross_entropy"), ("image", "text")),
+        ("clip", (CosineSimilarity(),), ("image", "text")),
+        ("siglip", (CosineSimilarity(),), ("image", "text")),
+        ("nclip", (ClusterSimilarity(0.5),), ("image", "text")),
+        ("xclip", (CosineSimilarity(), ClusterSimilarity(0.5)), ("image", "text")),
         ("classify", (), ("image", "label")),
     ],
 )
 def test_terms_describe_themselves(name, similarities, fields):
-    config = tiny.config(name, objective__classify__classes=3)
+    config = tiny.config(name, objective__classify__classes=3, objective__nclip__tau=0.5)
     resolved = schema.resolve(config)
     objective = make_objective(resolved.objective)
     assert objective.similarities == similarities and objective.fields == fields
@@ -213,6 +214,19 @@ def test_terms_describe_themselves(name, similarities, fields):
             assert {f"{term}/{key}" for key in keys} <= metrics.keys()
     flat = schema.flatten(schema.to_dict(resolved))
     assert all(flat[key] == value for key, value in objective.recipe(resolved.model).items())
+
+
+def test_the_models_own_similarity_is_that_of_embeddings_whatever_the_terms_are_called():
+    config = tiny.config("clip")
+    config.objective.name, config.objective.terms = "mine", {"nclip": 0.5, "siglip": 0.5}
+    objective = make_objective(schema.resolve(config).objective)
+    assert [*objective.terms] == ["nclip", "siglip"]
+    assert objective.similarities == (CosineSimilarity(), ClusterSimilarity(1.0))
+    # Two terms with one similarity, and two of one name, of which the first one's counts.
+    config.objective.terms = {"clip": 0.5, "nclip": 0.5, "sharp": 0.5, "siglip": 0.5}
+    config.objective.plugins = {"sharp": {"type": "xclip_jax.objectives.nclip:Nclip", "tau": 0.1}}
+    similarities = make_objective(schema.resolve(config).objective).similarities
+    assert similarities == (CosineSimilarity(), ClusterSimilarity(1.0))
 
 
 def _one_step(p):

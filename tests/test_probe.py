@@ -125,7 +125,8 @@ def test_a_probe_of_pairs():
 
     class Encoder:
         def texts(self, variables, texts, features):
-            return {"h": np.array([seen.setdefault(t, np.random.default_rng(len(seen)).normal(size=3)) for t in texts])}
+            rows = [seen.setdefault(t, np.random.default_rng(len(seen)).normal(size=3)) for t in texts]
+            return {"features": np.array(rows)}
 
     pairs, y = [("a", "b"), ("c", "a")], np.array([0, 1])
     for kind, width in (("difference", 6), ("all", 12)):

@@ -1,15 +1,16 @@
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 
-from tests.encoding import by_name, make_encoder, small_model
+from tests.encoding import build_encoder, by_name, make_encoder, small_model
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.text import (
     Similarity,
     SimilaritySet,
     TextRetrieval,
     TextRetrievalSet,
-    embedding,
+    embeddings,
 )
 
 
@@ -25,7 +26,7 @@ def test_similarity_equals_scipy_and_names_what_it_averages():
     metrics, items = by_name(Similarity(encoder, data).measure(variables))
     cosine, gold = [], []
     for part in data.subsets.values():
-        a, b = (encoder.texts(variables, [pair[side] for pair in part])["z"] for side in (0, 1))
+        a, b = (encoder.texts(variables, [pair[side] for pair in part])["embedding"] for side in (0, 1))
         cosine.append((a * b).sum(axis=1))
         gold.append([pair[2] for pair in part])
     by_rank = [100 * scipy.stats.spearmanr(*part).statistic for part in zip(cosine, gold, strict=True)]
@@ -80,7 +81,17 @@ def test_retrieval_of_texts_by_hand():
 
 
 def test_a_model_without_projection_compares_distributions():
-    found = make_encoder(embed=0).texts(small_model(0)[1], ["abc", "xyz"])
-    e = embedding(found, 1.0)
-    assert "z" not in found and e.shape == found["s"].shape
-    np.testing.assert_allclose(np.linalg.norm(e, axis=1), 1, rtol=1e-5)
+    encoder, variables, texts = make_encoder(embed=0), small_model(0)[1], ["abc", "xyz"]
+    e = embeddings(encoder, variables, texts)
+    p = scipy.special.softmax(encoder.texts(variables, texts)["cluster_logits"], axis=1)
+    np.testing.assert_allclose(e, p / np.linalg.norm(p, axis=1, keepdims=True), rtol=1e-5)
+
+
+def test_a_model_without_a_similarity_is_one_sentence():
+    encoder = build_encoder(small_model()[0], similarities=())
+    for evaluator in (
+        Similarity(encoder, SimilaritySet("x", {"a": pairs(3, 0)})),
+        TextRetrieval(encoder, TextRetrievalSet("x", ["a"], [("a", 0)])),
+    ):
+        with pytest.raises(UserError, match=r"does not compare images with texts.*evaluate probe/SET or finetuned/SET"):
+            evaluator.measure(small_model()[1])

@@ -69,7 +69,7 @@ def test_the_encoder_marks_their_rows_alone(tmp_path):
     before = encoder.images(variables, registry.load(spec, SIZE).images)
     spoil(tmp_path)
     after = encoder.images(variables, registry.load(spec, SIZE).images)
-    for key in ("h", "z", "s"):
+    for key in ("features", "embedding", "cluster_logits"):
         assert np.isnan(after[key][list(BROKEN)]).all()
         others = np.delete(np.arange(100), BROKEN)
         np.testing.assert_array_equal(after[key][others], before[key][others])
@@ -160,8 +160,8 @@ def test_a_fine_tuned_model_is_wrong_on_them(tmp_path):
         classes = None
 
         def images(self, variables, images, features):
-            found = make_encoder().images(variables, images, ("z",))["z"]
-            return {"c": found[:, :2]}
+            z = make_encoder().images(variables, images, ("embedding",))["embedding"]
+            return {"class_logits": z[:, :2]}
 
     metrics, items = by_name(ClassifierEvaluator(Encoder(), registry.load(spec, SIZE)).measure(small_model()[1]))
     name = f"visual/{spec}"

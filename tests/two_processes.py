@@ -62,15 +62,15 @@ def main(folder, out, *others):
     images = [tiny.batch(i, b=1)["image"][0] for i in range(IMAGES)]
     features = encoder.images(s.variables(), images)
     texts = encoder.texts(s.variables(), [f"text number {i}" for i in range(3)])
-    unreadable = np.isnan(encoder.images(s.variables(), Broken(2 * images))["z"]).all(axis=1)
+    unreadable = np.isnan(encoder.images(s.variables(), Broken(2 * images))["embedding"]).all(axis=1)
     maps = attention(p.model, s.variables(), images, (p.preprocessing.mean, p.preprocessing.std), p.mesh)
     found = {
         "losses": losses,
         "rows": rows,
         "restored": [same, position["samples"] == STEPS * BATCH],
-        "image": features["z"],
-        "clusters": features["s"],
-        "text": texts["z"],
+        "image": features["embedding"],
+        "clusters": features["cluster_logits"],
+        "text": texts["embedding"],
         "attention": maps.last,
         "unreadable": np.flatnonzero(unreadable),
         "counted": [*encoder.unreadable],

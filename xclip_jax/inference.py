@@ -2,16 +2,16 @@
 
     model = xclip_jax.load("runs/mine")
     z_img, z_txt = model.encode_image(["a.jpg", "b.png"]), model.encode_text(["a fox", "a hen"])
-    found = model.zero_shot(["a.jpg"], ["fox", "hen"])
+    result = model.zero_shot(["a.jpg"], ["fox", "hen"])
 
-NumPy comes out, and any number of items goes in: they are encoded on all devices in batches of a few fixed sizes, so
-that each is compiled once. Images are prepared as the model wants them, which its config says.
+Results are NumPy arrays. Any number of items is encoded on all devices in batches of a few fixed sizes, so that each is
+compiled once. Images are resized, cropped and normalised as the model's config says.
 """
 
 import dataclasses
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,18 +20,16 @@ import numpy as np
 from PIL import Image
 
 from xclip_jax import storage
-from xclip_jax.config.schema import Config
-from xclip_jax.data import tokenizer
 from xclip_jax.data.prefetch import Ahead
-from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.tar_index import MAX_BYTES
 from xclip_jax.errors import BadSample, UserError, check_count
-from xclip_jax.evaluators.encoder import Encoder, Features
-from xclip_jax.evaluators.text import embedding
-from xclip_jax.evaluators.zeroshot import class_scores, distributions
+from xclip_jax.evaluators.encoder import Encoder, Features, Items
+from xclip_jax.evaluators.zeroshot import class_scores
 from xclip_jax.models.two_towers import TwoTowers
+from xclip_jax.objectives.similarity import features, of_clusters, softmax
 from xclip_jax.parallel.mesh import make_mesh, replicated
 from xclip_jax.train import weights
+from xclip_jax.train.build import Parts
 
 ImageLike = str | os.PathLike | bytes | np.ndarray | Image.Image
 
@@ -42,12 +40,12 @@ _MESH = {"data": -1, "fsdp": 1, "model": 1}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ZeroShotResult:
-    """What `Model.zero_shot` found for b images among n classes.
+    """Zero-shot classification of b images among n classes.
 
     Attributes:
       labels: the likeliest class of each image.
       probabilities: fp32 (b, n), rows sum to 1.
-      scores: fp32 (b, n), what the probabilities are made of: cosines, or negative cross-entropies in nats.
+      scores: fp32 (b, n), of which the probabilities are computed: cosines, or negative cross-entropies in nats.
     """
 
     labels: list[str]
@@ -69,16 +67,16 @@ class Clusters:
 
 
 class Model:
-    """Both towers with their weights, tokenizer and preprocessing; made by `load`.
+    """Both towers with their weights, tokenizer and preprocessing; `load` returns one.
 
-    Where the model has CLIP's projection, embeddings are its (b, e). nCLIP alone has none: there the embedding is the
-    distribution over clusters (b, k), scaled to unit length, so that products of embeddings are the cosines that its
-    evaluations print.
+    Embeddings are those of the model's own similarity, see `Objective.similarities`: of a projection (b, e), or without
+    one distributions over clusters (b, k), scaled to unit length, so that products of embeddings are the cosines that
+    its evaluations print.
 
     Attributes:
-      config: of the run; of other weights with their groups "model", "objective" and "data".
-      card: where the model is from, for the records of what is made with it.
-      preprocessing: what `prepare` does, and how pixels are normalised.
+      config: of the run, or of other weights.
+      card: origin of the model, for the records of what is computed with it.
+      preprocessing: resizing, cropping and normalisation of images.
       size: side of an image, pixels.
       length: tokens of a text, start and end included.
       batch: items that are encoded at once.
@@ -86,27 +84,22 @@ class Model:
 
     def __init__(
         self,
-        model: TwoTowers,
+        parts: Parts,
         variables: Mapping[str, Any],
-        config: Config,
         card: Mapping[str, Any],
         *,
         batch: int,
         threads: int = 0,
     ) -> None:
-        self.config, self.preprocessing = config, Preprocessing.from_config(config)
+        self.config, self.preprocessing, self.tokenizer = parts.config, parts.preprocessing, parts.tokenizer
+        self.size, self.length = parts.image_size, parts.context_length
         self.card = dict(card) | {
-            "objective": config.objective.name, "size": model.img.image_size,
-            "preprocessing": self.preprocessing.describe(), "tokenizer": config.data.tokenizer,
+            "objective": self.config.objective.name, "size": self.size,
+            "preprocessing": self.preprocessing.describe(), "tokenizer": self.config.data.tokenizer,
         }  # fmt: skip
-        self.size, self.length = model.img.image_size, model.txt.context_length
-        self.tokenizer = tokenizer.load(config.data.tokenizer)
-        self._threads = threads
-        self._clusters, self._projects = "s_img" in model.outputs, "z_img" in model.outputs
-        self._embedding = ("z",) if self._projects else ("s",)
-        self._tau = config.objective.nclip.tau
+        self._threads, self._similarities = threads, parts.objective.similarities
         mesh = make_mesh(_MESH)
-        model, variables = _unrolled(model, variables)
+        model, variables = _unrolled(parts.model, variables)
         self._variables = jax.device_put(variables, replicated(mesh))
         self._encoder = Encoder(
             model,
@@ -116,7 +109,7 @@ class Model:
             mesh=mesh,
             batch=batch,
             smaller=[size for size in _SMALLER if size < batch],
-            tau=self._tau,
+            similarities=self._similarities,
         )
         self.batch = self._encoder.batch
 
@@ -133,11 +126,11 @@ class Model:
         Raises:
           UserError: an image that is missing or cannot be decoded; the message names it.
         """
-        return self._embed(self._images(images, self._embedding))
+        return self._embed(self._images, images)
 
     def encode_prepared(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """`encode_image` of what `prepare` gave; anything with `len` and `[]`, read once and in about that order."""
-        return self._embed(self._encoder.images(self._variables, images, self._embedding))
+        """`encode_image` of results of `prepare`; anything with `len` and `[]`, read once and in about that order."""
+        return self._embed(self._prepared, images)
 
     def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
         """Embeddings (b, e) of fp32 pixels (b, size, size, 3) that are normalised by the model's mean and deviation."""
@@ -145,13 +138,13 @@ class Model:
         if pixels.dtype != np.float32 or pixels.shape[1:] != (self.size, self.size, 3):
             raise UserError(
                 f"pixels are {pixels.dtype} of shape {pixels.shape}; this model takes float32 (b, {self.size}, "
-                f"{self.size}, 3) that are normalised. encode_image takes all else."
+                f"{self.size}, 3) that are normalised; use encode_image for other inputs."
             )
-        return self._embed(self._encoder.images(self._variables, pixels, self._embedding))
+        return self._embed(self._prepared, pixels)
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings (b, e) of texts, cut to the model's length."""
-        return self._embed(self._texts(texts, self._embedding))
+        return self._embed(self._texts, texts)
 
     def encode_tokens(self, tokens: np.ndarray) -> np.ndarray:
         """Embeddings of token ids, as `model.tokenizer(texts, model.length)` makes them.
@@ -177,7 +170,7 @@ class Model:
                 f"token {tokens[row, column]} in row {row}, column {column} is outside of the model's vocabulary, "
                 f"0 to {vocab - 1}; use the model's own tokenizer, model.tokenizer(texts, {self.length})."
             )
-        return self._embed(self._encoder.tokens(self._variables, tokens.astype(np.int32), self._embedding))
+        return self._embed(self._tokens, tokens.astype(np.int32))
 
     def zero_shot(
         self,
@@ -185,11 +178,11 @@ class Model:
         class_names: Sequence[str],
         templates: Sequence[str] = TEMPLATES,
     ) -> ZeroShotResult:
-        """Which of the classes each image shows.
+        """Classify images by the texts of their classes.
 
-        A class is the mean over its prompts, each normalised, normalised again. With a projection the score is the
-        cosine and the probabilities are its softmax at the learned scale, for SigLIP's models too; nCLIP alone is
-        scored by the negative cross-entropy of clusters.
+        By the model's own similarity. With a projection a class is the mean over its prompts, each normalised,
+        normalised again, the score is the cosine, and the probabilities are its softmax at the learned scale, of models
+        of the sigmoid loss too. Without one the score is the negative cross-entropy of distributions over clusters.
 
         Args:
           images: as in `encode_image`.
@@ -205,15 +198,14 @@ class Model:
             raise UserError("zero_shot needs at least one class name and one template.")
         if wrong := [template for template in templates if "{}" not in template]:
             raise UserError(f"template {wrong[0]!r} has no {{}}, where the class name goes.")
-        # str.format would stumble over braces in a name.
+        # str.format would fail on braces in a name.
         prompts = [template.replace("{}", name) for name in class_names for template in templates]
-        kinds = ("z",) if self._projects else ("s",)
-        img, txt = self._images(images, kinds), self._texts(prompts, kinds)
-        found = class_scores(img, txt, [len(templates)] * len(class_names), self._tau)
-        scores = found["" if self._projects else "cross_entropy"].astype(np.float32)
-        scale = float(jnp.exp(self._variables["params"]["log_scale"])) if self._projects else 1.0
+        own = self._similarities[:1]
+        img, txt = self._images(images, features(own)), self._texts(prompts, features(own))
+        by_score = class_scores(own, img, txt, [len(templates)] * len(class_names))
+        scores = by_score[own[0].logits].astype(np.float32)
         labels = [class_names[i] for i in scores.argmax(axis=1)]
-        return ZeroShotResult(labels, distributions(scale * scores), scores)
+        return ZeroShotResult(labels, softmax(self._encoder.logits_of(by_score, self._variables)), scores)
 
     def clusters(
         self,
@@ -222,18 +214,22 @@ class Model:
         texts: Sequence[str] | None = None,
         top: int = 5,
     ) -> Clusters:
-        """The likeliest clusters of images or of texts, for models of nCLIP and xCLIP.
+        """The likeliest clusters of images or of texts, for models with a similarity of cluster distributions.
 
         Raises:
           UserError: a model without cluster heads; both images and texts, or neither; as in `encode_image`.
         """
-        if not self._clusters:
-            name = self.config.objective.name
-            raise UserError(f"a model of objective {name!r} has no cluster heads; those of 'nclip' and 'xclip' have.")
-        if (images is None) == (texts is None):
+        similarity = of_clusters(self._similarities)
+        if similarity is None:
+            raise UserError("this model has no cluster heads; clusters needs one that was trained with them.")
+        keys = (similarity.feature,)
+        if texts is None and images is not None:
+            outputs = self._images(images, keys)
+        elif texts is not None and images is None:
+            outputs = self._texts(texts, keys)
+        else:
             raise UserError("clusters takes either images or texts=[...].")
-        found = self._images(images, ("s",)) if texts is None else self._texts(texts, ("s",))
-        p = distributions(found["s"], self._tau)
+        p = similarity.rows(outputs[similarity.feature])
         if not 1 <= top <= p.shape[1]:
             raise UserError(f"top={top} must be from 1 to the model's {p.shape[1]} clusters.")
         ids = np.argsort(-p, axis=1, kind="stable")[:, :top]
@@ -249,41 +245,50 @@ class Model:
             image = read(image)
         elif isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-                raise BadSample("array is no image", f"{image.dtype} of shape {image.shape}; uint8 (h, w, 3) is one")
+                raise BadSample("not an image array", f"expected uint8 (h, w, 3), got {image.dtype} {image.shape}")
         elif not isinstance(image, bytes | Image.Image):
             raise BadSample("not an image", f"a {type(image).__name__}")
         return self.preprocessing(image)
 
-    def _images(self, images: Sequence[ImageLike] | np.ndarray, kinds: Sequence[str]) -> Features:
+    def _images(self, images: Sequence[ImageLike] | np.ndarray, keys: Sequence[str]) -> Features:
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
             raise UserError("images is a single one; pass a list of them.")
 
         def make(i: int) -> np.ndarray:
+            image = images[i]
             try:
-                return self.prepare(images[i])
+                return self.prepare(image)
             except BadSample as error:
-                name = f", {os.fspath(images[i])!r}" if isinstance(images[i], str | os.PathLike) else ""
+                name = f", {os.fspath(image)!r}" if isinstance(image, str | os.PathLike) else ""
                 raise UserError(f"image {i}{name}: {error}.") from error
 
         window = 2 * self.batch
         with Ahead(make, len(images), threads=self._threads, window=window) as prepared:
-            return self._encoder.images(self._variables, prepared, kinds)
+            return self._prepared(prepared, keys)
 
-    def _texts(self, texts: Sequence[str], kinds: Sequence[str]) -> Features:
+    def _prepared(self, images: Items, keys: Sequence[str]) -> Features:
+        return self._encoder.images(self._variables, images, keys)
+
+    def _texts(self, texts: Sequence[str], keys: Sequence[str]) -> Features:
         if isinstance(texts, str):
             raise UserError(f"texts is the string {texts[:40]!r}; pass a list of strings.")
         if wrong := [text for text in texts if not isinstance(text, str)]:
             raise UserError(f"texts holds {wrong[0]!r:.40}, a {type(wrong[0]).__name__}; pass strings.")
-        return self._encoder.texts(self._variables, texts, kinds)
+        return self._encoder.texts(self._variables, texts, keys)
 
-    def _embed(self, found: Features) -> np.ndarray:
-        return embedding(found, self._tau)
+    def _tokens(self, tokens: Items, keys: Sequence[str]) -> Features:
+        return self._encoder.tokens(self._variables, tokens, keys)
+
+    def _embed(self, encode: Callable[[Any, Sequence[str]], Features], items: Any) -> np.ndarray:
+        """Embeddings of `items`, whose features `encode` computes."""
+        keys = features(self._similarities[:1])
+        return self._similarities[0].embedding(encode(items, keys)[keys[0]])
 
     def fingerprint(self) -> str:
-        """A number of all weights, for telling whether two models are the same."""
+        """A checksum of all weights: models of equal weights have the same."""
         number = 0
         for leaf in jax.tree.leaves(self._variables):
-            number = zlib.crc32(np.ascontiguousarray(leaf), number)
+            number = zlib.crc32(np.ascontiguousarray(leaf).data, number)
         return f"{number:08x}"
 
 
@@ -308,19 +313,19 @@ def load(path: str | os.PathLike, *, step: int | None = None, batch: int = 32, t
 
     Args:
       path: a run's folder, or weights that `xclip_jax.interop.read` reads.
-      step: which of a run's checkpoints; the newest by default.
+      step: of one of a run's checkpoints; the newest by default.
       batch: items that are encoded at once, rounded up to a multiple of the devices; 32 suits the caches of a CPU,
         accelerators take more.
       threads: that read and decode images; 0 for one a core.
 
     Raises:
-      UserError: nothing there that can be read; `batch` below 1 or `threads` below 0.
+      UserError: `path` is neither a run nor weights; `batch` below 1 or `threads` below 0.
     """
     check_count("batch", batch, 1)  # before weights are read, which may take a while
     check_count("threads", threads, 0)
-    where = os.fspath(path)
-    config, parts, variables, at = weights.load(where, step)
-    return Model(parts.model, variables, config, {"checkpoint": where, "step": at}, batch=batch, threads=threads)
+    source = os.fspath(path)
+    _, parts, variables, step = weights.load(source, step)
+    return Model(parts, variables, {"checkpoint": source, "step": step}, batch=batch, threads=threads)
 
 
 def _unrolled(model: TwoTowers, variables: Mapping[str, Any]) -> tuple[TwoTowers, Mapping[str, Any]]:

@@ -109,7 +109,7 @@ def _model(config: Config, parts: Parts) -> str:
     towers["text"]["sees"] += f" of {parts.tokenizer.vocab_size:,}"
     head = list(dict.fromkeys(key for facts in towers.values() for key in facts if key != "sees"))
     rows = [[name, *(facts.get(key, "") for key in [*head, "sees"])] for name, facts in towers.items()]
-    embed = config.model.embed if parts.objective.contrastive else "no"
+    embed = config.model.embed if "z_img" in parts.model.outputs else "no"
     return (
         f"## Model\n\n{count:,} parameters in training, heads included; embeddings of {embed} "
         f"dimensions.\n\n{_rows(['tower', *head, 'sees'], rows)}"

@@ -42,7 +42,7 @@ class Neighbours(Evaluator):
 
     def measure(self, variables):
         """Return the results that the class names."""
-        z = self.encoder.images(variables, self.data.images, ("z",))["z"]
+        z = self.encoder.images(variables, self.data.images, ("embedding",))["embedding"]
         near, far = (np.einsum("ne,ne->n", z[:-2], z[step : len(z) - 2 + step]) for step in (1, 2))
         items = PerExample((near > far).astype(float))
         return [

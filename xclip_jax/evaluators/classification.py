@@ -91,7 +91,7 @@ class ClassifierEvaluator(Evaluator):
     def measure(self, variables: Any) -> list[Result]:
         """Return the results that the class names."""
         encode = self.encoder.images if self.images else self.encoder.texts
-        logits = encode(variables, self.data.items, ("c",)).get("c")
+        logits = encode(variables, self.data.items, ("class_logits",)).get("class_logits")
         if logits is None or logits.shape[1] != self.data.classes:
             model = "no classifier" if logits is None else f"a classifier of {logits.shape[1]} classes"
             raise UserError(f"{self.data.name} has {self.data.classes} classes and the model {model}; see finetune.py.")

@@ -1,7 +1,7 @@
-"""The encoder that all evaluators share: images and texts to features, in batches of few fixed shapes."""
+"""The encoder that all evaluators share: images and texts to features, in batches of a few fixed shapes."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,9 +13,11 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.transforms import normalize
 from xclip_jax.errors import BadSample, UserError, describe
 from xclip_jax.models.two_towers import TwoTowers
+from xclip_jax.objectives.similarity import Similarity
 from xclip_jax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
 
 Features = dict[str, np.ndarray]
+Items = Sequence[np.ndarray] | np.ndarray
 Encode = Callable[..., dict[str, jax.Array]]
 
 MAX_UNREADABLE = 0.05  # of a set's images; with more the number would say little about the model
@@ -24,18 +26,19 @@ MAX_UNREADABLE = 0.05  # of a set's images; with more the number would say littl
 class Encoder:
     """Images and texts -> features, in batches of one fixed shape, or of a few: each is compiled once a modality.
 
-    The last batch is filled up with zeros and cut after encoding, so that no item is lost and none counts twice. Each
+    The last batch is padded with zeros and cut after encoding, so that no item is lost and none counts twice. Each
     process loads only the rows of the batch that its devices hold; features come back whole to every process.
 
     Attributes:
       batch: the global batch, rounded up to a multiple of the mesh's batch shards.
-      sizes: all batches that there are, `batch` the largest: it and what `smaller` adds, rounded up alike.
-      tau: temperature of the cluster distributions, softmax(s / tau), for those who make them of the logits.
-      classes: what a fine-tuned model's classifier tells apart, in its order; None where that is unknown.
-      unreadable: which images, by index, could not be read, and why as far as this process knows. `images` adds to it.
+      sizes: of all batches, `batch` the largest: it and those of `smaller`, rounded up alike.
+      similarities: how the model compares images with texts, its own first; none of a fine-tuned model.
+      classes: of a fine-tuned model's classifier, in its order; None where they are unknown.
+      unreadable: {index: reason} of images that could not be read; the reason is "" where another process read them.
+        `images` adds to it.
 
     Raises:
-      UserError: a batch below 1.
+      UserError: a batch below 1, or a similarity that reads what no head writes.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class Encoder:
         mesh: Mesh,
         batch: int = 256,
         smaller: Sequence[int] = (),
-        tau: float = 1.0,
+        similarities: Sequence[Similarity] = (),
         classes: Sequence[str] | None = None,
     ) -> None:
         if (least := min((batch, *smaller))) < 1:
@@ -56,7 +59,14 @@ class Encoder:
         shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         self.sizes = sorted({math.ceil(size / shards) * shards for size in (batch, *smaller)})
         self.batch = self.sizes[-1]
-        self.tau, self.preprocessing, self.image_size = tau, preprocessing, preprocessing.size
+        for similarity in similarities:
+            if missing := {f"{similarity.reads}_{modality}" for modality in ("img", "txt")} - {*model.outputs}:
+                raise UserError(
+                    f"similarity {similarity.name!r} reads {min(missing)!r}, which no head of the model writes."
+                )
+        self.similarities = tuple(similarities)
+        self._default = ("features", *(similarity.feature for similarity in similarities))
+        self.preprocessing, self.image_size = preprocessing, preprocessing.size
         self.classes = None if classes is None else tuple(classes)
         self.unreadable: dict[int, str] = {}
         self._tokenizer, self._text_length, self._sharding = tokenizer, text_length, batch_sharding(mesh)
@@ -64,16 +74,12 @@ class Encoder:
         def encode(variables: Any, x: jax.Array, modality: str) -> dict[str, jax.Array]:
             if modality not in model.towers:
                 raise UserError(f"the model was fine-tuned and has no {modality} tower; evaluate finetuned/SET.")
-            h = model.apply(variables, x, method="encode_image" if modality == "img" else "encode_text")
-            both = (h, None) if modality == "img" else (None, h)
-            heads = model.apply(variables, *both, train=False, method="project")
-            outputs = {
-                "h": h,
-                "z": heads.get(f"z_{modality}"),
-                "s": heads.get(f"s_{modality}"),
-                "c": heads.get("logits"),
-            }
-            return {key: value.astype(jnp.float32) for key, value in outputs.items() if value is not None}
+            h: Any = model.apply(variables, x, method="encode_image" if modality == "img" else "encode_text")
+            heads: Any = model.apply(variables, *((h, None) if modality == "img" else (None, h)), method="project")
+            outputs = {"features": h} | {s.feature: heads[f"{s.reads}_{modality}"] for s in self.similarities}
+            if "logits" in heads:
+                outputs["class_logits"] = heads["logits"]
+            return {key: value.astype(jnp.float32) for key, value in outputs.items()}
 
         def encode_images(variables: Any, images: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
             mean, std = preprocessing.mean, preprocessing.std
@@ -85,31 +91,33 @@ class Encoder:
         def encode_texts(variables: Any, tokens: jax.Array, _: jax.Array) -> dict[str, jax.Array]:
             return encode(variables, tokens, "txt")
 
+        def scalars(variables: Any) -> Any:
+            return model.apply(variables, None, None, method="project")
+
+        self._scalars: Encode = jax.jit(scalars, out_shardings=replicated(mesh))
         self._encode_images: Encode = jax.jit(encode_images, out_shardings=replicated(mesh))
         self._encode_texts: Encode = jax.jit(encode_texts, out_shardings=replicated(mesh))
 
-    def images(
-        self, variables: Any, images: Sequence[np.ndarray], features: Sequence[str] = ("h", "z", "s")
-    ) -> Features:
+    def images(self, variables: Any, images: Items, features: Sequence[str] | None = None) -> Features:
         """Features of `images`, anything with `len` and `[]` that gives uint8 (size, size, 3).
 
         Args:
           variables: what `TwoTowers.apply` takes.
           images: n of them; they may be decoded when asked for. Or one fp32 array (n, size, size, 3) of pixels that are
             normalised already.
-          features: which to bring to the host; the model's heads decide which of them exist.
+          features: which to fetch; by default the pooled features and what the similarities read.
 
         Returns:
-          fp32 arrays: "h" (n, d) pooled features, "z" (n, e) L2-normalised embeddings where the model has a
-          projection, "s" (n, k) cluster logits where it has cluster heads, "c" (n, classes) logits of a classifier. The
-          rows of an image that raised `BadSample` are NaN.
+          fp32 arrays, those of `features` that the model has: "features" (n, d) pooled features; of each similarity the
+          output that it reads, such as "embedding" (n, e) and "cluster_logits" (n, k); "class_logits" (n, classes) of a
+          classifier. The rows of an image that raised `BadSample` are NaN.
 
         Raises:
           UserError: an image of another shape or dtype, or more than `MAX_UNREADABLE` that raised `BadSample`.
         """
         shape = (self.image_size, self.image_size, 3)
         dtype = np.float32 if getattr(images, "dtype", None) == np.float32 else np.uint8
-        features_of = self._run(self._encode_images, variables, images, shape, dtype, (*features, "valid"))
+        features_of = self._run(self._encode_images, variables, images, shape, dtype, features)
         unreadable = np.flatnonzero(~features_of.pop("valid")).tolist()
         self.unreadable |= {i: self._reasons.get(i, "") for i in unreadable}
         if len(unreadable) > MAX_UNREADABLE * len(images):
@@ -120,31 +128,36 @@ class Encoder:
             )
         return features_of
 
-    def texts(self, variables: Any, texts: Sequence[str], features: Sequence[str] = ("h", "z", "s")) -> Features:
+    def texts(self, variables: Any, texts: Sequence[str], features: Sequence[str] | None = None) -> Features:
         """Features of `texts`, as `images` gives them. Equal texts are encoded once and so have equal features."""
         rows = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        tokens = self._tokenizer(list(rows), self._text_length) if rows else []
+        tokens: Items = self._tokenizer(list(rows), self._text_length) if rows else []
         features_of = self.tokens(variables, tokens, features)
         if len(rows) == len(texts):
             return features_of
         return {key: value[[rows[text] for text in texts]] for key, value in features_of.items()}
 
-    def tokens(
-        self, variables: Any, tokens: Sequence[np.ndarray], features: Sequence[str] = ("h", "z", "s")
-    ) -> Features:
+    def tokens(self, variables: Any, tokens: Items, features: Sequence[str] | None = None) -> Features:
         """Features of int32 rows (n, text_length) as the tokenizer makes them, as `images` gives them."""
         return self._run(self._encode_texts, variables, tokens, (self._text_length,), np.int32, features)
+
+    def logits_of(self, scores: Mapping[str, np.ndarray], variables: Any) -> np.ndarray:
+        """Logits (n, classes) of the model's own similarity among the `scores` of `zeroshot.compare`."""
+        own = self.similarities[0]
+        scale = 1.0 if own.scale is None else float(self._scalars(variables)[own.scale])
+        return scale * scores[own.logits]
 
     def _run(
         self,
         encode: Encode,
         variables: Any,
-        items: Sequence[np.ndarray],
+        items: Items,
         shape: tuple[int, ...],
         dtype: Any,
-        features: Sequence[str],
+        features: Sequence[str] | None,
     ) -> Features:
         results: Features = {}
+        keys = {"valid", *(self._default if features is None else features)}
 
         def fetch(out: dict[str, jax.Array], start: int) -> None:
             for key, value in out.items():
@@ -160,7 +173,7 @@ class Encoder:
             out = encode(variables, *self._place(items, start, size, shape, dtype))
             # One batch behind: the device works while the host fetches and loads.
             fetch(*pending)
-            pending = {key: out[key] for key in features if key in out}, start
+            pending = {key: x for key, x in out.items() if key in keys}, start
             start += size
         fetch(*pending)
         return results
@@ -170,15 +183,15 @@ class Encoder:
         return next((size for size in reversed(self.sizes) if left > size // 2), self.sizes[0])
 
     def _place(
-        self, items: Sequence[np.ndarray], start: int, size: int, shape: tuple[int, ...], dtype: Any
+        self, items: Items, start: int, size: int, shape: tuple[int, ...], dtype: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """The global batch of `size` items from `start` on, filled up with zeros, and bool (size,): which are readable.
+        """The global batch of `size` items from `start` on, padded with zeros, and which are readable, bool (size,).
 
         Each process loads its own rows.
         """
         blocks: dict[int, np.ndarray] = {}
 
-        def rows(index: tuple[slice, ...]) -> np.ndarray:
+        def rows(index: Any) -> np.ndarray:
             first, stop, _ = index[0].indices(size)
             # Devices along the mesh's model axis ask for the same rows: load them once.
             if first not in blocks:
@@ -190,7 +203,7 @@ class Encoder:
                         self._reasons[i] = describe(error)
             return blocks[first]
 
-        def valid(index: tuple[slice, ...]) -> np.ndarray:
+        def valid(index: Any) -> np.ndarray:
             return np.array([start + i not in self._reasons for i in range(*index[0].indices(size))])
 
         batch = jax.make_array_from_callback((size, *shape), self._sharding, rows)
@@ -198,7 +211,7 @@ class Encoder:
 
 
 def _checked(item: np.ndarray, i: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """`item`; NumPy would cast and broadcast a wrong one in silence."""
+    """Return `item`, checked: NumPy would cast and broadcast a wrong one in silence."""
     if item.shape != shape or item.dtype != dtype:
         raise UserError(
             f"item {i} of an evaluation set is {item.dtype} of shape {item.shape}; the encoder was built for "

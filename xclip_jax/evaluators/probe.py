@@ -1,7 +1,7 @@
 """Visual and textual representation: linear probes and nearest neighbours on frozen features.
 
-All use the features "h", before any projection, as the CLIP paper does (arXiv 2103.00020, appendix A.3). Each process
-has all of them on its host and fits on one of its devices, so that the result does not depend on the mesh.
+All use the pooled features, before any projection, as the CLIP paper does (arXiv 2103.00020, appendix A.3). They come
+to the host whole; fitting runs on one device of each process, so that the result does not depend on the mesh.
 """
 
 import dataclasses
@@ -129,11 +129,11 @@ class Probe(Evaluator):
         ends = np.cumsum([len(side) for side in sides])[:-1]
         # One pass for all three: the last batch of each would be padded.
         if self.family == "visual":
-            return np.split(self.encoder.images(variables, Joined(sides), ("h",))["h"], ends)
+            return np.split(self.encoder.images(variables, Joined(sides), ("features",))["features"], ends)
         texts = [item for side in sides for item in side]
         if not self.data.pairs:
-            return np.split(self.encoder.texts(variables, texts, ("h",))["h"], ends)
-        h = self.encoder.texts(variables, [text for pair in texts for text in pair], ("h",))["h"]
+            return np.split(self.encoder.texts(variables, texts, ("features",))["features"], ends)
+        h = self.encoder.texts(variables, [text for pair in texts for text in pair], ("features",))["features"]
         u, v = h[::2], h[1::2]
         joined = [*((u, v) if self.data.pairs == "all" else ()), np.abs(u - v), u * v]
         return np.split(np.concatenate(joined, axis=1), ends)
@@ -182,7 +182,7 @@ class Probe(Evaluator):
         def features(epoch: int) -> np.ndarray:
             if self.data.augmented is None:
                 return train[0]
-            return self.encoder.images(variables, self.data.augmented(epoch), ("h",))["h"][kept]
+            return self.encoder.images(variables, self.data.augmented(epoch), ("features",))["features"][kept]
 
         weights, bias = sgd.fit(features, train[1], classes)
         return is_right(test[0] @ weights + bias, test[1])

@@ -1,4 +1,4 @@
-"""Retrieval both ways: recall at k, a query counting as found if any of its matches is among the k best."""
+"""Retrieval in both directions: recall at k, the share of queries with any of their matches among the k best items."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import PerExample, valid_rows
-from xclip_jax.evaluators.zeroshot import distributions, similarities
+from xclip_jax.evaluators.zeroshot import text_scores
 
 KS = (1, 5, 10)
-_CHUNK = 1 << 22  # scores looked at in one go: some ten megabytes of temporaries
+_CHUNK = 1 << 22  # scores that are ranked at once: some ten megabytes of temporaries
 
 
 def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
@@ -23,8 +23,8 @@ def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
     Args:
       scores: (queries, items), higher is nearer.
       positives: bool of the same shape.
-      k: where it is at least the number of items, every query counts, but for those without a valid ranking: with a
-        score that is NaN or plus infinity, or minus infinity for all positives.
+      k: from the number of items on every query counts, except those without a valid ranking: with a score that is NaN
+        or plus infinity, or minus infinity for all positives.
 
     Raises:
       UserError: a query without positives, or shapes that differ.
@@ -33,7 +33,7 @@ def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
 
 
 def ranks(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """How many items stand before each query's best positive, int (queries,)."""
+    """How many items come before each query's best positive, int (queries,)."""
     if scores.shape != positives.shape or not positives.any(axis=1).all():
         raise UserError(
             f"scores {scores.shape} and positives {positives.shape} must have one shape, and each query a positive."
@@ -41,7 +41,7 @@ def ranks(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
     rank = np.empty(len(scores), np.int64)
     items = np.arange(scores.shape[1])
     step = max(1, _CHUNK // max(1, scores.shape[1]))
-    # Counting what stands before the best positive needs no sorting and gives all k at once.
+    # Counting what comes before the best positive needs no sorting and gives all k at once.
     for start in range(0, len(scores), step):
         part, match = scores[start : start + step], positives[start : start + step]
         best = np.where(match, part, -np.inf).max(axis=1, keepdims=True)
@@ -57,7 +57,7 @@ def chance(positives: np.ndarray, k: int) -> float:
 
     Args:
       positives: bool (queries, n items); m of a query's items are positive.
-      k: items that are looked at.
+      k: items of the ranking that count.
     """
     n, m = positives.shape[1], positives.sum(axis=1)
     missed = np.ones(len(m))
@@ -95,7 +95,9 @@ _LABELS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 LAYOUT = Layout(
     "retrieval, recall %",
     ("retrieval",),
-    tuple(Metric(f"{way}/r{k}", f"r{k}", f"{label}, R@{k}") for way, label in _LABELS.items() for k in (1, 5)),
+    tuple(
+        Metric(f"{direction}/r{k}", f"r{k}", f"{label}, R@{k}") for direction, label in _LABELS.items() for k in (1, 5)
+    ),
     (
         Column("images", "images", ">6"),
         Column("texts", "captions", ">8"),
@@ -111,31 +113,29 @@ class Retrieval(Evaluator):
     """r1, r5 and r10 in percent, named "retrieval/<set>[/<score>]/image_to_text/r1" and ".../text_to_image/r1".
 
     Every caption is an item and a query, repeated ones too, as Flickr30k and COCO count. Scores are those of
-    `zeroshot.similarities`; "retrieval/<set>/chance/image_to_text/r1" and so on are what a random ranking gives.
+    `zeroshot.compare`; "retrieval/<set>/chance/image_to_text/r1" and so on are what a random ranking gives.
     """
 
     family = "retrieval"
     layouts = (LAYOUT,)
 
     def measure(self, variables: Any) -> list[Result]:
-        """Return the results that the class names; their items are images, or captions."""
+        """Return the results that the class docstring lists; their items are images, or captions."""
         texts = [caption for captions in self.data.captions for caption in captions]
-        img = self.encoder.images(variables, self.data.images, ("z", "s"))
-        txt = self.encoder.texts(variables, texts, ("z", "s"))
-        # Not both the logits and the distributions of a set's texts are kept: each may be gigabytes.
-        q = distributions(txt.pop("s"), self.encoder.tau) if "s" in txt else None
+        by_score = text_scores(self.encoder, variables, self.data.images, texts)
         matches = positives(self.data.captions)
         levels = {
-            f"{way}/r{k}": 100 * chance(positive, k)
-            for way, positive in (("image_to_text", matches), ("text_to_image", matches.T))
+            f"{direction}/r{k}": 100 * chance(positive, k)
+            for direction, positive in (("image_to_text", matches), ("text_to_image", matches.T))
             for k in KS
         }
         results = [self.count("images", len(self.data.images)), self.count("captions", len(texts))]
         results += [self.result(f"chance/{metric}", level) for metric, level in levels.items()]
-        for score, scores in similarities(img, txt.get("z"), q, self.encoder.tau).items():
-            for way, rank in (("image_to_text", ranks(scores, matches)), ("text_to_image", ranks(scores.T, matches.T))):
+        for score, scores in by_score.items():
+            rank_of = {"image_to_text": ranks(scores, matches), "text_to_image": ranks(scores.T, matches.T)}
+            for direction, rank in rank_of.items():
                 for k in KS:
-                    metric, items = f"{way}/r{k}", PerExample((rank < k).astype(float))
+                    metric, items = f"{direction}/r{k}", PerExample((rank < k).astype(float))
                     fields = {"n": len(rank), "chance": levels[metric], "items": items, "score": score}
                     results.append(self.result(metric, items.value(), **fields))
         return results

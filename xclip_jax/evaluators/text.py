@@ -1,4 +1,4 @@
-"""Textual representation: similarity of sentences, retrieval of texts by texts. Probes of texts are `probe.Probe`."""
+"""Textual representation: similarity of sentences, retrieval of texts by texts. `probe.Probe` probes texts."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,25 +8,25 @@ import numpy as np
 
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
-from xclip_jax.evaluators.encoder import Features
+from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.retrieval import KS, ranks
 from xclip_jax.evaluators.statistics import PerExample, pearson, spearman
-from xclip_jax.evaluators.zeroshot import distributions
+from xclip_jax.objectives.similarity import features
 
 Pair = tuple[str, str, float]
 
 
-def embedding(features: Features, tau: float) -> np.ndarray:
-    """Unit vectors (n, e) by which texts are compared: embeddings, without projection distributions over clusters."""
-    x = features["z"] if "z" in features else distributions(features["s"], tau)
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+def embeddings(encoder: Encoder, variables: Any, texts: Sequence[str]) -> np.ndarray:
+    """Unit vectors (n, e) by which texts are compared, those of the model's own similarity."""
+    (feature,) = features(encoder.similarities[:1])
+    return encoder.similarities[0].embedding(encoder.texts(variables, texts, (feature,))[feature])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SimilaritySet:
-    """Pairs of sentences and how alike people found them.
+    """Pairs of sentences and their similarity as people rated it.
 
     Attributes:
       name: in the metrics' names.
@@ -76,7 +76,7 @@ class Similarity(Evaluator):
         """Return the results that the class names."""
         pairs = [pair for part in self.data.subsets.values() for pair in part]
         texts = [pair[side] for side in (0, 1) for pair in pairs]
-        e = embedding(self.encoder.texts(variables, texts, ("z", "s")), self.encoder.tau)
+        e = embeddings(self.encoder, variables, texts)
         return self.correlations((e[: len(pairs)] * e[len(pairs) :]).sum(axis=1))
 
     def correlations(self, cosine: np.ndarray) -> list[Result]:
@@ -88,7 +88,7 @@ class Similarity(Evaluator):
         by_rank, linear = ([100 * f(*part) for part in parts] for f in (spearman, pearson))
         items, shared = PerExample(cosine, other=gold, statistic="spearman"), {"unit": "x 100", "n": len(gold)}
         results = [self.result("spearman_all", items.value(), items=items, **shared)]
-        values = {
+        values: dict[str, Any] = {
             "spearman_mean": np.mean(by_rank),
             "spearman_weighted": np.average(by_rank, weights=[len(part) for part in subsets.values()]),
             "pearson_all": 100 * pearson(cosine, gold),
@@ -108,7 +108,7 @@ class TextRetrievalSet:
 
     Attributes:
       name: in the metrics' names.
-      texts: what is found, all distinct.
+      texts: the items of the retrieval, all distinct.
       queries: (query, index of its text).
       groups: bool (queries,) of named parts, such as one for each language; the value is then their unweighted mean.
     """
@@ -151,7 +151,7 @@ class TextRetrieval(Evaluator):
         """Return the results that the class names."""
         n, queries, groups = len(self.data.texts), self.data.queries, self.data.groups
         texts = [*self.data.texts, *(text for text, _ in queries)]
-        e = embedding(self.encoder.texts(variables, texts, ("z", "s")), self.encoder.tau)
+        e = embeddings(self.encoder, variables, texts)
         right = np.arange(n) == np.array([i for _, i in queries])[:, None]
         rank = ranks(e[n:] @ e[:n].T, right)
         weights = np.ones(len(queries))

@@ -1,7 +1,6 @@
-"""Zero-shot classification: an image gets the class whose texts are nearest.
+"""Zero-shot classification: an image gets the class whose texts are nearest, by each similarity of the model.
 
-Models with a projection are scored by the cosine of embeddings, after CLIP (arXiv 2103.00020). Models with cluster
-heads are scored by their distributions too, in two ways side by side [ours]: see `cluster_scores`.
+See `objectives.similarity` for how images are compared with texts, and `compare` for the names of the scores.
 """
 
 import dataclasses
@@ -12,15 +11,13 @@ import numpy as np
 
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
-from xclip_jax.evaluators.encoder import Features
+from xclip_jax.evaluators.encoder import Encoder, Features
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import PerExample, class_weights, valid_rows
+from xclip_jax.objectives.similarity import CosineSimilarity, Similarity, features
 
 _TINY = float(np.finfo(np.float32).tiny)
-# Distributions at once, fp32, of images and of texts: a set of 50,000 images with 32,768 clusters is 6.6 GB. Those of
-# images are made again for each block of texts, which therefore are the larger blocks.
-_IMAGES, _TEXTS = 1 << 22, 1 << 25
 
 
 def classifier(text_embeddings: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
@@ -32,8 +29,8 @@ def classifier(text_embeddings: Sequence[np.ndarray] | np.ndarray) -> np.ndarray
     Returns:
       fp32 (classes, e), rows of unit length.
     """
-    means = [_unit(np.asarray(prompts, np.float32)).mean(axis=0) for prompts in text_embeddings]
-    return _unit(np.stack(means))
+    cosine = CosineSimilarity()
+    return np.stack([cosine.class_row(np.asarray(prompts, np.float32)) for prompts in text_embeddings])
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
@@ -42,8 +39,8 @@ def accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
     Args:
       logits: scores (n, classes), any scale.
       labels: class indices (n,).
-      k: where it is at least the number of classes, every image is right, but for those without a valid ranking: with
-        a score that is NaN or plus infinity, or minus infinity for the right class.
+      k: from the number of classes on every image is right, except those without a valid ranking: with a score that is
+        NaN or plus infinity, or minus infinity for the right class.
     """
     return float((_ranks(logits, labels) < k).mean())
 
@@ -56,92 +53,76 @@ def mean_per_class(logits: np.ndarray, labels: np.ndarray) -> float:
     return float((right[count > 0] / count[count > 0]).mean())
 
 
-def distributions(logits: np.ndarray, tau: float = 1.0) -> np.ndarray:
-    """softmax(logits / tau) over the last axis; (..., k) -> fp32 (..., k)."""
-    p = np.asarray(logits, np.float32) / tau
-    p -= p.max(axis=-1, keepdims=True)
-    np.exp(p, out=p)
-    p /= p.sum(axis=-1, keepdims=True)
-    return p
-
-
-def cluster_scores(s: np.ndarray, q: np.ndarray, tau: float = 1.0) -> dict[str, np.ndarray]:
-    """Scores of images against classes or captions by their distributions over clusters; higher is nearer [ours].
+def compare(similarities: Sequence[Similarity], img: Features, rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Scores of images against texts or classes by all similarities of a model: {score: (n, m)}.
 
     Args:
-      s: cluster logits (n, k) of images, whose distributions are p = softmax(s / tau).
-      q: distributions (m, k) of texts.
-      tau: temperature.
+      similarities: the model's own first.
+      img: features of n images, those that the similarities read.
+      rows: of the m texts or classes, for each similarity.
 
     Returns:
-      Two fp32 arrays (n, m): "cosine" of p and q, and "cross_entropy", the negative symmetric cross-entropy
-      1/2 sum_k (p log q + q log p) in nats.
+      Score "" is the first one of the model's own similarity, which tables show. The others have the names that their
+      similarity gives them; one without has that of its similarity. Of two similarities or more also "both", the sum of
+      the logits of the first two, each over its standard deviation [ours]. Images whose features are NaN, as those of
+      unreadable ones are, have minus infinity.
+
+    Raises:
+      UserError: two similarities whose scores have the same name.
     """
-    (n, k), m = s.shape, len(q)
-    scores = {key: np.empty((n, m), np.float32) for key in ("cosine", "cross_entropy")}
-    rows, columns = max(1, _IMAGES // k), max(1, _TEXTS // k)
-    for column in range(0, m, columns):
-        texts = q[column : column + columns]
-        length, log_q = np.linalg.norm(texts, axis=1), _log(texts)
-        for row in range(0, n, rows):
-            block = np.s_[row : row + rows, column : column + columns]
-            p = distributions(s[row : row + rows], tau)
-            scores["cosine"][block] = _unit(p) @ texts.T / length
-            scores["cross_entropy"][block] = 0.5 * (p @ log_q.T + _log(p) @ texts.T)
-    return scores
-
-
-def _log(p: np.ndarray) -> np.ndarray:
-    """log p, finite: exp underflows to 0 where softmax is sharp, and 0 log 0 must be 0."""
-    x = np.maximum(p, _TINY)
-    return np.log(x, out=x)
-
-
-def similarities(img: Features, z_txt: np.ndarray | None, q: np.ndarray | None, tau: float) -> dict[str, np.ndarray]:
-    """Every score that a model gives: {kind: (n, m)}.
-
-    Args:
-      img: "z" (n, e) and "s" (n, k) of images, as far as the model has them.
-      z_txt: unit vectors (m, e) of classes or captions, or None without projection.
-      q: distributions (m, k) of the same, or None without cluster heads.
-      tau: temperature of the images' distributions.
-
-    Returns:
-      Kind "" is the one that tables show: cosine of z, or of the distributions where there is no projection. With
-      cluster heads also "cosine" and "cross_entropy", of `cluster_scores`; with projection and cluster heads, as xCLIP
-      has them, "both", the sum of "" and "cross_entropy", each over its standard deviation [ours]. Images whose
-      features are NaN, as those of unreadable ones are, have minus infinity.
-    """
-    unreadable = np.isnan(img["s" if z_txt is None else "z"]).any(axis=1)
-    any_unreadable = unreadable.any() and not unreadable.all()  # a model that diverged keeps its NaN
-    scores = {} if z_txt is None else {"": img["z"] @ z_txt.T}
-    if q is not None:
-        by_cluster = cluster_scores(img["s"], q, tau)
-        if scores:
-            both = scores[""], by_cluster["cross_entropy"]
-            by_cluster["both"] = sum(x / max((x[~unreadable] if any_unreadable else x).std(), _TINY) for x in both)
-        scores = {"": by_cluster["cosine"]} | scores | by_cluster
-    if any_unreadable:
+    unreadable = np.isnan(img[similarities[0].feature]).any(axis=1)
+    partly = unreadable.any() and not unreadable.all()  # a model that diverged keeps its NaN
+    scores: dict[str, np.ndarray] = {}
+    logits: list[np.ndarray] = []
+    for similarity, texts in zip(similarities, rows, strict=True):
+        own = similarity.scores(img[similarity.feature], texts)
+        logits.append(own[similarity.logits])
+        if not scores:
+            scores[""] = next(iter(own.values()))
+        named = {name or similarity.name: x for name, x in own.items() if name or len(logits) > 1}
+        if repeated := scores.keys() & named.keys():
+            raise UserError(
+                f"similarity {similarity.name!r} has a score {min(repeated)!r}, and so has one before it; rename it."
+            )
+        scores |= named
+    if len(logits) > 1:
+        first, second = (x / max((x[~unreadable] if partly else x).std(), _TINY) for x in logits[:2])
+        scores["both"] = first + second
+    if partly:
         for x in scores.values():
             x[unreadable] = -np.inf
     return scores
 
 
-def class_scores(img: Features, txt: Features, counts: Sequence[int], tau: float) -> dict[str, np.ndarray]:
-    """`similarities` of images and classes, each class the mean of its prompts.
+def class_scores(
+    similarities: Sequence[Similarity], img: Features, txt: Features, counts: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """`compare` images and classes, each class one row made of its prompts.
 
     Args:
-      img: "z" and "s" of images, as far as the model has them.
+      similarities: the model's own first.
+      img: features of images, those that the similarities read.
       txt: the same of all prompts, class after class.
       counts: prompts of each class.
-      tau: temperature of the distributions.
     """
     ends = np.cumsum(counts)[:-1]
-    z = classifier(np.split(txt["z"], ends)) if "z" in txt else None
-    q = None
-    if "s" in txt:
-        q = np.stack([distributions(s, tau).mean(axis=0) for s in np.split(txt["s"], ends)])
-    return similarities(img, z, q, tau)
+    rows = [
+        np.stack([similarity.class_row(similarity.rows(part)) for part in np.split(txt[similarity.feature], ends)])
+        for similarity in similarities
+    ]
+    return compare(similarities, img, rows)
+
+
+def text_scores(
+    encoder: Encoder, variables: Any, images: Sequence[np.ndarray], texts: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """`compare` images and texts, each text alone: {score: (n, m)}."""
+    similarities = encoder.similarities
+    img = encoder.images(variables, images, features(similarities))
+    txt = encoder.texts(variables, texts, features(similarities))
+    rows = [similarity.rows(txt[similarity.feature]) for similarity in similarities]
+    del txt  # not both the outputs and the rows of a set's texts are kept: each may be gigabytes
+    return compare(similarities, img, rows)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -155,8 +136,8 @@ class ZeroShotSet:
       prompts: for each class its texts, templates filled in; classes may share texts.
       groups: bool (n,) of named parts, such as one for each vendor; the set's value is then their unweighted mean.
       names: of the classes, for people to read; by default their first prompts.
-      coarse: of each class a coarser one that it is part of, for people to read; may be empty.
-      card: where the set is from; its `metric` "roc_auc" (two classes) and "top1_top5" add that one to the others.
+      coarse: of each class a coarser one that includes it, for people to read; may be empty.
+      card: origin of the set; its `metric` "roc_auc" (two classes) and "top1_top5" add that one to the others.
     """
 
     evaluator: ClassVar[str] = "zeroshot"
@@ -171,21 +152,28 @@ class ZeroShotSet:
     coarse: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        n, ways = len(self.images), len(self.prompts)
+        n, num_classes = len(self.images), len(self.prompts)
         several = np.ndim(self.labels) == 2
-        if not n or np.shape(self.labels) != ((n, ways) if several else (n,)):
+        if not n or np.shape(self.labels) != ((n, num_classes) if several else (n,)):
             raise UserError(f"{self.name}: {n} images, {np.size(self.labels)} labels; give one label for each image.")
         if several and (self.groups or not all(self.prompts)):
-            raise UserError(f"{self.name}: several labels an image exclude groups, and want a prompt a class.")
-        if not several and self.card.metric == "roc_auc" and ways != 2:
-            raise UserError(f"{self.name}: ROC AUC is of two classes; the set has {ways}.")
+            raise UserError(
+                f"{self.name}: labels are bool (n, classes), several for an image; leave groups out and give each "
+                "class a prompt."
+            )
+        if not several and self.card.metric == "roc_auc" and num_classes != 2:
+            raise UserError(f"{self.name}: metric 'roc_auc' needs two classes; the set has {num_classes}.")
         if several:
             pass
-        elif np.min(self.labels) < 0 or np.max(self.labels) >= ways or not all(self.prompts):
-            raise UserError(f"{self.name}: labels must be below {ways}, the number of classes, each with a prompt.")
+        elif np.min(self.labels) < 0 or np.max(self.labels) >= num_classes or not all(self.prompts):
+            raise UserError(
+                f"{self.name}: labels must be below {num_classes}, the number of classes, each with a prompt."
+            )
         for words in (self.names, self.coarse):
-            if len(words or self.prompts) != ways:
-                raise UserError(f"{self.name}: {len(words)} names for {ways} classes; give each one a name, or none.")
+            if len(words or self.prompts) != num_classes:
+                raise UserError(
+                    f"{self.name}: {len(words)} names for {num_classes} classes; give each one a name, or none."
+                )
         for group, mask in self.groups.items():
             if np.shape(mask) != (n,) or not np.any(mask):
                 raise UserError(f"{self.name}: group {group!r} must be a bool for each of {n} images, not all False.")
@@ -227,7 +215,7 @@ LAYOUTS = (
 class ZeroShot(Evaluator):
     """top1, top5 and mean_per_class in percent, n and ways, named "zeroshot/<set>[/<score>][/<group>]/<metric>".
 
-    Scores are those of `similarities`. Where several classes hold for an image it is map (mean over the classes of
+    Scores are those of `compare`. Where several classes hold for an image it is map (mean over the classes of
     `average_precision`) and map11 (of `eleven_point`) instead.
     """
 
@@ -235,21 +223,22 @@ class ZeroShot(Evaluator):
     layouts = LAYOUTS
 
     def scores(self, variables: Any) -> dict[str, np.ndarray]:
-        """{kind: scores (n, ways)} of the set's images."""
-        # Classes of equal prompts are scored once: a matrix product may round equal columns differently, and the rule
-        # for ties would not see that they are tied.
+        """{score: (n, num_classes)} of the set's images."""
+        # Classes of equal prompts are scored once: a matrix product may round equal columns differently, and then they
+        # are not tied.
         rows = {prompts: i for i, prompts in enumerate(dict.fromkeys(map(tuple, self.data.prompts)))}
-        img = self.encoder.images(variables, self.data.images, ("z", "s"))
-        txt = self.encoder.texts(variables, [text for prompts in rows for text in prompts], ("z", "s"))
-        scores = class_scores(img, txt, [len(prompts) for prompts in rows], self.encoder.tau)
+        similarities = self.encoder.similarities
+        img = self.encoder.images(variables, self.data.images, features(similarities))
+        txt = self.encoder.texts(variables, [text for prompts in rows for text in prompts], features(similarities))
+        scores = class_scores(similarities, img, txt, [len(prompts) for prompts in rows])
         classes = [rows[tuple(prompts)] for prompts in self.data.prompts]
-        return {kind: s[:, classes] for kind, s in scores.items()}
+        return {score: x[:, classes] for score, x in scores.items()}
 
     def measure(self, variables: Any) -> list[Result]:
-        """Return the results that the class names."""
+        """Return the results that the class docstring lists."""
         labels, groups = np.asarray(self.data.labels), self.data.groups
-        n, ways = len(labels), len(self.data.prompts)
-        results = [self.count("n", n), self.count("ways", ways)]
+        n, num_classes = len(labels), len(self.data.prompts)
+        results = [self.count("n", n), self.count("ways", num_classes)]
         results += [self.count("n", np.sum(mask), group=group) for group, mask in groups.items()]
         for score, scores in self.scores(variables).items():
             if labels.ndim == 2:
@@ -265,7 +254,7 @@ class ZeroShot(Evaluator):
             parts = {group: _metrics(scores[mask], labels[mask]) for group, mask in groups.items()}
             whole = _mean(list(parts.values())) if parts else _metrics(scores, labels)
             whole |= {key: items[key].value() for key in items if key not in whole}
-            chance = {f"top{k}": 100 * min(k / ways, 1) for k in (1, 5)}
+            chance = {f"top{k}": 100 * min(k / num_classes, 1) for k in (1, 5)}
             for key, value in whole.items():
                 results.append(self.result(key, value, n=n, chance=chance.get(key), items=items.get(key), score=score))
             for group, metrics in parts.items():
@@ -276,7 +265,7 @@ class ZeroShot(Evaluator):
 
 
 def _items(scores: np.ndarray, labels: np.ndarray, groups: Mapping[str, np.ndarray]) -> dict[str, PerExample]:
-    """Each image's part in the set's metrics: the mean over groups counts each group alike."""
+    """Each image's part in the set's metrics, with equal weight for each group."""
     ranks, masks = _ranks(scores, labels), list(groups.values()) or [np.ones(len(labels), bool)]
     even, classes = np.zeros(len(labels)), np.zeros(len(labels))
     for mask in masks:
@@ -301,11 +290,6 @@ def _metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 def _mean(parts: list[dict[str, float]]) -> dict[str, float]:
     return {key: float(np.mean([part[key] for part in parts])) for key in parts[0]}
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    """Rows of unit length; an all-zero row stays zero."""
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def _ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

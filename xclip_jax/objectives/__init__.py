@@ -19,6 +19,7 @@ from xclip_jax.objectives.config import (
     make_objective,
     upgrade,
 )
+from xclip_jax.objectives.similarity import Similarity
 
 __all__ = [
     "OBJECTIVES",
@@ -28,6 +29,7 @@ __all__ = [
     "LossConfig",
     "Objective",
     "ObjectiveConfig",
+    "Similarity",
     "Term",
     "find_term",
     "make_objective",

@@ -26,6 +26,7 @@ from xclip_jax.config.fields import at_least, choice, key
 from xclip_jax.errors import UserError
 from xclip_jax.models.heads import Head, Heads, Scalar
 from xclip_jax.models.two_towers import ModelConfig
+from xclip_jax.objectives.similarity import Similarity
 
 Array = jax.Array
 Result = tuple[Array, dict[str, Array], dict[str, Array]]
@@ -62,19 +63,21 @@ class Term:
 
     Attributes:
       title: the term's name in sentences, tables and charts.
-      similarity: how its outputs compare an image with a text in zero-shot classification and retrieval: "cosine" of
-        z_img and z_txt, "cross_entropy" of the distributions of s_img and s_txt, or None where they do not.
       labelled: whether it is computed from labelled items instead of image-text pairs.
     """
 
     title: ClassVar[str] = ""
-    similarity: ClassVar[str | None] = None
     labelled: ClassVar[bool] = False
 
     @property
     def classes(self) -> int:
         """Classes of labelled items; 1 where the label is a number, 0 where items have no labels."""
         return 0
+
+    @property
+    def similarity(self) -> Similarity | None:
+        """How an image is compared with a text by what it trains; None where it trains nothing to compare them by."""
+        return None
 
     @property
     def towers(self) -> tuple[str, ...]:
@@ -209,29 +212,16 @@ class Objective:
         return max(term.classes for term in self.terms.values())
 
     @property
-    def tau(self) -> float:
-        """Temperature of the distributions that similarity "cross_entropy" compares."""
-        return next((term.tau for term in self.terms.values() if term.similarity == "cross_entropy"), 1.0)
+    def similarities(self) -> tuple[Similarity, ...]:
+        """How images are compared with texts: of each name the first term's, in the order of their priorities.
 
-    @property
-    def similarities(self) -> tuple[str, ...]:
-        """How an image is compared with a text, see `Term.similarity`; the first is the embedding's."""
-        return tuple(dict.fromkeys(term.similarity for term in self.terms.values() if term.similarity))
-
-    @property
-    def contrastive(self) -> bool:
-        """Whether the model has projections to a shared space."""
-        return "cosine" in self.similarities
-
-    @property
-    def clusters(self) -> bool:
-        """Whether the model has cluster heads."""
-        return "cross_entropy" in self.similarities
-
-    @property
-    def classifies(self) -> bool:
-        """Whether this is fine-tuning on labelled items."""
-        return self.labelled
+        The first is the model's own, whose embeddings it gives.
+        """
+        by_name: dict[str, Similarity] = {}
+        for term in self.terms.values():
+            if term.similarity is not None:
+                by_name.setdefault(term.similarity.name, term.similarity)
+        return tuple(sorted(by_name.values(), key=lambda similarity: similarity.priority))
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
         """{name: `Head` or `Scalar`} of all terms.

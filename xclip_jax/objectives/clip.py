@@ -12,6 +12,7 @@ from xclip_jax.losses import contrastive, ring
 from xclip_jax.models.heads import Heads, contrastive_heads
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.base import Curve, LossConfig, Result, Term
+from xclip_jax.objectives.similarity import CosineSimilarity
 
 Array = jax.Array
 
@@ -21,9 +22,13 @@ class Clip(Term):
     """Softmax contrastive loss, see `losses.contrastive.softmax`; it has no options of its own."""
 
     title: ClassVar[str] = "CLIP"
-    similarity: ClassVar[str | None] = "cosine"
     form: ClassVar[str] = "softmax"  # function of `losses.contrastive` and of `losses.ring`
     outputs: ClassVar[tuple[str, ...]] = ("z_img", "z_txt", "scale")  # its arguments
+
+    @property
+    def similarity(self) -> CosineSimilarity:
+        """The cosine of the embeddings."""
+        return CosineSimilarity()
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
         """Projections of both towers and the logit scale."""

@@ -15,6 +15,7 @@ from xclip_jax.losses import noncontrastive
 from xclip_jax.models.heads import Heads, cluster_heads
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.base import Curve, LossConfig, Result, Term
+from xclip_jax.objectives.similarity import ClusterSimilarity
 
 Array = jax.Array
 
@@ -24,7 +25,6 @@ class Nclip(Term):
     """Config group `objective.nclip`: options of `losses.noncontrastive.nclip`; defaults are our choice."""
 
     title: ClassVar[str] = "nCLIP"
-    similarity: ClassVar[str | None] = "cross_entropy"
 
     target: str = key("detach", "where pseudo-labels come from", choice(noncontrastive.TARGETS))
     tau: float = key(1.0, "temperature of the cluster distributions", above(0))
@@ -33,6 +33,11 @@ class Nclip(Term):
     smoothness: float = key(2.0, "weight of the entropy of the batch's mean distribution", at_least(0))
     balance: str = key("none", "how targets are spread over clusters", choice(noncontrastive.BALANCES))
     center_momentum: float = key(0.9, "of the running mean of logits, of balance 'center'", fraction_below_one())
+
+    @property
+    def similarity(self) -> ClusterSimilarity:
+        """The likeness of the cluster distributions."""
+        return ClusterSimilarity(self.tau)
 
     @property
     def teacher(self) -> bool:

@@ -1,20 +1,20 @@
 """Predictions of a model on images and texts, computed once for the picture and for the page.
 
-Examples are drawn by a seed, never picked by hand.
+Examples are drawn by a seed, never selected by hand.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from xclip_jax.data import loader
-from xclip_jax.evaluators.encoder import Encoder
+from xclip_jax.evaluators.encoder import Encoder, Features
 from xclip_jax.evaluators.retrieval import RetrievalSet, positives
 from xclip_jax.evaluators.retrieval import ranks as ranks_of
-from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, distributions, similarities
+from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, compare, text_scores
+from xclip_jax.objectives.similarity import Similarity, features, of_clusters, softmax
 from xclip_jax.report.selection import POOL, ZeroShotPanel, select, subset
 
 NUM_IMAGES = 9  # images that get names, of each set
@@ -26,7 +26,7 @@ CLASSES = 100  # of the confusion matrix
 
 @dataclasses.dataclass(frozen=True)
 class Gallery:
-    """Images as the model sees them and as people see them, and their names."""
+    """Images at the model's size and at the size of the page, and their names."""
 
     images: list[np.ndarray]
     shown: list[np.ndarray]
@@ -35,7 +35,7 @@ class Gallery:
 
 @dataclasses.dataclass(frozen=True)
 class ScoredLabel:
-    """A name for an image: what its bar shows (0 to 1), how that is written, and whether it is right."""
+    """A name for an image: the length of its bar (0 to 1), the number beside it, and whether it is right."""
 
     name: str
     value: float
@@ -45,7 +45,7 @@ class ScoredLabel:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """An image, its right name, the place of that name among all (from 1), and the best five names."""
+    """An image, its right name, the rank of that name among all (from 1), and the best five names."""
 
     image: np.ndarray
     name: str
@@ -55,17 +55,17 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShotExamples:
-    """Names for images of one set: what it is, among how many names, and what bars mean."""
+    """Names for images of one set: its title, a sentence about names and bars, and the number of names."""
 
     title: str
     sentence: str
-    ways: int
+    num_classes: int
     guesses: list[Prediction]
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult:
-    """What a text finds: indices of a gallery's images, best first, and which of them are right where that is known."""
+    """Results of a text query: indices of a gallery's images, best first, and which of them are right, if known."""
 
     text: str
     images: list[int]
@@ -75,7 +75,7 @@ class SearchResult:
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalExamples:
-    """Both ways of retrieval on one set: texts that find images, images that find texts, and what their bars mean."""
+    """Both directions of retrieval on one set: images for texts, texts for images, and the meaning of the bars."""
 
     title: str
     texts: int
@@ -87,7 +87,7 @@ class RetrievalExamples:
 
 @dataclasses.dataclass(frozen=True)
 class ConfusedPair:
-    """A class that is taken for another one: how often, and images of it."""
+    """A class that is predicted as another one: how often, and images of it."""
 
     name: str
     taken_for: str
@@ -97,7 +97,7 @@ class ConfusedPair:
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:
-    """Who is taken for whom: counts (c, c), rows the right classes, columns the answers; empty for many classes."""
+    """Confusion matrix: counts (c, c), rows the right classes, columns the predictions; empty for many classes."""
 
     title: str
     images: int
@@ -119,7 +119,7 @@ class Cluster:
 
 @dataclasses.dataclass(frozen=True)
 class Clusters:
-    """The most used clusters, by pictures; `used` of `k` hold a picture of the gallery."""
+    """The clusters with the most pictures; `used` of `k` have a picture of the gallery."""
 
     k: int
     used: int
@@ -129,7 +129,7 @@ class Clusters:
 
 @dataclasses.dataclass
 class Examples:
-    """All that is shown of a model; empty where there is nothing, and then `missing` says for each section why."""
+    """Everything that is shown of a model; `missing` gives the reasons for what is empty."""
 
     seed: int = 0
     named: list[ZeroShotExamples] = dataclasses.field(default_factory=list)
@@ -152,7 +152,7 @@ def collect_examples(
     queries: Sequence[str] = (),
     seed: int = 0,
 ) -> Examples:
-    """Everything of `Examples`. With several processes all of them call this, and all get the same.
+    """Compute all `Examples`. With several processes all of them call this, and all get the same.
 
     Args:
       encoder: of the model.
@@ -173,10 +173,12 @@ def collect_examples(
         pool = rng.permutation(len(zeroshot.labels))[:POOL] if n < 2 else []
         keep = np.unique([*first, *pool]).astype(int)
         zeroshot, shown = subset(zeroshot, keep), subset(shown, keep)
-        scores = ZeroShot(encoder, zeroshot).scores(variables)[""]
-        examples.named.append(_named(panel, zeroshot, shown, scores, np.searchsorted(keep, first), variables))
+        scores = ZeroShot(encoder, zeroshot).scores(variables)
+        indices = np.searchsorted(keep, first)
+        bars = _bars(encoder, variables, {score: x[indices] for score, x in scores.items()})
+        examples.named.append(_named(panel, zeroshot, shown, indices, scores[""][indices], bars))
         if n == 0:
-            examples.confusion = _confusion(panel.title, zeroshot, shown, scores, rng)
+            examples.confusion = _confusion(panel.title, zeroshot, shown, scores[""], rng)
         if n < 2:
             examples.gallery.images.extend(zeroshot.images)
             examples.gallery.shown.extend(shown.images)
@@ -187,11 +189,13 @@ def collect_examples(
         if not selection.zeroshot:
             examples.gallery, words = examples.retrieved.gallery, captions
     if examples.gallery.images:
-        img = encoder.images(variables, examples.gallery.images, ("z", "s"))
+        img = encoder.images(variables, examples.gallery.images, features(encoder.similarities))
         if selection.queries:
             examples.searches = _searches(encoder, variables, img, queries or selection.queries)
-        if "s" in img:
-            examples.clusters = _clusters(encoder, variables, examples.gallery, img["s"], list(dict.fromkeys(words)))
+        if (similarity := of_clusters(encoder.similarities)) is not None:
+            words = list(dict.fromkeys(words))
+            txt = encoder.texts(variables, words, (similarity.feature,))
+            examples.clusters = _clusters(similarity, examples.gallery, img, txt, words)
     return examples
 
 
@@ -202,63 +206,68 @@ def _different(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return order[np.sort(first)][:NUM_IMAGES]
 
 
-def _named(
-    panel: ZeroShotPanel, data: ZeroShotSet, shown: ZeroShotSet, scores: np.ndarray, places: np.ndarray, variables: Any
-) -> ZeroShotExamples:
-    values, show, meaning = _values(scores[places], variables)
-    best = np.argsort(-scores[places], axis=1, kind="stable")
-    guesses = []
-    for row, i in enumerate(places):
-        label = int(data.labels[i])
-        choices = [
-            ScoredLabel(data.names[k], float(np.clip(values[row, k], 0, 1)), show(values[row, k]), k == label)
-            for k in best[row, :5]
-        ]
-        rank = int(np.flatnonzero(best[row] == label)[0]) + 1
-        guesses.append(Prediction(shown.images[i], data.names[label], rank, choices))
-    ways = len(data.prompts)
-    sentence = panel.sentence.replace("{num_classes}", f"{ways:,}")
-    return ZeroShotExamples(panel.title, f"{sentence} Bars: {meaning}.", ways, guesses)
+@dataclasses.dataclass(frozen=True)
+class _Bars:
+    """What bars show for scores (n, m): values from 0 to 1, how one is written, and what they mean."""
+
+    values: np.ndarray
+    write: Callable[[float], str]
+    meaning: str
+
+    def label(self, row: int, column: int, name: str, right: bool) -> ScoredLabel:
+        """The bar of one score."""
+        value = self.values[row, column]
+        return ScoredLabel(name, float(np.clip(value, 0, 1)), self.write(value), right)
 
 
-def _values(scores: np.ndarray, variables: Any) -> tuple[np.ndarray, Callable[[float], str], str]:
-    """What bars show, how it is written and called: probabilities, or without a learned scale the scores themselves."""
-    if "log_scale" not in variables["params"]:
-        return scores, lambda value: f"{value:.2f}", "likeness of cluster distributions, 0 to 1"
-    scale = math.exp(variables["params"]["log_scale"])
-    return distributions(scale * scores), _percent, "probability"
+def _bars(encoder: Encoder, variables: Any, scores: Mapping[str, np.ndarray]) -> _Bars:
+    """Probabilities of the logits, or the scores themselves where the model's similarity has a label for these."""
+    if label := encoder.similarities[0].bar_label:
+        return _Bars(scores[""], lambda value: f"{value:.2f}", label)
+    return _Bars(softmax(encoder.logits_of(scores, variables)), _percent, "probability")
 
 
 def _percent(value: float) -> str:
     return "<1 %" if value < 0.01 else f"{100 * value:.0f} %"
 
 
-def _searches(
-    encoder: Encoder, variables: Any, img: dict[str, np.ndarray], queries: Sequence[str]
-) -> list[SearchResult]:
-    txt = encoder.texts(variables, queries, ("z", "s"))
-    q = distributions(txt["s"], encoder.tau) if "s" in txt else None
-    scores = similarities(img, txt.get("z"), q, encoder.tau)[""].T
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :TOP]
+def _named(
+    panel: ZeroShotPanel, data: ZeroShotSet, shown: ZeroShotSet, indices: np.ndarray, scores: np.ndarray, bars: _Bars
+) -> ZeroShotExamples:
+    """The images at `indices`, of which `scores` (n, classes) and `bars` have a row each."""
+    ranking = np.argsort(-scores, axis=1, kind="stable")
+    guesses = []
+    for row, i in enumerate(indices):
+        label = int(data.labels[i])
+        best = [bars.label(row, k, data.names[k], k == label) for k in ranking[row, :5]]
+        rank = int(np.flatnonzero(ranking[row] == label)[0]) + 1
+        guesses.append(Prediction(shown.images[i], data.names[label], rank, best))
+    num_classes = len(data.prompts)
+    sentence = f"{panel.sentence.replace('{num_classes}', f'{num_classes:,}')} Bars: {bars.meaning}."
+    return ZeroShotExamples(panel.title, sentence, num_classes, guesses)
+
+
+def _searches(encoder: Encoder, variables: Any, img: Features, queries: Sequence[str]) -> list[SearchResult]:
+    similarities = encoder.similarities
+    txt = encoder.texts(variables, queries, features(similarities))
+    scores = compare(similarities, img, [similarity.rows(txt[similarity.feature]) for similarity in similarities])
+    best = np.argsort(-scores[""].T, axis=1, kind="stable")[:, :TOP]
     return [SearchResult(query, row.tolist(), []) for query, row in zip(queries, best, strict=True)]
 
 
 def _retrieved(
     encoder: Encoder, variables: Any, data: RetrievalSet, shown: RetrievalSet, rng: np.random.Generator
 ) -> tuple[RetrievalExamples, list[str]]:
-    """`NUM_QUERIES` texts and `NUM_IMAGES` images, with what each finds; and all texts."""
+    """Results for `NUM_QUERIES` texts and `NUM_IMAGES` images; and all texts."""
     keep = np.sort(rng.permutation(len(data.images))[:POOL])
     captions = [data.captions[i] for i in keep]
     texts = [text for of_image in captions for text in of_image]
     gallery = Gallery(
         [data.images[i] for i in keep], [shown.images[i] for i in keep], [of_image[0] for of_image in captions]
     )
-    img = encoder.images(variables, gallery.images, ("z", "s"))
-    txt = encoder.texts(variables, texts, ("z", "s"))
-    q = distributions(txt["s"], encoder.tau) if "s" in txt else None
-    scores = similarities(img, txt.get("z"), q, encoder.tau)[""]
+    by_score = text_scores(encoder, variables, gallery.images, texts)
+    scores, bars = by_score[""], _bars(encoder, variables, by_score)
     matches = positives(captions)
-    values, show, meaning = _values(scores, variables)
     by_text, by_image = [], []
     _, first = np.unique(texts, return_index=True)
     for t in rng.permutation(first)[:NUM_QUERIES]:
@@ -268,13 +277,10 @@ def _retrieved(
     for i in rng.permutation(len(gallery.images))[:NUM_IMAGES]:
         order = np.argsort(-scores[i], kind="stable")
         _, once = np.unique([texts[t] for t in order], return_index=True)  # a text of several images is shown once
-        choices = [
-            ScoredLabel(texts[t], float(np.clip(values[i, t], 0, 1)), show(values[i, t]), bool(matches[i, t]))
-            for t in order[np.sort(once)][:5]
-        ]
+        choices = [bars.label(i, t, texts[t], bool(matches[i, t])) for t in order[np.sort(once)][:5]]
         rank = int(ranks_of(scores[i][None], matches[i][None])[0]) + 1
         by_image.append(Prediction(gallery.shown[i], captions[i][0], rank, choices))
-    return RetrievalExamples(data.name, len(texts), meaning, gallery, by_text, by_image), texts
+    return RetrievalExamples(data.name, len(texts), bars.meaning, gallery, by_text, by_image), texts
 
 
 def _confusion(
@@ -288,8 +294,8 @@ def _confusion(
         number = {name: i for i, name in enumerate(classes)}
         of = np.array([number[name] for name in names])
         np.add.at(counts, (of[labels], of[answers]), 1)
-        seen = counts.any(axis=0) | counts.any(axis=1)
-        classes, counts = [c for c, keep in zip(classes, seen, strict=True) if keep], counts[seen][:, seen]
+        used = np.flatnonzero(counts.any(axis=0) | counts.any(axis=1))
+        classes, counts = [classes[i] for i in used], counts[used][:, used]
     wrong: dict[tuple[int, int], list[int]] = {}
     for i in rng.permutation(np.flatnonzero(answers != labels)):  # the seed decides among those equally frequent
         wrong.setdefault((int(labels[i]), int(answers[i])), []).append(int(i))
@@ -301,9 +307,9 @@ def _confusion(
     return Confusion(title, len(labels), classes, counts, mistakes)
 
 
-def _clusters(encoder: Encoder, variables: Any, gallery: Gallery, s_img: np.ndarray, words: Sequence[str]) -> Clusters:
-    p = distributions(s_img, encoder.tau)
-    q = distributions(encoder.texts(variables, words, ("s",))["s"], encoder.tau)
+def _clusters(similarity: Similarity, gallery: Gallery, img: Features, txt: Features, words: Sequence[str]) -> Clusters:
+    """The clusters of the gallery's images and of `words`, by what `similarity` reads of their features."""
+    p, q = (similarity.rows(x[similarity.feature]) for x in (img, txt))
     pictures, texts = (np.bincount(x.argmax(axis=1), minlength=p.shape[1]) for x in (p, q))
     used = int(np.count_nonzero(pictures))
     most = [

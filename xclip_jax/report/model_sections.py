@@ -18,7 +18,7 @@ def names(examples: Examples, images: Images, why: str) -> Section:
         return missing("names", "Names for images", f"No zero-shot set was looked at: {why}")
     parts = []
     for named in examples.named:
-        cards = "".join(_guess(guess, images, named.ways) for guess in named.guesses)
+        cards = "".join(_guess(guess, images, named.num_classes) for guess in named.guesses)
         parts.append(
             f'<h3>{esc(named.title)}</h3><p class="say">{esc(named.sentence)}</p><div class="grid3">{cards}</div>'
         )

@@ -66,7 +66,7 @@ def _grid(items: Sequence[Any], columns: int, height: int, cell: Cell) -> list[S
 
 def _names_for_images(named: ZeroShotExamples) -> list[Strip]:
     def card(strip: Strip, x: float, width: float, guess: Prediction) -> None:
-        place = "right" if guess.rank == 1 else f"rank {guess.rank:,} of {named.ways:,}"
+        place = "right" if guess.rank == 1 else f"rank {guess.rank:,} of {named.num_classes:,}"
         strip.text(x + 16, 31, guess.name, 17, bold=True, width=width - 152)
         ink = RIGHT_INK if guess.rank <= 5 else MUTED
         strip.text(x + width - 16, 31, place, 14, ink, anchor="rs", bold=guess.rank == 1)

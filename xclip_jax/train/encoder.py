@@ -22,6 +22,6 @@ def make_encoder(config: Config, parts: Parts, classes: Sequence[str] | None = N
         preprocessing=parts.preprocessing,
         mesh=parts.mesh,
         batch=config.eval.batch,
-        tau=parts.objective.tau,
+        similarities=parts.objective.similarities,
         classes=classes,
     )

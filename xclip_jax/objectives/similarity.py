@@ -1,0 +1,179 @@
+"""How a model compares images with texts, by the outputs of one pair of its heads. NumPy only.
+
+A term of an objective has a `Similarity` or none; zero-shot classification, retrieval, reports and `inference.Model`
+use the objective's and know no other. One of another package derives from `Similarity`:
+
+    class Euclidean(Similarity):
+        name = "euclidean"
+        reads = "point"  # heads that write point_img (b, d) and point_txt (b, d)
+
+        def scores(self, img, txt):
+            return {"": -np.linalg.norm(img[:, None] - txt, axis=2)}
+
+and is returned by the property `similarity` of its term.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from xclip_jax.errors import UserError
+
+_TINY = float(np.finfo(np.float32).tiny)
+# Distributions at once, fp32, of images and of texts: a set of 50,000 images with 32,768 clusters is 6.6 GB. Those of
+# images are computed again for each block of texts, which therefore are the larger blocks.
+_IMAGES, _TEXTS = 1 << 22, 1 << 25
+_FEATURES = {"z": "embedding", "s": "cluster_logits"}
+
+
+class Similarity(abc.ABC):
+    """Scores of images against texts by one output of the heads of both towers.
+
+    Attributes:
+      name: of the similarity; an objective has one of each name.
+      reads: output of the heads, without the tower: "z" for z_img (n, e) and z_txt (m, e).
+      logits: which of its scores, multiplied by `scale`, are logits of an image's classes.
+      scale: output of the model with the learned factor of these logits, such as "scale"; None for 1.
+      is_distribution: whether `rows` are probabilities, of clusters.
+      bar_label: what a report calls its first score, where that is from 0 to 1 and drawn as it is; "" where a report
+        draws the probabilities of the logits.
+      priority: of a model's similarities the one with the smallest value is the model's own.
+    """
+
+    name: ClassVar[str]
+    reads: ClassVar[str]
+    logits: ClassVar[str] = ""
+    scale: ClassVar[str | None] = None
+    is_distribution: ClassVar[bool] = False
+    bar_label: ClassVar[str] = ""
+    priority: ClassVar[int] = 0
+
+    @property
+    def feature(self) -> str:
+        """Key of the output that it reads among the features of `Encoder`."""
+        return _FEATURES.get(self.reads, self.reads)
+
+    def rows(self, output: np.ndarray) -> np.ndarray:
+        """What each text is compared by: outputs of the heads (m, d) -> rows (m, d)."""
+        return output
+
+    def class_row(self, rows: np.ndarray) -> np.ndarray:
+        """One row (d,) for a class, of the `rows` (prompts, d) of its prompts."""
+        return rows.mean(axis=0)
+
+    @abc.abstractmethod
+    def scores(self, img: np.ndarray, txt: np.ndarray) -> dict[str, np.ndarray]:
+        """Scores of every image against every text or class; higher is nearer.
+
+        Args:
+          img: outputs of the heads (n, d) for images, without `rows`: those of a whole set may be too large.
+          txt: rows (m, d) of texts or classes.
+
+        Returns:
+          {score: (n, m)}; the first is the one that tables show. A single score is called "".
+        """
+
+    def embedding(self, output: np.ndarray) -> np.ndarray:
+        """Vectors of unit length for other uses, of images and of texts: outputs of the heads (n, d) -> (n, d)."""
+        return unit(self.rows(output))
+
+
+@dataclasses.dataclass(frozen=True)
+class CosineSimilarity(Similarity):
+    """The cosine of L2-normalised embeddings z, after CLIP (arXiv 2103.00020); a class is the mean of its prompts."""
+
+    name: ClassVar[str] = "embedding"
+    reads: ClassVar[str] = "z"
+    scale: ClassVar[str | None] = "scale"
+
+    def class_row(self, rows: np.ndarray) -> np.ndarray:
+        """The mean of prompts of unit length, normalised again."""
+        return unit(unit(rows).mean(axis=0))
+
+    def scores(self, img: np.ndarray, txt: np.ndarray) -> dict[str, np.ndarray]:
+        """Cosines of unit vectors (n, e) and (m, e)."""
+        return {"": img @ txt.T}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterSimilarity(Similarity):
+    """Likeness of distributions over clusters p = softmax(s / tau) [ours]; a class is the mean of its prompts'.
+
+    Attributes:
+      tau: temperature.
+    """
+
+    name: ClassVar[str] = "clusters"
+    reads: ClassVar[str] = "s"
+    logits: ClassVar[str] = "cross_entropy"
+    is_distribution: ClassVar[bool] = True
+    bar_label: ClassVar[str] = "likeness of cluster distributions, 0 to 1"
+    priority: ClassVar[int] = 1  # behind an embedding that is trained to be compared
+
+    tau: float = 1.0
+
+    def rows(self, output: np.ndarray) -> np.ndarray:
+        """Distributions of cluster logits."""
+        return softmax(output, self.tau)
+
+    def scores(self, img: np.ndarray, txt: np.ndarray) -> dict[str, np.ndarray]:
+        """Compare cluster logits of images (n, k) with distributions of texts (m, k).
+
+        Returns:
+          Two fp32 arrays (n, m): "cosine" of p and q, and "cross_entropy", the negative symmetric cross-entropy
+          1/2 sum_k (p log q + q log p) in nats.
+        """
+        (n, k), m = img.shape, len(txt)
+        scores = {key: np.empty((n, m), np.float32) for key in ("cosine", "cross_entropy")}
+        rows, columns = max(1, _IMAGES // k), max(1, _TEXTS // k)
+        for column in range(0, m, columns):
+            q = txt[column : column + columns]
+            length, log_q = np.linalg.norm(q, axis=1), _log(q)
+            for row in range(0, n, rows):
+                block = np.s_[row : row + rows, column : column + columns]
+                p = softmax(img[row : row + rows], self.tau)
+                scores["cosine"][block] = unit(p) @ q.T / length
+                scores["cross_entropy"][block] = 0.5 * (p @ log_q.T + _log(p) @ q.T)
+        return scores
+
+
+def features(similarities: Sequence[Similarity]) -> tuple[str, ...]:
+    """Features of `Encoder` that the similarities read.
+
+    Raises:
+      UserError: there are no similarities.
+    """
+    if not similarities:
+        raise UserError(
+            "the model does not compare images with texts: no term of its objective has a similarity; evaluate "
+            "probe/SET or finetuned/SET."
+        )
+    return tuple(dict.fromkeys(similarity.feature for similarity in similarities))
+
+
+def of_clusters(similarities: Sequence[Similarity]) -> Similarity | None:
+    """The first similarity of distributions over clusters, or None."""
+    return next((similarity for similarity in similarities if similarity.is_distribution), None)
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Rows of unit length, (..., d) -> (..., d); an all-zero row stays zero."""
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def softmax(logits: np.ndarray, tau: float = 1.0) -> np.ndarray:
+    """softmax(logits / tau) over the last axis; (..., k) -> fp32 (..., k)."""
+    p = np.asarray(logits, np.float32) / tau
+    p -= p.max(axis=-1, keepdims=True)
+    np.exp(p, out=p)
+    p /= p.sum(axis=-1, keepdims=True)
+    return p
+
+
+def _log(p: np.ndarray) -> np.ndarray:
+    """log p, finite: exp underflows to 0 where softmax is sharp, and 0 log 0 must be 0."""
+    x = np.maximum(p, _TINY)
+    return np.log(x, out=x)
