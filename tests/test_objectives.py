@@ -208,7 +208,7 @@ def test_terms_describe_themselves(name, similarities, fields):
         assert curves
         for curve in curves:
             assert isinstance(curve, Curve)
-            keys = [key for key, _ in curve.lines] + ([curve.level[0]] if curve.level else [])
+            keys = [key for key, _ in curve.lines] + [x.value for x in curve.levels if isinstance(x.value, str)]
             assert {f"{term}/{key}" for key in keys} <= metrics.keys()
     flat = schema.flatten(schema.to_dict(resolved))
     assert all(flat[key] == value for key, value in objective.recipe(resolved.model).items())

@@ -9,7 +9,7 @@ A term is one class in one file, see `base.Term`. `TERMS` is the table of this p
 named "package.module:Class" in the config, see `ObjectiveConfig`.
 """
 
-from xclip_jax.objectives.base import Curve, LossConfig, Objective, Term
+from xclip_jax.objectives.base import LossConfig, Objective, Term
 from xclip_jax.objectives.config import (
     OBJECTIVES,
     RECIPES,
@@ -17,19 +17,27 @@ from xclip_jax.objectives.config import (
     ObjectiveConfig,
     find_term,
     make_objective,
+    objective_of_heads,
+    read_objective,
     upgrade,
 )
+from xclip_jax.objectives.display import Curve, Health, Level, Light
 
 __all__ = [
     "OBJECTIVES",
     "RECIPES",
     "TERMS",
     "Curve",
+    "Health",
+    "Level",
+    "Light",
     "LossConfig",
     "Objective",
     "ObjectiveConfig",
     "Term",
     "find_term",
     "make_objective",
+    "objective_of_heads",
+    "read_objective",
     "upgrade",
 ]
