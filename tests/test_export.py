@@ -10,9 +10,11 @@ import torch
 import transformers
 
 from tests import tiny
-from xclip_jax import evaluate, export, interop
+from tests.pages import of_an_earlier_version
+from xclip_jax import evaluate, export, interop, model_card
 from xclip_jax.errors import UserError
 from xclip_jax.models.layers import stack_blocks
+from xclip_jax.run_folder import RunFolder
 from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.encoder import make_encoder
 
@@ -124,6 +126,14 @@ def test_the_card_of_a_run(run, tmp_path):
     export.export(str(tmp_path / "hf"), str(tmp_path / "oc"), to="open_clip")
     card = (tmp_path / "oc" / export.CARD).read_text()
     assert "## Recipe" not in card and f"Converted from `{tmp_path / 'hf'}`" in card
+
+
+def test_the_recipe_of_a_run_of_an_earlier_version(run, tmp_path):
+    content = json.loads((run / "config.json").read_text())
+    expected = model_card._recipe(RunFolder(run), STEPS)
+    (tmp_path / "config.json").write_text(json.dumps(content | {"config": of_an_earlier_version(content["config"])}))
+    recipe = model_card._recipe(RunFolder(tmp_path), STEPS)
+    assert recipe == expected and f"| optim.grad_clip_norm | {content['config']['optim']['grad_clip_norm']} |" in recipe
 
 
 def test_a_folder_with_files_is_kept(run, tmp_path):

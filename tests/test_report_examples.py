@@ -6,13 +6,16 @@ import math
 import re
 
 import numpy as np
+import PIL.Image
 import pytest
 
-from tests.pages import Page
+from tests import tiny
+from tests.encoding import make_encoder, small_model
+from tests.pages import Page, check, written
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
-from xclip_jax.report import charts, examples, selection
+from xclip_jax.report import charts, examples, html, selection
 
 
 def test_numbers_and_ticks():
@@ -103,3 +106,48 @@ def test_selected_sets(monkeypatch):
         "emoji/test_line",
     ] and selected.credits
     assert "emoji/test_rendering_rest" not in loaded
+
+
+# --- images that cannot be read
+
+
+def folder_of(path, n=8):
+    """A folder of images in two classes, the third of each class unreadable."""
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (path / name).mkdir(parents=True)
+        for i in range(n):
+            PIL.Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path / name / f"{i}.png")
+        (path / name / "2.png").write_bytes(b"<html>")
+    return path
+
+
+def test_unreadable_images_are_left_out_and_counted(tmp_path):
+    spec = f"folder:{folder_of(tmp_path / 'set')}"
+    shown = examples.collect_examples(make_encoder(), small_model()[1], [spec])
+    (named,) = shown.named
+    assert len(named.guesses) == 2 and len(shown.gallery.images) == 14 and shown.confusion.images == 14
+    (note,) = shown.missing
+    assert note.startswith(f"2 of 16 images drawn from {spec} cannot be read and are left out; the first: ")
+    assert str(tmp_path / "set" / "cat" / "2.png") in note
+    run = written(tmp_path / "run", tiny.config("xclip"), [])
+    assert "2 of 16 images drawn from" in " ".join(check(html.render(run, shown)).text)
+
+
+def test_unreadable_images_of_a_retrieval_set(tmp_path):
+    folder_of(tmp_path)
+    records = [
+        {"filename": f"{i}.png", "filepath": "cat", "split": "test", "sentences": [{"raw": f"text {i}"}]}
+        for i in range(8)
+    ]
+    (tmp_path / "x.json").write_text(json.dumps({"images": records}))
+    shown = examples.collect_examples(make_encoder(), small_model()[1], [f"coco_retrieval@{tmp_path / 'x.json'}"])
+    assert len(shown.retrieved.gallery.images) == 7 and "text 2" not in shown.retrieved.gallery.names
+    assert shown.missing[0].startswith("1 of 8 images drawn from coco_retrieval@")
+
+
+def test_a_set_without_a_readable_image_is_one_sentence(tmp_path):
+    for path in folder_of(tmp_path).rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of 16 images of folder:.* can be read; the first: "):
+        examples.collect_examples(make_encoder(), small_model()[1], [f"folder:{tmp_path}"])

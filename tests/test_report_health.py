@@ -10,7 +10,7 @@ import pytest
 
 from tests import tiny
 from tests.extension.superclip import TokenClassification
-from tests.pages import Page, check, written
+from tests.pages import Page, check, of_an_earlier_version, written
 from tests.test_objectives import superclip
 from xclip_jax.losses import noncontrastive
 from xclip_jax.objectives import Term
@@ -126,20 +126,10 @@ def test_every_chart_of_a_term_is_on_the_page(name, tmp_path):
 
 def test_a_run_of_an_earlier_version(tmp_path):
     """Keys have their old names, new ones are absent, and objectives have no terms."""
-    old = tiny.config("xclip", log__collapse_warmup_steps=7).to_dict()
-    for new, name in (("image_size", "size"),):
-        old["model"]["img"][name] = old["model"]["img"].pop(new)
-    old["model"]["txt"]["length"] = old["model"]["txt"].pop("context_length")
-    old["log"]["alarms_after"] = old["log"].pop("collapse_warmup_steps")
-    old["optim"]["clip"] = old["optim"].pop("grad_clip_norm")
-    del (
-        old["objective"]["terms"],
-        old["objective"]["plugins"],
-        old["checkpoint"],
-        old["init"],
-        old["model"]["img"]["stem"],
-    )
-    old["objective"] |= {"w_clip": 0.4, "w_nclip": 0.6}
+    config = tiny.config("xclip", log__collapse_warmup_steps=7)
+    config.objective.terms = {"clip": 0.4, "nclip": 0.6}
+    old = of_an_earlier_version(config.to_dict())
+    assert "alarms_after" in old["log"] and "size" in old["model"]["img"]
     run = written(tmp_path / "run", old, [{"step": 1, "loss": 0.0} | collapsed("")])
     words = " ".join(check(html.render(run, examples.Examples())).text)
     assert "xCLIP, 0.4 CLIP + 0.6 nCLIP" in words and f"{tiny.SIZE} px, patch 8" in words
