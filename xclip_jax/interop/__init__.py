@@ -138,7 +138,7 @@ def _expressible(
     params, model = dict(variables["params"]), config["model"]
     expressible = (hf if to == "hf" else open_clip).HEADS
     objective = read_objective(config["objective"])
-    if lacking := sorted(expressible - params.keys() - {"bias"}):
+    if lacking := sorted(hf.HEADS - params.keys()):
         raise UserError(
             f"a model of objective {objective.name!r} has no shared embedding space, which {to!r} needs: it lacks "
             f"{', '.join(lacking)}; write to 'safetensors'."

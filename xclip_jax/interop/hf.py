@@ -80,7 +80,7 @@ def _given(content: Mapping[str, Any], modality: str) -> Mapping[str, Any]:
 
 
 def _preprocessing(folder: epath.Path, size: int) -> Preprocessing:
-    """Of the folder's image processor, for a tower of images of `size` pixels; CLIP's where there is none."""
+    """Preprocessing of the folder's image processor, for images of `size` pixels; CLIP's without such a file."""
     for name, key in ((PREPROCESSOR, None), ("processor_config.json", "image_processor")):
         if (folder / name).exists():
             content = read_json(folder / name)

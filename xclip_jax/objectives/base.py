@@ -67,7 +67,7 @@ class Term:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """What it reads of a batch, of "image", "text" and "label"."""
+        """Inputs that it reads of a batch, of "image", "text" and "label"."""
         return (*(_FIELDS[tower] for tower in self.towers), *["label"] * self.labelled)
 
     @property
@@ -87,7 +87,7 @@ class Term:
         return {}
 
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
-        """Add to the inputs of a step what is random and the term's own; called for batches with images.
+        """Add the term's own random inputs to those of a step; called for batches with images.
 
         Args:
           random_key: of the step; fold a number above 15 into it, which no other term uses.
@@ -195,7 +195,7 @@ class Objective:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """What a batch is made of, of "image", "text" and "label"."""
+        """Inputs of a batch, of "image", "text" and "label"."""
         return self._union(("image", "text", "label"), "fields")
 
     def _union(self, order: tuple[str, ...], attribute: str) -> tuple[str, ...]:
@@ -261,7 +261,7 @@ class Objective:
         return frozenset(head.writes for head in self.heads(model, vocab=1).values())  # a vocabulary changes no name
 
     def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, Array]:
-        """What is carried from step to step."""
+        """Arrays of all terms that are carried from step to step."""
         state: dict[str, Array] = {}
         for name, term in self.terms.items():
             own = term.initial_state(model, vocab)
@@ -332,11 +332,11 @@ class Objective:
         return rows
 
     def describe(self, model: ModelConfig) -> list[str]:
-        """What a model gives, a phrase for each term that has one; for a model card."""
+        """Phrases on the outputs of a model, one for each term that has some; for a model card."""
         return [phrase for term in self.terms.values() if (phrase := term.describe(model))]
 
     def export_notes(self, missing: Collection[str]) -> list[str]:
-        """What a model loses without the heads `missing`, a sentence for each term that loses something."""
+        """Sentences on what a model loses without the heads `missing`, which an export leaves out."""
         return [note for term in self.terms.values() if missing and (note := term.export_note(missing))]
 
 

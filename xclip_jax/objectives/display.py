@@ -1,4 +1,4 @@
-"""What a report shows of a term: charts of its metrics, and an indicator for each way in which it can fail."""
+"""Charts of a term's metrics and indicators of its failures, for reports."""
 
 import dataclasses
 
@@ -60,10 +60,10 @@ class Light:
 
 @dataclasses.dataclass(frozen=True)
 class Health:
-    """How to see whether a term trains well.
+    """Indicators of whether a term trains well.
 
     Attributes:
-      summary: sentences on what to look at.
+      summary: sentences that introduce them.
       lights: its possible failures.
       curves: charts of what they are measured by.
     """

@@ -32,7 +32,7 @@ class Siglip(Clip):
         return f"{metrics['loss']:.3f}" if "loss" in metrics else ""
 
     def curves(self) -> tuple[Curve, ...]:
-        """As of CLIP, without ln b, which is not the value of a uniform guess."""
+        """Those of CLIP, without ln b, which is not the value of a uniform guess."""
         return (Curve(f"{self.title} loss", (("loss", "contrastive"),), "nats"), *self._batch_curves())
 
     def health(self, metrics: Mapping[str, float]) -> Health:

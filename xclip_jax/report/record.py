@@ -58,7 +58,7 @@ class Record:
 
     @property
     def items(self) -> str:
-        """What a batch consists of, in words."""
+        """Name of the items of a batch."""
         return "labelled items" if self.objective.labelled else "image-text pairs"
 
 
