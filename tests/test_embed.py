@@ -89,7 +89,7 @@ def test_a_kill_loses_nothing_and_repeats_nothing(root, straight, capsys, monkey
     decoded, original = [], embed_sources.Images.read
     monkeypatch.setattr(embed_sources.Images, "read", lambda self, i: decoded.append(i) or original(self, i))
     embed.main(flags(root, out))
-    assert "going on behind part 2 of 6" in capsys.readouterr().out
+    assert "resuming after part 2 of 6" in capsys.readouterr().out
     assert sorted(decoded) == list(range(16, 42))
     (found, about), (wanted, other) = read(out), read(straight)
     for key in wanted:
@@ -163,7 +163,7 @@ def test_changed_pictures_are_another_job(root, model, tmp_path, capsys):
     for name, content in (("003.png", (pictures / "004.png").read_bytes() + b"x"), ("003.txt", b"another caption")):
         before = (pictures / name).read_bytes()
         (pictures / name).write_bytes(content)
-        with pytest.raises(SystemExit, match="holds other embeddings: image differ; delete it"):
+        with pytest.raises(SystemExit, match="contains other embeddings: image differ; delete it"):
             embed.main(flags(root, tmp_path / "x.npz", **changes))
         (pictures / name).write_bytes(before)
 
@@ -194,7 +194,7 @@ def test_damaged_tars_give_all_that_is_whole(tmp_path, root):
 
 def test_what_is_in_the_way_is_named(root, straight, model, tmp_path):
     sources = {"image": embed.open_images(str(root / "pictures"))}
-    with pytest.raises(UserError, match=r"holds other embeddings: part differ"):
+    with pytest.raises(UserError, match=r"contains other embeddings: part differ"):
         embed.Job(model, sources, str(straight), part=16)
     job = embed.Job(model, sources, str(tmp_path / "x.npz"), part=8)
     job.folder.mkdir()
@@ -290,7 +290,7 @@ def test_without_pyarrow_the_remedy_is_named(monkeypatch):
         ({"batch": -1}, "--batch is -1; expected an integer of at least 1"),
         ({"part": 0}, "--part is 0; expected an integer of at least 1"),
         ({"threads": -1}, "--threads is -1; expected an integer of at least 0"),
-        ({"images": "{}/run"}, "holds no image"),
+        ({"images": "{}/run"}, "contains no image"),
         ({"images": "{}/*.t*"}, "names 2 tars among 3 files"),
         ({"texts": "{}/none.txt"}, "none.txt' cannot be read"),
         ({"out": "{}/x.csv"}, "x.csv' is '.csv'; it must be one of '.parquet', '.npz'"),

@@ -10,9 +10,11 @@ import torch
 import transformers
 
 from tests import tiny
-from xclip_jax import evaluate, export, interop
+from tests.pages import of_an_earlier_version
+from xclip_jax import evaluate, export, interop, model_card
 from xclip_jax.errors import UserError
 from xclip_jax.models.layers import stack_blocks
+from xclip_jax.run_folder import RunFolder
 from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.encoder import make_encoder
 
@@ -70,14 +72,16 @@ def test_a_run_in_our_form_is_the_run(run, expected, tmp_path, capsys):
         weights.load(str(tmp_path / "out"), 3)
 
 
-def test_other_projects_see_what_the_run_saw(run, expected, tmp_path, capsys):
+def test_other_projects_compute_the_embeddings_of_the_run(run, expected, tmp_path, capsys):
     for to in ("hf", "open_clip"):
         export.main(["--checkpoint", str(run), "--to", to, str(tmp_path / to)])
-        assert f"no place for them: clusters_img, clusters_txt\n{run}, step {STEPS}, as {to}" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "no place for them: clusters_img, clusters_txt\nwithout cluster heads the model" in out
+        assert f"{run}, step {STEPS}, as {to}" in out
         config, parts, variables, _ = weights.load(str(tmp_path / to))
-        found = encode(config, parts, variables)
-        assert found.keys() == {"features_img", "embedding_img", "features_txt", "embedding_txt"}
-        for key, x in found.items():
+        features = encode(config, parts, variables)
+        assert features.keys() == {"features_img", "embedding_img", "features_txt", "embedding_txt"}
+        for key, x in features.items():
             np.testing.assert_allclose(x, expected[key], rtol=0, atol=1e-5, err_msg=key)
     tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'open_clip'}")(["a cat", "number 3", "x"])
     model = open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}").eval()
@@ -95,7 +99,7 @@ def test_other_projects_see_what_the_run_saw(run, expected, tmp_path, capsys):
     )
 
 
-def test_the_card_says_what_the_run_knows(run, tmp_path):
+def test_the_card_of_a_run(run, tmp_path):
     export.export(str(run), str(tmp_path / "hf"))
     card = (tmp_path / "hf" / export.CARD).read_text()
     assert card.startswith("---\nlicense: unknown\nlibrary_name: transformers\n")
@@ -106,6 +110,9 @@ def test_the_card_says_what_the_run_knows(run, tmp_path):
         f"| {data[0]['samples']} | by size |", "| objective.terms.clip | 0.3 |", "| optim.lr | 0.001 |",
         f"| data.batch | {tiny.BATCH} |",
         "| step | 2 of 2 |", "| parameters | their moving average |",
+        "# xCLIP, ViT of width 32", "Trained on image-text pairs; gives embeddings of images and texts in one space of "
+        "16 dimensions and distributions of images and texts over 24 clusters.",
+        "| objective.nclip.smoothness | 2.0 |", "| model.cluster_head.clusters | 24 |",
         "left out, since 'hf' has no place for them: clusters_img, clusters_txt",
         f"commit `{config['environment']['commit']}`", f"jax {config['environment']['versions']['jax']}",
         "The licence of the training data: see its sources", "## Limits",
@@ -123,6 +130,14 @@ def test_the_card_says_what_the_run_knows(run, tmp_path):
     assert "## Recipe" not in card and f"Converted from `{tmp_path / 'hf'}`" in card
 
 
+def test_the_recipe_of_a_run_of_an_earlier_version(run, tmp_path):
+    content = json.loads((run / "config.json").read_text())
+    expected = model_card._recipe(RunFolder(run), STEPS)
+    (tmp_path / "config.json").write_text(json.dumps(content | {"config": of_an_earlier_version(content["config"])}))
+    recipe = model_card._recipe(RunFolder(tmp_path), STEPS)
+    assert recipe == expected and f"| optim.grad_clip_norm | {content['config']['optim']['grad_clip_norm']} |" in recipe
+
+
 def test_a_folder_with_files_is_kept(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")
@@ -133,12 +148,12 @@ def test_a_folder_with_files_is_kept(run, tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"mine.txt", "README.md", "open_clip_config.json", "open_clip_model.safetensors"}
     for out in (run, run.parent):
-        with pytest.raises(UserError, match="holds what is to be exported"):
+        with pytest.raises(UserError, match="contains the weights to export"):
             export.export(str(run), str(out), overwrite=True)
     shutil.copytree(run, tmp_path / "other")
-    with pytest.raises(UserError, match="is a run's folder; name another"):
+    with pytest.raises(UserError, match="is a run directory; name another folder"):
         export.export(str(run), str(tmp_path / "other"), overwrite=True)
-    with pytest.raises(UserError, match="is a run's folder; write its weights with"):
+    with pytest.raises(UserError, match="is a run directory; write its weights with"):
         interop.read(str(run))
 
 

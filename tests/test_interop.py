@@ -1,14 +1,9 @@
-"""Weights there and back: open_clip, OpenAI's archives, transformers, our own; features to 1e-5."""
+"""Weights in both directions: open_clip, OpenAI's archives, transformers, our own; features to 1e-5."""
 
-import io
 import json
 import os
-import pickle
-import struct
-import zipfile
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import open_clip
 import pytest
@@ -19,97 +14,29 @@ from flax.traverse_util import flatten_dict
 
 from configs import common
 from tests import tiny
-from tests.util import jit, random_variables, two_towers
+from tests.foreign import (
+    B32,
+    MODELS,
+    TEXT,
+    TEXTS,
+    assert_same,
+    clip_tokens,
+    images,
+    make_hf,
+    make_open_clip,
+    model_of,
+    our_model,
+    ours,
+    shaken,
+    theirs_hf,
+    theirs_open_clip,
+)
+from tests.test_objectives import superclip
 from xclip_jax import interop
 from xclip_jax.data import tokenizer, transforms
 from xclip_jax.errors import UserError
-from xclip_jax.interop import tensor_files, torch_file
-from xclip_jax.train import build
-
-# Shapes of B/32 and B/16 in small: 7 x 7 patches and 14 x 14, heads of 64 where they must be inferred.
-B32 = {"image_size": 28, "patch_size": 4, "width": 128, "head_width": 64, "layers": 2}
-B16 = {"image_size": 28, "patch_size": 2, "width": 64, "head_width": 32, "layers": 1}
-TEXT = {"context_length": 12, "width": 64, "heads": 1, "layers": 2}
-TEXTS = ["a photo of a cat", "two dogs", "", "it's 3 o'clock, über alles gedacht: naïve"]
-
-
-def shaken(model):
-    """With no bias zero and no norm one."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.05 * torch.randn_like(p)
-    return model.eval()
-
-
-def images(size):
-    return np.random.default_rng(0).normal(size=(len(TEXTS), size, size, 3)).astype(np.float32)
-
-
-def ours(config, variables, pixels, tokens):
-    """What our towers make of it: the model as a run would build it."""
-    model, bias = config["model"], config["objective"]["name"] == "siglip"
-    tokenized = tokenizer.load(config["data"]["tokenizer"])
-    towers = two_towers(
-        img=model["img"], txt=model["txt"] | {"vocab": tokenized.vocab_size, "eot_id": tokenized.eot_id},
-        embed=model["embed"], bias_init=model["bias_init"] if bias else None,
-    )  # fmt: skip
-    out = jit(towers.apply)(variables, pixels, tokens)
-    return {key: np.asarray(out[key]) for key in ("z_img", "z_txt", "scale", *(["bias"] if bias else []))}
-
-
-def theirs_open_clip(model, pixels, tokens):
-    with torch.no_grad():
-        found = {
-            "z_img": model.encode_image(torch.tensor(pixels).permute(0, 3, 1, 2), normalize=True),
-            "z_txt": model.encode_text(torch.tensor(tokens), normalize=True),
-            "scale": model.logit_scale.exp(),
-        }  # fmt: skip
-        if model.logit_bias is not None:
-            found["bias"] = model.logit_bias
-    return {key: x.detach().numpy().reshape(np.shape(x) if x.ndim > 1 else ()) for key, x in found.items()}
-
-
-def theirs_hf(model, pixels, tokens):
-    ids = torch.tensor(tokens.astype(np.int64))
-    with torch.no_grad():
-        out = model(input_ids=ids, pixel_values=torch.tensor(pixels).permute(0, 3, 1, 2))
-    return {"z_img": out.image_embeds.numpy(), "z_txt": out.text_embeds.numpy(),
-            "scale": model.logit_scale.exp().detach().numpy()}  # fmt: skip
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-5, err_msg=key)
-
-
-def clip_tokens(length):
-    return tokenizer.load("clip")(TEXTS, length)
-
-
-# --- open_clip
-
-MODELS = {
-    "quick_b32": {"vision_cfg": B32, "text_cfg": TEXT, "quick_gelu": True},
-    "erf_b16": {"vision_cfg": B16, "text_cfg": TEXT},
-    "no_ln_pre": {"vision_cfg": B16 | {"no_ln_pre": True, "mlp_ratio": 2.7}, "text_cfg": TEXT},
-    "tanh_eps_bias_custom": {
-        "vision_cfg": B16 | {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-3}, "patch_dropout": 0.5},
-        "text_cfg": TEXT | {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-4}, "pool_type": "eos",
-                            "eos_id": 49407, "proj_bias": True},
-        "init_logit_bias": -9.5, "custom_text": True, "nonscalar_logit_scale": True,
-    },
-}  # fmt: skip
-
-
-def make_open_clip(name):
-    options = dict(MODELS[name])
-    kind = open_clip.model.CustomTextCLIP if options.pop("custom_text", False) else open_clip.model.CLIP
-    model = shaken(kind(48, **options))
-    if name == "tanh_eps_bias_custom":
-        model.text.text_projection.bias.data.zero_()
-    return model
+from xclip_jax.interop import tensor_files
+from xclip_jax.objectives import read_objective
 
 
 @pytest.mark.parametrize(
@@ -179,19 +106,6 @@ def test_half_precision_becomes_fp32(tmp_path):
                 np.testing.assert_array_equal(found[key], x.float().numpy())
 
 
-# --- transformers
-
-
-def make_hf(act, eps, eos, patch):
-    tower = {"hidden_act": act, "layer_norm_eps": eps, "hidden_size": 64, "intermediate_size": 96,
-             "num_hidden_layers": 2, "num_attention_heads": 4}  # fmt: skip
-    config = transformers.CLIPConfig(
-        text_config=tower | {"max_position_embeddings": 12, "eos_token_id": eos},
-        vision_config=tower | {"image_size": 28, "patch_size": patch}, projection_dim=40,
-    )  # fmt: skip
-    return shaken(transformers.CLIPModel(config))
-
-
 @pytest.mark.parametrize(
     ("act", "eps", "eos", "patch"),
     [("quick_gelu", 1e-5, 2, 4), ("gelu", 1e-3, 49407, 2), ("gelu_pytorch_tanh", 1e-5, 49407, 4)],
@@ -239,17 +153,6 @@ def test_transformers_processor_reads_as_ours(tmp_path):
     assert interop.read(str(tmp_path / "back"))[0]["data"]["normalization"] == "imagenet"
 
 
-# --- ours
-
-
-def our_model(objective, **changes):
-    """A run's config and variables of its model, random."""
-    c = tiny.config(objective, **{"data__tokenizer": "clip", "model__img__heads": 1, "model__txt__heads": 1} | changes)
-    p = build.build(c, jax.devices()[:1])
-    args = jnp.zeros((1, p.image_size, p.image_size, 3)), jnp.zeros((1, p.context_length), jnp.int32)
-    return c.to_dict(), jax.device_get(random_variables(p.model, *args))
-
-
 def test_own_form_is_bit_exact(tmp_path):
     config, variables = our_model("xclip", model__img__scan=True, model__img__depth=3, model__img__pool="map")
     assert variables["batch_stats"]
@@ -280,21 +183,41 @@ def test_own_form_brings_its_tokenizer(tmp_path):
     assert_same(theirs_open_clip(loaded, pixels, tokens), ours(again, variables, pixels, tokens))
 
 
-def test_what_a_format_cannot_hold_is_said(tmp_path):
+def test_notes_on_heads_that_a_format_cannot_hold(tmp_path):
     config, variables = our_model("xclip", model__img__scan=True)
-    (note,) = interop.write(variables, config, str(tmp_path / "hf"), "hf")
-    assert note == "left out, since 'hf' has no place for them: clusters_img, clusters_txt"
+    assert interop.write(variables, config, str(tmp_path / "hf"), "hf") == [
+        "left out, since 'hf' has no place for them: clusters_img, clusters_txt",
+        "without cluster heads the model assigns no clusters",
+    ]
     config, variables = our_model("siglip")
-    (note,) = interop.write(variables, config, str(tmp_path / "hf"), "hf")
-    assert "no place for it: bias" in note
+    assert interop.write(variables, config, str(tmp_path / "hf"), "hf") == [
+        "left out, since 'hf' has no place for them: bias",
+        "without bias similarities keep their order and are not logits of a match",
+    ]
     assert interop.write(variables, config, str(tmp_path / "oc"), "open_clip") == []
     assert interop.read(str(tmp_path / "oc"))[0]["objective"]["name"] == "siglip"
+
+
+def test_heads_of_another_package_are_left_out_by_name(tmp_path):
+    config, variables = model_of(superclip(data__tokenizer="clip", model__img__heads=1, model__txt__heads=1))
+    (note,) = interop.write(variables, config, str(tmp_path / "hf"), "hf")
+    assert note == "left out, since 'hf' has no place for them: token_classifier"
+    assert interop.read(str(tmp_path / "hf"))[0]["objective"] == {"name": "clip"}
+    assert interop.write(variables, config, str(tmp_path / "own")) == []
+    again, params = interop.read(str(tmp_path / "own"))
+    assert dict(read_objective(again["objective"]).weights) == {"clip": 1.0, "tokens": 0.5}
+    jax.tree.map(np.testing.assert_array_equal, params, variables)
 
 
 @pytest.mark.parametrize(
     ("objective", "changes", "to", "message"),
     [
-        ("nclip", {}, "hf", "no projection to a shared space .*'nclip'.*'safetensors'"),
+        (
+            "nclip",
+            {},
+            "hf",
+            "objective 'nclip' has no shared embedding space.* lacks log_scale, proj_img.*'safetensors'",
+        ),
         ("clip", {"model__img__pool": "mean"}, "open_clip", r"model\.img\.pool is 'mean'"),
         ("clip", {"model__img__stem": "hmlp"}, "hf", r"model\.img\.stem is 'hmlp'"),
         ("clip", {"model__img__pre_norm": False}, "hf", "norm before the first block"),
@@ -318,145 +241,4 @@ def test_groups_have_the_keys_of_a_run(tmp_path):
     assert flatten_dict(config["model"]).keys() == flatten_dict(run["model"]).keys()
     assert config["model"]["cluster_head"] == run["model"]["cluster_head"]
     assert config["data"].keys() <= run["data"].keys()
-    assert "heads are taken to be 64 wide and activations to be quick_gelu" in config["source"]["notes"][0]
-
-
-# --- what is refused
-
-
-def saved(tmp_path, change, cfg=None, name="quick_b32"):
-    """A folder of weights of open_clip after `change` of its tensors and config."""
-    state = {key: x.contiguous() for key, x in make_open_clip(name).state_dict().items()}
-    change(state)
-    safetensors.torch.save_file(state, tmp_path / "open_clip_model.safetensors")
-    if cfg is not None:
-        content = {"model_cfg": MODELS[name] | {"embed_dim": 48} | cfg}
-        (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
-    return str(tmp_path)
-
-
-def test_tensors_that_do_not_fit_are_listed_by_name(tmp_path):
-    def change(state):
-        del state["transformer.resblocks.1.ln_2.bias"]
-        state["visual.extra"] = torch.zeros(1)
-        state["ln_final.weight"] = torch.zeros(7)
-
-    with pytest.raises(UserError) as error:
-        interop.read(saved(tmp_path, change, {}))
-    for part in ("missing are transformer.resblocks.1.ln_2.bias", "unknown are visual.extra",
-                 "misshapen are ln_final.weight is (7,) and should be (64,)"):  # fmt: skip
-        assert part in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("cfg", "message"),
-    [
-        ({"vision_cfg": {"timm_model_name": "vit_base"}}, r"sets vision_cfg\.timm_model_name='vit_base'"),
-        ({"vision_cfg": {"layers": [2, 2, 2, 2]}}, "has a ResNet"),
-        ({"vision_cfg": {"attentional_pool": True}}, r"vision_cfg\.attentional_pool=True"),
-        ({"vision_cfg": {"pool_type": "avg"}}, "sets pool_type='avg'; it must be 'tok'"),
-        ({"text_cfg": {"no_causal_mask": True}}, r"text_cfg\.no_causal_mask=True"),
-        ({"text_cfg": {"hf_model_name": "roberta-base"}}, r"text_cfg\.hf_model_name='roberta-base'"),
-        ({"text_cfg": {"vocab_size": 32000}}, "vocabulary of 32000 with end 31999, which is not CLIP's"),
-    ],
-)
-def test_architectures_that_are_not_ours_are_named(cfg, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        interop.read(saved(tmp_path, lambda _: None, cfg))
-
-
-def test_weights_that_are_not_ours_are_named(tmp_path):
-    def timm(state):
-        state["visual.trunk.blocks.0.norm1.weight"] = torch.zeros(3)
-
-    with pytest.raises(UserError, match="an image tower of timm, which is not supported"):
-        interop.read(saved(tmp_path, timm))
-    safetensors.torch.save_file({"conv.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=r"no CLIP that is known here: its tensors are called conv\.weight"):
-        interop.read(str(tmp_path / "x.safetensors"))
-    folder = tmp_path / "siglip"
-    folder.mkdir()
-    safetensors.torch.save_file({"vision_model.x": torch.zeros(2)}, folder / "model.safetensors")
-    (folder / "config.json").write_text('{"model_type": "siglip"}')
-    with pytest.raises(UserError, match="model of type 'siglip', which is not supported"):
-        interop.read(str(folder))
-    with pytest.raises(UserError, match="no folder and no file of weights"):
-        interop.read(str(tmp_path / "none"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no file of weights"):
-        interop.read(str(tmp_path / "empty"))
-    (tmp_path / "cut.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{")
-    with pytest.raises(UserError, match="no whole safetensors file"):
-        interop.read(str(tmp_path / "cut.safetensors"))
-
-
-class Evil:
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (self.mark,)
-
-
-def torch_zip(path, pickled, **storages):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", pickled)
-        for name, content in storages.items():
-            archive.writestr(f"archive/data/{name[1:]}", content)
-    return path.read_bytes()
-
-
-def test_a_pickle_that_asks_for_anything_else_is_refused(tmp_path):
-    mark = str(tmp_path / "executed")
-    torch.save({"x": Evil(mark)}, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match=r"holds more than tensors: it asks for (posix|nt)\.mkdir\. Convert it: "):
-        interop.read(str(tmp_path / "evil.pt"))
-    pickles = {"getattr": b"cbuiltins\ngetattr\n.", "eval": b"cbuiltins\neval\n.",
-               "own": b"cxclip_jax.interop.torch_file\nload\n."}  # fmt: skip
-    for name, content in pickles.items():
-        with pytest.raises(UserError, match="it asks for"):
-            torch_file.load(torch_zip(tmp_path / name, content), name)
-    assert not os.path.exists(mark)
-    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(1 << 20))
-    with pytest.raises(UserError, match="it asks for compressed data"):
-        interop.read(str(tmp_path / "bomb.pt"))
-    torch.save({"x": torch.zeros(1)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match=r"is no zip, as torch.save has written since version 1\.6"):
-        interop.read(str(tmp_path / "old.pt"))
-
-
-STORAGE = object()
-
-
-class Pickled:
-    """A tensor as torch pickles it, of a storage of four numbers."""
-
-    def __init__(self, offset, size, stride):
-        self.args = (offset, size, stride)
-
-
-class Writer(pickle.Pickler):
-    def persistent_id(self, x):
-        return ("storage", torch.FloatStorage, "0", "cpu", 4) if x is STORAGE else None
-
-    def reducer_override(self, x):
-        if isinstance(x, Pickled):
-            return torch._utils._rebuild_tensor_v2, (STORAGE, *x.args, False, {})
-        return NotImplemented
-
-
-@pytest.mark.parametrize(
-    ("offset", "size", "stride"), [(0, (5,), (1,)), (3, (2,), (1,)), (0, (2, 2), (3, 3)), (-1, (2,), (1,)),
-                                   (0, (2,), (-1,)), (0, (1 << 40,), (0,)), (0, (2, 2), (1,))]
-)  # fmt: skip
-def test_tensors_stay_within_their_storage(offset, size, stride, tmp_path):
-    def load(*args):
-        buffer = io.BytesIO()
-        Writer(buffer, protocol=2).dump({"x": Pickled(*args)})
-        content = torch_zip(tmp_path / "x.pt", buffer.getvalue(), s0=struct.pack("<4f", 1, 2, 3, 4))
-        return torch_file.load(content, "x.pt")[0]["x"]
-
-    np.testing.assert_array_equal(load(0, (2, 2), (1, 2)), [[1, 3], [2, 4]])
-    with pytest.raises(UserError, match=r"a tensor (beyond its storage|of negative size)"):
-        load(offset, size, stride)
+    assert "heads are assumed to be 64 wide and activations to be quick_gelu" in config["source"]["notes"][0]

@@ -13,7 +13,16 @@ from xclip_jax import flops
 from xclip_jax.config import schema
 from xclip_jax.data import loader
 from xclip_jax.errors import UserError
-from xclip_jax.objectives import RECIPES, TERMS, Curve, find_term, make_objective
+from xclip_jax.losses import noncontrastive
+from xclip_jax.objectives import (
+    RECIPES,
+    TERMS,
+    Curve,
+    find_term,
+    make_objective,
+    objective_of_heads,
+    read_objective,
+)
 from xclip_jax.objectives.similarity import ClusterSimilarity, CosineSimilarity
 from xclip_jax.train import build, state
 from xclip_jax.train.checkpoint import Checkpointer
@@ -210,10 +219,11 @@ def test_terms_describe_themselves(name, similarities, fields):
         assert curves
         for curve in curves:
             assert isinstance(curve, Curve)
-            keys = [key for key, _ in curve.lines] + ([curve.level[0]] if curve.level else [])
+            keys = [key for key, _ in curve.lines] + [x.value for x in curve.levels if isinstance(x.value, str)]
             assert {f"{term}/{key}" for key in keys} <= metrics.keys()
     flat = schema.flatten(schema.to_dict(resolved))
     assert all(flat[key] == value for key, value in objective.recipe(resolved.model).items())
+    assert objective.outputs(resolved.model) == set(p.model.outputs) and objective.describe(resolved.model)
 
 
 def test_the_models_own_similarity_is_that_of_embeddings_whatever_the_terms_are_called():
@@ -252,3 +262,54 @@ def test_progress_and_alarms_are_the_terms():
     }
     assert objective.progress(flat) == ["clip 3.000 (ln b 3.47)", "nclip 1.500 (0.00 nats, 8 clusters)"]
     assert [text.split(":")[0] for text in objective.alarms(flat)] == ["flat"]
+
+
+@pytest.mark.parametrize(("k", "b"), [(1, 16), (24, 1), (1, 1)])
+def test_one_cluster_or_a_batch_of_one_pair_gives_no_warning(k, b):
+    """ln 1 = 0 nats are no information to lose, whichever side of 0 rounding is on."""
+    metrics = {
+        f"{key}_{m}": -1e-7 for key in ("mutual_information", "marginal_entropy", "entropy") for m in ("img", "txt")
+    }
+    metrics |= {"clusters_img": 1.0, "clusters_txt": 1.0, "agreement": 0.0}
+    assert noncontrastive.diagnose(metrics, k=k, b=b) == []
+    metrics |= {"ln_k": np.log(float(k)), "ln_b": np.log(float(b))}
+    nclip = make_objective(schema.resolve(tiny.config("nclip")).objective).terms["nclip"]
+    assert nclip.alarms(metrics) == [] and all(light.impossible for light in nclip.health(metrics).lights)
+
+
+@pytest.mark.parametrize(
+    ("objective", "title", "formula"),
+    [
+        ({"name": "clip"}, "CLIP", "1 CLIP"),
+        ({"name": "siglip"}, "SigLIP", "1 SigLIP"),
+        ({"name": "xclip"}, "xCLIP", "0.3 CLIP + 0.7 nCLIP"),
+        ({"name": "mine", "terms": {"clip": 1.0, "siglip": 0.5}}, "mine", "1 CLIP + 0.5 SigLIP"),
+        (
+            {"name": "mine", "terms": {"tokens": 2.0}, "plugins": {"tokens": {"type": SUPERCLIP}}},
+            "mine",
+            "2 token classification",
+        ),
+    ],
+)
+def test_titles(objective, title, formula):
+    made = read_objective(objective)
+    assert (made.title, made.formula) == (title, formula)
+
+
+def test_the_heads_of_weights_decide_their_objective():
+    heads = {"proj_img", "proj_txt", "log_scale"}
+    assert objective_of_heads(heads) == {"name": "clip"}
+    assert objective_of_heads(heads | {"bias"}) == {"name": "siglip"}
+    assert objective_of_heads({"clusters_img", "clusters_txt"}) == {"name": "nclip"}
+    with pytest.raises(UserError, match="no objective has just the heads log_scale, proj_img"):
+        objective_of_heads({"proj_img", "log_scale"})
+
+
+def test_a_card_lists_the_options_of_a_term_of_another_package():
+    resolved = schema.resolve(superclip())
+    recipe = make_objective(resolved.objective).recipe(resolved.model)
+    assert recipe == {
+        "objective.terms.clip": 1.0,
+        "objective.terms.tokens": 0.5,
+        "objective.plugins.tokens.momentum": 0.5,
+    }

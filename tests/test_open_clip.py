@@ -15,6 +15,7 @@ from flax.traverse_util import unflatten_dict
 from tests.util import jit, two_towers
 from xclip_jax.errors import UserError
 from xclip_jax.interop import param_mapping
+from xclip_jax.interop.hf import HEADS
 from xclip_jax.losses import contrastive
 from xclip_jax.models.two_towers import PRESETS, preset
 
@@ -60,7 +61,7 @@ def carry(weights, model):
     """open_clip's arrays as our parameters; the map is linear and loses nothing, so it carries gradients as well."""
     weights = {"visual.class_embedding": np.zeros(64, np.float32)} | weights
     flat = param_mapping.read(
-        weights, param_mapping.links(model, 100, param_mapping.open_clip(), bias=False), "open_clip"
+        weights, param_mapping.param_mappings(model, 100, param_mapping.open_clip(), HEADS), "open_clip"
     )
     if model["img"]["pool"] == "mean":
         del flat["img/cls"]

@@ -13,7 +13,7 @@ import yaml
 import xclip_jax
 from xclip_jax import cli
 from xclip_jax.config import load
-from xclip_jax.errors import UserError
+from xclip_jax.errors import Parser, UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -81,3 +81,12 @@ def test_readme_is_short_and_its_links_lead_somewhere():
 def test_versions_agree():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == xclip_jax.__version__ and citation["license"] == "Apache-2.0"
+
+
+@pytest.mark.parametrize("name", ["evaluate", "embed", "export", "report", "check", "index"])
+def test_help_names_the_program_as_it_was_called(name, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["xclip-jax"])
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    assert f"usage: xclip-jax {name} " in capsys.readouterr().out
+    assert Parser.program is None

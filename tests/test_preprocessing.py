@@ -16,7 +16,7 @@ from torchvision import transforms as tv
 import xclip_jax
 from configs import finetune
 from tests import tiny, torture
-from tests.test_interop import TEXT, make_hf, our_model, shaken
+from tests.foreign import TEXT, make_hf, our_model, shaken
 from xclip_jax import evaluate, interop
 from xclip_jax.config.schema import resolve
 from xclip_jax.data import transforms

@@ -1,87 +1,24 @@
-import dataclasses
+"""The page of a run, and the command that writes it."""
+
 import json
-import math
 import re
 import shutil
 import subprocess
 import time
 from html import unescape
-from html.parser import HTMLParser
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-import scipy.special
-import scipy.stats
 
 from tests import tiny
-from tests.util import two_towers
+from tests.pages import HOSTILE, check
 from xclip_jax import report
-from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.errors import UserError
-from xclip_jax.evaluators import flat_names, summary
-from xclip_jax.evaluators.zeroshot import ZeroShotSet
-from xclip_jax.losses import noncontrastive
-from xclip_jax.models.layers import stack_blocks
-from xclip_jax.parallel.mesh import AXES, make_mesh
 from xclip_jax.report import __main__ as command
-from xclip_jax.report import attention, chance, charts, examples, html, record, selection
+from xclip_jax.report import html
+from xclip_jax.run_folder import RunFolder
 from xclip_jax.train import trainer
 from xclip_jax.train.checkpoint import Checkpointer
-
-HOSTILE = "<script>alert(1)</script>\" onload='alert(2)' &amp; <b>"
-SECTIONS = ("names", "search", "clusters", "attention", "confusion", "results", "curves", "health", "run")
-
-
-class Page(HTMLParser):
-    """Reads a page and notes its tags, ids, what it loads and its text; unbalanced tags are an error."""
-
-    VOID = frozenset(("meta", "input", "img", "br", "wbr", "line", "rect", "polyline", "link"))
-
-    def __init__(self, text):
-        super().__init__(convert_charrefs=True)
-        self.text, self.tags, self.open, self.ids, self.loads, self.attributes = [], [], [], [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        if tag not in self.VOID:
-            self.open.append(tag)
-        for key, value in attrs:
-            self.attributes.append(key)
-            if key == "id":
-                self.ids.append(value)
-            if key in ("src", "href", "srcset", "action", "data", "poster"):
-                self.loads.append(value)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, (tag, self.getpos())
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
-def check(text):
-    """What holds for every page; returns it read."""
-    page = Page(text)
-    assert len(page.ids) == len(set(page.ids)) and set(SECTIONS) <= set(page.ids)
-    assert all(load.startswith(("data:image/", "#")) for load in page.loads)
-    assert {load for load in page.loads if load.startswith("#")} <= {f"#{i}" for i in page.ids}
-    assert not re.search(r"url\((?!data:image/webp;base64,)|@import|\bfetch\(|XMLHttpRequest|import\(", text)
-    assert page.tags.count("script") == page.tags.count("style") == 1
-    assert not [a for a in page.attributes if a.startswith("on")]
-    assert "default-src 'none'" in text and len(text) < 10e6
-    return page
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +40,12 @@ def run(tmp_path_factory):
 
 
 def test_the_page_of_a_run_needs_nothing_else_and_escapes_everything(run):
-    text = (run / "run" / html.NAME).read_text()
+    text = RunFolder(run / "run").report_file.read_text()
     page = check(text)
     assert "alert" not in re.sub(r"&lt;.*?&gt;|alert\(2\)", "", text)
     words = " ".join(page.text)
-    for said in ("What xCLIP learned", "4 steps of 16 image-text pairs", "top-1", "Mutual information", "taken for"):
-        assert said in words, said
+    for text in ("What xCLIP learned", "4 steps of 16 image-text pairs", "top-1", "Mutual information", "predicted as"):
+        assert text in words, text
     assert "onerror=alert(3)" in words  # shown as text
     assert (run / "run" / "picture.png").exists()
 
@@ -121,9 +58,9 @@ def test_where_a_run_names_no_set_its_own_pairs_are_shown(run, tmp_path):
     command.main([str(tmp_path / "run"), "--output", str(tmp_path / "x.html"), "--seed", "3"])
     page = check((tmp_path / "x.html").read_text())
     words = " ".join(page.text)
-    assert "training pairs, which the model has seen" in words and "drawn by seed" in words
+    assert "training pairs, on which the model was trained" in words and "drawn by seed" in words
     assert HOSTILE in words
-    assert "the run names none. Name some in eval.final_sets" in words  # of names for images
+    assert "the run has no evaluation sets. Add some to eval.final_sets" in words  # of names for images
 
 
 def test_a_run_in_progress(run, tmp_path):
@@ -137,14 +74,14 @@ def test_a_run_in_progress(run, tmp_path):
     half.mkdir(parents=True)
     command.main([str(folder)])
     assert half.exists()
-    page = check((folder / html.NAME).read_text())
+    page = check(RunFolder(folder).report_file.read_text())
     words = " ".join(page.text)
     assert "What xCLIP has learned so far" in words and "holds no checkpoint" in words
-    assert "2 of 4 steps" in words and "The last evaluation has not been made yet" in words
+    assert "2 of 4 steps" in words and "The final evaluation has not run yet" in words
     (folder / "metrics.jsonl").unlink()
     shutil.rmtree(folder / "checkpoints")
     command.main([str(folder)])
-    assert "No step is logged yet" in (folder / html.NAME).read_text()
+    assert "No step is logged yet" in RunFolder(folder).report_file.read_text()
 
 
 def test_a_reader_leaves_what_a_writer_has_begun(tmp_path):
@@ -152,7 +89,7 @@ def test_a_reader_leaves_what_a_writer_has_begun(tmp_path):
     half.mkdir(parents=True)
     with Checkpointer(tmp_path, read_only=True) as checkpointer:
         assert checkpointer.latest() is None
-        time.sleep(0.3)  # Orbax cleans up behind our back
+        time.sleep(0.3)  # Orbax cleans up in a thread
     assert half.exists()
     with Checkpointer(tmp_path):
         until = time.monotonic() + 20
@@ -190,293 +127,22 @@ def _tuples(value):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["{}/none"], "is no run's folder"),
+        (["{}/none"], "is not a run directory"),
         (["{}/run", "--sets", "imagenett"], "set 'imagenett'; did you mean 'imagenet'"),
         (["{}/run", "--step", "9"], "no checkpoint of step 9"),
         (["{}/run", "--stepp", "9"], "unrecognized arguments"),
-        (["{}/run", "--output", "{}/none/x.html"], "none' does not exist; make it first"),
+        (["{}/run", "--output", "{}/none/x.html"], "none' does not exist; create it first"),
         (["{}/run", "--output", "{}"], "is a folder; name a file in it"),
         ([], "required: RUN"),
     ],
 )
 def test_bad_input_is_one_sentence(flags, message, run, monkeypatch):
-    monkeypatch.setattr(html, "make", lambda *_, **__: pytest.fail("looked at the model first"))
+    monkeypatch.setattr(html, "make", lambda *_, **__: pytest.fail("made predictions first"))
     with pytest.raises(SystemExit) as stopped:
         command.main([flag.format(run) for flag in flags])
     assert message in str(stopped.value)
     assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)
 
-
-# A run as files alone.
-
-
-def written(folder, objective, rows, **changes):
-    folder.mkdir()
-    config = {"config": tiny.config(objective, run=folder, **changes).to_dict(), "environment": {"python": "3"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return record.read(folder)
-
-
-def test_a_run_without_clusters(tmp_path):
-    rows = [{"step": s, "loss": 2 / s, "clip/loss": 2 / s, "clip/ln_b": 2.77, "rank/img": 3.0} for s in (1, 2)]
-    text = html.render(written(tmp_path / "run", "clip", rows), examples.Examples(missing=["nothing"]))
-    words = " ".join(check(text).text)
-    assert "this objective trains no cluster heads" in words and "The alarms are of cluster heads" in words
-    assert "ln b" in words and "Mutual information" not in words
-
-
-def collapsed(kind):
-    """Metrics of `nclip` with one of its failures, or none."""
-    row = {"nclip/ln_b": math.log(16), "nclip/ln_k": math.log(24), "nclip/agreement": 0.9, "nclip/loss": 0.0}
-    for m in ("img", "txt"):
-        entropy, marginal = {"flat": (2.7, 2.75), "few clusters": (0.1, 0.5)}.get(kind, (0.1, 2.7))
-        row |= {f"nclip/entropy_{m}": entropy, f"nclip/marginal_entropy_{m}": marginal, f"nclip/clusters_{m}": 14.0}
-        row[f"nclip/mutual_information_{m}"] = marginal - entropy
-    return row | ({"nclip/agreement": 0.05} if kind == "disagreement" else {})
-
-
-@pytest.mark.parametrize("kind", ["", "flat", "few clusters", "disagreement"])
-def test_each_failure_has_its_light_and_its_remedy(kind, tmp_path):
-    rows = [{"step": s, "loss": 0.0} | collapsed(kind if s == 2 else "") for s in (1, 2)]
-    found = written(tmp_path / "run", "nclip", rows, log__collapse_warmup_steps=1)
-    text = html.render(found, examples.Examples())
-    lights = re.findall(r'<article class="card light (\w*)"><h3>([^<]+)<span>([^<]+)', text)
-    expected = {
-        name: ("alarm", "alarm") if name == kind else ("", "healthy")
-        for name in ("flat", "few clusters", "disagreement")
-    }
-    assert {name.lower(): (state, said) for state, name, said in lights} == expected
-    measures = {key.removeprefix("nclip/"): value for key, value in rows[-1].items()}
-    warnings = noncontrastive.diagnose(measures, k=24, b=16)
-    assert [warning.split(":")[0] for warning in warnings] == ([kind] if kind else [])
-    assert all(warning.partition(": ")[2] in " ".join(Page(text).text) for warning in warnings)
-    early = html.render(
-        dataclasses.replace(found, config=found.config | {"log": {"collapse_warmup_steps": 9}}), examples.Examples()
-    )
-    assert early.count("too early") == 3 and "healthy" not in early.partition("<main")[2].partition("<script")[0]
-
-
-@pytest.mark.parametrize(("k", "b"), [(1, 16), (24, 1), (1, 1)])
-def test_one_cluster_or_a_batch_of_one_pair_cannot_be_judged(k, b, tmp_path):
-    """ln 1 = 0 is all the information that there could be."""
-    row = dict.fromkeys(collapsed(""), 0.0) | {"nclip/agreement": 1.0, "nclip/ln_b": math.log(b)}
-    row |= {"step": 1, "loss": 0.0, "nclip/ln_k": math.log(k), "nclip/clusters_img": 1.0, "nclip/clusters_txt": 1.0}
-    changes = {"log__collapse_warmup_steps": 1, "data__batch": b, "model__cluster_head__clusters": k}
-    text = html.render(written(tmp_path / "run", "nclip", [row], **changes), examples.Examples())
-    check(text)
-    assert text.count("not judged") == 3 and text.count("cannot collapse") == 3 and "0.00 possible" in text
-    assert "nan" not in text.partition("<main")[2].partition("<script")[0]
-
-
-def test_the_evaluation_stands_in_for_results(tmp_path):
-    found = written(tmp_path / "run", "clip", [])
-    assert found.results == [] and found.steps == 0
-    result = {"name": "zeroshot/x", "metrics": {"top1": 12.5, "top5": 50.0, "n": 8, "ways": 10}}
-    (tmp_path / "run" / "evaluation.json").write_text(json.dumps({"results": [result]}))
-    words = " ".join(Page(html.render(record.read(tmp_path / "run"), examples.Examples())).text)
-    assert "From evaluation.json" in words and "12.5" in words and "(10.0)" in words
-
-
-def test_results_are_told_from_chance(tmp_path):
-    """Of 10 names: 11 of 100 right are within the interval, 5.6 to 18.8 %, of 20 chance is below, of 1 above."""
-    results = {}
-    for name, top1 in (("a<b", 20.0), ("b", 11.0), ("c", 1.0)):
-        results |= {f"zeroshot/{name}/top1": top1, f"zeroshot/{name}/top5": 50.0}
-        results |= {f"zeroshot/{name}/n": 100.0, f"zeroshot/{name}/ways": 10.0}
-    results |= {f"retrieval/r/{way}/r{k}": 9.0 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
-    results |= {"retrieval/r/images": 100.0, "retrieval/r/captions": 500.0}
-    results |= {"visual/p/linear/top1": 55.0, "visual/p/n": 100.0, "visual/p/ways": 3.0, "visual/p/majority": 50.0}
-    results |= {"textual/s/spearman_all": 50.0, "textual/s/spearman_mean": 50.0, "textual/s/pairs": 100.0}
-    results = flat_names.read(results)
-    judged = chance.verdicts(results)
-    assert judged == {
-        ("a<b", "top1"): "above chance", ("b", "top1"): "not distinguishable from chance",
-        ("c", "top1"): "below chance", ("r", "image_to_text/r1"): "above chance",
-        ("p", "linear/top1"): "not distinguishable from chance",
-    }  # fmt: skip
-    found = written(tmp_path / "run", "clip", [{"step": 1, "loss": 1.0, "clip/loss": 1.0}])
-    words = " ".join(check(html.render(dataclasses.replace(found, results=results), examples.Examples())).text)
-    assert "above chance (10.0\u00a0%)" in words  # the tile of zero-shot classification
-    assert "Not distinguishable from chance: b (top-1), p (linear probe, top-1). By 95% binomial" in words
-
-
-@pytest.mark.parametrize(
-    ("n", "right", "low", "high"), [(40, 23, 0.4089, 0.7296), (100, 11, 0.0562, 0.1883), (8, 0, 0.0, 0.3694)]
-)
-def test_verdicts_change_where_the_exact_interval_ends(n, right, low, high):
-    """Ends by the beta distribution's quantiles, of which chance is a hair to either side."""
-    ends = scipy.stats.beta.ppf([0.025, 0.975], [max(right, 1e-12), right + 1], [n - right + 1, n - right])
-    assert ends == pytest.approx([low, high], abs=1e-4)
-    within = "not distinguishable from chance"
-    for share, verdict in ((low - 1e-3, "above chance"), (low + 1e-3, within), (high - 1e-3, within),
-                           (high + 1e-3, "below chance")):  # fmt: skip
-        if share > 0:
-            results = {"visual/x/linear/top1": 100 * right / n, "visual/x/n": float(n), "visual/x/ways": 2.0}
-            results["visual/x/majority"] = 100 * share
-            assert chance.verdicts(flat_names.read(results)) == {("x", "linear/top1"): verdict}
-
-
-# Parts.
-
-
-def test_tables_have_a_cell_for_each_column_and_say_what_their_text_says():
-    results = {"zeroshot/a/top1": 50.0, "zeroshot/a/top5": 75.0, "zeroshot/a/n": 8.0, "zeroshot/a/ways": 10.0}
-    results |= {"zeroshot/a/cosine/top1": 40.0, "zeroshot/a/cosine/top5": 60.0}
-    results |= {f"retrieval/r/{way}/r{k}": 9.0 for way in ("image_to_text", "text_to_image") for k in (1, 5)}
-    results |= {"retrieval/r/images": 5.0, "retrieval/r/captions": 20.0}
-    results = flat_names.read(results)
-    found = summary.tables(results)
-    assert [t.title.split(",")[0] for t in found] == ["zero-shot classification", "retrieval", "the families"]
-    assert all(len(cells) == len(t.columns) for t in found for _, cells in t.rows)
-    assert found[0].rows[0] == ("a", ["10", "8", "50.0", "(10.0)", "75.0", "(50.0)"])
-    assert [row[0] for row in found[2].rows] == ["zero-shot classification", "retrieval"]
-    text = summary.render(results)
-    assert all(cell in text for t in found for _, cells in t.rows for cell in cells)
-
-
-def test_numbers_and_ticks():
-    values = (0, 12, 0.5, 7.5, 103.25, 1234.5, 1e-5, 0.00075, 0.001, -0.0312, math.nan)
-    assert list(map(charts.number, values)) == [
-        "0",
-        "12",
-        "0.5",
-        "7.5",
-        "103.2",
-        "1,234",
-        "1e-5",
-        "7.5e-4",
-        "0.001",
-        "-0.0312",
-        "not a number",
-    ]
-    assert charts.ticks(0, 10, 5) == [0, 2, 4, 6, 8, 10]
-    assert charts.ticks(-0.3, 0.35, 5) == pytest.approx([-0.2, 0, 0.2])
-    for low, high in ((1, 2), (0.001, 0.0013), (-7, 1e6)):
-        found = charts.ticks(low, high, 5)
-        assert 2 <= len(found) <= 6 and low <= min(found) and max(found) <= high * (1 + 1e-9)
-
-
-def test_a_chart_keeps_to_what_is_finite_and_short():
-    steps = range(5000)
-    line = charts.Line("a<b", steps, [math.nan if s % 7 == 0 else s for s in steps], 0)
-    text = charts.chart("T", [line], [charts.Level("alarm", -100.0, below=True)], unit="nats")
-    Page(text)
-    data = json.loads(re.search(r'data-chart="([^"]+)"', text)[1].replace("&quot;", '"').replace("&lt;", "<"))
-    (drawn,) = data["lines"]
-    assert drawn["name"] == "a<b" and len(drawn["x"]) == charts.POINTS
-    assert drawn["y"] == pytest.approx(drawn["x"], abs=1) and "a&lt;b" in text
-    points = np.array([p.split(",") for p in re.search(r'points="([^"]+)"', text)[1].split()], float)
-    assert points[0, 0] == 0 and points[-1, 0] == 1000 and (np.diff(points[:, 1]) < 0).all()
-    assert charts.chart("T", [charts.Line("none", [1], [math.nan], 0)]) == ""
-
-
-def test_the_confusion_matrix_counts_and_the_seed_decides_among_equals():
-    images = [np.full((2, 2, 3), i, np.uint8) for i in range(6)]
-    data = ZeroShotSet("x", images, np.array([0, 0, 1, 2, 2, 2]), [["a"], ["b"], ["c"]], coarse=["p", "p", "q"])
-    answers = np.array([1, 1, 0, 2, 0, 0])
-    found = examples._confusion("x", data, data, np.eye(3)[answers], np.random.default_rng(0))
-    assert found.classes == ["p", "q"] and found.counts.tolist() == [[3, 0], [2, 1]]
-    assert [(m.name, m.taken_for, m.count) for m in found.mistakes[:2]] in (
-        [("a", "b", 2), ("c", "a", 2)],
-        [("c", "a", 2), ("a", "b", 2)],
-    )
-    assert found.mistakes[2].taken_for == "a" and found.mistakes[2].images[0][0, 0, 0] == 2
-    fine = examples._confusion(
-        "x", dataclasses.replace(data, coarse=()), data, np.eye(3)[answers], np.random.default_rng(0)
-    )
-    assert fine.classes == ["a", "b", "c"] and fine.counts[2].tolist() == [2, 0, 1]
-
-
-def test_what_is_looked_at(monkeypatch):
-    asked = []
-
-    def load(spec, size, data_dir):
-        asked.append(spec)
-        if spec == "imagenet":
-            raise UserError("imagenet is not prepared.")
-        images = [np.zeros((4, 4, 3), np.uint8)] * 3
-        if "retrieval" in spec:
-            return selection.RetrievalSet(spec, images, [["a"]] * 3)
-        return ZeroShotSet(spec, images, np.arange(3), [[f"{c} {i}" for i in range(4000)] for c in "abc"])
-
-    monkeypatch.setattr(selection.registry, "load", load)
-    specs = ["imagenet", "probe/cifar10", "folder:x", "sts12@y", "coco_retrieval"]
-    found = selection.select(specs, Preprocessing(4), None, None, 0)
-    assert set(asked) == {"imagenet", "folder:x", "coco_retrieval"} and found.missing == ["imagenet is not prepared."]
-    assert [panel.title for panel, *_ in found.zeroshot] == ["folder:x"] and found.retrieval[0].name == "coco_retrieval"
-    assert sum(map(len, found.zeroshot[0][1].prompts)) == selection.PROMPTS and not found.credits
-    asked.clear()
-    found = selection.select(
-        ["emoji/test_line", "emoji/test_probe", "emoji/test_concepts", "emoji/test_rendering_rest"],
-        Preprocessing(4),
-        None,
-        None,
-        0,
-    )
-    assert [panel.spec for panel, *_ in found.zeroshot] == ["emoji/test_concepts", "emoji/test_line"] and found.credits
-    assert "emoji/test_rendering_rest" not in asked
-
-
-# Attention.
-
-
-def softmax(query, key):
-    """Per head: (b, n, heads, kv), (b, m, heads, kv) -> (b, heads, n, m)."""
-    return scipy.special.softmax(np.einsum("bnhd,bmhd->bhnm", query, key) / query.shape[-1] ** 0.5, axis=-1)
-
-
-@pytest.mark.parametrize("pool", ["cls", "mean", "map"])
-def test_attention_is_that_of_the_tower(pool):
-    """Queries and keys as captured, applied to the values, give what the tower's own attention gives."""
-    tower = {"width": 16, "depth": 2, "heads": 2}
-    model = two_towers(
-        img={"image_size": 8, "patch": 4, "pool": pool, **tower},
-        txt={"vocab": 8, "eot_id": 7, "context_length": 4, **tower},
-        embed=8,
-    )
-    images = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
-    statistics = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    pixels = (images / 255 - 0.5).astype(np.float32) / 0.25
-    variables = nn.unbox(jax.jit(model.init)(jax.random.key(0), pixels, jnp.zeros((3, 4), jnp.int32)))
-    run = jax.jit(
-        lambda v: model.apply(v, pixels, method="encode_image", capture_intermediates=True, mutable=["intermediates"])[
-            1
-        ]
-    )
-    found = jax.device_get(run(variables))["intermediates"]["img"]
-    rollout = np.eye(4 + (pool == "cls"))[None]
-    for i in range(2):
-        layer = found["transformer"][f"block_{i}"]["attention"]
-        query, key, value = np.moveaxis(layer["qkv"]["__call__"][0], 2, 0)
-        weights = softmax(query, key)
-        out = jax.device_get(variables["params"]["img"]["transformer"][f"block_{i}"]["attention"]["out"])
-        y = np.einsum("bhnm,bmhd,hdo->bno", weights, value, out["kernel"]) + out["bias"]
-        theirs = layer["__call__"][0]
-        assert theirs.shape[1] == (1 if pool == "cls" and i == 1 else y.shape[1])  # no other token is read
-        np.testing.assert_allclose(y[:, : theirs.shape[1]], theirs, atol=1e-5)
-        rollout = (weights.mean(axis=1) + np.eye(rollout.shape[1])) / 2 @ rollout
-    last = weights.mean(axis=1)
-    if pool == "map":
-        last = softmax(found["pool_map"]["query"]["__call__"][0], found["pool_map"]["kv"]["__call__"][0][:, :, 0])
-        last = last.mean(axis=1)
-        rollout = last @ rollout
-    expected = [{"cls": x[:, 0, 1:], "mean": x.mean(axis=1), "map": x[:, 0]}[pool] for x in (last, rollout)]
-
-    mesh = make_mesh(dict(zip(AXES, (-1, 1, 1), strict=True)))
-    if pool == "map":  # stacked blocks are the same tower
-        model = model.clone(img=dataclasses.replace(model.img, scan=True, remat="full"))
-        blocks = stack_blocks(variables["params"]["img"]["transformer"], 2)
-        img = {**variables["params"]["img"], "transformer": blocks}
-        variables = {"params": {**variables["params"], "img": img}}
-    maps = attention.attention(model, variables, list(images), statistics, mesh, n=2, seed=5)
-    assert len(set(maps.picked)) == 2
-    for mine, theirs in zip((maps.last, maps.rollout), expected, strict=True):
-        theirs = theirs[maps.picked] / theirs[maps.picked].sum(axis=1, keepdims=True)
-        np.testing.assert_allclose(mine, theirs.reshape(2, 2, 2), atol=1e-5)
-
-
-# The page in a browser.
 
 _WATCH = """<script>
 const errors = [], log = console.error;
@@ -506,10 +172,10 @@ addEventListener("load", () => setTimeout(() => {
 }, 100));</script>"""
 
 
-@pytest.mark.skipif(not (shutil.which("chromium") or shutil.which("google-chrome")), reason="no browser here")
+@pytest.mark.skipif(not (shutil.which("chromium") or shutil.which("google-chrome")), reason="no browser")
 @pytest.mark.parametrize("width", [400, 1400])
 def test_in_a_browser_nothing_fails_and_nothing_sticks_out(width, run, tmp_path):
-    text = (run / "run" / html.NAME).read_text()
+    text = RunFolder(run / "run").report_file.read_text()
     (tmp_path / "page.html").write_text(text.replace("<head>", f"<head>{_WATCH}", 1))
     # Chromium's own windows are never narrower than 500 pixels; a frame is.
     (tmp_path / "frame.html").write_text(

@@ -14,7 +14,8 @@ from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, results
 from xclip_jax.evaluators.result import flat
 from xclip_jax.evaluators.statistics import PerExample
-from xclip_jax.train import trainer, weights
+from xclip_jax.run_folder import RunFolder
+from xclip_jax.train import trainer
 
 STEPS = 2
 
@@ -79,7 +80,7 @@ def test_later_commands_add_to_the_file(root):
     for entry in entries_:
         name = f"{entry['name']}/{entry['metric']}"
         assert items[entry["items"]][name].value() == pytest.approx(entry["value"])
-    card = model_card._results(epath.Path(run), weights.load(run)[0], 1)
+    card = model_card._results(RunFolder(run), STEPS, 1)
     assert str(root / "one") in card and str(root / "two") not in card and "profile openai" in card
 
 

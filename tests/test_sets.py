@@ -194,7 +194,7 @@ def test_picture_and_page_are_drawn_for_every_kind_of_model(objective, embed, cl
     config = {"config": demo_config.get_config(f"objective={objective}").to_dict(), "environment": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     text = html.render(record.read(tmp_path), found)
-    shown = [title for title in ("Line drawings", "Search by words", "Images find texts", 'id="find"') if title in text]
+    shown = [title for title in ("Line drawings", "Search by words", "Image to text", 'id="find"') if title in text]
     assert len(shown) == 3 + bool(clusters)
     # Each picture is right or wrong as its set says, and the right name's place is that among all of them.
     assert [named.num_classes for named in found.named] == [2, 7, 7] and found.confusion.images == 6

@@ -16,7 +16,7 @@ from PIL import Image
 
 import xclip_jax
 from tests import tiny, torture
-from tests.test_interop import B32, TEXT, make_hf, our_model, shaken
+from tests.foreign import B32, TEXT, make_hf, our_model, shaken
 from xclip_jax import export, interop
 from xclip_jax.data import tokenizer
 from xclip_jax.errors import UserError

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import xclip_jax
 from xclip_jax.config.fields import nearest
+from xclip_jax.errors import Parser
 
 COMMANDS = {
     "train": ("xclip_jax.main", "train a model by a recipe, or resume a run"),
@@ -27,7 +28,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command as `python -m MODULE` does, so that its name, help and child processes are the same.
+    """Run a command as `python -m MODULE` does, so that its arguments and child processes are the same.
 
     Args:
       argv: the command and its arguments; by default those of the process.
@@ -39,7 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"xclip_jax {xclip_jax.__version__}")
     elif command in COMMANDS:
         sys.argv = [sys.argv[0], *arguments]
-        runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
+        Parser.program = f"xclip-jax {command}"
+        try:
+            runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
+        finally:
+            Parser.program = None
     else:
         sys.exit(
             f"error: unknown command {command!r}; did you mean {nearest(command, COMMANDS)!r}? See xclip-jax --help"

@@ -1,20 +1,20 @@
-"""Embeds many images and texts into one file: python -m xclip_jax.embed.
+"""Embed many images and texts into one file: python -m xclip_jax.embed.
 
     python -m xclip_jax.embed --checkpoint RUN --images '/data/photos/**/*.jpg' --out photos.parquet
     python -m xclip_jax.embed --checkpoint RUN --images '/data/cc12m/{00000..01242}.tar' --out cc12m.parquet
     python -m xclip_jax.embed --checkpoint RUN --texts captions.txt --out captions.npz
 
 A row is an image or a text: "kind" (image or text), "id" (path, TAR#KEY or FILE#LINE), "text" (an image's first
-caption, if it has one in its tar or in a .txt file beside it; or the text) and "embedding", float32, of unit length.
+caption, if it has one in its tar or in a .txt file of its name; or the text) and "embedding", float32, of unit length.
 The file's metadata, "xclip_jax" (an array of that name in .npz), is JSON: checkpoint, preprocessing, commit, versions.
-In .npz ids and texts are UTF-8 with offsets (see `xclip_jax.data.embeddings`, whose `read` reads both kinds of file).
+In .npz ids and texts are UTF-8 with offsets (see `xclip_jax.data.embeddings`, whose `read` reads both file formats).
 
 Images that cannot be used are left out. Of --texts every line has its row, so that row i is line i: one that cannot be
 used, such as an empty one, has an embedding of zeros. Both are counted, and listed in OUT.bad.jsonl.
 
-The work is done in parts, kept in OUT.parts until all are there: the same command goes on after a kill and does no part
-twice. It refuses to go on when the weights, the text file, or the names or sizes of images have changed. An image of
-other content and equal size is not noticed, nor is any change of image files in a bucket.
+The work is done in parts, stored in OUT.parts until all are complete: after an interruption the same command resumes
+and repeats no part. It stops with an error when the weights, the text file, or the names or sizes of images have
+changed. An image of other content and equal size is not detected, nor is any change of image files in a bucket.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import pathlib
 import shutil
 import sys
 import time
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,12 +39,12 @@ from xclip_jax.embed_sources import Lines, Source, open_images
 from xclip_jax.errors import BadSample, Parser, UserError, check_count, exit_with_message
 from xclip_jax.storage import write_json
 
-PART = 1024  # rows that a kill may cost
+PART = 1024  # rows that an interruption may lose
 _PROGRESS_SECONDS = 5
 
 
-class _Part(Sequence):
-    """Images `start` to `stop` as an encoder reads them; a bad one is black, and noted."""
+class _Part(Sequence[np.ndarray]):
+    """Images `start` to `stop` for an encoder; a bad one is black, and listed in `bad`."""
 
     def __init__(self, ahead: Ahead, start: int, stop: int) -> None:
         self._ahead, self._start, self._n = ahead, start, stop - start
@@ -52,7 +53,15 @@ class _Part(Sequence):
     def __len__(self) -> int:
         return self._n
 
-    def __getitem__(self, i: int) -> np.ndarray:
+    @typing.overload
+    def __getitem__(self, i: int) -> np.ndarray: ...
+
+    @typing.overload
+    def __getitem__(self, i: slice) -> Sequence[np.ndarray]: ...
+
+    def __getitem__(self, i: int | slice) -> np.ndarray | Sequence[np.ndarray]:
+        if isinstance(i, slice):
+            return [self[row] for row in range(*i.indices(self._n))]
         image, self.texts[i], error = self._ahead[self._start + i]
         if error is not None:
             self.bad[i] = error
@@ -60,22 +69,22 @@ class _Part(Sequence):
 
 
 class Job:
-    """What is to be embedded, by which model, into which file."""
+    """A model, the items to embed, and the file to write."""
 
     def __init__(
         self, model: inference.Model, sources: Mapping[str, Source], out: str, *, part: int = PART, threads: int = 0
     ) -> None:
-        """Checks all that can be checked.
+        """Check the job against the files of an earlier one.
 
         Args:
-          model: embeds.
-          sources: by kind, "image" or "text".
+          model: embeds the items.
+          sources: by modality, "image" or "text".
           out: file to write, .parquet or .npz.
           part: rows of a part, rounded up to a multiple of the model's batch.
-          threads: that read and decode; 0 for one a core.
+          threads: number of threads that read and decode; 0 for one a core.
 
         Raises:
-          UserError: another file is in the way, or parts of another job are; `part` below 1, `threads` below 0.
+          UserError: the file or its parts are of another job; `part` below 1, `threads` below 0.
         """
         check_count("part", part, 1)
         check_count("threads", threads, 0)
@@ -84,48 +93,48 @@ class Job:
         self.folder = pathlib.Path(f"{out}.parts")
         size = -(-part // model.batch) * model.batch
         self._parts = [
-            (kind, start, min(start + size, len(source)))
-            for kind, source in sources.items()
+            (modality, start, min(start + size, len(source)))
+            for modality, source in sources.items()
             for start in range(0, len(source), size)
         ]
         if not self._parts:
-            raise UserError("there is nothing to embed; --texts is an empty file.")
+            raise UserError("--texts is an empty file; give a file with a text in each line.")
         self.plan = {"part": size, "weights": model.fingerprint()}
         self.plan |= {key: value for key, value in model.card.items() if key not in ("checkpoint", "step")}
-        self.plan |= {kind: {"n": len(source), "digest": source.digest()} for kind, source in sources.items()}
-        self._claim()
+        self.plan |= {name: {"n": len(source), "digest": source.digest()} for name, source in sources.items()}
+        self._check_plan()
 
-    def _claim(self) -> None:
-        note, there = self.folder / "plan.json", self.plan
-        what = f"{self.folder} is of another job"
-        if note.exists():
-            there = json.loads(note.read_text())
+    def _check_plan(self) -> None:
+        file, saved = self.folder / "plan.json", self.plan
+        fault = f"{self.folder} is of another job"
+        if file.exists():
+            saved = json.loads(file.read_text())
         elif self.out.exists():
-            there, what = self._format.about(self.out).get("plan", {}), f"{self.out} exists and holds other embeddings"
-        if differing := sorted(key for key in self.plan.keys() | there.keys() if self.plan.get(key) != there.get(key)):
-            raise UserError(f"{what}: {', '.join(differing)} differ; delete it, or set another --out.")
+            saved, fault = self._format.about(self.out).get("plan", {}), f"{self.out} contains other embeddings"
+        if differing := sorted(key for key in self.plan.keys() | saved.keys() if self.plan.get(key) != saved.get(key)):
+            raise UserError(f"{fault}: {', '.join(differing)} differ; delete it, or set another --out.")
 
     @property
     def complete(self) -> bool:
-        """Whether the file is there already."""
+        """Whether the file exists and has all parts."""
         return self.out.exists() and not self.folder.exists()
 
     def run(self) -> dict[str, Any]:
-        """Embeds what is left, and joins the parts. Returns what the file says about itself."""
+        """Embed the remaining parts, join them, and return the file's metadata."""
         if self.complete:
-            log0(f"{self.out} is complete; delete it to embed anew.")
+            log0(f"{self.out} is complete; delete it to embed again.")
             return self._format.about(self.out)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "plan.json").exists():
             write_json(epath.Path(self.folder / "plan.json"), self.plan)
         done = next((i for i in range(len(self._parts)) if not self._file(i).exists()), len(self._parts))
         if done:
-            log0(f"going on behind part {done:,} of {len(self._parts):,}")
+            log0(f"resuming after part {done:,} of {len(self._parts):,}")
         self._bad = sum(len(self._listed(i)) for i in range(done))
-        for kind, source in self.sources.items():
-            todo = [i for i, (k, *_) in enumerate(self._parts) if k == kind and i >= done]
+        for name, source in self.sources.items():
+            todo = [i for i, (modality, *_) in enumerate(self._parts) if modality == name and i >= done]
             if todo:
-                (self._images if kind == "image" else self._texts)(source, todo)
+                (self._images if name == "image" else self._texts)(source, todo)
         return self._join()
 
     def _file(self, i: int) -> pathlib.Path:
@@ -147,7 +156,7 @@ class Job:
             except BadSample as error:
                 return black, "", error
 
-        # The threads go on to the next part while the device ends the last one.
+        # The threads read the next part while the device computes the last one.
         n = len(source) - first
         with Ahead(make, n, threads=self._threads, window=2 * self.model.batch) as ahead:
             for i in todo:
@@ -178,16 +187,19 @@ class Job:
     def _write(
         self, i: int, texts: list[str], rows: np.ndarray, bad: Mapping[int, BadSample], kept: Sequence[int]
     ) -> None:
-        """Writes the rows `kept` of part i, and lists the bad ones."""
-        kind, start, stop = self._parts[i]
-        names = [self.sources[kind].name(index) for index in range(start, stop)]
+        """Write the rows `kept` of part i, and list the bad ones."""
+        modality, start, stop = self._parts[i]
+        names = [self.sources[modality].name(index) for index in range(start, stop)]
         if bad:
-            lines = [{"kind": kind, "id": names[row], "reason": bad[row].reason, "detail": bad[row].detail}
-                     for row in sorted(bad)]  # fmt: skip
+            lines = [
+                {"kind": modality, "id": names[row], "reason": bad[row].reason, "detail": bad[row].detail}
+                for row in sorted(bad)
+            ]
             self._file(i).with_suffix(".bad.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
             self._bad += len(bad)
-        columns = {"kind": [kind] * len(kept), "id": [names[row] for row in kept], "text": [texts[row] for row in kept]}
-        # The name tells that the part is whole.
+        ids, kept_texts = [names[row] for row in kept], [texts[row] for row in kept]
+        columns = {"kind": [modality] * len(kept), "id": ids, "text": kept_texts}
+        # A part of this name is complete.
         temporary = self.folder / f".{self._file(i).name}.tmp"
         self._format.write(temporary, columns | {"embedding": rows[kept]})
         temporary.replace(self._file(i))
@@ -199,9 +211,9 @@ class Job:
         ledger.unlink(missing_ok=True)
         if bad:
             ledger.write_text("\n".join(bad) + "\n")
-            log0(f"{len(bad):,} of {total:,} could not be used; {ledger} names them")
+            log0(f"{len(bad):,} of {total:,} could not be used; they are listed in {ledger}")
         if len(bad) == total:
-            raise UserError(f"nothing could be embedded; {ledger} says why.")
+            raise UserError(f"nothing could be embedded; the reasons are in {ledger}.")
         left_out = sum(json.loads(line)["kind"] == "image" for line in bad)
         about = {**self.model.card, "rows": total - left_out, "bad": len(bad), "plan": self.plan}
         about["environment"] = environment.capture()
@@ -214,34 +226,38 @@ class Job:
 
 
 class _Progress:
-    """A line every few seconds: how many, how fast, how long still."""
+    """Prints the number of items that are done, speed and remaining time, every few seconds."""
 
-    def __init__(self, what: str, first: int, n: int) -> None:
-        self._what, self._first, self._n = what, first, n
-        self._began = self._said = time.perf_counter()
+    def __init__(self, unit: str, first: int, n: int) -> None:
+        self._unit, self._first, self._n = unit, first, n
+        self._began = self._printed = time.perf_counter()
 
     def after(self, done: int, bad: int) -> None:
         now = time.perf_counter()
-        if now - self._said < _PROGRESS_SECONDS and done < self._n:
+        if now - self._printed < _PROGRESS_SECONDS and done < self._n:
             return
-        self._said, speed = now, (done - self._first) / (now - self._began)
-        line = f"{self._what} {done:,}/{self._n:,}  {speed:,.0f} {self._what}/s"
+        self._printed, speed = now, (done - self._first) / (now - self._began)
+        line = f"{self._unit} {done:,}/{self._n:,}  {speed:,.0f} {self._unit}/s"
         line += f", {format_duration((self._n - done) / speed)} left"
         log0(line + (f", {bad:,} bad" if bad else ""))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command."""
-    parser = Parser(prog="python -m xclip_jax.embed", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a run, or weights")
-    parser.add_argument("--step", type=int, help="which checkpoint of a run; the newest by default")
+    """Run the command."""
+    parser = Parser(
+        prog="python -m xclip_jax.embed",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run directory, or weights")
+    parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")
     parser.add_argument("--images", help="a folder, or files: globs, ranges {00..12}, lists; or tars")
-    parser.add_argument("--texts", metavar="FILE", help="a text a line")
+    parser.add_argument("--texts", metavar="FILE", help="file with a text in each line")
     parser.add_argument("--out", required=True, help="file to write, .parquet or .npz")
     parser.add_argument("--batch", type=int, default=32, help="items that are encoded at once")
-    parser.add_argument("--threads", type=int, default=0, help="that read and decode images; 0 for one a core")
-    parser.add_argument("--part", type=int, default=PART, help="rows that a kill may cost")
+    parser.add_argument("--threads", type=int, default=0, help="threads that read and decode; 0 for one a core")
+    parser.add_argument("--part", type=int, default=PART, help="rows that an interruption may lose")
     options = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
     try:
@@ -250,12 +266,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise UserError("give --images, --texts or both.")
             for key, minimum in (("batch", 1), ("part", 1), ("threads", 0)):
                 check_count(f"--{key}", getattr(options, key), minimum)
-            sources = {"image": open_images(options.images)} if options.images else {}
-            sources |= {"text": Lines(options.texts)} if options.texts else {}
+            sources: dict[str, Source] = {}
+            if options.images:
+                sources["image"] = open_images(options.images)
+            if options.texts:
+                sources["text"] = Lines(options.texts)
             model = inference.load(options.checkpoint, step=options.step, batch=options.batch)
             Job(model, sources, options.out, part=options.part, threads=options.threads).run()
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from there")
+        sys.exit("interrupted; run the same command to resume")
 
 
 if __name__ == "__main__":

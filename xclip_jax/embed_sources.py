@@ -1,6 +1,6 @@
-"""What `xclip_jax.embed` reads: image files, tars and lines of a text file, by index.
+"""Sources of `xclip_jax.embed`: image files, tars and lines of a text file, by index.
 
-Digests tell a job that goes on whether its input is still the same.
+A job that resumes compares their digests with those of its start.
 """
 
 import codecs
@@ -27,7 +27,7 @@ _OTHER_ENCODINGS = (  # by byte order mark; UTF-32's begins with UTF-16's
 
 
 class Source(Protocol):
-    """What there is to embed: `read` gives content and text of an item, or raises `BadSample`."""
+    """Items to embed: `read` returns content and text of an item, or raises `BadSample`."""
 
     def __len__(self) -> int: ...
 
@@ -56,7 +56,7 @@ class Images:
         return inference.read(path), "" if storage.is_remote(path) else _caption(pathlib.Path(path).with_suffix(".txt"))
 
     def digest(self) -> str:
-        """Of names and sizes, captions' too. Times are left out: the same files may be fetched again on a new disk."""
+        """Hash of names and sizes, also of captions; not of times, which change when files are copied."""
         digest = hashlib.blake2b(digest_size=16)
         for path in self.paths:
             sizes = (0, 0) if storage.is_remote(path) else (_size(path), _size(pathlib.Path(path).with_suffix(".txt")))
@@ -72,7 +72,7 @@ def _size(path: str | os.PathLike) -> int:
 
 
 def _caption(path: pathlib.Path) -> str:
-    """The first line of a file; "" where there is none, or no text: the image counts, not what is said of it."""
+    """The first line of a file; "" for a missing or unreadable one, since a caption is optional here."""
     try:
         return decode_text(path.read_bytes()).strip().partition("\n")[0].strip()
     except (OSError, BadSample):
@@ -80,7 +80,7 @@ def _caption(path: pathlib.Path) -> str:
 
 
 class Tars:
-    """Images in tars as img2dataset writes them, with their captions; those without one are embedded too."""
+    """Images in tars as img2dataset writes them, with their captions if they have some."""
 
     def __init__(self, pattern: str) -> None:
         self.source = TarSource(pattern)
@@ -103,23 +103,23 @@ class Tars:
 
 
 class Lines:
-    """The lines of a text file in UTF-8; where they begin is kept in memory, not they."""
+    """The lines of a text file in UTF-8; memory holds their offsets only."""
 
     def __init__(self, path: str) -> None:
-        # The digest is of what becomes of the file too: parts in which lines had no row must not be gone on with.
-        self.path, ends, at, digest = path, [np.array([-1])], 0, hashlib.blake2b(b"a row a line", digest_size=16)
+        # Digests of versions in which empty lines had no row were seeded otherwise: their parts do not fit.
+        self.path, ends, offset, digest = path, [np.array([-1])], 0, hashlib.blake2b(b"a row a line", digest_size=16)
         try:
             self._file = storage.File(path)
             _check_encoding(path, self._file.read(0, 4))
-            while chunk := self._file.read(at, 1 << 24):
-                ends.append(at + np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")))
-                at += len(chunk)
+            while chunk := self._file.read(offset, 1 << 24):
+                ends.append(offset + np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")))
+                offset += len(chunk)
                 digest.update(chunk)
         except OSError as error:
             raise UserError(f"--texts {path!r} cannot be read ({error}).") from error
         self._ends, self._digest = np.concatenate(ends), digest.hexdigest()
-        if self._ends[-1] < at - 1:  # the last line has no end
-            self._ends = np.append(self._ends, at)
+        if self._ends[-1] < offset - 1:  # the last line has no newline
+            self._ends = np.append(self._ends, offset)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -148,25 +148,29 @@ def _check_encoding(path: str, head: bytes) -> None:
 
 
 def open_images(pattern: str) -> Images | Tars:
-    """The images of a folder, or of files as `storage.expand` names them: all of them tars, or none.
+    """Open the images of a folder, or of files as `storage.expand` names them: all of them tars, or none.
 
     Raises:
-      UserError: nothing there.
+      UserError: no images.
     """
     if not storage.is_remote(pattern):
         pattern = os.path.expanduser(pattern)
         if not os.path.exists(pattern) and not glob.has_magic(pattern) and not set(pattern) & set(",{"):
             raise UserError(f"--images {pattern!r} does not exist; name a folder, a file, or a glob as 'DIR/*.jpg'.")
     if os.path.isdir(pattern):
-        inside = sorted(str(path) for path in pathlib.Path(pattern).rglob("*") if path.name[0] != ".")
-        found = [path for path in inside if path.lower().endswith(IMAGE_SUFFIXES)]
-        if not found and any(path.endswith(".tar") for path in inside):
+        files = sorted(str(path) for path in pathlib.Path(pattern).rglob("*") if path.name[0] != ".")
+        images = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
+        if not images and any(path.endswith(".tar") for path in files):
             return open_images(f"{pattern}/*.tar")
-        if not found:
-            raise UserError(f"--images {pattern!r} holds no image ({', '.join(IMAGE_SUFFIXES)}); name a glob of files.")
-        return Images(found)
+        if not images:
+            raise UserError(
+                f"--images {pattern!r} contains no image ({', '.join(IMAGE_SUFFIXES)}); name a glob of files."
+            )
+        return Images(images)
     paths = storage.expand(pattern)
     tars = sum(path.endswith(".tar") for path in paths)
     if tars and tars < len(paths):
-        raise UserError(f"--images {pattern!r} names {tars} tars among {len(paths)} files; embed them one by one.")
+        raise UserError(
+            f"--images {pattern!r} names {tars} tars among {len(paths)} files; embed tars and files separately."
+        )
     return Tars(pattern) if tars else Images(paths)

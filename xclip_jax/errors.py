@@ -5,7 +5,7 @@ import contextlib
 import numbers
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 
 class UserError(ValueError):
@@ -48,7 +48,17 @@ def exit_with_message() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Command lines of commands: what is wrong is one sentence, without the usage before it."""
+    """Parser of a command's arguments, whose errors are one sentence, without the usage before it.
+
+    Attributes:
+      program: name of the running program in its help, where it was not started by `python -m`; set by `cli`.
+    """
+
+    program: ClassVar[str | None] = None
+
+    def __init__(self, *, prog: str | None = None, **options: Any) -> None:
+        """Make a parser with the options of `ArgumentParser`."""
+        super().__init__(prog=Parser.program or prog, **options)
 
     def error(self, message: str) -> NoReturn:
         sys.exit(f"error: {message}; see --help")

@@ -1,12 +1,12 @@
-"""Weights of a run, or of another project, in the form that others read.
+"""Export weights of a run, or of another project, in the format of another library.
 
     python -m xclip_jax.export --checkpoint RUN --to hf OUT
 
 writes the folder OUT: `hf` for transformers (CLIPModel, with its processor), `open_clip` for open_clip, `safetensors`
-for xclip_jax itself, which loses nothing. The model's preprocessing and tokenizer go with it, or are refused where the
-format has no place for them. A model card, README.md, tells what the run's folder knows. RUN may also be weights that
-`xclip_jax.interop` reads. Where the run evaluates the moving average of its parameters (eval.ema), that is what is
-written.
+for xclip_jax itself, which loses nothing. The model's preprocessing and tokenizer are written too; where the format has
+no place for them, the export is an error. README.md is a model card with data, recipe and results of the run. RUN may
+also be weights that `xclip_jax.interop` reads. Where the run evaluates the moving average of its parameters (eval.ema),
+the average is exported.
 """
 
 import argparse
@@ -27,13 +27,13 @@ CARD = "README.md"
 
 
 def export(path: str, out: str, *, to: str = "hf", step: int | None = None, overwrite: bool = False) -> None:
-    """Writes the weights at `path` to the folder `out`, with a model card.
+    """Write the weights at `path` to the folder `out`, with a model card.
 
     Args:
       path, step: as in `weights.load`.
       out: a folder that is empty or does not exist.
       to: one of `interop.FORMATS`.
-      overwrite: replace what an earlier export left in `out`; other files stay.
+      overwrite: replace the files of an earlier export in `out`; other files stay.
 
     Raises:
       UserError: bad input, or a model that the format does not have.
@@ -47,27 +47,31 @@ def export(path: str, out: str, *, to: str = "hf", step: int | None = None, over
         raise UserError(f"folder {out!r} is not empty; name another, or add --overwrite.")
     source = epath.Path(path).resolve()
     if folder.resolve() in (source, source.parent):
-        raise UserError(f"{out!r} holds what is to be exported; name another folder.")
-    config, parts, variables, at = load(path, step)
+        raise UserError(f"{out!r} contains the weights to export; name another folder.")
+    _, parts, variables, loaded_step = load(path, step)
     variables = jax.device_get(variables)
     if not variables["batch_stats"]:
         del variables["batch_stats"]
     if jax.process_index() == 0:
-        notes = interop.write(variables, schema.to_dict(config), out, to)
-        card = model_card.render(path, out, to, config, parts, at, notes, run=is_run(path))
+        notes = interop.write(variables, schema.to_dict(parts.config), out, to)
+        card = model_card.render(path, out, to, parts, loaded_step, notes, run=is_run(path))
         (folder / CARD).write_text(card)
         for note in notes:
             log0(note)
-    log0(f"{path}, step {at}, as {to}: {out}")
+    log0(f"{path}, step {loaded_step}, as {to}: {out}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command."""
-    parser = Parser(prog="python -m xclip_jax.export", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a run, or weights")
+    """Run the command."""
+    parser = Parser(
+        prog="python -m xclip_jax.export",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run directory, or weights")
     parser.add_argument("--to", default="hf", help=", ".join(interop.FORMATS))
-    parser.add_argument("--step", type=int, help="which checkpoint of a run; the newest by default")
+    parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("out", metavar="OUT", help="folder to write")
     flags = parser.parse_args(argv)

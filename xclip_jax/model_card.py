@@ -1,6 +1,5 @@
-"""The README of exported weights: what the model is, what it learned from and how, what is known of it and what not."""
+"""Model card, the README of exported weights: architecture, preprocessing, data, recipe, results and limits."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,12 +7,15 @@ import jax
 from etils import epath
 
 from xclip_jax import environment
+from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.evaluators import results, summary
+from xclip_jax.objectives import make_objective
+from xclip_jax.run_folder import RunFolder
 from xclip_jax.train.build import Parts
 
 _LIBRARIES = {"hf": "transformers", "open_clip": "open_clip", "safetensors": "xclip_jax"}
-# Run beside the folder {out}, with a picture and texts of the reader's.
+# To run beside the folder {out}.
 _USE = {
     "hf": """\
 import torch
@@ -52,39 +54,30 @@ _RECIPE = ("data.batch", "optim.lr", "optim.schedule", "optim.warmup", "optim.we
            "data.color_jitter", "model.img.patch_dropout", "model.dtype", "seed")  # fmt: skip
 
 
-def render(
-    source: str,
-    out: str,
-    to: str,
-    config: Config,
-    parts: Parts,
-    at: int,
-    notes: Sequence[str],
-    *,
-    run: bool,
-) -> str:
-    """Markdown.
+def render(source: str, out: str, to: str, parts: Parts, step: int, notes: Sequence[str], *, run: bool) -> str:
+    """Return the card in Markdown.
 
     Args:
-      source: what was exported: a run's folder (`run`), or weights of another project.
-      out: the folder that the card is for.
-      to: format of the weights there.
-      config, parts, at: of the source, as `weights.load` gives them.
-      notes: sentences on what the format could not hold.
-      run: whether data, recipe and results can be looked up in `source`.
+      source: path of what was exported: a run directory (`run`), or weights of another project.
+      out: the folder of the card.
+      to: format of the weights in it.
+      parts, step: of the source, as `weights.load` returns them.
+      notes: sentences on what the format cannot hold.
+      run: whether `source` is a run directory, with data, recipe and results.
     """
-    folder = epath.Path(source)
+    config = parts.config
     sections = [
-        _head(config, to),
+        _head(config, parts, to),
         _model(config, parts),
         _input(config, parts, to),
         f"## Use\n\n```python\n{_USE[to].format(out=epath.Path(out).name)}\n```" + "".join(f"\n\n* {n}" for n in notes),
     ]
-    if run:
-        sections += [_data(folder, config), _recipe(folder, parts, at), _results(folder, config, at)]
+    folder = RunFolder(source) if run else None
+    if folder:
+        sections += [_data(folder, config), _recipe(folder, step), _results(folder, config.steps, step)]
     else:
-        sections.append(f"## Data, recipe, results\n\nConverted from `{source}`; see what is said of it there.")
-    sections += [_limits(config), _licence(), _made(folder if run else None)]
+        sections.append(f"## Data, recipe, results\n\nConverted from `{source}`; see its documentation.")
+    sections += [_limits(config), _licence(), _made(folder)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -93,27 +86,27 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _head(config: Config, to: str) -> str:
-    name = config.objective.name
+def _head(config: Config, parts: Parts, to: str) -> str:
+    name, objective = config.objective.name, parts.objective
+    task = "image-classification" if objective.labelled else "zero-shot-image-classification"
+    outputs = " and ".join(objective.describe(config.model))
     return (
-        f"---\nlicense: unknown\nlibrary_name: {_LIBRARIES[to]}\npipeline_tag: zero-shot-image-classification\n"
+        f"---\nlicense: unknown\nlibrary_name: {_LIBRARIES[to]}\npipeline_tag: {task}\n"
         f"tags:\n- {name}\n- xclip_jax\n---\n\n"
-        f"# {name}, {config.model.tower('img').describe()}\n\n"
-        "Images and texts in one space, learned from pairs of them."
+        f"# {objective.title}, {config.model.tower('img').describe()}\n\n"
+        f"Trained on {'labelled items' if objective.labelled else 'image-text pairs'}; gives "
+        f"{outputs or 'features of images and texts'}."
     )
 
 
 def _model(config: Config, parts: Parts) -> str:
     count = sum(x.size for x in jax.tree.leaves(parts.abstract.params))
     towers = {"image": parts.model.img.facts(), "text": parts.model.txt.facts()}
-    towers["text"]["sees"] += f" of {parts.tokenizer.vocab_size:,}"
-    head = list(dict.fromkeys(key for facts in towers.values() for key in facts if key != "sees"))
-    rows = [[name, *(facts.get(key, "") for key in [*head, "sees"])] for name, facts in towers.items()]
-    embed = config.model.embed if "z_img" in parts.model.outputs else "no"
-    return (
-        f"## Model\n\n{count:,} parameters in training, heads included; embeddings of {embed} "
-        f"dimensions.\n\n{_rows(['tower', *head, 'sees'], rows)}"
-    )
+    towers["text"]["input"] += f" of {parts.tokenizer.vocab_size:,}"
+    head = list(dict.fromkeys(key for facts in towers.values() for key in facts if key != "input"))
+    rows = [[name, *(facts.get(key, "") for key in [*head, "input"])] for name, facts in towers.items()]
+    table = _rows(["tower", *head, "input"], rows)
+    return f"## Model\n\n{count:,} parameters in training, heads included.\n\n{table}"
 
 
 def _input(config: Config, parts: Parts, to: str) -> str:
@@ -122,76 +115,66 @@ def _input(config: Config, parts: Parts, to: str) -> str:
     if name == "clip":
         tokens = "lower case, CLIP's byte-pair encoding"
         tokens += {
-            "hf": "; training also repaired broken encodings and resolved HTML entities, which transformers leaves",
+            "hf": "; training also repaired broken encodings and resolved HTML entities, which transformers does not",
         }.get(to, ", after broken encodings are repaired and HTML entities resolved")
     elif name == "bytes":
-        tokens = "the bytes of UTF-8 plus 3, with 1 in front, 2 at the end and 0 behind"
+        tokens = "the bytes of UTF-8 plus 3, with 1 before, 2 after and 0 for padding"
     else:
-        cleaned = "; open_clip cleans the text before" if to == "open_clip" else ""
-        tokens = f"`tokenizer.json` of this folder, which the model was trained with{cleaned}"
+        cleaned = "; open_clip also cleans the text first" if to == "open_clip" else ""
+        tokens = f"`tokenizer.json` of this folder, with which the model was trained{cleaned}"
     mean, std = (", ".join(map(str, values)) for values in (prepare.mean, prepare.std))
     return (
-        f"## Input\n\n* Images: {prepare.resizing}, {prepare.size} x {prepare.size} pixels; values from 0 to 1, less "
-        f"the mean ({mean}), divided by the deviation ({std}).\n"
+        f"## Input\n\n* Images: {prepare.resizing}, {prepare.size} x {prepare.size} pixels; values from 0 to 1, minus "
+        f"the mean ({mean}), divided by the standard deviation ({std}).\n"
         f"* Texts: {tokens}. At most {length} tokens, start and end included; longer texts are cut."
     )
 
 
-def _read(path: epath.Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _data(folder: epath.Path, config: Config) -> str:
-    cards = _read(folder / "data.json")
-    if cards is None:
+def _data(run: RunFolder, config: Config) -> str:
+    sources = run.read_sources()
+    if sources is None:
         return "## Data\n\nUnknown: the run has no data.json."
-    shares = config.data.weights or ("by size",) * len(cards)
+    shares = config.data.weights or ("by size",) * len(sources)
     rows = [
-        (f"`{spec}`", f"{card['samples']:,}", share, f"`{card['hash']}`" if card.get("hash") else "none")
-        for spec, card, share in zip(config.data.sources, cards, shares, strict=True)
+        (f"`{spec}`", f"{source['samples']:,}", share, f"`{source['hash']}`" if source.get("hash") else "none")
+        for spec, source, share in zip(config.data.sources, sources, shares, strict=True)
     ]
-    said = f"Of each pair one caption of {', '.join(config.data.text_keys)} is drawn"
+    text = f"Of each pair one caption of {', '.join(config.data.text_keys)} is drawn"
     if config.data.tags:
-        said += f", with up to {config.data.tags} keywords of {config.data.tags_key}"
-    return f"## Data\n\n{_rows(('source', 'pairs', 'share', 'hash of the files'), rows)}\n\n{said}."
+        text += f", with up to {config.data.tags} keywords of {config.data.tags_key}"
+    return f"## Data\n\n{_rows(('source', 'pairs', 'share', 'hash of the files'), rows)}\n\n{text}."
 
 
-def _recipe(folder: epath.Path, parts: Parts, at: int) -> str:
-    # The file's: `weights.load` sets batch and layout to those of this machine.
-    config = _read(folder / "config.json")["config"]
-    init = config.get("init", {"weights": "", "frozen": ()})
-
-    def value(key: str) -> Any:
-        found: Any = config
-        for part in key.split("."):
-            found = found[part]
-        return found
-
-    objective = config["objective"]
-    rows = [("objective.name", objective["name"])]
-    rows += [(f"objective.terms.{key}", weight) for key, weight in objective["terms"].items()]
-    rows += parts.objective.recipe(parts.config.model).items()
-    rows += [("step", f"{at:,} of {config['steps']:,}")]
-    averaged = config["eval"]["ema"] and (config["ema"]["on"] or parts.objective.teacher)
+def _recipe(run: RunFolder, step: int) -> str:
+    # That of the file: `weights.load` sets batch and layout to those of this machine.
+    config = _run_config(run)
+    objective, values = make_objective(config.objective), schema.flatten(schema.to_dict(config))
+    averaged = config.eval.ema and (config.ema.on or objective.teacher)
+    rows = [("objective.name", objective.name), *objective.recipe(config.model).items()]
+    rows.append(("step", f"{step:,} of {config.steps:,}"))
     rows.append(("parameters", "their moving average" if averaged else "those of the last update"))
-    plugins = parts.config.model.plugins
+    plugins = config.model.plugins
     unused = tuple(f"model.{name}." for name in plugins)
-    rows += [(key, value(key)) for key in _RECIPE if not key.startswith(unused)]
+    rows += [(key, values[key]) for key in _RECIPE if not key.startswith(unused)]
     rows += [(f"model.plugins.{name}.{key}", x) for name, options in plugins.items() for key, x in options.items()]
-    if init["weights"]:
-        rows.append(("init.weights", init["weights"]))
-    if init["frozen"]:
-        rows.append(("init.frozen", ", ".join(init["frozen"])))
+    if config.init.weights:
+        rows.append(("init.weights", config.init.weights))
+    if config.init.frozen:
+        rows.append(("init.frozen", ", ".join(config.init.frozen)))
     return f"## Recipe\n\n{_rows(('key', 'value'), rows)}"
 
 
-def _results(folder: epath.Path, config: Config, at: int) -> str:
+def _run_config(run: RunFolder) -> Config:
+    return schema.resolve(schema.complete((run.read_config() or {})["config"]))
+
+
+def _results(run: RunFolder, steps: int, step: int) -> str:
     lines = ["## Results"]
-    last, evaluation = _read(folder / "results.json"), folder / "evaluation.json"
-    if last and last["results"] and at == config.steps:
+    last = run.read_results()
+    if last and last["results"] and step == steps:
         lines.append(f"At the end of training, in percent:\n\n```\n{summary.render(results.of_run(last))}\n```")
-    entries = results.read(evaluation)[0] if evaluation.exists() else []
-    if entries := [entry for entry in entries if entry["step"] == at]:
+    entries = results.read(run.evaluation_file)[0] if run.evaluation_file.exists() else []
+    if entries := [entry for entry in entries if entry["step"] == step]:
         shown, _ = results.latest(entries)
         rows = [
             (r["set"], r["metric"], f"{r['value']:.1f}", f"{r['n']:,}", r.get("protocol", ""), r.get("templates", ""))
@@ -205,37 +188,36 @@ def _results(folder: epath.Path, config: Config, at: int) -> str:
 
 
 def _limits(config: Config) -> str:
-    size, length, mode = (
-        config.model.tower("img").image_size,
-        config.model.tower("txt").context_length,
-        config.eval.resize,
-    )
-    view = {"shortest": "its central square", "squash": "a whole that is squashed to a square",
-            "longest": "a whole with black borders"}[mode]  # fmt: skip
+    size, length = config.model.tower("img").image_size, config.model.tower("txt").context_length
+    view = {
+        "shortest": "cropped to its central square",
+        "squash": "resized to a square without cropping",
+        "longest": "padded to a square with black",
+    }[config.eval.resize]
     return (
         "## Limits\n\n"
-        f"* An image is seen as {view} at {size} x {size} pixels, a text as its first {length} tokens.\n"
-        "* Scores compare texts or images with one another. They are no probabilities that something is so: the best "
-        "of the given texts wins even where none of them is right.\n"
-        "* It knows the languages, styles and things of its training pairs, with their errors and prejudices, which "
+        f"* An image is {view}, {size} x {size} pixels; a text is cut to its first {length} tokens.\n"
+        "* Scores compare texts or images with one another. They are not probabilities that a text is true of an "
+        "image: the best of the given texts wins even where none of them is right.\n"
+        "* Its training pairs decide which languages, styles and objects it knows, and its errors and biases, which "
         "have not been measured beyond the results above.\n"
-        "* Not meant for decisions about people, for surveillance, or where a mistake does harm."
+        "* Not intended for decisions about people, for surveillance, or where a mistake does harm."
     )
 
 
 def _licence() -> str:
     return (
-        "## Licence\n\nNone is stated for these weights; who publishes them must choose one (`license:` above). The "
+        "## Licence\n\nNone is stated for these weights; their publisher must choose one (`license:` above). The "
         "licence of the training data: see its sources. The code, xclip_jax, is under Apache-2.0."
     )
 
 
-def _made(folder: epath.Path | None) -> str:
-    def lines(name: str, environment: Mapping[str, Any]) -> Iterator[str]:
-        versions = ", ".join(f"{key} {value}" for key, value in environment["versions"].items())
-        yield f"* {name}: `{environment['command']}`, commit `{environment['commit']}`, on {environment['devices']}"
-        yield f"  with Python {environment['python']}, {versions}"
+def _made(run: RunFolder | None) -> str:
+    def lines(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
+        versions = ", ".join(f"{key} {value}" for key, value in facts["versions"].items())
+        yield f"* {name}: `{facts['command']}`, commit `{facts['commit']}`, on {facts['devices']}"
+        yield f"  with Python {facts['python']}, {versions}"
 
-    found = list(lines("exported", environment.capture()))
-    trained = folder and _read(folder / "config.json").get("environment")
-    return "## Made by\n\n" + "\n".join([*(lines("trained", trained) if trained else ()), *found])
+    trained = (run.read_config() or {}).get("environment") if run else None
+    rows = [*(lines("trained", trained) if trained else ()), *lines("exported", environment.capture())]
+    return "## Made by\n\n" + "\n".join(rows)

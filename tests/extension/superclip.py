@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from xclip_jax.config.fields import fraction_below_one, key
 from xclip_jax.models.heads import Head
-from xclip_jax.objectives import Term
+from xclip_jax.objectives import Curve, Health, Level, Light, Term
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,3 +43,13 @@ class TokenClassification(Term):
     def alarms(self, metrics):
         """A head that learns nothing stays at the loss of a blind guess."""
         return ["tokens: the loss is above 20 nats; lower optim.lr."] if metrics["loss"] > 20 else []
+
+    def curves(self):
+        """The loss, and the share of images whose most probable token is in their caption."""
+        return (*super().curves(), Curve("Tokens in the caption", (("top1", "images"),), "%"))
+
+    def health(self, metrics):
+        """The light of its alarm."""
+        light = Light("tokens", "Fails when the head learns nothing.", f"The loss is {metrics['loss']:.2f} nats.")
+        curve = Curve("Token loss", (("loss", "loss"),), "nats", (Level("alarm", 20.0),))
+        return Health("It starts at ln v, v being the size of the vocabulary.", (light,), (curve,))

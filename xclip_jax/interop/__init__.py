@@ -1,10 +1,10 @@
-"""Weights from and to other projects, in NumPy alone: OpenAI's CLIP, open_clip, Hugging Face, and our own form.
+"""Weights from and to other projects, in NumPy alone: OpenAI's CLIP, open_clip, Hugging Face, and our own format.
 
-A model travels as a pair. `config` has the groups of a run's config that a model needs, as plain dicts: "model" and
-"objective" with the keys of configs/common.py; of "data" the keys tokenizer, statistics and resample ("bicubic", for
-new training), of "eval" those that say how images are prepared, see `Preprocessing`. "source" says where it came from:
-its format, and "notes", sentences on what was assumed or is not followed. `variables` are what `TwoTowers.apply` takes,
-fp32: {"params": ..., "batch_stats": ...}, the second only where there are cluster heads.
+A model is a pair. `config` has the groups of a run's config that a model needs, as plain dicts: "model" and
+"objective"; of "data" the keys tokenizer, normalization and resample ("bicubic", for new training), of "eval" those of
+the preprocessing, see `Preprocessing`. "source" has the format of the weights, and "notes", sentences on what was
+assumed or is ignored. `variables` are those of `TwoTowers.apply`, fp32: {"params": ..., "batch_stats": ...}, the second
+only for heads with BatchNorm.
 """
 
 import json
@@ -24,12 +24,13 @@ from xclip_jax.interop import hf, open_clip, param_mapping, tensor_files, vocabu
 from xclip_jax.models.layers import unstack_blocks
 from xclip_jax.models.tower import ImageTower
 from xclip_jax.models.two_towers import ModelConfig
+from xclip_jax.objectives import read_objective
 from xclip_jax.run_folder import is_run
 
 FORMATS = ("hf", "open_clip", "safetensors")
 CONFIG = "xclip_config.json"
 WEIGHTS = "xclip_model.safetensors"
-# All that `write` may leave in a folder.
+# All files that `write` may create.
 WRITTEN = (
     CONFIG, WEIGHTS, open_clip.CONFIG, open_clip.WEIGHTS, hf.CONFIG, hf.WEIGHTS, hf.PREPROCESSOR,
     vocabulary.FILE, *vocabulary.CLIP_FILES, vocabulary.OPTIONS, vocabulary.SPECIAL,
@@ -37,63 +38,64 @@ WRITTEN = (
 
 
 def read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(config, variables) of weights; see the module's docstring.
+    """Return (config, variables) of weights; see the module's docstring.
 
     Args:
       path: a folder or a file of weights: .safetensors, or .bin, .pt and .pth as torch.save has written them since 1.6.
-        Their config is looked for beside them; weights with OpenAI's names may do without, their sizes are inferred.
+        Their config is read from the same folder; weights with OpenAI's names may lack it, their sizes are inferred.
 
     Raises:
-      UserError: nothing to read, files that hold more than tensors, an architecture that is not supported, or tensors
-        that are missing, unknown or misshapen, by name.
+      UserError: nothing to read, files that contain more than tensors, an architecture that is not supported, or
+        tensors that are missing, unknown or of another shape, by name.
     """
     file = tensor_files.find(path)
-    folder = file.parent
-    found, how = tensor_files.tensors(file)
-    where = str(file)
-    if any(name.startswith("params/") for name in found):
-        return _read_own(found, folder, where)
-    if any(name.startswith("visual.") for name in found):
-        there = folder / open_clip.CONFIG
-        config, flat = open_clip.read(
-            found, how, folder, tensor_files.read_json(there) if there.exists() else None, where
-        )
-    elif any(name.startswith(("vision_model.", "text_model.")) for name in found):
-        config, flat = hf.read(found, folder, tensor_files.read_json(folder / hf.CONFIG), where)
+    folder, where = file.parent, str(file)
+    tensors, stored = tensor_files.tensors(file)
+    if any(name.startswith("params/") for name in tensors):
+        return _read_own(tensors, folder)
+    if any(name.startswith("visual.") for name in tensors):
+        beside = folder / open_clip.CONFIG
+        content = tensor_files.read_json(beside) if beside.exists() else None
+        config, flat = open_clip.read(tensors, stored, folder, content, where)
+    elif any(name.startswith(("vision_model.", "text_model.")) for name in tensors):
+        config, flat = hf.read(tensors, folder, tensor_files.read_json(folder / hf.CONFIG), where)
     else:
-        names = ", ".join(list(found)[:3])
-        raise UserError(f"{where} is no CLIP that is known here: its tensors are called {names}, ...")
+        names = ", ".join(list(tensors)[:3])
+        raise UserError(
+            f"{where} is not a supported CLIP: its tensors are named {names}, ...; expected names of open_clip, "
+            "transformers or xclip_jax."
+        )
     return config, {"params": unflatten_dict(flat, sep="/")}
 
 
-def _read_own(found: tensor_files.Tensors, folder: epath.Path, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_own(tensors: tensor_files.Tensors, folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     config = tensor_files.read_json(folder / CONFIG)
     if missing := [key for key in ("model", "objective", "data") if key not in config]:
-        raise UserError(f"{folder / CONFIG} has no group {missing[0]!r}; export the run anew.")
+        raise UserError(f"{folder / CONFIG} has no group {missing[0]!r}; export the run again.")
     if config["data"]["tokenizer"] == vocabulary.FILE:
         config["data"]["tokenizer"] = str(folder / vocabulary.FILE)
     keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
     config["data"], config["eval"] = config["data"] | keys["data"], keys["eval"]
-    return config | {"source": {"format": "safetensors", "notes": ()}}, unflatten_dict(found, sep="/")
+    return config | {"source": {"format": "safetensors", "notes": ()}}, unflatten_dict(tensors, sep="/")
 
 
 def write(variables: Mapping[str, Any], config: Mapping[str, Any], path: str, to: str = "safetensors") -> list[str]:
-    """Writes a model into the folder `path`.
+    """Write a model into the folder `path`.
 
     Args:
-      variables, config: as `read` returns them; further keys of `config`, such as a run has, do not matter.
-      path: the folder; it is made. Files that were written before, in any format, are taken away first.
+      variables, config: as `read` returns them; other keys of `config`, such as those of a run, are ignored.
+      path: the folder, which is created. Files of an earlier export, in any format, are deleted first.
       to: "hf" (a CLIPModel with its processor), "open_clip", or "safetensors": ours, which loses nothing.
 
     Returns:
-      Sentences on what the format could not hold.
+      Sentences on what the format cannot hold.
 
     Raises:
-      UserError: a model, tokenizer or preprocessing that the format does not have, or a run's folder.
+      UserError: a model, tokenizer or preprocessing that the format does not have, or a run directory.
     """
     one_of("to", to, FORMATS)
     if is_run(path):
-        raise UserError(f"{path!r} is a run's folder; name another.")
+        raise UserError(f"{path!r} is a run directory; name another folder.")
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(variables))
     folder = epath.Path(path)
     name, plugins = config["data"]["tokenizer"], config["model"].get("plugins", {})
@@ -138,12 +140,18 @@ def _image_tower(config: Mapping[str, Any]) -> ImageTower:
 def _expressible(
     variables: Mapping[str, Any], config: Mapping[str, Any], to: str
 ) -> tuple[param_mapping.Flat, list[str]]:
-    """What other projects have of a model, flat and unrolled, and what they have not."""
+    """The parameters of a model that a format of another project can hold, flat and unrolled; and notes on the others.
+
+    Raises:
+      UserError: the format does not have the model's embedding space or image tower.
+    """
     params, model = dict(variables["params"]), config["model"]
-    if "proj_img" not in params:
+    expressible = (hf if to == "hf" else open_clip).HEADS
+    objective = read_objective(config["objective"])
+    if lacking := sorted(hf.HEADS - params.keys()):
         raise UserError(
-            f"this model has no projection to a shared space (objective {config['objective']['name']!r}), which "
-            f"{to!r} needs; write to 'safetensors'."
+            f"a model of objective {objective.name!r} has no shared embedding space, which {to!r} needs: it lacks "
+            f"{', '.join(lacking)}; write to 'safetensors'."
         )
     for key, theirs in (("pool", "cls"), ("stem", "linear")):
         if (value := model["img"].get(key, theirs)) != theirs:  # runs before `stem` lack it
@@ -152,11 +160,9 @@ def _expressible(
         blocks = params[tower]["transformer"]
         if "blocks" in blocks:
             params[tower] = params[tower] | {"transformer": unstack_blocks(blocks, model[tower]["depth"])}
-    notes = []
-    known = {"img", "txt", "proj_img", "proj_txt", "log_scale", "bias"}
-    if left := sorted(params.keys() - known):
-        notes.append(f"left out, since {to!r} has no place for them: {', '.join(left)}")
-    if "bias" in params and to == "hf":
-        notes.append("left out, since CLIPModel has no place for it: bias, of the sigmoid's logits")
-    flat = flatten_dict({name: tree for name, tree in params.items() if name in known}, sep="/")
+    notes, held = [], {"img", "txt"} | expressible
+    if missing := sorted(params.keys() - held):
+        notes.append(f"left out, since {to!r} has no place for them: {', '.join(missing)}")
+        notes += objective.export_notes(missing)
+    flat = flatten_dict({name: tree for name, tree in params.items() if name in held}, sep="/")
     return {name: np.asarray(x) for name, x in flat.items()}, notes

@@ -17,26 +17,27 @@ from xclip_jax.interop.tensor_files import read_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+HEADS = frozenset(param_mapping.HF.heads)  # that a CLIPModel has
 PREPROCESSOR = "preprocessor_config.json"
 _ACTS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _LEGACY_EOT = 2  # of configs before 2023; CLIPModel then pools at the largest id
-# What CLIPConfig leaves out of the file where it is the default.
-_IMAGE = {
+# Defaults of CLIPConfig, which it does not write to the file.
+_IMAGE: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "image_size": 224, "patch_size": 32, "num_channels": 3,
 }  # fmt: skip
-_TEXT = {
+_TEXT: dict[str, Any] = {
     "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
     "max_position_embeddings": 77, "vocab_size": vocabulary.CLIP_SIZE, "eos_token_id": vocabulary.CLIP_SIZE - 1,
 }  # fmt: skip
-_TOWER = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+_TOWER: dict[str, Any] = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 
 
 def read(
-    found: Mapping[str, np.ndarray], folder: epath.Path, content: Mapping[str, Any], where: str
+    tensors: Mapping[str, np.ndarray], folder: epath.Path, content: Mapping[str, Any], where: str
 ) -> tuple[dict[str, Any], param_mapping.Flat]:
-    """Config and flat parameters of a CLIPModel's tensors and config.json."""
+    """Return config and flat parameters of a CLIPModel's tensors and config.json."""
     if content.get("model_type") != "clip":
         raise UserError(f"{where} is a model of type {content.get('model_type')!r}, which is not supported; 'clip' is.")
     cfg_img, cfg_txt = (
@@ -44,7 +45,7 @@ def read(
         for defaults, given in ((_IMAGE, _given(content, "vision")), (_TEXT, _given(content, "text")))
     )
     if cfg_img["num_channels"] != 3:
-        raise UserError(f"{where} takes images of {cfg_img['num_channels']} channels; towers here take 3.")
+        raise UserError(f"{where} takes images of {cfg_img['num_channels']} channels; expected 3.")
 
     def tower(cfg: Mapping[str, Any]) -> dict[str, Any]:
         if cfg["hidden_act"] not in _ACTS:
@@ -61,24 +62,25 @@ def read(
     )
     img = tower(cfg_img) | {"image_size": size, "patch": patch, "pre_norm": True}
     txt = tower(cfg_txt) | {"context_length": cfg_txt["max_position_embeddings"]}
-    eot = cfg_txt["eos_token_id"]
-    vocab = cfg_txt["vocab_size"]
+    eot: int = cfg_txt["eos_token_id"]
+    vocab: int = cfg_txt["vocab_size"]
     tokens = vocabulary.identify(folder, vocab, None if eot == _LEGACY_EOT else eot, where)
-    found = {name: x for name, x in found.items() if not name.endswith("position_ids")}
-    log_scale = float(found["logit_scale"].reshape(())) if "logit_scale" in found else 0.0
+    tensors = {name: x for name, x in tensors.items() if not name.endswith("position_ids")}
+    log_scale = float(tensors["logit_scale"].reshape(())) if "logit_scale" in tensors else 0.0
     model = config_mapping.model(img, txt, content.get("projection_dim", 512), log_scale=log_scale, bias=None)
-    flat = param_mapping.read(found, param_mapping.links(model, vocab, param_mapping.HF, bias=False), where)
-    return config_mapping.config(model, tokens, _preprocessing(folder, size), (), "hf", bias=False), flat
+    mappings = param_mapping.param_mappings(model, vocab, param_mapping.HF, HEADS)
+    flat = param_mapping.read(tensors, mappings, where)
+    return config_mapping.config(model, tokens, _preprocessing(folder, size), (), "hf", HEADS), flat
 
 
-def _given(content: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
-    # Configs of 2022 have a second group, which counts where it is there.
-    second = content.get(f"{kind}_config_dict")
-    return (content.get(f"{kind}_config") or {}) if second is None else second
+def _given(content: Mapping[str, Any], modality: str) -> Mapping[str, Any]:
+    # Configs of 2022 have a second group, which takes precedence.
+    second = content.get(f"{modality}_config_dict")
+    return (content.get(f"{modality}_config") or {}) if second is None else second
 
 
 def _preprocessing(folder: epath.Path, size: int) -> Preprocessing:
-    """Of the folder's image processor, for a tower of images of `size` pixels; CLIP's where there is none."""
+    """Preprocessing of the folder's image processor, for images of `size` pixels; CLIP's without such a file."""
     for name, key in ((PREPROCESSOR, None), ("processor_config.json", "image_processor")):
         if (folder / name).exists():
             content = read_json(folder / name)
@@ -132,10 +134,15 @@ def _edges(value: Any, *names: str) -> dict[str, Any]:
 def write(
     config: Mapping[str, Any], params: param_mapping.Flat, tokens: Tokenizer
 ) -> tuple[dict[str, Any], param_mapping.Flat]:
-    """Content of config.json and tensors.
+    """Return content of config.json, and tensors by their names.
+
+    Args:
+      config: of the model.
+      params: flat parameters of towers and `HEADS`.
+      tokens: tokenizer of the model.
 
     Raises:
-      UserError: a model that CLIPModel cannot be.
+      UserError: a model that CLIPModel cannot represent.
     """
     model = config["model"]
     if not model["img"]["pre_norm"]:
@@ -148,9 +155,9 @@ def write(
         )
     acts = {ours: theirs for theirs, ours in reversed(_ACTS.items())}
 
-    def tower(group: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    def tower(group: Mapping[str, Any], modality: str) -> dict[str, Any]:
         return {
-            "model_type": f"clip_{kind}_model", "hidden_size": group["width"],
+            "model_type": f"clip_{modality}_model", "hidden_size": group["width"],
             "intermediate_size": int(group["mlp_ratio"] * group["width"]), "num_hidden_layers": group["depth"],
             "num_attention_heads": group["heads"], "hidden_act": acts[group["act"]], "layer_norm_eps": group["eps"],
             "projection_dim": model["embed"],
@@ -168,17 +175,15 @@ def write(
            "bos_token_id": tokens.sot_id, "pad_token_id": vocabulary.padding(tokens)},
         "dtype": "float32",
     }  # fmt: skip
-    params = {name: x for name, x in params.items() if name != "bias"}
-    return content, param_mapping.write(
-        params, param_mapping.links(model, vocab, param_mapping.HF, bias=False), "the model"
-    )
+    mappings = param_mapping.param_mappings(model, vocab, param_mapping.HF, HEADS)
+    return content, param_mapping.write(params, mappings, "the model")
 
 
 def beside(config: Mapping[str, Any]) -> dict[str, str]:
-    """Content by name of the image processor's and the tokenizer's files.
+    """Return {file: content} of the image processor and the tokenizer.
 
     Raises:
-      UserError: images are prepared in a way that CLIPImageProcessor does not have.
+      UserError: preprocessing that CLIPImageProcessor does not have.
     """
     prepare, tokens = Preprocessing.from_dict(config, config["model"]["img"]["image_size"]), config["data"]["tokenizer"]
     if prepare.resize_mode == "longest":

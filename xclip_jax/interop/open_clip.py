@@ -14,17 +14,18 @@ from xclip_jax.interop import config_mapping, param_mapping, vocabulary
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
-# Says that the tokenizer is a file; of a local folder open_clip takes the folder's, of the Hub that of this id.
+HEADS = frozenset(param_mapping.open_clip().heads)  # that its models can have
+# Value for a tokenizer of its own: open_clip loads it from a local folder, or from the Hub's repository of this id.
 HUB_ID = "REPOSITORY/ID"
 OWN_TOKENIZER = (
     "open_clip cleans texts before its tokenizer (broken encodings, HTML entities, white space), which the model's own "
     "does not; ids of other texts are equal",
     f"before it goes to the Hugging Face Hub, set text_cfg.hf_tokenizer_name in {CONFIG} to the repository's id",
 )
-# Left by OpenAI's archives and by older versions.
+# Extra entries of OpenAI's archives and of older versions.
 _IGNORED = ("input_resolution", "context_length", "vocab_size")
 _IGNORED_ENDS = ("attn_mask", "position_ids")
-# Options that leave our towers as they are; any other that is set is refused by name.
+# Supported options; any other that is set is an error.
 _IMAGE = ("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout", "no_ln_pre",
           "final_ln_after_pool", "output_tokens", "act_kwargs", "norm_kwargs", "attn_pooler_queries",
           "attn_pooler_heads", "pool_type", "pos_embed_type")  # fmt: skip
@@ -35,56 +36,59 @@ _HARMLESS = ("timm_pool", "timm_proj", "hf_proj_type", "hf_pooler_type", "hf_mod
 
 
 def read(
-    found: Mapping[str, np.ndarray], how: str, folder: epath.Path, content: Mapping[str, Any] | None, where: str
+    tensors: Mapping[str, np.ndarray], stored: str, folder: epath.Path, content: Mapping[str, Any] | None, where: str
 ) -> tuple[dict[str, Any], param_mapping.Flat]:
-    """Config and flat parameters of tensors with open_clip's names.
+    """Return config and flat parameters of tensors with open_clip's names.
 
     Args:
-      found: the tensors.
-      how: as `files.tensors` says.
-      folder: where a tokenizer may lie.
-      content: of open_clip_config.json, or None: then sizes follow from shapes, as OpenAI's weights need.
-      where: what errors call them.
+      tensors: by their names.
+      stored: form of the file, see `tensor_files.tensors`.
+      folder: with the tokenizer, if there is one.
+      content: of open_clip_config.json, or None: then sizes follow from shapes, as for OpenAI's weights.
+      where: path of the weights, for errors.
     """
     for start, what in (("visual.trunk.", "an image tower of timm"), ("visual.layer1.", "a ResNet"),
                         ("visual.attn_pool.", "attention pooling of images"), ("text.transformer.embeddings.",
                         "a text tower of transformers"), ("visual.head.", "an image tower of timm")):  # fmt: skip
-        if any(name.startswith(start) for name in found):
+        if any(name.startswith(start) for name in tensors):
             raise UserError(f"{where} has {what}, which is not supported; Vision Transformers with a class token are.")
-    script = how == "script" or "input_resolution" in found
-    found = {name: x for name, x in found.items() if name not in _IGNORED and not name.endswith(_IGNORED_ENDS)}
-    prefix = "text." if "text.token_embedding.weight" in found else ""
-    linear = f"{prefix}text_projection.weight" in found
+    script = stored == "script" or "input_resolution" in tensors
+    tensors = {name: x for name, x in tensors.items() if name not in _IGNORED and not name.endswith(_IGNORED_ENDS)}
+    prefix = "text." if "text.token_embedding.weight" in tensors else ""
+    linear = f"{prefix}text_projection.weight" in tensors
     needed = ("visual.conv1.weight", "visual.positional_embedding", f"{prefix}token_embedding.weight",
               f"{prefix}positional_embedding", f"{prefix}transformer.resblocks.0.mlp.c_fc.weight",
               "visual.transformer.resblocks.0.mlp.c_fc.weight", "logit_scale", "visual.proj")  # fmt: skip
-    if missing := [name for name in needed if name not in found]:
-        raise UserError(f"{where} is no CLIP with both towers and projections: it lacks {', '.join(missing)}.")
+    if missing := [name for name in needed if name not in tensors]:
+        raise UserError(f"{where} is not a CLIP with both towers and projections: it lacks {', '.join(missing)}.")
     notes: list[str] = []
     if content is None:
-        sizes, embed, act, preprocess = _inferred(found, prefix, where), found["visual.proj"].shape[1], "quick_gelu", {}
+        sizes, embed = _inferred(tensors, prefix, where), tensors["visual.proj"].shape[1]
+        act, preprocess = "quick_gelu", {}
         if not script:
-            act = "gelu" if how == "checkpoint" else act
-            notes.append(f"without {CONFIG} beside it: heads are taken to be 64 wide and activations to be {act}")
-        img, txt = ({**sizes[key], "act": act, "eps": 1e-5} for key in ("img", "txt"))
-        tokens = vocabulary.identify(folder, len(found[f"{prefix}token_embedding.weight"]), None, where)
+            act = "gelu" if stored == "checkpoint" else act
+            notes.append(f"without {CONFIG} beside it: heads are assumed to be 64 wide and activations to be {act}")
+        activation: dict[str, Any] = {"act": act, "eps": 1e-5}
+        img, txt = (sizes[key] | activation for key in ("img", "txt"))
+        tokens = vocabulary.identify(folder, len(tensors[f"{prefix}token_embedding.weight"]), None, where)
     else:
         img, txt, embed, tokens, more = _from_config(content.get("model_cfg", content), folder, where)
         preprocess, notes = content.get("preprocess_cfg", {}), notes + more
-    bias = float(found["logit_bias"].reshape(())) if "logit_bias" in found else None
-    model = config_mapping.model(img, txt, embed, log_scale=float(found["logit_scale"].reshape(())), bias=bias)
-    vocab = len(found[f"{prefix}token_embedding.weight"])
-    table = param_mapping.links(model, vocab, param_mapping.open_clip(prefix, linear=linear), bias=bias is not None)
+    bias = float(tensors["logit_bias"].reshape(())) if "logit_bias" in tensors else None
+    model = config_mapping.model(img, txt, embed, log_scale=float(tensors["logit_scale"].reshape(())), bias=bias)
+    vocab = len(tensors[f"{prefix}token_embedding.weight"])
+    names, heads = param_mapping.open_clip(prefix, linear=linear), HEADS if bias is not None else HEADS - {"bias"}
+    mappings = param_mapping.param_mappings(model, vocab, names, heads)
     projection = f"{prefix}text_projection.bias"
-    if projection in found and not found[projection].any():
-        found.pop(projection)
+    if projection in tensors and not tensors[projection].any():
+        tensors.pop(projection)
     prepare = _preprocessing(preprocess, img["image_size"], where)
-    config = config_mapping.config(model, tokens, prepare, notes, "open_clip", bias=bias is not None)
-    return config, param_mapping.read(found, table, where)
+    config = config_mapping.config(model, tokens, prepare, notes, "open_clip", heads)
+    return config, param_mapping.read(tensors, mappings, where)
 
 
 def _preprocessing(content: Mapping[str, Any], size: int, where: str) -> Preprocessing:
-    """Of preprocess_cfg. Its own `size` does not count in open_clip either, which takes the tower's."""
+    """Preprocessing of preprocess_cfg, whose own `size` open_clip ignores too: it uses the tower's."""
     mode, interpolation = content.get("resize_mode") or "shortest", content.get("interpolation") or "bicubic"
     for key, value, known in (("resize_mode", mode, RESIZE_MODES),
                               ("interpolation", interpolation, ("bicubic", "bilinear", "random"))):  # fmt: skip
@@ -98,21 +102,21 @@ def _preprocessing(content: Mapping[str, Any], size: int, where: str) -> Preproc
     return config_mapping.preprocessing(size, mean, std, where, resize_mode=mode, interpolation=interpolation)
 
 
-def _inferred(found: Mapping[str, np.ndarray], prefix: str, where: str) -> dict[str, dict[str, Any]]:
-    """Sizes of both towers from shapes."""
+def _inferred(tensors: Mapping[str, np.ndarray], prefix: str, where: str) -> dict[str, dict[str, Any]]:
+    """Infer the sizes of both towers from shapes."""
 
     def blocks(start: str) -> int:
-        return len({name.removeprefix(start).split(".")[0] for name in found if name.startswith(start)})
+        return len({name.removeprefix(start).split(".")[0] for name in tensors if name.startswith(start)})
 
     def tower(start: str, width: int) -> dict[str, Any]:
         if width % 64:
-            raise UserError(f"{where}: {width} is no multiple of 64, a head's width; put {CONFIG} beside it.")
-        ratio = config_mapping.mlp_ratio(len(found[f"{start}0.mlp.c_fc.weight"]), width)
+            raise UserError(f"{where}: width {width} is not a multiple of 64, a head's width; put {CONFIG} beside it.")
+        ratio = config_mapping.mlp_ratio(len(tensors[f"{start}0.mlp.c_fc.weight"]), width)
         return {"width": width, "depth": blocks(start), "heads": width // 64, "mlp_ratio": ratio}
 
-    conv, texts = found["visual.conv1.weight"], found[f"{prefix}positional_embedding"]
-    grid = round((len(found["visual.positional_embedding"]) - 1) ** 0.5)
-    img = {"patch": conv.shape[-1], "image_size": grid * conv.shape[-1], "pre_norm": "visual.ln_pre.weight" in found}
+    conv, texts = tensors["visual.conv1.weight"], tensors[f"{prefix}positional_embedding"]
+    grid = round((len(tensors["visual.positional_embedding"]) - 1) ** 0.5)
+    img = {"patch": conv.shape[-1], "image_size": grid * conv.shape[-1], "pre_norm": "visual.ln_pre.weight" in tensors}
     return {
         "img": tower("visual.transformer.resblocks.", len(conv)) | img,
         "txt": tower(f"{prefix}transformer.resblocks.", texts.shape[1]) | {"context_length": len(texts)},
@@ -125,16 +129,16 @@ def _from_config(
     try:
         vision, text, embed = dict(content["vision_cfg"]), dict(content["text_cfg"]), content["embed_dim"]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: {CONFIG} has no {error}; fetch it anew.") from error
-    for kind, cfg, known in (("vision_cfg", vision, _IMAGE), ("text_cfg", text, _TEXT)):
-        unknown = [f"{kind}.{key}={value!r}" for key, value in cfg.items()
+        raise UserError(f"{where}: {CONFIG} has no {error}; download it again.") from error
+    for group, cfg, known in (("vision_cfg", vision, _IMAGE), ("text_cfg", text, _TEXT)):
+        unknown = [f"{group}.{key}={value!r}" for key, value in cfg.items()
                    if value and key not in known and key not in _HARMLESS]  # fmt: skip
         if unknown:
             raise UserError(f"{where} is not supported: {CONFIG} sets {', '.join(unknown)}.")
     for key, cfg, right in (("pool_type", vision, ("tok",)), ("pos_embed_type", vision, ("learnable",)),
                             ("pool_type", text, ("argmax", "eos")), ("proj_type", text, ("linear",))):  # fmt: skip
         if cfg.get(key, right[0]) not in right:
-            raise UserError(f"{where} is not supported: {CONFIG} sets {key}={cfg[key]!r}; it must be {right[0]!r}.")
+            raise UserError(f"{where} is not supported: {CONFIG} sets {key}={cfg[key]!r}; expected {right[0]!r}.")
     if isinstance(vision.get("layers"), list):
         raise UserError(f"{where} has a ResNet, which is not supported; Vision Transformers with a class token are.")
     quick = content.get("quick_gelu", False)
@@ -161,38 +165,44 @@ def _from_config(
     tokens = vocabulary.identify(folder, vocab, eot, where)
     notes = []
     if tokens != "clip":
-        notes.append("open_clip cleans texts before this tokenizer (HTML entities, white space); here they are not")
+        notes.append("open_clip cleans texts before this tokenizer (HTML entities, white space); xclip_jax does not")
     if text.get("tokenizer_kwargs"):
-        notes.append(f"its tokenizer's options {text['tokenizer_kwargs']} are not followed")
+        notes.append(f"its tokenizer's options {text['tokenizer_kwargs']} are ignored")
     if text.get("hf_tokenizer_name") and tokens == "clip":
-        notes.append(f"its tokenizer {text['hf_tokenizer_name']!r} is taken to be CLIP's")
+        notes.append(f"its tokenizer {text['hf_tokenizer_name']!r} is assumed to be CLIP's")
     return img, txt, embed, tokens, notes
 
 
 def write(
     config: Mapping[str, Any], params: param_mapping.Flat, tokens: Tokenizer
 ) -> tuple[dict[str, Any], param_mapping.Flat]:
-    """Content of open_clip_config.json and tensors.
+    """Return content of open_clip_config.json, and tensors by their names.
+
+    Args:
+      config: of the model.
+      params: flat parameters of towers and those of `HEADS` that the model has.
+      tokens: tokenizer of the model.
 
     Raises:
       UserError: a model that open_clip does not have.
     """
-    model, bias, vocab, eot = config["model"], "bias" in params, tokens.vocab_size, tokens.eot_id
+    model, heads = config["model"], HEADS if "bias" in params else HEADS - {"bias"}
+    vocab, eot = tokens.vocab_size, tokens.eot_id
     img, txt = model["img"], model["txt"]
     acts = {tower["act"] for tower in (img, txt)}
     if "quick_gelu" in acts and len(acts) > 1:
         raise UserError(
-            f"open_clip has one kind of GELU for both towers, and here are {img['act']!r} and {txt['act']!r}; write "
-            "to 'hf' or 'safetensors'."
+            f"open_clip has one kind of GELU for both towers, not {img['act']!r} and {txt['act']!r}; write to 'hf' or "
+            "'safetensors'."
         )
 
     def options(tower: Mapping[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = {"width": tower["width"], "layers": tower["depth"], "mlp_ratio": tower["mlp_ratio"]}
+        cfg: dict[str, Any] = {"width": tower["width"], "layers": tower["depth"], "mlp_ratio": tower["mlp_ratio"]}
         if tower["eps"] != 1e-5:
-            found["norm_kwargs"] = {"eps": tower["eps"]}
+            cfg["norm_kwargs"] = {"eps": tower["eps"]}
         if tower["act"] == "gelu_tanh":
-            found["act_kwargs"] = {"approximate": "tanh"}
-        return found
+            cfg["act_kwargs"] = {"approximate": "tanh"}
+        return cfg
 
     vision = options(img) | {
         "image_size": img["image_size"], "patch_size": img["patch"], "head_width": img["width"] // img["heads"],
@@ -205,7 +215,7 @@ def write(
     if tokens.name != "clip":
         text["hf_tokenizer_name"] = HUB_ID
     content = {"embed_dim": model["embed"], "quick_gelu": "quick_gelu" in acts, "vision_cfg": vision, "text_cfg": text}
-    if bias:
+    if "bias" in heads:
         content["init_logit_bias"] = float(params["bias"])
     prepare = Preprocessing.from_dict(config, config["model"]["img"]["image_size"])
     if prepare.resize_size not in (0, prepare.size):
@@ -217,5 +227,5 @@ def write(
         "size": prepare.size, "mean": prepare.mean, "std": prepare.std, "interpolation": prepare.interpolation,
         "resize_mode": prepare.resize_mode, "fill_color": 0,
     }  # fmt: skip
-    table = param_mapping.links(model, vocab, param_mapping.open_clip(), bias=bias)
-    return {"model_cfg": content, "preprocess_cfg": preprocess}, param_mapping.write(params, table, "the model")
+    mappings = param_mapping.param_mappings(model, vocab, param_mapping.open_clip(), heads)
+    return {"model_cfg": content, "preprocess_cfg": preprocess}, param_mapping.write(params, mappings, "the model")

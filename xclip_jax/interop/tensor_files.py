@@ -1,4 +1,4 @@
-"""Files of weights -> tensors by name, in fp32; and safetensors files of them."""
+"""Reads files of weights as tensors by name, in fp32, and writes safetensors files."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from xclip_jax.run_folder import is_run
 
 Tensors = dict[str, np.ndarray]
 
-# In a folder the first of these counts.
+# Of a folder's files the first of these is read.
 NAMES = (
     "xclip_model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
@@ -30,32 +30,36 @@ _DTYPES = {
 
 
 def find(path: str) -> epath.Path:
-    """The file of weights at `path`, a file or a folder.
+    """Return the file of weights at `path`, a file or a folder.
 
     Raises:
-      UserError: none, or several without a name that tells which.
+      UserError: none, or several without a standard name.
     """
     place = epath.Path(path)
     if not place.is_dir():
         if place.exists() and place.suffix in SUFFIXES:
             return place
-        raise UserError(f"{path!r} is no folder and no file of weights ({', '.join(SUFFIXES)}); name one that exists.")
+        raise UserError(f"{path!r} is not a folder or a file of weights ({', '.join(SUFFIXES)}); name one that exists.")
     if is_run(path):
-        raise UserError(f"{path!r} is a run's folder; write its weights with python -m xclip_jax.export.")
+        raise UserError(f"{path!r} is a run directory; write its weights with python -m xclip_jax.export.")
     for name in NAMES:
         if (place / name).exists():
             return place / name
-    found = sorted((file for file in place.iterdir() if file.suffix in SUFFIXES), key=lambda file: file.name)
-    if len(found) == 1:
-        return found[0]
+    files = sorted((file for file in place.iterdir() if file.suffix in SUFFIXES), key=lambda file: file.name)
+    if len(files) == 1:
+        return files[0]
     raise UserError(
-        f"folder {path!r} holds {'no file' if not found else 'several files'} of weights ({', '.join(SUFFIXES)})"
-        f"{': ' + ', '.join(file.name for file in found[:4]) if found else ''}; name the file itself."
+        f"folder {path!r} contains {'no file' if not files else 'several files'} of weights ({', '.join(SUFFIXES)})"
+        f"{': ' + ', '.join(file.name for file in files[:4]) if files else ''}; name the file itself."
     )
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """A JSON object; `UserError` where there is another thing."""
+    """Read a JSON object.
+
+    Raises:
+      UserError: no such file, or other content.
+    """
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -66,45 +70,45 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def tensors(file: epath.Path) -> tuple[Tensors, str]:
-    """All tensors of a file, or of the files of an index, in fp32; and how they were kept.
+    """Read all tensors of a file, or of the files of an index, in fp32.
 
     Returns:
-      Tensors by name, and "safetensors", "script" (TorchScript), "checkpoint" (a dict with state_dict, or names that
-      begin with "module.") or "pickle".
+      Tensors by name, and the form of the file: "safetensors", "script" (TorchScript), "checkpoint" (a dict with
+      state_dict, or names that begin with "module.") or "pickle".
     """
     if file.name.endswith(".index.json"):
-        found: Tensors = {}
+        merged: Tensors = {}
         for shard in _shards(file):
             if not (file.parent / shard).exists():
-                raise UserError(f"{file} names {shard}, which is not there; fetch it.")
-            found |= tensors(file.parent / shard)[0]
-        return found, "safetensors"
+                raise UserError(f"{file} names {shard}, which does not exist; download it.")
+            merged |= tensors(file.parent / shard)[0]
+        return merged, "safetensors"
     if file.suffix == ".safetensors":
         try:
             content = safetensors.deserialize(file.read_bytes())
         except safetensors.SafetensorError as error:
-            raise UserError(f"{file} is no whole safetensors file: {error}.") from error
+            raise UserError(f"{file} is a damaged or incomplete safetensors file: {error}.") from error
         return {name: _array(info, name, file) for name, info in content}, "safetensors"
     content, scripted = torch_file.load(file.read_bytes(), str(file))
-    how = "script" if scripted else "pickle"
+    stored = "script" if scripted else "pickle"
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content, how = content["state_dict"], "checkpoint"
+        content, stored = content["state_dict"], "checkpoint"
     if not isinstance(content, dict) or not any(isinstance(x, np.ndarray) for x in content.values()):
-        raise UserError(f"{file} holds no dict of tensors and none under 'state_dict'; name a file of weights.")
-    found = {str(name): x.astype(np.float32) for name, x in content.items() if isinstance(x, np.ndarray)}
+        raise UserError(f"{file} contains no dict of tensors and none under 'state_dict'; name a file of weights.")
+    by_name = {str(name): x.astype(np.float32) for name, x in content.items() if isinstance(x, np.ndarray)}
     for prefix in ("module.", "_orig_mod."):  # of distributed and of compiled models
-        if all(name.startswith(prefix) for name in found):
-            found, how = {name.removeprefix(prefix): x for name, x in found.items()}, "checkpoint"
-    return found, how
+        if all(name.startswith(prefix) for name in by_name):
+            by_name, stored = {name.removeprefix(prefix): x for name, x in by_name.items()}, "checkpoint"
+    return by_name, stored
 
 
 def _shards(index: epath.Path) -> list[str]:
-    """Names of the files of weights that an index.json lists, each beside it."""
+    """Names of the files of weights in an index.json, all of its own folder."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index} has no 'weight_map' of tensors and files; download it again.")
     for name in names.values():
-        # Another index could name this one, and so on without end.
+        # Another index could name this one, in a circle.
         if not (isinstance(name, str) and name.endswith(SUFFIXES)) or "/" in name or "\\" in name:
             raise UserError(f"{index} names {name!r}, not a file of weights ({', '.join(SUFFIXES)}) beside it.")
     return sorted(set(names.values()))
@@ -116,7 +120,7 @@ def _array(info: Mapping[str, Any], name: str, file: epath.Path) -> np.ndarray:
     return np.frombuffer(info["data"], _DTYPES[info["dtype"]]).reshape(info["shape"]).astype(np.float32)
 
 
-def write(path: epath.Path, found: Mapping[str, np.ndarray]) -> None:
-    """One safetensors file; its metadata says "pt", without which transformers does not take it."""
-    whole = {name: np.asarray(x, order="C") for name, x in found.items()}
-    path.write_bytes(safetensors.numpy.save(whole, metadata={"format": "pt"}))
+def write(path: epath.Path, by_name: Mapping[str, np.ndarray]) -> None:
+    """Write a safetensors file, with the format "pt" in its metadata, which transformers requires."""
+    contiguous = {name: np.asarray(x, order="C") for name, x in by_name.items()}
+    path.write_bytes(safetensors.numpy.save(contiguous, metadata={"format": "pt"}))

@@ -1,7 +1,7 @@
-"""Tensors of files that `torch.save` and `torch.jit.save` wrote, without torch and without running what is in them.
+"""Reads tensors of files by `torch.save` and `torch.jit.save`, without torch and without running code in them.
 
-Such a file is a zip of raw storages and one pickle. A pickle is a program that may call any function by its name; here
-it finds none but those that put tensors together, and these are ours.
+Such a file is a zip of raw storages and one pickle. A pickle is a program that may call any function by its name; this
+reader resolves only the names that build tensors, to functions of its own.
 """
 
 import collections
@@ -37,23 +37,23 @@ class Scripted:
 
 
 class _Refused(Exception):
-    """What the pickle asked for and is not given."""
+    """A name or object of the pickle that is not allowed."""
 
 
-def load(content: bytes, where: str) -> tuple[Any, bool]:
-    """What was saved, tensors as NumPy arrays in their own dtype; and whether it is a TorchScript archive.
+def load(data: bytes, where: str) -> tuple[Any, bool]:
+    """Return the saved object, tensors as NumPy arrays in their own dtype, and whether it is a TorchScript archive.
 
-    A TorchScript archive comes as a flat dict of the tensors of its modules.
+    A TorchScript archive is returned as a flat dict of the tensors of its modules.
 
     Raises:
-      UserError: no such file, a damaged one, or one that asks for anything but tensors.
+      UserError: another file, a damaged one, or one with other objects than tensors.
     """
     try:
-        archive = zipfile.ZipFile(io.BytesIO(content))
+        archive = zipfile.ZipFile(io.BytesIO(data))
         names = archive.namelist()
     except zipfile.BadZipFile as error:
         raise UserError(
-            f"{where} is no zip, as torch.save has written since version 1.6 ({error}); older files cannot be read "
+            f"{where} is not a zip, as torch.save has written since version 1.6 ({error}); older files cannot be read "
             f"safely. Convert it: {REMEDY}."
         ) from error
     tops = (name.rpartition("/")[0] for name in names if name.endswith("/data.pkl"))
@@ -64,16 +64,16 @@ def load(content: bytes, where: str) -> tuple[Any, bool]:
     try:
         if f"{root}byteorder" in names and _stored(archive, f"{root}byteorder") != b"little":
             raise _Refused("big-endian numbers")
-        found = _Unpickler(archive, root, scripted).load()
-        return (_flat(found, "") if scripted else found), scripted
+        content = _Unpickler(archive, root, scripted).load()
+        return (_flat(content, "") if scripted else content), scripted
     except _Refused as error:
-        raise UserError(f"{where} holds more than tensors: it asks for {error}. Convert it: {REMEDY}.") from error
-    except Exception as error:  # whatever a damaged file provokes
+        raise UserError(f"{where} contains more than tensors: it asks for {error}. Convert it: {REMEDY}.") from error
+    except Exception as error:  # of any type, from a damaged file
         raise UserError(f"{where} is damaged: {type(error).__name__}: {error}.") from error
 
 
 def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A member as it lies there: torch does not compress its data, and a file may unpack to any size."""
+    """Read an uncompressed member: torch does not compress its data, and compressed data may unpack to any size."""
     if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
         raise _Refused(f"compressed data, {name}")
     return archive.read(name)
@@ -82,19 +82,19 @@ def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
 def _flat(module: Any, prefix: str) -> dict[str, np.ndarray]:
     if not isinstance(module, Scripted):
         return {}
-    found = {}
+    tensors = {}
     for name, value in module.attributes.items():
         if isinstance(value, np.ndarray):
-            found[prefix + name] = value
+            tensors[prefix + name] = value
         else:
-            found |= _flat(value, f"{prefix}{name}.")
-    return found
+            tensors |= _flat(value, f"{prefix}{name}.")
+    return tensors
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows ordered dicts, storages, and functions that rebuild tensors.
+    """Resolves ordered dicts, storages, and functions that rebuild tensors.
 
-    What it hands out is made anew for each file, since a pickle may change attributes of what it is given.
+    It makes new ones for each file, since a pickle may change attributes of the objects that it gets.
     """
 
     def __init__(self, archive: zipfile.ZipFile, root: str, scripted: bool) -> None:
@@ -107,12 +107,12 @@ class _Unpickler(pickle.Unpickler):
             "torch._utils._rebuild_parameter": lambda: lambda data, *_: data,
         }
         if scripted:
-            kinds = ("intlist", "doublelist", "boollist", "tensorlist")
-            self._known = self._known | {f"torch.jit._pickle.build_{kind}": lambda: lambda x: x for kind in kinds}
+            lists = ("intlist", "doublelist", "boollist", "tensorlist")
+            self._known = self._known | {f"torch.jit._pickle.build_{name}": lambda: lambda x: x for name in lists}
             self._known = self._known | {"torch.jit._pickle.restore_type_tag": lambda: lambda x, _: x}
 
     def find_class(self, module: str, name: str) -> Any:
-        """What the pickle calls module.name."""
+        """Resolve module.name."""
         if module == "torch" and name in _DTYPES:
             return name
         if f"{module}.{name}" in self._known:
@@ -122,17 +122,17 @@ class _Unpickler(pickle.Unpickler):
         raise _Refused(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> np.ndarray:
-        """The storage ("storage", kind, key, device, elements)."""
-        kind, storage, key = pid[:3]
-        if kind != "storage" or storage not in _DTYPES:
-            raise _Refused(f"a storage of kind {storage!r}")
+        """Read the storage ("storage", type, key, device, elements)."""
+        tag, storage, key = pid[:3]
+        if tag != "storage" or storage not in _DTYPES:
+            raise _Refused(f"a storage of type {storage!r}")
         if key not in self._storages:
             self._storages[key] = np.frombuffer(_stored(self._archive, f"{self._root}data/{key}"), _DTYPES[storage])
         return self._storages[key]
 
 
 def _tensor(storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> np.ndarray:
-    """The part of a storage that a tensor shows. Bounds are checked: a file must not make us read other memory."""
+    """View of a storage as a tensor. Bounds are checked: a file must not make this process read other memory."""
     if len(size) != len(stride) or min((0, offset, *size, *stride)) < 0:
         raise _Refused("a tensor of negative size")
     count = int(np.prod(size, dtype=object))

@@ -1,4 +1,4 @@
-"""Tokenizers that travel with weights: which one a folder has, and the files from which other projects make one."""
+"""Tokenizers of weights: identifies that of a folder, and makes the files of transformers and open_clip."""
 
 import json
 from typing import Any
@@ -38,13 +38,13 @@ def identify(folder: epath.Path, size: int, eot: int | None, where: str) -> str:
             remedy = f", or remove {FILE} if the tokenizer is CLIP's" if like_clip else ""
             raise UserError(
                 f"{where} has {size} token ids and pools texts at id {end}; {file} has {own.vocab_size} and ends texts "
-                f"with {own.eot_id}. Put the {FILE} of these weights there{remedy}."
+                f"with {own.eot_id}. Replace it by the {FILE} of these weights{remedy}."
             )
         return str(file)
     if not like_clip:
         raise UserError(
-            f"{where} has a vocabulary of {size} with end {end}, which is not CLIP's, and no {FILE} beside it; put the "
-            "one that it was trained with there."
+            f"{where} has a vocabulary of {size} with end {end}, which is not CLIP's, and no {FILE} in its folder; "
+            "copy the file of its tokenizer there."
         )
     if words.exists() and not _is_clips(read_json(words)):
         raise UserError(
@@ -55,14 +55,14 @@ def identify(folder: epath.Path, size: int, eot: int | None, where: str) -> str:
 
 
 def _is_clips(vocabulary: Any) -> bool:
-    """Whether a dict of ids by words has CLIP's words; start and end, which have several spellings, do not count."""
+    """Whether a dict of ids by words has CLIP's words; start and end, which have several spellings, are ignored."""
     if not isinstance(vocabulary, dict):
         return False
     return all(vocabulary.get(word) == i for i, word in enumerate(tokenizer.clip_vocabulary()[0]))
 
 
 def clip_files(length: int) -> dict[str, str]:
-    """Content by name of the files from which transformers makes CLIP's tokenizer, for texts of `length` tokens."""
+    """Return {file: content} of CLIP's tokenizer for transformers, for texts of `length` tokens."""
     words, merges = tokenizer.clip_vocabulary()
     start, end = "<|startoftext|>", "<|endoftext|>"
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
@@ -76,34 +76,40 @@ def clip_files(length: int) -> dict[str, str]:
 
 
 def own_files(path: str, length: int) -> dict[str, str]:
-    """Content by name of the files from which transformers, and open_clip through it, makes the ids of ours.
+    """Return {file: content} of a tokenizer for transformers, and open_clip through it, with the same ids as here.
 
-    Ours adds start, end and padding itself and takes special tokens in a text for text; there the file has to say so.
+    The tokenizer here adds start, end and padding itself and reads special tokens in a text as text; for the other
+    projects the files set that.
 
     Args:
-      path: of a tokenizer file that `tokenizer.load` takes.
+      path: of a tokenizer file that `tokenizer.load` reads.
       length: tokens of a text.
     """
     ours, model = tokenizer.load(path), tokenizers.Tokenizer.from_file(path)
     model.no_padding()
     model.no_truncation()
-    start = [] if ours.sot_id is None else [model.id_to_token(ours.sot_id)]
-    end = model.id_to_token(ours.eot_id)
+
+    def token(i: int) -> str:
+        if (text := model.id_to_token(i)) is None:
+            raise UserError(f"{path} has no token of id {i}; repair the file.")
+        return text
+
+    start, end = [] if ours.sot_id is None else [token(ours.sot_id)], token(ours.eot_id)
     model.post_processor = tokenizers.processors.TemplateProcessing(
-        single=[*start, "$A", end], special_tokens=[(token, model.token_to_id(token)) for token in (*start, end)]
+        single=[*start, "$A", end], special_tokens=[(text, model.token_to_id(text)) for text in (*start, end)]
     )
     options = {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length, "padding_side": "right",
         "truncation_side": "right", "split_special_tokens": True, "clean_up_tokenization_spaces": False,
-        **({"bos_token": start[0]} if start else {}), "eos_token": end, "pad_token": model.id_to_token(padding(ours)),
+        **({"bos_token": start[0]} if start else {}), "eos_token": end, "pad_token": token(padding(ours)),
     }  # fmt: skip
     return {FILE: model.to_str(), OPTIONS: json.dumps(options, indent=2) + "\n"}
 
 
 def padding(tokens: tokenizer.Tokenizer) -> int:
-    """The id that others pad with: ours where it is a padding token's, else the end's, as CLIP is padded there.
+    """Return the id to pad with in other projects: the padding token's if there is one, else the end's, as for CLIP.
 
-    Towers see no token behind the first end, so that either gives the same embeddings.
+    Towers read no token after the first end, so both give the same embeddings.
     """
     if tokens.name in tokenizer.NAMES:
         return tokens.eot_id

@@ -161,6 +161,8 @@ def diagnose(metrics: Mapping[str, float], *, k: int, b: int) -> list[str]:
     Raises:
         KeyError: a metric is missing.
     """
+    if min(b, k) == 1:  # no information to lose
+        return []
     ceiling = min(math.log(b), math.log(k))
     information, name = min((metrics[f"mutual_information_{m}"], m) for m in MODALITIES)
     marginal, narrow = min((metrics[f"marginal_entropy_{m}"], m) for m in MODALITIES)

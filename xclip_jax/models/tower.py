@@ -88,7 +88,7 @@ class Tower:
 
     def facts(self) -> dict[str, str]:
         """{column: value} of the tower's row in a model card."""
-        return {"width": str(self.width), "sees": ""}
+        return {"width": str(self.width), "input": ""}
 
 
 class ImageTower(Tower):
@@ -127,7 +127,7 @@ class ImageTower(Tower):
 
     def facts(self) -> dict[str, str]:
         """{column: value} of the tower's row in a model card."""
-        return super().facts() | {"sees": f"{self.image_size} px"}
+        return super().facts() | {"input": f"{self.image_size} px"}
 
 
 class TextTower(Tower):
@@ -154,4 +154,4 @@ class TextTower(Tower):
 
     def facts(self) -> dict[str, str]:
         """{column: value} of the tower's row in a model card."""
-        return super().facts() | {"sees": f"{self.context_length} tokens"}
+        return super().facts() | {"input": f"{self.context_length} tokens"}

@@ -192,7 +192,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
 
     def facts(self) -> dict[str, str]:
         """{column: value} of the tower's row in a model card."""
-        return super().facts() | {"sees": f"{self.image_size} px, pool {self.pool}"}
+        return super().facts() | {"input": f"{self.image_size} px, pool {self.pool}"}
 
 
 class VisionTransformer(nn.Module):

@@ -9,7 +9,7 @@ A term is one class in one file, see `base.Term`. `TERMS` is the table of this p
 named "package.module:Class" in the config, see `ObjectiveConfig`.
 """
 
-from xclip_jax.objectives.base import Curve, LossConfig, Objective, Term
+from xclip_jax.objectives.base import LossConfig, Objective, Term
 from xclip_jax.objectives.config import (
     OBJECTIVES,
     RECIPES,
@@ -17,8 +17,11 @@ from xclip_jax.objectives.config import (
     ObjectiveConfig,
     find_term,
     make_objective,
+    objective_of_heads,
+    read_objective,
     upgrade,
 )
+from xclip_jax.objectives.display import Curve, Health, Level, Light
 from xclip_jax.objectives.similarity import Similarity
 
 __all__ = [
@@ -26,6 +29,9 @@ __all__ = [
     "RECIPES",
     "TERMS",
     "Curve",
+    "Health",
+    "Level",
+    "Light",
     "LossConfig",
     "Objective",
     "ObjectiveConfig",
@@ -33,5 +39,7 @@ __all__ = [
     "Term",
     "find_term",
     "make_objective",
+    "objective_of_heads",
+    "read_objective",
     "upgrade",
 ]

@@ -1,4 +1,4 @@
-"""What an objective is made of: weighted terms, each with its options, heads, state, alarms and costs in one class.
+"""Objectives as weighted terms, each with its options, heads, state, charts, alarms and costs in one class.
 
 A term is a frozen dataclass whose fields are config keys, its group of the config. To add one from another package:
 
@@ -16,7 +16,7 @@ A term is a frozen dataclass whose fields are config keys, its group of the conf
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -26,6 +26,7 @@ from xclip_jax.config.fields import at_least, choice, key
 from xclip_jax.errors import UserError
 from xclip_jax.models.heads import Head, Heads, Scalar
 from xclip_jax.models.two_towers import ModelConfig
+from xclip_jax.objectives.display import Curve, Health
 from xclip_jax.objectives.similarity import Similarity
 
 Array = jax.Array
@@ -39,23 +40,6 @@ class LossConfig:
 
     impl: str = key("plain", "contrastive loss by gathered embeddings, or around a ring", choice(("plain", "ring")))
     chunk_size: int = key(0, "pairs that the non-contrastive loss takes at a time; 0 for all", at_least(0))
-
-
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """A chart of a term's metrics over steps, for reports.
-
-    Attributes:
-      title: of the chart.
-      lines: (metric without the term's prefix, label) of each line.
-      unit: of the vertical axis; "%" for shares, which are drawn as percentages.
-      level: (metric, label) of a constant to compare with, or None.
-    """
-
-    title: str
-    lines: tuple[tuple[str, str], ...]
-    unit: str = ""
-    level: tuple[str, str] | None = None
 
 
 class Term:
@@ -86,7 +70,7 @@ class Term:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """What it reads of a batch, of "image", "text" and "label"."""
+        """Inputs that it reads of a batch, of "image", "text" and "label"."""
         return (*(_FIELDS[tower] for tower in self.towers), *["label"] * self.labelled)
 
     @property
@@ -106,7 +90,7 @@ class Term:
         return {}
 
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
-        """Add to the inputs of a step what is random and the term's own; called for batches with images.
+        """Add the term's own random inputs to those of a step; called for batches with images.
 
         Args:
           random_key: of the step; fold a number above 15 into it, which no other term uses.
@@ -116,7 +100,7 @@ class Term:
         return inputs
 
     def in_form(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
-        """`__call__` computed as the config group `loss` says, on `mesh`; the value is the same."""
+        """Return `__call__` in the form that the config group `loss` asks for, on `mesh`; the value is the same."""
         return self
 
     def __call__(
@@ -126,29 +110,29 @@ class Term:
         state: Mapping[str, Array],
         batch: Mapping[str, Any],
     ) -> Result:
-        """The loss of one global batch; pure.
+        """Compute the loss of one global batch; pure.
 
         Args:
-          out: what the heads write, see `TwoTowers.project`, and h_img, h_txt (b, d); rows of the global batch.
+          out: outputs of the heads, see `TwoTowers.project`, and h_img, h_txt (b, d); rows of the global batch.
           teacher: the same of the teacher, where the objective has one.
           state: from `initial_state` of all terms, or from the last step.
           batch: inputs of the step: of "image", "text" (b, n) and "label" (b,) those of `fields`, and what `draw` adds.
 
         Returns:
-          fp32 scalar loss; metrics, to which the term's name is put in front; its entries of the next state.
+          fp32 scalar loss; metrics, which the objective prefixes with the term's name; its entries of the next state.
         """
         raise NotImplementedError
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """What is wrong with its options, once it is in use; each sentence begins with the full name of a key."""
+        """Yield what is wrong with its options, once it is in use; each sentence begins with the full name of a key."""
         return iter(())
 
     def alarms(self, metrics: Mapping[str, float]) -> list[str]:
-        """Warnings "KIND: what is wrong and what to change" from its metrics, without their prefix."""
+        """Return warnings "NAME: what is wrong and what to change" from its metrics, without their prefix."""
         return []
 
     def progress(self, metrics: Mapping[str, float]) -> str:
-        """Its part of the progress line, from its metrics without their prefix; "" for none."""
+        """Return its part of the progress line, from its metrics without their prefix; "" for none."""
         return f"{metrics['loss']:.3f}" if "loss" in metrics else ""
 
     def flops(self, model: ModelConfig, batch: int) -> float:
@@ -156,12 +140,27 @@ class Term:
         return 0.0
 
     def curves(self) -> tuple[Curve, ...]:
-        """Charts of its metrics."""
-        return ()
+        """Charts of its metrics for a report."""
+        return (Curve(f"{self.title} loss".lstrip(), (("loss", "loss"),)),)
+
+    def health(self, metrics: Mapping[str, float]) -> Health | None:
+        """Indicators of whether it trains well, from its last metrics without their prefix; None for none.
+
+        A report also shows warnings of `alarms` that have no `Light`.
+        """
+        return None
 
     def recipe(self, model: ModelConfig) -> dict[str, Any]:
-        """{full config key: value} that a model card lists, besides the weight."""
+        """{full config key: value} that a model card lists, besides the term's weight and options."""
         return {}
+
+    def describe(self, model: ModelConfig) -> str:
+        """Phrase for a model card: the outputs of its heads; "" for none of use."""
+        return ""
+
+    def export_note(self, missing: Collection[str]) -> str:
+        """Sentence on what a model loses with the heads `missing`, which an export leaves out; "" for nothing."""
+        return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,12 +168,14 @@ class Objective:
     """A weighted sum of terms: maps what `TwoTowers.project` returns to a scalar loss and metrics; pure.
 
     Attributes:
-      name: what the run calls it.
+      name: config key `objective.name`.
       terms: {name: term}; a term's name is the prefix of its metrics.
       weights: {name: weight} of the same names. A weight of 0 keeps the term's heads, which then are not trained by
         it: a control of equal parameter count.
       loss: forms of the losses.
       mesh: where they are computed.
+      title: its name in sentences, tables and charts.
+      plugins: names of the terms whose options are in config group `objective.plugins`.
     """
 
     name: str
@@ -182,6 +183,13 @@ class Objective:
     weights: Mapping[str, float]
     loss: LossConfig = LossConfig()
     mesh: Mesh | None = None
+    title: str = ""
+    plugins: Collection[str] = ()
+
+    @property
+    def formula(self) -> str:
+        """Weights and terms, such as "0.3 CLIP + 0.7 nCLIP"."""
+        return " + ".join(f"{self.weights[name]:g} {term.title or name}" for name, term in self.terms.items())
 
     @property
     def towers(self) -> tuple[str, ...]:
@@ -190,7 +198,7 @@ class Objective:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """What a batch is made of, of "image", "text" and "label"."""
+        """Inputs of a batch, of "image", "text" and "label"."""
         return self._union(("image", "text", "label"), "fields")
 
     def _union(self, order: tuple[str, ...], attribute: str) -> tuple[str, ...]:
@@ -238,8 +246,12 @@ class Objective:
                     )
         return heads
 
+    def outputs(self, model: ModelConfig) -> frozenset[str]:
+        """Keys that its heads write, such as "z_img"."""
+        return frozenset(head.writes for head in self.heads(model, vocab=1).values())  # a vocabulary changes no name
+
     def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, Array]:
-        """What is carried from step to step."""
+        """Arrays of all terms that are carried from step to step."""
         state: dict[str, Array] = {}
         for name, term in self.terms.items():
             own = term.initial_state(model, vocab)
@@ -277,17 +289,18 @@ class Objective:
         total = sum(losses)
         return total, metrics | {"loss": total}, new_state
 
-    def _own(self, name: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    def metrics_of(self, name: str, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Metrics of the term `name` among those of a step, without their prefix."""
         prefix = f"{name}/"
         return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
 
     def alarms(self, metrics: Mapping[str, float]) -> list[str]:
-        """Warnings "KIND: what is wrong and what to change" from a step's metrics."""
-        return [text for name, term in self.terms.items() for text in term.alarms(self._own(name, metrics))]
+        """Warnings "NAME: what is wrong and what to change" from a step's metrics."""
+        return [text for name, term in self.terms.items() for text in term.alarms(self.metrics_of(name, metrics))]
 
     def progress(self, metrics: Mapping[str, float]) -> list[str]:
         """Parts of the progress line, one for each term that has one."""
-        parts = {name: term.progress(self._own(name, metrics)) for name, term in self.terms.items()}
+        parts = {name: term.progress(self.metrics_of(name, metrics)) for name, term in self.terms.items()}
         return [f"{name} {part}" for name, part in parts.items() if part]
 
     def flops(self, model: ModelConfig, vocab: int, batch: int) -> dict[str, float]:
@@ -300,5 +313,22 @@ class Objective:
         return {name: term.curves() for name, term in self.terms.items()}
 
     def recipe(self, model: ModelConfig) -> dict[str, Any]:
-        """{full config key: value} that a model card lists of all terms."""
-        return {key: value for term in self.terms.values() for key, value in term.recipe(model).items()}
+        """{full config key: value} that a model card lists: weights, options of the terms, and what they add."""
+        rows: dict[str, Any] = {f"objective.terms.{name}": weight for name, weight in self.weights.items()}
+        for name, term in self.terms.items():
+            group = f"objective.{'plugins.' if name in self.plugins else ''}{name}"
+            rows |= {f"{group}.{field.name}": getattr(term, field.name) for field in _fields(term)}
+            rows |= term.recipe(model)
+        return rows
+
+    def describe(self, model: ModelConfig) -> list[str]:
+        """Phrases on the outputs of a model, one for each term that has some; for a model card."""
+        return [phrase for term in self.terms.values() if (phrase := term.describe(model))]
+
+    def export_notes(self, missing: Collection[str]) -> list[str]:
+        """Sentences on what a model loses without the heads `missing`, which an export leaves out."""
+        return [note for term in self.terms.values() if missing and (note := term.export_note(missing))]
+
+
+def _fields(term: Term) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(term) if dataclasses.is_dataclass(term) else ()

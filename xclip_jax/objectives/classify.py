@@ -12,7 +12,8 @@ from xclip_jax.data import transforms
 from xclip_jax.losses import classification
 from xclip_jax.models.heads import Heads, classifier_head
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objectives.base import Curve, LossConfig, Result, Term
+from xclip_jax.objectives.base import LossConfig, Result, Term
+from xclip_jax.objectives.display import Curve
 
 Array = jax.Array
 
@@ -42,7 +43,7 @@ class Classify(Term):
         return classifier_head(self.classes, self.tower, model.widths[self.tower], std=self.head_std, dtype=dtype)
 
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
-        """Of mixup and cutmix: the batch in reverse as "other", and the "share" that an image keeps of itself."""
+        """Add what mixup and cutmix need: the reversed batch as "other", and the "share" that an image keeps."""
         if not (self.mixup or self.cutmix):
             return inputs
         b = len(inputs["image"])
@@ -71,11 +72,11 @@ class Classify(Term):
         return loss, {"loss": loss, "top1": (logits.argmax(axis=-1) == labels).mean()}, {}
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """A number of classes that is missing, and mixing of what cannot be mixed."""
+        """A missing number of classes, and mixing of texts or numbers."""
         if self.classes < 1:
             yield f"objective.classify.classes is {self.classes}; give the number of classes of the data"
         if (self.mixup or self.cutmix) and (self.tower == "txt" or self.classes == 1):
-            yield "objective.classify.mixup and .cutmix are of images in classes; set both to 0"
+            yield "objective.classify.mixup and .cutmix need images in classes; set both to 0"
 
     def progress(self, metrics: Mapping[str, float]) -> str:
         """Accuracy on the batch; the loss is the run's."""
@@ -85,3 +86,8 @@ class Classify(Term):
         """Loss and accuracy on the batches."""
         unit = "squared error" if self.classes == 1 else "nats"
         return (Curve("Loss", (("loss", "training"),), unit), Curve("Accuracy", (("top1", "training"),), "%"))
+
+    def describe(self, model: ModelConfig) -> str:
+        """The classifier."""
+        items = {"img": "images", "txt": "texts"}[self.tower]
+        return f"a number for {items}" if self.classes == 1 else f"{items} in {self.classes:,} classes"

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from xclip_jax.losses import contrastive, ring
 from xclip_jax.models.heads import Heads, contrastive_heads
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objectives.base import Curve, LossConfig, Result, Term
+from xclip_jax.objectives.base import LossConfig, Result, Term
+from xclip_jax.objectives.display import Curve, Health, Level
 from xclip_jax.objectives.similarity import CosineSimilarity
 
 Array = jax.Array
@@ -36,7 +37,7 @@ class Clip(Term):
         return contrastive_heads(model.embed, model.widths, scale_init=model.scale_init, dtype=dtype)
 
     def in_form(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
-        """Around a ring of devices where `loss.impl` says so."""
+        """With `loss.impl` "ring" around a ring of devices."""
         return functools.partial(self.__call__, mesh=mesh) if loss.impl == "ring" else self
 
     def __call__(
@@ -57,7 +58,7 @@ class Clip(Term):
         return loss, metrics | {"scale": out["scale"]}, {}
 
     def progress(self, metrics: Mapping[str, float]) -> str:
-        """The loss beside that of a blind guess."""
+        """The loss beside ln b, that of a uniform guess."""
         return f"{metrics['loss']:.3f} (ln b {metrics['ln_b']:.2f})" if "loss" in metrics else ""
 
     def flops(self, model: ModelConfig, batch: int) -> float:
@@ -65,13 +66,25 @@ class Clip(Term):
         return 2 * batch * model.embed
 
     def curves(self) -> tuple[Curve, ...]:
-        """Loss, accuracy within the batch, scale."""
+        """Loss, accuracy within the batch, logit scale."""
+        loss = (("loss", "contrastive"),)
+        note = "ln b, with b the batch size, is the loss of a guess that does not depend on the inputs."
+        return (Curve(f"{self.title} loss", loss, "nats", (Level("ln b", "ln_b"),), note), *self._batch_curves())
+
+    def _batch_curves(self) -> tuple[Curve, ...]:
+        accuracy = (("acc_img", "image to text"), ("acc_txt", "text to image"))
         return (
-            Curve(f"{self.title} loss", (("loss", "contrastive"),), "nats", ("ln_b", "ln b")),
-            Curve(
-                "Own partner is the best in the batch",
-                (("acc_img", "image to text"), ("acc_txt", "text to image")),
-                "%",
-            ),
+            Curve("Accuracy within the batch", accuracy, "%", note="Share whose best match is their own partner."),
             Curve("Logit scale", (("scale", "scale"),)),
         )
+
+    def health(self, metrics: Mapping[str, float]) -> Health:
+        """No alarm is set on it."""
+        return Health(
+            "The contrastive loss has no alarm. Training fails where it stays at ln b, the loss of a guess that does "
+            "not depend on the inputs."
+        )
+
+    def describe(self, model: ModelConfig) -> str:
+        """The shared embedding space."""
+        return f"embeddings of images and texts in one space of {model.embed} dimensions"

@@ -1,13 +1,15 @@
 """Config group `objective`: which terms a run minimises, with which weights, and the options of each."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
 
+from xclip_jax.config import fields
 from xclip_jax.config.fields import Check, find_class, key, not_empty, read_plugin
 from xclip_jax.errors import UserError
+from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.base import LossConfig, Objective, Term
 from xclip_jax.objectives.classify import Classify
 from xclip_jax.objectives.clip import Clip
@@ -16,7 +18,7 @@ from xclip_jax.objectives.siglip import Siglip
 
 TERMS: dict[str, type[Term]] = {"clip": Clip, "siglip": Siglip, "nclip": Nclip, "classify": Classify}
 
-# Objectives that have a name, as terms and weights.
+# Named objectives, as terms and weights.
 RECIPES: dict[str, dict[str, float]] = {
     "clip": {"clip": 1.0},
     "siglip": {"siglip": 1.0},
@@ -24,6 +26,7 @@ RECIPES: dict[str, dict[str, float]] = {
     "xclip": {"clip": 0.3, "nclip": 0.7},
     "classify": {"classify": 1.0},
 }
+_TITLES = {"xclip": "xCLIP"}  # of those with several terms
 OBJECTIVES = ("clip", "siglip", "nclip", "xclip")  # of pre-training
 
 _WEIGHTS = Check("weights of at least 0", lambda weights: all(weight >= 0 for weight in weights.values()))
@@ -49,7 +52,7 @@ class ObjectiveConfig:
         config.objective.plugins = {"tokens": {"type": "my_lab.losses:TokenClassification", "smoothing": 0.1}}
     """
 
-    name: str = key("clip", "what the objective is called", not_empty())
+    name: str = key("clip", "name of the objective", not_empty())
     terms: Mapping[str, float] = key(RECIPES["clip"], "weight of each term of the loss", _WEIGHTS)
     nclip: Nclip = dataclasses.field(default_factory=Nclip)
     classify: Classify = dataclasses.field(default_factory=Classify)
@@ -58,10 +61,10 @@ class ObjectiveConfig:
     )
 
     def term(self, name: str) -> Term:
-        """The term `name` with its options.
+        """Return the term `name` with its options.
 
         Raises:
-          UserError: names what is wrong with a term or an option of a plug-in.
+          UserError: an unknown term, or a wrong option of a plug-in.
         """
         if name not in self.plugins:
             term = find_term(name)
@@ -70,7 +73,7 @@ class ObjectiveConfig:
         return read_plugin(self.plugins[name], path, TERMS, Term, "objective term", type_name=name)
 
     def conflicts(self) -> Iterator[str]:
-        """Values that do not go together."""
+        """Yield what is wrong with values that contradict each other."""
         if not any(self.terms.values()):
             yield f"terms is {dict(self.terms)}; give one of them a weight above 0"
             return
@@ -89,17 +92,44 @@ class ObjectiveConfig:
             except UserError as error:
                 yield f"terms.{name}: {str(error).rstrip('.')}"
         if len({term.labelled for term in made}) > 1:
-            yield f"terms has {', '.join(self.terms)}, some of labelled items and some of pairs; take those of one kind"
+            yield f"terms has {', '.join(self.terms)}, some of labelled items and some of pairs; use one sort alone"
 
 
 def make_objective(config: ObjectiveConfig, loss: LossConfig | None = None, mesh: Mesh | None = None) -> Objective:
-    """The objective of config groups `objective` and `loss`, on `mesh`. Terms are in the order of their names."""
+    """Make the objective of config groups `objective` and `loss`, on `mesh`. Terms are in the order of their names."""
     terms = {name: config.term(name) for name in sorted(config.terms)}
-    return Objective(config.name, terms, dict(config.terms), loss or LossConfig(), mesh)
+    single = terms[config.name].title if terms.keys() == {config.name} else ""
+    title = single or _TITLES.get(config.name, config.name)
+    return Objective(config.name, terms, dict(config.terms), loss or LossConfig(), mesh, title, tuple(config.plugins))
+
+
+def read_objective(values: Mapping[str, Any]) -> Objective:
+    """Make the objective of a config's group `objective`, complete or in part, as a dict.
+
+    Raises:
+      UserError: names what is wrong with it.
+    """
+    faults: list[str] = []
+    config = fields.read_group(ObjectiveConfig, upgrade(values), "objective", faults)
+    if faults:
+        raise UserError(f"{'; '.join(faults)}.")
+    return make_objective(config)
+
+
+def objective_of_heads(heads: Collection[str]) -> dict[str, str]:
+    """Return the config group `objective` with one term of this package whose model has just these heads.
+
+    Raises:
+      UserError: no term has them.
+    """
+    for name, terms in RECIPES.items():
+        if len(terms) == 1 and find_term(name)().heads(ModelConfig(), vocab=1).keys() == set(heads):
+            return {"name": name}
+    raise UserError(f"no objective has just the heads {', '.join(sorted(heads))}.")
 
 
 def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Config group `objective` of an earlier version, which had names and two weights instead of terms, as of now."""
+    """Translate a config group `objective` of an early version, which had names and two weights instead of terms."""
     values = dict(values)
     weights = {"clip": values.pop("w_clip", None), "nclip": values.pop("w_nclip", None)}
     if "terms" not in values and (recipe := RECIPES.get(values.get("name", "clip"))):

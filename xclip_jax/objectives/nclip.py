@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -14,7 +14,8 @@ from xclip_jax.config.fields import above, at_least, choice, fraction_below_one,
 from xclip_jax.losses import noncontrastive
 from xclip_jax.models.heads import Heads, cluster_heads
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objectives.base import Curve, LossConfig, Result, Term
+from xclip_jax.objectives.base import LossConfig, Result, Term
+from xclip_jax.objectives.display import Curve, Health, Level, Light
 from xclip_jax.objectives.similarity import ClusterSimilarity
 
 Array = jax.Array
@@ -67,15 +68,15 @@ class Nclip(Term):
         *,
         chunk: int = 0,
     ) -> Result:
-        """See `Term.__call__`. With a `chunk` so many pairs are taken at a time."""
+        """See `Term.__call__`. With `chunk` above 0 that number of pairs is processed at a time."""
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         momentum = options.pop("center_momentum")
         options["target_tau"] = options["target_tau"] or None
+        target = teacher if self.teacher and teacher is not None else out
         if self.teacher:
-            options |= {"teacher_img": teacher["s_img"], "teacher_txt": teacher["s_txt"]}
+            options |= {"teacher_img": target["s_img"], "teacher_txt": target["s_txt"]}
         centers = {name: state[name] for name in ("center_img", "center_txt") if name in state}
         loss, metrics = noncontrastive.nclip(out["s_img"], out["s_txt"], chunk=chunk, **options, **centers)
-        target = teacher if self.teacher else out
         moved = {
             name: noncontrastive.update_center(center, target[name.replace("center", "s")], momentum)
             for name, center in centers.items()
@@ -83,7 +84,7 @@ class Nclip(Term):
         return loss, metrics, moved
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """Options that need the whole batch at once, where the loss takes a part of it at a time."""
+        """Options that need the whole batch at once, with a loss that processes it in chunks."""
         if loss.chunk_size and self.balance == "sinkhorn":
             yield (
                 "objective.nclip.balance='sinkhorn' normalises over the whole batch; set loss.chunk_size=0, or balance "
@@ -93,9 +94,8 @@ class Nclip(Term):
             yield "model.cluster_head.last_norm needs all logits at once; set loss.chunk_size=0, or it to False"
 
     def alarms(self, metrics: Mapping[str, float]) -> list[str]:
-        """See `losses.noncontrastive.diagnose`."""
-        k, b = (round(math.exp(metrics[name])) for name in ("ln_k", "ln_b"))
-        return noncontrastive.diagnose(metrics, k=k, b=b)
+        """See `losses.noncontrastive.diagnose`; none without its metrics, as in files of early versions."""
+        return noncontrastive.diagnose(metrics, **_sizes(metrics)) if metrics.keys() >= _MEASURES else []
 
     def progress(self, metrics: Mapping[str, float]) -> str:
         """The loss, mutual information and clusters in use, of the worse modality."""
@@ -113,12 +113,122 @@ class Nclip(Term):
             ("marginal_entropy_img", "mean of images"),
             ("marginal_entropy_txt", "mean of texts"),
         )
+        levels = (Level("ln b", "ln_b"), Level("ln k", "ln_k"))
+        note = "b is the batch size, k the number of clusters."
         return (
             Curve("nCLIP loss", (("loss", "nCLIP"),), "nats"),
-            Curve("Cluster entropies", entropies, "nats", ("ln_b", "ln b")),
+            Curve("Cluster entropies", entropies, "nats", levels, note),
         )
 
+    def health(self, metrics: Mapping[str, float]) -> Health | None:
+        """Its three failures, see `losses.noncontrastive.diagnose`."""
+        if not metrics.keys() >= _MEASURES:
+            return None
+        summary = (
+            "Cluster heads can collapse in three ways; each has a measure, a threshold and a remedy. Red zones are the "
+            "alarms, drawn for the last step."
+        )
+        return Health(summary, _lights(metrics), _health_curves(metrics))
+
     def recipe(self, model: ModelConfig) -> dict[str, Any]:
-        """Its options and those of the cluster heads."""
-        groups = {"objective.nclip": self, "model.cluster_head": model.cluster_head}
-        return {f"{name}.{key}": x for name, group in groups.items() for key, x in dataclasses.asdict(group).items()}
+        """Options of the cluster heads."""
+        return {f"model.cluster_head.{key}": x for key, x in dataclasses.asdict(model.cluster_head).items()}
+
+    def describe(self, model: ModelConfig) -> str:
+        """The clusters."""
+        return f"distributions of images and texts over {model.cluster_head.clusters:,} clusters"
+
+    def export_note(self, missing: Collection[str]) -> str:
+        """The cluster heads."""
+        lost = {"clusters_img", "clusters_txt"} & set(missing)
+        return "without cluster heads the model assigns no clusters" if lost else ""
+
+
+_MEASURES = frozenset(
+    f"{name}_{tower}"
+    for name in ("entropy", "marginal_entropy", "mutual_information", "clusters")
+    for tower in ("img", "txt")
+) | {"agreement", "ln_b", "ln_k"}
+
+
+def _sizes(metrics: Mapping[str, float]) -> dict[str, int]:
+    """Number of clusters k and batch size b."""
+    return {name: round(math.exp(metrics[f"ln_{name}"])) for name in ("k", "b")}
+
+
+def _ceiling(metrics: Mapping[str, float]) -> float:
+    """Nats of information that a batch can have about the clusters."""
+    return min(math.log(size) for size in _sizes(metrics).values())
+
+
+def _agreement_levels(metrics: Mapping[str, float]) -> tuple[float, float]:
+    """Share of pairs that agree by chance, and below which there is an alarm."""
+    chance = 1 / max(metrics["clusters_img"], metrics["clusters_txt"], 1)
+    return chance, chance + noncontrastive.AGREEMENT_ABOVE_CHANCE * (1 - chance)
+
+
+def _share(part: float, whole: float) -> float:
+    """part / whole; 0 where the whole is, as ln 1 of one cluster or of a batch of one pair."""
+    return part / whole if whole else 0.0
+
+
+def _lights(metrics: Mapping[str, float]) -> tuple[Light, ...]:
+    k, ceiling = _sizes(metrics)["k"], _ceiling(metrics)
+    information, marginal, used = (
+        min(metrics[f"{name}_img"], metrics[f"{name}_txt"])
+        for name in ("mutual_information", "marginal_entropy", "clusters")
+    )
+    flat, few = noncontrastive.FLAT_SHARE * ceiling, noncontrastive.FEW_CLUSTERS_SHARE * ceiling
+    most, agreement = max(math.log(k), ceiling), metrics["agreement"]
+    chance, agreed = _agreement_levels(metrics)
+    impossible = "" if ceiling else "One cluster, or a batch of one pair, cannot collapse."
+    return (
+        Light(
+            "flat",
+            "Fails when the predictions of different pairs are alike.",
+            f"{information:.2f} nats of mutual information, of {ceiling:.2f} possible; the alarm is below {flat:.2f}.",
+            _share(information, ceiling),
+            noncontrastive.FLAT_SHARE,
+            impossible,
+        ),
+        Light(
+            "few clusters",
+            "Fails when nearly everything goes to a few clusters.",
+            f"{marginal:.2f} nats of entropy of the mean prediction, the alarm is below {few:.2f}; at least {used:.0f} "
+            f"of {k:,} clusters in use in a batch.",
+            _share(marginal, most),
+            _share(few, most),
+            impossible,
+        ),
+        Light(
+            "disagreement",
+            "Fails when an image and its text are sharp on different clusters.",
+            f"{100 * agreement:.1f} % of pairs agree; chance is about {100 * chance:.1f} %, and the alarm below "
+            f"{100 * agreed:.1f} %.",
+            agreement,
+            agreed,
+            impossible,
+        ),
+    )
+
+
+def _health_curves(metrics: Mapping[str, float]) -> tuple[Curve, ...]:
+    def both(name: str) -> tuple[tuple[str, str], ...]:
+        return (f"{name}_img", "images"), (f"{name}_txt", "texts")
+
+    sizes, ceiling = _sizes(metrics), _ceiling(metrics)
+    most = min(sizes.values())
+    flat, few = (share * ceiling for share in (noncontrastive.FLAT_SHARE, noncontrastive.FEW_CLUSTERS_SHARE))
+    _, agreed = _agreement_levels(metrics)
+    note = f"Of {sizes['k']:,} clusters; a batch of {sizes['b']:,} can use at most {most:,}."
+    return (
+        Curve(
+            "Mutual information",
+            both("mutual_information"),
+            "nats",
+            (Level("alarm", flat, alarm=True), Level("most", ceiling)),
+        ),
+        Curve("Entropy of the mean prediction", both("marginal_entropy"), "nats", (Level("alarm", few, alarm=True),)),
+        Curve("Agreement of image and text", (("agreement", "pairs"),), "%", (Level("alarm", agreed, alarm=True),)),
+        Curve("Clusters in use in a batch", both("clusters"), levels=(Level("most", most),), note=note),
+    )

@@ -1,7 +1,7 @@
 """SigLIP's term: the sigmoid contrastive loss."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 import jax
@@ -9,6 +9,7 @@ import jax
 from xclip_jax.models.heads import Heads, contrastive_heads
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.clip import Clip
+from xclip_jax.objectives.display import Curve, Health
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,5 +28,20 @@ class Siglip(Clip):
         )
 
     def progress(self, metrics: Mapping[str, float]) -> str:
-        """The loss; ln b is not that of a blind guess."""
+        """The loss; ln b is not that of a uniform guess."""
         return f"{metrics['loss']:.3f}" if "loss" in metrics else ""
+
+    def curves(self) -> tuple[Curve, ...]:
+        """Those of CLIP, without ln b, which is not the value of a uniform guess."""
+        return (Curve(f"{self.title} loss", (("loss", "contrastive"),), "nats"), *self._batch_curves())
+
+    def health(self, metrics: Mapping[str, float]) -> Health:
+        """No alarm is set on it."""
+        return Health(
+            "The sigmoid loss has no alarm. Training fails where the accuracy within the batch stays at 1 / b, b being "
+            "the batch size."
+        )
+
+    def export_note(self, missing: Collection[str]) -> str:
+        """The logit bias."""
+        return "without bias similarities keep their order and are not logits of a match" if "bias" in missing else ""

@@ -1,4 +1,4 @@
-"""What a run leaves for people to look at: one picture, and one page."""
+"""Reports of a run: a picture, and an HTML page."""
 
 import typing
 
@@ -7,7 +7,7 @@ if typing.TYPE_CHECKING:
 
 
 def callback() -> "Callback":
-    """Return what writes the report at the end of a run: `trainer.run(config, [xclip_jax.report.callback()])`."""
-    from xclip_jax.report.writer import ReportWriter  # imports the trainer's modules, which not every reader needs
+    """Return the callback that writes the report of a run: `trainer.run(config, [xclip_jax.report.callback()])`."""
+    from xclip_jax.report.writer import ReportWriter  # imports the trainer's modules, which take a while
 
     return ReportWriter()

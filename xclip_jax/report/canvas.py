@@ -1,4 +1,4 @@
-"""A small canvas on Pillow: strips with text, boxes and images that are stacked to one page."""
+"""A small canvas on Pillow: rows with text, boxes and images, stacked to one image."""
 
 import functools
 import io
@@ -12,24 +12,24 @@ from PIL import Image, ImageDraw, ImageFont
 WIDTH, MARGIN = 1600, 56  # pixels
 INK, MUTED, PAPER, CARD, EDGE = "#111827", "#6b7280", "#f3f4f6", "#ffffff", "#e5e7eb"
 
-# All is drawn at twice the size and halved: Pillow smooths the edges of letters, but not those of boxes.
+# Drawn at twice the size and halved: Pillow smooths the edges of letters, but not those of boxes.
 _SCALE = 2
 _GLYPHS = frozenset(map(chr, (*range(32, 127), *map(ord, "©«°±·»‘’“”…"))))
 
 
 @functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size * _SCALE)
 
 
 def printable(text: str) -> str:
-    """`text` with the glyphs that Pillow's own font has: accents are dropped, what is left over becomes "?"."""
+    """Return `text` in the glyphs of Pillow's own font: accents are dropped, other characters become "?"."""
     plain = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return "".join(c if c in _GLYPHS else "-" if c in "‐‑–—−" else "?" for c in plain)
 
 
 def fit(text: str, size: int, width: float) -> str:
-    """`text`, printable and cut with an ellipsis so that it is at most `width` pixels wide at font `size`."""
+    """Return `text`, printable and cut with an ellipsis so that it is at most `width` pixels wide at font `size`."""
     text = printable(text)
     if _font(size).getlength(text) <= width * _SCALE:
         return text
@@ -38,8 +38,8 @@ def fit(text: str, size: int, width: float) -> str:
     return text.rstrip(" ,:(") + "…"
 
 
-class Strip:
-    """A part of the page, `height` pixels high and as wide as the page. All measures are pixels of the page."""
+class Row:
+    """A part of the image, `height` pixels high and of its full width. All measures are pixels of the image."""
 
     def __init__(self, height: int) -> None:
         self.image = Image.new("RGB", (WIDTH * _SCALE, height * _SCALE), PAPER)
@@ -77,14 +77,14 @@ class Strip:
         self.image.paste(square, (round(x * _SCALE), round(y * _SCALE)))
 
 
-def save(path: str | os.PathLike, strips: list[Strip]) -> None:
-    """The strips, one below the other, as a PNG at `path`, which may lie in a bucket."""
-    height = sum(strip.image.height for strip in strips)
+def save(path: str | os.PathLike, rows: list[Row]) -> None:
+    """Write the rows, one below the other, as a PNG to `path`, on a disk or in a bucket."""
+    height = sum(row.image.height for row in rows)
     page = Image.new("RGB", (WIDTH * _SCALE, height), PAPER)
     top = 0
-    for strip in strips:
-        page.paste(strip.image, (0, top))
-        top += strip.image.height
+    for row in rows:
+        page.paste(row.image, (0, top))
+        top += row.image.height
     png = io.BytesIO()
     page.reduce(_SCALE).save(png, "PNG", optimize=True)
     epath.Path(path).write_bytes(png.getvalue())

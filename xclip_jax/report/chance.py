@@ -1,4 +1,4 @@
-"""Whether results are above chance: a binomial interval of the share of right answers, for the page."""
+"""Tests whether results are above chance, by a binomial interval of the accuracy."""
 
 import math
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ LEVEL = 0.95
 def verdict(result: Result) -> str:
     """Return "above chance", "below chance" or "not distinguishable from chance".
 
-    It is "" for a number that is not a share of items, or whose chance level is not known. The interval is Clopper and
-    Pearson's, which takes items to be independent and of one weight.
+    It is "" for a number that is not a share of items, or without a known chance level. The interval is Clopper and
+    Pearson's, which assumes independent items of equal weight.
     """
     if result.unit != "%" or result.chance is None or not result.n or not math.isfinite(result.value):
         return ""

@@ -1,4 +1,4 @@
-"""Line charts as SVG that stretches, with words in HTML that do not; the page's script adds a crosshair."""
+"""Line charts: lines in an SVG that stretches, labels in HTML that do not; the page's script adds a crosshair."""
 
 import dataclasses
 import html
@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-POINTS = 400  # of a line; longer ones are averaged to this many
+POINTS = 400  # at most in a line; longer lines are averaged
 _WIDTH, _HEIGHT = 1000, 400  # units of the SVG
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A curve: its name, the steps and values, and which of the page's colours it has."""
+    """A curve: its name, steps and values, and the number of its colour."""
 
     name: str
     x: Sequence[float]
@@ -24,7 +24,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """A dashed line at y, with a short name beside the chart; `below` shades what lies under it as a zone of alarm."""
+    """A dashed line at y, with a short name beside the chart; `below` shades the area under it as an alarm."""
 
     name: str
     y: float
@@ -32,7 +32,7 @@ class Level:
 
 
 def number(value: float) -> str:
-    """About three digits, as people write them: 1,024; 7.5; 0.031; 2.5e-5."""
+    """Format a number with about three digits: 1,024; 7.5; 0.031; 2.5e-5."""
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "infinite"
     size = abs(value)
@@ -52,7 +52,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def chart(title: str, lines: Sequence[Line], levels: Sequence[Level] = (), *, unit: str = "", note: str = "") -> str:
-    """A figure of curves over training steps; "" where there is nothing finite to draw."""
+    """HTML figure of curves over training steps; "" without a finite value."""
     drawn = [short for short in map(_short, lines) if len(short.x)]
     if not drawn:
         return ""
@@ -65,27 +65,28 @@ def chart(title: str, lines: Sequence[Line], levels: Sequence[Level] = (), *, un
     def place(px: float, py: float) -> tuple[float, float]:
         return (px - left) / (right - left), (py - low) / (high - low)
 
-    parts, words = [], []
+    shapes, labels = [], []
     for tick in ticks(low, high, 5):
-        at = place(left, tick)[1]
-        parts.append(f'<line class="grid" x1="0" x2="{_WIDTH}" y1="{_down(at)}" y2="{_down(at)}"/>')
-        words.append(f'<span class="y" style="bottom:{100 * at:.1f}%">{number(tick)}</span>')
+        height = place(left, tick)[1]
+        shapes.append(f'<line class="grid" x1="0" x2="{_WIDTH}" y1="{_down(height)}" y2="{_down(height)}"/>')
+        labels.append(f'<span class="y" style="bottom:{100 * height:.1f}%">{number(tick)}</span>')
     for tick in ticks(left, right, 5):
-        words.append(f'<span class="x" style="left:{100 * place(tick, low)[0]:.1f}%">{number(tick)}</span>')
+        labels.append(f'<span class="x" style="left:{100 * place(tick, low)[0]:.1f}%">{number(tick)}</span>')
     for level in levels:
-        at = place(left, level.y)[1]
+        height = place(left, level.y)[1]
         if level.below:
-            parts.append(f'<rect class="zone" x="0" width="{_WIDTH}" y="{_down(at)}" height="{_HEIGHT * at:.1f}"/>')
-        parts.append(f'<line class="level" x1="0" x2="{_WIDTH}" y1="{_down(at)}" y2="{_down(at)}"/>')
-        words.append(f'<span class="mark" style="bottom:{100 * at:.1f}%">{html.escape(level.name)}</span>')
+            area = f'y="{_down(height)}" height="{_HEIGHT * height:.1f}"'
+            shapes.append(f'<rect class="zone" x="0" width="{_WIDTH}" {area}/>')
+        shapes.append(f'<line class="level" x1="0" x2="{_WIDTH}" y1="{_down(height)}" y2="{_down(height)}"/>')
+        labels.append(f'<span class="mark" style="bottom:{100 * height:.1f}%">{html.escape(level.name)}</span>')
     for line in drawn:
         points = " ".join(
             f"{_WIDTH * px:.1f},{_down(py)}" for px, py in (place(*xy) for xy in zip(line.x, line.y, strict=True))
         )
-        parts.append(f'<polyline class="c{line.color}" points="{points}"/>')
+        shapes.append(f'<polyline class="c{line.color}" points="{points}"/>')
         if len(line.x) == 1:
             px, py = place(line.x[0], line.y[0])
-            words.append(f'<i class="dot c{line.color}" style="left:{100 * px:.1f}%;bottom:{100 * py:.1f}%"></i>')
+            labels.append(f'<i class="dot c{line.color}" style="left:{100 * px:.1f}%;bottom:{100 * py:.1f}%"></i>')
     legend = "".join(f'<li class="c{line.color}">{html.escape(line.name)}</li>' for line in drawn)
     data = {
         "x": [left, right],
@@ -93,22 +94,22 @@ def chart(title: str, lines: Sequence[Line], levels: Sequence[Level] = (), *, un
         "unit": unit,
         "lines": [{"name": z.name, "color": z.color, "x": z.x, "y": [_rounded(v) for v in z.y]} for z in drawn],
     }
-    said = "; ".join(f"{z.name} from {number(z.y[0])} to {number(z.y[-1])}" for z in drawn)
-    said = f"{title}, steps {number(left)} to {number(right)}: {said}."
+    ranges = "; ".join(f"{z.name} from {number(z.y[0])} to {number(z.y[-1])}" for z in drawn)
+    description = f"{title}, steps {number(left)} to {number(right)}: {ranges}."
     if levels:
-        said += f" Lines at {', '.join(f'{level.name} ({number(level.y)})' for level in levels)}."
+        description += f" Lines at {', '.join(f'{level.name} ({number(level.y)})' for level in levels)}."
     return (
-        f'<figure class="chart" tabindex="0" role="group" aria-label="{html.escape(said)} Arrow keys read values." '
-        f'data-chart="{html.escape(json.dumps(data))}"><figcaption><b>{html.escape(title)}</b>'
+        f'<figure class="chart" tabindex="0" role="group" aria-label="{html.escape(description)} Arrow keys read '
+        f'values." data-chart="{html.escape(json.dumps(data))}"><figcaption><b>{html.escape(title)}</b>'
         f'{f" <small>{html.escape(unit)}</small>" if unit else ""}<ul class="legend">{legend}</ul></figcaption>'
         f'<div class="plot{" marked" if levels else ""}">'
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio="none" aria-hidden="true">'
-        f"{''.join(parts)}</svg>{''.join(words)}</div>{f'<p>{html.escape(note)}</p>' if note else ''}</figure>"
+        f"{''.join(shapes)}</svg>{''.join(labels)}</div>{f'<p>{html.escape(note)}</p>' if note else ''}</figure>"
     )
 
 
 def _short(line: Line) -> Line:
-    """Without what is not finite, and with the means of equal parts where there are more than `POINTS`."""
+    """The finite points of a line; means of equal parts where there are more than `POINTS`."""
     x, y = np.asarray(line.x, float), np.asarray(line.y, float)
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     if len(x) > POINTS:
@@ -118,7 +119,7 @@ def _short(line: Line) -> Line:
 
 
 def _range(low: float, high: float) -> tuple[float, float]:
-    """A little more than low to high; from zero where that is near."""
+    """Range of the vertical axis: a margin around low and high, or from 0 where low is near 0."""
     if low == high:
         low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
     if 0 <= low < 0.4 * high:

@@ -15,7 +15,7 @@ from xclip_jax.evaluators.retrieval import RetrievalSet, positives
 from xclip_jax.evaluators.retrieval import ranks as ranks_of
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, compare, text_scores
 from xclip_jax.objectives.similarity import Similarity, features, of_clusters, softmax
-from xclip_jax.report.selection import POOL, ZeroShotPanel, select, subset
+from xclip_jax.report.selection import POOL, ZeroShotPanel, readable, select, subset
 
 NUM_IMAGES = 9  # images that get names, of each set
 NUM_QUERIES = 8  # texts that are searched for
@@ -171,7 +171,8 @@ def collect_examples(
         first = _different(zeroshot.labels, rng)
         # The first two sets are searched, clustered and counted; of the others only what is shown is encoded.
         pool = rng.permutation(len(zeroshot.labels))[:POOL] if n < 2 else []
-        keep = np.unique([*first, *pool]).astype(int)
+        keep = readable(shown, np.unique([*first, *pool]).astype(int), examples.missing)
+        first = first[np.isin(first, keep)]
         zeroshot, shown = subset(zeroshot, keep), subset(shown, keep)
         scores = ZeroShot(encoder, zeroshot).scores(variables)
         indices = np.searchsorted(keep, first)
@@ -185,7 +186,7 @@ def collect_examples(
             examples.gallery.names.extend(zeroshot.names[label] for label in zeroshot.labels)
     if selection.retrieval:
         rng = np.random.default_rng(seed)
-        examples.retrieved, captions = _retrieved(encoder, variables, *selection.retrieval, rng)
+        examples.retrieved, captions = _retrieved(encoder, variables, *selection.retrieval, rng, examples.missing)
         if not selection.zeroshot:
             examples.gallery, words = examples.retrieved.gallery, captions
     if examples.gallery.images:
@@ -256,10 +257,15 @@ def _searches(encoder: Encoder, variables: Any, img: Features, queries: Sequence
 
 
 def _retrieved(
-    encoder: Encoder, variables: Any, data: RetrievalSet, shown: RetrievalSet, rng: np.random.Generator
+    encoder: Encoder,
+    variables: Any,
+    data: RetrievalSet,
+    shown: RetrievalSet,
+    rng: np.random.Generator,
+    missing: list[str],
 ) -> tuple[RetrievalExamples, list[str]]:
     """Results for `NUM_QUERIES` texts and `NUM_IMAGES` images; and all texts."""
-    keep = np.sort(rng.permutation(len(data.images))[:POOL])
+    keep = readable(shown, np.sort(rng.permutation(len(data.images))[:POOL]), missing)
     captions = [data.captions[i] for i in keep]
     texts = [text for of_image in captions for text in of_image]
     gallery = Gallery(

@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing else, with all pictures, styles and script inside."""
+"""The page: one HTML file with all images, styles and the script inside."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,18 +7,20 @@ import jax
 from etils import epath
 
 from xclip_jax.evaluators.encoder import Encoder
-from xclip_jax.report import model_sections, record, run_sections, style
+from xclip_jax.report import health, model_sections, record, run_sections, style
 from xclip_jax.report.attention import Maps, attention
 from xclip_jax.report.examples import Examples, collect_examples
 from xclip_jax.report.markup import Images, esc
 from xclip_jax.report.record import Record
+from xclip_jax.run_folder import RunFolder
 from xclip_jax.train.build import Parts
 
-NAME = "report.html"
-
-# The browser itself holds the page to what it promises: nothing is fetched.
+# The browser enforces that the page loads nothing.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-_HOW = "the run names none. Name some in eval.final_sets, or now: python -m xclip_jax.report {run} --sets NAME,NAME"
+_NO_SETS = (
+    "the run has no evaluation sets. Add some to eval.final_sets, or run: python -m xclip_jax.report {run} --sets "
+    "NAME,NAME"
+)
 
 
 def make(
@@ -32,18 +34,18 @@ def make(
     output: str | epath.Path = "",
     seed: int = 0,
 ) -> Examples:
-    """Looks at a model and writes the page of its run; with several processes all call this, the first one writes.
+    """Collect examples of a model and write the page of its run; with several processes all call this, one writes.
 
     Args:
-      run: the run's folder.
+      run: the run directory.
       parts, encoder, variables: the model.
       specs: evaluation sets, see `examples.collect_examples`.
       data_dir: root of the data sets, "" for that of the run.
-      output: where the page goes, RUN/report.html by default.
-      seed: decides which examples are shown.
+      output: file of the page, RUN/report.html by default.
+      seed: of the examples that are shown.
 
     Returns:
-      What the page shows of the model.
+      The examples on the page.
     """
     examples = collect_examples(
         encoder, variables, specs, data=parts.data, data_dir=data_dir or parts.data.dir, seed=seed
@@ -55,37 +57,41 @@ def make(
     if jax.process_index() == 0:
         parameters = sum(x.size for x in jax.tree.leaves(parts.abstract.params))
         page = render(record.read(run), examples, maps, parameters)
-        epath.Path(output or epath.Path(run) / NAME).write_text(page)
+        epath.Path(output or RunFolder(run).report_file).write_text(page)
     return examples
 
 
 def render(record: Record, examples: Examples, maps: Maps | None = None, parameters: int | None = None) -> str:
-    """The page of a run.
+    """Return the page of a run.
 
     Args:
-      record: what its folder tells.
-      examples: what its model makes of pictures and texts; empty where there is no model to ask.
+      record: contents of its directory.
+      examples: predictions of its model; empty without a checkpoint.
       maps: attention over images of `examples.gallery`.
-      parameters: how many the model has, where that is known.
+      parameters: number of the model's parameters, if known.
     """
     images = Images()
-    why = " ".join(examples.missing) or _HOW.format(run=record.folder)
-    has_head = record.config["objective"]["name"] in ("nclip", "xclip")
+    reason = " ".join(examples.missing) or _NO_SETS.format(run=record.folder)
+    has_clusters = "s_img" in record.objective.outputs(record.config.model)
+    no_clusters = reason if has_clusters else "this objective trains no cluster heads."
     sections = [
-        model_sections.names(examples, images, why),
-        model_sections.search(examples, images, why),
-        model_sections.clusters(examples, images, why, has_head=has_head),
-        model_sections.attention(examples, images, maps, why),
-        model_sections.confusion(examples, images, why),
+        model_sections.names(examples, images, reason),
+        model_sections.search(examples, images, reason),
+        model_sections.clusters(examples, images, no_clusters),
+        model_sections.attention(examples, images, maps, reason),
+        model_sections.confusion(examples, images, reason),
         run_sections.results(record),
         run_sections.curves(record),
-        run_sections.health(record),
+        health.health(record),
         run_sections.about(record),
     ]
     sections.sort(key=lambda section: section.empty)
     links = "".join(f'<li><a href="#{s.id}">{s.title}</a></li>' for s in sections)
     body = "".join(section.render() for section in sections)
     credit = "".join(f"<p>{esc(credit)}</p>" for credit in examples.credits)
+    # Without examples each of their sections has these sentences.
+    notes = examples.missing if examples.named or examples.retrieved else []
+    body = "".join(f'<p class="none">{esc(note)}</p>' for note in notes) + body
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
@@ -97,6 +103,6 @@ def render(record: Record, examples: Examples, maps: Maps | None = None, paramet
 <nav aria-label="Sections"><ul>{links}</ul></nav>
 <main id="main">{body}</main>
 <footer><div><p>Made by <code>python -m xclip_jax.report {esc(record.folder)}</code>. Examples are drawn by seed
-{examples.seed}; none is picked by hand.</p>{credit}</div></footer>
+{examples.seed}, not selected by hand.</p>{credit}</div></footer>
 <script>{style.SCRIPT}</script></body></html>
 """

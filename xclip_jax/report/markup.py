@@ -1,4 +1,4 @@
-"""Pieces of the page that its sections share. Whatever comes from outside goes through `esc`."""
+"""Elements that the sections of the page share. Text from outside goes through `esc`."""
 
 import base64
 import dataclasses
@@ -12,13 +12,13 @@ THUMB = 72  # side of an image in the page, pixels
 
 
 def esc(value: object) -> str:
-    """Text for elements and attributes."""
+    """Escape text for elements and attributes."""
     return html.escape(str(value), quote=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the page with its heading; `empty` ones say what is missing and go to the end."""
+    """A part of the page with its heading; `empty` ones give a reason and go to the end."""
 
     id: str
     title: str
@@ -34,12 +34,12 @@ class Section:
 
 
 def missing(id: str, title: str, reason: str) -> Section:
-    """A section that has nothing to show; `reason` says why and what to do."""
+    """Return a section without content; `reason` is a sentence with the remedy."""
     return Section(id, title, f'<p class="none">{esc(reason)}</p>', empty=True)
 
 
 def data_uri(image: np.ndarray, side: int = 0, *, lossless: bool = False) -> str:
-    """uint8 (h, w, 3) -> WebP as a URI; `side` pixels high and wide, 0 for as large as it is."""
+    """uint8 (h, w, 3) -> WebP as a URI; `side` pixels high and wide, 0 for its own size."""
     square = Image.fromarray(image)
     if side:
         square = square.resize((side, side), Image.Resampling.LANCZOS)
@@ -49,14 +49,14 @@ def data_uri(image: np.ndarray, side: int = 0, *, lossless: bool = False) -> str
 
 
 class Images:
-    """Every picture is in the page once, as a class of the style sheet, however often it is shown."""
+    """Images of the page: each is stored once, as a class of the style sheet, however often it is shown."""
 
     def __init__(self) -> None:
         self._classes: dict[bytes, str] = {}
         self._rules: list[str] = []
 
     def show(self, image: np.ndarray, alt: str) -> str:
-        """An element with the picture; `alt` says what it shows."""
+        """Return an element with the image, described by `alt`."""
         key = image.tobytes()
         if key not in self._classes:
             self._classes[key] = f"i{len(self._classes)}"
@@ -64,5 +64,5 @@ class Images:
         return f'<span class="im {self._classes[key]}" role="img" aria-label="{esc(alt)}"></span>'
 
     def css(self) -> str:
-        """The rules of all pictures that were shown."""
+        """Rules of all images that were shown."""
         return "\n".join(self._rules)

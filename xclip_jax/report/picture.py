@@ -1,14 +1,14 @@
-"""One picture of what a model has learned: names for images, images for words, and clusters where it has any."""
+"""A picture of a model's predictions: names for images, images for words, and clusters where it has any."""
 
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from xclip_jax.report.canvas import CARD, EDGE, INK, MARGIN, MUTED, WIDTH, Strip, save
+from xclip_jax.report.canvas import CARD, EDGE, INK, MARGIN, MUTED, WIDTH, Row, save
 from xclip_jax.report.examples import Cluster, Clusters, Examples, Gallery, Prediction, SearchResult, ZeroShotExamples
 from xclip_jax.report.selection import SHOWN
 
-Cell = Callable[[Strip, float, float, Any], None]
+Cell = Callable[[Row, float, float, Any], None]
 
 RIGHT, RIGHT_INK, OTHER = "#a7f3d0", "#047857", "#e0e7ff"
 GAP = 20
@@ -17,99 +17,101 @@ VALUE = 46  # width of the number beside a bar
 CLUSTERS = 8
 
 
-def draw(path: str | os.PathLike, examples: Examples, *, title: str = "What the model sees", note: str = "") -> None:
-    """Writes a PNG, 1600 pixels wide.
+def draw(
+    path: str | os.PathLike, examples: Examples, *, title: str = "Predictions of the model", note: str = ""
+) -> None:
+    """Write a PNG, 1600 pixels wide.
 
     Args:
       path: of the PNG.
-      examples: what is shown.
-      title: head of the page.
-      note: a line below it: which run, how long, how good.
+      examples: predictions to show.
+      title: heading.
+      note: a line below it.
     """
-    strips = [_head(title, note)]
+    rows = [_head(title, note)]
     for named in examples.named:
-        strips += _names_for_images(named)
+        rows += _names_for_images(named)
     if examples.searches:
-        strips += _images_for_words(examples.gallery, examples.searches)
+        rows += _images_for_words(examples.gallery, examples.searches)
     if examples.clusters:
-        strips += _clusters(examples.clusters)
-    save(path, [*strips, Strip(MARGIN)])
+        rows += _clusters(examples.clusters)
+    save(path, [*rows, Row(MARGIN)])
 
 
-def _head(title: str, note: str) -> Strip:
-    strip = Strip(116 if note else 88)
-    strip.text(MARGIN, 76, title, 42, bold=True, width=WIDTH - 2 * MARGIN)
-    strip.text(MARGIN, 108, note, 18, MUTED, width=WIDTH - 2 * MARGIN)
-    return strip
+def _head(title: str, note: str) -> Row:
+    row = Row(116 if note else 88)
+    row.text(MARGIN, 76, title, 42, bold=True, width=WIDTH - 2 * MARGIN)
+    row.text(MARGIN, 108, note, 18, MUTED, width=WIDTH - 2 * MARGIN)
+    return row
 
 
-def _section(title: str, sentence: str) -> Strip:
-    strip = Strip(104)
-    strip.text(MARGIN, 56, title, 26, bold=True)
-    strip.text(MARGIN, 84, sentence, 17, MUTED, width=WIDTH - 2 * MARGIN)
-    return strip
+def _section(title: str, sentence: str) -> Row:
+    row = Row(104)
+    row.text(MARGIN, 56, title, 26, bold=True)
+    row.text(MARGIN, 84, sentence, 17, MUTED, width=WIDTH - 2 * MARGIN)
+    return row
 
 
-def _grid(items: Sequence[Any], columns: int, height: int, cell: Cell) -> list[Strip]:
-    """Cards of `height`, `columns` of them in a row; cell(strip, x, width, item) fills one."""
+def _grid(items: Sequence[Any], columns: int, height: int, cell: Cell) -> list[Row]:
+    """Cards of `height`, `columns` of them side by side; cell(row, x, width, item) fills one."""
     width = (WIDTH - 2 * MARGIN - GAP * (columns - 1)) / columns
-    strips = []
+    rows = []
     for start in range(0, len(items), columns):
-        strip = Strip(height + GAP)
+        row = Row(height + GAP)
         for column, item in enumerate(items[start : start + columns]):
             x = MARGIN + column * (width + GAP)
-            strip.box(x, 0, width, height, CARD, radius=12, edge=EDGE)
-            cell(strip, x, width, item)
-        strips.append(strip)
-    return strips
+            row.box(x, 0, width, height, CARD, radius=12, edge=EDGE)
+            cell(row, x, width, item)
+        rows.append(row)
+    return rows
 
 
-def _names_for_images(named: ZeroShotExamples) -> list[Strip]:
-    def card(strip: Strip, x: float, width: float, guess: Prediction) -> None:
-        place = "right" if guess.rank == 1 else f"rank {guess.rank:,} of {named.num_classes:,}"
-        strip.text(x + 16, 31, guess.name, 17, bold=True, width=width - 152)
-        ink = RIGHT_INK if guess.rank <= 5 else MUTED
-        strip.text(x + width - 16, 31, place, 14, ink, anchor="rs", bold=guess.rank == 1)
-        strip.picture(x + 16, 60, SHOWN, guess.image)
+def _names_for_images(named: ZeroShotExamples) -> list[Row]:
+    def card(row: Row, x: float, width: float, prediction: Prediction) -> None:
+        place = "right" if prediction.rank == 1 else f"rank {prediction.rank:,} of {named.num_classes:,}"
+        row.text(x + 16, 31, prediction.name, 17, bold=True, width=width - 152)
+        ink = RIGHT_INK if prediction.rank <= 5 else MUTED
+        row.text(x + width - 16, 31, place, 14, ink, anchor="rs", bold=prediction.rank == 1)
+        row.picture(x + 16, 60, SHOWN, prediction.image)
         left, room = x + 16 + SHOWN + 16, width - SHOWN - 48
-        for row, choice in enumerate(guess.best):
-            y = 46 + row * 25
-            length = (room - VALUE) * choice.value
-            strip.box(left, y, max(length, 4), 22, RIGHT if choice.right else OTHER, radius=4)
-            ink = RIGHT_INK if choice.right else INK
-            strip.text(left + 8, y + 16, choice.name, 14, ink, width=room - VALUE - 10, bold=choice.right)
-            strip.text(left + room, y + 16, choice.text, 13, MUTED, anchor="rs")
+        for i, label in enumerate(prediction.best):
+            y = 46 + i * 25
+            length = (room - VALUE) * label.value
+            row.box(left, y, max(length, 4), 22, RIGHT if label.right else OTHER, radius=4)
+            ink = RIGHT_INK if label.right else INK
+            row.text(left + 8, y + 16, label.name, 14, ink, width=room - VALUE - 10, bold=label.right)
+            row.text(left + room, y + 16, label.text, 13, MUTED, anchor="rs")
 
     return [_section(named.title, named.sentence), *_grid(named.guesses[: 2 * CARDS], CARDS, 182, card)]
 
 
-def _images_for_words(gallery: Gallery, searches: Sequence[SearchResult]) -> list[Strip]:
-    def card(strip: Strip, x: float, width: float, found: SearchResult) -> None:
-        strip.text(x + 20, 38, f"“{found.text}”", 20, bold=True, width=width - 40)
-        _row(strip, x, width, 56, gallery, found.images)
+def _images_for_words(gallery: Gallery, searches: Sequence[SearchResult]) -> list[Row]:
+    def card(row: Row, x: float, width: float, result: SearchResult) -> None:
+        row.text(x + 20, 38, f"“{result.text}”", 20, bold=True, width=width - 40)
+        _images(row, x, width, 56, gallery, result.images)
 
-    sentence = f"For each text, the best of {len(gallery.images):,} test pictures, best first."
+    sentence = f"For each text, the top of {len(gallery.images):,} test images, best first."
     return [_section("Search by words", sentence), *_grid(searches, 2, 186, card)]
 
 
-def _row(strip: Strip, x: float, width: float, y: float, gallery: Gallery, picked: Sequence[int]) -> None:
+def _images(row: Row, x: float, width: float, y: float, gallery: Gallery, indices: Sequence[int]) -> None:
     """Images side by side with their names below."""
     step = (width - 40 + 16) / 6
-    for column, i in enumerate(picked):
+    for column, i in enumerate(indices):
         left = x + 20 + column * step + (step - 16 - SHOWN) / 2
-        strip.picture(left, y, SHOWN, gallery.shown[i])
-        strip.text(left + SHOWN / 2, y + SHOWN + 19, gallery.names[i], 13, MUTED, anchor="ms", width=step - 10)
+        row.picture(left, y, SHOWN, gallery.shown[i])
+        row.text(left + SHOWN / 2, y + SHOWN + 19, gallery.names[i], 13, MUTED, anchor="ms", width=step - 10)
 
 
-def _clusters(clusters: Clusters) -> list[Strip]:
-    def card(strip: Strip, x: float, width: float, found: Cluster) -> None:
-        strip.text(x + 20, 36, f"cluster {found.number}", 17, bold=True)
-        strip.text(x + width - 20, 36, f"{found.pictures} pictures", 14, MUTED, anchor="rs")
-        strip.text(x + 20, 62, " · ".join(found.words[:4]), 16, RIGHT_INK, width=width - 40)
-        _row(strip, x, width, 80, clusters.gallery, found.images)
+def _clusters(clusters: Clusters) -> list[Row]:
+    def card(row: Row, x: float, width: float, cluster: Cluster) -> None:
+        row.text(x + 20, 36, f"cluster {cluster.number}", 17, bold=True)
+        row.text(x + width - 20, 36, f"{cluster.pictures} images", 14, MUTED, anchor="rs")
+        row.text(x + 20, 62, " · ".join(cluster.words[:4]), 16, RIGHT_INK, width=width - 40)
+        _images(row, x, width, 80, clusters.gallery, cluster.images)
 
     sentence = (
-        f"Training without negatives sorts pictures and words into {clusters.k:,} clusters, {clusters.used:,} of them "
-        "in use here. These hold the most pictures; in green, the names nearest to each."
+        f"The non-contrastive loss assigns images and texts to {clusters.k:,} clusters without labels, "
+        f"{clusters.used:,} of them in use here. Shown are those with the most images; in green, the nearest names."
     )
-    return [_section("Clusters it has found", sentence), *_grid(clusters.most[:CLUSTERS], 2, 210, card)]
+    return [_section("Clusters", sentence), *_grid(clusters.most[:CLUSTERS], 2, 210, card)]

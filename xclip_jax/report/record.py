@@ -1,39 +1,42 @@
 """Reads a run directory, complete or in progress."""
 
-import contextlib
 import dataclasses
 import datetime
-import json
 from typing import Any
 
 from etils import epath
 
+from xclip_jax.config import schema
+from xclip_jax.config.schema import Config
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import flat_names, results
 from xclip_jax.evaluators.result import Result
-from xclip_jax.objectives import upgrade
+from xclip_jax.objectives import Objective, make_objective
+from xclip_jax.run_folder import RunFolder
 
 Row = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A run as its files describe it; empty where a file is not there yet.
+    """Contents of a run directory; empty where a file does not exist yet.
 
     Attributes:
-      folder: of the run.
-      config: all keys, nested.
+      folder: the run directory.
+      config: of the run, with defaults for keys that are newer than the run.
+      objective: made from the config.
       environment: versions, devices, commit and command.
       training: metrics of the logged steps, in order.
-      evaluations: (step, results) of the evaluations on the way.
-      results: of the last evaluation, or of `xclip_jax.evaluate` where there is no last one.
-      sources: what data.json says of each of config's data.sources.
-      bad: how many samples the ledger names.
+      evaluations: (step, results) of the evaluations during training.
+      results: of the last evaluation, or of `xclip_jax.evaluate` before there is one.
+      sources: fingerprint of each of config's data.sources.
+      bad: number of samples in the ledger of bad samples.
       began, ended: when config.json and results.json were written, UTC.
     """
 
     folder: epath.Path
-    config: dict[str, Any]
+    config: Config
+    objective: Objective
     environment: dict[str, Any]
     training: list[Row]
     evaluations: list[tuple[int, list[Result]]]
@@ -45,7 +48,7 @@ class Record:
 
     @property
     def steps(self) -> int:
-        """How many steps were made, as far as they are logged."""
+        """The last logged step."""
         return int(self.training[-1]["step"]) if self.training else 0
 
     @property
@@ -53,53 +56,42 @@ class Record:
         """Whether the last evaluation has been made."""
         return self.ended is not None
 
+    @property
+    def items(self) -> str:
+        """Name of the items of a batch."""
+        return "labelled items" if self.objective.labelled else "image-text pairs"
 
-def read(run: str | epath.Path) -> Record:
-    """The record of the run in folder `run`; `UserError` where it holds no readable config.json."""
-    folder = epath.Path(run)
-    path = folder / "config.json"
-    if not path.exists():
-        raise UserError(f"{str(run)!r} is no run's folder: it has no config.json; name the folder of a run.")
-    try:
-        written = json.loads(path.read_text())
-        config, environment = written["config"], written["environment"]
-        config["objective"] = upgrade(config["objective"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); name the folder of another run.") from error
-    rows = _lines(folder / "metrics.jsonl")
-    final = _json(folder / "results.json")
-    known = results.of_run(final) or results.of_entries(_json(folder / "evaluation.json").get("results", []))
+
+def read(path: str | epath.Path) -> Record:
+    """Read the run directory `path`.
+
+    Raises:
+      UserError: no run directory, or a damaged file in it.
+    """
+    run = RunFolder(path)
+    content = run.read_config()
+    if content is None:
+        raise UserError(f"{str(path)!r} is not a run directory: it has no config.json; pass a run directory.")
+    config = schema.resolve(schema.complete(content["config"]))
+    rows, final = run.read_metrics(), run.read_results() or {}
+    known = results.of_run(final) if final else []
+    if not known and run.evaluation_file.exists():
+        entries, _ = results.read(run.evaluation_file)
+        known = results.of_entries(results.latest(entries)[0]) if entries else []
+    started = content.get("started")  # config.json is written again when a run resumes
     return Record(
-        folder=folder,
+        folder=run.path,
         config=config,
-        environment=final.get("environment", environment),
+        objective=make_objective(config.objective),
+        environment=final.get("environment") or content.get("environment") or {},
         training=[row for row in rows if "loss" in row],
         evaluations=[(int(row["step"]), flat_names.read(row, known)) for row in rows if "loss" not in row],
         results=known,
-        sources=_json(folder / "data.json") or [],
-        bad=len(_lines(folder / "bad_samples.jsonl")),
-        # config.json is written again when a run resumes.
-        began=datetime.datetime.fromisoformat(written["started"]) if "started" in written else _written(path),
-        ended=_written(folder / "results.json") if final else None,
+        sources=run.read_sources() or [],
+        bad=len(run.read_bad_samples()),
+        began=datetime.datetime.fromisoformat(started) if started else _written(run.config_file),
+        ended=_written(run.results_file) if final else None,
     )
-
-
-def _json(path: epath.Path) -> Any:
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); restore or delete it.") from error
-
-
-def _lines(path: epath.Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, without values that were not finite; its last line may be half written."""
-    rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            content = json.loads(line)
-            if isinstance(content, dict):
-                rows.append({key: value for key, value in content.items() if value is not None})
-    return rows
 
 
 def _written(path: epath.Path) -> datetime.datetime:

@@ -1,6 +1,6 @@
-"""Which pictures and texts a report looks at: the run's evaluation sets, else pairs that it trained on.
+"""Selects the images and texts of a report: of the run's evaluation sets, else of its training pairs.
 
-Sets of another size than the demo's are cut down, so that a report takes no longer than the evaluation did.
+Large sets are cut down, so that a report takes no longer than the evaluation did.
 """
 
 import dataclasses
@@ -10,17 +10,17 @@ import numpy as np
 
 from xclip_jax.data import loader
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.errors import BadSample, UserError
+from xclip_jax.errors import BadSample, UserError, describe
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.retrieval import RetrievalSet
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
-SHOWN = 96  # side of an image to be looked at, pixels
+SHOWN = 96  # side of an image on the page, pixels
 POOL = 1000  # images of a set
 PROMPTS = 6000  # texts of a set's classes
-PAIRS = 400  # training pairs, where there is no set
-ZEROSHOT_SETS = 3  # where none has a panel
+PAIRS = 400  # training pairs, without a set
+ZEROSHOT_SETS = 3  # without a panel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Selection:
     """Sets, each at the model's size and at `SHOWN`.
 
     Attributes:
-      zeroshot: for classification, with what to say about them.
-      retrieval: one for retrieval, where there is any.
-      credits: who made the images.
+      zeroshot: sets for classification, with their titles.
+      retrieval: one for retrieval, or None.
+      credits: of the images' authors.
       queries: texts to search the images with.
-      missing: what could not be read, and what to do about it.
+      missing: sentences on what could not be read, with the remedy.
     """
 
     zeroshot: list[tuple[ZeroShotPanel, ZeroShotSet, ZeroShotSet]] = dataclasses.field(default_factory=list)
@@ -51,7 +51,7 @@ class Selection:
     missing: list[str] = dataclasses.field(default_factory=list)
 
     def add_kind(self, kind: type[SetKind]) -> None:
-        """Adds the credit and the queries of a kind of sets, once."""
+        """Add the credit and the queries of a kind of sets, once."""
         self.credits += [kind.credit] if kind.credit and kind.credit not in self.credits else []
         self.queries += [query for query in kind.queries if query not in self.queries]
 
@@ -59,14 +59,14 @@ class Selection:
 def select(
     specs: Sequence[str], prepare: Preprocessing, data_dir: str | None, data: loader.DataConfig | None, seed: int
 ) -> Selection:
-    """The sets to show of `specs`: those that have a panel, else the first for classification, and one for retrieval.
+    """Select the sets to show: those with a panel, else the first for classification, and one for retrieval.
 
     Args:
       specs: names of evaluation sets.
-      prepare: how the model wants its images.
+      prepare: preprocessing of the model.
       data_dir: root of TFDS data sets, None for the default.
-      data: of the training pairs, which serve where none of the sets can be read.
-      seed: decides which training pairs.
+      data: of the training pairs, which are shown where none of the sets can be read.
+      seed: of the training pairs that are drawn.
     """
     selection = Selection()
     kinds = {spec: registry.check(spec) for spec in dict.fromkeys(specs)}
@@ -80,7 +80,7 @@ def select(
         ):
             continue
         try:
-            sets = [registry.load(spec, way, data_dir) for way in (prepare, prepare.at(SHOWN))]
+            sets = [registry.load(spec, view, data_dir) for view in (prepare, prepare.at(SHOWN))]
         except UserError as error:
             selection.missing += [str(error)] if str(error) not in selection.missing else []
             continue
@@ -96,7 +96,7 @@ def select(
 
 
 def _few_prompts(data: ZeroShotSet) -> ZeroShotSet:
-    """As many prompts of each class as `PROMPTS` allows."""
+    """The set with at most `PROMPTS` prompts, equally many of each class."""
     if sum(map(len, data.prompts)) <= PROMPTS:
         return data
     each = max(1, PROMPTS // len(data.prompts))
@@ -104,25 +104,48 @@ def _few_prompts(data: ZeroShotSet) -> ZeroShotSet:
 
 
 def subset(data: ZeroShotSet, keep: np.ndarray) -> ZeroShotSet:
-    """The images at `keep`, decoded."""
+    """The part of a set with the indices `keep`, its images decoded."""
     images = [data.images[i] for i in keep]
     return dataclasses.replace(data, images=images, labels=np.asarray(data.labels)[keep], groups={})
 
 
+def readable(data: ZeroShotSet | RetrievalSet, indices: np.ndarray, missing: list[str]) -> np.ndarray:
+    """Return the `indices` of images that can be decoded; a sentence on the others is added to `missing`.
+
+    Raises:
+      UserError: none can be decoded.
+    """
+    kept, errors = [], []
+    for i in indices:
+        try:
+            data.images[i]
+            kept.append(i)
+        except BadSample as error:
+            errors.append(describe(error))
+    if not kept:
+        raise UserError(f"none of {len(indices)} images of {data.name} can be read; the first: {errors[0]}.")
+    if errors:
+        missing.append(
+            f"{len(errors):,} of {len(indices):,} images drawn from {data.name} cannot be read and are left out; the "
+            f"first: {errors[0]}."
+        )
+    return np.array(kept)
+
+
 def _training_pairs(selection: Selection, data: loader.DataConfig, prepare: Preprocessing, seed: int) -> None:
-    """Pairs that were trained on, drawn by the seed: better than nothing where a run names no set."""
+    """Add training pairs, drawn by the seed, for a run without evaluation sets."""
     try:
         sources = loader.open_sources(dataclasses.replace(data, cache=False))
     except UserError as error:
         selection.missing.append(str(error))
         return
-    of = np.repeat(np.arange(len(sources)), [len(source) for source in sources])
+    source_of = np.repeat(np.arange(len(sources)), [len(source) for source in sources])
     starts = np.cumsum([0, *map(len, sources)])
     images, captions = [], []
-    for i in np.random.default_rng(seed).permutation(len(of))[:PAIRS]:
+    for i in np.random.default_rng(seed).permutation(len(source_of))[:PAIRS]:
         try:
-            record = sources[of[i]][int(i - starts[of[i]])]
-            images.append([way(record["image"]) for way in (prepare, prepare.at(SHOWN))])
+            record = sources[source_of[i]][int(i - starts[source_of[i]])]
+            images.append([view(record["image"]) for view in (prepare, prepare.at(SHOWN))])
         except BadSample:
             continue
         captions.append(record["text"][:5])
@@ -133,5 +156,7 @@ def _training_pairs(selection: Selection, data: loader.DataConfig, prepare: Prep
     for kind in registry.KINDS:
         if source_types & set(kind.sources):
             selection.add_kind(kind)
-    title = "training pairs, which the model has seen"
-    selection.retrieval = tuple(RetrievalSet(title, [pair[side] for pair in images], captions) for side in (0, 1))
+    title = "training pairs, on which the model was trained"
+    at_both_sizes = ([pair[size] for pair in images] for size in (0, 1))
+    for_model, shown = (RetrievalSet(title, views, captions) for views in at_both_sizes)
+    selection.retrieval = for_model, shown

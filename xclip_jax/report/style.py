@@ -22,7 +22,7 @@ h1{margin:0;font-size:clamp(30px,5.4vw,50px);line-height:1.08;letter-spacing:-.0
 h2{margin:0;font-size:27px;letter-spacing:-.015em;line-height:1.2}
 h3{margin:44px 0 4px;font-size:19px;letter-spacing:-.01em}
 section{padding:40px 0 16px;scroll-margin-top:44px}
-section>p,.say{margin:8px 0 20px;color:var(--muted);max-width:76ch}
+section>p,.intro{margin:8px 0 20px;color:var(--muted);max-width:76ch}
 small,.muted{color:var(--muted);font-size:13px}
 a{color:var(--accent)}
 :focus-visible{outline:2px solid var(--accent);outline-offset:2px}
@@ -195,12 +195,12 @@ const charts = [...document.querySelectorAll("[data-chart]")].map(figure => {
   };
   const hide = () => { while (shown.length) shown.pop().remove(); };
   const steps = [...new Set(data.lines.flatMap(line => line.x))].sort((a, b) => a - b);
-  let at = steps.length - 1;
+  let current = steps.length - 1;
   const show = (x, tip) => {
     hide();
     if (!tip && (x < x0 || x > x1)) return;
-    at = nearest(steps, x);
-    const step = steps[at];
+    current = nearest(steps, x);
+    const step = steps[current];
     const cross = make("div", "cross", plot);
     cross.style.left = across(step) + "%";
     shown.push(cross);
@@ -236,7 +236,7 @@ const charts = [...document.querySelectorAll("[data-chart]")].map(figure => {
     if (event.key === "Escape") nowhere();
     if (move === undefined) return;
     event.preventDefault();
-    everywhere(steps[Math.min(steps.length - 1, Math.max(0, at + move))]);
+    everywhere(steps[Math.min(steps.length - 1, Math.max(0, current + move))]);
   });
   return { figure, show, hide };
 });
@@ -246,15 +246,15 @@ if (box) {
   const output = document.getElementById("found"), first = Number(box.dataset.first);
   let all = false;
   const filter = () => {
-    const asked = box.value.toLowerCase().split(/\\s+/).filter(Boolean);
-    let found = 0;
+    const words = box.value.toLowerCase().split(/\\s+/).filter(Boolean);
+    let matches = 0;
     for (const card of cards) {
-      const fits = asked.every(word => card.dataset.words.includes(word));
-      found += fits;
-      card.hidden = !fits || !(all || asked.length || found <= first);
+      const fits = words.every(word => card.dataset.words.includes(word));
+      matches += fits;
+      card.hidden = !fits || !(all || words.length || matches <= first);
     }
-    more.hidden = all || asked.length > 0 || cards.length <= first;
-    output.textContent = asked.length ? found + " of " + cards.length + " clusters" : cards.length + " clusters";
+    more.hidden = all || words.length > 0 || cards.length <= first;
+    output.textContent = words.length ? matches + " of " + cards.length + " clusters" : cards.length + " clusters";
   };
   box.addEventListener("input", filter);
   more.addEventListener("click", () => { all = true; filter(); });

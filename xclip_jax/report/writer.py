@@ -16,7 +16,7 @@ class ReportWriter(Callback):
     """Writes the report of a run that has `eval.report` set; a report that fails costs nothing of the run."""
 
     def on_end(self, job: Job, variables: Mapping[str, Any], results: Sequence[Result]) -> None:
-        """Write the report, or print why not."""
+        """Write the report, or print the reason of a failure."""
         del results  # the page reads them from the folder
         run = job.config.run
         if not job.config.eval.report:
@@ -33,6 +33,6 @@ def _write(job: Job, variables: Mapping[str, Any]) -> None:
     examples = html.make(folder.path, job.parts, job.encoder, variables, specs)
     log0(f"report: {folder.report_file}")
     if jax.process_index() == 0 and (examples.named or examples.clusters):
-        title = f"What {config.objective.name} learned in {config.steps} steps of {job.parts.data.batch} pairs"
+        title = f"What {job.parts.objective.title} learned in {config.steps} steps of {job.parts.data.batch} pairs"
         picture.draw(folder.picture_file, examples, title=title)
         log0(f"picture: {folder.picture_file}")

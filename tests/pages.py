@@ -1,0 +1,85 @@
+"""Reading of report pages, and runs as files alone."""
+
+import copy
+import functools
+import json
+import re
+from html.parser import HTMLParser
+
+from xclip_jax.config.renamed import RENAMED
+from xclip_jax.report import record
+
+HOSTILE = "<script>alert(1)</script>\" onload='alert(2)' &amp; <b>"
+
+
+SECTIONS = ("names", "search", "clusters", "attention", "confusion", "results", "curves", "health", "run")
+
+
+class Page(HTMLParser):
+    """Tags, ids, loaded addresses, attributes and text of a page; unbalanced tags are an error."""
+
+    VOID = frozenset(("meta", "input", "img", "br", "wbr", "line", "rect", "polyline", "link"))
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.text, self.tags, self.open, self.ids, self.loads, self.attributes = [], [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for key, value in attrs:
+            self.attributes.append(key)
+            if key == "id":
+                self.ids.append(value)
+            if key in ("src", "href", "srcset", "action", "data", "poster"):
+                self.loads.append(value)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, (tag, self.getpos())
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def check(text):
+    """Assert what holds for every page; return it parsed."""
+    page = Page(text)
+    assert len(page.ids) == len(set(page.ids)) and set(SECTIONS) <= set(page.ids)
+    assert all(load.startswith(("data:image/", "#")) for load in page.loads)
+    assert {load for load in page.loads if load.startswith("#")} <= {f"#{i}" for i in page.ids}
+    assert not re.search(r"url\((?!data:image/webp;base64,)|@import|\bfetch\(|XMLHttpRequest|import\(", text)
+    assert page.tags.count("script") == page.tags.count("style") == 1
+    assert not [a for a in page.attributes if a.startswith("on")]
+    assert "default-src 'none'" in text and len(text) < 10e6
+    return page
+
+
+def written(folder, config, rows):
+    """The record of a run directory with `config` and the lines `rows` of metrics.jsonl, and no other file."""
+    folder.mkdir()
+    config = config if isinstance(config, dict) else config.to_dict()
+    (folder / "config.json").write_text(json.dumps({"config": config, "environment": {"python": "3"}}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return record.read(folder)
+
+
+def of_an_earlier_version(config):
+    """A run's config, a dict, with the old names of keys, objectives without terms, and without newer keys."""
+    config = copy.deepcopy(config)
+    for old, new in RENAMED.items():
+        *groups, name = new.split(".")
+        group = functools.reduce(dict.__getitem__, groups, config)
+        group[old.rpartition(".")[2]] = group.pop(name)
+    weights = config["objective"].pop("terms")
+    config["objective"] |= {f"w_{term}": weight for term, weight in weights.items()}
+    del config["objective"]["plugins"], config["init"], config["model"]["img"]["stem"]
+    return config

@@ -1,0 +1,156 @@
+"""Weights that are refused: other architectures, damaged files, and pickles with code."""
+
+import io
+import json
+import os
+import pickle
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from tests.foreign import MODELS, make_open_clip
+from xclip_jax import interop
+from xclip_jax.errors import UserError
+from xclip_jax.interop import torch_file
+
+
+def saved(tmp_path, change, cfg=None, name="quick_b32"):
+    """A folder of weights of open_clip after `change` of its tensors and config."""
+    state = {key: x.contiguous() for key, x in make_open_clip(name).state_dict().items()}
+    change(state)
+    safetensors.torch.save_file(state, tmp_path / "open_clip_model.safetensors")
+    if cfg is not None:
+        content = {"model_cfg": MODELS[name] | {"embed_dim": 48} | cfg}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
+    return str(tmp_path)
+
+
+def test_tensors_that_do_not_fit_are_listed_by_name(tmp_path):
+    def change(state):
+        del state["transformer.resblocks.1.ln_2.bias"]
+        state["visual.extra"] = torch.zeros(1)
+        state["ln_final.weight"] = torch.zeros(7)
+
+    with pytest.raises(UserError) as error:
+        interop.read(saved(tmp_path, change, {}))
+    for part in ("missing: transformer.resblocks.1.ln_2.bias", "unknown: visual.extra",
+                 "ln_final.weight has shape (7,), expected (64,)"):  # fmt: skip
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        ({"vision_cfg": {"timm_model_name": "vit_base"}}, r"sets vision_cfg\.timm_model_name='vit_base'"),
+        ({"vision_cfg": {"layers": [2, 2, 2, 2]}}, "has a ResNet"),
+        ({"vision_cfg": {"attentional_pool": True}}, r"vision_cfg\.attentional_pool=True"),
+        ({"vision_cfg": {"pool_type": "avg"}}, "sets pool_type='avg'; expected 'tok'"),
+        ({"text_cfg": {"no_causal_mask": True}}, r"text_cfg\.no_causal_mask=True"),
+        ({"text_cfg": {"hf_model_name": "roberta-base"}}, r"text_cfg\.hf_model_name='roberta-base'"),
+        ({"text_cfg": {"vocab_size": 32000}}, "vocabulary of 32000 with end 31999, which is not CLIP's"),
+    ],
+)
+def test_architectures_that_are_not_ours_are_named(cfg, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        interop.read(saved(tmp_path, lambda _: None, cfg))
+
+
+def test_weights_that_are_not_ours_are_named(tmp_path):
+    def timm(state):
+        state["visual.trunk.blocks.0.norm1.weight"] = torch.zeros(3)
+
+    with pytest.raises(UserError, match="an image tower of timm, which is not supported"):
+        interop.read(saved(tmp_path, timm))
+    safetensors.torch.save_file({"conv.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"not a supported CLIP: its tensors are named conv\.weight, \.\.\.; expected"):
+        interop.read(str(tmp_path / "x.safetensors"))
+    folder = tmp_path / "siglip"
+    folder.mkdir()
+    safetensors.torch.save_file({"vision_model.x": torch.zeros(2)}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "siglip"}')
+    with pytest.raises(UserError, match="model of type 'siglip', which is not supported"):
+        interop.read(str(folder))
+    with pytest.raises(UserError, match="is not a folder or a file of weights"):
+        interop.read(str(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="contains no file of weights"):
+        interop.read(str(tmp_path / "empty"))
+    (tmp_path / "cut.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{")
+    with pytest.raises(UserError, match="a damaged or incomplete safetensors file"):
+        interop.read(str(tmp_path / "cut.safetensors"))
+
+
+class Evil:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+def torch_zip(path, pickled, **storages):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        for name, content in storages.items():
+            archive.writestr(f"archive/data/{name[1:]}", content)
+    return path.read_bytes()
+
+
+def test_a_pickle_that_asks_for_anything_else_is_refused(tmp_path):
+    mark = str(tmp_path / "executed")
+    torch.save({"x": Evil(mark)}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match=r"contains more than tensors: it asks for (posix|nt)\.mkdir\. Convert it: "):
+        interop.read(str(tmp_path / "evil.pt"))
+    pickles = {"getattr": b"cbuiltins\ngetattr\n.", "eval": b"cbuiltins\neval\n.",
+               "own": b"cxclip_jax.interop.torch_file\nload\n."}  # fmt: skip
+    for name, content in pickles.items():
+        with pytest.raises(UserError, match="it asks for"):
+            torch_file.load(torch_zip(tmp_path / name, content), name)
+    assert not os.path.exists(mark)
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 20))
+    with pytest.raises(UserError, match="it asks for compressed data"):
+        interop.read(str(tmp_path / "bomb.pt"))
+    torch.save({"x": torch.zeros(1)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"is not a zip, as torch.save has written since version 1\.6"):
+        interop.read(str(tmp_path / "old.pt"))
+
+
+STORAGE = object()
+
+
+class Pickled:
+    """A tensor as torch pickles it, of a storage of four numbers."""
+
+    def __init__(self, offset, size, stride):
+        self.args = (offset, size, stride)
+
+
+class Writer(pickle.Pickler):
+    def persistent_id(self, x):
+        return ("storage", torch.FloatStorage, "0", "cpu", 4) if x is STORAGE else None
+
+    def reducer_override(self, x):
+        if isinstance(x, Pickled):
+            return torch._utils._rebuild_tensor_v2, (STORAGE, *x.args, False, {})
+        return NotImplemented
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "stride"), [(0, (5,), (1,)), (3, (2,), (1,)), (0, (2, 2), (3, 3)), (-1, (2,), (1,)),
+                                   (0, (2,), (-1,)), (0, (1 << 40,), (0,)), (0, (2, 2), (1,))]
+)  # fmt: skip
+def test_tensors_stay_within_their_storage(offset, size, stride, tmp_path):
+    def load(*args):
+        buffer = io.BytesIO()
+        Writer(buffer, protocol=2).dump({"x": Pickled(*args)})
+        content = torch_zip(tmp_path / "x.pt", buffer.getvalue(), s0=struct.pack("<4f", 1, 2, 3, 4))
+        return torch_file.load(content, "x.pt")[0]["x"]
+
+    np.testing.assert_array_equal(load(0, (2, 2), (1, 2)), [[1, 3], [2, 4]])
+    with pytest.raises(UserError, match=r"a tensor (beyond its storage|of negative size)"):
+        load(offset, size, stride)
