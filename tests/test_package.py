@@ -84,6 +84,7 @@ def test_versions_agree():
 
 
 @pytest.mark.parametrize("name", ["evaluate", "embed", "export", "report", "check", "index"])
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_help_names_the_program_as_it_was_called(name, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["xclip-jax"])
     with pytest.raises(SystemExit):

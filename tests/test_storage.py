@@ -231,7 +231,7 @@ def test_fingerprint_is_of_content_and_not_of_places_and_times(tmp_path):
         ('{"weight_map": {"x": "model.safetensors.index.json"}}', r"names 'model\.safetensors\.index\.json', not a f"),
         ('{"weight_map": {"x": "../a.safetensors"}}', "names '../a.safetensors', not a file"),
         ('{"weight_map": {"x": 5}}', "names 5, not a file"),
-        ('{"weight_map": {"x": "a.safetensors"}}', r"names a\.safetensors, which is not there"),
+        ('{"weight_map": {"x": "a.safetensors"}}', r"names a\.safetensors, which does not exist"),
         ('{"weight_map": ' + "[" * 100_000, "cannot be read as JSON"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Tokenizers that travel with weights: exported folders are used as a stranger would, by their own tokenizer."""
+"""Tokenizers that travel with weights: exported folders are read by the other projects with their tokenizer."""
 
 import functools
 import json
@@ -142,7 +142,7 @@ def test_transformers_reads_the_tokenizer_of_an_export(kind, tmp_path):
     np.testing.assert_array_equal(again.tokenizer(TEXTS, tiny.LENGTH), ours)
 
 
-def test_an_end_that_transformers_would_not_find_is_refused(tmp_path):
+def test_an_end_that_transformers_reads_otherwise_is_an_error(tmp_path):
     byte_level(tmp_path / "own.json", 280, ["<s>", "<pad>", "</s>"])
     config, variables = our_model("clip", data__tokenizer=str(tmp_path / "own.json"))
     with pytest.raises(UserError, match=r"takes the end token's id 2, .*write to 'open_clip'"):
@@ -188,7 +188,7 @@ def test_open_clip_with_clips_tokenizer_of_transformers_is_clip(tmp_path):
     safetensors.torch.save_file({key: x.contiguous() for key, x in weights.items()}, tmp_path / "x.safetensors")
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": content}))
     config, _ = interop.read(str(tmp_path / "x.safetensors"))
-    assert config["data"]["tokenizer"] == "clip" and "is taken to be CLIP's" in config["source"]["notes"][0]
+    assert config["data"]["tokenizer"] == "clip" and "is assumed to be CLIP's" in config["source"]["notes"][0]
 
 
 def test_a_tokenizer_that_does_not_fit_is_named(tmp_path):
@@ -216,9 +216,9 @@ def test_the_code_of_the_card_runs(to, run, tmp_path, monkeypatch, capsys):
     export.export(str(run), str(tmp_path / "out"), to=to)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "* Images: shorter side bicubic, central crop, 16 x 16 pixels;" in card
-    assert "less the mean (0.485, 0.456, 0.406), divided by the deviation (0.229, 0.224, 0.225)" in card
+    assert "minus the mean (0.485, 0.456, 0.406), divided by the standard deviation (0.229, 0.224, 0.225)" in card
     assert "`tokenizer.json` of this folder" in card and "At most 12 tokens" in card
-    assert ("open_clip cleans the text before" in card) == (to == "open_clip")
+    assert ("open_clip also cleans the text first" in card) == (to == "open_clip")
     code = card.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     images()[0].save("picture.jpg")
@@ -235,13 +235,13 @@ def test_the_code_of_the_card_runs(to, run, tmp_path, monkeypatch, capsys):
         np.testing.assert_allclose(names["logits"].softmax(dim=-1).numpy(), expected, atol=1e-3)
 
 
-def test_the_card_tells_how_another_model_sees(tmp_path):
+def test_the_card_has_the_preprocessing_of_another_model(tmp_path):
     config, variables = our_model("clip", eval__resize="squash", eval__interpolation="bilinear")
     interop.write(variables, config, str(tmp_path / "ours"))
-    for to, of_tokens in (("hf", "which transformers leaves"), ("open_clip", "after broken encodings are repaired")):
+    for to, of_tokens in (("hf", "which transformers does not"), ("open_clip", "after broken encodings are repaired")):
         export.export(str(tmp_path / "ours"), str(tmp_path / to), to=to)
         card = (tmp_path / to / "README.md").read_text()
-        assert "each side bilinear, 16 x 16 pixels" in card and "a whole that is squashed to a square" in card
+        assert "each side bilinear, 16 x 16 pixels" in card and "resized to a square without cropping" in card
         assert "lower case, CLIP's byte-pair encoding" in card and of_tokens in card
 
 

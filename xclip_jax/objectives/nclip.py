@@ -69,14 +69,15 @@ class Nclip(Term):
         chunk: int = 0,
     ) -> Result:
         """See `Term.__call__`. With `chunk` above 0 that number of pairs is processed at a time."""
+        teacher = {} if teacher is None else teacher
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         momentum = options.pop("center_momentum")
         options["target_tau"] = options["target_tau"] or None
-        target = teacher if self.teacher and teacher is not None else out
         if self.teacher:
-            options |= {"teacher_img": target["s_img"], "teacher_txt": target["s_txt"]}
+            options |= {"teacher_img": teacher["s_img"], "teacher_txt": teacher["s_txt"]}
         centers = {name: state[name] for name in ("center_img", "center_txt") if name in state}
         loss, metrics = noncontrastive.nclip(out["s_img"], out["s_txt"], chunk=chunk, **options, **centers)
+        target = teacher if self.teacher else out
         moved = {
             name: noncontrastive.update_center(center, target[name.replace("center", "s")], momentum)
             for name, center in centers.items()
