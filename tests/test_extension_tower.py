@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import xclip_jax
+from configs import finetune
 from tests import tiny
 from xclip_jax import evaluate, export, flops, plan, report
 from xclip_jax.config import schema
@@ -122,6 +123,15 @@ def test_a_new_run_starts_from_its_weights(run, data, tmp_path, capsys):
     tensors = weights.read_initial(p.config, p.abstract)
     assert "params/txt/tokens" in tensors and not [name for name in tensors if name.startswith("params/img")]
     assert "img is another tower: ConvMixer of width 20, 24 px in" in capsys.readouterr().out
+
+
+def test_fine_tuning_takes_it_over(run):
+    c = finetune.get_config(f"data=tfds:imagenet2012,weights={run.run}")
+    assert c.model.plugins.img.to_dict() == OPTIONS
+    with pytest.raises(UserError, match=r"optim\.layer_decay is 0\.65, and ConvMixer has no layers .*; set it to 1"):
+        schema.resolve(c)
+    c.optim.layer_decay = 1.0
+    assert set(build.build(c).abstract.params) == {"img", "classifier"}
 
 
 def test_our_own_form_holds_it_and_others_refuse_it(run, tmp_path):

@@ -109,7 +109,7 @@ class TrainStep:
         return out, new.get("batch_stats", {})
 
     def _teach(self, state: TrainState, inputs: Inputs) -> tuple[dict[str, Any], Any]:
-        """What the moving average makes of the batch: it sees all patches and blocks, and has statistics of its own."""
+        """What the moving average makes of the batch: without random inputs of towers, with statistics of its own."""
         params = jax.lax.stop_gradient(state.ema_params)
         inputs = {key: value for key, value in inputs.items() if key != NOISE}
         h = gradcache.in_parts(self._encode, params, inputs, self.microbatches)
