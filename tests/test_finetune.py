@@ -17,7 +17,7 @@ from configs import finetune
 from tests import tiny
 from tests.encoding import by_name
 from xclip_jax import evaluate
-from xclip_jax.data import glue, labelled, loader, transforms
+from xclip_jax.data import glue, loader, sources, transforms
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, summary
 from xclip_jax.evaluators.classification import ClassifierEvaluator
@@ -60,7 +60,7 @@ def test_targets_equal_timms():
 
 
 def draw_mix(mixup, cutmix, n=400):
-    draw = jax.jit(jax.vmap(lambda key: transforms.draw_mix(key, 2, 20, mixup, cutmix)))
+    draw = jax.jit(jax.vmap(lambda key: transforms.sample_mix(key, 2, 20, mixup, cutmix)))
     return jax.device_get(draw(jax.random.split(jax.random.key(1), n)))
 
 
@@ -205,11 +205,11 @@ def test_the_model_has_one_tower_and_a_classifier():
 
 def test_mixed_images_and_labels_belong_together():
     """The step's loss is the cross-entropy of the model's logits on mixed images and equally mixed labels."""
-    p = make(1, **IMAGES | {"data__flip": 0.0, "data__color": 0.0, "model__img__drop_path": 0.0})
+    p = make(1, **IMAGES | {"data__flip_prob": 0.0, "data__color_jitter": 0.0, "model__img__drop_path": 0.0})
     s, b = state.create(p.init, p.abstract), batch(p)
     metrics = jax.jit(lambda *args: p.step(*args)[1])(s, loader.to_global(b, p.mesh))
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(s.seed), s.step), 1)
-    drawn = transforms.draw_mix(key, tiny.BATCH, tiny.SIZE, 0.8, 1.0)
+    drawn = transforms.sample_mix(key, tiny.BATCH, tiny.SIZE, 0.8, 1.0)
     pixels = transforms.normalize(jnp.asarray(b["image"]), *transforms.STATISTICS["imagenet"])
     mixed = transforms.mix(pixels, pixels[::-1], drawn)
     logits = np.asarray(jax.jit(lambda x: p.model.apply(s.variables(), x, None))(mixed)["logits"])
@@ -251,19 +251,19 @@ def folder_of_classes(path, n=24, seed=0):
 
 def test_a_folder_and_a_table_give_labelled_records(tmp_path):
     path = folder_of_classes(tmp_path / "a", 2)
-    source = labelled.open_source(f"folder:{path}")
+    source = sources.open_labelled(f"folder:{path}")
     assert len(source) == 6 and source.names == ["bright", "dark", "grey"]
     assert source.labels().tolist() == [0, 0, 1, 1, 2, 2]
     assert source[3]["label"] == 1 and isinstance(source[3]["image"], bytes)
-    assert source.where(3)["file"].endswith("dark/1.png")
+    assert source.describe(3)["file"].endswith("dark/1.png")
     with (tmp_path / "t.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["path", "label"], ["a/grey/0.png", "7"], ["a/dark/1.png", "0"]])
-    table = labelled.open_source(f"csv:{tmp_path / 't.csv'}")
+    table = sources.open_labelled(f"csv:{tmp_path / 't.csv'}")
     assert table.labels().tolist() == [1, 0] and table.names == ["0", "7"]
-    with pytest.raises(UserError, match="of no known kind"):
-        labelled.open_source("tar:x")
+    with pytest.raises(UserError, match="has no labelled items; write folder:PATH"):
+        sources.open_labelled("tar:x")
     c = tiny.config("classify", data__sources=(f"folder:{path}",)).data
-    with pytest.raises(UserError, match=r"has 3 classes and objective\.classify\.classes is 4"):
+    with pytest.raises(UserError, match=r"has 3 classes, expected 4"):
         loader.open_sources(loader.DataConfig(**c.to_dict()), 4)
 
 
@@ -335,7 +335,7 @@ def images(tmp_path_factory):
 def pretrained(tmp_path_factory):
     """A run that was saved before its first step, whose towers are then fine-tuned."""
     run = tmp_path_factory.mktemp("pretrained") / "run"
-    c = tiny.config("clip", run=run, model__txt__length=24)
+    c = tiny.config("clip", run=run, model__txt__context_length=24)
     p = build.build(c, jax.devices()[:1])
     with Checkpointer(run) as checkpointer:
         checkpointer.save(state.create(p.init, p.abstract), {"samples": 0})

@@ -13,13 +13,15 @@ from absl import flags
 from etils import epath
 
 from tests import tiny
-from xclip_jax.data import ledger, loader, shared_memory, sources, tokenizer, transforms
+from xclip_jax.data import base, ledger, loader, shared_memory, sources, tokenizer, transforms
+from xclip_jax.data.folder_source import FolderSource
+from xclip_jax.data.tfds_source import lookup
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.parallel.mesh import make_mesh
 from xclip_jax.train import trainer
 
 
-class Numbers:
+class Numbers(base.Source):
     """Record i of source `name` is a grey image of value i, with the caption "<name> <i>"."""
 
     def __init__(self, name, n):
@@ -27,6 +29,9 @@ class Numbers:
 
     def __len__(self):
         return self.n
+
+    def fingerprint(self):
+        return {"samples": self.n, "hash": self.name}
 
     def __getitem__(self, i):
         image = np.full((8, 8, 3), i % 256, np.uint8)
@@ -155,7 +160,7 @@ def test_labelled_items_may_be_fewer_than_a_batch(tmp_path):
 
 
 def test_labels_cannot_be_kept_apart():
-    with pytest.raises(UserError, match=r"data\.apart compares captions"):
+    with pytest.raises(UserError, match=r"data\.spread_duplicate_captions compares captions"):
         loader.open_sources(config(spread_duplicate_captions=True), classes=3)
 
 
@@ -193,22 +198,22 @@ def test_workers_read_the_same():
 
 
 def test_slots_are_used_again_when_nothing_refers_to_them():
-    here = shared_memory.Slots({"image": ((4, 3), np.uint8), "text": ((5,), np.int32)}, workers=2, depth=2)
+    here = shared_memory.SharedBatchPool({"image": ((4, 3), np.uint8), "text": ((5,), np.int32)}, workers=2, depth=2)
     there = pickle.loads(pickle.dumps(here))  # as in a worker
-    (first, a), (second, b) = there.take(1), there.take(1)
+    (first, a), (second, b) = there.acquire(1), there.acquire(1)
     assert {first, second} == {0, 1}
-    assert there.take(1) is None
-    assert there.take(0) is not None  # the other worker's
+    assert there.acquire(1) is None
+    assert there.acquire(0) is not None  # the other worker's
     a["image"][:], a["text"][:], b["image"][:] = 7, 70_000, 8
-    found = here.open(1, first)
+    found = here.receive(1, first)
     np.testing.assert_array_equal(found["text"], 70_000)
     part = found["image"][1:3].T[0]  # a view of a view
     del found
-    assert there.take(1) is None
+    assert there.acquire(1) is None
     np.testing.assert_array_equal(part, 7)
     del part
-    assert there.take(1)[0] == first
-    held = here.open(1, second)["image"]
+    assert there.acquire(1)[0] == first
+    held = here.receive(1, second)["image"]
     paths = here._paths
     del here
     np.testing.assert_array_equal(held, 8)
@@ -221,7 +226,7 @@ def test_too_little_memory_for_workers_is_one_sentence(monkeypatch):
         shared_memory.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 26)
     )  # as in a container
     with pytest.raises(UserError, match=r"8 workers need [\d,]+ MB in .*, which has 67 MB: make it larger"):
-        shared_memory.Slots({"image": ((512, 224, 224, 3), np.uint8)}, workers=8, depth=6)
+        shared_memory.SharedBatchPool({"image": ((512, 224, 224, 3), np.uint8)}, workers=8, depth=6)
 
 
 def test_seed_and_sample_decide():
@@ -281,7 +286,7 @@ def test_to_global_splits_the_rows():
 
 
 def test_folder(tmp_path):
-    source = sources.FolderSource(tiny.folder(tmp_path / "pairs", n=6))
+    source = FolderSource(tiny.folder(tmp_path / "pairs", n=6))
     assert len(source) == 6
     assert source[3]["text"] == ["picture 3", "number 3"]
     assert transforms.decode(source[3]["image"]).shape == (23, 24, 3)
@@ -291,25 +296,25 @@ def test_folder(tmp_path):
     (tmp_path / "pairs" / "001.txt").unlink()
     with pytest.raises(BadSample, match="no caption file"):
         source[1]
-    assert len(sources.FolderSource(tmp_path / "pairs")) == 6  # not passed over, but for the ledger
-    assert sources.where(source, 1) == {"file": str(tmp_path / "pairs" / "001.png")}
+    assert len(FolderSource(tmp_path / "pairs")) == 6  # not passed over, but for the ledger
+    assert source.describe(1) == {"file": str(tmp_path / "pairs" / "001.png")}
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"holds 0 images"):
-        sources.FolderSource(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"contains 0 images"):
+        FolderSource(tmp_path / "empty")
 
 
 def test_lookup_of_nested_features():
     record = {"captions": [{"text": b"one"}, {"text": b"two"}], "name": "x", "list": np.array(["a", "b"])}
-    assert sources.lookup(record, "captions/text") == ["one", "two"]
-    assert sources.lookup(record, "name") == ["x"]
-    assert sources.lookup(record, "list") == ["a", "b"]
+    assert lookup(record, "captions/text") == ["one", "two"]
+    assert lookup(record, "name") == ["x"]
+    assert lookup(record, "list") == ["a", "b"]
 
 
 def test_unprepared_tfds_set_names_the_command(tmp_path):
     with pytest.raises(UserError, match=r"tfds build cifar10 --file_format=array_record"):
-        sources.open_source("tfds:cifar10/train", data_dir=str(tmp_path), image_key="image", text_keys=(), tags_key="")
-    with pytest.raises(UserError, match="names no split"):
-        sources.open_source("tfds:cifar10", data_dir=str(tmp_path), image_key="image", text_keys=(), tags_key="")
+        sources.open_pairs("tfds:cifar10/train", base.SourceOptions(str(tmp_path)))
+    with pytest.raises(UserError, match="does not name a split"):
+        sources.open_pairs("tfds:cifar10")
 
 
 def test_decoded_images_are_kept():
@@ -342,14 +347,14 @@ def test_device_transforms():
     mean, std = transforms.STATISTICS["imagenet"]
     np.testing.assert_allclose(transforms.normalize(images, mean, std), (images / 255 - mean) / std, atol=1e-5)
     key = jax.random.key(0)
-    flipped = transforms.augment(images, transforms.draw(key, len(images), flip=1.0))
+    flipped = transforms.augment(images, transforms.sample_augmentations(key, len(images), flip=1.0))
     np.testing.assert_array_equal(flipped, images[:, :, ::-1])
-    np.testing.assert_array_equal(transforms.augment(images, transforms.draw(key, len(images))), images)
-    colored = np.asarray(transforms.augment(images, transforms.draw(key, len(images), color=0.3)))
+    np.testing.assert_array_equal(transforms.augment(images, transforms.sample_augmentations(key, len(images))), images)
+    colored = np.asarray(transforms.augment(images, transforms.sample_augmentations(key, len(images), color=0.3)))
     assert colored.min() >= 0
     assert colored.max() <= 255
     assert np.abs(colored - images).max() > 10
-    drawn = np.asarray(transforms.draw(key, len(images), color=0.3)["color"])
+    drawn = np.asarray(transforms.sample_augmentations(key, len(images), color=0.3)["color"])
     assert 0.7 <= drawn.min() < 0.8 < 1.2 < drawn.max() <= 1.3
     brightness, contrast, saturation = drawn.T[..., None, None, None]
     bright = images * brightness
@@ -357,7 +362,7 @@ def test_device_transforms():
     luma = (contrasted * (0.299, 0.587, 0.114)).sum(axis=-1, keepdims=True)
     np.testing.assert_allclose(colored, np.clip(luma + saturation * (contrasted - luma), 0, 255), atol=1e-2)
     gray = np.full((6, 5, 4, 3), 100, np.uint8)
-    gray_colored = np.asarray(transforms.augment(gray, transforms.draw(key, len(gray), color=0.3)))
+    gray_colored = np.asarray(transforms.augment(gray, transforms.sample_augmentations(key, len(gray), color=0.3)))
     np.testing.assert_allclose(np.ptp(gray_colored, axis=(1, 2, 3)), 0, atol=1e-3)
 
 

@@ -22,9 +22,9 @@ from PIL import Image
 
 from xclip_jax import storage
 from xclip_jax.data import tokenizer
-from xclip_jax.data.prefetch import Ahead
+from xclip_jax.data.base import MAX_BYTES
+from xclip_jax.data.prefetch import ThreadPrefetcher
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.data.tar_index import MAX_BYTES
 from xclip_jax.errors import BadSample, UserError, check_count
 from xclip_jax.evaluators.encoder import Encoder, Features
 from xclip_jax.evaluators.text import embedding
@@ -267,7 +267,7 @@ class Model:
                 raise UserError(f"image {i}{name}: {error}.") from error
 
         window = 2 * self.batch
-        with Ahead(make, len(images), threads=self._threads, window=window) as prepared:
+        with ThreadPrefetcher(make, len(images), threads=self._threads, window=window) as prepared:
             return self._encoder.images(self._variables, prepared, kinds)
 
     def _texts(self, texts: Sequence[str], kinds: Sequence[str]) -> Features:

@@ -98,7 +98,7 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
         if "image" not in batch:
             return batch
         b, (key_image, key_patches) = len(batch["image"]), jax.random.split(key)
-        inputs = batch | transforms.draw(key_image, b, flip=data.flip_prob, color=data.color_jitter)
+        inputs = batch | transforms.sample_augmentations(key_image, b, flip=data.flip_prob, color=data.color_jitter)
         inputs = objective.draw(key, inputs, config.model.img.image_size)
         if model.img["patch_dropout"]:
             inputs["patches"] = jax.random.uniform(key_patches, (b, patches))
