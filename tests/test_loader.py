@@ -2,9 +2,6 @@ import dataclasses
 import glob
 import itertools
 import json
-import os
-import pickle
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,10 +10,10 @@ from absl import flags
 from etils import epath
 
 from tests import tiny
-from xclip_jax.data import base, ledger, loader, shared_memory, sources, tokenizer, transforms
+from xclip_jax.data import base, ledger, loader, sources, tokenizer, transforms
 from xclip_jax.data.folder_source import FolderSource
 from xclip_jax.data.tfds_source import lookup
-from xclip_jax.errors import BadSample, UserError
+from xclip_jax.errors import BadSample, UserError, describe
 from xclip_jax.parallel.mesh import make_mesh
 from xclip_jax.train import trainer
 
@@ -42,9 +39,9 @@ def config(**changes):
     return loader.DataConfig(**{"sources": ("x",), "batch": 8, "tokenizer": "bytes"} | changes)
 
 
-def read(found, c, start=0, stop=5, **hosts):
-    transform = loader.Transform(c, 8, tokenizer.load("bytes"), 16)
-    order = loader.sample_order(found, c, seed=3)
+def read(sources, c, start=0, stop=5, tokens=None, **hosts):
+    transform = loader.Transform(c, 8, tokens or tokenizer.load("bytes"), 16)
+    order = loader.sample_order(sources, c, seed=3)
     return list(loader.batches(order, transform, batch=c.batch, start=start, stop=stop, seed=3, **hosts))
 
 
@@ -127,6 +124,33 @@ def test_any_exception_of_a_sample_makes_it_a_bad_one(tmp_path, apart):
         read([Hostile("a", 16)], c, stop=2)
 
 
+def picky(name, error):
+    """A tokenizer that raises on the text "a 5"."""
+
+    def encode(text):
+        if text == "a 5":
+            raise error
+        return [7] * len(text)
+
+    return tokenizer.Tokenizer(name, encode, vocab_size=10, sot_id=1, eot_id=2, pad_id=0)
+
+
+def test_a_text_that_the_tokenizer_cannot_encode_is_a_bad_sample(tmp_path):
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
+    batches = read([Numbers("a", 16)], config(), stop=2, ledger=book, tokens=picky("x", OverflowError("too long")))
+    book.sync(16)
+    (entry,) = map(json.loads, book.path.read_text().splitlines())
+    assert (entry["index"], entry["reason"], entry["detail"]) == (5, "OverflowError", "too long")
+    assert sum(len(batch["text"]) for batch in batches) == 16 and (batches[0]["text"][:, 0] == 1).all()
+
+
+def test_a_tokenizer_that_lacks_something_ends_the_run_with_the_sample(tmp_path):
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
+    with pytest.raises(UserError) as error:
+        read([Numbers("a", 16)], config(), stop=2, ledger=book, tokens=picky("x", UserError("no unknown token")))
+    assert describe(error.value) == 'no unknown token; in sample {"source": 0, "index": 5}.'
+
+
 @pytest.mark.parametrize("error", [UserError("no bucket"), MemoryError("all of it"), KeyboardInterrupt("stop")])
 @pytest.mark.parametrize("where", ["record", "image"])
 def test_what_concerns_the_whole_run_ends_it(tmp_path, monkeypatch, error, where):
@@ -195,38 +219,6 @@ def test_workers_read_the_same():
         np.testing.assert_array_equal(a["image"], b["image"])
         np.testing.assert_array_equal(a["text"], b["text"])
     assert not glob.glob("/dev/shm/xclip_jax-*")
-
-
-def test_slots_are_used_again_when_nothing_refers_to_them():
-    here = shared_memory.SharedBatchPool({"image": ((4, 3), np.uint8), "text": ((5,), np.int32)}, workers=2, depth=2)
-    there = pickle.loads(pickle.dumps(here))  # as in a worker
-    (first, a), (second, b) = there.acquire(1), there.acquire(1)
-    assert {first, second} == {0, 1}
-    assert there.acquire(1) is None
-    assert there.acquire(0) is not None  # the other worker's
-    a["image"][:], a["text"][:], b["image"][:] = 7, 70_000, 8
-    found = here.receive(1, first)
-    np.testing.assert_array_equal(found["text"], 70_000)
-    part = found["image"][1:3].T[0]  # a view of a view
-    del found
-    assert there.acquire(1) is None
-    np.testing.assert_array_equal(part, 7)
-    del part
-    assert there.acquire(1)[0] == first
-    held = here.receive(1, second)["image"]
-    paths = here._paths
-    del here
-    np.testing.assert_array_equal(held, 8)
-    del held
-    assert not any(map(os.path.exists, paths))
-
-
-def test_too_little_memory_for_workers_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(
-        shared_memory.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 26)
-    )  # as in a container
-    with pytest.raises(UserError, match=r"8 workers need [\d,]+ MB in .*, which has 67 MB: make it larger"):
-        shared_memory.SharedBatchPool({"image": ((512, 224, 224, 3), np.uint8)}, workers=8, depth=6)
 
 
 def test_seed_and_sample_decide():

@@ -67,6 +67,22 @@ def test_csv(tmp_path, images, tab, first):
         open_source(f"csv:{tmp_path}/empty.csv")
 
 
+@pytest.mark.parametrize("tab", [",", "\t"])
+def test_a_row_with_more_fields_than_columns_is_a_bad_sample(tmp_path, images, tab):
+    rows = [("image", "text"), *((f"images/{i}.jpg", "a fox") for i in range(3))]
+    rows[2] = ("images/1.jpg", "a fox", " red and small")
+    rows[3] = ("images/2.jpg", "a fox", "", " ")  # nothing is lost
+    write(tmp_path / "x.csv", rows, tab)
+    write(tmp_path / "y.csv", rows, tab)
+    source = open_source(f"csv:{tmp_path}/*.csv")
+    assert len(source) == 6 and [source[i]["text"] for i in (0, 2, 3, 5)] == [["a fox"]] * 4
+    for index, name in ((1, "x.csv"), (4, "y.csv")):
+        with pytest.raises(BadSample, match=rf"{name}', line 3: 3 fields; put .* in quotes") as error:
+            source[index]
+        assert error.value.reason == "row has too many fields"
+        assert source.describe(index) == {"file": str(tmp_path / "images" / "1.jpg")}
+
+
 def test_quotes_mean_nothing_between_tabs(tmp_path):
     captions = [f"caption {i}" for i in range(1001)]
     captions[500] = '"a quote that nobody closes'

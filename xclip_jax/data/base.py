@@ -95,7 +95,7 @@ class LabelledSource(Source):
 
 
 class NotOfferedError(UserError):
-    """A kind of sources that does not open what it was asked for, pairs or labelled items."""
+    """A kind of sources does not open pairs, or labelled items."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ class SourceKind:
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
-        """Whether the source `rest` has a split of this name; asked of kinds with `split_specs` only."""
+        """Whether the source `rest` has a split of this name; called for kinds with `split_specs` only."""
         return False
 
     @classmethod

@@ -89,7 +89,7 @@ def sheet(samples: Sequence[Sample], source: Source, path: str) -> int:
         page.paste(Image.fromarray(picture), (x + 2, y + 2))
         lines = textwrap.wrap(sample.caption, 30)[:_LINES]
         for j, text in enumerate(lines):
-            # The built-in font has Latin letters alone.
+            # The built-in font has Latin letters only.
             pen.text((x + 4, y + _TILE + j * line), text.encode("latin-1", "replace").decode("latin-1"), fill="black")
     page.save(path, format="PNG")
     return len(chosen)

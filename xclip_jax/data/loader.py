@@ -61,7 +61,7 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
     opened = [sources.open_pairs(spec, options) for spec in config.sources]
     if fields is not None and config.batch > (pairs := sum(map(len, opened))):
         raise UserError(
-            f"data.batch={config.batch} exceeds the {pairs} pairs of data.sources: a batch would hold pairs several "
+            f"data.batch={config.batch} exceeds the {pairs} pairs of data.sources: a batch would contain pairs several "
             f"times, as their own negatives. Set data.batch to at most {pairs}, or add pairs."
         )
     return [sources.Decoded(source) for source in opened] if config.cache else opened
@@ -276,9 +276,9 @@ class _Reader:
                 description = {"source": number, "index": index} | source.describe(index)
                 try:
                     reason = records.as_bad_sample(error)
-                except (UserError, MemoryError) as fatal:
-                    fatal.add_note(f"in sample {json.dumps(description, ensure_ascii=False)}")
-                    raise
+                except UserError as fatal:
+                    sample = json.dumps(description, ensure_ascii=False)
+                    raise UserError(f"{str(fatal).rstrip('.')}; in sample {sample}.") from fatal
                 bad.append({"position": position, "reason": reason.reason, "detail": reason.detail} | description)
             index = int(rng.integers(len(source)))
             record = records.read(source, index)
@@ -342,6 +342,8 @@ def _report_bad_samples(
             elif bad:
                 raise UserError(f"sample {bad[0]} cannot be used.")
             yield batch
+    except UserError as error:
+        raise UserError(str(error)) from error  # without the notes on tracebacks that Grain adds
     finally:
         read.close()  # else worker processes live as long as this one
 

@@ -1,7 +1,7 @@
 """Data sources by their specs: the grammar, and the one place to add a kind of them.
 
 A spec is KIND:REST, where KIND is a key of `SOURCES` and REST is up to the kind: a path, a pattern of files, a name. A
-kind of another package is named package.module:Class, with :REST behind it: "my_lab.sources:JsonLines:/data/x.jsonl".
+kind of another package is package.module:Class, and a spec of it "my_lab.sources:JsonLines:/data/x.jsonl".
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ _IMPORTED = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<name>[A
 
 @dataclasses.dataclass(frozen=True)
 class SourceSpec:
-    """A spec, taken apart.
+    """A parsed spec.
 
     Attributes:
       text: the spec as written.
@@ -59,10 +59,10 @@ def is_spec(text: str) -> bool:
 
 
 def parse(text: str) -> SourceSpec:
-    """Take a spec apart; nothing is opened.
+    """Parse a spec; nothing is opened.
 
     Raises:
-      UserError: an unknown kind, or one of `SOURCES` and nothing behind it; a module that cannot be imported.
+      UserError: an unknown kind, or one of `SOURCES` without a rest; a module that cannot be imported.
     """
     prefix, colon, rest = text.partition(":")
     if colon and prefix in SOURCES:
