@@ -25,7 +25,8 @@ from etils import epath
 from xclip_jax import interop
 from xclip_jax.config import schema
 from xclip_jax.configs import common
-from xclip_jax.data import labelled
+from xclip_jax.data import sources
+from xclip_jax.data.base import SourceOptions
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.run_folder import is_run
@@ -49,7 +50,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         classes=0,
         dir="",
     )
-    text = args.data.startswith("glue:")
+    text = sources.parse(args.data).kind.labelled_items == "text"
     config = common.base("classify", args.preset)
     if args.weights:
         _adopt(config, args.weights)
@@ -76,7 +77,7 @@ def _size(args: ml_collections.ConfigDict) -> tuple[int, int]:
         return args.examples, args.classes
     if args.data in _KNOWN:
         return _KNOWN[args.data]
-    source = labelled.open_source(f"{args.data}/{args.train}", args.dir)
+    source = sources.open_labelled(f"{args.data}/{args.train}", SourceOptions(args.dir))
     return len(source), len(source.names or ()) or 1
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 import xclip_jax
 from xclip_jax.configs import pretrain
-from xclip_jax.data.sources import FolderSource
+from xclip_jax.data.folder_source import FolderSource
 from xclip_jax.errors import BadSample, exit_with_message
 from xclip_jax.evaluators.retrieval import positives, ranks
 from xclip_jax.train import trainer

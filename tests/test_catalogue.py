@@ -323,7 +323,7 @@ def test_a_csv_file(tmp_path):
     ("spec", "message"),
     [
         ("folder:{}/none", "does not exist"),
-        ("folder:{}/empty", "holds no images"),
+        ("folder:{}/empty", "contains no images"),
         ("csv:{}/wrong.csv", "columns path and label"),
         ("csv:{}/missing.csv", "1 images .* do not exist"),
         ("birdsnap", "not in TFDS; write birdsnap@PATH"),

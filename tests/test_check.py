@@ -31,7 +31,7 @@ def test_tars(tmp_path, capsys):
     assert lines["same image among those read"] == "0"
     assert lines["same caption among those read"].startswith("5; ")
     assert "data.spread_duplicate_captions=True" in lines["same caption among those read"]
-    assert lines["keys that come more than once"].startswith("5, as '000000015', ")
+    assert lines["keys of several samples"].startswith("5, as '000000015', ")
     assert lines["tokens, 5/50/95 %"] == "11 / 12 / 12, 75.0% of the captions fill all 12"
     assert "images/s to 32 px" in out
     assert lines["bad"] == "0.00%, allowed 5.00%: training would run"
@@ -88,7 +88,7 @@ def test_a_folder_without_its_prefix(tmp_path, capsys):
             "argument --max_bad_fraction: 'nan' is not a number of at least 0 and at most 1; see --help",
         ),
         (("--seed", "x"), "argument --seed: 'x' is not a number of at least 0; see --help"),
-        (("--sheet", "{}"), "--sheet '{}' is a folder; name a PNG file in it."),
+        (("--sheet", "{}"), "--sheet '{}' is a folder; pass a PNG file in it."),
     ],
 )
 def test_values_of_arguments(arguments, message, tmp_path, capsys, monkeypatch):

@@ -188,7 +188,7 @@ def test_damaged_tars_give_all_that_is_whole(tmp_path, root):
     listed = [json.loads(line) for line in (tmp_path / "x.npz.bad.jsonl").read_text().splitlines()]
     assert len(columns["id"]) + len(listed) == len(good) + len(bad) == about["rows"] + about["bad"]
     assert len(columns["id"]) >= len(good) and all(entry["reason"] for entry in listed)
-    captionless = {entry["reason"] for entry in listed} & {"no caption file", "caption is empty", "caption is no text"}
+    captionless = {entry["reason"] for entry in listed} & {"no caption file", "caption is empty", "caption is not text"}
     assert not captionless and len(columns["id"]) > len(good)
 
 

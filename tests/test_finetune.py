@@ -15,7 +15,7 @@ from configs import finetune
 from tests import tiny
 from tests.encoding import by_name
 from xclip_jax import evaluate
-from xclip_jax.data import glue, labelled, loader
+from xclip_jax.data import glue, loader, sources
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, summary
 from xclip_jax.evaluators.classification import ClassifierEvaluator
@@ -39,19 +39,19 @@ def folder_of_classes(path, n=24, seed=0):
 
 def test_a_folder_and_a_table_give_labelled_records(tmp_path):
     path = folder_of_classes(tmp_path / "a", 2)
-    source = labelled.open_source(f"folder:{path}")
+    source = sources.open_labelled(f"folder:{path}")
     assert len(source) == 6 and source.names == ["bright", "dark", "grey"]
     assert source.labels().tolist() == [0, 0, 1, 1, 2, 2]
     assert source[3]["label"] == 1 and isinstance(source[3]["image"], bytes)
-    assert source.where(3)["file"].endswith("dark/1.png")
+    assert source.describe(3)["file"].endswith("dark/1.png")
     with (tmp_path / "t.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["path", "label"], ["a/grey/0.png", "7"], ["a/dark/1.png", "0"]])
-    table = labelled.open_source(f"csv:{tmp_path / 't.csv'}")
+    table = sources.open_labelled(f"csv:{tmp_path / 't.csv'}")
     assert table.labels().tolist() == [1, 0] and table.names == ["0", "7"]
-    with pytest.raises(UserError, match="of no known kind"):
-        labelled.open_source("tar:x")
+    with pytest.raises(UserError, match="has no labelled items; write folder:PATH"):
+        sources.open_labelled("tar:x")
     c = tiny.config("classify", data__sources=(f"folder:{path}",)).data
-    with pytest.raises(UserError, match=r"has 3 classes and objective\.classify\.classes is 4"):
+    with pytest.raises(UserError, match=r"has 3 classes, expected 4"):
         loader.open_sources(loader.DataConfig(**c.to_dict()), 4)
 
 

@@ -48,7 +48,7 @@ def test_targets_equal_timms():
 
 
 def draw_mix(mixup, cutmix, n=400):
-    draw = jax.jit(jax.vmap(lambda key: transforms.draw_mix(key, 2, 20, mixup, cutmix)))
+    draw = jax.jit(jax.vmap(lambda key: transforms.sample_mix(key, 2, 20, mixup, cutmix)))
     return jax.device_get(draw(jax.random.split(jax.random.key(1), n)))
 
 
@@ -199,7 +199,7 @@ def test_mixed_images_and_labels_belong_together():
     s, b = state.create(p.init, p.abstract), batch(p)
     metrics = jax.jit(lambda *args: p.step(*args)[1])(s, loader.to_global(b, p.mesh))
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(s.seed), s.step), 1)
-    drawn = transforms.draw_mix(key, tiny.BATCH, tiny.SIZE, 0.8, 1.0)
+    drawn = transforms.sample_mix(key, tiny.BATCH, tiny.SIZE, 0.8, 1.0)
     pixels = transforms.normalize(jnp.asarray(b["image"]), *transforms.STATISTICS["imagenet"])
     mixed = transforms.mix(pixels, pixels[::-1], drawn)
     logits = np.asarray(jax.jit(lambda x: p.model.apply(s.variables(), x, None))(mixed)["logits"])

@@ -8,8 +8,10 @@ import PIL.Image
 import pytest
 import torchvision
 
-from xclip_jax.data import labelled, loader, sources
+from tests import tiny
+from xclip_jax.data import labelled, loader, sources, tfds_source
 from xclip_jax.errors import BadSample, UserError
+from xclip_jax.train import trainer
 
 
 def picture(path, value=0, size=8):
@@ -71,7 +73,7 @@ def test_a_class_without_images_is_named(tmp_path):
     (root / "texts" / "a.txt").write_text("a")
     with pytest.raises(FileNotFoundError):
         torchvision.datasets.ImageFolder(root)
-    with pytest.raises(UserError, match=r"^set: class folders 'empty one', 'texts' of '.*set' hold no images \(\.jpg"):
+    with pytest.raises(UserError, match=r"^set: class folders 'empty one', 'texts' of '.*' contain no images \(\.jpg"):
         labelled.read_files("set", root)
 
 
@@ -117,7 +119,7 @@ def test_several_labels_and_none(tmp_path):
         ("path,label\n0.png,cat\n,dog\n", r"line 3 of '.*t\.csv' has no path"),
         ("label,path\ncat,0.png\ndog\n", r"line 3 of '.*t\.csv' has no path"),
         ("path,label\n0.png,New York, NY\n", r"line 2 of '.*t\.csv' has 3 cells for 2 columns; put quotes"),
-        ('path,label\n0.png,cat\n1.png,"dog\n2.png,cat\n', r"cannot be read behind line 2: .*quotes must be paired"),
+        ('path,label\n0.png,cat\n1.png,"dog\n2.png,cat\n', r"cannot be read after line 2: .*quotes must be paired"),
         ('path,label\n0.png,"cat\n1.png,cat"\n', r"line 3 of '.*t\.csv' ends a quoted cell of several lines"),
         ("path,label\n0.png\x00,cat\n", r"1 images of '.*t\.csv' do not exist"),
         ("file,label\n0.png,cat\n", r"'.*t\.csv' must have the columns path and label"),
@@ -132,20 +134,20 @@ def test_a_wrong_table_is_one_sentence(tmp_path, text, message):
 
 def test_encodings_of_a_table(tmp_path, monkeypatch):
     text = "path,label\n0.png,café\n1.png,zoo\n2.png,zoo\n"
-    marked = labelled.open_source(f"csv:{table(tmp_path / 'bom.csv', text, 'utf-8-sig')}")
+    marked = sources.open_labelled(f"csv:{table(tmp_path / 'bom.csv', text, 'utf-8-sig')}")
     assert marked.names == ["café", "zoo"] and marked.labels().tolist() == [0, 1, 1]
     with pytest.raises(UserError, match=r"'.*latin\.csv' is not UTF-8 \(byte 0xe9: .*iconv"):
-        labelled.open_source(f"csv:{table(tmp_path / 'latin.csv', text, 'latin-1')}")
+        sources.open_labelled(f"csv:{table(tmp_path / 'latin.csv', text, 'latin-1')}")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert labelled.open_source("csv:~/bom.csv").names == marked.names
+    assert sources.open_labelled("csv:~/bom.csv").names == marked.names
     tree(tmp_path / "set")
-    assert len(labelled.open_source("folder:~/set")) == 13
+    assert len(sources.open_labelled("folder:~/set")) == 13
     table(tmp_path / "home.csv", "path,label\n~/0.png,a\n")
-    assert len(labelled.open_source("csv:~/home.csv")) == 1
+    assert len(sources.open_labelled("csv:~/home.csv")) == 1
 
 
 def test_a_pipe_is_a_bad_sample(tmp_path):
-    source = labelled.open_source(f"folder:{tree(tmp_path / 'set')}")
+    source = sources.open_labelled(f"folder:{tree(tmp_path / 'set')}")
     source.items.paths[3].unlink()
     os.mkfifo(source.items.paths[3])
     with pytest.raises(BadSample, match="not a regular file"):
@@ -154,16 +156,16 @@ def test_a_pipe_is_a_bad_sample(tmp_path):
 
 def test_a_card_says_what_was_read(tmp_path):
     root = tree(tmp_path / "set")
-    card = labelled.open_source(f"folder:{root}").card()
+    card = sources.open_labelled(f"folder:{root}").fingerprint()
     assert card["samples"] == 13 and card["classes"][-2:] == ["ant", "new york"]
-    assert card == json.loads(json.dumps(labelled.open_source(f"folder:{root}").card()))
+    assert card == json.loads(json.dumps(sources.open_labelled(f"folder:{root}").fingerprint()))
     root.rename(tmp_path / "moved")
-    assert labelled.open_source(f"folder:{tmp_path / 'moved'}").card() == card
+    assert sources.open_labelled(f"folder:{tmp_path / 'moved'}").fingerprint() == card
     root = tmp_path / "moved"
     digests = {card["hash"]}
 
     def changed():
-        digests.add(labelled.open_source(f"folder:{root}").card()["hash"])
+        digests.add(sources.open_labelled(f"folder:{root}").fingerprint()["hash"])
         return len(digests)
 
     picture(root / "0" / "b.png", size=99)
@@ -174,10 +176,10 @@ def test_a_card_says_what_was_read(tmp_path):
     picture(root / "0" / "c.png", size=99)
     assert changed() == 4  # a file more
     text = "path,label\n0.png,a\n1.png,b\n2.png,b\n"
-    source = labelled.open_source(f"csv:{table(tmp_path / 't.csv', text)}")
-    assert source.card()["classes"] == ["a", "b"]
-    other = labelled.open_source(f"csv:{table(tmp_path / 't.csv', text.replace('1.png,b', '1.png,a'))}")
-    assert other.card()["hash"] != source.card()["hash"]  # a label
+    source = sources.open_labelled(f"csv:{table(tmp_path / 't.csv', text)}")
+    assert source.fingerprint()["classes"] == ["a", "b"]
+    other = sources.open_labelled(f"csv:{table(tmp_path / 't.csv', text.replace('1.png,b', '1.png,a'))}")
+    assert other.fingerprint()["hash"] != source.fingerprint()["hash"]  # a label
 
 
 def glue_folder(path, task):
@@ -190,9 +192,9 @@ def glue_folder(path, task):
 
 
 def test_cards_of_texts(tmp_path):
-    cola = labelled.open_source(f"glue:cola@{glue_folder(tmp_path / 'c', 'cola')}/train").card()
+    cola = sources.open_labelled(f"glue:cola@{glue_folder(tmp_path / 'c', 'cola')}/train").fingerprint()
     assert cola["samples"] == 2 and cola["classes"] == ["0", "1"]
-    stsb = labelled.open_source(f"glue:stsb@{glue_folder(tmp_path / 's', 'stsb')}/train").card()
+    stsb = sources.open_labelled(f"glue:stsb@{glue_folder(tmp_path / 's', 'stsb')}/train").fingerprint()
     assert stsb["samples"] == 2 and "classes" not in stsb and stsb["hash"] != cola["hash"]
 
 
@@ -215,12 +217,12 @@ def test_a_card_of_tfds(monkeypatch):
     records = Data([{"image": b"", "label": 0}, {"image": b"", "label": 1}])
     versions = iter(["1.0.0", "1.0.0", "1.0.0", "2.0.0"])
     monkeypatch.setattr(
-        labelled,
+        tfds_source,
         "open_tfds",
         lambda *_: (records, Info({"image": None, "label": Label(["a", "b"])}, next(versions))),
     )
     first, same, split, version = (
-        labelled.open_source(f"tfds:set/{split}").card() for split in ("train", "train", "test", "train")
+        sources.open_labelled(f"tfds:set/{split}").fingerprint() for split in ("train", "train", "test", "train")
     )
     assert first == same and first["samples"] == 2 and first["classes"] == ["a", "b"]
     assert len({card["hash"] for card in (first, split, version)}) == 3
@@ -243,7 +245,7 @@ def test_mixed_sources_have_the_same_classes(tmp_path):
     message = r"sources '.*/a' and '.*/b' have different classes: 'dog' of the first is 'fox' in the other"
     with pytest.raises(UserError, match=message):
         loader.open_sources(config(a, b), 2)
-    with pytest.raises(UserError, match=r"has 2 classes and objective\.classify\.classes is 3"):
+    with pytest.raises(UserError, match=r"has 2 classes, expected 3$"):
         loader.open_sources(config(a, same), 3)
 
 
@@ -252,14 +254,27 @@ def test_the_tower_reads_what_the_source_has(tmp_path):
     texts = f"glue:cola@{glue_folder(tmp_path / 'c', 'cola')}/train"
     assert loader.open_sources(config(images), 2, ("image", "label"))
     assert loader.open_sources(config(texts), 2, ("text", "label"))
-    with pytest.raises(UserError, match=r"source 'folder:.*a' has images .*objective\.classify\.tower .*'img'"):
+    with pytest.raises(UserError, match=r"source 'folder:.*a' has images and the model learns from texts$"):
         loader.open_sources(config(images), 2, ("text", "label"))
-    with pytest.raises(UserError, match=r"source 'glue:cola.*' has texts .*objective\.classify\.tower .*'txt'"):
+    with pytest.raises(UserError, match=r"source 'glue:cola.*' has texts and the model learns from images$"):
         loader.open_sources(config(texts), 2, ("image", "label"))
 
 
-def test_decoded_images_keep_their_card(tmp_path):
+def test_a_run_names_the_key_of_the_objective(tmp_path):
+    (images,) = folders(tmp_path, a=("cat", "dog"))
+    texts = f"glue:cola@{glue_folder(tmp_path / 'c', 'cola')}/train"
+    for spec, classes, message in (
+        (images, 3, r"has 2 classes, expected 3; make objective\.classify\.classes equal to it \(1 for labels"),
+        (texts, 2, r"has texts and the model learns from images; set objective\.classify\.tower to 'txt', or use"),
+    ):
+        c = tiny.config("classify", run=tmp_path / "run", data__sources=(spec,), objective__classify__classes=classes)
+        with pytest.raises(UserError, match=message):
+            trainer.run(c)
+
+
+def test_decoded_images_keep_their_fingerprint(tmp_path):
     (spec,) = folders(tmp_path, a=("cat", "dog"))
     (source,) = loader.open_sources(config(spec, cache=True), 2)
     assert isinstance(source, sources.Decoded)
-    assert sources.card(source) == labelled.open_source(spec).card() == sources.card(pickle.loads(pickle.dumps(source)))
+    again = pickle.loads(pickle.dumps(source))
+    assert source.fingerprint() == sources.open_labelled(spec).fingerprint() == again.fingerprint()

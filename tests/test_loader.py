@@ -2,9 +2,6 @@ import dataclasses
 import glob
 import itertools
 import json
-import os
-import pickle
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,13 +10,15 @@ from absl import flags
 from etils import epath
 
 from tests import tiny
-from xclip_jax.data import ledger, loader, shared_memory, sources, tokenizer, transforms
-from xclip_jax.errors import BadSample, UserError
+from xclip_jax.data import base, ledger, loader, sources, tokenizer, transforms
+from xclip_jax.data.folder_source import FolderSource
+from xclip_jax.data.tfds_source import lookup
+from xclip_jax.errors import BadSample, UserError, describe
 from xclip_jax.parallel.mesh import make_mesh
 from xclip_jax.train import trainer
 
 
-class Numbers:
+class Numbers(base.Source):
     """Record i of source `name` is a grey image of value i, with the caption "<name> <i>"."""
 
     def __init__(self, name, n):
@@ -27,6 +26,9 @@ class Numbers:
 
     def __len__(self):
         return self.n
+
+    def fingerprint(self):
+        return {"samples": self.n, "hash": self.name}
 
     def __getitem__(self, i):
         image = np.full((8, 8, 3), i % 256, np.uint8)
@@ -37,9 +39,9 @@ def config(**changes):
     return loader.DataConfig(**{"sources": ("x",), "batch": 8, "tokenizer": "bytes"} | changes)
 
 
-def read(found, c, start=0, stop=5, **hosts):
-    transform = loader.Transform(c, 8, tokenizer.load("bytes"), 16)
-    order = loader.sample_order(found, c, seed=3)
+def read(sources, c, start=0, stop=5, tokens=None, **hosts):
+    transform = loader.Transform(c, 8, tokens or tokenizer.load("bytes"), 16)
+    order = loader.sample_order(sources, c, seed=3)
     return list(loader.batches(order, transform, batch=c.batch, start=start, stop=stop, seed=3, **hosts))
 
 
@@ -122,6 +124,33 @@ def test_any_exception_of_a_sample_makes_it_a_bad_one(tmp_path, apart):
         read([Hostile("a", 16)], c, stop=2)
 
 
+def picky(name, error):
+    """A tokenizer that raises on the text "a 5"."""
+
+    def encode(text):
+        if text == "a 5":
+            raise error
+        return [7] * len(text)
+
+    return tokenizer.Tokenizer(name, encode, vocab_size=10, sot_id=1, eot_id=2, pad_id=0)
+
+
+def test_a_text_that_the_tokenizer_cannot_encode_is_a_bad_sample(tmp_path):
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
+    batches = read([Numbers("a", 16)], config(), stop=2, ledger=book, tokens=picky("x", OverflowError("too long")))
+    book.sync(16)
+    (entry,) = map(json.loads, book.path.read_text().splitlines())
+    assert (entry["index"], entry["reason"], entry["detail"]) == (5, "OverflowError", "too long")
+    assert sum(len(batch["text"]) for batch in batches) == 16 and (batches[0]["text"][:, 0] == 1).all()
+
+
+def test_a_tokenizer_that_lacks_something_ends_the_run_with_the_sample(tmp_path):
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
+    with pytest.raises(UserError) as error:
+        read([Numbers("a", 16)], config(), stop=2, ledger=book, tokens=picky("x", UserError("no unknown token")))
+    assert describe(error.value) == 'no unknown token; in sample {"source": 0, "index": 5}.'
+
+
 @pytest.mark.parametrize("error", [UserError("no bucket"), MemoryError("all of it"), KeyboardInterrupt("stop")])
 @pytest.mark.parametrize("where", ["record", "image"])
 def test_what_concerns_the_whole_run_ends_it(tmp_path, monkeypatch, error, where):
@@ -155,7 +184,7 @@ def test_labelled_items_may_be_fewer_than_a_batch(tmp_path):
 
 
 def test_labels_cannot_be_kept_apart():
-    with pytest.raises(UserError, match=r"data\.apart compares captions"):
+    with pytest.raises(UserError, match=r"data\.spread_duplicate_captions compares captions"):
         loader.open_sources(config(spread_duplicate_captions=True), classes=3)
 
 
@@ -190,38 +219,6 @@ def test_workers_read_the_same():
         np.testing.assert_array_equal(a["image"], b["image"])
         np.testing.assert_array_equal(a["text"], b["text"])
     assert not glob.glob("/dev/shm/xclip_jax-*")
-
-
-def test_slots_are_used_again_when_nothing_refers_to_them():
-    here = shared_memory.Slots({"image": ((4, 3), np.uint8), "text": ((5,), np.int32)}, workers=2, depth=2)
-    there = pickle.loads(pickle.dumps(here))  # as in a worker
-    (first, a), (second, b) = there.take(1), there.take(1)
-    assert {first, second} == {0, 1}
-    assert there.take(1) is None
-    assert there.take(0) is not None  # the other worker's
-    a["image"][:], a["text"][:], b["image"][:] = 7, 70_000, 8
-    found = here.open(1, first)
-    np.testing.assert_array_equal(found["text"], 70_000)
-    part = found["image"][1:3].T[0]  # a view of a view
-    del found
-    assert there.take(1) is None
-    np.testing.assert_array_equal(part, 7)
-    del part
-    assert there.take(1)[0] == first
-    held = here.open(1, second)["image"]
-    paths = here._paths
-    del here
-    np.testing.assert_array_equal(held, 8)
-    del held
-    assert not any(map(os.path.exists, paths))
-
-
-def test_too_little_memory_for_workers_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(
-        shared_memory.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 26)
-    )  # as in a container
-    with pytest.raises(UserError, match=r"8 workers need [\d,]+ MB in .*, which has 67 MB: make it larger"):
-        shared_memory.Slots({"image": ((512, 224, 224, 3), np.uint8)}, workers=8, depth=6)
 
 
 def test_seed_and_sample_decide():
@@ -281,7 +278,7 @@ def test_to_global_splits_the_rows():
 
 
 def test_folder(tmp_path):
-    source = sources.FolderSource(tiny.folder(tmp_path / "pairs", n=6))
+    source = FolderSource(tiny.folder(tmp_path / "pairs", n=6))
     assert len(source) == 6
     assert source[3]["text"] == ["picture 3", "number 3"]
     assert transforms.decode(source[3]["image"]).shape == (23, 24, 3)
@@ -291,25 +288,25 @@ def test_folder(tmp_path):
     (tmp_path / "pairs" / "001.txt").unlink()
     with pytest.raises(BadSample, match="no caption file"):
         source[1]
-    assert len(sources.FolderSource(tmp_path / "pairs")) == 6  # not passed over, but for the ledger
-    assert sources.where(source, 1) == {"file": str(tmp_path / "pairs" / "001.png")}
+    assert len(FolderSource(tmp_path / "pairs")) == 6  # not passed over, but for the ledger
+    assert source.describe(1) == {"file": str(tmp_path / "pairs" / "001.png")}
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"holds 0 images"):
-        sources.FolderSource(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"contains 0 images"):
+        FolderSource(tmp_path / "empty")
 
 
 def test_lookup_of_nested_features():
     record = {"captions": [{"text": b"one"}, {"text": b"two"}], "name": "x", "list": np.array(["a", "b"])}
-    assert sources.lookup(record, "captions/text") == ["one", "two"]
-    assert sources.lookup(record, "name") == ["x"]
-    assert sources.lookup(record, "list") == ["a", "b"]
+    assert lookup(record, "captions/text") == ["one", "two"]
+    assert lookup(record, "name") == ["x"]
+    assert lookup(record, "list") == ["a", "b"]
 
 
 def test_unprepared_tfds_set_names_the_command(tmp_path):
     with pytest.raises(UserError, match=r"tfds build cifar10 --file_format=array_record"):
-        sources.open_source("tfds:cifar10/train", data_dir=str(tmp_path), image_key="image", text_keys=(), tags_key="")
-    with pytest.raises(UserError, match="names no split"):
-        sources.open_source("tfds:cifar10", data_dir=str(tmp_path), image_key="image", text_keys=(), tags_key="")
+        sources.open_pairs("tfds:cifar10/train", base.SourceOptions(str(tmp_path)))
+    with pytest.raises(UserError, match="does not name a split"):
+        sources.open_pairs("tfds:cifar10")
 
 
 def test_decoded_images_are_kept():
@@ -342,14 +339,14 @@ def test_device_transforms():
     mean, std = transforms.STATISTICS["imagenet"]
     np.testing.assert_allclose(transforms.normalize(images, mean, std), (images / 255 - mean) / std, atol=1e-5)
     key = jax.random.key(0)
-    flipped = transforms.augment(images, transforms.draw(key, len(images), flip=1.0))
+    flipped = transforms.augment(images, transforms.sample_augmentations(key, len(images), flip=1.0))
     np.testing.assert_array_equal(flipped, images[:, :, ::-1])
-    np.testing.assert_array_equal(transforms.augment(images, transforms.draw(key, len(images))), images)
-    colored = np.asarray(transforms.augment(images, transforms.draw(key, len(images), color=0.3)))
+    np.testing.assert_array_equal(transforms.augment(images, transforms.sample_augmentations(key, len(images))), images)
+    colored = np.asarray(transforms.augment(images, transforms.sample_augmentations(key, len(images), color=0.3)))
     assert colored.min() >= 0
     assert colored.max() <= 255
     assert np.abs(colored - images).max() > 10
-    drawn = np.asarray(transforms.draw(key, len(images), color=0.3)["color"])
+    drawn = np.asarray(transforms.sample_augmentations(key, len(images), color=0.3)["color"])
     assert 0.7 <= drawn.min() < 0.8 < 1.2 < drawn.max() <= 1.3
     brightness, contrast, saturation = drawn.T[..., None, None, None]
     bright = images * brightness
@@ -357,7 +354,7 @@ def test_device_transforms():
     luma = (contrasted * (0.299, 0.587, 0.114)).sum(axis=-1, keepdims=True)
     np.testing.assert_allclose(colored, np.clip(luma + saturation * (contrasted - luma), 0, 255), atol=1e-2)
     gray = np.full((6, 5, 4, 3), 100, np.uint8)
-    gray_colored = np.asarray(transforms.augment(gray, transforms.draw(key, len(gray), color=0.3)))
+    gray_colored = np.asarray(transforms.augment(gray, transforms.sample_augmentations(key, len(gray), color=0.3)))
     np.testing.assert_allclose(np.ptp(gray_colored, axis=(1, 2, 3)), 0, atol=1e-3)
 
 

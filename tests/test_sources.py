@@ -8,12 +8,14 @@ import pytest
 import tensorflow_datasets as tfds
 
 from tests import tiny, torture
-from xclip_jax.data import glue, prefetch, sources, tar_index
+from xclip_jax.data import base, glue, prefetch, sources
+from xclip_jax.data.folder_source import FolderSource
+from xclip_jax.data.tfds_source import open_tfds
 from xclip_jax.errors import BadSample, UserError
 
 
 def open_source(spec, data_dir=""):
-    return sources.open_source(spec, data_dir=data_dir, image_key="image", text_keys=("text",), tags_key="")
+    return sources.open_pairs(spec, base.SourceOptions(data_dir))
 
 
 def names(source):
@@ -23,12 +25,12 @@ def names(source):
 def test_hidden_folders_and_files_are_no_pairs(tmp_path):
     tiny.folder(tmp_path / ".data" / "pairs", n=3)  # above the root a dot means nothing
     root = tmp_path / ".data" / "pairs"
-    before = names(sources.FolderSource(root))
+    before = names(FolderSource(root))
     for place in (".ipynb_checkpoints/a-checkpoint.jpg", "sub/.thumbs/b.jpg", "._c.jpg", "sub/d/e.JPG", "sub-1/f.png"):
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         (root / place).write_bytes(torture.jpeg(0))
     (root / "folder.jpg").mkdir()
-    after = names(sources.FolderSource(root))
+    after = names(FolderSource(root))
     assert sorted(after) == sorted([*before, "sub/d/e.JPG", "sub-1/f.png"])
     assert after.index("sub/d/e.JPG") < after.index("sub-1/f.png")  # by folders, not by letters
 
@@ -44,11 +46,11 @@ def test_what_a_folder_cannot_read_is_a_bad_sample(tmp_path, monkeypatch):
     (tmp_path / "no_text.txt").unlink()
     (tmp_path / "link.jpg").unlink()
     (tmp_path / "link.jpg").symlink_to(tmp_path / "nowhere")
-    monkeypatch.setitem(tar_index.MAX_BYTES, "image", 10_000)
-    monkeypatch.setitem(tar_index.MAX_BYTES, "text", 1000)
+    monkeypatch.setitem(base.MAX_BYTES, "image", 10_000)
+    monkeypatch.setitem(base.MAX_BYTES, "text", 1000)
     (tmp_path / "large.jpg").write_bytes(bytes(10_001))
     (tmp_path / "large_text.txt").write_bytes(b"x" * 1001)
-    source, reasons = sources.FolderSource(tmp_path), {}
+    source, reasons = FolderSource(tmp_path), {}
     for i, path in enumerate(source.images):
         try:
             source[i]
@@ -67,13 +69,13 @@ def test_what_a_folder_cannot_read_is_a_bad_sample(tmp_path, monkeypatch):
 def test_card_of_a_folder(tmp_path):
     """It is that of a copy in another place; another name, size or number of files changes it."""
     root = tiny.folder(tmp_path / "a", n=4)
-    card = sources.Decoded(sources.FolderSource(root)).card()
+    card = sources.Decoded(FolderSource(root)).fingerprint()
     assert card["samples"] == 4 and len(card["hash"]) == 32
     shutil.copytree(root, tmp_path / "b")
     [image, *_] = sorted((tmp_path / "b").glob("*.*g"))
     os.utime(image, (1, 1))
-    copy = sources.FolderSource(tmp_path / "b")
-    assert copy.card() == card
+    copy = FolderSource(tmp_path / "b")
+    assert copy.fingerprint() == card
     text = image.with_suffix(".txt")
     hashes = {card["hash"]}
     for change in (
@@ -83,7 +85,7 @@ def test_card_of_a_folder(tmp_path):
         lambda: text.rename(text.with_stem("new")),
     ):
         change()
-        hashes.add(sources.FolderSource(tmp_path / "b").card()["hash"])
+        hashes.add(FolderSource(tmp_path / "b").fingerprint()["hash"])
     assert len(hashes) == 5
 
 
@@ -92,12 +94,12 @@ def test_card_of_a_folder_takes_names_that_are_not_utf8(tmp_path):
     with open(path, "wb") as file:
         file.write(torture.jpeg(0))
     (tmp_path / "\udcff.txt").write_text("x")
-    assert sources.FolderSource(tmp_path).card()["samples"] == 1
+    assert FolderSource(tmp_path).fingerprint()["samples"] == 1
 
 
 def test_card_of_the_demo():
     splits = ("train", "train", "train[:10]", "test_line")
-    cards = [sources.card(open_source(f"demo:{split}")) for split in splits]
+    cards = [open_source(f"demo:{split}").fingerprint() for split in splits]
     assert cards[0] == cards[1] and cards[0]["name"].startswith("emoji_pairs/")
     assert [card["samples"] for card in cards[1:]] == [4309, 10, 1474]
     assert len({card["hash"] for card in cards}) == 3
@@ -134,14 +136,15 @@ def test_tfds(tmp_path):
     folder = prepare(tmp_path / "a", 3)
     source = open_source("tfds:numbers/train", folder)
     assert source[1]["text"] == ["number 1"]
-    card = source.card()
+    card = source.fingerprint()
     assert (card["samples"], card["name"], card["split"]) == (3, "numbers/1.2.0", "train")
     shutil.copytree(folder, tmp_path / "b")
-    assert open_source("tfds:numbers/train", str(tmp_path / "b")).card() == card
+    assert open_source("tfds:numbers/train", str(tmp_path / "b")).fingerprint() == card
     part = open_source("tfds:numbers/train[:2]", folder)
-    assert len(part) == 2 and part.card()["hash"] != card["hash"]
+    assert len(part) == 2 and part.fingerprint()["hash"] != card["hash"]
     other = open_source("tfds:numbers/train[:3]", prepare(tmp_path / "c", 4))
-    assert len(other) == 3 and other.card()["hash"] != open_source("tfds:numbers/train[:3]", folder).card()["hash"]
+    fewer = open_source("tfds:numbers/train[:3]", folder)
+    assert len(other) == 3 and other.fingerprint()["hash"] != fewer.fingerprint()["hash"]
     with pytest.raises(UserError, match=r"^TFDS data set 'numbers', split 'tests', cannot be read from .*/a \(.*tests"):
         open_source("tfds:numbers/tests", folder)
 
@@ -165,9 +168,11 @@ def test_tfds_without_random_access(monkeypatch):
             raise NotImplementedError("Random access data source for file format FileFormat.TFRECORD is not supported.")
 
     monkeypatch.setattr(tfds, "builder", lambda *_, **__: Builder())
-    message = r"^TFDS data set 'x' in the default data_dir is prepared as tfrecord, which gives no random access; .*"
+    message = (
+        r"^TFDS data set 'x' in the default data_dir is prepared as tfrecord, which does not allow random access; .*"
+    )
     with pytest.raises(UserError, match=message + r"--file_format=array_record`\.$"):
-        sources.open_tfds("x", "train", None)
+        open_tfds("x", "train", None)
 
 
 def test_a_path_without_its_prefix(tmp_path):
@@ -176,7 +181,9 @@ def test_a_path_without_its_prefix(tmp_path):
         path.mkdir() if meant == "folder" else path.touch()
         with pytest.raises(UserError, match=rf"^unknown source '{path}'; .*did you mean '{meant}:{path}'\?$"):
             open_source(str(path))
-    with pytest.raises(UserError, match=r"^unknown source 'what:x'; write tar:PATTERN, .* or demo:SPLIT\.$"):
+    with pytest.raises(
+        UserError, match=r"^unknown source 'what:x'; write tar:PATTERN, .* or package.module:Class:REST\.$"
+    ):
         open_source("what:x")
 
 
@@ -199,4 +206,4 @@ def test_incomplete_rows_of_glue_are_counted_and_many_refused(tmp_path, capsys):
 
 def test_threads_below_zero():
     with pytest.raises(UserError, match="threads is -1; it must be 0, for one a core, or more"):
-        prefetch.Ahead(str, 3, threads=-1)
+        prefetch.ThreadPrefetcher(str, 3, threads=-1)

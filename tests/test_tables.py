@@ -10,12 +10,13 @@ from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
 from tests import torture
-from xclip_jax.data import sources, tables, tar_index
+from xclip_jax.data import base, sources, tables
+from xclip_jax.data.array_record import ArrayRecordSource
 from xclip_jax.errors import BadSample, UserError
 
 
 def open_source(spec, image="image", text=("text",), tags=""):
-    return sources.open_source(spec, data_dir="", image_key=image, text_keys=text, tags_key=tags)
+    return sources.open_pairs(spec, base.SourceOptions("", image, text, tags))
 
 
 @pytest.fixture
@@ -58,12 +59,28 @@ def test_csv(tmp_path, images, tab, first):
     for i, reason in ((2, "caption is empty"), (3, "file cannot be read"), (4, "no image in the row")):
         with pytest.raises(BadSample, match=reason):
             source[i]
-    assert source.where(3) == {"file": str(tmp_path / "images" / "9.jpg")}
+    assert source.describe(3) == {"file": str(tmp_path / "images" / "9.jpg")}
     with pytest.raises(UserError, match=r"has no column 'image' but 'title', 'filepath', 'words'; set data\.image_key"):
         open_source(f"csv:{tmp_path}/pairs.csv")
     (tmp_path / "empty.csv").write_text("image,text\n")
     with pytest.raises(UserError, match="has no row"):
         open_source(f"csv:{tmp_path}/empty.csv")
+
+
+@pytest.mark.parametrize("tab", [",", "\t"])
+def test_a_row_with_more_fields_than_columns_is_a_bad_sample(tmp_path, images, tab):
+    rows = [("image", "text"), *((f"images/{i}.jpg", "a fox") for i in range(3))]
+    rows[2] = ("images/1.jpg", "a fox", " red and small")
+    rows[3] = ("images/2.jpg", "a fox", "", " ")  # nothing is lost
+    write(tmp_path / "x.csv", rows, tab)
+    write(tmp_path / "y.csv", rows, tab)
+    source = open_source(f"csv:{tmp_path}/*.csv")
+    assert len(source) == 6 and [source[i]["text"] for i in (0, 2, 3, 5)] == [["a fox"]] * 4
+    for index, name in ((1, "x.csv"), (4, "y.csv")):
+        with pytest.raises(BadSample, match=rf"{name}', line 3: 3 fields; put .* in quotes") as error:
+            source[index]
+        assert error.value.reason == "row has too many fields"
+        assert source.describe(index) == {"file": str(tmp_path / "images" / "1.jpg")}
 
 
 def test_quotes_mean_nothing_between_tabs(tmp_path):
@@ -72,15 +89,15 @@ def test_quotes_mean_nothing_between_tabs(tmp_path):
     captions[700] = '"quoted" and not'
     write(tmp_path / "x.tsv", [("image", "text"), *((f"{i}.jpg", text) for i, text in enumerate(captions))], "\t")
     rows = list(tables.read_rows(f"{tmp_path}/x.tsv"))
-    assert [row[1] for row in rows] == ["text", *captions]
+    assert [row[1] for _, row in rows] == ["text", *captions]
     assert len(open_source(f"csv:{tmp_path}/x.tsv")) == 1001
 
 
 @pytest.mark.parametrize(
     ("caption", "later", "line", "swallowed"),
     [
-        ('"never closed', "plain", 11, "all rows behind it"),
-        ('"five inch', 'the "best" one', 11, "rows behind it"),
+        ('"never closed', "plain", 11, "all rows after it"),
+        ('"five inch', 'the "best" one', 11, "rows after it"),
         ('"five inch', '19"', 11, "more than 20 lines"),
     ],
 )
@@ -97,7 +114,7 @@ def test_a_quote_without_a_partner_between_commas(tmp_path, caption, later, line
     with pytest.raises(UserError, match=rf"x\.csv', line {line}: a quote opens a field that swallows {swallowed}"):
         open_source(f"csv:{tmp_path}/x.csv")
     write(tmp_path / "x.csv", [("image", "text"), *((f"{i}.jpg", "x") for i in range(9)), ("9.jpg", '"x')])
-    with pytest.raises(UserError, match="line 11: a quote opens a field that swallows all rows behind it"):
+    with pytest.raises(UserError, match="line 11: a quote opens a field that swallows all rows after it"):
         open_source(f"csv:{tmp_path}/x.csv")
 
 
@@ -108,19 +125,19 @@ def test_rows_agree_with_the_csv_module_where_quotes_are_in_pairs(tmp_path):
     with (tmp_path / "x.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
     with pytest.warns(UserWarning, match="rows of several lines"):
-        assert list(tables.read_rows(f"{tmp_path}/x.csv")) == rows
+        assert [row for _, row in tables.read_rows(f"{tmp_path}/x.csv")] == rows
 
 
 def test_text_that_is_not_utf8(tmp_path):
     (tmp_path / "x.csv").write_bytes("path,label\na,caf\xe9\n".encode("latin-1"))
-    assert list(tables.read_rows(f"{tmp_path}/x.csv"))[1] == ["a", "caf\ufffd"]
+    assert list(tables.read_rows(f"{tmp_path}/x.csv"))[1] == (2, ["a", "caf\ufffd"])
     with pytest.raises(UserError, match=r"x\.csv' is not UTF-8 .*; save it in that encoding"):
         list(tables.read_rows(f"{tmp_path}/x.csv", errors="strict"))
 
 
 def test_rows_whose_image_cannot_be_read_are_bad_samples(tmp_path, images, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
-    monkeypatch.setitem(tar_index.MAX_BYTES, "image", 2000)
+    monkeypatch.setitem(base.MAX_BYTES, "image", 2000)
     (tmp_path / "large.jpg").write_bytes(bytes(2001))
     names = ["images/0.jpg", "nul\0.jpg", "foo://x/y.jpg", "pipe", "images", "large.jpg", "x" * 5000]
     write(tmp_path / "x.csv", [("image", "text"), *((name, "caption") for name in names)])
@@ -140,7 +157,7 @@ def test_rows_whose_image_cannot_be_read_are_bad_samples(tmp_path, images, monke
         with pytest.raises(BadSample, match=detail) as error:
             source[i]
         assert error.value.reason == reason
-        assert source.where(i)["file"]
+        assert source.describe(i)["file"]
 
 
 def test_card_of_tables_changes_with_their_content_alone(tmp_path, images):
@@ -148,16 +165,16 @@ def test_card_of_tables_changes_with_their_content_alone(tmp_path, images):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         write(tmp_path / folder / "x.csv", rows)
-    cards = [open_source(f"csv:{tmp_path}/{folder}/x.csv").card() for folder in "ab"]
+    cards = [open_source(f"csv:{tmp_path}/{folder}/x.csv").fingerprint() for folder in "ab"]
     assert cards[0] == cards[1]
     assert cards[0]["samples"] == 2 and cards[0]["files"][0]["name"] == "x.csv"
     write(tmp_path / "b" / "x.csv", [rows[0], rows[2], rows[1]])
-    changed = open_source(f"csv:{tmp_path}/b/x.csv").card()
+    changed = open_source(f"csv:{tmp_path}/b/x.csv").fingerprint()
     assert changed["hash"] != cards[0]["hash"] and changed["files"] == cards[0]["files"]
     hashes = set()
     for captions in (["one", "two"], ["two", "one"]):
         pyarrow.parquet.write_table(pyarrow.table({"image": ["a", "b"], "text": captions}), tmp_path / "x.parquet")
-        hashes.add(open_source(f"parquet:{tmp_path}/x.parquet").card()["hash"])
+        hashes.add(open_source(f"parquet:{tmp_path}/x.parquet").fingerprint()["hash"])
     assert len(hashes) == 2 and "" not in hashes
 
 
@@ -195,7 +212,7 @@ def test_damaged_parquet_is_a_sentence(tmp_path):
         try:
             source = open_source(f"parquet:{tmp_path}/x.parquet")
             for i in range(len(source)):
-                source.where(i)
+                source.describe(i)
                 with pytest.raises(BadSample):
                     source[i]
         except UserError as error:
@@ -238,8 +255,8 @@ def test_array_record(tmp_path, images):
     for i, reason in ((1, "caption is empty"), (2, "no image in the record"), (3, "record cannot be read")):
         with pytest.raises(BadSample, match=reason):
             source[i]
-    card = sources.card(source)
+    card = source.fingerprint()
     assert card["samples"] == 4 and len(card["hash"]) == 32
     (tmp_path / "b.array_record").write_bytes(b"rubbish" * 100)
     with pytest.raises(UserError, match="cannot be read as ArrayRecord"):
-        tables.ArrayRecordSource(f"{tmp_path}/b.array_record", "image", ("text",))
+        ArrayRecordSource(f"{tmp_path}/b.array_record", "image", ("text",))

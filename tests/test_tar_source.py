@@ -16,7 +16,7 @@ from etils import epath
 
 from tests import torture
 from xclip_jax import storage
-from xclip_jax.data import ledger, loader, sources, tar_index, tar_source, tokenizer, transforms
+from xclip_jax.data import base, ledger, loader, sources, tar_headers, tar_index, tar_source, tokenizer, transforms
 from xclip_jax.errors import BadSample, UserError
 
 
@@ -70,10 +70,10 @@ def test_every_case_is_read_or_has_its_reason(tortured):
             pixels = transforms.decode(record["image"])
             assert pixels.dtype == np.uint8
             assert pixels.shape[2] == 3
-            found[name(source.where(i)), record["text"][0]] += 1
+            found[name(source.describe(i)), record["text"][0]] += 1
         except BadSample as error:
-            assert name(source.where(i)) not in faults
-            faults[name(source.where(i))] = error.reason
+            assert name(source.describe(i)) not in faults
+            faults[name(source.describe(i))] = error.reason
     assert faults == bad
     assert found == collections.Counter((place[:2], caption) for place, caption in good.items())
 
@@ -98,7 +98,7 @@ def test_an_epoch_delivers_each_good_one_once_and_writes_down_each_bad_one(tortu
         delivered = collections.Counter(
             caption
             for (_, index), caption in zip(places, texts([batch]), strict=True)
-            if name(source.where(index)) not in bad
+            if name(source.describe(index)) not in bad
         )
         assert delivered == collections.Counter(caption.strip()[:298] for caption in good.values())
     assert book.counters["samples"] == 2 * n
@@ -176,16 +176,15 @@ def test_without_a_ledger_a_bad_sample_is_an_error(tortured):
 
 
 def test_captions_from_json(plain):
-    options = {"data_dir": "", "image_key": "image"}
-    keys = ("text", "caption", "alts")
-    source = sources.open_source(f"tar:{plain}", text_keys=keys, tags_key="nested/tag", **options)
+    spec, keys = f"tar:{plain}", ("text", "caption", "alts")
+    source = sources.open_pairs(spec, base.SourceOptions(text_keys=keys, tags_key="nested/tag"))
     assert source[15]["text"] == ["picture 15", "json 15", "alt 15"]
     assert source[15]["tags"] == ["a", "b"]
     assert source[15]["id"].endswith("1.tar#000000015")
-    alone = sources.open_source(f"tar:{plain}", text_keys=("caption",), tags_key="", **options)
+    alone = sources.open_pairs(spec, base.SourceOptions(text_keys=("caption",)))
     assert alone[0]["text"] == ["json 0"]
     with pytest.raises(BadSample, match="caption is empty"):
-        sources.open_source(f"tar:{plain}", text_keys=("title",), tags_key="", **options)[0]
+        sources.open_pairs(spec, base.SourceOptions(text_keys=("title",)))[0]
 
 
 def test_json_that_is_nested_or_holds_half_a_letter(tmp_path):
@@ -289,7 +288,7 @@ def test_a_header_with_an_odd_size_neither_hangs_the_index_nor_ends_it(size, tmp
     data[at + 124 : at + 136] = size
     data[at + 148 : at + 156] = b"%06o\0 " % (sum(data[at : at + 512]) - sum(data[at + 148 : at + 156]) + 8 * 32)
     path.write_bytes(data)
-    names = [name for name, *_ in itertools.islice(tar_index.members(str(path), len(data)), 20)]
+    names = [name for name, *_ in itertools.islice(tar_headers.members(str(path), len(data)), 20)]
     assert names[:2] == [b"a.jpg", b"a.txt"] and len(names) < 20
     rows = tar_index.index(str(path))
     assert rows["key"][0] == b"a" and rows["fault"][0] == tar_index.OK
@@ -306,7 +305,7 @@ def test_index_agrees_with_tarfile(tortured):
     for path in storage.expand(tortured[0])[:8]:
         with tarfile.open(path) as tar:
             there = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
-        here = [(n.decode(), offset, size) for n, offset, size in tar_index.members(path, os.path.getsize(path))]
+        here = [(n.decode(), offset, size) for n, offset, size in tar_headers.members(path, os.path.getsize(path))]
         assert here == there
 
 
@@ -349,7 +348,7 @@ def test_globs_and_lists(plain):
 
 def test_no_sample_at_all(tmp_path):
     (tmp_path / "0.tar").write_bytes(b"")
-    with pytest.raises(UserError, match=r"names 1 tars and none holds a whole sample \(tar without samples\)"):
+    with pytest.raises(UserError, match=r"names 1 tars and none contains a whole sample \(tar without samples\)"):
         tar_source.TarSource(str(tmp_path / "0.tar"))
 
 
@@ -362,7 +361,7 @@ def test_remote_tars_are_read_alike(plain, tmp_path, monkeypatch):
     assert len(there) == len(here) == 21
     for i in (0, 12, 13, 20):
         assert {**here[i], "id": ""} == {**there[i], "id": ""}
-    assert here.card()["hash"] == there.card()["hash"]
+    assert here.fingerprint()["hash"] == there.fingerprint()["hash"]
 
 
 def test_indexing_command(plain, tmp_path):

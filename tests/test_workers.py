@@ -1,14 +1,19 @@
 import json
 import os
 import pathlib
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from tests import tiny
+from xclip_jax.data import shared_memory
+from xclip_jax.errors import UserError
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.interrupt import EXIT_RESUMABLE
 
@@ -18,16 +23,16 @@ import sys, time
 from absl import flags
 from tests import tiny
 from xclip_jax.train import trainer
-from xclip_jax.data import sources
+from xclip_jax.data import folder_source
 
-class Slow(sources.FolderSource):
+class Slow(folder_source.FolderSource):
     def __getitem__(self, index):
         time.sleep(0.25)
         return super().__getitem__(index)
 
 if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()
-    sources.FolderSource = Slow
+    folder_source.FolderSource = Slow
     trainer.run(tiny.config(
         "clip", run=sys.argv[1], steps=1000, data__sources=("folder:" + sys.argv[2],), data__batch=8, data__workers=1,
         checkpoint__every=1000,
@@ -119,3 +124,35 @@ def test_workers_end_with_the_run_that_is_killed(start):
     (worker,) = workers(process.pid)
     process.kill()
     wait(lambda: not command(worker), 20)
+
+
+def test_memory_is_reused_when_nothing_refers_to_it():
+    here = shared_memory.SharedBatchPool({"image": ((4, 3), np.uint8), "text": ((5,), np.int32)}, workers=2, depth=2)
+    there = pickle.loads(pickle.dumps(here))  # as in a worker
+    (first, a), (second, b) = there.acquire(1), there.acquire(1)
+    assert {first, second} == {0, 1}
+    assert there.acquire(1) is None
+    assert there.acquire(0) is not None  # the other worker's
+    a["image"][:], a["text"][:], b["image"][:] = 7, 70_000, 8
+    arrays = here.receive(1, first)
+    np.testing.assert_array_equal(arrays["text"], 70_000)
+    part = arrays["image"][1:3].T[0]  # a view of a view
+    del arrays
+    assert there.acquire(1) is None
+    np.testing.assert_array_equal(part, 7)
+    del part
+    assert there.acquire(1)[0] == first
+    held = here.receive(1, second)["image"]
+    paths = here._paths
+    del here
+    np.testing.assert_array_equal(held, 8)
+    del held
+    assert not any(map(os.path.exists, paths))
+
+
+def test_too_little_memory_for_workers_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(
+        shared_memory.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 26)
+    )  # as in a container
+    with pytest.raises(UserError, match=r"8 workers need [\d,]+ MB in .*, which has 67 MB: make it larger"):
+        shared_memory.SharedBatchPool({"image": ((512, 224, 224, 3), np.uint8)}, workers=8, depth=6)

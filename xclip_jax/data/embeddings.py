@@ -1,7 +1,7 @@
-"""Files of embeddings: small parts that are written whole or not at all, and one file of them all.
+"""Files of embeddings: small parts that are written completely or not at all, and one file of all of them.
 
-Columns are "kind", "id", "text" (strings) and "embedding" (fp32, e numbers each); beside them there is a dict about
-where they are from. Joining takes no more memory than a part does.
+Columns are "kind", "id", "text" (strings) and "embedding" (fp32, e numbers each), with a dict of metadata. Joining
+takes no more memory than a part does.
 
 In .npz "id" and "text" are each two arrays, since NumPy's own strings are all as wide as the longest: "text_utf8", the
 bytes of all strings without gaps, and "text_offsets", int64 (n + 1,), where each begins and the last one ends:
@@ -34,19 +34,19 @@ Columns = Mapping[str, Any]
 
 
 class Format(Protocol):
-    """How a kind of file is written and read."""
+    """A file format: how parts are written, joined and read."""
 
     def write(self, path: pathlib.Path, columns: Columns) -> None:
-        """Writes a part: lists of strings, and an array (n, e)."""
+        """Write a part: lists of strings, and an array (n, e)."""
 
     def join(self, parts: Sequence[pathlib.Path], path: pathlib.Path, about: Mapping[str, Any]) -> None:
-        """Writes one file of all parts, in their order, and what is to be known about it."""
+        """Write one file of all parts, in their order, with metadata."""
 
     def about(self, path: pathlib.Path) -> dict[str, Any]:
-        """What `join` was told; {} for a file from elsewhere."""
+        """Return the metadata that `join` wrote; {} for a file of another program."""
 
     def read(self, path: pathlib.Path) -> dict[str, Any]:
-        """The columns of a part or of a joined file: lists of strings, and an array (n, e)."""
+        """Return the columns of a part or of a joined file: lists of strings, and an array (n, e)."""
 
 
 class Npz:
@@ -103,10 +103,10 @@ def _packed(arrays: Any, column: str, half: int) -> np.ndarray:
     return arrays[name] if name in arrays.files else _pack(arrays[column].tolist())[half]
 
 
-def _each(parts: Sequence[pathlib.Path], take: Callable[[Any], np.ndarray]) -> Iterator[np.ndarray]:
+def _each(parts: Sequence[pathlib.Path], select: Callable[[Any], np.ndarray]) -> Iterator[np.ndarray]:
     for part in parts:
         with np.load(part) as arrays:
-            yield take(arrays)
+            yield select(arrays)
 
 
 def _offsets(parts: Sequence[pathlib.Path], column: str) -> Iterator[np.ndarray]:
@@ -118,7 +118,7 @@ def _offsets(parts: Sequence[pathlib.Path], column: str) -> Iterator[np.ndarray]
 
 
 def _append(archive: zipfile.ZipFile, name: str, blocks: Callable[[], Iterator[np.ndarray]]) -> None:
-    """Writes the blocks as one array. They are iterated twice, since an array's length comes before its content."""
+    """Write the blocks as one array. They are iterated twice, since an array's length comes before its content."""
     rows, block = 0, np.empty(0)
     for block in blocks():
         rows += len(block)
@@ -170,7 +170,7 @@ FORMATS = {".parquet": Parquet, ".npz": Npz}
 
 
 def format_of(path: pathlib.Path) -> Format:
-    """The format that a file's name asks for.
+    """Return the format of a file by its name.
 
     Raises:
       UserError: neither .parquet nor .npz; parquet without pyarrow.
@@ -180,5 +180,5 @@ def format_of(path: pathlib.Path) -> Format:
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
-    """The columns of a file that `xclip_jax.embed` wrote: "kind", "id", "text" (lists) and "embedding", fp32 (n, e)."""
+    """Return the columns of a file of `xclip_jax.embed`: "kind", "id", "text" (lists) and "embedding", fp32 (n, e)."""
     return format_of(pathlib.Path(path)).read(pathlib.Path(path))

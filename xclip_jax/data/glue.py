@@ -1,17 +1,21 @@
 """GLUE (arXiv 1804.07461): sentences and labels of its tasks, from the published files or from TFDS.
 
 Two sentences are one text with a space between them, as a causal tower reads them; one that is too long is cut. Test
-labels are hidden: what others call dev is "validation" here.
+labels are not public: the split "validation" is what others call dev.
 """
 
 import csv
 import dataclasses
+import os
 import pathlib
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 
-from xclip_jax.data.sources import open_tfds
+from xclip_jax.data.base import SourceKind, SourceOptions
+from xclip_jax.data.labelled import Labelled
+from xclip_jax.data.tfds_source import open_tfds
 from xclip_jax.errors import UserError, one_of
 
 
@@ -71,12 +75,12 @@ def _rows(path: pathlib.Path, task: Task) -> list[dict[str, str]]:
 def _complete(rows: list[dict[str, str]], path: pathlib.Path, task: Task) -> list[dict[str, str]]:
     """Return the rows that have their texts and a label, and print how many have not.
 
-    A few of QQP's lack a question or end too early; others leave them out, too. Many are a damaged file.
+    A few of QQP's lack a question or end too early; others leave them out, too. Many mean a damaged file.
     """
-    wanted = (*task.columns, task.label)
-    complete = [row for row in rows if all(row.get(column) for column in wanted)]
+    columns = (*task.columns, task.label)
+    complete = [row for row in rows if all(row.get(column) for column in columns)]
     if missing := len(rows) - len(complete):
-        short = sum(any(row.get(column) is None for column in wanted) for row in rows)
+        short = sum(any(row.get(column) is None for column in columns) for row in rows)
         message = f"{str(path)!r}: {missing:,} of {len(rows):,} rows lack a text or the label ({short:,} end too early)"
         if missing > _MAX_INCOMPLETE * len(rows):
             raise UserError(f"{message}; the file is damaged, download it again.")
@@ -87,7 +91,7 @@ def _complete(rows: list[dict[str, str]], path: pathlib.Path, task: Task) -> lis
 def read_pairs(
     name: str, split: str, folder: str = "", data_dir: str | None = None
 ) -> tuple[list[list[str]], np.ndarray]:
-    """As `read`, but the texts of an item apart."""
+    """Return what `read` does, but the texts of an item as a list."""
     one_of("the GLUE task", name, TASKS)
     one_of("the GLUE split", split, ("train", "validation"))
     task = TASKS[name]
@@ -109,11 +113,11 @@ def read_pairs(
             return texts, np.array([float(row[task.label]) for row in rows], np.float32)
         return texts, np.array([task.labels.index(row[task.label]) for row in rows], np.int32)
     except ValueError as error:
-        raise UserError(f"{str(path)!r} has a label that GLUE's {name} has not ({error}).") from error
+        raise UserError(f"{str(path)!r} has a label that is not of GLUE's {name} ({error}).") from error
 
 
 def read(name: str, split: str, folder: str = "", data_dir: str | None = None) -> tuple[list[str], np.ndarray]:
-    """Texts and labels, int32 or fp32 (n,), of a split.
+    """Return texts and labels, int32 or fp32 (n,), of a split.
 
     Args:
       name: one of `TASKS`; MNLI's is the matched dev split.
@@ -130,3 +134,23 @@ def read(name: str, split: str, folder: str = "", data_dir: str | None = None) -
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
+
+
+class GlueTasks(SourceKind):
+    """`glue:TASK/SPLIT` and `glue:TASK@FOLDER/SPLIT`."""
+
+    labelled_specs: ClassVar = {
+        "glue:TASK/SPLIT": "a task of GLUE, from TFDS",
+        "glue:TASK@FOLDER/SPLIT": "a task of GLUE, from its published files",
+    }
+    labelled_items = "text"
+
+    @classmethod
+    def open_labelled(cls, rest: str, options: SourceOptions) -> Labelled:
+        """See `read`."""
+        head, _, split = rest.rpartition("/")
+        task, _, folder = head.partition("@")
+        if not task:
+            raise UserError(f"source 'glue:{rest}' does not name a split; write {' or '.join(cls.labelled_specs)}.")
+        texts, labels = read(task, split, os.path.expanduser(folder), options.dir or None)
+        return Labelled("text", texts, labels, TASKS[task].labels, TASKS[task].metrics)

@@ -1,11 +1,4 @@
-"""Labelled items, to fine-tune and to evaluate: images in classes, and GLUE's texts.
-
-A labelled source is a source as `data.sources` defines it whose records have "label", a number, and of "image" and
-"text" what its items are. It also has `labels()`, all labels at once (n,) without decoding an image, `names`, those of
-the classes (none where labels are numbers to be fitted), and `items`, a sequence of encoded images or of texts. Its
-`card()` has "samples", "hash" (of the items' names and sizes, or texts, and of the labels, in their order) and, where
-there are classes, "classes".
-"""
+"""Labelled items in memory: images in folders of classes or in a CSV file, and texts."""
 
 import csv
 import hashlib
@@ -19,15 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from xclip_jax.data import glue
-from xclip_jax.data.sources import IMAGE_SUFFIXES, open_tfds
+from xclip_jax.data.base import IMAGE_SUFFIXES, LabelledSource, Record
 from xclip_jax.errors import BadSample, UserError
-
-Record = dict[str, Any]
-# Those of torchvision's ImageFolder, and GIF.
-SUFFIXES = (*IMAGE_SUFFIXES, ".ppm", ".pgm", ".tif", ".tiff")
-_TOWERS = {"image": "img", "text": "txt"}
-KINDS = ("tfds:NAME/SPLIT", "folder:PATH", "csv:PATH", "glue:TASK/SPLIT", "glue:TASK@FOLDER/SPLIT")
 
 
 class Field(Sequence):
@@ -39,12 +25,12 @@ class Field(Sequence):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Any:  # ty: ignore[incompatible-method-override] no slices
         return self._source[index][self._key]
 
 
 class Paths(Sequence):
-    """Files, read when they are asked for."""
+    """Contents of files, read on access."""
 
     def __init__(self, paths: Sequence[pathlib.Path], root: pathlib.Path | None = None) -> None:
         """`root` is the folder that the files belong to."""
@@ -62,7 +48,7 @@ class Paths(Sequence):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> bytes:
+    def __getitem__(self, index: int) -> bytes:  # ty: ignore[incompatible-method-override] no slices
         path = self.paths[index]
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
@@ -88,7 +74,7 @@ def read_files(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[s
     if path.is_dir():
         return _read_folder(name, path)
     if not path.is_file():
-        raise UserError(f"{name}: {str(path)!r} does not exist; name a folder or a CSV file.")
+        raise UserError(f"{name}: {str(path)!r} does not exist; pass a folder or a CSV file.")
     return _read_table(name, path)
 
 
@@ -96,11 +82,11 @@ def _read_folder(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list
     names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
     images = [_images(path / folder) for folder in names]
     if not any(images):
-        raise UserError(f"{name}: folder {str(path)!r} holds no images in sub-folders; make one for each class.")
+        raise UserError(f"{name}: folder {str(path)!r} contains no images in sub-folders; make one for each class.")
     if empty := [folder for folder, inside in zip(names, images, strict=True) if not inside]:
         raise UserError(
             f"{name}: class folders {', '.join(map(repr, empty[:5]))}{' and more' if len(empty) > 5 else ''} of "
-            f"{str(path)!r} hold no images ({', '.join(SUFFIXES)}); add images, or delete the folders."
+            f"{str(path)!r} contain no images ({', '.join(IMAGE_SUFFIXES)}); add images, or delete the folders."
         )
     labels = np.repeat(np.arange(len(names)), [len(inside) for inside in images])
     return Paths([image for inside in images for image in inside], path), labels, names
@@ -111,7 +97,7 @@ def _images(folder: pathlib.Path) -> list[pathlib.Path]:
     inside = []
     for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        inside.append((root, sorted(n for n in files if n.lower().endswith(SUFFIXES) and not n.startswith("."))))
+        inside.append((root, sorted(n for n in files if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith("."))))
     return [pathlib.Path(root, file) for root, files in sorted(inside) for file in files]
 
 
@@ -158,7 +144,7 @@ def _rows(name: str, path: pathlib.Path) -> list[tuple[int, str, str]]:
         ) from error
     except csv.Error as error:
         raise UserError(
-            f"{name}: CSV file {str(path)!r} cannot be read behind line {line}: {error}; quotes must be paired."
+            f"{name}: CSV file {str(path)!r} cannot be read after line {line}: {error}; quotes must be paired."
         ) from error
     if not rows or not {"path", "label"} <= set(header):
         raise UserError(f"{name}: CSV file {str(path)!r} must have the columns path and label, and a row.")
@@ -176,135 +162,105 @@ def _fault(header: Sequence[str], row: Sequence[str]) -> str:
     return ""
 
 
-def _card(samples: int, names: Sequence[str], content: Iterable[Any]) -> dict[str, Any]:
+def fingerprint(samples: int, names: Sequence[str], content: Iterable[Any]) -> dict[str, Any]:
+    """The fingerprint of labelled items: their number, the classes if there are any, and a hash of `content`."""
     digest = hashlib.blake2b(repr(samples).encode(), digest_size=16)
     for part in content:
         digest.update(repr(part).encode("utf-8", "surrogatepass"))
     return {"samples": samples, "hash": digest.hexdigest()} | ({"classes": list(names)} if names else {})
 
 
-class Labelled:
+class Labelled(LabelledSource):
     """Items whose labels are in memory."""
 
-    version = ""
-
-    def __init__(self, key: str, items: Sequence[Any], labels: np.ndarray, names: Sequence[str]) -> None:
-        """`key` says what the items are, "image" (encoded or uint8 (h, w, 3)) or "text"."""
-        self.key, self.items, self.names, self._labels = key, items, list(names), labels
+    def __init__(
+        self,
+        key: str,
+        items: Sequence[Any],
+        labels: np.ndarray,
+        names: Sequence[str],
+        metrics: Sequence[str] = ("top1",),
+    ) -> None:
+        """Arguments are the attributes of `LabelledSource`."""
+        self.key, self.items, self.names, self.metrics = key, items, list(names), metrics
+        self._labels, self.multilabel = labels, labels.ndim > 1
 
     def __len__(self) -> int:
         return len(self.items)
 
     def labels(self) -> np.ndarray:
-        """All labels (n,)."""
+        """All labels, (n,) or bool (n, classes)."""
         return self._labels
 
-    def where(self, index: int) -> dict[str, str]:
+    def describe(self, index: int) -> dict[str, str]:
         """Path of the image, or the item's number."""
         return {"file": str(self.items.paths[index])} if isinstance(self.items, Paths) else {"row": str(index)}
 
-    def card(self) -> dict[str, Any]:
-        """What was read: "samples", "hash" and, of labels that are classes, "classes"."""
+    def fingerprint(self) -> dict[str, Any]:
+        """A hash of the names and sizes of files, or of texts, and of labels, in their order."""
         items = self.items.sizes() if isinstance(self.items, Paths) else self.items
-        return _card(len(self), self.names, zip(items, self._labels.tolist(), strict=True))
+        return fingerprint(len(self), self.names, zip(items, self._labels.tolist(), strict=True))
+
+    @property
+    def identity(self) -> str:
+        """Empty for files and texts, which identify themselves."""
+        return "" if isinstance(self.items, Paths) or self.key == "text" else self.fingerprint()["hash"]
 
     def __getitem__(self, index: int) -> Record:
         item, label = self.items[index], self._labels[index]
-        kind = {"image": item} if self.key == "image" else {"text": [item], "tags": []}
-        return kind | {"label": label, "id": str(index)}
+        fields = {"image": item} if self.key == "image" else {"text": [item], "tags": []}
+        return fields | {"label": label, "id": str(index)}
 
 
-class TfdsLabelled:
-    """Images of a TFDS split with a feature "label"; nothing is kept in memory."""
-
-    key = "image"
-
-    def __init__(self, spec: str, name: str, split: str, data_dir: str | None) -> None:
-        self._arguments, self._name, self._split = (spec, name, split, data_dir), name, split
-        self._data, info = open_tfds(name, split, data_dir)
-        self.names, self.version = getattr(info.features.get("label"), "names", None), str(info.version)
-        if not self.names or "image" not in info.features:
-            raise UserError(f"{spec}: TFDS data set {name!r} has no features image and label (of classes).")
-        self.items = Field(self._data, "image")
-        self._labels: np.ndarray | None = None
-
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        """A worker process opens the data set itself."""
-        return TfdsLabelled, self._arguments
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def labels(self) -> np.ndarray:
-        """All labels (n,)."""
-        if self._labels is None:
-            self._labels = np.array([self._data[i]["label"] for i in range(len(self))])
-        return self._labels
-
-    def card(self) -> dict[str, Any]:
-        """What was read; the hash is of name, version and split, since a version of a TFDS data set is for good."""
-        return _card(len(self), self.names, [self._name, self.version, self._split])
-
-    def __getitem__(self, index: int) -> Record:
-        record = self._data[index]
-        return {"image": record["image"], "label": record["label"], "id": str(index)}
+def open_files(name: str, path: str) -> Labelled:
+    """Open the images in classes of `read_files`, whose arguments and errors these are."""
+    paths, labels, names = read_files(name, pathlib.Path(path))
+    return Labelled("image", paths, labels, names)
 
 
-def open_source(spec: str, data_dir: str | None = None) -> Labelled | TfdsLabelled:
-    """The labelled source `spec`, one of `KINDS`.
+def check_one_class(spec: str, source: LabelledSource) -> None:
+    """Raise `UserError` where items have several classes."""
+    if source.multilabel:
+        raise UserError(f"{spec}: images have several labels; give each one class.")
 
-    A folder has one sub-folder a class, whose names sorted are the classes; a CSV file has the columns path and label.
-    GLUE's splits are train and validation.
 
-    Raises:
-      UserError: another kind, nothing there, several labels an image.
+class MismatchError(UserError):
+    """Labelled items that a model cannot learn from.
+
+    Attributes:
+      of: "classes" where their number differs; "image" or "text" for items that the model does not learn from.
     """
-    kind, _, rest = spec.partition(":")
-    head, _, split = rest.rpartition("/")
-    if kind in ("folder", "csv") and rest:
-        items, labels, names = read_files(spec, pathlib.Path(rest))
-        if labels.ndim != 1:
-            raise UserError(f"{spec}: images have several labels; give each one class.")
-        return Labelled("image", items, labels, names)
-    if kind == "tfds" and head:
-        return TfdsLabelled(spec, head, split, data_dir or None)
-    if kind == "glue" and head:
-        task, _, folder = head.partition("@")
-        texts, labels = glue.read(task, split, os.path.expanduser(folder), data_dir or None)
-        return Labelled("text", texts, labels, glue.TASKS[task].labels)
-    raise UserError(f"labelled source {spec!r} is of no known kind; write {', '.join(KINDS)}.")
+
+    def __init__(self, message: str, of: str) -> None:
+        super().__init__(message)
+        self.of = of
 
 
-def open_sources(
-    specs: Sequence[str], data_dir: str, classes: int, fields: Sequence[str] | None = None
-) -> list[Labelled | TfdsLabelled]:
-    """The labelled sources `specs`, of which a model of `classes` classes learns (1 for labels that are numbers).
+def check_sources(
+    specs: Sequence[str], sources: Sequence[LabelledSource], classes: int, fields: Sequence[str] | None = None
+) -> None:
+    """Check that a classifier can learn from all of `sources`.
 
     Args:
-      specs, data_dir: see `open_source`.
-      classes: number of them, `objective.classify.classes`.
+      specs: those of the sources.
+      sources: labelled items.
+      classes: number of classes of the classifier; 1 for labels that are numbers.
       fields: of the batches that they are for, with "image" or "text"; None for any.
 
     Raises:
-      UserError: as `open_source`; another number of classes, classes that differ between sources, items of the wrong
-        modality.
+      MismatchError: another number of classes, or the other modality.
+      UserError: several classes an image, or classes that differ between sources.
     """
-    opened = [open_source(spec, data_dir) for spec in specs]
-    for spec, source in zip(specs, opened, strict=True):
+    for spec, source in zip(specs, sources, strict=True):
+        check_one_class(spec, source)
         if fields is not None and source.key not in fields:
-            raise UserError(
-                f"source {spec!r} has {source.key}s and objective.classify.tower names the other tower; set it to "
-                f"{_TOWERS[source.key]!r}, or name another source."
-            )
+            expected = next(key for key in ("image", "text") if key in fields)
+            raise MismatchError(f"source {spec!r} has {source.key}s and the model learns from {expected}s", source.key)
         if len(source.names or ["a number"]) != classes:
-            raise UserError(
-                f"source {spec!r} has {len(source.names)} classes and objective.classify.classes is {classes}; "
-                "make them equal (1 for labels that are numbers)."
-            )
-        for first, other in itertools.zip_longest(opened[0].names, source.names):
+            raise MismatchError(f"source {spec!r} has {len(source.names)} classes, expected {classes}", "classes")
+        for first, other in itertools.zip_longest(sources[0].names, source.names):
             if first != other:
                 raise UserError(
                     f"sources {specs[0]!r} and {spec!r} have different classes: {first!r} of the first is {other!r} in "
                     "the other; classes must be the same, in the same order."
                 )
-    return opened

@@ -14,7 +14,7 @@ from xclip_jax import storage
 from xclip_jax.errors import UserError
 from xclip_jax.run_folder import RunFolder
 
-# The share of bad samples is of this many at least, so that the first batch cannot stop a run.
+# Smallest number of samples that the share of bad ones is taken of, so that the first batch cannot stop a run.
 _MIN_SAMPLES = 1000
 
 Entry = dict[str, Any]
@@ -31,7 +31,7 @@ def _gather(content: Any) -> list[Any]:
 
 
 def _distinct(gathered: Sequence[tuple[int, int, list[Entry]]]) -> list[tuple[int, list[Entry]]]:
-    """Tokens and bad samples of each part of the batch once, of (part, tokens, bad samples) of each process."""
+    """Return (tokens, bad samples) of each part of the batch once, from (part, tokens, bad samples) of each process."""
     records: dict[int, tuple[int, list[Entry]]] = {}
     for process, (part, tokens, bad) in enumerate(gathered):
         first, others = records.setdefault(part, (tokens, bad))
@@ -50,8 +50,8 @@ def _key(entry: Entry) -> tuple[int, int, int]:
 class Ledger:
     """Counts what a run reads and writes bad_samples.jsonl: each bad sample once, with its reason.
 
-    A line is {"position": in the run's order, "reason", "detail", "source": its number, "index"} and fields of the
-    source, as "tar" and "key".
+    A line is {"position": in the run's order, "reason", "detail", "source": its number, "index"} and what the source
+    describes the sample by, such as "tar" and "key".
 
     Attributes:
       counters: {"samples": delivered, "tokens": of their texts, "bad": {reason: samples that were replaced}}, over all

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -14,51 +14,54 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xclip_jax.data import labelled, records, sources, transforms, workers
+from xclip_jax.data.base import Record, Source, SourceOptions
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.ledger import Entry, Ledger
-from xclip_jax.data.shared_memory import Slots
+from xclip_jax.data.shared_memory import SharedBatchPool
 from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.parallel.mesh import batch_sharding
 
 Batch = dict[str, Any]
 
-# A position is given up, and the run stops, after this many bad samples in its place.
+# The run stops after this many bad samples in a row for one position.
 MAX_RESAMPLES = 100
-# Rows whose records are read in a row, before their images are decoded: alternating would empty the processor's caches.
+# Rows whose records are read together, before their images are decoded: alternating would empty the processor's caches.
 READ_GROUP = 32
 # Finished batches that each worker keeps.
 WORKER_BUFFER = 2
-# Batches that the loop holds: steps that were dispatched may not have copied theirs yet.
+# Batches that the loop keeps: steps that were dispatched may not have copied theirs yet.
 IN_FLIGHT = 4
 
 
-def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | None = None) -> list[sources.Source]:
+def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | None = None) -> list[Source]:
     """Open the sources of `config`.
 
     Args:
-      config: names them.
+      config: their specs and options.
       classes: number of classes of labelled sources; 0 for pairs.
       fields: those of training batches, of "image", "text" and "label"; None where nothing is trained.
 
     Raises:
-      UserError: a source that cannot be opened, keys that contradict each other, labelled sources that do not fit
-        `classes`, `fields` or each other, and for training fewer pairs than a batch has.
+      labelled.MismatchError: labelled sources that do not fit `classes` or `fields`.
+      UserError: a source that cannot be opened, keys that contradict each other, labelled sources that do not fit each
+        other, and for training fewer pairs than a batch has.
     """
     if not config.sources:
-        raise UserError("data.sources is empty; name a source such as folder:PATH or tfds:NAME/SPLIT.")
+        raise UserError("data.sources is empty; add a source such as folder:PATH or tfds:NAME/SPLIT.")
+    options = SourceOptions(config.dir, config.image_key, tuple(config.text_keys), config.tags_key)
     if classes:
         if config.spread_duplicate_captions:
             raise UserError(
                 "data.spread_duplicate_captions compares captions, and labelled items have none: set it to False."
             )
-        opened = labelled.open_sources(config.sources, config.dir, classes, fields)
-        return [sources.Decoded(source) if config.cache and source.key == "image" else source for source in opened]
-    options = {"data_dir": config.dir, "image_key": config.image_key, "text_keys": config.text_keys}
-    opened = [sources.open_source(spec, tags_key=config.tags_key, **options) for spec in config.sources]
+        items = [sources.open_labelled(spec, options) for spec in config.sources]
+        labelled.check_sources(config.sources, items, classes, fields)
+        return [sources.Decoded(source) if config.cache and source.key == "image" else source for source in items]
+    opened = [sources.open_pairs(spec, options) for spec in config.sources]
     if fields is not None and config.batch > (pairs := sum(map(len, opened))):
         raise UserError(
-            f"data.batch={config.batch} exceeds the {pairs} pairs of data.sources: a batch would hold pairs several "
+            f"data.batch={config.batch} exceeds the {pairs} pairs of data.sources: a batch would contain pairs several "
             f"times, as their own negatives. Set data.batch to at most {pairs}, or add pairs."
         )
     return [sources.Decoded(source) for source in opened] if config.cache else opened
@@ -66,10 +69,9 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """Writes the image of a record to uint8 (size, size, 3) and returns a caption, random through `rng` alone.
+    """Writes a record to a row of a batch; random through `rng` alone.
 
-    `fields` are those of a batch, of "image", "text" and "label"; without "image" nothing is written, without "text"
-    the caption is "".
+    `fields` are those of a batch: "image", uint8 (size, size, 3), "text", int32 (length,), and "label", a number.
     """
 
     config: DataConfig
@@ -78,20 +80,24 @@ class Transform:
     length: int
     fields: tuple[str, ...] = ("image", "text")
 
-    def __call__(self, record: sources.Record, rng: np.random.Generator, out: np.ndarray) -> str:
-        if "image" in self.fields:
-            self._crop(record, rng, out)
-        return self.caption(record, rng) if "text" in self.fields else ""
+    def __call__(self, record: Record, rng: np.random.Generator, row: Mapping[str, np.ndarray]) -> None:
+        """Write the fields of `record` to the arrays of `row`, each of which has a first axis of length 1."""
+        if "image" in row:
+            self._crop(record, rng, row["image"][0])
+        if "text" in row:
+            row["text"][:] = self.tokenizer([self.caption(record, rng)], self.length)
+        if "label" in row:
+            row["label"][0] = record["label"]
 
-    def _crop(self, record: sources.Record, rng: np.random.Generator, out: np.ndarray) -> None:
+    def _crop(self, record: Record, rng: np.random.Generator, out: np.ndarray) -> None:
         config, scale = self.config, self.config.crop_scale
         # Large enough that not even the smallest square crop is enlarged.
         exact = config.resample != "area"
         image = transforms.decode(record["image"], scaled_to=0 if exact else math.ceil(self.size / scale[0] ** 0.5))
         transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample, out=out)
 
-    def caption(self, record: sources.Record, rng: np.random.Generator) -> str:
-        """One of the captions, keywords, or both."""
+    def caption(self, record: Record, rng: np.random.Generator) -> str:
+        """Draw one of the captions, keywords, or both."""
         text = record["text"][rng.integers(len(record["text"]))]
         tags = [tag for tag in record["tags"] if tag != text]
         draw = rng.random()
@@ -106,15 +112,21 @@ class SampleOrder:
     """All samples of a run, an endless sequence. Item i is the record at position i of the run.
 
     Attributes:
-      sources: which are read.
-      places: element i is (number of the source, index in it); it depends on nothing but the seed and i.
+      sources: those that are read.
+      places: element i is (number of the source, index in it); it depends on the seed and i only.
     """
 
-    sources: Sequence[sources.Source]
+    sources: Sequence[Source]
     places: grain.MapDataset
 
-    def __getitem__(self, position: int) -> sources.Record:
-        number, index = self.places[position]
+    def place(self, position: int) -> tuple[int, int]:
+        """Return the number of the source, and the index in it, at a position of the run."""
+        place = self.places[position]
+        assert place is not None  # None is for elements that were filtered out
+        return place
+
+    def __getitem__(self, position: int) -> Record:
+        number, index = self.place(position)
         return self.sources[number][index]
 
 
@@ -147,26 +159,28 @@ class _SpreadDuplicates:
         return grouped[np.argsort((turn + rng.random(len(sizes))[group]) / sizes[group])]
 
 
-def _caption_groups(opened: Sequence[sources.Source]) -> np.ndarray:
-    """Number of each record's group, int (n,), over all records of `opened`; a group has the same captions."""
+def _caption_groups(opened: Sequence[Source]) -> np.ndarray:
+    """Return the group of each record, int (n,), over all records of `opened`; those of a group have equal captions."""
     numbers: dict[tuple[str, ...], int] = {}
     groups = []
     for source in opened:
         for index in range(len(source)):
             record = records.read(source, index)
-            key = ("", str(len(groups))) if isinstance(record, BadSample) else tuple(record["text"])  # "": nobody's
+            key = (
+                ("", str(len(groups))) if isinstance(record, BadSample) else tuple(record["text"])
+            )  # "" is never a caption
             groups.append(numbers.setdefault(key, len(numbers)))
     return np.array(groups)
 
 
-def sample_order(opened: Sequence[sources.Source], config: DataConfig, seed: int) -> SampleOrder:
+def sample_order(opened: Sequence[Source], config: DataConfig, seed: int) -> SampleOrder:
     """Return the order of all samples, shuffled in each epoch; with weights each source by itself, and then mixed.
 
     Shares are exact to a hundredth of the smallest weight, and each source has epochs of its own. See
     `DataConfig.spread_duplicate_captions`.
     """
 
-    def shuffled(parts: Sequence[sources.Source], seed: int) -> grain.MapDataset:
+    def shuffled(parts: Sequence[Source], seed: int) -> grain.MapDataset:
         places = grain.MapDataset.range(sum(map(len, parts)))
         if config.spread_duplicate_captions:
             return places.repeat().map_with_index(_SpreadDuplicates(_caption_groups(parts), seed))
@@ -189,13 +203,13 @@ def sample_order(opened: Sequence[sources.Source], config: DataConfig, seed: int
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Number of a global batch -> this host's rows of it, a pure function of the number.
+    """Maps the number of a global batch to this host's rows of it, a pure function of the number.
 
     Attributes:
-      order, transform: what is read, and how it is transformed.
-      batch, host, hosts: rows of the global batch, and which of them are read.
+      order, transform: the samples, and how they become rows.
+      batch, host, hosts: rows of the global batch, and which part of them is read, of how many.
       rngs: a generator for each position of the run.
-      slots: shared memory of the workers, if there are any.
+      pool: shared memory of the workers, if there are any.
       start: number of the first batch.
     """
 
@@ -205,7 +219,7 @@ class _Reader:
     host: int
     hosts: int
     rngs: grain.experimental.RngPool
-    slots: Slots | None
+    pool: SharedBatchPool | None
     start: int
 
     @property
@@ -221,25 +235,22 @@ class _Reader:
 
     def __call__(self, g: int) -> dict[str, Any]:
         worker, slot = 0, None
-        if self.slots:
-            worker = (g - self.start) % self.transform.config.workers  # as Grain deals them out
-            slot = self.slots.take(worker)
+        if self.pool:
+            worker = (g - self.start) % self.transform.config.workers  # as Grain distributes them
+            slot = self.pool.acquire(worker)
         batch = slot[1] if slot else {key: np.empty(shape, dtype) for key, (shape, dtype) in self.spec.items()}
         rows = self.batch // self.hosts
-        first, captions, bad = g * self.batch + self.host * rows, [], []
-        for row in range(0, rows, READ_GROUP):
-            positions = range(first + row, first + min(row + READ_GROUP, rows))
-            places = [self.order.places[position] for position in positions]
+        first, bad = g * self.batch + self.host * rows, []
+        for start in range(0, rows, READ_GROUP):
+            positions = range(first + start, first + min(start + READ_GROUP, rows))
+            places = [self.order.place(position) for position in positions]
             read = [records.read(self.order.sources[number], index) for number, index in places]
             rngs = [self.rngs.acquire_rng(position) for position in positions]
             for position, place, record, rng in zip(positions, places, read, rngs, strict=True):
-                # Views of the row, into which its image and label go.
                 i = position - first
-                out = {key: batch[key][i : i + 1] for key in batch if key != "text"}
-                captions.append(self._fill(position, *place, record, rng, out, bad))
+                row = {key: values[i : i + 1] for key, values in batch.items()}
+                self._fill(position, *place, record, rng, row, bad)
                 self.rngs.release_rng(rng)
-        if "text" in batch:
-            batch["text"][:] = self.transform.tokenizer(captions, self.transform.length)
         encoded = json.dumps(bad).encode()  # bytes, which Grain passes on as they are
         return {"slot": (worker, slot[0]), "bad": encoded} if slot else batch | {"bad": encoded}
 
@@ -248,31 +259,32 @@ class _Reader:
         position: int,
         number: int,
         index: int,
-        record: sources.Record | BadSample,
+        record: Record | BadSample,
         rng: np.random.Generator,
-        out: dict[str, np.ndarray],
+        row: dict[str, np.ndarray],
         bad: list[Entry],
-    ) -> str:
-        """Write image and label of a record to `out` and return a caption. A bad record is replaced by a random one."""
+    ) -> None:
+        """Write a record to `row`. A bad one is added to `bad`, and replaced by a random one of its source."""
         source = self.order.sources[number]
         for _ in range(MAX_RESAMPLES):
             try:
                 if isinstance(record, BadSample):
                     raise record
-                caption = self.transform(record, rng, out["image"][0] if "image" in out else None)
-                if "label" in out:
-                    out["label"][0] = record["label"]
-                return caption
+                self.transform(record, rng, row)
+                return
             except Exception as error:
-                reason = records.as_bad_sample(error)
-                entry = {"position": position, "reason": reason.reason, "detail": reason.detail}
-                bad.append(entry | {"source": number, "index": index} | sources.where(source, index))
+                description = {"source": number, "index": index} | source.describe(index)
+                try:
+                    reason = records.as_bad_sample(error)
+                except UserError as fatal:
+                    sample = json.dumps(description, ensure_ascii=False)
+                    raise UserError(f"{str(fatal).rstrip('.')}; in sample {sample}.") from fatal
+                bad.append({"position": position, "reason": reason.reason, "detail": reason.detail} | description)
             index = int(rng.integers(len(source)))
             record = records.read(source, index)
         bad[-1]["last"] = MAX_RESAMPLES  # `Ledger.add` stops the run, where its error is not lost in a worker process
-        for row in out.values():
-            row[:] = 0
-        return ""
+        for values in row.values():
+            values[:] = 0
 
 
 def batches(
@@ -289,10 +301,10 @@ def batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield this host's rows of the global batches number `start` to `stop` - 1, with the transform's `fields`.
 
-    Row r of global batch g is sample g * batch + r of the run, and host h holds rows h * batch / hosts and up: the
-    global batches are the same on any number of hosts and from any start. Processes that hold the same rows count as
-    one host, see `mesh.batch_part`. A bad sample is replaced by another of its source, which too depends on nothing but
-    the seed and the position.
+    Row r of global batch g is sample g * batch + r of the run, and host h reads rows h * batch / hosts and up: the
+    global batches are the same on any number of hosts and from any start. Processes that read the same rows count as
+    one host, see `mesh.batch_part`. A bad sample is replaced by another of its source, which depends on the seed and
+    the position only.
 
     Raises:
       UserError: a bad sample without a `ledger` to record it; no usable sample for a position; too little memory for
@@ -301,10 +313,10 @@ def batches(
     config = transform.config
     reader = _Reader(order, transform, batch, host, hosts, grain.experimental.RngPool(seed), None, start)
     if config.workers:
-        # The buffered ones, one that is being written, and the worker's share of those that the loop holds.
+        # The buffered ones, one that is being written, and the worker's share of those that the loop keeps.
         depth = WORKER_BUFFER + 1 + math.ceil(IN_FLIGHT / config.workers)
-        reader = dataclasses.replace(reader, slots=Slots(reader.spec, config.workers, depth))
-    # Grain's elements are batches here: the number that are read at once, and that are buffered.
+        reader = dataclasses.replace(reader, pool=SharedBatchPool(reader.spec, config.workers, depth))
+    # Grain's elements are batches here; its options are the number that are read at once, and that are buffered.
     options = grain.ReadOptions(0, 0) if config.workers else grain.ReadOptions(config.threads, config.buffer)
     dataset = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
     if config.workers:
@@ -316,12 +328,13 @@ def batches(
 def _report_bad_samples(
     read: grain.DatasetIterator[dict[str, Any]], reader: _Reader, ledger: Ledger | None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the batches; their bad samples and numbers of tokens go to the ledger."""
+    """Yield the batches, and pass their bad samples and numbers of tokens to the ledger."""
+    pool = reader.pool
     try:
-        for g, batch in enumerate(workers.shielded(read) if reader.slots else read, reader.start):
+        for g, batch in enumerate(workers.shielded(read) if pool else read, reader.start):
             bad = json.loads(batch.pop("bad"))
-            if "slot" in batch:
-                batch = reader.slots.open(*batch["slot"])
+            if pool and "slot" in batch:
+                batch = pool.receive(*batch["slot"])
             if ledger is not None:
                 ends = batch.get("text", np.zeros((0, 1))) == reader.transform.tokenizer.eot_id
                 tokens = int((ends.argmax(axis=1) + 1).sum())
@@ -329,11 +342,13 @@ def _report_bad_samples(
             elif bad:
                 raise UserError(f"sample {bad[0]} cannot be used.")
             yield batch
+    except UserError as error:
+        raise UserError(str(error)) from error  # without the notes on tracebacks that Grain adds
     finally:
         read.close()  # else worker processes live as long as this one
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Make arrays of the global batch, split over the mesh, of this host's rows."""
+    """Return arrays of the global batch, sharded over the mesh, made from this host's rows."""
     sharding = batch_sharding(mesh)
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}

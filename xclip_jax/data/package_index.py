@@ -25,7 +25,7 @@ _TIMEOUT = 60  # seconds without an answer
 
 
 class _Links(html.parser.HTMLParser):
-    """The addresses that a page of a simple index (PEP 503) links to."""
+    """Collects the addresses that a page of a simple index (PEP 503) links to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class _Links(html.parser.HTMLParser):
 
 
 def _config_files(name: str) -> list[pathlib.Path]:
-    """Where the user's and the system's configuration may be, the user's first."""
+    """Return paths of the user's and the system's configuration, the user's first."""
     folders = [os.environ.get("XDG_CONFIG_HOME") or "~/.config"]
     folders += (os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(os.pathsep)
     return [pathlib.Path(folder).expanduser() / name for folder in [*folders, "/etc"] if folder]
@@ -60,7 +60,7 @@ def _uv_index() -> str | None:
 
 
 def pip_setting(name: str) -> str | None:
-    """Value of an option of pip, such as "index-url", from its variables and the section [global] of its files."""
+    """Return an option of pip, such as "index-url", from its variables and the section [global] of its files."""
     if value := os.environ.get(f"PIP_{name.upper().replace('-', '_')}"):
         return value
     own = [os.environ.get("PIP_CONFIG_FILE") or "", os.path.join(sys.prefix, "pip.conf")]
@@ -77,7 +77,7 @@ def pip_setting(name: str) -> str | None:
 
 
 def index_url() -> str:
-    """URL of the simple index: uv's (variables, uv.toml), else pip's (PIP_INDEX_URL, pip.conf), else PyPI's.
+    """Return the URL of the simple index: uv's (variables, uv.toml), else pip's (PIP_INDEX_URL, pip.conf), else PyPI's.
 
     Raises:
       UserError: a configuration file is malformed.
@@ -86,10 +86,10 @@ def index_url() -> str:
 
 
 def _without_login(url: str) -> tuple[str, str | None]:
-    """The URL without its user and password, and these as the value of an Authorization header."""
+    """Return the URL without its user and password, and these as the value of an Authorization header."""
     parts = urllib.parse.urlsplit(url)
-    login, at, host = parts.netloc.rpartition("@")
-    if not at:
+    login, separator, host = parts.netloc.rpartition("@")
+    if not separator:
         return url, None
     token = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
     return parts._replace(netloc=host).geturl(), f"Basic {token}"
@@ -107,10 +107,10 @@ def _open(url: str, login: str | None) -> http.client.HTTPResponse:
 def download(wheel: str, folder: pathlib.Path) -> pathlib.Path:
     """Download the wheel with this file name from the configured index; returns its path in `folder`.
 
-    The content is not checked: the caller knows what to expect.
+    The caller checks the content.
 
     Raises:
-      UserError: the index cannot be reached, or does not have the wheel. The message holds no password.
+      UserError: the index cannot be reached, or does not have the wheel. The message contains no password.
     """
     index, login = _without_login(index_url())
     page = f"{index}/{re.sub(r'[-_.]+', '-', wheel.split('-')[0]).lower()}/"

@@ -1,4 +1,4 @@
-"""Items that threads make before they are asked for, so that devices need not wait for a disk or a decoder."""
+"""Prefetching in threads, so that devices need not wait for a disk or a decoder."""
 
 import concurrent.futures
 import os
@@ -8,20 +8,20 @@ from typing import Any
 from xclip_jax.errors import UserError
 
 
-class Ahead(Sequence):
-    """make(0), make(1), ..., each to be asked for once; `with` ends the threads.
+class ThreadPrefetcher(Sequence):
+    """make(0), make(1), ..., computed ahead in threads; each may be read once. `with` ends the threads.
 
-    An error of `make` is raised where its item is asked for.
+    An error of `make` is raised where its item is read.
     """
 
     def __init__(self, make: Callable[[int], Any], n: int, *, threads: int = 0, window: int = 256) -> None:
-        """Starts nothing yet.
+        """Work starts with the first access.
 
         Args:
-          make: of an index below `n`; called in threads.
-          n: how many items there are.
+          make: function of an index below `n`; called in threads.
+          n: number of items.
           threads: 0 for one a core.
-          window: how many are made ahead; they may be asked for in another order within so many.
+          window: number of items that are computed ahead; the order of accesses may differ within it.
 
         Raises:
           UserError: a number of threads below 0.
@@ -30,21 +30,21 @@ class Ahead(Sequence):
             raise UserError(f"threads is {threads}; it must be 0, for one a core, or more.")
         self._make, self._n, self._window = make, n, window
         self._pool = concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count())
-        self._waiting: dict[int, concurrent.futures.Future] = {}
+        self._futures: dict[int, concurrent.futures.Future[Any]] = {}
         self._next = 0
 
     def __len__(self) -> int:
         return self._n
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Any:  # ty: ignore[incompatible-method-override] no slices
         if not 0 <= index < self._n:
             raise IndexError(index)
         while self._next < min(self._n, index + 1 + self._window):
-            self._waiting[self._next] = self._pool.submit(self._make, self._next)
+            self._futures[self._next] = self._pool.submit(self._make, self._next)
             self._next += 1
-        return self._waiting.pop(index).result()
+        return self._futures.pop(index).result()
 
-    def __enter__(self) -> "Ahead":
+    def __enter__(self) -> "ThreadPrefetcher":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,14 +1,14 @@
-"""Records of sources, so that whatever is wrong with one of them is a `BadSample`."""
+"""Reading of records that turns whatever is wrong with one of them into a `BadSample`."""
 
-from xclip_jax.data.sources import Record, Source
+from xclip_jax.data.base import Record, Source
 from xclip_jax.errors import BadSample, UserError
 
 
 def read(source: Source, index: int) -> Record | BadSample:
-    """Return record `index` of `source`, or why it cannot be used.
+    """Return record `index` of `source`, or the `BadSample` that says why it cannot be used.
 
     Raises:
-      UserError, MemoryError: what concerns more than this record.
+      UserError, MemoryError: errors that concern more than this record.
     """
     try:
         return source[index]
@@ -19,7 +19,7 @@ def read(source: Source, index: int) -> Record | BadSample:
 def as_bad_sample(error: Exception) -> BadSample:
     """Return what reading or decoding one record raised as a `BadSample` with the exception's type as its reason.
 
-    Parsers and decoders raise anything on bytes that they were not made for.
+    Parsers, decoders and tokenizers raise exceptions of any class on input that they were not made for.
 
     Raises:
       UserError, MemoryError: `error` itself, where it concerns more than the record.

@@ -1,7 +1,7 @@
-"""Memory through which worker processes hand over batches, used again and again.
+"""A pool of shared memory through which worker processes hand over batches.
 
-Grain takes fresh shared memory for each batch: a page fault for each 4 kB, which costs a fifteenth of the time in which
-the images are decoded, and a copy.
+Grain allocates shared memory for each batch: a page fault for each 4 kB, which costs a fifteenth of the time in which
+the images are decoded, and a copy. The memory of a pool is reused.
 """
 
 import mmap
@@ -18,44 +18,44 @@ import numpy as np
 from xclip_jax.errors import UserError
 
 _ALIGN = 4096
-_FREE, _TAKEN = 0, 1
+_FREE, _IN_USE = 0, 1
 
 Spec = Mapping[str, tuple[tuple[int, ...], Any]]
 
 
 def _folder() -> str:
-    """Where files are memory, or the temporary folder."""
+    """Folder of files in memory, or the temporary folder."""
     return "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
 
 
-class Slots:
-    """`depth` batches of each of `workers` processes. Made by the process that reads; workers get it pickled.
+class SharedBatchPool:
+    """Memory for `depth` batches of each of `workers` processes. The reading process creates it, workers unpickle it.
 
-    A worker takes a free slot and fills it; the reader opens it, and when nothing refers to its arrays any more it is
-    free again. Whoever finds no free slot sends the batch another way.
+    A worker acquires a free slot and fills it; the reader receives its arrays, and when the last reference to them is
+    gone the slot is free again. A worker without a free slot has to send the batch in another way.
     """
 
     def __init__(self, spec: Spec, workers: int, depth: int) -> None:
-        """Takes the memory.
+        """Allocates the memory.
 
         Args:
           spec: shape and type of each array of a batch, by name.
-          workers: processes, each with slots of its own.
-          depth: slots of each.
+          workers: number of processes, each with slots of its own.
+          depth: number of slots of each.
 
         Raises:
-          UserError: there is not enough.
+          UserError: too little memory.
         """
         self.spec, self.depth = dict(spec), depth
         self._offsets, self._size = {}, _ALIGN  # a page for the flag
         for key, (shape, dtype) in self.spec.items():
             self._offsets[key] = self._size
             self._size += -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // _ALIGN) * _ALIGN
-        need, free = workers * depth * self._size, shutil.disk_usage(_folder()).free
-        if need > free:  # else a worker would be killed when it writes behind the end
+        required, free = workers * depth * self._size, shutil.disk_usage(_folder()).free
+        if required > free:  # else a worker would be killed when it writes past the end
             raise UserError(
-                f"{workers} workers need {need / 1e6:,.0f} MB in {_folder()}, which has {free / 1e6:,.0f} MB: make it "
-                "larger (docker run --shm-size), or lower data.workers; 0 is threads, which need none."
+                f"{workers} workers need {required / 1e6:,.0f} MB in {_folder()}, which has {free / 1e6:,.0f} MB: make "
+                "it larger (docker run --shm-size), or lower data.workers; 0 is threads, which need none."
             )
         self._paths = []
         for _ in range(workers):
@@ -78,7 +78,7 @@ class Slots:
             return mmap.mmap(file.fileno(), 0)
 
     def _arrays(self, worker: int, slot: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """All bytes of a slot, and the arrays that are parts of them."""
+        """Return all bytes of a slot, and the arrays that are views of them."""
         whole = np.frombuffer(self._maps[worker], np.uint8, self._size, slot * self._size)
         arrays = {}
         for key, (shape, dtype) in self.spec.items():
@@ -86,22 +86,22 @@ class Slots:
             arrays[key] = whole[start : start + size].view(dtype).reshape(shape)
         return whole, arrays
 
-    def take(self, worker: int) -> tuple[int, dict[str, np.ndarray]] | None:
-        """In a worker: the number of a free slot and its arrays, to write to; None where all are in use."""
+    def acquire(self, worker: int) -> tuple[int, dict[str, np.ndarray]] | None:
+        """In a worker: return the number of a free slot and its arrays, to write to; None where all are in use."""
         if worker not in self._maps:
             self._maps[worker] = self._map(worker)
         for slot in range(self.depth):
             if self._maps[worker][slot * self._size] == _FREE:
-                self._maps[worker][slot * self._size] = _TAKEN
+                self._maps[worker][slot * self._size] = _IN_USE
                 return slot, self._arrays(worker, slot)[1]
         return None
 
-    def open(self, worker: int, slot: int) -> dict[str, np.ndarray]:
-        """In the reader: the arrays of a slot that a worker has filled. With the last of them it is free again."""
+    def receive(self, worker: int, slot: int) -> dict[str, np.ndarray]:
+        """In the reader: return the arrays of a slot that a worker filled. It is free after their last reference."""
         if self._remove[worker].alive:
-            self._remove[worker]()  # both have it: no name, and nothing is left behind if they are killed
+            self._remove[worker]()  # both have it open: without a name no file is left if they are killed
         whole, arrays = self._arrays(worker, slot)
-        # All views keep `whole` alive, because what is behind it is no array.
+        # All views keep `whole` alive, because its own base is not an array.
         weakref.finalize(whole, self._free, worker, slot).atexit = False
         return arrays
 

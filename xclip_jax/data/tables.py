@@ -1,5 +1,7 @@
-"""Pairs named by a table: CSV, TSV or parquet files of image paths and captions; and ArrayRecord files of examples."""
+"""Pairs in tables: CSV, TSV or parquet files of image paths, or images, and captions."""
 
+import abc
+import array
 import csv
 import itertools
 import multiprocessing
@@ -8,25 +10,25 @@ import pathlib
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from xclip_jax import storage
-from xclip_jax.data import tar_index
+from xclip_jax.data import labelled
+from xclip_jax.data.base import MAX_BYTES, Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.text import first_line
 from xclip_jax.errors import BadSample, UserError
 
-Record = dict[str, Any]
-
-# A field in quotes may run over so many lines; above, two quotes without partners are likelier.
+# Most lines of a field in quotes; above, two quotes without partners are likelier.
 _MAX_LINES = 20
-_END = "end of the table"  # read behind its last line: a field that is still open swallows it
-# Bytes up to which a table counts whole in its card.
-_WHOLE = 1 << 30
+_END = "end of the table"  # read after its last line: a field that is still open includes it
+# Bytes up to which the whole of a CSV table is hashed for its fingerprint.
+_HASHED_WHOLE = 1 << 30
 
 
 class _Strings:
-    """Many strings in two arrays; a list of them would take several times the memory."""
+    """Many strings in two buffers; a list of them would take several times the memory."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         parts = [text.encode("utf-8", "surrogatepass") for text in texts]
@@ -38,24 +40,25 @@ class _Strings:
         return self._data[start : int(self._ends[index])].decode("utf-8", "surrogatepass")
 
 
-def _check_columns(path: str, there: Sequence[str], wanted: Sequence[str]) -> None:
-    missing = [key for key in wanted if key not in there]
+def _check_columns(path: str, names: Sequence[str], keys: Sequence[str]) -> None:
+    missing = [key for key in keys if key not in names]
     if missing:
         raise UserError(
-            f"table {path!r} has no column {missing[0]!r} but {', '.join(map(repr, there))}; set data.image_key, "
+            f"table {path!r} has no column {missing[0]!r} but {', '.join(map(repr, names))}; set data.image_key, "
             "data.text_keys and data.tags_key."
         )
 
 
-def read_rows(path: str, *, errors: str = "replace") -> Iterator[list[str]]:
-    """Yield the rows of a CSV or TSV file, the one that names the columns first, without empty lines.
+def read_rows(path: str, *, errors: str = "replace") -> Iterator[tuple[int, list[str]]]:
+    """Yield line number and fields of each row of a CSV or TSV file, the one with the names of the columns first.
 
-    Commas part the columns, or tabs if the first line has one. Quotes mean nothing between tabs: captions and titles
-    hold single ones. Between commas a field in quotes may run over several lines.
+    Fields are separated by commas, or by tabs if the first line has one. Between tabs quotes are ordinary letters,
+    since captions and titles contain single ones. Between commas a field in quotes may have several lines; the row's
+    number is that of the last one. Empty lines are left out.
 
     Args:
       path: the file, in UTF-8, with or without a byte order mark.
-      errors: what becomes of bytes that are not UTF-8, "replace" or "strict".
+      errors: how to decode bytes that are not UTF-8, "replace" or "strict".
 
     Raises:
       UserError: a quote that is never closed, or that only one of a later row seems to close, so that rows would be
@@ -71,7 +74,7 @@ def read_rows(path: str, *, errors: str = "replace") -> Iterator[list[str]]:
                 raise UserError(_about_quote(path, rows.line_num - len(lines) + 2, f"more than {_MAX_LINES} lines"))
             yield line
 
-    spread = []
+    long_rows = []  # first lines of rows of several lines
     with open(path, encoding="utf-8-sig", errors=errors, newline="") as file:
         try:
             tabs = "\t" in file.readline()
@@ -82,18 +85,18 @@ def read_rows(path: str, *, errors: str = "replace") -> Iterator[list[str]]:
                 if len(lines) > 1:
                     first = rows.line_num - len(lines) + 1
                     if not _is_closed(lines):
-                        what = "all rows behind it" if lines[-1] == _END else "rows behind it"
+                        what = "all rows after it" if lines[-1] == _END else "rows after it"
                         raise UserError(_about_quote(path, first, what))
-                    spread.append(first)
+                    long_rows.append(first)
                 if row and lines != [_END]:
-                    yield row
+                    yield rows.line_num, row
                 lines.clear()
         except UnicodeDecodeError as error:
             raise UserError(f"table {path!r} is not UTF-8 ({error}); save it in that encoding.") from error
-    if spread and multiprocessing.parent_process() is None:
+    if long_rows and multiprocessing.parent_process() is None:
         warnings.warn(
-            f"table {path!r} has {len(spread):,} rows of several lines, the first at line {spread[0]}; if that is not "
-            "meant, a quote there has no partner and rows are lost.",
+            f"table {path!r} has {len(long_rows):,} rows of several lines, the first at line {long_rows[0]}; if that "
+            "is not intended, a quote there has no partner and rows are lost.",
             stacklevel=2,
         )
 
@@ -109,104 +112,55 @@ def _is_closed(lines: Sequence[str]) -> bool:
 def _about_quote(path: str, line: int, what: str) -> str:
     return (
         f"table {path!r}, line {line}: a quote opens a field that swallows {what}; double a quote that is part of the "
-        'text ("" in a quoted field), or write the table with tabs, between which quotes mean nothing.'
+        'text ("" in a quoted field), or write the table with tabs, between which quotes are ordinary letters.'
     )
 
 
-def _read_csv(path: str, wanted: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the columns `wanted` of each row."""
-    rows = read_rows(path)
-    names = next(rows, [])
-    _check_columns(path, names, wanted)
-    columns = [names.index(key) for key in wanted]
-    for row in rows:
-        yield [row[i] if i < len(row) else "" for i in columns]
+class TableSource(Source):
+    """Rows of tables: a path or URL of an image, or its bytes, and captions."""
 
-
-class TableSource:
-    """Rows of CSV or parquet files: a path or URL of an image, or its bytes, and captions."""
-
-    def __init__(self, kind: str, pattern: str, image_key: str, text_keys: Sequence[str], tags_key: str = "") -> None:
-        """Reads the columns that are wanted into memory.
+    def __init__(self, pattern: str, image_key: str, text_keys: Sequence[str], tags_key: str = "") -> None:
+        """Reads the columns of these keys into memory.
 
         Args:
-          kind: "csv" (commas or tabs, the first line names the columns) or "parquet".
           pattern: the tables, see `storage.expand`.
-          image_key: column of paths, taken from the table's folder where they are not absolute; in parquet also of
-            bytes, or of {"bytes", "path"} as Hugging Face writes them.
-          text_keys: columns of captions, one of which is drawn each time; in parquet also lists.
-          tags_key: column of keywords, in CSV parted by commas; or "".
+          image_key: column of paths, relative to the table's folder where they are not absolute.
+          text_keys: columns of captions, one of which is drawn each time.
+          tags_key: column of keywords, with commas between them; or "".
 
         Raises:
           UserError: no such file or column, no row.
         """
-        self._arguments = (kind, pattern, image_key, text_keys, tags_key)
+        self._arguments = (pattern, image_key, text_keys, tags_key)
         self.text_keys, self.image_key, self.tags_key = tuple(text_keys), image_key, tags_key
         self.tables = storage.expand(pattern)
-        wanted = list(dict.fromkeys([image_key, *text_keys, *filter(None, [tags_key])]))
-        read = {"csv": self._open_csv, "parquet": self._open_parquet}[kind]
-        self._columns, counts = read(wanted)
+        keys = list(dict.fromkeys([image_key, *text_keys, *filter(None, [tags_key])]))
+        self._columns, counts = self._read(keys)
         self._ends = np.cumsum(counts)
         if not len(self):
-            raise UserError(f"{pattern!r} has no row behind its head line; name a table of paths and captions.")
+            raise UserError(f"{pattern!r} has no row after its first line; pass a table of paths and captions.")
 
-    def _open_csv(self, wanted: list[str]) -> tuple[dict[str, Any], list[int]]:
-        columns, counts = [[] for _ in wanted], []
-        for path in self.tables:
-            before = len(columns[0])
-            for row in _read_csv(path, wanted):
-                for column, value in zip(columns, row, strict=True):
-                    column.append(value)
-            counts.append(len(columns[0]) - before)
-        return {key: _Strings(column) for key, column in zip(wanted, columns, strict=True)}, counts
-
-    def _open_parquet(self, wanted: list[str]) -> tuple[dict[str, Any], list[int]]:
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as error:
-            raise UserError("parquet tables need pyarrow: pip install 'xclip_jax[parquet]'.") from error
-        tables, schema = [], pyarrow.schema([])
-        for path in self.tables:
-            try:
-                _check_columns(path, pyarrow.parquet.read_schema(path).names, wanted)
-                tables.append(pyarrow.parquet.read_table(path, columns=wanted))
-            except UserError:
-                raise
-            except Exception as error:  # of many classes, by what is damaged
-                raise UserError(f"{path!r} cannot be read as parquet ({first_line(error)}).") from error
-            try:
-                # A column without any value has a type of its own and fits the others.
-                schema = pyarrow.unify_schemas([schema, tables[-1].schema], promote_options="default")
-            except pyarrow.ArrowException as error:
-                raise UserError(
-                    f"a column of {path!r} has another type than in the tables before it ({first_line(error)}); name "
-                    "tables of one schema, or make each a source of its own."
-                ) from error
-        columns = pyarrow.concat_tables(tables, promote_options="default").columns
-        return dict(zip(wanted, columns, strict=True)), [table.num_rows for table in tables]
+    @abc.abstractmethod
+    def _read(self, keys: list[str]) -> tuple[dict[str, Any], list[int]]:
+        """Return the columns over all tables, each indexable by row, and the number of rows of each table."""
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         """A worker process reads the tables itself."""
-        return TableSource, self._arguments
+        return type(self), self._arguments
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    def _table(self, index: int) -> str:
+        return self.tables[int(np.searchsorted(self._ends, index, side="right"))]
+
     def _value(self, key: str, index: int) -> Any:
-        value = self._columns[key][index]
-        try:
-            return value if isinstance(value, str) else value.as_py()
-        except UnicodeDecodeError as error:
-            raise BadSample("text is not UTF-8", str(error)) from error
+        return self._columns[key][index]
 
     def _path(self, index: int, value: str) -> str:
-        if storage.is_remote(value):
-            return value
-        table = self.tables[int(np.searchsorted(self._ends, index, side="right"))]
-        return str(pathlib.Path(table).parent / value)
+        return value if storage.is_remote(value) else str(pathlib.Path(self._table(index)).parent / value)
 
-    def where(self, index: int) -> dict[str, str]:
+    def describe(self, index: int) -> dict[str, str]:
         """Path of the image, or the row's number."""
         try:
             value = self._value(self.image_key, index)
@@ -214,9 +168,9 @@ class TableSource:
             value = None
         return {"file": self._path(index, value)} if isinstance(value, str) else {"row": str(index)}
 
-    def card(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Number of rows, a hash of the tables (see `storage.fingerprint`), and their names and sizes."""
-        return _card(len(self), self.tables, whole=_WHOLE if self._arguments[0] == "csv" else 0)
+        return fingerprint(len(self), self.tables)
 
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
@@ -227,89 +181,135 @@ class TableSource:
         if isinstance(image, str) and image:
             name = self._path(index, image)
             try:
-                image = storage.read(name, tar_index.MAX_BYTES["image"])
+                image = storage.read(name, MAX_BYTES["image"])
             except (OSError, ValueError) as error:  # a ValueError for a zero byte, or a URL that cannot be opened
                 raise storage.unreadable(error) from error
         if not (image and isinstance(image, bytes)):
             raise BadSample("image file is empty" if name != str(index) else "no image in the row")
-        text = [caption for key in self.text_keys for caption in _strings(self._value(key, index))]
+        text = [caption for key in self.text_keys for caption in strip_texts(self._value(key, index))]
         if not text:
             raise BadSample("caption is empty")
         tags = self._value(self.tags_key, index) if self.tags_key else []
         return {
             "image": image,
             "text": text,
-            "tags": _strings(tags.split(",") if isinstance(tags, str) else tags),
+            "tags": strip_texts(tags.split(",") if isinstance(tags, str) else tags),
             "id": name,
         }
 
 
-def _card(samples: int, paths: Sequence[str], whole: int = 0) -> dict[str, Any]:
+class CsvSource(TableSource):
+    """Rows of CSV or TSV files, whose first line has the names of the columns."""
+
+    def _read(self, keys: list[str]) -> tuple[dict[str, Any], list[int]]:
+        columns, counts = [[] for _ in keys], []
+        self._too_long = array.array("q")  # index, line and number of fields of rows with too many of them
+        for path in self.tables:
+            before = len(columns[0])
+            rows = read_rows(path)
+            _, names = next(rows, (0, []))
+            _check_columns(path, names, keys)
+            positions = [names.index(key) for key in keys]
+            for line, row in rows:
+                if any(field.strip() for field in row[len(names) :]):
+                    self._too_long.extend((len(columns[0]), line, len(row)))
+                for column, position in zip(columns, positions, strict=True):
+                    column.append(row[position] if position < len(row) else "")
+            counts.append(len(columns[0]) - before)
+        return {key: _Strings(column) for key, column in zip(keys, columns, strict=True)}, counts
+
+    def __getitem__(self, index: int) -> Record:
+        if fault := self._too_many_fields(index):
+            raise BadSample("row has too many fields", fault)
+        return super().__getitem__(index)
+
+    def _too_many_fields(self, index: int) -> str:
+        """Where a row has more fields than columns: a caption may have been cut at its comma. Else ""."""
+        indices = np.frombuffer(self._too_long, np.int64)[::3]
+        i = int(np.searchsorted(indices, index))
+        if i == len(indices) or indices[i] != index:
+            return ""
+        line, fields = self._too_long[3 * i + 1 : 3 * i + 3]
+        return f"{self._table(index)!r}, line {line}: {fields} fields; put captions that contain a comma in quotes"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Number of rows, a hash of the tables (see `storage.fingerprint`), and their names and sizes."""
+        return fingerprint(len(self), self.tables, whole=_HASHED_WHOLE)
+
+
+class ParquetSource(TableSource):
+    """Rows of parquet files. Images may be bytes, or {"bytes", "path"} as Hugging Face writes them, captions lists."""
+
+    def _read(self, keys: list[str]) -> tuple[dict[str, Any], list[int]]:
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise UserError("parquet tables need pyarrow: pip install 'xclip_jax[parquet]'.") from error
+        tables, schema = [], pyarrow.schema([])
+        for path in self.tables:
+            try:
+                _check_columns(path, pyarrow.parquet.read_schema(path).names, keys)
+                tables.append(pyarrow.parquet.read_table(path, columns=keys))
+            except UserError:
+                raise
+            except Exception as error:  # of many classes, by what is damaged
+                raise UserError(f"{path!r} cannot be read as parquet ({first_line(error)}).") from error
+            try:
+                # A column without any value has a type of its own and fits the others.
+                schema = pyarrow.unify_schemas([schema, tables[-1].schema], promote_options="default")
+            except pyarrow.ArrowException as error:
+                raise UserError(
+                    f"a column of {path!r} has another type than in the tables before it ({first_line(error)}); pass "
+                    "tables of one schema, or make each a source of its own."
+                ) from error
+        columns = pyarrow.concat_tables(tables, promote_options="default").columns
+        return dict(zip(keys, columns, strict=True)), [table.num_rows for table in tables]
+
+    def _value(self, key: str, index: int) -> Any:
+        try:
+            return self._columns[key][index].as_py()
+        except UnicodeDecodeError as error:
+            raise BadSample("text is not UTF-8", str(error)) from error
+
+
+def fingerprint(samples: int, paths: Sequence[str], whole: int = 0) -> dict[str, Any]:
+    """The fingerprint of files: `samples`, a hash (`whole` is that of `storage.fingerprint`), names and sizes."""
     sizes = [{"name": os.path.basename(path), "bytes": storage.stat(path)[0]} for path in paths]
     return {"samples": samples, "hash": storage.fingerprint(paths, whole=whole), "files": sizes}
 
 
-def first_line(error: Exception) -> str:
-    """Class and first line of an error of a library, for a sentence."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def _strings(value: Any) -> list[str]:
+def strip_texts(value: Any) -> list[str]:
+    """The strings in a string or a list, without white space around them and without empty ones."""
     values = value if isinstance(value, list) else [value]
     return [text for item in values if isinstance(item, str) and (text := item.strip())]
 
 
-class ArrayRecordSource:
-    """ArrayRecord files of serialized tf.train.Example, the format that TensorFlow's users write; read without it."""
+class CsvTables(SourceKind):
+    """`csv:PATTERN` of pairs, `csv:PATH` of labelled images."""
 
-    def __init__(self, pattern: str, image_key: str, text_keys: Sequence[str], tags_key: str = "") -> None:
-        """Opens the files.
+    pair_specs: ClassVar = {"csv:PATTERN": "tables with columns of image paths and captions, between commas or tabs"}
+    labelled_specs: ClassVar = {"csv:PATH": "a table with the columns path and label"}
+    suffixes = (".csv", ".tsv")
 
-        Args:
-          pattern: see `storage.expand`.
-          image_key: feature with the encoded image.
-          text_keys: features with captions.
-          tags_key: feature with keywords, or "".
+    @classmethod
+    def open_pairs(cls, rest: str, options: SourceOptions) -> CsvSource:
+        """See `TableSource`."""
+        return CsvSource(rest, options.image_key, options.text_keys, options.tags_key)
 
-        Raises:
-          UserError: no such file.
-        """
-        from array_record.python import array_record_data_source
+    @classmethod
+    def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
+        """See `labelled.read_files`."""
+        return labelled.open_files(f"csv:{rest}", rest)
 
-        self.files = storage.expand(pattern)
-        self.image_key, self.text_keys, self.tags_key = image_key, tuple(text_keys), tags_key
-        try:
-            self._data = array_record_data_source.ArrayRecordDataSource(self.files)
-        except Exception as error:  # the library raises bare errors of C++
-            raise UserError(f"{pattern!r} cannot be read as ArrayRecord files ({error}).") from error
 
-    def __len__(self) -> int:
-        return len(self._data)
+class ParquetTables(SourceKind):
+    """`parquet:PATTERN`."""
 
-    def where(self, index: int) -> dict[str, str]:
-        """Number of the record over all files."""
-        return {"row": str(index)}
+    pair_specs: ClassVar = {"parquet:PATTERN": "tables with columns of images, or of their paths, and captions"}
+    suffixes = (".parquet",)
 
-    def __getitem__(self, index: int) -> Record:
-        from tensorflow_datasets.proto import tf_example_pb2
-
-        try:
-            example = tf_example_pb2.Example.FromString(self._data[index])  # ty: ignore[missing-attribute]
-        except Exception as error:
-            raise BadSample("record cannot be read", str(error)) from error
-        features = {key: list(value.bytes_list.value) for key, value in example.features.feature.items()}
-        if not features.get(self.image_key):
-            raise BadSample("no image in the record", f"it has {', '.join(sorted(features))}")
-
-        def strings(keys: Sequence[str]) -> list[str]:
-            return _strings([value.decode("utf-8", "replace") for key in keys for value in features.get(key, ())])
-
-        text = strings(self.text_keys)
-        if not text:
-            raise BadSample("caption is empty")
-        tags = strings([self.tags_key])
-        return {"image": features[self.image_key][0], "text": text, "tags": tags, "id": str(index)}
-
-    def card(self) -> dict[str, Any]:
-        """Number of records, a hash of the files (see `storage.fingerprint`), and their names and sizes."""
-        return _card(len(self), self.files)
+    @classmethod
+    def open_pairs(cls, rest: str, options: SourceOptions) -> ParquetSource:
+        """See `TableSource`."""
+        return ParquetSource(rest, options.image_key, options.text_keys, options.tags_key)

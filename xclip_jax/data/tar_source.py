@@ -1,74 +1,35 @@
 """Pairs in WebDataset tars, as img2dataset writes them, at random access: nothing is converted or streamed.
 
-Shuffling is then global and exact, a run resumes anywhere, and shards need not be spread over hosts.
+The shuffle is global and exact, a run resumes anywhere, and shards need not be distributed over hosts.
 """
 
 import bisect
+import collections
 import hashlib
 import itertools
 import json
 import pathlib
-import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
 from xclip_jax import storage
 from xclip_jax.data import tar_index
+from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.text import decode_text, json_strings
 from xclip_jax.errors import BadSample, UserError
 
-Record = dict[str, Any]
-
-_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
-_GAP = 1 << 16  # files of a sample that lie closer than this are read at once
-
-
-def decode_text(data: bytes) -> str:
-    """Text as it was meant: UTF-8 or, by its mark, UTF-16; else Windows' Latin letters, unless there are none.
-
-    Raises:
-      BadSample: the bytes are no text.
-    """
-    try:
-        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return data.decode("utf-16")
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        try:
-            text = data.decode("cp1252")
-        except UnicodeDecodeError as error:
-            raise BadSample("caption is no text", f"begins with {data[:8]!r}") from error
-    if _CONTROL.search(text):
-        raise BadSample("caption is no text", f"begins with {data[:8]!r}")
-    return text
+_GAP = 1 << 16  # files of a sample that are closer than this are read in one request
+_MAX_KEYS = 20_000_000  # more keys would take gigabytes to compare
+_EXAMPLES = 3
 
 
-def json_strings(record: Any, key: str) -> list[str]:
-    """The strings at `key` of a JSON object, '/' stepping into nested ones; [] for none.
-
-    JSON may hold half of a surrogate pair, of a letter cut in two; it becomes U+FFFD, since no other code takes it.
-    """
-    for part in key.split("/"):
-        record = record.get(part) if isinstance(record, dict) else None
-    values = record if isinstance(record, list) else [record]
-    return [text for value in values if isinstance(value, str) and (text := whole_letters(value.strip()))]
-
-
-def whole_letters(text: str) -> str:
-    """Return `text` with surrogate pairs joined and halves of them replaced by U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
-
-
-class TarSource:
+class TarSource(Source):
     """Samples of tars: `{key}.jpg` (or another image), `{key}.txt`, `{key}.json`.
 
-    A sample that is incomplete, and a part of a tar that cannot be read, keep a place of their own, and raise
-    `BadSample` there.
+    A sample that is incomplete, and a part of a tar that cannot be read, have an index of their own, and raise
+    `BadSample`.
     """
 
     def __init__(self, pattern: str, text_keys: Sequence[str] = ("text",), tags_key: str = "") -> None:
@@ -76,7 +37,7 @@ class TarSource:
 
         Args:
           pattern: see `storage.expand`.
-          text_keys: where captions are: "text" is the .txt file, all else a field of the .json file.
+          text_keys: where captions are: "text" is the .txt file, any other a field of the .json file.
           tags_key: field of the .json file with keywords, or "".
 
         Raises:
@@ -90,14 +51,14 @@ class TarSource:
         if not any((rows["fault"] == tar_index.OK).any() for rows in self.rows):
             faults = sorted({tar_index.FAULTS[fault] for rows in self.rows for fault in np.unique(rows["fault"])})
             raise UserError(
-                f"{pattern!r} names {len(self.tars)} tars and none holds a whole sample ({', '.join(faults)}); a "
+                f"{pattern!r} names {len(self.tars)} tars and none contains a whole sample ({', '.join(faults)}); a "
                 "sample is KEY.jpg and KEY.txt, as img2dataset writes them with --output_format webdataset."
             )
 
-    def _open(self, places: Sequence[pathlib.Path]) -> None:
-        self.places = list(places)
+    def _open(self, index_paths: Sequence[pathlib.Path]) -> None:
+        self._index_paths = list(index_paths)
         # Mapped, so that all worker processes share one copy of what may be gigabytes.
-        self.rows = [np.load(place, mmap_mode="r").view(np.ndarray) for place in places]
+        self.rows = [np.load(path, mmap_mode="r").view(np.ndarray) for path in index_paths]
         self._ends = list(itertools.accumulate(map(len, self.rows)))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -106,7 +67,7 @@ class TarSource:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self._open(self.places)
+        self._open(self._index_paths)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -118,14 +79,32 @@ class TarSource:
         rows = self.rows[shard]
         return self.tars[shard], rows[index - self._ends[shard] + len(rows)]
 
-    def where(self, index: int) -> dict[str, str]:
+    def describe(self, index: int) -> dict[str, str]:
         """Tar and key of a sample."""
         tar, row = self._row(index)
         return {"tar": tar, "key": row["key"].decode("utf-8", "replace")}
 
-    def fault(self, index: int) -> str:
-        """What the index knows to be wrong with a sample, or ""."""
+    def known_fault(self, index: int) -> str:
+        """The fault of a sample in the index of its tar, or ""."""
         return tar_index.FAULTS[self._row(index)[1]["fault"]]
+
+    def known_faults(self) -> Mapping[str, int]:
+        """Number of rows of the indexes with each fault."""
+        counts: collections.Counter = collections.Counter()
+        for rows in self.rows:
+            for fault, count in zip(*np.unique(rows["fault"], return_counts=True), strict=True):
+                if fault != tar_index.OK:
+                    counts[tar_index.FAULTS[fault]] += int(count)
+        return counts
+
+    def remarks(self) -> Iterator[str]:
+        """Keys that several samples have, of up to `_MAX_KEYS` samples."""
+        if len(self) > _MAX_KEYS:
+            return
+        counts = collections.Counter(key for rows in self.rows for key in rows["key"].tolist())
+        repeated = [key.decode("utf-8", "replace") for key, count in counts.items() if count > 1 and key]
+        examples = ", ".join(repr(key[-40:]) for key in repeated[:_EXAMPLES])
+        yield f"keys of several samples: {len(repeated):,}" + (f", as {examples}; all are used" if repeated else "")
 
     def __getitem__(self, index: int) -> Record:
         tar, row = self._row(index)
@@ -139,7 +118,7 @@ class TarSource:
         return {"image": parts["image"], "text": text, "tags": tags, "id": name}
 
     def image(self, index: int) -> bytes:
-        """The image alone, for those who can do without a caption. Raises `BadSample` where that is missing too."""
+        """Return the image of a sample that need not have a caption. Raises `BadSample` where the image is missing."""
         tar, row = self._row(index)
         if row["fault"] not in (tar_index.OK, tar_index.NO_TEXT):
             raise BadSample(tar_index.FAULTS[row["fault"]])
@@ -163,26 +142,26 @@ class TarSource:
             raise BadSample("caption is empty" if some else tar_index.FAULTS[tar_index.NO_TEXT])
         return text, json_strings(fields, self.tags_key) if self.tags_key else []
 
-    def _read(self, tar: str, row: np.void, wanted: Sequence[str]) -> dict[str, bytes | None]:
-        """The bytes of the files that are wanted, None for those that the sample lacks."""
-        found: dict[str, bytes | None] = dict.fromkeys(wanted)
-        spans = {part: (start, int(row[f"{part}_size"])) for part in wanted if (start := int(row[part]))}
+    def _read(self, tar: str, row: np.void, parts: Sequence[str]) -> dict[str, bytes | None]:
+        """Return the content of these files of a sample, None for those that it lacks."""
+        contents: dict[str, bytes | None] = dict.fromkeys(parts)
+        spans = {part: (start, int(row[f"{part}_size"])) for part in parts if (start := int(row[part]))}
         first, end = min(start for start, _ in spans.values()), max(start + size for start, size in spans.values())
         try:
             file = storage.open_file(tar)
             if end - first <= sum(size for _, size in spans.values()) + _GAP:
                 whole = file.read(first, end - first)
-                found |= {part: whole[start - first : start - first + size] for part, (start, size) in spans.items()}
+                contents |= {part: whole[start - first : start - first + size] for part, (start, size) in spans.items()}
             else:
-                found |= {part: file.read(start, size) for part, (start, size) in spans.items()}
+                contents |= {part: file.read(start, size) for part, (start, size) in spans.items()}
         except OSError as error:
             raise BadSample("tar cannot be read", str(error)) from error
-        if any(len(found[part] or b"") < size for part, (_, size) in spans.items()):
+        if any(len(contents[part] or b"") < size for part, (_, size) in spans.items()):
             raise BadSample("tar cut off", "it is shorter than when it was indexed")
-        return found
+        return contents
 
-    def card(self) -> dict[str, Any]:
-        """What was read, for the run's records: names and sizes of the tars, samples, and a hash of the index."""
+    def fingerprint(self) -> dict[str, Any]:
+        """Number of samples, a hash of the indexes, and names and sizes of the tars."""
         digest = hashlib.blake2b(digest_size=16)
         for rows in self.rows:
             digest.update(rows.tobytes())
@@ -191,3 +170,17 @@ class TarSource:
             for tar, rows in zip(self.tars, self.rows, strict=True)
         ]
         return {"samples": len(self), "hash": digest.hexdigest(), "tars": tars}
+
+
+class Tars(SourceKind):
+    """`tar:PATTERN`."""
+
+    pair_specs: ClassVar = {
+        "tar:PATTERN": "KEY.jpg (or another image) with KEY.txt or KEY.json in tars, as img2dataset writes them"
+    }
+    suffixes = (".tar",)
+
+    @classmethod
+    def open_pairs(cls, rest: str, options: SourceOptions) -> TarSource:
+        """See `TarSource`."""
+        return TarSource(rest, options.text_keys, options.tags_key)

@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 
 from xclip_jax.data import assets
-from xclip_jax.data.tar_source import whole_letters
+from xclip_jax.data.text import join_surrogates
 from xclip_jax.errors import UserError
 
 NAMES = ("clip", "bytes")
@@ -34,14 +34,14 @@ _CLIP_WORDS = rf"(?i){_CLIP_START}|{_CLIP_END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|
 
 
 class Tokenizer:
-    """Callable (texts, length) -> int32 (b, length); made by `load`, immutable, safe in threads, picklable by name.
+    """Callable (texts, length) -> int32 (b, length); made by `load`, immutable, safe in threads, pickled by its name.
 
     Attributes:
-      name: what `load` was given.
-      vocab_size: ids are below it.
-      sot_id: opens each row; None where the vocabulary has no such token, then rows open with the text.
-      eot_id: closes each row, the over-long ones too.
-      pad_id: fills each row up.
+      name: the argument of `load`.
+      vocab_size: all ids are below it.
+      sot_id: start token of each row; None where the vocabulary has none, then rows begin with the text.
+      eot_id: end token of each row, of truncated ones too.
+      pad_id: padding after the end token.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Tokenizer:
         self._cached_ids = functools.lru_cache(maxsize=1 << 16)(self._ids)
 
     def __call__(self, texts: Sequence[str], length: int) -> np.ndarray:
-        """int32 (len(texts), length): start, text, end, padding. Longer texts are cut before their end token.
+        """Return int32 (len(texts), length): start, text, end, padding. Longer texts are cut before their end token.
 
         Raises:
           UserError: `texts` is one string, or `length` leaves no room for a start and an end.
@@ -77,18 +77,18 @@ class Tokenizer:
         return out
 
     def _ids(self, text: str, length: int) -> np.ndarray:
-        """The ids of one text, without padding; an array, since a list takes several times the memory."""
+        """Return the ids of one text, without padding; an array, since a list takes several times the memory."""
         start = [] if self.sot_id is None else [self.sot_id]
         return np.array([*(start + self._encode(text))[: length - 1], self.eot_id], np.int32)
 
     def __reduce__(self) -> tuple[Callable[[str], "Tokenizer"], tuple[str]]:
-        """Pickles as its name: data workers load it once each instead of receiving the vocabulary with each message."""
+        """Pickle by name: data workers load it once each instead of receiving the vocabulary with each message."""
         return load, (self.name,)
 
 
 @functools.lru_cache
 def load(name: str) -> Tokenizer:
-    """The tokenizer `name`: "clip" (49,408 ids), "bytes" (259), or the path of a Hugging Face `tokenizers` JSON file.
+    """Return a tokenizer: "clip" (49,408 ids), "bytes" (259), or the path of a Hugging Face `tokenizers` JSON file.
 
     Raises:
       UserError: unknown name, unreadable file, a vocabulary without an end token.
@@ -103,21 +103,21 @@ def load(name: str) -> Tokenizer:
 
 
 def clean(text: str) -> str:
-    """CLIP's cleaning: broken encodings mended, HTML entities resolved twice, white space folded, lower case."""
-    # In printable ASCII without entities there is nothing to mend, and looking for it takes most of the time.
+    """CLIP's cleaning: broken encodings repaired, HTML entities resolved twice, white space folded, lower case."""
+    # Printable ASCII without entities needs no repair, and the check takes most of the time.
     if not (text.isascii() and text.isprintable() and "&" not in text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 
 def _byte_letters() -> list[str]:
-    """The printable stand-in of each byte, in the order of the vocabulary: printable bytes first, then the others."""
+    """Return the letter of each byte, in the order of the vocabulary: printable bytes first, then the others."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
 def clip_vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
-    """Words of CLIP's vocabulary in the order of their ids, without the start and end tokens behind them; merges."""
+    """Return the words of CLIP's vocabulary in the order of their ids, without the start and end tokens; and merges."""
     lines = gzip.decompress(assets.third_party("bpe_simple_vocab_16e6.txt.gz")).decode("utf-8").split("\n")
     merges = [(first, second) for first, second in map(str.split, lines[1 : 1 + _CLIP_MERGES])]
     letters = _byte_letters()
@@ -140,7 +140,7 @@ def _clip() -> Tokenizer:
         text = clean(text)
         if not any(token in text for token in special):
             return bpe.encode(text, add_special_tokens=False).ids
-        # No merges lead to these two, so BPE alone would spell out what open_clip takes for one id.
+        # Merges do not lead to these two, so BPE alone would spell out what open_clip reads as one id.
         ids = []
         for piece, _ in bpe.pre_tokenizer.pre_tokenize_str(text):
             ids += [special[piece]] if piece in special else [token.id for token in bpe.model.tokenize(piece)]
@@ -179,7 +179,7 @@ def _from_file(path: str) -> Tokenizer:
 
     def encode(text: str) -> list[int]:
         try:
-            return model.encode(whole_letters(text), add_special_tokens=False).ids
+            return model.encode(join_surrogates(text), add_special_tokens=False).ids
         except Exception as error:  # The library raises bare `Exception`.
             raise UserError(
                 f"tokenizer file {path!r} cannot encode {text[:40]!r} ({error}); add an unknown token to its "

@@ -19,7 +19,7 @@ from xclip_jax.errors import BadSample
 
 cv2.setNumThreads(0)  # the loader has threads and processes of its own
 
-MAX_PIXELS = 1 << 26  # 64 million, 200 MB decoded: more is a decompression bomb or no use at 224 pixels
+MAX_PIXELS = 1 << 26  # 64 million, 200 MB decoded: more is a decompression bomb, or useless at 224 pixels
 RESAMPLE = ("area", "bicubic")  # of training crops
 RESIZE_MODES = ("shortest", "squash", "longest")  # of evaluation
 INTERPOLATIONS = ("bicubic", "bilinear")
@@ -97,7 +97,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _open(data: bytes | Image.Image) -> Image.Image:
     """Open an image in its own mode, rotated by its EXIF tag. Raises `BadSample`, see `decode`."""
-    about = f"{len(data)} bytes that begin with {data[:8]!r}" if isinstance(data, bytes) else "an image of Pillow's"
+    about = f"{len(data)} bytes that begin with {data[:8]!r}" if isinstance(data, bytes) else "a Pillow image"
     try:
         if isinstance(data, Image.Image):  # the caller closes it
             _check_pixels(*data.size)
@@ -145,7 +145,7 @@ def _resize(
 
 
 def _fit(image: Image.Image, size: int, resample: str, mode: str = "shortest", resize_size: int = 0) -> Image.Image:
-    """Make the square of `evaluation_image`, in the image's own mode."""
+    """Resize and crop to the square of `evaluation_image`, in the image's own mode."""
     side = resize_size or size
     if mode == "shortest":
         image = _crop_middle(image)
@@ -172,7 +172,7 @@ def _crop_middle(image: Image.Image) -> Image.Image:
 
 
 def resize_center_crop(image: np.ndarray, size: int, resample: str = "bicubic") -> np.ndarray:
-    """Shorter side to `size` (antialiased), then the central square: OpenAI CLIP's evaluation transform of RGB.
+    """Resize the shorter side to `size` (antialiased) and crop the central square: OpenAI CLIP's evaluation transform.
 
     uint8 (h, w, 3) -> uint8 (size, size, 3). SLIP's is the same with `resample` "bilinear".
     """
@@ -186,13 +186,13 @@ def evaluation_image(
     mode: str = "shortest",
     resize_size: int = 0,
 ) -> np.ndarray:
-    """Encoded image, RGB or one of Pillow's -> uint8 (size, size, 3), the pixels of open_clip's evaluation transform.
+    """Resize and crop an image to uint8 (size, size, 3), with the pixels of open_clip's evaluation transform.
 
     It resizes before it converts to RGB, which matters for palettes, which are resized without interpolation, and for
     transparent pixels, which have a lower weight. Unlike it, this rotates images by EXIF and scales 16 bits.
 
     Args:
-      data: content of a file, an RGB array (h, w, 3), or an image of Pillow's.
+      data: content of a file, an RGB array (h, w, 3), or a Pillow image.
       size: side of the result, pixels.
       resample: one of `INTERPOLATIONS`, antialiased.
       mode: "shortest" resizes the shorter side and keeps the central square, "squash" resizes each side to the same
@@ -224,7 +224,7 @@ def random_resized_crop(
     Args:
       image: uint8 (h, w, 3).
       size: side of the result, pixels.
-      rng: chooses the part.
+      rng: generator that chooses the part.
       scale: range of the part's area, as a fraction of the image's.
       ratio: range of its width / height, log-uniform.
       resample: "bicubic", antialiased; or "area", OpenCV's mean over the pixels and their bicubic where it enlarges,
@@ -264,12 +264,12 @@ def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
     return (images.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
 
 
-def draw(key: jax.Array, b: int, *, flip: float = 0.0, color: float = 0.0) -> dict[str, jax.Array]:
+def sample_augmentations(key: jax.Array, b: int, *, flip: float = 0.0, color: float = 0.0) -> dict[str, jax.Array]:
     """Sample the augmentations of `b` images for `augment`, so that a batch can be augmented in microbatches.
 
     Args:
       key: of the random generator.
-      b: images in the global batch.
+      b: number of images in the global batch.
       flip: probability of a left-right flip.
       color: strength s; brightness, contrast and saturation each change by a factor from [1 - s, 1 + s].
 
@@ -285,16 +285,16 @@ def draw(key: jax.Array, b: int, *, flip: float = 0.0, color: float = 0.0) -> di
     return sampled
 
 
-def augment(images: jax.Array, drawn: Mapping[str, jax.Array]) -> jax.Array:
-    """Apply the augmentations sampled by `draw` to uint8 images (b, h, w, 3), on the device.
+def augment(images: jax.Array, sampled: Mapping[str, jax.Array]) -> jax.Array:
+    """Apply the augmentations sampled by `sample_augmentations` to uint8 images (b, h, w, 3), on the device.
 
     Returns:
       Images of the same shape, in fp32 from 0 to 255 if colours change.
     """
-    if "flip" in drawn:
-        images = jnp.where(drawn["flip"][:, None, None, None], images[:, :, ::-1], images)
-    if "color" in drawn:
-        brightness, contrast, saturation = jnp.moveaxis(drawn["color"][:, :, None, None], 1, 0)
+    if "flip" in sampled:
+        images = jnp.where(sampled["flip"][:, None, None, None], images[:, :, ::-1], images)
+    if "color" in sampled:
+        brightness, contrast, saturation = jnp.moveaxis(sampled["color"][:, :, None, None], 1, 0)
         # All three are linear but for the mean, so one 3 x 3 matrix an image does them in one pass over the pixels.
         luma = jnp.tile(jnp.asarray((0.299, 0.587, 0.114))[:, None], (1, 3))
         matrix = brightness * contrast * (saturation * jnp.eye(3) + (1 - saturation) * luma)  # (b, 3, 3)
@@ -304,21 +304,21 @@ def augment(images: jax.Array, drawn: Mapping[str, jax.Array]) -> jax.Array:
     return images
 
 
-def draw_mix(key: jax.Array, b: int, size: int, mixup: float, cutmix: float) -> dict[str, jax.Array]:
-    """Sample how `mix` mixes a batch: mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899), half of the batches each.
+def sample_mix(key: jax.Array, b: int, size: int, mixup: float, cutmix: float) -> dict[str, jax.Array]:
+    """Sample the arguments of `mix`: mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899), half of the batches each.
 
     Args:
       key: of the random generator.
-      b: images in the global batch, all mixed alike, as in timm.
+      b: number of images in the global batch, all mixed alike, as in timm.
       size: side of an image, pixels.
       mixup, cutmix: parameter a of the distribution Beta(a, a) of the share; 0 for never.
 
     Returns:
       Rows for each image: "share" fp32 (b,) of an image's own label; "weight" fp32 (b,) of its own pixels outside the
-      box; "box" int32 (b, 4), top, bottom, left, right of what comes from the other image, empty for mixup.
+      box; "box" int32 (b, 4), top, bottom, left, right of the pixels of the other image, empty for mixup.
     """
-    key_kind, key_share, key_y, key_x = jax.random.split(key, 4)
-    cut = jax.random.bernoulli(key_kind, 0.5 if mixup and cutmix else float(cutmix > 0))
+    key_method, key_share, key_y, key_x = jax.random.split(key, 4)
+    cut = jax.random.bernoulli(key_method, 0.5 if mixup and cutmix else float(cutmix > 0))
     a = jnp.where(cut, cutmix, mixup)
     mixed = jax.random.beta(key_share, a, a)
     # A box at a random centre, as large as the share requires, cut at the image's borders.
@@ -327,14 +327,14 @@ def draw_mix(key: jax.Array, b: int, size: int, mixup: float, cutmix: float) -> 
     low, high = jnp.clip(centre - half, 0, size), jnp.clip(centre + half, 0, size)
     box = jnp.stack([low[0], high[0], low[1], high[1]]) * cut
     area = (high - low).prod() / size**2
-    drawn = {"share": jnp.where(cut, 1 - area, mixed), "weight": jnp.where(cut, 1.0, mixed), "box": box}
-    return {name: jnp.broadcast_to(x, (b, *x.shape)) for name, x in drawn.items()}
+    sampled = {"share": jnp.where(cut, 1 - area, mixed), "weight": jnp.where(cut, 1.0, mixed), "box": box}
+    return {name: jnp.broadcast_to(x, (b, *x.shape)) for name, x in sampled.items()}
 
 
-def mix(images: jax.Array, others: jax.Array, drawn: Mapping[str, jax.Array]) -> jax.Array:
-    """Mix images with `others`, both fp32 (b, h, w, 3), as sampled by `draw_mix`."""
-    top, bottom, left, right = (side[:, None] for side in jnp.moveaxis(drawn["box"], 1, 0))
+def mix(images: jax.Array, others: jax.Array, sampled: Mapping[str, jax.Array]) -> jax.Array:
+    """Mix images with `others`, both fp32 (b, h, w, 3), as sampled by `sample_mix`."""
+    top, bottom, left, right = (side[:, None] for side in jnp.moveaxis(sampled["box"], 1, 0))
     y, x = jnp.arange(images.shape[1]), jnp.arange(images.shape[2])
     inside = ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None]  # (b, h, w)
-    weight = jnp.where(inside, 0, drawn["weight"][:, None, None])[..., None]
+    weight = jnp.where(inside, 0, sampled["weight"][:, None, None])[..., None]
     return weight * images + (1 - weight) * others

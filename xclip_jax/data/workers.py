@@ -1,4 +1,4 @@
-"""Reading processes that only their parent ends: signals to the process group pass them by, and its death ends them."""
+"""Worker processes that only their parent ends: they ignore signals to the process group, and exit when it dies."""
 
 import concurrent.futures
 import itertools
@@ -15,12 +15,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def prepare(*_: int) -> None:
-    """Leave signals to the parent, and end with it, however it ends. Called in each worker when it starts."""
+    """Ignore signals, and exit when the parent does. Called in each worker when it starts."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is None:
-        raise RuntimeError("prepare is called in worker processes alone")
+        raise RuntimeError("prepare must be called in a worker process")
 
     def watch() -> None:
         parent.join()
@@ -30,17 +30,17 @@ def prepare(*_: int) -> None:
 
 
 def shielded(elements: Iterator[Any]) -> Iterator[Any]:
-    """Yield `elements`, of which the first `next` starts workers, with signals blocked in these until `prepare` is run.
+    """Yield `elements`, whose first `next` starts workers, with signals blocked in these until `prepare` is called.
 
-    A thread asks for the first element: threads and processes that it starts inherit its blocked signals. The calling
-    thread goes on handling them.
+    A thread requests the first element: threads and processes that it starts inherit its blocked signals. The calling
+    thread continues to handle them.
     """
 
     def first() -> list[Any]:
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         return list(itertools.islice(elements, 1))
 
-    # It would be started with the first worker, and unblocks the signals.
+    # Otherwise it would be started with the first worker, and unblock the signals.
     multiprocessing.resource_tracker.ensure_running()
     pool = concurrent.futures.ThreadPoolExecutor(1)
     try:

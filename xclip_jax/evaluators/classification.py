@@ -1,7 +1,7 @@
-"""What a fine-tuned model makes of labelled items: the classifier that training fitted, tested.
+"""Evaluation of the classifier of a fine-tuned model on labelled items.
 
-`finetuned/SPEC`, where SPEC is a source as `data.labelled` names them: finetuned/tfds:imagenet2012/validation,
-finetuned/folder:PATH, finetuned/glue:cola/validation. Its classes are those that the run learned, by their names.
+`finetuned/SPEC`, where SPEC is a source of labelled items (`data.sources`): finetuned/tfds:imagenet2012/validation,
+finetuned/folder:PATH, finetuned/glue:cola/validation. Its classes are matched with those of the run by their names.
 """
 
 import dataclasses
@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from xclip_jax.data import glue, labelled
+from xclip_jax.data import sources
+from xclip_jax.data.base import SourceOptions
+from xclip_jax.data.labelled import check_one_class
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.base import Evaluator, Layout, Metric, SetKind
@@ -120,32 +122,31 @@ class ClassifierEvaluator(Evaluator):
 
 
 def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> ClassificationSet:
-    """The set `finetuned/SPEC`; images as `prepare` and the profile say.
+    """Return the set `finetuned/SPEC`; images as `prepare` and the profile say.
 
     Raises:
-      UserError: as `labelled.open_source`.
+      UserError: a source that cannot be opened, several labels an image.
     """
-    source = labelled.open_source(where := spec.removeprefix(PREFIX), data_dir)
-    labels, metrics = source.labels(), ("top1",)
-    images, prepare = source.key == "image", profile.preprocessing(prepare)
-    if where.startswith("glue:"):
-        metrics = glue.TASKS[where.removeprefix("glue:").rpartition("/")[0].partition("@")[0]].metrics
+    source_spec = spec.removeprefix(PREFIX)
+    source = sources.open_labelled(source_spec, SourceOptions(data_dir or ""))
+    check_one_class(source_spec, source)
+    labels, images, prepare = source.labels(), source.key == "image", profile.preprocessing(prepare)
     card = Provenance(
-        data=where,
+        data=source_spec,
         version=source.version,
-        split=where.rpartition("/")[2],
+        split=source_spec.rpartition("/")[2],
         split_hash=digest(
             [
-                [where, source.version] if where.startswith("tfds:") else "",
+                source.identity,
                 *labels.tolist(),
                 *source.names,
                 *(contents(source.items) if images else source.items),
             ]
         ),
         protocol="the classifier that end-to-end fine-tuning fitted",
-        metric=f"finetuned/{metrics[0]}",
+        metric=f"finetuned/{source.metrics[0]}",
         preprocessing=prepare.resizing if images else "",
-        role=VALIDATION if where.endswith("/validation") else "",
+        role=VALIDATION if source_spec.endswith("/validation") else "",
     )
     items = Pictures(source.items, prepare) if images else source.items
     return ClassificationSet(spec, items, labels, len(source.names) or 1, card, tuple(source.names))

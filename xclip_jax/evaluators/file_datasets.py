@@ -19,7 +19,7 @@ import numpy as np
 from xclip_jax.data import glue as tasks
 from xclip_jax.data.labelled import Field, Paths
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.data.sources import lookup, open_tfds
+from xclip_jax.data.tfds_source import lookup, open_tfds
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.pictures import Pictures

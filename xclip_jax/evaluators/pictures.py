@@ -1,4 +1,4 @@
-"""Images of evaluation sets, decoded and resized when they are asked for: data sets need not fit into memory."""
+"""Images of evaluation sets, decoded and resized on access: data sets need not fit into memory."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from xclip_jax.evaluators.probe import Joined
 
 
 class Pictures(Sequence):
-    """Encoded images as the model wants them; one that cannot be decoded raises `BadSample` with its name as a note."""
+    """Encoded images, preprocessed for a model; `BadSample` of one that cannot be decoded has its name as a note."""
 
     def __init__(self, images: Sequence[Any], prepare: Preprocessing, border: int = 0) -> None:
         self._images, self._prepare, self._border = images, prepare, border
@@ -21,31 +21,31 @@ class Pictures(Sequence):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> np.ndarray:  # ty: ignore[incompatible-method-override] no slices
         try:
             image = self._images[index]
             if self._border or not isinstance(image, bytes):
-                image = _colours(transforms.decode(image))
+                image = _to_rgb(transforms.decode(image))
             if self._border:
                 image = image[self._border : -self._border, self._border : -self._border]
             return self._prepare(image)
         except BadSample as error:
-            error.add_note(_where(self._images, index))
+            error.add_note(_describe(self._images, index))
             raise
 
 
-def _where(images: Sequence[Any], index: int) -> str:
-    """What names an image to a person."""
+def _describe(images: Sequence[Any], index: int) -> str:
+    """Return what names an image to a person."""
     return f"image {str(images.paths[index])!r}" if isinstance(images, Paths) else f"record {index}"
 
 
-def _colours(image: np.ndarray) -> np.ndarray:
-    """RGB of what may be grey (h, w, 1), as TFDS keeps MNIST."""
+def _to_rgb(image: np.ndarray) -> np.ndarray:
+    """Return RGB of an image that may be grey (h, w, 1), as TFDS stores MNIST."""
     return image.repeat(3, axis=-1) if image.shape[-1] == 1 else image
 
 
 class Augmented(Sequence):
-    """Random crops of encoded images, half of them flipped: those of one epoch, drawn as torchvision does."""
+    """Random crops of encoded images, half of them flipped: those of one epoch, sampled as torchvision does."""
 
     def __init__(self, images: Sequence[Sequence[Any]], prepare: Preprocessing, epoch: int) -> None:
         self._images, self._epoch = Joined(images), epoch
@@ -54,10 +54,10 @@ class Augmented(Sequence):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> np.ndarray:  # ty: ignore[incompatible-method-override] no slices
         rng = np.random.default_rng((self._epoch, index))
         try:
-            image = _colours(transforms.decode(self._images[index]))
+            image = _to_rgb(transforms.decode(self._images[index]))
         except BadSample as error:
             error.add_note(f"training image {index}")
             raise

@@ -1,15 +1,19 @@
 """Probes of the published sets: `probe/NAME` and `fewshot/NAME` learn from the training split of `zeroshot_datasets`.
 
-With @PATH they learn from a folder that has train, test and perhaps validation, each with one sub-folder a class;
-`probe/folder:PATH` does so for a set that is not in the table.
+With @PATH they learn from a folder that has train, test and perhaps validation, each with one sub-folder a class. A set
+that is not in the table is `probe/SOURCE`, where SOURCE/train, SOURCE/test and perhaps SOURCE/validation are specs of
+labelled images (`data.sources`): `probe/folder:PATH`, `probe/tfds:NAME`, `probe/package.module:Class:REST`.
 """
 
 import dataclasses
 import functools
 import pathlib
+from typing import Any
 
 import numpy as np
 
+from xclip_jax.data import sources
+from xclip_jax.data.base import SourceOptions
 from xclip_jax.data.labelled import read_files
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
@@ -18,33 +22,63 @@ from xclip_jax.evaluators.pictures import Augmented, Pictures
 from xclip_jax.evaluators.probe import ProbeSet
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.provenance import Provenance, contents, digest
-from xclip_jax.evaluators.zeroshot_datasets import ENTRIES, PAPER, entry_of, identity, read_tfds
+from xclip_jax.evaluators.published_sets import ENTRIES, PAPER, Entry
+from xclip_jax.evaluators.zeroshot_datasets import Content, entry_of, identity, read_source, read_tfds
 from xclip_jax.evaluators.zeroshot_datasets import check as check_set
 
 
-def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> ProbeSet:
-    """The set `probe/NAME` or `fewshot/NAME`; the latter learns from 1 % and 10 % and 5 a class too.
+def _read_splits(spec: str, data_dir: str | None) -> tuple[Entry, list[Content], Any]:
+    """Return the table's entry, training, perhaps validation, and test images, and what identifies those without files.
 
     Raises:
-      UserError: as `load`; a set without a training split, or with several labels an image.
+      UserError: a set without a training split, or that cannot be opened.
     """
-    name, _, path = spec.partition("/")[2].partition("@")
-    if not path and name in ENTRIES and not (ENTRIES[name].tfds and ENTRIES[name].train):
+    name = spec.partition("/")[2]
+    if sources.has_labels(name, "image"):
+        source, options = sources.parse(name), SourceOptions(data_dir or "")
+        has_validation = source.kind.has_split(source.rest, "validation", options)
+        splits = ("train", *["validation"] * has_validation, "test")
+        parts = [read_source(f"{name}/{split}", data_dir) for split in splits]
+        parts = [dataclasses.replace(part, data=source.rest, split="test") for part in parts]
+        identities = [part.identity for part in parts]
+        return Entry(), parts, identities if any(identities) else ""
+    name, _, path = name.partition("@")
+    if not path and not (ENTRIES[name].tfds and ENTRIES[name].train):
         raise UserError(f"{name} has no training split in TFDS; write {spec}@PATH, a folder with train and test.")
-    name, entry, path = entry_of(spec.partition("/")[2])
+    _, entry, _ = entry_of(spec.partition("/")[2])
     if path:
-        held = (pathlib.Path(path) / "validation").is_dir()
-        splits = ("train", *["validation"] * held, "test")
-        read = [(*read_files(spec, pathlib.Path(path) / split), "") for split in splits]
-    else:
-        splits = (entry.train, *[entry.held] * bool(entry.held), entry.split)
-        read = [read_tfds(name, dataclasses.replace(entry, split=split), data_dir) for split in splits]
-    if any(set(part[2]) - set(read[0][2]) for part in read) or any(np.ndim(part[1]) != 1 for part in read):
+        splits = ("train", *["validation"] * (pathlib.Path(path) / "validation").is_dir(), "test")
+        read = [read_files(spec, pathlib.Path(path) / split) for split in splits]
+        return entry, [Content(*part, data=path, split="test") for part in read], ""
+    splits = (entry.train, *[entry.held] * bool(entry.held), entry.split)
+    data = entry.tfds.partition(":")[0]
+    parts = []
+    for split in splits:
+        images, labels, classes, version = read_tfds(name, dataclasses.replace(entry, split=split), data_dir)
+        parts.append(Content(images, labels, classes, data, version, entry.split))
+    return entry, parts, identity(entry, parts[0].version, *splits)
+
+
+def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> ProbeSet:
+    """Return the set `probe/NAME` or `fewshot/NAME`; the latter learns from 1 %, 10 % and 5 images a class too.
+
+    Raises:
+      UserError: a set that cannot be opened or has no training split, or several labels an image.
+    """
+    entry, content, identity_of_splits = _read_splits(spec, data_dir)
+    first = content[0]
+    if any(set(part.classes) - set(first.classes) for part in content) or any(
+        np.ndim(part.labels) != 1 for part in content
+    ):
         raise UserError(f"{spec}: the splits must have the same classes, and each image one of them.")
     # A split may lack a class.
-    read = [(part[0], np.array([read[0][2].index(x) for x in part[2]])[part[1]], *part[2:]) for part in read]
-    if len(read) == 2:
-        read.insert(1, ([], np.array([], int), read[0][2], ""))
+    numbers = {name: i for i, name in enumerate(first.classes)}
+    content = [
+        dataclasses.replace(part, labels=np.array([numbers[name] for name in part.classes])[part.labels])
+        for part in content
+    ]
+    if len(content) == 2:
+        content.insert(1, Content([], np.array([], int), first.classes, first.data))
     metric = entry.metric if entry.metric == "mean_per_class" else "top1"
     sgd = profile.sgd and spec.startswith("probe/")
     prepare = profile.preprocessing(prepare)
@@ -52,13 +86,13 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
         prepare = dataclasses.replace(prepare, resize_size=round(prepare.size * 256 / 224))
     views = "crops and flips of each epoch" if profile.augment else "central crops, without its crops and flips"
     card = Provenance(
-        data=path or entry.tfds.partition(":")[0],
-        version=read[0][3],
-        split=entry.split if not path else "test",
+        data=first.data,
+        version=first.version,
+        split=first.split,
         split_hash=digest(
             [
-                identity(entry, read[0][3], *splits) if not path else "",
-                *([part[1].tolist(), part[2], contents(part[0])] for part in read),
+                identity_of_splits,
+                *([part.labels.tolist(), part.classes, contents(part.images)] for part in content),
             ]
         ),
         protocol=f"SLIP's linear probe: features before projection, SGD, 90 epochs, lr 0.00625, {views}"
@@ -69,26 +103,36 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
         note=entry.note,
     )
     parts = ("1%", "10%", "5-shot") if spec.startswith("fewshot/") else ()
-    pictures = [Pictures(part[0], prepare, entry.border) for part in read]
-    learned = [image for part in read[:2] for image in (part[0],) if len(image)]
-    augmented = functools.partial(Augmented, learned, prepare) if sgd and profile.augment else None
+    train, validation, test = content
+    training = [part.images for part in content[:2] if len(part.images)]
+    augmented = functools.partial(Augmented, training, prepare) if sgd and profile.augment else None
     return ProbeSet(
-        spec, *pictures, {"": tuple(part[1] for part in read)}, parts, sgd=sgd, augmented=augmented, card=card
+        spec,
+        Pictures(train.images, prepare, entry.border),
+        Pictures(validation.images, prepare, entry.border),
+        Pictures(test.images, prepare, entry.border),
+        {"": (train.labels, validation.labels, test.labels)},
+        parts,
+        sgd=sgd,
+        augmented=augmented,
+        card=card,
     )
 
 
 class ProbeSets(SetKind):
-    """`probe/NAME`, `fewshot/NAME` and `probe/folder:PATH`."""
+    """`probe/NAME`, `fewshot/NAME` and `probe/SOURCE`."""
 
     prefixes = ("probe", "fewshot")
-    usage = "probes: probe/NAME, fewshot/NAME, probe/folder:PATH"
+    usage = f"probes: probe/NAME, fewshot/NAME, {', '.join(f'probe/{spec}' for spec in sources.usage('split_specs'))}"
     load = staticmethod(load)
 
     @classmethod
     def knows(cls, spec: str) -> bool:
-        """Whether the set is known; a CSV file has no splits, which probes need."""
+        """Whether the set is known, and a source has splits."""
         name = spec.partition("/")[2]
-        return bool(name) and not name.startswith("csv:") and check_set(name)
+        if sources.has_labels(name, "image"):
+            return bool(sources.parse(name).kind.split_specs)
+        return bool(name) and check_set(name)
 
     @classmethod
     def closest(cls, spec: str) -> list[str]:

@@ -48,7 +48,7 @@ class Classify(Term):
             return inputs
         b = len(inputs["image"])
         mixed = inputs | {"other": jax.tree.map(lambda x: x[::-1], inputs)}
-        return mixed | transforms.draw_mix(jax.random.fold_in(random_key, 1), b, size, self.mixup, self.cutmix)
+        return mixed | transforms.sample_mix(jax.random.fold_in(random_key, 1), b, size, self.mixup, self.cutmix)
 
     def __call__(
         self,

@@ -41,7 +41,9 @@ class Augment:
         b, inputs = len(next(iter(batch.values()))), dict(batch)
         if "image" in batch:
             key_image = jax.random.split(random_key)[0]
-            inputs |= transforms.draw(key_image, b, flip=self.data.flip_prob, color=self.data.color_jitter)
+            inputs |= transforms.sample_augmentations(
+                key_image, b, flip=self.data.flip_prob, color=self.data.color_jitter
+            )
             inputs = self.objective.draw(random_key, inputs, self.preprocessing.size)
         keys = {"img": random_key, "txt": jax.random.fold_in(random_key, 3)}
         noise = {name: self.towers[name].sample_noise(keys[name], b) for name in self.objective.towers}

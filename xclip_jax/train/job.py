@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from xclip_jax.config.schema import Config
-from xclip_jax.data import loader, sources
+from xclip_jax.data import labelled, loader
+from xclip_jax.data.base import Source
+from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.encoder import Encoder
@@ -38,7 +40,7 @@ class Job:
     host: int
     hosts: int
     initial: Mapping[str, np.ndarray]
-    sources: list[sources.Source]
+    sources: list[Source]
     fingerprints: list[dict[str, Any]]
     during: list[Evaluator]
     final: list[Evaluator]
@@ -59,8 +61,8 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
     built = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=folder.tokenizer(config)))
     parts = build(built)
     host, hosts = batch_part(parts.mesh)
-    opened = loader.open_sources(parts.data, parts.objective.classes, parts.objective.fields)
-    fingerprints = [sources.card(source) for source in opened]
+    opened = _open_sources(parts)
+    fingerprints = [source.fingerprint() for source in opened]
     folder.check_sources(config, fingerprints)
     starts = config.init.weights and folder.latest_step() is None
     initial = read_initial(config, parts.abstract) if starts else {}
@@ -70,3 +72,15 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
     during = [evaluators[spec] for spec in config.eval.sets] if config.eval.every else []
     final = list(evaluators.values())
     return Job(config, parts, folder, host, hosts, initial, opened, fingerprints, during, final, encoder)
+
+
+def _open_sources(parts: Parts) -> list[Source]:
+    try:
+        return loader.open_sources(parts.data, parts.objective.classes, parts.objective.fields)
+    except labelled.MismatchError as error:
+        remedies = {
+            "classes": "make objective.classify.classes equal to it (1 for labels that are numbers)",
+            "image": "set objective.classify.tower to 'img', or use another source",
+            "text": "set objective.classify.tower to 'txt', or use another source",
+        }
+        raise UserError(f"{error}; {remedies[error.of]}.") from error

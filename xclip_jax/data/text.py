@@ -1,0 +1,53 @@
+"""Texts from files and JSON: encodings, and strings that UTF-8 can express."""
+
+import re
+from typing import Any
+
+from xclip_jax.errors import BadSample
+
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
+
+
+def decode_text(data: bytes) -> str:
+    """Decode a text: UTF-8 or, by its byte order mark, UTF-16; else Windows-1252, unless it lacks some of the bytes.
+
+    Raises:
+      BadSample: the bytes are not text.
+    """
+    try:
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            return data.decode("utf-16")
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        try:
+            text = data.decode("cp1252")
+        except UnicodeDecodeError as error:
+            raise BadSample("caption is not text", f"begins with {data[:8]!r}") from error
+    if _CONTROL.search(text):
+        raise BadSample("caption is not text", f"begins with {data[:8]!r}")
+    return text
+
+
+def json_strings(record: Any, key: str) -> list[str]:
+    """Return the strings at `key` of a JSON object, '/' for nested ones; [] if it is missing.
+
+    JSON may contain half of a surrogate pair, of a letter cut in two; it becomes U+FFFD, since UTF-8 cannot express it.
+    """
+    for part in key.split("/"):
+        record = record.get(part) if isinstance(record, dict) else None
+    values = record if isinstance(record, list) else [record]
+    return [text for value in values if isinstance(value, str) and (text := join_surrogates(value.strip()))]
+
+
+def join_surrogates(text: str) -> str:
+    """Return `text` with surrogate pairs joined and halves of them replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def first_line(error: Exception) -> str:
+    """Class and first line of an error of a library, for a sentence."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
