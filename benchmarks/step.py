@@ -52,12 +52,12 @@ def ours(objective: str) -> Callable[[], float]:
     for tower, sizes in TOWERS.items():
         config.model[tower].update(sizes, scan=False)
     config.model.cluster_head.update(clusters=CLUSTERS, hidden=CLUSTERS)
-    parts = build.build(config)
-    current = [state.create(parts.init, parts.abstract)]
+    experiment = build.build(config)
+    current = [state.create(experiment.init, experiment.abstract)]
     image, text = (jax.device_put(x) for x in batch())
 
     def step() -> float:
-        current[0], metrics = parts.step(current[0], {"image": image, "text": text})
+        current[0], metrics = experiment.step(current[0], {"image": image, "text": text})
         return float(metrics["loss"])
 
     return step

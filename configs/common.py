@@ -24,7 +24,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
             values[key] = text.lower() in ("", "1", "true", "yes") if kind is bool else kind(text)
         except ValueError as error:
             raise UserError(f"config argument {key}={text!r} must be of type {kind.__name__}.") from error
-        # A default of 0 stands for "as the data or the recipe has it".
+        # A default of 0 means "as the data or the recipe has it".
         low = min(defaults[key], 1) if kind is int else None
         if low is not None and values[key] < low:
             raise UserError(f"config argument {key}={text!r}; expected at least {low}.")

@@ -11,7 +11,7 @@ weights, preset (where there are none), batch, epochs, examples and classes (0 c
 data sets).
 
 Images: the recipe of SLIP's README and BEiT's code, 100 epochs at batch 1024, here with lr in proportion to the batch;
-without its RandAugment and random erasing: brightness, contrast and saturation by 0.4 stand for the former. Positions
+without its RandAugment and random erasing: brightness, contrast and saturation by 0.4 replace the former. Positions
 decay here, not there. GLUE: AdamW, 2e-5 falling linearly, batch 32, 3 epochs, as BERT's; there is
 no published recipe for these towers, and no dropout. No run of full size has been made and no score is claimed.
 """
@@ -88,8 +88,8 @@ def _adopt(config: ml_collections.ConfigDict, weights: str) -> None:
         return  # the trainer says so; this config may be read on another machine
     try:
         run = is_run(weights)
-        found = json.loads((path / "config.json").read_text())["config"] if run else interop.read(weights)[0]
-        groups = {name: found[name] for name in ("model", "objective", "data", "eval") if name in found}
+        source = json.loads((path / "config.json").read_text())["config"] if run else interop.read(weights)[0]
+        groups = {name: source[name] for name in ("model", "objective", "data", "eval") if name in source}
         saved = schema.resolve(schema.complete({"steps": 1} | groups))
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
@@ -97,7 +97,7 @@ def _adopt(config: ml_collections.ConfigDict, weights: str) -> None:
         raise UserError(f"{path / 'config.json'} cannot be read ({error}); give weights=RUN of another run.") from error
     for name in ("img", "txt"):
         tower = config.model[name]
-        # How it is computed is no matter of the weights.
+        # How it is computed does not depend on the weights.
         tower.update(dataclasses.asdict(getattr(saved.model, name)) | {"scan": tower.scan, "remat": tower.remat})
     config.model.plugins = saved.model.plugins
     config.model.img.patch_dropout = config.model.img.drop_path = 0.0

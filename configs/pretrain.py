@@ -19,7 +19,7 @@ each weighted by its size.
 import ml_collections
 
 from xclip_jax.configs import common
-from xclip_jax.errors import one_of
+from xclip_jax.errors import check_choice
 
 # Folders under `root`, and pairs as published.
 DATA = {
@@ -35,7 +35,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     args = common.parse_arg(
         arg, data="cc12m", objective="xclip", root="/data", preset="B/16", batch=4096, epochs=25, pairs=0
     )
-    one_of("config argument data", args.data, DATA)
+    check_choice("config argument data", args.data, DATA)
     folders, nominal = DATA[args.data]
     sizes = f"preset={args.preset},batch={args.batch},epochs={args.epochs},pairs={args.pairs or nominal}"
     config = common.pretrain(args.objective, sizes)

@@ -3,17 +3,17 @@
 #
 # `setup EXTRAS` makes a virtual environment with this checkout in it:
 #   PYTHON  interpreter to build the environment with (default: python3; 3.11 to 3.13)
-#   VENV    where it lies (default: .venv in the checkout, one for each version of Python)
+#   VENV    its path (default: .venv in the checkout, one for each version of Python)
 #
 # `tpu_*` prepare a Cloud TPU that is called NAME; their variables are described in tpu_vm.sh.
 
-# XLA maps its buffers anew in each step; on a CPU a fifth of the demo's time would go into page faults of small pages.
+# XLA maps its buffers again in each step; on a CPU a fifth of the demo's time would go into page faults of small pages.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 setup() {
   local python=${PYTHON:-python3} version
   version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || {
-    echo "error: $python is no Python; set PYTHON=python3.11 (3.11 to 3.13)" >&2
+    echo "error: $python is not a Python; set PYTHON=python3.11 (3.11 to 3.13)" >&2
     exit 2
   }
   case $version in

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU pod, to the end: queues for it, installs this commit on all hosts, starts training, and watches.
-# Where the pod is preempted or training fails, the pod is deleted, created anew, and training resumes from its last
+# Where the pod is preempted or training fails, the pod is deleted, created again, and training resumes from its last
 # checkpoint. When the run is complete the pod is deleted and the script exits with 0.
 #
 #   SPOT=1 TYPE=v5litepod-64 PROJECT=my-project ZONE=us-west4-a bash launch/tpu_pod.sh --config configs/xclip.py \
@@ -21,7 +21,7 @@
 #                "--valid-until-duration=6h --service-account=me@my-project.iam.gserviceaccount.com"
 # SETUP          command that each worker executes before each start of training, as in
 #                "mountpoint -q /data || sudo mount -o ro,X-mount.mkdir /dev/sdb /data"
-# FAILURES       gives up after so many failures in a row, each within an hour of the start (default: 3)
+# FAILURES       gives up after this many failures in a row, each within an hour of the start (default: 3)
 # POLL           seconds between two looks at the pod (default: 60)
 # KEEP           1 to keep the pod at the end (default: empty)
 #
@@ -64,9 +64,9 @@ say() {
   echo "$(date +%FT%T) $NAME: $1"
 }
 
-# anew REASON
-anew() {
-  say "$1; creating it anew"
+# recreate REASON
+recreate() {
+  say "$1; creating it again"
   delete || say "it could not be deleted yet"
   misses=0 ended=""
 }
@@ -86,7 +86,7 @@ failed() {
     say "$1, $failures times in a row; giving up"
     finish 1
   fi
-  anew "$1"
+  recreate "$1"
 }
 
 # missed REASON: ten in a row are a failure, fewer may be the network.
@@ -118,7 +118,7 @@ tend() {
         finish 0
       elif [[ $training == @(0|75|143) ]]; then
         # 75: asked to stop, and saved. 143: asked to stop before it could save.
-        anew "training was stopped before its end"
+        recreate "training was stopped before its end"
       elif [ -z "$ended" ]; then
         ended=1  # A preemption shows in training before it shows in the state of the pod: look once more.
       else
@@ -147,7 +147,7 @@ while :; do
       create || [ -n "$created" ] || exit 1
       created=1
       ;;
-    SUSPENDED | FAILED) anew "the pod is $state" ;;
+    SUSPENDED | FAILED) recreate "the pod is $state" ;;
     ACTIVE) tend "$@" ;;
   esac
   sleep "$POLL"

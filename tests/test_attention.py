@@ -64,7 +64,7 @@ def test_attention_is_that_of_the_tower(pool):
         img = {**variables["params"]["img"], "transformer": blocks}
         variables = {"params": {**variables["params"], "img": img}}
     maps = attention.attention(model, variables, list(images), statistics, mesh, n=2, seed=5)
-    assert len(set(maps.picked)) == 2
+    assert len(set(maps.indices)) == 2
     for mine, theirs in zip((maps.last, maps.rollout), expected, strict=True):
-        theirs = theirs[maps.picked] / theirs[maps.picked].sum(axis=1, keepdims=True)
+        theirs = theirs[maps.indices] / theirs[maps.indices].sum(axis=1, keepdims=True)
         np.testing.assert_allclose(mine, theirs.reshape(2, 2, 2), atol=1e-5)

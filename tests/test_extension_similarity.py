@@ -34,15 +34,15 @@ def config(run="runs/tiny", **terms):
 
 
 def made(**terms):
-    parts = build.build(config(**terms))
+    experiment = build.build(config(**terms))
     image, text = jnp.zeros((1, tiny.SIZE, tiny.SIZE, 3)), jnp.zeros((1, tiny.LENGTH), jnp.int32)
-    return parts, random_variables(parts.model, image, text)
+    return experiment, random_variables(experiment.model, image, text)
 
 
 @pytest.fixture(scope="module")
 def points():
-    parts, variables = made(points=1.0)
-    return parts, variables, make_encoder(parts.config, parts)
+    experiment, variables = made(points=1.0)
+    return experiment, variables, make_encoder(experiment.config, experiment)
 
 
 def test_zero_shot_and_retrieval_compare_by_it(points):
@@ -68,8 +68,8 @@ def test_zero_shot_and_retrieval_compare_by_it(points):
 
 
 def test_a_loaded_model_compares_by_it(points):
-    parts, variables, encoder = points
-    model = Model(parts, variables, {}, batch=8)
+    experiment, variables, encoder = points
+    model = Model(experiment, variables, {}, batch=8)
     img, txt = encoder.images(variables, IMAGES)["point"], encoder.texts(variables, WORDS)["point"]
     result = model.zero_shot(IMAGES, WORDS, ["{}"])
     np.testing.assert_allclose(result.scores, -distance(img, txt), rtol=1e-4)
@@ -83,8 +83,8 @@ def test_a_loaded_model_compares_by_it(points):
 
 
 def test_beside_another_it_has_a_score_of_its_own():
-    parts, variables = made(clip=1.0, points=0.5)
-    encoder = make_encoder(parts.config, parts)
+    experiment, variables = made(clip=1.0, points=0.5)
+    encoder = make_encoder(experiment.config, experiment)
     img, txt = encoder.images(variables, IMAGES), encoder.texts(variables, WORDS)
     scores = ZeroShot(encoder, ZeroShotSet("x", IMAGES, LABELS, [[word] for word in WORDS])).scores(variables)
     assert list(scores) == ["", "euclidean", "both"]

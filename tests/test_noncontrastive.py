@@ -308,7 +308,7 @@ def test_bf16_logits_are_cast_up():
         ({"teacher_txt": jnp.zeros((6, 5))}, "only target='ema' uses"),
         ({"center_img": jnp.zeros(5), "balance": "sinkhorn"}, "only balance='center' uses"),
         ({"chunk": 4}, "must divide the batch of 6"),
-        ({"chunk": 3}, "expects logits as Factors"),
+        ({"chunk": 3}, "expects logits as FactoredLogits"),
     ],
 )
 def test_wrong_options_raise(options, words):

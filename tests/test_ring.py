@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xclip_jax.logits import Factors
+from xclip_jax.logits import FactoredLogits
 from xclip_jax.losses import contrastive, noncontrastive, ring
 from xclip_jax.parallel.mesh import batch_sharding, make_mesh, replicated
-from xclip_jax.parallel.sharding import Layout, use
+from xclip_jax.parallel.sharding import MeshLayout, layout_scope
 
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
 MIB = 2**20
@@ -82,7 +82,7 @@ def temporaries(fn, *args):
     """Bytes of temporaries on each of eight devices for the value and all gradients of `fn`."""
     mesh = mesh_of(8, 1, 1)
     out = ((replicated(mesh), replicated(mesh)), tuple(x.sharding for x in args))
-    with use(Layout(mesh, "dp")):
+    with layout_scope(MeshLayout(mesh, "dp")):
         step = jax.jit(jax.value_and_grad(fn, tuple(range(len(args))), has_aux=True), out_shardings=out)
         return step.lower(*args).compile().memory_analysis().temp_size_in_bytes
 
@@ -108,7 +108,7 @@ def test_memory_of_nclip_in_chunks():
     bias = jax.ShapeDtypeStruct((k,), jnp.float32, sharding=replicated(mesh))
 
     def loss(x_img, kernel_img, bias_img, x_txt, kernel_txt, bias_txt, *, chunk):
-        s_img, s_txt = Factors(x_img, kernel_img, bias_img), Factors(x_txt, kernel_txt, bias_txt)
+        s_img, s_txt = FactoredLogits(x_img, kernel_img, bias_img), FactoredLogits(x_txt, kernel_txt, bias_txt)
         return noncontrastive.nclip(s_img, s_txt, chunk=chunk)
 
     args = (x, kernel, bias) * 2

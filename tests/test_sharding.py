@@ -28,7 +28,7 @@ BATCH = 32
 
 
 def make(objective, mesh=None, **changes):
-    """Parts on eight devices of `mesh`, or on one."""
+    """Experiment on eight devices of `mesh`, or on one."""
     config = tiny.config(objective, data__batch=BATCH, **changes)
     if mesh:
         strategy, data, fsdp, model = MESHES[mesh]

@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend; commands print it as a sentence, without a traceback."""
+"""Errors caused by the user's input or by a sample; commands print them as one sentence, without a traceback."""
 
 import argparse
 import contextlib
@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(f"error: {message}; see --help")
 
 
-def one_of(key: str, value: object, valid: Iterable[Any]) -> None:
+def check_choice(key: str, value: object, valid: Iterable[Any]) -> None:
     """Raises `UserError` unless `value` is among `valid`; the message lists the valid values of config key `key`."""
     valid = list(valid)
     if value not in valid:

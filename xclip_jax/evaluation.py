@@ -50,24 +50,24 @@ def evaluate(
     path = epath.Path(output) if output else evaluation_file(run)
     if output:
         results.make_folder(path)
-    config, parts, variables, loaded_step = load(run, step)
+    config, experiment, variables, loaded_step = load(run, step)
     if path.exists():
         results.read(path)  # an error for a damaged file, before the work
-    encoder = make_encoder(config, parts, RunFolder(run).read_classes())
-    evaluators = registry.open_all(names, encoder, data_dir or parts.data.dir, protocol)
+    encoder = make_encoder(config, experiment, RunFolder(run).read_classes())
+    evaluators = registry.open_all(names, encoder, data_dir or experiment.data.dir, protocol)
     command = {
         "suite": suite if isinstance(suite, str) else list(suite),
         "config": schema.to_dict(config),
         "environment": environment.capture(),
     }
     shared = {"checkpoint": str(run), "step": loaded_step, "profile": profile, "changes": changes}
-    model = {"tokenizer": config.data.tokenizer, "text_length": parts.context_length}
+    model = {"tokenizer": config.data.tokenizer, "text_length": experiment.context_length}
     entries, all_results = [], list[Result]()
     for name, evaluator in zip(names, evaluators, strict=True):
         started = time.perf_counter()
         of_set = registry.measure(evaluator, variables)
         seconds = {"seconds": time.perf_counter() - started}
-        entry = results.make_entry(name, evaluator.name, of_set, parts.preprocessing) | model | shared | seconds
+        entry = results.make_entry(name, evaluator.name, of_set, experiment.preprocessing) | model | shared | seconds
         command["seconds"] = time.perf_counter() - began
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -48,13 +48,13 @@ def export(path: str, out: str, *, to: str = "hf", step: int | None = None, over
     source = epath.Path(path).resolve()
     if folder.resolve() in (source, source.parent):
         raise UserError(f"{out!r} contains the weights to export; name another folder.")
-    _, parts, variables, loaded_step = load(path, step)
+    _, experiment, variables, loaded_step = load(path, step)
     variables = jax.device_get(variables)
     if not variables["batch_stats"]:
         del variables["batch_stats"]
     if jax.process_index() == 0:
-        notes = interop.write(variables, schema.to_dict(parts.config), out, to)
-        card = model_card.render(path, out, to, parts, loaded_step, notes, run=is_run(path))
+        notes = interop.write(variables, schema.to_dict(experiment.config), out, to)
+        card = model_card.render(path, out, to, experiment, loaded_step, notes, run=is_run(path))
         (folder / CARD).write_text(card)
         for note in notes:
             log0(note)

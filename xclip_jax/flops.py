@@ -26,7 +26,7 @@ def forward(config: Config, *, train: bool = True) -> dict[str, float]:
 def train_step(config: Config) -> float:
     """Model FLOPs of a training step on the whole batch: three forward passes, the teacher's one more.
 
-    What rematerialisation and microbatches compute again does not count: it is no use to the model.
+    What rematerialisation and microbatches compute again does not count, by definition of MFU.
     """
     parts = forward(config)
     objective = make_objective(config.objective)

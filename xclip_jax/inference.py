@@ -23,13 +23,13 @@ from xclip_jax import storage
 from xclip_jax.data.base import MAX_BYTES
 from xclip_jax.data.prefetch import ThreadPrefetcher
 from xclip_jax.errors import BadSample, UserError, check_count
-from xclip_jax.evaluators.encoder import Encoder, Features, Items
+from xclip_jax.evaluators.encoder import Encoder, Features, Rows
 from xclip_jax.evaluators.zeroshot import class_scores
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.objectives.similarity import features, of_clusters, softmax
 from xclip_jax.parallel.mesh import make_mesh, replicated
 from xclip_jax.train import weights
-from xclip_jax.train.build import Parts
+from xclip_jax.train.build import Experiment
 
 ImageLike = str | os.PathLike | bytes | np.ndarray | Image.Image
 
@@ -84,22 +84,26 @@ class Model:
 
     def __init__(
         self,
-        parts: Parts,
+        experiment: Experiment,
         variables: Mapping[str, Any],
         card: Mapping[str, Any],
         *,
         batch: int,
         threads: int = 0,
     ) -> None:
-        self.config, self.preprocessing, self.tokenizer = parts.config, parts.preprocessing, parts.tokenizer
-        self.size, self.length = parts.image_size, parts.context_length
+        self.config, self.preprocessing, self.tokenizer = (
+            experiment.config,
+            experiment.preprocessing,
+            experiment.tokenizer,
+        )
+        self.size, self.length = experiment.image_size, experiment.context_length
         self.card = dict(card) | {
             "objective": self.config.objective.name, "size": self.size,
             "preprocessing": self.preprocessing.describe(), "tokenizer": self.config.data.tokenizer,
         }  # fmt: skip
-        self._threads, self._similarities = threads, parts.objective.similarities
+        self._threads, self._similarities = threads, experiment.objective.similarities
         mesh = make_mesh(_MESH)
-        model, variables = _unrolled(parts.model, variables)
+        model, variables = _unrolled(experiment.model, variables)
         self._variables = jax.device_put(variables, replicated(mesh))
         self._encoder = Encoder(
             model,
@@ -266,7 +270,7 @@ class Model:
         with ThreadPrefetcher(make, len(images), threads=self._threads, window=window) as prepared:
             return self._prepared(prepared, keys)
 
-    def _prepared(self, images: Items, keys: Sequence[str]) -> Features:
+    def _prepared(self, images: Rows, keys: Sequence[str]) -> Features:
         return self._encoder.images(self._variables, images, keys)
 
     def _texts(self, texts: Sequence[str], keys: Sequence[str]) -> Features:
@@ -276,7 +280,7 @@ class Model:
             raise UserError(f"texts holds {wrong[0]!r:.40}, a {type(wrong[0]).__name__}; pass strings.")
         return self._encoder.texts(self._variables, texts, keys)
 
-    def _tokens(self, tokens: Items, keys: Sequence[str]) -> Features:
+    def _tokens(self, tokens: Rows, keys: Sequence[str]) -> Features:
         return self._encoder.tokens(self._variables, tokens, keys)
 
     def _embed(self, encode: Callable[[Any, Sequence[str]], Features], items: Any) -> np.ndarray:
@@ -324,8 +328,8 @@ def load(path: str | os.PathLike, *, step: int | None = None, batch: int = 32, t
     check_count("batch", batch, 1)  # before weights are read, which may take a while
     check_count("threads", threads, 0)
     source = os.fspath(path)
-    _, parts, variables, step = weights.load(source, step)
-    return Model(parts, variables, {"checkpoint": source, "step": step}, batch=batch, threads=threads)
+    _, experiment, variables, step = weights.load(source, step)
+    return Model(experiment, variables, {"checkpoint": source, "step": step}, batch=batch, threads=threads)
 
 
 def _unrolled(model: TwoTowers, variables: Mapping[str, Any]) -> tuple[TwoTowers, Mapping[str, Any]]:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 @flax.struct.dataclass
-class Factors:
+class FactoredLogits:
     """Cluster logits (b, k) not multiplied out, x @ kernel + bias, for a loss that never holds them whole.
 
     x (b, d) decides in which dtype they are computed; kernel (d, k) and bias (k,) are fp32.
@@ -27,4 +27,4 @@ class Factors:
         return (jnp.matmul(self.x, self.kernel.astype(dtype)) + self.bias.astype(dtype)).astype(jnp.float32)
 
 
-Logits = jax.Array | Factors
+Logits = jax.Array | FactoredLogits

@@ -12,7 +12,7 @@ from xclip_jax.config.schema import Config
 from xclip_jax.evaluators import results, summary
 from xclip_jax.objectives import make_objective
 from xclip_jax.run_folder import RunFolder
-from xclip_jax.train.build import Parts
+from xclip_jax.train.build import Experiment
 
 _LIBRARIES = {"hf": "transformers", "open_clip": "open_clip", "safetensors": "xclip_jax"}
 # To run beside the folder {out}.
@@ -54,22 +54,24 @@ _RECIPE = ("data.batch", "optim.lr", "optim.schedule", "optim.warmup", "optim.we
            "data.color_jitter", "model.img.patch_dropout", "model.dtype", "seed")  # fmt: skip
 
 
-def render(source: str, out: str, to: str, parts: Parts, step: int, notes: Sequence[str], *, run: bool) -> str:
+def render(
+    source: str, out: str, to: str, experiment: Experiment, step: int, notes: Sequence[str], *, run: bool
+) -> str:
     """Return the card in Markdown.
 
     Args:
       source: path of what was exported: a run directory (`run`), or weights of another project.
       out: the folder of the card.
       to: format of the weights in it.
-      parts, step: of the source, as `weights.load` returns them.
+      experiment, step: of the source, as `weights.load` returns them.
       notes: sentences on what the format cannot hold.
       run: whether `source` is a run directory, with data, recipe and results.
     """
-    config = parts.config
+    config = experiment.config
     sections = [
-        _head(config, parts, to),
-        _model(config, parts),
-        _input(config, parts, to),
+        _head(config, experiment, to),
+        _model(config, experiment),
+        _input(config, experiment, to),
         f"## Use\n\n```python\n{_USE[to].format(out=epath.Path(out).name)}\n```" + "".join(f"\n\n* {n}" for n in notes),
     ]
     folder = RunFolder(source) if run else None
@@ -86,8 +88,8 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _head(config: Config, parts: Parts, to: str) -> str:
-    name, objective = config.objective.name, parts.objective
+def _head(config: Config, experiment: Experiment, to: str) -> str:
+    name, objective = config.objective.name, experiment.objective
     task = "image-classification" if objective.labelled else "zero-shot-image-classification"
     outputs = " and ".join(objective.describe(config.model))
     return (
@@ -99,19 +101,19 @@ def _head(config: Config, parts: Parts, to: str) -> str:
     )
 
 
-def _model(config: Config, parts: Parts) -> str:
-    count = sum(x.size for x in jax.tree.leaves(parts.abstract.params))
-    towers = {"image": parts.model.img.facts(), "text": parts.model.txt.facts()}
-    towers["text"]["input"] += f" of {parts.tokenizer.vocab_size:,}"
+def _model(config: Config, experiment: Experiment) -> str:
+    count = sum(x.size for x in jax.tree.leaves(experiment.abstract.params))
+    towers = {"image": experiment.model.img.facts(), "text": experiment.model.txt.facts()}
+    towers["text"]["input"] += f" of {experiment.tokenizer.vocab_size:,}"
     head = list(dict.fromkeys(key for facts in towers.values() for key in facts if key != "input"))
     rows = [[name, *(facts.get(key, "") for key in [*head, "input"])] for name, facts in towers.items()]
     table = _rows(["tower", *head, "input"], rows)
     return f"## Model\n\n{count:,} parameters in training, heads included.\n\n{table}"
 
 
-def _input(config: Config, parts: Parts, to: str) -> str:
+def _input(config: Config, experiment: Experiment, to: str) -> str:
     """How images and texts become what the towers take."""
-    prepare, name, length = parts.preprocessing, config.data.tokenizer, parts.context_length
+    prepare, name, length = experiment.preprocessing, config.data.tokenizer, experiment.context_length
     if name == "clip":
         tokens = "lower case, CLIP's byte-pair encoding"
         tokens += {

@@ -1,8 +1,8 @@
-"""What a config needs of TPUs, before anyone pays: python -m xclip_jax.plan --config FILE.py --topology v5e:4x8.
+"""What a config needs of TPUs, ahead of time: python -m xclip_jax.plan --config FILE.py --topology v5e:4x8.
 
 Compiles the train step that a run would use for a topology that need not be there, and prints for each chip what it
 holds, whether that fits, and what it sends; with the analytic FLOPs, how long the run takes at a given MFU. Needs the
-package libtpu (pip install 'xclip_jax[tpu]') and no TPU. `--explain` prints where each parameter lies, and stops.
+package libtpu (pip install 'xclip_jax[tpu]') and no TPU. `--explain` prints the sharding of each parameter, and stops.
 """
 
 import dataclasses
@@ -21,16 +21,16 @@ from jax.experimental import topologies
 
 from xclip_jax import flops
 from xclip_jax.config import load as config_file
-from xclip_jax.errors import UserError, check_count, exit_with_message, one_of
+from xclip_jax.errors import UserError, check_choice, check_count, exit_with_message
 from xclip_jax.models.layers import REMAT_POLICIES
 from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.parallel.collectives import Collective, collectives, summary
-from xclip_jax.train.build import Parts, build
+from xclip_jax.train.build import Experiment, build
 
 _TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:GRID, as v5e:4x8 or v4:2x4x4; without it, the devices here.")
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.")
 _MFU = flags.DEFINE_float("mfu", 0.4, "Share of the chips' peak that the model's FLOPs reach.")
-_EXPLAIN = flags.DEFINE_bool("explain", False, "Print where each parameter lies, and stop.")
+_EXPLAIN = flags.DEFINE_bool("explain", False, "Print the sharding of each parameter, and stop.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 _SUGGEST = flags.DEFINE_bool("suggest", True, "Look for the nearest change that fits, where the step does not.")
 
@@ -64,8 +64,8 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
     """
     check_count("--slices", slices, 1)
     chip = topology.partition(":")[0]
-    one_of("--topology's chip", chip, CHIPS)
-    # libtpu looks for a TPU's metadata server, and lets one process of a machine in, unless it is told otherwise.
+    check_choice("--topology's chip", chip, CHIPS)
+    # libtpu looks for a TPU's metadata server, and lets one process of a machine in, unless these variables allow more.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # it says on stderr that it finds none
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -79,10 +79,10 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
         raise UserError(f"--topology={topology!r} is none that {chip} comes in ({reason}).") from error
 
 
-def explain(parts: Parts) -> list[dict[str, Any]]:
+def explain(experiment: Experiment) -> list[dict[str, Any]]:
     """One row a parameter: name, shape, sharding, bytes on each chip."""
     rows = []
-    for path, x in jax.tree_util.tree_leaves_with_path(parts.abstract.params):
+    for path, x in jax.tree_util.tree_leaves_with_path(experiment.abstract.params):
         rows.append(
             {
                 "parameter": jax.tree_util.keystr(path, simple=True, separator="/"),
@@ -100,45 +100,47 @@ def _bytes(tree: Any) -> float:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def compile_for(parts: Parts) -> Any:
-    """The compiled step of `parts`; `jax.errors.JaxRuntimeError` where it exceeds the chips' memory."""
-    b, size = parts.data.batch, parts.image_size
+def compile_for(experiment: Experiment) -> Any:
+    """Return the compiled step of `experiment`; `jax.errors.JaxRuntimeError` where it exceeds the chips' memory."""
+    b, size = experiment.data.batch, experiment.image_size
     batch = {
         "image": jax.ShapeDtypeStruct((b, size, size, 3), "uint8"),
-        "text": jax.ShapeDtypeStruct((b, parts.context_length), "int32"),
+        "text": jax.ShapeDtypeStruct((b, experiment.context_length), "int32"),
         "label": jax.ShapeDtypeStruct((b,), "float32"),
     }
-    return parts.compiled.lower(parts.abstract, {key: batch[key] for key in parts.objective.fields}).compile()
+    return experiment.compiled.lower(
+        experiment.abstract, {key: batch[key] for key in experiment.objective.fields}
+    ).compile()
 
 
-def memory(parts: Parts, compiled: Any) -> dict[str, float]:
-    """Bytes on each chip: the state's parts, what the step needs beside it ("activations"), and their sum ("peak")."""
-    found, state = compiled.memory_analysis(), parts.abstract
+def memory(experiment: Experiment, compiled: Any) -> dict[str, float]:
+    """Bytes on each chip: the state's arrays, what the step needs beside it ("activations"), and their sum ("peak")."""
+    usage, state = compiled.memory_analysis(), experiment.abstract
     return {
         "parameters": _bytes(state.params),
         "optimizer": _bytes(state.opt_state),
         "average": _bytes(state.ema_params),
-        "activations": float(found.temp_size_in_bytes),
+        "activations": float(usage.temp_size_in_bytes),
         "peak": float(
-            found.argument_size_in_bytes
-            + found.output_size_in_bytes
-            - found.alias_size_in_bytes
-            + found.temp_size_in_bytes
-            + found.generated_code_size_in_bytes
+            usage.argument_size_in_bytes
+            + usage.output_size_in_bytes
+            - usage.alias_size_in_bytes
+            + usage.temp_size_in_bytes
+            + usage.generated_code_size_in_bytes
         ),
     }
 
 
-def _compile(config: ml_collections.ConfigDict, devices: list[Any]) -> tuple[Parts, Any, str]:
-    """Parts, the compiled step or None, and what the compiler said if it does not fit."""
-    parts = build(config, devices)
+def _compile(config: ml_collections.ConfigDict, devices: list[Any]) -> tuple[Experiment, Any, str]:
+    """Experiment, the compiled step or None, and what the compiler said if it does not fit."""
+    experiment = build(config, devices)
     try:
-        return parts, compile_for(parts), ""
+        return experiment, compile_for(experiment), ""
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needed = re.search(r"(?:Used |temporaries \()([\d.]+[KMGT])\b", str(error))
-        return parts, None, f"beside the state, it needs {needed[1]}" if needed else "it needs more"
+        return experiment, None, f"beside the state, it needs {needed[1]}" if needed else "it needs more"
 
 
 def _changed(config: ml_collections.ConfigDict, changes: dict[str, Any]) -> ml_collections.ConfigDict:
@@ -195,28 +197,28 @@ def plan(
       look: whether to look for a change that fits, where the step does not; each try is a compilation.
 
     Raises:
-      UserError: as `devices_of`; a config that cannot be built; an `mfu` that is no share.
+      UserError: as `devices_of`; a config that cannot be built; an `mfu` that is not a share.
     """
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu is {mfu}; expected a share of the chips' peak, above 0 and at most 1, such as 0.4.")
     devices, chip = devices_of(topology, slices)
     began = time.perf_counter()
-    parts, compiled, trouble = _compile(config, devices)
+    experiment, compiled, trouble = _compile(config, devices)
     hosts = len({(getattr(d, "slice_index", 0), d.process_index) for d in devices})
-    step = flops.train_step(parts.config)
+    step = flops.train_step(experiment.config)
     per_second = mfu * chip.peak * len(devices) / step * config.data.batch
     seconds = config.steps * config.data.batch / per_second
-    found = {
+    facts = {
         "topology": topology,
         "slices": slices,
         "chips": len(devices),
         "hosts": hosts,
         "objective": config.objective.name,
         "strategy": config.mesh.strategy,
-        "mesh": dict(parts.mesh.shape),
+        "mesh": dict(experiment.mesh.shape),
         "batch": config.data.batch,
         "steps": config.steps,
-        "model_parameters": sum(x.size for x in jax.tree.leaves(parts.abstract.params)),
+        "model_parameters": sum(x.size for x in jax.tree.leaves(experiment.abstract.params)),
         "fits": compiled is not None,
         "trouble": trouble,
         "remedy": suggest(config, devices) if compiled is None and look else "",
@@ -232,8 +234,8 @@ def plan(
     }
     if compiled is not None:
         sent = collectives(compiled.as_text(), len(devices))
-        found |= {"memory": memory(parts, compiled), "sent": summary(sent), "collectives": _largest(sent)}
-    return found
+        facts |= {"memory": memory(experiment, compiled), "sent": summary(sent), "collectives": _largest(sent)}
+    return facts
 
 
 def _largest(sent: list[Collective], n: int = 12) -> list[dict[str, Any]]:
@@ -259,33 +261,33 @@ def _size(n: float) -> str:
     return f"{n:.0f} B"
 
 
-def render(found: dict[str, Any]) -> str:
+def render(facts: dict[str, Any]) -> str:
     """The plan as text."""
-    mesh = " x ".join(f"{axis} {n}" for axis, n in found["mesh"].items())
-    slices = f", {found['slices']} slices" if found["slices"] > 1 else ""
+    mesh = " x ".join(f"{axis} {n}" for axis, n in facts["mesh"].items())
+    slices = f", {facts['slices']} slices" if facts["slices"] > 1 else ""
     lines = [
-        f"{found['objective']}, {found['model_parameters'] / 1e6:.1f} M parameters, batch {found['batch']:,}, "
-        f"on {found['topology']}{slices}: {found['chips']} chips, {found['hosts']} hosts",
-        f"mesh {mesh}, strategy {found['strategy']}; compiled in {found['compile_seconds']:.0f} s",
+        f"{facts['objective']}, {facts['model_parameters'] / 1e6:.1f} M parameters, batch {facts['batch']:,}, "
+        f"on {facts['topology']}{slices}: {facts['chips']} chips, {facts['hosts']} hosts",
+        f"mesh {mesh}, strategy {facts['strategy']}; compiled in {facts['compile_seconds']:.0f} s",
         "",
     ]
-    if found["fits"]:
-        lines += [f"{name:<14}{_size(n):>12}" for name, n in found["memory"].items() if n]
-        lines += [f"{'fits in':<14}{_size(found['capacity']):>12}", "", "sent in a step, payload:"]
-        lines += [f"{kind:<22}{_size(n):>12}" for kind, n in found["sent"].items()]
-        for x in found["collectives"]:
+    if facts["fits"]:
+        lines += [f"{name:<14}{_size(n):>12}" for name, n in facts["memory"].items() if n]
+        lines += [f"{'fits in':<14}{_size(facts['capacity']):>12}", "", "sent in a step, payload:"]
+        lines += [f"{kind:<22}{_size(n):>12}" for kind, n in facts["sent"].items()]
+        for x in facts["collectives"]:
             more = f" and {x['arrays'] - len(x['shapes'])} more" if x["arrays"] > len(x["shapes"]) else ""
             each = f"{x['kind']} {', '.join(x['shapes'])}{more}"
             lines.append(f"  {_size(x['bytes']):>12}  {x['count']:>3} times among {x['group']:>4}: {each}")
     else:
-        lines += [f"DOES NOT FIT in a chip's {_size(found['capacity'])}: {found['trouble']}"]
-        lines += [f"it would with {found['remedy']}" if found["remedy"] else "no change that was tried makes it fit"]
+        lines += [f"DOES NOT FIT in a chip's {_size(facts['capacity'])}: {facts['trouble']}"]
+        lines += [f"it would with {facts['remedy']}" if facts["remedy"] else "no change that was tried makes it fit"]
     lines += [
         "",
-        f"{found['flops_per_pair'] / 1e9:.1f} GFLOP a pair, {found['flops_per_step'] / 1e12:,.0f} TFLOP a step",
-        f"at an MFU of {found['mfu']:.0%}: {found['pairs_per_second']:,.0f} pairs/s; each host decodes "
-        f"{found['images_per_second_per_host']:,.0f} images/s",
-        f"{found['steps']:,} steps take {found['days']:.2f} days, {found['chip_hours']:,.0f} chip-hours",
+        f"{facts['flops_per_pair'] / 1e9:.1f} GFLOP a pair, {facts['flops_per_step'] / 1e12:,.0f} TFLOP a step",
+        f"at an MFU of {facts['mfu']:.0%}: {facts['pairs_per_second']:,.0f} pairs/s; each host decodes "
+        f"{facts['images_per_second_per_host']:,.0f} images/s",
+        f"{facts['steps']:,} steps take {facts['days']:.2f} days, {facts['chip_hours']:,.0f} chip-hours",
     ]
     return "\n".join(lines)
 
@@ -313,8 +315,8 @@ def main(_: list[str]) -> None:
             return
         if not _TOPOLOGY.value:
             raise UserError("--topology is missing; name one such as v5e:4x8, v4:2x4x4, v5p:4x4x8 or v6e:4x4")
-        found = plan(config, _TOPOLOGY.value, slices=_SLICES.value, mfu=_MFU.value, look=_SUGGEST.value)
-        print(json.dumps(found, indent=2) if _JSON.value else render(found))
+        facts = plan(config, _TOPOLOGY.value, slices=_SLICES.value, mfu=_MFU.value, look=_SUGGEST.value)
+        print(json.dumps(facts, indent=2) if _JSON.value else render(facts))
 
 
 if __name__ == "__main__":

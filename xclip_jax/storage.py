@@ -202,7 +202,7 @@ def expand(pattern: str) -> list[str]:
 
     "a/{00000..00331}.tar,b/*.tar" is 332 files and those that match. Each file is named once, globs are sorted. The
     path of an existing file is taken literally, whatever commas, brackets and braces it holds, as the whole pattern or
-    as one of its parts; in a glob "?" stands for such a letter ("a?b/*.tar" for the folder "a,b"). "**" passes over
+    as one of its parts; in a glob "?" matches such a letter ("a?b/*.tar" for the folder "a,b"). "**" passes over
     folders.
 
     Raises:

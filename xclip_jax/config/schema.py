@@ -37,7 +37,7 @@ class InitConfig:
 class EvalConfig:
     """Config group `eval`: what is evaluated, and when."""
 
-    sets: Sequence[str] = key((), "sets that are evaluated every so many steps, and at the end")
+    sets: Sequence[str] = key((), "sets that are evaluated every `eval.every` steps, and at the end")
     final_sets: Sequence[str] = key((), "further sets, at the end alone")
     every: int = key(0, "steps between two evaluations; 0 for the end alone", at_least(0))
     batch: int = key(256, "items that are encoded at once", at_least(1))
@@ -66,7 +66,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that a run can be told. Frozen; made by `resolve`."""
+    """The whole config of a run. Frozen; made by `resolve`."""
 
     run: str = key("runs/new", "the run's folder, on a disk or in a bucket", not_empty())
     seed: int = key(0, "of initial parameters, data order and augmentation", between(0, 2**32 - 1))

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from xclip_jax.errors import UserError, one_of
+from xclip_jax.errors import UserError, check_choice
 
 COLUMNS = ("kind", "id", "text", "embedding")
 _STRINGS = ("id", "text")  # of any length
@@ -175,7 +175,7 @@ def format_of(path: pathlib.Path) -> Format:
     Raises:
       UserError: neither .parquet nor .npz; parquet without pyarrow.
     """
-    one_of(f"the ending of {str(path)!r}", path.suffix, FORMATS)
+    check_choice(f"the ending of {str(path)!r}", path.suffix, FORMATS)
     return FORMATS[path.suffix]()
 
 

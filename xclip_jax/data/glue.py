@@ -16,7 +16,7 @@ import numpy as np
 from xclip_jax.data.base import SourceKind, SourceOptions
 from xclip_jax.data.labelled import Labelled
 from xclip_jax.data.tfds_source import open_tfds
-from xclip_jax.errors import UserError, one_of
+from xclip_jax.errors import UserError, check_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +92,8 @@ def read_pairs(
     name: str, split: str, folder: str = "", data_dir: str | None = None
 ) -> tuple[list[list[str]], np.ndarray]:
     """Return what `read` does, but the texts of an item as a list."""
-    one_of("the GLUE task", name, TASKS)
-    one_of("the GLUE split", split, ("train", "validation"))
+    check_choice("the GLUE task", name, TASKS)
+    check_choice("the GLUE split", split, ("train", "validation"))
     task = TASKS[name]
     if not folder:
         source = f"glue/{'mnli' if split == 'train' and name.startswith('mnli') else name}"

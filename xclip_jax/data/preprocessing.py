@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from xclip_jax.data.transforms import INTERPOLATIONS, RESIZE_MODES, STATISTICS, evaluation_image
-from xclip_jax.errors import UserError, one_of
+from xclip_jax.errors import UserError, check_choice
 
 Triple = tuple[float, float, float]
 
@@ -79,8 +79,8 @@ class Preprocessing:
     interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
-        one_of("eval.resize", self.resize_mode, RESIZE_MODES)
-        one_of("eval.interpolation", self.interpolation, INTERPOLATIONS)
+        check_choice("eval.resize", self.resize_mode, RESIZE_MODES)
+        check_choice("eval.interpolation", self.interpolation, INTERPOLATIONS)
         if self.resize_size and self.resize_mode == "longest":
             raise UserError(f"eval.resize_size is {self.resize_size}; with eval.resize='longest' it must be 0.")
         if self.resize_size and self.resize_size < self.size:

@@ -17,7 +17,7 @@ from xclip_jax.objectives.similarity import Similarity
 from xclip_jax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
 
 Features = dict[str, np.ndarray]
-Items = Sequence[np.ndarray] | np.ndarray
+Rows = Sequence[np.ndarray] | np.ndarray
 Encode = Callable[..., dict[str, jax.Array]]
 
 MAX_UNREADABLE = 0.05  # of a set's images; with more the number would say little about the model
@@ -98,7 +98,7 @@ class Encoder:
         self._encode_images: Encode = jax.jit(encode_images, out_shardings=replicated(mesh))
         self._encode_texts: Encode = jax.jit(encode_texts, out_shardings=replicated(mesh))
 
-    def images(self, variables: Any, images: Items, features: Sequence[str] | None = None) -> Features:
+    def images(self, variables: Any, images: Rows, features: Sequence[str] | None = None) -> Features:
         """Features of `images`, anything with `len` and `[]` that gives uint8 (size, size, 3).
 
         Args:
@@ -131,13 +131,13 @@ class Encoder:
     def texts(self, variables: Any, texts: Sequence[str], features: Sequence[str] | None = None) -> Features:
         """Features of `texts`, as `images` gives them. Equal texts are encoded once and so have equal features."""
         rows = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        tokens: Items = self._tokenizer(list(rows), self._text_length) if rows else []
+        tokens: Rows = self._tokenizer(list(rows), self._text_length) if rows else []
         features_of = self.tokens(variables, tokens, features)
         if len(rows) == len(texts):
             return features_of
         return {key: value[[rows[text] for text in texts]] for key, value in features_of.items()}
 
-    def tokens(self, variables: Any, tokens: Items, features: Sequence[str] | None = None) -> Features:
+    def tokens(self, variables: Any, tokens: Rows, features: Sequence[str] | None = None) -> Features:
         """Features of int32 rows (n, text_length) as the tokenizer makes them, as `images` gives them."""
         return self._run(self._encode_texts, variables, tokens, (self._text_length,), np.int32, features)
 
@@ -151,7 +151,7 @@ class Encoder:
         self,
         encode: Encode,
         variables: Any,
-        items: Items,
+        items: Rows,
         shape: tuple[int, ...],
         dtype: Any,
         features: Sequence[str] | None,
@@ -183,7 +183,7 @@ class Encoder:
         return next((size for size in reversed(self.sizes) if left > size // 2), self.sizes[0])
 
     def _place(
-        self, items: Items, start: int, size: int, shape: tuple[int, ...], dtype: Any
+        self, items: Rows, start: int, size: int, shape: tuple[int, ...], dtype: Any
     ) -> tuple[jax.Array, jax.Array]:
         """The global batch of `size` items from `start` on, padded with zeros, and which are readable, bool (size,).
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from xclip_jax.data import assets
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.errors import UserError, one_of
+from xclip_jax.errors import UserError, check_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +138,7 @@ def templates(name: str) -> list[str]:
     if name in ("openai80", "slip7"):
         texts = known["imagenet1k"]
         return [texts[i] for i in _SEVEN] if name == "slip7" else texts
-    one_of("the name of templates", name, ["openai80", "slip7", *_OWN, *known])
+    check_choice("the name of templates", name, ["openai80", "slip7", *_OWN, *known])
     return _OWN.get(name) or known[name]
 
 

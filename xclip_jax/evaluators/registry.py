@@ -16,7 +16,7 @@ import numpy as np
 
 from xclip_jax.console import log0
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.errors import BadSample, UserError, describe, one_of
+from xclip_jax.errors import BadSample, UserError, check_choice, describe
 from xclip_jax.evaluators.base import Evaluator, Layout, SetKind, closest
 from xclip_jax.evaluators.classification import ClassifierEvaluator, FinetunedSets
 from xclip_jax.evaluators.emoji_sets import TESTS, EmojiSets
@@ -131,7 +131,7 @@ def split(suite: str) -> list[str]:
 
 def profile(name: str) -> Profile:
     """Return the profile `name`; an unknown one raises `UserError`."""
-    one_of("--profile", name, PROFILES)
+    check_choice("--profile", name, PROFILES)
     return PROFILES[name]
 
 

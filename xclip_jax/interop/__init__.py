@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from xclip_jax.config.fields import read_group
 from xclip_jax.data import tokenizer
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.errors import UserError, one_of
+from xclip_jax.errors import UserError, check_choice
 from xclip_jax.interop import hf, open_clip, param_mapping, tensor_files, vocabulary
 from xclip_jax.models.layers import unstack_blocks
 from xclip_jax.models.tower import ImageTower
@@ -93,7 +93,7 @@ def write(variables: Mapping[str, Any], config: Mapping[str, Any], path: str, to
     Raises:
       UserError: a model, tokenizer or preprocessing that the format does not have, or a run directory.
     """
-    one_of("to", to, FORMATS)
+    check_choice("to", to, FORMATS)
     if is_run(path):
         raise UserError(f"{path!r} is a run directory; name another folder.")
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(variables))

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xclip_jax.logits import Factors, Logits
-from xclip_jax.parallel.sharding import map_rows
+from xclip_jax.logits import FactoredLogits, Logits
+from xclip_jax.parallel.sharding import map_microbatches
 
 Metrics = dict[str, jax.Array]
 Sums = Mapping[str, jax.Array]
@@ -66,7 +66,8 @@ def nclip(
     """Return nCLIP's loss and its metrics; the module's docstring has the formulas. Defaults are [ours].
 
     Args:
-        s_img, s_txt: cluster logits of the global batch, shape (b, k) each, row i a pair; any float type, or `Factors`.
+        s_img, s_txt: cluster logits of the global batch, shape (b, k) each, row i a pair; any float type, or
+            `FactoredLogits`.
         target: "detach" (targets from the logits, no gradient), "joint" (gradient to both sides) or "ema" (targets
             from the teacher's logits, no gradient). [ours]
         tau: temperature of p and q. target_tau: temperature of the targets, None for tau.
@@ -76,7 +77,7 @@ def nclip(
         teacher_img, teacher_txt: teacher logits, shape (b, k); exactly with target "ema".
         center_img, center_txt: centers, shape (k,), from `update_center`; exactly with balance "center".
         chunk: pairs of the global batch to take at a time, 0 for all. Logits and distributions of more pairs are then
-            never in memory, in the backward pass neither; they are given as `Factors`. The value is the same.
+            never in memory, in the backward pass neither; they are given as `FactoredLogits`. The value is the same.
 
     Returns:
         The loss (fp32 scalar, nats) and fp32 scalar metrics: "loss", "align", "sharpness", "smoothness" (unweighted),
@@ -86,8 +87,8 @@ def nclip(
 
     Raises:
         ValueError: unknown target or balance; a teacher or center that is missing, or given where it is unused; a
-            chunk that does not divide the batch, with logits that are not `Factors`, or with balance "sinkhorn", which
-            normalises over the whole batch.
+            chunk that does not divide the batch, with logits that are not `FactoredLogits`, or with balance
+            "sinkhorn", which normalises over the whole batch.
         AssertionError: shapes other than the above.
     """
     teachers, centers = (teacher_img, teacher_txt), (center_img, center_txt)
@@ -136,7 +137,7 @@ def update_center(center: jax.Array, target_logits: Logits, momentum: float = 0.
         AssertionError: if the shapes are not (k,) and (b, k).
     """
     chex.assert_shape(center, target_logits.shape[1:])
-    if isinstance(target_logits, Factors):  # the mean of linear logits is the logits of the mean
+    if isinstance(target_logits, FactoredLogits):  # the mean of linear logits is the logits of the mean
         x = jnp.mean(target_logits.x.astype(jnp.float32), axis=0, keepdims=True)
         mean = dataclasses.replace(target_logits, x=x).logits()[0]
     else:
@@ -213,7 +214,7 @@ def _check(
         if any((array is not None) != needed for array in arrays):
             rule = f"{option} needs both" if needed else f"only {option} uses"
             raise ValueError(f"{rule} {name}_img and {name}_txt; got target={target!r}, balance={balance!r}")
-    if not isinstance(s_img, Factors):
+    if not isinstance(s_img, FactoredLogits):
         chex.assert_rank(s_img, 2)
     chex.assert_equal(len({x.shape for x in (s_img, s_txt, *teachers) if x is not None}), 1)
     chex.assert_shape([x for x in centers if x is not None], s_img.shape[1:])
@@ -221,8 +222,8 @@ def _check(
         raise ValueError(
             f"chunk={chunk} must divide the batch of {s_img.shape[0]}, with a balance other than 'sinkhorn'"
         )
-    if chunk and not all(isinstance(x, Factors) for x in (s_img, s_txt, *teachers) if x is not None):
-        raise ValueError(f"chunk={chunk} expects logits as Factors, which are not multiplied out yet")
+    if chunk and not all(isinstance(x, FactoredLogits) for x in (s_img, s_txt, *teachers) if x is not None):
+        raise ValueError(f"chunk={chunk} expects logits as FactoredLogits, which are not multiplied out yet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,19 +252,21 @@ def _sums_of_batch(
 ) -> Sums:
     """`_sums` of each chunk of the batch, stacked along a leading axis (chunks,)."""
     if not chunk:
-        whole = {name: x.logits() if isinstance(x, Factors) else x.astype(jnp.float32) for name, x in logits.items()}
+        whole = {
+            name: x.logits() if isinstance(x, FactoredLogits) else x.astype(jnp.float32) for name, x in logits.items()
+        }
         return jax.tree.map(lambda x: x[None], _sums(whole, centers, options))
-    factors = {name: value for name, value in logits.items() if isinstance(value, Factors)}
+    factors = {name: value for name, value in logits.items() if isinstance(value, FactoredLogits)}
     # Each chunk has rows of x of its own, and the kernels of all.
     kernels = {name: (value.kernel, value.bias) for name, value in factors.items()}
 
     def sums_of_chunk(shared: Any, x: dict[str, jax.Array]) -> Sums:
         kernels, centers = shared
-        return _sums({name: Factors(x[name], *kernels[name]).logits() for name in x}, centers, options)
+        return _sums({name: FactoredLogits(x[name], *kernels[name]).logits() for name in x}, centers, options)
 
     rows = {name: value.x for name, value in factors.items()}
     num_chunks = logits["s_img"].shape[0] // chunk
-    return map_rows(sums_of_chunk, (kernels, centers), rows, num_chunks, stack=True)
+    return map_microbatches(sums_of_chunk, (kernels, centers), rows, num_chunks, stack=True)
 
 
 def _sums(s: Mapping[str, jax.Array], centers: Mapping[str, jax.Array | None], options: _Options) -> Sums:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from xclip_jax.config.fields import at_least, key
 from xclip_jax.errors import UserError
-from xclip_jax.logits import Factors
+from xclip_jax.logits import FactoredLogits
 from xclip_jax.models.layers import ACTIVATIONS, dense, named
 
 Array = jax.Array
@@ -104,7 +104,8 @@ class ClusterHead(nn.Module):
     """nCLIP's head [ours, after TWIST, arXiv 2110.07402]: h (b, d) -> cluster logits s (b, k) in fp32.
 
     Linear, BatchNorm and GELU, `layers` times, then a linear map to `clusters` logits. Under `jax.jit` the batch of
-    BatchNorm is the global batch, whatever the mesh. With `logits` false the last map is left to the loss (`Factors`).
+    BatchNorm is the global batch, whatever the mesh. With `logits` false the last map is left to the loss, see
+    `FactoredLogits`.
 
     Attributes:
       clusters: k.
@@ -121,7 +122,7 @@ class ClusterHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, h: Array, *, train: bool = False, logits: bool = True) -> Array | Factors:
+    def __call__(self, h: Array, *, train: bool = False, logits: bool = True) -> Array | FactoredLogits:
         def batch_norm(name: str, affine: bool = True) -> nn.BatchNorm:
             return nn.BatchNorm(
                 use_running_average=not train,
@@ -142,7 +143,7 @@ class ClusterHead(nn.Module):
             std = x.shape[-1] ** -0.5
             x = dense(self.hidden, ("embed", None), std=std, dtype=self.dtype, use_bias=False, name=f"hidden_{i}")(x)
             x = ACTIVATIONS["gelu"](batch_norm(f"norm_{i}")(x)).astype(self.dtype)
-        factors = Factors(x, *_Clusters(self.clusters, name="clusters")(x.shape[-1]))
+        factors = FactoredLogits(x, *_Clusters(self.clusters, name="clusters")(x.shape[-1]))
         if logits:
             s = factors.logits()
             return batch_norm("norm_last", affine=False)(s) if self.last_norm else s

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from xclip_jax.config.fields import Check, at_least, choice, key, read_plugin
-from xclip_jax.errors import UserError, one_of
+from xclip_jax.errors import UserError, check_choice
 from xclip_jax.models.heads import ClusterHeadConfig, Head, Heads, Scalar
 from xclip_jax.models.layers import named
 from xclip_jax.models.text import TextTowerConfig
@@ -38,7 +38,7 @@ PRESETS = ("Ti/12", "S/16", "B/32", "B/16", "L/16", "L/14")
 
 def preset(name: str) -> dict[str, Any]:
     """{"img", "txt", "embed"} sizes of the preset `name`; `UserError` lists the valid names."""
-    one_of("preset", name, PRESETS)
+    check_choice("preset", name, PRESETS)
     size, patch = name.split("/")
     img, txt, embed = _SIZES[size]
     sizes = [dict(zip(("width", "depth", "heads"), tower, strict=True)) for tower in (img, txt)]
@@ -157,7 +157,7 @@ class TwoTowers(nn.Module):
         Returns:
           {key: output} of each head whose features are given, and of each scalar, by the key that it writes: z_img,
           z_txt (b, e) L2-normalised, `scale` and `bias` of contrastive heads; s_img, s_txt (b, k) of cluster heads, or
-          their `Factors` where `logits` is false; logits (b, classes) of a classifier. All fp32. With `train`
+          their `FactoredLogits` where `logits` is false; logits (b, classes) of a classifier. All fp32. With `train`
           BatchNorm uses the batch's statistics and moves the running ones (collection "batch_stats", to be made
           mutable).
         """

@@ -15,7 +15,7 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of `sizes`, one for each of `AXES`; -1 stands for "the rest", at most once.
+    """The mesh of `sizes`, one for each of `AXES`; -1 means "the rest", at most once.
 
     Where the devices are of several TPU slices, the data axis runs over them.
 
@@ -91,20 +91,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(batch: int, mesh: Mesh, key: str = "data.batch", *, parts: int = 1, parts_key: str = "") -> None:
+def check_batch(
+    batch: int, mesh: Mesh, key: str = "data.batch", *, microbatches: int = 1, microbatches_key: str = ""
+) -> None:
     """Raises `UserError` unless the mesh's batch axes divide the global `batch`, given by config key `key`.
 
-    With `parts`, given by `parts_key`, each of so many equal parts of the batch must be divisible so. Processes must be
-    able to load the batch in equal parts, see `batch_parts`.
+    With `microbatches`, given by `microbatches_key`, each microbatch must be divisible so. Processes must be able
+    to load the batch in equal parts, see `batch_parts`.
     """
     batch_parts(mesh)
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if parts < 1:
-        raise UserError(f"{parts_key}={parts} must be 1 or more.")
-    if batch % (shards * parts):
-        below = batch // (shards * parts) * shards * parts
-        nearest = f"{below} or {below + shards * parts}" if below else f"{shards * parts}"
-        of = f" in {parts} parts ({parts_key})" if parts > 1 else ""
+    if microbatches < 1:
+        raise UserError(f"{microbatches_key}={microbatches} must be 1 or more.")
+    if batch % (shards * microbatches):
+        below = batch // (shards * microbatches) * shards * microbatches
+        nearest = f"{below} or {below + shards * microbatches}" if below else f"{shards * microbatches}"
+        of = f" in {microbatches} microbatches ({microbatches_key})" if microbatches > 1 else ""
         raise UserError(
             f"{key}={batch} cannot be divided{of} over {shards} devices (mesh axes data x fsdp); use {nearest}, "
             f"or a mesh with fewer of them."

@@ -22,7 +22,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xclip_jax.config.fields import Check, choice, key
-from xclip_jax.errors import UserError, one_of
+from xclip_jax.errors import UserError, check_choice
 from xclip_jax.parallel.mesh import BATCH_AXES
 
 _DP = {"batch": BATCH_AXES, "cluster": "model"}
@@ -54,20 +54,20 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """A mesh, a strategy, and the mesh axes over which `map_rows` has already split its rows."""
+class MeshLayout:
+    """A mesh, a strategy, and the mesh axes over which `map_microbatches` has already split its rows."""
 
     mesh: Mesh
     strategy: str
     manual: tuple[str, ...] = ()
 
 
-_active: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
+_active: contextvars.ContextVar[MeshLayout | None] = contextvars.ContextVar("layout", default=None)
 
 
 @contextlib.contextmanager
-def use(layout: Layout) -> Iterator[None]:
-    """Context in which `constrain` and `map_rows` apply `layout`."""
+def layout_scope(layout: MeshLayout) -> Iterator[None]:
+    """Context in which `constrain` and `map_microbatches` apply `layout`."""
     token = _active.set(layout)
     try:
         yield
@@ -76,7 +76,7 @@ def use(layout: Layout) -> Iterator[None]:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` held to the layout of its logical `axes`; outside of `use`, `x` itself.
+    """`x` held to the layout of its logical `axes`; outside of `layout_scope`, `x` itself.
 
     Blocks call it on what goes in and comes out: XLA would otherwise follow a split kernel and split activations by
     feature, which costs more than gathering the kernel.
@@ -96,19 +96,20 @@ def _without(part: str | tuple[str, ...] | None, axes: tuple[str, ...]) -> tuple
     return tuple(axis for axis in parts if axis not in axes) or None
 
 
-def map_rows(fn: Callable[[Any, Any], Any], shared: Any, rows: Any, parts: int, *, stack: bool) -> Any:
-    """fn(shared, part of rows) for `parts` equal parts of the batch, one after the other.
+def map_microbatches(fn: Callable[[Any, Any], Any], shared: Any, rows: Any, microbatches: int, *, stack: bool) -> Any:
+    """fn(shared, microbatch of rows) for each of `microbatches` equal microbatches, one after the other.
 
-    Only one part's intermediate values are in memory at a time, in the backward pass too, where each part is computed
-    once more. Gradients of `shared` are summed over the parts on each device before they are summed over devices.
+    Only one microbatch's intermediate values are in memory at a time, in the backward pass too, where each is computed
+    once more. Gradients of `shared` are summed over microbatches on each device before they are summed over devices.
 
     Args:
-      fn: sees `shared`, and arrays whose first dimension is a part of the batch.
+      fn: sees `shared`, and arrays whose first dimension is a microbatch.
       shared: a tree of arrays that do not depend on the batch.
       rows: a tree of arrays whose first dimension is the global batch.
-      parts: how many; each takes rows of every device, so that none is idle.
-      stack: whether a result describes its part as a whole: then results are stacked on a new first dimension, one for
-        each part of each device. Otherwise they have the part's rows first, and come back in the batch's order.
+      microbatches: how many; each takes rows of every device, so that none is idle.
+      stack: whether a result describes its microbatch as a whole: then results are stacked on a new first dimension,
+        one for each microbatch of each device. Otherwise they have the microbatch's rows first, and come back in the
+        batch's order.
     """
     layout = _active.get()
 
@@ -116,7 +117,7 @@ def map_rows(fn: Callable[[Any, Any], Any], shared: Any, rows: Any, parts: int, 
         def one(part: Any) -> Any:
             return fn(shared, part)
 
-        results = jax.lax.map(jax.checkpoint(one), jax.tree.map(lambda x: _split(x, parts), rows))
+        results = jax.lax.map(jax.checkpoint(one), jax.tree.map(lambda x: _split(x, microbatches), rows))
         return results if stack else jax.tree.map(_join, results)
 
     if layout is None:
@@ -125,7 +126,7 @@ def map_rows(fn: Callable[[Any, Any], Any], shared: Any, rows: Any, parts: int, 
     manual = tuple(axis for axis in BATCH_AXES if axis not in RULES[layout.strategy].values())
 
     def on_device(shared: Any, rows: Any) -> Any:
-        with use(dataclasses.replace(layout, manual=manual)):
+        with layout_scope(dataclasses.replace(layout, manual=manual)):
             return local(shared, rows)
 
     # Unchecked, JAX sums the gradient of `shared` over devices where it comes in: once, after the loop. Checked, JAX
@@ -140,9 +141,9 @@ def map_rows(fn: Callable[[Any, Any], Any], shared: Any, rows: Any, parts: int, 
     )(shared, rows)
 
 
-def _split(x: jax.Array, parts: int) -> jax.Array:
-    # Row i goes to part i % parts: where rows are still split over devices, every part has its share of each device.
-    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+def _split(x: jax.Array, microbatches: int) -> jax.Array:
+    # Row i goes to microbatch i % microbatches: where rows are still split over devices, each has rows of every device.
+    return x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
 
 
 def _join(x: jax.Array) -> jax.Array:
@@ -155,7 +156,7 @@ def shardings(boxed: Any, mesh: Mesh, strategy: str) -> Any:
     Raises:
       UserError: a strategy that does not exist, or a mesh axis that cannot divide its dimension.
     """
-    one_of("mesh.strategy", strategy, STRATEGIES)
+    check_choice("mesh.strategy", strategy, STRATEGIES)
     specs = nn.get_partition_spec(boxed)
     names = {axis for spec in jax.tree.leaves(specs, is_leaf=_is_spec) for axis in spec if axis}
     shardings_of = nn.logical_to_mesh_sharding(
@@ -178,7 +179,7 @@ def _is_spec(x: Any) -> bool:
     return isinstance(x, PartitionSpec)
 
 
-def split_moments(abstract: Any, specs: Any, mesh: Mesh) -> Any:
+def zero1_shardings(abstract: Any, specs: Any, mesh: Mesh) -> Any:
     """`specs` with every large array split over all batch shards, along its largest dimension that they divide.
 
     Elementwise work alone is done on what is split so, which is why any dimension will do: moments, averages, and the

@@ -49,7 +49,7 @@ def make(flags: argparse.Namespace) -> epath.Path:
     for spec in specs:
         registry.check(spec)
     try:
-        _, parts, variables, _ = load(flags.run, flags.step)
+        _, experiment, variables, _ = load(flags.run, flags.step)
     except UserError as error:
         if flags.step is not None:
             raise
@@ -57,10 +57,10 @@ def make(flags: argparse.Namespace) -> epath.Path:
         return path
     html.make(
         flags.run,
-        parts,
-        make_encoder(parts.config, parts),
+        experiment,
+        make_encoder(experiment.config, experiment),
         variables,
-        specs or (*parts.config.eval.final_sets, *parts.config.eval.sets),
+        specs or (*experiment.config.eval.final_sets, *experiment.config.eval.sets),
         data_dir=flags.data_dir,
         output=path,
         seed=flags.seed,

@@ -19,14 +19,14 @@ class Maps:
     """Attention over the patches of images, each map with sum 1.
 
     Attributes:
-      picked: which images of the gallery.
+      indices: of the images in the gallery.
       last: (n, rows, columns) of the last attention before the features.
       rollout: (n, rows, columns) through all blocks (arXiv 2005.00928): the blocks' maps, half of each kept for the
         residual path, multiplied.
       meaning: what `last` is, in words.
     """
 
-    picked: list[int]
+    indices: list[int]
     last: np.ndarray
     rollout: np.ndarray
     meaning: str
@@ -53,11 +53,11 @@ def attention(
     """
     if not model.img.attention:
         return None
-    picked = np.random.default_rng(seed).permutation(len(gallery))[:n]
-    images = np.stack([gallery[i] for i in picked])
+    indices = np.random.default_rng(seed).permutation(len(gallery))[:n]
+    images = np.stack([gallery[i] for i in indices])
 
     def maps(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         return model.img.attention_maps(params, normalize(images, *statistics), model.dtype)
 
     last, rollout = jax.jit(maps, out_shardings=replicated(mesh))(variables["params"]["img"], images)
-    return Maps(picked.tolist(), np.asarray(last), np.asarray(rollout), model.img.attention)
+    return Maps(indices.tolist(), np.asarray(last), np.asarray(rollout), model.img.attention)

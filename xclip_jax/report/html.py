@@ -13,7 +13,7 @@ from xclip_jax.report.examples import Examples, collect_examples
 from xclip_jax.report.markup import Images, esc
 from xclip_jax.report.record import Record
 from xclip_jax.run_folder import RunFolder
-from xclip_jax.train.build import Parts
+from xclip_jax.train.build import Experiment
 
 # The browser enforces that the page loads nothing.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -25,7 +25,7 @@ _NO_SETS = (
 
 def make(
     run: str | epath.Path,
-    parts: Parts,
+    experiment: Experiment,
     encoder: Encoder,
     variables: Any,
     specs: Sequence[str],
@@ -38,7 +38,7 @@ def make(
 
     Args:
       run: the run directory.
-      parts, encoder, variables: the model.
+      experiment, encoder, variables: the model.
       specs: evaluation sets, see `examples.collect_examples`.
       data_dir: root of the data sets, "" for that of the run.
       output: file of the page, RUN/report.html by default.
@@ -48,14 +48,14 @@ def make(
       The examples on the page.
     """
     examples = collect_examples(
-        encoder, variables, specs, data=parts.data, data_dir=data_dir or parts.data.dir, seed=seed
+        encoder, variables, specs, data=experiment.data, data_dir=data_dir or experiment.data.dir, seed=seed
     )
     maps = None
     if examples.gallery.images:
-        statistics = (parts.preprocessing.mean, parts.preprocessing.std)
-        maps = attention(parts.model, variables, examples.gallery.images, statistics, parts.mesh, seed=seed)
+        statistics = (experiment.preprocessing.mean, experiment.preprocessing.std)
+        maps = attention(experiment.model, variables, examples.gallery.images, statistics, experiment.mesh, seed=seed)
     if jax.process_index() == 0:
-        parameters = sum(x.size for x in jax.tree.leaves(parts.abstract.params))
+        parameters = sum(x.size for x in jax.tree.leaves(experiment.abstract.params))
         page = render(record.read(run), examples, maps, parameters)
         epath.Path(output or RunFolder(run).report_file).write_text(page)
     return examples

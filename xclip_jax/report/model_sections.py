@@ -139,7 +139,7 @@ def attention(examples: Examples, images: Images, maps: Maps | None, reason: str
             reason = "The image tower of this model has no attention maps."
         return missing("attention", "Attention", reason)
     cards = []
-    for i, last, rollout in zip(maps.picked, maps.last, maps.rollout, strict=True):
+    for i, last, rollout in zip(maps.indices, maps.last, maps.rollout, strict=True):
         name, shown = examples.gallery.names[i], examples.gallery.shown[i]
         pictures = [f'<img src="{data_uri(shown)}" alt="{esc(name)}" width="{_MAP}" height="{_MAP}">']
         for blocks, values in (("the last block", last), ("all blocks", rollout)):

@@ -30,9 +30,10 @@ class ReportWriter(Callback):
 def _write(job: Job, variables: Mapping[str, Any]) -> None:
     config, folder = job.config, job.folder
     specs = (*config.eval.final_sets, *config.eval.sets)
-    examples = html.make(folder.path, job.parts, job.encoder, variables, specs)
+    examples = html.make(folder.path, job.experiment, job.encoder, variables, specs)
     log0(f"report: {folder.report_file}")
     if jax.process_index() == 0 and (examples.named or examples.clusters):
-        title = f"What {job.parts.objective.title} learned in {config.steps} steps of {job.parts.data.batch} pairs"
+        objective = job.experiment.objective
+        title = f"What {objective.title} learned in {config.steps} steps of {config.data.batch} pairs"
         picture.draw(folder.picture_file, examples, title=title)
         log0(f"picture: {folder.picture_file}")

@@ -1,4 +1,4 @@
-"""Config -> the parts of a run. What training, evaluation and planning have in common."""
+"""Build an experiment from a config: mesh, objective, model, optimizer, state and step."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from xclip_jax.train.step import TrainStep, compile_step
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class Experiment:
     """Everything of a run that follows from its config and its devices."""
 
     config: Config
@@ -67,9 +67,9 @@ def make_model(config: Config, objective: Objective, tokens: tokenizer.Tokenizer
 
 
 def _make_mesh(config: Config, devices: list[jax.Device] | None) -> Mesh:
-    """The device mesh, checked against the batch and its parts."""
+    """The device mesh, checked against the batch and its microbatches."""
     mesh = make_mesh({axis: getattr(config.mesh, axis) for axis in AXES}, devices)
-    check_batch(config.data.batch, mesh, parts=config.optim.microbatches, parts_key="optim.microbatches")
+    check_batch(config.data.batch, mesh, microbatches=config.optim.microbatches, microbatches_key="optim.microbatches")
     if config.loss.chunk_size:
         check_batch(config.loss.chunk_size, mesh, "loss.chunk_size")
     return mesh
@@ -82,7 +82,7 @@ def _make_step(
     strategy, ema, frozen = config.mesh.strategy, config.ema, tuple(config.init.frozen)
     shardings = jax.tree.map(lambda x: x.sharding, abstract.params)
     if strategy == "zero1":
-        shardings = sharding.split_moments(abstract.params, shardings, mesh)
+        shardings = sharding.zero1_shardings(abstract.params, shardings, mesh)
 
     def momentum(step: jax.Array) -> Any:
         return optim.ema_momentum(step, config.steps, ema.momentum, ema.schedule)
@@ -92,13 +92,13 @@ def _make_step(
 
     def make(tx: optax.GradientTransformation) -> Callable[..., Any]:
         made = TrainStep(model, tx, objective, augment, momentum, config.optim.microbatches, constrain, frozen)
-        return sharding.use(sharding.Layout(mesh, strategy))(made.step)
+        return sharding.layout_scope(sharding.MeshLayout(mesh, strategy))(made.step)
 
     return make
 
 
-def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] | None = None) -> Parts:
-    """All parts, on `devices` (default: all). Nothing is computed yet but shapes.
+def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] | None = None) -> Experiment:
+    """Build an experiment on `devices` (default: all). Nothing is computed but shapes.
 
     Raises:
       UserError: names every key whose value is not allowed, or what does not fit the devices.
@@ -124,7 +124,7 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
     augment = Augment(config.data, preprocessing, objective, towers)
     make_step = _make_step(config, mesh, model, objective, augment, abstract)
     train_step = make_step(tx)
-    return Parts(
+    return Experiment(
         config=config,
         mesh=mesh,
         data=config.data,

@@ -4,7 +4,7 @@ The encoders run on parts of the batch and only their features are kept; heads, 
 and losses see all features at once. The backward pass runs each part's encoders again with the features' gradients.
 The result is the gradient of the whole batch up to rounding. Averaging the gradients of the parts' own losses, which
 looks alike, is another and wrong objective: contrastive losses compare pairs across parts, and nCLIP's smoothness is
-the entropy of a mean. There is no switch for that.
+the entropy of a mean. No option does that.
 """
 
 from collections.abc import Callable
@@ -30,13 +30,13 @@ def value_and_grad(
     """
 
     def whole(params: Any, inputs: Any) -> tuple[jax.Array, Any]:
-        return loss(params, in_parts(encode, params, inputs, microbatches))
+        return loss(params, encode_microbatches(encode, params, inputs, microbatches))
 
     return jax.value_and_grad(whole, has_aux=True)
 
 
-def in_parts(encode: Callable[[Any, Any], Any], params: Any, inputs: Any, microbatches: int) -> Any:
+def encode_microbatches(encode: Callable[[Any, Any], Any], params: Any, inputs: Any, microbatches: int) -> Any:
     """encode(params, inputs), one part of the rows after the other; its derivative computes each part once more."""
     if microbatches == 1:
         return encode(params, inputs)
-    return sharding.map_rows(encode, params, inputs, microbatches, stack=False)
+    return sharding.map_microbatches(encode, params, inputs, microbatches, stack=False)

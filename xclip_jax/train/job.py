@@ -14,7 +14,7 @@ from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.parallel.mesh import batch_part
-from xclip_jax.train.build import Parts, build
+from xclip_jax.train.build import Experiment, build
 from xclip_jax.train.encoder import make_encoder
 from xclip_jax.train.run_folder import TrainingFolder
 from xclip_jax.train.weights import read_initial
@@ -25,7 +25,7 @@ class Job:
     """A run that is ready to start.
 
     Attributes:
-      config, parts, folder: the config, what is built from it, and the run's folder.
+      config, experiment, folder: the config, what is built from it, and the run's folder.
       host, hosts: which part of each batch this process loads, of how many.
       initial: tensors of `init.weights` that a new run starts from.
       sources: training data, with a fingerprint of each.
@@ -35,7 +35,7 @@ class Job:
     """
 
     config: Config
-    parts: Parts
+    experiment: Experiment
     folder: TrainingFolder
     host: int
     hosts: int
@@ -59,24 +59,24 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
       UserError: a source, a set or initial weights that cannot be opened or do not fit the config.
     """
     built = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=folder.tokenizer(config)))
-    parts = build(built)
-    host, hosts = batch_part(parts.mesh)
-    opened = _open_sources(parts)
+    experiment = build(built)
+    host, hosts = batch_part(experiment.mesh)
+    opened = _open_sources(experiment)
     fingerprints = [source.fingerprint() for source in opened]
     folder.check_sources(config, fingerprints)
     starts = config.init.weights and folder.latest_step() is None
-    initial = read_initial(config, parts.abstract) if starts else {}
-    encoder = make_encoder(config, parts, fingerprints[0].get("classes"))
+    initial = read_initial(config, experiment.abstract) if starts else {}
+    encoder = make_encoder(config, experiment, fingerprints[0].get("classes"))
     specs = tuple(dict.fromkeys((*config.eval.sets, *config.eval.final_sets)))
-    evaluators = dict(zip(specs, registry.open_all(specs, encoder, parts.data.dir), strict=True))
+    evaluators = dict(zip(specs, registry.open_all(specs, encoder, experiment.data.dir), strict=True))
     during = [evaluators[spec] for spec in config.eval.sets] if config.eval.every else []
     final = list(evaluators.values())
-    return Job(config, parts, folder, host, hosts, initial, opened, fingerprints, during, final, encoder)
+    return Job(config, experiment, folder, host, hosts, initial, opened, fingerprints, during, final, encoder)
 
 
-def _open_sources(parts: Parts) -> list[Source]:
+def _open_sources(experiment: Experiment) -> list[Source]:
     try:
-        return loader.open_sources(parts.data, parts.objective.classes, parts.objective.fields)
+        return loader.open_sources(experiment.data, experiment.objective.classes, experiment.objective.fields)
     except labelled.MismatchError as error:
         remedies = {
             "classes": "make objective.classify.classes equal to it (1 for labels that are numbers)",

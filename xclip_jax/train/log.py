@@ -19,7 +19,7 @@ from xclip_jax.train.progress import InputStallTimer, Progress
 
 
 def is_due(every: int, step: int) -> bool:
-    """Whether something is done at `step` that is done every so many steps; 0 is never."""
+    """Whether what is done every `every` steps, never where that is 0, is due at `step`."""
     return every > 0 and step % every == 0
 
 
@@ -102,8 +102,8 @@ class MetricLogger:
         """
         self.ledger, self.stalls = ledger, InputStallTimer()
         self._job, self._callbacks = job, callbacks
-        self._progress = Progress(start, job.config.steps, job.parts.data.batch, job.parts.objective.progress)
-        self._collapse = CollapseMonitor(job.parts.objective.alarms, job.config.log.collapse_warmup_steps)
+        self._progress = Progress(start, job.config.steps, job.experiment.data.batch, job.experiment.objective.progress)
+        self._collapse = CollapseMonitor(job.experiment.objective.alarms, job.config.log.collapse_warmup_steps)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._writer = None
         if jax.process_index() == 0:
@@ -129,7 +129,7 @@ class MetricLogger:
             return
         step, metrics = self._pending
         self._pending = None
-        self.ledger.sync(step * self._job.parts.data.batch)
+        self.ledger.sync(step * self._job.experiment.data.batch)
         scalars = {key: float(value) for key, value in jax.device_get(metrics).items()}
         self._check_finite(step, scalars)
         scalars |= self._accounts(step)
@@ -142,9 +142,9 @@ class MetricLogger:
 
     def _accounts(self, step: int) -> dict[str, float]:
         """What is logged beside the metrics that the step computes."""
-        samples = step * self._job.parts.data.batch
+        samples = step * self._job.experiment.data.batch
         return {
-            "lr": float(self._job.parts.schedule(step - 1)),
+            "lr": float(self._job.experiment.schedule(step - 1)),
             "samples": samples,
             "tokens": self.ledger.counters["tokens"],
             "epoch": samples / self._job.num_samples,

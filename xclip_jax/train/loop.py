@@ -27,8 +27,8 @@ def train(
     Returns:
       The state, and whether the run was interrupted.
     """
-    config, parts, ledger = job.config, job.parts, log.ledger
-    start, b = int(state.step), parts.data.batch
+    config, experiment, ledger = job.config, job.experiment, log.ledger
+    start, b = int(state.step), experiment.data.batch
     batches = _batches(job, start, ledger)
     # A run that stopped between a checkpoint and the evaluation of the same step makes that evaluation now.
     if _evaluates(job, start) and not log.has_evaluation(start):
@@ -36,7 +36,7 @@ def train(
     step, stopped = start, False
     for step, batch in enumerate(log.stalls(batches), start + 1):
         # Steps are dispatched without waiting: this batch travels to the devices while they compute the last step.
-        state, metrics = parts.compiled(state, loader.to_global(batch, parts.mesh))
+        state, metrics = experiment.compiled(state, loader.to_global(batch, experiment.mesh))
         log.log_step(step, metrics)
         stopped = preemption.requested(step)
         if is_due(config.checkpoint.every, step) or step == config.steps or stopped:
@@ -58,11 +58,17 @@ def run_evaluators(evaluators: Sequence[Evaluator], variables: Mapping[str, Any]
 
 def _batches(job: Job, start: int, ledger: Ledger) -> Iterator[dict[str, np.ndarray]]:
     """This process's rows of the batches from step `start` on to the last."""
-    config, parts = job.config, job.parts
+    config, experiment = job.config, job.experiment
     return loader.batches(
-        loader.sample_order(job.sources, parts.data, config.seed),
-        loader.Transform(parts.data, parts.image_size, parts.tokenizer, parts.context_length, parts.objective.fields),
-        batch=parts.data.batch,
+        loader.sample_order(job.sources, experiment.data, config.seed),
+        loader.Transform(
+            experiment.data,
+            experiment.image_size,
+            experiment.tokenizer,
+            experiment.context_length,
+            experiment.objective.fields,
+        ),
+        batch=experiment.data.batch,
         start=start,
         stop=config.steps,
         seed=config.seed,

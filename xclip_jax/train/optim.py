@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from xclip_jax.config.fields import Check, above, at_least, choice, fraction_below_one, key
-from xclip_jax.errors import UserError, one_of
+from xclip_jax.errors import UserError, check_choice
 from xclip_jax.models.tower import Tower
 from xclip_jax.models.two_towers import MAX_SCALE
 
@@ -60,7 +60,7 @@ def schedule(config: OptimConfig, steps: int) -> Schedule:
     As in SLIP and open_clip the decay spans the steps after the warm-up, so that `lr_end` is the value at `steps`, one
     after the last step: with `lr_end` 0 the last step still learns.
     """
-    one_of("optim.schedule", config.schedule, SCHEDULES)
+    check_choice("optim.schedule", config.schedule, SCHEDULES)
     if not 0 <= config.warmup < max(steps, 1):
         raise UserError(f"optim.warmup={config.warmup} must be below the {steps} steps of the run; shorten it.")
     warmup = optax.linear_schedule(config.lr_start, config.lr, max(config.warmup, 1))
@@ -160,7 +160,7 @@ def project_scale(params: Any) -> Any:
 
 def ema_momentum(step: Any, steps: int, start: float, kind: str) -> Any:
     """Momentum of the exponential moving average at `step`: constant, or from `start` to 1 on a cosine."""
-    one_of("ema.schedule", kind, EMA_SCHEDULES)
+    check_choice("ema.schedule", kind, EMA_SCHEDULES)
     if kind == "constant":
         return start
     return 1 - (1 - start) * 0.5 * (1 + jnp.cos(jnp.pi * step / steps))

@@ -30,7 +30,7 @@ class Progress:
         """Begin to count.
 
         Args:
-          start: step at which the run stands.
+          start: step at which the run starts.
           steps: of the whole run.
           batch: samples of a step.
           terms: metrics -> the objective's parts of the line.

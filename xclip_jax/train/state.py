@@ -60,7 +60,7 @@ def init_fn(
         text = jnp.zeros((2, text_length), jnp.int32)
         variables = model.init(jax.random.key(seed), image, text)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
-        # A copy: a buffer that stands twice in the state could not be donated.
+        # A copy: a buffer that is twice in the state could not be donated.
         average = jax.tree.map(jnp.copy, (params, batch_stats)) if ema else (None, None)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -82,8 +82,8 @@ def abstract(init: Any, mesh: Mesh, strategy: str) -> TrainState:
     shapes, specs = nn.unbox(boxed), sharding.shardings(boxed, mesh, strategy)
     if strategy == "zero1":
         specs = specs.replace(
-            opt_state=sharding.split_moments(shapes.opt_state, specs.opt_state, mesh),
-            ema_params=sharding.split_moments(shapes.ema_params, specs.ema_params, mesh),
+            opt_state=sharding.zero1_shardings(shapes.opt_state, specs.opt_state, mesh),
+            ema_params=sharding.zero1_shardings(shapes.ema_params, specs.ema_params, mesh),
         )
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, specs)
 

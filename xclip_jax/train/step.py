@@ -112,7 +112,7 @@ class TrainStep:
         """What the moving average makes of the batch: without random inputs of towers, with statistics of its own."""
         params = jax.lax.stop_gradient(state.ema_params)
         inputs = {key: value for key, value in inputs.items() if key != NOISE}
-        h = gradcache.in_parts(self._encode, params, inputs, self.microbatches)
+        h = gradcache.encode_microbatches(self._encode, params, inputs, self.microbatches)
         return self._project(params, state.ema_batch_stats, h)
 
     def _average(self, state: TrainState, params: Any, batch_stats: Any, ema_batch_stats: Any) -> tuple[Any, Any]:

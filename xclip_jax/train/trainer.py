@@ -61,24 +61,24 @@ def _train(
     job: Job, checkpointer: Checkpointer, preemption: PreemptionHandler, callbacks: Sequence[Callback]
 ) -> tuple[TrainState, MetricLogger, bool]:
     """Make or restore the state and train it. Returns it, the log, and whether the run was interrupted."""
-    config, parts = job.config, job.parts
-    count = sum(x.size for x in jax.tree.leaves(parts.abstract.params))
-    items = "items" if parts.objective.labelled else "pairs"
+    config, experiment = job.config, job.experiment
+    count = sum(x.size for x in jax.tree.leaves(experiment.abstract.params))
+    items = "items" if experiment.objective.labelled else "pairs"
     log0(
         f"{config.objective.name}: {count:,} parameters, {job.num_samples:,} {items}, {config.steps} steps of "
-        f"{parts.data.batch} on {jax.device_count()} {jax.devices()[0].device_kind}, in {job.folder.path}"
+        f"{experiment.data.batch} on {jax.device_count()} {jax.devices()[0].device_kind}, in {job.folder.path}"
     )
     position: dict[str, Any] = {"samples": 0}
     if checkpointer.latest() is None:
-        state = create(parts.init, parts.abstract)
+        state = create(experiment.init, experiment.abstract)
         if job.initial:
             state = init_from_weights(job.initial, state)
     else:
-        state, position = checkpointer.restore_finite(parts.abstract)
+        state, position = checkpointer.restore_finite(experiment.abstract)
         log0(f"resuming at step {int(state.step)}, sample {position['samples']:,}")
     ledger = Ledger(
         job.folder.path,
-        max_bad_fraction=parts.data.max_bad_fraction,
+        max_bad_fraction=experiment.data.max_bad_fraction,
         start=position["samples"],
         counters=position.get("counters"),
     )

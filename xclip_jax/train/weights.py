@@ -20,7 +20,7 @@ from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.objectives import LossConfig
 from xclip_jax.parallel.sharding import MeshConfig
 from xclip_jax.run_folder import RunFolder
-from xclip_jax.train.build import Parts, build
+from xclip_jax.train.build import Experiment, build
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.state import TrainState
 
@@ -29,8 +29,8 @@ Variables = Mapping[str, Any]
 _SHOWN = 8  # tensors that an error lists by name
 
 
-def load(path: str, step: int | None = None) -> tuple[Config, Parts, Variables, int]:
-    """Load the config, parts, variables and step of a run's checkpoint or of other weights, on this machine's devices.
+def load(path: str, step: int | None = None) -> tuple[Config, Experiment, Variables, int]:
+    """Load the config, experiment, variables and step of a checkpoint or of other weights, on this machine's devices.
 
     A run's variables are those that it evaluates: the moving average where `eval.ema` says so.
 
@@ -53,14 +53,14 @@ def load(path: str, step: int | None = None) -> tuple[Config, Parts, Variables, 
         optim=dataclasses.replace(config.optim, microbatches=1),
         data=dataclasses.replace(config.data, batch=jax.device_count()),
     )
-    parts = build(config)
+    experiment = build(config)
     if variables is not None:
-        return config, parts, _device_put_checked(variables, parts, path), 0
+        return config, experiment, _device_put_checked(variables, experiment, path), 0
     if not run.checkpoints.exists():
         raise UserError(f"{run.path} holds no checkpoint; train it first, or name the folder of another run.")
     with Checkpointer(run.path, read_only=True) as checkpointer:
-        state, _ = checkpointer.restore(parts.abstract, step)
-    return config, parts, state.variables(ema=config.eval.ema), int(state.step)
+        state, _ = checkpointer.restore(experiment.abstract, step)
+    return config, experiment, state.variables(ema=config.eval.ema), int(state.step)
 
 
 def _run_config(run: RunFolder) -> Config:
@@ -82,9 +82,9 @@ def _read_foreign(path: str, step: int | None) -> tuple[Config, Variables]:
     return schema.resolve(schema.complete({"steps": 1} | config)), variables
 
 
-def _device_put_checked(variables: Variables, parts: Parts, path: str) -> Variables:
+def _device_put_checked(variables: Variables, experiment: Experiment, path: str) -> Variables:
     """`variables` on the devices, checked against the model that their config describes."""
-    expected = flatten_dict(parts.abstract.variables(), sep="/")
+    expected = flatten_dict(experiment.abstract.variables(), sep="/")
     tensors = flatten_dict(dict(variables), sep="/")
     differing = sorted(expected.keys() ^ tensors.keys())
     differing += [name for name, x in expected.items() if name in tensors and x.shape != tensors[name].shape]
