@@ -192,7 +192,7 @@ def test_bad_values_are_one_sentence_with_the_key(pairs, tmp_path, changes, mess
     ],
 )
 def test_each_collapse_is_provoked_and_said_once(pairs, tmp_path, capsys, failure, changes):
-    trainer.run(config(pairs, tmp_path / "run", objective="nclip", steps=60, log__alarms_after=50, **changes))
+    trainer.run(config(pairs, tmp_path / "run", objective="nclip", steps=60, log__collapse_warmup_steps=50, **changes))
     out = capsys.readouterr().out
     print(out[out.index("WARNING") :].splitlines()[0])
     assert out.count(f": {failure}: ") == 1

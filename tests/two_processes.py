@@ -36,7 +36,7 @@ def main(folder, out, *others):
     config = tiny.config("xclip", data__batch=BATCH, data__sources=(f"folder:{folder}",), model__img__patch_dropout=0.5)
     p = build.build(config)
     order = loader.sample_order(loader.open_sources(p.data), p.data, config.seed)
-    transform = loader.Transform(p.data, p.size, p.tokenizer, p.length)
+    transform = loader.Transform(p.data, p.image_size, p.tokenizer, p.context_length)
     hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
     batches = loader.batches(order, transform, batch=BATCH, start=0, stop=STEPS, seed=0, **hosts)
     s, losses, rows = state.create(p.init, p.abstract), [], []
@@ -90,7 +90,7 @@ def run(folder, out, data, model, *others):
         steps=2,
         data__batch=8,
         data__sources=(f"folder:{folder}",),
-        data__max_bad=0.5,
+        data__max_bad_fraction=0.5,
         mesh__data=int(data),
         mesh__model=int(model),
         optim__eps=1e-3,
