@@ -72,7 +72,7 @@ def mixed(tmp_path_factory):
 
 
 def test_a_run_goes_on_and_writes_down_what_was_bad(mixed, tmp_path):
-    options = {"data__sources": (f"tar:{mixed}/0.tar",), "data__max_bad": 0.5}
+    options = {"data__sources": (f"tar:{mixed}/0.tar",), "data__max_bad_fraction": 0.5}
     run = tmp_path / "run"
     trainer.run(tiny.config(steps=10, run=run, **options))
     lines = [json.loads(line) for line in (run / "bad_samples.jsonl").read_text().splitlines()]
@@ -91,7 +91,7 @@ def test_a_run_goes_on_and_writes_down_what_was_bad(mixed, tmp_path):
 def test_a_resumed_run_counts_on_and_refuses_other_data(mixed, tmp_path):
     tar = tmp_path / "0.tar"
     tar.write_bytes((mixed / "0.tar").read_bytes())
-    options = {"data__sources": (f"tar:{tar}",), "data__max_bad": 0.5}
+    options = {"data__sources": (f"tar:{tar}",), "data__max_bad_fraction": 0.5}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     trainer.run(tiny.config(steps=10, run=whole, **options))
 
@@ -140,7 +140,7 @@ from xclip_jax.parallel import processes
 folder, pattern, *others = sys.argv[1:]
 if others:
     processes.join(False, others[0], 2, int(others[1]))
-trainer.run(tiny.config(steps=6, run=folder, data__sources=(f"tar:{pattern}",), data__max_bad=0.5))
+trainer.run(tiny.config(steps=6, run=folder, data__sources=(f"tar:{pattern}",), data__max_bad_fraction=0.5))
 """
 
 

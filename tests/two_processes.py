@@ -90,7 +90,7 @@ def run(folder, out, data, model, *others):
         steps=2,
         data__batch=8,
         data__sources=(f"folder:{folder}",),
-        data__max_bad=0.5,
+        data__max_bad_fraction=0.5,
         mesh__data=int(data),
         mesh__model=int(model),
         optim__eps=1e-3,
