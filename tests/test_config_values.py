@@ -135,7 +135,7 @@ CONFLICTS = [
         r"unknown objective term 'clap'; did you mean 'clip'",
     ),
     ({"objective.name": "nclip"}, r"objective\.name is 'nclip', whose terms are nclip, and terms has clip, nclip"),
-    ({"objective.name": "mine", "objective.terms": {"clip": 1.0, "classify": 1.0}}, "take those of one kind"),
+    ({"objective.name": "mine", "objective.terms": {"clip": 1.0, "classify": 1.0}}, "use one sort alone"),
     ({"objective.plugins": {"clap": {"type": "no.such:Clap"}}}, r"objective\.plugins\.clap has no weight"),
     (
         {
@@ -198,9 +198,9 @@ def test_all_faults_are_reported_at_once(tmp_path):
     lines = str(caught.value).splitlines()
     assert lines[0] == "6 values of the config are wrong:"
     assert [line.strip() for line in lines[1:]] == [
-        "config key 'evil' is unknown; did you mean 'eval'.",
+        "config key 'evil' is unknown; did you mean 'eval'?",
         "steps is 0; expected at least 1.",
-        "config key 'optim.lrr' is unknown; did you mean 'optim.lr'.",
+        "config key 'optim.lrr' is unknown; did you mean 'optim.lr'?",
         "optim.lr is -1.0; expected a value above 0.",
         "optim.warmup is -1; expected at least 0.",
         "data.batch is 0; expected at least 1.",

@@ -3,6 +3,7 @@
 UPDATE_GOLDEN=1 python -m pytest tests/test_configs.py
 """
 
+import functools
 import importlib
 import os
 import pathlib
@@ -12,7 +13,8 @@ import sys
 import pytest
 
 from docs import generate
-from xclip_jax.config import schema
+from xclip_jax.config import load, schema
+from xclip_jax.config.renamed import RENAMED
 from xclip_jax.configs import common
 from xclip_jax.errors import UserError
 
@@ -108,3 +110,18 @@ def test_flatten():
 def test_pages_made_from_the_code_are_current(name):
     made = generate.PAGES[name]()
     assert (GOLDEN.parents[1] / "docs" / name).read_text() == made, "run python -m docs.generate"
+
+
+def test_names_of_an_earlier_version_are_translated():
+    old = common.base("xclip", "Ti/12").to_dict() | {"steps": 3}
+    values = {}
+    for key, current in RENAMED.items():
+        *groups, name = key.split(".")
+        group = functools.reduce(lambda node, part: node[part], groups, old)
+        values[current] = group[name] = group.pop(current.rpartition(".")[2])
+    flat = schema.flatten(schema.to_dict(schema.resolve(schema.complete(old))))
+    assert {key: flat[key] for key in values} == values
+    with pytest.raises(UserError, match="'data.flip' has another name now: 'data.flip_prob'"):
+        schema.resolve({"steps": 3, "data": {"flip": 0.5}})
+    with pytest.raises(UserError, match="'optim.clip' has another name now"):
+        load.check_keys(common.base("clip", "Ti/12"), ["--config.optim.clip=1.0"])

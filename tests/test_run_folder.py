@@ -1,8 +1,6 @@
 """A run's folder over several starts: what is refused, what is kept, and what resumes."""
 
-import functools
 import json
-import operator
 import os
 import pathlib
 import shutil
@@ -20,7 +18,6 @@ from etils import epath
 from tests import tiny
 from tests.test_tokenizer import save_words
 from xclip_jax import environment, storage
-from xclip_jax.config.renamed import RENAMED
 from xclip_jax.data import loader
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
@@ -212,18 +209,6 @@ def test_keys_that_an_older_run_did_not_know_have_their_defaults(pairs, run, cap
     (run / "config.json").write_text(json.dumps(content))
     trainer.run(config(pairs, run))
     assert "is complete at step 4" in capsys.readouterr().out
-
-
-def test_keys_that_had_another_name_are_translated(pairs, run, capsys):
-    content = json.loads((run / "config.json").read_text())
-    for key, current in RENAMED.items():
-        *groups, name = key.split(".")
-        group = functools.reduce(operator.getitem, groups, content["config"])
-        group[name] = group.pop(current.rpartition(".")[2])
-    (run / "config.json").write_text(json.dumps(content))
-    trainer.run(config(pairs, run))
-    assert "is complete at step 4" in capsys.readouterr().out
-    assert weights.load(str(run))[0].data.flip_prob == 0.5
 
 
 def test_two_runs_cannot_share_a_folder(pairs, run):

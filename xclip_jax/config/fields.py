@@ -147,13 +147,18 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)), None)
 
 
+def sentence(fault: str) -> str:
+    """`fault` with a full stop, unless it is a question."""
+    return fault if fault.endswith("?") else f"{fault}."
+
+
 def unknown_key(key: str, names: Iterable[str]) -> str:
-    """Return the sentence about a dotted `key` whose last part is not among `names`, without its full stop."""
+    """Return the sentence about a dotted `key` whose last part is not among `names`, without a stop."""
     if key in RENAMED:
         return f"config key {key!r} has another name now: {RENAMED[key]!r}"
     prefix, dot, name = key.rpartition(".")
     near = nearest(name, names)
-    return f"config key {key!r} is unknown" + (f"; did you mean {prefix + dot + near!r}" if near else "")
+    return f"config key {key!r} is unknown" + (f"; did you mean {prefix + dot + near!r}?" if near else "")
 
 
 def find_class(name: Any, table: Mapping[str, type[T]], base: type[T], what: str) -> type[T]:
@@ -194,7 +199,7 @@ def read_plugin(
     faults: list[str] = []
     made = read_group(find_class(name, table, base, what), options, path, faults)
     if faults:
-        raise UserError("; ".join(faults) + ".")
+        raise UserError("; ".join(map(sentence, faults)))
     return made
 
 

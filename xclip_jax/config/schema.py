@@ -120,7 +120,7 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any] | Config) -> C
     resolved = fields.read_group(Config, values, "", faults)
     if faults:
         count = f"{len(faults)} values of the config are wrong:\n  " if len(faults) > 1 else ""
-        raise UserError(count + "\n  ".join(f"{fault}." for fault in faults))
+        raise UserError(count + "\n  ".join(map(fields.sentence, faults)))
     return resolved
 
 

@@ -6,7 +6,6 @@ kind of another package is package.module:Class, and a spec of it "my_lab.source
 
 import dataclasses
 import difflib
-import importlib
 import os
 import re
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from xclip_jax.data.tables import CsvTables, ParquetTables
 from xclip_jax.data.tar_source import Tars
 from xclip_jax.data.tfds_source import DemoSplits, TfdsSplits
 from xclip_jax.errors import UserError
+from xclip_jax.imports import import_class
 
 SOURCES: Mapping[str, type[SourceKind]] = {
     "tar": Tars,
@@ -34,7 +34,7 @@ SOURCES: Mapping[str, type[SourceKind]] = {
 }
 OF_ANOTHER_PACKAGE = "package.module:Class:REST"
 
-_IMPORTED = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*)(?::(?P<rest>.*))?", re.S)
+_IMPORTED = re.compile(r"(?P<class>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*)(?::(?P<rest>.*))?", re.S)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def parse(text: str) -> SourceSpec:
             raise UserError(f"source {text!r} ends after its type; write {', '.join(_specs_of(SOURCES[prefix]))}.")
         return SourceSpec(text, SOURCES[prefix], rest)
     if match := _IMPORTED.fullmatch(text):
-        return SourceSpec(text, _import(text, match["module"], match["name"]), match["rest"] or "")
+        return SourceSpec(text, _import(text, match["class"]), match["rest"] or "")
     raise _unknown(text)
 
 
@@ -87,22 +87,14 @@ def has_labels(text: str, items: str) -> bool:
     return is_spec(text) and parse(text).kind.labelled_items == items
 
 
-def _import(text: str, module: str, name: str) -> type[SourceKind]:
+def _import(text: str, name: str) -> type[SourceKind]:
     try:
-        kind = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        # A module that is installed and lacks another one is at fault itself.
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise
-        if "." not in module:
+        return import_class(name, SourceKind, "source")
+    except UserError as error:
+        # A word before a colon may just as well be a prefix that was misspelt.
+        if isinstance(error.__cause__, ModuleNotFoundError) and "." not in name.partition(":")[0]:
             raise _unknown(text) from error
-        raise UserError(
-            f"unknown source {text!r}: module {module!r} cannot be imported; install its package or put its folder on "
-            "PYTHONPATH."
-        ) from error
-    if not (isinstance(kind, type) and issubclass(kind, SourceKind)):
-        raise UserError(f"{module}:{name} is not a subclass of xclip_jax.data.base.SourceKind.")
-    return kind
+        raise
 
 
 def _specs_of(kind: type[SourceKind]) -> list[str]:

@@ -90,7 +90,7 @@ class ObjectiveConfig:
             try:
                 made.append(self.term(name))
             except UserError as error:
-                yield f"terms.{name}: {str(error).rstrip('.')}"
+                yield f"terms.{name}: {str(error).removesuffix('.')}"
         if len({term.labelled for term in made}) > 1:
             yield f"terms has {', '.join(self.terms)}, some of labelled items and some of pairs; use one sort alone"
 
