@@ -217,7 +217,7 @@ def test_mixed_images_and_labels_belong_together():
     [
         ({}, r"objective\.classify\.classes is 0"),
         (TEXTS | {"objective__classify__tower": "both"}, r"tower is 'both'"),
-        (TEXTS | {"objective__classify__mixup": 0.8}, "mixup and .cutmix are of images"),
+        (TEXTS | {"objective__classify__mixup": 0.8}, "mixup and .cutmix need images"),
     ],
 )
 def test_wrong_objectives(changes, message):

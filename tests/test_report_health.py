@@ -132,5 +132,5 @@ def test_a_run_of_an_earlier_version(tmp_path):
     assert "alarms_after" in old["log"] and "size" in old["model"]["img"]
     run = written(tmp_path / "run", old, [{"step": 1, "loss": 0.0} | collapsed("")])
     words = " ".join(check(html.render(run, examples.Examples())).text)
-    assert "xCLIP, 0.4 CLIP + 0.6 nCLIP" in words and f"{tiny.SIZE} px, patch 8" in words
+    assert "xCLIP, 0.4 CLIP + 0.6 nCLIP" in words and f"patch 8, {tiny.SIZE} px" in words
     assert "Checked from step 7 on" in words
