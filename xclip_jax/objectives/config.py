@@ -66,6 +66,7 @@ class ObjectiveConfig:
 
     name: str = key("clip", "what the objective is called", not_empty())
     terms: Mapping[str, float] = key(RECIPES["clip"], "weight of each term of the loss", _WEIGHTS)
+    clip: Clip = dataclasses.field(default_factory=Clip)
     nclip: Nclip = dataclasses.field(default_factory=Nclip)
     classify: Classify = dataclasses.field(default_factory=Classify)
     plugins: Mapping[str, Mapping[str, Any]] = key(

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from xclip_jax.config.fields import above, at_least, choice, fraction_below_one, key
+from xclip_jax.logits import Factors, Logits
 from xclip_jax.losses import noncontrastive
 from xclip_jax.models.heads import Heads, cluster_heads
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.base import Curve, LossConfig, Result, Term
 
 Array = jax.Array
+_SHUFFLE = 17  # folded into the step's key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Nclip(Term):
     smoothness: float = key(2.0, "weight of the entropy of the batch's mean distribution", at_least(0))
     balance: str = key("none", "how targets are spread over clusters", choice(noncontrastive.BALANCES))
     center_momentum: float = key(0.9, "of the running mean of logits, of balance 'center'", fraction_below_one())
+    shuffle_targets: bool = key(False, "a control: each pair has the pseudo-labels of another one of its batch")
 
     @property
     def teacher(self) -> bool:
@@ -48,6 +51,14 @@ class Nclip(Term):
         if self.balance != "center":
             return {}
         return {f"center_{tower}": jnp.zeros(model.cluster_head.clusters) for tower in self.towers}
+
+    def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
+        """With shuffled targets "target_order" (b,): whose pseudo-labels each pair has, never its own."""
+        if not self.shuffle_targets:
+            return inputs
+        # One cycle through the whole batch, in random order.
+        order = jax.random.permutation(jax.random.fold_in(random_key, _SHUFFLE), len(inputs["text"]))
+        return inputs | {"target_order": jnp.zeros_like(order).at[order].set(jnp.roll(order, 1))}
 
     def in_form(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
         """With `loss.chunk_size` pairs at a time."""
@@ -66,7 +77,11 @@ class Nclip(Term):
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         momentum = options.pop("center_momentum")
         options["target_tau"] = options["target_tau"] or None
-        if self.teacher:
+        if options.pop("shuffle_targets"):
+            # Targets from elsewhere are a teacher's, whichever model made them: neither gets a gradient.
+            logits, options["target"] = teacher if self.teacher else out, "ema"
+            options |= {f"teacher_{m}": _rows(logits[f"s_{m}"], batch["target_order"]) for m in self.towers}
+        elif self.teacher:
             options |= {"teacher_img": teacher["s_img"], "teacher_txt": teacher["s_txt"]}
         centers = {name: state[name] for name in ("center_img", "center_txt") if name in state}
         loss, metrics = noncontrastive.nclip(out["s_img"], out["s_txt"], chunk=chunk, **options, **centers)
@@ -79,6 +94,11 @@ class Nclip(Term):
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
         """Options that need the whole batch at once, where the loss takes a part of it at a time."""
+        if self.shuffle_targets and self.target == "joint":
+            yield (
+                "objective.nclip.shuffle_targets takes targets without a gradient; set objective.nclip.target to "
+                "'detach' or 'ema'"
+            )
         if loss.chunk_size and self.balance == "sinkhorn":
             yield (
                 "objective.nclip.balance='sinkhorn' normalises over the whole batch; set loss.chunk_size=0, or balance "
@@ -117,3 +137,8 @@ class Nclip(Term):
         """Its options and those of the cluster heads."""
         groups = {"objective.nclip": self, "model.cluster_head": model.cluster_head}
         return {f"{name}.{key}": x for name, group in groups.items() for key, x in dataclasses.asdict(group).items()}
+
+
+def _rows(logits: Logits, order: Array) -> Logits:
+    """The rows `order` of logits."""
+    return logits.replace(x=logits.x[order]) if isinstance(logits, Factors) else logits[order]

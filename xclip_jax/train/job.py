@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from xclip_jax.config.schema import Config
-from xclip_jax.data import loader, sources
+from xclip_jax.data import controls, loader, sources
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.encoder import Encoder
@@ -26,7 +26,8 @@ class Job:
       config, parts, folder: the config, what is built from it, and the run's folder.
       host, hosts: which part of each batch this process loads, of how many.
       initial: tensors of `init.weights` that a new run starts from.
-      sources: training data, with a fingerprint of each.
+      sources: training data, as `data.subset` and `data.caption_noise` change it.
+      fingerprints: one of each whole source.
       during: evaluators of `eval.sets`, run every `eval.every` steps.
       final: those of `eval.sets` and `eval.final_sets`, run at the end.
       encoder: what the evaluators share.
@@ -62,6 +63,7 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
     opened = loader.open_sources(parts.data, parts.objective.classes, parts.objective.fields)
     fingerprints = [sources.card(source) for source in opened]
     folder.check_sources(config, fingerprints)
+    samples = controls.apply(opened, parts.data, config.seed, labelled=parts.objective.labelled)
     starts = config.init.weights and folder.latest_step() is None
     initial = read_initial(config, parts.abstract) if starts else {}
     encoder = make_encoder(config, parts, fingerprints[0].get("classes"))
@@ -69,4 +71,4 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
     evaluators = dict(zip(specs, registry.open_all(specs, encoder, parts.data.dir), strict=True))
     during = [evaluators[spec] for spec in config.eval.sets] if config.eval.every else []
     final = list(evaluators.values())
-    return Job(config, parts, folder, host, hosts, initial, opened, fingerprints, during, final, encoder)
+    return Job(config, parts, folder, host, hosts, initial, samples, fingerprints, during, final, encoder)
