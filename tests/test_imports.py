@@ -30,7 +30,19 @@ FLOORS = (
     {"config", "evaluators"},
     {"train", "flops", "configs"},
     {"inference", "embed_sources", "model_card", "report", "study"},
-    {"main", "cli", "config.load", "evaluate", "embed", "export", "plan", "doctor", "report.__main__", "data.check"},
+    {
+        "main",
+        "cli",
+        "config.load",
+        "evaluate",
+        "embed",
+        "export",
+        "plan",
+        "doctor",
+        "report.__main__",
+        "study.__main__",
+        "data.check",
+    },
 )
 # Small files that everybody may use: they do not count as rooms that a room depends on.
 GROUND = {"errors", "config.fields", "config.renamed", "console", "environment", "storage", "run_folder"}
