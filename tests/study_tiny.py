@@ -47,7 +47,9 @@ def study(*, steps=4, tuned=True, **fields):
         "choices": {"any": ("clip", "xclip")},
         "common": {"CLIP": "clip"},
         "controls": (("any", "clip", "nothing"),),
-        "doses": (Dose("data", "Data", "share", ("1",), {"CLIP": ("clip_again",), "xCLIP": ("xclip",)}),),
+        "doses": (
+            Dose("data", "Data", "share", ("1",), {"CLIP": ("clip_again",), "xCLIP": ("xclip",)}, ("top1", "loss")),
+        ),
         "factors": (),
         "threats": ("It is tiny.",),
     }

@@ -89,7 +89,8 @@ def arms(*more):
         ({"baseline": "clap"}, "refers to arm 'clap', which it does not have"),
         ({"choices": {"any": ("clip", "clap")}}, "refers to arm 'clap'"),
         ({"claims": (Claim("", (Part("", "clip", "xclip", "top2"),)),)}, "refers to measure 'top2'"),
-        ({"doses": (Dose("x", "", "", ("1",), {"a": ("clap",)}),)}, "refers to arm 'clap'"),
+        ({"doses": (Dose("x", "", "", ("1",), {"a": ("clip",)}, ("top2",)),)}, "refers to measure 'top2'"),
+        ({"doses": (Dose("x", "", "", ("1",), {"a": ("clap",)}, ("top1",)),)}, "refers to arm 'clap'"),
     ],
 )
 def test_wrong_declarations_are_one_sentence(changes, message):

@@ -23,7 +23,7 @@ from xclip_jax.errors import Parser, UserError, exit_with_message
 from xclip_jax.study import icons, page, records, schedule
 from xclip_jax.study.declaration import SECTIONS
 from xclip_jax.study.matrix import Matrix, Snapshot
-from xclip_jax.study.runner import ROOT, Runner
+from xclip_jax.study.runner import HOME, Runner
 from xclip_jax.train.interrupt import EXIT_RESUMABLE
 
 
@@ -42,8 +42,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--allow-dirty", action="store_true", help="run code that is not committed; run files say so")
     parser.add_argument("--commit", default="", help="commit of the code, where it is not in a git checkout")
     parser.add_argument("--keep", action="store_true", help="keep the folders of finished runs")
-    parser.add_argument("--docs", default=str(ROOT / "docs"), help="folder of study.md and study/runs")
-    parser.add_argument("--scratch", default=str(ROOT / "runs" / "study"), help="folder of runs in progress")
+    parser.add_argument("--docs", default=str(HOME / "docs"), help="folder of study.md and study/runs")
+    parser.add_argument("--scratch", default=str(HOME / "runs" / "study"), help="folder of runs in progress")
     return parser.parse_args(argv)
 
 

@@ -91,7 +91,7 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Dose:
-    """A chart: what becomes of some arms as one thing changes.
+    """What becomes of some arms as one thing changes: a table for each measure, a chart of the first.
 
     Attributes:
       name: of its file.
@@ -99,6 +99,7 @@ class Dose:
       axis: what changes.
       levels: values of the axis, as labels.
       lines: {label: an arm for each level}.
+      measures: names of measures.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Dose:
     axis: str
     levels: Sequence[str]
     lines: Mapping[str, Sequence[str]]
+    measures: Sequence[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,5 +205,6 @@ def check(study: Study) -> None:
         n for n in inner if n not in names
     ]:
         raise UserError(f"the study refers to arm {unknown[0]!r}, which it does not have.")
-    if unknown := [part.measure for part in parts if part.measure not in measures]:
+    referred = [*(part.measure for part in parts), *(name for dose in study.doses for name in dose.measures)]
+    if unknown := [name for name in referred if name not in measures]:
         raise UserError(f"the study refers to measure {unknown[0]!r}, which it does not have.")

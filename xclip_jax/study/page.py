@@ -182,7 +182,14 @@ def _core(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
     study = snapshot.study
     head = [*_RUN_COLUMNS, *(measure.label for measure in study.measures)]
     yield from ["## Objectives, each at its own recipe", "", "Means over seeds with 95 % t-intervals.", ""]
-    yield from _table(head, _rows(snapshot, _titles(snapshot, "core"), study.measures))
+    rows = _rows(snapshot, _titles(snapshot, "core"), study.measures)
+    if study.common:
+        first = study.measures[0]
+        head = [*head, f"{first.label}, common recipe"]
+        for row in rows:
+            arm = study.common.get(row[0])
+            row.append(_estimate(_mean(snapshot, arm, first), first) if arm else "-")
+    yield from _table(head, rows)
     others = {arm.title: arm.name for arm in study.of_section("core") if arm.name != study.baseline}
     yield from [f"Less {study.arm(study.baseline).title}, paired by seed (sign: how many of n are above zero):", ""]
     rows = [
@@ -192,7 +199,7 @@ def _core(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
     yield from _table(["arm", *(measure.label for measure in study.measures)], rows)
     yield from _shown(drawn, "differences", "Differences to the baseline")
     if study.common:
-        yield from ["### All at one recipe", "", *_table(head, _rows(snapshot, study.common, study.measures))]
+        yield from ["### All at one recipe", "", *_table(head[:-1], _rows(snapshot, study.common, study.measures))]
 
 
 def _signed(d: Difference | None, measure: Measure) -> str:
@@ -225,18 +232,19 @@ def _controls(snapshot: Snapshot) -> Iterator[str]:
 def _doses(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
     if not snapshot.study.doses:
         return
-    measure = snapshot.study.measures[0]
     yield from ["## Dose and response", ""]
     for dose in snapshot.study.doses:
-        rows = [
-            [name, *(_estimate(_mean(snapshot, arm, measure), measure, n=True) for arm in arms)]
-            for name, arms in dose.lines.items()
-        ]
-        if len(dose.lines) == 2:
-            (first, a), (second, b) = dose.lines.items()
-            pairs = (verdicts.difference(snapshot, *pair, measure) for pair in zip(b, a, strict=True))
-            rows.append([f"{second} less {first}", *(_signed(d, measure) for d in pairs)])
-        yield from [f"### {dose.title}", "", *_table([f"{measure.label}; {dose.axis}", *dose.levels], rows)]
+        yield from [f"### {dose.title}", ""]
+        for measure in map(snapshot.study.measure, dose.measures):
+            rows = [
+                [name, *(_estimate(_mean(snapshot, arm, measure), measure, n=True) for arm in arms)]
+                for name, arms in dose.lines.items()
+            ]
+            if len(dose.lines) == 2:
+                (first, a), (second, b) = dose.lines.items()
+                pairs = (verdicts.difference(snapshot, *pair, measure) for pair in zip(b, a, strict=True))
+                rows.append([f"{second} less {first}", *(_signed(d, measure) for d in pairs)])
+            yield from _table([f"{measure.label}; {dose.axis}", *dose.levels], rows)
         yield from _shown(drawn, f"dose_{dose.name}", dose.title)
 
 
@@ -328,7 +336,7 @@ def _shown(drawn: Mapping[str, str], name: str, title: str) -> list[str]:
 
 def _charts(snapshot: Snapshot) -> dict[str, str]:
     """{file name: SVG} of all charts that have something to show."""
-    study, measure = snapshot.study, snapshot.study.measures[0]
+    study = snapshot.study
     made: dict[str, str | None] = {}
     rows: dict[str, Estimate] = {}
     for arm in study.of_section("core"):
@@ -338,6 +346,7 @@ def _charts(snapshot: Snapshot) -> dict[str, str]:
                 rows |= {f"{arm.title}: {m.label}": d} if d else {}
     made["differences"] = charts.in_rows(f"Less {study.arm(study.baseline).title}, paired by seed", rows, "points")
     for dose in study.doses:
+        measure = study.measure(dose.measures[0])
         lines = {name: [_shown_mean(snapshot, arm, measure) for arm in arms] for name, arms in dose.lines.items()}
         made[f"dose_{dose.name}"] = charts.over_levels(dose.title, dose.axis, dose.levels, lines, measure.label)
     for name, title, unit, metrics, level in _CURVES:

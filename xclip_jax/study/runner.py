@@ -28,6 +28,7 @@ from xclip_jax.study.worker import DIVERGED, REQUEST
 from xclip_jax.train.interrupt import EXIT_RESUMABLE
 
 ROOT = pathlib.Path(__file__).parents[2]
+HOME = ROOT if (ROOT / "setup.py").exists() else pathlib.Path()  # of an installed package the current folder
 _CODE = ("xclip_jax", "configs", "setup.py")
 _POLL, _SHOWN_EVERY = 0.5, 30.0  # seconds
 _LOCK_SECONDS = 60
