@@ -306,6 +306,7 @@ def claimed(a, b, **options):
         ((20.1, 19.9, 20.2, 19.8, 20.0), {"margin": 1.0}, "holds", 5),
         ((20.1, 19.9, 20.2, 19.8, 20.0), {}, "undecided", 2),
         ((19.5, 19.4, 19.6, 19.5, 19.4), {"margin": 1.0}, "fails", 5),
+        ((22.0, 22.0), {}, "undecided", 2),
         ((22.0,), {}, "undecided", 1),
     ],
 )
@@ -316,9 +317,11 @@ def test_verdicts_on_a_part(a, options, verdict, agreeing):
 
 
 def test_a_claim_is_as_good_as_its_parts():
-    m = study_tiny.matrix(tuned=False)
+    seeds = (0, 1, 2)
+    of_arms = tuple(dataclasses.replace(arm, seeds=seeds) for arm in study_tiny.study(tuned=False).arms)
+    m = study_tiny.matrix(tuned=False, arms=of_arms)
     parts = (Part("better", "xclip", "clip", "top1"), Part("worse", "xclip", "clip", "top1", better=False))
-    values = {"clip": {0: 20.0, 1: 20.0}, "xclip": {0: 22.0, 1: 22.0}}
+    values = {"clip": dict.fromkeys(seeds, 20.0), "xclip": dict.fromkeys(seeds, 22.0)}
     snapshot = Snapshot(m, finished(m, values))
     judged = [verdicts.judge(snapshot, Claim("", chosen)).verdict for chosen in (parts[:1], parts[1:], parts)]
     assert judged == ["holds", "fails", "fails"]

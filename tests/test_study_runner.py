@@ -27,7 +27,8 @@ def pairs(tmp_path_factory):
 
 
 @pytest.fixture
-def here(monkeypatch, pairs):
+def source(monkeypatch, pairs):
+    """The pairs as the source of the recipe "tiny", in this process and in those of runs."""
     monkeypatch.setenv(study_tiny.PAIRS, str(pairs))
 
 
@@ -83,20 +84,20 @@ def test_killed_resumed_and_written_again_byte_for_byte(tmp_path, pairs):
         assert "seed" not in again.stdout and files(docs) == before
 
 
-def small(tmp_path, here, arms=None, **options):
+def small(tmp_path, arms=None, **options):
     changes = {} if arms is None else {"arms": arms, "baseline": arms[0].name} | dict.fromkeys(
         ("claims", "doses", "controls"), ()) | {"choices": {}, "common": {}}  # fmt: skip
     matrix = study_tiny.matrix(tuned=False, **changes)
     return runner.Runner(matrix, tmp_path / "runs", tmp_path / "scratch", **{"allow_dirty": True} | options)
 
 
-def test_uncommitted_code_is_refused(tmp_path, here, monkeypatch):
+def test_uncommitted_code_is_refused(tmp_path, source, monkeypatch):
     monkeypatch.setattr(runner, "code_version", lambda: "abc-dirty")
     with pytest.raises(UserError, match=r"the code is not that of a commit \(abc-dirty\)"):
-        small(tmp_path, here, allow_dirty=False).run()
+        small(tmp_path, allow_dirty=False).run()
     monkeypatch.setattr(runner, "code_version", lambda: "unknown")
     with pytest.raises(UserError, match="name their commit with --commit"):
-        small(tmp_path, here, allow_dirty=False).run()
+        small(tmp_path, allow_dirty=False).run()
 
 
 def test_code_version(tmp_path):
@@ -117,27 +118,27 @@ def test_code_version(tmp_path):
     assert runner.code_version(tmp_path) == f"{clean}-dirty"
 
 
-def test_nothing_is_started_after_the_time_limit(tmp_path, here, capsys):
-    assert not small(tmp_path, here, max_hours=0.0).run()
+def test_nothing_is_started_after_the_time_limit(tmp_path, source, capsys):
+    assert not small(tmp_path, max_hours=0.0).run()
     assert not list((tmp_path / "scratch").glob("clip*"))
 
 
-def test_another_command_in_the_same_folder_is_refused(tmp_path, here, monkeypatch):
+def test_another_command_in_the_same_folder_is_refused(tmp_path, source, monkeypatch):
     monkeypatch.setattr(runner, "_LOCK_SECONDS", 0)
-    first = small(tmp_path, here)
+    first = small(tmp_path)
     first.scratch.mkdir()
     with first._locked(), pytest.raises(UserError, match="is in use by another study; wait, or pass --scratch"):
-        small(tmp_path, here).run()
+        small(tmp_path).run()
 
 
-def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, pairs, here):
+def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, source, monkeypatch):
     sources = {"data.sources": (f"folder:{tmp_path / 'missing'}",)}
     bad = Arm("bad", "", "core", "tiny:objective=clip", sources, (0,))
     good = Arm("good", "", "core", "tiny:objective=clip", {}, (0,))
     with pytest.raises(
         UserError, match=r"1 runs failed; the same command tries again. bad, seed 0: error: data folder"
     ):
-        small(tmp_path, here, arms=(bad, good)).run()
+        small(tmp_path, arms=(bad, good)).run()
     assert [path.name[:8] for path in (tmp_path / "runs").iterdir()] == ["good-s0-"]
     assert not list((tmp_path / "scratch").glob("good*")) and list((tmp_path / "scratch").glob("bad*"))
 
@@ -171,12 +172,12 @@ def test_an_interrupt_stops_the_command(tmp_path, pairs):
     assert "**0 of 8 runs of arms are finished**" in (tmp_path / "docs" / "study.md").read_text()
 
 
-def test_a_finished_run_is_not_run_again(tmp_path, here):
+def test_a_finished_run_is_not_run_again(tmp_path, source):
     matrix = study_tiny.matrix(tuned=False)
     from tests.test_study import finished
 
     for r in finished(matrix, {"clip": 1.0, "xclip": 2.0}).values():
         records.write(tmp_path / "runs", r)
-    assert small(tmp_path, here).run()
+    assert small(tmp_path).run()
     assert not Snapshot(matrix, records.read_all(tmp_path / "runs")).missing()
     assert [path.name for path in (tmp_path / "scratch").iterdir()] == [".lock"]

@@ -1,4 +1,4 @@
-"""The runs of a declared study: their configs, and what run files tell of them."""
+"""The runs of a declared study: their configs, and those of them that are finished."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -84,8 +84,8 @@ class Matrix:
         except UserError as error:
             raise UserError(f"arm {arm.name!r}: {error}") from error
         during, final = set(config.eval.sets), set(config.eval.final_sets)
-        seen_early = during | final if arm.section == "tuning" else during
-        if others := seen_early - set(self.study.validation):
+        before_end = during | final if arm.section == "tuning" else during
+        if others := before_end - set(self.study.validation):
             raise UserError(
                 f"arm {arm.name!r} would be evaluated on {min(others)!r} before its end or to tune; only the sets of "
                 f"`validation` are for that: {', '.join(self.study.validation)}."

@@ -8,15 +8,17 @@ from xclip_jax.study.matrix import Snapshot
 from xclip_jax.study.statistics import Difference, holm, p_above, paired
 
 ALPHA = 0.05
+MIN_SEEDS = 3
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
 RULE = (
     'A part *holds* if the 95 % interval of the paired difference is on the claimed side (of an "at least as good": '
     "of minus its margin) and at most one seed has the other sign. It *fails* if the interval is wholly on the other "
-    "side of zero and stays so after Holm's correction over the parts of the claim. Else it is *undecided at this "
-    "scale*. A claim holds if all of its parts hold: that needs no correction, since each must be shown (an "
-    "intersection-union test). It fails if one part fails: that is what Holm's correction is for, since one false "
-    "alarm among several would do. The interval is Student's t over seeds. p of the sign-flip test is exact and "
-    "assumes no distribution, but cannot be below 2 / 2^n (0.0625 for five seeds): it is reported and decides nothing."
+    "side of zero and stays so after Holm's correction over the parts of the claim. Else, and with fewer than three "
+    "seeds, it is *undecided at this scale*. A claim holds if all of its parts hold: that needs no correction, since "
+    "each must be shown (an intersection-union test). It fails if one part fails: that is what Holm's correction is "
+    "for, since one false alarm among several would do. The interval is Student's t over seeds. p of the sign-flip "
+    "test is exact and assumes no distribution, but cannot be below 2 / 2^n (0.0625 for five seeds): it is reported "
+    "and decides nothing."
 )
 
 
@@ -73,10 +75,11 @@ def judge(snapshot: Snapshot, claim: Claim) -> ClaimVerdict:
     for (part, measure, a, b, d), p_against, p in zip(rows, against, different, strict=True):
         agreeing = 0 if d is None else sum(_side(part, measure) * x > -part.margin for x in d.values)
         verdict = UNDECIDED
-        if d is not None and _p_for(part, measure, d) < ALPHA and agreeing >= d.n - 1:
-            verdict = HOLDS
-        if p_against < ALPHA:
-            verdict = FAILS
+        if d is not None and d.n >= MIN_SEEDS:
+            if p_against < ALPHA:
+                verdict = FAILS
+            elif _p_for(part, measure, d) < ALPHA and agreeing >= d.n - 1:
+                verdict = HOLDS
         parts.append(PartVerdict(part, measure, a, b, d, agreeing, p, verdict))
     verdicts = {part.verdict for part in parts}
     whole = FAILS if FAILS in verdicts else HOLDS if verdicts == {HOLDS} else UNDECIDED
