@@ -53,7 +53,7 @@ def mean_margin(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike) -> jax.Arr
     """
     z_img, z_txt = (z.astype(jnp.float32) for z in (z_img, z_txt))
     # Of the means, in place of (b, b) logits: the mean of all products is the product of the means.
-    return scale * (
+    return jnp.asarray(scale, jnp.float32) * (
         jnp.mean(jnp.sum(z_img * z_txt, axis=1)) - jnp.sum(jnp.mean(z_img, axis=0) * jnp.mean(z_txt, axis=0))
     )
 
