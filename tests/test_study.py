@@ -155,6 +155,14 @@ def test_a_candidate_that_diverged_is_not_chosen():
     assert Snapshot(m, {r.key: r for r in made}).chosen["clip"].name == "tuning_0.001"
 
 
+def test_a_choice_at_the_edge_of_the_grid_is_named():
+    for lr, words in ((3e-3, True), (1.5e-3, False)):
+        new = Arm("tuning_new", "new", "tuning", "tiny:objective=clip", {"optim.lr": lr}, (9,), objective="clip")
+        m = study_tiny.matrix(arms=arms(new))
+        text = page.render(Snapshot(m, finished(m, TUNED | {"tuning_new": 30.0})), {})
+        assert ("At the edge of what was tried: optim.lr." in text) == words
+
+
 def test_choices_between_arms_are_made_on_validation():
     m = study_tiny.matrix()
     made = finished(m, TUNED | CORE)

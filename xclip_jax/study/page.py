@@ -8,7 +8,7 @@ from etils import epath
 
 from xclip_jax.storage import write_whole
 from xclip_jax.study import charts, verdicts
-from xclip_jax.study.declaration import SECTIONS, Measure
+from xclip_jax.study.declaration import SECTIONS, Arm, Measure
 from xclip_jax.study.matrix import Snapshot
 from xclip_jax.study.statistics import Difference, Estimate, estimate
 
@@ -176,6 +176,15 @@ def _tuning(snapshot: Snapshot) -> Iterator[str]:
             value = _estimate(_mean(snapshot, arm.name, study.choose), study.choose)
             rows.append([arm.title + mark, _runs(snapshot, arm.name), value])
         yield from [f"### {objective}", "", *_table(["candidate", "runs", study.choose.label], rows)]
+        if best and (edges := _edges(best, arms)):
+            yield from [f"At the edge of what was tried: {', '.join(edges)}.", ""]
+
+
+def _edges(best: Arm, arms: Sequence[Arm]) -> list[str]:
+    """Keys of which the best candidate has the smallest or the largest value of at least three."""
+    numbers = {key: value for key, value in best.changes.items() if isinstance(value, (int, float))}
+    tried = {key: {arm.changes[key] for arm in arms if key in arm.changes} for key in numbers}
+    return [k for k, value in numbers.items() if len(tried[k]) > 2 and value in (min(tried[k]), max(tried[k]))]
 
 
 def _core(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:

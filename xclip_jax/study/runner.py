@@ -235,9 +235,12 @@ class Runner:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT stop the study once its runs are saved."""
+        """SIGTERM and SIGINT stop the study once its runs are saved; the second one does not wait for that."""
 
         def stop(number: int, _: Any) -> None:
+            if self._stopping:
+                for active in self._active.values():
+                    active.process.kill()
             self._stopping = signal.Signals(number).name
 
         previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
