@@ -9,7 +9,7 @@ from xclip_jax.study.statistics import Estimate
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; black and yellow are left out.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 400, 64, 16, 64, 56
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 400, 64, 28, 64, 56
 
 
 class _Plot:
