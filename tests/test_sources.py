@@ -101,7 +101,7 @@ def test_card_of_the_demo():
     assert cards[0] == cards[1] and cards[0]["name"].startswith("emoji_pairs/")
     assert [card["samples"] for card in cards[1:]] == [4309, 10, 1474]
     assert len({card["hash"] for card in cards}) == 3
-    with pytest.raises(UserError, match=r"^source 'demo:tests': the demo's splits are .*test_line, .*train"):
+    with pytest.raises(UserError, match=r"^source 'demo:tests': unknown split; expected one of .*test_line, .*train"):
         open_source("demo:tests")
 
 
@@ -176,7 +176,7 @@ def test_a_path_without_its_prefix(tmp_path):
         path.mkdir() if meant == "folder" else path.touch()
         with pytest.raises(UserError, match=rf"^unknown source '{path}'; .*did you mean '{meant}:{path}'\?$"):
             open_source(str(path))
-    with pytest.raises(UserError, match=r"^unknown source 'what:x'; write tar:PATTERN, .* or demo:SPLIT\.$"):
+    with pytest.raises(UserError, match=r"^unknown source 'what:x'; write tar:PATTERN, .* icons:SPLIT\.$"):
         open_source("what:x")
 
 

@@ -28,7 +28,7 @@ from xclip_jax.data import loader, sources, tar_index, tokenizer, transforms
 from xclip_jax.data.tar_source import TarSource
 from xclip_jax.errors import BadSample, Parser, UserError, exit_with_message
 
-_KINDS = ("tar", "csv", "parquet", "array_record", "folder", "tfds", "demo")
+_KINDS = ("tar", "csv", "parquet", "array_record", "folder", "tfds", "demo", "icons")
 _TILE, _COLUMNS, _ROWS, _LINES = 200, 6, 4, 4
 _EXAMPLES = 3
 _KEYS = 20_000_000  # so many are compared at most; more would take gigabytes

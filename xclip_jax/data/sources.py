@@ -17,13 +17,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from xclip_jax import storage
-from xclip_jax.data import demo, tar_index, transforms
+from xclip_jax.data import demo, icons, tar_index, transforms
 from xclip_jax.data.tables import ArrayRecordSource, TableSource, first_line
 from xclip_jax.data.tar_source import TarSource, decode_text
 from xclip_jax.errors import BadSample, UserError
 
 Record = dict[str, Any]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+_PREPARED_ON_USE = {"demo": demo, "icons": icons}
 
 
 class Source(Protocol):
@@ -224,7 +225,8 @@ def open_source(spec: str, *, data_dir: str, image_key: str, text_keys: Sequence
 
     Args:
       spec: "tar:PATTERN", "csv:PATTERN", "parquet:PATTERN", "array_record:PATTERN" (see `storage.expand`),
-        "folder:PATH", "tfds:NAME/SPLIT" or "demo:SPLIT" (the emoji pairs, prepared on first use).
+        "folder:PATH", "tfds:NAME/SPLIT", "demo:SPLIT" (the emoji pairs) or "icons:SPLIT" (the icon pairs), the last
+        two prepared on first use.
       data_dir: where TFDS data sets lie; "" for the default.
       image_key, text_keys, tags_key: features of a record, columns of a table; see `TarSource` for tars; ignored by
         folders. `tags_key` may be "".
@@ -241,13 +243,13 @@ def open_source(spec: str, *, data_dir: str, image_key: str, text_keys: Sequence
         return TableSource(kind, rest, image_key, text_keys, tags_key)
     if kind == "array_record":
         return ArrayRecordSource(rest, image_key, text_keys, tags_key)
-    if kind == "demo":
-        builder = demo.prepare(data_dir or None)
+    if kind in _PREPARED_ON_USE:
+        builder = _PREPARED_ON_USE[kind].prepare(data_dir or None)
         info, split = builder.info, rest
         try:
             data = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
         except (KeyError, ValueError) as error:
-            raise UserError(f"source {spec!r}: the demo's splits are {', '.join(info.splits)}.") from error
+            raise UserError(f"source {spec!r}: unknown split; expected one of {', '.join(info.splits)}.") from error
     elif kind == "tfds":
         name, _, split = rest.rpartition("/")
         if not name:
@@ -256,7 +258,7 @@ def open_source(spec: str, *, data_dir: str, image_key: str, text_keys: Sequence
     else:
         raise UserError(
             f"unknown source {spec!r}; write tar:PATTERN, folder:PATH, csv:PATTERN, parquet:PATTERN, "
-            f"array_record:PATTERN, tfds:NAME/SPLIT or demo:SPLIT{_suggestion(spec)}"
+            f"array_record:PATTERN, tfds:NAME/SPLIT, demo:SPLIT or icons:SPLIT{_suggestion(spec)}"
         )
     return TfdsSource(data, tfds_card(info, split, len(data)), image_key, text_keys, tags_key)
 
