@@ -117,6 +117,9 @@ def pitfalls() -> tuple[dict, dict]:
         "shell": {"parent": "terminal"},
         "mirrored-console": {"parent": "console", "hFlip": True},
         "consoles": {"parent": "console"},
+        "pitfalls-console": {"parent": "console"},
+        "console2x": {"parent": "console"},
+        "tshirt": {"parent": "t-shirt"},
     }
     categories = {"Social Media": ["thumb-like"], "SkyWeather": ["sun-filled", "stars"], "Other": ["console"]}
     one = icon_set(
@@ -149,6 +152,16 @@ def content() -> dict[str, dict]:
         "protected": collection("Protected", "GPL-3.0"),
     }
     return files | {"collections.json": collections}
+
+
+# Sizes of splits for so few drawings; attributes of `icons_splits`.
+SIZES = {
+    "TEST_CONCEPTS": 8,
+    "VALIDATION_CONCEPTS": 8,
+    "TEST_FAMILIES": 2,
+    "VALIDATION_FAMILIES": 1,
+    "FAMILY_DRAWINGS": (20, 200),
+}
 
 
 def write(path: pathlib.Path) -> Package:

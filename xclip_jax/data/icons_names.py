@@ -15,15 +15,18 @@ _STYLES = word_set(
 )
 _SIZE = re.compile(r"\d{1,2}|\d{2,3}px")  # and variant numbers
 _NUMBERS = word_set("one two three four five six seven eight nine ten")  # variants in IconPark
-_TRAILING_NUMBER = re.compile(r"([a-z]{3,})\d{1,2}")
+_TRAILING_NUMBER = re.compile(r"([a-z]{3,})\d{1,2}x?")  # and sizes such as 2x
 # Letters and digits are drawn in frames; a name that has nothing else names no thing.
 _FRAMES = word_set(
     "letter number numeric alpha alphabet keycap circle square box rectangle hexagon diamond octagon triangle "
     "superscript subscript lowercase uppercase small capital"
 )
-_CATCH_ALL = frozenset(
-    ("", "other", "others", "misc", "uncategorised", "uncategorized", "alphabet", "numeric", "alpha numeric")
-)
+_CATCH_ALL = word_set(
+    "other others misc uncategorised uncategorized alphabet numeric common general regular newicons"
+) | {
+    "",
+    "alpha numeric",
+}
 _BRAND_CATEGORY = re.compile("brand|social|logo", re.IGNORECASE)
 _MOVING = re.compile("<(?:animate|set|text)")
 _BRANDS = word_set(
@@ -139,7 +142,10 @@ def categories(data: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def aliases(data: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Icon -> other names of the same picture; an alias that turns or mirrors it is another picture."""
+    """Icon -> other names of the same picture, without the set's own name before them.
+
+    An alias that turns or mirrors the picture is another picture.
+    """
     table: Mapping[str, Mapping[str, Any]] = data.get("aliases") or {}
     by_name: dict[str, list[str]] = {}
     for name in table:
@@ -148,15 +154,18 @@ def aliases(data: Mapping[str, Any]) -> dict[str, list[str]]:
             chain.add(target)
             target = table[target]["parent"]
         if target in data["icons"]:
-            by_name.setdefault(target, []).append(name)
+            by_name.setdefault(target, []).append(name.removeprefix(f"{data.get('prefix')}-"))
     return by_name
 
 
 def other_captions(texts: Iterable[str], own: str, brand_names: Collection[str]) -> Sequence[str]:
-    """Those of `texts` that are captions of another concept than the caption `own`, one for each concept."""
+    """Those of `texts` that are captions of another concept than the caption `own`, one for each concept.
+
+    The same words written as one are no other name.
+    """
     others: dict[str, str] = {}
     for text in texts:
-        if is_caption(text) and text not in brand_names:
+        if is_caption(text) and text not in brand_names and text.replace(" ", "") != own.replace(" ", ""):
             others.setdefault(concept(text), text)
     others.pop(concept(own), None)
     return list(others.values())
