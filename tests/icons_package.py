@@ -141,7 +141,8 @@ def content() -> dict[str, dict]:
         }
         icons["cloud-fill"] = picture("everybody's cloud")  # the same drawing in every set
         icons["moon-fill"] = picture("everybody's cloud") if name == "artist-a" else icons["moon-fill"]
-        files[f"json/{name}.json"] = icon_set(name, icons, categories={"Objects": list(icons)})
+        aliases = {f"{thing}-by-another-name": {"parent": f"{thing}-fill"} for thing in THINGS}
+        files[f"json/{name}.json"] = icon_set(name, icons, aliases=aliases, categories={"Objects": list(icons)})
         collections[name] = collection(name, "Apache-2.0")
     files["json/simple-icons.json"] = icon_set("simple-icons", {"acmegram": picture("a"), "target": picture("t")})
     files["json/game-icons.json"] = icon_set("game-icons", {"target": picture("game target")})
