@@ -104,7 +104,7 @@ def test_geometric_mean_rank(load):
     result = {r.key: r for r in Fixed(None, data).measure(None)}["rank_gmean"]
     rank = 1 + (scores > np.take_along_axis(scores, labels[:, None], 1)).sum(axis=1)
     rank[0] = ways
-    assert result.value == pytest.approx(np.exp(np.log(rank).mean())) and result.unit == ""
+    assert result.value == pytest.approx(np.exp(np.log(rank).mean())) and result.unit == "rank"
     assert result.chance == pytest.approx(np.exp(np.mean(np.log(np.arange(1, ways + 1)))))
 
 

@@ -12,17 +12,23 @@ import numpy as np
 
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import logistic
-from xclip_jax.evaluators.base import Evaluator
+from xclip_jax.evaluators.base import Column, Evaluator, Metric
 from xclip_jax.evaluators.probe import Joined, Probe, knn, subset
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet, ranks
 from xclip_jax.evaluators.statistics import PerExample, valid_rows
 from xclip_jax.evaluators.text import TextRetrieval, TextRetrievalSet
-from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
+from xclip_jax.evaluators.zeroshot import LAYOUTS, ZeroShot, ZeroShotSet
 
 _HERE = "xclip_jax.evaluators.clustered"
 _SEEDS = 3  # draws of a few-shot training set
+_WITH_RANK = dataclasses.replace(
+    LAYOUTS[0],
+    title="zero-shot classification of concepts, %",
+    metrics=(*LAYOUTS[0].metrics, Metric("rank_gmean", "rank", "geometric mean rank")),
+    columns=(*LAYOUTS[0].columns, Column("rank", "rank_gmean", ">8", chance=">9")),
+)
 
 
 def _with_groups(result: Result, groups: np.ndarray) -> Result:
@@ -45,6 +51,8 @@ class ClusteredZeroShot(ZeroShot):
     It moves before top-1 does. An image without a valid ranking has the last rank.
     """
 
+    layouts = (_WITH_RANK,)
+
     def scores(self, variables: Any) -> dict[str, np.ndarray]:
         """{score: (n, ways)} of the set's images; kept until `measure` has ranked them."""
         self._scores = super().scores(variables)
@@ -59,7 +67,7 @@ class ClusteredZeroShot(ZeroShot):
         for score, scores in self._scores.items():
             rank = np.minimum(ranks(scores, right), ways - 1) + 1
             items = PerExample(rank.astype(float), statistic="gmean", groups=labels)
-            fields = {"unit": "", "n": len(labels), "chance": level, "items": items, "score": score}
+            fields = {"unit": "rank", "n": len(labels), "chance": level, "items": items, "score": score}
             results.append(self.result("rank_gmean", items.value(), **fields))
         self._scores = {}
         return results
