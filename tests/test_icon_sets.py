@@ -48,6 +48,7 @@ def test_zero_shot_is_among_the_names_of_the_role(load, icon_builder):
 def test_retrieval_has_one_drawing_of_a_concept(load, icon_builder):
     data = load("icons/test_retrieval")
     known = load("icons/test_rendering")
+    assert data.card.role == "" and load("icons/validation_retrieval").card.role == VALIDATION
     assert len(data.images) == len(set(known.labels.tolist())) == len({texts[0] for texts in data.captions})
 
 

@@ -65,9 +65,9 @@ def _concepts(data_dir: str | None, role: str) -> list[Record]:
 
 
 def _card(split: str, *items: list[Any], **fields: str) -> Provenance:
-    role = VALIDATION if split.startswith("validation") else SHIFTED if split.endswith("rendering") else ""
+    fields = {"role": VALIDATION if split.startswith("validation") else ""} | fields
     items_hash = digest(x for part in items for x in part)
-    return Provenance("icon_pairs", str(icons.IconPairs.VERSION), split, items_hash, role=role, **fields)
+    return Provenance("icon_pairs", str(icons.IconPairs.VERSION), split, items_hash, **fields)
 
 
 def _zeroshot(name: str, prepare: Preprocessing, data_dir: str | None, split: str, role: str) -> ClusteredZeroShotSet:
@@ -83,6 +83,7 @@ def _zeroshot(name: str, prepare: Preprocessing, data_dir: str | None, split: st
         protocol="nearest class text by cosine, mean over drawings; intervals by resampling concepts",
         preprocessing=prepare.resizing,
         templates="name",
+        **({"role": SHIFTED} if split == "test_rendering" else {}),
     )
     labels = np.array([index[record["concept"]] for record in records])
     coarse = [concept["category"] or "none" for concept in classes]
