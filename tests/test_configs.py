@@ -36,6 +36,8 @@ CONFIGS = {
     "demo_clip": ("demo", "objective=clip"),
     "demo_siglip": ("demo", "objective=siglip"),
     "demo_nclip": ("demo", "objective=nclip"),
+    "icons": ("icons", None),
+    "icons_xclip": ("icons", "objective=xclip,steps=2000,size=48"),
 }
 
 

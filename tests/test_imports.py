@@ -31,7 +31,19 @@ FLOORS = (
     {"config", "evaluators"},
     {"train", "flops", "configs"},
     {"inference", "embed_sources", "evaluation", "model_card", "report", "study"},
-    {"main", "cli", "config.load", "evaluate", "embed", "export", "plan", "doctor", "report.__main__", "data.check"},
+    {
+        "main",
+        "cli",
+        "config.load",
+        "evaluate",
+        "embed",
+        "export",
+        "plan",
+        "doctor",
+        "report.__main__",
+        "study.__main__",
+        "data.check",
+    },
 )
 # Small files that everybody may use: they do not count as rooms that a room depends on.
 GROUND = {"errors", "config.fields", "config.renamed", "console", "environment", "imports", "storage", "run_folder"}
@@ -45,7 +57,7 @@ LONGER = {}
 
 # Names that say what somebody did with a value and not what it is, and those that other terms have replaced.
 DIALECT = {
-    "found", "told", "seen", "said", "say", "there", "here", "wanted", "pick", "picked", "clock", "differentiate",
+    "found", "told", "seen", "said", "say", "there", "here", "wanted", "pick", "picked", "differentiate",
     "Ahead", "Card", "Factors", "Finetuned", "Guess", "Items", "Link", "Parts", "Slots", "Strip", "Waiting",
     "in_parts", "map_rows", "one_of", "split_moments",
 }  # fmt: skip

@@ -171,6 +171,7 @@ def entry(name="zeroshot/x", **changes):
 
 ITEMS = {
     "zeroshot/x/top1": PerExample(np.array([1.0, 0.0]), np.array([0.5, 2.0])),
+    "zeroshot/x/rank": PerExample(np.array([1.0, 4.0, 2.0]), statistic="gmean", groups=np.array([3, 3, 0])),
     "zeroshot/a|b:c%7C d/ü/top1": PerExample(np.arange(3.0), other=np.array([1.0, 3, 2]), statistic="spearman"),
 }
 
@@ -181,6 +182,7 @@ def test_items_survive_the_file(tmp_path):
     (read,), items = results.read(file)
     back = items[read["items"]]
     assert back.keys() == ITEMS.keys() and all(back[key].value() == ITEMS[key].value() for key in ITEMS)
+    assert back["zeroshot/x/rank"].groups.tolist() == [3, 3, 0] and back["zeroshot/x/top1"].groups is None
 
 
 def test_two_files_that_differ_in_their_suffix_have_items_of_their_own(tmp_path):

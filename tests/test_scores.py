@@ -85,6 +85,34 @@ def test_the_bootstrap_of_other_statistics(statistic):
     assert a.value() == pytest.approx(100 * statistics.STATISTICS[statistic](values[0], gold))
 
 
+@pytest.mark.parametrize("statistic", ["mean", "gmean"])
+def test_the_bootstrap_draws_whole_groups(statistic):
+    """The same as drawing groups by hand; where a group's items are alike, its interval is wider by far."""
+    rng = np.random.default_rng(0)
+    groups = rng.permutation(np.repeat(np.arange(30), rng.integers(1, 12, 30)))
+    value = rng.random(30)[groups] + 0.5
+    weights = rng.random(len(groups)) + 0.5
+    a, b = (
+        statistics.PerExample(v, weights=weights, statistic=statistic, groups=groups)
+        for v in (value, value + rng.normal(0.3, 0.3, 30).clip(-0.4)[groups])
+    )
+    difference, low, high = statistics.bootstrap(a, b, samples=200)
+    draws, again = np.random.default_rng(0), []
+    for _ in range(200):
+        items = np.concatenate([np.flatnonzero(groups == g) for g in draws.integers(0, 30, 30)])
+        chosen = [x.values[items] for x in (a, b)]
+        if statistic == "gmean":
+            means = [np.exp(np.average(np.log(x), weights=weights[items])) for x in chosen]
+        else:
+            means = [100 * np.average(x, weights=weights[items]) for x in chosen]
+        again.append(means[1] - means[0])
+    assert (low, high) == pytest.approx(np.percentile(again, [2.5, 97.5]))
+    assert difference == pytest.approx(b.value() - a.value())
+    alone = [statistics.PerExample(x.values, weights=weights, statistic=statistic) for x in (a, b)]
+    _, inner_low, inner_high = statistics.bootstrap(*alone, samples=200)
+    assert high - low > 1.5 * (inner_high - inner_low)
+
+
 def test_items_of_a_mean_per_class_are_weighted():
     y, right = np.array([0, 0, 0, 1]), np.array([1.0, 1, 0, 0])
     item = statistics.PerExample(right, statistics.class_weights(y))

@@ -103,7 +103,7 @@ def test_card_of_the_demo():
     assert cards[0] == cards[1] and cards[0]["name"].startswith("emoji_pairs/")
     assert [card["samples"] for card in cards[1:]] == [4309, 10, 1474]
     assert len({card["hash"] for card in cards}) == 3
-    with pytest.raises(UserError, match=r"^source 'demo:tests': the demo's splits are .*test_line, .*train"):
+    with pytest.raises(UserError, match=r"^source 'demo:tests': unknown split; expected one of .*test_line, .*train"):
         open_source("demo:tests")
 
 

@@ -15,6 +15,7 @@ COMMANDS = {
     "export": ("xclip_jax.export", "write weights for transformers, open_clip or safetensors"),
     "plan": ("xclip_jax.plan", "show memory, traffic and time of a run before it is started"),
     "report": ("xclip_jax.report", "write the page of a run"),
+    "study": ("xclip_jax.study", "run a study of several objectives and seeds, and write its page"),
     "check": ("xclip_jax.data.check", "check image-text pairs before training"),
     "index": ("xclip_jax.data.tar_index", "index tars ahead of a run"),
 }

@@ -29,6 +29,10 @@ class BadSample(UserError):
         return type(self), (self.reason, self.detail)
 
 
+class Diverged(UserError):
+    """Training whose loss, gradients or updates are not finite."""
+
+
 def describe(error: BaseException) -> str:
     """Return the message of an exception with its notes, such as the set or file in which it was raised."""
     return "; ".join([str(error), *getattr(error, "__notes__", ())])

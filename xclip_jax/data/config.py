@@ -23,6 +23,8 @@ _STATISTICS = Check(
     _are_statistics,
 )
 
+_SHARE = Check("above 0 and at most 1", lambda value: 0 < value <= 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -32,6 +34,10 @@ class DataConfig:
         (), "specs of sources, KIND:REST as in folder:PATH, of pairs or for fine-tuning of labelled items; mixed"
     )
     weights: Sequence[float] = key((), "share of samples from each source; empty to see every sample once an epoch")
+    subset: float = key(1.0, "share of each source's samples that is used; chosen by the seed, nested", _SHARE)
+    caption_noise: float = key(
+        0.0, "share of pairs with the captions of another pair of their source, a control; by the seed", between(0, 1)
+    )
     spread_duplicate_captions: bool = key(
         False,
         "spread records of equal captions, wrong negatives, over each epoch; reads all captions at the start",

@@ -18,7 +18,7 @@ from xclip_jax.data.folder_source import Folders
 from xclip_jax.data.glue import GlueTasks
 from xclip_jax.data.tables import CsvTables, ParquetTables
 from xclip_jax.data.tar_source import Tars
-from xclip_jax.data.tfds_source import DemoSplits, TfdsSplits
+from xclip_jax.data.tfds_source import DemoSplits, IconSplits, TfdsSplits
 from xclip_jax.errors import UserError
 from xclip_jax.imports import import_class
 
@@ -30,6 +30,7 @@ SOURCES: Mapping[str, type[SourceKind]] = {
     "array_record": ArrayRecords,
     "tfds": TfdsSplits,
     "demo": DemoSplits,
+    "icons": IconSplits,
     "glue": GlueTasks,
 }
 OF_ANOTHER_PACKAGE = "package.module:Class:REST"

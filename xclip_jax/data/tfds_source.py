@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from xclip_jax.data import demo, labelled
+from xclip_jax.data import demo, icons, labelled
 from xclip_jax.data.base import LabelledSource, Record, Source, SourceKind, SourceOptions
 from xclip_jax.data.text import first_line
 from xclip_jax.errors import UserError
@@ -180,9 +180,25 @@ class DemoSplits(SourceKind):
     @classmethod
     def open_pairs(cls, rest: str, options: SourceOptions) -> TfdsSource:
         """See `demo.prepare`."""
-        builder = demo.prepare(options.dir or None)
-        try:
-            data = builder.as_data_source(rest, decoders={"image": tfds.decode.SkipDecoding()})
-        except (KeyError, ValueError) as error:
-            raise UserError(f"source 'demo:{rest}': the demo's splits are {', '.join(builder.info.splits)}.") from error
-        return TfdsSource(data, builder.info, rest, options)
+        return _open_prepared("demo", demo.prepare(options.dir or None), rest, options)
+
+
+class IconSplits(SourceKind):
+    """`icons:SPLIT`, the drawings of `data.icons`, prepared on first use."""
+
+    pair_specs: ClassVar = {"icons:SPLIT": "a split of the icons, prepared on first use"}
+
+    @classmethod
+    def open_pairs(cls, rest: str, options: SourceOptions) -> TfdsSource:
+        """See `icons.prepare`."""
+        return _open_prepared("icons", icons.prepare(options.dir or None), rest, options)
+
+
+def _open_prepared(kind: str, builder: Any, split: str, options: SourceOptions) -> TfdsSource:
+    try:
+        data = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"source '{kind}:{split}': unknown split; expected one of {', '.join(builder.info.splits)}."
+        ) from error
+    return TfdsSource(data, builder.info, split, options)

@@ -22,6 +22,7 @@ from xclip_jax.evaluators.classification import ClassifierEvaluator, FinetunedSe
 from xclip_jax.evaluators.emoji_sets import TESTS, EmojiSets
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.file_datasets import FileSets
+from xclip_jax.evaluators.icon_sets import IconSets
 from xclip_jax.evaluators.probe import Probe
 from xclip_jax.evaluators.probe_datasets import ProbeSets
 from xclip_jax.evaluators.prompts import PROFILES, Profile
@@ -32,7 +33,7 @@ from xclip_jax.evaluators.zeroshot import ZeroShot
 from xclip_jax.evaluators.zeroshot_datasets import PAPER, PublishedSets
 from xclip_jax.imports import class_name, import_class
 
-KINDS: tuple[type[SetKind], ...] = (EmojiSets, PublishedSets, FileSets, ProbeSets, FinetunedSets)
+KINDS: tuple[type[SetKind], ...] = (EmojiSets, IconSets, PublishedSets, FileSets, ProbeSets, FinetunedSets)
 SETS: Mapping[str, type[SetKind]] = {prefix: kind for kind in KINDS for prefix in kind.prefixes}
 EVALUATORS: Mapping[str, type[Evaluator]] = {
     "zeroshot": ZeroShot,

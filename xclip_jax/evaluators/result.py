@@ -17,7 +17,7 @@ class Result:
       family: what is measured: "zeroshot", "retrieval", "visual", "textual", or a name of the evaluator's own.
       metric: "top1", "image_to_text/r1"; also the sizes of the set, such as "n".
       value: a share in percent, a correlation times 100, or a plain number.
-      unit: "%", "x 100" of correlations, "" of plain numbers.
+      unit: "%", "x 100" of correlations, "rank" from 1, "" of plain numbers.
       n: number of items that it is measured on, 0 where unknown.
       chance: value of a random answer, in `unit`; with the unit "%" the share of items that are right by chance. None
         where no such level exists.

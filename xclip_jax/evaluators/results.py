@@ -158,7 +158,7 @@ def _write_items(path: epath.Path, items_of: ItemsOf) -> None:
     arrays = {}
     for entry, items in items_of.items():
         for name, item in items.items():
-            for part in ("values", "weights", "other"):
+            for part in ("values", "weights", "other", "groups"):
                 if (array := getattr(item, part)) is not None:
                     arrays[f"{item.statistic}:{part}:{entry}:{urllib.parse.quote(name, safe='')}"] = array
     buffer = io.BytesIO()

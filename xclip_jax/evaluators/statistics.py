@@ -116,25 +116,35 @@ class PerExample:
       weights: of a mean, (n,); images of three artists are weighted so that each artist counts the same.
       other: targets: gold values, classes, or bool.
       statistic: one of `STATISTICS`.
+      groups: int (n,), equal for items that depend on each other, such as pictures of one concept; `bootstrap` draws
+        groups and not single items.
     """
 
     values: np.ndarray
     weights: np.ndarray | None = None
     other: np.ndarray | None = None
     statistic: str = "mean"
+    groups: np.ndarray | None = None
 
     def value(self, chosen: np.ndarray | slice = slice(None)) -> float:
-        """Return the statistic of the items `chosen`, by default of all, in percent."""
-        second = self.weights if self.statistic == "mean" else self.other
-        return 100 * STATISTICS[self.statistic](self.values[chosen], None if second is None else second[chosen])
+        """Return the statistic of the items `chosen`, by default of all; in percent, but for "gmean"."""
+        second = self.weights if self.statistic in _WEIGHTED else self.other
+        scale = 1 if self.statistic == "gmean" else 100
+        return scale * STATISTICS[self.statistic](self.values[chosen], None if second is None else second[chosen])
 
 
 def _mean(values: np.ndarray, weights: np.ndarray | None) -> float:
     return float(np.average(values, weights=weights))
 
 
+def _gmean(values: np.ndarray, weights: np.ndarray | None) -> float:
+    return float(np.exp(np.average(np.log(values), weights=weights)))
+
+
+_WEIGHTED = ("mean", "gmean")
 STATISTICS: Mapping[str, Callable[..., float]] = {
     "mean": _mean,
+    "gmean": _gmean,
     "spearman": spearman,
     "pearson": pearson,
     "roc_auc": roc_auc,
@@ -155,6 +165,8 @@ def bootstrap(
     a: PerExample, b: PerExample, *, samples: int = 2000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float, float]:
     """Return the difference b - a in percentage points, and its percentile interval by resampling pairs of items.
+
+    Items with `groups` are resampled by whole groups, as many as there are: those of `a` count for both sides.
 
     Resamples in which the statistic is undefined are left out, such as ROC AUC of positive items only. The interval is
     NaN where no resample is left, and the difference where it is undefined itself.
@@ -179,9 +191,23 @@ def bootstrap(
         except UserError:  # these items do not define the statistic
             return None
 
-    rng, n = np.random.default_rng(seed), len(a.values)
-    draws = (difference(rng.integers(0, n, n)) for _ in range(samples))
+    rng, sample = np.random.default_rng(seed), _resampler(a)
+    draws = (difference(sample(rng)) for _ in range(samples))
     defined = [value for value in draws if value is not None]
     low, high = np.percentile(defined, [50 * (1 - level), 50 * (1 + level)]) if defined else (np.nan, np.nan)
     whole = difference()
     return np.nan if whole is None else whole, float(low), float(high)
+
+
+def _resampler(items: PerExample) -> Callable[[np.random.Generator], np.ndarray]:
+    """A function that draws indices of items with replacement, whole groups where the items have them."""
+    n = len(items.values)
+    if items.groups is None:
+        return lambda rng: rng.integers(0, n, n)
+    order = np.argsort(items.groups, kind="stable")
+    members = np.split(order, np.flatnonzero(np.diff(items.groups[order])) + 1)
+
+    def draw(rng: np.random.Generator) -> np.ndarray:
+        return np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
+
+    return draw

@@ -15,13 +15,16 @@ from jax.typing import ArrayLike
 Metrics = dict[str, jax.Array]
 
 
-def softmax(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike) -> tuple[jax.Array, Metrics]:
+def softmax(
+    z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, *, label_smoothing: float = 0.0
+) -> tuple[jax.Array, Metrics]:
     """Return CLIP's loss: cross-entropy of the matching pair, image to text and text to image, averaged, in nats.
 
     Args:
         z_img: image embeddings of the global batch, shape (b, e), L2-normalised; any float type.
         z_txt: text embeddings, shape (b, e), row i paired with row i of `z_img`.
         scale: scalar, exp(log_scale): already exponentiated.
+        label_smoothing: share of the target that is spread evenly over the batch (arXiv 1512.00567).
 
     Returns:
         The loss (fp32 scalar) and fp32 scalar metrics: "loss", "ln_b" (the loss of a blind guess), "acc_img" and
@@ -38,7 +41,21 @@ def softmax(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike) -> tuple[jax.A
     img_to_txt = jax.nn.logsumexp(logits - own[:, None], axis=1)
     txt_to_img = jax.nn.logsumexp(logits - own[None, :], axis=0)
     loss = 0.5 * jnp.mean(img_to_txt + txt_to_img)
+    if label_smoothing:
+        loss = loss + label_smoothing * mean_margin(z_img, z_txt, scale)
     return loss, _metrics(loss, logits)
+
+
+def mean_margin(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike) -> jax.Array:
+    """Mean logit of matching pairs less that of all pairs, fp32 scalar; arguments as of `softmax`.
+
+    A target with the share s spread over the batch adds s times this to the cross-entropy, in both directions.
+    """
+    z_img, z_txt = (z.astype(jnp.float32) for z in (z_img, z_txt))
+    # Of the means, in place of (b, b) logits: the mean of all products is the product of the means.
+    return jnp.asarray(scale, jnp.float32) * (
+        jnp.mean(jnp.sum(z_img * z_txt, axis=1)) - jnp.sum(jnp.mean(z_img, axis=0) * jnp.mean(z_txt, axis=0))
+    )
 
 
 def sigmoid(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, bias: ArrayLike) -> tuple[jax.Array, Metrics]:

@@ -23,11 +23,17 @@ from xclip_jax.parallel.mesh import BATCH_AXES
 Array = jax.Array
 
 
-def softmax(z_img: Array, z_txt: Array, scale: ArrayLike, *, mesh: Mesh) -> tuple[Array, Metrics]:
+def softmax(
+    z_img: Array, z_txt: Array, scale: ArrayLike, *, mesh: Mesh, label_smoothing: float = 0.0
+) -> tuple[Array, Metrics]:
     """`contrastive.softmax`, the batch split over `mesh`'s batch axes; arguments, results and errors are the same."""
     contrastive.check(z_img, z_txt, scale)
     hops = (_softmax_hop, _softmax_hop)
-    return _ring(hops, _softmax_end, z_img, z_txt, jnp.asarray(scale, jnp.float32), jnp.float32(0), mesh)
+    loss, metrics = _ring(hops, _softmax_end, z_img, z_txt, jnp.asarray(scale, jnp.float32), jnp.float32(0), mesh)
+    if label_smoothing:
+        loss = loss + label_smoothing * contrastive.mean_margin(z_img, z_txt, scale)
+        metrics = metrics | {"loss": loss}
+    return loss, metrics
 
 
 def sigmoid(z_img: Array, z_txt: Array, scale: ArrayLike, bias: ArrayLike, *, mesh: Mesh) -> tuple[Array, Metrics]:

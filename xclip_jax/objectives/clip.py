@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import jax
 from jax.sharding import Mesh
 
+from xclip_jax.config.fields import fraction_below_one, key
 from xclip_jax.losses import contrastive, ring
 from xclip_jax.models.heads import Heads, contrastive_heads
 from xclip_jax.models.two_towers import ModelConfig
@@ -19,10 +20,9 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Clip(Term):
-    """Softmax contrastive loss, see `losses.contrastive.softmax`; it has no options of its own."""
+class Contrastive(Term):
+    """A loss of all pairs of the batch: what the softmax and the sigmoid have in common."""
 
-    title: ClassVar[str] = "CLIP"
     form: ClassVar[str] = "softmax"  # function of `losses.contrastive` and of `losses.ring`
     outputs: ClassVar[tuple[str, ...]] = ("z_img", "z_txt", "scale")  # its arguments
 
@@ -50,11 +50,11 @@ class Clip(Term):
         mesh: Mesh | None = None,
     ) -> Result:
         """See `Term.__call__`. With a `mesh` the pairs are compared on a ring of its devices."""
-        arguments = [out[name] for name in self.outputs]
+        arguments, options = [out[name] for name in self.outputs], dataclasses.asdict(self)
         if mesh is None:
-            loss, metrics = getattr(contrastive, self.form)(*arguments)
+            loss, metrics = getattr(contrastive, self.form)(*arguments, **options)
         else:
-            loss, metrics = getattr(ring, self.form)(*arguments, mesh=mesh)
+            loss, metrics = getattr(ring, self.form)(*arguments, mesh=mesh, **options)
         return loss, metrics | {"scale": out["scale"]}, {}
 
     def progress(self, metrics: Mapping[str, float]) -> str:
@@ -88,3 +88,12 @@ class Clip(Term):
     def describe(self, model: ModelConfig) -> str:
         """The shared embedding space."""
         return f"embeddings of images and texts in one space of {model.embed} dimensions"
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip(Contrastive):
+    """Config group `objective.clip`: options of `losses.contrastive.softmax`."""
+
+    title: ClassVar[str] = "CLIP"
+
+    label_smoothing: float = key(0.0, "share of the target that is spread over the batch", fraction_below_one())

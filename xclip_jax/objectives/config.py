@@ -54,6 +54,7 @@ class ObjectiveConfig:
 
     name: str = key("clip", "name of the objective", not_empty())
     terms: Mapping[str, float] = key(RECIPES["clip"], "weight of each term of the loss", _WEIGHTS)
+    clip: Clip = dataclasses.field(default_factory=Clip)
     nclip: Nclip = dataclasses.field(default_factory=Nclip)
     classify: Classify = dataclasses.field(default_factory=Classify)
     plugins: Mapping[str, Mapping[str, Any]] = key(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from xclip_jax.config.fields import above, at_least, choice, fraction_below_one, key
+from xclip_jax.logits import FactoredLogits, Logits
 from xclip_jax.losses import noncontrastive
 from xclip_jax.models.heads import Heads, cluster_heads
 from xclip_jax.models.two_towers import ModelConfig
@@ -19,6 +20,7 @@ from xclip_jax.objectives.display import Curve, Health, Level, Light
 from xclip_jax.objectives.similarity import ClusterSimilarity
 
 Array = jax.Array
+_SHUFFLE = 17  # folded into the step's key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Nclip(Term):
     smoothness: float = key(2.0, "weight of the entropy of the batch's mean distribution", at_least(0))
     balance: str = key("none", "how targets are spread over clusters", choice(noncontrastive.BALANCES))
     center_momentum: float = key(0.9, "of the running mean of logits, of balance 'center'", fraction_below_one())
+    shuffle_targets: bool = key(False, "a control: each pair has the pseudo-labels of another one of its batch")
 
     @property
     def similarity(self) -> ClusterSimilarity:
@@ -55,6 +58,14 @@ class Nclip(Term):
             return {}
         return {f"center_{tower}": jnp.zeros(model.cluster_head.clusters) for tower in self.towers}
 
+    def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
+        """With shuffled targets "target_order" (b,): whose pseudo-labels each pair has, never its own."""
+        if not self.shuffle_targets:
+            return inputs
+        # One cycle through the whole batch, in random order.
+        order = jax.random.permutation(jax.random.fold_in(random_key, _SHUFFLE), len(inputs["text"]))
+        return inputs | {"target_order": jnp.zeros_like(order).at[order].set(jnp.roll(order, 1))}
+
     def in_form(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
         """With `loss.chunk_size` pairs at a time."""
         return functools.partial(self.__call__, chunk=loss.chunk_size)
@@ -73,7 +84,11 @@ class Nclip(Term):
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         momentum = options.pop("center_momentum")
         options["target_tau"] = options["target_tau"] or None
-        if self.teacher:
+        if options.pop("shuffle_targets"):
+            # Targets from elsewhere are a teacher's, whichever model made them: neither gets a gradient.
+            logits, options["target"] = teacher if self.teacher else out, "ema"
+            options |= {f"teacher_{m}": _rows(logits[f"s_{m}"], batch["target_order"]) for m in self.towers}
+        elif self.teacher:
             options |= {"teacher_img": teacher["s_img"], "teacher_txt": teacher["s_txt"]}
         centers = {name: state[name] for name in ("center_img", "center_txt") if name in state}
         loss, metrics = noncontrastive.nclip(out["s_img"], out["s_txt"], chunk=chunk, **options, **centers)
@@ -85,7 +100,12 @@ class Nclip(Term):
         return loss, metrics, moved
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """Options that need the whole batch at once, with a loss that processes it in chunks."""
+        """Options that need the whole batch at once, with a loss in chunks, and shuffled targets with a gradient."""
+        if self.shuffle_targets and self.target == "joint":
+            yield (
+                "objective.nclip.shuffle_targets takes targets without a gradient; set objective.nclip.target to "
+                "'detach' or 'ema'"
+            )
         if loss.chunk_size and self.balance == "sinkhorn":
             yield (
                 "objective.nclip.balance='sinkhorn' normalises over the whole batch; set loss.chunk_size=0, or balance "
@@ -233,3 +253,8 @@ def _health_curves(metrics: Mapping[str, float]) -> tuple[Curve, ...]:
         Curve("Agreement of image and text", (("agreement", "pairs"),), "%", (Level("alarm", agreed, alarm=True),)),
         Curve("Clusters in use in a batch", both("clusters"), levels=(Level("most", most),), note=note),
     )
+
+
+def _rows(logits: Logits, order: Array) -> Logits:
+    """The rows `order` of logits."""
+    return dataclasses.replace(logits, x=logits.x[order]) if isinstance(logits, FactoredLogits) else logits[order]

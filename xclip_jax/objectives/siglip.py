@@ -8,12 +8,12 @@ import jax
 
 from xclip_jax.models.heads import Heads, contrastive_heads
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objectives.clip import Clip
+from xclip_jax.objectives.clip import Contrastive
 from xclip_jax.objectives.display import Curve, Health
 
 
 @dataclasses.dataclass(frozen=True)
-class Siglip(Clip):
+class Siglip(Contrastive):
     """Sigmoid contrastive loss, see `losses.contrastive.sigmoid`: CLIP's heads and a logit bias."""
 
     title: ClassVar[str] = "SigLIP"

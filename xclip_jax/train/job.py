@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from xclip_jax.config.schema import Config
-from xclip_jax.data import labelled, loader
+from xclip_jax.data import controls, labelled, loader
 from xclip_jax.data.base import Source
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
@@ -28,7 +28,8 @@ class Job:
       config, experiment, folder: the config, what is built from it, and the run's folder.
       host, hosts: which part of each batch this process loads, of how many.
       initial: tensors of `init.weights` that a new run starts from.
-      sources: training data, with a fingerprint of each.
+      sources: training data, as `data.subset` and `data.caption_noise` change it.
+      fingerprints: one of each whole source.
       during: evaluators of `eval.sets`, run every `eval.every` steps.
       final: those of `eval.sets` and `eval.final_sets`, run at the end.
       encoder: what the evaluators share.
@@ -64,6 +65,7 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
     opened = _open_sources(experiment)
     fingerprints = [source.fingerprint() for source in opened]
     folder.check_sources(config, fingerprints)
+    samples = controls.apply(opened, experiment.data, config.seed, labelled=experiment.objective.labelled)
     starts = config.init.weights and folder.latest_step() is None
     initial = read_initial(config, experiment.abstract) if starts else {}
     encoder = make_encoder(config, experiment, fingerprints[0].get("classes"))
@@ -71,7 +73,7 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
     evaluators = dict(zip(specs, registry.open_all(specs, encoder, experiment.data.dir), strict=True))
     during = [evaluators[spec] for spec in config.eval.sets] if config.eval.every else []
     final = list(evaluators.values())
-    return Job(config, experiment, folder, host, hosts, initial, opened, fingerprints, during, final, encoder)
+    return Job(config, experiment, folder, host, hosts, initial, samples, fingerprints, during, final, encoder)
 
 
 def _open_sources(experiment: Experiment) -> list[Source]:

@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 
 from xclip_jax.console import log0
 from xclip_jax.data.ledger import Ledger
-from xclip_jax.errors import UserError
+from xclip_jax.errors import Diverged
 from xclip_jax.evaluators.result import Result, flat
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import JsonLines
@@ -123,7 +123,7 @@ class MetricLogger:
         """Wait for the last step and log its metrics, unless they are logged already.
 
         Raises:
-          UserError: values that are not finite, or too many bad samples.
+          UserError: `Diverged` of values that are not finite, or too many bad samples.
         """
         if self._pending is None:
             return
@@ -160,7 +160,7 @@ class MetricLogger:
             if not math.isfinite(scalars[name]):
                 saved = self._job.folder.latest_step()
                 last = "there is no checkpoint yet" if saved is None else f"the last checkpoint is of step {saved}"
-                raise UserError(
+                raise Diverged(
                     f"{name.replace('_', ' ')} of step {step} is {scalars[name]} and is not saved; {last}. Lower "
                     "optim.lr, lengthen optim.warmup or set optim.grad_clip_norm=1, under a different --config.run."
                 )

@@ -1,0 +1,75 @@
+"""Runs a declared study and writes its page: python -m xclip_jax.study.
+
+    python -m xclip_jax.study --dry-run              the matrix, with what is done and the hours that are left
+    python -m xclip_jax.study                        runs what is missing, in the order of worth, and writes the page
+    python -m xclip_jax.study --only core --max-hours 8
+    python -m xclip_jax.study --page                 docs/study.md and its charts, from the run files alone
+
+Each finished run is a file in docs/study/runs, which is recognised by its config; commit them. After a kill, or in
+another checkout that has the run files, the same command goes on. Recipes are tuned on validation sets; test sets are
+evaluated once, at the end of a run.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from absl import logging
+
+from xclip_jax.config.fields import nearest
+from xclip_jax.config.load import load_config
+from xclip_jax.errors import Parser, UserError, exit_with_message
+from xclip_jax.study import icons, page, records, schedule
+from xclip_jax.study.declaration import SECTIONS
+from xclip_jax.study.matrix import Matrix, Snapshot
+from xclip_jax.study.runner import HOME, Runner
+from xclip_jax.train.interrupt import EXIT_RESUMABLE
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m xclip_jax.study",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", default="", help=f"sections ({', '.join(SECTIONS)}) or arms, joined by commas")
+    parser.add_argument("--max-hours", type=float, help="save and stop what is running after this time")
+    parser.add_argument("--workers", type=int, default=1, help="runs at the same time; their seconds say so")
+    parser.add_argument("--dry-run", action="store_true", help="print the matrix and run nothing")
+    parser.add_argument("--page", action="store_true", help="write the page and run nothing")
+    parser.add_argument("--allow-dirty", action="store_true", help="run code that is not committed; run files say so")
+    parser.add_argument("--commit", default="", help="commit of the code, where it is not in a git checkout")
+    parser.add_argument("--keep", action="store_true", help="keep the folders of finished runs")
+    parser.add_argument("--docs", default=str(HOME / "docs"), help="folder of study.md and study/runs")
+    parser.add_argument("--scratch", default=str(HOME / "runs" / "study"), help="folder of runs in progress")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    flags = _arguments(argv)
+    logging.set_verbosity(logging.ERROR)
+    with exit_with_message():
+        matrix, docs = Matrix(icons.study(), load_config), pathlib.Path(flags.docs)
+        runs, only = docs / "study" / "runs", tuple(filter(None, flags.only.split(",")))
+        known = [*SECTIONS, *(arm.name for arm in matrix.study.arms)]
+        if unknown := [name for name in only if name not in known]:
+            raise UserError(f"--only {unknown[0]!r} is unknown; did you mean {nearest(unknown[0], known)!r}?")
+        if flags.workers < 1:
+            raise UserError(f"--workers is {flags.workers}; expected at least 1.")
+        if flags.dry_run:
+            print(schedule.table(matrix, Snapshot(matrix, records.read_all(runs)), only))
+            return
+        options = {"max_hours": flags.max_hours, "workers": flags.workers, "keep": flags.keep, "commit": flags.commit}
+        complete = flags.page or Runner(
+            matrix, runs, pathlib.Path(flags.scratch), only=only, allow_dirty=flags.allow_dirty, **options
+        ).run()  # fmt: skip
+        print(f"page: {page.write(docs, Snapshot(matrix, records.read_all(runs)))}")
+        if not complete:
+            sys.exit(EXIT_RESUMABLE)
+
+
+if __name__ == "__main__":
+    main()

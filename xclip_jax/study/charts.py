@@ -1,0 +1,162 @@
+"""Charts of a study as SVG files: means with their intervals over levels, curves over steps, differences in rows."""
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+
+from xclip_jax.report.charts import number, ticks
+from xclip_jax.study.statistics import Estimate
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; black and yellow are left out.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 400, 64, 28, 64, 56
+
+
+class _Plot:
+    """An SVG with axes; data are placed by `x` and `y`."""
+
+    def __init__(self, title: str, x: tuple[float, float], y: tuple[float, float], height: int = _HEIGHT) -> None:
+        self._x, self._y, self.height, self._title = x, y, height, title
+        self.parts: list[str] = []
+        self.text(12, 24, title, size=16, weight="bold")
+
+    def x(self, value: float) -> float:
+        low, high = self._x
+        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (value - low) / (high - low)
+
+    def y(self, value: float) -> float:
+        low, high = self._y
+        return self.height - _BOTTOM - (self.height - _TOP - _BOTTOM) * (value - low) / (high - low)
+
+    def text(
+        self, x: float, y: float, text: str, *, anchor: str = "start", size: int = 13, weight: str = "normal"
+    ) -> None:
+        self.parts.append(
+            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" font-weight="{weight}">'
+            f"{html.escape(text)}</text>"
+        )
+
+    def line(self, points: Sequence[tuple[float, float]], color: str, *, width: float = 2, dash: str = "") -> None:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        dashes = f' stroke-dasharray="{dash}"' if dash else ""
+        self.parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}"{dashes}/>')
+
+    def dot(self, x: float, y: float, color: str) -> None:
+        self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>')
+
+    def grid(self, label: str) -> None:
+        """Horizontal lines with their values."""
+        for tick in ticks(*self._y, 5):
+            self.line([(_LEFT, self.y(tick)), (_WIDTH - _RIGHT, self.y(tick))], "#dddddd", width=1)
+            self.text(_LEFT - 8, self.y(tick) + 4, number(tick), anchor="end")
+        if label:
+            self.text(_WIDTH - _RIGHT, 24, label, anchor="end")
+
+    def legend(self, names: Sequence[str]) -> None:
+        x = float(_LEFT)
+        for i, name in enumerate(names):
+            self.dot(x, 44, COLORS[i % len(COLORS)])
+            self.text(x + 9, 48, name)
+            x += 28 + 7.2 * len(name)
+
+    def render(self) -> str:
+        head = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {self.height}" role="img" '
+            f'font-family="system-ui, Segoe UI, Roboto, Helvetica, Arial, sans-serif" fill="#222222">'
+            f"<title>{html.escape(self._title)}</title>"
+        )
+        ground = f'<rect width="{_WIDTH}" height="{self.height}" fill="#ffffff"/>'
+        return "\n".join([head, ground, *self.parts, "</svg>"]) + "\n"
+
+
+def _span(values: Sequence[float]) -> tuple[float, float] | None:
+    """Smallest and largest finite value with some room, or None without values."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return None
+    low, high = min(finite), max(finite)
+    room = 0.08 * (high - low) or abs(high) / 2 or 1.0
+    return low - room, high + room
+
+
+def over_levels(
+    title: str, axis: str, levels: Sequence[str], lines: Mapping[str, Sequence[Estimate | None]], label: str = ""
+) -> str | None:
+    """Return a chart of means with intervals at each level, or None where there is nothing to draw.
+
+    Args:
+      title, axis, label: of the chart, of the levels and of the values.
+      levels: along the axis, evenly spaced.
+      lines: {name: an estimate for each level, None where there are no runs}.
+    """
+    drawn = [estimate for line in lines.values() for estimate in line if estimate]
+    span = _span([value for e in drawn for value in (e.mean, e.low, e.high)])
+    if span is None:
+        return None
+    plot = _Plot(title, (-0.5, len(levels) - 0.5), span)
+    plot.grid(label)
+    plot.legend(list(lines))
+    for i, level in enumerate(levels):
+        plot.text(plot.x(i), plot.height - _BOTTOM + 20, level, anchor="middle")
+    plot.text(plot.x((len(levels) - 1) / 2), plot.height - 12, axis, anchor="middle")
+    for number_of_line, line in enumerate(lines.values()):
+        color = COLORS[number_of_line % len(COLORS)]
+        shift = 0.06 * (number_of_line - (len(lines) - 1) / 2)  # intervals of two lines side by side
+        points = [(plot.x(i + shift), e) for i, e in enumerate(line) if e]
+        plot.line([(x, plot.y(e.mean)) for x, e in points], color)
+        for x, e in points:
+            plot.dot(x, plot.y(e.mean), color)
+            if math.isfinite(e.low):
+                plot.line([(x, plot.y(e.low)), (x, plot.y(e.high))], color)
+    return plot.render()
+
+
+def over_steps(
+    title: str,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    label: str = "",
+    level: tuple[str, float] | None = None,
+) -> str | None:
+    """Return a chart of curves {name: (step, value) points} with a dashed level, or None without points."""
+    points = [point for line in lines.values() for point in line]
+    span = _span([y for _, y in points] + ([level[1]] if level and points else []))
+    if span is None:
+        return None
+    right = max(x for x, _ in points)
+    plot = _Plot(title, (0, right if right > 0 else 1), span)
+    plot.grid(label)
+    plot.legend(list(lines))
+    for tick in ticks(0, max(right, 1), 5):
+        plot.text(plot.x(tick), plot.height - _BOTTOM + 20, number(tick), anchor="middle")
+    plot.text(plot.x(right / 2), plot.height - 12, "step", anchor="middle")
+    if level:
+        plot.line([(_LEFT, plot.y(level[1])), (_WIDTH - _RIGHT, plot.y(level[1]))], "#888888", width=1.5, dash="6 4")
+        plot.text(_WIDTH - _RIGHT, plot.y(level[1]) - 6, level[0], anchor="end")
+    for i, line in enumerate(lines.values()):
+        plot.line([(plot.x(x), plot.y(y)) for x, y in line], COLORS[i % len(COLORS)])
+    return plot.render()
+
+
+def in_rows(title: str, rows: Mapping[str, Estimate], label: str = "") -> str | None:
+    """Return a chart of differences, one row each with its interval, around a line at zero; None without rows."""
+    span = _span([0.0, *(value for e in rows.values() for value in (e.mean, e.low, e.high))])
+    if not rows or span is None:
+        return None
+    height = _TOP + _BOTTOM + 26 * len(rows)
+    names = 7.0 * max(map(len, rows))  # pixels for the rows' names, on the left
+    low, high = span
+    share = names / (_WIDTH - _LEFT - _RIGHT)
+    plot = _Plot(title, (low - (high - low) * share / max(1 - share, 0.2), high), (0, len(rows)), height)
+    if label:
+        plot.text(_WIDTH - _RIGHT, 24, label, anchor="end")
+    for tick in ticks(low, high, 5):
+        color = "#888888" if abs(tick) < 1e-12 else "#dddddd"
+        plot.line([(plot.x(tick), _TOP), (plot.x(tick), height - _BOTTOM)], color, width=1)
+        plot.text(plot.x(tick), height - _BOTTOM + 20, number(tick), anchor="middle")
+    for i, (name, e) in enumerate(rows.items()):
+        y = plot.y(len(rows) - i - 0.5)
+        plot.text(12, y + 4, name)
+        plot.dot(plot.x(e.mean), y, COLORS[0])
+        if math.isfinite(e.low):
+            plot.line([(plot.x(e.low), y), (plot.x(e.high), y)], COLORS[0])
+    return plot.render()

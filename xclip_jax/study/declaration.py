@@ -1,0 +1,210 @@
+"""What a study declares: arms, measures, claims and charts; plain data and its checks."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from xclip_jax.errors import UserError
+
+SECTIONS = ("tuning", "core", "controls", "dose", "factors")  # in the order of worth, in which they are run
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """A number of a run.
+
+    Attributes:
+      name: by which claims and doses refer to it.
+      label: for people to read.
+      set: an evaluation set, or "" for the metrics of the last training step.
+      metric: `Result.key` within the set, "" for its headline; or the name of a training metric.
+      higher: whether more is better.
+      ratio: whether its logarithm is averaged and compared, as of ranks: means are then geometric and differences
+        ratios.
+      digits: behind the point.
+    """
+
+    name: str
+    label: str
+    set: str
+    metric: str = ""
+    higher: bool = True
+    ratio: bool = False
+    digits: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One setting, run with several seeds. Two arms of one config share their runs.
+
+    Attributes:
+      name: unique; letters, digits, "_" and "." in file names.
+      title: for tables.
+      section: one of `SECTIONS`; arms of "tuning" see validation sets alone.
+      recipe: as of --config: "icons:objective=clip".
+      changes: {config key: value}, after those of the study.
+      seeds: of its runs.
+      objective: of "tuning" which objective's recipe the arm is a candidate for.
+      tuned: the objective whose chosen candidate the arm takes over; "" for none.
+      length: multiplies the steps, and the warm-up, which keeps its share.
+    """
+
+    name: str
+    title: str
+    section: str
+    recipe: str
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seeds: Sequence[int] = (0, 1, 2, 3, 4)
+    objective: str = ""
+    tuned: str = ""
+    length: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A comparison that a claim consists of: arm `a` less arm `b`.
+
+    Attributes:
+      text: what it says.
+      a, b: names of arms, or of a choice of the study.
+      measure: name of a measure.
+      better: whether `a` is claimed to be better than `b`, or worse.
+      margin: by how much `a` may be worse and still "at least as good", in units of the measure; 0 claims a difference.
+    """
+
+    text: str
+    a: str
+    b: str
+    measure: str
+    better: bool = True
+    margin: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A sentence that holds if all of its parts do."""
+
+    text: str
+    parts: Sequence[Part]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dose:
+    """What becomes of some arms as one thing changes: a table for each measure, a chart of the first.
+
+    Attributes:
+      name: of its file.
+      title: of the chart.
+      axis: what changes.
+      levels: values of the axis, as labels.
+      lines: {label: an arm for each level}.
+      measures: names of measures.
+    """
+
+    name: str
+    title: str
+    axis: str
+    levels: Sequence[str]
+    lines: Mapping[str, Sequence[str]]
+    measures: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A declared study.
+
+    Attributes:
+      title: of its page.
+      about: paragraphs about data, models and measures.
+      arms: all of them.
+      changes: {config key: value} of all arms.
+      validation, tests: evaluation sets. Tests are evaluated once, at the end of runs that are not tuning.
+      choose: the measure by which recipes are tuned and choices made; on a validation set.
+      choices: {name: arms of which the best on validation has this name}.
+      measures: columns of the tables.
+      claims: that are tested.
+      baseline: arm that the others of the core are compared with.
+      common: {title: arm} of all objectives at one recipe.
+      controls: (arm or choice, control arm, what the difference shows).
+      doses: charts.
+      factors: measures of the arms of section "factors".
+      threats: to the validity of the conclusions.
+      seconds_per_pair: a first guess, until runs are measured.
+    """
+
+    title: str
+    about: Sequence[str]
+    arms: Sequence[Arm]
+    changes: Mapping[str, Any]
+    validation: Sequence[str]
+    tests: Sequence[str]
+    choose: Measure
+    measures: Sequence[Measure]
+    claims: Sequence[Claim]
+    baseline: str
+    choices: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    common: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    controls: Sequence[tuple[str, str, str]] = ()
+    doses: Sequence[Dose] = ()
+    factors: Sequence[Measure] = ()
+    threats: Sequence[str] = ()
+    seconds_per_pair: float = 2e-3
+
+    def arm(self, name: str) -> Arm:
+        """Return the arm of a name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def measure(self, name: str) -> Measure:
+        """Return the measure of a name."""
+        return next(measure for measure in self.measures if measure.name == name)
+
+    def of_section(self, section: str) -> list[Arm]:
+        """Return the arms of a section."""
+        return [arm for arm in self.arms if arm.section == section]
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    listed = list(names)
+    return next((name for name in listed if listed.count(name) > 1), None)
+
+
+def check(study: Study) -> None:
+    """Check that names refer to something.
+
+    Raises:
+      UserError: what is wrong with the declaration.
+    """
+    names = [arm.name for arm in study.arms]
+    if twice := _repeated([*names, *study.choices]):
+        raise UserError(f"the study has two arms or choices {twice!r}; rename one.")
+    if study.choose.set not in study.validation:
+        raise UserError(f"choose is of {study.choose.set!r}; expected a set of `validation`.")
+    if both := set(study.validation) & set(study.tests):
+        raise UserError(f"set {min(both)!r} is for validation and for tests; remove it from one of them.")
+    objectives = {arm.objective for arm in study.of_section("tuning")}
+    for arm in study.arms:
+        where = f"arm {arm.name!r}"
+        if arm.section not in SECTIONS:
+            raise UserError(f"{where}: section is {arm.section!r}; expected one of {', '.join(SECTIONS)}.")
+        if not re.fullmatch(r"[A-Za-z0-9_.]+", arm.name):
+            raise UserError(f"{where}: a name has letters, digits, '_' and '.', since files have it.")
+        if (arm.section == "tuning") != bool(arm.objective) or (arm.section == "tuning" and arm.tuned):
+            raise UserError(f"{where}: arms of section 'tuning', and they alone, have an objective and no tuned.")
+        if arm.tuned and arm.tuned not in objectives:
+            raise UserError(f"{where}: no arm of section 'tuning' has the objective {arm.tuned!r}.")
+    measures = [measure.name for measure in study.measures]
+    parts = [part for claim in study.claims for part in claim.parts]
+    used = [name for part in parts for name in (part.a, part.b)] + [
+        name for a, b, _ in study.controls for name in (a, b)
+    ]
+    used += [arm for dose in study.doses for line in dose.lines.values() for arm in line]
+    used += [study.baseline, *study.common.values()]
+    inner = [arm for arms in study.choices.values() for arm in arms]
+    if unknown := [name for name in used if name not in (*names, *study.choices)] + [
+        n for n in inner if n not in names
+    ]:
+        raise UserError(f"the study refers to arm {unknown[0]!r}, which it does not have.")
+    referred = [*(part.measure for part in parts), *(name for dose in study.doses for name in dose.measures)]
+    if unknown := [name for name in referred if name not in measures]:
+        raise UserError(f"the study refers to measure {unknown[0]!r}, which it does not have.")

@@ -1,0 +1,387 @@
+"""The page of a study, study.md with its charts in study/, written from the run files alone."""
+
+import math
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from etils import epath
+
+from xclip_jax.storage import write_whole
+from xclip_jax.study import charts, verdicts
+from xclip_jax.study.declaration import SECTIONS, Arm, Measure
+from xclip_jax.study.matrix import Snapshot
+from xclip_jax.study.statistics import Difference, Estimate, estimate
+
+MADE = "Made by `python -m xclip_jax.study --page` from the files in `docs/study/runs`; a test holds it current."
+_RUN_COLUMNS = ("arm", "runs")
+_CURVES = (
+    ("contrastive_loss", "Contrastive loss", "nats", ("clip/loss",), "clip/ln_b"),
+    ("mutual_information", "Mutual information of images and clusters", "nats", ("nclip/mutual_information_img",), ""),
+)
+
+
+def write(docs: pathlib.Path, snapshot: Snapshot) -> pathlib.Path:
+    """Write the page and its charts into a folder of documents, delete charts that it has no more; return its path."""
+    drawn, page = _charts(snapshot), docs / "study.md"
+    (docs / "study").mkdir(parents=True, exist_ok=True)
+    for path in (docs / "study").glob("*.svg"):
+        if path.stem not in drawn:
+            path.unlink()
+    for name, svg in drawn.items():
+        write_whole(epath.Path(docs / "study" / f"{name}.svg"), svg)
+    write_whole(epath.Path(page), render(snapshot, drawn))
+    return page
+
+
+def render(snapshot: Snapshot, drawn: Mapping[str, str]) -> str:
+    """Return the page; `drawn` has the charts that it shows, by the names of their files."""
+    study = snapshot.study
+    sections: list[Iterator[str] | Sequence[str]] = [
+        [f"# {study.title}", "", MADE, "", _progress(snapshot), ""],
+        _claims(snapshot),
+        ["## What was run", "", *(line for text in study.about for line in (text, ""))],
+        _tuning(snapshot),
+        _core(snapshot, drawn),
+        _controls(snapshot),
+        _doses(snapshot, drawn),
+        _factors(snapshot),
+        _training(snapshot, drawn),
+        _missing(snapshot),
+        ["## Threats to validity", "", *(f"* {text}" for text in study.threats), ""],
+        _again(),
+    ]
+    return "\n".join(line for section in sections for line in section).rstrip() + "\n"
+
+
+# --- numbers
+
+
+def _estimate(of_mean: Estimate | None, measure: Measure, *, n: bool = False) -> str:
+    """ "12.3 [11.0, 13.6]", with n where it is asked for or 1."""
+    if of_mean is None:
+        return "-"
+    shown, digits = of_mean.mapped(math.exp) if measure.ratio else of_mean, measure.digits
+    interval = f"[{shown.low:.{digits}f}, {shown.high:.{digits}f}]" if shown.n > 1 else "(n = 1)"
+    return f"{shown.mean:.{digits}f} {interval}" + (f", n = {shown.n}" if n and shown.n > 1 else "")
+
+
+def _difference(d: Difference | None, measure: Measure) -> str:
+    """ "+1.2 [+0.4, +2.0]"; of a ratio, "x 1.10 [1.02, 1.19]"."""
+    if d is None:
+        return "-"
+    if measure.ratio:
+        shown = d.mapped(math.exp)
+        interval = f" [{shown.low:.2f}, {shown.high:.2f}]" if d.n > 1 else " (n = 1)"
+        return f"x {shown.mean:.2f}{interval}"
+    digits = measure.digits
+    return f"{d.mean:+.{digits}f} " + (f"[{d.low:+.{digits}f}, {d.high:+.{digits}f}]" if d.n > 1 else "(n = 1)")
+
+
+def _p(value: float) -> str:
+    return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [*(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in lines), ""]
+
+
+def _mean(snapshot: Snapshot, arm: str, measure: Measure) -> Estimate | None:
+    values = list(snapshot.values(arm, measure).values())
+    if measure.ratio:
+        values = [math.log(value) for value in values if value > 0]
+    return estimate(values) if values else None
+
+
+def _runs(snapshot: Snapshot, arm: str) -> str:
+    """ "5", "3 of 5", "5, 1 diverged"."""
+    records, planned = snapshot.finished(arm), len(snapshot.study.arm(arm).seeds)
+    diverged = sum(bool(record.error) for record in records.values())
+    count = str(planned) if len(records) == planned else f"{len(records)} of {planned}"
+    return f"{count}, {diverged} diverged" if diverged else count
+
+
+def _rows(snapshot: Snapshot, arms: Mapping[str, str], measures: Sequence[Measure]) -> list[list[str]]:
+    """A row for each {title: arm}: finished runs, and each measure."""
+    return [
+        [title, _runs(snapshot, arm), *(_estimate(_mean(snapshot, arm, m), m) for m in measures)]
+        for title, arm in arms.items()
+    ]
+
+
+def _titles(snapshot: Snapshot, section: str) -> dict[str, str]:
+    return {arm.title: arm.name for arm in snapshot.study.of_section(section)}
+
+
+# --- sections
+
+
+def _progress(snapshot: Snapshot) -> str:
+    missing, total = len(snapshot.missing()), len(snapshot.runs)
+    shared = "arms of one config share their runs"
+    if missing:
+        done = f"**{total - missing} of {total} runs of arms are finished** ({shared})."
+        return f"{done} What is missing is listed below; each n is that of the files."
+    return f"All {total} runs of arms are finished ({shared})."
+
+
+def _claims(snapshot: Snapshot) -> Iterator[str]:
+    yield from ["## Verdicts", ""]
+    judged = [verdicts.judge(snapshot, claim) for claim in snapshot.study.claims]
+    for number, claim in enumerate(judged, 1):
+        yield from [f"{number}. {_sentence(claim)}", ""]
+    for number, claim in enumerate(judged, 1):
+        rows = []
+        for part in claim.parts:
+            d = part.difference
+            arms = [snapshot.study.arm(name).title if name else "not chosen yet" for name in (part.a, part.b)]
+            margin = f", margin {part.part.margin:g}" if part.part.margin else ""
+            cells = ["-"] * 4 if d is None else [str(d.n), f"{part.agreeing} of {d.n}", _p(part.p), _p(d.p_flip)]
+            rows.append([
+                part.part.text + margin, f"{arms[0]} less {arms[1]}", part.measure.label,
+                _difference(d, part.measure), *cells, part.verdict,
+            ])  # fmt: skip
+        head = ["part", "arms", "measure", "difference, 95 %", "n", "seeds that agree", "p (t, Holm)", "p (sign flip)"]
+        yield from [f"### Claim {number}", "", *_table([*head, "verdict"], rows)]
+    yield from ["The rule, fixed before the runs:", "", verdicts.RULE, ""]
+
+
+def _sentence(claim: verdicts.ClaimVerdict) -> str:
+    """The sentence that a claim earns: its verdict, and what each of its parts shows."""
+    shown = {verdicts.HOLDS: "Shown", verdicts.FAILS: "Refuted", verdicts.UNDECIDED: "Undecided"}
+    parts = []
+    for verdict, word in shown.items():
+        texts = []
+        for part in (part for part in claim.parts if part.verdict == verdict):
+            d = part.difference
+            numbers = "no runs" if d is None else f"{_difference(d, part.measure)}, {part.agreeing} of {d.n} seeds"
+            texts.append(f"{part.part.text} ({numbers})")
+        parts += [f"{word}: {'; '.join(texts)}."] if texts else []
+    words = "Undecided at this scale" if claim.verdict == verdicts.UNDECIDED else claim.verdict.capitalize()
+    return " ".join([claim.claim.text, f"**{words}.**", *parts])
+
+
+def _tuning(snapshot: Snapshot) -> Iterator[str]:
+    study = snapshot.study
+    if not snapshot.chosen:
+        return
+    yield from ["## Recipes, chosen on validation", ""]
+    yield f"By the mean of {study.choose.label} over seeds; a candidate with a run that diverged is not eligible."
+    yield ""
+    for objective, best in snapshot.chosen.items():
+        arms = [arm for arm in study.of_section("tuning") if arm.objective == objective]
+        rows = []
+        for arm in arms:
+            mark = " **chosen**" if best and best.name == arm.name else ""
+            value = _estimate(_mean(snapshot, arm.name, study.choose), study.choose)
+            rows.append([arm.title + mark, _runs(snapshot, arm.name), value])
+        yield from [f"### {objective}", "", *_table(["candidate", "runs", study.choose.label], rows)]
+        if best and (edges := _edges(best, arms)):
+            yield from [f"At the edge of what was tried: {', '.join(edges)}.", ""]
+
+
+def _edges(best: Arm, arms: Sequence[Arm]) -> list[str]:
+    """Keys of which the best candidate has the smallest or the largest value of at least three."""
+    numbers = {key: value for key, value in best.changes.items() if isinstance(value, (int, float))}
+    tried = {key: {arm.changes[key] for arm in arms if key in arm.changes} for key in numbers}
+    return [k for k, value in numbers.items() if len(tried[k]) > 2 and value in (min(tried[k]), max(tried[k]))]
+
+
+def _core(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
+    study = snapshot.study
+    head = [*_RUN_COLUMNS, *(measure.label for measure in study.measures)]
+    yield from ["## Objectives, each at its own recipe", "", "Means over seeds with 95 % t-intervals.", ""]
+    rows = _rows(snapshot, _titles(snapshot, "core"), study.measures)
+    if study.common:
+        first = study.measures[0]
+        head = [*head, f"{first.label}, common recipe"]
+        for row in rows:
+            arm = study.common.get(row[0])
+            row.append(_estimate(_mean(snapshot, arm, first), first) if arm else "-")
+    yield from _table(head, rows)
+    others = {arm.title: arm.name for arm in study.of_section("core") if arm.name != study.baseline}
+    yield from [f"Less {study.arm(study.baseline).title}, paired by seed (sign: how many of n are above zero):", ""]
+    rows = [
+        [title, *(_signed(verdicts.difference(snapshot, arm, study.baseline, m), m) for m in study.measures)]
+        for title, arm in others.items()
+    ]
+    yield from _table(["arm", *(measure.label for measure in study.measures)], rows)
+    yield from _shown(drawn, "differences", "Differences to the baseline")
+    if study.common:
+        yield from ["### All at one recipe", "", *_table(head[:-1], _rows(snapshot, study.common, study.measures))]
+
+
+def _signed(d: Difference | None, measure: Measure) -> str:
+    return _difference(d, measure) + (f", {d.positive}/{d.n}" if d else "")
+
+
+def _controls(snapshot: Snapshot) -> Iterator[str]:
+    study = snapshot.study
+    if not study.controls:
+        return
+    yield from ["## Controls", ""]
+    common = set(study.common.values())
+    arms = {arm.title: arm.name for arm in study.of_section("controls") if arm.name not in common}
+    yield from _table([*_RUN_COLUMNS, *(m.label for m in study.measures)], _rows(snapshot, arms, study.measures))
+    rows, survives, open_ = [], [], []
+    for a, b, meaning in study.controls:
+        left, right = snapshot.choice(a), snapshot.choice(b)
+        names = [study.arm(name).title if name else "not chosen yet" for name in (left, right)]
+        pairs = [verdicts.difference(snapshot, left, right, m) if left and right else None for m in study.measures]
+        signed = [_signed(d, m) for d, m in zip(pairs, study.measures, strict=True)]
+        rows.append([f"{names[0]} less {names[1]}", meaning, *signed])
+        d, side = pairs[0], 1 if study.measures[0].higher else -1
+        (survives if d and min(side * d.low, side * d.high) > 0 else open_).append(meaning)
+    yield f"Of {study.measures[0].label}, an interval above zero shows: {'; '.join(survives) or 'nothing'}."
+    yield f"Not shown: {'; '.join(open_) or 'nothing'}."
+    yield ""
+    yield from _table(["difference", "what it shows", *(measure.label for measure in study.measures)], rows)
+
+
+def _doses(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
+    if not snapshot.study.doses:
+        return
+    yield from ["## Dose and response", ""]
+    for dose in snapshot.study.doses:
+        yield from [f"### {dose.title}", ""]
+        for measure in map(snapshot.study.measure, dose.measures):
+            rows = [
+                [name, *(_estimate(_mean(snapshot, arm, measure), measure, n=True) for arm in arms)]
+                for name, arms in dose.lines.items()
+            ]
+            if len(dose.lines) == 2:
+                (first, a), (second, b) = dose.lines.items()
+                pairs = (verdicts.difference(snapshot, *pair, measure) for pair in zip(b, a, strict=True))
+                rows.append([f"{second} less {first}", *(_signed(d, measure) for d in pairs)])
+            yield from _table([f"{measure.label}; {dose.axis}", *dose.levels], rows)
+        yield from _shown(drawn, f"dose_{dose.name}", dose.title)
+
+
+def _factors(snapshot: Snapshot) -> Iterator[str]:
+    arms = _titles(snapshot, "factors")
+    if not arms:
+        return
+    yield from ["## nCLIP, one factor at a time", "", "Fewer steps and seeds: leads, not verdicts.", ""]
+    head = [*_RUN_COLUMNS, *(measure.label for measure in snapshot.study.factors)]
+    yield from _table(head, _rows(snapshot, arms, snapshot.study.factors))
+
+
+def _training(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
+    yield from ["## Training", ""]
+    for name, title, *_ in _CURVES:
+        yield from _shown(drawn, name, title)
+    rows, baseline = [], _seconds(snapshot, snapshot.study.baseline)
+    for section in ("core", "controls"):
+        for title, arm in _titles(snapshot, section).items():
+            if seconds := _seconds(snapshot, arm):
+                rows.append([title, f"{seconds:,.0f}", f"{seconds / baseline:.2f}" if baseline else "-"])
+    if rows:
+        baseline_title = snapshot.study.arm(snapshot.study.baseline).title
+        yield from _table(["arm", "seconds of training", f"over {baseline_title}"], rows)
+    records = list(snapshot.records.values())
+    facts = {
+        "Devices": {str(r.environment.get("devices")) for r in records},
+        "Commits": {r.commit for r in records},
+        "Versions": {
+            ", ".join(f"{k} {v}" for k, v in sorted(dict(r.environment.get("versions", {})).items())) for r in records
+        },
+    }
+    for name, values in facts.items():
+        if values:
+            yield f"{name}: {'; '.join(sorted(values))}."
+            yield ""
+
+
+def _seconds(snapshot: Snapshot, arm: str) -> float | None:
+    """Mean training time of an arm's runs that had the machine to themselves."""
+    records = snapshot.finished(arm).values()
+    seconds = [r.seconds["training"] for r in records if r.environment.get("workers") == 1]
+    known = [value for value in seconds if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _missing(snapshot: Snapshot) -> Iterator[str]:
+    yield from ["## Missing runs", ""]
+    missing: dict[str, list[int]] = {}
+    for run in snapshot.missing():
+        missing.setdefault(run.arm.name, []).append(run.seed)
+    if not missing:
+        yield "None."
+    for section in SECTIONS:
+        arms = [arm for arm in snapshot.study.of_section(section) if arm.name in missing]
+        texts = [f"`{arm.name}` ({', '.join(map(str, missing[arm.name]))})" for arm in arms]
+        if texts:
+            yield f"* {section}, arms with seeds: {', '.join(texts)}"
+    yield ""
+    errors = [f"* `{r.arm}`, seed {r.seed}: {r.error}" for r in snapshot.records.values() if r.error]
+    if errors:
+        yield from ["Runs that diverged have no results:", "", *errors, ""]
+    if unused := snapshot.unused():
+        names = ", ".join(f"`{record.file_name}`" for record in unused)
+        yield from [f"Run files of no arm of the present declaration, which are not used: {names}.", ""]
+
+
+def _again() -> list[str]:
+    return [
+        "## Run it again",
+        "",
+        "```",
+        "python -m xclip_jax.study --dry-run    # the matrix, what is done, hours that are left",
+        "python -m xclip_jax.study              # runs what has no file, and writes this page",
+        "python -m xclip_jax.study --page       # this page alone",
+        "```",
+        "",
+        "A run is one file in `docs/study/runs`, recognised by its config: delete it to run it again. After a kill the "
+        "same command goes on, also in another checkout that has the files.",
+    ]
+
+
+def _shown(drawn: Mapping[str, str], name: str, title: str) -> list[str]:
+    return [f"![{title}](study/{name}.svg)", ""] if name in drawn else []
+
+
+# --- charts
+
+
+def _charts(snapshot: Snapshot) -> dict[str, str]:
+    """{file name: SVG} of all charts that have something to show."""
+    study = snapshot.study
+    made: dict[str, str | None] = {}
+    rows: dict[str, Estimate] = {}
+    for arm in study.of_section("core"):
+        for m in study.measures:
+            if arm.name != study.baseline and not m.ratio:
+                d = verdicts.difference(snapshot, arm.name, study.baseline, m)
+                rows |= {f"{arm.title}: {m.label}": d} if d else {}
+    made["differences"] = charts.in_rows(f"Less {study.arm(study.baseline).title}, paired by seed", rows, "points")
+    for dose in study.doses:
+        measure = study.measure(dose.measures[0])
+        lines = {name: [_shown_mean(snapshot, arm, measure) for arm in arms] for name, arms in dose.lines.items()}
+        made[f"dose_{dose.name}"] = charts.over_levels(dose.title, dose.axis, dose.levels, lines, measure.label)
+    for name, title, unit, metrics, level in _CURVES:
+        made[name] = _curve(snapshot, title, unit, metrics, level)
+    return {name: svg for name, svg in made.items() if svg}
+
+
+def _shown_mean(snapshot: Snapshot, arm: str, measure: Measure) -> Estimate | None:
+    of_mean = _mean(snapshot, arm, measure)
+    return of_mean.mapped(math.exp) if of_mean and measure.ratio else of_mean
+
+
+def _curve(snapshot: Snapshot, title: str, unit: str, metrics: Sequence[str], level: str) -> str | None:
+    """Means over seeds of a metric of the core's runs, at the steps that all of an arm's runs have."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    dashed = None
+    for arm in snapshot.study.of_section("core"):
+        curves = [record.curve for record in snapshot.finished(arm.name).values()]
+        metric = next((m for m in metrics if any(m in curve for curve in curves)), None)
+        points: dict[float, list[float]] = {}
+        for curve in curves:
+            for step, value in zip(curve.get("step", ()), curve.get(metric or "", ()), strict=False):
+                if step is not None and value is not None:
+                    points.setdefault(step, []).append(value)
+            if level and curve.get(level) and curve[level][-1] is not None:
+                dashed = ("ln b", float(curve[level][-1] or 0))
+        if points:
+            lines[arm.title] = [(step, sum(values) / len(values)) for step, values in sorted(points.items())]
+    return charts.over_steps(title, lines, unit, dashed)

@@ -1,0 +1,115 @@
+"""Statistics over seeds: intervals of means, paired differences, exact sign-flip tests, Holm's correction."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import scipy.stats
+
+LEVEL = 0.95
+_EXACT = 16  # differences up to which all signs are tried
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and its interval, which is NaN for a single seed."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def mapped(self, function: Callable[[float], float]) -> "Estimate":
+        """Return the estimate on another scale, by a function that keeps the order, such as `math.exp`."""
+        return Estimate(function(self.mean), function(self.low), function(self.high), self.n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference(Estimate):
+    """The mean of differences paired by seed.
+
+    Attributes:
+      values: the differences, in the order of seeds.
+      positive: how many of them are above zero.
+      p_t: two-sided p of the paired t-test; 1 where n is 1.
+      p_flip: two-sided p of the sign-flip test, at least 2 / 2^n.
+      standard_error: of the mean; NaN where n is 1.
+    """
+
+    values: tuple[float, ...]
+    positive: int
+    p_t: float
+    p_flip: float
+    standard_error: float
+
+
+def estimate(values: Sequence[float] | np.ndarray, level: float = LEVEL) -> Estimate:
+    """Return the mean of at least one value with Student's t-interval."""
+    x = np.asarray(values, float)
+    mean, n = float(x.mean()), len(x)
+    if n < 2:
+        return Estimate(mean, math.nan, math.nan, n)
+    half = float(scipy.stats.t.ppf(0.5 + level / 2, n - 1) * x.std(ddof=1) / math.sqrt(n))
+    return Estimate(mean, mean - half, mean + half, n)
+
+
+def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Difference | None:
+    """Return the difference a - b over the seeds that both have, or None where there are none.
+
+    Args:
+      a, b: {seed: value}; one seed is one order of the data and one initialisation on both sides.
+    """
+    seeds = sorted(a.keys() & b.keys())
+    if not seeds:
+        return None
+    d = np.array([a[seed] - b[seed] for seed in seeds])
+    of_mean, n = estimate(d), len(d)
+    error = float(d.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    p_t = min(1.0, 2 * p_above(abs(of_mean.mean), error, n))
+    return Difference(
+        of_mean.mean,
+        of_mean.low,
+        of_mean.high,
+        n,
+        values=tuple(map(float, d)),
+        positive=int((d > 0).sum()),
+        p_t=p_t,
+        p_flip=sign_flip(d),
+        standard_error=error,
+    )
+
+
+def p_above(mean: float, standard_error: float, n: int) -> float:
+    """One-sided p of the t-test that a mean of n values is above 0; 1 where n is 1."""
+    if n < 2:
+        return 1.0
+    if standard_error == 0:
+        return 0.0 if mean > 0 else 0.5 if mean == 0 else 1.0
+    return float(scipy.stats.t.sf(mean / standard_error, n - 1))
+
+
+def sign_flip(differences: Sequence[float] | np.ndarray) -> float:
+    """Two-sided p of the permutation test that differences are symmetric around 0: all 2^n signs are tried.
+
+    It assumes nothing of their distribution. The smallest p of n seeds is 2 / 2^n: 0.0625 for five.
+
+    Raises:
+      ValueError: more differences than can be enumerated.
+    """
+    d = np.asarray(differences, float)
+    if len(d) > _EXACT:
+        raise ValueError(f"{len(d)} differences; at most {_EXACT} are enumerated")
+    signs = np.array(list(itertools.product((1, -1), repeat=len(d))))
+    sums = np.abs(signs @ d)
+    return float(np.mean(sums >= abs(d.sum()) - 1e-9 * np.abs(d).sum()))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Adjusted p of one family by Holm's step-down procedure, in the order given."""
+    adjusted, highest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        highest = max(highest, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = highest
+    return adjusted
