@@ -61,3 +61,38 @@ def pretrain(objective: str, arg: str | None) -> ml_collections.ConfigDict:
     config.eval.every = epoch
     config.checkpoint.every = min(1000, epoch)
     return config
+
+
+def laptop(name: str, args: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A recipe for small drawings on a CPU: towers in float32, batches of 256, four evaluations on the way.
+
+    Args:
+      name: of the data, for the run's folder.
+      args: of `parse_arg`, with objective, steps, preset and size (pixels).
+    """
+    config = base(args.objective, args.preset)
+    config.run = f"runs/{name}-{args.objective}"
+    config.steps = args.steps
+    config.model.img.image_size = args.size
+    config.model.img.stem = "hmlp"  # one linear map of 12 x 12 pixels learns less from so few pictures
+    config.model.txt.context_length = 16
+    for tower in (config.model.img, config.model.txt):
+        tower.scan = False
+    config.model.dtype = "float32"
+    config.model.cluster_head = {"clusters": 1024, "hidden": 1024, "layers": 1, "last_norm": False}
+    if args.objective == "xclip":
+        config.objective.terms = {"clip": 0.7, "nclip": 0.3}
+    config.optim.lr = 1e-3
+    config.optim.lr_start = config.optim.lr_end = 0.0
+    config.optim.weight_decay = 0.1
+    config.data.batch = 256
+    config.data.text_keys = ("name", "aliases")
+    config.data.crop_scale = (0.6, 1.0)
+    config.data.resample = "bicubic"  # smoother than "area" where pictures change little in size
+    config.data.color_jitter = 0.2
+    config.data.threads = 1  # more of them wait for each other: decoded images leave Python little to do
+    config.eval.every = config.checkpoint.every = max(args.steps // 4, 1)
+    config.eval.report = True
+    config.log.every = 20
+    config.checkpoint.keep = 1
+    return config

@@ -31,42 +31,17 @@ TESTS = (
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """See the module's docstring."""
     args = common.parse_arg(arg, objective="xclip", steps=680, preset="Ti/12", size=48)
-    config = common.base(args.objective, args.preset)
-    config.run = f"runs/demo-{args.objective}"
-    config.steps = args.steps
-    config.model.img.image_size = args.size
-    config.model.img.stem = "hmlp"  # one linear map of 12 x 12 pixels learns less from so few pictures
-    config.model.txt.context_length = 16
-    for tower in (config.model.img, config.model.txt):
-        tower.scan = False
-    config.model.dtype = "float32"
-    config.model.cluster_head = {"clusters": 1024, "hidden": 1024, "layers": 1, "last_norm": False}
-    if args.objective == "xclip":
-        config.objective.terms = {"clip": 0.7, "nclip": 0.3}
-    config.optim.lr = 1e-3
+    config = common.laptop("demo", args)
     config.optim.warmup = min(50, args.steps // 10)
-    config.optim.lr_start = config.optim.lr_end = 0.0
-    config.optim.weight_decay = 0.1
     config.data.sources = ("demo:train", "demo:train_tones")
     config.data.weights = (0.93, 0.07)
     config.data.spread_duplicate_captions = True  # the three pictures of a thing have one caption
-    config.data.batch = 256
-    config.data.text_keys = ("name", "aliases")
     config.data.tags_key = "tags"
     config.data.tags = 4
     config.data.tags_only_prob = 0.3
-    config.data.crop_scale = (0.6, 1.0)
-    config.data.resample = "bicubic"  # smoother than "area" where pictures change little in size
     config.data.flip_prob = 0.5
-    config.data.color_jitter = 0.2
     config.data.cache = True
-    config.data.threads = 1  # more of them wait for each other: decoded images leave Python little to do
     config.eval.sets = ("emoji/validation_concepts", "emoji/validation_rendering")
     config.eval.final_sets = TESTS
-    config.eval.every = max(args.steps // 4, 1)
-    config.eval.report = True
-    config.log.every = 20
     config.log.collapse_warmup_steps = 200
-    config.checkpoint.every = max(args.steps // 4, 1)
-    config.checkpoint.keep = 1
     return config

@@ -164,7 +164,7 @@ def test_images_are_learned_resumed_and_evaluated(images, pretrained, tmp_path, 
     assert "fine-tuned, %" in said and "so initialised at random: classifier" in said and "WARNING" not in said
     found = evaluate.evaluate(str(c.run), f"finetuned/folder:{images}/validation")
     assert found["results"][0]["value"] == results[f"{name}/finetuned/top1"]
-    with pytest.raises(UserError, match="does not compare images with texts: .*evaluate probe/SET or finetuned/SET"):
+    with pytest.raises(UserError, match=r"does not compare images with texts: .*evaluate probe/SET or finetuned/SET"):
         evaluate.evaluate(str(c.run), f"folder:{images}/validation")
     # Cut off at step 17, gone on with from step 10: the same losses.
     again = small(finetune.get_config(arg), tmp_path / "again", 30)

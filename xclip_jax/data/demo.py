@@ -22,7 +22,7 @@ import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
 
-from xclip_jax.data import assets
+from xclip_jax.data import assets, prepared
 from xclip_jax.errors import UserError
 
 VENDORS = ("twemoji", "openmoji", "noto")
@@ -352,18 +352,7 @@ def prepare(data_dir: str | os.PathLike | None = None) -> EmojiPairs:
     Raises:
       UserError: a package of the demo is missing, or the Noto images cannot be downloaded.
     """
-    root = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or assets.cache_dir() / "tfds")
-    builder = EmojiPairs(data_dir=root, file_format="array_record")
-    # Its nested bars, a dozen for these few seconds, would hide the lines that report progress.
-    tfds.disable_progress_bar()
-    try:
-        builder.download_and_prepare()
-    except OSError:
-        # The final rename fails where another process was faster; what it wrote is the same.
-        if not builder.data_path.exists():
-            raise
-        builder = EmojiPairs(data_dir=root, file_format="array_record")
-    return builder
+    return prepared.prepare(lambda root: EmojiPairs(data_dir=root, file_format="array_record"), data_dir)
 
 
 def concepts(builder: tfds.core.DatasetBuilder) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from xclip_jax.data import assets, icons_drawing, icons_package, icons_splits
+from xclip_jax.data import icons_drawing, icons_package, icons_splits, prepared
 from xclip_jax.data.icons_drawing import MAX_INK, MIN_INK, Picture
 from xclip_jax.data.icons_package import Icon
 from xclip_jax.data.icons_sets import family
@@ -286,18 +286,13 @@ def prepare(data_dir: str | os.PathLike | None = None, source: Source | None = N
     Raises:
       UserError: resvg-py is missing, or the package cannot be had.
     """
-    root = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or assets.cache_dir() / "tfds")
-    builder = IconPairs(data_dir=root, file_format="array_record")
-    builder.source = source
-    tfds.disable_progress_bar()
-    try:
-        builder.download_and_prepare()
-    except OSError:
-        # The final rename fails where another process was faster; what it wrote is the same.
-        if not builder.data_path.exists():
-            raise
+
+    def make(root: str) -> IconPairs:
         builder = IconPairs(data_dir=root, file_format="array_record")
-    return builder
+        builder.source = source
+        return builder
+
+    return prepared.prepare(make, data_dir)
 
 
 def concepts(builder: tfds.core.DatasetBuilder) -> list[dict[str, Any]]:

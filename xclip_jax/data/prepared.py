@@ -1,0 +1,34 @@
+"""Preparing of the data sets that this project makes itself, by TFDS, when they are first read."""
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import tensorflow_datasets as tfds
+
+from xclip_jax.data import assets
+
+B = TypeVar("B", bound=tfds.core.DatasetBuilder)
+
+
+def prepare(make: Callable[[str], B], data_dir: str | os.PathLike | None) -> B:
+    """Return a builder whose data set is prepared as array_record files; prepares it where that has not been done.
+
+    An interrupted preparation leaves nothing under the data set's name.
+
+    Args:
+      make: root of TFDS data sets -> builder.
+      data_dir: that root; by default $TFDS_DATA_DIR, else `tfds` in the cache of `assets.cache_dir`.
+    """
+    root = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or assets.cache_dir() / "tfds")
+    builder = make(root)
+    # Its nested bars, a dozen for these few seconds, would hide the lines that report progress.
+    tfds.disable_progress_bar()
+    try:
+        builder.download_and_prepare()
+    except OSError:
+        # The final rename fails where another process was faster; what it wrote is the same.
+        if not builder.data_path.exists():
+            raise
+        builder = make(root)
+    return builder
