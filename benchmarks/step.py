@@ -42,6 +42,7 @@ def ours(objective: str) -> Callable[[], float]:
     import jax
 
     from xclip_jax.configs import common
+    from xclip_jax.parallel.mesh import batch_sharding
     from xclip_jax.train import build, state
 
     config = common.base(objective, "Ti/12")
@@ -54,10 +55,10 @@ def ours(objective: str) -> Callable[[], float]:
     config.model.cluster_head.update(clusters=CLUSTERS, hidden=CLUSTERS)
     experiment = build.build(config)
     current = [state.create(experiment.init, experiment.abstract)]
-    image, text = (jax.device_put(x) for x in batch())
+    image, text = (jax.device_put(x, batch_sharding(experiment.mesh)) for x in batch())
 
     def step() -> float:
-        current[0], metrics = experiment.step(current[0], {"image": image, "text": text})
+        current[0], metrics = experiment.compiled(current[0], {"image": image, "text": text})
         return float(metrics["loss"])
 
     return step

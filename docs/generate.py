@@ -1,4 +1,4 @@
-"""Write the pages that are made from the code, docs/config.md and docs/tree.md: python -m docs.generate [--check]."""
+"""Write docs/config.md and the tree in CONTRIBUTING.md, made from the code: python -m docs.generate [--check]."""
 
 import ast
 import pathlib
@@ -10,6 +10,7 @@ from xclip_jax.errors import Parser, UserError, exit_with_message
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = ("xclip_jax", "configs", "examples", "benchmarks", "launch", "docs")
+TREE_STARTS, TREE_ENDS = "<!-- --8<-- [start:tree] -->", "<!-- --8<-- [end:tree] -->"
 MADE = "Made by `python -m docs.generate`; a test holds it current."
 
 
@@ -52,13 +53,18 @@ def _tree(folder: pathlib.Path, depth: int) -> Iterator[str]:
         yield from _tree(inner, depth + 1)
 
 
-def tree_page() -> str:
-    """Return the tree of source files, each with the first line of its docstring."""
+def contributing_page() -> str:
+    """Return CONTRIBUTING.md with the tree of source files, each with the first line of its docstring."""
+    before, start, rest = (ROOT / "CONTRIBUTING.md").read_text().partition(TREE_STARTS)
+    _, end, after = rest.partition(TREE_ENDS)
+    if not (start and end):
+        raise UserError(f"CONTRIBUTING.md lacks the lines {TREE_STARTS} and {TREE_ENDS}; restore them.")
     lines = [line for name in FOLDERS for line in _tree(ROOT / name, 0)]
-    return "\n".join(["# The tree", "", f"One line a file, its docstring's first. {MADE}", "", *lines]) + "\n"
+    tree = "\n".join([f"One line a file, its docstring's first. {MADE}", "", *lines])
+    return f"{before}{start}\n\n{tree}\n\n{end}{after}"
 
 
-PAGES = {"config.md": config_page, "tree.md": tree_page}
+PAGES = {"docs/config.md": config_page, "CONTRIBUTING.md": contributing_page}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,11 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     check = parser.parse_args(argv).check
     with exit_with_message():
         for name, make in PAGES.items():
-            path = ROOT / "docs" / name
+            path = ROOT / name
             if not check:
                 path.write_text(make())
             elif path.read_text() != make():
-                raise UserError(f"docs/{name} is not current; run python -m docs.generate")
+                raise UserError(f"{name} is not current; run python -m docs.generate")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,186 @@
+"""Studies: verdicts, the page, estimates and the declared study."""
+
+import dataclasses
+import math
+import pathlib
+import subprocess
+import sys
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+
+from tests import study_tiny
+from tests.study_records import CORE, TUNED, finished, record
+from xclip_jax.config import load
+from xclip_jax.study import icons, page, records, schedule, verdicts
+from xclip_jax.study.declaration import Claim, Part
+from xclip_jax.study.matrix import Matrix, Snapshot
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+# --- verdicts
+
+
+def claimed(a, b, **options):
+    """The verdict on one part, of arms with these values for seeds 0 and up."""
+    seeds = tuple(range(len(a)))
+    declared = study_tiny.study(tuned=False)
+    of_arms = tuple(dataclasses.replace(arm, seeds=seeds) for arm in declared.arms)
+    part = Part("it is better", "xclip", "clip", "top1", **options)
+    m = study_tiny.matrix(tuned=False, arms=of_arms, claims=(Claim("It is better.", (part,)),))
+    made = finished(m, {"xclip": dict(enumerate(a)), "clip": dict(enumerate(b))})
+    return verdicts.judge(Snapshot(m, made), m.study.claims[0]).parts[0]
+
+
+@pytest.mark.parametrize(
+    ("a", "options", "verdict", "agreeing"),
+    [
+        ((22.0, 22.4, 21.8, 22.1, 22.2), {}, "holds", 5),
+        ((18.0, 18.4, 17.8, 18.1, 18.2), {}, "fails", 0),
+        ((18.0, 18.4, 17.8, 18.1, 18.2), {"better": False}, "holds", 5),
+        ((22.0, 22.4, 21.8, 22.1, 22.2), {"better": False}, "fails", 0),
+        ((23.0, 18.4, 21.8, 19.1, 22.2), {}, "undecided", 3),
+        ((20.1, 19.9, 20.2, 19.8, 20.0), {"margin": 1.0}, "holds", 5),
+        ((20.1, 19.9, 20.2, 19.8, 20.0), {}, "undecided", 2),
+        ((19.5, 19.4, 19.6, 19.5, 19.4), {"margin": 1.0}, "fails", 5),
+        ((22.0, 22.0), {}, "undecided", 2),
+        ((22.0,), {}, "undecided", 1),
+    ],
+)
+def test_verdicts_on_a_part(a, options, verdict, agreeing):
+    part = claimed(a, [20.0] * len(a), **options)
+    assert (part.verdict, part.agreeing) == (verdict, agreeing)
+    assert part.difference.mean == pytest.approx(np.mean(a) - 20)
+
+
+def test_a_claim_is_as_good_as_its_parts():
+    seeds = (0, 1, 2)
+    of_arms = tuple(dataclasses.replace(arm, seeds=seeds) for arm in study_tiny.study(tuned=False).arms)
+    m = study_tiny.matrix(tuned=False, arms=of_arms)
+    parts = (Part("better", "xclip", "clip", "top1"), Part("worse", "xclip", "clip", "top1", better=False))
+    values = {"clip": dict.fromkeys(seeds, 20.0), "xclip": dict.fromkeys(seeds, 22.0)}
+    snapshot = Snapshot(m, finished(m, values))
+    judged = [verdicts.judge(snapshot, Claim("", chosen)).verdict for chosen in (parts[:1], parts[1:], parts)]
+    assert judged == ["holds", "fails", "fails"]
+    assert verdicts.judge(Snapshot(m, {}), Claim("", parts)).verdict == "undecided"
+
+
+def test_lower_is_better_and_ratios_are_geometric():
+    m = study_tiny.matrix(tuned=False)
+    snapshot = Snapshot(m, finished(m, CORE))
+    loss = m.study.measure("loss")  # of the last step: 2 and 3 for seeds 0 and 1, in both arms
+    assert verdicts.difference(snapshot, "clip", "xclip", loss).mean == 0
+    row = next(line for line in page.render(snapshot, {}).splitlines() if line.startswith("| CLIP | 2 |"))
+    assert f"{math.sqrt(6):.1f} [" in row
+
+
+# --- the page
+
+
+def test_the_page_is_the_same_from_the_same_files(tmp_path):
+    m = study_tiny.matrix()
+    for r in finished(m, TUNED | CORE).values():
+        records.write(tmp_path / "study" / "runs", r)
+    (tmp_path / "study" / "old.svg").write_text("a chart of an earlier declaration")
+    pages = []
+    for _ in range(2):
+        page.write(tmp_path, Snapshot(study_tiny.matrix(), records.read_all(tmp_path / "study" / "runs")))
+        files = [tmp_path / "study.md", *sorted((tmp_path / "study").glob("*.svg"))]
+        pages.append({path.name: path.read_bytes() for path in files})
+    assert pages[0] == pages[1]
+    assert sorted(pages[0]) == ["contrastive_loss.svg", "differences.svg", "dose_data.svg", "study.md"]
+    text = pages[0]["study.md"].decode()
+    assert "All 8 runs of arms are finished" in text and "lr 0.002 **chosen**" in text
+    assert "| xCLIP less CLIP | top-1 | +4.5 [-1.9, +10.9] | 2 | 2 of 2 | 0.0704 | 0.5000 | undecided |" in text
+    for name, svg in pages[0].items():
+        if name.endswith(".svg"):
+            assert xml.etree.ElementTree.fromstring(svg).tag.endswith("svg")
+            assert f"(study/{name})" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "**0 of 8 runs of arms are finished**"),
+        (TUNED, "* core, arms with seeds: `clip` (0, 1), `xclip` (0, 1)"),
+        (TUNED | {"clip": CORE["clip"]}, "| xCLIP | 0 of 2 | - | - |"),
+    ],
+)
+def test_the_page_says_what_is_missing(values, words):
+    m = study_tiny.matrix()
+    text = page.render(Snapshot(m, finished(m, values)), {})
+    assert words in text and "Undecided at this scale" in text
+
+
+def test_diverged_runs_are_listed():
+    m = study_tiny.matrix(tuned=False)
+    runs = [run for run in Snapshot(m, {}).runs if run.arm.name == "clip"]
+    made = [record(runs[0], 20.0), record(runs[1], 0.0, error="loss of step 3 is nan")]
+    text = page.render(Snapshot(m, {r.key: r for r in made}), {})
+    assert "| CLIP | 2, 1 diverged | 20.0 (n = 1) |" in text and "* `clip`, seed 1: loss of step 3 is nan" in text
+
+
+# --- estimates, and the declared study
+
+
+def test_estimates_follow_measured_runs():
+    m = study_tiny.matrix(tuned=False)
+    runs = Snapshot(m, {}).runs
+    assert schedule.Clock(m, Snapshot(m, {})).seconds(runs[0]) == 4 * 16 * m.study.seconds_per_pair + 60
+    made = record(runs[0], 1.0, seconds=50.0)
+    clock = schedule.Clock(m, Snapshot(m, {made.key: made}))
+    assert clock.seconds(runs[1]) == 55.0 == clock.seconds(next(r for r in runs if r.arm.name == "xclip"))
+    table = schedule.table(m, Snapshot(m, {made.key: made}), ("core",))
+    assert "clip   core         2     1        0.02" in table and "clip_again" not in table
+
+
+def declared():
+    """The declared study and its matrix; where there are no icons yet, on the demo's recipe."""
+
+    def load_config(spec):
+        return load.load_config(spec if "icons" in load.recipes() else spec.replace("icons:", "demo:"))
+
+    return Matrix(icons.study(), load_config)
+
+
+def test_the_declared_study():
+    m = declared()
+    snapshot = Snapshot(m, {})
+    by_section = {name: m.study.of_section(name) for name in ("tuning", "core", "controls", "dose", "factors")}
+    assert len(by_section["tuning"]) == 4 * 4 * 3 and len(by_section["core"]) == 6
+    assert all(len(arm.seeds) == 5 for name in ("core", "controls") for arm in by_section[name])
+    core = {seed for arm in by_section["core"] for seed in arm.seeds}
+    assert not core & {seed for arm in by_section["tuning"] for seed in arm.seeds}
+    configs = {run.arm.name: run.config for run in snapshot.runs}
+    assert configs["clip_idle_head"].objective.terms.to_dict() == {"clip": 1.0, "nclip": 0.0}
+    assert configs["xclip_shuffled"].objective.nclip.shuffle_targets
+    assert configs["clip_twice"].steps == 2 * configs["clip"].steps == 4000
+    assert configs["clip_batch64"].steps * 64 == configs["clip_batch1024"].steps * 1024 == 2000 * 256
+    assert configs["xclip_70"].objective.terms.to_dict() == {"clip": 0.3, "nclip": 0.7}
+    assert configs["clip_smoothed"].objective.clip.label_smoothing == 0.1
+    assert (configs["clip_noise25"].data.caption_noise, configs["clip_data0.125"].data.subset) == (0.25, 0.125)
+    assert len(m.study.claims) == 3 and all("validation" in name for name in m.study.validation)
+
+
+def test_the_committed_page_is_that_of_the_committed_files(tmp_path):
+    """Byte for byte; python -m xclip_jax.study --page writes it."""
+    snapshot = Snapshot(declared(), records.read_all(ROOT / "docs" / "study" / "runs"))
+    page.write(tmp_path, snapshot)
+    made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    committed = [ROOT / "docs" / "study.md", *(ROOT / "docs" / "study").glob("*.svg")]
+    assert made == {path.relative_to(ROOT / "docs"): path.read_bytes() for path in committed}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--only", "cores"], "error: --only 'cores' is unknown; did you mean 'core'?"),
+        (["--workers", "0"], "error: --workers is 0; expected at least 1."),
+    ],
+)
+def test_bad_command_lines_are_one_sentence(flags, message):
+    command = [sys.executable, "-m", "tests.study_tiny", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.strip() == message
