@@ -132,6 +132,7 @@ def test_another_command_in_the_same_folder_is_refused(tmp_path, source, monkeyp
         small(tmp_path).run()
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, source, monkeypatch):
     sources = {"data.sources": (f"folder:{tmp_path / 'missing'}",)}
     bad = Arm("bad", "", "core", "tiny:objective=clip", sources, (0,))
@@ -155,6 +156,7 @@ def test_a_worker_writes_down_that_training_diverged(tmp_path, monkeypatch):
     assert json.loads((tmp_path / worker.DIVERGED).read_text()) == {"error": "loss of step 3 is nan"}
 
 
+@pytest.mark.slow
 def test_an_interrupt_stops_the_command(tmp_path, pairs):
     line = command(tmp_path / "docs", tmp_path / "scratch", "--allow-dirty", "--only", "tuning_0.001")
     env = environment(pairs) | {"STUDY_STEPS": "100000"}

@@ -186,9 +186,13 @@ def test_bad_values_are_one_sentence_with_the_key(pairs, tmp_path, changes, mess
         # Nothing asks for a decision, so nobody makes one.
         ("flat", {"objective__nclip__sharpness": 0.0, "objective__nclip__smoothness": 1.0, "optim__lr": 1e-3}),
         # Nothing asks for variety, so all pairs go to one cluster.
-        ("few clusters", {"objective__nclip__sharpness": 2.0, "objective__nclip__smoothness": 0.0, "optim__lr": 1e-2}),
+        pytest.param(
+            "few clusters",
+            {"objective__nclip__sharpness": 2.0, "objective__nclip__smoothness": 0.0, "optim__lr": 1e-2},
+            marks=pytest.mark.slow,
+        ),
         # A head that starts sharp and has no time to agree.
-        ("disagreement", {"objective__nclip__tau": 0.01, "optim__lr": 1e-12}),
+        pytest.param("disagreement", {"objective__nclip__tau": 0.01, "optim__lr": 1e-12}, marks=pytest.mark.slow),
     ],
 )
 def test_each_collapse_is_provoked_and_said_once(pairs, tmp_path, capsys, failure, changes):
