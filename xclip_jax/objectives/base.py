@@ -48,10 +48,13 @@ class Term:
     Attributes:
       title: the term's name in sentences, tables and charts.
       labelled: whether it is computed from labelled items instead of image-text pairs.
+      source_remedies: what to change where labelled items of a source differ from what it expects, by
+        `labelled.MismatchError.of`.
     """
 
     title: ClassVar[str] = ""
     labelled: ClassVar[bool] = False
+    source_remedies: ClassVar[Mapping[str, str]] = {}
 
     @property
     def classes(self) -> int:
@@ -213,6 +216,11 @@ class Objective:
     def labelled(self) -> bool:
         """Whether a batch is made of labelled items instead of image-text pairs."""
         return any(term.labelled for term in self.terms.values())
+
+    @property
+    def source_remedies(self) -> dict[str, str]:
+        """What to change where labelled items of a source differ from what a term expects."""
+        return {of: remedy for term in self.terms.values() for of, remedy in term.source_remedies.items()}
 
     @property
     def classes(self) -> int:

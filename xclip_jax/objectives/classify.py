@@ -24,6 +24,11 @@ class Classify(Term):
 
     title: ClassVar[str] = "fine-tuning"
     labelled: ClassVar[bool] = True
+    source_remedies: ClassVar[Mapping[str, str]] = {
+        "classes": "make objective.classify.classes equal to it (1 for labels that are numbers)",
+        "image": "set objective.classify.tower to 'img', or use another source",
+        "text": "set objective.classify.tower to 'txt', or use another source",
+    }
 
     tower: str = key("img", "the tower that is trained; the model has no other", choice(("img", "txt")))
     classes: int = key(0, "number of classes; 1 fits the label itself, a number, by squared error", at_least(0))

@@ -80,9 +80,5 @@ def _open_sources(experiment: Experiment) -> list[Source]:
     try:
         return loader.open_sources(experiment.data, experiment.objective.classes, experiment.objective.fields)
     except labelled.MismatchError as error:
-        remedies = {
-            "classes": "make objective.classify.classes equal to it (1 for labels that are numbers)",
-            "image": "set objective.classify.tower to 'img', or use another source",
-            "text": "set objective.classify.tower to 'txt', or use another source",
-        }
-        raise UserError(f"{error}; {remedies[error.of]}.") from error
+        remedy = experiment.objective.source_remedies.get(error.of, "use another source")
+        raise UserError(f"{error}; {remedy}.") from error
