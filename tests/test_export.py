@@ -43,12 +43,12 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(run):
     """Embeddings of the run's average, by its own evaluation."""
-    config, parts, variables, _ = weights.load(str(run))
-    return encode(config, parts, variables)
+    _, parts, variables, _ = weights.load(str(run))
+    return encode(parts, variables)
 
 
-def encode(config, parts, variables):
-    encoder = make_encoder(config, parts)
+def encode(parts, variables):
+    encoder = make_encoder(parts)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (5, tiny.SIZE, tiny.SIZE, 3), dtype=np.uint8)
     found = encoder.images(variables, images), encoder.texts(variables, ["a cat", "number 3", "x"])
@@ -57,9 +57,9 @@ def encode(config, parts, variables):
 
 def test_a_run_in_our_form_is_the_run(run, expected, tmp_path, capsys):
     export.export(str(run), str(tmp_path / "out"), to="safetensors")
-    config, parts, variables, step = weights.load(str(tmp_path / "out"))
+    _, parts, variables, step = weights.load(str(tmp_path / "out"))
     chex.assert_trees_all_equal(jax.device_get(variables), jax.device_get(weights.load(str(run))[2]))
-    chex.assert_trees_all_equal(encode(config, parts, variables), expected)
+    chex.assert_trees_all_equal(encode(parts, variables), expected)
     assert step == 0 and "cluster_logits_img" in expected
     capsys.readouterr()
     # What is evaluated so has the run's numbers.
@@ -78,8 +78,8 @@ def test_other_projects_compute_the_embeddings_of_the_run(run, expected, tmp_pat
         out = capsys.readouterr().out
         assert "no place for them: clusters_img, clusters_txt\nwithout cluster heads the model" in out
         assert f"{run}, step {STEPS}, as {to}" in out
-        config, parts, variables, _ = weights.load(str(tmp_path / to))
-        features = encode(config, parts, variables)
+        _, parts, variables, _ = weights.load(str(tmp_path / to))
+        features = encode(parts, variables)
         assert features.keys() == {"features_img", "embedding_img", "features_txt", "embedding_txt"}
         for key, x in features.items():
             np.testing.assert_allclose(x, expected[key], rtol=0, atol=1e-5, err_msg=key)

@@ -42,7 +42,7 @@ def made(**terms):
 @pytest.fixture(scope="module")
 def points():
     experiment, variables = made(points=1.0)
-    return experiment, variables, make_encoder(experiment.config, experiment)
+    return experiment, variables, make_encoder(experiment)
 
 
 def test_zero_shot_and_retrieval_compare_by_it(points):
@@ -84,7 +84,7 @@ def test_a_loaded_model_compares_by_it(points):
 
 def test_beside_another_it_has_a_score_of_its_own():
     experiment, variables = made(clip=1.0, points=0.5)
-    encoder = make_encoder(experiment.config, experiment)
+    encoder = make_encoder(experiment)
     img, txt = encoder.images(variables, IMAGES), encoder.texts(variables, WORDS)
     scores = ZeroShot(encoder, ZeroShotSet("x", IMAGES, LABELS, [[word] for word in WORDS])).scores(variables)
     assert list(scores) == ["", "euclidean", "both"]

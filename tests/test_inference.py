@@ -49,8 +49,8 @@ def encoded(picture, kind="png"):
 
 
 def test_a_run_gives_what_its_evaluators_see(run, model):
-    config, found, variables, _ = weights.load(str(run))
-    encoder = make_encoder(config, found)
+    _, found, variables, _ = weights.load(str(run))
+    encoder = make_encoder(found)
     images = pictures()
     prepared = [transforms.evaluation_image(encoded(p), tiny.SIZE) for p in images]
     np.testing.assert_allclose(model.encode_image(images), encoder.images(variables, prepared)["embedding"], atol=2e-6)

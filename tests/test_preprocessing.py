@@ -224,8 +224,8 @@ def test_evaluations_and_embeddings_are_prepared_as_the_model_says(pictures, tmp
     assert own == f"each side bicubic, {SIZE} px, mean {MEAN}, deviation {STD}"
     slip = evaluate.evaluate(str(there), suite, profile="slip")["results"][0]["preprocessing"]
     assert slip == f"shorter side bilinear, central crop, {SIZE} px, mean {MEAN}, deviation {STD}"
-    config, made, *_ = weights.load(str(there))
-    data = registry.load(suite, make_encoder(config, made).preprocessing)
+    _, made, *_ = weights.load(str(there))
+    data = registry.load(suite, make_encoder(made).preprocessing)
     model = xclip_jax.load(there)
     for image, path in zip(data.images, sorted((tmp_path / "set").glob("*/*")), strict=True):
         np.testing.assert_array_equal(image, model.prepare(path))

@@ -57,7 +57,7 @@ def main(folder, out, *others):
         np.array_equal(x.addressable_data(0), y.addressable_data(0))
         for x, y in zip(jax.tree.leaves(s.params), jax.tree.leaves(restored.params), strict=True)
     )
-    encoder = make_encoder(config, p)
+    encoder = make_encoder(p)
     # The last batch is not full: with IMAGES rows the second process has fewer of its own than the first.
     images = [tiny.batch(i, b=1)["image"][0] for i in range(IMAGES)]
     features = encoder.images(s.variables(), images)

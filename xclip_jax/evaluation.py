@@ -53,7 +53,7 @@ def evaluate(
     config, experiment, variables, loaded_step = load(run, step)
     if path.exists():
         results.read(path)  # an error for a damaged file, before the work
-    encoder = make_encoder(config, experiment, RunFolder(run).read_classes())
+    encoder = make_encoder(experiment, RunFolder(run).read_classes())
     evaluators = registry.open_all(names, encoder, data_dir or experiment.data.dir, protocol)
     command = {
         "suite": suite if isinstance(suite, str) else list(suite),

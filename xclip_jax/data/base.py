@@ -65,6 +65,39 @@ class Source(abc.ABC):
         return ()
 
 
+class WrappedSource(Source):
+    """A source that is another one in all but what a subclass changes."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[index]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """As the source does."""
+        return self.source.fingerprint()
+
+    def describe(self, index: int) -> dict[str, str]:
+        """As the source does."""
+        return self.source.describe(index)
+
+    def known_fault(self, index: int) -> str:
+        """As the source does."""
+        return self.source.known_fault(index)
+
+    def known_faults(self) -> Mapping[str, int]:
+        """As the source does."""
+        return self.source.known_faults()
+
+    def remarks(self) -> Iterable[str]:
+        """As the source does."""
+        return self.source.remarks()
+
+
 class LabelledSource(Source):
     """Random access to labelled items. A record has "label", a number, and "image", or "text" and "tags".
 

@@ -1,11 +1,11 @@
 """Sources of control experiments: a share of the pairs, and captions that are exchanged among them."""
 
-from collections.abc import Sequence
-from typing import Any
+import collections
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from xclip_jax.data.base import Record, Source
+from xclip_jax.data.base import Record, Source, WrappedSource
 from xclip_jax.data.config import DataConfig
 from xclip_jax.errors import UserError
 
@@ -13,11 +13,12 @@ from xclip_jax.errors import UserError
 _SUBSET, _NOISE = 1, 2
 
 
-class Subset(Source):
-    """The records `indices` of a source, in this order."""
+class Subset(WrappedSource):
+    """The records `indices` of a source, in this order. Its fingerprint is that of the whole source."""
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
-        self.source, self.indices = source, indices
+        super().__init__(source)
+        self.indices = indices
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -29,19 +30,21 @@ class Subset(Source):
         """Return what names a record to a person, as the source does."""
         return self.source.describe(int(self.indices[index]))
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Return the fingerprint of the whole source."""
-        return self.source.fingerprint()
+    def known_fault(self, index: int) -> str:
+        """Return why a record cannot be used, as far as the source knows."""
+        return self.source.known_fault(int(self.indices[index]))
+
+    def known_faults(self) -> Mapping[str, int]:
+        """Return the number of its own records by fault."""
+        return collections.Counter(filter(None, map(self.known_fault, range(len(self)))))
 
 
-class NoisyCaptions(Source):
+class NoisyCaptions(WrappedSource):
     """A source of pairs some of which have the captions and keywords of another one: record i those of `donors[i]`."""
 
     def __init__(self, source: Source, donors: np.ndarray) -> None:
-        self.source, self.donors = source, donors
-
-    def __len__(self) -> int:
-        return len(self.source)
+        super().__init__(source)
+        self.donors = donors
 
     def __getitem__(self, index: int) -> Record:
         record, donor = self.source[index], int(self.donors[index])
@@ -49,14 +52,6 @@ class NoisyCaptions(Source):
             return record
         other = self.source[donor]
         return record | {"text": other["text"], "tags": other["tags"]}
-
-    def describe(self, index: int) -> dict[str, str]:
-        """Return what names a record to a person, as the source does."""
-        return self.source.describe(index)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Return the fingerprint of the source."""
-        return self.source.fingerprint()
 
 
 def kept_indices(n: int, share: float, rng: np.random.Generator) -> np.ndarray:

@@ -13,7 +13,15 @@ from typing import Any, NoReturn
 
 from xclip_jax.data import transforms
 from xclip_jax.data.array_record import ArrayRecords
-from xclip_jax.data.base import LabelledSource, NotOfferedError, Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.base import (
+    LabelledSource,
+    NotOfferedError,
+    Record,
+    Source,
+    SourceKind,
+    SourceOptions,
+    WrappedSource,
+)
 from xclip_jax.data.folder_source import Folders
 from xclip_jax.data.glue import GlueTasks
 from xclip_jax.data.tables import CsvTables, ParquetTables
@@ -157,23 +165,12 @@ def _refuse(spec: str, error: NotOfferedError, attribute: str) -> NoReturn:
     raise UserError(f"source {spec!r} has no {error}; write {_either(specs)}.") from error
 
 
-class Decoded(Source):
+class Decoded(WrappedSource):
     """Keeps each image decoded in memory after its first use. For sets that fit: n * h * w * 3 bytes."""
 
     def __init__(self, source: Source) -> None:
-        self.source = source
+        super().__init__(source)
         self._records: dict[int, Record] = {}
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def describe(self, index: int) -> dict[str, str]:
-        """As the source does."""
-        return self.source.describe(index)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """As the source does."""
-        return self.source.fingerprint()
 
     def __getitem__(self, index: int) -> Record:
         record = self._records.get(index)

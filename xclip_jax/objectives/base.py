@@ -307,7 +307,7 @@ class Objective:
         return [text for name, term in self.terms.items() for text in term.alarms(self.metrics_of(name, metrics))]
 
     def progress(self, metrics: Mapping[str, float]) -> list[str]:
-        """Experiment of the progress line, one for each term that has one."""
+        """Parts of the progress line, one for each term that has one."""
         parts = {name: term.progress(self.metrics_of(name, metrics)) for name, term in self.terms.items()}
         return [f"{name} {part}" for name, part in parts.items() if part]
 

@@ -58,7 +58,7 @@ def make(flags: argparse.Namespace) -> epath.Path:
     html.make(
         flags.run,
         experiment,
-        make_encoder(experiment.config, experiment),
+        make_encoder(experiment),
         variables,
         specs or (*experiment.config.eval.final_sets, *experiment.config.eval.sets),
         data_dir=flags.data_dir,

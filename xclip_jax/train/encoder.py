@@ -2,17 +2,15 @@
 
 from collections.abc import Sequence
 
-from xclip_jax.config.schema import Config
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.train.build import Experiment
 
 
-def make_encoder(config: Config, experiment: Experiment, classes: Sequence[str] | None = None) -> Encoder:
+def make_encoder(experiment: Experiment, classes: Sequence[str] | None = None) -> Encoder:
     """Return an encoder of the model in `experiment`: one compiled function for each modality.
 
     Args:
-      config: of the run; `eval.batch` items are encoded at once.
-      experiment: what is built from it.
+      experiment: of the run; `eval.batch` of its config is the number of items that are encoded at once.
       classes: those of a fine-tuned model.
     """
     return Encoder(
@@ -21,7 +19,7 @@ def make_encoder(config: Config, experiment: Experiment, classes: Sequence[str] 
         text_length=experiment.context_length,
         preprocessing=experiment.preprocessing,
         mesh=experiment.mesh,
-        batch=config.eval.batch,
+        batch=experiment.config.eval.batch,
         similarities=experiment.objective.similarities,
         classes=classes,
     )

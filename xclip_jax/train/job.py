@@ -68,7 +68,7 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
     samples = controls.apply(opened, experiment.data, config.seed, labelled=experiment.objective.labelled)
     starts = config.init.weights and folder.latest_step() is None
     initial = read_initial(config, experiment.abstract) if starts else {}
-    encoder = make_encoder(config, experiment, fingerprints[0].get("classes"))
+    encoder = make_encoder(experiment, fingerprints[0].get("classes"))
     specs = tuple(dict.fromkeys((*config.eval.sets, *config.eval.final_sets)))
     evaluators = dict(zip(specs, registry.open_all(specs, encoder, experiment.data.dir), strict=True))
     during = [evaluators[spec] for spec in config.eval.sets] if config.eval.every else []
