@@ -42,7 +42,7 @@ def test_attention_is_that_of_the_tower(pool):
     rollout = np.eye(4 + (pool == "cls"))[None]
     for i in range(2):
         layer = found["transformer"][f"block_{i}"]["attention"]
-        query, key, value = np.moveaxis(layer["qkv"]["__call__"][0], 2, 0)
+        query, key, value = (x.swapaxes(1, 2) for x in layer["qkv"]["__call__"][0])
         weights = softmax(query, key)
         out = jax.device_get(variables["params"]["img"]["transformer"][f"block_{i}"]["attention"]["out"])
         y = np.einsum("bhnm,bmhd,hdo->bno", weights, value, out["kernel"]) + out["bias"]
@@ -52,7 +52,8 @@ def test_attention_is_that_of_the_tower(pool):
         rollout = (weights.mean(axis=1) + np.eye(rollout.shape[1])) / 2 @ rollout
     last = weights.mean(axis=1)
     if pool == "map":
-        last = softmax(found["pool_map"]["query"]["__call__"][0], found["pool_map"]["kv"]["__call__"][0][:, :, 0])
+        key = found["pool_map"]["kv"]["__call__"][0][0].swapaxes(1, 2)
+        last = softmax(found["pool_map"]["query"]["__call__"][0], key)
         last = last.mean(axis=1)
         rollout = last @ rollout
     expected = [{"cls": x[:, 0, 1:], "mean": x.mean(axis=1), "map": x[:, 0]}[pool] for x in (last, rollout)]

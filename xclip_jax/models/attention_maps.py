@@ -25,9 +25,9 @@ def is_captured(module: nn.Module, _: str) -> bool:
 
 
 def weights(query: Array, key: Array) -> Array:
-    """Softmax of scaled products, mean over heads: (b, n, heads, kv), (b, m, heads, kv) -> fp32 (b, n, m)."""
+    """Softmax of scaled products, mean over heads: (b, heads, n, kv), (b, heads, m, kv) -> fp32 (b, n, m)."""
     query, key = query.astype(jnp.float32) * query.shape[-1] ** -0.5, key.astype(jnp.float32)
-    return jax.nn.softmax(jnp.einsum("bnhd,bmhd->bhnm", query, key)).mean(axis=1)
+    return jax.nn.softmax(jnp.einsum("bhnd,bhmd->bhnm", query, key)).mean(axis=1)
 
 
 def maps(captured: Mapping[str, Any], depth: int, pool: str) -> tuple[Array, Array]:
@@ -45,16 +45,16 @@ def maps(captured: Mapping[str, Any], depth: int, pool: str) -> tuple[Array, Arr
     """
     blocks = []
     for i in range(depth):
-        qkv = captured["transformer"][f"block_{i}"]["attention"]["qkv"]["__call__"][0]
-        query, key, _ = einops.rearrange(qkv, "b n c heads kv -> c b n heads kv")
+        query, key, _ = captured["transformer"][f"block_{i}"]["attention"]["qkv"]["__call__"][0]
         blocks.append(weights(query, key))
-    through = jnp.eye(blocks[0].shape[1])[None]
-    for block in blocks:
-        through = (block + jnp.eye(block.shape[1])) / 2 @ through
+    through = jnp.eye(blocks[0].shape[2])[None]
+    for block in blocks:  # the last may have the class token's row alone
+        through = (block + jnp.eye(block.shape[1], block.shape[2])) / 2 @ through
     if pool == "map":
         head = captured["pool_map"]
-        key, _ = einops.rearrange(head["kv"]["__call__"][0], "b n c heads kv -> c b n heads kv")
-        last = weights(head["query"]["__call__"][0], key)[:, 0]
+        key, _ = head["kv"]["__call__"][0]
+        query = einops.rearrange(head["query"]["__call__"][0], "b n heads kv -> b heads n kv")
+        last = weights(query, key)[:, 0]
         return last, jnp.einsum("bn,bnm->bm", last, through)
     if pool == "mean":
         return blocks[-1].mean(axis=1), through.mean(axis=1)

@@ -5,6 +5,7 @@ in `xclip_jax.parallel`. Shapes: b batch, n tokens, d width.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -14,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 
 from xclip_jax.config.fields import above, at_least, choice, key
 from xclip_jax.errors import UserError
@@ -23,8 +25,14 @@ from xclip_jax.parallel.sharding import constrain
 Array = jax.Array
 Initializer = Callable[..., Any]
 
+
+def gelu(x: Array) -> Array:
+    """x times the normal distribution's cumulative probability at x. By erf: jax's is by erfc, slower on a CPU."""
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": partial(nn.gelu, approximate=False),  # erf form: open_clip
+    "gelu": gelu,  # open_clip
     "gelu_tanh": partial(nn.gelu, approximate=True),  # flax's default, big_vision
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's released weights
 }
@@ -39,6 +47,37 @@ REMAT_POLICIES: dict[str, Any] = {
 def named(init: Initializer, *axes: str | None) -> Initializer:
     """`init` with logical axis names attached to the parameter that it makes."""
     return nn.with_logical_partitioning(init, axes)
+
+
+@jax.custom_vjp
+def matmul(x: Array, kernel: Array) -> Array:
+    """(rows, inputs), (inputs, outputs) -> (rows, outputs), with a gradient that transposes the narrower operand.
+
+    The gradient of the kernel is x^T g. XLA's CPU backend copies the transposed left operand, of as many rows as the
+    batch has tokens: a fifth of a step where the wide one goes left.
+    """
+    return x @ kernel
+
+
+def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _matmul_backward(operands: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = operands
+    return g @ kernel.T, x.T @ g if x.shape[1] <= g.shape[1] else (g.T @ x).T
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def dot_general(x: Array, kernel: Array, dimensions: Any, **_: Any) -> Array:
+    """`matmul` as `nn.DenseGeneral` asks for it: the last axes of x with the first ones of the kernel."""
+    (contracted, _), _ = dimensions
+    n = len(contracted)
+    rows, outputs = x.shape[: x.ndim - n], kernel.shape[n:]
+    inputs = math.prod(kernel.shape[:n])
+    return matmul(x.reshape(-1, inputs), kernel.reshape(inputs, -1)).reshape(*rows, *outputs)
 
 
 def dense(
@@ -60,6 +99,7 @@ def dense(
         dtype=dtype,
         kernel_init=named(nn.initializers.normal(std), *axes),
         bias_init=named(nn.initializers.zeros, *bias_axes),
+        dot_general=dot_general,
         name=name,
     )
 
@@ -95,6 +135,31 @@ def attend(query: Array, key: Array, value: Array, *, causal: bool = False) -> A
     return jnp.einsum("bhnm,bhmd->bhnd", jax.nn.softmax(logits).astype(value.dtype), value)
 
 
+class HeadProjections(nn.Module):
+    """Linear maps of tokens to heads whose parameters are one array. (b, n, d) -> `count` times (b, heads, n, kv).
+
+    Each map is a product of its own: the gradient of cutting one product into queries, keys and values pads each of
+    them to the whole. With `first` the first map reads the first token alone: (b, heads, 1, kv).
+    """
+
+    count: int
+    heads: int
+    dtype: Any = jnp.float32
+    first: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, ...]:
+        d = x.shape[-1]
+        shape, axes = (self.count, self.heads, d // self.heads), (None, "heads", "kv")
+        kernel = self.param("kernel", named(nn.initializers.normal(d**-0.5), "embed", *axes), (d, *shape))
+        bias = self.param("bias", named(nn.initializers.zeros, *axes), shape)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        tokens = [x[:, :1] if self.first and i == 0 else x for i in range(self.count)]
+        contract = (((2,), (0,)), ((), ()))
+        maps = [dot_general(tokens[i], kernel[:, i], contract) + bias[i] for i in range(self.count)]
+        return tuple(einops.rearrange(y, "b n heads kv -> b heads n kv") for y in maps)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; softmax in fp32. (b, n, d) -> (b, n, d), or (b, 1, d) where only the `first` asks."""
 
@@ -107,10 +172,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         d = x.shape[-1]
-        features = (3, self.heads, d // self.heads)
-        qkv = dense(features, ("embed", None, "heads", "kv"), std=d**-0.5, dtype=self.dtype, name="qkv")(x)
-        query, key, value = einops.rearrange(qkv, "b n c heads kv -> c b heads n kv")
-        query = query[:, :, :1] if self.first else query
+        query, key, value = HeadProjections(3, self.heads, self.dtype, self.first, name="qkv")(x)
         x = einops.rearrange(attend(query, key, value, causal=self.causal), "b heads n kv -> b n heads kv")
         return dense(d, ("heads", "kv", "embed"), std=self.out_std, dtype=self.dtype, axis=(-2, -1), name="out")(x)
 
@@ -161,12 +223,12 @@ class TransformerConfig(Tower):
     def block_flops(self, tokens: float, first: bool = False) -> float:
         """FLOPs of a sequence in all blocks: four projections, two products of attention, and the MLP.
 
-        With `first` the last of the blocks makes queries of all tokens and goes on with the first alone.
+        With `first` the last of the blocks makes keys and values of all tokens and all else of the first alone.
         """
-        qkv = 6 * self.width**2
-        rest = 2 * self.width * (self.width + 2 * self.hidden) + 4 * tokens * self.width
+        keys_values = 4 * self.width**2
+        rest = 2 * self.width * (2 * self.width + 2 * self.hidden) + 4 * tokens * self.width
         going_on = (self.depth - 1) * tokens + 1 if first else self.depth * tokens
-        return self.depth * tokens * qkv + going_on * rest
+        return self.depth * tokens * keys_values + going_on * rest
 
     @property
     def num_layers(self) -> int:

@@ -14,7 +14,17 @@ import numpy as np
 from xclip_jax.config.fields import at_least, choice, fraction_below_one, key
 from xclip_jax.errors import UserError
 from xclip_jax.models import attention_maps
-from xclip_jax.models.layers import ACTIVATIONS, LayerNorm, Mlp, Transformer, TransformerConfig, attend, dense, named
+from xclip_jax.models.layers import (
+    ACTIVATIONS,
+    HeadProjections,
+    LayerNorm,
+    Mlp,
+    Transformer,
+    TransformerConfig,
+    attend,
+    dense,
+    named,
+)
 from xclip_jax.models.tower import ImageTower, Params
 
 Array = jax.Array
@@ -78,10 +88,8 @@ class AttentionPool(nn.Module):
         std, kv = d**-0.5, d // heads
         probe = self.param("probe", named(nn.initializers.normal(std), None, None, "table"), (1, 1, d))
         probe = jnp.broadcast_to(probe, (b, 1, d)).astype(self.dtype)
-        axes = ("embed", "heads", "kv")
-        query = dense((heads, kv), axes, std=std, dtype=self.dtype, name="query")(probe)
-        key_value = dense((2, heads, kv), ("embed", None, *axes[1:]), std=std, dtype=self.dtype, name="kv")(x)
-        key, value = einops.rearrange(key_value, "b n c heads kv -> c b heads n kv")
+        query = dense((heads, kv), ("embed", "heads", "kv"), std=std, dtype=self.dtype, name="query")(probe)
+        key, value = HeadProjections(2, heads, self.dtype, name="kv")(x)
         y = attend(einops.rearrange(query, "b n heads kv -> b heads n kv"), key, value)
         y = einops.rearrange(y, "b heads n kv -> b n heads kv")
         y = dense(d, ("heads", "kv", "embed"), std=std, dtype=self.dtype, axis=(-2, -1), name="out")(y)

@@ -45,8 +45,9 @@ def code_version(root: pathlib.Path = ROOT) -> str:
 
 @dataclasses.dataclass
 class _Active:
-    """A run in progress."""
+    """A run in progress; `slot` counts those at the same time."""
 
+    slot: int
     run: Run
     process: subprocess.Popen[bytes]
     folder: pathlib.Path
@@ -153,12 +154,18 @@ class Runner:
         write_json(epath.Path(request), {"config": schema.to_dict(schema.resolve(config)), "commits": commits})
         # Programs that differ in their data alone are compiled once.
         defaults = {"JAX_COMPILATION_CACHE_DIR": str(self.scratch / "compiled")}
-        if self.workers > 1:  # else the first takes most of an accelerator's memory
+        slot = min(set(range(self.workers)) - {active.slot for active in self._active.values()})
+        cores: list[int] = []
+        if (
+            self.workers > 1
+        ):  # else the first takes most of an accelerator's memory, and all wait for each other's cores
             defaults["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+            if hasattr(os, "sched_getaffinity"):  # Linux
+                cores = sorted(os.sched_getaffinity(0))[slot :: self.workers]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         with open(folder / "output.log", "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "xclip_jax.study.worker", str(folder)],
+                [sys.executable, "-m", "xclip_jax.study.worker", str(folder), *map(str, cores)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -166,7 +173,7 @@ class Runner:
                 pass_fds=(self._lock.fileno(),),  # the folder stays locked for as long as one of its runs lives
                 start_new_session=True,  # Ctrl-C reaches this process alone, which asks once
             )
-        self._active[run.key] = _Active(run, process, folder, commits)
+        self._active[run.key] = _Active(slot, run, process, folder, commits)
 
     def _end(self, active: _Active) -> None:
         """Write the run file of a run whose process ended, or note why it failed."""

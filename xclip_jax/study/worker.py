@@ -1,4 +1,4 @@
-"""Process of one run of a study: python -m xclip_jax.study.worker FOLDER, started by the study's command."""
+"""Process of one run of a study: python -m xclip_jax.study.worker FOLDER [CORE ...], started by the study's command."""
 
 import json
 import os
@@ -22,8 +22,10 @@ def _stop_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def main(folder: str) -> None:
-    """Train, or resume, the run of the config in FOLDER/study.json."""
+def main(folder: str, *cores: str) -> None:
+    """Train, or resume, the run of the config in FOLDER/study.json, on some of the cores where they are named."""
+    if cores:
+        os.sched_setaffinity(0, map(int, cores))
     logging.set_verbosity(logging.ERROR)
     path = pathlib.Path(folder)
     config = schema.complete(json.loads((path / REQUEST).read_text())["config"])
@@ -36,4 +38,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
