@@ -21,7 +21,10 @@ def test_a_run_without_clusters(tmp_path):
     rows = [{"step": s, "loss": 2 / s, "clip/loss": 2 / s, "clip/ln_b": 2.77, "rank/img": 3.0} for s in (1, 2)]
     text = html.render(written(tmp_path / "run", tiny.config("clip"), rows), examples.Examples(missing=["nothing"]))
     words = " ".join(check(text).text)
-    assert "this objective trains no cluster heads" in words and "The contrastive loss has no alarm" in words
+    assert (
+        "this objective trains no cluster heads" in words
+        and "The loss is 1.000 nats, that of a blind guess 2.770" in words
+    )
     assert "ln b" in words and "Mutual information" not in words
 
 
@@ -89,7 +92,10 @@ def test_a_term_of_another_package_has_curves_and_lights(tmp_path):
         "Warning at 1 of 2 logged steps from step 2 on, last at 2.",
     ):  # fmt: skip
         assert sentence in words, sentence
-    assert re.findall(r'light (\w*)"><h3>(\w+)<span>(\w+)', text) == [("", "Tokens", "healthy")]
+    assert re.findall(r'light (\w*)"><h3>(\w+)<span>(\w+)', text) == [
+        ("", "Plateau", "healthy"),
+        ("", "Tokens", "healthy"),
+    ]
     alarm = html.render(dataclasses.replace(run, training=run.training[:2]), examples.Examples())
     assert '<article class="card light alarm"><h3>Tokens<span>alarm' in alarm
     assert "the loss is above 20 nats; lower optim.lr." in alarm

@@ -13,10 +13,13 @@ from xclip_jax.losses import contrastive, ring
 from xclip_jax.models.heads import Heads, contrastive_heads
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.base import LossConfig, Result, Term
-from xclip_jax.objectives.display import Curve, Health, Level
+from xclip_jax.objectives.display import Curve, Health, Level, Light
 from xclip_jax.objectives.similarity import CosineSimilarity
 
 Array = jax.Array
+
+# A loss that is less than this share below that of a blind guess is on the plateau.
+PLATEAU_SHARE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +81,38 @@ class Contrastive(Term):
             Curve("Logit scale", (("scale", "scale"),)),
         )
 
-    def health(self, metrics: Mapping[str, float]) -> Health:
-        """No alarm is set on it."""
-        return Health(
-            "The contrastive loss has no alarm. Training fails where it stays at ln b, the loss of a guess that does "
-            "not depend on the inputs."
+    def blind_loss(self, metrics: Mapping[str, float]) -> float:
+        """The loss, in nats, of the best guess that does not depend on the inputs."""
+        return metrics["ln_b"]
+
+    def alarms(self, metrics: Mapping[str, float]) -> list[str]:
+        """A warning where the loss rests at that of a blind guess."""
+        if not metrics.keys() >= {"loss", "ln_b"} or not (blind := self.blind_loss(metrics)):
+            return []
+        loss = metrics["loss"]
+        if loss < (1 - PLATEAU_SHARE) * blind:
+            return []
+        return [
+            f"plateau: the loss is {loss:.3f}, no better than {blind:.3f} of a guess that does not depend on the "
+            "inputs. Lengthen optim.warmup or lower optim.lr."
+        ]
+
+    def health(self, metrics: Mapping[str, float]) -> Health | None:
+        """Whether the loss has left the plateau on which all inputs have one embedding."""
+        if not metrics.keys() >= {"loss", "ln_b"}:
+            return None
+        loss, blind = metrics["loss"], self.blind_loss(metrics)
+        light = Light(
+            "plateau",
+            "Fails when all inputs have much the same embedding, where the gradient vanishes: the loss stays at that "
+            "of a blind guess.",
+            f"The loss is {loss:.3f} nats, that of a blind guess {blind:.3f}; the alarm is less than "
+            f"{100 * PLATEAU_SHARE:g} % below it.",
+            max(0.0, 1 - loss / blind) if blind else 0.0,
+            PLATEAU_SHARE,
+            "" if blind else "A batch of one pair leaves nothing to guess.",
         )
+        return Health("A contrastive loss can rest at that of a blind guess before it learns, or for ever.", (light,))
 
     def describe(self, model: ModelConfig) -> str:
         """The shared embedding space."""

@@ -1,6 +1,7 @@
 """SigLIP's term: the sigmoid contrastive loss."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import jax
 from xclip_jax.models.heads import Heads, contrastive_heads
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.clip import Contrastive
-from xclip_jax.objectives.display import Curve, Health
+from xclip_jax.objectives.display import Curve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +36,10 @@ class Siglip(Contrastive):
         """Those of CLIP, without ln b, which is not the value of a uniform guess."""
         return (Curve(f"{self.title} loss", (("loss", "contrastive"),), "nats"), *self._batch_curves())
 
-    def health(self, metrics: Mapping[str, float]) -> Health:
-        """No alarm is set on it."""
-        return Health(
-            "The sigmoid loss has no alarm. Training fails where the accuracy within the batch stays at 1 / b, b being "
-            "the batch size."
-        )
+    def blind_loss(self, metrics: Mapping[str, float]) -> float:
+        """That of the logit ln(1 / (b - 1)) for each of the b * b pairs, b of which match."""
+        b = math.exp(metrics["ln_b"])
+        return metrics["ln_b"] + (b - 1) * math.log(b / (b - 1)) if b > 1 else 0.0
 
     def export_note(self, missing: Collection[str]) -> str:
         """The logit bias."""
