@@ -38,6 +38,7 @@ CONFIGS = {
     "demo_nclip": ("demo", "objective=nclip"),
     "icons": ("icons", None),
     "icons_xclip": ("icons", "objective=xclip,steps=2000,size=48"),
+    "study_cc12m": ("study_cc12m", "objective=xclip,root=gs://bucket"),
 }
 
 

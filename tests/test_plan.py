@@ -47,6 +47,8 @@ def test_time_and_money_follow_from_flops(found):
 
 
 def test_the_text_has_it_all(found):
+    assert found["cost"] == 0 and "cost" not in plan.render(found)
+    assert plan.render(found | {"cost": 1234.5}).endswith("chip-hours, which cost 1,234")
     text = plan.render(found)
     for words in ("8 chips, 2 hosts", "optimizer", "activations", "peak", "fits in", "all-reduce", "MFU of 50%"):
         assert words in text

@@ -36,6 +36,7 @@ def arms(*more):
         ({"arms": arms(Arm("new", "", "core", "x", tuned="siglip"))}, "'tuning' has the objective 'siglip'"),
         ({"choose": Measure("choose", "", TEST_SET)}, "choose is of '.*Greys/test'; expected a set of `validation`"),
         ({"tests": (VALIDATION_SET,)}, "Greys/validation' is for validation and for tests"),
+        ({"named": {TEST_SET: "top1"}}, "named has the set '.*Greys/test'; expected sets of `validation`"),
         ({"baseline": "clap"}, "refers to arm 'clap', which it does not have"),
         ({"choices": {"any": ("clip", "clap")}}, "refers to arm 'clap'"),
         ({"claims": (Claim("", (Part("", "clip", "xclip", "top2"),)),)}, "refers to measure 'top2'"),

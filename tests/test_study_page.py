@@ -12,8 +12,9 @@ import pytest
 
 from tests import study_tiny
 from tests.study_records import CORE, TUNED, finished, record
+from tests.study_sets import TEST_SET, VALIDATION_SET
 from xclip_jax.config import load
-from xclip_jax.study import icons, page, records, schedule, verdicts
+from xclip_jax.study import cc12m, icons, page, records, schedule, verdicts
 from xclip_jax.study.declaration import Claim, Part
 from xclip_jax.study.matrix import Matrix, Snapshot
 
@@ -125,6 +126,25 @@ def test_diverged_runs_are_listed():
 # --- estimates, and the declared study
 
 
+def test_the_similarity_is_chosen_on_validation():
+    """Clusters are better on validation and worse on the test: they are what is read."""
+    m = study_tiny.matrix(named={VALIDATION_SET: "top1"})
+    snapshot = Snapshot(m, finished(m, TUNED | {"clip": 1.0, "xclip": 2.0}))
+    assert "similarity" not in page.render(snapshot, {})
+    numbers = {VALIDATION_SET: 30.0, TEST_SET: 1.5}
+    records_of = {
+        key: dataclasses.replace(
+            r, results=[*r.results, *(dataclasses.replace(x, score="clusters", value=numbers[x.set], headline=False)
+                                      for x in r.results)]
+        )
+        for key, r in snapshot.records.items()
+    }  # fmt: skip
+    text = page.render(Snapshot(m, records_of), {})
+    assert "| xCLIP: similarity |" in text
+    assert "| its own | 2.0 [2.0, 2.0] | 2.0 [2.0, 2.0] |" in text
+    assert "| clusters **chosen** | 30.0 [30.0, 30.0] | 1.5 [1.5, 1.5] |" in text
+
+
 def test_estimates_follow_measured_runs():
     m = study_tiny.matrix(tuned=False)
     runs = Snapshot(m, {}).runs
@@ -136,17 +156,8 @@ def test_estimates_follow_measured_runs():
     assert "clip   core         2     1        0.02" in table and "clip_again" not in table
 
 
-def declared():
-    """The declared study and its matrix; where there are no icons yet, on the demo's recipe."""
-
-    def load_config(spec):
-        return load.load_config(spec if "icons" in load.recipes() else spec.replace("icons:", "demo:"))
-
-    return Matrix(icons.study(), load_config)
-
-
 def test_the_declared_study():
-    m = declared()
+    m = Matrix(icons.study(), load.load_config)
     snapshot = Snapshot(m, {})
     by_section = {name: m.study.of_section(name) for name in ("tuning", "core", "controls", "dose", "factors")}
     for objective in ("clip", "siglip", "nclip", "xclip"):
@@ -167,12 +178,14 @@ def test_the_declared_study():
     assert len(m.study.claims) == 3 and all("validation" in name for name in m.study.validation)
 
 
-def test_the_committed_page_is_that_of_the_committed_files(tmp_path):
+@pytest.mark.parametrize("make", [icons.study, cc12m.study], ids=["icons", "cc12m"])
+def test_the_committed_page_is_that_of_the_committed_files(make, tmp_path):
     """Byte for byte; python -m xclip_jax.study --page writes it."""
-    snapshot = Snapshot(declared(), records.read_all(ROOT / "docs" / "study" / "runs"))
-    page.write(tmp_path, snapshot)
+    matrix = Matrix(make(), load.load_config)
+    folder = ROOT / "docs" / matrix.study.page
+    page.write(tmp_path, Snapshot(matrix, records.read_all(folder / "runs")))
     made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    committed = [ROOT / "docs" / "study.md", *(ROOT / "docs" / "study").glob("*.svg")]
+    committed = [ROOT / "docs" / f"{folder.name}.md", *folder.glob("*.svg")]
     assert made == {path.relative_to(ROOT / "docs"): path.read_bytes() for path in committed}
 
 

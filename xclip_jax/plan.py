@@ -30,6 +30,7 @@ from xclip_jax.train.build import Experiment, build
 _TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:GRID, as v5e:4x8 or v4:2x4x4; without it, the devices here.")
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.")
 _MFU = flags.DEFINE_float("mfu", 0.4, "Share of the chips' peak that the model's FLOPs reach.")
+_PRICE = flags.DEFINE_float("price", 0.0, "Of a chip-hour, for the cost of the run.", lower_bound=0.0)
 _EXPLAIN = flags.DEFINE_bool("explain", False, "Print the sharding of each parameter, and stop.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 _SUGGEST = flags.DEFINE_bool("suggest", True, "Look for the nearest change that fits, where the step does not.")
@@ -186,7 +187,13 @@ def suggest(config: ml_collections.ConfigDict, devices: list[Any]) -> str:
 
 
 def plan(
-    config: ml_collections.ConfigDict, topology: str, *, slices: int = 1, mfu: float = 0.4, look: bool = True
+    config: ml_collections.ConfigDict,
+    topology: str,
+    *,
+    slices: int = 1,
+    mfu: float = 0.4,
+    price: float = 0.0,
+    look: bool = True,
 ) -> dict[str, Any]:
     """Everything that the command prints, as plain numbers and strings; bytes are of one chip.
 
@@ -194,6 +201,7 @@ def plan(
       config: of a run.
       topology, slices: see `devices_of`.
       mfu: share of peak FLOP/s that the model's FLOPs are taken to reach.
+      price: of a chip-hour.
       look: whether to look for a change that fits, where the step does not; each try is a compilation.
 
     Raises:
@@ -228,6 +236,7 @@ def plan(
         "pairs_per_second": per_second,
         "images_per_second_per_host": per_second / hosts,
         "chip_hours": seconds / 3600 * len(devices),
+        "cost": seconds / 3600 * len(devices) * price,
         "days": seconds / 86400,
         "compile_seconds": time.perf_counter() - began,
         "capacity": chip.memory,
@@ -287,7 +296,8 @@ def render(facts: dict[str, Any]) -> str:
         f"{facts['flops_per_pair'] / 1e9:.1f} GFLOP a pair, {facts['flops_per_step'] / 1e12:,.0f} TFLOP a step",
         f"at an MFU of {facts['mfu']:.0%}: {facts['pairs_per_second']:,.0f} pairs/s; each host decodes "
         f"{facts['images_per_second_per_host']:,.0f} images/s",
-        f"{facts['steps']:,} steps take {facts['days']:.2f} days, {facts['chip_hours']:,.0f} chip-hours",
+        f"{facts['steps']:,} steps take {facts['days']:.2f} days, {facts['chip_hours']:,.0f} chip-hours"
+        + (f", which cost {facts['cost']:,.0f}" if facts["cost"] else ""),
     ]
     return "\n".join(lines)
 
@@ -315,7 +325,9 @@ def main(_: list[str]) -> None:
             return
         if not _TOPOLOGY.value:
             raise UserError("--topology is missing; name one such as v5e:4x8, v4:2x4x4, v5p:4x4x8 or v6e:4x4")
-        facts = plan(config, _TOPOLOGY.value, slices=_SLICES.value, mfu=_MFU.value, look=_SUGGEST.value)
+        facts = plan(
+            config, _TOPOLOGY.value, slices=_SLICES.value, mfu=_MFU.value, price=_PRICE.value, look=_SUGGEST.value
+        )
         print(json.dumps(facts, indent=2) if _JSON.value else render(facts))
 
 

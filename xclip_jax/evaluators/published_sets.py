@@ -33,6 +33,7 @@ class Entry:
         tenth of `train` is used.
       note: see `Provenance`.
       shifted: whether its images are of another source or style than the training images of its classes, see `SHIFTED`.
+      validation: whether it is for model selection, see `VALIDATION`; no part of what the paper reports.
     """
 
     tfds: str = ""
@@ -52,6 +53,7 @@ class Entry:
     held: str = ""
     note: str = ""
     shifted: bool = False
+    validation: bool = False
 
 
 def _column(objects: Any, key: str) -> Sequence[Any]:
@@ -78,6 +80,7 @@ def _imagenet(tfds_name: str, split: str = "test", **fields: Any) -> Entry:
 
 ENTRIES: Mapping[str, Entry] = {
     "imagenet": _imagenet("imagenet2012:5.1.0", "validation"),
+    "imagenet_minival": _imagenet("imagenet2012:5.1.0", "train[99%:]", train="", validation=True),  # as in big_vision
     "imagenet_v2": _imagenet("imagenet_v2/matched-frequency", train="", shifted=True),
     "imagenet_a": _imagenet("imagenet_a", classes=prompts.IMAGENET_A, train="", shifted=True),
     "imagenet_r": _imagenet("imagenet_r", classes=prompts.IMAGENET_R, train="", shifted=True),
@@ -152,4 +155,4 @@ ENTRIES: Mapping[str, Entry] = {
     "kinetics700": Entry(templates="kinetics700", metric="top1_top5", note=_APPROXIMATE + "; middle frames"),
 }
 
-PAPER = tuple(name for name, entry in ENTRIES.items() if entry.tfds)
+PAPER = tuple(name for name, entry in ENTRIES.items() if entry.tfds and not entry.validation)

@@ -30,7 +30,7 @@ from xclip_jax.evaluators import prompts
 from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.provenance import SHIFTED, Provenance, contents, digest
+from xclip_jax.evaluators.provenance import SHIFTED, VALIDATION, Provenance, contents, digest
 from xclip_jax.evaluators.published_sets import ENTRIES, PAPER, Entry
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
@@ -140,7 +140,7 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
         preprocessing=prepare.resizing,
         metric=entry.metric,
         note=entry.note,
-        role=SHIFTED if entry.shifted else "",
+        role=SHIFTED if entry.shifted else VALIDATION if entry.validation else "",
     )
     pictures = Pictures(content.images, prepare, entry.border)
     return ZeroShotSet(spec, pictures, content.labels, prompts.prompts(words, used), names=classes, card=card)

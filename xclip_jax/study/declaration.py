@@ -7,6 +7,7 @@ from typing import Any
 
 from xclip_jax.errors import UserError
 
+DEFAULT = "icons"  # study
 SECTIONS = ("tuning", "core", "controls", "dose", "factors")  # in the order of worth, in which they are run
 
 
@@ -120,6 +121,7 @@ class Study:
       arms: all of them.
       changes: {config key: value} of all arms.
       validation, tests: evaluation sets. Tests are evaluated once, at the end of runs that are not tuning.
+      named: {validation set: measure of tests by which of its similarities, chosen on that set, a model is also read}.
       choose: the measure by which recipes are tuned and choices made; on a validation set.
       choices: {name: arms of which the best on validation has this name}.
       measures: columns of the tables.
@@ -131,6 +133,7 @@ class Study:
       factors: measures of the arms of section "factors".
       threats: to the validity of the conclusions.
       seconds_per_pair: a first guess, until runs are measured.
+      name: of the flag --study.
     """
 
     title: str
@@ -143,6 +146,7 @@ class Study:
     measures: Sequence[Measure]
     claims: Sequence[Claim]
     baseline: str
+    named: Mapping[str, str] = dataclasses.field(default_factory=dict)
     choices: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     common: Mapping[str, str] = dataclasses.field(default_factory=dict)
     controls: Sequence[tuple[str, str, str]] = ()
@@ -150,6 +154,17 @@ class Study:
     factors: Sequence[Measure] = ()
     threats: Sequence[str] = ()
     seconds_per_pair: float = 2e-3
+    name: str = DEFAULT
+
+    @property
+    def page(self) -> str:
+        """Name of its page, without ".md", and of the folder beside it with charts and run files."""
+        return "study" if self.name == DEFAULT else f"study_{self.name}"
+
+    @property
+    def command(self) -> str:
+        """The command that runs it."""
+        return "python -m xclip_jax.study" + ("" if self.name == DEFAULT else f" --study {self.name}")
 
     def arm(self, name: str) -> Arm:
         """Return the arm of a name."""
@@ -193,6 +208,8 @@ def check(study: Study) -> None:
             raise UserError(f"{where}: arms of section 'tuning', and they alone, have an objective and no tuned.")
         if arm.tuned and arm.tuned not in objectives:
             raise UserError(f"{where}: no arm of section 'tuning' has the objective {arm.tuned!r}.")
+    if unknown := [name for name in study.named if name not in study.validation]:
+        raise UserError(f"named has the set {unknown[0]!r}; expected sets of `validation`.")
     measures = [measure.name for measure in study.measures]
     parts = [part for claim in study.claims for part in claim.parts]
     used = [name for part in parts for name in (part.a, part.b)] + [
@@ -205,6 +222,7 @@ def check(study: Study) -> None:
         n for n in inner if n not in names
     ]:
         raise UserError(f"the study refers to arm {unknown[0]!r}, which it does not have.")
-    referred = [*(part.measure for part in parts), *(name for dose in study.doses for name in dose.measures)]
+    referred = [*(part.measure for part in parts), *study.named.values()]
+    referred += [name for dose in study.doses for name in dose.measures]
     if unknown := [name for name in referred if name not in measures]:
         raise UserError(f"the study refers to measure {unknown[0]!r}, which it does not have.")

@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 
 from xclip_jax.config import schema
-from xclip_jax.config.fields import unknown_key
+from xclip_jax.config.fields import nearest, unknown_key
 from xclip_jax.errors import UserError
 from xclip_jax.study.declaration import SECTIONS, Arm, Measure, Study, check
 from xclip_jax.study.records import RunRecord, config_key
@@ -132,6 +132,25 @@ class Snapshot:
                 mean = (1 if measure.higher else -1) * sum(known) / len(known)
                 best = (mean, arm) if best is None or mean > best[0] else best
         return best[1] if best else None
+
+    def config_of(self, arm: str, seed: int) -> ml_collections.ConfigDict:
+        """Return the config of one run, for starting it by other means than the study's command.
+
+        Raises:
+          UserError: no such run, or its recipe is not chosen yet.
+        """
+        arms = {run.arm.name: run.arm for run in self.runs}
+        if arm not in arms:
+            raise UserError(f"arm {arm!r} is unknown; did you mean {nearest(arm, arms)!r}?")
+        run = next((run for run in self.runs if (run.arm.name, run.seed) == (arm, seed)), None)
+        if run is None:
+            raise UserError(f"arm {arm!r} has the seeds {', '.join(map(str, arms[arm].seeds))}, not {seed}.")
+        if not run.key:
+            raise UserError(
+                f"arm {arm!r} takes over the best recipe of {run.arm.tuned}, and not all of its candidates have a run "
+                "file; run those first."
+            )
+        return run.config.copy_and_resolve_references()
 
     def finished(self, arm: str) -> dict[int, RunRecord]:
         """Return {seed: record} of the finished runs of an arm."""

@@ -1,5 +1,6 @@
 """The page of a study, study.md with its charts in study/, written from the run files alone."""
 
+import dataclasses
 import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,11 +9,21 @@ from etils import epath
 
 from xclip_jax.storage import write_whole
 from xclip_jax.study import charts, verdicts
-from xclip_jax.study.declaration import SECTIONS, Arm, Measure
+from xclip_jax.study.declaration import SECTIONS, Arm, Measure, Study
+from xclip_jax.study.markdown import (
+    difference_text,
+    estimate_text,
+    mean_of,
+    p_text,
+    rows_of,
+    runs_text,
+    table,
+    titles_of,
+)
 from xclip_jax.study.matrix import Snapshot
-from xclip_jax.study.statistics import Difference, Estimate, estimate
+from xclip_jax.study.statistics import Difference, Estimate
 
-MADE = "Made by `python -m xclip_jax.study --page` from the files in `docs/study/runs`; a test holds it current."
+MADE = "Made by `{command} --page` from the files in `docs/{page}/runs`; a test holds it current."
 _RUN_COLUMNS = ("arm", "runs")
 _CURVES = (
     ("contrastive_loss", "Contrastive loss", "nats", ("clip/loss",), "clip/ln_b"),
@@ -22,13 +33,14 @@ _CURVES = (
 
 def write(docs: pathlib.Path, snapshot: Snapshot) -> pathlib.Path:
     """Write the page and its charts into a folder of documents, delete charts that it has no more; return its path."""
-    drawn, page = _charts(snapshot), docs / "study.md"
-    (docs / "study").mkdir(parents=True, exist_ok=True)
-    for path in (docs / "study").glob("*.svg"):
+    drawn, name = _charts(snapshot), snapshot.study.page
+    page, folder = docs / f"{name}.md", docs / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.svg"):
         if path.stem not in drawn:
             path.unlink()
-    for name, svg in drawn.items():
-        write_whole(epath.Path(docs / "study" / f"{name}.svg"), svg)
+    for chart, svg in drawn.items():
+        write_whole(epath.Path(folder / f"{chart}.svg"), svg)
     write_whole(epath.Path(page), render(snapshot, drawn))
     return page
 
@@ -37,80 +49,21 @@ def render(snapshot: Snapshot, drawn: Mapping[str, str]) -> str:
     """Return the page; `drawn` has the charts that it shows, by the names of their files."""
     study = snapshot.study
     sections: list[Iterator[str] | Sequence[str]] = [
-        [f"# {study.title}", "", MADE, "", _progress(snapshot), ""],
+        [f"# {study.title}", "", MADE.format(command=study.command, page=study.page), "", _progress(snapshot), ""],
         _claims(snapshot),
         ["## What was run", "", *(line for text in study.about for line in (text, ""))],
         _tuning(snapshot),
         _core(snapshot, drawn),
+        _similarities(snapshot),
         _controls(snapshot),
         _doses(snapshot, drawn),
         _factors(snapshot),
         _training(snapshot, drawn),
         _missing(snapshot),
         ["## Threats to validity", "", *(f"* {text}" for text in study.threats), ""],
-        _again(),
+        _again(study),
     ]
     return "\n".join(line for section in sections for line in section).rstrip() + "\n"
-
-
-# --- numbers
-
-
-def _estimate(of_mean: Estimate | None, measure: Measure, *, n: bool = False) -> str:
-    """ "12.3 [11.0, 13.6]", with n where it is asked for or 1."""
-    if of_mean is None:
-        return "-"
-    shown, digits = of_mean.mapped(math.exp) if measure.ratio else of_mean, measure.digits
-    interval = f"[{shown.low:.{digits}f}, {shown.high:.{digits}f}]" if shown.n > 1 else "(n = 1)"
-    return f"{shown.mean:.{digits}f} {interval}" + (f", n = {shown.n}" if n and shown.n > 1 else "")
-
-
-def _difference(d: Difference | None, measure: Measure) -> str:
-    """ "+1.2 [+0.4, +2.0]"; of a ratio, "x 1.10 [1.02, 1.19]"."""
-    if d is None:
-        return "-"
-    if measure.ratio:
-        shown = d.mapped(math.exp)
-        interval = f" [{shown.low:.2f}, {shown.high:.2f}]" if d.n > 1 else " (n = 1)"
-        return f"x {shown.mean:.2f}{interval}"
-    digits = measure.digits
-    return f"{d.mean:+.{digits}f} " + (f"[{d.low:+.{digits}f}, {d.high:+.{digits}f}]" if d.n > 1 else "(n = 1)")
-
-
-def _p(value: float) -> str:
-    return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return [*(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in lines), ""]
-
-
-def _mean(snapshot: Snapshot, arm: str, measure: Measure) -> Estimate | None:
-    values = list(snapshot.values(arm, measure).values())
-    if measure.ratio:
-        values = [math.log(value) for value in values if value > 0]
-    return estimate(values) if values else None
-
-
-def _runs(snapshot: Snapshot, arm: str) -> str:
-    """ "5", "3 of 5", "5, 1 diverged"."""
-    records, planned = snapshot.finished(arm), len(snapshot.study.arm(arm).seeds)
-    diverged = sum(bool(record.error) for record in records.values())
-    count = str(planned) if len(records) == planned else f"{len(records)} of {planned}"
-    return f"{count}, {diverged} diverged" if diverged else count
-
-
-def _rows(snapshot: Snapshot, arms: Mapping[str, str], measures: Sequence[Measure]) -> list[list[str]]:
-    """A row for each {title: arm}: finished runs, and each measure."""
-    return [
-        [title, _runs(snapshot, arm), *(_estimate(_mean(snapshot, arm, m), m) for m in measures)]
-        for title, arm in arms.items()
-    ]
-
-
-def _titles(snapshot: Snapshot, section: str) -> dict[str, str]:
-    return {arm.title: arm.name for arm in snapshot.study.of_section(section)}
 
 
 # --- sections
@@ -136,13 +89,15 @@ def _claims(snapshot: Snapshot) -> Iterator[str]:
             d = part.difference
             arms = [snapshot.study.arm(name).title if name else "not chosen yet" for name in (part.a, part.b)]
             margin = f", margin {part.part.margin:g}" if part.part.margin else ""
-            cells = ["-"] * 4 if d is None else [str(d.n), f"{part.agreeing} of {d.n}", _p(part.p), _p(d.p_flip)]
+            cells = (
+                ["-"] * 4 if d is None else [str(d.n), f"{part.agreeing} of {d.n}", p_text(part.p), p_text(d.p_flip)]
+            )
             rows.append([
                 part.part.text + margin, f"{arms[0]} less {arms[1]}", part.measure.label,
-                _difference(d, part.measure), *cells, part.verdict,
+                difference_text(d, part.measure), *cells, part.verdict,
             ])  # fmt: skip
         head = ["part", "arms", "measure", "difference, 95 %", "n", "seeds that agree", "p (t, Holm)", "p (sign flip)"]
-        yield from [f"### Claim {number}", "", *_table([*head, "verdict"], rows)]
+        yield from [f"### Claim {number}", "", *table([*head, "verdict"], rows)]
     yield from ["The rule, fixed before the runs:", "", verdicts.RULE, ""]
 
 
@@ -154,7 +109,7 @@ def _sentence(claim: verdicts.ClaimVerdict) -> str:
         texts = []
         for part in (part for part in claim.parts if part.verdict == verdict):
             d = part.difference
-            numbers = "no runs" if d is None else f"{_difference(d, part.measure)}, {part.agreeing} of {d.n} seeds"
+            numbers = "no runs" if d is None else f"{difference_text(d, part.measure)}, {part.agreeing} of {d.n} seeds"
             texts.append(f"{part.part.text} ({numbers})")
         parts += [f"{word}: {'; '.join(texts)}."] if texts else []
     words = "Undecided at this scale" if claim.verdict == verdicts.UNDECIDED else claim.verdict.capitalize()
@@ -173,9 +128,9 @@ def _tuning(snapshot: Snapshot) -> Iterator[str]:
         rows = []
         for arm in arms:
             mark = " **chosen**" if best and best.name == arm.name else ""
-            value = _estimate(_mean(snapshot, arm.name, study.choose), study.choose)
-            rows.append([arm.title + mark, _runs(snapshot, arm.name), value])
-        yield from [f"### {objective}", "", *_table(["candidate", "runs", study.choose.label], rows)]
+            value = estimate_text(mean_of(snapshot, arm.name, study.choose), study.choose)
+            rows.append([arm.title + mark, runs_text(snapshot, arm.name), value])
+        yield from [f"### {objective}", "", *table(["candidate", "runs", study.choose.label], rows)]
         if best and (edges := _edges(best, arms)):
             yield from [f"At the edge of what was tried: {', '.join(edges)}.", ""]
 
@@ -191,28 +146,56 @@ def _core(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
     study = snapshot.study
     head = [*_RUN_COLUMNS, *(measure.label for measure in study.measures)]
     yield from ["## Objectives, each at its own recipe", "", "Means over seeds with 95 % t-intervals.", ""]
-    rows = _rows(snapshot, _titles(snapshot, "core"), study.measures)
+    rows = rows_of(snapshot, titles_of(snapshot, "core"), study.measures)
     if study.common:
         first = study.measures[0]
         head = [*head, f"{first.label}, common recipe"]
         for row in rows:
             arm = study.common.get(row[0])
-            row.append(_estimate(_mean(snapshot, arm, first), first) if arm else "-")
-    yield from _table(head, rows)
+            row.append(estimate_text(mean_of(snapshot, arm, first), first) if arm else "-")
+    yield from table(head, rows)
     others = {arm.title: arm.name for arm in study.of_section("core") if arm.name != study.baseline}
     yield from [f"Less {study.arm(study.baseline).title}, paired by seed (sign: how many of n are above zero):", ""]
     rows = [
         [title, *(_signed(verdicts.difference(snapshot, arm, study.baseline, m), m) for m in study.measures)]
         for title, arm in others.items()
     ]
-    yield from _table(["arm", *(measure.label for measure in study.measures)], rows)
-    yield from _shown(drawn, "differences", "Differences to the baseline")
+    yield from table(["arm", *(measure.label for measure in study.measures)], rows)
+    yield from _shown(snapshot.study, drawn, "differences", "Differences to the baseline")
     if study.common:
-        yield from ["### All at one recipe", "", *_table(head[:-1], _rows(snapshot, study.common, study.measures))]
+        yield from ["### All at one recipe", "", *table(head[:-1], rows_of(snapshot, study.common, study.measures))]
 
 
 def _signed(d: Difference | None, measure: Measure) -> str:
-    return _difference(d, measure) + (f", {d.positive}/{d.n}" if d else "")
+    return difference_text(d, measure) + (f", {d.positive}/{d.n}" if d else "")
+
+
+def _similarities(snapshot: Snapshot) -> Iterator[str]:
+    """By which of its similarities a model names best: chosen on validation, then read on tests."""
+    study, shown = snapshot.study, False
+    for name in study.choices:
+        if (arm := snapshot.choice(name)) is None or not (records := snapshot.finished(arm)):
+            continue
+        for validation, test in study.named.items():
+            measure, found = study.measure(test), next(iter(records.values())).similarities(validation)
+            if len(found) < 2:
+                continue
+            if not shown:
+                text = "A model can name by its projection, by its clusters or by both; validation says which."
+                yield from ["## Which similarity names best", "", text, ""]
+                shown = True
+            on = {score: dataclasses.replace(measure, set=validation, metric=key) for score, key in found.items()}
+            read = {score: dataclasses.replace(measure, metric=key) for score, key in found.items()}
+            best = max(found, key=lambda score: getattr(mean_of(snapshot, arm, on[score]), "mean", -math.inf))
+            rows = [
+                [
+                    (score or "its own") + (" **chosen**" if score == best else ""),
+                    estimate_text(mean_of(snapshot, arm, on[score]), measure),
+                    estimate_text(mean_of(snapshot, arm, read[score]), measure),
+                ]
+                for score in found
+            ]
+            yield from table([f"{study.arm(arm).title}: similarity", f"`{validation}`", measure.label], rows)
 
 
 def _controls(snapshot: Snapshot) -> Iterator[str]:
@@ -222,7 +205,7 @@ def _controls(snapshot: Snapshot) -> Iterator[str]:
     yield from ["## Controls", ""]
     common = set(study.common.values())
     arms = {arm.title: arm.name for arm in study.of_section("controls") if arm.name not in common}
-    yield from _table([*_RUN_COLUMNS, *(m.label for m in study.measures)], _rows(snapshot, arms, study.measures))
+    yield from table([*_RUN_COLUMNS, *(m.label for m in study.measures)], rows_of(snapshot, arms, study.measures))
     rows, survives, open_ = [], [], []
     for a, b, meaning in study.controls:
         left, right = snapshot.choice(a), snapshot.choice(b)
@@ -235,7 +218,7 @@ def _controls(snapshot: Snapshot) -> Iterator[str]:
     yield f"Of {study.measures[0].label}, an interval above zero shows: {'; '.join(survives) or 'nothing'}."
     yield f"Not shown: {'; '.join(open_) or 'nothing'}."
     yield ""
-    yield from _table(["difference", "what it shows", *(measure.label for measure in study.measures)], rows)
+    yield from table(["difference", "what it shows", *(measure.label for measure in study.measures)], rows)
 
 
 def _doses(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
@@ -246,38 +229,38 @@ def _doses(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
         yield from [f"### {dose.title}", ""]
         for measure in map(snapshot.study.measure, dose.measures):
             rows = [
-                [name, *(_estimate(_mean(snapshot, arm, measure), measure, n=True) for arm in arms)]
+                [name, *(estimate_text(mean_of(snapshot, arm, measure), measure, n=True) for arm in arms)]
                 for name, arms in dose.lines.items()
             ]
             if len(dose.lines) == 2:
                 (first, a), (second, b) = dose.lines.items()
                 pairs = (verdicts.difference(snapshot, *pair, measure) for pair in zip(b, a, strict=True))
                 rows.append([f"{second} less {first}", *(_signed(d, measure) for d in pairs)])
-            yield from _table([f"{measure.label}; {dose.axis}", *dose.levels], rows)
-        yield from _shown(drawn, f"dose_{dose.name}", dose.title)
+            yield from table([f"{measure.label}; {dose.axis}", *dose.levels], rows)
+        yield from _shown(snapshot.study, drawn, f"dose_{dose.name}", dose.title)
 
 
 def _factors(snapshot: Snapshot) -> Iterator[str]:
-    arms = _titles(snapshot, "factors")
+    arms = titles_of(snapshot, "factors")
     if not arms:
         return
     yield from ["## nCLIP, one factor at a time", "", "Fewer steps and seeds: leads, not verdicts.", ""]
     head = [*_RUN_COLUMNS, *(measure.label for measure in snapshot.study.factors)]
-    yield from _table(head, _rows(snapshot, arms, snapshot.study.factors))
+    yield from table(head, rows_of(snapshot, arms, snapshot.study.factors))
 
 
 def _training(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
     yield from ["## Training", ""]
     for name, title, *_ in _CURVES:
-        yield from _shown(drawn, name, title)
+        yield from _shown(snapshot.study, drawn, name, title)
     rows, baseline = [], _seconds(snapshot, snapshot.study.baseline)
     for section in ("core", "controls"):
-        for title, arm in _titles(snapshot, section).items():
+        for title, arm in titles_of(snapshot, section).items():
             if seconds := _seconds(snapshot, arm):
                 rows.append([title, f"{seconds:,.0f}", f"{seconds / baseline:.2f}" if baseline else "-"])
     if rows:
         baseline_title = snapshot.study.arm(snapshot.study.baseline).title
-        yield from _table(["arm", "seconds of training", f"over {baseline_title}"], rows)
+        yield from table(["arm", "seconds of training", f"over {baseline_title}"], rows)
     records = list(snapshot.records.values())
     facts = {
         "Devices": {str(r.environment.get("devices")) for r in records},
@@ -321,23 +304,26 @@ def _missing(snapshot: Snapshot) -> Iterator[str]:
         yield from [f"Run files of no arm of the present declaration, which are not used: {names}.", ""]
 
 
-def _again() -> list[str]:
+def _again(study: Study) -> list[str]:
+    flags = {
+        "--dry-run": "the matrix, what is done, hours that are left",
+        "": "runs what has no file, and writes this page",
+        "--page": "this page alone",
+    }
     return [
         "## Run it again",
         "",
         "```",
-        "python -m xclip_jax.study --dry-run    # the matrix, what is done, hours that are left",
-        "python -m xclip_jax.study              # runs what has no file, and writes this page",
-        "python -m xclip_jax.study --page       # this page alone",
+        *(f"{study.command} {flag:<9}    # {text}" for flag, text in flags.items()),
         "```",
         "",
-        "A run is one file in `docs/study/runs`, recognised by its config: delete it to run it again. After a kill the "
-        "same command goes on, also in another checkout that has the files.",
+        f"A run is one file in `docs/{study.page}/runs`, recognised by its config: delete it to run it again. After a "
+        "kill the same command goes on, also in another checkout that has the files.",
     ]
 
 
-def _shown(drawn: Mapping[str, str], name: str, title: str) -> list[str]:
-    return [f"![{title}](study/{name}.svg)", ""] if name in drawn else []
+def _shown(study: Study, drawn: Mapping[str, str], name: str, title: str) -> list[str]:
+    return [f"![{title}]({study.page}/{name}.svg)", ""] if name in drawn else []
 
 
 # --- charts
@@ -364,7 +350,7 @@ def _charts(snapshot: Snapshot) -> dict[str, str]:
 
 
 def _shown_mean(snapshot: Snapshot, arm: str, measure: Measure) -> Estimate | None:
-    of_mean = _mean(snapshot, arm, measure)
+    of_mean = mean_of(snapshot, arm, measure)
     return of_mean.mapped(math.exp) if of_mean and measure.ratio else of_mean
 
 

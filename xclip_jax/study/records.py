@@ -76,6 +76,12 @@ class RunRecord:
         of_set = [result for result in self.results if result.set == set_name]
         return next((r.value for r in of_set if (r.key == metric if metric else r.headline)), None)
 
+    def similarities(self, set_name: str) -> dict[str, str]:
+        """Return {similarity, "" the model's own: key of the set's headline by it}."""
+        of_set = [result for result in self.results if result.set == set_name and not result.group]
+        headlines = [(result.task, result.metric) for result in of_set if result.headline]
+        return {r.score: r.key for r in of_set if headlines and (r.task, r.metric) == headlines[0]}
+
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """{"optim.lr": 1} -> {"optim": {"lr": 1}}."""

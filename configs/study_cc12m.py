@@ -1,0 +1,47 @@
+"""The study of the paper's claims at scale: ViT-B/16 on CC12M, batch 4096, SLIP's recipe; see docs/study_cc12m.md.
+
+    python -m xclip_jax.study --study cc12m --dry-run         the runs
+    python -m xclip_jax.study --study cc12m                   all of them, on the chips of this machine
+    python -m xclip_jax.main --config configs/study_cc12m.py:arm=xclip_30,seed=0 --config.run=gs://bucket/xclip_30-0
+
+The last line is one run of the study, for launch scripts and pods; `python -m xclip_jax.study --study cc12m --collect
+gs://bucket/xclip_30-0` writes its run file. An arm that takes over a recipe needs the run files of its candidates.
+
+The argument's keys, all optional: root (folder of cc12m/*.tar), arm and seed of the study; or objective (clip, siglip,
+nclip, xclip), preset, batch, epochs and pairs, without an arm. No run of this size has been made.
+"""
+
+import pathlib
+
+import ml_collections
+
+from xclip_jax.configs import common
+
+PAIRS = 12_423_374  # as published; a third of the links are dead
+ARGUMENTS = {"root": "/data", "preset": "B/16", "batch": 4096, "epochs": 25, "pairs": PAIRS}
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """See the module's docstring."""
+    args = common.parse_arg(arg, objective="clip", arm="", seed=0, runs="docs/study_cc12m/runs", **ARGUMENTS)
+    if args.arm:
+        return _run_of_arm(args)
+    sizes = ",".join(f"{key}={args[key]}" for key in ("preset", "batch", "epochs", "pairs"))
+    config = common.pretrain(args.objective, sizes)
+    config.run = f"runs/study-{args.objective}"
+    config.data.sources = (f"tar:{args.root}/cc12m/*.tar",)
+    if args.objective == "xclip":
+        config.objective.terms = {"clip": 0.7, "nclip": 0.3}
+    return config
+
+
+def _run_of_arm(args: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    from xclip_jax.config.load import load_config
+    from xclip_jax.study import cc12m, records
+    from xclip_jax.study.matrix import Matrix, Snapshot
+
+    arguments = ",".join(f"{key}={args[key]}" for key, default in ARGUMENTS.items() if args[key] != default)
+    matrix = Matrix(cc12m.study(f"study_cc12m:{arguments}" if arguments else "study_cc12m"), load_config)
+    config = Snapshot(matrix, records.read_all(pathlib.Path(args.runs))).config_of(args.arm, args.seed)
+    config.run = f"runs/{args.arm}-s{args.seed}"
+    return config

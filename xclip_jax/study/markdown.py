@@ -1,0 +1,69 @@
+"""Numbers and tables of a study's page as Markdown."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from xclip_jax.study.declaration import Measure
+from xclip_jax.study.matrix import Snapshot
+from xclip_jax.study.statistics import Difference, Estimate, estimate
+
+
+def estimate_text(of_mean: Estimate | None, measure: Measure, *, n: bool = False) -> str:
+    """ "12.3 [11.0, 13.6]", with n where it is asked for or 1."""
+    if of_mean is None:
+        return "-"
+    shown, digits = of_mean.mapped(math.exp) if measure.ratio else of_mean, measure.digits
+    interval = f"[{shown.low:.{digits}f}, {shown.high:.{digits}f}]" if shown.n > 1 else "(n = 1)"
+    return f"{shown.mean:.{digits}f} {interval}" + (f", n = {shown.n}" if n and shown.n > 1 else "")
+
+
+def difference_text(d: Difference | None, measure: Measure) -> str:
+    """ "+1.2 [+0.4, +2.0]"; of a ratio, "x 1.10 [1.02, 1.19]"."""
+    if d is None:
+        return "-"
+    if measure.ratio:
+        shown = d.mapped(math.exp)
+        interval = f" [{shown.low:.2f}, {shown.high:.2f}]" if d.n > 1 else " (n = 1)"
+        return f"x {shown.mean:.2f}{interval}"
+    digits = measure.digits
+    return f"{d.mean:+.{digits}f} " + (f"[{d.low:+.{digits}f}, {d.high:+.{digits}f}]" if d.n > 1 else "(n = 1)")
+
+
+def p_text(value: float) -> str:
+    """A p-value with four digits."""
+    return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, and an empty one."""
+    lines = [head, ["---"] * len(head), *rows]
+    return [*(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in lines), ""]
+
+
+def mean_of(snapshot: Snapshot, arm: str, measure: Measure) -> Estimate | None:
+    """The mean of an arm over seeds, of the logarithm where the measure is a ratio; None without runs."""
+    values = list(snapshot.values(arm, measure).values())
+    if measure.ratio:
+        values = [math.log(value) for value in values if value > 0]
+    return estimate(values) if values else None
+
+
+def runs_text(snapshot: Snapshot, arm: str) -> str:
+    """ "5", "3 of 5", "5, 1 diverged"."""
+    records, planned = snapshot.finished(arm), len(snapshot.study.arm(arm).seeds)
+    diverged = sum(bool(record.error) for record in records.values())
+    count = str(planned) if len(records) == planned else f"{len(records)} of {planned}"
+    return f"{count}, {diverged} diverged" if diverged else count
+
+
+def rows_of(snapshot: Snapshot, arms: Mapping[str, str], measures: Sequence[Measure]) -> list[list[str]]:
+    """A row for each {title: arm}: finished runs, and each measure."""
+    return [
+        [title, runs_text(snapshot, arm), *(estimate_text(mean_of(snapshot, arm, m), m) for m in measures)]
+        for title, arm in arms.items()
+    ]
+
+
+def titles_of(snapshot: Snapshot, section: str) -> dict[str, str]:
+    """{title: arm} of a section."""
+    return {arm.title: arm.name for arm in snapshot.study.of_section(section)}
