@@ -189,6 +189,29 @@ def test_the_committed_page_is_that_of_the_committed_files(make, tmp_path):
     assert made == {path.relative_to(ROOT / "docs"): path.read_bytes() for path in committed}
 
 
+def test_the_readme_has_the_finding(tmp_path):
+    matrix = Matrix(icons.study(), load.load_config)
+    snapshot = Snapshot(matrix, records.read_all(ROOT / "docs" / "study" / "runs"))
+    text = (ROOT / "README.md").read_text()
+    (tmp_path / "README.md").write_text(text)
+    page.write_finding(tmp_path / "README.md", snapshot)
+    assert (tmp_path / "README.md").read_text() == text and page.START in text
+
+
+def test_the_finding_is_a_plot_and_a_sentence_for_each_claim(tmp_path):
+    m = study_tiny.matrix()
+    assert "under way, 0 of 8 runs are finished and none of the core" in page.finding(Snapshot(m, {}))
+    snapshot = Snapshot(m, finished(m, TUNED | {"clip": 1.0, "xclip": 2.0}))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# A\n\n{page.START}\nold\n{page.END}\n\nB\n")
+    for _ in range(2):
+        page.write_finding(readme, snapshot)
+    lines = readme.read_text().splitlines()
+    assert lines[3] == "![Differences to CLIP](docs/study/differences.svg)"
+    assert lines[5].startswith("* xCLIP is better. **Undecided at this scale.**") and "old" not in lines
+    assert lines[-3:] == [page.END, "", "B"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -77,7 +77,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         complete = flags.page or bool(flags.collect) or Runner(
             matrix, runs, pathlib.Path(flags.scratch), only=only, allow_dirty=flags.allow_dirty, **options
         ).run()  # fmt: skip
-        print(f"page: {page.write(docs, Snapshot(matrix, records.read_all(runs)))}")
+        snapshot, readme = Snapshot(matrix, records.read_all(runs)), docs.parent / "README.md"
+        print(f"page: {page.write(docs, snapshot)}")
+        if matrix.study.name == DEFAULT and readme.exists():
+            page.write_finding(readme, snapshot)
         if not complete:
             sys.exit(EXIT_RESUMABLE)
 

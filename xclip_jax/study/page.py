@@ -24,6 +24,8 @@ from xclip_jax.study.matrix import Snapshot
 from xclip_jax.study.statistics import Difference, Estimate
 
 MADE = "Made by `{command} --page` from the files in `docs/{page}/runs`; a test holds it current."
+START, END = "<!-- study: made by python -m xclip_jax.study --page -->", "<!-- /study -->"
+_FEW_PARTS = 2
 _RUN_COLUMNS = ("arm", "runs")
 _CURVES = (
     ("contrastive_loss", "Contrastive loss", "nats", ("clip/loss",), "clip/ln_b"),
@@ -43,6 +45,26 @@ def write(docs: pathlib.Path, snapshot: Snapshot) -> pathlib.Path:
         write_whole(epath.Path(folder / f"{chart}.svg"), svg)
     write_whole(epath.Path(page), render(snapshot, drawn))
     return page
+
+
+def finding(snapshot: Snapshot) -> str:
+    """Return what a README says of the study: a plot and the sentences that the claims of few parts earn."""
+    study, name = snapshot.study, "differences"
+    link = f"[{study.title}](docs/{study.page}.md)"
+    missing, total = len(snapshot.missing()), len(snapshot.runs)
+    if not any(snapshot.finished(arm.name) for arm in study.of_section("core")):
+        return f"{link}: under way, {total - missing} of {total} runs are finished and none of the core."
+    drawn = [f"![Differences to CLIP](docs/{study.page}/{name}.svg)", ""] if name in _charts(snapshot) else []
+    judged = [verdicts.judge(snapshot, claim) for claim in study.claims if len(claim.parts) <= _FEW_PARTS]
+    return "\n".join([*drawn, *(f"* {_sentence(claim)}" for claim in judged), "", f"{link}: all of it."])
+
+
+def write_finding(readme: pathlib.Path, snapshot: Snapshot) -> None:
+    """Replace what stands between the marks of the study in a README; nothing, where it has none."""
+    before, mark, rest = readme.read_text().partition(START)
+    if mark:
+        _, end, after = rest.partition(END)
+        write_whole(epath.Path(readme), f"{before}{mark}\n{finding(snapshot)}\n{end}{after}")
 
 
 def render(snapshot: Snapshot, drawn: Mapping[str, str]) -> str:
