@@ -25,14 +25,19 @@ def fail():
     raise ValueError("disk on fire")
 
 
+def hang_after_sigterm():
+    signal.raise_signal(signal.SIGTERM)
+    time.sleep(1000)
+
+
 FAULTS = {
     "none": lambda: None,
     "raise": fail,
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "sigint": lambda: signal.raise_signal(signal.SIGINT),
     "sigterm": lambda: signal.raise_signal(signal.SIGTERM),
-    "hang": lambda: time.sleep(1000),
     "hang in data": lambda: None,
+    "hang after sigterm": hang_after_sigterm,
     "sigint in evaluation": lambda: None,
 }
 
@@ -81,8 +86,13 @@ def main(run, pairs, fault, step, process, *rest):
             LongSet(spec, FAULTS["sigint"] if meets and "evaluation" in fault else FAULTS["none"]) for spec in specs
         ]
         given = {key: ast.literal_eval(value) for key, value in changes.items()}
-        defaults = {"checkpoint__every": 10_000, "data__batch": 8, "steps": 10_000}
-        trainer.run(tiny.config("clip", run=run, data__sources=(f"folder:{pairs}",), **defaults | given))
+        defaults = {
+            "data__sources": (f"folder:{pairs}",),
+            "checkpoint__every": 10_000,
+            "data__batch": 8,
+            "steps": 10_000,
+        }
+        trainer.run(tiny.config("clip", run=run, **defaults | given))
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def test_a_killed_worker_is_one_sentence():
 
     elements = workers.shielded(read())
     assert next(elements) == 1
-    with pytest.raises(UserError, match="ended by signal SIGKILL, most often too little memory; lower data.workers"):
+    with pytest.raises(UserError, match=r"by signal SIGKILL, most often too little memory; lower data\.workers"):
         next(elements)
 
 

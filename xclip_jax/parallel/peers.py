@@ -4,8 +4,11 @@ Each writes to the key-value store of JAX's coordination service, which process 
 nothing: the others notice its silence, and JAX ends them after `HEARTBEAT_SECONDS`.
 """
 
+import atexit
+import contextlib
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -24,7 +27,10 @@ SILENT_SECONDS = 8.0
 _POLL_SECONDS = 1.0
 _LINGER_SECONDS = 4.0  # the others read process 0's last words from process 0
 _FAILED_READS = 5
+# Errors of XLA's runtime, also those that it raises as ValueError.
+_STATUS = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 _NOTES, _ALIVE, _FACTS = "xclip_jax/notes/", "xclip_jax/alive/", "xclip_jax/facts/"
+_DONE = json.dumps({"beat": -1, "status": ""})
 
 
 class Peers:
@@ -43,7 +49,15 @@ class Peers:
         self._client, self._rounds = client, 0
         self._signs: dict[int, tuple[str, float]] = {}
         self._ending = threading.Lock()
+        self._done = threading.Event()
         threading.Thread(target=self._watch, daemon=True, name="peers").start()
+        atexit.register(self.stop)  # before JAX's own, which waits for the others
+
+    def stop(self) -> None:
+        """Watch no longer: this process has done its work, and goes silent without being gone."""
+        self._done.set()
+        with contextlib.suppress(Exception):
+            self._client.key_value_set(f"{_ALIVE}{self.index}", _DONE, allow_overwrite=True)
 
     def check_same(self, facts: Mapping[str, Any], remedy: str) -> None:
         """Compare `facts`, of JSON's types, with those of process 0. All processes call it equally often.
@@ -90,7 +104,7 @@ class Peers:
     def fail(self, error: BaseException) -> NoReturn:
         """End this process by `error`, or by the end of another process that caused it."""
         # A process that is gone shows first as a collective that fails. Its last words end this one while it waits.
-        lost = isinstance(error, jax.errors.JaxRuntimeError)
+        lost = _is_of_runtime(error)
         deadline = time.monotonic() + (SILENT_SECONDS + 5 if lost else 0)
         while time.monotonic() < deadline and not self.silent:
             time.sleep(0.1)
@@ -109,7 +123,8 @@ class Peers:
     def _watch(self) -> None:
         failed = beats = 0
         while failed < _FAILED_READS:
-            time.sleep(_POLL_SECONDS)
+            if self._done.wait(_POLL_SECONDS):
+                return
             beats += 1
             try:
                 sign = json.dumps({"beat": beats, "status": self.status()})
@@ -117,14 +132,17 @@ class Peers:
                 notes = self._client.key_value_dir_get(_NOTES)
                 signs = self._client.key_value_dir_get(_ALIVE) if self.index == 0 else []
                 failed = 0
-            except Exception:
+            except Exception as error:
+                if not _is_of_runtime(error):
+                    raise  # of another version of JAX, say: the run goes on without this watch
                 failed += 1
                 continue
             for name, note in notes:
                 self._read_note(int(name.rpartition("/")[2]), json.loads(note))
             if self.index == 0:
                 self._listen(dict(signs))
-        self._end(f"process 0 of {self.count} is gone", EXIT_RESTART)
+        if not self._done.is_set():
+            self._end(f"process 0 of {self.count} is gone", EXIT_RESTART)
 
     def _read_note(self, process: int, note: Mapping[str, Any]) -> None:
         if process != self.index and note.get("sentence"):
@@ -151,7 +169,7 @@ class Peers:
             if sign != last:
                 self._signs[process] = sign, now
                 self.silent.pop(process, None)
-            elif now - since > SILENT_SECONDS and process not in self.silent:
+            elif now - since > SILENT_SECONDS and sign != _DONE and process not in self.silent:
                 self.silent[process] = (
                     f"process {process} of {self.count} has given no sign of life for {now - since:.0f} s"
                 )
@@ -160,6 +178,10 @@ class Peers:
                     f"{HEARTBEAT_SECONDS} s, and all of them have to be started again",
                     flush=True,
                 )
+
+
+def _is_of_runtime(error: BaseException) -> bool:
+    return isinstance(error, jax.errors.JaxRuntimeError) or bool(_STATUS.match(str(error)))
 
 
 def _short(value: Any) -> str:

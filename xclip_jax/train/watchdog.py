@@ -25,7 +25,8 @@ from xclip_jax.train.interrupt import SIGNALS, PreemptionHandler
 
 DATA, COMPILATION, STEP = "waiting for data", "the first step, which compiles", "a step"
 CHECKPOINT, EVALUATION = "a checkpoint", "an evaluation"
-# After a signal the main thread stops at its next mark; where that does not come in this time, it never may.
+# After a signal the main thread stops at its next mark; where that does not come in this time, it never may. A save may
+# take as long as it takes without a signal.
 STOP_SECONDS = 60.0
 _POLL_SECONDS = 0.5
 _MOMENT = 2.0  # in which Python's handler runs, where the main thread is not in C code
@@ -114,7 +115,7 @@ class Watchdog:
         alone = jax.process_count() == 1
         if alone and self.phase == COMPILATION and now - self._asked_at > _MOMENT:
             self._end("stopping in the compilation: nothing is trained yet", EXIT_RESUMABLE, stacks=False)
-        if self.phase and now - max(self._asked_at, self._since) > STOP_SECONDS:
+        if self.phase not in ("", CHECKPOINT) and now - max(self._asked_at, self._since) > STOP_SECONDS:
             self._end(f"asked to stop, and in {self.status()}; the run goes on at its last checkpoint", EXIT_RESUMABLE)
 
     def _check_progress(self, now: float) -> None:
