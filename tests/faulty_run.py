@@ -16,7 +16,6 @@ from xclip_jax import heartbeat
 from xclip_jax.data import loader
 from xclip_jax.errors import exit_with_message
 from xclip_jax.evaluators import registry
-from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.parallel import processes
 from xclip_jax.train import trainer, watchdog
 
@@ -42,7 +41,7 @@ FAULTS = {
 }
 
 
-class LongSet(Evaluator):
+class LongSet:
     """A set of very many batches, each of which takes a moment."""
 
     def __init__(self, name, fault):

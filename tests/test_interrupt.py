@@ -15,7 +15,6 @@ from xclip_jax.data import loader, workers
 from xclip_jax.data.prefetch import patient
 from xclip_jax.errors import EXIT_RESTART, EXIT_RESUMABLE, UserError, describe
 from xclip_jax.evaluators import registry
-from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.train import interrupt, loop, trainer, watchdog
 
@@ -30,7 +29,7 @@ def config(pairs, run, **changes):
     return tiny.config("clip", run=run, **defaults | changes)
 
 
-class Set(Evaluator):
+class Set:
     """A set that is measured in two batches, and asks for a stop before the first where `stops`."""
 
     def __init__(self, name):
