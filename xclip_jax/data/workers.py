@@ -65,4 +65,4 @@ def shielded(elements: Iterator[Any]) -> Iterator[Any]:
 def _death(code: int) -> str:
     by = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     reason = "most often too little memory" if code == -signal.SIGKILL else "its own error is above"
-    return f"a reading process was ended by {by}, {reason}; lower data.workers, or resume as it is."
+    return f"a reading process was ended by {by}, {reason}; lower data.workers, or run the same command again."

@@ -29,7 +29,8 @@ _LINGER_SECONDS = 4.0  # the others read process 0's last words from process 0
 _FAILED_READS = 5
 # Errors of XLA's runtime, also those that it raises as ValueError.
 _STATUS = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
-_NOTES, _ALIVE, _FACTS = "xclip_jax/notes/", "xclip_jax/alive/", "xclip_jax/facts/"
+_NOTES, _ALIVE = "xclip_jax/notes/", "xclip_jax/alive/"
+_FACTS, _SAME = "xclip_jax/facts/", "xclip_jax/same/"
 _DONE = json.dumps({"beat": -1, "status": ""})
 
 
@@ -60,7 +61,9 @@ class Peers:
             self._client.key_value_set(f"{_ALIVE}{self.index}", _DONE, allow_overwrite=True)
 
     def check_same(self, facts: Mapping[str, Any], remedy: str) -> None:
-        """Compare `facts`, of JSON's types, with those of process 0. All processes call it equally often.
+        """Compare `facts`, of JSON's types, with those of process 0, which waits for all others to have compared.
+
+        All processes call it equally often.
 
         Raises:
           UserError: names what differs.
@@ -69,12 +72,15 @@ class Peers:
         own, name = json.loads(json.dumps(facts)), f"{_FACTS}{self._rounds}"
         if self.index == 0:
             self._client.key_value_set(name, json.dumps(own))
+            while len(self._client.key_value_dir_get(f"{_SAME}{self._rounds}/")) < self.count - 1:
+                time.sleep(0.2)  # one that differs ends this process
             return
         first = json.loads(self._wait_for(name))
         if different := [key for key in sorted(own | first) if own.get(key) != first.get(key)]:
             shown = ", ".join(f"{key} ({_short(own.get(key))}, not {_short(first.get(key))})" for key in different[:5])
             more = f" and {len(different) - 5} more" if len(different) > 5 else ""
             raise UserError(f"process {self.index} differs from process 0: {shown}{more}; {remedy}.")
+        self._client.key_value_set(f"{_SAME}{self._rounds}/{self.index}", "")
 
     def _wait_for(self, name: str) -> str:
         while True:  # in short waits, between which signals are handled; the thread watches whether process 0 lives
@@ -151,7 +157,9 @@ class Peers:
     def _end(self, sentence: str, status: int) -> None:
         if not self._ending.acquire(blocking=False):
             return
-        print(f"error: {sentence}. Process {self.index} ends too; start all of them again.", file=sys.stderr)
+        print(
+            f"error: {sentence.rstrip('.')}. Process {self.index} ends too; start all of them again.", file=sys.stderr
+        )
         self._linger()
         exit_now(status)
 
