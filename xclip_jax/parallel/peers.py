@@ -92,10 +92,10 @@ class Peers:
 
     def waiting(self) -> str:
         """What the other processes were doing a moment ago, a sentence for each that does something else."""
-        own = self.status().partition(" for ")[0]
+        own = self.status().partition(" (")[0]
         others = sorted((int(k.rpartition("/")[2]), v) for k, v in self._client.key_value_dir_get(_ALIVE))
         states = [(k, json.loads(v)["status"]) for k, v in others if k != self.index]
-        return "; ".join(f"process {k}: {s}" for k, s in states if s and s.partition(" for ")[0] != own)
+        return "; ".join(f"process {k}: {s}" for k, s in states if s and s.partition(" (")[0] != own)
 
     def leave(self, sentence: str, status: int) -> NoReturn:
         """End this process with `status`, after its last words to the others, who end with the same status."""
@@ -157,9 +157,8 @@ class Peers:
     def _end(self, sentence: str, status: int) -> None:
         if not self._ending.acquire(blocking=False):
             return
-        print(
-            f"error: {sentence.rstrip('.')}. Process {self.index} ends too; start all of them again.", file=sys.stderr
-        )
+        advice = f"Process {self.index} ends too; start all of them again."
+        print(f"error: {sentence.rstrip('.')}. {advice}", file=sys.stderr)
         self._linger()
         exit_now(status)
 

@@ -85,8 +85,8 @@ class Watchdog:
         self._since = time.monotonic()
 
     def status(self) -> str:
-        """What this process is doing, and for how long: "a step for 3 s"."""
-        return f"{self.phase}{self._detail} for {time.monotonic() - self._since:.0f} s" if self.phase else ""
+        """What this process is doing, and for how long: "a step (3 s)"."""
+        return f"{self.phase}{self._detail} ({time.monotonic() - self._since:.0f} s)" if self.phase else ""
 
     def _watch(self) -> None:
         last = time.monotonic()
@@ -124,7 +124,7 @@ class Watchdog:
             self._end(f"no progress: {self.status()}{self._others()}", EXIT_RESTART)
         if self._warning and now - since > self._warning and self._warned_of != since and phase != COMPILATION:
             self._warned_of = since
-            limit = f" (ends after {self._limit:.0f} s, log.stall_limit)" if self._limit else ""
+            limit = f"; the run ends after {self._limit:.0f} s (log.stall_limit)" if self._limit else ""
             print(f"WARNING: {self._who()}no progress: {self.status()}{self._others()}{limit}", flush=True)
 
     def _others(self) -> str:
