@@ -41,10 +41,11 @@ folder=$(run_folder /shared/runs/mine "$@")
 # JAX gives task i of a node the i-th GPU that it sees, so each task has to see all of them. srun does not inherit
 # --cpus-per-task from sbatch.
 task=(srun --kill-on-bad-exit=1 --gpu-bind=none ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"})
-# A task that was asked to stop exits with 75 (saved) or 143 (before it could save). Neither is a bad exit, for which
-# srun would kill the other tasks, so it becomes 0. Slurm signals the shell too, which goes on to wait.
+# A task that was asked to stop exits with 75 (saved) or 143 (before it could save), one that hung or lost another with
+# 79. None is a bad exit, for which srun would kill the other tasks, so it becomes 0: the others end by themselves.
+# Slurm signals the shell too, which goes on to wait.
 # shellcheck disable=SC2016
-task+=(bash -c 'trap : TERM; "$@"; status=$?; case $status in 75 | 143) exit 0 ;; esac; exit "$status"' task)
+task+=(bash -c 'trap : TERM; "$@"; status=$?; case $status in 75 | 79 | 143) exit 0 ;; esac; exit "$status"' task)
 task+=("${PYTHON:-python}" -m xclip_jax.main --distributed "$@")
 requeue=(scontrol requeue "${SLURM_JOB_ID:-JOB}")
 
@@ -61,6 +62,6 @@ fi
 # The tasks then end with 0, as they do when the run is complete; results.json tells. (scancel ends this script too; a
 # job that loses its node, or is preempted without grace, is requeued by Slurm itself.)
 if [ ! -e "$folder/results.json" ]; then
-  echo "training was stopped before its end; back to the queue"
+  echo "training was stopped or hung before its end; back to the queue"
   "${requeue[@]}"
 fi

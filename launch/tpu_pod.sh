@@ -122,6 +122,7 @@ tend() {
       elif [ -z "$ended" ]; then
         ended=1  # A preemption shows in training before it shows in the state of the pod: look once more.
       else
+        # 79: it hung or lost a host. It starts again, and counts: it may hang at the same place for ever.
         failed "training failed with exit status $training"
       fi
       ;;

@@ -19,6 +19,7 @@ FLOORS = (
         "config.renamed",
         "console",
         "environment",
+        "heartbeat",
         "imports",
         "storage",
         "run_folder",
@@ -46,7 +47,17 @@ FLOORS = (
     },
 )
 # Small files that everybody may use: they do not count as rooms that a room depends on.
-GROUND = {"errors", "config.fields", "config.renamed", "console", "environment", "imports", "storage", "run_folder"}
+GROUND = {
+    "errors",
+    "config.fields",
+    "config.renamed",
+    "console",
+    "environment",
+    "heartbeat",
+    "imports",
+    "storage",
+    "run_folder",
+}
 MOST_ROOMS = 6
 # The trainer's job is to bring the rooms together, the report's to show what is in each.
 MORE_ROOMS = {"train": 9, "report": 7}

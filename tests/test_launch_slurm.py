@@ -29,6 +29,7 @@ def test_dry_run_of_slurm(tmp_path):
     ("training", "status", "requeued"),
     [
         ("exit 75", 0, True),
+        ("exit 79", 0, True),
         ("exit 0", 0, True),
         ('kill -TERM "$$"; sleep 5', 0, True),
         ('trap "sleep 0.2; exit 75" TERM; kill -TERM "$PPID" "$$"; sleep 5 & wait', 0, True),
@@ -40,6 +41,7 @@ def test_dry_run_of_slurm(tmp_path):
     ],
     ids=[
         "stopped",
+        "hung",
         "no results",
         "stopped early",
         "all stopped",

@@ -306,6 +306,7 @@ def test_pod_goes_on_until_the_run_is_complete(cloud):
     scenario = [
         'echo SUSPENDED >"$CLOUD/state"; exec sleep 30',  # preempted, the state tells
         'echo "wrong" >&2; exit 3',  # an error
+        "exit 79",  # hung
         "exit 75",  # asked to stop: saved, not complete
         'kill -TERM "$BASHPID"',  # asked to stop before it could save
         "exit 0",  # without a result
@@ -314,9 +315,10 @@ def test_pod_goes_on_until_the_run_is_complete(cloud):
     ]
     done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=scenario)
     assert done.returncode == 0, done.stderr
-    assert cloud.verbs() == ["create", "python", "delete"] * 7
-    assert cloud.calls.count(["python", *COMMAND]) == 7
-    for reason in ("the pod is SUSPENDED; ", "exit status 3; ", "stopped before its end; ", "the run is complete"):
+    assert cloud.verbs() == ["create", "python", "delete"] * 8
+    assert cloud.calls.count(["python", *COMMAND]) == 8
+    reasons = ["the pod is SUSPENDED; ", "exit status 3; ", "exit status 79; ", "stopped before its end; "]
+    for reason in (*reasons, "the run is complete"):
         assert reason in done.stdout
     assert "exit status 134" not in done.stdout
     assert done.stdout.count("stopped before its end; ") == 3

@@ -1,5 +1,6 @@
 """A run's folder over several starts: what is refused, what is kept, and what resumes."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -288,6 +289,12 @@ def test_all_sets_are_opened_before_the_first_step(pairs, tmp_path, monkeypatch)
     assert opened == ["a", "b"]
 
 
+def stop_after(questions):
+    """`requested` that is true when it was asked as often as that, besides once before the first step."""
+    count = itertools.count()
+    return lambda _: next(count) == questions
+
+
 @pytest.mark.parametrize("stop", ["kill", "signal"])
 def test_the_evaluation_of_a_step_that_was_cut_off_is_made_after_all(pairs, tmp_path, evaluators, monkeypatch, stop):
     """Checkpoint and evaluation are due at step 2, and the run ends between them."""
@@ -296,7 +303,7 @@ def test_the_evaluation_of_a_step_that_was_cut_off_is_made_after_all(pairs, tmp_
         if stop == "kill":
             patch.setattr(loop, "_evaluate", lambda *_: (_ for _ in ()).throw(InterruptedError))
         else:
-            patch.setattr(interrupt.PreemptionHandler, "requested", lambda _, step: step == 2)
+            patch.setattr(interrupt.PreemptionHandler, "requested", stop_after(2))
         with pytest.raises(InterruptedError if stop == "kill" else SystemExit):
             trainer.run(c)
     assert evaluators["a"].calls == []
@@ -307,7 +314,8 @@ def test_the_evaluation_of_a_step_that_was_cut_off_is_made_after_all(pairs, tmp_
 def test_an_evaluation_that_was_made_is_not_made_again(pairs, tmp_path, evaluators, monkeypatch):
     c = config(pairs, tmp_path / "run", eval__sets=("a",), eval__every=2)
     with monkeypatch.context() as patch:
-        patch.setattr(interrupt.PreemptionHandler, "requested", lambda _, step: step == 3)
+        # Asked before the first step, and once in the evaluation of step 2.
+        patch.setattr(interrupt.PreemptionHandler, "requested", stop_after(4))
         with pytest.raises(SystemExit) as stopped:
             trainer.run(c)
     assert stopped.value.code == interrupt.EXIT_RESUMABLE
@@ -372,7 +380,7 @@ def test_the_second_signal_acts_also_where_the_first_is_ignored_by_inheritance()
         with interrupt.PreemptionHandler() as handler:
             handler.saves = True
             signal.raise_signal(signal.SIGINT)
-            assert handler.requested(1)
+            assert handler.requested()
             assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, before)

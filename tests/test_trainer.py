@@ -112,7 +112,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(pairs, tmp_path, straight):
     env = os.environ | {"PYTHONPATH": os.getcwd()}
     run = tmp_path / "run"
     process = subprocess.Popen([sys.executable, "-c", script, str(run), str(pairs), "100000"], env=env)
-    deadline = time.time() + 120
+    deadline = time.time() + 300
     while time.time() < deadline and not (run / "metrics.jsonl").exists():
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)

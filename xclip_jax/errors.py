@@ -7,6 +7,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, NoReturn
 
+# Exit statuses after which the same command goes on with the run: of one that was asked to stop (EX_TEMPFAIL of
+# sysexits.h), and of one that hung or lost a process (the first number that sysexits.h leaves free).
+EXIT_RESUMABLE = 75
+EXIT_RESTART = 79
+
 
 class UserError(ValueError):
     """Bad input. The message names the file, key or value that is wrong and what to do about it."""

@@ -22,7 +22,7 @@ _PROCESS = flags.DEFINE_integer("process", -1, "Which of them this one is, from 
 def main(_: list[str]) -> None:
     """Run the trainer."""
     logging.set_verbosity(logging.ERROR)
-    with exit_with_message():
+    with processes.exits(), exit_with_message():
         processes.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         trainer.run(flags.FLAGS.config, [report.callback()])
 

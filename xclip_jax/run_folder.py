@@ -6,6 +6,7 @@ tokenizer.json  the tokenizer, where data.tokenizer is a file
 metrics.jsonl   {"step", metric: value} a line; lines of training steps have a "loss", those of evaluations do not
 results.json    {"results", "config", "environment", "seconds"} of the last evaluation
 evaluation.json of `xclip_jax.evaluate`, see `evaluators.results`
+stacks-N.txt    stacks of all threads of process N, where it hung and was ended
 checkpoints/, bad_samples.jsonl, tensorboard/, report.html, picture.png
 """
 
@@ -34,6 +35,10 @@ class RunFolder:
         self.picture_file = self.path / "picture.png"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
+
+    def stacks_file(self, process: int) -> epath.Path:
+        """Where a process that hung leaves the stacks of its threads."""
+        return self.path / f"stacks-{process}.txt"
 
     def is_run(self) -> bool:
         """Whether this is a run's folder. transformers too calls its file config.json; it has other keys."""

@@ -54,6 +54,8 @@ class LogConfig:
 
     every: int = key(20, "steps between two lines of metrics; 0 for the first and last alone", at_least(0))
     collapse_warmup_steps: int = key(500, "step from which on a collapse or a plateau is warned of", at_least(0))
+    stall_warning: float = key(60.0, "seconds without progress after which the phase is named; 0 never", at_least(0))
+    stall_limit: float = key(1800.0, "seconds without progress after which the run ends; 0 never", at_least(0))
 
 
 @dataclasses.dataclass(frozen=True)

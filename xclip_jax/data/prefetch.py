@@ -1,11 +1,16 @@
 """Prefetching in threads, so that devices need not wait for a disk or a decoder."""
 
 import concurrent.futures
+import contextlib
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from xclip_jax.errors import UserError
+
+T = TypeVar("T")
 
 
 class ThreadPrefetcher(Sequence):
@@ -48,4 +53,47 @@ class ThreadPrefetcher(Sequence):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        # Without waiting: one that reads may never end, and an interrupt would wait for it.
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def patient(elements: Iterator[T], check: Callable[[], None], seconds: float = 0.2) -> Iterator[T]:
+    """Yield `elements`, each requested in a thread of its own, and call `check` every `seconds` while they do not come.
+
+    `check` may raise: the thread that waits is then left behind. Otherwise `elements` are closed at the end.
+    """
+    requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def read() -> None:
+        while requests.get():
+            try:
+                results.put((next(elements), None))
+            except BaseException as error:
+                results.put((None, error))
+                break
+        with contextlib.suppress(Exception):
+            getattr(elements, "close", lambda: None)()
+
+    reader = threading.Thread(target=read, daemon=True, name="batches")
+    reader.start()
+    waiting = False
+    try:
+        while True:
+            requests.put(True)
+            waiting = True
+            while waiting:
+                try:
+                    element, error = results.get(timeout=seconds)
+                    waiting = False
+                except queue.Empty:
+                    check()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield element
+    finally:
+        requests.put(False)
+        if not waiting:
+            reader.join()

@@ -20,6 +20,8 @@ from xclip_jax.errors import UserError
 _ALIGN = 4096
 _FREE, _IN_USE = 0, 1
 
+_pools: "weakref.WeakSet[SharedBatchPool]" = weakref.WeakSet()
+
 Spec = Mapping[str, tuple[tuple[int, ...], Any]]
 
 
@@ -65,6 +67,7 @@ class SharedBatchPool:
             self._paths.append(path)
         self._maps: dict[int, mmap.mmap] = {worker: self._map(worker) for worker in range(workers)}
         self._remove = [weakref.finalize(self, pathlib.Path(path).unlink, missing_ok=True) for path in self._paths]
+        _pools.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the memory: a worker maps its own part."""
@@ -107,3 +110,14 @@ class SharedBatchPool:
 
     def _free(self, worker: int, slot: int) -> None:
         self._maps[worker][slot * self._size] = _FREE
+
+    def unlink(self) -> None:
+        """Remove the names of the memory, which is free when the last process that uses it ends."""
+        for remove in self._remove:
+            remove()
+
+
+def unlink_all() -> None:
+    """Remove the names of all pools: for a process that ends without its finalizers."""
+    for pool in list(_pools):
+        pool.unlink()

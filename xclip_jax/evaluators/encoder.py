@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from xclip_jax import heartbeat
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.transforms import normalize
 from xclip_jax.errors import BadSample, UserError, describe
@@ -169,6 +170,7 @@ class Encoder:
         pending: tuple[dict[str, jax.Array], int] = {}, 0
         start = 0
         while start < max(len(items), 1):
+            heartbeat.beat()
             size = self._size(len(items) - start)
             out = encode(variables, *self._place(items, start, size, shape, dtype))
             # One batch behind: the device works while the host fetches and loads.

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xclip_jax import heartbeat
 from xclip_jax.errors import UserError
 
 HISTORY = 10
@@ -140,6 +141,7 @@ def _solve(
     }
     alive, out = np.arange(count), (np.zeros((d, count, classes), np.float32), np.zeros(count), np.zeros(count, int))
     for _ in range(0, iterations, _ROUND):
+        heartbeat.beat(alike=False)  # rounding decides how many there are
         state = _iterate(x, y, back, problem, state, iterations, tolerance)
         done = np.asarray(state["done"])
         keep = np.flatnonzero(~done)

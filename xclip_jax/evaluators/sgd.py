@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xclip_jax import heartbeat
+
 EPOCHS, BATCH, MOMENTUM = 90, 1024, 0.9
 LR = 0.1 * (128 // 8) / 256
 STD = 0.01
@@ -62,6 +64,7 @@ def fit(
     head = jax.tree.map(jnp.asarray, initial(x.shape[1], classes, seed))
     state = (head, jax.tree.map(jnp.zeros_like, head))
     for epoch in range(epochs):
+        heartbeat.beat()
         # Features of one view are the same array in each epoch, and are copied to the device once.
         if epoch and (following := features(epoch)) is not current:
             current, x = following, jnp.asarray(following, jnp.float32)

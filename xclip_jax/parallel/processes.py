@@ -1,8 +1,25 @@
 """Several processes as one run: one for each host, with the host's devices."""
 
-import jax
+import contextlib
+import faulthandler
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from xclip_jax.errors import UserError
+import jax
+from jax._src import distributed
+
+from xclip_jax.errors import EXIT_RESUMABLE, UserError
+from xclip_jax.parallel.peers import HEARTBEAT_SECONDS, Peers
+
+# How long a process that has done its work waits for the others, which may still write a report.
+_SHUTDOWN_SECONDS = 300
+# After the end of its work a process exits within this time, whatever thread hangs.
+_EXIT_SECONDS = 30
+
+_peers: Peers | None = None
 
 
 def join(distributed: bool, coordinator: str = "", processes: int = 0, process: int = -1) -> None:
@@ -24,14 +41,76 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
         )
     if not distributed and not coordinator:
         return
+    limits: dict[str, Any] = {
+        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
+        "shutdown_timeout_seconds": _SHUTDOWN_SECONDS,
+    }
     try:
         if coordinator:
-            jax.distributed.initialize(coordinator, processes, process)
+            jax.distributed.initialize(coordinator, processes, process, **limits)
         else:
-            jax.distributed.initialize()
+            jax.distributed.initialize(**limits)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"this process cannot join the others ({reason}). Where JAX cannot discover them, start each with "
             "--coordinator=HOST:PORT --processes=N --process=I."
         ) from error
+    _watch_others()
+
+
+def _watch_others() -> None:
+    global _peers
+    state = distributed.global_state
+    if state.client is not None and state.num_processes > 1:
+        _peers = Peers(state.client, state.process_id, state.num_processes)
+        if faulthandler.is_enabled():
+            faulthandler.enable(all_threads=False)  # JAX aborts who loses process 0; stacks of all threads are pages
+
+
+def peers() -> Peers | None:
+    """The other processes, or None where this one is alone or was not joined to them by `join`."""
+    return _peers
+
+
+def check_same(facts: Mapping[str, Any], remedy: str) -> None:
+    """Raises `UserError`, which names what differs, unless all processes have the same `facts`, of JSON's types."""
+    if _peers is not None:
+        _peers.check_same(facts, remedy)
+
+
+@contextlib.contextmanager
+def ends_all() -> Iterator[None]:
+    """Context that, where it fails in one of several processes, ends all of them, and says why."""
+    try:
+        yield
+    except SystemExit as stop:
+        if _peers is not None and stop.code not in (None, 0, EXIT_RESUMABLE):
+            _peers.fail(stop)
+        raise
+    except BaseException as error:
+        if _peers is not None and not isinstance(error, GeneratorExit):
+            _peers.fail(error)
+        raise
+
+
+@contextlib.contextmanager
+def exits() -> Iterator[None]:
+    """Context of a whole command: as `ends_all`, and after it the process exits in time, whatever thread hangs."""
+    status = 1
+    try:
+        with ends_all():
+            yield
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        raise
+    finally:
+        limit = _EXIT_SECONDS + (_SHUTDOWN_SECONDS if _peers is not None else 0)
+        threading.Thread(target=_exit_after, args=(limit, status), daemon=True).start()
+
+
+def _exit_after(seconds: float, status: int) -> None:
+    # Python waits at its exit for threads that read, for ever where a disk does not answer.
+    time.sleep(seconds)
+    os._exit(status)

@@ -1,59 +1,113 @@
 """The training loop: batches, steps, checkpoints and evaluations on the way."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from xclip_jax import heartbeat
 from xclip_jax.console import log0
 from xclip_jax.data import loader
 from xclip_jax.data.ledger import Ledger
+from xclip_jax.data.prefetch import patient
 from xclip_jax.evaluators import registry, summary
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.result import Result
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.interrupt import PreemptionHandler
+from xclip_jax.train.interrupt import Interrupted, PreemptionHandler
 from xclip_jax.train.job import Job
 from xclip_jax.train.log import MetricLogger, is_due
 from xclip_jax.train.state import TrainState
+from xclip_jax.train.watchdog import CHECKPOINT, COMPILATION, DATA, EVALUATION, STEP, Watchdog
 
 
 def train(
-    job: Job, state: TrainState, log: MetricLogger, checkpointer: Checkpointer, preemption: PreemptionHandler
+    job: Job, state: TrainState, log: MetricLogger, checkpointer: Checkpointer, watch: Watchdog, stop: PreemptionHandler
 ) -> tuple[TrainState, bool]:
     """Train `state` to the end of the run, or to an interrupt.
 
     Returns:
-      The state, and whether the run was interrupted.
+      The state, and whether the run was interrupted. Its last step is saved then, and so it is where data fail.
     """
-    config, experiment, ledger = job.config, job.experiment, log.ledger
-    start, b = int(state.step), experiment.data.batch
-    batches = _batches(job, start, ledger)
-    # A run that stopped between a checkpoint and the evaluation of the same step makes that evaluation now.
-    if _evaluates(job, start) and not log.has_evaluation(start):
-        _evaluate(job, start, state, log)
-    step, stopped = start, False
-    for step, batch in enumerate(log.stalls(batches), start + 1):
-        # Steps are dispatched without waiting: this batch travels to the devices while they compute the last step.
-        state, metrics = experiment.compiled(state, loader.to_global(batch, experiment.mesh))
-        log.log_step(step, metrics)
-        stopped = preemption.requested(step)
-        if is_due(config.checkpoint.every, step) or step == config.steps or stopped:
-            log.flush()  # raises before a state that is not finite is saved
-            position = {"samples": step * b, "batch": b, "seed": config.seed, "counters": ledger.counters}
-            checkpointer.save(state, position)
-        if stopped:
-            break
-        if _evaluates(job, step):
-            _evaluate(job, step, state, log)
-    log.flush()
-    return state, stopped
+    config, experiment, start = job.config, job.experiment, int(state.step)
+    step = start
+    # Closed when all is saved: readers may take their time to end.
+    batches = log.stalls(_watched(_batches(job, start, log.ledger), job, watch, stop))
+
+    def save() -> None:
+        watch.enter(CHECKPOINT)
+        log.flush()  # raises before a state that is not finite is saved
+        b = experiment.data.batch
+        position = {"samples": step * b, "batch": b, "seed": config.seed, "counters": log.ledger.counters}
+        checkpointer.save(state, position)
+
+    try:
+        stop.check()
+        # A run that stopped between a checkpoint and the evaluation of the same step makes that evaluation now.
+        if _evaluates(job, start) and not log.has_evaluation(start):
+            _evaluate(job, start, state, log, watch, stop)
+        for batch in batches:
+            watch.enter(STEP if stop.saves else COMPILATION)
+            # Steps are dispatched without waiting: this batch travels to the devices while they compute the last step.
+            state, metrics = experiment.compiled(state, loader.to_global(batch, experiment.mesh))
+            step, stop.saves = step + 1, True
+            log.log_step(step, metrics)
+            stop.check()
+            if is_due(config.checkpoint.every, step) or step == config.steps:
+                save()
+            if _evaluates(job, step):
+                _evaluate(job, step, state, log, watch, stop)
+        log.flush()
+        return state, False
+    except Interrupted:
+        if step > start:
+            save()
+        return state, True
+    except Exception as error:
+        # Of several processes none can save without the others; and what fails elsewhere may leave no state.
+        if watch.phase == DATA and step > start and jax.process_count() == 1:
+            save()
+            error.add_note(f"the state of step {step} is saved")
+        raise
+    finally:
+        watch.enter(CHECKPOINT)  # what is being saved is awaited when the checkpointer is closed
+
+
+def _watched(
+    batches: Iterator[dict[str, np.ndarray]], job: Job, watch: Watchdog, stop: PreemptionHandler
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the batches; an interrupt need not wait for one, and the watchdog knows where they come from."""
+    sources = f" from {', '.join(job.config.data.sources)}"
+    watch.enter(DATA, sources)
+    for batch in patient(batches, stop.check_alone):
+        yield batch
+        watch.enter(DATA, sources)
 
 
 def run_evaluators(evaluators: Sequence[Evaluator], variables: Mapping[str, Any]) -> list[Result]:
     """Return the results of all evaluators; an exception names the evaluator that raised it."""
-    return [result for evaluator in evaluators for result in registry.measure(evaluator, variables)]
+    results: list[Result] = []
+    for evaluator in evaluators:
+        heartbeat.beat()
+        results += registry.measure(evaluator, variables)
+    return results
+
+
+@contextlib.contextmanager
+def evaluating(watch: Watchdog, stop: PreemptionHandler) -> Iterator[None]:
+    """Context of evaluators, which an interrupt leaves between two batches; a signal to a single process at once."""
+
+    def observe(alike: bool) -> None:
+        watch.beat()
+        if alike:
+            stop.check()
+
+    watch.enter(EVALUATION)
+    with heartbeat.observed(observe), stop.interruptible():
+        yield
 
 
 def _batches(job: Job, start: int, ledger: Ledger) -> Iterator[dict[str, np.ndarray]]:
@@ -82,11 +136,14 @@ def _evaluates(job: Job, step: int) -> bool:
     return bool(job.during) and is_due(job.config.eval.every, step) and 0 < step < job.config.steps
 
 
-def _evaluate(job: Job, step: int, state: TrainState, log: MetricLogger) -> None:
+def _evaluate(
+    job: Job, step: int, state: TrainState, log: MetricLogger, watch: Watchdog, stop: PreemptionHandler
+) -> None:
     """Evaluate the model on the way, and leave the time that it takes out of the speed."""
     began = time.perf_counter()
     log.flush()
-    results = run_evaluators(job.during, state.variables(ema=job.config.eval.ema))
+    with evaluating(watch, stop):
+        results = run_evaluators(job.during, state.variables(ema=job.config.eval.ema))
     log.write_results(step, results)
     log.end_evaluation(step, results)
     log0(f"step {step}: {summary.headlines(results)}")

@@ -10,17 +10,20 @@ import ml_collections
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.console import log0
 from xclip_jax.data.ledger import Ledger
-from xclip_jax.errors import UserError, describe
+from xclip_jax.errors import EXIT_RESUMABLE, UserError, describe
 from xclip_jax.evaluators import summary
 from xclip_jax.evaluators.result import Result, flat, to_json
+from xclip_jax.parallel import processes
+from xclip_jax.train import same_run
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.interrupt import EXIT_RESUMABLE, PreemptionHandler
+from xclip_jax.train.interrupt import Interrupted, PreemptionHandler
 from xclip_jax.train.job import Job, prepare
 from xclip_jax.train.log import MetricLogger
-from xclip_jax.train.loop import run_evaluators, train
+from xclip_jax.train.loop import evaluating, run_evaluators, train
 from xclip_jax.train.run_folder import TrainingFolder
 from xclip_jax.train.state import TrainState, create
+from xclip_jax.train.watchdog import Watchdog
 from xclip_jax.train.weights import init_from_weights
 
 
@@ -45,20 +48,33 @@ def run(config: ml_collections.ConfigDict | Config, callbacks: Sequence[Callback
     if (results := folder.completed(config)) is not None:
         log0(f"{folder.path} is complete at step {config.steps}; to train again, use a different --config.run")
         return results
-    with PreemptionHandler() as preemption:
+    limits = {"warning": config.log.stall_warning, "limit": config.log.stall_limit}
+    with PreemptionHandler() as stop:
+        same_run.check_config(config)
         job = prepare(config, folder)
-        with folder.claimed(config, job.fingerprints):
-            with Checkpointer(folder.path, keep=config.checkpoint.keep) as checkpointer:
-                state, log, stopped = _train(job, checkpointer, preemption, callbacks)
-            if stopped:
-                log.close()
-                log0(f"stopped at step {int(state.step)} of {config.steps}; run the same command to resume")
-                raise SystemExit(EXIT_RESUMABLE)
-            return _finish(job, state, log, callbacks)
+        same_run.check_data(job)
+        with folder.claimed(config, job.fingerprints), Watchdog(folder, stop, **limits) as watch:
+            # A process that fails ends before its checkpointer is closed, which would wait for the others.
+            with Checkpointer(folder.path, keep=config.checkpoint.keep) as checkpointer, processes.ends_all():
+                state, log, stopped = _train(job, checkpointer, watch, stop, callbacks)
+            stop.saves = False
+            if not stopped:
+                try:
+                    return _finish(job, state, log, watch, stop, callbacks)
+                except Interrupted:
+                    log0("the last evaluation was left")
+            watch.enter("")
+            log.close()
+            log0(f"stopped at step {int(state.step)} of {config.steps}; run the same command to resume")
+            raise SystemExit(EXIT_RESUMABLE)
 
 
 def _train(
-    job: Job, checkpointer: Checkpointer, preemption: PreemptionHandler, callbacks: Sequence[Callback]
+    job: Job,
+    checkpointer: Checkpointer,
+    watch: Watchdog,
+    stop: PreemptionHandler,
+    callbacks: Sequence[Callback],
 ) -> tuple[TrainState, MetricLogger, bool]:
     """Make or restore the state and train it. Returns it, the log, and whether the run was interrupted."""
     config, experiment = job.config, job.experiment
@@ -83,13 +99,18 @@ def _train(
         counters=position.get("counters"),
     )
     log = MetricLogger(job, int(state.step), ledger, callbacks)
-    preemption.saves = True
-    state, stopped = train(job, state, log, checkpointer, preemption)
-    preemption.saves = False
+    state, stopped = train(job, state, log, checkpointer, watch, stop)
     return state, log, stopped
 
 
-def _finish(job: Job, state: TrainState, log: MetricLogger, callbacks: Sequence[Callback]) -> dict[str, float]:
+def _finish(
+    job: Job,
+    state: TrainState,
+    log: MetricLogger,
+    watch: Watchdog,
+    stop: PreemptionHandler,
+    callbacks: Sequence[Callback],
+) -> dict[str, float]:
     """Make the last evaluation: results.json, the table, and the callbacks."""
     config, began = job.config, time.perf_counter()
     variables, step = state.variables(ema=config.eval.ema), int(state.step)
@@ -97,7 +118,8 @@ def _finish(job: Job, state: TrainState, log: MetricLogger, callbacks: Sequence[
     failed = {}
     for evaluator in job.final:
         try:
-            values = run_evaluators([evaluator], variables)
+            with evaluating(watch, stop):
+                values = run_evaluators([evaluator], variables)
         except Exception as error:
             if jax.process_count() > 1:
                 raise  # the others would wait for this process in the next set
@@ -106,6 +128,7 @@ def _finish(job: Job, state: TrainState, log: MetricLogger, callbacks: Sequence[
         else:
             results += values
             log.write_results(step, values)
+    watch.enter("")
     log.close()
     if jax.process_index() == 0:
         details = {"records": to_json(results)} | ({"failed": failed} if failed else {})

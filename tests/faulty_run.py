@@ -1,0 +1,98 @@
+"""A run, alone or as one of several processes, that meets a fault of its own making at a step.
+
+python -m tests.faulty_run RUN PAIRS FAULT STEP PROCESS [KEY=VALUE ...] [-- COORDINATOR PROCESSES PROCESS]
+"""
+
+import ast
+import os
+import signal
+import sys
+import time
+
+import jax
+
+from tests import tiny
+from xclip_jax import heartbeat
+from xclip_jax.data import loader
+from xclip_jax.errors import exit_with_message
+from xclip_jax.evaluators import registry
+from xclip_jax.parallel import processes
+from xclip_jax.train import trainer, watchdog
+
+
+def fail():
+    raise ValueError("disk on fire")
+
+
+def hang_after_sigterm():
+    signal.raise_signal(signal.SIGTERM)
+    time.sleep(1000)
+
+
+FAULTS = {
+    "none": lambda: None,
+    "raise": fail,
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "sigint": lambda: signal.raise_signal(signal.SIGINT),
+    "sigterm": lambda: signal.raise_signal(signal.SIGTERM),
+    "hang in data": lambda: None,
+    "hang after sigterm": hang_after_sigterm,
+    "sigint in evaluation": lambda: None,
+}
+
+
+class LongSet:
+    """A set of very many batches, each of which takes a moment."""
+
+    def __init__(self, name, fault):
+        self.name, self.encoder, self._fault = name, type("Encoder", (), {"unreadable": {}}), fault
+
+    def measure(self, variables):
+        for number in range(1000):
+            if number == 3:
+                self._fault()
+            heartbeat.beat()
+            time.sleep(0.05)
+        return []
+
+
+def main(run, pairs, fault, step, process, *rest):
+    changes = dict(pair.split("=", 1) for pair in rest[: rest.index("--")] if "=" in pair)
+    others = rest[rest.index("--") + 1 :]
+    with processes.exits(), exit_with_message():
+        if others:
+            processes.join(False, others[0], int(others[1]), int(others[2]))
+        meets = jax.process_index() == int(process)
+        watchdog.STOP_SECONDS = 5.0
+        place, steps = loader.to_global, []
+
+        def to_global(batch, mesh):
+            steps.append(batch)
+            if len(steps) == int(step) and meets:
+                FAULTS[fault]()
+            time.sleep(0.02)
+            return place(batch, mesh)
+
+        def slow(*args, **options):
+            for number, batch in enumerate(read(*args, **options), 1):
+                if number == int(step) and meets and fault == "hang in data":
+                    time.sleep(1000)
+                yield batch
+
+        read, loader.to_global = loader.batches, to_global
+        loader.batches = slow
+        registry.open_all = lambda specs, *_: [
+            LongSet(spec, FAULTS["sigint"] if meets and "evaluation" in fault else FAULTS["none"]) for spec in specs
+        ]
+        given = {key: ast.literal_eval(value) for key, value in changes.items()}
+        defaults = {
+            "data__sources": (f"folder:{pairs}",),
+            "checkpoint__every": 10_000,
+            "data__batch": 8,
+            "steps": 10_000,
+        }
+        trainer.run(tiny.config("clip", run=run, **defaults | given))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

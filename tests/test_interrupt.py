@@ -1,0 +1,234 @@
+"""Signals, data that do not come or fail, and the watchdog, in runs of one process."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from tests import tiny
+from xclip_jax import heartbeat
+from xclip_jax.data import loader, workers
+from xclip_jax.data.prefetch import patient
+from xclip_jax.errors import EXIT_RESTART, EXIT_RESUMABLE, UserError, describe
+from xclip_jax.evaluators import registry
+from xclip_jax.run_folder import RunFolder
+from xclip_jax.train import interrupt, loop, trainer, watchdog
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return tiny.folder(tmp_path_factory.mktemp("pairs"))
+
+
+def config(pairs, run, **changes):
+    defaults = {"data__sources": (f"folder:{pairs}",), "checkpoint__every": 1000, "steps": 4, "data__batch": 8}
+    return tiny.config("clip", run=run, **defaults | changes)
+
+
+class Set:
+    """A set that is measured in two batches, and asks for a stop before the first where `stops`."""
+
+    def __init__(self, name):
+        self.name, self.encoder = name, type("Encoder", (), {"unreadable": {}})
+        self.stops, self.batches = False, 0
+
+    def measure(self, variables):
+        for _ in range(2):
+            heartbeat.beat()
+            self.batches += 1
+            if self.stops:
+                signal.raise_signal(signal.SIGTERM)
+        return []
+
+
+def test_a_signal_in_an_evaluation_saves_the_last_step_and_the_evaluation_is_made_later(pairs, tmp_path, monkeypatch):
+    sets = {name: Set(name) for name in "ab"}
+    monkeypatch.setattr(registry, "open_all", lambda specs, *_: [sets[spec] for spec in specs])
+    c = config(pairs, tmp_path / "run", eval__sets=("a", "b"), eval__every=3)
+    sets["a"].stops = True
+    with pytest.raises(SystemExit) as stopped:
+        trainer.run(c)
+    assert stopped.value.code == EXIT_RESUMABLE
+    assert RunFolder(c.run).latest_step() == 3
+    assert (sets["a"].batches, sets["b"].batches) == (1, 0)
+    with pytest.raises(SystemExit) as stopped:  # in the evaluation of step 3, which is made first
+        trainer.run(c)
+    assert (sets["a"].batches, sets["b"].batches) == (2, 0)
+    sets["a"].stops = False
+    trainer.run(c)
+    assert (sets["a"].batches, sets["b"].batches) == (6, 4)  # of step 3 and at the end
+
+
+def test_several_processes_leave_an_evaluation_between_batches():
+    handler, watch = interrupt.PreemptionHandler(), type("Watch", (), {"enter": print, "beat": lambda self: None})()
+    reached = []
+    with pytest.raises(interrupt.Interrupted), loop.evaluating(watch, handler):
+        heartbeat.beat()
+        handler.noticed = True
+        heartbeat.beat(alike=False)  # a place that others may not reach
+        reached.append(True)
+        heartbeat.beat()
+    assert reached
+    heartbeat.beat()  # outside, nobody listens
+
+
+@pytest.fixture
+def feed(monkeypatch):
+    """Replaces what follows the second batch of a run."""
+    read, finished = loader.batches, threading.Event()
+
+    def replace(end):
+        def batches(*args, **options):
+            for number, batch in enumerate(read(*args, **options), 1):
+                yield batch
+                if number == 2:
+                    end(finished)
+
+        monkeypatch.setattr(loader, "batches", batches)
+
+    yield replace
+    finished.set()
+
+
+def test_a_signal_saves_the_last_step_while_data_do_not_come(pairs, tmp_path, feed):
+    def end(finished):
+        os.kill(os.getpid(), signal.SIGTERM)
+        finished.wait(100)
+
+    feed(end)
+    c = config(pairs, tmp_path / "run")
+    with pytest.raises(SystemExit) as stopped:
+        trainer.run(c)
+    assert stopped.value.code == EXIT_RESUMABLE
+    assert RunFolder(c.run).latest_step() == 2
+
+
+def test_data_that_fail_do_not_cost_the_steps_before(pairs, tmp_path, feed):
+    def end(_):
+        raise UserError("the disk is gone")
+
+    feed(end)
+    c = config(pairs, tmp_path / "run")
+    with pytest.raises(UserError, match="the disk is gone") as raised:
+        trainer.run(c)
+    assert describe(raised.value).endswith("the state of step 2 is saved")
+    assert RunFolder(c.run).latest_step() == 2
+
+
+def test_patient_yields_all_and_closes_what_it_reads():
+    closed = []
+
+    def elements():
+        try:
+            yield from range(5)
+        finally:
+            closed.append(True)
+
+    assert list(patient(elements(), lambda: None)) == list(range(5))
+    for element in patient(elements(), lambda: None):
+        if element == 2:
+            break
+    assert closed == [True, True]
+
+
+def test_a_killed_worker_is_one_sentence():
+    def read():
+        yield 1
+        raise RuntimeError("Worker process was terminated unexpectedly with exit code -9. Search the logs")
+
+    elements = workers.shielded(read())
+    assert next(elements) == 1
+    with pytest.raises(UserError, match=r"by signal SIGKILL, most often too little memory; lower data\.workers"):
+        next(elements)
+
+
+@pytest.fixture
+def watch(tmp_path, monkeypatch):
+    """Starts a watchdog, and returns it with the statuses with which it ends the process."""
+    statuses, running = [], []
+
+    def end(status):
+        statuses.append(status)
+        raise SystemExit  # of the thread
+
+    monkeypatch.setattr(watchdog, "exit_now", end)
+    monkeypatch.setattr(watchdog, "_POLL_SECONDS", 0.05)
+
+    def start(warning=0.0, limit=0.0):
+        handler = interrupt.PreemptionHandler().__enter__()
+        handler.saves = True
+        dog = watchdog.Watchdog(RunFolder(tmp_path), handler, warning=warning, limit=limit).__enter__()
+        running.extend([handler, dog])
+        return dog, statuses
+
+    yield start
+    for context in reversed(running):
+        context.__exit__()
+
+
+def wait(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert condition()
+
+
+def test_the_watchdog_names_the_phase_and_ends_the_process(watch, tmp_path, capfd):
+    dog, statuses = watch(warning=0.2, limit=0.6)
+    time.sleep(0.8)  # no phase: as long as it likes
+    dog.enter(watchdog.DATA, " from folder:/a")
+    wait(lambda: statuses)
+    assert statuses == [EXIT_RESTART]
+    out, err = capfd.readouterr()
+    assert out.count("WARNING: no progress: waiting for data from folder:/a (0 s); the run ends after 1 s") == 1
+    assert "error: no progress: waiting for data from folder:/a (1 s)" in err
+    assert "test_the_watchdog_names_the_phase" in err  # the stacks
+    assert "test_the_watchdog_names_the_phase" in (tmp_path / "stacks-0.txt").read_text()
+
+
+def test_progress_keeps_the_watchdog_quiet(watch, capfd):
+    dog, statuses = watch(warning=1.0, limit=2.0)
+    dog.enter(watchdog.EVALUATION)
+    for _ in range(50):
+        time.sleep(0.05)
+        dog.beat()
+    assert not statuses and "WARNING" not in capfd.readouterr().out
+
+
+def test_what_hangs_after_a_signal_is_ended(watch, monkeypatch, capfd):
+    monkeypatch.setattr(watchdog, "STOP_SECONDS", 0.3)
+    dog, statuses = watch()
+    dog.enter(watchdog.STEP)
+    time.sleep(0.5)
+    assert not statuses
+    signal.raise_signal(signal.SIGTERM)
+    wait(lambda: statuses)
+    assert statuses == [EXIT_RESUMABLE]
+    assert "error: asked to stop, and in a step (" in capfd.readouterr().err
+
+
+# The main thread is in C code, and the signal reaches another one, as it may in a compilation.
+COMPILES = """
+import ctypes, signal, sys
+from xclip_jax.run_folder import RunFolder
+from xclip_jax.train import interrupt, watchdog
+with interrupt.PreemptionHandler() as stop, watchdog.Watchdog(RunFolder(sys.argv[1]), stop, warning=0, limit=0) as dog:
+    dog.enter(watchdog.COMPILATION)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    print("compiling", flush=True)
+    ctypes.CDLL(None).sleep(1000)
+"""
+
+
+def test_a_signal_ends_a_compilation(tmp_path):
+    command = [sys.executable, "-c", COMPILES, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "compiling\n"
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == EXIT_RESUMABLE, err
+    assert "stopping in the compilation: nothing is trained yet" in err

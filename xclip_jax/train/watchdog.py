@@ -1,0 +1,161 @@
+"""Watchdog: a thread that names the phase in which a run hangs, and ends a process that hangs for too long.
+
+It hears signals too while the main thread is in C code, where Python's handlers wait: a compiler, a collective.
+"""
+
+import contextlib
+import faulthandler
+import os
+import select
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+
+import jax
+
+from xclip_jax.data import shared_memory
+from xclip_jax.errors import EXIT_RESTART, EXIT_RESUMABLE
+from xclip_jax.parallel import processes
+from xclip_jax.parallel.peers import exit_now
+from xclip_jax.run_folder import RunFolder
+from xclip_jax.train.interrupt import SIGNALS, PreemptionHandler
+
+DATA, COMPILATION, STEP = "waiting for data", "the first step, which compiles", "a step"
+CHECKPOINT, EVALUATION = "a checkpoint", "an evaluation"
+# After a signal the main thread stops at its next mark; where that does not come in this time, it never may. A save may
+# take as long as it takes without a signal.
+STOP_SECONDS = 60.0
+_POLL_SECONDS = 0.5
+_MOMENT = 2.0  # in which Python's handler runs, where the main thread is not in C code
+
+
+class Watchdog:
+    """Watches a run, in a context; outside of phases it does nothing.
+
+    A process that hangs writes the stacks of its threads to standard error and to the run's folder, and exits with
+    `EXIT_RESTART`. One that was asked to stop and hangs exits with `EXIT_RESUMABLE`: it goes on at its last checkpoint.
+
+    Attributes:
+      phase: the one that was entered last.
+    """
+
+    def __init__(self, folder: RunFolder, preemption: PreemptionHandler, *, warning: float, limit: float) -> None:
+        """Make a watchdog that is not watching yet.
+
+        Args:
+          folder: the run's.
+          preemption: handles the signals.
+          warning: seconds without progress after which the phase is named; 0 for never.
+          limit: seconds without progress after which the process ends; 0 for never.
+        """
+        self._folder, self._preemption, self._warning, self._limit = folder, preemption, warning, limit
+        self.phase, self._detail, self._since, self._warned_of = "", "", time.monotonic(), 0.0
+        self._asked_at, self._asked = 0.0, 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+
+    def __enter__(self) -> "Watchdog":
+        self._read_end, self._write_end = socket.socketpair()
+        for end in (self._read_end, self._write_end):
+            end.setblocking(False)
+        self._previous = signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
+        if (peers := processes.peers()) is not None:
+            peers.status = self.status
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._previous)
+        if (peers := processes.peers()) is not None:
+            peers.status = lambda: ""
+        self._stop.set()
+        self._thread.join()
+        self._read_end.close()
+        self._write_end.close()
+
+    def enter(self, phase: str, detail: str = "") -> None:
+        """Begin a phase, which is progress; "" for one that may take as long as it likes."""
+        self.phase, self._detail, self._since = phase, detail, time.monotonic()
+
+    def beat(self) -> None:
+        """Mark progress within the phase."""
+        self._since = time.monotonic()
+
+    def status(self) -> str:
+        """What this process is doing, and for how long: "a step (3 s)"."""
+        return f"{self.phase}{self._detail} ({time.monotonic() - self._since:.0f} s)" if self.phase else ""
+
+    def _watch(self) -> None:
+        last = time.monotonic()
+        while not self._stop.is_set():
+            if select.select([self._read_end], [], [], _POLL_SECONDS)[0]:
+                self._hear()
+            now = time.monotonic()
+            if now - last > 10 * _POLL_SECONDS:  # the whole process was suspended
+                self._since += now - last
+            last = now
+            if self._asked:
+                self._check_signal(now)
+            if self.phase:
+                self._check_progress(now)
+
+    def _hear(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            count = sum(number in SIGNALS for number in self._read_end.recv(64))
+            if count and not self._asked:
+                self._asked_at = time.monotonic()
+            self._asked += count
+
+    def _check_signal(self, now: float) -> None:
+        if self._asked > 1 and now - self._asked_at > _MOMENT and not self._preemption.noticed:
+            self._end("asked to stop twice", EXIT_RESUMABLE, stacks=False)
+        alone = jax.process_count() == 1
+        if alone and self.phase == COMPILATION and now - self._asked_at > _MOMENT:
+            self._end("stopping in the compilation: nothing is trained yet", EXIT_RESUMABLE, stacks=False)
+        if self.phase not in ("", CHECKPOINT) and now - max(self._asked_at, self._since) > STOP_SECONDS:
+            self._end(f"asked to stop, and in {self.status()}; the run goes on at its last checkpoint", EXIT_RESUMABLE)
+
+    def _check_progress(self, now: float) -> None:
+        phase, since = self.phase, self._since
+        if self._limit and now - since > self._limit:
+            self._end(f"no progress: {self.status()}{self._others()}", EXIT_RESTART)
+        if self._warning and now - since > self._warning and self._warned_of != since and phase != COMPILATION:
+            self._warned_of = since
+            limit = f"; the run ends after {self._limit:.0f} s (log.stall_limit)" if self._limit else ""
+            print(f"WARNING: {self._who()}no progress: {self.status()}{self._others()}{limit}", flush=True)
+
+    def _others(self) -> str:
+        if (peers := processes.peers()) is None:
+            return ""
+        with contextlib.suppress(Exception):  # process 0 may be gone
+            return f"; {others}" if (others := peers.waiting()) else ""
+        return ""
+
+    def _who(self) -> str:
+        return f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+
+    def _end(self, sentence: str, status: int, *, stacks: bool = True) -> None:
+        where = self._dump_stacks() if stacks else ""
+        advice = "run the same command to resume"
+        print(f"error: {self._who()}{sentence}{where}; {advice}", file=sys.stderr, flush=True)
+        shared_memory.unlink_all()
+        if (peers := processes.peers()) is not None:
+            peers.leave(sentence, status)
+        exit_now(status)
+
+    def _dump_stacks(self) -> str:
+        """Write the stacks of all threads to standard error and to the run's folder, and return where they are."""
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            text = file.read()
+        os.write(2, text.encode())
+        path = self._folder.stacks_file(jax.process_index())
+        # In a thread: what hangs may be the run's own disk.
+        writer = threading.Thread(target=lambda: path.write_text(text), daemon=True)
+        writer.start()
+        writer.join(10)
+        return f" (stacks of all threads: {path})"
