@@ -252,31 +252,35 @@ def regions(picture: np.ndarray) -> np.ndarray:
     return np.select([drawn, outside], [1, 0], 2).astype(np.uint8)
 
 
-def _dense(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -> DenseSet:
-    """Drawings and their regions; what is learned from, what chooses C and what is tested are of different concepts."""
-    learned, tested = "validation_concepts", f"{part}_concepts"
+def dense_sides(concepts: Sequence[str], part: str) -> list[set[str]]:
+    """Concepts of validation_concepts by hash: those that are fitted, choose C and, in validation, are tested."""
+    order = sorted(set(concepts), key=lambda concept: rank("dense concept", concept))
+    quarters = {"test": ((0, 1, 2), (3,), ()), "validation": ((0,), (2,), (1, 3))}[part]
+    return [{concept for i, concept in enumerate(order) if i % 4 in some} for some in quarters]
 
-    def masked(split: str, number: int, quarters: set[int]) -> tuple[MaskedImages, list[str]]:
-        images, records = _records(split, data_dir)
-        order = sorted({r["concept"] for r in records}, key=lambda concept: rank("dense concept", concept))
-        kept = {concept for i, concept in enumerate(order) if i % 4 in quarters}
-        some = [i for i, record in enumerate(records) if record["concept"] in kept]
+
+def _dense(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -> DenseSet:
+    """Drawings and their regions; what is fitted, what chooses C and what is tested are of different concepts."""
+    learned, tested = (_records(f"{of}_concepts", data_dir) for of in ("validation", part))
+    sides = dense_sides([record["concept"] for record in learned[1]], part)
+    if part == "test":
+        sides[2] = {record["concept"] for record in tested[1]}
+    parts, ids = [], []
+    for (images, records), number, side in zip((learned, learned, tested), DENSE_DRAWINGS, sides, strict=True):
+        some = [i for i, record in enumerate(records) if record["concept"] in side]
         some = sorted(some, key=lambda i: rank("dense drawing", records[i]["id"]))[:number]
         pngs = [images[i] for i in some]
         groups = np.unique([records[i]["concept"] for i in some], return_inverse=True)[1]
-        return MaskedImages(Pictures(pngs, prepare), Regions(pngs), groups), [records[i]["id"] for i in some]
-
-    sides = {"test": ({0, 1, 2}, {3}, {0, 1, 2, 3}), "validation": ({0}, {2}, {1, 3})}[part]
-    splits, numbers = (learned, learned, tested), DENSE_DRAWINGS
-    parts = [masked(*of) for of in zip(splits, numbers, sides, strict=True)]
+        parts.append(MaskedImages(Pictures(pngs, prepare), Regions(pngs), groups))
+        ids.append([records[i]["id"] for i in some])
     card = _card(
-        tested,
-        *[ids for _, ids in parts],
+        f"{part}_concepts",
+        *ids,
         protocol=f"{dense.PROTOCOL}; outside, drawn, enclosed; intervals by resampling concepts",
         preprocessing=prepare.resizing,
         metric="miou",
     )
-    return DenseSet(name, ("outside", "drawn", "enclosed"), *[images for images, _ in parts], prepare, card)
+    return DenseSet(name, ("outside", "drawn", "enclosed"), *parts, prepare, card)
 
 
 _Maker = Callable[[str, Preprocessing, str | None], Any]
