@@ -229,6 +229,8 @@ class DenseProbe(Evaluator):
                 f"{self.data.name}: masks of training images have the classes {names}, and a probe needs two; check "
                 "that masks hold class numbers."
             )
+        if not self._labels[1].any():
+            raise UserError(f"{self.data.name}: test images have no patch with a class; check their masks.")
         chosen = []
         for side, most in zip((~held, held), MAX_PATCHES, strict=True):
             members = np.flatnonzero((labelled & side[:, None, None]).ravel())
