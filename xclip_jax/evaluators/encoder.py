@@ -60,11 +60,7 @@ class Encoder:
         shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         self.sizes = sorted({math.ceil(size / shards) * shards for size in (batch, *smaller)})
         self.batch = self.sizes[-1]
-        for similarity in similarities:
-            if missing := {f"{similarity.reads}_{modality}" for modality in ("img", "txt")} - {*model.outputs}:
-                raise UserError(
-                    f"similarity {similarity.name!r} reads {min(missing)!r}, which no head of the model writes."
-                )
+        _check_similarities(similarities, model)
         self.similarities = tuple(similarities)
         self._default = ("features", *(similarity.feature for similarity in similarities))
         self.preprocessing, self.image_size = preprocessing, preprocessing.size
@@ -254,6 +250,15 @@ class Encoder:
 
         batch = jax.make_array_from_callback((size, *shape), self._sharding, rows)
         return batch, jax.make_array_from_callback((size,), self._sharding, valid)
+
+
+def _check_similarities(similarities: Sequence[Similarity], model: TwoTowers) -> None:
+    """Raise `UserError` where one reads what no head writes."""
+    for similarity in similarities:
+        if missing := {f"{similarity.reads}_{modality}" for modality in ("img", "txt")} - {*model.outputs}:
+            raise UserError(
+                f"similarity {similarity.name!r} reads {min(missing)!r}, which no head of the model writes."
+            )
 
 
 def _checked(item: np.ndarray, i: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
