@@ -7,7 +7,7 @@ import pytest
 
 from tests.encoding import LENGTH, SIZE, K, build_encoder, make_encoder, small_model, tokenize
 from xclip_jax.data import transforms
-from xclip_jax.errors import UserError
+from xclip_jax.errors import BadSample, UserError
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.objectives.similarity import ClusterSimilarity, CosineSimilarity
 
@@ -133,6 +133,33 @@ def test_a_wrong_image_raises(wrong):
 def test_a_batch_of_nothing_raises(batch, smaller):
     with pytest.raises(UserError, match=r"1 item or more .*got (0|-3)\."):
         build_encoder(small_model()[0], batch=batch, smaller=smaller)
+
+
+def test_patches_come_batch_by_batch_on_any_mesh():
+    model, variables = small_model()
+    images = pictures(21)
+    pixels = transforms.normalize(jnp.stack(images), *transforms.STATISTICS["imagenet"])
+    expected = model.img.patch_features(variables["params"]["img"], pixels, jnp.float32)
+    unreadable = [BadSample("not an image") if i == 17 else image for i, image in enumerate(images)]
+
+    class Some:
+        def __len__(self):
+            return len(unreadable)
+
+        def __getitem__(self, i):
+            if isinstance(unreadable[i], BadSample):
+                raise unreadable[i]
+            return unreadable[i]
+
+    for devices, batch, sizes in ((1, 16, (-1, 1, 1)), (8, 16, (-1, 1, 1)), (8, 5, (2, 2, 2))):
+        encoder = build_encoder(model, devices, batch, sizes)
+        assert encoder.grid == 2
+        starts, parts = zip(*encoder.patches(variables, Some(), first=100), strict=True)
+        assert starts == tuple(range(0, 21, encoder.batch)) and max(map(len, parts)) == encoder.batch
+        h = np.concatenate(parts)
+        assert h.dtype == np.float32 and np.isnan(h[17]).all() and list(encoder.unreadable) == [117]
+        readable = np.arange(21) != 17
+        np.testing.assert_allclose(h[readable], expected[readable], atol=2e-5, rtol=1e-5)
 
 
 def test_features_are_held_once():

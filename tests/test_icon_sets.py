@@ -17,6 +17,7 @@ def load(icon_builder):
         patch.setattr(icon_sets, "MIN_DRAWINGS", 4)
         patch.setattr(icon_sets, "MIN_EACH_SIDE", 2)
         patch.setattr(icon_sets, "SHOTS", (1, 2))
+        patch.setattr(icon_sets, "DENSE_DRAWINGS", (30, 10, 20))
         patch.setattr(icon_sets, "PROBE_CLASSES", {"test": 4, "validation": 4})
         yield lambda name: registry.load(name, PREPARE, data_dir)
 
@@ -68,7 +69,8 @@ def test_a_probe_is_recognised_across_artists(load, icon_builder):
 def test_every_set_has_a_chance_level_a_size_and_provenance(measured):
     hashes = set()
     for name, results in measured.items():
-        shares = [r for r in results if r.unit == "%" and r.metric.rpartition("/")[2] in ("top1", "top5", "r1", "r5")]
+        names = ("top1", "top5", "r1", "r5", "accuracy")
+        shares = [r for r in results if r.unit == "%" and r.metric.rpartition("/")[2] in names]
         shares = [r for r in shares if not r.metric.startswith("chance")]
         assert shares and all(r.n and r.chance is not None for r in shares), name
         assert sum(r.headline for r in results) >= 1
@@ -85,10 +87,48 @@ def test_items_are_resampled_by_concept(measured, load):
     for key in ("top1", "top5", "rank_gmean"):
         np.testing.assert_array_equal(results[key].items.groups, labels)
         assert results[key].value == pytest.approx(results[key].items.value())
-    for name in ("icons/test_probe", "icons/test_retrieval", "icons/test_aliases"):
+    for name in ("icons/test_probe", "icons/test_retrieval", "icons/test_aliases", "icons/test_dense"):
         assert all(r.items.groups is not None for r in measured[name] if r.items is not None)
     low, high = bootstrap(results["top1"].items, results["top1"].items)[1:]
     assert low == high == 0
+
+
+def test_regions_of_a_drawing():
+    """A closed ring, a ring with a gap, ink that touches the border, and a diagonal stroke of a pixel's width."""
+    text = """
+    .......#
+    .###.#.#
+    .#o#.#.#
+    .###.###
+    ........
+    ..#.....
+    .#o#....
+    ..#....#
+    """
+    rows = np.array([list(row) for row in text.split()])
+    picture = np.full((8, 8, 3), 255, np.uint8)
+    picture[rows == "#"] = (255, 255, 240)  # a pale colour is ink
+    np.testing.assert_array_equal(icon_sets.regions(picture), np.select([rows == "#", rows == "."], [1, 0], 2))
+
+
+def test_dense_parts_have_different_concepts(load, icon_builder):
+    for part in ("validation", "test"):
+        data = load(f"icons/{part}_dense")
+        assert [len(side.images) for side in data.parts] == [len(side.masks) for side in data.parts]
+        assert len(data.test.images) == 20 and 0 < len(data.validation.images) <= 10
+        assert data.classes == ("outside", "drawn", "enclosed") and data.card.metric == "miou"
+        masks = [mask.tobytes() for side in data.parts for mask in side.masks]
+        assert len(set(masks)) == len(masks)  # no drawing is in two parts, or twice in one
+        images, drawn = np.stack(list(data.test.images)), np.stack(list(data.test.masks)) == 1
+        assert images.shape == (20, PREPARE.size, PREPARE.size, 3) and drawn.shape == (20, 64, 64)
+        ink = drawn[:, 4::8, 4::8]
+        assert images[ink].mean() < images[~ink].mean()
+    records = icon_sets._records("validation_concepts", str(icon_builder.data_path.parents[1]))[1]
+    for part in ("validation", "test"):
+        sides = icon_sets.dense_sides([record["concept"] for record in records], part)
+        assert not set(sides[0]) & set(sides[1])
+        if part == "validation":
+            assert not (set(sides[0]) | set(sides[1])) & set(sides[2])
 
 
 def test_geometric_mean_rank(load):

@@ -58,6 +58,27 @@ def test_solution_of_standardised_features_equals_sklearns(classes):
     check_against_sklearn((x - mean) / std, y, classes, held)
 
 
+@pytest.mark.parametrize("classes", [2, 4])
+def test_shares_of_classes_are_sklearns_weights(classes):
+    """An item with shares is one item of each class with that weight."""
+    x, _ = features(300, classes)
+    y = np.random.default_rng(0).dirichlet(np.full(classes, 0.5), len(x)).astype(np.float32)
+    solution = logistic.fit(x, y, (1.0,), classes, tolerance=1e-6)
+    peer = LogisticRegression(C=1.0, max_iter=20_000, tol=1e-9)
+    each = np.tile(np.arange(classes), len(x))
+    peer.fit(np.repeat(x, classes, axis=0).astype(np.float64), each, sample_weight=y.ravel())
+    probabilities = scipy.special.softmax(solution.logits(x)[0], axis=1)
+    np.testing.assert_allclose(probabilities, peer.predict_proba(x), atol=2e-3)
+
+
+def test_a_share_of_one_is_a_label():
+    x, y = features(200, 3)
+    hard, soft = (logistic.fit(x, labels, CS, 3) for labels in (y, np.eye(3, dtype=np.float32)[y]))
+    np.testing.assert_allclose(hard.weights, soft.weights, atol=1e-4)
+    with pytest.raises(UserError, match="shares of the classes must sum to 1"):
+        logistic.fit(x, np.full((200, 3), 0.5), CS, 3)
+
+
 def test_two_classes_of_three_have_the_penalty_of_two():
     """scikit-learn counts the classes that occur: so does a fold or part of a set that lacks one."""
     x, y = features(300, 2)

@@ -200,6 +200,31 @@ def test_pools_and_stems(pool, tokens, stem):
     assert np.abs(apply(blind, IMAGE[::-1]) - apply(blind, IMAGE)).max() > 1e-2
 
 
+@pytest.mark.parametrize("pool", POOLS)
+def test_patch_features_are_what_is_pooled(pool):
+    """Unrolled and stacked blocks give the same; their mean is that of "mean", and "map" attends to them."""
+    config = dataclasses.replace(IMG.config, pool=pool)
+    params = random_variables(VisionTransformer(config), IMAGE)["params"]
+    h = jit(lambda params: config.patch_features(params, IMAGE, jnp.float32))(params)
+    chex.assert_shape(h, (3, config.grid, config.grid, 24))
+    scanned = dataclasses.replace(config, scan=True)
+    stacked = in_layout(params, scan=True)
+    np.testing.assert_allclose(scanned.patch_features(stacked, IMAGE, jnp.float32), h, atol=1e-5)
+    features, tokens = VisionTransformer(config).apply({"params": params}, IMAGE), h.reshape(3, -1, 24)
+    if pool == "mean":
+        np.testing.assert_allclose(tokens.mean(axis=1), features, atol=1e-5)
+    if pool == "map":
+        pooled = AttentionPool(config).apply({"params": params["pool_map"]}, tokens)
+        np.testing.assert_allclose(pooled, features, atol=1e-5)
+    if pool == "cls":  # stacked blocks compute every token, of which the tower returns the first
+        tower = VisionTransformer(scanned)
+        _, captured = tower.apply({"params": stacked}, IMAGE, capture_intermediates=True, mutable=["intermediates"])
+        last = captured["intermediates"]["transformer"]["__call__"][0]
+        norm = LayerNorm(config.eps).bind({"params": params["norm_post"]})
+        np.testing.assert_allclose(norm(last[:, 1:]), tokens, atol=1e-5)
+        np.testing.assert_allclose(norm(last[:, 0]), features, atol=1e-5)
+
+
 @pytest.mark.parametrize(("patch", "kernels"), [(12, (4, 3)), (16, (4, 2, 2)), (4, (4,))])
 def test_hierarchical_stem_is_torchs_convolutions(patch, kernels):
     image = np.random.default_rng(0).normal(size=(2, 48, 48, 3)).astype(np.float32)

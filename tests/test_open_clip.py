@@ -50,6 +50,17 @@ def torch_image_features(model, image, pool):
     return visual.ln_post(x).mean(dim=1)
 
 
+def torch_patch_features(model, image, pool):
+    """Tokens of patches of open_clip's image tower; of the pool "mean" as above, where a token is not read."""
+    if pool == "mean":
+        visual, x = model.visual, model.visual.conv1(image).flatten(2).transpose(1, 2)
+        return visual.ln_post(visual.transformer(visual.ln_pre(x + visual.positional_embedding[1:])))
+    model.visual.output_tokens = True
+    tokens = model.visual(image)[1]
+    model.visual.output_tokens = False
+    return tokens
+
+
 def torch_text_features(model, text):
     projection, model.text_projection = model.text_projection, None
     h = model.encode_text(text)
@@ -100,6 +111,7 @@ def parity(request):
     z_txt = model.encode_text(torch_tokens, normalize=True)
     loss = open_clip.ClipLoss()(z_img, z_txt, model.logit_scale.exp())
     loss.backward()
+    patches = torch_patch_features(model, torch_image, pool).reshape(5, 4, 4, 64)
     theirs = {"h_img": h_img, "h_txt": h_txt, "z_img": z_img, "z_txt": z_txt, "logits": logits, "loss": loss}
     act = "quick_gelu" if quick_gelu else "gelu"
     sizes = {
@@ -119,15 +131,17 @@ def parity(request):
         loss, _ = contrastive.softmax(out["z_img"], out["z_txt"], out["scale"])
         return loss, out | {"logits": out["scale"] * out["z_img"] @ out["z_txt"].T}
 
-    (loss, out), grads = ours(carry({name: numpy(p) for name, p in named.items()}, sizes))
+    params = carry({name: numpy(p) for name, p in named.items()}, sizes)
+    (loss, out), grads = ours(params)
+    ours_of_patches = jit(lambda params: towers.img.patch_features(params, image, jnp.float32))(params["img"])
     return Parity(
-        theirs={name: numpy(x) for name, x in theirs.items()} | {"gradients": gradients},
-        ours=out | {"loss": loss, "gradients": grads},
+        theirs={name: numpy(x) for name, x in theirs.items()} | {"patches": numpy(patches), "gradients": gradients},
+        ours=out | {"patches": ours_of_patches, "loss": loss, "gradients": grads},
     )
 
 
 def test_outputs_equal_open_clips(parity):
-    for name in ("h_img", "h_txt", "z_img", "z_txt", "logits", "loss"):
+    for name in ("h_img", "h_txt", "z_img", "z_txt", "logits", "loss", "patches"):
         np.testing.assert_allclose(parity.ours[name], parity.theirs[name], rtol=0, atol=1e-5, err_msg=name)
 
 

@@ -20,7 +20,7 @@ from xclip_jax.errors import UserError
 
 SIZE, SIGNATURE = 64, 16
 MIN_INK, MAX_INK = 0.01, 0.98
-_INK = 250  # a pixel with a darker channel is ink
+INK = 250  # a pixel with a darker channel is ink
 _CHUNK = 2000
 
 Drawing = tuple[str, tuple[float, float, float, float]]  # body and view box
@@ -63,7 +63,7 @@ def draw(body: str, box: tuple[float, float, float, float]) -> Picture:
         return Picture(b"", 0.0, b"")
     with PIL.Image.open(io.BytesIO(png)) as image:
         picture = image.convert("RGB")
-    ink = np.asarray(picture).min(axis=-1) < _INK
+    ink = np.asarray(picture).min(axis=-1) < INK
     out = io.BytesIO()
     picture.save(out, "png")
     return Picture(out.getvalue(), float(ink.mean()), signature(picture) if ink.any() else b"")
@@ -90,7 +90,7 @@ def signature(picture: PIL.Image.Image) -> bytes:
 
 def _extent(profile: np.ndarray) -> tuple[float, float]:
     """Where ink begins and ends along an axis, from the darkest pixel at each place, int (n,)."""
-    places, full = np.flatnonzero(profile > 255 - _INK), profile.max()
+    places, full = np.flatnonzero(profile > 255 - INK), profile.max()
     first, last = places[0], places[-1]
     return float(first + 1 - profile[first] / full), float(last + profile[last] / full)
 

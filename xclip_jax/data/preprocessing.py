@@ -9,7 +9,13 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from xclip_jax.data.transforms import INTERPOLATIONS, RESIZE_MODES, STATISTICS, evaluation_image
+from xclip_jax.data.transforms import (
+    INTERPOLATIONS,
+    RESIZE_MODES,
+    STATISTICS,
+    evaluation_image,
+    evaluation_mask,
+)
 from xclip_jax.errors import UserError, check_choice
 
 Triple = tuple[float, float, float]
@@ -151,3 +157,7 @@ class Preprocessing:
           BadSample: it cannot be decoded.
         """
         return evaluation_image(data, self.size, self.interpolation, self.resize_mode, self.resize_size)
+
+    def mask(self, mask: np.ndarray) -> np.ndarray:
+        """Class numbers uint8 (h, w) of an image's pixels -> uint8 (size, size) of its view; 255 for no class."""
+        return evaluation_mask(mask, self.size, self.resize_mode, self.resize_size)

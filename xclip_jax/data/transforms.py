@@ -210,6 +210,20 @@ def evaluation_image(
     return np.asarray(_to_rgb(_fit(image, size, resample, mode, resize_size)))
 
 
+def evaluation_mask(mask: np.ndarray, size: int, mode: str = "shortest", resize_size: int = 0) -> np.ndarray:
+    """Resize and crop class numbers as `evaluation_image` does the image that they belong to, to the nearest pixel.
+
+    Args:
+      mask: uint8 (h, w), a class for each pixel; 255 for none.
+      size, mode, resize_size: as of `evaluation_image`.
+
+    Returns:
+      uint8 (size, size); 255 where "longest" has padded the image.
+    """
+    # Pillow pads with 0: classes begin at 1 meanwhile, and 255 is 0.
+    return np.asarray(_fit(Image.fromarray(mask + np.uint8(1)), size, "nearest", mode, resize_size)) - np.uint8(1)
+
+
 def random_resized_crop(
     image: np.ndarray,
     size: int,

@@ -1,7 +1,7 @@
 """The encoder that all evaluators share: images and texts to features, in batches of a few fixed shapes."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,8 +35,9 @@ class Encoder:
       sizes: of all batches, `batch` the largest: it and those of `smaller`, rounded up alike.
       similarities: how the model compares images with texts, its own first; none of a fine-tuned model.
       classes: of a fine-tuned model's classifier, in its order; None where they are unknown.
+      grid: patches along a side of an image, 0 where the model has no patch features.
       unreadable: {index: reason} of images that could not be read; the reason is "" where another process read them.
-        `images` adds to it.
+        `images` and `patches` add to it.
 
     Raises:
       UserError: a batch below 1, or a similarity that reads what no head writes.
@@ -60,15 +61,12 @@ class Encoder:
         shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         self.sizes = sorted({math.ceil(size / shards) * shards for size in (batch, *smaller)})
         self.batch = self.sizes[-1]
-        for similarity in similarities:
-            if missing := {f"{similarity.reads}_{modality}" for modality in ("img", "txt")} - {*model.outputs}:
-                raise UserError(
-                    f"similarity {similarity.name!r} reads {min(missing)!r}, which no head of the model writes."
-                )
+        _check_similarities(similarities, model)
         self.similarities = tuple(similarities)
         self._default = ("features", *(similarity.feature for similarity in similarities))
         self.preprocessing, self.image_size = preprocessing, preprocessing.size
         self.classes = None if classes is None else tuple(classes)
+        self.grid = model.img.grid if "img" in model.towers else 0
         self.unreadable: dict[int, str] = {}
         self._tokenizer, self._text_length, self._sharding = tokenizer, text_length, batch_sharding(mesh)
 
@@ -82,12 +80,17 @@ class Encoder:
                 outputs["class_logits"] = heads["logits"]
             return {key: value.astype(jnp.float32) for key, value in outputs.items()}
 
+        def to_pixels(images: jax.Array) -> jax.Array:
+            return normalize(images, preprocessing.mean, preprocessing.std) if images.dtype == jnp.uint8 else images
+
         def encode_images(variables: Any, images: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
-            mean, std = preprocessing.mean, preprocessing.std
-            pixels = normalize(images, mean, std) if images.dtype == jnp.uint8 else images
-            features = encode(variables, pixels, "img")
+            features = encode(variables, to_pixels(images), "img")
             # Every process learns in this way which rows the others could not read.
             return {key: jnp.where(valid[:, None], x, jnp.nan) for key, x in features.items()} | {"valid": valid}
+
+        def encode_patches(variables: Any, images: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
+            h = model.img.patch_features(variables["params"]["img"], to_pixels(images), model.dtype)
+            return {"patches": jnp.where(valid[:, None, None, None], h.astype(jnp.float32), jnp.nan), "valid": valid}
 
         def encode_texts(variables: Any, tokens: jax.Array, _: jax.Array) -> dict[str, jax.Array]:
             return encode(variables, tokens, "txt")
@@ -97,6 +100,7 @@ class Encoder:
 
         self._scalars: Encode = jax.jit(scalars, out_shardings=replicated(mesh))
         self._encode_images: Encode = jax.jit(encode_images, out_shardings=replicated(mesh))
+        self._encode_patches: Encode = jax.jit(encode_patches, out_shardings=replicated(mesh))
         self._encode_texts: Encode = jax.jit(encode_texts, out_shardings=replicated(mesh))
 
     def images(self, variables: Any, images: Rows, features: Sequence[str] | None = None) -> Features:
@@ -116,18 +120,47 @@ class Encoder:
         Raises:
           UserError: an image of another shape or dtype, or more than `MAX_UNREADABLE` that raised `BadSample`.
         """
-        shape = (self.image_size, self.image_size, 3)
+        features_of = self._run(self._encode_images, variables, images, *self._form(images), features)
+        self._count_unreadable(features_of.pop("valid"))
+        return features_of
+
+    def patches(self, variables: Any, images: Rows, first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        """Features of the patches of images, batch by batch: those of a whole set can be too large to keep.
+
+        Args:
+          variables: what `TwoTowers.apply` takes.
+          images: n of them, as `images` takes them.
+          first: what is added to their indices in `unreadable`.
+
+        Yields:
+          Index of a batch's first image, and fp32 (m, grid, grid, d) of its m images. The rows of an image that raised
+          `BadSample` are NaN.
+
+        Raises:
+          UserError: as `images`; or the model has no patch features.
+        """
+        valid = []
+        keys = ("patches", "valid")
+        for start, out in self._batches(self._encode_patches, variables, images, *self._form(images), keys):
+            valid.append(out["valid"])
+            yield start, out["patches"]
+        self._count_unreadable(np.concatenate(valid), first)
+
+    def _form(self, images: Rows) -> tuple[tuple[int, ...], Any]:
+        """Shape and dtype of each of `images`."""
         dtype = np.float32 if getattr(images, "dtype", None) == np.float32 else np.uint8
-        features_of = self._run(self._encode_images, variables, images, shape, dtype, features)
-        unreadable = np.flatnonzero(~features_of.pop("valid")).tolist()
-        self.unreadable |= {i: self._reasons.get(i, "") for i in unreadable}
-        if len(unreadable) > MAX_UNREADABLE * len(images):
+        return (self.image_size, self.image_size, 3), dtype
+
+    def _count_unreadable(self, valid: np.ndarray, offset: int = 0) -> None:
+        """Note the images of the last pass that could not be read; `UserError` where they are too many."""
+        unreadable = np.flatnonzero(~valid).tolist()
+        self.unreadable |= {i + offset: self._reasons.get(i, "") for i in unreadable}
+        if len(unreadable) > MAX_UNREADABLE * len(valid):
             first = self._reasons.get(unreadable[0], f"image {unreadable[0]}")
             raise UserError(
-                f"{len(unreadable)} of {len(images)} images cannot be read, more than {MAX_UNREADABLE:.0%}; "
+                f"{len(unreadable)} of {len(valid)} images cannot be read, more than {MAX_UNREADABLE:.0%}; "
                 f"the first is: {first}"
             )
-        return features_of
 
     def texts(self, variables: Any, texts: Sequence[str], features: Sequence[str] | None = None) -> Features:
         """Features of `texts`, as `images` gives them. Equal texts are encoded once and so have equal features."""
@@ -157,14 +190,23 @@ class Encoder:
         dtype: Any,
         features: Sequence[str] | None,
     ) -> Features:
+        """The features of all items, whole."""
         results: Features = {}
         keys = {"valid", *(self._default if features is None else features)}
-
-        def fetch(out: dict[str, jax.Array], start: int) -> None:
+        for start, out in self._batches(encode, variables, items, shape, dtype, keys):
             for key, value in out.items():
                 if key not in results:  # whole from the beginning: joined batches would need the memory twice
                     results[key] = np.empty((len(items), *value.shape[1:]), value.dtype)
-                results[key][start : start + len(value)] = np.asarray(value)[: len(items) - start]
+                results[key][start : start + len(value)] = value
+        return results
+
+    def _batches(
+        self, encode: Encode, variables: Any, items: Rows, shape: tuple[int, ...], dtype: Any, keys: Collection[str]
+    ) -> Iterator[tuple[int, Features]]:
+        """Yield the first index and the features `keys` of each batch, without padding; one empty batch of no items."""
+
+        def fetch(out: dict[str, jax.Array], start: int) -> tuple[int, Features]:
+            return start, {key: np.asarray(value)[: len(items) - start] for key, value in out.items()}
 
         self._reasons: dict[int, str] = {}
         pending: tuple[dict[str, jax.Array], int] = {}, 0
@@ -174,11 +216,11 @@ class Encoder:
             size = self._size(len(items) - start)
             out = encode(variables, *self._place(items, start, size, shape, dtype))
             # One batch behind: the device works while the host fetches and loads.
-            fetch(*pending)
+            if pending[0]:
+                yield fetch(*pending)
             pending = {key: x for key, x in out.items() if key in keys}, start
             start += size
-        fetch(*pending)
-        return results
+        yield fetch(*pending)
 
     def _size(self, left: int) -> int:
         """The largest batch that `left` items fill at least half, or the smallest: less than half is padding."""
@@ -210,6 +252,15 @@ class Encoder:
 
         batch = jax.make_array_from_callback((size, *shape), self._sharding, rows)
         return batch, jax.make_array_from_callback((size,), self._sharding, valid)
+
+
+def _check_similarities(similarities: Sequence[Similarity], model: TwoTowers) -> None:
+    """Raise `UserError` where one reads what no head writes."""
+    for similarity in similarities:
+        if missing := {f"{similarity.reads}_{modality}" for modality in ("img", "txt")} - {*model.outputs}:
+            raise UserError(
+                f"similarity {similarity.name!r} reads {min(missing)!r}, which no head of the model writes."
+            )
 
 
 def _checked(item: np.ndarray, i: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

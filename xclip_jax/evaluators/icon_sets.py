@@ -9,6 +9,8 @@
     test_probe          visual: new concepts learned from some artists and recognised in drawings by others; 100 of
                         test_concepts by linear probe, neighbours and few shots; C is chosen on 60 of
                         validation_concepts
+    test_dense          dense: outside, drawn and enclosed parts of 1,500 drawings of test_concepts by a linear probe
+                        of patches that learns from 1,500 of validation_concepts
     test_aliases        textual: names of the unseen concepts, retrieved by what else sets call them
     test_categories     textual: the category by a linear probe on names, trained on training's concepts, C chosen on
                         validation_concepts, tested on test_concepts
@@ -18,15 +20,18 @@ Intervals resample concepts, not drawings.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
-from xclip_jax.data import icons
+from xclip_jax.data import icons, transforms
+from xclip_jax.data.icons_drawing import INK
 from xclip_jax.data.icons_splits import rank
 from xclip_jax.data.preprocessing import Preprocessing
+from xclip_jax.evaluators import dense
 from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.clustered import (
     ClusteredRetrievalSet,
@@ -35,6 +40,8 @@ from xclip_jax.evaluators.clustered import (
     Task,
     TransferProbeSet,
 )
+from xclip_jax.evaluators.dense import DenseSet, MaskedImages
+from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.provenance import SHIFTED, VALIDATION, Provenance, digest
@@ -42,18 +49,26 @@ from xclip_jax.evaluators.provenance import SHIFTED, VALIDATION, Provenance, dig
 Record = dict[str, Any]
 PROBE_CLASSES = {"test": 100, "validation": 60}
 MIN_DRAWINGS, MIN_EACH_SIDE, SHOTS = 12, 4, (1, 4)
+DENSE_DRAWINGS = (1200, 300, 1500)  # fitted, for the choice of C, tested
 _CATEGORIES = 20  # the commonest ones of training
 _CS = tuple(10.0**e for e in np.arange(-4, 3.5, 0.5))
 
 
 @functools.lru_cache(maxsize=8)
-def _drawings(split: str, prepare: Preprocessing, data_dir: str | None) -> tuple[list[np.ndarray], list[Record]]:
-    """Images and the rest of the records of a split, in order of id; kept, because several sets share them."""
+def _records(split: str, data_dir: str | None) -> tuple[list[bytes], list[Record]]:
+    """PNG images and the rest of the records of a split, in order of id; kept, because several sets share them."""
     builder = icons.prepare(data_dir)
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     records = sorted((source[i] for i in range(len(source))), key=lambda record: record["id"])
-    images = [prepare(record.pop("image")) for record in records]
+    images = [record.pop("image") for record in records]
     return images, [{key: _text(value) for key, value in record.items()} for record in records]
+
+
+@functools.lru_cache(maxsize=8)
+def _drawings(split: str, prepare: Preprocessing, data_dir: str | None) -> tuple[list[np.ndarray], list[Record]]:
+    """Images of `_records`, preprocessed; kept as well."""
+    images, records = _records(split, data_dir)
+    return [prepare(image) for image in images], records
 
 
 def _text(value: Any) -> Any:
@@ -206,6 +221,68 @@ def _categories(name: str, prepare: Preprocessing, data_dir: str | None, part: s
     return ProbeSet(name, train_names, held_names, test_names, {"": labels}, sweep=sweep, neighbours=False, card=card)
 
 
+class Regions(Sequence):
+    """Masks of drawings, see `regions`."""
+
+    def __init__(self, drawings: Sequence[bytes]) -> None:
+        """`drawings` are encoded images."""
+        self._drawings = drawings
+
+    def __len__(self) -> int:
+        return len(self._drawings)
+
+    def __getitem__(self, index: int) -> np.ndarray:  # ty: ignore[incompatible-method-override] no slices
+        return regions(transforms.decode(self._drawings[index]))
+
+
+def regions(picture: np.ndarray) -> np.ndarray:
+    """Return where a drawing on white is outside (0), drawn (1) or enclosed (2), uint8 (h, w).
+
+    Drawn is what counts as ink when a drawing is made. The ground is outside as far as it is connected to the border,
+    by sides of pixels and not by their corners; all else is enclosed. A patch in the middle of a shape looks like one
+    beside it: what tells them apart is the rest of the drawing.
+
+    Args:
+      picture: uint8 (h, w, 3).
+    """
+    drawn = picture.min(axis=-1) < INK
+    ground = np.pad(~drawn, 1, constant_values=True).astype(np.uint8)  # one ground around the picture
+    connected = cv2.connectedComponents(ground, connectivity=4)[1]
+    outside = (connected == connected[0, 0])[1:-1, 1:-1]
+    return np.select([drawn, outside], [1, 0], 2).astype(np.uint8)
+
+
+def dense_sides(concepts: Sequence[str], part: str) -> list[set[str]]:
+    """Concepts of validation_concepts by hash: those that are fitted, choose C and, in validation, are tested."""
+    order = sorted(set(concepts), key=lambda concept: rank("dense concept", concept))
+    quarters = {"test": ((0, 1, 2), (3,), ()), "validation": ((0,), (2,), (1, 3))}[part]
+    return [{concept for i, concept in enumerate(order) if i % 4 in some} for some in quarters]
+
+
+def _dense(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -> DenseSet:
+    """Drawings and their regions; what is fitted, what chooses C and what is tested are of different concepts."""
+    learned, tested = (_records(f"{of}_concepts", data_dir) for of in ("validation", part))
+    sides = dense_sides([record["concept"] for record in learned[1]], part)
+    if part == "test":
+        sides[2] = {record["concept"] for record in tested[1]}
+    parts, ids = [], []
+    for (images, records), number, side in zip((learned, learned, tested), DENSE_DRAWINGS, sides, strict=True):
+        some = [i for i, record in enumerate(records) if record["concept"] in side]
+        some = sorted(some, key=lambda i: rank("dense drawing", records[i]["id"]))[:number]
+        pngs = [images[i] for i in some]
+        groups = np.unique([records[i]["concept"] for i in some], return_inverse=True)[1]
+        parts.append(MaskedImages(Pictures(pngs, prepare), Regions(pngs), groups))
+        ids.append([records[i]["id"] for i in some])
+    card = _card(
+        f"{part}_concepts",
+        *ids,
+        protocol=f"{dense.PROTOCOL}; outside, drawn, enclosed; intervals by resampling concepts",
+        preprocessing=prepare.resizing,
+        metric="miou",
+    )
+    return DenseSet(name, ("outside", "drawn", "enclosed"), *parts, prepare, card)
+
+
 _Maker = Callable[[str, Preprocessing, str | None], Any]
 _MAKERS: Mapping[str, _Maker] = {
     f"icons/{part}_{what}": functools.partial(maker, **options)
@@ -215,6 +292,7 @@ _MAKERS: Mapping[str, _Maker] = {
         ("rendering", _zeroshot, {"split": f"{part}_rendering", "role": "train"}),
         ("retrieval", _retrieval, {"part": part}),
         ("probe", _probe, {"part": part}),
+        ("dense", _dense, {"part": part}),
         ("aliases", _aliases, {"part": part}),
         ("categories", _categories, {"part": part}),
     )

@@ -4,7 +4,7 @@ For each C the objective, in nats, is  mean_i [-log softmax(x_i W + b)_(y_i)] + 
 `sklearn.linear_model.LogisticRegression` over C n; the bias is not penalised. Where two classes occur scikit-learn has
 one vector w, the difference of the two logits' weights, and the penalty |w|^2 / (2 C n). The two columns of W that give
 w at the least penalty are -w / 2 and w / 2, with |W|^2 = |w|^2 / 2: twice the penalty on W is the same objective. All C
-share each pass over the features.
+share each pass over the features. A label may be shared among classes: its term is the mean over its shares.
 
 Three things make it fast and change no solution. Logits are linear in W, so that a line search needs no product with
 the features. The features are centred (the bias compensates) and rotated to their principal axes, where the Hessian's
@@ -64,7 +64,8 @@ def fit(
 
     Args:
       x: features fp32 (n, d).
-      y: classes int (n,), below `classes`; a class may have no item.
+      y: classes int (n,), below `classes`; a class may have no item. Or shares of the classes (n, classes), rows that
+        sum to 1.
       cs: inverse strengths of the penalty, above 0, as scikit-learn defines them for the classes that occur.
       classes: number of them.
       iterations: maximum for each C.
@@ -75,19 +76,22 @@ def fit(
       UserError: features that are not finite, labels or C out of range.
     """
     x, y, cs = np.asarray(x, np.float32), np.asarray(y), np.asarray(cs, np.float64)
-    if x.ndim != 2 or y.shape != x.shape[:1] or not len(x):
+    if x.ndim != 2 or y.shape not in (x.shape[:1], (len(x), classes)) or not len(x):
         raise UserError(f"expected features (n, d) and labels (n,) of a probe; got {x.shape} and {y.shape}.")
     if not np.isfinite(x).all():
         raise UserError("a probe's features are not finite: the model diverged.")
-    if y.min() < 0 or y.max() >= classes or not (cs > 0).all():
+    if y.min() < 0 or (y.ndim == 1 and y.max() >= classes) or not (cs > 0).all():
         raise UserError(f"a probe's labels must be from 0 to {classes - 1}, and every C above 0; C is {cs.tolist()}.")
+    if y.ndim == 2 and np.abs(y.sum(axis=1) - 1).max() > 1e-3:
+        raise UserError("a probe's shares of the classes must sum to 1 in each row.")
     n, d = x.shape
-    penalty = 2.0 if len(np.unique(y)) == 2 else 1.0
+    occurring = len(np.unique(y)) if y.ndim == 1 else np.count_nonzero(y.any(axis=0))
+    penalty = 2.0 if occurring == 2 else 1.0
     mean = x.mean(axis=0, dtype=np.float64)
     x = (x - mean).astype(np.float32)
     spectrum, axes = np.linalg.eigh((x.T @ x).astype(np.float64) / n)
     rotated = jnp.asarray(np.concatenate([x @ axes.astype(np.float32), np.ones((n, 1), np.float32)], axis=1))
-    labels = jnp.asarray(y, jnp.int32)
+    labels = jnp.asarray(y, jnp.int32 if y.ndim == 1 else jnp.float32)
     # From the gradient along the axes to that of the given features.
     back = jnp.asarray(np.block([[axes, mean[:, None]], [np.zeros((1, d)), np.ones((1, 1))]]), jnp.float32)
     # The diagonal of softmax's Hessian is p (1 - p), about 1 / classes at the start.
@@ -124,8 +128,7 @@ def _solve(
     zeros = jnp.zeros((d, count, classes), jnp.float32)
     history = jnp.zeros((HISTORY, d, count, classes), jnp.float32)
     # At zero every class has probability 1 / classes, whatever C.
-    wrong = np.full((len(x), classes), 1 / classes, np.float32)
-    wrong[np.arange(len(x)), np.asarray(y)] -= 1
+    wrong = 1 / classes - np.asarray(_target(y, classes))
     g = np.repeat((np.asarray(x).T @ wrong / len(x))[:, None], count, axis=1)
     state = {
         "w": zeros,
@@ -170,12 +173,23 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return (a * b).sum(axis=(0, 2))
 
 
+def _own(z: jax.Array, y: jax.Array) -> jax.Array:
+    """Return the labels' logits (n, cs) out of z (n, cs, classes), their mean where a label is shared."""
+    if y.ndim == 1:
+        return jnp.take_along_axis(z, y[:, None, None], axis=2)[..., 0]
+    return (z * y[:, None]).sum(axis=2)
+
+
+def _target(y: jax.Array, classes: int) -> jax.Array:
+    """Return the labels as shares (n, classes)."""
+    return jax.nn.one_hot(y, classes) if y.ndim == 1 else y
+
+
 def _gradient(x: jax.Array, y: jax.Array, z: jax.Array, w: jax.Array, ridge: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return objective (cs,) and gradient (d, cs, classes) at the logits z (n, cs, classes) of w."""
     n, _, k = z.shape
-    own = jnp.take_along_axis(z, y[:, None, None], axis=2)[..., 0]
-    value = (jax.nn.logsumexp(z, axis=2) - own).mean(axis=0) + _dot(ridge * w, w) / 2
-    wrong = jax.nn.softmax(z, axis=2) - jax.nn.one_hot(y, k)[:, None]
+    value = (jax.nn.logsumexp(z, axis=2) - _own(z, y)).mean(axis=0) + _dot(ridge * w, w) / 2
+    wrong = jax.nn.softmax(z, axis=2) - _target(y, k)[:, None]
     return value, _matmul("nd,nck->dck", x, wrong) / n + ridge * w
 
 
@@ -207,7 +221,7 @@ def _search(
 
     Only slopes are compared, as values are too coarse in fp32 near the solution.
     """
-    own = jnp.take_along_axis(zp, y[:, None, None], axis=2)[..., 0].mean(axis=0)
+    own = _own(zp, y).mean(axis=0)
     wp, pp = _dot(ridge * state["w"], p), _dot(ridge * p, p)
 
     def derivatives(t: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -19,6 +19,8 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample, UserError, check_choice, describe
 from xclip_jax.evaluators.base import Evaluator, Layout, SetKind, closest
 from xclip_jax.evaluators.classification import ClassifierEvaluator, FinetunedSets
+from xclip_jax.evaluators.dense import DenseProbe
+from xclip_jax.evaluators.dense_datasets import DenseSets
 from xclip_jax.evaluators.emoji_sets import TESTS, EmojiSets
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.file_datasets import FileSets
@@ -33,7 +35,7 @@ from xclip_jax.evaluators.zeroshot import ZeroShot
 from xclip_jax.evaluators.zeroshot_datasets import PAPER, PublishedSets
 from xclip_jax.imports import class_name, import_class
 
-KINDS: tuple[type[SetKind], ...] = (EmojiSets, IconSets, PublishedSets, FileSets, ProbeSets, FinetunedSets)
+KINDS: tuple[type[SetKind], ...] = (EmojiSets, IconSets, PublishedSets, FileSets, ProbeSets, DenseSets, FinetunedSets)
 SETS: Mapping[str, type[SetKind]] = {prefix: kind for kind in KINDS for prefix in kind.prefixes}
 EVALUATORS: Mapping[str, type[Evaluator]] = {
     "zeroshot": ZeroShot,
@@ -42,6 +44,7 @@ EVALUATORS: Mapping[str, type[Evaluator]] = {
     "classifier": ClassifierEvaluator,
     "text_retrieval": TextRetrieval,
     "similarity": Similarity,
+    "dense": DenseProbe,
 }
 SUITES: Mapping[str, tuple[str, ...]] = {"demo": TESTS, "paper": (*PAPER, "coco_retrieval")}
 

@@ -133,6 +133,23 @@ class PerExample:
         return scale * STATISTICS[self.statistic](self.values[chosen], None if second is None else second[chosen])
 
 
+def mean_iou(intersection: np.ndarray, union: np.ndarray) -> float:
+    """Return the mean over classes of intersection over union, between 0 and 1.
+
+    Both are summed over all items before they are divided, as is usual in segmentation.
+
+    Args:
+      intersection, union: areas of each class in each item, (n, classes).
+
+    Raises:
+      UserError: no class has an area.
+    """
+    intersection, union = intersection.sum(axis=0, dtype=np.float64), union.sum(axis=0, dtype=np.float64)
+    if not union.any():
+        raise UserError("intersection over union needs a class with an area; got none.")
+    return float((intersection[union > 0] / union[union > 0]).mean())
+
+
 def _mean(values: np.ndarray, weights: np.ndarray | None) -> float:
     return float(np.average(values, weights=weights))
 
@@ -152,6 +169,7 @@ STATISTICS: Mapping[str, Callable[..., float]] = {
     "matthews": matthews,
     # A class that a resample lacks counts 0, on both sides of a comparison.
     "map": lambda *items: float(average_precision(*items).mean()),
+    "iou": mean_iou,
     "map11": lambda *items: float(eleven_point(*items).mean()),
 }
 

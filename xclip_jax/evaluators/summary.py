@@ -17,6 +17,7 @@ _FAMILIES = {
     "retrieval": "retrieval",
     "visual": "visual representation",
     "textual": "textual representation",
+    "dense": "dense representation",
 }
 _FAMILIES_TITLE = "the families"
 _LINES = (("items", ">14"), ("metric", ">11"), ("%", ">8"))  # columns of a table with a line for each metric

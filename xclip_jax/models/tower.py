@@ -23,6 +23,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from xclip_jax.errors import UserError
+
 Array = jax.Array
 Params = Mapping[str, Any]
 
@@ -102,6 +104,27 @@ class ImageTower(Tower):
     def module(self, dtype: Any) -> nn.Module:
         """A module of normalised pixels (b, h, w, 3), and `sample_noise`, to features (b, width)."""
         raise NotImplementedError
+
+    @property
+    def grid(self) -> int:
+        """Patches along each side of `patch_features`; 0 where the tower has none."""
+        return 0
+
+    def patch_features(self, params: Params, image: Array, dtype: Any) -> Array:
+        """Features of each patch, before they are pooled.
+
+        Args:
+          params: of the tower.
+          image: normalised pixels (b, h, w, 3).
+          dtype: computation dtype.
+
+        Returns:
+          (b, grid, grid, d), rows from above; d need not be the tower's width.
+
+        Raises:
+          UserError: the tower has none.
+        """
+        raise UserError(f"{type(self).__name__} has no patch features; give it `grid` and `patch_features`.")
 
     @property
     def attention(self) -> str:

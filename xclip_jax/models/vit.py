@@ -177,6 +177,11 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         note = f"image positions interpolated from {grid} x {grid} to {self.grid} x {self.grid}"
         return {**params, "positions": table}, [*notes, note]
 
+    def patch_features(self, params: Params, image: Array, dtype: Any) -> Array:
+        """Those that `VisionTransformer` pools; see its `pooled`."""
+        features: Any = VisionTransformer(self, dtype, pooled=False).apply({"params": params}, image)
+        return features
+
     @property
     def attention(self) -> str:
         """What the last attention before the features is."""
@@ -215,10 +220,13 @@ class VisionTransformer(nn.Module):
       config: stem "linear" is CLIP's one map of a patch's pixels, "hmlp" see `HierarchicalStem`; of the pools only
         "cls" adds a token; CLIP has `pre_norm`.
       dtype: computation dtype.
+      pooled: without it the features of all patches are returned, (b, grid, grid, d): the tokens of patches after the
+        last block and `norm_post`, as timm's `forward_features` has them. CLIP trains `norm_post` on the class token.
     """
 
     config: ImageTowerConfig
     dtype: Any = jnp.float32
+    pooled: bool = True
 
     @nn.compact
     def __call__(self, image: Array, patches: Array | None = None, paths: Array | None = None) -> Array:
@@ -244,7 +252,13 @@ class VisionTransformer(nn.Module):
             x = jnp.concatenate([jnp.broadcast_to(cls + positions[0], (x.shape[0], 1, config.width)), x], axis=1)
         if config.pre_norm:
             x = LayerNorm(config.eps, self.dtype, name="norm_pre")(x)
-        x = Transformer(config, False, config.drop_path, first, self.dtype, name="transformer")(x, paths)  # (b, n, d)
+        only_first = first and self.pooled
+        x = Transformer(config, False, config.drop_path, only_first, self.dtype, name="transformer")(
+            x, paths
+        )  # (b, n, d)
+        if not self.pooled:
+            x = LayerNorm(config.eps, self.dtype, name="norm_post")(x[:, first:])
+            return einops.rearrange(x, "b (h w) d -> b h w d", h=config.grid)
         if first:
             x = x[:, :1]  # LayerNorm is per token: only the class token needs it
         x = LayerNorm(config.eps, self.dtype, name="norm_post")(x)

@@ -1,0 +1,315 @@
+"""Dense representation: a linear probe of patch features predicts what each patch of an image shows.
+
+The label of a patch is the share of its area that each class of a mask takes, and so is the prediction: multinomial
+regression with these shares as targets, which is the cross-entropy of all pixels when each is classified by the
+features of its patch. Intersection and union are of areas: in a patch of which classes take y and the probe says p they
+are min(p, y) and max(p, y), summed over all patches and then divided. Where every patch is of one class and the probe
+is certain it is the IoU of segmentation, at the resolution of patches. Giving a patch its largest class, or a
+foreground that covers half of it, would leave out what is thinner than patches, such as strokes.
+
+What a patch shows can often be told from its own pixels. The same probe on these, with the place of the patch, is
+measured too ("pixels/miou"): features say more than the patch itself as far as they are above it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import scipy.special
+
+from xclip_jax.data.preprocessing import Preprocessing
+from xclip_jax.errors import BadSample, UserError
+from xclip_jax.evaluators import logistic
+from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
+from xclip_jax.evaluators.encoder import Encoder
+from xclip_jax.evaluators.feature_classifiers import Sweep, search
+from xclip_jax.evaluators.probe import Joined
+from xclip_jax.evaluators.provenance import Provenance
+from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators.statistics import PerExample, mean_iou
+
+PROTOCOL = (
+    "linear probe of patch features (last block, normalised); targets and IoU are shares of a patch's area; "
+    "standardised, L-BFGS, C of 7 on validation, fit on both"
+)
+NO_CLASS = 255  # in masks
+MAX_PATCHES = (50_000, 10_000)  # that a probe learns from, and that choose C
+_SWEEP = Sweep(tuple(10.0**e for e in range(-4, 3)), halvings=0, tolerance=1e-4)
+_SAMPLES = 16  # along a side of a patch, at which its mask is read
+_BATCH = 256  # images whose pixels are patches at once
+
+# Images and the index of the first one -> batches of features, as `Encoder.patches` gives them.
+_Encode = Callable[[Sequence[np.ndarray], int], Iterator[tuple[int, np.ndarray]]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MaskedImages:
+    """Images with labelled pixels.
+
+    Attributes:
+      images: as `Encoder.images` takes them.
+      masks: uint8 (h, w), class of each pixel of the image before preprocessing; 255 for none.
+      groups: int (n,), equal for images that depend on each other; None where all are independent.
+    """
+
+    images: Sequence[np.ndarray]
+    masks: Sequence[np.ndarray]
+    groups: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DenseSet:
+    """A dense probe.
+
+    Attributes:
+      name: in the metrics' names.
+      classes: names of the classes, by their numbers in masks.
+      train, validation, test: images and masks; without validation C is chosen on one training image in ten, at random
+        with seed 0.
+      prepare: preprocessing that `images` have had and `masks` have not.
+    """
+
+    evaluator: ClassVar[str] = "dense"
+
+    name: str
+    classes: Sequence[str]
+    train: MaskedImages
+    validation: MaskedImages
+    test: MaskedImages
+    prepare: Preprocessing
+    card: Provenance = dataclasses.field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        sizes = [len(part.images) for part in self.parts]
+        if (masks := [len(part.masks) for part in self.parts]) != sizes:
+            raise UserError(
+                f"{self.name}: {sizes} training, validation and test images have {masks} masks; give one for each."
+            )
+        if sizes[0] < 2 - bool(sizes[1]) or not sizes[2]:
+            raise UserError(
+                f"{self.name}: {sizes} training, validation and test images are too few; give it two for training and "
+                "one to test."
+            )
+        if not 2 <= len(self.classes) <= NO_CLASS:
+            raise UserError(f"{self.name}: {len(self.classes)} classes; expected 2 to {NO_CLASS}.")
+
+    @property
+    def parts(self) -> tuple[MaskedImages, MaskedImages, MaskedImages]:
+        """Training, validation and test."""
+        return self.train, self.validation, self.test
+
+    @property
+    def images(self) -> Sequence[np.ndarray]:
+        """All images, for a first look."""
+        return Joined([part.images for part in self.parts])
+
+    @property
+    def masks(self) -> Sequence[np.ndarray]:
+        """All masks, for a first look."""
+        return Joined([part.masks for part in self.parts])
+
+
+def check_mask(mask: np.ndarray, classes: int, name: str) -> np.ndarray:
+    """Return `mask`, checked: uint8 (h, w) of numbers below `classes`, and 255.
+
+    Raises:
+      UserError: another form, or another number; it begins with `name`.
+    """
+    if mask.dtype != np.uint8 or mask.ndim != 2:
+        raise UserError(
+            f"{name} is {mask.dtype} of shape {mask.shape}; masks are uint8 (h, w), a class for each pixel."
+        )
+    values = np.flatnonzero(np.bincount(mask.ravel(), minlength=NO_CLASS)[classes:NO_CLASS]) + classes
+    if len(values):
+        raise UserError(
+            f"{name} has the value {values[0]}; expected a class from 0 to {classes - 1}, or {NO_CLASS} for pixels "
+            "without one."
+        )
+    return mask
+
+
+def areas(mask: np.ndarray, classes: int, grid: int, prepare: Preprocessing) -> np.ndarray:
+    """Return the share of each class in the labelled area of each patch, fp32 (grid, grid, classes).
+
+    A patch less than half of which is labelled has zeros.
+
+    Args:
+      mask: uint8 (h, w), as `check_mask` has it.
+      classes: number of them.
+      grid: patches along a side.
+      prepare: preprocessing of the image.
+    """
+    view = prepare.at(grid * _SAMPLES).mask(check_mask(mask, classes, "a mask"))
+    place = np.arange(grid * _SAMPLES) // _SAMPLES
+    patch = place[:, None] * grid + place
+    counts = np.bincount((patch * 256 + view).ravel(), minlength=grid**2 * 256).reshape(grid, grid, 256)[..., :classes]
+    labelled = counts.sum(axis=-1, keepdims=True)
+    return np.where(2 * labelled >= _SAMPLES**2, counts / np.maximum(labelled, 1), 0).astype(np.float32)
+
+
+class DenseProbe(Evaluator):
+    """ "dense/<set>/miou", "accuracy", and "iou/<class>" of a linear probe of patch features; see the module.
+
+    "accuracy" is the share of patches whose largest class is predicted as such. The chance level is that of predicting
+    the mean shares of the training patches everywhere. The same metrics of the probe of pixels and places begin with
+    "pixels/". Beside them n, train, ways (number of classes), patches (of an image) and log10_c. Patches without a
+    label count nowhere; those of a test image that cannot be read count as predicted wrong.
+    """
+
+    family = "dense"
+    layouts = (
+        Layout(
+            "patch features, IoU x 100",
+            ("dense",),
+            (Metric("miou", "mIoU", "mean IoU of patches"), Metric("accuracy", "accuracy", "largest class of a patch")),
+            (
+                Column("ways", "ways", ">6"),
+                Column("patches", "patches", ">9"),
+                Column("items", "n", ">8"),
+                Column("mIoU", "miou", ">8", chance=">8"),
+                Column("of pixels", "pixels/miou", ">11"),
+                Column("accuracy", "accuracy", ">10", chance=">8"),
+            ),
+        ),
+    )
+    inputs = ("images", "masks")
+
+    def __init__(self, encoder: Encoder, data: DenseSet) -> None:
+        if not encoder.grid:
+            raise UserError(
+                f"{data.name}: the model's image tower has no patch features (`grid` and `patch_features` of "
+                "xclip_jax.models.tower.ImageTower); leave this set out."
+            )
+        super().__init__(encoder, data)
+
+    def measure(self, variables: Any) -> list[Result]:
+        """Return the results that the class names."""
+
+        def encode(images: Sequence[np.ndarray], first: int) -> Iterator[tuple[int, np.ndarray]]:
+            return self.encoder.patches(variables, images, first)
+
+        predicted, c = self._predict(encode)
+        items, levels, results = self._items(predicted), self._levels, []
+        for key, item in items.items():
+            unit = "%" if key == "accuracy" else "x 100"
+            n, of_pixels = len(predicted), self._of_pixels[key]
+            results.append(self.result(key, item.value(), unit=unit, n=n, chance=levels[key], items=item))
+            results.append(self.result(f"pixels/{key}", of_pixels, unit=unit, n=n, chance=levels[key]))
+        counts = {"n": len(predicted), "train": sum(len(part.images) for part in self.data.parts[:2])}
+        counts |= {"ways": len(self.data.classes), "patches": self.encoder.grid**2, "log10_c": np.log10(c)}
+        return [*results, *(self.count(key, value) for key, value in counts.items())]
+
+    @functools.cached_property
+    def _labels(self) -> tuple[np.ndarray, np.ndarray]:
+        """Shares of classes in the patches that are learned from, of training and validation, and in those of the test.
+
+        fp32 (n, grid, grid, classes).
+        """
+        classes, grid, prepare = len(self.data.classes), self.encoder.grid, self.data.prepare
+
+        def of(*parts: MaskedImages) -> np.ndarray:
+            return np.stack([areas(mask, classes, grid, prepare) for part in parts for mask in part.masks])
+
+        return of(*self.data.parts[:2]), of(self.data.test)
+
+    @functools.cached_property
+    def _chosen(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices, ascending, of the patches that are fitted and that choose C, among all that are learned from."""
+        labels, rng = self._labels[0], np.random.default_rng(0)
+        held = np.arange(len(labels)) >= len(self.data.train.images)
+        if not held.any():
+            held[rng.permutation(len(labels))[: max(1, len(labels) // 10)]] = True
+        labelled = labels.any(axis=-1)
+        occurring = np.flatnonzero(labels[labelled].any(axis=0))
+        if len(occurring) < 2:
+            names = [self.data.classes[i] for i in occurring]
+            raise UserError(
+                f"{self.data.name}: masks of training images have the classes {names}, and a probe needs two; check "
+                "that masks hold class numbers."
+            )
+        if not self._labels[1].any():
+            raise UserError(f"{self.data.name}: test images have no patch with a class; check their masks.")
+        chosen = []
+        for side, most in zip((~held, held), MAX_PATCHES, strict=True):
+            members = np.flatnonzero((labelled & side[:, None, None]).ravel())
+            if not len(members):
+                raise UserError(f"{self.data.name}: images that a probe learns from have no patch with a class.")
+            chosen.append(np.sort(rng.permutation(members)[:most]))
+        return chosen[0], chosen[1]
+
+    def _predict(self, encode: _Encode) -> tuple[np.ndarray, float]:
+        """Predicted shares of the test's patches, fp32 (n, grid, grid, classes), zero where unreadable; and the C."""
+        classes, chosen = len(self.data.classes), np.concatenate(self._chosen)
+        order = np.sort(chosen)
+        rows = []
+        for start, h in encode(Joined([part.images for part in self.data.parts[:2]]), 0):
+            first, h = start * self.encoder.grid**2, h.reshape(-1, h.shape[-1])
+            low, high = np.searchsorted(order, (first, first + len(h)))
+            rows.append(h[order[low:high] - first])
+        x = np.concatenate(rows)[np.searchsorted(order, chosen)]
+        y = self._labels[0].reshape(-1, classes)[chosen]
+        fitted = np.arange(len(x)) < len(self._chosen[0])
+        readable = ~np.isnan(x).any(axis=1)
+        if (readable & fitted).any() and (readable & ~fitted).any():  # else the regression says that the model diverged
+            x, y, fitted = x[readable], y[readable], fitted[readable]
+        mean, deviation = x.mean(axis=0), np.maximum(x.std(axis=0), 1e-6)
+        x = (x - mean) / deviation
+        c, _ = search((x[fitted], y[fitted]), (x[~fitted], y[~fitted]), classes, _SWEEP, _score)
+        fit = logistic.fit(x, y, [c], classes, tolerance=_SWEEP.tolerance)
+        predicted = np.zeros_like(self._labels[1])
+        for start, h in encode(self.data.test.images, len(self._labels[0])):
+            logits = ((h - mean) / deviation) @ fit.weights[0] + fit.bias[0]
+            predicted[start : start + len(h)] = np.nan_to_num(scipy.special.softmax(logits, axis=-1))
+        return predicted, c
+
+    def _items(self, predicted: np.ndarray) -> dict[str, PerExample]:
+        """{metric: items} of shares that are predicted for the test's patches; classes that it lacks have none."""
+        labels, groups = self._labels[1], self.data.test.groups
+        labelled = labels.any(axis=-1)
+        predicted = np.where(labels.any(axis=-1, keepdims=True), predicted, 0)
+        intersection, union = (f(predicted, labels).sum(axis=(1, 2)) for f in (np.minimum, np.maximum))
+        right = labelled & predicted.any(axis=-1) & (predicted.argmax(axis=-1) == labels.argmax(axis=-1))
+        number = labelled.sum(axis=(1, 2))
+        share = right.sum(axis=(1, 2)) / np.maximum(number, 1)
+        tested = np.flatnonzero(labels.any(axis=(0, 1, 2)))
+        of_classes = {"miou": tested} | {f"iou/{self.data.classes[i]}": [i] for i in tested}
+        items = {
+            key: PerExample(intersection[:, some], other=union[:, some], statistic="iou", groups=groups)
+            for key, some in of_classes.items()
+        }
+        return items | {"accuracy": PerExample(share, weights=number.astype(float), groups=groups)}
+
+    @functools.cached_property
+    def _levels(self) -> dict[str, float]:
+        """{metric: value} where the mean shares of what is learned from are predicted everywhere."""
+        learned = self._labels[0][self._labels[0].any(axis=-1)]
+        constant = np.broadcast_to(learned.mean(axis=0), self._labels[1].shape)
+        return {key: item.value() for key, item in self._items(constant).items()}
+
+    @functools.cached_property
+    def _of_pixels(self) -> dict[str, float]:
+        """{metric: value} of the probe of pixels and places; no model has a part in it."""
+        return {key: item.value() for key, item in self._items(self._predict(self._pixels)[0]).items()}
+
+    def _pixels(self, images: Sequence[np.ndarray], _: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Pixels of each patch, between 0 and 1, and its place, one-hot among all; in the form of `Encoder.patches`."""
+        grid, size = self.encoder.grid, self.encoder.image_size
+        side = size // grid
+        place = np.eye(grid**2, dtype=np.float32).reshape(grid, grid, -1)
+        for start in range(0, len(images), _BATCH):
+            block = np.full((min(_BATCH, len(images) - start), grid, grid, 3 * side**2), np.nan, np.float32)
+            for i in range(len(block)):
+                try:
+                    image = images[start + i][: grid * side, : grid * side]
+                except BadSample:  # the encoder counts it
+                    continue
+                block[i] = image.reshape(grid, side, grid, side, 3).swapaxes(1, 2).reshape(grid, grid, -1) / 255
+            yield start, np.concatenate([block, np.broadcast_to(place, (len(block), *place.shape))], axis=-1)
+
+
+def _score(logits: np.ndarray, shares: np.ndarray) -> float:
+    """Mean IoU of validation patches over the classes that these have, by which C is chosen."""
+    predicted, some = scipy.special.softmax(logits, axis=1), shares.any(axis=0)
+    return mean_iou(np.minimum(predicted, shares)[:, some], np.maximum(predicted, shares)[:, some])
