@@ -4,8 +4,8 @@
 
 An input is a function of the seed, the reader's name and its number, see `benchmarks.fuzz_inputs`; it is given to one
 of the readers of `benchmarks.fuzz_readers` in a process with a bound on its memory, and the process dies where it takes
-too long. Prints a row for each reader and `N inputs, K failures`, and leaves with 1 where there are any: exceptions other
-than a sentence or a sample's reason, hangs, crashes, more memory. Their inputs are written to FOLDER/READER/;
+too long. Prints a row for each reader and `N inputs, K failures`, and leaves with 1 where there are any: exceptions
+other than a sentence or a reason, hangs, crashes, more memory. Their inputs are written to FOLDER/READER/;
 tests/fuzz_cases holds one for each fault that was corrected. Linux alone.
 """
 
