@@ -120,9 +120,12 @@ from xclip_jax.data import transforms
 def peak():  # not getrusage's, which is at least that of the process that started this one
     return int(re.search("VmHWM:\s*([0-9]+)", pathlib.Path("/proc/self/status").read_text())[1]) / 1024
 
-def read(file):
+def crop(file):
     with transforms.decoding(pathlib.Path(file).read_bytes()) as image:
         transforms.random_resized_crop(image, 32, np.random.default_rng(0), resample="area")
+
+def read(file):
+    crop(file)
     transforms.evaluation_image(pathlib.Path(file).read_bytes(), 32)
 
 read(sys.argv[2])
