@@ -155,7 +155,7 @@ def _decode(data: bytes | np.ndarray, scaled_to: int, held: contextlib.ExitStack
 def decoding(data: bytes | np.ndarray, *, scaled_to: int = 0) -> Iterator[np.ndarray]:
     """Context of a decoded image that is not kept, see `decode`.
 
-    It waits while other threads of this process are in such contexts with so many pixels that memory could run out.
+    It waits while the images in such contexts of other threads of this process have too many pixels for one more.
     """
     with contextlib.ExitStack() as held:
         yield _decode(data, scaled_to, held)
