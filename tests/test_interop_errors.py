@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import struct
+import time
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -154,3 +156,91 @@ def test_tensors_stay_within_their_storage(offset, size, stride, tmp_path):
     np.testing.assert_array_equal(load(0, (2, 2), (1, 2)), [[1, 3], [2, 4]])
     with pytest.raises(UserError, match=r"a tensor (beyond its storage|of negative size)"):
         load(offset, size, stride)
+
+
+def module(name, memo, links):
+    """Pickled: a module of TorchScript whose attributes are modules of the memo, kept in the memo itself."""
+    attributes = b"".join(b"X\x01\0\0\0" + bytes([97 + i]) + b"h" + bytes([link]) for i, link in enumerate(links))
+    return b"c__torch__\n" + name + b"\n)\x81}(" + attributes + b"ubq" + bytes([memo])
+
+
+# Small pickles that took gigabytes or ages, by what is refused in them.
+BOMBS = {
+    "memo": (b"Nr\xff\xff\xff\x3f0N.", ""),  # keeps None at an index of a thousand million
+    "bytearray": (b"\x96\0\0\0\0\x10\0\0\0.", "an array of bytes"),
+    "hash of a key": (b"}K\x01" + b"2\x86" * 60 + b"Ns.", "a key that is neither"),
+    "set": (b"\x8f(K\x01" + b"2\x86" * 60 + b"\x90.", "a key that is neither"),
+    "key of a storage": (b"X\x07\0\0\0storagectorch\nFloatStorage\nK\x01" + b"2\x86" * 60 + b"\x87Q.", "a storage"),
+    "type of a storage": (b"X\x07\0\0\0storageK\x01" + b"2\x86" * 60 + b"X\x01\0\0\x000\x87Q.", "a storage"),
+    "argument of a dict": (b"ccollections\nOrderedDict\n](K\x01" + b"2\x86" * 60 + b"N\x86e\x85R.", "damaged"),
+    "tensor of many dimensions": (
+        b"ctorch._utils\n_rebuild_tensor_v2\n(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000tQ"
+        + b"K\x00(" + b"J\xff\xff\xff\x7f" * 20000 + b"t(" + b"K\x00" * 20000 + b"ttR.", "too large|damaged",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_pickle_takes_little_memory_and_time(name, tmp_path):
+    pickled, message = BOMBS[name]
+    content = torch_zip(tmp_path / "x.pt", pickled, s0=bytes(16))
+    tracemalloc.start()
+    began = time.process_time()
+    try:
+        if message:
+            with pytest.raises(UserError, match=message):
+                torch_file.load(content, "x.pt")
+        else:
+            assert torch_file.load(content, "x.pt") == (None, False)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24 and time.process_time() - began < 5
+    finally:
+        tracemalloc.stop()
+
+
+def test_modules_that_share_modules_are_read_up_to_a_bound(tmp_path):
+    def load(depth):
+        storage = b"X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000\x87Q"
+        tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00K\x04\x85K\x01\x85tRq\0"
+        modules = [module(b"M", 1, [0]), *(module(b"M", i + 1, [i, i]) for i in range(1, depth))]
+        path = tmp_path / "x.pt"
+        torch_zip(path, tensor + b"0".join(modules) + b".", s0=struct.pack("<4f", 1, 2, 3, 4))
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("archive/constants.pkl", b"N.")
+        return torch_file.load(path.read_bytes(), "x.pt")[0]
+
+    assert sorted(load(3)) == ["a.a.a", "a.b.a", "b.a.a", "b.b.a"]
+    np.testing.assert_array_equal(load(2)["b.a"], [1, 2, 3, 4])
+    with pytest.raises(UserError, match="modules without end"):
+        load(60)
+
+
+def test_members_and_views_are_bounded_by_the_file(tmp_path):
+    tensors = {str(i): torch.zeros(1000) for i in range(3)}
+    torch.save(tensors | {"tied": tensors["0"], "again": tensors["0"]}, tmp_path / "x.pt")
+    assert len(torch_file.load((tmp_path / "x.pt").read_bytes(), "x.pt")[0]) == 5
+    large = torch.zeros(1 << 16)
+    torch.save({str(i): large[i:] for i in range(30)}, tmp_path / "views.pt")
+    with pytest.raises(UserError, match="the same storage too many times"):
+        torch_file.load((tmp_path / "views.pt").read_bytes(), "views.pt")
+    # A directory that names one member a hundred times.
+    content = torch_zip(tmp_path / "y.pt", b"N.", s0=bytes(4000))
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        one = archive.getinfo("archive/data/0")
+    archive = torch_file._Archive(content)
+    archive.NameToInfo |= {f"archive/data/{i}": one for i in range(100)}
+    with pytest.raises(torch_file._Refused, match="overlap"):
+        for i in range(100):
+            archive.NameToInfo[f"archive/data/{i}"].filename = one.filename
+            archive.stored(f"archive/data/{i}")
+
+
+@pytest.mark.parametrize("at", range(0, 46, 2))
+def test_a_damaged_directory_of_a_zip_is_one_sentence(at, tmp_path):
+    content = torch_zip(tmp_path / "x.pt", b"N.", s0=bytes(8))
+    start = content.index(b"PK\x01\x02")
+    for value in (b"\xff\xff", b"\x00\x08", b"\x7f\x00"):
+        damaged = content[: start + at] + value + content[start + at + 2 :]
+        try:
+            torch_file.load(damaged, "x.pt")
+        except UserError as error:
+            assert str(error).startswith("x.pt ") and "\n" not in str(error)

@@ -2,6 +2,7 @@ import dataclasses
 import glob
 import itertools
 import json
+import tracemalloc
 
 import jax
 import numpy as np
@@ -267,6 +268,17 @@ def test_tags_in_place_of_a_caption():
     rng = np.random.default_rng(0)
     assert {transform.caption({"text": ["fox"], "tags": ["a"]}, rng) for _ in range(20)} == {"a"}
     assert transform.caption({"text": ["fox"], "tags": []}, rng) == "fox"
+
+
+def test_one_long_keyword_costs_no_more_than_itself():
+    transform = loader.Transform(config(tags=2, tags_append_prob=1.0), 8, tokenizer.load("bytes"), 16)
+    record = {"text": ["fox"], "tags": ["x" * (1 << 20), *map(str, range(50_000))]}
+    tracemalloc.start()
+    try:
+        assert transform.caption(record, np.random.default_rng(0)).startswith("fox, ")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24  # an array of strings would take 200 GB
+    finally:
+        tracemalloc.stop()
 
 
 def test_to_global_splits_the_rows():

@@ -1,4 +1,6 @@
 import collections
+import hashlib
+import io
 import itertools
 import json
 import os
@@ -235,6 +237,73 @@ def test_a_stored_index_that_is_damaged_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
     assert len(tar_source.TarSource(str(path))) == 3
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("fault", 7), ("fault", 255), ("image_size", 1 << 31), ("json_size", 1 << 30), ("text", (1 << 64) - 1)],
+)
+def test_an_index_that_came_with_its_tar_is_not_believed(field, value, tmp_path):
+    path = torture.pairs(tmp_path / "0.tar", 0, 3)
+    expected = tar_source.TarSource(str(path))
+    [stored] = (tmp_path / ".xclip_index").iterdir()
+    rows = np.load(stored).copy()
+    rows[field][1] = value
+    content = io.BytesIO()
+    np.save(content, rows)
+    stored.unlink()
+    stored.write_bytes(content.getvalue() + hashlib.blake2b(content.getvalue(), digest_size=16).digest())
+    assert tar_index.read(stored) is None
+    source = tar_source.TarSource(str(path))
+    assert [source[i] for i in range(3)] == [expected[i] for i in range(3)]
+
+
+def test_an_index_whose_header_is_damaged_is_not_read(tmp_path):
+    path = tmp_path / "x.npy"
+    for header in (
+        b"{'descr': (",
+        b"{" * 5000,
+        b"\xff" * 60,
+        b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
+    ):
+        data = b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header
+        path.write_bytes(data + hashlib.blake2b(data, digest_size=16).digest())
+        assert tar_index.read(path) is None
+
+
+def test_names_that_lead_elsewhere_are_names_alone(tmp_path, monkeypatch):
+    """Nothing is unpacked: absolute names, "..", links and devices open no file but the tar."""
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "data").mkdir()
+    image, path = torture.jpeg(1), tmp_path / "data" / "0.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for key in (f"{tmp_path}/secret", "../secret", "../../x/../y", "a/../../b"):
+            torture.add(tar, f"{key}.jpg", image)
+            torture.add(tar, f"{key}.txt", b"its own caption")
+        torture.add(tar, "link.jpg", image)
+        torture.add(tar, "link.txt", b"", type=tarfile.SYMTYPE, linkname="../secret.txt")
+        torture.add(tar, "hard.jpg", image)
+        torture.add(tar, "hard.txt", b"", type=tarfile.LNKTYPE, linkname=f"{tmp_path}/secret.txt")
+        torture.add(tar, "device.jpg", b"", type=tarfile.CHRTYPE)
+        torture.add(tar, "device.txt", b"a device")
+        torture.add(tar, "pipe.jpg", b"", type=tarfile.FIFOTYPE)
+        torture.add(tar, "pipe.txt", b"a pipe")
+    source = tar_source.TarSource(str(path))
+    opened, opens = [], os.open
+    monkeypatch.setattr(os, "open", lambda path, *args, **options: opened.append(path) or opens(path, *args, **options))
+    reasons = {}
+    for i in range(len(source)):
+        try:
+            record = source[i]
+            assert record["text"] == ["its own caption"] and record["image"] == image
+        except BadSample as error:
+            reasons[source.describe(i)["key"]] = error.reason
+    assert len(source) == 8
+    assert reasons == dict.fromkeys(("link", "hard"), "no caption file") | dict.fromkeys(
+        ("device", "pipe"), "no image file"
+    )
+    assert set(map(str, opened)) <= {str(path)}
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".npy") == ["0.tar", "secret.txt"]
 
 
 def test_index_beside_read_only_data_goes_to_the_cache(tmp_path, monkeypatch):

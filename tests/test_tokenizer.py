@@ -2,6 +2,7 @@ import concurrent.futures
 import html
 import pickle
 import random
+import time
 import tracemalloc
 import unicodedata
 
@@ -241,6 +242,23 @@ def test_the_cache_is_bounded_in_bytes(letters, cached):
     tracemalloc.stop()
     assert long < 200 * 100
     assert short < 200 * 1500
+
+
+@pytest.mark.parametrize("name", ["clip", "bytes", "file"])
+def test_giant_texts_take_bounded_time(name, tmp_path):
+    path = save_words(tmp_path / "t.json", ["?", "<s>", "</s>", "fox", "x"])
+    tok = tokenizer.load(path if name == "file" else name)
+    began = time.process_time()
+    for text in ("fox ", "x", "&amp;", "ü", "\u0300", "é\ud83d", "<s>"):
+        giant = text * (1 << 22)
+        expected = tok([text * 2000], 77)
+        np.testing.assert_array_equal(tok([giant], 77), expected)
+    assert time.process_time() - began < 10
+
+
+def test_many_tokens_read_more_of_a_text():
+    tok = tokenizer.load("bytes")
+    assert (tok(["x" * 100_000], 100_002)[0, 1:-1] == ord("x") + 3).all()
 
 
 def test_file_without_a_start_token(tmp_path):

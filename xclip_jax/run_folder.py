@@ -12,6 +12,7 @@ checkpoints/, bad_samples.jsonl, tensorboard/, report.html, picture.png
 
 import contextlib
 import json
+import sys
 from typing import Any
 
 from etils import epath
@@ -45,8 +46,9 @@ class RunFolder:
         if not self.config_file.exists():
             return False
         try:
-            return "config" in json.loads(self.config_file.read_text())
-        except ValueError:
+            content = json.loads(self.config_file.read_text())
+            return isinstance(content, dict) and "config" in content
+        except (ValueError, RecursionError):
             return True  # damaged: `read_config` raises an error that says so
 
     def latest_step(self) -> int | None:
@@ -96,19 +98,20 @@ class RunFolder:
         """
         if not self.results_file.exists():
             return None
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             content = json.loads(self.results_file.read_text())
             if isinstance(content, dict) and isinstance(content.get("results"), dict):
                 return content
         raise UserError(f"{self.results_file} is damaged; delete it and run the same command to evaluate again.")
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """Return the objects of metrics.jsonl without values that were not finite.
+        """Return the objects of metrics.jsonl without values that were not finite, or are not numbers.
 
-        A line that is damaged or only half written is left out.
+        A line that is damaged, without a step or only half written is left out.
         """
         lines = _read_lines(self.metrics_file)
-        return [{key: value for key, value in line.items() if value is not None} for line in lines]
+        rows = [{key: value for key, value in line.items() if _is_finite(value)} for line in lines]
+        return [row for row in rows if "step" in row]
 
     def read_bad_samples(self) -> list[dict[str, Any]]:
         """Return the entries of bad_samples.jsonl, see `data.ledger`; a line that is only half written is left out."""
@@ -117,11 +120,15 @@ class RunFolder:
     def _read(self, path: epath.Path) -> Any:
         try:
             return json.loads(path.read_text()) if path.exists() else None
-        except ValueError as error:  # of JSON or of UTF-8
+        except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
             reason = " ".join(str(error).split())
             raise UserError(
                 f"{path} is damaged and cannot be read ({reason}); restore it, or use a different --config.run."
             ) from error
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def is_run(path: str) -> bool:

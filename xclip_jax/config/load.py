@@ -110,3 +110,5 @@ def parse(argv: list[str]) -> list[str]:
         return unparsed
     except (UserError, flags.Error, TypeError, ValueError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except (MemoryError, RecursionError):  # of Python's own parser
+        sys.exit("error: a value on the command line is nested too deeply to be read; write a plain value")

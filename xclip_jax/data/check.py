@@ -51,16 +51,17 @@ def examine(source: Source, index: int, size: int) -> Sample:
     try:
         record = source[index]
         image = record["image"]
-        pixels = transforms.decode(image)
         # Whole, for its size: training decodes large JPEGs at a half or less and is a little faster.
-        transforms.random_resized_crop(pixels, size, np.random.default_rng(index), resample="area")
+        with transforms.decoding(image) as pixels:
+            height, width = pixels.shape[:2]
+            transforms.random_resized_crop(pixels, size, np.random.default_rng(index), resample="area")
     except Exception as error:
         bad = records.as_bad_sample(error)
         return Sample(index, bad.reason, bad.detail)
     data = image if isinstance(image, bytes) else image.tobytes()
     return Sample(
         index,
-        size=pixels.shape[1::-1],
+        size=(width, height),
         file_bytes=len(data),
         digest=hashlib.blake2b(data, digest_size=16).digest(),
         caption=record["text"][0],

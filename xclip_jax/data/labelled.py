@@ -106,7 +106,7 @@ def _read_table(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[
     for line, image, label in _rows(name, path):
         images.append(path.parent / os.path.expanduser(image))
         cells.append((line, [word for part in label.split("|") if (word := part.strip())], "|" in label))
-    if missing := [image for image in images if not image.is_file()]:
+    if missing := [image for image in images if not os.path.isfile(image)]:  # nor a name that no disk takes
         raise UserError(f"{name}: {len(missing)} images of {str(path)!r} do not exist, {str(missing[0])!r} first.")
     several = any(separated for *_, separated in cells)
     for line, words, _ in cells:

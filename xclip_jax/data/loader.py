@@ -93,8 +93,9 @@ class Transform:
         config, scale = self.config, self.config.crop_scale
         # Large enough that not even the smallest square crop is enlarged.
         exact = config.resample != "area"
-        image = transforms.decode(record["image"], scaled_to=0 if exact else math.ceil(self.size / scale[0] ** 0.5))
-        transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample, out=out)
+        scaled_to = 0 if exact else math.ceil(self.size / scale[0] ** 0.5)
+        with transforms.decoding(record["image"], scaled_to=scaled_to) as image:
+            transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample, out=out)
 
     def caption(self, record: Record, rng: np.random.Generator) -> str:
         """Draw one of the captions, keywords, or both."""
@@ -103,7 +104,9 @@ class Transform:
         draw = rng.random()
         if not (tags and self.config.tags) or draw >= self.config.tags_append_prob + self.config.tags_only_prob:
             return text
-        chosen = rng.permutation(tags)[: rng.integers(1, self.config.tags + 1)]
+        # Numbers, since an array of strings takes as much for each of them as for the longest.
+        order = rng.permutation(len(tags))
+        chosen = [tags[i] for i in order[: rng.integers(1, self.config.tags + 1)]]
         return ", ".join(chosen if draw < self.config.tags_only_prob else [text, *chosen])
 
 

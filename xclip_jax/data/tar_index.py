@@ -131,7 +131,8 @@ def index_files(path: str) -> list[pathlib.Path]:
 def read(index_path: pathlib.Path) -> np.ndarray | None:
     """Return the rows of a stored index, mapped into memory; None where it does not exist or has changed.
 
-    The rows are followed by their digest: if the file was cut, emptied or changed, the tar is indexed again.
+    The rows are followed by their digest: if the file was cut, emptied or changed, the tar is indexed again. So it is
+    where an index that came with its tar has values that `index` does not write.
     """
     try:
         with index_path.open("rb") as file:
@@ -143,10 +144,17 @@ def read(index_path: pathlib.Path) -> np.ndarray | None:
             if file.read() != digest.digest():
                 return None
         rows = np.load(index_path, mmap_mode="r").view(np.ndarray)
-    except (OSError, ValueError):
+        return rows if _is_sound(rows) else None
+    except Exception:  # of any class, from a header that is damaged
         return None
+
+
+def _is_sound(rows: np.ndarray) -> bool:
     key = (rows.dtype.fields or {}).get("key")
-    return rows if rows.ndim == 1 and len(rows) and key and rows.dtype == dtype(key[0].itemsize) else None
+    if rows.ndim != 1 or not len(rows) or not key or rows.dtype != dtype(key[0].itemsize):
+        return False
+    sizes = all(rows[f"{part}_size"].max() <= limit + 1 for part, limit in MAX_BYTES.items())
+    return sizes and rows["fault"].max() < len(FAULTS) and all(rows[part].max() < 1 << 62 for part in MAX_BYTES)
 
 
 def _cached(path: str) -> pathlib.Path | None:

@@ -26,6 +26,8 @@ PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>")
 
 # Longer texts are encoded each time; the cache then takes 100 MB at most, of Latin letters and 77 tokens.
 _CACHED_LETTERS = 512
+# Letters of a text that are encoded, at least; a hundredth of them fill all tokens, and megabytes would take seconds.
+_MOST_LETTERS = 1 << 16
 _CLIP_MERGES = 48894
 _CLIP_START, _CLIP_END = "<start_of_text>", "<end_of_text>"
 # \p{L} stays without brackets: in a class, and without regard to case, U+0345 would count as a letter because it equals
@@ -63,6 +65,8 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str], length: int) -> np.ndarray:
         """Return int32 (len(texts), length): start, text, end, padding. Longer texts are cut before their end token.
 
+        Of a text the first 65,536 letters are read, or 256 for each token where those are more.
+
         Raises:
           UserError: `texts` is one string, or `length` leaves no room for a start and an end.
         """
@@ -71,7 +75,9 @@ class Tokenizer:
         if length < 2:
             raise UserError(f"text length {length} has no room for a start and an end token; it must be 2 or more.")
         out = np.full((len(texts), length), self.pad_id, np.int32)
+        most = max(_MOST_LETTERS, 256 * length)
         for row, text in zip(out, texts, strict=True):
+            text = text[:most]
             ids = (self._cached_ids if len(text) <= _CACHED_LETTERS else self._ids)(text, length)
             row[: len(ids)] = ids
         return out

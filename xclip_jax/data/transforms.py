@@ -3,9 +3,11 @@
 uint8 travels to the device: a quarter of the bytes of floats, and the arithmetic costs nothing there.
 """
 
+import contextlib
+import functools
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import cv2
@@ -15,11 +17,19 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
+from xclip_jax.data.weighted import WeightedSemaphore
 from xclip_jax.errors import BadSample
 
 cv2.setNumThreads(0)  # the loader has threads and processes of its own
 
 MAX_PIXELS = 1 << 26  # 64 million, 200 MB decoded: more is a decompression bomb, or useless at 224 pixels
+# Pixels of the images that all threads of a process decode at once. Decoders take 6 to 16 bytes for each, that of JPEG
+# 2000 takes 20: 1.3 GB of PNGs, 2.7 GB at most.
+_IN_FLIGHT = WeightedSemaphore(2 * MAX_PIXELS)
+# Of Pillow's formats, which include EPS, read by a program of its own, and others that the web has no images in.
+_FORMATS = (
+    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP",
+)  # fmt: skip
 RESAMPLE = ("area", "bicubic")  # of training crops
 RESIZE_MODES = ("shortest", "squash", "longest")  # of evaluation
 INTERPOLATIONS = ("bicubic", "bilinear")
@@ -38,8 +48,18 @@ def _check_pixels(w: int, h: int) -> None:
         raise BadSample("image too large", f"{w} x {h} pixels, more than {MAX_PIXELS:,}")
 
 
-def _jpeg_header(data: bytes) -> tuple[int, int, int, bool] | None:
-    """(width, height, channels, whether EXIF may rotate it) of a JPEG, or None if its markers make no sense."""
+@functools.cache
+def _formats() -> list[str]:
+    """Those of `_FORMATS` that this Pillow reads."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def _jpeg_header(data: bytes) -> tuple[int, int, int, bool, bool] | None:
+    """(width, height, channels, whether EXIF may rotate it, whether its coefficients are in memory all at once).
+
+    None for a JPEG whose markers make no sense.
+    """
     offset, exif = 2, False
     while offset + 10 <= len(data) and data[offset] == 0xFF:
         marker = data[offset + 1]
@@ -51,7 +71,7 @@ def _jpeg_header(data: bytes) -> tuple[int, int, int, bool] | None:
                 return None
             h = int.from_bytes(data[offset + 5 : offset + 7], "big")
             w = int.from_bytes(data[offset + 7 : offset + 9], "big")
-            return (w, h, data[offset + 9], exif) if w and h else None
+            return (w, h, data[offset + 9], exif, marker not in (0xC0, 0xC1)) if w and h else None
         exif = exif or (marker == 0xE1 and data[offset + 4 : offset + 8] == b"Exif")
         offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
     return None
@@ -59,18 +79,21 @@ def _jpeg_header(data: bytes) -> tuple[int, int, int, bool] | None:
 
 def _is_rotated(data: bytes) -> bool:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             return image.getexif().get(_ORIENTATION, 1) != 1
     except Exception:
         return True  # Pillow raises the error
 
 
-def _decode_jpeg(data: bytes, scaled_to: int) -> np.ndarray | None:
-    """Decode a JPEG by libjpeg-turbo, or return None for those that Pillow is to decode."""
+def _decode_jpeg(data: bytes, scaled_to: int, held: contextlib.ExitStack) -> np.ndarray | None:
+    """Decode a JPEG by libjpeg-turbo, or return None for those that Pillow is to decode. See `_decode` for `held`."""
     header = _jpeg_header(data)
     if header is None or header[2] not in (1, 3) or (header[3] and _is_rotated(data)):
         return None
-    _check_pixels(*header[:2])
+    w, h, *_, progressive = header
+    _check_pixels(w, h)
+    factor = max(1, min(w, h) // scaled_to) if scaled_to and not progressive else 1
+    held.enter_context(_IN_FLIGHT.hold(w * h // (1 << min(3, factor.bit_length() - 1)) ** 2))
     options: dict[str, Any] = {
         "fastdct": True,
         "fastupsample": True,
@@ -81,6 +104,7 @@ def _decode_jpeg(data: bytes, scaled_to: int) -> np.ndarray | None:
     try:
         return simplejpeg.decode_jpeg(data, "RGB", **(options if scaled_to else {}))
     except ValueError:
+        held.close()
         return None  # Pillow distinguishes truncated files from those that are only unusual
 
 
@@ -88,22 +112,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to RGB: palettes to colours, 16 bits to 8, transparency dropped as open_clip does."""
     if image.mode.startswith("I"):
         # Pillow would clip values above 255, which gives a white image.
-        values = np.asarray(image)
-        return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+        values = np.array(image)
+        values = np.right_shift(np.clip(values, 0, 65535, out=values), 8, out=values)
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns otherwise
     return image.convert("RGB")
 
 
-def _open(data: bytes | Image.Image) -> Image.Image:
-    """Open an image in its own mode, rotated by its EXIF tag. Raises `BadSample`, see `decode`."""
+def _open(data: bytes | Image.Image, held: contextlib.ExitStack) -> Image.Image:
+    """Open an image in its own mode, rotated by its EXIF tag. Raises `BadSample`, see `decode`; `held`: `_decode`."""
     about = f"{len(data)} bytes that begin with {data[:8]!r}" if isinstance(data, bytes) else "a Pillow image"
     try:
         if isinstance(data, Image.Image):  # the caller closes it
             _check_pixels(*data.size)
             return ImageOps.exif_transpose(data)
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             _check_pixels(*image.size)
+            held.enter_context(_IN_FLIGHT.hold(image.width * image.height))
             return ImageOps.exif_transpose(image)
     except (BadSample, MemoryError):
         raise
@@ -114,6 +140,25 @@ def _open(data: bytes | Image.Image) -> Image.Image:
     except Exception as error:  # Pillow's readers raise errors of any class for damaged files
         reason = "image cut off" if "truncated" in str(error) else "image damaged"
         raise BadSample(reason, f"{about} ({error})") from error
+
+
+def _decode(data: bytes | np.ndarray, scaled_to: int, held: contextlib.ExitStack) -> np.ndarray:
+    """See `decode`. Until `held` is closed the image's pixels count as being decoded."""
+    if isinstance(data, np.ndarray):
+        return data
+    if data[:2] == b"\xff\xd8" and (image := _decode_jpeg(data, scaled_to, held)) is not None:
+        return image
+    return np.array(_to_rgb(_open(data, held)))
+
+
+@contextlib.contextmanager
+def decoding(data: bytes | np.ndarray, *, scaled_to: int = 0) -> Iterator[np.ndarray]:
+    """Context of a decoded image that is not kept, see `decode`.
+
+    It waits while the images in such contexts of other threads of this process have too many pixels for one more.
+    """
+    with contextlib.ExitStack() as held:
+        yield _decode(data, scaled_to, held)
 
 
 def decode(data: bytes | np.ndarray, *, scaled_to: int = 0) -> np.ndarray:
@@ -130,11 +175,8 @@ def decode(data: bytes | np.ndarray, *, scaled_to: int = 0) -> np.ndarray:
     Raises:
       BadSample: not an image, a damaged one, or one of more than `MAX_PIXELS`, which is checked before decoding.
     """
-    if isinstance(data, np.ndarray):
-        return data
-    if data[:2] == b"\xff\xd8" and (image := _decode_jpeg(data, scaled_to)) is not None:
+    with decoding(data, scaled_to=scaled_to) as image:
         return image
-    return np.array(_to_rgb(_open(data)))
 
 
 def _resize(
@@ -202,12 +244,14 @@ def evaluation_image(
     Raises:
       BadSample: as `decode`.
     """
-    if isinstance(data, np.ndarray) or (isinstance(data, bytes) and data[:2] == b"\xff\xd8"):
-        return np.asarray(_fit(Image.fromarray(decode(data)), size, resample, mode, resize_size))
-    image = _open(data)
-    if image.mode.startswith("I"):
-        image = _to_rgb(image)
-    return np.asarray(_to_rgb(_fit(image, size, resample, mode, resize_size)))
+    with contextlib.ExitStack() as held:
+        if isinstance(data, np.ndarray) or (isinstance(data, bytes) and data[:2] == b"\xff\xd8"):
+            image = Image.fromarray(_decode(data, 0, held))
+        else:
+            image = _open(data, held)
+        if image.mode.startswith("I"):
+            image = _to_rgb(image)
+        return np.asarray(_to_rgb(_fit(image, size, resample, mode, resize_size)))
 
 
 def evaluation_mask(mask: np.ndarray, size: int, mode: str = "shortest", resize_size: int = 0) -> np.ndarray:

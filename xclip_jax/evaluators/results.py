@@ -54,7 +54,7 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
         defaults = {key: record.get(key, default) for key, default in zip(_VIEW, ("", 0, "", {}), strict=True)}
         entries = [defaults | entry for entry in (*record.get("other_results", ()), *record["results"])]
         _ = [(entry["set"], entry["value"], entry["name"], entry["metric"]) for entry in entries]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a file of results ({error}); delete it, and evaluate again with --checkpoint."
         ) from error

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -72,6 +73,18 @@ def read(path: str | epath.Path) -> Record:
     content = run.read_config()
     if content is None:
         raise UserError(f"{str(path)!r} is not a run directory: it has no config.json; pass a run directory.")
+    try:
+        return _read(run, content)
+    except UserError:
+        raise
+    except Exception as error:  # JSON of any other form
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"a file of run {str(path)!r} has another form than a run writes ({reason}); restore it."
+        ) from error
+
+
+def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
     config = schema.resolve(schema.complete(content["config"]))
     rows, final = run.read_metrics(), run.read_results() or {}
     known = results.of_run(final) if final else []

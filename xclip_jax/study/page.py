@@ -199,23 +199,23 @@ def _similarities(snapshot: Snapshot) -> Iterator[str]:
         if (arm := snapshot.choice(name)) is None or not (records := snapshot.finished(arm)):
             continue
         for validation, test in study.named.items():
-            measure, found = study.measure(test), next(iter(records.values())).similarities(validation)
-            if len(found) < 2:
+            measure, keys = study.measure(test), next(iter(records.values())).similarities(validation)
+            if len(keys) < 2:
                 continue
             if not shown:
                 text = "A model can name by its projection, by its clusters or by both; validation says which."
                 yield from ["## Which similarity names best", "", text, ""]
                 shown = True
-            on = {score: dataclasses.replace(measure, set=validation, metric=key) for score, key in found.items()}
-            read = {score: dataclasses.replace(measure, metric=key) for score, key in found.items()}
-            best = max(found, key=lambda score: getattr(mean_of(snapshot, arm, on[score]), "mean", -math.inf))
+            on = {score: dataclasses.replace(measure, set=validation, metric=key) for score, key in keys.items()}
+            read = {score: dataclasses.replace(measure, metric=key) for score, key in keys.items()}
+            best = max(keys, key=lambda score: getattr(mean_of(snapshot, arm, on[score]), "mean", -math.inf))
             rows = [
                 [
                     (score or "its own") + (" **chosen**" if score == best else ""),
                     estimate_text(mean_of(snapshot, arm, on[score]), measure),
                     estimate_text(mean_of(snapshot, arm, read[score]), measure),
                 ]
-                for score in found
+                for score in keys
             ]
             yield from table([f"{study.arm(arm).title}: similarity", f"`{validation}`", measure.label], rows)
 
