@@ -6,7 +6,7 @@ tokenizer.json  the tokenizer, where data.tokenizer is a file
 metrics.jsonl   {"step", metric: value} a line; lines of training steps have a "loss", those of evaluations do not
 results.json    {"results", "config", "environment", "seconds"} of the last evaluation
 evaluation.json of `xclip_jax.evaluate`, see `evaluators.results`
-checkpoints/, bad_samples.jsonl, tensorboard/, report.html, picture.png
+checkpoints/, bad_samples.jsonl, skipped_steps.jsonl, tensorboard/, report.html, picture.png
 """
 
 import contextlib
@@ -30,6 +30,7 @@ class RunFolder:
         self.results_file = self.path / "results.json"
         self.evaluation_file = self.path / "evaluation.json"
         self.bad_samples_file = self.path / "bad_samples.jsonl"
+        self.skipped_steps_file = self.path / "skipped_steps.jsonl"
         self.report_file = self.path / "report.html"
         self.picture_file = self.path / "picture.png"
         self.checkpoints = self.path / "checkpoints"

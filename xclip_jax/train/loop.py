@@ -16,6 +16,7 @@ from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.interrupt import PreemptionHandler
 from xclip_jax.train.job import Job
 from xclip_jax.train.log import MetricLogger, is_due
+from xclip_jax.train.recovery import rewind
 from xclip_jax.train.state import TrainState
 
 
@@ -38,11 +39,15 @@ def train(
         # Steps are dispatched without waiting: this batch travels to the devices while they compute the last step.
         state, metrics = experiment.compiled(state, loader.to_global(batch, experiment.mesh))
         log.log_step(step, metrics)
+        if log.skipped.exceeded:
+            state = rewind(job, state, log.skipped, checkpointer)
         stopped = preemption.requested(step)
         if is_due(config.checkpoint.every, step) or step == config.steps or stopped:
-            log.flush()  # raises before a state that is not finite is saved
-            position = {"samples": step * b, "batch": b, "seed": config.seed, "counters": ledger.counters}
-            checkpointer.save(state, position)
+            log.flush()
+            # Steps that are skipped one after another have the same parameters, and push the checkpoints before out.
+            if stopped or step == config.steps or not log.skipped.in_a_row:
+                position = {"samples": step * b, "batch": b, "seed": config.seed, "counters": ledger.counters}
+                checkpointer.save(state, position)
         if stopped:
             break
         if _evaluates(job, step):

@@ -12,7 +12,7 @@ from xclip_jax.losses.rank import effective_rank
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.objectives import Objective
 from xclip_jax.parallel.mesh import batch_sharding, replicated
-from xclip_jax.train import gradcache
+from xclip_jax.train import gradcache, guard
 from xclip_jax.train.augment import NOISE, Augment
 from xclip_jax.train.optim import project_scale
 from xclip_jax.train.state import TrainState
@@ -50,8 +50,9 @@ class TrainStep:
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """(state, {"image": uint8 (b, h, w, 3), "text": int32 (b, n)}) -> (state, metrics).
 
-        The metrics are those of the parameters before the update, but for "update_norm", which is not finite where the
-        new parameters are not. A batch has what `objective.fields` says.
+        The metrics are those of the parameters before the update, but for "update_norm". Where the loss, the gradients
+        or what they make of the state are not finite, only the step is counted, and metric "skipped" is true. A batch
+        has what `objective.fields` says.
         """
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         inputs = self.augment.sample(key, batch)
@@ -68,7 +69,7 @@ class TrainStep:
             return value, (metrics, batch_stats, loss_state)
 
         value_and_grad = gradcache.value_and_grad(self._encode, loss, self.microbatches)
-        (_, (metrics, batch_stats, loss_state)), grads = value_and_grad(state.params, inputs)
+        (value, (metrics, batch_stats, loss_state)), grads = value_and_grad(state.params, inputs)
         grads = self.constrain_grads(grads)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
         params = project_scale(optax.apply_updates(state.params, updates))
@@ -88,7 +89,11 @@ class TrainStep:
             loss_state=loss_state,
             seed=state.seed,
         )
-        return new, metrics
+        # Finite norms of parameters and updates are those of sums that fp32 can hold.
+        norms = [metrics[name] for name in ("grad_norm", "update_norm", "param_norm")]
+        accept = guard.all_finite(value, norms, batch_stats, ema_batch_stats, loss_state)
+        new = dataclasses.replace(guard.select(accept, new, state), step=new.step)
+        return new, metrics | {"skipped": ~accept}
 
     def _encode(self, params: Any, inputs: Inputs) -> Features:
         variables = {"params": params | {tower: jax.lax.stop_gradient(params[tower]) for tower in self.frozen}}
