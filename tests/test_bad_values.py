@@ -19,8 +19,8 @@ from xclip_jax.objectives import Term
 from xclip_jax.train import build, guard, optim, state, trainer
 from xclip_jax.train.checkpoint import Checkpointer
 
-# First token of a text: what is not finite at a step with it.
-LOSS, GRADIENT, CENTER = 201, 202, 203
+# First token of a text: what is not finite at a step with it, or large.
+LOSS, GRADIENT, CENTER, SPIKE = 201, 202, 203, 204
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Poison(Term):
 
         zero = out["z_img"].sum() * 0
         root = jnp.sqrt(jnp.where(marked(GRADIENT), zero, zero + 1.0))  # infinite slope at 0, times 0
-        loss = root - jax.lax.stop_gradient(root) + jnp.where(marked(LOSS), jnp.nan, 0.0)
+        steep = root + jnp.where(marked(SPIKE), 1e3, 0.0) * out["z_img"][:, 0].sum()
+        loss = steep - jax.lax.stop_gradient(steep) + jnp.where(marked(LOSS), jnp.nan, 0.0)
         return loss, {"loss": loss}, {"poison": state["poison"] + jnp.where(marked(CENTER), jnp.inf, 1.0)}
 
 
@@ -114,6 +115,25 @@ def test_adam_counts_updates_and_the_schedule_steps():
     assert_same(guard.select(jnp.asarray(True), new, old), new)
     updates, _ = tx.update({"kernel": jnp.ones(3)}, kept, params)
     np.testing.assert_allclose(updates["kernel"], -0.9, rtol=1e-5)  # the first moments, the second learning rate
+
+
+def test_a_spike_of_the_gradient_is_skipped_once_its_mean_is_known(monkeypatch):
+    monkeypatch.setattr(guard, "WARMUP", 3)
+    p = build.build(config(optim__max_grad_norm_ratio=20.0), jax.devices()[:1])
+    s, norms = state.create(p.init, p.abstract), []
+    for i, token in enumerate([0, SPIKE, 0, 0, SPIKE, 0]):
+        batch, before = tiny.batch(i, eot=p.tokenizer.eot_id), jax.device_get(s)
+        s, metrics = p.compiled(s, loader.to_global(mark(batch, token) if token else batch, p.mesh))
+        assert bool(metrics["skipped"]) == (i == 4)
+        if i >= 3:  # over the accepted steps before, an exponential average of logarithms
+            weights = guard.DECAY ** np.arange(len(norms))[::-1]
+            mean = np.exp(np.average(np.log(norms), weights=weights))
+            assert float(metrics["grad_norm_mean"]) == pytest.approx(mean, rel=1e-4)
+        if i != 4:
+            norms.append(float(metrics["grad_norm"]))
+        else:
+            assert_same(s, guard.at_step(state_like(before, p), 5))
+            assert metrics["grad_norm"] > 20 * mean
 
 
 # A run

@@ -24,6 +24,9 @@ def _is_share(value: float) -> bool:
     return 0 < value <= 1
 
 
+_RATIO = Check("0 or a value above 1", lambda value: value == 0 or value > 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """Config group `optim`: AdamW."""
@@ -47,6 +50,9 @@ class OptimConfig:
         10,
         "steps in a row that may leave the parameters as they are, being not finite, before the run stops",
         at_least(0),
+    )
+    max_grad_norm_ratio: float = key(
+        0.0, "of the gradient's norm and its running mean; a step above is skipped; 0 for none", _RATIO
     )
     rewind: bool = key(
         False, "where it would stop, go back to the parameters of the checkpoint before, and on with the next samples"

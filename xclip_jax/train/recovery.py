@@ -15,15 +15,25 @@ from xclip_jax.train.job import Job
 from xclip_jax.train.state import TrainState
 
 # What is written down of a skipped step, and looked at in this order for the reason.
-_VALUES = ("loss", "grad_norm", "update_norm")
+_VALUES = ("loss", "grad_norm", "update_norm", "grad_norm_mean")
+
+
+def _fault(step: int, values: Mapping[str, float]) -> str:
+    """Return what was wrong with a step."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            return f"{name.replace('_', ' ')} of step {step} is {value}"
+    if (mean := values.get("grad_norm_mean")) is not None and values["grad_norm"] > mean:
+        return f"grad norm of step {step} is {values['grad_norm']:.3g}, where its running mean is {mean:.3g},"
+    return f"a running value of step {step} is not finite"
 
 
 class SkippedSteps:
     """Counts skipped steps and writes skipped_steps.jsonl: each with its samples and its values.
 
     A line is {"step", "position": of its first sample in the run's order, "samples": their number, "loss", "grad_norm",
-    "update_norm"}, with null for what is not finite, or {"step", "rewound_to": step of a checkpoint}. The counters are
-    those of "skipped" in `Ledger.counters`, which every checkpoint has.
+    "update_norm", "grad_norm_mean" where there is one}, with null for what is not finite, or {"step", "rewound_to": a
+    checkpoint's step}. The counters are those of "skipped" in `Ledger.counters`, which every checkpoint has.
     """
 
     def __init__(self, job: Job, start: int, ledger: Ledger) -> None:
@@ -63,7 +73,7 @@ class SkippedSteps:
             return self._skipped
         self._checked, self._skipped = step, bool(metrics["skipped"])
         if self._skipped:
-            self._add(step, {name: float(metrics[name]) for name in _VALUES})
+            self._add(step, {name: float(metrics[name]) for name in _VALUES if name in metrics})
         elif self.in_a_row:
             self._count(in_a_row=0)
         return self._skipped
@@ -106,8 +116,7 @@ class SkippedSteps:
         self._count(total=self.total + 1, in_a_row=self.in_a_row + 1)
         b = config.data.batch
         self._file.append({"step": step, "position": (step - 1) * b, "samples": b} | values)
-        bad = next((name for name in _VALUES if not math.isfinite(values[name])), None)
-        fault = f"{bad.replace('_', ' ')} of step {step} is {values[bad]}" if bad else f"step {step} is not finite"
+        fault = _fault(step, values)
         if self.in_a_row == config.steps or (self.exceeded and not config.optim.rewind):
             before = f", after {self.in_a_row - 1} skipped steps in a row," if self.in_a_row > 1 else ""
             self._stop(f"{fault}{before} and is not saved")

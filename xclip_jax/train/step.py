@@ -36,6 +36,7 @@ class TrainStep:
       microbatches: see `gradcache`.
       constrain_grads: holds gradients to the layout that the optimizer works in.
       frozen: towers whose gradient is zero and is not computed.
+      spikes: refuses steps of a gradient that is too large, if there is such a bound.
     """
 
     model: TwoTowers
@@ -46,6 +47,7 @@ class TrainStep:
     microbatches: int = 1
     constrain_grads: Callable[[Any], Any] = lambda grads: grads
     frozen: tuple[str, ...] = ()
+    spikes: guard.SpikeFilter | None = None
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """(state, {"image": uint8 (b, h, w, 3), "text": int32 (b, n)}) -> (state, metrics).
@@ -79,6 +81,12 @@ class TrainStep:
             "update_norm": optax.tree.norm(updates),
             "param_norm": optax.tree.norm(state.params),
         }
+        # Finite norms of parameters and updates are those of sums that fp32 can hold.
+        norms = [metrics[name] for name in ("grad_norm", "update_norm", "param_norm")]
+        accept = guard.all_finite(value, norms, batch_stats, ema_batch_stats, loss_state)
+        if self.spikes:
+            calm, metrics["grad_norm_mean"], moved = self.spikes(state.loss_state, metrics["grad_norm"])
+            accept, loss_state = accept & calm, loss_state | moved
         new = TrainState(
             step=state.step + 1,
             params=params,
@@ -89,9 +97,6 @@ class TrainStep:
             loss_state=loss_state,
             seed=state.seed,
         )
-        # Finite norms of parameters and updates are those of sums that fp32 can hold.
-        norms = [metrics[name] for name in ("grad_norm", "update_norm", "param_norm")]
-        accept = guard.all_finite(value, norms, batch_stats, ema_batch_stats, loss_state)
         new = dataclasses.replace(guard.select(accept, new, state), step=new.step)
         return new, metrics | {"skipped": ~accept}
 
