@@ -92,16 +92,19 @@ class MetricLogger:
       skipped: counts steps whose values were not finite; they have no line of metrics.
     """
 
-    def __init__(self, job: Job, start: int, ledger: Ledger, callbacks: Sequence[Callback] = ()) -> None:
+    def __init__(
+        self, job: Job, start: int, ledger: Ledger, skipped: SkippedSteps, callbacks: Sequence[Callback] = ()
+    ) -> None:
         """Open the run's metrics.
 
         Args:
           job: the run.
           start: the step that it starts or resumes from.
           ledger: of the samples that are read.
+          skipped: counts steps that are skipped.
           callbacks: receive what is logged.
         """
-        self.ledger, self.stalls, self.skipped = ledger, InputStallTimer(), SkippedSteps(job, start, ledger)
+        self.ledger, self.stalls, self.skipped = ledger, InputStallTimer(), skipped
         self._job, self._callbacks = job, callbacks
         self._progress = Progress(start, job.config.steps, job.experiment.data.batch, job.experiment.objective.progress)
         self._collapse = CollapseMonitor(job.experiment.objective.alarms, job.config.log.collapse_warmup_steps)

@@ -16,7 +16,6 @@ from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.interrupt import PreemptionHandler
 from xclip_jax.train.job import Job
 from xclip_jax.train.log import MetricLogger, is_due
-from xclip_jax.train.recovery import rewind
 from xclip_jax.train.state import TrainState
 
 
@@ -40,7 +39,7 @@ def train(
         state, metrics = experiment.compiled(state, loader.to_global(batch, experiment.mesh))
         log.log_step(step, metrics)
         if log.skipped.exceeded:
-            state = rewind(job, state, log.skipped, checkpointer)
+            state = log.skipped.rewind(state)
         stopped = preemption.requested(step)
         if is_due(config.checkpoint.every, step) or step == config.steps or stopped:
             log.flush()

@@ -36,9 +36,10 @@ class SkippedSteps:
     checkpoint's step}. The counters are those of "skipped" in `Ledger.counters`, which every checkpoint has.
     """
 
-    def __init__(self, job: Job, start: int, ledger: Ledger) -> None:
+    def __init__(self, job: Job, start: int, ledger: Ledger, checkpointer: Checkpointer) -> None:
         """Open the file of a run that starts or resumes at step `start`, with the counters of `ledger`."""
-        self._job, self._ledger, self.path = job, ledger, job.folder.skipped_steps_file
+        self._job, self._ledger, self._checkpointer = job, ledger, checkpointer
+        self.path = job.folder.skipped_steps_file
         self._file = JsonLines(
             self.path, lambda line: line.get("step", math.inf) <= start, writes=jax.process_index() == 0
         )
@@ -78,17 +79,32 @@ class SkippedSteps:
             self._count(in_a_row=0)
         return self._skipped
 
-    def checkpoint_before(self, steps: list[int]) -> int:
-        """Return which of the checkpoints of `steps` to rewind to: the newest before the skipped steps.
+    def rewind(self, state: TrainState) -> TrainState:
+        """Return the state of the newest checkpoint before the skipped steps, at the step of `state`, which is deleted.
 
-        Regular checkpoints come first, so that those of interrupts make no difference.
+        The steps since then are undone, and their samples are not read again: step, learning rate, samples and random
+        numbers go on. A run that is killed before or after this resumes to the same end.
 
         Raises:
-          Diverged: there is none that is newer than the last rewind.
+          UserError: no such checkpoint that is newer than the last rewind (`Diverged`), or a damaged one.
         """
-        failed = self._checked - self.in_a_row  # with the parameters of this step
-        every, rewound = self._job.config.checkpoint.every, self._counters.get("rewound", 0)
-        usable = [step for step in steps if rewound < step < failed]
+        step, rewound = self._checked, self._counters.get("rewound", 0)
+        target = self._checkpoint_before(step - self.in_a_row, rewound)
+        for x in jax.tree.leaves(state):
+            x.delete()  # two states need not fit into the devices
+        restored, _ = self._checkpointer.restore(self._job.experiment.abstract, target)
+        self._file.append({"step": step, "rewound_to": target})
+        log0(
+            f"WARNING: {self.in_a_row} steps in a row were skipped; rewinding to the checkpoint of step {target}, and "
+            f"going on with the samples of step {step + 1}"
+        )
+        self._count(in_a_row=0, rewound=step)
+        return guard.at_step(restored, step)
+
+    def _checkpoint_before(self, failed: int, rewound: int) -> int:
+        """Return the newest checkpoint between two steps; those of interrupts make no difference where others are left."""
+        every = self._job.config.checkpoint.every
+        usable = [step for step in self._checkpointer.steps() if rewound < step < failed]
         regular = [step for step in usable if every and step % every == 0]
         if not usable:
             between = f"between the rewind at step {rewound} and them" if rewound else "before them"
@@ -97,15 +113,6 @@ class SkippedSteps:
                 "left to rewind to"
             )
         return max(regular or usable)
-
-    def rewound(self, step: int, target: int) -> None:
-        """Write down that `step` ended with the state of checkpoint `target`."""
-        self._file.append({"step": step, "rewound_to": target})
-        log0(
-            f"WARNING: {self.in_a_row} steps in a row were skipped; rewinding to the checkpoint of step {target}, and "
-            f"going on with the samples of step {step + 1}"
-        )
-        self._count(in_a_row=0, rewound=step)
 
     def close(self) -> None:
         """Write what is left."""
@@ -123,8 +130,8 @@ class SkippedSteps:
         log0(f"WARNING: {fault}; the step is skipped, {self.in_a_row} in a row, {self.total} in all, see {self.path}")
 
     def _stop(self, reason: str) -> None:
-        saved = self._job.folder.latest_step()
-        last = "there is no checkpoint yet" if saved is None else f"the last checkpoint is of step {saved}"
+        saved = self._checkpointer.steps()
+        last = f"the last checkpoint is of step {saved[-1]}" if saved else "there is no checkpoint yet"
         self.close()
         raise Diverged(
             f"{reason}; {last}. Lower optim.lr, lengthen optim.warmup or set optim.grad_clip_norm=1, under a different "
@@ -135,21 +142,3 @@ class SkippedSteps:
         counters = {"total": 0, "in_a_row": 0, "rewound": 0, **self._counters, **changes}
         # A new dict, since the old one may be on its way to a checkpoint.
         self._ledger.counters = {**self._ledger.counters, "skipped": counters}
-
-
-def rewind(job: Job, state: TrainState, skipped: SkippedSteps, checkpointer: Checkpointer) -> TrainState:
-    """Return the state of the newest checkpoint before the skipped steps, at the step of `state`, which is deleted.
-
-    The steps since then are undone, and their samples are not read again: step, learning rate, samples and random
-    numbers go on. The run that resumes from a checkpoint before or after this one is the same.
-
-    Raises:
-      UserError: no such checkpoint (`Diverged`), or a damaged one.
-    """
-    step = int(state.step)
-    target = skipped.checkpoint_before(checkpointer.steps())
-    for x in jax.tree.leaves(state):
-        x.delete()  # two states need not fit into the devices
-    restored, _ = checkpointer.restore(job.experiment.abstract, target)
-    skipped.rewound(step, target)
-    return guard.at_step(restored, step)

@@ -19,6 +19,7 @@ from xclip_jax.train.interrupt import EXIT_RESUMABLE, PreemptionHandler
 from xclip_jax.train.job import Job, prepare
 from xclip_jax.train.log import MetricLogger
 from xclip_jax.train.loop import run_evaluators, train
+from xclip_jax.train.recovery import SkippedSteps
 from xclip_jax.train.run_folder import TrainingFolder
 from xclip_jax.train.state import TrainState, create
 from xclip_jax.train.weights import init_from_weights
@@ -82,7 +83,8 @@ def _train(
         start=position["samples"],
         counters=position.get("counters"),
     )
-    log = MetricLogger(job, int(state.step), ledger, callbacks)
+    skipped = SkippedSteps(job, int(state.step), ledger, checkpointer)
+    log = MetricLogger(job, int(state.step), ledger, skipped, callbacks)
     preemption.saves = True
     state, stopped = train(job, state, log, checkpointer, preemption)
     preemption.saves = False
