@@ -67,12 +67,10 @@ def assert_same(a, b):
 # A step
 
 
-@pytest.mark.parametrize(("devices", "strategy"), [(1, "dp"), (8, "zero1")])
-def test_a_bad_batch_changes_nothing_but_the_step(devices, strategy):
+def test_a_bad_batch_changes_nothing_but_the_step():
     """And the steps after it are those of a run that never saw its update."""
     changes = {"objective__nclip__target": "ema", "objective__nclip__balance": "center", "optim__grad_clip_norm": 1.0}
-    mesh = {"data": -1, "fsdp": 1, "model": 1, "strategy": strategy}
-    p = build.build(config("xclip", mesh=mesh, **changes), jax.devices()[:devices])
+    p = build.build(config("xclip", mesh={"data": -1, "fsdp": 1, "model": 1, "strategy": "zero1"}, **changes))
     batches = [tiny.batch(i, eot=p.tokenizer.eot_id) for i in range(3)]
 
     def step(s, batch):
@@ -235,12 +233,6 @@ def test_too_many_in_a_row_stop_the_run(pairs, tmp_path, monkeypatch):
     assert [line["step"] for line in lines(c.run, "skipped_steps.jsonl")] == [2, 3, 6, 7, 8]
 
 
-def test_a_run_of_bad_steps_alone_is_never_complete(pairs, tmp_path, monkeypatch):
-    c = run_config(pairs, tmp_path / "run", steps=3)
-    with pytest.raises(Diverged, match=r"loss of step 3 is nan, after 2 skipped .* no checkpoint yet"):
-        train(c, monkeypatch, poisoned={1, 2, 3})
-
-
 def rewind_config(pairs, run):
     return run_config(pairs, run, steps=12, optim__max_skipped_steps=2, optim__rewind=True)
 
@@ -269,9 +261,11 @@ def test_a_rewind_undoes_the_last_steps_and_goes_on_behind_the_bad_ones(rewound)
     assert [line["step"] for line in lines(c.run, "metrics.jsonl")] == [1, 2, 3, 4, 8, 9, 10, 11, 12]
 
 
-@pytest.mark.parametrize(("kill", "resume"), [(7, 4), (8, 4), (9, 8)])
+@pytest.mark.parametrize(
+    ("kill", "resume"), [(8, 4), *(pytest.param(*steps, marks=pytest.mark.slow) for steps in ((7, 4), (9, 8)))]
+)
 def test_a_run_killed_near_a_rewind_resumes_bit_exactly(pairs, tmp_path, monkeypatch, rewound, kill, resume):
-    """Before it, right after it, and after the next checkpoint."""
+    """Right after it, before it, and after the next checkpoint."""
     c = rewind_config(pairs, tmp_path / "run")
     with pytest.raises(Killed):
         train(c, monkeypatch, POISONED, kill=kill)

@@ -102,7 +102,7 @@ class SkippedSteps:
         return guard.at_step(restored, step)
 
     def _checkpoint_before(self, failed: int, rewound: int) -> int:
-        """Return the newest checkpoint between two steps; those of interrupts make no difference where others are left."""
+        """Return the newest checkpoint between two steps, a regular one if possible: interrupts make no difference."""
         every = self._job.config.checkpoint.every
         usable = [step for step in self._checkpointer.steps() if rewound < step < failed]
         regular = [step for step in usable if every and step % every == 0]
