@@ -172,7 +172,8 @@ def gradients(p):
         lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, _, params=None: (grads, grads)
     )
     step = p.make_step(catch)
-    s = state.create(p.init, p.abstract).replace(opt_state=None)
+    s = state.create(p.init, p.abstract)
+    s = s.replace(opt_state=catch.init(s.params))
     s, metrics = jax.jit(step)(s, loader.to_global(batch(p), p.mesh))
     return jax.device_get(metrics), jax.device_get(s.opt_state)
 

@@ -159,7 +159,7 @@ def test_parameters_and_metrics_are_those_of_the_first_edition(variant):
         batch = tiny.batch(i, eot=p.tokenizer.eot_id)
         batch["label"] = np.random.default_rng(i).integers(0, 2, tiny.BATCH, dtype=np.int32)
         s, values = p.compiled(s, loader.to_global({key: batch[key] for key in p.objective.fields}, p.mesh))
-        assert values.keys() == metrics.keys()
+        assert values.keys() - {"skipped"} == metrics.keys()
         for key, value in metrics.items():
             assert float(values[key]) == pytest.approx(value, rel=2e-3, abs=2e-4), (i, key)
 

@@ -39,7 +39,8 @@ def make(objective, mesh=None, **changes):
 def gradients(p):
     """(loss, gradients) as the step makes them, caught by an optimizer that keeps the gradient as its state."""
     catch = optax.GradientTransformation(lambda params: params, lambda grads, _, params=None: (grads, grads))
-    s = state.create(p.init, p.abstract).replace(opt_state=None)
+    s = state.create(p.init, p.abstract)
+    s = s.replace(opt_state=catch.init(s.params))
     s, metrics = jax.jit(p.make_step(catch))(s, loader.to_global(tiny.batch(b=BATCH, eot=p.tokenizer.eot_id), p.mesh))
     return jax.device_get(({k: v for k, v in metrics.items() if k != "param_norm"}, s.opt_state, s.batch_stats))
 

@@ -41,7 +41,8 @@ def gradients(p):
         lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, _, params=None: (grads, grads)
     )
     config_step = p.make_step(catch)
-    s = state.create(p.init, p.abstract).replace(opt_state=None)
+    s = state.create(p.init, p.abstract)
+    s = s.replace(opt_state=catch.init(s.params))
     s, metrics = jax.jit(config_step)(s, loader.to_global(tiny.batch(eot=p.tokenizer.eot_id), p.mesh))
     return float(metrics["loss"]), jax.device_get(s.opt_state), jax.device_get(s.batch_stats)
 

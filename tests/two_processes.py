@@ -46,7 +46,7 @@ def main(folder, out, *others):
         rows.append(len(local["text"]))
         batch = loader.to_global(local, p.mesh)
         if i == 0:
-            grads = gradients(s.replace(opt_state=None), batch)[0].opt_state
+            grads = gradients(s.replace(opt_state=catch.init(s.params)), batch)[0].opt_state
         s, metrics = p.compiled(s, batch)
         losses.append(float(metrics["loss"]))
     with Checkpointer(f"{out}.run") as checkpointer:

@@ -7,7 +7,7 @@ metrics.jsonl   {"step", metric: value} a line; lines of training steps have a "
 results.json    {"results", "config", "environment", "seconds"} of the last evaluation
 evaluation.json of `xclip_jax.evaluate`, see `evaluators.results`
 stacks-N.txt    stacks of all threads of process N, where it hung and was ended
-checkpoints/, bad_samples.jsonl, tensorboard/, report.html, picture.png
+checkpoints/, bad_samples.jsonl, skipped_steps.jsonl, tensorboard/, report.html, picture.png
 """
 
 import contextlib
@@ -32,6 +32,7 @@ class RunFolder:
         self.results_file = self.path / "results.json"
         self.evaluation_file = self.path / "evaluation.json"
         self.bad_samples_file = self.path / "bad_samples.jsonl"
+        self.skipped_steps_file = self.path / "skipped_steps.jsonl"
         self.report_file = self.path / "report.html"
         self.picture_file = self.path / "picture.png"
         self.checkpoints = self.path / "checkpoints"

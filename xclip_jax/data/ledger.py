@@ -55,7 +55,7 @@ class Ledger:
 
     Attributes:
       counters: {"samples": delivered, "tokens": of their texts, "bad": {reason: samples that were replaced}}, over all
-        processes, as of the last `sync`.
+        processes, as of the last `sync`. Other counters of a run that a checkpoint keeps may be added.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Ledger:
         counts = collections.Counter(self.counters["bad"])
         counts.update(entry["reason"] for entry in entries)
         tokens = self.counters["tokens"] + sum(tokens for tokens, _ in records)
-        self.counters = {"samples": samples, "tokens": tokens, "bad": dict(sorted(counts.items()))}
+        self.counters = self.counters | {"samples": samples, "tokens": tokens, "bad": dict(sorted(counts.items()))}
         self._write(entries)
         self._check()
 

@@ -65,6 +65,7 @@ def _facts(record: Record, parameters: int | None) -> str:
         f"{unit.capitalize()} seen": f"{last['samples']:,} ({last['epoch']:.1f} epochs)" if "epoch" in last else "",
         "Speed": f"{number(last['samples_per_second'])} {unit}/s" if last.get("samples_per_second") else "",
         "Bad samples": f"{record.bad:,}" if record.bad else "",
+        "Skipped steps": f"{last['skipped_steps']:,.0f}" if last.get("skipped_steps") else "",
         "Devices": environment.get("devices", ""),
         "Began, UTC": f"{record.began:%Y-%m-%d %H:%M}",
         "Ended, UTC": f"{record.ended:%Y-%m-%d %H:%M}" if record.ended else "not yet",

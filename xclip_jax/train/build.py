@@ -18,7 +18,7 @@ from xclip_jax.models.two_towers import TOWERS, TwoTowers
 from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import AXES, check_batch, make_mesh
-from xclip_jax.train import optim, state
+from xclip_jax.train import guard, optim, state
 from xclip_jax.train.augment import Augment
 from xclip_jax.train.step import TrainStep, compile_step
 
@@ -75,11 +75,17 @@ def _make_mesh(config: Config, devices: list[jax.Device] | None) -> Mesh:
     return mesh
 
 
+def _spike_filter(config: Config) -> guard.SpikeFilter | None:
+    ratio = config.optim.max_grad_norm_ratio
+    return guard.SpikeFilter(ratio) if ratio else None
+
+
 def _make_step(
     config: Config, mesh: Mesh, model: TwoTowers, objective: Objective, augment: Augment, abstract: state.TrainState
 ) -> Callable[[optax.GradientTransformation], Callable[..., Any]]:
     """optimizer -> the step as a pure function."""
     strategy, ema, frozen = config.mesh.strategy, config.ema, tuple(config.init.frozen)
+    spikes = _spike_filter(config)
     shardings = jax.tree.map(lambda x: x.sharding, abstract.params)
     if strategy == "zero1":
         shardings = sharding.zero1_shardings(abstract.params, shardings, mesh)
@@ -91,7 +97,7 @@ def _make_step(
         return jax.lax.with_sharding_constraint(grads, shardings)
 
     def make(tx: optax.GradientTransformation) -> Callable[..., Any]:
-        made = TrainStep(model, tx, objective, augment, momentum, config.optim.microbatches, constrain, frozen)
+        made = TrainStep(model, tx, objective, augment, momentum, config.optim.microbatches, constrain, frozen, spikes)
         return sharding.layout_scope(sharding.MeshLayout(mesh, strategy))(made.step)
 
     return make
@@ -111,12 +117,14 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
     model = make_model(config, objective, tokens)
     towers = {name: getattr(model, name) for name in TOWERS}
     tx = optim.make_optimizer(config.optim, config.steps, towers, tuple(config.init.frozen))
+    spikes = _spike_filter(config)
     init = state.init_fn(
         model,
         tx,
         image_size=model.img.image_size,
         text_length=model.txt.context_length,
-        loss_state=objective.initial_state(config.model, tokens.vocab_size),
+        loss_state=objective.initial_state(config.model, tokens.vocab_size)
+        | (spikes.initial_state() if spikes else {}),
         ema=config.ema.on or objective.teacher,
         seed=config.seed,
     )

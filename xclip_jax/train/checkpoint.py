@@ -81,6 +81,11 @@ class Checkpointer:
         """Step of the newest whole checkpoint, or None."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """Steps of all whole checkpoints, also of one that is being saved, which this waits for."""
+        self._manager.wait_until_finished()
+        return sorted(self._manager.all_steps())
+
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
         """Start to save; returns when the state is copied, so the next step may overwrite it."""
         step = int(state.step)

@@ -9,13 +9,13 @@ from jax.experimental import multihost_utils
 
 from xclip_jax.console import log0
 from xclip_jax.data.ledger import Ledger
-from xclip_jax.errors import Diverged
 from xclip_jax.evaluators.result import Result, flat
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import JsonLines
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.job import Job
 from xclip_jax.train.progress import InputStallTimer, Progress
+from xclip_jax.train.recovery import SkippedSteps
 
 
 def is_due(every: int, step: int) -> bool:
@@ -89,18 +89,22 @@ class MetricLogger:
     Attributes:
       ledger: counts samples, and is synchronised between processes at logged steps.
       stalls: wraps the batches, see `InputStallTimer`.
+      skipped: counts steps whose values were not finite; they have no line of metrics.
     """
 
-    def __init__(self, job: Job, start: int, ledger: Ledger, callbacks: Sequence[Callback] = ()) -> None:
+    def __init__(
+        self, job: Job, start: int, ledger: Ledger, skipped: SkippedSteps, callbacks: Sequence[Callback] = ()
+    ) -> None:
         """Open the run's metrics.
 
         Args:
           job: the run.
           start: the step that it starts or resumes from.
           ledger: of the samples that are read.
+          skipped: counts steps that are skipped.
           callbacks: receive what is logged.
         """
-        self.ledger, self.stalls = ledger, InputStallTimer()
+        self.ledger, self.stalls, self.skipped = ledger, InputStallTimer(), skipped
         self._job, self._callbacks = job, callbacks
         self._progress = Progress(start, job.config.steps, job.experiment.data.batch, job.experiment.objective.progress)
         self._collapse = CollapseMonitor(job.experiment.objective.alarms, job.config.log.collapse_warmup_steps)
@@ -113,25 +117,30 @@ class MetricLogger:
 
     def log_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Take the metrics of a step that was dispatched, and log those of the step before if they are due."""
-        if self._pending and (is_due(self._job.config.log.every, self._pending[0]) or self._pending[0] == 1):
-            self.flush()
+        if self._pending:
+            self.skipped.check(*self._pending)
+            if is_due(self._job.config.log.every, self._pending[0]) or self._pending[0] == 1:
+                self.flush()
         self._pending = (step, metrics)
         self.stalls.step_started(metrics["loss"])
         self._progress.tick(step)
+        if self.skipped.in_a_row:  # a rewind must come at the same step however the run was interrupted
+            self.skipped.check(step, metrics)
 
     def flush(self) -> None:
         """Wait for the last step and log its metrics, unless they are logged already.
 
         Raises:
-          UserError: `Diverged` of values that are not finite, or too many bad samples.
+          UserError: too many skipped steps in a row (`Diverged`), or too many bad samples.
         """
         if self._pending is None:
             return
         step, metrics = self._pending
         self._pending = None
         self.ledger.sync(step * self._job.experiment.data.batch)
-        scalars = {key: float(value) for key, value in jax.device_get(metrics).items()}
-        self._check_finite(step, scalars)
+        if self.skipped.check(step, metrics):
+            return  # its values are in skipped_steps.jsonl
+        scalars = {key: float(value) for key, value in jax.device_get(metrics).items() if key != "skipped"}
         scalars |= self._accounts(step)
         if self._writer:
             self._writer.write(step, scalars)
@@ -151,19 +160,9 @@ class MetricLogger:
             "data/bad": self.ledger.bad,
             "data/bad_share": self.ledger.share,
             "data/wait_share": self.stalls.share(),
+            "skipped_steps": self.skipped.total,
             "samples_per_second": self._progress.samples_per_second(step),
         }
-
-    def _check_finite(self, step: int, scalars: Mapping[str, float]) -> None:
-        # The loss is that of the parameters before the update, the norm of the update that of the state to be saved.
-        for name in ("loss", "grad_norm", "update_norm"):
-            if not math.isfinite(scalars[name]):
-                saved = self._job.folder.latest_step()
-                last = "there is no checkpoint yet" if saved is None else f"the last checkpoint is of step {saved}"
-                raise Diverged(
-                    f"{name.replace('_', ' ')} of step {step} is {scalars[name]} and is not saved; {last}. Lower "
-                    "optim.lr, lengthen optim.warmup or set optim.grad_clip_norm=1, under a different --config.run."
-                )
 
     def has_evaluation(self, step: int) -> bool:
         """Whether metrics.jsonl had results of `step` when the run resumed; the same answer on every process."""
@@ -192,6 +191,7 @@ class MetricLogger:
         self.flush()
         self.stalls.close()
         self.ledger.close()
+        self.skipped.close()
         if self.ledger.bad:
             counts = ", ".join(f"{reason}: {count:,}" for reason, count in self.ledger.counters["bad"].items())
             log0(f"bad samples so far: {counts}; see {self.ledger.path}")

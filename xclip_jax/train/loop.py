@@ -37,9 +37,12 @@ def train(
     # Closed when all is saved: readers may take their time to end.
     batches = log.stalls(_watched(_batches(job, start, log.ledger), job, watch, stop))
 
-    def save() -> None:
+    def save(*, regular: bool = False) -> None:
         watch.enter(CHECKPOINT)
-        log.flush()  # raises before a state that is not finite is saved
+        log.flush()
+        # Steps that are skipped one after another have the same parameters, and push the checkpoints before out.
+        if regular and log.skipped.in_a_row:
+            return
         b = experiment.data.batch
         position = {"samples": step * b, "batch": b, "seed": config.seed, "counters": log.ledger.counters}
         checkpointer.save(state, position)
@@ -55,9 +58,11 @@ def train(
             state, metrics = experiment.compiled(state, loader.to_global(batch, experiment.mesh))
             step, stop.saves = step + 1, True
             log.log_step(step, metrics)
+            if log.skipped.exceeded:
+                state = log.skipped.rewind(state)
             stop.check()
             if is_due(config.checkpoint.every, step) or step == config.steps:
-                save()
+                save(regular=step < config.steps)
             if _evaluates(job, step):
                 _evaluate(job, step, state, log, watch, stop)
         log.flush()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +24,9 @@ def _is_share(value: float) -> bool:
     return 0 < value <= 1
 
 
+_RATIO = Check("0 or a value above 1", lambda value: value == 0 or value > 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """Config group `optim`: AdamW."""
@@ -43,6 +46,22 @@ class OptimConfig:
     grad_clip_norm: float = key(0.0, "bound on the global norm of the gradient; 0 for none", at_least(0))
     mu_dtype: str = key("float32", "of the first moment; the second is float32", choice(("float32", "bfloat16")))
     microbatches: int = key(1, "parts of the batch that are encoded one after another; exact", at_least(1))
+    max_skipped_steps: int = key(
+        10,
+        "steps in a row that may leave the parameters as they are, being not finite, before the run stops",
+        at_least(0),
+    )
+    max_grad_norm_ratio: float = key(
+        0.0, "of the gradient's norm and its running mean; a step above is skipped; 0 for none", _RATIO
+    )
+    rewind: bool = key(
+        False, "where it would stop, go back to the parameters of the checkpoint before, and on with the next samples"
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        """Values that do not go together."""
+        if self.rewind and not self.max_skipped_steps:
+            yield "rewind is True and max_skipped_steps is 0; set it to 1 or more"
 
 
 @dataclasses.dataclass(frozen=True)

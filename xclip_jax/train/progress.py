@@ -59,6 +59,8 @@ class Progress:
         speed = self.samples_per_second(step)
         left = format_duration((self.steps - step) * self.batch / speed) if speed else ""
         parts = [f"step {step}/{self.steps}", f"loss {metrics['loss']:.3f}", *self._terms(metrics)]
+        if skipped := metrics.get("skipped_steps"):
+            parts.append(f"skipped {skipped:.0f}")
         if (share := metrics.get("data/wait_share", 0.0)) > INPUT_BOUND:
             parts.append(f"input-bound: {share:.0%}")
         return "  ".join([*parts, f"{speed:.0f} samples/s, {left} left" if speed else "(compiled)"])

@@ -29,7 +29,8 @@ except ImportError:  # Windows
 # A resumed run may differ in these: they do not change what is learned, or other files of the folder guard them.
 KEYS_FREE_ON_RESUME = (
     "checkpoint.", "data.buffer", "data.cache", "data.dir", "data.max_bad_fraction", "data.sources", "data.threads",
-    "data.tokenizer", "data.workers", "eval.", "log.", "loss.", "mesh.", "optim.microbatches", "run",
+    "data.tokenizer", "data.workers", "eval.", "log.", "loss.", "mesh.", "optim.max_skipped_steps",
+    "optim.microbatches", "optim.rewind", "run",
 )  # fmt: skip
 _EVALUATION_KEYS = (
     "eval.sets", "eval.final_sets", "eval.ema", "eval.resize", "eval.resize_size", "eval.interpolation",

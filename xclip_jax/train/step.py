@@ -12,7 +12,7 @@ from xclip_jax.losses.rank import effective_rank
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.objectives import Objective
 from xclip_jax.parallel.mesh import batch_sharding, replicated
-from xclip_jax.train import gradcache
+from xclip_jax.train import gradcache, guard
 from xclip_jax.train.augment import NOISE, Augment
 from xclip_jax.train.optim import project_scale
 from xclip_jax.train.state import TrainState
@@ -36,6 +36,7 @@ class TrainStep:
       microbatches: see `gradcache`.
       constrain_grads: holds gradients to the layout that the optimizer works in.
       frozen: towers whose gradient is zero and is not computed.
+      spikes: refuses steps of a gradient that is too large, if there is such a bound.
     """
 
     model: TwoTowers
@@ -46,12 +47,14 @@ class TrainStep:
     microbatches: int = 1
     constrain_grads: Callable[[Any], Any] = lambda grads: grads
     frozen: tuple[str, ...] = ()
+    spikes: guard.SpikeFilter | None = None
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """(state, {"image": uint8 (b, h, w, 3), "text": int32 (b, n)}) -> (state, metrics).
 
-        The metrics are those of the parameters before the update, but for "update_norm", which is not finite where the
-        new parameters are not. A batch has what `objective.fields` says.
+        The metrics are those of the parameters before the update, but for "update_norm". Where the loss, the gradients
+        or what they make of the state are not finite, only the step is counted, and metric "skipped" is true. A batch
+        has what `objective.fields` says.
         """
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         inputs = self.augment.sample(key, batch)
@@ -68,7 +71,7 @@ class TrainStep:
             return value, (metrics, batch_stats, loss_state)
 
         value_and_grad = gradcache.value_and_grad(self._encode, loss, self.microbatches)
-        (_, (metrics, batch_stats, loss_state)), grads = value_and_grad(state.params, inputs)
+        (value, (metrics, batch_stats, loss_state)), grads = value_and_grad(state.params, inputs)
         grads = self.constrain_grads(grads)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
         params = project_scale(optax.apply_updates(state.params, updates))
@@ -78,6 +81,12 @@ class TrainStep:
             "update_norm": optax.tree.norm(updates),
             "param_norm": optax.tree.norm(state.params),
         }
+        # Finite norms of parameters and updates are those of sums that fp32 can hold.
+        norms = [metrics[name] for name in ("grad_norm", "update_norm", "param_norm")]
+        accept = guard.all_finite(value, norms, batch_stats, ema_batch_stats, loss_state)
+        if self.spikes:
+            calm, metrics["grad_norm_mean"], moved = self.spikes(state.loss_state, metrics["grad_norm"])
+            accept, loss_state = accept & calm, loss_state | moved
         new = TrainState(
             step=state.step + 1,
             params=params,
@@ -88,7 +97,8 @@ class TrainStep:
             loss_state=loss_state,
             seed=state.seed,
         )
-        return new, metrics
+        new = dataclasses.replace(guard.select(accept, new, state), step=new.step)
+        return new, metrics | {"skipped": ~accept}
 
     def _encode(self, params: Any, inputs: Inputs) -> Features:
         variables = {"params": params | {tower: jax.lax.stop_gradient(params[tower]) for tower in self.frozen}}

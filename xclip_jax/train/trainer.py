@@ -21,6 +21,7 @@ from xclip_jax.train.interrupt import Interrupted, PreemptionHandler
 from xclip_jax.train.job import Job, prepare
 from xclip_jax.train.log import MetricLogger
 from xclip_jax.train.loop import evaluating, run_evaluators, train
+from xclip_jax.train.recovery import SkippedSteps
 from xclip_jax.train.run_folder import TrainingFolder
 from xclip_jax.train.state import TrainState, create
 from xclip_jax.train.watchdog import Watchdog
@@ -98,7 +99,8 @@ def _train(
         start=position["samples"],
         counters=position.get("counters"),
     )
-    log = MetricLogger(job, int(state.step), ledger, callbacks)
+    skipped = SkippedSteps(job, int(state.step), ledger, checkpointer)
+    log = MetricLogger(job, int(state.step), ledger, skipped, callbacks)
     state, stopped = train(job, state, log, checkpointer, watch, stop)
     return state, log, stopped
 

@@ -1,0 +1,144 @@
+"""Steps that the compiled step skipped: counted, written down, and after too many in a row the run rewinds or stops."""
+
+import math
+from collections.abc import Mapping
+
+import jax
+
+from xclip_jax.console import log0
+from xclip_jax.data.ledger import Ledger
+from xclip_jax.errors import Diverged
+from xclip_jax.storage import JsonLines
+from xclip_jax.train import guard
+from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.job import Job
+from xclip_jax.train.state import TrainState
+
+# What is written down of a skipped step, and looked at in this order for the reason.
+_VALUES = ("loss", "grad_norm", "update_norm", "grad_norm_mean")
+
+
+def _fault(step: int, values: Mapping[str, float]) -> str:
+    """Return what was wrong with a step."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            return f"{name.replace('_', ' ')} of step {step} is {value}"
+    if (mean := values.get("grad_norm_mean")) is not None and values["grad_norm"] > mean:
+        return f"grad norm of step {step} is {values['grad_norm']:.3g}, where its running mean is {mean:.3g},"
+    return f"a running value of step {step} is not finite"
+
+
+class SkippedSteps:
+    """Counts skipped steps and writes skipped_steps.jsonl: each with its samples and its values.
+
+    A line is {"step", "position": of its first sample in the run's order, "samples": their number, "loss", "grad_norm",
+    "update_norm", "grad_norm_mean" where there is one}, with null for what is not finite, or {"step", "rewound_to": a
+    checkpoint's step}. The counters are those of "skipped" in `Ledger.counters`, which every checkpoint has.
+    """
+
+    def __init__(self, job: Job, start: int, ledger: Ledger, checkpointer: Checkpointer) -> None:
+        """Open the file of a run that starts or resumes at step `start`, with the counters of `ledger`."""
+        self._job, self._ledger, self._checkpointer = job, ledger, checkpointer
+        self.path = job.folder.skipped_steps_file
+        self._file = JsonLines(
+            self.path, lambda line: line.get("step", math.inf) <= start, writes=jax.process_index() == 0
+        )
+        self._checked, self._skipped = start, False
+
+    @property
+    def _counters(self) -> Mapping[str, int]:
+        return self._ledger.counters.get("skipped", {})
+
+    @property
+    def total(self) -> int:
+        """Steps of the run that were skipped."""
+        return self._counters.get("total", 0)
+
+    @property
+    def in_a_row(self) -> int:
+        """The last of them, since the last step that was not skipped or the last rewind."""
+        return self._counters.get("in_a_row", 0)
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether more steps in a row were skipped than `optim.max_skipped_steps` allows."""
+        return self.in_a_row > self._job.config.optim.max_skipped_steps
+
+    def check(self, step: int, metrics: Mapping[str, jax.Array]) -> bool:
+        """Wait for `step`, the next or the last one that was checked; count it, and return whether it was skipped.
+
+        Raises:
+          Diverged: too many in a row, in a run that does not rewind; or every step of the run.
+        """
+        if step == self._checked:
+            return self._skipped
+        self._checked, self._skipped = step, bool(metrics["skipped"])
+        if self._skipped:
+            self._add(step, {name: float(metrics[name]) for name in _VALUES if name in metrics})
+        elif self.in_a_row:
+            self._count(in_a_row=0)
+        return self._skipped
+
+    def rewind(self, state: TrainState) -> TrainState:
+        """Return the state of the newest checkpoint before the skipped steps, at the step of `state`, which is deleted.
+
+        The steps since then are undone, and their samples are not read again: step, learning rate, samples and random
+        numbers go on. A run that is killed before or after this resumes to the same end.
+
+        Raises:
+          UserError: no such checkpoint that is newer than the last rewind (`Diverged`), or a damaged one.
+        """
+        step, rewound = self._checked, self._counters.get("rewound", 0)
+        target = self._checkpoint_before(step - self.in_a_row, rewound)
+        for x in jax.tree.leaves(state):
+            x.delete()  # two states need not fit into the devices
+        restored, _ = self._checkpointer.restore(self._job.experiment.abstract, target)
+        self._file.append({"step": step, "rewound_to": target})
+        log0(
+            f"WARNING: {self.in_a_row} steps in a row were skipped; rewinding to the checkpoint of step {target}, and "
+            f"going on with the samples of step {step + 1}"
+        )
+        self._count(in_a_row=0, rewound=step)
+        return guard.at_step(restored, step)
+
+    def _checkpoint_before(self, failed: int, rewound: int) -> int:
+        """Return the newest checkpoint between two steps, a regular one if possible: interrupts make no difference."""
+        every = self._job.config.checkpoint.every
+        usable = [step for step in self._checkpointer.steps() if rewound < step < failed]
+        regular = [step for step in usable if every and step % every == 0]
+        if not usable:
+            between = f"between the rewind at step {rewound} and them" if rewound else "before them"
+            self._stop(
+                f"steps {failed + 1} to {self._checked} are not finite and skipped, and no checkpoint {between} is "
+                "left to rewind to"
+            )
+        return max(regular or usable)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._file.close()
+
+    def _add(self, step: int, values: dict[str, float]) -> None:
+        config = self._job.config
+        self._count(total=self.total + 1, in_a_row=self.in_a_row + 1)
+        b = config.data.batch
+        self._file.append({"step": step, "position": (step - 1) * b, "samples": b} | values)
+        fault = _fault(step, values)
+        if self.in_a_row == config.steps or (self.exceeded and not config.optim.rewind):
+            before = f", after {self.in_a_row - 1} skipped steps in a row," if self.in_a_row > 1 else ""
+            self._stop(f"{fault}{before} and is not saved")
+        log0(f"WARNING: {fault}; the step is skipped, {self.in_a_row} in a row, {self.total} in all, see {self.path}")
+
+    def _stop(self, reason: str) -> None:
+        saved = self._checkpointer.steps()
+        last = f"the last checkpoint is of step {saved[-1]}" if saved else "there is no checkpoint yet"
+        self.close()
+        raise Diverged(
+            f"{reason}; {last}. Lower optim.lr, lengthen optim.warmup or set optim.grad_clip_norm=1, under a different "
+            "--config.run."
+        )
+
+    def _count(self, **changes: int) -> None:
+        counters = {"total": 0, "in_a_row": 0, "rewound": 0, **self._counters, **changes}
+        # A new dict, since the old one may be on its way to a checkpoint.
+        self._ledger.counters = {**self._ledger.counters, "skipped": counters}
