@@ -38,6 +38,7 @@ def train(
         # Steps are dispatched without waiting: this batch travels to the devices while they compute the last step.
         state, metrics = experiment.compiled(state, loader.to_global(batch, experiment.mesh))
         log.log_step(step, metrics)
+        checkpointer.raise_failure()  # of a save in the background
         stopped = preemption.requested(step)
         if is_due(config.checkpoint.every, step) or step == config.steps or stopped:
             log.flush()  # raises before a state that is not finite is saved

@@ -149,16 +149,17 @@ class TrainingFolder(RunFolder):
     def _check_writable(self) -> None:
         if is_remote(str(self.path)):
             return
-        parent = self.path.absolute()
-        while not (parent.exists() or os.path.islink(parent)):
-            parent = parent.parent
-        fault = ""
-        if not parent.is_dir():
-            fault = "is not a folder"
-        elif not os.access(parent, os.W_OK | os.X_OK):
-            fault = "cannot be written to"
-        if fault:
-            raise UserError(f"--config.run={str(self.path)!r}: {str(parent)!r} {fault}; name another folder.")
+        for path in (self.path, self.checkpoints):  # which may be a link to another disk
+            parent = path.absolute()
+            while not (parent.exists() or os.path.islink(parent)):
+                parent = parent.parent
+            fault = ""
+            if not parent.is_dir():
+                fault = "is not a folder"
+            elif not os.access(parent, os.W_OK | os.X_OK):
+                fault = "cannot be written to"
+            if fault:
+                raise UserError(f"--config.run={str(self.path)!r}: {str(parent)!r} {fault}; name another folder.")
 
     def _check_not_lost(self, saved: Mapping[str, Any]) -> None:
         """Metrics without checkpoints are a run that was killed early, or one whose checkpoints are lost."""

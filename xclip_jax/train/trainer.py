@@ -13,6 +13,7 @@ from xclip_jax.data.ledger import Ledger
 from xclip_jax.errors import UserError, describe
 from xclip_jax.evaluators import summary
 from xclip_jax.evaluators.result import Result, flat, to_json
+from xclip_jax.train import disk_space
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.interrupt import EXIT_RESUMABLE, PreemptionHandler
@@ -47,8 +48,10 @@ def run(config: ml_collections.ConfigDict | Config, callbacks: Sequence[Callback
         return results
     with PreemptionHandler() as preemption:
         job = prepare(config, folder)
+        disk_space.check(config, folder, job.experiment.abstract)
         with folder.claimed(config, job.fingerprints):
-            with Checkpointer(folder.path, keep=config.checkpoint.keep) as checkpointer:
+            keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
+            with Checkpointer(folder.path, keep=keep, keep_every=keep_every) as checkpointer:
                 state, log, stopped = _train(job, checkpointer, preemption, callbacks)
             if stopped:
                 log.close()
@@ -74,7 +77,7 @@ def _train(
         if job.initial:
             state = init_from_weights(job.initial, state)
     else:
-        state, position = checkpointer.restore_finite(experiment.abstract)
+        state, position = checkpointer.restore_good(experiment.abstract)
         log0(f"resuming at step {int(state.step)}, sample {position['samples']:,}")
     ledger = Ledger(
         job.folder.path,
