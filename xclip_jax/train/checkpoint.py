@@ -4,7 +4,9 @@ import contextlib
 import logging
 import os
 import re
+import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +27,7 @@ from xclip_jax.train.state import TrainState
 
 _SHOWN = 4  # mismatches that an error lists by name
 _REASON = 200  # characters of a reason that another library gives
+_PATIENCE = 5.0  # seconds to wait for each thread of a save that failed
 _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'|OS error (\d+)")  # in messages of TensorStore, now and before
 
 
@@ -54,23 +57,31 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:_REASON]}"
 
 
+def _is_new(record: logging.LogRecord) -> bool:
+    """Whether a message says more than the exceptions that Orbax raises, and than that a reader only reads."""
+    text = record.getMessage()
+    if record.name == "asyncio":  # at any time later, of each task beside the one that failed first
+        text += "".join(traceback.format_exception(record.exc_info[1])) if record.exc_info else ""
+        return "exception was never retrieved" not in text or not ("orbax" in text or "OCDBT" in text)
+    return not (record.exc_info and "orbax" in record.pathname) and not text.startswith("Given directory is read only")
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Drop what Orbax logs with a traceback and then raises, and its confirmation that a folder is read-only."""
+    """Leave what is printed about a failure of Orbax to the one exception that is raised."""
 
-    def is_other(record: logging.LogRecord) -> bool:
-        message = str(record.msg)
-        raised = record.exc_info and ("orbax" in record.pathname or "exception was never retrieved" in message)
-        return not raised and not message.startswith("Given directory is read only")
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # TensorStore's tasks, after the first one failed
+            previous(unraisable)
 
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    for logger in loggers:
-        logger.addFilter(is_other)
+    previous, sys.unraisablehook = sys.unraisablehook, hook
+    logging.getLogger("asyncio").addFilter(_is_new)  # and stays
+    logging.getLogger("absl").addFilter(_is_new)
     try:
         yield
     finally:
-        for logger in loggers:
-            logger.removeFilter(is_other)
+        logging.getLogger("absl").removeFilter(_is_new)
+        sys.unraisablehook = previous
 
 
 class Checkpointer:
@@ -214,6 +225,10 @@ class Checkpointer:
             with contextlib.suppress(Exception):
                 self._manager.close()  # an error is raised once; now it closes what comes after
         finally:
+            for thread in threading.enumerate() if self._failed else ():
+                if type(thread).__module__.startswith("orbax."):  # other files of the save that failed
+                    with contextlib.suppress(Exception):  # Orbax's join raises what the thread did
+                        thread.join(_PATIENCE)
             self._resources.close()
         self.raise_failure()
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,7 +48,8 @@ class MetricWriter:
         """Write one set of scalars."""
         self._file.append({"step": step} | dict(scalars))
         for name, value in scalars.items():
-            self._tensorboard.add_scalar(name, value, step)
+            if self._tensorboard_is_alive():
+                self._tensorboard.add_scalar(name, value, step)
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the file had results of an evaluation of `step` when it was opened."""
@@ -56,7 +58,13 @@ class MetricWriter:
     def close(self) -> None:
         """Write what is buffered."""
         self._file.close()
-        self._tensorboard.close()
+        if self._tensorboard_is_alive():
+            self._tensorboard.close()
+
+    def _tensorboard_is_alive(self) -> bool:
+        """Whether its thread still writes: an error of the disk ends it, and its full queue would block for ever."""
+        writer: Any = self._tensorboard.file_writer
+        return writer is not None and writer.event_writer._worker.is_alive()
 
 
 class CollapseMonitor:
