@@ -278,6 +278,20 @@ def test_a_file_that_may_not_be_read_is_not_damage(run, monkeypatch):
     assert RunFolder(run).steps() == [2, 4]
 
 
+@pytest.mark.parametrize("error", [MemoryError("out of memory"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")])
+def test_too_little_memory_is_not_damage(run, monkeypatch, error):
+    def refused(*_, **__):
+        raise error
+
+    for with_digest in (True, False):
+        if not with_digest:
+            (run / "checkpoints" / "4" / checkpoint_digest.FILE).unlink()
+        with Checkpointer(run) as checkpointer, pytest.raises(type(error)):
+            monkeypatch.setattr(checkpointer._manager, "restore", refused)
+            checkpointer.restore_good(ABSTRACT)
+    assert RunFolder(run).steps() == [2, 4]
+
+
 def test_a_bad_sector_is_damage(run, monkeypatch):
     original = checkpoint_digest._hash
 

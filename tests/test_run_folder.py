@@ -1,5 +1,7 @@
 """A run's folder over several starts: what is refused, what is kept, and what resumes."""
 
+import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -223,6 +225,17 @@ def test_two_runs_cannot_share_a_folder(pairs, run):
             trainer.run(config(pairs, run))
         other.stdin.close()
     trainer.run(config(pairs, run))
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(pairs, tmp_path, monkeypatch, capsys):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    made = build.build(config(pairs, tmp_path / "run"))
+    with TrainingFolder(tmp_path / "run").claimed(made.config, []):
+        assert "has no locks; do not start another run" in capsys.readouterr().out
+    assert RunFolder(tmp_path / "run").is_run()
 
 
 def test_lost_checkpoints_are_not_trained_over(pairs, tmp_path):

@@ -35,6 +35,12 @@ class _Damaged(Exception):
     """What is wrong with a checkpoint."""
 
 
+def _is_damage(error: Exception) -> bool:
+    """Whether an error of reading means a damaged file, rather than too little memory or missing permission."""
+    other = isinstance(error, (jax.errors.JaxRuntimeError, MemoryError, PermissionError))
+    return not other and "PERMISSION_DENIED" not in str(error)
+
+
 def _names(tree: Any) -> dict[str, Any]:
     """Flat {"params/img/...": leaf}."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -283,7 +289,8 @@ class Checkpointer:
         """State and position of `step`; `_Damaged` if its files differ from their digest, or do not make a state."""
         if fault := self._find_fault(step):
             raise _Damaged(fault)
-        if not checkpoint_digest.exists(self.path / str(step)) and not self._read_only:
+        verified = checkpoint_digest.exists(self.path / str(step))
+        if not verified and not self._read_only:
             log0(f"checkpoint {self.path / str(step)} is of an earlier version: it has no digest to check its files by")
         self._check(abstract, step)
         try:
@@ -292,6 +299,8 @@ class Checkpointer:
             )
             state, position = restored.state, restored.position
         except Exception as error:  # whatever the storage raises
+            if verified or not _is_damage(error):
+                raise
             if jax.process_count() > 1:  # the others may have read their part, and would wait for this process
                 where = self.path / str(step)
                 raise UserError(
@@ -324,6 +333,8 @@ class Checkpointer:
         try:
             saved = _names(self._manager.item_metadata(step)["state"])
         except Exception as error:
+            if not _is_damage(error):
+                raise
             raise _Damaged(f"its metadata cannot be read, {_reason(error)}") from error
         current = {name: x for name, x in _names(abstract).items() if hasattr(x, "shape")}
         saved = {name: x for name, x in saved.items() if getattr(x, "shape", None) is not None}

@@ -42,7 +42,8 @@ class MetricWriter:
             folder.metrics_file, lambda line: line.get("step", math.inf) <= (step if "loss" in line else last)
         )
         self._evaluated = {line["step"] for line in self._file.kept if "loss" not in line}
-        self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
+        # A bounded queue blocks for ever, at exit too, when an error of the disk has ended the thread that empties it.
+        self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=step + 1, max_queue=0)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write one set of scalars."""
@@ -62,7 +63,7 @@ class MetricWriter:
             self._tensorboard.close()
 
     def _tensorboard_is_alive(self) -> bool:
-        """Whether its thread still writes: an error of the disk ends it, and its full queue would block for ever."""
+        """Whether its thread still writes."""
         writer: Any = self._tensorboard.file_writer
         return writer is not None and writer.event_writer._worker.is_alive()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import os
@@ -34,6 +35,8 @@ KEYS_FREE_ON_RESUME = (
 _EVALUATION_KEYS = (
     "eval.sets", "eval.final_sets", "eval.ema", "eval.resize", "eval.resize_size", "eval.interpolation",
 )  # fmt: skip
+# What some network file systems answer to flock.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 _SHOWN = 5  # differences that an error lists
 
 
@@ -211,6 +214,10 @@ class TrainingFolder(RunFolder):
                     f"{self.path} is in use by {file.read().strip() or 'another run'}; wait for it, or use a different "
                     "--config.run."
                 ) from error
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                log0(f"WARNING: the file system of {self.path} has no locks; do not start another run in it meanwhile")
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n")
             file.flush()
