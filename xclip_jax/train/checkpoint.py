@@ -103,7 +103,7 @@ class Checkpointer:
         Args:
           run: the run's folder.
           keep: newest checkpoints that are kept.
-          keep_every: checkpoints of multiples of so many steps are kept as well; 0 for none.
+          keep_every: checkpoints of multiples of this number of steps are kept as well; 0 for none.
           read_only: touch nothing, so that a run in progress can be read.
         """
         checkpoints = RunFolder(run).checkpoints

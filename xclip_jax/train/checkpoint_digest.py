@@ -1,6 +1,6 @@
 """Digest of a checkpoint: names, sizes and hashes of its files, by which damage is noticed before anything is restored.
 
-digest.json lies in the checkpoint's own folder: {"algorithm", "files": {name: [bytes, hash]}, "step", "digest"}, where
+digest.json is in the checkpoint's own folder: {"algorithm", "files": {name: [bytes, hash]}, "step", "digest"}, where
 "digest" is the hash of all the rest. It is written before the folder gets its final name, so that a checkpoint without
 one is of an earlier version.
 
