@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -299,19 +300,28 @@ def test_a_run_goes_back_to_its_newest_whole_checkpoint_and_ends_as_it_would_hav
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(pairs, tmp_path, monkeypatch):
     """Not at the next checkpoint, which may be an hour later."""
 
+    called, original, batches = threading.Event(), loader.to_global, []
+
     def full(*_):
+        called.set()
         raise OSError(28, "No space left on device")
+
+    def to_global(*args):
+        batches.append(args)
+        if len(batches) > 8:  # as long as a step of a real model
+            assert called.wait(60)
+            time.sleep(0.2)
+        return original(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_digest, "write", full)
-        original = loop.loader.to_global
-        patch.setattr(loop.loader, "to_global", lambda *args: time.sleep(0.2) or original(*args))
-        c = config(pairs, tmp_path / "run", steps=40, checkpoint__every=20)
-        with pytest.raises(UserError, match=r"checkpoint of step 20 could not be written to .*No space left on device"):
+        patch.setattr(loader, "to_global", to_global)
+        c = config(pairs, tmp_path / "run", steps=24, checkpoint__every=8)
+        with pytest.raises(UserError, match=r"checkpoint of step 8 could not be written to .*No space left on device"):
             trainer.run(c)
-    assert 20 <= lines(tmp_path / "run")[-1]["step"] < 30
+    assert 8 <= lines(tmp_path / "run")[-1]["step"] < 16
     trainer.run(c)
-    assert RunFolder(c.run).steps() == [20, 40]
+    assert RunFolder(c.run).steps() == [8, 16, 24]
 
 
 def test_a_disk_that_is_too_small_is_an_error_before_anything_is_written(pairs, tmp_path, monkeypatch):
