@@ -111,6 +111,7 @@ BAD = [
     ("checkpoint.keep", 0, "at least 1"),
     ("checkpoint.keep", -1, "at least 1"),
     ("checkpoint.every", -1, "at least 0"),
+    ("checkpoint.keep_every", -1, "at least 0"),
 ]
 CLASSIFY = {"objective.name": "classify", "objective.terms": {"classify": 1.0}}
 # Values that are allowed by themselves and not together.

@@ -82,6 +82,11 @@ def test_a_checkpoint_comes_back_in_each_process(found):
     assert all(x["restored"].all() for x in found)
 
 
+def test_processes_agree_that_a_checkpoint_is_damaged(found):
+    """One of them reads the digest; all go back to the checkpoint before."""
+    assert all(x["fell_back"].all() for x in found)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Runs on one device, and on two of a process each, along the mesh's data and along its model axis."""

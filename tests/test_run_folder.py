@@ -1,5 +1,7 @@
 """A run's folder over several starts: what is refused, what is kept, and what resumes."""
 
+import errno
+import fcntl
 import itertools
 import json
 import os
@@ -8,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 import types
 
 import jax
@@ -24,7 +28,7 @@ from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.result import Result, flat
 from xclip_jax.run_folder import RunFolder
-from xclip_jax.train import build, interrupt, loop, trainer, weights
+from xclip_jax.train import build, checkpoint_digest, interrupt, loop, trainer, weights
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.run_folder import TrainingFolder
@@ -129,7 +133,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_resumed_from(pairs, run, capsys)
     (run / "results.json").unlink()
     trainer.run(c)
     out = capsys.readouterr().out
-    assert "deleting checkpoint" in out and "resuming at step 4" in out
+    assert "checkpoints/5 (it has values that are not finite) is now damaged-5" in out and "resuming at step 4" in out
     assert RunFolder(run).latest_step() == 8
 
 
@@ -225,6 +229,17 @@ def test_two_runs_cannot_share_a_folder(pairs, run):
     trainer.run(config(pairs, run))
 
 
+def test_a_file_system_without_locks_is_used_with_a_warning(pairs, tmp_path, monkeypatch, capsys):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    made = build.build(config(pairs, tmp_path / "run"))
+    with TrainingFolder(tmp_path / "run").claimed(made.config, []):
+        assert "has no locks; do not start another run" in capsys.readouterr().out
+    assert RunFolder(tmp_path / "run").is_run()
+
+
 def test_lost_checkpoints_are_not_trained_over(pairs, tmp_path):
     c = config(pairs, tmp_path / "run", steps=8)
     trainer.run(c)
@@ -256,15 +271,65 @@ def test_a_damaged_file_is_named(pairs, run, name, content, message):
         trainer.run(config(pairs, run))
 
 
-def test_a_damaged_checkpoint_is_one_sentence(pairs, run):
+def test_a_run_goes_back_to_its_newest_whole_checkpoint_and_ends_as_it_would_have(pairs, trained, run, capsys):
+    """What only reads the run says which checkpoint is whole, and changes nothing."""
+    c = config(pairs, run)
     (run / "results.json").unlink()
     data = max(
         (path for path in (run / "checkpoints" / "4" / "state").rglob("*") if path.is_file()), key=os.path.getsize
     )
-    data.write_bytes(data.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"checkpoint .*/checkpoints/4 is damaged .*delete its folder") as caught:
-        trainer.run(config(pairs, run))
-    assert len(str(caught.value).splitlines()) == 1
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 4
+    data.write_bytes(content)
+    with pytest.raises(UserError, match=rf"4 is damaged: .*{data.name} has other bytes .* of step 2; .* --step 2"):
+        weights.load(str(run))
+    *_, step = weights.load(str(run), 2)
+    assert step == 2 and (run / "checkpoints" / "4").exists()
+    trainer.run(c)
+    out = capsys.readouterr().out
+    assert out.count("WARNING") == 1 and f"{data.name} has other bytes" in out and "resuming at step 2" in out
+    states = []
+    for where in (trained, run):
+        with Checkpointer(where, read_only=True) as checkpointer:
+            states.append(jax.device_get(checkpointer.restore(build.build(c).abstract, 4)[0]))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    assert [line["loss"] for line in lines(run) if "loss" in line] == [
+        line["loss"] for line in lines(trained) if "loss" in line
+    ]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(pairs, tmp_path, monkeypatch):
+    """Not at the next checkpoint, which may be an hour later."""
+
+    called, original, batches = threading.Event(), loader.to_global, []
+
+    def full(*_):
+        called.set()
+        raise OSError(28, "No space left on device")
+
+    def to_global(*args):
+        batches.append(args)
+        if len(batches) > 8:  # as long as a step of a real model
+            assert called.wait(60)
+            time.sleep(0.2)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_digest, "write", full)
+        patch.setattr(loader, "to_global", to_global)
+        c = config(pairs, tmp_path / "run", steps=24, checkpoint__every=8)
+        with pytest.raises(UserError, match=r"checkpoint of step 8 could not be written to .*No space left on device"):
+            trainer.run(c)
+    assert 8 <= lines(tmp_path / "run")[-1]["step"] < 16
+    trainer.run(c)
+    assert RunFolder(c.run).steps() == [8, 16, 24]
+
+
+def test_a_disk_that_is_too_small_is_an_error_before_anything_is_written(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"has 1 kB free, and 2 checkpoints of up to .* kB must fit; make room"):
+        trainer.run(config(pairs, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_folders_that_cannot_be_written(pairs, tmp_path):

@@ -9,12 +9,14 @@ import sys
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from tests import tiny
 from xclip_jax.data import loader
-from xclip_jax.errors import BadSample
+from xclip_jax.errors import BadSample, UserError
 from xclip_jax.parallel import processes
 from xclip_jax.report.attention import attention
+from xclip_jax.run_folder import RunFolder
 from xclip_jax.train import build, state, trainer
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.encoder import make_encoder
@@ -53,6 +55,7 @@ def main(folder, out, *others):
         checkpointer.save(s, {"samples": STEPS * BATCH, "batch": BATCH, "seed": 0})
     with Checkpointer(f"{out}.run") as checkpointer:
         restored, position = checkpointer.restore(p.abstract)
+    fell_back = falls_back(f"{out}.run", p.abstract, s)
     same = all(
         np.array_equal(x.addressable_data(0), y.addressable_data(0))
         for x, y in zip(jax.tree.leaves(s.params), jax.tree.leaves(restored.params), strict=True)
@@ -68,6 +71,7 @@ def main(folder, out, *others):
         "losses": losses,
         "rows": rows,
         "restored": [same, position["samples"] == STEPS * BATCH],
+        "fell_back": fell_back,
         "image": features["embedding"],
         "clusters": features["cluster_logits"],
         "text": texts["embedding"],
@@ -78,6 +82,27 @@ def main(folder, out, *others):
     flat = jax.tree_util.tree_leaves_with_path(grads)
     found |= {f"grad{jax.tree_util.keystr(path)}": x.addressable_data(0) for path, x in flat}
     np.savez(f"{out}.{jax.process_index()}.npz", **found)
+
+
+def falls_back(run, abstract, s):
+    """Whether a newer checkpoint that is damaged is noticed in every process, and the one before is restored."""
+    with Checkpointer(run) as checkpointer:
+        checkpointer.save(s.replace(step=s.step + 1), {"samples": 0})
+    if jax.process_index() == 0:
+        files = (path for path in (RunFolder(run).checkpoints / str(STEPS + 1) / "state" / "d").iterdir())
+        path = max(files, key=lambda path: path.stat().length)
+        path.write_bytes(path.read_bytes()[:-1])
+    multihost_utils.sync_global_devices("damaged")
+    errors = []
+    with Checkpointer(run, read_only=True) as checkpointer:
+        try:
+            checkpointer.restore(abstract)
+        except UserError as error:
+            errors.append(str(error))
+    with Checkpointer(run) as checkpointer:
+        state, position = checkpointer.restore_good(abstract)
+        steps = [int(state.step), checkpointer.latest()]
+    return [f"the newest whole one is of step {STEPS}" in errors[0], steps == [STEPS] * 2, position["samples"] > 0]
 
 
 def run(folder, out, data, model, *others):

@@ -52,11 +52,17 @@ class RunFolder:
         except (ValueError, RecursionError):
             return True  # damaged: `read_config` raises an error that says so
 
-    def latest_step(self) -> int | None:
-        """Step of the newest whole checkpoint, or None; touches nothing."""
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, ascending; touches nothing, and takes no folder for whole or damaged."""
         import orbax.checkpoint as ocp  # takes seconds
 
-        return max(ocp.utils.checkpoint_steps(self.checkpoints), default=None) if self.checkpoints.exists() else None
+        if not self.checkpoints.exists():
+            return []
+        return sorted(item.step for item in ocp.path.step.standard_name_format().find_all(self.checkpoints))
+
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint, or None; touches nothing."""
+        return max(self.steps(), default=None)
 
     def read_config(self) -> dict[str, Any] | None:
         """Return the content of config.json, or None where there is no run. Keys newer than the run are absent.

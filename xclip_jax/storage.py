@@ -65,7 +65,7 @@ def write_whole(path: epath.Path, text: str) -> None:
         path.write_text(text)  # an object in a bucket appears when it is complete
         return
     temporary = path.parent / f".{path.name}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
+    with _os_errors(str(path)), temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -111,7 +111,7 @@ class JsonLines:
         if not (self._writes and lines):
             return
         if self._lines is None:
-            with self.path.open("a") as file:
+            with _os_errors(str(self.path)), self.path.open("a") as file:
                 file.write("".join(lines))
             return
         self._lines += lines
@@ -256,9 +256,10 @@ def _remote(path: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _os_errors(path: str) -> Iterator[None]:
-    """Raise errors of a store's client as the `OSError` that a disk would have raised.
+    """Raise errors of a store's client as the `OSError` that a disk would have raised, with the name of the file.
 
-    fsspec's file systems pass on the errors of their HTTP clients, which have no common class.
+    fsspec's file systems pass on the errors of their HTTP clients, which have no common class. A disk too names no file
+    when it is full.
     """
     try:
         yield
@@ -272,6 +273,7 @@ def _os_errors(path: str) -> Iterator[None]:
         if number is None:
             number = errno.EINVAL if isinstance(error, ValueError) or 400 <= (status or 0) < 500 else errno.EIO
         message = f"{type(error).__name__}{f', status {status}' if status else ''}: {error}"
+        message = getattr(error, "strerror", None) or message
         raise OSError(number, message, path) from error
 
 

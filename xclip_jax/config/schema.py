@@ -64,6 +64,12 @@ class CheckpointConfig:
 
     every: int = key(1000, "steps between two checkpoints; 0 for the end alone", at_least(0))
     keep: int = key(3, "newest checkpoints that are kept", at_least(1))
+    keep_every: int = key(0, "steps between two checkpoints that are kept for ever; 0 for none", at_least(0))
+
+    def conflicts(self) -> Iterator[str]:
+        """Values that do not go together."""
+        if self.keep_every and (not self.every or self.keep_every % self.every):
+            yield f"keep_every={self.keep_every} must be a multiple of checkpoint.every={self.every}, or 0"
 
 
 @dataclasses.dataclass(frozen=True)

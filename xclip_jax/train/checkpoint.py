@@ -1,22 +1,44 @@
-"""Checkpoints through Orbax: state and data position, asynchronous, the newest few kept."""
+"""Checkpoints through Orbax: state and data position, asynchronous, the newest few kept, none used that is damaged."""
 
 import contextlib
 import logging
+import os
+import re
+import sys
+import threading
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
-from xclip_jax.console import log0
+from xclip_jax.console import format_bytes, log0
 from xclip_jax.errors import UserError
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import is_remote
+from xclip_jax.train import checkpoint_digest
+from xclip_jax.train.disk_space import free_bytes, num_bytes
 from xclip_jax.train.state import TrainState
 
 _SHOWN = 4  # mismatches that an error lists by name
+_REASON = 200  # characters of a reason that another library gives
+_PATIENCE = 5.0  # seconds to wait for each thread of a save that failed
+_SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'|OS error (\d+)")  # in messages of TensorStore, now and before
+
+
+class _Damaged(Exception):
+    """What is wrong with a checkpoint."""
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error of reading means a damaged file, rather than too little memory or missing permission."""
+    other = isinstance(error, (jax.errors.JaxRuntimeError, MemoryError, PermissionError))
+    return not other and "PERMISSION_DENIED" not in str(error)
 
 
 def _names(tree: Any) -> dict[str, Any]:
@@ -31,33 +53,57 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
 
 
+def _reason(error: BaseException) -> str:
+    """One line about an error of Orbax or TensorStore, whose messages may be a page long."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if number := _SYSTEM_ERROR.search(str(error)):
+        return os.strerror(int(number[1] or number[2]))
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:_REASON]}"
+
+
+def _is_new(record: logging.LogRecord) -> bool:
+    """Whether a message says more than the exceptions that Orbax raises, and than that a reader only reads."""
+    text = record.getMessage()
+    if record.name == "asyncio":  # at any time later, of each task beside the one that failed first
+        text += "".join(traceback.format_exception(record.exc_info[1])) if record.exc_info else ""
+        return "exception was never retrieved" not in text or not ("orbax" in text or "OCDBT" in text)
+    return not (record.exc_info and "orbax" in record.pathname) and not text.startswith("Given directory is read only")
+
+
 @contextlib.contextmanager
-def _without_read_only_notice() -> Iterator[None]:
-    """Drop the warning with which Orbax confirms that a folder was opened read-only, and no other message."""
+def _quiet() -> Iterator[None]:
+    """Leave what is printed about a failure of Orbax to the one exception that is raised."""
 
-    def is_other(record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith("Given directory is read only")
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # TensorStore's tasks, after the first one failed
+            previous(unraisable)
 
-    logger = logging.getLogger("absl")
-    logger.addFilter(is_other)
+    previous, sys.unraisablehook = sys.unraisablehook, hook
+    logging.getLogger("asyncio").addFilter(_is_new)  # and stays
+    logging.getLogger("absl").addFilter(_is_new)
     try:
         yield
     finally:
-        logger.removeFilter(is_other)
+        logging.getLogger("absl").removeFilter(_is_new)
+        sys.unraisablehook = previous
 
 
 class Checkpointer:
     """Saves and restores (`TrainState`, position) under `<run>/checkpoints/<step>`.
 
-    `position` is a small JSON dict: how many samples the run has read, and its counters.
+    `position` is a small JSON dict: how many samples the run has read, and its counters. State and position become a
+    checkpoint together, with a digest of their files, by one renaming of their folder.
     """
 
-    def __init__(self, run: str | epath.Path, *, keep: int = 3, read_only: bool = False) -> None:
+    def __init__(self, run: str | epath.Path, *, keep: int = 3, keep_every: int = 0, read_only: bool = False) -> None:
         """Open the checkpoints of the folder `run`.
 
         Args:
           run: the run's folder.
           keep: newest checkpoints that are kept.
+          keep_every: checkpoints of multiples of this number of steps are kept as well; 0 for none.
           read_only: touch nothing, so that a run in progress can be read.
         """
         checkpoints = RunFolder(run).checkpoints
@@ -65,6 +111,7 @@ class Checkpointer:
         self.path = checkpoints if is_remote(str(checkpoints)) else checkpoints.absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
+            keep_period=None if read_only else keep_every or None,
             save_interval_steps=0 if read_only else 1,  # Orbax warns of any other where it only reads
             step_prefix=None,
             # An interrupted save leaves a temporary folder; it is not a checkpoint. A reader leaves it, since
@@ -72,73 +119,232 @@ class Checkpointer:
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
             create=not read_only,
+            async_options=ocp.AsyncOptions(
+                # Called by process 0 when the files of all processes are written, before the folder has its final name.
+                post_finalization_callback=self._write_digest,
+                # Otherwise threads wait for minutes for a folder that cannot be made, on a full or read-only disk.
+                create_directories_asynchronously=False,
+            ),
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
-        with _without_read_only_notice():
-            self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
+        self._read_only = read_only
+        self._saving, self._size, self._failed = -1, 0, False  # of the last save: step, bytes, whether it failed
+        self._watcher: threading.Thread | None = None
+        self._failure: UserError | None = None
+        self._resources = contextlib.ExitStack()
+        self._resources.enter_context(_quiet())
+        self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
-        """Step of the newest whole checkpoint, or None."""
+        """Step of the newest checkpoint, damaged or not, or None."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
         """Steps of all whole checkpoints, also of one that is being saved, which this waits for."""
-        self._manager.wait_until_finished()
+        self._wait()
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Start to save; returns when the state is copied, so the next step may overwrite it."""
+        """Start to save; returns when the state is copied, so the next step may overwrite it.
+
+        Raises:
+          UserError: this checkpoint or the one before could not be written.
+        """
+        self._wait()
+        self.raise_failure()
         step = int(state.step)
         if step == self.latest():
             return
-        self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
-        )
+        self._saving, self._size = step, num_bytes(state)
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
+        try:
+            if jax.process_index() == 0 and not self.path.exists():
+                raise FileNotFoundError(2, "the folder no longer exists")
+            saved = self._manager.save(step, args=arguments)
+        except (OSError, ValueError) as error:
+            raise self._describe(error) from error
+        if not saved:
+            raise UserError(f"{self.path} has a checkpoint of a later step than {step}; use a different --config.run.")
+        self._watcher = threading.Thread(target=self._watch, name="watch_save", daemon=True)
+        self._watcher.start()
+
+    def raise_failure(self) -> None:
+        """Raise the error of a save that failed in the background; costs nothing, so that every step may call it.
+
+        Raises:
+          UserError: what failed and what to do, once.
+        """
+        if (failure := self._failure) is not None:
+            self._failure = None
+            raise failure
 
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """Restore state and position of `step` (default: the newest) in the shardings of `abstract`.
 
         Raises:
-          UserError: no checkpoint, an unreadable one, or one of another architecture.
+          UserError: no checkpoint, a damaged one, whose first damaged file is named, or one of another architecture.
         """
+        steps = self._manager.all_steps()
         step = self.latest() if step is None else step
-        if step is None or step not in self._manager.all_steps():
+        if step is None or step not in steps:
             raise UserError(f"{self.path} holds no checkpoint{'' if step is None else f' of step {step}'}.")
+        try:
+            return self._read(abstract, step)
+        except _Damaged as error:
+            others = sorted((other for other in steps if other != step), reverse=True)
+            whole = next((other for other in others if self._find_fault(other) is None), None)
+            remedy = "no other one is whole" if whole is None else f"the newest whole one is of step {whole}"
+            use = "restore it" if whole is None else f"restore it, or choose the other by --step {whole}"
+            raise UserError(f"checkpoint {self.path / str(step)} is damaged: {error}; {remedy}; {use}.") from error
+
+    def restore_good(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Restore the newest checkpoint that is whole and finite, and move newer ones aside, to `damaged-<step>`.
+
+        Raises:
+          UserError: as `restore` of another architecture, or no checkpoint is good.
+        """
+        faults: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                state, position = self._read(abstract, step)
+                if not _all_finite(state):
+                    raise _Damaged("it has values that are not finite")
+            except _Damaged as error:
+                faults[step] = str(error)
+                continue
+            if faults:
+                self._move_aside(faults, step)
+            return state, position
+        listed = "; ".join(f"{step}: {fault}" for step, fault in faults.items())
+        raise UserError(
+            f"{self.path} has no whole checkpoint ({listed}); restore one of them, or delete the run's folder to start "
+            "again."
+        )
+
+    def close(self) -> None:
+        """Wait until everything that was started is on disk.
+
+        Raises:
+          UserError: the last checkpoint could not be written.
+        """
+        self._wait()
+        try:
+            self._manager.close()
+        except Exception as error:
+            if not self._failed:
+                self._failure = self._describe(error)
+            with contextlib.suppress(Exception):
+                self._manager.close()  # an error is raised once; now it closes what comes after
+        finally:
+            for thread in threading.enumerate() if self._failed else ():
+                if type(thread).__module__.startswith("orbax."):  # other files of the save that failed
+                    with contextlib.suppress(Exception):  # Orbax's join raises what the thread did
+                        thread.join(_PATIENCE)
+            self._resources.close()
+        self.raise_failure()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except UserError as error:
+            if kind is None:
+                raise
+            log0(f"WARNING: {error}")  # and not in place of what ended the run
+
+    def _wait(self) -> None:
+        if self._watcher is not None:
+            self._watcher.join()
+            self._watcher = None
+
+    def _watch(self) -> None:
+        """Wait for a save in a thread of its own: Orbax reports a failure to the one who waits."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._failure = self._describe(error)
+
+    def _describe(self, error: Exception) -> UserError:
+        self._failed = True
+        free = free_bytes(self.path)
+        space = "" if free is None else f", {format_bytes(free)} are free"
+        return UserError(
+            f"the checkpoint of step {self._saving} could not be written to {self.path} ({_reason(error)}): it "
+            f"needs up to {format_bytes(self._size)}{space}. Checkpoints of earlier steps are unchanged; make room or "
+            "restore the folder, then run the same command to resume."
+        )
+
+    def _write_digest(self) -> None:
+        folder = self.path / str(self._saving)
+        if not folder.exists():  # in a bucket it has its final name from the start
+            folder = max(self.path.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
+        checkpoint_digest.write(folder, self._saving)
+
+    def _find_fault(self, step: int) -> str | None:
+        """What process 0 finds wrong with the files of `step`; all processes get the same verdict."""
+        fault = checkpoint_digest.find_fault(self.path / str(step), step) if jax.process_index() == 0 else None
+        if jax.process_count() > 1:
+            damaged = bool(multihost_utils.broadcast_one_to_all(np.asarray(fault is not None)))
+            fault = fault or ("process 0 names the file" if damaged else None)
+        return fault
+
+    def _read(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+        """State and position of `step`; `_Damaged` if its files differ from their digest, or do not make a state."""
+        if fault := self._find_fault(step):
+            raise _Damaged(fault)
+        verified = checkpoint_digest.exists(self.path / str(step))
+        if not verified and not self._read_only:
+            log0(f"checkpoint {self.path / str(step)} is of an earlier version: it has no digest to check its files by")
         self._check(abstract, step)
         try:
             restored: Any = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
             )
-        except Exception as error:  # whatever the storage raises, often a page long
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(
-                f"checkpoint {self.path / str(step)} is damaged ({type(error).__name__}: {lines[0][:200]}); restore "
-                "it, or delete its folder to use the checkpoint before it."
-            ) from error
-        return restored.state, restored.position
+            state, position = restored.state, restored.position
+        except Exception as error:  # whatever the storage raises
+            if verified or not _is_damage(error):
+                raise
+            if jax.process_count() > 1:  # the others may have read their part, and would wait for this process
+                where = self.path / str(step)
+                raise UserError(
+                    f"checkpoint {where} is damaged ({_reason(error)}); move its folder away to use the one before it."
+                ) from error
+            raise _Damaged(_reason(error)) from error
+        if not isinstance(position, dict) or not isinstance(position.get("samples"), int):
+            raise _Damaged("position/metadata does not have the number of samples")
+        if int(state.step) != step:
+            raise _Damaged(f"it is the checkpoint of step {int(state.step)}")
+        return state, position
 
-    def restore_finite(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Restore the newest checkpoint whose values are all finite; newer ones are deleted.
-
-        Raises:
-          UserError: as `restore`, or no checkpoint is finite.
-        """
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            state, position = self.restore(abstract, step)
-            if _all_finite(state):
-                return state, position
-            log0(f"WARNING: deleting checkpoint {self.path / str(step)}, which has values that are not finite")
-            self._manager.delete(step)
-        raise UserError(f"{self.path} has no checkpoint with finite values; delete the run's folder to start again.")
+    def _move_aside(self, faults: dict[int, str], good: int) -> None:
+        """Give damaged checkpoints names that Orbax and `RunFolder` take for no checkpoint's, and print a warning."""
+        moved = []
+        for step, fault in faults.items():
+            target, number = self.path / f"damaged-{step}", 1
+            while target.exists():
+                target, number = self.path / f"damaged-{step}-{number}", number + 1
+            moved.append(f"checkpoint {self.path / str(step)} ({fault}) is now {target.name}")
+            if jax.process_index() == 0:
+                (self.path / str(step)).rename(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are moved")
+        self._manager.reload()
+        log0(f"WARNING: damaged: {'; '.join(moved)}; going back to that of step {good}, the newest whole one")
 
     def _check(self, abstract: TrainState, step: int) -> None:
         """Compare names and shapes before any array is read: Orbax's own error is a page long."""
         try:
             saved = _names(self._manager.item_metadata(step)["state"])
         except Exception as error:
-            raise UserError(f"checkpoint {self.path / str(step)} cannot be read: {error}") from error
+            if not _is_damage(error):
+                raise
+            raise _Damaged(f"its metadata cannot be read, {_reason(error)}") from error
         current = {name: x for name, x in _names(abstract).items() if hasattr(x, "shape")}
         saved = {name: x for name, x in saved.items() if getattr(x, "shape", None) is not None}
+        if not saved:
+            raise _Damaged("state/_METADATA names no arrays")
         wrong = [f"{name} is missing" for name in current if name not in saved]
         wrong += [f"{name} is not in this model" for name in saved if name not in current]
         wrong += [
@@ -153,14 +359,3 @@ class Checkpointer:
                 f"checkpoint {self.path / str(step)} has another architecture: {'; '.join(params[:_SHOWN])}{suffix}. "
                 "Use the config that the run was started with (config.json beside it), or another --config.run."
             )
-
-    def close(self) -> None:
-        """Wait until everything that was started is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
-
-    def __enter__(self) -> "Checkpointer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,13 +42,15 @@ class MetricWriter:
             folder.metrics_file, lambda line: line.get("step", math.inf) <= (step if "loss" in line else last)
         )
         self._evaluated = {line["step"] for line in self._file.kept if "loss" not in line}
-        self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
+        # A bounded queue blocks for ever, at exit too, when an error of the disk has ended the thread that empties it.
+        self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=step + 1, max_queue=0)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write one set of scalars."""
         self._file.append({"step": step} | dict(scalars))
         for name, value in scalars.items():
-            self._tensorboard.add_scalar(name, value, step)
+            if self._tensorboard_is_alive():
+                self._tensorboard.add_scalar(name, value, step)
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the file had results of an evaluation of `step` when it was opened."""
@@ -56,7 +59,13 @@ class MetricWriter:
     def close(self) -> None:
         """Write what is buffered."""
         self._file.close()
-        self._tensorboard.close()
+        if self._tensorboard_is_alive():
+            self._tensorboard.close()
+
+    def _tensorboard_is_alive(self) -> bool:
+        """Whether its thread still writes."""
+        writer: Any = self._tensorboard.file_writer
+        return writer is not None and writer.event_writer._worker.is_alive()
 
 
 class CollapseMonitor:

@@ -58,6 +58,7 @@ def train(
             state, metrics = experiment.compiled(state, loader.to_global(batch, experiment.mesh))
             step, stop.saves = step + 1, True
             log.log_step(step, metrics)
+            checkpointer.raise_failure()  # of a save in the background
             if log.skipped.exceeded:
                 state = log.skipped.rewind(state)
             stop.check()

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import os
@@ -35,6 +36,8 @@ KEYS_FREE_ON_RESUME = (
 _EVALUATION_KEYS = (
     "eval.sets", "eval.final_sets", "eval.ema", "eval.resize", "eval.resize_size", "eval.interpolation",
 )  # fmt: skip
+# What some network file systems answer to flock.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 _SHOWN = 5  # differences that an error lists
 
 
@@ -150,16 +153,17 @@ class TrainingFolder(RunFolder):
     def _check_writable(self) -> None:
         if is_remote(str(self.path)):
             return
-        parent = self.path.absolute()
-        while not (parent.exists() or os.path.islink(parent)):
-            parent = parent.parent
-        fault = ""
-        if not parent.is_dir():
-            fault = "is not a folder"
-        elif not os.access(parent, os.W_OK | os.X_OK):
-            fault = "cannot be written to"
-        if fault:
-            raise UserError(f"--config.run={str(self.path)!r}: {str(parent)!r} {fault}; name another folder.")
+        for path in (self.path, self.checkpoints):  # which may be a link to another disk
+            parent = path.absolute()
+            while not (parent.exists() or os.path.islink(parent)):
+                parent = parent.parent
+            fault = ""
+            if not parent.is_dir():
+                fault = "is not a folder"
+            elif not os.access(parent, os.W_OK | os.X_OK):
+                fault = "cannot be written to"
+            if fault:
+                raise UserError(f"--config.run={str(self.path)!r}: {str(parent)!r} {fault}; name another folder.")
 
     def _check_not_lost(self, saved: Mapping[str, Any]) -> None:
         """Metrics without checkpoints are a run that was killed early, or one whose checkpoints are lost."""
@@ -211,6 +215,10 @@ class TrainingFolder(RunFolder):
                     f"{self.path} is in use by {file.read().strip() or 'another run'}; wait for it, or use a different "
                     "--config.run."
                 ) from error
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                log0(f"WARNING: the file system of {self.path} has no locks; do not start another run in it meanwhile")
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n")
             file.flush()

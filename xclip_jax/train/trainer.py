@@ -14,7 +14,7 @@ from xclip_jax.errors import EXIT_RESUMABLE, UserError, describe
 from xclip_jax.evaluators import summary
 from xclip_jax.evaluators.result import Result, flat, to_json
 from xclip_jax.parallel import processes
-from xclip_jax.train import same_run
+from xclip_jax.train import disk_space, same_run
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.interrupt import Interrupted, PreemptionHandler
@@ -54,9 +54,12 @@ def run(config: ml_collections.ConfigDict | Config, callbacks: Sequence[Callback
         same_run.check_config(config)
         job = prepare(config, folder)
         same_run.check_data(job)
+        disk_space.check(config, folder, job.experiment.abstract)
+        keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
         with folder.claimed(config, job.fingerprints), Watchdog(folder, stop, **limits) as watch:
             # A process that fails ends before its checkpointer is closed, which would wait for the others.
-            with Checkpointer(folder.path, keep=config.checkpoint.keep) as checkpointer, processes.ends_all():
+            checkpoints = Checkpointer(folder.path, keep=keep, keep_every=keep_every)
+            with checkpoints as checkpointer, processes.ends_all():
                 state, log, stopped = _train(job, checkpointer, watch, stop, callbacks)
             stop.saves = False
             if not stopped:
@@ -91,7 +94,7 @@ def _train(
         if job.initial:
             state = init_from_weights(job.initial, state)
     else:
-        state, position = checkpointer.restore_finite(experiment.abstract)
+        state, position = checkpointer.restore_good(experiment.abstract)
         log0(f"resuming at step {int(state.step)}, sample {position['samples']:,}")
     ledger = Ledger(
         job.folder.path,

@@ -1,0 +1,548 @@
+"""Checkpoints that are damaged, cut off or do not fit on the disk: noticed, named, and the newest whole one is used."""
+
+import pathlib
+import resource
+import shutil
+import subprocess
+import threading
+import time
+import types
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xclip_jax.config import schema
+from xclip_jax.errors import UserError
+from xclip_jax.run_folder import RunFolder
+from xclip_jax.train import checkpoint_digest, disk_space
+from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.disk_space import num_bytes
+from xclip_jax.train.state import TrainState
+
+# Orbax writes them last, and reads no state from them.
+HARMLESS = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+
+def make_state(step, size=64):
+    rng = np.random.default_rng(step)
+    params = {name: jnp.asarray(rng.normal(size=(size, size)), jnp.float32) for name in ("a", "b", "c")}
+    return TrainState(
+        step=jnp.asarray(step, jnp.int32),
+        params={"img": params},
+        batch_stats={},
+        opt_state=(jax.tree.map(jnp.square, params), jnp.asarray(step, jnp.int32)),
+        ema_params=None,
+        ema_batch_stats=None,
+        loss_state={},
+        seed=jnp.asarray(0, jnp.uint32),
+    )
+
+
+def abstract(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+ABSTRACT = abstract(make_state(0))
+
+
+def save(run, *steps, **options):
+    with Checkpointer(run, **options) as checkpointer:
+        for step in steps:
+            checkpointer.save(make_state(step), {"samples": 8 * step, "batch": 8})
+
+
+def restore(run, step=None):
+    with Checkpointer(run, read_only=True) as checkpointer:
+        return checkpointer.restore(ABSTRACT, step)
+
+
+def resume(run):
+    with Checkpointer(run) as checkpointer:
+        return checkpointer.restore_good(ABSTRACT)
+
+
+def check_is(restored, step):
+    chex.assert_trees_all_equal(restored[0], make_state(step))
+    assert restored[1] == {"samples": 8 * step, "batch": 8}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Checkpoints of steps 2 and 4. To be copied, not changed."""
+    run = tmp_path_factory.mktemp("saved")
+    save(run, 2, 4)
+    return run
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    return pathlib.Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def files_of(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+# Every file of a checkpoint, damaged in every way
+
+
+def flip(content, rng):
+    position, changed = rng.integers(len(content)), bytearray(content)
+    changed[position] ^= 1 << rng.integers(8)
+    return bytes(changed)
+
+
+DAMAGE = {
+    "flip 1": flip,
+    "flip 2": flip,
+    "flip 3": flip,
+    "flip 4": flip,
+    "cut": lambda content, rng: content[: rng.integers(len(content))],
+    "empty": lambda content, _: b"",
+    "zero": lambda content, _: bytes(len(content)),
+    "longer": lambda content, _: content + b"\0",
+    "delete": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_every_damaged_file_is_named_or_harmless(run, damage):
+    folder = run / "checkpoints" / "4"
+    files = files_of(folder)
+    assert len(files) > 8 and {"state/_METADATA", "position/metadata", checkpoint_digest.FILE} <= set(files)
+    rng = np.random.default_rng(sorted(DAMAGE).index(damage))
+    for name in files:
+        path = folder / name
+        content = path.read_bytes()
+        path.unlink() if DAMAGE[damage] is None else path.write_bytes(DAMAGE[damage](content, rng))
+        without_digest = name == checkpoint_digest.FILE and damage == "delete"  # as of an earlier version
+        if name in HARMLESS or without_digest:
+            check_is(restore(run), 4)
+        else:
+            with pytest.raises(UserError) as caught:
+                restore(run)
+            message = str(caught.value)
+            assert f"checkpoints/4 is damaged: {name} " in message and "the newest whole one is of step 2" in message
+            assert "--step 2" in message and len(message.splitlines()) == 1
+        path.write_bytes(content)
+    check_is(restore(run), 4)
+
+
+def test_what_orbax_writes_last_is_not_needed_to_resume(run):
+    for name in HARMLESS:
+        for content in (b"", b"\xff", b"{", None):
+            path = run / "checkpoints" / "4" / name
+            path.unlink() if content is None else path.write_bytes(content)
+            check_is(resume(run), 4)
+    save(run, 6, 8, keep=2)
+    assert RunFolder(run).steps() == [6, 8]
+
+
+@pytest.mark.parametrize("damage", ["flip 1", "cut", "delete"])
+def test_a_damaged_checkpoint_without_a_digest_is_no_traceback(run, damage, capsys):
+    """As an earlier version wrote it: what Orbax notices is damage, and the one before is used."""
+    folder, rng = run / "checkpoints" / "4", np.random.default_rng(0)
+    (folder / checkpoint_digest.FILE).unlink()
+    noticed = set()
+    for name in files_of(folder):
+        path = folder / name
+        content = path.read_bytes()
+        path.unlink() if DAMAGE[damage] is None else path.write_bytes(DAMAGE[damage](content, rng))
+        state, position = resume(run)
+        moved = run / "checkpoints" / "damaged-4"
+        if moved.exists():
+            noticed.add(name)
+            check_is((state, position), 2)
+            shutil.move(moved, folder)
+        path.write_bytes(content)
+    if damage != "flip 1":
+        assert noticed >= {"position/metadata", "state/_METADATA", "state/manifest.ocdbt"}
+    assert "is of an earlier version: it has no digest" in capsys.readouterr().out
+    check_is(resume(run), 4)
+
+
+@pytest.mark.parametrize("position", ["{", "[]", "3", "{}", '{"samples": "8"}'])
+def test_a_position_that_is_none_is_damage(run, position):
+    folder = run / "checkpoints" / "4"
+    (folder / checkpoint_digest.FILE).unlink()
+    (folder / "position" / "metadata").write_text(position)
+    with pytest.raises(UserError, match=r"checkpoints/4 is damaged: .*; the newest whole one is of step 2"):
+        restore(run)
+
+
+# Which checkpoint is used instead
+
+
+def damage(folder):
+    path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path.relative_to(folder).as_posix()
+
+
+def test_the_newest_whole_checkpoint_is_used_and_the_others_move_aside(run, capsys):
+    save(run, 6, keep=9)
+    folder = run / "checkpoints"
+    names = {step: damage(folder / str(step)) for step in (4, 6)}
+    check_is(resume(run), 2)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("WARNING: damaged: ") and line.endswith("that of step 2, the newest whole one")
+    assert all(f"checkpoints/{step} ({name} has other bytes than were written)" in line for step, name in names.items())
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "damaged-4", "damaged-6"]
+    assert RunFolder(run).steps() == [2]
+    check_is(restore(run), 2)
+    # The run goes on, saves step 4 again, and that one is damaged too.
+    save(run, 4, keep=9)
+    check_is(resume(run), 4)
+    damage(folder / "4")
+    check_is(resume(run), 2)
+    assert (folder / "damaged-4").is_dir() and (folder / "damaged-4-1").is_dir()
+
+
+def test_no_whole_checkpoint_is_one_sentence_and_nothing_is_moved(run):
+    names = [damage(run / "checkpoints" / step) for step in "24"]
+    with pytest.raises(
+        UserError, match=r"checkpoints has no whole checkpoint \(4: state.*; 2: state.*delete the run's"
+    ):
+        resume(run)
+    with pytest.raises(UserError, match=rf"checkpoints/4 is damaged: {names[1]} has .*; no other one is whole"):
+        restore(run)
+    assert RunFolder(run).steps() == [2, 4]
+
+
+def test_readers_move_nothing(run):
+    damage(run / "checkpoints" / "4")
+    before = sorted(path for path in run.rglob("*"))
+    with pytest.raises(UserError, match="is damaged"):
+        restore(run)
+    check_is(restore(run, 2), 2)
+    assert sorted(path for path in run.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("make", "fault"),
+    [
+        (lambda folder: (folder / "70").mkdir(), "70 has no folders state and position"),
+        (lambda folder: shutil.copytree(folder / "4", folder / "70"), r"digest.json is that of step 4"),
+        (lambda folder: shutil.copytree(folder / "4" / "state", folder / "70"), "70 has no folders state and position"),
+        (lambda folder: [(folder / "70" / name).mkdir(parents=True) for name in ("state", "position")], ""),
+        (lambda folder: (folder / "70").write_text(""), None),
+        (lambda folder: (folder / "copy_of_70").mkdir(), None),
+        (lambda folder: (folder / "70.orbax-checkpoint-tmp").mkdir(), None),
+    ],
+)
+def test_folders_that_are_no_checkpoints(run, make, fault, capsys):
+    make(run / "checkpoints")
+    if fault is None:  # neither Orbax nor we take it for one
+        assert RunFolder(run).latest_step() == 4
+        check_is(restore(run), 4)
+        return
+    with pytest.raises(UserError, match=rf"checkpoints/70 is damaged: {fault}.*the newest whole one is of step 4"):
+        restore(run)
+    check_is(resume(run), 4)
+    assert "damaged-70" in capsys.readouterr().out
+    save(run, 6)
+    check_is(restore(run), 6)
+
+
+def test_a_copy_without_a_digest_under_another_step_is_damage(run):
+    folder = run / "checkpoints"
+    shutil.copytree(folder / "4", folder / "70")
+    (folder / "70" / checkpoint_digest.FILE).unlink()
+    with pytest.raises(UserError, match="checkpoints/70 is damaged: it is the checkpoint of step 4"):
+        restore(run)
+
+
+def test_another_architecture_is_not_damage(run):
+    with (
+        Checkpointer(run) as checkpointer,
+        pytest.raises(UserError, match=r"another architecture: params/img/a has sha"),
+    ):
+        checkpointer.restore_good(abstract(make_state(0, size=32)))
+    assert RunFolder(run).steps() == [2, 4]
+
+
+def test_a_file_that_may_not_be_read_is_not_damage(run, monkeypatch):
+    """Nothing is moved aside because another user started the command."""
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied", "x")
+
+    monkeypatch.setattr(checkpoint_digest, "_hash", refused)
+    with Checkpointer(run) as checkpointer, pytest.raises(PermissionError):
+        checkpointer.restore_good(ABSTRACT)
+    assert RunFolder(run).steps() == [2, 4]
+
+
+@pytest.mark.parametrize("error", [MemoryError("out of memory"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")])
+def test_too_little_memory_is_not_damage(run, monkeypatch, error):
+    def refused(*_, **__):
+        raise error
+
+    for with_digest in (True, False):
+        if not with_digest:
+            (run / "checkpoints" / "4" / checkpoint_digest.FILE).unlink()
+        with Checkpointer(run) as checkpointer, pytest.raises(type(error)):
+            monkeypatch.setattr(checkpointer._manager, "restore", refused)
+            checkpointer.restore_good(ABSTRACT)
+    assert RunFolder(run).steps() == [2, 4]
+
+
+def test_a_bad_sector_is_damage(run, monkeypatch):
+    original = checkpoint_digest._hash
+
+    def bad(path, **options):
+        if "/4/state/manifest" in str(path):
+            raise OSError(5, "Input/output error")
+        return original(path, **options)
+
+    monkeypatch.setattr(checkpoint_digest, "_hash", bad)
+    with pytest.raises(UserError, match=r"4 is damaged: state/manifest\.ocdbt cannot be read \(Input/output error\)"):
+        restore(run)
+
+
+def test_a_checkpoint_comes_back_on_other_meshes(tmp_path):
+    """Saved over eight devices, read over two of them, in other axes, and on one: all bits are equal."""
+    P = jax.sharding.PartitionSpec
+
+    def laid_out(shape, spec):
+        devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
+        mesh = jax.sharding.Mesh(devices, ("x", "y"))
+        return lambda x: jax.sharding.NamedSharding(mesh, spec if x.ndim == 2 else P())
+
+    saved, state = laid_out((4, 2), P("x", "y")), make_state(2)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(jax.tree.map(lambda x: jax.device_put(x, saved(x)), state), {"samples": 16, "batch": 8})
+    for shape, spec in (((1, 2), P("y", None)), ((2, 4), P(None, ("x", "y"))), ((1, 1), P())):
+        layout = laid_out(shape, spec)
+        shapes = jax.tree.map(
+            lambda x, layout=layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout(x)), state
+        )
+        with Checkpointer(tmp_path, read_only=True) as checkpointer:
+            restored = checkpointer.restore(shapes)
+        check_is(restored, 2)
+        assert restored[0].params["img"]["a"].sharding == layout(state.params["img"]["a"])
+
+
+# When it is written
+
+
+def test_the_digest_is_in_the_checkpoint_before_it_has_its_name(tmp_path, monkeypatch):
+    """So that no kill can leave a checkpoint without one; and the step after does not wait for it."""
+    began, go, original = threading.Event(), threading.Event(), checkpoint_digest.write
+
+    def write(folder, step):
+        began.set()
+        assert go.wait(60)
+        original(folder, step)
+
+    monkeypatch.setattr(checkpoint_digest, "write", write)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(make_state(2), {"samples": 16, "batch": 8})
+        assert began.wait(60)
+        assert RunFolder(tmp_path).steps() == []
+        with pytest.raises(UserError, match="holds no checkpoint"):
+            restore(tmp_path)
+        checkpointer.raise_failure()
+        go.set()
+    assert checkpoint_digest.exists(tmp_path / "checkpoints" / "2")
+    check_is(restore(tmp_path), 2)
+
+
+def test_which_checkpoints_are_kept(tmp_path):
+    save(tmp_path, *range(2, 22, 2), keep=2, keep_every=6)
+    assert RunFolder(tmp_path).steps() == [6, 12, 18, 20]
+    for step in RunFolder(tmp_path).steps():
+        check_is(restore(tmp_path, step), step)
+
+
+def test_a_later_checkpoint_is_not_taken_for_a_save(run):
+    with Checkpointer(run) as checkpointer, pytest.raises(UserError, match="has a checkpoint of a later step than 3"):
+        checkpointer.save(make_state(3), {"samples": 24, "batch": 8})
+
+
+# When it cannot be written
+
+
+@pytest.fixture
+def no_large_files():
+    """The system refuses to write beyond 5 kB of a file, as a full disk would anywhere."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+FAILED = r"the checkpoint of step 6 could not be written to .*/checkpoints \(.*\): it needs up to 98 kB, .* are free"
+
+
+def wait_for_failure(checkpointer):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        checkpointer.raise_failure()
+        time.sleep(0.01)
+
+
+def test_a_save_that_fails_is_reported_at_once_and_costs_no_other(run, no_large_files, caplog):
+    with Checkpointer(run) as checkpointer:
+        checkpointer.save(make_state(6), {"samples": 48, "batch": 8})
+        with pytest.raises(UserError, match=FAILED) as caught:
+            wait_for_failure(checkpointer)
+        assert "File too large" in str(caught.value) and len(str(caught.value).splitlines()) == 1
+        assert checkpointer.latest() == 4
+    assert not [record for record in caplog.records if record.exc_info]
+    no_large_files()
+    assert RunFolder(run).steps() == [2, 4]
+    check_is(resume(run), 4)
+    save(run, 6)
+    check_is(restore(run), 6)
+    assert files_of(run / "checkpoints") == sorted(f"{step}/{x}" for step in (2, 4, 6) for x in files_in(run, step))
+
+
+def files_in(run, step):
+    return files_of(run / "checkpoints" / str(step))
+
+
+def test_the_last_save_of_a_run_is_not_lost_in_silence(run, no_large_files):
+    with pytest.raises(UserError, match=FAILED), Checkpointer(run) as checkpointer:
+        checkpointer.save(make_state(6), {"samples": 48, "batch": 8})
+
+
+def test_a_failed_save_does_not_hide_what_ended_the_run(run, no_large_files, capsys):
+    with pytest.raises(KeyError, match="of the run"), Checkpointer(run) as checkpointer:
+        checkpointer.save(make_state(6), {"samples": 48, "batch": 8})
+        raise KeyError("of the run")
+    assert "WARNING: the checkpoint of step 6 could not be written" in capsys.readouterr().out
+
+
+def test_the_next_save_reports_a_failure_too(run, no_large_files):
+    with Checkpointer(run) as checkpointer:
+        checkpointer.save(make_state(6), {"samples": 48, "batch": 8})
+        with pytest.raises(UserError, match=FAILED):
+            checkpointer.save(make_state(8), {"samples": 64, "batch": 8})
+
+
+def test_a_digest_that_cannot_be_written_leaves_no_checkpoint(run, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_digest, "write", full)
+    with (
+        pytest.raises(UserError, match=r"step 6 could not be written .*\(No space left"),
+        Checkpointer(run) as checkpointer,
+    ):
+        checkpointer.save(make_state(6), {"samples": 48, "batch": 8})
+    assert RunFolder(run).steps() == [2, 4]
+
+
+def test_a_folder_that_vanished_is_not_made_again(run):
+    with Checkpointer(run) as checkpointer:
+        shutil.move(run / "checkpoints", run / "elsewhere")
+        with pytest.raises(UserError, match=r"could not be written to .*\(the folder no longer exists\)"):
+            checkpointer.save(make_state(6), {"samples": 48, "batch": 8})
+    assert not (run / "checkpoints").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 2 MB, where the system lets us have one."""
+    where = tmp_path / "disk"
+    where.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tests", str(where)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a file system is not permitted")
+    yield where
+    subprocess.run(["umount", str(where)], check=True)
+
+
+def test_a_full_disk(small_disk):
+    run = small_disk / "run"
+    save(run, 2, 4)
+    for room in (50_000, 5_000, 0):  # the arrays, the metadata, or not even a folder
+        with open(small_disk / "filler", "wb") as filler:
+            filler.write(bytes(max(shutil.disk_usage(small_disk).free - room, 0)))
+        with pytest.raises(UserError, match=rf"{FAILED[:-12]}.*") as caught, Checkpointer(run) as checkpointer:
+            checkpointer.save(make_state(6), {"samples": 48, "batch": 8})
+            wait_for_failure(checkpointer)
+        assert "(No space left on device)" in str(caught.value)
+        check_is(restore(run), 4)
+        check_is(restore(run, 2), 2)
+        (small_disk / "filler").unlink()
+    save(run, 6)
+    check_is(restore(run), 6)
+
+
+def test_a_read_only_disk(small_disk):
+    run = small_disk / "run"
+    save(run, 2)
+    with Checkpointer(run) as checkpointer:
+        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+        with pytest.raises(UserError, match=r"of step 6 could not be written to .*\(Read-only file system\)"):
+            checkpointer.save(make_state(6), {"samples": 48, "batch": 8})
+            wait_for_failure(checkpointer)
+    check_is(restore(run), 2)
+
+
+# Space at the start
+
+SIZE = num_bytes(ABSTRACT)
+
+
+def space(monkeypatch, run, checkpoints, *, keep=3, every=2, keep_every=0, steps=100):
+    """Check a run on a disk with free space for so many checkpoints."""
+    usage = types.SimpleNamespace(free=int(checkpoints * SIZE))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    config = schema.resolve(
+        {"steps": steps, "optim": {"warmup": 1}, "checkpoint": {"every": every, "keep": keep, "keep_every": keep_every}}
+    )
+    disk_space.check(config, RunFolder(run), ABSTRACT)
+
+
+@pytest.mark.parametrize(
+    ("options", "least", "most"),
+    [
+        ({}, 2, 4),
+        ({"keep": 1}, 2, 2),
+        ({"every": 0}, 1, 1),  # one, at the end
+        ({"steps": 3}, 2, 2),
+        ({"keep_every": 20}, 2, 9),
+    ],
+)
+def test_space_is_looked_at_before_a_run(monkeypatch, tmp_path, capsys, options, least, most):
+    with pytest.raises(UserError, match=rf"has .* free, and {least} checkpoints? of up to 98 kB must fit; make room"):
+        space(monkeypatch, tmp_path / "new", least - 0.01, **options)
+    assert not (tmp_path / "new").exists() and capsys.readouterr().out == ""
+    if most > least:
+        space(monkeypatch, tmp_path / "new", most - 0.01, **options)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith("WARNING: the disk of ") and f"need up to {most * SIZE / 1e3:.0f} kB more" in line
+    space(monkeypatch, tmp_path / "new", most, **options)
+    assert capsys.readouterr().out == ""
+
+
+def test_what_is_saved_already_needs_no_space_again(monkeypatch, run, capsys):
+    with pytest.raises(UserError, match="and 1 checkpoint of up to"):
+        space(monkeypatch, run, 0.9)
+    space(monkeypatch, run, 2)
+    assert capsys.readouterr().out == ""
+    # What an interrupted save left is deleted when the folder is opened.
+    half = run / "checkpoints" / "6.orbax-checkpoint-tmp" / "state"
+    half.mkdir(parents=True)
+    (half / "data").write_bytes(bytes(SIZE))
+    space(monkeypatch, run, 1)
+    assert capsys.readouterr().out == ""
+
+
+def test_keys_that_do_not_go_together():
+    for every, keep_every in ((0, 10), (4, 10), (10, 4)):
+        with pytest.raises(
+            UserError, match=rf"checkpoint.keep_every={keep_every} must be a multiple of checkpoint.every"
+        ):
+            schema.resolve(
+                {"steps": 100, "optim": {"warmup": 1}, "checkpoint": {"every": every, "keep_every": keep_every}}
+            )
+    schema.resolve({"steps": 100, "optim": {"warmup": 1}, "checkpoint": {"every": 5, "keep_every": 10}})
