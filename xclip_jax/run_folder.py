@@ -16,6 +16,12 @@ from typing import Any
 from etils import epath
 
 from xclip_jax.errors import UserError
+from xclip_jax.storage import is_remote
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class RunFolder:
@@ -34,6 +40,7 @@ class RunFolder:
         self.picture_file = self.path / "picture.png"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
+        self.lock_file = self.path / ".lock"
 
     def is_run(self) -> bool:
         """Whether this is a run's folder. transformers too calls its file config.json; it has other keys."""
@@ -46,9 +53,24 @@ class RunFolder:
 
     def latest_step(self) -> int | None:
         """Step of the newest whole checkpoint, or None; touches nothing."""
+        return max(self.checkpoint_steps(), default=None)
+
+    def checkpoint_steps(self) -> list[int]:
+        """Return the steps of all whole checkpoints, in order; touches nothing."""
         import orbax.checkpoint as ocp  # takes seconds
 
-        return max(ocp.utils.checkpoint_steps(self.checkpoints), default=None) if self.checkpoints.exists() else None
+        return sorted(ocp.utils.checkpoint_steps(self.checkpoints)) if self.checkpoints.exists() else []
+
+    def writer(self) -> str:
+        """Return what is said of the process that writes to the folder now, or ""; a bucket has no locks."""
+        if fcntl is None or is_remote(str(self.path)) or not self.lock_file.exists():
+            return ""
+        with open(self.lock_file) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+        return ""
 
     def read_config(self) -> dict[str, Any] | None:
         """Return the content of config.json, or None where there is no run. Keys newer than the run are absent.

@@ -53,7 +53,7 @@ class LogConfig:
     """Config group `log`: metrics and warnings."""
 
     every: int = key(20, "steps between two lines of metrics; 0 for the first and last alone", at_least(0))
-    collapse_warmup_steps: int = key(500, "step from which on a collapse of the clusters is warned of", at_least(0))
+    collapse_warmup_steps: int = key(500, "step from which on failures of the objective are warned of", at_least(0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,15 @@ from xclip_jax.losses import contrastive, ring
 from xclip_jax.models.heads import Heads, contrastive_heads
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.base import LossConfig, Result, Term
-from xclip_jax.objectives.display import Curve, Health, Level
+from xclip_jax.objectives.display import Curve, Health, Level, Light
 from xclip_jax.objectives.similarity import CosineSimilarity
 
 Array = jax.Array
+
+# [ours] Shares of ln b. Runs that learn are a tenth below it when their warm-up ends, those that do not are at it.
+LEARNED_SHARE = 0.02
+NOTHING_LEARNED = "nothing learned"
+REMEDY = "Lengthen optim.warmup or lower optim.lr, and check that captions belong to their images (xclip-jax check)."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +83,6 @@ class Contrastive(Term):
             Curve("Logit scale", (("scale", "scale"),)),
         )
 
-    def health(self, metrics: Mapping[str, float]) -> Health:
-        """No alarm is set on it."""
-        return Health(
-            "The contrastive loss has no alarm. Training fails where it stays at ln b, the loss of a guess that does "
-            "not depend on the inputs."
-        )
-
     def describe(self, model: ModelConfig) -> str:
         """The shared embedding space."""
         return f"embeddings of images and texts in one space of {model.embed} dimensions"
@@ -97,3 +95,39 @@ class Clip(Contrastive):
     title: ClassVar[str] = "CLIP"
 
     label_smoothing: float = key(0.0, "share of the target that is spread over the batch", fraction_below_one())
+
+    def alarms(self, metrics: Mapping[str, float]) -> list[str]:
+        """A loss that is still ln b, of a guess that does not depend on the inputs."""
+        if not metrics.keys() >= {"loss", "ln_b"} or self._learned(metrics) >= self._least:
+            return []
+        return [
+            f"{NOTHING_LEARNED}: the contrastive loss is {metrics['loss']:.3f}, and {metrics['ln_b']:.3f} is that of a "
+            f"guess that does not depend on the inputs. {REMEDY}"
+        ]
+
+    def health(self, metrics: Mapping[str, float]) -> Health | None:
+        """Whether the loss has left ln b."""
+        summary = (
+            "The contrastive loss fails where it stays at ln b, that of a guess that does not depend on the inputs."
+        )
+        if not metrics.keys() >= {"loss", "ln_b"}:
+            return Health(summary)
+        light = Light(
+            NOTHING_LEARNED,
+            "Fails when the loss stays at ln b.",
+            f"{metrics['loss']:.2f} nats, ln b is {metrics['ln_b']:.2f}; the alarm is above "
+            f"{(1 - self._least) * metrics['ln_b']:.2f}.",
+            max(self._learned(metrics), 0.0),
+            self._least,
+            "" if metrics["ln_b"] > 0 else "A batch of one pair has nothing to learn.",
+        )
+        return Health(summary, (light,))
+
+    @property
+    def _least(self) -> float:
+        """Share of ln b that has to be learned; smoothed targets leave less of it to learn."""
+        return LEARNED_SHARE * (1 - self.label_smoothing)
+
+    def _learned(self, metrics: Mapping[str, float]) -> float:
+        """Share of ln b by which the loss is below it."""
+        return 1 - metrics["loss"] / metrics["ln_b"] if metrics["ln_b"] > 0 else 1.0

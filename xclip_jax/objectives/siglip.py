@@ -1,6 +1,7 @@
 """SigLIP's term: the sigmoid contrastive loss."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from typing import ClassVar
 
@@ -8,8 +9,12 @@ import jax
 
 from xclip_jax.models.heads import Heads, contrastive_heads
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objectives.clip import Contrastive
-from xclip_jax.objectives.display import Curve, Health
+from xclip_jax.objectives.clip import NOTHING_LEARNED, REMEDY, Contrastive
+from xclip_jax.objectives.display import Curve, Health, Light
+
+# [ours] A guess matches one pair of a batch right on average, and three or more in one batch of twelve.
+_LEARNED_HITS = 3
+_FEWEST_PAIRS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +40,39 @@ class Siglip(Contrastive):
         """Those of CLIP, without ln b, which is not the value of a uniform guess."""
         return (Curve(f"{self.title} loss", (("loss", "contrastive"),), "nats"), *self._batch_curves())
 
+    def alarms(self, metrics: Mapping[str, float]) -> list[str]:
+        """An accuracy within the batch that is still that of a guess: a blind guess has no loss of its own here."""
+        if not metrics.keys() >= {"acc_img", "acc_txt", "ln_b"} or _pairs(metrics) < _FEWEST_PAIRS:
+            return []
+        accuracy, b = max(metrics["acc_img"], metrics["acc_txt"]), _pairs(metrics)
+        if accuracy * b >= _LEARNED_HITS:
+            return []
+        return [
+            f"{NOTHING_LEARNED}: {accuracy:.2%} of the pairs of a batch are matched right, and a guess gets "
+            f"{1 / b:.2%}. {REMEDY}"
+        ]
+
     def health(self, metrics: Mapping[str, float]) -> Health:
-        """No alarm is set on it."""
-        return Health(
-            "The sigmoid loss has no alarm. Training fails where the accuracy within the batch stays at 1 / b, b being "
-            "the batch size."
+        """Whether pairs are told apart within the batch."""
+        summary = "The sigmoid loss fails where the accuracy within the batch stays at 1 / b, b being the batch size."
+        if not metrics.keys() >= {"acc_img", "acc_txt", "ln_b"}:
+            return Health(summary)
+        accuracy, b = max(metrics["acc_img"], metrics["acc_txt"]), _pairs(metrics)
+        light = Light(
+            NOTHING_LEARNED,
+            "Fails when the accuracy within the batch stays at that of a guess.",
+            f"{accuracy:.2%} right; the alarm is below {_LEARNED_HITS / b:.2%}.",
+            accuracy,
+            _LEARNED_HITS / b,
+            "" if b >= _FEWEST_PAIRS else f"Batches of fewer than {_FEWEST_PAIRS} pairs are too small to judge by.",
         )
+        return Health(summary, (light,))
 
     def export_note(self, missing: Collection[str]) -> str:
         """The logit bias."""
         return "without bias similarities keep their order and are not logits of a match" if "bias" in missing else ""
+
+
+def _pairs(metrics: Mapping[str, float]) -> int:
+    """Batch size b."""
+    return round(math.exp(metrics["ln_b"]))
