@@ -21,7 +21,7 @@ def test_a_run_without_clusters(tmp_path):
     rows = [{"step": s, "loss": 2 / s, "clip/loss": 2 / s, "clip/ln_b": 2.77, "rank/img": 3.0} for s in (1, 2)]
     text = html.render(written(tmp_path / "run", tiny.config("clip"), rows), examples.Examples(missing=["nothing"]))
     words = " ".join(check(text).text)
-    assert "this objective trains no cluster heads" in words and "The contrastive loss has no alarm" in words
+    assert "this objective trains no cluster heads" in words and "The contrastive loss fails where" in words
     assert "ln b" in words and "Mutual information" not in words
 
 

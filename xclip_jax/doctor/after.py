@@ -131,8 +131,10 @@ def _health(run: Record, name: str) -> Iterator[Finding]:
     warnings = Warnings.of(run, name, rows)
     shown = term.health(rows[-1]) if rows else None
     lights = {light.name: light for light in (shown.lights if shown else ())}
-    for failure in dict.fromkeys([*lights, *warnings.names]):
-        light, last = lights.get(failure), warnings.last(failure)
+    # A complete run is judged however short it was.
+    final = {text.partition(":")[0]: text for text in term.alarms(rows[-1])} if rows and run.complete else {}
+    for failure in dict.fromkeys([*lights, *warnings.names, *final]):
+        light, last = lights.get(failure), warnings.last(failure) or final.get(failure, "")
         text, history = last.partition(": ")[2], warnings.history(failure)
         label = f"{name}, {failure}"
         if light and light.impossible:

@@ -47,6 +47,8 @@ def check_config(
     devices = list(check_devices())
     yield from devices
     yield from check_versions()
+    if not devices[0].values:  # JAX has none, so nothing can be built
+        return
     resolved, problem = attempt("config", lambda: resolve(config))
     if resolved is None:
         yield from filter(None, [problem])
@@ -70,7 +72,7 @@ def check_config(
         experiment, folder, step_seconds=step.seconds, samples=options.samples, seconds=options.seconds
     )
     yield from check_sets(experiment)
-    yield from _initial(experiment, folder)
+    yield from check_weights(experiment, folder)
     yield from check_settings(experiment, step.seconds)
 
 
@@ -91,8 +93,8 @@ def _model(experiment: Experiment) -> Finding:
     return Finding("model", text, values={"parameters": count, "mesh": dict(experiment.mesh.shape)})
 
 
-def _initial(experiment: Experiment, folder: TrainingFolder) -> Iterator[Finding]:
-    """Weights that a new run starts from."""
+def check_weights(experiment: Experiment, folder: TrainingFolder) -> Iterator[Finding]:
+    """Yield whether a new run can start from `init.weights`; nothing without them, or where the run resumes."""
     where = experiment.config.init.weights
     if not where or folder.latest_step() is not None:
         return
@@ -105,8 +107,4 @@ def _initial(experiment: Experiment, folder: TrainingFolder) -> Iterator[Finding
         sum(x.size for x in jax.tree.leaves(experiment.abstract.variables())),
     )
     values = {"initial_values": count, "model_values": total}
-    if tensors:
-        yield Finding("weights", f"{where}: {count / total:.0%} of the model's values are read from it", values=values)
-    else:
-        remedy = "name weights of this architecture, or leave init.weights empty"
-        yield warning("weights", f"{where} has no tensor of this model, which would start at random", remedy, **values)
+    yield Finding("weights", f"{where}: {count / total:.0%} of the model's values are read from it", values=values)

@@ -81,7 +81,7 @@ def check_step(experiment: Experiment, folder: RunFolder, mode: str = "auto") ->
     if mode == "never" or (mode == "auto" and device.platform == "cpu" and operations > CHEAP):
         text = (
             f"the state takes {format_bytes(state)} of a device's {format_bytes(limit)}; the step, "
-            f"{operations / 1e12:,.2f} TFLOP, is not compiled here: --step always does, xclip-jax plan for TPUs"
+            f"{operations / 1e12:,.3g} TFLOP, is not compiled here: --step always does, xclip-jax plan for TPUs"
         )
         return Step(None, [Finding("memory", text, values=values)])
     compiled, trouble = plan.compile_if_fits(experiment)
@@ -123,7 +123,7 @@ def _time(experiment: Experiment, folder: RunFolder, compiled: Any, operations: 
     seconds = (time.perf_counter() - began) / TIMED_STEPS
     b, left = experiment.data.batch, experiment.config.steps - (step or 0)
     text = (
-        f"{seconds:.3g} s, {b / seconds:,.0f} samples/s, {operations / seconds / 1e12:,.2f} TFLOP/s; the {left:,} "
+        f"{seconds:.3g} s, {b / seconds:,.0f} samples/s, {operations / seconds / 1e12:,.3g} TFLOP/s; the {left:,} "
         f"steps to go take {format_duration(left * seconds)} without reading and evaluating"
     )
     values = {"step_seconds": seconds, "samples_per_second": b / seconds, "run_seconds": left * seconds}
