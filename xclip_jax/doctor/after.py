@@ -140,7 +140,7 @@ def _health(run: Record, name: str) -> Iterator[Finding]:
         if light and light.impossible:
             continue
         if last:
-            yield fail("objective", f"{label}: {text.rstrip('.')} ({history.rstrip('.')})")
+            yield fail("objective", f"{label}: {text}{f' {history}' if warnings.steps else ''}".rstrip("."))
         elif failure in warnings.names:
             now = f"not at the last step; {history}"
             yield warning("objective", f"{label}: {now.rstrip('.')}", "look at its chart, xclip-jax report RUN")

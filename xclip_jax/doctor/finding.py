@@ -31,7 +31,7 @@ class Finding:
 
     def line(self) -> str:
         """Return the finding as one line."""
-        remedy = f": {self.remedy}" if self.remedy else ""
+        remedy = f"; {self.remedy}" if self.remedy else ""
         return f"{self.mark:<8} {self.check:<14} {' '.join(f'{self.text}{remedy}'.split())}"
 
 
