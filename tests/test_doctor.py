@@ -213,7 +213,8 @@ def test_a_checkpoint_is_restored_before_the_step_is_timed(tmp_path):
     for data in (tmp_path / "run/checkpoints/4/state").rglob("d/*"):
         data.unlink()
     step = resources.check_step(experiment, folder)
-    assert "is damaged" in only(step.findings, "resume", FAIL).text and step.seconds > 0
+    finding = only(step.findings, "resume", FAIL)
+    assert "checkpoints/4" in finding.text and step.seconds > 0, finding
 
 
 def test_checkpoints_that_the_disk_has_no_room_for(tmp_path):
