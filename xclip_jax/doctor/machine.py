@@ -43,9 +43,10 @@ def check_devices(root: str = "/") -> Iterator[Finding]:
     """Yield what JAX computes on, and whether the machine has something faster."""
     try:
         devices = jax.devices()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        yield fail("devices", f"JAX has no device ({reason})", "set JAX_PLATFORMS to cpu, cuda or tpu, or unset it")
+    except (RuntimeError, AssertionError) as error:  # the second where no plugin of that platform is installed
+        asked = f"JAX_PLATFORMS={jax.config.jax_platforms}"  # ty: ignore[missing-attribute]
+        reason = (str(error) or "nothing is installed for it").splitlines()[0]
+        yield fail("devices", f"JAX has no device, {asked} ({reason})", "unset JAX_PLATFORMS, or set it to cpu")
         return
     kind = devices[0].device_kind
     text = f"{len(devices)} x {kind}, of {jax.process_count()} process{'es' if jax.process_count() > 1 else ''}"

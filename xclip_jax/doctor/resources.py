@@ -172,7 +172,7 @@ def check_disk(experiment: Experiment, folder: RunFolder) -> Iterator[Finding]:
 
 def existing_parent(folder: RunFolder) -> pathlib.Path:
     """Return the nearest folder above a run's folder that exists, or itself."""
-    path = pathlib.Path(folder.path).absolute()
+    path = pathlib.Path(folder.path)
     while not path.is_dir():
         path = path.parent
     return path
