@@ -65,6 +65,7 @@ setup(
         "opencv-python-headless>=4.9",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.30,<0.14",
+        "packaging>=22",
         "pillow>=10.1",
         "safetensors>=0.4",
         "simplejpeg>=1.8",

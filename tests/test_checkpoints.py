@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from xclip_jax.config import schema
+from xclip_jax.console import format_bytes
 from xclip_jax.errors import UserError
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.train import checkpoint_digest, disk_space
@@ -377,7 +378,9 @@ def no_large_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-FAILED = r"the checkpoint of step 6 could not be written to .*/checkpoints \(.*\): it needs up to 98 kB, .* are free"
+FAILED = (
+    r"the checkpoint of step 6 could not be written to .*/checkpoints \(.*\): it needs up to 9\d\.\d+ KiB, .* are free"
+)
 
 
 def wait_for_failure(checkpointer):
@@ -513,13 +516,15 @@ def space(monkeypatch, run, checkpoints, *, keep=3, every=2, keep_every=0, steps
     ],
 )
 def test_space_is_looked_at_before_a_run(monkeypatch, tmp_path, capsys, options, least, most):
-    with pytest.raises(UserError, match=rf"has .* free, and {least} checkpoints? of up to 98 kB must fit; make room"):
+    with pytest.raises(
+        UserError, match=rf"has .* free, and {least} checkpoints? of up to {format_bytes(SIZE)} must fit; make room"
+    ):
         space(monkeypatch, tmp_path / "new", least - 0.01, **options)
     assert not (tmp_path / "new").exists() and capsys.readouterr().out == ""
     if most > least:
         space(monkeypatch, tmp_path / "new", most - 0.01, **options)
         (line,) = capsys.readouterr().out.splitlines()
-        assert line.startswith("WARNING: the disk of ") and f"need up to {most * SIZE / 1e3:.0f} kB more" in line
+        assert line.startswith("WARNING: the disk of ") and f"need up to {format_bytes(most * SIZE)} more" in line
     space(monkeypatch, tmp_path / "new", most, **options)
     assert capsys.readouterr().out == ""
 

@@ -265,6 +265,30 @@ def test_progress_and_alarms_are_the_terms():
     assert [text.split(":")[0] for text in objective.alarms(flat)] == ["flat"]
 
 
+@pytest.mark.parametrize(
+    ("loss", "smoothing", "alarm"), [(5.545, 0.0, True), (5.769, 0.0, True), (5.4, 0.0, False), (5.5, 0.8, False)]
+)
+def test_a_contrastive_loss_that_stays_at_ln_b_is_an_alarm(loss, smoothing, alarm):
+    """The first two are of runs that learned nothing; smoothed targets leave less to learn."""
+    config = tiny.config("clip", objective__clip={"label_smoothing": smoothing})
+    clip = make_objective(schema.resolve(config).objective).terms["clip"]
+    metrics = {"loss": loss, "ln_b": np.log(256.0)}
+    warnings, (light,) = clip.alarms(metrics), clip.health(metrics).lights
+    assert [text.partition(":")[0] for text in warnings] == [light.name] * alarm
+    assert (light.value < light.threshold) == alarm and all("Lengthen optim.warmup" in text for text in warnings)
+    one_pair = {"loss": 0.0, "ln_b": 0.0}
+    assert clip.alarms(one_pair) == [] and clip.health(one_pair).lights[0].impossible
+
+
+@pytest.mark.parametrize(("accuracy", "b", "alarm"), [(2 / 256, 256, True), (3 / 256, 256, False), (0.0, 8, False)])
+def test_sigmoid_accuracy_that_stays_at_that_of_a_guess_is_an_alarm(accuracy, b, alarm):
+    siglip = make_objective(schema.resolve(tiny.config("siglip")).objective).terms["siglip"]
+    metrics = {"loss": 5.0, "ln_b": np.log(float(b)), "acc_img": accuracy, "acc_txt": 0.0}
+    (light,) = siglip.health(metrics).lights
+    assert [text.partition(":")[0] for text in siglip.alarms(metrics)] == [light.name] * alarm
+    assert bool(light.impossible) == (b < 16) and (alarm or light.impossible or light.value >= light.threshold)
+
+
 @pytest.mark.parametrize(("k", "b"), [(1, 16), (24, 1), (1, 1)])
 def test_one_cluster_or_a_batch_of_one_pair_gives_no_warning(k, b):
     """ln 1 = 0 nats are no information to lose, whichever side of 0 rounding is on."""

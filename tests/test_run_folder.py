@@ -327,7 +327,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(pairs
 
 def test_a_disk_that_is_too_small_is_an_error_before_anything_is_written(pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r"has 1 kB free, and 2 checkpoints of up to .* kB must fit; make room"):
+    with pytest.raises(UserError, match=r"has 1000 B free, and 2 checkpoints of up to .* KiB must fit; make room"):
         trainer.run(config(pairs, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

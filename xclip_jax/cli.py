@@ -14,6 +14,7 @@ COMMANDS = {
     "embed": ("xclip_jax.embed", "write embeddings of images or texts to a file"),
     "export": ("xclip_jax.export", "write weights for transformers, open_clip or safetensors"),
     "plan": ("xclip_jax.plan", "show memory, traffic and time of a run before it is started"),
+    "doctor": ("xclip_jax.doctor", "check a run before it is started, or look at one by its folder"),
     "report": ("xclip_jax.report", "write the page of a run"),
     "study": ("xclip_jax.study", "run a study of several objectives and seeds, and write its page"),
     "check": ("xclip_jax.data.check", "check image-text pairs before training"),

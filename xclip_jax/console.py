@@ -17,8 +17,8 @@ def format_duration(seconds: float) -> str:
 
 
 def format_bytes(n: float) -> str:
-    """Return "1.5 GB" or "340 kB"."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+    """Return "1.50 GiB", "3.00 MiB", "2.00 KiB" or "12 B"."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if n >= scale:
-            return f"{n / scale:.1f} {unit}"
-    return f"{n / 1e3:.0f} kB"
+            return f"{n / scale:.2f} {unit}"
+    return f"{n:.0f} B"

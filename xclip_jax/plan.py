@@ -21,6 +21,7 @@ from jax.experimental import topologies
 
 from xclip_jax import flops
 from xclip_jax.config import load as config_file
+from xclip_jax.console import format_bytes
 from xclip_jax.errors import UserError, check_choice, check_count, exit_with_message
 from xclip_jax.models.layers import REMAT_POLICIES
 from xclip_jax.models.two_towers import TOWERS
@@ -89,14 +90,14 @@ def explain(experiment: Experiment) -> list[dict[str, Any]]:
                 "parameter": jax.tree_util.keystr(path, simple=True, separator="/"),
                 "shape": list(x.shape),
                 "sharding": str(x.sharding.spec).removeprefix("PartitionSpec"),
-                "bytes": _bytes(x),
+                "bytes": bytes_on_device(x),
             }
         )
     return rows
 
 
-def _bytes(tree: Any) -> float:
-    """Bytes of a tree of abstract arrays on each chip."""
+def bytes_on_device(tree: Any) -> float:
+    """Bytes of a tree of abstract arrays on each device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
@@ -118,9 +119,9 @@ def memory(experiment: Experiment, compiled: Any) -> dict[str, float]:
     """Bytes on each chip: the state's arrays, what the step needs beside it ("activations"), and their sum ("peak")."""
     usage, state = compiled.memory_analysis(), experiment.abstract
     return {
-        "parameters": _bytes(state.params),
-        "optimizer": _bytes(state.opt_state),
-        "average": _bytes(state.ema_params),
+        "parameters": bytes_on_device(state.params),
+        "optimizer": bytes_on_device(state.opt_state),
+        "average": bytes_on_device(state.ema_params),
         "activations": float(usage.temp_size_in_bytes),
         "peak": float(
             usage.argument_size_in_bytes
@@ -132,16 +133,24 @@ def memory(experiment: Experiment, compiled: Any) -> dict[str, float]:
     }
 
 
-def _compile(config: ml_collections.ConfigDict, devices: list[Any]) -> tuple[Experiment, Any, str]:
-    """Experiment, the compiled step or None, and what the compiler said if it does not fit."""
-    experiment = build(config, devices)
+def compile_if_fits(experiment: Experiment) -> tuple[Any, str]:
+    """Return the compiled step, or None and what the compiler says of its memory where that is too little.
+
+    Compilers of TPUs refuse a step that does not fit. Others do not: compare `memory` with what the device has.
+    """
     try:
-        return experiment, compile_for(experiment), ""
+        return compile_for(experiment), ""
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needed = re.search(r"(?:Used |temporaries \()([\d.]+[KMGT])\b", str(error))
-        return experiment, None, f"beside the state, it needs {needed[1]}" if needed else "it needs more"
+        return None, f"beside the state, it needs {needed[1]}" if needed else "it needs more"
+
+
+def _compile(config: ml_collections.ConfigDict, devices: list[Any]) -> tuple[Experiment, Any, str]:
+    """Experiment, the compiled step or None, and what the compiler said if it does not fit."""
+    experiment = build(config, devices)
+    return experiment, *compile_if_fits(experiment)
 
 
 def _changed(config: ml_collections.ConfigDict, changes: dict[str, Any]) -> ml_collections.ConfigDict:
@@ -174,14 +183,20 @@ def remedies(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
     return changes
 
 
-def suggest(config: ml_collections.ConfigDict, devices: list[Any]) -> str:
-    """The nearest of `remedies`, as flags, with which the step fits; "" if none does."""
+def suggest(config: ml_collections.ConfigDict, devices: list[Any], capacity: float = math.inf) -> str:
+    """The nearest of `remedies`, as flags, with which the step fits; "" if none does.
+
+    Args:
+      config: of a run.
+      devices: that it runs on.
+      capacity: bytes of a device, where the compiler does not refuse what exceeds them.
+    """
     for changes in remedies(config):
         try:
-            compiled = _compile(_changed(config, changes), devices)[1]
+            experiment, compiled, _ = _compile(_changed(config, changes), devices)
         except UserError:
             continue  # it does not suit the config, as microbatches that do not divide its batch
-        if compiled is not None:
+        if compiled is not None and (capacity == math.inf or memory(experiment, compiled)["peak"] <= capacity):
             return " ".join(f"--config.{key}={value}" for key, value in changes.items())
     return ""
 
@@ -263,13 +278,6 @@ def _largest(sent: list[Collective], n: int = 12) -> list[dict[str, Any]]:
     ]
 
 
-def _size(n: float) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n >= scale:
-            return f"{n / scale:.2f} {unit}"
-    return f"{n:.0f} B"
-
-
 def render(facts: dict[str, Any]) -> str:
     """The plan as text."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in facts["mesh"].items())
@@ -281,15 +289,15 @@ def render(facts: dict[str, Any]) -> str:
         "",
     ]
     if facts["fits"]:
-        lines += [f"{name:<14}{_size(n):>12}" for name, n in facts["memory"].items() if n]
-        lines += [f"{'fits in':<14}{_size(facts['capacity']):>12}", "", "sent in a step, payload:"]
-        lines += [f"{kind:<22}{_size(n):>12}" for kind, n in facts["sent"].items()]
+        lines += [f"{name:<14}{format_bytes(n):>12}" for name, n in facts["memory"].items() if n]
+        lines += [f"{'fits in':<14}{format_bytes(facts['capacity']):>12}", "", "sent in a step, payload:"]
+        lines += [f"{kind:<22}{format_bytes(n):>12}" for kind, n in facts["sent"].items()]
         for x in facts["collectives"]:
             more = f" and {x['arrays'] - len(x['shapes'])} more" if x["arrays"] > len(x["shapes"]) else ""
             each = f"{x['kind']} {', '.join(x['shapes'])}{more}"
-            lines.append(f"  {_size(x['bytes']):>12}  {x['count']:>3} times among {x['group']:>4}: {each}")
+            lines.append(f"  {format_bytes(x['bytes']):>12}  {x['count']:>3} times among {x['group']:>4}: {each}")
     else:
-        lines += [f"DOES NOT FIT in a chip's {_size(facts['capacity'])}: {facts['trouble']}"]
+        lines += [f"DOES NOT FIT in a chip's {format_bytes(facts['capacity'])}: {facts['trouble']}"]
         lines += [f"it would with {facts['remedy']}" if facts["remedy"] else "no change that was tried makes it fit"]
     lines += [
         "",
@@ -307,10 +315,10 @@ def _table(rows: list[dict[str, Any]]) -> str:
     lines = [f"{'parameter':<{width}}  {'shape':<20}{'sharding':<28}{'per chip':>12}"]
     lines += [
         f"{row['parameter']:<{width}}  {' x '.join(map(str, row['shape'])):<20}{row['sharding']:<28}"
-        f"{_size(row['bytes']):>12}"
+        f"{format_bytes(row['bytes']):>12}"
         for row in rows
     ]
-    return "\n".join([*lines, f"{'sum':<{width}}  {'':<48}{_size(sum(row['bytes'] for row in rows)):>12}"])
+    return "\n".join([*lines, f"{'sum':<{width}}  {'':<48}{format_bytes(sum(row['bytes'] for row in rows)):>12}"])
 
 
 def main(_: list[str]) -> None:

@@ -18,6 +18,12 @@ from typing import Any
 from etils import epath
 
 from xclip_jax.errors import UserError
+from xclip_jax.storage import is_remote
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class RunFolder:
@@ -37,6 +43,7 @@ class RunFolder:
         self.picture_file = self.path / "picture.png"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
+        self.lock_file = self.path / ".lock"
 
     def stacks_file(self, process: int) -> epath.Path:
         """Where a process that hung leaves the stacks of its threads."""
@@ -63,6 +70,17 @@ class RunFolder:
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint, or None; touches nothing."""
         return max(self.steps(), default=None)
+
+    def writer(self) -> str:
+        """Return what is said of the process that writes to the folder now, or ""; a bucket has no locks."""
+        if fcntl is None or is_remote(str(self.path)) or not self.lock_file.exists():
+            return ""
+        with open(self.lock_file) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+        return ""
 
     def read_config(self) -> dict[str, Any] | None:
         """Return the content of config.json, or None where there is no run. Keys newer than the run are absent.

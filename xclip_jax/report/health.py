@@ -18,9 +18,9 @@ def health(record: Record) -> Section:
         return missing("health", "Health", "No step is logged yet.")
     text, charts = [], []
     for name, term in record.objective.terms.items():
-        rows = _complete_rows(record.objective, name, record.training)
+        rows = complete_rows(record.objective, name, record.training)
         shown = term.health(rows[-1]) if rows else None
-        warnings = _Warnings.of(record, name, rows)
+        warnings = Warnings.of(record, name, rows)
         lights = shown.lights if shown else ()
         named = {light.name for light in lights}
         lights += tuple(Light(warning, "") for warning in warnings.names if warning not in named)
@@ -39,7 +39,7 @@ def health(record: Record) -> Section:
     return Section("health", "Health", f'{"".join(text)}<div class="grid2">{"".join(charts)}{rank}</div>')
 
 
-def _complete_rows(objective: Objective, term: str, rows: Sequence[Row]) -> list[Row]:
+def complete_rows(objective: Objective, term: str, rows: Sequence[Row]) -> list[Row]:
     """Metrics of a term, without prefix, and "step", of the rows that have them all."""
     own = [objective.metrics_of(term, row) | {"step": row["step"]} for row in rows]
     names = set().union(*own)
@@ -47,7 +47,7 @@ def _complete_rows(objective: Objective, term: str, rows: Sequence[Row]) -> list
 
 
 @dataclasses.dataclass(frozen=True)
-class _Warnings:
+class Warnings:
     """Warnings of one term at the logged steps from `first_step` on: {name: warning} of each step in `steps`."""
 
     first_step: int
@@ -55,7 +55,8 @@ class _Warnings:
     warnings: list[dict[str, str]]
 
     @classmethod
-    def of(cls, record: Record, name: str, rows: Sequence[Row]) -> "_Warnings":
+    def of(cls, record: Record, name: str, rows: Sequence[Row]) -> "Warnings":
+        """Those of the term `name` in `complete_rows`."""
         term, first_step = record.objective.terms[name], record.config.log.collapse_warmup_steps
         judged = [row for row in rows if row["step"] >= first_step]
         by_name = [{text.partition(":")[0]: text for text in term.alarms(row)} for row in judged]
@@ -79,7 +80,7 @@ class _Warnings:
         return f"Warning at {len(steps):,} {where}, last at {steps[-1]:,}." if steps else f"No warning at any {where}."
 
 
-def _card(light: Light, warnings: _Warnings) -> str:
+def _card(light: Light, warnings: Warnings) -> str:
     warning, history = warnings.last(light.name), warnings.history(light.name)
     if light.impossible:
         state, label, warning, history = "early", "not judged", "", light.impossible

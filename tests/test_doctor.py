@@ -1,0 +1,438 @@
+"""The doctor: each warning and FAIL of a config before its run."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from tests import tiny
+from xclip_jax import plan
+from xclip_jax.config import schema
+from xclip_jax.doctor import __main__ as command
+from xclip_jax.doctor import machine, reading, resources, settings
+from xclip_jax.doctor.before import Options, check_config, check_weights
+from xclip_jax.doctor.finding import FAIL, OK, WARNING
+from xclip_jax.train import build
+from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.run_folder import TrainingFolder
+
+QUICK = Options(samples=32, seconds=0, step="never")
+
+
+def built(objective="clip", **changes):
+    return build.build(tiny.config(objective, **changes))
+
+
+def only(findings, check, mark):
+    """The one finding of `check`, which has `mark`; FAILs and warnings have a remedy, there or in the text."""
+    (finding,) = [each for each in findings if each.check == check and each.mark != OK] or [
+        each for each in findings if each.check == check
+    ]
+    assert finding.mark == mark, finding
+    assert "\n" not in finding.line() and finding.line().startswith(mark)
+    return finding
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return tiny.folder(tmp_path_factory.mktemp("doctor") / "pairs")
+
+
+# --- devices and versions
+
+
+def test_an_accelerator_that_jax_does_not_use(tmp_path):
+    assert machine.accelerator(tmp_path) == ""
+    card = tmp_path / "sys/bus/pci/devices/0"
+    card.mkdir(parents=True)
+    (card / "vendor").write_text("0x1ae0\n")
+    (card / "device").write_text("0x0042\n")  # a network card of Google's
+    assert machine.accelerator(tmp_path) == ""
+    assert only(list(machine.check_devices(tmp_path)), "devices", OK).values["devices"] == jax.device_count()
+    (card / "device").write_text("0x0063\n")
+    finding = only(list(machine.check_devices(tmp_path)), "devices", WARNING)
+    assert "JAX_PLATFORMS=cpu keeps JAX from this machine's TPU" in finding.text
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidia0").touch()
+    platforms = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", None)
+        finding = only(list(machine.check_devices(tmp_path)), "devices", FAIL)
+    finally:
+        jax.config.update("jax_platforms", platforms)
+    assert "a NVIDIA GPU that JAX does not use" in finding.text and "xclip_jax[gpu]" in finding.remedy
+
+
+def installed(folder, **versions):
+    for name, version in versions.items():
+        info = folder / f"{name}-{version}.dist-info"
+        info.mkdir(parents=True)
+        lines = ["Metadata-Version: 2.1", f"Name: {name.replace('_', '-')}", f"Version: {version}"]
+        (info / "METADATA").write_text("\n".join(lines) + "\n")
+
+
+def test_versions_that_are_not_those_that_are_needed(tmp_path, monkeypatch):
+    assert only(list(machine.check_versions()), "versions", OK).values["jax"] == jax.__version__
+    installed(tmp_path, optax="0.1.3", jaxlib="0.1.75", jax_cuda12_plugin="0.1.74")
+    monkeypatch.syspath_prepend(tmp_path)
+    findings = list(machine.check_versions())
+    assert [(finding.mark, finding.text.partition(",")[0]) for finding in findings] == [
+        (FAIL, "optax is 0.1.3"),
+        (FAIL, "jax-cuda12-plugin is 0.1.74 and jaxlib 0.1.75"),
+        (WARNING, f"jax is {jax.__version__} and jaxlib 0.1.75; they are released and tested as a pair"),
+    ]
+    assert findings[0].remedy == "pip install 'optax>=0.2.5'"
+    assert findings[1].remedy == f"pip install -U 'jax[cuda12]=={jax.__version__}'"
+
+
+def test_packages_and_a_python_that_are_missing(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "path", [str(tmp_path)])
+        assert "not installed" in only(list(machine.check_versions()), "versions", WARNING).text
+    installed(tmp_path, xclip_jax="9.0")
+    with (tmp_path / "xclip_jax-9.0.dist-info/METADATA").open("a") as file:
+        file.write("Requires-Python: >=9\nRequires-Dist: of-nobody>=1; python_version > '3'\n")
+        file.write("Requires-Dist: of-nobody-else; extra == 'test'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    findings = list(machine.check_versions())
+    assert [(finding.mark, finding.text) for finding in findings] == [
+        (FAIL, "of-nobody is not installed"),
+        (FAIL, f"Python is {'.'.join(map(str, sys.version_info[:3]))}, and xclip_jax needs >=9"),
+    ]
+
+
+# --- config, folder, model
+
+
+def test_faults_of_the_config_and_of_the_model_end_the_checks(tmp_path):
+    config = tiny.config("clip", run=tmp_path / "run", optim__lr=-1.0, data__sources=("folder:x",))
+    findings = list(check_config(config, QUICK))
+    assert "optim.lr" in only(findings, "config", FAIL).text and findings[-1].check == "config"
+    config.optim.lr, config.mesh.data = 1e-3, 3
+    findings = list(check_config(config, QUICK))
+    model = [finding for finding in findings if finding.check == "model"]
+    assert [finding.mark for finding in model] == [FAIL, WARNING] and findings[-1] is model[-1]
+    assert "does not fit 8 devices" in model[0].text
+    config.mesh.data, config.data.tokenizer = -1, str(tmp_path / "no.json")
+    findings = list(check_config(config, QUICK))
+    assert any(x.mark == FAIL and x.check == "model" and "no.json" in x.text for x in findings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def folder_finding(config, mark):
+    """The line on the folder; the model is of no batch that could be built, so that nothing else is checked."""
+    config.mesh.data = 3
+    return only(list(check_config(config, QUICK)), "folder", mark)
+
+
+def test_the_runs_folder(tmp_path, run):
+    (tmp_path / "file").touch()
+    finding = folder_finding(tiny.config(run=tmp_path / "file/run"), FAIL)
+    assert "is not a folder; name another folder" in finding.text
+    assert folder_finding(tiny.config(run=tmp_path / "new"), OK).text.endswith("starts at step 0")
+    saved = json.loads((run / "config.json").read_text())["config"]
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    config = schema.complete(saved | {"run": str(copy)})
+    assert "resumes at step 0 of 10" in folder_finding(config, OK).text
+    with (copy / ".lock").open("r+") as file:
+        file.write("process 7 on a host\n")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "in use by process 7 on a host" in folder_finding(config, FAIL).text
+    config.optim.lr = 0.5
+    assert "optim.lr" in folder_finding(config, FAIL).text
+
+
+def test_a_run_that_is_complete(tmp_path):
+    config = tiny.config("clip", run=tmp_path, steps=2)
+    experiment = build.build(config)
+    folder = TrainingFolder(tmp_path)
+    with folder.claimed(experiment.config, []):
+        pass
+    state = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), experiment.abstract)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(dataclasses.replace(state, step=jax.numpy.asarray(2)), {"samples": 32})
+    folder.write_results(experiment.config, {"a/top1": 1.0})
+    assert "nothing would be trained" in folder_finding(config, WARNING).text
+
+
+# --- memory and disk
+
+
+def test_a_state_that_is_larger_than_the_memory(tmp_path):
+    changes = {"width": 2**15, "heads": 8, "depth": 64, "scan": True}
+    config = tiny.config("clip")
+    config.model.img.update(changes)
+    step = resources.check_step(build.build(config), TrainingFolder(tmp_path))
+    finding = only(step.findings, "memory", FAIL)
+    assert step.seconds is None and finding.values["state_bytes"] > 1e12 and "fsdp" in finding.remedy
+
+
+def test_a_step_that_does_not_fit(tmp_path, monkeypatch):
+    """Microbatches need less; what does not fit is never run."""
+    experiment = built("clip", data__batch=512)
+    peak = plan.memory(experiment, plan.compile_for(experiment))["peak"]
+    monkeypatch.setattr(resources, "capacity", lambda device: 0.9 * peak)
+    monkeypatch.setattr(plan, "remedies", lambda config: [{"optim.microbatches": 16}])
+    step = resources.check_step(experiment, TrainingFolder(tmp_path))
+    finding = only(step.findings, "memory", FAIL)
+    assert finding.remedy == "it fits with --config.optim.microbatches=16" and step.seconds is None
+    monkeypatch.setattr(plan, "remedies", lambda config: [])
+    finding = only(resources.check_step(experiment, TrainingFolder(tmp_path)).findings, "memory", FAIL)
+    assert "no change that was tried" in finding.remedy
+
+
+def test_an_expensive_step_is_not_run_on_a_cpu(tmp_path):
+    step = resources.check_step(built("clip", data__batch=2**21), TrainingFolder(tmp_path))
+    finding = only(step.findings, "memory", OK)
+    assert step.seconds is None and "TFLOP, is not compiled" in finding.text
+
+
+def test_host_memory_is_some():
+    assert 2**26 < resources.host_memory() < 2**50
+    assert resources.capacity(jax.devices()[0]) == pytest.approx(resources.host_memory() / 8, rel=0.2)
+
+
+def test_a_checkpoint_is_restored_before_the_step_is_timed(tmp_path):
+    experiment = built("clip")
+    folder = TrainingFolder(tmp_path / "run")
+    assert [x.check for x in resources.check_step(experiment, folder).findings] == ["memory", "step"]
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        state = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), experiment.abstract)
+        checkpointer.save(dataclasses.replace(state, step=jax.numpy.asarray(4)), {"samples": 64})
+    step = resources.check_step(experiment, folder)
+    assert only(step.findings, "resume", OK).text.startswith("the checkpoint of step 4 can be read")
+    assert step.seconds > 0 and "the 6 steps to go" in only(step.findings, "step", OK).text
+    for data in (tmp_path / "run/checkpoints/4/state").rglob("d/*"):
+        data.unlink()
+    step = resources.check_step(experiment, folder)
+    finding = only(step.findings, "resume", FAIL)
+    assert "checkpoints/4" in finding.text and step.seconds > 0, finding
+
+
+def test_checkpoints_that_the_disk_has_no_room_for(tmp_path):
+    experiment = built("clip", steps=10**9, checkpoint__every=1, checkpoint__keep=10**9)
+    finding = only(list(resources.check_disk(experiment, TrainingFolder(tmp_path / "a/b"))), "disk", FAIL)
+    assert finding.values["checkpoints"] == 10**9 and "checkpoint.keep" in finding.remedy
+    assert str(tmp_path) in finding.text
+    experiment = built("clip", checkpoint__keep=1)
+    finding = only(list(resources.check_disk(experiment, TrainingFolder(tmp_path))), "disk", OK)
+    assert finding.values["checkpoints"] == 2
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(experiment.abstract))
+    assert finding.values["needed_bytes"] == 2 * state
+    (bucket,) = resources.check_disk(experiment, TrainingFolder("gs://bucket/run"))
+    assert "in a bucket" in bucket.text
+
+
+# --- data
+
+
+@pytest.fixture(scope="module")
+def experiment(pairs):
+    return built("clip", data__sources=(f"folder:{pairs}",))
+
+
+def data_findings(experiment, tmp_path, *, step_seconds=None, **changes):
+    experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, **changes))
+    folder = TrainingFolder(tmp_path / "run")
+    return list(reading.check_data(experiment, folder, step_seconds=step_seconds, samples=32, seconds=0))
+
+
+def test_sources_that_do_not_open(experiment, tmp_path, pairs):
+    findings = data_findings(experiment, tmp_path, sources=("folder:/nowhere",))
+    assert "'/nowhere' does not exist" in only(findings, "data", FAIL).text
+    findings = data_findings(experiment, tmp_path, sources=(f"folder:{pairs}", "folder:/no/1", "csv:/no/2"))
+    assert [(x.check, x.mark) for x in findings] == [("data", FAIL)] * 2
+    assert "/no/1" in findings[0].text and "/no/2" in findings[1].text
+    findings = data_findings(experiment, tmp_path, batch=48)
+    assert "data.batch=48 exceeds the 40 pairs" in only(findings, "data", FAIL).text
+
+
+def test_a_source_that_has_changed(tmp_path, pairs, run):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "data.json").write_text(json.dumps([{"samples": 9, "hash": "x"}]))
+    experiment = built("xclip", run=copy, data__sources=(f"folder:{pairs}",))
+    assert "has changed since" in only(data_findings(experiment, tmp_path), "data", FAIL).text
+
+
+def test_reading_is_compared_with_the_step(experiment, tmp_path):
+    assert "unknown without a step" in only(data_findings(experiment, tmp_path), "reading", OK).text
+    findings = data_findings(experiment, tmp_path, step_seconds=60.0)
+    assert only(findings, "reading", OK).values["needed_samples_per_second"] == pytest.approx(16 / 60)
+    finding = only(data_findings(experiment, tmp_path, step_seconds=1e-7), "reading", WARNING)
+    assert finding.values["wait_share"] > 0.9 and "data.workers" in finding.remedy
+    assert only(data_findings(experiment, tmp_path, step_seconds=1e-7, cache=True), "reading", OK)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_samples(experiment, tmp_path):
+    pairs = tiny.folder(tmp_path / "pairs", n=60)
+    for number in (1, 2, 3):
+        (pairs / f"{number:03}.png").write_bytes(b"no image")
+    changes = {"sources": (f"folder:{pairs}",), "batch": 60}
+    findings = data_findings(experiment, tmp_path, **changes, max_bad_fraction=0.001)
+    finding = only(findings, "samples", FAIL)
+    assert finding.values["bad"] > 0 and "pairs/00" in finding.text and "the run stops" in finding.text
+    assert only(data_findings(experiment, tmp_path, **changes, max_bad_fraction=0.9), "samples", OK)
+    share = finding.values["bad_share"]
+    findings = data_findings(experiment, tmp_path, **changes, max_bad_fraction=1.4 * share)
+    assert only(findings, "samples", WARNING)
+    for path in pairs.glob("*.png"):
+        path.write_bytes(b"no image")
+    findings = data_findings(experiment, tmp_path, **changes | {"batch": 4})
+    assert "bad samples in a row" in only(findings, "samples", FAIL).text
+
+
+def test_equal_captions_are_wrong_negatives(experiment, tmp_path):
+    pairs = tiny.folder(tmp_path / "pairs", n=40)
+    for path in pairs.glob("*.txt"):
+        path.write_text("the same for all of them")
+    changes = {"sources": (f"folder:{pairs}",)}
+    finding = only(data_findings(experiment, tmp_path, **changes), "texts", WARNING)
+    assert finding.values["duplicate_share"] == 1 and "spread_duplicate_captions" in finding.remedy
+    assert finding.values["full_share"] == 1
+    assert only(data_findings(experiment, tmp_path, **changes, spread_duplicate_captions=True), "texts", OK)
+
+
+def test_evaluation_sets_that_do_not_open(pairs):
+    experiment = built("clip", eval__sets=("emoji/nothing", "folder:/nowhere"), eval__final_sets=("folder:/nowhere",))
+    findings = list(reading.check_sets(experiment))
+    assert [(x.check, x.mark) for x in findings] == [("evaluation", FAIL)] * 2
+    assert "emoji/nothing" in findings[0].text and "/nowhere" in findings[1].text
+
+
+# --- settings
+
+
+def settings_of(objective="clip", step_seconds=None, **changes):
+    usual = {
+        "steps": 100,
+        "optim__warmup": 10,
+        "data__batch": 256,
+        "eval__sets": ("a",),
+        "eval__every": 20,
+        "log__collapse_warmup_steps": 20,
+        "checkpoint__every": 20,
+    }
+    findings = list(settings.check_settings(built(objective, **usual | changes), step_seconds))
+    assert all(x.mark == WARNING and x.remedy for x in findings) or [x.mark for x in findings] == [OK]
+    return [x.line() for x in findings]
+
+
+def test_settings_as_usual():
+    (line,) = settings_of()
+    assert line.startswith("ok") and settings_of(step_seconds=100.0) == [line]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optim__warmup": 40}, "optim.warmup=40 is more than a third of the 100 steps"),
+        ({"optim__warmup": 0}, "optim.warmup is 0"),
+        ({"optim__lr": 5e-3}, "optim.lr=0.005 is 20 times the rate of 0.00025"),
+        ({"data__batch": 64}, "data.batch=64: the contrastive loss tells a pair from 63 others"),
+        ({"eval__every": 0}, "eval.every=0 evaluates at the end alone"),
+        ({"eval__sets": (), "eval__final_sets": ("a",)}, "eval.sets is empty"),
+        ({"eval__sets": ()}, "eval.sets and eval.final_sets are empty"),
+        ({"eval__ema": True}, "eval.ema evaluates a moving average"),
+        ({"log__collapse_warmup_steps": 500}, "log.collapse_warmup_steps=500: none of the 100 steps"),
+        ({"checkpoint__every": 0}, "checkpoint.every=0 saves at the end alone"),
+        ({"step_seconds": 400.0}, "checkpoint.every=20 saves every 2.2 h"),
+    ],
+)
+def test_settings_that_are_seldom_right(changes, words):
+    (line,) = settings_of(**changes)
+    assert words in line and line.startswith("warning  settings")
+
+
+def test_a_device_with_few_pairs(monkeypatch):
+    """Of accelerators alone."""
+    experiment = built("nclip", data__batch=64, optim__microbatches=4)
+    assert not [line for line in settings.check_settings(experiment, None) if "a device encodes" in line.text]
+    monkeypatch.setattr(settings.jax, "devices", lambda: [type("Device", (), {"platform": "tpu"})])
+    (finding,) = [line for line in settings.check_settings(experiment, None) if "a device encodes" in line.text]
+    assert "encodes 2 pairs at a time" in finding.text
+
+
+# --- initial weights, the command
+
+
+def test_initial_weights(tmp_path, run, pairs):
+    changes = {"data__sources": (f"folder:{pairs}",), "init__weights": str(run)}
+    config, folder = tiny.config("xclip", run=tmp_path / "new", **changes), TrainingFolder(tmp_path / "new")
+    finding = only(list(check_weights(build.build(config), folder)), "weights", OK)
+    assert finding.values["initial_values"] == finding.values["model_values"]
+    config.model.embed = 24
+    assert "has another architecture" in only(list(check_weights(build.build(config), folder)), "weights", FAIL).text
+    assert list(check_weights(built("clip"), folder)) == []
+
+
+RECIPE = """
+from tests import tiny
+
+def get_config(arg=None):
+    return tiny.config("clip", run={run!r}, data__sources=({source!r},), steps=100)
+"""
+
+
+def test_the_command(tmp_path, pairs):
+    """As a user starts it, with the step: lines, JSON and exit codes; the run's folder is not made."""
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(RECIPE.format(run=str(tmp_path / "run"), source=f"folder:{pairs}"))
+    start = [sys.executable, "-m", "xclip_jax.cli", "doctor", "--config", str(recipe), "--seconds", "0.2"]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    done = subprocess.run([*start, "--samples=32"], capture_output=True, text=True, env=environment)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    checks = [line[9:23].strip() for line in lines[:-1]]
+    expected = [
+        "devices",
+        "versions",
+        "folder",
+        "model",
+        "memory",
+        "step",
+        "disk",
+        "data",
+        "samples",
+        "texts",
+        "reading",
+    ]
+    assert checks[: len(expected)] == expected and set(checks[len(expected) :]) == {"settings"}
+    assert lines[-1].startswith(f"{len(checks)} checks: 0 FAIL, ")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == ["recipe.py"]
+    more = ["--json", "--step=never", "--config.data.batch=48", "--config.steps", "50"]
+    done = subprocess.run([*start, *more], capture_output=True, text=True, env=environment)
+    content = json.loads(done.stdout)
+    assert done.returncode == 1 and content["ok"] is False
+    (fault,) = [row for row in content["findings"] if row["mark"] == FAIL]
+    assert fault["check"] == "data" and "data.batch=48 exceeds the 40 pairs" in fault["text"]
+    memory = next(row for row in content["findings"] if row["check"] == "memory")
+    assert memory["values"]["flops_per_step"] > 0
+    done = subprocess.run(start, capture_output=True, text=True, env=environment | {"JAX_PLATFORMS": "cuda"})
+    assert done.returncode == 1 and done.stdout.startswith("FAIL     devices        JAX has no device")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: RUN"),
+        (["--config", "demo", "--topology=v4:2x2"], "unknown argument '--topology=v4:2x2'"),
+        (["runs/a", "runs/b"], "unknown argument 'runs/b'"),
+        (["--config", "demo", "--samples=0"], "--samples must be at least 1"),
+        (["--config", "demo", "--seconds=nan"], "--seconds at least 0"),
+        (["/nowhere/run"], "'/nowhere/run' is not a run directory"),
+    ],
+)
+def test_arguments(arguments, message):
+    with pytest.raises(SystemExit) as end:
+        command.main(arguments)
+    assert message in str(end.value) and str(end.value).startswith("error: ")

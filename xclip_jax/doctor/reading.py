@@ -1,0 +1,245 @@
+"""Training data and evaluation sets: whether they open, how many samples are bad, and whether reading keeps up."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from xclip_jax.data import controls, labelled, loader
+from xclip_jax.data.base import Source
+from xclip_jax.data.ledger import Ledger
+from xclip_jax.doctor.finding import Finding, attempt, fail, warning
+from xclip_jax.errors import UserError
+from xclip_jax.evaluators import registry
+from xclip_jax.objectives import Objective
+from xclip_jax.objectives.clip import Contrastive
+from xclip_jax.parallel.mesh import batch_part
+from xclip_jax.train.build import Experiment
+from xclip_jax.train.encoder import make_encoder
+from xclip_jax.train.progress import INPUT_BOUND
+from xclip_jax.train.run_folder import TrainingFolder
+
+# Rows of a batch that is read for a measurement: small, so that all threads have read one soon.
+_ROWS = 32
+# Times the seconds that reading is measured for, after which fewer samples are enough.
+_PATIENCE = 10
+# Of data.max_bad_fraction; above it a run may well be stopped by what was not sampled.
+_MANY_BAD = 0.5
+# Pairs of a batch with the caption of another one: as negatives of each other they are wrong.
+_MANY_TWINS = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What the run's own loader made of its first samples.
+
+    Attributes:
+      read: samples that were read.
+      speed: of them, samples a second, once all threads or workers are busy.
+      counters: of the ledger, see `Ledger`.
+      example: the first bad sample, JSON, or "".
+      text: tokens, (rows, n); None without texts.
+    """
+
+    read: int
+    speed: float
+    counters: Mapping[str, Any]
+    example: str
+    text: np.ndarray | None
+
+
+def check_data(
+    experiment: Experiment, folder: TrainingFolder, *, step_seconds: float | None, samples: int, seconds: float
+) -> Iterator[Finding]:
+    """Yield whether the sources open and can be read, and whether they are read as fast as the steps need them.
+
+    Args:
+      experiment: of the run.
+      folder: the run's.
+      step_seconds: of a step, or None where it was not timed.
+      samples: to read at least.
+      seconds: to read for at least.
+    """
+    opened, problems = _open(experiment)
+    yield from problems
+    if opened is None:
+        return
+    config, objective = experiment.config, experiment.objective
+    _, problem = attempt("data", lambda: folder.check_sources(config, [source.fingerprint() for source in opened]))
+    controlled, wrong = attempt(
+        "data", lambda: controls.apply(opened, experiment.data, config.seed, labelled=objective.labelled)
+    )
+    yield from filter(None, (problem, wrong))
+    if controlled is None:
+        return
+    total, unit = sum(map(len, controlled)), "items" if objective.labelled else "pairs"
+    epochs = config.steps * experiment.data.batch / total
+    text = f"{total:,} {unit} of {len(controlled)} source{'s' if len(controlled) > 1 else ''}; "
+    yield Finding("data", f"{text}the run reads {epochs:,.2f} epochs", values={"samples": total, "epochs": epochs})
+    sample, problem = attempt("samples", lambda: read_sample(experiment, controlled, samples, seconds))
+    if sample is None or problem:
+        yield from filter(None, [problem])
+        return
+    yield _bad_samples(sample, opened, experiment.data.max_bad_fraction)
+    if sample.text is not None:
+        yield _texts(sample.text, experiment)
+    yield _speed(sample, experiment, step_seconds)
+
+
+def _open(experiment: Experiment) -> tuple[list[Source] | None, list[Finding]]:
+    """The sources of a run; where they cannot be opened together, what is wrong with each."""
+    data = experiment.data
+    opened, problem = attempt("data", lambda: _open_sources(data, experiment.objective))
+    if problem is None:
+        return opened, []
+    if len(data.sources) < 2:
+        return None, [problem]
+    alone = [
+        attempt("data", lambda spec=spec: _open_sources(_one(data, spec), experiment.objective))[1]
+        for spec in data.sources
+    ]
+    return None, [finding for finding in alone if finding] or [problem]
+
+
+def _one(data: loader.DataConfig, spec: str) -> loader.DataConfig:
+    return dataclasses.replace(data, sources=(spec,), weights=(), batch=1)
+
+
+def _open_sources(data: loader.DataConfig, objective: Objective) -> list[Source]:
+    try:
+        return loader.open_sources(data, objective.classes, objective.fields)
+    except labelled.MismatchError as error:
+        raise UserError(f"{error}; {objective.source_remedies.get(error.of, 'use another source')}.") from error
+
+
+def read_sample(experiment: Experiment, sources: Sequence[Source], samples: int, seconds: float) -> Sample:
+    """Read as the run does, with its threads or workers, in smaller batches and without spreading captions.
+
+    Raises:
+      UserError: no usable sample for a position, or an error that concerns more than a sample.
+    """
+    data = dataclasses.replace(experiment.data, spread_duplicate_captions=False)
+    rows = min(data.batch, _ROWS)
+    busy = 2 * data.workers * loader.WORKER_BUFFER if data.workers else data.threads + data.buffer
+    transform = loader.Transform(
+        data, experiment.image_size, experiment.tokenizer, experiment.context_length, experiment.objective.fields
+    )
+    order = loader.sample_order(sources, data, experiment.config.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        ledger = Ledger(epath.Path(scratch), max_bad_fraction=1.0)
+        batches: Any = loader.batches(
+            order, transform, batch=rows, start=0, stop=1 << 30, seed=experiment.config.seed, ledger=ledger
+        )
+        began, first, texts, count = time.perf_counter(), 0, [], 0
+        with contextlib.closing(batches):
+            start = began
+            for count, batch in enumerate(batches, 1):
+                now = time.perf_counter()
+                if "text" in batch and len(texts) * rows < samples:
+                    texts.append(np.array(batch["text"]))
+                # The first batches wait for threads and processes to start; slow ones are not waited for.
+                if count == busy and now - began < seconds:
+                    start, first = now, count
+                enough = count * rows >= samples and count > first and now - start >= seconds
+                if enough or now - began > _PATIENCE * seconds > 0:
+                    break
+        elapsed = time.perf_counter() - start
+        ledger.sync(count * rows)
+        ledger.close()
+        lines = ledger.path.read_text().splitlines() if ledger.path.exists() else []
+    speed = (count - first) * rows / elapsed
+    return Sample(
+        count * rows, speed, ledger.counters, lines[0] if lines else "", np.concatenate(texts) if texts else None
+    )
+
+
+def _bad_samples(sample: Sample, sources: Sequence[Source], allowed: float) -> Finding:
+    bad = sum(sample.counters["bad"].values())
+    known = sum(sum(source.known_faults().values()) for source in sources) / max(sum(map(len, sources)), 1)
+    share = max(bad / (sample.read + bad), known)
+    text = f"{share:.2%} bad, of {sample.read + bad:,} that were read"
+    values = {"read": sample.read + bad, "bad": bad, "bad_share": share, "allowed_share": allowed}
+    if not share:
+        return Finding("samples", text, values=values)
+    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sample.counters["bad"].items())
+    text += f" ({reasons}; the first is {_place(sample.example)})" if sample.example else " and by the index"
+    remedy = "list them with xclip-jax check SOURCE and repair the data, or raise data.max_bad_fraction"
+    if share > allowed:
+        return fail("samples", f"{text}; above data.max_bad_fraction={allowed:g} the run stops", remedy, **values)
+    if share > _MANY_BAD * allowed:
+        return warning("samples", f"{text}; the run stops above data.max_bad_fraction={allowed:g}", remedy, **values)
+    return Finding("samples", f"{text}; allowed are {allowed:.2%}", values=values)
+
+
+def _place(line: str) -> str:
+    """A bad sample of a ledger, by what names it to a person."""
+    entry = json.loads(line)
+    names = {key: value for key, value in entry.items() if key not in ("position", "reason", "detail")}
+    return json.dumps(names, ensure_ascii=False)
+
+
+def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
+    """Lengths of texts, and equal ones, which are wrong negatives of a contrastive loss."""
+    rows = text[: experiment.data.batch]
+    _, counts = np.unique(rows, axis=0, return_counts=True)
+    twins = float(counts[counts > 1].sum() / len(rows))
+    cut = float(np.mean(text[:, -1] == experiment.tokenizer.eot_id))
+    values = {"full_share": cut, "duplicate_share": twins}
+    lengths = f"{cut:.0%} of the texts fill all {experiment.context_length} tokens"
+    weights = experiment.objective.weights
+    contrastive = any(
+        isinstance(term, Contrastive) and weights[name] for name, term in experiment.objective.terms.items()
+    )
+    if contrastive and twins > _MANY_TWINS and not experiment.data.spread_duplicate_captions:
+        reason = f"{twins:.0%} of {len(rows)} pairs have the text of another one, which makes them wrong negatives"
+        return warning("texts", f"{lengths}; {reason}", "set data.spread_duplicate_captions=True", **values)
+    return Finding("texts", f"{lengths}; {twins:.0%} of {len(rows)} pairs have the text of another one", values=values)
+
+
+def _speed(sample: Sample, experiment: Experiment, step_seconds: float | None) -> Finding:
+    data = experiment.data
+    readers = f"data.workers={data.workers}" if data.workers else f"data.threads={data.threads}"
+    text = f"{sample.speed:,.0f} samples/s with {readers} on {os.cpu_count()} cores"
+    values = {"reading_samples_per_second": sample.speed}
+    if data.cache:
+        text += ", in the first epoch: data.cache makes later ones faster"
+    if not step_seconds:
+        return Finding("reading", f"{text}; whether that is enough is unknown without a step", values=values)
+    needed = data.batch / batch_part(experiment.mesh)[1] / step_seconds
+    share = max(1 - sample.speed / needed, 0.0)
+    values |= {"needed_samples_per_second": needed, "wait_share": share}
+    text += f"; the steps need {needed:,.0f}"
+    if share <= INPUT_BOUND or data.cache:
+        return Finding("reading", text, values=values)
+    remedy = "raise data.workers (at most the cores) or data.threads, store smaller images, or read from a faster disk"
+    return warning("reading", f"{text}: the devices would wait {share:.0%} of the time", remedy, **values)
+
+
+def check_sets(experiment: Experiment) -> Iterator[Finding]:
+    """Yield which evaluation sets cannot be opened."""
+    config = experiment.config.eval
+    specs = tuple(dict.fromkeys((*config.sets, *config.final_sets)))
+    encoder = make_encoder(experiment, _classes(experiment))
+    problems = []
+    for spec in specs:
+        _, problem = attempt("evaluation", lambda spec=spec: registry.open_all([spec], encoder, experiment.data.dir))
+        problems += [problem] if problem else []
+    yield from problems
+    if specs and not problems:
+        during = f"{len(config.sets)} of them every {config.every:,} steps" if config.every else "all at the end"
+        yield Finding("evaluation", f"{len(specs)} sets open; {during}", values={"sets": len(specs)})
+
+
+def _classes(experiment: Experiment) -> Sequence[str] | None:
+    """Names of the classes of labelled sources; None of pairs, and where the sources cannot be opened."""
+    if not experiment.objective.labelled:
+        return None
+    opened, _ = _open(experiment)
+    return opened[0].fingerprint().get("classes") if opened else None
