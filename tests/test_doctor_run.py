@@ -66,7 +66,7 @@ def test_a_run_that_is_well(tmp_path, capsys):
         assert command.main([str(folder)]) == 0
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     lines = capsys.readouterr().out.splitlines()
-    assert all(line.startswith("ok ") for line in lines[:-1]) and lines[-1] == "9 checks: 0 FAIL, 0 warnings"
+    assert all(line.startswith("ok ") for line in lines[:-1]) and lines[-1] == "10 checks: 0 FAIL, 0 warnings"
     progress, checkpoints = lines[:2]
     assert "in progress by process 7 on a host: step 590 of 1,000, 1:06 left" in progress
     assert "none yet; a kill now would lose 590 steps, 1:34" in checkpoints
@@ -205,7 +205,7 @@ def test_checkpoints(tmp_path, run):
     finding = only(folder, "checkpoints", OK)
     assert list(finding.values["checkpoints"]) == [0, 400] and "would lose 190 steps, 0:15" in finding.text
     metrics.write_text("".join(json.dumps(line) + "\n" for line in rows(speed=0.1)))
-    assert "set checkpoint.every to 11" in only(folder, "checkpoints", WARNING).remedy
+    assert "set checkpoint.every to 22" in only(folder, "checkpoints", WARNING).remedy
     metrics.write_text("".join(json.dumps(line) + "\n" for line in rows(140)))
     assert "should have left a later one" in only(folder, "checkpoints", FAIL).text
     for file in (folder / "checkpoints/400/state").rglob("d/*"):
