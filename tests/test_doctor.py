@@ -383,41 +383,40 @@ def get_config(arg=None):
 """
 
 
-def test_the_command(tmp_path, pairs):
-    """As a user starts it, with the step: lines, JSON and exit codes; the run's folder is not made."""
+def start(tmp_path, pairs, *arguments, platforms="cpu"):
+    """The command as a user starts it, on a recipe of his own."""
     recipe = tmp_path / "recipe.py"
     recipe.write_text(RECIPE.format(run=str(tmp_path / "run"), source=f"folder:{pairs}"))
-    start = [sys.executable, "-m", "xclip_jax.cli", "doctor", "--config", str(recipe), "--seconds", "0.2"]
-    environment = os.environ | {"PYTHONPATH": os.getcwd()}
-    done = subprocess.run([*start, "--samples=32"], capture_output=True, text=True, env=environment)
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0, done.stderr
-    checks = [line[9:23].strip() for line in lines[:-1]]
-    expected = [
-        "devices",
-        "versions",
-        "folder",
-        "model",
-        "memory",
-        "step",
-        "disk",
-        "data",
-        "samples",
-        "texts",
-        "reading",
-    ]
-    assert checks[: len(expected)] == expected and set(checks[len(expected) :]) == {"settings"}
-    assert lines[-1].startswith(f"{len(checks)} checks: 0 FAIL, ")
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == ["recipe.py"]
-    more = ["--json", "--step=never", "--config.data.batch=48", "--config.steps", "50"]
-    done = subprocess.run([*start, *more], capture_output=True, text=True, env=environment)
+    line = [sys.executable, "-m", "xclip_jax.cli", "doctor", "--config", str(recipe), *arguments]
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": platforms}
+    return subprocess.run(line, capture_output=True, text=True, env=environment)
+
+
+def test_the_command_prints_json_and_fails(tmp_path, pairs):
+    arguments = ["--json", "--step=never", "--seconds", "0.2", "--config.data.batch=48", "--config.steps", "50"]
+    done = start(tmp_path, pairs, *arguments)
     content = json.loads(done.stdout)
     assert done.returncode == 1 and content["ok"] is False
     (fault,) = [row for row in content["findings"] if row["mark"] == FAIL]
     assert fault["check"] == "data" and "data.batch=48 exceeds the 40 pairs" in fault["text"]
     memory = next(row for row in content["findings"] if row["check"] == "memory")
     assert memory["values"]["flops_per_step"] > 0
-    done = subprocess.run(start, capture_output=True, text=True, env=environment | {"JAX_PLATFORMS": "cuda"})
+    assert {path.name for path in tmp_path.iterdir()} <= {"recipe.py", "__pycache__"}
+
+
+@pytest.mark.slow
+def test_all_checks_of_the_command(tmp_path, pairs):
+    """bash launch/test.sh -m slow tests/test_doctor.py: with a compiled step, and without a device."""
+    done = start(tmp_path, pairs, "--samples=32", "--seconds=0.2")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    checks = [line[9:23].strip() for line in lines[:-1]]
+    expected = ["devices", "versions", "folder", "model", "memory", "step", "disk"]
+    expected += ["data", "samples", "texts", "reading"]
+    assert checks[: len(expected)] == expected and set(checks[len(expected) :]) == {"settings"}
+    assert lines[-1].startswith(f"{len(checks)} checks: 0 FAIL, ")
+    assert {path.name for path in tmp_path.iterdir()} <= {"recipe.py", "__pycache__"}
+    done = start(tmp_path, pairs, platforms="cuda")
     assert done.returncode == 1 and done.stdout.startswith("FAIL     devices        JAX has no device")
 
 
