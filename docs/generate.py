@@ -1,16 +1,18 @@
-"""Write docs/config.md and the tree in CONTRIBUTING.md, made from the code: python -m docs.generate [--check]."""
+"""Write docs/config.md and parts of other pages, made from the code: python -m docs.generate [--check]."""
 
 import ast
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
 
+from benchmarks import faults
 from xclip_jax.config import fields, schema
 from xclip_jax.errors import Parser, UserError, exit_with_message
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = ("xclip_jax", "configs", "examples", "benchmarks", "launch", "docs")
 TREE_STARTS, TREE_ENDS = "<!-- --8<-- [start:tree] -->", "<!-- --8<-- [end:tree] -->"
+PROMISES_START, PROMISES_END = "<!-- promises -->", "<!-- /promises -->"
 MADE = "Made by `python -m docs.generate`; a test holds it current."
 
 
@@ -64,7 +66,20 @@ def contributing_page() -> str:
     return f"{before}{start}\n\n{tree}\n\n{end}{after}"
 
 
-PAGES = {"docs/config.md": config_page, "CONTRIBUTING.md": contributing_page}
+def reliability_page() -> str:
+    """Return docs/reliability.md with the table of promises."""
+    before, start, rest = (ROOT / "docs" / "reliability.md").read_text().partition(PROMISES_START)
+    _, end, after = rest.partition(PROMISES_END)
+    if not (start and end):
+        raise UserError(f"docs/reliability.md lacks the lines {PROMISES_START} and {PROMISES_END}; restore them.")
+    return "\n".join([f"{before}{start}", "", *faults.table(faults.PROMISES), f"{end}{after}"])
+
+
+PAGES = {
+    "docs/config.md": config_page,
+    "CONTRIBUTING.md": contributing_page,
+    "docs/reliability.md": reliability_page,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,0 +1,323 @@
+"""Provokes every fault that a run is promised to survive, and prints what was expected and what came.
+
+    python -m benchmarks.faults                    all of them: half an hour on two cores
+    python -m benchmarks.faults --only checkpoints
+
+Each promise has the tests that provoke its faults; this command runs them, the slow ones too. docs/reliability.md is
+made of the same table. The last line is "N of M promises hold"; status 1 if not all do.
+"""
+
+import argparse
+import dataclasses
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Promise:
+    """What a fault does to a run.
+
+    Attributes:
+      area: heading that it stands under.
+      fault: what happens.
+      expected: what the run does then.
+      tests: "FILE::FUNCTION" below tests/, without ".py" and "test_".
+    """
+
+    area: str
+    fault: str
+    expected: str
+    tests: tuple[str, ...]
+
+
+PROMISES = (
+    Promise(
+        "kills",
+        "SIGKILL at any moment, a checkpoint half written, an evaluation or a compilation among them",
+        "the same command ends with the same bits: state, metrics and results",
+        ("soak::three_kills", "trainer::resume_is_bit_exact"),
+    ),
+    Promise(
+        "kills",
+        "a process that reads data is killed",
+        "the last step is saved; one sentence, most often too little memory",
+        ("interrupt::a_killed_worker_is_one_sentence",),
+    ),
+    Promise(
+        "kills",
+        "the run is killed and has processes that read",
+        "they end with it",
+        ("workers::workers_end_with_the_run_that_is_killed",),
+    ),
+    Promise(
+        "signals",
+        "SIGTERM or Ctrl-C in a step",
+        "the very step is saved, status 75, the same command goes on",
+        ("trainer::sigterm_saves_and_the_same_command_goes_on", "workers::a_signal_to_the_group_saves_the_last_step"),
+    ),
+    Promise(
+        "signals",
+        "a signal in an evaluation",
+        "it is left, the last step is saved, and the evaluation is made when the run resumes",
+        (
+            "interrupt::a_signal_in_an_evaluation_saves_the_last_step_and_the_evaluation_is_made_later",
+            "faulty_processes::a_signal_in_an_evaluation_leaves_it_in_both",
+        ),
+    ),
+    Promise(
+        "signals",
+        "a signal while data do not come",
+        "the last step is saved at once",
+        ("interrupt::a_signal_saves_the_last_step_while_data_do_not_come",),
+    ),
+    Promise(
+        "signals",
+        "a signal in the compilation, or where nothing is trained yet",
+        "status 75, nothing half written",
+        ("interrupt::a_signal_ends_a_compilation", "run_folder::signals_outside_the_loop_end_the_process_at_once"),
+    ),
+    Promise(
+        "signals",
+        "a second signal",
+        "the process ends at once",
+        ("run_folder::the_second_signal_acts_also_where_the_first_is_ignored_by_inheritance",),
+    ),
+    Promise(
+        "signals",
+        "a signal to one of several processes",
+        "all save the same step",
+        (
+            "faulty_processes::a_signal_to_one_process_saves_in_both",
+            "faulty_processes::a_signal_before_the_first_step_stops_both_after_it",
+        ),
+    ),
+    Promise(
+        "stalls",
+        "a step, an evaluation, a save or the data hang",
+        "the phase is named, the stacks of all threads are written, status 79",
+        (
+            "interrupt::the_watchdog_names_the_phase_and_ends_the_process",
+            "interrupt::progress_keeps_the_watchdog_quiet",
+            "interrupt::what_hangs_after_a_signal_is_ended",
+        ),
+    ),
+    Promise(
+        "stalls",
+        "a named pipe, a device or a link to one in a folder of images",
+        "a bad sample with its reason",
+        ("sources::what_a_folder_cannot_read_is_a_bad_sample",),
+    ),
+    Promise(
+        "processes",
+        "one of several processes fails",
+        "all end within seconds, and say which one and why",
+        ("faulty_processes::an_error_in_one_process_ends_both",),
+    ),
+    Promise(
+        "processes",
+        "one of several processes is killed or hangs",
+        "the others end within 30 s and name it; of process 0 JAX says so",
+        (
+            "faulty_processes::a_killed_process_is_named",
+            "faulty_processes::the_end_of_process_0_ends_the_other",
+            "faulty_processes::a_process_that_hangs_ends_both_and_is_named",
+            "faulty_processes::a_signal_that_cannot_be_honoured_ends_both",
+        ),
+    ),
+    Promise(
+        "processes",
+        "processes with another config, code, package or data",
+        "they refuse to start, and name what differs",
+        (
+            "faulty_processes::processes_with_different_configs_refuse_to_start",
+            "faulty_processes::processes_with_different_data_refuse_to_start",
+        ),
+    ),
+    Promise(
+        "checkpoints",
+        "a bit flips, or a file is cut, emptied or missing, in a checkpoint",
+        "the file is named or the fault is harmless; the newest whole one is used, and the damaged one moved aside",
+        (
+            "checkpoints::every_damaged_file_is_named_or_harmless",
+            "checkpoints::the_newest_whole_checkpoint_is_used_and_the_others_move_aside",
+            "run_folder::a_run_goes_back_to_its_newest_whole_checkpoint_and_ends_as_it_would_have",
+            "processes::processes_agree_that_a_checkpoint_is_damaged",
+        ),
+    ),
+    Promise(
+        "checkpoints",
+        "a command that only reads finds a damaged checkpoint",
+        "it changes nothing, and names the newest whole one",
+        ("checkpoints::readers_move_nothing",),
+    ),
+    Promise(
+        "checkpoints",
+        "the run goes on with other devices, meshes, hosts, workers or threads",
+        "the same values are restored, the same samples come",
+        (
+            "checkpoints::a_checkpoint_comes_back_on_other_meshes",
+            "processes::a_checkpoint_comes_back_in_each_process",
+            "tar_source::resumed_on_other_hosts_as_if_never_stopped",
+            "loader::workers_read_the_same",
+        ),
+    ),
+    Promise(
+        "disks",
+        "the disk is full, read-only, too small from the start, or its folder vanishes",
+        "one sentence with the folder and the bytes that are needed; earlier checkpoints stay whole",
+        (
+            "checkpoints::a_full_disk",
+            "checkpoints::a_read_only_disk",
+            "checkpoints::a_folder_that_vanished_is_not_made_again",
+            "checkpoints::a_save_that_fails_is_reported_at_once_and_costs_no_other",
+            "run_folder::a_disk_that_is_too_small_is_an_error_before_anything_is_written",
+            "run_folder::folders_that_cannot_be_written",
+        ),
+    ),
+    Promise(
+        "disks",
+        "two runs are started on one folder",
+        "the second is refused by a lock that a kill does not leave behind",
+        ("run_folder::two_runs_cannot_share_a_folder",),
+    ),
+    Promise(
+        "disks",
+        "checkpoints are lost, or a small file of the run's folder is damaged",
+        "the run does not start anew in silence; the file and the remedy are named",
+        ("run_folder::lost_checkpoints_are_not_trained_over", "run_folder::a_damaged_file_is_named"),
+    ),
+    Promise(
+        "values",
+        "a loss, gradient or update is not finite",
+        "the step changes nothing but the step; later ones are those of a run without it; it is counted and listed",
+        (
+            "bad_values::a_bad_batch_changes_nothing_but_the_step",
+            "bad_values::a_run_goes_on_without_the_bad_steps",
+            "run_folder::an_update_that_is_not_finite_is_never_saved",
+        ),
+    ),
+    Promise(
+        "values",
+        "too many such steps in a row",
+        "the run stops and names the last checkpoint, or goes back to it and past the bad samples, as configured",
+        (
+            "bad_values::too_many_in_a_row_stop_the_run",
+            "bad_values::a_rewind_undoes_the_last_steps_and_goes_on_behind_the_bad_ones",
+            "bad_values::a_run_killed_near_a_rewind_resumes_bit_exactly",
+            "bad_values::a_rewind_that_did_not_help_is_the_last",
+        ),
+    ),
+    Promise(
+        "values",
+        "the gradient's norm is far above its running mean, with optim.max_grad_norm_ratio",
+        "the step is skipped in the same way",
+        ("bad_values::a_spike_of_the_gradient_is_skipped_once_its_mean_is_known",),
+    ),
+    Promise(
+        "data",
+        "a sample cannot be read, for whatever reason",
+        "another one takes its place; it is counted by reason and listed, and too many stop the run",
+        ("loader::any_exception_of_a_sample_makes_it_a_bad_one", "tar_source::too_many_bad_samples_stop_the_run"),
+    ),
+    Promise(
+        "data",
+        "data change between two starts, or a tar under a run",
+        "a run that resumes is refused and the source named; a tar that shrinks gives reasons",
+        ("run_folder::changed_data_is_refused", "tar_source::a_tar_that_shrinks_while_it_is_read"),
+    ),
+    Promise(
+        "data",
+        "an image of an evaluation set cannot be read, or a set fails",
+        "it counts as wrong; the other sets are evaluated",
+        (
+            "processes::every_process_knows_what_one_could_not_read",
+            "run_folder::a_set_that_fails_at_the_end_does_not_cost_the_others",
+        ),
+    ),
+    Promise(
+        "hostile input",
+        "any bytes in place of tars, indexes, images, captions, tokenizers, configs, weights or tables",
+        "read or refused in one sentence, in bounded time and memory",
+        ("fuzz::every_reader_reads_or_refuses_what_is_hostile", "fuzz::inputs_that_failed_before"),
+    ),
+    Promise(
+        "hostile input",
+        "large images, long captions and pickles that ask for memory",
+        "memory and time are bounded",
+        (
+            "decoding::large_images_of_many_threads_take_the_memory_of_a_few",
+            "decoding::bounds_hold_before_anything_is_decoded",
+            "tokenizer::giant_texts_take_bounded_time",
+            "interop_errors::a_small_pickle_takes_little_memory_and_time",
+        ),
+    ),
+    Promise(
+        "hostile input",
+        "names with .. or /, links, devices; code in pickles; images that start a program; HTML in captions and names",
+        "nothing is executed or written outside its folder; everything is escaped",
+        (
+            "tar_source::names_that_lead_elsewhere_are_names_alone",
+            "interop_errors::a_pickle_that_asks_for_anything_else_is_refused",
+            "decoding::formats_that_start_a_program_are_no_images",
+            "report::the_page_of_a_run_needs_nothing_else_and_escapes_everything",
+        ),
+    ),
+)
+
+
+def node(test: str) -> str:
+    """Return pytest's name of "FILE::FUNCTION"."""
+    file, function = test.split("::")
+    return f"tests/test_{file}.py::test_{function}"
+
+
+def run(promise: Promise) -> tuple[bool, str]:
+    """Run the tests of a promise; return whether it holds, and what came."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "--tb=line", *map(node, promise.tests)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in result.stdout.splitlines() if line.strip()]
+    counts = re.search(r"\d+ (passed|failed|skipped|error).*", lines[-1] if lines else "")
+    came = counts[0] if counts else f"status {result.returncode}: {(lines or [result.stderr])[-1]}"
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    passed = result.returncode == 0 and "passed" in came
+    return passed, "; ".join([came if counts else f"{came} in {time.perf_counter() - began:.0f} s", *failed])
+
+
+def table(promises: Sequence[Promise]) -> list[str]:
+    """Return the promises as Markdown, a table for each area."""
+    lines: list[str] = []
+    for area in dict.fromkeys(promise.area for promise in promises):
+        lines += [f"### {area.capitalize()}", "", "| what happens | what the run does | tests |", "|---|---|---|"]
+        for p in promises:
+            if p.area == area:
+                names = "<br>".join(f"`{test.replace('::', '::test_', 1)}`" for test in p.tests)
+                lines.append(f"| {p.fault} | {p.expected} | {names} |")
+        lines.append("")
+    return lines
+
+
+def main() -> None:
+    """Run the command."""
+    areas = list(dict.fromkeys(promise.area for promise in PROMISES))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=areas, help="one area")
+    only = parser.parse_args().only
+    chosen = [promise for promise in PROMISES if only in (None, promise.area)]
+    held = 0
+    for promise in chosen:
+        print(f"{promise.area}: {promise.fault}\n  expected: {promise.expected}", flush=True)
+        holds, came = run(promise)
+        held += holds
+        print(f"  came:     {'as expected' if holds else 'NOT SO'} ({came})", flush=True)
+    print(f"{held} of {len(chosen)} promises hold")
+    sys.exit(0 if held == len(chosen) else 1)
+
+
+if __name__ == "__main__":
+    main()
