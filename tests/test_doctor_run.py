@@ -192,7 +192,7 @@ def test_checkpoints(tmp_path, run):
     finding = only(folder, "checkpoints", OK)
     assert list(finding.values["checkpoints"]) == [0, 400] and "would lose 190 steps, 0:15" in finding.text
     metrics.write_text("".join(json.dumps(line) + "\n" for line in rows(speed=0.1)))
-    assert "set checkpoint.every to 11" in only(folder, "checkpoints", WARNING).remedy
+    assert "set checkpoint.every to 22" in only(folder, "checkpoints", WARNING).remedy
     metrics.write_text("".join(json.dumps(line) + "\n" for line in rows(140)))
     assert "should have left a later one" in only(folder, "checkpoints", FAIL).text
     for file in (folder / "checkpoints/400/state").rglob("d/*"):
