@@ -229,6 +229,7 @@ def test_a_signal_ends_a_compilation(tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "compiling\n"
     process.terminate()
-    _, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == EXIT_RESUMABLE, err
-    assert "stopping in the compilation: nothing is trained yet" in err
+    # The second is of a compilation that ends in time, as a system call that is interrupted.
+    assert "stopping in the compilation: nothing is trained yet" in err or "SIGTERM: stopping" in out

@@ -61,10 +61,8 @@ def test_a_term_of_another_package_trains_and_resumes(tmp_path):
     after = jax.device_get(s.params["token_classifier"])
     assert np.abs(after["kernel"] - before["kernel"]).max() > 1e-4
     assert p.objective.progress(logged[1])[1] == f"tokens {logged[1]['tokens/loss']:.3f}"
-    left = {"clip/loss": 0.5 * logged[1]["clip/ln_b"]}  # the plateau
-    assert p.objective.alarms(logged[1] | left | {"tokens/loss": 30.0}) == [
-        "tokens: the loss is above 20 nats; lower optim.lr."
-    ]
+    warnings = p.objective.alarms(logged[1] | {"clip/loss": 1.0, "tokens/loss": 30.0})
+    assert warnings == ["tokens: the loss is above 20 nats; lower optim.lr."]
 
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(s, {"samples": 0})
@@ -268,7 +266,7 @@ def test_progress_and_alarms_are_the_terms():
 @pytest.mark.parametrize(
     ("loss", "smoothing", "alarm"), [(5.545, 0.0, True), (5.769, 0.0, True), (5.4, 0.0, False), (5.5, 0.8, False)]
 )
-def test_a_contrastive_loss_that_stays_at_ln_b_is_an_alarm(loss, smoothing, alarm):
+def test_a_loss_that_stays_at_ln_b_is_an_alarm(loss, smoothing, alarm):
     """The first two are of runs that learned nothing; smoothed targets leave less to learn."""
     config = tiny.config("clip", objective__clip={"label_smoothing": smoothing})
     clip = make_objective(schema.resolve(config).objective).terms["clip"]
@@ -278,15 +276,6 @@ def test_a_contrastive_loss_that_stays_at_ln_b_is_an_alarm(loss, smoothing, alar
     assert (light.value < light.threshold) == alarm and all("Lengthen optim.warmup" in text for text in warnings)
     one_pair = {"loss": 0.0, "ln_b": 0.0}
     assert clip.alarms(one_pair) == [] and clip.health(one_pair).lights[0].impossible
-
-
-@pytest.mark.parametrize(("accuracy", "b", "alarm"), [(2 / 256, 256, True), (3 / 256, 256, False), (0.0, 8, False)])
-def test_sigmoid_accuracy_that_stays_at_that_of_a_guess_is_an_alarm(accuracy, b, alarm):
-    siglip = make_objective(schema.resolve(tiny.config("siglip")).objective).terms["siglip"]
-    metrics = {"loss": 5.0, "ln_b": np.log(float(b)), "acc_img": accuracy, "acc_txt": 0.0}
-    (light,) = siglip.health(metrics).lights
-    assert [text.partition(":")[0] for text in siglip.alarms(metrics)] == [light.name] * alarm
-    assert bool(light.impossible) == (b < 16) and (alarm or light.impossible or light.value >= light.threshold)
 
 
 @pytest.mark.parametrize(("k", "b"), [(1, 16), (24, 1), (1, 1)])

@@ -65,7 +65,11 @@ def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]
 
 def _matmul_backward(operands: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = operands
-    return g @ kernel.T, x.T @ g if x.shape[1] <= g.shape[1] else (g.T @ x).T
+    # No transposed kernel: where it is sharded its parts would be gathered once more for it.
+    of_x = jax.lax.dot_general(g, kernel, (((1,), (1,)), ((), ())))
+    rows = (((0,), (0,)), ((), ()))
+    narrow = x.shape[1] <= g.shape[1]
+    return of_x, jax.lax.dot_general(x, g, rows) if narrow else jax.lax.dot_general(g, x, rows).T
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -18,7 +18,7 @@ from xclip_jax.objectives.similarity import CosineSimilarity
 
 Array = jax.Array
 
-# A loss that is less than this share below that of a blind guess is on the plateau.
+# [ours] Runs that learn are a tenth below the loss of a blind guess when their warm-up ends, others at it.
 PLATEAU_SHARE = 0.01
 
 
@@ -85,12 +85,17 @@ class Contrastive(Term):
         """The loss, in nats, of the best guess that does not depend on the inputs."""
         return metrics["ln_b"]
 
+    @property
+    def plateau_share(self) -> float:
+        """A loss that is less than this share below that of a blind guess is on the plateau."""
+        return PLATEAU_SHARE
+
     def alarms(self, metrics: Mapping[str, float]) -> list[str]:
         """A warning where the loss rests at that of a blind guess."""
         if not metrics.keys() >= {"loss", "ln_b"} or not (blind := self.blind_loss(metrics)):
             return []
         loss = metrics["loss"]
-        if loss < (1 - PLATEAU_SHARE) * blind:
+        if loss < (1 - self.plateau_share) * blind:
             return []
         return [
             f"plateau: the loss is {loss:.3f}, no better than {blind:.3f} of a guess that does not depend on the "
@@ -107,9 +112,9 @@ class Contrastive(Term):
             "Fails when all inputs have much the same embedding, where the gradient vanishes: the loss stays at that "
             "of a blind guess.",
             f"The loss is {loss:.3f} nats, that of a blind guess {blind:.3f}; the alarm is less than "
-            f"{100 * PLATEAU_SHARE:g} % below it.",
+            f"{100 * self.plateau_share:g} % below it.",
             max(0.0, 1 - loss / blind) if blind else 0.0,
-            PLATEAU_SHARE,
+            self.plateau_share,
             "" if blind else "A batch of one pair leaves nothing to guess.",
         )
         return Health("A contrastive loss can rest at that of a blind guess before it learns, or for ever.", (light,))
@@ -126,3 +131,8 @@ class Clip(Contrastive):
     title: ClassVar[str] = "CLIP"
 
     label_smoothing: float = key(0.0, "share of the target that is spread over the batch", fraction_below_one())
+
+    @property
+    def plateau_share(self) -> float:
+        """Smoothed targets leave less to learn."""
+        return PLATEAU_SHARE * (1 - self.label_smoothing)
