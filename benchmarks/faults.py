@@ -1,9 +1,9 @@
 """Provokes every fault that a run is promised to survive, and prints what was expected and what came.
 
-    python -m benchmarks.faults                    all of them: half an hour on two cores
+    python -m benchmarks.faults                    all of them, the slow ones too
     python -m benchmarks.faults --only checkpoints
 
-Each promise has the tests that provoke its faults; this command runs them, the slow ones too. docs/reliability.md is
+Each promise has the tests that provoke its faults; this command runs them. docs/reliability.md is
 made of the same table. The last line is "N of M promises hold"; status 1 if not all do.
 """
 
