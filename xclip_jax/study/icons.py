@@ -9,7 +9,10 @@ from xclip_jax.study.declaration import Arm, Dose, Measure, Study
 STEPS, WARM_UP = 1000, 300
 # Candidates (learning rate, warm-up) of each objective; the second pass is about the best learning rate of the first.
 _FIRST_PASS = tuple((lr, WARM_UP) for lr in (5e-4, 1e-3, 2e-3, 4e-3))
-_SECOND_PASS: dict[str, tuple[tuple[float, int], ...]] = {}
+_SECOND_PASS = {
+    objective: tuple((lr, warmup) for warmup in (150, 450))
+    for objective, lr in (("clip", 1e-3), ("siglip", 1e-3), ("nclip", 2e-3))
+}
 TUNING_SEEDS = (100,)  # not among those of the core, which so is no part of the choice
 SEEDS, DOSE_SEEDS, FACTOR_SEEDS = (0, 1, 2, 3, 4), (0, 1, 2), (0, 1)
 COMMON = {"optim.lr": 1e-3, "optim.warmup": WARM_UP}
