@@ -132,9 +132,12 @@ def end_of(run: pathlib.Path) -> End:
     import orbax.checkpoint as ocp
 
     step = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
-    state = ocp.StandardCheckpointer().restore((run / "checkpoints" / str(step) / "state").absolute())
     import jax
 
+    path, reader = (run / "checkpoints" / str(step) / "state").absolute(), ocp.PyTreeCheckpointer()
+    # As arrays of the host: the run may have had more devices than this process.
+    to_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(path).item_metadata.tree)
+    state = reader.restore(path, restore_args=to_host)
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     arrays = {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves if hasattr(x, "shape")}
     digest = hashlib.sha256()
@@ -222,8 +225,10 @@ class Soak:
 
         def listen() -> None:
             for line in process.stdout or ():
-                last[0] = line.strip()
-                seen.append(last[0])
+                if (announced_phase := line.strip()) not in PHASES:
+                    continue  # what the run prints
+                last[0] = announced_phase
+                seen.append(announced_phase)
                 if seen.count(phase) > skip:
                     reached.set()
             reached.set()
@@ -248,7 +253,7 @@ class Soak:
 
 def _last_line(run: pathlib.Path) -> str:
     lines = run.with_suffix(".log").read_text(errors="replace").strip().splitlines()
-    return f"{lines[-1] if lines else 'nothing said'} (see {run.with_suffix('.log')})"
+    return f"{lines[-1] if lines else 'nothing announced_phase'} (see {run.with_suffix('.log')})"
 
 
 def main() -> None:
