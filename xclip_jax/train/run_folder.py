@@ -206,7 +206,7 @@ class TrainingFolder(RunFolder):
         if fcntl is None or is_remote(str(self.path)):
             yield
             return
-        with open(self.path / ".lock", "a+") as file:
+        with open(self.lock_file, "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
