@@ -191,12 +191,12 @@ PROMISES = (
     ),
     Promise(
         "values",
-        "a loss, gradient or update is not finite",
+        "a loss or gradient is not finite",
         "the step changes nothing but the step; later ones are those of a run without it; it is counted and listed",
         (
             "bad_values::a_bad_batch_changes_nothing_but_the_step",
             "bad_values::a_run_goes_on_without_the_bad_steps",
-            "run_folder::an_update_that_is_not_finite_is_never_saved",
+            "bad_values::updates_are_finite_within_the_bounds_of_the_optimizer",
         ),
     ),
     Promise(

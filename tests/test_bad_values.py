@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests import tiny
@@ -101,19 +102,21 @@ def state_like(host, p):
     return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), host, p.abstract)
 
 
-def test_adam_counts_updates_and_the_schedule_steps():
-    """Bias correction is of the moments; the learning rate is that of the step in metrics.jsonl."""
-    config = optim.OptimConfig(lr=1.0, schedule="linear", lr_end=0.0, weight_decay=0.0)
-    tx, params = optim.make_optimizer(config, 10, {}), {"kernel": jnp.ones(3)}
-    old = tx.init(params)
-    _, new = tx.update({"kernel": jnp.full(3, jnp.nan)}, old, params)
-    kept = guard.select(jnp.asarray(False), new, old)
-    adam, *_, schedule = kept
-    assert (int(adam.count), int(schedule.count)) == (0, 1)
-    assert not adam.mu["kernel"].any() and not adam.nu["kernel"].any()
-    assert_same(guard.select(jnp.asarray(True), new, old), new)
-    updates, _ = tx.update({"kernel": jnp.ones(3)}, kept, params)
-    np.testing.assert_allclose(updates["kernel"], -0.9, rtol=1e-5)  # the first moments, the second learning rate
+@pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("b1", "b2"), [(0.0, 0.0), (0.999999, 0.0), (0.0, 0.999999), (0.9999999, 0.9999999)])
+def test_updates_are_finite_within_the_bounds_of_the_optimizer(b1, b2, mu_dtype):
+    """So a step can be accepted before its update is known."""
+    largest = {"lr": 1000.0, "lr_start": 1000.0, "lr_end": 1000.0, "weight_decay": 1000.0, "eps": 1e-15}
+    c = tiny.config(**{f"optim__{key}": value for key, value in (largest | {"b1": b1, "b2": b2}).items()})
+    c.optim.mu_dtype = mu_dtype
+    tx = optim.make_optimizer(schema.resolve(c).optim, 10, {})
+    values = np.array([0.0, 1e-45, -1e-38, 1e-23, 1e-10, -1.0, 1e10, 1.8e19], np.float32)  # squares that fp32 holds
+    params = {"kernel": jnp.asarray(np.repeat(values, len(values)))}
+    opt_state, rng = tx.init(params), np.random.default_rng(0)
+    for i in range(20):  # each value after each, as a gradient and as a parameter
+        grads = {"kernel": jnp.asarray(np.tile(rng.permutation(values) if i % 2 else np.roll(values, i), len(values)))}
+        updates, opt_state = tx.update(grads, opt_state, params)
+        chex.assert_tree_all_finite((updates, opt_state, optax.apply_updates(params, updates)))
 
 
 def test_a_spike_of_the_gradient_is_skipped_once_its_mean_is_known(monkeypatch):

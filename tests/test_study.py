@@ -131,7 +131,8 @@ def test_arms_of_one_config_share_their_runs():
     m = study_tiny.matrix()
     before, after = Snapshot(m, {}), Snapshot(m, finished(m, TUNED | CORE))
     assert after.values("clip_again", m.study.measure("top1")) == CORE["clip"]
-    assert [run.arm.name for run in schedule.selected(before, ("core", "clip_again"))] == ["clip"] * 2 + ["xclip"] * 2
+    selected = schedule.selected(before, ("core", "clip_again"))
+    assert [(run.arm.name, run.seed) for run in selected] == [("clip", 0), ("xclip", 0), ("clip", 1), ("xclip", 1)]
     assert len(after.runs) == 8 and not after.missing()
 
 

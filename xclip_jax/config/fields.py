@@ -52,6 +52,11 @@ def above(low: float) -> Check:
     return Check(f"a value above {low}", lambda value: value > low)
 
 
+def at_most(high: float) -> Check:
+    """Numbers up to `high`."""
+    return Check(f"at most {high}", lambda value: value <= high)
+
+
 def between(low: float, high: float) -> Check:
     """Numbers from `low` to `high`, both included."""
     return Check(f"a value from {low} to {high}", lambda value: low <= value <= high)
@@ -63,8 +68,8 @@ def not_empty() -> Check:
 
 
 def fraction_below_one() -> Check:
-    """Numbers from 0 to 1, without 1."""
-    return Check("at least 0 and below 1", lambda value: 0 <= value < 1)
+    """Numbers from 0 to 1, without 1 and what is 1 in float32."""
+    return Check("at least 0 and below 1", lambda value: bool(0 <= np.float32(value) < 1))
 
 
 def choice(valid: Iterable[Any]) -> Check:

@@ -22,6 +22,7 @@ TESTS = (
     "icons/test_concepts",
     "icons/test_rendering",
     "icons/test_probe",
+    "icons/test_dense",
     "icons/test_retrieval",
     "icons/test_aliases",
     "icons/test_categories",
@@ -35,6 +36,7 @@ MEASURES = (
     Measure("emoji", "zero-shot, emoji", "emoji/test_concepts"),
     Measure("retrieval", "retrieval", "icons/test_retrieval"),
     Measure("probe", "linear probe", "icons/test_probe"),
+    Measure("dense", "probe of patches, mIoU", "icons/test_dense"),
     Measure("aliases", "names by alias", "icons/test_aliases"),
     Measure("text_probe", "probe of names", "icons/test_categories"),
 )

@@ -108,7 +108,10 @@ class Snapshot:
         self.chosen = {objective: self._best(objective) for objective in dict.fromkeys(arm.objective for arm in tuning)}
         ordered = sorted(self.study.arms, key=lambda arm: SECTIONS.index(arm.section))
         best = {"": None, **self.chosen}
-        self.runs = [matrix.run(arm, seed, best[arm.tuned]) for arm in ordered for seed in arm.seeds]
+        # First seeds of all arms of a section before second ones: what is finished can be compared at any time.
+        places = [(SECTIONS.index(arm.section), i, arm, seed) for arm in ordered for i, seed in enumerate(arm.seeds)]
+        places.sort(key=lambda place: place[:2])
+        self.runs = [matrix.run(arm, seed, best[arm.tuned]) for _, _, arm, seed in places]
         self._finished: dict[str, dict[int, RunRecord]] = {arm.name: {} for arm in ordered}
         for run in self.runs:
             if run.key in records:

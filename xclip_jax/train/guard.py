@@ -57,28 +57,14 @@ def _is_schedule(node: Any) -> bool:
     return isinstance(node, optax.ScaleByScheduleState)
 
 
-def select(accept: jax.Array, new: Any, old: Any) -> Any:
-    """Return `new` where `accept`, bool (), is true and else `old`, trees of the same structure.
-
-    The count of a learning-rate schedule is the new one either way: the schedule follows the run's step, which goes
-    on. A value of `old` is returned bit for bit, whatever `new` is.
-    """
-
-    def choose(x: Any, y: Any) -> Any:
-        return x if _is_schedule(x) else jnp.where(accept, x, y)
-
-    return jax.tree.map(choose, new, old, is_leaf=_is_schedule)
-
-
-def at_step(state: TrainState, step: int) -> TrainState:
+def at_step(state: TrainState, step: int | jax.Array) -> TrainState:
     """Return `state` as of another step of the run: its own counter and that of the learning-rate schedule."""
 
-    def count(x: jax.Array) -> jax.Array:
-        return jax.device_put(np.asarray(step, x.dtype), x.sharding)
-
     def move(node: Any) -> Any:
-        return node._replace(count=count(node.count)) if _is_schedule(node) else node
+        return node._replace(count=jnp.full_like(node.count, step)) if _is_schedule(node) else node
 
     return dataclasses.replace(
-        state, step=count(state.step), opt_state=jax.tree.map(move, state.opt_state, is_leaf=_is_schedule)
+        state,
+        step=jnp.full_like(state.step, step),
+        opt_state=jax.tree.map(move, state.opt_state, is_leaf=_is_schedule),
     )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from xclip_jax.config.fields import Check, above, at_least, choice, fraction_below_one, key
+from xclip_jax.config.fields import Check, above, at_least, at_most, between, choice, fraction_below_one, key
 from xclip_jax.errors import UserError, check_choice
 from xclip_jax.models.tower import Tower
 from xclip_jax.models.two_towers import MAX_SCALE
@@ -29,17 +29,23 @@ _RATIO = Check("0 or a value above 1", lambda value: value == 0 or value > 1)
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """Config group `optim`: AdamW."""
+    """Config group `optim`: AdamW.
 
-    lr: float = key(5e-4, "peak learning rate", above(0))
+    Within these bounds an update is finite where the norms of parameters and gradients have been so at each step:
+    these are below 2e19 then, the first moment too, and 1000 * 2e19 / 1e-15 is below what float32 can hold.
+    """
+
+    lr: float = key(5e-4, "peak learning rate", above(0), at_most(1000))
     schedule: str = key("cosine", "learning rate after the warm-up", choice(SCHEDULES))
     warmup: int = key(0, "steps of linear warm-up from lr_start", at_least(0))
-    lr_start: float = key(1e-6, "learning rate of the first step, where there is a warm-up", at_least(0))
-    lr_end: float = key(1e-5, "learning rate that the schedule reaches after its last step", at_least(0))
-    weight_decay: float = key(0.5, "decoupled, of kernels and embeddings; not of biases, norms and scale", at_least(0))
+    lr_start: float = key(1e-6, "learning rate of the first step, where there is a warm-up", between(0, 1000))
+    lr_end: float = key(1e-5, "learning rate that the schedule reaches after its last step", between(0, 1000))
+    weight_decay: float = key(
+        0.5, "decoupled, of kernels and embeddings; not of biases, norms and scale", between(0, 1000)
+    )
     b1: float = key(0.9, "decay of the first moment", fraction_below_one())
     b2: float = key(0.98, "decay of the second moment", fraction_below_one())
-    eps: float = key(1e-8, "added to the root of the second moment", above(0))
+    eps: float = key(1e-8, "added to the root of the second moment", at_least(1e-15))
     layer_decay: float = key(
         1.0, "updates of a layer over those of the layer above; 1 for none", Check("above 0 and at most 1", _is_share)
     )

@@ -15,7 +15,7 @@ from xclip_jax.train.job import Job
 from xclip_jax.train.state import TrainState
 
 # What is written down of a skipped step, and looked at in this order for the reason.
-_VALUES = ("loss", "grad_norm", "update_norm", "grad_norm_mean")
+_VALUES = ("loss", "grad_norm", "param_norm", "grad_norm_mean")
 
 
 def _fault(step: int, values: Mapping[str, float]) -> str:
@@ -32,7 +32,7 @@ class SkippedSteps:
     """Counts skipped steps and writes skipped_steps.jsonl: each with its samples and its values.
 
     A line is {"step", "position": of its first sample in the run's order, "samples": their number, "loss", "grad_norm",
-    "update_norm", "grad_norm_mean" where there is one}, with null for what is not finite, or {"step", "rewound_to": a
+    "param_norm", "grad_norm_mean" where there is one}, with null for what is not finite, or {"step", "rewound_to": a
     checkpoint's step}. The counters are those of "skipped" in `Ledger.counters`, which every checkpoint has.
     """
 

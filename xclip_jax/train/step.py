@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -53,8 +54,8 @@ class TrainStep:
         """(state, {"image": uint8 (b, h, w, 3), "text": int32 (b, n)}) -> (state, metrics).
 
         The metrics are those of the parameters before the update, but for "update_norm". Where the loss, the gradients
-        or what they make of the state are not finite, only the step is counted, and metric "skipped" is true. A batch
-        has what `objective.fields` says.
+        or running values are not finite, only the step is counted, and metric "skipped" is true; an update is finite
+        where these are, by the bounds of group `optim`. A batch has what `objective.fields` says.
         """
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         inputs = self.augment.sample(key, batch)
@@ -73,32 +74,31 @@ class TrainStep:
         value_and_grad = gradcache.value_and_grad(self._encode, loss, self.microbatches)
         (value, (metrics, batch_stats, loss_state)), grads = value_and_grad(state.params, inputs)
         grads = self.constrain_grads(grads)
-        updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
-        params = project_scale(optax.apply_updates(state.params, updates))
-        ema_params, ema_batch_stats = self._average(state, params, batch_stats, ema_batch_stats)
-        metrics |= {
-            "grad_norm": optax.tree.norm(grads),
-            "update_norm": optax.tree.norm(updates),
-            "param_norm": optax.tree.norm(state.params),
-        }
-        # Finite norms of parameters and updates are those of sums that fp32 can hold.
-        norms = [metrics[name] for name in ("grad_norm", "update_norm", "param_norm")]
+        norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(state.params)}
         accept = guard.all_finite(value, norms, batch_stats, ema_batch_stats, loss_state)
         if self.spikes:
-            calm, metrics["grad_norm_mean"], moved = self.spikes(state.loss_state, metrics["grad_norm"])
+            calm, metrics["grad_norm_mean"], moved = self.spikes(state.loss_state, norms["grad_norm"])
             accept, loss_state = accept & calm, loss_state | moved
-        new = TrainState(
-            step=state.step + 1,
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            ema_params=ema_params,
-            ema_batch_stats=ema_batch_stats,
-            loss_state=loss_state,
-            seed=state.seed,
-        )
-        new = dataclasses.replace(guard.select(accept, new, state), step=new.step)
-        return new, metrics | {"skipped": ~accept}
+
+        def update() -> tuple[TrainState, jax.Array]:
+            updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
+            params = project_scale(optax.apply_updates(state.params, updates))
+            ema_params, new_ema_batch_stats = self._average(state, params, batch_stats, ema_batch_stats)
+            new = dataclasses.replace(
+                state,
+                params=params,
+                batch_stats=batch_stats,
+                opt_state=opt_state,
+                ema_params=ema_params,
+                ema_batch_stats=new_ema_batch_stats,
+                loss_state=loss_state,
+            )
+            return new, optax.tree.norm(updates)
+
+        # A branch costs nothing, where a choice between the old and the new values is a pass over both.
+        new, update_norm = jax.lax.cond(accept, update, lambda: (state, jnp.zeros(())))
+        new = guard.at_step(new, state.step + 1)
+        return new, metrics | norms | {"update_norm": update_norm, "skipped": ~accept}
 
     def _encode(self, params: Any, inputs: Inputs) -> Features:
         variables = {"params": params | {tower: jax.lax.stop_gradient(params[tower]) for tower in self.frozen}}
