@@ -32,8 +32,14 @@ def arms(*more):
         ({"arms": arms(Arm("clip", "", "core", "tiny:objective=clip"))}, "two arms or choices 'clip'; rename one"),
         ({"arms": arms(Arm("new", "", "cores", "x"))}, "arm 'new': section is 'cores'; expected one of tuning, core"),
         ({"arms": arms(Arm("a/b", "", "core", "x"))}, "arm 'a/b': a name has letters, digits"),
-        ({"arms": arms(Arm("new", "", "tuning", "x"))}, "arm 'new': arms of section 'tuning', and they alone"),
-        ({"arms": arms(Arm("new", "", "core", "x", tuned="siglip"))}, "'tuning' has the objective 'siglip'"),
+        ({"arms": arms(Arm("new", "", "tuning", "x"))}, "arm 'new': arms of section 'tuning' have an objective"),
+        (
+            {"arms": arms(Arm("new", "", "core", "x", objective="clip"))},
+            "those of 'factors' alone may have an objective",
+        ),
+        ({"arms": arms(Arm("new", "", "core", "x", tuned="siglip"))}, "chosen before has the objective 'siglip'"),
+        ({"arms": arms(Arm("new", "", "factors", "x", objective="best"))}, "candidates for 'best'; say by `search`"),
+        ({"search": Measure("search", "", TEST_SET)}, "Greys/test' is for validation and for tests"),
         ({"choose": Measure("choose", "", TEST_SET)}, "choose is of '.*Greys/test'; expected a set of `validation`"),
         ({"tests": (VALIDATION_SET,)}, "Greys/validation' is for validation and for tests"),
         ({"named": {TEST_SET: "top1"}}, "named has the set '.*Greys/test'; expected sets of `validation`"),
@@ -55,8 +61,9 @@ def test_wrong_declarations_are_one_sentence(changes, message):
         ("core", {"optim.lrr": 1e-3}, "arm 'new': config key 'optim.lrr' is unknown; did you mean 'optim.lr'"),
         ("core", {"optim.lr": "fast"}, "arm 'new': optim.lr cannot be 'fast'"),
         ("core", {"optim.warmup": 9}, "arm 'new': optim.warmup=9 must be below the 4 steps"),
-        ("core", {"eval.sets": (TEST_SET,)}, "arm 'new' would be evaluated on '.*/test' before its end or to tune"),
+        ("core", {"eval.sets": (TEST_SET,)}, "arm 'new' would be evaluated on '.*/test' before its end or to choose"),
         ("tuning", {"eval.final_sets": (TEST_SET,)}, "arm 'new' would be evaluated on '.*/test' before its end"),
+        ("factors", {"eval.final_sets": (TEST_SET,)}, "arm 'new' would be evaluated on '.*/test' before its end"),
     ],
 )
 def test_arms_see_test_sets_at_their_end_alone(section, changes, message):
@@ -97,6 +104,35 @@ def test_the_best_recipe_on_validation_is_taken_over():
     assert {run.config.optim.lr for run in chosen.runs if run.arm.section != "tuning"} == {2e-3}
     down = study_tiny.matrix(choose=Measure("choose", "", VALIDATION_SET, higher=False))
     assert Snapshot(down, finished(down, TUNED)).chosen["clip"].name == "tuning_0.001"
+
+
+def test_a_search_is_on_validation_and_its_best_is_tested():
+    """Candidates start from the recipe that was chosen before, and so does the arm that takes the best of them over."""
+    searched = f"{VALIDATION_SET}/again"
+    taus = [
+        Arm(f"tau_{tau:g}", f"tau {tau:g}", "factors", "tiny:objective=nclip", {"objective.nclip.tau": tau}, (0,),
+            objective="best", tuned="clip")
+        for tau in (0.5, 2.0)
+    ]  # fmt: skip
+    best = Arm("best", "the best", "controls", "tiny:objective=nclip", {}, (0,), tuned="best")
+    m = study_tiny.matrix(arms=arms(*taus, best), search=Measure("search", "shades", searched))
+    runs = {run.arm.name: run for run in Snapshot(m, finished(m, TUNED)).runs}
+    for tau in taus:
+        config = runs[tau.name].config
+        assert (config.eval.sets, config.eval.final_sets) == ((VALIDATION_SET, searched), ())
+        assert config.optim.lr == 2e-3
+    assert not runs["best"].key and runs["tau_0.5"].key
+    assert not {run.arm.name for run in Snapshot(m, {}).runs if run.key} & {"tau_0.5", "best"}
+
+    made = finished(m, TUNED)
+    made |= {runs[name].key: record(runs[name], value) for name, value in (("tau_0.5", 3.0), ("tau_2", 4.0))}
+    after = Snapshot(m, made)
+    (run,) = (run for run in after.runs if run.arm.name == "best")
+    assert (run.config.optim.lr, run.config.objective.nclip.tau) == (2e-3, 2.0)
+    assert run.config.eval.final_sets == (TEST_SET,)
+    text = page.render(after, {})
+    assert "Best of them by shades: **tau 2**; on the tests it is the best." in text
+    assert "### best" not in text
 
 
 def test_a_candidate_that_diverged_is_not_chosen():

@@ -9,6 +9,7 @@ from xclip_jax.errors import UserError
 
 DEFAULT = "icons"  # study
 SECTIONS = ("tuning", "core", "controls", "dose", "factors")  # in the order of worth, in which they are run
+ON_VALIDATION = ("tuning", "factors")  # whose arms never see a test
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +43,12 @@ class Arm:
     Attributes:
       name: unique; letters, digits, "_" and "." in file names.
       title: for tables.
-      section: one of `SECTIONS`; arms of "tuning" see validation sets alone.
+      section: one of `SECTIONS`; arms of `ON_VALIDATION` see validation sets alone.
       recipe: as of --config: "icons:objective=clip".
       changes: {config key: value}, after those of the study.
       seeds: of its runs.
-      objective: of "tuning" which objective's recipe the arm is a candidate for.
+      objective: what the arm is a candidate for: of "tuning" an objective's recipe, of "factors" what `Study.search`
+        looks for; "" for none.
       tuned: the objective whose chosen candidate the arm takes over; "" for none.
       length: multiplies the steps, and the warm-up, which keeps its share.
     """
@@ -131,6 +133,8 @@ class Study:
       controls: (arm or choice, control arm, what the difference shows).
       doses: charts.
       factors: measures of the arms of section "factors".
+      search: the measure, on a validation set that arms of "factors" have beside the others, by which their candidates
+        are compared.
       threats: to the validity of the conclusions.
       seconds_per_pair: a first guess, until runs are measured.
       name: of the flag --study.
@@ -152,6 +156,7 @@ class Study:
     controls: Sequence[tuple[str, str, str]] = ()
     doses: Sequence[Dose] = ()
     factors: Sequence[Measure] = ()
+    search: Measure | None = None
     threats: Sequence[str] = ()
     seconds_per_pair: float = 2e-3
     name: str = DEFAULT
@@ -165,6 +170,11 @@ class Study:
     def command(self) -> str:
         """The command that runs it."""
         return "python -m xclip_jax.study" + ("" if self.name == DEFAULT else f" --study {self.name}")
+
+    def sets_of(self, arm: Arm) -> tuple[str, ...]:
+        """Return the validation sets of an arm."""
+        more = (self.search.set,) if self.search and arm.section == "factors" else ()
+        return tuple(dict.fromkeys((*self.validation, *more)))
 
     def arm(self, name: str) -> Arm:
         """Return the arm of a name."""
@@ -195,19 +205,29 @@ def check(study: Study) -> None:
         raise UserError(f"the study has two arms or choices {twice!r}; rename one.")
     if study.choose.set not in study.validation:
         raise UserError(f"choose is of {study.choose.set!r}; expected a set of `validation`.")
-    if both := set(study.validation) & set(study.tests):
+    if both := {*study.validation, *((study.search.set,) if study.search else ())} & set(study.tests):
         raise UserError(f"set {min(both)!r} is for validation and for tests; remove it from one of them.")
-    objectives = {arm.objective for arm in study.of_section("tuning")}
+    tuning = {arm.objective for arm in study.of_section("tuning")}
+    searched = {arm.objective for arm in study.of_section("factors")} - {""}
+    if searched and not study.search:
+        raise UserError(
+            f"section 'factors' has candidates for {min(searched)!r}; say by `search` how they are compared."
+        )
     for arm in study.arms:
         where = f"arm {arm.name!r}"
         if arm.section not in SECTIONS:
             raise UserError(f"{where}: section is {arm.section!r}; expected one of {', '.join(SECTIONS)}.")
         if not re.fullmatch(r"[A-Za-z0-9_.]+", arm.name):
             raise UserError(f"{where}: a name has letters, digits, '_' and '.', since files have it.")
-        if (arm.section == "tuning") != bool(arm.objective) or (arm.section == "tuning" and arm.tuned):
-            raise UserError(f"{where}: arms of section 'tuning', and they alone, have an objective and no tuned.")
-        if arm.tuned and arm.tuned not in objectives:
-            raise UserError(f"{where}: no arm of section 'tuning' has the objective {arm.tuned!r}.")
+        if (arm.section == "tuning" and (arm.tuned or not arm.objective)) or (
+            arm.objective and arm.section not in ON_VALIDATION
+        ):
+            raise UserError(
+                f"{where}: arms of section 'tuning' have an objective and no tuned; of others those of 'factors' alone "
+                "may have an objective."
+            )
+        if arm.tuned and arm.tuned not in (tuning if arm.section == "factors" else tuning | searched):
+            raise UserError(f"{where}: no arm that is chosen before has the objective {arm.tuned!r}.")
     if unknown := [name for name in study.named if name not in study.validation]:
         raise UserError(f"named has the set {unknown[0]!r}; expected sets of `validation`.")
     measures = [measure.name for measure in study.measures]

@@ -9,7 +9,7 @@ import ml_collections
 from xclip_jax.config import schema
 from xclip_jax.config.fields import nearest, unknown_key
 from xclip_jax.errors import UserError
-from xclip_jax.study.declaration import SECTIONS, Arm, Measure, Study, check
+from xclip_jax.study.declaration import ON_VALIDATION, SECTIONS, Arm, Measure, Study, check
 from xclip_jax.study.records import RunRecord, config_key
 
 LoadConfig = Callable[[str], ml_collections.ConfigDict]
@@ -70,8 +70,9 @@ class Matrix:
         if arm.recipe not in self._recipes:
             self._recipes[arm.recipe] = self._load(arm.recipe)
         config = self._recipes[arm.recipe].copy_and_resolve_references()
-        final = () if arm.section == "tuning" else tuple(self.study.tests)
-        sets = {"eval.sets": tuple(self.study.validation), "eval.final_sets": final, "eval.every": 0}
+        validation = self.study.sets_of(arm)
+        final = () if arm.section in ON_VALIDATION else tuple(self.study.tests)
+        sets = {"eval.sets": validation, "eval.final_sets": final, "eval.every": 0}
         changes = {"eval.report": False, "seed": seed, **sets, **self.study.changes, **tuned, **arm.changes}
         try:
             for name, value in changes.items():
@@ -84,11 +85,11 @@ class Matrix:
         except UserError as error:
             raise UserError(f"arm {arm.name!r}: {error}") from error
         during, final = set(config.eval.sets), set(config.eval.final_sets)
-        before_end = during | final if arm.section == "tuning" else during
-        if others := before_end - set(self.study.validation):
+        before_end = during | final if arm.section in ON_VALIDATION else during
+        if others := before_end - set(validation):
             raise UserError(
-                f"arm {arm.name!r} would be evaluated on {min(others)!r} before its end or to tune; only the sets of "
-                f"`validation` are for that: {', '.join(self.study.validation)}."
+                f"arm {arm.name!r} would be evaluated on {min(others)!r} before its end or to choose by it; only the "
+                f"sets of `validation` are for that: {', '.join(validation)}."
             )
         return config
 
@@ -98,16 +99,21 @@ class Snapshot:
 
     Attributes:
       study, records: what is declared, and {key: run} of what is finished.
-      chosen: {objective: the candidate with the best recipe}, None while a candidate is missing.
+      chosen: {objective: the candidate with the best recipe, all of its changes}, None while a candidate is missing.
       runs: all runs, in the order in which they are run.
     """
 
     def __init__(self, matrix: Matrix, records: Mapping[str, RunRecord]) -> None:
         self.study, self.records, self._matrix = matrix.study, records, matrix
-        tuning = self.study.of_section("tuning")
-        self.chosen = {objective: self._best(objective) for objective in dict.fromkeys(arm.objective for arm in tuning)}
+        self.chosen: dict[str, Arm | None] = {}
+        for section, measure in (("tuning", self.study.choose), ("factors", self.study.search)):
+            found = {}
+            for objective in dict.fromkeys(arm.objective for arm in self.study.of_section(section)):
+                if objective and measure:
+                    found[objective] = self._best(section, objective, measure)
+            self.chosen |= found
         ordered = sorted(self.study.arms, key=lambda arm: SECTIONS.index(arm.section))
-        best = {"": None, **self.chosen}
+        best: dict[str, Arm | None] = {"": None, **self.chosen}
         # First seeds of all arms of a section before second ones: what is finished can be compared at any time.
         places = [(SECTIONS.index(arm.section), i, arm, seed) for arm in ordered for i, seed in enumerate(arm.seeds)]
         places.sort(key=lambda place: place[:2])
@@ -117,24 +123,30 @@ class Snapshot:
             if run.key in records:
                 self._finished[run.arm.name][run.seed] = records[run.key]
 
-    def _best(self, objective: str) -> Arm | None:
-        """The candidate with the best mean of `Study.choose` over seeds; the first of equals wins.
+    def _best(self, section: str, objective: str, measure: Measure) -> Arm | None:
+        """The candidate with the best mean over seeds; the first of equals wins.
 
         A candidate with a run that diverged is not among the best.
         """
-        measure, best = self.study.choose, None
-        for arm in self.study.of_section("tuning"):
+        best = None
+        for arm in self.study.of_section(section):
             if arm.objective != objective:
                 continue
-            of_arm = [self.records.get(self._matrix.run(arm, seed).key) for seed in arm.seeds]
+            recipe = self.chosen[arm.tuned] if arm.tuned else None
+            if arm.tuned and not recipe:
+                return None
+            of_arm = [self.records.get(self._matrix.run(arm, seed, recipe).key) for seed in arm.seeds]
             values = [record.value(measure.set, measure.metric) for record in of_arm if record]
             if None in of_arm:
                 return None
             known = [value for value in values if value is not None]
             if len(known) == len(values):
                 mean = (1 if measure.higher else -1) * sum(known) / len(known)
-                best = (mean, arm) if best is None or mean > best[0] else best
-        return best[1] if best else None
+                best = (mean, arm, recipe) if best is None or mean > best[0] else best
+        if best is None:
+            return None
+        _, arm, recipe = best
+        return dataclasses.replace(arm, changes={**(recipe.changes if recipe else {}), **arm.changes})
 
     def config_of(self, arm: str, seed: int) -> ml_collections.ConfigDict:
         """Return the config of one run, for starting it by other means than the study's command.

@@ -25,7 +25,7 @@ from xclip_jax.study.statistics import Difference, Estimate
 
 MADE = "Made by `{command} --page` from the files in `docs/{page}/runs`; a test holds it current."
 START, END = "<!-- study: made by python -m xclip_jax.study --page -->", "<!-- /study -->"
-_FEW_PARTS = 2
+_FINDINGS = 2  # claims that a README has room for
 _RUN_COLUMNS = ("arm", "runs")
 _CURVES = (
     ("contrastive_loss", "Contrastive loss", "nats", ("clip/loss",), "clip/ln_b"),
@@ -48,14 +48,14 @@ def write(docs: pathlib.Path, snapshot: Snapshot) -> pathlib.Path:
 
 
 def finding(snapshot: Snapshot) -> str:
-    """Return what a README says of the study: a plot and the sentences that the claims of few parts earn."""
+    """Return what a README says of the study: a plot and the sentences that the first claims earn."""
     study, name = snapshot.study, "differences"
     link = f"[{study.title}](docs/{study.page}.md)"
     missing, total = len(snapshot.missing()), len(snapshot.runs)
     if not any(snapshot.finished(arm.name) for arm in study.of_section("core")):
         return f"{link}: under way, {total - missing} of {total} runs are finished and none of the core."
     drawn = [f"![Differences to CLIP](docs/{study.page}/{name}.svg)", ""] if name in _charts(snapshot) else []
-    judged = [verdicts.judge(snapshot, claim) for claim in study.claims if len(claim.parts) <= _FEW_PARTS]
+    judged = [verdicts.judge(snapshot, claim) for claim in study.claims[:_FINDINGS]]
     return "\n".join([*drawn, *(f"* {_sentence(claim)}" for claim in judged), "", f"{link}: all of it."])
 
 
@@ -145,7 +145,8 @@ def _tuning(snapshot: Snapshot) -> Iterator[str]:
     yield from ["## Recipes, chosen on validation", ""]
     yield f"By the mean of {study.choose.label} over seeds; a candidate with a run that diverged is not eligible."
     yield ""
-    for objective, best in snapshot.chosen.items():
+    for objective in dict.fromkeys(arm.objective for arm in study.of_section("tuning")):
+        best = snapshot.chosen[objective]
         arms = [arm for arm in study.of_section("tuning") if arm.objective == objective]
         rows = []
         for arm in arms:
@@ -263,12 +264,21 @@ def _doses(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
 
 
 def _factors(snapshot: Snapshot) -> Iterator[str]:
+    study = snapshot.study
     arms = titles_of(snapshot, "factors")
     if not arms:
         return
-    yield from ["## nCLIP, one factor at a time", "", "Fewer steps and seeds: leads, not verdicts.", ""]
-    head = [*_RUN_COLUMNS, *(measure.label for measure in snapshot.study.factors)]
-    yield from table(head, rows_of(snapshot, arms, snapshot.study.factors))
+    yield from ["## nCLIP, one factor at a time", "", "Fewer steps and seeds, on validation: leads, not verdicts.", ""]
+    head = [*_RUN_COLUMNS, *(measure.label for measure in study.factors)]
+    yield from table(head, rows_of(snapshot, arms, study.factors))
+    if not study.search:
+        return
+    for objective in dict.fromkeys(arm.objective for arm in study.of_section("factors") if arm.objective):
+        best = snapshot.chosen[objective]
+        name = best.title if best else "not chosen yet"
+        seeds = [arm.title for arm in study.arms if arm.tuned == objective]
+        yield f"Best of them by {study.search.label}: **{name}**; on the tests it is {', '.join(seeds)}."
+        yield ""
 
 
 def _training(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
