@@ -187,7 +187,7 @@ PROMISES = (
         "disks",
         "checkpoints are lost, or a small file of the run's folder is damaged",
         "the run does not start anew in silence; the file and the remedy are named",
-        ("run_folder::lost_checkpoints_are_not_trained_over", "run_folder::a_damaged_file_is_named"),
+        ("damaged_files::lost_checkpoints_are_not_trained_over", "damaged_files::a_damaged_file_is_named"),
     ),
     Promise(
         "values",
