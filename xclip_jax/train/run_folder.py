@@ -21,6 +21,7 @@ from xclip_jax.data import tokenizer
 from xclip_jax.errors import UserError
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import is_remote, write_json, write_whole
+from xclip_jax.train import lease
 
 try:
     import fcntl
@@ -203,9 +204,9 @@ class TrainingFolder(RunFolder):
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        # Buckets have no locks, and a file in one would outlive a run that is killed.
         if fcntl is None or is_remote(str(self.path)):
-            yield
+            with lease.held(self.lock_file):
+                yield
             return
         with open(self.lock_file, "a+") as file:
             try:
