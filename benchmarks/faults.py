@@ -106,14 +106,25 @@ PROMISES = (
     ),
     Promise(
         "stalls",
-        "a named pipe, a device or a link to one in a folder of images",
+        "a read never ends, as on a network disk that is gone, in the run or in a process that reads for it",
+        "the source is named; after log.stall_limit status 79, and the reading processes end too",
+        ("workers::a_read_that_never_ends_in_a_worker_ends_the_run",),
+    ),
+    Promise(
+        "stalls",
+        "a named pipe, a device, a link to one or a giant file among images or captions",
         "a bad sample with its reason",
-        ("sources::what_a_folder_cannot_read_is_a_bad_sample",),
+        (
+            "sources::what_a_folder_cannot_read_is_a_bad_sample",
+            "tables::rows_whose_image_cannot_be_read_are_bad_samples",
+            "labelled::a_pipe_and_a_giant_file_are_bad_samples",
+            "embed::a_pipe_in_place_of_a_caption_is_none",
+        ),
     ),
     Promise(
         "processes",
         "one of several processes fails",
-        "all end within seconds, and say which one and why",
+        "all end within seconds, and say which one and why; steps since the last checkpoint are made again",
         ("faulty_processes::an_error_in_one_process_ends_both",),
     ),
     Promise(
@@ -185,9 +196,41 @@ PROMISES = (
     ),
     Promise(
         "disks",
-        "checkpoints are lost, or a small file of the run's folder is damaged",
-        "the run does not start anew in silence; the file and the remedy are named",
-        ("run_folder::lost_checkpoints_are_not_trained_over", "run_folder::a_damaged_file_is_named"),
+        "two runs are started on one folder in a bucket, which has no locks",
+        "the second is refused while the first renews its lease; after a kill it waits up to 70 s",
+        (
+            "lease::a_second_holder_is_refused_while_the_first_renews",
+            "lease::the_lease_of_a_process_that_was_killed_expires",
+            "lease::a_run_in_a_bucket_holds_it",
+        ),
+    ),
+    Promise(
+        "disks",
+        "a run's folder is moved, copied or named by another path, and its data and tokenizer with it",
+        "the same command goes on there",
+        ("run_folder::a_run_may_be_moved_with_its_data_and_its_tokenizer",),
+    ),
+    Promise(
+        "disks",
+        "checkpoints are lost",
+        "the run does not start anew in silence: the remedy is named",
+        (
+            "damaged_files::lost_checkpoints_are_not_trained_over",
+            "damaged_files::a_run_that_starts_again_for_want_of_a_checkpoint_says_so",
+        ),
+    ),
+    Promise(
+        "disks",
+        "a small file of the run's folder, or the index of a tar, is damaged or cut by a kill or a power failure",
+        "the file and the remedy are named, damaged lines are left out, an index is made again",
+        (
+            "damaged_files::a_damaged_file_is_named",
+            "damaged_files::lines_without_what_they_should_have_are_left_out",
+            "damaged_files::the_copy_of_the_tokenizer_is_whole_or_missing",
+            "storage::json_lines_drop_what_is_damaged",
+            "storage::json_lines_survive_a_kill_while_they_are_rewritten",
+            "tar_source::a_stored_index_that_is_damaged_is_made_again",
+        ),
     ),
     Promise(
         "values",
@@ -220,19 +263,59 @@ PROMISES = (
         "data",
         "a sample cannot be read, for whatever reason",
         "another one takes its place; it is counted by reason and listed, and too many stop the run",
-        ("loader::any_exception_of_a_sample_makes_it_a_bad_one", "tar_source::too_many_bad_samples_stop_the_run"),
+        (
+            "loader::any_exception_of_a_sample_makes_it_a_bad_one",
+            "tar_source::every_case_is_read_or_has_its_reason",
+            "tar_source::too_many_bad_samples_stop_the_run",
+        ),
+    ),
+    Promise(
+        "data",
+        "too many samples are bad, data cannot be read at all, or an evaluation on the way fails",
+        "the last step is saved: by all processes where all count too many, else in a run of one process",
+        (
+            "interrupt::too_many_bad_samples_do_not_cost_the_steps_before",
+            "interrupt::data_that_fail_do_not_cost_the_steps_before",
+            "interrupt::an_evaluation_that_fails_does_not_cost_the_steps_before",
+            "faulty_processes::too_many_bad_samples_save_in_both",
+        ),
+    ),
+    Promise(
+        "data",
+        "a quote without a partner in a table",
+        "between tabs it is a letter; between commas no row is lost in silence",
+        ("tables::quotes_mean_nothing_between_tabs", "tables::a_quote_without_a_partner_between_commas"),
+    ),
+    Promise(
+        "data",
+        "JSON nested without end, half a surrogate pair, a path with a zero byte or of an unknown store, a cut parquet",
+        "a bad sample where one row says it, a sentence for a file",
+        (
+            "tar_source::json_that_is_nested_or_holds_half_a_letter",
+            "tokenizer::file_and_half_a_surrogate_pair",
+            "tables::rows_whose_image_cannot_be_read_are_bad_samples",
+            "tables::damaged_parquet_is_a_sentence",
+            "storage::index_of_weights",
+        ),
     ),
     Promise(
         "data",
         "data change between two starts, or a tar under a run",
         "a run that resumes is refused and the source named; a tar that shrinks gives reasons",
-        ("run_folder::changed_data_is_refused", "tar_source::a_tar_that_shrinks_while_it_is_read"),
+        (
+            "run_folder::changed_data_is_refused",
+            "sources::card_of_a_folder",
+            "tables::card_of_tables_changes_with_their_content_alone",
+            "tar_source::a_tar_that_shrinks_while_it_is_read",
+        ),
     ),
     Promise(
         "data",
         "an image of an evaluation set cannot be read, or a set fails",
-        "it counts as wrong; the other sets are evaluated",
+        "it counts as wrong; the other sets are evaluated; all sets are opened before the first step",
         (
+            "run_folder::all_sets_are_opened_before_the_first_step",
+            "unreadable::an_unreadable_image_counts_as_wrong_and_changes_no_other",
             "processes::every_process_knows_what_one_could_not_read",
             "run_folder::a_set_that_fails_at_the_end_does_not_cost_the_others",
         ),
@@ -245,13 +328,25 @@ PROMISES = (
     ),
     Promise(
         "hostile input",
-        "large images, long captions and pickles that ask for memory",
+        "headers of tars with signed or giant sizes, names with line breaks",
+        "the index neither hangs nor ends; what is damaged has its reason",
+        (
+            "tar_source::a_header_with_an_odd_size_neither_hangs_the_index_nor_ends_it",
+            "tar_source::a_long_number_in_an_extended_header",
+            "tar_source::names_with_line_breaks",
+        ),
+    ),
+    Promise(
+        "hostile input",
+        "large images, long captions, long ranges of names, and pickles that ask for memory",
         "memory and time are bounded",
         (
             "decoding::large_images_of_many_threads_take_the_memory_of_a_few",
             "decoding::bounds_hold_before_anything_is_decoded",
             "tokenizer::giant_texts_take_bounded_time",
             "interop_errors::a_small_pickle_takes_little_memory_and_time",
+            "interop_errors::a_damaged_directory_of_a_zip_is_one_sentence",
+            "storage::a_range_that_is_too_long_is_refused_before_it_fills_memory",
         ),
     ),
     Promise(

@@ -192,6 +192,14 @@ def test_damaged_tars_give_all_that_is_whole(tmp_path, root):
     assert not captionless and len(columns["id"]) > len(good)
 
 
+def test_a_pipe_in_place_of_a_caption_is_none(tmp_path):
+    pictures = tiny.folder(tmp_path / "pictures", 2)
+    (pictures / "000.txt").unlink()
+    os.mkfifo(pictures / "000.txt")
+    source = embed.open_images(str(pictures))
+    assert [source.read(i)[1] for i in range(2)] == ["", "picture 1"]
+
+
 def test_what_is_in_the_way_is_named(root, straight, model, tmp_path):
     sources = {"image": embed.open_images(str(root / "pictures"))}
     with pytest.raises(UserError, match=r"contains other embeddings: part differ"):
@@ -201,6 +209,10 @@ def test_what_is_in_the_way_is_named(root, straight, model, tmp_path):
     (job.folder / "plan.json").write_text(json.dumps(job.plan | {"weights": "other"}))
     with pytest.raises(UserError, match=r"x.npz.parts is of another job: weights differ; delete it"):
         embed.Job(model, sources, str(tmp_path / "x.npz"), part=8)
+    for content in ("", "{", "3"):
+        (job.folder / "plan.json").write_text(content)
+        with pytest.raises(UserError, match=r"plan\.json is damaged; delete .*x\.npz\.parts to embed again"):
+            embed.Job(model, sources, str(tmp_path / "x.npz"), part=8)
 
 
 LONG = ["", "a fox", "b" * 10**6, "ü\0" * 3, "狐\nl"]

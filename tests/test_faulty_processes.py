@@ -88,6 +88,18 @@ def test_a_signal_in_an_evaluation_leaves_it_in_both(tmp_path):
 
 
 @slow
+def test_too_many_bad_samples_save_in_both(tmp_path):
+    """All count them at the same step."""
+    for path in sorted(tiny.folder(tmp_path / "bad").glob("*.png"))[::2]:
+        path.write_bytes(b"<html>")
+    changes = f"data__sources=('folder:{tmp_path / 'bad'}',)", "data__max_bad_fraction=0.002"
+    statuses, outputs = both(tmp_path, "none", 0, 0, *changes)
+    assert statuses == [1, 1], outputs
+    assert all("samples are bad, more than data.max_bad_fraction=0.002 allows" in output for output in outputs)
+    assert RunFolder(tmp_path / "run").latest_step() == 2
+
+
+@slow
 def test_a_process_that_hangs_ends_both_and_is_named(tmp_path):
     limits = "log__stall_warning=5.0", "log__stall_limit=30.0"
     statuses, outputs = both(tmp_path, "hang in data", 4, 1, *limits)

@@ -119,6 +119,39 @@ def test_data_that_fail_do_not_cost_the_steps_before(pairs, tmp_path, feed):
     assert RunFolder(c.run).latest_step() == 2
 
 
+def test_too_many_bad_samples_do_not_cost_the_steps_before(tmp_path):
+    """The saved counters are exact: with a larger bound the same command ends as if there had been no stop."""
+    bad = tiny.folder(tmp_path / "bad")
+    for path in sorted(bad.glob("*.png"))[::2]:
+        path.write_bytes(b"<html>")
+    c = config(bad, tmp_path / "run", data__max_bad_fraction=0.002)
+    for _ in range(2):  # the second is stopped before its first step
+        with pytest.raises(UserError, match=r"samples are bad, more than data\.max_bad_fraction=0\.002 allows"):
+            trainer.run(c)
+        assert RunFolder(c.run).latest_step() == 2
+    logged = []
+    for run in ("run", "straight"):
+        c = config(bad, tmp_path / run, data__max_bad_fraction=1.0)
+        trainer.run(c)
+        keys = ("step", "loss", "tokens", "data/bad", "samples")
+        logged.append([[line[key] for key in keys] for line in RunFolder(c.run).read_metrics()])
+    assert logged[0] == logged[1] and len(logged[0]) == 4
+
+
+def test_an_evaluation_that_fails_does_not_cost_the_steps_before(pairs, tmp_path, monkeypatch):
+    evaluated = Set("a")
+    monkeypatch.setattr(registry, "open_all", lambda specs, *_: [evaluated for _ in specs])
+    c = config(pairs, tmp_path / "run", eval__sets=("a",), eval__every=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluated, "measure", lambda _: (_ for _ in ()).throw(UserError("too many unreadable")))
+        with pytest.raises(UserError, match="too many unreadable") as raised:
+            trainer.run(c)
+    assert describe(raised.value).endswith("in evaluator a; the state of step 3 is saved")
+    assert RunFolder(c.run).latest_step() == 3
+    trainer.run(c)
+    assert evaluated.batches == 4  # of step 3 and at the end
+
+
 def test_patient_yields_all_and_closes_what_it_reads():
     closed = []
 

@@ -146,12 +146,15 @@ def test_encodings_of_a_table(tmp_path, monkeypatch):
     assert len(sources.open_labelled("csv:~/home.csv")) == 1
 
 
-def test_a_pipe_is_a_bad_sample(tmp_path):
+def test_a_pipe_and_a_giant_file_are_bad_samples(tmp_path):
     source = sources.open_labelled(f"folder:{tree(tmp_path / 'set')}")
     source.items.paths[3].unlink()
     os.mkfifo(source.items.paths[3])
-    with pytest.raises(BadSample, match="not a regular file"):
+    with pytest.raises(BadSample, match=r"file cannot be read: .*not a regular file"):
         source[3]
+    os.truncate(source.items.paths[2], 1 << 40)  # takes no room on the disk
+    with pytest.raises(BadSample, match=r"file too large: .*larger than 268,435,456 bytes"):
+        source[2]
 
 
 def test_a_card_says_what_was_read(tmp_path):

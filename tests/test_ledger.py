@@ -30,8 +30,9 @@ book.sync(8)
 book.sync(16)
 print(book.counters)
 book.add(24, 0, [entry(i) for i in range(16, 70)] * (1 - me))
+book.sync(24)
 try:
-    book.sync(24)
+    book.check()
 except UserError as error:
     print(str(error)[:35])
 """
@@ -102,11 +103,13 @@ def test_share_is_of_a_thousand_at_least(tmp_path):
     book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=0.05)
     book.add(8, 0, [entry(i) for i in range(50)])
     book.sync(8)
+    book.check()
     book.add(16, 0, [entry(50)])
+    book.sync(16)
     with pytest.raises(
         UserError, match=r"51 of 67 samples are bad, more than data\.max_bad_fraction=0\.05 allows \(not an im"
     ):
-        book.sync(16)
+        book.check()
 
 
 def test_in_a_bucket_the_file_is_written_anew(tmp_path, monkeypatch):

@@ -228,37 +228,6 @@ def test_a_file_system_without_locks_is_used_with_a_warning(pairs, tmp_path, mon
     assert RunFolder(tmp_path / "run").is_run()
 
 
-def test_lost_checkpoints_are_not_trained_over(pairs, tmp_path):
-    c = config(pairs, tmp_path / "run", steps=8)
-    trainer.run(c)
-    (tmp_path / "run" / "results.json").unlink()
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(UserError, match=r"metrics up to step 8 and no checkpoint; restore .*checkpoints"):
-        trainer.run(c)
-    assert lines(tmp_path / "run")[-1]["step"] == 8
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("config.json", b"{", r"config\.json is damaged"),
-        ("config.json", b"\xff\xfe", r"config\.json is damaged"),
-        ("config.json", b'{"model": 1}', r"config\.json is not the config of a run"),
-        ("config.json", b"[]", r"config\.json is not the config of a run"),
-        ("data.json", b"[{]", r"data\.json is damaged"),
-        ("data.json", b'{"samples": 3}', r"data\.json is damaged"),
-        ("results.json", b"", r"results\.json is damaged"),
-        ("results.json", b"3", r"results\.json is damaged"),
-    ],
-)
-def test_a_damaged_file_is_named(pairs, run, name, content, message):
-    (run / name).write_bytes(content)
-    if name == "data.json":
-        (run / "results.json").unlink()
-    with pytest.raises(UserError, match=message):
-        trainer.run(config(pairs, run))
-
-
 def test_a_run_goes_back_to_its_newest_whole_checkpoint_and_ends_as_it_would_have(pairs, trained, run, capsys):
     """What only reads the run says which checkpoint is whole, and changes nothing."""
     c = config(pairs, run)

@@ -159,8 +159,9 @@ def test_too_many_bad_samples_stop_the_run(tortured, tmp_path):
     message = (
         r"of \d+ samples are bad, more than data\.max_bad_fraction=0\.01 allows \(.*is empty: \d.*bad_samples\.jsonl"
     )
+    book.sync(40)
     with pytest.raises(UserError, match=message):
-        book.sync(40)
+        book.check()
     assert lines(tmp_path / "bad_samples.jsonl")
 
 

@@ -13,13 +13,13 @@ import pytest
 
 from tests import tiny
 from xclip_jax.data import shared_memory
-from xclip_jax.errors import UserError
+from xclip_jax.errors import EXIT_RESTART, EXIT_RESUMABLE, UserError
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.interrupt import EXIT_RESUMABLE
 
-# Two seconds a batch, far more than a step: the loop waits for data nearly all the time.
+# Two seconds a batch, far more than a step: the loop waits for data nearly all the time. Where the folder has a file
+# "hang", a read never ends, as one of a network disk that is gone.
 SCRIPT = """
-import sys, time
+import pathlib, sys, time
 from absl import flags
 from tests import tiny
 from xclip_jax.train import trainer
@@ -28,6 +28,9 @@ from xclip_jax.data import folder_source
 class Slow(folder_source.FolderSource):
     def __getitem__(self, index):
         time.sleep(0.25)
+        if (hang := pathlib.Path(sys.argv[2], "hang")).exists():
+            hang.write_text("reached")
+            time.sleep(1e6)
         return super().__getitem__(index)
 
 if __name__ == "__main__":
@@ -35,7 +38,7 @@ if __name__ == "__main__":
     folder_source.FolderSource = Slow
     trainer.run(tiny.config(
         "clip", run=sys.argv[1], steps=1000, data__sources=("folder:" + sys.argv[2],), data__batch=8, data__workers=1,
-        checkpoint__every=1000,
+        checkpoint__every=1000, log__stall_limit=40.0,
     ))
 """
 
@@ -125,6 +128,20 @@ def test_workers_end_with_the_run_that_is_killed(start):
     process, _ = start(two_steps)
     (worker,) = workers(process.pid)
     process.kill()
+    wait(lambda: not command(worker), 20)
+
+
+@linux
+@pytest.mark.slow
+def test_a_read_that_never_ends_in_a_worker_ends_the_run(start, tmp_path):
+    hang = tmp_path / "pairs" / "hang"
+    hang.touch()
+    process, run = start(lambda *_: hang.read_text())
+    (worker,) = workers(process.pid)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_RESTART, said
+    assert f"error: no progress: waiting for data from folder:{tmp_path / 'pairs'}" in said
+    assert (run / "stacks-0.txt").exists()
     wait(lambda: not command(worker), 20)
 
 

@@ -31,13 +31,12 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from xclip_jax import environment, inference
+from xclip_jax import environment, inference, storage
 from xclip_jax.console import format_duration, log0
 from xclip_jax.data import embeddings
 from xclip_jax.data.prefetch import ThreadPrefetcher
 from xclip_jax.embed_sources import Lines, Source, open_images
 from xclip_jax.errors import BadSample, Parser, UserError, check_count, exit_with_message
-from xclip_jax.storage import write_json
 
 PART = 1024  # rows that an interruption may lose
 _PROGRESS_SECONDS = 5
@@ -108,7 +107,10 @@ class Job:
         file, saved = self.folder / "plan.json", self.plan
         fault = f"{self.folder} is of another job"
         if file.exists():
-            saved = json.loads(file.read_text())
+            try:
+                saved = dict(json.loads(file.read_text()))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise UserError(f"{file} is damaged; delete {self.folder} to embed again.") from error
         elif self.out.exists():
             saved, fault = self._format.about(self.out).get("plan", {}), f"{self.out} contains other embeddings"
         if differing := sorted(key for key in self.plan.keys() | saved.keys() if self.plan.get(key) != saved.get(key)):
@@ -126,7 +128,7 @@ class Job:
             return self._format.about(self.out)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "plan.json").exists():
-            write_json(epath.Path(self.folder / "plan.json"), self.plan)
+            storage.write_json(epath.Path(self.folder / "plan.json"), self.plan)
         done = next((i for i in range(len(self._parts)) if not self._file(i).exists()), len(self._parts))
         if done:
             log0(f"resuming after part {done:,} of {len(self._parts):,}")
@@ -202,7 +204,7 @@ class Job:
         # A part of this name is complete.
         temporary = self.folder / f".{self._file(i).name}.tmp"
         self._format.write(temporary, columns | {"embedding": rows[kept]})
-        temporary.replace(self._file(i))
+        storage.put_in_place(temporary, self._file(i))
 
     def _join(self) -> dict[str, Any]:
         bad = [line for i in range(len(self._parts)) for line in self._listed(i)]
@@ -219,7 +221,7 @@ class Job:
         about["environment"] = environment.capture()
         temporary = self.out.with_name(f".{self.out.name}.tmp")
         self._format.join([self._file(i) for i in range(len(self._parts))], temporary, about)
-        temporary.replace(self.out)
+        storage.put_in_place(temporary, self.out)
         shutil.rmtree(self.folder)
         log0(f"{about['rows']:,} embeddings: {self.out}")
         return about

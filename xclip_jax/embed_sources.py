@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from xclip_jax import inference, storage
-from xclip_jax.data.base import IMAGE_SUFFIXES
+from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES
 from xclip_jax.data.tar_source import TarSource
 from xclip_jax.data.text import decode_text
 from xclip_jax.errors import BadSample, UserError
@@ -75,7 +75,7 @@ def _size(path: str | os.PathLike) -> int:
 def _caption(path: pathlib.Path) -> str:
     """The first line of a file; "" for a missing or unreadable one, since a caption is optional here."""
     try:
-        return decode_text(path.read_bytes()).strip().partition("\n")[0].strip()
+        return decode_text(storage.read(str(path), MAX_BYTES["text"])).strip().partition("\n")[0].strip()
     except (OSError, BadSample):
         return ""
 

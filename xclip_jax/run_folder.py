@@ -89,7 +89,7 @@ class RunFolder:
           UserError: the file is damaged, or another program's.
         """
         content = self._read(self.config_file)
-        if content is None or (isinstance(content, dict) and isinstance(content.get("config"), dict)):
+        if content is None or (isinstance(content, dict) and _has(content, "config", environment=dict, starts=list)):
             return content
         raise UserError(f"{self.config_file} is not the config of a run; use a different --config.run.")
 
@@ -125,7 +125,7 @@ class RunFolder:
             return None
         with contextlib.suppress(ValueError, RecursionError):
             content = json.loads(self.results_file.read_text())
-            if isinstance(content, dict) and isinstance(content.get("results"), dict):
+            if isinstance(content, dict) and _has(content, "results", config=dict):
                 return content
         raise UserError(f"{self.results_file} is damaged; delete it and run the same command to evaluate again.")
 
@@ -150,6 +150,13 @@ class RunFolder:
             raise UserError(
                 f"{path} is damaged and cannot be read ({reason}); restore it, or use a different --config.run."
             ) from error
+
+
+def _has(content: dict[str, Any], key: str, **others: type) -> bool:
+    """Whether `content` has a dict at `key`, and at `others`, which it may lack, values of their types."""
+    return isinstance(content.get(key), dict) and all(
+        isinstance(content.get(name, kind()), kind) for name, kind in others.items()
+    )
 
 
 def _is_finite(value: Any) -> bool:

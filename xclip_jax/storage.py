@@ -59,15 +59,23 @@ def strict_json(content: Any, **options: Any) -> str:
         return json.dumps(_finite(content), allow_nan=False, **options)
 
 
-def write_whole(path: epath.Path, text: str) -> None:
-    """Write a file whole or not at all, even if the process or the machine stops in between."""
+def write_whole(path: epath.Path, content: str | bytes) -> None:
+    """Write a file, text in UTF-8, whole or not at all, even if the process or the machine stops in between."""
+    data = content.encode() if isinstance(content, str) else content
     if is_remote(str(path)):
-        path.write_text(text)  # an object in a bucket appears when it is complete
+        path.write_bytes(data)  # an object in a bucket appears when it is complete
         return
     temporary = path.parent / f".{path.name}.tmp"
-    with _os_errors(str(path)), temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with _os_errors(str(path)), temporary.open("wb") as file:
+        file.write(data)
         file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def put_in_place(temporary: pathlib.Path, path: pathlib.Path) -> None:
+    """Give a file that was written its name, once its bytes are on the disk."""
+    with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
 
@@ -91,14 +99,15 @@ class JsonLines:
 
         Args:
           path: the file; it need not exist.
-          keep: whether an existing object stays. Lines that are not a JSON object, such as half a line of a process
-            that was killed, do not.
+          keep: whether an existing object stays; a `KeyError` or `TypeError`, of one that lacks a value or has another
+            type of it, means no. Lines that are not a JSON object, such as half a line of a process that was killed, do
+            not stay.
           writes: false for all but one process of a run: they only read.
         """
         self.path, self._writes = path, writes
         old = path.read_bytes() if path.exists() else b""
         objects = filter(None, map(_json_object, old.split(b"\n")))
-        self.kept = [content for content in objects if keep(content)]
+        self.kept = [content for content in objects if _stays(content, keep)]
         lines = [f"{strict_json(content)}\n" for content in self.kept]
         if writes and "".join(lines).encode() != old:
             write_whole(path, "".join(lines))
@@ -131,6 +140,13 @@ def _json_object(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):  # JSON that is damaged, bytes that are not UTF-8, brackets without end
         return None
     return content if isinstance(content, dict) else None
+
+
+def _stays(content: dict[str, Any], keep: Callable[[dict[str, Any]], bool]) -> bool:
+    try:
+        return keep(content)
+    except (KeyError, TypeError):
+        return False
 
 
 def _split(pattern: str) -> list[str]:

@@ -6,14 +6,14 @@ import itertools
 import os
 import pathlib
 import re
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from xclip_jax.data.base import IMAGE_SUFFIXES, LabelledSource, Record
-from xclip_jax.errors import BadSample, UserError
+from xclip_jax import storage
+from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, LabelledSource, Record
+from xclip_jax.errors import UserError
 
 
 class Field(Sequence):
@@ -49,13 +49,10 @@ class Paths(Sequence):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> bytes:  # ty: ignore[incompatible-method-override] no slices
-        path = self.paths[index]
         try:
-            if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
-                raise BadSample("not a regular file", str(path))
-            return path.read_bytes()
+            return storage.read(str(self.paths[index]), MAX_BYTES["image"])
         except OSError as error:
-            raise BadSample("file cannot be read", str(error)) from error
+            raise storage.unreadable(error) from error
 
 
 def read_files(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[str]]:

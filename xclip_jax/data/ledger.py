@@ -20,6 +20,10 @@ _MIN_SAMPLES = 1000
 Entry = dict[str, Any]
 
 
+class TooManyBadSamples(UserError):
+    """More samples are bad than `data.max_bad_fraction` allows; raised at the same step by all processes of a run."""
+
+
 def _gather(content: Any) -> list[Any]:
     """Return the JSON content of each process, on all of them; every process must call this at the same step."""
     if jax.process_count() == 1:
@@ -74,7 +78,9 @@ class Ledger:
         self._pending: collections.deque[tuple[int, int, list[Entry]]] = collections.deque()
         self._part = jax.process_index()
         self._file = storage.JsonLines(
-            self.path, lambda entry: entry.get("position", start) < start, writes=jax.process_index() == 0
+            self.path,
+            lambda entry: entry["position"] < start and all(isinstance(entry[key], int) for key in ("source", "index")),
+            writes=jax.process_index() == 0,
         )
         self._known = {(entry["source"], entry["index"]) for entry in self._file.kept}
 
@@ -104,7 +110,7 @@ class Ledger:
         """Write and count what was recorded of the run's first `samples`. All processes call it at the same steps.
 
         Raises:
-          UserError: more than `max_bad_fraction` are bad; processes that load the same rows read different samples.
+          UserError: processes that load the same rows read different samples.
         """
         tokens, bad = 0, []
         while self._pending and self._pending[0][0] <= samples:
@@ -117,7 +123,6 @@ class Ledger:
         tokens = self.counters["tokens"] + sum(tokens for tokens, _ in records)
         self.counters = self.counters | {"samples": samples, "tokens": tokens, "bad": dict(sorted(counts.items()))}
         self._write(entries)
-        self._check()
 
     @property
     def bad(self) -> int:
@@ -129,11 +134,12 @@ class Ledger:
         """Fraction of bad samples among all that were read."""
         return self.bad / max(self.counters["samples"] + self.bad, 1)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises `TooManyBadSamples` where more than `max_bad_fraction` of what was counted by `sync` are bad."""
         read = self.counters["samples"] + self.bad
         if self.bad > self.max_bad_fraction * max(read, _MIN_SAMPLES):
             reasons = sorted(self.counters["bad"].items(), key=lambda item: -item[1])
-            raise UserError(
+            raise TooManyBadSamples(
                 f"{self.bad:,} of {read:,} samples are bad, more than data.max_bad_fraction={self.max_bad_fraction:g} "
                 f"allows ({', '.join(f'{reason}: {count:,}' for reason, count in reasons)}); {self.path} lists them. "
                 "Fix the data, or raise data.max_bad_fraction."

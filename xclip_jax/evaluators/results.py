@@ -31,7 +31,7 @@ from xclip_jax.evaluators import flat_names
 from xclip_jax.evaluators.provenance import describe, digest
 from xclip_jax.evaluators.result import Result, from_json, to_json
 from xclip_jax.evaluators.statistics import PerExample
-from xclip_jax.storage import write_json
+from xclip_jax.storage import write_json, write_whole
 
 Entry = dict[str, Any]
 ItemsOf = dict[str, dict[str, PerExample]]  # of each entry, by its "items"
@@ -163,10 +163,7 @@ def _write_items(path: epath.Path, items_of: ItemsOf) -> None:
                     arrays[f"{item.statistic}:{part}:{entry}:{urllib.parse.quote(name, safe='')}"] = array
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    target = _items_path(path)
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(target)
+    write_whole(_items_path(path), buffer.getvalue())
 
 
 def _read_items(path: epath.Path, entries: Sequence[Entry]) -> ItemsOf:

@@ -1,6 +1,5 @@
 """Metrics of a run: metrics.jsonl, TensorBoard, the progress line, callbacks, and warnings of a collapse."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,9 +37,7 @@ class MetricWriter:
         from tensorboardX import SummaryWriter  # it imports torch where there is one, which takes seconds
 
         last = step if evaluations is None else evaluations
-        self._file = JsonLines(
-            folder.metrics_file, lambda line: line.get("step", math.inf) <= (step if "loss" in line else last)
-        )
+        self._file = JsonLines(folder.metrics_file, lambda line: line["step"] <= (step if "loss" in line else last))
         self._evaluated = {line["step"] for line in self._file.kept if "loss" not in line}
         # A bounded queue blocks for ever, at exit too, when an error of the disk has ended the thread that empties it.
         self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=step + 1, max_queue=0)
@@ -140,7 +137,7 @@ class MetricLogger:
         """Wait for the last step and log its metrics, unless they are logged already.
 
         Raises:
-          UserError: too many skipped steps in a row (`Diverged`), or too many bad samples.
+          UserError: too many skipped steps in a row (`Diverged`), or processes that read different samples.
         """
         if self._pending is None:
             return

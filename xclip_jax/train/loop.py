@@ -11,7 +11,7 @@ import numpy as np
 from xclip_jax import heartbeat
 from xclip_jax.console import log0
 from xclip_jax.data import loader
-from xclip_jax.data.ledger import Ledger
+from xclip_jax.data.ledger import Ledger, TooManyBadSamples
 from xclip_jax.data.prefetch import patient
 from xclip_jax.evaluators import registry, summary
 from xclip_jax.evaluators.base import Evaluator
@@ -30,7 +30,11 @@ def train(
     """Train `state` to the end of the run, or to an interrupt.
 
     Returns:
-      The state, and whether the run was interrupted. Its last step is saved then, and so it is where data fail.
+      The state, and whether the run was interrupted. Its last step is saved then.
+
+    Raises:
+      Exception: of data or an evaluation. The last step is saved where all processes can save it: in a run of one
+        process, and where all of them count too many bad samples.
     """
     config, experiment, start = job.config, job.experiment, int(state.step)
     step = start
@@ -49,6 +53,7 @@ def train(
 
     try:
         stop.check()
+        log.ledger.check()
         # A run that stopped between a checkpoint and the evaluation of the same step makes that evaluation now.
         if _evaluates(job, start) and not log.has_evaluation(start):
             _evaluate(job, start, state, log, watch, stop)
@@ -59,6 +64,7 @@ def train(
             step, stop.saves = step + 1, True
             log.log_step(step, metrics)
             checkpointer.raise_failure()  # of a save in the background
+            log.ledger.check()
             if log.skipped.exceeded:
                 state = log.skipped.rewind(state)
             stop.check()
@@ -67,15 +73,20 @@ def train(
             if _evaluates(job, step):
                 _evaluate(job, step, state, log, watch, stop)
         log.flush()
+        log.ledger.check()
         return state, False
     except Interrupted:
         if step > start:
             save()
         return state, True
     except Exception as error:
-        # Of several processes none can save without the others; and what fails elsewhere may leave no state.
-        if watch.phase == DATA and step > start and jax.process_count() == 1:
+        # Of several processes none can save without the others, and these have begun the next step, which overwrites
+        # the state. What fails in a step may leave no state.
+        alike = isinstance(error, TooManyBadSamples)
+        alone = jax.process_count() == 1 and watch.phase in (DATA, EVALUATION)
+        if step > start and (alike or alone):
             save()
+            checkpointer.steps()  # waits for it: of several processes each ends as soon as it has raised
             error.add_note(f"the state of step {step} is saved")
         raise
     finally:

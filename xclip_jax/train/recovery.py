@@ -40,9 +40,7 @@ class SkippedSteps:
         """Open the file of a run that starts or resumes at step `start`, with the counters of `ledger`."""
         self._job, self._ledger, self._checkpointer = job, ledger, checkpointer
         self.path = job.folder.skipped_steps_file
-        self._file = JsonLines(
-            self.path, lambda line: line.get("step", math.inf) <= start, writes=jax.process_index() == 0
-        )
+        self._file = JsonLines(self.path, lambda line: line["step"] <= start, writes=jax.process_index() == 0)
         self._checked, self._skipped = start, False
 
     @property

@@ -20,7 +20,8 @@ from xclip_jax.console import log0
 from xclip_jax.data import tokenizer
 from xclip_jax.errors import UserError
 from xclip_jax.run_folder import RunFolder
-from xclip_jax.storage import is_remote, write_json
+from xclip_jax.storage import is_remote, write_json, write_whole
+from xclip_jax.train import lease
 
 try:
     import fcntl
@@ -142,7 +143,7 @@ class TrainingFolder(RunFolder):
             self._write_config(config)
             write_json(self.data_file, list(fingerprints))
             if config.data.tokenizer not in tokenizer.NAMES and not self.tokenizer_file.exists():
-                self.tokenizer_file.write_bytes(epath.Path(config.data.tokenizer).read_bytes())
+                write_whole(self.tokenizer_file, epath.Path(config.data.tokenizer).read_bytes())
             yield
 
     def write_results(self, config: Config, results: Mapping[str, float], **details: Any) -> None:
@@ -167,7 +168,7 @@ class TrainingFolder(RunFolder):
 
     def _check_not_lost(self, saved: Mapping[str, Any]) -> None:
         """Metrics without checkpoints are a run that was killed early, or one whose checkpoints are lost."""
-        step, every = self._last_logged_step(), saved["config"]["checkpoint"]["every"]
+        step, every = self.last_logged_step(), saved["config"]["checkpoint"]["every"]
         # The second checkpoint is started when the first is on disk.
         if self.results_file.exists() or 0 < 2 * every < step:
             raise UserError(
@@ -175,7 +176,8 @@ class TrainingFolder(RunFolder):
                 "delete the folder to train from step 0."
             )
 
-    def _last_logged_step(self) -> int:
+    def last_logged_step(self) -> int:
+        """Last step of metrics.jsonl, 0 where there is none."""
         step = 0
         for line in self.read_metrics():
             with contextlib.suppress(ValueError, TypeError, KeyError):
@@ -195,16 +197,16 @@ class TrainingFolder(RunFolder):
             return
         before, after = schema.flatten(saved["config"]), schema.flatten(current)
         changed = {key: [before.get(key), value] for key, value in after.items() if before.get(key) != value}
-        last = (saved.get("starts") or [saved])[-1]["environment"]
+        last = (saved.get("starts") or [saved])[-1].get("environment", {})
         if changed or {**last, "command": ""} != {**facts, "command": ""}:
             start = {"step": self.latest_step(), "time": now, "changed": changed, "environment": facts}
             write_json(self.config_file, saved | {"config": current, "starts": [*saved.get("starts", []), start]})
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        # Buckets have no locks, and a file in one would outlive a run that is killed.
         if fcntl is None or is_remote(str(self.path)):
-            yield
+            with lease.held(self.lock_file):
+                yield
             return
         with open(self.lock_file, "a+") as file:
             try:

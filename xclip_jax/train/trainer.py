@@ -90,6 +90,8 @@ def _train(
     )
     position: dict[str, Any] = {"samples": 0}
     if checkpointer.latest() is None:
+        if step := job.folder.last_logged_step():
+            log0(f"WARNING: there is no checkpoint, so the run starts again; metrics up to step {step} are dropped")
         state = create(experiment.init, experiment.abstract)
         if job.initial:
             state = init_from_weights(job.initial, state)
