@@ -88,6 +88,8 @@ def _drop_unread_output() -> bool:
 class Parser(argparse.ArgumentParser):
     """Parser of a command's arguments, whose errors are one sentence, without the usage before it.
 
+    Arguments are not abbreviated, and the description is shown as it is written.
+
     Attributes:
       program: name of the running program in its help, where it was not started by `python -m`; set by `cli`.
     """
@@ -96,7 +98,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *, prog: str | None = None, **options: Any) -> None:
         """Make a parser with the options of `ArgumentParser`."""
-        super().__init__(prog=Parser.program or prog, **options)
+        defaults: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(prog=Parser.program or prog, **(defaults | options))
 
     def print_help(self, file: Any = None) -> None:
         with exit_with_message():

@@ -27,12 +27,7 @@ _CONFIG = re.compile(r"--?(no)?config\b")
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command's own arguments, and those of the config."""
-    parser = Parser(
-        prog="python -m xclip_jax.doctor",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m xclip_jax.doctor", description=__doc__)
     default = Options()
     before = any(_CONFIG.match(argument) for argument in argv)
     if not before:
