@@ -30,6 +30,14 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """A folder of 40 little images with captions; to be read only."""
+    from tests import tiny
+
+    return tiny.folder(tmp_path_factory.mktemp("data") / "pairs")
+
+
+@pytest.fixture(scope="session")
 def icon_package(tmp_path_factory):
     """Path of a small package of icon sets, and what pins it."""
     from tests import icons_package

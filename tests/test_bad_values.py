@@ -141,11 +141,6 @@ def test_a_spike_of_the_gradient_is_skipped_once_its_mean_is_known(monkeypatch):
 # A run
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return tiny.folder(tmp_path_factory.mktemp("pairs"))
-
-
 class Killed(Exception):
     pass
 

@@ -12,10 +12,11 @@ import jax
 import pytest
 
 from tests import tiny
+from tests.findings import built, only
 from xclip_jax import plan
 from xclip_jax.config import schema
 from xclip_jax.doctor import __main__ as command
-from xclip_jax.doctor import machine, reading, resources, settings
+from xclip_jax.doctor import machine, resources
 from xclip_jax.doctor.before import Options, check_config, check_weights
 from xclip_jax.doctor.finding import FAIL, OK, WARNING
 from xclip_jax.train import build
@@ -23,25 +24,6 @@ from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.run_folder import TrainingFolder
 
 QUICK = Options(samples=32, seconds=0, step="never")
-
-
-def built(objective="clip", **changes):
-    return build.build(tiny.config(objective, **changes))
-
-
-def only(findings, check, mark):
-    """The one finding of `check`, which has `mark`; FAILs and warnings have a remedy, there or in the text."""
-    (finding,) = [each for each in findings if each.check == check and each.mark != OK] or [
-        each for each in findings if each.check == check
-    ]
-    assert finding.mark == mark, finding
-    assert "\n" not in finding.line() and finding.line().startswith(mark)
-    return finding
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return tiny.folder(tmp_path_factory.mktemp("doctor") / "pairs")
 
 
 # --- devices and versions
@@ -229,137 +211,6 @@ def test_checkpoints_that_the_disk_has_no_room_for(tmp_path):
     assert finding.values["needed_bytes"] == 2 * state
     (bucket,) = resources.check_disk(experiment, TrainingFolder("gs://bucket/run"))
     assert "in a bucket" in bucket.text
-
-
-# --- data
-
-
-@pytest.fixture(scope="module")
-def experiment(pairs):
-    return built("clip", data__sources=(f"folder:{pairs}",))
-
-
-def data_findings(experiment, tmp_path, *, step_seconds=None, **changes):
-    experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, **changes))
-    folder = TrainingFolder(tmp_path / "run")
-    return list(reading.check_data(experiment, folder, step_seconds=step_seconds, samples=32, seconds=0))
-
-
-def test_sources_that_do_not_open(experiment, tmp_path, pairs):
-    findings = data_findings(experiment, tmp_path, sources=("folder:/nowhere",))
-    assert "'/nowhere' does not exist" in only(findings, "data", FAIL).text
-    findings = data_findings(experiment, tmp_path, sources=(f"folder:{pairs}", "folder:/no/1", "csv:/no/2"))
-    assert [(x.check, x.mark) for x in findings] == [("data", FAIL)] * 2
-    assert "/no/1" in findings[0].text and "/no/2" in findings[1].text
-    findings = data_findings(experiment, tmp_path, batch=48)
-    assert "data.batch=48 exceeds the 40 pairs" in only(findings, "data", FAIL).text
-
-
-def test_a_source_that_has_changed(tmp_path, pairs, run):
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    (copy / "data.json").write_text(json.dumps([{"samples": 9, "hash": "x"}]))
-    experiment = built("xclip", run=copy, data__sources=(f"folder:{pairs}",))
-    assert "has changed since" in only(data_findings(experiment, tmp_path), "data", FAIL).text
-
-
-def test_reading_is_compared_with_the_step(experiment, tmp_path):
-    assert "unknown without a step" in only(data_findings(experiment, tmp_path), "reading", OK).text
-    findings = data_findings(experiment, tmp_path, step_seconds=60.0)
-    assert only(findings, "reading", OK).values["needed_samples_per_second"] == pytest.approx(16 / 60)
-    finding = only(data_findings(experiment, tmp_path, step_seconds=1e-7), "reading", WARNING)
-    assert finding.values["wait_share"] > 0.9 and "data.workers" in finding.remedy
-    assert only(data_findings(experiment, tmp_path, step_seconds=1e-7, cache=True), "reading", OK)
-    assert not (tmp_path / "run").exists()
-
-
-def test_bad_samples(experiment, tmp_path):
-    pairs = tiny.folder(tmp_path / "pairs", n=60)
-    for number in (1, 2, 3):
-        (pairs / f"{number:03}.png").write_bytes(b"no image")
-    changes = {"sources": (f"folder:{pairs}",), "batch": 60}
-    findings = data_findings(experiment, tmp_path, **changes, max_bad_fraction=0.001)
-    finding = only(findings, "samples", FAIL)
-    assert finding.values["bad"] > 0 and "pairs/00" in finding.text and "the run stops" in finding.text
-    assert only(data_findings(experiment, tmp_path, **changes, max_bad_fraction=0.9), "samples", OK)
-    share = finding.values["bad_share"]
-    findings = data_findings(experiment, tmp_path, **changes, max_bad_fraction=1.4 * share)
-    assert only(findings, "samples", WARNING)
-    for path in pairs.glob("*.png"):
-        path.write_bytes(b"no image")
-    findings = data_findings(experiment, tmp_path, **changes | {"batch": 4})
-    assert "bad samples in a row" in only(findings, "samples", FAIL).text
-
-
-def test_equal_captions_are_wrong_negatives(experiment, tmp_path):
-    pairs = tiny.folder(tmp_path / "pairs", n=40)
-    for path in pairs.glob("*.txt"):
-        path.write_text("the same for all of them")
-    changes = {"sources": (f"folder:{pairs}",)}
-    finding = only(data_findings(experiment, tmp_path, **changes), "texts", WARNING)
-    assert finding.values["duplicate_share"] == 1 and "spread_duplicate_captions" in finding.remedy
-    assert finding.values["full_share"] == 1
-    assert only(data_findings(experiment, tmp_path, **changes, spread_duplicate_captions=True), "texts", OK)
-
-
-def test_evaluation_sets_that_do_not_open(pairs):
-    experiment = built("clip", eval__sets=("emoji/nothing", "folder:/nowhere"), eval__final_sets=("folder:/nowhere",))
-    findings = list(reading.check_sets(experiment))
-    assert [(x.check, x.mark) for x in findings] == [("evaluation", FAIL)] * 2
-    assert "emoji/nothing" in findings[0].text and "/nowhere" in findings[1].text
-
-
-# --- settings
-
-
-def settings_of(objective="clip", step_seconds=None, **changes):
-    usual = {
-        "steps": 100,
-        "optim__warmup": 10,
-        "data__batch": 256,
-        "eval__sets": ("a",),
-        "eval__every": 20,
-        "log__collapse_warmup_steps": 20,
-        "checkpoint__every": 20,
-    }
-    findings = list(settings.check_settings(built(objective, **usual | changes), step_seconds))
-    assert all(x.mark == WARNING and x.remedy for x in findings) or [x.mark for x in findings] == [OK]
-    return [x.line() for x in findings]
-
-
-def test_settings_as_usual():
-    (line,) = settings_of()
-    assert line.startswith("ok") and settings_of(step_seconds=100.0) == [line]
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"optim__warmup": 40}, "optim.warmup=40 is more than a third of the 100 steps"),
-        ({"optim__warmup": 0}, "optim.warmup is 0"),
-        ({"optim__lr": 5e-3}, "optim.lr=0.005 is 20 times the rate of 0.00025"),
-        ({"data__batch": 64}, "data.batch=64: the contrastive loss tells a pair from 63 others"),
-        ({"eval__every": 0}, "eval.every=0 evaluates at the end alone"),
-        ({"eval__sets": (), "eval__final_sets": ("a",)}, "eval.sets is empty"),
-        ({"eval__sets": ()}, "eval.sets and eval.final_sets are empty"),
-        ({"eval__ema": True}, "eval.ema evaluates a moving average"),
-        ({"log__collapse_warmup_steps": 500}, "log.collapse_warmup_steps=500: none of the 100 steps"),
-        ({"checkpoint__every": 0}, "checkpoint.every=0 saves at the end alone"),
-        ({"step_seconds": 400.0}, "checkpoint.every=20 saves every 2.2 h"),
-    ],
-)
-def test_settings_that_are_seldom_right(changes, words):
-    (line,) = settings_of(**changes)
-    assert words in line and line.startswith("warning  settings")
-
-
-def test_a_device_with_few_pairs(monkeypatch):
-    """Of accelerators alone."""
-    experiment = built("nclip", data__batch=64, optim__microbatches=4)
-    assert not [line for line in settings.check_settings(experiment, None) if "a device encodes" in line.text]
-    monkeypatch.setattr(settings.jax, "devices", lambda: [type("Device", (), {"platform": "tpu"})])
-    (finding,) = [line for line in settings.check_settings(experiment, None) if "a device encodes" in line.text]
-    assert "encodes 2 pairs at a time" in finding.text
 
 
 # --- initial weights, the command

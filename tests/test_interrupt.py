@@ -19,11 +19,6 @@ from xclip_jax.run_folder import RunFolder
 from xclip_jax.train import interrupt, loop, trainer, watchdog
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return tiny.folder(tmp_path_factory.mktemp("pairs"))
-
-
 def config(pairs, run, **changes):
     defaults = {"data__sources": (f"folder:{pairs}",), "checkpoint__every": 1000, "steps": 4, "data__batch": 8}
     return tiny.config("clip", run=run, **defaults | changes)

@@ -13,7 +13,7 @@ import yaml
 import xclip_jax
 from xclip_jax import cli
 from xclip_jax.config import load
-from xclip_jax.errors import Parser, UserError
+from xclip_jax.errors import EXIT_UNREAD, Parser, UserError, exit_with_message
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -50,6 +50,30 @@ def test_command_line_of_a_command(tmp_path):
     done = command("trian", cwd=tmp_path)
     assert done.stderr == "error: unknown command 'trian'; did you mean 'train'? See xclip-jax --help\n"
     assert command("--version", cwd=tmp_path).stdout.startswith("xclip_jax 0.")
+
+
+@pytest.mark.parametrize(
+    ("line", "unbuffered"),
+    [("cli --help", ""), ("cli --help", "1"), ("study --help", "1"), ("cli study --dry-run", ""), ("main --help", "")],
+)
+def test_a_command_whose_output_nobody_reads_ends_quietly(line, unbuffered, tmp_path):
+    """As in a pipe to `head`, whether writing fails at once or when the command ends."""
+    module, *arguments = line.split()
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, "-m", f"xclip_jax.{module}", *arguments]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(line, cwd=tmp_path, env=env, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (EXIT_UNREAD, "")
+
+
+def test_a_pipe_to_another_process_that_breaks_is_an_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with pytest.raises(BrokenPipeError), exit_with_message():
+        os.write(writer, b"x")
+    os.close(writer)
 
 
 def test_recipes_by_name_and_by_path(tmp_path):

@@ -12,7 +12,7 @@ from tests import tiny
 from xclip_jax import evaluate, model_card
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, results
-from xclip_jax.evaluators.result import flat
+from xclip_jax.evaluators.result import Result, flat
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.train import trainer
@@ -267,6 +267,53 @@ def test_profiles_that_resize_otherwise_are_not_compared_but_models_of_other_siz
     assert compared(tmp_path, [made("bilinear", 224, " to 256", set="y")], [made("bilinear", 336, " to 384", set="y")])
     with pytest.raises(UserError, match=r"preprocessing is .*bicubic.* and .*bilinear"):
         compared(tmp_path, [made("bicubic", 224, set="z")], [made("bilinear", 224, set="z", profile="slip")])
+
+
+def test_each_metric_is_compared_in_its_own_unit(tmp_path):
+    """Percent and correlations by their difference, ranks by their ratio; old entries, without records, in percent."""
+    rng = np.random.default_rng(0)
+    ranks = rng.integers(1, 100, 60).astype(float)
+    kinds = {
+        "rank_gmean": ("rank", [PerExample(x, statistic="gmean") for x in (ranks, np.ceil(ranks / 2))]),
+        "top5": ("%", [PerExample((x < 20).astype(float)) for x in (ranks, ranks / 2)]),
+        "spearman": ("x 100", [PerExample(x, other=-ranks, statistic="spearman") for x in (ranks, rng.random(60))]),
+        "top1": ("", [PerExample(np.ones(4)), PerExample(np.ones(4))]),
+    }
+    for side, file in enumerate("ab"):
+        for metric, (unit, items) in kinds.items():
+            value = items[side].value()
+            result = Result(metric, "zeroshot", metric, value, unit=unit, headline=True)
+            fields = entry(f"zeroshot/{metric}", set=metric, metric=metric, value=value)
+            fields |= {"records": results.to_json([result])} if unit else {}
+            name = f"zeroshot/{metric}/{metric}"
+            results.add(epath.Path(tmp_path / file), fields, {name: items[side]}, {}, own=True)
+    rows = evaluate.compare(str(tmp_path / "a"), str(tmp_path / "b"))
+    of = {row["metric"]: row for row in rows}
+    assert [row["unit"] for row in rows] == ["rank", "%", "x 100", "%"]
+    rank = of["rank_gmean"]
+    assert rank["ratio"] == pytest.approx(rank["b"] / rank["a"]) and "difference" not in rank
+    draws = np.random.default_rng(0)
+    logs = np.log(np.ceil(ranks / 2) / ranks)
+    means = [logs[draws.integers(0, 60, 60)].mean() for _ in range(2000)]
+    assert (rank["low"], rank["high"]) == pytest.approx(tuple(np.exp(np.percentile(means, [2.5, 97.5]))))
+    assert 0.4 < rank["low"] < rank["ratio"] < rank["high"] < 0.6
+    for metric in ("top5", "spearman", "top1"):
+        row = of[metric]
+        assert row["difference"] == row["b"] - row["a"] and row["low"] <= row["difference"] <= row["high"]
+    *_, first, second, third, fourth, note = evaluate.render(rows, "a", "b").splitlines()
+    interval = f"{rank['low']:.2f} to {rank['high']:.2f} *"
+    assert first.split() == [
+        *("rank_gmean",) * 2,
+        "rank",
+        *(f"{rank[key]:.2f}" for key in "ab"),
+        "x",
+        f"{rank['ratio']:.2f}",
+        *interval.split(),
+    ]
+    assert second.split()[2:6] == ["%", *(f"{of['top5'][key]:.1f}" for key in "ab"), f"{of['top5']['difference']:+.1f}"]
+    assert " x 100 " in third and third.endswith(" *") and fourth.endswith("+0.0   +0.0 to +0.0")
+    assert note == "x: B / A, of ranks from 1; less is better"
+    assert "B / A" not in evaluate.render(rows[1:], "a", "b")
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,6 @@ from xclip_jax.train.interrupt import EXIT_RESUMABLE
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return tiny.folder(tmp_path_factory.mktemp("pairs"))
-
-
 @pytest.fixture
 def source(monkeypatch, pairs):
     """The pairs as the source of the recipe "tiny", in this process and in those of runs."""

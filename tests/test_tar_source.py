@@ -1,13 +1,10 @@
+"""Pairs in tars: what is good is read, what is bad has its reason, on any number of hosts and after a resume."""
+
 import collections
-import hashlib
-import io
-import itertools
 import json
 import os
 import pathlib
 import pickle
-import subprocess
-import sys
 import tarfile
 
 import fsspec
@@ -18,25 +15,10 @@ from etils import epath
 
 from tests import torture
 from xclip_jax import storage
-from xclip_jax.data import base, ledger, loader, sources, tar_headers, tar_index, tar_source, tokenizer, transforms
+from xclip_jax.data import base, ledger, loader, sources, tar_source, tokenizer, transforms
 from xclip_jax.errors import BadSample, UserError
 
-
-@pytest.fixture(scope="module")
-def tortured(tmp_path_factory):
-    """The pattern, what is good and what is bad."""
-    folder = tmp_path_factory.mktemp("torture")
-    good, bad = torture.make(folder)
-    return f"{folder}/{{00..16}}.tar", good, bad
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """Two tars of 13 and 8 good pairs."""
-    folder = tmp_path_factory.mktemp("plain")
-    torture.pairs(folder / "0.tar", 0, 13)
-    torture.pairs(folder / "1.tar", 13, 8)
-    return f"{folder}/{{0..1}}.tar"
+tortured, plain = torture.tortured, torture.plain
 
 
 def config(**changes):
@@ -204,74 +186,6 @@ def test_json_that_is_nested_or_holds_half_a_letter(tmp_path):
             source[i]
 
 
-def test_index_is_stored_once_and_follows_the_tar(tmp_path, monkeypatch):
-    path = torture.pairs(tmp_path / "0.tar", 0, 3)
-    assert len(tar_source.TarSource(str(path))) == 3
-    [stored] = (tmp_path / ".xclip_index").iterdir()
-    monkeypatch.setattr(tar_index, "index", lambda _: pytest.fail("indexed again"))
-    assert len(tar_source.TarSource(str(path))) == 3
-    monkeypatch.undo()
-    torture.pairs(path, 0, 5)
-    assert len(tar_source.TarSource(str(path))) == 5
-    assert stored.exists()
-
-
-def test_a_stored_index_that_is_damaged_is_made_again(tmp_path, monkeypatch):
-    path = torture.pairs(tmp_path / "0.tar", 0, 3)
-    expected = tar_source.TarSource(str(path))
-    [stored] = (tmp_path / ".xclip_index").iterdir()
-    whole, rng, indexed = stored.read_bytes(), np.random.default_rng(0), []
-    index = tar_index.index
-    monkeypatch.setattr(tar_index, "index", lambda path: indexed.append(path) or index(path))
-    damaged = [b"", b"x", whole[:100], whole[:-1], whole + b"x", bytes(len(whole)), whole[:-16], rng.bytes(300)]
-    for at in rng.integers(len(whole), size=40):
-        damaged.append(whole[:at] + bytes([whole[at] ^ 1 << int(rng.integers(8))]) + whole[at + 1 :])
-    for number, content in enumerate(damaged, 1):
-        stored.unlink()  # else it would change under the maps of the source before
-        stored.write_bytes(content)
-        source = tar_source.TarSource(str(path))
-        assert [source[i] for i in range(3)] == [expected[i] for i in range(3)]
-        assert len(indexed) == number
-        assert stored.read_bytes() == whole
-    stored.unlink()
-    stored.mkdir()
-    monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
-    assert len(tar_source.TarSource(str(path))) == 3
-    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("fault", 7), ("fault", 255), ("image_size", 1 << 31), ("json_size", 1 << 30), ("text", (1 << 64) - 1)],
-)
-def test_an_index_that_came_with_its_tar_is_not_believed(field, value, tmp_path):
-    path = torture.pairs(tmp_path / "0.tar", 0, 3)
-    expected = tar_source.TarSource(str(path))
-    [stored] = (tmp_path / ".xclip_index").iterdir()
-    rows = np.load(stored).copy()
-    rows[field][1] = value
-    content = io.BytesIO()
-    np.save(content, rows)
-    stored.unlink()
-    stored.write_bytes(content.getvalue() + hashlib.blake2b(content.getvalue(), digest_size=16).digest())
-    assert tar_index.read(stored) is None
-    source = tar_source.TarSource(str(path))
-    assert [source[i] for i in range(3)] == [expected[i] for i in range(3)]
-
-
-def test_an_index_whose_header_is_damaged_is_not_read(tmp_path):
-    path = tmp_path / "x.npy"
-    for header in (
-        b"{'descr': (",
-        b"{" * 5000,
-        b"\xff" * 60,
-        b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
-    ):
-        data = b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header
-        path.write_bytes(data + hashlib.blake2b(data, digest_size=16).digest())
-        assert tar_index.read(path) is None
-
-
 def test_names_that_lead_elsewhere_are_names_alone(tmp_path, monkeypatch):
     """Nothing is unpacked: absolute names, "..", links and devices open no file but the tar."""
     (tmp_path / "secret.txt").write_text("secret")
@@ -305,78 +219,6 @@ def test_names_that_lead_elsewhere_are_names_alone(tmp_path, monkeypatch):
     )
     assert set(map(str, opened)) <= {str(path)}
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".npy") == ["0.tar", "secret.txt"]
-
-
-def test_index_beside_read_only_data_goes_to_the_cache(tmp_path, monkeypatch):
-    (tmp_path / "data").mkdir()
-    path = torture.pairs(tmp_path / "data" / "0.tar", 0, 3)
-    monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
-    writable = storage.writable
-    monkeypatch.setattr(storage, "writable", lambda folder: folder.name != ".xclip_index" and writable(folder))
-    assert len(tar_source.TarSource(str(path))) == 3
-    assert [p.name for p in (tmp_path / "data").iterdir()] == ["0.tar"]
-    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
-
-
-def test_index_in_processes_is_that_of_one(tmp_path, capfd):
-    paths = [str(torture.pairs(tmp_path / f"{i}.tar", 10 * i, 4)) for i in range(5)]
-    places = tar_index.load(paths, processes=2)
-    for path, place in zip(paths, places, strict=True):
-        np.testing.assert_array_equal(np.load(place), tar_index.index(path))
-    assert "indexed 5 tars in" in capfd.readouterr().out
-    os.unlink(paths[0])
-    with pytest.raises(UserError, match=r"names do not exist, the first is .*0\.tar"):
-        tar_source.TarSource(f"{tmp_path}/{{0..4}}.tar")
-
-
-def test_names_with_line_breaks(tmp_path):
-    paths = [str(torture.pairs(tmp_path / f"a\n{i}\udcff.tar", 0, 1)) for i in range(3)]
-    assert [len(np.load(place)) for place in tar_index.load(paths, processes=2)] == [1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    "size",
-    [
-        b"-0000001000\0",
-        b"+0000001000\0",
-        b"0000_001000\0",
-        b"0o000001000\0",
-        b"00000010 00\0",
-        b"99999999999\0",
-        b"\xff" * 12,
-        b"\xff" * 11 + b"\0",
-        b"\xc0" + bytes(11),
-        b"\x80" + b"\xff" * 11,
-        b"-1\0".ljust(12, b"\0"),
-    ],
-)
-def test_a_header_with_an_odd_size_neither_hangs_the_index_nor_ends_it(size, tmp_path):
-    path = torture.shard(tmp_path / "x.tar", [(key, {"jpg": b"x" * 600, "txt": b"y"}) for key in ("a", "b", "c")])
-    with tarfile.open(path) as tar:
-        at = tar.getmember("b.jpg").offset
-    data = bytearray(path.read_bytes())
-    data[at + 124 : at + 136] = size
-    data[at + 148 : at + 156] = b"%06o\0 " % (sum(data[at : at + 512]) - sum(data[at + 148 : at + 156]) + 8 * 32)
-    path.write_bytes(data)
-    names = [name for name, *_ in itertools.islice(tar_headers.members(str(path), len(data)), 20)]
-    assert names[:2] == [b"a.jpg", b"a.txt"] and len(names) < 20
-    rows = tar_index.index(str(path))
-    assert rows["key"][0] == b"a" and rows["fault"][0] == tar_index.OK
-
-
-def test_a_long_number_in_an_extended_header(tmp_path):
-    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
-        torture.add(tar, "a.jpg", torture.jpeg(0), pax_headers={"size": "9" * 5000})
-        torture.add(tar, "a.txt", b"caption")
-    assert tar_index.index(str(tmp_path / "x.tar"))["fault"][0] == tar_index.OK
-
-
-def test_index_agrees_with_tarfile(tortured):
-    for path in storage.expand(tortured[0])[:8]:
-        with tarfile.open(path) as tar:
-            there = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
-        here = [(n.decode(), offset, size) for n, offset, size in tar_headers.members(path, os.path.getsize(path))]
-        assert here == there
 
 
 def test_a_source_travels_to_workers_without_its_arrays(plain):
@@ -432,21 +274,3 @@ def test_remote_tars_are_read_alike(plain, tmp_path, monkeypatch):
     for i in (0, 12, 13, 20):
         assert {**here[i], "id": ""} == {**there[i], "id": ""}
     assert here.fingerprint()["hash"] == there.fingerprint()["hash"]
-
-
-def test_indexing_command(plain, tmp_path):
-    def run(*arguments):
-        command = [sys.executable, "-m", "xclip_jax.data.tar_index", *arguments]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    done = run(f"{tmp_path}/x.tar")
-    assert done.returncode == 1
-    assert done.stderr == f"error: no file or folder '{tmp_path}/x.tar'; check the path.\n"
-    done = run("--help")
-    assert done.returncode == 0
-    assert done.stdout.startswith("usage: python -m xclip_jax.data.tar_index [-h] pattern")
-    done = run()
-    assert (done.returncode, done.stderr) == (1, "error: the following arguments are required: pattern; see --help\n")
-    torture.pairs(tmp_path / "x.tar", 0, 2)
-    assert run(f"{tmp_path}/x.tar").stdout.endswith("s\n")
-    assert len(list((tmp_path / ".xclip_index").iterdir())) == 1

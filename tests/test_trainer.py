@@ -24,11 +24,6 @@ from xclip_jax.train.interrupt import EXIT_RESUMABLE
 from xclip_jax.train.log import MetricWriter
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return tiny.folder(tmp_path_factory.mktemp("pairs"))
-
-
 def config(pairs, run, **changes):
     return tiny.config(run=run, **{"data__sources": (f"folder:{pairs}",)} | changes)
 

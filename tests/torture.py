@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 
@@ -251,6 +252,23 @@ def make(folder):
     good |= {("16.tar", "behind"): "behind"}
     bad |= {("16.tar", "byte 0"): "tar damaged", ("16.tar", "long_size"): "no image file"}
     return good, bad
+
+
+@pytest.fixture(scope="module")
+def tortured(tmp_path_factory):
+    """The pattern, what is good and what is bad."""
+    folder = tmp_path_factory.mktemp("torture")
+    good, bad = make(folder)
+    return f"{folder}/{{00..16}}.tar", good, bad
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Two tars of 13 and 8 good pairs."""
+    folder = tmp_path_factory.mktemp("plain")
+    pairs(folder / "0.tar", 0, 13)
+    pairs(folder / "1.tar", 13, 8)
+    return f"{folder}/{{0..1}}.tar"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import xclip_jax
 from xclip_jax.config.fields import nearest
-from xclip_jax.errors import Parser
+from xclip_jax.errors import Parser, exit_with_message
 
 COMMANDS = {
     "train": ("xclip_jax.main", "train a model by a recipe, or resume a run"),
@@ -35,22 +35,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
       argv: the command and its arguments; by default those of the process.
     """
-    command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if command in ("--help", "-h", "help"):
-        print(usage())
-    elif command == "--version":
-        print(f"xclip_jax {xclip_jax.__version__}")
-    elif command in COMMANDS:
-        sys.argv = [sys.argv[0], *arguments]
-        Parser.program = f"xclip-jax {command}"
-        try:
-            runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
-        finally:
-            Parser.program = None
-    else:
-        sys.exit(
-            f"error: unknown command {command!r}; did you mean {nearest(command, COMMANDS)!r}? See xclip-jax --help"
-        )
+    with exit_with_message():
+        command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+        if command in ("--help", "-h", "help"):
+            print(usage())
+        elif command == "--version":
+            print(f"xclip_jax {xclip_jax.__version__}")
+        elif command in COMMANDS:
+            sys.argv = [sys.argv[0], *arguments]
+            Parser.program = f"xclip-jax {command}"
+            try:
+                runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
+            finally:
+                Parser.program = None
+        else:
+            sys.exit(
+                f"error: unknown command {command!r}; did you mean {nearest(command, COMMANDS)!r}? See xclip-jax --help"
+            )
 
 
 if __name__ == "__main__":

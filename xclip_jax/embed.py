@@ -17,7 +17,6 @@ and repeats no part. It stops with an error when the weights, the text file, or 
 changed. An image of other content and equal size is not detected, nor is any change of image files in a bucket.
 """
 
-import argparse
 import json
 import pathlib
 import shutil
@@ -246,12 +245,7 @@ class _Progress:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = Parser(
-        prog="python -m xclip_jax.embed",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m xclip_jax.embed", description=__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run directory, or weights")
     parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")
     parser.add_argument("--images", help="a folder, or files: globs, ranges {00..12}, lists; or tars")

@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import numbers
+import os
+import select
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, NoReturn
@@ -11,6 +13,8 @@ from typing import Any, ClassVar, NoReturn
 # sysexits.h), and of one that hung or lost a process (the first number that sysexits.h leaves free).
 EXIT_RESUMABLE = 75
 EXIT_RESTART = 79
+# Of one whose output has no reader any more: what a shell reports of a program that SIGPIPE ends.
+EXIT_UNREAD = 141
 
 
 class UserError(ValueError):
@@ -45,19 +49,46 @@ def describe(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def exit_with_message() -> Iterator[None]:
-    """Context of a command: `UserError`, and an `OSError` that names a file, end it with one sentence and status 1."""
+    """Context of a command: `UserError`, and an `OSError` that names a file, end it with one sentence and status 1.
+
+    Where the reader of its output goes away, such as `head`, it ends without a word and with status `EXIT_UNREAD`.
+    """
     try:
         yield
+        print(end="", flush=True)  # at Python's own exit an error could not be caught
     except UserError as error:
         sys.exit(f"error: {describe(error)}")
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _drop_unread_output():
+            sys.exit(EXIT_UNREAD)
         if error.filename is None:
             raise
         sys.exit(f"error: {str(error.filename)!r}: {error.strerror}")
 
 
+def _drop_unread_output() -> bool:
+    """Send standard output and standard error to the null device where nobody reads them; return whether one is so.
+
+    What is still in a buffer would else raise at Python's exit. A pipe to another process, which may break as well, is
+    not one of the two.
+    """
+    unread = []
+    for descriptor in (1, 2):
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            unread.append(descriptor)
+    null = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in unread:
+        os.dup2(null, descriptor)
+    os.close(null)
+    return bool(unread)
+
+
 class Parser(argparse.ArgumentParser):
     """Parser of a command's arguments, whose errors are one sentence, without the usage before it.
+
+    Arguments are not abbreviated, and the description is shown as it is written.
 
     Attributes:
       program: name of the running program in its help, where it was not started by `python -m`; set by `cli`.
@@ -67,7 +98,12 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *, prog: str | None = None, **options: Any) -> None:
         """Make a parser with the options of `ArgumentParser`."""
-        super().__init__(prog=Parser.program or prog, **options)
+        defaults: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(prog=Parser.program or prog, **(defaults | options))
+
+    def print_help(self, file: Any = None) -> None:
+        with exit_with_message():
+            print(self.format_help(), end="", file=file)  # argparse's own passes over an error of writing
 
     def error(self, message: str) -> NoReturn:
         sys.exit(f"error: {message}; see --help")

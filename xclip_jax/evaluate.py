@@ -37,8 +37,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m xclip_jax.evaluate",
         description=__doc__,
         epilog=registry.listing(),
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", metavar="RUN", help="folder of a run, or weights")
     parser.add_argument(

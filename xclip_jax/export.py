@@ -9,7 +9,6 @@ also be weights that `xclip_jax.interop` reads. Where the run evaluates the movi
 the average is exported.
 """
 
-import argparse
 from collections.abc import Sequence
 
 import jax
@@ -63,12 +62,7 @@ def export(path: str, out: str, *, to: str = "hf", step: int | None = None, over
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = Parser(
-        prog="python -m xclip_jax.export",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m xclip_jax.export", description=__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run directory, or weights")
     parser.add_argument("--to", default="hf", help=", ".join(interop.FORMATS))
     parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")

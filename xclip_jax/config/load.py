@@ -13,7 +13,7 @@ from ml_collections import config_flags
 from xclip_jax import configs
 from xclip_jax.config import fields, schema
 from xclip_jax.config.renamed import RENAMED
-from xclip_jax.errors import UserError
+from xclip_jax.errors import UserError, exit_with_message
 
 
 def recipes() -> dict[str, pathlib.Path]:
@@ -93,7 +93,8 @@ def parse(argv: list[str]) -> list[str]:
     at = next((i for i, arg in enumerate(argv) if re.fullmatch(r"--?config(=.*)?", arg)), None)
     try:
         if {"--help", "-help", "-h"} & set(argv):
-            print(f"{sys.modules['__main__'].__doc__}\n\n{flags.FLAGS.main_module_help()}\n{help_text()}")
+            with exit_with_message():
+                print(f"{sys.modules['__main__'].__doc__}\n\n{flags.FLAGS.main_module_help()}\n{help_text()}")
             sys.exit(0)
         if at is None and "--helpfull" not in argv:
             raise UserError("--config is missing; start with --config demo")

@@ -194,7 +194,6 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python -m xclip_jax.data.check",
         description=__doc__.split("\n\n")[0],
         epilog="\n".join(["sources:", *(f"  {spec:23} {meaning}" for spec, meaning in sources.usage().items())]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", help="one of the list below, or a pattern of tars")
     parser.add_argument("--samples", type=_number(int, 0), default=2000, help="how many to read, 0 for all")

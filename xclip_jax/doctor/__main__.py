@@ -27,12 +27,7 @@ _CONFIG = re.compile(r"--?(no)?config\b")
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command's own arguments, and those of the config."""
-    parser = Parser(
-        prog="python -m xclip_jax.doctor",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m xclip_jax.doctor", description=__doc__)
     default = Options()
     before = any(_CONFIG.match(argument) for argument in argv)
     if not before:
@@ -69,17 +64,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.set_verbosity(logging.ERROR)
     options, rest = _arguments(sys.argv[1:] if argv is None else argv)
     out, lines = sys.stdout, []
-    with exit_with_message(), contextlib.redirect_stdout(sys.stderr):  # what is checked prints lines of its own
-        for each in _findings(options, rest):
-            lines.append(each)
-            if not options.json:
-                print(each.line().encode("utf-8", "replace").decode(), file=out, flush=True)
-    marks = [each.mark for each in lines]
-    if options.json:
-        rows = [{"check": x.check, "mark": x.mark, "text": x.text, "remedy": x.remedy, **_named(x)} for x in lines]
-        print(strict_json({"ok": finding.FAIL not in marks, "findings": rows}, indent=2), file=out)
-    else:
-        print(finding.summary(marks), file=out)
+    with exit_with_message():
+        with contextlib.redirect_stdout(sys.stderr):  # what is checked prints lines of its own
+            for each in _findings(options, rest):
+                lines.append(each)
+                if not options.json:
+                    print(each.line().encode("utf-8", "replace").decode(), file=out, flush=True)
+        marks = [each.mark for each in lines]
+        if options.json:
+            rows = [{"check": x.check, "mark": x.mark, "text": x.text, "remedy": x.remedy, **_named(x)} for x in lines]
+            print(strict_json({"ok": finding.FAIL not in marks, "findings": rows}, indent=2))
+        else:
+            print(finding.summary(marks))
     return 1 if finding.FAIL in marks else 0
 
 

@@ -1,4 +1,4 @@
-"""Comparison of two evaluations set by set, with bootstrap intervals of the differences."""
+"""Comparison of two evaluations set by set, with bootstrap intervals of the differences, of ranks of their ratios."""
 
 import math
 import re
@@ -9,6 +9,7 @@ from etils import epath
 
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import results
+from xclip_jax.evaluators.result import from_json
 from xclip_jax.evaluators.statistics import bootstrap
 from xclip_jax.run_folder import evaluation_file
 
@@ -19,8 +20,9 @@ _COMPARED_KEYS = ("split_hash", "version", "metric", "templates", "protocol")
 def compare(a: str, b: str, *, step: int | None = None, profile: str | None = None) -> list[dict[str, Any]]:
     """Compare two evaluations set by set.
 
-    Returns for each set {set, metric, a, b, difference, low, high, step_a, step_b, profile}. The interval, low to high,
-    is the 95 % percentile bootstrap of the paired difference; absent for metrics that cannot be resampled.
+    Returns for each set {set, metric, unit, a, b, difference, low, high, step_a, step_b, profile}; the unit is that of
+    `Result`. Ranks have "ratio", b / a, in place of the difference b - a. The interval, low to high, is the 95 %
+    percentile bootstrap of the paired difference or ratio; absent for metrics that cannot be resampled.
 
     Args:
       a, b: runs' folders, or results files of `xclip_jax.evaluate`.
@@ -38,17 +40,20 @@ def compare(a: str, b: str, *, step: int | None = None, profile: str | None = No
             continue
         left, right = _pair(of_a, of_b)
         _check_comparable(left, right, f"in {a} and {b}")
+        unit = _unit(left)
+        ratio = unit == "rank"  # a geometric mean: half the rank is as good at 200 as at 20
         row = {
             "set": name,
             "metric": left["metric"],
+            "unit": unit,
             "a": left["value"],
             "b": right["value"],
             "step_a": left["step"],
             "step_b": right["step"],
             "profile": left["profile"],
-            "difference": right["value"] - left["value"],
         }
-        rows.append(row | _interval(left, right, items_a, items_b))
+        row |= {"ratio": right["value"] / left["value"]} if ratio else {"difference": right["value"] - left["value"]}
+        rows.append(row | _interval(left, right, items_a, items_b, ratio=ratio))
     if not rows:
         raise UserError(f"{a} and {b} have no set in common; evaluate both with the same --suite.")
     return rows
@@ -102,27 +107,40 @@ def _comparable(entry: results.Entry, key: str) -> Any:
     return entry.get(key)
 
 
+def _unit(entry: results.Entry) -> str:
+    """Return the unit of an entry's metric, as in its records; files of earlier versions have none but percent."""
+    return next((r.unit for r in from_json(entry.get("records", ())) if r.key == entry["metric"]), "%")
+
+
 def _interval(
-    left: results.Entry, right: results.Entry, items_a: results.ItemsOf, items_b: results.ItemsOf
+    left: results.Entry, right: results.Entry, items_a: results.ItemsOf, items_b: results.ItemsOf, *, ratio: bool
 ) -> dict[str, float]:
-    """Return {"low", "high"}, or {} for a metric that cannot be resampled."""
+    """Return {"low", "high"} of the difference or ratio, or {} for a metric that cannot be resampled."""
     metric = f"{left['name']}/{left['metric']}"
     of_a, of_b = (items.get(entry["items"], {}) for items, entry in ((items_a, left), (items_b, right)))
     if metric not in of_a or metric not in of_b:
         return {}
-    _, low, high = bootstrap(of_a[metric], of_b[metric])
+    _, low, high = bootstrap(of_a[metric], of_b[metric], ratio=ratio)
     return {} if math.isnan(low) else {"low": low, "high": high}
 
 
 def render(rows: Sequence[Mapping[str, Any]], a: str, b: str) -> str:
-    """Return the rows of `compare` as a table; a star marks differences whose interval excludes zero."""
+    """Return the rows of `compare` as a table, each difference in the unit of its row, and ratios after an "x".
+
+    A star marks those whose interval excludes equality.
+    """
     lines = [f"{side.upper()}: {file}, step {rows[0][f'step_{side}']}" for side, file in (("a", a), ("b", b))]
-    lines += [f"{'set':<36}{'metric':<24}{'A':>8}{'B':>8}{'B - A':>8}   95 % interval"]
+    lines += [f"{'set':<36}{'metric':<24}{'unit':<6}{'A':>8}{'B':>8}{'B - A':>8}   95 % interval"]
     for row in rows:
+        ratio = "ratio" in row
+        equal, number = (1, ".2f") if ratio else (0, "+.1f")
+        change = f"x {row['ratio']:.2f}" if ratio else f"{row['difference']:+.1f}"
         interval = ""
         if "low" in row:
-            star = " *" if row["low"] > 0 or row["high"] < 0 else ""
-            interval = f"   {row['low']:+.1f} to {row['high']:+.1f}{star}"
-        values = "".join(f"{row[key]:>8.1f}" for key in ("a", "b")) + f"{row['difference']:>+8.1f}"
-        lines.append(f"{row['set']:<36}{row['metric']:<24}{values}{interval}")
+            star = " *" if row["low"] > equal or row["high"] < equal else ""
+            interval = f"   {row['low']:{number}} to {row['high']:{number}}{star}"
+        values = "".join(f"{row[key]:>8.{2 if ratio else 1}f}" for key in ("a", "b"))
+        lines.append(f"{row['set']:<36}{row['metric']:<24}{row['unit']:<6}{values}{change:>8}{interval}")
+    if any("ratio" in row for row in rows):
+        lines.append("x: B / A, of ranks from 1; less is better")
     return "\n".join(lines)

@@ -180,9 +180,9 @@ def class_weights(labels: np.ndarray) -> np.ndarray:
 
 
 def bootstrap(
-    a: PerExample, b: PerExample, *, samples: int = 2000, level: float = 0.95, seed: int = 0
+    a: PerExample, b: PerExample, *, samples: int = 2000, level: float = 0.95, seed: int = 0, ratio: bool = False
 ) -> tuple[float, float, float]:
-    """Return the difference b - a in percentage points, and its percentile interval by resampling pairs of items.
+    """Return the difference b - a of the values, and its percentile interval by resampling pairs of items.
 
     Items with `groups` are resampled by whole groups, as many as there are: those of `a` count for both sides.
 
@@ -194,6 +194,7 @@ def bootstrap(
       samples: number of resamples.
       level: of the interval.
       seed: of the resamples, which are the same on both sides.
+      ratio: whether to return b / a and its interval instead, as of geometric means.
 
     Raises:
       UserError: the two are of different items.
@@ -205,7 +206,8 @@ def bootstrap(
 
     def difference(chosen: np.ndarray | slice = slice(None)) -> float | None:
         try:
-            return b.value(chosen) - a.value(chosen)
+            of_a, of_b = a.value(chosen), b.value(chosen)
+            return of_b / of_a if ratio else of_b - of_a
         except UserError:  # these items do not define the statistic
             return None
 

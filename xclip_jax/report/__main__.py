@@ -25,12 +25,7 @@ from xclip_jax.train.weights import load
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m xclip_jax.report",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m xclip_jax.report", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("--sets", default="", help="evaluation sets to show, separated by commas; by default the run's")
     parser.add_argument("--step", type=int, help="step of the checkpoint; the newest by default")

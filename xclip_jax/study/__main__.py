@@ -32,12 +32,7 @@ STUDIES = {"icons": icons.study, "cc12m": cc12m.study}
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m xclip_jax.study",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m xclip_jax.study", description=__doc__)
     parser.add_argument("--study", default=DEFAULT, choices=STUDIES, help="which (default: %(default)s)")
     parser.add_argument("--recipe", default="", help="its recipe with other arguments, as study_cc12m:root=/my/data")
     parser.add_argument("--only", default="", help=f"sections ({', '.join(SECTIONS)}) or arms, joined by commas")

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from xclip_jax.study.declaration import Arm, Claim, Part
+from xclip_jax.study.declaration import Arm, Claim, Measure, Part
 
 OBJECTIVES = ("clip", "siglip", "nclip", "xclip")
 XCLIP = {"xclip_30": 0.3, "xclip_50": 0.5, "xclip_70": 0.7}  # weight of nCLIP, the rest is CLIP's
@@ -17,6 +17,13 @@ AGAINST = {
     "clip_smoothed": "gain beyond a softer contrast",
     "xclip_shuffled": "gain from whose clusters are the targets",
 }
+OUT_OF_DOMAIN = "out-of-domain classification"  # in `Measure.family`
+# Sentences for `Study.about`.
+WEIGHTS = "Weights are written nCLIP : CLIP; the xCLIP of the claims is the weight that is best on validation."
+CLASSIFIERS = (
+    "nCLIP classifies by its clusters, since it has no projection; CLIP, SigLIP and xCLIP by the cosine of their "
+    "embeddings."
+)
 # What each control is subtracted from.
 CONTROLS = tuple(("xclip_30" if name == "xclip_shuffled" else "xclip", name, text) for name, text in AGAINST.items())
 
@@ -98,11 +105,11 @@ class Arms:
             yield self.arm(f"common_{name}", heading, "controls", objective, {**recipe, **changes}, seeds=self.seeds)
 
 
-def claims(families: Sequence[tuple[str, str]]) -> tuple[Claim, ...]:
+def claims(measures: Sequence[Measure]) -> tuple[Claim, ...]:
     """The paper's three claims.
 
     Args:
-      families: (text, measure) of the families of tests; the measures "zeroshot" and "probe" are among them.
+      measures: of the study; "zeroshot" and "probe" are among them.
     """
     return (
         Claim(
@@ -122,6 +129,6 @@ def claims(families: Sequence[tuple[str, str]]) -> tuple[Claim, ...]:
         Claim(
             "xCLIP's gain holds over zero-shot, out-of-domain classification, retrieval, visual and textual "
             "representation.",
-            tuple(Part(f"xCLIP gains at {text}", "xclip", "clip", measure) for text, measure in families),
+            tuple(Part(f"xCLIP gains at {m.family}", "xclip", "clip", m.name) for m in measures if m.family),
         ),
     )

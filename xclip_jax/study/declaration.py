@@ -25,6 +25,7 @@ class Measure:
       ratio: whether its logarithm is averaged and compared, as of ranks: means are then geometric and differences
         ratios.
       digits: behind the point.
+      family: what of the paper's third claim it stands for, see `arms.claims`; "" for nothing.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Measure:
     higher: bool = True
     ratio: bool = False
     digits: int = 1
+    family: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

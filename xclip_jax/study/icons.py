@@ -3,7 +3,19 @@
 from collections.abc import Iterator
 from typing import Any
 
-from xclip_jax.study.arms import CONTROLS, OBJECTIVES, XCLIP, Arms, claims, objectives, terms, title
+from xclip_jax.study.arms import (
+    CLASSIFIERS,
+    CONTROLS,
+    OBJECTIVES,
+    OUT_OF_DOMAIN,
+    WEIGHTS,
+    XCLIP,
+    Arms,
+    claims,
+    objectives,
+    terms,
+    title,
+)
 from xclip_jax.study.declaration import Arm, Claim, Dose, Measure, Part, Study
 
 STEPS, WARM_UP = 1000, 300
@@ -32,42 +44,43 @@ TESTS = (
 )
 
 MEASURES = (
-    Measure("zeroshot", "zero-shot, unseen concepts", "icons/test_concepts"),
+    Measure("zeroshot", "zero-shot, unseen concepts", "icons/test_concepts", family="zero-shot classification"),
     Measure("rank", "rank among unseen concepts", "icons/test_concepts", "rank_gmean", higher=False, ratio=True),
-    Measure("rendering", "zero-shot, unseen hands", "icons/test_rendering"),
-    Measure("emoji", "zero-shot, emoji", "emoji/test_concepts"),
-    Measure("retrieval", "retrieval", "icons/test_retrieval"),
-    Measure("probe", "linear probe", "icons/test_probe"),
+    Measure("rendering", "zero-shot, unseen hands", "icons/test_rendering", family=f"{OUT_OF_DOMAIN}: unseen hands"),
+    Measure("emoji", "zero-shot, emoji", "emoji/test_concepts", family=f"{OUT_OF_DOMAIN}: emoji"),
+    Measure("retrieval", "retrieval", "icons/test_retrieval", family="retrieval"),
+    Measure("probe", "linear probe", "icons/test_probe", family="visual representation"),
     Measure("dense", "probe of patches, mIoU", "icons/test_dense"),
-    Measure("aliases", "names by alias", "icons/test_aliases"),
-    Measure("text_probe", "probe of names", "icons/test_categories"),
+    Measure("aliases", "names by alias", "icons/test_aliases", family="textual representation: names by alias"),
+    Measure("text_probe", "probe of names", "icons/test_categories", family="textual representation: probe of names"),
 )
 
 
+# Name, title, what changes, an arm's heading, and {level: (changes, length)}. Twice the steps for batches: 500 of 1024
+# pairs are beyond the plateau, 250 are not.
+_DOSES: tuple[tuple[str, str, str, str, dict[float, tuple[dict[str, Any], float]]], ...] = (
+    ("batch", "Batch, the same pairs seen", "pairs of a batch", "batch {}",
+     {b: ({"data.batch": b}, 512 / b) for b in (64, 256, 1024)}),
+    ("noise", "Captions exchanged among pairs", "share of pairs, %", "{} % noise",
+     {n: ({"data.caption_noise": n / 100}, 1.0) for n in (0, 25, 50)}),
+    ("data", "Training data, the same steps", "share of pairs", "{} of the data",
+     {share: ({"data.subset": float(share)}, 1.0) for share in (0.125, 0.5, 1)}),
+    ("steps", "Length of training", "steps", "{} steps", {s: ({}, s / STEPS) for s in (500, 1000, 2000, 4000)}),
+)  # fmt: skip
+
+
 def _dose_arms(arms: Arms) -> Iterator[Arm]:
-    settings: list[tuple[str, str, dict[str, Any], float]] = []
-    # Twice the steps: 500 of 1024 pairs are beyond the plateau, 250 are not.
-    settings += [(f"batch{b}", f"batch {b}", {"data.batch": b}, 512 / b) for b in (64, 256, 1024)]
-    settings += [(f"noise{n}", f"{n} % noise", {"data.caption_noise": n / 100}, 1.0) for n in (0, 25, 50)]
-    settings += [
-        (f"data{share}", f"{share} of the data", {"data.subset": float(share)}, 1.0) for share in (0.125, 0.5, 1)
-    ]
-    settings += [(f"steps{s}", f"{s} steps", {}, s / STEPS) for s in (500, 1000, 2000, 4000)]
-    for name, heading, changes, length in settings:
-        for objective, arm, own in (("clip", "clip", {}), ("xclip", "xclip_30", terms(0.3))):
-            yield arms.arm(
-                f"{objective}_{name}", f"{title(arm)}, {heading}", "dose", objective, changes | own,
-                seeds=DOSE_SEEDS, tuned=objective, length=length,
-            )  # fmt: skip
+    for name, _, _, heading, levels in _DOSES:
+        for level, (changes, length) in levels.items():
+            for objective, arm, own in (("clip", "clip", {}), ("xclip", "xclip_30", terms(0.3))):
+                yield arms.arm(
+                    f"{objective}_{name}{level}", f"{title(arm)}, {heading.format(level)}", "dose", objective,
+                    changes | own, seeds=DOSE_SEEDS, tuned=objective, length=length,
+                )  # fmt: skip
 
 
 def _doses() -> Iterator[Dose]:
-    for name, heading, axis, levels in (
-        ("batch", "Batch, the same pairs seen", "pairs of a batch", (64, 256, 1024)),
-        ("noise", "Captions exchanged among pairs", "share of pairs, %", (0, 25, 50)),
-        ("data", "Training data, the same steps", "share of pairs", (0.125, 0.5, 1)),
-        ("steps", "Length of training", "steps", (500, 1000, 2000, 4000)),
-    ):
+    for name, heading, axis, _, levels in _DOSES:
         lines = {
             label: [f"{arm}_{name}{level}" for level in levels] for label, arm in (("CLIP", "clip"), ("xCLIP", "xclip"))
         }
@@ -102,16 +115,6 @@ def _factors(arms: Arms) -> Iterator[Arm]:
     yield arms.arm("clip_half", "CLIP", "factors", "clip", {}, tuned="clip", **half)
 
 
-_FAMILIES = (
-    ("zero-shot classification", "zeroshot"),
-    ("out-of-domain classification: unseen hands", "rendering"),
-    ("out-of-domain classification: emoji", "emoji"),
-    ("retrieval", "retrieval"),
-    ("visual representation", "probe"),
-    ("textual representation: names by alias", "aliases"),
-    ("textual representation: probe of names", "text_probe"),
-)
-
 _OURS = Claim(
     "Besides the paper: a setting of nCLIP that was sought on validation learns better representations than CLIP.",
     (Part("its probe is better", SEARCHED, "clip", "probe"),),
@@ -123,11 +126,9 @@ _ABOUT = (
     "at this scale, under recipes that each objective had tuned for itself.",
     "Data: icons by many artists with human-given names. Test concepts are never drawn in training; test hands are "
     "artists of whom training knows nothing; emoji are another domain. One seed is one initialisation and one order "
-    "of the data, the same for all arms, so that differences are paired by seed. Weights are written nCLIP : CLIP; "
-    "the xCLIP of the claims is the weight that is best on validation.",
-    "nCLIP classifies by its clusters, since it has no projection; CLIP, SigLIP and xCLIP by the cosine of their "
-    "embeddings. A dose changes one thing and keeps the warm-up's share of the steps; batches of other sizes see the "
-    "same number of pairs at the same learning rate.",
+    f"of the data, the same for all arms, so that differences are paired by seed. {WEIGHTS}",
+    f"{CLASSIFIERS} A dose changes one thing and keeps the warm-up's share of the steps; batches of other sizes see "
+    "the same number of pairs at the same learning rate.",
 )
 
 _THREATS = (
@@ -170,7 +171,7 @@ def study(recipe: str = "icons") -> Study:
             "choose", "rank among validation concepts", VALIDATION[0], "rank_gmean", higher=False, ratio=True
         ),
         measures=MEASURES,
-        claims=(*claims(_FAMILIES), _OURS),
+        claims=(*claims(MEASURES), _OURS),
         baseline="clip",
         choices={"xclip": tuple(XCLIP)},
         named=dict(zip(VALIDATION, ("zeroshot", "rendering"), strict=True)),

@@ -107,11 +107,11 @@ class Snapshot:
         self.study, self.records, self._matrix = matrix.study, records, matrix
         self.chosen: dict[str, Arm | None] = {}
         for section, measure in (("tuning", self.study.choose), ("factors", self.study.search)):
-            found = {}
+            chosen = {}
             for objective in dict.fromkeys(arm.objective for arm in self.study.of_section(section)):
                 if objective and measure:
-                    found[objective] = self._best(section, objective, measure)
-            self.chosen |= found
+                    chosen[objective] = self._best(section, objective, measure)
+            self.chosen |= chosen
         ordered = sorted(self.study.arms, key=lambda arm: SECTIONS.index(arm.section))
         best: dict[str, Arm | None] = {"": None, **self.chosen}
         # First seeds of all arms of a section before second ones: what is finished can be compared at any time.

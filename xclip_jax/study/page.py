@@ -21,6 +21,7 @@ from xclip_jax.study.markdown import (
     titles_of,
 )
 from xclip_jax.study.matrix import Snapshot
+from xclip_jax.study.schedule import training_seconds
 from xclip_jax.study.statistics import Difference, Estimate
 
 MADE = "Made by `{command} --page` from the files in `docs/{page}/runs`; a test holds it current."
@@ -285,10 +286,10 @@ def _training(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
     yield from ["## Training", ""]
     for name, title, *_ in _CURVES:
         yield from _shown(snapshot.study, drawn, name, title)
-    rows, baseline = [], _seconds(snapshot, snapshot.study.baseline)
+    rows, baseline = [], training_seconds(snapshot, snapshot.study.baseline)
     for section in ("core", "controls"):
         for title, arm in titles_of(snapshot, section).items():
-            if seconds := _seconds(snapshot, arm):
+            if seconds := training_seconds(snapshot, arm):
                 rows.append([title, f"{seconds:,.0f}", f"{seconds / baseline:.2f}" if baseline else "-"])
     if rows:
         baseline_title = snapshot.study.arm(snapshot.study.baseline).title
@@ -305,14 +306,6 @@ def _training(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
         if values:
             yield f"{name}: {'; '.join(sorted(values))}."
             yield ""
-
-
-def _seconds(snapshot: Snapshot, arm: str) -> float | None:
-    """Mean training time of an arm's runs that had the machine to themselves."""
-    records = snapshot.finished(arm).values()
-    seconds = [r.seconds["training"] for r in records if r.environment.get("workers") == 1]
-    known = [value for value in seconds if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _missing(snapshot: Snapshot) -> Iterator[str]:
