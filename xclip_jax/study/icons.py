@@ -138,9 +138,9 @@ _THREATS = (
     "Scale: towers of four layers and 70,000 pairs say nothing certain about ViT-B/16 and 35 million.",
     "Intervals are over seeds alone: other test concepts would scatter too. They hold for these concepts and hands.",
     "Five seeds: the exact sign-flip test cannot reach 0.05, and t-intervals assume normal differences.",
-    "Recipes are the best of six or seven of one seed on validation, four learning rates and then three warm-ups at the "
-    "best rate, and more where that was at an edge; xCLIP is tuned at 0.3 : 0.7 and its other weights take that over; weight decay, betas and the augmentation "
-    "are not tuned.",
+    "Recipes are the best of six or seven of one seed on validation: four learning rates, then three warm-ups at the "
+    "best rate, and one more where that was at an edge; xCLIP is tuned at 0.3 : 0.7 and its other weights take that "
+    "over; weight decay, betas and the augmentation are not tuned.",
     "The loss of CLIP rests on a plateau at ln b before it learns; short runs favour whoever leaves it earlier. The "
     "dose of steps and the control of twice the steps show how much of a difference that is.",
     "nCLIP's loss has choices that the paper's abstract leaves open: target, temperature, regularisers, head. Ours may "
