@@ -16,11 +16,6 @@ from xclip_jax.train import trainer
 from xclip_jax.train.run_folder import TrainingFolder
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return tiny.folder(tmp_path_factory.mktemp("pairs"))
-
-
 def config(pairs, run, **changes):
     defaults = {"data__sources": (f"folder:{pairs}",), "steps": 4, "checkpoint__every": 2, "optim__warmup": 0}
     return tiny.config(run=run, **defaults | changes)
