@@ -34,6 +34,7 @@ from xclip_jax.errors import UserError
 # Bounds on one input: of processor time, of time, and of memory besides what all readers need.
 CPU_SECONDS, SECONDS, MEMORY = 10, 300, 2 << 30
 BATCH = 250  # inputs of one process
+SHOWN_EVERY = 30.0  # seconds between lines of progress
 READ, REFUSED = "read", "refused"
 
 
@@ -155,8 +156,13 @@ def run(names: Sequence[str], inputs: int, seed: int, processes: int) -> dict[st
         count = inputs // len(names) + (i < inputs % len(names))
         todo += [(name, range(first, min(first + BATCH, count))) for first in range(0, count, BATCH)]
     todo.reverse()
-    active = selectors.DefaultSelector()
+    active, shown = selectors.DefaultSelector(), time.monotonic()
     while todo or active.get_map():
+        if time.monotonic() - shown > SHOWN_EVERY:
+            shown = time.monotonic()
+            done = sum(sum(tally.outcomes.values()) for tally in tallies.values())
+            faults = sum(len(tally.failures) for tally in tallies.values())
+            print(f"{done:,} of {inputs:,} inputs, {faults} failures", file=sys.stderr, flush=True)
         while todo and len(active.get_map()) < processes:
             name, numbers = todo.pop()
             pipe, process = _start(name, seed, numbers)
