@@ -18,6 +18,7 @@ changed. An image of other content and equal size is not detected, nor is any ch
 """
 
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -30,12 +31,13 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from xclip_jax import environment, inference, storage
+from xclip_jax import environment, inference
 from xclip_jax.console import format_duration, log0
 from xclip_jax.data import embeddings
 from xclip_jax.data.prefetch import ThreadPrefetcher
 from xclip_jax.embed_sources import Lines, Source, open_images
 from xclip_jax.errors import BadSample, Parser, UserError, check_count, exit_with_message
+from xclip_jax.storage import write_json
 
 PART = 1024  # rows that an interruption may lose
 _PROGRESS_SECONDS = 5
@@ -127,7 +129,7 @@ class Job:
             return self._format.about(self.out)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "plan.json").exists():
-            storage.write_json(epath.Path(self.folder / "plan.json"), self.plan)
+            write_json(epath.Path(self.folder / "plan.json"), self.plan)
         done = next((i for i in range(len(self._parts)) if not self._file(i).exists()), len(self._parts))
         if done:
             log0(f"resuming after part {done:,} of {len(self._parts):,}")
@@ -203,7 +205,7 @@ class Job:
         # A part of this name is complete.
         temporary = self.folder / f".{self._file(i).name}.tmp"
         self._format.write(temporary, columns | {"embedding": rows[kept]})
-        storage.put_in_place(temporary, self._file(i))
+        _put_in_place(temporary, self._file(i))
 
     def _join(self) -> dict[str, Any]:
         bad = [line for i in range(len(self._parts)) for line in self._listed(i)]
@@ -220,10 +222,17 @@ class Job:
         about["environment"] = environment.capture()
         temporary = self.out.with_name(f".{self.out.name}.tmp")
         self._format.join([self._file(i) for i in range(len(self._parts))], temporary, about)
-        storage.put_in_place(temporary, self.out)
+        _put_in_place(temporary, self.out)
         shutil.rmtree(self.folder)
         log0(f"{about['rows']:,} embeddings: {self.out}")
         return about
+
+
+def _put_in_place(temporary: pathlib.Path, path: pathlib.Path) -> None:
+    """Give a file that was written its name, once its bytes are on the disk."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 class _Progress:

@@ -73,13 +73,6 @@ def write_whole(path: epath.Path, content: str | bytes) -> None:
     temporary.replace(path)
 
 
-def put_in_place(temporary: pathlib.Path, path: pathlib.Path) -> None:
-    """Give a file that was written its name, once its bytes are on the disk."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def write_json(path: epath.Path, content: Any) -> None:
     """Write JSON whole or not at all: readers never see half a file. Floats that are not finite become null."""
     write_whole(path, strict_json(content, indent=2, sort_keys=True) + "\n")
@@ -99,15 +92,13 @@ class JsonLines:
 
         Args:
           path: the file; it need not exist.
-          keep: whether an existing object stays; a `KeyError` or `TypeError`, of one that lacks a value or has another
-            type of it, means no. Lines that are not a JSON object, such as half a line of a process that was killed, do
-            not stay.
+          keep: whether an existing object stays. Lines that are not a JSON object, such as half a line of a process
+            that was killed, do not, nor objects that lack a value which `keep` reads, or have another type of it.
           writes: false for all but one process of a run: they only read.
         """
         self.path, self._writes = path, writes
         old = path.read_bytes() if path.exists() else b""
-        objects = filter(None, map(_json_object, old.split(b"\n")))
-        self.kept = [content for content in objects if _stays(content, keep)]
+        self.kept = list(filter(None, (_kept_object(line, keep) for line in old.split(b"\n"))))
         lines = [f"{strict_json(content)}\n" for content in self.kept]
         if writes and "".join(lines).encode() != old:
             write_whole(path, "".join(lines))
@@ -134,19 +125,12 @@ class JsonLines:
             self._written = time.monotonic()
 
 
-def _json_object(line: bytes) -> dict[str, Any] | None:
+def _kept_object(line: bytes, keep: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
     try:
         content = json.loads(line)
-    except (ValueError, RecursionError):  # JSON that is damaged, bytes that are not UTF-8, brackets without end
+        return content if isinstance(content, dict) and keep(content) else None
+    except (ValueError, KeyError, TypeError, RecursionError):  # a RecursionError for brackets without end
         return None
-    return content if isinstance(content, dict) else None
-
-
-def _stays(content: dict[str, Any], keep: Callable[[dict[str, Any]], bool]) -> bool:
-    try:
-        return keep(content)
-    except (KeyError, TypeError):
-        return False
 
 
 def _split(pattern: str) -> list[str]:

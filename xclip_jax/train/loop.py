@@ -30,11 +30,7 @@ def train(
     """Train `state` to the end of the run, or to an interrupt.
 
     Returns:
-      The state, and whether the run was interrupted. Its last step is saved then.
-
-    Raises:
-      Exception: of data or an evaluation. The last step is saved where all processes can save it: in a run of one
-        process, and where all of them count too many bad samples.
+      The state, and whether the run was interrupted. Its last step is saved then, and after errors of data.
     """
     config, experiment, start = job.config, job.experiment, int(state.step)
     step = start
@@ -64,10 +60,10 @@ def train(
             step, stop.saves = step + 1, True
             log.log_step(step, metrics)
             checkpointer.raise_failure()  # of a save in the background
-            log.ledger.check()
             if log.skipped.exceeded:
                 state = log.skipped.rewind(state)
             stop.check()
+            log.ledger.check()
             if is_due(config.checkpoint.every, step) or step == config.steps:
                 save(regular=step < config.steps)
             if _evaluates(job, step):
@@ -80,17 +76,21 @@ def train(
             save()
         return state, True
     except Exception as error:
-        # Of several processes none can save without the others, and these have begun the next step, which overwrites
-        # the state. What fails in a step may leave no state.
-        alike = isinstance(error, TooManyBadSamples)
-        alone = jax.process_count() == 1 and watch.phase in (DATA, EVALUATION)
-        if step > start and (alike or alone):
+        if step > start and _can_save_after(error, watch.phase):
             save()
             checkpointer.steps()  # waits for it: of several processes each ends as soon as it has raised
             error.add_note(f"the state of step {step} is saved")
         raise
     finally:
         watch.enter(CHECKPOINT)  # what is being saved is awaited when the checkpointer is closed
+
+
+def _can_save_after(error: Exception, phase: str) -> bool:
+    """Whether the state of the last step is whole after an error, and all processes are there to save it."""
+    # Of several processes one cannot save without the others, and these have begun the next step, which overwrites the
+    # state, unless all meet the error at the same step. What fails in a step may leave no state.
+    alone = jax.process_count() == 1
+    return isinstance(error, TooManyBadSamples) or (alone and phase in (DATA, EVALUATION))
 
 
 def _watched(
