@@ -38,7 +38,7 @@ def mean_std(statistics: Any) -> tuple[Triple, Triple]:
         if values.shape == (2, 3) and np.isfinite(values).all() and (values[1] > 0).all():
             mean, std = (tuple(row) for row in values.tolist())
             return mean, std
-    except (ValueError, TypeError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # the last two of a text nested deeply
         pass
     names = ", ".join(map(repr, STATISTICS))
     raise UserError(

@@ -164,10 +164,17 @@ def _bytes() -> Tokenizer:
     return Tokenizer("bytes", encode, vocab_size=259, sot_id=1, eot_id=2, pad_id=0)
 
 
+def _check_raised_by_library(error: BaseException) -> None:
+    """Raise `error` again unless it is of tokenizers, which raises bare `Exception`, and where Rust panics no such."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+
+
 def _from_file(path: str) -> Tokenizer:
     try:
         model = tokenizers.Tokenizer.from_file(os.fspath(path))
-    except Exception as error:  # The library raises bare `Exception`.
+    except BaseException as error:
+        _check_raised_by_library(error)
         raise UserError(f"tokenizer file {path!r} is not a Hugging Face tokenizers JSON: {error}") from error
     model.no_padding()
     model.no_truncation()
@@ -186,7 +193,8 @@ def _from_file(path: str) -> Tokenizer:
     def encode(text: str) -> list[int]:
         try:
             return model.encode(join_surrogates(text), add_special_tokens=False).ids
-        except Exception as error:  # The library raises bare `Exception`.
+        except BaseException as error:
+            _check_raised_by_library(error)
             raise UserError(
                 f"tokenizer file {path!r} cannot encode {text[:40]!r} ({error}); add an unknown token to its "
                 "vocabulary."
