@@ -25,6 +25,12 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+# Metrics of metrics.jsonl that measure time: two runs that learn the same differ in them.
+CLOCKS = (
+    "samples_per_second", "data/wait_share", "model_flops_per_second", "mfu", "goodput", "wall_seconds",
+    "useful_seconds",
+)  # fmt: skip
+
 
 class RunFolder:
     """Paths and contents of a run's files, complete or in progress. It only reads; `train.run_folder` writes."""

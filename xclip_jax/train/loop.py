@@ -1,7 +1,6 @@
 """The training loop: batches, steps, checkpoints and evaluations on the way."""
 
 import contextlib
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,7 +44,8 @@ def train(
             return
         b = experiment.data.batch
         position = {"samples": step * b, "batch": b, "seed": config.seed, "counters": log.ledger.counters}
-        checkpointer.save(state, position)
+        with log.stall():
+            checkpointer.save(state, position)
 
     try:
         stop.check()
@@ -60,7 +60,8 @@ def train(
             log.log_step(step, metrics)
             checkpointer.raise_failure()  # of a save in the background
             if log.skipped.exceeded:
-                state = log.skipped.rewind(state)
+                with log.stall():
+                    state = log.skipped.rewind(state)
             stop.check()
             if is_due(config.checkpoint.every, step) or step == config.steps:
                 save(regular=step < config.steps)
@@ -146,11 +147,10 @@ def _evaluate(
     job: Job, step: int, state: TrainState, log: MetricLogger, watch: Watchdog, stop: PreemptionHandler
 ) -> None:
     """Evaluate the model on the way, and leave the time that it takes out of the speed."""
-    began = time.perf_counter()
     log.flush()
-    with evaluating(watch, stop):
-        results = run_evaluators(job.during, state.variables(ema=job.config.eval.ema))
-    log.write_results(step, results)
-    log.end_evaluation(step, results)
-    log0(f"step {step}: {summary.headlines(results)}")
-    log.pause(time.perf_counter() - began)
+    with log.pause():
+        with evaluating(watch, stop):
+            results = run_evaluators(job.during, state.variables(ema=job.config.eval.ema))
+        log.write_results(step, results)
+        log.end_evaluation(step, results)
+        log0(f"step {step}: {summary.headlines(results)}")
