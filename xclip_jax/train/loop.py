@@ -19,6 +19,7 @@ from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.interrupt import Interrupted, PreemptionHandler
 from xclip_jax.train.job import Job
 from xclip_jax.train.log import MetricLogger, is_due
+from xclip_jax.train.profile import StepTracer
 from xclip_jax.train.state import TrainState
 from xclip_jax.train.watchdog import CHECKPOINT, COMPILATION, DATA, EVALUATION, STEP, Watchdog
 
@@ -32,7 +33,7 @@ def train(
       The state, and whether the run was interrupted. Its last step is saved then, and so it is where data fail.
     """
     config, experiment, start = job.config, job.experiment, int(state.step)
-    step = start
+    step, tracer = start, StepTracer(config.log.profile, job.folder, log.pause)
     # Closed when all is saved: readers may take their time to end.
     batches = log.stalls(_watched(_batches(job, start, log.ledger), job, watch, stop))
 
@@ -55,7 +56,7 @@ def train(
         for batch in batches:
             watch.enter(STEP if stop.saves else COMPILATION)
             # Steps are dispatched without waiting: this batch travels to the devices while they compute the last step.
-            state, metrics = experiment.compiled(state, loader.to_global(batch, experiment.mesh))
+            state, metrics = tracer(step + 1, experiment.compiled, state, loader.to_global(batch, experiment.mesh))
             step, stop.saves = step + 1, True
             log.log_step(step, metrics)
             checkpointer.raise_failure()  # of a save in the background
@@ -81,6 +82,7 @@ def train(
         raise
     finally:
         watch.enter(CHECKPOINT)  # what is being saved is awaited when the checkpointer is closed
+        tracer.close()
 
 
 def _watched(
