@@ -30,7 +30,7 @@ FLOORS = (
     {"data", "models"},
     {"objective", "objectives", "interop", "train.optim"},
     {"config", "evaluators"},
-    {"train", "flops", "configs"},
+    {"train", "flops", "configs", "compilation_cache"},
     {"inference", "embed_sources", "evaluation", "model_card", "report", "study"},
     {
         "main",
