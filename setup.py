@@ -54,6 +54,7 @@ setup(
         "chex>=0.1.90",
         "einops>=0.8",
         "etils[epath]>=1.12",
+        "filelock>=3.12",  # of JAX's bounded compilation cache
         "flax>=0.12,<0.13",
         "ftfy>=6.1",
         "grain>=0.2.12,<0.3",

@@ -35,6 +35,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
+from xclip_jax.run_folder import CLOCKS
 from xclip_jax.train.interrupt import EXIT_RESUMABLE
 
 STEPS, BATCH, SIZE = 40, 16, 16
@@ -152,8 +153,7 @@ def end_of(run: pathlib.Path) -> End:
 
 
 def _without_clocks(record: dict[str, Any]) -> bytes:
-    clocks = ("samples_per_second", "data/wait_share")
-    return json.dumps({key: x for key, x in record.items() if key not in clocks}, sort_keys=True).encode()
+    return json.dumps({key: x for key, x in record.items() if key not in CLOCKS}, sort_keys=True).encode()
 
 
 def largest_difference(a: End, b: End) -> float:

@@ -4,7 +4,8 @@
 #   bash launch/local.sh                                   xCLIP on the emoji pairs, about 10 minutes on 2 cores
 #   bash launch/local.sh --config configs/demo.py:objective=nclip [--config.KEY=VALUE ...]
 #
-# Run it again to resume, or to hear that the run is complete. PYTHON and VENV: see launch/common.sh.
+# Run it again to resume, or to hear that the run is complete. What is compiled is kept in ~/.cache/xclip_jax/compiled.
+# PYTHON and VENV: see launch/common.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh

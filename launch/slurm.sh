@@ -24,6 +24,8 @@
 #         share: python3 -m venv .venv-gpu && .venv-gpu/bin/pip install --editable . "jax[cuda13]", or "jax[cuda12]" for
 #         drivers before 580. Then PYTHON=.venv-gpu/bin/python sbatch ...
 #
+# What is compiled is kept in `compiled` in the run's folder; a job that resumes need not compile again.
+#
 # One task for each GPU, as JAX expects under Slurm: change --gpus-per-node and --ntasks-per-node together. --config.run
 # has to be on a shared file system.
 set -euo pipefail

@@ -25,6 +25,7 @@
 # POLL           seconds between two looks at the pod (default: 60)
 # KEEP           1 to keep the pod at the end (default: empty)
 #
+# What is compiled is kept in `compiled` in the run's folder, so that a pod that is created again need not compile again.
 # Needs the Google Cloud CLI, and the key in an ssh agent: ssh-add ~/.ssh/google_compute_engine. The service account of
 # the pod needs access to the bucket.
 set -euo pipefail

@@ -20,6 +20,7 @@
 #                "mountpoint -q /data || sudo mount -o ro,X-mount.mkdir /dev/sdb /data"
 # POLL           seconds between two attempts to reach a new VM (default: 15)
 #
+# What is compiled is kept on the VM, in ~/.cache/xclip_jax/compiled, and is gone with it.
 # Needs the Google Cloud CLI. The service account of the VM needs access to the bucket. A run on the VM's own disk is
 # deleted with it; use gs://.
 set -euo pipefail

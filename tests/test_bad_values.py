@@ -17,6 +17,7 @@ from xclip_jax.config import schema
 from xclip_jax.data import loader
 from xclip_jax.errors import Diverged, UserError
 from xclip_jax.objectives import Term
+from xclip_jax.run_folder import CLOCKS
 from xclip_jax.train import build, guard, optim, state, trainer
 from xclip_jax.train.checkpoint import Checkpointer
 
@@ -176,8 +177,7 @@ def lines(run, name):
 
 
 def logged(run):
-    clocks = ("samples_per_second", "data/wait_share")
-    return [{k: v for k, v in line.items() if k not in clocks} for line in lines(run, "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines(run, "metrics.jsonl")]
 
 
 def restored(c, step=None):

@@ -111,6 +111,10 @@ BAD = [
     ("eval.batch", -1, "at least 1"),
     ("eval.every", -1, "at least 0"),
     ("log.every", -1, "at least 0"),
+    ("log.profile", (100,), "0 < START < STOP"),
+    ("log.profile", (0, 3), "0 < START < STOP"),
+    ("log.profile", (3, 3), "0 < START < STOP"),
+    ("log.profile", ("3:5",), "a tuple of integers"),
     ("checkpoint.keep", 0, "at least 1"),
     ("checkpoint.keep", -1, "at least 1"),
     ("checkpoint.every", -1, "at least 0"),
@@ -125,6 +129,7 @@ CONFLICTS = [
     ({"model.img.mlp_ratio": 0.01}, r"model\.img\.mlp_ratio 0\.01 of width 32 leaves"),
     ({"model.img.stem": "hmlp", "model.img.patch": 2}, r"model\.img\.stem 'hmlp' needs multiples of 4"),
     ({"optim.warmup": 10}, r"optim\.warmup=10 must be below the 10 steps"),
+    ({"log.profile": (9, 11)}, r"log\.profile is \(9, 11\); name steps of the run, which has 10"),
     ({"optim.microbatches": 3}, r"optim\.microbatches=3 must divide data\.batch=16"),
     ({"loss.chunk_size": 5}, r"loss\.chunk_size=5 must divide data\.batch=16"),
     (

@@ -30,7 +30,7 @@ FLOORS = (
     {"data", "models"},
     {"objective", "objectives", "interop", "train.optim"},
     {"config", "evaluators"},
-    {"train", "flops", "configs"},
+    {"train", "flops", "configs", "compilation_cache"},
     {"inference", "embed_sources", "evaluation", "model_card", "report", "study"},
     {
         "main",
@@ -60,7 +60,7 @@ GROUND = {
 }
 MOST_ROOMS = 6
 # The trainer's job is to bring the rooms together, the report's to show what is in each.
-MORE_ROOMS = {"train": 9, "report": 7}
+MORE_ROOMS = {"train": 10, "report": 7}
 
 MOST_LINES = {"file": 400, "function": 60}
 # What is longer today, with its length; may shrink and leave the list, and nothing may join it.

@@ -16,7 +16,7 @@ from tests import tiny
 from xclip_jax import console, storage
 from xclip_jax.data import loader
 from xclip_jax.errors import UserError
-from xclip_jax.run_folder import RunFolder
+from xclip_jax.run_folder import CLOCKS, RunFolder
 from xclip_jax.train import build, job, progress, trainer
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
@@ -31,8 +31,7 @@ def config(pairs, run, **changes):
 def logged(run):
     """Training metrics by step, without those that measure time."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("samples_per_second", "data/wait_share")
-    return {line["step"]: {k: v for k, v in line.items() if k not in clocks} for line in lines}
+    return {line["step"]: {k: v for k, v in line.items() if k not in CLOCKS} for line in lines}
 
 
 def final_state(c):

@@ -31,7 +31,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from xclip_jax import environment, inference
+from xclip_jax import compilation_cache, environment, inference
 from xclip_jax.console import format_duration, log0
 from xclip_jax.data import embeddings
 from xclip_jax.data.prefetch import ThreadPrefetcher
@@ -276,6 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 sources["image"] = open_images(options.images)
             if options.texts:
                 sources["text"] = Lines(options.texts)
+            compilation_cache.enable()
             model = inference.load(options.checkpoint, step=options.step, batch=options.batch)
             Job(model, sources, options.out, part=options.part, threads=options.threads).run()
     except KeyboardInterrupt:

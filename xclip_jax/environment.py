@@ -1,9 +1,12 @@
 """Versions, devices and commit that a result was computed with."""
 
+import os
+import pathlib
 import platform
 import re
 import subprocess
 import sys
+import time
 from importlib import metadata
 from typing import Any
 
@@ -35,6 +38,16 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return xclip_jax.__version__ if package == "xclip_jax" else "unknown"
+
+
+def uptime() -> float:
+    """Seconds since this process was started, as Linux counts them; 0 elsewhere."""
+    try:
+        # The name of the program, in brackets, may contain anything; the start is field 22.
+        ticks = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0
 
 
 def capture() -> dict[str, Any]:

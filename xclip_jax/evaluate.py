@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from absl import logging
 from etils import epath
 
+from xclip_jax import compilation_cache
 from xclip_jax.console import log0
 from xclip_jax.errors import Parser, exit_with_message
 from xclip_jax.evaluation import evaluate
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if flags.output:
                 write_json(epath.Path(flags.output), {"a": flags.compare[0], "b": flags.compare[1], "rows": rows})
             return
+        compilation_cache.enable()
         suite, fields = flags.suite or ["demo"], {key: getattr(flags, key) for key in PROFILE_FIELDS}
         evaluate(
             flags.checkpoint,

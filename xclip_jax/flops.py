@@ -8,6 +8,25 @@ from xclip_jax.config.schema import Config
 from xclip_jax.data import tokenizer
 from xclip_jax.objectives import make_objective
 
+# Dense bf16 FLOP/s of one device, by JAX's name of its kind. Sources: cloud.google.com/tpu/docs, and NVIDIA's data
+# sheets of A100, H100 and H200.
+PEAK = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
 
 def forward(config: Config, *, train: bool = True) -> dict[str, float]:
     """FLOPs of one pair's forward pass: {"img", "txt", "heads", "loss"}.
@@ -26,9 +45,11 @@ def forward(config: Config, *, train: bool = True) -> dict[str, float]:
 def train_step(config: Config) -> float:
     """Model FLOPs of a training step on the whole batch: three forward passes, the teacher's one more.
 
-    What rematerialisation and microbatches compute again does not count, by definition of MFU.
+    A frozen tower has no backward pass. What rematerialisation and microbatches compute again does not count, by
+    definition of MFU.
     """
     parts = forward(config)
     objective = make_objective(config.objective)
     teacher = parts["img"] + parts["txt"] + parts["heads"] if objective.teacher else 0.0
-    return config.data.batch * (3 * sum(parts.values()) + teacher)
+    passes = {name: 1 if name in config.init.frozen else 3 for name in parts}
+    return config.data.batch * (sum(passes[name] * part for name, part in parts.items()) + teacher)

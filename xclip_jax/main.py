@@ -5,7 +5,7 @@ RECIPE is the name of a recipe of the package, such as demo, or the path of a fi
 
 from absl import app, flags, logging
 
-from xclip_jax import report
+from xclip_jax import compilation_cache, environment, report
 from xclip_jax.config import load
 from xclip_jax.errors import exit_with_message
 from xclip_jax.parallel import processes
@@ -24,7 +24,8 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     with processes.exits(), exit_with_message():
         processes.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        trainer.run(flags.FLAGS.config, [report.callback()])
+        compilation_cache.enable(str(flags.FLAGS.config.run))
+        trainer.run(flags.FLAGS.config, [report.callback()], uptime=environment.uptime())
 
 
 if __name__ == "__main__":

@@ -49,10 +49,10 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, {"chip_config_name": "megacore"}),  # two cores that are one device
-    "v5e": Chip(16 * GIB, 197e12),
-    "v5p": Chip(95 * GIB, 459e12, {"chip_config_name": "megacore"}),
-    "v6e": Chip(32 * GIB, 918e12),
+    "v4": Chip(32 * GIB, flops.PEAK["TPU v4"], {"chip_config_name": "megacore"}),  # two cores that are one device
+    "v5e": Chip(16 * GIB, flops.PEAK["TPU v5e"]),
+    "v5p": Chip(95 * GIB, flops.PEAK["TPU v5p"], {"chip_config_name": "megacore"}),
+    "v6e": Chip(32 * GIB, flops.PEAK["TPU v6e"]),
 }
 REMAT = tuple(REMAT_POLICIES)  # in the order of what is computed again
 MICROBATCHES = (2, 4, 16)

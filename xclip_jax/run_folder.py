@@ -7,6 +7,8 @@ metrics.jsonl   {"step", metric: value} a line; lines of training steps have a "
 results.json    {"results", "config", "environment", "seconds"} of the last evaluation
 evaluation.json of `xclip_jax.evaluate`, see `evaluators.results`
 stacks-N.txt    stacks of all threads of process N, where it hung and was ended
+compiled/       compilation cache of a run of several processes, see `compilation_cache`
+profile/        traces of the steps of log.profile, see `train.profile`
 checkpoints/, bad_samples.jsonl, skipped_steps.jsonl, tensorboard/, report.html, picture.png
 """
 
@@ -24,6 +26,12 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+# Metrics of metrics.jsonl that measure time: two runs that learn the same differ in them.
+CLOCKS = (
+    "samples_per_second", "data/wait_share", "model_flops_per_second", "mfu", "goodput", "wall_seconds",
+    "useful_seconds",
+)  # fmt: skip
 
 
 class RunFolder:
@@ -43,6 +51,8 @@ class RunFolder:
         self.picture_file = self.path / "picture.png"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile"
+        self.compiled = self.path / "compiled"
         self.lock_file = self.path / ".lock"
 
     def stacks_file(self, process: int) -> epath.Path:

@@ -22,6 +22,9 @@ from xclip_jax.objectives import LossConfig, ObjectiveConfig, make_objective, up
 from xclip_jax.parallel.sharding import MeshConfig
 from xclip_jax.train.optim import EmaConfig, OptimConfig
 
+_STEPS = Check(
+    "() or START,STOP with 0 < START < STOP", lambda value: not value or (len(value) == 2 and 0 < value[0] < value[1])
+)
 _TOWERS = Check("names of towers, 'img' or 'txt'", lambda value: set(value) <= {"img", "txt"})
 
 
@@ -56,6 +59,7 @@ class LogConfig:
     collapse_warmup_steps: int = key(500, "step from which on a collapse or a plateau is warned of", at_least(0))
     stall_warning: float = key(60.0, "seconds without progress after which the phase is named; 0 never", at_least(0))
     stall_limit: float = key(1800.0, "seconds without progress after which the run ends; 0 never", at_least(0))
+    profile: Sequence[int] = key((), "first and last step that JAX's profiler traces, as in 100,110", _STEPS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +99,8 @@ class Config:
         """Values of several groups that do not go together."""
         if self.optim.warmup >= self.steps:
             yield f"optim.warmup={self.optim.warmup} must be below the {self.steps} steps of the run; shorten it"
+        if self.log.profile and self.log.profile[1] > self.steps:
+            yield f"log.profile is {self.log.profile}; name steps of the run, which has {self.steps}"
         batch, chunk = self.data.batch, self.loss.chunk_size
         for name, parts in (("optim.microbatches", self.optim.microbatches), ("loss.chunk_size", chunk)):
             if parts and batch % parts:

@@ -64,6 +64,9 @@ def _facts(record: Record, parameters: int | None) -> str:
         f"Training {unit}": f"{samples:,}" if samples else "",
         f"{unit.capitalize()} seen": f"{last['samples']:,} ({last['epoch']:.1f} epochs)" if "epoch" in last else "",
         "Speed": f"{number(last['samples_per_second'])} {unit}/s" if last.get("samples_per_second") else "",
+        "MFU": f"{last['mfu']:.1%}" if last.get("mfu") else "",
+        "Model TFLOP/s": number(flops / 1e12) if (flops := last.get("model_flops_per_second")) else "",
+        "Goodput": f"{last['goodput']:.1%}" if last.get("goodput") else "",
         "Bad samples": f"{record.bad:,}" if record.bad else "",
         "Skipped steps": f"{last['skipped_steps']:,.0f}" if last.get("skipped_steps") else "",
         "Devices": environment.get("devices", ""),
@@ -150,6 +153,8 @@ def curves(record: Record) -> Section:
         chart("Gradient norm", metric_lines(rows, (("grad_norm", "norm"),))),
         chart("Parameter norm", metric_lines(rows, (("param_norm", "norm"),))),
         chart("Speed", metric_lines(timed, (("samples_per_second", f"{unit} per second"),)), unit=f"{unit}/s"),
+        chart("MFU", metric_lines(timed, (("mfu", "MFU"),), scale=100.0), unit="%"),
+        chart("Goodput", metric_lines(timed, (("goodput", "goodput"),), scale=100.0), unit="%"),
         chart("Bad samples", bad, unit="%"),
     ]
     text = "Training metrics of the logged steps. Point at a chart, or focus it and use the arrow keys, to read values."

@@ -1,18 +1,22 @@
 """Metrics of a run: metrics.jsonl, TensorBoard, the progress line, callbacks, and warnings of a collapse."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from xclip_jax import flops
 from xclip_jax.console import log0
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.evaluators.result import Result, flat
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import JsonLines
 from xclip_jax.train.callbacks import Callback
+from xclip_jax.train.goodput import Goodput
 from xclip_jax.train.job import Job
 from xclip_jax.train.progress import InputStallTimer, Progress
 from xclip_jax.train.recovery import SkippedSteps
@@ -99,7 +103,14 @@ class MetricLogger:
     """
 
     def __init__(
-        self, job: Job, start: int, ledger: Ledger, skipped: SkippedSteps, callbacks: Sequence[Callback] = ()
+        self,
+        job: Job,
+        start: int,
+        ledger: Ledger,
+        skipped: SkippedSteps,
+        callbacks: Sequence[Callback] = (),
+        *,
+        began: float,
     ) -> None:
         """Open the run's metrics.
 
@@ -109,17 +120,21 @@ class MetricLogger:
           ledger: of the samples that are read.
           skipped: counts steps that are skipped.
           callbacks: receive what is logged.
+          began: when the process began, by `time.perf_counter`.
         """
         self.ledger, self.stalls, self.skipped = ledger, InputStallTimer(), skipped
         self._job, self._callbacks = job, callbacks
         self._progress = Progress(start, job.config.steps, job.experiment.data.batch, job.experiment.objective.progress)
         self._collapse = CollapseMonitor(job.experiment.objective.alarms, job.config.log.collapse_warmup_steps)
+        self._flops, self._peak = _flops_and_peak(job)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._writer = None
+        self._writer, before = None, []
         if jax.process_index() == 0:
+            before = job.folder.read_metrics()
             # A run that resumes at its last step makes the last evaluation again.
             last = start - (start == job.config.steps)
             self._writer = MetricWriter(job.folder, step=start, evaluations=last)
+        self._goodput = Goodput(began, start, before)
 
     def log_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Take the metrics of a step that was dispatched, and log those of the step before if they are due."""
@@ -130,6 +145,7 @@ class MetricLogger:
         self._pending = (step, metrics)
         self.stalls.step_started(metrics["loss"])
         self._progress.tick(step)
+        self._goodput.tick()
         if self.skipped.in_a_row:  # a rewind must come at the same step however the run was interrupted
             self.skipped.check(step, metrics)
 
@@ -158,6 +174,8 @@ class MetricLogger:
     def _accounts(self, step: int) -> dict[str, float]:
         """What is logged beside the metrics that the step computes."""
         samples = step * self._job.experiment.data.batch
+        speed = self._progress.samples_per_second(step)
+        goodput = self._goodput.values(step, wasted=self.skipped.wasted, waited=self.stalls.total)
         return {
             "lr": float(self._job.experiment.schedule(step - 1)),
             "samples": samples,
@@ -167,7 +185,9 @@ class MetricLogger:
             "data/bad_share": self.ledger.share,
             "data/wait_share": self.stalls.share(),
             "skipped_steps": self.skipped.total,
-            "samples_per_second": self._progress.samples_per_second(step),
+            "samples_per_second": speed,
+            **(utilization(speed * self._flops, self._peak) if speed else {}),
+            **goodput,
         }
 
     def has_evaluation(self, step: int) -> bool:
@@ -187,10 +207,25 @@ class MetricLogger:
         for callback in self._callbacks:
             callback.on_evaluation(step, results)
 
-    def pause(self, seconds: float) -> None:
-        """Leave the last `seconds` out of the speed and of the share of input stalls."""
-        self._progress.pause(seconds)
-        self.stalls.share()
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Context of what does not train, as an evaluation: left out of the speed, of stalls, and of the goodput."""
+        began = time.perf_counter()
+        with self.stall():
+            try:
+                yield
+            finally:
+                self._progress.pause(time.perf_counter() - began)
+                self.stalls.share()
+
+    @contextlib.contextmanager
+    def stall(self) -> Iterator[None]:
+        """Context of what training waits for, as a checkpoint: left out of the goodput."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._goodput.lose(time.perf_counter() - began)
 
     def close(self) -> None:
         """Log and write what is left."""
@@ -203,3 +238,24 @@ class MetricLogger:
             log0(f"bad samples so far: {counts}; see {self.ledger.path}")
         if self._writer:
             self._writer.close()
+
+
+def utilization(flops_per_second: float, peak: float | None) -> dict[str, float]:
+    """Return "model_flops_per_second", all devices together, and "mfu", its share of their `peak` where that is known.
+
+    They are empty for a model whose FLOPs are not known, 0.
+    """
+    if not flops_per_second:
+        return {}
+    return {"model_flops_per_second": flops_per_second} | ({"mfu": flops_per_second / peak} if peak else {})
+
+
+def _flops_and_peak(job: Job) -> tuple[float, float | None]:
+    """Model FLOPs of a training sample, 0 where a tower of another package has none, and FLOP/s of all devices."""
+    devices = job.experiment.mesh.devices
+    peak = flops.PEAK.get(devices.flat[0].device_kind)
+    try:
+        step = flops.train_step(job.experiment.config)
+    except NotImplementedError:
+        step = 0.0
+    return step / job.experiment.data.batch, peak and peak * devices.size

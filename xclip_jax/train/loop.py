@@ -1,7 +1,6 @@
 """The training loop: batches, steps, checkpoints and evaluations on the way."""
 
 import contextlib
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.interrupt import Interrupted, PreemptionHandler
 from xclip_jax.train.job import Job
 from xclip_jax.train.log import MetricLogger, is_due
+from xclip_jax.train.profile import StepTracer
 from xclip_jax.train.state import TrainState
 from xclip_jax.train.watchdog import CHECKPOINT, COMPILATION, DATA, EVALUATION, STEP, Watchdog
 
@@ -33,7 +33,7 @@ def train(
       The state, and whether the run was interrupted. Its last step is saved then, and after errors of data.
     """
     config, experiment, start = job.config, job.experiment, int(state.step)
-    step = start
+    step, tracer = start, StepTracer(config.log.profile, job.folder, log.pause)
     # Closed when all is saved: readers may take their time to end.
     batches = log.stalls(_watched(_batches(job, start, log.ledger), job, watch, stop))
 
@@ -45,7 +45,8 @@ def train(
             return
         b = experiment.data.batch
         position = {"samples": step * b, "batch": b, "seed": config.seed, "counters": log.ledger.counters}
-        checkpointer.save(state, position)
+        with log.stall():
+            checkpointer.save(state, position)
 
     try:
         stop.check()
@@ -56,12 +57,13 @@ def train(
         for batch in batches:
             watch.enter(STEP if stop.saves else COMPILATION)
             # Steps are dispatched without waiting: this batch travels to the devices while they compute the last step.
-            state, metrics = experiment.compiled(state, loader.to_global(batch, experiment.mesh))
+            state, metrics = tracer(step + 1, experiment.compiled, state, loader.to_global(batch, experiment.mesh))
             step, stop.saves = step + 1, True
             log.log_step(step, metrics)
             checkpointer.raise_failure()  # of a save in the background
             if log.skipped.exceeded:
-                state = log.skipped.rewind(state)
+                with log.stall():
+                    state = log.skipped.rewind(state)
             stop.check()
             log.ledger.check()
             if is_due(config.checkpoint.every, step) or step == config.steps:
@@ -83,6 +85,7 @@ def train(
         raise
     finally:
         watch.enter(CHECKPOINT)  # what is being saved is awaited when the checkpointer is closed
+        tracer.close()
 
 
 def _can_save_after(error: Exception, phase: str) -> bool:
@@ -157,11 +160,10 @@ def _evaluate(
     job: Job, step: int, state: TrainState, log: MetricLogger, watch: Watchdog, stop: PreemptionHandler
 ) -> None:
     """Evaluate the model on the way, and leave the time that it takes out of the speed."""
-    began = time.perf_counter()
     log.flush()
-    with evaluating(watch, stop):
-        results = run_evaluators(job.during, state.variables(ema=job.config.eval.ema))
-    log.write_results(step, results)
-    log.end_evaluation(step, results)
-    log0(f"step {step}: {summary.headlines(results)}")
-    log.pause(time.perf_counter() - began)
+    with log.pause():
+        with evaluating(watch, stop):
+            results = run_evaluators(job.during, state.variables(ema=job.config.eval.ema))
+        log.write_results(step, results)
+        log.end_evaluation(step, results)
+        log0(f"step {step}: {summary.headlines(results)}")

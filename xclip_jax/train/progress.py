@@ -43,7 +43,7 @@ class Progress:
     def tick(self, step: int) -> None:
         """Count a step; to be called after each."""
         if self._since is None:
-            self._since, self._first = time.perf_counter(), step
+            self._since, self._first, self._paused = time.perf_counter(), step, 0.0
 
     def pause(self, seconds: float) -> None:
         """Leave `seconds`, as of an evaluation, out of the speed."""
@@ -63,6 +63,8 @@ class Progress:
             parts.append(f"skipped {skipped:.0f}")
         if (share := metrics.get("data/wait_share", 0.0)) > INPUT_BOUND:
             parts.append(f"input-bound: {share:.0%}")
+        if mfu := metrics.get("mfu"):
+            parts.append(f"MFU {mfu:.1%}")
         return "  ".join([*parts, f"{speed:.0f} samples/s, {left} left" if speed else "(compiled)"])
 
 
@@ -70,13 +72,16 @@ class InputStallTimer:
     """Measures how long the devices are idle because the next batch is not ready.
 
     A loop that waits for data while the devices compute loses nothing: a thread notes when each step ends.
+
+    Attributes:
+      total: seconds since the first step.
     """
 
     def __init__(self) -> None:
         self._steps: queue.SimpleQueue[jax.Array | None] = queue.SimpleQueue()
         self._started = self._ended = 0
         self._ended_at = self._since = time.perf_counter()
-        self._seconds = 0.0
+        self._seconds = self.total = 0.0
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
@@ -91,7 +96,9 @@ class InputStallTimer:
         began = time.perf_counter()
         for batch in batches:
             if self._started and self._started == self._ended:
-                self._seconds += time.perf_counter() - max(began, self._ended_at)
+                stalled = time.perf_counter() - max(began, self._ended_at)
+                self._seconds += stalled
+                self.total += stalled
             yield batch
             began = time.perf_counter()
 

@@ -42,6 +42,12 @@ class SkippedSteps:
         self.path = job.folder.skipped_steps_file
         self._file = JsonLines(self.path, lambda line: line["step"] <= start, writes=jax.process_index() == 0)
         self._checked, self._skipped = start, False
+        self._wasted: set[int] = set()
+
+    @property
+    def wasted(self) -> int:
+        """Steps that this process skipped, or that it undid in a rewind."""
+        return len(self._wasted)
 
     @property
     def _counters(self) -> Mapping[str, int]:
@@ -96,6 +102,7 @@ class SkippedSteps:
             f"WARNING: {self.in_a_row} steps in a row were skipped; rewinding to the checkpoint of step {target}, and "
             f"going on with the samples of step {step + 1}"
         )
+        self._wasted.update(range(target + 1, step + 1))
         self._count(in_a_row=0, rewound=step)
         return guard.at_step(restored, step)
 
@@ -119,6 +126,7 @@ class SkippedSteps:
     def _add(self, step: int, values: dict[str, float]) -> None:
         config = self._job.config
         self._count(total=self.total + 1, in_a_row=self.in_a_row + 1)
+        self._wasted.add(step)
         b = config.data.batch
         self._file.append({"step": step, "position": (step - 1) * b, "samples": b} | values)
         fault = _fault(step, values)

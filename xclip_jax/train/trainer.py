@@ -28,7 +28,9 @@ from xclip_jax.train.watchdog import Watchdog
 from xclip_jax.train.weights import init_from_weights
 
 
-def run(config: ml_collections.ConfigDict | Config, callbacks: Sequence[Callback] = ()) -> dict[str, float]:
+def run(
+    config: ml_collections.ConfigDict | Config, callbacks: Sequence[Callback] = (), *, uptime: float = 0.0
+) -> dict[str, float]:
     """Train, or resume training, to `config.steps` and return the results of the last evaluation.
 
     Everything goes to the folder `config.run`, see `xclip_jax.run_folder`. The same call on the same folder resumes, or
@@ -38,11 +40,13 @@ def run(config: ml_collections.ConfigDict | Config, callbacks: Sequence[Callback
     Args:
       config: of the run.
       callbacks: receive metrics, results and the trained model, such as `xclip_jax.report.callback()`.
+      uptime: seconds that the process has run for, which the goodput counts as start-up.
 
     Raises:
       UserError: bad input, or values that are not finite.
       SystemExit: a signal asked to stop; the status is `EXIT_RESUMABLE`.
     """
+    began = time.perf_counter() - uptime
     config = resolve(config)
     folder = TrainingFolder(config.run)
     folder.check(config)
@@ -60,7 +64,7 @@ def run(config: ml_collections.ConfigDict | Config, callbacks: Sequence[Callback
             # A process that fails ends before its checkpointer is closed, which would wait for the others.
             checkpoints = Checkpointer(folder.path, keep=keep, keep_every=keep_every)
             with checkpoints as checkpointer, processes.ends_all():
-                state, log, stopped = _train(job, checkpointer, watch, stop, callbacks)
+                state, log, stopped = _train(job, checkpointer, watch, stop, callbacks, began)
             stop.saves = False
             if not stopped:
                 try:
@@ -79,6 +83,7 @@ def _train(
     watch: Watchdog,
     stop: PreemptionHandler,
     callbacks: Sequence[Callback],
+    began: float,
 ) -> tuple[TrainState, MetricLogger, bool]:
     """Make or restore the state and train it. Returns it, the log, and whether the run was interrupted."""
     config, experiment = job.config, job.experiment
@@ -105,7 +110,7 @@ def _train(
         counters=position.get("counters"),
     )
     skipped = SkippedSteps(job, int(state.step), ledger, checkpointer)
-    log = MetricLogger(job, int(state.step), ledger, skipped, callbacks)
+    log = MetricLogger(job, int(state.step), ledger, skipped, callbacks, began=began)
     state, stopped = train(job, state, log, checkpointer, watch, stop)
     return state, log, stopped
 
