@@ -19,6 +19,7 @@ from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
 from xclip_jax.data import tokenizer
 from xclip_jax.errors import UserError
+from xclip_jax.interop import hub
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import is_remote, write_json
 
@@ -190,7 +191,7 @@ class TrainingFolder(RunFolder):
                 log0(f"{self.path} has no checkpoint, so the run starts with its new config: {', '.join(differing)}")
             content = {"config": current, "environment": facts, "started": now}
             if config.init.weights:
-                content["init_weights"] = fingerprint(config.init.weights)
+                content["init_weights"] = fingerprint(hub.resolve(config.init.weights))
             write_json(self.config_file, content)
             return
         before, after = schema.flatten(saved["config"]), schema.flatten(current)
