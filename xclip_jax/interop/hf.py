@@ -99,9 +99,10 @@ def _preprocessing(folder: epath.Path, size: int, family: str = "CLIP") -> Prepr
 
 
 def _processor(content: Mapping[str, Any], size: int, where: str, family: str) -> Preprocessing:
-    content = {key: value for key, value in content.items() if value is not None}
+    defaults: dict[str, Any] = {}
     if family == "Siglip":
-        content = siglip.HF_PROCESSOR | {"size": {"height": size, "width": size}} | content
+        defaults = siglip.HF_PROCESSOR | {"size": {"height": size, "width": size}}
+    content = defaults | {key: value for key, value in content.items() if value is not None}
 
     def refuse(key: str, right: str) -> UserError:
         return UserError(f"{where}: {key}={content.get(key)!r} is not supported; expected {right}.")
