@@ -161,7 +161,9 @@ def test_what_the_hub_refuses_is_one_sentence(server, folders, monkeypatch):
         with pytest.raises(UserError, match=message) as error:
             weights.load(path)
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"'lab/hf' does not exist; .* Of the Hugging Face Hub, write hf:lab/hf\."):
+    with pytest.raises(
+        UserError, match=r"does not exist; .* A repository of the Hugging Face Hub is written hf:lab/hf\."
+    ):
         weights.load("lab/hf")
 
 

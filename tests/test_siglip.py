@@ -18,6 +18,7 @@ from etils import epath
 from PIL import Image
 
 import xclip_jax
+from tests import tiny
 from tests.foreign import assert_same, images, ours, shaken, theirs_hf, theirs_open_clip
 from xclip_jax import interop
 from xclip_jax.config import schema
@@ -25,6 +26,7 @@ from xclip_jax.data import tokenizer
 from xclip_jax.errors import UserError
 from xclip_jax.interop import vocabulary
 from xclip_jax.interop.sentencepiece import convert
+from xclip_jax.train import build
 
 CORPUS = ["a photo of a cat", "two dogs on the moon", "naïve über straße", "it never ends", "the cat sat on the mat",
           "a photo of two dogs and a house", "moon over the house, again and again"] * 20  # fmt: skip
@@ -224,6 +226,19 @@ def test_the_second_siglip_has_texts_in_lower_case(tmp_path):
     (row,) = mine(["Two dogs, on"], 20)
     expected = library.encode("two dogs, on").ids
     assert row.tolist() == expected + [0] * (20 - len(expected))
+
+
+def test_a_recipe_may_have_its_parts():
+    parts = {"model__img__pool": "map", "model__img__pre_norm": False, "model__img__patch_bias": True,
+             "model__txt__causal": False, "model__txt__pool": "last", "model__project_img": False,
+             "model__project_bias": True}  # fmt: skip
+    params = build.build(tiny.config("siglip", model__embed=32, **parts), jax.devices()[:1]).abstract.params
+    assert params["img"]["patches"].keys() == {"kernel", "bias"} and "proj_img" not in params
+    assert params["proj_txt"]["linear"]["bias"].shape == (32,)
+    with pytest.raises(UserError, match=r"embed 16 must be img\.width 32 where project_img is false"):
+        build.build(tiny.config("siglip", **parts))
+    with pytest.raises(UserError, match="patch_bias is of stem 'linear'"):
+        build.build(tiny.config("siglip", model__img__patch_bias=True, model__img__stem="hmlp"))
 
 
 def test_files_that_are_not_of_sentencepiece():

@@ -203,12 +203,15 @@ def _bytes() -> Tokenizer:
 
 
 def _from_file(path: str) -> Tokenizer:
-    own = None
+    end_tokens, pad_tokens, start_tokens, size, cleaning = END_TOKENS, PAD_TOKENS, START_TOKENS, 0, ""
     try:
         content = pathlib.Path(path).read_bytes().decode()
         if content.startswith(f'{{"{_CONVENTIONS}"'):
             wrapped = json.loads(content)
-            own, content = wrapped[_CONVENTIONS], json.dumps(wrapped["tokenizer"])
+            content, own = json.dumps(wrapped["tokenizer"]), wrapped[_CONVENTIONS]
+            end_tokens, pad_tokens, start_tokens = (own["end"],), (own["pad"],), ()
+            size, cleaning = own["size"], own["cleaning"]
+        cleaned = CLEANINGS[cleaning]
         model = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # The library raises bare `Exception`.
         raise UserError(f"tokenizer file {path!r} is not a Hugging Face tokenizers JSON: {error}") from error
@@ -220,14 +223,11 @@ def _from_file(path: str) -> Tokenizer:
     def find(tokens: Sequence[str]) -> int | None:
         return next((i for i in map(model.token_to_id, tokens) if i is not None), None)
 
-    end_tokens, pad_tokens = ((own["end"],), (own["pad"],)) if own else (END_TOKENS, PAD_TOKENS)
     end = find(end_tokens)
     if end is None:
         raise UserError(
             f"tokenizer file {path!r} has no end token; add one of {', '.join(end_tokens)} to its vocabulary."
         )
-    cleaning = own["cleaning"] if own else ""
-    cleaned = CLEANINGS[cleaning]
 
     def encode(text: str) -> list[int]:
         try:
@@ -241,8 +241,8 @@ def _from_file(path: str) -> Tokenizer:
     return Tokenizer(
         path,
         encode,
-        vocab_size=own["size"] if own else max(model.get_vocab(with_added_tokens=True).values()) + 1,
-        sot_id=None if own else find(START_TOKENS),
+        vocab_size=size or max(model.get_vocab(with_added_tokens=True).values()) + 1,
+        sot_id=find(start_tokens),
         eot_id=end,
         pad_id=find(pad_tokens) or 0,
         cleaning=cleaning,

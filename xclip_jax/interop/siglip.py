@@ -86,7 +86,7 @@ def read_hf(
     """
     split: dict[str, np.ndarray] = {}
     for name, x in tensors.items():
-        if name.startswith(_JOINED) and len(x) % 3 == 0:
+        if name.startswith(_JOINED) and x.ndim and len(x) % 3 == 0:
             end, d = name.removeprefix(_JOINED), len(x) // 3
             split |= {f"{_HF.img['query']}.{end}": x[:d], f"{_HF.img['kv']}.{end}": x[d:]}
         elif not name.endswith("position_ids"):
@@ -99,8 +99,8 @@ def read_hf(
 
 def is_open_clip(content: Mapping[str, Any] | None) -> bool:
     """Whether an open_clip_config.json is of a SigLIP."""
-    model = (content or {}).get("model_cfg", content or {})
-    vision = model.get("vision_cfg")
+    model = (content or {}).get("model_cfg", content)
+    vision = model.get("vision_cfg") if isinstance(model, Mapping) else None
     return isinstance(vision, Mapping) and bool(re.fullmatch(_TIMM_NAME, str(vision.get("timm_model_name"))))
 
 
@@ -131,7 +131,7 @@ def read_open_clip(
             raise UserError(f"{where} is not supported: a SigLIP with {key}={given!r}; expected {right!r}.")
     names, name = _TIMM.img, vision["timm_model_name"]
     needed = (f"{names['patches']}.weight", f"{names['blocks']}.0.mlp.fc1.weight")
-    if missing := [key for key in needed if key not in tensors or not tensors[key].shape[0]]:
+    if missing := [key for key, n in zip(needed, (4, 2), strict=True) if key not in tensors or tensors[key].ndim != n]:
         raise UserError(f"{where} is not the image tower {name!r}: it lacks {', '.join(missing)}.")
     patches, up = (tensors[key] for key in needed)
     size = re.search(r"siglip.*_(\d+)", name)

@@ -79,7 +79,7 @@ def _run_config(run: RunFolder) -> Config:
 
 
 def _hint(path: str) -> str:
-    return f" Of the Hugging Face Hub, write hf:{path}." if re.fullmatch(hub.ID, path) else ""
+    return f" A repository of the Hugging Face Hub is written hf:{path}." if re.fullmatch(hub.ID, path) else ""
 
 
 def _read_foreign(path: str, place: str, step: int | None) -> tuple[Config, Variables]:
