@@ -136,7 +136,7 @@ def _of_network(error: BaseException) -> bool:
 def _reason(error: Exception) -> str:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    return "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else first_line(error)
+    return "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else first_line(error).rstrip(".")
 
 
 @contextlib.contextmanager
@@ -162,7 +162,7 @@ def _sentences(what: str, repository: str, revision: str | None = None) -> Itera
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         remedy = f"; {_LOG_IN}, with an account and token that have the right" if status in (401, 403) else ""
-        raise UserError(f"{what}: the Hub answers {first_line(error)}{remedy}.") from error
+        raise UserError(f"{what}: the Hub answers {_reason(error)}{remedy}.") from error
     except UserError:
         raise
     except Exception as error:
