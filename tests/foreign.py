@@ -45,6 +45,7 @@ def ours(config, variables, pixels, tokens):
     towers = two_towers(
         img=model["img"], txt=model["txt"] | {"vocab": tokenized.vocab_size, "eot_id": tokenized.eot_id},
         embed=model["embed"], bias_init=model["bias_init"] if bias else None,
+        project_img=model["project_img"], project_bias=model["project_bias"],
     )  # fmt: skip
     out = jit(towers.apply)(variables, pixels, tokens)
     return {key: np.asarray(out[key]) for key in ("z_img", "z_txt", "scale", *(["bias"] if bias else []))}
@@ -66,8 +67,11 @@ def theirs_hf(model, pixels, tokens):
     ids = torch.tensor(tokens.astype(np.int64))
     with torch.no_grad():
         out = model(input_ids=ids, pixel_values=torch.tensor(pixels).permute(0, 3, 1, 2))
-    return {"z_img": out.image_embeds.numpy(), "z_txt": out.text_embeds.numpy(),
-            "scale": model.logit_scale.exp().detach().numpy()}  # fmt: skip
+    scalars = {"scale": model.logit_scale.exp()}
+    if hasattr(model, "logit_bias"):
+        scalars["bias"] = model.logit_bias
+    scalars = {key: x.detach().numpy().reshape(()) for key, x in scalars.items()}
+    return {"z_img": out.image_embeds.numpy(), "z_txt": out.text_embeds.numpy(), **scalars}
 
 
 def assert_same(found, expected):

@@ -17,14 +17,25 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 
 def two_towers(
-    *, img, txt, embed=0, scale_init=1 / 0.07, bias_init=None, cluster_head=None, dtype=jnp.float32, cls=TwoTowers
+    *,
+    img,
+    txt,
+    embed=0,
+    scale_init=1 / 0.07,
+    bias_init=None,
+    cluster_head=None,
+    dtype=jnp.float32,
+    cls=TwoTowers,
+    **projections,
 ):
     """`cls` with projections to `embed` above 0, a logit bias of `bias_init`, cluster heads; blocks are unrolled."""
     heads, widths = {}, {"img": img["width"], "txt": txt["width"]}
     txt = dict(txt)
     tokens = {key: txt.pop(key, default) for key, default in (("vocab", 49408), ("eot_id", 49407))}
     if embed:
-        heads |= contrastive_heads(embed, widths, scale_init=scale_init, bias_init=bias_init, dtype=dtype)
+        heads |= contrastive_heads(
+            embed, widths, scale_init=scale_init, bias_init=bias_init, dtype=dtype, **projections
+        )
     if cluster_head:
         heads |= cluster_heads(ClusterHeadConfig(**cluster_head), widths, dtype=dtype)
     towers = ImageTowerConfig(**{"scan": False} | img), TextTowerConfig(**{"scan": False} | txt)

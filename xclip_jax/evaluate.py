@@ -5,11 +5,12 @@
     python -m xclip_jax.evaluate --compare RUN_A RUN_B
 
 RUN is a run's folder, or weights that `xclip_jax.interop` reads: a folder or file of open_clip, of transformers, of
-OpenAI's CLIP or of xclip_jax.export. Results are added to RUN/evaluation.json (RUN.evaluation.json beside a file), or
-to --output, set by set: each has its value, metric, protocol, templates, preprocessing, data set version, hash of the
-split, n and seconds, and its step and profile. A result of the same set, step and profile is replaced, all others
-stay; `evaluators.results` documents the file. FILE.items.npz beside it has per-example values, which --compare
-resamples for its intervals.
+OpenAI's CLIP or of xclip_jax.export, or hf:ORG/NAME[@REVISION] of the Hugging Face Hub. Results are added to
+RUN/evaluation.json (beside a file RUN.evaluation.json, of a repository ORG--NAME.evaluation.json), or to --output, set
+by set: each has its value, metric, protocol, templates, preprocessing, data set version, hash of the split, n and
+seconds, and its step and profile. A result of the same set, step and profile is replaced, all others stay;
+`evaluators.results` documents the file. FILE.items.npz beside it has per-example values, which --compare resamples for
+its intervals.
 
 Images that cannot be decoded count as wrong, and the result says how many there were ("unreadable"); more than 5 % of a
 set are an error.

@@ -13,6 +13,7 @@ from xclip_jax.config import schema
 from xclip_jax.console import log0
 from xclip_jax.evaluators import registry, result, results, summary
 from xclip_jax.evaluators.result import Result
+from xclip_jax.interop import hub
 from xclip_jax.run_folder import RunFolder, evaluation_file
 from xclip_jax.train.encoder import make_encoder
 from xclip_jax.train.weights import load
@@ -36,7 +37,7 @@ def evaluate(
       profile: one of `registry.PROFILES`: templates, resizing and retrieval protocol together.
       changes: fields of the profile to change: prefix, lower, captions (of retrieval), augment (of SLIP's probe).
       data_dir: root of the data sets; by default that of the run's config.
-      output: file of the results, `evaluation_file(run)` by default.
+      output: file of the results, `evaluation_file(run)` by default; of "hf:ORG/NAME" ORG--NAME.evaluation.json.
 
     Returns:
       What this call added: its entries are "results".
@@ -47,7 +48,7 @@ def evaluate(
     began = time.perf_counter()
     names, changes = registry.expand_suites(suite), dict(changes or {})
     protocol = dataclasses.replace(registry.profile(profile), **changes)
-    path = epath.Path(output) if output else evaluation_file(run)
+    path = epath.Path(output) if output else evaluation_file(hub.local_name(run))
     if output:
         results.make_folder(path)
     config, experiment, variables, loaded_step = load(run, step)

@@ -316,7 +316,7 @@ def load(path: str | os.PathLike, *, step: int | None = None, batch: int = 32, t
     On a CPU, which has no fast bfloat16, it computes in float32.
 
     Args:
-      path: a run's folder, or weights that `xclip_jax.interop.read` reads.
+      path: a run's folder, or weights that `xclip_jax.interop.read` reads, such as "hf:ORG/NAME".
       step: of one of a run's checkpoints; the newest by default.
       batch: items that are encoded at once, rounded up to a multiple of the devices; 32 suits the caches of a CPU,
         accelerators take more.

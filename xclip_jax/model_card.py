@@ -15,7 +15,9 @@ from xclip_jax.run_folder import RunFolder
 from xclip_jax.train.build import Experiment
 
 _LIBRARIES = {"hf": "transformers", "open_clip": "open_clip", "safetensors": "xclip_jax"}
-# To run beside the folder {out}.
+# What a library writes before a folder, and before a repository of the Hub.
+_PREFIXES = {"hf": ("", ""), "open_clip": ("local-dir:", "hf-hub:"), "safetensors": ("", "hf:")}
+# To run beside the folder {out}, or anywhere for a repository.
 _USE = {
     "hf": """\
 import torch
@@ -35,8 +37,8 @@ import open_clip
 import torch
 from PIL import Image
 
-model, preprocess = open_clip.create_model_from_pretrained("local-dir:{out}")
-tokenizer = open_clip.get_tokenizer("local-dir:{out}")
+model, preprocess = open_clip.create_model_from_pretrained("{out}")
+tokenizer = open_clip.get_tokenizer("{out}")
 pixels = preprocess(Image.open("picture.jpg")).unsqueeze(0)
 tokens = tokenizer(["a photo of a cat", "a photo of a dog"])
 with torch.no_grad():
@@ -55,7 +57,15 @@ _RECIPE = ("data.batch", "optim.lr", "optim.schedule", "optim.warmup", "optim.we
 
 
 def render(
-    source: str, out: str, to: str, experiment: Experiment, step: int, notes: Sequence[str], *, run: bool
+    source: str,
+    out: str,
+    to: str,
+    experiment: Experiment,
+    step: int,
+    notes: Sequence[str],
+    *,
+    run: bool,
+    repository: str = "",
 ) -> str:
     """Return the card in Markdown.
 
@@ -66,13 +76,15 @@ def render(
       experiment, step: of the source, as `weights.load` returns them.
       notes: sentences on what the format cannot hold.
       run: whether `source` is a run directory, with data, recipe and results.
+      repository: the card's id on the Hub, "ORG/NAME", or "": the code in it then names the folder.
     """
     config = experiment.config
     sections = [
         _head(config, experiment, to),
         _model(config, experiment),
         _input(config, experiment, to),
-        f"## Use\n\n```python\n{_USE[to].format(out=epath.Path(out).name)}\n```" + "".join(f"\n\n* {n}" for n in notes),
+        f"## Use\n\n```python\n{_usage(to, epath.Path(out).name, repository)}\n```"
+        + "".join(f"\n\n* {n}" for n in notes),
     ]
     folder = RunFolder(source) if run else None
     if folder:
@@ -81,6 +93,11 @@ def render(
         sections.append(f"## Data, recipe, results\n\nConverted from `{source}`; see its documentation.")
     sections += [_limits(config), _licence(), _made(folder)]
     return "\n\n".join(sections) + "\n"
+
+
+def _usage(to: str, folder: str, repository: str) -> str:
+    local, remote = _PREFIXES[to]
+    return _USE[to].format(out=f"{remote}{repository}" if repository else f"{local}{folder}")
 
 
 def _rows(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

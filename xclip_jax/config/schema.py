@@ -32,7 +32,7 @@ _TOWERS = Check("names of towers, 'img' or 'txt'", lambda value: set(value) <= {
 class InitConfig:
     """Config group `init`: what a new run starts from."""
 
-    weights: str = key("", "a run's folder, or weights of another project; empty for random ones")
+    weights: str = key("", "a run's folder, or weights of another project, hf:ORG/NAME too; empty for random ones")
     frozen: Sequence[str] = key((), "towers that get no update", _TOWERS)
 
 

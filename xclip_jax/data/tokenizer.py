@@ -7,8 +7,9 @@ with open_clip's `SimpleTokenizer` on every character that Unicode 15 assigns.
 import functools
 import gzip
 import html
-import os
+import json
 import pathlib
+import string
 from collections.abc import Callable, Sequence
 
 import ftfy
@@ -23,6 +24,8 @@ NAMES = ("clip", "bytes")
 END_TOKENS = ("<|endoftext|>", "</s>", "[SEP]")
 START_TOKENS = ("<|startoftext|>", "<s>", "[CLS]")
 PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>")
+# Key with which a file of `with_conventions` begins.
+_CONVENTIONS = "xclip_jax"
 
 # Longer texts are encoded each time; the cache then takes 100 MB at most, of Latin letters and 77 tokens.
 _CACHED_LETTERS = 512
@@ -44,6 +47,7 @@ class Tokenizer:
       sot_id: start token of each row; None where the vocabulary has none, then rows begin with the text.
       eot_id: end token of each row, of truncated ones too.
       pad_id: padding after the end token.
+      cleaning: of texts before they are encoded, a name of `CLEANINGS`.
     """
 
     def __init__(
@@ -55,7 +59,9 @@ class Tokenizer:
         sot_id: int | None,
         eot_id: int,
         pad_id: int,
+        cleaning: str = "",
     ) -> None:
+        self.cleaning = cleaning
         self.name, self.vocab_size = name, vocab_size
         self.sot_id, self.eot_id, self.pad_id = sot_id, eot_id, pad_id
         self._encode = encode
@@ -116,6 +122,38 @@ def clean(text: str) -> str:
     return " ".join(text.split()).lower()
 
 
+def _lower_without_punctuation(text: str) -> str:
+    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
+
+
+# Cleanings of SigLIP's texts: in lower case without ASCII punctuation, as in transformers; open_clip takes "_" for a
+# space; SigLIP 2's are in lower case.
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+CLEANINGS: dict[str, Callable[[str], str]] = {
+    "": lambda text: text,
+    "lower": str.lower,
+    "canonical": _lower_without_punctuation,
+    "canonical_spaces": lambda text: _lower_without_punctuation(text.replace("_", " ")),
+}
+
+
+def with_conventions(content: str, *, end: str, pad: str, size: int, cleaning: str) -> str:
+    """Wrap a tokenizer file with what weights of another project take for granted and the file does not say.
+
+    Args:
+      content: JSON of the library `tokenizers`.
+      end: token after each text; none is put before it.
+      pad: token after the end.
+      size: ids that the model has.
+      cleaning: a name of `CLEANINGS`.
+
+    Returns:
+      JSON of {"xclip_jax": these, "tokenizer": the file's}, which `load` reads.
+    """
+    conventions = {"end": end, "pad": pad, "size": size, "cleaning": cleaning}
+    return json.dumps({_CONVENTIONS: conventions, "tokenizer": json.loads(content)}, ensure_ascii=False)
+
+
 def _byte_letters() -> list[str]:
     """Return the letter of each byte, in the order of the vocabulary: printable bytes first, then the others."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -171,8 +209,16 @@ def _check_raised_by_library(error: BaseException) -> None:
 
 
 def _from_file(path: str) -> Tokenizer:
+    end_tokens, pad_tokens, start_tokens, size, cleaning = END_TOKENS, PAD_TOKENS, START_TOKENS, 0, ""
     try:
-        model = tokenizers.Tokenizer.from_file(os.fspath(path))
+        content = pathlib.Path(path).read_bytes().decode()
+        if content.startswith(f'{{"{_CONVENTIONS}"'):
+            wrapped = json.loads(content)
+            content, own = json.dumps(wrapped["tokenizer"]), wrapped[_CONVENTIONS]
+            end_tokens, pad_tokens, start_tokens = (own["end"],), (own["pad"],), ()
+            size, cleaning = own["size"], own["cleaning"]
+        cleaned = CLEANINGS[cleaning]
+        model = tokenizers.Tokenizer.from_str(content)
     except BaseException as error:
         _check_raised_by_library(error)
         raise UserError(f"tokenizer file {path!r} is not a Hugging Face tokenizers JSON: {error}") from error
@@ -184,15 +230,15 @@ def _from_file(path: str) -> Tokenizer:
     def find(tokens: Sequence[str]) -> int | None:
         return next((i for i in map(model.token_to_id, tokens) if i is not None), None)
 
-    end = find(END_TOKENS)
+    end = find(end_tokens)
     if end is None:
         raise UserError(
-            f"tokenizer file {path!r} has no end token; add one of {', '.join(END_TOKENS)} to its vocabulary."
+            f"tokenizer file {path!r} has no end token; add one of {', '.join(end_tokens)} to its vocabulary."
         )
 
     def encode(text: str) -> list[int]:
         try:
-            return model.encode(join_surrogates(text), add_special_tokens=False).ids
+            return model.encode(cleaned(join_surrogates(text)), add_special_tokens=False).ids
         except BaseException as error:
             _check_raised_by_library(error)
             raise UserError(
@@ -203,8 +249,9 @@ def _from_file(path: str) -> Tokenizer:
     return Tokenizer(
         path,
         encode,
-        vocab_size=max(model.get_vocab(with_added_tokens=True).values()) + 1,
-        sot_id=find(START_TOKENS),
+        vocab_size=size or max(model.get_vocab(with_added_tokens=True).values()) + 1,
+        sot_id=find(start_tokens),
         eot_id=end,
-        pad_id=find(PAD_TOKENS) or 0,
+        pad_id=find(pad_tokens) or 0,
+        cleaning=cleaning,
     )

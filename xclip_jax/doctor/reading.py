@@ -190,7 +190,9 @@ def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
     rows = text[: experiment.data.batch]
     _, counts = np.unique(rows, axis=0, return_counts=True)
     twins = float(counts[counts > 1].sum() / len(rows))
-    cut = float(np.mean(text[:, -1] == experiment.tokenizer.eot_id))
+    # The first end of a row: some tokenizers pad with it.
+    ends = (text == experiment.tokenizer.eot_id).argmax(axis=1)
+    cut = float(np.mean(ends == text.shape[1] - 1))
     values = {"full_share": cut, "duplicate_share": twins}
     lengths = f"{cut:.0%} of the texts fill all {experiment.context_length} tokens"
     weights = experiment.objective.weights

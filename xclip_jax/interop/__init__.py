@@ -21,7 +21,7 @@ from xclip_jax.config.renamed import translate
 from xclip_jax.data import tokenizer
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError, check_choice
-from xclip_jax.interop import hf, open_clip, param_mapping, tensor_files, vocabulary
+from xclip_jax.interop import hf, hub, open_clip, param_mapping, tensor_files, vocabulary
 from xclip_jax.models.layers import unstack_blocks
 from xclip_jax.models.tower import ImageTower
 from xclip_jax.models.two_towers import ModelConfig
@@ -37,6 +37,12 @@ WRITTEN = (
     vocabulary.FILE, *vocabulary.CLIP_FILES, vocabulary.OPTIONS, vocabulary.SPECIAL,
 )  # fmt: skip
 
+# Values of the keys of `model` that the formats of other projects are written with.
+_CLIPS = {
+    "img.pool": "cls", "img.stem": "linear", "img.patch_bias": False, "txt.causal": True, "txt.pool": "eot",
+    "project_img": True, "project_bias": False,
+}  # fmt: skip
+
 
 def read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (config, variables) of weights; see the module's docstring.
@@ -44,12 +50,13 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     Args:
       path: a folder or a file of weights: .safetensors, or .bin, .pt and .pth as torch.save has written them since 1.6.
         Their config is read from the same folder; weights with OpenAI's names may lack it, their sizes are inferred.
+        "hf:ORG/NAME[@REVISION]" is a repository of the Hugging Face Hub, see `hub.resolve`.
 
     Raises:
       UserError: nothing to read, files that contain more than tensors, an architecture that is not supported, or
         tensors that are missing, unknown or of another shape, by name.
     """
-    file = tensor_files.find(path)
+    file = tensor_files.find(hub.resolve(path))
     folder, where = file.parent, str(file)
     tensors, stored = tensor_files.tensors(file)
     if any(name.startswith("params/") for name in tensors):
@@ -80,13 +87,16 @@ def _read_own(tensors: tensor_files.Tensors, folder: epath.Path) -> tuple[dict[s
     return config | {"source": {"format": "safetensors", "notes": ()}}, unflatten_dict(tensors, sep="/")
 
 
-def write(variables: Mapping[str, Any], config: Mapping[str, Any], path: str, to: str = "safetensors") -> list[str]:
+def write(
+    variables: Mapping[str, Any], config: Mapping[str, Any], path: str, to: str = "safetensors", *, repository: str = ""
+) -> list[str]:
     """Write a model into the folder `path`.
 
     Args:
       variables, config: as `read` returns them; other keys of `config`, such as those of a run, are ignored.
       path: the folder, which is created. Files of an earlier export, in any format, are deleted first.
       to: "hf" (a CLIPModel with its processor), "open_clip", or "safetensors": ours, which loses nothing.
+      repository: the id on the Hub that the files will have, "ORG/NAME", or "".
 
     Returns:
       Sentences on what the format cannot hold.
@@ -118,10 +128,13 @@ def write(variables: Mapping[str, Any], config: Mapping[str, Any], path: str, to
         if name == "bytes":
             raise UserError(f"tokenizer 'bytes' has no files that {to!r} could read; write to 'safetensors'.")
         flat, notes = _expressible(variables, config, to)
-        content, tensors = (hf if to == "hf" else open_clip).write(config, flat, tokens)
+        if to == "hf":
+            content, tensors = hf.write(config, flat, tokens)
+        else:
+            content, tensors = open_clip.write(config, flat, tokens, repository)
         texts = hf.beside(config) if to == "hf" else vocabulary.own_files(name, length) if own else {}
         if own and to == "open_clip":
-            notes += open_clip.OWN_TOKENIZER
+            notes += open_clip.OWN_TOKENIZER[: 1 if repository else None]
     folder.mkdir(parents=True, exist_ok=True)
     for old in WRITTEN:
         (folder / old).unlink(missing_ok=True)
@@ -148,15 +161,18 @@ def _expressible(
     """
     params, model = dict(variables["params"]), config["model"]
     expressible = (hf if to == "hf" else open_clip).HEADS
+    for key, theirs in _CLIPS.items():
+        node: Any = model
+        for part in key.split("."):
+            node = node.get(part, theirs)  # runs of earlier versions lack some
+        if node != theirs:
+            raise UserError(f"model.{key} is {node!r}, which {to!r} does not have; write to 'safetensors'.")
     objective = read_objective(config["objective"])
     if lacking := sorted(hf.HEADS - params.keys()):
         raise UserError(
             f"a model of objective {objective.name!r} has no shared embedding space, which {to!r} needs: it lacks "
             f"{', '.join(lacking)}; write to 'safetensors'."
         )
-    for key, theirs in (("pool", "cls"), ("stem", "linear")):
-        if (value := model["img"].get(key, theirs)) != theirs:  # runs before `stem` lack it
-            raise UserError(f"model.img.{key} is {value!r}, which {to!r} does not have; write to 'safetensors'.")
     for tower in ("img", "txt"):
         blocks = params[tower]["transformer"]
         if "blocks" in blocks:

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: folders of a CLIPModel."""
+"""Hugging Face transformers: folders of a CLIPModel, and of a SiglipModel to read."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from etils import epath
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.errors import UserError
-from xclip_jax.interop import config_mapping, param_mapping, vocabulary
+from xclip_jax.interop import config_mapping, param_mapping, siglip, vocabulary
 from xclip_jax.interop.tensor_files import read_json
 
 CONFIG = "config.json"
@@ -37,12 +37,14 @@ _TOWER: dict[str, Any] = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 def read(
     tensors: Mapping[str, np.ndarray], folder: epath.Path, content: Mapping[str, Any], where: str
 ) -> tuple[dict[str, Any], param_mapping.Flat]:
-    """Return config and flat parameters of a CLIPModel's tensors and config.json."""
-    if content.get("model_type") != "clip":
-        raise UserError(f"{where} is a model of type {content.get('model_type')!r}, which is not supported; 'clip' is.")
+    """Return config and flat parameters of the tensors and config.json of a CLIPModel or a SiglipModel."""
+    kind = content.get("model_type")
+    if kind not in ("clip", "siglip"):
+        raise UserError(f"{where} is a model of type {kind!r}, which is not supported; 'clip' and 'siglip' are.")
+    defaults = (_IMAGE | _TOWER, _TEXT | _TOWER) if kind == "clip" else (siglip.HF_IMAGE, siglip.HF_TEXT)
     cfg_img, cfg_txt = (
-        defaults | _TOWER | {key: value for key, value in given.items() if value is not None}
-        for defaults, given in ((_IMAGE, _given(content, "vision")), (_TEXT, _given(content, "text")))
+        known | {key: value for key, value in _given(content, modality).items() if value is not None}
+        for known, modality in zip(defaults, ("vision", "text"), strict=True)
     )
     if cfg_img["num_channels"] != 3:
         raise UserError(f"{where} takes images of {cfg_img['num_channels']} channels; expected 3.")
@@ -60,13 +62,21 @@ def read(
     size, patch = (
         config_mapping.square(cfg_img[key], f"vision_config.{key}", where) for key in ("image_size", "patch_size")
     )
-    img = tower(cfg_img) | {"image_size": size, "patch": patch, "pre_norm": True}
+    img = tower(cfg_img) | {"image_size": size, "patch": patch}
     txt = tower(cfg_txt) | {"context_length": cfg_txt["max_position_embeddings"]}
+    if kind == "siglip":
+        if not cfg_img["vision_use_head"]:
+            raise UserError(f"{where}: vision_use_head is false; SigLIPs with a pooling head are supported.")
+        sizes = {"vocab_size": cfg_txt["vocab_size"], "projection_size": cfg_txt.get("projection_size")}
+        model, tokens, flat = siglip.read_hf(tensors, folder, (img, txt), sizes, where)
+        prepare = _preprocessing(folder, size, "Siglip")
+        return config_mapping.config(model, tokens, prepare, (), "hf", siglip.HEADS), flat
     eot: int = cfg_txt["eos_token_id"]
     vocab: int = cfg_txt["vocab_size"]
     tokens = vocabulary.identify(folder, vocab, None if eot == _LEGACY_EOT else eot, where)
     tensors = {name: x for name, x in tensors.items() if not name.endswith("position_ids")}
     log_scale = float(tensors["logit_scale"].reshape(())) if "logit_scale" in tensors else 0.0
+    img["pre_norm"] = True
     model = config_mapping.model(img, txt, content.get("projection_dim", 512), log_scale=log_scale, bias=None)
     mappings = param_mapping.param_mappings(model, vocab, param_mapping.HF, HEADS)
     flat = param_mapping.read(tensors, mappings, where)
@@ -79,24 +89,27 @@ def _given(content: Mapping[str, Any], modality: str) -> Mapping[str, Any]:
     return (content.get(f"{modality}_config") or {}) if second is None else second
 
 
-def _preprocessing(folder: epath.Path, size: int) -> Preprocessing:
-    """Preprocessing of the folder's image processor, for images of `size` pixels; CLIP's without such a file."""
+def _preprocessing(folder: epath.Path, size: int, family: str = "CLIP") -> Preprocessing:
+    """Preprocessing of the folder's image processor, for images of `size` pixels; the family's without such a file."""
     for name, key in ((PREPROCESSOR, None), ("processor_config.json", "image_processor")):
         if (folder / name).exists():
             content = read_json(folder / name)
-            return _processor(content.get(key) or {} if key else content, size, str(folder / name))
-    return Preprocessing(size)
+            return _processor(content.get(key) or {} if key else content, size, str(folder / name), family)
+    return _processor({}, size, str(folder), family)
 
 
-def _processor(content: Mapping[str, Any], size: int, where: str) -> Preprocessing:
-    content = {key: value for key, value in content.items() if value is not None}
+def _processor(content: Mapping[str, Any], size: int, where: str, family: str) -> Preprocessing:
+    defaults: dict[str, Any] = {}
+    if family == "Siglip":
+        defaults = siglip.HF_PROCESSOR | {"size": {"height": size, "width": size}}
+    content = defaults | {key: value for key, value in content.items() if value is not None}
 
     def refuse(key: str, right: str) -> UserError:
         return UserError(f"{where}: {key}={content.get(key)!r} is not supported; expected {right}.")
 
     for key in ("image_processor_type", "feature_extractor_type"):
-        if not str(content.get(key) or "CLIP").startswith("CLIP"):
-            raise refuse(key, "'CLIPImageProcessor'")
+        if not str(content.get(key) or family).startswith(family):
+            raise refuse(key, f"'{family}ImageProcessor'")
     if not content.get("do_resize", True):
         raise refuse("do_resize", "true")
     if content.get("resample", 3) not in _INTERPOLATIONS:

@@ -1,6 +1,6 @@
 """open_clip's models, and OpenAI's, whose names it keeps: tensors and open_clip_config.json."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.data.transforms import RESIZE_MODES
 from xclip_jax.errors import UserError
-from xclip_jax.interop import config_mapping, param_mapping, vocabulary
+from xclip_jax.interop import config_mapping, param_mapping, siglip, vocabulary
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -47,6 +47,8 @@ def read(
       content: of open_clip_config.json, or None: then sizes follow from shapes, as for OpenAI's weights.
       where: path of the weights, for errors.
     """
+    if siglip.is_open_clip(content):
+        return _read_siglip(tensors, folder, content or {}, where)
     for start, what in (("visual.trunk.", "an image tower of timm"), ("visual.layer1.", "a ResNet"),
                         ("visual.attn_pool.", "attention pooling of images"), ("text.transformer.embeddings.",
                         "a text tower of transformers"), ("visual.head.", "an image tower of timm")):  # fmt: skip
@@ -123,18 +125,26 @@ def _inferred(tensors: Mapping[str, np.ndarray], prefix: str, where: str) -> dic
     }
 
 
-def _from_config(
-    content: Mapping[str, Any], folder: epath.Path, where: str
-) -> tuple[dict[str, Any], dict[str, Any], int, str, list[str]]:
+def _groups(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any], int]:
     try:
-        vision, text, embed = dict(content["vision_cfg"]), dict(content["text_cfg"]), content["embed_dim"]
+        return dict(content["vision_cfg"]), dict(content["text_cfg"]), content["embed_dim"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: {CONFIG} has no {error}; download it again.") from error
-    for group, cfg, known in (("vision_cfg", vision, _IMAGE), ("text_cfg", text, _TEXT)):
+
+
+def _check_known(groups: Sequence[tuple[str, Mapping[str, Any], Sequence[str]]], where: str) -> None:
+    for group, cfg, known in groups:
         unknown = [f"{group}.{key}={value!r}" for key, value in cfg.items()
                    if value and key not in known and key not in _HARMLESS]  # fmt: skip
         if unknown:
             raise UserError(f"{where} is not supported: {CONFIG} sets {', '.join(unknown)}.")
+
+
+def _from_config(
+    content: Mapping[str, Any], folder: epath.Path, where: str
+) -> tuple[dict[str, Any], dict[str, Any], int, str, list[str]]:
+    vision, text, embed = _groups(content, where)
+    _check_known((("vision_cfg", vision, _IMAGE), ("text_cfg", text, _TEXT)), where)
     for key, cfg, right in (("pool_type", vision, ("tok",)), ("pos_embed_type", vision, ("learnable",)),
                             ("pool_type", text, ("argmax", "eos")), ("proj_type", text, ("linear",))):  # fmt: skip
         if cfg.get(key, right[0]) not in right:
@@ -142,23 +152,13 @@ def _from_config(
     if isinstance(vision.get("layers"), list):
         raise UserError(f"{where} has a ResNet, which is not supported; Vision Transformers with a class token are.")
     quick = content.get("quick_gelu", False)
-
-    def tower(cfg: Mapping[str, Any], width: int, heads: int) -> dict[str, Any]:
-        approximate = (cfg.get("act_kwargs") or {}).get("approximate", "none")
-        act = "quick_gelu" if quick else {"none": "gelu", "tanh": "gelu_tanh"}[approximate]
-        return {
-            "width": width, "depth": cfg.get("layers", 12), "heads": heads, "mlp_ratio": cfg.get("mlp_ratio", 4.0),
-            "act": act, "eps": (cfg.get("norm_kwargs") or {}).get("eps", 1e-5),
-        }  # fmt: skip
-
     width = vision.get("width", 768)
-    img = tower(vision, width, width // vision.get("head_width", 64)) | {
+    img = _tower(vision, width, width // vision.get("head_width", 64), quick) | {
         "image_size": config_mapping.square(vision.get("image_size", 224), "image_size", where),
         "patch": config_mapping.square(vision.get("patch_size", 16), "patch_size", where),
         "pre_norm": not vision.get("no_ln_pre", False),
     }
-    length = text.get("context_length", 77)
-    txt = tower(text, text.get("width", 512), text.get("heads", 8)) | {"context_length": length}
+    txt = _text_tower(text, quick)
     vocab, eot = text.get("vocab_size", vocabulary.CLIP_SIZE), None
     if text.get("pool_type", "argmax") == "eos":
         eot = text.get("eos_id", 2)
@@ -173,8 +173,36 @@ def _from_config(
     return img, txt, embed, tokens, notes
 
 
+def _tower(cfg: Mapping[str, Any], width: int, heads: int, quick: bool) -> dict[str, Any]:
+    approximate = (cfg.get("act_kwargs") or {}).get("approximate", "none")
+    act = "quick_gelu" if quick else {"none": "gelu", "tanh": "gelu_tanh"}[approximate]
+    return {
+        "width": width, "depth": cfg.get("layers", 12), "heads": heads, "mlp_ratio": cfg.get("mlp_ratio", 4.0),
+        "act": act, "eps": (cfg.get("norm_kwargs") or {}).get("eps", 1e-5),
+    }  # fmt: skip
+
+
+def _text_tower(cfg: Mapping[str, Any], quick: bool) -> dict[str, Any]:
+    tower = _tower(cfg, cfg.get("width", 512), cfg.get("heads", 8), quick)
+    return tower | {"context_length": cfg.get("context_length", 77)}
+
+
+def _read_siglip(
+    tensors: Mapping[str, np.ndarray], folder: epath.Path, content: Mapping[str, Any], where: str
+) -> tuple[dict[str, Any], param_mapping.Flat]:
+    cfg = content.get("model_cfg", content)
+    vision, text, embed = _groups(cfg, where)
+    _check_known((("vision_cfg", vision, ("timm_model_name", "image_size")),
+                  ("text_cfg", text, (*_TEXT, "no_causal_mask"))), where)  # fmt: skip
+    tensors = {name: x for name, x in tensors.items() if not name.endswith(_IGNORED_ENDS)}
+    options = {"vocab_size": vocabulary.CLIP_SIZE} | text | {"embed_dim": embed}
+    model, tokens, flat = siglip.read_open_clip(tensors, folder, vision, _text_tower(text, False), options, where)
+    prepare = _preprocessing(content.get("preprocess_cfg", {}), model["img"]["image_size"], where)
+    return config_mapping.config(model, tokens, prepare, (), "open_clip", siglip.HEADS), flat
+
+
 def write(
-    config: Mapping[str, Any], params: param_mapping.Flat, tokens: Tokenizer
+    config: Mapping[str, Any], params: param_mapping.Flat, tokens: Tokenizer, repository: str = ""
 ) -> tuple[dict[str, Any], param_mapping.Flat]:
     """Return content of open_clip_config.json, and tensors by their names.
 
@@ -182,6 +210,7 @@ def write(
       config: of the model.
       params: flat parameters of towers and those of `HEADS` that the model has.
       tokens: tokenizer of the model.
+      repository: the model's id on the Hub, or "".
 
     Raises:
       UserError: a model that open_clip does not have.
@@ -213,7 +242,7 @@ def write(
     if eot != vocab - 1:
         text |= {"pool_type": "eos", "eos_id": eot}
     if tokens.name != "clip":
-        text["hf_tokenizer_name"] = HUB_ID
+        text["hf_tokenizer_name"] = repository or HUB_ID
     content = {"embed_dim": model["embed"], "quick_gelu": "quick_gelu" in acts, "vision_cfg": vision, "text_cfg": text}
     if "bias" in heads:
         content["init_logit_bias"] = float(params["bias"])

@@ -101,7 +101,7 @@ class ParamMapping:
         return dict.fromkeys(self.theirs, shape)
 
 
-def _linear(ours: str, theirs: str, shape: tuple[int, int], *, heads: int = 0) -> list[ParamMapping]:
+def linear(ours: str, theirs: str, shape: tuple[int, int], *, heads: int = 0) -> list[ParamMapping]:
     """Kernel and bias of a layer with weight `shape` (out, in); with `heads` the input is split over them."""
     out, features = shape
     kernel = (heads, features // heads, out) if heads else (features, out)
@@ -117,20 +117,22 @@ def _linear(ours: str, theirs: str, shape: tuple[int, int], *, heads: int = 0) -
     ]
 
 
-def _norm(ours: str, theirs: str, d: int) -> list[ParamMapping]:
+def norm(ours: str, theirs: str, d: int) -> list[ParamMapping]:
+    """Scale and bias of a LayerNorm of `d` channels."""
     return [
         ParamMapping(f"{ours}/norm/scale", (f"{theirs}.weight",), (d,)),
         ParamMapping(f"{ours}/norm/bias", (f"{theirs}.bias",), (d,)),
     ]
 
 
-def _block(ours: str, theirs: str, tower: Mapping[str, Any], names: Names) -> list[ParamMapping]:
+def block(ours: str, theirs: str, tower: Mapping[str, Any], names: Names) -> list[ParamMapping]:
+    """All parameters of a block of the tower with the options `tower`."""
     d, heads = tower["width"], tower["heads"]
     hidden, split = int(tower["mlp_ratio"] * d), (3, heads, d // heads)
     name = {key: f"{theirs}.{value}" for key, value in names.block.items() if key != "qkv"}
     starts = [f"{theirs}.{start}" for start in names.block["qkv"]]
     return [
-        *_norm(f"{ours}/norm_1", name["norm_1"], d),
+        *norm(f"{ours}/norm_1", name["norm_1"], d),
         ParamMapping(
             f"{ours}/attention/qkv/kernel",
             tuple(f"{start}weight" for start in starts),
@@ -145,11 +147,22 @@ def _block(ours: str, theirs: str, tower: Mapping[str, Any], names: Names) -> li
             lambda x: x.reshape(split),
             lambda x: x.reshape(-1),
         ),
-        *_linear(f"{ours}/attention/out", name["out"], (d, d), heads=heads),
-        *_norm(f"{ours}/norm_2", name["norm_2"], d),
-        *_linear(f"{ours}/mlp/up", name["up"], (hidden, d)),
-        *_linear(f"{ours}/mlp/down", name["down"], (d, hidden)),
+        *linear(f"{ours}/attention/out", name["out"], (d, d), heads=heads),
+        *norm(f"{ours}/norm_2", name["norm_2"], d),
+        *linear(f"{ours}/mlp/up", name["up"], (hidden, d)),
+        *linear(f"{ours}/mlp/down", name["down"], (d, hidden)),
     ]
+
+
+def patches(theirs: str, d: int, patch: int) -> ParamMapping:
+    """Kernel of a convolution that makes tokens of `d` channels of patches of `patch` x `patch` pixels."""
+    return ParamMapping(
+        "img/patches/kernel",
+        (theirs,),
+        (d, 3, patch, patch),
+        lambda x: x.transpose(2, 3, 1, 0).reshape(-1, d),
+        lambda x: x.reshape(patch, patch, 3, d).transpose(3, 2, 0, 1),
+    )
 
 
 def param_mappings(model: Mapping[str, Any], vocab: int, names: Names, heads: Collection[str]) -> list[ParamMapping]:
@@ -164,25 +177,19 @@ def param_mappings(model: Mapping[str, Any], vocab: int, names: Names, heads: Co
     img, txt, embed = model["img"], model["txt"], model["embed"]
     d, patch, tokens = img["width"], img["patch"], (img["image_size"] // img["patch"]) ** 2 + 1
     mappings = [
-        ParamMapping(
-            "img/patches/kernel",
-            (names.img["patches/kernel"],),
-            (d, 3, patch, patch),
-            lambda x: x.transpose(2, 3, 1, 0).reshape(-1, d),
-            lambda x: x.reshape(patch, patch, 3, d).transpose(3, 2, 0, 1),
-        ),
+        patches(names.img["patches/kernel"], d, patch),
         ParamMapping("img/positions", (names.img["positions"],), (tokens, d)),
         ParamMapping("img/cls", (names.img["cls"],), (d,)),
-        *(_norm("img/norm_pre", names.img["norm_pre"], d) if img["pre_norm"] else []),
-        *_norm("img/norm_post", names.img["norm_post"], d),
+        *(norm("img/norm_pre", names.img["norm_pre"], d) if img["pre_norm"] else []),
+        *norm("img/norm_post", names.img["norm_post"], d),
         ParamMapping("txt/tokens", (names.txt["tokens"],), (vocab, txt["width"])),
         ParamMapping("txt/positions", (names.txt["positions"],), (txt["context_length"], txt["width"])),
-        *_norm("txt/norm_post", names.txt["norm_post"], txt["width"]),
+        *norm("txt/norm_post", names.txt["norm_post"], txt["width"]),
         *(ParamMapping(name, (names.heads[name],), ()) for name in heads if not name.startswith("proj_")),
     ]
     for key, tower, tower_names in (("img", img, names.img), ("txt", txt, names.txt)):
         for i in range(tower["depth"]):
-            mappings += _block(f"{key}/transformer/block_{i}", f"{tower_names['blocks']}.{i}", tower, names)
+            mappings += block(f"{key}/transformer/block_{i}", f"{tower_names['blocks']}.{i}", tower, names)
         shape, ours, theirs = (tower["width"], embed), f"proj_{key}/linear/kernel", (names.heads[f"proj_{key}"],)
         # open_clip's projection of images stays a matrix where that of texts is a layer.
         if names.linear and theirs[0].endswith(".weight"):

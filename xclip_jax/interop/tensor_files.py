@@ -37,7 +37,7 @@ def find(path: str) -> epath.Path:
     """
     place = epath.Path(path)
     if not place.is_dir():
-        if place.exists() and place.suffix in SUFFIXES:
+        if place.exists() and (place.suffix in SUFFIXES or place.name in NAMES):
             return place
         raise UserError(f"{path!r} is not a folder or a file of weights ({', '.join(SUFFIXES)}); name one that exists.")
     if is_run(path):
@@ -100,6 +100,11 @@ def tensors(file: epath.Path) -> tuple[Tensors, str]:
         if all(name.startswith(prefix) for name in by_name):
             by_name, stored = {name.removeprefix(prefix): x for name, x in by_name.items()}, "checkpoint"
     return by_name, stored
+
+
+def files_of(file: epath.Path) -> list[str]:
+    """Return the names of the files, all of one folder, that hold the tensors of `file`: of an index its shards."""
+    return _shards(file) if file.name.endswith(".index.json") else [file.name]
 
 
 def _shards(index: epath.Path) -> list[str]:

@@ -1,17 +1,22 @@
 """Tokenizers of weights: identifies that of a folder, and makes the files of transformers and open_clip."""
 
+import hashlib
 import json
 from typing import Any
 
 import tokenizers
 from etils import epath
+from tokenizers import processors
 
-from xclip_jax.data import tokenizer
+from xclip_jax.data import assets, tokenizer
 from xclip_jax.errors import UserError
+from xclip_jax.interop import sentencepiece
 from xclip_jax.interop.tensor_files import read_json
+from xclip_jax.storage import write_whole
 
 CLIP_SIZE = 49408
 FILE = "tokenizer.json"
+SENTENCEPIECE = "spiece.model"
 CLIP_FILES = ("vocab.json", "merges.txt")
 OPTIONS = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
@@ -54,6 +59,67 @@ def identify(folder: epath.Path, size: int, eot: int | None, where: str) -> str:
     return "clip"
 
 
+def siglip(folder: epath.Path, size: int, cleaning: str, where: str) -> str:
+    """Return the path of SigLIP's tokenizer of a folder, with `size` ids: no start, an end, and padding that counts.
+
+    The folder's file says neither what pads nor how texts are cleaned; one that says so too is made in the cache.
+
+    Args:
+      folder: with tokenizer.json or spiece.model; tokenizer_config.json names the padding, else the end pads.
+      size: ids of the text tower.
+      cleaning: of the first SigLIP, a name of `tokenizer.CLEANINGS`. The second only has texts in lower case.
+      where: path of the weights, for errors.
+
+    Raises:
+      UserError: no file, a damaged one, or one of another vocabulary.
+    """
+    file, pieces = folder / FILE, folder / SENTENCEPIECE
+    if pieces.exists():
+        file, model = pieces, sentencepiece.convert(pieces.read_bytes(), str(pieces))
+    elif file.exists():
+        model = _library_tokenizer(file)
+    else:
+        raise UserError(
+            f"{where} has no {FILE} or {SENTENCEPIECE} in its folder; copy the file of its tokenizer there."
+        )
+    options = read_json(folder / OPTIONS) if (folder / OPTIONS).exists() else {}
+    model.no_padding()
+    model.no_truncation()
+    added = model.encode("").ids  # by the file's own template
+    end = str(model.id_to_token(added[-1])) if added else _token(options.get("eos_token")) or "</s>"
+    pad = _token(options.get("pad_token")) or end
+    ids = [model.token_to_id(token) for token in (end, pad)]
+    if any(i is None or i >= size for i in ids):
+        raise UserError(
+            f"{where} has {size} token ids; {file} ends texts with {end!r} and pads them with {pad!r}, of ids {ids[0]} "
+            f"and {ids[1]}. Replace it by the file of these weights."
+        )
+    if not options.get("do_lower_case", True):
+        raise UserError(f"{folder / OPTIONS} sets do_lower_case to false, which is not supported; expected true.")
+    if str(options.get("tokenizer_class")).startswith(("Gemma", "Siglip2")) and cleaning == "canonical":
+        cleaning = "lower"
+    model.post_processor = processors.Sequence([])
+    content = tokenizer.with_conventions(model.to_str(), end=end, pad=pad, size=size, cleaning=cleaning)
+    made = assets.cache_dir() / "tokenizers" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+    if not made.exists():
+        made.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(epath.Path(made), content)
+    return str(made)
+
+
+def _library_tokenizer(file: epath.Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(file.read_text())
+    except Exception as error:  # The library raises bare `Exception`.
+        raise UserError(f"{file} is not a Hugging Face tokenizers JSON: {error}") from error
+
+
+def _token(value: Any) -> str | None:
+    """A token of tokenizer_config.json, which may be a dict of its content and options."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
 def _is_clips(vocabulary: Any) -> bool:
     """Whether a dict of ids by words has CLIP's words; start and end, which have several spellings, are ignored."""
     if not isinstance(vocabulary, dict):
@@ -85,7 +151,10 @@ def own_files(path: str, length: int) -> dict[str, str]:
       path: of a tokenizer file that `tokenizer.load` reads.
       length: tokens of a text.
     """
-    ours, model = tokenizer.load(path), tokenizers.Tokenizer.from_file(path)
+    ours = tokenizer.load(path)
+    if ours.cleaning:
+        raise UserError(f"{path} is SigLIP's tokenizer, which other formats cannot express; write to 'safetensors'.")
+    model = tokenizers.Tokenizer.from_file(path)
     model.no_padding()
     model.no_truncation()
 

@@ -65,16 +65,24 @@ Heads = Mapping[str, Head | Scalar]
 
 
 class Projection(nn.Module):
-    """CLIP's linear projection without bias, then L2 normalisation. h (b, d) -> z (b, e) in fp32."""
+    """CLIP's linear projection, then L2 normalisation. h (b, d) -> z (b, e) in fp32. CLIP has no `bias`."""
 
     features: int
     dtype: Any = jnp.float32
+    bias: bool = False
 
     @nn.compact
     def __call__(self, h: Array) -> Array:
         std = h.shape[-1] ** -0.5
-        kernel = dense(self.features, ("embed", None), std=std, dtype=self.dtype, use_bias=False, name="linear")
-        return l2_normalize(kernel(h))
+        linear = dense(self.features, ("embed", None), std=std, dtype=self.dtype, use_bias=self.bias, name="linear")
+        return l2_normalize(linear(h))
+
+
+class Normalization(nn.Module):
+    """L2 normalisation alone, of features that need no projection (SigLIP's images). h (b, d) -> z (b, d) in fp32."""
+
+    def __call__(self, h: Array) -> Array:
+        return l2_normalize(h)
 
 
 class Classifier(nn.Module):
@@ -172,6 +180,8 @@ def contrastive_heads(
     *,
     scale_init: float = 1 / 0.07,
     bias_init: float | None = None,
+    project_img: bool = True,
+    project_bias: bool = False,
     dtype: Any = jnp.float32,
 ) -> dict[str, Head | Scalar]:
     """Projections of both towers to (b, embed), the logit scale and, for the sigmoid loss, the logit bias.
@@ -181,12 +191,16 @@ def contrastive_heads(
       widths: {"img", "txt"} features of the towers.
       scale_init: logit scale at the start.
       bias_init: logit bias at the start; None for no bias.
+      project_img: whether images have a projection; without one their features are normalised.
+      project_bias: whether projections have a bias.
       dtype: computation dtype.
     """
     heads: dict[str, Head | Scalar] = {
-        f"proj_{tower}": Head(Projection(embed, dtype), tower, f"z_{tower}", flops=2 * embed * width)
+        f"proj_{tower}": Head(Projection(embed, dtype, project_bias), tower, f"z_{tower}", flops=2 * embed * width)
         for tower, width in widths.items()
     }
+    if not project_img:
+        heads["proj_img"] = Head(Normalization(), "img", "z_img")
     heads["log_scale"] = Scalar("scale", math.log(scale_init), jnp.exp)
     if bias_init is not None:
         heads["bias"] = Scalar("bias", bias_init)

@@ -1,4 +1,4 @@
-"""The text tower: CLIP's causal transformer, pooled at an explicit end-of-text token."""
+"""The text tower: CLIP's causal transformer, pooled at an explicit end-of-text token, with SigLIP's options."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -7,22 +7,25 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xclip_jax.config.fields import at_least, key
+from xclip_jax.config.fields import at_least, choice, key
 from xclip_jax.errors import UserError
 from xclip_jax.models.layers import LayerNorm, Transformer, TransformerConfig, named
 from xclip_jax.models.tower import Params, TextTower
 
 Array = jax.Array
+POOLS = ("eot", "last")
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTowerConfig(TransformerConfig, TextTower):
     """Config group `model.txt`; see `TextTransformer`. The vocabulary is the tokenizer's."""
 
-    meaning_keys: ClassVar[tuple[str, ...]] = ("act", "eps")
+    meaning_keys: ClassVar[tuple[str, ...]] = ("act", "eps", "causal", "pool")
     before: ClassVar[tuple[str, ...]] = ("tokens", "positions")
 
     context_length: int = key(77, "tokens of a text, with its start and end", at_least(2))
+    causal: bool = key(True, "a token attends to itself and those before it alone; padding counts as tokens")
+    pool: str = key("eot", "first end-of-text token, or the last token, padding included", choice(POOLS))
 
     def module(self, vocab: int, eot_id: int, dtype: Any) -> nn.Module:
         """See `TextTransformer`."""
@@ -52,8 +55,9 @@ class TextTowerConfig(TransformerConfig, TextTower):
 class TextTransformer(nn.Module):
     """int32 tokens (b, n) -> h_txt (b, d), the final state at the first `eot_id` of each row.
 
-    Attention is causal, so what follows the end-of-text token (padding) cannot reach the feature. OpenAI's first
-    release found the end as the argmax of the ids, which holds only for its own vocabulary.
+    CLIP's attention is causal, so what follows the end-of-text token (padding) cannot reach the feature. OpenAI's first
+    release found the end as the argmax of the ids, which holds only for its own vocabulary. SigLIP's is not causal and
+    the feature is the state of the last token: texts are padded to one length, and padding is a part of them.
     """
 
     config: TextTowerConfig
@@ -69,7 +73,10 @@ class TextTransformer(nn.Module):
         tokens = self.param("tokens", named(nn.initializers.normal(0.02), "vocab", "table"), (self.vocab, width))
         positions = self.param("positions", named(nn.initializers.normal(0.01), None, "table"), (length, width))
         x = (tokens[text] + positions[: text.shape[1]]).astype(self.dtype)  # (b, n, d)
-        x = Transformer(self.config, causal=True, dtype=self.dtype, name="transformer")(x)
-        eot = jnp.argmax(text == self.eot_id, axis=1)  # (b,)
-        x = jnp.take_along_axis(x, eot[:, None, None], axis=1)[:, 0]
+        x = Transformer(self.config, causal=self.config.causal, dtype=self.dtype, name="transformer")(x)
+        if self.config.pool == "last":
+            x = x[:, -1]
+        else:
+            eot = jnp.argmax(text == self.eot_id, axis=1)  # (b,)
+            x = jnp.take_along_axis(x, eot[:, None, None], axis=1)[:, 0]
         return LayerNorm(self.config.eps, self.dtype, name="norm_post")(x)

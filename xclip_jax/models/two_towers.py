@@ -57,6 +57,8 @@ class ModelConfig:
     img: ImageTowerConfig = dataclasses.field(default_factory=ImageTowerConfig)
     txt: TextTowerConfig = dataclasses.field(default_factory=TextTowerConfig)
     embed: int = key(512, "e, size of the embedding that images and texts share", at_least(1))
+    project_img: bool = key(True, "learned projection of images; without one embed is the image tower's width")
+    project_bias: bool = key(False, "bias in projections")
     scale_init: float = key(
         1 / 0.07, "logit scale at the start", Check(f"above 0 and at most {MAX_SCALE:g}", lambda x: 0 < x <= MAX_SCALE)
     )
@@ -92,7 +94,9 @@ class ModelConfig:
         return read_plugin(values, path, TEXT_TOWERS, TextTower, "text tower")
 
     def conflicts(self) -> Iterator[str]:
-        """What is wrong with a plug-in."""
+        """What is wrong with a plug-in, or with sizes that do not go together."""
+        if not self.project_img and "img" not in self.plugins and self.embed != self.img.width:
+            yield f"embed {self.embed} must be img.width {self.img.width} where project_img is false"
         for name in self.plugins:
             try:
                 self.tower(name)

@@ -111,6 +111,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
     stem: str = key("linear", "patches to tokens: one linear map, or a hierarchical MLP", choice(STEMS))
     pool: str = key("cls", "class token, mean over patches, or attention pooling", choice(POOLS))
     pre_norm: bool = key(True, "LayerNorm before the first block")
+    patch_bias: bool = key(False, "bias of the linear map from patches to tokens")
     patch_dropout: float = key(0.0, "share of patches left out of a training pass", fraction_below_one())
     drop_path: float = key(0.0, "probability that training leaves out a branch of the last block", fraction_below_one())
 
@@ -123,6 +124,8 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
                 f"stem 'hmlp' needs multiples of 4, and patch is {self.patch}, width {self.width}; change them, or set "
                 "stem to 'linear'"
             )
+        if self.stem == "hmlp" and self.patch_bias:
+            yield "patch_bias is of stem 'linear'; stem 'hmlp' has none"
         yield from super().conflicts()
 
     @property
@@ -239,7 +242,14 @@ class VisionTransformer(nn.Module):
             # A strided convolution is the same map; reshape and matmul is faster on CPUs and no slower on TPUs.
             x = _join(x, config.patch)
             std_in = x.shape[-1] ** -0.5
-            x = dense(config.width, ("patch", "embed"), std=std_in, dtype=self.dtype, use_bias=False, name="patches")(x)
+            x = dense(
+                config.width,
+                ("patch", "embed"),
+                std=std_in,
+                dtype=self.dtype,
+                use_bias=config.patch_bias,
+                name="patches",
+            )(x)
         x = einops.rearrange(x, "b h w d -> b (h w) d")
         first = config.pool == "cls"
         tokens = x.shape[1] + first

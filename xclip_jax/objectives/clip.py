@@ -35,9 +35,16 @@ class Contrastive(Term):
         return CosineSimilarity()
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
-        """Projections of both towers and the logit scale."""
-        dtype = jax.numpy.dtype(model.dtype)
-        return contrastive_heads(model.embed, model.widths, scale_init=model.scale_init, dtype=dtype)
+        """Projections of the towers, the logit scale and, where the loss takes one, the logit bias."""
+        return contrastive_heads(
+            model.embed,
+            model.widths,
+            scale_init=model.scale_init,
+            bias_init=model.bias_init if "bias" in self.outputs else None,
+            project_img=model.project_img,
+            project_bias=model.project_bias,
+            dtype=jax.numpy.dtype(model.dtype),
+        )
 
     def in_form(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
         """With `loss.impl` "ring" around a ring of devices."""

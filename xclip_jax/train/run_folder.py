@@ -19,6 +19,7 @@ from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
 from xclip_jax.data import tokenizer
 from xclip_jax.errors import UserError
+from xclip_jax.interop import hub
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import is_remote, write_json, write_whole
 from xclip_jax.train import lease
@@ -192,7 +193,7 @@ class TrainingFolder(RunFolder):
                 log0(f"{self.path} has no checkpoint, so the run starts with its new config: {', '.join(differing)}")
             content = {"config": current, "environment": facts, "started": now}
             if config.init.weights:
-                content["init_weights"] = fingerprint(config.init.weights)
+                content["init_weights"] = fingerprint(hub.resolve(config.init.weights))
             write_json(self.config_file, content)
             return
         before, after = schema.flatten(saved["config"]), schema.flatten(current)

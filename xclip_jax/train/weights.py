@@ -1,6 +1,7 @@
 """The variables of a run's checkpoint or of other weights, and a new run's start from them: group `init`."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
+from xclip_jax.interop import hub
 from xclip_jax.models.tower import Tower
 from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.objectives import LossConfig
@@ -41,10 +43,13 @@ def load(path: str, step: int | None = None) -> tuple[Config, Experiment, Variab
     Raises:
       UserError: neither a run nor weights, no checkpoint of that step, or one of another architecture.
     """
-    if not epath.Path(path).exists():
-        raise UserError(f"{path!r} does not exist; name the folder of a run, or a folder or file of weights.")
-    run = RunFolder(path)
-    config, variables = (_run_config(run), None) if run.is_run() else _read_foreign(path, step)
+    place = hub.resolve(path)
+    if not epath.Path(place).exists():
+        raise UserError(
+            f"{path!r} does not exist; name the folder of a run, or a folder or file of weights.{_hint(path)}"
+        )
+    run = RunFolder(place)
+    config, variables = (_run_config(run), None) if run.is_run() else _read_foreign(path, place, step)
     # Layout and batch belong to the machine that trained, not to what was learned.
     config = dataclasses.replace(
         config,
@@ -73,10 +78,14 @@ def _run_config(run: RunFolder) -> Config:
     return schema.resolve(config)
 
 
-def _read_foreign(path: str, step: int | None) -> tuple[Config, Variables]:
+def _hint(path: str) -> str:
+    return f" A repository of the Hugging Face Hub is written hf:{path}." if re.fullmatch(hub.ID, path) else ""
+
+
+def _read_foreign(path: str, place: str, step: int | None) -> tuple[Config, Variables]:
     if step is not None:
         raise UserError(f"{path} is not a run's folder, so it has no checkpoint of step {step}; leave --step out.")
-    config, variables = interop.read(path)
+    config, variables = interop.read(place)
     for note in config.pop("source")["notes"]:
         log0(f"{path}: {note}")
     return schema.resolve(schema.complete({"steps": 1} | config)), variables
