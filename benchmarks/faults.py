@@ -229,7 +229,7 @@ PROMISES = (
             "damaged_files::the_copy_of_the_tokenizer_is_whole_or_missing",
             "storage::json_lines_drop_what_is_damaged",
             "storage::json_lines_survive_a_kill_while_they_are_rewritten",
-            "tar_source::a_stored_index_that_is_damaged_is_made_again",
+            "tar_index::a_stored_index_that_is_damaged_is_made_again",
         ),
     ),
     Promise(
@@ -331,9 +331,9 @@ PROMISES = (
         "headers of tars with signed or giant sizes, names with line breaks",
         "the index neither hangs nor ends; what is damaged has its reason",
         (
-            "tar_source::a_header_with_an_odd_size_neither_hangs_the_index_nor_ends_it",
-            "tar_source::a_long_number_in_an_extended_header",
-            "tar_source::names_with_line_breaks",
+            "tar_index::a_header_with_an_odd_size_neither_hangs_the_index_nor_ends_it",
+            "tar_index::a_long_number_in_an_extended_header",
+            "tar_index::names_with_line_breaks",
         ),
     ),
     Promise(
