@@ -43,10 +43,8 @@ def train(
         # Steps that are skipped one after another have the same parameters, and push the checkpoints before out.
         if regular and log.skipped.in_a_row:
             return
-        b = experiment.data.batch
-        position = {"samples": step * b, "batch": b, "seed": config.seed, "counters": log.ledger.counters}
         with log.stall():
-            checkpointer.save(state, position)
+            checkpointer.save(state, _position(job, step, log.ledger))
 
     try:
         stop.check()
@@ -86,6 +84,12 @@ def train(
     finally:
         watch.enter(CHECKPOINT)  # what is being saved is awaited when the checkpointer is closed
         tracer.close()
+
+
+def _position(job: Job, step: int, ledger: Ledger) -> dict[str, Any]:
+    """Where the run is in its data after `step`, as a checkpoint has it."""
+    b = job.experiment.data.batch
+    return {"samples": step * b, "batch": b, "seed": job.config.seed, "counters": ledger.counters}
 
 
 def _can_save_after(error: Exception, phase: str) -> bool:
