@@ -39,9 +39,9 @@ def test_the_lease_of_a_process_that_was_killed_expires(path, capsys):
     assert "was in use by process 1 on host a moment ago; waiting up to 3 s" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", [f"process 1 on host\n{time.time() - 1000}\n", ""])
+@pytest.mark.parametrize("content", ["process 1 on host\n{time}\n", ""], ids=["old", "empty"])
 def test_an_old_lease_is_taken_over_at_once(path, content, capsys):
-    path.write_text(content)
+    path.write_text(content.format(time=time.time() - 1000))
     with lease.held(path):
         assert "waiting" not in capsys.readouterr().out
 
