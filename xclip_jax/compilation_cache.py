@@ -27,8 +27,8 @@ def enable(run: str = "") -> None:
 
     The folder is that of JAX_COMPILATION_CACHE_DIR, which is used as JAX's other variables say, or else
     `default_folder()` with at most `MAX_BYTES`; of a run of several processes `compiled` in the run's folder, since
-    process 0 alone writes (on CPUs it alone reads, too). JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. A folder that cannot be
-    used is a warning.
+    process 0 alone writes (on CPUs it alone reads, too). JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. A
+    folder that cannot be used is a warning.
 
     Args:
       run: the run's folder, of a command that trains.
