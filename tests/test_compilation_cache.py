@@ -1,6 +1,8 @@
 import json
 import os
 import pathlib
+import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -22,12 +24,16 @@ import collections, json, sys
 import jax
 from tests import tiny
 from xclip_jax import compilation_cache
+from xclip_jax.parallel import processes
 from xclip_jax.train import trainer
 
 events = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: events.update([event.rpartition("/")[2]]))
-compilation_cache.enable(sys.argv[1])
-trainer.run(tiny.config("clip", run=sys.argv[1], steps=2, data__sources=(f"folder:{sys.argv[2]}",)))
+run, pairs, *others = sys.argv[1:]
+if others:
+    processes.join(False, others[0], 2, int(others[1]))
+compilation_cache.enable(run)
+trainer.run(tiny.config("clip", run=run, steps=2, data__sources=(f"folder:{pairs}",)))
 print(json.dumps(events))
 """
 
@@ -46,26 +52,63 @@ def options(monkeypatch, tmp_path):
         jax.config.update(name, value)
 
 
-def test_a_second_start_compiles_nothing(tmp_path):
-    pairs, events = tiny.folder(tmp_path / "pairs"), []
+def starts(tmp_path, *processes):
+    """Start a run as these processes; return the number of JAX's events about the cache in each, by name."""
     names = {name.upper() for name in OPTIONS}
     env = {key: value for key, value in os.environ.items() if key not in names} | {
         "XCLIP_CACHE": str(tmp_path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={8 // len(processes)}",
     }
-    for run in ("a", "b"):
-        command = [sys.executable, "-c", RUN, str(tmp_path / run), str(pairs)]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stderr
-        assert "persistent compilation cache" not in done.stderr  # JAX's warnings
-        events.append(json.loads(done.stdout.splitlines()[-1]))
-    first, second = events
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-c", RUN, str(tmp_path / "run"), str(tmp_path / "pairs")]
+    running = [subprocess.Popen([*command, *others], cwd=ROOT, env=env, text=True, **pipes) for others in processes]
+    events = []
+    for process in running:
+        out, errors = process.communicate(timeout=500)
+        assert process.returncode == 0, errors
+        assert "persistent compilation cache" not in errors  # JAX's warnings
+        events.append(json.loads(out.splitlines()[-1]))
+    return events
+
+
+def start_again(run):
+    """Remove all that a run left, but for its cache."""
+    for path in run.iterdir():
+        if path.name != "compiled":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_a_second_start_compiles_nothing(tmp_path):
+    tiny.folder(tmp_path / "pairs")
+    (first,) = starts(tmp_path, ())
+    start_again(tmp_path / "run")
+    (second,) = starts(tmp_path, ())
     assert first["cache_misses"] > 10
     assert "cache_misses" not in second
     assert second["cache_hits"] == second["compile_requests_use_cache"] == first["compile_requests_use_cache"]
     (folder,) = (tmp_path / "cache" / "compiled").iterdir()
     assert any(path.name.startswith("jit_step-") for path in folder.glob("*-cache"))
-    assert not (tmp_path / "b" / "compiled").exists()
+    assert not (tmp_path / "run" / "compiled").exists()
+
+
+@pytest.mark.slow
+def test_a_second_start_of_several_processes_reads_the_runs_folder(tmp_path):
+    """Process 0 writes and reads. On CPUs the keys of JAX contain the process, so that the other compiles again."""
+    tiny.folder(tmp_path / "pairs")
+    events = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        events.append(starts(tmp_path, (address, "0"), (address, "1")))
+        start_again(tmp_path / "run")
+    assert events[0][0]["cache_misses"] > 10
+    assert "cache_misses" not in events[1][0]
+    assert events[1][0]["cache_hits"] == events[1][0]["compile_requests_use_cache"]
+    assert "cache_misses" not in events[0][1]  # which JAX counts where an entry is written
+    assert any((tmp_path / "run" / "compiled").glob("jit_step-*-cache"))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_default(options, tmp_path):
