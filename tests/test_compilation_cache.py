@@ -79,6 +79,7 @@ def start_again(run):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing(tmp_path):
     tiny.folder(tmp_path / "pairs")
     (first,) = starts(tmp_path, ())

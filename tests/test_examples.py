@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import numpy as np
+import pytest
 
 from examples import compare_objectives, train_on_a_folder, use_a_model
 from tests import tiny
@@ -66,6 +67,7 @@ def test_the_verdict_counts_equal_captions_as_right():
     )
 
 
+@pytest.mark.slow  # four runs
 def test_compare_objectives(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compare_objectives.demo, "get_config", narrow(compare_objectives.demo.get_config))
     flags = ["--steps", "1", "--batch", "16", "--objectives", "clip,nclip", "--suite", "emoji/test_aliases"]

@@ -118,6 +118,7 @@ def bad(root, name):
     return sorted((root / f"{name}.run" / "bad_samples.jsonl").read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_processes_of_a_model_group_hold_the_same_rows(runs):
     shapes, expected = texts(runs, "one")
     assert shapes == [(8, tiny.LENGTH)] * 2
@@ -127,6 +128,7 @@ def test_processes_of_a_model_group_hold_the_same_rows(runs):
         np.testing.assert_array_equal(rows, expected)
 
 
+@pytest.mark.slow
 def test_processes_of_the_data_axis_hold_halves(runs):
     shapes, expected = texts(runs, "one")
     halves = [texts(runs, "data", process) for process in range(2)]
@@ -135,6 +137,7 @@ def test_processes_of_the_data_axis_hold_halves(runs):
 
 
 @pytest.mark.parametrize("name", ["data", "model"])
+@pytest.mark.slow
 def test_losses_tokens_and_bad_samples_are_those_of_one_process(runs, name):
     expected = metrics(runs, "one")
     assert expected[3] > 0, "no bad sample in the first batch"

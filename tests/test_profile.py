@@ -61,6 +61,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_leaves_what_it_traced_and_one_past_the_steps_traces_nothing(pairs, tmp_path, monkeypatch):
     c, seen = config(pairs, tmp_path / "run", steps=6, log__profile=(2, 5), checkpoint__every=1), []
     original = loader.to_global

@@ -110,9 +110,8 @@ linux = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="reads /
 
 
 @linux
-@pytest.mark.parametrize(
-    ("number", "until"), [(signal.SIGINT, two_steps), pytest.param(signal.SIGTERM, starting, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "until"), [(signal.SIGINT, two_steps), (signal.SIGTERM, starting)])
 def test_a_signal_to_the_group_saves_the_last_step(start, number, until):
     process, run = start(until)
     os.killpg(process.pid, number)

@@ -13,7 +13,7 @@ from xclip_jax.config import schema
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.provenance import VALIDATION
 from xclip_jax.evaluators.result import Result, from_json, to_json
-from xclip_jax.run_folder import RunFolder
+from xclip_jax.run_folder import CLOCKS, RunFolder
 from xclip_jax.storage import strict_json, write_whole
 
 # Keys that do not change what is learned or measured, only where and how fast.
@@ -27,7 +27,6 @@ _CURVE = (
     "loss", "clip/loss", "clip/ln_b", "siglip/loss", "siglip/ln_b", "nclip/loss", "nclip/mutual_information_img",
     "nclip/mutual_information_txt", "nclip/clusters_img", "grad_norm",
 )  # fmt: skip
-_CLOCKS = ("step", "samples_per_second", "data/wait_share")
 _FIELDS = ("arm", "section", "seed", "config", "commit", "environment", "seconds", "final", "curve", "results")
 
 
@@ -228,7 +227,7 @@ def collect(folder: str | pathlib.Path, *, arm: str, section: str, commit: str, 
             "training": None if training is None else round(training, 1),
             "evaluation": None if evaluation is None else round(evaluation, 1),
         },
-        final={name: v for name, x in last.items() if name not in _CLOCKS and (v := rounded(x)) is not None},
+        final={name: v for name, x in last.items() if name not in ("step", *CLOCKS) and (v := rounded(x)) is not None},
         curve=thinned(lines),
         results=[dataclasses.replace(r, value=rounded(r.value)) for r in results if not r.group or r.headline],
         error=error,
