@@ -300,13 +300,15 @@ PROMISES = (
     ),
     Promise(
         "data",
-        "data change between two starts, or a tar under a run",
-        "a run that resumes is refused and the source named; a tar that shrinks gives reasons",
+        "data change between two starts; a tar is replaced, deleted, cut or overwritten under a run",
+        "a run that resumes is refused, the source named; an open tar is read on, what is cut or wrong has its reason",
         (
             "run_folder::changed_data_is_refused",
             "sources::card_of_a_folder",
             "tables::card_of_tables_changes_with_their_content_alone",
+            "tar_source::a_tar_that_is_replaced_while_it_is_read_is_read_on",
             "tar_source::a_tar_that_shrinks_while_it_is_read",
+            "tar_source::a_tar_that_is_overwritten_while_it_is_read_gives_reasons",
         ),
     ),
     Promise(

@@ -238,6 +238,27 @@ def test_a_tar_that_shrinks_while_it_is_read(tmp_path):
         source[2]
 
 
+def test_a_tar_that_is_replaced_while_it_is_read_is_read_on(tmp_path):
+    path = torture.pairs(tmp_path / "0.tar", 0, 3)
+    source = tar_source.TarSource(str(path))
+    expected, before = [source[i] for i in range(3)], source.fingerprint()
+    os.replace(torture.pairs(tmp_path / "other.tar", 7, 3), path)
+    assert [source[i] for i in range(3)] == expected
+    assert tar_source.TarSource(str(path)).fingerprint() != before  # which a run that resumes compares
+    path.unlink()
+    assert [source[i] for i in range(3)] == expected
+
+
+def test_a_tar_that_is_overwritten_while_it_is_read_gives_reasons(tmp_path):
+    path = torture.pairs(tmp_path / "0.tar", 0, 3)
+    source = tar_source.TarSource(str(path))
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    for i in range(3):
+        with pytest.raises(BadSample, match="caption is not text"):
+            source[i]
+
+
 def test_patterns():
     assert storage._split("a,{b,c}d,e") == ["a", "{b,c}d", "e"]
     assert list(storage._braces("x{08..11}y{a,b{1..2}}")) == [
