@@ -2,6 +2,7 @@ import dataclasses
 import glob
 import itertools
 import json
+import threading
 import tracemalloc
 
 import jax
@@ -123,6 +124,33 @@ def test_any_exception_of_a_sample_makes_it_a_bad_one(tmp_path, apart):
     assert len(rows) == 16 and not set(rows) & {"a 3", "a 5", "a 8", "a 9"}
     with pytest.raises(UserError, match=r"sample \{.*'index': .* cannot be used"):
         read([Hostile("a", 16)], c, stop=2)
+
+
+class Dead(Numbers):
+    """Samples 3 and 9 are on a disk that does not answer."""
+
+    disk = threading.Event()
+
+    def __getitem__(self, i):
+        if i in (3, 9):
+            self.disk.wait()
+        return super().__getitem__(i)
+
+
+def test_a_sample_that_is_never_read_is_a_bad_one(tmp_path):
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
+    try:
+        rows = texts(read([Dead("a", 16)], config(read_timeout=0.2), stop=2, ledger=book))
+    finally:
+        Dead.disk.set()  # ends the threads
+    book.sync(16)
+    entries = {entry["index"]: entry for entry in map(json.loads, book.path.read_text().splitlines())}
+    assert entries.keys() == {3, 9}
+    assert entries[3]["reason"] == "read takes too long" and entries[3]["detail"] == "more than 0.2 s"
+    expected = texts(read([Numbers("a", 16)], config(), stop=2))
+    same = [row == other for row, other in zip(rows, expected, strict=True) if other not in ("a 3", "a 9")]
+    assert len(same) == 14 and all(same)
+    assert not set(rows) & {"a 3", "a 9"}
 
 
 def picky(name, error):

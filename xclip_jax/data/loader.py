@@ -247,7 +247,9 @@ class _Reader:
         for start in range(0, rows, READ_GROUP):
             positions = range(first + start, first + min(start + READ_GROUP, rows))
             places = [self.order.place(position) for position in positions]
-            read = [records.read(self.order.sources[number], index) for number, index in places]
+            read = records.read_all(
+                [(self.order.sources[number], index) for number, index in places], self.transform.config.read_timeout
+            )
             rngs = [self.rngs.acquire_rng(position) for position in positions]
             for position, place, record, rng in zip(positions, places, read, rngs, strict=True):
                 i = position - first
@@ -284,7 +286,7 @@ class _Reader:
                     raise UserError(f"{str(fatal).rstrip('.')}; in sample {sample}.") from fatal
                 bad.append({"position": position, "reason": reason.reason, "detail": reason.detail} | description)
             index = int(rng.integers(len(source)))
-            record = records.read(source, index)
+            (record,) = records.read_all([(source, index)], self.transform.config.read_timeout)
         bad[-1]["last"] = MAX_RESAMPLES  # `Ledger.add` stops the run, where its error is not lost in a worker process
         for values in row.values():
             values[:] = 0

@@ -1,5 +1,8 @@
 """Reading of records that turns whatever is wrong with one of them into a `BadSample`."""
 
+import threading
+from collections.abc import Sequence
+
 from xclip_jax.data.base import Record, Source
 from xclip_jax.errors import BadSample, UserError
 
@@ -14,6 +17,51 @@ def read(source: Source, index: int) -> Record | BadSample:
         return source[index]
     except Exception as error:
         return as_bad_sample(error)
+
+
+def read_all(places: Sequence[tuple[Source, int]], timeout: float) -> list[Record | BadSample]:
+    """Return `read(source, index)` for each of `places`.
+
+    Args:
+      places: (source, index) of the records.
+      timeout: seconds after which a record that is not read is a `BadSample`, as on a disk that does not answer; 0 to
+        wait for ever. What hangs keeps a thread, which ends when the disk answers or the process does.
+
+    Raises:
+      UserError, MemoryError: errors that concern more than one record.
+    """
+    if not timeout:
+        return [read(source, index) for source, index in places]
+    done: list[Record | BadSample] = []
+    while len(done) < len(places):
+        done += _read_until(places[len(done) :], timeout)
+    return done
+
+
+def _read_until(places: Sequence[tuple[Source, int]], timeout: float) -> list[Record | BadSample]:
+    """The records up to one that hangs, which is a `BadSample`, or all of them."""
+    records: list[Record | BadSample] = []
+    errors: list[BaseException] = []
+    ended = threading.Event()
+
+    def work() -> None:
+        try:
+            for source, index in places:
+                records.append(read(source, index))
+        except BaseException as error:  # to be raised where it is waited for
+            errors.append(error)
+        finally:
+            ended.set()
+
+    threading.Thread(target=work, daemon=True, name="read").start()
+    before = 0
+    while not ended.wait(timeout):
+        if len(records) == before:
+            return [*records[:before], BadSample("read takes too long", f"more than {timeout:g} s")]
+        before = len(records)
+    if errors:
+        raise errors[0]
+    return records
 
 
 def as_bad_sample(error: Exception) -> BadSample:
