@@ -117,9 +117,11 @@ def test_a_signal_to_the_group_saves_the_last_step(start, number, until):
     os.killpg(process.pid, number)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == EXIT_RESUMABLE, said
+    # Before the first step there is nothing to save.
+    last, words = (steps(run)[-1], "stopped at step") if until is two_steps else (0, "SIGTERM: stopping; run the same")
     with Checkpointer(run) as checkpointer:
-        assert checkpointer.latest() == steps(run)[-1] >= 1
-    assert f"stopped at step {steps(run)[-1]} of 1000" in said
+        assert (checkpointer.latest() or 0) == last
+    assert words in said
 
 
 @linux
