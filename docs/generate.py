@@ -5,7 +5,7 @@ import pathlib
 import re
 from collections.abc import Iterator, Sequence
 
-from benchmarks import faults
+from benchmarks import promises
 from xclip_jax.config import fields, schema
 from xclip_jax.errors import Parser, UserError, exit_with_message
 
@@ -72,7 +72,7 @@ def reliability_page() -> str:
     _, end, after = rest.partition(PROMISES_END)
     if not (start and end):
         raise UserError(f"docs/reliability.md lacks the lines {PROMISES_START} and {PROMISES_END}; restore them.")
-    return "\n".join([f"{before}{start}", "", *faults.table(faults.PROMISES), f"{end}{after}"])
+    return "\n".join([f"{before}{start}", "", *promises.table(promises.PROMISES), f"{end}{after}"])
 
 
 PAGES = {

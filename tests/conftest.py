@@ -38,6 +38,17 @@ def pairs(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def trained(pairs, tmp_path_factory):
+    """A run of four steps with checkpoints of steps 2 and 4. To be copied, not changed."""
+    from tests import tiny
+    from xclip_jax.train import trainer
+
+    run = tmp_path_factory.mktemp("trained") / "run"
+    trainer.run(tiny.short(pairs, run))
+    return run
+
+
+@pytest.fixture(scope="session")
 def icon_package(tmp_path_factory):
     """Path of a small package of icon sets, and what pins it."""
     from tests import icons_package

@@ -16,19 +16,6 @@ from xclip_jax.train import trainer
 from xclip_jax.train.run_folder import TrainingFolder
 
 
-def config(pairs, run, **changes):
-    defaults = {"data__sources": (f"folder:{pairs}",), "steps": 4, "checkpoint__every": 2, "optim__warmup": 0}
-    return tiny.config(run=run, **defaults | changes)
-
-
-@pytest.fixture(scope="module")
-def trained(pairs, tmp_path_factory):
-    """A run of four steps with checkpoints of steps 2 and 4. To be copied, not changed."""
-    run = tmp_path_factory.mktemp("trained") / "run"
-    trainer.run(config(pairs, run))
-    return run
-
-
 @pytest.fixture
 def run(trained, tmp_path):
     return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
@@ -39,7 +26,7 @@ def steps(run):
 
 
 def test_lost_checkpoints_are_not_trained_over(pairs, tmp_path):
-    c = config(pairs, tmp_path / "run", steps=8)
+    c = tiny.short(pairs, tmp_path / "run", steps=8)
     trainer.run(c)
     (tmp_path / "run" / "results.json").unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints")
@@ -52,7 +39,7 @@ def test_a_run_that_starts_again_for_want_of_a_checkpoint_says_so(pairs, run, ca
     """As one that was killed while its first checkpoint was written."""
     (run / "results.json").unlink()
     shutil.rmtree(run / "checkpoints")
-    trainer.run(config(pairs, run))
+    trainer.run(tiny.short(pairs, run))
     out = capsys.readouterr().out
     assert "WARNING: there is no checkpoint, so the run starts again; metrics up to step 4 are dropped" in out
     assert steps(run) == [1, 2, 3, 4] and RunFolder(run).steps() == [2, 4]
@@ -79,7 +66,7 @@ def test_a_damaged_file_is_named(pairs, run, name, content, message):
     if name == "data.json":
         (run / "results.json").unlink()
     with pytest.raises(UserError, match=message):
-        trainer.run(config(pairs, run))
+        trainer.run(tiny.short(pairs, run))
 
 
 def test_lines_without_what_they_should_have_are_left_out(pairs, run):
@@ -91,7 +78,7 @@ def test_lines_without_what_they_should_have_are_left_out(pairs, run):
             file.write("".join(f"{line}\n" for line in damaged))
     content = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({"config": content["config"]}))
-    trainer.run(config(pairs, run))
+    trainer.run(tiny.short(pairs, run))
     assert steps(run) == [1, 2, 3, 4]
     assert not (run / "bad_samples.jsonl").read_text() and not (run / "skipped_steps.jsonl").read_text()
     assert json.loads((run / "config.json").read_text())["starts"][0]["step"] == 4
@@ -99,7 +86,7 @@ def test_lines_without_what_they_should_have_are_left_out(pairs, run):
 
 def test_the_copy_of_the_tokenizer_is_whole_or_missing(pairs, tmp_path, monkeypatch):
     save_words(tmp_path / "words.json", ["?", "<pad>", "<s>", "</s>", "picture", "number"])
-    c = schema.resolve(config(pairs, tmp_path / "run", data__tokenizer=str(tmp_path / "words.json")))
+    c = schema.resolve(tiny.short(pairs, tmp_path / "run", data__tokenizer=str(tmp_path / "words.json")))
     folder = TrainingFolder(c.run)
 
     def fails(_):

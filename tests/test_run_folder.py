@@ -34,19 +34,6 @@ from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.run_folder import TrainingFolder
 
 
-def config(pairs, run, **changes):
-    defaults = {"data__sources": (f"folder:{pairs}",), "steps": 4, "checkpoint__every": 2, "optim__warmup": 0}
-    return tiny.config(run=run, **defaults | changes)
-
-
-@pytest.fixture(scope="module")
-def trained(pairs, tmp_path_factory):
-    """A run of four steps with checkpoints of steps 2 and 4. To be copied, not changed."""
-    run = tmp_path_factory.mktemp("trained") / "run"
-    trainer.run(config(pairs, run))
-    return run
-
-
 @pytest.fixture
 def run(trained, tmp_path):
     return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
@@ -83,7 +70,7 @@ def lines(run):
 
 def test_a_run_that_fails_keeps_its_last_good_checkpoint_and_resumes_from_it(pairs, tmp_path, monkeypatch, capsys):
     """checkpoint.keep=1: what is not finite must not take the place of the good one."""
-    c = config(pairs, tmp_path / "run", steps=6, checkpoint__keep=1, optim__max_skipped_steps=0)
+    c = tiny.short(pairs, tmp_path / "run", steps=6, checkpoint__keep=1, optim__max_skipped_steps=0)
     original, calls = loader.to_global, []
 
     def poisoned(batch, mesh):
@@ -103,7 +90,7 @@ def test_a_run_that_fails_keeps_its_last_good_checkpoint_and_resumes_from_it(pai
 
 def test_a_checkpoint_that_is_not_finite_is_not_resumed_from(pairs, run, capsys):
     """As an older version may have left one."""
-    c = config(pairs, run, steps=8)
+    c = tiny.short(pairs, run, steps=8)
     made = build.build(c)
     with Checkpointer(run) as checkpointer:
         state, position = checkpointer.restore(made.abstract, 4)
@@ -132,16 +119,16 @@ def test_a_first_command_that_fails_leaves_nothing_and_the_corrected_one_starts(
         {"eval__final_sets": ("nothing",)},
     ):
         with pytest.raises(UserError):
-            trainer.run(config(pairs, run, steps=1, **changes))
+            trainer.run(tiny.short(pairs, run, steps=1, **changes))
         assert not (tmp_path / "deep").exists(), changes
-    trainer.run(config(pairs, run, steps=1))
+    trainer.run(tiny.short(pairs, run, steps=1))
 
 
 def test_a_folder_without_a_checkpoint_takes_the_new_config(pairs, tmp_path, capsys):
-    first = config(pairs, tmp_path / "run")
+    first = tiny.short(pairs, tmp_path / "run")
     with TrainingFolder(first.run).claimed(build.build(first).config, []):
         pass
-    trainer.run(config(pairs, tmp_path / "run", optim__lr=2e-3))
+    trainer.run(tiny.short(pairs, tmp_path / "run", optim__lr=2e-3))
     assert "no checkpoint, so the run starts with its new config: optim.lr (0.001 in config.json, 0.002 now)" in (
         capsys.readouterr().out
     )
@@ -152,21 +139,21 @@ def test_a_run_may_be_moved_with_its_data_and_its_tokenizer(pairs, tmp_path, cap
     vocabulary = tmp_path / "tokenizer.json"
     save_words(vocabulary, ["?", "<pad>", "<s>", "</s>", "picture", "number"])
     data = pathlib.Path(shutil.copytree(pairs, tmp_path / "data"))
-    c = config(data, tmp_path / "run", data__tokenizer=str(vocabulary))
+    c = tiny.short(data, tmp_path / "run", data__tokenizer=str(vocabulary))
     trainer.run(c)
     (tmp_path / "moved").mkdir()
     for name in ("run", "data"):
         shutil.move(tmp_path / name, tmp_path / "moved" / name)
     vocabulary.rename(tmp_path / "moved" / "words.json")
     there = tmp_path / "moved"
-    trainer.run(config(there / "data", there / "run", data__tokenizer=str(there / "words.json")))
+    trainer.run(tiny.short(there / "data", there / "run", data__tokenizer=str(there / "words.json")))
     assert "is complete at step 4" in capsys.readouterr().out
     loaded, *_ = weights.load(str(there / "run"))
     assert loaded.data.tokenizer == str(there / "run" / "tokenizer.json")
     (there / "words.json").write_text("{}")
     (there / "run" / "results.json").unlink()
     with pytest.raises(UserError, match=r"data\.tokenizer='.*words\.json' differs from .*tokenizer\.json"):
-        trainer.run(config(there / "data", there / "run", data__tokenizer=str(there / "words.json")))
+        trainer.run(tiny.short(there / "data", there / "run", data__tokenizer=str(there / "words.json")))
 
 
 def test_changed_data_is_refused(pairs, run, tmp_path):
@@ -174,14 +161,14 @@ def test_changed_data_is_refused(pairs, run, tmp_path):
     (run / "results.json").unlink()
     (data / "000.txt").write_text("another caption, longer than the first\n")
     with pytest.raises(UserError, match=r"source 0, 'folder:.*', has changed since .*data\.json"):
-        trainer.run(config(data, run))
+        trainer.run(tiny.short(data, run))
     with pytest.raises(UserError, match=r"has 2 sources and had 1"):
-        trainer.run(config(data, run, data__sources=(f"folder:{pairs}", f"folder:{data}")))
+        trainer.run(tiny.short(data, run, data__sources=(f"folder:{pairs}", f"folder:{data}")))
 
 
 def test_free_keys_are_written_and_earlier_starts_are_kept(pairs, run):
     (run / "results.json").unlink()
-    trainer.run(config(pairs, run, log__every=3, eval__ema=True))
+    trainer.run(tiny.short(pairs, run, log__every=3, eval__ema=True))
     content = json.loads((run / "config.json").read_text())
     assert content["config"]["log"]["every"] == 3
     assert content["config"]["eval"]["ema"] is True
@@ -195,7 +182,7 @@ def test_keys_that_an_older_run_did_not_know_have_their_defaults(pairs, run, cap
     content = json.loads((run / "config.json").read_text())
     del content["config"]["data"]["spread_duplicate_captions"], content["config"]["init"]
     (run / "config.json").write_text(json.dumps(content))
-    trainer.run(config(pairs, run))
+    trainer.run(tiny.short(pairs, run))
     assert "is complete at step 4" in capsys.readouterr().out
 
 
@@ -207,9 +194,9 @@ def test_two_runs_cannot_share_a_folder(pairs, run):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "locked\n"
         with pytest.raises(UserError, match=r"is in use by process 1 on host"):
-            trainer.run(config(pairs, run))
+            trainer.run(tiny.short(pairs, run))
         other.stdin.close()
-    trainer.run(config(pairs, run))
+    trainer.run(tiny.short(pairs, run))
 
 
 def test_a_file_system_without_locks_is_used_with_a_warning(pairs, tmp_path, monkeypatch, capsys):
@@ -217,7 +204,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(pairs, tmp_path, mon
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    made = build.build(config(pairs, tmp_path / "run"))
+    made = build.build(tiny.short(pairs, tmp_path / "run"))
     with TrainingFolder(tmp_path / "run").claimed(made.config, []):
         assert "has no locks; do not start another run" in capsys.readouterr().out
     assert RunFolder(tmp_path / "run").is_run()
@@ -225,7 +212,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(pairs, tmp_path, mon
 
 def test_a_run_goes_back_to_its_newest_whole_checkpoint_and_ends_as_it_would_have(pairs, trained, run, capsys):
     """What only reads the run says which checkpoint is whole, and changes nothing."""
-    c = config(pairs, run)
+    c = tiny.short(pairs, run)
     (run / "results.json").unlink()
     data = max(
         (path for path in (run / "checkpoints" / "4" / "state").rglob("*") if path.is_file()), key=os.path.getsize
@@ -269,7 +256,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(pairs
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_digest, "write", full)
         patch.setattr(loader, "to_global", to_global)
-        c = config(pairs, tmp_path / "run", steps=24, checkpoint__every=8)
+        c = tiny.short(pairs, tmp_path / "run", steps=24, checkpoint__every=8)
         with pytest.raises(UserError, match=r"checkpoint of step 8 could not be written to .*No space left on device"):
             trainer.run(c)
     assert 8 <= lines(tmp_path / "run")[-1]["step"] < 16
@@ -280,7 +267,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(pairs
 def test_a_disk_that_is_too_small_is_an_error_before_anything_is_written(pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"has 1000 B free, and 2 checkpoints of up to .* KiB must fit; make room"):
-        trainer.run(config(pairs, tmp_path / "run"))
+        trainer.run(tiny.short(pairs, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -290,7 +277,7 @@ def test_folders_that_cannot_be_written(pairs, tmp_path):
     os.symlink(tmp_path / "nowhere", tmp_path / "link")
     for run in (file, file / "run", tmp_path / "link"):
         with pytest.raises(UserError, match=r"is not a folder; name another folder"):
-            trainer.run(config(pairs, run))
+            trainer.run(tiny.short(pairs, run))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
@@ -302,7 +289,7 @@ def test_all_sets_are_opened_before_the_first_step(pairs, tmp_path, monkeypatch)
     monkeypatch.setattr(registry, "open_all", lambda specs, *_: opened.extend(specs) or list(map(Evaluator, specs)))
     monkeypatch.setattr(trainer, "_train", lambda *_: (_ for _ in ()).throw(InterruptedError))
     with pytest.raises(InterruptedError):
-        trainer.run(config(pairs, tmp_path / "run", eval__sets=("a",), eval__final_sets=("b",), eval__every=2))
+        trainer.run(tiny.short(pairs, tmp_path / "run", eval__sets=("a",), eval__final_sets=("b",), eval__every=2))
     assert opened == ["a", "b"]
 
 
@@ -315,7 +302,7 @@ def stop_after(questions):
 @pytest.mark.parametrize("stop", ["kill", "signal"])
 def test_the_evaluation_of_a_step_that_was_cut_off_is_made_after_all(pairs, tmp_path, evaluators, monkeypatch, stop):
     """Checkpoint and evaluation are due at step 2, and the run ends between them."""
-    c = config(pairs, tmp_path / "run", eval__sets=("a",), eval__every=2)
+    c = tiny.short(pairs, tmp_path / "run", eval__sets=("a",), eval__every=2)
     with monkeypatch.context() as patch:
         if stop == "kill":
             patch.setattr(loop, "_evaluate", lambda *_: (_ for _ in ()).throw(InterruptedError))
@@ -329,7 +316,7 @@ def test_the_evaluation_of_a_step_that_was_cut_off_is_made_after_all(pairs, tmp_
 
 
 def test_an_evaluation_that_was_made_is_not_made_again(pairs, tmp_path, evaluators, monkeypatch):
-    c = config(pairs, tmp_path / "run", eval__sets=("a",), eval__every=2)
+    c = tiny.short(pairs, tmp_path / "run", eval__sets=("a",), eval__every=2)
     with monkeypatch.context() as patch:
         # Asked before the first step, and once in the evaluation of step 2.
         patch.setattr(interrupt.PreemptionHandler, "requested", stop_after(4))
@@ -345,7 +332,7 @@ def test_an_evaluation_that_was_made_is_not_made_again(pairs, tmp_path, evaluato
 
 
 def test_a_set_that_fails_at_the_end_does_not_cost_the_others(pairs, tmp_path, evaluators):
-    c = config(pairs, tmp_path / "run", eval__final_sets=("a", "b"))
+    c = tiny.short(pairs, tmp_path / "run", eval__final_sets=("a", "b"))
     evaluators["a"].fails = True
     with pytest.raises(UserError, match=r"1 of 2 evaluation sets failed \(a\).*results\.json has the others"):
         trainer.run(c)
@@ -361,8 +348,8 @@ def test_a_set_that_fails_at_the_end_does_not_cost_the_others(pairs, tmp_path, e
 
 
 def test_other_sets_on_a_complete_run_are_evaluated(pairs, run, evaluators):
-    assert trainer.run(config(pairs, run, eval__final_sets=("b",))) == {"b/top1": 12.5}
-    assert trainer.run(config(pairs, run, eval__final_sets=("b",))) == {"b/top1": 12.5}
+    assert trainer.run(tiny.short(pairs, run, eval__final_sets=("b",))) == {"b/top1": 12.5}
+    assert trainer.run(tiny.short(pairs, run, eval__final_sets=("b",))) == {"b/top1": 12.5}
     assert len(evaluators["b"].calls) == 1
 
 
@@ -370,7 +357,7 @@ def test_the_average_has_batch_statistics_of_its_own(pairs, tmp_path):
     """With momentum 0 the average is the model; else its statistics lie between the first ones and the model's."""
     states = {}
     for momentum in (0.0, 0.5):
-        c = config(pairs, tmp_path / str(momentum), ema__on=True, ema__momentum=momentum, ema__schedule="constant")
+        c = tiny.short(pairs, tmp_path / str(momentum), ema__on=True, ema__momentum=momentum, ema__schedule="constant")
         trainer.run(c)
         with Checkpointer(c.run) as checkpointer:
             states[momentum] = jax.device_get(checkpointer.restore(build.build(c).abstract)[0])

@@ -42,6 +42,12 @@ def config(objective="xclip", steps=10, run="runs/tiny", **changes):
     return c
 
 
+def short(pairs, run, **changes):
+    """A config of four steps on a folder of pairs, with checkpoints of steps 2 and 4."""
+    defaults = {"data__sources": (f"folder:{pairs}",), "steps": 4, "checkpoint__every": 2, "optim__warmup": 0}
+    return config(run=run, **defaults | changes)
+
+
 def untrained(run, objective="xclip", **changes):
     """What a run leaves in the folder `run`, with the weights that it began with. Returns the folder."""
     c = config(objective, run=run, data__batch=8, **changes)

@@ -1,0 +1,369 @@
+"""What a run is promised to survive, and the tests of each promise; docs/reliability.md has the same table."""
+
+import dataclasses
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Promise:
+    """What a fault does to a run.
+
+    Attributes:
+      area: heading that it stands under.
+      fault: what happens.
+      expected: what the run does then.
+      tests: "FILE::FUNCTION" below tests/, without ".py" and "test_".
+    """
+
+    area: str
+    fault: str
+    expected: str
+    tests: tuple[str, ...]
+
+
+PROMISES = (
+    Promise(
+        "kills",
+        "SIGKILL at any moment, a checkpoint half written, an evaluation or a compilation among them",
+        "the same command ends with the same bits: state, metrics and results",
+        ("soak::three_kills", "trainer::resume_is_bit_exact"),
+    ),
+    Promise(
+        "kills",
+        "a process that reads data is killed",
+        "the last step is saved; one sentence, most often too little memory",
+        ("interrupt::a_killed_worker_is_one_sentence",),
+    ),
+    Promise(
+        "kills",
+        "the run is killed and has processes that read",
+        "they end with it",
+        ("workers::workers_end_with_the_run_that_is_killed",),
+    ),
+    Promise(
+        "signals",
+        "SIGTERM or Ctrl-C in a step",
+        "the very step is saved, status 75, the same command goes on",
+        ("trainer::sigterm_saves_and_the_same_command_goes_on", "workers::a_signal_to_the_group_saves_the_last_step"),
+    ),
+    Promise(
+        "signals",
+        "a signal in an evaluation",
+        "it is left, the last step is saved, and the evaluation is made when the run resumes",
+        (
+            "interrupt::a_signal_in_an_evaluation_saves_the_last_step_and_the_evaluation_is_made_later",
+            "faulty_processes::a_signal_in_an_evaluation_leaves_it_in_both",
+        ),
+    ),
+    Promise(
+        "signals",
+        "a signal while data do not come",
+        "the last step is saved at once",
+        ("interrupt::a_signal_saves_the_last_step_while_data_do_not_come",),
+    ),
+    Promise(
+        "signals",
+        "a signal in the compilation, or where nothing is trained yet",
+        "status 75, nothing half written",
+        ("interrupt::a_signal_ends_a_compilation", "run_folder::signals_outside_the_loop_end_the_process_at_once"),
+    ),
+    Promise(
+        "signals",
+        "a second signal",
+        "the process ends at once",
+        ("run_folder::the_second_signal_acts_also_where_the_first_is_ignored_by_inheritance",),
+    ),
+    Promise(
+        "signals",
+        "a signal to one of several processes",
+        "all save the same step",
+        (
+            "faulty_processes::a_signal_to_one_process_saves_in_both",
+            "faulty_processes::a_signal_before_the_first_step_stops_both_after_it",
+        ),
+    ),
+    Promise(
+        "stalls",
+        "a step, an evaluation, a save or the data hang",
+        "the phase is named, the stacks of all threads are written, status 79",
+        (
+            "interrupt::the_watchdog_names_the_phase_and_ends_the_process",
+            "interrupt::progress_keeps_the_watchdog_quiet",
+            "interrupt::what_hangs_after_a_signal_is_ended",
+        ),
+    ),
+    Promise(
+        "stalls",
+        "a read never ends, as on a network disk that is gone, in the run or in a process that reads for it",
+        "a bad sample after data.read_timeout; if none is read the source is named, then log.stall_limit, status 79",
+        (
+            "loader::a_sample_that_is_never_read_is_a_bad_one",
+            "workers::a_read_that_never_ends_in_a_worker_ends_the_run",
+        ),
+    ),
+    Promise(
+        "stalls",
+        "a named pipe, a device, a link to one or a giant file among images or captions",
+        "a bad sample with its reason",
+        (
+            "sources::what_a_folder_cannot_read_is_a_bad_sample",
+            "tables::rows_whose_image_cannot_be_read_are_bad_samples",
+            "labelled::a_pipe_and_a_giant_file_are_bad_samples",
+            "embed::a_pipe_in_place_of_a_caption_is_none",
+        ),
+    ),
+    Promise(
+        "processes",
+        "one of several processes fails",
+        "all end within seconds, and say which one and why; steps since the last checkpoint are made again",
+        ("faulty_processes::an_error_in_one_process_ends_both",),
+    ),
+    Promise(
+        "processes",
+        "one of several processes is killed or hangs",
+        "the others end within 30 s and name it; of process 0 JAX says so",
+        (
+            "faulty_processes::a_killed_process_is_named",
+            "faulty_processes::the_end_of_process_0_ends_the_other",
+            "faulty_processes::a_process_that_hangs_ends_both_and_is_named",
+            "faulty_processes::a_signal_that_cannot_be_honoured_ends_both",
+        ),
+    ),
+    Promise(
+        "processes",
+        "processes with another config, code, package or data",
+        "they refuse to start, and name what differs",
+        (
+            "faulty_processes::processes_with_different_configs_refuse_to_start",
+            "faulty_processes::processes_with_different_data_refuse_to_start",
+        ),
+    ),
+    Promise(
+        "checkpoints",
+        "a bit flips, or a file is cut, emptied or missing, in a checkpoint",
+        "the file is named or the fault is harmless; the newest whole one is used, and the damaged one moved aside",
+        (
+            "checkpoints::every_damaged_file_is_named_or_harmless",
+            "checkpoints::the_newest_whole_checkpoint_is_used_and_the_others_move_aside",
+            "run_folder::a_run_goes_back_to_its_newest_whole_checkpoint_and_ends_as_it_would_have",
+            "processes::processes_agree_that_a_checkpoint_is_damaged",
+        ),
+    ),
+    Promise(
+        "checkpoints",
+        "a command that only reads finds a damaged checkpoint",
+        "it changes nothing, and names the newest whole one",
+        ("checkpoints::readers_move_nothing",),
+    ),
+    Promise(
+        "checkpoints",
+        "the run goes on with other devices, meshes, hosts, workers or threads",
+        "the same values are restored, the same samples come",
+        (
+            "checkpoints::a_checkpoint_comes_back_on_other_meshes",
+            "processes::a_checkpoint_comes_back_in_each_process",
+            "tar_source::resumed_on_other_hosts_as_if_never_stopped",
+            "loader::workers_read_the_same",
+        ),
+    ),
+    Promise(
+        "disks",
+        "the disk is full, read-only, too small from the start, or its folder vanishes",
+        "one sentence with the folder and the bytes that are needed; earlier checkpoints stay whole",
+        (
+            "checkpoint_saves::a_full_disk",
+            "checkpoint_saves::a_read_only_disk",
+            "checkpoint_saves::a_folder_that_vanished_is_not_made_again",
+            "checkpoint_saves::a_save_that_fails_is_reported_at_once_and_costs_no_other",
+            "run_folder::a_disk_that_is_too_small_is_an_error_before_anything_is_written",
+            "run_folder::folders_that_cannot_be_written",
+        ),
+    ),
+    Promise(
+        "disks",
+        "two runs are started on one folder",
+        "the second is refused by a lock that a kill does not leave behind",
+        ("run_folder::two_runs_cannot_share_a_folder",),
+    ),
+    Promise(
+        "disks",
+        "two runs are started on one folder in a bucket, which has no locks",
+        "the second is refused while the first renews its lease; after a kill it waits up to 70 s",
+        (
+            "lease::a_second_holder_is_refused_while_the_first_renews",
+            "lease::the_lease_of_a_process_that_was_killed_expires",
+            "lease::a_run_in_a_bucket_holds_it",
+        ),
+    ),
+    Promise(
+        "disks",
+        "a run's folder is moved, copied or named by another path, and its data and tokenizer with it",
+        "the same command goes on there",
+        ("run_folder::a_run_may_be_moved_with_its_data_and_its_tokenizer",),
+    ),
+    Promise(
+        "disks",
+        "checkpoints are lost",
+        "the run does not start anew in silence: the remedy is named",
+        (
+            "damaged_files::lost_checkpoints_are_not_trained_over",
+            "damaged_files::a_run_that_starts_again_for_want_of_a_checkpoint_says_so",
+        ),
+    ),
+    Promise(
+        "disks",
+        "a small file of the run's folder, or the index of a tar, is damaged or cut by a kill or a power failure",
+        "the file and the remedy are named, damaged lines are left out, an index is made again",
+        (
+            "damaged_files::a_damaged_file_is_named",
+            "damaged_files::lines_without_what_they_should_have_are_left_out",
+            "damaged_files::the_copy_of_the_tokenizer_is_whole_or_missing",
+            "storage::json_lines_drop_what_is_damaged",
+            "storage::json_lines_survive_a_kill_while_they_are_rewritten",
+            "tar_index::a_stored_index_that_is_damaged_is_made_again",
+        ),
+    ),
+    Promise(
+        "values",
+        "a loss or gradient is not finite",
+        "the step changes nothing but the step; later ones are those of a run without it; it is counted and listed",
+        (
+            "bad_values::a_bad_batch_changes_nothing_but_the_step",
+            "bad_values::a_run_goes_on_without_the_bad_steps",
+            "bad_values::updates_are_finite_within_the_bounds_of_the_optimizer",
+        ),
+    ),
+    Promise(
+        "values",
+        "too many such steps in a row",
+        "the run stops and names the last checkpoint, or goes back to it and past the bad samples, as configured",
+        (
+            "bad_values::too_many_in_a_row_stop_the_run",
+            "bad_values::a_rewind_undoes_the_last_steps_and_goes_on_behind_the_bad_ones",
+            "bad_values::a_run_killed_near_a_rewind_resumes_bit_exactly",
+            "bad_values::a_rewind_that_did_not_help_is_the_last",
+        ),
+    ),
+    Promise(
+        "values",
+        "the gradient's norm is far above its running mean, with optim.max_grad_norm_ratio",
+        "the step is skipped in the same way",
+        ("bad_values::a_spike_of_the_gradient_is_skipped_once_its_mean_is_known",),
+    ),
+    Promise(
+        "data",
+        "a sample cannot be read, for whatever reason",
+        "another one takes its place; it is counted by reason and listed, and too many stop the run",
+        (
+            "loader::any_exception_of_a_sample_makes_it_a_bad_one",
+            "tar_source::every_case_is_read_or_has_its_reason",
+            "tar_source::too_many_bad_samples_stop_the_run",
+        ),
+    ),
+    Promise(
+        "data",
+        "too many samples are bad, data cannot be read at all, or an evaluation on the way fails",
+        "the last step is saved: by all processes where all count too many, else in a run of one process",
+        (
+            "interrupt::too_many_bad_samples_do_not_cost_the_steps_before",
+            "interrupt::data_that_fail_do_not_cost_the_steps_before",
+            "interrupt::an_evaluation_that_fails_does_not_cost_the_steps_before",
+            "faulty_processes::too_many_bad_samples_save_in_both",
+        ),
+    ),
+    Promise(
+        "data",
+        "a quote without a partner in a table",
+        "between tabs it is a letter; between commas no row is lost in silence",
+        ("tables::quotes_mean_nothing_between_tabs", "tables::a_quote_without_a_partner_between_commas"),
+    ),
+    Promise(
+        "data",
+        "JSON nested without end, half a surrogate pair, a path with a zero byte or of an unknown store, a cut parquet",
+        "a bad sample where one row says it, a sentence for a file",
+        (
+            "tar_source::json_that_is_nested_or_holds_half_a_letter",
+            "tokenizer::file_and_half_a_surrogate_pair",
+            "tables::rows_whose_image_cannot_be_read_are_bad_samples",
+            "tables::damaged_parquet_is_a_sentence",
+            "storage::index_of_weights",
+        ),
+    ),
+    Promise(
+        "data",
+        "data change between two starts; a tar is replaced, deleted, cut or overwritten under a run",
+        "a run that resumes is refused, the source named; an open tar is read on, what is cut or wrong has its reason",
+        (
+            "run_folder::changed_data_is_refused",
+            "sources::card_of_a_folder",
+            "tables::card_of_tables_changes_with_their_content_alone",
+            "tar_source::a_tar_that_is_replaced_while_it_is_read_is_read_on",
+            "tar_source::a_tar_that_shrinks_while_it_is_read",
+            "tar_source::a_tar_that_is_overwritten_while_it_is_read_gives_reasons",
+        ),
+    ),
+    Promise(
+        "data",
+        "an image of an evaluation set cannot be read, or a set fails",
+        "it counts as wrong; the other sets are evaluated; all sets are opened before the first step",
+        (
+            "run_folder::all_sets_are_opened_before_the_first_step",
+            "unreadable::an_unreadable_image_counts_as_wrong_and_changes_no_other",
+            "processes::every_process_knows_what_one_could_not_read",
+            "run_folder::a_set_that_fails_at_the_end_does_not_cost_the_others",
+        ),
+    ),
+    Promise(
+        "hostile input",
+        "any bytes in place of tars, indexes, images, captions, tokenizers, configs, weights or tables",
+        "read or refused in one sentence, in bounded time and memory",
+        ("fuzz::every_reader_reads_or_refuses_what_is_hostile", "fuzz::inputs_that_failed_before"),
+    ),
+    Promise(
+        "hostile input",
+        "headers of tars with signed or giant sizes, names with line breaks",
+        "the index neither hangs nor ends; what is damaged has its reason",
+        (
+            "tar_index::a_header_with_an_odd_size_neither_hangs_the_index_nor_ends_it",
+            "tar_index::a_long_number_in_an_extended_header",
+            "tar_index::names_with_line_breaks",
+        ),
+    ),
+    Promise(
+        "hostile input",
+        "large images, long captions, long ranges of names, and pickles that ask for memory",
+        "memory and time are bounded",
+        (
+            "decoding::large_images_of_many_threads_take_the_memory_of_a_few",
+            "decoding::bounds_hold_before_anything_is_decoded",
+            "tokenizer::giant_texts_take_bounded_time",
+            "interop_errors::a_small_pickle_takes_little_memory_and_time",
+            "interop_errors::a_damaged_directory_of_a_zip_is_one_sentence",
+            "storage::a_range_that_is_too_long_is_refused_before_it_fills_memory",
+        ),
+    ),
+    Promise(
+        "hostile input",
+        "names with .. or /, links, devices; code in pickles; images that start a program; HTML in captions and names",
+        "nothing is executed or written outside its folder; everything is escaped",
+        (
+            "tar_source::names_that_lead_elsewhere_are_names_alone",
+            "interop_errors::a_pickle_that_asks_for_anything_else_is_refused",
+            "decoding::formats_that_start_a_program_are_no_images",
+            "report::the_page_of_a_run_needs_nothing_else_and_escapes_everything",
+        ),
+    ),
+)
+
+
+def table(promises: Sequence[Promise]) -> list[str]:
+    """Return the promises as Markdown, a table for each area."""
+    lines: list[str] = []
+    for area in dict.fromkeys(promise.area for promise in promises):
+        lines += [f"### {area.capitalize()}", "", "| what happens | what the run does | tests |", "|---|---|---|"]
+        for p in promises:
+            if p.area == area:
+                names = "<br>".join(f"`{test.replace('::', '::test_', 1)}`" for test in p.tests)
+                lines.append(f"| {p.fault} | {p.expected} | {names} |")
+        lines.append("")
+    return lines
