@@ -17,6 +17,7 @@ MESHES = {
     "fsdp": ("fsdp", 2, 4, 1),
     "fsdp_tp": ("fsdp_tp", 2, 2, 2),
 }
+FSDP_ALONE = {"data": 1, "fsdp": 8, "model": 1, "strategy": "fsdp"}
 # xCLIP holds the other two losses; by themselves they are minutes more of compilation.
 OBJECTIVES = (
     pytest.param("clip", marks=pytest.mark.slow),
@@ -97,6 +98,12 @@ def test_gradcache_with_every_strategy(mesh, plain):
     tower = {"model__img__patch_dropout": 0.5, "model__img__stem": "hmlp"}
     p = make("xclip", mesh, optim__microbatches=2, loss__impl="ring", loss__chunk_size=8, **tower)
     assert_same(gradients(p), plain("xclip", **tower))
+
+
+def test_gradcache_and_chunks_where_all_devices_share_parameters(plain):
+    options = {f"mesh__{key}": value for key, value in FSDP_ALONE.items()}
+    config = tiny.config("clip", data__batch=BATCH, optim__microbatches=2, loss__chunk_size=16, **options)
+    assert_same(gradients(build.build(config, jax.devices()[:8])), plain("clip"))
 
 
 @pytest.mark.parametrize("mesh", [None, "dp", "zero1", "fsdp_tp"])

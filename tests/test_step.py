@@ -35,15 +35,16 @@ def run(p, steps=1):
     return jax.device_get(s), seen
 
 
-def gradients(p):
+def gradients(p, batch=None):
     """Loss and gradients as the step makes them, caught by an optimizer that keeps the gradient as its state."""
+    batch = batch or tiny.batch(eot=p.tokenizer.eot_id)
     catch = optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, _, params=None: (grads, grads)
     )
-    config_step = p.make_step(catch)
+    config_step = p.make_step(catch, p.length_groups)
     s = state.create(p.init, p.abstract)
     s = s.replace(opt_state=catch.init(s.params))
-    s, metrics = jax.jit(config_step)(s, loader.to_global(tiny.batch(eot=p.tokenizer.eot_id), p.mesh))
+    s, metrics = jax.jit(config_step)(s, loader.to_global(batch, p.mesh))
     return float(metrics["loss"]), jax.device_get(s.opt_state), jax.device_get(s.batch_stats)
 
 

@@ -6,6 +6,7 @@ counts the body of a loop over layers once. Causal attention counts in full, sin
 
 from xclip_jax.config.schema import Config
 from xclip_jax.data import tokenizer
+from xclip_jax.data.length_groups import LengthGroups
 from xclip_jax.objectives import make_objective
 
 # Dense bf16 FLOP/s of one device, by JAX's name of its kind. Sources: cloud.google.com/tpu/docs, and NVIDIA's data
@@ -42,13 +43,16 @@ def forward(config: Config, *, train: bool = True) -> dict[str, float]:
     return towers | rest
 
 
-def train_step(config: Config) -> float:
+def train_step(config: Config, groups: LengthGroups | None = None) -> float:
     """Model FLOPs of a training step on the whole batch: three forward passes, the teacher's one more.
 
     A frozen tower has no backward pass. What rematerialisation and microbatches compute again does not count, by
-    definition of MFU.
+    definition of MFU; nor does what is cut from texts, in `groups` or else in those of the config.
     """
     parts = forward(config)
+    tower, groups = config.model.tower("txt"), groups or LengthGroups.parse(config.data.length_groups)
+    if parts["txt"] and groups.cuts:
+        parts["txt"] = groups.mean(tower.cut_flops, tower.context_length)
     objective = make_objective(config.objective)
     teacher = parts["img"] + parts["txt"] + parts["heads"] if objective.teacher else 0.0
     passes = {name: 1 if name in config.init.frozen else 3 for name in parts}

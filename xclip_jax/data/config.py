@@ -6,6 +6,7 @@ from typing import Any
 
 from xclip_jax.config.fields import Check, at_least, between, choice, key, not_empty
 from xclip_jax.data import transforms
+from xclip_jax.data.length_groups import AUTO, LengthGroups
 from xclip_jax.data.preprocessing import Triple, mean_std
 from xclip_jax.errors import UserError
 
@@ -23,6 +24,16 @@ _STATISTICS = Check(
     _are_statistics,
 )
 
+
+def _are_groups(spec: str) -> bool:
+    try:
+        LengthGroups.parse(spec)
+    except UserError:
+        return False
+    return True
+
+
+_GROUPS = Check("'auto', 'full' or rising TOKENS:SHARE pairs such as '24:0.6,40:0.9'", _are_groups)
 _SHARE = Check("above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
@@ -45,6 +56,12 @@ class DataConfig:
     dir: str = key("", "root of TFDS data sets; empty for the default")
     batch: int = key(4096, "b, pairs of the global batch", at_least(1))
     tokenizer: str = key("clip", "clip, bytes or the path of a tokenizer file", not_empty())
+    length_groups: str = key(
+        AUTO,
+        "up to which share of the texts of a device, ordered by length, are cut to so many tokens, as 24:0.6,40:0.9, "
+        "which changes no result; auto chooses by the data, full cuts none",
+        _GROUPS,
+    )
     image_key: str = key("image", "feature of a record or column of a table; not of tars and folders")
     text_keys: Sequence[str] = key(
         ("text",), "captions, one of which is drawn each time; in tars text is the .txt file, else fields of .json"

@@ -35,6 +35,15 @@ class TextTowerConfig(TransformerConfig, TextTower):
         """Those of the blocks on a whole context."""
         return self.block_flops(self.context_length)
 
+    @property
+    def cuttable(self) -> bool:
+        """Where attention is causal and the feature is that of the end of the text."""
+        return self.causal and self.pool == "eot"
+
+    def cut_flops(self, tokens: int) -> float:
+        """Those of the blocks on so many tokens."""
+        return self.block_flops(tokens)
+
     def convert(self, params: Params) -> tuple[Params, list[str]]:
         """Stack blocks or take them apart, and cut positions to the context length."""
         params, notes = super().convert(params)

@@ -171,6 +171,15 @@ class TextTower(Tower):
         """
         raise NotImplementedError
 
+    @property
+    def cuttable(self) -> bool:
+        """Whether what follows the end of a text does not reach its feature, so that it may be cut off."""
+        return False
+
+    def cut_flops(self, tokens: int) -> float:
+        """FLOPs of the forward pass of a text that is cut to so many tokens, of a tower that is `cuttable`."""
+        raise NotImplementedError
+
     def describe(self) -> str:
         """The tower in one phrase."""
         return f"{super().describe()}, {self.context_length} tokens"

@@ -123,7 +123,10 @@ def map_microbatches(fn: Callable[[Any, Any], Any], shared: Any, rows: Any, micr
     if layout is None:
         return local(shared, rows)
     # Axes that parameters are split over stay with XLA, which gathers them part by part, block by block.
-    manual = tuple(axis for axis in BATCH_AXES if axis not in RULES[layout.strategy].values())
+    split = RULES[layout.strategy].values()
+    manual = tuple(axis for axis in BATCH_AXES if axis not in split and layout.mesh.shape[axis] > 1)
+    if not manual:
+        return local(shared, rows)
 
     def on_device(shared: Any, rows: Any) -> Any:
         with layout_scope(dataclasses.replace(layout, manual=manual)):

@@ -1,6 +1,8 @@
 """Build an experiment from a config: mesh, objective, model, optimizer, state and step."""
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +14,14 @@ from jax.sharding import Mesh
 
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.data import tokenizer
+from xclip_jax.data.length_groups import WHOLE, LengthGroups
 from xclip_jax.data.loader import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
+from xclip_jax.errors import UserError
 from xclip_jax.models.two_towers import TOWERS, TwoTowers
 from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.parallel import sharding
-from xclip_jax.parallel.mesh import AXES, check_batch, make_mesh
+from xclip_jax.parallel.mesh import AXES, BATCH_AXES, check_batch, make_mesh
 from xclip_jax.train import guard, optim, state
 from xclip_jax.train.augment import Augment
 from xclip_jax.train.step import TrainStep, compile_step
@@ -37,9 +41,19 @@ class Experiment:
     schedule: optim.Schedule
     init: Callable[[], state.TrainState]
     abstract: state.TrainState
-    make_step: Callable[[optax.GradientTransformation], Callable[..., Any]]
-    step: Callable[..., Any]
-    compiled: Any
+    tx: optax.GradientTransformation
+    make_step: Callable[[optax.GradientTransformation, LengthGroups], Callable[..., Any]]
+    length_groups: LengthGroups = WHOLE
+
+    @functools.cached_property
+    def step(self) -> Callable[..., Any]:
+        """(state, batch) -> (state, metrics), as a pure function."""
+        return self.make_step(self.tx, self.length_groups)
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """`step` under `jax.jit`."""
+        return compile_step(self.step, self.abstract, self.mesh)
 
     @property
     def image_size(self) -> int:
@@ -75,6 +89,17 @@ def _make_mesh(config: Config, devices: list[jax.Device] | None) -> Mesh:
     return mesh
 
 
+def _length_groups(config: Config, model: TwoTowers) -> LengthGroups:
+    """Those of the config, checked against the text tower."""
+    groups = LengthGroups.parse(config.data.length_groups)
+    if groups.cuts and ("txt" not in model.towers or not model.txt.cuttable):
+        raise UserError(
+            f"data.length_groups={config.data.length_groups!r} cuts texts, and the text tower reads what follows their "
+            "end, or there is none; set it to 'full'."
+        )
+    return groups
+
+
 def _spike_filter(config: Config) -> guard.SpikeFilter | None:
     ratio = config.optim.max_grad_norm_ratio
     return guard.SpikeFilter(ratio) if ratio else None
@@ -82,10 +107,11 @@ def _spike_filter(config: Config) -> guard.SpikeFilter | None:
 
 def _make_step(
     config: Config, mesh: Mesh, model: TwoTowers, objective: Objective, augment: Augment, abstract: state.TrainState
-) -> Callable[[optax.GradientTransformation], Callable[..., Any]]:
-    """optimizer -> the step as a pure function."""
+) -> Callable[[optax.GradientTransformation, LengthGroups], Callable[..., Any]]:
+    """(optimizer, groups of texts) -> the step as a pure function."""
     strategy, ema, frozen = config.mesh.strategy, config.ema, tuple(config.init.frozen)
-    spikes = _spike_filter(config)
+    microbatches, spikes = config.optim.microbatches, _spike_filter(config)
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     shardings = jax.tree.map(lambda x: x.sharding, abstract.params)
     if strategy == "zero1":
         shardings = sharding.zero1_shardings(abstract.params, shardings, mesh)
@@ -96,8 +122,9 @@ def _make_step(
     def constrain(grads: Any) -> Any:
         return jax.lax.with_sharding_constraint(grads, shardings)
 
-    def make(tx: optax.GradientTransformation) -> Callable[..., Any]:
-        made = TrainStep(model, tx, objective, augment, momentum, config.optim.microbatches, constrain, frozen, spikes)
+    def make(tx: optax.GradientTransformation, groups: LengthGroups = WHOLE) -> Callable[..., Any]:
+        sizes = groups.sizes(config.data.batch // (shards * microbatches), model.txt.context_length)
+        made = TrainStep(model, tx, objective, augment, momentum, microbatches, constrain, frozen, spikes, sizes)
         return sharding.layout_scope(sharding.MeshLayout(mesh, strategy))(made.step)
 
     return make
@@ -130,8 +157,6 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
     )
     abstract = state.abstract(init, mesh, config.mesh.strategy)
     augment = Augment(config.data, preprocessing, objective, towers)
-    make_step = _make_step(config, mesh, model, objective, augment, abstract)
-    train_step = make_step(tx)
     return Experiment(
         config=config,
         mesh=mesh,
@@ -143,7 +168,7 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
         schedule=optim.schedule(config.optim, config.steps),
         init=init,
         abstract=abstract,
-        make_step=make_step,
-        step=train_step,
-        compiled=compile_step(train_step, abstract, mesh),
+        tx=tx,
+        make_step=_make_step(config, mesh, model, objective, augment, abstract),
+        length_groups=_length_groups(config, model),
     )

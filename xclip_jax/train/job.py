@@ -9,11 +9,13 @@ import numpy as np
 from xclip_jax.config.schema import Config
 from xclip_jax.data import controls, labelled, loader
 from xclip_jax.data.base import Source
+from xclip_jax.data.length_groups import AUTO
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.parallel.mesh import batch_part
+from xclip_jax.train import caption_lengths
 from xclip_jax.train.build import Experiment, build
 from xclip_jax.train.encoder import make_encoder
 from xclip_jax.train.run_folder import TrainingFolder
@@ -66,6 +68,9 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
     fingerprints = [source.fingerprint() for source in opened]
     folder.check_sources(config, fingerprints)
     samples = controls.apply(opened, experiment.data, config.seed, labelled=experiment.objective.labelled)
+    if config.data.length_groups == AUTO:
+        groups = folder.length_groups() or caption_lengths.choose(experiment, samples)
+        experiment = dataclasses.replace(experiment, length_groups=groups)
     starts = config.init.weights and folder.latest_step() is None
     initial = read_initial(config, experiment.abstract) if starts else {}
     encoder = make_encoder(experiment, fingerprints[0].get("classes"))

@@ -255,7 +255,7 @@ def _flops_and_peak(job: Job) -> tuple[float, float | None]:
     devices = job.experiment.mesh.devices
     peak = flops.PEAK.get(devices.flat[0].device_kind)
     try:
-        step = flops.train_step(job.experiment.config)
+        step = flops.train_step(job.experiment.config, job.experiment.length_groups)
     except NotImplementedError:
         step = 0.0
     return step / job.experiment.data.batch, peak and peak * devices.size

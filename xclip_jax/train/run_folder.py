@@ -18,6 +18,7 @@ from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
 from xclip_jax.data import tokenizer
+from xclip_jax.data.length_groups import FULL, WHOLE, LengthGroups
 from xclip_jax.errors import UserError
 from xclip_jax.interop import hub
 from xclip_jax.run_folder import RunFolder
@@ -31,9 +32,9 @@ except ImportError:  # Windows
 
 # A resumed run may differ in these: they do not change what is learned, or other files of the folder guard them.
 KEYS_FREE_ON_RESUME = (
-    "checkpoint.", "data.buffer", "data.cache", "data.dir", "data.max_bad_fraction", "data.sources", "data.threads",
-    "data.tokenizer", "data.workers", "eval.", "log.", "loss.", "mesh.", "optim.max_skipped_steps",
-    "optim.microbatches", "optim.rewind", "run",
+    "checkpoint.", "data.buffer", "data.cache", "data.dir", "data.length_groups", "data.max_bad_fraction",
+    "data.sources", "data.threads", "data.tokenizer", "data.workers", "eval.", "log.", "loss.", "mesh.",
+    "optim.max_skipped_steps", "optim.microbatches", "optim.rewind", "run",
 )  # fmt: skip
 _EVALUATION_KEYS = (
     "eval.sets", "eval.final_sets", "eval.ema", "eval.resize", "eval.resize_size", "eval.interpolation",
@@ -102,6 +103,13 @@ class TrainingFolder(RunFolder):
             )
         return str(self.tokenizer_file)
 
+    def length_groups(self) -> LengthGroups | None:
+        """Groups of texts that the run began with, or None where it has no checkpoint yet."""
+        content = self.read_config()
+        if content is None or self.latest_step() is None:
+            return None
+        return LengthGroups.parse(content.get("length_groups", FULL))
+
     def check_sources(self, config: Config, fingerprints: Sequence[Mapping[str, Any]]) -> None:
         """Check that a run that resumes reads the data that it read before, wherever they are now.
 
@@ -129,8 +137,10 @@ class TrainingFolder(RunFolder):
                 )
 
     @contextlib.contextmanager
-    def claimed(self, config: Config, fingerprints: Sequence[Mapping[str, Any]]) -> Iterator[None]:
-        """Keep other runs out of the folder, and write config.json, data.json and the tokenizer.
+    def claimed(
+        self, config: Config, fingerprints: Sequence[Mapping[str, Any]], groups: LengthGroups = WHOLE
+    ) -> Iterator[None]:
+        """Keep other runs out of the folder, and write config.json, with `groups`, data.json and the tokenizer.
 
         Raises:
           UserError: another run is writing to the folder.
@@ -141,7 +151,7 @@ class TrainingFolder(RunFolder):
         self.path.mkdir(parents=True, exist_ok=True)
         with self._locked():
             self.check(config)  # another run may have come and gone
-            self._write_config(config)
+            self._write_config(config, groups)
             write_json(self.data_file, list(fingerprints))
             if config.data.tokenizer not in tokenizer.NAMES and not self.tokenizer_file.exists():
                 write_whole(self.tokenizer_file, epath.Path(config.data.tokenizer).read_bytes())
@@ -185,13 +195,13 @@ class TrainingFolder(RunFolder):
                 step = max(step, int(line["step"]))
         return step
 
-    def _write_config(self, config: Config) -> None:
+    def _write_config(self, config: Config, groups: LengthGroups) -> None:
         saved, current = self.read_config(), schema.to_dict(config)
         facts, now = environment.capture(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         if saved is None or self.latest_step() is None:
             if saved is not None and (differing := _differences(saved["config"], config)):
                 log0(f"{self.path} has no checkpoint, so the run starts with its new config: {', '.join(differing)}")
-            content = {"config": current, "environment": facts, "started": now}
+            content = {"config": current, "environment": facts, "started": now, "length_groups": str(groups)}
             if config.init.weights:
                 content["init_weights"] = fingerprint(hub.resolve(config.init.weights))
             write_json(self.config_file, content)

@@ -15,6 +15,7 @@ from xclip_jax.objectives import Objective
 from xclip_jax.parallel.mesh import batch_sharding, replicated
 from xclip_jax.train import gradcache, guard
 from xclip_jax.train.augment import NOISE, Augment
+from xclip_jax.train.length_groups import LengthOrder, Sizes
 from xclip_jax.train.optim import project_scale
 from xclip_jax.train.state import TrainState
 
@@ -38,6 +39,8 @@ class TrainStep:
       constrain_grads: holds gradients to the layout that the optimizer works in.
       frozen: towers whose gradient is zero and is not computed.
       spikes: refuses steps of a gradient that is too large, if there is such a bound.
+      text_groups: ((rows, tokens), ...) in which a device encodes the texts of a microbatch, see `length_groups`; none
+        where texts are not cut.
     """
 
     model: TwoTowers
@@ -49,6 +52,7 @@ class TrainStep:
     constrain_grads: Callable[[Any], Any] = lambda grads: grads
     frozen: tuple[str, ...] = ()
     spikes: guard.SpikeFilter | None = None
+    text_groups: Sizes = ()
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """(state, {"image": uint8 (b, h, w, 3), "text": int32 (b, n)}) -> (state, metrics).
@@ -59,20 +63,7 @@ class TrainStep:
         """
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         inputs = self.augment.sample(key, batch)
-        teacher, ema_batch_stats = self._teach(state, inputs) if self.objective.teacher else (None, None)
-
-        # Encoders and heads are applied apart: the heads, with BatchNorm, and the losses are defined on the whole
-        # batch, while the encoders may be run on parts of it.
-        def loss(params: Any, h: Features) -> tuple[jax.Array, Any]:
-            out, batch_stats = self._project(params, state.batch_stats, h)
-            features = {name: x for name, x in zip(("img", "txt"), h, strict=True) if x is not None}
-            out |= {f"h_{name}": x for name, x in features.items()}
-            value, metrics, loss_state = self.objective(out, teacher, state.loss_state, inputs)
-            metrics |= {f"rank/{name}": effective_rank(x) for name, x in features.items()}
-            return value, (metrics, batch_stats, loss_state)
-
-        value_and_grad = gradcache.value_and_grad(self._encode, loss, self.microbatches)
-        (value, (metrics, batch_stats, loss_state)), grads = value_and_grad(state.params, inputs)
+        (value, (metrics, batch_stats, ema_batch_stats, loss_state)), grads = self._gradients(state, inputs)
         grads = self.constrain_grads(grads)
         norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(state.params)}
         accept = guard.all_finite(value, norms, batch_stats, ema_batch_stats, loss_state)
@@ -100,7 +91,41 @@ class TrainStep:
         new = guard.at_step(new, state.step + 1)
         return new, metrics | norms | {"update_norm": update_norm, "skipped": ~accept}
 
+    def _gradients(self, state: TrainState, inputs: Inputs) -> tuple[tuple[jax.Array, Any], Any]:
+        """((loss, (metrics, batch_stats, ema_batch_stats, loss_state)), gradients), with texts cut where they fit."""
+        if not self.text_groups:
+            return self._differentiate(state, inputs, None)
+        order = LengthOrder.of(inputs["text"], self.model.eot_id, self.text_groups, self.microbatches)
+        # One of the two is computed, the same on all devices.
+        (value, (metrics, *rest)), grads = jax.lax.cond(
+            order.fits,
+            lambda: self._differentiate(state, inputs, order),
+            lambda: self._differentiate(state, inputs, None),
+        )
+        return (value, (metrics | {"text/cut": order.fits.astype(jnp.float32)}, *rest)), grads
+
+    def _differentiate(
+        self, state: TrainState, inputs: Inputs, order: LengthOrder | None
+    ) -> tuple[tuple[jax.Array, Any], Any]:
+        """As `_gradients`, with texts in the groups of `order`, or whole."""
+        teacher, ema_batch_stats = self._teach(state, inputs, order) if self.objective.teacher else (None, None)
+
+        # Encoders and heads are applied apart: the heads, with BatchNorm, and the losses are defined on the whole
+        # batch, while the encoders may be run on parts of it.
+        def loss(params: Any, h: Features) -> tuple[jax.Array, Any]:
+            h = _joined(h, order)
+            out, batch_stats = self._project(params, state.batch_stats, h)
+            features = {name: x for name, x in zip(("img", "txt"), h, strict=True) if x is not None}
+            out |= {f"h_{name}": x for name, x in features.items()}
+            value, metrics, loss_state = self.objective(out, teacher, state.loss_state, inputs)
+            metrics |= {f"rank/{name}": effective_rank(x) for name, x in features.items()}
+            return value, (metrics, batch_stats, ema_batch_stats, loss_state)
+
+        value_and_grad = gradcache.value_and_grad(self._encode, loss, self.microbatches)
+        return value_and_grad(state.params, _grouped(inputs, order))
+
     def _encode(self, params: Any, inputs: Inputs) -> Features:
+        """Features; those of texts as a tuple where the texts are groups."""
         variables = {"params": params | {tower: jax.lax.stop_gradient(params[tower]) for tower in self.frozen}}
         noise = {"img": {}, "txt": {}} | inputs.get(NOISE, {})
         h_img = h_txt = None
@@ -108,7 +133,13 @@ class TrainStep:
             images = self.augment.apply(inputs)
             h_img = self.model.apply(variables, images, **noise["img"], method="encode_image")
         if "txt" in self.objective.towers:
-            h_txt = self.model.apply(variables, inputs["text"], **noise["txt"], method="encode_text")
+            h_txt = jax.tree.map(
+                lambda text, *noises: self.model.apply(
+                    variables, text, **dict(zip(noise["txt"], noises, strict=True)), method="encode_text"
+                ),
+                inputs["text"],
+                *noise["txt"].values(),
+            )
         return h_img, h_txt
 
     def _project(self, params: Any, batch_stats: Any, h: Features) -> tuple[dict[str, Any], Any]:
@@ -118,12 +149,12 @@ class TrainStep:
         out, new = self.model.apply(variables, *h, train=True, logits=logits, mutable=["batch_stats"], method="project")
         return out, new.get("batch_stats", {})
 
-    def _teach(self, state: TrainState, inputs: Inputs) -> tuple[dict[str, Any], Any]:
+    def _teach(self, state: TrainState, inputs: Inputs, order: LengthOrder | None) -> tuple[dict[str, Any], Any]:
         """What the moving average makes of the batch: without random inputs of towers, with statistics of its own."""
         params = jax.lax.stop_gradient(state.ema_params)
         inputs = {key: value for key, value in inputs.items() if key != NOISE}
-        h = gradcache.encode_microbatches(self._encode, params, inputs, self.microbatches)
-        return self._project(params, state.ema_batch_stats, h)
+        h = gradcache.encode_microbatches(self._encode, params, _grouped(inputs, order), self.microbatches)
+        return self._project(params, state.ema_batch_stats, _joined(h, order))
 
     def _average(self, state: TrainState, params: Any, batch_stats: Any, ema_batch_stats: Any) -> tuple[Any, Any]:
         """The moving average after the step: parameters and statistics, of which a teacher has made its own already."""
@@ -134,6 +165,20 @@ class TrainStep:
         if not self.objective.teacher:
             ema_batch_stats = optax.incremental_update(batch_stats, state.ema_batch_stats, rate)
         return ema_params, ema_batch_stats
+
+
+def _grouped(inputs: Inputs, order: LengthOrder | None) -> Inputs:
+    """`inputs` with a tuple of groups in place of texts, and of their tower's random inputs."""
+    if order is None:
+        return inputs
+    noise = inputs.get(NOISE, {})
+    split = {name: order.split(x) for name, x in noise.get("txt", {}).items()}
+    return inputs | {"text": order.split(inputs["text"], cut=True), NOISE: noise | {"txt": split}}
+
+
+def _joined(h: Features, order: LengthOrder | None) -> Features:
+    """Features with those of texts in the order of the batch."""
+    return h if order is None else (h[0], order.join(h[1]))
 
 
 def compile_step(

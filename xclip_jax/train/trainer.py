@@ -60,7 +60,8 @@ def run(
         same_run.check_data(job)
         disk_space.check(config, folder, job.experiment.abstract)
         keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
-        with folder.claimed(config, job.fingerprints), Watchdog(folder, stop, **limits) as watch:
+        groups = job.experiment.length_groups
+        with folder.claimed(config, job.fingerprints, groups), Watchdog(folder, stop, **limits) as watch:
             # A process that fails ends before its checkpointer is closed, which would wait for the others.
             checkpoints = Checkpointer(folder.path, keep=keep, keep_every=keep_every)
             with checkpoints as checkpointer, processes.ends_all():

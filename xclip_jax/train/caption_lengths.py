@@ -1,0 +1,86 @@
+"""Chooses the groups of lengths in which a run encodes its texts, from its first captions."""
+
+import concurrent.futures
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from xclip_jax import flops
+from xclip_jax.console import log0
+from xclip_jax.data import length_groups, loader, records
+from xclip_jax.data.base import Source
+from xclip_jax.data.length_groups import WHOLE, LengthGroups
+from xclip_jax.errors import BadSample
+from xclip_jax.parallel.mesh import BATCH_AXES
+from xclip_jax.train.build import Experiment
+
+_SAMPLES = 1024
+_THREADS = 8
+
+
+def choose(experiment: Experiment, sources: Sequence[Source]) -> LengthGroups:
+    """Groups for the captions of `sources`, the same on all processes; without cuts where they would save little."""
+    config, tower, context = experiment.config, experiment.model.txt, experiment.context_length
+    if "txt" not in experiment.model.towers or not tower.cuttable:
+        return WHOLE
+    try:
+        parts = flops.forward(config)
+    except NotImplementedError:  # of a tower of another package
+        return WHOLE
+    share = parts["txt"] / sum(parts.values())
+    if not length_groups.worthwhile(share, config.steps):
+        return WHOLE
+    counts = np.zeros(context + 1, np.int32)
+    if jax.process_index() == 0:
+        counts = count_lengths(experiment, sources)
+    if jax.process_count() > 1:  # a sample may be bad on one of them alone
+        counts = np.asarray(multihost_utils.broadcast_one_to_all(counts))
+    draws = math.prod(experiment.mesh.shape[axis] for axis in BATCH_AXES) * config.optim.microbatches
+    rows = config.data.batch // draws
+    groups = length_groups.choose(counts, rows=rows, draws=draws, flops_of=tower.cut_flops)
+    saved = share * (1 - groups.mean(tower.cut_flops, context) / tower.cut_flops(context))
+    if not length_groups.worthwhile(saved, config.steps):
+        return WHOLE
+    mean = counts @ np.arange(context + 1) / counts.sum()
+    log0(
+        f"captions have {mean:.0f} tokens on average: texts are encoded in groups (data.length_groups={groups}), which "
+        f"saves {saved:.0%} of a step's FLOPs"
+    )
+    return groups
+
+
+def count_lengths(experiment: Experiment, sources: Sequence[Source]) -> np.ndarray:
+    """(context + 1,) how many of the run's first captions have a length, in tokens. Bad samples are left out."""
+    data, length, seed = experiment.data, experiment.context_length, experiment.config.seed
+    tokens = experiment.tokenizer
+    # An order that is as good, without a look at all captions.
+    order = loader.sample_order(sources, dataclasses.replace(data, spread_duplicate_captions=False), seed)
+    transform = loader.Transform(data, experiment.image_size, tokens, length, ("text",))
+    stop = min(_SAMPLES, sum(map(len, sources)))
+
+    def lengths(start: int) -> list[int]:
+        positions = range(start, min(start + loader.READ_GROUP, stop))
+        places = [order.place(position) for position in positions]
+        read = records.read_all([(order.sources[number], index) for number, index in places], data.read_timeout)
+        lengths = []
+        for position, record in zip(positions, read, strict=True):
+            row = np.zeros((1, length), np.int32)
+            try:
+                if isinstance(record, BadSample):
+                    raise record
+                transform(record, np.random.default_rng((seed, position)), {"text": row})
+            except Exception as error:
+                records.as_bad_sample(error)
+                continue
+            lengths.append(int((row[0] == tokens.eot_id).argmax()) + 1)
+        return lengths
+
+    counts = np.zeros(length + 1, np.int32)
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        for found in pool.map(lengths, range(0, stop, loader.READ_GROUP)):
+            np.add.at(counts, found, 1)
+    return counts
