@@ -8,6 +8,7 @@ import pytest
 from tests.encoding import LENGTH, SIZE, K, build_encoder, make_encoder, small_model, tokenize
 from xclip_jax.data import transforms
 from xclip_jax.errors import BadSample, UserError
+from xclip_jax.evaluators import encoder as encoder_module
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.objectives.similarity import ClusterSimilarity, CosineSimilarity
 
@@ -175,3 +176,29 @@ def test_features_are_held_once():
     tracemalloc.stop()
     np.testing.assert_array_equal(h[:, 0], rows)
     assert h.shape == (len(rows), 5000) and peak < 1.3 * h.nbytes
+
+
+def test_texts_are_encoded_at_their_lengths(monkeypatch):
+    monkeypatch.setattr(encoder_module, "_LENGTHS", 2)
+    monkeypatch.setattr(encoder_module, "_BATCHES", 1)
+    model, variables = small_model()
+    made = build_encoder(model, 1, 4)
+    lengths = np.random.default_rng(0).permutation([1] * 2 + [2] * 7 + [3] * 2 + [4] * 3 + [5] * 1)
+    texts = ["".join(chr(100 + (i + j) % 20) for j in range(n)) for i, n in enumerate(lengths)]
+    tokens = tokenize(texts, LENGTH)
+    groups = made._by_length(tokens)
+    ends = (tokens == 99).argmax(axis=1) + 1
+    assert [length for length, _ in groups] == [4, 6]  # two texts of one letter are too few for a batch of their own
+    assert all((ends[rows] <= length).all() for length, rows in groups)
+    assert sorted(np.concatenate([rows for _, rows in groups])) == list(range(len(texts)))
+    shapes = []
+    encode = made._encode_texts
+    made._encode_texts = lambda variables, tokens, valid: (
+        shapes.append(tokens.shape) or encode(variables, tokens, valid)
+    )
+    found = made.tokens(variables, tokens)
+    assert set(shapes) == {(4, 4), (4, 6)}
+    monkeypatch.setattr(encoder_module, "_BATCHES", 100)
+    assert len(made._by_length(tokens)) == 1
+    for key, expected in made.tokens(variables, tokens).items():
+        np.testing.assert_allclose(found[key], expected, rtol=1e-6, atol=1e-6)

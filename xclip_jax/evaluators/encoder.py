@@ -21,6 +21,8 @@ Features = dict[str, np.ndarray]
 Rows = Sequence[np.ndarray] | np.ndarray
 Encode = Callable[..., dict[str, jax.Array]]
 
+# Texts are cut to a multiple of so many tokens, where so many batches or more have that length.
+_LENGTHS, _BATCHES = 16, 4
 MAX_UNREADABLE = 0.05  # of a set's images; with more the number would say little about the model
 
 
@@ -68,6 +70,8 @@ class Encoder:
         self.classes = None if classes is None else tuple(classes)
         self.grid = model.img.grid if "img" in model.towers else 0
         self.unreadable: dict[int, str] = {}
+        cuttable = "txt" in model.towers and model.txt.cuttable
+        self._eot_id = model.eot_id if cuttable else None
         self._tokenizer, self._text_length, self._sharding = tokenizer, text_length, batch_sharding(mesh)
 
         def encode(variables: Any, x: jax.Array, modality: str) -> dict[str, jax.Array]:
@@ -173,7 +177,38 @@ class Encoder:
 
     def tokens(self, variables: Any, tokens: Rows, features: Sequence[str] | None = None) -> Features:
         """Features of int32 rows (n, text_length) as the tokenizer makes them, as `images` gives them."""
-        return self._run(self._encode_texts, variables, tokens, (self._text_length,), np.int32, features)
+        groups = self._by_length(tokens)
+        results: Features = {}
+        for length, rows in groups:
+            some = tokens if len(groups) == 1 else np.asarray(tokens)[rows, :length]
+            for key, value in self._run(self._encode_texts, variables, some, (length,), np.int32, features).items():
+                if len(groups) == 1:
+                    results[key] = value
+                else:
+                    results.setdefault(key, np.empty((len(tokens), *value.shape[1:]), value.dtype))[rows] = value
+        return results
+
+    def _by_length(self, tokens: Rows) -> list[tuple[int, np.ndarray]]:
+        """(length, rows) of texts that are encoded at one length, cut where that saves more than compiling it takes.
+
+        Lengths are multiples of `_LENGTHS`, each with `_BATCHES` or more.
+        """
+        n, context = len(tokens), self._text_length
+        if self._eot_id is None or n < _BATCHES * self.batch:
+            return [(context, np.arange(n))]
+        ends = (np.asarray(tokens) == self._eot_id).argmax(axis=1) + 1
+        lengths = np.minimum(-(-ends // _LENGTHS) * _LENGTHS, context)
+        groups, rows = [], np.argsort(lengths, kind="stable")
+        while len(rows):
+            # Too few of the next length join those of the one after it.
+            counts = np.cumsum(np.bincount(lengths[rows], minlength=context + 1))
+            length = int(min(np.searchsorted(counts, _BATCHES * self.batch), context))
+            if len(rows) - counts[length] < _BATCHES * self.batch:
+                length = int(lengths[rows[-1]])  # the last ones
+            here = int(counts[length])
+            groups.append((length, rows[:here]))
+            rows = rows[here:]
+        return groups
 
     def logits_of(self, scores: Mapping[str, np.ndarray], variables: Any) -> np.ndarray:
         """Logits (n, classes) of the model's own similarity among the `scores` of `zeroshot.compare`."""
