@@ -1,14 +1,16 @@
 """Seconds of a training step on this machine: xclip_jax beside open_clip, beside CLIP, or beside another checkout.
 
     pip install '.[bench]' && JAX_PLATFORMS=cpu python -m benchmarks.step
+    python -m benchmarks.step --captions natural         # context 77, captions as long as those of CC12M
+    python -m benchmarks.step --captions natural --whole # beside itself with texts that are not cut
     python -m benchmarks.step --objective xclip          # beside CLIP, k = 4096, in place of open_clip
     python -m benchmarks.step --against ../old-checkout  # the same of another checkout
 
 Two processes with models of equal size (17,750,401 parameters: image tower 12 x 192, 64 pixels, patch 16; text tower
-6 x 192, 32 tokens; embedding 256), batch 256, float32, texts that fill the context, AdamW (open_clip: fused). Both
-compile first; then each takes --steps steps in turn, --turns times, while the other waits. Prints each turn's median,
-what the first step took, and last "ratio R", the median of the first over that of the second. Set GLIBC_TUNABLES as
-launch/common.sh does.
+6 x 192, 32 tokens; embedding 256), batch 256, float32, texts that fill the context, AdamW (open_clip: fused). With
+--captions natural the context is 77 and texts are drawn as `benchmarks.captions` says. Both compile first; then each
+takes --steps steps in turn, --turns times, while the other waits. Prints each turn's median, what the first step took,
+and last "ratio R", the median of the first over that of the second. Set GLIBC_TUNABLES as launch/common.sh does.
 """
 
 import argparse
@@ -24,24 +26,28 @@ from collections.abc import Callable
 
 import numpy as np
 
-BATCH, IMAGE_SIZE, PATCH, CONTEXT, VOCAB, EMBED = 256, 64, 16, 32, 49408, 256
+from benchmarks import captions
+
+BATCH, IMAGE_SIZE, PATCH, VOCAB, EMBED = 256, 64, 16, 49408, 256
+CONTEXT = {"full": 32, "natural": captions.CONTEXT}
 TOWERS = {"img": {"width": 192, "depth": 12, "heads": 3}, "txt": {"width": 192, "depth": 6, "heads": 3}}
 CLUSTERS = 4096
 
 
-def batch() -> tuple[np.ndarray, np.ndarray]:
-    """uint8 images (b, h, w, 3) and int32 tokens (b, n) whose last one is the end of the text."""
+def batch(kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 images (b, h, w, 3) and int32 tokens (b, n), of which the largest is the end of the text."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(1, VOCAB - 2, (BATCH, CONTEXT), np.int32)
-    tokens[:, 0], tokens[:, -1] = VOCAB - 2, VOCAB - 1
-    return rng.integers(0, 256, (BATCH, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), tokens
+    images = rng.integers(0, 256, (BATCH, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    lengths = captions.lengths(BATCH) if kind == "natural" else np.full(BATCH, CONTEXT[kind])
+    return images, captions.tokens(lengths, CONTEXT[kind], VOCAB)
 
 
-def ours(objective: str) -> Callable[[], float]:
+def ours(objective: str, kind: str, groups: str) -> Callable[[], float]:
     """Take one step of xclip_jax and return its loss."""
     import jax
 
     from xclip_jax.configs import common
+    from xclip_jax.models.text import TextTowerConfig
     from xclip_jax.parallel.mesh import batch_sharding
     from xclip_jax.train import build, state
 
@@ -49,13 +55,17 @@ def ours(objective: str) -> Callable[[], float]:
     config.steps, config.optim.warmup, config.data.batch = 1000, 0, BATCH
     config.model.dtype, config.model.embed = "float32", EMBED
     config.model.img.image_size, config.model.img.patch = IMAGE_SIZE, PATCH
-    config.model.txt.context_length = CONTEXT
+    config.model.txt.context_length = CONTEXT[kind]
+    if groups == "auto":
+        text = TextTowerConfig(context_length=CONTEXT[kind], width=TOWERS["txt"]["width"], depth=TOWERS["txt"]["depth"])
+        groups = str(captions.groups_for(BATCH, 1, text)) if kind == "natural" else "full"
+    config.data.length_groups = groups
     for tower, sizes in TOWERS.items():
         config.model[tower].update(sizes, scan=False)
     config.model.cluster_head.update(clusters=CLUSTERS, hidden=CLUSTERS)
     experiment = build.build(config)
     current = [state.create(experiment.init, experiment.abstract)]
-    image, text = (jax.device_put(x, batch_sharding(experiment.mesh)) for x in batch())
+    image, text = (jax.device_put(x, batch_sharding(experiment.mesh)) for x in batch(kind))
 
     def step() -> float:
         current[0], metrics = experiment.compiled(current[0], {"image": image, "text": text})
@@ -64,12 +74,12 @@ def ours(objective: str) -> Callable[[], float]:
     return step
 
 
-def open_clip(objective: str) -> Callable[[], float]:
+def open_clip(objective: str, kind: str, groups: str) -> Callable[[], float]:
     """The same of open_clip."""
     import open_clip as peer
     import torch
 
-    del objective
+    del objective, groups
     torch.manual_seed(0)
     img, txt = TOWERS["img"], TOWERS["txt"]
     vision = {
@@ -77,13 +87,13 @@ def open_clip(objective: str) -> Callable[[], float]:
         "head_width": img["width"] // img["heads"],
     }  # fmt: skip
     text = {
-        "context_length": CONTEXT, "vocab_size": VOCAB, "width": txt["width"], "heads": txt["heads"],
+        "context_length": CONTEXT[kind], "vocab_size": VOCAB, "width": txt["width"], "heads": txt["heads"],
         "layers": txt["depth"],
     }  # fmt: skip
     model = peer.model.CLIP(EMBED, vision, text)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.98), weight_decay=0.5, fused=True)
     loss_of = peer.ClipLoss()
-    pixels, tokens = batch()
+    pixels, tokens = batch(kind)
     tokens = torch.from_numpy(tokens.astype(np.int64))
     pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
@@ -100,10 +110,10 @@ def open_clip(objective: str) -> Callable[[], float]:
     return step
 
 
-def child(program: str, objective: str) -> None:
+def child(program: str, objective: str, kind: str, groups: str) -> None:
     """Print the seconds of the first step, then for each line N of stdin those of N more."""
     began = time.perf_counter()
-    step = {"ours": ours, "open_clip": open_clip}[program](objective)
+    step = {"ours": ours, "open_clip": open_clip}[program](objective, kind, groups)
     loss = step()
     print(json.dumps({"first": time.perf_counter() - began, "loss": loss}), flush=True)
     for line in sys.stdin:
@@ -118,8 +128,11 @@ def child(program: str, objective: str) -> None:
 class Program:
     """A process that takes steps when it is asked to."""
 
-    def __init__(self, label: str, program: str, objective: str, checkout: pathlib.Path) -> None:
+    def __init__(
+        self, label: str, program: str, objective: str, kind: str, checkout: pathlib.Path, groups: str = "auto"
+    ) -> None:
         command = [sys.executable, "-m", "benchmarks.step", "--child", program, "--objective", objective]
+        command += ["--captions", kind, "--groups", groups]
         environment = os.environ | {"PYTHONPATH": str(checkout)}
         self.label, self.seconds = label, []
         self.process = subprocess.Popen(
@@ -149,23 +162,29 @@ def main() -> None:
     """Print a line for each turn, then the medians and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objective", choices=("clip", "xclip"), default="clip")
+    parser.add_argument("--captions", choices=tuple(CONTEXT), default="full", help="how long texts are")
+    parser.add_argument("--whole", action="store_true", help="beside itself with texts that are not cut")
+    parser.add_argument("--groups", default="auto", help=argparse.SUPPRESS)
     parser.add_argument("--against", type=pathlib.Path, help="another checkout of xclip_jax, in place of open_clip")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--child", choices=("ours", "open_clip"), help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.child:
-        child(flags.child, flags.objective)
+        child(flags.child, flags.objective, flags.captions, flags.groups)
         return
     here = pathlib.Path(__file__).resolve().parents[1]
     print(f"{os.cpu_count()} cores, {platform.machine()}, GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES', '')}")
-    first = Program(f"xclip_jax {flags.objective}", "ours", flags.objective, here)
+    kind = flags.captions
+    first = Program(f"xclip_jax {flags.objective}", "ours", flags.objective, kind, here)
     if flags.against:
-        second = Program(str(flags.against), "ours", flags.objective, flags.against.resolve())
+        second = Program(str(flags.against), "ours", flags.objective, kind, flags.against.resolve())
+    elif flags.whole:
+        second = Program("with whole texts", "ours", flags.objective, kind, here, "full")
     elif flags.objective == "xclip":
-        second = Program("xclip_jax clip", "ours", "clip", here)
+        second = Program("xclip_jax clip", "ours", "clip", kind, here)
     else:
-        second = Program("open_clip", "open_clip", "clip", here)
+        second = Program("open_clip", "open_clip", "clip", kind, here)
     for turn in range(flags.turns):
         print(
             f"turn {turn + 1}: " + ", ".join(f"{p.label} {p.take(flags.steps):.3f} s" for p in (first, second)),

@@ -17,7 +17,7 @@ from xclip_jax.errors import UserError
 
 AUTO, FULL = "auto", "full"
 # The last group has the whole context; each more is a pass of its own over the tower's weights.
-MAX_GROUPS = 3
+MAX_GROUPS = 4
 # Accelerators compute lengths in between no faster.
 _MULTIPLE = 8
 # Share of steps that may be computed whole.
