@@ -8,6 +8,7 @@ import pytest
 
 from tests import tiny
 from xclip_jax.data import loader
+from xclip_jax.parallel import sharding
 from xclip_jax.train import build, state
 
 MESHES = {
@@ -98,6 +99,17 @@ def test_gradcache_with_every_strategy(mesh, plain):
     tower = {"model__img__patch_dropout": 0.5, "model__img__stem": "hmlp"}
     p = make("xclip", mesh, optim__microbatches=2, loss__impl="ring", loss__chunk_size=8, **tower)
     assert_same(gradients(p), plain("xclip", **tower))
+
+
+@pytest.mark.parametrize("chunk", [0, 8])
+def test_zero1_splits_the_kernels_of_cluster_heads(chunk, plain, monkeypatch):
+    monkeypatch.setattr(sharding, "ZERO1_ELEMENTS", 1)
+    p = make("xclip", "zero1", loss__chunk_size=chunk)
+    kernel = p.abstract.params["clusters_img"]["clusters"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (32 // 8, 24)
+    moments = [x for x in jax.tree.leaves(p.abstract.opt_state) if x.shape == kernel.shape]
+    assert moments and all(x.sharding == kernel.sharding for x in moments)
+    assert_same(gradients(p), plain("xclip"))
 
 
 def test_gradcache_and_chunks_where_all_devices_share_parameters(plain):

@@ -17,6 +17,7 @@ from xclip_jax.config.fields import at_least, key
 from xclip_jax.errors import UserError
 from xclip_jax.logits import FactoredLogits
 from xclip_jax.models.layers import ACTIVATIONS, dense, named
+from xclip_jax.parallel.sharding import constrain
 
 Array = jax.Array
 
@@ -151,7 +152,11 @@ class ClusterHead(nn.Module):
             std = x.shape[-1] ** -0.5
             x = dense(self.hidden, ("embed", None), std=std, dtype=self.dtype, use_bias=False, name=f"hidden_{i}")(x)
             x = ACTIVATIONS["gelu"](batch_norm(f"norm_{i}")(x)).astype(self.dtype)
-        factors = FactoredLogits(x, *_Clusters(self.clusters, name="clusters")(x.shape[-1]))
+        kernel, bias = _Clusters(self.clusters, name="clusters")(x.shape[-1])
+        if logits:
+            # Gathered, where it is split, in the dtype of the product.
+            kernel = constrain(kernel.astype(self.dtype), None, "cluster")
+        factors = FactoredLogits(x, kernel, bias)
         if logits:
             s = factors.logits()
             return batch_norm("norm_last", affine=False)(s) if self.last_norm else s
@@ -169,7 +174,7 @@ class _Clusters(nn.Module):
 
     @nn.compact
     def __call__(self, d: int) -> tuple[Array, Array]:
-        init = named(nn.initializers.normal(d**-0.5), "embed", "cluster")
+        init = named(nn.initializers.normal(d**-0.5), "hidden", "cluster")
         kernel = self.param("kernel", init, (d, self.clusters))
         return kernel, self.param("bias", named(nn.initializers.zeros, "cluster"), (self.clusters,))
 

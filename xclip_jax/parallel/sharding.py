@@ -1,7 +1,8 @@
 """Which mesh axis each logical axis lives on, for each strategy. Models name axes; only this file knows what they mean.
 
     dp       every parameter on every device; gradients are summed once
-    zero1    as dp, with the optimizer's moments (and the moving average) split over all batch shards
+    zero1    as dp, with the optimizer's moments (and the moving average) split over all batch shards, and the last
+             kernels of cluster heads, which are used once in a step and gathered for it
     fsdp     kernels of matrix products split over "fsdp", gathered where they are used
     fsdp_tp  as fsdp, with heads and MLPs split over "model" as well
 
@@ -26,16 +27,16 @@ from xclip_jax.errors import UserError, check_choice
 from xclip_jax.parallel.mesh import BATCH_AXES
 
 _DP = {"batch": BATCH_AXES, "cluster": "model"}
-_FSDP = _DP | {"embed": "fsdp"}
+_FSDP = _DP | {"embed": "fsdp", "hidden": "fsdp"}
 RULES: Mapping[str, Mapping[str, str | tuple[str, ...]]] = {
     "dp": _DP,
-    "zero1": _DP,
+    "zero1": _DP | {"hidden": BATCH_AXES},
     "fsdp": _FSDP,
     "fsdp_tp": _FSDP | {"mlp": "model", "heads": "model"},
 }
 STRATEGIES = tuple(RULES)
 # What models may call an axis; those without a rule are whole with every strategy.
-NAMES = ("batch", "cluster", "embed", "heads", "kv", "layers", "mlp", "norm", "patch", "table", "vocab")
+NAMES = ("batch", "cluster", "embed", "heads", "hidden", "kv", "layers", "mlp", "norm", "patch", "table", "vocab")
 # Smaller moments stay whole with zero1: their bytes are nothing, and each split array is a collective of its own.
 ZERO1_ELEMENTS = 1 << 14
 
@@ -165,8 +166,10 @@ def shardings(boxed: Any, mesh: Mesh, strategy: str) -> Any:
     shardings_of = nn.logical_to_mesh_sharding(
         specs, mesh, [(name, RULES[strategy].get(name)) for name in sorted(names)]
     )
+    shapes = nn.unbox(boxed)
+    shardings_of = jax.tree.map(_without_batch, shapes, shardings_of)
     for (path, x), sharding in zip(
-        jax.tree_util.tree_leaves_with_path(nn.unbox(boxed)), jax.tree.leaves(shardings_of), strict=True
+        jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings_of), strict=True
     ):
         for size, axis in zip(x.shape, sharding.spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
@@ -176,6 +179,16 @@ def shardings(boxed: Any, mesh: Mesh, strategy: str) -> Any:
                     "mesh.strategy."
                 )
     return shardings_of
+
+
+def _without_batch(x: Any, sharding: NamedSharding) -> NamedSharding:
+    """`sharding` without a split over all batch shards that is not possible, or not worth it."""
+    shards = math.prod(sharding.mesh.shape[axis] for axis in BATCH_AXES)
+    spec = [
+        None if part == BATCH_AXES and (size % shards or x.size < ZERO1_ELEMENTS) else part
+        for size, part in zip(x.shape, sharding.spec, strict=False)
+    ]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def _is_spec(x: Any) -> bool:
@@ -198,7 +211,7 @@ def zero1_shardings(abstract: Any, specs: Any, mesh: Mesh) -> Any:
     def split(x: Any, sharding: NamedSharding) -> NamedSharding:
         spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
         free = [i for i in range(x.ndim) if spec[i] is None and x.shape[i] % shards == 0]
-        if x.size < ZERO1_ELEMENTS or not free:
+        if x.size < ZERO1_ELEMENTS or BATCH_AXES in spec or not free:
             return sharding
         spec[max(free, key=lambda i: x.shape[i])] = BATCH_AXES
         return NamedSharding(mesh, PartitionSpec(*spec))
