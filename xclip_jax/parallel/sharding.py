@@ -172,7 +172,7 @@ def shardings(boxed: Any, mesh: Mesh, strategy: str) -> Any:
         jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings_of), strict=True
     ):
         for size, axis in zip(x.shape, sharding.spec, strict=False):
-            if axis is not None and size % mesh.shape[axis]:
+            if isinstance(axis, str) and size % mesh.shape[axis]:
                 raise UserError(
                     f"mesh axis {axis!r} of size {mesh.shape[axis]} cannot divide a dimension of {size} of "
                     f"{jax.tree_util.keystr(path, simple=True, separator='/')}; choose a size that does, or another "
