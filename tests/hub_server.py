@@ -1,4 +1,4 @@
-"""A stand-in of the Hub on localhost: the requests that huggingface_hub makes of it to read and to upload models."""
+"""A stand-in of the Hub on localhost: the requests of huggingface_hub to read models and data, and to upload models."""
 
 import base64
 import contextlib
@@ -10,7 +10,7 @@ import threading
 import urllib.parse
 
 TOKEN = "hf_token_of_the_tests"
-_LARGE = (".safetensors", ".bin")
+_LARGE = (".safetensors", ".bin", ".tar", ".parquet")
 
 
 class Hub:
@@ -30,7 +30,8 @@ class Hub:
     def add(self, name, files, *, branch="main", gated=False):
         """Commit the files of a folder or of a dict, in place of what the branch has."""
         if not isinstance(files, dict):
-            files = {path.name: path.read_bytes() for path in sorted(files.iterdir())}
+            paths = [path for path in sorted(files.rglob("*")) if path.is_file()]
+            files = {path.relative_to(files).as_posix(): path.read_bytes() for path in paths}
         made = self.repositories.setdefault(name, {"refs": {}, "commits": {}, "gated": gated})
         commit = hashlib.sha1(repr((name, sorted(files.items()), len(made["commits"]))).encode()).hexdigest()
         made["commits"][commit] = files
@@ -40,7 +41,9 @@ class Hub:
     def fetched(self):
         """Names of the files whose content was sent, sorted."""
         gets = [request.split()[1] for request in self.requests if request.startswith("GET ")]
-        return sorted(path.rpartition("/")[2] for path in gets if "/resolve/" in path or path.startswith("/cdn/"))
+        sent = [path.partition("/cdn/")[2].partition("/")[2] or path.partition("/resolve/")[2].partition("/")[2]
+                for path in gets if "/resolve/" in path or path.startswith("/cdn/")]  # fmt: skip
+        return sorted(sent)
 
 
 @contextlib.contextmanager
@@ -211,11 +214,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 _NAME = r"([\w.-]+/[\w.-]+)"
+_KIND = "(?:models|datasets)"
 _ROUTES = (
-    ("GET", rf"/api/models/{_NAME}", _Handler.info),
-    ("GET", rf"/api/models/{_NAME}/revision/(.+)", _Handler.info),
-    ("GET", rf"/api/models/{_NAME}/tree/([^/]+)/?", _Handler.tree),
-    ("GET HEAD", rf"/{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),
+    ("GET", rf"/api/{_KIND}/{_NAME}", _Handler.info),
+    ("GET", rf"/api/{_KIND}/{_NAME}/revision/(.+)", _Handler.info),
+    ("GET", rf"/api/{_KIND}/{_NAME}/tree/([^/]+)/?", _Handler.tree),
+    ("GET HEAD", rf"/(?:datasets/)?{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),
     ("GET HEAD", r"/cdn/(\w+)/.+", _Handler.content),
     ("GET", r"/api/whoami-v2", _Handler.whoami),
     ("POST", r"/api/repos/create", _Handler.create),
