@@ -61,6 +61,13 @@ def serve():
         server.server_close()
 
 
+def _entry(path, data):
+    entry = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+    if path.endswith(_LARGE):
+        entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+    return entry
+
+
 class _Refusal(Exception):
     def __init__(self, status, code=""):
         self.status, self.code = status, code
@@ -124,15 +131,27 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         commit, files = self._commit_of(hub, name, revision or "main")
         self._answer({"id": name, "sha": commit, "private": False, "siblings": [{"rfilename": file} for file in files]})
 
-    def tree(self, hub, body, name, revision):
+    def tree(self, hub, body, name, revision, folder=""):
         _, files = self._commit_of(hub, name, revision)
-        entries = []
-        for path, data in files.items():
-            entry = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-            if path.endswith(_LARGE):
-                entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
-            entries.append(entry)
-        self._answer(entries)
+        prefix = f"{folder}/" if folder else ""
+        inside = {path: data for path, data in files.items() if path.startswith(prefix)}
+        if folder and not inside:
+            raise _Refusal(404, "EntryNotFound")
+        if "recursive=false" in self.path:
+            below = {path.removeprefix(prefix).split("/")[0] for path in inside if "/" in path.removeprefix(prefix)}
+            inside = {path: data for path, data in inside.items() if "/" not in path.removeprefix(prefix)}
+        else:
+            below = {}
+        folders = [{"type": "directory", "path": f"{prefix}{path}", "oid": "0" * 40} for path in sorted(below)]
+        self._answer([*folders, *(_entry(path, data) for path, data in inside.items())])
+
+    def paths_info(self, hub, body, name, revision):
+        _, files = self._commit_of(hub, name, revision)
+        form = self.headers.get("Content-Type", "").startswith("application/x-www-form-urlencoded")
+        paths = (urllib.parse.parse_qs(body.decode()) if form else json.loads(body))["paths"]
+        folders = [path for path in paths if any(file.startswith(f"{path}/") for file in files)]
+        self._answer([*({"type": "directory", "path": path, "oid": "0" * 40} for path in folders),
+                      *(_entry(path, files[path]) for path in paths if path in files)])  # fmt: skip
 
     def resolve(self, hub, body, name, revision, path):
         commit, files = self._commit_of(hub, name, revision)
@@ -218,7 +237,8 @@ _KIND = "(?:models|datasets)"
 _ROUTES = (
     ("GET", rf"/api/{_KIND}/{_NAME}", _Handler.info),
     ("GET", rf"/api/{_KIND}/{_NAME}/revision/(.+)", _Handler.info),
-    ("GET", rf"/api/{_KIND}/{_NAME}/tree/([^/]+)/?", _Handler.tree),
+    ("GET", rf"/api/{_KIND}/{_NAME}/tree/([^/]+)/?(.*)", _Handler.tree),
+    ("POST", rf"/api/{_KIND}/{_NAME}/paths-info/([^/]+)", _Handler.paths_info),
     ("GET HEAD", rf"/(?:datasets/)?{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),
     ("GET HEAD", r"/cdn/(\w+)/.+", _Handler.content),
     ("GET", r"/api/whoami-v2", _Handler.whoami),

@@ -10,7 +10,7 @@ from xclip_jax.errors import UserError
 
 PREFIX = "hf:"
 ID = r"[\w.-]+/[\w.-]+"
-_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 # Top-level packages whose exceptions a connection that fails may raise, by version of huggingface_hub.
 _NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 
@@ -54,19 +54,19 @@ def sentences(what: str, repository: str, revision: str | None = None) -> Iterat
     except errors.GatedRepoError as error:
         raise UserError(
             f"{what}: access to {repository} is restricted; ask for it at {constants.ENDPOINT}/{repository} and "
-            f"{_LOG_IN}."
+            f"{LOG_IN}."
         ) from error
     except errors.RevisionNotFoundError as error:
         raise UserError(f"{what}: {repository} has no revision {revision!r}; name a branch, tag or commit.") from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
-            f"{what}: the Hub has no repository {repository}, or it is private; check the name, or {_LOG_IN}."
+            f"{what}: the Hub has no repository {repository}, or it is private; check the name, or {LOG_IN}."
         ) from error
     except errors.LocalTokenNotFoundError as error:
-        raise UserError(f"{what}: no account of the Hub is known; {_LOG_IN}.") from error
+        raise UserError(f"{what}: no account of the Hub is known; {LOG_IN}.") from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
-        remedy = f"; {_LOG_IN}, with an account and token that have the right" if status in (401, 403) else ""
+        remedy = f"; {LOG_IN}, with an account and token that have the right" if status in (401, 403) else ""
         raise UserError(f"{what}: the Hub answers {reason(error)}{remedy}.") from error
     except UserError:
         raise
