@@ -111,6 +111,7 @@ setup(
         ],
         "datasets": ["datasets>=4.0"],
         "hub": ["huggingface_hub>=0.25"],
+        "mteb": ["mteb>=2.10,<3"],
         "parquet": ["pyarrow>=15"],
         "tfds-prepare": ["tensorflow>=2.18"],
     },

@@ -162,7 +162,7 @@ class Images(labelled.Files):
                 if pyarrow.types.is_struct(array.type) and array.type.get_field_index("bytes") >= 0:
                     array = array.field("bytes")
                 binary = pyarrow.types.is_binary(array.type) or pyarrow.types.is_large_binary(array.type)
-                values = pyarrow.compute.binary_length(array) if binary else array
+                values = pyarrow.compute.call_function("binary_length", [array]) if binary else array
                 for value in values.to_pylist():
                     name, size = (value.rpartition("/")[2], 0) if isinstance(value, str) else (str(index), value or 0)
                     yield name, size if isinstance(size, int) else 0
