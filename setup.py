@@ -82,6 +82,7 @@ setup(
             *DEMO,
             *DOCS,
             "clip-benchmark>=1.6.2",
+            "datasets>=4.0",
             "huggingface_hub>=0.25",
             "jax[tpu]>=0.10,<0.13; platform_system == 'Linux' and platform_machine == 'x86_64'",  # libtpu, for plans
             "jsonschema>=4.20",
@@ -108,7 +109,9 @@ setup(
             "scikit-learn>=1.5",
             "webdataset<=0.2.86",  # open_clip's loader does not run with later ones
         ],
+        "datasets": ["datasets>=4.0"],
         "hub": ["huggingface_hub>=0.25"],
+        "mteb": ["mteb>=2.10,<3"],
         "parquet": ["pyarrow>=15"],
         "tfds-prepare": ["tensorflow>=2.18"],
     },

@@ -15,12 +15,12 @@ import pyarrow.parquet
 from PIL import Image
 
 from benchmarks import fuzz_inputs
-from xclip_jax.data import labelled, loader, records, tables, tar_index, tokenizer, transforms
+from xclip_jax.data import labelled, loader, records, tables, tar_index, tokenizer, transforms, wds
 from xclip_jax.data.base import Source
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.folder_source import FolderSource
 from xclip_jax.data.tar_source import TarSource
-from xclip_jax.errors import BadSample
+from xclip_jax.errors import BadSample, UserError
 
 Path = pathlib.Path
 _CAPTIONS = ("text", "caption", "a/b")
@@ -143,6 +143,36 @@ def tars() -> list[bytes]:
 def read_tar(data: bytes, folder: Path) -> None:
     (folder / "x.tar").write_bytes(data)
     _read_all(TarSource(str(folder / "x.tar"), _CAPTIONS, "tags"))
+
+
+def wds_tars() -> list[bytes]:
+    """Tars of the three types of data sets at once."""
+    answer = io.BytesIO()
+    np.save(answer, np.array([1, 0, 1]))
+    answers = (("cls", b"2\n"), ("npy", answer.getvalue()), ("txt", b"a fox\na red fox"))
+    parts = [
+        (f"{stem}.{kind}", data) for stem in "01" for kind, data in (("png", _encode(_picture(), "PNG")), *answers)
+    ]
+    return [_tar(parts), _tar(parts, tarfile.PAX_FORMAT), _tar(parts[:4], tarfile.USTAR_FORMAT)]
+
+
+def read_wds(data: bytes, folder: Path) -> None:
+    """Reads the tar as each of the types; raises the last reason if none can be read."""
+    (folder / "test").mkdir()
+    (folder / "test" / "0.tar").write_bytes(data)
+    (folder / "test" / "nshards.txt").write_text("1")
+    (folder / "classnames.txt").write_text("fox\nhen\nowl")
+    refused = []
+    for kind in (wds.CLASSES, wds.SEVERAL, wds.CAPTIONS):
+        (folder / "dataset_type.txt").write_text(kind)
+        split = wds.locate(str(folder))
+        try:
+            images = wds.open_captions(split)[0] if kind == wds.CAPTIONS else wds.open_labelled(split).items
+            _ = list(images.sizes()), [(images.name(i), images[i]) for i in range(min(len(images), 40))]
+        except UserError as error:
+            refused.append(error)
+    if len(refused) == 3:
+        raise refused[-1]
 
 
 def stored_indexes() -> list[bytes]:

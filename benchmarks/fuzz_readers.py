@@ -197,6 +197,7 @@ def _read_run(data: bytes, folder: Path) -> None:
 READERS = {
     "tar": Reader(fuzz_data.tars, fuzz_data.read_tar, fuzz_inputs.tars),
     "tar_bytes": Reader(fuzz_data.tars, fuzz_data.read_tar),
+    "wds": Reader(fuzz_data.wds_tars, fuzz_data.read_wds, fuzz_inputs.tars),
     "stored_index": Reader(fuzz_data.stored_indexes, fuzz_data.read_index, fuzz_data.make_index),
     "image_training": Reader(fuzz_data.images, fuzz_data.read_image, fuzz_inputs.images),
     "image_evaluation": Reader(fuzz_data.images, fuzz_data.evaluate_image, fuzz_inputs.images),

@@ -75,3 +75,21 @@ def icon_builder(icon_source, tmp_path_factory):
         for name, value in icons_package.SIZES.items():
             patch.setattr(icons_splits, name, value)
         return icons.prepare(tmp_path_factory.mktemp("tfds"), icon_source)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """The stand-in of the Hub, where the client looks for the Hub; its cache is empty, and no account is known."""
+    from tests import hub_server
+
+    constants = pytest.importorskip("huggingface_hub.constants")
+    with hub_server.serve() as made:
+        template = f"{made.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        settings = {"ENDPOINT": made.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": False,
+                    "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": True,
+                    "HF_TOKEN_PATH": str(tmp_path / "token")}  # fmt: skip
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        yield made

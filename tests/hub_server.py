@@ -1,4 +1,4 @@
-"""A stand-in of the Hub on localhost: the requests that huggingface_hub makes of it to read and to upload models."""
+"""A stand-in of the Hub on localhost: the requests of huggingface_hub to read models and data, and to upload models."""
 
 import base64
 import contextlib
@@ -10,7 +10,7 @@ import threading
 import urllib.parse
 
 TOKEN = "hf_token_of_the_tests"
-_LARGE = (".safetensors", ".bin")
+_LARGE = (".safetensors", ".bin", ".tar", ".parquet")
 
 
 class Hub:
@@ -30,7 +30,8 @@ class Hub:
     def add(self, name, files, *, branch="main", gated=False):
         """Commit the files of a folder or of a dict, in place of what the branch has."""
         if not isinstance(files, dict):
-            files = {path.name: path.read_bytes() for path in sorted(files.iterdir())}
+            paths = [path for path in sorted(files.rglob("*")) if path.is_file()]
+            files = {path.relative_to(files).as_posix(): path.read_bytes() for path in paths}
         made = self.repositories.setdefault(name, {"refs": {}, "commits": {}, "gated": gated})
         commit = hashlib.sha1(repr((name, sorted(files.items()), len(made["commits"]))).encode()).hexdigest()
         made["commits"][commit] = files
@@ -40,7 +41,9 @@ class Hub:
     def fetched(self):
         """Names of the files whose content was sent, sorted."""
         gets = [request.split()[1] for request in self.requests if request.startswith("GET ")]
-        return sorted(path.rpartition("/")[2] for path in gets if "/resolve/" in path or path.startswith("/cdn/"))
+        sent = [path.partition("/cdn/")[2].partition("/")[2] or path.partition("/resolve/")[2].partition("/")[2]
+                for path in gets if "/resolve/" in path or path.startswith("/cdn/")]  # fmt: skip
+        return sorted(sent)
 
 
 @contextlib.contextmanager
@@ -56,6 +59,13 @@ def serve():
     finally:
         server.shutdown()
         server.server_close()
+
+
+def _entry(path, data):
+    entry = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+    if path.endswith(_LARGE):
+        entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+    return entry
 
 
 class _Refusal(Exception):
@@ -121,15 +131,27 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         commit, files = self._commit_of(hub, name, revision or "main")
         self._answer({"id": name, "sha": commit, "private": False, "siblings": [{"rfilename": file} for file in files]})
 
-    def tree(self, hub, body, name, revision):
+    def tree(self, hub, body, name, revision, folder=""):
         _, files = self._commit_of(hub, name, revision)
-        entries = []
-        for path, data in files.items():
-            entry = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-            if path.endswith(_LARGE):
-                entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
-            entries.append(entry)
-        self._answer(entries)
+        prefix = f"{folder}/" if folder else ""
+        inside = {path: data for path, data in files.items() if path.startswith(prefix)}
+        if folder and not inside:
+            raise _Refusal(404, "EntryNotFound")
+        if "recursive=false" in self.path:
+            below = {path.removeprefix(prefix).split("/")[0] for path in inside if "/" in path.removeprefix(prefix)}
+            inside = {path: data for path, data in inside.items() if "/" not in path.removeprefix(prefix)}
+        else:
+            below = {}
+        folders = [{"type": "directory", "path": f"{prefix}{path}", "oid": "0" * 40} for path in sorted(below)]
+        self._answer([*folders, *(_entry(path, data) for path, data in inside.items())])
+
+    def paths_info(self, hub, body, name, revision):
+        _, files = self._commit_of(hub, name, revision)
+        form = self.headers.get("Content-Type", "").startswith("application/x-www-form-urlencoded")
+        paths = (urllib.parse.parse_qs(body.decode()) if form else json.loads(body))["paths"]
+        folders = [path for path in paths if any(file.startswith(f"{path}/") for file in files)]
+        self._answer([*({"type": "directory", "path": path, "oid": "0" * 40} for path in folders),
+                      *(_entry(path, files[path]) for path in paths if path in files)])  # fmt: skip
 
     def resolve(self, hub, body, name, revision, path):
         commit, files = self._commit_of(hub, name, revision)
@@ -211,11 +233,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 _NAME = r"([\w.-]+/[\w.-]+)"
+_KIND = "(?:models|datasets)"
 _ROUTES = (
-    ("GET", rf"/api/models/{_NAME}", _Handler.info),
-    ("GET", rf"/api/models/{_NAME}/revision/(.+)", _Handler.info),
-    ("GET", rf"/api/models/{_NAME}/tree/([^/]+)/?", _Handler.tree),
-    ("GET HEAD", rf"/{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),
+    ("GET", rf"/api/{_KIND}/{_NAME}", _Handler.info),
+    ("GET", rf"/api/{_KIND}/{_NAME}/revision/(.+)", _Handler.info),
+    ("GET", rf"/api/{_KIND}/{_NAME}/tree/([^/]+)/?(.*)", _Handler.tree),
+    ("POST", rf"/api/{_KIND}/{_NAME}/paths-info/([^/]+)", _Handler.paths_info),
+    ("GET HEAD", rf"/(?:datasets/)?{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),
     ("GET HEAD", r"/cdn/(\w+)/.+", _Handler.content),
     ("GET", r"/api/whoami-v2", _Handler.whoami),
     ("POST", r"/api/repos/create", _Handler.create),

@@ -27,21 +27,6 @@ from xclip_jax.interop import hub
 from xclip_jax.train import build, weights
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """The stand-in, where the client looks for the Hub; its cache is empty, and no account is known."""
-    with hub_server.serve() as made:
-        template = f"{made.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        settings = {"ENDPOINT": made.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": False,
-                    "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": True,
-                    "HF_TOKEN_PATH": str(tmp_path / "token")}  # fmt: skip
-        for name, value in settings.items():
-            monkeypatch.setattr(constants, name, value)
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-            monkeypatch.delenv(name, raising=False)
-        yield made
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Folders of weights: {"hf": of transformers with more files than are read, "open_clip": of open_clip}."""

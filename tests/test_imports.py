@@ -31,7 +31,7 @@ FLOORS = (
     {"objective", "objectives", "interop", "train.optim"},
     {"config", "evaluators"},
     {"train", "flops", "configs", "compilation_cache"},
-    {"inference", "embed_sources", "evaluation", "model_card", "report", "study"},
+    {"inference", "mteb", "embed_sources", "evaluation", "model_card", "report", "study"},
     {
         "main",
         "cli",

@@ -288,6 +288,11 @@ class Model:
         keys = features(self._similarities[:1])
         return self._similarities[0].embedding(encode(items, keys)[keys[0]])
 
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters, heads included."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self._variables["params"]))
+
     def fingerprint(self) -> str:
         """A checksum of all weights: models of equal weights have the same."""
         number = 0

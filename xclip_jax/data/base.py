@@ -108,6 +108,7 @@ class LabelledSource(Source):
       multilabel: whether an item may have several classes, or none.
       version: of the data set, "" where unknown.
       metrics: to report of a fine-tuned model, the most important first.
+      templates: the data set's own prompts of a class, {c} for its name; empty for the evaluator's.
     """
 
     key: str
@@ -116,6 +117,7 @@ class LabelledSource(Source):
     multilabel: bool = False
     version: str = ""
     metrics: Sequence[str] = ("top1",)
+    templates: Sequence[str] = ()
 
     @abc.abstractmethod
     def labels(self) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Labelled items in memory: images in folders of classes or in a CSV file, and texts."""
 
+import abc
 import csv
 import hashlib
 import itertools
@@ -29,12 +30,28 @@ class Field(Sequence):
         return self._source[index][self._key]
 
 
-class Paths(Sequence):
-    """Contents of files, read on access."""
+class Files(Sequence):
+    """Encoded images in files, read on access."""
+
+    @abc.abstractmethod
+    def name(self, index: int) -> str:
+        """Return what names an image to a person: its path, or tar and key."""
+
+    @abc.abstractmethod
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """Name, without the data set's folder, and size in bytes of each file; -1 where it cannot be read."""
+
+
+class Paths(Files):
+    """Contents of files that have a path each."""
 
     def __init__(self, paths: Sequence[pathlib.Path], root: pathlib.Path | None = None) -> None:
         """`root` is the folder that the files belong to."""
         self.paths, self.root = paths, root
+
+    def name(self, index: int) -> str:
+        """Return the path."""
+        return str(self.paths[index])
 
     def sizes(self) -> Iterator[tuple[str, int]]:
         """Name, below `root`, and size in bytes of each file; -1 where it cannot be read."""
@@ -191,11 +208,11 @@ class Labelled(LabelledSource):
 
     def describe(self, index: int) -> dict[str, str]:
         """Path of the image, or the item's number."""
-        return {"file": str(self.items.paths[index])} if isinstance(self.items, Paths) else {"row": str(index)}
+        return {"file": self.items.name(index)} if isinstance(self.items, Files) else {"row": str(index)}
 
     def fingerprint(self) -> dict[str, Any]:
         """A hash of the names and sizes of files, or of texts, and of labels, in their order."""
-        items = self.items.sizes() if isinstance(self.items, Paths) else self.items
+        items = self.items.sizes() if isinstance(self.items, Files) else self.items
         return fingerprint(len(self), self.names, zip(items, self._labels.tolist(), strict=True))
 
     @property

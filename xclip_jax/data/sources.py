@@ -24,9 +24,11 @@ from xclip_jax.data.base import (
 )
 from xclip_jax.data.folder_source import Folders
 from xclip_jax.data.glue import GlueTasks
+from xclip_jax.data.hub_source import HubSets
 from xclip_jax.data.tables import CsvTables, ParquetTables
 from xclip_jax.data.tar_source import Tars
 from xclip_jax.data.tfds_source import DemoSplits, IconSplits, TfdsSplits
+from xclip_jax.data.wds import Wds
 from xclip_jax.errors import UserError
 from xclip_jax.imports import import_class
 
@@ -40,6 +42,8 @@ SOURCES: Mapping[str, type[SourceKind]] = {
     "demo": DemoSplits,
     "icons": IconSplits,
     "glue": GlueTasks,
+    "wds": Wds,
+    "hf": HubSets,
 }
 OF_ANOTHER_PACKAGE = "package.module:Class:REST"
 

@@ -9,7 +9,7 @@ import os
 import pathlib
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -175,17 +175,8 @@ class TableSource(Source):
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        image, name = self._value(self.image_key, index), str(index)
-        if isinstance(image, dict):
-            image = image.get("bytes") or image.get("path")
-        if isinstance(image, str) and image:
-            name = self._path(index, image)
-            try:
-                image = storage.read(name, MAX_BYTES["image"])
-            except (OSError, ValueError) as error:  # a ValueError for a zero byte, or a URL that cannot be opened
-                raise storage.unreadable(error) from error
-        if not (image and isinstance(image, bytes)):
-            raise BadSample("image file is empty" if name != str(index) else "no image in the row")
+        value = self._value(self.image_key, index)
+        image, name = image_of(value, str(index), lambda path: self._path(index, path))
         text = [caption for key in self.text_keys for caption in strip_texts(self._value(key, index))]
         if not text:
             raise BadSample("caption is empty")
@@ -196,6 +187,31 @@ class TableSource(Source):
             "tags": strip_texts(tags.split(",") if isinstance(tags, str) else tags),
             "id": name,
         }
+
+
+def image_of(value: Any, row: str, locate: Callable[[str], str] = str) -> tuple[bytes, str]:
+    """Return the encoded image in a cell of a table, and its path or URL, or `row` where it has none.
+
+    Args:
+      value: bytes, a path or URL, or {"bytes", "path"} as Hugging Face writes them.
+      row: name of the row.
+      locate: function from a path in the table to where the file is.
+
+    Raises:
+      BadSample: a file that cannot be read or is empty, or no image.
+    """
+    name = row
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and value:
+        name = locate(value)
+        try:
+            value = storage.read(name, MAX_BYTES["image"])
+        except (OSError, ValueError) as error:  # a ValueError for a zero byte, or a URL that cannot be opened
+            raise storage.unreadable(error) from error
+    if not (value and isinstance(value, bytes)):
+        raise BadSample("image file is empty" if name != row else "no image in the row")
+    return value, name
 
 
 class CsvSource(TableSource):

@@ -64,7 +64,7 @@ def dtype(key_size: int) -> np.dtype:
     )
 
 
-def _split_name(name: bytes) -> tuple[bytes, str]:
+def split_name(name: bytes) -> tuple[bytes, str]:
     """b"./a/b.c.JPG" -> (b"a/b.c", ".jpg"): dots and folders belong to the key. Hidden files have no suffix."""
     while name.startswith((b"./", b"/")):
         name = name[name.index(b"/") + 1 :]
@@ -87,7 +87,7 @@ def index(path: str) -> np.ndarray:
         if not name:
             rows.append({"fault": DAMAGED, "image": offset, "key": b"byte %d" % offset})
             continue
-        key, suffix = _split_name(name)
+        key, suffix = split_name(name)
         part = "image" if suffix in IMAGE_SUFFIXES else {".txt": "text", ".json": "json"}.get(suffix)
         if part is None:
             continue

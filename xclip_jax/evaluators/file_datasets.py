@@ -275,7 +275,7 @@ def karpathy(
     images = Paths(files)
     # Folders of images differ between copies.
     ids = [(file, size) for (_, file), (_, size) in zip(names, contents(images), strict=True)]
-    card = _retrieval_card(name, f"Karpathy {split}", ids, captions, prepare, profile)
+    card = retrieval_card(name, f"Karpathy {split}", ids, captions, prepare, profile)
     return RetrievalSet(f"{name}@{path}", Pictures(images, prepare), captions, card)
 
 
@@ -284,12 +284,12 @@ def coco_captions(name: str, data_dir: str | None, prepare: Preprocessing, profi
     source, info = open_tfds("coco_captions", "test", data_dir)
     records = [source[i] for i in range(len(source))]
     captions = [profile.texts(lookup(record, "captions/text")) for record in records]
-    card = _retrieval_card(name, "test", [int(r["image/id"]) for r in records], captions, prepare, profile)
+    card = retrieval_card(name, "test", [int(r["image/id"]) for r in records], captions, prepare, profile)
     pictures = Pictures(Field(source, "image"), prepare)
     return RetrievalSet(name, pictures, captions, dataclasses.replace(card, version=str(info.version)))
 
 
-def _retrieval_card(
+def retrieval_card(
     name: str, split: str, ids: list[Any], captions: list[list[str]], prepare: Preprocessing, profile: Profile
 ) -> Provenance:
     """Return the provenance of a set of captions."""

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from xclip_jax.data import transforms
-from xclip_jax.data.labelled import Paths
+from xclip_jax.data.labelled import Files
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample
 from xclip_jax.evaluators.probe import Joined
@@ -36,7 +36,7 @@ class Pictures(Sequence):
 
 def _describe(images: Sequence[Any], index: int) -> str:
     """Return what names an image to a person."""
-    return f"image {str(images.paths[index])!r}" if isinstance(images, Paths) else f"record {index}"
+    return f"image {images.name(index)!r}" if isinstance(images, Files) else f"record {index}"
 
 
 def _to_rgb(image: np.ndarray) -> np.ndarray:

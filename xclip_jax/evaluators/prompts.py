@@ -150,11 +150,15 @@ def chosen(name: str, profile: Profile) -> str:
 
 
 def prompts(names: Sequence[str | Sequence[str]], templates_of: str) -> list[list[str]]:
-    """Return each class's prompts: every template with its name, or with each of its synonyms."""
-    filled = templates(templates_of)
+    """Return each class's prompts: every one of the `templates` of that name with its name, or each of its synonyms."""
+    return fill(names, templates(templates_of))
+
+
+def fill(names: Sequence[str | Sequence[str]], texts: Sequence[str]) -> list[list[str]]:
+    """Return each class's prompts: every template of `texts` with its name, or with each of its synonyms."""
     synonyms = [[name] if isinstance(name, str) else list(name) for name in names]
     # str.format fails on braces in a name.
-    return [[t.replace("{c}", word) for word in words for t in filled] for words in synonyms]
+    return [[text.replace("{c}", word) for word in words for text in texts] for words in synonyms]
 
 
 def readable(label: str) -> str:

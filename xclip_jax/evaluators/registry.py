@@ -31,11 +31,14 @@ from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.retrieval import Retrieval
 from xclip_jax.evaluators.text import Similarity, TextRetrieval
+from xclip_jax.evaluators.wds_sets import WdsSets
 from xclip_jax.evaluators.zeroshot import ZeroShot
 from xclip_jax.evaluators.zeroshot_datasets import PAPER, PublishedSets
 from xclip_jax.imports import class_name, import_class
 
-KINDS: tuple[type[SetKind], ...] = (EmojiSets, IconSets, PublishedSets, FileSets, ProbeSets, DenseSets, FinetunedSets)
+KINDS: tuple[type[SetKind], ...] = (
+    EmojiSets, IconSets, PublishedSets, WdsSets, FileSets, ProbeSets, DenseSets, FinetunedSets,
+)  # fmt: skip
 SETS: Mapping[str, type[SetKind]] = {prefix: kind for kind in KINDS for prefix in kind.prefixes}
 EVALUATORS: Mapping[str, type[Evaluator]] = {
     "zeroshot": ZeroShot,

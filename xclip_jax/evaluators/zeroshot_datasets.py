@@ -66,6 +66,7 @@ class Content:
       classes: their names.
       data, version, split: those of `Provenance`.
       identity: JSON that identifies images that are not files, for the split's hash.
+      templates: those of the data set, which are used whatever the profile; may be empty.
     """
 
     images: Sequence[Any]
@@ -75,6 +76,7 @@ class Content:
     version: str = ""
     split: str = ""
     identity: Any = ""
+    templates: Sequence[str] = ()
 
 
 def read_source(spec: str, data_dir: str | None) -> Content:
@@ -87,7 +89,8 @@ def read_source(spec: str, data_dir: str | None) -> Content:
     if source.key != "image" or not source.names:
         raise UserError(f"{spec}: expected images in classes, got {source.key}s; use another source.")
     data = sources.parse(spec).rest
-    return Content(source.items, source.labels(), list(source.names), data, source.version, "", source.identity)
+    names, templates = list(source.names), source.templates
+    return Content(source.items, source.labels(), names, data, source.version, "", source.identity, templates)
 
 
 def _read_entry(name: str, entry: Entry, path: str, data_dir: str | None) -> Content:
@@ -114,9 +117,10 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
     """
     spec = spec.removeprefix(PREFIX)
     if sources.has_labels(spec, "image"):
-        name, entry, content = spec, Entry(templates="dummy"), read_source(spec, data_dir)
+        name, content = spec, read_source(spec, data_dir)
+        entry = Entry(templates="dummy", metric="map" if np.ndim(content.labels) == 2 else "top1")
         classes = content.classes
-        words: list[Any] = [prompts.spaced(label) for label in classes]
+        words: list[Any] = classes if content.templates else [prompts.spaced(label) for label in classes]
     else:
         name, entry, path = entry_of(spec)
         content = _read_entry(name, entry, path, data_dir)
@@ -128,6 +132,7 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
     if name == "fer2013" and profile.clips:
         words, synonyms = [prompts.SYNONYMS.get(label, label) for label in classes], ", synonyms"
     used, prepare = prompts.chosen(entry.templates, profile), profile.preprocessing(prepare)
+    templates, origin = content.templates or prompts.templates(used), "the data set's" if content.templates else used
     card = Provenance(
         data=content.data,
         version=content.version,
@@ -136,14 +141,14 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
             [content.identity, *np.asarray(content.labels).tolist(), *classes, *contents(content.images)]
         ),
         protocol="mean of normalised prompts, normalised again; cosine; equal scores go to the lowest class",
-        templates=f"{used} ({len(prompts.templates(used))}{synonyms})",
+        templates=f"{origin} ({len(templates)}{synonyms})",
         preprocessing=prepare.resizing,
         metric=entry.metric,
         note=entry.note,
         role=SHIFTED if entry.shifted else VALIDATION if entry.validation else "",
     )
     pictures = Pictures(content.images, prepare, entry.border)
-    return ZeroShotSet(spec, pictures, content.labels, prompts.prompts(words, used), names=classes, card=card)
+    return ZeroShotSet(spec, pictures, content.labels, prompts.fill(words, templates), names=classes, card=card)
 
 
 Read = tuple[Sequence[Any], np.ndarray, list[str], str]

@@ -4,22 +4,19 @@
 own environment variables: HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and others.
 """
 
-import contextlib
 import glob
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
-from xclip_jax.data.text import first_line
+from xclip_jax.data import hub_client
+from xclip_jax.data.hub_client import ID, PREFIX
 from xclip_jax.errors import UserError
 from xclip_jax.interop import hf, open_clip, tensor_files, vocabulary
 
-PREFIX = "hf:"
-ID = r"[\w.-]+/[\w.-]+"
-_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 # Beside the weights, those of these that a repository has are fetched.
 _BESIDE = (
     "xclip_config.json", open_clip.CONFIG, hf.CONFIG, hf.PREPROCESSOR, "processor_config.json", vocabulary.FILE,
@@ -27,8 +24,6 @@ _BESIDE = (
 )  # fmt: skip
 # Of several files of weights the first is fetched: safetensors before pickles, else in the order of a folder's.
 _WEIGHTS = tuple(sorted(tensor_files.NAMES, key=lambda name: ".safetensors" not in name))
-# Top-level packages whose exceptions a connection that fails may raise, by version of huggingface_hub.
-_NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 
 
 def is_hub(path: str) -> bool:
@@ -60,12 +55,12 @@ def resolve(path: str) -> str:
     if not match:
         raise UserError(f"{path!r} names no repository of the Hub; expected hf:ORG/NAME or hf:ORG/NAME@REVISION.")
     repository, revision = match[1], match[2]
-    hub = _client(path)
-    with _sentences(path, repository, revision):
+    hub = hub_client.load(path)
+    with hub_client.sentences(path, repository, revision):
         try:
             info = hub.HfApi().model_info(repository, revision=revision)
         except Exception as error:
-            if not _unreachable(error):
+            if not hub_client.unreachable(error):
                 raise
             return _cached(hub, path, repository, revision, error)
         names = {file.rfilename for file in info.siblings or ()}
@@ -77,14 +72,6 @@ def resolve(path: str) -> str:
         if missing := sorted(set(shards) - names):
             raise UserError(f"{path}: {weights} names {missing[0]}, which the repository lacks.")
         return str(pathlib.Path(_fetch(hub, repository, info.sha, shards)) / weights)
-
-
-def _client(purpose: str) -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise UserError(f"{purpose} needs huggingface_hub: pip install 'xclip_jax[hub]'.") from error
-    return huggingface_hub
 
 
 def _fetch(hub: Any, repository: str, revision: str | None, names: Sequence[str]) -> str:
@@ -113,63 +100,11 @@ def _cached(hub: Any, path: str, repository: str, revision: str | None, error: E
     for name in _WEIGHTS:
         if (file := find(name)) and all(map(find, tensor_files.files_of(epath.Path(file)))):
             return file
-    reason = f"the Hub cannot be reached ({_reason(error)})"
+    reason = f"the Hub cannot be reached ({hub_client.reason(error)})"
     raise UserError(
         f"{path} is not in the cache, {hub.constants.HF_HUB_CACHE}, and {reason}; connect this machine, or fetch it on "
         "another one and copy the cache."
     ) from error
-
-
-def _unreachable(error: BaseException) -> bool:
-    """Whether a request failed for want of a connection, or of a server that works."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    if isinstance(error, HfHubHTTPError):
-        return error.response is not None and error.response.status_code >= 500
-    return isinstance(error, OfflineModeIsEnabled | ConnectionError | TimeoutError) or _of_network(error)
-
-
-def _of_network(error: BaseException) -> bool:
-    return type(error).__module__.partition(".")[0] in _NETWORK
-
-
-def _reason(error: Exception) -> str:
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    return "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else first_line(error).rstrip(".")
-
-
-@contextlib.contextmanager
-def _sentences(what: str, repository: str, revision: str | None = None) -> Iterator[None]:
-    """Turn errors of huggingface_hub about a repository into a `UserError`; `what` begins its message."""
-    from huggingface_hub import constants, errors
-
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"{what}: access to {repository} is restricted; ask for it at {constants.ENDPOINT}/{repository} and "
-            f"{_LOG_IN}."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(f"{what}: {repository} has no revision {revision!r}; name a branch, tag or commit.") from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"{what}: the Hub has no repository {repository}, or it is private; check the name, or {_LOG_IN}."
-        ) from error
-    except errors.LocalTokenNotFoundError as error:
-        raise UserError(f"{what}: no account of the Hub is known; {_LOG_IN}.") from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        remedy = f"; {_LOG_IN}, with an account and token that have the right" if status in (401, 403) else ""
-        raise UserError(f"{what}: the Hub answers {_reason(error)}{remedy}.") from error
-    except UserError:
-        raise
-    except Exception as error:
-        # ValueError is of a model card, RuntimeError of a file, that is refused.
-        if not isinstance(error, OSError | ValueError | RuntimeError) and not _of_network(error):
-            raise
-        raise UserError(f"{what}: the exchange with the Hub failed: {_reason(error)}.") from error
 
 
 def check_push(repository: str) -> None:
@@ -182,8 +117,8 @@ def check_push(repository: str) -> None:
     what = f"--push {repository}"
     if not re.fullmatch(ID, repository):
         raise UserError(f"{what} names no repository of the Hub; expected ORG/NAME.")
-    hub = _client(what)
-    with _sentences(what, repository):
+    hub = hub_client.load(what)
+    with hub_client.sentences(what, repository):
         account = hub.HfApi().whoami()
     namespace, names = repository.partition("/")[0], [account["name"]]
     names += [organization["name"] for organization in account.get("orgs", ())]
@@ -208,8 +143,8 @@ def push(folder: str, names: Sequence[str], repository: str, *, obsolete: Sequen
       UserError: the Hub refuses it or cannot be reached.
     """
     what = f"--push {repository}"
-    api = _client(what).HfApi()
-    with _sentences(f"{what}: {folder} is written", repository):
+    api = hub_client.load(what).HfApi()
+    with hub_client.sentences(f"{what}: {folder} is written", repository):
         url = api.create_repo(repository, private=private or None, exist_ok=True)
         api.upload_folder(
             repo_id=repository,

@@ -1,0 +1,281 @@
+"""Data sets of the Hugging Face Hub, and of the package `datasets`, at random access: `hf:ORG/NAME/SPLIT`.
+
+A set is fetched and converted to Arrow files once, in the cache of `datasets`, and mapped into memory from there. The
+package, the extra `datasets`, is imported with the first use. It reads its own environment variables and those of the
+Hub: HF_HOME, HF_DATASETS_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and others.
+"""
+
+import hashlib
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from xclip_jax.data import hub_client, labelled
+from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.tables import image_of
+from xclip_jax.data.text import json_strings
+from xclip_jax.errors import BadSample, UserError
+
+PREFIX = hub_client.PREFIX
+# Columns that are read where data.text_keys is its default and not a column: the first of these.
+_CAPTIONS = ("text", "txt", "caption", "captions", "sentences", "sentence", "alt_text")
+_HUB = re.compile(rf"({hub_client.ID})(?:@([^/]+))?(?:/([^/]+))?/([^/]+)")
+_LOCAL = ("/", "./", "../", "~")
+_BATCH = 10_000  # rows that are hashed at once
+_MAX_MESSAGE = 300  # letters of an error of `datasets`
+
+
+def _package(purpose: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{purpose} needs the package datasets: pip install 'xclip_jax[datasets]'.") from error
+    return datasets
+
+
+def open_split(rest: str) -> Any:
+    """Return the `datasets.Dataset` that the spec "hf:" + `rest` names.
+
+    Args:
+      rest: "ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT", or a path that begins with /, ./, ../ or ~: a folder that
+        `save_to_disk` wrote, or FOLDER/SPLIT of a folder that `load_dataset` reads.
+
+    Raises:
+      UserError: `datasets` is not installed, a spec of another form, or a set that it cannot open.
+    """
+    spec = f"{PREFIX}{rest}"
+    if rest.startswith(_LOCAL):
+        return _open_folder(spec, pathlib.Path(rest).expanduser())
+    if not (match := _HUB.fullmatch(rest)):
+        raise UserError(
+            f"source {spec!r} does not name a split; write hf:ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT, or hf:/PATH."
+        )
+    repository, revision, configuration, split = match.groups()
+    return _load(spec, repository, configuration, split=split, revision=revision)
+
+
+def _open_folder(spec: str, path: pathlib.Path) -> Any:
+    if (path / "state.json").is_file():
+        package = _package(spec)
+        try:
+            return package.load_from_disk(str(path))
+        except Exception as error:  # of many classes, by what is damaged
+            raise UserError(f"{spec}: {str(path)!r} cannot be read: {_message(error)}.") from error
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(entry.parent.name for entry in path.glob("*/state.json"))
+        raise UserError(f"source {spec!r} does not name a split; its splits are {', '.join(splits)}.")
+    if not path.parent.is_dir() or str(path.parent) == "/":
+        raise UserError(f"source {spec!r}: folder {str(path.parent)!r} does not exist; write hf:FOLDER/SPLIT.")
+    return _load(spec, str(path.parent), None, split=path.name)
+
+
+def _load(spec: str, name: str, configuration: str | None, **options: Any) -> Any:
+    package = _package(spec)
+    try:
+        return package.load_dataset(name, configuration, **options)
+    except package.exceptions.DatasetNotFoundError as error:
+        raise UserError(f"{spec}: {_message(error)}; check the name, or {hub_client.LOG_IN}.") from error
+    except ConnectionError as error:
+        raise UserError(
+            f"{spec} is not in the cache, {package.config.HF_DATASETS_CACHE}, and the Hub cannot be reached; connect "
+            "this machine, or fetch it on another one and copy the cache."
+        ) from error
+    except (
+        Exception
+    ) as error:  # of many classes: an unknown split or configuration, files of an unknown type, a full disk
+        raise UserError(f"{spec}: datasets cannot open it: {_message(error)}.") from error
+
+
+def _message(error: Exception) -> str:
+    return " ".join(str(error).split())[:_MAX_MESSAGE].rstrip(".") or type(error).__name__
+
+
+def _listed(features: Mapping[str, Any]) -> str:
+    """Return the columns of a set with their types, for error messages."""
+    return ", ".join(f"{name} ({getattr(x, 'dtype', None) or type(x).__name__})" for name, x in features.items())
+
+
+def image_column(spec: str, features: Mapping[str, Any], key: str = SourceOptions.image_key) -> str:
+    """Return the column with the images: `key` or, where that is the default and not a column, the only one of images.
+
+    Raises:
+      UserError: no such column, or several; the message lists all columns.
+    """
+    if key in features:
+        return key
+    images = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
+    if key == SourceOptions.image_key and len(images) == 1:
+        return images[0]
+    several = f"and several of images, {', '.join(images)}" if len(images) > 1 else "of images"
+    raise UserError(
+        f"{spec} has no column {key!r} {several}; set data.image_key to one of its columns: {_listed(features)}."
+    )
+
+
+def caption_columns(spec: str, features: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
+    """Return the keys of captions: `keys` or, where those are the default and not columns, the first of the usual ones.
+
+    A key is a column, or COLUMN/FIELD of a nested one.
+
+    Raises:
+      UserError: no such column; the message lists all columns.
+    """
+    missing = [key for key in keys if key.partition("/")[0] not in features]
+    if not missing:
+        return tuple(keys)
+    usual = [name for name in _CAPTIONS if name in features]
+    if tuple(keys) == SourceOptions.text_keys and usual:
+        return (usual[0],)
+    raise UserError(
+        f"{spec} has no column {missing[0]!r} of captions; set data.text_keys to some of its columns: "
+        f"{_listed(features)}."
+    )
+
+
+class Images(labelled.Files):
+    """Encoded images in a column of a `datasets.Dataset`: bytes, {"bytes", "path"}, or paths or URLs."""
+
+    def __init__(self, rows: Any, column: str) -> None:
+        if type(rows.features[column]).__name__ == "Image":
+            rows = rows.cast_column(column, _package("a column of images").Image(decode=False))
+        self._rows, self._column = rows.select_columns([column]), column
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def name(self, index: int) -> str:
+        """Return path or URL of the image where it has one, else "row N"."""
+        value = self._rows[index][self._column]
+        value = value.get("path") if isinstance(value, dict) else value
+        return value if isinstance(value, str) and value else f"row {index}"
+
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """Number and size in bytes of each image, or its path without folders and 0."""
+        import pyarrow.compute
+
+        index = 0
+        for table in self._rows.with_format("arrow").iter(_BATCH):
+            for array in table.column(self._column).chunks:
+                if pyarrow.types.is_struct(array.type) and array.type.get_field_index("bytes") >= 0:
+                    array = array.field("bytes")
+                binary = pyarrow.types.is_binary(array.type) or pyarrow.types.is_large_binary(array.type)
+                values = pyarrow.compute.call_function("binary_length", [array]) if binary else array
+                for value in values.to_pylist():
+                    name, size = (value.rpartition("/")[2], 0) if isinstance(value, str) else (str(index), value or 0)
+                    yield name, size if isinstance(size, int) else 0
+                    index += 1
+
+    def __getitem__(self, index: int) -> bytes:  # ty: ignore[incompatible-method-override] no slices
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return image_of(self._rows[index][self._column], str(index))[0]
+
+
+class HubPairs(Source):
+    """Image-text pairs of a split."""
+
+    def __init__(self, rest: str, options: SourceOptions) -> None:
+        """Opens the split, see `open_split` and the config keys of `options`.
+
+        Raises:
+          UserError: a set that cannot be opened or has no rows, or no columns of images and captions.
+        """
+        spec = f"{PREFIX}{rest}"
+        rows = open_split(rest)
+        self.image_key = image_column(spec, rows.features, options.image_key)
+        self.text_keys = caption_columns(spec, rows.features, options.text_keys)
+        self.tags_key = options.tags_key
+        if self.tags_key and self.tags_key.partition("/")[0] not in rows.features:
+            raise UserError(
+                f"{spec} has no column {self.tags_key!r}; set data.tags_key to one of its columns: "
+                f"{_listed(rows.features)}."
+            )
+        if not len(rows):
+            raise UserError(f"{spec} has no rows; name another split.")
+        keys = [*self.text_keys, *filter(None, [self.tags_key])]
+        self.images = Images(rows, self.image_key)
+        self._texts = rows.select_columns(list(dict.fromkeys(key.partition("/")[0] for key in keys)))
+        self._fingerprint: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Record:
+        image, texts = self.images[index], self._texts[index]
+        captions = [caption for key in self.text_keys for caption in json_strings(texts, key)]
+        if not captions:
+            raise BadSample("caption is empty")
+        tags = json_strings(texts, self.tags_key) if self.tags_key else []
+        tags = [tag.strip() for tag in tags[0].split(",")] if len(tags) == 1 else tags
+        return {"image": image, "text": captions, "tags": list(filter(None, tags)), "id": str(index)}
+
+    def describe(self, index: int) -> dict[str, str]:
+        """Number of the row."""
+        return {"row": str(index)}
+
+    def remarks(self) -> Iterator[str]:
+        """The columns that are read."""
+        yield f"columns: images {self.image_key!r}, captions {', '.join(map(repr, self.text_keys))}"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Number of rows, the columns, and a hash of captions and of the sizes of images."""
+        if not self._fingerprint:
+            digest = hashlib.blake2b(digest_size=16)
+            for batch in self._texts.iter(_BATCH):
+                digest.update(repr(sorted(batch.items())).encode("utf-8", "surrogatepass"))
+            for size in self.images.sizes():
+                digest.update(repr(size).encode("utf-8", "surrogatepass"))
+            columns = {"image": self.image_key, "text": list(self.text_keys)}
+            self._fingerprint = {"samples": len(self), "hash": digest.hexdigest(), "columns": columns}
+        return self._fingerprint
+
+
+def open_labelled(rest: str) -> labelled.Labelled:
+    """Open the images in classes of a split: the column "label", or the only one of type ClassLabel.
+
+    Raises:
+      UserError: a set that cannot be opened, no such columns, or rows without a label.
+    """
+    spec, rows = f"{PREFIX}{rest}", open_split(rest)
+    classes = [name for name, feature in rows.features.items() if hasattr(feature, "names")]
+    if "label" not in classes and len(classes) != 1:
+        raise UserError(f"{spec} has no column 'label' of classes; its columns are {_listed(rows.features)}.")
+    column = "label" if "label" in classes else classes[0]
+    names = list(rows.features[column].names)
+    images = Images(rows, image_column(spec, rows.features))
+    labels = np.array([-1 if label is None else label for label in rows.select_columns([column])[column]], np.int64)
+    if not len(labels) or labels.min() < 0 or labels.max() >= len(names):
+        raise UserError(f"{spec} has rows without a label, or none at all; name another split.")
+    return labelled.Labelled("image", images, labels, names)
+
+
+class HubSets(SourceKind):
+    """`hf:ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT` and `hf:/PATH`."""
+
+    pair_specs: ClassVar = {"hf:ORG/NAME/SPLIT": "a data set of the Hugging Face Hub, columns of images and captions"}
+    labelled_specs: ClassVar = {
+        "hf:ORG/NAME/SPLIT": "a data set of the Hugging Face Hub, columns of images and labels of classes"
+    }
+    split_specs: ClassVar = {"hf:ORG/NAME": labelled_specs["hf:ORG/NAME/SPLIT"]}
+
+    @classmethod
+    def open_pairs(cls, rest: str, options: SourceOptions) -> HubPairs:
+        """See `HubPairs`."""
+        return HubPairs(rest, options)
+
+    @classmethod
+    def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
+        """See `open_labelled` of the module."""
+        return open_labelled(rest)
+
+    @classmethod
+    def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
+        """Whether the split can be opened."""
+        try:
+            open_split(f"{rest}/{split}")
+        except UserError:  # opening the first split says what is wrong
+            return False
+        return True
