@@ -109,6 +109,8 @@ setup(
             "webdataset<=0.2.86",  # open_clip's loader does not run with later ones
         ],
         "hub": ["huggingface_hub>=0.25"],
+        "wandb": ["wandb>=0.20"],
+        "trackio": ["trackio>=0.40"],
         "parquet": ["pyarrow>=15"],
         "tfds-prepare": ["tensorflow>=2.18"],
     },
