@@ -179,6 +179,8 @@ def test_a_disk_that_fails_under_tensorboard_does_not_block_the_run(tmp_path, mo
     opened = Trackers(RunFolder(tmp_path), resolve(tiny.config(run=tmp_path)), 0)
     monkeypatch.setattr(event_file_writer.EventsWriter, "write_event", full)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    opened.log(0, {"a": 1.0})
+    opened._open["tensorboard"]._writer.file_writer.event_writer._worker.join(30)
     thread = threading.Thread(
         target=lambda: [*(opened.log(i, {"a": 1.0, "b": 2.0}) for i in range(200)), opened.close()], daemon=True
     )
