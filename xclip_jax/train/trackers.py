@@ -20,8 +20,9 @@ from xclip_jax.errors import UserError
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import is_remote, write_json
 
-# Seconds that wandb may take at the end of a run to upload what is left; without a limit it waits for a lost network.
-_WANDB_FINISH_TIMEOUT = 300
+# Seconds that wandb waits for a login that it asks for on a terminal, and at the end of a run for what is left to be
+# uploaded. Without a limit it waits for ever for a user who has left, or for a network that is gone.
+_WANDB_TIMEOUTS = {"WANDB_LOGIN_TIMEOUT": "60", "WANDB_FINISH_TIMEOUT": "300"}
 
 
 class Tracker(Protocol):
@@ -75,8 +76,9 @@ class WeightsAndBiases:
 
     def __init__(self, folder: RunFolder, config: Config, step: int, run_id: str) -> None:
         """Start or resume the run `run_id`; wandb's local files go to the run's folder, unless that is in a bucket."""
+        for variable, seconds in _WANDB_TIMEOUTS.items():
+            os.environ.setdefault(variable, seconds)
         self._wandb = wandb = importlib.import_module("wandb")
-        os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(_WANDB_FINISH_TIMEOUT))
         self._run = wandb.init(
             project=config.log.project,
             id=run_id,
