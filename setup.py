@@ -112,6 +112,8 @@ setup(
         "datasets": ["datasets>=4.0"],
         "hub": ["huggingface_hub>=0.25"],
         "mteb": ["mteb>=2.10,<3"],
+        "wandb": ["wandb>=0.20"],
+        "trackio": ["trackio>=0.40"],
         "parquet": ["pyarrow>=15"],
         "tfds-prepare": ["tensorflow>=2.18"],
     },

@@ -90,9 +90,18 @@ run_folder() {
   echo "$folder"
 }
 
+# Flags of the TPU compiler, which hide the sum of the gradients behind computation; the reasons are in docs/pods.md.
+# libtpu ends a process that gives it a flag it does not know: where one is gone, set LIBTPU_INIT_ARGS.
+TPU_COMPILER_FLAGS="--xla_tpu_enable_async_collective_fusion=true\
+ --xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true\
+ --xla_tpu_enable_async_collective_fusion_multiple_steps=true\
+ --xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_reduce=true"
+
 # Checks the variables of a TPU and fills the arrays WHERE and SHAPE with flags of gcloud.
 tpu_flags() {
   local more=()
+  EXTRAS=${EXTRAS:-tpu}
+  [[ ,$EXTRAS, == *,tpu,* ]] || fail "EXTRAS=$EXTRAS lacks tpu, without which JAX finds no TPU; set EXTRAS=tpu,$EXTRAS"
   [[ $TYPE != tpu7x* ]] ||
     fail "TYPE=$TYPE: the Cloud TPU API, on which this script relies, has no TPU7x; use GKE, see launch/gke_jobset.yaml"
   need PROJECT my-project
@@ -112,6 +121,32 @@ tpu_flags() {
   [ -z "${SPOT:-}" ] || SHAPE+=(--spot)
   read -ra more <<<"${CREATE_FLAGS:-}"
   SHAPE+=(${more[@]+"${more[@]}"})
+}
+
+# tpu_check FOLDER ARGUMENTS: what can be checked here before anything is paid for: the config, that its trackers will
+# be installed, and that this machine is logged in and reaches the bucket of the run.
+tpu_check() {
+  local folder=$1 tracker bucket python=${PYTHON:-python3}
+  shift
+  for tracker in wandb trackio; do
+    [[ "$*" != *log.to*"$tracker"* || ,$EXTRAS, == *,$tracker,* ]] ||
+      fail "log.to names $tracker, which the workers would lack; set EXTRAS=$EXTRAS,$tracker"
+  done
+  if [ -n "$DRY_RUN" ]; then
+    quote env JAX_PLATFORMS=cpu "$python" -m xclip_jax.main --check "$@"
+  elif "$python" -c "import jax, xclip_jax" 2>/dev/null; then
+    JAX_PLATFORMS=cpu "$python" -m xclip_jax.main --check "$@" || exit 2
+  else
+    echo "warning: the config is checked on the workers alone, since $python cannot import xclip_jax; set PYTHON" >&2
+  fi
+  [[ $folder == gs://* ]] || return 0
+  bucket=${folder#gs://} bucket=gs://${bucket%%/*}
+  if [ -n "$DRY_RUN" ]; then
+    quote gcloud storage ls "$bucket"
+  else
+    gcloud storage ls "$bucket" >/dev/null ||
+      fail "this machine cannot list $bucket; log in (gcloud auth login), or correct --config.run"
+  fi
 }
 
 # tpu_describe RESOURCE FIELD, RESOURCE being tpu-vm or queued-resources
@@ -163,13 +198,13 @@ tpu_install() {
     tpu_ssh all "mkdir -p xclip_jax && cd xclip_jax && rm -rf .git ${SOURCES[*]} && tar -xzf ../xclip_jax.tar.gz" &&
     tpu_ssh all "[ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh" &&
     tpu_ssh all "cd xclip_jax && { [ -x .venv/bin/python ] || ~/.local/bin/uv venv --quiet --python 3.12 .venv; } &&\
- ~/.local/bin/uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'" &&
+ ~/.local/bin/uv pip install --quiet --python .venv/bin/python --editable '.[$EXTRAS]'" &&
     { [ -z "${SETUP:-}" ] || tpu_ssh all "$SETUP"; }
 }
 
 # tpu_start ARGUMENTS: starts training on all workers.
 tpu_start() {
   local training
-  training=$(quote .venv/bin/python -m xclip_jax.main --distributed "$@")
+  training=$(quote env "LIBTPU_INIT_ARGS=${LIBTPU_INIT_ARGS-$TPU_COMPILER_FLAGS}" .venv/bin/python -m xclip_jax.main --distributed "$@")
   tpu_ssh all "bash xclip_jax/launch/detach.sh $training"
 }

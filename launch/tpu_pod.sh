@@ -19,13 +19,18 @@
 # SPOT           1 for spot capacity: cheaper, and preempted at any time (default: empty)
 # CREATE_FLAGS   more flags for `gcloud compute tpus queued-resources create`, split at spaces, as in
 #                "--valid-until-duration=6h --service-account=me@my-project.iam.gserviceaccount.com"
+# EXTRAS         of xclip_jax that the workers install (default: tpu), as in tpu,wandb
 # SETUP          command that each worker executes before each start of training, as in
 #                "mountpoint -q /data || sudo mount -o ro,X-mount.mkdir /dev/sdb /data"
+# LIBTPU_INIT_ARGS  flags of the TPU compiler (default: those of docs/pods.md; empty for none)
+# PYTHON         interpreter with xclip_jax on this machine, which checks the config before anything is created (default:
+#                python3; without one the config is checked on the workers)
 # FAILURES       gives up after this many failures in a row, each within an hour of the start (default: 3)
 # POLL           seconds between two looks at the pod (default: 60)
 # KEEP           1 to keep the pod at the end (default: empty)
 #
 # What is compiled is kept in `compiled` in the run's folder, so that a pod that is created again need not compile again.
+# Input that training refuses before its first step, such as a set that the workers lack, ends the script at once.
 # Needs the Google Cloud CLI, and the key in an ssh agent: ssh-add ~/.ssh/google_compute_engine. The service account of
 # the pod needs access to the bucket.
 set -euo pipefail
@@ -39,6 +44,7 @@ tpu_flags
 folder=$(run_folder gs://my-bucket/runs/mine "$@")
 [[ $folder == gs://* ]] || fail "--config.run=$folder would be lost with the pod; give a gs:// folder"
 [ -n "$DRY_RUN" ] || command -v gcloud >/dev/null || fail "gcloud is missing; install the Google Cloud CLI"
+tpu_check "$folder" "$@"
 tpu_pack
 
 create() {
@@ -59,6 +65,12 @@ if [ -f train.exit ]; then cat train.exit; elif flock -n train.lock true; then e
 # Of the run, whatever the exit status of training.
 complete() {
   run gcloud storage ls "$folder/results.json"
+}
+
+# Whether training refused its input before its first step, as it would again.
+refused() {
+  ! run gcloud storage ls "$folder/metrics.jsonl" >/dev/null 2>&1 &&
+    tpu_ssh 0 "tail -n 20 xclip_jax/train.log | grep '^error: '" 2>/dev/null
 }
 
 say() {
@@ -120,6 +132,9 @@ tend() {
       elif [[ $training == @(0|75|143) ]]; then
         # 75: asked to stop, and saved. 143: asked to stop before it could save.
         recreate "training was stopped before its end"
+      elif [ "$training" = 1 ] && refused; then
+        say "training refused its input, and would again; giving up"
+        finish 1
       elif [ -z "$ended" ]; then
         ended=1  # A preemption shows in training before it shows in the state of the pod: look once more.
       else

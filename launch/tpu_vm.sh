@@ -16,8 +16,12 @@
 # SPOT           1 for a spot VM: cheaper, and gone at any time (default: empty)
 # CREATE_FLAGS   more flags for `gcloud compute tpus tpu-vm create`, split at spaces, as in
 #                "--service-account=me@my-project.iam.gserviceaccount.com --data-disk=source=...,mode=read-only"
+# EXTRAS         of xclip_jax that the workers install (default: tpu), as in tpu,wandb
 # SETUP          command that each worker executes before each start of training, as in
 #                "mountpoint -q /data || sudo mount -o ro,X-mount.mkdir /dev/sdb /data"
+# LIBTPU_INIT_ARGS  flags of the TPU compiler (default: those of docs/pods.md; empty for none)
+# PYTHON         interpreter with xclip_jax on this machine, which checks the config before anything is created (default:
+#                python3; without one the config is checked on the workers)
 # POLL           seconds between two attempts to reach a new VM (default: 15)
 #
 # What is compiled is kept on the VM, in ~/.cache/xclip_jax/compiled, and is gone with it.
@@ -34,6 +38,7 @@ tpu_flags
 [ $# -gt 0 ] || fail "nothing to train; add arguments, as in --config configs/xclip.py --config.run=gs://my-bucket/run"
 [ -n "$DRY_RUN" ] || command -v gcloud >/dev/null || fail "gcloud is missing; install the Google Cloud CLI"
 
+tpu_check "$(run_folder "" "$@" 2>/dev/null || true)" "$@"
 tpu_pack
 if [ -n "$DRY_RUN" ]; then
   tpu_describe tpu-vm state

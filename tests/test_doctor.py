@@ -19,6 +19,7 @@ from xclip_jax.doctor import __main__ as command
 from xclip_jax.doctor import machine, resources
 from xclip_jax.doctor.before import Options, check_config, check_weights
 from xclip_jax.doctor.finding import FAIL, OK, WARNING
+from xclip_jax.errors import UserError
 from xclip_jax.train import build
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.run_folder import TrainingFolder
@@ -49,6 +50,31 @@ def test_an_accelerator_that_jax_does_not_use(tmp_path):
     finally:
         jax.config.update("jax_platforms", platforms)
     assert "a NVIDIA GPU that JAX does not use" in finding.text and "xclip_jax[gpu]" in finding.remedy
+
+
+@pytest.mark.parametrize("asked", ["cpu", None])
+def test_commands_say_loudly_that_they_compute_on_the_cpu(asked, tmp_path, capsys, monkeypatch):
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidia0").touch()
+    platforms = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", asked)
+        machine.warn_of_idle_accelerator(tmp_path)
+    finally:
+        jax.config.update("jax_platforms", platforms)
+    out = capsys.readouterr().out
+    assert out.count("WARNING: computing on the CPU. 8 x cpu, of 1 process; this machine has a NVIDIA GPU") == (
+        not asked
+    )
+
+    def none():
+        raise RuntimeError("Unable to initialize backend 'tpu'")
+
+    monkeypatch.setattr(jax, "devices", none)
+    with pytest.raises(
+        UserError, match=r"JAX has no device, .*Unable to initialize backend 'tpu'.*; unset JAX_PLATFORMS"
+    ):
+        machine.warn_of_idle_accelerator(tmp_path)
 
 
 def installed(folder, **versions):

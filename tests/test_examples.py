@@ -67,6 +67,35 @@ def test_the_verdict_counts_equal_captions_as_right():
     )
 
 
+def notebook_cells():
+    notebook = json.loads((pathlib.Path(use_a_model.__file__).parent / "quickstart.ipynb").read_text())
+    return [("".join(cell["source"]), cell) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_is_kept_without_outputs():
+    for source, cell in notebook_cells():
+        compile(source, "quickstart.ipynb", "exec")
+        assert (cell["outputs"], cell["execution_count"]) == ([], None)
+
+
+@pytest.mark.slow  # a run with its report
+def test_the_notebook(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare_objectives.demo, "get_config", narrow(compare_objectives.demo.get_config))
+    (install, _), *cells = notebook_cells()
+    assert install.count("STEPS = 200\n") == 1
+    names = {}
+    exec(install.replace("STEPS = 200\n", "STEPS = 2\n"), names)
+    for source, _ in cells:
+        exec(source, names)
+    assert (len(names["known"]), len(names["unseen"])) == (67, 13)
+    assert not set(names["known"]) & set(names["unseen"])
+    assert names["results"]["zeroshot/folder:shapes/test/n"] == 52
+    assert names["z_img"].shape[0] == names["z_txt"].shape[0] == 6
+    assert capsys.readouterr().out.count("%)\n") == 6
+    assert (tmp_path / "runs/quickstart/report.html").exists()
+
+
 @pytest.mark.slow  # four runs
 def test_compare_objectives(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compare_objectives.demo, "get_config", narrow(compare_objectives.demo.get_config))

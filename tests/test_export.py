@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 
 import chex
 import jax
@@ -8,6 +9,7 @@ import open_clip
 import pytest
 import torch
 import transformers
+import yaml
 
 from tests import tiny
 from tests.pages import of_an_earlier_version
@@ -99,10 +101,11 @@ def test_other_projects_compute_the_embeddings_of_the_run(run, expected, tmp_pat
     )
 
 
-def test_the_card_of_a_run(run, tmp_path):
+def test_the_card_of_a_run(run, tmp_path, monkeypatch):
     export.export(str(run), str(tmp_path / "hf"))
     card = (tmp_path / "hf" / export.CARD).read_text()
-    assert card.startswith("---\nlicense: unknown\nlibrary_name: transformers\n")
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert (head["library_name"], head["license"], head["tags"]) == ("transformers", "unknown", ["xclip", "xclip_jax"])
     data, results, evaluation, config = (
         json.loads((run / f"{name}.json").read_text()) for name in ("data", "results", "evaluation", "config")
     )
@@ -120,6 +123,16 @@ def test_the_card_of_a_run(run, tmp_path):
     ):  # fmt: skip
         assert part in card, part
     assert results["results"]
+    # The Hub shows what is in its model-index.
+    (index,) = head["model-index"]
+    shown = {(row["dataset"]["type"], m["type"]): m["value"] for row in index["results"] for m in row["metrics"]}
+    (entry,) = [entry for entry in evaluation["results"] if entry["step"] == STEPS]
+    assert index["name"] == "xCLIP" and shown == {(entry["set"], entry["metric"]): round(entry["value"], 2)}
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "huggingface_hub", None)
+        export.export(str(run), str(tmp_path / "hf"), overwrite=True)
+    plain = yaml.safe_load((tmp_path / "hf" / export.CARD).read_text().split("---\n")[1])
+    assert plain == {key: value for key, value in head.items() if key != "model-index"}
     # Results of the last step are none of an earlier one.
     export.export(str(run), str(tmp_path / "hf"), step=1, overwrite=True)
     card = (tmp_path / "hf" / export.CARD).read_text()

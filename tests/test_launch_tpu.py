@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -17,6 +18,9 @@ from etils import epath
 from tests.launching import COMMAND, ROOT, TRAINING, commands, executable, launch, read, untouched
 from xclip_jax import environment
 
+FLAGS = subprocess.check_output(
+    ["bash", "-c", '. launch/common.sh; printf %s "$TPU_COMPILER_FLAGS"'], cwd=ROOT, text=True
+)
 REQUIRED = {"PROJECT": "some-project", "ZONE": "some-zone"}
 
 # $CLOUD/state is the state of the TPU, $CLOUD/home the home of its workers, $CLOUD/bucket what is in gs://.
@@ -44,6 +48,7 @@ case "$*" in
     echo "SSH: connecting" >&2
     HOME=$PWD bash -c "$(flag --command)"
     ;;
+  "storage ls gs://bucket") [ -z "${LOGGED_OUT:-}" ] || { echo "ERROR: (gcloud) no account" >&2; exit 1; } ;;
   "storage ls "*) [ -e "$CLOUD/bucket/${3#gs://}" ] ;;
   *) exit 64 ;;
 esac
@@ -122,6 +127,11 @@ def remote(call):
         (REQUIRED | {"TYPE": "v9-8"}, TRAINING, "error: RUNTIME is not set, and none is known for TYPE=v9-8; set it"),
         (REQUIRED | {"TYPE": "tpu7x-8"}, TRAINING, "error: TYPE=tpu7x-8: the Cloud TPU API, on which this"),
         (REQUIRED | {"TYPE": "tpu7x", "RUNTIME": "v2-alpha-tpuv6e"}, TRAINING, "error: TYPE=tpu7x: "),
+        (
+            REQUIRED | {"EXTRAS": "wandb"},
+            TRAINING,
+            "error: EXTRAS=wandb lacks tpu, without which JAX finds no TPU; set",
+        ),
         (REQUIRED, [], "error: "),
         (REQUIRED, TRAINING, "error: gcloud is missing"),
     ],
@@ -178,21 +188,26 @@ def test_dry_run_creates_what_was_asked_for(script, env, flags, runtime, checkou
 
 
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "tpu_pod.sh"])
-def test_dry_run_reaches_all_workers_with_the_command_intact(script, checkout, tmp_path):
-    env = REQUIRED | {"NAME": "mine", "SETUP": "sudo mount /dev/sdb '/a b'"}
+@pytest.mark.parametrize("more", [{}, {"LIBTPU_INIT_ARGS": "--xla_a=1 --xla_b=2"}, {"LIBTPU_INIT_ARGS": ""}])
+def test_dry_run_reaches_all_workers_with_the_command_intact(script, more, checkout, tmp_path):
+    env = REQUIRED | {"NAME": "mine", "SETUP": "sudo mount /dev/sdb '/a b'", "EXTRAS": "tpu,wandb"} | more
     with untouched(tmp_path) as path:
         calls = commands(launch(script, "--dry-run", *TRAINING, env=env, cwd=checkout, path=[path]))
-    assert [call[0] for call in calls[:2]] == ["mkdir", "git"]  # a checkout that cannot be packed costs nothing
-    for call in calls[2:]:
+    # A config that is wrong, a bucket out of reach and a checkout that cannot be packed cost nothing.
+    assert calls[0] == ["env", "JAX_PLATFORMS=cpu", "python3", "-m", "xclip_jax.main", "--check", *TRAINING]
+    assert calls[1] == ["gcloud", "storage", "ls", "gs://bucket"]
+    assert [call[0] for call in calls[2:4]] == ["mkdir", "git"]
+    for call in calls[4:]:
         assert call[0] == "gcloud"
         if call[:3] == ["gcloud", "compute", "tpus"]:
             assert {"--project=some-project", "--zone=some-zone"} <= set(call)
             assert call[5] == "mine" or call[4] == "scp"
     over_ssh = [call for call in calls if call[4:5] == ["ssh"]]
     everywhere = [remote(call) for call in over_ssh if "--worker=all" in call]
-    start = ["bash", "xclip_jax/launch/detach.sh", ".venv/bin/python", *COMMAND]
+    flags = f"LIBTPU_INIT_ARGS={env.get('LIBTPU_INIT_ARGS', FLAGS)}"
+    start = ["bash", "xclip_jax/launch/detach.sh", "env", flags, ".venv/bin/python", *COMMAND]
     assert everywhere[-2:] == [["sudo", "mount", "/dev/sdb", "/a b"], start]
-    assert any(".[tpu]" in command for command in everywhere)
+    assert any(".[tpu,wandb]" in command for command in everywhere)
     assert any("--worker=all" in call for call in calls if call[4:5] == ["scp"])
 
 
@@ -248,7 +263,7 @@ def test_checkout_that_cannot_be_packed_costs_nothing(script, checkout, tmp_path
     cloud = Cloud(tmp_path, tmp_path / "source")
     done = cloud.launch(script, *TRAINING)
     assert done.returncode != 0 and "fatal: " in done.stderr
-    assert cloud.calls == []
+    assert cloud.verbs() == []
 
 
 def test_vm_that_exists_is_used_and_training_not_started_twice(cloud):
@@ -298,7 +313,7 @@ def test_vm_in_another_state_is_one_sentence(cloud):
     (cloud.path / "state").write_text("PREEMPTED\n")
     done = cloud.launch("tpu_vm.sh", *TRAINING)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: xclip-jax is PREEMPTED; ")
+    assert done.stderr.splitlines()[-1].startswith("error: xclip-jax is PREEMPTED; ")
     assert cloud.verbs() == []
 
 
@@ -331,6 +346,43 @@ def test_pod_gives_up_on_a_command_that_keeps_failing(cloud):
     assert cloud.verbs() == ["create", "python", "delete"] * 2
     assert "line of the log" in done.stdout
     assert "exit status 1, 2 times in a row; giving up" in done.stdout
+
+
+def test_pod_gives_up_at_once_on_input_that_training_refuses(cloud):
+    refused = "echo \"error: unknown evaluation set 'imagenett'\" >&2; exit 1"
+    done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=[refused] * 3)
+    assert done.returncode == 1
+    assert cloud.verbs() == ["create", "python", "delete"]
+    assert "error: unknown evaluation set 'imagenett'\n" in done.stdout
+    assert "training refused its input, and would again; giving up" in done.stdout
+
+
+def test_pod_tries_again_after_an_error_in_the_midst_of_a_run(cloud):
+    trained = 'mkdir -p "$CLOUD/bucket/bucket/runs/mine"; touch "$CLOUD/bucket/bucket/runs/mine/metrics.jsonl"'
+    scenario = [f"{trained}; echo 'error: gs://data cannot be read' >&2; exit 1", "finish; exit 0"]
+    done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=scenario)
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == ["create", "python", "delete"] * 2
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "tpu_pod.sh"])
+@pytest.mark.parametrize(
+    ("env", "more", "message"),
+    [
+        ({"LOGGED_OUT": "1"}, [], "error: this machine cannot list gs://bucket; log in (gcloud auth login), or"),
+        (
+            {},
+            ["--config.log.to=('wandb',)"],
+            "error: log.to names wandb, which the workers would lack; set EXTRAS=tpu,w",
+        ),
+        ({"PYTHON": sys.executable}, ["--config.optim.lrr=1"], "error: config key 'optim.lrr' is unknown"),
+    ],
+)
+def test_what_would_fail_later_costs_nothing(script, env, more, message, cloud):
+    done = cloud.launch(script, *TRAINING, *more, **env)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert cloud.verbs() == []
 
 
 def test_pod_that_cannot_be_created_is_an_error(cloud):

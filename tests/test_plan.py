@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from tests import tiny
-from xclip_jax import plan
+from xclip_jax import flops, plan
 from xclip_jax.config import load as config_file
 from xclip_jax.errors import UserError
 from xclip_jax.parallel.mesh import make_mesh
@@ -36,6 +36,15 @@ def test_a_plan_for_a_topology_that_is_not_there(found):
     assert found["memory"]["peak"] > sum(found["memory"][k] for k in ("parameters", "optimizer", "activations"))
     # Gradients in bf16 at the least, in fp32 at the most.
     assert 2 * found["model_parameters"] < found["sent"]["all-reduce"] < 5 * found["model_parameters"]
+
+
+def test_a_chip_of_tpu7x_is_two_devices(found):
+    devices, chip = plan.devices_of("tpu7x:2x2x1")
+    assert (len(devices), chip.devices, devices[0].device_kind) == (8, 2, "TPU7x")
+    assert (chip.memory, chip.peak) == (96 * 2**30, flops.PEAK["TPU7x"]) == (96 * 2**30, 1153.5e12)
+    text = plan.render(found | {"devices": 16, "fits": False})
+    assert "8 chips with 2 devices each, 2 hosts" in text and "DOES NOT FIT in a device's 16.00 GiB" in text
+    assert " with " not in plan.render(found).splitlines()[0]
 
 
 def test_time_and_money_follow_from_flops(found):

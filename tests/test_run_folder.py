@@ -28,7 +28,7 @@ from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.result import Result, flat
 from xclip_jax.run_folder import RunFolder
-from xclip_jax.train import build, checkpoint_digest, interrupt, loop, trainer, weights
+from xclip_jax.train import build, checkpoint_digest, interrupt, job, loop, trainer, weights
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.run_folder import TrainingFolder
@@ -59,6 +59,19 @@ def evaluators(monkeypatch):
     made = {name: Evaluator(name) for name in ("a", "b")}
     monkeypatch.setattr(registry, "open_all", lambda specs, *_: [made[spec] for spec in specs])
     return made
+
+
+def test_check_needs_neither_data_nor_a_folder(tmp_path):
+    config = tiny.config(run=tmp_path / "run", data__sources=("folder:/on/the/pod",), eval__sets=("imagenet",))
+    job.check(config)
+    for key, value, message in (
+        ("eval__final_sets", ("imagenett",), "unknown evaluation set 'imagenett'; did you mean 'imagenet'"),
+        ("data__sources", ("foldr:/data",), "unknown source 'foldr:/data'.*did you mean 'folder:/data'"),
+        ("optim__lr", -1.0, r"optim\.lr is -1\.0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            job.check(tiny.config(run=tmp_path / "run", **({"data__sources": ("folder:x",)} | {key: value})))
+    assert not list(tmp_path.iterdir())
 
 
 def lines(run):

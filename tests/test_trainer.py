@@ -4,13 +4,11 @@ import pathlib
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import chex
 import jax
 import pytest
-from tensorboardX import event_file_writer
 
 from tests import tiny
 from xclip_jax import console, storage
@@ -251,21 +249,3 @@ def test_waiting_counts_when_the_devices_are_idle(step, data, share):
 
 def test_durations():
     assert [console.format_duration(s) for s in (5, 65, 3723)] == ["0:05", "1:05", "1:02:03"]
-
-
-def test_a_disk_that_fails_under_tensorboard_does_not_block_the_run(tmp_path, monkeypatch):
-    """Its thread ends at the first error, and nobody empties its queue then."""
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    writer = MetricWriter(RunFolder(tmp_path))
-    monkeypatch.setattr(event_file_writer.EventsWriter, "write_event", full)
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)
-    thread = threading.Thread(
-        target=lambda: [*(writer.write(i, {"a": 1.0, "b": 2.0}) for i in range(200)), writer.close()], daemon=True
-    )
-    thread.start()
-    thread.join(60)
-    assert not thread.is_alive()
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 200

@@ -35,6 +35,7 @@ from xclip_jax import compilation_cache, environment, inference
 from xclip_jax.console import format_duration, log0
 from xclip_jax.data import embeddings
 from xclip_jax.data.prefetch import ThreadPrefetcher
+from xclip_jax.doctor import machine
 from xclip_jax.embed_sources import Lines, Source, open_images
 from xclip_jax.errors import BadSample, Parser, UserError, check_count, exit_with_message
 from xclip_jax.storage import write_json
@@ -277,6 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if options.texts:
                 sources["text"] = Lines(options.texts)
             compilation_cache.enable()
+            machine.warn_of_idle_accelerator()
             model = inference.load(options.checkpoint, step=options.step, batch=options.batch)
             Job(model, sources, options.out, part=options.part, threads=options.threads).run()
     except KeyboardInterrupt:

@@ -24,6 +24,7 @@ from etils import epath
 
 from xclip_jax import compilation_cache
 from xclip_jax.console import log0
+from xclip_jax.doctor import machine
 from xclip_jax.errors import Parser, exit_with_message
 from xclip_jax.evaluation import evaluate
 from xclip_jax.evaluators import registry, results
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write_json(epath.Path(flags.output), {"a": flags.compare[0], "b": flags.compare[1], "rows": rows})
             return
         compilation_cache.enable()
+        machine.warn_of_idle_accelerator()
         suite, fields = flags.suite or ["demo"], {key: getattr(flags, key) for key in PROFILE_FIELDS}
         evaluate(
             flags.checkpoint,

@@ -7,10 +7,15 @@ from absl import app, flags, logging
 
 from xclip_jax import compilation_cache, environment, report
 from xclip_jax.config import load
+from xclip_jax.console import log0
+from xclip_jax.doctor import machine
 from xclip_jax.errors import exit_with_message
 from xclip_jax.parallel import processes
-from xclip_jax.train import trainer
+from xclip_jax.train import job, trainer
 
+_CHECK = flags.DEFINE_bool(
+    "check", False, "Check keys and names of the config, and stop: no data, no device and no run's folder are needed."
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Join the other hosts' processes: found by itself on TPU pods, GKE and Slurm."
 )
@@ -23,8 +28,13 @@ def main(_: list[str]) -> None:
     """Run the trainer."""
     logging.set_verbosity(logging.ERROR)
     with processes.exits(), exit_with_message():
+        if _CHECK.value:
+            job.check(flags.FLAGS.config)
+            log0("the config, and the names of its sources and evaluation sets, are valid")
+            return
         processes.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         compilation_cache.enable(str(flags.FLAGS.config.run))
+        machine.warn_of_idle_accelerator()
         trainer.run(flags.FLAGS.config, [report.callback()], uptime=environment.uptime())
 
 

@@ -10,6 +10,7 @@ from xclip_jax import environment
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.evaluators import results, summary
+from xclip_jax.evaluators.result import Result
 from xclip_jax.objectives import make_objective
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.train.build import Experiment
@@ -51,6 +52,12 @@ model = xclip_jax.load("{out}")
 result = model.zero_shot(["picture.jpg"], ["cat", "dog"])
 print(result.labels, result.probabilities)""",
 }
+# Of the Hub and of clip_benchmark, by family of results.
+_TASKS = {
+    "zeroshot": "zero-shot-image-classification",
+    "retrieval": "zero-shot-retrieval",
+    "visual": "image-classification",
+}
 _RECIPE = ("data.batch", "optim.lr", "optim.schedule", "optim.warmup", "optim.weight_decay", "optim.b1",
            "optim.b2", "optim.grad_clip_norm", "data.crop_scale", "data.resample", "data.flip_prob",
            "data.color_jitter", "model.img.patch_dropout", "model.dtype", "seed")  # fmt: skip
@@ -79,14 +86,15 @@ def render(
       repository: the card's id on the Hub, "ORG/NAME", or "": the code in it then names the folder.
     """
     config = experiment.config
+    folder = RunFolder(source) if run else None
+    measured = _measured(folder, config.steps, step) if folder else []
     sections = [
-        _head(config, experiment, to),
+        _metadata(config, experiment, to, measured) + _head(config, experiment),
         _model(config, experiment),
         _input(config, experiment, to),
         f"## Use\n\n```python\n{_usage(to, epath.Path(out).name, repository)}\n```"
         + "".join(f"\n\n* {n}" for n in notes),
     ]
-    folder = RunFolder(source) if run else None
     if folder:
         sections += [_data(folder, config), _recipe(folder, step), _results(folder, config.steps, step)]
     else:
@@ -105,13 +113,49 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _head(config: Config, experiment: Experiment, to: str) -> str:
-    name, objective = config.objective.name, experiment.objective
-    task = "image-classification" if objective.labelled else "zero-shot-image-classification"
+def _metadata(config: Config, experiment: Experiment, to: str, measured: Sequence[Result]) -> str:
+    """Return what the Hub reads, in YAML; where huggingface_hub is installed with the results, as its model-index."""
+    task = "image-classification" if experiment.objective.labelled else "zero-shot-image-classification"
+    names: dict[str, Any] = {"library_name": _LIBRARIES[to], "license": "unknown", "pipeline_tag": task}
+    tags = [config.objective.name, "xclip_jax"]
+    try:
+        from huggingface_hub import EvalResult, ModelCardData
+    except ImportError:
+        lines = [f"{key}: {value}" for key, value in names.items()] + ["tags:", *(f"- {tag}" for tag in tags)]
+        return "\n".join(["---", *lines, "---\n\n"])
+    rows = [
+        EvalResult(
+            task_type=_TASKS.get(result.family, result.family),
+            dataset_type=result.set,
+            dataset_name=result.set,
+            metric_type=result.key,
+            metric_value=round(result.value, 2),
+        )
+        for result in measured
+    ]
+    index: dict[str, Any] = {"model_name": experiment.objective.title, "eval_results": rows} if rows else {}
+    return f"---\n{ModelCardData(**names, tags=tags, **index).to_yaml()}\n---\n\n"
+
+
+def _measured(run: RunFolder, steps: int, step: int) -> list[Result]:
+    """Headline results of the checkpoint: of `evaluate` where there are any, else those at the end of training."""
+    values = results.of_entries(_entries(run, step))
+    if not values and step == steps:
+        values = results.of_run(run.read_results() or {})
+    return [result for result in values if result.headline]
+
+
+def _entries(run: RunFolder, step: int) -> list[results.Entry]:
+    """Entries of evaluation.json for the checkpoint, of the profile that was evaluated last."""
+    entries = results.read(run.evaluation_file)[0] if run.evaluation_file.exists() else []
+    entries = [entry for entry in entries if entry["step"] == step]
+    return results.latest(entries)[0] if entries else []
+
+
+def _head(config: Config, experiment: Experiment) -> str:
+    objective = experiment.objective
     outputs = " and ".join(objective.describe(config.model))
     return (
-        f"---\nlicense: unknown\nlibrary_name: {_LIBRARIES[to]}\npipeline_tag: {task}\n"
-        f"tags:\n- {name}\n- xclip_jax\n---\n\n"
         f"# {objective.title}, {config.model.tower('img').describe()}\n\n"
         f"Trained on {'labelled items' if objective.labelled else 'image-text pairs'}; gives "
         f"{outputs or 'features of images and texts'}."
@@ -192,9 +236,7 @@ def _results(run: RunFolder, steps: int, step: int) -> str:
     last = run.read_results()
     if last and last["results"] and step == steps:
         lines.append(f"At the end of training, in percent:\n\n```\n{summary.render(results.of_run(last))}\n```")
-    entries = results.read(run.evaluation_file)[0] if run.evaluation_file.exists() else []
-    if entries := [entry for entry in entries if entry["step"] == step]:
-        shown, _ = results.latest(entries)
+    if shown := _entries(run, step):
         rows = [
             (r["set"], r["metric"], f"{r['value']:.1f}", f"{r['n']:,}", r.get("protocol", ""), r.get("templates", ""))
             for r in shown

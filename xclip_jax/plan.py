@@ -41,11 +41,19 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A TPU chip: memory in bytes, peak bf16 FLOP/s, options of its topology. Source: cloud.google.com/tpu/docs."""
+    """A kind of TPU. Source: docs.cloud.google.com/tpu/docs.
+
+    Attributes:
+      memory: bytes of a device.
+      peak: bf16 FLOP/s of a device.
+      options: of its topology.
+      devices: that JAX sees in a chip.
+    """
 
     memory: float
     peak: float
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    devices: int = 1
 
 
 CHIPS = {
@@ -53,6 +61,7 @@ CHIPS = {
     "v5e": Chip(16 * GIB, flops.PEAK["TPU v5e"]),
     "v5p": Chip(95 * GIB, flops.PEAK["TPU v5p"], {"chip_config_name": "megacore"}),
     "v6e": Chip(32 * GIB, flops.PEAK["TPU v6e"]),
+    "tpu7x": Chip(192 * GIB / 2, flops.PEAK["TPU7x"], devices=2),  # two chiplets, each with half of the memory
 }
 REMAT = tuple(REMAT_POLICIES)  # in the order of what is computed again
 MICROBATCHES = (2, 4, 16)
@@ -210,7 +219,7 @@ def plan(
     price: float = 0.0,
     look: bool = True,
 ) -> dict[str, Any]:
-    """Everything that the command prints, as plain numbers and strings; bytes are of one chip.
+    """Everything that the command prints, as plain numbers and strings; bytes are of one device.
 
     Args:
       config: of a run.
@@ -234,7 +243,8 @@ def plan(
     facts = {
         "topology": topology,
         "slices": slices,
-        "chips": len(devices),
+        "chips": len(devices) // chip.devices,
+        "devices": len(devices),
         "hosts": hosts,
         "objective": config.objective.name,
         "strategy": config.mesh.strategy,
@@ -250,8 +260,8 @@ def plan(
         "mfu": mfu,
         "pairs_per_second": per_second,
         "images_per_second_per_host": per_second / hosts,
-        "chip_hours": seconds / 3600 * len(devices),
-        "cost": seconds / 3600 * len(devices) * price,
+        "chip_hours": seconds / 3600 * len(devices) / chip.devices,
+        "cost": seconds / 3600 * len(devices) / chip.devices * price,
         "days": seconds / 86400,
         "compile_seconds": time.perf_counter() - began,
         "capacity": chip.memory,
@@ -282,9 +292,12 @@ def render(facts: dict[str, Any]) -> str:
     """The plan as text."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in facts["mesh"].items())
     slices = f", {facts['slices']} slices" if facts["slices"] > 1 else ""
+    device, devices = "chip", ""
+    if facts["devices"] > facts["chips"]:
+        device, devices = "device", f" with {facts['devices'] // facts['chips']} devices each"
     lines = [
         f"{facts['objective']}, {facts['model_parameters'] / 1e6:.1f} M parameters, batch {facts['batch']:,}, "
-        f"on {facts['topology']}{slices}: {facts['chips']} chips, {facts['hosts']} hosts",
+        f"on {facts['topology']}{slices}: {facts['chips']} chips{devices}, {facts['hosts']} hosts",
         f"mesh {mesh}, strategy {facts['strategy']}; compiled in {facts['compile_seconds']:.0f} s",
         "",
     ]
@@ -297,7 +310,7 @@ def render(facts: dict[str, Any]) -> str:
             each = f"{x['kind']} {', '.join(x['shapes'])}{more}"
             lines.append(f"  {format_bytes(x['bytes']):>12}  {x['count']:>3} times among {x['group']:>4}: {each}")
     else:
-        lines += [f"DOES NOT FIT in a chip's {format_bytes(facts['capacity'])}: {facts['trouble']}"]
+        lines += [f"DOES NOT FIT in a {device}'s {format_bytes(facts['capacity'])}: {facts['trouble']}"]
         lines += [f"it would with {facts['remedy']}" if facts["remedy"] else "no change that was tried makes it fit"]
     lines += [
         "",
@@ -332,7 +345,7 @@ def main(_: list[str]) -> None:
             print(json.dumps(rows, indent=2) if _JSON.value else _table(rows))
             return
         if not _TOPOLOGY.value:
-            raise UserError("--topology is missing; name one such as v5e:4x8, v4:2x4x4, v5p:4x4x8 or v6e:4x4")
+            raise UserError("--topology is missing; name one such as v5e:4x8, v6e:4x4, v5p:4x4x8 or tpu7x:2x2x2")
         facts = plan(
             config, _TOPOLOGY.value, slices=_SLICES.value, mfu=_MFU.value, price=_PRICE.value, look=_SUGGEST.value
         )

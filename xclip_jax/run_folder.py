@@ -6,10 +6,11 @@ tokenizer.json  the tokenizer, where data.tokenizer is a file
 metrics.jsonl   {"step", metric: value} a line; lines of training steps have a "loss", those of evaluations do not
 results.json    {"results", "config", "environment", "seconds"} of the last evaluation
 evaluation.json of `xclip_jax.evaluate`, see `evaluators.results`
+trackers.json   {"id": of the run in wandb and Trackio}
 stacks-N.txt    stacks of all threads of process N, where it hung and was ended
 compiled/       compilation cache of a run of several processes, see `compilation_cache`
 profile/        traces of the steps of log.profile, see `train.profile`
-checkpoints/, bad_samples.jsonl, skipped_steps.jsonl, tensorboard/, report.html, picture.png
+checkpoints/, bad_samples.jsonl, skipped_steps.jsonl, tensorboard/, wandb/, report.html, picture.png
 """
 
 import contextlib
@@ -47,6 +48,7 @@ class RunFolder:
         self.evaluation_file = self.path / "evaluation.json"
         self.bad_samples_file = self.path / "bad_samples.jsonl"
         self.skipped_steps_file = self.path / "skipped_steps.jsonl"
+        self.trackers_file = self.path / "trackers.json"
         self.report_file = self.path / "report.html"
         self.picture_file = self.path / "picture.png"
         self.checkpoints = self.path / "checkpoints"

@@ -25,6 +25,8 @@ from xclip_jax.train.optim import EmaConfig, OptimConfig
 _STEPS = Check(
     "() or START,STOP with 0 < START < STOP", lambda value: not value or (len(value) == 2 and 0 < value[0] < value[1])
 )
+TRACKERS = ("tensorboard", "wandb", "trackio")
+_TRACKERS = Check(f"names among {', '.join(map(repr, TRACKERS))}", lambda value: set(value) <= set(TRACKERS))
 _TOWERS = Check("names of towers, 'img' or 'txt'", lambda value: set(value) <= {"img", "txt"})
 
 
@@ -55,6 +57,8 @@ class EvalConfig:
 class LogConfig:
     """Config group `log`: metrics and warnings."""
 
+    to: Sequence[str] = key(("tensorboard",), "trackers that metrics go to beside metrics.jsonl", _TRACKERS)
+    project: str = key("xclip_jax", "the run's project in wandb and Trackio", not_empty())
     every: int = key(20, "steps between two lines of metrics; 0 for the first and last alone", at_least(0))
     collapse_warmup_steps: int = key(500, "step from which on a collapse or a plateau is warned of", at_least(0))
     stall_warning: float = key(60.0, "seconds without progress after which the phase is named; 0 never", at_least(0))

@@ -12,11 +12,13 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import xclip_jax
-from xclip_jax.doctor.finding import Finding, fail, warning
+from xclip_jax.console import log0
+from xclip_jax.doctor.finding import FAIL, Finding, fail, warning
+from xclip_jax.errors import UserError
 
 _EXTRAS = {"NVIDIA GPU": "gpu", "TPU": "tpu"}
 # Files that the drivers make.
-_NVIDIA = ("dev/nvidia0", "dev/nvidiactl")
+_NVIDIA = ("dev/nvidia0", "dev/nvidiactl", "dev/dxg")  # the last of WSL
 _GOOGLE = "0x1ae0"
 # Of PCI; Google's network cards have the same vendor. As in jax._src.hardware_utils.
 _TPUS = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
@@ -61,6 +63,24 @@ def check_devices(root: str = "/") -> Iterator[Finding]:
         remedy = f"pip install 'xclip_jax[{_EXTRAS[present]}]', and see the warnings of python -c 'import jax; "
         reason = f"this machine has a {present} that JAX does not use"
         yield fail("devices", f"{text}; {reason}", f"{remedy}jax.devices()'", **values)
+
+
+def warn_of_idle_accelerator(root: str = "/") -> None:
+    """Print a warning where JAX computes on the CPU of a machine that has a GPU or TPU, and was not asked to.
+
+    JAX_PLATFORMS=cpu asks for it.
+
+    Args:
+      root: of the file system.
+
+    Raises:
+      UserError: JAX has no device.
+    """
+    for finding in check_devices(root):
+        if finding.mark == FAIL and not finding.values:
+            raise UserError(f"{finding.text}; {finding.remedy}.")
+        if finding.mark == FAIL:
+            log0(f"WARNING: computing on the CPU. {finding.text}: {finding.remedy}")
 
 
 def check_versions() -> Iterator[Finding]:

@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import ml_collections
 import numpy as np
 
-from xclip_jax.config.schema import Config
-from xclip_jax.data import controls, labelled, loader
+from xclip_jax.config.schema import Config, resolve
+from xclip_jax.data import controls, labelled, loader, sources
 from xclip_jax.data.base import Source
 from xclip_jax.data.length_groups import AUTO
 from xclip_jax.errors import UserError
@@ -53,6 +54,19 @@ class Job:
     def num_samples(self) -> int:
         """Samples of all sources together: an epoch."""
         return sum(map(len, self.sources))
+
+
+def check(config: ml_collections.ConfigDict | Config) -> None:
+    """Check what needs neither data nor devices: all keys, and the names of sources and evaluation sets.
+
+    Raises:
+      UserError: a wrong key or value, or a name that does not exist.
+    """
+    config = resolve(config)
+    for spec in config.data.sources:
+        sources.parse(spec)
+    for spec in (*config.eval.sets, *config.eval.final_sets):
+        registry.check(spec)
 
 
 def prepare(config: Config, folder: TrainingFolder) -> Job:

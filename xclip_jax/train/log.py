@@ -1,9 +1,8 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard, the progress line, callbacks, and warnings of a collapse."""
+"""Metrics of a run: metrics.jsonl, trackers, the progress line, callbacks, and warnings of a collapse."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from xclip_jax.train.goodput import Goodput
 from xclip_jax.train.job import Job
 from xclip_jax.train.progress import InputStallTimer, Progress
 from xclip_jax.train.recovery import SkippedSteps
+from xclip_jax.train.trackers import Trackers
 
 
 def is_due(every: int, step: int) -> bool:
@@ -28,45 +28,31 @@ def is_due(every: int, step: int) -> bool:
 
 
 class MetricWriter:
-    """Writes scalars to metrics.jsonl, one object a line with its "step", and to TensorBoard."""
+    """Writes scalars to metrics.jsonl, one object a line with its "step"."""
 
     def __init__(self, folder: RunFolder, *, step: int = 0, evaluations: int | None = None) -> None:
-        """Open the files, without the lines of later steps that an interrupted run left.
+        """Open the file, without the lines of later steps that an interrupted run left.
 
         Args:
           folder: the run's.
           step: the step that the run starts or resumes from.
           evaluations: last step whose evaluation stays, `step` by default.
         """
-        from tensorboardX import SummaryWriter  # it imports torch where there is one, which takes seconds
-
         last = step if evaluations is None else evaluations
         self._file = JsonLines(folder.metrics_file, lambda line: line["step"] <= (step if "loss" in line else last))
         self._evaluated = {line["step"] for line in self._file.kept if "loss" not in line}
-        # A bounded queue blocks for ever, at exit too, when an error of the disk has ended the thread that empties it.
-        self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=step + 1, max_queue=0)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write one set of scalars."""
         self._file.append({"step": step} | dict(scalars))
-        for name, value in scalars.items():
-            if self._tensorboard_is_alive():
-                self._tensorboard.add_scalar(name, value, step)
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the file had results of an evaluation of `step` when it was opened."""
         return step in self._evaluated
 
     def close(self) -> None:
-        """Write what is buffered."""
+        """Write what is buffered; more may be written."""
         self._file.close()
-        if self._tensorboard_is_alive():
-            self._tensorboard.close()
-
-    def _tensorboard_is_alive(self) -> bool:
-        """Whether its thread still writes."""
-        writer: Any = self._tensorboard.file_writer
-        return writer is not None and writer.event_writer._worker.is_alive()
 
 
 class CollapseMonitor:
@@ -128,12 +114,13 @@ class MetricLogger:
         self._collapse = CollapseMonitor(job.experiment.objective.alarms, job.config.log.collapse_warmup_steps)
         self._flops, self._peak = _flops_and_peak(job)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._writer, before = None, []
+        self._writer, self._trackers, before = None, None, []
         if jax.process_index() == 0:
             before = job.folder.read_metrics()
             # A run that resumes at its last step makes the last evaluation again.
             last = start - (start == job.config.steps)
             self._writer = MetricWriter(job.folder, step=start, evaluations=last)
+            self._trackers = Trackers(job.folder, job.config, start)
         self._goodput = Goodput(began, start, before)
 
     def log_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -164,8 +151,7 @@ class MetricLogger:
             return  # its values are in skipped_steps.jsonl
         scalars = {key: float(value) for key, value in jax.device_get(metrics).items() if key != "skipped"}
         scalars |= self._accounts(step)
-        if self._writer:
-            self._writer.write(step, scalars)
+        self._write(step, scalars)
         for callback in self._callbacks:
             callback.on_log(step, scalars)
         log0(self._progress.line(step, scalars))
@@ -198,9 +184,14 @@ class MetricLogger:
         return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
     def write_results(self, step: int, results: Sequence[Result]) -> None:
-        """Write results of an evaluation, all of its sets or some, to metrics.jsonl and TensorBoard."""
-        if self._writer and results:
-            self._writer.write(step, flat(results))
+        """Write results of an evaluation, all of its sets or some, to metrics.jsonl and the trackers."""
+        if results:
+            self._write(step, flat(results))
+
+    def _write(self, step: int, scalars: Mapping[str, float]) -> None:
+        if self._writer and self._trackers:
+            self._writer.write(step, scalars)
+            self._trackers.log(step, scalars)
 
     def end_evaluation(self, step: int, results: Sequence[Result]) -> None:
         """Hand the results of all sets to the callbacks."""
@@ -238,6 +229,12 @@ class MetricLogger:
             log0(f"bad samples so far: {counts}; see {self.ledger.path}")
         if self._writer:
             self._writer.close()
+
+    def end(self, step: int) -> None:
+        """Show the run's report, where it has one, in the trackers, and end them: they get nothing more."""
+        if self._trackers:
+            self._trackers.show_report(step)
+            self._trackers.close()
 
 
 def utilization(flops_per_second: float, peak: float | None) -> dict[str, float]:

@@ -14,7 +14,7 @@ from xclip_jax.errors import EXIT_RESUMABLE, UserError, describe
 from xclip_jax.evaluators import summary
 from xclip_jax.evaluators.result import Result, flat, to_json
 from xclip_jax.parallel import processes
-from xclip_jax.train import disk_space, same_run
+from xclip_jax.train import disk_space, same_run, trackers
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.interrupt import Interrupted, PreemptionHandler
@@ -53,6 +53,7 @@ def run(
     if (results := folder.completed(config)) is not None:
         log0(f"{folder.path} is complete at step {config.steps}; to train again, use a different --config.run")
         return results
+    trackers.check(config)
     limits = {"warning": config.log.stall_warning, "limit": config.log.stall_limit}
     with PreemptionHandler() as stop:
         same_run.check_config(config)
@@ -74,6 +75,7 @@ def run(
                     log0("the last evaluation was left")
             watch.enter("")
             log.close()
+            log.end(int(state.step))
             log0(f"stopped at step {int(state.step)} of {config.steps}; run the same command to resume")
             raise SystemExit(EXIT_RESUMABLE)
 
@@ -149,6 +151,7 @@ def _finish(
     if results:
         log0(summary.render(results))
     if failed:
+        log.end(step)
         raise UserError(
             f"{len(failed)} of {len(job.final)} evaluation sets failed ({', '.join(failed)}); "
             f"{job.folder.results_file} has the others. Run the same command to evaluate again."
@@ -157,5 +160,6 @@ def _finish(
         log.end_evaluation(step, results)
     for callback in callbacks:
         callback.on_end(job, variables, results)
+    log.end(step)
     log0(f"model: {config.run}; load it with xclip_jax.load({config.run!r}), see README for evaluate, embed and export")
     return flat(results)
