@@ -5,7 +5,7 @@ from PIL import Image
 
 from xclip_jax.report.attention import Maps
 from xclip_jax.report.examples import Confusion, Examples, Gallery, Prediction, SearchResult
-from xclip_jax.report.markup import Images, Section, data_uri, esc, missing
+from xclip_jax.report.markup import Images, Section, data_uri, esc, missing, wide
 
 FIRST = 24  # clusters that are shown at first
 _DARK = np.array([17, 24, 39])
@@ -215,8 +215,8 @@ def _heat(confusion: Confusion) -> str:
             title = f"{name} predicted as {other}: {count} of {total}"
             cells.append(f'<td{strong} style="--v:{share:.2f}" title="{esc(title)}">{"" if dense else count}</td>')
         rows.append(f'<tr><th scope="row">{esc(name)}</th>{"".join(cells)}</tr>')
-    return (
-        '<div class="wide" tabindex="0" role="region" aria-label="Confusion matrix">'
+    return wide(
+        "Confusion matrix",
         f'<table class="heat{" dense" if dense else ""}"><thead><tr><td></td>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f"<tbody>{''.join(rows)}</tbody></table>",
     )

@@ -2,7 +2,7 @@
 
 CSS = """
 :root{--ink:#111827;--muted:#5b6472;--paper:#f3f4f6;--card:#fff;--edge:#e5e7eb;--accent:#4338ca;--soft:#eef2ff;
---right:#a7f3d0;--right-ink:#047857;--other:#e0e7ff;--bad:#b91c1c;--bad-soft:#fee2e2;--heat:67 56 202;
+--right:#a7f3d0;--right-ink:#046c4e;--other:#e0e7ff;--bad:#b91c1c;--bad-soft:#fee2e2;--heat:67 56 202;
 --l0:#4f46e5;--l1:#d97706;--l2:#059669;--l3:#db2777;--l4:#0891b2;--l5:#7c3aed;--l6:#65a30d;--l7:#b45309;
 color-scheme:light dark}
 @media(prefers-color-scheme:dark){:root{--ink:#e8eaf0;--muted:#9aa3b2;--paper:#0f1218;--card:#181c25;--edge:#2a303c;
@@ -86,6 +86,11 @@ table{border-collapse:collapse;width:100%;font-size:14.5px;font-variant-numeric:
 .wide tr.more th{padding-left:30px;font-weight:400}
 td small{margin-left:4px}
 .wide .text{text-align:left}
+.pill,.tile .pill{display:inline-block;font-size:12.5px;line-height:1.5;font-weight:600;padding:0 9px;
+border-radius:99px;
+background:var(--edge);color:var(--muted)}
+.pill.above{background:var(--right);color:var(--right-ink)}.pill.below{background:var(--bad-soft);color:var(--bad)}
+.tile .pill{margin:6px 0 2px;white-space:normal;border-radius:12px}
 .light{border-top:4px solid var(--l2)}.light.alarm{border-top-color:var(--bad);background:var(--bad-soft)}
 .light.early{border-top-color:var(--muted)}
 .light h3{margin:0 0 2px;font-size:16px;display:flex;gap:8px;align-items:center}
@@ -112,6 +117,7 @@ print-color-adjust:exact;-webkit-print-color-adjust:exact}
 background:var(--other);border-radius:5px}
 .bars li.right::before{background:var(--right)}.bars li.right{color:var(--right-ink);font-weight:600}
 .bars span{position:relative;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+.bars li.right small{color:inherit}
 .bars small{position:relative;margin-left:auto;font-weight:400;white-space:nowrap}
 .row{display:grid;grid-template-columns:repeat(6,minmax(0,1fr));gap:8px;margin:10px 0 0;padding:0;list-style:none}
 .row li{min-width:0;font-size:11.5px;color:var(--muted);text-align:center;line-height:1.3}
