@@ -18,7 +18,7 @@ SECTIONS = ("names", "search", "clusters", "attention", "confusion", "results", 
 class Page(HTMLParser):
     """Tags, ids, loaded addresses, attributes and text of a page; unbalanced tags are an error."""
 
-    VOID = frozenset(("meta", "input", "img", "br", "wbr", "line", "rect", "polyline", "link"))
+    VOID = frozenset(("meta", "input", "img", "br", "wbr", "line", "rect", "polyline", "link", "circle"))
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
@@ -50,10 +50,10 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-def check(text):
-    """Assert what holds for every page; return it parsed."""
+def check(text, sections=SECTIONS):
+    """Assert what holds for every page with these sections; return it parsed."""
     page = Page(text)
-    assert len(page.ids) == len(set(page.ids)) and set(SECTIONS) <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids)) and set(sections) <= set(page.ids)
     assert all(load.startswith(("data:image/", "#")) for load in page.loads)
     assert {load for load in page.loads if load.startswith("#")} <= {f"#{i}" for i in page.ids}
     assert not re.search(r"url\((?!data:image/webp;base64,)|@import|\bfetch\(|XMLHttpRequest|import\(", text)

@@ -26,6 +26,16 @@ def wide(label: str, table: str) -> str:
     return f'<div class="wide" tabindex="0" role="region" aria-label="{esc(label)}">{table}</div>'
 
 
+_GOOD, _BAD = ("above chance", "better"), ("below chance", "worse")
+
+
+def verdict_pill(verdict: str, text: str = "") -> str:
+    """Return a verdict, or `text` in its place, on a ground of the verdict's colour; "" without either."""
+    text = text or verdict
+    state = " above" if verdict in _GOOD else " below" if verdict in _BAD else ""
+    return f'<span class="pill{state}">{esc(text)}</span>' if text else ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Section:
     """A part of the page with its heading; `empty` ones give a reason and go to the end."""

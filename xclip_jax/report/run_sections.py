@@ -7,9 +7,9 @@ from typing import Any
 from xclip_jax.config import schema
 from xclip_jax.evaluators import summary
 from xclip_jax.evaluators.result import Result
-from xclip_jax.report.chance import ABOVE, BELOW, LEVEL, Judgement, judge, judgements
+from xclip_jax.report.chance import ABOVE, LEVEL, judge, judgements
 from xclip_jax.report.charts import Line, chart, number
-from xclip_jax.report.markup import Section, breakable, esc, missing, wide
+from xclip_jax.report.markup import Section, breakable, esc, missing, verdict_pill, wide
 from xclip_jax.report.metric_charts import metric_lines, term_chart
 from xclip_jax.report.record import Record
 
@@ -21,13 +21,13 @@ def title(record: Record) -> str:
 
 
 def head(record: Record, parameters: int | None) -> str:
-    """The head of the page: title, best results, and facts of the run."""
+    """The head of the page, HTML: title, best results, and facts of the run."""
     config, steps, batch = record.config, record.steps, record.config.data.batch
     done = f"{steps:,} steps" if steps == config.steps else f"{steps:,} of {config.steps:,} steps"
     return (
-        f'<header><div><p class="eyebrow">xclip_jax run report</p><h1>{esc(title(record))}</h1>'
+        f'<p class="eyebrow">xclip_jax run report</p><h1>{esc(title(record))}</h1>'
         f'<p class="lead">{done} of {batch:,} {record.items}, in <code>{esc(record.folder)}</code></p>'
-        f"{_tiles(record)}{_facts(record, parameters)}</div></header>"
+        f"{_tiles(record)}{_facts(record, parameters)}"
     )
 
 
@@ -43,10 +43,10 @@ def _tiles(record: Record) -> str:
         chance = f"{judged.verdict or 'chance'} ({result.chance:.1f}\u00a0%)" if result.chance is not None else ""
         details = ", ".join(filter(None, (short[row.name], when)))
         unit = " <small>%</small>" if result.unit == "%" else ""
-        interval = f", {LEVEL:.0%}: {judged}" if str(judged) else ""
+        label = metric.label + (f", {LEVEL:.0%}: {judged}" if str(judged) else "")
         tiles.append(
             f'<div class="card tile"><span class="name">{esc(family)}</span><b>{result.value:.1f}{unit}</b>'
-            f"<span>{esc(metric.label)}{interval}</span>{pill(judged, chance)}<span>{breakable(details)}</span></div>"
+            f"<span>{esc(label)}</span>{verdict_pill(judged.verdict, chance)}<span>{breakable(details)}</span></div>"
         )
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
@@ -115,13 +115,6 @@ def _method(record: Record) -> str:
     return f"{counts}Intervals are of the first metric of a row, at {LEVEL:.0%}: {names}."
 
 
-def pill(judged: Judgement, text: str = "") -> str:
-    """Return the verdict, or `text`, in the verdict's colour; "" without text."""
-    state = {ABOVE: " above", BELOW: " below"}.get(judged.verdict, "")
-    text = text or judged.verdict
-    return f'<span class="pill{state}">{esc(text)}</span>' if text else ""
-
-
 def _table(table: summary.Table, results: Sequence[Result]) -> str:
     """A table, with the interval and the verdict of each row whose first metric has them."""
     judged = {name: judge(row.shown[0][1]) for name, row in summary.rows_of(table, results).items()}
@@ -139,7 +132,7 @@ def _table(table: summary.Table, results: Sequence[Result]) -> str:
                 shown[-1] += f" <small>{esc(cell)}</small>"
         if shown_intervals:
             own = judged.get(name)
-            shown += [f"<td>{own or ''}", f'<td class="text">{pill(own) if own else ""}']
+            shown += [f"<td>{own or ''}", f'<td class="text">{verdict_pill(own.verdict) if own else ""}']
         more = ' class="more"' if name.startswith(" ") else ""
         rows.append(f'<tr{more}><th scope="row">{breakable(name.strip())}</th>{"</td>".join(shown)}</td></tr>')
     return wide(

@@ -91,6 +91,17 @@ border-radius:99px;
 background:var(--edge);color:var(--muted)}
 .pill.above{background:var(--right);color:var(--right-ink)}.pill.below{background:var(--bad-soft);color:var(--bad)}
 .tile .pill{margin:6px 0 2px;white-space:normal;border-radius:12px}
+.run::before{content:"";display:inline-block;width:10px;height:10px;border-radius:50%;background:var(--c);
+margin-right:6px}
+.run{font-weight:600;overflow-wrap:anywhere}
+.striped{border-top:5px solid var(--c)}
+.tile.striped b{font-size:24px;overflow-wrap:anywhere}.tile.striped .name{min-height:0}
+.by+.by{margin-top:12px}.by .head{display:flex;gap:8px;align-items:baseline;font-size:13px;margin-bottom:4px}
+.by .head small{margin-left:auto;white-space:nowrap}.by .row{margin-top:4px}
+.several td{line-height:1.45}.keys-of td{white-space:normal!important;overflow-wrap:anywhere;max-width:300px}
+.wide .bar{text-align:center;width:200px}
+.forest{display:block;fill:var(--muted);overflow:visible}.forest.above{fill:var(--right-ink)}.forest.below{fill:var(--bad)}
+.forest line{stroke:var(--muted);stroke-dasharray:3 3}.forest rect{opacity:.45}
 .light{border-top:4px solid var(--l2)}.light.alarm{border-top-color:var(--bad);background:var(--bad-soft)}
 .light.early{border-top-color:var(--muted)}
 .light h3{margin:0 0 2px;font-size:16px;display:flex;gap:8px;align-items:center}
