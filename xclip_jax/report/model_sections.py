@@ -224,9 +224,8 @@ def _heat(confusion: Confusion) -> str:
             if not count:
                 cells.append("<td></td>")
                 continue
-            share, strong = count / total, ' class="strong"' if count > 0.55 * total else ""
             title = f"{name} predicted as {other}: {count} of {total}"
-            cells.append(f'<td{strong} style="--v:{share:.2f}" title="{esc(title)}">{"" if dense else count}</td>')
+            cells.append(f'<td style="--v:{count / total:.2f}" title="{esc(title)}">{"" if dense else count}</td>')
         rows.append(f'<tr><th scope="row">{esc(name)}</th>{"".join(cells)}</tr>')
     return wide(
         "Confusion matrix",

@@ -152,8 +152,7 @@ min-width:860px}
 .heat thead td,.heat thead th:first-child{width:130px}
 .wide .heat td,.wide .heat th{border:0!important}
 .wide .heat tbody td{height:44px;padding:0;text-align:center;border-radius:6px;
-background:rgb(var(--heat)/calc(.05 + .85*var(--v,0)))}
-.heat td.strong{color:var(--card)}
+background:rgb(var(--heat)/calc(.05 + .55*var(--v,0)))}
 .wide .heat th{padding:0 6px;font-weight:500;font-size:12.5px;line-height:1.25;white-space:normal;
 overflow-wrap:anywhere;vertical-align:middle}
 .wide .heat thead th{vertical-align:bottom;text-align:center;color:var(--muted);padding-bottom:4px}
