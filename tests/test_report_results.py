@@ -28,7 +28,7 @@ def test_an_evaluation_is_shown_before_there_are_results(tmp_path):
     assert "From evaluation.json" in words and "12.5" in words and "(10.0)" in words
 
 
-def test_results_are_tested_against_chance(tmp_path):
+def judged_results():
     """Of 10 names: 11 of 100 right are within the interval, 5.6 to 18.8 %, of 20 chance is below, of 1 above."""
     results = {}
     for name, top1 in (("a<b", 20.0), ("b", 11.0), ("c", 1.0)):
@@ -38,7 +38,11 @@ def test_results_are_tested_against_chance(tmp_path):
     results |= {"retrieval/r/images": 100.0, "retrieval/r/captions": 500.0}
     results |= {"visual/p/linear/top1": 55.0, "visual/p/n": 100.0, "visual/p/ways": 3.0, "visual/p/majority": 50.0}
     results |= {"textual/s/spearman_all": 50.0, "textual/s/spearman_mean": 50.0, "textual/s/pairs": 100.0}
-    results = flat_names.read(results)
+    return flat_names.read(results)
+
+
+def test_results_are_tested_against_chance(tmp_path):
+    results = judged_results()
     judged = chance.verdicts(results)
     assert judged == {
         ("a<b", "top1"): "above chance", ("b", "top1"): "not distinguishable from chance",
@@ -48,7 +52,7 @@ def test_results_are_tested_against_chance(tmp_path):
     run = written(tmp_path / "run", tiny.config("clip"), [{"step": 1, "loss": 1.0, "clip/loss": 1.0}])
     text = html.render(dataclasses.replace(run, results=results), examples.Examples())
     words = " ".join(check(text).text)
-    assert "above chance (10.0\u00a0%)" in words  # the tile of zero-shot classification
+    assert "above chance chance 10.0\u00a0%, a" in words  # the tile of zero-shot classification
     assert "2 of 5 sets are above chance. Intervals are of the first metric of a row, at 95%: binomial, which" in words
     rows = dict(re.findall(r'<th scope="row">([^ ]+?)</th>.*?<span class="pill([a-z ]*">[a-z -]+)</span>', text))
     assert rows["a&lt;b"] == ' above">above chance' and rows["c"] == ' below">below chance'

@@ -28,7 +28,8 @@ def run(folder, color, right, *, objective="clip", split="1", **changes):
     rows = [
         {"step": s, "loss": right / s, f"{objective}/loss": right / s, "lr": 1e-3, "grad_norm": 1.0} for s in (1, 2, 3)
     ]
-    rows.append({"step": 2, "zeroshot/x/top1": right / 2, "zeroshot/x/ways": 4.0, "zeroshot/x/n": 100.0})
+    counts = {"zeroshot/x/ways": 4.0, "zeroshot/x/n": 100.0}
+    rows += [{"step": step, "zeroshot/x/top1": step * right / 3} | counts for step in (2, 3)]
     written(folder, tiny.config(objective, run=folder, **changes), rows)
     values = np.repeat([1.0, 0.0], [right, 100 - right])
     result = Result("x", "zeroshot", "top1", float(right), n=100, chance=25.0, headline=True, evaluator="zeroshot")
@@ -55,12 +56,17 @@ def predicted(answers):
     return examples.Examples(named=[panel], gallery=gallery, searches=searched)
 
 
+def compared(folder):
+    """Three runs, of which the second is the best and the third is not above chance."""
+    of_each = enumerate((("a", 40), (HOSTILE[:9], 70), ("c", 26)))
+    return [run(folder / name, i, right) for i, (name, right) in of_each]
+
+
 def test_a_page_of_three_runs(tmp_path):
-    a, b, c = (
-        run(tmp_path / name, i, right) for i, (name, right) in enumerate((("a", 40), (HOSTILE[:9], 70), ("c", 26)))
-    )
     best = [[("fox", ["fox", "hen"]), ("hen", ["fox", "hen"])], [("fox", ["hen", "fox"]), ("hen", ["hen", "fox"])]]
-    shown = [dataclasses.replace(x, examples=predicted(p)) for x, p in zip((a, b, c), (*best, best[0]), strict=True)]
+    shown = [
+        dataclasses.replace(x, examples=predicted(p)) for x, p in zip(compared(tmp_path), (*best, best[0]), strict=True)
+    ]
     text = several.render(shown)
     words = " ".join(check(text, SECTIONS).text)
     assert "3 runs side by side" in words

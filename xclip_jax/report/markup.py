@@ -29,11 +29,10 @@ def wide(label: str, table: str) -> str:
 _GOOD, _BAD = ("above chance", "better"), ("below chance", "worse")
 
 
-def verdict_pill(verdict: str, text: str = "") -> str:
-    """Return a verdict, or `text` in its place, on a ground of the verdict's colour; "" without either."""
-    text = text or verdict
+def verdict_pill(verdict: str) -> str:
+    """Return a verdict on a ground of its colour; "" without one."""
     state = " above" if verdict in _GOOD else " below" if verdict in _BAD else ""
-    return f'<span class="pill{state}">{esc(text)}</span>' if text else ""
+    return f'<span class="pill{state}">{esc(verdict)}</span>' if verdict else ""
 
 
 @dataclasses.dataclass(frozen=True)

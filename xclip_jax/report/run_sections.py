@@ -40,13 +40,13 @@ def _tiles(record: Record) -> str:
     for family, row in summary.representatives(results).items():
         metric, result = row.shown[0]
         judged = judge(result)
-        chance = f"{judged.verdict or 'chance'} ({result.chance:.1f}\u00a0%)" if result.chance is not None else ""
-        details = ", ".join(filter(None, (short[row.name], when)))
+        chance = f"chance {result.chance:.1f}\u00a0%" if result.chance is not None else ""
+        details = ", ".join(filter(None, (chance, short[row.name], when)))
         unit = " <small>%</small>" if result.unit == "%" else ""
         label = metric.label + (f", {LEVEL:.0%}: {judged}" if str(judged) else "")
         tiles.append(
             f'<div class="card tile"><span class="name">{esc(family)}</span><b>{result.value:.1f}{unit}</b>'
-            f"<span>{esc(label)}</span>{verdict_pill(judged.verdict, chance)}<span>{breakable(details)}</span></div>"
+            f"<span>{esc(label)}</span>{verdict_pill(judged.verdict)}<span>{breakable(details)}</span></div>"
         )
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 

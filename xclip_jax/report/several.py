@@ -102,7 +102,7 @@ def _head(runs: Sequence[Run]) -> str:
         )
     return (
         f'<p class="eyebrow">xclip_jax comparison</p><h1>{len(runs)} runs side by side</h1><p class="lead">Differences '
-        f'are against the first one, {esc(runs[0].name)}.</p><div class="tiles">{"".join(cards)}</div>'
+        f'are against the first one, {esc(runs[0].name)}.</p><div class="tiles runs">{"".join(cards)}</div>'
     )
 
 
@@ -131,7 +131,7 @@ def _results(runs: Sequence[Run]) -> Section:
         label, first = next(result for result in own if result)
         lower = first.unit == "rank"
         values = [pair[1].value for pair in own if pair and math.isfinite(pair[1].value)]
-        best = (min if lower else max)(values, default=math.nan) if len(values) > 1 else math.nan
+        best = (min if lower else max)(values, default=math.nan) if len(set(values)) > 1 else math.nan
         cells = "".join(_cell(pair[1] if pair else None, best) for pair in own)
         level = "" if first.chance is None else f"{first.chance:.1f}"
         rows.append(
@@ -282,7 +282,7 @@ def _losses(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _evaluated(runs: Sequence[Run]) -> Iterator[str]:
-    """A chart for each set that was evaluated during training."""
+    """A chart for each set that was evaluated more than once during training."""
     points: dict[tuple[str, str], dict[int, list[tuple[float, float]]]] = {}
     for run in runs:
         for step, results in run.record.evaluations:
@@ -290,7 +290,8 @@ def _evaluated(runs: Sequence[Run]) -> Iterator[str]:
                 metric, result = row.shown[0]
                 title = f"{_last(row.name)}, {metric.label}", result.unit
                 points.setdefault(title, {}).setdefault(run.color, []).append((step, result.value))
-    for (title, unit), of_runs in points.items():
+    several = {title: of_runs for title, of_runs in points.items() if max(map(len, of_runs.values())) > 1}
+    for (title, unit), of_runs in several.items():
         lines = [
             Line(run.name, *zip(*of_runs[run.color], strict=True), run.color) for run in runs if run.color in of_runs
         ]

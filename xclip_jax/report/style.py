@@ -94,9 +94,10 @@ background:var(--edge);color:var(--muted)}
 .run::before{content:"";display:inline-block;width:10px;height:10px;border-radius:50%;background:var(--c);
 margin-right:6px}
 .run{font-weight:600;overflow-wrap:anywhere}
+.tiles.runs{grid-template-columns:repeat(auto-fill,minmax(min(100%,240px),1fr))}h3+.wide{margin-top:14px}
 .striped{border-top:5px solid var(--c)}
 .tile.striped b{font-size:24px;overflow-wrap:anywhere}.tile.striped .name{min-height:0}
-.by+.by{margin-top:12px}.by .head{display:flex;gap:8px;align-items:baseline;font-size:13px;margin-bottom:4px}
+.by+.by,.quote+.by{margin-top:12px}.by .head{display:flex;gap:8px;align-items:baseline;font-size:13px;margin-bottom:4px}
 .by .head small{margin-left:auto;white-space:nowrap}.by .row{margin-top:4px}
 .several td{line-height:1.45}.keys-of td{white-space:normal!important;overflow-wrap:anywhere;max-width:300px}
 .wide .bar{text-align:center;width:200px}
@@ -117,7 +118,7 @@ border:3px solid var(--card);box-shadow:0 0 0 1px var(--edge)}
 .alarm .gauge i{background:var(--bad)}.early .gauge i{background:var(--muted)}
 .im{display:block;width:100%;aspect-ratio:1;background:#fff center/contain no-repeat;border-radius:8px;
 print-color-adjust:exact;-webkit-print-color-adjust:exact}
-.guess{display:grid;grid-template-columns:76px 1fr;gap:4px 14px;align-content:start}
+.guess{display:grid;grid-template-columns:76px minmax(0,1fr);gap:4px 14px;align-content:start}
 .guess .head{grid-column:1/-1;display:flex;gap:8px;align-items:baseline;font-size:14.5px;min-width:0;margin-bottom:6px}
 .guess .head b{white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
 .guess .head small{margin-left:auto;white-space:nowrap}
@@ -177,8 +178,9 @@ footer{padding:36px 0 64px;color:var(--muted);font-size:14px}
 @media(max-width:560px){main,header>div,footer>div,nav ul{padding:0 16px}header{padding-top:34px}.card{padding:14px}
 .chart{padding:14px 12px 34px}.plot{margin-left:40px}.tile b{font-size:30px}.row{gap:6px}section{padding-top:32px}
 .tiles{grid-template-columns:repeat(2,minmax(0,1fr));gap:10px}
-.wide th,.wide td{padding:7px 6px}.wide th:first-child{padding-left:12px;white-space:normal}.wide table{font-size:13px}
-.wide td:last-child,.wide th:last-child{padding-right:12px}.wide tr.more th{padding-left:20px}
+.wide th,.wide td{padding:7px 6px}.wide th:first-child{padding-left:12px;white-space:normal;min-width:112px}
+.wide table{font-size:13px}
+.wide td:last-child,.wide th:last-child{padding-right:12px}.wide tr.more th{padding-left:18px}
 .wide thead th{white-space:normal;font-size:12px}.wide .text{white-space:normal}td small{margin-left:2px;font-size:11px}
 .facts{grid-template-columns:repeat(2,minmax(0,1fr))}
 }
