@@ -104,7 +104,7 @@ def test_charts_are_read_with_the_mouse_and_with_keys(width, browser, pages):  #
         assert tip.count() == 0
         page.locator(".chart").first.focus()
         page.keyboard.press("Home")
-        assert tip.locator("div").first.inner_text() == "step 1"
+        assert tip.locator("div").first.inner_text() == "step 2"  # of the first evaluation
         page.keyboard.press("Escape")
         assert tip.count() == 0
 

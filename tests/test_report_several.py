@@ -107,6 +107,16 @@ def test_what_differs_is_listed_and_what_cannot_be_compared_is_said(tmp_path):
     assert "evaluation.json does not exist; make it with python -m xclip_jax.evaluate" in several.render([a, b])
 
 
+def test_levels_that_differ_between_runs_are_left_out(tmp_path):
+    """ln b of batches of 16 and of 8."""
+    runs = [run(tmp_path / name, i, 40) for i, name in enumerate("ab")]
+    for levels, shown in (((2.77, 2.77), 1), ((2.77, 2.08), 0)):
+        for one, level in zip(runs, levels, strict=True):
+            for row in one.record.training:
+                row["clip/ln_b"] = level
+        assert several.render(runs).count(">ln b</span>") == shown
+
+
 def test_images_that_differ_are_not_put_side_by_side():
     one, other = predicted([("fox", ["fox"])]), predicted([("hen", ["hen"])])
     text = side_by_side.predictions([("A", one), ("B", other)], Images()).body

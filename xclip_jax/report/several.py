@@ -37,7 +37,7 @@ class Run:
     @property
     def label(self) -> str:
         """HTML of the name behind a dot in its colour."""
-        return f'<span class="run c{self.color}">{esc(self.name)}</span>'
+        return f'<span class="run c{self.color}">{breakable(self.name)}</span>'
 
 
 def short_names(folders: Sequence[str]) -> list[str]:
@@ -254,7 +254,7 @@ def _curves(runs: Sequence[Run]) -> Section:
     if len(set(batches.values())) > 1:
         sizes = ", ".join(f"{name} {batch:,}" for name, batch in batches.items())
         text += f" Batches differ, and so does what a step is: {sizes}."
-    return Section("curves", "Training", f'<p>{esc(text)}</p><div class="grid2">{"".join(charts)}</div>')
+    return Section("curves", "Training", f'<p>{esc(text)}</p><div class="grid2 over">{"".join(charts)}</div>')
 
 
 def _lines(run: Run, rows: Sequence[Mapping[str, float]], key: str, scale: float = 1.0) -> list[Line]:
@@ -275,8 +275,9 @@ def _losses(runs: Sequence[Run]) -> Iterator[str]:
                     curves.setdefault((term, key), (curve, name))
     for (term, key), (curve, name) in curves.items():
         scale = 100.0 if curve.unit == "%" else 1.0
-        rows = next((run.record.training for run in runs if term in run.record.objective.terms), [])
-        levels = shown_levels(curve, rows, term) if rows else []
+        having = [run.record.training for run in runs if term in run.record.objective.terms and run.record.training]
+        of_runs = [shown_levels(curve, rows, term) for rows in having]
+        levels = of_runs[0] if of_runs and all(own == of_runs[0] for own in of_runs) else []
         lines = [line for run in runs for line in _lines(run, run.record.training, f"{term}/{key}", scale)]
         yield chart(name, lines, levels, unit=curve.unit, note=curve.note)
 

@@ -93,7 +93,12 @@ background:var(--edge);color:var(--muted)}
 .tile .pill{margin:6px 0 2px;white-space:normal;border-radius:12px}
 .run::before{content:"";display:inline-block;width:10px;height:10px;border-radius:50%;background:var(--c);
 margin-right:6px}
-.run{font-weight:600;overflow-wrap:anywhere}
+.run{font-weight:600;overflow-wrap:anywhere}.wide .run{overflow-wrap:normal}
+.over .c1,.over .c5{stroke-dasharray:9 4;--on:9px;--off:12px}
+.over .c2,.over .c6{stroke-dasharray:2 3;--on:3px;--off:6px}
+.over .c3,.over .c7{stroke-dasharray:12 3 2 3;--on:13px;--off:16px}
+.over .legend li::before{width:21px;background:repeating-linear-gradient(90deg,var(--c) 0 var(--on,21px),
+transparent var(--on,21px) var(--off,21px))}
 .tiles.runs{grid-template-columns:repeat(auto-fill,minmax(min(100%,240px),1fr))}h3+.wide{margin-top:14px}
 .striped{border-top:5px solid var(--c)}
 .tile.striped b{font-size:24px;overflow-wrap:anywhere}.tile.striped .name{min-height:0}
@@ -179,7 +184,8 @@ footer{padding:36px 0 64px;color:var(--muted);font-size:14px}
 .chart{padding:14px 12px 34px}.plot{margin-left:40px}.tile b{font-size:30px}.row{gap:6px}section{padding-top:32px}
 .tiles{grid-template-columns:repeat(2,minmax(0,1fr));gap:10px}
 .wide th,.wide td{padding:7px 6px}.wide th:first-child{padding-left:12px;white-space:normal;min-width:112px}
-.wide table{font-size:13px}
+.wide table{font-size:13px}.several .pill{white-space:normal;max-width:118px;
+font-size:12px;padding:0 7px;border-radius:12px}
 .wide td:last-child,.wide th:last-child{padding-right:12px}.wide tr.more th{padding-left:18px}
 .wide thead th{white-space:normal;font-size:12px}.wide .text{white-space:normal}td small{margin-left:2px;font-size:11px}
 .facts{grid-template-columns:repeat(2,minmax(0,1fr))}
