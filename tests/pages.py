@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -23,12 +24,14 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
         self.text, self.tags, self.open, self.ids, self.loads, self.attributes = [], [], [], [], [], []
+        self.elements = []
         self.feed(text)
         self.close()
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        self.elements.append((tag, dict(attrs)))
         if tag not in self.VOID:
             self.open.append(tag)
         for key, value in attrs:
@@ -60,7 +63,24 @@ def check(text, sections=SECTIONS):
     assert page.tags.count("script") == page.tags.count("style") == 1
     assert not [a for a in page.attributes if a.startswith("on")]
     assert "default-src 'none'" in text and len(text) < 10e6
+    check_basics(page)
     return page
+
+
+def check_basics(page):
+    """Assert what a person who does not see a page needs at least: a language, a title, headings in order, labels."""
+    (language,) = [attributes.get("lang") for tag, attributes in page.elements if tag == "html"]
+    assert language == "en" and page.tags.count("title") == page.tags.count("h1") == page.tags.count("main") == 1
+    levels = [int(tag[1]) for tag in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and all(below - above <= 1 for above, below in itertools.pairwise(levels)), levels
+    labelled = {attributes.get("for") for tag, attributes in page.elements if tag == "label"}
+    for tag, attributes in page.elements:
+        if tag == "img":
+            assert "alt" in attributes, attributes
+        if attributes.get("role") in ("img", "region", "group") or tag == "nav":
+            assert attributes.get("aria-label"), (tag, attributes)
+        if tag in ("input", "textarea", "select"):
+            assert attributes.get("aria-label") or attributes.get("id") in labelled, attributes
 
 
 def written(folder, config, rows):

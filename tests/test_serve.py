@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests import tiny
 from tests.browser import SCHEMES, WIDTHS, browser, check_accessible, check_layout, opened  # noqa: F401
+from tests.pages import Page, check_basics
 from xclip_jax import inference
 from xclip_jax.embed_sources import open_images
 from xclip_jax.errors import UserError
@@ -120,6 +121,7 @@ def test_the_page_escapes_names_and_loads_nothing_from_elsewhere(client):
     answer = client.get("/")
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert "<b>pictures" not in answer.text and "<img src=x" not in answer.text and "&lt;img src=x" in answer.text
+    check_basics(Page(answer.text))
     assert "8 pictures" in answer.text and "http" not in answer.text.replace("http-equiv", "")
 
 
