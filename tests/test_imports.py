@@ -41,6 +41,7 @@ FLOORS = (
         "export",
         "plan",
         "doctor",
+        "serve",
         "report.__main__",
         "study.__main__",
         "data.check",

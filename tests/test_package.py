@@ -107,7 +107,7 @@ def test_versions_agree():
     assert citation["version"] == xclip_jax.__version__ and citation["license"] == "Apache-2.0"
 
 
-@pytest.mark.parametrize("name", ["evaluate", "embed", "export", "report", "check", "index"])
+@pytest.mark.parametrize("name", ["evaluate", "embed", "export", "report", "serve", "check", "index"])
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_help_names_the_program_as_it_was_called(name, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["xclip-jax"])

@@ -3,9 +3,7 @@
 import json
 import re
 import shutil
-import subprocess
 import time
-from html import unescape
 
 import numpy as np
 import PIL.Image
@@ -142,57 +140,3 @@ def test_bad_input_is_one_sentence(flags, message, run, monkeypatch):
         command.main([flag.format(run) for flag in flags])
     assert message in str(stopped.value)
     assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)
-
-
-_WATCH = """<script>
-const errors = [], log = console.error;
-console.error = (...a) => { errors.push(a.join(" ")); log(...a); };
-addEventListener("error", e => errors.push(e.message || String(e.target && e.target.tagName)), true);
-addEventListener("securitypolicyviolation", e => errors.push(e.blockedURI));
-addEventListener("load", () => setTimeout(() => {
-  const found = { errors, width: document.documentElement.scrollWidth, inner: innerWidth };
-  const plot = document.querySelector(".plot"), box = plot.getBoundingClientRect();
-  plot.dispatchEvent(new PointerEvent("pointermove", { clientX: box.right - 1, clientY: box.top + 9, bubbles: true }));
-  found.tip = document.querySelector(".tip").textContent;
-  plot.dispatchEvent(new PointerEvent("pointerleave"));
-  found.left = document.querySelectorAll(".tip").length;
-  const figure = document.querySelector(".chart");
-  figure.focus();
-  figure.dispatchEvent(new KeyboardEvent("keydown", { key: "Home", bubbles: true, cancelable: true }));
-  found.first = document.querySelector(".tip div").textContent;
-  const find = document.getElementById("find"), card = document.querySelector("[data-words]");
-  find.value = card.dataset.words.split(" ").pop();
-  find.dispatchEvent(new Event("input"));
-  found.cards = [...document.querySelectorAll("[data-words]")].filter(c => !c.hidden).map(c => c.dataset.words);
-  found.asked = find.value;
-  find.value = "zzz";
-  find.dispatchEvent(new Event("input"));
-  found.none = document.querySelectorAll("[data-words]:not([hidden])").length;
-  parent.postMessage(JSON.stringify(found), "*");
-}, 100));</script>"""
-
-
-@pytest.mark.skipif(not (shutil.which("chromium") or shutil.which("google-chrome")), reason="no browser")
-@pytest.mark.parametrize("width", [400, 1400])
-def test_in_a_browser_nothing_fails_and_nothing_sticks_out(width, run, tmp_path):
-    text = RunFolder(run / "run").report_file.read_text()
-    (tmp_path / "page.html").write_text(text.replace("<head>", f"<head>{_WATCH}", 1))
-    # Chromium's own windows are never narrower than 500 pixels; a frame is.
-    (tmp_path / "frame.html").write_text(
-        '<body><pre id="out"></pre><script>onmessage = e => { document.getElementById("out").textContent = e.data; };'
-        f'</script><iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe></body>'
-    )
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    flags = (
-        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --virtual-time-budget=4000 --window-size=1600,1000 --dump-dom"
-    )
-    line = [browser, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'frame.html'}"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
-    out = re.search(r'<pre id="out">(.+?)</pre>', done.stdout, re.DOTALL)
-    assert out, done.stderr[-2000:]
-    found = json.loads(unescape(out[1]))
-    assert found["errors"] == []
-    assert found["width"] <= found["inner"] == width
-    assert found["tip"].startswith("step 4") and found["left"] == 0 and found["first"] == "step 1"
-    assert found["cards"] and all(found["asked"] in words for words in found["cards"]) and found["none"] == 0

@@ -2,14 +2,20 @@
 
 import dataclasses
 import json
+import re
 
+import numpy as np
 import pytest
 import scipy.stats
 
 from tests import tiny
 from tests.pages import Page, check, written
 from xclip_jax.evaluators import flat_names, summary
+from xclip_jax.evaluators import results as results_files
+from xclip_jax.evaluators.result import Result, to_json
+from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.report import chance, examples, html, record
+from xclip_jax.run_folder import RunFolder
 
 
 def test_an_evaluation_is_shown_before_there_are_results(tmp_path):
@@ -22,7 +28,7 @@ def test_an_evaluation_is_shown_before_there_are_results(tmp_path):
     assert "From evaluation.json" in words and "12.5" in words and "(10.0)" in words
 
 
-def test_results_are_tested_against_chance(tmp_path):
+def judged_results():
     """Of 10 names: 11 of 100 right are within the interval, 5.6 to 18.8 %, of 20 chance is below, of 1 above."""
     results = {}
     for name, top1 in (("a<b", 20.0), ("b", 11.0), ("c", 1.0)):
@@ -32,7 +38,11 @@ def test_results_are_tested_against_chance(tmp_path):
     results |= {"retrieval/r/images": 100.0, "retrieval/r/captions": 500.0}
     results |= {"visual/p/linear/top1": 55.0, "visual/p/n": 100.0, "visual/p/ways": 3.0, "visual/p/majority": 50.0}
     results |= {"textual/s/spearman_all": 50.0, "textual/s/spearman_mean": 50.0, "textual/s/pairs": 100.0}
-    results = flat_names.read(results)
+    return flat_names.read(results)
+
+
+def test_results_are_tested_against_chance(tmp_path):
+    results = judged_results()
     judged = chance.verdicts(results)
     assert judged == {
         ("a<b", "top1"): "above chance", ("b", "top1"): "not distinguishable from chance",
@@ -40,9 +50,14 @@ def test_results_are_tested_against_chance(tmp_path):
         ("p", "linear/top1"): "not distinguishable from chance",
     }  # fmt: skip
     run = written(tmp_path / "run", tiny.config("clip"), [{"step": 1, "loss": 1.0, "clip/loss": 1.0}])
-    words = " ".join(check(html.render(dataclasses.replace(run, results=results), examples.Examples())).text)
-    assert "above chance (10.0\u00a0%)" in words  # the tile of zero-shot classification
-    assert "Not distinguishable from chance: b (top-1), p (linear probe, top-1). By 95% binomial" in words
+    text = html.render(dataclasses.replace(run, results=results), examples.Examples())
+    words = " ".join(check(text).text)
+    assert "above chance chance 10.0\u00a0%, a" in words  # the tile of zero-shot classification
+    assert "2 of 5 sets are above chance. Intervals are of the first metric of a row, at 95%: binomial, which" in words
+    rows = dict(re.findall(r'<th scope="row">([^ ]+?)</th>.*?<span class="pill([a-z ]*">[a-z -]+)</span>', text))
+    assert rows["a&lt;b"] == ' above">above chance' and rows["c"] == ' below">below chance'
+    assert rows["b"] == rows["p"] == '">not distinguishable from chance'
+    assert "<td>5.6 to 18.8</td>" in text and text.count(">95% interval<") == text.count(">verdict<") == 4
 
 
 @pytest.mark.parametrize(
@@ -59,6 +74,40 @@ def test_verdicts_change_where_the_exact_interval_ends(n, right, low, high):
             results = {"visual/x/linear/top1": 100 * right / n, "visual/x/n": float(n), "visual/x/ways": 2.0}
             results["visual/x/majority"] = 100 * share
             assert chance.verdicts(flat_names.read(results)) == {("x", "linear/top1"): verdict}
+
+
+def test_weighted_and_grouped_values_are_resampled(tmp_path):
+    """Of 100 images of 4 concepts, 2 of which are right throughout: the interval is that of 4 items and not of 100."""
+    values, concepts = np.repeat([1.0, 1.0, 0.0, 0.0], 25), np.repeat(np.arange(4), 25)
+    plain = Result("x", "zeroshot", "top1", 50.0, n=100, chance=25.0, items=PerExample(values))
+    of_items, of_concepts = (
+        chance.judge(dataclasses.replace(plain, items=PerExample(values, groups=groups))) for groups in (None, concepts)
+    )
+    assert (of_items.verdict, of_items.resampled, str(of_items)) == ("above chance", False, "39.8 to 60.2")
+    assert (of_concepts.verdict, of_concepts.resampled) == ("not distinguishable from chance", True)
+    assert of_concepts.low == 0 and of_concepts.high == 100
+    weighted = PerExample(np.array([1.0, 0.0]), weights=np.array([3.0, 1.0]))
+    assert chance.judge(dataclasses.replace(plain, items=weighted)).resampled
+    correlation = chance.judge(Result("s", "textual", "spearman_all", 50.0, "x 100", n=9))
+    assert str(correlation) == correlation.verdict == ""
+
+
+def test_per_example_values_of_an_evaluation_serve_the_results_of_the_run(tmp_path):
+    run = written(tmp_path / "run", tiny.config("clip"), []).folder
+    result = Result("x", "zeroshot", "top1", 50.0, n=4, chance=25.0, headline=True, evaluator="zeroshot")
+    entry = {"name": "zeroshot/x", "metrics": {"top1": 50.0}, "set": "x", "metric": "top1", "value": 50.0}
+    entry |= {"records": to_json([result]), "checkpoint": "run", "step": 4, "profile": "", "changes": {}}
+    items = PerExample(np.array([1.0, 1.0, 0.0, 0.0]), groups=np.array([0, 0, 1, 1]))
+    files = RunFolder(run)
+    keys = dict.fromkeys(results_files.KEY, "") | entry
+    results_files.add(files.evaluation_file, keys, {result.name: items}, {}, own=True)
+    (read,) = record.read(run).results
+    assert read.items.groups.tolist() == [0, 0, 1, 1]
+    other = dataclasses.replace(result, value=75.0)
+    files.results_file.write_text(json.dumps({"results": {}, "records": to_json([other]), "config": {}}))
+    assert record.read(run).results[0].items is None  # of another step
+    files.results_file.write_text(json.dumps({"results": {}, "records": to_json([result]), "config": {}}))
+    assert record.read(run).results[0].items is not None
 
 
 def test_tables_have_a_cell_for_each_column_and_the_content_of_their_text():

@@ -73,7 +73,14 @@ class Job:
     """A model, the items to embed, and the file to write."""
 
     def __init__(
-        self, model: inference.Model, sources: Mapping[str, Source], out: str, *, part: int = PART, threads: int = 0
+        self,
+        model: inference.Model,
+        sources: Mapping[str, Source],
+        out: str,
+        *,
+        part: int = PART,
+        threads: int = 0,
+        option: str = "--out",
     ) -> None:
         """Check the job against the files of an earlier one.
 
@@ -83,6 +90,7 @@ class Job:
           out: file to write, .parquet or .npz.
           part: rows of a part, rounded up to a multiple of the model's batch.
           threads: number of threads that read and decode; 0 for one a core.
+          option: argument of the command that names `out`, for messages.
 
         Raises:
           UserError: the file or its parts are of another job; `part` below 1, `threads` below 0.
@@ -90,7 +98,7 @@ class Job:
         check_count("part", part, 1)
         check_count("threads", threads, 0)
         self.model, self.sources, self.out, self._threads = model, sources, pathlib.Path(out), threads
-        self._format = embeddings.format_of(self.out)
+        self._format, self._option = embeddings.format_of(self.out), option
         self.folder = pathlib.Path(f"{out}.parts")
         size = -(-part // model.batch) * model.batch
         self._parts = [
@@ -116,7 +124,7 @@ class Job:
         elif self.out.exists():
             saved, fault = self._format.about(self.out).get("plan", {}), f"{self.out} contains other embeddings"
         if differing := sorted(key for key in self.plan.keys() | saved.keys() if self.plan.get(key) != saved.get(key)):
-            raise UserError(f"{fault}: {', '.join(differing)} differ; delete it, or set another --out.")
+            raise UserError(f"{fault}: {', '.join(differing)} differ; delete it, or set another {self._option}.")
 
     @property
     def complete(self) -> bool:

@@ -17,7 +17,9 @@ from xclip_jax.run_folder import evaluation_file
 _COMPARED_KEYS = ("split_hash", "version", "metric", "templates", "protocol")
 
 
-def compare(a: str, b: str, *, step: int | None = None, profile: str | None = None) -> list[dict[str, Any]]:
+def compare(
+    a: str, b: str, *, step: int | None = None, profile: str | None = None, refused: list[str] | None = None
+) -> list[dict[str, Any]]:
     """Compare two evaluations set by set.
 
     Returns for each set {set, metric, unit, a, b, difference, low, high, step_a, step_b, profile}; the unit is that of
@@ -28,6 +30,8 @@ def compare(a: str, b: str, *, step: int | None = None, profile: str | None = No
       a, b: runs' folders, or results files of `xclip_jax.evaluate`.
       step: of both; by default the newest that each file has.
       profile: of both; by default the last evaluated one of those that both files have for a set.
+      refused: list to which a sentence is added for each set whose data or protocol differ; without it the first one is
+        an error.
 
     Raises:
       UserError: a file that is missing or damaged, no set in common, or sets whose data or protocol differ.
@@ -39,7 +43,13 @@ def compare(a: str, b: str, *, step: int | None = None, profile: str | None = No
         if not of_b:
             continue
         left, right = _pair(of_a, of_b)
-        _check_comparable(left, right, f"in {a} and {b}")
+        try:
+            _check_comparable(left, right, f"in {a} and {b}")
+        except UserError as error:
+            if refused is None:
+                raise
+            refused.append(str(error))
+            continue
         unit = _unit(left)
         ratio = unit == "rank"  # a geometric mean: half the rank is as good at 200 as at 20
         row = {
@@ -54,7 +64,7 @@ def compare(a: str, b: str, *, step: int | None = None, profile: str | None = No
         }
         row |= {"ratio": right["value"] / left["value"]} if ratio else {"difference": right["value"] - left["value"]}
         rows.append(row | _interval(left, right, items_a, items_b, ratio=ratio))
-    if not rows:
+    if not rows and not refused:
         raise UserError(f"{a} and {b} have no set in common; evaluate both with the same --suite.")
     return rows
 

@@ -211,12 +211,32 @@ def bootstrap(
         except UserError:  # these items do not define the statistic
             return None
 
-    rng, sample = np.random.default_rng(seed), _resampler(a)
-    draws = (difference(sample(rng)) for _ in range(samples))
-    defined = [value for value in draws if value is not None]
-    low, high = np.percentile(defined, [50 * (1 - level), 50 * (1 + level)]) if defined else (np.nan, np.nan)
+    low, high = _percentiles(a, difference, samples, level, seed)
     whole = difference()
-    return np.nan if whole is None else whole, float(low), float(high)
+    return np.nan if whole is None else whole, low, high
+
+
+def interval(items: PerExample, *, samples: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Return the percentile interval of `items.value()`, resampled as `bootstrap` does; NaN where it is undefined."""
+
+    def value(chosen: np.ndarray) -> float | None:
+        try:
+            return items.value(chosen)
+        except UserError:  # these items do not define the statistic
+            return None
+
+    return _percentiles(items, value, samples, level, seed)
+
+
+def _percentiles(
+    items: PerExample, value: Callable[[np.ndarray], float | None], samples: int, level: float, seed: int
+) -> tuple[float, float]:
+    """Return the ends of the middle `level` of `value(indices)` over resamples of the items."""
+    rng, sample = np.random.default_rng(seed), _resampler(items)
+    draws = (value(sample(rng)) for _ in range(samples))
+    defined = [drawn for drawn in draws if drawn is not None]
+    low, high = np.percentile(defined, [50 * (1 - level), 50 * (1 + level)]) if defined else (np.nan, np.nan)
+    return float(low), float(high)
 
 
 def _resampler(items: PerExample) -> Callable[[np.random.Generator], np.ndarray]:

@@ -135,6 +135,14 @@ def tables(results: Sequence[Result]) -> list[Table]:
     return [table for table in (*built, families(results)) if len(table.rows) > (table.title == _FAMILIES_TITLE)]
 
 
+def rows_of(table: Table, results: Sequence[Result]) -> dict[str, Row]:
+    """Return {name in the table: row} of a table of `tables(results)`, without names that continue a set."""
+    if table.title == _FAMILIES_TITLE:
+        return representatives(results)
+    short = short_names(results)
+    return {short[row.name]: row for row in rows(results) if row.layout.title == table.title}
+
+
 def render(results: Sequence[Result]) -> str:
     """Return the tables as text, each column as wide as its longest cell; empty without results."""
     shown, lines = tables(results), []

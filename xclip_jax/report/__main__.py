@@ -1,10 +1,15 @@
-"""Write the report of a run, one self-contained HTML page: RUN/report.html.
+"""Write the report of a run, or of several side by side: one HTML page that needs no other file.
 
     python -m xclip_jax.report RUN
     python -m xclip_jax.report RUN --sets imagenet_v2,coco_retrieval --data-dir /data/tfds
+    python -m xclip_jax.report RUN_A RUN_B RUN_C --output comparison.html
 
 A run in progress has curves, and examples as soon as it has a checkpoint. Where training occupies the accelerators, set
 JAX_PLATFORMS=cpu.
+
+The page of several runs, comparison.html in the current folder, has their curves over one another, the same images and
+texts by each, the config keys that differ, and the paired difference of each run to the first, with its interval:
+of sets that `xclip_jax.evaluate` has evaluated for both.
 """
 
 import argparse
@@ -16,8 +21,8 @@ from etils import epath
 from xclip_jax.console import log0
 from xclip_jax.errors import Parser, UserError, exit_with_message
 from xclip_jax.evaluators import registry
-from xclip_jax.report import html, record
-from xclip_jax.report.examples import Examples
+from xclip_jax.report import html, record, several
+from xclip_jax.report.examples import Examples, collect_examples
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import is_remote
 from xclip_jax.train.encoder import make_encoder
@@ -26,32 +31,34 @@ from xclip_jax.train.weights import load
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m xclip_jax.report", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help="run directory; the first is what others are compared to"
+    )
     parser.add_argument("--sets", default="", help="evaluation sets to show, separated by commas; by default the run's")
     parser.add_argument("--step", type=int, help="step of the checkpoint; the newest by default")
     parser.add_argument("--data-dir", default="", help="root of the data sets")
     parser.add_argument("--seed", type=int, default=0, help="of the examples that are shown")
-    parser.add_argument("--output", default="", help="file of the page, RUN/report.html by default")
+    parser.add_argument("--output", default="", help="file of the page, by default RUN/report.html")
     return parser.parse_args(argv)
 
 
 def make(flags: argparse.Namespace) -> epath.Path:
     """Write the page, without examples where there is no checkpoint yet; return its path."""
-    run = record.read(flags.run)
+    if len(flags.runs) > 1:
+        return _make_several(flags)
+    run = record.read(flags.runs[0])
     path = epath.Path(flags.output or RunFolder(run.folder).report_file)
     _check_writable(path)
-    specs = tuple(filter(None, map(str.strip, flags.sets.split(","))))
-    for spec in specs:
-        registry.check(spec)
+    specs = _specs(flags)
     try:
-        _, experiment, variables, _ = load(flags.run, flags.step)
+        _, experiment, variables, _ = load(flags.runs[0], flags.step)
     except UserError as error:
         if flags.step is not None:
             raise
         path.write_text(html.render(run, Examples(flags.seed, missing=[str(error)])))
         return path
     html.make(
-        flags.run,
+        flags.runs[0],
         experiment,
         make_encoder(experiment),
         variables,
@@ -61,6 +68,42 @@ def make(flags: argparse.Namespace) -> epath.Path:
         seed=flags.seed,
     )
     return path
+
+
+def _specs(flags: argparse.Namespace) -> tuple[str, ...]:
+    """The sets of --sets, checked."""
+    specs = tuple(filter(None, map(str.strip, flags.sets.split(","))))
+    for spec in specs:
+        registry.check(spec)
+    return specs
+
+
+def _make_several(flags: argparse.Namespace) -> epath.Path:
+    """Write the page of several runs; return its path."""
+    names = several.short_names(flags.runs)
+    records = [record.read(run) for run in flags.runs]
+    path = epath.Path(flags.output or "comparison.html")
+    _check_writable(path)
+    of_runs = [(*run.config.eval.final_sets, *run.config.eval.sets) for run in records]
+    specs = _specs(flags) or tuple(spec for spec in of_runs[0] if all(spec in own for own in of_runs))
+    runs = []
+    for color, (name, run) in enumerate(zip(names, records, strict=True)):
+        log0(f"predictions of {name}")
+        runs.append(several.Run(name, color, run, _examples(flags, run, specs)))
+    path.write_text(several.render(runs, step=flags.step))
+    return path
+
+
+def _examples(flags: argparse.Namespace, run: record.Record, specs: Sequence[str]) -> Examples:
+    """Predictions of a run's model; a sentence in their place where there is no checkpoint yet."""
+    try:
+        _, experiment, variables, _ = load(str(run.folder), flags.step)
+    except UserError as error:
+        if flags.step is not None:
+            raise
+        return Examples(flags.seed, missing=[str(error)])
+    data_dir = flags.data_dir or experiment.data.dir
+    return collect_examples(make_encoder(experiment), variables, specs, data_dir=data_dir, seed=flags.seed)
 
 
 def _check_writable(path: epath.Path) -> None:

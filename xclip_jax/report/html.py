@@ -1,4 +1,4 @@
-"""The page: one HTML file with all images, styles and the script inside."""
+"""The page of a run: one HTML file with all images, styles and the script inside."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 from etils import epath
 
 from xclip_jax.evaluators.encoder import Encoder
-from xclip_jax.report import health, model_sections, record, run_sections, style
+from xclip_jax.report import health, model_sections, record, run_sections, shell
 from xclip_jax.report.attention import Maps, attention
 from xclip_jax.report.examples import Examples, collect_examples
 from xclip_jax.report.markup import Images, esc
@@ -15,8 +15,6 @@ from xclip_jax.report.record import Record
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.train.build import Experiment
 
-# The browser enforces that the page loads nothing.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _NO_SETS = (
     "the run has no evaluation sets. Add some to eval.final_sets, or run: python -m xclip_jax.report {run} --sets "
     "NAME,NAME"
@@ -85,24 +83,14 @@ def render(record: Record, examples: Examples, maps: Maps | None = None, paramet
         health.health(record),
         run_sections.about(record),
     ]
-    sections.sort(key=lambda section: section.empty)
-    links = "".join(f'<li><a href="#{s.id}">{s.title}</a></li>' for s in sections)
-    body = "".join(section.render() for section in sections)
     credit = "".join(f"<p>{esc(credit)}</p>" for credit in examples.credits)
-    # Without examples each of their sections has these sentences.
-    notes = examples.missing if examples.named or examples.retrieved else []
-    body = "".join(f'<p class="none">{esc(note)}</p>' for note in notes) + body
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>{esc(run_sections.title(record))} · {esc(record.folder.name)}</title>
-<style>{style.CSS}
-{images.css()}</style></head><body>
-<a class="skip" href="#main">Skip to content</a>
-{run_sections.head(record, parameters)}
-<nav aria-label="Sections"><ul>{links}</ul></nav>
-<main id="main">{body}</main>
-<footer><div><p>Made by <code>python -m xclip_jax.report {esc(record.folder)}</code>. Examples are drawn by seed
-{examples.seed}, not selected by hand.</p>{credit}</div></footer>
-<script>{style.SCRIPT}</script></body></html>
-"""
+    return shell.page(
+        f"{run_sections.title(record)} · {record.folder.name}",
+        run_sections.head(record, parameters),
+        sections,
+        images,
+        # Without examples each of their sections has these sentences.
+        notes=examples.missing if examples.named or examples.retrieved else [],
+        footer=f"<p>Made by <code>python -m xclip_jax.report {esc(record.folder)}</code>. Examples are drawn by seed "
+        f"{examples.seed}, not selected by hand.</p>{credit}",
+    )

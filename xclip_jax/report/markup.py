@@ -16,6 +16,25 @@ def esc(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
+def breakable(name: str) -> str:
+    """Escaped, and with places where a long name of a set may be broken into lines."""
+    return esc(name).replace("/", "/<wbr>").replace("_", "_<wbr>")
+
+
+def wide(label: str, table: str) -> str:
+    """Return a table in a box that scrolls where the screen is narrow; `label` names it for those who do not see it."""
+    return f'<div class="wide" tabindex="0" role="region" aria-label="{esc(label)}">{table}</div>'
+
+
+_GOOD, _BAD = ("above chance", "better"), ("below chance", "worse")
+
+
+def verdict_pill(verdict: str) -> str:
+    """Return a verdict on a ground of its colour; "" without one."""
+    state = " above" if verdict in _GOOD else " below" if verdict in _BAD else ""
+    return f'<span class="pill{state}">{esc(verdict)}</span>' if verdict else ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Section:
     """A part of the page with its heading; `empty` ones give a reason and go to the end."""

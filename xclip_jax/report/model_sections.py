@@ -1,11 +1,13 @@
 """The sections of the page that show predictions of the model on images and texts."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 
 from xclip_jax.report.attention import Maps
-from xclip_jax.report.examples import Confusion, Examples, Gallery, Prediction, SearchResult
-from xclip_jax.report.markup import Images, Section, data_uri, esc, missing
+from xclip_jax.report.examples import Confusion, Examples, Gallery, Prediction, ScoredLabel, SearchResult
+from xclip_jax.report.markup import Images, Section, data_uri, esc, missing, wide
 
 FIRST = 24  # clusters that are shown at first
 _DARK = np.array([17, 24, 39])
@@ -31,17 +33,27 @@ def names(examples: Examples, images: Images, reason: str) -> Section:
 
 def _prediction(prediction: Prediction, images: Images, num_names: int) -> str:
     """A card: an image with its best names as bars."""
+    name, rank = esc(prediction.name), place(prediction, num_names)
+    return (
+        f'<article class="card guess"><div class="head"><b title="{name}">{name}</b>{rank}</div>'
+        f"<div>{images.show(prediction.image, prediction.name)}</div>{bars(prediction.best)}</article>"
+    )
+
+
+def place(prediction: Prediction, num_names: int) -> str:
+    """The rank of the right name."""
     rank = "right" if prediction.rank == 1 else f"rank {prediction.rank:,} of {num_names:,}"
-    bars = "".join(
+    return f"<small{_OK if prediction.rank <= 5 else ''}>{rank}</small>"
+
+
+def bars(labels: Sequence[ScoredLabel]) -> str:
+    """A bar for each name."""
+    items = "".join(
         f'<li style="--v:{label.value:.3f}"{_RIGHT if label.right else ""}><span title="{esc(label.name)}">'
         f"{esc(label.name)}</span><small>{esc(label.text)}</small></li>"
-        for label in prediction.best
+        for label in labels
     )
-    return (
-        f'<article class="card guess"><div class="head"><b title="{esc(prediction.name)}">{esc(prediction.name)}</b>'
-        f"<small{_OK if prediction.rank <= 5 else ''}>{rank}</small></div>"
-        f'<div>{images.show(prediction.image, prediction.name)}</div><ol class="bars">{bars}</ol></article>'
-    )
+    return f'<ol class="bars">{items}</ol>'
 
 
 _RIGHT, _OK = ' class="right"', ' class="ok"'
@@ -81,11 +93,12 @@ def _search_result(result: SearchResult, gallery: Gallery, images: Images, n: in
         rank = '<small class="ok">right</small>' if result.rank == 1 else place
     return (
         f'<article class="card"><div class="quote"><q title="{esc(result.text)}">{esc(result.text)}</q>{rank}</div>'
-        f"{_row(result.images, right, gallery, images)}</article>"
+        f"{row(result.images, right, gallery, images)}</article>"
     )
 
 
-def _row(indices: list[int], right: list[bool], gallery: Gallery, images: Images) -> str:
+def row(indices: list[int], right: list[bool], gallery: Gallery, images: Images) -> str:
+    """Images of a gallery in a row, with their names; those that are right have a frame."""
     items = "".join(
         f"<li{_RIGHT if good else ''}>{images.show(gallery.shown[i], gallery.names[i] + (', right' if good else ''))}"
         f'<span title="{esc(gallery.names[i])}" aria-hidden="true">{esc(gallery.names[i])}</span></li>'
@@ -109,7 +122,7 @@ def clusters(examples: Examples, images: Images, reason: str) -> Section:
             f'<article class="card" data-words="{esc(own)}"><div class="quote"><span>Cluster {cluster.number}</span>'
             f"<small>{_count(cluster.pictures, 'image')}, {_count(cluster.texts, 'name')}</small></div>"
             f'<p class="words" title="{esc(words)}">{esc(words)}</p>'
-            f"{_row(cluster.images, [False] * len(cluster.images), clusters.gallery, images)}</article>"
+            f"{row(cluster.images, [False] * len(cluster.images), clusters.gallery, images)}</article>"
         )
     text = (
         f"The non-contrastive loss assigns images and texts to {clusters.k:,} clusters without labels. "
@@ -211,12 +224,11 @@ def _heat(confusion: Confusion) -> str:
             if not count:
                 cells.append("<td></td>")
                 continue
-            share, strong = count / total, ' class="strong"' if count > 0.55 * total else ""
             title = f"{name} predicted as {other}: {count} of {total}"
-            cells.append(f'<td{strong} style="--v:{share:.2f}" title="{esc(title)}">{"" if dense else count}</td>')
+            cells.append(f'<td style="--v:{count / total:.2f}" title="{esc(title)}">{"" if dense else count}</td>')
         rows.append(f'<tr><th scope="row">{esc(name)}</th>{"".join(cells)}</tr>')
-    return (
-        '<div class="wide" tabindex="0" role="region" aria-label="Confusion matrix">'
+    return wide(
+        "Confusion matrix",
         f'<table class="heat{" dense" if dense else ""}"><thead><tr><td></td>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f"<tbody>{''.join(rows)}</tbody></table>",
     )

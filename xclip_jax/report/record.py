@@ -1,8 +1,9 @@
 """Reads a run directory, complete or in progress."""
 
+import contextlib
 import dataclasses
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -12,6 +13,7 @@ from xclip_jax.config.schema import Config
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import flat_names, results
 from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.run_folder import RunFolder
 
@@ -29,7 +31,8 @@ class Record:
       environment: versions, devices, commit and command.
       training: metrics of the logged steps, in order.
       evaluations: (step, results) of the evaluations during training.
-      results: of the last evaluation, or of `xclip_jax.evaluate` before there is one.
+      results: of the last evaluation, or of `xclip_jax.evaluate` before there is one; with per-example values where
+        evaluation.json has them of the same number.
       sources: fingerprint of each of config's data.sources.
       bad: number of samples in the ledger of bad samples.
       began, ended: when config.json and results.json were written, UTC.
@@ -91,6 +94,7 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
     if not known and run.evaluation_file.exists():
         entries, _ = results.read(run.evaluation_file)
         known = results.of_entries(results.latest(entries)[0]) if entries else []
+    known = _with_items(known, run.evaluation_file)
     started = content.get("started")  # config.json is written again when a run resumes
     return Record(
         folder=run.path,
@@ -105,6 +109,20 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
         began=datetime.datetime.fromisoformat(started) if started else _written(run.config_file),
         ended=_written(run.results_file) if final else None,
     )
+
+
+def _with_items(known: Sequence[Result], file: epath.Path) -> list[Result]:
+    """Return results with the per-example values that a results file has of a result of equal name and value."""
+    items: dict[tuple[str, float], PerExample] = {}
+    if file.exists():
+        with contextlib.suppress(UserError):  # without them intervals are binomial
+            entries, items_of = results.read(file)
+            for entry in entries:
+                own = items_of.get(entry["items"], {})
+                items |= {
+                    (r.name, round(r.value, 4)): own[r.name] for r in results.of_entries([entry]) if r.name in own
+                }
+    return [dataclasses.replace(result, items=items.get((result.name, round(result.value, 4)))) for result in known]
 
 
 def _written(path: epath.Path) -> datetime.datetime:

@@ -1,13 +1,15 @@
 """The sections of the page that come from the run's files: head, results, training curves, config and versions."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from xclip_jax.config import schema
 from xclip_jax.evaluators import summary
-from xclip_jax.report.chance import LEVEL, verdict
+from xclip_jax.evaluators.result import Result
+from xclip_jax.report.chance import ABOVE, LEVEL, judge, judgements
 from xclip_jax.report.charts import Line, chart, number
-from xclip_jax.report.markup import Section, esc, missing
+from xclip_jax.report.markup import Section, breakable, esc, missing, verdict_pill, wide
 from xclip_jax.report.metric_charts import metric_lines, term_chart
 from xclip_jax.report.record import Record
 
@@ -19,13 +21,13 @@ def title(record: Record) -> str:
 
 
 def head(record: Record, parameters: int | None) -> str:
-    """The head of the page: title, best results, and facts of the run."""
+    """The head of the page, HTML: title, best results, and facts of the run."""
     config, steps, batch = record.config, record.steps, record.config.data.batch
     done = f"{steps:,} steps" if steps == config.steps else f"{steps:,} of {config.steps:,} steps"
     return (
-        f'<header><div><p class="eyebrow">xclip_jax run report</p><h1>{esc(title(record))}</h1>'
+        f'<p class="eyebrow">xclip_jax run report</p><h1>{esc(title(record))}</h1>'
         f'<p class="lead">{done} of {batch:,} {record.items}, in <code>{esc(record.folder)}</code></p>'
-        f"{_tiles(record)}{_facts(record, parameters)}</div></header>"
+        f"{_tiles(record)}{_facts(record, parameters)}"
     )
 
 
@@ -37,19 +39,16 @@ def _tiles(record: Record) -> str:
     tiles, short = [], summary.short_names(results)
     for family, row in summary.representatives(results).items():
         metric, result = row.shown[0]
-        chance = f"{verdict(result) or 'chance'} ({result.chance:.1f}\u00a0%)" if result.chance is not None else ""
-        details = ", ".join(filter(None, (short[row.name], chance, when)))
+        judged = judge(result)
+        chance = f"chance {result.chance:.1f}\u00a0%" if result.chance is not None else ""
+        details = ", ".join(filter(None, (chance, short[row.name], when)))
         unit = " <small>%</small>" if result.unit == "%" else ""
+        label = metric.label + (f", {LEVEL:.0%}: {judged}" if str(judged) else "")
         tiles.append(
             f'<div class="card tile"><span class="name">{esc(family)}</span><b>{result.value:.1f}{unit}</b>'
-            f"<span>{esc(metric.label)}</span><span>{_breakable(details)}</span></div>"
+            f"<span>{esc(label)}</span>{verdict_pill(judged.verdict)}<span>{breakable(details)}</span></div>"
         )
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
-
-
-def _breakable(name: str) -> str:
-    """Escaped, and with places where a long name of a set may be broken into lines."""
-    return esc(name).replace("/", "/<wbr>").replace("_", "_<wbr>")
 
 
 def _facts(record: Record, parameters: int | None) -> str:
@@ -95,39 +94,51 @@ def results(record: Record) -> Section:
         reason = "The final evaluation has not run yet" if not record.complete else "The run has no evaluation set"
         remedy = f"evaluate with python -m xclip_jax.evaluate --checkpoint {record.folder} --suite NAME."
         return missing("results", "Results", f"{reason}; {remedy}")
-    text = f"In percent, with chance levels in brackets. {_judged(record)}"
+    text = f"In percent, with chance levels in brackets. {_method(record)}"
     if not record.complete:
         text += " From evaluation.json: the run is not complete."
-    return Section("results", "Results", f"<p>{text}</p>{''.join(map(_table, tables))}")
+    return Section("results", "Results", f"<p>{text}</p>{''.join(_table(t, record.results) for t in tables)}")
 
 
-def _judged(record: Record) -> str:
-    """Sentences on which sets are above chance; "" where none can be tested."""
-    sets: dict[str, list[str]] = {}
-    for row in summary.rows(record.results):
-        metric, result = row.shown[0]
-        if judged := verdict(result):
-            sets.setdefault(judged, []).append(f"{_breakable(row.name)} ({esc(metric.label)})")
-    sentences = [f"{judged.capitalize()}: {', '.join(names)}." for judged, names in sorted(sets.items())]
-    method = f"By {LEVEL:.0%} binomial intervals, which assume independent items of equal weight."
-    return " ".join([*sentences, method]) if sentences else ""
+def _method(record: Record) -> str:
+    """Sentences on how many sets are above chance, and on the intervals; "" where no set has one."""
+    judged = [j for j in judgements(record.results).values() if str(j)]
+    if not judged:
+        return ""
+    tested = [j.verdict for j in judged if j.verdict]
+    counts = f"{tested.count(ABOVE)} of {len(tested)} sets are above chance. " if tested else ""
+    methods = {
+        "binomial, which assume independent items of equal weight": not all(j.resampled for j in judged),
+        "bootstraps of per-example values": any(j.resampled for j in judged),
+    }
+    names = ", or ".join(name for name, used in methods.items() if used)
+    return f"{counts}Intervals are of the first metric of a row, at {LEVEL:.0%}: {names}."
 
 
-def _table(table: summary.Table) -> str:
+def _table(table: summary.Table, results: Sequence[Result]) -> str:
+    """A table, with the interval and the verdict of each row whose first metric has them."""
+    judged = {name: judge(row.shown[0][1]) for name, row in summary.rows_of(table, results).items()}
     heads = "".join(f'<th scope="col"{_text(form)}>{esc(name)}</th>' for name, form in table.columns if name)
+    shown_intervals = any(str(j) for j in judged.values())
+    if shown_intervals:
+        heads += f'<th scope="col">{LEVEL:.0%} interval</th><th scope="col" class="text">verdict</th>'
     rows = []
     for name, cells in table.rows:
         shown: list[str] = []
         for (column, form), cell in zip(table.columns, cells, strict=True):
             if column:
-                shown.append(f"<td{_text(form)}>{_breakable(cell)}")
+                shown.append(f"<td{_text(form)}>{breakable(cell)}")
             elif cell:  # a column without a name is in small print, after the cell that it belongs to
                 shown[-1] += f" <small>{esc(cell)}</small>"
+        if shown_intervals:
+            own = judged.get(name)
+            shown += [f"<td>{own or ''}", f'<td class="text">{verdict_pill(own.verdict) if own else ""}']
         more = ' class="more"' if name.startswith(" ") else ""
-        rows.append(f'<tr{more}><th scope="row">{_breakable(name.strip())}</th>{"</td>".join(shown)}</td></tr>')
-    return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{esc(table.title)}"><table><thead><tr>'
-        f'<th scope="col">{esc(table.title)}</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        rows.append(f'<tr{more}><th scope="row">{breakable(name.strip())}</th>{"</td>".join(shown)}</td></tr>')
+    return wide(
+        table.title,
+        f'<table><thead><tr><th scope="col">{esc(table.title)}</th>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>",
     )
 
 

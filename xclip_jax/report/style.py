@@ -2,7 +2,7 @@
 
 CSS = """
 :root{--ink:#111827;--muted:#5b6472;--paper:#f3f4f6;--card:#fff;--edge:#e5e7eb;--accent:#4338ca;--soft:#eef2ff;
---right:#a7f3d0;--right-ink:#047857;--other:#e0e7ff;--bad:#b91c1c;--bad-soft:#fee2e2;--heat:67 56 202;
+--right:#a7f3d0;--right-ink:#046c4e;--other:#e0e7ff;--bad:#b91c1c;--bad-soft:#fee2e2;--heat:67 56 202;
 --l0:#4f46e5;--l1:#d97706;--l2:#059669;--l3:#db2777;--l4:#0891b2;--l5:#7c3aed;--l6:#65a30d;--l7:#b45309;
 color-scheme:light dark}
 @media(prefers-color-scheme:dark){:root{--ink:#e8eaf0;--muted:#9aa3b2;--paper:#0f1218;--card:#181c25;--edge:#2a303c;
@@ -86,6 +86,28 @@ table{border-collapse:collapse;width:100%;font-size:14.5px;font-variant-numeric:
 .wide tr.more th{padding-left:30px;font-weight:400}
 td small{margin-left:4px}
 .wide .text{text-align:left}
+.pill,.tile .pill{display:inline-block;font-size:12.5px;line-height:1.5;font-weight:600;padding:0 9px;
+border-radius:99px;
+background:var(--edge);color:var(--muted)}
+.pill.above{background:var(--right);color:var(--right-ink)}.pill.below{background:var(--bad-soft);color:var(--bad)}
+.tile .pill{margin:6px 0 2px;white-space:normal;border-radius:12px}
+.run::before{content:"";display:inline-block;width:10px;height:10px;border-radius:50%;background:var(--c);
+margin-right:6px}
+.run{font-weight:600;overflow-wrap:anywhere}.wide .run{overflow-wrap:normal}
+.over .c1,.over .c5{stroke-dasharray:9 4;--on:9px;--off:12px}
+.over .c2,.over .c6{stroke-dasharray:2 3;--on:3px;--off:6px}
+.over .c3,.over .c7{stroke-dasharray:12 3 2 3;--on:13px;--off:16px}
+.over .legend li::before{width:21px;background:repeating-linear-gradient(90deg,var(--c) 0 var(--on,21px),
+transparent var(--on,21px) var(--off,21px))}
+.tiles.runs{grid-template-columns:repeat(auto-fill,minmax(min(100%,240px),1fr))}h3+.wide{margin-top:14px}
+.striped{border-top:5px solid var(--c)}
+.tile.striped b{font-size:24px;overflow-wrap:anywhere}.tile.striped .name{min-height:0}
+.by+.by,.quote+.by{margin-top:12px}.by .head{display:flex;gap:8px;align-items:baseline;font-size:13px;margin-bottom:4px}
+.by .head small{margin-left:auto;white-space:nowrap}.by .row{margin-top:4px}
+.several td{line-height:1.45}.keys-of td{white-space:normal!important;overflow-wrap:anywhere;max-width:300px}
+.wide .bar{text-align:center;width:200px}
+.forest{display:block;fill:var(--muted);overflow:visible}.forest.above{fill:var(--right-ink)}.forest.below{fill:var(--bad)}
+.forest line{stroke:var(--muted);stroke-dasharray:3 3}.forest rect{opacity:.45}
 .light{border-top:4px solid var(--l2)}.light.alarm{border-top-color:var(--bad);background:var(--bad-soft)}
 .light.early{border-top-color:var(--muted)}
 .light h3{margin:0 0 2px;font-size:16px;display:flex;gap:8px;align-items:center}
@@ -101,7 +123,7 @@ border:3px solid var(--card);box-shadow:0 0 0 1px var(--edge)}
 .alarm .gauge i{background:var(--bad)}.early .gauge i{background:var(--muted)}
 .im{display:block;width:100%;aspect-ratio:1;background:#fff center/contain no-repeat;border-radius:8px;
 print-color-adjust:exact;-webkit-print-color-adjust:exact}
-.guess{display:grid;grid-template-columns:76px 1fr;gap:4px 14px;align-content:start}
+.guess{display:grid;grid-template-columns:76px minmax(0,1fr);gap:4px 14px;align-content:start}
 .guess .head{grid-column:1/-1;display:flex;gap:8px;align-items:baseline;font-size:14.5px;min-width:0;margin-bottom:6px}
 .guess .head b{white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
 .guess .head small{margin-left:auto;white-space:nowrap}
@@ -112,6 +134,7 @@ print-color-adjust:exact;-webkit-print-color-adjust:exact}
 background:var(--other);border-radius:5px}
 .bars li.right::before{background:var(--right)}.bars li.right{color:var(--right-ink);font-weight:600}
 .bars span{position:relative;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+.bars li.right small{color:inherit}
 .bars small{position:relative;margin-left:auto;font-weight:400;white-space:nowrap}
 .row{display:grid;grid-template-columns:repeat(6,minmax(0,1fr));gap:8px;margin:10px 0 0;padding:0;list-style:none}
 .row li{min-width:0;font-size:11.5px;color:var(--muted);text-align:center;line-height:1.3}
@@ -135,8 +158,7 @@ min-width:860px}
 .heat thead td,.heat thead th:first-child{width:130px}
 .wide .heat td,.wide .heat th{border:0!important}
 .wide .heat tbody td{height:44px;padding:0;text-align:center;border-radius:6px;
-background:rgb(var(--heat)/calc(.05 + .85*var(--v,0)))}
-.heat td.strong{color:var(--card)}
+background:rgb(var(--heat)/calc(.05 + .55*var(--v,0)))}
 .wide .heat th{padding:0 6px;font-weight:500;font-size:12.5px;line-height:1.25;white-space:normal;
 overflow-wrap:anywhere;vertical-align:middle}
 .wide .heat thead th{vertical-align:bottom;text-align:center;color:var(--muted);padding-bottom:4px}
@@ -161,8 +183,10 @@ footer{padding:36px 0 64px;color:var(--muted);font-size:14px}
 @media(max-width:560px){main,header>div,footer>div,nav ul{padding:0 16px}header{padding-top:34px}.card{padding:14px}
 .chart{padding:14px 12px 34px}.plot{margin-left:40px}.tile b{font-size:30px}.row{gap:6px}section{padding-top:32px}
 .tiles{grid-template-columns:repeat(2,minmax(0,1fr));gap:10px}
-.wide th,.wide td{padding:7px 6px}.wide th:first-child{padding-left:12px;white-space:normal}.wide table{font-size:13px}
-.wide td:last-child,.wide th:last-child{padding-right:12px}.wide tr.more th{padding-left:20px}
+.wide th,.wide td{padding:7px 6px}.wide th:first-child{padding-left:12px;white-space:normal;min-width:112px}
+.wide table{font-size:13px}.several .pill{white-space:normal;max-width:118px;
+font-size:12px;padding:0 7px;border-radius:12px}
+.wide td:last-child,.wide th:last-child{padding-right:12px}.wide tr.more th{padding-left:18px}
 .wide thead th{white-space:normal;font-size:12px}.wide .text{white-space:normal}td small{margin-left:2px;font-size:11px}
 .facts{grid-template-columns:repeat(2,minmax(0,1fr))}
 }

@@ -1,0 +1,160 @@
+"""The page of several runs, and the command that writes it."""
+
+import dataclasses
+import json
+import re
+from html import unescape
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import tiny
+from tests.pages import HOSTILE, check, written
+from xclip_jax.errors import UserError
+from xclip_jax.evaluators import results as results_files
+from xclip_jax.evaluators.result import Result, to_json
+from xclip_jax.evaluators.statistics import PerExample
+from xclip_jax.report import __main__ as command
+from xclip_jax.report import examples, record, several, side_by_side
+from xclip_jax.report.markup import Images
+from xclip_jax.run_folder import RunFolder
+
+SECTIONS = ("results", "differences", "names", "search", "curves", "settings")
+
+
+def run(folder, color, right, *, objective="clip", split="1", **changes):
+    """A run with logged steps, and an evaluation of 100 images of which the first `right` are."""
+    rows = [
+        {"step": s, "loss": right / s, f"{objective}/loss": right / s, "lr": 1e-3, "grad_norm": 1.0} for s in (1, 2, 3)
+    ]
+    counts = {"zeroshot/x/ways": 4.0, "zeroshot/x/n": 100.0}
+    rows += [{"step": step, "zeroshot/x/top1": step * right / 3} | counts for step in (2, 3)]
+    written(folder, tiny.config(objective, run=folder, **changes), rows)
+    values = np.repeat([1.0, 0.0], [right, 100 - right])
+    result = Result("x", "zeroshot", "top1", float(right), n=100, chance=25.0, headline=True, evaluator="zeroshot")
+    entry = {"set": "x", "name": "zeroshot/x", "metric": "top1", "value": float(right), "n": 100, "step": 3}
+    entry |= {"records": to_json([result]), "metrics": {"top1": float(right)}, "checkpoint": folder.name}
+    entry |= {"profile": "", "changes": {}, "split_hash": split, "tokenizer": "", "text_length": 0}
+    file = RunFolder(folder).evaluation_file
+    results_files.add(file, entry, {result.name: PerExample(values)}, {}, own=True)
+    return several.Run(folder.name, color, record.read(folder), examples.Examples())
+
+
+def predicted(answers):
+    """Examples with an image of each answer's right name, and the best names."""
+    images = [np.full((8, 8, 3), 40 * i, np.uint8) for i in range(len(answers))]
+    guesses = [
+        examples.Prediction(image, name, 1 if best[0] == name else 2, [
+            examples.ScoredLabel(label, 0.5, "50 %", label == name) for label in best
+        ])
+        for image, (name, best) in zip(images, answers, strict=True)
+    ]  # fmt: skip
+    gallery = examples.Gallery(images, images, [name for name, _ in answers])
+    searched = [examples.SearchResult("red", [1, 0], [])]
+    panel = examples.ZeroShotExamples("Animals", "Of 3 names.", 3, guesses)
+    return examples.Examples(named=[panel], gallery=gallery, searches=searched)
+
+
+def compared(folder):
+    """Three runs, of which the second is the best and the third is not above chance."""
+    of_each = enumerate((("a", 40), (HOSTILE[:9], 70), ("c", 26)))
+    return [run(folder / name, i, right) for i, (name, right) in of_each]
+
+
+def test_a_page_of_three_runs(tmp_path):
+    best = [[("fox", ["fox", "hen"]), ("hen", ["fox", "hen"])], [("fox", ["hen", "fox"]), ("hen", ["hen", "fox"])]]
+    shown = [
+        dataclasses.replace(x, examples=predicted(p)) for x, p in zip(compared(tmp_path), (*best, best[0]), strict=True)
+    ]
+    text = several.render(shown)
+    words = " ".join(check(text, SECTIONS).text)
+    assert "3 runs side by side" in words
+    # results: bold is the best, each with its verdict
+    assert "<b>70.0</b>" in text and text.count("<b>40.0</b>") == 0
+    row = re.search(r'<tr><th scope="row">x<br>.*?</tr>', text)[0]
+    assert re.findall(r'pill([a-z ]*)">([a-z ]+)<', row) == [
+        (" above", "above chance"), (" above", "above chance"), ("", "not distinguishable from chance"),
+    ]  # fmt: skip
+    # differences to the first: 30 more are right, 14 fewer
+    bars = re.findall(r'<td>([+-][0-9.]+)</td><td class="bar"><svg class="forest([a-z ]*)"', text)
+    assert bars == [("+30.0", " above"), ("-14.0", " below")]
+    assert "better" in words and "worse" in words and "two seeds of one recipe may differ by more" in words
+    # predictions of the same image beside one another
+    card = re.search(r'<article class="card guess">.*?</article>', text)[0]
+    assert card.count('class="run c') == 3 and card.count('class="bars"') == 3 and card.count('class="im ') == 1
+    assert re.findall(r"<small[^>]*>(right|rank 2 of 3)</small>", card) == ["right", "rank 2 of 3", "right"]
+    assert text.count("<q>red</q>") == 1
+    # curves over one another
+    (loss,) = [json.loads(unescape(x)) for x in
+               re.findall(r'<figure[^>]*data-chart="([^"]+)"[^>]*><figcaption><b>CLIP loss', text)]  # fmt: skip
+    assert [line["name"] for line in loss["lines"]] == ["a", HOSTILE[:9], "c"]
+    assert [line["color"] for line in loss["lines"]] == [0, 1, 2] and loss["lines"][1]["y"][0] == 70
+    assert "<b>x, top-1</b>" in text and "All of" in words and "config keys are equal" in words
+
+
+def test_what_differs_is_listed_and_what_cannot_be_compared_is_said(tmp_path):
+    a = run(tmp_path / "a", 0, 40)
+    b = run(tmp_path / "b", 1, 50, split="2", objective="siglip", data__batch=8, optim__lr=3e-3)
+    text = several.render([a, b])
+    words = " ".join(check(text, SECTIONS).text)
+    assert "x is not the same in" in words and "split_hash" in words and "forest" not in text.partition("<main")[2]
+    rows = dict(re.findall(r'<tr><th scope="row">([^/]+?)</th>(.*?)</tr>', text))
+    assert rows["optim.lr"] == "<td>0.001</td><td>0.003</td>" and rows["data.batch"] == "<td>16</td><td>8</td>"
+    assert "Batches differ, and so does what a step is: a 16, b 8." in words
+    assert "no evaluation set of images in common" in words
+    RunFolder(tmp_path / "b").evaluation_file.unlink()
+    assert "evaluation.json does not exist; make it with python -m xclip_jax.evaluate" in several.render([a, b])
+
+
+def test_levels_that_differ_between_runs_are_left_out(tmp_path):
+    """ln b of batches of 16 and of 8."""
+    runs = [run(tmp_path / name, i, 40) for i, name in enumerate("ab")]
+    for levels, shown in (((2.77, 2.77), 1), ((2.77, 2.08), 0)):
+        for one, level in zip(runs, levels, strict=True):
+            for row in one.record.training:
+                row["clip/ln_b"] = level
+        assert several.render(runs).count(">ln b</span>") == shown
+
+
+def test_images_that_differ_are_not_put_side_by_side():
+    one, other = predicted([("fox", ["fox"])]), predicted([("hen", ["hen"])])
+    text = side_by_side.predictions([("A", one), ("B", other)], Images()).body
+    assert ">A<" in text.replace("A<small", ">A<") and "hen" not in text
+
+
+def test_names_of_runs():
+    assert several.short_names(["runs/a/", "runs/b"]) == ["a", "b"]
+    assert several.short_names(["x/1/run", "y/1/run", "z"]) == ["x/1/run", "y/1/run", "z"]
+    with pytest.raises(UserError, match="run 'a/' is named twice"):
+        several.short_names(["a", "a/"])
+    with pytest.raises(UserError, match="9 runs are named; a page shows 1 to 8"):
+        several.short_names(list("abcdefghi"))
+
+
+def test_the_command_writes_a_page_of_trained_runs(tmp_path, monkeypatch, capsys):
+    """Of untrained models: predictions on a set that both name, where one has no checkpoint a sentence."""
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / "set" / label).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(tmp_path / f"set/{label}/{i}.png")
+    sets = {"eval__sets": (f"folder:{tmp_path / 'set'}",)}
+    tiny.untrained(tmp_path / "a", "clip", **sets)
+    tiny.untrained(tmp_path / "b", "nclip", **sets)
+    monkeypatch.chdir(tmp_path)
+    command.main(["a", "b"])
+    assert "report: comparison.html" in capsys.readouterr().out
+    text = (tmp_path / "comparison.html").read_text()
+    words = " ".join(check(text, SECTIONS).text)
+    assert text.count('<div class="by">') == 2 * 2 and "no run has results yet" in words
+    assert "objective.terms" in words.replace("\u200b", "")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "config.json").write_text((tmp_path / "a" / "config.json").read_text())
+    command.main(["a", "c", "--output", "x.html"])
+    assert "holds no checkpoint" in " ".join(check((tmp_path / "x.html").read_text(), SECTIONS).text)
+    for flags, message in (
+        (["a", "a"], "named twice"), (["a", "none"], "not a run directory"), (["a", "b", "--output", "."], "a folder"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit, match=message):
+            command.main(flags)

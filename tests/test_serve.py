@@ -1,0 +1,231 @@
+"""The search page: the index, the application and the command."""
+
+import base64
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import tiny
+from tests.browser import SCHEMES, WIDTHS, browser, check_accessible, check_layout, opened  # noqa: F401
+from tests.pages import Page, check_basics
+from xclip_jax import inference
+from xclip_jax.embed_sources import open_images
+from xclip_jax.errors import UserError
+from xclip_jax.serve import __main__ as command
+from xclip_jax.serve import app as application
+from xclip_jax.serve.index import Index, make_index
+
+testclient = pytest.importorskip("starlette.testclient")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Eight images with captions, one of them hostile, and a ninth that is none."""
+    folder = tiny.folder(tmp_path_factory.mktemp("serve") / "<b>pictures", n=8)
+    (folder / "003.txt").write_text("<img src=x onerror=alert(1)>")
+    (folder / "bad.png").write_bytes(b"<html>")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return inference.load(run, batch=8)
+
+
+@pytest.fixture(scope="module")
+def index(model, pictures, tmp_path_factory):
+    return make_index(model, str(pictures), cache=str(tmp_path_factory.mktemp("cache") / "x.npz"))
+
+
+@pytest.fixture
+def client(index):
+    app = application.make_app(index, "<b>pictures", hosts=["127.0.0.1"])
+    return testclient.TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False)
+
+
+def name(client, image, names=()):
+    return client.post("/names", content=json.dumps({"image": image, "names": list(names)}))
+
+
+def test_answers_are_those_of_the_model(client, index, model, pictures):
+    assert len(index) == 8 and "picture 0" in index.names
+    files = sorted(pictures.glob("[0-9]*.png"))
+    images, (text,) = model.encode_image(files), model.encode_text(["picture 3"])
+    matches = client.get("/search", params={"text": " picture 3 "}).json()["matches"]
+    assert [match["score"] for match in matches] == pytest.approx(sorted(images @ text, reverse=True), abs=1e-5)
+    assert matches[0]["name"] == str(files[int(np.argmax(images @ text))]) and len(matches) == 8
+    names = ["fox", "hen {}", "cow"]
+    expected = model.encode_text([f"a photo of a {n}." for n in names]) @ images[2]
+    of_folder = name(client, 2, names).json()
+    data = base64.b64encode(files[2].read_bytes()).decode()
+    for answer in (of_folder, name(client, f"data:image/png;base64,{data}", names).json()):
+        assert {x["name"]: x["score"] for x in answer["names"]} == pytest.approx(
+            dict(zip(names, expected, strict=True)), abs=1e-4
+        )
+        assert answer["names"][0]["name"] == names[int(expected.argmax())]
+    assert 2 not in [match["image"] for match in of_folder["matches"]] and len(of_folder["matches"]) == 7
+    assert len(name(client, 2).json()["names"]) == 8  # the folder's captions
+
+
+def test_thumbnails(client, index):
+    answer = client.get("/thumbnail/1")
+    assert answer.headers["content-type"] == "image/webp" and len(answer.content) < 20_000
+    assert client.get("/thumbnail/8").status_code == 404 and "no image 8" in client.get("/thumbnail/8").json()["error"]
+    assert client.get("/thumbnail/../../etc/passwd").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"image": base64.b64encode(b"no image").decode()}, 400, "not an image"),
+        ({"image": "%%%"}, 400, "not base64"),
+        ({"image": True}, 400, "neither the number"),
+        ({"image": 99}, 404, "no image 99"),
+        ({"image": -1}, 404, "no image -1"),
+        ({"image": 0, "names": "fox"}, 400, '"names" is not a list'),
+        ({"image": 0, "names": [3]}, 400, "text is empty"),
+        ({"image": 0, "names": ["x"] * 501}, 400, "501 names are too many"),
+        ([], 400, "not a JSON object"),
+    ],
+)
+def test_a_bad_question_is_one_sentence(client, body, status, message):
+    answer = client.post("/names", content=json.dumps(body))
+    assert answer.status_code == status and message in answer.json()["error"]
+
+
+def test_bounds(client, monkeypatch):
+    assert "text is empty" in client.get("/search?text=%20").json()["error"]
+    assert "1,001 letters" in client.get("/search", params={"text": "x" * 1001}).json()["error"]
+    assert "not JSON" in client.post("/names", content=b"{").json()["error"]
+    assert client.get("/nothing").json()["error"] == "Not Found" and client.get("/names").status_code == 405
+    read = []
+
+    def body():
+        for _ in range(100):
+            read.append(1)
+            yield b" " * (1 << 16)
+
+    monkeypatch.setattr(application, "MAX_UPLOAD", 1 << 16)
+    answer = client.post("/names", content=body())
+    assert answer.status_code == 413 and "too large" in answer.json()["error"]
+
+
+def test_the_page_escapes_names_and_loads_nothing_from_elsewhere(client):
+    answer = client.get("/")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "<b>pictures" not in answer.text and "<img src=x" not in answer.text and "&lt;img src=x" in answer.text
+    check_basics(Page(answer.text))
+    assert "8 pictures" in answer.text and "http" not in answer.text.replace("http-equiv", "")
+
+
+def test_another_host_name_is_refused(index):
+    app = application.make_app(index, "x", hosts=["127.0.0.1"])
+    assert testclient.TestClient(app, base_url="http://evil.example").get("/").status_code == 400
+    anyone = testclient.TestClient(application.make_app(index, "x"), base_url="http://lab.example")
+    assert anyone.get("/").status_code == 200
+
+
+def test_embeddings_are_kept_for_the_same_images_and_weights(model, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XCLIP_CACHE", str(tmp_path))
+    make_index(model, str(pictures))
+    (file,) = (tmp_path / "search").glob("*.npz")
+    written = file.stat().st_mtime_ns
+    make_index(model, str(pictures))
+    assert file.stat().st_mtime_ns == written
+    other = tiny.folder(tmp_path / "other", n=3)
+    with pytest.raises(UserError, match="contains other embeddings: image differ; delete it, or set another --cache"):
+        make_index(model, str(other), cache=str(file))
+
+
+def test_names_of_classes_and_of_files(model, tmp_path):
+    for label in ("red_fox", "hen"):
+        (tmp_path / "set" / label).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / "set" / label / "0.png")
+    source = open_images(str(tmp_path / "set"))
+    columns = {"id": [source.name(i) for i in range(2)], "text": ["", ""], "embedding": np.eye(2, dtype=np.float32)}
+    assert Index(model, source, columns).names == ["hen", "red fox"]
+    assert Index(model, source, columns, ["cow"]).names == ["cow"]
+    (tmp_path / "names.txt").write_text("fox\n\n hen \n")
+    assert command.read_names(str(tmp_path / "names.txt")) == ["fox", "hen"] and command.read_names("") == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["{}", "--images", "none"], "'none' does not exist"),
+        (["{}", "--images", "{}", "--names", "none"], "'none' cannot be read"),
+        (["{}", "--images", "{}", "--port", "99999"], "--port is 99999; expected 0 to 65535"),
+        (["{}", "--images", "{}", "--port", "{port}"], "set another --port, or 0"),
+        (["{}", "--images", "{}", "--batch", "0"], "--batch is 0"),
+        (["{}"], "required: --images"),
+        (["none", "--images", "{}", "--port", "0"], "none"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(flags, message, run):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        line = [flag.replace("{port}", port).replace("{}", str(run)) for flag in flags]
+        line += [] if "--port" in line else ["--port", "0"]
+        with pytest.raises(SystemExit) as stopped:
+            command.main(line)
+    assert message in str(stopped.value) and str(stopped.value).startswith("error: ")
+
+
+# --- the command, in a browser
+
+
+@contextlib.contextmanager
+def served(run, pictures, cache):
+    """The address at which the command serves the pictures, in a process of its own."""
+    line = [sys.executable, "-m", "xclip_jax.serve", str(run), "--images", str(pictures), "--cache", str(cache)]
+    process = subprocess.Popen([*line, "--port", "0"], stdout=subprocess.PIPE, text=True, env=os.environ)
+    try:
+        for printed in process.stdout:
+            if "http://" in printed:
+                yield f"http://{printed.partition('http://')[2].split()[0]}/"
+                break
+        else:
+            pytest.fail("the command ended without an address")
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def address(run, pictures, tmp_path_factory):
+    with served(run, pictures, tmp_path_factory.mktemp("served") / "x.npz") as found:
+        yield found
+
+
+@pytest.mark.parametrize(("width", "scheme"), list(zip(WIDTHS, SCHEMES, strict=True)))
+def test_a_person_searches_and_names(width, scheme, browser, address, pictures):  # noqa: F811
+    with opened(browser, address, width=width, scheme=scheme, allowed=["blob:"]) as page:
+        check_accessible(page)
+        page.get_by_label("What the pictures should show").fill("picture 3")
+        page.get_by_role("button", name="Search").click()
+        page.get_by_text("8 pictures, best first").wait_for()
+        matches = page.locator("#matches button")
+        assert matches.count() == 8 and page.locator("#matches img").first.evaluate("i => i.decode().then(() => true)")
+        matches.first.click()
+        page.locator("#best li").nth(7).wait_for()
+        assert page.locator("#like li").count() == 7
+        page.get_by_label("Names to choose from").fill("fox\nhen")
+        page.get_by_label("Picture", exact=True).set_input_files(pictures / "001.png")
+        page.locator("#best li").nth(2).wait_for(state="detached")
+        page.get_by_text("001.png: ").wait_for()
+        assert sorted(page.locator("#best li span").all_inner_texts()) == ["fox", "hen"]
+        check_layout(page)
+        check_accessible(page)
+
+
+def test_a_bad_picture_is_said_on_the_page(browser, address, pictures):  # noqa: F811
+    with opened(browser, address, logged="400") as page:
+        page.get_by_label("Picture", exact=True).set_input_files(pictures / "bad.png")
+        page.get_by_text("not an image").wait_for()

@@ -1,0 +1,96 @@
+"""Search a folder of images by words, and name images: a web page on this machine.
+
+    xclip-jax serve RUN --images FOLDER
+    xclip-jax serve ViT-B-32.pt --images '/data/photos/**/*.jpg' --names names.txt --port 8080
+
+Typed text is answered with the pictures that fit it best. A picture, one of the folder's or another that is chosen on
+the page, is answered with the best of the names, and with the pictures most like it. Names may be typed on the page;
+by default they are the lines of --names, or the pictures' captions, or else the names of their folders.
+
+The images are embedded once, and their embeddings kept in --cache, by default in ~/.cache/xclip_jax/search. Nothing
+that is asked or uploaded is stored or sent elsewhere. The page answers this machine alone; with --host 0.0.0.0 it
+answers everyone who reaches the machine, and shows them the images.
+"""
+
+import argparse
+import contextlib
+import pathlib
+import socket
+from collections.abc import Sequence
+
+from absl import logging
+
+from xclip_jax import compilation_cache, inference
+from xclip_jax.console import log0
+from xclip_jax.data.text import decode_text
+from xclip_jax.errors import Parser, UserError, check_count, exit_with_message
+from xclip_jax.serve.index import MAX_NAMES, make_index
+
+_HERE = ("127.0.0.1", "localhost", "::1")
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m xclip_jax.serve", description=__doc__)
+    parser.add_argument("checkpoint", metavar="RUN", help="run directory, or weights")
+    parser.add_argument("--images", required=True, help="a folder, or files: globs, ranges {00..12}, lists; or tars")
+    parser.add_argument("--names", default="", metavar="FILE", help="file with a name in each line")
+    parser.add_argument("--cache", default="", metavar="FILE", help="file of the embeddings, .npz or .parquet")
+    parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")
+    parser.add_argument("--host", default=_HERE[0], help=f"address to listen on; {_HERE[0]} by default")
+    parser.add_argument("--port", type=int, default=8000, help="8000 by default; 0 for any that is free")
+    parser.add_argument("--batch", type=int, default=32, help="images that are encoded at once")
+    return parser.parse_args(argv)
+
+
+def read_names(path: str) -> list[str]:
+    """Return the lines of a file without empty ones; [] without a path. Raises `UserError`."""
+    if not path:
+        return []
+    try:
+        names = [line.strip() for line in decode_text(pathlib.Path(path).read_bytes()).splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"--names {path!r} cannot be read ({error}).") from error
+    if not 0 < len(names) <= MAX_NAMES:
+        raise UserError(f"--names {path!r} has {len(names)} names; give 1 to {MAX_NAMES}, one a line.")
+    return names
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on an address. Raises `UserError` where it cannot."""
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"--port is {port}; expected 0 to 65535.")
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: {error.strerror}; set another --port, or 0.") from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    flags = _arguments(argv)
+    logging.set_verbosity(logging.ERROR)
+    with exit_with_message():
+        try:
+            import uvicorn
+
+            from xclip_jax.serve.app import make_app
+        except ImportError as error:
+            raise UserError("serve needs a web server: pip install 'xclip_jax[serve]'.") from error
+        check_count("--batch", flags.batch, 1)
+        names = read_names(flags.names)
+        with listen(flags.host, flags.port) as listening:  # before the images are embedded, which may take a while
+            compilation_cache.enable()
+            model = inference.load(flags.checkpoint, step=flags.step, batch=flags.batch)
+            index = make_index(model, flags.images, cache=flags.cache, names=names)
+            index.by_text("a picture", 1)  # compiles
+            port = listening.getsockname()[1]
+            hosts = list(_HERE) if flags.host in _HERE else None
+            app = make_app(index, pathlib.Path(flags.images).name, hosts=hosts)
+            log0(f"{len(index):,} pictures: http://{flags.host}:{port}  (Ctrl-C to end)")
+            config = uvicorn.Config(app, log_level="warning", limit_concurrency=64, server_header=False)
+            with contextlib.suppress(KeyboardInterrupt):
+                uvicorn.Server(config).run(sockets=[listening])
+
+
+if __name__ == "__main__":
+    main()
