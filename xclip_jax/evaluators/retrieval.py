@@ -10,7 +10,7 @@ from xclip_jax.errors import UserError
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
-from xclip_jax.evaluators.statistics import PerExample, valid_rows
+from xclip_jax.evaluators.statistics import PerExample, count_before, valid_rows
 from xclip_jax.evaluators.zeroshot import text_scores
 
 KS = (1, 5, 10)
@@ -39,16 +39,14 @@ def ranks(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
             f"scores {scores.shape} and positives {positives.shape} must have one shape, and each query a positive."
         )
     rank = np.empty(len(scores), np.int64)
-    items = np.arange(scores.shape[1])
     step = max(1, _CHUNK // max(1, scores.shape[1]))
     # Counting what comes before the best positive needs no sorting and gives all k at once.
     for start in range(0, len(scores), step):
         part, match = scores[start : start + step], positives[start : start + step]
-        best = np.where(match, part, -np.inf).max(axis=1, keepdims=True)
+        best = part.max(axis=1, keepdims=True, where=match, initial=-np.inf)
         first = (match & (part == best)).argmax(axis=1)
-        before = (part > best) | ((part == best) & (items < first[:, None]))
         ranked = valid_rows(part) & (best[:, 0] > -np.inf)
-        rank[start : start + step] = np.where(ranked, before.sum(axis=1), np.iinfo(np.int64).max)
+        rank[start : start + step] = np.where(ranked, count_before(part, best, first), np.iinfo(np.int64).max)
     return rank
 
 

@@ -21,6 +21,21 @@ def valid_rows(scores: np.ndarray) -> np.ndarray:
     return scores.max(axis=1) < np.inf  # the maximum of a row with NaN is NaN
 
 
+def count_before(scores: np.ndarray, own: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Return how many items of each row come before its own one, int (n,); of equal scores the lower index is first.
+
+    Args:
+      scores: (n, items).
+      own: (n, 1) score of each row's own item.
+      index: int (n,) where it is.
+    """
+    before, equal = np.count_nonzero(scores > own, axis=1), np.count_nonzero(scores == own, axis=1)
+    tied = np.flatnonzero(equal > 1)
+    lower = np.arange(scores.shape[1]) < index[tied, None]
+    before[tied] += np.count_nonzero((scores[tied] == own[tied]) & lower, axis=1)
+    return before
+
+
 def average_precision(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
     """Return the average precision of each class, not interpolated: the mean of precision at each positive.
 

@@ -14,9 +14,10 @@ from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.encoder import Encoder, Features
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
-from xclip_jax.evaluators.statistics import PerExample, class_weights, valid_rows
+from xclip_jax.evaluators.statistics import PerExample, class_weights, count_before, valid_rows
 from xclip_jax.objectives.similarity import CosineSimilarity, Similarity, features
 
+_CHUNK = 1 << 22  # scores that are ranked at once: some ten megabytes of temporaries
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -42,14 +43,16 @@ def accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
       k: from the number of classes on every image is right, except those without a valid ranking: with a score that is
         NaN or plus infinity, or minus infinity for the right class.
     """
-    return float((_ranks(logits, labels) < k).mean())
+    return float((ranks(logits, labels) < k).mean())
 
 
 def mean_per_class(logits: np.ndarray, labels: np.ndarray) -> float:
     """Mean over the classes that occur of the share of their images that are right (balanced accuracy)."""
-    labels = np.asarray(labels)
-    right = np.bincount(labels, weights=_ranks(logits, labels) < 1)
-    count = np.bincount(labels)
+    return _mean_per_class(ranks(logits, labels), np.asarray(labels))
+
+
+def _mean_per_class(rank: np.ndarray, labels: np.ndarray) -> float:
+    right, count = np.bincount(labels, weights=rank < 1), np.bincount(labels)
     return float((right[count > 0] / count[count > 0]).mean())
 
 
@@ -245,14 +248,15 @@ class ZeroShot(Evaluator):
                 items = {key: PerExample(scores, other=labels, statistic=key) for key in ("map", "map11")}
                 results += [self.result(k, x.value(), n=n, items=x, score=score) for k, x in items.items()]
                 continue
-            items = _items(scores, labels, groups)
+            rank = ranks(scores, labels)
+            items = _items(rank, labels, groups)
             if self.data.card.metric == "roc_auc":
                 with np.errstate(invalid="ignore"):  # of unreadable images NaN
                     items["roc_auc"] = PerExample(scores[:, 1] - scores[:, 0], other=labels == 1, statistic="roc_auc")
             if self.data.card.metric == "top1_top5":
                 items["top1_top5"] = PerExample((items["top1"].values + items["top5"].values) / 2)
-            parts = {group: _metrics(scores[mask], labels[mask]) for group, mask in groups.items()}
-            whole = _mean(list(parts.values())) if parts else _metrics(scores, labels)
+            parts = {group: _metrics(rank[mask], labels[mask]) for group, mask in groups.items()}
+            whole = _mean(list(parts.values())) if parts else _metrics(rank, labels)
             whole |= {key: items[key].value() for key in items if key not in whole}
             chance = {f"top{k}": 100 * min(k / num_classes, 1) for k in (1, 5)}
             for key, value in whole.items():
@@ -264,38 +268,42 @@ class ZeroShot(Evaluator):
         return results
 
 
-def _items(scores: np.ndarray, labels: np.ndarray, groups: Mapping[str, np.ndarray]) -> dict[str, PerExample]:
+def _items(rank: np.ndarray, labels: np.ndarray, groups: Mapping[str, np.ndarray]) -> dict[str, PerExample]:
     """Each image's part in the set's metrics, with equal weight for each group."""
-    ranks, masks = _ranks(scores, labels), list(groups.values()) or [np.ones(len(labels), bool)]
+    masks = list(groups.values()) or [np.ones(len(labels), bool)]
     even, classes = np.zeros(len(labels)), np.zeros(len(labels))
     for mask in masks:
         even[mask] += 1 / mask.sum()
         of_class = class_weights(labels[mask])
         classes[mask] += of_class / of_class.sum()
     return {
-        "top1": PerExample((ranks < 1).astype(float), even),
-        "top5": PerExample((ranks < 5).astype(float), even),
-        "mean_per_class": PerExample((ranks < 1).astype(float), classes),
+        "top1": PerExample((rank < 1).astype(float), even),
+        "top5": PerExample((rank < 5).astype(float), even),
+        "mean_per_class": PerExample((rank < 1).astype(float), classes),
     }
 
 
-def _metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    shares = {
-        "top1": accuracy(scores, labels, 1),
-        "top5": accuracy(scores, labels, 5),
-        "mean_per_class": mean_per_class(scores, labels),
-    }
-    return {key: 100 * value for key, value in shares.items()}
+def _metrics(rank: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    shares = {"top1": (rank < 1).mean(), "top5": (rank < 5).mean(), "mean_per_class": _mean_per_class(rank, labels)}
+    return {key: 100 * float(value) for key, value in shares.items()}
 
 
 def _mean(parts: list[dict[str, float]]) -> dict[str, float]:
     return {key: float(np.mean([part[key] for part in parts])) for key in parts[0]}
 
 
-def _ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many classes come before the right one, int (n,); the largest integer without a valid ranking."""
-    logits, labels = np.asarray(logits), np.asarray(labels)[:, None]
-    own = np.take_along_axis(logits, labels, axis=1)
-    before = (logits > own) | ((logits == own) & (np.arange(logits.shape[1]) < labels))
-    ranked = valid_rows(logits) & (own[:, 0] > -np.inf)
-    return np.where(ranked, before.sum(axis=1), np.iinfo(np.int64).max)
+def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How many classes come before the right one, int (n,); the largest integer without a valid ranking.
+
+    Args:
+      logits: (n, classes); of equal ones the lower class comes first.
+      labels: int (n,).
+    """
+    logits, labels = np.asarray(logits), np.asarray(labels)
+    rank, step = np.empty(len(labels), np.int64), max(1, _CHUNK // max(1, logits.shape[1]))
+    for start in range(0, len(labels), step):
+        part, right = logits[start : start + step], labels[start : start + step]
+        own = np.take_along_axis(part, right[:, None], axis=1)
+        before = count_before(part, own, right)
+        rank[start : start + step] = np.where(valid_rows(part) & (own[:, 0] > -np.inf), before, np.iinfo(np.int64).max)
+    return rank
