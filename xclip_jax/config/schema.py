@@ -25,6 +25,7 @@ from xclip_jax.train.optim import EmaConfig, OptimConfig
 _STEPS = Check(
     "() or START,STOP with 0 < START < STOP", lambda value: not value or (len(value) == 2 and 0 < value[0] < value[1])
 )
+_TEMPLATES = Check("texts with {c}, where the name of the class goes", lambda value: all("{c}" in x for x in value))
 _TOWERS = Check("names of towers, 'img' or 'txt'", lambda value: set(value) <= {"img", "txt"})
 
 
@@ -49,6 +50,8 @@ class EvalConfig:
     resize: str = key("shortest", "how images are made square wherever the model is used", choice(RESIZE_MODES))
     resize_size: int = key(0, "side before the central crop, pixels; 0 for model.img.image_size", at_least(0))
     interpolation: str = key("bicubic", "how images are resized wherever the model is used", choice(INTERPOLATIONS))
+    templates: Sequence[str] = key((), "prompts of own labelled images, {c} for the class; empty for one", _TEMPLATES)
+    class_names: str = key("", "JSON file of names of own classes, {label: name}; empty for the labels themselves")
 
 
 @dataclasses.dataclass(frozen=True)
