@@ -68,9 +68,8 @@ def evaluate(
     config, experiment, variables, loaded_step = load(run, step)
     if path.exists():
         results.read(path)  # an error for a damaged file, before the work
-    protocol = _protocol(config, profile, changes)
     encoder = make_encoder(experiment, RunFolder(run).read_classes())
-    evaluators = registry.open_all(names, encoder, data_dir, protocol, experiment.data)
+    evaluators = registry.open_all(names, encoder, data_dir, _protocol(config, profile, changes), experiment.data)
     command = {
         "suite": suite if isinstance(suite, str) else list(suite),
         "config": schema.to_dict(config),
