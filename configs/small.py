@@ -120,8 +120,8 @@ def image_size(preset: str, counts: Counts, machine: Machine) -> int:
     """Side of the images in pixels: at most that of the pairs' own, in whole patches, two at least."""
     patch = int(preset.partition("/")[2])
     most = 224 if not preset.startswith("Ti") else 96 if machine.platform == "cpu" else 144
-    wanted = min(most, min(counts.width, counts.height))
-    return max(math.ceil(wanted / patch), 2) * patch
+    side = min(most, min(counts.width, counts.height))
+    return max(math.ceil(side / patch), 2) * patch
 
 
 def batch_size(trained: int, preset: str, machine: Machine) -> int:
