@@ -1,14 +1,21 @@
 """What all configs share: the string argument, and the groups of keys with their defaults."""
 
+import dataclasses
+import json
 from typing import Any
 
 import ml_collections
+from etils import epath
 
+from xclip_jax import interop
 from xclip_jax.config import schema
 from xclip_jax.config.fields import nearest
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
+from xclip_jax.interop import hub
 from xclip_jax.models.two_towers import preset
 from xclip_jax.objectives import OBJECTIVES, RECIPES
+from xclip_jax.run_folder import is_run
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
@@ -28,7 +35,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
         low = min(defaults[key], 1) if kind is int else None
         if low is not None and values[key] < low:
             raise UserError(f"config argument {key}={text!r}; expected at least {low}.")
-    if values.get("objective", "clip") not in OBJECTIVES:
+    # An objective of "" is up to the recipe.
+    if values.get("objective", "clip") not in (*OBJECTIVES, defaults.get("objective")):
         raise UserError(f"config argument objective={values['objective']!r} must be one of {', '.join(OBJECTIVES)}.")
     return ml_collections.ConfigDict(values)
 
@@ -47,6 +55,44 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
     if objective == "siglip":
         config.model.scale_init = 10.0
     return config
+
+
+def adopt(config: ml_collections.ConfigDict, weights: str) -> schema.Config | None:
+    """Take over towers, tokenizer and pixel statistics of weights.
+
+    Args:
+      config: to change.
+      weights: a run, a file or folder of another project, or hf:ORG/NAME.
+
+    Returns:
+      The config of the weights; None where they do not exist on this machine: the trainer says so.
+
+    Raises:
+      UserError: weights that cannot be read.
+    """
+    path = epath.Path(hub.resolve(weights))
+    if not path.exists():
+        return None
+    try:
+        run = is_run(str(path))
+        source = json.loads((path / "config.json").read_text())["config"] if run else interop.read(weights)[0]
+        groups = {name: source[name] for name in ("model", "objective", "data", "eval") if name in source}
+        saved = schema.resolve(schema.complete({"steps": 1} | groups))
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path / 'config.json'} cannot be read ({error}); give weights=RUN of another run.") from error
+    for name in ("img", "txt"):
+        tower = config.model[name]
+        # How it is computed does not depend on the weights.
+        tower.update(dataclasses.asdict(getattr(saved.model, name)) | {"scan": tower.scan, "remat": tower.remat})
+    config.model.plugins = saved.model.plugins
+    config.model.img.patch_dropout = config.model.img.drop_path = 0.0
+    prepare = Preprocessing.from_config(saved).to_config()
+    config.eval.update(prepare["eval"])
+    with config.ignore_type():  # a name, or a pair
+        config.data.tokenizer, config.data.normalization = saved.data.tokenizer, prepare["data"]["normalization"]
+    return saved
 
 
 def pretrain(objective: str, arg: str | None) -> ml_collections.ConfigDict:

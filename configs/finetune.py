@@ -16,20 +16,11 @@ decay here, not there. GLUE: AdamW, 2e-5 falling linearly, batch 32, 3 epochs, a
 no published recipe for these towers, and no dropout. No run of full size has been made and no score is claimed.
 """
 
-import dataclasses
-import json
-
 import ml_collections
-from etils import epath
 
-from xclip_jax import interop
-from xclip_jax.config import schema
 from xclip_jax.configs import common
 from xclip_jax.data import sources
 from xclip_jax.data.base import SourceOptions
-from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.errors import UserError
-from xclip_jax.run_folder import is_run
 
 # Training examples and classes, so that a config can be read where the data are not.
 _KNOWN = {"tfds:imagenet2012": (1_281_167, 1000)}
@@ -53,7 +44,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     text = sources.parse(args.data).kind.labelled_items == "text"
     config = common.base("classify", args.preset)
     if args.weights:
-        _adopt(config, args.weights)
+        common.adopt(config, args.weights)
     known = _size(args)
     examples, classes = args.examples or known[0], args.classes or known[1]
     batch, epochs = args.batch or (32 if text else 1024), args.epochs or (3 if text else 100)
@@ -79,32 +70,6 @@ def _size(args: ml_collections.ConfigDict) -> tuple[int, int]:
         return _KNOWN[args.data]
     source = sources.open_labelled(f"{args.data}/{args.train}", SourceOptions(args.dir))
     return len(source), len(source.names or ()) or 1
-
-
-def _adopt(config: ml_collections.ConfigDict, weights: str) -> None:
-    """Sizes, tokenizer and pixel statistics of the run `weights`, or of another project's file or folder."""
-    path = epath.Path(weights)
-    if not path.exists():
-        return  # the trainer says so; this config may be read on another machine
-    try:
-        run = is_run(weights)
-        source = json.loads((path / "config.json").read_text())["config"] if run else interop.read(weights)[0]
-        groups = {name: source[name] for name in ("model", "objective", "data", "eval") if name in source}
-        saved = schema.resolve(schema.complete({"steps": 1} | groups))
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path / 'config.json'} cannot be read ({error}); give weights=RUN of another run.") from error
-    for name in ("img", "txt"):
-        tower = config.model[name]
-        # How it is computed does not depend on the weights.
-        tower.update(dataclasses.asdict(getattr(saved.model, name)) | {"scan": tower.scan, "remat": tower.remat})
-    config.model.plugins = saved.model.plugins
-    config.model.img.patch_dropout = config.model.img.drop_path = 0.0
-    prepare = Preprocessing.from_config(saved).to_config()
-    config.eval.update(prepare["eval"])
-    with config.ignore_type():  # a name, or a pair
-        config.data.tokenizer, config.data.normalization = saved.data.tokenizer, prepare["data"]["normalization"]
 
 
 def _image(config: ml_collections.ConfigDict, epochs: int) -> None:

@@ -38,6 +38,8 @@ CONFIGS = {
     "demo_nclip": ("demo", "objective=nclip"),
     "icons": ("icons", None),
     "icons_xclip": ("icons", "objective=xclip,steps=2000,size=48"),
+    "small": ("small", "pairs=folder:/my/pairs,count=200,device=cpu"),
+    "small_gpu": ("small", "pairs=tar:/my/pairs/*.tar,count=500000,device=gpu,objective=xclip"),
     "study_cc12m": ("study_cc12m", "objective=xclip,root=gs://bucket"),
 }
 
@@ -87,6 +89,8 @@ def test_unknown_preset():
         (["--config", "elsewhere/demo.py"], "give --config demo"),
         (["--config", "dmo"], "did you mean 'demo'? Recipes: clip, demo, finetune,"),
         (["--config", "demo:steps=0"], "steps='0'"),
+        (["--config", "small"], "small:pairs=PATH"),
+        (["--config", "small:pairs=/nowhere"], "unknown source '/nowhere'"),
         ([], "--config"),
         (["--config", "configs/demo.py", "optim.lr=1"], "optim.lr=1"),
         (["--config", "configs/clip.py"], "data.sources"),

@@ -13,14 +13,13 @@ import pytest
 
 from tests import tiny
 from tests.findings import built, only
-from xclip_jax import plan
 from xclip_jax.config import schema
 from xclip_jax.doctor import __main__ as command
 from xclip_jax.doctor import machine, resources
 from xclip_jax.doctor.before import Options, check_config, check_weights
 from xclip_jax.doctor.finding import FAIL, OK, WARNING
 from xclip_jax.errors import UserError
-from xclip_jax.train import build
+from xclip_jax.train import build, memory
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.run_folder import TrainingFolder
 
@@ -186,13 +185,13 @@ def test_a_state_that_is_larger_than_the_memory(tmp_path):
 def test_a_step_that_does_not_fit(tmp_path, monkeypatch):
     """Microbatches need less; what does not fit is never run."""
     experiment = built("clip", data__batch=512)
-    peak = plan.memory(experiment, plan.compile_for(experiment))["peak"]
-    monkeypatch.setattr(resources, "capacity", lambda device: 0.9 * peak)
-    monkeypatch.setattr(plan, "remedies", lambda config: [{"optim.microbatches": 16}])
+    peak = memory.usage(experiment, memory.compile_for(experiment))["peak"]
+    monkeypatch.setattr(memory, "capacity", lambda device: 0.9 * peak)
+    monkeypatch.setattr(memory, "remedies", lambda config: [{"optim.microbatches": 16}])
     step = resources.check_step(experiment, TrainingFolder(tmp_path))
     finding = only(step.findings, "memory", FAIL)
     assert finding.remedy == "it fits with --config.optim.microbatches=16" and step.seconds is None
-    monkeypatch.setattr(plan, "remedies", lambda config: [])
+    monkeypatch.setattr(memory, "suggest", lambda *_: "")
     finding = only(resources.check_step(experiment, TrainingFolder(tmp_path)).findings, "memory", FAIL)
     assert "no change that was tried" in finding.remedy
 
@@ -204,8 +203,8 @@ def test_an_expensive_step_is_not_run_on_a_cpu(tmp_path):
 
 
 def test_host_memory_is_some():
-    assert 2**26 < resources.host_memory() < 2**50
-    assert resources.capacity(jax.devices()[0]) == pytest.approx(resources.host_memory() / 8, rel=0.2)
+    assert 2**26 < memory.host_memory() < 2**50
+    assert memory.capacity(jax.devices()[0]) == pytest.approx(memory.host_memory() / 8, rel=0.2)
 
 
 def test_a_checkpoint_is_restored_before_the_step_is_timed(tmp_path):

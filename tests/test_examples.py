@@ -3,10 +3,9 @@
 import json
 import pathlib
 
-import numpy as np
 import pytest
 
-from examples import compare_objectives, train_on_a_folder, use_a_model
+from examples import compare_objectives, use_a_model
 from tests import tiny
 
 
@@ -31,40 +30,6 @@ def narrow(get_config):
         return config
 
     return narrowed
-
-
-def test_train_on_a_folder(tmp_path, capsys, monkeypatch):
-    locked = train_on_a_folder.pretrain.get_config
-    monkeypatch.setattr(train_on_a_folder.pretrain, "get_config", lambda *args: locked(*args).lock())
-    monkeypatch.setattr(train_on_a_folder, "get_config", narrow(train_on_a_folder.get_config))
-    folder = tiny.folder(tmp_path / "pairs", 40)
-    (folder / "007.txt").unlink()
-    (folder / "008.png").write_bytes(b"<html>")
-    flags = ["--run", str(tmp_path / "run"), "--epochs", "1", "--batch", "16", "--size", "24", "--tokenizer", "bytes"]
-    flags += ["--objective", "clip"]
-    train_on_a_folder.main([str(folder), *flags])
-    said = capsys.readouterr().out
-    assert "step 2/2" in said and "of 38 images" in said and "among 38; chance is 2.6%\n" in said
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["data"]["spread_duplicate_captions"]
-    train_on_a_folder.main([str(folder), *flags])
-    assert "is complete at step 2" in capsys.readouterr().out
-
-
-def test_the_verdict_counts_equal_captions_as_right():
-    """Every image finds a caption of its words, though half of them find another image's."""
-    texts = ["a cat", "a dog", "a cat", "a hen"]
-    answers = np.array([0, 1, 0, 3])
-    scores = np.eye(4)[answers]
-    assert train_on_a_folder.verdict(scores, texts) == (
-        "of 4 images 100% find their own caption among 3; chance is 50.0% (the most frequent caption), and 100% can be "
-        "reached, since equal captions count as right"
-    )
-    wrong = np.eye(4)[[1, 0, 3, 3]]
-    assert train_on_a_folder.verdict(wrong, texts).startswith("of 4 images 25% find")
-    assert (
-        train_on_a_folder.verdict(np.eye(4), list("abcd")) == "of 4 images 100% find their own caption among 4; "
-        "chance is 25.0%"
-    )
 
 
 def notebook_cells():

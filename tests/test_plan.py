@@ -12,7 +12,7 @@ from xclip_jax import flops, plan
 from xclip_jax.config import load as config_file
 from xclip_jax.errors import UserError
 from xclip_jax.parallel.mesh import make_mesh
-from xclip_jax.train import build
+from xclip_jax.train import build, memory
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -85,8 +85,8 @@ def search(monkeypatch, start, fits):
         tried.append((config.mesh.strategy, config.model.img.remat, config.optim.microbatches))
         return built, "compiled" if fits(*tried[-1]) else None, ""
 
-    monkeypatch.setattr(plan, "_compile", compiles)
-    return plan.suggest(start, jax.devices()[:4]), tried
+    monkeypatch.setattr(memory, "compile_config", compiles)
+    return memory.suggest(start, jax.devices()[:4]), tried
 
 
 def test_what_does_not_fit_gets_a_remedy(monkeypatch):
@@ -120,7 +120,7 @@ def test_remedies_never_take_back_what_a_config_has(monkeypatch):
 
 @pytest.mark.parametrize("mfu", [0.0, -0.4, 1.5, float("nan")])
 def test_an_mfu_that_is_no_share_is_refused_before_compiling(mfu, monkeypatch):
-    monkeypatch.setattr(plan, "_compile", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(memory, "compile_config", lambda *_: pytest.fail("compiled"))
     with pytest.raises(UserError, match=f"--mfu is {mfu}; expected a share"):
         plan.plan(config(), "v5e:2x4", mfu=mfu)
 

@@ -29,9 +29,10 @@ from xclip_jax.errors import Parser, exit_with_message
 from xclip_jax.evaluation import evaluate
 from xclip_jax.evaluators import registry, results
 from xclip_jax.evaluators.comparison import compare, render
+from xclip_jax.evaluators.prompts import read_class_names
 from xclip_jax.storage import write_json
 
-PROFILE_FIELDS = ("prefix", "lower", "captions", "augment")
+PROFILE_FIELDS = ("prefix", "lower", "captions", "augment", "templates", "names")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -58,6 +59,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="profile slip: probe/ is trained on new crops and flips in each of 90 epochs",
     )
     parser.add_argument("--captions", type=int, help="number of captions of each image; 0 for all")
+    parser.add_argument(
+        "--template",
+        dest="templates",
+        action="append",
+        help="prompt of own labelled images, with {c} for the class; may be given several times",
+    )
+    parser.add_argument(
+        "--class-names", dest="names", metavar="FILE", help="JSON file of names of own classes, {label: name}"
+    )
     parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
     parser.add_argument("--data-dir", default="", help="root of the data sets")
     parser.add_argument("--output", default="", help="file of the results")
@@ -88,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         compilation_cache.enable()
         machine.warn_of_idle_accelerator()
+        flags.names = read_class_names(flags.names) if flags.names else None
         suite, fields = flags.suite or ["demo"], {key: getattr(flags, key) for key in PROFILE_FIELDS}
         evaluate(
             flags.checkpoint,

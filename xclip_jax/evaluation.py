@@ -10,13 +10,27 @@ from etils import epath
 
 from xclip_jax import environment
 from xclip_jax.config import schema
+from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
 from xclip_jax.evaluators import registry, result, results, summary
+from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.result import Result
 from xclip_jax.interop import hub
 from xclip_jax.run_folder import RunFolder, evaluation_file
-from xclip_jax.train.encoder import make_encoder
+from xclip_jax.train.encoder import make_encoder, own_profile
 from xclip_jax.train.weights import load
+
+
+def _protocol(config: Config, name: str, changes: Mapping[str, Any]) -> Profile:
+    """The profile `name` with templates and class names of the run's config, and with `changes`."""
+    file = config.eval.class_names
+    if file and not epath.Path(file).exists():
+        if "names" not in changes:
+            log0(
+                f"WARNING: eval.class_names={file!r} does not exist; own classes go by their labels, see --class-names"
+            )
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, class_names=""))
+    return dataclasses.replace(own_profile(config, name), **changes)
 
 
 def evaluate(
@@ -35,7 +49,7 @@ def evaluate(
       run, step: as in `load`.
       suite: as in `registry.expand_suites`.
       profile: one of `registry.PROFILES`: templates, resizing and retrieval protocol together.
-      changes: fields of the profile to change: prefix, lower, captions (of retrieval), augment (of SLIP's probe).
+      changes: fields of `Profile` to change; templates and names of own classes are else those of the run's config.
       data_dir: root of the data sets; by default that of the run's config.
       output: file of the results, `evaluation_file(run)` by default; of "hf:ORG/NAME" ORG--NAME.evaluation.json.
 
@@ -47,7 +61,7 @@ def evaluate(
     """
     began = time.perf_counter()
     names, changes = registry.expand_suites(suite), dict(changes or {})
-    protocol = dataclasses.replace(registry.profile(profile), **changes)
+    dataclasses.replace(registry.profile(profile), **changes)  # for its errors, before the work
     path = epath.Path(output) if output else evaluation_file(hub.local_name(run))
     if output:
         results.make_folder(path)
@@ -55,7 +69,7 @@ def evaluate(
     if path.exists():
         results.read(path)  # an error for a damaged file, before the work
     encoder = make_encoder(experiment, RunFolder(run).read_classes())
-    evaluators = registry.open_all(names, encoder, data_dir or experiment.data.dir, protocol)
+    evaluators = registry.open_all(names, encoder, data_dir, _protocol(config, profile, changes), experiment.data)
     command = {
         "suite": suite if isinstance(suite, str) else list(suite),
         "config": schema.to_dict(config),

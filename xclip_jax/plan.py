@@ -8,9 +8,7 @@ package libtpu (pip install 'xclip_jax[tpu]') and no TPU. `--explain` prints the
 import dataclasses
 import importlib.util
 import json
-import math
 import os
-import re
 import time
 from typing import Any
 
@@ -23,10 +21,10 @@ from xclip_jax import flops
 from xclip_jax.config import load as config_file
 from xclip_jax.console import format_bytes
 from xclip_jax.errors import UserError, check_choice, check_count, exit_with_message
-from xclip_jax.models.layers import REMAT_POLICIES
-from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.parallel.collectives import Collective, collectives, summary
+from xclip_jax.train import memory
 from xclip_jax.train.build import Experiment, build
+from xclip_jax.train.memory import bytes_on_device
 
 _TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:GRID, as v5e:4x8 or v4:2x4x4; without it, the devices here.")
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.")
@@ -63,8 +61,6 @@ CHIPS = {
     "v6e": Chip(32 * GIB, flops.PEAK["TPU v6e"]),
     "tpu7x": Chip(192 * GIB / 2, flops.PEAK["TPU7x"], devices=2),  # two chiplets, each with half of the memory
 }
-REMAT = tuple(REMAT_POLICIES)  # in the order of what is computed again
-MICROBATCHES = (2, 4, 16)
 
 
 def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
@@ -105,111 +101,6 @@ def explain(experiment: Experiment) -> list[dict[str, Any]]:
     return rows
 
 
-def bytes_on_device(tree: Any) -> float:
-    """Bytes of a tree of abstract arrays on each device."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
-
-
-def compile_for(experiment: Experiment) -> Any:
-    """Return the compiled step of `experiment`; `jax.errors.JaxRuntimeError` where it exceeds the chips' memory."""
-    b, size = experiment.data.batch, experiment.image_size
-    batch = {
-        "image": jax.ShapeDtypeStruct((b, size, size, 3), "uint8"),
-        "text": jax.ShapeDtypeStruct((b, experiment.context_length), "int32"),
-        "label": jax.ShapeDtypeStruct((b,), "float32"),
-    }
-    return experiment.compiled.lower(
-        experiment.abstract, {key: batch[key] for key in experiment.objective.fields}
-    ).compile()
-
-
-def memory(experiment: Experiment, compiled: Any) -> dict[str, float]:
-    """Bytes on each chip: the state's arrays, what the step needs beside it ("activations"), and their sum ("peak")."""
-    usage, state = compiled.memory_analysis(), experiment.abstract
-    return {
-        "parameters": bytes_on_device(state.params),
-        "optimizer": bytes_on_device(state.opt_state),
-        "average": bytes_on_device(state.ema_params),
-        "activations": float(usage.temp_size_in_bytes),
-        "peak": float(
-            usage.argument_size_in_bytes
-            + usage.output_size_in_bytes
-            - usage.alias_size_in_bytes
-            + usage.temp_size_in_bytes
-            + usage.generated_code_size_in_bytes
-        ),
-    }
-
-
-def compile_if_fits(experiment: Experiment) -> tuple[Any, str]:
-    """Return the compiled step, or None and what the compiler says of its memory where that is too little.
-
-    Compilers of TPUs refuse a step that does not fit. Others do not: compare `memory` with what the device has.
-    """
-    try:
-        return compile_for(experiment), ""
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        needed = re.search(r"(?:Used |temporaries \()([\d.]+[KMGT])\b", str(error))
-        return None, f"beside the state, it needs {needed[1]}" if needed else "it needs more"
-
-
-def _compile(config: ml_collections.ConfigDict, devices: list[Any]) -> tuple[Experiment, Any, str]:
-    """Experiment, the compiled step or None, and what the compiler said if it does not fit."""
-    experiment = build(config, devices)
-    return experiment, *compile_if_fits(experiment)
-
-
-def _changed(config: ml_collections.ConfigDict, changes: dict[str, Any]) -> ml_collections.ConfigDict:
-    new = config.copy_and_resolve_references()
-    new.update_from_flattened_dict(changes)
-    return new
-
-
-def remedies(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
-    """Changes with which the step of `config` needs less memory, in the order of what they cost.
-
-    First zero1, which costs nothing to speak of, then more computation: remat, and microbatches beside the most remat.
-    Each of these with zero1, which holds no more than dp does; and with fsdp or fsdp_tp before that where `config` has
-    it, since either may be the smaller one.
-    """
-    # A tower of another type may have no such key.
-    towers = {f"model.{name}.remat": config.model[name].remat for name in TOWERS if name not in config.model.plugins}
-    remat = [
-        {key: policy for key, now in towers.items() if REMAT.index(policy) > REMAT.index(now)} for policy in REMAT[1:]
-    ]
-    computation = [{}, *remat]
-    computation += [remat[-1] | {"optim.microbatches": n} for n in MICROBATCHES if n > config.optim.microbatches]
-    strategies = {"dp": ["zero1"], "zero1": ["zero1"]}.get(config.mesh.strategy, [config.mesh.strategy, "zero1"])
-    changes = []
-    for change in computation:
-        for strategy in strategies:
-            other = {} if strategy == config.mesh.strategy else {"mesh.strategy": strategy}
-            if other | change and other | change not in changes:
-                changes.append(other | change)
-    return changes
-
-
-def suggest(config: ml_collections.ConfigDict, devices: list[Any], capacity: float = math.inf) -> str:
-    """The nearest of `remedies`, as flags, with which the step fits; "" if none does.
-
-    Args:
-      config: of a run.
-      devices: that it runs on.
-      capacity: bytes of a device, where the compiler does not refuse what exceeds them.
-    """
-    for changes in remedies(config):
-        try:
-            experiment, compiled, _ = _compile(_changed(config, changes), devices)
-        except UserError:
-            continue  # it does not suit the config, as microbatches that do not divide its batch
-        if compiled is not None and (capacity == math.inf or memory(experiment, compiled)["peak"] <= capacity):
-            return " ".join(f"--config.{key}={value}" for key, value in changes.items())
-    return ""
-
-
 def plan(
     config: ml_collections.ConfigDict,
     topology: str,
@@ -235,7 +126,7 @@ def plan(
         raise UserError(f"--mfu is {mfu}; expected a share of the chips' peak, above 0 and at most 1, such as 0.4.")
     devices, chip = devices_of(topology, slices)
     began = time.perf_counter()
-    experiment, compiled, trouble = _compile(config, devices)
+    experiment, compiled, trouble = memory.compile_config(config, devices)
     hosts = len({(getattr(d, "slice_index", 0), d.process_index) for d in devices})
     step = flops.train_step(experiment.config)
     per_second = mfu * chip.peak * len(devices) / step * config.data.batch
@@ -254,7 +145,7 @@ def plan(
         "model_parameters": sum(x.size for x in jax.tree.leaves(experiment.abstract.params)),
         "fits": compiled is not None,
         "trouble": trouble,
-        "remedy": suggest(config, devices) if compiled is None and look else "",
+        "remedy": memory.suggest(config, devices) if compiled is None and look else "",
         "flops_per_step": step,
         "flops_per_pair": step / config.data.batch,
         "mfu": mfu,
@@ -268,7 +159,7 @@ def plan(
     }
     if compiled is not None:
         sent = collectives(compiled.as_text(), len(devices))
-        facts |= {"memory": memory(experiment, compiled), "sent": summary(sent), "collectives": _largest(sent)}
+        facts |= {"memory": memory.usage(experiment, compiled), "sent": summary(sent), "collectives": _largest(sent)}
     return facts
 
 

@@ -27,6 +27,7 @@ _STEPS = Check(
 )
 TRACKERS = ("tensorboard", "wandb", "trackio")
 _TRACKERS = Check(f"names among {', '.join(map(repr, TRACKERS))}", lambda value: set(value) <= set(TRACKERS))
+_TEMPLATES = Check("texts with {c}, where the name of the class goes", lambda value: all("{c}" in x for x in value))
 _TOWERS = Check("names of towers, 'img' or 'txt'", lambda value: set(value) <= {"img", "txt"})
 
 
@@ -51,6 +52,8 @@ class EvalConfig:
     resize: str = key("shortest", "how images are made square wherever the model is used", choice(RESIZE_MODES))
     resize_size: int = key(0, "side before the central crop, pixels; 0 for model.img.image_size", at_least(0))
     interpolation: str = key("bicubic", "how images are resized wherever the model is used", choice(INTERPOLATIONS))
+    templates: Sequence[str] = key((), "prompts of own labelled images, {c} for the class; empty for one", _TEMPLATES)
+    class_names: str = key("", "JSON file of names of own classes, {label: name}; empty for the labels themselves")
 
 
 @dataclasses.dataclass(frozen=True)

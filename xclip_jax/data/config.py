@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from xclip_jax.config.fields import Check, at_least, between, choice, key, not_empty
+from xclip_jax.config.fields import Check, at_least, between, choice, fraction_below_one, key, not_empty
 from xclip_jax.data import transforms
 from xclip_jax.data.length_groups import AUTO, LengthGroups
 from xclip_jax.data.preprocessing import Triple, mean_std
@@ -48,6 +48,11 @@ class DataConfig:
     subset: float = key(1.0, "share of each source's samples that is used; chosen by the seed, nested", _SHARE)
     caption_noise: float = key(
         0.0, "share of pairs with the captions of another pair of their source, a control; by the seed", between(0, 1)
+    )
+    holdout: float = key(
+        0.0,
+        "share of the pairs that is kept out of training, by a hash of the image; evaluated as retrieval/holdout",
+        fraction_below_one(),
     )
     spread_duplicate_captions: bool = key(
         False,

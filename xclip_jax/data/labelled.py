@@ -30,6 +30,19 @@ class Field(Sequence):
         return self._source[index][self._key]
 
 
+class Chosen(Sequence):
+    """The items at some positions of a sequence, read on access."""
+
+    def __init__(self, items: Sequence[Any], positions: Sequence[int]) -> None:
+        self._items, self._positions = items, positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: int) -> Any:  # ty: ignore[incompatible-method-override] no slices
+        return self._items[self._positions[index]]
+
+
 class Files(Sequence):
     """Encoded images in files, read on access."""
 

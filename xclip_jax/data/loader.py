@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from xclip_jax.data import labelled, records, sources, transforms, workers
+from xclip_jax.data import holdout, labelled, records, sources, transforms, workers
 from xclip_jax.data.base import Record, Source, SourceOptions
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.ledger import Entry, Ledger
@@ -34,8 +34,13 @@ WORKER_BUFFER = 2
 IN_FLIGHT = 4
 
 
+def source_options(config: DataConfig) -> SourceOptions:
+    """Return the keys of `config` that sources use."""
+    return SourceOptions(config.dir, config.image_key, tuple(config.text_keys), config.tags_key)
+
+
 def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | None = None) -> list[Source]:
-    """Open the sources of `config`.
+    """Open the sources of `config`, without the pairs that `config.holdout` holds out.
 
     Args:
       config: their specs and options.
@@ -49,20 +54,25 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
     """
     if not config.sources:
         raise UserError("data.sources is empty; add a source such as folder:PATH or tfds:NAME/SPLIT.")
-    options = SourceOptions(config.dir, config.image_key, tuple(config.text_keys), config.tags_key)
+    options = source_options(config)
     if classes:
         if config.spread_duplicate_captions:
             raise UserError(
                 "data.spread_duplicate_captions compares captions, and labelled items have none: set it to False."
             )
+        if config.holdout:
+            raise UserError("data.holdout holds out pairs; of labelled items evaluate another split, and set it to 0.")
         items = [sources.open_labelled(spec, options) for spec in config.sources]
         labelled.check_sources(config.sources, items, classes, fields)
         return [sources.Decoded(source) if config.cache and source.key == "image" else source for source in items]
     opened = [sources.open_pairs(spec, options) for spec in config.sources]
+    if config.holdout:
+        opened = holdout.training_part(config.sources, opened, config)
     if fields is not None and config.batch > (pairs := sum(map(len, opened))):
+        which = "that data.holdout leaves" if config.holdout else "of data.sources"
         raise UserError(
-            f"data.batch={config.batch} exceeds the {pairs} pairs of data.sources: a batch would contain pairs several "
-            f"times, as their own negatives. Set data.batch to at most {pairs}, or add pairs."
+            f"data.batch={config.batch} exceeds the {pairs} pairs {which}: a batch would contain pairs several times, "
+            f"as their own negatives. Set data.batch to at most {pairs}, or add pairs."
         )
     return [sources.Decoded(source) for source in opened] if config.cache else opened
 

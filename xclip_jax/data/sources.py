@@ -6,6 +6,7 @@ kind of another package is package.module:Class, and a spec of it "my_lab.source
 
 import dataclasses
 import difflib
+import glob
 import os
 import re
 from collections.abc import Mapping
@@ -69,6 +70,23 @@ def is_spec(text: str) -> bool:
     """Whether `text` has the form of a spec, and is not a plain path; nothing is imported or opened."""
     prefix, colon, _ = text.partition(":")
     return (bool(colon) and prefix in SOURCES) or _IMPORTED.fullmatch(text) is not None
+
+
+def of_path(text: str) -> str:
+    """Return the spec of a plain path, by what it looks like; a spec as it is.
+
+    Raises:
+      UserError: a path that does not exist, or that no kind of source reads.
+    """
+    path = os.path.expanduser(text)
+    if is_spec(text):
+        return text
+    if os.path.isdir(path) and glob.glob(os.path.join(glob.escape(path), "*.tar")):
+        return f"tar:{os.path.join(text, '*.tar')}"
+    kinds = [name for name, kind in SOURCES.items() if kind.reads(path)]
+    if not kinds:
+        raise _unknown(text)
+    return f"{kinds[0]}:{text}"
 
 
 def parse(text: str) -> SourceSpec:

@@ -22,7 +22,7 @@ from xclip_jax.objectives import Objective
 from xclip_jax.objectives.clip import Contrastive
 from xclip_jax.parallel.mesh import batch_part
 from xclip_jax.train.build import Experiment
-from xclip_jax.train.encoder import make_encoder
+from xclip_jax.train.encoder import make_encoder, own_profile
 from xclip_jax.train.progress import INPUT_BOUND
 from xclip_jax.train.run_folder import TrainingFolder
 
@@ -231,7 +231,12 @@ def check_sets(experiment: Experiment) -> Iterator[Finding]:
     encoder = make_encoder(experiment, _classes(experiment))
     problems = []
     for spec in specs:
-        _, problem = attempt("evaluation", lambda spec=spec: registry.open_all([spec], encoder, experiment.data.dir))
+        _, problem = attempt(
+            "evaluation",
+            lambda spec=spec: registry.open_all(
+                [spec], encoder, profile=own_profile(experiment.config), data=experiment.data
+            ),
+        )
         problems += [problem] if problem else []
     yield from problems
     if specs and not problems:

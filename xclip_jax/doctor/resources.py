@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import os
 import pathlib
 import shutil
 import time
@@ -13,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from xclip_jax import flops, plan
+from xclip_jax import flops
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.console import format_bytes, format_duration
@@ -22,6 +21,7 @@ from xclip_jax.doctor.finding import Finding, attempt, fail, warning
 from xclip_jax.parallel.mesh import batch_part
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import is_remote
+from xclip_jax.train import memory
 from xclip_jax.train.build import Experiment
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.run_folder import TrainingFolder
@@ -30,29 +30,6 @@ from xclip_jax.train.state import TrainState, create
 # Steps of more FLOPs are not run on a CPU unless they are asked for: they take minutes.
 CHEAP = 2e12
 TIMED_STEPS = 2
-
-
-def host_memory() -> float:
-    """Return the bytes of memory that a process can still take on this machine, or in this container."""
-    try:
-        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-        available = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        try:
-            available = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-        except (AttributeError, ValueError, OSError):  # Windows
-            return math.inf
-    limits = []
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number
-            limits.append(float(pathlib.Path(file).read_text()))
-    return min([available, *limits])
-
-
-def capacity(device: jax.Device) -> float:
-    """Return the bytes that a step may take on a device; simulated devices of a CPU share the host's memory."""
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    return float(limit) if limit else host_memory() / jax.local_device_count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,37 +49,34 @@ def check_step(experiment: Experiment, folder: RunFolder, mode: str = "auto") ->
       mode: "always", "never", or "auto": unless it would take long on this CPU.
     """
     device, operations = jax.devices()[0], flops.train_step(experiment.config)
-    limit, state = capacity(device), plan.bytes_on_device(experiment.abstract)
+    limit, state = memory.capacity(device), memory.bytes_on_device(experiment.abstract)
     values = {"state_bytes": state, "capacity_bytes": limit, "flops_per_step": operations}
     if state > limit:
-        text = f"the state alone takes {format_bytes(state)} of a device's {format_bytes(limit)}"
-        remedy = "shard it, --config.mesh.strategy=fsdp on more devices, or take a smaller model"
-        return Step(None, [fail("memory", text, remedy, **values)])
+        text = memory.state_too_large(state, limit)
+        return Step(None, [fail("memory", text, memory.STATE_REMEDY, **values)])
     if mode == "never" or (mode == "auto" and device.platform == "cpu" and operations > CHEAP):
         text = (
             f"the state takes {format_bytes(state)} of a device's {format_bytes(limit)}; the step, "
             f"{operations / 1e12:,.3g} TFLOP, is not compiled here: --step always does, xclip-jax plan for TPUs"
         )
         return Step(None, [Finding("memory", text, values=values)])
-    compiled, trouble = plan.compile_if_fits(experiment)
-    memory = plan.memory(experiment, compiled) if compiled is not None else {}
-    values |= {f"{name}_bytes": size for name, size in memory.items()}
-    if compiled is None or memory["peak"] > limit:
-        return Step(None, [_too_large(experiment, memory, limit, trouble, values)])
-    text = f"a step takes {format_bytes(memory['peak'])} of a device's {format_bytes(limit)}, "
-    findings = [
-        Finding("memory", text + f"{format_bytes(memory['activations'])} of it beside the state", values=values)
-    ]
+    compiled, trouble = memory.compile_if_fits(experiment)
+    usage = memory.usage(experiment, compiled) if compiled is not None else {}
+    values |= {f"{name}_bytes": size for name, size in usage.items()}
+    if compiled is None or usage["peak"] > limit:
+        return Step(None, [_too_large(experiment, usage, limit, trouble, values)])
+    text = f"a step takes {format_bytes(usage['peak'])} of a device's {format_bytes(limit)}, "
+    findings = [Finding("memory", text + f"{format_bytes(usage['activations'])} of it beside the state", values=values)]
     seconds, timed = _time(experiment, folder, compiled, operations)
     return Step(seconds, [*findings, *timed])
 
 
 def _too_large(
-    experiment: Experiment, memory: dict[str, float], limit: float, trouble: str, values: dict[str, Any]
+    experiment: Experiment, usage: dict[str, float], limit: float, trouble: str, values: dict[str, Any]
 ) -> Finding:
-    needs = f"it takes {format_bytes(memory['peak'])}" if memory else trouble
+    needs = f"it takes {format_bytes(usage['peak'])}" if usage else trouble
     config = schema.complete(schema.to_dict(experiment.config))
-    change = plan.suggest(config, list(experiment.mesh.devices.flat), limit)
+    change = memory.suggest(config, list(experiment.mesh.devices.flat), limit, usage.get("peak", 0.0))
     remedy = f"it fits with {change}" if change else "no change that was tried makes it fit; take more devices"
     return fail("memory", f"the step does not fit a device's {format_bytes(limit)}: {needs}", remedy, **values)
 

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.prompts import Profile
@@ -147,6 +148,11 @@ class SetKind(abc.ABC):
     @abc.abstractmethod
     def load(cls, spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> Any:
         """Return the set `spec`, its images square and uint8; the arguments are those of `registry.load`."""
+
+    @classmethod
+    def open(cls, spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> Any:
+        """Return the set as `load` does; a kind that reads pairs as the model's run does uses all keys of `data`."""
+        return cls.load(spec, prepare, data.dir or None, profile)
 
     @classmethod
     def shows(cls, spec: str) -> str:

@@ -6,8 +6,9 @@ Names and templates are those of clip-benchmark (MIT), in `data/third_party`; wh
 import dataclasses
 import functools
 import json
+import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from xclip_jax.data import assets
 from xclip_jax.data.preprocessing import Preprocessing
@@ -30,9 +31,11 @@ class Profile:
       prefix: text before the captions of retrieval.
       lower: whether captions are lower-cased, as SigLIP's are.
       captions: the number of first captions of each image that are kept; 0 for all.
+      templates: of prompts for labelled images of one's own, with {c} for the class; empty for "a photo of a {c}".
+      names: {label: name, or synonyms} of their classes; a label without an entry is its own name.
 
     Raises:
-      UserError: a negative number of captions, or `augment` without `sgd`.
+      UserError: a negative number of captions, `augment` without `sgd`, or a template without {c}.
     """
 
     imagenet: str = "openai80"
@@ -43,12 +46,16 @@ class Profile:
     prefix: str = ""
     lower: bool = False
     captions: int = 0
+    templates: Sequence[str] = ()
+    names: Mapping[str, str | Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.captions < 0:
             raise UserError(f"--captions is {self.captions}; expected a number of captions, or 0 for all of them.")
         if self.augment and not self.sgd:
             raise UserError("--augment is for SLIP's linear probe; add --profile slip, or leave --augment out.")
+        if wrong := [template for template in self.templates if "{c}" not in template]:
+            raise UserError(f"template {wrong[0]!r} has no {{c}}, where the name of the class goes; add it.")
 
     def preprocessing(self, own: Preprocessing | int) -> Preprocessing:
         """Return the model's `own` preprocessing as the protocol changes it; a number is a size, with CLIP's."""
@@ -67,6 +74,12 @@ PROFILES = {
     "slip": Profile(imagenet="slip7", sgd=True, resample="bilinear"),
     "open_clip": Profile(clips=False),
 }
+
+
+def with_own(profile: Profile, templates: Sequence[str], class_names: str) -> Profile:
+    """Return the profile with templates and a file of class names for labelled images of one's own."""
+    return dataclasses.replace(profile, templates=tuple(templates), names=read_class_names(class_names))
+
 
 # Indices among the 80 of the seven that forward selection chose (the CLIP repository's notebook); SLIP uses them.
 _SEVEN = (73, 7, 44, 69, 35, 67, 64)
@@ -149,16 +162,39 @@ def chosen(name: str, profile: Profile) -> str:
     return f"clip_{name}" if profile.clips and f"clip_{name}" in _OWN else name
 
 
-def prompts(names: Sequence[str | Sequence[str]], templates_of: str) -> list[list[str]]:
-    """Return each class's prompts: every one of the `templates` of that name with its name, or each of its synonyms."""
-    return fill(names, templates(templates_of))
+def prompts(names: Sequence[str | Sequence[str]], templates_of: str | Sequence[str]) -> list[list[str]]:
+    """Return each class's prompts: every template with its name, or with each of its synonyms.
 
-
-def fill(names: Sequence[str | Sequence[str]], texts: Sequence[str]) -> list[list[str]]:
-    """Return each class's prompts: every template of `texts` with its name, or with each of its synonyms."""
+    Args:
+      names: of the classes.
+      templates_of: name of the templates, see `templates`, or the templates themselves.
+    """
+    texts = templates(templates_of) if isinstance(templates_of, str) else templates_of
     synonyms = [[name] if isinstance(name, str) else list(name) for name in names]
     # str.format fails on braces in a name.
     return [[text.replace("{c}", word) for word in words for text in texts] for words in synonyms]
+
+
+def read_class_names(path: str) -> dict[str, str | list[str]]:
+    """Read names of classes from a JSON file, {label: name} or {label: [name, synonym, ...]}; {} where path is "".
+
+    Raises:
+      UserError: no such file, or another content.
+    """
+    if not path:
+        return {}
+    try:
+        content = json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"class names {path!r} cannot be read ({error}); expected a JSON file {{label: name}}."
+        ) from error
+    if not isinstance(content, dict) or not all(
+        words and (isinstance(words, str) or (isinstance(words, list) and all(isinstance(w, str) for w in words)))
+        for words in content.values()
+    ):
+        raise UserError(f"class names {path!r} are not {{label: name}} or {{label: [name, synonym, ...]}}.")
+    return content
 
 
 def readable(label: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from xclip_jax.console import log0
+from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample, UserError, check_choice, describe
 from xclip_jax.evaluators.base import Evaluator, Layout, SetKind, closest
@@ -25,6 +26,7 @@ from xclip_jax.evaluators.emoji_sets import TESTS, EmojiSets
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.file_datasets import FileSets
 from xclip_jax.evaluators.icon_sets import IconSets
+from xclip_jax.evaluators.pair_sets import PairSets
 from xclip_jax.evaluators.probe import Probe
 from xclip_jax.evaluators.probe_datasets import ProbeSets
 from xclip_jax.evaluators.prompts import PROFILES, Profile
@@ -37,7 +39,7 @@ from xclip_jax.evaluators.zeroshot_datasets import PAPER, PublishedSets
 from xclip_jax.imports import class_name, import_class
 
 KINDS: tuple[type[SetKind], ...] = (
-    EmojiSets, IconSets, PublishedSets, WdsSets, FileSets, ProbeSets, DenseSets, FinetunedSets,
+    EmojiSets, IconSets, PublishedSets, WdsSets, FileSets, PairSets, ProbeSets, DenseSets, FinetunedSets,
 )  # fmt: skip
 SETS: Mapping[str, type[SetKind]] = {prefix: kind for kind in KINDS for prefix in kind.prefixes}
 EVALUATORS: Mapping[str, type[Evaluator]] = {
@@ -57,7 +59,11 @@ _NUM_LISTED = 3  # unreadable images that `measure` names
 
 
 def load(
-    spec: str, prepare: Preprocessing | int, data_dir: str | None = None, profile: Profile = PROFILES["openai"]
+    spec: str,
+    prepare: Preprocessing | int,
+    data_dir: str | None = None,
+    profile: Profile = PROFILES["openai"],
+    data: DataConfig | None = None,
 ) -> Any:
     """Open the set named `spec`, its images square and uint8.
 
@@ -66,11 +72,13 @@ def load(
       prepare: preprocessing of the model's images; a number for CLIP's, at that size.
       data_dir: root of TFDS data sets, None (or "") for the default; the demo's is prepared there on first use.
       profile: protocol of the published sets.
+      data: of the model's run, which says how pairs of its own are read; `data_dir` comes before its own `dir`.
 
     Raises:
       UserError: an unknown `spec`, with the names that are spelled like it, or a set that cannot be opened.
     """
-    return check(spec).load(spec, prepare, data_dir or None, profile)
+    data = data or DataConfig()
+    return check(spec).open(spec, prepare, dataclasses.replace(data, dir=data_dir or data.dir), profile)
 
 
 def check(spec: str, others: Sequence[str] = ()) -> type[SetKind]:
@@ -88,7 +96,7 @@ def check(spec: str, others: Sequence[str] = ()) -> type[SetKind]:
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     raise UserError(
         f"unknown evaluation set {spec!r}{hint} python -m xclip_jax.evaluate --help lists the names; your own images "
-        "are folder:PATH, csv:PATH or probe/folder:PATH."
+        "are folder:PATH, csv:PATH or probe/folder:PATH, your own pairs retrieval/SOURCE."
     )
 
 
@@ -142,19 +150,29 @@ def profile(name: str) -> Profile:
     return PROFILES[name]
 
 
-def make(spec: str, encoder: Encoder, data_dir: str | None = None, profile: Profile = PROFILES["openai"]) -> Evaluator:
+def make(
+    spec: str,
+    encoder: Encoder,
+    data_dir: str | None = None,
+    profile: Profile = PROFILES["openai"],
+    data: DataConfig | None = None,
+) -> Evaluator:
     """Open the set named `spec` and return its evaluator; arguments and errors are those of `load`."""
-    return evaluator(encoder, load(spec, encoder.preprocessing, data_dir, profile))
+    return evaluator(encoder, load(spec, encoder.preprocessing, data_dir, profile, data))
 
 
 def open_all(
-    specs: Sequence[str], encoder: Encoder, data_dir: str | None = None, profile: Profile = PROFILES["openai"]
+    specs: Sequence[str],
+    encoder: Encoder,
+    data_dir: str | None = None,
+    profile: Profile = PROFILES["openai"],
+    data: DataConfig | None = None,
 ) -> list[Evaluator]:
     """Open sets and return their evaluators, without running the model: errors are raised before the first one runs.
 
     Args:
       specs: names of sets.
-      encoder, data_dir, profile: as in `make`.
+      encoder, data_dir, profile, data: as in `make`.
 
     Raises:
       UserError: sets that are unknown, missing or damaged, or of which none of some images can be decoded; one line for
@@ -163,7 +181,7 @@ def open_all(
     evaluators, faults = [], []
     for spec in specs:
         try:
-            evaluators.append(make(spec, encoder, data_dir, profile))
+            evaluators.append(make(spec, encoder, data_dir, profile, data))
             _check_images(evaluators[-1])
         except (UserError, OSError) as error:
             named = str(error).startswith((spec, f"{spec.partition('@')[0]}:")) or repr(spec) in str(error)

@@ -3,7 +3,8 @@
 `NAME` reads the TFDS data set in the table; `NAME@PATH` reads the same set from a folder with one sub-folder a class,
 or from a CSV file with the columns path and label. A set that is not in the table is named by the spec of its source
 (`data.sources`) of labelled images: `folder:PATH`, `csv:PATH`, `tfds:NAME/SPLIT`, and with `zeroshot/` before it one of
-another package, `zeroshot/package.module:Class:REST`. Probes of the same sets are in `probe_datasets`.
+another package, `zeroshot/package.module:Class:REST`. `zeroshot/holdout[@RUN]` has the held-out images of a run whose
+sources have labels beside captions, see `pair_sets`. Probes of the same sets are in `probe_datasets`.
 
 Where clip-benchmark has names for a set's classes, folders and labels of CSV files are matched with them: by a
 published name, a label of the TFDS data set (a WordNet id of ImageNet), or the class's number from 0. Others are
@@ -20,15 +21,18 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from xclip_jax.data import sources
+from xclip_jax.data import holdout, sources
 from xclip_jax.data.base import SourceOptions
-from xclip_jax.data.labelled import Field, read_files
+from xclip_jax.data.config import DataConfig
+from xclip_jax.data.labelled import Chosen, Field, read_files
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.tfds_source import open_tfds
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import prompts
 from xclip_jax.evaluators.base import SetKind
+from xclip_jax.evaluators.pair_sets import HELD_OUT, held_out_data, names_held_out
 from xclip_jax.evaluators.pictures import Pictures
+from xclip_jax.evaluators.probe import Joined
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.provenance import SHIFTED, VALIDATION, Provenance, contents, digest
 from xclip_jax.evaluators.published_sets import ENTRIES, PAPER, Entry
@@ -93,6 +97,36 @@ def read_source(spec: str, data_dir: str | None) -> Content:
     return Content(source.items, source.labels(), names, data, source.version, "", source.identity, templates)
 
 
+def read_held_out(spec: str, data: DataConfig) -> Content:
+    """Open the labelled images of a run's sources that `data.holdout` keeps out of training.
+
+    Raises:
+      UserError: a source without labels, of other classes than the first, or without held-out images.
+    """
+    parts, identities = [], []
+    for source_spec in data.sources:
+        part = read_source(source_spec, data.dir)
+        if np.ndim(part.labels) != 1:
+            raise UserError(f"{spec}: images of {source_spec} have several labels; give each one class.")
+        positions = holdout.selected(part.images, data.holdout)
+        identities += [holdout.image_hash(part.images[i]) for i in positions]
+        labels = np.array([part.classes[label] for label in part.labels[positions]], object)
+        parts.append(dataclasses.replace(part, images=Chosen(part.images, positions), labels=labels))
+    classes = sorted({name for part in parts for name in part.classes})
+    number = {name: i for i, name in enumerate(classes)}
+    names = np.concatenate([part.labels for part in parts])
+    if not len(names):
+        raise UserError(f"{spec}: none of the labelled images of {', '.join(data.sources)} is held out.")
+    return Content(
+        Joined([part.images for part in parts]),
+        np.array([number[name] for name in names], int),
+        classes,
+        ", ".join(data.sources),
+        split=f"held out, {data.holdout:g}",
+        identity=identities,
+    )
+
+
 def _read_entry(name: str, entry: Entry, path: str, data_dir: str | None) -> Content:
     if path:
         images, labels, classes = read_files(name, pathlib.Path(path))
@@ -117,38 +151,64 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
     """
     spec = spec.removeprefix(PREFIX)
     if sources.has_labels(spec, "image"):
-        name, content = spec, read_source(spec, data_dir)
-        entry = Entry(templates="dummy", metric="map" if np.ndim(content.labels) == 2 else "top1")
-        classes = content.classes
-        words: list[Any] = classes if content.templates else [prompts.spaced(label) for label in classes]
-    else:
-        name, entry, path = entry_of(spec)
-        content = _read_entry(name, entry, path, data_dir)
-        classes = content.classes
-        if not entry.names:
-            classes = [prompts.readable(label) if entry.readable else prompts.spaced(label) for label in classes]
-        words = classes
+        return own_set(spec, read_source(spec, data_dir), prepare, profile)
+    name, entry, path = entry_of(spec)
+    content = _read_entry(name, entry, path, data_dir)
+    classes = content.classes
+    if not entry.names:
+        classes = [prompts.readable(label) if entry.readable else prompts.spaced(label) for label in classes]
+    words: list[Any] = classes
     synonyms = ""
     if name == "fer2013" and profile.clips:
         words, synonyms = [prompts.SYNONYMS.get(label, label) for label in classes], ", synonyms"
-    used, prepare = prompts.chosen(entry.templates, profile), profile.preprocessing(prepare)
-    templates, origin = content.templates or prompts.templates(used), "the data set's" if content.templates else used
+    used = prompts.chosen(entry.templates, profile)
+    description = f"{used} ({len(prompts.templates(used))}{synonyms})"
+    content = dataclasses.replace(content, classes=classes)
+    return _make(spec, content, entry, prompts.prompts(words, used), description, profile.preprocessing(prepare))
+
+
+def own_set(name: str, content: Content, prepare: Preprocessing | int, profile: Profile) -> ZeroShotSet:
+    """Return the set `name` of labelled images of one's own, with the templates and class names of the profile.
+
+    Raises:
+      UserError: the profile names a class that the images do not have.
+    """
+    if unknown := set(profile.names) - set(content.classes):
+        raise UserError(
+            f"{name}: {min(unknown)!r} of the class names is not among its {len(content.classes)} classes, such as "
+            f"{content.classes[0]!r}; correct the file of names."
+        )
+    # A data set with templates has names that go into them as they are.
+    own = [label if content.templates else prompts.spaced(label) for label in content.classes]
+    words = [profile.names.get(label, word) for label, word in zip(content.classes, own, strict=True)]
+    templates = profile.templates or content.templates or "dummy"
+    description = "dummy (1)" if templates == "dummy" else f"the data set's ({len(templates)})"
+    if profile.templates:
+        description = " | ".join(profile.templates)
+    entry = Entry(metric="map" if np.ndim(content.labels) == 2 else "top1")
+    texts = prompts.prompts(words, templates)
+    return _make(name, content, entry, texts, description, profile.preprocessing(prepare))
+
+
+def _make(
+    spec: str, content: Content, entry: Entry, texts: list[list[str]], templates: str, prepare: Preprocessing
+) -> ZeroShotSet:
     card = Provenance(
         data=content.data,
         version=content.version,
         split=content.split,
         split_hash=digest(
-            [content.identity, *np.asarray(content.labels).tolist(), *classes, *contents(content.images)]
+            [content.identity, *np.asarray(content.labels).tolist(), *content.classes, *contents(content.images)]
         ),
         protocol="mean of normalised prompts, normalised again; cosine; equal scores go to the lowest class",
-        templates=f"{origin} ({len(templates)}{synonyms})",
+        templates=templates,
         preprocessing=prepare.resizing,
         metric=entry.metric,
         note=entry.note,
         role=SHIFTED if entry.shifted else VALIDATION if entry.validation else "",
     )
     pictures = Pictures(content.images, prepare, entry.border)
-    return ZeroShotSet(spec, pictures, content.labels, prompts.fill(words, templates), names=classes, card=card)
+    return ZeroShotSet(spec, pictures, content.labels, texts, names=content.classes, card=card)
 
 
 Read = tuple[Sequence[Any], np.ndarray, list[str], str]
@@ -246,12 +306,13 @@ class PublishedSets(SetKind):
     """`NAME` and `NAME@PATH` of the table, and `SOURCE` or `zeroshot/SOURCE`."""
 
     prefixes = (*ENTRIES, *_OWN, PREFIX.rstrip("/"))
-    names = PAPER
+    names = (*PAPER, PREFIX + HELD_OUT)
     at_path = tuple(ENTRIES)
     usage = "own data: " + "; ".join(
         [
             *(f"{spec}, {meaning}" for name in _OWN for spec, meaning in sources.SOURCES[name].labelled_specs.items()),
             f"{PREFIX}{sources.OF_ANOTHER_PACKAGE}",
+            f"{PREFIX}{HELD_OUT}[@RUN], the held-out pairs of a run whose sources have labels",
         ]
     )
     load = staticmethod(load)
@@ -259,7 +320,15 @@ class PublishedSets(SetKind):
     @classmethod
     def knows(cls, spec: str) -> bool:
         """Whether the set or source exists; files are not read."""
-        return check(spec.removeprefix(PREFIX))
+        return names_held_out(spec, PREFIX) or check(spec.removeprefix(PREFIX))
+
+    @classmethod
+    def open(cls, spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> ZeroShotSet:
+        """Return the set as `load` does, or held-out images of the model's run or of another one."""
+        if not names_held_out(spec, PREFIX):
+            return load(spec, prepare, data.dir or None, profile)
+        content = read_held_out(spec, held_out_data(spec, data))
+        return own_set(spec.removeprefix(PREFIX), content, prepare, profile)
 
     @classmethod
     def shows(cls, spec: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from xclip_jax.data import loader
 from xclip_jax.evaluators.encoder import Encoder, Features
+from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.retrieval import RetrievalSet, positives
 from xclip_jax.evaluators.retrieval import ranks as ranks_of
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, compare, text_scores
@@ -151,6 +152,7 @@ def collect_examples(
     data_dir: str | None = None,
     queries: Sequence[str] = (),
     seed: int = 0,
+    profile: Profile = PROFILES["openai"],
 ) -> Examples:
     """Compute all `Examples`. With several processes all of them call this, and all get the same.
 
@@ -162,8 +164,9 @@ def collect_examples(
       data_dir: root of TFDS data sets, None for the default.
       queries: texts to search the images of a set that has queries with, in place of its own.
       seed: decides which images and texts are shown.
+      profile: templates and class names of the sets.
     """
-    selection = select(specs, encoder.preprocessing, data_dir, data, seed)
+    selection = select(specs, encoder.preprocessing, data_dir, data, seed, profile)
     examples = Examples(seed, credits=selection.credits, missing=selection.missing)
     words: Sequence[str] = [name for _, zeroshot, _ in selection.zeroshot for name in zeroshot.names]
     for n, (panel, zeroshot, shown) in enumerate(selection.zeroshot):

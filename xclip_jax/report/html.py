@@ -14,6 +14,7 @@ from xclip_jax.report.markup import Images, esc
 from xclip_jax.report.record import Record
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.train.build import Experiment
+from xclip_jax.train.encoder import own_profile
 
 _NO_SETS = (
     "the run has no evaluation sets. Add some to eval.final_sets, or run: python -m xclip_jax.report {run} --sets "
@@ -46,7 +47,13 @@ def make(
       The examples on the page.
     """
     examples = collect_examples(
-        encoder, variables, specs, data=experiment.data, data_dir=data_dir or experiment.data.dir, seed=seed
+        encoder,
+        variables,
+        specs,
+        data=experiment.data,
+        data_dir=data_dir or experiment.data.dir,
+        seed=seed,
+        profile=own_profile(experiment.config),
     )
     maps = None
     if examples.gallery.images:

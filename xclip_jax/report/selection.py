@@ -13,6 +13,7 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample, UserError, describe
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import SetKind
+from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.retrieval import RetrievalSet
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
@@ -57,7 +58,12 @@ class Selection:
 
 
 def select(
-    specs: Sequence[str], prepare: Preprocessing, data_dir: str | None, data: loader.DataConfig | None, seed: int
+    specs: Sequence[str],
+    prepare: Preprocessing,
+    data_dir: str | None,
+    data: loader.DataConfig | None,
+    seed: int,
+    profile: Profile = PROFILES["openai"],
 ) -> Selection:
     """Select the sets to show: those with a panel, else the first for classification, and one for retrieval.
 
@@ -65,8 +71,9 @@ def select(
       specs: names of evaluation sets.
       prepare: preprocessing of the model.
       data_dir: root of TFDS data sets, None for the default.
-      data: of the training pairs, which are shown where none of the sets can be read.
+      data: of the training pairs, which are shown where none of the sets can be read; held-out ones are a set.
       seed: of the training pairs that are drawn.
+      profile: templates and class names.
     """
     selection = Selection()
     kinds = {spec: registry.check(spec) for spec in dict.fromkeys(specs)}
@@ -80,7 +87,7 @@ def select(
         ):
             continue
         try:
-            sets = [registry.load(spec, view, data_dir) for view in (prepare, prepare.at(SHOWN))]
+            sets = [registry.load(spec, view, data_dir, profile, data) for view in (prepare, prepare.at(SHOWN))]
         except UserError as error:
             selection.missing += [str(error)] if str(error) not in selection.missing else []
             continue

@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
+from xclip_jax.config.schema import Config
+from xclip_jax.evaluators import prompts
 from xclip_jax.evaluators.encoder import Encoder
+from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.train.build import Experiment
 
 
@@ -23,3 +26,8 @@ def make_encoder(experiment: Experiment, classes: Sequence[str] | None = None) -
         similarities=experiment.objective.similarities,
         classes=classes,
     )
+
+
+def own_profile(config: Config, name: str = "openai") -> Profile:
+    """Return the profile `name` with the templates and class names that a run has for labelled images of its own."""
+    return prompts.with_own(PROFILES[name], config.eval.templates, config.eval.class_names)

@@ -18,7 +18,7 @@ from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.parallel.mesh import batch_part
 from xclip_jax.train import caption_lengths
 from xclip_jax.train.build import Experiment, build
-from xclip_jax.train.encoder import make_encoder
+from xclip_jax.train.encoder import make_encoder, own_profile
 from xclip_jax.train.run_folder import TrainingFolder
 from xclip_jax.train.weights import read_initial
 
@@ -89,7 +89,9 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
     initial = read_initial(config, experiment.abstract) if starts else {}
     encoder = make_encoder(experiment, fingerprints[0].get("classes"))
     specs = tuple(dict.fromkeys((*config.eval.sets, *config.eval.final_sets)))
-    evaluators = dict(zip(specs, registry.open_all(specs, encoder, experiment.data.dir), strict=True))
+    evaluators = dict(
+        zip(specs, registry.open_all(specs, encoder, None, own_profile(config), experiment.data), strict=True)
+    )
     during = [evaluators[spec] for spec in config.eval.sets] if config.eval.every else []
     final = list(evaluators.values())
     return Job(config, experiment, folder, host, hosts, initial, samples, fingerprints, during, final, encoder)

@@ -38,6 +38,7 @@ KEYS_FREE_ON_RESUME = (
 )  # fmt: skip
 _EVALUATION_KEYS = (
     "eval.sets", "eval.final_sets", "eval.ema", "eval.resize", "eval.resize_size", "eval.interpolation",
+    "eval.templates", "eval.class_names",
 )  # fmt: skip
 # What some network file systems answer to flock.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)

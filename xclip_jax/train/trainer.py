@@ -14,7 +14,7 @@ from xclip_jax.errors import EXIT_RESUMABLE, UserError, describe
 from xclip_jax.evaluators import summary
 from xclip_jax.evaluators.result import Result, flat, to_json
 from xclip_jax.parallel import processes
-from xclip_jax.train import disk_space, same_run, trackers
+from xclip_jax.train import disk_space, memory, same_run, trackers
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.interrupt import Interrupted, PreemptionHandler
@@ -60,6 +60,7 @@ def run(
         job = prepare(config, folder)
         same_run.check_data(job)
         disk_space.check(config, folder, job.experiment.abstract)
+        memory.check(job.experiment)
         keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
         groups = job.experiment.length_groups
         with folder.claimed(config, job.fingerprints, groups), Watchdog(folder, stop, **limits) as watch:

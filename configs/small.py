@@ -1,0 +1,258 @@
+"""Your own pairs, from a laptop up: a run whose sizes follow from the pairs and from this machine.
+
+    xclip-jax train --config small:pairs=/my/pairs
+    xclip-jax train --config small:pairs=/my/pairs.csv,image=path,text=caption,weights=hf:ORG/NAME
+
+pairs is a folder of images with .txt files beside them, a table, tars, or any spec of data.sources. Some hundred of
+them are read to choose towers, image size, context, batch, cluster head, learning rate, steps and intervals. A share of
+the pairs is held out by content, evaluated on the way (retrieval/holdout, and zeroshot/holdout where sub-folders or a
+column "label" name classes) and shown in RUN/report.html.
+
+The argument's keys, all but pairs optional: weights (what to start from, in place of random parameters), objective
+(clip, siglip, nclip, xclip; clip, or that of the weights), image and text (columns or features), tokenizer, dir (of
+TFDS data sets), preset, size (pixels), batch, epochs, count (pairs, which then are not read), device (cpu, gpu, tpu:
+sizes for an ordinary one in place of this machine; needed where several processes train).
+"""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+import numpy as np
+
+from xclip_jax import flops
+from xclip_jax.config import schema
+from xclip_jax.configs import common
+from xclip_jax.data import check, sources, tokenizer
+from xclip_jax.data.base import SourceOptions
+from xclip_jax.errors import UserError, check_choice
+from xclip_jax.objectives import RECIPES
+from xclip_jax.train import memory
+
+SAMPLE = 512  # pairs that are read for their sizes
+HELD_OUT = (20, 0.05, 5000)  # pairs at least, share, pairs at most: their scores are a square matrix
+LARGEST_SHARE = 0.2
+# FLOP/s of a core, measured with these towers, and the seconds that a run on a CPU takes at most by them.
+CORE, LONGEST = 4e10, 1800
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What the pairs are like.
+
+    Attributes:
+      pairs: number of them.
+      width, height: median of the images, pixels.
+      tokens: that 95 % of the captions do not exceed, start and end included.
+      repeats: share of the captions that another pair has too.
+    """
+
+    pairs: int
+    width: int = 512
+    height: int = 512
+    tokens: int = 32
+    repeats: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a run may use: `memory` is bytes of a device, of a CPU those that its devices share."""
+
+    platform: str = "cpu"
+    devices: int = 1
+    memory: float = 8 * 2**30
+    cores: int = 4
+
+
+ORDINARY = {"cpu": Machine(), "gpu": Machine("gpu", 1, 16 * 2**30, 8), "tpu": Machine("tpu", 1, 16 * 2**30, 8)}
+
+
+def this_machine() -> Machine:
+    """Return the devices of this process. Their memory is what they have, not what is free at the moment."""
+    device = jax.devices()[0]
+    platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    return Machine(platform, jax.device_count(), memory.total(device), os.cpu_count() or 1)
+
+
+def measure(source: check.Source, tokens: tokenizer.Tokenizer) -> Counts:
+    """Return the counts of a source, of a random part of its pairs.
+
+    Raises:
+      UserError: none of them can be used.
+    """
+    n = len(source)
+    chosen = np.random.default_rng(0).choice(n, min(SAMPLE, n), replace=False)
+    samples, _ = check.read(source, sorted(chosen.tolist()), os.cpu_count() or 1, 32)
+    good = [sample for sample in samples if not sample.reason]
+    if not good:
+        raise UserError(
+            f"none of the {len(samples)} pairs that were read can be used ({samples[0].reason}); see xclip-jax check."
+        )
+    longest = 77
+    ids = tokens([sample.caption for sample in good], longest)
+    captions, counts = np.unique([sample.caption for sample in good], return_counts=True)
+    return Counts(
+        n,
+        *(int(np.median([sample.size[axis] for sample in good])) for axis in (0, 1)),
+        tokens=int(np.percentile((ids == tokens.eot_id).argmax(axis=1) + 1, 95)),
+        repeats=float(counts[counts > 1].sum() / counts.sum()) if len(captions) else 0.0,
+    )
+
+
+def held_out_share(pairs: int) -> float:
+    """Share of the pairs that is held out: a twentieth, more of few and less of very many."""
+    least, share, most = HELD_OUT
+    return float(f"{min(max(share, least / pairs), most / pairs, LARGEST_SHARE):.2g}")
+
+
+def tower_preset(pairs: int, machine: Machine) -> str:
+    """Preset of the towers: small ones for a CPU, and for few pairs, which larger ones would learn by heart."""
+    if machine.platform == "cpu" or pairs < 20_000:
+        return "Ti/12"
+    return "S/16" if pairs < 2_000_000 else "B/16"
+
+
+def image_size(preset: str, counts: Counts, machine: Machine) -> int:
+    """Side of the images in pixels: at most that of the pairs' own, in whole patches, two at least."""
+    patch = int(preset.partition("/")[2])
+    most = 224 if not preset.startswith("Ti") else 96 if machine.platform == "cpu" else 144
+    side = min(most, min(counts.width, counts.height))
+    return max(math.ceil(side / patch), 2) * patch
+
+
+def batch_size(trained: int, preset: str, machine: Machine) -> int:
+    """Pairs of a batch: a power of two with two batches an epoch or more, in equal parts for the devices."""
+    most = 256 if machine.platform == "cpu" else {"Ti": 1024, "S": 2048}.get(preset.partition("/")[0], 4096)
+    batch = min(2 ** int(math.log2(max(trained // 2, 1))), most)
+    return max(batch - batch % machine.devices, machine.devices)
+
+
+def activation_bytes(config: ml_collections.ConfigDict) -> float:
+    """Estimate of the bytes that the towers keep of a pair for the backward pass."""
+    img, txt = config.model.img, config.model.txt
+    total, width = 0.0, 4 if config.model.dtype == "float32" else 2
+    for tower, n in ((img, (img.image_size // img.patch) ** 2 + 1), (txt, txt.context_length)):
+        kept = {"none": 20 * tower.width + 3 * tower.heads * n, "dots": 9 * tower.width, "full": tower.width}
+        total += tower.depth * n * kept[tower.remat] * width
+    return total + 12 * img.image_size**2 * width
+
+
+def microbatches(config: ml_collections.ConfigDict, machine: Machine) -> int:
+    """Parts of the batch that are encoded one after another, so that half of the memory is enough for them."""
+    room = machine.memory / 2 / (machine.devices if machine.platform == "cpu" else 1)
+    each = config.data.batch // machine.devices
+    parts = 1
+    while each % (2 * parts) == 0 and each / parts * activation_bytes(config) > room:
+        parts *= 2
+    return parts
+
+
+def _towers(config: ml_collections.ConfigDict, counts: Counts, machine: Machine, trained: int) -> None:
+    model = config.model
+    cpu = machine.platform == "cpu"
+    model.dtype = "float32" if cpu else "bfloat16"
+    small = model.img.width <= 192
+    for tower in (model.img, model.txt):
+        tower.scan = not (cpu or small)
+        tower.remat = "none" if small or cpu else "dots"
+    clusters = 2 ** round(math.log2(min(max(trained, 256), 32_768)))
+    model.cluster_head.update({"clusters": clusters, "hidden": min(max(clusters // 2, 256), 4096)})
+
+
+def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int, epochs: int) -> None:
+    batch = config.data.batch
+    pretrained = bool(config.init.weights)
+    usual = min(max(30_000 / trained, 25), 100) / (5 if pretrained else 1)
+    steps = max(round(trained * (epochs or usual) / batch), 2)
+    config.steps = steps
+    if machine.platform == "cpu" and not epochs:
+        affordable = int(LONGEST * CORE * machine.cores / flops.train_step(schema.resolve(config)))
+        steps = min(steps, max(affordable, trained // batch, 2))
+    config.steps = steps
+    config.optim.lr = 2e-5 if pretrained else 1e-3 if config.model.img.width < 768 else 5e-4
+    config.optim.lr_start = config.optim.lr_end = 0.0
+    config.optim.weight_decay = 0.1
+    config.optim.warmup = min(max(trained // batch, 1) * 2, steps // 10)
+    config.eval.every = max(steps // 8, 1)
+    # A run of few steps is soon trained again; what is saved is several times the model.
+    config.checkpoint.every = max(steps // 10, min(200, steps))
+    config.checkpoint.keep = 2
+    config.log.every = max(min(20, steps // 20), 1)
+
+
+def _data(config: ml_collections.ConfigDict, counts: Counts, machine: Machine) -> None:
+    data = config.data
+    data.spread_duplicate_captions = counts.repeats > 0.02
+    data.threads = max(min(machine.cores, 16), 2)
+    data.cache = 3.0 * counts.pairs * counts.width * counts.height < min(machine.memory / 8, 2**31)
+    data.holdout = held_out_share(counts.pairs)
+    config.eval.sets = ("retrieval/holdout",)
+    config.eval.batch = min(256, 8 * max(data.batch // 8, machine.devices))
+    config.eval.report = True
+
+
+def has_classes(specs: Sequence[str], options: SourceOptions) -> bool:
+    """Whether the sources name classes of their images, two or more and not by numbers alone."""
+    try:
+        names = [name for spec in specs for name in sources.open_labelled(spec, options).names]
+    except UserError:
+        return False
+    return len(set(names)) > 1 and not all(re.fullmatch(r"\d+", name) for name in names)
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """See the module's docstring."""
+    args = common.parse_arg(
+        arg, pairs="", weights="", objective="", image="image", text="text", tokenizer="clip", dir="", preset="",
+        size=0, batch=0, epochs=0, count=0, device="",
+    )  # fmt: skip
+    if not args.pairs:
+        raise UserError(
+            "the recipe small needs your pairs: --config small:pairs=PATH, a folder of images with .txt files beside "
+            "them, a table, tars, or a source such as tfds:NAME/SPLIT."
+        )
+    if args.device:
+        check_choice("config argument device", args.device, ORDINARY)
+    machine = ORDINARY[args.device] if args.device else this_machine()
+    spec = sources.of_path(args.pairs)
+    options = SourceOptions(args.dir, args.image, (args.text,))
+    source = None if args.count else sources.open_pairs(spec, options)
+    pairs = args.count or len(source or ())
+    preset = args.preset or tower_preset(pairs, machine)
+    config = common.base(args.objective or "clip", preset)
+    config.data.tokenizer = args.tokenizer
+    saved = common.adopt(config, args.weights) if args.weights else None
+    if saved is not None:
+        _objective(config, saved, args.objective)
+    counts = Counts(pairs) if source is None else measure(source, tokenizer.load(config.data.tokenizer))
+    trained = max(round(pairs * (1 - held_out_share(pairs))), 1)
+    if saved is None:
+        config.model.img.image_size = args.size or image_size(preset, counts, machine)
+        config.model.txt.context_length = min(max(8 * math.ceil(counts.tokens / 8), 16), 77)
+    elif args.size:
+        config.model.img.image_size = args.size
+    config.init.weights = args.weights
+    config.data.sources, config.data.dir = (spec,), args.dir
+    config.data.image_key, config.data.text_keys = args.image, (args.text,)
+    config.data.batch = args.batch or batch_size(trained, preset, machine)
+    config.run = f"runs/small-{re.sub(r'[^A-Za-z0-9._-]+', '-', spec.partition(':')[2].rstrip('/*')).strip('-.')[-40:]}"
+    _towers(config, counts, machine, trained)
+    config.optim.microbatches = microbatches(config, machine)
+    _data(config, counts, machine)
+    if source is not None and has_classes(config.data.sources, options):
+        config.eval.sets = (*config.eval.sets, "zeroshot/holdout")
+    _schedule(config, machine, trained, args.epochs)
+    return config
+
+
+def _objective(config: ml_collections.ConfigDict, saved: schema.Config, objective: str) -> None:
+    """Take over the heads of the weights, and unless it is given the objective."""
+    model = dataclasses.asdict(saved.model)
+    config.model.update({name: model[name] for name in ("embed", "project_img", "project_bias", "cluster_head")})
+    config.model.update({name: model[name] for name in ("scale_init", "bias_init")})
+    name = objective or (saved.objective.name if saved.objective.name in RECIPES else "clip")
+    config.objective.name, config.objective.terms = name, dict(RECIPES.get(name) or RECIPES["clip"])

@@ -1,0 +1,90 @@
+"""Memory of the train step: whether it fits is known before the first step."""
+
+import jax
+import pytest
+
+from tests import tiny
+from xclip_jax.errors import UserError
+from xclip_jax.train import build, memory, trainer
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    return build.build(tiny.config("clip", data__batch=512))
+
+
+@pytest.fixture(scope="module")
+def peak(experiment):
+    return memory.usage(experiment, memory.compile_for(experiment))["peak"]
+
+
+def has(monkeypatch, each, free=None):
+    """Give each of the eight devices `each` bytes, of which `free` are free."""
+    monkeypatch.setattr(memory, "total", lambda device: 8 * each)
+    monkeypatch.setattr(memory, "capacity", lambda device: each if free is None else free)
+
+
+def test_a_step_never_needs_more_than_all_of_its_values(experiment, peak):
+    state = memory.bytes_on_device(experiment.abstract)
+    assert state < peak < memory._written(memory.trace(experiment).jaxpr.jaxpr) / 8 + 8 * state
+
+
+def test_a_step_that_fits_by_far_is_not_compiled(experiment, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "compile_if_fits", lambda _: pytest.fail("compiled"))
+    has(monkeypatch, 2**40)
+    memory.check(experiment)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_step_that_fits_just_so(experiment, peak, monkeypatch, capsys):
+    has(monkeypatch, 1.1 * peak)
+    memory.check(experiment)
+    assert capsys.readouterr().out == ""
+    has(monkeypatch, 1.1 * peak, free=0.9 * peak)
+    memory.check(experiment)
+    assert "WARNING: a step takes" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_refused_with_a_change_that_does(experiment, peak, monkeypatch, capsys):
+    has(monkeypatch, 0.9 * peak)
+    monkeypatch.setattr(memory, "remedies", lambda config: [{"optim.microbatches": 3}, {"optim.microbatches": 4}])
+    with pytest.raises(UserError, match=r"does not fit .* it takes .*fits with --config.optim.microbatches=4"):
+        memory.check(experiment)
+    assert "looking for a change that fits" in capsys.readouterr().out
+
+
+def test_a_smaller_batch_is_the_last_resort(experiment, peak, monkeypatch):
+    tried = []
+    compile_config = memory.compile_config
+    monkeypatch.setattr(memory, "compile_config", lambda c, d: tried.append(c.data.batch) or compile_config(c, d))
+    monkeypatch.setattr(memory, "remedies", lambda config: [])
+    has(monkeypatch, 0.9 * peak)
+    with pytest.raises(UserError, match=r"fits with --config.optim.microbatches=1 --config.data.batch=128, or start"):
+        memory.check(experiment)
+    assert tried == [128]
+
+
+def test_remedies_that_save_too_little_are_not_compiled(experiment, monkeypatch):
+    config, tried = tiny.config("clip", data__batch=4096), []
+    monkeypatch.setattr(memory, "compile_config", lambda c, _: tried.append(c.optim.microbatches) or (None, None, ""))
+    assert memory.suggest(config, jax.devices(), 1e9, peak=1e11) == ""
+    assert tried == [16, 64, 1, 1]  # the last two in batches of a 16th and a 64th
+
+
+def test_nothing_fits_a_state_that_is_too_large(experiment, monkeypatch):
+    has(monkeypatch, memory.bytes_on_device(experiment.abstract) / 2)
+    with pytest.raises(UserError, match=r"the state alone takes .*fsdp.*--config small:pairs=PATH"):
+        memory.check(experiment)
+
+
+def test_a_run_is_refused_before_its_folder_is_made(pairs, tmp_path, monkeypatch):
+    c = tiny.short(pairs, tmp_path / "run")
+    has(monkeypatch, 1.2 * memory.bytes_on_device(build.build(c).abstract))
+    monkeypatch.setattr(memory, "suggest", lambda *_: "")
+    with pytest.raises(UserError, match="no change that was tried makes it fit"):
+        trainer.run(c)
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_of_this_machine():
+    assert memory.host_memory() <= memory.host_memory("MemTotal") == memory.total(jax.devices()[0])

@@ -1,0 +1,126 @@
+"""Retrieval on image-text pairs of your own: a source, or the pairs that a run holds out of its training.
+
+`retrieval/SOURCE` has all pairs of a source of `data.sources`: retrieval/folder:PATH, retrieval/csv:PATTERN,
+retrieval/tar:PATTERN, retrieval/tfds:NAME/SPLIT. `retrieval/holdout` has those that `data.holdout` of the model's run
+keeps out of training, `retrieval/holdout@RUN` those of another run, for models that have none of their own.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from xclip_jax.config import fields
+from xclip_jax.console import log0
+from xclip_jax.data import holdout, loader, sources
+from xclip_jax.data.base import Source
+from xclip_jax.data.config import DataConfig
+from xclip_jax.data.controls import Subset
+from xclip_jax.data.labelled import Field
+from xclip_jax.data.preprocessing import Preprocessing
+from xclip_jax.errors import UserError
+from xclip_jax.evaluators.base import SetKind
+from xclip_jax.evaluators.pictures import Pictures
+from xclip_jax.evaluators.probe import Joined
+from xclip_jax.evaluators.prompts import PROFILES, Profile
+from xclip_jax.evaluators.provenance import Provenance, digest
+from xclip_jax.evaluators.retrieval import RetrievalSet
+from xclip_jax.run_folder import RunFolder
+
+PREFIX, HELD_OUT = "retrieval/", "holdout"
+
+
+def names_held_out(spec: str, prefix: str) -> bool:
+    """Whether `spec` names held-out pairs: "holdout" or "holdout@RUN" after `prefix`."""
+    return spec.startswith(prefix) and spec.removeprefix(prefix).partition("@")[0] == HELD_OUT
+
+
+def held_out_data(spec: str, data: DataConfig) -> DataConfig:
+    """Return the data keys of the run whose pairs `spec`, FAMILY/holdout or FAMILY/holdout@RUN, names.
+
+    Args:
+      spec: name of the set.
+      data: of the model's own run.
+
+    Raises:
+      UserError: a folder that is not a run, or a run without held-out pairs.
+    """
+    name, at, run = spec.partition("@")
+    if at:
+        content = RunFolder(run).read_config() if run else None
+        if content is None:
+            raise UserError(f"{spec}: {run!r} is not the folder of a run; write {name}@RUN.")
+        data = fields.read_group(DataConfig, content["config"]["data"], "data", [])
+    if not data.holdout or not data.sources:
+        whose = f"the run {run!r}" if at else "this model"
+        raise UserError(f"{spec}: {whose} holds out no pairs (data.holdout); write {name}@RUN for those of a run.")
+    return data
+
+
+def _pairs(specs: Sequence[str], share: float, data: DataConfig) -> tuple[list[Source], list[holdout.Pairs]]:
+    options = loader.source_options(data)
+    opened = [sources.open_pairs(spec, options) for spec in specs]
+    return opened, [holdout.find(spec, source, share, data) for spec, source in zip(specs, opened, strict=True)]
+
+
+def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> RetrievalSet:
+    """Return the set `spec`, see the module's docstring.
+
+    Captions are as they are: the text that the CLIP paper puts before those of its own two sets is left out.
+
+    Raises:
+      UserError: a source that cannot be opened or has no pairs that can be read, or no held-out pairs.
+    """
+    name = spec.removeprefix(PREFIX)
+    if names_held_out(spec, PREFIX):
+        data = held_out_data(spec, data)
+        specs, share = tuple(data.sources), data.holdout
+    else:
+        specs, share = (name,), 1.0
+    opened, parts = _pairs(specs, share, data)
+    if not any(part.captions for part in parts):
+        raise UserError(f"{spec}: none of the {sum(map(len, opened))} pairs of {', '.join(specs)} can be used.")
+    if bad := sum(part.bad for part in parts):
+        log0(f"WARNING: {spec}: {bad:,} of the {sum(map(len, opened)):,} pairs cannot be read and are left out")
+    if profile.prefix == PROFILES["openai"].prefix:
+        profile = dataclasses.replace(profile, prefix="")
+    prepare = profile.preprocessing(prepare)
+    images: list[Any] = [
+        Field(Subset(source, part.indices), "image") for source, part in zip(opened, parts, strict=True)
+    ]
+    captions = [profile.texts(texts) for part in parts for texts in part.captions]
+    card = Provenance(
+        data=", ".join(specs),
+        split=f"held out, {share:g}" if share < 1 else "",
+        split_hash=digest([*(digits for part in parts for digits in part.hashes), *captions]),
+        protocol=f"recall, any match; {f'first {profile.captions}' if profile.captions else 'all'} captions of each "
+        f"image{', in lower case' if profile.lower else ''}",
+        templates=f"{profile.prefix}CAPTION",
+        preprocessing=prepare.resizing,
+        metric="image_to_text/r1",
+    )
+    return RetrievalSet(name, Pictures(Joined(images), prepare), captions, card)
+
+
+class PairSets(SetKind):
+    """`retrieval/SOURCE` and `retrieval/holdout`."""
+
+    prefixes = (PREFIX.rstrip("/"),)
+    names = (PREFIX + HELD_OUT,)
+    usage = f"own pairs: {', '.join(f'{PREFIX}{spec}' for spec in sources.usage())}; {PREFIX}{HELD_OUT}[@RUN]"
+
+    @classmethod
+    def knows(cls, spec: str) -> bool:
+        """Whether it names a source, or held-out pairs; nothing is opened."""
+        return names_held_out(spec, PREFIX) or sources.is_spec(spec.removeprefix(PREFIX))
+
+    @classmethod
+    def load(cls, spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> RetrievalSet:
+        """See `load_pairs`; the keys of `data` have their defaults."""
+        return load_pairs(spec, prepare, DataConfig(dir=data_dir or ""), profile)
+
+    open = staticmethod(load_pairs)
+
+    @classmethod
+    def shows(cls, spec: str) -> str:
+        """All of them have captions."""
+        return "captions"
