@@ -56,7 +56,7 @@ def fitting_batch(objective: str, small: bool, groups: bool) -> int:
     """The largest batch of one device's share times the devices, by the memory of the steps of two small ones."""
     import jax
 
-    from xclip_jax import plan
+    from xclip_jax.train import memory
     from xclip_jax.train.build import build
 
     devices = jax.devices()
@@ -67,7 +67,7 @@ def fitting_batch(objective: str, small: bool, groups: bool) -> int:
     peaks = []
     for size in sizes:
         experiment = build(config_of(objective, size * len(devices), small, groups))
-        peaks.append(plan.memory(experiment, plan.compile_for(experiment))["peak"])
+        peaks.append(memory.usage(experiment, memory.compile_for(experiment))["peak"])
     slope = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
     return max(int((FREE * limit - peaks[0]) / slope + sizes[0]) // MULTIPLE, 1) * MULTIPLE * len(devices)
 

@@ -189,7 +189,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def validate(self, hub, body):
         card = json.loads(body)["content"]
-        errors = [] if card.startswith("---\nlicense: ") else [{"message": "no licence"}]
+        errors = [] if "\nlicense: " in card.partition("\n---\n")[0] else [{"message": "no licence"}]
         self._answer({"errors": errors, "warnings": []}, status=400 if errors else 200)
 
     def preupload(self, hub, body, name, revision):

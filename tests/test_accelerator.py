@@ -9,9 +9,10 @@ import jax
 import pytest
 
 from benchmarks import accelerator, captions
-from xclip_jax import plan
+from xclip_jax.train import memory
 
 
+@pytest.mark.slow  # a process that compiles
 def test_small_form_prints_a_table():
     command = [sys.executable, "-m", "benchmarks.accelerator", "--small", "--objectives", "xclip", "--steps", "2"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
@@ -37,8 +38,8 @@ def test_batch_follows_from_the_memory_of_two_small_ones(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [device] * 2)
     monkeypatch.setattr(accelerator, "config_of", lambda objective, batch, small, groups: batch)
     monkeypatch.setattr("xclip_jax.train.build.build", lambda batch: batch)
-    monkeypatch.setattr(plan, "compile_for", lambda batch: None)
-    monkeypatch.setattr(plan, "memory", lambda batch, _: {"peak": 20 + batch / 2 * 0.5})
+    monkeypatch.setattr(memory, "compile_for", lambda batch: None)
+    monkeypatch.setattr(memory, "usage", lambda batch, _: {"peak": 20 + batch / 2 * 0.5})
     # 20 bytes and half a byte for each pair of a device, of 920: 1,800 pairs, of which 14 * 128 = 1,792.
     assert accelerator.fitting_batch("clip", small=False, groups=False) == 2 * 1792
 

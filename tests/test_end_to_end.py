@@ -66,6 +66,7 @@ def test_another_objective_in_the_same_folder_is_one_sentence(run):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow  # a second evaluation of all sets
 def test_a_run_is_evaluated_again_to_the_same_numbers(run):
     folder, _, _ = run
     line = [sys.executable, "-m", "xclip_jax.evaluate", "--checkpoint", str(folder)]

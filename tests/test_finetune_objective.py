@@ -178,6 +178,7 @@ def gradients(p):
     return jax.device_get(metrics), jax.device_get(s.opt_state)
 
 
+@pytest.mark.slow  # minutes of compilation
 def test_one_device_against_eight_and_one_part_against_two():
     images = IMAGES | {"model__img__depth": 2}
     one, grads_1 = gradients(make(1, **images))

@@ -164,6 +164,7 @@ def command(*flags):
     )
 
 
+@pytest.mark.slow  # a process that compiles
 def test_explain_is_a_table_of_shardings():
     done = command("--explain", "--config.mesh.strategy=fsdp", "--config.mesh.fsdp=4")
     assert done.returncode == 0, done.stderr

@@ -46,6 +46,7 @@ def losses(run):
     return [line["loss"] for line in metrics(run)]
 
 
+@pytest.mark.slow  # two runs of a recipe
 def test_tars_and_tfds_give_the_same_losses(tmp_path):
     """Tars from worker processes, in memory that is used again; records from threads."""
     if not flags.FLAGS.is_parsed():

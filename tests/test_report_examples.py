@@ -74,7 +74,7 @@ def test_the_confusion_matrix_counts_and_the_seed_decides_among_equals():
 def test_selected_sets(monkeypatch):
     loaded = []
 
-    def load(spec, size, data_dir):
+    def load(spec, size, data_dir, profile=None, data=None):
         loaded.append(spec)
         if spec == "imagenet":
             raise UserError("imagenet is not prepared.")

@@ -366,6 +366,7 @@ def test_other_sets_on_a_complete_run_are_evaluated(pairs, run, evaluators):
     assert len(evaluators["b"].calls) == 1
 
 
+@pytest.mark.slow  # two runs
 def test_the_average_has_batch_statistics_of_its_own(pairs, tmp_path):
     """With momentum 0 the average is the model; else its statistics lie between the first ones and the model's."""
     states = {}

@@ -37,6 +37,7 @@ def restored(c, step):
         return jax.device_get(checkpointer.restore(build.build(c).abstract, step)[0])
 
 
+@pytest.mark.slow  # three runs
 def test_a_run_starts_from_another_and_resumes_without_it(source, tmp_path, monkeypatch, capsys):
     kept = shutil.copytree(source / "run", tmp_path / "source")
     # The first step's learning rate is zero: what is saved after it is what was loaded.

@@ -124,6 +124,7 @@ def test_a_signal_to_the_group_saves_the_last_step(start, number, until):
     assert words in said
 
 
+@pytest.mark.slow  # benchmarks.faults kills runs too
 @linux
 def test_workers_end_with_the_run_that_is_killed(start):
     process, _ = start(two_steps)

@@ -116,7 +116,7 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def _metadata(config: Config, experiment: Experiment, to: str, measured: Sequence[Result]) -> str:
     """Return what the Hub reads, in YAML; where huggingface_hub is installed with the results, as its model-index."""
     task = "image-classification" if experiment.objective.labelled else "zero-shot-image-classification"
-    names: dict[str, Any] = {"library_name": _LIBRARIES[to], "license": "unknown", "pipeline_tag": task}
+    names: dict[str, Any] = {"license": "unknown", "library_name": _LIBRARIES[to], "pipeline_tag": task}
     tags = [config.objective.name, "xclip_jax"]
     try:
         from huggingface_hub import EvalResult, ModelCardData

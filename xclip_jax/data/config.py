@@ -63,8 +63,8 @@ class DataConfig:
     tokenizer: str = key("clip", "clip, bytes or the path of a tokenizer file", not_empty())
     length_groups: str = key(
         AUTO,
-        "up to which share of the texts of a device, ordered by length, are cut to so many tokens, as 24:0.6,40:0.9, "
-        "which changes no result; auto chooses by the data, full cuts none",
+        "TOKENS:SHARE,...: the shortest texts of a device, up to this share of them, are cut to this length, which "
+        "changes no result; auto chooses by the data, full cuts none",
         _GROUPS,
     )
     image_key: str = key("image", "feature of a record or column of a table; not of tars and folders")

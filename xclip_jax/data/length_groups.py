@@ -86,8 +86,8 @@ def choose(
       counts: (context + 1,) how many of some texts have a length, in tokens.
       rows: texts that are ordered together, those of a device.
       draws: how often a step does so, on all devices.
-      flops_of: FLOPs of a text of so many tokens.
-      groups: at most so many, the one of the whole context included.
+      flops_of: tokens -> FLOPs of a text of that length.
+      groups: at most this number, the one of the whole context included.
     """
     context = len(counts) - 1
     ends: dict[int, int] = {}
@@ -110,5 +110,5 @@ def choose(
 
 
 def worthwhile(saved: float, steps: int) -> bool:
-    """Whether "auto" has groups that would save this share of a step's FLOPs, in a run of so many steps."""
+    """Whether "auto" has groups that would save this share of a step's FLOPs, in a run of `steps`."""
     return saved >= _LEAST_SAVING and steps >= _LEAST_STEPS

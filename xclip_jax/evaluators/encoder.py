@@ -21,7 +21,7 @@ Features = dict[str, np.ndarray]
 Rows = Sequence[np.ndarray] | np.ndarray
 Encode = Callable[..., dict[str, jax.Array]]
 
-# Texts are cut to a multiple of so many tokens, where so many batches or more have that length.
+# Texts are cut to a multiple of the first, in tokens, where the second number of batches or more have that length.
 _LENGTHS, _BATCHES = 16, 4
 MAX_UNREADABLE = 0.05  # of a set's images; with more the number would say little about the model
 
@@ -70,8 +70,7 @@ class Encoder:
         self.classes = None if classes is None else tuple(classes)
         self.grid = model.img.grid if "img" in model.towers else 0
         self.unreadable: dict[int, str] = {}
-        cuttable = "txt" in model.towers and model.txt.cuttable
-        self._eot_id = model.eot_id if cuttable else None
+        self._eot_id = model.eot_id if "txt" in model.towers and model.txt.cuttable else None
         self._tokenizer, self._text_length, self._sharding = tokenizer, text_length, batch_sharding(mesh)
 
         def encode(variables: Any, x: jax.Array, modality: str) -> dict[str, jax.Array]:
@@ -205,9 +204,9 @@ class Encoder:
             length = int(min(np.searchsorted(counts, _BATCHES * self.batch), context))
             if len(rows) - counts[length] < _BATCHES * self.batch:
                 length = int(lengths[rows[-1]])  # the last ones
-            here = int(counts[length])
-            groups.append((length, rows[:here]))
-            rows = rows[here:]
+            stop = int(counts[length])
+            groups.append((length, rows[:stop]))
+            rows = rows[stop:]
         return groups
 
     def logits_of(self, scores: Mapping[str, np.ndarray], variables: Any) -> np.ndarray:

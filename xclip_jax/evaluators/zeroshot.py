@@ -235,6 +235,8 @@ class ZeroShot(Evaluator):
         txt = self.encoder.texts(variables, [text for prompts in rows for text in prompts], features(similarities))
         scores = class_scores(similarities, img, txt, [len(prompts) for prompts in rows])
         classes = [rows[tuple(prompts)] for prompts in self.data.prompts]
+        if len(rows) == len(classes):
+            return scores
         return {score: x[:, classes] for score, x in scores.items()}
 
     def measure(self, variables: Any) -> list[Result]:

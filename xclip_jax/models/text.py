@@ -41,7 +41,7 @@ class TextTowerConfig(TransformerConfig, TextTower):
         return self.causal and self.pool == "eot"
 
     def cut_flops(self, tokens: int) -> float:
-        """Those of the blocks on so many tokens."""
+        """Those of the blocks on `tokens` tokens."""
         return self.block_flops(tokens)
 
     def convert(self, params: Params) -> tuple[Params, list[str]]:

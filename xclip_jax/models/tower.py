@@ -177,7 +177,7 @@ class TextTower(Tower):
         return False
 
     def cut_flops(self, tokens: int) -> float:
-        """FLOPs of the forward pass of a text that is cut to so many tokens, of a tower that is `cuttable`."""
+        """FLOPs of the forward pass of a text that is cut to `tokens`, of a tower that is `cuttable`."""
         raise NotImplementedError
 
     def describe(self) -> str:

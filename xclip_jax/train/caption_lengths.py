@@ -81,6 +81,6 @@ def count_lengths(experiment: Experiment, sources: Sequence[Source]) -> np.ndarr
 
     counts = np.zeros(length + 1, np.int32)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        for found in pool.map(lengths, range(0, stop, loader.READ_GROUP)):
-            np.add.at(counts, found, 1)
+        for part in pool.map(lengths, range(0, stop, loader.READ_GROUP)):
+            np.add.at(counts, part, 1)
     return counts

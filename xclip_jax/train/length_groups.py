@@ -17,7 +17,7 @@ Sizes = tuple[tuple[int, int], ...]
 class LengthOrder:
     """The rows of each device and microbatch in the order of their texts' lengths, and cut into groups.
 
-    No row changes its device or its microbatch. Rows of a microbatch lie `microbatches` apart, as
+    No row changes its device or its microbatch. Rows of a microbatch are `microbatches` apart, as
     `sharding.map_microbatches` takes them.
 
     Attributes:
