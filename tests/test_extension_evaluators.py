@@ -86,7 +86,7 @@ def test_the_report_shows_it(run):
     report.main([str(run)])
     page = (run / "report.html").read_text().replace("<wbr>", "")
     assert page.count(SPEC) >= 2 and "order of images, %" in page and "next one nearer" in page
-    assert "chance 50.0\u00a0%" in page and "not distinguishable from chance" in page
+    assert "chance 50.0\u00a0%" in page and '<span class="pill' in page
 
 
 @pytest.mark.parametrize("evaluator", ["", "not_installed.here:Neighbours"])
