@@ -79,6 +79,7 @@ def test_rows_are_the_images_and_the_bad_ones_are_listed(root, model, straight):
     assert not (root / "straight.parquet.parts").exists()
 
 
+@pytest.mark.slow  # processes that are killed
 def test_a_kill_loses_nothing_and_repeats_nothing(root, straight, capsys, monkeypatch):
     """Killed when two parts of six are whole and the third is written but has no name yet."""
     out = root / "killed.parquet"

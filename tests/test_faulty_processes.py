@@ -43,6 +43,7 @@ def both(tmp_path, fault, step, process, *changes, of_second=()):
     return [each.wait() % 256 for each in running], outputs
 
 
+@pytest.mark.slow  # two processes that compile
 def test_an_error_in_one_process_ends_both(tmp_path):
     statuses, outputs = both(tmp_path, "raise", 3, 1)
     assert statuses == [1, 1], outputs

@@ -90,6 +90,7 @@ def test_a_run_goes_on_and_writes_down_what_was_bad(mixed, tmp_path):
     assert card[0]["tars"] == [{"name": "0.tar", "bytes": (mixed / "0.tar").stat().st_size, "samples": 40}]
 
 
+@pytest.mark.slow  # three runs of a recipe
 def test_a_resumed_run_counts_on_and_refuses_other_data(mixed, tmp_path):
     tar = tmp_path / "0.tar"
     tar.write_bytes((mixed / "0.tar").read_bytes())
@@ -145,6 +146,7 @@ trainer.run(tiny.config(steps=6, run=folder, data__sources=(f"tar:{pattern}",), 
 """
 
 
+@pytest.mark.slow  # two processes that compile
 def test_two_processes_count_and_write_as_one(mixed, tmp_path):
     """More processes than tars; both see what the other one's samples were."""
     with socket.socket() as free:

@@ -250,6 +250,7 @@ def test_a_run_goes_back_to_its_newest_whole_checkpoint_and_ends_as_it_would_hav
     ]
 
 
+@pytest.mark.slow  # two runs
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(pairs, tmp_path, monkeypatch):
     """Not at the next checkpoint, which may be an hour later."""
 
