@@ -1,7 +1,7 @@
 """Training speed on a GPU or TPU, in one command and under ten minutes: a table ready to paste.
 
     python -m benchmarks.accelerator                   # ViT-B/16, CLIP and xCLIP, and open_clip where torch has CUDA
-    python -m benchmarks.accelerator --trace /tmp/traces
+    python -m benchmarks.accelerator --trace traces
     JAX_PLATFORMS=cpu python -m benchmarks.accelerator --small      # what the tests run; its figures mean nothing
 
 Each row is a process of its own. Ours compiles the step of two small batches, takes the largest multiple of 128 pairs a
