@@ -199,6 +199,14 @@ def test_texts_are_encoded_at_their_lengths(monkeypatch):
     found = made.tokens(variables, tokens)
     assert set(shapes) == {(4, 4), (4, 6)}
     monkeypatch.setattr(encoder_module, "_BATCHES", 100)
-    assert len(made._by_length(tokens)) == 1
+    assert made._by_length(tokens) == []
     for key, expected in made.tokens(variables, tokens).items():
         np.testing.assert_allclose(found[key], expected, rtol=1e-6, atol=1e-6)
+    # All of one length, below the context.
+    monkeypatch.setattr(encoder_module, "_BATCHES", 1)
+    short = tokenize(["d", "e", "f", "g", "h"], LENGTH)
+    assert [length for length, _ in made._by_length(short)] == [2]
+    cut = made.tokens(variables, short)
+    monkeypatch.setattr(encoder_module, "_BATCHES", 100)
+    for key, expected in made.tokens(variables, short).items():
+        np.testing.assert_allclose(cut[key], expected, rtol=1e-6, atol=1e-6)

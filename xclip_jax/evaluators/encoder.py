@@ -177,24 +177,23 @@ class Encoder:
     def tokens(self, variables: Any, tokens: Rows, features: Sequence[str] | None = None) -> Features:
         """Features of int32 rows (n, text_length) as the tokenizer makes them, as `images` gives them."""
         groups = self._by_length(tokens)
+        if not groups:
+            return self._run(self._encode_texts, variables, tokens, (self._text_length,), np.int32, features)
         results: Features = {}
         for length, rows in groups:
-            some = tokens if len(groups) == 1 else np.asarray(tokens)[rows, :length]
-            for key, value in self._run(self._encode_texts, variables, some, (length,), np.int32, features).items():
-                if len(groups) == 1:
-                    results[key] = value
-                else:
-                    results.setdefault(key, np.empty((len(tokens), *value.shape[1:]), value.dtype))[rows] = value
+            cut = np.asarray(tokens)[rows, :length]
+            for key, value in self._run(self._encode_texts, variables, cut, (length,), np.int32, features).items():
+                results.setdefault(key, np.empty((len(tokens), *value.shape[1:]), value.dtype))[rows] = value
         return results
 
     def _by_length(self, tokens: Rows) -> list[tuple[int, np.ndarray]]:
-        """(length, rows) of texts that are encoded at one length, cut where that saves more than compiling it takes.
+        """(length, rows) of texts that are encoded at one length, where that saves more than compiling it takes.
 
-        Lengths are multiples of `_LENGTHS`, each with `_BATCHES` or more.
+        Lengths are multiples of `_LENGTHS`, each with `_BATCHES` or more. Empty where no text is cut.
         """
-        n, context = len(tokens), self._text_length
-        if self._eot_id is None or n < _BATCHES * self.batch:
-            return [(context, np.arange(n))]
+        context = self._text_length
+        if self._eot_id is None or len(tokens) < _BATCHES * self.batch:
+            return []
         ends = (np.asarray(tokens) == self._eot_id).argmax(axis=1) + 1
         lengths = np.minimum(-(-ends // _LENGTHS) * _LENGTHS, context)
         groups, rows = [], np.argsort(lengths, kind="stable")
