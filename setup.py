@@ -48,7 +48,12 @@ setup(
     packages=find_packages(include=["xclip_jax", "xclip_jax.*"]),
     # Recipes are in a folder of their own for those who read them, and in the package for those who install it.
     package_dir={"xclip_jax.configs": "configs"},
-    package_data={"xclip_jax": ["py.typed"], "xclip_jax.data": ["third_party/*"]},
+    package_data={
+        "xclip_jax": ["py.typed"],
+        "xclip_jax.data": ["third_party/*"],
+        "xclip_jax.report": ["page.*"],
+        "xclip_jax.serve": ["search.*"],
+    },
     entry_points={"console_scripts": ["xclip-jax = xclip_jax.cli:main"]},
     install_requires=[
         "absl-py>=2.0",

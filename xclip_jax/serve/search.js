@@ -1,0 +1,78 @@
+"use strict";
+const $ = id => document.getElementById(id);
+const make = (tag, parent, text = "", name = "") => {
+  const node = document.createElement(tag);
+  node.textContent = text;
+  node.className = name;
+  parent.append(node);
+  return node;
+};
+const say = (id, text, error = false) => { $(id).textContent = text; $(id).classList.toggle("error", error); };
+let asked = 0;
+const ask = async (status, address, options) => {
+  const number = ++asked;
+  say(status, "Searching ...");
+  try {
+    const response = await fetch(address, options), answer = await response.json();
+    if (number !== asked) return null;
+    if (answer.error) throw new Error(answer.error);
+    return answer;
+  } catch (error) {
+    if (number === asked) say(status, error instanceof TypeError ? "The server does not answer." : error.message, true);
+    return null;
+  }
+};
+const show = (list, matches) => {
+  list.replaceChildren();
+  for (const match of matches) {
+    const button = make("button", make("li", list)), title = match.text || match.name.split("/").pop();
+    button.type = "button";
+    const image = make("img", button);
+    image.src = "thumbnail/" + match.image;
+    image.alt = "";
+    image.loading = "lazy";
+    make("span", button, title).title = match.name;
+    make("small", button, "cosine " + match.score.toFixed(2));
+    button.addEventListener("click", () => name(match.image, "thumbnail/" + match.image, title));
+  }
+};
+const name = async (image, source, title) => {
+  $("given").src = source;
+  $("given").alt = title;
+  $("answer").hidden = false;
+  $("answer").scrollIntoView({ block: "nearest" });
+  const names = $("names").value.split("\n").map(line => line.trim()).filter(Boolean);
+  const body = JSON.stringify({ image, names }), headers = { "Content-Type": "application/json" };
+  const answer = await ask("named", "names", { method: "POST", headers, body });
+  $("best").replaceChildren();
+  $("like").replaceChildren();
+  if (!answer) return;
+  for (const [rank, best] of answer.names.entries()) {
+    const item = make("li", $("best"), "", rank ? "" : "right");
+    item.style.setProperty("--v", Math.min(1, Math.max(0, best.score)));
+    make("span", item, best.name);
+    make("small", item, best.score.toFixed(2));
+  }
+  say("named", answer.names.length ? title + ": " + answer.names[0].name : "Type names to choose from.");
+  show($("like"), answer.matches);
+};
+$("search").addEventListener("submit", async event => {
+  event.preventDefault();
+  const answer = await ask("searched", "search?text=" + encodeURIComponent($("text").value));
+  if (!answer) return;
+  say("searched", answer.matches.length + " pictures, best first. Choose one to name it.");
+  show($("matches"), answer.matches);
+});
+let given = null;
+$("picture").addEventListener("change", () => {
+  const file = $("picture").files[0], reader = new FileReader();
+  if (!file) return;
+  const large = "The picture is too large; choose one of at most " + (LIMIT >> 20) + " MiB.";
+  if (file.size > LIMIT) return say("named", large, true);
+  reader.onload = () => { given = [reader.result, reader.result, file.name]; name(...given); };
+  reader.readAsDataURL(file);
+});
+$("name").addEventListener("submit", event => {
+  event.preventDefault();
+  if (given) name(...given); else say("named", "Choose a picture first.", true);
+});
