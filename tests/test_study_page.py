@@ -209,7 +209,7 @@ def test_the_finding_is_a_plot_and_a_sentence_for_each_claim(tmp_path):
         page.write_finding(readme, snapshot)
     lines = readme.read_text().splitlines()
     assert lines[3] == "![Differences to CLIP](docs/study/differences.svg)"
-    assert lines[5].startswith("* xCLIP is better. **Undecided at this scale.**") and "old" not in lines
+    assert lines[5].startswith("* \u201cxCLIP is better.\u201d **Undecided at this scale**: ") and "old" not in lines
     assert lines[-3:] == [page.END, "", "B"]
 
 

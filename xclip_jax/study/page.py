@@ -125,18 +125,19 @@ def _claims(snapshot: Snapshot) -> Iterator[str]:
 
 
 def _sentence(claim: verdicts.ClaimVerdict) -> str:
-    """The sentence that a claim earns: its verdict, and what each of its parts shows."""
+    """What a claim earns: its words, the verdict, and what each of its parts shows, by verdict where these differ."""
     shown = {verdicts.HOLDS: "Shown", verdicts.FAILS: "Refuted", verdicts.UNDECIDED: "Undecided"}
-    parts = []
+    groups = {}
     for verdict, word in shown.items():
         texts = []
         for part in (part for part in claim.parts if part.verdict == verdict):
             d = part.difference
             numbers = "no runs" if d is None else f"{difference_text(d, part.measure)}, {part.agreeing} of {d.n} seeds"
             texts.append(f"{part.part.text} ({numbers})")
-        parts += [f"{word}: {'; '.join(texts)}."] if texts else []
-    words = "Undecided at this scale" if claim.verdict == verdicts.UNDECIDED else claim.verdict.capitalize()
-    return " ".join([claim.claim.text, f"**{words}.**", *parts])
+        groups |= {word: "; ".join(texts)} if texts else {}
+    words = "undecided at this scale" if claim.verdict == verdicts.UNDECIDED else claim.verdict
+    details = list(groups.values()) if len(groups) == 1 else [f"{word}: {texts}" for word, texts in groups.items()]
+    return f"\u201c{claim.claim.text}\u201d **{words.capitalize()}**: {'. '.join(details)}."
 
 
 def _tuning(snapshot: Snapshot) -> Iterator[str]:
