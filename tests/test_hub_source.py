@@ -220,11 +220,22 @@ def test_the_cache_is_enough_offline(hub, monkeypatch):
     assert hub.requests == []
 
 
+def run_of(path, run, **changes):
+    """Metrics of two steps on a data set."""
+    trainer.run(tiny.config(run=run, steps=2, data__sources=(f"hf:{path}",), **changes))
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_a_run_and_its_check_read_it(tmp_path, capsys):
     path = saved(tmp_path / "set", rows(32))
     check.main([f"hf:{path}"])
     assert "columns: images 'image', captions 'text'" in capsys.readouterr().out
-    trainer.run(tiny.config(run=tmp_path / "run", steps=2, data__sources=(f"hf:{path}",)))
-    assert json.loads((tmp_path / "run" / "data.json").read_text())
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 2 and lines[-1]["data/bad"] == 0
+    last = run_of(path, tmp_path / "run")[-1]
+    assert last["step"] == 2 and last["data/bad"] == 0 and json.loads((tmp_path / "run" / "data.json").read_text())
+
+
+@pytest.mark.slow  # two runs, and a process that imports all
+def test_processes_read_what_threads_read(tmp_path):
+    path = saved(tmp_path / "set", rows(32))
+    losses = [[m["loss"] for m in run_of(path, tmp_path / f"run{n}", data__workers=n)] for n in (0, 1)]
+    assert losses[0] == losses[1]

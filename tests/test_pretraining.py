@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from absl import flags
 
 from tests import tiny, torture
 from xclip_jax.data import loader
@@ -49,8 +48,6 @@ def losses(run):
 @pytest.mark.slow  # two runs of a recipe
 def test_tars_and_tfds_give_the_same_losses(tmp_path):
     """Tars from worker processes, in memory that is used again; records from threads."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain's workers ask absl, which only app.run sets up
     torture.pairs(tmp_path / "0.tar", 0, 20)
     torture.pairs(tmp_path / "1.tar", 20, Pairs.N - 20)
     builder = Pairs(data_dir=tmp_path / "tfds", file_format="array_record")

@@ -10,7 +10,6 @@ import tarfile
 import fsspec
 import numpy as np
 import pytest
-from absl import flags
 from etils import epath
 
 from tests import torture
@@ -64,8 +63,6 @@ def test_every_case_is_read_or_has_its_reason(tortured):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_delivers_each_good_one_once_and_writes_down_each_bad_one(tortured, tmp_path, workers):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain's workers ask absl, which only app.run sets up
     pattern, good, bad = tortured
     source = tar_source.TarSource(pattern)
     n = len(source)

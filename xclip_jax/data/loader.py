@@ -11,6 +11,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from absl import flags
 from jax.sharding import Mesh
 
 from xclip_jax.data import holdout, labelled, records, sources, transforms, workers
@@ -335,6 +336,8 @@ def batches(
     options = grain.ReadOptions(0, 0) if config.workers else grain.ReadOptions(config.threads, config.buffer)
     dataset = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
     if config.workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain asks absl, which only a command line sets up
         processes = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=WORKER_BUFFER)
         dataset = dataset.mp_prefetch(processes, worker_init_fn=workers.prepare)
     return _report_bad_samples(iter(dataset), reader, ledger)
