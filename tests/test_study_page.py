@@ -140,9 +140,9 @@ def test_the_similarity_is_chosen_on_validation():
         for key, r in snapshot.records.items()
     }  # fmt: skip
     text = page.render(Snapshot(m, records_of), {})
-    assert "| xCLIP: similarity |" in text
-    assert "| its own | 2.0 [2.0, 2.0] | 2.0 [2.0, 2.0] |" in text
-    assert "| clusters **chosen** | 30.0 [30.0, 30.0] | 1.5 [1.5, 1.5] |" in text
+    assert "| arm | its own, validation | clusters, validation | chosen |" in text
+    row = "| 2.0 [2.0, 2.0] | 30.0 [30.0, 30.0] | clusters | 1.5 [1.5, 1.5] | +0.0 [+0.0, +0.0], 0/"
+    assert row in text and "| 1.0 [1.0, 1.0] | 30.0 [30.0, 30.0] | clusters | 1.5 [1.5, 1.5] | - |" in text
 
 
 def test_estimates_follow_measured_runs():

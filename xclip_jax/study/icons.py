@@ -151,7 +151,8 @@ _THREATS = (
     "nCLIP's loss has choices that the paper's abstract leaves open: target, temperature, regularisers, head. Ours may "
     "not be theirs.",
     "Captions are names of one to five words: the text tower is tried less than by sentences.",
-    "Zero-shot of nCLIP uses cross-entropy of clusters, of the others cosine: the two are not one classifier.",
+    "Zero-shot of nCLIP is by the cosine of distributions over clusters, of the others by that of embeddings: the two "
+    "are not one classifier, nor the best that a model with clusters has, see which similarity names best.",
 )
 
 

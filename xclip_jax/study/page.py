@@ -1,6 +1,5 @@
 """The page of a study, study.md with its charts in study/, written from the run files alone."""
 
-import dataclasses
 import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from etils import epath
 
 from xclip_jax.storage import write_whole
-from xclip_jax.study import charts, verdicts
+from xclip_jax.study import charts, similarities, verdicts
 from xclip_jax.study.declaration import SECTIONS, Arm, Measure, Study
 from xclip_jax.study.markdown import (
     difference_text,
@@ -77,7 +76,7 @@ def render(snapshot: Snapshot, drawn: Mapping[str, str]) -> str:
         ["## What was run", "", *(line for text in study.about for line in (text, ""))],
         _tuning(snapshot),
         _core(snapshot, drawn),
-        _similarities(snapshot),
+        similarities.section(snapshot),
         _controls(snapshot),
         _doses(snapshot, drawn),
         _factors(snapshot),
@@ -193,34 +192,6 @@ def _core(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
 
 def _signed(d: Difference | None, measure: Measure) -> str:
     return difference_text(d, measure) + (f", {d.positive}/{d.n}" if d else "")
-
-
-def _similarities(snapshot: Snapshot) -> Iterator[str]:
-    """By which of its similarities a model names best: chosen on validation, then read on tests."""
-    study, shown = snapshot.study, False
-    for name in study.choices:
-        if (arm := snapshot.choice(name)) is None or not (records := snapshot.finished(arm)):
-            continue
-        for validation, test in study.named.items():
-            measure, keys = study.measure(test), next(iter(records.values())).similarities(validation)
-            if len(keys) < 2:
-                continue
-            if not shown:
-                text = "A model can name by its projection, by its clusters or by both; validation says which."
-                yield from ["## Which similarity names best", "", text, ""]
-                shown = True
-            on = {score: dataclasses.replace(measure, set=validation, metric=key) for score, key in keys.items()}
-            read = {score: dataclasses.replace(measure, metric=key) for score, key in keys.items()}
-            best = max(keys, key=lambda score: getattr(mean_of(snapshot, arm, on[score]), "mean", -math.inf))
-            rows = [
-                [
-                    (score or "its own") + (" **chosen**" if score == best else ""),
-                    estimate_text(mean_of(snapshot, arm, on[score]), measure),
-                    estimate_text(mean_of(snapshot, arm, read[score]), measure),
-                ]
-                for score in keys
-            ]
-            yield from table([f"{study.arm(arm).title}: similarity", f"`{validation}`", measure.label], rows)
 
 
 def _controls(snapshot: Snapshot) -> Iterator[str]:

@@ -1,0 +1,66 @@
+"""The part of a study's page that says by which of its similarities a model names best."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from xclip_jax.study.declaration import Measure
+from xclip_jax.study.markdown import difference_text, estimate_text, mean_of, table
+from xclip_jax.study.matrix import Snapshot
+from xclip_jax.study.statistics import paired
+
+_LABELS = {"": "its own", "cosine": "clusters by cosine", "cross_entropy": "clusters by cross-entropy"}
+_TEXT = (
+    "A model of clusters can name by its clusters, one with a projection too by both. What is compared above is a "
+    "model's own: the cosine of embeddings, or of distributions over clusters where there is no projection. Here each "
+    "arm names by the similarity that is best on validation, by the mean over its seeds."
+)
+
+
+def section(snapshot: Snapshot) -> Iterator[str]:
+    """Yield a table for each validation set of `Study.named`: all similarities there, and the best one on the tests."""
+    study = snapshot.study
+    arms = [arm for arm in study.of_section("core") if snapshot.finished(arm.name)]
+    names = {arm.name: _similarities(snapshot, arm.name) for arm in arms}
+    if not any(len(of_set) > 1 for keys in names.values() for of_set in keys.values()):
+        return
+    yield from ["## Which similarity names best", "", _TEXT, ""]
+    for validation, test in study.named.items():
+        measure, rows, best = study.measure(test), [], {}
+        scores = list(dict.fromkeys(score for keys in names.values() for score in keys[validation]))
+        for arm in arms:
+            keys = names[arm.name][validation]
+            on = {score: dataclasses.replace(measure, set=validation, metric=key) for score, key in keys.items()}
+            means = {score: mean_of(snapshot, arm.name, m) for score, m in on.items()}
+            # An arm without results there has no best one.
+            chosen = max(means, key=lambda score: getattr(means[score], "mean", -math.inf), default=None)
+            cells = [estimate_text(means[score], measure) if score in means else "-" for score in scores]
+            if chosen is not None:
+                best[arm.name] = dataclasses.replace(measure, metric=keys[chosen])
+            rows.append(
+                [arm.title, *cells, "-" if chosen is None else _label(chosen), *_tests(snapshot, arm.name, best)]
+            )
+        head = ["arm", *(f"{_label(score)}, validation" for score in scores), "chosen", measure.label]
+        yield from [f"### By `{validation}`", "", *table([*head, f"less {study.arm(study.baseline).title}"], rows)]
+
+
+def _similarities(snapshot: Snapshot, arm: str) -> dict[str, dict[str, str]]:
+    """{validation set: {similarity: key of the set's headline by it}}, of one run: all runs of an arm have the same."""
+    record = next(iter(snapshot.finished(arm).values()))
+    return {validation: record.similarities(validation) for validation in snapshot.study.named}
+
+
+def _tests(snapshot: Snapshot, arm: str, best: dict[str, Measure]) -> tuple[str, str]:
+    """The mean of an arm by its best similarity, and its difference to the baseline by the baseline's."""
+    if arm not in best:
+        return "-", "-"
+    measure, baseline = best[arm], snapshot.study.baseline
+    mean = estimate_text(mean_of(snapshot, arm, measure), measure)
+    if arm == baseline or baseline not in best:
+        return mean, "-"
+    d = paired(snapshot.values(arm, measure), snapshot.values(baseline, best[baseline]))
+    return mean, difference_text(d, measure) + (f", {d.positive}/{d.n}" if d else "")
+
+
+def _label(score: str) -> str:
+    return _LABELS.get(score, score.replace("_", " "))
