@@ -182,7 +182,7 @@ def test_groups_of_a_run_are_kept_for_the_rows_that_they_are_for(tmp_path, capsy
     assert folder.length_groups((1, 8)) == folder.length_groups((4, 2)) == old
     folder.config_file.write_text(json.dumps(content | {"text_rows": [1, 8]}))
     assert folder.length_groups((1, 8)) == old and capsys.readouterr().out == ""
-    assert folder.length_groups((4, 2)) is None and "chosen anew" in capsys.readouterr().out
+    assert folder.length_groups((4, 2)) is None and "other groups are chosen" in capsys.readouterr().out
     # Those that a config gives for a while do not replace them; those that are chosen anew do.
     given = dataclasses.replace(config, data=dataclasses.replace(config.data, length_groups="8:0.5"))
     for started, kept in ((given, (1, 8)), (config, (4, 2))):

@@ -119,7 +119,7 @@ class TrainingFolder(RunFolder):
         if groups != FULL:
             log0(
                 f"data.length_groups={groups} is for {chosen_for}, the texts of a device's microbatch and the number "
-                f"of these, which are {list(text_rows)} now: groups are chosen anew"
+                f"of these, now {list(text_rows)}; other groups are chosen"
             )
         return None
 
