@@ -4,12 +4,13 @@
     python -m benchmarks.accelerator --trace traces
     JAX_PLATFORMS=cpu python -m benchmarks.accelerator --small      # what the tests run; its figures mean nothing
 
-Each row is a process of its own. Ours compiles the step of two small batches, takes the largest multiple of 128 pairs a
-device whose memory fits by what the compiler says of these (less, if the device disagrees), and takes --steps steps,
-whose median counts. Images are random uint8, texts as long as those of CC12M (`benchmarks.captions`) and whole unless
---groups. MFU is the model's FLOPs (`xclip_jax.flops`, three forward passes) over the device's dense bf16 peak;
-open_clip's counts the same FLOPs for the same pairs. open_clip runs with torch.compile, bf16 autocast and fused AdamW,
-at our batch or the largest half, quarter ... of it that fits.
+Each row is a process of its own. Ours, with the rematerialisation of the recipes (remat=dots), compiles the step of
+two small batches, takes the largest multiple of 128 pairs a device whose memory fits by what the compiler says of these
+(less, if the device disagrees), and takes --steps steps, whose median counts. Images are random uint8, texts as long as
+those of CC12M (`benchmarks.captions`) and whole unless --groups. MFU is the model's FLOPs (`xclip_jax.flops`, three
+forward passes, of what is cut from texts none) over the devices' dense bf16 peak. open_clip runs on one GPU, without
+rematerialisation, with torch.compile, bf16 autocast and fused AdamW, at the pairs of one of our devices or the largest
+half, quarter ... of these that fits; its texts are always whole.
 """
 
 import argparse
@@ -29,15 +30,19 @@ from benchmarks import captions
 
 PRESET, CLUSTERS = "B/16", 32768
 MULTIPLE = 128  # pairs of a device
+LARGEST = 3 * MULTIPLE  # pairs of a device, of the steps that are compiled for their memory alone
 FREE = 0.92  # share of a device's memory that a step may take
 WARM_UP = 3
 
 
 def config_of(objective: str, batch: int, small: bool, groups: bool) -> Any:
     """The recipe's config with a batch of so many pairs; with `small` of towers that a CPU computes in a moment."""
+    import jax
+
     from xclip_jax.configs import common
 
     config = common.base(objective, "Ti/12" if small else PRESET)
+    config.model.img.remat = config.model.txt.remat = "dots"
     config.run, config.steps, config.data.batch, config.optim.warmup = "runs/none", 1000, batch, 0
     if small:
         config.model.img.update(image_size=24, depth=1, scan=False)
@@ -48,8 +53,14 @@ def config_of(objective: str, batch: int, small: bool, groups: bool) -> Any:
     if groups:
         from xclip_jax.config.schema import resolve
 
-        config.data.length_groups = str(captions.groups_for(batch, 1, resolve(config).model.txt))
+        devices = jax.device_count()
+        config.data.length_groups = str(captions.groups_for(batch // devices, devices, resolve(config).model.txt))
     return config
+
+
+def rounded(pairs: float) -> int:
+    """The largest multiple of 128 pairs of a device, or below that power of two, up to `pairs`; at least 1."""
+    return int(pairs) // MULTIPLE * MULTIPLE or 1 << max(int(pairs), 1).bit_length() - 1
 
 
 def fitting_batch(objective: str, small: bool, groups: bool) -> int:
@@ -63,13 +74,19 @@ def fitting_batch(objective: str, small: bool, groups: bool) -> int:
     limit = (devices[0].memory_stats() or {}).get("bytes_limit", 0)
     if small or not limit:
         return 16 * len(devices)
-    sizes = (MULTIPLE, 3 * MULTIPLE)
-    peaks = []
-    for size in sizes:
+    peaks: dict[int, float] = {}
+    size = LARGEST
+    while size and len(peaks) < 2:
         experiment = build(config_of(objective, size * len(devices), small, groups))
-        peaks.append(memory.usage(experiment, memory.compile_for(experiment))["peak"])
-    slope = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
-    return max(int((FREE * limit - peaks[0]) / slope + sizes[0]) // MULTIPLE, 1) * MULTIPLE * len(devices)
+        compiled, trouble = memory.compile_if_fits(experiment)  # compilers of TPUs refuse what does not fit
+        if compiled is not None:
+            peaks[size] = memory.usage(experiment, compiled)["peak"]
+        size //= 2
+    if len(peaks) < 2:
+        raise SystemExit(f"not even two pairs a device fit: {trouble}")
+    large, small_one = peaks
+    slope = (peaks[large] - peaks[small_one]) / (large - small_one)
+    return rounded(large + (FREE * limit - peaks[large]) / slope) * len(devices)
 
 
 def ours(flags: argparse.Namespace) -> dict[str, Any]:
@@ -77,14 +94,14 @@ def ours(flags: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     batch = flags.batch or fitting_batch(flags.child, flags.small, flags.groups)
-    least = MULTIPLE * jax.device_count()
+    devices = jax.device_count()
     while True:
         try:
             return _ours(flags, batch)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or batch <= least:
+            if "RESOURCE_EXHAUSTED" not in str(error) or batch <= devices:
                 raise
-            batch = max(int(0.9 * batch) // least, 1) * least
+            batch = rounded(0.9 * batch / devices) * devices
 
 
 def _ours(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
@@ -92,6 +109,7 @@ def _ours(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
 
     from xclip_jax import flops
     from xclip_jax.data import loader
+    from xclip_jax.data.length_groups import WHOLE
     from xclip_jax.train import build, state
 
     experiment = build.build(config_of(flags.child, batch, flags.small, flags.groups))
@@ -121,10 +139,12 @@ def _ours(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
     device = jax.devices()[0]
     used = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
     peak = flops.PEAK.get(device.device_kind, 0) * jax.device_count()
-    work = flops.train_step(experiment.config)
+    whole = flops.train_step(experiment.config, WHOLE)
+    cut = bool(metrics.get("text/cut", 0))
     return {
         "program": "xclip_jax", "objective": flags.child, "batch": batch, "seconds": seconds, "first": first,
-        "flops": work, "peak": peak, "memory": used, "devices": f"{jax.device_count()} {device.device_kind}",
+        "flops": flops.train_step(experiment.config) if cut else whole, "whole": whole, "cut": cut, "peak": peak,
+        "memory": used, "device_count": jax.device_count(), "devices": f"{jax.device_count()} {device.device_kind}",
         "loss": float(metrics["loss"]),
     }  # fmt: skip
 
@@ -224,6 +244,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def of_one_device(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
+    """open_clip's row, with the FLOPs of our pairs with whole texts, and the peak of one of our devices."""
+    work, peak = ours["whole"] / ours["batch"] * peer["batch"], ours["peak"] / ours["device_count"]
+    return peer | {"flops": work, "peak": peak, "cut": False}
+
+
+def texts(row: dict[str, Any]) -> str:
+    """Whether a program computed its texts in groups."""
+    if row["program"] != "xclip_jax":
+        return "its texts are whole"
+    return "texts in groups of their lengths" if row["cut"] else "texts are whole, since this batch fits no groups"
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -242,9 +275,9 @@ def main() -> None:
         return
     rows = [row for objective in flags.objectives.split(",") if (row := measure(objective, flags))]
     clip = next((row for row in rows if row["objective"] == "clip"), None)
-    if clip and not flags.small and torch_has_cuda() and (peer := measure("open_clip", flags, clip["batch"])):
-        # The same work for the same pairs, of one device.
-        rows.append(peer | {"flops": clip["flops"] / clip["batch"] * peer["batch"], "peak": clip["peak"]})
+    share = clip and clip["batch"] // clip["device_count"]
+    if clip and not flags.small and torch_has_cuda() and (peer := measure("open_clip", flags, share)):
+        rows.append(of_one_device(clip, peer))
     if not rows:
         raise SystemExit(1)
     from xclip_jax import environment
@@ -253,6 +286,8 @@ def main() -> None:
     versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("jax", "flax") if name in facts["versions"])
     print(f"ViT-{PRESET if not flags.small else 'tiny'}, bf16, commit {facts['commit']}, {versions}\n")
     print(table(rows))
+    if flags.groups:
+        print("\n" + "\n".join(f"{row['program']}, {row['objective']}: {texts(row)}." for row in rows))
 
 
 if __name__ == "__main__":

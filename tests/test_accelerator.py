@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from benchmarks import accelerator, captions
+from xclip_jax.data import length_groups
 from xclip_jax.train import memory
 
 
@@ -33,15 +34,50 @@ def test_mfu_is_model_flops_over_time_and_peak():
     assert "| 4,096 | 0.500 | 8,192 | 800.0 | 50.0% | 3.0 | 30 |" in accelerator.table([row])
 
 
-def test_batch_follows_from_the_memory_of_two_small_ones(monkeypatch):
-    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000})
+@pytest.mark.parametrize(
+    ("refused_from", "free", "pairs"),
+    [
+        (10_000, 1000, 1792),  # 20 bytes and half a byte for each pair, of 920: 1,800 pairs, of which 14 * 128
+        (150, 100, 128),  # of 92 bytes; steps of 384 and 192 pairs are refused
+        (30, 50, 32),  # of 46 bytes
+    ],
+)
+def test_batch_follows_from_the_memory_of_two_small_ones(refused_from, free, pairs, monkeypatch):
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": free})
     monkeypatch.setattr(jax, "devices", lambda: [device] * 2)
     monkeypatch.setattr(accelerator, "config_of", lambda objective, batch, small, groups: batch)
     monkeypatch.setattr("xclip_jax.train.build.build", lambda batch: batch)
-    monkeypatch.setattr(memory, "compile_for", lambda batch: None)
+    monkeypatch.setattr(
+        memory, "compile_if_fits", lambda batch: (batch, "") if batch / 2 < refused_from else (None, "it needs more")
+    )
     monkeypatch.setattr(memory, "usage", lambda batch, _: {"peak": 20 + batch / 2 * 0.5})
-    # 20 bytes and half a byte for each pair of a device, of 920: 1,800 pairs, of which 14 * 128 = 1,792.
-    assert accelerator.fitting_batch("clip", small=False, groups=False) == 2 * 1792
+    assert accelerator.fitting_batch("clip", small=False, groups=False) == 2 * pairs
+
+
+def test_a_device_on_which_nothing_fits(monkeypatch):
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000})
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(accelerator, "config_of", lambda *_: None)
+    monkeypatch.setattr("xclip_jax.train.build.build", lambda _: None)
+    monkeypatch.setattr(memory, "compile_if_fits", lambda _: (None, "it needs 20.0G"))
+    with pytest.raises(SystemExit, match=r"it needs 20\.0G"):
+        accelerator.fitting_batch("clip", small=False, groups=False)
+
+
+def test_groups_are_those_of_a_devices_rows(monkeypatch):
+    asked = []
+    groups = length_groups.LengthGroups.parse("24:0.5")
+    monkeypatch.setattr(captions, "groups_for", lambda rows, draws, _: asked.append((rows, draws)) or groups)
+    config = accelerator.config_of("clip", 512, small=True, groups=True)
+    assert asked == [(512 / 8, 8)] and config.data.length_groups == "24:0.5"
+
+
+def test_the_peer_has_one_device_and_whole_texts():
+    ours = {"program": "xclip_jax", "batch": 4096, "whole": 8e14, "flops": 6e14, "cut": False, "peak": 8e15}
+    row = accelerator.of_one_device(ours | {"device_count": 8}, {"program": "open_clip", "batch": 256})
+    assert (row["flops"], row["peak"]) == (8e14 / 16, 1e15)
+    assert "whole" in accelerator.texts(row) and "fits no groups" in accelerator.texts(ours)
+    assert "in groups" in accelerator.texts(ours | {"cut": True})
 
 
 def test_lengths_have_the_published_moments():

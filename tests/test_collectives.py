@@ -81,6 +81,36 @@ def test_the_tpu_compilers_ways_of_writing():
     assert summary(found) == {"all-reduce": 480, "all-gather": 1280}
 
 
+BRANCHES = """\
+%large.1 (a: f32[8]) -> f32[8] {
+  %r.1 = f32[8]{0} all-reduce(%a), channel_id=1, replica_groups={{0,1}}, to_apply=%add
+  %r.2 = f32[4]{0} all-reduce(%b), channel_id=2, replica_groups={{0,1}}, to_apply=%add
+}
+
+%small.2 (a: f32[8]) -> f32[8] {
+  %r.3 = f32[9]{0} all-reduce(%a), channel_id=3, replica_groups={{0,1}}, to_apply=%add
+}
+
+%none.3 (a: f32[8]) -> f32[8] {
+  %copy = f32[8]{0} copy(%a)
+}
+
+%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %c.1 = (f32[8]{0}) conditional(%p, %t, %t), true_computation=%none.3, false_computation=%small.2
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %c.2 = (f32[8]{0}) conditional(%n, %t, %t, %t), branch_computations={%small.2, %large.1, %none.3}
+  %w = (s32[], f32[8]) while(%t), condition=%cond.1, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+
+
+def test_the_largest_branch_counts():
+    found = sorted(collectives(BRANCHES, 2), key=lambda x: x.bytes)
+    assert [(x.shapes, x.count) for x in found] == [(("f32[4]",), 1), (("f32[8]",), 1), (("f32[9]",), 5)]
+
+
 CASES = [("dp", 8, 1), ("zero1", 8, 1), ("fsdp", 1, 8), ("fsdp", 2, 4)]
 
 

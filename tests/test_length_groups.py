@@ -1,5 +1,6 @@
 """Texts in groups of their lengths: the same numbers as whole ones, and groups that batches fit."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,14 +8,17 @@ import chex
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 
 from tests import tiny
 from tests.test_step import gradients
 from xclip_jax import flops
+from xclip_jax.config.schema import resolve
 from xclip_jax.data import length_groups, loader
 from xclip_jax.data.length_groups import LengthGroups
 from xclip_jax.errors import UserError
-from xclip_jax.train import build, state, trainer
+from xclip_jax.train import build, caption_lengths, job, state, trainer
+from xclip_jax.train.run_folder import TrainingFolder
 
 GROUPS = "4:0.5,8:0.75"
 
@@ -124,6 +128,18 @@ def test_groups_save_what_they_can_and_nearly_all_batches_fit():
     assert length_groups.choose(np.bincount([77] * 1024), rows=64, draws=4, flops_of=float) == length_groups.WHOLE
 
 
+@pytest.mark.parametrize("rows", [1, 3, 7, 96, 1000, 4096])
+def test_groups_have_the_rows_that_they_were_chosen_for(rows, monkeypatch):
+    """No row is lost where the shares are not round, in the spec of a config neither."""
+    monkeypatch.setattr(scipy.stats.binom, "isf", lambda q, rows, p: np.floor(rows * p))  # as many as are expected
+    counts = np.bincount([8] * 30_000 + [16] * 40_000 + [77] * 30_000, minlength=78)
+    groups = length_groups.choose(counts, rows=rows, draws=1, flops_of=float)
+    longer = [int(rows * (n + 2 * n**0.5 + 1) / 1e5) for n in (70_000, 30_000)]
+    ends = sorted({rows - n for n in (*longer, 0) if n < rows})
+    sizes = LengthGroups.parse(str(groups)).sizes(rows, 77)
+    assert np.cumsum([n for n, _ in sizes]).tolist() == ends
+
+
 def test_a_run_chooses_groups_and_resumes_with_them_bit_exactly(pairs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(length_groups, "_MULTIPLE", 2)
     monkeypatch.setattr(length_groups, "_LEAST_STEPS", 1)
@@ -147,6 +163,53 @@ def test_a_run_chooses_groups_and_resumes_with_them_bit_exactly(pairs, tmp_path,
     ]
     losses, resumed = ({line["step"]: line["loss"] for line in lines if "loss" in line} for lines in metrics)
     assert losses == resumed and {line["text/cut"] for line in metrics[1] if "loss" in line} <= {0.0, 1.0}
+
+    # With other rows a device they are chosen anew.
+    config = resolve(tiny.short(pairs, tmp_path / "again", optim__microbatches=2, **options))
+    assert job.prepare(config, TrainingFolder(config.run)).experiment.length_groups == length_groups.WHOLE
+    assert f"data.length_groups={spec} is for [2, 8], " in capsys.readouterr().out
+
+
+def test_groups_of_a_run_are_kept_for_the_rows_that_they_are_for(tmp_path, capsys):
+    folder = TrainingFolder(tiny.untrained(tmp_path / "run", "clip"))
+    config = resolve(tiny.config("clip", run=tmp_path / "run", data__batch=8))
+    old, new = LengthGroups.parse("4:0.5"), LengthGroups.parse("8:0.5")
+    content = json.loads(folder.config_file.read_text()) | {"length_groups": str(old)}
+    # An older run does not say what they are for.
+    folder.config_file.write_text(json.dumps(content | {"text_rows": None}))
+    with folder.claimed(config, [], old, (4, 2)):
+        pass
+    assert folder.length_groups((1, 8)) == folder.length_groups((4, 2)) == old
+    folder.config_file.write_text(json.dumps(content | {"text_rows": [1, 8]}))
+    assert folder.length_groups((1, 8)) == old and capsys.readouterr().out == ""
+    assert folder.length_groups((4, 2)) is None and "other groups are chosen" in capsys.readouterr().out
+    # Those that a config gives for a while do not replace them; those that are chosen anew do.
+    given = dataclasses.replace(config, data=dataclasses.replace(config.data, length_groups="8:0.5"))
+    for started, kept in ((given, (1, 8)), (config, (4, 2))):
+        with folder.claimed(started, [], new, (4, 2)):
+            pass
+        assert folder.length_groups(kept) == (old if started is given else new)
+
+
+def test_auto_counts_a_frozen_tower_without_its_backward_pass(monkeypatch, capsys):
+    counts = np.bincount([4] * 1024, minlength=41)
+    monkeypatch.setattr(caption_lengths, "count_lengths", lambda *_: counts)
+    monkeypatch.setattr(length_groups, "_LEAST_STEPS", 1)
+    saved = []
+    for frozen in (("txt",), (), ("img",)):
+        config = tiny.config("clip", data__batch=512, model__txt__context_length=40, init__frozen=frozen)
+        made = build.build(config)
+        assert caption_lengths.choose(made, []).cuts
+        saved.append(float(capsys.readouterr().out.split("saves ")[1].split("%")[0]))
+    assert saved[0] < saved[1] < saved[2]
+    whole = sum(flops.forward(made.config).values())
+    assert saved[1] == pytest.approx(100 * (made.model.txt.cut_flops(40) - made.model.txt.cut_flops(8)) / whole, abs=3)
+
+    def unknown(*_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(type(made.model.txt), "cut_flops", unknown)
+    assert caption_lengths.choose(made, []) == length_groups.WHOLE
 
 
 def test_flops_are_those_that_are_computed():

@@ -1,10 +1,16 @@
 """Memory of the train step: whether it fits is known before the first step."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec
 
 from tests import tiny
+from xclip_jax.data.length_groups import LengthGroups
 from xclip_jax.errors import UserError
+from xclip_jax.parallel.mesh import make_mesh
 from xclip_jax.train import build, memory, trainer
 
 
@@ -27,6 +33,24 @@ def has(monkeypatch, each, free=None):
 def test_a_step_never_needs_more_than_all_of_its_values(experiment, peak):
     state = memory.bytes_on_device(experiment.abstract)
     assert state < peak < memory._written(memory.trace(experiment).jaxpr.jaxpr) / 8 + 8 * state
+
+
+@pytest.mark.parametrize("axes", [{"data"}, {"data", "fsdp"}])
+def test_values_of_a_shard_map_count_on_all_devices(axes):
+    """Its inner shapes are those of one device."""
+    spec = PartitionSpec(tuple(sorted(axes)))
+    mesh = make_mesh({"data": 4, "fsdp": 2, "model": 1})
+    fn = jax.shard_map(jnp.sin, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=axes)
+    assert memory._written(jax.make_jaxpr(jax.jit(fn))(jnp.zeros((64, 16))).jaxpr) == 64 * 16 * 4
+
+
+def test_microbatches_compute_all_values_of_the_whole_batch(experiment):
+    def written(made):
+        return memory._written(memory.trace(made).jaxpr.jaxpr)
+
+    # Encoders once more, and the same heads and losses.
+    parts = build.build(tiny.config("clip", data__batch=512, optim__microbatches=4))
+    assert written(experiment) < written(parts) < 2 * written(experiment)
 
 
 def test_a_step_that_fits_by_far_is_not_compiled(experiment, monkeypatch, capsys):
@@ -84,6 +108,38 @@ def test_a_run_is_refused_before_its_folder_is_made(pairs, tmp_path, monkeypatch
     with pytest.raises(UserError, match="no change that was tried makes it fit"):
         trainer.run(c)
     assert not (tmp_path / "run").exists()
+
+
+def test_suggestions_are_tried_with_the_groups_that_were_chosen(experiment, peak, monkeypatch):
+    made = dataclasses.replace(experiment, length_groups=LengthGroups.parse("4:0.5"))
+    suggested = []
+    monkeypatch.setattr(memory, "suggest", lambda config, *_: suggested.append(config.data.length_groups) or "")
+    has(monkeypatch, 0.9 * peak)
+    with pytest.raises(UserError, match="does not fit"):
+        memory.check(made)
+    assert suggested == ["4:0.5"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "usage", "cache"),
+    [
+        (".", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_memory_of_a_container(folder, limit, usage, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    machine = memory.host_memory("MemTotal")
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / limit).write_text("1000000\n")
+    assert memory.host_memory() == memory.host_memory("MemTotal") == 1e6 < machine
+    (tmp_path / folder / usage).write_text("700000\n")
+    (tmp_path / folder / "memory.stat").write_text(f"anon 400000\nactive_file 50000\n{cache} 250000\n")
+    assert memory.host_memory() == 550_000 and memory.host_memory("MemTotal") == 1e6
+    (tmp_path / folder / usage).write_text("1300000\n")
+    assert memory.host_memory() == 0
+    (tmp_path / folder / limit).write_text("max\n")
+    assert memory.host_memory("MemTotal") == machine
 
 
 def test_memory_of_this_machine():

@@ -1,6 +1,7 @@
 """A run's folder: what its files are called, and what is in them. No other module knows their names.
 
-config.json     {"config", "environment", "started", "length_groups", "starts": later starts, where something differed}
+config.json     {"config", "environment", "started", "length_groups", "text_rows": that these are for,
+                 "starts": later starts, where something differed}
 data.json       fingerprint of each training source
 tokenizer.json  the tokenizer, where data.tokenizer is a file
 metrics.jsonl   {"step", metric: value} a line; lines of training steps have a "loss", those of evaluations do not

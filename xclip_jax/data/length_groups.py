@@ -101,11 +101,10 @@ def choose(
     best = WHOLE
     for n in range(1, groups):
         for lengths in itertools.combinations(ends, n):
-            # Shares in hundredths of a percent, which a config can hold, never above the number of rows.
-            cuts = tuple((tokens, np.floor(ends[tokens] / rows * 1e4) / 1e4) for tokens in lengths)
-            if cuts[0][1] > 0 and all(a[1] < b[1] for a, b in itertools.pairwise(cuts)):
-                candidate = LengthGroups(tuple((tokens, float(share)) for tokens, share in cuts))
-                best = min(best, candidate, key=lambda groups: groups.mean(flops_of, context))
+            # Shares in millionths, which a config can hold, rounded up: rounded down, `sizes` would lose a row.
+            cuts = tuple((tokens, -(-ends[tokens] * 10**6 // rows) / 10**6) for tokens in lengths)
+            if all(a[1] < b[1] for a, b in itertools.pairwise(cuts)):
+                best = min(best, LengthGroups(cuts), key=lambda groups: groups.mean(flops_of, context))
     return best
 
 

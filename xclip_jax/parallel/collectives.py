@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
 _BYTES = {
@@ -29,9 +29,9 @@ _BYTES = {
 _HEAD = re.compile(r"^\s*(ENTRY\s+)?%?([\w.\-]+)\s*\(.*\)\s*->.*\{\s*$")
 _OP = re.compile(rf"=\s*(\(.*?\)|\S+)\s+({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-_CALLED = re.compile(
-    r"(?:body|condition|calls|to_apply|branch_computations|called_computations)=\{?([^}\s,]+(?:, *%[^}\s,]+)*)"
-)
+_NAMES = r"=\{?([^}\s,]+(?:, *%[^}\s,]+)*)"
+_CALLED = re.compile(rf"\b(?:body|condition|calls|to_apply|called_computations){_NAMES}")
+_BRANCHES = re.compile(rf"\b(?:branch_computations|true_computation|false_computation){_NAMES}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -96,6 +96,8 @@ def _operation(line: str, devices: int, count: int) -> Collective | None:
 def collectives(hlo: str, devices: int) -> list[Collective]:
     """All collectives of a compiled program, `compiled.as_text()`, with the trip counts of the loops around them.
 
+    Of a conditional those of the branch with the largest payload count.
+
     Args:
       hlo: the optimised module's text.
       devices: that it runs on.
@@ -109,14 +111,18 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
             entry = name if match[1] else entry
         elif name:
             bodies[name].append(line)
+    return list(_by_channel(_walk(bodies, entry, devices, 1)).values())
+
+
+def _by_channel(operations: Iterable[tuple[str, Collective]]) -> dict[str, Collective]:
     # The TPU compiler spreads a collective over other work and writes it several times, under one channel; some of the
     # places may be in a loop, through which one execution goes on.
     channels: dict[str, Collective] = {}
-    for channel, operation in _walk(bodies, entry, devices, 1):
+    for channel, operation in operations:
         known = channels.setdefault(channel, operation)
         if operation.total < known.total:
             channels[channel] = operation
-    return list(channels.values())
+    return channels
 
 
 def _walk(bodies: dict[str, list[str]], name: str, devices: int, count: int) -> Iterator[tuple[str, Collective]]:
@@ -128,9 +134,16 @@ def _walk(bodies: dict[str, list[str]], name: str, devices: int, count: int) -> 
         if "=" not in line:
             continue
         trips = _trips(line, bodies) if " while(" in line else 1
-        for called in _CALLED.findall(line):
-            for each in re.split(r", *", called):
-                yield from _walk(bodies, each.lstrip("%"), devices, count * trips)
+        for called in _called(_CALLED, line):
+            yield from _walk(bodies, called, devices, count * trips)
+        branches = [_by_channel(_walk(bodies, branch, devices, count)) for branch in _called(_BRANCHES, line)]
+        if branches:
+            yield from max(branches, key=lambda branch: sum(x.total for x in branch.values())).items()
+
+
+def _called(attributes: re.Pattern[str], line: str) -> list[str]:
+    """Names of the computations that an instruction calls by these attributes."""
+    return [name.lstrip("%") for names in attributes.findall(line) for name in re.split(r", *", names)]
 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int:

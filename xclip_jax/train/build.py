@@ -56,6 +56,12 @@ class Experiment:
         return compile_step(self.step, self.abstract, self.mesh)
 
     @property
+    def text_rows(self) -> tuple[int, int]:
+        """Texts that are ordered by length together, those of a device and microbatch, and how often a step does so."""
+        draws = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES) * self.config.optim.microbatches
+        return self.data.batch // draws, draws
+
+    @property
     def image_size(self) -> int:
         """Side of an image, pixels."""
         return self.model.img.image_size

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
@@ -15,7 +14,6 @@ from xclip_jax.data import length_groups, loader, records
 from xclip_jax.data.base import Source
 from xclip_jax.data.length_groups import WHOLE, LengthGroups
 from xclip_jax.errors import BadSample
-from xclip_jax.parallel.mesh import BATCH_AXES
 from xclip_jax.train.build import Experiment
 
 _SAMPLES = 1024
@@ -27,28 +25,29 @@ def choose(experiment: Experiment, sources: Sequence[Source]) -> LengthGroups:
     config, tower, context = experiment.config, experiment.model.txt, experiment.context_length
     if "txt" not in experiment.model.towers or not tower.cuttable:
         return WHOLE
+
+    def saved(groups: LengthGroups) -> float:
+        return 1 - flops.train_step(config, groups) / flops.train_step(config, WHOLE)
+
     try:
-        parts = flops.forward(config)
-    except NotImplementedError:  # of a tower of another package
+        most = saved(LengthGroups(((1, 1.0),)))
+    except NotImplementedError:  # of a tower of another package: its FLOPs, or those of a text that is cut
         return WHOLE
-    share = parts["txt"] / sum(parts.values())
-    if not length_groups.worthwhile(share, config.steps):
+    if not length_groups.worthwhile(most, config.steps):
         return WHOLE
     counts = np.zeros(context + 1, np.int32)
     if jax.process_index() == 0:
         counts = count_lengths(experiment, sources)
     if jax.process_count() > 1:  # a sample may be bad on one of them alone
         counts = np.asarray(multihost_utils.broadcast_one_to_all(counts))
-    draws = math.prod(experiment.mesh.shape[axis] for axis in BATCH_AXES) * config.optim.microbatches
-    rows = config.data.batch // draws
+    rows, draws = experiment.text_rows
     groups = length_groups.choose(counts, rows=rows, draws=draws, flops_of=tower.cut_flops)
-    saved = share * (1 - groups.mean(tower.cut_flops, context) / tower.cut_flops(context))
-    if not length_groups.worthwhile(saved, config.steps):
+    if not length_groups.worthwhile(saved(groups), config.steps):
         return WHOLE
     mean = counts @ np.arange(context + 1) / counts.sum()
     log0(
         f"captions have {mean:.0f} tokens on average: texts are encoded in groups (data.length_groups={groups}), which "
-        f"saves {saved:.0%} of a step's FLOPs"
+        f"saves {saved(groups):.0%} of a step's FLOPs"
     )
     return groups
 

@@ -83,7 +83,7 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
     folder.check_sources(config, fingerprints)
     samples = controls.apply(opened, experiment.data, config.seed, labelled=experiment.objective.labelled)
     if config.data.length_groups == AUTO:
-        groups = folder.length_groups() or caption_lengths.choose(experiment, samples)
+        groups = folder.length_groups(experiment.text_rows) or caption_lengths.choose(experiment, samples)
         experiment = dataclasses.replace(experiment, length_groups=groups)
     starts = config.init.weights and folder.latest_step() is None
     initial = read_initial(config, experiment.abstract) if starts else {}

@@ -21,6 +21,12 @@ REMAT = tuple(REMAT_POLICIES)  # in the order of what is computed again
 MICROBATCHES = (2, 4, 16, 64)
 # The most that rematerialisation and zero1 save together: remedies that would have to save more are not compiled.
 _SAVED = 8
+_CGROUP = pathlib.Path("/sys/fs/cgroup")
+# Of cgroups 2 and 1: limit, use, statistics, and the key of these for pages of files that were not read lately.
+_CGROUP_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
 
 
 def host_memory(field: str = "MemAvailable") -> float:
@@ -37,11 +43,22 @@ def host_memory(field: str = "MemAvailable") -> float:
             available = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         except (AttributeError, ValueError, OSError):  # Windows
             return math.inf
-    limits = []
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    return min(available, _container_memory(free=field == "MemAvailable"))
+
+
+def _container_memory(*, free: bool) -> float:
+    """Return the bytes that this container may take, or with `free` can still take; infinity without a limit."""
+    for limit, usage, stat, cache in _CGROUP_FILES:
         with contextlib.suppress(OSError, ValueError):  # "max" is no number
-            limits.append(float(pathlib.Path(file).read_text()))
-    return min([available, *limits])
+            left = float((_CGROUP / limit).read_text())
+            if free:
+                with contextlib.suppress(OSError, ValueError, StopIteration):
+                    left -= float((_CGROUP / usage).read_text())
+                    # Pages of files that were not read lately count as used, and are given up when memory is short.
+                    lines = map(str.split, (_CGROUP / stat).read_text().splitlines())
+                    left += next(float(value) for key, value in lines if key == cache)
+            return max(left, 0.0)
+    return math.inf
 
 
 def capacity(device: jax.Device) -> float:
@@ -177,18 +194,26 @@ def suggest(
 
 
 def _written(jaxpr: Any) -> float:
-    """Bytes of all values that a jaxpr computes: more than it ever needs at once."""
+    """Bytes of all values that a jaxpr computes on all devices: more than it ever needs at once."""
     result = 0.0
     for equation in jaxpr.eqns:
         values = [item for x in equation.params.values() for item in (x if isinstance(x, (tuple, list)) else (x,))]
         inner = [getattr(value, "jaxpr", value) for value in values]
         inner = [value for value in inner if hasattr(value, "eqns")]
         if inner:
-            result += equation.params.get("length", 1) * sum(map(_written, inner))
+            result += equation.params.get("length", 1) * _shards(equation) * sum(map(_written, inner))
         else:
             arrays = [x.aval for x in equation.outvars if hasattr(x.aval, "size")]
             result += sum(x.size * x.dtype.itemsize for x in arrays)
     return result
+
+
+def _shards(equation: Any) -> int:
+    """In how many parts an equation computes its inner values: those of a shard_map have the shapes of one part."""
+    if equation.primitive.name != "shard_map":
+        return 1
+    mesh = equation.params["mesh"]
+    return math.prod(mesh.shape[axis] for axis in equation.params.get("newly_manual_axes", mesh.shape))
 
 
 def check(experiment: Experiment) -> None:
@@ -218,6 +243,7 @@ def check(experiment: Experiment) -> None:
         needs = f"it takes {format_bytes(peak)}" if peak else trouble
         log0(f"the step does not fit a device's {format_bytes(limit)}: {needs}; looking for a change that fits")
         config = schema.complete(schema.to_dict(experiment.config))
+        config.data.length_groups = str(experiment.length_groups)  # those that "auto" chose
         raise UserError(f"{too_large(config, devices, limit, needs, peak)}{_elsewhere(on_cpu)}.")
     if peak > (free := capacity(device)):
         log0(f"WARNING: a step takes {format_bytes(peak)} of memory, and {format_bytes(free)} are free at the moment")

@@ -18,7 +18,7 @@ from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
 from xclip_jax.data import tokenizer
-from xclip_jax.data.length_groups import FULL, WHOLE, LengthGroups
+from xclip_jax.data.length_groups import AUTO, FULL, WHOLE, LengthGroups
 from xclip_jax.errors import UserError
 from xclip_jax.interop import hub
 from xclip_jax.run_folder import RunFolder
@@ -104,12 +104,24 @@ class TrainingFolder(RunFolder):
             )
         return str(self.tokenizer_file)
 
-    def length_groups(self) -> LengthGroups | None:
-        """Groups of texts that the run began with, or None where it has no checkpoint yet."""
+    def length_groups(self, text_rows: tuple[int, int]) -> LengthGroups | None:
+        """Groups of texts that the run has, or None where it has no checkpoint yet, or they suit other `text_rows`.
+
+        Args:
+          text_rows: of the experiment, see `train.build.Experiment`. Older runs keep their groups with any.
+        """
         content = self.read_config()
         if content is None or self.latest_step() is None:
             return None
-        return LengthGroups.parse(content.get("length_groups", FULL))
+        groups, chosen_for = content.get("length_groups", FULL), content.get("text_rows")
+        if chosen_for in (None, list(text_rows)):
+            return LengthGroups.parse(groups)
+        if groups != FULL:
+            log0(
+                f"data.length_groups={groups} is for {chosen_for}, the texts of a device's microbatch and the number "
+                f"of these, now {list(text_rows)}; other groups are chosen"
+            )
+        return None
 
     def check_sources(self, config: Config, fingerprints: Sequence[Mapping[str, Any]]) -> None:
         """Check that a run that resumes reads the data that it read before, wherever they are now.
@@ -139,9 +151,19 @@ class TrainingFolder(RunFolder):
 
     @contextlib.contextmanager
     def claimed(
-        self, config: Config, fingerprints: Sequence[Mapping[str, Any]], groups: LengthGroups = WHOLE
+        self,
+        config: Config,
+        fingerprints: Sequence[Mapping[str, Any]],
+        groups: LengthGroups = WHOLE,
+        text_rows: tuple[int, int] | None = None,
     ) -> Iterator[None]:
-        """Keep other runs out of the folder, and write config.json, with `groups`, data.json and the tokenizer.
+        """Keep other runs out of the folder, and write config.json, data.json and the tokenizer.
+
+        Args:
+          config: of the run.
+          fingerprints: of its sources.
+          groups: of its texts.
+          text_rows: that `groups` are for, see `length_groups`.
 
         Raises:
           UserError: another run is writing to the folder.
@@ -152,7 +174,7 @@ class TrainingFolder(RunFolder):
         self.path.mkdir(parents=True, exist_ok=True)
         with self._locked():
             self.check(config)  # another run may have come and gone
-            self._write_config(config, groups)
+            self._write_config(config, groups, text_rows)
             write_json(self.data_file, list(fingerprints))
             if config.data.tokenizer not in tokenizer.NAMES and not self.tokenizer_file.exists():
                 write_whole(self.tokenizer_file, epath.Path(config.data.tokenizer).read_bytes())
@@ -196,13 +218,14 @@ class TrainingFolder(RunFolder):
                 step = max(step, int(line["step"]))
         return step
 
-    def _write_config(self, config: Config, groups: LengthGroups) -> None:
+    def _write_config(self, config: Config, groups: LengthGroups, text_rows: tuple[int, int] | None) -> None:
         saved, current = self.read_config(), schema.to_dict(config)
         facts, now = environment.capture(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        chosen = {"length_groups": str(groups), "text_rows": text_rows and list(text_rows)}
         if saved is None or self.latest_step() is None:
             if saved is not None and (differing := _differences(saved["config"], config)):
                 log0(f"{self.path} has no checkpoint, so the run starts with its new config: {', '.join(differing)}")
-            content = {"config": current, "environment": facts, "started": now, "length_groups": str(groups)}
+            content = {"config": current, "environment": facts, "started": now, **chosen}
             if config.init.weights:
                 content["init_weights"] = fingerprint(hub.resolve(config.init.weights))
             write_json(self.config_file, content)
@@ -210,9 +233,13 @@ class TrainingFolder(RunFolder):
         before, after = schema.flatten(saved["config"]), schema.flatten(current)
         changed = {key: [before.get(key), value] for key, value in after.items() if before.get(key) != value}
         last = (saved.get("starts") or [saved])[-1].get("environment", {})
-        if changed or {**last, "command": ""} != {**facts, "command": ""}:
+        # An older run keeps its groups; those of a config are for the time of this start.
+        for_others = text_rows and saved.get("text_rows") not in (None, chosen["text_rows"])
+        anew = for_others and config.data.length_groups == AUTO
+        if changed or anew or {**last, "command": ""} != {**facts, "command": ""}:
             start = {"step": self.latest_step(), "time": now, "changed": changed, "environment": facts}
-            write_json(self.config_file, saved | {"config": current, "starts": [*saved.get("starts", []), start]})
+            saved |= {"config": current, "starts": [*saved.get("starts", []), start]}
+            write_json(self.config_file, saved | chosen if anew else saved)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -62,8 +62,8 @@ def run(
         disk_space.check(config, folder, job.experiment.abstract)
         memory.check(job.experiment)
         keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
-        groups = job.experiment.length_groups
-        with folder.claimed(config, job.fingerprints, groups), Watchdog(folder, stop, **limits) as watch:
+        groups = (job.experiment.length_groups, job.experiment.text_rows)
+        with folder.claimed(config, job.fingerprints, *groups), Watchdog(folder, stop, **limits) as watch:
             # A process that fails ends before its checkpointer is closed, which would wait for the others.
             checkpoints = Checkpointer(folder.path, keep=keep, keep_every=keep_every)
             with checkpoints as checkpointer, processes.ends_all():
