@@ -229,3 +229,48 @@ def test_a_bad_picture_is_said_on_the_page(browser, address, pictures):  # noqa:
     with opened(browser, address, logged="400") as page:
         page.get_by_label("Picture", exact=True).set_input_files(pictures / "bad.png")
         page.get_by_text("not an image").wait_for()
+
+
+def test_a_late_answer_replaces_no_later_one(browser, address):  # noqa: F811
+    """Questions are held back, and answered in another order."""
+    with opened(browser, address, logged="400") as page:
+        page.get_by_label("What the pictures should show").fill("picture 3")
+        search, matches = page.get_by_role("button", name="Search"), page.locator("#matches button")
+        search.click()
+        page.get_by_text("8 pictures, best first").wait_for()
+        held = []
+        for pattern in ("**/search?*", "**/names"):
+            page.route(pattern, lambda route: held.append(route))
+
+        def ask(button):
+            n = len(held)
+            button.click()
+            for _ in range(500):
+                if len(held) == n:
+                    page.wait_for_timeout(10)
+            return held[n]
+
+        def answer(best, n):
+            return {"names": [{"name": best, "score": 0.5}], "matches": [
+                {"image": i, "name": f"/{i}.png", "text": best, "score": 0.5} for i in range(n)
+            ]}  # fmt: skip
+
+        # A search and a picture wait for their own answers.
+        searched, named = ask(search), ask(matches.first)
+        named.fulfill(json=answer("fox", 3))
+        page.locator("#named", has_text=": fox").wait_for()
+        searched.fulfill(json=answer("hen", 5))
+        page.get_by_text("5 pictures, best first").wait_for()
+        assert page.locator("#like li").count() == 3 and matches.count() == 5
+        # The first question's answer comes last.
+        first, second = ask(matches.nth(0)), ask(matches.nth(1))
+        second.fulfill(json=answer("cow", 2))
+        page.locator("#named", has_text=": cow").wait_for()
+        with page.expect_response("**/names"):
+            first.fulfill(json=answer("late", 7))
+        page.wait_for_timeout(50)
+        assert page.locator("#best span").all_inner_texts() == ["cow"] and page.locator("#like li").count() == 2
+        # One that fails leaves no answer of another picture.
+        ask(matches.nth(2)).fulfill(status=400, json={"error": "no such picture"})
+        page.locator("#named.error", has_text="no such picture").wait_for()
+        assert page.locator("#best li, #like li").count() == 0 and matches.count() == 5
