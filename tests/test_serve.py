@@ -2,8 +2,10 @@
 
 import base64
 import contextlib
+import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import tiny
+from tests import tiny, torture
 from tests.browser import SCHEMES, WIDTHS, browser, check_accessible, check_layout, opened  # noqa: F401
 from tests.pages import Page, check_basics
 from xclip_jax import inference
@@ -154,6 +156,39 @@ def test_names_of_classes_and_of_files(model, tmp_path):
     assert Index(model, source, columns, ["cow"]).names == ["cow"]
     (tmp_path / "names.txt").write_text("fox\n\n hen \n")
     assert command.read_names(str(tmp_path / "names.txt")) == ["fox", "hen"] and command.read_names("") == []
+
+
+def test_default_names_are_such_that_the_server_takes(model, client, pictures, tmp_path):
+    """Captions in tars may have several lines, and be longer than a name may be."""
+    source = open_images(str(pictures))
+    texts = ["\n a fox \r\nin the snow", "x" * 1001, " \n", "a fox", "x" * 1000]
+    columns = {"id": [source.name(i) for i in range(5)], "text": texts, "embedding": np.eye(5, dtype=np.float32)}
+    names = Index(model, source, columns).names
+    assert names == ["a fox", "x" * 1000] and name(client, 0, names).status_code == 200
+    assert name(client, 0, ["x" * 1001]).status_code == 400
+    (tmp_path / "names.txt").write_text("fox\n" + "x" * 1001)
+    with pytest.raises(UserError, match=r"has a name of 1,001 letters, 'xxx.*; give at most 1,000"):
+        command.read_names(str(tmp_path / "names.txt"))
+
+
+def test_each_image_of_a_tar_has_its_own_thumbnail(model, tmp_path, monkeypatch):
+    """Also samples of one key, the first of which is none, and tars that are named by another path."""
+    monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    colors = [torture.encode(Image.new("RGB", (20, 20), color)) for color in ("red", "lime", "blue")]
+    samples = [("k", b"<html>"), ("k1", colors[0]), ("k", colors[1]), ("k2", b"<html>"), ("k", colors[2])]
+    (tmp_path / "a").mkdir()
+    torture.shard(tmp_path / "a" / "0.tar", [(key, {"jpg": data, "txt": b"x"}) for key, data in samples])
+    for pattern in ("a/*.tar", f"{tmp_path}/a/*.tar"):
+        index = make_index(model, pattern)
+        shown = [np.asarray(Image.open(io.BytesIO(index.thumbnail(i)))).mean((0, 1)).argmax() for i in range(3)]
+        assert len(index) == 3 and shown == [0, 1, 2]
+        names = [match.name for match in sorted(index.by_text("x", 3))]
+        assert names == [pattern.replace("*.tar", f"0.tar#{key}") for key in ("k1", "k", "k")]
+    make_index(model, "a/*.tar", cache="x.npz")
+    shutil.copytree("a", "b")
+    with pytest.raises(UserError, match=r"is of other images: it has 1 of 'a/0.tar#k1', and --images has 0; delete it"):
+        make_index(model, "b/*.tar", cache="x.npz")
 
 
 @pytest.mark.parametrize(

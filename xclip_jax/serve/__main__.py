@@ -24,7 +24,7 @@ from xclip_jax import compilation_cache, inference
 from xclip_jax.console import log0
 from xclip_jax.data.text import decode_text
 from xclip_jax.errors import Parser, UserError, check_count, exit_with_message
-from xclip_jax.serve.index import MAX_NAMES, make_index
+from xclip_jax.serve.index import MAX_NAMES, MAX_TEXT, make_index
 
 _HERE = ("127.0.0.1", "localhost", "::1")
 
@@ -52,6 +52,10 @@ def read_names(path: str) -> list[str]:
         raise UserError(f"--names {path!r} cannot be read ({error}).") from error
     if not 0 < len(names) <= MAX_NAMES:
         raise UserError(f"--names {path!r} has {len(names)} names; give 1 to {MAX_NAMES}, one a line.")
+    if long := [name for name in names if len(name) > MAX_TEXT]:
+        raise UserError(
+            f"--names {path!r} has a name of {len(long[0]):,} letters, {long[0][:40]!r} ...; give at most {MAX_TEXT:,}."
+        )
     return names
 
 
