@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from xclip_jax.serve import app as application
 from xclip_jax.serve.index import Index, make_index
 
 testclient = pytest.importorskip("starlette.testclient")
+uvicorn = pytest.importorskip("uvicorn")
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +191,29 @@ def test_each_image_of_a_tar_has_its_own_thumbnail(model, tmp_path, monkeypatch)
     shutil.copytree("a", "b")
     with pytest.raises(UserError, match=r"is of other images: it has 1 of 'a/0.tar#k1', and --images has 0; delete it"):
         make_index(model, "b/*.tar", cache="x.npz")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_the_address_that_is_printed_is_answered(host, model, pictures, tmp_path, monkeypatch, capsys):
+    try:
+        command.listen(host, 0).close()
+    except UserError:
+        pytest.skip(f"this machine has no address {host}")
+    answers = []
+
+    def ask(server, sockets):
+        printed = capsys.readouterr().out
+        assert str(sockets[0].getsockname()[1]) in printed
+        address = f"http://{printed.partition('http://')[2].split()[0]}"
+        answers.append(testclient.TestClient(server.config.app, base_url=address).get("/").status_code)
+
+    # Its configuration of logging closes streams of pytest.
+    monkeypatch.setattr("uvicorn.Config", functools.partial(uvicorn.Config, log_config=None))
+    monkeypatch.setattr("uvicorn.Server.run", ask)
+    monkeypatch.setattr(command.inference, "load", lambda *_, **__: model)
+    flags = ["--images", str(pictures), "--cache", str(tmp_path / "x.npz"), "--host", host, "--port", "0"]
+    command.main(["a run", *flags])
+    assert answers == [200]
 
 
 @pytest.mark.parametrize(

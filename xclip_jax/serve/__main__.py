@@ -29,6 +29,11 @@ from xclip_jax.serve.index import MAX_NAMES, MAX_TEXT, make_index
 _HERE = ("127.0.0.1", "localhost", "::1")
 
 
+def _in_url(host: str) -> str:
+    """A host as URLs and browsers name it: IPv6 addresses in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m xclip_jax.serve", description=__doc__)
     parser.add_argument("checkpoint", metavar="RUN", help="run directory, or weights")
@@ -88,9 +93,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             index = make_index(model, flags.images, cache=flags.cache, names=names)
             index.by_text("a picture", 1)  # compiles
             port = listening.getsockname()[1]
-            hosts = list(_HERE) if flags.host in _HERE else None
+            hosts = list(map(_in_url, _HERE)) if flags.host in _HERE else None
             app = make_app(index, pathlib.Path(flags.images).name, hosts=hosts)
-            log0(f"{len(index):,} pictures: http://{flags.host}:{port}  (Ctrl-C to end)")
+            log0(f"{len(index):,} pictures: http://{_in_url(flags.host)}:{port}  (Ctrl-C to end)")
             config = uvicorn.Config(app, log_level="warning", limit_concurrency=64, server_header=False)
             with contextlib.suppress(KeyboardInterrupt):
                 uvicorn.Server(config).run(sockets=[listening])
