@@ -20,7 +20,7 @@ DEMO = [
 
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"]
 
-SERVE = ["starlette>=0.40,<2", "uvicorn>=0.30,<1"]
+SERVE = ["starlette>=1.7,<2", "uvicorn>=0.30,<1"]
 
 setup(
     name="xclip_jax",

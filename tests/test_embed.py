@@ -203,8 +203,11 @@ def test_a_pipe_in_place_of_a_caption_is_none(tmp_path):
 
 def test_what_is_in_the_way_is_named(root, straight, model, tmp_path):
     sources = {"image": embed.open_images(str(root / "pictures"))}
+    shutil.copy(straight, tmp_path / "complete.parquet")
+    assert embed.Job(model, sources, str(tmp_path / "complete.parquet"), part=16).run()["rows"] == 40
+    (tmp_path / "complete.parquet.parts").mkdir()  # being written again
     with pytest.raises(UserError, match=r"contains other embeddings: part differ"):
-        embed.Job(model, sources, str(straight), part=16)
+        embed.Job(model, sources, str(tmp_path / "complete.parquet"), part=16)
     job = embed.Job(model, sources, str(tmp_path / "x.npz"), part=8)
     job.folder.mkdir()
     (job.folder / "plan.json").write_text(json.dumps(job.plan | {"weights": "other"}))

@@ -12,6 +12,7 @@ from PIL import Image
 from tests import tiny
 from tests.pages import HOSTILE, check, written
 from xclip_jax.errors import UserError
+from xclip_jax.evaluators import registry
 from xclip_jax.evaluators import results as results_files
 from xclip_jax.evaluators.result import Result, to_json
 from xclip_jax.evaluators.statistics import PerExample
@@ -115,6 +116,66 @@ def test_levels_that_differ_between_runs_are_left_out(tmp_path):
             for row in one.record.training:
                 row["clip/ln_b"] = level
         assert several.render(runs).count(">ln b</span>") == shown
+
+
+def test_differences_without_values_of_items_have_no_interval(tmp_path):
+    runs = [run(tmp_path / name, i, right) for i, (name, right) in enumerate((("a", 40), ("b", 70)))]
+    RunFolder(tmp_path / "b").evaluation_file.with_name("evaluation.json.items.npz").unlink()
+    text = several.render(runs)
+    check(text, SECTIONS)
+    row = text.partition('id="differences"')[2].partition("</section>")[0]
+    assert "<td>+30.0</td>" in row and "<small>no per-item values</small>" in row and "pill" not in row
+
+
+def test_sets_whose_paths_end_alike_are_told_apart(tmp_path):
+    """In the results, in the differences and as curves, also where each run has one of them only."""
+    runs = []
+    for color, (name, sets) in enumerate((("a", ("pets", "birds")), ("b", ("birds",)))):
+        one = run(tmp_path / name, color, 40)
+        results = [
+            dataclasses.replace(one.record.results[0], set=f"folder:/data/{of}/test", value=40.0 + i)
+            for i, of in enumerate(sets)
+        ]
+        entries = json.loads(RunFolder(tmp_path / name).evaluation_file.read_text())
+        entries["results"][0] |= {"set": "folder:/data/birds/test"}
+        RunFolder(tmp_path / name).evaluation_file.write_text(json.dumps(entries))
+        evaluated = [(step, results) for step in (2, 3)]
+        record_ = dataclasses.replace(one.record, results=results, evaluations=evaluated)
+        runs.append(dataclasses.replace(one, record=record_))
+    text = several.render(runs)
+    check(text, SECTIONS)
+    rows = re.findall(r'<tr><th scope="row">(folder:.*?)<br>', text.replace("<wbr>", ""))
+    assert rows == ["folder:pets/test", "folder:birds/test", "folder:birds/test"]
+    charts = {}
+    for data, title in re.findall(r'data-chart="([^"]+)"[^>]*><figcaption><b>(folder:[^<]+)<', text):
+        charts[title] = [(line["name"], line["y"]) for line in json.loads(unescape(data))["lines"]]
+    assert charts == {
+        "folder:pets/test, top-1": [("a", [40, 40])],
+        "folder:birds/test, top-1": [("a", [41, 41]), ("b", [40, 40])],
+    }
+
+
+def test_held_out_pairs_templates_and_names_are_those_of_the_first_run(tmp_path, monkeypatch):
+    pairs, sets = tmp_path / "pairs", ("retrieval/holdout", "zeroshot/holdout")
+    for seed, label in enumerate(("fox", "hen")):
+        tiny.folder(pairs / label, 20, seed=seed)
+    changes = {"data__sources": (f"folder:{pairs}",), "data__holdout": 0.25, "eval__sets": sets}
+    (tmp_path / "names.json").write_text('{"fox": "a red fox"}')
+    own = {"eval__templates": ("art of {c}",), "eval__class_names": str(tmp_path / "names.json")}
+    tiny.untrained(tmp_path / "a", "clip", **changes, **own)
+    tiny.untrained(tmp_path / "b", "clip", **changes | {"data__holdout": 0.5})
+    prompts = []
+    monkeypatch.setattr(command, "collect_examples", lambda *args, **options: prompts.append(
+        registry.load("zeroshot/holdout", 16, profile=options["profile"], data=options["data"]).prompts
+    ) or examples.collect_examples(*args, **options))  # fmt: skip
+    command.main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "x.html")])
+    text = (tmp_path / "x.html").read_text()
+    words = " ".join(check(text, SECTIONS).text)
+    assert prompts == [[["art of a red fox"], ["art of hen"]]] * 2
+    assert "holds out no pairs" not in words and "Image to text, holdout" in words
+    cards = re.findall(r'<article class="card guess">.*?</article>', text)
+    assert len(cards) > 4 and all(card.count('<div class="by">') == 2 for card in cards)
+    assert "those of a; b learned from other data" in words
 
 
 def test_images_that_differ_are_not_put_side_by_side():

@@ -2,8 +2,11 @@
 
 import base64
 import contextlib
+import functools
+import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import tiny
+from tests import tiny, torture
 from tests.browser import SCHEMES, WIDTHS, browser, check_accessible, check_layout, opened  # noqa: F401
 from tests.pages import Page, check_basics
 from xclip_jax import inference
@@ -23,6 +26,7 @@ from xclip_jax.serve import app as application
 from xclip_jax.serve.index import Index, make_index
 
 testclient = pytest.importorskip("starlette.testclient")
+uvicorn = pytest.importorskip("uvicorn")
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +160,62 @@ def test_names_of_classes_and_of_files(model, tmp_path):
     assert command.read_names(str(tmp_path / "names.txt")) == ["fox", "hen"] and command.read_names("") == []
 
 
+def test_default_names_are_such_that_the_server_takes(model, client, pictures, tmp_path):
+    """Captions in tars may have several lines, and be longer than a name may be."""
+    source = open_images(str(pictures))
+    texts = ["\n a fox \r\nin the snow", "x" * 1001, " \n", "a fox", "x" * 1000]
+    columns = {"id": [source.name(i) for i in range(5)], "text": texts, "embedding": np.eye(5, dtype=np.float32)}
+    names = Index(model, source, columns).names
+    assert names == ["a fox", "x" * 1000] and name(client, 0, names).status_code == 200
+    assert name(client, 0, ["x" * 1001]).status_code == 400
+    (tmp_path / "names.txt").write_text("fox\n" + "x" * 1001)
+    with pytest.raises(UserError, match=r"has a name of 1,001 letters, 'xxx.*; give at most 1,000"):
+        command.read_names(str(tmp_path / "names.txt"))
+
+
+def test_each_image_of_a_tar_has_its_own_thumbnail(model, tmp_path, monkeypatch):
+    """Also samples of one key, the first of which is none, and tars that are named by another path."""
+    monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    colors = [torture.encode(Image.new("RGB", (20, 20), color)) for color in ("red", "lime", "blue")]
+    samples = [("k", b"<html>"), ("k1", colors[0]), ("k", colors[1]), ("k2", b"<html>"), ("k", colors[2])]
+    (tmp_path / "a").mkdir()
+    torture.shard(tmp_path / "a" / "0.tar", [(key, {"jpg": data, "txt": b"x"}) for key, data in samples])
+    for pattern in ("a/*.tar", f"{tmp_path}/a/*.tar"):
+        index = make_index(model, pattern)
+        shown = [np.asarray(Image.open(io.BytesIO(index.thumbnail(i)))).mean((0, 1)).argmax() for i in range(3)]
+        assert len(index) == 3 and shown == [0, 1, 2]
+        names = [match.name for match in sorted(index.by_text("x", 3))]
+        assert names == [pattern.replace("*.tar", f"0.tar#{key}") for key in ("k1", "k", "k")]
+    make_index(model, "a/*.tar", cache="x.npz")
+    shutil.copytree("a", "b")
+    with pytest.raises(UserError, match=r"is of other images: it has 1 of 'a/0.tar#k1', and --images has 0; delete it"):
+        make_index(model, "b/*.tar", cache="x.npz")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_the_address_that_is_printed_is_answered(host, model, pictures, tmp_path, monkeypatch, capsys):
+    try:
+        command.listen(host, 0).close()
+    except UserError:
+        pytest.skip(f"this machine has no address {host}")
+    answers = []
+
+    def ask(server, sockets):
+        printed = capsys.readouterr().out
+        assert str(sockets[0].getsockname()[1]) in printed
+        address = f"http://{printed.partition('http://')[2].split()[0]}"
+        answers.append(testclient.TestClient(server.config.app, base_url=address).get("/").status_code)
+
+    # Its configuration of logging closes streams of pytest.
+    monkeypatch.setattr("uvicorn.Config", functools.partial(uvicorn.Config, log_config=None))
+    monkeypatch.setattr("uvicorn.Server.run", ask)
+    monkeypatch.setattr(command.inference, "load", lambda *_, **__: model)
+    flags = ["--images", str(pictures), "--cache", str(tmp_path / "x.npz"), "--host", host, "--port", "0"]
+    command.main(["a run", *flags])
+    assert answers == [200]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -229,3 +289,48 @@ def test_a_bad_picture_is_said_on_the_page(browser, address, pictures):  # noqa:
     with opened(browser, address, logged="400") as page:
         page.get_by_label("Picture", exact=True).set_input_files(pictures / "bad.png")
         page.get_by_text("not an image").wait_for()
+
+
+def test_a_late_answer_replaces_no_later_one(browser, address):  # noqa: F811
+    """Questions are held back, and answered in another order."""
+    with opened(browser, address, logged="400") as page:
+        page.get_by_label("What the pictures should show").fill("picture 3")
+        search, matches = page.get_by_role("button", name="Search"), page.locator("#matches button")
+        search.click()
+        page.get_by_text("8 pictures, best first").wait_for()
+        held = []
+        for pattern in ("**/search?*", "**/names"):
+            page.route(pattern, lambda route: held.append(route))
+
+        def ask(button):
+            n = len(held)
+            button.click()
+            for _ in range(500):
+                if len(held) == n:
+                    page.wait_for_timeout(10)
+            return held[n]
+
+        def answer(best, n):
+            return {"names": [{"name": best, "score": 0.5}], "matches": [
+                {"image": i, "name": f"/{i}.png", "text": best, "score": 0.5} for i in range(n)
+            ]}  # fmt: skip
+
+        # A search and a picture wait for their own answers.
+        searched, named = ask(search), ask(matches.first)
+        named.fulfill(json=answer("fox", 3))
+        page.locator("#named", has_text=": fox").wait_for()
+        searched.fulfill(json=answer("hen", 5))
+        page.get_by_text("5 pictures, best first").wait_for()
+        assert page.locator("#like li").count() == 3 and matches.count() == 5
+        # The first question's answer comes last.
+        first, second = ask(matches.nth(0)), ask(matches.nth(1))
+        second.fulfill(json=answer("cow", 2))
+        page.locator("#named", has_text=": cow").wait_for()
+        with page.expect_response("**/names"):
+            first.fulfill(json=answer("late", 7))
+        page.wait_for_timeout(50)
+        assert page.locator("#best span").all_inner_texts() == ["cow"] and page.locator("#like li").count() == 2
+        # One that fails leaves no answer of another picture.
+        ask(matches.nth(2)).fulfill(status=400, json={"error": "no such picture"})
+        page.locator("#named.error", has_text="no such picture").wait_for()
+        assert page.locator("#best li, #like li").count() == 0 and matches.count() == 5

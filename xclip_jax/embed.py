@@ -123,7 +123,9 @@ class Job:
                 raise UserError(f"{file} is damaged; delete {self.folder} to embed again.") from error
         elif self.out.exists():
             saved, fault = self._format.about(self.out).get("plan", {}), f"{self.out} contains other embeddings"
-        if differing := sorted(key for key in self.plan.keys() | saved.keys() if self.plan.get(key) != saved.get(key)):
+        # A complete file is the same of parts of any size, which follow from the batch.
+        keys = (self.plan.keys() | saved.keys()) - ({"part"} if self.complete else set())
+        if differing := sorted(key for key in keys if self.plan.get(key) != saved.get(key)):
             raise UserError(f"{fault}: {', '.join(differing)} differ; delete it, or set another {self._option}.")
 
     @property

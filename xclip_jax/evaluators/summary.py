@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from xclip_jax.evaluators import registry
@@ -97,8 +97,13 @@ def label(row: Row) -> str:
 
 
 def short_names(results: Sequence[Result]) -> dict[str, str]:
-    """Return {row: its name in tables}: of absolute paths and URLs only as many last parts as distinguish the sets."""
-    names = {row.name: row.name for row in rows(results)}
+    """Return {row: its name in tables}, see `shorten`."""
+    return shorten(row.name for row in rows(results))
+
+
+def shorten(names_of_sets: Iterable[str]) -> dict[str, str]:
+    """Return {name: short name}: of absolute paths and URLs only as many last parts as distinguish the sets."""
+    names = {name: name for name in names_of_sets}
     paths = {name: match.groups() for name in names if (match := _PATH.fullmatch(name))}
 
     def end(prefix: str, path: str, depth: int) -> str:

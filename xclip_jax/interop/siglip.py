@@ -18,8 +18,6 @@ from xclip_jax.interop import config_mapping, param_mapping, vocabulary
 from xclip_jax.interop.param_mapping import Names, ParamMapping
 
 HEADS = frozenset({"proj_img", "proj_txt", "log_scale", "bias"})
-_TOWER = {"norm_1": "layer_norm1", "qkv": ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."),
-          "out": "self_attn.out_proj", "norm_2": "layer_norm2", "up": "mlp.fc1", "down": "mlp.fc2"}  # fmt: skip
 _HF = Names(
     img={
         "patches": "vision_model.embeddings.patch_embedding",
@@ -30,7 +28,7 @@ _HF = Names(
         "up": "vision_model.head.mlp.fc1", "down": "vision_model.head.mlp.fc2",
     },
     txt=param_mapping.HF.txt,
-    block=_TOWER,
+    block=param_mapping.HF.block,
     heads={"proj_txt": "text_model.head", "log_scale": "logit_scale", "bias": "logit_bias"},
     linear=True,
 )  # fmt: skip

@@ -9,7 +9,8 @@ JAX_PLATFORMS=cpu.
 
 The page of several runs, comparison.html in the current folder, has their curves over one another, the same images and
 texts by each, the config keys that differ, and the paired difference of each run to the first, with its interval:
-of sets that `xclip_jax.evaluate` has evaluated for both.
+of sets that `xclip_jax.evaluate` has evaluated for both. Held-out and training pairs, templates and class names are
+those of the first run.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from absl import logging
 from etils import epath
 
+from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
 from xclip_jax.errors import Parser, UserError, exit_with_message
 from xclip_jax.evaluators import registry
@@ -25,7 +27,7 @@ from xclip_jax.report import html, record, several
 from xclip_jax.report.examples import Examples, collect_examples
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import is_remote
-from xclip_jax.train.encoder import make_encoder
+from xclip_jax.train.encoder import make_encoder, own_profile
 from xclip_jax.train.weights import load
 
 
@@ -89,21 +91,35 @@ def _make_several(flags: argparse.Namespace) -> epath.Path:
     runs = []
     for color, (name, run) in enumerate(zip(names, records, strict=True)):
         log0(f"predictions of {name}")
-        runs.append(several.Run(name, color, run, _examples(flags, run, specs)))
+        runs.append(several.Run(name, color, run, _examples(flags, run, specs, records[0].config)))
     path.write_text(several.render(runs, step=flags.step))
     return path
 
 
-def _examples(flags: argparse.Namespace, run: record.Record, specs: Sequence[str]) -> Examples:
-    """Predictions of a run's model; a sentence in their place where there is no checkpoint yet."""
+def _examples(flags: argparse.Namespace, run: record.Record, specs: Sequence[str], shared: Config) -> Examples:
+    """Predictions of a run's model; a sentence in their place where there is no checkpoint yet.
+
+    Args:
+      flags: of the command.
+      run: whose model predicts.
+      specs: evaluation sets.
+      shared: config that says which pairs, templates and class names these sets have, the same for all runs.
+    """
     try:
         _, experiment, variables, _ = load(str(run.folder), flags.step)
     except UserError as error:
         if flags.step is not None:
             raise
         return Examples(flags.seed, missing=[str(error)])
-    data_dir = flags.data_dir or experiment.data.dir
-    return collect_examples(make_encoder(experiment), variables, specs, data_dir=data_dir, seed=flags.seed)
+    return collect_examples(
+        make_encoder(experiment),
+        variables,
+        specs,
+        data=shared.data,
+        data_dir=flags.data_dir or shared.data.dir,
+        seed=flags.seed,
+        profile=own_profile(shared),
+    )
 
 
 def _check_writable(path: epath.Path) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from xclip_jax.config import schema
@@ -76,7 +76,7 @@ def render(runs: Sequence[Run], *, step: int | None = None) -> str:
     names = ", ".join(run.name for run in runs)
     folders = " ".join(str(run.record.folder) for run in runs)
     credits = dict.fromkeys(credit for run in runs for credit in run.examples.credits)
-    notes = dict.fromkeys(note for run in runs for note in run.examples.missing)
+    notes = dict.fromkeys((*_note_on_pairs(runs), *(note for run in runs for note in run.examples.missing)))
     return shell.page(
         f"{len(runs)} runs: {names}",
         _head(runs),
@@ -86,6 +86,17 @@ def render(runs: Sequence[Run], *, step: int | None = None) -> str:
         footer=f"<p>Made by <code>python -m xclip_jax.report {esc(folders)}</code>. Examples are drawn by seed "
         f"{runs[0].examples.seed}, not selected by hand.</p>{''.join(f'<p>{esc(credit)}</p>' for credit in credits)}",
     )
+
+
+def _note_on_pairs(runs: Sequence[Run]) -> Iterator[str]:
+    """A sentence where the pairs of the first run, which are shown, may be training pairs of others."""
+    first, *rest = [(run.record.config.data.sources, run.record.config.data.holdout) for run in runs]
+    others = [run.name for run, own in zip(runs[1:], rest, strict=True) if own != first]
+    if others and (runs[0].examples.named or runs[0].examples.retrieved):
+        yield (
+            f"Held-out and training pairs, where shown, are those of {runs[0].name}; {', '.join(others)} learned from "
+            "other data, which may contain the held-out ones."
+        )
 
 
 def _head(runs: Sequence[Run]) -> str:
@@ -113,6 +124,12 @@ def _first_results(run: Run) -> dict[str, tuple[str, Result]]:
     return {row.name: (row.shown[0][0].label, row.shown[0][1]) for row in summary.rows(results)}
 
 
+def _short_names_of_sets(runs: Sequence[Run], others: Iterable[str] = ()) -> dict[str, str]:
+    """{set: its name on the page} of all sets that runs have results of, and of `others`."""
+    evaluations = [x for run in runs for x in (run.record.results, *(results for _, results in run.record.evaluations))]
+    return summary.shorten([*(row.name for results in evaluations for row in summary.rows(results)), *others])
+
+
 def _results(runs: Sequence[Run]) -> Section:
     """A table with a row for each set and a column for each run."""
     of_runs = [_first_results(run) for run in runs]
@@ -122,10 +139,7 @@ def _results(runs: Sequence[Run]) -> Section:
             "no run has results yet; evaluate each with python -m xclip_jax.evaluate --checkpoint RUN --suite NAME."
         )
         return missing("results", "Results", reason)
-    short = {}
-    for run in runs:
-        short |= summary.short_names(run.record.results)
-    rows = []
+    short, rows = _short_names_of_sets(runs), []
     for name in names:
         own = [results.get(name) for results in of_runs]
         label, first = next(result for result in own if result)
@@ -135,7 +149,7 @@ def _results(runs: Sequence[Run]) -> Section:
         cells = "".join(_cell(pair[1] if pair else None, best) for pair in own)
         level = "" if first.chance is None else f"{first.chance:.1f}"
         rows.append(
-            f'<tr><th scope="row">{breakable(short.get(name, name))}<br><small>{esc(label)}</small></th>'
+            f'<tr><th scope="row">{breakable(short[name])}<br><small>{esc(label)}</small></th>'
             f"<td>{level}</td>{cells}</tr>"
         )
     heads = "".join(f'<th scope="col">{run.label}</th>' for run in runs)
@@ -169,9 +183,9 @@ def _differences(runs: Sequence[Run], step: int | None) -> Section:
         except UserError as error:
             rows, refused = [], [str(error)]
         parts.append(f"<h3>{run.label} against {first.label}</h3>")
-        parts += (
-            [wide(f"Differences of {run.name} to {first.name}", _difference_table(first, run, rows))] if rows else []
-        )
+        if rows:
+            short = _short_names_of_sets(runs, (row["set"] for row in rows))
+            parts.append(wide(f"Differences of {run.name} to {first.name}", _difference_table(first, run, rows, short)))
         parts += [f'<p class="none">{esc(sentence)}</p>' for sentence in refused]
     text = (
         f"Paired by item, from the evaluation.json of both; bars are {LEVEL:.0%} bootstrap intervals of the "
@@ -181,7 +195,7 @@ def _differences(runs: Sequence[Run], step: int | None) -> Section:
     return Section("differences", "Differences", f"<p>{text}</p>{''.join(parts)}")
 
 
-def _difference_table(a: Run, b: Run, rows: Sequence[Mapping[str, Any]]) -> str:
+def _difference_table(a: Run, b: Run, rows: Sequence[Mapping[str, Any]], short: Mapping[str, str]) -> str:
     # Ratios of ranks on a scale of their own, which grows to the right where the rank falls.
     placed = [_placed(row) for row in rows]
     ends = {"ratio" in row: 0.0 for row in rows}
@@ -192,13 +206,14 @@ def _difference_table(a: Run, b: Run, rows: Sequence[Mapping[str, Any]]) -> str:
         ratio = "ratio" in row
         form = ".2f" if ratio else ".1f"
         change = f"x {row['ratio']:.2f}" if ratio else f"{row['difference']:+.1f}"
-        interval = f"{row['low']:{'.2f' if ratio else '+.1f'}} to {row['high']:{'.2f' if ratio else '+.1f'}}"
         verdict = "better" if values[1] > 0 else "worse" if values[2] < 0 else "not distinguishable"
         known = math.isfinite(values[1])
+        ends_form = ".2f" if ratio else "+.1f"
+        interval = f"{row['low']:{ends_form}} to {row['high']:{ends_form}}" if known else ""
         lines.append(
-            f'<tr><th scope="row">{breakable(_last(row["set"]))}<br><small>{esc(row["metric"])}</small></th>'
+            f'<tr><th scope="row">{breakable(short[row["set"]])}<br><small>{esc(row["metric"])}</small></th>'
             f"<td>{row['a']:{form}}</td><td>{row['b']:{form}}</td><td>{change}</td>"
-            f'<td class="bar">{_bar(values, ends[ratio])}</td><td>{interval if known else ""}</td>'
+            f'<td class="bar">{_bar(values, ends[ratio])}</td><td>{interval}</td>'
             f'<td class="text">{verdict_pill(verdict) if known else "<small>no per-item values</small>"}</td></tr>'
         )
     heads = "".join(
@@ -209,12 +224,6 @@ def _difference_table(a: Run, b: Run, rows: Sequence[Mapping[str, Any]]) -> str:
         )
     )  # fmt: skip
     return f'<table><thead><tr><th scope="col">set</th>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-
-
-def _last(name: str) -> str:
-    """The last parts of a set that is named by a path."""
-    prefix, mark, path = name.partition(":/")
-    return f"{prefix}:{path.rpartition('/')[2]}" if mark else name
 
 
 def _placed(row: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -284,19 +293,21 @@ def _losses(runs: Sequence[Run]) -> Iterator[str]:
 
 def _evaluated(runs: Sequence[Run]) -> Iterator[str]:
     """A chart for each set that was evaluated more than once during training."""
-    points: dict[tuple[str, str], dict[int, list[tuple[float, float]]]] = {}
+    points: dict[tuple[str, str, str], dict[int, list[tuple[float, float]]]] = {}
     for run in runs:
         for step, results in run.record.evaluations:
             for row in summary.rows(results):
                 metric, result = row.shown[0]
-                title = f"{_last(row.name)}, {metric.label}", result.unit
-                points.setdefault(title, {}).setdefault(run.color, []).append((step, result.value))
-    several = {title: of_runs for title, of_runs in points.items() if max(map(len, of_runs.values())) > 1}
-    for (title, unit), of_runs in several.items():
+                of_runs = points.setdefault((row.name, metric.label, result.unit), {})
+                of_runs.setdefault(run.color, []).append((step, result.value))
+    short = _short_names_of_sets(runs)
+    for (name, label, unit), of_runs in points.items():
+        if max(map(len, of_runs.values())) == 1:
+            continue
         lines = [
             Line(run.name, *zip(*of_runs[run.color], strict=True), run.color) for run in runs if run.color in of_runs
         ]
-        yield chart(title, lines, unit=unit)
+        yield chart(f"{short[name]}, {label}", lines, unit=unit)
 
 
 def _settings(runs: Sequence[Run]) -> Section:

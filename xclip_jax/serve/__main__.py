@@ -24,9 +24,14 @@ from xclip_jax import compilation_cache, inference
 from xclip_jax.console import log0
 from xclip_jax.data.text import decode_text
 from xclip_jax.errors import Parser, UserError, check_count, exit_with_message
-from xclip_jax.serve.index import MAX_NAMES, make_index
+from xclip_jax.serve.index import MAX_NAMES, MAX_TEXT, make_index
 
 _HERE = ("127.0.0.1", "localhost", "::1")
+
+
+def _in_url(host: str) -> str:
+    """A host as URLs and browsers name it: IPv6 addresses in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -52,6 +57,10 @@ def read_names(path: str) -> list[str]:
         raise UserError(f"--names {path!r} cannot be read ({error}).") from error
     if not 0 < len(names) <= MAX_NAMES:
         raise UserError(f"--names {path!r} has {len(names)} names; give 1 to {MAX_NAMES}, one a line.")
+    if long := [name for name in names if len(name) > MAX_TEXT]:
+        raise UserError(
+            f"--names {path!r} has a name of {len(long[0]):,} letters, {long[0][:40]!r} ...; give at most {MAX_TEXT:,}."
+        )
     return names
 
 
@@ -84,9 +93,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             index = make_index(model, flags.images, cache=flags.cache, names=names)
             index.by_text("a picture", 1)  # compiles
             port = listening.getsockname()[1]
-            hosts = list(_HERE) if flags.host in _HERE else None
+            hosts = list(map(_in_url, _HERE)) if flags.host in _HERE else None
             app = make_app(index, pathlib.Path(flags.images).name, hosts=hosts)
-            log0(f"{len(index):,} pictures: http://{flags.host}:{port}  (Ctrl-C to end)")
+            log0(f"{len(index):,} pictures: http://{_in_url(flags.host)}:{port}  (Ctrl-C to end)")
             config = uvicorn.Config(app, log_level="warning", limit_concurrency=64, server_header=False)
             with contextlib.suppress(KeyboardInterrupt):
                 uvicorn.Server(config).run(sockets=[listening])

@@ -16,10 +16,9 @@ from starlette.routing import Route
 
 from xclip_jax.errors import UserError
 from xclip_jax.serve import page
-from xclip_jax.serve.index import Index
+from xclip_jax.serve.index import MAX_TEXT, Index
 
 MAX_UPLOAD = 20 << 20  # bytes of an image
-MAX_TEXT = 1000  # letters of a text, or of a name
 COUNT = 24  # images of an answer
 NAMES = 10  # names of an answer
 

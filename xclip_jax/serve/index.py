@@ -1,12 +1,13 @@
 """Images with their embeddings, which texts and other images are compared with."""
 
+import collections
 import functools
 import hashlib
 import io
 import os
 import pathlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,11 +18,12 @@ from xclip_jax.data.assets import cache_dir
 from xclip_jax.data.transforms import decode
 from xclip_jax.embed import Job
 from xclip_jax.embed_sources import Source, open_images
-from xclip_jax.errors import UserError
+from xclip_jax.errors import BadSample, UserError
 from xclip_jax.inference import TEMPLATES, Model
 
 THUMBNAIL = 280  # longest side, pixels
 MAX_NAMES = 500  # that an image is compared with
+MAX_TEXT = 1000  # letters of a text, or of a name
 _DEFAULT_NAMES = 100
 _THUMBNAILS = 1024  # that are kept in memory
 
@@ -50,11 +52,13 @@ class Index:
           source: of the images.
           columns: of the file of embeddings, see `embeddings.read`.
           names: that images are compared with; by default their captions, or else the names of their folders.
+
+        Raises:
+          UserError: embeddings of images that `source` does not have.
         """
         self._model, self._source, self._lock = model, source, threading.Lock()
         self._ids, self._texts, self._rows = columns["id"], columns["text"], columns["embedding"]
-        number = {source.name(i): i for i in range(len(source))}
-        self._numbers = [number[name] for name in self._ids]
+        self._numbers = _numbers(source, self._ids, model.prepare)
         self.names = list(names) or _default_names(self._ids, self._texts)
         self._of_names: tuple[tuple[str, ...], np.ndarray] = ((), np.empty(0))
         self.thumbnail = functools.lru_cache(_THUMBNAILS)(self._thumbnail)
@@ -124,12 +128,48 @@ class Index:
         return image
 
 
+def _numbers(source: Source, ids: Sequence[str], prepare: Callable[[bytes], np.ndarray]) -> list[int]:
+    """Numbers in `source` of the images with these ids, in order.
+
+    Samples of one key in a tar have one id. Where some of them have no embedding, those that can be read have one.
+    """
+    having = collections.defaultdict(list)
+    for i in range(len(source)):
+        having[source.name(i)].append(i)
+
+    def readable(i: int) -> bool:
+        try:
+            prepare(source.read(i)[0])
+        except BadSample:
+            return False
+        return True
+
+    for name, count in collections.Counter(ids).items():
+        if len(having[name]) > count:
+            having[name] = list(filter(readable, having[name]))
+        if len(having[name]) != count:
+            raise UserError(
+                f"--cache is of other images: it has {count} of {name!r}, and --images has {len(having[name])}; delete "
+                "it to embed again, or set another --cache."
+            )
+    of_name = {name: iter(numbers) for name, numbers in having.items()}
+    return [next(of_name[name]) for name in ids]
+
+
 def _default_names(ids: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """Captions of the images, or else the names of their folders where there are several; at most `_DEFAULT_NAMES`."""
-    folders = dict.fromkeys(pathlib.PurePath(name).parent.name.replace("_", " ") for name in ids)
-    captions = dict.fromkeys(filter(None, texts))
-    names = list(captions if captions else folders if len(folders) > 1 else ())
+    """First lines of the captions, or else the names of the folders where there are several.
+
+    At most `_DEFAULT_NAMES`, none longer than `MAX_TEXT`.
+    """
+    folders = _lines(pathlib.PurePath(name).parent.name.replace("_", " ") for name in ids)
+    names = _lines(texts) or (folders if len(folders) > 1 else [])
     return names[:_DEFAULT_NAMES]
+
+
+def _lines(texts: Iterable[str]) -> list[str]:
+    """The first line of each text, each once, without empty ones and those longer than `MAX_TEXT`."""
+    lines = dict.fromkeys("".join(text.strip().splitlines()[:1]).strip() for text in texts)
+    return [line for line in lines if 0 < len(line) <= MAX_TEXT]
 
 
 def make_index(model: Model, images: str, *, cache: str = "", names: Sequence[str] = ()) -> Index:
@@ -142,13 +182,16 @@ def make_index(model: Model, images: str, *, cache: str = "", names: Sequence[st
       names: see `Index`.
 
     Raises:
-      UserError: no images, or a file of other embeddings.
+      UserError: no images, or a file of other embeddings or of images elsewhere.
     """
     source = open_images(images)
     if not cache:
-        key = hashlib.sha256(f"{model.fingerprint()} {source.digest()}".encode()).hexdigest()[:16]
+        # The digest of tars is without their paths, which are part of the ids.
+        key = hashlib.sha256(f"{model.fingerprint()} {source.digest()}".encode())
+        for i in range(len(source)):
+            key.update(f"\n{source.name(i)}".encode())
         folder = cache_dir() / "search"
         folder.mkdir(parents=True, exist_ok=True)
-        cache = os.fspath(folder / f"{key}.npz")
+        cache = os.fspath(folder / f"{key.hexdigest()[:16]}.npz")
     Job(model, {"image": source}, cache, option="--cache").run()
     return Index(model, source, embeddings.read(cache), names)

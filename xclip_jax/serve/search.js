@@ -8,17 +8,19 @@ const make = (tag, parent, text = "", name = "") => {
   return node;
 };
 const say = (id, text, error = false) => { $(id).textContent = text; $(id).classList.toggle("error", error); };
-let asked = 0;
+const asked = { searched: 0, named: 0 };
+// The answer; null where the question failed, which its status then says; undefined where a later one replaced it.
 const ask = async (status, address, options) => {
-  const number = ++asked;
+  const number = ++asked[status];
   say(status, "Searching ...");
   try {
     const response = await fetch(address, options), answer = await response.json();
-    if (number !== asked) return null;
+    if (number !== asked[status]) return undefined;
     if (answer.error) throw new Error(answer.error);
     return answer;
   } catch (error) {
-    if (number === asked) say(status, error instanceof TypeError ? "The server does not answer." : error.message, true);
+    if (number !== asked[status]) return undefined;
+    say(status, error instanceof TypeError ? "The server does not answer." : error.message, true);
     return null;
   }
 };
@@ -44,8 +46,9 @@ const name = async (image, source, title) => {
   const names = $("names").value.split("\n").map(line => line.trim()).filter(Boolean);
   const body = JSON.stringify({ image, names }), headers = { "Content-Type": "application/json" };
   const answer = await ask("named", "names", { method: "POST", headers, body });
+  if (answer === undefined) return;
   $("best").replaceChildren();
-  $("like").replaceChildren();
+  show($("like"), answer ? answer.matches : []);
   if (!answer) return;
   for (const [rank, best] of answer.names.entries()) {
     const item = make("li", $("best"), "", rank ? "" : "right");
@@ -54,14 +57,13 @@ const name = async (image, source, title) => {
     make("small", item, best.score.toFixed(2));
   }
   say("named", answer.names.length ? title + ": " + answer.names[0].name : "Type names to choose from.");
-  show($("like"), answer.matches);
 };
 $("search").addEventListener("submit", async event => {
   event.preventDefault();
   const answer = await ask("searched", "search?text=" + encodeURIComponent($("text").value));
-  if (!answer) return;
-  say("searched", answer.matches.length + " pictures, best first. Choose one to name it.");
-  show($("matches"), answer.matches);
+  if (answer === undefined) return;
+  show($("matches"), answer ? answer.matches : []);
+  if (answer) say("searched", answer.matches.length + " pictures, best first. Choose one to name it.");
 });
 let given = null;
 $("picture").addEventListener("change", () => {
