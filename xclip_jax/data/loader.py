@@ -173,17 +173,18 @@ class _SpreadDuplicates:
         return grouped[np.argsort((turn + rng.random(len(sizes))[group]) / sizes[group])]
 
 
-def _caption_groups(opened: Sequence[Source]) -> np.ndarray:
+def _caption_groups(opened: Sequence[Source], config: DataConfig) -> np.ndarray:
     """Return the group of each record, int (n,), over all records of `opened`; those of a group have equal captions."""
     numbers: dict[tuple[str, ...], int] = {}
     groups = []
-    for source in opened:
-        for index in range(len(source)):
-            record = records.read(source, index)
-            key = (
-                ("", str(len(groups))) if isinstance(record, BadSample) else tuple(record["text"])
-            )  # "" is never a caption
-            groups.append(numbers.setdefault(key, len(numbers)))
+    places = ((source, index) for source in opened for index in range(len(source)))
+    threads = min(config.threads, records.MAX_THREADS)
+    for captions in records.read_each(
+        places, lambda record: tuple(record["text"]), timeout=config.read_timeout, threads=threads
+    ):
+        # "" is never a caption.
+        key = ("", str(len(groups))) if isinstance(captions, BadSample) else captions
+        groups.append(numbers.setdefault(key, len(numbers)))
     return np.array(groups)
 
 
@@ -197,7 +198,7 @@ def sample_order(opened: Sequence[Source], config: DataConfig, seed: int) -> Sam
     def shuffled(parts: Sequence[Source], seed: int) -> grain.MapDataset:
         places = grain.MapDataset.range(sum(map(len, parts)))
         if config.spread_duplicate_captions:
-            return places.repeat().map_with_index(_SpreadDuplicates(_caption_groups(parts), seed))
+            return places.repeat().map_with_index(_SpreadDuplicates(_caption_groups(parts, config), seed))
         return places.shuffle(seed=seed).repeat()
 
     if config.weights and len(opened) > 1:
