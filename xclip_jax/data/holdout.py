@@ -86,6 +86,18 @@ def find(spec: str, source: Source, share: float, config: DataConfig) -> Pairs:
     return _known[key]
 
 
+class TrainingPart(Subset):
+    """The pairs of a source that are not held out. Its fingerprint also has a digest of those that are."""
+
+    def __init__(self, source: Source, held_out: Pairs) -> None:
+        super().__init__(source, np.setdiff1d(np.arange(len(source)), held_out.indices))
+        self._outcome = records.outcome(held_out.indices, held_out.bad)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """As the source does, with `records.outcome` of the held-out pairs."""
+        return super().fingerprint() | {"held_out": self._outcome}
+
+
 def training_part(specs: Iterable[str], opened: Iterable[Source], config: DataConfig) -> list[Source]:
     """Return the sources without the pairs that `config.holdout` holds out.
 
@@ -96,7 +108,7 @@ def training_part(specs: Iterable[str], opened: Iterable[Source], config: DataCo
     for spec, source in zip(specs, opened, strict=True):
         pairs = find(spec, source, config.holdout, config)
         held_out, total = held_out + len(pairs.indices), total + len(source)
-        parts.append(Subset(source, np.setdiff1d(np.arange(len(source)), pairs.indices)))
+        parts.append(TrainingPart(source, pairs))
     if not held_out or any(not len(part) for part in parts):
         what = "none" if not held_out else "all pairs of a source"
         raise UserError(
