@@ -68,7 +68,7 @@ def test_training_has_the_rest(pairs):
     whole = loader.open_sources(config(spec, holdout=0.0))
     (part,) = loader.open_sources(config(spec))
     own = part.fingerprint()
-    assert own.pop("held_out")["unreadable"] == 0 and own == whole[0].fingerprint()
+    assert own.pop("data.holdout")["unreadable"] == 0 and own == whole[0].fingerprint()
 
 
 def test_pairs_of_one_image_are_on_one_side(tmp_path):

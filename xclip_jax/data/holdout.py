@@ -95,7 +95,7 @@ class TrainingPart(Subset):
 
     def fingerprint(self) -> dict[str, Any]:
         """As the source does, with `records.outcome` of the held-out pairs."""
-        return super().fingerprint() | {"held_out": self._outcome}
+        return super().fingerprint() | {"data.holdout": self._outcome}
 
 
 def training_part(specs: Iterable[str], opened: Iterable[Source], config: DataConfig) -> list[Source]:

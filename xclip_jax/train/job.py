@@ -99,7 +99,8 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
     final = list(evaluators.values())
     order = loader.sample_order(samples, experiment.data, config.seed)  # the last, as it may read all captions
     if order.captions:
-        fingerprints = [a | {"captions": b} for a, b in zip(fingerprints, order.captions, strict=True)]
+        captions = ({"data.spread_duplicate_captions": outcome} for outcome in order.captions)
+        fingerprints = [a | b for a, b in zip(fingerprints, captions, strict=True)]
         folder.check_sources(config, fingerprints)
     return Job(config, experiment, folder, host, hosts, initial, samples, order, fingerprints, during, final, encoder)
 

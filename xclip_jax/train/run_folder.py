@@ -43,7 +43,10 @@ _EVALUATION_KEYS = (
 # What some network file systems answer to flock.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 # Keys of a fingerprint with `data.records.outcome`, and what it is of.
-OUTCOMES = {"held_out": "what data.holdout holds out", "captions": "what data.spread_duplicate_captions spreads"}
+OUTCOMES = {
+    "data.holdout": "what data.holdout holds out",
+    "data.spread_duplicate_captions": "what data.spread_duplicate_captions spreads",
+}
 _SHOWN = 5  # differences that an error lists
 
 
