@@ -2,7 +2,7 @@
 
 config.json     {"config", "environment", "started", "length_groups", "text_rows": that these are for,
                  "starts": later starts, where something differed}
-data.json       fingerprint of each training source
+data.json       fingerprint of each training source, and digests of what was read of its records for their order
 tokenizer.json  the tokenizer, where data.tokenizer is a file
 metrics.jsonl   {"step", metric: value} a line; lines of training steps have a "loss", those of evaluations do not
 results.json    {"results", "config", "environment", "seconds"} of the last evaluation

@@ -9,7 +9,6 @@ would run, 1 if it would stop for too many bad samples, or for anything else.
 
 import argparse
 import collections
-import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -25,8 +24,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from xclip_jax.data import loader, records, sources, tokenizer, transforms
-from xclip_jax.data.base import Source, SourceOptions
-from xclip_jax.errors import Parser, UserError, exit_with_message
+from xclip_jax.data.base import Record, Source, SourceOptions
+from xclip_jax.errors import BadSample, Parser, UserError, exit_with_message
 
 _TILE, _COLUMNS, _ROWS, _LINES = 200, 6, 4, 4
 _EXAMPLES = 3
@@ -46,34 +45,31 @@ class Sample:
     captions: int = 0
 
 
-def examine(source: Source, index: int, size: int) -> Sample:
-    """Read one sample as training does."""
-    try:
-        record = source[index]
-        image = record["image"]
-        # Whole, for its size: training decodes large JPEGs at a half or less and is a little faster.
-        with transforms.decoding(image) as pixels:
-            height, width = pixels.shape[:2]
-            transforms.random_resized_crop(pixels, size, np.random.default_rng(index), resample="area")
-    except Exception as error:
-        bad = records.as_bad_sample(error)
-        return Sample(index, bad.reason, bad.detail)
+def examine(record: Record, size: int) -> Sample:
+    """Return statistics of one record, whose image is decoded and cropped as in training; its index is unknown."""
+    image, captions = record["image"], record["text"]
     data = image if isinstance(image, bytes) else image.tobytes()
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    # Whole, for its size: training decodes large JPEGs at a half or less and is a little faster.
+    with transforms.decoding(image) as pixels:
+        height, width = pixels.shape[:2]
+        transforms.random_resized_crop(pixels, size, np.random.default_rng(list(digest)), resample="area")
     return Sample(
-        index,
-        size=(width, height),
-        file_bytes=len(data),
-        digest=hashlib.blake2b(data, digest_size=16).digest(),
-        caption=record["text"][0],
-        captions=len(record["text"]),
+        -1, size=(width, height), file_bytes=len(data), digest=digest, caption=captions[0], captions=len(captions)
     )
 
 
 def read(source: Source, indices: Sequence[int], threads: int, size: int) -> tuple[list[Sample], float]:
     """Return the samples, and the seconds that reading took."""
     began = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        samples = list(pool.map(lambda index: examine(source, int(index), size), indices))
+    places, timeout = [(source, index) for index in indices], loader.DataConfig.read_timeout
+    read = records.read_each(places, lambda record: examine(record, size), timeout=timeout, threads=threads)
+    samples = [
+        Sample(index, sample.reason, sample.detail)
+        if isinstance(sample, BadSample)
+        else dataclasses.replace(sample, index=index)
+        for index, sample in zip(indices, read, strict=True)
+    ]
     return samples, time.perf_counter() - began
 
 

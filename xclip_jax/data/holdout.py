@@ -5,14 +5,12 @@ read, on any number of hosts and beside any other pairs, and all pairs of one im
 part in it: those that many images share stay in training, with other images.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,10 +22,6 @@ from xclip_jax.data.controls import Subset
 from xclip_jax.errors import BadSample, UserError
 
 _MANY = 100_000  # pairs from which on a line says that they are read
-_THREADS = 16
-_CHUNK = 64  # records that a thread reads one after another
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,30 +51,6 @@ def is_held_out(digits: str, share: float) -> bool:
     return int(digits, 16) < share * 2**64
 
 
-def read_each(source: Source, config: DataConfig, take: Callable[[Record], T]) -> Iterator[T | None]:
-    """Yield `take(record)` of all records of a source in their order, None of those that cannot be read.
-
-    Args:
-      source: is read by several threads.
-      config: how many, and how long a record may take.
-      take: keeps little of a record, as its results wait in memory.
-    """
-    chunks = (range(i, min(i + _CHUNK, len(source))) for i in range(0, len(source), _CHUNK))
-
-    def work(chunk: Iterable[int]) -> list[T | None]:
-        read = records.read_all([(source, index) for index in chunk], config.read_timeout)
-        return [None if isinstance(record, BadSample) else take(record) for record in read]
-
-    threads = min(config.threads, _THREADS)
-    pool = concurrent.futures.ThreadPoolExecutor(threads)
-    try:
-        while waiting := list(itertools.islice(chunks, 4 * threads)):
-            for results in pool.map(work, waiting):
-                yield from results
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # a signal does not wait for a slow disk
-
-
 _known: dict[str, Pairs] = {}  # training, evaluation and report of one process ask for the same pairs
 
 
@@ -103,8 +73,10 @@ def find(spec: str, source: Source, share: float, config: DataConfig) -> Pairs:
             return digits, record["text"] if is_held_out(digits, share) else None
 
         indices, captions, hashes, bad = [], [], [], 0
-        for index, pair in enumerate(read_each(source, config, take)):
-            if pair is None:
+        places, threads = ((source, index) for index in range(len(source))), min(config.threads, records.MAX_THREADS)
+        read = records.read_each(places, take, timeout=config.read_timeout, threads=threads)
+        for index, pair in enumerate(read):
+            if isinstance(pair, BadSample):
                 bad += 1
             elif pair[1] is not None:
                 indices.append(index)
@@ -112,6 +84,18 @@ def find(spec: str, source: Source, share: float, config: DataConfig) -> Pairs:
                 captions.append(pair[1])
         _known[key] = Pairs(np.array(indices, int), captions, hashes, bad)
     return _known[key]
+
+
+class TrainingPart(Subset):
+    """The pairs of a source that are not held out. Its fingerprint also has a digest of those that are."""
+
+    def __init__(self, source: Source, held_out: Pairs) -> None:
+        super().__init__(source, np.setdiff1d(np.arange(len(source)), held_out.indices))
+        self._outcome = records.outcome(held_out.indices, held_out.bad)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """As the source does, with `records.outcome` of the held-out pairs."""
+        return super().fingerprint() | {"data.holdout": self._outcome}
 
 
 def training_part(specs: Iterable[str], opened: Iterable[Source], config: DataConfig) -> list[Source]:
@@ -124,7 +108,7 @@ def training_part(specs: Iterable[str], opened: Iterable[Source], config: DataCo
     for spec, source in zip(specs, opened, strict=True):
         pairs = find(spec, source, config.holdout, config)
         held_out, total = held_out + len(pairs.indices), total + len(source)
-        parts.append(Subset(source, np.setdiff1d(np.arange(len(source)), pairs.indices)))
+        parts.append(TrainingPart(source, pairs))
     if not held_out or any(not len(part) for part in parts):
         what = "none" if not held_out else "all pairs of a source"
         raise UserError(

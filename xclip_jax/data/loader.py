@@ -128,10 +128,12 @@ class SampleOrder:
     Attributes:
       sources: those that are read.
       places: element i is (number of the source, index in it); it depends on the seed and i only.
+      captions: of each source `records.outcome` of its groups of equal captions, where these are spread.
     """
 
     sources: Sequence[Source]
     places: grain.MapDataset
+    captions: Sequence[Mapping[str, Any]] = ()
 
     def place(self, position: int) -> tuple[int, int]:
         """Return the number of the source, and the index in it, at a position of the run."""
@@ -173,31 +175,41 @@ class _SpreadDuplicates:
         return grouped[np.argsort((turn + rng.random(len(sizes))[group]) / sizes[group])]
 
 
-def _caption_groups(opened: Sequence[Source]) -> np.ndarray:
-    """Return the group of each record, int (n,), over all records of `opened`; those of a group have equal captions."""
+def _caption_groups(opened: Sequence[Source], config: DataConfig) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Return the group of each record, int (n,), over all records of `opened`; those of a group have equal captions.
+
+    Second comes `records.outcome` of each source.
+    """
     numbers: dict[tuple[str, ...], int] = {}
-    groups = []
-    for source in opened:
-        for index in range(len(source)):
-            record = records.read(source, index)
-            key = (
-                ("", str(len(groups))) if isinstance(record, BadSample) else tuple(record["text"])
-            )  # "" is never a caption
-            groups.append(numbers.setdefault(key, len(numbers)))
-    return np.array(groups)
+    groups, bad = [], []
+    places = ((source, index) for source in opened for index in range(len(source)))
+    threads = min(config.threads, records.MAX_THREADS)
+    for captions in records.read_each(
+        places, lambda record: tuple(record["text"]), timeout=config.read_timeout, threads=threads
+    ):
+        bad.append(isinstance(captions, BadSample))
+        # "" is never a caption.
+        key = ("", str(len(groups))) if isinstance(captions, BadSample) else captions
+        groups.append(numbers.setdefault(key, len(numbers)))
+    ends = list(itertools.accumulate(map(len, opened), initial=0))
+    outcomes = [records.outcome(np.array(groups[a:b]), sum(bad[a:b])) for a, b in itertools.pairwise(ends)]
+    return np.array(groups), outcomes
 
 
 def sample_order(opened: Sequence[Source], config: DataConfig, seed: int) -> SampleOrder:
     """Return the order of all samples, shuffled in each epoch; with weights each source by itself, and then mixed.
 
     Shares are exact to a hundredth of the smallest weight, and each source has epochs of its own. See
-    `DataConfig.spread_duplicate_captions`.
+    `DataConfig.spread_duplicate_captions`, for which all captions are read here.
     """
+    outcomes: list[dict[str, Any]] = []
 
     def shuffled(parts: Sequence[Source], seed: int) -> grain.MapDataset:
         places = grain.MapDataset.range(sum(map(len, parts)))
         if config.spread_duplicate_captions:
-            return places.repeat().map_with_index(_SpreadDuplicates(_caption_groups(parts), seed))
+            groups, of_parts = _caption_groups(parts, config)
+            outcomes.extend(of_parts)
+            return places.repeat().map_with_index(_SpreadDuplicates(groups, seed))
         return places.shuffle(seed=seed).repeat()
 
     if config.weights and len(opened) > 1:
@@ -205,14 +217,14 @@ def sample_order(opened: Sequence[Source], config: DataConfig, seed: int) -> Sam
             shuffled([source], seed + number).map(lambda index, number=number: (number, int(index)))
             for number, source in enumerate(opened)
         ]
-        return SampleOrder(opened, grain.MapDataset.mix(orders, list(config.weights)))
+        return SampleOrder(opened, grain.MapDataset.mix(orders, list(config.weights)), outcomes)
     starts = list(itertools.accumulate(map(len, opened), initial=0))
 
     def place(index: int) -> tuple[int, int]:
         number = bisect.bisect_right(starts, index) - 1
         return number, int(index) - starts[number]
 
-    return SampleOrder(opened, shuffled(opened, seed).map(place))
+    return SampleOrder(opened, shuffled(opened, seed).map(place), outcomes)
 
 
 @dataclasses.dataclass(frozen=True)

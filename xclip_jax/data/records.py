@@ -1,10 +1,22 @@
 """Reading of records that turns whatever is wrong with one of them into a `BadSample`."""
 
+import collections
+import hashlib
+import itertools
+import multiprocessing.pool
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
 
 from xclip_jax.data.base import Record, Source
 from xclip_jax.errors import BadSample, UserError
+
+MAX_THREADS = 16  # that read all records of a source at the start, of data.threads
+_CHUNK = 32  # records that a thread reads one after another
+
+T = TypeVar("T")
 
 
 def read(source: Source, index: int) -> Record | BadSample:
@@ -62,6 +74,56 @@ def _read_until(places: Sequence[tuple[Source, int]], timeout: float) -> list[Re
     if errors:
         raise errors[0]
     return records
+
+
+def read_each(
+    places: Iterable[tuple[Source, int]], take: Callable[[Record], T], *, timeout: float, threads: int
+) -> Iterator[T | BadSample]:
+    """Yield `take(record)` of each of `places`, in their order, and the `BadSample` of one that cannot be used.
+
+    Whoever stops iterating, as at a signal, does not wait for records that are still read, nor does the end of the
+    process.
+
+    Args:
+      places: (source, index) of the records; some are taken ahead.
+      take: called in the threads; it keeps little of a record, as its results wait in memory. What it raises makes the
+        record a bad one.
+      timeout: as of `read_all`.
+      threads: number of chunks that are read at once.
+
+    Raises:
+      UserError, MemoryError: errors that concern more than one record.
+    """
+
+    def taken(record: Record | BadSample) -> T | BadSample:
+        try:
+            return record if isinstance(record, BadSample) else take(record)
+        except Exception as error:
+            return as_bad_sample(error)
+
+    def work(chunk: Sequence[tuple[Source, int]]) -> list[T | BadSample]:
+        return [taken(record) for record in read_all(chunk, timeout)]
+
+    remaining, waiting = iter(places), collections.deque()
+    # Not an executor of concurrent.futures: Python's exit waits for its threads, for ever where a disk does not answer.
+    with multiprocessing.pool.ThreadPool(threads) as pool:
+        while chunk := list(itertools.islice(remaining, _CHUNK)):
+            waiting.append(pool.apply_async(work, (chunk,)))
+            if len(waiting) > 2 * threads:
+                yield from waiting.popleft().get()
+        while waiting:
+            yield from waiting.popleft().get()
+
+
+def outcome(numbers: np.ndarray, unreadable: int) -> dict[str, Any]:
+    """Return JSON by which two readings of all records of a source are compared.
+
+    Args:
+      numbers: int (n,), what the order of a run takes from the records.
+      unreadable: number of records that could not be read.
+    """
+    digest = hashlib.blake2b(np.ascontiguousarray(numbers, "<i8").tobytes(), digest_size=8).hexdigest()
+    return {"digest": digest, "unreadable": unreadable}
 
 
 def as_bad_sample(error: Exception) -> BadSample:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from xclip_jax.data import transforms
+from xclip_jax.data import records, transforms
 from xclip_jax.data.array_record import ArrayRecords
 from xclip_jax.data.base import (
     LabelledSource,
@@ -188,7 +188,11 @@ def _refuse(spec: str, error: NotOfferedError, attribute: str) -> NoReturn:
 
 
 class Decoded(WrappedSource):
-    """Keeps each image decoded in memory after its first use. For sets that fit: n * h * w * 3 bytes."""
+    """Keeps each image decoded in memory after its first use. For sets that fit: n * h * w * 3 bytes.
+
+    An image that cannot be decoded stays encoded, so that a record is a bad one where its image is used, as without
+    this, and not where its captions are.
+    """
 
     def __init__(self, source: Source) -> None:
         super().__init__(source)
@@ -198,5 +202,9 @@ class Decoded(WrappedSource):
         record = self._records.get(index)
         if record is None:
             record = self.source[index]
-            record = self._records[index] = record | {"image": transforms.decode(record["image"])}
+            try:
+                record = record | {"image": transforms.decode(record["image"])}
+            except Exception as error:
+                records.as_bad_sample(error)  # raises what concerns more than this record
+            self._records[index] = record
         return record

@@ -1,6 +1,5 @@
 """Chooses the groups of lengths in which a run encodes its texts, from its first captions."""
 
-import concurrent.futures
 import dataclasses
 from collections.abc import Sequence
 
@@ -61,25 +60,21 @@ def count_lengths(experiment: Experiment, sources: Sequence[Source]) -> np.ndarr
     transform = loader.Transform(data, experiment.image_size, tokens, length, ("text",))
     stop = min(_SAMPLES, sum(map(len, sources)))
 
-    def lengths(start: int) -> list[int]:
-        positions = range(start, min(start + loader.READ_GROUP, stop))
-        places = [order.place(position) for position in positions]
-        read = records.read_all([(order.sources[number], index) for number, index in places], data.read_timeout)
-        lengths = []
-        for position, record in zip(positions, read, strict=True):
-            row = np.zeros((1, length), np.int32)
-            try:
-                if isinstance(record, BadSample):
-                    raise record
-                transform(record, np.random.default_rng((seed, position)), {"text": row})
-            except Exception as error:
-                records.as_bad_sample(error)
-                continue
-            lengths.append(int((row[0] == tokens.eot_id).argmax()) + 1)
-        return lengths
-
-    counts = np.zeros(length + 1, np.int32)
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        for part in pool.map(lengths, range(0, stop, loader.READ_GROUP)):
-            np.add.at(counts, part, 1)
+    # Tokenized here, as the caption that is drawn depends on the position.
+    read = records.read_each(
+        ((order.sources[number], index) for number, index in map(order.place, range(stop))),
+        lambda record: {"text": record["text"], "tags": record["tags"]},
+        timeout=data.read_timeout,
+        threads=_THREADS,
+    )
+    counts, row = np.zeros(length + 1, np.int32), np.zeros((1, length), np.int32)
+    for position, record in enumerate(read):
+        if isinstance(record, BadSample):
+            continue
+        try:
+            transform(record, np.random.default_rng((seed, position)), {"text": row})
+        except Exception as error:
+            records.as_bad_sample(error)
+            continue
+        counts[int((row[0] == tokens.eot_id).argmax()) + 1] += 1
     return counts

@@ -11,6 +11,7 @@ from xclip_jax.config.schema import Config, resolve
 from xclip_jax.data import controls, labelled, loader, sources
 from xclip_jax.data.base import Source
 from xclip_jax.data.length_groups import AUTO
+from xclip_jax.data.loader import SampleOrder
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import Evaluator
@@ -32,7 +33,8 @@ class Job:
       host, hosts: which part of each batch this process loads, of how many.
       initial: tensors of `init.weights` that a new run starts from.
       sources: training data, as `data.subset` and `data.caption_noise` change it.
-      fingerprints: one of each whole source.
+      order: of their samples.
+      fingerprints: one of each whole source, with digests of what the order takes from its records.
       during: evaluators of `eval.sets`, run every `eval.every` steps.
       final: those of `eval.sets` and `eval.final_sets`, run at the end.
       encoder: what the evaluators share.
@@ -45,6 +47,7 @@ class Job:
     hosts: int
     initial: Mapping[str, np.ndarray]
     sources: list[Source]
+    order: SampleOrder
     fingerprints: list[dict[str, Any]]
     during: list[Evaluator]
     final: list[Evaluator]
@@ -94,7 +97,12 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
     )
     during = [evaluators[spec] for spec in config.eval.sets] if config.eval.every else []
     final = list(evaluators.values())
-    return Job(config, experiment, folder, host, hosts, initial, samples, fingerprints, during, final, encoder)
+    order = loader.sample_order(samples, experiment.data, config.seed)  # the last, as it may read all captions
+    if order.captions:
+        captions = ({"data.spread_duplicate_captions": outcome} for outcome in order.captions)
+        fingerprints = [a | b for a, b in zip(fingerprints, captions, strict=True)]
+        folder.check_sources(config, fingerprints)
+    return Job(config, experiment, folder, host, hosts, initial, samples, order, fingerprints, during, final, encoder)
 
 
 def _open_sources(experiment: Experiment) -> list[Source]:

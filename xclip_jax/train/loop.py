@@ -138,7 +138,7 @@ def _batches(job: Job, start: int, ledger: Ledger) -> Iterator[dict[str, np.ndar
     """This process's rows of the batches from step `start` on to the last."""
     config, experiment = job.config, job.experiment
     return loader.batches(
-        loader.sample_order(job.sources, experiment.data, config.seed),
+        job.order,
         loader.Transform(
             experiment.data,
             experiment.image_size,

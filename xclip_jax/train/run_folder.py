@@ -42,6 +42,11 @@ _EVALUATION_KEYS = (
 )  # fmt: skip
 # What some network file systems answer to flock.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+# Keys of a fingerprint with `data.records.outcome`, and what it is of.
+OUTCOMES = {
+    "data.holdout": "what data.holdout holds out",
+    "data.spread_duplicate_captions": "what data.spread_duplicate_captions spreads",
+}
 _SHOWN = 5  # differences that an error lists
 
 
@@ -148,6 +153,23 @@ class TrainingFolder(RunFolder):
                     f"written: {old['samples']:,} samples then, {new['samples']:,} now, or other files. Restore it, or "
                     "use a different --config.run."
                 )
+            self._check_reading(f"source {number}, {spec!r}", old, new)
+
+    def _check_reading(self, source: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        """Check what was taken from the records of a source; older runs, and runs without the key, have none of it."""
+        for key, what in OUTCOMES.items():
+            before, now = old.get(key), new.get(key)
+            if before is None or now is None or before["digest"] == now["digest"]:
+                continue
+            then, count = before["unreadable"], now["unreadable"]
+            changed = ", or files have changed" if count == then else ""
+            remedy = "see that all files can be read, and start again"
+            if count < then:
+                remedy = f"use a different --config.run, or delete {self.data_file} to go on in another order"
+            raise UserError(
+                f"{source}: {what} differs from that of {self.data_file}, and with it the order of all samples: "
+                f"{count:,} of the records cannot be read now, {then:,} could not be read then{changed}; {remedy}."
+            )
 
     @contextlib.contextmanager
     def claimed(

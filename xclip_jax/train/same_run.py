@@ -12,6 +12,7 @@ from xclip_jax.config.schema import Config
 from xclip_jax.data import tokenizer
 from xclip_jax.parallel import processes
 from xclip_jax.train.job import Job
+from xclip_jax.train.run_folder import OUTCOMES
 
 # Hosts may keep the same files in different places, and differ in how they read them.
 _OF_A_HOST = (
@@ -45,7 +46,13 @@ def check_data(job: Job) -> None:
     if (name := job.experiment.data.tokenizer) not in tokenizer.NAMES:
         facts["tokenizer file"] = hashlib.sha256(epath.Path(name).read_bytes()).hexdigest()[:12]
     for number, fingerprint in enumerate(job.fingerprints):
-        content = json.dumps(fingerprint, sort_keys=True, default=str)
+        whole = {key: value for key, value in fingerprint.items() if key not in OUTCOMES}
+        content = json.dumps(whole, sort_keys=True, default=str)
         digest = hashlib.sha256(content.encode()).hexdigest()[:12]
         facts[f"source {number}"] = f"{fingerprint.get('samples')} samples, hash {digest}"
-    processes.check_same(facts, "all processes have to read the same data.sources and data.tokenizer")
+        for key in OUTCOMES.keys() & fingerprint.keys():
+            facts[f"{OUTCOMES[key]} of source {number}"] = fingerprint[key]["digest"]
+    remedy = "all processes have to read the same data.sources and data.tokenizer"
+    if any(OUTCOMES.keys() & fingerprint.keys() for fingerprint in job.fingerprints):
+        remedy += ", and all of their records: see that the files can be read, and start again"
+    processes.check_same(facts, remedy)

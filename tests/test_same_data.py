@@ -1,0 +1,137 @@
+"""A run resumes in the same order of samples, or says which source could be read differently before."""
+
+import json
+
+import pytest
+
+from tests import tiny
+from tests.encoding import SIZE
+from xclip_jax.config.schema import resolve
+from xclip_jax.data import holdout, loader, sources, tokenizer, transforms
+from xclip_jax.data.folder_source import FolderSource
+from xclip_jax.errors import BadSample, UserError
+from xclip_jax.parallel import processes
+from xclip_jax.train import job, same_run
+from xclip_jax.train.run_folder import TrainingFolder
+
+
+class Run:
+    """A run of 40 pairs, two of which have the same caption; record `bad` cannot be read."""
+
+    def __init__(self, path, monkeypatch):
+        self.path, self.bad, self.monkeypatch = path, None, monkeypatch
+        pairs, read = tiny.folder(path / "pairs", 40), FolderSource.__getitem__
+
+        def failing(source, index):
+            if index == self.bad:
+                raise OSError("input/output error")
+            return read(source, index)
+
+        monkeypatch.setattr(FolderSource, "__getitem__", failing)
+        keys = {"data__holdout": 0.25, "data__spread_duplicate_captions": True, "data__batch": 8}
+        self.config = resolve(tiny.short(pairs, path / "run", **keys))
+        (part,) = self.open()
+        self.trained = part.indices.tolist()
+        self.held_out = [i for i in range(40) if i not in self.trained]
+        for index in self.twins:
+            (pairs / f"{index:03d}.txt").write_text("the same")
+
+    @property
+    def twins(self):
+        return self.trained[3:5]
+
+    def open(self):
+        self.monkeypatch.setattr(holdout, "_known", {})  # of this process
+        return loader.open_sources(self.config.data)
+
+    def prepare(self):
+        self.monkeypatch.setattr(holdout, "_known", {})
+        return job.prepare(self.config, TrainingFolder(self.config.run))
+
+    def start(self):
+        """Write what a run leaves that has a checkpoint."""
+        prepared = self.prepare()
+        with prepared.folder.claimed(self.config, prepared.fingerprints):
+            (prepared.folder.checkpoints / "2").mkdir(parents=True)
+        return prepared
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    return Run(tmp_path, monkeypatch)
+
+
+def test_a_record_that_cannot_be_read_at_a_restart_is_said(run):
+    first = run.start()
+    places = [first.order.place(i) for i in range(100)]
+    again = run.prepare()
+    assert again.fingerprints == first.fingerprints and [again.order.place(i) for i in range(100)] == places
+    for bad, what in ((run.held_out[1], "holdout holds out"), (run.twins[1], "spread_duplicate_captions spreads")):
+        run.bad = bad
+        with pytest.raises(
+            UserError,
+            match=rf"source 0, 'folder:.*': what data\.{what} differs from that of .*data\.json.* 1 of the records "
+            r"cannot be read now, 0 could not be read then; see that all files can be read, and start again",
+        ):
+            run.prepare()
+    run.bad = run.trained[0]  # is in training, and has a caption of its own, in both cases
+    again = run.prepare()
+    assert [again.order.place(i) for i in range(100)] == places
+    # Runs of earlier versions resume.
+    file = first.folder.data_file
+    (fingerprint,) = json.loads(file.read_text())
+    file.write_text(json.dumps([{key: fingerprint[key] for key in ("samples", "hash")}]))
+    run.bad = run.held_out[1]
+    assert len(run.prepare().sources[0]) == len(run.trained) + 1
+
+
+def test_a_record_that_could_not_be_read_at_the_start_is_said(run):
+    run.bad = run.held_out[0]
+    run.start()
+    run.bad = None
+    with pytest.raises(UserError, match=r"0 .* cannot be read now, 1 could not .* then; use a different --config\.run"):
+        run.prepare()
+
+
+def test_hosts_compare_what_they_could_read(run, monkeypatch):
+    compared = []
+    monkeypatch.setattr(processes, "check_same", lambda facts, remedy: compared.append((facts, remedy)))
+    for bad in (None, run.held_out[0], run.twins[0], run.trained[0]):
+        run.bad = bad
+        same_run.check_data(run.prepare())
+    (facts, remedy), *others = compared
+    assert "see that the files can be read, and start again" in remedy
+    differing = [{key for key in facts if facts[key] != other[key]} for other, _ in others]
+    held_out, captions = "what data.holdout holds out", "what data.spread_duplicate_captions spreads"
+    assert differing[0] == {f"{held_out} of source 0", f"{captions} of source 0"}
+    assert differing[1:] == [{f"{captions} of source 0"}, set()]
+
+
+@pytest.mark.parametrize("weights", [(), (0.7, 0.3)])
+def test_captions_are_compared_by_source(weights, tmp_path):
+    folders = [tiny.folder(tmp_path / name, 12) for name in "ab"]
+    for index in (3, 7):
+        (folders[1] / f"{index:03d}.txt").write_text("the same")
+    c = loader.DataConfig(
+        tuple(f"folder:{x}" for x in folders), weights=weights, batch=4, spread_duplicate_captions=True
+    )
+    before = loader.sample_order(loader.open_sources(c), c, 0).captions
+    (folders[1] / "007.txt").unlink()
+    after = loader.sample_order(loader.open_sources(c), c, 0).captions
+    assert [x["unreadable"] for x in (*before, *after)] == [0, 0, 0, 1]
+    assert after[0] == before[0] and after[1]["digest"] != before[1]["digest"]
+
+
+def test_captions_of_images_that_cannot_be_decoded_are_the_same_with_a_cache(tmp_path):
+    folder = tiny.folder(tmp_path / "pairs", 8)
+    (folder / "003.png").write_bytes(b"<html>")
+    c = loader.DataConfig((f"folder:{folder}",), batch=4, spread_duplicate_captions=True)
+    plain = sources.open_pairs(c.sources[0])
+    cached = sources.Decoded(plain)
+    assert cached[3]["text"] == plain[3]["text"] and cached[2]["image"].ndim == 3
+    with pytest.raises(BadSample), transforms.decoding(cached[3]["image"]):
+        pass
+    assert loader.sample_order([cached], c, 0).captions == loader.sample_order([plain], c, 0).captions
+    transform = loader.Transform(c, SIZE, tokenizer.load("bytes"), 8)
+    with pytest.raises(UserError, match=r"003\.png"):
+        list(loader.batches(loader.sample_order([cached], c, 0), transform, batch=8, start=0, stop=1, seed=0))
