@@ -6,7 +6,7 @@
 pairs is a folder of images with .txt files beside them, a table, tars, or any spec of data.sources. Some hundred of
 them are read to choose towers, image size, context, batch, cluster head, learning rate, steps and intervals. A share of
 the pairs is held out by content, evaluated on the way (retrieval/holdout, and zeroshot/holdout where sub-folders or a
-column "label" name classes) and shown in RUN/report.html.
+column "label" name one class an image; a line says why it is left out) and shown in RUN/report.html.
 
 The argument's keys, all but pairs optional: weights (what to start from, in place of random parameters), objective
 (clip, siglip, nclip, xclip; clip, or that of the weights), image and text (columns or features), tokenizer, dir (of
@@ -18,7 +18,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Sequence
+import sys
 
 import jax
 import ml_collections
@@ -27,10 +27,11 @@ import numpy as np
 from xclip_jax import flops
 from xclip_jax.config import schema
 from xclip_jax.configs import common
-from xclip_jax.data import check, sources, tokenizer
+from xclip_jax.data import check, holdout, labelled, sources, tokenizer
 from xclip_jax.data.base import SourceOptions
 from xclip_jax.errors import UserError, check_choice
-from xclip_jax.objectives import RECIPES
+from xclip_jax.evaluators import zeroshot_datasets
+from xclip_jax.objectives import OBJECTIVES, RECIPES, make_objective
 from xclip_jax.train import memory
 
 SAMPLE = 512  # pairs that are read for their sizes
@@ -141,9 +142,22 @@ def activation_bytes(config: ml_collections.ConfigDict) -> float:
     return total + 12 * img.image_size**2 * width
 
 
+def fixed_bytes(config: ml_collections.ConfigDict, machine: Machine) -> float:
+    """Estimate of the bytes of a device that microbatches leave as they are: state, gradients, logits of clusters."""
+    resolved = schema.resolve(config)
+    vocab = tokenizer.load(config.data.tokenizer).vocab_size
+    parameters = vocab * config.model.txt.width + flops.forward(resolved, train=False)["heads"] / 2
+    parameters += sum(12 * tower.width**2 * tower.depth for tower in (config.model.img, config.model.txt))
+    clusters = config.model.cluster_head.clusters if _has_clusters(resolved) else 0
+    # Parameters, gradients and two moments; logits of two modalities, their distributions and their gradients.
+    return 4 * (4 * parameters + 6 * config.data.batch // machine.devices * clusters)
+
+
 def microbatches(config: ml_collections.ConfigDict, machine: Machine) -> int:
-    """Parts of the batch that are encoded one after another, so that half of the memory is enough for them."""
-    room = machine.memory / 2 / (machine.devices if machine.platform == "cpu" else 1)
+    """Parts of the batch that are encoded one after another, so that half of the memory that is left will do."""
+    devices = machine.devices if machine.platform == "cpu" else 1
+    memory = machine.memory / devices
+    room = max(memory - fixed_bytes(config, machine), memory / 8) / 2
     each = config.data.batch // machine.devices
     parts = 1
     while each % (2 * parts) == 0 and each / parts * activation_bytes(config) > room:
@@ -151,7 +165,7 @@ def microbatches(config: ml_collections.ConfigDict, machine: Machine) -> int:
     return parts
 
 
-def _towers(config: ml_collections.ConfigDict, counts: Counts, machine: Machine, trained: int) -> None:
+def _towers(config: ml_collections.ConfigDict, machine: Machine) -> None:
     model = config.model
     cpu = machine.platform == "cpu"
     model.dtype = "float32" if cpu else "bfloat16"
@@ -159,8 +173,20 @@ def _towers(config: ml_collections.ConfigDict, counts: Counts, machine: Machine,
     for tower in (model.img, model.txt):
         tower.scan = not (cpu or small)
         tower.remat = "none" if small or cpu else "dots"
+
+
+def _cluster_head(config: ml_collections.ConfigDict, saved: schema.Config | None, trained: int) -> None:
+    """That of the weights where they have one, else of a size by the pairs."""
+    if saved is not None and _has_clusters(saved):
+        config.model.cluster_head.update(dataclasses.asdict(saved.model.cluster_head))
+        return
     clusters = 2 ** round(math.log2(min(max(trained, 256), 32_768)))
-    model.cluster_head.update({"clusters": clusters, "hidden": min(max(clusters // 2, 256), 4096)})
+    config.model.cluster_head.update({"clusters": clusters, "hidden": min(max(clusters // 2, 256), 4096)})
+
+
+def _has_clusters(config: schema.Config) -> bool:
+    heads = make_objective(config.objective).heads(config.model, vocab=1)  # no name depends on the vocabulary
+    return any(name.startswith("clusters") for name in heads)
 
 
 def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int, epochs: int) -> None:
@@ -195,13 +221,28 @@ def _data(config: ml_collections.ConfigDict, counts: Counts, machine: Machine) -
     config.eval.report = True
 
 
-def has_classes(specs: Sequence[str], options: SourceOptions) -> bool:
-    """Whether the sources name classes of their images, two or more and not by numbers alone."""
+def without_classes(spec: str, data_dir: str, share: float) -> str:
+    """Return why held-out images of a source cannot be classified by their labels; "" where they can.
+
+    It takes one label an image, and held-out images of two classes; those are looked for class by class, so that few
+    of many images are read.
+    """
     try:
-        names = [name for spec in specs for name in sources.open_labelled(spec, options).names]
-    except UserError:
-        return False
-    return len(set(names)) > 1 and not all(re.fullmatch(r"\d+", name) for name in names)
+        content = zeroshot_datasets.read_source(spec, data_dir or None)
+    except UserError as error:
+        return str(error)
+    if np.ndim(content.labels) != 1:
+        return f"images of {spec} have several labels; give each one class."
+    if all(re.fullmatch(r"\d+", name) for name in content.classes):
+        return f"the classes of {spec} are numbers, which no text describes; name them by words."
+    found = 0
+    for label in range(len(content.classes)):
+        places = np.flatnonzero(np.asarray(content.labels) == label)
+        found += any(holdout.selected(labelled.Chosen(content.images, [i]), share) for i in places)
+        if found == 2:
+            return ""
+    what = f"held-out images of {spec} are all of one class" if found else f"no labelled image of {spec} is held out"
+    return f"{what}; label more images."
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -240,19 +281,27 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.image_key, config.data.text_keys = args.image, (args.text,)
     config.data.batch = args.batch or batch_size(trained, preset, machine)
     config.run = f"runs/small-{re.sub(r'[^A-Za-z0-9._-]+', '-', spec.partition(':')[2].rstrip('/*')).strip('-.')[-40:]}"
-    _towers(config, counts, machine, trained)
-    config.optim.microbatches = microbatches(config, machine)
+    _towers(config, machine)
+    _cluster_head(config, saved, trained)
     _data(config, counts, machine)
-    if source is not None and has_classes(config.data.sources, options):
-        config.eval.sets = (*config.eval.sets, "zeroshot/holdout")
+    if source is not None and sources.has_labels(spec, "image"):
+        if reason := without_classes(spec, args.dir, config.data.holdout):
+            # Not log0: the processes of a run may not have joined yet.
+            print(f"zeroshot/holdout is left out: {reason}", file=sys.stderr)
+        else:
+            config.eval.sets = (*config.eval.sets, "zeroshot/holdout")
     _schedule(config, machine, trained, args.epochs)
+    config.optim.microbatches = microbatches(config, machine)
     return config
 
 
 def _objective(config: ml_collections.ConfigDict, saved: schema.Config, objective: str) -> None:
     """Take over the heads of the weights, and unless it is given the objective."""
     model = dataclasses.asdict(saved.model)
-    config.model.update({name: model[name] for name in ("embed", "project_img", "project_bias", "cluster_head")})
+    config.model.update({name: model[name] for name in ("embed", "project_img", "project_bias")})
     config.model.update({name: model[name] for name in ("scale_init", "bias_init")})
-    name = objective or (saved.objective.name if saved.objective.name in RECIPES else "clip")
-    config.objective.name, config.objective.terms = name, dict(RECIPES.get(name) or RECIPES["clip"])
+    if not objective and saved.objective.name in OBJECTIVES:
+        config.objective.name, config.objective.terms = saved.objective.name, dict(saved.objective.terms)
+    else:
+        config.objective.name = objective or "clip"
+        config.objective.terms = dict(RECIPES[config.objective.name])

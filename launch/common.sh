@@ -123,10 +123,10 @@ tpu_flags() {
   SHAPE+=(${more[@]+"${more[@]}"})
 }
 
-# tpu_check FOLDER ARGUMENTS: what can be checked here before anything is paid for: the config, that its trackers will
-# be installed, and that this machine is logged in and reaches the bucket of the run.
+# tpu_check FOLDER ARGUMENTS: what can be checked here before anything is paid for: the config, that the extras that it
+# needs will be installed, and that this machine is logged in and reaches the bucket of the run.
 tpu_check() {
-  local folder=$1 tracker bucket python=${PYTHON:-python3}
+  local folder=$1 tracker bucket said extra missing="" python=${PYTHON:-python3}
   shift
   for tracker in wandb trackio; do
     [[ "$*" != *log.to*"$tracker"* || ,$EXTRAS, == *,$tracker,* ]] ||
@@ -135,7 +135,12 @@ tpu_check() {
   if [ -n "$DRY_RUN" ]; then
     quote env JAX_PLATFORMS=cpu "$python" -m xclip_jax.main --check "$@"
   elif "$python" -c "import jax, xclip_jax" 2>/dev/null; then
-    JAX_PLATFORMS=cpu "$python" -m xclip_jax.main --check "$@" || exit 2
+    said=$(JAX_PLATFORMS=cpu "$python" -m xclip_jax.main --check "$@") || exit 2
+    echo "$said"
+    for extra in $(sed -n 's/^extras: //p' <<<"$said" | tr , ' '); do
+      [[ ,$EXTRAS, == *,$extra,* ]] || missing+=,$extra
+    done
+    [ -z "$missing" ] || fail "the config needs ${missing#,}, which the workers would lack; set EXTRAS=$EXTRAS$missing"
   else
     echo "warning: the config is checked on the workers alone, since $python cannot import xclip_jax; set PYTHON" >&2
   fi

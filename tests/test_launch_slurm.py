@@ -3,7 +3,16 @@ import shlex
 
 import pytest
 
-from tests.launching import COMMAND, ROOT, TRAINING, commands, executable, launch, read, untouched
+from tests.launching import COMMAND, ROOT, RUN, TRAINING, commands, executable, launch, read, untouched
+
+SHARED = [word.replace(RUN, "/shared/runs/mine") for word in TRAINING]
+
+
+def test_slurm_refuses_a_run_in_a_bucket(tmp_path):
+    with untouched(tmp_path) as path:
+        done = launch("slurm.sh", *TRAINING, path=[path])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: --config.run={RUN} is no path; give a folder on a file system that all nodes share\n"
 
 
 def test_slurm_submitted_from_elsewhere_is_one_sentence(tmp_path):
@@ -14,10 +23,10 @@ def test_slurm_submitted_from_elsewhere_is_one_sentence(tmp_path):
 
 def test_dry_run_of_slurm(tmp_path):
     with untouched(tmp_path) as path:
-        done = launch("slurm.sh", "--dry-run", *TRAINING, env={"PYTHON": "/my env/bin/python"}, path=[path])
+        done = launch("slurm.sh", "--dry-run", *SHARED, env={"PYTHON": "/my env/bin/python"}, path=[path])
     task, requeue = commands(done)
     assert task[0] == "srun"
-    assert task[-len(COMMAND) - 1 :] == ["/my env/bin/python", *COMMAND]
+    assert task[-len(SHARED) - 4 :] == ["/my env/bin/python", *COMMAND[: -len(TRAINING)], *SHARED]
     assert requeue[:2] == ["scontrol", "requeue"]
     directives = re.findall(r"^#SBATCH (\S+)", done.stdout, re.M)
     assert {"--requeue", "--signal=TERM@300", "--open-mode=append", "--nodes=1"} <= set(directives)

@@ -376,6 +376,11 @@ def test_pod_tries_again_after_an_error_in_the_midst_of_a_run(cloud):
             "error: log.to names wandb, which the workers would lack; set EXTRAS=tpu,w",
         ),
         ({"PYTHON": sys.executable}, ["--config.optim.lrr=1"], "error: config key 'optim.lrr' is unknown"),
+        (
+            {"PYTHON": sys.executable, "EXTRAS": "tpu,demo"},
+            ["--config.init.weights=hf:org/name", "--config.data.sources=('hf:org/name/train', 'demo:train')"],
+            "error: the config needs datasets,hub, which the workers would lack; set EXTRAS=tpu,demo,datasets,hub\n",
+        ),
     ],
 )
 def test_what_would_fail_later_costs_nothing(script, env, more, message, cloud):
@@ -383,6 +388,21 @@ def test_what_would_fail_later_costs_nothing(script, env, more, message, cloud):
     assert done.returncode == 2
     assert message in done.stderr
     assert cloud.verbs() == []
+
+
+CHECK = r"""
+[ "$1" = -c ] || printf 'the config is valid\nextras: hub,wandb\n'
+"""
+
+
+def test_extras_that_the_config_needs_are_enough(cloud):
+    executable(cloud.path / "checks", CHECK)
+    refused = cloud.launch("tpu_vm.sh", *TRAINING, PYTHON=str(cloud.path / "checks"), EXTRAS="tpu,wandb")
+    assert refused.returncode == 2 and "set EXTRAS=tpu,wandb,hub\n" in refused.stderr and cloud.verbs() == []
+    extras = {"PYTHON": str(cloud.path / "checks"), "EXTRAS": "hub,tpu,wandb"}
+    done = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", **extras)
+    assert done.returncode == 0, done.stderr
+    assert "extras: hub,wandb\n" in done.stdout and cloud.verbs()[0] == "create"
 
 
 def test_pod_that_cannot_be_created_is_an_error(cloud):

@@ -74,6 +74,23 @@ def test_check_needs_neither_data_nor_a_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("changes", "extras"),
+    [
+        ({"data__sources": ("tfds:x/train", "folder:/x"), "log__to": ("tensorboard",)}, []),
+        ({"data__sources": ("hf:org/name/train",), "log__to": ("tensorboard", "trackio")}, ["datasets", "trackio"]),
+        ({"data__sources": ("parquet:/x", "demo:train")}, ["demo", "parquet"]),
+        ({"init__weights": "hf:org/name"}, ["hub"]),
+        ({"eval__sets": ("wds:/x", "imagenet", "probe/wds:/x")}, []),
+        ({"eval__sets": ("probe/wds:/x",), "eval__final_sets": ("wds:hf:org/name",)}, ["hub"]),
+        ({"eval__sets": ("emoji/test_concepts", "retrieval/hf:org/name/test")}, ["datasets", "demo"]),
+        ({"eval__sets": ("icons/test_dense", "tests.extension.greys:Greys")}, ["demo"]),
+    ],
+)
+def test_extras_that_a_config_needs(changes, extras):
+    assert job.extras(job.check(tiny.config(**changes))) == extras
+
+
 def lines(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

@@ -4,17 +4,20 @@ import colorsys
 import dataclasses
 import itertools
 import json
+import re
 
+import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from tests import tiny
 from xclip_jax.config import load, schema
 from xclip_jax.configs import small
-from xclip_jax.data import sources, tokenizer
+from xclip_jax.data import holdout, sources, tokenizer
 from xclip_jax.errors import UserError
-from xclip_jax.train import trainer
+from xclip_jax.train import build, trainer, weights
 
 
 def config(count, device="cpu", **arguments):
@@ -66,14 +69,29 @@ def test_sizes_follow_from_the_number_of_pairs(count, device, preset, batch, clu
     assert 8 <= c.steps / c.eval.every < 17 and resolved.eval.sets == ("retrieval/holdout",)
 
 
-def test_a_step_takes_no_more_than_half_of_the_memory():
-    plain, machine = config(10_000_000, "gpu"), small.ORDINARY["gpu"]
+@pytest.mark.parametrize("objective", ["clip", "xclip"])
+def test_activations_take_half_of_the_memory_that_the_state_leaves(objective):
+    plain = config(10_000_000, "gpu", objective=objective)
     assert plain.optim.microbatches > 8
-    for memory in (8, 16, 80):
-        parts = small.microbatches(plain, dataclasses.replace(machine, memory=memory * 2**30))
+    for memory in (12, 16, 80):
+        machine = dataclasses.replace(small.ORDINARY["gpu"], memory=memory * 2**30)
+        parts = small.microbatches(plain, machine)
         held = plain.data.batch / parts * small.activation_bytes(plain)
-        assert held <= memory * 2**29 and (parts == 1 or 2 * held > memory * 2**29)
+        room = (machine.memory - small.fixed_bytes(plain, machine)) / 2
+        assert held <= room and (parts == 1 or 2 * held > room)
     assert config(200).optim.microbatches == 1
+
+
+def test_what_a_step_holds_beside_activations_is_the_state_and_logits_of_clusters():
+    machine, sizes = small.ORDINARY["gpu"], {}
+    for objective in ("clip", "xclip"):
+        c = config(20_000, "gpu", objective=objective, preset="Ti/12")
+        state = build.build(c).abstract
+        n = sum(x.size for x in jax.tree.leaves(state.params))
+        logits = 24 * c.data.batch * c.model.cluster_head.clusters if objective == "xclip" else 0
+        sizes[objective] = small.fixed_bytes(c, machine)
+        assert sizes[objective] - logits == pytest.approx(16 * n, rel=0.03)
+    assert sizes["xclip"] > 2 * sizes["clip"]
 
 
 def test_a_cpu_is_not_asked_for_days():
@@ -140,6 +158,81 @@ def test_sizes_of_weights_are_taken_over(discs, run):
         "clip": 1.0
     }
     schema.resolve(c)
+
+
+def test_a_cluster_head_of_weights_keeps_its_size(discs, run):
+    c = load.load_config(f"small:pairs={discs},weights={run}")
+    shapes = build.build(c).abstract
+    tensors = weights.read_initial(schema.resolve(c), shapes)
+    heads = {name for name in flatten_dict(shapes.variables(), sep="/") if "/clusters_" in name}
+    assert heads and heads <= tensors.keys() and c.model.cluster_head.clusters == 24
+
+
+def test_weights_without_a_cluster_head_get_one_by_the_pairs(discs, tmp_path):
+    c = load.load_config(f"small:pairs={discs},weights={tiny.untrained(tmp_path / 'clip', 'clip')},objective=xclip")
+    tensors = weights.read_initial(schema.resolve(c), build.build(c).abstract)
+    assert c.model.cluster_head.clusters == 256
+    assert tensors and not any("/clusters_" in name for name in tensors)
+
+
+def test_the_objective_of_weights_is_taken_over_with_its_terms(discs, tmp_path):
+    own = {"clip": 0.7, "nclip": 0.3}
+    run = tiny.untrained(tmp_path / "own", objective__terms=own)
+    assert load.load_config(f"small:pairs={discs},weights={run}").objective.terms.to_dict() == own
+    c = load.load_config(f"small:pairs={discs},weights={run},objective=xclip")
+    assert c.objective.terms.to_dict() == {"clip": 0.3, "nclip": 0.7}
+    fine_tuned = json.loads((run / "config.json").read_text())
+    terms = {"name": "classify", "terms": {"classify": 1.0}, "classify": {"classes": 3}}
+    fine_tuned["config"]["objective"] |= terms
+    (run / "config.json").write_text(json.dumps(fine_tuned))
+    assert load.load_config(f"small:pairs={discs},weights={run}").objective.name == "clip"
+
+
+def all_trained(folder, n):
+    """Pairs none of which is held out of training, whatever bytes this version of Pillow writes."""
+    for seed in itertools.count(1):
+        images = [file.read_bytes() for file in tiny.folder(folder, n, seed).glob("*.png")]
+        if not holdout.selected(images, small.LARGEST_SHARE):
+            return
+
+
+def sub_folders(folder):
+    """Two hundred pairs, and two folders with three images each, none of which is held out."""
+    tiny.folder(folder, 200)
+    for name in ("cat", "dog"):
+        all_trained(folder / name, 3)
+    return folder
+
+
+def several_labels(folder):
+    rows = [f"{folder.name}/{i:03d}.png,picture {i},{'cat|dog' if i % 2 else 'cat'}" for i in range(40)]
+    tiny.folder(folder)
+    table = folder.with_suffix(".csv")
+    table.write_text("\n".join(["path,text,label", *rows]))
+    return f"{table},image=path"
+
+
+def one_class_held_out(folder):
+    tiny.folder(folder / "cat", 40)
+    all_trained(folder / "dog", 1)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (sub_folders, "no labelled image of .* is held out"),
+        (several_labels, "have several labels"),
+        (one_class_held_out, "held-out images of .* are all of one class"),
+        (lambda folder: tiny.folder(folder / "12").parent, "are numbers"),
+        (tiny.folder, "contains no images in sub-folders; make one for each class"),
+    ],
+)
+def test_held_out_classes_are_left_out_where_they_cannot_be_evaluated(make, reason, tmp_path, capsys):
+    c = load.load_config(f"small:pairs={make(tmp_path / 'pairs')},tokenizer=bytes")
+    assert c.eval.sets == ("retrieval/holdout",)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"zeroshot/holdout is left out: .*{reason}.*", line)
 
 
 def test_a_run_from_pairs_to_results(discs, tmp_path):

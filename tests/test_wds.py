@@ -1,5 +1,6 @@
 """Evaluation sets in clip_benchmark's layout: its numbers on the same tars and weights, its writer, and faults."""
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -16,6 +17,7 @@ from xclip_jax import evaluate
 from xclip_jax.data import sources
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.evaluators import registry
+from xclip_jax.evaluators.prompts import Profile
 
 NAMES = ["tree frog", "espresso machine", "hand-held_computer", "go-kart", "moving van", "wok", "viaduct"]
 TEMPLATES = ["a photo of a {c}.", "itap of the {c}.", "{c}"]
@@ -100,6 +102,18 @@ def test_classification_equals_clip_benchmarks(weights, tmp_path, monkeypatch):
         assert metrics[key] == pytest.approx(theirs[name], abs=0.01)
     assert 0 < theirs["acc1"] < theirs["acc5"] < 100 and theirs["acc1"] != theirs["mean_per_class_recall"]
     assert entry["metric"] == "top1" and entry["templates"] == "the data set's (3)"
+
+
+def test_prompts_and_names_of_the_data_set_are_kept(tmp_path):
+    spec = f"wds:{write_classified(tmp_path / 'set')}"
+    plain = registry.load(spec, PREPARE)
+    own = Profile(templates=("art of a {c}",), names={"my class": "thing"})
+    data = registry.load(spec, PREPARE, profile=own)
+    assert data.prompts == plain.prompts and data.prompts[1][1] == "itap of the espresso machine."
+    assert data.card == plain.card
+    (tmp_path / "set" / "zeroshot_classification_templates.txt").unlink()
+    own = dataclasses.replace(own, names={"wok": "pan"})
+    assert registry.load(spec, PREPARE, profile=own).prompts[5] == ["art of a pan"]
 
 
 def test_several_labels_equal_clip_benchmarks(weights, tmp_path, monkeypatch):

@@ -29,8 +29,10 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     with processes.exits(), exit_with_message():
         if _CHECK.value:
-            job.check(flags.FLAGS.config)
+            config = job.check(flags.FLAGS.config)
             log0("the config, and the names of its sources and evaluation sets, are valid")
+            if extras := job.extras(config):
+                log0(f"extras: {','.join(extras)}")  # launch/common.sh reads it
             return
         processes.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         compilation_cache.enable(str(flags.FLAGS.config.run))

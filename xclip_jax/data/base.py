@@ -182,6 +182,11 @@ class SourceKind:
         raise NotOfferedError("labelled items")
 
     @classmethod
+    def extras(cls, rest: str) -> tuple[str, ...]:
+        """Extras of this package (setup.py) that the source `rest` is read with; nothing is opened."""
+        return ()
+
+    @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
         """Whether the source `rest` has a split of this name; called for kinds with `split_specs` only."""
         return False

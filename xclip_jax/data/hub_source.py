@@ -262,6 +262,11 @@ class HubSets(SourceKind):
     split_specs: ClassVar = {"hf:ORG/NAME": labelled_specs["hf:ORG/NAME/SPLIT"]}
 
     @classmethod
+    def extras(cls, rest: str) -> tuple[str, ...]:
+        """The package `datasets`."""
+        return ("datasets",)
+
+    @classmethod
     def open_pairs(cls, rest: str, options: SourceOptions) -> HubPairs:
         """See `HubPairs`."""
         return HubPairs(rest, options)

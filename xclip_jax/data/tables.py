@@ -326,6 +326,11 @@ class ParquetTables(SourceKind):
     suffixes = (".parquet",)
 
     @classmethod
+    def extras(cls, rest: str) -> tuple[str, ...]:
+        """PyArrow."""
+        return ("parquet",)
+
+    @classmethod
     def open_pairs(cls, rest: str, options: SourceOptions) -> ParquetSource:
         """See `TableSource`."""
         return ParquetSource(rest, options.image_key, options.text_keys, options.tags_key)

@@ -178,6 +178,11 @@ class DemoSplits(SourceKind):
     pair_specs: ClassVar = {"demo:SPLIT": "a split of the demo's emoji, prepared on first use"}
 
     @classmethod
+    def extras(cls, rest: str) -> tuple[str, ...]:
+        """Packages of images."""
+        return ("demo",)
+
+    @classmethod
     def open_pairs(cls, rest: str, options: SourceOptions) -> TfdsSource:
         """See `demo.prepare`."""
         return _open_prepared("demo", demo.prepare(options.dir or None), rest, options)
@@ -187,6 +192,11 @@ class IconSplits(SourceKind):
     """`icons:SPLIT`, the drawings of `data.icons`, prepared on first use."""
 
     pair_specs: ClassVar = {"icons:SPLIT": "a split of the icons, prepared on first use"}
+
+    @classmethod
+    def extras(cls, rest: str) -> tuple[str, ...]:
+        """Packages of images."""
+        return ("demo",)
 
     @classmethod
     def open_pairs(cls, rest: str, options: SourceOptions) -> TfdsSource:

@@ -250,6 +250,11 @@ class Wds(SourceKind):
     split_specs: ClassVar = {"wds:PATH": labelled_specs["wds:PATH"]}
 
     @classmethod
+    def extras(cls, rest: str) -> tuple[str, ...]:
+        """The client of the Hub, where a data set is there."""
+        return ("hub",) if rest.startswith(hub_client.PREFIX) else ()
+
+    @classmethod
     def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
         """See `open_labelled` of the module."""
         return open_labelled(locate(rest))

@@ -168,11 +168,15 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
 
 
 def own_set(name: str, content: Content, prepare: Preprocessing | int, profile: Profile) -> ZeroShotSet:
-    """Return the set `name` of labelled images of one's own, with the templates and class names of the profile.
+    """Return the set `name` of labelled images, with the templates and class names of the profile.
+
+    A data set that has templates keeps them, and its names.
 
     Raises:
       UserError: the profile names a class that the images do not have.
     """
+    if content.templates:
+        profile = dataclasses.replace(profile, templates=(), names={})
     if unknown := set(profile.names) - set(content.classes):
         raise UserError(
             f"{name}: {min(unknown)!r} of the class names is not among its {len(content.classes)} classes, such as "

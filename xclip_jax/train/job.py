@@ -16,6 +16,7 @@ from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.encoder import Encoder
+from xclip_jax.interop import hub
 from xclip_jax.parallel.mesh import batch_part
 from xclip_jax.train import caption_lengths
 from xclip_jax.train.build import Experiment, build
@@ -59,8 +60,11 @@ class Job:
         return sum(map(len, self.sources))
 
 
-def check(config: ml_collections.ConfigDict | Config) -> None:
+def check(config: ml_collections.ConfigDict | Config) -> Config:
     """Check what needs neither data nor devices: all keys, and the names of sources and evaluation sets.
+
+    Returns:
+      The config, resolved.
 
     Raises:
       UserError: a wrong key or value, or a name that does not exist.
@@ -70,6 +74,27 @@ def check(config: ml_collections.ConfigDict | Config) -> None:
         sources.parse(spec)
     for spec in (*config.eval.sets, *config.eval.final_sets):
         registry.check(spec)
+    return config
+
+
+def extras(config: Config) -> list[str]:
+    """Return the extras of this package (setup.py) that a run needs, by the names in its config alone.
+
+    They are those of its trackers, of weights and data on the Hub, and of other sources and evaluation sets.
+    """
+    names = {name for name in config.log.to if name != "tensorboard"}
+    if hub.is_hub(config.init.weights):
+        names.add("hub")
+    for source in map(sources.parse, config.data.sources):
+        names.update(source.kind.extras(source.rest))
+    for spec in (*config.eval.sets, *config.eval.final_sets):
+        for name in registry.check(spec).sources:
+            names.update(sources.SOURCES[name].extras(""))
+        for text in (spec, spec.partition("/")[2]):  # wds:PATH, and probe/wds:PATH
+            prefix, _, rest = text.partition(":")
+            if prefix in sources.SOURCES:
+                names.update(sources.SOURCES[prefix].extras(rest))
+    return sorted(names)
 
 
 def prepare(config: Config, folder: TrainingFolder) -> Job:
