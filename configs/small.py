@@ -235,13 +235,13 @@ def without_classes(spec: str, data_dir: str, share: float) -> str:
         return f"images of {spec} have several labels; give each one class."
     if all(re.fullmatch(r"\d+", name) for name in content.classes):
         return f"the classes of {spec} are numbers, which no text describes; name them by words."
-    found = 0
+    held_out = 0
     for label in range(len(content.classes)):
         places = np.flatnonzero(np.asarray(content.labels) == label)
-        found += any(holdout.selected(labelled.Chosen(content.images, [i]), share) for i in places)
-        if found == 2:
+        held_out += any(holdout.selected(labelled.Chosen(content.images, [i]), share) for i in places)
+        if held_out == 2:
             return ""
-    what = f"held-out images of {spec} are all of one class" if found else f"no labelled image of {spec} is held out"
+    what = f"held-out images of {spec} are all of one class" if held_out else f"no labelled image of {spec} is held out"
     return f"{what}; label more images."
 
 

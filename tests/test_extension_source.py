@@ -86,6 +86,7 @@ def test_a_stopped_run_continues_exactly(spec, run, tmp_path, monkeypatch):
     assert lines(tmp_path / "run" / "bad_samples.jsonl") == lines(run / "bad_samples.jsonl")
 
 
+@pytest.mark.slow
 def test_worker_processes_read_it(spec, run, tmp_path):
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers ask absl, which only app.run sets up

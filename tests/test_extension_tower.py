@@ -145,7 +145,10 @@ def test_our_own_form_holds_it_and_others_refuse_it(run, tmp_path):
             export.export(run.run, str(tmp_path / to), to=to)
 
 
-@pytest.mark.parametrize("changes", [{"optim__microbatches": 2}, {"mesh__strategy": "fsdp", "mesh__fsdp": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({"optim__microbatches": 2}, marks=pytest.mark.slow), {"mesh__strategy": "fsdp", "mesh__fsdp": 2}],
+)
 def test_eight_devices_and_microbatches_equal_one(changes):
     one, many = build.build(config(), jax.devices()[:1]), build.build(config(**changes))
     metrics = []

@@ -192,6 +192,7 @@ def test_load_embeds_as_from_a_folder(server, folders):
     np.testing.assert_array_equal(model.encode_text(["a fox"]), local.encode_text(["a fox"]))
 
 
+@pytest.mark.slow
 def test_training_starts_from_the_hub(server, folders, tmp_path, capsys):
     server.add("lab/x", folders["hf"])
     model = {f"model__{key}": value for key, value in interop.read("hf:lab/x")[0]["model"].items()}

@@ -40,6 +40,7 @@ class Set:
         return []
 
 
+@pytest.mark.slow
 def test_a_signal_in_an_evaluation_saves_the_last_step_and_the_evaluation_is_made_later(pairs, tmp_path, monkeypatch):
     sets = {name: Set(name) for name in "ab"}
     monkeypatch.setattr(registry, "open_all", lambda specs, *_: [sets[spec] for spec in specs])
@@ -114,6 +115,7 @@ def test_data_that_fail_do_not_cost_the_steps_before(pairs, tmp_path, feed):
     assert RunFolder(c.run).latest_step() == 2
 
 
+@pytest.mark.slow
 def test_too_many_bad_samples_do_not_cost_the_steps_before(tmp_path):
     """The saved counters are exact: with a larger bound the same command ends as if there had been no stop."""
     bad = tiny.folder(tmp_path / "bad")

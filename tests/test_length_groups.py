@@ -140,6 +140,7 @@ def test_groups_have_the_rows_that_they_were_chosen_for(rows, monkeypatch):
     assert np.cumsum([n for n, _ in sizes]).tolist() == ends
 
 
+@pytest.mark.slow
 def test_a_run_chooses_groups_and_resumes_with_them_bit_exactly(pairs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(length_groups, "_MULTIPLE", 2)
     monkeypatch.setattr(length_groups, "_LEAST_STEPS", 1)

@@ -50,6 +50,7 @@ def train(p, steps, s=None):
 # --- a term of another package
 
 
+@pytest.mark.slow
 def test_a_term_of_another_package_trains_and_resumes(tmp_path):
     p = build.build(superclip(tmp_path))
     assert p.objective.fields == ("image", "text") and p.objective.similarities == (CosineSimilarity(),)

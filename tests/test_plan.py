@@ -65,6 +65,7 @@ def test_the_text_has_it_all(found):
     json.dumps(found)
 
 
+@pytest.mark.slow
 def test_several_slices(found):
     two = plan.plan(config(), "v5e:2x4", slices=2)
     assert (two["chips"], two["hosts"], two["mesh"]["data"]) == (16, 4, 16)

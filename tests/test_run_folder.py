@@ -98,6 +98,7 @@ def lines(run):
 # What a run must not become
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_keeps_its_last_good_checkpoint_and_resumes_from_it(pairs, tmp_path, monkeypatch, capsys):
     """checkpoint.keep=1: what is not finite must not take the place of the good one."""
     c = tiny.short(pairs, tmp_path / "run", steps=6, checkpoint__keep=1, optim__max_skipped_steps=0)

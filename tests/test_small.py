@@ -235,6 +235,7 @@ def test_held_out_classes_are_left_out_where_they_cannot_be_evaluated(make, reas
     assert re.fullmatch(rf"zeroshot/holdout is left out: .*{reason}.*", line)
 
 
+@pytest.mark.slow
 def test_a_run_from_pairs_to_results(discs, tmp_path):
     c = load.load_config(f"small:pairs={discs},tokenizer=bytes,size=24,epochs=4")
     c.unlock()

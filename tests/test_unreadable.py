@@ -132,7 +132,7 @@ def test_roc_auc_counts_what_is_not_a_number_as_wrong():
     assert statistics.roc_auc(np.full(6, np.nan), positive) == 0
 
 
-@pytest.mark.parametrize("way", ["openai", "slip", "augment"])
+@pytest.mark.parametrize("way", ["openai", "slip", pytest.param("augment", marks=pytest.mark.slow)])
 def test_probes_leave_out_what_they_cannot_read_in_training(way, tmp_path):
     for part in ("train", "test"):
         folder(tmp_path / part, seed=part == "test")
