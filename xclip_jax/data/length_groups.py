@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Self
 
 import numpy as np
-import scipy.stats
+import scipy
 
 from xclip_jax.errors import UserError
 

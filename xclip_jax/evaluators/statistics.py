@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 import numpy as np
-import scipy.stats
+import scipy
 
 from xclip_jax.errors import UserError
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.stats
+import scipy
 
 from xclip_jax.evaluators import summary
 from xclip_jax.evaluators.result import Result
