@@ -307,10 +307,10 @@ PROMISES = (
         "an image of an evaluation set cannot be read, or a set fails",
         "it counts as wrong; the other sets are evaluated; all sets are opened before the first step",
         (
-            "run_folder::all_sets_are_opened_before_the_first_step",
+            "run_evaluations::all_sets_are_opened_before_the_first_step",
             "unreadable::an_unreadable_image_counts_as_wrong_and_changes_no_other",
             "processes::every_process_knows_what_one_could_not_read",
-            "run_folder::a_set_that_fails_at_the_end_does_not_cost_the_others",
+            "run_evaluations::a_set_that_fails_at_the_end_does_not_cost_the_others",
         ),
     ),
     Promise(
