@@ -277,7 +277,8 @@ def test_a_run_names_the_key_of_the_objective(tmp_path):
 
 def test_decoded_images_keep_their_fingerprint(tmp_path):
     (spec,) = folders(tmp_path, a=("cat", "dog"))
-    (source,) = loader.open_sources(config(spec, cache=True), 2)
+    c = config(spec, cache=True)
+    (source,) = loader.sample_order(loader.open_sources(c, 2), c, 0).sources
     assert isinstance(source, sources.Decoded)
     again = pickle.loads(pickle.dumps(source))
     assert source.fingerprint() == sources.open_labelled(spec).fingerprint() == again.fingerprint()

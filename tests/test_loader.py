@@ -362,6 +362,16 @@ def test_decoded_images_are_kept():
     assert calls == [1]
 
 
+def test_an_order_of_all_captions_decodes_no_image(monkeypatch):
+    decoded = []
+    decode = sources.transforms.decode
+    monkeypatch.setattr(sources.transforms, "decode", lambda image: decoded.append(1) or decode(image))
+    order = loader.sample_order([Numbers("a", 6)], config(spread_duplicate_captions=True, cache=True), seed=0)
+    assert not decoded
+    assert order[0]["image"] is order[6]["image"] or len({order[i]["id"] for i in range(6)}) == 6
+    assert decoded
+
+
 def test_crop_is_inside_and_evaluation_is_central():
     image = np.zeros((30, 50, 3), np.uint8)
     image[:, 10:40] = 255

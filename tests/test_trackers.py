@@ -177,6 +177,7 @@ def test_a_disk_that_fails_under_tensorboard_does_not_block_the_run(tmp_path, mo
         raise OSError(28, "No space left on device")
 
     opened = Trackers(RunFolder(tmp_path), resolve(tiny.config(run=tmp_path)), 0)
+    opened.log(0, {"a": 0.0})
     monkeypatch.setattr(event_file_writer.EventsWriter, "write_event", full)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     opened.log(0, {"a": 1.0})

@@ -65,7 +65,7 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
             raise UserError("data.holdout holds out pairs; of labelled items evaluate another split, and set it to 0.")
         items = [sources.open_labelled(spec, options) for spec in config.sources]
         labelled.check_sources(config.sources, items, classes, fields)
-        return [sources.Decoded(source) if config.cache and source.key == "image" else source for source in items]
+        return list(items)
     opened = [sources.open_pairs(spec, options) for spec in config.sources]
     if config.holdout:
         opened = holdout.training_part(config.sources, opened, config)
@@ -75,7 +75,7 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
             f"data.batch={config.batch} exceeds the {pairs} pairs {which}: a batch would contain pairs several times, "
             f"as their own negatives. Set data.batch to at most {pairs}, or add pairs."
         )
-    return [sources.Decoded(source) for source in opened] if config.cache else opened
+    return opened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,9 +200,11 @@ def sample_order(opened: Sequence[Source], config: DataConfig, seed: int) -> Sam
     """Return the order of all samples, shuffled in each epoch; with weights each source by itself, and then mixed.
 
     Shares are exact to a hundredth of the smallest weight, and each source has epochs of its own. See
-    `DataConfig.spread_duplicate_captions`, for which all captions are read here.
+    `DataConfig.spread_duplicate_captions`, for which all captions are read here, and `DataConfig.cache`.
     """
     outcomes: list[dict[str, Any]] = []
+    # Images are decoded when they are used; captions are read from the sources themselves.
+    read = [sources.Decoded(source) for source in opened] if config.cache else opened
 
     def shuffled(parts: Sequence[Source], seed: int) -> grain.MapDataset:
         places = grain.MapDataset.range(sum(map(len, parts)))
@@ -217,14 +219,14 @@ def sample_order(opened: Sequence[Source], config: DataConfig, seed: int) -> Sam
             shuffled([source], seed + number).map(lambda index, number=number: (number, int(index)))
             for number, source in enumerate(opened)
         ]
-        return SampleOrder(opened, grain.MapDataset.mix(orders, list(config.weights)), outcomes)
+        return SampleOrder(read, grain.MapDataset.mix(orders, list(config.weights)), outcomes)
     starts = list(itertools.accumulate(map(len, opened), initial=0))
 
     def place(index: int) -> tuple[int, int]:
         number = bisect.bisect_right(starts, index) - 1
         return number, int(index) - starts[number]
 
-    return SampleOrder(opened, shuffled(opened, seed).map(place), outcomes)
+    return SampleOrder(read, shuffled(opened, seed).map(place), outcomes)
 
 
 @dataclasses.dataclass(frozen=True)

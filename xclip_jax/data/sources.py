@@ -202,9 +202,10 @@ class Decoded(WrappedSource):
         record = self._records.get(index)
         if record is None:
             record = self.source[index]
-            try:
-                record = record | {"image": transforms.decode(record["image"])}
-            except Exception as error:
-                records.as_bad_sample(error)  # raises what concerns more than this record
+            if "image" in record:  # labelled texts have none
+                try:
+                    record = record | {"image": transforms.decode(record["image"])}
+                except Exception as error:
+                    records.as_bad_sample(error)  # raises what concerns more than this record
             self._records[index] = record
         return record

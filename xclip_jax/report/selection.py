@@ -142,7 +142,7 @@ def readable(data: ZeroShotSet | RetrievalSet, indices: np.ndarray, missing: lis
 def _training_pairs(selection: Selection, data: loader.DataConfig, prepare: Preprocessing, seed: int) -> None:
     """Add training pairs, drawn by the seed, for a run without evaluation sets."""
     try:
-        sources = loader.open_sources(dataclasses.replace(data, cache=False))
+        sources = loader.open_sources(data)
     except UserError as error:
         selection.missing.append(str(error))
         return

@@ -56,7 +56,7 @@ def count_lengths(experiment: Experiment, sources: Sequence[Source]) -> np.ndarr
     data, length, seed = experiment.data, experiment.context_length, experiment.config.seed
     tokens = experiment.tokenizer
     # An order that is as good, without a look at all captions.
-    order = loader.sample_order(sources, dataclasses.replace(data, spread_duplicate_captions=False), seed)
+    order = loader.sample_order(sources, dataclasses.replace(data, spread_duplicate_captions=False, cache=False), seed)
     transform = loader.Transform(data, experiment.image_size, tokens, length, ("text",))
     stop = min(_SAMPLES, sum(map(len, sources)))
 

@@ -151,11 +151,11 @@ class MetricLogger:
             return  # its values are in skipped_steps.jsonl
         scalars = {key: float(value) for key, value in jax.device_get(metrics).items() if key != "skipped"}
         scalars |= self._accounts(step)
+        log0(self._progress.line(step, scalars))
+        self._collapse.check(step, scalars)
         self._write(step, scalars)
         for callback in self._callbacks:
             callback.on_log(step, scalars)
-        log0(self._progress.line(step, scalars))
-        self._collapse.check(step, scalars)
 
     def _accounts(self, step: int) -> dict[str, float]:
         """What is logged beside the metrics that the step computes."""

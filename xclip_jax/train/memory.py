@@ -1,6 +1,7 @@
 """Memory of a train step: what it needs by its compiled form, what the devices have, and which change would fit."""
 
 import contextlib
+import functools
 import math
 import os
 import pathlib
@@ -15,6 +16,7 @@ from xclip_jax.console import format_bytes, log0
 from xclip_jax.errors import UserError
 from xclip_jax.models.layers import REMAT_POLICIES
 from xclip_jax.models.two_towers import TOWERS
+from xclip_jax.parallel.mesh import batch_sharding
 from xclip_jax.train.build import Experiment, build
 
 REMAT = tuple(REMAT_POLICIES)  # in the order of what is computed again
@@ -85,12 +87,14 @@ def compile_for(experiment: Experiment) -> Any:
 
 
 def trace(experiment: Experiment) -> Any:
-    """Return the step of `experiment`, traced for abstract arrays."""
+    """Return the step of `experiment`, traced for abstract arrays, which JAX keeps for the first step."""
     b, size = experiment.data.batch, experiment.image_size
+    # With the layout of `loader.to_global`: without it these would be other types to JAX.
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(experiment.mesh))
     batch = {
-        "image": jax.ShapeDtypeStruct((b, size, size, 3), "uint8"),
-        "text": jax.ShapeDtypeStruct((b, experiment.context_length), "int32"),
-        "label": jax.ShapeDtypeStruct((b,), "float32"),
+        "image": array((b, size, size, 3), "uint8"),
+        "text": array((b, experiment.context_length), "int32"),
+        "label": array((b,), "float32"),
     }
     return experiment.compiled.trace(experiment.abstract, {key: batch[key] for key in experiment.objective.fields})
 

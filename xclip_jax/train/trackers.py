@@ -1,6 +1,7 @@
 """Experiment trackers that show a run: TensorBoard, Weights & Biases and Trackio, as `log.to` names them."""
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import json
@@ -42,12 +43,17 @@ class TensorBoard:
     """Event files in the run's folder, written by tensorboardX."""
 
     def __init__(self, folder: RunFolder, config: Config, step: int, run_id: str) -> None:
-        """Open a file, and hide events of steps after `step` that an interrupted run left."""
+        """Write to a file that hides events of steps after `step` that an interrupted run left."""
         del config, run_id
-        from tensorboardX import SummaryWriter  # it imports torch where there is one, which takes seconds
+        self._folder, self._start = str(folder.tensorboard), step
+
+    @functools.cached_property
+    def _writer(self) -> Any:
+        """Opened with the first scalars, while the devices compute: it imports torch where there is one: seconds."""
+        from tensorboardX import SummaryWriter
 
         # A bounded queue blocks for ever, at exit too, when an error of the disk has ended the thread that empties it.
-        self._writer = SummaryWriter(str(folder.tensorboard), purge_step=step + 1, max_queue=0)
+        return SummaryWriter(self._folder, purge_step=self._start + 1, max_queue=0)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
@@ -61,8 +67,9 @@ class TensorBoard:
             self._writer.add_image("picture", np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
-        self._check()
-        self._writer.close()
+        if "_writer" in vars(self):
+            self._check()
+            self._writer.close()
 
     def _check(self) -> None:
         """Raise where its thread has ended: what it is given then goes nowhere."""
