@@ -18,6 +18,7 @@ MESHES = {
     "fsdp": ("fsdp", 2, 4, 1),
     "fsdp_tp": ("fsdp_tp", 2, 2, 2),
 }
+CLUSTERS_SPLIT_TWICE = {"zero1-clusters": ("zero1", 2, 2, 2)}
 FSDP_ALONE = {"data": 1, "fsdp": 8, "model": 1, "strategy": "fsdp"}
 # xCLIP holds the other two losses; by themselves they are minutes more of compilation.
 OBJECTIVES = (
@@ -33,7 +34,7 @@ def make(objective, mesh=None, **changes):
     """Experiment on eight devices of `mesh`, or on one."""
     config = tiny.config(objective, data__batch=BATCH, **changes)
     if mesh:
-        strategy, data, fsdp, model = MESHES[mesh]
+        strategy, data, fsdp, model = (MESHES | CLUSTERS_SPLIT_TWICE)[mesh]
         config.mesh = {"data": data, "fsdp": fsdp, "model": model, "strategy": strategy}
     return build.build(config, jax.devices()[: 8 if mesh else 1])
 
@@ -101,12 +102,14 @@ def test_gradcache_with_every_strategy(mesh, plain):
     assert_same(gradients(p), plain("xclip", **tower))
 
 
-@pytest.mark.parametrize("chunk", [0, 8])
-def test_zero1_splits_the_kernels_of_cluster_heads(chunk, plain, monkeypatch):
+@pytest.mark.parametrize(
+    ("mesh", "chunk", "shard"), [("zero1", 8, (32 // 8, 24)), ("zero1-clusters", 0, (32 // 4, 24 // 2))]
+)
+def test_zero1_splits_the_kernels_of_cluster_heads(mesh, chunk, shard, plain, monkeypatch):
     monkeypatch.setattr(sharding, "ZERO1_ELEMENTS", 1)
-    p = make("xclip", "zero1", loss__chunk_size=chunk)
+    p = make("xclip", mesh, loss__chunk_size=chunk)
     kernel = p.abstract.params["clusters_img"]["clusters"]["kernel"]
-    assert kernel.sharding.shard_shape(kernel.shape) == (32 // 8, 24)
+    assert kernel.sharding.shard_shape(kernel.shape) == shard
     moments = [x for x in jax.tree.leaves(p.abstract.opt_state) if x.shape == kernel.shape]
     assert moments and all(x.sharding == kernel.sharding for x in moments)
     assert_same(gradients(p), plain("xclip"))
