@@ -2,11 +2,12 @@
 
     pip install '.[tpu,bench]' && JAX_PLATFORMS=cpu python -m benchmarks.plans
 
-About 24 compilations of one to two minutes each; no TPU is used. Each is kept in docs/plans.json at once, and is not
-made again by the same commit.
+About 28 compilations of a minute or two each; no TPU is used. Each is kept in docs/plans.json at once, and is not made
+again from the same sources.
 """
 
 import datetime
+import hashlib
 import json
 import pathlib
 import sys
@@ -17,16 +18,24 @@ from xclip_jax import environment, plan
 from xclip_jax.config import load as config_file
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
-# File and argument, topology.
+ZERO1 = {"mesh.strategy": "zero1"}
+# File and argument, topology, changes.
 PLANS = [
-    ("configs/clip.py:preset=B/16,batch=4096", "v4:2x4x4"),
-    ("configs/xclip.py:preset=B/16,batch=4096", "v4:2x4x4"),
-    ("configs/clip.py:preset=B/16,batch=4096", "v5e:4x8"),
-    ("configs/xclip.py:preset=B/16,batch=4096", "v5e:4x8"),
-    ("configs/clip.py:preset=B/16,batch=32768", "v5e:16x16"),
-    ("configs/xclip.py:preset=B/16,batch=32768", "v5e:16x16"),
-    ("configs/clip.py:preset=L/14,batch=32768", "v5p:4x4x8"),
-    ("configs/xclip.py:preset=L/14,batch=32768", "v5p:4x4x8"),
+    ("configs/clip.py:preset=B/16,batch=4096", "v4:2x4x4", {}),
+    ("configs/xclip.py:preset=B/16,batch=4096", "v4:2x4x4", {}),
+    ("configs/clip.py:preset=B/16,batch=4096", "v5e:4x8", {}),
+    ("configs/xclip.py:preset=B/16,batch=4096", "v5e:4x8", {}),
+    ("configs/clip.py:preset=B/16,batch=4096", "v5e:4x8", ZERO1),
+    ("configs/xclip.py:preset=B/16,batch=4096", "v5e:4x8", ZERO1),
+    # The smallest slices that hold these without computing anything twice: half of them is tried below.
+    ("configs/clip.py:preset=B/16,batch=32768", "v5e:8x16", ZERO1),
+    ("configs/xclip.py:preset=B/16,batch=32768", "v5e:8x16", ZERO1),
+    ("configs/clip.py:preset=L/14,batch=32768", "v5p:4x4x4", ZERO1),
+    ("configs/xclip.py:preset=L/14,batch=32768", "v5p:4x4x4", ZERO1),
+]
+HALVES = [
+    ("configs/clip.py:preset=B/16,batch=32768", "v5e:8x8", ZERO1),
+    ("configs/clip.py:preset=L/14,batch=32768", "v5p:2x4x4", ZERO1),
 ]
 # Weak scaling of xCLIP, ViT-B/16: 32 pairs a chip, from 8 chips to 1024.
 GRIDS = {8: "v4:2x2x2", 64: "v4:4x4x4", 256: "v4:4x8x8", 1024: "v4:8x8x16"}
@@ -34,7 +43,7 @@ PER_CHIP = 32
 FORMS = {
     "dp": {},
     "dp, ring loss": {"loss.impl": "ring"},
-    "zero1": {"mesh.strategy": "zero1"},
+    "zero1": ZERO1,
     "fsdp over 8": {"mesh.strategy": "fsdp", "mesh.fsdp": 8},
 }
 
@@ -44,10 +53,10 @@ class Planner:
 
     def __init__(self, path):
         self.path, self.environment = path, environment.capture() | {"command": "python -m benchmarks.plans"}
+        sources = b"".join(file.read_bytes() for file in sorted(pathlib.Path(plan.__file__).parent.rglob("*.py")))
+        self.environment |= {"sources": hashlib.sha256(sources).hexdigest()}
         there = json.loads(path.read_text()) if path.exists() else {}
-        # The file itself makes the checkout dirty.
-        commits = [e.get("commit", "").removesuffix("-dirty") for e in (there.get("environment", {}), self.environment)]
-        same = commits[0] == commits[1]
+        same = there.get("environment", {}).get("sources") == self.environment["sources"]
         self.known = there["plans"] if same else {}
 
     def __call__(self, spec, topology, **changes):
@@ -56,7 +65,7 @@ class Planner:
             print(f"{key} ...", file=sys.stderr, flush=True)
             config = config_file.load_config(spec)
             config.update_from_flattened_dict(changes)
-            self.known[key] = plan.plan(config, topology)
+            self.known[key] = plan.plan(config, topology, look=False)
             self.path.write_text(json.dumps({"environment": self.environment, "plans": self.known}, indent=1) + "\n")
         return self.known[key]
 
@@ -65,7 +74,7 @@ def short(found):
     """One row of the table."""
     gib = plan.GIB
     if not found["fits"]:
-        return ["-"] * 5
+        return ["-", "-", "-", f"does not fit {found['capacity'] / gib:.0f}", "-"]
     memory, sent = found["memory"], sum(found["sent"].values())
     return [
         f"{memory['parameters'] / gib:.2f}",
@@ -74,6 +83,10 @@ def short(found):
         f"{memory['peak'] / gib:.2f} of {found['capacity'] / gib:.0f}",
         f"{sent / 2**20:,.0f}",
     ]
+
+
+def flags_of(changes):
+    return "".join(f" --config.{key}={value}" for key, value in changes.items())
 
 
 def table(head, rows):
@@ -107,7 +120,8 @@ def main():
     DOCS.mkdir(exist_ok=True)
     make = Planner(DOCS / "plans.json")
     environment = make.environment
-    plans = [(spec, topology, make(spec, topology)) for spec, topology in PLANS]
+    plans = [(spec, topology, changes, make(spec, topology, **changes)) for spec, topology, changes in PLANS]
+    halves = [(spec, topology, changes, make(spec, topology, **changes)) for spec, topology, changes in HALVES]
     scaling = [
         (form, make(f"configs/xclip.py:preset=B/16,batch={PER_CHIP * chips}", grid, **changes))
         for form, changes in FORMS.items()
@@ -124,6 +138,7 @@ def main():
             [
                 "config",
                 "TPU",
+                "strategy",
                 "chips",
                 "parameters, GiB",
                 "optimizer",
@@ -140,6 +155,7 @@ def main():
                 [
                     f"`{spec}`",
                     topology,
+                    f["strategy"],
                     f["chips"],
                     *short(f),
                     f"{f['flops_per_pair'] / 1e9:.1f}",
@@ -148,13 +164,14 @@ def main():
                     f"{f['chip_hours']:,.0f}",
                     f"{f['days']:.2f}",
                 ]
-                for spec, topology, f in plans
+                for spec, topology, _, f in [*plans, *halves]
             ],
         ),
         "\n## Each in full\n",
         *(
-            f"`python -m xclip_jax.plan --config {spec} --topology {topology}`\n\n```\n{plan.render(found)}\n```\n"
-            for spec, topology, found in plans
+            f"`python -m xclip_jax.plan --config {spec} --topology {topology}{flags_of(changes)}`\n\n"
+            f"```\n{plan.render(found)}\n```\n"
+            for spec, topology, changes, found in plans
         ),
         f"## Weak scaling\n\nxCLIP, ViT-B/16, {PER_CHIP} pairs a chip on v4. What must grow with the batch b: the "
         "logits of the plain contrastive loss, (b / chips) x b, and the gathered embeddings, b x e. The ring keeps no "

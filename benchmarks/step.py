@@ -10,7 +10,8 @@ Two processes with models of equal size (17,750,401 parameters: image tower 12 x
 6 x 192, 32 tokens; embedding 256), batch 256, float32, texts that fill the context, AdamW (open_clip: fused). With
 --captions natural the context is 77 and texts are drawn as `benchmarks.captions` says. Both compile first; then each
 takes --steps steps in turn, --turns times, while the other waits. Prints each turn's median, what the first step took,
-and last "ratio R", the median of the first over that of the second. Set GLIBC_TUNABLES as launch/common.sh does.
+and last "ratio R", the median of the first over that of the second. docs/performance.md names the GLIBC_TUNABLES of its
+figures.
 """
 
 import argparse
@@ -38,7 +39,8 @@ def batch(kind: str) -> tuple[np.ndarray, np.ndarray]:
     """uint8 images (b, h, w, 3) and int32 tokens (b, n), of which the largest is the end of the text."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (BATCH, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    lengths = captions.lengths(BATCH) if kind == "natural" else np.full(BATCH, CONTEXT[kind])
+    # Others than those that the groups of lengths are chosen by.
+    lengths = captions.lengths(BATCH, seed=1) if kind == "natural" else np.full(BATCH, CONTEXT[kind])
     return images, captions.tokens(lengths, CONTEXT[kind], VOCAB)
 
 
@@ -69,6 +71,7 @@ def ours(objective: str, kind: str, groups: str) -> Callable[[], float]:
 
     def step() -> float:
         current[0], metrics = experiment.compiled(current[0], {"image": image, "text": text})
+        assert metrics.get("text/cut", 1) == 1, "the texts of the batch do not fit the groups of lengths"
         return float(metrics["loss"])
 
     return step

@@ -60,40 +60,6 @@ def test_each_sample_once_an_epoch_in_another_order():
     assert first != [f"a {i}" for i in range(40)]
 
 
-class Drawings(Numbers):
-    """Three artists' pictures of each of n / 3 things, artist after artist."""
-
-    def __getitem__(self, i):
-        if i == 7:
-            raise BadSample("no image file")
-        return super().__getitem__(i) | {"text": [f"{self.name} {i % (self.n // 3)}"], "tags": []}
-
-
-@pytest.mark.parametrize("weights", [(), (0.7, 0.3)])
-def test_equal_captions_are_kept_apart(weights):
-    found = [Drawings("a", 600), Drawings("b", 300)]
-    c = config(sources=("x", "y"), weights=weights, batch=64, spread_duplicate_captions=True)
-    order = loader.sample_order(found, c, seed=3)
-    places = [order.places[i] for i in range(3 * 900)]
-    mixed = loader.sample_order(found, dataclasses.replace(c, spread_duplicate_captions=False), seed=3)
-
-    def repeated(places):
-        names = [(number, index % (len(found[number]) // 3)) for number, index in places]
-        return sum(64 - len(set(names[i : i + 64])) for i in range(0, len(names) - 63, 64))
-
-    # Left over are those about the ends of epochs.
-    assert repeated(places) < repeated([mixed.places[i] for i in range(len(places))]) / 4
-    for number, source in enumerate(found):
-        epoch = [index for at, index in places if at == number][: 2 * len(source)]
-        first, second = epoch[: len(source)], epoch[len(source) :]
-        assert sorted(first) == sorted(second) == list(range(len(source))) and first != second
-        if weights or number == 0:
-            ends = [index % (len(source) // 3) for index in first]
-            assert all(len(set(ends[i : i + 64])) == 64 for i in range(0, len(source) - 63, 64))
-    again = loader.sample_order(found, c, seed=3)
-    assert [again.places[i] for i in (2500, 10, 1700)] == [places[i] for i in (2500, 10, 1700)]
-
-
 class Hostile(Numbers):
     """Records with which sources, decoders and tokens' readers raise whatever they like."""
 
@@ -360,16 +326,6 @@ def test_decoded_images_are_kept():
     source = sources.Decoded(Counted("a", 3))
     assert source[1] is source[1]
     assert calls == [1]
-
-
-def test_an_order_of_all_captions_decodes_no_image(monkeypatch):
-    decoded = []
-    decode = sources.transforms.decode
-    monkeypatch.setattr(sources.transforms, "decode", lambda image: decoded.append(1) or decode(image))
-    order = loader.sample_order([Numbers("a", 6)], config(spread_duplicate_captions=True, cache=True), seed=0)
-    assert not decoded
-    assert order[0]["image"] is order[6]["image"] or len({order[i]["id"] for i in range(6)}) == 6
-    assert decoded
 
 
 def test_crop_is_inside_and_evaluation_is_central():

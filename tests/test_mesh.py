@@ -17,6 +17,7 @@ class Device:
     process_index: int
     device_kind: str = "fake"
     platform: str = "cpu"
+    slice_index: int = 0
 
 
 def mesh(data, fsdp, model, processes):
@@ -54,6 +55,16 @@ def test_a_batch_that_cannot_be_loaded_in_equal_parts_is_refused(sizes, processe
     message = rf"mesh data={sizes[0]}, fsdp=1, model=2 splits the batch unevenly over 2 processes.*mesh\.model"
     with pytest.raises(UserError, match=message):
         check_batch(12, mesh(*sizes, processes))
+
+
+def test_devices_of_hosts_are_no_slices_but_on_tpus():
+    def devices(platform):
+        return [Device(i, i // 4, platform=platform, slice_index=i // 4) for i in range(8)]
+
+    sizes = {"data": 1, "fsdp": 8, "model": 1}
+    assert make_mesh(sizes, devices("gpu")).shape["fsdp"] == 8
+    with pytest.raises(UserError, match="data=1 must be a multiple of the 2 slices"):
+        make_mesh(sizes, devices("tpu"))
 
 
 def test_one_process_loads_all():

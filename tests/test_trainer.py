@@ -213,6 +213,22 @@ def test_writer_drops_what_a_resumed_run_writes_again(tmp_path, monkeypatch, rem
     writer.close()
 
 
+def test_a_checkpoint_finds_the_lines_before_it_written(pairs, tmp_path, monkeypatch):
+    """Also in a bucket: a run that resumes from it after a kill does not make them again."""
+    monkeypatch.setattr(storage, "is_remote", lambda _: True)
+    there = {}
+    save = trainer.Checkpointer.save
+
+    def observed(self, state, position):
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        there[int(state.step)] = [json.loads(line)["step"] for line in lines]
+        save(self, state, position)
+
+    monkeypatch.setattr(trainer.Checkpointer, "save", observed)
+    trainer.run(config(pairs, tmp_path / "run", steps=4, checkpoint__every=2, log__every=1))
+    assert there == {2: [1, 2], 4: [1, 2, 3, 4]}
+
+
 class Step:
     """The result of a step that takes a while and begins when the one before has ended."""
 

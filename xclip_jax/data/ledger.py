@@ -16,6 +16,7 @@ from xclip_jax.run_folder import RunFolder
 
 # Smallest number of samples that the share of bad ones is taken of, so that the first batch cannot stop a run.
 _MIN_SAMPLES = 1000
+_MIN_GATHERED = 1024  # bytes
 
 Entry = dict[str, Any]
 
@@ -30,7 +31,9 @@ def _gather(content: Any) -> list[Any]:
         return [content]
     data = np.frombuffer(json.dumps(content).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.asarray(len(data)))
-    rows = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - len(data))))
+    # One of few lengths, each of which is compiled once.
+    length = max(_MIN_GATHERED, 1 << (int(sizes.max()) - 1).bit_length())
+    rows = multihost_utils.process_allgather(np.pad(data, (0, length - len(data))))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
@@ -154,5 +157,5 @@ class Ledger:
         self._file.append(*new)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is left; more may be recorded."""
         self._file.close()

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -156,13 +157,20 @@ class _SpreadDuplicates:
     def __init__(self, groups: np.ndarray, seed: int) -> None:
         self.groups, self.seed = groups, seed
         self._epochs: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return _SpreadDuplicates, (self.groups, self.seed)
 
     def __call__(self, position: int, _: Any = None) -> int:
         epoch, offset = divmod(position, len(self.groups))
         order = self._epochs.get(epoch)
         if order is None:
-            order = self._order(epoch)
-            self._epochs = {e: o for e, o in self._epochs.items() if e >= epoch - 1} | {epoch: order}
+            with self._lock:  # the threads that read come to a new epoch together
+                order = self._epochs.get(epoch)
+                if order is None:
+                    order = self._order(epoch)
+                    self._epochs = {e: o for e, o in self._epochs.items() if e >= epoch - 1} | {epoch: order}
         return int(order[offset])
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -346,8 +354,10 @@ def batches(
         # The buffered ones, one that is being written, and the worker's share of those that the loop keeps.
         depth = WORKER_BUFFER + 1 + math.ceil(IN_FLIGHT / config.workers)
         reader = dataclasses.replace(reader, pool=SharedBatchPool(reader.spec, config.workers, depth))
-    # Grain's elements are batches here; its options are the number that are read at once, and that are buffered.
-    options = grain.ReadOptions(0, 0) if config.workers else grain.ReadOptions(config.threads, config.buffer)
+    # Grain's elements are batches here; its options are the number that are read at once, and that are buffered, which
+    # count those that are being read.
+    buffer = max(config.threads, config.buffer)
+    options = grain.ReadOptions(0, 0) if config.workers else grain.ReadOptions(config.threads, buffer)
     dataset = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
     if config.workers:
         if not flags.FLAGS.is_parsed():

@@ -34,7 +34,8 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
             f"mesh {dict(sizes)} does not fit {len(devices)} devices: the sizes of {', '.join(AXES)} must multiply to "
             f"{len(devices)}; set one of them to -1 for the rest."
         )
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # Devices of other platforms may have a slice_index too, such as a GPU that of its host.
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
     # Auto axes: sharding constraints do not work with the default, Explicit.
     types = (AxisType.Auto,) * len(AXES)
     # An axis of 8 has no physical axis of its own in a torus of 4 x 4 x 4.

@@ -114,7 +114,7 @@ class MetricLogger:
         self._collapse = CollapseMonitor(job.experiment.objective.alarms, job.config.log.collapse_warmup_steps)
         self._flops, self._peak = _flops_and_peak(job)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._writer, self._trackers, before = None, None, []
+        self._writer, self._trackers, self._opened, before = None, None, False, []
         if jax.process_index() == 0:
             before = job.folder.read_metrics()
             # A run that resumes at its last step makes the last evaluation again.
@@ -191,7 +191,9 @@ class MetricLogger:
     def _write(self, step: int, scalars: Mapping[str, float]) -> None:
         if self._writer and self._trackers:
             self._writer.write(step, scalars)
-            self._trackers.log(step, scalars)
+            opens, self._opened = not self._opened, True  # TensorBoard's packages, which take seconds
+            with self.pause() if opens else contextlib.nullcontext():
+                self._trackers.log(step, scalars)
 
     def end_evaluation(self, step: int, results: Sequence[Result]) -> None:
         """Hand the results of all sets to the callbacks."""
@@ -218,17 +220,21 @@ class MetricLogger:
         finally:
             self._goodput.lose(time.perf_counter() - began)
 
-    def close(self) -> None:
-        """Log and write what is left."""
+    def write(self) -> None:
+        """Log what is left, and write what waits in memory, as lines of files in a bucket do."""
         self.flush()
-        self.stalls.close()
         self.ledger.close()
         self.skipped.close()
+        if self._writer:
+            self._writer.close()
+
+    def close(self) -> None:
+        """Log and write what is left, and end the thread of the stalls."""
+        self.write()
+        self.stalls.close()
         if self.ledger.bad:
             counts = ", ".join(f"{reason}: {count:,}" for reason, count in self.ledger.counters["bad"].items())
             log0(f"bad samples so far: {counts}; see {self.ledger.path}")
-        if self._writer:
-            self._writer.close()
 
     def end(self, step: int) -> None:
         """Show the run's report, where it has one, in the trackers, and end them: they get nothing more."""

@@ -39,7 +39,7 @@ def train(
 
     def save(*, regular: bool = False) -> None:
         watch.enter(CHECKPOINT)
-        log.flush()
+        log.write()  # what a checkpoint has counted is not made again by a run that resumes from it
         # Steps that are skipped one after another have the same parameters, and push the checkpoints before out.
         if regular and log.skipped.in_a_row:
             return

@@ -120,7 +120,7 @@ class SkippedSteps:
         return max(regular or usable)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is left; more may be counted."""
         self._file.close()
 
     def _add(self, step: int, values: dict[str, float]) -> None:

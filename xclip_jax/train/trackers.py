@@ -49,7 +49,7 @@ class TensorBoard:
 
     @functools.cached_property
     def _writer(self) -> Any:
-        """Opened with the first scalars, while the devices compute: it imports torch where there is one: seconds."""
+        """Opened with the first scalars, behind the first step: it imports torch where there is one, for seconds."""
         from tensorboardX import SummaryWriter
 
         # A bounded queue blocks for ever, at exit too, when an error of the disk has ended the thread that empties it.
