@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -44,14 +45,10 @@ def batch(kind: str) -> tuple[np.ndarray, np.ndarray]:
     return images, captions.tokens(lengths, CONTEXT[kind], VOCAB)
 
 
-def ours(objective: str, kind: str, groups: str) -> Callable[[], float]:
-    """Take one step of xclip_jax and return its loss."""
-    import jax
-
+def config_of(objective: str, kind: str, groups: str) -> Any:
+    """Return our config of the model and batch."""
     from xclip_jax.configs import common
     from xclip_jax.models.text import TextTowerConfig
-    from xclip_jax.parallel.mesh import batch_sharding
-    from xclip_jax.train import build, state
 
     config = common.base(objective, "Ti/12")
     config.steps, config.optim.warmup, config.data.batch = 1000, 0, BATCH
@@ -65,7 +62,17 @@ def ours(objective: str, kind: str, groups: str) -> Callable[[], float]:
     for tower, sizes in TOWERS.items():
         config.model[tower].update(sizes, scan=False)
     config.model.cluster_head.update(clusters=CLUSTERS, hidden=HIDDEN)
-    experiment = build.build(config)
+    return config
+
+
+def ours(objective: str, kind: str, groups: str) -> Callable[[], float]:
+    """Take one step of xclip_jax and return its loss."""
+    import jax
+
+    from xclip_jax.parallel.mesh import batch_sharding
+    from xclip_jax.train import build, state
+
+    experiment = build.build(config_of(objective, kind, groups))
     current = [state.create(experiment.init, experiment.abstract)]
     image, text = (jax.device_put(x, batch_sharding(experiment.mesh)) for x in batch(kind))
 
