@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -186,7 +187,10 @@ class Study:
     def command(self) -> str:
         """The command that runs it."""
         name = "" if self.name == DEFAULT else f" --study {self.name}"
-        return f"python -m xclip_jax.study{name}" + (f" --recipe {self.recipe}" if self.recipe else "")
+        recipe = f" --recipe {shlex.quote(self.recipe)}" if self.recipe else ""
+        # The folder `docs` has the page of the study's own recipe.
+        folder = " --docs FOLDER" if self.recipe and self.name == DEFAULT else ""
+        return f"python -m xclip_jax.study{name}{recipe}{folder}"
 
     def sets_of(self, arm: Arm) -> tuple[str, ...]:
         """Return the validation sets of an arm."""
