@@ -1,8 +1,12 @@
 """Run files of studies, made up for tests."""
 
+import json
+
 from xclip_jax.config import schema
 from xclip_jax.evaluators.provenance import VALIDATION, Provenance
-from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators.result import Result, to_json
+from xclip_jax.run_folder import RunFolder
+from xclip_jax.storage import write_json
 from xclip_jax.study import records
 from xclip_jax.study.matrix import Snapshot
 
@@ -32,6 +36,25 @@ def record(run, value, *, validation=None, commit="0" * 40, seconds=100.0, error
         results=[] if error else results,
         error=error,
     )
+
+
+def write_folder(path, saved, *, value=7.0, commits=("a" * 40,), results=True):
+    """Make the folder of a finished run with this nested config, or one without results; commits are of its starts."""
+    folder = RunFolder(str(path))
+    path.mkdir(exist_ok=True)
+    first, *later = [{"commit": commit, "versions": {"jax": "1"}} for commit in commits]
+    starts = [{"step": 1, "environment": environment} for environment in later]
+    write_json(folder.config_file, {"config": saved, "environment": first, "starts": starts})
+    folder.metrics_file.write_text(json.dumps({"step": 1, "loss": 1.0, "samples_per_second": 32.0}) + "\n")
+    role, sets = Provenance(role=VALIDATION), saved["eval"]
+    made = [Result(name, "zeroshot", "top1", value, headline=True, protocol=role) for name in sets["sets"]]
+    made += [Result(name, "zeroshot", "top1", value, headline=True) for name in sets["final_sets"]]
+    last = {"commit": commits[-1], "versions": {"jax": "1"}}
+    if results:
+        write_json(
+            folder.results_file,
+            {"results": {}, "records": to_json(made), "environment": last, "seconds": 1.0, "config": saved},
+        )
 
 
 def finished(matrix, values):

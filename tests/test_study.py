@@ -261,10 +261,11 @@ def test_a_run_is_collected_from_its_folder(tmp_path):
     assert len(r.results) == 1 and "run" not in r.config
 
 
-def test_tuning_on_sets_that_are_not_for_validation_is_refused(tmp_path):
+@pytest.mark.parametrize("section", ["tuning", "factors"])
+def test_candidates_on_sets_that_are_not_for_validation_are_refused(tmp_path, section):
     run_folder(tmp_path, ["validation_by_name"], "")
-    with pytest.raises(UserError, match="arm 'clip' is tuning and was evaluated on validation_by_name, not for valid"):
-        records.collect(tmp_path, section="tuning", **ABOUT)
+    with pytest.raises(UserError, match=f"arm 'clip' is {section} and was evaluated on validation_by_name, not for"):
+        records.collect(tmp_path, section=section, **ABOUT)
     assert records.collect(tmp_path, section="core", **ABOUT).results
 
 

@@ -4,19 +4,16 @@ import json
 
 import pytest
 
-from tests.study_records import finished
+from tests.study_records import finished, write_folder
 from xclip_jax.config import schema
 from xclip_jax.config.load import load_config
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
-from xclip_jax.evaluators.provenance import VALIDATION, Provenance
 from xclip_jax.evaluators.published_sets import PAPER
-from xclip_jax.evaluators.result import Result, to_json
-from xclip_jax.run_folder import RunFolder
-from xclip_jax.storage import write_json
 from xclip_jax.study import cc12m, records
 from xclip_jax.study.collect import collect
 from xclip_jax.study.matrix import Matrix, Snapshot
+from xclip_jax.study.worker import DIVERGED
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +32,9 @@ def test_the_declared_study(matrix):
         registry.check(name)
 
 
-def folder_of(path, config):
-    """A finished run's folder, as a launch script would leave it."""
-    saved = schema.to_dict(schema.resolve(config))
-    folder = RunFolder(str(path))
-    path.mkdir()
-    write_json(folder.config_file, {"config": saved, "environment": {"commit": "a" * 40, "versions": {"jax": "1"}}})
-    folder.metrics_file.write_text(json.dumps({"step": 1, "loss": 1.0, "samples_per_second": 32.0}) + "\n")
-    role = Provenance(role=VALIDATION)
-    results = [Result(name, "zeroshot", "top1", 7.0, headline=True, protocol=role) for name in config.eval.sets]
-    results += [Result(name, "zeroshot", "top1", 7.0, headline=True) for name in config.eval.final_sets]
-    environment = {"commit": "a" * 40, "versions": {"jax": "1"}}
-    write_json(
-        folder.results_file,
-        {"results": {}, "records": to_json(results), "environment": environment, "seconds": 1.0, "config": saved},
-    )
+def folder_of(path, config, **options):
+    """A run's folder, as a launch script would leave it."""
+    write_folder(path, schema.to_dict(schema.resolve(config)), **options)
     return str(path)
 
 
@@ -63,6 +48,7 @@ def test_runs_made_elsewhere_are_collected_and_choose_recipes(matrix, tmp_path):
     [record] = records.read_all(runs).values()
     assert path.name.startswith("tuning_clip_lr0.002_w2000-s100-") and record.section == "tuning"
     assert (record.commit, record.value("imagenet_minival", "top1")) == ("a" * 40, 7.0)
+    assert record.environment["workers"] is None
     with pytest.raises(UserError, match="exists: this run is finished"):
         list(collect(matrix, runs, [str(tmp_path / "candidate")]))
     with pytest.raises(UserError, match="arm 'clip' takes over the best recipe of clip, and not all of its candidates"):
@@ -84,6 +70,48 @@ def test_what_cannot_be_collected_is_one_sentence(matrix, tmp_path):
     other = folder_of(tmp_path / "other", load_config("study_cc12m:epochs=1"))
     with pytest.raises(UserError, match="has the config of no run of study 'cc12m'; start runs by its config file"):
         list(collect(matrix, tmp_path / "runs", [other]))
+
+
+def candidate(lr=0.002):
+    return load_config(f"study_cc12m:seed={cc12m.TUNING_SEEDS[0]},arm=tuning_clip_lr{lr:g}_w2000")
+
+
+def test_all_commits_of_a_run_are_recorded(matrix, tmp_path):
+    first, later = "a" * 40, "b" * 40
+    resumed = folder_of(tmp_path / "resumed", candidate(), commits=(first, later))
+    list(collect(matrix, tmp_path / "runs", [resumed]))
+    [record] = records.read_all(tmp_path / "runs").values()
+    assert record.commit == f"{first}, {later}"
+
+    changed = folder_of(tmp_path / "changed", candidate(0.001), commits=(first, f"{later}-dirty", first))
+    unknown = folder_of(tmp_path / "unknown", candidate(0.004), commits=("unknown",))
+    for folder, name in ((changed, f"{later}-dirty"), (unknown, "unknown")):
+        with pytest.raises(UserError, match=rf"by code that is not that of a commit \({name}\)"):
+            list(collect(matrix, tmp_path / "runs", [folder]))
+    list(collect(matrix, tmp_path / "runs", [changed], allow_dirty=True))
+    list(collect(matrix, tmp_path / "runs", [unknown], commit=later))
+    commits = {record.commit for record in records.read_all(tmp_path / "runs").values()}
+    assert commits == {f"{first}, {later}", f"{first}, {later}-dirty", later}
+
+
+def test_runs_that_diverged_are_collected_as_such(matrix, tmp_path):
+    """By the mark that the study's own processes leave, or by the word of whoever collects."""
+    runs, why = tmp_path / "runs", "loss of step 3 is nan"
+    marked = folder_of(tmp_path / "marked", candidate(), results=False)
+    with pytest.raises(UserError, match="is not a finished run"):
+        list(collect(matrix, runs, [marked]))
+    (tmp_path / "marked" / DIVERGED).write_text(json.dumps({"error": why}))
+    unmarked = folder_of(tmp_path / "unmarked", candidate(0.004), results=False)
+    list(collect(matrix, runs, [marked]))
+    list(collect(matrix, runs, [unmarked], diverged="it said so"))
+    assert [(r.error, list(r.results)) for r in records.read_all(runs).values()] == [(why, []), ("it said so", [])]
+    with pytest.raises(UserError, match="has results; --diverged is for runs that ended without"):
+        list(collect(matrix, runs, [folder_of(tmp_path / "done", candidate(0.001))], diverged="it said so"))
+
+
+def test_another_recipe_is_named_in_the_commands():
+    assert cc12m.study().command == "python -m xclip_jax.study --study cc12m"
+    assert cc12m.study("study_cc12m:root=/a").command.endswith("--study cc12m --recipe study_cc12m:root=/a")
 
 
 @pytest.mark.parametrize(

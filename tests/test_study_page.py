@@ -15,7 +15,7 @@ from tests.study_records import CORE, TUNED, finished, record
 from tests.study_sets import TEST_SET, VALIDATION_SET
 from xclip_jax.config import load
 from xclip_jax.study import cc12m, icons, page, records, schedule, verdicts
-from xclip_jax.study.declaration import Claim, Part
+from xclip_jax.study.declaration import Arm, Claim, Measure, Part
 from xclip_jax.study.matrix import Matrix, Snapshot
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -45,7 +45,10 @@ def claimed(a, b, **options):
         ((23.0, 18.4, 21.8, 19.1, 22.2), {}, "undecided", 3),
         ((20.1, 19.9, 20.2, 19.8, 20.0), {"margin": 1.0}, "holds", 5),
         ((20.1, 19.9, 20.2, 19.8, 20.0), {}, "undecided", 2),
-        ((19.5, 19.4, 19.6, 19.5, 19.4), {"margin": 1.0}, "fails", 5),
+        ((19.5, 19.4, 19.6, 19.5, 19.4), {"margin": 1.0}, "holds", 5),
+        ((18.9, 19.2, 18.8, 19.1, 19.0), {"margin": 1.0}, "undecided", 2),
+        ((18.5, 18.4, 18.6, 18.5, 18.4), {"margin": 1.0}, "fails", 0),
+        ((21.5, 21.6, 21.4, 21.5, 21.6), {"margin": 1.0, "better": False}, "fails", 0),
         ((22.0, 22.0), {}, "undecided", 2),
         ((22.0,), {}, "undecided", 1),
     ],
@@ -66,6 +69,31 @@ def test_a_claim_is_as_good_as_its_parts():
     judged = [verdicts.judge(snapshot, Claim("", chosen)).verdict for chosen in (parts[:1], parts[1:], parts)]
     assert judged == ["holds", "fails", "fails"]
     assert verdicts.judge(Snapshot(m, {}), Claim("", parts)).verdict == "undecided"
+
+
+def test_a_part_of_a_claim_that_does_not_hold_is_shown_after_correction():
+    """The same numbers hold alone, and with a part that holds too; beside one that does not p counts for both."""
+    seeds = (0, 1, 2, 3)
+    of_arms = tuple(dataclasses.replace(arm, seeds=seeds) for arm in study_tiny.study(tuned=False).arms)
+    m = study_tiny.matrix(tuned=False, arms=of_arms)
+    up, down = Part("up", "xclip", "clip", "top1"), Part("down", "xclip", "clip", "top1", better=False)
+    wide = Part("not far down", "xclip", "clip", "top1", margin=9.0)
+
+    def verdicts_of(differences, *parts):
+        values = {"clip": dict.fromkeys(seeds, 20.0), "xclip": {i: 20 + x for i, x in enumerate(differences)}}
+        judged = verdicts.judge(Snapshot(m, finished(m, values)), Claim("It is better.", parts))
+        return judged, [part.verdict for part in judged.parts]
+
+    weak, strong = (0.4, 1.2, 2.3, 2.1), (1.9, 2.0, 2.1, 2.0)  # p of 0.043, and far below 0.05
+    nothing = Part("the loss differs", "xclip", "clip", "loss")
+    assert verdicts_of(weak, up)[1] == ["holds"] and verdicts_of(weak, up, wide)[1] == ["holds", "holds"]
+    judged, of_parts = verdicts_of(weak, up, nothing)
+    assert (judged.verdict, of_parts) == ("undecided", [verdicts.UNCORRECTED, "undecided"])
+    assert judged.parts[0].p < 0.05 < judged.parts[0].p_holm == pytest.approx(2 * judged.parts[0].p)
+    assert verdicts_of(strong, up, nothing)[1] == ["holds", "undecided"]
+    # The margin counts in the correction too: far above it a part is shown in a claim that fails.
+    assert verdicts_of(weak, wide, nothing)[1] == ["holds", "undecided"]
+    assert verdicts_of(strong, wide, down)[1] == ["holds", "fails"]
 
 
 def test_lower_is_better_and_ratios_are_geometric():
@@ -93,8 +121,11 @@ def test_the_page_is_the_same_from_the_same_files(tmp_path):
     assert pages[0] == pages[1]
     assert sorted(pages[0]) == ["contrastive_loss.svg", "differences.svg", "dose_data.svg", "study.md"]
     text = pages[0]["study.md"].decode()
-    assert "All 8 runs of arms are finished" in text and "lr 0.002 **chosen**" in text
-    assert "| xCLIP less CLIP | top-1 | +4.5 [-1.9, +10.9] | 2 | 2 of 2 | 0.0704 | 0.5000 | undecided |" in text
+    assert "All 6 runs have a file." in text and "lr 0.002 **chosen**" in text and "Interim" not in text
+    row = (
+        "| xCLIP less CLIP | top-1 | +4.5 [-1.9, +10.9] | 2 | 2 of 2 | 0.0704 | 0.0704 | 1.0000 | 0.5000 | undecided |"
+    )
+    assert row in text
     for name, svg in pages[0].items():
         if name.endswith(".svg"):
             assert xml.etree.ElementTree.fromstring(svg).tag.endswith("svg")
@@ -104,7 +135,10 @@ def test_the_page_is_the_same_from_the_same_files(tmp_path):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({}, "**0 of 8 runs of arms are finished**"),
+        ({}, "**0 runs have a file, 6 are missing.**"),
+        (TUNED, "**2 runs have a file, 4 are missing.**"),
+        (TUNED, "**Interim: 0 of 2 seeds**"),
+        (TUNED | {"clip": CORE["clip"]}, "**Interim: 0 of 2 seeds**"),
         (TUNED, "* core, arms with seeds: `clip` (0, 1), `xclip` (0, 1)"),
         (TUNED | {"clip": CORE["clip"]}, "| xCLIP | 0 of 2 | - | - |"),
     ],
@@ -113,6 +147,46 @@ def test_the_page_says_what_is_missing(values, words):
     m = study_tiny.matrix()
     text = page.render(Snapshot(m, finished(m, values)), {})
     assert words in text and "Undecided at this scale" in text
+
+
+def test_what_is_missing_is_said_beside_the_verdicts():
+    more = Arm("clip_longer", "", "controls", "tiny:objective=clip", {}, (0, 1), length=2.0)
+    m = study_tiny.matrix(tuned=False, arms=(*study_tiny.study(tuned=False).arms, more), scope="On grey")
+    made = finished(m, CORE)
+    text = page.render(Snapshot(m, made), {})
+    assert "Interim" not in text and "**2 of 2 runs of controls are missing**" in text.partition("### Claim 1")[0]
+    second = next(key for key, r in made.items() if (r.arm, r.seed) == ("xclip", 1))
+    part = Snapshot(m, {key: r for key, r in made.items() if key != second})
+    assert "**Interim: 1 of 2 seeds**" in page.render(part, {})
+    assert "Interim: 1 of 2 seeds. On grey." in page.finding(part).splitlines()
+
+
+def test_choices_are_shown_by_seed_and_without_each():
+    m = study_tiny.matrix(tuned=False, claims=(
+        Claim("Any is better.", (Part("top-1 is higher", "any", "clip", "top1"),), all_choices=True),))  # fmt: skip
+    snapshot = Snapshot(m, finished(m, {"clip": {0: 20.0, 1: 22.0}, "xclip": {0: 23.0, 1: 21.0}}))
+    assert [snapshot.choice("any", without=seed) for seed in (None, 0, 1)] == ["xclip", "clip", "xclip"]
+    text = page.render(snapshot, {})
+    assert "| xCLIP **chosen** | 22.00 | 23.00 | 21.00 |" in text and "is chosen in 1 of 2 cases" in text
+    others = text.partition("without a verdict:")[2].partition("###")[0]
+    assert "| CLIP less CLIP |" in others and "xCLIP less" not in others
+
+
+def test_measures_have_items_and_chance_of_the_run_files():
+    m = study_tiny.matrix(measures=(Measure("top1", "top-1", TEST_SET, what="shades by name"),
+                                    study_tiny.study().measure("loss")))  # fmt: skip
+    assert "| top-1 | shades by name | - | - |" in page.render(Snapshot(m, {}), {})
+    assert "| top-1 | shades by name | 24 | 25.0 |" in page.render(Snapshot(m, finished(m, TUNED | CORE)), {})
+
+
+def test_commits_have_their_arms_and_seeds():
+    m = study_tiny.matrix(tuned=False, commits="They differ in nothing.")
+    first, later = "a" * 40, "b" * 40 + "-dirty"
+    of_run = {("clip", 0): first, ("xclip", 0): first, ("clip", 1): first, ("xclip", 1): f"{first}, {later}"}
+    made = {k: dataclasses.replace(r, commit=of_run[r.arm, r.seed]) for k, r in finished(m, CORE).items()}
+    text = page.render(Snapshot(m, made), {})
+    assert "| aaaaaaaa | `clip` (0, 1), `xclip` (0) |" in text and "They differ in nothing." in text
+    assert "| aaaaaaaa \u2192 bbbbbbbb-dirty | `xclip` (1) |" in text
 
 
 def test_diverged_runs_are_listed():
@@ -201,7 +275,7 @@ def test_the_readme_has_the_finding(tmp_path):
 
 def test_the_finding_is_a_plot_and_a_sentence_for_each_claim(tmp_path):
     m = study_tiny.matrix()
-    assert "under way, 0 of 8 runs are finished and none of the core" in page.finding(Snapshot(m, {}))
+    assert "under way, 0 of 6 runs are finished and none of the core" in page.finding(Snapshot(m, {}))
     snapshot = Snapshot(m, finished(m, TUNED | {"clip": 1.0, "xclip": 2.0}))
     readme = tmp_path / "README.md"
     readme.write_text(f"# A\n\n{page.START}\nold\n{page.END}\n\nB\n")

@@ -11,9 +11,10 @@ import time
 import pytest
 
 from tests import study_tiny, tiny
+from tests.study_records import finished, record, write_folder
 from tests.study_sets import TEST_SET
 from xclip_jax.errors import Diverged, UserError
-from xclip_jax.study import records, runner, worker
+from xclip_jax.study import __main__, page, records, runner, worker
 from xclip_jax.study.declaration import Arm
 from xclip_jax.study.matrix import Snapshot
 from xclip_jax.train.interrupt import EXIT_RESUMABLE
@@ -59,14 +60,14 @@ def test_killed_resumed_and_written_again_byte_for_byte(tmp_path, pairs):
     assert done.returncode == 0, done.stdout + done.stderr
     output = next(scratch.glob("tuning_0.001-s9-*/output.log")).read_text()
     assert "saving, then stopping" in output and "resuming at step" in output
-    finished = records.read_all(docs / "study" / "runs")
-    assert sorted(r.file_name.rpartition("-")[0] for r in finished.values()) == [
+    made = records.read_all(docs / "study" / "runs")
+    assert sorted(r.file_name.rpartition("-")[0] for r in made.values()) == [
         "clip-s0", "clip-s1", "tuning_0.001-s9", "tuning_0.002-s9", "xclip-s0", "xclip-s1",
     ]  # fmt: skip
-    for r in finished.values():
+    for r in made.values():
         assert r.curve["step"][-1] == 40 and len(r.curve["step"]) == records.CURVE_POINTS
         assert (r.value(TEST_SET, "") is None) == (r.section == "tuning")
-    assert "All 8 runs of arms are finished" in (docs / "study.md").read_text()
+    assert "All 6 runs have a file." in (docs / "study.md").read_text()
     assert "6 of 6 runs" not in done.stdout and "[1 of 6 runs" in done.stdout
 
     # In another checkout with the files nothing is left to run, and the page is the same, by either command.
@@ -127,6 +128,169 @@ def test_another_command_in_the_same_folder_is_refused(tmp_path, source, monkeyp
         small(tmp_path).run()
 
 
+class Done:
+    """In place of a run's process: has left a finished run, or a status."""
+
+    status, before, results = 0, None, True
+
+    def __init__(self, command, **_):
+        self.returncode, folder = self.status, pathlib.Path(command[3])
+        config = json.loads((folder / worker.REQUEST).read_text())["config"]
+        if self.status == 0 and not (folder / "results.json").exists():
+            write_folder(folder, config, value=Done.value, results=self.results)
+        if self.before:
+            self.before(folder)
+
+    def poll(self):
+        return self.returncode
+
+    wait = poll
+
+
+@pytest.fixture
+def done(monkeypatch, source):
+    """Processes of runs are `Done`, and the code is of the commits that the list has, the last one for ever."""
+    commits = ["first"]
+    monkeypatch.setattr(runner.subprocess, "Popen", Done)
+    monkeypatch.setattr(runner, "code_version", lambda: commits.pop(0) if len(commits) > 1 else commits[0])
+    monkeypatch.setattr(runner, "same_code", lambda a, b: a == b)
+    monkeypatch.setattr(runner, "_POLL", 0.01)
+    monkeypatch.setattr(Done, "value", 7.0, raising=False)
+    return commits
+
+
+ONE = (Arm("one", "", "core", "tiny:objective=clip", {}, (0,)),)
+
+
+def only_record(tmp_path):
+    (made,) = records.read_all(tmp_path / "runs").values()
+    return made
+
+
+def test_a_kept_run_without_its_file_is_run_again(tmp_path, done, monkeypatch):
+    small(tmp_path, ONE, keep=True).run()
+    (path,) = (tmp_path / "runs").iterdir()
+    path.unlink()
+    monkeypatch.setattr(Done, "value", 8.0)
+    small(tmp_path, ONE).run()
+    assert only_record(tmp_path).value(TEST_SET, "") == 8.0
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == [".lock"]
+
+
+def test_a_run_that_ended_while_nobody_looked_is_read(tmp_path, done, monkeypatch):
+    """The command was killed between the end of a run and its run file: nothing is trained twice."""
+    with monkeypatch.context() as patched:
+        patched.setattr(runner.Runner, "_record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            small(tmp_path, ONE).run()
+    monkeypatch.setattr(Done, "value", 8.0)
+    small(tmp_path, ONE).run()
+    assert only_record(tmp_path).value(TEST_SET, "") == 7.0
+
+
+def test_a_mark_of_an_earlier_start_does_not_count(tmp_path, done, monkeypatch):
+    def mark(folder):
+        (folder / worker.DIVERGED).write_text(json.dumps({"error": "loss of step 3 is nan"}))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Done, "before", staticmethod(mark))
+        patched.setattr(Done, "status", 1)
+        patched.setattr(runner.pathlib.Path, "read_text", reading("error: killed"))
+        with pytest.raises(UserError, match="1 runs failed"):
+            small(tmp_path, ONE).run()
+    small(tmp_path, ONE).run()
+    assert not only_record(tmp_path).error
+
+
+def reading(text, original=pathlib.Path.read_text):
+    """Path.read_text, with this text in logs."""
+    return lambda path, *a, **k: text if path.name == "output.log" else original(path, *a, **k)
+
+
+@pytest.mark.parametrize(("commits", "recorded"), [(["a", "a", "a"], "a"), (["a", "b"], "a, b")])
+def test_the_commit_is_read_at_both_ends(tmp_path, done, commits, recorded):
+    done[:] = commits
+    small(tmp_path, ONE).run()
+    assert only_record(tmp_path).commit == recorded
+
+
+def test_a_file_that_another_command_wrote_meanwhile_stays(tmp_path, done, monkeypatch, capsys):
+    matrix = small(tmp_path, ONE).matrix
+    (run,) = Snapshot(matrix, {}).runs
+
+    def write(folder):
+        records.write(tmp_path / "runs", record(run, 1.0))
+
+    monkeypatch.setattr(Done, "before", staticmethod(write))
+    assert small(tmp_path, ONE).run()
+    assert only_record(tmp_path).value(TEST_SET, "") == 1.0
+    assert "one, seed 0: has a run file already" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == [".lock"]
+
+
+def test_a_run_whose_file_came_meanwhile_is_not_started(tmp_path, done, monkeypatch):
+    """The first run's end finds the second one's file, which another command has written."""
+    two = (*ONE, Arm("two", "", "core", "tiny:objective=nclip", {}, (0,)))
+    second = Snapshot(small(tmp_path, two).matrix, {}).runs[1]
+    started = []
+
+    def write(folder):
+        started.append(folder.name[:3])
+        records.write(tmp_path / "runs", record(second, 1.0))
+
+    monkeypatch.setattr(Done, "before", staticmethod(write))
+    assert small(tmp_path, two).run()
+    assert started == ["one"] and len(records.read_all(tmp_path / "runs")) == 2
+
+
+def test_commits_with_the_same_code(tmp_path):
+    def git(*arguments):
+        identity = ("-c", "user.name=x", "-c", "user.email=x@x")
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    def commit(name):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+        git("add", ".")
+        git("commit", "-m", "x")
+        return git("rev-parse", "HEAD")
+
+    git("init")
+    first, docs, code = commit("xclip_jax/a.py"), commit("docs/a.md"), commit("xclip_jax/b.py")
+    assert runner.same_code(first, docs, tmp_path) and not runner.same_code(docs, code, tmp_path)
+    assert not runner.same_code(first, f"{docs}-dirty", tmp_path) and not runner.same_code("unknown", code, tmp_path)
+
+
+def test_after_failed_runs_the_page_is_written(tmp_path, source, monkeypatch, capsys):
+    def fail(self):
+        raise UserError("1 runs failed; the same command tries again.")
+
+    monkeypatch.setattr(__main__.icons, "study", lambda: study_tiny.study())
+    monkeypatch.setattr(__main__, "load_config", study_tiny.load)
+    monkeypatch.setattr(__main__.Runner, "run", fail)
+    docs = tmp_path / "docs"
+    with pytest.raises(SystemExit, match="error: 1 runs failed"):
+        __main__.main(["--docs", str(docs), "--scratch", str(tmp_path / "scratch")])
+    assert (docs / "study.md").exists()
+
+
+def test_another_recipe_does_not_replace_the_page_or_the_finding(tmp_path, monkeypatch):
+    before = (ROOT / "docs" / "study.md").read_bytes()
+    with pytest.raises(SystemExit, match="pass --docs FOLDER for others"):
+        __main__.main(["--page", "--recipe", "icons:steps=9"])
+    assert (ROOT / "docs" / "study.md").read_bytes() == before
+    monkeypatch.setattr(__main__.icons, "study", lambda recipe: study_tiny.study(recipe=recipe))
+    monkeypatch.setattr(__main__, "load_config", study_tiny.load)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{page.START}\nold\n{page.END}\n")
+    __main__.main(["--page", "--recipe", "icons:steps=9", "--docs", str(tmp_path / "docs")])
+    text = (tmp_path / "docs" / "study.md").read_text()
+    assert "python -m xclip_jax.study --recipe icons:steps=9 --docs FOLDER --page" in text
+    assert "old" in readme.read_text()
+
+
 @pytest.mark.slow
 def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, source, monkeypatch):
     sources = {"data.sources": (f"folder:{tmp_path / 'missing'}",)}
@@ -164,13 +328,11 @@ def test_an_interrupt_stops_the_command(tmp_path, pairs):
     assert process.returncode == EXIT_RESUMABLE and "stopping: SIGINT; runs in progress are saved" in output
     folder = next((tmp_path / "scratch").glob("tuning_0.001-*"))
     assert list((folder / "checkpoints").iterdir())
-    assert "**0 of 8 runs of arms are finished**" in (tmp_path / "docs" / "study.md").read_text()
+    assert "**0 runs have a file, 6 are missing.**" in (tmp_path / "docs" / "study.md").read_text()
 
 
 def test_a_finished_run_is_not_run_again(tmp_path, source):
     matrix = study_tiny.matrix(tuned=False)
-    from tests.study_records import finished
-
     for r in finished(matrix, {"clip": 1.0, "xclip": 2.0}).values():
         records.write(tmp_path / "runs", r)
     assert small(tmp_path).run()

@@ -28,7 +28,7 @@ from xclip_jax.study.matrix import Matrix, Snapshot
 from xclip_jax.study.runner import HOME, Runner
 from xclip_jax.train.interrupt import EXIT_RESUMABLE
 
-STUDIES = {"icons": icons.study, "cc12m": cc12m.study}
+STUDIES = {"icons": icons, "cc12m": cc12m}  # their function `study` makes the declaration
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -41,6 +41,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print the matrix and run nothing")
     parser.add_argument("--page", action="store_true", help="write the page and run nothing")
     parser.add_argument("--collect", nargs="+", metavar="RUN", help="write run files of these finished runs' folders")
+    parser.add_argument("--diverged", default="", metavar="WHY", help="of --collect: why runs ended without results")
     parser.add_argument("--allow-dirty", action="store_true", help="run code that is not committed; run files say so")
     parser.add_argument("--commit", default="", help="commit of the code, where it is not in a git checkout")
     parser.add_argument("--keep", action="store_true", help="keep the folders of finished runs")
@@ -49,15 +50,21 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _runner(matrix: Matrix, runs: pathlib.Path, only: Sequence[str], flags: argparse.Namespace) -> Runner:
+    options = {"max_hours": flags.max_hours, "workers": flags.workers, "keep": flags.keep, "commit": flags.commit}
+    return Runner(matrix, runs, pathlib.Path(flags.scratch), only=only, allow_dirty=flags.allow_dirty, **options)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     flags = _arguments(argv)
     logging.set_verbosity(logging.ERROR)
     with exit_with_message():
-        make, docs = STUDIES[flags.study], pathlib.Path(flags.docs)
+        make, docs = STUDIES[flags.study].study, pathlib.Path(flags.docs)
         matrix = Matrix(make(flags.recipe) if flags.recipe else make(), load_config)
-        runs, only = docs / matrix.study.page / "runs", tuple(filter(None, flags.only.split(",")))
-        known = [*SECTIONS, *(arm.name for arm in matrix.study.arms)]
+        study = matrix.study
+        runs, only = docs / study.page / "runs", tuple(filter(None, flags.only.split(",")))
+        known = [*SECTIONS, *(arm.name for arm in study.arms)]
         if unknown := [name for name in only if name not in known]:
             raise UserError(f"--only {unknown[0]!r} is unknown; did you mean {nearest(unknown[0], known)!r}?")
         if flags.workers < 1:
@@ -65,17 +72,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         if flags.dry_run:
             print(schedule.table(matrix, Snapshot(matrix, records.read_all(runs)), only))
             return
-        if flags.collect:
-            for path in collect(matrix, runs, flags.collect, flags.commit):
-                print(path)
-        options = {"max_hours": flags.max_hours, "workers": flags.workers, "keep": flags.keep, "commit": flags.commit}
-        complete = flags.page or bool(flags.collect) or Runner(
-            matrix, runs, pathlib.Path(flags.scratch), only=only, allow_dirty=flags.allow_dirty, **options
-        ).run()  # fmt: skip
+        if study.recipe and study.name == DEFAULT and docs.resolve() == (HOME / "docs").resolve():
+            raise UserError(
+                f"the pages in {docs} and the README's finding are of the study's own recipe, not of "
+                f"--recipe {study.recipe}; pass --docs FOLDER for others."
+            )
+        failed, complete = None, True
+        try:
+            if flags.collect:
+                options = {"commit": flags.commit, "diverged": flags.diverged, "allow_dirty": flags.allow_dirty}
+                for path in collect(matrix, runs, flags.collect, **options):
+                    print(path)
+            elif not flags.page:
+                complete = _runner(matrix, runs, only, flags).run()
+        except UserError as error:  # the page has what is finished
+            failed = error
         snapshot, readme = Snapshot(matrix, records.read_all(runs)), docs.parent / "README.md"
         print(f"page: {page.write(docs, snapshot)}")
-        if matrix.study.name == DEFAULT and readme.exists():
+        if study.name == DEFAULT and not study.recipe and readme.exists():
             page.write_finding(readme, snapshot)
+        if failed:
+            raise failed
         if not complete:
             sys.exit(EXIT_RESUMABLE)
 

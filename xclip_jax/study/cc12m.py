@@ -1,8 +1,9 @@
 """The declared study at scale: the same claims on CC12M with ViT-B/16, for whoever has TPUs. No run has been made."""
 
-from xclip_jax.study.arms import CLASSIFIERS, CONTROLS, OBJECTIVES, OUT_OF_DOMAIN, WEIGHTS, XCLIP, Arms, claims
+from xclip_jax.study.arms import CHOICE, CLASSIFIERS, CONTROLS, OBJECTIVES, OUT_OF_DOMAIN, WEIGHTS, XCLIP, Arms, claims
 from xclip_jax.study.declaration import Measure, Study
 
+RECIPE = "study_cc12m"
 SEEDS, TUNING_SEEDS = (0, 1, 2), (100,)
 # Candidates (learning rate, warm-up) at a fifth of the steps, with a fifth of the warm-up.
 _CANDIDATES = tuple((lr, warmup) for lr in (5e-4, 1e-3, 2e-3, 4e-3) for warmup in (2000, 4000))
@@ -14,16 +15,43 @@ TESTS = (
     "trec", "glue/sst2",
 )  # fmt: skip
 MEASURES = (
-    Measure("zeroshot", "zero-shot, ImageNet", "imagenet", family="zero-shot classification"),
-    Measure("v2", "zero-shot, ImageNet v2", "imagenet_v2", family=f"{OUT_OF_DOMAIN}: ImageNet v2"),
-    Measure("rendition", "zero-shot, ImageNet-R", "imagenet_r", family=f"{OUT_OF_DOMAIN}: ImageNet-R"),
-    Measure("sketch", "zero-shot, ImageNet-Sketch", "imagenet_sketch", family=f"{OUT_OF_DOMAIN}: ImageNet-Sketch"),
-    Measure("adversarial", "zero-shot, ImageNet-A", "imagenet_a", family=f"{OUT_OF_DOMAIN}: ImageNet-A"),
-    Measure("retrieval", "retrieval, COCO", "coco_retrieval", family="retrieval"),
-    Measure("probe", "linear probe, ImageNet", "probe/imagenet", family="visual representation"),
-    Measure("trec", "text probe, TREC", "trec", family="textual representation: TREC"),
-    Measure("sst2", "text probe, SST-2", "glue/sst2", family="textual representation: SST-2"),
-)
+    Measure(
+        "zeroshot", "zero-shot, ImageNet", "imagenet", family="zero-shot classification",
+        what="validation images of ImageNet by class names, with prompts; top-1",
+    ),
+    Measure(
+        "v2", "zero-shot, ImageNet v2", "imagenet_v2", family=f"{OUT_OF_DOMAIN}: ImageNet v2",
+        what="new images of the same classes, collected as ImageNet's were; top-1",
+    ),
+    Measure(
+        "rendition", "zero-shot, ImageNet-R", "imagenet_r", family=f"{OUT_OF_DOMAIN}: ImageNet-R",
+        what="art, cartoons and other renditions of 200 of the classes; top-1",
+    ),
+    Measure(
+        "sketch", "zero-shot, ImageNet-Sketch", "imagenet_sketch", family=f"{OUT_OF_DOMAIN}: ImageNet-Sketch",
+        what="sketches of the same classes; top-1",
+    ),
+    Measure(
+        "adversarial", "zero-shot, ImageNet-A", "imagenet_a", family=f"{OUT_OF_DOMAIN}: ImageNet-A",
+        what="images of 200 of the classes that other models got wrong; top-1",
+    ),
+    Measure(
+        "retrieval", "retrieval, COCO", "coco_retrieval", family="retrieval",
+        what="an image's captions among the captions of all images of the test; recall at 1",
+    ),
+    Measure(
+        "probe", "linear probe, ImageNet", "probe/imagenet", family="visual representation",
+        what="logistic regression on features of training images, tested on validation images; top-1",
+    ),
+    Measure(
+        "trec", "text probe, TREC", "trec", family="textual representation: TREC",
+        what="logistic regression on features of questions: their type; top-1",
+    ),
+    Measure(
+        "sst2", "text probe, SST-2", "glue/sst2", family="textual representation: SST-2",
+        what="logistic regression on features of sentences of film reviews: positive or negative; top-1",
+    ),
+)  # fmt: skip
 _ABOUT = (
     "The claims are those of the abstract of arXiv 2210.09304; its authors' settings are not public. The recipe is "
     "that of `configs/study_cc12m.py`: ViT-B/16 on CC12M, batches of 4096. Every objective has a learning rate and a "
@@ -45,11 +73,12 @@ _THREATS = (
     "Three seeds: intervals are wide, and the exact sign-flip test cannot reach 0.05.",
     "Recipes are the best of eight of one seed at a fifth of the steps; other keys are not tuned.",
     "A third of the links of CC12M are dead: whose tars they are decides what was trained on.",
+    CHOICE,
     "The validation images are of ImageNet, as most of the tests are.",
 )
 
 
-def study(recipe: str = "study_cc12m") -> Study:
+def study(recipe: str = RECIPE) -> Study:
     """Return the study; `recipe` is the config that all arms start from, with the argument "objective"."""
     arms = Arms(recipe, SEEDS, TUNING_SEEDS)
     candidates = dict.fromkeys(OBJECTIVES, _CANDIDATES)
@@ -69,5 +98,6 @@ def study(recipe: str = "study_cc12m") -> Study:
         named={VALIDATION[0]: "zeroshot"},
         controls=CONTROLS,
         threats=_THREATS,
+        recipe="" if recipe == RECIPE else recipe,
         seconds_per_pair=1 / 5000,  # 8 chips of v5e at an MFU of 40 %, by plan
     )

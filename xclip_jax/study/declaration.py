@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ class Measure:
         ratios.
       digits: behind the point.
       family: what of the paper's third claim it stands for, see `arms.claims`; "" for nothing.
+      what: its definition, for people to read.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Measure:
     ratio: bool = False
     digits: int = 1
     family: str = ""
+    what: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +91,16 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A sentence that holds if all of its parts do."""
+    """A sentence that holds if all of its parts do.
+
+    Attributes:
+      text, parts: the sentence, and what it consists of.
+      all_choices: whether the page shows the parts for all arms of a choice, beside the one that was chosen.
+    """
 
     text: str
     parts: Sequence[Part]
+    all_choices: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +149,9 @@ class Study:
       threats: to the validity of the conclusions.
       seconds_per_pair: a first guess, until runs are measured.
       name: of the flag --study.
+      recipe: of the flag --recipe, "" for the study's own.
+      scope: of the finding in a README: on which data and models, in which units.
+      commits: what is to be known of the commits of its runs.
     """
 
     title: str
@@ -162,6 +174,9 @@ class Study:
     threats: Sequence[str] = ()
     seconds_per_pair: float = 2e-3
     name: str = DEFAULT
+    recipe: str = ""
+    scope: str = ""
+    commits: str = ""
 
     @property
     def page(self) -> str:
@@ -171,7 +186,11 @@ class Study:
     @property
     def command(self) -> str:
         """The command that runs it."""
-        return "python -m xclip_jax.study" + ("" if self.name == DEFAULT else f" --study {self.name}")
+        name = "" if self.name == DEFAULT else f" --study {self.name}"
+        recipe = f" --recipe {shlex.quote(self.recipe)}" if self.recipe else ""
+        # The folder `docs` has the page of the study's own recipe.
+        folder = " --docs FOLDER" if self.recipe and self.name == DEFAULT else ""
+        return f"python -m xclip_jax.study{name}{recipe}{folder}"
 
     def sets_of(self, arm: Arm) -> tuple[str, ...]:
         """Return the validation sets of an arm."""

@@ -1,7 +1,7 @@
 """The runs of a declared study: their configs, and those of them that are finished."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -176,17 +176,22 @@ class Snapshot:
         values = {seed: record.value(measure.set, measure.metric) for seed, record in self.finished(arm).items()}
         return {seed: value for seed, value in values.items() if value is not None}
 
-    def choice(self, name: str) -> str | None:
+    def choice(self, name: str, *, without: int | None = None) -> str | None:
         """Return the arm that a name stands for: itself, or of a choice the best arm on validation.
 
-        None while an arm of the choice has no run. Means are over the seeds that all of its arms have.
+        None while an arm of the choice has no run. Means are over the seeds that all of its arms have, but for the seed
+        that is left out by `without`.
         """
         if name not in self.study.choices:
             return name
         of_arms = {arm: self.values(arm, self.study.choose) for arm in self.study.choices[name]}
-        seeds = sorted(set.intersection(*(set(values) for values in of_arms.values())))
+        seeds = [seed for seed in self.seeds(self.study.choices[name], self.study.choose) if seed != without]
         sign = 1 if self.study.choose.higher else -1
         return max(of_arms, key=lambda arm: sign * sum(of_arms[arm][seed] for seed in seeds)) if seeds else None
+
+    def seeds(self, arms: Sequence[str], measure: Measure) -> list[int]:
+        """Return the seeds of which all of the arms have a value."""
+        return sorted(set.intersection(*(set(self.values(arm, measure)) for arm in arms)))
 
     def missing(self) -> list[Run]:
         """Return the runs without a file, those that wait for a recipe too."""

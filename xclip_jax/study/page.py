@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from etils import epath
 
 from xclip_jax.storage import write_whole
-from xclip_jax.study import charts, similarities, verdicts
-from xclip_jax.study.declaration import SECTIONS, Arm, Measure, Study
+from xclip_jax.study import charts, conclusions, provenance, similarities, verdicts
+from xclip_jax.study.declaration import Arm, Measure, Study
 from xclip_jax.study.markdown import (
     difference_text,
     estimate_text,
     mean_of,
-    p_text,
     rows_of,
     runs_text,
     table,
@@ -25,7 +24,6 @@ from xclip_jax.study.statistics import Difference, Estimate
 
 MADE = "Made by `{command} --page` from the files in `docs/{page}/runs`; a test holds it current."
 START, END = "<!-- study: made by python -m xclip_jax.study --page -->", "<!-- /study -->"
-_FINDINGS = 2  # claims that a README has room for
 _RUN_COLUMNS = ("arm", "runs")
 _CURVES = (
     ("contrastive_loss", "Contrastive loss", "nats", ("clip/loss",), "clip/ln_b"),
@@ -51,12 +49,11 @@ def finding(snapshot: Snapshot) -> str:
     """Return what a README says of the study: a plot and the sentences that the first claims earn."""
     study, name = snapshot.study, "differences"
     link = f"[{study.title}](docs/{study.page}.md)"
-    missing, total = len(snapshot.missing()), len(snapshot.runs)
     if not any(snapshot.finished(arm.name) for arm in study.of_section("core")):
-        return f"{link}: under way, {total - missing} of {total} runs are finished and none of the core."
+        done, missing = conclusions.counts(snapshot)
+        return f"{link}: under way, {done} of {done + missing} runs are finished and none of the core."
     drawn = [f"![Differences to CLIP](docs/{study.page}/{name}.svg)", ""] if name in _charts(snapshot) else []
-    judged = [verdicts.judge(snapshot, claim) for claim in study.claims[:_FINDINGS]]
-    return "\n".join([*drawn, *(f"* {_sentence(claim)}" for claim in judged), "", f"{link}: all of it."])
+    return "\n".join([*drawn, *conclusions.findings(snapshot), "", f"{link}: all of it."])
 
 
 def write_finding(readme: pathlib.Path, snapshot: Snapshot) -> None:
@@ -71,9 +68,11 @@ def render(snapshot: Snapshot, drawn: Mapping[str, str]) -> str:
     """Return the page; `drawn` has the charts that it shows, by the names of their files."""
     study = snapshot.study
     sections: list[Iterator[str] | Sequence[str]] = [
-        [f"# {study.title}", "", MADE.format(command=study.command, page=study.page), "", _progress(snapshot), ""],
-        _claims(snapshot),
+        [f"# {study.title}", "", MADE.format(command=study.command, page=study.page), ""],
+        [conclusions.progress(snapshot), ""],
+        conclusions.section(snapshot),
         ["## What was run", "", *(line for text in study.about for line in (text, ""))],
+        provenance.measures(snapshot),
         _tuning(snapshot),
         _core(snapshot, drawn),
         similarities.section(snapshot),
@@ -81,62 +80,14 @@ def render(snapshot: Snapshot, drawn: Mapping[str, str]) -> str:
         _doses(snapshot, drawn),
         _factors(snapshot),
         _training(snapshot, drawn),
-        _missing(snapshot),
+        provenance.missing(snapshot),
         ["## Threats to validity", "", *(f"* {text}" for text in study.threats), ""],
-        _again(study),
+        provenance.again(study),
     ]
     return "\n".join(line for section in sections for line in section).rstrip() + "\n"
 
 
 # --- sections
-
-
-def _progress(snapshot: Snapshot) -> str:
-    missing, total = len(snapshot.missing()), len(snapshot.runs)
-    shared = "arms of one config share their runs"
-    if missing:
-        done = f"**{total - missing} of {total} runs of arms are finished** ({shared})."
-        return f"{done} What is missing is listed below; each n is that of the files."
-    return f"All {total} runs of arms are finished ({shared})."
-
-
-def _claims(snapshot: Snapshot) -> Iterator[str]:
-    yield from ["## Verdicts", ""]
-    judged = [verdicts.judge(snapshot, claim) for claim in snapshot.study.claims]
-    for number, claim in enumerate(judged, 1):
-        yield from [f"{number}. {_sentence(claim)}", ""]
-    for number, claim in enumerate(judged, 1):
-        rows = []
-        for part in claim.parts:
-            d = part.difference
-            arms = [snapshot.study.arm(name).title if name else "not chosen yet" for name in (part.a, part.b)]
-            margin = f", margin {part.part.margin:g}" if part.part.margin else ""
-            cells = (
-                ["-"] * 4 if d is None else [str(d.n), f"{part.agreeing} of {d.n}", p_text(part.p), p_text(d.p_flip)]
-            )
-            rows.append([
-                part.part.text + margin, f"{arms[0]} less {arms[1]}", part.measure.label,
-                difference_text(d, part.measure), *cells, part.verdict,
-            ])  # fmt: skip
-        head = ["part", "arms", "measure", "difference, 95 %", "n", "seeds that agree", "p (t, Holm)", "p (sign flip)"]
-        yield from [f"### Claim {number}", "", *table([*head, "verdict"], rows)]
-    yield from ["The rule, fixed before the runs:", "", verdicts.RULE, ""]
-
-
-def _sentence(claim: verdicts.ClaimVerdict) -> str:
-    """What a claim earns: its words, the verdict, and what each of its parts shows, by verdict where these differ."""
-    shown = {verdicts.HOLDS: "Shown", verdicts.FAILS: "Refuted", verdicts.UNDECIDED: "Undecided"}
-    groups = {}
-    for verdict, word in shown.items():
-        texts = []
-        for part in (part for part in claim.parts if part.verdict == verdict):
-            d = part.difference
-            numbers = "no runs" if d is None else f"{difference_text(d, part.measure)}, {part.agreeing} of {d.n} seeds"
-            texts.append(f"{part.part.text} ({numbers})")
-        groups |= {word: "; ".join(texts)} if texts else {}
-    words = "undecided at this scale" if claim.verdict == verdicts.UNDECIDED else claim.verdict
-    details = list(groups.values()) if len(groups) == 1 else [f"{word}: {texts}" for word, texts in groups.items()]
-    return f"\u201c{claim.claim.text}\u201d **{words.capitalize()}**: {'. '.join(details)}."
 
 
 def _tuning(snapshot: Snapshot) -> Iterator[str]:
@@ -266,57 +217,7 @@ def _training(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
     if rows:
         baseline_title = snapshot.study.arm(snapshot.study.baseline).title
         yield from table(["arm", "seconds of training", f"over {baseline_title}"], rows)
-    records = list(snapshot.records.values())
-    facts = {
-        "Devices": {str(r.environment.get("devices")) for r in records},
-        "Commits": {r.commit for r in records},
-        "Versions": {
-            ", ".join(f"{k} {v}" for k, v in sorted(dict(r.environment.get("versions", {})).items())) for r in records
-        },
-    }
-    for name, values in facts.items():
-        if values:
-            yield f"{name}: {'; '.join(sorted(values))}."
-            yield ""
-
-
-def _missing(snapshot: Snapshot) -> Iterator[str]:
-    yield from ["## Missing runs", ""]
-    missing: dict[str, list[int]] = {}
-    for run in snapshot.missing():
-        missing.setdefault(run.arm.name, []).append(run.seed)
-    if not missing:
-        yield "None."
-    for section in SECTIONS:
-        arms = [arm for arm in snapshot.study.of_section(section) if arm.name in missing]
-        texts = [f"`{arm.name}` ({', '.join(map(str, missing[arm.name]))})" for arm in arms]
-        if texts:
-            yield f"* {section}, arms with seeds: {', '.join(texts)}"
-    yield ""
-    errors = [f"* `{r.arm}`, seed {r.seed}: {r.error}" for r in snapshot.records.values() if r.error]
-    if errors:
-        yield from ["Runs that diverged have no results:", "", *errors, ""]
-    if unused := snapshot.unused():
-        names = ", ".join(f"`{record.file_name}`" for record in unused)
-        yield from [f"Run files of no arm of the present declaration, which are not used: {names}.", ""]
-
-
-def _again(study: Study) -> list[str]:
-    flags = {
-        "--dry-run": "the matrix, what is done, hours that are left",
-        "": "runs what has no file, and writes this page",
-        "--page": "this page alone",
-    }
-    return [
-        "## Run it again",
-        "",
-        "```",
-        *(f"{study.command} {flag:<9}    # {text}" for flag, text in flags.items()),
-        "```",
-        "",
-        f"A run is one file in `docs/{study.page}/runs`, recognised by its config: delete it to run it again. After a "
-        "kill the same command goes on, also in another checkout that has the files.",
-    ]
+    yield from provenance.commits(snapshot)
 
 
 def _shown(study: Study, drawn: Mapping[str, str], name: str, title: str) -> list[str]:

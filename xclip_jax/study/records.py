@@ -15,6 +15,7 @@ from xclip_jax.evaluators.provenance import VALIDATION
 from xclip_jax.evaluators.result import Result, from_json, to_json
 from xclip_jax.run_folder import CLOCKS, RunFolder
 from xclip_jax.storage import strict_json, write_whole
+from xclip_jax.study.declaration import ON_VALIDATION
 
 # Keys that do not change what is learned or measured, only where and how fast.
 FREE_KEYS = (
@@ -37,8 +38,8 @@ class RunRecord:
     Attributes:
       arm, section, seed: what the run was started as.
       config: all keys, flat.
-      commit: of the code; ends in "-dirty" where it was changed.
-      environment: versions, devices, and "workers", runs at the same time.
+      commit: of the code, one after the other where it changed, joined by ", "; ends in "-dirty" where it was changed.
+      environment: versions, devices, and "workers", runs at the same time, None where unknown.
       seconds: "training", without compilation and pauses, and "evaluation"; None where unknown.
       final: metrics of the last step.
       curve: {metric: values at about `CURVE_POINTS` steps}, with "step".
@@ -195,11 +196,14 @@ def thinned(lines: Sequence[Mapping[str, float]]) -> dict[str, list[float | None
     return {name: [rounded(line.get(name, float("nan"))) for line in chosen] for name in names}
 
 
-def collect(folder: str | pathlib.Path, *, arm: str, section: str, commit: str, workers: int, error: str) -> RunRecord:
+def collect(
+    folder: str | pathlib.Path, *, arm: str, section: str, commit: str, workers: int | None, error: str
+) -> RunRecord:
     """Make the record of a run from its folder; `error` is why a run stopped that has no results.
 
     Raises:
-      UserError: a run that is not finished; results of a set that is not for validation, where the section is "tuning".
+      UserError: a run that is not finished; results of a set that is not for validation, where the section is one of
+        `ON_VALIDATION`.
     """
     run = RunFolder(str(folder))
     saved, config = run.read_results(), run.read_config()
@@ -207,8 +211,9 @@ def collect(folder: str | pathlib.Path, *, arm: str, section: str, commit: str, 
     if config is None or (saved is None and not error) or (saved or {}).get("failed"):
         raise UserError(f"{folder} is not a finished run; run the same command to go on.")
     results = from_json((saved or {}).get("records", ()))
-    if section == "tuning" and (others := sorted({r.set for r in results if r.protocol.role != VALIDATION})):
-        raise UserError(f"arm {arm!r} is tuning and was evaluated on {', '.join(others)}, not for validation.")
+    others = sorted({r.set for r in results if r.protocol.role != VALIDATION})
+    if section in ON_VALIDATION and others:
+        raise UserError(f"arm {arm!r} is {section} and was evaluated on {', '.join(others)}, not for validation.")
     environment = dict((saved or config)["environment"])
     for name in ("command", "commit"):
         environment.pop(name, None)

@@ -22,6 +22,7 @@ from xclip_jax.console import format_duration
 from xclip_jax.errors import UserError
 from xclip_jax.storage import write_json
 from xclip_jax.study import records
+from xclip_jax.study.collect import divergence
 from xclip_jax.study.matrix import Matrix, Run, Snapshot
 from xclip_jax.study.schedule import Clock, selected
 from xclip_jax.study.worker import DIVERGED, REQUEST
@@ -30,6 +31,7 @@ from xclip_jax.train.interrupt import EXIT_RESUMABLE
 ROOT = pathlib.Path(__file__).parents[2]
 HOME = ROOT if (ROOT / "setup.py").exists() else pathlib.Path()  # of an installed package the current folder
 _CODE = ("xclip_jax", "configs", "setup.py")
+RECORDED = "recorded"  # file in the folder of a run that has had its run file
 _POLL, _SHOWN_EVERY = 0.5, 30.0  # seconds
 _LOCK_SECONDS = 60
 _MAX_FAILURES = 3  # in a row: then all would fail
@@ -41,6 +43,14 @@ def code_version(root: pathlib.Path = ROOT) -> str:
     command = ["git", "-C", str(root), "status", "--porcelain", "--", *_CODE]
     status = subprocess.run(command, capture_output=True, text=True, check=False)
     return f"{commit}-dirty" if status.returncode == 0 and status.stdout.strip() else commit
+
+
+def same_code(a: str, b: str, root: pathlib.Path = ROOT) -> bool:
+    """Return whether two commits, as `code_version` returns them, have the same code and recipes."""
+    if a == b or "-dirty" in a + b:
+        return a == b
+    command = ["git", "-C", str(root), "diff", "--quiet", a, b, "--", *_CODE]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 @dataclasses.dataclass
@@ -91,7 +101,7 @@ class Runner:
         self._failed: dict[str, str] = {}
         self._failures = 0
         self._stopping = ""
-        self._snapshot: Snapshot | None = None
+        self._listed: tuple[list[str], Snapshot] | None = None
         self._lock: Any = None
 
     def run(self) -> bool:
@@ -125,9 +135,7 @@ class Runner:
             self._stopping = f"{_MAX_FAILURES} runs failed in a row"
         if self._stopping:
             return False
-        if self._snapshot is None:  # hundreds of files: read again only when one was added
-            self._snapshot = Snapshot(self.matrix, records.read_all(self.runs))
-        snapshot = self._snapshot
+        snapshot = self._read()
         todo = [run for run in selected(snapshot, self.only) if run.key not in snapshot.records]
         waiting = [run for run in todo if run.key not in self._active and run.key not in self._failed]
         for run in [run for run in waiting if run.key][: self.workers - len(self._active)]:
@@ -135,16 +143,29 @@ class Runner:
         self._show(snapshot, todo)
         return bool(self._active)
 
-    def _start(self, run: Run) -> None:
+    def _read(self) -> Snapshot:
+        """The run files as they are now, those of other commands too; read again where files came or went."""
+        names = sorted(path.name for path in self.runs.glob("*.json"))
+        if self._listed is None or self._listed[0] != names:
+            self._listed = names, Snapshot(self.matrix, records.read_all(self.runs))
+        return self._listed[1]
+
+    def _commit(self) -> str:
         commit = code_version()
-        commit = self.commit if commit == "unknown" and self.commit else commit
+        return self.commit if commit == "unknown" and self.commit else commit
+
+    def _start(self, run: Run) -> None:
+        commit = self._commit()
         if (commit.endswith("-dirty") or commit == "unknown") and not self.allow_dirty:
             raise UserError(
                 f"the code is not that of a commit ({commit}): {', '.join(_CODE)} have changes, or are not in a git "
                 "checkout. Commit them, name their commit with --commit, or pass --allow-dirty; run files tell which."
             )
         folder = self.scratch / f"{run.arm.name}-s{run.seed}-{run.key[:8]}"
+        if (folder / RECORDED).exists():  # kept, and its run file deleted: it is to be run again, not read again
+            shutil.rmtree(folder)
         folder.mkdir(exist_ok=True)
+        (folder / DIVERGED).unlink(missing_ok=True)
         request, commits = folder / REQUEST, [commit]
         if request.exists():
             before = json.loads(request.read_text())["commits"]
@@ -177,7 +198,7 @@ class Runner:
 
     def _end(self, active: _Active) -> None:
         """Write the run file of a run whose process ended, or note why it failed."""
-        code, run, diverged = active.process.returncode, active.run, active.folder / DIVERGED
+        code, run = active.process.returncode, active.run
         if code == EXIT_RESUMABLE:
             self._stopping = self._stopping or f"{run.arm.name} was asked to stop"
             return
@@ -192,21 +213,29 @@ class Runner:
             print(f"FAILED: {self._failed[run.key]}", flush=True)
             return
         self._failures = 0
+        if run.key in self._read().records:
+            print(f"{run.arm.name}, seed {run.seed}: has a run file already, which stays as it is", flush=True)
+        else:
+            self._record(active)
+        (active.folder / RECORDED).touch()
+        if not self.keep:
+            shutil.rmtree(active.folder)
+
+    def _record(self, active: _Active) -> None:
+        """Write the run file of a run that finished or diverged."""
+        run, now = active.run, self._commit()
         record = records.collect(
             active.folder,
             arm=run.arm.name,
             section=run.arm.section,
-            commit=", ".join(active.commits),
+            commit=", ".join(active.commits if same_code(active.commits[-1], now) else [*active.commits, now]),
             workers=self.workers,
-            error=json.loads(diverged.read_text())["error"] if diverged.exists() else "",
+            error=divergence(active.folder),
         )
         if record.key != run.key:
             raise UserError(f"{active.folder} has another config than {run.arm.name}, seed {run.seed}; delete it.")
         path = records.write(self.runs, record)
-        self._snapshot = None
         print(f"{path.name}: {record.error or _headlines(record)}", flush=True)
-        if not self.keep:
-            shutil.rmtree(active.folder)
 
     def _show(self, snapshot: Snapshot, todo: list[Run]) -> None:
         """Print where the runs in progress are, now and then."""

@@ -10,15 +10,30 @@ from xclip_jax.study.statistics import Difference, holm, p_above, paired
 ALPHA = 0.05
 MIN_SEEDS = 3
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
+UNCORRECTED = "on the claimed side before correction for several parts"
 RULE = (
-    'A part *holds* if the 95 % interval of the paired difference is on the claimed side (of an "at least as good": '
-    "of minus its margin) and at most one seed has the other sign. It *fails* if the interval is wholly on the other "
-    "side of zero and stays so after Holm's correction over the parts of the claim. Else, and with fewer than three "
-    "seeds, it is *undecided at this scale*. A claim holds if all of its parts hold: that needs no correction, since "
-    "each must be shown (an intersection-union test). It fails if one part fails: that is what Holm's correction is "
-    "for, since one false alarm among several would do. The interval is Student's t over seeds. p of the sign-flip "
-    "test is exact and assumes no distribution, but cannot be below 2 / 2^n (0.0625 for five seeds): it is reported "
-    "and decides nothing."
+    'The claimed side of a part is above zero or below, as the part says; of an "at least as good" it begins at minus '
+    "the margin. A part is on it if the whole 95 % interval of the paired difference is, and all seeds or all but one: "
+    "seeds that agree are counted from minus the margin too. A part *fails* if the whole interval is on the other side "
+    "of that bound (with a margin: below minus the margin, not merely below zero) and stays so after Holm's correction "
+    "over the parts of the claim. Else, and with fewer than three seeds, it is *undecided*.",
+    "A claim *holds* if all of its parts are on the claimed side: that needs no correction, since each must be shown "
+    "(an intersection-union test), and each part then holds. It *fails* if one part fails: that is what Holm's "
+    "correction is for, since one false alarm among several would do. Else it is *undecided at this scale*; of such a "
+    "claim, and of one that fails, a part *holds*, and is called shown, only if p for it is below 0.05 after Holm's "
+    f"correction over the parts of the claim; it is else {UNCORRECTED}.",
+    "Intervals are Student's t over seeds, and all p but the last are of the paired t-test. *p for*: that the "
+    "difference is not on the claimed side, margin included; twice the one-sided p, so that it is below 0.05 where the "
+    "interval is on that side. It decides whether a part is on the claimed side; *p for, Holm* whether a part of a "
+    "claim that does not hold is shown. *p against, Holm*: the same of the other side of the bound, after Holm's "
+    "correction; it decides what fails. *p (sign flip)*: two-sided, that differences are symmetric around zero, "
+    "without the margin; it is exact and assumes no distribution, but cannot be below 2 / 2^n (0.0625 for five seeds): "
+    "it is reported and decides nothing.",
+)
+CHANGED = (
+    "The rule for claims was fixed before the runs. What is said of parts was made stricter after the first runs: "
+    'until then every part on the claimed side was called shown, without correction. And an "at least as good" then '
+    "failed if it was below zero; now it fails if it is below minus the margin."
 )
 
 
@@ -31,8 +46,10 @@ class PartVerdict:
       a, b: the arms that were compared; "" for a choice that is still open.
       difference: a - b, of logarithms where the measure is a ratio; None without a common seed.
       agreeing: seeds whose difference has the claimed sign, margin included.
-      p: two-sided p that the difference is not zero, after Holm's correction within the claim.
-      verdict: one of `HOLDS`, `FAILS`, `UNDECIDED`.
+      p: that the difference is not on the claimed side, margin included: twice the one-sided p of the t-test.
+      p_holm: the same after Holm's correction within the claim.
+      p_against: that it is not beyond the margin on the other side, after Holm's correction within the claim.
+      verdict: one of `HOLDS`, `FAILS`, `UNDECIDED`; `UNCORRECTED` in a claim that does not hold.
     """
 
     part: Part
@@ -42,6 +59,8 @@ class PartVerdict:
     difference: Difference | None
     agreeing: int
     p: float
+    p_holm: float
+    p_against: float
     verdict: str
 
 
@@ -62,40 +81,40 @@ def difference(snapshot: Snapshot, a: str, b: str, measure: Measure) -> Differen
     return paired(*sides)
 
 
+def compare(snapshot: Snapshot, part: Part, a: str | None, b: str | None) -> PartVerdict:
+    """Return what is known of a part with these arms, by itself: without its claim nothing is corrected for."""
+    measure = snapshot.study.measure(part.measure)
+    d = difference(snapshot, a, b, measure) if a and b else None
+    if d is None:
+        return PartVerdict(part, measure, a or "", b or "", None, 0, 1.0, 1.0, 1.0, UNDECIDED)
+    side = _side(part, measure)
+    agreeing = sum(side * x > -part.margin for x in d.values)
+    p = min(1.0, 2 * p_above(side * d.mean + part.margin, d.standard_error, d.n))
+    against = min(1.0, 2 * p_above(-side * d.mean - part.margin, d.standard_error, d.n))
+    enough = d.n >= MIN_SEEDS
+    verdict = HOLDS if enough and p < ALPHA and agreeing >= d.n - 1 else UNDECIDED
+    return PartVerdict(part, measure, a or "", b or "", d, agreeing, p, p, against, verdict)
+
+
 def judge(snapshot: Snapshot, claim: Claim) -> ClaimVerdict:
     """Return the verdict on a claim, by `RULE`."""
-    rows = []
-    for part in claim.parts:
-        measure = snapshot.study.measure(part.measure)
-        a, b = (snapshot.choice(name) or "" for name in (part.a, part.b))
-        rows.append((part, measure, a, b, difference(snapshot, a, b, measure) if a and b else None))
-    against = holm([_p_against(part, measure, d) for part, measure, _, _, d in rows])
-    different = holm([1.0 if d is None else d.p_t for *_, d in rows])
+    alone = [compare(snapshot, part, snapshot.choice(part.a), snapshot.choice(part.b)) for part in claim.parts]
     parts = []
-    for (part, measure, a, b, d), p_against, p in zip(rows, against, different, strict=True):
-        agreeing = 0 if d is None else sum(_side(part, measure) * x > -part.margin for x in d.values)
-        verdict = UNDECIDED
-        if d is not None and d.n >= MIN_SEEDS:
-            if p_against < ALPHA:
-                verdict = FAILS
-            elif _p_for(part, measure, d) < ALPHA and agreeing >= d.n - 1:
-                verdict = HOLDS
-        parts.append(PartVerdict(part, measure, a, b, d, agreeing, p, verdict))
+    corrected = zip(holm([part.p for part in alone]), holm([part.p_against for part in alone]), strict=True)
+    for part, (p_holm, p_against) in zip(alone, corrected, strict=True):
+        fails = part.difference is not None and part.difference.n >= MIN_SEEDS and p_against < ALPHA
+        verdict = FAILS if fails else part.verdict
+        parts.append(dataclasses.replace(part, p_holm=p_holm, p_against=p_against, verdict=verdict))
     verdicts = {part.verdict for part in parts}
     whole = FAILS if FAILS in verdicts else HOLDS if verdicts == {HOLDS} else UNDECIDED
+    if whole != HOLDS:
+        parts = [
+            dataclasses.replace(part, verdict=UNCORRECTED) if part.verdict == HOLDS and part.p_holm >= ALPHA else part
+            for part in parts
+        ]
     return ClaimVerdict(claim, parts, whole)
 
 
 def _side(part: Part, measure: Measure) -> int:
     """1 where the claim wants the difference above zero, -1 below."""
     return 1 if part.better == measure.higher else -1
-
-
-def _p_for(part: Part, measure: Measure, d: Difference) -> float:
-    """Two-sided p that the difference, in the claimed direction, is above minus the margin."""
-    return min(1.0, 2 * p_above(_side(part, measure) * d.mean + part.margin, d.standard_error, d.n))
-
-
-def _p_against(part: Part, measure: Measure, d: Difference | None) -> float:
-    """Two-sided p that the difference is on the other side of zero."""
-    return 1.0 if d is None else min(1.0, 2 * p_above(-_side(part, measure) * d.mean, d.standard_error, d.n))

@@ -1,0 +1,150 @@
+"""The parts of a study's page that conclude: verdicts with their tables, how a choice was made, what is missing yet."""
+
+from collections.abc import Iterator
+
+from xclip_jax.study import verdicts
+from xclip_jax.study.declaration import Claim
+from xclip_jax.study.markdown import difference_text, p_text, table
+from xclip_jax.study.matrix import Run, Snapshot
+from xclip_jax.study.schedule import selected
+
+FINDINGS = 2  # claims that a README has room for
+_OPEN = "not chosen yet"
+_SHOWN = {
+    verdicts.HOLDS: "Shown",
+    verdicts.FAILS: "Refuted",
+    verdicts.UNCORRECTED: verdicts.UNCORRECTED.capitalize(),
+    verdicts.UNDECIDED: "Undecided",
+}
+
+
+def counts(snapshot: Snapshot) -> tuple[int, int]:
+    """Return how many runs have a file and how many are missing; one that arms share counts once."""
+    runs = selected(snapshot, ())
+    missing = len(_missing(snapshot, runs))
+    return len(runs) - missing, missing
+
+
+def progress(snapshot: Snapshot) -> str:
+    """Return how many runs have a file, in a sentence."""
+    done, missing = counts(snapshot)
+    shared = "Arms of one config share their runs, which are counted once."
+    if missing:
+        more = "What is missing is listed below; each n is that of the files."
+        return f"**{done} runs have a file, {missing} are missing.** {shared} {more}"
+    return f"All {done} runs have a file. {shared}"
+
+
+def interim(snapshot: Snapshot) -> str:
+    """Return "Interim: 3 of 5 seeds" while runs of the core are missing, else ""."""
+    arms = snapshot.study.of_section("core")
+    planned = set().union(*(arm.seeds for arm in arms))
+    common = set.intersection(*(set(snapshot.finished(arm.name)) for arm in arms)) if arms else planned
+    return "" if common == planned else f"Interim: {len(common)} of {len(planned)} seeds"
+
+
+def findings(snapshot: Snapshot) -> Iterator[str]:
+    """Yield the lines of a README: scope and units, and a sentence for each of the first claims."""
+    study = snapshot.study
+    if lead := ". ".join(filter(None, (interim(snapshot), study.scope))):
+        yield from [f"{lead}.", ""]
+    yield from (f"* {_sentence(verdicts.judge(snapshot, claim))}" for claim in study.claims[:FINDINGS])
+
+
+def section(snapshot: Snapshot) -> Iterator[str]:
+    """Yield the verdicts, with a table for each claim, the rule, and how choices were made."""
+    study = snapshot.study
+    yield from ["## Verdicts", ""]
+    if text := interim(snapshot):
+        yield from [f"**{text}** of the core have all of their runs.", ""]
+    controls = selected(snapshot, ("controls",))
+    if missing := _missing(snapshot, controls):
+        text = "what else could explain a difference is open as far as these would say it."
+        yield from [f"**{len(missing)} of {len(controls)} runs of controls are missing**: {text}", ""]
+    judged = [verdicts.judge(snapshot, claim) for claim in study.claims]
+    for number, claim in enumerate(judged, 1):
+        yield from [f"{number}. {_sentence(claim)}", ""]
+    for number, claim in enumerate(judged, 1):
+        yield from [f"### Claim {number}", "", *_table(snapshot, claim)]
+        if claim.claim.all_choices:
+            yield from _others(snapshot, claim.claim)
+    yield from ["### The rule", "", *(line for text in (*verdicts.RULE, verdicts.CHANGED) for line in (text, ""))]
+    for name in study.choices:
+        yield from _choice(snapshot, name)
+
+
+def _missing(snapshot: Snapshot, runs: list[Run]) -> list[Run]:
+    return [run for run in runs if run.key not in snapshot.records]
+
+
+def _sentence(claim: verdicts.ClaimVerdict) -> str:
+    """What a claim earns: its words, the verdict, and what each of its parts shows, by verdict where these differ."""
+    groups = {}
+    for verdict, word in _SHOWN.items():
+        texts = []
+        for part in (part for part in claim.parts if part.verdict == verdict):
+            d = part.difference
+            numbers = "no runs" if d is None else f"{difference_text(d, part.measure)}, {part.agreeing} of {d.n} seeds"
+            texts.append(f"{part.part.text} ({numbers})")
+        groups |= {word: "; ".join(texts)} if texts else {}
+    words = "undecided at this scale" if claim.verdict == verdicts.UNDECIDED else claim.verdict
+    same = len(groups) == 1 and verdicts.UNCORRECTED not in {part.verdict for part in claim.parts}
+    details = list(groups.values()) if same else [f"{word}: {texts}" for word, texts in groups.items()]
+    return f"\u201c{claim.claim.text}\u201d **{words.capitalize()}**: {'. '.join(details)}."
+
+
+def _cells(snapshot: Snapshot, part: verdicts.PartVerdict) -> list[str]:
+    """Part, arms, measure, difference, n, seeds that agree, and p of the part by itself."""
+    titles = [snapshot.study.arm(name).title if name else _OPEN for name in (part.a, part.b)]
+    margin = f", margin {part.part.margin:g}" if part.part.margin else ""
+    d = part.difference
+    numbers = ["-"] * 3 if d is None else [str(d.n), f"{part.agreeing} of {d.n}", p_text(part.p)]
+    names = [part.part.text + margin, f"{titles[0]} less {titles[1]}", part.measure.label]
+    return [*names, difference_text(d, part.measure), *numbers]
+
+
+_HEAD = ("part", "arms", "measure", "difference, 95 %", "n", "seeds that agree", "p for")
+
+
+def _table(snapshot: Snapshot, claim: verdicts.ClaimVerdict) -> list[str]:
+    rows = []
+    for part in claim.parts:
+        d = part.difference
+        p = ["-"] * 3 if d is None else [p_text(value) for value in (part.p_holm, part.p_against, d.p_flip)]
+        rows.append([*_cells(snapshot, part), *p, part.verdict])
+    return table([*_HEAD, "p for, Holm", "p against, Holm", "p (sign flip)", "verdict"], rows)
+
+
+def _others(snapshot: Snapshot, claim: Claim) -> Iterator[str]:
+    """The parts of a claim for the arms that a choice did not take."""
+    rows = []
+    for name, arms in snapshot.study.choices.items():
+        chosen = snapshot.choice(name)
+        for arm in (arm for arm in arms if arm != chosen):
+            for part in (part for part in claim.parts if name in (part.a, part.b)):
+                a, b = (arm if side == name else snapshot.choice(side) for side in (part.a, part.b))
+                rows.append(_cells(snapshot, verdicts.compare(snapshot, part, a, b)))
+    if rows:
+        yield from ["The same of the arms that were not chosen, without a verdict:", "", *table(_HEAD, rows)]
+
+
+def _choice(snapshot: Snapshot, name: str) -> Iterator[str]:
+    """How a choice between arms came out: by seed, and with one seed left out."""
+    study, measure = snapshot.study, snapshot.study.choose
+    arms, chosen = study.choices[name], snapshot.choice(name)
+    seeds = snapshot.seeds(arms, measure)
+    rows = []
+    for arm in arms:
+        values = [snapshot.values(arm, measure)[seed] for seed in seeds]
+        mean = f"{sum(values) / len(values):.2f}" if values else "-"
+        mark = " **chosen**" if arm == chosen else ""
+        rows.append([study.arm(arm).title + mark, mean, *(f"{value:.2f}" for value in values)])
+    better = "higher" if measure.higher else "lower"
+    yield from [f"### Which arm is `{name}`", ""]
+    yield from [f"The one whose mean of {measure.label} is best over the seeds that all have; {better} is better.", ""]
+    yield from table(["arm", "mean", *(f"seed {seed}" for seed in seeds)], rows)
+    if len(seeds) > 1:
+        others = [arm for seed in seeds if (arm := snapshot.choice(name, without=seed)) and arm != chosen]
+        titles = ", ".join(dict.fromkeys(study.arm(arm).title for arm in others))
+        which = f", {titles}," if titles else ""
+        yield from [f"With one seed left out, another{which} is chosen in {len(others)} of {len(seeds)} cases.", ""]
