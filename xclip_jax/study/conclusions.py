@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from xclip_jax.study import verdicts
+from xclip_jax.study import similarities, verdicts
 from xclip_jax.study.declaration import Claim
 from xclip_jax.study.markdown import difference_text, p_text, table
 from xclip_jax.study.matrix import Run, Snapshot
@@ -44,11 +44,12 @@ def interim(snapshot: Snapshot) -> str:
 
 
 def findings(snapshot: Snapshot) -> Iterator[str]:
-    """Yield the lines of a README: scope and units, and a sentence for each of the first claims."""
+    """Yield the lines of a README: scope and units, a sentence for each of the first claims, and how best to name."""
     study = snapshot.study
     if lead := ". ".join(filter(None, (interim(snapshot), study.scope))):
         yield from [f"{lead}.", ""]
     yield from (f"* {_sentence(verdicts.judge(snapshot, claim))}" for claim in study.claims[:FINDINGS])
+    yield from similarities.finding(snapshot)
 
 
 def section(snapshot: Snapshot) -> Iterator[str]:

@@ -199,6 +199,8 @@ _THREATS = (
     "Captions are names of one to five words: the text tower is tried less than by sentences.",
     "Zero-shot of nCLIP is by the cosine of distributions over clusters, of the others by that of embeddings: the two "
     "are not one classifier, nor the best that a model with clusters has, see which similarity names best.",
+    "The similarities that validation chooses from are more for a model with clusters; what else might help CLIP, such "
+    "as scores corrected for names that are near to all drawings, was not tried.",
 )
 
 

@@ -1,7 +1,6 @@
 """The part of a study's page that says by which of its similarities a model names best."""
 
 import dataclasses
-import math
 from collections.abc import Iterator
 
 from xclip_jax.study.declaration import Measure
@@ -32,16 +31,48 @@ def section(snapshot: Snapshot) -> Iterator[str]:
             keys = names[arm.name][validation]
             on = {score: dataclasses.replace(measure, set=validation, metric=key) for score, key in keys.items()}
             means = {score: mean_of(snapshot, arm.name, m) for score, m in on.items()}
-            # An arm without results there has no best one.
-            chosen = max(means, key=lambda score: getattr(means[score], "mean", -math.inf), default=None)
             cells = [estimate_text(means[score], measure) if score in means else "-" for score in scores]
-            if chosen is not None:
-                best[arm.name] = dataclasses.replace(measure, metric=keys[chosen])
-            rows.append(
-                [arm.title, *cells, "-" if chosen is None else _label(chosen), *_tests(snapshot, arm.name, best)]
-            )
+            chosen, of_tests = _best(snapshot, arm.name, validation, test)
+            best |= {arm.name: of_tests} if of_tests else {}
+            rows.append([arm.title, *cells, _label(chosen) if of_tests else "-", *_tests(snapshot, arm.name, best)])
         head = ["arm", *(f"{_label(score)}, validation" for score in scores), "chosen", measure.label]
         yield from [f"### By `{validation}`", "", *table([*head, f"less {study.arm(study.baseline).title}"], rows)]
+
+
+def finding(snapshot: Snapshot) -> Iterator[str]:
+    """Yield a README's line on each chosen arm less the baseline, both by the similarity that validation chose."""
+    study = snapshot.study
+    for name in study.choices:
+        arm, parts = snapshot.choice(name), []
+        if arm is None:
+            continue
+        for validation, test in study.named.items():
+            (score, measure), (_, base) = (_best(snapshot, x, validation, test) for x in (arm, study.baseline))
+            if measure and base:
+                d = paired(snapshot.values(arm, measure), snapshot.values(study.baseline, base))
+                if d:
+                    numbers = f"{difference_text(d, measure)}, {d.positive} of {d.n} seeds"
+                    parts.append(f"{measure.label}, by {_label(score)} ({numbers})")
+        if parts:
+            titles = f"{study.arm(arm).title} less {study.arm(study.baseline).title}"
+            yield (
+                "* Besides the paper's claims, without a verdict: each naming by the similarity that validation chose, "
+                f"{titles} at {'; '.join(parts)}."
+            )
+
+
+def _best(snapshot: Snapshot, arm: str, validation: str, test: str) -> tuple[str, Measure | None]:
+    """The similarity of an arm that is best on a validation set, and the measure of the tests by it."""
+    if not snapshot.finished(arm):
+        return "", None
+    measure, keys = snapshot.study.measure(test), _similarities(snapshot, arm)[validation]
+    means = {
+        score: mean
+        for score, key in keys.items()
+        if (mean := mean_of(snapshot, arm, dataclasses.replace(measure, set=validation, metric=key)))
+    }
+    score = max(means, key=lambda score: means[score].mean, default=None)
+    return ("", None) if score is None else (score, dataclasses.replace(measure, metric=keys[score]))
 
 
 def _similarities(snapshot: Snapshot, arm: str) -> dict[str, dict[str, str]]:
