@@ -141,8 +141,10 @@ class Program:
     def __init__(
         self, label: str, program: str, objective: str, kind: str, checkout: pathlib.Path, groups: str = "auto"
     ) -> None:
-        command = [sys.executable, "-m", "benchmarks.step", "--child", program, "--objective", objective]
-        command += ["--captions", kind, "--groups", groups]
+        command = [sys.executable, "-m", "benchmarks.step", "--child", program]
+        # Another checkout may be older than a flag.
+        values = {"objective": (objective, "clip"), "captions": (kind, "full"), "groups": (groups, "auto")}
+        command += [f"--{flag}={value}" for flag, (value, default) in values.items() if value != default]
         environment = os.environ | {"PYTHONPATH": str(checkout)}
         self.label, self.seconds = label, []
         self.process = subprocess.Popen(
