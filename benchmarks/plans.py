@@ -27,7 +27,7 @@ PLANS = [
     ("configs/xclip.py:preset=B/16,batch=4096", "v5e:4x8", {}),
     ("configs/clip.py:preset=B/16,batch=4096", "v5e:4x8", ZERO1),
     ("configs/xclip.py:preset=B/16,batch=4096", "v5e:4x8", ZERO1),
-    # The smallest slices that hold these without computing anything twice: half of them is tried below.
+    # The smallest slices that hold these recipes as they are: half of each is tried below.
     ("configs/clip.py:preset=B/16,batch=32768", "v5e:8x16", ZERO1),
     ("configs/xclip.py:preset=B/16,batch=32768", "v5e:8x16", ZERO1),
     ("configs/clip.py:preset=L/14,batch=32768", "v5p:4x4x4", ZERO1),
