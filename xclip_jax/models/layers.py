@@ -126,8 +126,15 @@ class LayerNorm(nn.Module):
         return norm(x).astype(self.dtype)
 
 
-def attend(query: Array, key: Array, value: Array, *, causal: bool = False) -> Array:
+def token_at(x: Array, at: Array) -> Array:
+    """The token of each sequence at its position. (b, n, d), int (b,) -> (b, 1, d)."""
+    return jnp.take_along_axis(x, at[:, None, None], axis=1)
+
+
+def attend(query: Array, key: Array, value: Array, *, causal: bool = False, at: Array | None = None) -> Array:
     """Scaled dot-product attention, softmax in fp32. (b, heads, n, kv), twice (b, heads, m, kv) -> (b, heads, n, kv).
+
+    With `at` (b,) queries are those of one token of each sequence, at this position: n is 1.
 
     With heads before tokens both products are plain batched matrix products: a third faster on a CPU than
     `jax.nn.dot_product_attention`, whose layout suits kernels for long sequences; ours are 50 to 577 tokens.
@@ -135,7 +142,9 @@ def attend(query: Array, key: Array, value: Array, *, causal: bool = False) -> A
     scale = query.shape[-1] ** -0.5
     logits = jnp.einsum("bhnd,bhmd->bhnm", query * scale, key, preferred_element_type=jnp.float32)
     if causal:
-        logits = jnp.where(jnp.tri(*logits.shape[2:], dtype=bool), logits, -jnp.inf)
+        n, m = logits.shape[2:]
+        before = jnp.tri(n, m, dtype=bool) if at is None else (jnp.arange(m) <= at[:, None])[:, None, None]
+        logits = jnp.where(before, logits, -jnp.inf)
     return jnp.einsum("bhnm,bhmd->bhnd", jax.nn.softmax(logits).astype(value.dtype), value)
 
 
@@ -143,41 +152,39 @@ class HeadProjections(nn.Module):
     """Linear maps of tokens to heads whose parameters are one array. (b, n, d) -> `count` times (b, heads, n, kv).
 
     Each map is a product of its own: the gradient of cutting one product into queries, keys and values pads each of
-    them to the whole. With `first` the first map reads the first token alone: (b, heads, 1, kv).
+    them to the whole. With `at` (b,) the first map reads these tokens alone: (b, heads, 1, kv).
     """
 
     count: int
     heads: int
     dtype: Any = jnp.float32
-    first: bool = False
 
     @nn.compact
-    def __call__(self, x: Array) -> tuple[Array, ...]:
+    def __call__(self, x: Array, at: Array | None = None) -> tuple[Array, ...]:
         d = x.shape[-1]
         shape, axes = (self.count, self.heads, d // self.heads), (None, "heads", "kv")
         kernel = self.param("kernel", named(nn.initializers.normal(d**-0.5), "embed", *axes), (d, *shape))
         bias = self.param("bias", named(nn.initializers.zeros, *axes), shape)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        tokens = [x[:, :1] if self.first and i == 0 else x for i in range(self.count)]
+        tokens = [x if at is None or i else token_at(x, at) for i in range(self.count)]
         contract = (((2,), (0,)), ((), ()))
         maps = [dot_general(tokens[i], kernel[:, i], contract) + bias[i] for i in range(self.count)]
         return tuple(einops.rearrange(y, "b n heads kv -> b heads n kv") for y in maps)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; softmax in fp32. (b, n, d) -> (b, n, d), or (b, 1, d) where only the `first` asks."""
+    """Multi-head self-attention; softmax in fp32. (b, n, d) -> (b, n, d), or (b, 1, d) of the tokens `at` (b,)."""
 
     heads: int
     out_std: float
     causal: bool = False
     dtype: Any = jnp.float32
-    first: bool = False
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, at: Array | None = None) -> Array:
         d = x.shape[-1]
-        query, key, value = HeadProjections(3, self.heads, self.dtype, self.first, name="qkv")(x)
-        x = einops.rearrange(attend(query, key, value, causal=self.causal), "b heads n kv -> b n heads kv")
+        query, key, value = HeadProjections(3, self.heads, self.dtype, name="qkv")(x, at)
+        x = einops.rearrange(attend(query, key, value, causal=self.causal, at=at), "b heads n kv -> b n heads kv")
         return dense(d, ("heads", "kv", "embed"), std=self.out_std, dtype=self.dtype, axis=(-2, -1), name="out")(x)
 
 
@@ -224,14 +231,14 @@ class TransformerConfig(Tower):
         """Hidden width of the MLP."""
         return int(self.mlp_ratio * self.width)
 
-    def block_flops(self, tokens: float, first: bool = False) -> float:
+    def block_flops(self, tokens: float, *, one: bool = False) -> float:
         """FLOPs of a sequence in all blocks: four projections, two products of attention, and the MLP.
 
-        With `first` the last of the blocks makes keys and values of all tokens and all else of the first alone.
+        Where `one` token is read, the last of unrolled blocks makes keys and values of all, and all else of that alone.
         """
         keys_values = 4 * self.width**2
         rest = 2 * self.width * (2 * self.width + 2 * self.hidden) + 4 * tokens * self.width
-        going_on = (self.depth - 1) * tokens + 1 if first else self.depth * tokens
+        going_on = (self.depth - 1) * tokens + 1 if one and not self.scan else self.depth * tokens
         return self.depth * tokens * keys_values + going_on * rest
 
     @property
@@ -268,28 +275,27 @@ class TransformerConfig(Tower):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Returns a pair, as `nn.scan` asks. (b, n, d) -> (b, n, d).
 
-    `keep` (b, 2) multiplies the two branches of each sample, where given. With `first` only the first token is
+    `keep` (b, 2) multiplies the two branches of each sample, where given. With `at` (b,) only these tokens are
     computed, (b, 1, d).
     """
 
     config: TransformerConfig
     causal: bool
     dtype: Any
-    first: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, keep: Array | None = None) -> tuple[Array, None]:
+    def __call__(self, x: Array, keep: Array | None = None, at: Array | None = None) -> tuple[Array, None]:
         def kept(branch: Array, i: int) -> Array:
             return branch if keep is None else branch * keep[:, i, None, None].astype(branch.dtype)
 
         config = self.config
         # CLIP's initialisation: the residual branches' last maps shrink with depth.
         out_std = config.width**-0.5 * (2 * config.depth) ** -0.5
-        attention = Attention(config.heads, out_std, self.causal, self.dtype, self.first, name="attention")
+        attention = Attention(config.heads, out_std, self.causal, self.dtype, name="attention")
         mlp = Mlp(config.hidden, out_std, config.act, self.dtype, name="mlp")
         x = constrain(x, "batch", None, None)
-        y = attention(LayerNorm(config.eps, self.dtype, name="norm_1")(x))
-        x = (x[:, :1] if self.first else x) + kept(y, 0)
+        y = attention(LayerNorm(config.eps, self.dtype, name="norm_1")(x), at)
+        x = (x if at is None else token_at(x, at)) + kept(y, 0)
         x = x + kept(mlp(LayerNorm(config.eps, self.dtype, name="norm_2")(x)), 1)
         return constrain(x, "batch", None, None), None
 
@@ -298,8 +304,8 @@ class Transformer(nn.Module):
     """The blocks of `config`. (b, n, d) -> (b, n, d).
 
     `config.scan` stacks the blocks' parameters and compiles one block (on a CPU it costs about 25 %); `config.remat`
-    says what the backward pass recomputes. The two are independent. With `first` no token but the first is read, and
-    the last of unrolled blocks computes no other: (b, 1, d).
+    says what the backward pass recomputes. The two are independent. With `at` (b,) only the tokens at these positions
+    are read, and the last of unrolled blocks computes no other: (b, 1, d).
 
     With `noise` (b, depth, 2), uniform, blocks are left out of a training pass (stochastic depth, arXiv 1603.09382):
     each branch of a sample with a probability that rises from 0 in the first block to `drop_path` in the last; what
@@ -309,11 +315,10 @@ class Transformer(nn.Module):
     config: TransformerConfig
     causal: bool = False
     drop_path: float = 0.0
-    first: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, noise: Array | None = None) -> Array:
+    def __call__(self, x: Array, noise: Array | None = None, at: Array | None = None) -> Array:
         depth, scan, remat = self.config.depth, self.config.scan, self.config.remat
         block = Block
         if remat != "none":
@@ -334,8 +339,8 @@ class Transformer(nn.Module):
             )
             return stacked(*args, name="blocks")(x, keep)[0]
         for i in range(depth):
-            first = self.first and i == depth - 1
-            x, _ = block(*args, first, name=f"block_{i}")(x, None if keep is None else keep[i])
+            last = at if i == depth - 1 else None
+            x, _ = block(*args, name=f"block_{i}")(x, None if keep is None else keep[i], last)
         return x
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from xclip_jax.config.fields import at_least, choice, key
 from xclip_jax.errors import UserError
-from xclip_jax.models.layers import LayerNorm, Transformer, TransformerConfig, named
+from xclip_jax.models.layers import LayerNorm, Transformer, TransformerConfig, named, token_at
 from xclip_jax.models.tower import Params, TextTower
 
 Array = jax.Array
@@ -33,7 +33,7 @@ class TextTowerConfig(TransformerConfig, TextTower):
 
     def flops(self, train: bool) -> float:
         """Those of the blocks on a whole context."""
-        return self.block_flops(self.context_length)
+        return self.block_flops(self.context_length, one=True)
 
     @property
     def cuttable(self) -> bool:
@@ -42,7 +42,7 @@ class TextTowerConfig(TransformerConfig, TextTower):
 
     def cut_flops(self, tokens: int) -> float:
         """Those of the blocks on `tokens` tokens."""
-        return self.block_flops(tokens)
+        return self.block_flops(tokens, one=True)
 
     def convert(self, params: Params) -> tuple[Params, list[str]]:
         """Stack blocks or take them apart, and cut positions to the context length."""
@@ -82,10 +82,10 @@ class TextTransformer(nn.Module):
         tokens = self.param("tokens", named(nn.initializers.normal(0.02), "vocab", "table"), (self.vocab, width))
         positions = self.param("positions", named(nn.initializers.normal(0.01), None, "table"), (length, width))
         x = (tokens[text] + positions[: text.shape[1]]).astype(self.dtype)  # (b, n, d)
-        x = Transformer(self.config, causal=self.config.causal, dtype=self.dtype, name="transformer")(x)
         if self.config.pool == "last":
-            x = x[:, -1]
+            at = jnp.full(len(text), text.shape[1] - 1)
         else:
-            eot = jnp.argmax(text == self.eot_id, axis=1)  # (b,)
-            x = jnp.take_along_axis(x, eot[:, None, None], axis=1)[:, 0]
-        return LayerNorm(self.config.eps, self.dtype, name="norm_post")(x)
+            at = jnp.argmax(text == self.eot_id, axis=1)  # (b,)
+        x = Transformer(self.config, causal=self.config.causal, dtype=self.dtype, name="transformer")(x, at=at)
+        x = token_at(x, at) if self.config.scan else x  # (b, 1, d)
+        return LayerNorm(self.config.eps, self.dtype, name="norm_post")(x[:, 0])

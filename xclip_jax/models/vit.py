@@ -153,7 +153,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         if self.pool == "map":  # one query, its keys and values, and a residual MLP of one token
             pooled = 4 * kept * self.width**2 + (4 + 4 * self.mlp_ratio) * self.width**2 + 4 * kept * self.width
         cls = self.pool == "cls"
-        return embedding + self.block_flops(kept + cls, first=cls and not self.scan) + pooled
+        return embedding + self.block_flops(kept + cls, one=cls) + pooled
 
     def sample_noise(self, random_key: Array, b: int) -> dict[str, Array]:
         """Uniform numbers: "patches" (b, patches) of patch dropout, "paths" (b, depth, 2) of stochastic depth."""
@@ -262,10 +262,8 @@ class VisionTransformer(nn.Module):
             x = jnp.concatenate([jnp.broadcast_to(cls + positions[0], (x.shape[0], 1, config.width)), x], axis=1)
         if config.pre_norm:
             x = LayerNorm(config.eps, self.dtype, name="norm_pre")(x)
-        only_first = first and self.pooled
-        x = Transformer(config, False, config.drop_path, only_first, self.dtype, name="transformer")(
-            x, paths
-        )  # (b, n, d)
+        at = jnp.zeros(len(x), jnp.int32) if first and self.pooled else None
+        x = Transformer(config, False, config.drop_path, self.dtype, name="transformer")(x, paths, at)  # (b, n, d)
         if not self.pooled:
             x = LayerNorm(config.eps, self.dtype, name="norm_post")(x[:, first:])
             return einops.rearrange(x, "b (h w) d -> b h w d", h=config.grid)
