@@ -54,7 +54,9 @@ class Planner:
     def __init__(self, path):
         self.path, self.environment = path, environment.capture() | {"command": "python -m benchmarks.plans"}
         sources = b"".join(file.read_bytes() for file in sorted(pathlib.Path(plan.__file__).parent.rglob("*.py")))
-        self.environment |= {"sources": hashlib.sha256(sources).hexdigest()}
+        # The file of plans itself makes a checkout dirty: this says what was compiled.
+        commit = self.environment["commit"].removesuffix("-dirty")
+        self.environment |= {"commit": commit, "sources": hashlib.sha256(sources).hexdigest()}
         there = json.loads(path.read_text()) if path.exists() else {}
         same = there.get("environment", {}).get("sources") == self.environment["sources"]
         self.known = there["plans"] if same else {}

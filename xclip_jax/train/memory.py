@@ -146,7 +146,7 @@ def _changed(config: ml_collections.ConfigDict, changes: dict[str, Any]) -> ml_c
 def remedies(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
     """Changes with which the step of `config` needs less memory, in the order of what they cost.
 
-    First zero1, which costs nothing to speak of, then more computation: remat, and microbatches beside the most remat.
+    First zero1, which costs traffic alone, then more computation: remat, and microbatches beside the most remat.
     Each of these with zero1, which holds no more than dp does; and with fsdp or fsdp_tp before that where `config` has
     it, since either may be the smaller one.
     """
