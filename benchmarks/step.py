@@ -10,7 +10,7 @@ Two processes with models of equal size (17,750,401 parameters: image tower 12 x
 6 x 192, 32 tokens; embedding 256), batch 256, float32, texts that fill the context, AdamW (open_clip: fused). With
 --captions natural the context is 77 and texts are drawn as `benchmarks.captions` says. Both compile first; then each
 takes --steps steps in turn, --turns times, while the other waits. Prints each turn's median, what the first step took,
-and last "ratio R", the median of the first over that of the second. docs/performance.md names the GLIBC_TUNABLES of its
+and last "ratio R", the median of the first over that of the second. docs/performance.md names the allocator of its
 figures.
 """
 
@@ -33,6 +33,7 @@ from benchmarks import captions
 BATCH, IMAGE_SIZE, PATCH, VOCAB, EMBED = 256, 64, 16, 49408, 256
 CONTEXT = {"full": 32, "natural": captions.CONTEXT}
 TOWERS = {"img": {"width": 192, "depth": 12, "heads": 3}, "txt": {"width": 192, "depth": 6, "heads": 3}}
+ALLOCATOR = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_CONF")
 CLUSTERS, HIDDEN = 4096, 1024  # a hidden layer of 4096, as full-size recipes have, would be a fifth of these towers
 
 
@@ -186,7 +187,8 @@ def main() -> None:
         child(flags.child, flags.objective, flags.captions, flags.groups)
         return
     here = pathlib.Path(__file__).resolve().parents[1]
-    print(f"{os.cpu_count()} cores, {platform.machine()}, GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES', '')}")
+    allocator = " ".join(f"{key}={os.environ[key]}" for key in ALLOCATOR if os.environ.get(key))
+    print(f"{os.cpu_count()} cores, {platform.machine()}, {allocator or 'the allocator as it is'}")
     kind = flags.captions
     first = Program(f"xclip_jax {flags.objective}", "ours", flags.objective, kind, here)
     if flags.against:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.launching import LAUNCH, ROOT
+from tests.launching import LAUNCH, ROOT, executable
 
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh") if path.name != "common.sh")
 
@@ -53,3 +53,28 @@ def test_run_folder_in_each_spelling_that_python_takes(given):
     command = ["bash", "-c", '. launch/common.sh; run_folder gs://example "$@"', "run_folder", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "gs://b/a b\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="preloads by LD_PRELOAD")
+@pytest.mark.parametrize(
+    ("listed", "chosen_before", "preloaded"),
+    [
+        ("\tlibjemalloc.so.2 (libc6,x86-64) => LIBC", "", "LIBC"),
+        ("\tlibjemalloc.so.2 (libc6) => /nowhere/libjemalloc.so.2", "", ""),  # as one that this system cannot load
+        ("\tlibjemalloc_pic.so (libc6,x86-64) => LIBC", "", ""),
+        ("\tlibjemalloc.so.2 (libc6,x86-64) => LIBC", "LIBC LIBC", "LIBC LIBC"),
+    ],
+    ids=["installed", "other architecture", "not installed", "another was chosen"],
+)
+def test_jemalloc_where_it_is_installed(listed, chosen_before, preloaded, tmp_path):
+    """ldconfig is replaced; what stands for jemalloc is the C library, which every program can load."""
+    libc = re.search(r"/\S+/libc\.so\.6", pathlib.Path("/proc/self/maps").read_text())[0]
+    listed, chosen_before, preloaded = (text.replace("LIBC", libc) for text in (listed, chosen_before, preloaded))
+    executable(tmp_path / "ldconfig", f"echo '{listed}'\n")
+    code = '. launch/common.sh; use_jemalloc; echo "${LD_PRELOAD:-}"; echo "${MALLOC_CONF:-}"'
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin"} | ({"LD_PRELOAD": chosen_before} if chosen_before else {})
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    used, conf = done.stdout.splitlines()
+    assert used == preloaded
+    assert bool(conf) == (bool(preloaded) and not chosen_before)

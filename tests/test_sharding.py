@@ -9,6 +9,7 @@ import pytest
 from tests import tiny
 from xclip_jax.data import loader
 from xclip_jax.parallel import sharding
+from xclip_jax.parallel.mesh import AXES, make_mesh, replicated
 from xclip_jax.train import build, state
 
 MESHES = {
@@ -113,6 +114,24 @@ def test_zero1_splits_the_kernels_of_cluster_heads(mesh, chunk, shard, plain, mo
     moments = [x for x in jax.tree.leaves(p.abstract.opt_state) if x.shape == kernel.shape]
     assert moments and all(x.sharding == kernel.sharding for x in moments)
     assert_same(gradients(p), plain("xclip"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "shard"),
+    [
+        ((130, 136), (130, 17)),  # all eight
+        ((132, 134), (33, 134)),  # four of them divide 132
+        ((133, 130), (133, 65)),  # two divide 130
+        ((131, 133), (131, 133)),
+        ((64, 64), (64, 64)),  # small
+    ],
+)
+@pytest.mark.parametrize("sizes", [(4, 2, 1), (2, 4, 1)])
+def test_zero1_splits_over_one_axis_what_all_devices_do_not_divide(shape, shard, sizes):
+    mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[:8])
+    x = jax.ShapeDtypeStruct(shape, np.float32)
+    split = sharding.zero1_shardings({"x": x}, {"x": replicated(mesh)}, mesh)["x"]
+    assert split.shard_shape(shape) == shard
 
 
 def test_gradcache_and_chunks_where_all_devices_share_parameters(plain):

@@ -1,8 +1,9 @@
 """Which mesh axis each logical axis lives on, for each strategy. Models name axes; only this file knows what they mean.
 
     dp       every parameter on every device; gradients are summed once
-    zero1    as dp, with the optimizer's moments (and the moving average) split over all batch shards, and the last
-             kernels of cluster heads, which are used once in a step and gathered for it
+    zero1    as dp, with the optimizer's moments (and the moving average) split over all batch shards, or over one of
+             the mesh's batch axes what these do not divide, and the last kernels of cluster heads, which are used
+             once in a step and gathered for it
     fsdp     kernels of matrix products split over "fsdp", gathered where they are used
     fsdp_tp  as fsdp, with heads and MLPs split over "model" as well
 
@@ -49,7 +50,7 @@ class MeshConfig:
     """Config group `mesh`: sizes of the device mesh's axes, and what is split over them."""
 
     data: int = key(-1, "copies of the model, each with a share of the batch", _SIZE)
-    fsdp: int = key(1, "devices that share a batch as well as parameters, of strategies fsdp", _SIZE)
+    fsdp: int = key(1, "devices that share a batch and parameters (fsdp), or what all do not divide (zero1)", _SIZE)
     model: int = key(1, "devices that share clusters and, with fsdp_tp, heads and MLPs", _SIZE)
     strategy: str = key("dp", "what is split beside the batch", choice(STRATEGIES))
 
@@ -198,22 +199,27 @@ def _is_spec(x: Any) -> bool:
 def zero1_shardings(abstract: Any, specs: Any, mesh: Mesh) -> Any:
     """`specs` with every large array split over all batch shards, along its largest dimension that they divide.
 
-    Elementwise work alone is done on what is split so, which is why any dimension will do: moments, averages, and the
-    gradients on their way to them.
+    Where they divide none, it is split over one of the batch axes, the longer one that does: with many devices that is
+    a reason to have an axis "fsdp", over which nothing else is split. Elementwise work alone is done on what is split
+    so, which is why any dimension will do: moments, averages, and the gradients on their way to them.
 
     Args:
       abstract: shapes.
       specs: NamedShardings of the same structure.
       mesh: the mesh.
     """
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    longest_first = sorted(((axis,) for axis in BATCH_AXES), key=lambda axes: -mesh.shape[axes[0]])
+    choices = [(axes, math.prod(mesh.shape[axis] for axis in axes)) for axes in (BATCH_AXES, *longest_first)]
 
     def split(x: Any, sharding: NamedSharding) -> NamedSharding:
         spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
-        free = [i for i in range(x.ndim) if spec[i] is None and x.shape[i] % shards == 0]
-        if x.size < ZERO1_ELEMENTS or BATCH_AXES in spec or not free:
+        if x.size < ZERO1_ELEMENTS or BATCH_AXES in spec:
             return sharding
-        spec[max(free, key=lambda i: x.shape[i])] = BATCH_AXES
-        return NamedSharding(mesh, PartitionSpec(*spec))
+        for axes, shards in choices:
+            free = [i for i in range(x.ndim) if spec[i] is None and x.shape[i] % shards == 0]
+            if shards > 1 and free:
+                spec[max(free, key=lambda i: x.shape[i])] = axes
+                return NamedSharding(mesh, PartitionSpec(*spec))
+        return sharding
 
     return jax.tree.map(split, abstract, specs)
