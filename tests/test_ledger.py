@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from etils import epath
 
@@ -97,6 +98,25 @@ def test_what_several_processes_load_counts_once(tmp_path, monkeypatch):
         book.add(16, 10, [entry(1)], 0)
         with pytest.raises(UserError, match=r"process 1 and another one load the same rows .* read different samples"):
             book.sync(16)
+
+
+def test_messages_of_processes_have_few_lengths(monkeypatch):
+    """Each length is compiled once. The second process has something else to say, now longer and now shorter."""
+    mine, others = ["a" * n for n in (0, 1, 700, 1500)], ["b" * n for n in (900, 1022, 3, 1700)]
+    lengths, messages = [], iter(json.dumps(other).encode() for other in others)
+
+    def process_allgather(x):
+        if x.ndim == 0:
+            process_allgather.message = next(messages)
+            return np.stack([x, np.asarray(len(process_allgather.message))])
+        lengths.append(len(x))
+        other = np.frombuffer(process_allgather.message, np.uint8)
+        return np.stack([x, np.pad(other, (0, len(x) - len(other)))])
+
+    monkeypatch.setattr(ledger.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(ledger.multihost_utils, "process_allgather", process_allgather)
+    assert [ledger._gather(content) for content in mine] == [list(pair) for pair in zip(mine, others, strict=True)]
+    assert lengths == [1024, 1024, 1024, 2048]
 
 
 def test_share_is_of_a_thousand_at_least(tmp_path):

@@ -60,6 +60,22 @@ def test_a_step_that_fits_by_far_is_not_compiled(experiment, monkeypatch, capsys
     assert capsys.readouterr().out == ""
 
 
+def test_devices_along_the_model_axis_share_no_activations(monkeypatch):
+    """What eight devices would hold in parts, two and their copies may not."""
+    made = build.build(tiny.config("clip", data__batch=512, mesh={"data": 2, "fsdp": 1, "model": 4, "strategy": "dp"}))
+    written, state = memory._written(memory.trace(made).jaxpr.jaxpr), memory.bytes_on_device(made.abstract)
+    compiled = []
+    monkeypatch.setattr(memory, "compile_if_fits", lambda made: compiled.append(made) or (None, "it needs more"))
+    monkeypatch.setattr(memory, "suggest", lambda *_: "")
+    has(monkeypatch, 1.01 * written / 2 + 8 * state)
+    memory.check(made)
+    assert not compiled
+    has(monkeypatch, 0.99 * written / 2 + 8 * state)
+    with pytest.raises(UserError, match="does not fit"):
+        memory.check(made)
+    assert compiled == [made]
+
+
 def test_a_step_that_fits_just_so(experiment, peak, monkeypatch, capsys):
     has(monkeypatch, 1.1 * peak)
     memory.check(experiment)

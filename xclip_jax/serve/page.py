@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from xclip_jax.report import style
 from xclip_jax.report.markup import esc
+from xclip_jax.serve.index import MAX_TEXT
 
 _CSS = style.read("xclip_jax.serve", "search.css")
 
@@ -28,7 +29,7 @@ def render(title: str, count: int, names: Sequence[str], max_upload: int) -> str
 </header><main>
 <section aria-labelledby="by-text"><h2 id="by-text">Pictures for words</h2><br>
 <form id="search" role="search"><div><label for="text">What the pictures should show</label>
-<input id="text" type="search" maxlength="1000" required autocomplete="off"></div>
+<input id="text" type="search" maxlength="{MAX_TEXT}" required autocomplete="off"></div>
 <button class="main">Search</button></form>
 <p class="status" id="searched" role="status"></p><ul class="pictures" id="matches"></ul></section>
 <section aria-labelledby="by-image"><h2 id="by-image">Names for a picture</h2><br>
