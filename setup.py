@@ -113,6 +113,7 @@ setup(
         "gpu": ["jax[cuda12]>=0.10,<0.13"],
         "tpu": ["gcsfs>=2024.6", "jax[tpu]>=0.10,<0.13"],  # gcsfs: runs in gs:// folders
         "bench": [
+            "clip-benchmark>=1.6.2",
             "matplotlib>=3.9",
             "open_clip_torch>=2.30",
             "pandas>=2",

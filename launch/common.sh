@@ -12,15 +12,15 @@ export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 # Has programs allocate by jemalloc where it is installed and no other allocator was chosen: a step on a CPU takes
 # another twelfth less. Compiling leaves glibc's heap in pieces that it searches in each step; and jemalloc keeps what a
-# step frees for the next one, up to half a minute.
+# step frees for the next one, up to half a minute: half a gigabyte more of the demo.
 use_jemalloc() {
-  local library
+  local library conf=${MALLOC_CONF:-thp:always,oversize_threshold:0,dirty_decay_ms:30000,muzzy_decay_ms:30000}
   [ -z "${LD_PRELOAD:-}" ] || return 0
-  library=$(PATH=$PATH:/usr/sbin:/sbin ldconfig -p 2>/dev/null | awk '/libjemalloc\.so\.2 / && !path { path = $NF } END { print path }') || return 0
-  # That of another architecture would be a warning of each program.
-  [ -n "$library" ] && [ -z "$(LD_PRELOAD=$library /bin/sh -c : 2>&1)" ] || return 0
-  export LD_PRELOAD=$library
-  export MALLOC_CONF=${MALLOC_CONF:-thp:always,oversize_threshold:0,dirty_decay_ms:30000,muzzy_decay_ms:30000}
+  library=$(PATH=$PATH:/usr/sbin:/sbin ldconfig -p 2>/dev/null |
+    awk '/libjemalloc\.so\.2 / && !path { path = $NF } END { print path }') || return 0
+  # That of another architecture, or one that is too old for a setting, would be a warning of each program.
+  [ -n "$library" ] && [ -z "$(MALLOC_CONF=$conf LD_PRELOAD=$library /bin/sh -c : 2>&1)" ] || return 0
+  export LD_PRELOAD=$library MALLOC_CONF=$conf
 }
 
 setup() {
@@ -202,7 +202,9 @@ tpu_pack() {
   ARCHIVE=dist/workers-$NAME.tar.gz
   run mkdir -p dist
   if [ -e .git ]; then
-    [ -z "$(git status --porcelain --untracked-files=no)" ] || echo "warning: what is not committed stays here" >&2
+    local stays
+    stays=$(git status --porcelain | awk 'NR <= 8 { printf "%s ", substr($0, 4) }')
+    [ -z "$stays" ] || echo "warning: what is not committed stays here: $stays" >&2
     run git archive "--output=$ARCHIVE" HEAD
   else
     run tar -czf "$ARCHIVE" --exclude=__pycache__ "${SOURCES[@]}"

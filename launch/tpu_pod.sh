@@ -129,7 +129,7 @@ tend() {
       if complete >/dev/null 2>&1; then
         say "the run is complete"
         finish 0
-      elif [[ $training == @(0|75|143) ]]; then
+      elif [[ $training =~ ^(0|75|143)$ ]]; then
         # 75: asked to stop, and saved. 143: asked to stop before it could save.
         recreate "training was stopped before its end"
       elif [ "$training" = 1 ] && refused; then

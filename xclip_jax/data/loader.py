@@ -54,8 +54,7 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
       UserError: a source that cannot be opened, keys that contradict each other, labelled sources that do not fit each
         other, and for training fewer pairs than a batch has.
     """
-    if not config.sources:
-        raise UserError("data.sources is empty; add a source such as folder:PATH or tfds:NAME/SPLIT.")
+    sources.parse_all(config.sources)
     options = source_options(config)
     if classes:
         if config.spread_duplicate_captions:

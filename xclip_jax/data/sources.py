@@ -9,7 +9,7 @@ import difflib
 import glob
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from xclip_jax.data import records, transforms
@@ -103,6 +103,17 @@ def parse(text: str) -> SourceSpec:
     if match := _IMPORTED.fullmatch(text):
         return SourceSpec(text, _import(text, match["class"]), match["rest"] or "")
     raise _unknown(text)
+
+
+def parse_all(specs: Sequence[str]) -> list[SourceSpec]:
+    """Parse the specs of `data.sources`.
+
+    Raises:
+      UserError: none, or as `parse`.
+    """
+    if not specs:
+        raise UserError("data.sources is empty; add a source such as folder:PATH or tfds:NAME/SPLIT.")
+    return [parse(spec) for spec in specs]
 
 
 def has_labels(text: str, items: str) -> bool:

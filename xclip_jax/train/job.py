@@ -67,11 +67,10 @@ def check(config: ml_collections.ConfigDict | Config) -> Config:
       The config, resolved.
 
     Raises:
-      UserError: a wrong key or value, or a name that does not exist.
+      UserError: a wrong key or value, a name that does not exist, or no source.
     """
     config = resolve(config)
-    for spec in config.data.sources:
-        sources.parse(spec)
+    sources.parse_all(config.data.sources)
     for spec in (*config.eval.sets, *config.eval.final_sets):
         registry.check(spec)
     return config
