@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 
+import orbax.checkpoint as ocp
 import pytest
 
 from tests import checkpoints
@@ -39,6 +40,13 @@ def test_the_digest_is_in_the_checkpoint_before_it_has_its_name(tmp_path, monkey
         go.set()
     assert checkpoint_digest.exists(tmp_path / "checkpoints" / "2")
     check_is(restore(tmp_path), 2)
+
+
+def test_orbax_asks_the_preemption_service_nothing(tmp_path, monkeypatch):
+    """It knows the questions of the training loop alone, see `interrupt.PreemptionHandler`."""
+    monkeypatch.setattr(ocp.CheckpointManager, "reached_preemption", lambda _, step: pytest.fail(f"asked {step}"))
+    save(tmp_path, 2, 4)
+    assert RunFolder(tmp_path).steps() == [2, 4]
 
 
 def test_which_checkpoints_are_kept(tmp_path):

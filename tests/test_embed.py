@@ -1,3 +1,5 @@
+import functools
+import http.server
 import itertools
 import json
 import os
@@ -5,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import threading
 import tracemalloc
 
 import numpy as np
@@ -140,6 +143,48 @@ def test_row_i_is_line_i(root, model, tmp_path):
     expected = np.zeros((len(lines), 16), np.float32)
     expected[[9, 11]] = model.encode_text(["a fox", "a hen"])
     np.testing.assert_allclose(columns["embedding"], expected, atol=1e-6)
+
+
+class Files(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder as Python does, whole files, or with `ranges` the part that is asked for."""
+
+    ranges = False
+
+    def do_GET(self):
+        asked = self.headers.get("Range")
+        if not (self.ranges and asked):
+            return super().do_GET()
+        content = pathlib.Path(self.translate_path(self.path)).read_bytes()
+        first, last = asked.removeprefix("bytes=").split("-")
+        if int(first) >= len(content):
+            return self.send_error(416)
+        part = content[int(first) : int(last) + 1]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}")
+        self.end_headers()
+        return self.wfile.write(part)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_texts_by_http(ranges, tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(Files, "ranges", ranges)
+    (tmp_path / "texts.txt").write_text("a cat\na dog\nthe last")
+    handler = functools.partial(Files, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/texts.txt"
+        if ranges:
+            lines = embed_sources.Lines(url)
+            assert [lines.read(i)[0] for i in range(len(lines))] == ["a cat", "a dog", "the last"]
+        else:
+            with pytest.raises(UserError, match=r"cannot be read .*the server gives whole files only; download"):
+                embed_sources.Lines(url)
+        server.shutdown()
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
@@ -310,6 +355,7 @@ def test_without_pyarrow_the_remedy_is_named(monkeypatch):
         ({"images": "{}/*.t*"}, "names 2 tars among 3 files"),
         ({"texts": "{}/none.txt"}, "none.txt' cannot be read"),
         ({"out": "{}/x.csv"}, "x.csv' is '.csv'; it must be one of '.parquet', '.npz'"),
+        ({"out": "gs://bucket/x.parquet"}, "--out 'gs://bucket/x.parquet' is in a bucket; name a local file"),
         ({"step": 9}, "no checkpoint of step 9"),
         ({"images": "{}/pictures/*b.*", "out": "{}/bad.npz"}, "nothing could be embedded"),
         ({"imagess": "x"}, "unrecognized arguments"),

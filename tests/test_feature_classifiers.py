@@ -1,5 +1,7 @@
 """Nearest neighbours, parts of a training set, the search of C and cross-validation against scikit-learn."""
 
+import re
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -25,6 +27,14 @@ def test_knn_equals_sklearn(chunk, monkeypatch):
 def test_knn_of_fewer_items_than_neighbours():
     votes = feature_classifiers.knn(np.eye(3), np.array([0, 1, 1]), np.array([[1.0, 0.1, 0.0]]), 2)
     assert votes.argmax() == 0 and votes.shape == (1, 2)
+
+
+def test_knn_of_other_features_is_the_same_program():
+    """The training set is no constant of it: one as large as ImageNet's could not be."""
+    votes = feature_classifiers._vote.lower(
+        np.zeros((4, 8), np.float32), np.ones((300, 8), np.float32), np.zeros(300, int), 0.07, k=5, classes=3
+    ).as_text()
+    assert "tensor<300x8xf32>" in votes and not re.search(r"constant .*tensor<300", votes)
 
 
 def test_parts_of_a_training_set():

@@ -10,10 +10,10 @@ import pytest
 from tests import tiny
 from tests.encoding import SIZE, make_encoder, small_model
 from xclip_jax import evaluate
-from xclip_jax.data import holdout, loader, sources
+from xclip_jax.data import holdout, loader, sources, transforms
 from xclip_jax.data.config import DataConfig
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import registry
+from xclip_jax.evaluators import pair_sets, registry, retrieval
 from xclip_jax.evaluators.prompts import PROFILES, with_own
 from xclip_jax.train import trainer
 
@@ -135,6 +135,26 @@ def test_retrieval_on_own_pairs(pairs, table):
     np.testing.assert_array_equal(of_table.data.images[0], plain.data.images[39])
     with pytest.raises(UserError, match="no column 'image' but 'file', 'words'"):
         registry.open_all([f"retrieval/csv:{table}"], encoder)
+
+
+def test_rows_of_one_image_are_one_item_with_all_their_captions(tmp_path):
+    """As Flickr8k's: a row a caption. A perfect ranking finds all, with as many captions as there are rows."""
+    folder, again = tiny.folder(tmp_path / "pairs", 6), tmp_path / "again.csv"
+    images = sorted(folder.glob("*.png"))
+    rows = [f"{image},{words} of {i % 6}" for words in ("side", "top") for i, image in enumerate(images)]
+    again.write_text("\n".join(["image,text", *rows, rows[0]]) + "\n")
+    data = registry.load(f"retrieval/csv:{again}", SIZE)
+    assert data.captions == [[f"side of {i}", f"top of {i}"] for i in range(6)] and len(data.images) == 6
+    first = transforms.evaluation_image(images[1].read_bytes(), SIZE)
+    np.testing.assert_array_equal(data.images[1], first)
+    match = retrieval.positives(data.captions)
+    assert match.shape == (6, 12) and (match.sum(axis=0) == 1).all() and (match.sum(axis=1) == 2).all()
+    copied = shutil.copytree(folder, tmp_path / "copied")  # the same images in another source of the same run
+    parts = [
+        holdout.find(s, sources.open_pairs(s), 1.0, DataConfig()) for s in (f"folder:{folder}", f"folder:{copied}")
+    ]
+    assert [x.tolist() for x in pair_sets.firsts(parts)] == [[0, 1, 2, 3, 4, 5], []]
+    assert list(pair_sets.captions_by_image(parts).values()) == parts[0].captions
 
 
 def test_captions_of_own_pairs_follow_the_profile_but_for_its_prefix(pairs):

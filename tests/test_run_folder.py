@@ -22,6 +22,7 @@ from etils import epath
 from tests import tiny
 from tests.test_tokenizer import save_words
 from xclip_jax import environment, storage
+from xclip_jax.config import schema
 from xclip_jax.data import loader
 from xclip_jax.errors import UserError
 from xclip_jax.run_folder import RunFolder
@@ -63,7 +64,7 @@ def test_check_needs_neither_data_nor_a_folder(tmp_path):
     ],
 )
 def test_extras_that_a_config_needs(changes, extras):
-    assert job.extras(job.check(tiny.config(**changes))) == extras
+    assert job.extras(job.check(tiny.config(**({"data__sources": ("folder:x",)} | changes)))) == extras
 
 
 def lines(run):
@@ -160,6 +161,30 @@ def test_a_run_may_be_moved_with_its_data_and_its_tokenizer(pairs, tmp_path, cap
     (there / "run" / "results.json").unlink()
     with pytest.raises(UserError, match=r"data\.tokenizer='.*words\.json' differs from .*tokenizer\.json"):
         trainer.run(tiny.short(there / "data", there / "run", data__tokenizer=str(there / "words.json")))
+
+
+def test_the_tokenizer_is_that_of_the_start(pairs, tmp_path):
+    """What a start that came to nothing has left is not read; a run with a checkpoint keeps its own."""
+    words = [tmp_path / "first.json", tmp_path / "second.json"]
+    for path, more in zip(words, ([], ["more"]), strict=True):
+        save_words(path, ["?", "<pad>", "<s>", "</s>", "picture", "number", *more])
+    run = tmp_path / "run"
+
+    def resolved(name):
+        return schema.resolve(tiny.short(pairs, run, data__tokenizer=str(name)))
+
+    folder = TrainingFolder(str(run))
+    for name in (words[0], words[1], "bytes", words[1]):
+        c = resolved(name)
+        assert folder.tokenizer(c) == str(name)
+        with folder.claimed(c, []):
+            assert folder.tokenizer_file.exists() == (name != "bytes")
+    assert folder.tokenizer_file.read_bytes() == words[1].read_bytes()
+    trainer.run(tiny.short(pairs, run, data__tokenizer="bytes"))
+    assert not folder.tokenizer_file.exists() and weights.load(str(run))[0].data.tokenizer == "bytes"
+    (run / "results.json").unlink()
+    with pytest.raises(UserError, match=r"data\.tokenizer='.*first\.json' differs from 'bytes', which the run was"):
+        trainer.run(tiny.short(pairs, run, data__tokenizer=str(words[0])))
 
 
 def test_changed_data_is_refused(pairs, run, tmp_path):

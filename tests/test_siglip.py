@@ -31,7 +31,8 @@ from xclip_jax.train import build
 CORPUS = ["a photo of a cat", "two dogs on the moon", "naïve über straße", "it never ends", "the cat sat on the mat",
           "a photo of two dogs and a house", "moon over the house, again and again"] * 20  # fmt: skip
 TEXTS = ["a photo of a cat", "Two DOGS, on the moon!", "", "  leading and  double\tspaces\n", "snake_case-word", "...",
-         "naïve ÜBER 猫 straße ΑΣ İ", "it never ends " * 9, "ﬁne ① ２", "the moon ▁ x", "a\u200bb \u00a0c"]  # fmt: skip
+         "naïve ÜBER 猫 straße ΑΣ İ", "it never ends " * 9, "ﬁne ① ２", "the moon ▁ x", "a\u200bb \u00a0c",
+         "a dog\u2019s house &amp;amp; moon", "na\u00c3\u00afve \u201ccat\u201d", "ΑΣ-Α_dog"]  # fmt: skip
 LENGTH = 12
 CONFIG = "open_clip_config.json"
 

@@ -31,7 +31,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from xclip_jax import compilation_cache, environment, inference
+from xclip_jax import compilation_cache, environment, inference, storage
 from xclip_jax.console import format_duration, log0
 from xclip_jax.data import embeddings
 from xclip_jax.data.prefetch import ThreadPrefetcher
@@ -97,6 +97,10 @@ class Job:
         """
         check_count("part", part, 1)
         check_count("threads", threads, 0)
+        if storage.is_remote(out):
+            raise UserError(
+                f"{option} {out!r} is in a bucket; name a local file, and copy it there when it is complete."
+            )
         self.model, self.sources, self.out, self._threads = model, sources, pathlib.Path(out), threads
         self._format, self._option = embeddings.format_of(self.out), option
         self.folder = pathlib.Path(f"{out}.parts")

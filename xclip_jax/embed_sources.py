@@ -112,7 +112,8 @@ class Lines:
         try:
             self._file = storage.File(path)
             _check_encoding(path, self._file.read(0, 4))
-            while chunk := self._file.read(offset, 1 << 24):
+            size, _ = storage.stat(path)
+            while offset < size and (chunk := self._file.read(offset, min(1 << 24, size - offset))):
                 ends.append(offset + np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")))
                 offset += len(chunk)
                 digest.update(chunk)

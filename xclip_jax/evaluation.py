@@ -1,6 +1,7 @@
 """Evaluation of a checkpoint on sets, each result added to a file as soon as it is measured."""
 
 import dataclasses
+import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ from xclip_jax.train.weights import load
 def _protocol(config: Config, name: str, changes: Mapping[str, Any]) -> Profile:
     """The profile `name` with templates and class names of the run's config, and with `changes`."""
     file = config.eval.class_names
-    if file and not epath.Path(file).exists():
+    if file and not epath.Path(file).expanduser().exists():
         if "names" not in changes:
             log0(
                 f"WARNING: eval.class_names={file!r} does not exist; own classes go by their labels, see --class-names"
@@ -60,7 +61,7 @@ def evaluate(
       UserError: bad input. All sets are opened before the first one is evaluated.
     """
     began = time.perf_counter()
-    names, changes = registry.expand_suites(suite), dict(changes or {})
+    names, changes = registry.expand_suites(suite), json.loads(json.dumps(changes or {}))  # as the file has them
     dataclasses.replace(registry.profile(profile), **changes)  # for its errors, before the work
     path = epath.Path(output) if output else evaluation_file(hub.local_name(run))
     if output:

@@ -103,6 +103,7 @@ class Model:
         }  # fmt: skip
         self._threads, self._similarities = threads, experiment.objective.similarities
         mesh = make_mesh(_MESH)
+        self._towers = {name: getattr(experiment.model, name) for name in experiment.model.towers}
         model, variables = _unrolled(experiment.model, variables)
         self._variables = jax.device_put(variables, replicated(mesh))
         self._encoder = Encoder(
@@ -294,9 +295,12 @@ class Model:
         return sum(leaf.size for leaf in jax.tree.leaves(self._variables["params"]))
 
     def fingerprint(self) -> str:
-        """A checksum of all weights: models of equal weights have the same."""
+        """A checksum of all weights: models of equal weights have the same, on every kind of device."""
+        params = dict(self._variables["params"])
+        for name, tower in self._towers.items():
+            params[name] = tower.convert(params[name])[0]  # stacked as in the checkpoint
         number = 0
-        for leaf in jax.tree.leaves(self._variables):
+        for leaf in jax.tree.leaves({**self._variables, "params": params}):
             number = zlib.crc32(np.ascontiguousarray(leaf).data, number)
         return f"{number:08x}"
 

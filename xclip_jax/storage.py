@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+import platform
 import re
 import stat as stat_modes
 import time
@@ -22,8 +23,7 @@ from xclip_jax.errors import BadSample, UserError
 
 # Open files kept in each process; the soft limit of open files is often 1024.
 _OPEN = 256
-_TRIES = 3
-REWRITE_SECONDS = 60
+_TRIES, REWRITE_SECONDS = 3, 60
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 _MAX_NAMES = 1_000_000
 # Remote files whose sizes are cached: about 80 MB at most.
@@ -60,12 +60,12 @@ def strict_json(content: Any, **options: Any) -> str:
 
 
 def write_whole(path: epath.Path, content: str | bytes) -> None:
-    """Write a file, text in UTF-8, whole or not at all, even if the process or the machine stops in between."""
+    """Write a file, text in UTF-8, whole or not at all, even if the machine stops, or another process writes it too."""
     data = content.encode() if isinstance(content, str) else content
     if is_remote(str(path)):
         path.write_bytes(data)  # an object in a bucket appears when it is complete
         return
-    temporary = path.parent / f".{path.name}.tmp"
+    temporary = path.parent / f".{path.name}.{platform.node()}.{os.getpid()}.tmp"
     with _os_errors(str(path)), temporary.open("wb") as file:
         file.write(data)
         file.flush()
@@ -335,7 +335,10 @@ class File:
         if self._fd is None:
             system, name = _remote(self.path)
             with _os_errors(self.path):
-                return system.cat_file(name, start=offset, end=offset + size)
+                data = system.cat_file(name, start=offset, end=offset + size)
+            if len(data) <= size:
+                return data
+            raise OSError(errno.EINVAL, "the server gives whole files only; download the file", self.path)
         data = os.pread(self._fd, size, offset)
         while len(data) < size and (chunk := os.pread(self._fd, size - len(data), offset + len(data))):
             data += chunk
@@ -378,8 +381,7 @@ def fingerprint(paths: Iterable[str], *, whole: int = 0) -> str:
             digest.update(str(changed).encode())
             continue
         file = File(path)
-        pieces = range(0, size, _EDGE) if size <= max(whole, 2 * _EDGE) else (0, size - _EDGE)
-        for offset in pieces:
+        for offset in range(0, size, _EDGE) if size <= max(whole, 2 * _EDGE) else (0, size - _EDGE):
             digest.update(file.read(offset, _EDGE))
     return digest.hexdigest()
 
@@ -392,8 +394,7 @@ def open_file(path: str) -> File:
 
 def writable(folder: pathlib.Path) -> bool:
     """Whether files can be written into `folder`, which is made if it does not exist."""
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)
+        return os.access(folder, os.W_OK)
+    return False

@@ -116,24 +116,28 @@ def load(name: str) -> Tokenizer:
 
 def clean(text: str) -> str:
     """CLIP's cleaning: broken encodings repaired, HTML entities resolved twice, white space folded, lower case."""
+    return " ".join(_repaired(text).split()).lower()
+
+
+def _repaired(text: str) -> str:
     # Printable ASCII without entities needs no repair, and the check takes most of the time.
     if not (text.isascii() and text.isprintable() and "&" not in text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    return text
 
 
 def _lower_without_punctuation(text: str) -> str:
     return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
 
 
-# Cleanings of SigLIP's texts: in lower case without ASCII punctuation, as in transformers; open_clip takes "_" for a
-# space; SigLIP 2's are in lower case.
+# Cleanings of SigLIP's texts: in lower case without ASCII punctuation, as in transformers; open_clip repairs them as
+# CLIP's before, and takes "_" for a space; SigLIP 2's are in lower case.
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 CLEANINGS: dict[str, Callable[[str], str]] = {
     "": lambda text: text,
     "lower": str.lower,
     "canonical": _lower_without_punctuation,
-    "canonical_spaces": lambda text: _lower_without_punctuation(text.replace("_", " ")),
+    "canonical_spaces": lambda text: _lower_without_punctuation(_repaired(text).replace("_", " ")),
 }
 
 

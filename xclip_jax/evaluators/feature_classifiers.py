@@ -1,6 +1,7 @@
 """Classifiers on frozen features: nearest neighbours, and logistic regression whose C validation items choose."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -41,20 +42,24 @@ def knn(
       fp32 (m, classes).
     """
     k = min(k, len(train))
-    base = jnp.asarray(_unit(train))
-    one_hot = jnp.asarray(np.eye(classes, dtype=np.float32)[labels])
-
-    @jax.jit
-    def vote(q: jax.Array) -> jax.Array:
-        cosine, index = jax.lax.top_k(jnp.matmul(q, base.T, precision=jax.lax.Precision.HIGHEST), k)
-        # Without the common factor exp(1 / temperature), which would overflow at small temperatures.
-        return jnp.einsum("mk,mkc->mc", jnp.exp((cosine - 1) / temperature), one_hot[index])
-
+    base, of_base = jnp.asarray(_unit(train)), jnp.asarray(labels)
     step = min(max(1, _CHUNK // max(len(train), k * classes)), len(queries))
     padded = np.zeros((-(-len(queries) // step) * step, queries.shape[1]), np.float32)
     padded[: len(queries)] = _unit(queries)
-    votes = [np.asarray(vote(padded[i : i + step])) for i in range(0, len(padded), step)]
+    votes = [
+        np.asarray(_vote(padded[i : i + step], base, of_base, temperature, k=k, classes=classes))
+        for i in range(0, len(padded), step)
+    ]
     return np.concatenate(votes)[: len(queries)]
+
+
+# The training set is an argument: what a jitted function closes over is a constant of the program.
+@functools.partial(jax.jit, static_argnames=("k", "classes"))
+def _vote(q: jax.Array, base: jax.Array, labels: jax.Array, temperature: float, *, k: int, classes: int) -> jax.Array:
+    cosine, index = jax.lax.top_k(jnp.matmul(q, base.T, precision=jax.lax.Precision.HIGHEST), k)
+    # Without the common factor exp(1 / temperature), which would overflow at small temperatures.
+    weights = jnp.exp((cosine - 1) / temperature)
+    return jnp.einsum("mk,mkc->mc", weights, jax.nn.one_hot(labels[index], classes, dtype=jnp.float32))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

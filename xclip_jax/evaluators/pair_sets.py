@@ -1,5 +1,7 @@
 """Retrieval on image-text pairs of your own: a source, or the pairs that a run holds out of its training.
 
+Pairs of one image, by its bytes, are one item with all of their captions.
+
 `retrieval/SOURCE` has all pairs of a source of `data.sources`: retrieval/folder:PATH, retrieval/csv:PATTERN,
 retrieval/tar:PATTERN, retrieval/tfds:NAME/SPLIT. `retrieval/holdout` has those that `data.holdout` of the model's run
 keeps out of training, `retrieval/holdout@RUN` those of another run, for models that have none of their own.
@@ -8,6 +10,8 @@ keeps out of training, `retrieval/holdout@RUN` those of another run, for models 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from xclip_jax.config import fields
 from xclip_jax.console import log0
@@ -62,6 +66,29 @@ def _pairs(specs: Sequence[str], share: float, data: DataConfig) -> tuple[list[S
     return opened, [holdout.find(spec, source, share, data) for spec, source in zip(specs, opened, strict=True)]
 
 
+def firsts(parts: Sequence[holdout.Pairs]) -> list[np.ndarray]:
+    """Return of each part the positions of the pairs whose image no earlier pair of all parts has."""
+    known: set[str] = set()
+    positions = []
+    for part in parts:
+        first = {digits: i for i, digits in reversed(list(enumerate(part.hashes))) if digits not in known}
+        positions.append(np.array(sorted(first.values()), int))
+        known |= first.keys()
+    return positions
+
+
+def captions_by_image(parts: Sequence[holdout.Pairs]) -> dict[str, list[str]]:
+    """Return the captions of each image by its hash, each once, in the order of the pairs.
+
+    Captions of one image are often one pair each, as the rows of a CSV file: every one of them is right for it.
+    """
+    texts: dict[str, dict[str, None]] = {}
+    for part in parts:
+        for digits, captions in zip(part.hashes, part.captions, strict=True):
+            texts.setdefault(digits, {}).update(dict.fromkeys(captions))
+    return {digits: list(captions) for digits, captions in texts.items()}
+
+
 def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> RetrievalSet:
     """Return the set `spec`, see the module's docstring.
 
@@ -84,14 +111,16 @@ def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profil
     if profile.prefix == PROFILES["openai"].prefix:
         profile = dataclasses.replace(profile, prefix="")
     prepare = profile.preprocessing(prepare)
+    by_image = captions_by_image(parts)
     images: list[Any] = [
-        Field(Subset(source, part.indices), "image") for source, part in zip(opened, parts, strict=True)
+        Field(Subset(source, part.indices[new]), "image")
+        for source, part, new in zip(opened, parts, firsts(parts), strict=True)
     ]
-    captions = [profile.texts(texts) for part in parts for texts in part.captions]
+    captions = [profile.texts(texts) for texts in by_image.values()]
     card = Provenance(
         data=", ".join(specs),
         split=f"held out, {share:g}" if share < 1 else "",
-        split_hash=digest([*(digits for part in parts for digits in part.hashes), *captions]),
+        split_hash=digest([*by_image, *captions]),
         protocol=f"recall, any match; {f'first {profile.captions}' if profile.captions else 'all'} captions of each "
         f"image{', in lower case' if profile.lower else ''}",
         templates=f"{profile.prefix}CAPTION",

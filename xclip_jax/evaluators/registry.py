@@ -228,7 +228,9 @@ def measure(evaluator: Evaluator, variables: Any) -> list[Result]:
         error.add_note(f"in evaluator {evaluator.name}")
         raise
     if results and not any(result.headline for result in results):
-        results = [dataclasses.replace(results[0], headline=True), *results[1:]]
+        # Not a count, which has no unit: of one that was expected, such as mAP where labels turn out to be one each.
+        main = next((i for i, result in enumerate(results) if result.unit), 0)
+        results[main] = dataclasses.replace(results[main], headline=True)
     if encoder.unreadable:
         first = [reason or f"image {i}" for i, reason in sorted(encoder.unreadable.items())[:_NUM_LISTED]]
         more = f"; and {len(encoder.unreadable) - _NUM_LISTED} more" if len(encoder.unreadable) > _NUM_LISTED else ""

@@ -231,13 +231,16 @@ class Objective:
     def similarities(self) -> tuple[Similarity, ...]:
         """How images are compared with texts: of each name the first term's, in the order of their priorities.
 
-        The first is the model's own, whose embeddings it gives.
+        The first is the model's own, whose embeddings it gives; those of terms with weight 0, whose heads learn
+        nothing, come last.
         """
-        by_name: dict[str, Similarity] = {}
-        for term in self.terms.values():
-            if term.similarity is not None:
-                by_name.setdefault(term.similarity.name, term.similarity)
-        return tuple(sorted(by_name.values(), key=lambda similarity: similarity.priority))
+        by_name: dict[str, tuple[bool, int, Similarity]] = {}
+        for name, term in self.terms.items():
+            if (similarity := term.similarity) is not None:
+                entry = (not self.weights[name], similarity.priority, similarity)
+                if similarity.name not in by_name or entry[0] < by_name[similarity.name][0]:
+                    by_name[similarity.name] = entry
+        return tuple(similarity for *_, similarity in sorted(by_name.values(), key=lambda entry: entry[:2]))
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
         """{name: `Head` or `Scalar`} of all terms.
@@ -303,8 +306,9 @@ class Objective:
         return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
 
     def alarms(self, metrics: Mapping[str, float]) -> list[str]:
-        """Warnings "NAME: what is wrong and what to change" from a step's metrics."""
-        return [text for name, term in self.terms.items() for text in term.alarms(self.metrics_of(name, metrics))]
+        """Warnings "NAME: what is wrong and what to change" from a step's metrics, of terms with a weight."""
+        terms = {name: term for name, term in self.terms.items() if self.weights[name]}
+        return [text for name, term in terms.items() for text in term.alarms(self.metrics_of(name, metrics))]
 
     def progress(self, metrics: Mapping[str, float]) -> list[str]:
         """Parts of the progress line, one for each term that has one."""

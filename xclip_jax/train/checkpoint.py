@@ -90,6 +90,18 @@ def _quiet() -> Iterator[None]:
         sys.unraisablehook = previous
 
 
+class _Manager(ocp.CheckpointManager):
+    """Saves when it is told to. Orbax also asks JAX's preemption service whether to, by the step's number.
+
+    The service knows one count, of `interrupt.PreemptionHandler.requested`: a signal after a number that is far ahead
+    of it would be heard when the count comes there, which is never.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never: the training loop stops, and saves, by itself."""
+        return False
+
+
 class Checkpointer:
     """Saves and restores (`TrainState`, position) under `<run>/checkpoints/<step>`.
 
@@ -133,7 +145,7 @@ class Checkpointer:
         self._failure: UserError | None = None
         self._resources = contextlib.ExitStack()
         self._resources.enter_context(_quiet())
-        self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
+        self._manager = _Manager(self.path, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint, damaged or not, or None."""

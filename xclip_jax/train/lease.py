@@ -35,7 +35,8 @@ def held(path: epath.Path) -> Iterator[None]:
         nonlocal written
         while not done.wait(RENEWED_SECONDS):
             with contextlib.suppress(Exception):  # of a store that does not answer for a moment
-                if (other := path.read_text()) != written:
+                # One that is gone was another run's, which has ended.
+                if (other := _read(path)) and other != written:
                     log0(f"WARNING: {path.parent} is in use by {_holder(other)} too; stop one of the two runs")
                 written = _write(path)
 
@@ -46,7 +47,8 @@ def held(path: epath.Path) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        path.unlink(missing_ok=True)
+        if _read(path) == written:
+            path.unlink(missing_ok=True)
 
 
 def _write(path: epath.Path) -> str:

@@ -32,7 +32,7 @@ except ImportError:  # Windows
 
 # A resumed run may differ in these: they do not change what is learned, or other files of the folder guard them.
 KEYS_FREE_ON_RESUME = (
-    "checkpoint.", "data.buffer", "data.cache", "data.dir", "data.length_groups", "data.max_bad_fraction",
+    "checkpoint.", "data.buffer", "data.dir", "data.length_groups", "data.max_bad_fraction",
     "data.sources", "data.threads", "data.tokenizer", "data.workers", "eval.", "log.", "loss.", "mesh.",
     "optim.max_skipped_steps", "optim.microbatches", "optim.rewind", "run",
 )  # fmt: skip
@@ -96,9 +96,17 @@ class TrainingFolder(RunFolder):
         """Value of data.tokenizer to build with: the run's own copy of a tokenizer file, where it has one.
 
         Raises:
-          UserError: the file that the config names has changed since the run started.
+          UserError: it is another one than the run, which has a checkpoint, was started with.
         """
-        name = config.data.tokenizer
+        name, saved = config.data.tokenizer, self.read_config()
+        if saved is None or self.latest_step() is None:
+            return name  # `claimed` writes the copy anew
+        was = saved["config"]["data"]["tokenizer"]
+        if name != was and {name, was} & set(tokenizer.NAMES):
+            raise UserError(
+                f"data.tokenizer={name!r} differs from {was!r}, which the run was started with; use a different "
+                "--config.run."
+            )
         if name in tokenizer.NAMES or not self.tokenizer_file.exists():
             return name
         given = epath.Path(name)
@@ -198,7 +206,10 @@ class TrainingFolder(RunFolder):
             self.check(config)  # another run may have come and gone
             self._write_config(config, groups, text_rows)
             write_json(self.data_file, list(fingerprints))
-            if config.data.tokenizer not in tokenizer.NAMES and not self.tokenizer_file.exists():
+            starts, named = self.latest_step() is None, config.data.tokenizer in tokenizer.NAMES
+            if starts and named:
+                self.tokenizer_file.unlink(missing_ok=True)  # that of a start which came to nothing
+            elif not named and (starts or not self.tokenizer_file.exists()):
                 write_whole(self.tokenizer_file, epath.Path(config.data.tokenizer).read_bytes())
             yield
 

@@ -16,7 +16,7 @@ from xclip_jax.train.run_folder import OUTCOMES
 
 # Hosts may keep the same files in different places, and differ in how they read them.
 _OF_A_HOST = (
-    "data.buffer", "data.cache", "data.dir", "data.sources", "data.threads", "data.tokenizer", "data.workers",
+    "data.buffer", "data.dir", "data.sources", "data.threads", "data.tokenizer", "data.workers",
 )  # fmt: skip
 
 

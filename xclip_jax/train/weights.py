@@ -14,6 +14,7 @@ from xclip_jax import interop
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
+from xclip_jax.data import tokenizer
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.interop import hub
@@ -73,7 +74,8 @@ def _run_config(run: RunFolder) -> Config:
     if content is None:
         raise UserError(f"{str(run.path)!r} is not a run's folder: it has no config.json; name the folder of a run.")
     config = schema.complete(content["config"])
-    if run.tokenizer_file.exists():  # the file that the config names may be elsewhere now
+    # The file that the config names may be elsewhere now.
+    if config.data.tokenizer not in tokenizer.NAMES and run.tokenizer_file.exists():
         config.data.tokenizer = str(run.tokenizer_file)
     return schema.resolve(config)
 
