@@ -103,10 +103,12 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(server, folders):
 
 def test_the_cache_is_enough_without_a_connection(server, folders, monkeypatch):
     server.add("lab/x", folders["hf"])
-    path = hub.resolve("hf:lab/x")
+    server.add("lab/own", {"mine.safetensors": (folders["hf"] / "model.safetensors").read_bytes(), "README.md": b"x"})
+    path, own = hub.resolve("hf:lab/x"), hub.resolve("hf:lab/own")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     server.requests.clear()
     assert hub.resolve("hf:lab/x") == path and server.requests == []
+    assert hub.resolve("hf:lab/own") == own and own.endswith("mine.safetensors")
     with pytest.raises(UserError, match=r"hf:lab/other is not in the cache, .*HF_HUB_OFFLINE is set"):
         hub.resolve("hf:lab/other")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

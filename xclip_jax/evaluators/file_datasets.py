@@ -129,7 +129,7 @@ def _senteval(
     features = "[|u - v|, u v] of text features before projection" if pairs else "text features before projection"
     card = Provenance(
         data=name,
-        split_hash=digest(item for part in parts for item in part),
+        split_hash=digest([*(item for part in parts for item in part), *(part.tolist() for part in labels)]),
         metric="linear/top1",
         protocol=f"logistic regression on {features}, C of 2^-2..2^3; {how}",
     )

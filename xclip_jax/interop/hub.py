@@ -4,10 +4,11 @@
 own environment variables: HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and others.
 """
 
+import contextlib
 import glob
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from etils import epath
@@ -83,11 +84,16 @@ def _choose(names: set[str], path: str) -> str:
     """Return the file of weights of a repository with the files `names`."""
     if known := [name for name in _WEIGHTS if name in names]:
         return known[0]
-    own = sorted(name for name in names if name.endswith(tensor_files.SUFFIXES) and "/" not in name)
+    own = _own(names)
     if len(own) == 1:
         return own[0]
     others = f"it has {', '.join(own[:4])}" if own else f"its files are {', '.join(sorted(names)[:6]) or 'none'}"
     raise UserError(f"{path} has no file of weights that can be read ({', '.join(_WEIGHTS[:4])}, ...); {others}.")
+
+
+def _own(names: Iterable[str]) -> list[str]:
+    """Return the files of weights of any name, but in no folder."""
+    return sorted(name for name in names if name.endswith(tensor_files.SUFFIXES) and "/" not in name)
 
 
 def _cached(hub: Any, path: str, repository: str, revision: str | None, error: Exception) -> str:
@@ -100,6 +106,14 @@ def _cached(hub: Any, path: str, repository: str, revision: str | None, error: E
     for name in _WEIGHTS:
         if (file := find(name)) and all(map(find, tensor_files.files_of(epath.Path(file)))):
             return file
+    with contextlib.suppress(hub.errors.LocalEntryNotFoundError):
+        patterns = [f"*{suffix}" for suffix in tensor_files.SUFFIXES]  # of which the cache must have all
+        folder = pathlib.Path(
+            hub.snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=True)
+        )
+        names = {file.name for file in folder.iterdir()}
+        if len(own := _own(names)) == 1 and not names & set(_WEIGHTS):
+            return str(folder / own[0])
     reason = f"the Hub cannot be reached ({hub_client.reason(error)})"
     raise UserError(
         f"{path} is not in the cache, {hub.constants.HF_HUB_CACHE}, and {reason}; connect this machine, or fetch it on "

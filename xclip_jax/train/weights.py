@@ -129,7 +129,9 @@ def read_initial(config: Config, abstract: TrainState) -> dict[str, np.ndarray]:
     for note in notes:
         log0(note)
     saved, current = _meaning(source_config), _meaning(config)
-    differing = [(key, saved[key], current[key]) for key in saved if key in current and saved[key] != current[key]]
+    differing = [
+        (key, saved[key], current[key]) for key in saved if key in current and not _same(key, saved[key], current[key])
+    ]
     if differing:
         settings = ", ".join(f"{key} ({a!r}, {b!r} in this run)" for key, a, b in differing)
         log0(f"WARNING: the weights of {where} were trained with different settings: {settings}")
@@ -167,6 +169,13 @@ def _meaning(config: Config) -> dict[str, Any]:
     keys = {f"model.{name}.{key}": getattr(tower, key) for name, tower in towers.items() for key in tower.meaning_keys}
     preprocessing = flatten_dict(Preprocessing.from_config(config).to_config(), sep=".")
     return keys | {"data.tokenizer": config.data.tokenizer} | preprocessing
+
+
+def _same(key: str, a: Any, b: Any) -> bool:
+    """Whether two values mean the same: of files of tokenizers their content counts, not where they are."""
+    if key == "data.tokenizer" and not {a, b} & set(tokenizer.NAMES):
+        return epath.Path(a).read_bytes() == epath.Path(b).read_bytes()
+    return a == b
 
 
 def convert_params(
