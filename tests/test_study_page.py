@@ -249,8 +249,17 @@ def test_the_declared_study():
     assert configs["xclip_70"].objective.terms.to_dict() == {"clip": 0.3, "nclip": 0.7}
     assert configs["clip_smoothed"].objective.clip.label_smoothing == 0.1
     assert (configs["clip_noise25"].data.caption_noise, configs["clip_data0.125"].data.subset) == (0.25, 0.125)
-    assert len(m.study.claims) == 4 and all("validation" in name for name in m.study.validation)
+    assert len(m.study.claims) == 5 and all("validation" in name for name in m.study.validation)
     assert configs["nclip_tau_2"].eval.final_sets == ()
+
+
+def test_xclip_has_the_setting_that_the_factors_chose():
+    m = Matrix(icons.study(), load.load_config)
+    snapshot = Snapshot(m, records.read_all(ROOT / "docs" / "study" / "runs"))
+    searched, recipe = (snapshot.chosen[name].changes for name in (icons.SEARCHED, "nclip"))
+    setting = {key: value for key, value in searched.items() if recipe.get(key) != value}
+    weight = snapshot.study.arm(snapshot.choice("xclip")).changes
+    assert {**weight, **setting} == icons.XCLIP_SEARCHED
 
 
 @pytest.mark.parametrize("make", [icons.study, cc12m.study], ids=["icons", "cc12m"])
