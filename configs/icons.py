@@ -41,5 +41,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.cache = True  # some 0.9 GB; to read and decode a batch takes a fifth of its step on two cores
     config.eval.sets = VALIDATION
     config.eval.final_sets = TESTS
-    config.log.collapse_warmup_steps = 400  # the loss is flat at ln 256 for some hundred steps
+    config.log.collapse_warmup_steps = 400  # with a short warm-up the loss is flat at ln 256 for some hundred steps
     return config

@@ -50,6 +50,8 @@ def study(*, steps=4, tuned=True, **fields):
         "doses": (
             Dose("data", "Data", "share", ("1",), {"CLIP": ("clip_again",), "xCLIP": ("xclip",)}, ("top1", "loss")),
         ),
+        "shown": (("any",), ("top1",)),
+        "weights": {"1": "xclip"},
         "factors": (),
         "threats": ("It is tiny.",),
     }

@@ -14,8 +14,8 @@ from tests import study_tiny
 from tests.study_records import CORE, TUNED, finished, record
 from tests.study_sets import TEST_SET, VALIDATION_SET
 from xclip_jax.config import load
-from xclip_jax.study import cc12m, icons, page, records, schedule, verdicts
-from xclip_jax.study.declaration import Arm, Claim, Measure, Part
+from xclip_jax.study import cc12m, icons, markdown, page, records, schedule, verdicts
+from xclip_jax.study.declaration import Arm, Claim, Dose, Measure, Part
 from xclip_jax.study.matrix import Matrix, Snapshot
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -119,7 +119,8 @@ def test_the_page_is_the_same_from_the_same_files(tmp_path):
         files = [tmp_path / "study.md", *sorted((tmp_path / "study").glob("*.svg"))]
         pages.append({path.name: path.read_bytes() for path in files})
     assert pages[0] == pages[1]
-    assert sorted(pages[0]) == ["contrastive_loss.svg", "differences.svg", "dose_data.svg", "study.md"]
+    charts = ["contrastive_loss.svg", "differences.svg", "dose_data.svg", "finding.svg", "weights.svg"]
+    assert sorted(pages[0]) == sorted([*charts, "study.md"])
     text = pages[0]["study.md"].decode()
     assert "All 6 runs have a file." in text and "lr 0.002 **chosen**" in text and "Interim" not in text
     row = (
@@ -129,7 +130,7 @@ def test_the_page_is_the_same_from_the_same_files(tmp_path):
     for name, svg in pages[0].items():
         if name.endswith(".svg"):
             assert xml.etree.ElementTree.fromstring(svg).tag.endswith("svg")
-            assert f"(study/{name})" in text
+            assert name == "finding.svg" or f"(study/{name})" in text  # that is the README's
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,10 @@ def test_the_page_says_what_is_missing(values, words):
 
 def test_what_is_missing_is_said_beside_the_verdicts():
     more = Arm("clip_longer", "", "controls", "tiny:objective=clip", {}, (0, 1), length=2.0)
-    m = study_tiny.matrix(tuned=False, arms=(*study_tiny.study(tuned=False).arms, more), scope="On grey")
+    m = study_tiny.matrix(
+        tuned=False, arms=(*study_tiny.study(tuned=False).arms, more), scope="On grey",
+        controls=(("any", "clip_longer", "gain beyond time"),),
+    )  # fmt: skip
     made = finished(m, CORE)
     text = page.render(Snapshot(m, made), {})
     assert "Interim" not in text and "**2 of 2 runs of controls are missing**" in text.partition("### Claim 1")[0]
@@ -159,6 +163,77 @@ def test_what_is_missing_is_said_beside_the_verdicts():
     part = Snapshot(m, {key: r for key, r in made.items() if key != second})
     assert "**Interim: 1 of 2 seeds**" in page.render(part, {})
     assert "Interim: 1 of 2 seeds. On grey." in page.finding(part).splitlines()
+
+
+def four_seeds(*more, **fields):
+    """A matrix of the tiny study whose arms, and `more`, have the seeds 0 to 3."""
+    arms = (*study_tiny.study(tuned=False).arms, *more)
+    return study_tiny.matrix(
+        tuned=False, arms=tuple(dataclasses.replace(arm, seeds=(0, 1, 2, 3)) for arm in arms), **fields
+    )
+
+
+def over_seeds(*values):
+    return dict(enumerate(values))
+
+
+def test_a_part_on_the_other_side_is_named_as_one_on_the_claimed_side():
+    """p of 0.043 against a part: undecided nowhere, refuted alone, and before correction beside another part."""
+    m = four_seeds()
+    values = {"clip": over_seeds(20.0, 20.0, 20.0, 20.0), "xclip": over_seeds(19.6, 18.8, 17.7, 17.9)}
+    snapshot = Snapshot(m, finished(m, values))
+    better, loss = Part("up", "xclip", "clip", "top1"), Part("the loss differs", "xclip", "clip", "loss")
+    alone, both = (verdicts.judge(snapshot, Claim("It is better.", parts)) for parts in ((better,), (better, loss)))
+    assert (alone.verdict, both.verdict) == ("fails", "undecided")
+    assert [part.verdict for part in both.parts] == [verdicts.OPPOSED, "undecided"]
+
+
+def test_gains_beyond_controls_are_corrected_for_their_number():
+    longer, smooth = (Arm(name, "", "controls", "tiny:objective=clip", {}, length=length)
+                      for name, length in (("clip_longer", 2.0), ("clip_smooth", 3.0)))  # fmt: skip
+    declared = {"measures": (Measure("top1", "top-1", TEST_SET),), "doses": (), "claims": ()}
+    one, two = ("xclip", "clip_longer", "gain beyond time"), ("xclip", "clip_smooth", "gain beyond softness")
+    values = CORE | {"clip": over_seeds(1.0, 1.0, 1.0, 1.0), "xclip": over_seeds(20.4, 21.2, 22.3, 22.1)}
+    values |= {"clip_longer": over_seeds(20.0, 20.0, 20.0, 20.0), "clip_smooth": over_seeds(30.0, 10.0, 30.0, 10.0)}
+    texts = []
+    for controls in ((one,), (one, two)):
+        m = four_seeds(longer, smooth, controls=controls, **declared)
+        texts.append(page.render(Snapshot(m, finished(m, values)), {}))
+    assert "* top-1: gain beyond time\n" in texts[0] and "* none: top-1\n" in texts[1]  # p 0.043, and twice that
+
+
+def test_a_sought_setting_has_differences_and_those_of_unseen_seeds():
+    part = Part("it is better", "xclip", "clip", "top1")
+    claim = Claim("A setting is better.", (part,), sought_with=(0, 1))
+    m = four_seeds(claims=(claim,), sought=(("xclip", "clip", "what it is worth"),),
+                   secondary=(Measure("again", "top-1 again", TEST_SET),))  # fmt: skip
+    values = {"clip": over_seeds(20.0, 20.0, 20.0, 20.0), "xclip": over_seeds(22.0, 22.0, 21.0, 21.0)}
+    text = page.render(Snapshot(m, finished(m, values)), {})
+    assert "| xCLIP less CLIP | what it is worth | +1.5 [" in text and "| xCLIP | +1.5 [+0.6, +2.4], 4/4 |" in text
+    unseen = text.partition("Without the seeds 0, 1")[2] or text.partition("without the seeds 0, 1")[2]
+    assert "| top-1 | +1.0 [+1.0, +1.0] | 2 | 2 of 2 |" in unseen.partition("###")[0]
+
+
+def test_a_dose_says_how_the_difference_changes():
+    dose = Dose("data", "Data", "share", ("0", "1"), {"CLIP": ("clip", "clip_again"), "xCLIP": ("xclip", "xclip")},
+                ("top1",))  # fmt: skip
+    half = dataclasses.replace(study_tiny.study(tuned=False).arms[-1], changes={"data.subset": 0.5})
+    arms = (*study_tiny.study(tuned=False).arms[:-1], half)
+    m = study_tiny.matrix(tuned=False, arms=arms, doses=(dose,))
+    clip, half_data, xclip = {0: 20.0, 1: 22.0}, {0: 17.0, 1: 20.0}, {0: 24.0, 1: 27.0}
+    made = finished(m, {"clip": clip, "clip_again": half_data, "xclip": xclip})
+    text = page.render(Snapshot(m, made), {})
+    # 4 and 5 at the first level; 7 and 7 at the last
+    assert "From 0 to 1 (share) the difference changes by: top-1 +2.5 [-3.9, +8.9], 2/2 seeds above zero." in text
+    assert "the difference changes" not in page.render(Snapshot(m, {}), {})
+
+
+def test_runs_at_chance_and_of_two_seeds_are_shown_as_they_are():
+    m = study_tiny.matrix(tuned=False)
+    text = page.render(Snapshot(m, finished(m, {"clip": {0: 25.0, 1: 26.0}, "xclip": {0: 27.0, 1: 25.0}})), {})
+    assert "Runs at chance, which are in all means: top-1 (CLIP, seed 0; xCLIP, seed 1)." in text
+    rows = markdown.rows_of(Snapshot(m, finished(m, CORE)), {"CLIP": "clip"}, m.study.measures[:1], each=True)
+    assert rows == [["CLIP", "2", "21.0 (20.0, 22.0)"]]
 
 
 def test_choices_are_shown_by_seed_and_without_each():
@@ -194,6 +269,7 @@ def test_diverged_runs_are_listed():
     runs = [run for run in Snapshot(m, {}).runs if run.arm.name == "clip"]
     made = [record(runs[0], 20.0), record(runs[1], 0.0, error="loss of step 3 is nan")]
     text = page.render(Snapshot(m, {r.key: r for r in made}), {})
+    assert Snapshot(m, {r.key: r for r in made}).choice("any") is None  # xCLIP has no run, and CLIP is not eligible
     assert "| CLIP | 2, 1 diverged | 20.0 (n = 1) |" in text and "* `clip`, seed 1: loss of step 3 is nan" in text
 
 
@@ -204,7 +280,7 @@ def test_the_similarity_is_chosen_on_validation():
     """Clusters are better on validation and worse on the test: they are what is read."""
     m = study_tiny.matrix(named={VALIDATION_SET: "top1"})
     snapshot = Snapshot(m, finished(m, TUNED | {"clip": 1.0, "xclip": 2.0}))
-    assert "similarity" not in page.render(snapshot, {})
+    assert "similarity names best" not in page.render(snapshot, {})
     numbers = {VALIDATION_SET: 30.0, TEST_SET: 1.5}
     records_of = {
         key: dataclasses.replace(
@@ -291,7 +367,7 @@ def test_the_finding_is_a_plot_and_a_sentence_for_each_claim(tmp_path):
     for _ in range(2):
         page.write_finding(readme, snapshot)
     lines = readme.read_text().splitlines()
-    assert lines[3] == "![Differences to CLIP](docs/study/differences.svg)"
+    assert lines[3] == "![Differences to CLIP](docs/study/finding.svg)"
     assert lines[5].startswith("* \u201cxCLIP is better.\u201d **Undecided at this scale**: ") and "old" not in lines
     assert lines[-3:] == [page.END, "", "B"]
 

@@ -8,10 +8,9 @@ from xclip_jax.study.declaration import Arm, Claim, Measure, Part
 
 OBJECTIVES = ("clip", "siglip", "nclip", "xclip")
 XCLIP = {"xclip_30": 0.3, "xclip_50": 0.5, "xclip_70": 0.7}  # weight of nCLIP, the rest is CLIP's
-MORE_STEPS = 1.14  # xCLIP's step takes 12 to 15 % longer than CLIP's
 SMOOTHING = 0.1
 AGAINST = {
-    "clip_idle_head": "gain beyond parameters that are not trained",
+    "clip_idle_head": "gain beyond parameters that are not trained (CLIP again, up to rounding: a floor of noise)",
     "clip_longer": "gain beyond the time that xCLIP takes more",
     "clip_twice": "gain beyond twice the training",
     "clip_smoothed": "gain beyond a softer contrast",
@@ -58,11 +57,13 @@ class Arms:
       recipe: the config that all start from, "NAME" or "NAME:ARGUMENT"; it takes the argument "objective".
       seeds: of core and controls.
       tuning_seeds: of candidates; none of `seeds`, so that these are no part of the choice.
+      more_steps: what xCLIP's step costs over CLIP's, which a control has as more steps.
     """
 
     recipe: str
     seeds: Sequence[int]
     tuning_seeds: Sequence[int]
+    more_steps: float
 
     def arm(self, name: str, heading: str, section: str, trained: str, changes: Mapping[str, Any], **more: Any) -> Arm:
         """Return an arm on the recipe of the objective that is `trained`."""
@@ -96,7 +97,7 @@ class Arms:
             return self.arm(name, heading, "controls", objective, changes, seeds=self.seeds, tuned=tuned, length=length)
 
         yield control("clip_idle_head", "CLIP, idle cluster heads", "clip", terms(0.0))
-        yield control("clip_longer", f"CLIP, {MORE_STEPS:g} times the steps", "clip", {}, length=MORE_STEPS)
+        yield control("clip_longer", f"CLIP, {self.more_steps:g} times the steps", "clip", {}, length=self.more_steps)
         yield control("clip_twice", "CLIP, twice the steps", "clip", {}, length=2.0)
         smoothing = {"objective.clip.label_smoothing": SMOOTHING}
         yield control("clip_smoothed", f"CLIP, label smoothing {SMOOTHING:g}", "clip", smoothing)

@@ -80,7 +80,7 @@ _THREATS = (
 
 def study(recipe: str = RECIPE) -> Study:
     """Return the study; `recipe` is the config that all arms start from, with the argument "objective"."""
-    arms = Arms(recipe, SEEDS, TUNING_SEEDS)
+    arms = Arms(recipe, SEEDS, TUNING_SEEDS, more_steps=1.02)
     candidates = dict.fromkeys(OBJECTIVES, _CANDIDATES)
     return Study(
         name="cc12m",

@@ -53,11 +53,16 @@ class _Plot:
             self.text(_WIDTH - _RIGHT, 24, label, anchor="end")
 
     def legend(self, names: Sequence[str]) -> None:
-        x = float(_LEFT)
+        """Dots with names; a name without anything to show is "", and keeps its color."""
+        x, y = float(_LEFT), 42
         for i, name in enumerate(names):
-            self.dot(x, 44, COLORS[i % len(COLORS)])
-            self.text(x + 9, 48, name)
-            x += 28 + 7.2 * len(name)
+            width = 28 + 7.2 * len(name)
+            if name and x + width > _WIDTH:
+                x, y = float(_LEFT), y + 17
+            if name:
+                self.dot(x, y, COLORS[i % len(COLORS)])
+                self.text(x + 9, y + 4, name)
+                x += width
 
     def render(self) -> str:
         head = (
@@ -95,7 +100,7 @@ def over_levels(
         return None
     plot = _Plot(title, (-0.5, len(levels) - 0.5), span)
     plot.grid(label)
-    plot.legend(list(lines))
+    plot.legend([name if any(line) else "" for name, line in lines.items()])
     for i, level in enumerate(levels):
         plot.text(plot.x(i), plot.height - _BOTTOM + 20, level, anchor="middle")
     plot.text(plot.x((len(levels) - 1) / 2), plot.height - 12, axis, anchor="middle")
@@ -125,7 +130,7 @@ def over_steps(
     right = max(x for x, _ in points)
     plot = _Plot(title, (0, right if right > 0 else 1), span)
     plot.grid(label)
-    plot.legend(list(lines))
+    plot.legend([name if any(line) else "" for name, line in lines.items()])
     for tick in ticks(0, max(right, 1), 5):
         plot.text(plot.x(tick), plot.height - _BOTTOM + 20, number(tick), anchor="middle")
     plot.text(plot.x(right / 2), plot.height - 12, "step", anchor="middle")
@@ -159,4 +164,44 @@ def in_rows(title: str, rows: Mapping[str, Estimate], label: str = "") -> str | 
         plot.dot(plot.x(e.mean), y, COLORS[0])
         if math.isfinite(e.low):
             plot.line([(plot.x(e.low), y), (plot.x(e.high), y)], COLORS[0])
+    return plot.render()
+
+
+def in_groups(title: str, groups: Mapping[str, Mapping[str, Estimate]], label: str = "") -> str | None:
+    """Return a chart of differences around a line at zero, or None without any.
+
+    Args:
+      title, label: of the chart and of its unit.
+      groups: {group: {name: difference}}; a name has one color in all groups.
+    """
+    drawn = {group: rows for group, rows in groups.items() if rows}
+    names = list(dict.fromkeys(name for rows in drawn.values() for name in rows))
+    span = _span([0.0, *(v for rows in drawn.values() for e in rows.values() for v in (e.mean, e.low, e.high))])
+    if not drawn or span is None:
+        return None
+    step, gap = 17, 14
+    top = _TOP + 18 * ((len(names) - 1) // 2)  # two names a line of the legend
+    height = top + 40 + sum(step * len(rows) + gap for rows in drawn.values())
+    low, high = span
+    share = 7.4 * max(map(len, drawn)) / (_WIDTH - _LEFT - _RIGHT)
+    plot = _Plot(title, (low - (high - low) * share / max(1 - share, 0.2), high), (0, 1), height)
+    plot.text(_WIDTH - _RIGHT, 24, label, anchor="end")
+    for i, name in enumerate(names):
+        x, y = _LEFT + 300 * (i % 2), 44 + 18 * (i // 2)
+        plot.dot(x, y, COLORS[i % len(COLORS)])
+        plot.text(x + 9, y + 4, name)
+    for tick in ticks(low, high, 7):
+        color = "#888888" if abs(tick) < 1e-12 else "#dddddd"
+        plot.line([(plot.x(tick), top), (plot.x(tick), height - 34)], color, width=1)
+        plot.text(plot.x(tick), height - 14, number(tick), anchor="middle")
+    y = top + gap / 2
+    for group, rows in drawn.items():
+        plot.text(12, y + step * len(rows) / 2 + 4, group)
+        for name, e in rows.items():
+            color = COLORS[names.index(name) % len(COLORS)]
+            plot.dot(plot.x(e.mean), y + step / 2, color)
+            if math.isfinite(e.low):
+                plot.line([(plot.x(e.low), y + step / 2), (plot.x(e.high), y + step / 2)], color)
+            y += step
+        y += gap
     return plot.render()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from xclip_jax.study import similarities, verdicts
+from xclip_jax.study import verdicts
 from xclip_jax.study.declaration import Claim
 from xclip_jax.study.markdown import difference_text, p_text, table
 from xclip_jax.study.matrix import Run, Snapshot
@@ -14,6 +14,7 @@ _SHOWN = {
     verdicts.HOLDS: "Shown",
     verdicts.FAILS: "Refuted",
     verdicts.UNCORRECTED: verdicts.UNCORRECTED.capitalize(),
+    verdicts.OPPOSED: verdicts.OPPOSED.capitalize(),
     verdicts.UNDECIDED: "Undecided",
 }
 
@@ -44,12 +45,13 @@ def interim(snapshot: Snapshot) -> str:
 
 
 def findings(snapshot: Snapshot) -> Iterator[str]:
-    """Yield the lines of a README: scope and units, a sentence for each of the first claims, and how best to name."""
+    """Yield the lines of a README: scope, units, a sentence for each of the first claims and for others that hold."""
     study = snapshot.study
     if lead := ". ".join(filter(None, (interim(snapshot), study.scope))):
         yield from [f"{lead}.", ""]
-    yield from (f"* {_sentence(verdicts.judge(snapshot, claim))}" for claim in study.claims[:FINDINGS])
-    yield from similarities.finding(snapshot)
+    judged = [verdicts.judge(snapshot, claim) for claim in study.claims]
+    shown = [*judged[:FINDINGS], *(claim for claim in judged[FINDINGS:] if claim.verdict == verdicts.HOLDS)]
+    yield from (f"* {_sentence(claim)}" for claim in shown)
 
 
 def section(snapshot: Snapshot) -> Iterator[str]:
@@ -58,7 +60,7 @@ def section(snapshot: Snapshot) -> Iterator[str]:
     yield from ["## Verdicts", ""]
     if text := interim(snapshot):
         yield from [f"**{text}** of the core have all of their runs.", ""]
-    controls = selected(snapshot, ("controls",))
+    controls = selected(snapshot, tuple(b for _, b, _ in study.controls)) if study.controls else []
     if missing := _missing(snapshot, controls):
         text = "what else could explain a difference is open as far as these would say it."
         yield from [f"**{len(missing)} of {len(controls)} runs of controls are missing**: {text}", ""]
@@ -69,7 +71,10 @@ def section(snapshot: Snapshot) -> Iterator[str]:
         yield from [f"### Claim {number}", "", *_table(snapshot, claim)]
         if claim.claim.all_choices:
             yield from _others(snapshot, claim.claim)
-    yield from ["### The rule", "", *(line for text in (*verdicts.RULE, verdicts.CHANGED) for line in (text, ""))]
+        if claim.claim.sought_with:
+            yield from _unseen(snapshot, claim.claim)
+    rule = (*verdicts.RULE, study.changed) if study.changed else verdicts.RULE
+    yield from ["### The rule", "", *(line for text in rule for line in (text, ""))]
     for name in study.choices:
         yield from _choice(snapshot, name)
 
@@ -89,7 +94,7 @@ def _sentence(claim: verdicts.ClaimVerdict) -> str:
             texts.append(f"{part.part.text} ({numbers})")
         groups |= {word: "; ".join(texts)} if texts else {}
     words = "undecided at this scale" if claim.verdict == verdicts.UNDECIDED else claim.verdict
-    same = len(groups) == 1 and verdicts.UNCORRECTED not in {part.verdict for part in claim.parts}
+    same = len(groups) == 1 and not {verdicts.UNCORRECTED, verdicts.OPPOSED} & {part.verdict for part in claim.parts}
     details = list(groups.values()) if same else [f"{word}: {texts}" for word, texts in groups.items()]
     return f"\u201c{claim.claim.text}\u201d **{words.capitalize()}**: {'. '.join(details)}."
 
@@ -127,6 +132,17 @@ def _others(snapshot: Snapshot, claim: Claim) -> Iterator[str]:
                 rows.append(_cells(snapshot, verdicts.compare(snapshot, part, a, b)))
     if rows:
         yield from ["The same of the arms that were not chosen, without a verdict:", "", *table(_HEAD, rows)]
+
+
+def _unseen(snapshot: Snapshot, claim: Claim) -> Iterator[str]:
+    """The parts of a claim over the seeds that had no part in the search for its setting."""
+    rows = []
+    for part in claim.parts:
+        a, b = snapshot.choice(part.a), snapshot.choice(part.b)
+        rows.append(_cells(snapshot, verdicts.compare(snapshot, part, a, b, without=claim.sought_with)))
+    seeds = ", ".join(map(str, claim.sought_with))
+    yield from [f"The same without the seeds {seeds}, with which the setting was sought, without a verdict:", ""]
+    yield from table(_HEAD, rows)
 
 
 def _choice(snapshot: Snapshot, name: str) -> Iterator[str]:

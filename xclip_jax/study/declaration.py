@@ -96,11 +96,13 @@ class Claim:
     Attributes:
       text, parts: the sentence, and what it consists of.
       all_choices: whether the page shows the parts for all arms of a choice, beside the one that was chosen.
+      sought_with: seeds of its arms with which its setting was sought; the page shows the parts without these too.
     """
 
     text: str
     parts: Sequence[Part]
     all_choices: bool = False
+    sought_with: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +144,10 @@ class Study:
       baseline: arm that the others of the core are compared with.
       common: {title: arm} of all objectives at one recipe.
       controls: (arm or choice, control arm, what the difference shows).
+      sought: the same of arms whose setting was sought by the factors, (arm, what is subtracted, what that shows).
+      secondary: measures that have a table of their own and no part in a verdict.
+      shown: (names of arms or choices, names of measures): differences to the baseline in a README's plot.
+      weights: {label: arm} along the weight of a term: differences to the baseline, at its left end, are drawn.
       doses: charts.
       factors: measures of the arms of section "factors".
       search: the measure, on a validation set that arms of "factors" have beside the others, by which their candidates
@@ -151,6 +157,7 @@ class Study:
       name: of the flag --study.
       recipe: of the flag --recipe, "" for the study's own.
       scope: of the finding in a README: on which data and models, in which units.
+      changed: what was changed in the rule, in arms or in the page after runs were seen.
       commits: what is to be known of the commits of its runs.
     """
 
@@ -168,6 +175,10 @@ class Study:
     choices: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     common: Mapping[str, str] = dataclasses.field(default_factory=dict)
     controls: Sequence[tuple[str, str, str]] = ()
+    sought: Sequence[tuple[str, str, str]] = ()
+    secondary: Sequence[Measure] = ()
+    shown: tuple[Sequence[str], Sequence[str]] = ((), ())
+    weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
     doses: Sequence[Dose] = ()
     factors: Sequence[Measure] = ()
     search: Measure | None = None
@@ -176,6 +187,7 @@ class Study:
     name: str = DEFAULT
     recipe: str = ""
     scope: str = ""
+    changed: str = ""
     commits: str = ""
 
     @property
@@ -253,17 +265,16 @@ def check(study: Study) -> None:
         raise UserError(f"named has the set {unknown[0]!r}; expected sets of `validation`.")
     measures = [measure.name for measure in study.measures]
     parts = [part for claim in study.claims for part in claim.parts]
-    used = [name for part in parts for name in (part.a, part.b)] + [
-        name for a, b, _ in study.controls for name in (a, b)
-    ]
+    used = [name for part in parts for name in (part.a, part.b)]
+    used += [name for a, b, _ in (*study.controls, *study.sought) for name in (a, b)]
     used += [arm for dose in study.doses for line in dose.lines.values() for arm in line]
-    used += [study.baseline, *study.common.values()]
+    used += [study.baseline, *study.common.values(), *study.shown[0], *study.weights.values()]
     inner = [arm for arms in study.choices.values() for arm in arms]
     if unknown := [name for name in used if name not in (*names, *study.choices)] + [
         n for n in inner if n not in names
     ]:
         raise UserError(f"the study refers to arm {unknown[0]!r}, which it does not have.")
     referred = [*(part.measure for part in parts), *study.named.values()]
-    referred += [name for dose in study.doses for name in dose.measures]
+    referred += [*study.shown[1], *(name for dose in study.doses for name in dose.measures)]
     if unknown := [name for name in referred if name not in measures]:
         raise UserError(f"the study refers to measure {unknown[0]!r}, which it does not have.")

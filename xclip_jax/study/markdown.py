@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from xclip_jax.study.declaration import Measure
+from xclip_jax.study.declaration import Measure, Study
 from xclip_jax.study.matrix import Snapshot
 from xclip_jax.study.statistics import Difference, Estimate, estimate
 
@@ -29,6 +29,11 @@ def difference_text(d: Difference | None, measure: Measure) -> str:
     return f"{d.mean:+.{digits}f} " + (f"[{d.low:+.{digits}f}, {d.high:+.{digits}f}]" if d.n > 1 else "(n = 1)")
 
 
+def signed_text(d: Difference | None, measure: Measure) -> str:
+    """ "+1.2 [+0.4, +2.0], 4/5": a difference, and how many of its seeds are above zero."""
+    return difference_text(d, measure) + (f", {d.positive}/{d.n}" if d else "")
+
+
 def p_text(value: float) -> str:
     """A p-value with four digits."""
     return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
@@ -51,17 +56,41 @@ def mean_of(snapshot: Snapshot, arm: str, measure: Measure) -> Estimate | None:
 def runs_text(snapshot: Snapshot, arm: str) -> str:
     """ "5", "3 of 5", "5, 1 diverged"."""
     records, planned = snapshot.finished(arm), len(snapshot.study.arm(arm).seeds)
-    diverged = sum(bool(record.error) for record in records.values())
     count = str(planned) if len(records) == planned else f"{len(records)} of {planned}"
-    return f"{count}, {diverged} diverged" if diverged else count
+    return ", ".join(filter(None, (count, diverged_text(snapshot, arm))))
 
 
-def rows_of(snapshot: Snapshot, arms: Mapping[str, str], measures: Sequence[Measure]) -> list[list[str]]:
-    """A row for each {title: arm}: finished runs, and each measure."""
+def diverged_text(snapshot: Snapshot, arm: str) -> str:
+    """ "1 diverged", or "" """
+    diverged = sum(bool(record.error) for record in snapshot.finished(arm).values())
+    return f"{diverged} diverged" if diverged else ""
+
+
+def rows_of(
+    snapshot: Snapshot, arms: Mapping[str, str], measures: Sequence[Measure], *, each: bool = False
+) -> list[list[str]]:
+    """A row for each {title: arm}: finished runs, and each measure.
+
+    Args:
+      snapshot, arms, measures: what is shown.
+      each: of two runs, whose interval says little, the two values stand beside the mean.
+    """
+
+    def cell(arm: str, measure: Measure) -> str:
+        values = snapshot.values(arm, measure).values()
+        text = estimate_text(mean_of(snapshot, arm, measure), measure)
+        if not each or len(values) != 2:
+            return text
+        return f"{text.partition(' [')[0]} ({', '.join(f'{value:.{measure.digits}f}' for value in values)})"
+
     return [
-        [title, runs_text(snapshot, arm), *(estimate_text(mean_of(snapshot, arm, m), m) for m in measures)]
-        for title, arm in arms.items()
+        [title, runs_text(snapshot, arm), *(cell(arm, measure) for measure in measures)] for title, arm in arms.items()
     ]
+
+
+def shown(study: Study, drawn: Mapping[str, str], name: str, title: str) -> list[str]:
+    """Lines of a chart, none where it was not drawn."""
+    return [f"![{title}]({study.page}/{name}.svg)", ""] if name in drawn else []
 
 
 def titles_of(snapshot: Snapshot, section: str) -> dict[str, str]:

@@ -179,13 +179,16 @@ class Snapshot:
     def choice(self, name: str, *, without: int | None = None) -> str | None:
         """Return the arm that a name stands for: itself, or of a choice the best arm on validation.
 
-        None while an arm of the choice has no run. Means are over the seeds that all of its arms have, but for the seed
-        that is left out by `without`.
+        None while an arm of the choice has no run. An arm with a run that diverged is not chosen. Means are over the
+        seeds that all other arms have, but for the seed that is left out by `without`.
         """
         if name not in self.study.choices:
             return name
-        of_arms = {arm: self.values(arm, self.study.choose) for arm in self.study.choices[name]}
-        seeds = [seed for seed in self.seeds(self.study.choices[name], self.study.choose) if seed != without]
+        arms = [arm for arm in self.study.choices[name] if not any(r.error for r in self.finished(arm).values())]
+        if not arms:
+            return None
+        of_arms = {arm: self.values(arm, self.study.choose) for arm in arms}
+        seeds = [seed for seed in self.seeds(arms, self.study.choose) if seed != without]
         sign = 1 if self.study.choose.higher else -1
         return max(of_arms, key=lambda arm: sign * sum(of_arms[arm][seed] for seed in seeds)) if seeds else None
 

@@ -6,21 +6,23 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from etils import epath
 
+from xclip_jax.config import schema
 from xclip_jax.storage import write_whole
-from xclip_jax.study import charts, conclusions, provenance, similarities, verdicts
-from xclip_jax.study.declaration import Arm, Measure, Study
+from xclip_jax.study import charts, conclusions, contrasts, doses, provenance, similarities, verdicts
+from xclip_jax.study.declaration import Arm, Measure
 from xclip_jax.study.markdown import (
-    difference_text,
     estimate_text,
     mean_of,
     rows_of,
     runs_text,
+    shown,
+    signed_text,
     table,
     titles_of,
 )
 from xclip_jax.study.matrix import Snapshot
 from xclip_jax.study.schedule import training_seconds
-from xclip_jax.study.statistics import Difference, Estimate
+from xclip_jax.study.statistics import Estimate
 
 MADE = "Made by `{command} --page` from the files in `docs/{page}/runs`; a test holds it current."
 START, END = "<!-- study: made by python -m xclip_jax.study --page -->", "<!-- /study -->"
@@ -47,7 +49,7 @@ def write(docs: pathlib.Path, snapshot: Snapshot) -> pathlib.Path:
 
 def finding(snapshot: Snapshot) -> str:
     """Return what a README says of the study: a plot and the sentences that the first claims earn."""
-    study, name = snapshot.study, "differences"
+    study, name = snapshot.study, "finding"
     link = f"[{study.title}](docs/{study.page}.md)"
     if not any(snapshot.finished(arm.name) for arm in study.of_section("core")):
         done, missing = conclusions.counts(snapshot)
@@ -75,9 +77,11 @@ def render(snapshot: Snapshot, drawn: Mapping[str, str]) -> str:
         provenance.measures(snapshot),
         _tuning(snapshot),
         _core(snapshot, drawn),
+        contrasts.secondary(snapshot),
         similarities.section(snapshot),
-        _controls(snapshot),
-        _doses(snapshot, drawn),
+        contrasts.controls(snapshot),
+        contrasts.sought(snapshot),
+        doses.section(snapshot, drawn),
         _factors(snapshot),
         _training(snapshot, drawn),
         provenance.missing(snapshot),
@@ -132,59 +136,25 @@ def _core(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
     others = {arm.title: arm.name for arm in study.of_section("core") if arm.name != study.baseline}
     yield from [f"Less {study.arm(study.baseline).title}, paired by seed (sign: how many of n are above zero):", ""]
     rows = [
-        [title, *(_signed(verdicts.difference(snapshot, arm, study.baseline, m), m) for m in study.measures)]
+        [title, *(signed_text(verdicts.difference(snapshot, arm, study.baseline, m), m) for m in study.measures)]
         for title, arm in others.items()
     ]
     yield from table(["arm", *(measure.label for measure in study.measures)], rows)
-    yield from _shown(snapshot.study, drawn, "differences", "Differences to the baseline")
+    yield from provenance.at_chance(snapshot)
+    yield from shown(study, drawn, "weights", "Differences over the weight of nCLIP")
+    yield from shown(study, drawn, "differences", "Differences to the baseline")
     if study.common:
-        yield from ["### All at one recipe", "", *table(head[:-1], rows_of(snapshot, study.common, study.measures))]
+        yield from ["### All at one recipe", ""]
+        if recipe := _common_recipe(snapshot):
+            yield from [f"{recipe}, declared before candidates were tried.", ""]
+        yield from table(head[:-1], rows_of(snapshot, study.common, study.measures))
 
 
-def _signed(d: Difference | None, measure: Measure) -> str:
-    return difference_text(d, measure) + (f", {d.positive}/{d.n}" if d else "")
-
-
-def _controls(snapshot: Snapshot) -> Iterator[str]:
-    study = snapshot.study
-    if not study.controls:
-        return
-    yield from ["## Controls", ""]
-    common = set(study.common.values())
-    arms = {arm.title: arm.name for arm in study.of_section("controls") if arm.name not in common}
-    yield from table([*_RUN_COLUMNS, *(m.label for m in study.measures)], rows_of(snapshot, arms, study.measures))
-    rows, survives, open_ = [], [], []
-    for a, b, meaning in study.controls:
-        left, right = snapshot.choice(a), snapshot.choice(b)
-        names = [study.arm(name).title if name else "not chosen yet" for name in (left, right)]
-        pairs = [verdicts.difference(snapshot, left, right, m) if left and right else None for m in study.measures]
-        signed = [_signed(d, m) for d, m in zip(pairs, study.measures, strict=True)]
-        rows.append([f"{names[0]} less {names[1]}", meaning, *signed])
-        d, side = pairs[0], 1 if study.measures[0].higher else -1
-        (survives if d and min(side * d.low, side * d.high) > 0 else open_).append(meaning)
-    yield f"Of {study.measures[0].label}, an interval above zero shows: {'; '.join(survives) or 'nothing'}."
-    yield f"Not shown: {'; '.join(open_) or 'nothing'}."
-    yield ""
-    yield from table(["difference", "what it shows", *(measure.label for measure in study.measures)], rows)
-
-
-def _doses(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
-    if not snapshot.study.doses:
-        return
-    yield from ["## Dose and response", ""]
-    for dose in snapshot.study.doses:
-        yield from [f"### {dose.title}", ""]
-        for measure in map(snapshot.study.measure, dose.measures):
-            rows = [
-                [name, *(estimate_text(mean_of(snapshot, arm, measure), measure, n=True) for arm in arms)]
-                for name, arms in dose.lines.items()
-            ]
-            if len(dose.lines) == 2:
-                (first, a), (second, b) = dose.lines.items()
-                pairs = (verdicts.difference(snapshot, *pair, measure) for pair in zip(b, a, strict=True))
-                rows.append([f"{second} less {first}", *(_signed(d, measure) for d in pairs)])
-            yield from table([f"{measure.label}; {dose.axis}", *dose.levels], rows)
-        yield from _shown(snapshot.study, drawn, f"dose_{dose.name}", dose.title)
+def _common_recipe(snapshot: Snapshot) -> str:
+    """What all arms of one recipe change alike: "optim.lr 0.001, optim.warmup 300"."""
+    first, *others = [snapshot.study.arm(arm).changes for arm in snapshot.study.common.values()]
+    alike = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    return ", ".join(f"{key} {value:g}" for key, value in alike.items() if isinstance(value, (int, float)))
 
 
 def _factors(snapshot: Snapshot) -> Iterator[str]:
@@ -194,21 +164,35 @@ def _factors(snapshot: Snapshot) -> Iterator[str]:
         return
     yield from ["## nCLIP, one factor at a time", "", "Fewer steps and seeds, on validation: leads, not verdicts.", ""]
     head = [*_RUN_COLUMNS, *(measure.label for measure in study.factors)]
-    yield from table(head, rows_of(snapshot, arms, study.factors))
+    yield from table(head, rows_of(snapshot, arms, study.factors, each=True))
     if not study.search:
         return
     for objective in dict.fromkeys(arm.objective for arm in study.of_section("factors") if arm.objective):
         best = snapshot.chosen[objective]
         name = best.title if best else "not chosen yet"
-        seeds = [arm.title for arm in study.arms if arm.tuned == objective]
-        yield f"Best of them by {study.search.label}: **{name}**; on the tests it is {', '.join(seeds)}."
+        tests = [arm.title for arm in study.arms if arm.tuned == objective]
+        yield f"Best of them by {study.search.label}: **{name}**; on the tests it is {', '.join(tests)}."
+        if best and (edges := _search_edges(snapshot, best)):
+            yield f"At the edge of what was tried: {', '.join(edges)}."
         yield ""
+
+
+def _search_edges(snapshot: Snapshot, best: Arm) -> list[str]:
+    """Keys that a search's best candidate changed, and of which it has the smallest or the largest value tried."""
+    candidates = [arm for arm in snapshot.study.of_section("factors") if arm.objective == best.objective]
+    own = next(arm for arm in candidates if arm.name == best.name).changes
+    names = {arm.name for arm in candidates}
+    flat = [schema.flatten(run.config.to_dict()) for run in snapshot.runs if run.arm.name in names]
+    numbers = {key: value for key, value in own.items() if isinstance(value, (int, float))}
+    tried = {key: {config[key] for config in flat} for key in numbers}
+    return [k for k, value in numbers.items() if len(tried[k]) > 2 and value in (min(tried[k]), max(tried[k]))]
 
 
 def _training(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
     yield from ["## Training", ""]
     for name, title, *_ in _CURVES:
-        yield from _shown(snapshot.study, drawn, name, title)
+        yield from shown(snapshot.study, drawn, name, title)
+    yield from _clusters(snapshot)
     rows, baseline = [], training_seconds(snapshot, snapshot.study.baseline)
     for section in ("core", "controls"):
         for title, arm in titles_of(snapshot, section).items():
@@ -220,8 +204,15 @@ def _training(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
     yield from provenance.commits(snapshot)
 
 
-def _shown(study: Study, drawn: Mapping[str, str], name: str, title: str) -> list[str]:
-    return [f"![{title}]({study.page}/{name}.svg)", ""] if name in drawn else []
+def _clusters(snapshot: Snapshot) -> Iterator[str]:
+    """Metrics of the last step of arms that have them: how the clusters ended."""
+    metrics = [measure for measure in snapshot.study.factors if not measure.set]
+    arms = titles_of(snapshot, "core") | titles_of(snapshot, "controls")
+    ended = {title: arm for title, arm in arms.items() if any(mean_of(snapshot, arm, measure) for measure in metrics)}
+    if ended:
+        yield from ["Clusters in the last step's batch:", ""]
+        head = [*_RUN_COLUMNS, *(measure.label for measure in metrics)]
+        yield from table(head, rows_of(snapshot, ended, metrics))
 
 
 # --- charts
@@ -237,7 +228,10 @@ def _charts(snapshot: Snapshot) -> dict[str, str]:
             if arm.name != study.baseline and not m.ratio:
                 d = verdicts.difference(snapshot, arm.name, study.baseline, m)
                 rows |= {f"{arm.title}: {m.label}": d} if d else {}
-    made["differences"] = charts.in_rows(f"Less {study.arm(study.baseline).title}, paired by seed", rows, "points")
+    baseline = f"Less {study.arm(study.baseline).title}, paired by seed"
+    made["differences"] = charts.in_rows(baseline, rows, "points")
+    made["finding"] = charts.in_groups(baseline, _finding(snapshot), "points")
+    made["weights"] = _weights(snapshot, baseline)
     for dose in study.doses:
         measure = study.measure(dose.measures[0])
         lines = {name: [_shown_mean(snapshot, arm, measure) for arm in arms] for name, arms in dose.lines.items()}
@@ -245,6 +239,25 @@ def _charts(snapshot: Snapshot) -> dict[str, str]:
     for name, title, unit, metrics, level in _CURVES:
         made[name] = _curve(snapshot, title, unit, metrics, level)
     return {name: svg for name, svg in made.items() if svg}
+
+
+def _finding(snapshot: Snapshot) -> dict[str, dict[str, Estimate]]:
+    """{measure: {arm: difference to the baseline}} of `Study.shown`."""
+    study, groups = snapshot.study, {}
+    arms = [arm for name in study.shown[0] if (arm := snapshot.choice(name))]
+    for measure in map(study.measure, study.shown[1]):
+        pairs = {arm: verdicts.difference(snapshot, arm, study.baseline, measure) for arm in arms}
+        groups[measure.label] = {study.arm(arm).title: d for arm, d in pairs.items() if d}
+    return groups
+
+
+def _weights(snapshot: Snapshot, title: str) -> str | None:
+    """Differences to the baseline over the weight of a term, a line a measure."""
+    study, lines = snapshot.study, {}
+    for measure in map(study.measure, study.shown[1]):
+        line = [verdicts.difference(snapshot, arm, study.baseline, measure) for arm in study.weights.values()]
+        lines[measure.label] = [Estimate(0.0, math.nan, math.nan, 1), *line] if any(line) else []
+    return charts.over_levels(title, "weight of nCLIP", ["0", *study.weights], lines, "points")
 
 
 def _shown_mean(snapshot: Snapshot, arm: str, measure: Measure) -> Estimate | None:
@@ -257,7 +270,7 @@ def _curve(snapshot: Snapshot, title: str, unit: str, metrics: Sequence[str], le
     lines: dict[str, list[tuple[float, float]]] = {}
     dashed = None
     for arm in snapshot.study.of_section("core"):
-        curves = [record.curve for record in snapshot.finished(arm.name).values()]
+        curves = [record.curve for record in snapshot.finished(arm.name).values() if not record.error]
         metric = next((m for m in metrics if any(m in curve for curve in curves)), None)
         points: dict[float, list[float]] = {}
         for curve in curves:
@@ -266,6 +279,6 @@ def _curve(snapshot: Snapshot, title: str, unit: str, metrics: Sequence[str], le
                     points.setdefault(step, []).append(value)
             if level and curve.get(level) and curve[level][-1] is not None:
                 dashed = ("ln b", float(curve[level][-1] or 0))
-        if points:
-            lines[arm.title] = [(step, sum(values) / len(values)) for step, values in sorted(points.items())]
+        common = {step: values for step, values in points.items() if len(values) == len(curves)}
+        lines[arm.title] = [(step, sum(values) / len(values)) for step, values in sorted(common.items())]
     return charts.over_steps(title, lines, unit, dashed)

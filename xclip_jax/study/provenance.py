@@ -8,6 +8,7 @@ from xclip_jax.study.markdown import table
 from xclip_jax.study.matrix import Snapshot
 
 _RANKS = "Ranks: geometric means, lower is better; differences are ratios, below 1 is better."
+_ROUNDED = 1e-3  # run files round
 _UNITS = "Values are in percent, higher is better, and differences are percentage points, but for ranks and losses."
 
 
@@ -29,6 +30,25 @@ def _result(snapshot: Snapshot, measure: Measure) -> Result | None:
     """A result of the measure; items and chance are the same in all runs."""
     of_set = (r for record in snapshot.records.values() for r in record.results if measure.set and r.set == measure.set)
     return next((r for r in of_set if (r.key == measure.metric if measure.metric else r.headline)), None)
+
+
+def at_chance(snapshot: Snapshot) -> Iterator[str]:
+    """Yield which runs of the core are no better than chance at a measure, as of a probe that learned nothing."""
+    study, texts = snapshot.study, []
+    for measure in (measure for measure in study.measures if measure.higher and not measure.ratio):
+        result = _result(snapshot, measure)
+        if result is None or result.chance is None:
+            continue
+        values = {arm.title: snapshot.values(arm.name, measure) for arm in study.of_section("core")}
+        runs = [
+            f"{title}, seed {seed}"
+            for title, of_arm in values.items()
+            for seed, value in of_arm.items()
+            if value <= result.chance + _ROUNDED
+        ]
+        texts += [f"{measure.label} ({'; '.join(runs)})"] if runs else []
+    if texts:
+        yield from [f"Runs at chance, which are in all means: {', '.join(texts)}.", ""]
 
 
 def _chance(result: Result | None) -> str:
@@ -86,7 +106,7 @@ def missing(snapshot: Snapshot) -> Iterator[str]:
     if errors:
         yield from ["Runs that diverged have no results:", "", *errors, ""]
     if unused := snapshot.unused():
-        names = ", ".join(f"`{record.file_name}`" for record in unused)
+        names = ", ".join(f"`{record.arm}`, seed {record.seed}" for record in unused)
         yield from [f"Run files of no arm of the present declaration, which are not used: {names}.", ""]
 
 

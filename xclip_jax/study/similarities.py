@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from xclip_jax.study.declaration import Measure
-from xclip_jax.study.markdown import difference_text, estimate_text, mean_of, table
+from xclip_jax.study.markdown import estimate_text, mean_of, signed_text, table
 from xclip_jax.study.matrix import Snapshot
 from xclip_jax.study.statistics import paired
 
@@ -19,7 +19,8 @@ _TEXT = (
 def section(snapshot: Snapshot) -> Iterator[str]:
     """Yield a table for each validation set of `Study.named`: all similarities there, and the best one on the tests."""
     study = snapshot.study
-    arms = [arm for arm in study.of_section("core") if snapshot.finished(arm.name)]
+    sought = [study.arm(name) for name in dict.fromkeys(a for a, _, _ in study.sought)]
+    arms = [arm for arm in (*study.of_section("core"), *sought) if snapshot.finished(arm.name)]
     names = {arm.name: _similarities(snapshot, arm.name) for arm in arms}
     if not any(len(of_set) > 1 for keys in names.values() for of_set in keys.values()):
         return
@@ -39,26 +40,24 @@ def section(snapshot: Snapshot) -> Iterator[str]:
         yield from [f"### By `{validation}`", "", *table([*head, f"less {study.arm(study.baseline).title}"], rows)]
 
 
-def finding(snapshot: Snapshot) -> Iterator[str]:
-    """Yield a README's line on each chosen arm less the baseline, both by the similarity that validation chose."""
-    study = snapshot.study
-    for name in study.choices:
-        arm, parts = snapshot.choice(name), []
-        if arm is None:
+def controls(snapshot: Snapshot) -> Iterator[str]:
+    """Yield the differences to controls where each names by the similarity that is best on validation; none of none."""
+    study, rows = snapshot.study, []
+    for a, b, _ in study.controls:
+        left, right = snapshot.choice(a), snapshot.choice(b)
+        if not left or not snapshot.finished(left) or not right or not snapshot.finished(right):
             continue
+        cells = [f"{study.arm(left).title} less {study.arm(right).title}"]
         for validation, test in study.named.items():
-            (score, measure), (_, base) = (_best(snapshot, x, validation, test) for x in (arm, study.baseline))
-            if measure and base:
-                d = paired(snapshot.values(arm, measure), snapshot.values(study.baseline, base))
-                if d:
-                    numbers = f"{difference_text(d, measure)}, {d.positive} of {d.n} seeds"
-                    parts.append(f"{measure.label}, by {_label(score)} ({numbers})")
-        if parts:
-            titles = f"{study.arm(arm).title} less {study.arm(study.baseline).title}"
-            yield (
-                "* Besides the paper's claims, without a verdict: each naming by the similarity that validation chose, "
-                f"{titles} at {'; '.join(parts)}."
-            )
+            sides = [_best(snapshot, arm, validation, test) for arm in (left, right)]
+            values = [snapshot.values(arm, m) for arm, (_, m) in zip((left, right), sides, strict=True) if m]
+            d = paired(*values) if len(values) == 2 else None
+            by = " and ".join(dict.fromkeys(_label(score) for score, _ in sides))
+            cells.append(f"{signed_text(d, study.measure(test))}; by {by}" if d else "-")
+        rows.append(cells)
+    if rows:
+        yield from ["The same where each names by the similarity that is best for it on validation:", ""]
+        yield from table(["difference", *(study.measure(test).label for test in study.named.values())], rows)
 
 
 def _best(snapshot: Snapshot, arm: str, validation: str, test: str) -> tuple[str, Measure | None]:
@@ -77,7 +76,8 @@ def _best(snapshot: Snapshot, arm: str, validation: str, test: str) -> tuple[str
 
 def _similarities(snapshot: Snapshot, arm: str) -> dict[str, dict[str, str]]:
     """{validation set: {similarity: key of the set's headline by it}}, of one run: all runs of an arm have the same."""
-    record = next(iter(snapshot.finished(arm).values()))
+    finished = list(snapshot.finished(arm).values())
+    record = next((record for record in finished if record.results), finished[0])  # a run that diverged has none
     return {validation: record.similarities(validation) for validation in snapshot.study.named}
 
 
@@ -90,7 +90,7 @@ def _tests(snapshot: Snapshot, arm: str, best: dict[str, Measure]) -> tuple[str,
     if arm == baseline or baseline not in best:
         return mean, "-"
     d = paired(snapshot.values(arm, measure), snapshot.values(baseline, best[baseline]))
-    return mean, difference_text(d, measure) + (f", {d.positive}/{d.n}" if d else "")
+    return mean, signed_text(d, measure)
 
 
 def _label(score: str) -> str:

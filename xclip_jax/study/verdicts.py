@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Collection
 
 from xclip_jax.study.declaration import Claim, Measure, Part
 from xclip_jax.study.matrix import Snapshot
@@ -11,12 +12,14 @@ ALPHA = 0.05
 MIN_SEEDS = 3
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
 UNCORRECTED = "on the claimed side before correction for several parts"
+OPPOSED = "on the other side before correction for several parts"
 RULE = (
     'The claimed side of a part is above zero or below, as the part says; of an "at least as good" it begins at minus '
     "the margin. A part is on it if the whole 95 % interval of the paired difference is, and all seeds or all but one: "
     "seeds that agree are counted from minus the margin too. A part *fails* if the whole interval is on the other side "
     "of that bound (with a margin: below minus the margin, not merely below zero) and stays so after Holm's correction "
-    "over the parts of the claim. Else, and with fewer than three seeds, it is *undecided*.",
+    f"over the parts of the claim; if that alone is missing it is {OPPOSED}. Else, and with fewer than three seeds, it "
+    "is *undecided*.",
     "A claim *holds* if all of its parts are on the claimed side: that needs no correction, since each must be shown "
     "(an intersection-union test), and each part then holds. It *fails* if one part fails: that is what Holm's "
     "correction is for, since one false alarm among several would do. Else it is *undecided at this scale*; of such a "
@@ -29,11 +32,8 @@ RULE = (
     "correction; it decides what fails. *p (sign flip)*: two-sided, that differences are symmetric around zero, "
     "without the margin; it is exact and assumes no distribution, but cannot be below 2 / 2^n (0.0625 for five seeds): "
     "it is reported and decides nothing.",
-)
-CHANGED = (
-    "The rule for claims was fixed before the runs. What is said of parts was made stricter after the first runs: "
-    'until then every part on the claimed side was called shown, without correction. And an "at least as good" then '
-    "failed if it was below zero; now it fails if it is below minus the margin."
+    "A seed with a run that diverged has no difference, which favours the arm that diverged: tables name such runs, "
+    "and an arm with one is neither chosen nor a recipe.",
 )
 
 
@@ -49,7 +49,7 @@ class PartVerdict:
       p: that the difference is not on the claimed side, margin included: twice the one-sided p of the t-test.
       p_holm: the same after Holm's correction within the claim.
       p_against: that it is not beyond the margin on the other side, after Holm's correction within the claim.
-      verdict: one of `HOLDS`, `FAILS`, `UNDECIDED`; `UNCORRECTED` in a claim that does not hold.
+      verdict: one of `HOLDS`, `FAILS`, `OPPOSED`, `UNDECIDED`; `UNCORRECTED` in a claim that does not hold.
     """
 
     part: Part
@@ -73,18 +73,29 @@ class ClaimVerdict:
     verdict: str
 
 
-def difference(snapshot: Snapshot, a: str, b: str, measure: Measure) -> Difference | None:
+def difference(
+    snapshot: Snapshot, a: str, b: str, measure: Measure, *, without: Collection[int] = ()
+) -> Difference | None:
     """Return a - b paired by seed, of logarithms where the measure is a ratio."""
-    sides = [snapshot.values(arm, measure) for arm in (a, b)]
+    of_arms = [snapshot.values(arm, measure) for arm in (a, b)]
+    sides = [{seed: value for seed, value in of_arm.items() if seed not in without} for of_arm in of_arms]
     if measure.ratio:
         sides = [{seed: math.log(value) for seed, value in side.items() if value > 0} for side in sides]
     return paired(*sides)
 
 
-def compare(snapshot: Snapshot, part: Part, a: str | None, b: str | None) -> PartVerdict:
-    """Return what is known of a part with these arms, by itself: without its claim nothing is corrected for."""
+def compare(
+    snapshot: Snapshot, part: Part, a: str | None, b: str | None, *, without: Collection[int] = ()
+) -> PartVerdict:
+    """Return what is known of a part with these arms, by itself: without its claim nothing is corrected for.
+
+    Args:
+      snapshot, part: what is compared.
+      a, b: its arms; None for a choice that is still open.
+      without: seeds that are left out.
+    """
     measure = snapshot.study.measure(part.measure)
-    d = difference(snapshot, a, b, measure) if a and b else None
+    d = difference(snapshot, a, b, measure, without=without) if a and b else None
     if d is None:
         return PartVerdict(part, measure, a or "", b or "", None, 0, 1.0, 1.0, 1.0, UNDECIDED)
     side = _side(part, measure)
@@ -102,8 +113,9 @@ def judge(snapshot: Snapshot, claim: Claim) -> ClaimVerdict:
     parts = []
     corrected = zip(holm([part.p for part in alone]), holm([part.p_against for part in alone]), strict=True)
     for part, (p_holm, p_against) in zip(alone, corrected, strict=True):
-        fails = part.difference is not None and part.difference.n >= MIN_SEEDS and p_against < ALPHA
-        verdict = FAILS if fails else part.verdict
+        enough = part.difference is not None and part.difference.n >= MIN_SEEDS
+        opposed = OPPOSED if enough and part.p_against < ALPHA else part.verdict
+        verdict = FAILS if enough and p_against < ALPHA else opposed
         parts.append(dataclasses.replace(part, p_holm=p_holm, p_against=p_against, verdict=verdict))
     verdicts = {part.verdict for part in parts}
     whole = FAILS if FAILS in verdicts else HOLDS if verdicts == {HOLDS} else UNDECIDED

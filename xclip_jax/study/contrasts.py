@@ -1,0 +1,99 @@
+"""The parts of a study's page that subtract arms from one another: controls, sought settings, secondary measures."""
+
+from collections.abc import Iterator, Sequence
+
+from xclip_jax.study import similarities, verdicts
+from xclip_jax.study.declaration import Measure, Study
+from xclip_jax.study.markdown import rows_of, signed_text, table
+from xclip_jax.study.matrix import Snapshot
+from xclip_jax.study.statistics import holm, p_above
+
+Contrast = tuple[str, str, str]  # arm or choice, what is subtracted, what the difference shows
+_RUN_COLUMNS = ("arm", "runs")
+
+
+def controls(snapshot: Snapshot) -> Iterator[str]:
+    """Yield the controls: their scores, which gains are beyond them, and the differences."""
+    study = snapshot.study
+    if not study.controls:
+        return
+    yield from ["## Controls", ""]
+    arms = {study.arm(b).title: b for _, b, _ in study.controls}
+    yield from table([*_RUN_COLUMNS, *(m.label for m in study.measures)], rows_of(snapshot, arms, study.measures))
+    yield from _survivors(snapshot)
+    yield from _differences(snapshot, study.controls)
+    yield from similarities.controls(snapshot)
+
+
+def sought(snapshot: Snapshot) -> Iterator[str]:
+    """Yield what arms whose setting was sought by the factors are worth."""
+    study = snapshot.study
+    if not study.sought:
+        return
+    yield from ["## The setting that was sought", ""]
+    arms = {study.arm(a).title: a for a, _, _ in study.sought}
+    yield from table([*_RUN_COLUMNS, *(m.label for m in study.measures)], rows_of(snapshot, arms, study.measures))
+    yield from _differences(snapshot, study.sought)
+
+
+def secondary(snapshot: Snapshot) -> Iterator[str]:
+    """Yield the measures that have no part in a verdict, for the arms of the core and those that were sought."""
+    study = snapshot.study
+    if not study.secondary:
+        return
+    yield from ["### More measures", "", "Other numbers of the same tests, without a verdict.", ""]
+    names = [*(arm.name for arm in study.of_section("core")), *dict.fromkeys(a for a, _, _ in study.sought)]
+    labels = [measure.label for measure in study.secondary]
+    arms = {study.arm(name).title: name for name in names}
+    yield from table([*_RUN_COLUMNS, *labels], rows_of(snapshot, arms, study.secondary))
+    yield from [f"Less {study.arm(study.baseline).title}, paired by seed:", ""]
+    others = [(title, name) for title, name in arms.items() if name != study.baseline]
+    rows = [[title, *_cells(snapshot, name, study.baseline, study.secondary)] for title, name in others]
+    yield from table(["arm", *labels], rows)
+
+
+def _cells(snapshot: Snapshot, a: str | None, b: str | None, measures: Sequence[Measure]) -> list[str]:
+    pairs = [verdicts.difference(snapshot, a, b, m) if a and b else None for m in measures]
+    return [signed_text(d, m) for d, m in zip(pairs, measures, strict=True)]
+
+
+def _differences(snapshot: Snapshot, contrasts: Sequence[Contrast]) -> list[str]:
+    study, rows = snapshot.study, []
+    for a, b, meaning in contrasts:
+        left, right = snapshot.choice(a), snapshot.choice(b)
+        names = [study.arm(name).title if name else "not chosen yet" for name in (left, right)]
+        rows.append([f"{names[0]} less {names[1]}", meaning, *_cells(snapshot, left, right, study.measures)])
+    return table(["difference", "what it shows", *(measure.label for measure in study.measures)], rows)
+
+
+def _survivors(snapshot: Snapshot) -> Iterator[str]:
+    """For each measure the controls beyond which there is a gain, by p after Holm's correction over the controls."""
+    study = snapshot.study
+    yield (
+        "Gains with p below 0.05 by the paired t-test after Holm's correction over the controls of a measure, of at "
+        f"least {verdicts.MIN_SEEDS} seeds:"
+    )
+    yield ""
+    nothing, some = [], False
+    for measure in study.measures:
+        shown = gains(snapshot, study, measure)
+        some = some or bool(shown)
+        if shown:
+            yield f"* {measure.label}: {'; '.join(shown)}"
+        else:
+            nothing.append(measure.label)
+    if nothing:
+        yield f"* {'no gain beyond a control' if some else 'none'}: {', '.join(nothing)}"
+    yield ""
+
+
+def gains(snapshot: Snapshot, study: Study, measure: Measure) -> list[str]:
+    """Return what the differences to controls show of a measure, of those that are on the better side."""
+    side, p, meanings = 1 if measure.higher else -1, [], []
+    for a, b, meaning in study.controls:
+        left, right = snapshot.choice(a), snapshot.choice(b)
+        d = verdicts.difference(snapshot, left, right, measure) if left and right else None
+        enough = d is not None and d.n >= verdicts.MIN_SEEDS
+        p.append(min(1.0, 2 * p_above(side * d.mean, d.standard_error, d.n)) if d and enough else 1.0)
+        meanings.append(meaning)
+    return [meaning for meaning, value in zip(meanings, holm(p), strict=True) if value < verdicts.ALPHA]
