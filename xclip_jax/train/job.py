@@ -81,7 +81,7 @@ def extras(config: Config) -> list[str]:
 
     They are those of its trackers, of weights and data on the Hub, and of other sources and evaluation sets.
     """
-    names = {name for name in config.log.to if name != "tensorboard"}
+    names = {name for name in config.log.to if name != "tensorboard" and ":" not in name}
     if hub.is_hub(config.init.weights):
         names.add("hub")
     for source in map(sources.parse, config.data.sources):

@@ -15,7 +15,7 @@ from xclip_jax.evaluators import summary
 from xclip_jax.evaluators.result import Result, flat, to_json
 from xclip_jax.parallel import processes
 from xclip_jax.train import disk_space, memory, same_run, trackers
-from xclip_jax.train.callbacks import Callback
+from xclip_jax.train.callbacks import Callback, of_config
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.interrupt import Interrupted, PreemptionHandler
 from xclip_jax.train.job import Job, prepare
@@ -39,7 +39,8 @@ def run(
 
     Args:
       config: of the run.
-      callbacks: receive metrics, results and the trained model, such as `xclip_jax.report.callback()`.
+      callbacks: receive metrics, results and the trained model, such as `xclip_jax.report.callback()`; those of
+        `log.callbacks` come after them.
       uptime: seconds that the process has run for, which the goodput counts as start-up.
 
     Raises:
@@ -54,6 +55,7 @@ def run(
         log0(f"{folder.path} is complete at step {config.steps}; to train again, use a different --config.run")
         return results
     trackers.check(config)
+    callbacks = [*callbacks, *of_config(config)]
     limits = {"warning": config.log.stall_warning, "limit": config.log.stall_limit}
     with PreemptionHandler() as stop:
         same_run.check_config(config)
@@ -115,6 +117,8 @@ def _train(
     )
     skipped = SkippedSteps(job, int(state.step), ledger, checkpointer)
     log = MetricLogger(job, int(state.step), ledger, skipped, callbacks, began=began)
+    for callback in callbacks:
+        callback.on_start(job, int(state.step))
     state, stopped = train(job, state, log, checkpointer, watch, stop)
     return state, log, stopped
 
