@@ -60,6 +60,7 @@ def test_a_run_calls_them(pairs, tmp_path, capsys):
     assert List.runs[str(run)] == [("start", 0), *losses[:3]]
     printed = capsys.readouterr().out
     assert f"WARNING: {LIST} failed and gets nothing more (ConnectionError" in printed
+    assert "parameters, 40 pairs, 4 steps of 16 (1.6 epochs) on" in printed
     assert job.extras(schema.resolve(config)) == []
 
 

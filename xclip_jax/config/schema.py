@@ -69,6 +69,9 @@ class LogConfig:
     project: str = key("xclip_jax", "the run's project in wandb and Trackio", not_empty())
     callbacks: Sequence[str] = key((), "classes of other packages that the run calls while it trains", _CLASSES)
     every: int = key(20, "steps between two lines of metrics; 0 for the first and last alone", at_least(0))
+    expected_epochs: float = key(
+        0.0, "that the recipe's steps are for, 0 if unknown; other numbers are warned of", at_least(0)
+    )
     collapse_warmup_steps: int = key(500, "step from which on a collapse or a plateau is warned of", at_least(0))
     stall_warning: float = key(60.0, "seconds without progress after which the phase is named; 0 never", at_least(0))
     stall_limit: float = key(1800.0, "seconds without progress after which the run ends; 0 never", at_least(0))

@@ -59,6 +59,11 @@ class Job:
         """Samples of all sources together: an epoch."""
         return sum(map(len, self.sources))
 
+    @property
+    def epochs(self) -> float:
+        """Epochs of the whole run."""
+        return self.config.steps * self.experiment.data.batch / self.num_samples
+
 
 def check(config: ml_collections.ConfigDict | Config) -> Config:
     """Check what needs neither data nor devices: all keys, and the names of sources and evaluation sets.

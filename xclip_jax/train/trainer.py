@@ -27,6 +27,9 @@ from xclip_jax.train.state import TrainState, create
 from xclip_jax.train.watchdog import Watchdog
 from xclip_jax.train.weights import init_from_weights
 
+# A ratio of epochs from which on a recipe's schedule is not the one that was meant.
+_FAR = 1.5
+
 
 def run(
     config: ml_collections.ConfigDict | Config, callbacks: Sequence[Callback] = (), *, uptime: float = 0.0
@@ -96,9 +99,11 @@ def _train(
     count = sum(x.size for x in jax.tree.leaves(experiment.abstract.params))
     items = "items" if experiment.objective.labelled else "pairs"
     log0(
-        f"{config.objective.name}: {count:,} parameters, {job.num_samples:,} {items}, {config.steps} steps of "
-        f"{experiment.data.batch} on {jax.device_count()} {jax.devices()[0].device_kind}, in {job.folder.path}"
+        f"{config.objective.name}: {count:,} parameters, {job.num_samples:,} {items}, {config.steps:,} steps of "
+        f"{experiment.data.batch} ({job.epochs:.3g} epochs) on {jax.device_count()} {jax.devices()[0].device_kind}, "
+        f"in {job.folder.path}"
     )
+    warn_of_epochs(job, items)
     position: dict[str, Any] = {"samples": 0}
     if checkpointer.latest() is None:
         if step := job.folder.last_logged_step():
@@ -121,6 +126,18 @@ def _train(
         callback.on_start(job, int(state.step))
     state, stopped = train(job, state, log, checkpointer, watch, stop)
     return state, log, stopped
+
+
+def warn_of_epochs(job: Job, items: str) -> None:
+    """Warn where a recipe counted on data of another size, so that its steps are not the epochs that were meant."""
+    expected, n = job.config.log.expected_epochs, job.num_samples
+    if expected and not 1 / _FAR < job.epochs / expected < _FAR:
+        steps = max(round(expected * n / job.experiment.data.batch), 1)
+        log0(
+            f"WARNING: {job.config.steps:,} steps are {job.epochs:.3g} epochs of these {n:,} {items}, and the recipe "
+            f"is meant for {expected:g}. Give it their number, --config RECIPE:pairs={n}, or set "
+            f"--config.steps={steps}, optim.warmup and eval.every; log.expected_epochs=0 if the steps are meant so"
+        )
 
 
 def _finish(
