@@ -3,7 +3,8 @@
     python -m xclip_jax.main --config configs/clip.py:preset=B/16,batch=4096,pairs=15000000,epochs=25 \\
         --config.data.sources='("folder:PATH",)'
 
-The argument's keys are optional. Written for TPU pods; no run of this size has been made and no score is claimed.
+The argument's keys are optional; pairs is the number of yours, since the steps are epochs over it. Written for TPU
+pods; no run of this size has been made and no score is claimed.
 """
 
 import ml_collections

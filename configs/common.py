@@ -19,10 +19,23 @@ from xclip_jax.run_folder import is_run
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
-    """ "a=1,b=x" -> ConfigDict of `defaults` with these values, each of its default's type; unknown keys raise."""
+    """ "a=1,b=x,y" -> ConfigDict of `defaults` with these values, each of its default's type; unknown keys raise.
+
+    A part without "=" is a flag where the default is a bool; after a string it continues this, as "y" does above.
+    """
     values = dict(defaults)
+    items: list[tuple[str, str]] = []
     for item in filter(None, (arg or "").split(",")):
-        key, _, text = item.partition("=")
+        key, equals, text = item.partition("=")
+        if (
+            not (equals or isinstance(defaults.get(key), bool))
+            and items
+            and isinstance(defaults.get(items[-1][0]), str)
+        ):
+            items[-1] = (items[-1][0], f"{items[-1][1]},{item}")
+        else:
+            items.append((key, text))
+    for key, text in items:
         if key not in defaults:
             near = nearest(key, defaults)
             raise UserError(f"config argument {key!r} is unknown; did you mean {near!r}? Known: {', '.join(defaults)}.")
@@ -52,6 +65,7 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
     config.model.img.update(sizes["img"])
     config.model.txt.update(sizes["txt"])
     config.model.embed = sizes["embed"]
+    config.model.img.image_size -= config.model.img.image_size % config.model.img.patch  # whole patches: 216 of Ti/12
     if objective == "siglip":
         config.model.scale_init = 10.0
     return config
@@ -96,16 +110,23 @@ def adopt(config: ml_collections.ConfigDict, weights: str) -> schema.Config | No
 
 
 def pretrain(objective: str, arg: str | None) -> ml_collections.ConfigDict:
-    """The full-size recipe: ViT-B/16, batch 4096, 25 epochs over `pairs` image-text pairs, by default 15 million."""
+    """The full-size recipe: ViT-B/16, batch 4096, 25 epochs over `pairs` image-text pairs, by default 15 million.
+
+    The trainer compares the epochs with those over the pairs that it counts (`log.expected_epochs`).
+    """
     args = parse_arg(arg, preset="B/16", batch=4096, pairs=15_000_000, epochs=25)
     config = base(objective, args.preset)
+    if args.preset.startswith("Ti"):  # the usual head has thirty times their parameters
+        config.model.cluster_head.update(clusters=4096, hidden=1024)
     config.model.img.remat = config.model.txt.remat = "dots"  # else 128 pairs of B/16 do not fit a chip of 16 GiB
     epoch = max(args.pairs // args.batch, 1)
     config.data.batch = args.batch
     config.steps = epoch * args.epochs
     config.optim.warmup = min(epoch, config.steps // 10)
     config.eval.every = epoch
-    config.checkpoint.every = min(1000, epoch)
+    config.log.expected_epochs = args.epochs
+    # A checkpoint is three times the model: an epoch of few steps is trained again sooner than it is saved.
+    config.checkpoint.every = min(1000, max(epoch, 200))
     return config
 
 

@@ -6,12 +6,14 @@
 pairs is a folder of images with .txt files beside them, a table, tars, or any spec of data.sources. Some hundred of
 them are read to choose towers, image size, context, batch, cluster head, learning rate, steps and intervals. A share of
 the pairs is held out by content, evaluated on the way (retrieval/holdout, and zeroshot/holdout where sub-folders or a
-column "label" name one class an image; a line says why it is left out) and shown in RUN/report.html.
+column "label" name one class an image; a line says why it is left out) and shown in RUN/report.html. Another line says
+what was chosen.
 
 The argument's keys, all but pairs optional: weights (what to start from, in place of random parameters), objective
-(clip, siglip, nclip, xclip; clip, or that of the weights), image and text (columns or features), tokenizer, dir (of
-TFDS data sets), preset, size (pixels), batch, epochs, count (pairs, which then are not read), device (cpu, gpu, tpu:
-sizes for an ordinary one in place of this machine; needed where several processes train).
+(clip, siglip, nclip, xclip; clip, or that of the weights), image and text (columns or features; several of captions
+are text=title,alt), tokenizer, dir (of TFDS data sets), preset, size (pixels), batch, epochs, count (pairs, which then
+are not read), device (cpu, gpu, tpu: sizes for an ordinary one in place of this machine; needed where several processes
+train).
 """
 
 import dataclasses
@@ -28,7 +30,7 @@ from xclip_jax import flops
 from xclip_jax.config import schema
 from xclip_jax.configs import common
 from xclip_jax.data import check, holdout, labelled, sources, tokenizer
-from xclip_jax.data.base import SourceOptions
+from xclip_jax.data.base import MissingColumnError, Source, SourceOptions
 from xclip_jax.errors import UserError, check_choice
 from xclip_jax.evaluators import zeroshot_datasets
 from xclip_jax.objectives import OBJECTIVES, RECIPES, make_objective
@@ -91,7 +93,8 @@ def measure(source: check.Source, tokens: tokenizer.Tokenizer) -> Counts:
     good = [sample for sample in samples if not sample.reason]
     if not good:
         raise UserError(
-            f"none of the {len(samples)} pairs that were read can be used ({samples[0].reason}); see xclip-jax check."
+            f"none of the {len(samples)} pairs that were read can be used ({samples[0].reason}); see xclip-jax check, "
+            "and for records with features of other names the recipe's arguments image=NAME,text=NAME."
         )
     longest = 77
     ids = tokens([sample.caption for sample in good], longest)
@@ -245,6 +248,28 @@ def without_classes(spec: str, data_dir: str, share: float) -> str:
     return f"{what}; label more images."
 
 
+def _open(spec: str, options: SourceOptions) -> Source:
+    """As `sources.open_pairs`; a column that is missing is an argument of the recipe, since flags come later."""
+    try:
+        return sources.open_pairs(spec, options)
+    except MissingColumnError as error:
+        raise UserError(f"{error.fault}; name its columns, small:pairs=PATH,image=COLUMN,text=COLUMN.") from error
+
+
+def summary(config: ml_collections.ConfigDict, counts: Counts, preset: str) -> str:
+    """Return the sentence about what was chosen; flags may change it."""
+    share, batch, model = config.data.holdout, config.data.batch, config.model
+    epochs = config.steps * batch / max(counts.pairs * (1 - share), 1)
+    towers = f"towers of {config.init.weights}" if config.init.weights else preset
+    parts = f" in {config.optim.microbatches} parts" if config.optim.microbatches > 1 else ""
+    repeats = f"; {100 * counts.repeats:.0f} % of captions repeat: equal captions are kept apart"
+    return (
+        f"small: {counts.pairs:,} pairs, {100 * share:.2g} % of them held out; {config.objective.name}, {towers}, "
+        f"{model.img.image_size} px, {model.txt.context_length} tokens, batch {batch}{parts}, {config.steps:,} steps "
+        f"({epochs:.3g} epochs){repeats if config.data.spread_duplicate_captions else ''}"
+    )
+
+
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """See the module's docstring."""
     args = common.parse_arg(
@@ -260,8 +285,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         check_choice("config argument device", args.device, ORDINARY)
     machine = ORDINARY[args.device] if args.device else this_machine()
     spec = sources.of_path(args.pairs)
-    options = SourceOptions(args.dir, args.image, (args.text,))
-    source = None if args.count else sources.open_pairs(spec, options)
+    options = SourceOptions(args.dir, args.image, tuple(args.text.split(",")))
+    source = None if args.count else _open(spec, options)
     pairs = args.count or len(source or ())
     preset = args.preset or tower_preset(pairs, machine)
     config = common.base(args.objective or "clip", preset)
@@ -278,7 +303,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.model.img.image_size = args.size
     config.init.weights = args.weights
     config.data.sources, config.data.dir = (spec,), args.dir
-    config.data.image_key, config.data.text_keys = args.image, (args.text,)
+    config.data.image_key, config.data.text_keys = options.image_key, tuple(options.text_keys)
     config.data.batch = args.batch or batch_size(trained, preset, machine)
     config.run = f"runs/small-{re.sub(r'[^A-Za-z0-9._-]+', '-', spec.partition(':')[2].rstrip('/*')).strip('-.')[-40:]}"
     _towers(config, machine)
@@ -286,13 +311,18 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     _data(config, counts, machine)
     if source is not None and sources.has_labels(spec, "image"):
         if reason := without_classes(spec, args.dir, config.data.holdout):
-            # Not log0: the processes of a run may not have joined yet.
-            print(f"zeroshot/holdout is left out: {reason}", file=sys.stderr)
+            _print(f"zeroshot/holdout is left out: {reason}")
         else:
             config.eval.sets = (*config.eval.sets, "zeroshot/holdout")
     _schedule(config, machine, trained, args.epochs)
     config.optim.microbatches = microbatches(config, machine)
+    _print(summary(config, counts, preset))
     return config
+
+
+def _print(line: str) -> None:
+    """Not log0: the processes of a run may not have joined yet. Not to stdout: commands print JSON there."""
+    print(line, file=sys.stderr)
 
 
 def _objective(config: ml_collections.ConfigDict, saved: schema.Config, objective: str) -> None:

@@ -139,7 +139,7 @@ tpu_flags() {
 # tpu_check FOLDER ARGUMENTS: what can be checked here before anything is paid for: the config, that the extras that it
 # needs will be installed, and that this machine is logged in and reaches the bucket of the run.
 tpu_check() {
-  local folder=$1 tracker bucket said extra missing="" python=${PYTHON:-python3}
+  local folder=$1 tracker bucket said extra extras="" missing="" python=${PYTHON:-python3}
   shift
   for tracker in wandb trackio; do
     [[ "$*" != *log.to*"$tracker"* || ,$EXTRAS, == *,$tracker,* ]] ||
@@ -150,13 +150,15 @@ tpu_check() {
   elif "$python" -c "import jax, xclip_jax" 2>/dev/null; then
     said=$(JAX_PLATFORMS=cpu "$python" -m xclip_jax.main --check "$@") || exit 2
     echo "$said"
-    for extra in $(sed -n 's/^extras: //p' <<<"$said" | tr , ' '); do
+    extras=$(sed -n 's/^extras: //p' <<<"$said")
+    for extra in ${extras//,/ }; do
       [[ ,$EXTRAS, == *,$extra,* ]] || missing+=,$extra
     done
     [ -z "$missing" ] || fail "the config needs ${missing#,}, which the workers would lack; set EXTRAS=$EXTRAS$missing"
   else
     echo "warning: the config is checked on the workers alone, since $python cannot import xclip_jax; set PYTHON" >&2
   fi
+  tpu_keys "$extras" "$@"
   [[ $folder == gs://* ]] || return 0
   bucket=${folder#gs://} bucket=gs://${bucket%%/*}
   if [ -n "$DRY_RUN" ]; then
@@ -164,6 +166,27 @@ tpu_check() {
   else
     gcloud storage ls "$bucket" >/dev/null ||
       fail "this machine cannot list $bucket; log in (gcloud auth login), or correct --config.run"
+  fi
+}
+
+# tpu_keys EXTRAS ARGUMENTS: checks ENV_FILE, without a word of its values, and that it has the keys that a config with
+# these extras and arguments will ask for on the workers.
+tpu_keys() {
+  local line names="" extras=,$1,
+  shift
+  if [ -n "${ENV_FILE:-}" ]; then
+    [ -f "$ENV_FILE" ] && [ -r "$ENV_FILE" ] || fail "ENV_FILE=$ENV_FILE is not a file that can be read; correct it"
+    # shellcheck disable=SC2012 # stat has other flags on a Mac
+    [[ $(ls -lL "$ENV_FILE") == -???------* ]] || fail "others may read ENV_FILE=$ENV_FILE; chmod 600 $ENV_FILE"
+    line=$(awk '!/^(#.*|[A-Za-z_][A-Za-z0-9_]*=[-A-Za-z0-9_.\/:@%+,=]*)?$/ { print NR; exit }' "$ENV_FILE")
+    [ -z "$line" ] || fail "ENV_FILE=$ENV_FILE, line $line is not NAME=VALUE, or has spaces or quotes; correct it"
+    names=$(sed -n '/^#/d; s/=.*//p' "$ENV_FILE")
+  fi
+  if [[ $extras == *,wandb,* || "$*" == *log.to*wandb* ]] && [[ $names != *WANDB_API_KEY* && $names != *WANDB_MODE* ]]; then
+    fail "log.to names wandb, for which the workers have no key; write WANDB_API_KEY=... (or WANDB_MODE=offline) into a file of mode 600, and set ENV_FILE=FILE"
+  fi
+  if [[ $extras =~ ,(hub|datasets), || "$*" == *hf:* ]] && [[ $names != *HF_TOKEN* ]]; then
+    echo "warning: repositories of the Hugging Face Hub that are gated or private need HF_TOKEN=... in the file ENV_FILE" >&2
   fi
 }
 
@@ -219,12 +242,14 @@ tpu_install() {
     tpu_ssh all "[ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh" &&
     tpu_ssh all "cd xclip_jax && { [ -x .venv/bin/python ] || ~/.local/bin/uv venv --quiet --python 3.12 .venv; } &&\
  ~/.local/bin/uv pip install --quiet --python .venv/bin/python --editable '.[$EXTRAS]'" &&
+    { [ -z "${ENV_FILE:-}" ] ||
+      run gcloud compute tpus tpu-vm scp "$ENV_FILE" "$NAME:.xclip_jax.env" "${WHERE[@]}" --worker=all; } &&
     { [ -z "${SETUP:-}" ] || tpu_ssh all "$SETUP"; }
 }
 
-# tpu_start ARGUMENTS: starts training on all workers.
+# tpu_start ARGUMENTS: starts training on all workers. Of ENV_FILE, which has keys, commands and logs show the name alone.
 tpu_start() {
   local training
   training=$(quote env "LIBTPU_INIT_ARGS=${LIBTPU_INIT_ARGS-$TPU_COMPILER_FLAGS}" .venv/bin/python -m xclip_jax.main --distributed "$@")
-  tpu_ssh all "bash xclip_jax/launch/detach.sh $training"
+  tpu_ssh all "${ENV_FILE:+set -a; . ./.xclip_jax.env; set +a; }bash xclip_jax/launch/detach.sh $training"
 }

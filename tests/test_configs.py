@@ -11,12 +11,15 @@ import subprocess
 import sys
 
 import pytest
+from flax.traverse_util import flatten_dict
 
 from docs import generate
 from xclip_jax.config import load, schema
 from xclip_jax.config.renamed import RENAMED
 from xclip_jax.configs import common
 from xclip_jax.errors import UserError
+from xclip_jax.models.two_towers import PRESETS
+from xclip_jax.train import build
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CONFIGS = {
@@ -63,12 +66,25 @@ def test_every_config_file_has_a_dump():
 def test_parse_arg():
     parsed = common.parse_arg("steps=5,flag,rate=0.5", steps=1, flag=False, rate=1.0, name="x")
     assert parsed.to_dict() == {"steps": 5, "flag": True, "rate": 0.5, "name": "x"}
+    assert common.parse_arg("name=a,b,flag,steps=5", steps=1, flag=False, name="x").name == "a,b"
+    with pytest.raises(UserError, match="'b' is unknown"):
+        common.parse_arg("steps=5,b", steps=1, name="x")
     with pytest.raises(UserError, match="'stpes' is unknown; did you mean 'steps'"):
         common.parse_arg("stpes=5", steps=1, name="x")
     with pytest.raises(UserError, match="steps='many' must be of type int"):
         common.parse_arg("steps=many", steps=1)
     with pytest.raises(UserError, match="objective='clap' must be one of clip, siglip, nclip, xclip"):
         common.parse_arg("objective=clap", objective="clip")
+
+
+@pytest.mark.parametrize("size", PRESETS)
+def test_every_preset_of_the_full_size_recipe_builds(size):
+    config = common.pretrain("xclip", f"preset={size},batch=64,pairs=640")
+    params = flatten_dict(build.build(config).abstract.params, sep="/")
+    heads = sum(x.size for name, x in params.items() if name.startswith("clusters"))
+    assert 0 < heads < 5 * (sum(x.size for x in params.values()) - heads)
+    assert config.model.img.image_size == {"Ti/12": 216}.get(size, 224)
+    assert (config.steps, config.checkpoint.every, config.log.expected_epochs) == (250, 200, 25)
 
 
 def test_unknown_preset():

@@ -43,7 +43,6 @@ def test_the_notebook_is_kept_without_outputs():
         assert (cell["outputs"], cell["execution_count"]) == ([], None)
 
 
-@pytest.mark.slow  # a run with its report
 def test_the_notebook(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare_objectives.demo, "get_config", narrow(compare_objectives.demo.get_config))

@@ -25,6 +25,7 @@ MAP = {"type": "object", "additionalProperties": TEXT}
 CONTAINER = fields(
     "name image command args resources",
     env=listed(fields("name value", name=TEXT, value=TEXT)),
+    envFrom=listed(fields("secretRef", secretRef=fields("name", name=TEXT, optional=YES))),
     name=TEXT,
     image=TEXT,
     command=listed(TEXT),

@@ -102,7 +102,7 @@ def test_a_heads_flops_count():
             "'objective.plugins.tokens.momentun' is unknown; did you mean .*momentum",
         ),
         ({"type": SUPERCLIP, "momentum": 2.0}, r"objective\.plugins\.tokens\.momentum is 2\.0; expected at least 0"),
-        ({"type": "tests.extension.superclip:Tokens"}, "cannot be imported .*install its package"),
+        ({"type": "tests.extension.superclip:Tokens"}, r"cannot be imported.* did you mean .*:TokenClassification'\?$"),
         ({"type": "tests.tiny:config"}, "is not a dataclass derived from xclip_jax.objectives.Term"),
         ({}, "unknown objective term 'tokens'"),
     ],

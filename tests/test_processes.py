@@ -156,6 +156,12 @@ def test_nothing_to_join():
     assert jax.process_count() == 1
 
 
+def test_devices_that_a_recipe_has_looked_at_are_one_sentence():
+    jax.devices()
+    with pytest.raises(UserError, match=r"before the processes joined.* give the recipe small device=cpu, gpu or tpu"):
+        processes.join(True)
+
+
 def test_alone_where_others_should_be_is_one_sentence():
     code = "from xclip_jax.parallel import processes; processes.join(True)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)

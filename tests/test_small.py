@@ -127,8 +127,13 @@ def test_counts_are_those_of_the_pairs(tmp_path):
         small.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
 
 
-def test_the_pairs_decide_on_size_context_and_captions_apart(discs):
+def test_the_pairs_decide_on_size_context_and_captions_apart(discs, capsys):
     c = load.load_config(f"small:pairs={discs},tokenizer=bytes")
+    assert capsys.readouterr().err == (
+        f"small: 128 pairs, 16 % of them held out; clip, Ti/12, 36 px, 24 tokens, batch {c.data.batch}, {c.steps} "
+        f"steps ({c.steps * c.data.batch / (0.84 * 128):.3g} epochs); 100 % of captions repeat: equal captions are "
+        "kept apart\n"
+    )
     assert c.data.sources == (f"folder:{discs}",) and c.run.endswith("pairs")
     assert (c.model.img.image_size, c.model.txt.context_length) == (36, 24)
     assert c.data.spread_duplicate_captions and c.data.cache
@@ -145,6 +150,19 @@ def test_a_table_and_its_columns(tmp_path):
     assert c.data.sources == (f"csv:{tmp_path / 'all.csv'}",) and c.data.text_keys == ("words",)
     assert c.eval.sets == ("retrieval/holdout",) and not c.data.spread_duplicate_captions
     assert folder.exists()
+    # Before flags are read, the remedy is an argument.
+    with pytest.raises(UserError, match=r"no column 'image' but 'path', 'words'; name its columns, small:.*,image=COL"):
+        load.load_config(f"small:pairs={tmp_path / 'all.csv'}")
+
+
+def test_commas_in_paths_and_several_columns(tmp_path):
+    tiny.folder(tmp_path / "a, b", 12)
+    rows = [f"a, b/{i:03d}.png\tpicture {i}\tnumber {i}" for i in range(12)]
+    (tmp_path / "x,y.tsv").write_text("\n".join(["path\ttext\tobjective", *rows]))
+    c = load.load_config(f"small:image=path,text=text,objective,pairs={tmp_path / 'x,y.tsv'},tokenizer=bytes")
+    assert c.data.sources == (f"csv:{tmp_path / 'x,y.tsv'}",) and c.data.text_keys == ("text", "objective")
+    c = load.load_config(f"small:pairs={tmp_path / 'a, b'},tokenizer=bytes")
+    assert c.data.sources == (f"folder:{tmp_path / 'a, b'}",)
 
 
 def test_sizes_of_weights_are_taken_over(discs, run):
@@ -231,7 +249,8 @@ def one_class_held_out(folder):
 def test_held_out_classes_are_left_out_where_they_cannot_be_evaluated(make, reason, tmp_path, capsys):
     c = load.load_config(f"small:pairs={make(tmp_path / 'pairs')},tokenizer=bytes")
     assert c.eval.sets == ("retrieval/holdout",)
-    (line,) = capsys.readouterr().err.splitlines()
+    line, chosen = capsys.readouterr().err.splitlines()
+    assert chosen.startswith("small: ")
     assert re.fullmatch(rf"zeroshot/holdout is left out: .*{reason}.*", line)
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import pytest
 
 from tests import tiny
 from xclip_jax import console, storage
+from xclip_jax.config import schema
 from xclip_jax.data import loader
 from xclip_jax.errors import UserError
 from xclip_jax.run_folder import CLOCKS, RunFolder
@@ -20,6 +22,7 @@ from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.interrupt import EXIT_RESUMABLE
 from xclip_jax.train.log import MetricWriter
+from xclip_jax.train.run_folder import TrainingFolder
 
 
 def config(pairs, run, **changes):
@@ -95,6 +98,19 @@ def test_callbacks_receive_metrics_and_the_model(pairs, tmp_path, straight):
     trainer.run(config(pairs, tmp_path / "run"), [recorder])
     assert recorder.steps == [(step, line["loss"]) for step, line in logged(pathlib.Path(straight[0].run)).items()]
     assert recorder.ends == [({}, ["batch_stats", "params"], [])]
+
+
+@pytest.mark.parametrize(("expected", "warned"), [(0, False), (4, False), (5, False), (7, True), (2.5, True)])
+def test_a_schedule_for_other_data_is_warned_of(expected, warned, straight, capsys):
+    prepared = job.prepare(schema.resolve(straight[0]), TrainingFolder(straight[0].run))
+    log = dataclasses.replace(prepared.config.log, expected_epochs=expected)
+    trainer.warn_of_epochs(dataclasses.replace(prepared, config=dataclasses.replace(prepared.config, log=log)), "pairs")
+    line = capsys.readouterr().out  # 10 steps of 16 are 4 epochs of 40 pairs
+    remedy = f"RECIPE:pairs=40, or set --config.steps={round(2.5 * expected)}, optim.warmup and eval.every"
+    assert (
+        f"WARNING: 10 steps are 4 epochs of these 40 pairs, and the recipe is meant for {expected:g}" in line
+    ) == warned
+    assert (remedy in line) == warned
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(pairs, tmp_path, straight):

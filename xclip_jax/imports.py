@@ -1,6 +1,7 @@
 """Classes of other packages by their names, "package.module:Class"."""
 
 import dataclasses
+import difflib
 import importlib
 import re
 from typing import TypeVar
@@ -33,14 +34,23 @@ def import_class(name: str, base: type[T], what: str = "class", *, dataclass: bo
     match = _CLASS_NAME.fullmatch(name)
     if match is None:
         raise UserError(f"{what} {name!r} is not the name of a class; expected 'package.module:Class'.")
-    module, attribute = match.groups()
+    module_name, attribute = match.groups()
     try:
-        value = getattr(importlib.import_module(module), attribute)
+        module = importlib.import_module(module_name)
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"{what} {name!r} cannot be imported ({error}); install its package or put its folder on PYTHONPATH."
         ) from error
-    if not (isinstance(value, type) and issubclass(value, base)) or (dataclass and not dataclasses.is_dataclass(value)):
+    if (value := getattr(module, attribute, None)) is None:
+        classes = [key for key, item in vars(module).items() if _derived(item, base) and item is not base]
+        near = difflib.get_close_matches(attribute, classes, 1, 0.0)
+        remedy = f"did you mean '{module_name}:{near[0]}'?" if near else "name a class of that module."
+        raise UserError(f"{what} {name!r} cannot be imported (its module has no attribute {attribute!r}); {remedy}")
+    if not _derived(value, base) or (dataclass and not dataclasses.is_dataclass(value)):
         base_name = f"{base.__module__.removesuffix('.base')}.{base.__qualname__}"
         raise UserError(f"{what} {name!r} is not a {'data' * dataclass}class derived from {base_name}.")
     return value
+
+
+def _derived(value: object, base: type) -> bool:
+    return isinstance(value, type) and issubclass(value, base)

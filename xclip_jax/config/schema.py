@@ -17,6 +17,7 @@ from xclip_jax.config.renamed import translate
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.transforms import INTERPOLATIONS, RESIZE_MODES
 from xclip_jax.errors import UserError
+from xclip_jax.imports import class_name
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives import LossConfig, ObjectiveConfig, make_objective, upgrade
 from xclip_jax.parallel.sharding import MeshConfig
@@ -26,7 +27,11 @@ _STEPS = Check(
     "() or START,STOP with 0 < START < STOP", lambda value: not value or (len(value) == 2 and 0 < value[0] < value[1])
 )
 TRACKERS = ("tensorboard", "wandb", "trackio")
-_TRACKERS = Check(f"names among {', '.join(map(repr, TRACKERS))}", lambda value: set(value) <= set(TRACKERS))
+_TRACKERS = Check(
+    f"names among {', '.join(map(repr, TRACKERS))}, or 'package.module:Class'",
+    lambda value: all(name in TRACKERS or class_name(name) == name for name in value),
+)
+_CLASSES = Check("names of the form 'package.module:Class'", lambda value: all(class_name(x) == x for x in value))
 _TEMPLATES = Check("texts with {c}, where the name of the class goes", lambda value: all("{c}" in x for x in value))
 _TOWERS = Check("names of towers, 'img' or 'txt'", lambda value: set(value) <= {"img", "txt"})
 
@@ -62,7 +67,11 @@ class LogConfig:
 
     to: Sequence[str] = key(("tensorboard",), "trackers that metrics go to beside metrics.jsonl", _TRACKERS)
     project: str = key("xclip_jax", "the run's project in wandb and Trackio", not_empty())
+    callbacks: Sequence[str] = key((), "classes of other packages that the run calls while it trains", _CLASSES)
     every: int = key(20, "steps between two lines of metrics; 0 for the first and last alone", at_least(0))
+    expected_epochs: float = key(
+        0.0, "that the recipe's steps are for, 0 if unknown; other numbers are warned of", at_least(0)
+    )
     collapse_warmup_steps: int = key(500, "step from which on a collapse or a plateau is warned of", at_least(0))
     stall_warning: float = key(60.0, "seconds without progress after which the phase is named; 0 never", at_least(0))
     stall_limit: float = key(1800.0, "seconds without progress after which the run ends; 0 never", at_least(0))

@@ -129,6 +129,22 @@ class LabelledSource(Source):
         return self.fingerprint()["hash"]
 
 
+class MissingColumnError(UserError):
+    """A source has no column of a name that a key of the config gives.
+
+    Attributes:
+      fault: says so, with the columns that there are, but not what to set.
+    """
+
+    def __init__(self, fault: str, keys: str) -> None:
+        super().__init__(f"{fault}; set {keys}.")
+        self.fault, self.keys = fault, keys
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        """Exceptions pickle by their message alone; this one has two parts."""
+        return type(self), (self.fault, self.keys)
+
+
 class NotOfferedError(UserError):
     """A kind of sources does not open pairs, or labelled items."""
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from xclip_jax.data import hub_client, labelled
-from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.base import MissingColumnError, Record, Source, SourceKind, SourceOptions
 from xclip_jax.data.tables import image_of
 from xclip_jax.data.text import json_strings
 from xclip_jax.errors import BadSample, UserError
@@ -109,10 +109,8 @@ def image_column(spec: str, features: Mapping[str, Any], key: str = SourceOption
     images = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
     if key == SourceOptions.image_key and len(images) == 1:
         return images[0]
-    several = f"and several of images, {', '.join(images)}" if len(images) > 1 else "of images"
-    raise UserError(
-        f"{spec} has no column {key!r} {several}; set data.image_key to one of its columns: {_listed(features)}."
-    )
+    others = f"and several of images, {', '.join(images)}" if len(images) > 1 else f"of images but {_listed(features)}"
+    raise MissingColumnError(f"{spec} has no column {key!r} {others}", "data.image_key")
 
 
 def caption_columns(spec: str, features: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
@@ -129,9 +127,8 @@ def caption_columns(spec: str, features: Mapping[str, Any], keys: Sequence[str])
     usual = [name for name in _CAPTIONS if name in features]
     if tuple(keys) == SourceOptions.text_keys and usual:
         return (usual[0],)
-    raise UserError(
-        f"{spec} has no column {missing[0]!r} of captions; set data.text_keys to some of its columns: "
-        f"{_listed(features)}."
+    raise MissingColumnError(
+        f"{spec} has no column {missing[0]!r} of captions but {_listed(features)}", "data.text_keys"
     )
 
 
@@ -189,10 +186,8 @@ class HubPairs(Source):
         self.text_keys = caption_columns(spec, rows.features, options.text_keys)
         self.tags_key = options.tags_key
         if self.tags_key and self.tags_key.partition("/")[0] not in rows.features:
-            raise UserError(
-                f"{spec} has no column {self.tags_key!r}; set data.tags_key to one of its columns: "
-                f"{_listed(rows.features)}."
-            )
+            fault = f"{spec} has no column {self.tags_key!r} but {_listed(rows.features)}"
+            raise MissingColumnError(fault, "data.tags_key")
         if not len(rows):
             raise UserError(f"{spec} has no rows; name another split.")
         keys = [*self.text_keys, *filter(None, [self.tags_key])]

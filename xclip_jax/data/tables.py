@@ -16,7 +16,7 @@ import numpy as np
 
 from xclip_jax import storage
 from xclip_jax.data import labelled
-from xclip_jax.data.base import MAX_BYTES, Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.base import MAX_BYTES, MissingColumnError, Record, Source, SourceKind, SourceOptions
 from xclip_jax.data.text import first_line
 from xclip_jax.errors import BadSample, UserError
 
@@ -43,10 +43,8 @@ class _Strings:
 def _check_columns(path: str, names: Sequence[str], keys: Sequence[str]) -> None:
     missing = [key for key in keys if key not in names]
     if missing:
-        raise UserError(
-            f"table {path!r} has no column {missing[0]!r} but {', '.join(map(repr, names))}; set data.image_key, "
-            "data.text_keys and data.tags_key."
-        )
+        fault = f"table {path!r} has no column {missing[0]!r} but {', '.join(map(repr, names))}"
+        raise MissingColumnError(fault, "data.image_key, data.text_keys and data.tags_key")
 
 
 def read_rows(path: str, *, errors: str = "replace") -> Iterator[tuple[int, list[str]]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from jax._src import distributed
+from jax._src import distributed, xla_bridge
 
 from xclip_jax.errors import EXIT_RESUMABLE, UserError
 from xclip_jax.parallel.peers import HEARTBEAT_SECONDS, Peers
@@ -31,7 +31,7 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
       processes, process: the number of processes, and the index of this one; only with `coordinator`.
 
     Raises:
-      UserError: incomplete arguments, or processes that cannot be discovered or reached.
+      UserError: incomplete arguments, devices that a recipe used before, or processes that cannot be found or reached.
     """
     given = (bool(coordinator), processes > 0, process >= 0)
     if any(given) and (not all(given) or process >= processes):
@@ -41,6 +41,11 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
         )
     if not distributed and not coordinator:
         return
+    if xla_bridge.backends_are_initialized():
+        raise UserError(
+            "the recipe has looked at this machine's devices before the processes joined, and JAX cannot join them "
+            "after that; give the recipe small device=cpu, gpu or tpu, and call no jax.devices() in your get_config."
+        )
     limits: dict[str, Any] = {
         "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
         "shutdown_timeout_seconds": _SHUTDOWN_SECONDS,

@@ -23,6 +23,7 @@ from absl import logging
 from xclip_jax import compilation_cache, inference
 from xclip_jax.console import log0
 from xclip_jax.data.text import decode_text
+from xclip_jax.doctor import machine
 from xclip_jax.errors import Parser, UserError, check_count, exit_with_message
 from xclip_jax.serve.index import MAX_NAMES, MAX_TEXT, make_index
 
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         names = read_names(flags.names)
         with listen(flags.host, flags.port) as listening:  # before the images are embedded, which may take a while
             compilation_cache.enable()
+            machine.warn_of_idle_accelerator()
             model = inference.load(flags.checkpoint, step=flags.step, batch=flags.batch)
             index = make_index(model, flags.images, cache=flags.cache, names=names)
             index.by_text("a picture", 1)  # compiles

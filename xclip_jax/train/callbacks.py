@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from xclip_jax.config.schema import Config
+from xclip_jax.errors import UserError
 from xclip_jax.evaluators.result import Result
+from xclip_jax.imports import import_class
 from xclip_jax.train.job import Job
 
 
@@ -12,6 +15,12 @@ class Callback:
 
     With several processes each calls every method at the same steps, so that a method may compute on all devices.
     """
+
+    def on_start(self, job: Job, step: int) -> None:
+        """Receive the run before its first step; `step` is the one that it starts or resumes from.
+
+        `job.folder` has its files, and may be written to.
+        """
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Receive the metrics of a training step, those of a line of metrics.jsonl."""
@@ -27,3 +36,18 @@ class Callback:
           variables: the parameters that were evaluated, as `TwoTowers.apply` takes them.
           results: of the last evaluation.
         """
+
+
+def of_config(config: Config) -> list[Callback]:
+    """Make the callbacks that `log.callbacks` names.
+
+    Raises:
+      UserError: a class that cannot be imported, is not a callback, or takes arguments.
+    """
+    made = []
+    for name in config.log.callbacks:
+        try:
+            made.append(import_class(name, Callback, "log.callbacks:")())
+        except TypeError as error:
+            raise UserError(f"log.callbacks: {name!r} cannot be made ({error}); give it no arguments.") from error
+    return made

@@ -59,6 +59,11 @@ class Job:
         """Samples of all sources together: an epoch."""
         return sum(map(len, self.sources))
 
+    @property
+    def epochs(self) -> float:
+        """Epochs of the whole run."""
+        return self.config.steps * self.experiment.data.batch / self.num_samples
+
 
 def check(config: ml_collections.ConfigDict | Config) -> Config:
     """Check what needs neither data nor devices: all keys, and the names of sources and evaluation sets.
@@ -81,7 +86,7 @@ def extras(config: Config) -> list[str]:
 
     They are those of its trackers, of weights and data on the Hub, and of other sources and evaluation sets.
     """
-    names = {name for name in config.log.to if name != "tensorboard"}
+    names = {name for name in config.log.to if name != "tensorboard" and ":" not in name}
     if hub.is_hub(config.init.weights):
         names.add("hub")
     for source in map(sources.parse, config.data.sources):

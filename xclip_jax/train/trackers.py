@@ -1,4 +1,4 @@
-"""Experiment trackers that show a run: TensorBoard, Weights & Biases and Trackio, as `log.to` names them."""
+"""Experiment trackers that show a run: TensorBoard, Weights & Biases, Trackio and others, as `log.to` names them."""
 
 import contextlib
 import functools
@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -18,6 +18,7 @@ from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
 from xclip_jax.data.text import first_line
 from xclip_jax.errors import UserError
+from xclip_jax.imports import import_class
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import is_remote, write_json
 
@@ -26,8 +27,13 @@ from xclip_jax.storage import is_remote, write_json
 _WANDB_TIMEOUTS = {"WANDB_LOGIN_TIMEOUT": "60", "WANDB_FINISH_TIMEOUT": "300"}
 
 
+@runtime_checkable
 class Tracker(Protocol):
-    """One run in a tracker. Any method may raise: `Trackers` prints it and leaves the tracker out from then on."""
+    """One run in a tracker. Any method may raise: `Trackers` prints it and leaves the tracker out from then on.
+
+    A class of another package is made with the run's folder, its config, the step that it starts or resumes from, and
+    its id in the trackers, on the first process alone.
+    """
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Add one set of scalars. Steps do not decrease but where a run resumes from an earlier checkpoint."""
@@ -144,9 +150,11 @@ TRACKERS: dict[str, Callable[[RunFolder, Config, int, str], Tracker]] = {
 
 
 def check(config: Config) -> None:
-    """Raise `UserError` where a package of `log.to` is not installed; tensorboardX always is."""
+    """Raise `UserError` where a package or class of `log.to` is not installed; tensorboardX always is."""
     for name in config.log.to:
-        if name != "tensorboard" and importlib.util.find_spec(name) is None:
+        if ":" in name:
+            import_class(name, Tracker, "log.to:")
+        elif name != "tensorboard" and importlib.util.find_spec(name) is None:
             raise UserError(f"log.to names {name!r}, which is not installed: pip install 'xclip_jax[{name}]'.")
 
 
@@ -166,7 +174,8 @@ class Trackers:
         run_id = _run_id(folder, step) if set(names) - {"tensorboard"} else ""
         for name in names:
             with self._guarded(name):
-                self._open[name] = TRACKERS[name](folder, config, step, run_id)
+                made: Any = TRACKERS[name] if name in TRACKERS else import_class(name, Tracker, "log.to:")
+                self._open[name] = made(folder, config, step, run_id)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Add one set of scalars."""

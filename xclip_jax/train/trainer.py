@@ -15,7 +15,7 @@ from xclip_jax.evaluators import summary
 from xclip_jax.evaluators.result import Result, flat, to_json
 from xclip_jax.parallel import processes
 from xclip_jax.train import disk_space, memory, same_run, trackers
-from xclip_jax.train.callbacks import Callback
+from xclip_jax.train.callbacks import Callback, of_config
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.interrupt import Interrupted, PreemptionHandler
 from xclip_jax.train.job import Job, prepare
@@ -26,6 +26,9 @@ from xclip_jax.train.run_folder import TrainingFolder
 from xclip_jax.train.state import TrainState, create
 from xclip_jax.train.watchdog import Watchdog
 from xclip_jax.train.weights import init_from_weights
+
+# A ratio of epochs from which on a recipe's schedule is not the one that was meant.
+_FAR = 1.5
 
 
 def run(
@@ -39,7 +42,8 @@ def run(
 
     Args:
       config: of the run.
-      callbacks: receive metrics, results and the trained model, such as `xclip_jax.report.callback()`.
+      callbacks: receive metrics, results and the trained model, such as `xclip_jax.report.callback()`; those of
+        `log.callbacks` come after them.
       uptime: seconds that the process has run for, which the goodput counts as start-up.
 
     Raises:
@@ -54,6 +58,7 @@ def run(
         log0(f"{folder.path} is complete at step {config.steps}; to train again, use a different --config.run")
         return results
     trackers.check(config)
+    callbacks = [*callbacks, *of_config(config)]
     limits = {"warning": config.log.stall_warning, "limit": config.log.stall_limit}
     with PreemptionHandler() as stop:
         same_run.check_config(config)
@@ -94,9 +99,11 @@ def _train(
     count = sum(x.size for x in jax.tree.leaves(experiment.abstract.params))
     items = "items" if experiment.objective.labelled else "pairs"
     log0(
-        f"{config.objective.name}: {count:,} parameters, {job.num_samples:,} {items}, {config.steps} steps of "
-        f"{experiment.data.batch} on {jax.device_count()} {jax.devices()[0].device_kind}, in {job.folder.path}"
+        f"{config.objective.name}: {count:,} parameters, {job.num_samples:,} {items}, {config.steps:,} steps of "
+        f"{experiment.data.batch} ({job.epochs:.3g} epochs) on {jax.device_count()} {jax.devices()[0].device_kind}, "
+        f"in {job.folder.path}"
     )
+    warn_of_epochs(job, items)
     position: dict[str, Any] = {"samples": 0}
     if checkpointer.latest() is None:
         if step := job.folder.last_logged_step():
@@ -115,8 +122,22 @@ def _train(
     )
     skipped = SkippedSteps(job, int(state.step), ledger, checkpointer)
     log = MetricLogger(job, int(state.step), ledger, skipped, callbacks, began=began)
+    for callback in callbacks:
+        callback.on_start(job, int(state.step))
     state, stopped = train(job, state, log, checkpointer, watch, stop)
     return state, log, stopped
+
+
+def warn_of_epochs(job: Job, items: str) -> None:
+    """Warn where a recipe counted on data of another size, so that its steps are not the epochs that were meant."""
+    expected, n = job.config.log.expected_epochs, job.num_samples
+    if expected and not 1 / _FAR < job.epochs / expected < _FAR:
+        steps = max(round(expected * n / job.experiment.data.batch), 1)
+        log0(
+            f"WARNING: {job.config.steps:,} steps are {job.epochs:.3g} epochs of these {n:,} {items}, and the recipe "
+            f"is meant for {expected:g}. Give it their number, --config RECIPE:pairs={n}, or set "
+            f"--config.steps={steps}, optim.warmup and eval.every; log.expected_epochs=0 if the steps are meant so"
+        )
 
 
 def _finish(

@@ -1,0 +1,89 @@
+"""Callbacks and trackers of other packages: tests/extension/status_file.py, and no change inside xclip_jax."""
+
+import json
+import subprocess
+import sys
+from typing import ClassVar
+
+import pytest
+
+from tests import tiny
+from xclip_jax.config import schema
+from xclip_jax.errors import UserError
+from xclip_jax.train import job, trainer
+from xclip_jax.train.callbacks import Callback
+
+STATUS = "tests.extension.status_file:StatusFile"
+LIST = "tests.test_extension_callback:List"
+
+
+class List:
+    """A tracker: lines in a list, of which those of a run are looked up by its folder."""
+
+    runs: ClassVar[dict] = {}
+
+    def __init__(self, folder, config, step, run_id):
+        assert folder.trackers_file.exists() and len(run_id) == 8 and config.steps == 4
+        self.lines = self.runs[str(folder.path)] = [("start", step)]
+
+    def log(self, step, scalars):
+        self.lines.append((step, scalars["loss"]))
+        if step == 3:
+            raise ConnectionError("no route to host")
+
+    def show(self, step, picture, page):
+        self.lines.append("show")
+
+    def close(self):
+        self.lines.append("close")
+
+
+class Demanding(Callback):
+    def __init__(self, url):
+        self.url = url
+
+
+def test_a_run_calls_them(pairs, tmp_path, capsys):
+    run = tmp_path / "run"
+    config = tiny.short(pairs, run, log__callbacks=(STATUS,), log__to=(LIST,))
+    config.eval.final_sets = (f"retrieval/folder:{pairs}",)
+    results = trainer.run(config)
+    status = json.loads((run / "status.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert {key: status[key] for key in ("step", "steps", "loss", "done")} == {
+        "step": 4, "steps": 4, "loss": losses[-1][1], "done": True
+    }  # fmt: skip
+    (headline,) = status.keys() - {"step", "steps", "loss", "done"}
+    assert status[headline] == results[headline]
+    # One that fails gets nothing more, and the run goes on.
+    assert List.runs[str(run)] == [("start", 0), *losses[:3]]
+    printed = capsys.readouterr().out
+    assert f"WARNING: {LIST} failed and gets nothing more (ConnectionError" in printed
+    assert "parameters, 40 pairs, 4 steps of 16 (1.6 epochs) on" in printed
+    assert job.extras(schema.resolve(config)) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "message"),
+    [
+        ("callbacks", "status_file", r"log\.callbacks is \('status_file',\); expected names of the form 'package\."),
+        ("callbacks", "tests.extension.status_file:Status", rf"log\.callbacks: .* did you mean '{STATUS}'\?$"),
+        ("callbacks", "no_such.module:Class", r"log\.callbacks: .*cannot be imported .*install its package"),
+        ("callbacks", LIST, r"List' is not a class derived from xclip_jax\.train\.callbacks\.Callback"),
+        ("callbacks", "tests.test_extension_callback:Demanding", r"Demanding' cannot be made .*'url'.*no arguments"),
+        ("to", "tests.test_extension_callback:Lists", rf"log\.to: .* did you mean '{LIST}'\?$"),
+        ("to", STATUS, r"StatusFile' is not a class derived from xclip_jax\.train\.trackers\.Tracker"),
+    ],
+)
+def test_a_wrong_name_is_one_sentence_before_the_folder(key, name, message, pairs, tmp_path):
+    with pytest.raises(UserError, match=message):
+        trainer.run(tiny.short(pairs, tmp_path / "run", **{f"log__{key}": (name,)}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_check_of_a_config_looks_at_the_names():
+    flags = ["--config", "xclip", "--config.data.sources=('folder:/x',)", "--config.log.callbacks=('no.such:Class',)"]
+    command = [sys.executable, "-m", "xclip_jax.main", "--check", *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: log.callbacks: 'no.such:Class' cannot be imported")
