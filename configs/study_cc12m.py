@@ -30,8 +30,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = common.pretrain(args.objective, sizes)
     config.run = f"runs/study-{args.objective}"
     config.data.sources = (f"tar:{args.root}/cc12m/*.tar",)
-    if args.objective == "xclip":
-        config.objective.terms = {"clip": 0.7, "nclip": 0.3}
     return config
 
 

@@ -173,7 +173,7 @@ def test_parameters_and_metrics_are_those_of_the_first_edition(variant):
         ({"name": "siglip"}, {"siglip": 1.0}),
         ({"name": "nclip", "w_clip": 0.3, "w_nclip": 0.7, "nclip": {"tau": 0.5}}, {"nclip": 1.0}),
         ({"name": "xclip", "w_clip": 0.2, "w_nclip": 0.8}, {"clip": 0.2, "nclip": 0.8}),
-        ({"name": "xclip"}, {"clip": 0.3, "nclip": 0.7}),
+        ({"name": "xclip"}, {"clip": 0.5, "nclip": 0.5}),
         ({"name": "xclip", "w_clip": 1.0, "w_nclip": 0.0}, {"clip": 1.0, "nclip": 0.0}),
         ({"name": "classify", "classify": {"classes": 3}}, {"classify": 1.0}),
         ({"name": "mine", "terms": {"clip": 0.5, "siglip": 0.5}}, {"clip": 0.5, "siglip": 0.5}),
