@@ -122,6 +122,17 @@ def test_load_embeds_as_transformers(hf_folder):
     np.testing.assert_allclose(loaded.encode_text(TEXTS), out.text_embeds.numpy(), atol=1e-5)
 
 
+def test_a_repository_of_the_hub_is_its_folder(hf_folder, server):
+    path, *_ = hf_folder
+    server.add("lab/siglip", path)
+    config, variables = interop.read("hf:lab/siglip")
+    expected, params = interop.read(str(path))
+    assert config == expected
+    jax.tree.map(np.testing.assert_array_equal, variables, params)
+    fetched = {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer_config.json"}
+    assert fetched < set(server.fetched()) and {"spiece.model", "tokenizer.json"} & set(server.fetched())
+
+
 def test_a_rest_beside_whole_patches_is_left_out(tmp_path):
     """As SigLIP's weights for 384 pixels in patches of 14 leave it; images keep their size on the way."""
     path, model, _, processor = save_hf(tmp_path / "there", 30, 14)
