@@ -132,6 +132,8 @@ def test_sets_that_are_evaluated_after_a_run_are_beside_its_own(tmp_path):
     content["config"]["steps"] = 8
     files.config_file.write_text(json.dumps(content))
     assert [r.set for r in record.read(run).results] == ["x"]
+    files.evaluation_file.write_text("{")
+    assert [r.set for r in record.read(run).results] == ["x"]
 
 
 def test_tables_have_a_cell_for_each_column_and_the_content_of_their_text():

@@ -110,8 +110,11 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
 
 def _results(run: RunFolder, final: Mapping[str, Any], steps: int) -> list[Result]:
     """Return the results of the last evaluation, `final`, at `steps`, and those of evaluation.json beside them."""
-    known = results.of_run(final) if final else []
-    entries = results.read(run.evaluation_file)[0] if run.evaluation_file.exists() else []
+    known, entries = results.of_run(final) if final else [], []
+    if run.evaluation_file.exists():
+        # A damaged file costs a run that has results of its own no more than what it would add.
+        with contextlib.suppress(UserError) if known else contextlib.nullcontext():
+            entries = results.read(run.evaluation_file)[0]
     if not entries:
         return known
     shown, sets = results.latest(entries)[0], {(result.family, result.set) for result in known}
