@@ -67,11 +67,15 @@ def test_folder_and_errors(tmp_path, capsys):
     assert err == "error: no file matches '/nowhere/*.tar'; check the path, or list the folder."
 
 
-def test_a_folder_without_its_prefix(tmp_path, capsys):
+def test_paths_without_a_prefix(tmp_path, capsys):
     tiny.folder(tmp_path / "pairs", n=3)
-    code, _, err = run(capsys, tmp_path / "pairs")
-    assert code == 1
-    assert err.startswith(f"error: '{tmp_path}/pairs' is a folder, not a file; write folder:{tmp_path}/pairs for ")
+    (tmp_path / "table.csv").write_text("image,text\npairs/000.png,one\npairs/001.png,two\n")
+    torture.pairs(tmp_path / "0.tar", 0, 4)
+    for path, samples in (("pairs", 3), ("table.csv", 2), (".", 4), ("*.tar", 4)):
+        code, out, _ = run(capsys, tmp_path / path, "--length", 12)
+        assert code == 0 and f"samples: {samples}" in out, path
+    (tmp_path / "notes.txt").write_text("x")
+    assert run(capsys, tmp_path / "notes.txt")[2].startswith(f"error: unknown source '{tmp_path}/notes.txt'; write ")
     assert run(capsys, "/nowhere/x")[2] == "error: no file or folder '/nowhere/x'; check the path."
     assert run(capsys, "folder:/nowhere/x")[2].startswith("error: data folder '/nowhere/x' does not exist")
 

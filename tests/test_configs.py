@@ -106,7 +106,7 @@ def test_unknown_preset():
         (["--config", "dmo"], "did you mean 'demo'? Recipes: clip, demo, finetune,"),
         (["--config", "demo:steps=0"], "steps='0'"),
         (["--config", "small"], "small:pairs=PATH"),
-        (["--config", "small:pairs=/nowhere"], "unknown source '/nowhere'"),
+        (["--config", "small:pairs=/nowhere"], "no file or folder '/nowhere'; check the path"),
         ([], "--config"),
         (["--config", "configs/demo.py", "optim.lr=1"], "optim.lr=1"),
         (["--config", "configs/clip.py"], "data.sources"),

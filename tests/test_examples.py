@@ -43,6 +43,20 @@ def test_the_notebook_is_kept_without_outputs():
         assert (cell["outputs"], cell["execution_count"]) == ([], None)
 
 
+def test_the_notebook_installs_from_what_is_named(tmp_path, monkeypatch):
+    install, _ = notebook_cells()[0]
+    asked = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("subprocess.run", lambda command, **options: asked.append(command[-1]))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="no checkout around this notebook: set SOURCE above"):
+        exec(install, {})
+    for source in ("git+https://host/lab/x", "x-1.0-py3-none-any.whl"):
+        assert install.count('SOURCE = ".."\n') == 1
+        exec(install.replace('SOURCE = ".."\n', f'SOURCE = "{source}"\n'), {})
+    assert asked == ["xclip_jax[demo] @ git+https://host/lab/x", "x-1.0-py3-none-any.whl[demo]"]
+
+
 def test_the_notebook(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare_objectives.demo, "get_config", narrow(compare_objectives.demo.get_config))

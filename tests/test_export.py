@@ -14,7 +14,9 @@ import yaml
 from tests import tiny
 from tests.pages import of_an_earlier_version
 from xclip_jax import evaluate, export, interop, model_card
+from xclip_jax.config import schema
 from xclip_jax.errors import UserError
+from xclip_jax.evaluators.result import Result
 from xclip_jax.models.layers import stack_blocks
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.train import build, state, trainer, weights
@@ -127,7 +129,8 @@ def test_the_card_of_a_run(run, tmp_path, monkeypatch):
     (index,) = head["model-index"]
     shown = {(row["dataset"]["type"], m["type"]): m["value"] for row in index["results"] for m in row["metrics"]}
     (entry,) = [entry for entry in evaluation["results"] if entry["step"] == STEPS]
-    assert index["name"] == "xCLIP" and shown == {(entry["set"], entry["metric"]): round(entry["value"], 2)}
+    assert index["name"] == "xCLIP" and shown == {("folder:set", entry["metric"]): round(entry["value"], 2)}
+    assert str(run.parent) not in card and "| `folder:pairs` |" in card and "| folder:set |" in card
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "huggingface_hub", None)
         export.export(str(run), str(tmp_path / "hf"), overwrite=True)
@@ -140,7 +143,31 @@ def test_the_card_of_a_run(run, tmp_path, monkeypatch):
     # Weights of others: nothing is made up.
     export.export(str(tmp_path / "hf"), str(tmp_path / "oc"), to="open_clip")
     card = (tmp_path / "oc" / export.CARD).read_text()
-    assert "## Recipe" not in card and f"Converted from `{tmp_path / 'hf'}`" in card
+    assert "## Recipe" not in card and "Converted from `hf`" in card and str(tmp_path) not in card
+
+
+def test_a_card_has_no_path_of_the_machine():
+    for text, public in {
+        "tar:/data/cc12m/{00000..01242}.tar": "tar:cc12m/{00000..01242}.tar",
+        "folder:/home/me/My Pictures/pairs/": "folder:pairs",
+        "my_lab.sources:JsonLines:/data/x.jsonl": "my_lab.sources:JsonLines:x.jsonl",
+        '--key=("folder:~/a","csv:gs://bucket/b/c.csv")': '--key=("folder:a","csv:c.csv")',
+        "imagenet@/data/val": "imagenet@val", "hf:/data/own/test": "hf:test", "/opt/xclip_jax/main.py": "main.py",
+        **dict.fromkeys(["hf:lab/x@v1/test", "wds:hf:lab/x", "runs/mine", "https://host/a/b", "/", "a / b"]),
+    }.items():  # fmt: skip
+        assert model_card._public(text) == (public or text)
+    names = ["zeroshot/folder:/a/x", "zeroshot/folder:/b/x", "my_lab.sets:Own:/c/y", "retrieval/hf:lab/z/test"]
+    assert list(model_card._sets(names).values()) == [
+        "zeroshot/folder:a/x", "zeroshot/folder:b/x", "my_lab.sets:Own:y", "retrieval/hf:lab/z/test"
+    ]  # fmt: skip
+    config = schema.resolve(tiny.config("clip"))
+    head = model_card._metadata(config, build.build(config), "hf", [
+        Result(name, "zeroshot", "top1", 50.0, headline=True) for name in ("wds:hf:lab/set", "hf:lab/other@v1/test")
+    ])  # fmt: skip
+    (index,) = yaml.safe_load(head.split("---\n")[1])["model-index"]
+    assert [row["dataset"] for row in index["results"]] == [
+        {"type": "lab/set", "name": "wds:hf:lab/set"}, {"type": "lab/other", "name": "hf:lab/other@v1/test"}
+    ]  # fmt: skip
 
 
 def test_the_recipe_of_a_run_of_an_earlier_version(run, tmp_path):

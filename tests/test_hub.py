@@ -154,6 +154,18 @@ def test_what_the_hub_refuses_is_one_sentence(server, folders, monkeypatch):
         weights.load("lab/hf")
 
 
+def test_names_of_open_clip_are_repositories_or_refused(server, folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    server.add("lab/x", folders["open_clip"], branch="v1")
+    assert hub.resolve("hf-hub:lab/x@v1") == hub.resolve("hf:lab/x@v1")
+    assert hub.local_name("hf-hub:lab/x@v1") == "lab--x@v1"
+    for name in ("ViT-B-32", "ViT-B/32", "RN50", "ViT-B-32/laion2b_s34b_b79k", "convnext_base_w", "ViT-L-14-quickgelu"):
+        with pytest.raises(UserError, match=f"'{name}' does not exist, and names of models .*, hf:ORG/NAME, such as"):
+            weights.load(name)
+    (tmp_path / "ViT-B-32").mkdir()
+    assert hub.resolve("ViT-B-32") == "ViT-B-32" and hub.resolve("ViT-B-32.pt") == "ViT-B-32.pt"
+
+
 def test_without_the_extra_the_error_names_it(monkeypatch):
     real = builtins.__import__
 

@@ -162,6 +162,37 @@ def test_classes_are_evaluation_sets(tmp_path):
         registry.load(f"hf:{saved(tmp_path / 'minus', missing)}", PREPARE)
 
 
+def test_columns_of_images_and_classes_are_named_in_the_spec(tmp_path):
+    def made(n):
+        coarse = datasets.Dataset.from_dict(
+            {"coarse/label": [i % 2 for i in range(n)]},
+            datasets.Features({"coarse/label": datasets.ClassLabel(names=["bird", "beast"])}),
+        )
+        parts = [rows(n, image="left").rename_column("label", "fine"), rows(n, image="right").select_columns("right")]
+        return datasets.concatenate_datasets([*parts, coarse], axis=1)
+
+    datasets.DatasetDict({"train": made(9), "test": made(6)}).save_to_disk(str(tmp_path / "set"))
+    spec = f"hf:{tmp_path / 'set' / 'test'}"
+    loaded = registry.load(f"{spec}?image=left&label=coarse%2Flabel", PREPARE)
+    assert loaded.labels.tolist() == [0, 1] * 3 and list(loaded.names) == ["bird", "beast"]
+    source = sources.open_labelled(f"{spec}?label=fine", options(image_key="right"))
+    assert source.labels().tolist() == [0, 1, 2] * 2 and source[1]["image"] == png(1)
+    probe = registry.load(f"probe/hf:{tmp_path / 'set'}?label=fine&image=left", PREPARE)
+    assert (len(probe.train), len(probe.validation), len(probe.test)) == (9, 0, 6)
+    for end, message in {
+        "": r"has no column 'label' of classes; add \?label= and one of fine, coarse/label to the spec; its columns",
+        "?label=text": "has no column 'text' of classes; add",
+        "?label=fine": r"column 'image' and several of images, left, right; name one in the spec, \?image=COLUMN",
+        "?label=fine&image=up": "no column 'up' and several of images, left, right; name one in the spec",
+        "?lable=fine": r"ends in '\?lable=fine'; expected \?image=COLUMN&label=COLUMN, or one",
+        "?label=": r"ends in '\?label='; expected",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            registry.load(f"{spec}{end}", PREPARE)
+    with pytest.raises(UserError, match=r"names columns of images and labels; of pairs they are data\.image_key"):
+        sources.open_pairs(f"{spec}?image=left")
+
+
 @pytest.mark.parametrize("spec", ["hf:lab", "hf:lab/pairs", "hf:", "hf:lab/pairs@v1"])
 def test_a_spec_without_a_split(spec):
     with pytest.raises(UserError, match="hf:ORG/NAME"):

@@ -13,7 +13,7 @@ import torch
 import transformers
 from flax.traverse_util import flatten_dict
 
-from configs import common
+from configs import common, demo
 from tests import tiny
 from tests.foreign import (
     B32,
@@ -218,6 +218,18 @@ def test_heads_of_another_package_are_left_out_by_name(tmp_path):
     again, params = interop.read(str(tmp_path / "own"))
     assert dict(read_objective(again["objective"]).weights) == {"clip": 1.0, "tokens": 0.5}
     jax.tree.map(np.testing.assert_array_equal, params, variables)
+
+
+def test_a_model_of_the_demo_goes_to_every_format(tmp_path):
+    recipe = demo.get_config()
+    for tower in (recipe.model.img, recipe.model.txt):
+        tower.width, tower.depth, tower.heads = 64, 1, 1
+    config, variables = model_of(recipe)
+    for to in interop.FORMATS:
+        interop.write(variables, config, str(tmp_path / to), to)
+        again, params = interop.read(str(tmp_path / to))
+        assert again["source"]["format"] == to
+        jax.tree.map(np.testing.assert_array_equal, params["params"]["img"], variables["params"]["img"])
 
 
 @pytest.mark.parametrize(

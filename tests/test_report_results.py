@@ -110,6 +110,32 @@ def test_per_example_values_of_an_evaluation_serve_the_results_of_the_run(tmp_pa
     assert record.read(run).results[0].items is not None
 
 
+def test_sets_that_are_evaluated_after_a_run_are_beside_its_own(tmp_path):
+    run = written(tmp_path / "run", tiny.config("clip", steps=4), []).folder
+    files = RunFolder(run)
+
+    def result(name, value, family="zeroshot"):
+        return Result(name, family, "top1", value, n=4, chance=25.0, headline=True, evaluator="zeroshot")
+
+    own = {"results": {}, "records": to_json([result("x", 50.0)]), "config": {}}
+    files.results_file.write_text(json.dumps(own))
+    for step, evaluated in ((2, result("older", 25.0)), (4, result("y", 75.0)), (4, result("x", 25.0))):
+        entry = {"name": f"zeroshot/{evaluated.set}", "metrics": {"top1": evaluated.value}, "set": evaluated.set}
+        entry |= {"metric": "top1", "value": evaluated.value, "records": to_json([evaluated]), "checkpoint": "run"}
+        keys = dict.fromkeys(results_files.KEY, "") | entry | {"step": step, "profile": "openai", "changes": {}}
+        results_files.add(files.evaluation_file, keys, {}, {}, own=True)
+    read = record.read(run)
+    assert [(r.set, r.value) for r in read.results] == [("x", 50.0), ("y", 75.0)]
+    assert ">y</th>" in html.render(read, examples.Examples())
+    # Of another step than the run's last.
+    content = json.loads(files.config_file.read_text())
+    content["config"]["steps"] = 8
+    files.config_file.write_text(json.dumps(content))
+    assert [r.set for r in record.read(run).results] == ["x"]
+    files.evaluation_file.write_text("{")
+    assert [r.set for r in record.read(run).results] == ["x"]
+
+
 def test_tables_have_a_cell_for_each_column_and_the_content_of_their_text():
     results = {"zeroshot/a/top1": 50.0, "zeroshot/a/top5": 75.0, "zeroshot/a/n": 8.0, "zeroshot/a/ways": 10.0}
     results |= {"zeroshot/a/cosine/top1": 40.0, "zeroshot/a/cosine/top5": 60.0}

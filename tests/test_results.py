@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import PIL.Image
@@ -81,7 +82,7 @@ def test_later_commands_add_to_the_file(root):
         name = f"{entry['name']}/{entry['metric']}"
         assert items[entry["items"]][name].value() == pytest.approx(entry["value"])
     card = model_card._results(RunFolder(run), STEPS, 1)
-    assert str(root / "one") in card and str(root / "two") not in card and "profile openai" in card
+    assert "| folder:one |" in card and "folder:two" not in card and "profile openai" in card
 
 
 def test_results_of_two_runs_in_one_file(root, tmp_path):
@@ -267,6 +268,22 @@ def test_profiles_that_resize_otherwise_are_not_compared_but_models_of_other_siz
     assert compared(tmp_path, [made("bilinear", 224, " to 256", set="y")], [made("bilinear", 336, " to 384", set="y")])
     with pytest.raises(UserError, match=r"preprocessing is .*bicubic.* and .*bilinear"):
         compared(tmp_path, [made("bicubic", 224, set="z")], [made("bilinear", 224, set="z", profile="slip")])
+
+
+def test_the_columns_of_a_comparison_are_as_wide_as_their_cells(tmp_path):
+    names = [f"retrieval/folder:/data/{kind}/{'long' * 10}" for kind in ("one", "two")]
+    names += ["retrieval/folder:/data/somewhere/else", "a_name_of_more_than_36_letters_of_its_own"]
+    row = {"metric": "a/metric/of/more/than/24/letters", "unit": "x 100", "step_a": 1, "step_b": 2}
+    rows = [row | {"set": name, "a": 1234567.5, "b": 1234568.5, "difference": 1.0} for name in names]
+    rows.append(row | {"set": "short", "metric": "top1", "unit": "%", "a": 1.0, "b": 2.0, "difference": 1.0})
+    rows[0] |= {"low": 0.5, "high": 1.5}
+    _, _, head, *lines = evaluate.render(rows, "a", "b").splitlines()
+    shown = [f"retrieval/folder:{kind}/{'long' * 10}" for kind in ("one", "two")] + ["retrieval/folder:else", names[3]]
+    for name, line in zip(shown, lines, strict=False):
+        assert re.split(r" {2,}", line)[:6] == [name, row["metric"], "x 100", "1234567.5", "1234568.5", "+1.0"]
+        assert line.index("1234568.5") + 9 == head.index(" B ") + 2
+    assert re.split(r" {2,}", lines[4]) == ["short", "top1", "%", "1.0", "2.0", "+1.0"]
+    assert lines[0].endswith("   +0.5 to +1.5 *") and lines[0].index("+0.5") == head.index("95 %")
 
 
 def test_each_metric_is_compared_in_its_own_unit(tmp_path):

@@ -52,10 +52,8 @@ def trained(**options):
     return model.getvalue()
 
 
-@pytest.fixture(scope="module")
-def hf_folder(tmp_path_factory):
-    """A folder of transformers' model, tokenizer and image processor, and the three."""
-    path = tmp_path_factory.mktemp("siglip") / "there"
+def save_hf(path, size, patch):
+    """Writes transformers' model of images of `size` pixels, tokenizer and image processor into `path`."""
     path.mkdir()
     (path / "spiece.model").write_bytes(trained())
     tokens = transformers.SiglipTokenizer(str(path / "spiece.model"), model_max_length=LENGTH)
@@ -63,16 +61,22 @@ def hf_folder(tmp_path_factory):
     config = transformers.SiglipConfig(
         text_config=tower | {"hidden_size": 48, "projection_size": 64, "max_position_embeddings": LENGTH,
                              "vocab_size": tokens.vocab_size},
-        vision_config=tower | {"image_size": 28, "patch_size": 7, "layer_norm_eps": 1e-5, "hidden_act": "gelu"},
+        vision_config=tower | {"image_size": size, "patch_size": patch, "layer_norm_eps": 1e-5, "hidden_act": "gelu"},
     )  # fmt: skip
     model = shaken(transformers.SiglipModel(config))
     with torch.no_grad():  # of the published weights: above the bound of training
         model.logit_scale.fill_(4.77)
         model.logit_bias.fill_(-12.9)
-    processor = transformers.SiglipImageProcessor(size={"height": 28, "width": 28})
+    processor = transformers.SiglipImageProcessor(size={"height": size, "width": size})
     for part in (model, tokens, processor):
         part.save_pretrained(path)
     return path, model, tokens, processor
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory):
+    """A folder of transformers' model, tokenizer and image processor, and the three."""
+    return save_hf(tmp_path_factory.mktemp("siglip") / "there", 28, 7)
 
 
 def test_transformers_tokenizer_gives_the_same_ids(hf_folder):
@@ -118,16 +122,47 @@ def test_load_embeds_as_transformers(hf_folder):
     np.testing.assert_allclose(loaded.encode_text(TEXTS), out.text_embeds.numpy(), atol=1e-5)
 
 
+def test_a_repository_of_the_hub_is_its_folder(hf_folder, server):
+    path, *_ = hf_folder
+    server.add("lab/siglip", path)
+    config, variables = interop.read("hf:lab/siglip")
+    expected, params = interop.read(str(path))
+    assert config == expected
+    jax.tree.map(np.testing.assert_array_equal, variables, params)
+    fetched = {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer_config.json"}
+    assert fetched < set(server.fetched()) and {"spiece.model", "tokenizer.json"} & set(server.fetched())
+
+
+def test_a_rest_beside_whole_patches_is_left_out(tmp_path):
+    """As SigLIP's weights for 384 pixels in patches of 14 leave it; images keep their size on the way."""
+    path, model, _, processor = save_hf(tmp_path / "there", 30, 14)
+    config, variables = interop.read(str(path))
+    assert config["model"]["img"]["image_size"] == 30 and variables["params"]["img"]["positions"].shape == (4, 64)
+    pixels, ids = images(30), tokenizer.load(config["data"]["tokenizer"])(TEXTS[:4], LENGTH)
+    expected = theirs_hf(model, pixels, ids)
+    assert_same(ours(config, variables, pixels, ids), expected)
+    pixels[:, 28:] = pixels[:, :, 28:] = 9
+    np.testing.assert_array_equal(theirs_hf(model, pixels, ids)["z_img"], expected["z_img"])
+    interop.write(variables, config, str(tmp_path / "own"))
+    raw = np.random.default_rng(0).integers(0, 256, (2, 30, 30, 3), dtype=np.uint8)
+    given = processor(images=[Image.fromarray(x) for x in raw], return_tensors="pt")["pixel_values"]
+    features = theirs_hf(model, given.permute(0, 2, 3, 1).numpy(), ids[:2])["z_img"]
+    np.testing.assert_allclose(xclip_jax.load(tmp_path / "own", batch=8).encode_image(raw), features, atol=1e-5)
+
+
 @pytest.fixture
 def open_clip_folder(tmp_path, monkeypatch):
-    """A folder of open_clip whose timm tower has the published name and heads, and small sizes; and the model."""
+    """A folder of open_clip whose timm tower has the published name and heads, and small sizes, and the model.
+
+    Patches of 7 leave a rest of its images of 30 pixels.
+    """
     name = "vit_base_patch32_siglip_256"
     real = timm.models.vision_transformer.vit_base_patch32_siglip_256
     entries = timm.models._registry._model_entrypoints
 
     def small(**options):
         return timm.models.VisionTransformer(
-            img_size=28, patch_size=7, embed_dim=96, depth=2, num_heads=12, class_token=False, global_pool="map",
+            img_size=30, patch_size=7, embed_dim=96, depth=2, num_heads=12, class_token=False, global_pool="map",
             act_layer="gelu_tanh", num_classes=0,
         )  # fmt: skip
 
@@ -143,7 +178,7 @@ def open_clip_folder(tmp_path, monkeypatch):
     (path / "tokenizer_config.json").write_text(json.dumps(options))
     cfg = {
         "embed_dim": 96, "init_logit_bias": -10, "custom_text": True,
-        "vision_cfg": {"image_size": 28, "timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "map",
+        "vision_cfg": {"image_size": 30, "timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "map",
                        "timm_proj": "none"},
         "text_cfg": {"context_length": LENGTH, "vocab_size": library.get_vocab_size(), "width": 64, "heads": 4,
                      "layers": 2, "hf_tokenizer_name": "timm/x", "tokenizer_kwargs": {"clean": "canonicalize"},
@@ -165,7 +200,7 @@ def test_open_clip_model_and_tokenizer(open_clip_folder):
     mine = tokenizer.load(config["data"]["tokenizer"])
     theirs = open_clip.tokenizer.HFTokenizer(str(path), context_length=LENGTH, clean="canonicalize")
     np.testing.assert_array_equal(mine(TEXTS, LENGTH), theirs(TEXTS).numpy())
-    pixels, ids = images(28), mine(TEXTS[:4], LENGTH)
+    pixels, ids = images(30), mine(TEXTS[:4], LENGTH)
     assert_same(ours(config, variables, pixels, ids), theirs_open_clip(model, pixels, ids))
 
 
@@ -190,7 +225,7 @@ def test_timm_towers_have_these_heads_and_activations():
         (CONFIG, {"model_cfg.vision_cfg.timm_pool": "avg"}, "a SigLIP with timm_pool='avg'; expected 'map'"),
         (CONFIG, {"model_cfg.text_cfg.no_causal_mask": False}, "no_causal_mask=False; expected True"),
         (CONFIG, {"model_cfg.text_cfg.tokenizer_kwargs": {}}, "sets clean=None; expected 'canonicalize'"),
-        (CONFIG, {"model_cfg.vision_cfg.image_size": 30}, "30 pixels into patches of 7"),
+        (CONFIG, {"model_cfg.vision_cfg.image_size": 36}, "pos_embed has shape"),
         (CONFIG, {"model_cfg.text_cfg.vocab_size": 1}, "pads them with '</s>', of ids 1 and 1"),
         ("tokenizer_config.json", {"do_lower_case": False}, "sets do_lower_case to false"),
         ("tokenizer_config.json", {"pad_token": "<x>"}, "pads them with '<x>', of ids 1 and None"),

@@ -198,7 +198,7 @@ def test_the_objective_of_weights_is_taken_over_with_its_terms(discs, tmp_path):
     run = tiny.untrained(tmp_path / "own", objective__terms=own)
     assert load.load_config(f"small:pairs={discs},weights={run}").objective.terms.to_dict() == own
     c = load.load_config(f"small:pairs={discs},weights={run},objective=xclip")
-    assert c.objective.terms.to_dict() == {"clip": 0.3, "nclip": 0.7}
+    assert c.objective.terms.to_dict() == {"clip": 0.5, "nclip": 0.5}
     fine_tuned = json.loads((run / "config.json").read_text())
     terms = {"name": "classify", "terms": {"classify": 1.0}, "classify": {"classes": 3}}
     fine_tuned["config"]["objective"] |= terms

@@ -1,6 +1,7 @@
 """Model card, the README of exported weights: architecture, preprocessing, data, recipe, results and limits."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from etils import epath
 from xclip_jax import environment
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
+from xclip_jax.data import hub_client
 from xclip_jax.evaluators import results, summary
 from xclip_jax.evaluators.result import Result
 from xclip_jax.objectives import make_objective
@@ -61,6 +63,8 @@ _TASKS = {
 _RECIPE = ("data.batch", "optim.lr", "optim.schedule", "optim.warmup", "optim.weight_decay", "optim.b1",
            "optim.b2", "optim.grad_clip_norm", "data.crop_scale", "data.resample", "data.flip_prob",
            "data.color_jitter", "model.img.patch_dropout", "model.dtype", "seed")  # fmt: skip
+# Paths from a root and addresses of buckets, in specs and in words of a command.
+_PATH = re.compile(r"""(?:^|(?<=[\s=:@,;("'\[]))(?:~[\w.-]*/|/(?![/\s]|$)|(?!https?:)\w+://)[^"',;)\]]*""")
 
 
 def render(
@@ -74,7 +78,7 @@ def render(
     run: bool,
     repository: str = "",
 ) -> str:
-    """Return the card in Markdown.
+    """Return the card in Markdown, without paths of this machine: of each the last part is left.
 
     Args:
       source: path of what was exported: a run directory (`run`), or weights of another project.
@@ -98,9 +102,24 @@ def render(
     if folder:
         sections += [_data(folder, config), _recipe(folder, step), _results(folder, config.steps, step)]
     else:
-        sections.append(f"## Data, recipe, results\n\nConverted from `{source}`; see its documentation.")
+        sections.append(f"## Data, recipe, results\n\nConverted from `{_public(source)}`; see its documentation.")
     sections += [_limits(config), _licence(), _made(folder)]
     return "\n\n".join(sections) + "\n"
+
+
+def _public(text: str) -> str:
+    """Return a spec, a path or a word without the folders of its paths; of a pattern the last folder stays."""
+
+    def last(match: re.Match[str]) -> str:
+        *folders, name = match[0].rstrip("/").split("/")
+        return "/".join([*folders[-1:], name] if re.search(r"[*?\[{]", name) and folders[1:] else [name])
+
+    return _PATH.sub(last, text)
+
+
+def _sets(names: Iterable[str]) -> dict[str, str]:
+    """Return {set: its name in a card}."""
+    return {name: _public(short) for name, short in summary.shorten(names).items()}
 
 
 def _usage(to: str, folder: str, repository: str) -> str:
@@ -123,11 +142,13 @@ def _metadata(config: Config, experiment: Experiment, to: str, measured: Sequenc
     except ImportError:
         lines = [f"{key}: {value}" for key, value in names.items()] + ["tags:", *(f"- {tag}" for tag in tags)]
         return "\n".join(["---", *lines, "---\n\n"])
+    of_hub = re.compile(rf"(?:^|[/:])hf:(?!\.)({hub_client.ID})")
+    shown = _sets(result.set for result in measured)
     rows = [
         EvalResult(
             task_type=_TASKS.get(result.family, result.family),
-            dataset_type=result.set,
-            dataset_name=result.set,
+            dataset_type=match[1] if (match := of_hub.search(result.set)) else shown[result.set],
+            dataset_name=shown[result.set],
             metric_type=result.key,
             metric_value=round(result.value, 2),
         )
@@ -199,7 +220,7 @@ def _data(run: RunFolder, config: Config) -> str:
         return "## Data\n\nUnknown: the run has no data.json."
     shares = config.data.weights or ("by size",) * len(sources)
     rows = [
-        (f"`{spec}`", f"{source['samples']:,}", share, f"`{source['hash']}`" if source.get("hash") else "none")
+        (f"`{_public(spec)}`", f"{source['samples']:,}", share, f"`{source['hash']}`" if source.get("hash") else "none")
         for spec, source, share in zip(config.data.sources, sources, shares, strict=True)
     ]
     text = f"Of each pair one caption of {', '.join(config.data.text_keys)} is drawn"
@@ -224,6 +245,7 @@ def _recipe(run: RunFolder, step: int) -> str:
         rows.append(("init.weights", config.init.weights))
     if config.init.frozen:
         rows.append(("init.frozen", ", ".join(config.init.frozen)))
+    rows = [(key, _public(value) if isinstance(value, str) else value) for key, value in rows]
     return f"## Recipe\n\n{_rows(('key', 'value'), rows)}"
 
 
@@ -237,8 +259,16 @@ def _results(run: RunFolder, steps: int, step: int) -> str:
     if last and last["results"] and step == steps:
         lines.append(f"At the end of training, in percent:\n\n```\n{summary.render(results.of_run(last))}\n```")
     if shown := _entries(run, step):
+        names = _sets(r["set"] for r in shown)
         rows = [
-            (r["set"], r["metric"], f"{r['value']:.1f}", f"{r['n']:,}", r.get("protocol", ""), r.get("templates", ""))
+            (
+                names[r["set"]],
+                r["metric"],
+                f"{r['value']:.1f}",
+                f"{r['n']:,}",
+                r.get("protocol", ""),
+                r.get("templates", ""),
+            )
             for r in shown
         ]
         head = ("set", "metric", "value", "n", "protocol", "templates")
@@ -276,7 +306,8 @@ def _licence() -> str:
 def _made(run: RunFolder | None) -> str:
     def lines(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
         versions = ", ".join(f"{key} {value}" for key, value in facts["versions"].items())
-        yield f"* {name}: `{facts['command']}`, commit `{facts['commit']}`, on {facts['devices']}"
+        command = " ".join(map(_public, facts["command"].split(" ")))
+        yield f"* {name}: `{command}`, commit `{facts['commit']}`, on {facts['devices']}"
         yield f"  with Python {facts['python']}, {versions}"
 
     trained = (run.read_config() or {}).get("environment") if run else None

@@ -191,7 +191,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0],
         epilog="\n".join(["sources:", *(f"  {spec:23} {meaning}" for spec, meaning in sources.usage().items())]),
     )
-    parser.add_argument("source", help="one of the list below, or a pattern of tars")
+    parser.add_argument("source", help="one of the list below, or the path of a folder, tars or a table")
     parser.add_argument("--samples", type=_number(int, 0), default=2000, help="how many to read, 0 for all")
     parser.add_argument("--size", type=_number(int, 1), default=224, help="side of the crop, pixels")
     parser.add_argument("--length", type=_number(int, 2), default=77, help="tokens of a text")
@@ -215,7 +215,6 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """The command; see the module's docstring. Returns the exit code."""
     options = _options(arguments)
-    spec = options.source if sources.is_spec(options.source) else f"tar:{options.source}"
     with exit_with_message():
         if options.sheet:
             if os.path.isdir(options.sheet):
@@ -223,7 +222,7 @@ def main(arguments: Sequence[str]) -> int:
             pathlib.Path(options.sheet).parent.mkdir(parents=True, exist_ok=True)
         tokenizer.load(options.tokenizer)
         keys = options.image_key, tuple(options.text_keys.split(",")), options.tags_key
-        source = sources.open_pairs(spec, SourceOptions(options.data_dir, *keys))
+        source = sources.open_pairs(sources.of_path(options.source), SourceOptions(options.data_dir, *keys))
         for line in report(source, options):
             print(line.encode("utf-8", "replace").decode(), flush=True)  # names of files need not be UTF-8
     return 0 if options.passed else 1

@@ -8,6 +8,7 @@ Hub: HF_HOME, HF_DATASETS_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and other
 import hashlib
 import pathlib
 import re
+import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -24,6 +25,8 @@ PREFIX = hub_client.PREFIX
 _CAPTIONS = ("text", "txt", "caption", "captions", "sentences", "sentence", "alt_text")
 _HUB = re.compile(rf"({hub_client.ID})(?:@([^/]+))?(?:/([^/]+))?/([^/]+)")
 _LOCAL = ("/", "./", "../", "~")
+# Columns that a spec names at its end, or before the split that a probe adds.
+_COLUMNS = re.compile(r"\?([^/?]*=[^/?]*)(?=/[^/]*$|$)")
 _BATCH = 10_000  # rows that are hashed at once
 _MAX_MESSAGE = 300  # letters of an error of `datasets`
 
@@ -98,8 +101,29 @@ def _listed(features: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} ({getattr(x, 'dtype', None) or type(x).__name__})" for name, x in features.items())
 
 
-def image_column(spec: str, features: Mapping[str, Any], key: str = SourceOptions.image_key) -> str:
+def split_columns(rest: str) -> tuple[str, dict[str, str]]:
+    """Return `rest` without its end "?image=COLUMN&label=COLUMN", and the columns; in names %26 is a &, %2F a /.
+
+    Raises:
+      UserError: another key than "image" and "label", or no column.
+    """
+    if not (match := _COLUMNS.search(rest)):
+        return rest, {}
+    pairs = (part.partition("=") for part in match[1].split("&"))
+    columns = {key: urllib.parse.unquote(name) for key, _, name in pairs}
+    if not all(columns.values()) or not columns.keys() <= {"image", "label"}:
+        raise UserError(f"source {PREFIX + rest!r} ends in {match[0]!r}; expected ?image=COLUMN&label=COLUMN, or one.")
+    return rest[: match.start()] + rest[match.end() :], columns
+
+
+def image_column(spec: str, features: Mapping[str, Any], key: str = SourceOptions.image_key, remedy: str = "") -> str:
     """Return the column with the images: `key` or, where that is the default and not a column, the only one of images.
+
+    Args:
+      spec: of the set, for the message.
+      features: columns.
+      key: the config's or the spec's.
+      remedy: what the message says to do, "" to set the config's key.
 
     Raises:
       UserError: no such column, or several; the message lists all columns.
@@ -110,7 +134,8 @@ def image_column(spec: str, features: Mapping[str, Any], key: str = SourceOption
     if key == SourceOptions.image_key and len(images) == 1:
         return images[0]
     others = f"and several of images, {', '.join(images)}" if len(images) > 1 else f"of images but {_listed(features)}"
-    raise MissingColumnError(f"{spec} has no column {key!r} {others}", "data.image_key")
+    fault = f"{spec} has no column {key!r} {others}"
+    raise UserError(f"{fault}; {remedy}.") if remedy else MissingColumnError(fault, "data.image_key")
 
 
 def caption_columns(spec: str, features: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
@@ -181,6 +206,10 @@ class HubPairs(Source):
           UserError: a set that cannot be opened or has no rows, or no columns of images and captions.
         """
         spec = f"{PREFIX}{rest}"
+        if split_columns(rest)[1]:
+            raise UserError(
+                f"source {spec!r} names columns of images and labels; of pairs they are data.image_key, data.text_keys."
+            )
         rows = open_split(rest)
         self.image_key = image_column(spec, rows.features, options.image_key)
         self.text_keys = caption_columns(spec, rows.features, options.text_keys)
@@ -228,19 +257,28 @@ class HubPairs(Source):
         return self._fingerprint
 
 
-def open_labelled(rest: str) -> labelled.Labelled:
+def open_labelled(rest: str, image_key: str = SourceOptions.image_key) -> labelled.Labelled:
     """Open the images in classes of a split: the column "label", or the only one of type ClassLabel.
+
+    Args:
+      rest: as of `open_split`; "?image=COLUMN&label=COLUMN" at its end names the columns.
+      image_key: the column of images where `rest` names none.
 
     Raises:
       UserError: a set that cannot be opened, no such columns, or rows without a label.
     """
-    spec, rows = f"{PREFIX}{rest}", open_split(rest)
+    place, columns = split_columns(rest)
+    spec, rows = f"{PREFIX}{rest}", open_split(place)
     classes = [name for name, feature in rows.features.items() if hasattr(feature, "names")]
-    if "label" not in classes and len(classes) != 1:
-        raise UserError(f"{spec} has no column 'label' of classes; its columns are {_listed(rows.features)}.")
-    column = "label" if "label" in classes else classes[0]
+    column = columns.get("label", "label" if "label" in classes or len(classes) != 1 else classes[0])
+    if column not in classes:
+        several = f"; add ?label= and one of {', '.join(classes)} to the spec" if classes else ""
+        raise UserError(
+            f"{spec} has no column {column!r} of classes{several}; its columns are {_listed(rows.features)}."
+        )
     names = list(rows.features[column].names)
-    images = Images(rows, image_column(spec, rows.features))
+    key = image_column(spec, rows.features, columns.get("image", image_key), "name one in the spec, ?image=COLUMN")
+    images = Images(rows, key)
     labels = np.array([-1 if label is None else label for label in rows.select_columns([column])[column]], np.int64)
     if not len(labels) or labels.min() < 0 or labels.max() >= len(names):
         raise UserError(f"{spec} has rows without a label, or none at all; name another split.")
@@ -248,7 +286,7 @@ def open_labelled(rest: str) -> labelled.Labelled:
 
 
 class HubSets(SourceKind):
-    """`hf:ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT` and `hf:/PATH`."""
+    """`hf:ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT` and `hf:/PATH`, of classes with ?image=COLUMN&label=COLUMN."""
 
     pair_specs: ClassVar = {"hf:ORG/NAME/SPLIT": "a data set of the Hugging Face Hub, columns of images and captions"}
     labelled_specs: ClassVar = {
@@ -269,13 +307,13 @@ class HubSets(SourceKind):
     @classmethod
     def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
         """See `open_labelled` of the module."""
-        return open_labelled(rest)
+        return open_labelled(rest, options.image_key)
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
         """Whether the split can be opened."""
         try:
-            open_split(f"{rest}/{split}")
+            open_split(split_columns(f"{rest}/{split}")[0])
         except UserError:  # opening the first split says what is wrong
             return False
         return True

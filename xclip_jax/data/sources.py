@@ -85,6 +85,8 @@ def of_path(text: str) -> str:
         return f"tar:{os.path.join(text, '*.tar')}"
     kinds = [name for name, kind in SOURCES.items() if kind.reads(path)]
     if not kinds:
+        if os.path.isabs(path) and not (glob.has_magic(path) or os.path.exists(path)):
+            raise UserError(f"no file or folder {text!r}; check the path.")
         raise _unknown(text)
     return f"{kinds[0]}:{text}"
 

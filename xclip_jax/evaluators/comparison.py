@@ -11,10 +11,13 @@ from xclip_jax.errors import UserError
 from xclip_jax.evaluators import results
 from xclip_jax.evaluators.result import from_json
 from xclip_jax.evaluators.statistics import bootstrap
+from xclip_jax.evaluators.summary import shorten
 from xclip_jax.run_folder import evaluation_file
 
 # What two results must have in common.
 _COMPARED_KEYS = ("split_hash", "version", "metric", "templates", "protocol")
+# The least widths of a table's columns before the intervals.
+_WIDTHS = (36, 24, 6, 8, 8, 8)
 
 
 def compare(
@@ -137,10 +140,12 @@ def _interval(
 def render(rows: Sequence[Mapping[str, Any]], a: str, b: str) -> str:
     """Return the rows of `compare` as a table, each difference in the unit of its row, and ratios after an "x".
 
+    Columns are as wide as their longest cell; of paths of sets only the last parts are shown that distinguish them.
     A star marks those whose interval excludes equality.
     """
     lines = [f"{side.upper()}: {file}, step {rows[0][f'step_{side}']}" for side, file in (("a", a), ("b", b))]
-    lines += [f"{'set':<36}{'metric':<24}{'unit':<6}{'A':>8}{'B':>8}{'B - A':>8}   95 % interval"]
+    short = shorten(row["set"] for row in rows)
+    table = [["set", "metric", "unit", "A", "B", "B - A", "95 % interval"]]
     for row in rows:
         ratio = "ratio" in row
         equal, number = (1, ".2f") if ratio else (0, "+.1f")
@@ -148,9 +153,14 @@ def render(rows: Sequence[Mapping[str, Any]], a: str, b: str) -> str:
         interval = ""
         if "low" in row:
             star = " *" if row["low"] > equal or row["high"] < equal else ""
-            interval = f"   {row['low']:{number}} to {row['high']:{number}}{star}"
-        values = "".join(f"{row[key]:>8.{2 if ratio else 1}f}" for key in ("a", "b"))
-        lines.append(f"{row['set']:<36}{row['metric']:<24}{row['unit']:<6}{values}{change:>8}{interval}")
+            interval = f"{row['low']:{number}} to {row['high']:{number}}{star}"
+        values = (f"{row[key]:.{2 if ratio else 1}f}" for key in ("a", "b"))
+        table.append([short[row["set"]], row["metric"], row["unit"], *values, change, interval])
+    widths = [max(least, *(len(cells[i]) + 2 for cells in table)) for i, least in enumerate(_WIDTHS)]
+    for cells in table:
+        names = "".join(f"{cell:<{width}}" for cell, width in zip(cells[:3], widths[:3], strict=True))
+        values = "".join(f"{cell:>{width}}" for cell, width in zip(cells[3:6], widths[3:], strict=True))
+        lines.append(f"{names}{values}   {cells[6]}".rstrip())
     if any("ratio" in row for row in rows):
         lines.append("x: B / A, of ranks from 1; less is better")
     return "\n".join(lines)

@@ -21,8 +21,8 @@ _FAMILIES = {
 }
 _FAMILIES_TITLE = "the families"
 _LINES = (("items", ">14"), ("metric", ">11"), ("%", ">8"))  # columns of a table with a line for each metric
-# Names of sets of files: a prefix such as "folder:" or "imagenet@", and an absolute path or URL.
-_PATH = re.compile(r"([^:@]*[:@])((?:/|~|\w+://).+)")
+# Names of sets of files: a prefix such as "folder:", "imagenet@" or "module:Class:", and an absolute path or URL.
+_PATH = re.compile(r"([^:@]*[:@](?:\w+:)??)((?:/|~|\w+://).+)")
 
 
 class Table(NamedTuple):

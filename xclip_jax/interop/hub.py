@@ -6,6 +6,7 @@ own environment variables: HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and ot
 
 import contextlib
 import glob
+import os
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
@@ -24,21 +25,28 @@ _BESIDE = (
     vocabulary.CLIP_FILES[0], vocabulary.OPTIONS, vocabulary.SENTENCEPIECE,
 )  # fmt: skip
 # Of several files of weights the first is fetched: safetensors before pickles, else in the order of a folder's.
+_ALIAS = "hf-hub:"  # open_clip's word for `PREFIX`
+# Names of models that open_clip and OpenAI's CLIP know, as ViT-B-32 and ViT-B/32, with the name of weights or without.
+_MODEL = re.compile(r"(ViT|RN\d|EVA|convnext|coca_ViT|MobileCLIP)[\w-]*(/\w+)?")
 _WEIGHTS = tuple(sorted(tensor_files.NAMES, key=lambda name: ".safetensors" not in name))
 
 
 def is_hub(path: str) -> bool:
     """Whether `path` names a repository of the Hub."""
-    return path.startswith(PREFIX)
+    return path.startswith((PREFIX, _ALIAS))
 
 
 def local_name(path: str) -> str:
     """Name for files about the weights of `path`, in the working directory: "ORG--NAME"; other paths as they are."""
-    return path.removeprefix(PREFIX).replace("/", "--") if is_hub(path) else path
+    return _repository(path).replace("/", "--") if is_hub(path) else path
+
+
+def _repository(path: str) -> str:
+    return path.removeprefix(_ALIAS).removeprefix(PREFIX)
 
 
 def resolve(path: str) -> str:
-    """Return the local path of weights; of "hf:ORG/NAME[@REVISION]" that of its file in the Hub's cache.
+    """Return the local path of weights; of "hf:ORG/NAME[@REVISION]", or "hf-hub:", that of its file in the Hub's cache.
 
     What the cache lacks is fetched: one file of weights (or the shards of one index), configs, tokenizer and
     preprocessing. Where the Hub cannot be reached, or HF_HUB_OFFLINE is set, the cache is used.
@@ -48,11 +56,17 @@ def resolve(path: str) -> str:
 
     Raises:
       UserError: huggingface_hub is not installed, the repository or revision does not exist, access is refused, the
-        Hub cannot be reached and the cache lacks the weights, or the repository has none that can be read.
+        Hub cannot be reached and the cache lacks the weights, or the repository has none that can be read; a name of
+        open_clip's list of models.
     """
     if not is_hub(path):
+        if _MODEL.fullmatch(path) and not os.path.exists(path):
+            raise UserError(
+                f"{path!r} does not exist, and names of models in open_clip's lists are not read; name the repository "
+                "of the Hub that has the weights, hf:ORG/NAME, such as hf:laion/CLIP-ViT-B-32-laion2B-s34B-b79K."
+            )
         return path
-    match = re.fullmatch(rf"({ID})(?:@(.+))?", path.removeprefix(PREFIX))
+    match = re.fullmatch(rf"({ID})(?:@(.+))?", _repository(path))
     if not match:
         raise UserError(f"{path!r} names no repository of the Hub; expected hf:ORG/NAME or hf:ORG/NAME@REVISION.")
     repository, revision = match[1], match[2]

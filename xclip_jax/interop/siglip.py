@@ -158,11 +158,6 @@ def _model(
         raise UserError(f"{where} is not a SigLIP with both towers: it lacks {', '.join(missing)}.")
     if embed != img["width"]:
         raise UserError(f"{where}: texts are projected to {embed} dimensions, and images have {img['width']}.")
-    if img["image_size"] % img["patch"]:
-        raise UserError(
-            f"{where} cuts images of {img['image_size']} pixels into patches of {img['patch']}, which leaves a rest; "
-            "other sizes of this model are supported."
-        )
     scale, bias = (float(tensors[name].reshape(())) for name in ("logit_scale", "logit_bias"))
     img = {"pre_norm": False, "pool": "map", "patch_bias": True, **img}
     txt = {"causal": False, "pool": "last", **txt}

@@ -104,7 +104,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
     meaning_keys: ClassVar[tuple[str, ...]] = ("act", "eps", "pool", "pre_norm")
     before: ClassVar[tuple[str, ...]] = ("patches", "positions", "cls", "norm_pre")
 
-    image_size: int = key(224, "side of the square image, pixels; a multiple of patch", at_least(1))
+    image_size: int = key(224, "side of the square image, pixels; a multiple of patch, but for pool 'map'", at_least(1))
     patch: int = key(16, "side of a patch, pixels", at_least(1))
     width: int = key(768, "channels of a token", at_least(1))
     heads: int = key(12, "attention heads; they divide width", at_least(1))
@@ -117,7 +117,8 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
 
     def conflicts(self) -> Iterator[str]:
         """Values that do not go together."""
-        if self.image_size % self.patch:
+        # Published SigLIPs have 384 pixels in patches of 14, and leave the rest out; elsewhere it is likely a mistake.
+        if self.image_size % self.patch and (self.pool != "map" or not self.grid):
             yield f"image_size {self.image_size} must be a multiple of patch {self.patch}"
         if self.stem == "hmlp" and (self.patch % 4 or self.width % 4):
             yield (
@@ -130,7 +131,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
 
     @property
     def grid(self) -> int:
-        """Patches along a side."""
+        """Whole patches along a side."""
         return self.image_size // self.patch
 
     def module(self, dtype: Any) -> nn.Module:
@@ -144,7 +145,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
     def flops(self, train: bool) -> float:
         """Those of stem, blocks and pooling; in training without the patches that are dropped."""
         kept = self.kept(self.grid**2) if train else self.grid**2
-        embedding, side, channels = 0, self.image_size, 3
+        embedding, side, channels = 0, self.grid * self.patch, 3
         for joined, features in stem_stages(self.stem, self.patch, self.width):
             side //= joined
             embedding += 2 * side**2 * joined**2 * channels * features
@@ -234,7 +235,8 @@ class VisionTransformer(nn.Module):
     @nn.compact
     def __call__(self, image: Array, patches: Array | None = None, paths: Array | None = None) -> Array:
         self._check(image)
-        config, x = self.config, image.astype(self.dtype)
+        config, side = self.config, self.config.grid * self.config.patch
+        x = image[:, :side, :side].astype(self.dtype)  # a rest at the right and at the bottom is in no patch
         std = config.width**-0.5
         if config.stem == "hmlp":
             x = HierarchicalStem(config.patch, config.width, config.act, config.eps, self.dtype, name="patches")(x)

@@ -31,8 +31,9 @@ class Record:
       environment: versions, devices, commit and command.
       training: metrics of the logged steps, in order.
       evaluations: (step, results) of the evaluations during training.
-      results: of the last evaluation, or of `xclip_jax.evaluate` before there is one; with per-example values where
-        evaluation.json has them of the same number.
+      results: of the last evaluation, then those of other sets that `xclip_jax.evaluate` has measured at the same
+        step; or all of `xclip_jax.evaluate` before there is one. With per-example values where evaluation.json has them
+        of the same number.
       sources: fingerprint of each of config's data.sources.
       bad: number of samples in the ledger of bad samples.
       began, ended: when config.json and results.json were written, UTC.
@@ -90,11 +91,7 @@ def read(path: str | epath.Path) -> Record:
 def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
     config = schema.resolve(schema.complete(content["config"]))
     rows, final = run.read_metrics(), run.read_results() or {}
-    known = results.of_run(final) if final else []
-    if not known and run.evaluation_file.exists():
-        entries, _ = results.read(run.evaluation_file)
-        known = results.of_entries(results.latest(entries)[0]) if entries else []
-    known = _with_items(known, run.evaluation_file)
+    known = _with_items(_results(run, final, config.steps), run.evaluation_file)
     started = content.get("started")  # config.json is written again when a run resumes
     return Record(
         folder=run.path,
@@ -109,6 +106,20 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
         began=datetime.datetime.fromisoformat(started) if started else _written(run.config_file),
         ended=_written(run.results_file) if final else None,
     )
+
+
+def _results(run: RunFolder, final: Mapping[str, Any], steps: int) -> list[Result]:
+    """Return the results of the last evaluation, `final`, at `steps`, and those of evaluation.json beside them."""
+    known, entries = results.of_run(final) if final else [], []
+    if run.evaluation_file.exists():
+        # A damaged file costs a run that has results of its own no more than what it would add.
+        with contextlib.suppress(UserError) if known else contextlib.nullcontext():
+            entries = results.read(run.evaluation_file)[0]
+    if not entries:
+        return known
+    shown, sets = results.latest(entries)[0], {(result.family, result.set) for result in known}
+    others = results.of_entries([entry for entry in shown if not known or entry["step"] == steps])
+    return [*known, *(result for result in others if (result.family, result.set) not in sets)]
 
 
 def _with_items(known: Sequence[Result], file: epath.Path) -> list[Result]:
