@@ -372,6 +372,16 @@ def test_the_finding_is_a_plot_and_a_sentence_for_each_claim(tmp_path):
     assert lines[-3:] == [page.END, "", "B"]
 
 
+def test_the_finding_has_what_holds_beside_the_first_claims():
+    up, down = Part("up", "xclip", "clip", "top1"), Part("down", "xclip", "clip", "top1", better=False)
+    loss = Part("the loss differs", "xclip", "clip", "loss")
+    claims = (Claim("A.", (loss,)), Claim("B.", (down,)), Claim("C.", (up, loss)), Claim("D.", (loss,)))
+    m = four_seeds(claims=claims)
+    values = {"clip": over_seeds(20.0, 20.0, 20.0, 20.0), "xclip": over_seeds(21.9, 22.0, 22.1, 22.0)}
+    lines = [line for line in page.finding(Snapshot(m, finished(m, values))).splitlines() if line.startswith("* ")]
+    assert [line[3:5] for line in lines] == ["A.", "B.", "C."] and "Shown: up" in lines[2]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

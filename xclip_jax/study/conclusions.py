@@ -45,13 +45,13 @@ def interim(snapshot: Snapshot) -> str:
 
 
 def findings(snapshot: Snapshot) -> Iterator[str]:
-    """Yield the lines of a README: scope, units, a sentence for each of the first claims and for others that hold."""
+    """Yield a README's lines: scope, units, a sentence for each of the first claims and each of which a part holds."""
     study = snapshot.study
     if lead := ". ".join(filter(None, (interim(snapshot), study.scope))):
         yield from [f"{lead}.", ""]
     judged = [verdicts.judge(snapshot, claim) for claim in study.claims]
-    shown = [*judged[:FINDINGS], *(claim for claim in judged[FINDINGS:] if claim.verdict == verdicts.HOLDS)]
-    yield from (f"* {_sentence(claim)}" for claim in shown)
+    others = [claim for claim in judged[FINDINGS:] if any(part.verdict == verdicts.HOLDS for part in claim.parts)]
+    yield from (f"* {_sentence(claim)}" for claim in (*judged[:FINDINGS], *others))
 
 
 def section(snapshot: Snapshot) -> Iterator[str]:

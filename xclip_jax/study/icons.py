@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from xclip_jax.study.arms import (
+    AGAINST,
     CHOICE,
     CLASSIFIERS,
     CONTROLS,
@@ -183,8 +184,8 @@ _OURS = (
         sought_with=FACTOR_SEEDS,
     ),
     Claim(
-        "Besides the paper: with that setting xCLIP is at least as good as CLIP at zero-shot, and better at "
-        "representation.",
+        "Besides the paper: with the setting of nCLIP that was sought on validation, tau 0.5, xCLIP is at least as "
+        "good as CLIP at zero-shot, and better at representation.",
         (
             Part("its zero-shot is at least as good", "xclip_searched", "clip", "zeroshot", margin=1.0),
             Part("its probe is better", "xclip_searched", "clip", "probe"),
@@ -198,6 +199,7 @@ _SOUGHT = (
     (SEARCHED, "clip", "whether it is ahead of CLIP"),
     ("xclip_searched", "xclip", "what nCLIP's setting is worth in xCLIP"),
     ("xclip_searched", "clip", "whether that is ahead of CLIP"),
+    *(("xclip_searched", name, AGAINST[name]) for name in ("clip_longer", "clip_twice", "clip_smoothed")),
 )
 _CHANGED = (
     "The rule for claims was fixed before the runs. Changed since: after the first runs, what is said of parts "
