@@ -28,8 +28,7 @@ TESTS = (
 )
 
 
-# Learning rate, and warm-up as a share of the steps, by validation: docs/demo.md.
-TUNED = {"clip": (2e-3, 0.5), "siglip": (2e-3, 0.5), "nclip": (2e-3, 0.5), "xclip": (1e-3, 0.3)}
+WARM_UP = 0.5  # share of the steps; this and the learning rate by validation: docs/demo.md
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -37,8 +36,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     args = common.parse_arg(arg, objective="xclip", steps=680, preset="Ti/12", size=48)
     config = common.laptop("demo", args)
     config.model.img.stem = "linear"  # "hmlp", of the icons, has no other format that it could be exported to
-    config.optim.lr, share = TUNED[args.objective]
-    config.optim.warmup = round(share * args.steps)
+    config.optim.lr, config.optim.warmup = 2e-3, round(WARM_UP * args.steps)
     config.data.sources = ("demo:train", "demo:train_tones")
     config.data.weights = (0.93, 0.07)
     config.data.spread_duplicate_captions = True  # the three pictures of a thing have one caption

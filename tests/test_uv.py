@@ -7,8 +7,11 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
+from tests import foreign, hub_server, tiny
 from xclip_jax.data import package_index
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -42,52 +45,104 @@ def uv_executable():
     return shutil.which("uv", path=os.pathsep.join([str(beside), os.environ["PATH"]]))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(uv_executable() is None, reason="uv is not installed: pip install uv")
-def test_first_steps_of_the_demo(tmp_path):
-    # A copy: building a wheel writes into its source, and the folder must not offer the checkout's package.
-    shutil.copytree(ROOT / "xclip_jax", tmp_path / "source" / "xclip_jax")
-    shutil.copytree(ROOT / "configs", tmp_path / "source" / "configs")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path / "source")
-    (tmp_path / "work").mkdir()
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "TFDS_DATA_DIR")}
-    environment |= {"UV_DEFAULT_INDEX": package_index.index_url(), "XCLIP_CACHE": str(tmp_path / "cache")}
-    if certificates := package_index.pip_setting("cert"):
-        environment["SSL_CERT_FILE"] = certificates
-    python, xclip_jax = tmp_path / "env" / "bin" / "python", tmp_path / "env" / "bin" / "xclip-jax"
+class Installed:
+    """An environment with the wheel, and a folder to work in."""
 
-    def run(*command, **more):
+    def __init__(self, folder):
+        self.folder, self.work = folder, folder / "work"
+        self.python, self.command = folder / "env" / "bin" / "python", folder / "env" / "bin" / "xclip-jax"
+        self.environment = {k: v for k, v in os.environ.items()
+                            if k not in ("PYTHONPATH", "VIRTUAL_ENV", "TFDS_DATA_DIR")}  # fmt: skip
+        self.environment |= {"UV_DEFAULT_INDEX": package_index.index_url(), "XCLIP_CACHE": str(folder / "cache")}
+        if certificates := package_index.pip_setting("cert"):
+            self.environment["SSL_CERT_FILE"] = certificates
+
+    def run(self, *command, **more):
         done = subprocess.run(
-            list(map(str, command)), cwd=tmp_path / "work", env=environment | more, capture_output=True, text=True
+            list(map(str, command)), cwd=self.work, env=self.environment | more, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    uv = uv_executable()
-    run(uv, "venv", "--no-config", "--python", sys.executable, tmp_path / "env")
-    run(uv, "build", "--no-config", "--wheel", "--out-dir", tmp_path / "dist", tmp_path / "source")
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
-    shutil.rmtree(tmp_path / "source")
-    run(uv, "pip", "install", "--python", python, f"{wheel}[demo]")
-    installed = {package["name"] for package in json.loads(run(uv, "pip", "list", "--format=json", "--python", python))}
-    assert "xclip-jax" in installed and "pip" not in installed
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    # A copy: building a wheel writes into its source, and the folder must not offer the checkout's package.
+    made = Installed(tmp_path_factory.mktemp("installed"))
+    source, uv = made.folder / "source", uv_executable()
+    if uv is None:
+        pytest.skip("uv is not installed: pip install uv")
+    shutil.copytree(ROOT / "xclip_jax", source / "xclip_jax")
+    shutil.copytree(ROOT / "configs", source / "configs")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    made.work.mkdir()
+    made.run(uv, "venv", "--no-config", "--python", sys.executable, made.folder / "env")
+    made.run(uv, "build", "--no-config", "--wheel", "--out-dir", made.folder / "dist", source)
+    (wheel,) = (made.folder / "dist").glob("*.whl")
+    shutil.rmtree(source)
+    made.run(uv, "pip", "install", "--python", made.python, f"{wheel}[demo,hub]")
+    packages = json.loads(made.run(uv, "pip", "list", "--format=json", "--python", made.python))
+    names = {package["name"] for package in packages}
+    assert "xclip-jax" in names and not names & {"pip", "torch", "tensorflow", "transformers"}
+    return made
+
+
+@pytest.mark.slow
+def test_first_steps_of_the_demo(installed):
+    run, python, xclip_jax, work = installed.run, installed.python, installed.command, installed.work
     offline = {"UV_DEFAULT_INDEX": OFFLINE}
     run(python, "-c", LOOK_UPS, **offline)
-    assert not (tmp_path / "cache").exists()
+    assert not (installed.folder / "cache").exists()
     run(xclip_jax, *TRAINING)
-    assert "emoji/test_rendering/top1" in (tmp_path / "work" / "run" / "results.json").read_text()
+    assert "emoji/test_rendering/top1" in (work / "run" / "results.json").read_text()
     run(python, "-c", f"{LOOK_UPS}assert len(demo.prepare().as_data_source('test_rendering')) > 200", **offline)
 
     assert "--config.optim.lr" in run(python, "-m", "xclip_jax.main", "--config", "demo", "--help")
     assert "is complete" in run(python, "-m", "xclip_jax.main", *TRAINING[1:], **offline)
     run(xclip_jax, "evaluate", "--checkpoint", "run", "--suite", "emoji/test_concepts", **offline)
-    assert "emoji/test_concepts" in (tmp_path / "work" / "run" / "evaluation.json").read_text()
+    assert "emoji/test_concepts" in (work / "run" / "evaluation.json").read_text()
     run(xclip_jax, "export", "--checkpoint", "run", "--to", "safetensors", "out", **offline)
-    (tmp_path / "work" / "texts.txt").write_text("a fox\na hen\n")
+    (work / "texts.txt").write_text("a fox\na hen\n")
     run(xclip_jax, "embed", "--checkpoint", "out", "--texts", "texts.txt", "--out", "texts.npz", **offline)
     assert "2 texts" in run(python, "-c", EMBEDDED, **offline)
     assert "clusters_img" in run(xclip_jax, "plan", "--config", "xclip:preset=B/16", "--explain", **offline)
     assert "usage" in run(xclip_jax, "report", "--help")
     packages = run(python, "-c", "import importlib.metadata as m; print(m.files('xclip_jax'))")
     assert "xclip_jax/py.typed" in packages and "'configs/" not in packages
+
+
+@pytest.mark.slow
+def test_weights_of_open_clip_own_pairs_and_the_hub(installed, tmp_path):
+    """Name pictures by a checkpoint of open_clip, train on 200 own pairs, push the model, and load it by its name."""
+    run, xclip_jax, work = installed.run, installed.command, installed.work
+    model = foreign.make_open_clip("erf_b16")
+    torch.save(model.state_dict(), work / "theirs.bin")
+    tiny.folder(work / "pairs", 200)
+    pictures = sorted(path.name for path in (work / "pairs").glob("*.*") if path.suffix != ".txt")[:10]
+    program = (
+        "import json, sys, xclip_jax\n"
+        f"pictures = [f'pairs/{{name}}' for name in {pictures!r}]\n"
+        "model = xclip_jax.load(sys.argv[1])\n"
+        "print(json.dumps([model.zero_shot(pictures, ['red', 'blue']).labels, model.encode_image(pictures).tolist()]))"
+    )
+
+    def named(weights, **environment):
+        return json.loads(run(installed.python, "-c", program, weights, **environment).splitlines()[-1])
+
+    labels, _ = named("theirs.bin")
+    assert len(labels) == 10 and set(labels) <= {"red", "blue"}
+    training = ["--config", "small:pairs=pairs,epochs=2,size=24", "--config.run=own"]
+    run(xclip_jax, "train", *training, "--config.model.img.depth=1")
+    assert "retrieval/holdout" in (work / "own" / "results.json").read_text()
+    assert "holdout" in (work / "own" / "report.html").read_text()
+    with hub_server.serve() as hub:
+        account = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub_server.TOKEN, "HF_HUB_CACHE": str(tmp_path)}
+        account["HF_HUB_DISABLE_XET"] = "1"  # the stand-in has no such store
+        export = ("export", "--checkpoint", "own", "--to", "open_clip", "exported", "--push", "me/shapes")
+        assert "/me/shapes" in run(xclip_jax, *export, **account)
+        again = named("hf:me/shapes", **account)
+    ours = named("own")
+    assert again[0] == ours[0]
+    np.testing.assert_allclose(again[1], ours[1], atol=1e-6)
+    assert named("hf:me/shapes", **account | {"HF_HUB_OFFLINE": "1"}) == again
