@@ -332,6 +332,8 @@ def _objective(config: ml_collections.ConfigDict, saved: schema.Config, objectiv
     config.model.update({name: model[name] for name in ("scale_init", "bias_init")})
     if not objective and saved.objective.name in OBJECTIVES:
         config.objective.name, config.objective.terms = saved.objective.name, dict(saved.objective.terms)
+        for term in ("clip", "nclip"):
+            config.objective[term].update(dataclasses.asdict(getattr(saved.objective, term)))
     else:
         config.objective.name = objective or "clip"
         config.objective.terms = dict(RECIPES[config.objective.name])

@@ -209,6 +209,27 @@ def test_free_keys_are_written_and_earlier_starts_are_kept(pairs, run):
     assert start["environment"]["versions"].keys() == content["environment"]["versions"].keys()
 
 
+def test_options_of_terms_that_neither_has_may_differ(pairs, run):
+    """The run is of CLIP: what a recipe says of nCLIP has no part in it, until it becomes one."""
+    content = json.loads((run / "config.json").read_text())
+    content["config"]["objective"] |= {"name": "clip", "terms": {"clip": 1.0}}
+    content["config"]["objective"]["nclip"]["tau"] = 0.25
+    (run / "config.json").write_text(json.dumps(content))
+    folder, c = TrainingFolder(str(run)), tiny.short(pairs, run, objective="clip")
+    folder.check(schema.resolve(c))
+    c.objective.clip.label_smoothing = 0.1
+    with pytest.raises(
+        UserError, match=r"different config: objective\.clip\.label_smoothing \(0\.0 .* 0\.1 now\)\. Use"
+    ):
+        folder.check(schema.resolve(c))
+    c.objective.clip.label_smoothing, c.objective.name = 0.0, "xclip"
+    c.objective.terms = {"clip": 0.5, "nclip": 0.5}
+    with pytest.raises(
+        UserError, match=r"objective\.nclip\.tau \(0\.25 in config\.json, 0\.5 now\).*values of its config"
+    ):
+        folder.check(schema.resolve(c))
+
+
 def test_keys_that_an_older_run_did_not_know_have_their_defaults(pairs, run, capsys):
     content = json.loads((run / "config.json").read_text())
     del content["config"]["data"]["spread_duplicate_captions"], content["config"]["init"]

@@ -195,10 +195,11 @@ def test_weights_without_a_cluster_head_get_one_by_the_pairs(discs, tmp_path):
 
 def test_the_objective_of_weights_is_taken_over_with_its_terms(discs, tmp_path):
     own = {"clip": 0.7, "nclip": 0.3}
-    run = tiny.untrained(tmp_path / "own", objective__terms=own)
-    assert load.load_config(f"small:pairs={discs},weights={run}").objective.terms.to_dict() == own
+    run = tiny.untrained(tmp_path / "own", objective__terms=own, objective__nclip__tau=2.0)
+    taken = load.load_config(f"small:pairs={discs},weights={run}").objective
+    assert (taken.terms.to_dict(), taken.nclip.tau) == (own, 2.0)
     c = load.load_config(f"small:pairs={discs},weights={run},objective=xclip")
-    assert c.objective.terms.to_dict() == {"clip": 0.5, "nclip": 0.5}
+    assert (c.objective.terms.to_dict(), c.objective.nclip.tau) == ({"clip": 0.5, "nclip": 0.5}, 0.5)
     fine_tuned = json.loads((run / "config.json").read_text())
     terms = {"name": "classify", "terms": {"classify": 1.0}, "classify": {"classes": 3}}
     fine_tuned["config"]["objective"] |= terms

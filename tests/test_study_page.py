@@ -199,7 +199,9 @@ def test_gains_beyond_controls_are_corrected_for_their_number():
     for controls in ((one,), (one, two)):
         m = four_seeds(longer, smooth, controls=controls, **declared)
         texts.append(page.render(Snapshot(m, finished(m, values)), {}))
-    assert "* top-1: gain beyond time\n" in texts[0] and "* none: top-1\n" in texts[1]  # p 0.043, and twice that
+    assert "* top-1: gain beyond time\n" in texts[0]
+    assert "* beyond no control: top-1\n" in texts[1]  # p 0.043, and twice that
+    assert "* no control has the runs yet\n" in page.render(Snapshot(m, {}), {})
 
 
 def test_a_sought_setting_has_differences_and_those_of_unseen_seeds():

@@ -182,7 +182,7 @@ def diagnose(metrics: Mapping[str, float], *, k: int, b: int) -> list[str]:
         warnings.append(
             f"flat: mutual information of {name} is {information:.3f} nats of {ceiling:.2f} possible. Past the first "
             "hundred steps, raise objective.nclip.sharpness to 1 and keep objective.nclip.smoothness above it (2), "
-            "raise objective.nclip.tau to 1, and set model.cluster_head.last_norm to false."
+            "set objective.nclip.tau between 0.5 and 1, and set model.cluster_head.last_norm to false."
         )
     if sharp and above_chance < AGREEMENT_ABOVE_CHANCE * (1 - chance):
         warnings.append(

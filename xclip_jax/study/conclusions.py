@@ -4,11 +4,12 @@ from collections.abc import Iterator
 
 from xclip_jax.study import verdicts
 from xclip_jax.study.declaration import Claim
-from xclip_jax.study.markdown import difference_text, p_text, table
+from xclip_jax.study.markdown import difference_text, diverged_text, p_text, table
 from xclip_jax.study.matrix import Run, Snapshot
 from xclip_jax.study.schedule import selected
 
-FINDINGS = 2  # claims that a README has room for
+FINDINGS = 3  # claims that a README has in any case
+_PARTS = 2  # of a claim, up to which a README has each with its numbers
 _OPEN = "not chosen yet"
 _SHOWN = {
     verdicts.HOLDS: "Shown",
@@ -45,13 +46,15 @@ def interim(snapshot: Snapshot) -> str:
 
 
 def findings(snapshot: Snapshot) -> Iterator[str]:
-    """Yield a README's lines: scope, units, a sentence for each of the first claims and each of which a part holds."""
+    """Yield a README's lines: scope, units, the first claims, and others of which a part holds or fails."""
     study = snapshot.study
     if lead := ". ".join(filter(None, (interim(snapshot), study.scope))):
         yield from [f"{lead}.", ""]
     judged = [verdicts.judge(snapshot, claim) for claim in study.claims]
-    others = [claim for claim in judged[FINDINGS:] if any(part.verdict == verdicts.HOLDS for part in claim.parts)]
-    yield from (f"* {_sentence(claim)}" for claim in (*judged[:FINDINGS], *others))
+    decided = verdicts.HOLDS, verdicts.FAILS
+    others = [claim for claim in judged[FINDINGS:] if any(part.verdict in decided for part in claim.parts)]
+    for claim in (*judged[:FINDINGS], *others):
+        yield f"* {_sentence(claim) if len(claim.parts) <= _PARTS else _counts(claim)}"
 
 
 def section(snapshot: Snapshot) -> Iterator[str]:
@@ -93,10 +96,21 @@ def _sentence(claim: verdicts.ClaimVerdict) -> str:
             numbers = "no runs" if d is None else f"{difference_text(d, part.measure)}, {part.agreeing} of {d.n} seeds"
             texts.append(f"{part.part.text} ({numbers})")
         groups |= {word: "; ".join(texts)} if texts else {}
-    words = "undecided at this scale" if claim.verdict == verdicts.UNDECIDED else claim.verdict
     same = len(groups) == 1 and not {verdicts.UNCORRECTED, verdicts.OPPOSED} & {part.verdict for part in claim.parts}
     details = list(groups.values()) if same else [f"{word}: {texts}" for word, texts in groups.items()]
-    return f"\u201c{claim.claim.text}\u201d **{words.capitalize()}**: {'. '.join(details)}."
+    return f"{_head(claim)}: {'. '.join(details)}."
+
+
+def _counts(claim: verdicts.ClaimVerdict) -> str:
+    """What a claim of many parts earns: its words, the verdict, and how many parts have which."""
+    of_parts = [part.verdict for part in claim.parts]
+    counts = [f"{of_parts.count(verdict)} {verdict.partition(' for ')[0]}" for verdict in _SHOWN if verdict in of_parts]
+    return f"{_head(claim)}: of {len(of_parts)} parts {', '.join(counts)}."
+
+
+def _head(claim: verdicts.ClaimVerdict) -> str:
+    words = "undecided at this scale" if claim.verdict == verdicts.UNDECIDED else claim.verdict
+    return f"\u201c{claim.claim.text}\u201d **{words.capitalize()}**"
 
 
 def _cells(snapshot: Snapshot, part: verdicts.PartVerdict) -> list[str]:
@@ -141,7 +155,7 @@ def _unseen(snapshot: Snapshot, claim: Claim) -> Iterator[str]:
         a, b = snapshot.choice(part.a), snapshot.choice(part.b)
         rows.append(_cells(snapshot, verdicts.compare(snapshot, part, a, b, without=claim.sought_with)))
     seeds = ", ".join(map(str, claim.sought_with))
-    yield from [f"The same without the seeds {seeds}, with which the setting was sought, without a verdict:", ""]
+    yield from [f"The same without the seeds {seeds}, with which nCLIP's setting was sought, without a verdict:", ""]
     yield from table(_HEAD, rows)
 
 
@@ -154,7 +168,9 @@ def _choice(snapshot: Snapshot, name: str) -> Iterator[str]:
     for arm in arms:
         values = [snapshot.values(arm, measure)[seed] for seed in seeds]
         mean = f"{sum(values) / len(values):.2f}" if values else "-"
-        mark = " **chosen**" if arm == chosen else ""
+        mark = (
+            " **chosen**" if arm == chosen else f" ({diverged})" if (diverged := diverged_text(snapshot, arm)) else ""
+        )
         rows.append([study.arm(arm).title + mark, mean, *(f"{value:.2f}" for value in values)])
     better = "higher" if measure.higher else "lower"
     yield from [f"### Which arm is `{name}`", ""]

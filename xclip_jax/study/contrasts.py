@@ -74,26 +74,32 @@ def _survivors(snapshot: Snapshot) -> Iterator[str]:
         f"least {verdicts.MIN_SEEDS} seeds:"
     )
     yield ""
-    nothing, some = [], False
+    nothing, compared = [], False
     for measure in study.measures:
         shown = gains(snapshot, study, measure)
-        some = some or bool(shown)
+        compared = compared or shown is not None
         if shown:
             yield f"* {measure.label}: {'; '.join(shown)}"
-        else:
+        elif shown is not None:
             nothing.append(measure.label)
     if nothing:
-        yield f"* {'no gain beyond a control' if some else 'none'}: {', '.join(nothing)}"
+        yield f"* beyond no control: {'; '.join(nothing)}"
+    if not compared:
+        yield "* no control has the runs yet"
     yield ""
 
 
-def gains(snapshot: Snapshot, study: Study, measure: Measure) -> list[str]:
-    """Return what the differences to controls show of a measure, of those that are on the better side."""
+def gains(snapshot: Snapshot, study: Study, measure: Measure) -> list[str] | None:
+    """Return what the differences to controls show of a measure, of those on the better side; None without the runs."""
     side, p, meanings = 1 if measure.higher else -1, [], []
     for a, b, meaning in study.controls:
         left, right = snapshot.choice(a), snapshot.choice(b)
         d = verdicts.difference(snapshot, left, right, measure) if left and right else None
-        enough = d is not None and d.n >= verdicts.MIN_SEEDS
-        p.append(min(1.0, 2 * p_above(side * d.mean, d.standard_error, d.n)) if d and enough else 1.0)
-        meanings.append(meaning)
-    return [meaning for meaning, value in zip(meanings, holm(p), strict=True) if value < verdicts.ALPHA]
+        if d and d.n >= verdicts.MIN_SEEDS:
+            p.append(min(1.0, 2 * p_above(side * d.mean, d.standard_error, d.n)))
+            meanings.append(meaning)
+    # Controls without runs count as if nothing were shown by them.
+    corrected = holm([*p, *[1.0] * (len(study.controls) - len(p))])[: len(p)]
+    return (
+        [meaning for meaning, value in zip(meanings, corrected, strict=True) if value < verdicts.ALPHA] if p else None
+    )

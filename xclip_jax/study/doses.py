@@ -1,5 +1,6 @@
 """The part of a study's page on doses: what becomes of the arms' difference as one thing changes."""
 
+import math
 from collections.abc import Iterator, Mapping
 
 from xclip_jax.study import verdicts
@@ -35,10 +36,14 @@ def section(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
 def interaction(snapshot: Snapshot, dose: Dose, measure: Measure) -> Difference | None:
     """Return the second line less the first at the last level, less the same at the first, paired by seed.
 
+    Of a ratio it is of logarithms.
+
     Seeds without all four runs are left out.
     """
     a, b = dose.lines.values()
-    (a0, b0, a1, b1) = (snapshot.values(arm, measure) for arm in (a[0], b[0], a[-1], b[-1]))
+    of = math.log if measure.ratio else float
+    ends = [{seed: of(x) for seed, x in snapshot.values(arm, measure).items()} for arm in (a[0], b[0], a[-1], b[-1])]
+    (a0, b0, a1, b1) = ends
     last = {seed: b1[seed] - a1[seed] for seed in a1.keys() & b1.keys()}
     return paired(last, {seed: b0[seed] - a0[seed] for seed in a0.keys() & b0.keys()})
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import AUTO, FULL, WHOLE, LengthGroups
 from xclip_jax.errors import UserError
 from xclip_jax.interop import hub
+from xclip_jax.objectives import TERMS
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import is_remote, write_json, write_whole
 from xclip_jax.train import lease
@@ -71,7 +72,7 @@ class TrainingFolder(RunFolder):
             rest = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
             raise UserError(
                 f"{self.path} contains a run with a different config: {', '.join(differing[:_SHOWN])}{rest}. Use a "
-                "different --config.run, or delete the folder."
+                "different --config.run, delete the folder, or give these keys the values of its config.json."
             )
         weights = config.init.weights
         if saved.get("init_weights") and epath.Path(weights).exists() and fingerprint(weights) != saved["init_weights"]:
@@ -302,11 +303,17 @@ class TrainingFolder(RunFolder):
 def _differences(saved: Mapping[str, Any], config: Config) -> list[str]:
     """Keys that decide what is learned and differ between a saved config and `config`."""
     before, after = schema.flatten(saved), schema.flatten(schema.to_dict(config))
+    # Options of terms that neither has.
+    idle = tuple(f"objective.{name}." for name in TERMS if name not in {*config.objective.terms, *_terms(saved)})
     return [
         f"{key} ({before.get(key)!r} in config.json, {after.get(key)!r} now)"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(KEYS_FREE_ON_RESUME)
+        if before.get(key) != after.get(key) and not key.startswith((*KEYS_FREE_ON_RESUME, *idle))
     ]
+
+
+def _terms(saved: Mapping[str, Any]) -> Collection[str]:
+    return saved.get("objective", {}).get("terms", {})
 
 
 def fingerprint(path: str) -> str:
