@@ -88,19 +88,37 @@ run() {
   if [ -n "${DRY_RUN:-}" ]; then quote "$@"; else "$@"; fi
 }
 
-# run_folder EXAMPLE ARGUMENTS: the value of --config.run among the arguments of training.
-run_folder() {
-  local example=$1 folder=""
+# argument KEY ARGUMENTS: the value of --config.KEY among the arguments of training.
+argument() {
+  local key=$1 value=""
   shift
   while [ $# -gt 0 ]; do
     case $1 in
-      --config.run=* | -config.run=*) folder=${1#*=} ;;
-      --config.run | -config.run) folder=${2:-} ;;
+      "--config.$key="* | "-config.$key="*) value=${1#*=} ;;
+      "--config.$key" | "-config.$key") value=${2:-} ;;
     esac
     shift
   done
+  printf '%s\n' "$value"
+}
+
+# run_folder EXAMPLE ARGUMENTS: the value of --config.run among the arguments of training.
+run_folder() {
+  local example=$1 folder
+  shift
+  folder=$(argument run "$@")
   [ -n "$folder" ] || fail "--config.run is missing; say where the run is kept, as in --config.run=$example"
   echo "$folder"
+}
+
+# logs_to TRACKER ARGUMENTS: whether --config.log.to among the arguments names this tracker.
+logs_to() {
+  local tracker=$1
+  shift
+  case $(argument log.to "$@") in
+    "$tracker" | *[\"\']"$tracker"[\"\']*) ;;
+    *) return 1 ;;
+  esac
 }
 
 # Flags of the TPU compiler, which hide the sum of the gradients behind computation; the reasons are in docs/pods.md.
@@ -113,6 +131,8 @@ TPU_COMPILER_FLAGS="--xla_tpu_enable_async_collective_fusion=true\
 # Checks the variables of a TPU and fills the arrays WHERE and SHAPE with flags of gcloud.
 tpu_flags() {
   local more=()
+  # The scripts have changed to the checkout; a file that is named without its folder is where they were started.
+  [[ ${ENV_FILE:-/} == /* ]] || ENV_FILE=$OLDPWD/$ENV_FILE
   EXTRAS=${EXTRAS:-tpu}
   [[ ,$EXTRAS, == *,tpu,* ]] || fail "EXTRAS=$EXTRAS lacks tpu, without which JAX finds no TPU; set EXTRAS=tpu,$EXTRAS"
   [[ $TYPE != tpu7x* ]] ||
@@ -142,7 +162,7 @@ tpu_check() {
   local folder=$1 tracker bucket said extra extras="" missing="" python=${PYTHON:-python3}
   shift
   for tracker in wandb trackio; do
-    [[ "$*" != *log.to*"$tracker"* || ,$EXTRAS, == *,$tracker,* ]] ||
+    ! logs_to "$tracker" "$@" || [[ ,$EXTRAS, == *,$tracker,* ]] ||
       fail "log.to names $tracker, which the workers would lack; set EXTRAS=$EXTRAS,$tracker"
   done
   if [ -n "$DRY_RUN" ]; then
@@ -182,10 +202,10 @@ tpu_keys() {
     [ -z "$line" ] || fail "ENV_FILE=$ENV_FILE, line $line is not NAME=VALUE, or has spaces or quotes; correct it"
     names=$(sed -n '/^#/d; s/=.*//p' "$ENV_FILE")
   fi
-  if [[ $extras == *,wandb,* || "$*" == *log.to*wandb* ]] && [[ $names != *WANDB_API_KEY* && $names != *WANDB_MODE* ]]; then
+  if { [[ $extras == *,wandb,* ]] || logs_to wandb "$@"; } && ! grep -qxe WANDB_API_KEY -e WANDB_MODE <<<"$names"; then
     fail "log.to names wandb, for which the workers have no key; write WANDB_API_KEY=... (or WANDB_MODE=offline) into a file of mode 600, and set ENV_FILE=FILE"
   fi
-  if [[ $extras =~ ,(hub|datasets), || "$*" == *hf:* ]] && [[ $names != *HF_TOKEN* ]]; then
+  if [[ $extras =~ ,(hub|datasets), || "$*" == *hf:* || "$*" == *hf-hub:* ]] && ! grep -qxe HF_TOKEN <<<"$names"; then
     echo "warning: repositories of the Hugging Face Hub that are gated or private need HF_TOKEN=... in the file ENV_FILE" >&2
   fi
 }
@@ -242,8 +262,10 @@ tpu_install() {
     tpu_ssh all "[ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh" &&
     tpu_ssh all "cd xclip_jax && { [ -x .venv/bin/python ] || ~/.local/bin/uv venv --quiet --python 3.12 .venv; } &&\
  ~/.local/bin/uv pip install --quiet --python .venv/bin/python --editable '.[$EXTRAS]'" &&
-    { [ -z "${ENV_FILE:-}" ] ||
-      run gcloud compute tpus tpu-vm scp "$ENV_FILE" "$NAME:.xclip_jax.env" "${WHERE[@]}" --worker=all; } &&
+    { [ -z "${ENV_FILE:-}" ] || {
+      run gcloud compute tpus tpu-vm scp "$ENV_FILE" "$NAME:.xclip_jax.env" "${WHERE[@]}" --worker=all &&
+        tpu_ssh all "chmod 600 .xclip_jax.env"
+    }; } &&
     { [ -z "${SETUP:-}" ] || tpu_ssh all "$SETUP"; }
 }
 

@@ -93,3 +93,19 @@ def server(tmp_path, monkeypatch):
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
         yield made
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    """A repository with what the launch scripts send to workers; not to be changed."""
+    from tests import fake_cloud
+
+    return fake_cloud.make_checkout(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture
+def cloud(tmp_path, checkout):
+    """A cloud of TPUs for the launch scripts."""
+    from tests import fake_cloud
+
+    return fake_cloud.Cloud(tmp_path, checkout)

@@ -22,11 +22,15 @@ def read(path):
     return path.read_text() if path.exists() else ""
 
 
-def launch(script, *args, env=None, cwd=ROOT, path=(), timeout=60):
-    """Runs a script with nothing of this environment but the commands in `path` and those of the system."""
+def launch(script, *args, env=None, cwd=ROOT, path=(), timeout=60, folder=None):
+    """Runs a script of the checkout `cwd`, from there or from `folder`.
+
+    It has nothing of this environment but the commands in `path` and those of the system.
+    """
+    folder = folder or cwd
     env = {"PATH": os.pathsep.join([*map(str, path), "/usr/bin", "/bin"]), "HOME": "/nonexistent"} | (env or {})
-    command = ["bash", f"launch/{script}", *args]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    command = ["bash", os.path.relpath(pathlib.Path(cwd, "launch", script), folder), *args]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 @contextlib.contextmanager

@@ -76,8 +76,21 @@ def test_paths_without_a_prefix(tmp_path, capsys):
         assert code == 0 and f"samples: {samples}" in out, path
     (tmp_path / "notes.txt").write_text("x")
     assert run(capsys, tmp_path / "notes.txt")[2].startswith(f"error: unknown source '{tmp_path}/notes.txt'; write ")
+    for pattern in ("/data/{00..12}", "gs://data/x*", "pairs/*"):
+        fault = f"error: '{pattern}' has no ending of a known type; write the type first, as in xclip-jax check"
+        assert run(capsys, pattern)[2] == f"{fault} 'tar:{pattern}'"
+    assert run(capsys, "tars:x*")[2].endswith("did you mean 'tar:x*'?")
     assert run(capsys, "/nowhere/x")[2] == "error: no file or folder '/nowhere/x'; check the path."
     assert run(capsys, "folder:/nowhere/x")[2].startswith("error: data folder '/nowhere/x' does not exist")
+
+
+def test_columns_are_set_by_its_own_arguments(tmp_path, capsys):
+    tiny.folder(tmp_path / "pairs", n=3)
+    (tmp_path / "table.csv").write_text("path,caption\npairs/000.png,one\npairs/001.png,two\n")
+    error = run(capsys, tmp_path / "table.csv")[2]
+    assert error.endswith(" has no column 'image' but 'path', 'caption'; set --image_key, --text_keys and --tags_key.")
+    columns = ("--image_key", "path", "--text_keys", "caption")
+    assert run(capsys, tmp_path / "table.csv", *columns, "--length", 12)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from xclip_jax.config import schema
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.result import Result
 from xclip_jax.models.layers import stack_blocks
+from xclip_jax.objectives.config import RECIPES
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.encoder import make_encoder
@@ -112,7 +113,8 @@ def test_the_card_of_a_run(run, tmp_path, monkeypatch):
         json.loads((run / f"{name}.json").read_text()) for name in ("data", "results", "evaluation", "config")
     )
     for part in (
-        f"| {data[0]['samples']} | by size |", "| objective.terms.clip | 0.3 |", "| optim.lr | 0.001 |",
+        f"| {data[0]['samples']} | by size |", "| optim.lr | 0.001 |",
+        f"| objective.terms.clip | {RECIPES['xclip']['clip']} |",
         f"| data.batch | {tiny.BATCH} |",
         "| step | 2 of 2 |", "| parameters | their moving average |",
         "# xCLIP, ViT of width 32", "Trained on image-text pairs; gives embeddings of images and texts in one space of "
@@ -161,13 +163,14 @@ def test_a_card_has_no_path_of_the_machine():
         "zeroshot/folder:a/x", "zeroshot/folder:b/x", "my_lab.sets:Own:y", "retrieval/hf:lab/z/test"
     ]  # fmt: skip
     config = schema.resolve(tiny.config("clip"))
-    head = model_card._metadata(config, build.build(config), "hf", [
-        Result(name, "zeroshot", "top1", 50.0, headline=True) for name in ("wds:hf:lab/set", "hf:lab/other@v1/test")
-    ])  # fmt: skip
+    names = ["wds:hf:lab/set", "hf:lab/other@v1/test", "hf:lab/other@v1/test?label=fine"]
+    measured = [Result(name, "zeroshot", key, 50.0, headline=True) for name in names for key in ("top1", "top5")]
+    head = model_card._metadata(config, build.build(config), "hf", measured)
     (index,) = yaml.safe_load(head.split("---\n")[1])["model-index"]
-    assert [row["dataset"] for row in index["results"]] == [
-        {"type": "lab/set", "name": "wds:hf:lab/set"}, {"type": "lab/other", "name": "hf:lab/other@v1/test"}
+    assert [(row["dataset"]["type"], row["dataset"]["name"]) for row in index["results"]] == [
+        ("lab/set", names[0]), ("lab/other", names[1]), ("lab/other", names[2])
     ]  # fmt: skip
+    assert [[metric["type"] for metric in row["metrics"]] for row in index["results"]] == [["top1", "top5"]] * 3
 
 
 def test_the_recipe_of_a_run_of_an_earlier_version(run, tmp_path):

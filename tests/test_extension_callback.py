@@ -1,5 +1,6 @@
 """Callbacks and trackers of other packages: tests/extension/status_file.py, and no change inside xclip_jax."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import pytest
 
 from tests import tiny
 from xclip_jax.config import schema
+from xclip_jax.doctor.before import check_config
+from xclip_jax.doctor.finding import FAIL
 from xclip_jax.errors import UserError
-from xclip_jax.train import job, trainer
+from xclip_jax.train import callbacks, job, trainer
 from xclip_jax.train.callbacks import Callback
 
 STATUS = "tests.extension.status_file:StatusFile"
@@ -43,6 +46,11 @@ class Demanding(Callback):
         self.url = url
 
 
+class Failing(Callback):
+    def __init__(self):
+        raise ConnectionError("no route to host\nTraceback")
+
+
 def test_a_run_calls_them(pairs, tmp_path, capsys):
     run = tmp_path / "run"
     config = tiny.short(pairs, run, log__callbacks=(STATUS,), log__to=(LIST,))
@@ -71,7 +79,16 @@ def test_a_run_calls_them(pairs, tmp_path, capsys):
         ("callbacks", "tests.extension.status_file:Status", rf"log\.callbacks: .* did you mean '{STATUS}'\?$"),
         ("callbacks", "no_such.module:Class", r"log\.callbacks: .*cannot be imported .*install its package"),
         ("callbacks", LIST, r"List' is not a class derived from xclip_jax\.train\.callbacks\.Callback"),
-        ("callbacks", "tests.test_extension_callback:Demanding", r"Demanding' cannot be made .*'url'.*no arguments"),
+        (
+            "callbacks",
+            "tests.test_extension_callback:Demanding",
+            r"Demanding' cannot be made without arguments \(TypeError: .*'url'",
+        ),
+        (
+            "callbacks",
+            "tests.test_extension_callback:Failing",
+            r"Failing' cannot be made .*Error: no route to host\); correct",
+        ),
         ("to", "tests.test_extension_callback:Lists", rf"log\.to: .* did you mean '{LIST}'\?$"),
         ("to", STATUS, r"StatusFile' is not a class derived from xclip_jax\.train\.trackers\.Tracker"),
     ],
@@ -82,8 +99,21 @@ def test_a_wrong_name_is_one_sentence_before_the_folder(key, name, message, pair
     assert not (tmp_path / "run").exists()
 
 
-def test_the_check_of_a_config_looks_at_the_names():
-    flags = ["--config", "xclip", "--config.data.sources=('folder:/x',)", "--config.log.callbacks=('no.such:Class',)"]
+def test_the_check_of_a_config_imports_what_it_names_and_makes_nothing():
+    values = {"data.sources": ("folder:/x",), "log.callbacks": (f"{__name__}:Failing",), "log.to": ("no.such:Class",)}
+    flags = ["--config", "xclip", *(f"--config.{key}={value}" for key, value in values.items())]
     command = [sys.executable, "-m", "xclip_jax.main", "--check", *flags]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: log.callbacks: 'no.such:Class' cannot be imported")
+    assert done.returncode == 1 and done.stderr.startswith("error: log.to: 'no.such:Class' cannot be imported")
+    with pytest.raises(UserError, match=r"log\.callbacks: 'no\.such:Class' cannot be imported"):
+        callbacks.classes(schema.resolve(tiny.config(log__callbacks=("no.such:Class",))))
+
+
+def test_the_doctor_imports_what_a_config_names_and_makes_nothing(tmp_path):
+    names = {"log__callbacks": (f"{__name__}:Failing", "no.such:Class"), "log__to": (LIST, "no.such:Tracker")}
+    findings = check_config(tiny.config(run=tmp_path / "run", **names))
+    findings = list(itertools.takewhile(lambda finding: finding.check != "model", findings))
+    assert [finding.text.partition(" cannot be imported")[0] for finding in findings if finding.check == "log"] == [
+        "log.callbacks: 'no.such:Class'", "log.to: 'no.such:Tracker'"
+    ]  # fmt: skip
+    assert {finding.mark for finding in findings if finding.check == "log"} == {FAIL}

@@ -143,6 +143,8 @@ def small(config, run, steps):
 def test_sizes_are_taken_over_from_weights(pretrained, tmp_path):
     c = finetune.get_config(f"data=tfds:imagenet2012,weights={pretrained}")
     assert (c.model.img.width, c.model.img.patch, c.model.txt.context_length, c.data.tokenizer) == (32, 8, 24, "bytes")
+    columns = finetune.get_config("data=hf:lab/set?label=fine,examples=9,classes=3")
+    assert columns.run == "runs/finetune-lab-set" and columns.data.sources == ("hf:lab/set?label=fine/train",)
     assert c.model.img.scan and c.objective.classify.classes == 1000  # how towers are computed stays the config's
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json cannot be read"):

@@ -11,6 +11,7 @@ import sys
 import chex
 import jax
 import numpy as np
+import open_clip
 import pytest
 import safetensors.torch
 import torch
@@ -20,7 +21,7 @@ from PIL import Image
 import xclip_jax
 from tests import hub_server, tiny
 from tests.foreign import MODELS, make_hf, make_open_clip
-from xclip_jax import evaluate, export, interop
+from xclip_jax import evaluate, export, interop, mteb
 from xclip_jax.data import tokenizer
 from xclip_jax.errors import UserError
 from xclip_jax.interop import hub
@@ -159,9 +160,15 @@ def test_names_of_open_clip_are_repositories_or_refused(server, folders, tmp_pat
     server.add("lab/x", folders["open_clip"], branch="v1")
     assert hub.resolve("hf-hub:lab/x@v1") == hub.resolve("hf:lab/x@v1")
     assert hub.local_name("hf-hub:lab/x@v1") == "lab--x@v1"
-    for name in ("ViT-B-32", "ViT-B/32", "RN50", "ViT-B-32/laion2b_s34b_b79k", "convnext_base_w", "ViT-L-14-quickgelu"):
+    assert mteb._name("hf-hub:lab/x@v1") == mteb._name("hf:lab/x") == "lab/x"
+    for name in ("ViT-B-32", "ViT-B/32", "RN50", "ViT-B-32/laion2b_s34b_b79k", "ViT-L/14@336px"):
         with pytest.raises(UserError, match=f"'{name}' does not exist, and names of models .*, hf:ORG/NAME, such as"):
             weights.load(name)
+    families = ("ViT-", "RN", "EVA", "convnext", "coca_ViT", "MobileCLIP")
+    names = [name for name in open_clip.list_models() if name.startswith(families)]
+    assert len(names) > 100 and [name for name in names if not hub._MODEL.fullmatch(name)] == []
+    for path in ("EVA/run1", "ViT-runs/mine", "ViT-B-32-mine", "RN-1", "convnext_mine", "MobileCLIP/run"):
+        assert hub.resolve(path) == path
     (tmp_path / "ViT-B-32").mkdir()
     assert hub.resolve("ViT-B-32") == "ViT-B-32" and hub.resolve("ViT-B-32.pt") == "ViT-B-32.pt"
 

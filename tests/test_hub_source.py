@@ -12,6 +12,7 @@ from tests import tiny
 from tests.encoding import PREPARE
 from xclip_jax.data import check, sources
 from xclip_jax.data.base import SourceOptions
+from xclip_jax.data.config import DataConfig
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.evaluators import registry
 from xclip_jax.train import trainer
@@ -189,8 +190,23 @@ def test_columns_of_images_and_classes_are_named_in_the_spec(tmp_path):
     }.items():
         with pytest.raises(UserError, match=message):
             registry.load(f"{spec}{end}", PREPARE)
-    with pytest.raises(UserError, match=r"names columns of images and labels; of pairs they are data\.image_key"):
+    with pytest.raises(UserError, match=r"names a column of images; of pairs it is data\.image_key"):
         sources.open_pairs(f"{spec}?image=left")
+    for rest in ("lab/set/test?label", "lab/set?label=fine/main/test", "lab/set/test?image=a?label=fine"):
+        with pytest.raises(UserError, match=r"has a \? without columns, or before its end; expected \?image=COLUMN"):
+            sources.open_labelled(f"hf:{rest}")
+
+
+def test_held_out_pairs_of_several_columns_have_labels(tmp_path):
+    left = rows(20, image="left").rename_column("label", "fine")
+    coarse = rows(20, image="right").select_columns(["right", "label"]).rename_column("label", "coarse")
+    path = saved(tmp_path / "what?", datasets.concatenate_datasets([left, coarse], axis=1))
+    data = DataConfig(sources=(f"hf:{path}?label=fine",), image_key="right", holdout=0.5)
+    named = registry.load("zeroshot/holdout", PREPARE, data=data)
+    pairs = registry.load("retrieval/holdout", PREPARE, data=data)
+    assert 0 < len(named.images) == len(pairs.images) < 20 and list(named.names) == NAMES
+    np.testing.assert_array_equal(named.images[0], pairs.images[0])
+    assert sources.open_pairs(data.sources[0], options(image_key="left"))[1]["image"] == png(1)
 
 
 @pytest.mark.parametrize("spec", ["hf:lab", "hf:lab/pairs", "hf:", "hf:lab/pairs@v1"])

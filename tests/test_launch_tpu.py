@@ -1,11 +1,6 @@
-"""The scripts for TPUs, against a cloud that is made of shell scripts.
-
-In it `gcloud compute tpus tpu-vm ssh` executes the command in a folder that stands for the home of all workers: what
-arrives there, quoting included, is what would arrive on a TPU VM.
-"""
+"""The scripts for TPUs, against a cloud that is made of shell scripts."""
 
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -16,102 +11,13 @@ import time
 import pytest
 from etils import epath
 
+from tests.fake_cloud import GCLOUD, REQUIRED, Cloud
 from tests.launching import COMMAND, ROOT, TRAINING, commands, executable, launch, read, untouched
 from xclip_jax import environment
 
 FLAGS = subprocess.check_output(
     ["bash", "-c", '. launch/common.sh; printf %s "$TPU_COMPILER_FLAGS"'], cwd=ROOT, text=True
 )
-REQUIRED = {"PROJECT": "some-project", "ZONE": "some-zone"}
-
-# $CLOUD/state is the state of the TPU, $CLOUD/home the home of its workers, $CLOUD/bucket what is in gs://.
-GCLOUD = r"""
-echo "gcloud $(printf '%q ' "$@")" >>"$CLOUD/calls"
-flag() { local a; for a in "${words[@]}"; do [[ $a != "$1="* ]] || echo "${a#"$1="}"; done; }
-words=("$@")
-case "$*" in
-  *" create "*)
-    mkdir -p "$CLOUD/home/.local/bin"
-    cp "$CLOUD/uv" "$CLOUD/home/.local/bin/uv"
-    cat "$CLOUD/born" >"$CLOUD/state"
-    ;;
-  *" delete "*)
-    kill "$(cat "$CLOUD/home/xclip_jax/train.pid")" 2>/dev/null
-    rm -rf "$CLOUD/home" "$CLOUD/state"
-    ;;
-  *" describe "*)
-    [ -e "$CLOUD/state" ] || { echo "ERROR: (gcloud) NOT_FOUND: no such resource" >&2; exit 1; }
-    cat "$CLOUD/state"
-    ;;
-  *" scp "*) cp "$5" "$CLOUD/home/${6#*:}" ;;
-  *" ssh "*)
-    cd "$CLOUD/home" 2>/dev/null || exit 255
-    echo "SSH: connecting" >&2
-    HOME=$PWD bash -c "$(flag --command)"
-    ;;
-  "storage ls gs://bucket") [ -z "${LOGGED_OUT:-}" ] || { echo "ERROR: (gcloud) no account" >&2; exit 1; } ;;
-  "storage ls "*) [ -e "$CLOUD/bucket/${3#gs://}" ] ;;
-  *) exit 64 ;;
-esac
-"""
-# `uv venv` puts a python there that notes its arguments and then does what the scenario says for this start.
-UV = r"""
-echo "uv $(printf '%q ' "$@")" >>"$CLOUD/calls"
-if [ "$1" = venv ]; then mkdir -p .venv/bin; cp "$CLOUD/python" .venv/bin/python; fi
-"""
-PYTHON = r"""
-echo "python $(printf '%q ' "$@")" >>"$CLOUD/calls"
-n=$(($(cat "$CLOUD/starts" 2>/dev/null || echo 0) + 1)); echo "$n" >"$CLOUD/starts"
-finish() { mkdir -p "$CLOUD/bucket/bucket/runs/mine"; touch "$CLOUD/bucket/bucket/runs/mine/results.json"; }
-echo "line of the log"
-eval "$(sed -n "${n}p" "$CLOUD/scenario")"
-"""
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
-    """A repository of two commits with what the scripts send to the workers, whatever this one is."""
-    path = tmp_path_factory.mktemp("checkout")
-    for name in (".gitattributes", ".git_archival.txt", "README.md", "pyproject.toml", "setup.py"):
-        shutil.copy(ROOT / name, path)
-    for name in ("configs", "launch", "xclip_jax"):
-        shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.com", "-c", "commit.gpgsign=false"]
-    commit = ["commit", "--quiet", "--allow-empty", "--message=x"]
-    for arguments in (["init", "--quiet"], ["add", "--all"], commit, commit):
-        subprocess.run([*git, *arguments], cwd=path, check=True)
-    return path
-
-
-class Cloud:
-    """The fake cloud of one test."""
-
-    def __init__(self, path, checkout):
-        self.path, self.checkout = path, checkout
-        (path / "bin").mkdir()
-        executable(path / "bin" / "gcloud", GCLOUD)
-        for name, body in {"uv": UV, "python": PYTHON}.items():
-            executable(path / name, body)
-
-    def launch(self, script, *args, born="ACTIVE", scenario=(), **env):
-        (self.path / "born").write_text(born + "\n")
-        (self.path / "scenario").write_text("".join(f"{line}\n" for line in scenario))
-        env = REQUIRED | {"CLOUD": str(self.path), "POLL": "0.02"} | env
-        return launch(script, *args, env=env, cwd=self.checkout, path=[self.path / "bin"])
-
-    @property
-    def calls(self):
-        return [shlex.split(line) for line in read(self.path / "calls").splitlines()]
-
-    def verbs(self):
-        """("create", "delete", "python") as they came, without looks at states and commands over ssh."""
-        words = [call[0] if call[0] != "gcloud" else (call[4] if call[1] == "compute" else "") for call in self.calls]
-        return [word for word in words if word in ("create", "delete", "python")]
-
-
-@pytest.fixture
-def cloud(tmp_path, checkout):
-    return Cloud(tmp_path, checkout)
 
 
 def remote(call):
@@ -394,68 +300,6 @@ def test_what_would_fail_later_costs_nothing(script, env, more, message, cloud):
     done = cloud.launch(script, *TRAINING, *more, **env)
     assert done.returncode == 2
     assert message in done.stderr
-    assert cloud.verbs() == []
-
-
-CHECK = r"""
-[ "$1" = -c ] || printf 'the config is valid\nextras: hub,wandb\n'
-"""
-
-
-def test_extras_that_the_config_needs_are_enough(cloud):
-    executable(cloud.path / "checks", CHECK)
-    refused = cloud.launch("tpu_vm.sh", *TRAINING, PYTHON=str(cloud.path / "checks"), EXTRAS="tpu,wandb")
-    assert refused.returncode == 2 and "set EXTRAS=tpu,wandb,hub\n" in refused.stderr and cloud.verbs() == []
-    extras = {"PYTHON": str(cloud.path / "checks"), "EXTRAS": "hub,tpu,wandb"}
-    without = cloud.launch("tpu_vm.sh", *TRAINING, **extras)
-    assert without.returncode == 2 and "the workers have no key" in without.stderr and cloud.verbs() == []
-    extras["ENV_FILE"] = str(keys(cloud.path, "WANDB_MODE=offline\n"))
-    done = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", **extras)
-    assert done.returncode == 0, done.stderr
-    assert "extras: hub,wandb\n" in done.stdout and cloud.verbs()[0] == "create"
-    assert "gated or private need HF_TOKEN=" in done.stderr
-
-
-def keys(folder, text, mode=0o600):
-    path = folder / "my keys"
-    path.write_text(text)
-    path.chmod(mode)
-    return path
-
-
-@pytest.mark.parametrize("script", ["tpu_vm.sh", "tpu_pod.sh"])
-def test_keys_reach_training_and_nothing_else(script, cloud):
-    text = "# mine\nWANDB_API_KEY=secret-1\n\nHF_TOKEN=secret/2=\n"
-    env = {"EXTRAS": "tpu,wandb", "ENV_FILE": str(keys(cloud.path, text))}
-    more = ["--config.log.to=('wandb',)", "--config.init.weights=hf:org/name"]
-    scenario = ['echo "$WANDB_API_KEY $HF_TOKEN" >"$CLOUD/obtained"; finish; exit 0']
-    dry = cloud.launch(script, "--dry-run", *TRAINING, *more, **env)
-    born = {"tpu_vm.sh": "READY", "tpu_pod.sh": "ACTIVE"}[script]
-    done = cloud.launch(script, *TRAINING, *more, born=born, scenario=scenario, KEEP="1", **env)
-    assert (dry.returncode, done.returncode) == (0, 0), done.stderr
-    deadline = time.monotonic() + 10
-    while not read(cloud.path / "obtained") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert read(cloud.path / "obtained") == "secret-1 secret/2=\n"
-    copy = cloud.path / "home" / ".xclip_jax.env"
-    assert copy.read_text() == text and copy.stat().st_mode & 0o777 == 0o600
-    log = cloud.path / "home" / "xclip_jax" / "train.log"
-    shown = (dry.stdout, dry.stderr, done.stdout, done.stderr, read(cloud.path / "calls"), read(log))
-    assert not any("secret" in text for text in shown) and "gated" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("text", "mode", "message"),
-    [
-        ("HF_TOKEN=x\n", 0o640, r"error: others may read ENV_FILE=.*my keys; chmod 600 .*my keys"),
-        ("A=1\nHF_TOKEN='secret'\n", 0o600, r"error: ENV_FILE=.*my keys, line 2 is not NAME=VALUE, or has spaces"),
-        ("export HF_TOKEN=secret\n", 0o600, r"error: ENV_FILE=.*my keys, line 1 is not NAME=VALUE"),
-        ("A=$(touch secret)\n", 0o600, r"error: ENV_FILE=.*my keys, line 1 is not NAME=VALUE"),
-    ],
-)
-def test_a_file_of_keys_that_is_not_safe_is_one_sentence(text, mode, message, cloud):
-    done = cloud.launch("tpu_vm.sh", *TRAINING, ENV_FILE=str(keys(cloud.path, text, mode)))
-    assert done.returncode == 2 and re.search(message, done.stderr) and "secret" not in done.stderr
     assert cloud.verbs() == []
 
 

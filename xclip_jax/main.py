@@ -11,7 +11,7 @@ from xclip_jax.console import log0
 from xclip_jax.doctor import machine
 from xclip_jax.errors import exit_with_message
 from xclip_jax.parallel import processes
-from xclip_jax.train import callbacks, job, trainer
+from xclip_jax.train import callbacks, job, trackers, trainer
 
 _CHECK = flags.DEFINE_bool(
     "check", False, "Check keys and names of the config, and stop: no data, no device and no run's folder are needed."
@@ -30,7 +30,8 @@ def main(_: list[str]) -> None:
     with processes.exits(), exit_with_message():
         if _CHECK.value:
             config = job.check(flags.FLAGS.config)
-            callbacks.of_config(config)
+            callbacks.classes(config)
+            trackers.classes(config)
             log0("the config, and the names of its sources and evaluation sets, are valid")
             if extras := job.extras(config):
                 log0(f"extras: {','.join(extras)}")  # launch/common.sh reads it

@@ -149,6 +149,8 @@ def _metadata(config: Config, experiment: Experiment, to: str, measured: Sequenc
             task_type=_TASKS.get(result.family, result.family),
             dataset_type=match[1] if (match := of_hub.search(result.set)) else shown[result.set],
             dataset_name=shown[result.set],
+            # The Hub puts results of one type and configuration under one name: a set is its own configuration.
+            dataset_config=shown[result.set],
             metric_type=result.key,
             metric_value=round(result.value, 2),
         )

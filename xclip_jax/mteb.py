@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from xclip_jax import inference
-from xclip_jax.data import hub_client
 from xclip_jax.errors import UserError
+from xclip_jax.interop import hub
 
 
 class Model:
@@ -107,6 +107,6 @@ class Model:
 
 def _name(checkpoint: str) -> str:
     """Return "ORG/NAME" of a repository of the Hub, or "xclip_jax/FOLDER"."""
-    if checkpoint.startswith(hub_client.PREFIX):
-        return checkpoint.removeprefix(hub_client.PREFIX).partition("@")[0]
+    if hub.is_hub(checkpoint):
+        return checkpoint.partition(":")[2].partition("@")[0]
     return f"xclip_jax/{os.path.basename(os.path.abspath(checkpoint))}"

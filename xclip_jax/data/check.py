@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from xclip_jax.data import loader, records, sources, tokenizer, transforms
-from xclip_jax.data.base import Record, Source, SourceOptions
+from xclip_jax.data.base import MissingColumnError, Record, Source, SourceOptions
 from xclip_jax.errors import BadSample, Parser, UserError, exit_with_message
 
 _TILE, _COLUMNS, _ROWS, _LINES = 200, 6, 4, 4
@@ -212,6 +212,19 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _open(options: argparse.Namespace) -> Source:
+    """Open the source; errors name the arguments of this command.
+
+    Raises:
+      UserError: it cannot be opened.
+    """
+    keys = options.image_key, tuple(options.text_keys.split(",")), options.tags_key
+    try:
+        return sources.open_pairs(sources.of_path(options.source), SourceOptions(options.data_dir, *keys))
+    except MissingColumnError as error:
+        raise UserError(f"{error.fault}; set {error.keys.replace('data.', '--')}.") from error
+
+
 def main(arguments: Sequence[str]) -> int:
     """The command; see the module's docstring. Returns the exit code."""
     options = _options(arguments)
@@ -221,8 +234,7 @@ def main(arguments: Sequence[str]) -> int:
                 raise UserError(f"--sheet {options.sheet!r} is a folder; pass a PNG file in it.")
             pathlib.Path(options.sheet).parent.mkdir(parents=True, exist_ok=True)
         tokenizer.load(options.tokenizer)
-        keys = options.image_key, tuple(options.text_keys.split(",")), options.tags_key
-        source = sources.open_pairs(sources.of_path(options.source), SourceOptions(options.data_dir, *keys))
+        source = _open(options)
         for line in report(source, options):
             print(line.encode("utf-8", "replace").decode(), flush=True)  # names of files need not be UTF-8
     return 0 if options.passed else 1

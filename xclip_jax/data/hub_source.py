@@ -27,6 +27,7 @@ _HUB = re.compile(rf"({hub_client.ID})(?:@([^/]+))?(?:/([^/]+))?/([^/]+)")
 _LOCAL = ("/", "./", "../", "~")
 # Columns that a spec names at its end, or before the split that a probe adds.
 _COLUMNS = re.compile(r"\?([^/?]*=[^/?]*)(?=/[^/]*$|$)")
+_EXPECTED = "expected ?image=COLUMN&label=COLUMN, or one"
 _BATCH = 10_000  # rows that are hashed at once
 _MAX_MESSAGE = 300  # letters of an error of `datasets`
 
@@ -105,15 +106,18 @@ def split_columns(rest: str) -> tuple[str, dict[str, str]]:
     """Return `rest` without its end "?image=COLUMN&label=COLUMN", and the columns; in names %26 is a &, %2F a /.
 
     Raises:
-      UserError: another key than "image" and "label", or no column.
+      UserError: another key than "image" and "label", no column, or another place than the end.
     """
-    if not (match := _COLUMNS.search(rest)):
-        return rest, {}
-    pairs = (part.partition("=") for part in match[1].split("&"))
-    columns = {key: urllib.parse.unquote(name) for key, _, name in pairs}
-    if not all(columns.values()) or not columns.keys() <= {"image", "label"}:
-        raise UserError(f"source {PREFIX + rest!r} ends in {match[0]!r}; expected ?image=COLUMN&label=COLUMN, or one.")
-    return rest[: match.start()] + rest[match.end() :], columns
+    place, columns = rest, {}
+    if match := _COLUMNS.search(rest):
+        place = rest[: match.start()] + rest[match.end() :]
+        pairs = (part.partition("=") for part in match[1].split("&"))
+        columns = {key: urllib.parse.unquote(name) for key, _, name in pairs}
+        if not all(columns.values()) or not columns.keys() <= {"image", "label"}:
+            raise UserError(f"source {PREFIX + rest!r} ends in {match[0]!r}; {_EXPECTED}.")
+    if "?" in place and not place.startswith(_LOCAL):  # folders may be called so
+        raise UserError(f"source {PREFIX + rest!r} has a ? without columns, or before its end; {_EXPECTED} at the end.")
+    return place, columns
 
 
 def image_column(spec: str, features: Mapping[str, Any], key: str = SourceOptions.image_key, remedy: str = "") -> str:
@@ -202,15 +206,16 @@ class HubPairs(Source):
     def __init__(self, rest: str, options: SourceOptions) -> None:
         """Opens the split, see `open_split` and the config keys of `options`.
 
+        "?label=COLUMN" at the end of `rest` is for evaluations of the pairs by their labels.
+
         Raises:
           UserError: a set that cannot be opened or has no rows, or no columns of images and captions.
         """
         spec = f"{PREFIX}{rest}"
-        if split_columns(rest)[1]:
-            raise UserError(
-                f"source {spec!r} names columns of images and labels; of pairs they are data.image_key, data.text_keys."
-            )
-        rows = open_split(rest)
+        place, columns = split_columns(rest)
+        if "image" in columns:
+            raise UserError(f"source {spec!r} names a column of images; of pairs it is data.image_key.")
+        rows = open_split(place)
         self.image_key = image_column(spec, rows.features, options.image_key)
         self.text_keys = caption_columns(spec, rows.features, options.text_keys)
         self.tags_key = options.tags_key

@@ -9,6 +9,7 @@ import difflib
 import glob
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -85,8 +86,12 @@ def of_path(text: str) -> str:
         return f"tar:{os.path.join(text, '*.tar')}"
     kinds = [name for name, kind in SOURCES.items() if kind.reads(path)]
     if not kinds:
-        if os.path.isabs(path) and not (glob.has_magic(path) or os.path.exists(path)):
-            raise UserError(f"no file or folder {text!r}; check the path.")
+        if not os.path.exists(path):
+            if re.search(r"[*?\[{]", path) and (":" not in path or "://" in path):
+                command = f"xclip-jax check {shlex.quote(f'tar:{text}')}"
+                raise UserError(f"{text!r} has no ending of a known type; write the type first, as in {command}")
+            if os.path.isabs(path):
+                raise UserError(f"no file or folder {text!r}; check the path.")
         raise _unknown(text)
     return f"{kinds[0]}:{text}"
 

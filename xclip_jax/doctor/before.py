@@ -1,6 +1,7 @@
 """The checks of a config before its run, in the order in which they depend on each other."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from xclip_jax.doctor.machine import check_devices, check_versions
 from xclip_jax.doctor.reading import check_data, check_sets
 from xclip_jax.doctor.resources import check_disk, check_folder, check_step
 from xclip_jax.doctor.settings import check_settings
+from xclip_jax.train import callbacks, trackers
 from xclip_jax.train.build import Experiment, build
 from xclip_jax.train.run_folder import TrainingFolder
 from xclip_jax.train.weights import read_initial
@@ -59,6 +61,7 @@ def check_config(
         yield unusable
     else:
         yield from check_folder(resolved, folder)
+    yield from check_log(resolved)
     experiment, problem = attempt("model", lambda: _build(resolved, folder))
     if experiment is None:
         yield from filter(None, [problem])
@@ -74,6 +77,13 @@ def check_config(
     yield from check_sets(experiment)
     yield from check_weights(experiment, folder)
     yield from check_settings(experiment, step.seconds)
+
+
+def check_log(config: Config) -> Iterator[Finding]:
+    """Yield which of `log.callbacks` and `log.to` cannot be imported; none is made."""
+    for look in (callbacks.classes, trackers.check):
+        _, problem = attempt("log", functools.partial(look, config))
+        yield from filter(None, [problem])
 
 
 def _build(config: Config, folder: TrainingFolder) -> Experiment:

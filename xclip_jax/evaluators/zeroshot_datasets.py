@@ -83,13 +83,18 @@ class Content:
     templates: Sequence[str] = ()
 
 
-def read_source(spec: str, data_dir: str | None) -> Content:
+def read_source(spec: str, data_dir: str | None, image_key: str = SourceOptions.image_key) -> Content:
     """Open the labelled images of a source.
+
+    Args:
+      spec: of the source.
+      data_dir: root of TFDS data sets, None for the default.
+      image_key: column of the images where the source lets one choose and `spec` names none.
 
     Raises:
       UserError: a source that cannot be opened, or items that are not images in classes.
     """
-    source = sources.open_labelled(spec, SourceOptions(data_dir or ""))
+    source = sources.open_labelled(spec, SourceOptions(data_dir or "", image_key))
     if source.key != "image" or not source.names:
         raise UserError(f"{spec}: expected images in classes, got {source.key}s; use another source.")
     data = sources.parse(spec).rest
@@ -105,7 +110,7 @@ def read_held_out(spec: str, data: DataConfig) -> Content:
     """
     parts, identities = [], []
     for source_spec in data.sources:
-        part = read_source(source_spec, data.dir)
+        part = read_source(source_spec, data.dir, data.image_key)
         if np.ndim(part.labels) != 1:
             raise UserError(f"{spec}: images of {source_spec} have several labels; give each one class.")
         positions = holdout.selected(part.images, data.holdout)

@@ -24,10 +24,13 @@ _BESIDE = (
     "xclip_config.json", open_clip.CONFIG, hf.CONFIG, hf.PREPROCESSOR, "processor_config.json", vocabulary.FILE,
     vocabulary.CLIP_FILES[0], vocabulary.OPTIONS, vocabulary.SENTENCEPIECE,
 )  # fmt: skip
-# Of several files of weights the first is fetched: safetensors before pickles, else in the order of a folder's.
 _ALIAS = "hf-hub:"  # open_clip's word for `PREFIX`
 # Names of models that open_clip and OpenAI's CLIP know, as ViT-B-32 and ViT-B/32, with the name of weights or without.
-_MODEL = re.compile(r"(ViT|RN\d|EVA|convnext|coca_ViT|MobileCLIP)[\w-]*(/\w+)?")
+_MODEL = re.compile(
+    r"((coca_)?ViT-(\w|bigG|gopt|SO400M)[-/]\d\d|RN\d+(x\d+)?|EVA0\d-\w-\d\d|convnext_(tiny|small|base|x*large)(_[wd])?(_320)?"
+    r"|MobileCLIP2?-\w\d?)(-plus|-alt|-quickgelu|-SigLIP2?|-i18n|-CLIPA|-worldwide|-\d{2,3}|@\d{3}px)*(/\w+)?"
+)
+# Of several files of weights the first is fetched: safetensors before pickles, else in the order of a folder's.
 _WEIGHTS = tuple(sorted(tensor_files.NAMES, key=lambda name: ".safetensors" not in name))
 
 

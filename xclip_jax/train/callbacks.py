@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xclip_jax.config.schema import Config
+from xclip_jax.data.text import first_line
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.result import Result
 from xclip_jax.imports import import_class
@@ -38,16 +39,28 @@ class Callback:
         """
 
 
+def classes(config: Config) -> list[type[Callback]]:
+    """Import the callbacks that `log.callbacks` names; none is made.
+
+    Raises:
+      UserError: a class that cannot be imported, or is not a callback.
+    """
+    return [import_class(name, Callback, "log.callbacks:") for name in config.log.callbacks]
+
+
 def of_config(config: Config) -> list[Callback]:
     """Make the callbacks that `log.callbacks` names.
 
     Raises:
-      UserError: a class that cannot be imported, is not a callback, or takes arguments.
+      UserError: as `classes`, or a class whose constructor fails.
     """
     made = []
-    for name in config.log.callbacks:
+    for name, callback in zip(config.log.callbacks, classes(config), strict=True):
         try:
-            made.append(import_class(name, Callback, "log.callbacks:")())
-        except TypeError as error:
-            raise UserError(f"log.callbacks: {name!r} cannot be made ({error}); give it no arguments.") from error
+            made.append(callback())
+        except Exception as error:  # of another package
+            raise UserError(
+                f"log.callbacks: {name!r} cannot be made without arguments ({first_line(error)}); correct its "
+                "__init__, or leave it out."
+            ) from error
     return made

@@ -149,12 +149,20 @@ TRACKERS: dict[str, Callable[[RunFolder, Config, int, str], Tracker]] = {
 }
 
 
+def classes(config: Config) -> list[type[Tracker]]:
+    """Import the classes of other packages that `log.to` names; none is made.
+
+    Raises:
+      UserError: a class that cannot be imported, or is not a tracker.
+    """
+    return [import_class(name, Tracker, "log.to:") for name in config.log.to if ":" in name]
+
+
 def check(config: Config) -> None:
     """Raise `UserError` where a package or class of `log.to` is not installed; tensorboardX always is."""
+    classes(config)
     for name in config.log.to:
-        if ":" in name:
-            import_class(name, Tracker, "log.to:")
-        elif name != "tensorboard" and importlib.util.find_spec(name) is None:
+        if ":" not in name and name != "tensorboard" and importlib.util.find_spec(name) is None:
             raise UserError(f"log.to names {name!r}, which is not installed: pip install 'xclip_jax[{name}]'.")
 
 
