@@ -224,14 +224,14 @@ def _data(config: ml_collections.ConfigDict, counts: Counts, machine: Machine) -
     config.eval.report = True
 
 
-def without_classes(spec: str, data_dir: str, share: float) -> str:
+def without_classes(spec: str, data_dir: str, image_key: str, share: float) -> str:
     """Return why held-out images of a source cannot be classified by their labels; "" where they can.
 
     It takes one label an image, and held-out images of two classes; those are looked for class by class, so that few
     of many images are read.
     """
     try:
-        content = zeroshot_datasets.read_source(spec, data_dir or None)
+        content = zeroshot_datasets.read_source(spec, data_dir or None, image_key)
     except UserError as error:
         return str(error)
     if np.ndim(content.labels) != 1:
@@ -310,7 +310,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     _cluster_head(config, saved, trained)
     _data(config, counts, machine)
     if source is not None and sources.has_labels(spec, "image"):
-        if reason := without_classes(spec, args.dir, config.data.holdout):
+        if reason := without_classes(spec, args.dir, args.image, config.data.holdout):
             _print(f"zeroshot/holdout is left out: {reason}")
         else:
             config.eval.sets = (*config.eval.sets, "zeroshot/holdout")
