@@ -64,6 +64,9 @@ def test_a_run_gives_what_its_evaluators_see(run, model):
     assert model.fingerprint() == f"{checksum:08x}"
 
 
+TAU = 0.5  # of the recipe
+
+
 @pytest.mark.parametrize("objective", ["clip", "nclip"])
 def test_embeddings_are_those_of_the_towers(objective):
     """Against `TwoTowers.apply` and NumPy; nCLIP's are its distributions, of unit length."""
@@ -77,7 +80,7 @@ def test_embeddings_are_those_of_the_towers(objective):
     def expected(kind):
         if objective == "clip":
             return out[f"z_{kind}"]
-        p = np.exp(out[f"s_{kind}"]) / np.exp(out[f"s_{kind}"]).sum(axis=1, keepdims=True)
+        p = np.exp(out[f"s_{kind}"] / TAU) / np.exp(out[f"s_{kind}"] / TAU).sum(axis=1, keepdims=True)
         return p / np.linalg.norm(p, axis=1, keepdims=True)
 
     for found, kind in (
@@ -191,7 +194,7 @@ def test_zero_shot_is_the_evaluators(objective):
 
 
 def test_clusters_are_the_largest_of_the_distribution(model):
-    p = softmax(model._encoder.texts(model._variables, TEXTS)["cluster_logits"])
+    p = softmax(model._encoder.texts(model._variables, TEXTS)["cluster_logits"], TAU)
     found = model.clusters(texts=TEXTS, top=3)
     for row, ids, probabilities in zip(p, found.ids, found.probabilities, strict=True):
         assert list(ids) == sorted(range(len(row)), key=lambda i, row=row: -row[i])[:3]
