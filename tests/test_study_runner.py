@@ -82,7 +82,7 @@ def test_killed_resumed_and_written_again_byte_for_byte(tmp_path, pairs):
 
 
 def small(tmp_path, arms=None, **options):
-    nothing = dict.fromkeys(("claims", "doses", "controls"), ()) | dict.fromkeys(("choices", "common", "weights"), {})
+    nothing = dict.fromkeys(("claims", "doses", "controls"), ()) | {"choices": {}, "common": {}, "weights": {}}
     changes = {} if arms is None else {"arms": arms, "baseline": arms[0].name, "shown": ((), ())} | nothing
     matrix = study_tiny.matrix(tuned=False, **changes)
     return runner.Runner(matrix, tmp_path / "runs", tmp_path / "scratch", **{"allow_dirty": True} | options)
