@@ -162,7 +162,8 @@ def test_what_is_missing_is_said_beside_the_verdicts():
     second = next(key for key, r in made.items() if (r.arm, r.seed) == ("xclip", 1))
     part = Snapshot(m, {key: r for key, r in made.items() if key != second})
     assert "**Interim: 1 of 2 seeds**" in page.render(part, {})
-    assert "Interim: 1 of 2 seeds. On grey." in page.finding(part).splitlines()
+    lead = "Interim: 1 of 2 seeds. On grey; 0 of 2 runs of controls are there."
+    assert lead in page.finding(part).splitlines()
 
 
 def four_seeds(*more, **fields):
@@ -382,6 +383,10 @@ def test_the_finding_has_what_holds_beside_the_first_claims():
     values = {"clip": over_seeds(20.0, 20.0, 20.0, 20.0), "xclip": over_seeds(21.9, 22.0, 22.1, 22.0)}
     lines = [line for line in page.finding(Snapshot(m, finished(m, values))).splitlines() if line.startswith("* ")]
     assert [line[3:5] for line in lines] == ["A.", "B.", "C."] and "Shown: up" in lines[2]
+    m = four_seeds(claims=(), beside=("xclip", "clip", ("top1",)))
+    assert "* xCLIP, less CLIP: top-1 +2.0 [+1.9, +2.1], 4 of 4 seeds." in page.finding(
+        Snapshot(m, finished(m, values))
+    )
 
 
 @pytest.mark.parametrize(

@@ -49,12 +49,20 @@ def findings(snapshot: Snapshot) -> Iterator[str]:
     """Yield a README's lines: scope, units, the first claims, and others of which a part holds or fails."""
     study = snapshot.study
     if lead := ". ".join(filter(None, (interim(snapshot), study.scope))):
-        yield from [f"{lead}.", ""]
+        done, planned = _controls(snapshot)
+        controls = f"; {done} of {planned} runs of controls are there" if done < planned else ""
+        yield from [f"{lead}{controls}.", ""]
     judged = [verdicts.judge(snapshot, claim) for claim in study.claims]
     decided = verdicts.HOLDS, verdicts.FAILS
     others = [claim for claim in judged[FINDINGS:] if any(part.verdict in decided for part in claim.parts)]
     for claim in (*judged[:FINDINGS], *others):
         yield f"* {_sentence(claim) if len(claim.parts) <= _PARTS else _counts(claim)}"
+    if study.beside:
+        a, b, measures = study.beside
+        pairs = {m: verdicts.difference(snapshot, a, b, m) for m in map(study.measure, measures)}
+        texts = [f"{m.label} {difference_text(d, m)}, {d.positive} of {d.n} seeds" for m, d in pairs.items() if d]
+        if texts:
+            yield f"* {study.arm(a).title}, less {study.arm(b).title}: {'; '.join(texts)}."
 
 
 def section(snapshot: Snapshot) -> Iterator[str]:
@@ -63,10 +71,10 @@ def section(snapshot: Snapshot) -> Iterator[str]:
     yield from ["## Verdicts", ""]
     if text := interim(snapshot):
         yield from [f"**{text}** of the core have all of their runs.", ""]
-    controls = selected(snapshot, tuple(b for _, b, _ in study.controls)) if study.controls else []
-    if missing := _missing(snapshot, controls):
+    done, planned = _controls(snapshot)
+    if done < planned:
         text = "what else could explain a difference is open as far as these would say it."
-        yield from [f"**{len(missing)} of {len(controls)} runs of controls are missing**: {text}", ""]
+        yield from [f"**{planned - done} of {planned} runs of controls are missing**: {text}", ""]
     judged = [verdicts.judge(snapshot, claim) for claim in study.claims]
     for number, claim in enumerate(judged, 1):
         yield from [f"{number}. {_sentence(claim)}", ""]
@@ -80,6 +88,13 @@ def section(snapshot: Snapshot) -> Iterator[str]:
     yield from ["### The rule", "", *(line for text in rule for line in (text, ""))]
     for name in study.choices:
         yield from _choice(snapshot, name)
+
+
+def _controls(snapshot: Snapshot) -> tuple[int, int]:
+    """How many runs of controls have a file, and how many there are to be."""
+    study = snapshot.study
+    runs = selected(snapshot, tuple(b for _, b, _ in study.controls)) if study.controls else []
+    return len(runs) - len(_missing(snapshot, runs)), len(runs)
 
 
 def _missing(snapshot: Snapshot, runs: list[Run]) -> list[Run]:

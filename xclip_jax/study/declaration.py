@@ -147,6 +147,7 @@ class Study:
       sought: the same of arms whose setting was sought by the factors, (arm, what is subtracted, what that shows).
       secondary: measures that have a table of their own and no part in a verdict.
       shown: (names of arms or choices, names of measures): differences to the baseline in a README's plot.
+      beside: (arm, arm, names of measures): a difference that a README has beside the claims.
       weights: {label: arm} along the weight of a term: differences to the baseline, at its left end, are drawn.
       doses: charts.
       factors: measures of the arms of section "factors".
@@ -178,6 +179,7 @@ class Study:
     sought: Sequence[tuple[str, str, str]] = ()
     secondary: Sequence[Measure] = ()
     shown: tuple[Sequence[str], Sequence[str]] = ((), ())
+    beside: tuple[str, str, Sequence[str]] | None = None
     weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
     doses: Sequence[Dose] = ()
     factors: Sequence[Measure] = ()
@@ -269,12 +271,17 @@ def check(study: Study) -> None:
     used += [name for a, b, _ in (*study.controls, *study.sought) for name in (a, b)]
     used += [arm for dose in study.doses for line in dose.lines.values() for arm in line]
     used += [study.baseline, *study.common.values(), *study.shown[0], *study.weights.values()]
+    used += study.beside[:2] if study.beside else ()
     inner = [arm for arms in study.choices.values() for arm in arms]
     if unknown := [name for name in used if name not in (*names, *study.choices)] + [
         n for n in inner if n not in names
     ]:
         raise UserError(f"the study refers to arm {unknown[0]!r}, which it does not have.")
     referred = [*(part.measure for part in parts), *study.named.values()]
-    referred += [*study.shown[1], *(name for dose in study.doses for name in dose.measures)]
+    referred += [
+        *study.shown[1],
+        *(study.beside[2] if study.beside else ()),
+        *(name for dose in study.doses for name in dose.measures),
+    ]
     if unknown := [name for name in referred if name not in measures]:
         raise UserError(f"the study refers to measure {unknown[0]!r}, which it does not have.")

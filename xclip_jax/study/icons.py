@@ -310,6 +310,7 @@ def study(recipe: str = RECIPE) -> Study:
             ("nclip", SEARCHED, "xclip", "xclip_searched"),
             ("zeroshot", "rendering", "retrieval", "probe", "aliases"),
         ),
+        beside=("xclip_searched", "clip_longer", ("zeroshot", "probe")),
         weights={"0.3": "xclip_30", "0.5": "xclip_50", "0.7": "xclip_70", "1": "nclip"},
         doses=tuple(_doses()),
         factors=(
