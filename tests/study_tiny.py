@@ -1,5 +1,6 @@
 """A study small enough for tests: two arms, two seeds, one recipe to tune, seconds a run."""
 
+import dataclasses
 import os
 import sys
 
@@ -60,6 +61,16 @@ def study(*, steps=4, tuned=True, **fields):
 
 def matrix(**fields):
     return Matrix(study(**fields), load)
+
+
+def four_seeds(*more, **fields):
+    """A matrix of the study whose arms, and `more`, have the seeds 0 to 3."""
+    arms = (*study(tuned=False).arms, *more)
+    return matrix(tuned=False, arms=tuple(dataclasses.replace(arm, seeds=(0, 1, 2, 3)) for arm in arms), **fields)
+
+
+def over_seeds(*values):
+    return dict(enumerate(values))
 
 
 if __name__ == "__main__":
