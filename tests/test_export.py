@@ -154,7 +154,7 @@ def test_a_card_has_no_path_of_the_machine():
         "folder:/home/me/My Pictures/pairs/": "folder:pairs",
         "my_lab.sources:JsonLines:/data/x.jsonl": "my_lab.sources:JsonLines:x.jsonl",
         '--key=("folder:~/a","csv:gs://bucket/b/c.csv")': '--key=("folder:a","csv:c.csv")',
-        "imagenet@/data/val": "imagenet@val", "hf:/data/own/test": "hf:test", "/opt/xclip_jax/main.py": "main.py",
+        "imagenet@/data/val": "imagenet@val", "hf:/data/own/test": "hf:test", "/lib/xclip_jax/main.py": "main.py",
         **dict.fromkeys(["hf:lab/x@v1/test", "wds:hf:lab/x", "runs/mine", "https://host/a/b", "/", "a / b"]),
     }.items():  # fmt: skip
         assert model_card._public(text) == (public or text)
