@@ -18,8 +18,7 @@ def controls(snapshot: Snapshot) -> Iterator[str]:
     if not study.controls:
         return
     yield from ["## Controls", ""]
-    arms = {study.arm(b).title: b for _, b, _ in study.controls}
-    yield from table([*_RUN_COLUMNS, *(m.label for m in study.measures)], rows_of(snapshot, arms, study.measures))
+    yield from _scores(snapshot, [b for _, b, _ in study.controls], study.measures)
     yield from _survivors(snapshot)
     yield from _differences(snapshot, study.controls)
     yield from similarities.controls(snapshot)
@@ -31,8 +30,7 @@ def sought(snapshot: Snapshot) -> Iterator[str]:
     if not study.sought:
         return
     yield from ["## The setting that was sought", ""]
-    arms = {study.arm(a).title: a for a, _, _ in study.sought}
-    yield from table([*_RUN_COLUMNS, *(m.label for m in study.measures)], rows_of(snapshot, arms, study.measures))
+    yield from _scores(snapshot, [a for a, _, _ in study.sought], study.measures)
     yield from _differences(snapshot, study.sought)
 
 
@@ -43,13 +41,17 @@ def secondary(snapshot: Snapshot) -> Iterator[str]:
         return
     yield from ["### More measures", "", "Other numbers of the same tests, without a verdict.", ""]
     names = [*(arm.name for arm in study.of_section("core")), *dict.fromkeys(a for a, _, _ in study.sought)]
-    labels = [measure.label for measure in study.secondary]
-    arms = {study.arm(name).title: name for name in names}
-    yield from table([*_RUN_COLUMNS, *labels], rows_of(snapshot, arms, study.secondary))
+    yield from _scores(snapshot, names, study.secondary)
     yield from [f"Less {study.arm(study.baseline).title}, paired by seed:", ""]
-    others = [(title, name) for title, name in arms.items() if name != study.baseline]
-    rows = [[title, *_cells(snapshot, name, study.baseline, study.secondary)] for title, name in others]
-    yield from table(["arm", *labels], rows)
+    others = [name for name in names if name != study.baseline]
+    rows = [[study.arm(x).title, *_cells(snapshot, x, study.baseline, study.secondary)] for x in others]
+    yield from table(["arm", *(measure.label for measure in study.secondary)], rows)
+
+
+def _scores(snapshot: Snapshot, names: Sequence[str], measures: Sequence[Measure]) -> list[str]:
+    """Finished runs and means of these arms, each once."""
+    arms = {snapshot.study.arm(name).title: name for name in names}
+    return table([*_RUN_COLUMNS, *(measure.label for measure in measures)], rows_of(snapshot, arms, measures))
 
 
 def _cells(snapshot: Snapshot, a: str | None, b: str | None, measures: Sequence[Measure]) -> list[str]:
