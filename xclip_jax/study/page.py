@@ -3,6 +3,7 @@
 import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -116,9 +117,14 @@ def _tuning(snapshot: Snapshot) -> Iterator[str]:
 
 def _edges(best: Arm, arms: Sequence[Arm]) -> list[str]:
     """Keys of which the best candidate has the smallest or the largest value of at least three."""
-    numbers = {key: value for key, value in best.changes.items() if isinstance(value, (int, float))}
-    tried = {key: {arm.changes[key] for arm in arms if key in arm.changes} for key in numbers}
-    return [k for k, value in numbers.items() if len(tried[k]) > 2 and value in (min(tried[k]), max(tried[k]))]
+    return _extremes(best.changes, [arm.changes for arm in arms])
+
+
+def _extremes(changes: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys of numbers in `changes` that are the smallest or the largest of at least three values tried."""
+    numbers = {key: value for key, value in changes.items() if isinstance(value, (int, float))}
+    values = {key: {other[key] for other in tried if key in other} for key in numbers}
+    return [k for k, value in numbers.items() if len(values[k]) > 2 and value in (min(values[k]), max(values[k]))]
 
 
 def _core(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
@@ -182,10 +188,7 @@ def _search_edges(snapshot: Snapshot, best: Arm) -> list[str]:
     candidates = [arm for arm in snapshot.study.of_section("factors") if arm.objective == best.objective]
     own = next(arm for arm in candidates if arm.name == best.name).changes
     names = {arm.name for arm in candidates}
-    flat = [schema.flatten(run.config.to_dict()) for run in snapshot.runs if run.arm.name in names]
-    numbers = {key: value for key, value in own.items() if isinstance(value, (int, float))}
-    tried = {key: {config[key] for config in flat} for key in numbers}
-    return [k for k, value in numbers.items() if len(tried[k]) > 2 and value in (min(tried[k]), max(tried[k]))]
+    return _extremes(own, [schema.flatten(run.config.to_dict()) for run in snapshot.runs if run.arm.name in names])
 
 
 def _training(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
