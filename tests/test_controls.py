@@ -218,6 +218,6 @@ def test_batches_of_a_noisy_subset_are_the_same_from_any_start():
 def test_a_run_trains_on_the_subset(tmp_path):
     changes = {"data__sources": (f"folder:{tiny.folder(tmp_path / 'pairs')}",), "data__subset": 0.5}
     trainer.run(tiny.config("clip", run=tmp_path / "run", steps=2, **changes))
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    last = tiny.lines(tmp_path / "run")[-1]
     assert last["epoch"] == pytest.approx(2 * tiny.BATCH / 20)
     assert json.loads((tmp_path / "run" / "data.json").read_text())[0]["samples"] == 40

@@ -270,7 +270,7 @@ def test_the_cache_is_enough_offline(hub, monkeypatch):
 def run_of(path, run, **changes):
     """Metrics of two steps on a data set."""
     trainer.run(tiny.config(run=run, steps=2, data__sources=(f"hf:{path}",), **changes))
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return tiny.lines(run)
 
 
 def test_a_run_and_its_check_read_it(tmp_path, capsys):

@@ -31,8 +31,7 @@ def config(pairs, run, **changes):
 
 def logged(run):
     """Training metrics by step, without those that measure time."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: {k: v for k, v in line.items() if k not in CLOCKS} for line in lines}
+    return {line["step"]: {k: v for k, v in line.items() if k not in CLOCKS} for line in tiny.lines(run)}
 
 
 def final_state(c):
@@ -222,10 +221,10 @@ def test_writer_drops_what_a_resumed_run_writes_again(tmp_path, monkeypatch, rem
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')  # killed while it wrote
     writer = MetricWriter(RunFolder(tmp_path), step=2)
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert [line["step"] for line in tiny.lines(tmp_path)] == [1, 2]
     monkeypatch.setattr(storage, "REWRITE_SECONDS", -1)
     writer.write(3, {"loss": 0.5})
-    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {"step": 3, "loss": 0.5}
+    assert tiny.lines(tmp_path)[-1] == {"step": 3, "loss": 0.5}
     writer.close()
 
 
@@ -236,8 +235,7 @@ def test_a_checkpoint_finds_the_lines_before_it_written(pairs, tmp_path, monkeyp
     save = trainer.Checkpointer.save
 
     def observed(self, state, position):
-        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-        there[int(state.step)] = [json.loads(line)["step"] for line in lines]
+        there[int(state.step)] = [line["step"] for line in tiny.lines(tmp_path / "run")]
         save(self, state, position)
 
     monkeypatch.setattr(trainer.Checkpointer, "save", observed)

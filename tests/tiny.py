@@ -1,4 +1,7 @@
-"""A run small enough for tests: config, batches and a folder of pairs."""
+"""A run small enough for tests: config, batches, a folder of pairs, and what the run logs."""
+
+import json
+import pathlib
 
 import numpy as np
 from PIL import Image
@@ -76,3 +79,13 @@ def folder(path, n=40, seed=0):
         Image.fromarray(rng.integers(0, 256, (20 + i % 5, 24, 3), dtype=np.uint8)).save(path / f"{i:03d}.png")
         (path / f"{i:03d}.txt").write_text(f"picture {i}\n" + (f"number {i}\n" if i % 3 == 0 else ""))
     return path
+
+
+def lines(run, name="metrics.jsonl"):
+    """The lines of a file of JSON lines in a run's folder."""
+    return [json.loads(line) for line in (pathlib.Path(run) / name).read_text().splitlines()]
+
+
+def losses(run):
+    """The loss of each step that a run logged."""
+    return [line["loss"] for line in lines(run) if "loss" in line]
