@@ -204,7 +204,7 @@ PROMISES = (
     Promise(
         "disks",
         "checkpoints are lost",
-        "the run does not start anew in silence: the remedy is named",
+        "the run does not start again in silence: the remedy is named",
         (
             "damaged_files::lost_checkpoints_are_not_trained_over",
             "damaged_files::a_run_that_starts_again_for_want_of_a_checkpoint_says_so",
