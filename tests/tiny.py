@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -51,14 +52,21 @@ def short(pairs, run, **changes):
     return config(run=run, **defaults | changes)
 
 
-def untrained(run, objective="xclip", **changes):
-    """What a run leaves in the folder `run`, with the weights that it began with. Returns the folder."""
+def untrained(run, objective="xclip", noise=0.0, **changes):
+    """What a run leaves in the folder `run`, with the weights that it began with. Returns the folder.
+
+    `noise` is the deviation of what is added to weights and statistics, so that none is as every run begins.
+    """
     c = config(objective, run=run, data__batch=8, **changes)
-    made = build.build(c)
+    made, rng = build.build(c), np.random.default_rng(0)
     with TrainingFolder(run).claimed(made.config, []):
         pass
+    state = create(made.init, made.abstract)
+    if noise:
+        trees = {"params": state.params, "batch_stats": state.batch_stats}
+        state = state.replace(**jax.tree.map(lambda x: x + rng.normal(0, noise, x.shape).astype(x.dtype), trees))
     with Checkpointer(run) as checkpointer:
-        checkpointer.save(create(made.init, made.abstract), {"samples": 0})
+        checkpointer.save(state, {"samples": 0})
     return run
 
 
