@@ -13,11 +13,6 @@ from xclip_jax.train import profile, trainer
 ENDS = ("perfetto.json.gz", "trace.json.gz", "xplane.pb")
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return tiny.folder(tmp_path_factory.mktemp("pairs"))
-
-
 def config(pairs, run, **changes):
     return tiny.config("clip", run=run, **{"data__sources": (f"folder:{pairs}",), "log__profile": (2, 3)} | changes)
 
