@@ -214,3 +214,11 @@ def test_names_are_those_of_the_field(name):
 def test_messages_and_docstrings_are_plain_english(name):
     strings = [node.value for node in ast.walk(tree(ROOT / name)) if isinstance(node, ast.Constant)]
     assert not [text for text in strings if isinstance(text, str) and re.search(RIDDLES, text)]
+
+
+PROSE = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_prose_is_plain_english(path):
+    assert re.findall(r".*\b(?:whoever|anew)\b.*", path.read_text(), re.IGNORECASE) == []
