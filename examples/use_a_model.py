@@ -1,9 +1,9 @@
-"""Uses a trained model: embeddings of images and texts, labels that it never learned, and clusters.
+"""Uses a trained model: embeddings of images and texts, zero-shot labels, and clusters.
 
     python -m examples.use_a_model runs/demo-xclip photos/*.jpg --classes fox,hen,owl
 
-Takes seconds, most of them to compile. The model is a run's folder or weights that `xclip_jax.load` reads; without a
-run, bash launch/local.sh makes one in ten minutes.
+Takes seconds, mostly for compilation. The model is a run's folder or weights that `xclip_jax.load` reads. If you have
+none, bash launch/local.sh makes one in five to ten minutes on two cores.
 """
 
 import argparse

@@ -87,8 +87,7 @@ def test_what_is_missing_is_said_beside_the_verdicts():
     second = next(key for key, r in made.items() if (r.arm, r.seed) == ("xclip", 1))
     part = Snapshot(m, {key: r for key, r in made.items() if key != second})
     assert "**Interim: 1 of 2 seeds**" in page.render(part, {})
-    lead = "Interim: 1 of 2 seeds. On grey; 0 of 2 runs of controls are there."
-    assert lead in page.finding(part).splitlines()
+    assert "(Interim: 1 of 2 seeds; On grey; 0 of 2 runs of controls are there.)" in page.finding(part)
 
 
 def test_gains_beyond_controls_are_corrected_for_their_number():
@@ -263,7 +262,7 @@ def test_the_readme_has_the_finding(tmp_path):
     assert (tmp_path / "README.md").read_text() == text and page.START in text
 
 
-def test_the_finding_is_a_plot_and_a_sentence_for_each_claim(tmp_path):
+def test_the_finding_is_a_plot_and_a_sentence_on_the_claims(tmp_path):
     m = study_tiny.matrix()
     assert "under way, 0 of 6 runs are finished and none of the core" in page.finding(Snapshot(m, {}))
     snapshot = Snapshot(m, finished(m, TUNED | {"clip": 1.0, "xclip": 2.0}))
@@ -273,20 +272,31 @@ def test_the_finding_is_a_plot_and_a_sentence_for_each_claim(tmp_path):
         page.write_finding(readme, snapshot)
     lines = readme.read_text().splitlines()
     assert lines[3] == "![Differences to CLIP](docs/study/finding.svg)"
-    assert lines[5].startswith("* \u201cxCLIP is better.\u201d **Undecided at this scale**: ") and "old" not in lines
+    assert lines[5] == "**Of the paper's 1 claims, 1 is undecided at this scale.**" and "old" not in lines
     assert lines[-3:] == [page.END, "", "B"]
 
 
 def test_the_finding_has_what_holds_beside_the_first_claims():
     up, down = Part("up", "xclip", "clip", "top1"), Part("down", "xclip", "clip", "top1", better=False)
     loss = Part("the loss differs", "xclip", "clip", "loss")
-    claims = (Claim("A.", (loss,)), Claim("B.", (down,)), Claim("C.", (up, loss)), Claim("D.", (loss,)))
+    claims = (
+        Claim("A.", (loss,)),
+        Claim("B.", (down,)),
+        Claim("C.", (loss,)),
+        Claim("D.", (up, loss)),
+        Claim("E.", (loss,)),
+    )
     m = four_seeds(claims=claims)
     values = {"clip": over_seeds(20.0, 20.0, 20.0, 20.0), "xclip": over_seeds(21.9, 22.0, 22.1, 22.0)}
-    lines = [line for line in page.finding(Snapshot(m, finished(m, values))).splitlines() if line.startswith("* ")]
-    assert [line[3:5] for line in lines] == ["A.", "B.", "C."] and "Shown: up" in lines[2]
+    drawn, _, first, _, other = page.finding(Snapshot(m, finished(m, values))).splitlines()[:5]
+    assert drawn == "![Differences to CLIP](docs/study/finding.svg)"
+    assert first == (
+        "**Of the paper's 3 claims, 1 fails, 2 are undecided at this scale.** "
+        "Refuted: down (+2.0 [+1.9, +2.1], 0 of 4 seeds)."
+    )
+    assert other.startswith("*D.* **Undecided at this scale.** Shown: up ")
     m = four_seeds(claims=(), beside=("xclip", "clip", ("top1",)))
-    assert "* xCLIP, less CLIP: top-1 +2.0 [+1.9, +2.1], 4 of 4 seeds." in page.finding(
+    assert "**xCLIP** less **CLIP**: top-1 +2.0 [+1.9, +2.1], 4 of 4 seeds above zero." in page.finding(
         Snapshot(m, finished(m, values))
     )
 

@@ -1,4 +1,4 @@
-"""Icons as image-text pairs: 86,000 drawings by 107 families of artists, from one npm package, built on first use.
+"""Icons as image-text pairs: 87,000 drawings by 107 families of artists, from one npm package, built on first use.
 
 Rules, counts and licences are in docs/icons.md. The parts: `icons_sets` (which sets), `icons_names` (captions and
 concepts), `icons_package` (download and reading), `icons_drawing` (pictures), `icons_splits` (duplicates and splits).

@@ -53,9 +53,10 @@ MEASURES = (
     ),
 )  # fmt: skip
 _ABOUT = (
-    "The claims are those of the abstract of arXiv 2210.09304; its authors' settings are not public. The recipe is "
-    "that of `configs/study_cc12m.py`: ViT-B/16 on CC12M, batches of 4096. Every objective has a learning rate and a "
-    "warm-up of its own, chosen on the last hundredth of ImageNet's training images at a fifth of the steps.",
+    "The claims are those of the abstract of arXiv 2210.09304 in our words; its authors' settings are unknown to us. "
+    "The recipe is that of `configs/study_cc12m.py`: ViT-B/16 on CC12M, batches of 4096. Every objective has a "
+    "learning rate and a warm-up of its own, chosen on the last hundredth of ImageNet's training images at a fifth of "
+    "the steps.",
     f"{CLASSIFIERS} {WEIGHTS} nCLIP's loss has tau 0.5, the best of the factors of the study on icons.",
 )
 _COST = (

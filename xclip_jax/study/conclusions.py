@@ -1,6 +1,6 @@
 """The parts of a study's page that conclude: verdicts with their tables, how a choice was made, what is missing yet."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from xclip_jax.study import verdicts
 from xclip_jax.study.declaration import Claim
@@ -8,9 +8,9 @@ from xclip_jax.study.markdown import difference_text, diverged_text, p_text, tab
 from xclip_jax.study.matrix import Run, Snapshot
 from xclip_jax.study.schedule import selected
 
-FINDINGS = 3  # claims that a README has in any case
-_PARTS = 2  # of a claim, up to which a README has each with its numbers
+FINDINGS = 3  # the first claims of a study, which are the paper's
 _OPEN = "not chosen yet"
+_OPEN_CLAIM = "undecided at this scale"
 _SHOWN = {
     verdicts.HOLDS: "Shown",
     verdicts.FAILS: "Refuted",
@@ -46,23 +46,28 @@ def interim(snapshot: Snapshot) -> str:
 
 
 def findings(snapshot: Snapshot) -> Iterator[str]:
-    """Yield a README's lines: scope, units, the first claims, and others of which a part holds or fails."""
+    """Yield a README's lines: what became of the first claims, others of which a part holds or fails, and `beside`."""
     study = snapshot.study
-    if lead := ". ".join(filter(None, (interim(snapshot), study.scope))):
-        done, planned = _controls(snapshot)
-        controls = f"; {done} of {planned} runs of controls are there" if done < planned else ""
-        yield from [f"{lead}{controls}.", ""]
     judged = [verdicts.judge(snapshot, claim) for claim in study.claims]
+    done, planned = _controls(snapshot)
+    controls = f"{done} of {planned} runs of controls are there" if done < planned else ""
+    scope = "; ".join(filter(None, (interim(snapshot), study.scope, controls)))
+    yield " ".join([_counts(judged[:FINDINGS]), *([f"({scope}.)"] if scope else [])])
     decided = verdicts.HOLDS, verdicts.FAILS
     others = [claim for claim in judged[FINDINGS:] if any(part.verdict in decided for part in claim.parts)]
-    for claim in (*judged[:FINDINGS], *others):
-        yield f"* {_sentence(claim) if len(claim.parts) <= _PARTS else _counts(claim)}"
+    if texts := [*map(_sentence, others), *_beside(snapshot)]:
+        yield from ["", " ".join(texts)]
+
+
+def _beside(snapshot: Snapshot) -> Iterator[str]:
+    """The difference that a README has beside the claims."""
+    study = snapshot.study
     if study.beside:
         a, b, measures = study.beside
         pairs = {m: verdicts.difference(snapshot, a, b, m) for m in map(study.measure, measures)}
         texts = [f"{m.label} {difference_text(d, m)}, {d.positive} of {d.n} seeds" for m, d in pairs.items() if d]
         if texts:
-            yield f"* {study.arm(a).title}, less {study.arm(b).title}: {'; '.join(texts)}."
+            yield f"**{study.arm(a).title}** less **{study.arm(b).title}**: {'; '.join(texts)} above zero."
 
 
 def section(snapshot: Snapshot) -> Iterator[str]:
@@ -105,27 +110,38 @@ def _sentence(claim: verdicts.ClaimVerdict) -> str:
     """What a claim earns: its words, the verdict, and what each of its parts shows, by verdict where these differ."""
     groups = {}
     for verdict, word in _SHOWN.items():
-        texts = []
-        for part in (part for part in claim.parts if part.verdict == verdict):
-            d = part.difference
-            numbers = "no runs" if d is None else f"{difference_text(d, part.measure)}, {part.agreeing} of {d.n} seeds"
-            texts.append(f"{part.part.text} ({numbers})")
+        texts = [_numbers(part) for part in claim.parts if part.verdict == verdict]
         groups |= {word: "; ".join(texts)} if texts else {}
     same = len(groups) == 1 and not {verdicts.UNCORRECTED, verdicts.OPPOSED} & {part.verdict for part in claim.parts}
     details = list(groups.values()) if same else [f"{word}: {texts}" for word, texts in groups.items()]
-    return f"{_head(claim)}: {'. '.join(details)}."
+    verdict = _OPEN_CLAIM if claim.verdict == verdicts.UNDECIDED else claim.verdict
+    text = ". ".join(details)
+    return f"*{claim.claim.text}* **{verdict.capitalize()}.** {text[:1].upper()}{text[1:]}."
 
 
-def _counts(claim: verdicts.ClaimVerdict) -> str:
-    """What a claim of many parts earns: its words, the verdict, and how many parts have which."""
-    of_parts = [part.verdict for part in claim.parts]
-    counts = [f"{of_parts.count(verdict)} {verdict.partition(' for ')[0]}" for verdict in _SHOWN if verdict in of_parts]
-    return f"{_head(claim)}: of {len(of_parts)} parts {', '.join(counts)}."
+def _counts(claims: Sequence[verdicts.ClaimVerdict]) -> str:
+    """What became of several claims: how many have which verdict, and the parts that are decided."""
+    of_claims = [claim.verdict for claim in claims]
+    verbs = {
+        verdicts.HOLDS: ("holds", "hold"),
+        verdicts.FAILS: ("fails", "fail"),
+        verdicts.UNDECIDED: (f"is {_OPEN_CLAIM}", f"are {_OPEN_CLAIM}"),
+    }
+    counts = [f"{n} {verb[n > 1]}" for verdict, verb in verbs.items() if (n := of_claims.count(verdict))]
+    texts = []
+    for verdict in (verdicts.HOLDS, verdicts.FAILS):
+        parts = [_numbers(part) for claim in claims for part in claim.parts if part.verdict == verdict]
+        texts += [f"{_SHOWN[verdict]}: {'; '.join(parts)}."] if parts else []
+    return " ".join([f"**Of the paper's {len(claims)} claims, {', '.join(counts)}.**", *texts])
 
 
-def _head(claim: verdicts.ClaimVerdict) -> str:
-    words = "undecided at this scale" if claim.verdict == verdicts.UNDECIDED else claim.verdict
-    return f"\u201c{claim.claim.text}\u201d **{words.capitalize()}**"
+def _numbers(part: verdicts.PartVerdict) -> str:
+    """What a part says, with its difference and on how many seeds it is on the claimed side."""
+    d = part.difference
+    if d is None:
+        return f"{part.part.text} (no runs)"
+    bound = f" {'above -' if part.part.better else 'below '}{part.part.margin:g}" if part.part.margin else ""
+    return f"{part.part.text} ({difference_text(d, part.measure)}, {part.agreeing} of {d.n} seeds{bound})"
 
 
 def _cells(snapshot: Snapshot, part: verdicts.PartVerdict) -> list[str]:

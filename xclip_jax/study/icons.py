@@ -214,11 +214,11 @@ _CHANGED = (
 )
 
 _ABOUT = (
-    "The claims are those of the abstract of arXiv 2210.09304; its authors' settings are not public. The towers here "
-    "are an image tower of 4 layers of width 192 and a text tower of 1 layer of width 128, whose blocks have about a "
-    "sixtieth of the parameters of those of CLIP's ViT-B/16 and its text tower; the data are a five-hundredth of the "
-    "paper's. What is tested is whether the claims hold at this scale, under recipes that each objective had tuned "
-    "for itself.",
+    "The claims are those of the abstract of arXiv 2210.09304 in our words; its authors' settings are unknown to us. "
+    "The towers here are an image tower of 4 layers of width 192 and a text tower of 1 layer of width 128, whose "
+    "blocks have about a sixtieth of the parameters of those of CLIP's ViT-B/16 and its text tower; the data are a "
+    "five-hundredth of the paper's. What is tested is whether the claims hold at this scale, under recipes that each "
+    "objective had tuned for itself.",
     "Data: icons by many artists with human-given names. Test concepts are never drawn in training; test hands are "
     "artists of whom training knows nothing; emoji are another domain. One seed is one initialisation of an "
     "objective's parameters and, of one batch size and data set, one order of the data, the same for all arms, so "
