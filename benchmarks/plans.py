@@ -57,9 +57,9 @@ class Planner:
         # The file of plans itself makes a checkout dirty: this says what was compiled.
         commit = self.environment["commit"].removesuffix("-dirty")
         self.environment |= {"commit": commit, "sources": hashlib.sha256(sources).hexdigest()}
-        there = json.loads(path.read_text()) if path.exists() else {}
-        same = there.get("environment", {}).get("sources") == self.environment["sources"]
-        self.known = there["plans"] if same else {}
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        same = saved.get("environment", {}).get("sources") == self.environment["sources"]
+        self.known = saved["plans"] if same else {}
 
     def __call__(self, spec, topology, **changes):
         key = " ".join([spec, topology, *(f"{name}={value}" for name, value in changes.items())])
@@ -72,17 +72,17 @@ class Planner:
         return self.known[key]
 
 
-def short(found):
+def short(planned):
     """One row of the table."""
     gib = plan.GIB
-    if not found["fits"]:
-        return ["-", "-", "-", f"does not fit {found['capacity'] / gib:.0f}", "-"]
-    memory, sent = found["memory"], sum(found["sent"].values())
+    if not planned["fits"]:
+        return ["-", "-", "-", f"does not fit {planned['capacity'] / gib:.0f}", "-"]
+    memory, sent = planned["memory"], sum(planned["sent"].values())
     return [
         f"{memory['parameters'] / gib:.2f}",
         f"{memory['optimizer'] / gib:.2f}",
         f"{memory['activations'] / gib:.2f}",
-        f"{memory['peak'] / gib:.2f} of {found['capacity'] / gib:.0f}",
+        f"{memory['peak'] / gib:.2f} of {planned['capacity'] / gib:.0f}",
         f"{sent / 2**20:,.0f}",
     ]
 
@@ -104,10 +104,10 @@ def draw(rows, path):
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
     for form in FORMS:
-        mine = [found for name, found in rows if name == form and found["fits"]]
-        chips = [found["chips"] for found in mine]
-        left.plot(chips, [found["memory"]["peak"] / plan.GIB for found in mine], marker="o", label=form)
-        right.plot(chips, [sum(found["sent"].values()) / 2**20 for found in mine], marker="o", label=form)
+        mine = [row for name, row in rows if name == form and row["fits"]]
+        chips = [row["chips"] for row in mine]
+        left.plot(chips, [row["memory"]["peak"] / plan.GIB for row in mine], marker="o", label=form)
+        right.plot(chips, [sum(row["sent"].values()) / 2**20 for row in mine], marker="o", label=form)
     for axis, title in ((left, "peak memory a chip, GiB"), (right, "payload of collectives a step, MiB")):
         axis.set(title=title, xlabel="chips", xscale="log", xticks=list(GRIDS), ylim=(0, None))
         axis.set_xticklabels(map(str, GRIDS))
@@ -172,8 +172,8 @@ def main():
         "\n## Each in full\n",
         *(
             f"`xclip-jax plan --config {spec} --topology {topology}{flags_of(changes)}`\n\n"
-            f"```\n{plan.render(found)}\n```\n"
-            for spec, topology, changes, found in plans
+            f"```\n{plan.render(planned)}\n```\n"
+            for spec, topology, changes, planned in plans
         ),
         f"## Weak scaling\n\nxCLIP, ViT-B/16, {PER_CHIP} pairs a chip on v4. Two things must grow with the batch b: "
         "the logits of the plain contrastive loss, (b / chips) x b, and the gathered embeddings, b x e. The ring keeps "

@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path, row in zip(options.images, z_img @ z_txt.T, strict=True):
         print(f"{path}: " + ", ".join(f"{text} {cosine:.2f}" for text, cosine in zip(TEXTS, row, strict=True)))
 
-    found = model.zero_shot(options.images, options.classes.split(","))
-    for path, label, row in zip(options.images, found.labels, found.probabilities, strict=True):
+    result = model.zero_shot(options.images, options.classes.split(","))
+    for path, label, row in zip(options.images, result.labels, result.probabilities, strict=True):
         print(f"{path}: {label} ({row.max():.0%})")
 
     if "nclip" in model.config.objective.terms:  # the other terms have no clusters

@@ -66,8 +66,7 @@ def test_a_run_evaluates_the_set_by_its_name(run):
     assert (
         record["results"].keys() == {f"{NAME}/nearer", f"{NAME}/images"} and record["results"][f"{NAME}/images"] == 20
     )
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if f"{NAME}/nearer" in line] == [1, 2]
+    assert [line["step"] for line in tiny.lines(run) if f"{NAME}/nearer" in line] == [1, 2]
     check_table(results.of_run(record))
 
 
