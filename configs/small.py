@@ -149,7 +149,8 @@ def fixed_bytes(config: ml_collections.ConfigDict, machine: Machine) -> float:
     """Estimate of the bytes of a device that microbatches leave as they are: state, gradients, logits of clusters."""
     resolved = schema.resolve(config)
     vocab = tokenizer.load(config.data.tokenizer).vocab_size
-    parameters = vocab * config.model.txt.width + flops.forward(resolved, train=False)["heads"] / 2
+    heads = make_objective(resolved.objective).flops(resolved.model, vocab, 0)["heads"]
+    parameters = vocab * config.model.txt.width + heads / 2
     parameters += sum(12 * tower.width**2 * tower.depth for tower in (config.model.img, config.model.txt))
     clusters = config.model.cluster_head.clusters if _has_clusters(resolved) else 0
     # Parameters, gradients and two moments; logits of two modalities, their distributions and their gradients.
@@ -198,8 +199,9 @@ def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int,
     usual = min(max(30_000 / trained, 25), 100) / (5 if pretrained else 1)
     steps = max(round(trained * (epochs or usual) / batch), 2)
     config.steps = steps
-    if machine.platform == "cpu" and not epochs:
-        affordable = int(LONGEST * CORE * machine.cores / flops.train_step(schema.resolve(config)))
+    # Weights of another package may not count their FLOPs.
+    if machine.platform == "cpu" and not epochs and (step := flops.train_step(schema.resolve(config))):
+        affordable = int(LONGEST * CORE * machine.cores / step)
         steps = min(steps, max(affordable, trained // batch, 2))
     config.steps = steps
     config.optim.lr = 2e-5 if pretrained else 1e-3 if config.model.img.width < 768 else 5e-4

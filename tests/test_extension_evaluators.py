@@ -119,6 +119,7 @@ def test_an_unknown_kind_of_sets_is_one_sentence(spec, message):
     [
         ("zeroshott", "x: unknown evaluator 'zeroshott'; expected zeroshot, retrieval"),
         ("tests.extension.greys:Greys", "x: evaluator .*greys:Greys' is not a class derived from .*Evaluator"),
+        ("xclip_jax.evaluators.base:Evaluator", "Evaluator' does not define measure, which Evaluator requires; add it"),
     ],
 )
 def test_an_unknown_evaluator_is_one_sentence(name, message):

@@ -1,5 +1,6 @@
 """Objectives as sums of terms: terms of other packages, configs of earlier versions, and what other modules ask."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -18,6 +19,7 @@ from xclip_jax.objectives import (
     RECIPES,
     TERMS,
     Curve,
+    Term,
     find_term,
     make_objective,
     objective_of_heads,
@@ -94,6 +96,11 @@ def test_a_heads_flops_count():
     assert with_term - without == 2 * 32 * vocab
 
 
+@dataclasses.dataclass(frozen=True)
+class NoLoss(Term):
+    pass
+
+
 @pytest.mark.parametrize(
     ("plugin", "message"),
     [
@@ -104,6 +111,7 @@ def test_a_heads_flops_count():
         ({"type": SUPERCLIP, "momentum": 2.0}, r"objective\.plugins\.tokens\.momentum is 2\.0; expected at least 0"),
         ({"type": "tests.extension.superclip:Tokens"}, r"cannot be imported.* did you mean .*:TokenClassification'\?$"),
         ({"type": "tests.tiny:config"}, "is not a dataclass derived from xclip_jax.objectives.Term"),
+        ({"type": f"{__name__}:NoLoss"}, r"NoLoss' does not define __call__, which Term requires; add it\.$"),
         ({}, "unknown objective term 'tokens'"),
     ],
 )

@@ -10,12 +10,10 @@ To add one from another package:
         def module(self, dtype):
             return ConvNetModule(self.width, dtype)  # (b, h, w, 3) -> (b, width)
 
-        def flops(self, train):
-            return ...
-
 and name it in the config: `model.plugins = {"img": {"type": "my_lab.towers:ConvNet", "width": 512}}`.
 """
 
+import abc
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -29,7 +27,7 @@ Array = jax.Array
 Params = Mapping[str, Any]
 
 
-class Tower:
+class Tower(abc.ABC):
     """Base of image and text towers; subclasses are frozen dataclasses of config keys.
 
     The module has no state but its parameters: all randomness of a training pass comes in by `sample_noise`, and
@@ -43,13 +41,16 @@ class Tower:
     meaning_keys: ClassVar[tuple[str, ...]] = ()
 
     @property
+    @abc.abstractmethod
     def width(self) -> int:
         """Features of an item, d; usually a key."""
-        raise NotImplementedError
 
-    def flops(self, train: bool) -> float:
-        """FLOPs of one item's forward pass, in training or not; a multiplication and an addition count as two."""
-        raise NotImplementedError
+    def flops(self, train: bool) -> float | None:
+        """FLOPs of one item's forward pass, in training or not; a multiplication and an addition count as two.
+
+        None where they are not counted: runs then have no MFU, and `xclip_jax.plan` estimates no time.
+        """
+        return None
 
     def sample_noise(self, random_key: Array, b: int) -> dict[str, Array]:
         """Random inputs of a training pass on `b` items, keyword arguments of the module: arrays with a row per item.
@@ -97,13 +98,13 @@ class ImageTower(Tower):
     """Base of image towers."""
 
     @property
+    @abc.abstractmethod
     def image_size(self) -> int:
         """Side of the square image, pixels; usually a key."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def module(self, dtype: Any) -> nn.Module:
         """A module of normalised pixels (b, h, w, 3), and `sample_noise`, to features (b, width)."""
-        raise NotImplementedError
 
     @property
     def grid(self) -> int:
@@ -141,8 +142,11 @@ class ImageTower(Tower):
 
         Returns:
           Twice fp32 (b, rows, columns); each map sums to 1.
+
+        Raises:
+          UserError: the tower has none.
         """
-        raise NotImplementedError
+        raise UserError(f"{type(self).__name__} has no attention maps; give it `attention` and `attention_maps`.")
 
     def describe(self) -> str:
         """The tower in one phrase."""
@@ -157,10 +161,11 @@ class TextTower(Tower):
     """Base of text towers."""
 
     @property
+    @abc.abstractmethod
     def context_length(self) -> int:
         """Tokens of a text, with its start and end; usually a key."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def module(self, vocab: int, eot_id: int, dtype: Any) -> nn.Module:
         """A module of int32 tokens (b, n), and `sample_noise`, to features (b, width).
 
@@ -169,16 +174,15 @@ class TextTower(Tower):
           eot_id: its end-of-text token, with which each text ends.
           dtype: computation dtype.
         """
-        raise NotImplementedError
 
     @property
     def cuttable(self) -> bool:
         """Whether what follows the end of a text does not reach its feature, so that it may be cut off."""
         return False
 
-    def cut_flops(self, tokens: int) -> float:
-        """FLOPs of the forward pass of a text that is cut to `tokens`, of a tower that is `cuttable`."""
-        raise NotImplementedError
+    def cut_flops(self, tokens: int) -> float | None:
+        """FLOPs of the forward pass of a text cut to `tokens`, of a tower that is `cuttable`; None as in `flops`."""
+        return None
 
     def describe(self) -> str:
         """The tower in one phrase."""

@@ -15,6 +15,7 @@ A term is a frozen dataclass whose fields are config keys, its group of the conf
             return loss, {"loss": loss}, {}
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar
@@ -42,7 +43,7 @@ class LossConfig:
     chunk_size: int = key(0, "pairs that the non-contrastive loss takes at a time; 0 for all", at_least(0))
 
 
-class Term:
+class Term(abc.ABC):
     """One loss with everything that belongs to it; subclasses are frozen dataclasses of config keys.
 
     Attributes:
@@ -106,6 +107,7 @@ class Term:
         """Return `__call__` in the form that the config group `loss` asks for, on `mesh`; the value is the same."""
         return self
 
+    @abc.abstractmethod
     def __call__(
         self,
         out: Mapping[str, Array],
@@ -124,7 +126,6 @@ class Term:
         Returns:
           fp32 scalar loss; metrics, which the objective prefixes with the term's name; its entries of the next state.
         """
-        raise NotImplementedError
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
         """Yield what is wrong with its options, once it is in use; each sentence begins with the full name of a key."""
