@@ -25,9 +25,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-import tensorflow_datasets as tfds
 
-from xclip_jax.data import icons, transforms
+from xclip_jax.data import icons, prepared, transforms
 from xclip_jax.data.icons_drawing import INK
 from xclip_jax.data.icons_splits import rank
 from xclip_jax.data.preprocessing import Preprocessing
@@ -57,11 +56,8 @@ _CS = tuple(10.0**e for e in np.arange(-4, 3.5, 0.5))
 @functools.lru_cache(maxsize=8)
 def _records(split: str, data_dir: str | None) -> tuple[list[bytes], list[Record]]:
     """PNG images and the rest of the records of a split, in order of id; kept, because several sets share them."""
-    builder = icons.prepare(data_dir)
-    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    records = sorted((source[i] for i in range(len(source))), key=lambda record: record["id"])
-    images = [record.pop("image") for record in records]
-    return images, [{key: _text(value) for key, value in record.items()} for record in records]
+    items = sorted(prepared.records(icons.prepare(data_dir), split), key=lambda item: item[1]["id"])
+    return [image for image, _ in items], [record for _, record in items]
 
 
 @functools.lru_cache(maxsize=8)
@@ -69,10 +65,6 @@ def _drawings(split: str, prepare: Preprocessing, data_dir: str | None) -> tuple
     """Images of `_records`, preprocessed; kept as well."""
     images, records = _records(split, data_dir)
     return [prepare(image) for image in images], records
-
-
-def _text(value: Any) -> Any:
-    return value.decode() if isinstance(value, bytes) else [item.decode() for item in value]
 
 
 def _concepts(data_dir: str | None, role: str) -> list[Record]:
