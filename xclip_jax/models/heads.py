@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from xclip_jax.config.fields import at_least, key
-from xclip_jax.errors import UserError
 from xclip_jax.logits import FactoredLogits
 from xclip_jax.models.layers import ACTIVATIONS, dense, named
 from xclip_jax.parallel.sharding import constrain
@@ -161,9 +160,7 @@ class ClusterHead(nn.Module):
             s = factors.logits()
             return batch_norm("norm_last", affine=False)(s) if self.last_norm else s
         if self.last_norm:
-            raise UserError(
-                "model.cluster_head.last_norm needs all logits at once; set loss.chunk_size=0, or it to false."
-            )
+            raise ValueError("last_norm needs all logits at once")
         return factors
 
 

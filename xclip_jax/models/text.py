@@ -78,7 +78,7 @@ class TextTransformer(nn.Module):
     def __call__(self, text: Array) -> Array:
         width, length = self.config.width, self.config.context_length
         if text.shape[1] > length:
-            raise UserError(f"expected at most {length} tokens, got {text.shape[1]}; set model.txt.context_length.")
+            raise ValueError(f"expected at most {length} tokens, got {text.shape[1]}")
         tokens = self.param("tokens", named(nn.initializers.normal(0.02), "vocab", "table"), (self.vocab, width))
         positions = self.param("positions", named(nn.initializers.normal(0.01), None, "table"), (length, width))
         x = (tokens[text] + positions[: text.shape[1]]).astype(self.dtype)  # (b, n, d)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from xclip_jax.config.fields import at_least, choice, fraction_below_one, key
-from xclip_jax.errors import UserError
 from xclip_jax.models import attention_maps
 from xclip_jax.models.layers import (
     ACTIVATIONS,
@@ -279,9 +278,7 @@ class VisionTransformer(nn.Module):
     def _check(self, image: Array) -> None:
         size = self.config.image_size
         if image.shape[1:] != (size, size, 3):
-            raise UserError(
-                f"expected images of {size} x {size} pixels, got shape {image.shape}; set model.img.image_size."
-            )
+            raise ValueError(f"expected images of {size} x {size} pixels, got shape {image.shape}")
 
     def _drop_patches(self, x: Array, noise: Array | None) -> Array:
         if noise is None or self.config.patch_dropout == 0:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from xclip_jax.config.fields import Check, above, at_least, at_most, between, choice, fraction_below_one, key
-from xclip_jax.errors import UserError, check_choice
+from xclip_jax.errors import check_choice
 from xclip_jax.models.tower import Tower
 from xclip_jax.models.two_towers import MAX_SCALE
 
@@ -87,7 +87,7 @@ def schedule(config: OptimConfig, steps: int) -> Schedule:
     """
     check_choice("optim.schedule", config.schedule, SCHEDULES)
     if not 0 <= config.warmup < max(steps, 1):
-        raise UserError(f"optim.warmup={config.warmup} must be below the {steps} steps of the run; shorten it.")
+        raise ValueError(f"a warm-up of {config.warmup} steps must be shorter than the run of {steps}")
     warmup = optax.linear_schedule(config.lr_start, config.lr, max(config.warmup, 1))
     rest = max(steps - config.warmup, 1)
     if config.schedule == "cosine":
