@@ -15,7 +15,7 @@ from xclip_jax.objectives.siglip import Siglip
 
 @jax.jit
 def measured(s_img, s_txt):
-    return nclip(s_img, s_txt)[1]
+    return nclip(s_img, s_txt, tau=1.0)[1]
 
 
 def metrics_of(s_img, s_txt):

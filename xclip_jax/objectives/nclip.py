@@ -40,7 +40,7 @@ class Nclip(Term):
     title: ClassVar[str] = "nCLIP"
 
     target: str = key("detach", "where pseudo-labels come from", choice(noncontrastive.TARGETS))
-    tau: float = key(1.0, "temperature of the cluster distributions", above(0))
+    tau: float = key(noncontrastive.TAU, "temperature of the cluster distributions", above(0))
     target_tau: float = key(0.0, "temperature of the targets; 0 for tau", at_least(0))
     sharpness: float = key(1.0, "weight of the entropy of each pair's distribution", at_least(0))
     smoothness: float = key(2.0, "weight of the entropy of the batch's mean distribution", at_least(0))
