@@ -33,6 +33,7 @@ from xclip_jax.data import check, holdout, labelled, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, Source, SourceOptions
 from xclip_jax.errors import UserError, check_choice
 from xclip_jax.evaluators import zeroshot_datasets
+from xclip_jax.models.heads import ClusterHead, Head
 from xclip_jax.objectives import OBJECTIVES, RECIPES, make_objective
 from xclip_jax.train import memory
 
@@ -189,8 +190,8 @@ def _cluster_head(config: ml_collections.ConfigDict, saved: schema.Config | None
 
 
 def _has_clusters(config: schema.Config) -> bool:
-    heads = make_objective(config.objective).heads(config.model, vocab=1)  # no name depends on the vocabulary
-    return any(name.startswith("clusters") for name in heads)
+    heads = make_objective(config.objective).heads(config.model, vocab=1)  # the vocabulary changes no kind of head
+    return any(isinstance(head, Head) and isinstance(head.module, ClusterHead) for head in heads.values())
 
 
 def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int, epochs: int) -> None:
@@ -286,7 +287,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if args.device:
         check_choice("config argument device", args.device, ORDINARY)
     machine = ORDINARY[args.device] if args.device else this_machine()
-    spec = sources.of_path(args.pairs)
+    spec = sources.spec_from_path(args.pairs)
     options = SourceOptions(args.dir, args.image, tuple(args.text.split(",")))
     source = None if args.count else _open(spec, options)
     pairs = args.count or len(source or ())

@@ -26,7 +26,7 @@ from xclip_jax.errors import BadSample, UserError, check_count
 from xclip_jax.evaluators.encoder import Encoder, Features, Rows
 from xclip_jax.evaluators.zeroshot import class_scores
 from xclip_jax.models.two_towers import TwoTowers
-from xclip_jax.objectives.similarity import features, of_clusters, softmax
+from xclip_jax.objectives.similarity import cluster_similarity, features, softmax
 from xclip_jax.parallel.mesh import make_mesh, replicated
 from xclip_jax.train import weights
 from xclip_jax.train.build import Experiment
@@ -212,6 +212,11 @@ class Model:
         labels = [class_names[i] for i in scores.argmax(axis=1)]
         return ZeroShotResult(labels, softmax(self._encoder.logits_of(by_score, self._variables)), scores)
 
+    @property
+    def has_clusters(self) -> bool:
+        """Whether the model has a similarity of distributions over clusters, which `clusters` shows."""
+        return cluster_similarity(self._similarities) is not None
+
     def clusters(
         self,
         images: Sequence[ImageLike] | np.ndarray | None = None,
@@ -219,12 +224,12 @@ class Model:
         texts: Sequence[str] | None = None,
         top: int = 5,
     ) -> Clusters:
-        """The likeliest clusters of images or of texts, for models with a similarity of cluster distributions.
+        """The likeliest clusters of images or of texts, for models that have them, see `has_clusters`.
 
         Raises:
           UserError: a model without cluster heads; both images and texts, or neither; as in `encode_image`.
         """
-        similarity = of_clusters(self._similarities)
+        similarity = cluster_similarity(self._similarities)
         if similarity is None:
             raise UserError("this model has no cluster heads; clusters needs one that was trained with them.")
         keys = (similarity.feature,)

@@ -154,7 +154,7 @@ def features(similarities: Sequence[Similarity]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(similarity.feature for similarity in similarities))
 
 
-def of_clusters(similarities: Sequence[Similarity]) -> Similarity | None:
+def cluster_similarity(similarities: Sequence[Similarity]) -> Similarity | None:
     """The first similarity of distributions over clusters, or None."""
     return next((similarity for similarity in similarities if similarity.is_distribution), None)
 

@@ -15,7 +15,7 @@ from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.retrieval import RetrievalSet, positives
 from xclip_jax.evaluators.retrieval import ranks as ranks_of
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, compare, text_scores
-from xclip_jax.objectives.similarity import Similarity, features, of_clusters, softmax
+from xclip_jax.objectives.similarity import Similarity, cluster_similarity, features, softmax
 from xclip_jax.report.selection import POOL, ZeroShotPanel, readable, select, subset
 
 NUM_IMAGES = 9  # images that get names, of each set
@@ -196,7 +196,7 @@ def collect_examples(
         img = encoder.images(variables, examples.gallery.images, features(encoder.similarities))
         if selection.queries:
             examples.searches = _searches(encoder, variables, img, queries or selection.queries)
-        if (similarity := of_clusters(encoder.similarities)) is not None:
+        if (similarity := cluster_similarity(encoder.similarities)) is not None:
             words = list(dict.fromkeys(words))
             txt = encoder.texts(variables, words, (similarity.feature,))
             examples.clusters = _clusters(similarity, examples.gallery, img, txt, words)
@@ -301,8 +301,8 @@ def _confusion(
     counts = np.zeros((len(classes), len(classes)), int)
     if classes:
         number = {name: i for i, name in enumerate(classes)}
-        of = np.array([number[name] for name in names])
-        np.add.at(counts, (of[labels], of[answers]), 1)
+        numbers = np.array([number[name] for name in names])
+        np.add.at(counts, (numbers[labels], numbers[answers]), 1)
         used = np.flatnonzero(counts.any(axis=0) | counts.any(axis=1))
         classes, counts = [classes[i] for i in used], counts[used][:, used]
     wrong: dict[tuple[int, int], list[int]] = {}

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.data import tokenizer
+from xclip_jax.data.config import DataConfig
 from xclip_jax.data.length_groups import WHOLE, LengthGroups
-from xclip_jax.data.loader import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.models.two_towers import TOWERS, TwoTowers
