@@ -255,12 +255,12 @@ class MismatchError(UserError):
     """Labelled items that a model cannot learn from.
 
     Attributes:
-      of: "classes" where their number differs; "image" or "text" for items that the model does not learn from.
+      fault: "classes" where their number differs; "image" or "text" for items that the model does not learn from.
     """
 
-    def __init__(self, message: str, of: str) -> None:
+    def __init__(self, message: str, fault: str) -> None:
         super().__init__(message)
-        self.of = of
+        self.fault = fault
 
 
 def check_sources(

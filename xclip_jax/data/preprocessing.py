@@ -124,7 +124,7 @@ class Preprocessing:
             },
         }  # fmt: skip
 
-    def at(self, size: int) -> "Preprocessing":
+    def with_size(self, size: int) -> "Preprocessing":
         """The same view of an image at another size."""
         return dataclasses.replace(self, size=size, resize_size=math.ceil(self.resize_size * size / self.size))
 

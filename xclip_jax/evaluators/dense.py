@@ -141,7 +141,7 @@ def areas(mask: np.ndarray, classes: int, grid: int, prepare: Preprocessing) -> 
       grid: patches along a side.
       prepare: preprocessing of the image.
     """
-    view = prepare.at(grid * _SAMPLES).mask(check_mask(mask, classes, "a mask"))
+    view = prepare.with_size(grid * _SAMPLES).mask(check_mask(mask, classes, "a mask"))
     place = np.arange(grid * _SAMPLES) // _SAMPLES
     patch = place[:, None] * grid + place
     counts = np.bincount((patch * 256 + view).ravel(), minlength=grid**2 * 256).reshape(grid, grid, 256)[..., :classes]
@@ -209,10 +209,10 @@ class DenseProbe(Evaluator):
         """
         classes, grid, prepare = len(self.data.classes), self.encoder.grid, self.data.prepare
 
-        def of(*parts: MaskedImages) -> np.ndarray:
+        def shares(*parts: MaskedImages) -> np.ndarray:
             return np.stack([areas(mask, classes, grid, prepare) for part in parts for mask in part.masks])
 
-        return of(*self.data.parts[:2]), of(self.data.test)
+        return shares(*self.data.parts[:2]), shares(self.data.test)
 
     @functools.cached_property
     def _chosen(self) -> tuple[np.ndarray, np.ndarray]:

@@ -131,8 +131,8 @@ def probe_concepts(records: list[Record], number: int) -> list[str]:
         sides.setdefault(record["concept"], []).append(artists_side(record["family"]))
     enough = [
         concept
-        for concept, of in sides.items()
-        if len(of) >= MIN_DRAWINGS and MIN_EACH_SIDE <= sum(of) <= len(of) - MIN_EACH_SIDE
+        for concept, drawn in sides.items()
+        if len(drawn) >= MIN_DRAWINGS and MIN_EACH_SIDE <= sum(drawn) <= len(drawn) - MIN_EACH_SIDE
     ]
     return sorted(enough, key=lambda concept: rank("probe concept", concept))[:number]
 
@@ -253,7 +253,7 @@ def dense_sides(concepts: Sequence[str], part: str) -> list[set[str]]:
 
 def _dense(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -> DenseSet:
     """Drawings and their regions; what is fitted, what chooses C and what is tested are of different concepts."""
-    learned, tested = (_records(f"{of}_concepts", data_dir) for of in ("validation", part))
+    learned, tested = (_records(f"{name}_concepts", data_dir) for name in ("validation", part))
     sides = dense_sides([record["concept"] for record in learned[1]], part)
     if part == "test":
         sides[2] = {record["concept"] for record in tested[1]}

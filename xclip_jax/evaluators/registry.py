@@ -32,7 +32,7 @@ from xclip_jax.evaluators.probe_datasets import ProbeSets
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.retrieval import Retrieval
-from xclip_jax.evaluators.text import Similarity, TextRetrieval
+from xclip_jax.evaluators.text import SentenceSimilarity, TextRetrieval
 from xclip_jax.evaluators.wds_sets import WdsSets
 from xclip_jax.evaluators.zeroshot import ZeroShot
 from xclip_jax.evaluators.zeroshot_datasets import PAPER, PublishedSets
@@ -48,7 +48,7 @@ EVALUATORS: Mapping[str, type[Evaluator]] = {
     "probe": Probe,
     "classifier": ClassifierEvaluator,
     "text_retrieval": TextRetrieval,
-    "similarity": Similarity,
+    "similarity": SentenceSimilarity,
     "dense": DenseProbe,
 }
 SUITES: Mapping[str, tuple[str, ...]] = {"demo": TESTS, "paper": (*PAPER, "coco_retrieval")}

@@ -47,7 +47,7 @@ class SimilaritySet:
             raise UserError(f"{self.name}: the set has no pairs.")
 
 
-class Similarity(Evaluator):
+class SentenceSimilarity(Evaluator):
     """Correlation of cosine and gold, times 100, without training; named "textual/<set>/<metric>".
 
     Two conventions that differ by several points, side by side: "spearman_all" is Spearman's over all pairs in one list

@@ -50,7 +50,7 @@ class Term(abc.ABC):
       title: the term's name in sentences, tables and charts.
       labelled: whether it is computed from labelled items instead of image-text pairs.
       source_remedies: what to change where labelled items of a source differ from what it expects, by
-        `labelled.MismatchError.of`.
+        `labelled.MismatchError.fault`.
     """
 
     title: ClassVar[str] = ""
@@ -221,7 +221,7 @@ class Objective:
     @property
     def source_remedies(self) -> dict[str, str]:
         """What to change where labelled items of a source differ from what a term expects."""
-        return {of: remedy for term in self.terms.values() for of, remedy in term.source_remedies.items()}
+        return {fault: remedy for term in self.terms.values() for fault, remedy in term.source_remedies.items()}
 
     @property
     def classes(self) -> int:

@@ -48,7 +48,7 @@ def classes(config: Config) -> list[type[Callback]]:
     return [import_class(name, Callback, "log.callbacks:") for name in config.log.callbacks]
 
 
-def of_config(config: Config) -> list[Callback]:
+def make_callbacks(config: Config) -> list[Callback]:
     """Make the callbacks that `log.callbacks` names.
 
     Raises:

@@ -95,7 +95,7 @@ class TrainStep:
         """((loss, (metrics, batch_stats, ema_batch_stats, loss_state)), gradients), with texts cut where they fit."""
         if not self.text_groups:
             return self._differentiate(state, inputs, None)
-        order = LengthOrder.of(inputs["text"], self.model.eot_id, self.text_groups, self.microbatches)
+        order = LengthOrder.from_tokens(inputs["text"], self.model.eot_id, self.text_groups, self.microbatches)
         # One of the two is computed, the same on all devices.
         (value, (metrics, *rest)), grads = jax.lax.cond(
             order.fits,
