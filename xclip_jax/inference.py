@@ -25,7 +25,7 @@ from xclip_jax.data.prefetch import ThreadPrefetcher
 from xclip_jax.errors import BadSample, UserError, check_count
 from xclip_jax.evaluators.encoder import Encoder, Features, Rows
 from xclip_jax.evaluators.zeroshot import class_scores
-from xclip_jax.models.two_towers import TwoTowers
+from xclip_jax.models.two_towers import TwoTowers, Variables
 from xclip_jax.objectives.similarity import cluster_similarity, features, softmax
 from xclip_jax.parallel.mesh import make_mesh, replicated
 from xclip_jax.train import weights
@@ -85,7 +85,7 @@ class Model:
     def __init__(
         self,
         experiment: Experiment,
-        variables: Mapping[str, Any],
+        variables: Variables,
         card: Mapping[str, Any],
         *,
         batch: int,
@@ -346,7 +346,7 @@ def load(path: str | os.PathLike, *, step: int | None = None, batch: int = 32, t
     return Model(experiment, variables, {"checkpoint": source, "step": step}, batch=batch, threads=threads)
 
 
-def _unrolled(model: TwoTowers, variables: Mapping[str, Any]) -> tuple[TwoTowers, Mapping[str, Any]]:
+def _unrolled(model: TwoTowers, variables: Variables) -> tuple[TwoTowers, Variables]:
     """On a CPU: in float32, without scans over blocks, which cost a quarter of the time."""
     if jax.default_backend() != "cpu":
         return model, variables

@@ -6,7 +6,7 @@ takes drawings for independent is a third of the true one. Zero-shot classificat
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.evaluators.text import TextRetrieval, TextRetrievalSet
 from xclip_jax.evaluators.zeroshot import LAYOUTS, ZeroShot, ZeroShotSet
+from xclip_jax.models.two_towers import Variables
 
 _HERE = "xclip_jax.evaluators.clustered"
 _SEEDS = 3  # draws of a few-shot training set
@@ -54,7 +55,7 @@ class ClusteredZeroShot(ZeroShot):
 
     layouts = (_WITH_RANK,)
 
-    def measure(self, variables: Any) -> list[Result]:
+    def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class names."""
         labels = np.asarray(self.data.labels)
         return [_with_groups(result, labels) for result in super().measure(variables)]
@@ -78,7 +79,7 @@ class ClusteredRetrievalSet(RetrievalSet):
 class ClusteredRetrieval(Retrieval):
     """`Retrieval`, resampled by image, with all of its captions."""
 
-    def measure(self, variables: Any) -> list[Result]:
+    def measure(self, variables: Variables) -> list[Result]:
         """Return the results of `Retrieval`."""
         images = np.arange(len(self.data.images))
         of_caption = np.repeat(images, [len(captions) for captions in self.data.captions])
@@ -96,7 +97,7 @@ class ClusteredTextRetrievalSet(TextRetrievalSet):
 class ClusteredTextRetrieval(TextRetrieval):
     """`TextRetrieval`, resampled by the text that queries ask for."""
 
-    def measure(self, variables: Any) -> list[Result]:
+    def measure(self, variables: Variables) -> list[Result]:
         """Return the results of `TextRetrieval`."""
         targets = np.array([target for _, target in self.data.queries])
         return [_with_groups(result, targets) for result in super().measure(variables)]
@@ -169,7 +170,7 @@ class TransferProbe(Evaluator):
     layouts = Probe.layouts
     inputs = ("train", "test")
 
-    def measure(self, variables: Any) -> list[Result]:
+    def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class names."""
         task, tuning = self.data.task, self.data.tuning
         parts = [tuning.train, tuning.test, task.train, task.test]

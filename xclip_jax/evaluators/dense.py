@@ -14,7 +14,7 @@ measured too ("pixels/miou"): features say more than the patch itself as far as 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import scipy.special
@@ -29,6 +29,7 @@ from xclip_jax.evaluators.probe import Joined
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import PerExample, mean_iou
+from xclip_jax.models.two_towers import Variables
 
 PROTOCOL = (
     "linear probe of patch features (last block, normalised); targets and IoU are shares of a patch's area; "
@@ -184,7 +185,7 @@ class DenseProbe(Evaluator):
             )
         super().__init__(encoder, data)
 
-    def measure(self, variables: Any) -> list[Result]:
+    def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class names."""
 
         def encode(images: Sequence[np.ndarray], first: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import PerExample, row_blocks
 from xclip_jax.evaluators.zeroshot import text_scores
+from xclip_jax.models.two_towers import Variables
 
 KS = (1, 5, 10)
 
@@ -113,7 +114,7 @@ class Retrieval(Evaluator):
     family = "retrieval"
     layouts = (LAYOUT,)
 
-    def measure(self, variables: Any) -> list[Result]:
+    def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class docstring lists; their items are images, or captions."""
         texts = [caption for captions in self.data.captions for caption in captions]
         by_score = text_scores(self.encoder, variables, self.data.images, texts)

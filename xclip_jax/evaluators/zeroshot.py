@@ -5,7 +5,7 @@ See `objectives.similarity` for how images are compared with texts, and `compare
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from xclip_jax.evaluators.encoder import Encoder, Features
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import PerExample, class_weights, ranks
+from xclip_jax.models.two_towers import Variables
 from xclip_jax.objectives.similarity import CosineSimilarity, Similarity, features
 
 _TINY = float(np.finfo(np.float32).tiny)
@@ -117,7 +118,7 @@ def class_scores(
 
 
 def text_scores(
-    encoder: Encoder, variables: Any, images: Sequence[np.ndarray], texts: Sequence[str]
+    encoder: Encoder, variables: Variables, images: Sequence[np.ndarray], texts: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """`compare` images and texts, each text alone: {score: (n, m)}."""
     similarities = encoder.similarities
@@ -225,7 +226,7 @@ class ZeroShot(Evaluator):
     family = "zeroshot"
     layouts = LAYOUTS
 
-    def scores(self, variables: Any) -> dict[str, np.ndarray]:
+    def scores(self, variables: Variables) -> dict[str, np.ndarray]:
         """{score: (n, num_classes)} of the set's images."""
         # Classes of equal prompts are scored once: a matrix product may round equal columns differently, and then they
         # are not tied.
@@ -239,7 +240,7 @@ class ZeroShot(Evaluator):
             return scores
         return {score: x[:, classes] for score, x in scores.items()}
 
-    def measure(self, variables: Any) -> list[Result]:
+    def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class docstring lists."""
         labels, groups = np.asarray(self.data.labels), self.data.groups
         n, num_classes = len(labels), len(self.data.prompts)

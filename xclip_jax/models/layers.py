@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
+from jax.typing import DTypeLike
 
 from xclip_jax.config.fields import above, at_least, choice, key
 from xclip_jax.errors import UserError
@@ -89,7 +90,7 @@ def dense(
     axes: tuple[str | None, ...],
     *,
     std: float,
-    dtype: Any,
+    dtype: DTypeLike,
     axis: int | tuple[int, ...] = -1,
     use_bias: bool = True,
     name: str | None = None,
@@ -112,7 +113,7 @@ class LayerNorm(nn.Module):
     """LayerNorm computed in fp32 and returned in `dtype`. CLIP's eps is 1e-5, timm's 1e-6."""
 
     eps: float = 1e-5
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -157,7 +158,7 @@ class HeadProjections(nn.Module):
 
     count: int
     heads: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, at: Array | None = None) -> tuple[Array, ...]:
@@ -178,7 +179,7 @@ class Attention(nn.Module):
     heads: int
     out_std: float
     causal: bool = False
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, at: Array | None = None) -> Array:
@@ -194,7 +195,7 @@ class Mlp(nn.Module):
     hidden: int
     out_std: float
     act: str = "gelu"
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -281,7 +282,7 @@ class Block(nn.Module):
 
     config: TransformerConfig
     causal: bool
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Array, keep: Array | None = None, at: Array | None = None) -> tuple[Array, None]:
@@ -315,7 +316,7 @@ class Transformer(nn.Module):
     config: TransformerConfig
     causal: bool = False
     drop_path: float = 0.0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, noise: Array | None = None, at: Array | None = None) -> Array:

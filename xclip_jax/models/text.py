@@ -1,11 +1,12 @@
 """The text tower: CLIP's causal transformer, pooled at an explicit end-of-text token, with SigLIP's options."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from xclip_jax.config.fields import at_least, choice, key
 from xclip_jax.errors import UserError
@@ -27,7 +28,7 @@ class TextTowerConfig(TransformerConfig, TextTower):
     causal: bool = key(True, "a token attends to itself and those before it alone; padding counts as tokens")
     pool: str = key("eot", "first end-of-text token, or the last token, padding included", choice(POOLS))
 
-    def module(self, vocab: int, eot_id: int, dtype: Any) -> nn.Module:
+    def module(self, vocab: int, eot_id: int, dtype: DTypeLike) -> nn.Module:
         """See `TextTransformer`."""
         return TextTransformer(self, vocab, eot_id, dtype)
 
@@ -72,7 +73,7 @@ class TextTransformer(nn.Module):
     config: TextTowerConfig
     vocab: int
     eot_id: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, text: Array) -> Array:

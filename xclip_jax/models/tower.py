@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Self
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from xclip_jax.errors import UserError
 
@@ -103,7 +104,7 @@ class ImageTower(Tower):
         """Side of the square image, pixels; usually a key."""
 
     @abc.abstractmethod
-    def module(self, dtype: Any) -> nn.Module:
+    def module(self, dtype: DTypeLike) -> nn.Module:
         """A module of normalised pixels (b, h, w, 3), and `sample_noise`, to features (b, width)."""
 
     @property
@@ -111,7 +112,7 @@ class ImageTower(Tower):
         """Patches along each side of `patch_features`; 0 where the tower has none."""
         return 0
 
-    def patch_features(self, params: Params, image: Array, dtype: Any) -> Array:
+    def patch_features(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
         """Features of each patch, before they are pooled.
 
         Args:
@@ -132,7 +133,7 @@ class ImageTower(Tower):
         """What `attention_maps` shows, in words; "" where the tower has none."""
         return ""
 
-    def attention_maps(self, params: Params, image: Array, dtype: Any) -> tuple[Array, Array]:
+    def attention_maps(self, params: Params, image: Array, dtype: DTypeLike) -> tuple[Array, Array]:
         """Attention over patches: of the last layer, and through all layers.
 
         Args:
@@ -166,7 +167,7 @@ class TextTower(Tower):
         """Tokens of a text, with its start and end; usually a key."""
 
     @abc.abstractmethod
-    def module(self, vocab: int, eot_id: int, dtype: Any) -> nn.Module:
+    def module(self, vocab: int, eot_id: int, dtype: DTypeLike) -> nn.Module:
         """A module of int32 tokens (b, n), and `sample_noise`, to features (b, width).
 
         Args:

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from xclip_jax.config.fields import at_least, choice, fraction_below_one, key
 from xclip_jax.models import attention_maps
@@ -62,7 +63,7 @@ class HierarchicalStem(nn.Module):
     width: int
     act: str
     eps: float
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -79,7 +80,7 @@ class AttentionPool(nn.Module):
     """One learned query attends to all tokens, then a residual MLP (big_vision's "map" head). (b, n, d) -> (b, d)."""
 
     config: TransformerConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -133,7 +134,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         """Whole patches along a side."""
         return self.image_size // self.patch
 
-    def module(self, dtype: Any) -> nn.Module:
+    def module(self, dtype: DTypeLike) -> nn.Module:
         """See `VisionTransformer`."""
         return VisionTransformer(self, dtype)
 
@@ -180,7 +181,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         note = f"image positions interpolated from {grid} x {grid} to {self.grid} x {self.grid}"
         return {**params, "positions": table}, [*notes, note]
 
-    def patch_features(self, params: Params, image: Array, dtype: Any) -> Array:
+    def patch_features(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
         """Those that `VisionTransformer` pools; see its `pooled`."""
         features: Any = VisionTransformer(self, dtype, pooled=False).apply({"params": params}, image)
         return features
@@ -190,7 +191,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         """What the last attention before the features is."""
         return attention_maps.MEANINGS[self.pool]
 
-    def attention_maps(self, params: Params, image: Array, dtype: Any) -> tuple[Array, Array]:
+    def attention_maps(self, params: Params, image: Array, dtype: DTypeLike) -> tuple[Array, Array]:
         """See `attention_maps.maps`."""
         tower = self.unrolled()
         _, captured = tower.module(dtype).apply(
@@ -228,7 +229,7 @@ class VisionTransformer(nn.Module):
     """
 
     config: ImageTowerConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     pooled: bool = True
 
     @nn.compact
