@@ -134,7 +134,7 @@ class Model:
         return self._embed(self._images, images)
 
     def encode_prepared(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """`encode_image` of results of `prepare`; anything with `len` and `[]`, read once and in about that order."""
+        """`encode_image` of results of `prepare`; anything with `len` and `[]`, read once and roughly in that order."""
         return self._embed(self._prepared, images)
 
     def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
@@ -186,8 +186,8 @@ class Model:
         """Classify images by the texts of their classes.
 
         By the model's own similarity. With a projection a class is the mean over its prompts, each normalised,
-        normalised again, the score is the cosine, and the probabilities are its softmax at the learned scale, of models
-        of the sigmoid loss too. Without one the score is the negative cross-entropy of distributions over clusters.
+        normalised again, the score is the cosine, and the probabilities are its softmax at the learned scale, also for
+        models of the sigmoid loss. Without one the score is the negative cross-entropy of distributions over clusters.
 
         Args:
           images: as in `encode_image`.

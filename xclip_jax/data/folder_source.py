@@ -88,12 +88,12 @@ class Folders(SourceKind):
 
     @classmethod
     def open_pairs(cls, rest: str, options: SourceOptions) -> FolderSource:
-        """See `FolderSource`."""
+        """Open a `FolderSource`."""
         return FolderSource(rest)
 
     @classmethod
     def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
-        """See `labelled.read_files`."""
+        """Open the images of `labelled.read_files`."""
         return labelled.open_files(f"folder:{rest}", rest)
 
     @classmethod

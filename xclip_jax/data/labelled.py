@@ -240,7 +240,7 @@ class Labelled(LabelledSource):
 
 
 def open_files(name: str, path: str) -> Labelled:
-    """Open the images in classes of `read_files`, whose arguments and errors these are."""
+    """Open the images in classes that `read_files` reads; arguments and errors are the same."""
     paths, labels, names = read_files(name, pathlib.Path(path))
     return Labelled("image", paths, labels, names)
 

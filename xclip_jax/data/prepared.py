@@ -1,4 +1,4 @@
-"""Preparing of the data sets that this project makes itself, by TFDS, when they are first read."""
+"""Data sets that this project makes itself: prepared by TFDS when they are first read, and their records."""
 
 import os
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Memory and disk: what the train step and the checkpoints need, against what is there; how long a step takes."""
+"""Memory and disk: what the train step and the checkpoints need, against what is available; how long a step takes."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ TIMED_STEPS = 2
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What is known of a step: seconds, or None where it was not timed, and what was findings."""
+    """Result of checking the train step: its time in seconds (None if not timed) and the findings."""
 
     seconds: float | None
     findings: list[Finding]

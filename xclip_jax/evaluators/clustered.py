@@ -1,7 +1,7 @@
 """Protocols on items that depend on each other, such as drawings of one concept, which are right or wrong together.
 
 Results are those of the plain protocols, and `statistics.bootstrap` resamples concepts, not drawings: an interval that
-takes drawings for independent is a third of the true one. Zero-shot classification also has the geometric mean rank.
+treats drawings as independent is a third of the true one. Zero-shot classification also has the geometric mean rank.
 """
 
 import dataclasses
@@ -119,7 +119,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TransferProbeSet:
-    """Probes of classes, with everything that is chosen chosen on other classes.
+    """Linear, kNN and few-shot probes whose hyperparameters are selected on a disjoint set of classes.
 
     Attributes:
       name: in the metrics' names.

@@ -8,7 +8,7 @@ is certain it is the IoU of segmentation, at the resolution of patches. Giving a
 foreground that covers half of it, would leave out what is thinner than patches, such as strokes.
 
 What a patch shows can often be told from its own pixels. The same probe on these, with the place of the patch, is
-measured too ("pixels/miou"): features say more than the patch itself as far as they are above it.
+measured too ("pixels/miou"): what features add to the patch itself is how far they score above it.
 """
 
 import dataclasses

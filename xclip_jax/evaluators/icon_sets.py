@@ -1,8 +1,8 @@
 """Evaluation sets of the icons, `xclip_jax.data.icons` (`icons/...`), each for tests and, by other names, for tuning.
 
-    test_concepts       zero-shot: drawings of concepts that training has from nobody, among the names of these; a
+    test_concepts       zero-shot: drawings of concepts that are not in training, among the names of these; a
                         class's prompt is its name alone
-    test_rendering      out of domain: known concepts as artists draw them that training has nothing of, among the
+    test_rendering      out of domain: known concepts as drawn by artists who are not in training, among the
                         names of all concepts of training
     test_retrieval      the first drawing of each concept of test_rendering, with the name, its other forms and
                         aliases as captions
@@ -11,7 +11,7 @@
                         validation_concepts
     test_dense          dense: outside, drawn and enclosed parts of 1,500 drawings of test_concepts by a linear probe
                         of patches that learns from 1,500 of validation_concepts
-    test_aliases        textual: names of the unseen concepts, retrieved by what else sets call them
+    test_aliases        textual: names of the unseen concepts, retrieved by their aliases
     test_categories     textual: the category by a linear probe on names, trained on training's concepts, C chosen on
                         validation_concepts, tested on test_concepts
     validation_...      the same on the validation splits; a probe's choices are made on one half of their concepts
@@ -98,7 +98,7 @@ def _zeroshot(name: str, prepare: Preprocessing, data_dir: str | None, split: st
 
 
 def _retrieval(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -> ClusteredRetrievalSet:
-    """One drawing of each concept of a rendering split, the first by id, with all that its concept is called."""
+    """One drawing of each concept of a rendering split, the first by id, with all names of its concept."""
     split = f"{part}_rendering"
     images, records = _drawings(split, prepare, data_dir)
     concepts = {concept["id"]: concept for concept in _concepts(data_dir, "train")}
@@ -172,7 +172,7 @@ def _probe(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -
 
 
 def _aliases(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -> ClusteredTextRetrievalSet:
-    """Names of the unseen concepts, and what else they are called; what is another one's name asks nothing."""
+    """Retrieve the names of unseen concepts by their aliases, without those that are another concept's name."""
     del prepare
     concepts = _concepts(data_dir, f"{part}_concepts")
     names = [concept["name"] for concept in concepts]
@@ -329,5 +329,5 @@ class IconSets(SetKind):
 
     @classmethod
     def shows(cls, spec: str) -> str:
-        """Sets of pictures are shown, but for those of the probe."""
+        """Return "classes" or "captions" for sets of images, but for those of the probes."""
         return {"concepts": "classes", "rendering": "classes", "retrieval": "captions"}.get(spec.rpartition("_")[2], "")

@@ -272,7 +272,7 @@ class ZeroShot(Evaluator):
         return results
 
     def results_of_ranks(self, score: str, rank: np.ndarray) -> list[Result]:
-        """Return what a subclass measures besides, for one score: of `rank` int (n,), see `statistics.ranks`."""
+        """Return further results of a subclass for one score, from the ranks int (n,) of the right classes, from 0."""
         return []
 
 

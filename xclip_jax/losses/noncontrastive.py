@@ -145,7 +145,7 @@ def _check(
     centers: tuple[jax.Array | None, jax.Array | None],
     chunk: int,
 ) -> None:
-    """See the errors of `nclip`."""
+    """Raise the errors of `nclip`."""
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}; valid are {', '.join(TARGETS)}")
     if balance not in BALANCES:

@@ -235,7 +235,7 @@ class TransformerConfig(Tower):
     def block_flops(self, tokens: float, *, one: bool = False) -> float:
         """FLOPs of a sequence in all blocks: four projections, two products of attention, and the MLP.
 
-        Where `one` token is read, the last of unrolled blocks makes keys and values of all, and all else of that alone.
+        With `one` the last block, where unrolled, computes keys and values of all tokens and the rest of one alone.
         """
         keys_values = 4 * self.width**2
         rest = 2 * self.width * (2 * self.width + 2 * self.hidden) + 4 * tokens * self.width
@@ -244,11 +244,11 @@ class TransformerConfig(Tower):
 
     @property
     def num_layers(self) -> int:
-        """The blocks, what comes before them, and what comes after them (BEiT, arXiv 2106.08254)."""
+        """Number of layers: the blocks, one before them and one after them (BEiT, arXiv 2106.08254)."""
         return self.depth + 2
 
     def layer_of(self, path: tuple[str, ...]) -> int | np.ndarray:
-        """0 before the blocks, i + 1 in block i, depth + 1 after them."""
+        """Layer of a parameter: 0 before the blocks, i + 1 in block i, depth + 1 after them."""
         if path[0] != "transformer":
             return 0 if path[0] in self.before else self.depth + 1
         return np.arange(1, self.depth + 1) if path[1] == "blocks" else 1 + int(path[1].removeprefix("block_"))

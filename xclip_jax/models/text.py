@@ -29,20 +29,20 @@ class TextTowerConfig(TransformerConfig, TextTower):
     pool: str = key("eot", "first end-of-text token, or the last token, padding included", choice(POOLS))
 
     def module(self, vocab: int, eot_id: int, dtype: DTypeLike) -> nn.Module:
-        """See `TextTransformer`."""
+        """Make the `TextTransformer`."""
         return TextTransformer(self, vocab, eot_id, dtype)
 
     def flops(self, train: bool) -> float:
-        """Those of the blocks on a whole context."""
+        """FLOPs of the blocks on a whole context."""
         return self.block_flops(self.context_length, one=True)
 
     @property
     def cuttable(self) -> bool:
-        """Where attention is causal and the feature is that of the end of the text."""
+        """Whether attention is causal and the feature is that of the end of the text."""
         return self.causal and self.pool == "eot"
 
     def cut_flops(self, tokens: int) -> float:
-        """Those of the blocks on `tokens` tokens."""
+        """FLOPs of the blocks on `tokens` tokens."""
         return self.block_flops(tokens, one=True)
 
     def convert(self, params: Params) -> tuple[Params, list[str]]:
@@ -58,7 +58,7 @@ class TextTowerConfig(TransformerConfig, TextTower):
         return {**params, "positions": params["positions"][: self.context_length]}, notes
 
     def describe(self) -> str:
-        """Its sizes."""
+        """Sizes of the tower in one phrase."""
         return f"transformer of width {self.width}, depth {self.depth}, {self.context_length} tokens"
 
 

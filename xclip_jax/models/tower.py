@@ -64,7 +64,7 @@ class Tower(abc.ABC):
 
     @property
     def num_layers(self) -> int:
-        """Layers that layer decay tells apart; 1 where it does not."""
+        """Number of layers that layer decay distinguishes; 1 for none."""
         return 1
 
     def layer_of(self, path: tuple[str, ...]) -> int | np.ndarray:
@@ -121,7 +121,7 @@ class ImageTower(Tower):
           dtype: computation dtype.
 
         Returns:
-          (b, grid, grid, d), rows from above; d need not be the tower's width.
+          (b, grid, grid, d), rows from the top; d need not be the tower's width.
 
         Raises:
           UserError: the tower has none.

@@ -1,4 +1,4 @@
-"""Both towers and the heads on them in one module; the sizes that have a name."""
+"""Both towers and the heads on them in one module, and the named sizes."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping

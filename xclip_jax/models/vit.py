@@ -33,7 +33,7 @@ STEMS = ("linear", "hmlp")
 
 
 def stem_stages(stem: str, patch: int, width: int) -> list[tuple[int, int]]:
-    """What makes a token of a patch of `patch` x `patch` pixels: (side, features) of each linear map, in order.
+    """Stages that make a token of `patch` x `patch` pixels: (side, features) of each linear map, in order.
 
     A map takes side x side neighbours, pixels at first, and makes one vector of them. "linear" is one map; "hmlp"
     begins with 4 x 4 pixels and joins by the prime factors of what is left.
@@ -135,7 +135,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         return self.image_size // self.patch
 
     def module(self, dtype: DTypeLike) -> nn.Module:
-        """See `VisionTransformer`."""
+        """Make the `VisionTransformer`."""
         return VisionTransformer(self, dtype)
 
     def kept(self, patches: int) -> int:
@@ -143,7 +143,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         return max(1, round(patches * (1 - self.patch_dropout)))
 
     def flops(self, train: bool) -> float:
-        """Those of stem, blocks and pooling; in training without the patches that are dropped."""
+        """FLOPs of stem, blocks and pooling; in training without the patches that are dropped."""
         kept = self.kept(self.grid**2) if train else self.grid**2
         embedding, side, channels = 0, self.grid * self.patch, 3
         for joined, features in stem_stages(self.stem, self.patch, self.width):
@@ -182,17 +182,17 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         return {**params, "positions": table}, [*notes, note]
 
     def patch_features(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
-        """Those that `VisionTransformer` pools; see its `pooled`."""
+        """Features of the patches that `VisionTransformer` pools, see its `pooled`."""
         features: Any = VisionTransformer(self, dtype, pooled=False).apply({"params": params}, image)
         return features
 
     @property
     def attention(self) -> str:
-        """What the last attention before the features is."""
+        """What the last attention before the features shows, in words."""
         return attention_maps.MEANINGS[self.pool]
 
     def attention_maps(self, params: Params, image: Array, dtype: DTypeLike) -> tuple[Array, Array]:
-        """See `attention_maps.maps`."""
+        """Attention of the last block, and rollout through all blocks, see `attention_maps.maps`."""
         tower = self.unrolled()
         _, captured = tower.module(dtype).apply(
             {"params": tower.convert(params)[0]},
@@ -204,7 +204,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         return last.reshape(-1, self.grid, self.grid), rollout.reshape(-1, self.grid, self.grid)
 
     def describe(self) -> str:
-        """Its sizes."""
+        """Sizes of the tower in one phrase."""
         return f"ViT of width {self.width}, depth {self.depth}, patch {self.patch}, {self.image_size} px"
 
     def facts(self) -> dict[str, str]:

@@ -47,7 +47,7 @@ class Contrastive(Term):
         )
 
     def in_form(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
-        """With `loss.impl` "ring" around a ring of devices."""
+        """Return `__call__`, around a ring of devices with `loss.impl` "ring"."""
         return functools.partial(self.__call__, mesh=mesh) if loss.impl == "ring" else self
 
     def __call__(
@@ -59,7 +59,7 @@ class Contrastive(Term):
         *,
         mesh: Mesh | None = None,
     ) -> Result:
-        """See `Term.__call__`. With a `mesh` the pairs are compared on a ring of its devices."""
+        """Compute the loss, see `Term.__call__`. With a `mesh` the pairs are compared on a ring of its devices."""
         arguments, options = [out[name] for name in self.outputs], dataclasses.asdict(self)
         if mesh is None:
             loss, metrics = getattr(contrastive, self.form)(*arguments, **options)
@@ -133,7 +133,7 @@ class Clip(Contrastive):
 
     @property
     def plateau_share(self) -> float:
-        """Smoothed targets leave less to learn."""
+        """The share, smaller for smoothed targets, which leave less to learn."""
         return PLATEAU_SHARE * (1 - self.label_smoothing)
 
     def progress(self, metrics: Mapping[str, float]) -> str:

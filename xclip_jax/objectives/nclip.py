@@ -55,7 +55,7 @@ class Nclip(Term):
 
     @property
     def teacher(self) -> bool:
-        """With target "ema"."""
+        """Whether the target is "ema"."""
         return self.target == "ema"
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
@@ -77,7 +77,7 @@ class Nclip(Term):
         return inputs | {"target_order": jnp.zeros_like(order).at[order].set(jnp.roll(order, 1))}
 
     def in_form(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
-        """With `loss.chunk_size` pairs at a time."""
+        """Return `__call__` with `loss.chunk_size` pairs at a time."""
         return functools.partial(self.__call__, chunk=loss.chunk_size)
 
     def __call__(
@@ -89,7 +89,7 @@ class Nclip(Term):
         *,
         chunk: int = 0,
     ) -> Result:
-        """See `Term.__call__`. With `chunk` above 0 that number of pairs is processed at a time."""
+        """Compute the loss, see `Term.__call__`. With `chunk` above 0 that number of pairs is processed at a time."""
         teacher = {} if teacher is None else teacher
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         momentum = options.pop("center_momentum")
@@ -125,7 +125,7 @@ class Nclip(Term):
             yield "model.cluster_head.last_norm needs all logits at once; set loss.chunk_size=0, or it to False"
 
     def alarms(self, metrics: Mapping[str, float]) -> list[str]:
-        """See `diagnose`; none without its metrics, as in files of early versions."""
+        """Warnings of `diagnose`; none without its metrics, as in files of early versions."""
         return diagnose(metrics) if metrics.keys() >= _MEASURES else []
 
     def progress(self, metrics: Mapping[str, float]) -> str:
@@ -152,7 +152,7 @@ class Nclip(Term):
         )
 
     def health(self, metrics: Mapping[str, float]) -> Health | None:
-        """Its three failures, see `diagnose`."""
+        """Indicators of the three failures of `diagnose`."""
         if not metrics.keys() >= _MEASURES:
             return None
         summary = (
@@ -166,11 +166,11 @@ class Nclip(Term):
         return {f"model.cluster_head.{key}": x for key, x in dataclasses.asdict(model.cluster_head).items()}
 
     def describe(self, model: ModelConfig) -> str:
-        """The clusters."""
+        """The distributions over clusters."""
         return f"distributions of images and texts over {model.cluster_head.clusters:,} clusters"
 
     def export_note(self, missing: Collection[str]) -> str:
-        """The cluster heads."""
+        """What a model loses without its cluster heads."""
         lost = {"clusters_img", "clusters_txt"} & set(missing)
         return "without cluster heads the model assigns no clusters" if lost else ""
 

@@ -56,7 +56,7 @@ class Warnings:
 
     @classmethod
     def collect(cls, record: Record, name: str, rows: Sequence[Row]) -> "Warnings":
-        """Those of the term `name` in `complete_rows`."""
+        """Collect the warnings of the term `name` in `complete_rows`."""
         term, first_step = record.objective.terms[name], record.config.log.collapse_warmup_steps
         judged = [row for row in rows if row["step"] >= first_step]
         by_name = [{text.partition(":")[0]: text for text in term.alarms(row)} for row in judged]

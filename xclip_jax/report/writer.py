@@ -13,7 +13,7 @@ from xclip_jax.train.job import Job
 
 
 class ReportWriter(Callback):
-    """Writes the report of a run that has `eval.report` set; a report that fails costs nothing of the run."""
+    """Writes the report of a run that has `eval.report` set; a report that fails does not affect the run."""
 
     def on_end(self, job: Job, variables: Variables, results: Sequence[Result]) -> None:
         """Write the report, or print the reason of a failure."""

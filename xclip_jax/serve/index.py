@@ -38,7 +38,7 @@ class Match(NamedTuple):
 
 
 class Index:
-    """A model, images, and their embeddings. Several threads may ask; they wait for one another.
+    """A model, images, and their embeddings. Several threads may use it; they wait for one another.
 
     Attributes:
       names: that an image is compared with where a question has none.

@@ -96,7 +96,7 @@ def _make_mesh(config: Config, devices: list[jax.Device] | None) -> Mesh:
 
 
 def _length_groups(config: Config, model: TwoTowers) -> LengthGroups:
-    """Those of the config, checked against the text tower."""
+    """Groups of the config, checked against the text tower."""
     groups = LengthGroups.parse(config.data.length_groups)
     if groups.cuts and ("txt" not in model.towers or not model.txt.cuttable):
         raise UserError(

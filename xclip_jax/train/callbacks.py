@@ -27,7 +27,7 @@ class Callback:
         """Receive the metrics of a training step, those of a line of metrics.jsonl."""
 
     def on_evaluation(self, step: int, results: Sequence[Result]) -> None:
-        """Receive the results of an evaluation, on the way or at the end."""
+        """Receive the results of an evaluation, during training or at the end."""
 
     def on_end(self, job: Job, variables: Variables, results: Sequence[Result]) -> None:
         """Receive the trained model, once results.json is written.

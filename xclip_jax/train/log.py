@@ -56,7 +56,7 @@ class MetricWriter:
 
 
 class CollapseMonitor:
-    """Prints a warning the first time that each sort of collapse is diagnosed."""
+    """Prints a warning the first time that each kind of collapse is diagnosed."""
 
     def __init__(self, alarms: Callable[[Mapping[str, float]], Sequence[str]], first_step: int) -> None:
         """Watch from `first_step` on.

@@ -1,4 +1,4 @@
-"""The training loop: batches, steps, checkpoints and evaluations on the way."""
+"""The training loop: batches, steps, checkpoints and evaluations during training."""
 
 import contextlib
 from collections.abc import Iterator, Sequence

@@ -113,7 +113,7 @@ def decay_mask(params: Any) -> Any:
 
 
 def layer_scales(params: dict[str, Any], decay: float, towers: Mapping[str, Tower]) -> dict[str, Any]:
-    """By what each parameter's updates are multiplied: BEiT's layer decay (arXiv 2106.08254).
+    """Factors of each parameter's updates: BEiT's layer decay (arXiv 2106.08254).
 
     Of the n layers of a tower (`Tower.num_layers`) layer i has decay^(n - 1 - i); what is not in a tower has 1.
 
@@ -149,7 +149,7 @@ def make_optimizer(
     Args:
       config: group `optim`.
       steps: of the whole run.
-      towers: {"img", "txt"}, whose layers `layer_decay` tells apart.
+      towers: {"img", "txt"}, whose layers `layer_decay` distinguishes.
       frozen: top-level names of parameters that get no update, no weight decay, and have no moments.
     """
     adamw = optax.adamw(

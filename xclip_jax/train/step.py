@@ -107,7 +107,7 @@ class TrainStep:
     def _differentiate(
         self, state: TrainState, inputs: Inputs, order: LengthOrder | None
     ) -> tuple[tuple[jax.Array, Any], Any]:
-        """As `_gradients`, with texts in the groups of `order`, or whole."""
+        """The same as `_gradients`, with texts in the groups of `order`, or whole."""
         teacher, ema_batch_stats = self._teach(state, inputs, order) if self.objective.teacher else (None, None)
 
         # Encoders and heads are applied apart: the heads, with BatchNorm, and the losses are defined on the whole

@@ -129,7 +129,7 @@ def _train(
 
 
 def warn_of_epochs(job: Job, items: str) -> None:
-    """Warn where a recipe counted on data of another size, so that its steps are not the epochs that were meant."""
+    """Warn where a recipe expects data of another size, so that its steps are not the intended epochs."""
     expected, n = job.config.log.expected_epochs, job.num_samples
     if expected and not 1 / _FAR < job.epochs / expected < _FAR:
         steps = max(round(expected * n / job.experiment.data.batch), 1)
