@@ -101,7 +101,7 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
         model.encode_prepared(np.zeros((n, 224, 224, 3), np.uint8))
     ready, cpu = time.perf_counter(), cpu_seconds()
     out = options.folder / f"ours-{time.time_ns()}.parquet"
-    embed.Job(model, {"image": embed.Images(paths(options))}, str(out), threads=options.workers).run()
+    embed.EmbeddingJob(model, {"image": embed.Images(paths(options))}, str(out), threads=options.workers).run()
     return {"seconds": time.perf_counter() - ready, "cpu": cpu_seconds() - cpu, "before": ready - began}
 
 

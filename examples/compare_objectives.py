@@ -10,9 +10,10 @@ or two points mean little. The first run prepares the data. After an interruptio
 import argparse
 from collections.abc import Sequence
 
-from xclip_jax import evaluate
+from xclip_jax import evaluation
 from xclip_jax.configs import demo
 from xclip_jax.errors import exit_with_message
+from xclip_jax.evaluators import comparison
 from xclip_jax.train import trainer
 
 SUITE = "emoji/test_concepts,emoji/test_rendering,emoji/test_retrieval,emoji/test_aliases"
@@ -34,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.run, config.seed, config.data.batch = run, options.seed, options.batch
         config.eval.sets, config.eval.final_sets, config.eval.report = (), (), False  # `evaluate` follows below
         trainer.run(config)
-        evaluate.evaluate(run, options.suite)
+        evaluation.evaluate(run, options.suite)
     first, *others = runs.values()
     for other in others:
-        print(evaluate.render(evaluate.compare(first, other), first, other))
+        print(comparison.render(comparison.compare(first, other), first, other))
 
 
 if __name__ == "__main__":

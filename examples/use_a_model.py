@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path, label, row in zip(options.images, result.labels, result.probabilities, strict=True):
         print(f"{path}: {label} ({row.max():.0%})")
 
-    if "nclip" in model.config.objective.terms:  # the other terms have no clusters
+    if model.has_clusters:
         likeliest = model.clusters(options.images, top=3)
         for path, ids, probabilities in zip(options.images, likeliest.ids, likeliest.probabilities, strict=True):
             print(f"{path}: " + ", ".join(f"cluster {i} ({p:.0%})" for i, p in zip(ids, probabilities, strict=True)))

@@ -67,7 +67,7 @@ def test_a_run_evaluates_the_set_by_its_name(run):
         record["results"].keys() == {f"{NAME}/nearer", f"{NAME}/images"} and record["results"][f"{NAME}/images"] == 20
     )
     assert [line["step"] for line in tiny.lines(run) if f"{NAME}/nearer" in line] == [1, 2]
-    check_table(results.of_run(record))
+    check_table(results.parse_run(record))
 
 
 def test_the_command_adds_it_to_its_file_and_compares_it(run, capsys):
@@ -91,7 +91,7 @@ def test_the_report_shows_it(run):
 @pytest.mark.parametrize("evaluator", ["", "not_installed.here:Neighbours"])
 def test_results_without_their_evaluator_have_a_line_for_each_metric(evaluator, run):
     record = json.loads((run / "results.json").read_text())
-    shown = [dataclasses.replace(result, evaluator=evaluator) for result in results.of_run(record)]
+    shown = [dataclasses.replace(result, evaluator=evaluator) for result in results.parse_run(record)]
     head, row = summary.render(shown).splitlines()[:2]
     assert head.split() == ["order", "of", "images", "items", "metric", "%"]
     assert row.split()[:3] == [SPEC, "18", "nearer"] and row.endswith("(50.0)")

@@ -207,6 +207,7 @@ def test_zero_shot_is_its_definition_and_the_evaluators(objective):
 
 def test_clusters_are_the_largest_of_the_distribution(model):
     p = scipy.special.softmax(model._encoder.texts(model._variables, TEXTS)["cluster_logits"] / TAU, axis=1)
+    assert model.has_clusters and not random_model("clip")[2].has_clusters
     found = model.clusters(texts=TEXTS, top=3)
     for row, ids, probabilities in zip(p, found.ids, found.probabilities, strict=True):
         assert list(ids) == sorted(range(len(row)), key=lambda i, row=row: -row[i])[:3]

@@ -203,11 +203,10 @@ def test_auto_counts_a_frozen_tower_without_its_backward_pass(monkeypatch, capsy
     whole = sum(flops.forward(made.config).values())
     assert saved[1] == pytest.approx(100 * (made.model.txt.cut_flops(40) - made.model.txt.cut_flops(8)) / whole, abs=3)
 
-    def unknown(*_):
-        raise NotImplementedError
-
-    monkeypatch.setattr(type(made.model.txt), "cut_flops", unknown)
-    assert caption_lengths.choose(made, []) == length_groups.WHOLE
+    for method in ("cut_flops", "flops"):  # not counted
+        with monkeypatch.context() as patch:
+            patch.setattr(type(made.model.txt), method, lambda *_, **__: None)
+            assert caption_lengths.choose(made, []) == length_groups.WHOLE
 
 
 def test_flops_are_those_that_are_computed():

@@ -116,7 +116,7 @@ def test_equals_oracle(target, balance, setting):
 
 def test_defaults_are_the_documented_ones():
     s_img, s_txt, _ = case("detach", "none")
-    explicit = {"target": "detach", "balance": "none", "tau": 1.0, "sharpness": 1.0, "smoothness": 2.0}
+    explicit = {"target": "detach", "balance": "none", "tau": 0.5, "sharpness": 1.0, "smoothness": 2.0}
     assert float(nclip(s_img, s_txt)[0]) == float(nclip(s_img, s_txt, **explicit)[0])
 
 

@@ -1,5 +1,6 @@
 """Objectives as sums of terms: terms of other packages, configs of earlier versions, and what other modules ask."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -13,11 +14,11 @@ from xclip_jax import flops
 from xclip_jax.config import schema
 from xclip_jax.data import loader
 from xclip_jax.errors import UserError
-from xclip_jax.losses import noncontrastive
 from xclip_jax.objectives import (
     RECIPES,
     TERMS,
     Curve,
+    Term,
     find_term,
     make_objective,
     objective_of_heads,
@@ -98,6 +99,11 @@ def test_a_heads_flops_count():
     assert with_term - without == 2 * 32 * vocab
 
 
+@dataclasses.dataclass(frozen=True)
+class NoLoss(Term):
+    pass
+
+
 @pytest.mark.parametrize(
     ("plugin", "message"),
     [
@@ -108,6 +114,7 @@ def test_a_heads_flops_count():
         ({"type": SUPERCLIP, "momentum": 2.0}, r"objective\.plugins\.tokens\.momentum is 2\.0; expected at least 0"),
         ({"type": "tests.extension.superclip:Tokens"}, r"cannot be imported.* did you mean .*:TokenClassification'\?$"),
         ({"type": "tests.tiny:config"}, "is not a dataclass derived from xclip_jax.objectives.Term"),
+        ({"type": f"{__name__}:NoLoss"}, r"NoLoss' does not define __call__, which Term requires; add it\.$"),
         ({}, "unknown objective term 'tokens'"),
     ],
 )
@@ -310,7 +317,6 @@ def test_one_cluster_or_a_batch_of_one_pair_gives_no_warning(k, b):
         f"{key}_{m}": -1e-7 for key in ("mutual_information", "marginal_entropy", "entropy") for m in ("img", "txt")
     }
     metrics |= {"clusters_img": 1.0, "clusters_txt": 1.0, "agreement": 0.0}
-    assert noncontrastive.diagnose(metrics, k=k, b=b) == []
     metrics |= {"ln_k": np.log(float(k)), "ln_b": np.log(float(b))}
     nclip = make_objective(schema.resolve(tiny.config("nclip")).objective).terms["nclip"]
     assert nclip.alarms(metrics) == [] and all(light.impossible for light in nclip.health(metrics).lights)
