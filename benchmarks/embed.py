@@ -93,7 +93,7 @@ def open_clips(options: argparse.Namespace) -> dict[str, float]:
 def ours(options: argparse.Namespace) -> dict[str, float]:
     """This project's side."""
     import xclip_jax
-    from xclip_jax import embed
+    from xclip_jax import embed, embed_sources
 
     began = time.perf_counter()
     model = xclip_jax.load(options.folder, batch=options.batch)
@@ -101,7 +101,7 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
         model.encode_prepared(np.zeros((n, 224, 224, 3), np.uint8))
     ready, cpu = time.perf_counter(), cpu_seconds()
     out = options.folder / f"ours-{time.time_ns()}.parquet"
-    embed.EmbeddingJob(model, {"image": embed.Images(paths(options))}, str(out), threads=options.workers).run()
+    embed.EmbeddingJob(model, {"image": embed_sources.Images(paths(options))}, str(out), threads=options.workers).run()
     return {"seconds": time.perf_counter() - ready, "cpu": cpu_seconds() - cpu, "before": ready - began}
 
 

@@ -93,7 +93,7 @@ def clip_benchmark(task: str) -> Callable[[], dict[str, float]]:
     from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 
     # Its accuracy converts an array of one number, which NumPy 2.4 no longer does.
-    zeroshot_classification.float = lambda x: float(np.asarray(x).item())
+    zeroshot_classification.float = lambda x: float(np.asarray(x).item())  # ty: ignore[missing-attribute]
     img, txt, labels = data_of(task)
     images, texts = torch.from_numpy(img), torch.from_numpy(txt)
 

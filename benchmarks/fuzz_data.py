@@ -168,7 +168,7 @@ def read_wds(data: bytes, folder: Path) -> None:
         split = wds.locate(str(folder))
         try:
             images = wds.open_captions(split)[0] if kind == wds.CAPTIONS else wds.open_labelled(split).items
-            _ = list(images.sizes()), [(images.name(i), images[i]) for i in range(min(len(images), 40))]
+            _ = list(images.sizes()), [(images.name(i), images[i]) for i in range(min(len(images), 40))]  # ty: ignore[missing-attribute]
         except UserError as error:
             refused.append(error)
     if len(refused) == 3:
