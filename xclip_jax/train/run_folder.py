@@ -33,9 +33,9 @@ except ImportError:  # Windows
 
 # A resumed run may differ in these: they do not change what is learned, or other files of the folder guard them.
 KEYS_FREE_ON_RESUME = (
-    "checkpoint.", "data.buffer", "data.dir", "data.length_groups", "data.max_bad_fraction",
+    "checkpoint.", "data.buffer", "data.dir", "data.length_groups", "data.max_bad_fraction", "data.read_timeout",
     "data.sources", "data.threads", "data.tokenizer", "data.workers", "eval.", "log.", "loss.", "mesh.",
-    "optim.max_skipped_steps", "optim.microbatches", "optim.rewind", "run",
+    "model.img.remat", "model.txt.remat", "optim.max_skipped_steps", "optim.microbatches", "optim.rewind", "run",
 )  # fmt: skip
 _EVALUATION_KEYS = (
     "eval.sets", "eval.final_sets", "eval.ema", "eval.resize", "eval.resize_size", "eval.interpolation",
