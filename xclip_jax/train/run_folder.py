@@ -188,7 +188,7 @@ class TrainingFolder(RunFolder):
         groups: LengthGroups = WHOLE,
         text_rows: tuple[int, int] | None = None,
     ) -> Iterator[None]:
-        """Keep other runs out of the folder, and write config.json, data.json and the tokenizer.
+        """Keep other runs out of the folder, write config.json, data.json and the tokenizer, and delete old results.
 
         Args:
           config: of the run.
@@ -205,6 +205,7 @@ class TrainingFolder(RunFolder):
         self.path.mkdir(parents=True, exist_ok=True)
         with self._locked():
             self.check(config)  # another run may have come and gone
+            self.results_file.unlink(missing_ok=True)  # of another evaluation, or a failed one; a launcher looks for it
             self._write_config(config, groups, text_rows)
             write_json(self.data_file, list(fingerprints))
             starts, named = self.latest_step() is None, config.data.tokenizer in tokenizer.NAMES
