@@ -1,6 +1,7 @@
 """Memory of the train step: whether it fits is known before the first step."""
 
 import dataclasses
+import os
 from itertools import chain
 
 import jax
@@ -177,5 +178,8 @@ def test_memory_of_a_container(folder, limit, usage, cache, tmp_path, monkeypatc
     assert memory.host_memory("MemTotal") == machine
 
 
-def test_memory_of_this_machine():
-    assert memory.host_memory() <= memory.host_memory("MemTotal") == memory.total(jax.devices()[0])
+def test_memory_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)  # as outside of a container
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert memory.host_memory("MemTotal") == memory.total(jax.devices()[0]) == pytest.approx(whole, rel=0.01)
+    assert 2**26 < memory.host_memory() < whole

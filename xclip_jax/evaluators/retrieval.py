@@ -2,19 +2,20 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from xclip_jax.errors import UserError
+from xclip_jax.evaluators import statistics
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
-from xclip_jax.evaluators.statistics import PerExample, count_before, valid_rows
+from xclip_jax.evaluators.statistics import PerExample, row_blocks
 from xclip_jax.evaluators.zeroshot import text_scores
+from xclip_jax.models.two_towers import Variables
 
 KS = (1, 5, 10)
-_CHUNK = 1 << 22  # scores that are ranked at once: some ten megabytes of temporaries
 
 
 def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
@@ -33,21 +34,17 @@ def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
 
 
 def ranks(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """How many items come before each query's best positive, int (queries,)."""
+    """How many items come before each query's best positive, int (queries,), see `statistics.ranks`."""
     if scores.shape != positives.shape or not positives.any(axis=1).all():
         raise UserError(
             f"scores {scores.shape} and positives {positives.shape} must have one shape, and each query a positive."
         )
-    rank = np.empty(len(scores), np.int64)
-    step = max(1, _CHUNK // max(1, scores.shape[1]))
-    # Counting what comes before the best positive needs no sorting and gives all k at once.
-    for start in range(0, len(scores), step):
-        part, match = scores[start : start + step], positives[start : start + step]
-        best = part.max(axis=1, keepdims=True, where=match, initial=-np.inf)
-        first = (match & (part == best)).argmax(axis=1)
-        ranked = valid_rows(part) & (best[:, 0] > -np.inf)
-        rank[start : start + step] = np.where(ranked, count_before(part, best, first), np.iinfo(np.int64).max)
-    return rank
+    best = np.empty(len(scores), np.int64)
+    for block in row_blocks(scores):
+        part, match = scores[block], positives[block]
+        highest = part.max(axis=1, keepdims=True, where=match, initial=-np.inf)
+        best[block] = (match & (part == highest)).argmax(axis=1)
+    return statistics.ranks(scores, best)
 
 
 def chance(positives: np.ndarray, k: int) -> float:
@@ -117,7 +114,7 @@ class Retrieval(Evaluator):
     family = "retrieval"
     layouts = (LAYOUT,)
 
-    def measure(self, variables: Any) -> list[Result]:
+    def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class docstring lists; their items are images, or captions."""
         texts = [caption for captions in self.data.captions for caption in captions]
         by_score = text_scores(self.encoder, variables, self.data.images, texts)

@@ -79,7 +79,7 @@ class TrainingFolder(RunFolder):
             log0(f"WARNING: init.weights={weights!r} has changed since the run started from it")
 
     def read_config(self) -> dict[str, Any] | None:
-        """As of `RunFolder`, with defaults for keys that the run did not know."""
+        """Return the content of config.json, with defaults for keys that the run did not know."""
         content = super().read_config()
         return content and content | {"config": schema.complete(content["config"]).to_dict()}
 
@@ -101,7 +101,7 @@ class TrainingFolder(RunFolder):
         """
         name, saved = config.data.tokenizer, self.read_config()
         if saved is None or self.latest_step() is None:
-            return name  # `claimed` writes the copy anew
+            return name  # `claimed` writes the copy again
         was = saved["config"]["data"]["tokenizer"]
         if name != was and {name, was} & set(tokenizer.NAMES):
             raise UserError(
@@ -270,11 +270,11 @@ class TrainingFolder(RunFolder):
         last = (saved.get("starts") or [saved])[-1].get("environment", {})
         # An older run keeps its groups; those of a config are for the time of this start.
         for_others = text_rows and saved.get("text_rows") not in (None, chosen["text_rows"])
-        anew = for_others and config.data.length_groups == AUTO
-        if changed or anew or {**last, "command": ""} != {**facts, "command": ""}:
+        renew = for_others and config.data.length_groups == AUTO
+        if changed or renew or {**last, "command": ""} != {**facts, "command": ""}:
             start = {"step": self.latest_step(), "time": now, "changed": changed, "environment": facts}
             saved |= {"config": current, "starts": [*saved.get("starts", []), start]}
-            write_json(self.config_file, saved | chosen if anew else saved)
+            write_json(self.config_file, saved | chosen if renew else saved)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from xclip_jax.evaluators import summary
 from xclip_jax.evaluators.result import Result, flat, to_json
 from xclip_jax.parallel import processes
 from xclip_jax.train import disk_space, memory, same_run, trackers
-from xclip_jax.train.callbacks import Callback, of_config
+from xclip_jax.train.callbacks import Callback, make_callbacks
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.interrupt import Interrupted, PreemptionHandler
 from xclip_jax.train.job import Job, prepare
@@ -61,7 +61,7 @@ def run(
             log0(f"{folder.path} is complete at step {config.steps}; to train again, use a different --config.run")
             return results
         trackers.check(config)
-        callbacks = [*callbacks, *of_config(config)]
+        callbacks = [*callbacks, *make_callbacks(config)]
         job = prepare(config, folder)
         same_run.check_data(job)
         disk_space.check(config, folder, job.experiment.abstract)
@@ -131,7 +131,7 @@ def _train(
 
 
 def warn_of_epochs(job: Job, items: str) -> None:
-    """Warn where a recipe counted on data of another size, so that its steps are not the epochs that were meant."""
+    """Warn where a recipe expects data of another size, so that its steps are not the intended epochs."""
     expected, n = job.config.log.expected_epochs, job.num_samples
     if expected and not 1 / _FAR < job.epochs / expected < _FAR:
         steps = max(round(expected * n / job.experiment.data.batch), 1)

@@ -1,6 +1,6 @@
 """Watchdog: a thread that names the phase in which a run hangs, and ends a process that hangs for too long.
 
-It hears signals too while the main thread is in C code, where Python's handlers wait: a compiler, a collective.
+It also receives signals while the main thread is in C code, where Python's handlers wait: a compiler, a collective.
 """
 
 import contextlib
