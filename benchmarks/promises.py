@@ -131,11 +131,13 @@ PROMISES = (
     ),
     Promise(
         "processes",
-        "processes with another config, code, package or data",
+        "processes with another config, code, package, data, evaluation set or newest checkpoint",
         "they refuse to start and report the difference",
         (
             "faulty_processes::processes_with_different_configs_refuse_to_start",
             "faulty_processes::processes_with_different_data_refuse_to_start",
+            "same_data::hosts_compare_their_evaluation_sets",
+            "same_data::hosts_compare_their_newest_checkpoints",
         ),
     ),
     Promise(
@@ -147,6 +149,15 @@ PROMISES = (
             "checkpoints::the_newest_whole_checkpoint_is_used_and_the_others_move_aside",
             "run_folder::a_run_goes_back_to_its_newest_whole_checkpoint_and_ends_as_it_would_have",
             "processes::processes_agree_that_a_checkpoint_is_damaged",
+        ),
+    ),
+    Promise(
+        "checkpoints",
+        "a storage fails for a moment while a checkpoint is read whose files agree with their digest",
+        "the start ends with that error; the checkpoint stays the newest",
+        (
+            "checkpoints::a_storage_that_fails_for_a_moment_is_not_damage",
+            "checkpoints::an_item_that_a_storage_does_not_show_for_a_moment_is_not_damage",
         ),
     ),
     Promise(

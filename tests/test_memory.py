@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from itertools import chain
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from tests import tiny
+from xclip_jax.config import schema
 from xclip_jax.data.length_groups import LengthGroups
 from xclip_jax.errors import UserError
 from xclip_jax.parallel.mesh import make_mesh
 from xclip_jax.train import build, memory, trainer
+from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.run_folder import TrainingFolder
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +120,21 @@ def test_nothing_fits_a_state_that_is_too_large(experiment, monkeypatch):
     has(monkeypatch, memory.bytes_on_device(experiment.abstract) / 2)
     with pytest.raises(UserError, match=r"the state alone takes .*fsdp.*--config small:pairs=PATH"):
         memory.check(experiment)
+
+
+def test_a_run_may_resume_with_every_remedy_for_its_batch(pairs, trained):
+    """What an error recommends is not refused by the folder, and restores the same state."""
+    folder, changes = TrainingFolder(trained), memory.remedies(tiny.short(pairs, trained))
+    changes = [change for change in changes if tiny.BATCH % change.get("optim.microbatches", 1) == 0]
+    assert {"mesh.strategy", "model.img.remat", "model.txt.remat", "optim.microbatches"} <= {*chain(*changes)}
+    for change in [*changes, {"data.read_timeout": 1.0}]:
+        config = tiny.short(pairs, trained)
+        config.update_from_flattened_dict(change)
+        folder.check(schema.resolve(config))
+    most = tiny.short(pairs, trained, model__img__remat="full", model__txt__remat="full")
+    with Checkpointer(trained, read_only=True) as checkpointer:
+        state, _ = checkpointer.restore(build.build(most).abstract)
+    assert int(state.step) == 4
 
 
 def test_a_run_is_refused_before_its_folder_is_made(pairs, tmp_path, monkeypatch):

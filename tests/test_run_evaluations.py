@@ -110,3 +110,26 @@ def test_other_sets_on_a_complete_run_are_evaluated(pairs, run, evaluators):
     assert trainer.run(tiny.short(pairs, run, eval__final_sets=("b",))) == {"b/top1": 12.5}
     assert trainer.run(tiny.short(pairs, run, eval__final_sets=("b",))) == {"b/top1": 12.5}
     assert len(evaluators["b"].calls) == 1
+
+
+def test_results_of_another_evaluation_do_not_outlive_the_start_of_a_new_one(pairs, run, evaluators):
+    """The launch scripts take results.json for that of a run that is complete."""
+    file, changed = run / "results.json", tiny.short(pairs, run, eval__final_sets=("b",))
+
+    def cut_off(_):
+        assert not file.exists()
+        raise KeyboardInterrupt
+
+    evaluators["b"].measure, measure = cut_off, evaluators["b"].measure
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(changed)
+    assert not file.exists()
+    evaluators["b"].measure = measure
+    assert trainer.run(changed) == json.loads(file.read_text())["results"] == {"b/top1": 12.5}
+
+
+def test_a_start_that_is_refused_leaves_the_results(pairs, run):
+    before = (run / "results.json").read_text()
+    with pytest.raises(UserError, match="unknown evaluation set 'c'"):
+        trainer.run(tiny.short(pairs, run, eval__final_sets=("c",)))
+    assert (run / "results.json").read_text() == before

@@ -33,9 +33,9 @@ except ImportError:  # Windows
 
 # A resumed run may differ in these: they do not change what is learned, or other files of the folder guard them.
 KEYS_FREE_ON_RESUME = (
-    "checkpoint.", "data.buffer", "data.dir", "data.length_groups", "data.max_bad_fraction",
+    "checkpoint.", "data.buffer", "data.dir", "data.length_groups", "data.max_bad_fraction", "data.read_timeout",
     "data.sources", "data.threads", "data.tokenizer", "data.workers", "eval.", "log.", "loss.", "mesh.",
-    "optim.max_skipped_steps", "optim.microbatches", "optim.rewind", "run",
+    "model.img.remat", "model.txt.remat", "optim.max_skipped_steps", "optim.microbatches", "optim.rewind", "run",
 )  # fmt: skip
 _EVALUATION_KEYS = (
     "eval.sets", "eval.final_sets", "eval.ema", "eval.resize", "eval.resize_size", "eval.interpolation",
@@ -188,7 +188,7 @@ class TrainingFolder(RunFolder):
         groups: LengthGroups = WHOLE,
         text_rows: tuple[int, int] | None = None,
     ) -> Iterator[None]:
-        """Keep other runs out of the folder, and write config.json, data.json and the tokenizer.
+        """Keep other runs out of the folder, write config.json, data.json and the tokenizer, and delete old results.
 
         Args:
           config: of the run.
@@ -205,6 +205,7 @@ class TrainingFolder(RunFolder):
         self.path.mkdir(parents=True, exist_ok=True)
         with self._locked():
             self.check(config)  # another run may have come and gone
+            self.results_file.unlink(missing_ok=True)  # of another evaluation, or a failed one; a launcher looks for it
             self._write_config(config, groups, text_rows)
             write_json(self.data_file, list(fingerprints))
             starts, named = self.latest_step() is None, config.data.tokenizer in tokenizer.NAMES

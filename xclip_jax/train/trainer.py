@@ -24,7 +24,7 @@ from xclip_jax.train.loop import evaluating, run_evaluators, train
 from xclip_jax.train.recovery import SkippedSteps
 from xclip_jax.train.run_folder import TrainingFolder
 from xclip_jax.train.state import TrainState, create
-from xclip_jax.train.watchdog import Watchdog
+from xclip_jax.train.watchdog import RESTORE, Watchdog
 from xclip_jax.train.weights import init_from_weights
 
 # A ratio of epochs from which on a recipe's schedule is not the one that was meant.
@@ -54,14 +54,14 @@ def run(
     config = resolve(config)
     folder = TrainingFolder(config.run)
     folder.check(config)
-    if (results := folder.completed(config)) is not None:
-        log0(f"{folder.path} is complete at step {config.steps}; to train again, use a different --config.run")
-        return results
-    trackers.check(config)
-    callbacks = [*callbacks, *make_callbacks(config)]
     limits = {"warning": config.log.stall_warning, "limit": config.log.stall_limit}
     with PreemptionHandler() as stop:
-        same_run.check_config(config)
+        same_run.check_config(config, folder)
+        if (results := folder.completed(config)) is not None:
+            log0(f"{folder.path} is complete at step {config.steps}; to train again, use a different --config.run")
+            return results
+        trackers.check(config)
+        callbacks = [*callbacks, *make_callbacks(config)]
         job = prepare(config, folder)
         same_run.check_data(job)
         disk_space.check(config, folder, job.experiment.abstract)
@@ -112,7 +112,9 @@ def _train(
         if job.initial:
             state = init_from_weights(job.initial, state)
     else:
+        watch.enter(RESTORE)
         state, position = checkpointer.restore_good(experiment.abstract)
+        watch.enter("")
         log0(f"resuming at step {int(state.step)}, sample {position['samples']:,}")
     ledger = Ledger(
         job.folder.path,

@@ -24,7 +24,7 @@ from xclip_jax.run_folder import RunFolder
 from xclip_jax.train.interrupt import SIGNALS, PreemptionHandler
 
 DATA, COMPILATION, STEP = "waiting for data", "the first step, which compiles", "a step"
-CHECKPOINT, EVALUATION = "a checkpoint", "an evaluation"
+CHECKPOINT, RESTORE, EVALUATION = "a checkpoint", "restoring a checkpoint", "an evaluation"
 # After a signal the main thread stops at its next mark; where that does not come in this time, it never may. A save may
 # take as long as it takes without a signal.
 STOP_SECONDS = 60.0
