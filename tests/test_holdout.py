@@ -133,8 +133,25 @@ def test_retrieval_on_own_pairs(pairs, table):
     (of_table,) = registry.open_all([f"retrieval/csv:{table}"], encoder, data=data)
     assert [x[0] for x in of_table.data.captions] == [x[0] for x in plain.data.captions][::-1]
     np.testing.assert_array_equal(of_table.data.images[0], plain.data.images[39])
-    with pytest.raises(UserError, match="no column 'image' but 'file', 'words'"):
-        registry.open_all([f"retrieval/csv:{table}"], encoder)
+
+
+def test_a_set_of_pairs_names_its_columns(table, run):
+    data = DataConfig(image_key="file", text_keys=("words",))
+    of_keys = registry.load(f"retrieval/csv:{table}", SIZE, data=data)
+    spec = f"retrieval/csv:{table}?image=file&text=words"
+    evaluate.main(["--checkpoint", str(run), "--suite", spec, "--output", str(table.parent / "results.json")])
+    (entry,) = json.loads((table.parent / "results.json").read_text())["results"]
+    assert entry["split_hash"] == of_keys.card.split_hash and entry["data"] == of_keys.card.data == f"csv:{table}"
+    both = registry.load(f"retrieval/csv:{table}?image=file&text=words&text=fi%6Ce", SIZE)
+    assert len(both.captions[0]) == 2 and both.captions[0][0] == of_keys.captions[0][0]
+    pattern = registry.load(f"retrieval/csv:{str(table)[:-5]}?.csv?image=file", SIZE, data=data)
+    assert pattern.captions == of_keys.captions
+    remedy = r"no column 'image' but 'file', 'words'; name its columns, retrieval/SOURCE\?image=COLUMN&text=COLUMN\.$"
+    with pytest.raises(SystemExit, match=remedy):
+        evaluate.main(["--checkpoint", str(run), "--suite", f"retrieval/csv:{table}"])
+    for end in ("?image=file&text=", "?image=file&image=words", "?image=file&label=words", "?text"):
+        with pytest.raises(UserError, match=r"ends in .*; expected \?image=COLUMN&text=COLUMN, or one of the two"):
+            registry.load(f"retrieval/csv:{table}{end}", SIZE)
 
 
 def test_rows_of_one_image_are_one_item_with_all_their_captions(tmp_path):
