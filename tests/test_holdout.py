@@ -176,10 +176,13 @@ def test_rows_of_one_image_are_one_item_with_all_their_captions(tmp_path):
 
 def test_captions_of_own_pairs_follow_the_profile_but_for_its_prefix(pairs):
     spec = f"retrieval/folder:{pairs}"
-    changed = dataclasses.replace(PROFILES["openai"], captions=1, prefix="a drawing, ")
-    data = registry.load(spec, SIZE, profile=changed)
-    assert data.captions[3] == ["a drawing, picture 3"] and data.card.templates == "a drawing, CAPTION"
-    assert registry.load(spec, SIZE).card.split_hash != data.card.split_hash
+    plain = registry.load(spec, SIZE)
+    assert plain.captions[3] == ["picture 3", "number 3"] and plain.card.templates == "CAPTION"
+    for prefix in ("a drawing, ", PROFILES["openai"].published_prefix):  # what a command asks for, the default too
+        changed = dataclasses.replace(PROFILES["openai"], captions=1, prefix=prefix)
+        data = registry.load(spec, SIZE, profile=changed)
+        assert data.captions[3] == [f"{prefix}picture 3"] and data.card.templates == f"{prefix}CAPTION"
+        assert plain.card.split_hash != data.card.split_hash
 
 
 def test_pairs_that_cannot_be_read_are_left_out_of_retrieval(tmp_path, capsys):
@@ -262,7 +265,10 @@ def test_own_templates_and_names(classes, tmp_path):
     assert data.prompts == [["art of a hen", "hen!"], ["art of a fox", "fox!", "art of a vixen", "vixen!"]]
     assert data.card.templates == "art of a {c} | {c}!"
     for content, message in (
-        ('{"owl": "owl"}', "'owl' of the class names is not among its 2 classes, such as 'hen'"),
+        (
+            '{"owl": "owl", "elk": "elk"}',
+            "none of the class names, such as 'elk', is among its 2 classes, such as 'hen'",
+        ),
         ('{"hen": 3}', "are not {label: name}"),
         ("{", "cannot be read"),
     ):
@@ -271,6 +277,20 @@ def test_own_templates_and_names(classes, tmp_path):
             registry.load(f"folder:{classes}", SIZE, profile=with_own(PROFILES["openai"], [], str(path)))
     with pytest.raises(UserError, match=r"template 'a fox' has no \{c\}"):
         with_own(PROFILES["openai"], ["a fox"], "")
+
+
+def test_a_file_of_class_names_serves_several_sets(classes, tmp_path, capsys):
+    """One with the classes of two sets, as a run's eval.class_names has to have."""
+    (tmp_path / "other").mkdir()
+    tiny.folder(tmp_path / "other" / "owl", 4)
+    names = tmp_path / "names.json"
+    names.write_text('{"red_fox": "vixen", "owl": "night bird", "elk": "elk"}')
+    profile = with_own(PROFILES["openai"], ["{c}"], str(names))
+    first, other = (registry.load(f"folder:{x}", SIZE, profile=profile) for x in (classes, tmp_path / "other"))
+    assert first.prompts == [["hen"], ["vixen"]] and other.prompts == [["night bird"]]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("2 of 3 class names, such as 'elk', are not of its 2 classes, such as 'hen'")
+    assert len(lines) == 2
 
 
 def test_templates_of_a_run_and_of_the_command(classes, run, tmp_path):

@@ -27,7 +27,7 @@ from xclip_jax.errors import UserError
 from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.probe import Joined
-from xclip_jax.evaluators.prompts import PROFILES, Profile
+from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.provenance import Provenance, digest
 from xclip_jax.evaluators.retrieval import RetrievalSet
 from xclip_jax.run_folder import RunFolder
@@ -116,7 +116,8 @@ def captions_by_image(parts: Sequence[holdout.Pairs]) -> dict[str, list[str]]:
 def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> RetrievalSet:
     """Return the set `spec`, see the module's docstring.
 
-    Captions are as they are: the text that the CLIP paper puts before those of its own two sets is left out.
+    Captions are as they are, or have the command's prefix: what the CLIP paper puts before those of its own two sets is
+    left out.
 
     Raises:
       UserError: a source that cannot be opened or has no pairs that can be read, or no held-out pairs.
@@ -138,8 +139,7 @@ def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profil
         raise UserError(f"{spec}: none of the {sum(map(len, opened))} pairs of {', '.join(specs)} can be used.")
     if bad := sum(part.bad for part in parts):
         log0(f"WARNING: {spec}: {bad:,} of the {sum(map(len, opened)):,} pairs cannot be read and are left out")
-    if profile.prefix == PROFILES["openai"].prefix:
-        profile = dataclasses.replace(profile, prefix="")
+    profile = dataclasses.replace(profile, prefix=profile.prefix or "")
     prepare = profile.preprocessing(prepare)
     by_image = captions_by_image(parts)
     images: list[Any] = [
