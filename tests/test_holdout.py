@@ -212,6 +212,33 @@ def test_held_out_pairs_of_the_run_and_of_another_one(pairs, run, tmp_path):
     assert same.captions == own.captions and same.card.split_hash == own.card.split_hash
 
 
+@pytest.mark.parametrize("family", ["retrieval", "zeroshot"])
+def test_the_commands_data_dir_goes_before_that_of_another_run(family, run, tmp_path, monkeypatch):
+    other = shutil.copytree(run, tmp_path / "run")
+    content = json.loads((other / "config.json").read_text())
+    content["config"]["data"] |= {"sources": ["tfds:x/train"], "holdout": SHARE, "dir": "/of/run"}
+    (other / "config.json").write_text(json.dumps(content))
+    opened = []
+    for name in ("open_pairs", "open_labelled"):
+        monkeypatch.setattr(sources, name, lambda spec, options: opened.append(options.dir) or sources.parse("?"))
+    own = config("tfds:x/train", dir="/of/model")
+    for at, data_dir, expected in (
+        (f"@{other}", None, "/of/run"), (f"@{other}", "/mine", "/mine"), ("", "", "/of/model"), ("", "/mine", "/mine"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="unknown source"):
+            registry.load(f"{family}/holdout{at}", SIZE, data_dir, data=own)
+        assert opened.pop() == expected
+
+
+def test_columns_of_images_are_not_confused(pairs, tmp_path):
+    """Two sets of one table."""
+    images = sorted(pairs.glob("*.png"))[:4]
+    lines = [f"{a},{b},{a.stem}" for a, b in zip(images[:2], images[2:], strict=True)]
+    (tmp_path / "x.csv").write_text("\n".join(["left,right,text", *lines]) + "\n")
+    loaded = [registry.load(f"retrieval/csv:{tmp_path / 'x.csv'}?image={side}", SIZE) for side in ("left", "right")]
+    assert loaded[0].captions == loaded[1].captions and loaded[0].card.split_hash != loaded[1].card.split_hash
+
+
 def test_names_of_sets_of_pairs(pairs):
     assert registry.expand_suites(f"retrieval/folder:{pairs},retrieval/holdout")
     for wrong in ("retrieval/", "retrieval/nothing", f"retrieval/{pairs}"):

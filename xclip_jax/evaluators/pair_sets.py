@@ -124,7 +124,6 @@ def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profil
     """
     name = spec.removeprefix(PREFIX)
     if names_held_out(spec, PREFIX):
-        data = held_out_data(spec, data)
         specs, share = tuple(data.sources), data.holdout
     else:
         source, data = named_columns(name, data)
@@ -174,6 +173,11 @@ class PairSets(SetKind):
     def knows(cls, spec: str) -> bool:
         """Whether it names a source, or held-out pairs; nothing is opened."""
         return names_held_out(spec, PREFIX) or sources.is_spec(spec.removeprefix(PREFIX))
+
+    @classmethod
+    def data_of(cls, spec: str, data: DataConfig) -> DataConfig:
+        """Return `data`, or those of the run that holds the pairs out."""
+        return held_out_data(spec, data) if names_held_out(spec, PREFIX) else data
 
     @classmethod
     def load(cls, spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> RetrievalSet:

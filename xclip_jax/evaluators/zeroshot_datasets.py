@@ -342,8 +342,12 @@ class PublishedSets(SetKind):
         """Return the set as `load` does, or held-out images of the model's run or of another one."""
         if not names_held_out(spec, PREFIX):
             return load(spec, prepare, data.dir or None, profile)
-        content = read_held_out(spec, held_out_data(spec, data))
-        return own_set(spec.removeprefix(PREFIX), content, prepare, profile)
+        return own_set(spec.removeprefix(PREFIX), read_held_out(spec, data), prepare, profile)
+
+    @classmethod
+    def data_of(cls, spec: str, data: DataConfig) -> DataConfig:
+        """Return `data`, or those of the run that holds the images out."""
+        return held_out_data(spec, data) if names_held_out(spec, PREFIX) else data
 
     @classmethod
     def shows(cls, spec: str) -> str:

@@ -121,7 +121,8 @@ def _examples(
         variables,
         specs,
         data=shared.data,
-        data_dir=flags.data_dir or shared.data.dir,
+        data_dir=flags.data_dir,
+        data_seed=shared.seed,
         seed=flags.seed,
         profile=profile,
     )

@@ -51,7 +51,8 @@ def make(
         variables,
         specs,
         data=experiment.data,
-        data_dir=data_dir or experiment.data.dir,
+        data_dir=data_dir,
+        data_seed=experiment.config.seed,
         seed=seed,
         profile=profile_of_run(experiment.config),
     )
