@@ -136,6 +136,9 @@ def test_a_profiles_captions():
     captions = ["A Dog", "B", "C", "D", "E", "F"]
     assert Profile(prefix="a photo of ", lower=True, captions=5).texts(captions)[0] == "a photo of a dog"
     assert len(Profile(captions=5).texts(captions)) == 5 and Profile().texts(captions) == captions
+    published = dataclasses.replace(PROFILES["openai"], captions=1)
+    for prefix, expected in ((None, "a photo of A Dog"), ("", "A Dog"), ("this: ", "this: A Dog")):
+        assert dataclasses.replace(published, prefix=prefix).texts(captions) == [expected]
 
 
 # TFDS.

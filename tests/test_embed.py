@@ -246,6 +246,15 @@ def test_a_pipe_in_place_of_a_caption_is_none(tmp_path):
     assert [source.read(i)[1] for i in range(2)] == ["", "picture 1"]
 
 
+def test_hidden_folders_and_files_are_left_out(tmp_path):
+    pictures = tmp_path / ".kept" / "pictures"  # above the folder that is named a dot means nothing
+    for place in ("a.png", ".b.png", ".thumbnails/large/c.png", "sub/.cache/d.png", "sub/e.png"):
+        (pictures / place).parent.mkdir(parents=True, exist_ok=True)
+        (pictures / place).write_bytes(b"x")
+    source = embed.open_images(str(pictures))
+    assert [source.name(i) for i in range(len(source))] == [str(pictures / name) for name in ("a.png", "sub/e.png")]
+
+
 def test_what_is_in_the_way_is_named(root, straight, model, tmp_path):
     sources = {"image": embed.open_images(str(root / "pictures"))}
     shutil.copy(straight, tmp_path / "complete.parquet")

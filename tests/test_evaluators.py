@@ -180,6 +180,10 @@ def test_duplicate_captions_match_all_their_images():
     np.testing.assert_array_equal(retrieval.positives([["a", "b"], ["b"], ["c"]]), expected)
 
 
+def chance(positives, k):
+    return retrieval.chance(positives.sum(axis=1), positives.shape[1], k)
+
+
 @pytest.mark.parametrize("k", [1, 5, 10, 50])
 def test_chance_of_recall_equals_random_rankings(k):
     """Images with 1 to 7 captions, two of which other images share."""
@@ -189,15 +193,18 @@ def test_chance_of_recall_equals_random_rankings(k):
     for m in (match, match.T):
         draws = [retrieval.recall_at_k(rng(i).random(m.shape), m, k) for i in range(3000)]
         error = np.std(draws) / np.sqrt(len(draws))
-        assert retrieval.chance(m, k) == pytest.approx(np.mean(draws), abs=max(4 * error, 1e-12))
+        assert chance(m, k) == pytest.approx(np.mean(draws), abs=max(4 * error, 1e-12))
+    counts = retrieval.Matches(captions).counts()
+    np.testing.assert_array_equal(counts["image_to_text"], match.sum(axis=1))
+    np.testing.assert_array_equal(counts["text_to_image"], match.sum(axis=0))
 
 
 def test_chance_of_recall_in_closed_form():
     five = np.repeat(np.eye(20, dtype=bool), 5, axis=1)  # five captions an image: R@1 is 1 in 20, not 1 in 100
-    assert retrieval.chance(five, 1) == pytest.approx(1 / 20)
-    assert retrieval.chance(five, 5) == pytest.approx(1 - scipy.special.comb(95, 5) / scipy.special.comb(100, 5))
-    assert retrieval.chance(five.T, 5) == pytest.approx(5 / 20)
-    assert retrieval.chance(five, 96) == retrieval.chance(five, 1000) == 1
+    assert chance(five, 1) == pytest.approx(1 / 20)
+    assert chance(five, 5) == pytest.approx(1 - scipy.special.comb(95, 5) / scipy.special.comb(100, 5))
+    assert chance(five.T, 5) == pytest.approx(5 / 20)
+    assert chance(five, 96) == chance(five, 1000) == 1
 
 
 # Evaluators on an encoder with known answers.
@@ -324,6 +331,46 @@ def test_retrieval_with_one_and_seven_captions():
     for k in (1, 5, 10):
         assert found[f"retrieval/toy/image_to_text/r{k}"] == pytest.approx(100 * loop_recall(scores, match, k))
         assert found[f"retrieval/toy/text_to_image/r{k}"] == pytest.approx(100 * loop_recall(scores.T, match.T, k))
+
+
+@pytest.mark.parametrize(("embedding", "clusters"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("unreadable", [(), (2, 3, 4, 17), range(40)])
+def test_retrieval_in_blocks_is_that_of_the_whole_matrix(embedding, clusters, unreadable, monkeypatch):
+    """Captions that images share, some of them in other blocks; a block without any image that can be read."""
+    images = rng().normal(size=(40, 16))
+    captions = [[f"{i}/{j}" for j in range(1 + i % 4)] for i in range(40)]
+    captions[3][0], captions[30][1], captions[31][0] = captions[4][0], captions[7][2], "shared"
+    captions[12][0] = "shared"
+    texts = [text for of_image in captions for text in of_image]
+    table = {text: rng(i).normal(size=16) + images[i % 40] for i, text in enumerate(sorted(texts))}
+    images[list(unreadable)] = np.nan
+    data = RetrievalSet("toy", list(images), captions)
+
+    def measured(block):
+        monkeypatch.setattr(retrieval, "_BLOCK", block)
+        return Retrieval(FakeEncoder(table, embedding, clusters), data).run(None)
+
+    whole = measured(1 << 27)
+    assert ("retrieval/toy/both/text_to_image/r1" in whole) == (embedding and clusters)
+    for block in (3999, 317, 1):
+        assert measured(block) == whole
+    if embedding and not unreadable:
+        scores = images.astype(np.float32) @ np.array([table[text] for text in texts], np.float32).T
+        match = np.array([[text in of_image for text in texts] for of_image in captions])
+        assert whole["retrieval/toy/text_to_image/r5"] == pytest.approx(100 * loop_recall(scores.T, match.T, 5))
+
+
+def test_retrieval_never_holds_all_scores(monkeypatch):
+    monkeypatch.setattr(retrieval, "_BLOCK", 1 << 16)
+    n = 3000
+    vectors = rng().normal(size=(n, 4)).astype(np.float32)
+    encoder = FakeEncoder({str(i): vector for i, vector in enumerate(vectors)}, True, True)
+    data = RetrievalSet("toy", list(vectors), [[str(i)] for i in range(n)])
+    tracemalloc.start()
+    Retrieval(encoder, data).run(None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < n * n  # bytes, a quarter of one matrix of scores
 
 
 @pytest.mark.parametrize(

@@ -133,8 +133,25 @@ def test_retrieval_on_own_pairs(pairs, table):
     (of_table,) = registry.open_all([f"retrieval/csv:{table}"], encoder, data=data)
     assert [x[0] for x in of_table.data.captions] == [x[0] for x in plain.data.captions][::-1]
     np.testing.assert_array_equal(of_table.data.images[0], plain.data.images[39])
-    with pytest.raises(UserError, match="no column 'image' but 'file', 'words'"):
-        registry.open_all([f"retrieval/csv:{table}"], encoder)
+
+
+def test_a_set_of_pairs_names_its_columns(table, run):
+    data = DataConfig(image_key="file", text_keys=("words",))
+    of_keys = registry.load(f"retrieval/csv:{table}", SIZE, data=data)
+    spec = f"retrieval/csv:{table}?image=file&text=words"
+    evaluate.main(["--checkpoint", str(run), "--suite", spec, "--output", str(table.parent / "results.json")])
+    (entry,) = json.loads((table.parent / "results.json").read_text())["results"]
+    assert entry["split_hash"] == of_keys.card.split_hash and entry["data"] == of_keys.card.data == f"csv:{table}"
+    both = registry.load(f"retrieval/csv:{table}?image=file&text=words&text=fi%6Ce", SIZE)
+    assert len(both.captions[0]) == 2 and both.captions[0][0] == of_keys.captions[0][0]
+    pattern = registry.load(f"retrieval/csv:{str(table)[:-5]}?.csv?image=file", SIZE, data=data)
+    assert pattern.captions == of_keys.captions
+    remedy = r"no column 'image' but 'file', 'words'; name its columns, retrieval/SOURCE\?image=COLUMN&text=COLUMN\.$"
+    with pytest.raises(SystemExit, match=remedy):
+        evaluate.main(["--checkpoint", str(run), "--suite", f"retrieval/csv:{table}"])
+    for end in ("?image=file&text=", "?image=file&image=words", "?image=file&label=words", "?text"):
+        with pytest.raises(UserError, match=r"ends in .*; expected \?image=COLUMN&text=COLUMN, or one of the two"):
+            registry.load(f"retrieval/csv:{table}{end}", SIZE)
 
 
 def test_rows_of_one_image_are_one_item_with_all_their_captions(tmp_path):
@@ -159,10 +176,13 @@ def test_rows_of_one_image_are_one_item_with_all_their_captions(tmp_path):
 
 def test_captions_of_own_pairs_follow_the_profile_but_for_its_prefix(pairs):
     spec = f"retrieval/folder:{pairs}"
-    changed = dataclasses.replace(PROFILES["openai"], captions=1, prefix="a drawing, ")
-    data = registry.load(spec, SIZE, profile=changed)
-    assert data.captions[3] == ["a drawing, picture 3"] and data.card.templates == "a drawing, CAPTION"
-    assert registry.load(spec, SIZE).card.split_hash != data.card.split_hash
+    plain = registry.load(spec, SIZE)
+    assert plain.captions[3] == ["picture 3", "number 3"] and plain.card.templates == "CAPTION"
+    for prefix in ("a drawing, ", PROFILES["openai"].published_prefix):  # what a command asks for, the default too
+        changed = dataclasses.replace(PROFILES["openai"], captions=1, prefix=prefix)
+        data = registry.load(spec, SIZE, profile=changed)
+        assert data.captions[3] == [f"{prefix}picture 3"] and data.card.templates == f"{prefix}CAPTION"
+        assert plain.card.split_hash != data.card.split_hash
 
 
 def test_pairs_that_cannot_be_read_are_left_out_of_retrieval(tmp_path, capsys):
@@ -190,6 +210,33 @@ def test_held_out_pairs_of_the_run_and_of_another_one(pairs, run, tmp_path):
     (other / "config.json").write_text(json.dumps(content))
     same = registry.load(f"retrieval/holdout@{other}", SIZE)
     assert same.captions == own.captions and same.card.split_hash == own.card.split_hash
+
+
+@pytest.mark.parametrize("family", ["retrieval", "zeroshot"])
+def test_the_commands_data_dir_goes_before_that_of_another_run(family, run, tmp_path, monkeypatch):
+    other = shutil.copytree(run, tmp_path / "run")
+    content = json.loads((other / "config.json").read_text())
+    content["config"]["data"] |= {"sources": ["tfds:x/train"], "holdout": SHARE, "dir": "/of/run"}
+    (other / "config.json").write_text(json.dumps(content))
+    opened = []
+    for name in ("open_pairs", "open_labelled"):
+        monkeypatch.setattr(sources, name, lambda spec, options: opened.append(options.dir) or sources.parse("?"))
+    own = config("tfds:x/train", dir="/of/model")
+    for at, data_dir, expected in (
+        (f"@{other}", None, "/of/run"), (f"@{other}", "/mine", "/mine"), ("", "", "/of/model"), ("", "/mine", "/mine"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="unknown source"):
+            registry.load(f"{family}/holdout{at}", SIZE, data_dir, data=own)
+        assert opened.pop() == expected
+
+
+def test_columns_of_images_are_not_confused(pairs, tmp_path):
+    """Two sets of one table."""
+    images = sorted(pairs.glob("*.png"))[:4]
+    lines = [f"{a},{b},{a.stem}" for a, b in zip(images[:2], images[2:], strict=True)]
+    (tmp_path / "x.csv").write_text("\n".join(["left,right,text", *lines]) + "\n")
+    loaded = [registry.load(f"retrieval/csv:{tmp_path / 'x.csv'}?image={side}", SIZE) for side in ("left", "right")]
+    assert loaded[0].captions == loaded[1].captions and loaded[0].card.split_hash != loaded[1].card.split_hash
 
 
 def test_names_of_sets_of_pairs(pairs):
@@ -245,7 +292,10 @@ def test_own_templates_and_names(classes, tmp_path):
     assert data.prompts == [["art of a hen", "hen!"], ["art of a fox", "fox!", "art of a vixen", "vixen!"]]
     assert data.card.templates == "art of a {c} | {c}!"
     for content, message in (
-        ('{"owl": "owl"}', "'owl' of the class names is not among its 2 classes, such as 'hen'"),
+        (
+            '{"owl": "owl", "elk": "elk"}',
+            "none of the class names, such as 'elk', is among its 2 classes, such as 'hen'",
+        ),
         ('{"hen": 3}', "are not {label: name}"),
         ("{", "cannot be read"),
     ):
@@ -254,6 +304,20 @@ def test_own_templates_and_names(classes, tmp_path):
             registry.load(f"folder:{classes}", SIZE, profile=with_own(PROFILES["openai"], [], str(path)))
     with pytest.raises(UserError, match=r"template 'a fox' has no \{c\}"):
         with_own(PROFILES["openai"], ["a fox"], "")
+
+
+def test_a_file_of_class_names_serves_several_sets(classes, tmp_path, capsys):
+    """One with the classes of two sets, as a run's eval.class_names has to have."""
+    (tmp_path / "other").mkdir()
+    tiny.folder(tmp_path / "other" / "owl", 4)
+    names = tmp_path / "names.json"
+    names.write_text('{"red_fox": "vixen", "owl": "night bird", "elk": "elk"}')
+    profile = with_own(PROFILES["openai"], ["{c}"], str(names))
+    first, other = (registry.load(f"folder:{x}", SIZE, profile=profile) for x in (classes, tmp_path / "other"))
+    assert first.prompts == [["hen"], ["vixen"]] and other.prompts == [["night bird"]]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("2 of 3 class names, such as 'elk', are not of its 2 classes, such as 'hen'")
+    assert len(lines) == 2
 
 
 def test_templates_of_a_run_and_of_the_command(classes, run, tmp_path):

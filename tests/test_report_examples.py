@@ -12,9 +12,12 @@ import pytest
 from tests import tiny
 from tests.encoding import make_encoder, small_model
 from tests.pages import Page, check, written
+from xclip_jax.data import controls, loader
+from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
+from xclip_jax.report import __main__ as command
 from xclip_jax.report import charts, examples, html, selection
 
 
@@ -106,6 +109,22 @@ def test_selected_sets(monkeypatch):
         "emoji/test_line",
     ] and selected.credits
     assert "emoji/test_rendering_rest" not in loaded
+
+
+def test_training_pairs_are_those_that_the_run_learned_from(tmp_path, monkeypatch):
+    """With a share of the pairs, and captions exchanged by the run's seed; the report's seed only draws."""
+    spec = f"folder:{tiny.folder(tmp_path / 'pairs')}"
+    changes = {"data__subset": 0.5, "data__caption_noise": 0.5, "seed": 3}
+    run = tiny.untrained(tmp_path / "run", "clip", data__sources=(spec,), **changes)
+    selected = []
+    monkeypatch.setattr(examples, "select", lambda *args: selected.append(selection.select(*args)) or selected[0])
+    command.main([str(run), "--seed", "5"])
+    data = DataConfig(sources=(spec,), subset=0.5, caption_noise=0.5, batch=8)
+    (trained,) = controls.apply(loader.open_sources(data), data, 3)
+    view = Preprocessing(selection.SHOWN)
+    expected = {view(record["image"]).tobytes(): record["text"] for record in map(trained.__getitem__, range(20))}
+    _, shown = selected[0].retrieval
+    assert {image.tobytes(): texts for image, texts in zip(shown.images, shown.captions, strict=True)} == expected
 
 
 # --- images that cannot be read

@@ -92,6 +92,43 @@ def test_weighted_and_grouped_values_are_resampled(tmp_path):
     assert str(correlation) == correlation.verdict == ""
 
 
+@pytest.mark.parametrize("right", [False, True])
+def test_values_that_are_all_equal_have_the_interval_of_their_effective_number(right):
+    """A resample of them cannot differ: 0 of 56 images right of 291 names is what a random answer gives as well."""
+
+    def judged(n, **fields):
+        items = PerExample(np.full(n, float(right)), **fields)
+        chance_level = 100 * (1 - 1 / 291 if right else 1 / 291)
+        return chance.judge(Result("x", "zeroshot", "top1", 100.0 * right, n=n, chance=chance_level, items=items))
+
+    def exact(trials):
+        # Of 0 right of n the upper end is 1 - (alpha / 2)^(1 / n).
+        away = 100 * (1 - 0.025 ** (1 / trials))
+        return [100 - away, 100] if right else [0, away]
+
+    weights = np.array([3.0, 1, 1, 1])  # 36 / 12 = 3 items
+    for expected, own in (
+        (56, judged(56)),
+        (56, judged(56, weights=np.full(56, 1 / 56))),
+        (56, judged(56, groups=np.arange(56))),
+        (14, judged(56, groups=np.repeat(np.arange(14), 4))),
+        (3, judged(4, weights=weights)),
+        (3, judged(8, weights=np.repeat(weights, 2), groups=np.repeat(np.arange(4), 2))),
+        (3, judged(5, weights=np.array([*weights, 0]))),
+    ):
+        assert [own.low, own.high] == pytest.approx(exact(expected))
+        assert (own.verdict, own.resampled) == ("not distinguishable from chance", False)
+
+
+def test_equal_weights_are_none():
+    values = np.repeat([1.0, 0.0], [11, 89])
+    plain, weighted = (
+        chance.judge(Result("x", "zeroshot", "top1", 11.0, n=100, chance=10.0, items=PerExample(values, weights)))
+        for weights in (None, np.full(100, 0.01))
+    )
+    assert plain == weighted and str(plain) == "5.6 to 18.8"
+
+
 def test_per_example_values_of_an_evaluation_serve_the_results_of_the_run(tmp_path):
     run = written(tmp_path / "run", tiny.config("clip"), []).folder
     result = Result("x", "zeroshot", "top1", 50.0, n=4, chance=25.0, headline=True, evaluator="zeroshot")

@@ -155,7 +155,7 @@ def test_sets_whose_paths_end_alike_are_told_apart(tmp_path):
     }
 
 
-def test_held_out_pairs_templates_and_names_are_those_of_the_first_run(tmp_path, monkeypatch):
+def test_held_out_pairs_templates_and_names_are_those_of_the_first_run(tmp_path, monkeypatch, capsys):
     pairs, sets = tmp_path / "pairs", ("retrieval/holdout", "zeroshot/holdout")
     for seed, label in enumerate(("fox", "hen")):
         tiny.folder(pairs / label, 20, seed=seed)
@@ -176,6 +176,14 @@ def test_held_out_pairs_templates_and_names_are_those_of_the_first_run(tmp_path,
     cards = re.findall(r'<article class="card guess">.*?</article>', text)
     assert len(cards) > 4 and all(card.count('<div class="by">') == 2 for card in cards)
     assert "those of a; b learned from other data" in words
+    (tmp_path / "names.json").unlink()  # left behind where a run was moved
+    prompts.clear()
+    command.main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "x.html")])
+    assert prompts == [[["art of fox"], ["art of hen"]]] * 2
+    assert capsys.readouterr().out.count("names.json' does not exist; own classes go by their labels") == 1
+    command.main([str(tmp_path / "a")])
+    assert "names.json' does not exist; own classes go by their labels" in capsys.readouterr().out
+    assert "fox" in RunFolder(tmp_path / "a").report_file.read_text()
 
 
 def test_images_that_differ_are_not_put_side_by_side():

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from tests import tiny, torture
 from xclip_jax.data import base, glue, prefetch, sources
 from xclip_jax.data.folder_source import FolderSource
-from xclip_jax.data.tfds_source import open_tfds
+from xclip_jax.data.tfds_source import TfdsSource, open_tfds
 from xclip_jax.errors import BadSample, UserError
 
 
@@ -147,6 +147,17 @@ def test_tfds(tmp_path):
     assert len(other) == 3 and other.fingerprint()["hash"] != fewer.fingerprint()["hash"]
     with pytest.raises(UserError, match=r"^TFDS data set 'numbers', split 'tests', cannot be read from .*/a \(.*tests"):
         open_source("tfds:numbers/tests", folder)
+
+
+def test_captions_of_tfds_that_are_empty_are_bad_samples():
+    captions = ([b" two dogs\n", b"", b"\t"], [b"", b"  "], [])
+    records = [{"image": b"x", "captions": {"text": texts}, "title": b" "} for texts in captions]
+    info = type("Info", (), {"full_name": "x/1.0.0", "splits": {}})
+    source = TfdsSource(records, info, "train", base.SourceOptions(text_keys=("captions/text", "title")))
+    assert source[0]["text"] == ["two dogs"]
+    for i in (1, 2):
+        with pytest.raises(BadSample, match="caption is empty"):
+            source[i]
 
 
 def test_tfds_that_is_not_there_or_in_another_format(tmp_path):

@@ -155,7 +155,9 @@ def open_images(pattern: str) -> Images | Tars:
         if not os.path.exists(pattern) and not glob.has_magic(pattern) and not set(pattern) & set(",{"):
             raise UserError(f"--images {pattern!r} does not exist; name a folder, a file, or a glob as 'DIR/*.jpg'.")
     if os.path.isdir(pattern):
-        files = sorted(str(path) for path in pathlib.Path(pattern).rglob("*") if path.name[0] != ".")
+        root = pathlib.Path(pattern)
+        visible = (x for x in root.rglob("*") if not any(part[0] == "." for part in x.relative_to(root).parts))
+        files = sorted(map(str, visible))
         images = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
         if not images and any(path.endswith(".tar") for path in files):
             return open_images(f"{pattern}/*.tar")

@@ -50,7 +50,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "commas; may be given several times. The names are listed below",
     )
     parser.add_argument("--profile", help=f"{', '.join(registry.PROFILES)}; openai by default")
-    parser.add_argument("--prefix", help="text before captions of retrieval; by default that of the profile")
+    parser.add_argument(
+        "--prefix",
+        help="text before captions of retrieval; by default that of the profile before those of published sets",
+    )
     parser.add_argument("--lower", action="store_true", default=None, help="captions in lower case")
     parser.add_argument(
         "--augment",

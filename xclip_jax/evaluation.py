@@ -11,27 +11,13 @@ from etils import epath
 
 from xclip_jax import environment
 from xclip_jax.config import schema
-from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
 from xclip_jax.evaluators import registry, result, results, summary
-from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.result import Result
 from xclip_jax.interop import hub
 from xclip_jax.run_folder import RunFolder, evaluation_file
-from xclip_jax.train.encoder import make_encoder, own_profile
+from xclip_jax.train.encoder import make_encoder, profile_of_run
 from xclip_jax.train.weights import load
-
-
-def _protocol(config: Config, name: str, changes: Mapping[str, Any]) -> Profile:
-    """The profile `name` with templates and class names of the run's config, and with `changes`."""
-    file = config.eval.class_names
-    if file and not epath.Path(file).expanduser().exists():
-        if "names" not in changes:
-            log0(
-                f"WARNING: eval.class_names={file!r} does not exist; own classes go by their labels, see --class-names"
-            )
-        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, class_names=""))
-    return dataclasses.replace(own_profile(config, name), **changes)
 
 
 def evaluate(
@@ -70,7 +56,9 @@ def evaluate(
     if path.exists():
         results.read(path)  # an error for a damaged file, before the work
     encoder = make_encoder(experiment, RunFolder(run).read_classes())
-    evaluators = registry.open_all(names, encoder, data_dir, _protocol(config, profile, changes), experiment.data)
+    own = profile_of_run(config, profile, names="names" not in changes)
+    protocol = dataclasses.replace(own, **changes)
+    evaluators = registry.open_all(names, encoder, data_dir, protocol, experiment.data)
     command = {
         "suite": suite if isinstance(suite, str) else list(suite),
         "config": schema.to_dict(config),

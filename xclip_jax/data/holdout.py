@@ -63,7 +63,7 @@ def find(spec: str, source: Source, share: float, config: DataConfig) -> Pairs:
       share: of the images.
       config: how the source is read.
     """
-    key = json.dumps([spec, share, config.text_keys, source.fingerprint()], default=str)
+    key = json.dumps([spec, share, config.image_key, config.text_keys, source.fingerprint()], default=str)
     if key not in _known:
         if len(source) > _MANY:
             log0(f"reading the {len(source):,} pairs of {spec} to find those that are held out or evaluated")

@@ -9,8 +9,9 @@ import tensorflow_datasets as tfds
 
 from xclip_jax.data import demo, icons, labelled
 from xclip_jax.data.base import LabelledSource, Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.tables import strip_texts
 from xclip_jax.data.text import first_line
-from xclip_jax.errors import UserError
+from xclip_jax.errors import BadSample, UserError
 
 
 def lookup(record: Record, key: str) -> list[str]:
@@ -82,7 +83,9 @@ class TfdsSource(Source):
 
     def __getitem__(self, index: int) -> Record:
         record = self.data[index]
-        text = [caption for key in self.options.text_keys for caption in lookup(record, key)]
+        text = strip_texts([caption for key in self.options.text_keys for caption in lookup(record, key)])
+        if not text:
+            raise BadSample("caption is empty")
         return {
             "image": record[self.options.image_key],
             "text": text,

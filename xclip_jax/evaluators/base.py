@@ -151,8 +151,18 @@ class SetKind(abc.ABC):
         """Return the set `spec`, its images square and uint8; the arguments are those of `registry.load`."""
 
     @classmethod
+    def data_of(cls, spec: str, data: DataConfig) -> DataConfig:
+        """Return the keys that the set is read with, before the command's own: those of the model's run, `data`."""
+        return data
+
+    @classmethod
     def open(cls, spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> Any:
-        """Return the set as `load` does; a kind that reads pairs as the model's run does uses all keys of `data`."""
+        """Return the set as `load` does; a kind that reads pairs as a run does uses all keys of `data`.
+
+        Args:
+          spec, prepare, profile: as of `load`.
+          data: what `data_of` returns, with the command's root of TFDS data sets where it names one.
+        """
         return cls.load(spec, prepare, data.dir or None, profile)
 
     @classmethod

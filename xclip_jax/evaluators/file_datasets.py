@@ -299,7 +299,7 @@ def retrieval_card(
         split=split,
         split_hash=digest([*ids, *captions]),
         protocol=f"recall, any match; {kept} captions of each image{', in lower case' if profile.lower else ''}",
-        templates=f"{profile.prefix}CAPTION",
+        templates=f"{profile.caption_prefix}CAPTION",
         preprocessing=prepare.resizing,
         metric="image_to_text/r1",
     )

@@ -3,11 +3,13 @@
 Pairs of one image, by its bytes, are one item with all of their captions.
 
 `retrieval/SOURCE` has all pairs of a source of `data.sources`: retrieval/folder:PATH, retrieval/csv:PATTERN,
-retrieval/tar:PATTERN, retrieval/tfds:NAME/SPLIT. `retrieval/holdout` has those that `data.holdout` of the model's run
-keeps out of training, `retrieval/holdout@RUN` those of another run, for models that have none of their own.
+retrieval/tar:PATTERN, retrieval/tfds:NAME/SPLIT. Columns other than those of `data.image_key` and `data.text_keys` end
+its name: retrieval/csv:PATTERN?image=COLUMN&text=COLUMN. `retrieval/holdout` has the pairs that `data.holdout` of the
+model's run keeps out of training, `retrieval/holdout@RUN` those of another run, for models that have none of their own.
 """
 
 import dataclasses
+import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 from xclip_jax.config import fields
 from xclip_jax.console import log0
 from xclip_jax.data import holdout, loader, sources
-from xclip_jax.data.base import Source
+from xclip_jax.data.base import MissingColumnError, Source
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.controls import Subset
 from xclip_jax.data.labelled import Field
@@ -25,12 +27,13 @@ from xclip_jax.errors import UserError
 from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.probe import Joined
-from xclip_jax.evaluators.prompts import PROFILES, Profile
+from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.provenance import Provenance, digest
 from xclip_jax.evaluators.retrieval import RetrievalSet
 from xclip_jax.run_folder import RunFolder
 
 PREFIX, HELD_OUT = "retrieval/", "holdout"
+_COLUMNS = "?image=COLUMN&text=COLUMN"
 
 
 def names_held_out(spec: str, prefix: str) -> bool:
@@ -58,6 +61,27 @@ def held_out_data(spec: str, data: DataConfig) -> DataConfig:
         whose = f"the run {run!r}" if at else "this model"
         raise UserError(f"{spec}: {whose} holds out no pairs (data.holdout); write {name}@RUN for those of a run.")
     return data
+
+
+def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
+    """Return a source's spec without the end "?image=COLUMN&text=COLUMN", and `data` with these columns.
+
+    Either may be left out, and `text` given several times; in names %26 is a &, %2C a comma. A ? of another meaning, as
+    in a pattern of files, stays.
+
+    Raises:
+      UserError: another key beside these, several images, or no column.
+    """
+    place, _, end = name.rpartition("?")
+    columns: dict[str, list[str]] = {}
+    for key, _, column in (part.partition("=") for part in end.split("&")):
+        columns.setdefault(key, []).append(urllib.parse.unquote(column))
+    if not place or not columns.keys() & {"image", "text"}:
+        return name, data
+    images, texts = columns.get("image", [data.image_key]), columns.get("text", data.text_keys)
+    if columns.keys() - {"image", "text"} or len(images) > 1 or not all((*images, *texts)):
+        raise UserError(f"{PREFIX}{name} ends in '?{end}'; expected {_COLUMNS}, or one of the two.")
+    return place, dataclasses.replace(data, image_key=images[0], text_keys=tuple(texts))
 
 
 def _pairs(specs: Sequence[str], share: float, data: DataConfig) -> tuple[list[Source], list[holdout.Pairs]]:
@@ -92,24 +116,29 @@ def captions_by_image(parts: Sequence[holdout.Pairs]) -> dict[str, list[str]]:
 def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> RetrievalSet:
     """Return the set `spec`, see the module's docstring.
 
-    Captions are as they are: the text that the CLIP paper puts before those of its own two sets is left out.
+    Captions are as they are, or have the command's prefix: what the CLIP paper puts before those of its own two sets is
+    left out.
 
     Raises:
       UserError: a source that cannot be opened or has no pairs that can be read, or no held-out pairs.
     """
     name = spec.removeprefix(PREFIX)
     if names_held_out(spec, PREFIX):
-        data = held_out_data(spec, data)
         specs, share = tuple(data.sources), data.holdout
     else:
-        specs, share = (name,), 1.0
-    opened, parts = _pairs(specs, share, data)
+        source, data = named_columns(name, data)
+        specs, share = (source,), 1.0
+    try:
+        opened, parts = _pairs(specs, share, data)
+    except MissingColumnError as error:
+        if share < 1:
+            raise
+        raise UserError(f"{spec}: {error.fault}; name its columns, {PREFIX}SOURCE{_COLUMNS}.") from error
     if not any(part.captions for part in parts):
         raise UserError(f"{spec}: none of the {sum(map(len, opened))} pairs of {', '.join(specs)} can be used.")
     if bad := sum(part.bad for part in parts):
         log0(f"WARNING: {spec}: {bad:,} of the {sum(map(len, opened)):,} pairs cannot be read and are left out")
-    if profile.prefix == PROFILES["openai"].prefix:
-        profile = dataclasses.replace(profile, prefix="")
+    profile = dataclasses.replace(profile, prefix=profile.prefix or "")
     prepare = profile.preprocessing(prepare)
     by_image = captions_by_image(parts)
     images: list[Any] = [
@@ -135,12 +164,20 @@ class PairSets(SetKind):
 
     prefixes = (PREFIX.rstrip("/"),)
     names = (PREFIX + HELD_OUT,)
-    usage = f"own pairs: {', '.join(f'{PREFIX}{spec}' for spec in sources.usage())}; {PREFIX}{HELD_OUT}[@RUN]"
+    usage = (
+        f"own pairs: {', '.join(f'{PREFIX}{spec}' for spec in sources.usage())}, of other columns "
+        f"{PREFIX}SOURCE{_COLUMNS}; {PREFIX}{HELD_OUT}[@RUN]"
+    )
 
     @classmethod
     def knows(cls, spec: str) -> bool:
         """Whether it names a source, or held-out pairs; nothing is opened."""
         return names_held_out(spec, PREFIX) or sources.is_spec(spec.removeprefix(PREFIX))
+
+    @classmethod
+    def data_of(cls, spec: str, data: DataConfig) -> DataConfig:
+        """Return `data`, or those of the run that holds the pairs out."""
+        return held_out_data(spec, data) if names_held_out(spec, PREFIX) else data
 
     @classmethod
     def load(cls, spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> RetrievalSet:

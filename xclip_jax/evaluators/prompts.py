@@ -28,7 +28,8 @@ class Profile:
       augment: whether its training images have new random crops and flips in each epoch, as SLIP's have: a forward pass
         of all of them for each of 90 epochs.
       resample: how the shorter side is resized, "bicubic" or "bilinear"; "" to resize as the model does.
-      prefix: text before the captions of retrieval.
+      published_prefix: text before the captions of published retrieval sets.
+      prefix: text before captions of all retrieval sets in its place; None for that, and nothing before own captions.
       lower: whether captions are lower-cased, as SigLIP's are.
       captions: the number of first captions of each image that are kept; 0 for all.
       templates: of prompts for labelled images of one's own, with {c} for the class; empty for "a photo of a {c}".
@@ -43,7 +44,8 @@ class Profile:
     sgd: bool = False
     augment: bool = False
     resample: str = ""
-    prefix: str = ""
+    published_prefix: str = ""
+    prefix: str | None = None
     lower: bool = False
     captions: int = 0
     templates: Sequence[str] = ()
@@ -63,14 +65,19 @@ class Profile:
         changed = {"resize_mode": "shortest", "resize_size": 0, "interpolation": self.resample} if self.resample else {}
         return dataclasses.replace(own, **changed)
 
+    @property
+    def caption_prefix(self) -> str:
+        """Text before captions."""
+        return self.published_prefix if self.prefix is None else self.prefix
+
     def texts(self, captions: Sequence[str]) -> list[str]:
         """Return an image's captions by the protocol."""
         kept = list(captions)[: self.captions or None]
-        return [self.prefix + (text.lower() if self.lower else text) for text in kept]
+        return [self.caption_prefix + (text.lower() if self.lower else text) for text in kept]
 
 
 PROFILES = {
-    "openai": Profile(prefix="a photo of "),  # of the CLIP paper's table 13
+    "openai": Profile(published_prefix="a photo of "),  # of the CLIP paper's table 13
     "slip": Profile(imagenet="slip7", sgd=True, resample="bilinear"),
     "open_clip": Profile(clips=False),
 }

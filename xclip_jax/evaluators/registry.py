@@ -71,15 +71,16 @@ def load(
     Args:
       spec: name of the set.
       prepare: preprocessing of the model's images; a number for CLIP's, at that size.
-      data_dir: root of TFDS data sets, None (or "") for the default; the demo's is prepared there on first use.
+      data_dir: root of TFDS data sets, None (or "") for that of `data`; the demo's is prepared there on first use.
       profile: protocol of the published sets.
-      data: of the model's run, which says how pairs of its own are read; `data_dir` comes before its own `dir`.
+      data: of the model's run, which says how pairs of its own are read.
 
     Raises:
       UserError: an unknown `spec`, with the names that are spelled like it, or a set that cannot be opened.
     """
-    data = data or DataConfig()
-    return check(spec).open(spec, prepare, dataclasses.replace(data, dir=data_dir or data.dir), profile)
+    kind = check(spec)
+    data = kind.data_of(spec, data or DataConfig())
+    return kind.open(spec, prepare, dataclasses.replace(data, dir=data_dir or data.dir), profile)
 
 
 def check(spec: str, others: Sequence[str] = ()) -> type[SetKind]:

@@ -5,17 +5,24 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
+import scipy
 
+from xclip_jax import heartbeat
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import statistics
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
+from xclip_jax.evaluators.encoder import Features
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import PerExample, row_blocks
-from xclip_jax.evaluators.zeroshot import text_scores
+from xclip_jax.evaluators.zeroshot import compare, encode_pairs, spreads_of
 from xclip_jax.models.two_towers import Variables
+from xclip_jax.objectives.similarity import Similarity
 
 KS = (1, 5, 10)
+# Scores of a kind that are held at once, fp32: COCO's 5,000 images and 25,000 captions are one block, and all 85,000
+# pairs of a hundredth of 8.5 million would be 29 GB of each kind.
+_BLOCK = 1 << 27
 
 
 def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
@@ -47,17 +54,53 @@ def ranks(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
     return statistics.ranks(scores, best)
 
 
-def chance(positives: np.ndarray, k: int) -> float:
+def ranks_by_score(
+    similarities: Sequence[Similarity], img: Features, rows: Sequence[np.ndarray], captions: list[list[str]]
+) -> dict[str, dict[str, np.ndarray]]:
+    """`ranks` of both directions by each score of `compare`: {score: {direction: int (queries,)}}.
+
+    The scores of a large set are computed for a block of queries at a time, in each direction, and never held whole.
+
+    Args:
+      similarities, img, rows: as `compare` takes them.
+      captions: of the images; those of all, one after another, are the texts of `rows`.
+    """
+    matches, images, texts = Matches(captions), len(captions), len(rows[0])
+    whole = compare(similarities, img, rows) if images * texts <= _BLOCK else {}
+    spreads = () if whole else spreads_of(similarities, img, rows, max(1, _BLOCK // texts))
+    ranked: dict[str, dict[str, list[np.ndarray]]] = {}
+    for direction, queries, items in (("image_to_text", images, texts), ("text_to_image", texts, images)):
+        step = max(1, _BLOCK // items)
+        for start in range(0, queries, step):
+            heartbeat.beat()
+            part = slice(start, start + step)
+            if direction == "image_to_text":
+                positive = matches.of_images(part)
+                scores = whole or compare(similarities, {key: x[part] for key, x in img.items()}, rows, spreads)
+            else:
+                positive = matches.of_captions(part)
+                scores = whole or compare(similarities, img, [x[part] for x in rows], spreads)
+                scores = {score: x.T for score, x in scores.items()}
+            for score, x in scores.items():
+                ranked.setdefault(score, {}).setdefault(direction, []).append(ranks(x, positive))
+            del scores  # before the next block is computed
+    return {
+        score: {direction: np.concatenate(parts) for direction, parts in of_score.items()}
+        for score, of_score in ranked.items()
+    }
+
+
+def chance(matches: np.ndarray, items: int, k: int) -> float:
     """Expected recall at k of a random ranking: the mean over queries of 1 - C(n - m, k) / C(n, k).
 
     Args:
-      positives: bool (queries, n items); m of a query's items are positive.
+      matches: how many items are right for each query, m, int (queries,).
+      items: how many there are, n.
       k: items of the ranking that count.
     """
-    n, m = positives.shape[1], positives.sum(axis=1)
-    missed = np.ones(len(m))
-    for i in range(min(k, n)):  # item i + 1 of the ranking is drawn from the n - i that are left
-        missed *= np.maximum(n - m - i, 0) / (n - i)
+    missed = np.ones(len(matches))
+    for i in range(min(k, items)):  # item i + 1 of the ranking is drawn from the n - i that are left
+        missed *= np.maximum(items - matches - i, 0) / (items - i)
     return float(1 - missed.mean())
 
 
@@ -116,19 +159,20 @@ class Retrieval(Evaluator):
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class docstring lists; their items are images, or captions."""
-        texts = [caption for captions in self.data.captions for caption in captions]
-        by_score = text_scores(self.encoder, variables, self.data.images, texts)
-        matches = positives(self.data.captions)
+        captions = self.data.captions
+        texts = [caption for of_image in captions for caption in of_image]
+        img, rows = encode_pairs(self.encoder, variables, self.data.images, texts)
+        by_score = ranks_by_score(self.encoder.similarities, img, rows, captions)
+        counts, sizes = Matches(captions).counts(), (len(texts), len(captions))
         levels = {
-            f"{direction}/r{k}": 100 * chance(positive, k)
-            for direction, positive in (("image_to_text", matches), ("text_to_image", matches.T))
+            f"{direction}/r{k}": 100 * chance(matches, items, k)
+            for (direction, matches), items in zip(counts.items(), sizes, strict=True)
             for k in KS
         }
-        results = [self.count("images", len(self.data.images)), self.count("captions", len(texts))]
+        results = [self.count("images", len(captions)), self.count("captions", len(texts))]
         results += [self.result(f"chance/{metric}", level) for metric, level in levels.items()]
-        for score, scores in by_score.items():
-            rank_of = {"image_to_text": ranks(scores, matches), "text_to_image": ranks(scores.T, matches.T)}
-            for direction, rank in rank_of.items():
+        for score, of_score in by_score.items():
+            for direction, rank in of_score.items():
                 for k in KS:
                     metric, items = f"{direction}/r{k}", PerExample((rank < k).astype(float))
                     fields = {"n": len(rank), "chance": levels[metric], "items": items, "score": score}
@@ -136,10 +180,31 @@ class Retrieval(Evaluator):
         return results
 
 
+class Matches:
+    """Which of all captions, in order, each image has: one that several images share is right for all of them."""
+
+    def __init__(self, captions: list[list[str]]) -> None:
+        """Takes the captions of each image."""
+        numbers = {text: i for i, text in enumerate(dict.fromkeys(text for texts in captions for text in texts))}
+        self._text = np.array([numbers[text] for texts in captions for text in texts])
+        image = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
+        shape = len(captions), len(numbers)
+        self._has = scipy.sparse.csr_array((np.ones(len(image), bool), (image, self._text)), shape)
+
+    def of_images(self, part: slice = slice(None)) -> np.ndarray:
+        """bool (images of the part, captions)."""
+        return self._has[part].toarray()[:, self._text]
+
+    def of_captions(self, part: slice) -> np.ndarray:
+        """bool (captions of the part, images)."""
+        return self._has.T.tocsr()[self._text[part]].toarray()
+
+    def counts(self) -> dict[str, np.ndarray]:
+        """How many captions are right for each image, and how many images for each caption, by direction."""
+        images = np.bincount(self._has.indices, minlength=self._has.shape[1])
+        return {"image_to_text": self._has @ np.bincount(self._text), "text_to_image": images[self._text]}
+
+
 def positives(captions: list[list[str]]) -> np.ndarray:
     """Which of all captions, in order, each image has: bool (images, captions)."""
-    column = {text: i for i, text in enumerate(dict.fromkeys(text for texts in captions for text in texts))}
-    has = np.zeros((len(captions), len(column)), bool)
-    for image, texts in enumerate(captions):
-        has[image, [column[text] for text in texts]] = True
-    return has[:, [column[text] for texts in captions for text in texts]]
+    return Matches(captions).of_images()

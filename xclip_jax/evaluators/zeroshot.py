@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from xclip_jax import heartbeat
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.encoder import Encoder, Features
@@ -57,13 +58,16 @@ def _mean_per_class(rank: np.ndarray, labels: np.ndarray) -> float:
     return float((right[count > 0] / count[count > 0]).mean())
 
 
-def compare(similarities: Sequence[Similarity], img: Features, rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+def compare(
+    similarities: Sequence[Similarity], img: Features, rows: Sequence[np.ndarray], spreads: Sequence[float] = ()
+) -> dict[str, np.ndarray]:
     """Scores of images against texts or classes by all similarities of a model: {score: (n, m)}.
 
     Args:
       similarities: the model's own first.
       img: features of n images, those that the similarities read.
       rows: of the m texts or classes, for each similarity.
+      spreads: `spreads_of` a set of which images or texts are a part; empty where they are the whole set.
 
     Returns:
       Score "" is the first one of the model's own similarity, which tables show. The others have the names that their
@@ -90,12 +94,41 @@ def compare(similarities: Sequence[Similarity], img: Features, rows: Sequence[np
             )
         scores |= named
     if len(logits) > 1:
-        first, second = (x / max((x[~unreadable] if partly else x).std(), _TINY) for x in logits[:2])
+        spreads = spreads or [(x[~unreadable] if partly else x).std() for x in logits[:2]]
+        first, second = (x / max(spread, _TINY) for x, spread in zip(logits[:2], spreads, strict=True))
         scores["both"] = first + second
     if partly:
         for x in scores.values():
             x[unreadable] = -np.inf
     return scores
+
+
+def spreads_of(
+    similarities: Sequence[Similarity], img: Features, rows: Sequence[np.ndarray], step: int
+) -> tuple[float, ...]:
+    """Standard deviations of the logits of the first two similarities, over images that can be read and all texts.
+
+    Args:
+      similarities, img, rows: as `compare` takes them.
+      step: images that are compared at once, so that not all logits are held.
+
+    Returns:
+      Empty for a single similarity, which needs none.
+    """
+    if len(similarities) < 2:
+        return ()
+    readable = np.flatnonzero(~np.isnan(img[similarities[0].feature]).any(axis=1))
+    spreads = []
+    for similarity, texts in zip(similarities[:2], rows[:2], strict=True):
+        moments = []  # number of logits, mean and variance of each block
+        for start in range(0, len(readable), step):
+            heartbeat.beat()
+            x = similarity.scores(img[similarity.feature][readable[start : start + step]], texts)[similarity.logits]
+            moments.append((x.size, float(x.mean()), float(x.var())))
+        count, mean, variance = np.array(moments or [(1, np.nan, np.nan)]).T
+        whole = np.average(mean, weights=count)
+        spreads.append(float(np.sqrt(np.average(variance + (mean - whole) ** 2, weights=count))))
+    return tuple(spreads)
 
 
 def class_scores(
@@ -117,16 +150,22 @@ def class_scores(
     return compare(similarities, img, rows)
 
 
+def encode_pairs(
+    encoder: Encoder, variables: Variables, images: Sequence[np.ndarray], texts: Sequence[str]
+) -> tuple[Features, list[np.ndarray]]:
+    """Features of the images, and rows of the texts, each text alone, as `compare` takes them."""
+    similarities = encoder.similarities
+    img = encoder.images(variables, images, features(similarities))
+    txt = encoder.texts(variables, texts, features(similarities))
+    # Not both the outputs and the rows of a set's texts are kept: each may be gigabytes.
+    return img, [similarity.rows(txt[similarity.feature]) for similarity in similarities]
+
+
 def text_scores(
     encoder: Encoder, variables: Variables, images: Sequence[np.ndarray], texts: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """`compare` images and texts, each text alone: {score: (n, m)}."""
-    similarities = encoder.similarities
-    img = encoder.images(variables, images, features(similarities))
-    txt = encoder.texts(variables, texts, features(similarities))
-    rows = [similarity.rows(txt[similarity.feature]) for similarity in similarities]
-    del txt  # not both the outputs and the rows of a set's texts are kept: each may be gigabytes
-    return compare(similarities, img, rows)
+    return compare(encoder.similarities, *encode_pairs(encoder, variables, images, texts))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from xclip_jax.console import log0
 from xclip_jax.data import holdout, sources
 from xclip_jax.data.base import SourceOptions
 from xclip_jax.data.config import DataConfig
@@ -175,17 +176,22 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
 def own_set(name: str, content: Content, prepare: Preprocessing | int, profile: Profile) -> ZeroShotSet:
     """Return the set `name` of labelled images, with the templates and class names of the profile.
 
-    A data set that has templates keeps them, and its names.
+    A data set that has templates keeps them, and its names. Class names of other sets are ignored.
 
     Raises:
-      UserError: the profile names a class that the images do not have.
+      UserError: the profile has class names, and none of them is of a class of the images.
     """
     if content.templates:
         profile = dataclasses.replace(profile, templates=(), names={})
-    if unknown := set(profile.names) - set(content.classes):
-        raise UserError(
-            f"{name}: {min(unknown)!r} of the class names is not among its {len(content.classes)} classes, such as "
-            f"{content.classes[0]!r}; correct the file of names."
+    if foreign := sorted(set(profile.names) - set(content.classes)):
+        classes = f"its {len(content.classes)} classes, such as {content.classes[0]!r}"
+        if len(foreign) == len(profile.names):
+            raise UserError(
+                f"{name}: none of the class names, such as {foreign[0]!r}, is among {classes}; correct the file of "
+                "names, or add some of these classes."
+            )
+        log0(
+            f"{name}: {len(foreign)} of {len(profile.names)} class names, such as {foreign[0]!r}, are not of {classes}"
         )
     # A data set with templates has names that go into them as they are.
     own = [label if content.templates else prompts.spaced(label) for label in content.classes]
@@ -336,8 +342,12 @@ class PublishedSets(SetKind):
         """Return the set as `load` does, or held-out images of the model's run or of another one."""
         if not names_held_out(spec, PREFIX):
             return load(spec, prepare, data.dir or None, profile)
-        content = read_held_out(spec, held_out_data(spec, data))
-        return own_set(spec.removeprefix(PREFIX), content, prepare, profile)
+        return own_set(spec.removeprefix(PREFIX), read_held_out(spec, data), prepare, profile)
+
+    @classmethod
+    def data_of(cls, spec: str, data: DataConfig) -> DataConfig:
+        """Return `data`, or those of the run that holds the images out."""
+        return held_out_data(spec, data) if names_held_out(spec, PREFIX) else data
 
     @classmethod
     def shows(cls, spec: str) -> str:

@@ -23,11 +23,12 @@ from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
 from xclip_jax.errors import Parser, UserError, exit_with_message
 from xclip_jax.evaluators import registry
+from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.report import html, record, several
 from xclip_jax.report.examples import Examples, collect_examples
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import is_remote
-from xclip_jax.train.encoder import make_encoder, own_profile
+from xclip_jax.train.encoder import make_encoder, profile_of_run
 from xclip_jax.train.weights import load
 
 
@@ -88,22 +89,26 @@ def _make_several(flags: argparse.Namespace) -> epath.Path:
     _check_writable(path)
     of_runs = [(*run.config.eval.final_sets, *run.config.eval.sets) for run in records]
     specs = _specs(flags) or tuple(spec for spec in of_runs[0] if all(spec in own for own in of_runs))
-    runs = []
+    runs, shared = [], records[0].config
+    profile = profile_of_run(shared)
     for color, (name, run) in enumerate(zip(names, records, strict=True)):
         log0(f"predictions of {name}")
-        runs.append(several.Run(name, color, run, _examples(flags, run, specs, records[0].config)))
+        runs.append(several.Run(name, color, run, _examples(flags, run, specs, shared, profile)))
     path.write_text(several.render(runs, step=flags.step))
     return path
 
 
-def _examples(flags: argparse.Namespace, run: record.Record, specs: Sequence[str], shared: Config) -> Examples:
+def _examples(
+    flags: argparse.Namespace, run: record.Record, specs: Sequence[str], shared: Config, profile: Profile
+) -> Examples:
     """Predictions of a run's model; a sentence in their place where there is no checkpoint yet.
 
     Args:
       flags: of the command.
       run: whose model predicts.
       specs: evaluation sets.
-      shared: config that says which pairs, templates and class names these sets have, the same for all runs.
+      shared: config that says which pairs these sets have, the same for all runs.
+      profile: templates and class names, likewise.
     """
     try:
         _, experiment, variables, _ = load(str(run.folder), flags.step)
@@ -116,9 +121,10 @@ def _examples(flags: argparse.Namespace, run: record.Record, specs: Sequence[str
         variables,
         specs,
         data=shared.data,
-        data_dir=flags.data_dir or shared.data.dir,
+        data_dir=flags.data_dir,
+        data_seed=shared.seed,
         seed=flags.seed,
-        profile=own_profile(shared),
+        profile=profile,
     )
 
 

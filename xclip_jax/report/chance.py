@@ -42,25 +42,38 @@ def judge(result: Result) -> Judgement:
     """Return the interval of a result and its verdict.
 
     A share of items has Clopper and Pearson's binomial interval, which assumes independent items of equal weight.
-    Where the result has per-example values, and these have weights, groups or another statistic than a mean of zeros
-    and ones, they are resampled.
+    Where the result has per-example values, and these have unequal weights, groups or another statistic than a mean of
+    zeros and ones, they are resampled. Resamples of values that are all right or all wrong cannot differ: these have
+    the binomial interval of their effective number, see `_trials`.
     """
-    low, high, resampled = math.nan, math.nan, False
-    if result.items is not None and not _binary(result.items):
-        (low, high), resampled = interval(result.items, samples=_SAMPLES), True
-    elif result.unit == "%" and result.n and math.isfinite(result.value):
-        right = min(max(round(result.n * result.value / 100), 0), result.n)
-        exact = scipy.stats.binomtest(right, result.n).proportion_ci(LEVEL)
+    low, high, items = math.nan, math.nan, result.items
+    n = result.n if items is None else _trials(items)
+    if items is not None and not n:
+        low, high = interval(items, samples=_SAMPLES)
+    elif result.unit == "%" and n and math.isfinite(result.value):
+        right = min(max(round(n * result.value / 100), 0), n)
+        exact = scipy.stats.binomtest(right, n).proportion_ci(LEVEL)
         low, high = 100 * exact.low, 100 * exact.high
     verdict = ""
     if result.unit == "%" and result.chance is not None and math.isfinite(low):
         verdict = ABOVE if low > result.chance else BELOW if high < result.chance else UNDECIDED
-    return Judgement(low, high, verdict, resampled)
+    return Judgement(low, high, verdict, resampled=items is not None and not n)
 
 
-def _binary(items: PerExample) -> bool:
-    plain = items.statistic == "mean" and items.weights is None and items.groups is None
-    return plain and bool(np.isin(items.values, (0, 1)).all())
+def _trials(items: PerExample) -> int:
+    """Return how many binomial trials a mean of zeros and ones is of; 0 for values that have to be resampled.
+
+    Independent items of equal weight are one trial each. Of values that are all equal it is Kish's effective number of
+    groups, or of items without groups: (sum of weights)^2 / sum of squared weights.
+    """
+    if items.statistic != "mean" or not np.isin(items.values, (0, 1)).all():
+        return 0
+    weights = np.ones(len(items.values)) if items.weights is None else items.weights
+    equal = np.ptp(items.values[weights > 0]) == 0
+    if items.groups is not None:
+        weights = np.bincount(np.unique(items.groups, return_inverse=True)[1], weights)
+    independent = len(weights) == len(items.values) and np.allclose(weights, weights[0], rtol=1e-9, atol=0)
+    return round(weights.sum() ** 2 / (weights**2).sum()) if independent or equal else 0
 
 
 def judgements(results: Sequence[Result]) -> dict[tuple[str, str], Judgement]:

@@ -150,6 +150,7 @@ def collect_examples(
     *,
     data: loader.DataConfig | None = None,
     data_dir: str | None = None,
+    data_seed: int = 0,
     queries: Sequence[str] = (),
     seed: int = 0,
     profile: Profile = PROFILES["openai"],
@@ -161,12 +162,13 @@ def collect_examples(
       variables: what `TwoTowers.apply` takes.
       specs: evaluation sets of the run, of which `select` chooses some.
       data: of the training pairs, which serve where none of the sets can be read.
-      data_dir: root of TFDS data sets, None for the default.
+      data_dir: root of TFDS data sets, None (or "") for that of `data`.
+      data_seed: of the run, which decides what `data.subset` and `data.caption_noise` make of the training pairs.
       queries: texts to search the images of a set that has queries with, in place of its own.
       seed: decides which images and texts are shown.
       profile: templates and class names of the sets.
     """
-    selection = select(specs, encoder.preprocessing, data_dir, data, seed, profile)
+    selection = select(specs, encoder.preprocessing, data_dir, data, seed, profile, data_seed)
     examples = Examples(seed, credits=selection.credits, missing=selection.missing)
     words: Sequence[str] = [name for _, zeroshot, _ in selection.zeroshot for name in zeroshot.names]
     for n, (panel, zeroshot, shown) in enumerate(selection.zeroshot):

@@ -14,7 +14,7 @@ from xclip_jax.report.markup import Images, esc
 from xclip_jax.report.record import Record
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.train.build import Experiment
-from xclip_jax.train.encoder import own_profile
+from xclip_jax.train.encoder import profile_of_run
 
 _NO_SETS = (
     "the run has no evaluation sets. Add some to eval.final_sets, or run: python -m xclip_jax.report {run} --sets "
@@ -51,9 +51,10 @@ def make(
         variables,
         specs,
         data=experiment.data,
-        data_dir=data_dir or experiment.data.dir,
+        data_dir=data_dir,
+        data_seed=experiment.config.seed,
         seed=seed,
-        profile=own_profile(experiment.config),
+        profile=profile_of_run(experiment.config),
     )
     maps = None
     if examples.gallery.images:

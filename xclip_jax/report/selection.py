@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from xclip_jax.data import loader
+from xclip_jax.data import controls, loader
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample, UserError, describe
 from xclip_jax.evaluators import registry
@@ -64,16 +64,18 @@ def select(
     data: loader.DataConfig | None,
     seed: int,
     profile: Profile = PROFILES["openai"],
+    data_seed: int = 0,
 ) -> Selection:
     """Select the sets to show: those with a panel, else the first for classification, and one for retrieval.
 
     Args:
       specs: names of evaluation sets.
       prepare: preprocessing of the model.
-      data_dir: root of TFDS data sets, None for the default.
+      data_dir: root of TFDS data sets, None (or "") for that of `data`.
       data: of the training pairs, which are shown where none of the sets can be read; held-out ones are a set.
       seed: of the training pairs that are drawn.
       profile: templates and class names.
+      data_seed: of the run, which decides what `data.subset` and `data.caption_noise` make of the training pairs.
     """
     selection = Selection()
     kinds = {spec: registry.check(spec) for spec in dict.fromkeys(specs)}
@@ -98,7 +100,7 @@ def select(
             selection.zeroshot.append((ZeroShotPanel(spec, title, sentence), _few_prompts(sets[0]), sets[1]))
         selection.add_kind(kinds[spec])
     if data is not None and not selection.zeroshot and not selection.retrieval:
-        _training_pairs(selection, data, prepare, seed)
+        _training_pairs(selection, dataclasses.replace(data, dir=data_dir or data.dir), prepare, seed, data_seed)
     return selection
 
 
@@ -139,10 +141,12 @@ def readable(data: ZeroShotSet | RetrievalSet, indices: np.ndarray, missing: lis
     return np.array(kept)
 
 
-def _training_pairs(selection: Selection, data: loader.DataConfig, prepare: Preprocessing, seed: int) -> None:
+def _training_pairs(
+    selection: Selection, data: loader.DataConfig, prepare: Preprocessing, seed: int, data_seed: int
+) -> None:
     """Add training pairs, drawn by the seed, for a run without evaluation sets."""
     try:
-        sources = loader.open_sources(data)
+        sources = controls.apply(loader.open_sources(data), data, data_seed)
     except UserError as error:
         selection.missing.append(str(error))
         return

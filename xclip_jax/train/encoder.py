@@ -1,8 +1,12 @@
 """The encoder that the evaluators of a run or a model share."""
 
+import dataclasses
 from collections.abc import Sequence
 
+from etils import epath
+
 from xclip_jax.config.schema import Config
+from xclip_jax.console import log0
 from xclip_jax.evaluators import prompts
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.prompts import PROFILES, Profile
@@ -31,3 +35,23 @@ def make_encoder(experiment: Experiment, classes: Sequence[str] | None = None) -
 def own_profile(config: Config, name: str = "openai") -> Profile:
     """Return the profile `name` with the templates and class names that a run has for labelled images of its own."""
     return prompts.with_own(PROFILES[name], config.eval.templates, config.eval.class_names)
+
+
+def profile_of_run(config: Config, name: str = "openai", *, names: bool = True) -> Profile:
+    """Return `own_profile` of a run that may have been moved without its file of class names, which a line says then.
+
+    Args:
+      config: of the run.
+      name: of the profile.
+      names: whether the class names are used; without them the file is not read.
+    """
+    file = config.eval.class_names
+    missing = bool(file) and not epath.Path(file).expanduser().exists()
+    if missing and names:
+        log0(
+            f"WARNING: eval.class_names={file!r} does not exist; own classes go by their labels. Restore the file, or "
+            "name one to evaluate, --class-names."
+        )
+    if missing or not names:
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, class_names=""))
+    return own_profile(config, name)
