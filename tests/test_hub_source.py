@@ -209,6 +209,30 @@ def test_held_out_pairs_of_several_columns_have_labels(tmp_path):
     assert sources.open_pairs(data.sources[0], options(image_key="left"))[1]["image"] == png(1)
 
 
+@pytest.mark.parametrize("layout", ["saved", "parquet"])
+def test_a_validation_split_is_used_and_where_it_is_damaged_an_error(tmp_path, layout):
+    """Without the error a probe would choose C on training images, and give another number under the same name."""
+    parts, folder = {"train": rows(9), "test": rows(6)}, tmp_path / layout
+    for sizes, names in (((9, 0, 6), ("train", "test")), ((9, 3, 6), ("train", "validation", "test"))):
+        own = {name: parts.get(name, rows(3)) for name in names}
+        if layout == "saved":
+            datasets.DatasetDict(own).save_to_disk(str(folder))
+        else:
+            folder.mkdir(exist_ok=True)
+            for name, part in own.items():
+                part.to_parquet(str(folder / f"{name}-00000-of-00001.parquet"))
+        probe = registry.load(f"probe/hf:{folder}", PREPARE)
+        assert (len(probe.train), len(probe.validation), len(probe.test)) == sizes
+    for file in folder.rglob("*validation*/*.arrow" if layout == "saved" else "validation*"):
+        file.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"hf:.*(/validation.* cannot be read|cannot open it)"):
+        registry.load(f"probe/hf:{folder}", PREPARE)
+    if layout == "saved":
+        (folder / "dataset_dict.json").write_text("{")
+        with pytest.raises(UserError, match=r"dataset_dict\.json' cannot be read"):
+            registry.load(f"probe/hf:{folder}", PREPARE)
+
+
 @pytest.mark.parametrize("spec", ["hf:lab", "hf:lab/pairs", "hf:", "hf:lab/pairs@v1"])
 def test_a_spec_without_a_split(spec):
     with pytest.raises(UserError, match="hf:ORG/NAME"):
@@ -254,6 +278,24 @@ def test_sets_of_the_hub(hub, monkeypatch):
         sources.open_pairs("hf:lab/none/train")
     with pytest.raises(UserError, match="Revision 'v2' doesn't exist"):
         sources.open_pairs("hf:lab/plain@v2/train")
+
+
+def test_splits_of_the_hub_are_listed(hub, monkeypatch):
+    kind = sources.SOURCES["hf"]
+
+    def has(rest, split):
+        return kind.has_split(rest, split, options())
+
+    assert has("lab/pairs/small", "train") and not has("lab/pairs/small?label=label", "validation")
+    with pytest.raises(UserError, match="Config name is missing"):
+        has("lab/pairs", "validation")
+    with pytest.raises(UserError, match=r"'hf:lab' is no data set of the Hub; write hf:ORG/NAME"):
+        has("lab", "validation")
+    sources.open_pairs("hf:lab/plain/train")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    assert has("lab/plain", "train") and not has("lab/plain", "validation") and hub.requests == []
 
 
 def test_the_cache_is_enough_offline(hub, monkeypatch):

@@ -6,6 +6,7 @@ Hub: HF_HOME, HF_DATASETS_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and other
 """
 
 import hashlib
+import json
 import pathlib
 import re
 import urllib.parse
@@ -25,6 +26,7 @@ PREFIX = hub_client.PREFIX
 _CAPTIONS = ("text", "txt", "caption", "captions", "sentences", "sentence", "alt_text")
 _HUB = re.compile(rf"({hub_client.ID})(?:@([^/]+))?(?:/([^/]+))?/([^/]+)")
 _LOCAL = ("/", "./", "../", "~")
+_LIST = "dataset_dict.json"  # of the splits that `DatasetDict.save_to_disk` wrote
 # Columns that a spec names at its end, or before the split that a probe adds.
 _COLUMNS = re.compile(r"\?([^/?]*=[^/?]*)(?=/[^/]*$|$)")
 _EXPECTED = "expected ?image=COLUMN&label=COLUMN, or one"
@@ -58,7 +60,26 @@ def open_split(rest: str) -> Any:
             f"source {spec!r} does not name a split; write hf:ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT, or hf:/PATH."
         )
     repository, revision, configuration, split = match.groups()
-    return _load(spec, repository, configuration, split=split, revision=revision)
+    return _ask(spec, "load_dataset", repository, configuration, split=split, revision=revision)
+
+
+def split_names(rest: str) -> list[str]:
+    """Return the splits of "hf:" + `rest`, which names none; none of them is read. Errors are those of `open_split`."""
+    spec = f"{PREFIX}{rest}"
+    if not rest.startswith(_LOCAL):
+        match = _HUB.fullmatch(f"{rest}/train")
+        if not match:
+            raise UserError(f"source {spec!r} is no data set of the Hub; write hf:ORG/NAME[@REVISION][/CONFIGURATION].")
+        repository, revision, configuration, _ = match.groups()
+        return _ask(spec, "get_dataset_split_names", repository, configuration, revision=revision)
+    path = pathlib.Path(rest).expanduser()
+    if (path / _LIST).is_file():
+        try:
+            return list(json.loads((path / _LIST).read_text())["splits"])
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{spec}: {str(path / _LIST)!r} cannot be read ({error!r}).") from error
+    saved = sorted(entry.parent.name for entry in path.glob("*/state.json"))
+    return saved or _ask(spec, "get_dataset_split_names", str(path), None)
 
 
 def _open_folder(spec: str, path: pathlib.Path) -> Any:
@@ -68,18 +89,19 @@ def _open_folder(spec: str, path: pathlib.Path) -> Any:
             return package.load_from_disk(str(path))
         except Exception as error:  # of many classes, by what is damaged
             raise UserError(f"{spec}: {str(path)!r} cannot be read: {_message(error)}.") from error
-    if (path / "dataset_dict.json").is_file():
+    if (path / _LIST).is_file():
         splits = sorted(entry.parent.name for entry in path.glob("*/state.json"))
         raise UserError(f"source {spec!r} does not name a split; its splits are {', '.join(splits)}.")
     if not path.parent.is_dir() or str(path.parent) == "/":
         raise UserError(f"source {spec!r}: folder {str(path.parent)!r} does not exist; write hf:FOLDER/SPLIT.")
-    return _load(spec, str(path.parent), None, split=path.name)
+    return _ask(spec, "load_dataset", str(path.parent), None, split=path.name)
 
 
-def _load(spec: str, name: str, configuration: str | None, **options: Any) -> Any:
+def _ask(spec: str, function: str, name: str, configuration: str | None, **options: Any) -> Any:
+    """Call a function of the package, its errors as sentences."""
     package = _package(spec)
     try:
-        return package.load_dataset(name, configuration, **options)
+        return getattr(package, function)(name, configuration, **options)
     except package.exceptions.DatasetNotFoundError as error:
         raise UserError(f"{spec}: {_message(error)}; check the name, or {hub_client.LOG_IN}.") from error
     except ConnectionError as error:
@@ -316,9 +338,5 @@ class HubSets(SourceKind):
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
-        """Whether the split can be opened."""
-        try:
-            open_split(split_columns(f"{rest}/{split}")[0])
-        except UserError:  # opening the first split says what is wrong
-            return False
-        return True
+        """Whether the data set lists it; one that is listed and damaged is an error where it is opened."""
+        return split in split_names(split_columns(f"{rest}/{split}")[0].removesuffix(f"/{split}"))

@@ -20,6 +20,7 @@ from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.provenance import VALIDATION, Provenance, contents, digest
+from xclip_jax.evaluators.published_sets import ENTRIES
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import PerExample, class_weights
 from xclip_jax.evaluators.zeroshot import accuracy
@@ -128,7 +129,8 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
       UserError: a source that cannot be opened, several labels an image.
     """
     source_spec = spec.removeprefix(PREFIX)
-    source = sources.open_labelled(source_spec, SourceOptions(data_dir or ""))
+    options = SourceOptions(data_dir or "")
+    source = sources.open_labelled(source_spec, options)
     check_one_class(source_spec, source)
     labels, images, prepare = source.labels(), source.key == "image", profile.preprocessing(prepare)
     card = Provenance(
@@ -146,10 +148,25 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
         protocol="the classifier that end-to-end fine-tuning fitted",
         metric=f"finetuned/{source.metrics[0]}",
         preprocessing=prepare.resizing if images else "",
-        role=VALIDATION if source_spec.endswith("/validation") else "",
+        role=VALIDATION if _is_for_choices(source_spec, options) else "",
     )
     items = Pictures(source.items, prepare) if images else source.items
     return ClassificationSet(spec, items, labels, len(source.names) or 1, card, tuple(source.names))
+
+
+def _is_for_choices(spec: str, options: SourceOptions) -> bool:
+    """Whether a source is the split "validation" of a data set that has labelled test items in another one.
+
+    That of ImageNet and of GLUE's tasks, whose test labels are not published, is what results are reported of.
+    """
+    place, _, split = spec.rpartition("/")
+    if split != "validation" or place.endswith(":") or not sources.is_spec(place):
+        return False
+    source = sources.parse(place)
+    reported = {(entry.tfds.partition(":")[0], entry.split) for entry in ENTRIES.values()}
+    if (source.rest.partition(":")[0], split) in reported or not source.kind.split_specs:
+        return False
+    return source.kind.has_split(source.rest, "test", options)
 
 
 class FinetunedSets(SetKind):
