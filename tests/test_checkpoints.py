@@ -235,12 +235,17 @@ def test_too_little_memory_is_not_damage(run, monkeypatch, error):
 def test_a_storage_that_fails_for_a_moment_is_not_damage(run, monkeypatch, call, error):
     """The digest has shown that all files are whole: the newest checkpoint stays where it is."""
 
-    def fails(*_, **__):
-        raise error
+    with Checkpointer(run) as checkpointer:
+        original = getattr(checkpointer._manager, call)
 
-    with Checkpointer(run) as checkpointer, pytest.raises(type(error), match=str(error.args[-1])):
+        def fails(step, **options):
+            if step == 4:
+                raise error
+            return original(step, **options)
+
         monkeypatch.setattr(checkpointer._manager, call, fails)
-        checkpointer.restore_good(ABSTRACT)
+        with pytest.raises(type(error), match=str(error.args[-1])):
+            checkpointer.restore_good(ABSTRACT)
     check_is(resume(run), 4)
 
 
