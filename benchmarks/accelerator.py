@@ -36,7 +36,7 @@ WARM_UP = 3
 
 
 def config_of(objective: str, batch: int, small: bool, groups: bool) -> Any:
-    """The recipe's config with a batch of so many pairs; with `small` of towers that a CPU computes in a moment."""
+    """The recipe's config with a batch of `batch` pairs; with `small` of towers that a CPU computes in a moment."""
     import jax
 
     from xclip_jax.configs import common

@@ -38,7 +38,7 @@ def tokens(ends: np.ndarray, context: int, vocab: int, seed: int = 0) -> np.ndar
 
 
 def groups_for(rows: int, draws: int, tower: TextTower) -> length_groups.LengthGroups:
-    """What `data.length_groups=auto` chooses for such captions, on devices of so many rows."""
+    """What `data.length_groups=auto` chooses for such captions, on devices of `rows` rows."""
     counts = np.bincount(lengths(1024), minlength=CONTEXT + 1)
     return length_groups.choose(counts, rows=rows, draws=draws, flops_of=tower.cut_flops)
 

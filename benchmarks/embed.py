@@ -93,7 +93,7 @@ def open_clips(options: argparse.Namespace) -> dict[str, float]:
 def ours(options: argparse.Namespace) -> dict[str, float]:
     """This project's side."""
     import xclip_jax
-    from xclip_jax import embed
+    from xclip_jax import embed, embed_sources
 
     began = time.perf_counter()
     model = xclip_jax.load(options.folder, batch=options.batch)
@@ -101,7 +101,7 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
         model.encode_prepared(np.zeros((n, 224, 224, 3), np.uint8))
     ready, cpu = time.perf_counter(), cpu_seconds()
     out = options.folder / f"ours-{time.time_ns()}.parquet"
-    embed.Job(model, {"image": embed.Images(paths(options))}, str(out), threads=options.workers).run()
+    embed.EmbeddingJob(model, {"image": embed_sources.Images(paths(options))}, str(out), threads=options.workers).run()
     return {"seconds": time.perf_counter() - ready, "cpu": cpu_seconds() - cpu, "before": ready - began}
 
 
@@ -131,10 +131,10 @@ def compare(options: argparse.Namespace) -> None:
     runs: dict[str, list[float]] = {"xclip_jax": [], "open_clip": []}
     for _ in range(options.repeats):
         for side in runs:
-            found = measure(side, options)
-            runs[side].append(options.images / found["seconds"])
-            cpu = 1000 * found["cpu"] / options.images
-            about = f"{cpu:.1f} ms of cores an image, {found['before']:.1f} s before the first"
+            measured = measure(side, options)
+            runs[side].append(options.images / measured["seconds"])
+            cpu = 1000 * measured["cpu"] / options.images
+            about = f"{cpu:.1f} ms of cores an image, {measured['before']:.1f} s before the first"
             print(f"{side}: {runs[side][-1]:.1f} images/s, {about}", flush=True)
     column = pyarrow.parquet.read_table(sorted(options.folder.glob("ours-*.parquet"))[0])["embedding"].combine_chunks()
     z = column.flatten().to_numpy().reshape(options.images, -1)

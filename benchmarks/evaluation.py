@@ -93,7 +93,7 @@ def clip_benchmark(task: str) -> Callable[[], dict[str, float]]:
     from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 
     # Its accuracy converts an array of one number, which NumPy 2.4 no longer does.
-    zeroshot_classification.float = lambda x: float(np.asarray(x).item())
+    zeroshot_classification.float = lambda x: float(np.asarray(x).item())  # ty: ignore[missing-attribute]
     img, txt, labels = data_of(task)
     images, texts = torch.from_numpy(img), torch.from_numpy(txt)
 
@@ -126,11 +126,11 @@ def clip_benchmark(task: str) -> Callable[[], dict[str, float]]:
 
     def retrieval() -> dict[str, float]:
         loader = list(batches(labels))
-        found = zeroshot_retrieval.evaluate(Model(), loader, tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
+        values = zeroshot_retrieval.evaluate(Model(), loader, tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
         names = {"text_retrieval": "image_to_text", "image_retrieval": "text_to_image"}
         return {
             f"{names[key.partition('_recall@')[0]]}/r{key.partition('@')[2]}": 100 * value
-            for key, value in found.items()
+            for key, value in values.items()
         }
 
     return zeroshot if task == "zeroshot" else retrieval
@@ -164,14 +164,14 @@ def main() -> None:
     if flags.child:
         child(*flags.child)
         return
-    here = pathlib.Path(__file__).resolve().parents[1]
+    root = pathlib.Path(__file__).resolve().parents[1]
     ratios = []
     for task in TASKS:
         measured: dict[str, list[dict[str, Any]]] = {program: [] for program in PROGRAMS}
         for _ in range(flags.turns):
             for program in PROGRAMS:
                 command = [sys.executable, "-m", "benchmarks.evaluation", "--child", program, task]
-                done = subprocess.run(command, cwd=here, stdout=subprocess.PIPE, text=True, check=True)
+                done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
                 measured[program].append(json.loads(done.stdout.splitlines()[-1]))
         medians = {p: statistics.median(x["seconds"] for x in runs) for p, runs in measured.items()}
         for program, runs in measured.items():

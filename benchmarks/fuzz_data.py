@@ -78,14 +78,14 @@ _CONFIG = DataConfig(sources=("x",), tags=2, max_bad_fraction=1.0)
 TOKENIZERS = {name: tokenizer.load(name) for name in tokenizer.NAMES}
 
 
-def _train(found: dict) -> None:
+def _train(item: dict) -> None:
     """Becomes a row of a batch as in training; any exception of a sample is a bad sample there."""
     rng = np.random.default_rng(0)
     for resample, name in (("area", "bytes"), ("bicubic", "clip")):
         config = dataclasses.replace(_CONFIG, resample=resample)
         row = {"image": np.zeros((1, 32, 32, 3), np.uint8), "text": np.zeros((1, 16), np.int32)}
         try:
-            loader.Transform(config, 32, TOKENIZERS[name], 16)(found, rng, row)
+            loader.Transform(config, 32, TOKENIZERS[name], 16)(item, rng, row)
         except Exception as error:
             raise records.as_bad_sample(error) from error
 
@@ -108,13 +108,13 @@ def _read_all(source: Source, train: bool = False) -> None:
     for index in range(min(len(source), 40)):
         source.describe(index)
         source.known_fault(index)
-        found = records.read(source, index)
-        if isinstance(found, BadSample):
-            bad.append(found)
+        item = records.read(source, index)
+        if isinstance(item, BadSample):
+            bad.append(item)
             continue
         good += 1
         if train:
-            _train(found)
+            _train(item)
     if bad and not good:
         raise bad[0]
 
@@ -168,7 +168,7 @@ def read_wds(data: bytes, folder: Path) -> None:
         split = wds.locate(str(folder))
         try:
             images = wds.open_captions(split)[0] if kind == wds.CAPTIONS else wds.open_labelled(split).items
-            _ = list(images.sizes()), [(images.name(i), images[i]) for i in range(min(len(images), 40))]
+            _ = list(images.sizes()), [(images.name(i), images[i]) for i in range(min(len(images), 40))]  # ty: ignore[missing-attribute]
         except UserError as error:
             refused.append(error)
     if len(refused) == 3:
@@ -247,9 +247,9 @@ def read_labels(data: bytes, folder: Path) -> None:
     source = labelled.open_files("csv:x.csv", _with_picture(data, folder, "x.csv"))
     source.fingerprint()
     for index in range(min(len(source), 40)):
-        found = records.read(source, index)
-        if isinstance(found, BadSample):
-            raise found
+        item = records.read(source, index)
+        if isinstance(item, BadSample):
+            raise item
 
 
 def parquets() -> list[bytes]:

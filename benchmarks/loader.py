@@ -167,8 +167,8 @@ def open_clips(pattern: str, workers: int, batch: int, n: int) -> float:
         distributed=False,
     )
     transform = open_clip.image_transform(SIZE, is_train=True, aug_cfg={"scale": SCALE})
-    found = data.get_wds_dataset(args, transform, is_train=True, tokenizer=open_clip.get_tokenizer("ViT-B-32"))
-    return rate(iter(found.dataloader), batch, n)
+    made = data.get_wds_dataset(args, transform, is_train=True, tokenizer=open_clip.get_tokenizer("ViT-B-32"))
+    return rate(iter(made.dataloader), batch, n)
 
 
 def index(folder: pathlib.Path, n: int) -> dict[str, float]:
@@ -182,10 +182,10 @@ def index(folder: pathlib.Path, n: int) -> dict[str, float]:
 
 def readers_of(pattern: str, batch: int, n: int) -> dict[str, Callable[[], float]]:
     """Name -> function that measures images/s."""
-    found = {"bare loop": lambda: bare(pattern, n), "bare loop, twice": lambda: bare_twice(pattern, n)}
+    programs = {"bare loop": lambda: bare(pattern, n), "bare loop, twice": lambda: bare_twice(pattern, n)}
     for workers, threads in ((1, 1), (2, 1), (0, 1), (0, 2)):
         name = f"xclip_jax, workers {workers}" if workers else f"xclip_jax, threads {threads}"
-        found[name] = functools.partial(ours, pattern, workers, threads, batch, n)
+        programs[name] = functools.partial(ours, pattern, workers, threads, batch, n)
     try:
         import open_clip_train.data  # noqa: F401
         import webdataset  # noqa: F401
@@ -193,17 +193,17 @@ def readers_of(pattern: str, batch: int, n: int) -> dict[str, Callable[[], float
         print(f"open_clip's rows are left out ({error})")
     else:
         for workers in (1, 2):
-            found[f"open_clip, workers {workers}"] = functools.partial(open_clips, pattern, workers, batch, n)
-    return found
+            programs[f"open_clip, workers {workers}"] = functools.partial(open_clips, pattern, workers, batch, n)
+    return programs
 
 
 def verdicts(result: dict[str, float]) -> Iterator[str]:
     """The ratios that matter, beside what is asked of them."""
 
-    def ratio(above: str, below: str, wanted: float) -> str:
+    def ratio(above: str, below: str, target: float) -> str:
         if above not in result or below not in result:
             return f"{above} / {below}: not measured"
-        return f"{above} / {below}: {result[above] / result[below]:.2f}, wanted {wanted}"
+        return f"{above} / {below}: {result[above] / result[below]:.2f}, target {target}"
 
     yield ratio("xclip_jax, workers 1", "bare loop", 0.9)
     yield ratio("xclip_jax, workers 2", "xclip_jax, workers 1", 1.8)
@@ -214,11 +214,11 @@ def verdicts(result: dict[str, float]) -> Iterator[str]:
 
 def versions(names: Sequence[str]) -> str:
     """Name and version of each package that is installed."""
-    found = []
+    installed = []
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found.append(f"{name} {metadata.version(name)}")
-    return ", ".join(found)
+            installed.append(f"{name} {metadata.version(name)}")
+    return ", ".join(installed)
 
 
 def main() -> None:

@@ -19,23 +19,23 @@ from xclip_jax.config import load as config_file
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 ZERO1 = {"mesh.strategy": "zero1"}
-# File and argument, topology, changes.
+# Recipe and argument, topology, changes.
 PLANS = [
-    ("configs/clip.py:preset=B/16,batch=4096", "v4:2x4x4", {}),
-    ("configs/xclip.py:preset=B/16,batch=4096", "v4:2x4x4", {}),
-    ("configs/clip.py:preset=B/16,batch=4096", "v5e:4x8", {}),
-    ("configs/xclip.py:preset=B/16,batch=4096", "v5e:4x8", {}),
-    ("configs/clip.py:preset=B/16,batch=4096", "v5e:4x8", ZERO1),
-    ("configs/xclip.py:preset=B/16,batch=4096", "v5e:4x8", ZERO1),
+    ("clip:preset=B/16,batch=4096", "v4:2x4x4", {}),
+    ("xclip:preset=B/16,batch=4096", "v4:2x4x4", {}),
+    ("clip:preset=B/16,batch=4096", "v5e:4x8", {}),
+    ("xclip:preset=B/16,batch=4096", "v5e:4x8", {}),
+    ("clip:preset=B/16,batch=4096", "v5e:4x8", ZERO1),
+    ("xclip:preset=B/16,batch=4096", "v5e:4x8", ZERO1),
     # The smallest slices that hold these recipes as they are: half of each is tried below.
-    ("configs/clip.py:preset=B/16,batch=32768", "v5e:8x16", ZERO1),
-    ("configs/xclip.py:preset=B/16,batch=32768", "v5e:8x16", ZERO1),
-    ("configs/clip.py:preset=L/14,batch=32768", "v5p:4x4x4", ZERO1),
-    ("configs/xclip.py:preset=L/14,batch=32768", "v5p:4x4x4", ZERO1),
+    ("clip:preset=B/16,batch=32768", "v5e:8x16", ZERO1),
+    ("xclip:preset=B/16,batch=32768", "v5e:8x16", ZERO1),
+    ("clip:preset=L/14,batch=32768", "v5p:4x4x4", ZERO1),
+    ("xclip:preset=L/14,batch=32768", "v5p:4x4x4", ZERO1),
 ]
 HALVES = [
-    ("configs/clip.py:preset=B/16,batch=32768", "v5e:8x8", ZERO1),
-    ("configs/clip.py:preset=L/14,batch=32768", "v5p:2x4x4", ZERO1),
+    ("clip:preset=B/16,batch=32768", "v5e:8x8", ZERO1),
+    ("clip:preset=L/14,batch=32768", "v5p:2x4x4", ZERO1),
 ]
 # Weak scaling of xCLIP, ViT-B/16: 32 pairs a chip, from 8 chips to 1024.
 GRIDS = {8: "v4:2x2x2", 64: "v4:4x4x4", 256: "v4:4x8x8", 1024: "v4:8x8x16"}
@@ -57,9 +57,9 @@ class Planner:
         # The file of plans itself makes a checkout dirty: this says what was compiled.
         commit = self.environment["commit"].removesuffix("-dirty")
         self.environment |= {"commit": commit, "sources": hashlib.sha256(sources).hexdigest()}
-        there = json.loads(path.read_text()) if path.exists() else {}
-        same = there.get("environment", {}).get("sources") == self.environment["sources"]
-        self.known = there["plans"] if same else {}
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        same = saved.get("environment", {}).get("sources") == self.environment["sources"]
+        self.known = saved["plans"] if same else {}
 
     def __call__(self, spec, topology, **changes):
         key = " ".join([spec, topology, *(f"{name}={value}" for name, value in changes.items())])
@@ -72,17 +72,17 @@ class Planner:
         return self.known[key]
 
 
-def short(found):
+def short(planned):
     """One row of the table."""
     gib = plan.GIB
-    if not found["fits"]:
-        return ["-", "-", "-", f"does not fit {found['capacity'] / gib:.0f}", "-"]
-    memory, sent = found["memory"], sum(found["sent"].values())
+    if not planned["fits"]:
+        return ["-", "-", "-", f"does not fit {planned['capacity'] / gib:.0f}", "-"]
+    memory, sent = planned["memory"], sum(planned["sent"].values())
     return [
         f"{memory['parameters'] / gib:.2f}",
         f"{memory['optimizer'] / gib:.2f}",
         f"{memory['activations'] / gib:.2f}",
-        f"{memory['peak'] / gib:.2f} of {found['capacity'] / gib:.0f}",
+        f"{memory['peak'] / gib:.2f} of {planned['capacity'] / gib:.0f}",
         f"{sent / 2**20:,.0f}",
     ]
 
@@ -104,10 +104,10 @@ def draw(rows, path):
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
     for form in FORMS:
-        mine = [found for name, found in rows if name == form and found["fits"]]
-        chips = [found["chips"] for found in mine]
-        left.plot(chips, [found["memory"]["peak"] / plan.GIB for found in mine], marker="o", label=form)
-        right.plot(chips, [sum(found["sent"].values()) / 2**20 for found in mine], marker="o", label=form)
+        mine = [row for name, row in rows if name == form and row["fits"]]
+        chips = [row["chips"] for row in mine]
+        left.plot(chips, [row["memory"]["peak"] / plan.GIB for row in mine], marker="o", label=form)
+        right.plot(chips, [sum(row["sent"].values()) / 2**20 for row in mine], marker="o", label=form)
     for axis, title in ((left, "peak memory a chip, GiB"), (right, "payload of collectives a step, MiB")):
         axis.set(title=title, xlabel="chips", xscale="log", xticks=list(GRIDS), ylim=(0, None))
         axis.set_xticklabels(map(str, GRIDS))
@@ -125,13 +125,13 @@ def main():
     plans = [(spec, topology, changes, make(spec, topology, **changes)) for spec, topology, changes in PLANS]
     halves = [(spec, topology, changes, make(spec, topology, **changes)) for spec, topology, changes in HALVES]
     scaling = [
-        (form, make(f"configs/xclip.py:preset=B/16,batch={PER_CHIP * chips}", grid, **changes))
+        (form, make(f"xclip:preset=B/16,batch={PER_CHIP * chips}", grid, **changes))
         for form, changes in FORMS.items()
         for chips, grid in GRIDS.items()
     ]
     draw(scaling, DOCS / "weak_scaling.png")
     parts = [
-        "# Plans\n\nWhat full-size runs need, by compiling their train step for TPUs that were not there. Made by",
+        "# Plans\n\nWhat full-size runs need: their train steps compiled for TPU topologies, without a TPU. Made by",
         "`JAX_PLATFORMS=cpu python -m benchmarks.plans` on "
         f"{datetime.date.today()}, commit {environment['commit']}, jax {environment['versions']['jax']}.",
         "Bytes are of one chip; times assume an MFU of 40 %, which is a guess: no run of this size has been made.",
@@ -171,15 +171,14 @@ def main():
         ),
         "\n## Each in full\n",
         *(
-            f"`python -m xclip_jax.plan --config {spec} --topology {topology}{flags_of(changes)}`\n\n"
-            f"```\n{plan.render(found)}\n```\n"
-            for spec, topology, changes, found in plans
+            f"`xclip-jax plan --config {spec} --topology {topology}{flags_of(changes)}`\n\n"
+            f"```\n{plan.render(planned)}\n```\n"
+            for spec, topology, changes, planned in plans
         ),
-        f"## Weak scaling\n\nxCLIP, ViT-B/16, {PER_CHIP} pairs a chip on v4. What must grow with the batch b: the "
-        "logits of the plain contrastive loss, (b / chips) x b, and the gathered embeddings, b x e. The ring keeps no "
-        "logits of other chips; zero1 splits the moments over all chips, "
-        "fsdp the kernels over 8. zero1 keeps "
-        "whole what the chips do not divide: at 1,024 the table of tokens and attention kernels.\n\n"
+        f"## Weak scaling\n\nxCLIP, ViT-B/16, {PER_CHIP} pairs a chip on v4. Two things must grow with the batch b: "
+        "the logits of the plain contrastive loss, (b / chips) x b, and the gathered embeddings, b x e. The ring keeps "
+        "no logits of other chips; zero1 splits the moments over all chips, fsdp the kernels over 8. An array that the "
+        "chips do not divide is not split by zero1: at 1,024 chips the token table and the attention kernels.\n\n"
         "![weak scaling](weak_scaling.png)\n",
         table(
             ["form", "chips", "batch", "parameters, GiB", "optimizer", "activations", "peak", "sent, MiB a step"],

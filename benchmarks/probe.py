@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="of xclip_jax, around scikit-learn's")
     flags = parser.parse_args()
     n, d, classes, count = SIZES[flags.size]
-    (x, y), (held, wanted) = features(n, d, classes, 0), features(5000, d, classes, 1)
+    (x, y), (held, labels) = features(n, d, classes, 0), features(5000, d, classes, 1)
     cs = 10.0 ** np.linspace(-4, 4, count)
     print(
         f"{n} x {d}, {classes} classes, {count} C, tolerance {flags.tolerance:g}, "
@@ -54,14 +54,14 @@ def main() -> None:
         if turn:
             jax.clear_caches()  # each turn counts its compilation
         fitted = logistic.fit(x, y, cs, classes, tolerance=flags.tolerance)
-        scores = (fitted.logits(held).argmax(axis=2) == wanted).mean(axis=1)
+        scores = (fitted.logits(held).argmax(axis=2) == labels).mean(axis=1)
         ours.append(time.perf_counter() - began)
         print(f"xclip_jax     {ours[-1]:8.1f} s   all {count} C", flush=True)
         for c in part:
             began = time.perf_counter()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                peers.append(LogisticRegression(C=c, tol=flags.tolerance, max_iter=1000).fit(x, y).score(held, wanted))
+                peers.append(LogisticRegression(C=c, tol=flags.tolerance, max_iter=1000).fit(x, y).score(held, labels))
             theirs += (took := time.perf_counter() - began)
             print(f"scikit-learn  {took:8.1f} s   C {c:.1e}, {100 * peers[-1]:.2f} %", flush=True)
     median = float(np.median(ours))

@@ -43,13 +43,13 @@ PROMISES = (
     Promise(
         "signals",
         "SIGTERM or Ctrl-C in a step",
-        "the very step is saved, status 75, the same command goes on",
+        "that step is saved, status 75; the same command resumes",
         ("trainer::sigterm_saves_and_the_same_command_goes_on", "workers::a_signal_to_the_group_saves_the_last_step"),
     ),
     Promise(
         "signals",
         "a signal in an evaluation",
-        "it is left, the last step is saved, and the evaluation is made when the run resumes",
+        "the evaluation is abandoned and the last step saved; the run repeats the evaluation when it resumes",
         (
             "interrupt::a_signal_in_an_evaluation_saves_the_last_step_and_the_evaluation_is_made_later",
             "faulty_processes::a_signal_in_an_evaluation_leaves_it_in_both",
@@ -57,13 +57,13 @@ PROMISES = (
     ),
     Promise(
         "signals",
-        "a signal while data do not come",
+        "a signal while the run waits for data",
         "the last step is saved at once",
         ("interrupt::a_signal_saves_the_last_step_while_data_do_not_come",),
     ),
     Promise(
         "signals",
-        "a signal in the compilation, or where nothing is trained yet",
+        "a signal during compilation, or before anything is trained",
         "status 75, nothing half written",
         ("interrupt::a_signal_ends_a_compilation", "run_folder::signals_outside_the_loop_end_the_process_at_once"),
     ),
@@ -85,7 +85,7 @@ PROMISES = (
     Promise(
         "stalls",
         "a step, an evaluation, a save or the data hang",
-        "the phase is named, the stacks of all threads are written, status 79",
+        "the phase is reported, the stacks of all threads are written, status 79",
         (
             "interrupt::the_watchdog_names_the_phase_and_ends_the_process",
             "interrupt::progress_keeps_the_watchdog_quiet",
@@ -95,7 +95,7 @@ PROMISES = (
     Promise(
         "stalls",
         "a read never ends, as on a network disk that is gone, in the run or in a process that reads for it",
-        "a bad sample after data.read_timeout; if none is read the source is named, then log.stall_limit, status 79",
+        "a bad sample after data.read_timeout; if none is read, the source is named, then log.stall_limit, status 79",
         (
             "loader::a_sample_that_is_never_read_is_a_bad_one",
             "workers::a_read_that_never_ends_in_a_worker_ends_the_run",
@@ -115,13 +115,13 @@ PROMISES = (
     Promise(
         "processes",
         "one of several processes fails",
-        "all end within seconds, and say which one and why; steps since the last checkpoint are made again",
+        "all end within seconds and report which one failed and why; steps since the last checkpoint are repeated",
         ("faulty_processes::an_error_in_one_process_ends_both",),
     ),
     Promise(
         "processes",
         "one of several processes is killed or hangs",
-        "the others end within 30 s and name it; of process 0 JAX says so",
+        "the others end within 30 s and name it; for process 0 JAX reports it",
         (
             "faulty_processes::a_killed_process_is_named",
             "faulty_processes::the_end_of_process_0_ends_the_other",
@@ -131,17 +131,19 @@ PROMISES = (
     ),
     Promise(
         "processes",
-        "processes with another config, code, package or data",
-        "they refuse to start, and name what differs",
+        "processes with another config, code, package, data, evaluation set or newest checkpoint",
+        "they refuse to start and report the difference",
         (
             "faulty_processes::processes_with_different_configs_refuse_to_start",
             "faulty_processes::processes_with_different_data_refuse_to_start",
+            "same_data::hosts_compare_their_evaluation_sets",
+            "same_data::hosts_compare_their_newest_checkpoints",
         ),
     ),
     Promise(
         "checkpoints",
         "a bit flips, or a file is cut, emptied or missing, in a checkpoint",
-        "the file is named or the fault is harmless; the newest whole one is used, and the damaged one moved aside",
+        "the file is named or the fault is harmless; the newest intact one is used, and the damaged one moved aside",
         (
             "checkpoints::every_damaged_file_is_named_or_harmless",
             "checkpoints::the_newest_whole_checkpoint_is_used_and_the_others_move_aside",
@@ -151,14 +153,23 @@ PROMISES = (
     ),
     Promise(
         "checkpoints",
+        "a storage fails for a moment while a checkpoint is read whose files agree with their digest",
+        "the start ends with that error; the checkpoint stays the newest",
+        (
+            "checkpoints::a_storage_that_fails_for_a_moment_is_not_damage",
+            "checkpoints::an_item_that_a_storage_does_not_show_for_a_moment_is_not_damage",
+        ),
+    ),
+    Promise(
+        "checkpoints",
         "a command that only reads finds a damaged checkpoint",
-        "it changes nothing, and names the newest whole one",
+        "it changes nothing, and names the newest intact one",
         ("checkpoints::readers_move_nothing",),
     ),
     Promise(
         "checkpoints",
-        "the run goes on with other devices, meshes, hosts, workers or threads",
-        "the same values are restored, the same samples come",
+        "the run continues with other devices, meshes, hosts, workers or threads",
+        "the same values are restored, and the same samples follow",
         (
             "checkpoints::a_checkpoint_comes_back_on_other_meshes",
             "processes::a_checkpoint_comes_back_in_each_process",
@@ -169,7 +180,7 @@ PROMISES = (
     Promise(
         "disks",
         "the disk is full, read-only, too small from the start, or its folder vanishes",
-        "one sentence with the folder and the bytes that are needed; earlier checkpoints stay whole",
+        "one sentence with the folder and the bytes that are needed; earlier checkpoints stay intact",
         (
             "checkpoint_saves::a_full_disk",
             "checkpoint_saves::a_read_only_disk",
@@ -197,14 +208,14 @@ PROMISES = (
     ),
     Promise(
         "disks",
-        "a run's folder is moved, copied or named by another path, and its data and tokenizer with it",
-        "the same command goes on there",
+        "a run's folder is moved, copied or given by another path, with its data and tokenizer",
+        "the same command continues there",
         ("run_folder::a_run_may_be_moved_with_its_data_and_its_tokenizer",),
     ),
     Promise(
         "disks",
         "checkpoints are lost",
-        "the run does not start anew in silence: the remedy is named",
+        "the run does not silently start over: the error names the remedy",
         (
             "damaged_files::lost_checkpoints_are_not_trained_over",
             "damaged_files::a_run_that_starts_again_for_want_of_a_checkpoint_says_so",
@@ -213,7 +224,7 @@ PROMISES = (
     Promise(
         "disks",
         "a small file of the run's folder, or the index of a tar, is damaged or cut by a kill or a power failure",
-        "the file and the remedy are named, damaged lines are left out, an index is made again",
+        "the file and the remedy are named, damaged lines are left out, an index is rebuilt",
         (
             "damaged_files::a_damaged_file_is_named",
             "damaged_files::lines_without_what_they_should_have_are_left_out",
@@ -226,7 +237,7 @@ PROMISES = (
     Promise(
         "values",
         "a loss or gradient is not finite",
-        "the step changes nothing but the step; later ones are those of a run without it; it is counted and listed",
+        "the step changes only the step count; later steps are those of a run without it; it is counted and listed",
         (
             "bad_values::a_bad_batch_changes_nothing_but_the_step",
             "bad_values::a_run_goes_on_without_the_bad_steps",
@@ -236,7 +247,7 @@ PROMISES = (
     Promise(
         "values",
         "too many such steps in a row",
-        "the run stops and names the last checkpoint, or goes back to it and past the bad samples, as configured",
+        "the run stops and names the last checkpoint, or returns to it and skips the bad samples, as configured",
         (
             "bad_values::too_many_in_a_row_stop_the_run",
             "bad_values::a_rewind_undoes_the_last_steps_and_goes_on_behind_the_bad_ones",
@@ -252,7 +263,7 @@ PROMISES = (
     ),
     Promise(
         "data",
-        "a sample cannot be read, for whatever reason",
+        "a sample cannot be read, for any reason",
         "another one takes its place; it is counted by reason and listed, and too many stop the run",
         (
             "loader::any_exception_of_a_sample_makes_it_a_bad_one",
@@ -262,8 +273,8 @@ PROMISES = (
     ),
     Promise(
         "data",
-        "too many samples are bad, data cannot be read at all, or an evaluation on the way fails",
-        "the last step is saved: by all processes where all count too many, else in a run of one process",
+        "too many samples are bad, data cannot be read at all, or an evaluation during training fails",
+        "the last step is saved: by all processes if all count too many, otherwise only in a run of one process",
         (
             "interrupt::too_many_bad_samples_do_not_cost_the_steps_before",
             "interrupt::data_that_fail_do_not_cost_the_steps_before",
@@ -273,14 +284,14 @@ PROMISES = (
     ),
     Promise(
         "data",
-        "a quote without a partner in a table",
-        "between tabs it is a letter; between commas no row is lost in silence",
+        "an unpaired quote in a table",
+        "with tabs it is a letter; with commas no row is lost silently",
         ("tables::quotes_mean_nothing_between_tabs", "tables::a_quote_without_a_partner_between_commas"),
     ),
     Promise(
         "data",
-        "JSON nested without end, half a surrogate pair, a path with a zero byte or of an unknown store, a cut parquet",
-        "a bad sample where one row says it, a sentence for a file",
+        "deeply nested JSON, half a surrogate pair, a path with a zero byte or of an unknown store, a cut parquet",
+        "a bad sample if it is in one row, one sentence for a file",
         (
             "tar_source::json_that_is_nested_or_holds_half_a_letter",
             "tokenizer::file_and_half_a_surrogate_pair",
@@ -291,8 +302,8 @@ PROMISES = (
     ),
     Promise(
         "data",
-        "data change between two starts; a tar is replaced, deleted, cut or overwritten under a run",
-        "a run that resumes is refused, the source named; an open tar is read on, what is cut or wrong has its reason",
+        "data change between two starts; a tar is replaced, deleted, truncated or overwritten during a run",
+        "the run does not resume and names the source; an open tar is still read, damaged samples have reasons",
         (
             "run_folder::changed_data_is_refused",
             "sources::card_of_a_folder",
@@ -322,7 +333,7 @@ PROMISES = (
     Promise(
         "hostile input",
         "headers of tars with signed or giant sizes, names with line breaks",
-        "the index neither hangs nor ends; what is damaged has its reason",
+        "indexing neither hangs nor fails; damaged samples have their reason",
         (
             "tar_index::a_header_with_an_odd_size_neither_hangs_the_index_nor_ends_it",
             "tar_index::a_long_number_in_an_extended_header",

@@ -200,36 +200,36 @@ class Soak:
         """Kill runs `count` times in all and yield (what was done, the end of its run) for each kill."""
         done = 0
         while done < count:
-            run, told, devices = self.folder / f"{name}-{done}", [], _DEVICES[0]
+            run, texts, devices = self.folder / f"{name}-{done}", [], _DEVICES[0]
             for _ in range(min(_KILLS_PER_RUN, count - done)):
                 phase = PHASES[self._turn % len(PHASES)]
                 self._turn += 1
                 devices = self.random.choice([n for n in _DEVICES if n != devices]) if moves else devices
                 if (text := self._kill(run, devices, phase, number)) is None:
                     break  # it came to its end before its turn
-                told.append(text)
+                texts.append(text)
             process = self.start(run, devices)
             process.communicate()
             if process.returncode:
                 raise SystemExit(f"{run} does not resume: {_last_line(run)}")
             end = end_of(run)
-            yield from ((text, end) for text in told)
-            done += len(told)
+            yield from ((text, end) for text in texts)
+            done += len(texts)
 
     def _kill(self, run: pathlib.Path, devices: int, phase: str, number: signal.Signals) -> str | None:
         """Kill a run at a random moment of a phase; None where it ended first."""
         process = self.start(run, devices)
         # The first evaluation and checkpoint come early in every start: any of them may be hit.
         skip = self.random.randrange(4) if phase in ("step", "checkpoint", "evaluation") else 0
-        seen, last, reached = [], ["start"], threading.Event()
+        phases, last, reached = [], ["start"], threading.Event()
 
         def listen() -> None:
             for line in process.stdout or ():
                 if (announced_phase := line.strip()) not in PHASES:
                     continue  # what the run prints
                 last[0] = announced_phase
-                seen.append(announced_phase)
-                if seen.count(phase) > skip:
+                phases.append(announced_phase)
+                if phases.count(phase) > skip:
                     reached.set()
             reached.set()
 

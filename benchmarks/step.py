@@ -186,19 +186,19 @@ def main() -> None:
     if flags.child:
         child(flags.child, flags.objective, flags.captions, flags.groups)
         return
-    here = pathlib.Path(__file__).resolve().parents[1]
+    root = pathlib.Path(__file__).resolve().parents[1]
     allocator = " ".join(f"{key}={os.environ[key]}" for key in ALLOCATOR if os.environ.get(key))
     print(f"{os.cpu_count()} cores, {platform.machine()}, {allocator or 'the allocator as it is'}")
     kind = flags.captions
-    first = Program(f"xclip_jax {flags.objective}", "ours", flags.objective, kind, here)
+    first = Program(f"xclip_jax {flags.objective}", "ours", flags.objective, kind, root)
     if flags.against:
         second = Program(str(flags.against), "ours", flags.objective, kind, flags.against.resolve())
     elif flags.whole:
-        second = Program("with whole texts", "ours", flags.objective, kind, here, "full")
+        second = Program("with whole texts", "ours", flags.objective, kind, root, "full")
     elif flags.objective == "xclip":
-        second = Program("xclip_jax clip", "ours", "clip", kind, here)
+        second = Program("xclip_jax clip", "ours", "clip", kind, root)
     else:
-        second = Program("open_clip", "open_clip", "clip", kind, here)
+        second = Program("open_clip", "open_clip", "clip", kind, root)
     for turn in range(flags.turns):
         print(
             f"turn {turn + 1}: " + ", ".join(f"{p.label} {p.take(flags.steps):.3f} s" for p in (first, second)),

@@ -62,7 +62,6 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
     config, sizes = schema.default(), preset(size)
     config.run = f"runs/{objective}-{size.replace('/', '')}"
     config.objective.name, config.objective.terms = objective, RECIPES[objective]
-    config.objective.nclip.tau = 0.5  # the best of nCLIP's settings in the study, docs/study.md
     config.model.img.update(sizes["img"])
     config.model.txt.update(sizes["txt"])
     config.model.embed = sizes["embed"]

@@ -1,4 +1,4 @@
-"""Icons: 86,000 drawings by a hundred families of artists, on a laptop's CPU; the data are in docs/icons.md.
+"""Icons: 87,000 drawings by a hundred families of artists, on a laptop's CPU; the data are in docs/icons.md.
 
     python -m xclip_jax.main --config configs/icons.py
     python -m xclip_jax.main --config configs/icons.py:objective=clip,steps=3000

@@ -33,6 +33,7 @@ from xclip_jax.data import check, holdout, labelled, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, Source, SourceOptions
 from xclip_jax.errors import UserError, check_choice
 from xclip_jax.evaluators import zeroshot_datasets
+from xclip_jax.models.heads import ClusterHead, Head
 from xclip_jax.objectives import OBJECTIVES, RECIPES, make_objective
 from xclip_jax.train import memory
 
@@ -149,7 +150,8 @@ def fixed_bytes(config: ml_collections.ConfigDict, machine: Machine) -> float:
     """Estimate of the bytes of a device that microbatches leave as they are: state, gradients, logits of clusters."""
     resolved = schema.resolve(config)
     vocab = tokenizer.load(config.data.tokenizer).vocab_size
-    parameters = vocab * config.model.txt.width + flops.forward(resolved, train=False)["heads"] / 2
+    heads = make_objective(resolved.objective).flops(resolved.model, vocab, 0)["heads"]
+    parameters = vocab * config.model.txt.width + heads / 2
     parameters += sum(12 * tower.width**2 * tower.depth for tower in (config.model.img, config.model.txt))
     clusters = config.model.cluster_head.clusters if _has_clusters(resolved) else 0
     # Parameters, gradients and two moments; logits of two modalities, their distributions and their gradients.
@@ -188,8 +190,8 @@ def _cluster_head(config: ml_collections.ConfigDict, saved: schema.Config | None
 
 
 def _has_clusters(config: schema.Config) -> bool:
-    heads = make_objective(config.objective).heads(config.model, vocab=1)  # no name depends on the vocabulary
-    return any(name.startswith("clusters") for name in heads)
+    heads = make_objective(config.objective).heads(config.model, vocab=1)  # the vocabulary changes no kind of head
+    return any(isinstance(head, Head) and isinstance(head.module, ClusterHead) for head in heads.values())
 
 
 def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int, epochs: int) -> None:
@@ -198,8 +200,9 @@ def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int,
     usual = min(max(30_000 / trained, 25), 100) / (5 if pretrained else 1)
     steps = max(round(trained * (epochs or usual) / batch), 2)
     config.steps = steps
-    if machine.platform == "cpu" and not epochs:
-        affordable = int(LONGEST * CORE * machine.cores / flops.train_step(schema.resolve(config)))
+    # Weights of another package may not count their FLOPs.
+    if machine.platform == "cpu" and not epochs and (step := flops.train_step(schema.resolve(config))):
+        affordable = int(LONGEST * CORE * machine.cores / step)
         steps = min(steps, max(affordable, trained // batch, 2))
     config.steps = steps
     config.optim.lr = 2e-5 if pretrained else 1e-3 if config.model.img.width < 768 else 5e-4
@@ -284,7 +287,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if args.device:
         check_choice("config argument device", args.device, ORDINARY)
     machine = ORDINARY[args.device] if args.device else this_machine()
-    spec = sources.of_path(args.pairs)
+    spec = sources.spec_from_path(args.pairs)
     options = SourceOptions(args.dir, args.image, tuple(args.text.split(",")))
     source = None if args.count else _open(spec, options)
     pairs = args.count or len(source or ())

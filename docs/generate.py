@@ -1,9 +1,9 @@
-"""Write docs/config.md and parts of other pages, made from the code: python -m docs.generate [--check]."""
+"""Write the pages and parts of pages that are made from the code: python -m docs.generate [--check]."""
 
 import ast
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks import promises
 from xclip_jax.config import fields, schema
@@ -11,9 +11,7 @@ from xclip_jax.errors import Parser, UserError, exit_with_message
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = ("xclip_jax", "configs", "examples", "benchmarks", "launch", "docs")
-TREE_STARTS, TREE_ENDS = "<!-- --8<-- [start:tree] -->", "<!-- --8<-- [end:tree] -->"
-PROMISES_START, PROMISES_END = "<!-- promises -->", "<!-- /promises -->"
-MADE = "Made by `python -m docs.generate`; a test holds it current."
+MADE = "Made by `python -m docs.generate`; a test verifies that it is current."
 
 
 def config_page() -> str:
@@ -55,30 +53,47 @@ def _tree(folder: pathlib.Path, depth: int) -> Iterator[str]:
         yield from _tree(inner, depth + 1)
 
 
-def contributing_page() -> str:
-    """Return CONTRIBUTING.md with the tree of source files, each with the first line of its docstring."""
-    before, start, rest = (ROOT / "CONTRIBUTING.md").read_text().partition(TREE_STARTS)
-    _, end, after = rest.partition(TREE_ENDS)
-    if not (start and end):
-        raise UserError(f"CONTRIBUTING.md lacks the lines {TREE_STARTS} and {TREE_ENDS}; restore them.")
+def tree_page() -> str:
+    """Return the tree of source files, each with the first line of its docstring."""
     lines = [line for name in FOLDERS for line in _tree(ROOT / name, 0)]
-    tree = "\n".join([f"One line a file, its docstring's first. {MADE}", "", *lines])
-    return f"{before}{start}\n\n{tree}\n\n{end}{after}"
+    return "\n".join(["# The tree", "", f"One line for each file, the first of its docstring. {MADE}", "", *lines, ""])
+
+
+def extend_page() -> str:
+    """Return docs/extend.md with the code of each file that a line `<!-- file: PATH -->` names."""
+    return _filled("extend.md", r"file: (\S+)", "file", lambda path: f"```python\n{(ROOT / path).read_text()}```\n")
 
 
 def reliability_page() -> str:
     """Return docs/reliability.md with the table of promises."""
-    before, start, rest = (ROOT / "docs" / "reliability.md").read_text().partition(PROMISES_START)
-    _, end, after = rest.partition(PROMISES_END)
-    if not (start and end):
-        raise UserError(f"docs/reliability.md lacks the lines {PROMISES_START} and {PROMISES_END}; restore them.")
-    return "\n".join([f"{before}{start}", "", *promises.table(promises.PROMISES), f"{end}{after}"])
+    table = "\n".join(promises.table(promises.PROMISES))
+    return _filled("reliability.md", "(promises)", "promises", lambda _: table)
+
+
+def _filled(name: str, start: str, end: str, make: Callable[[str], str]) -> str:
+    """Return a page with what `make` returns between its lines `<!-- START -->` and `<!-- /END -->`.
+
+    Args:
+      name: of the page in docs/.
+      start: pattern with one group, the argument of `make`.
+      end: the word of the line behind.
+      make: returns the text between the two lines.
+
+    Raises:
+      UserError: the page has no such lines.
+    """
+    pattern = re.compile(rf"(<!-- {start} -->\n).*?(<!-- /{end} -->)", re.DOTALL)
+    text, count = pattern.subn(lambda m: f"{m[1]}\n{make(m[2])}\n{m[3]}", (ROOT / "docs" / name).read_text())
+    if not count:
+        raise UserError(f"docs/{name} lacks the lines <!-- {start} --> and <!-- /{end} -->; restore them.")
+    return text
 
 
 PAGES = {
     "docs/config.md": config_page,
-    "CONTRIBUTING.md": contributing_page,
+    "docs/extend.md": extend_page,
     "docs/reliability.md": reliability_page,
+    "docs/tree.md": tree_page,
 }
 
 

@@ -1,9 +1,9 @@
-"""Uses a trained model: embeddings of images and texts, labels that it never learned, and clusters.
+"""Uses a trained model: embeddings of images and texts, zero-shot labels, and clusters.
 
     python -m examples.use_a_model runs/demo-xclip photos/*.jpg --classes fox,hen,owl
 
-Takes seconds, most of them to compile. The model is a run's folder or weights that `xclip_jax.load` reads; without a
-run, bash launch/local.sh makes one in ten minutes.
+Takes seconds, mostly for compilation. The model is a run's folder or weights that `xclip_jax.load` reads. If you have
+none, bash launch/local.sh makes one in five to ten minutes on two cores.
 """
 
 import argparse
@@ -30,11 +30,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path, row in zip(options.images, z_img @ z_txt.T, strict=True):
         print(f"{path}: " + ", ".join(f"{text} {cosine:.2f}" for text, cosine in zip(TEXTS, row, strict=True)))
 
-    found = model.zero_shot(options.images, options.classes.split(","))
-    for path, label, row in zip(options.images, found.labels, found.probabilities, strict=True):
+    result = model.zero_shot(options.images, options.classes.split(","))
+    for path, label, row in zip(options.images, result.labels, result.probabilities, strict=True):
         print(f"{path}: {label} ({row.max():.0%})")
 
-    if "nclip" in model.config.objective.terms:  # the other terms have no clusters
+    if model.has_clusters:
         likeliest = model.clusters(options.images, top=3)
         for path, ids, probabilities in zip(options.images, likeliest.ids, likeliest.probabilities, strict=True):
             print(f"{path}: " + ", ".join(f"cluster {i} ({p:.0%})" for i, p in zip(ids, probabilities, strict=True)))

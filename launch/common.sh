@@ -255,9 +255,12 @@ tpu_pack() {
 }
 
 # Puts the archive, and an environment with JAX for TPUs, on all workers. uv, since the images of TPU VMs have Python
-# 3.10. A .git of an earlier release would name another commit.
+# 3.10. A .git of an earlier release would name another commit. Where training runs, which reads its code until it ends,
+# nothing is touched; the lock is that of detach.sh.
 tpu_install() {
-  run gcloud compute tpus tpu-vm scp "$ARCHIVE" "$NAME:xclip_jax.tar.gz" "${WHERE[@]}" --worker=all &&
+  tpu_ssh all "[ ! -f xclip_jax/train.lock ] || flock -n xclip_jax/train.lock true ||\
+ { echo \"error: training runs already, as process \$(cat xclip_jax/train.pid); stop it with kill\" >&2; exit 1; }" &&
+    run gcloud compute tpus tpu-vm scp "$ARCHIVE" "$NAME:xclip_jax.tar.gz" "${WHERE[@]}" --worker=all &&
     tpu_ssh all "mkdir -p xclip_jax && cd xclip_jax && rm -rf .git ${SOURCES[*]} && tar -xzf ../xclip_jax.tar.gz" &&
     tpu_ssh all "[ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh" &&
     tpu_ssh all "cd xclip_jax && { [ -x .venv/bin/python ] || ~/.local/bin/uv venv --quiet --python 3.12 .venv; } &&\

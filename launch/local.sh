@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a trained model and its table on this machine: environment, data, training, evaluation.
 #
-#   bash launch/local.sh                                   xCLIP on the emoji pairs, about 10 minutes on 2 cores
+#   bash launch/local.sh                                   xCLIP on the emoji pairs, five to ten minutes on two cores
 #   bash launch/local.sh --config configs/demo.py:objective=nclip [--config.KEY=VALUE ...]
 #
 # Run it again to resume, or to hear that the run is complete. What is compiled is kept in ~/.cache/xclip_jax/compiled.

@@ -64,15 +64,18 @@ training_state() {
 if [ -f train.exit ]; then cat train.exit; elif flock -n train.lock true; then echo lost; else echo running; fi"
 }
 
-# Of the run, whatever the exit status of training.
+# Whether the run has its last results, and no set of them failed.
 complete() {
-  run gcloud storage ls "$folder/results.json"
+  run gcloud storage cat "$folder/results.json" | awk '/^  "failed":/ { failed = 1 } { print } END { exit failed }'
 }
 
-# Whether training refused its input before its first step, as it would again.
+# Whether training refused its input before its first step, as it would again. Not so where the bucket could not be
+# asked, the processes did not find each other, or another one ended this one; nor for an exception in place of a sentence.
 refused() {
-  ! run gcloud storage ls "$folder/metrics.jsonl" >/dev/null 2>&1 &&
-    tpu_ssh 0 "tail -n 20 xclip_jax/train.log | grep '^error: '" 2>/dev/null
+  local answer passing='this process cannot join|process [0-9]+ of [0-9]+ (has|is) |process [0-9]+ of [0-9]+: [A-Za-z_.]+\('
+  answer=$(run gcloud storage ls "$folder/metrics.jsonl" 2>&1 >/dev/null) && return 1
+  [[ $answer == *"matched no objects"* ]] &&
+    tpu_ssh 0 "tail -n 20 xclip_jax/train.log | grep '^error: ' | grep -vE '^error: ($passing)'" 2>/dev/null
 }
 
 say() {
@@ -128,7 +131,8 @@ tend() {
       ;;
     "") missed "the first worker does not answer" ;;
     *)
-      if complete >/dev/null 2>&1; then
+      # 1: an error of this start, which may have refused to make results anew.
+      if [ "$training" != 1 ] && complete >/dev/null 2>&1; then
         say "the run is complete"
         finish 0
       elif [[ $training =~ ^(0|75|143)$ ]]; then

@@ -39,7 +39,11 @@ case "$*" in
     HOME=$PWD bash -c "$(flag --command)"
     ;;
   "storage ls gs://bucket") [ -z "${LOGGED_OUT:-}" ] || { echo "ERROR: (gcloud) no account" >&2; exit 1; } ;;
-  "storage ls "*) [ -e "$CLOUD/bucket/${3#gs://}" ] ;;
+  "storage ls "*)
+    [ -e "$CLOUD/bucket/${3#gs://}" ] ||
+      { echo "ERROR: (gcloud.storage.ls) One or more URLs matched no objects." >&2; exit 1; }
+    ;;
+  "storage cat "*) cat "$CLOUD/bucket/${3#gs://}" ;;
   *) exit 64 ;;
 esac
 """
@@ -51,7 +55,8 @@ if [ "$1" = venv ]; then mkdir -p .venv/bin; cp "$CLOUD/python" .venv/bin/python
 PYTHON = r"""
 echo "python $(printf '%q ' "$@")" >>"$CLOUD/calls"
 n=$(($(cat "$CLOUD/starts" 2>/dev/null || echo 0) + 1)); echo "$n" >"$CLOUD/starts"
-finish() { mkdir -p "$CLOUD/bucket/bucket/runs/mine"; touch "$CLOUD/bucket/bucket/runs/mine/results.json"; }
+put() { mkdir -p "$CLOUD/bucket/bucket/runs/mine"; echo "$2" >"$CLOUD/bucket/bucket/runs/mine/$1"; }
+finish() { put results.json '{"results": {}}'; }
 echo "line of the log"
 eval "$(sed -n "${n}p" "$CLOUD/scenario")"
 """

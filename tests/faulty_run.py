@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import types
 
 import jax
 
@@ -16,6 +17,7 @@ from xclip_jax import heartbeat
 from xclip_jax.data import loader
 from xclip_jax.errors import exit_with_message
 from xclip_jax.evaluators import registry
+from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.parallel import processes
 from xclip_jax.train import trainer, watchdog
 
@@ -43,6 +45,8 @@ FAULTS = {
 
 class LongSet:
     """A set of very many batches, each of which takes a moment."""
+
+    inputs, data = (), types.SimpleNamespace(card=Provenance())
 
     def __init__(self, name, fault):
         self.name, self.encoder, self._fault = name, type("Encoder", (), {"unreadable": {}}), fault

@@ -1,8 +1,6 @@
 """Losses and gradients that are not finite: what a step, a run and a resumed run make of them."""
 
 import dataclasses
-import json
-import pathlib
 from typing import ClassVar
 
 import chex
@@ -172,12 +170,8 @@ def run_config(pairs, run, **changes):
     )
 
 
-def lines(run, name):
-    return [json.loads(line) for line in (pathlib.Path(run) / name).read_text().splitlines()]
-
-
 def logged(run):
-    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines(run, "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in tiny.lines(run)]
 
 
 def restored(c, step=None):
@@ -191,7 +185,7 @@ def assert_same_run(a, b, steps):
         assert_same(state_a, state_b)
         assert position_a == position_b
     assert logged(a.run) == logged(b.run)
-    assert lines(a.run, "skipped_steps.jsonl") == lines(b.run, "skipped_steps.jsonl")
+    assert tiny.lines(a.run, "skipped_steps.jsonl") == tiny.lines(b.run, "skipped_steps.jsonl")
 
 
 def test_a_run_goes_on_without_the_bad_steps(pairs, tmp_path, monkeypatch, capsys):
@@ -203,10 +197,11 @@ def test_a_run_goes_on_without_the_bad_steps(pairs, tmp_path, monkeypatch, capsy
     assert "skipped 3" in out.split("step 10/10")[1].splitlines()[0]
     b = tiny.BATCH
     entries = [
-        (line["step"], line["position"], line["samples"], line["loss"]) for line in lines(c.run, "skipped_steps.jsonl")
+        (line["step"], line["position"], line["samples"], line["loss"])
+        for line in tiny.lines(c.run, "skipped_steps.jsonl")
     ]
     assert entries == [(4, 3 * b, b, None), (5, 4 * b, b, None), (9, 8 * b, b, None)]
-    assert [(line["step"], line["skipped_steps"]) for line in lines(c.run, "metrics.jsonl")] == [
+    assert [(line["step"], line["skipped_steps"]) for line in tiny.lines(c.run)] == [
         (1, 0), (2, 0), (3, 0), (6, 2), (7, 2), (8, 2), (10, 3)
     ]  # fmt: skip
     final, position = restored(c)
@@ -228,7 +223,7 @@ def test_too_many_in_a_row_stop_the_run(pairs, tmp_path, monkeypatch):
     )
     with pytest.raises(Diverged, match=message):
         train(c, monkeypatch, poisoned={2, 3, 6, 7, 8, 9})
-    assert [line["step"] for line in lines(c.run, "skipped_steps.jsonl")] == [2, 3, 6, 7, 8]
+    assert [line["step"] for line in tiny.lines(c.run, "skipped_steps.jsonl")] == [2, 3, 6, 7, 8]
 
 
 def rewind_config(pairs, run):
@@ -248,7 +243,10 @@ def rewound(pairs, tmp_path_factory):
 
 def test_a_rewind_undoes_the_last_steps_and_goes_on_behind_the_bad_ones(rewound):
     c, batches = rewound
-    assert lines(c.run, "skipped_steps.jsonl")[-1] == {"step": 7, "rewound_to": 2}  # the parameters of step 4 failed
+    assert tiny.lines(c.run, "skipped_steps.jsonl")[-1] == {
+        "step": 7,
+        "rewound_to": 2,
+    }  # the parameters of step 4 failed
     p = build.build(c)
     s = guard.at_step(restored(c, 2)[0], 7)
     for step in range(8, 13):
@@ -256,7 +254,7 @@ def test_a_rewind_undoes_the_last_steps_and_goes_on_behind_the_bad_ones(rewound)
     final, position = restored(c)
     assert_same(final, s)
     assert position["counters"]["skipped"] == {"total": 3, "in_a_row": 0, "rewound": 7}
-    assert [line["step"] for line in lines(c.run, "metrics.jsonl")] == [1, 2, 3, 4, 8, 9, 10, 11, 12]
+    assert [line["step"] for line in tiny.lines(c.run)] == [1, 2, 3, 4, 8, 9, 10, 11, 12]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from tests import checkpoints
@@ -223,6 +224,40 @@ def test_too_little_memory_is_not_damage(run, monkeypatch, error):
             monkeypatch.setattr(checkpointer._manager, "restore", refused)
             checkpointer.restore_good(ABSTRACT)
     assert RunFolder(run).steps() == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(5, "Input/output error"), OSError(116, "Stale file handle"), ValueError("429 Too Many Requests")],
+    ids=str,
+)
+@pytest.mark.parametrize("call", ["item_metadata", "restore"])
+def test_a_storage_that_fails_for_a_moment_is_not_damage(run, monkeypatch, call, error):
+    """The digest has shown that all files are whole: the newest checkpoint stays where it is."""
+
+    def fails(*_, **__):
+        raise error
+
+    with Checkpointer(run) as checkpointer, pytest.raises(type(error), match=str(error.args[-1])):
+        monkeypatch.setattr(checkpointer._manager, call, fails)
+        checkpointer.restore_good(ABSTRACT)
+    check_is(resume(run), 4)
+
+
+@pytest.mark.parametrize("item", ["state", "position"])
+def test_an_item_that_a_storage_does_not_show_for_a_moment_is_not_damage(run, monkeypatch, item):
+    """Orbax gives None for it."""
+    with Checkpointer(run) as checkpointer:
+        call = "item_metadata" if item == "state" else "restore"
+        original = getattr(checkpointer._manager, call)
+
+        def lacking(*args, **options):
+            return ocp.args.Composite(**{**dict(original(*args, **options).items()), item: None})
+
+        monkeypatch.setattr(checkpointer._manager, call, lacking)
+        with pytest.raises(UserError, match=r"checkpoints/4 cannot be read \(.*\), though its files .* to try again"):
+            checkpointer.restore_good(ABSTRACT)
+    check_is(resume(run), 4)
 
 
 def test_a_bad_sector_is_damage(run, monkeypatch):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 from flax.traverse_util import flatten_dict
 
 from docs import generate
@@ -92,8 +93,18 @@ def test_unknown_preset():
         common.base("clip", "B/17")
 
 
+@pytest.fixture
+def own_flags():
+    """Flags that a command line defines are gone after the test."""
+    before, parsed = set(flags.FLAGS), flags.FLAGS.is_parsed()
+    yield
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+    (flags.FLAGS.mark_as_parsed if parsed else flags.FLAGS.unparse_flags)()
+
+
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("line", "message"),
     [
         (["--config", "configs/demo.py", "--config.optim.lrr=1"], "lr"),
         (["--config", "configs/demo.py", "--config.optimm.lr=1"], "optim"),
@@ -109,19 +120,26 @@ def test_unknown_preset():
         (["--config", "small:pairs=/nowhere"], "no file or folder '/nowhere'; check the path"),
         ([], "--config"),
         (["--config", "configs/demo.py", "optim.lr=1"], "optim.lr=1"),
-        (["--config", "configs/clip.py"], "data.sources"),
         (["--config", "configs/pretrain.py:data=cc4m"], "cc3m"),
-        (["--config", "configs/pretrain.py:root=/nowhere"], "/nowhere/cc12m/*.tar"),
     ],
 )
-def test_bad_command_lines_are_one_sentence(flags, message, tmp_path):
-    command = [sys.executable, "-m", "xclip_jax.main", *flags]
-    if "--config" in flags and "nothing" not in flags[1]:
-        command.append(f"--config.run={tmp_path / 'run'}")
+def test_bad_command_lines_are_one_sentence(line, message, own_flags, monkeypatch):
+    monkeypatch.chdir(GOLDEN.parents[1])
+    with pytest.raises(SystemExit) as stopped:
+        load.parse(["xclip-jax", *line])
+    assert message in stopped.value.code and stopped.value.code.startswith("error: ")
+    assert len(stopped.value.code.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [("configs/clip.py", "data.sources"), ("configs/pretrain.py:root=/nowhere", "/nowhere/cc12m/*.tar")],
+)
+def test_what_a_run_refuses_is_one_sentence(config, message, tmp_path):
+    command = [sys.executable, "-m", "xclip_jax.main", "--config", config, f"--config.run={tmp_path / 'run'}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=GOLDEN.parents[1])
     assert done.returncode != 0
-    assert message in done.stderr
-    assert done.stderr.startswith("error: ")
+    assert message in done.stderr and done.stderr.startswith("error: ")
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 

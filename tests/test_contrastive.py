@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from tests.util import assert_close, central_differences
 from xclip_jax.losses import contrastive
 
 SCALES = [1.0, 1 / 0.07, 100.0]
@@ -40,23 +41,6 @@ def oracle(name, z_img, z_txt, scale, bias):
     return total / b
 
 
-def central_differences(f, args, step=1e-6):
-    """Gradients of the scalar f(*args) by each float64 array or scalar in args."""
-    args = [np.array(arg, np.float64) for arg in args]
-    grads = []
-    for arg in args:
-        grad = np.zeros_like(arg)
-        for index in np.ndindex(arg.shape):
-            value = arg[index]
-            arg[index] = value + step
-            above = f(*args)
-            arg[index] = value - step
-            grad[index] = (above - f(*args)) / (2 * step)
-            arg[index] = value
-        grads.append(grad)
-    return grads
-
-
 @functools.cache
 def compiled(name, arity):
     return jax.jit(jax.value_and_grad(getattr(contrastive, name), argnums=tuple(range(arity)), has_aux=True))
@@ -70,14 +54,6 @@ def value_and_grad(name, *args, sharding=None):
         assert len(args[0].sharding.device_set) == 8
     (loss, metrics), grads = compiled(name, len(args))(*args)
     return loss, grads, metrics
-
-
-def assert_close(actual, expected, tolerance):
-    """Elementwise, relative to the largest entry of each array."""
-    for a, b in zip(actual, expected, strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        assert a.shape == b.shape
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
 @pytest.mark.parametrize(("name", "scale", "bias"), CASES)

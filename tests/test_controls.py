@@ -119,15 +119,20 @@ def test_the_order_of_targets_changes_with_the_step():
     assert Nclip().draw(jax.random.key(0), {}, 16) == {}
 
 
+def metrics_of_a_step(**changes):
+    p = build.build(tiny.config("xclip", **changes))
+    batch = loader.to_global(tiny.batch(0, eot=p.tokenizer.eot_id), p.mesh)
+    return jax.device_get(p.compiled(state.create(p.init, p.abstract), batch)[1])
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return metrics_of_a_step()
+
+
 @pytest.mark.parametrize("changes", [{}, {"loss__chunk_size": 8}, {"optim__microbatches": 2}])
-def test_a_step_with_shuffled_targets(changes):
-    p = build.build(tiny.config("xclip", objective__nclip__shuffle_targets=True, **changes))
-    usual = build.build(tiny.config("xclip"))
-    results = []
-    for parts in (p, usual):
-        batch = loader.to_global(tiny.batch(0, eot=p.tokenizer.eot_id), parts.mesh)
-        results.append(jax.device_get(parts.compiled(state.create(parts.init, parts.abstract), batch)[1]))
-    shuffled, plain = results
+def test_a_step_with_shuffled_targets(changes, plain):
+    shuffled = metrics_of_a_step(objective__nclip__shuffle_targets=True, **changes)
     assert shuffled["clip/loss"] == pytest.approx(plain["clip/loss"], rel=1e-5)
     assert shuffled["nclip/sharpness"] == pytest.approx(plain["nclip/sharpness"], rel=1e-5)
     assert abs(shuffled["nclip/align"] - plain["nclip/align"]) > 1e-5
@@ -215,9 +220,9 @@ def test_batches_of_a_noisy_subset_are_the_same_from_any_start():
         chex.assert_trees_all_equal(straight, resumed)
 
 
-def test_a_run_trains_on_the_subset(tmp_path):
-    changes = {"data__sources": (f"folder:{tiny.folder(tmp_path / 'pairs')}",), "data__subset": 0.5}
+def test_a_run_trains_on_the_subset(pairs, tmp_path):
+    changes = {"data__sources": (f"folder:{pairs}",), "data__subset": 0.5}
     trainer.run(tiny.config("clip", run=tmp_path / "run", steps=2, **changes))
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    last = tiny.lines(tmp_path / "run")[-1]
     assert last["epoch"] == pytest.approx(2 * tiny.BATCH / 20)
     assert json.loads((tmp_path / "run" / "data.json").read_text())[0]["samples"] == 40

@@ -258,19 +258,19 @@ def test_hidden_folders_and_files_are_left_out(tmp_path):
 def test_what_is_in_the_way_is_named(root, straight, model, tmp_path):
     sources = {"image": embed.open_images(str(root / "pictures"))}
     shutil.copy(straight, tmp_path / "complete.parquet")
-    assert embed.Job(model, sources, str(tmp_path / "complete.parquet"), part=16).run()["rows"] == 40
+    assert embed.EmbeddingJob(model, sources, str(tmp_path / "complete.parquet"), part=16).run()["rows"] == 40
     (tmp_path / "complete.parquet.parts").mkdir()  # being written again
     with pytest.raises(UserError, match=r"contains other embeddings: part differ"):
-        embed.Job(model, sources, str(tmp_path / "complete.parquet"), part=16)
-    job = embed.Job(model, sources, str(tmp_path / "x.npz"), part=8)
+        embed.EmbeddingJob(model, sources, str(tmp_path / "complete.parquet"), part=16)
+    job = embed.EmbeddingJob(model, sources, str(tmp_path / "x.npz"), part=8)
     job.folder.mkdir()
     (job.folder / "plan.json").write_text(json.dumps(job.plan | {"weights": "other"}))
     with pytest.raises(UserError, match=r"x.npz.parts is of another job: weights differ; delete it"):
-        embed.Job(model, sources, str(tmp_path / "x.npz"), part=8)
+        embed.EmbeddingJob(model, sources, str(tmp_path / "x.npz"), part=8)
     for content in ("", "{", "3"):
         (job.folder / "plan.json").write_text(content)
         with pytest.raises(UserError, match=r"plan\.json is damaged; delete .*x\.npz\.parts to embed again"):
-            embed.Job(model, sources, str(tmp_path / "x.npz"), part=8)
+            embed.EmbeddingJob(model, sources, str(tmp_path / "x.npz"), part=8)
 
 
 LONG = ["", "a fox", "b" * 10**6, "ü\0" * 3, "狐\nl"]
@@ -341,7 +341,9 @@ def test_files_of_earlier_versions_are_read_and_joined(tmp_path):
 @pytest.mark.parametrize(("changes", "message"), [({"part": 0}, "part is 0"), ({"threads": -1}, "threads is -1")])
 def test_a_job_checks_its_counts(root, model, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        embed.Job(model, {"image": embed.open_images(str(root / "pictures"))}, str(tmp_path / "x.npz"), **changes)
+        embed.EmbeddingJob(
+            model, {"image": embed.open_images(str(root / "pictures"))}, str(tmp_path / "x.npz"), **changes
+        )
 
 
 def test_without_pyarrow_the_remedy_is_named(monkeypatch):

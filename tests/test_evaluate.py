@@ -45,7 +45,7 @@ def test_the_results_say_what_they_are_and_are_the_same_twice(runs, capsys):
     first = evaluate.evaluate(str(runs / "a"), suite)
     written = json.loads((runs / "a" / "evaluation.json").read_text())
     again = evaluate.evaluate(str(runs / "a"), suite, output=str(runs / "elsewhere" / "x.json"))
-    assert timeless(first) == timeless(again) and timeless(json.loads((runs / "elsewhere" / "x.json").read_text()))
+    assert timeless(first) == timeless(again)
     assert timeless(written) == timeless(json.loads((runs / "elsewhere" / "x.json").read_text()))
     assert written["step"] == STEPS and written["profile"] == "openai" and "commit" in written["environment"]
     assert written["config"]["seed"] == 0 and written["seconds"] > 0

@@ -8,7 +8,7 @@ import sklearn.metrics
 
 from tests.encoding import SIZE, K, make_encoder, similarities, small_model
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import retrieval, zeroshot
+from xclip_jax.evaluators import retrieval, statistics, zeroshot
 from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
 from xclip_jax.objectives.similarity import ClusterSimilarity, CosineSimilarity, Similarity
@@ -150,7 +150,7 @@ def loop_recall(scores, positives, k):
 @pytest.mark.parametrize("k", [1, 5, 10, 50])
 @pytest.mark.parametrize("chunk", [1, 70, 1 << 22])
 def test_recall_against_a_loop_with_ties(k, chunk, monkeypatch):
-    monkeypatch.setattr(retrieval, "_CHUNK", chunk)
+    monkeypatch.setattr(statistics, "_CHUNK", chunk)
     scores = rng().integers(0, 4, (60, 35)).astype(np.float32)
     positives = rng(1).random((60, 35)) < 0.06
     positives[np.arange(60), rng(2).integers(0, 35, 60)] = True

@@ -57,8 +57,7 @@ def test_a_run_calls_them(pairs, tmp_path, capsys):
     config.eval.final_sets = (f"retrieval/folder:{pairs}",)
     results = trainer.run(config)
     status = json.loads((run / "status.json").read_text())
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    losses = [(line["step"], line["loss"]) for line in tiny.lines(run) if "loss" in line]
     assert {key: status[key] for key in ("step", "steps", "loss", "done")} == {
         "step": 4, "steps": 4, "loss": losses[-1][1], "done": True
     }  # fmt: skip

@@ -66,9 +66,8 @@ def test_a_run_evaluates_the_set_by_its_name(run):
     assert (
         record["results"].keys() == {f"{NAME}/nearer", f"{NAME}/images"} and record["results"][f"{NAME}/images"] == 20
     )
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if f"{NAME}/nearer" in line] == [1, 2]
-    check_table(results.of_run(record))
+    assert [line["step"] for line in tiny.lines(run) if f"{NAME}/nearer" in line] == [1, 2]
+    check_table(results.parse_run(record))
 
 
 def test_the_command_adds_it_to_its_file_and_compares_it(run, capsys):
@@ -76,7 +75,7 @@ def test_the_command_adds_it_to_its_file_and_compares_it(run, capsys):
     assert (entry["set"], entry["metric"], entry["n"]) == (SPEC, "nearer", 18) and entry["protocol"]
     assert 0 <= entry["value"] <= 100 and "order of images, %" in capsys.readouterr().out
     evaluate.evaluate(str(run), SPEC, step=2)
-    check_table(results.of_entries(json.loads((run / "evaluation.json").read_text())["results"]))
+    check_table(results.parse_entries(json.loads((run / "evaluation.json").read_text())["results"]))
     evaluate.main(["--compare", str(run), str(run)])
     out = capsys.readouterr().out
     assert SPEC in out and "+0.0 to +0.0" in out
@@ -92,7 +91,7 @@ def test_the_report_shows_it(run):
 @pytest.mark.parametrize("evaluator", ["", "not_installed.here:Neighbours"])
 def test_results_without_their_evaluator_have_a_line_for_each_metric(evaluator, run):
     record = json.loads((run / "results.json").read_text())
-    shown = [dataclasses.replace(result, evaluator=evaluator) for result in results.of_run(record)]
+    shown = [dataclasses.replace(result, evaluator=evaluator) for result in results.parse_run(record)]
     head, row = summary.render(shown).splitlines()[:2]
     assert head.split() == ["order", "of", "images", "items", "metric", "%"]
     assert row.split()[:3] == [SPEC, "18", "nearer"] and row.endswith("(50.0)")

@@ -34,14 +34,6 @@ def write(folder, n=N, bad=7):
     return f"{KIND}:{folder / 'pairs.jsonl'}"
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def losses(run):
-    return [line["loss"] for line in lines(run / "metrics.jsonl") if "loss" in line]
-
-
 class Stopped(Exception):
     pass
 
@@ -59,8 +51,8 @@ def run(spec, tmp_path_factory):
 
 
 def test_it_is_trained_on_and_its_bad_sample_is_recorded(spec, run):
-    assert len(losses(run)) == 6
-    (entry,) = lines(run / "bad_samples.jsonl")
+    assert len(tiny.losses(run)) == 6
+    (entry,) = tiny.lines(run, "bad_samples.jsonl")
     path = spec.removeprefix(f"{KIND}:")
     assert (entry["file"], entry["line"], entry["reason"]) == (path, "8", "JSONDecodeError")
     (fingerprint,) = json.loads((run / "data.json").read_text())
@@ -82,8 +74,8 @@ def test_a_stopped_run_continues_exactly(spec, run, tmp_path, monkeypatch):
         trainer.run(config)
     monkeypatch.undo()
     trainer.run(config)
-    assert losses(tmp_path / "run") == losses(run)
-    assert lines(tmp_path / "run" / "bad_samples.jsonl") == lines(run / "bad_samples.jsonl")
+    assert tiny.losses(tmp_path / "run") == tiny.losses(run)
+    assert tiny.lines(tmp_path / "run", "bad_samples.jsonl") == tiny.lines(run, "bad_samples.jsonl")
 
 
 @pytest.mark.slow
@@ -91,7 +83,7 @@ def test_worker_processes_read_it(spec, run, tmp_path):
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers ask absl, which only app.run sets up
     trainer.run(tiny.config(run=tmp_path / "run", steps=2, data__sources=(spec,), data__workers=2))
-    assert losses(tmp_path / "run")[:2] == losses(run)[:2]
+    assert tiny.losses(tmp_path / "run")[:2] == tiny.losses(run)[:2]
 
 
 def test_a_run_does_not_resume_on_other_data(spec, run, tmp_path):
@@ -104,7 +96,7 @@ def test_a_run_does_not_resume_on_other_data(spec, run, tmp_path):
         trainer.run(config)
     config.data.sources = (same,)
     trainer.run(config)  # a copy in another folder is the same data
-    assert losses(copy) == losses(run)
+    assert tiny.losses(copy) == tiny.losses(run)
 
 
 def test_the_check_reads_it(spec, capsys):

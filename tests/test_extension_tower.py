@@ -1,6 +1,8 @@
 """An image tower of another package, `tests/extension/conv_mixer.py`, in a run: from its config to its report."""
 
+import dataclasses
 import json
+import types
 
 import chex
 import jax
@@ -10,13 +12,15 @@ import pytest
 import xclip_jax
 from configs import finetune
 from tests import tiny
+from tests.extension.conv_mixer import ConvMixer
 from xclip_jax import evaluate, export, flops, plan, report
 from xclip_jax.config import schema
 from xclip_jax.data import loader
+from xclip_jax.doctor import resources
 from xclip_jax.errors import UserError
-from xclip_jax.models.tower import TextTower
+from xclip_jax.models.tower import ImageTower, TextTower
 from xclip_jax.run_folder import RunFolder
-from xclip_jax.train import build, memory, state, trainer, weights
+from xclip_jax.train import build, log, memory, state, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
 
 TYPE = "tests.extension.conv_mixer:ConvMixer"
@@ -112,6 +116,31 @@ def test_flops_and_plan_count_it():
     assert any("model.txt.remat" in change for change in memory.remedies(config()))
 
 
+@dataclasses.dataclass(frozen=True)
+class Uncounted(ConvMixer):
+    """A tower as somebody writes it who tries an idea."""
+
+    def flops(self, train):
+        return ImageTower.flops(self, train)
+
+
+def test_a_tower_need_not_count_its_flops(tmp_path, monkeypatch, capsys):
+    c = tiny.config(model__plugins={"img": OPTIONS | {"type": f"{__name__}:Uncounted"}})
+    made, reason = build.build(c), "FLOPs are not known, as Uncounted.flops returns None"
+    assert flops.forward(made.config) is None and flops.train_step(made.config) is None
+    assert log._flops_and_peak(types.SimpleNamespace(experiment=made))[0] == 0
+    assert capsys.readouterr().out == f"metrics have no mfu: {reason}\n"
+    step = resources.check_step(made, RunFolder(tmp_path))
+    assert step.seconds is None and f"the step, whose {reason}, is not compiled" in step.findings[0].text
+    json.dumps(step.findings[0].values, allow_nan=False)
+
+    monkeypatch.setattr(plan, "devices_of", lambda *_: (jax.devices(), plan.CHIPS["v5e"]))
+    monkeypatch.setattr(memory, "compile_config", lambda *_: (made, None, "too large"))
+    facts = plan.plan(c, "v5e:2x4", look=False)
+    assert "pairs_per_second" not in facts
+    assert plan.render(facts).endswith(f"\n\nno estimate of the time: {reason}")
+
+
 def test_a_new_run_starts_from_its_weights(run, data, tmp_path, capsys):
     p = build.build(config(tmp_path / "run", init__weights=run.run, **data))
     tensors = weights.read_initial(p.config, p.abstract)
@@ -164,6 +193,11 @@ class NoDataclass(TextTower):
     pass
 
 
+@dataclasses.dataclass(frozen=True)
+class Incomplete(ImageTower):
+    image_size: int = 8
+
+
 @pytest.mark.parametrize(
     ("plugins", "message"),
     [
@@ -175,6 +209,10 @@ class NoDataclass(TextTower):
         ({"img": {"type": "nowhere.towers:Net"}}, "image tower 'nowhere.towers:Net' cannot be imported .*install"),
         ({"txt": OPTIONS}, "text tower .*ConvMixer' is not a dataclass derived from xclip_jax.models.tower.TextTower"),
         ({"txt": {"type": f"{__name__}:NoDataclass"}}, "is not a dataclass derived from"),
+        (
+            {"img": {"type": f"{__name__}:Incomplete"}},
+            r"image tower '.*:Incomplete' does not define module and width, which ImageTower requires; add it\.",
+        ),
         ({"image": OPTIONS}, r"model\.plugins is .*expected groups 'img' and 'txt'"),
     ],
 )

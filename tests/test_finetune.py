@@ -1,8 +1,6 @@
 """Fine-tuning from end to end: labelled data, runs that start from weights, and the metrics of tasks."""
 
 import csv
-import json
-import pathlib
 
 import jax
 import numpy as np
@@ -107,11 +105,6 @@ def test_glue_of_tfds_has_the_files_labels():
 # From end to end.
 
 
-def losses(folder):
-    lines = map(json.loads, (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     root = tmp_path_factory.mktemp("images")
@@ -184,7 +177,7 @@ def test_images_are_learned_resumed_and_evaluated(images, pretrained, tmp_path, 
         trainer.run(again)
     monkeypatch.undo()
     trainer.run(again)
-    assert losses(c.run) == losses(again.run) and len(losses(c.run)) == 30
+    assert tiny.losses(c.run) == tiny.losses(again.run) and len(tiny.losses(c.run)) == 30
 
 
 def test_numbers_of_glue_are_learned(pretrained, tmp_path):

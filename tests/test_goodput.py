@@ -1,4 +1,3 @@
-import json
 import time
 import types
 
@@ -138,7 +137,7 @@ def test_a_run_logs_what_it_makes_of_its_time(tmp_path, monkeypatch, capsys):
     began = time.perf_counter()
     with pytest.raises(Stopped):
         trainer.run(c, uptime=1000.0)
-    first = logged(tmp_path / "run")
+    first = tiny.lines(tmp_path / "run")
     assert [line["step"] for line in first] == [1, 2, 3, 4]
     assert 1000.0 < first[-1]["wall_seconds"] < 1000.0 + time.perf_counter() - began
     # Eight devices of a known kind from now on, of 1 MFLOP/s each.
@@ -146,7 +145,7 @@ def test_a_run_logs_what_it_makes_of_its_time(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     trainer.run(c)
     assert sum(seconds > 0.3 for seconds in lost) == 2  # the saves of steps 3 and 6
-    lines = logged(tmp_path / "run")
+    lines = tiny.lines(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and lines[:3] == first[:3]
     step, mfus = flops.train_step(schema.resolve(c)), []
     for line in lines:
@@ -163,10 +162,6 @@ def test_a_run_logs_what_it_makes_of_its_time(tmp_path, monkeypatch, capsys):
     assert lines[3]["useful_seconds"] - first[2]["useful_seconds"] < lines[3]["wall_seconds"] - first[3]["wall_seconds"]
     assert set(CLOCKS) <= lines[-1].keys()
     assert capsys.readouterr().out.count("MFU ") == 2
-
-
-def logged(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_report_shows_them(tmp_path):

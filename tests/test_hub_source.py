@@ -312,7 +312,7 @@ def test_the_cache_is_enough_offline(hub, monkeypatch):
 def run_of(path, run, **changes):
     """Metrics of two steps on a data set."""
     trainer.run(tiny.config(run=run, steps=2, data__sources=(f"hf:{path}",), **changes))
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return tiny.lines(run)
 
 
 def test_a_run_and_its_check_read_it(tmp_path, capsys):
@@ -320,7 +320,9 @@ def test_a_run_and_its_check_read_it(tmp_path, capsys):
     check.main([f"hf:{path}"])
     assert "columns: images 'image', captions 'text'" in capsys.readouterr().out
     last = run_of(path, tmp_path / "run")[-1]
-    assert last["step"] == 2 and last["data/bad"] == 0 and json.loads((tmp_path / "run" / "data.json").read_text())
+    assert last["step"] == 2 and last["data/bad"] == 0
+    (card,) = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert (card["samples"], card["columns"]) == (32, {"image": "image", "text": ["text"]})
 
 
 @pytest.mark.slow  # two runs, and a process that imports all

@@ -139,10 +139,10 @@ def test_geometric_mean_rank(load):
 
     class Fixed(ClusteredZeroShot):
         def scores(self, variables):
-            self._scores = {"": scores}
-            return self._scores
+            return {"": scores}
 
     result = {r.key: r for r in Fixed(None, data).measure(None)}["rank_gmean"]
+    np.testing.assert_array_equal(result.items.groups, labels)
     rank = 1 + (scores > np.take_along_axis(scores, labels[:, None], 1)).sum(axis=1)
     rank[0] = ways
     assert result.value == pytest.approx(np.exp(np.log(rank).mean())) and result.unit == "rank"

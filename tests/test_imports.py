@@ -28,7 +28,7 @@ FLOORS = (
         "losses",
     },
     {"data", "models"},
-    {"objective", "objectives", "interop", "train.optim"},
+    {"objectives", "interop", "train.optim"},
     {"config", "evaluators"},
     {"train", "flops", "configs", "compilation_cache"},
     {"inference", "mteb", "embed_sources", "evaluation", "model_card", "report", "study"},
@@ -73,7 +73,7 @@ DIALECT = {
     "Ahead", "Card", "Factors", "Finetuned", "Guess", "Items", "Link", "Parts", "Slots", "Strip", "Waiting",
     "in_parts", "map_rows", "one_of", "split_moments",
 }  # fmt: skip
-# Sentences that read like a riddle.
+# Phrases that read like a riddle.
 RIDDLES = r"(?<!there) is no |\banew\b|\blies?\b|\bmend(ed)?\b|\bso many\b|\bmet a\b"
 
 
@@ -150,6 +150,10 @@ def circle(links: dict[str, set[str]]) -> list[str]:
     return next((circular for node in sorted(links) if (circular := visit(node, []))), [])
 
 
+def test_every_room_of_the_lists_exists(graph):
+    assert set().union(*FLOORS, GROUND, MORE_ROOMS) <= graph.keys()
+
+
 def test_no_import_goes_upwards(graph):
     assert len(FLOORS) <= 8
     upwards = [
@@ -187,11 +191,14 @@ def test_files_and_functions_are_short():
     assert {name: lines for name, lines in lengths.items() if lines > LONGER.get(name, 0)} == {}
 
 
-def modules() -> list[str]:
-    return [path.relative_to(ROOT).as_posix() for path in sources(PACKAGE, "configs")]
+def modules(*folders: str) -> list[str]:
+    return [path.relative_to(ROOT).as_posix() for path in sources(*folders)]
 
 
-@pytest.mark.parametrize("name", modules())
+every_module = pytest.mark.parametrize("name", modules(PACKAGE, "configs", "examples", "benchmarks"))
+
+
+@every_module
 def test_names_are_those_of_the_field(name):
     used = set()
     for node in ast.walk(tree(ROOT / name)):
@@ -203,7 +210,15 @@ def test_names_are_those_of_the_field(name):
     assert not used & DIALECT
 
 
-@pytest.mark.parametrize("name", modules())
+@every_module
 def test_messages_and_docstrings_are_plain_english(name):
     strings = [node.value for node in ast.walk(tree(ROOT / name)) if isinstance(node, ast.Constant)]
     assert not [text for text in strings if isinstance(text, str) and re.search(RIDDLES, text)]
+
+
+PROSE = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_prose_is_plain_english(path):
+    assert re.findall(r".*\b(?:whoever|anew)\b.*", path.read_text(), re.IGNORECASE) == []

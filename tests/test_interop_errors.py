@@ -1,6 +1,7 @@
 """Weights that are refused: other architectures, damaged files, and pickles with code."""
 
 import io
+import itertools
 import json
 import os
 import pickle
@@ -234,13 +235,14 @@ def test_members_and_views_are_bounded_by_the_file(tmp_path):
             archive.stored(f"archive/data/{i}")
 
 
-@pytest.mark.parametrize("at", range(0, 46, 2))
-def test_a_damaged_directory_of_a_zip_is_one_sentence(at, tmp_path):
-    content = torch_zip(tmp_path / "x.pt", b"N.", s0=bytes(8))
+def test_a_damaged_directory_of_a_zip_is_one_sentence(tmp_path):
+    content, refused = torch_zip(tmp_path / "x.pt", b"N.", s0=bytes(8)), 0
     start = content.index(b"PK\x01\x02")
-    for value in (b"\xff\xff", b"\x00\x08", b"\x7f\x00"):
+    for at, value in itertools.product(range(0, 46, 2), (b"\xff\xff", b"\x00\x08", b"\x7f\x00")):
         damaged = content[: start + at] + value + content[start + at + 2 :]
         try:
-            torch_file.load(damaged, "x.pt")
+            assert torch_file.load(damaged, "x.pt") == (None, False)
         except UserError as error:
             assert str(error).startswith("x.pt ") and "\n" not in str(error)
+            refused += 1
+    assert refused > 30

@@ -1,6 +1,7 @@
 """Signals, data that do not come or fail, and the watchdog, in runs of one process."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from xclip_jax.errors import EXIT_RESTART, EXIT_RESUMABLE, UserError, describe
 from xclip_jax.evaluators import registry
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.train import interrupt, loop, trainer, watchdog
+from xclip_jax.train.checkpoint import Checkpointer
 
 
 def config(pairs, run, **changes):
@@ -218,6 +220,16 @@ def test_the_watchdog_names_the_phase_and_ends_the_process(watch, tmp_path, capf
     assert "error: no progress: waiting for data from folder:/a (1 s)" in err
     assert "test_the_watchdog_names_the_phase" in err  # the stacks
     assert "test_the_watchdog_names_the_phase" in (tmp_path / "stacks-0.txt").read_text()
+
+
+def test_a_checkpoint_is_restored_in_a_phase_of_its_own(pairs, trained, tmp_path, monkeypatch):
+    run, phases, restore = tmp_path / "run", [], Checkpointer.restore_good
+    shutil.copytree(trained, run)
+    (run / "results.json").unlink()
+    monkeypatch.setattr(watchdog.Watchdog, "enter", lambda _, phase, detail="": phases.append(phase))
+    monkeypatch.setattr(Checkpointer, "restore_good", lambda *args: phases.append("restores") or restore(*args))
+    trainer.run(tiny.short(pairs, run))
+    assert phases[:3] == ["restoring a checkpoint", "restores", ""]
 
 
 def test_progress_keeps_the_watchdog_quiet(watch, capfd):

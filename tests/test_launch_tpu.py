@@ -1,5 +1,6 @@
 """The scripts for TPUs, against a cloud that is made of shell scripts."""
 
+import json
 import os
 import shlex
 import shutil
@@ -178,11 +179,14 @@ def test_vm_that_exists_is_used_and_training_not_started_twice(cloud):
     assert first.returncode == 0, first.stderr
     home = cloud.path / "home" / "xclip_jax"
     (home / "runs").mkdir()
+    code = home / "xclip_jax" / "of_the_first_start.py"
+    code.touch()
     try:
         again = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["exec sleep 30"])
         assert again.returncode != 0
         assert "error: training runs already, as process" in again.stderr
         assert cloud.verbs() == ["create", "python"]
+        assert code.exists()  # what runs may import it yet
     finally:
         os.kill(int(read(home / "train.pid")), signal.SIGTERM)
     while not (home / "train.exit").exists():
@@ -264,9 +268,50 @@ def test_pod_gives_up_at_once_on_input_that_training_refuses(cloud):
     assert "training refused its input, and would again; giving up" in done.stdout
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "this process cannot join the others (DEADLINE_EXCEEDED: Barrier timed out).",
+        "process 3 of 16 has ended: OSError(5, 'Input/output error'). Process 0 ends too; start all of them again.",
+        "process 0 of 16: OSError(116, 'Stale file handle')",
+    ],
+)
+def test_pod_tries_again_after_a_passing_fault_before_the_first_step(words, cloud):
+    done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=[f'echo "error: {words}" >&2; exit 1', "finish; exit 0"])
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == ["create", "python", "delete"] * 2
+
+
+def test_pod_does_not_take_a_bucket_that_cannot_be_asked_for_one_without_metrics(cloud):
+    gcloud = GCLOUD.replace(
+        '  "storage ls "*)', '  "storage ls "*metrics.jsonl) echo "ERROR: token" >&2; exit 1 ;;\n  "storage ls "*)'
+    )
+    executable(cloud.path / "bin" / "gcloud", gcloud)
+    refused = "echo \"error: process 0 of 16: unknown evaluation set 'imagenett'\" >&2; exit 1"
+    done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=[refused, "finish; exit 0"])
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == ["create", "python", "delete"] * 2
+
+
+def test_pod_is_not_complete_where_a_set_failed(cloud):
+    results = json.dumps({"results": {"b/top1": 1.0}, "failed": {"a": "disk"}}, indent=2, sort_keys=True)
+    failed = f"put metrics.jsonl; put results.json {shlex.quote(results)}; exit 134"
+    scenario = [failed.replace("\n", "'$'\\n''"), "finish; exit 0"]
+    done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=scenario)
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == ["create", "python", "delete"] * 2
+
+
+def test_pod_is_not_complete_by_the_results_that_an_earlier_start_has_left(cloud):
+    """Other sets are asked for, and one of them is refused before anything of the run's folder is changed."""
+    refused = 'put metrics.jsonl; finish; echo "error: process 0 of 16: unknown evaluation set" >&2; exit 1'
+    done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=[refused] * 3, FAILURES="2")
+    assert done.returncode == 1
+    assert "training failed with exit status 1, 2 times in a row; giving up" in done.stdout
+
+
 def test_pod_tries_again_after_an_error_in_the_midst_of_a_run(cloud):
-    trained = 'mkdir -p "$CLOUD/bucket/bucket/runs/mine"; touch "$CLOUD/bucket/bucket/runs/mine/metrics.jsonl"'
-    scenario = [f"{trained}; echo 'error: gs://data cannot be read' >&2; exit 1", "finish; exit 0"]
+    scenario = ["put metrics.jsonl; echo 'error: gs://data cannot be read' >&2; exit 1", "finish; exit 0"]
     done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=scenario)
     assert done.returncode == 0, done.stderr
     assert cloud.verbs() == ["create", "python", "delete"] * 2

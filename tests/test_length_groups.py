@@ -158,10 +158,7 @@ def test_a_run_chooses_groups_and_resumes_with_them_bit_exactly(pairs, tmp_path,
     monkeypatch.setattr(length_groups, "_LEAST_STEPS", 1000)
     trainer.run(tiny.short(pairs, tmp_path / "again", **options))
     assert "resuming at step 2" in capsys.readouterr().out
-    metrics = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "again")
-    ]
+    metrics = [tiny.lines(tmp_path / name) for name in ("whole", "again")]
     losses, resumed = ({line["step"]: line["loss"] for line in lines if "loss" in line} for lines in metrics)
     assert losses == resumed and {line["text/cut"] for line in metrics[1] if "loss" in line} <= {0.0, 1.0}
 
@@ -206,11 +203,10 @@ def test_auto_counts_a_frozen_tower_without_its_backward_pass(monkeypatch, capsy
     whole = sum(flops.forward(made.config).values())
     assert saved[1] == pytest.approx(100 * (made.model.txt.cut_flops(40) - made.model.txt.cut_flops(8)) / whole, abs=3)
 
-    def unknown(*_):
-        raise NotImplementedError
-
-    monkeypatch.setattr(type(made.model.txt), "cut_flops", unknown)
-    assert caption_lengths.choose(made, []) == length_groups.WHOLE
+    for method in ("cut_flops", "flops"):  # not counted
+        with monkeypatch.context() as patch:
+            patch.setattr(type(made.model.txt), method, lambda *_, **__: None)
+            assert caption_lengths.choose(made, []) == length_groups.WHOLE
 
 
 def test_flops_are_those_that_are_computed():

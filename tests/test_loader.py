@@ -216,16 +216,33 @@ def test_workers_read_the_same():
     assert not glob.glob("/dev/shm/xclip_jax-*")
 
 
-def test_seed_and_sample_decide():
-    c = config(crop_scale=(0.3, 1.0))
-    transform = loader.Transform(c, 8, tokenizer.load("bytes"), 16)
+class Ramps(Numbers):
+    """Images whose crops all differ, of value i in blue."""
 
-    def images(seed):
-        order = loader.sample_order([Numbers("a", 5)], c, seed=seed)
+    def __getitem__(self, i):
+        y, x = np.mgrid[:32, :32]
+        return super().__getitem__(i) | {"image": np.stack([8 * y, 8 * x, 0 * x + i], axis=-1).astype(np.uint8)}
+
+
+def test_seed_and_position_decide_on_samples_crops_and_captions():
+    c = config(crop_scale=(0.3, 0.5), tags=2, tags_append_prob=1.0)
+    transform = loader.Transform(c, 8, tokenizer.load("bytes"), 30)
+
+    def rows(seed, order_seed=0):
+        order = loader.sample_order([Ramps("a", 4)], c, seed=order_seed)
         return next(loader.batches(order, transform, batch=8, start=0, stop=1, seed=seed))
 
-    np.testing.assert_array_equal(images(1)["text"], images(1)["text"])
-    assert (images(1)["text"] != images(2)["text"]).any()
+    first, same, other = rows(1), rows(1), rows(2)
+    samples, crops = first["image"][:, 0, 0, 2], first["image"][..., :2]
+    assert sorted(samples[:4]) == sorted(samples[4:]) == [0, 1, 2, 3]
+    for key in ("image", "text"):
+        np.testing.assert_array_equal(first[key], same[key])
+    # The same samples with other crops and keywords, by another seed and in the next epoch.
+    np.testing.assert_array_equal(other["image"][..., 2], first["image"][..., 2])
+    assert (other["image"][..., :2] != crops).any(axis=(1, 2, 3)).all() and (other["text"] != first["text"]).any()
+    again = 4 + np.argsort(samples[4:])
+    assert (crops[np.argsort(samples[:4])] != crops[again]).any(axis=(1, 2, 3)).all()
+    assert (rows(1, order_seed=1)["image"][:, 0, 0, 2] != samples).any()
 
 
 def test_mixture_keeps_the_weights():
@@ -370,5 +387,6 @@ def test_broken_image_is_named():
 
 
 def test_order_is_random_access():
-    order = loader.sample_order([Numbers("a", 10)], config(), seed=0)
-    assert order[123]["text"] == order[123]["text"]
+    first, again = (loader.sample_order([Numbers("a", 10)], config(), seed=0) for _ in range(2))
+    straight = [first[i]["text"] for i in range(130)]
+    assert [again[i]["text"] for i in (123, 7, 64, 0, 123)] == [straight[i] for i in (123, 7, 64, 0, 123)]

@@ -1,6 +1,8 @@
 """Memory of the train step: whether it fits is known before the first step."""
 
 import dataclasses
+import os
+from itertools import chain
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from tests import tiny
+from xclip_jax.config import schema
 from xclip_jax.data.length_groups import LengthGroups
 from xclip_jax.errors import UserError
 from xclip_jax.parallel.mesh import make_mesh
 from xclip_jax.train import build, memory, trainer
+from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.run_folder import TrainingFolder
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +122,21 @@ def test_nothing_fits_a_state_that_is_too_large(experiment, monkeypatch):
         memory.check(experiment)
 
 
+def test_a_run_may_resume_with_every_remedy_for_its_batch(pairs, trained):
+    """What an error recommends is not refused by the folder, and restores the same state."""
+    folder, changes = TrainingFolder(trained), memory.remedies(tiny.short(pairs, trained))
+    changes = [change for change in changes if tiny.BATCH % change.get("optim.microbatches", 1) == 0]
+    assert {"mesh.strategy", "model.img.remat", "model.txt.remat", "optim.microbatches"} <= {*chain(*changes)}
+    for change in [*changes, {"data.read_timeout": 1.0}]:
+        config = tiny.short(pairs, trained)
+        config.update_from_flattened_dict(change)
+        folder.check(schema.resolve(config))
+    most = tiny.short(pairs, trained, model__img__remat="full", model__txt__remat="full")
+    with Checkpointer(trained, read_only=True) as checkpointer:
+        state, _ = checkpointer.restore(build.build(most).abstract)
+    assert int(state.step) == 4
+
+
 def test_a_run_is_refused_before_its_folder_is_made(pairs, tmp_path, monkeypatch):
     c = tiny.short(pairs, tmp_path / "run")
     has(monkeypatch, 1.2 * memory.bytes_on_device(build.build(c).abstract))
@@ -158,5 +178,8 @@ def test_memory_of_a_container(folder, limit, usage, cache, tmp_path, monkeypatc
     assert memory.host_memory("MemTotal") == machine
 
 
-def test_memory_of_this_machine():
-    assert memory.host_memory() <= memory.host_memory("MemTotal") == memory.total(jax.devices()[0])
+def test_memory_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)  # as outside of a container
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert memory.host_memory("MemTotal") == memory.total(jax.devices()[0]) == pytest.approx(whole, rel=0.01)
+    assert 2**26 < memory.host_memory() < whole

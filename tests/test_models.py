@@ -14,7 +14,6 @@ from flax import linen as nn
 from timm.layers import AttentionPoolLatent
 
 from tests.util import jit, random_variables, two_towers
-from xclip_jax.errors import UserError
 from xclip_jax.models.layers import (
     ACTIVATIONS,
     REMAT_POLICIES,
@@ -374,13 +373,13 @@ def test_attend_is_torchs(causal, queries):
 @pytest.mark.parametrize(
     ("tower", "batch", "message"),
     [
-        (IMG, IMAGE[:, :12, :12], r"16 x 16 pixels, got shape \(3, 12, 12, 3\).*model\.img\.image_size"),
+        (IMG, IMAGE[:, :12, :12], r"16 x 16 pixels, got shape \(3, 12, 12, 3\)"),
         (IMG, IMAGE[..., :1], r"\(3, 16, 16, 1\)"),
-        (changed(TXT, context_length=6), TEXT, r"at most 6 tokens, got 7.*model\.txt\.context_length"),
+        (changed(TXT, context_length=6), TEXT, "at most 6 tokens, got 7"),
     ],
 )
 def test_bad_input_is_refused(tower, batch, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         jax.eval_shape(tower.init, jax.random.key(0), batch)
 
 

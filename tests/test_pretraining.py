@@ -37,14 +37,6 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             yield i, {"image": torture.jpeg(i), "text": f"picture {i}"}
 
 
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(run):
-    return [line["loss"] for line in metrics(run)]
-
-
 @pytest.mark.slow  # two runs of a recipe
 def test_tars_and_tfds_give_the_same_losses(tmp_path):
     """Tars from worker processes, in memory that is used again; records from threads."""
@@ -57,8 +49,8 @@ def test_tars_and_tfds_give_the_same_losses(tmp_path):
         options = {"data__sources": (spec,), "data__dir": str(tmp_path / "tfds"), "checkpoint__every": 100}
         options["data__workers"] = 2 if name == "tars" else 0
         trainer.run(tiny.config("xclip", steps=20, run=tmp_path / name, **options))
-    assert losses(tmp_path / "tars") == losses(tmp_path / "tfds")
-    assert len(set(losses(tmp_path / "tars"))) == 20
+    assert tiny.losses(tmp_path / "tars") == tiny.losses(tmp_path / "tfds")
+    assert len(set(tiny.losses(tmp_path / "tars"))) == 20
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +66,10 @@ def test_a_run_goes_on_and_writes_down_what_was_bad(mixed, tmp_path):
     options = {"data__sources": (f"tar:{mixed}/0.tar",), "data__max_bad_fraction": 0.5}
     run = tmp_path / "run"
     trainer.run(tiny.config(steps=10, run=run, **options))
-    lines = [json.loads(line) for line in (run / "bad_samples.jsonl").read_text().splitlines()]
+    lines = tiny.lines(run, "bad_samples.jsonl")
     assert {line["key"] for line in lines} == {"003", "013", "023", "033"}
     assert {line["reason"] for line in lines} == {"not an image"}
-    last = metrics(run)[-1]
+    last = tiny.lines(run)[-1]
     assert last["samples"] == 10 * tiny.BATCH
     assert last["tokens"] == last["samples"] * 6  # four letters between a start and an end
     assert 14 <= last["data/bad"] <= 25  # four epochs, and replacements that were bad too
@@ -109,7 +101,7 @@ def test_a_resumed_run_counts_on_and_refuses_other_data(mixed, tmp_path):
         trainer.run(tiny.config(steps=10, run=cut, **options))
     trainer.run(tiny.config(steps=10, run=cut, **options))
     without_speed = [
-        [{key: value for key, value in line.items() if key not in CLOCKS} for line in metrics(run)]
+        [{key: value for key, value in line.items() if key not in CLOCKS} for line in tiny.lines(run)]
         for run in (whole, cut)
     ]
     assert without_speed[0] == without_speed[1]
@@ -167,7 +159,7 @@ def test_two_processes_count_and_write_as_one(mixed, tmp_path):
         assert process.returncode == 0, said
     one, two = (tmp_path / name for name in ("one", "two"))
     assert (one / "bad_samples.jsonl").read_text() == (two / "bad_samples.jsonl").read_text() != ""
-    for here, there in zip(metrics(one), metrics(two), strict=True):
+    for here, there in zip(tiny.lines(one), tiny.lines(two), strict=True):
         for key in ("samples", "tokens", "epoch", "data/bad", "data/bad_share"):
             assert here[key] == there[key], key
-    assert np.allclose(losses(one), losses(two), atol=1e-3)
+    assert np.allclose(tiny.losses(one), tiny.losses(two), atol=1e-3)

@@ -1,4 +1,3 @@
-import json
 import os
 import pathlib
 import socket
@@ -109,9 +108,8 @@ def texts(root, name, process=0):
 
 
 def metrics(root, name):
-    lines = [json.loads(line) for line in (root / f"{name}.run" / "metrics.jsonl").read_text().splitlines()]
     keys = ("loss", "samples", "tokens", "data/bad", "data/bad_share")
-    return [line[key] for line in lines for key in keys]
+    return [line[key] for line in tiny.lines(root / f"{name}.run") for key in keys]
 
 
 def bad(root, name):

@@ -12,8 +12,8 @@ from tests import tiny
 from tests.extension.superclip import TokenClassification
 from tests.pages import Page, check, of_an_earlier_version, written
 from tests.test_objectives import superclip
-from xclip_jax.losses import noncontrastive
 from xclip_jax.objectives import Term
+from xclip_jax.objectives.nclip import diagnose
 from xclip_jax.report import examples, html
 
 
@@ -50,7 +50,7 @@ def test_each_failure_has_its_light_and_its_remedy(kind, tmp_path):
     }
     assert {name.lower(): (state, label) for state, name, label in lights} == expected
     measures = {key.removeprefix("nclip/"): value for key, value in rows[-1].items()}
-    warnings = noncontrastive.diagnose(measures, k=24, b=16)
+    warnings = diagnose(measures)
     assert [warning.split(":")[0] for warning in warnings] == ([kind] if kind else [])
     assert all(warning.partition(": ")[2] in " ".join(Page(text).text) for warning in warnings)
     late = dataclasses.replace(run.config, log=dataclasses.replace(run.config.log, collapse_warmup_steps=9))

@@ -197,7 +197,7 @@ def test_names_of_runs():
     assert several.short_names(["x/1/run", "y/1/run", "z"]) == ["x/1/run", "y/1/run", "z"]
     with pytest.raises(UserError, match="run 'a/' is named twice"):
         several.short_names(["a", "a/"])
-    with pytest.raises(UserError, match="9 runs are named; a page shows 1 to 8"):
+    with pytest.raises(UserError, match="9 runs are named; a page of several shows 2 to 8"):
         several.short_names(list("abcdefghi"))
 
 

@@ -3,30 +3,28 @@
 import json
 import pathlib
 import re
+import shutil
 
 import numpy as np
 import PIL.Image
 import pytest
 from etils import epath
 
-from tests import tiny
 from xclip_jax import evaluate, model_card
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, results
 from xclip_jax.evaluators.result import Result, flat
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.run_folder import RunFolder
-from xclip_jax.train import trainer
 
-STEPS = 2
+STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(trained, tmp_path_factory):
     """A run with two checkpoints, and three folders of pictures in two classes."""
     root = tmp_path_factory.mktemp("results")
-    pairs = tiny.folder(root / "pairs")
-    trainer.run(tiny.config(run=root / "run", steps=STEPS, data__sources=(f"folder:{pairs}",), checkpoint__every=1))
+    shutil.copytree(trained, root / "run")
     rng = np.random.default_rng(0)
     for name in ("one", "two", "with, comma"):
         for label in ("cat", "dog"):
@@ -48,24 +46,24 @@ def test_later_commands_add_to_the_file(root):
     run, one, two = str(root / "run"), f"folder:{root / 'one'}", f"folder:{root / 'two'}"
     file = root / "run" / "evaluation.json"
     file.unlink(missing_ok=True)
-    evaluate.evaluate(run, one, step=1)
+    evaluate.evaluate(run, one, step=2)
     evaluate.evaluate(run, one)
     evaluate.evaluate(run, two)
     written = json.loads(file.read_text())
     assert [r["set"] for r in written["results"]] == [one, two] and written["step"] == STEPS
-    assert [r["step"] for r in written["other_results"]] == [1]
+    assert [r["step"] for r in written["other_results"]] == [2]
     # What shows the newest shows both, and nothing of the earlier step.
-    assert flat(results.of_entries(written["results"])).keys() == {
+    assert flat(results.parse_entries(written["results"])).keys() == {
         f"{r['name']}/{key}" for r in written["results"] for key in r["metrics"]
     }
     evaluate.evaluate(run, one, profile="slip")
     evaluate.evaluate(run, one, changes={"prefix": "a "})
     assert entries(file) == {
-        ("one", 1, "openai", "{}"),
         ("one", 2, "openai", "{}"),
-        ("two", 2, "openai", "{}"),
-        ("one", 2, "slip", "{}"),
-        ("one", 2, "openai", '{"prefix": "a "}'),
+        ("one", 4, "openai", "{}"),
+        ("two", 4, "openai", "{}"),
+        ("one", 4, "slip", "{}"),
+        ("one", 4, "openai", '{"prefix": "a "}'),
     }
     # A repeated one is replaced, and is the one to show again.
     before = len(results.read(epath.Path(file))[0])
@@ -81,7 +79,7 @@ def test_later_commands_add_to_the_file(root):
     for entry in entries_:
         name = f"{entry['name']}/{entry['metric']}"
         assert items[entry["items"]][name].value() == pytest.approx(entry["value"])
-    card = model_card._results(RunFolder(run), STEPS, 1)
+    card = model_card._results(RunFolder(run), STEPS, 2)
     assert "| folder:one |" in card and "folder:two" not in card and "profile openai" in card
 
 

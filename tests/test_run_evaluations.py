@@ -43,10 +43,6 @@ def evaluators(monkeypatch):
     return made
 
 
-def lines(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_all_sets_are_opened_before_the_first_step(pairs, tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(registry, "open_all", lambda specs, *_: opened.extend(specs) or list(map(Evaluator, specs)))
@@ -75,7 +71,7 @@ def test_the_evaluation_of_a_step_that_was_cut_off_is_made_after_all(pairs, tmp_
             trainer.run(c)
     assert evaluators["a"].calls == []
     trainer.run(c)
-    assert [line["step"] for line in lines(tmp_path / "run") if "a/top1" in line] == [2, 4]
+    assert [line["step"] for line in tiny.lines(tmp_path / "run") if "a/top1" in line] == [2, 4]
 
 
 def test_an_evaluation_that_was_made_is_not_made_again(pairs, tmp_path, evaluators, monkeypatch):
@@ -90,7 +86,7 @@ def test_an_evaluation_that_was_made_is_not_made_again(pairs, tmp_path, evaluato
     recorder = Callback()
     recorder.on_evaluation = lambda step, results: evaluations.append((step, results))
     trainer.run(c, [recorder])
-    assert [line["step"] for line in lines(tmp_path / "run") if "a/top1" in line] == [2, 4]
+    assert [line["step"] for line in tiny.lines(tmp_path / "run") if "a/top1" in line] == [2, 4]
     assert [(step, flat(results)) for step, results in evaluations] == [(4, {"a/top1": 12.5})]
 
 
@@ -104,7 +100,7 @@ def test_a_set_that_fails_at_the_end_does_not_cost_the_others(pairs, tmp_path, e
     assert record["failed"] == {"a": "disk of a is gone; in evaluator a"}
     evaluators["a"].fails = False
     assert trainer.run(c) == {"a/top1": 12.5, "b/top1": 12.5}
-    assert [line for line in lines(tmp_path / "run") if line["step"] == 4 and "loss" not in line] == [
+    assert [line for line in tiny.lines(tmp_path / "run") if line["step"] == 4 and "loss" not in line] == [
         {"step": 4, "a/top1": 12.5},
         {"step": 4, "b/top1": 12.5},
     ]
@@ -114,3 +110,26 @@ def test_other_sets_on_a_complete_run_are_evaluated(pairs, run, evaluators):
     assert trainer.run(tiny.short(pairs, run, eval__final_sets=("b",))) == {"b/top1": 12.5}
     assert trainer.run(tiny.short(pairs, run, eval__final_sets=("b",))) == {"b/top1": 12.5}
     assert len(evaluators["b"].calls) == 1
+
+
+def test_results_of_another_evaluation_do_not_outlive_the_start_of_a_new_one(pairs, run, evaluators):
+    """The launch scripts take results.json for that of a run that is complete."""
+    file, changed = run / "results.json", tiny.short(pairs, run, eval__final_sets=("b",))
+
+    def cut_off(_):
+        assert not file.exists()
+        raise KeyboardInterrupt
+
+    evaluators["b"].measure, measure = cut_off, evaluators["b"].measure
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(changed)
+    assert not file.exists()
+    evaluators["b"].measure = measure
+    assert trainer.run(changed) == json.loads(file.read_text())["results"] == {"b/top1": 12.5}
+
+
+def test_a_start_that_is_refused_leaves_the_results(pairs, run):
+    before = (run / "results.json").read_text()
+    with pytest.raises(UserError, match="unknown evaluation set 'c'"):
+        trainer.run(tiny.short(pairs, run, eval__final_sets=("c",)))
+    assert (run / "results.json").read_text() == before

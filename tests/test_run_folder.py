@@ -67,10 +67,6 @@ def test_extras_that_a_config_needs(changes, extras):
     assert job.extras(job.check(tiny.config(**({"data__sources": ("folder:x",)} | changes)))) == extras
 
 
-def lines(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 # What a run must not become
 
 
@@ -284,9 +280,7 @@ def test_a_run_goes_back_to_its_newest_whole_checkpoint_and_ends_as_it_would_hav
         with Checkpointer(where, read_only=True) as checkpointer:
             states.append(jax.device_get(checkpointer.restore(build.build(c).abstract, 4)[0]))
     jax.tree.map(np.testing.assert_array_equal, *states)
-    assert [line["loss"] for line in lines(run) if "loss" in line] == [
-        line["loss"] for line in lines(trained) if "loss" in line
-    ]
+    assert tiny.losses(run) == tiny.losses(trained)
 
 
 @pytest.mark.slow  # two runs
@@ -312,7 +306,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(pairs
         c = tiny.short(pairs, tmp_path / "run", steps=24, checkpoint__every=8)
         with pytest.raises(UserError, match=r"checkpoint of step 8 could not be written to .*No space left on device"):
             trainer.run(c)
-    assert 8 <= lines(tmp_path / "run")[-1]["step"] < 16
+    assert 8 <= tiny.lines(tmp_path / "run")[-1]["step"] < 16
     trainer.run(c)
     assert RunFolder(c.run).steps() == [8, 16, 24]
 

@@ -93,9 +93,48 @@ def test_a_record_that_could_not_be_read_at_the_start_is_said(run):
         run.prepare()
 
 
-def test_hosts_compare_what_they_could_read(run, monkeypatch):
+def compare(monkeypatch):
+    """What a process that has others compares with them, each with the remedy."""
     compared = []
+    monkeypatch.setattr(processes, "peers", lambda: True)
     monkeypatch.setattr(processes, "check_same", lambda facts, remedy: compared.append((facts, remedy)))
+    return compared
+
+
+def test_hosts_compare_their_newest_checkpoints(run, monkeypatch):
+    """Of a folder that they do not share only one has any; each would go on by itself, and wait for the other."""
+    compared, folder = compare(monkeypatch), TrainingFolder(run.config.run)
+    same_run.check_config(run.config, folder)
+    run.start()
+    same_run.check_config(run.config, folder)
+    (before, remedy), (after, _) = compared
+    name = "newest checkpoint in --config.run"
+    assert {key for key in after if before[key] != after[key]} == {name} and (before[name], after[name]) == (None, 2)
+    assert "--config.run on storage that all share" in remedy
+
+
+def test_hosts_compare_their_evaluation_sets(tmp_path, monkeypatch):
+    pairs, others = tiny.folder(tmp_path / "pairs", 16), tiny.folder(tmp_path / "others", 12)
+    keys = {"eval__sets": (f"retrieval/folder:{others}",), "eval__every": 2, "data__batch": 8}
+    config, compared = resolve(tiny.short(pairs, tmp_path / "run", **keys)), compare(monkeypatch)
+
+    def check():
+        same_run.check_data(job.prepare(config, TrainingFolder(config.run)))
+        return compared[-1][0]
+
+    first, again = check(), check()
+    (others / "003.txt").write_text("another text")
+    changed = check()
+    (others / "003.png").unlink()
+    fewer = check()
+    assert first == again and "evaluation sets" in compared[0][1]
+    (name,) = (key for key in first if key.startswith("evaluation set 0, retrieval/"))
+    assert all({key for key in first if first[key] != other[key]} == {name} for other in (changed, fewer))
+    assert len({first[name], changed[name], fewer[name]}) == 3
+
+
+def test_hosts_compare_what_they_could_read(run, monkeypatch):
+    compared = compare(monkeypatch)
     for bad in (None, run.held_out[0], run.twins[0], run.trained[0]):
         run.bad = bad
         same_run.check_data(run.prepare())

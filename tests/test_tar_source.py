@@ -1,7 +1,6 @@
 """Pairs in tars: what is good is read, what is bad has its reason, on any number of hosts and after a resume."""
 
 import collections
-import json
 import os
 import pathlib
 import pickle
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from tests import torture
+from tests import tiny, torture
 from xclip_jax import storage
 from xclip_jax.data import base, ledger, loader, sources, tar_source, tokenizer, transforms
 from xclip_jax.errors import BadSample, UserError
@@ -33,10 +32,6 @@ def read(found, c, book=None, start=0, stop=5, length=300, **hosts):
 def texts(batches):
     rows = np.concatenate([b["text"] for b in batches])
     return [bytes(int(t) - 3 for t in row if t >= 3).decode("utf-8", "replace") for row in rows]
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def name(entry):
@@ -70,7 +65,7 @@ def test_an_epoch_delivers_each_good_one_once_and_writes_down_each_bad_one(tortu
     book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
     batches = read([source], c, book, stop=2)
     book.sync(2 * n)
-    written = lines(tmp_path / "bad_samples.jsonl")
+    written = tiny.lines(tmp_path, "bad_samples.jsonl")
     assert {name(entry): entry["reason"] for entry in written} == bad
     assert len(written) == len(bad)
     order = loader.sample_order([source], c, seed=3)
@@ -127,7 +122,7 @@ def test_resumed_on_other_hosts_as_if_never_stopped(tortured, tmp_path, hosts):
     for g, batch in enumerate(batches[at:]):
         for key in batch:
             np.testing.assert_array_equal(np.concatenate([part[g][key] for part in parts]), batch[key])
-    assert lines(cut / "bad_samples.jsonl") == lines(whole / "bad_samples.jsonl")
+    assert tiny.lines(cut, "bad_samples.jsonl") == tiny.lines(whole, "bad_samples.jsonl")
     assert resumed.counters == book.counters
 
 
@@ -141,7 +136,7 @@ def test_too_many_bad_samples_stop_the_run(tortured, tmp_path):
     book.sync(40)
     with pytest.raises(UserError, match=message):
         book.check()
-    assert lines(tmp_path / "bad_samples.jsonl")
+    assert tiny.lines(tmp_path, "bad_samples.jsonl")
 
 
 def test_nothing_but_bad_samples_stop_the_run_at_once(tmp_path):

@@ -6,7 +6,7 @@ import scipy.stats
 from tests.encoding import build_encoder, by_name, make_encoder, small_model
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.text import (
-    Similarity,
+    SentenceSimilarity,
     SimilaritySet,
     TextRetrieval,
     TextRetrievalSet,
@@ -23,7 +23,7 @@ def pairs(n, seed):
 def test_similarity_equals_scipy_and_names_what_it_averages():
     data = SimilaritySet("sts", {"first": pairs(40, 0), "second": pairs(10, 1)})
     encoder, variables = make_encoder(), small_model()[1]
-    metrics, items = by_name(Similarity(encoder, data).measure(variables))
+    metrics, items = by_name(SentenceSimilarity(encoder, data).measure(variables))
     cosine, gold = [], []
     for part in data.subsets.values():
         a, b = (encoder.texts(variables, [pair[side] for pair in part])["embedding"] for side in (0, 1))
@@ -44,13 +44,13 @@ def test_similarity_equals_scipy_and_names_what_it_averages():
     for key, value in expected.items():
         assert metrics[f"textual/sts/{key}"] == pytest.approx(value, abs=1e-3), key
     assert items["textual/sts/spearman_all"].value() == metrics["textual/sts/spearman_all"]
-    assert Similarity(encoder, data).run(variables) == metrics
+    assert SentenceSimilarity(encoder, data).run(variables) == metrics
 
 
 def test_all_and_mean_differ():
     # Each subset alone is ordered perfectly, the two together are not.
     data = SimilaritySet("x", {"a": [("", "", g) for g in (1, 2, 3)], "b": [("", "", g) for g in (4, 5)]})
-    metrics, _ = by_name(Similarity(make_encoder(), data).correlations(np.array([0.7, 0.8, 0.9, 0.1, 0.2])))
+    metrics, _ = by_name(SentenceSimilarity(make_encoder(), data).correlations(np.array([0.7, 0.8, 0.9, 0.1, 0.2])))
     assert metrics["textual/x/spearman_mean"] == pytest.approx(100) and metrics["textual/x/spearman_all"] < 0
 
 
@@ -90,7 +90,7 @@ def test_a_model_without_projection_compares_distributions():
 def test_a_model_without_a_similarity_is_one_sentence():
     encoder = build_encoder(small_model()[0], similarities=())
     for evaluator in (
-        Similarity(encoder, SimilaritySet("x", {"a": pairs(3, 0)})),
+        SentenceSimilarity(encoder, SimilaritySet("x", {"a": pairs(3, 0)})),
         TextRetrieval(encoder, TextRetrievalSet("x", ["a"], [("a", 0)])),
     ):
         with pytest.raises(UserError, match=r"does not compare images with texts.*evaluate probe/SET or finetuned/SET"):

@@ -60,7 +60,7 @@ def settings(run, **changes):
     return resolve(tiny.config(run=run, log__to=("tensorboard", "wandb", "trackio"), **changes))
 
 
-def of(calls, tracker, call):
+def logged(calls, tracker, call):
     return [values for name, kind, values in calls if (name, kind) == (tracker, call)]
 
 
@@ -73,26 +73,25 @@ class Report(Callback):
 def test_a_run_with_all_trackers(calls, pairs, tmp_path):
     run = tmp_path / "mine"
     trainer.run(tiny.short(pairs, run, log__to=("tensorboard", "wandb", "trackio"), log__project="birds"), [Report()])
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     run_id = json.loads((run / "trackers.json").read_text())["id"]
     names = {"wandb": "mine", "trackio": f"mine-{run_id}"}
     for name, shown in names.items():
-        (init,) = of(calls, name, "init")
+        (init,) = logged(calls, name, "init")
         assert (init["project"], init["name"], init["resume"]) == ("birds", shown, "allow")
         assert init["config"]["optim"]["lr"] == 1e-3
         media = {"step": 4, "picture": (5, 3), "report": "<p>page"}
-        assert of(calls, name, "log") == [*lines, media]
+        assert logged(calls, name, "log") == [*tiny.lines(run), media]
         assert calls.index((name, "finish", None)) > calls.index((name, "log", media))
-    assert of(calls, "wandb", "init")[0]["id"] == run_id
-    assert of(calls, "wandb", "init")[0]["dir"] == str(run)
-    assert of(calls, "wandb", "define_metric") == [("*", "step")]
+    assert logged(calls, "wandb", "init")[0]["id"] == run_id
+    assert logged(calls, "wandb", "init")[0]["dir"] == str(run)
+    assert logged(calls, "wandb", "define_metric") == [("*", "step")]
     assert any((run / "tensorboard").iterdir())
 
 
 def test_a_resumed_run_goes_on_in_the_same_run(calls, tmp_path):
     def start(step):
         Trackers(RunFolder(tmp_path), settings(tmp_path), step).close()
-        return of(calls, "wandb", "init")[-1]["id"], of(calls, "trackio", "init")[-1]["name"]
+        return logged(calls, "wandb", "init")[-1]["id"], logged(calls, "trackio", "init")[-1]["name"]
 
     first = start(0)
     assert start(5) == first
@@ -125,13 +124,13 @@ def test_one_that_fails_is_one_warning_and_the_others_go_on(call, calls, tmp_pat
         f"WARNING: wandb failed and gets nothing more (ConnectionError: no route to host); {tmp_path}/metrics.jsonl"
     )
     assert capsys.readouterr().out.count(warning) == 1
-    assert of(calls, "trackio", "log") == [
+    assert logged(calls, "trackio", "log") == [
         {"step": 1, "loss": 1.0},
         {"step": 2, "loss": 1.0},
         {"step": 2, "report": "<p>"},
     ]
-    assert of(calls, "trackio", "finish") == [None]
-    assert len(of(calls, "wandb", "log")) == {"init": 0, "log": 0, "Html": 2, "finish": 3}[call]
+    assert logged(calls, "trackio", "finish") == [None]
+    assert len(logged(calls, "wandb", "log")) == {"init": 0, "log": 0, "Html": 2, "finish": 3}[call]
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

@@ -31,8 +31,7 @@ def config(pairs, run, **changes):
 
 def logged(run):
     """Training metrics by step, without those that measure time."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: {k: v for k, v in line.items() if k not in CLOCKS} for line in lines}
+    return {line["step"]: {k: v for k, v in line.items() if k not in CLOCKS} for line in tiny.lines(run)}
 
 
 def final_state(c):
@@ -46,12 +45,23 @@ class Stopped(Exception):
     pass
 
 
+class Recorder(Callback):
+    def __init__(self):
+        self.steps, self.ends = [], []
+
+    def on_log(self, step, metrics):
+        self.steps.append((step, metrics["loss"]))
+
+    def on_end(self, job, variables, results):
+        self.ends.append((job.folder.read_results()["results"], sorted(variables), results))
+
+
 @pytest.fixture(scope="module")
 def straight(pairs, tmp_path_factory):
-    """Ten steps without a break: the run's folder and its last state."""
-    c = config(pairs, tmp_path_factory.mktemp("straight") / "run")
-    trainer.run(c)
-    return c, *final_state(c)
+    """Ten steps without a break: the config, the last state and position, and what a callback was called with."""
+    c, recorder = config(pairs, tmp_path_factory.mktemp("straight") / "run"), Recorder()
+    trainer.run(c, [recorder])
+    return c, *final_state(c), recorder
 
 
 def test_resume_is_bit_exact(pairs, tmp_path, straight, monkeypatch):
@@ -82,20 +92,8 @@ def test_resume_is_bit_exact(pairs, tmp_path, straight, monkeypatch):
     assert list(logged(tmp_path / "run")) == list(range(1, 11))
 
 
-class Recorder(Callback):
-    def __init__(self):
-        self.steps, self.ends = [], []
-
-    def on_log(self, step, metrics):
-        self.steps.append((step, metrics["loss"]))
-
-    def on_end(self, job, variables, results):
-        self.ends.append((job.folder.read_results()["results"], sorted(variables), results))
-
-
-def test_callbacks_receive_metrics_and_the_model(pairs, tmp_path, straight):
-    recorder = Recorder()
-    trainer.run(config(pairs, tmp_path / "run"), [recorder])
+def test_callbacks_receive_metrics_and_the_model(straight):
+    recorder = straight[3]
     assert recorder.steps == [(step, line["loss"]) for step, line in logged(pathlib.Path(straight[0].run)).items()]
     assert recorder.ends == [({}, ["batch_stats", "params"], [])]
 
@@ -113,22 +111,33 @@ def test_a_schedule_for_other_data_is_warned_of(expected, warned, straight, caps
     assert (remedy in line) == warned
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(pairs, tmp_path, straight):
+def test_sigterm_saves_and_the_same_command_goes_on(pairs, tmp_path, monkeypatch, capsys):
     script = (
-        "import sys; from tests import tiny; from xclip_jax.train import trainer;"
-        "trainer.run(tiny.config(run=sys.argv[1], steps=int(sys.argv[3]), data__sources=('folder:' + sys.argv[2],),"
-        " checkpoint__every=1000))"
+        "import sys; from tests.test_trainer import config; from xclip_jax.train import trainer;"
+        "trainer.run(config(*sys.argv[1:], steps=100_000, checkpoint__every=1000))"
     )
     env = os.environ | {"PYTHONPATH": os.getcwd()}
-    run = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "-c", script, str(run), str(pairs), "100000"], env=env)
+    run, original, batches = tmp_path / "run", loader.to_global, []
+    process = subprocess.Popen([sys.executable, "-c", script, str(pairs), str(run)], env=env)
     deadline = time.time() + 300
     while time.time() < deadline and not (run / "metrics.jsonl").exists():
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == EXIT_RESUMABLE
-    with Checkpointer(run) as checkpointer:
-        assert checkpointer.latest() >= 1
+    saved = RunFolder(run).latest_step()
+    assert saved == tiny.lines(run)[-1]["step"] >= 1
+
+    def three(batch, mesh):
+        batches.append(batch)
+        if len(batches) == 3:  # the first step is logged after the second has begun
+            raise Stopped
+        return original(batch, mesh)
+
+    monkeypatch.setattr(loader, "to_global", three)
+    with pytest.raises(Stopped):
+        trainer.run(config(pairs, run, steps=100_000, checkpoint__every=1000))
+    assert f"resuming at step {saved}, sample {16 * saved:,}" in capsys.readouterr().out
+    assert tiny.lines(run)[-1]["step"] == saved + 1
 
 
 def test_complete_run_says_so_and_trains_no_more(straight, capsys, monkeypatch):
@@ -222,10 +231,10 @@ def test_writer_drops_what_a_resumed_run_writes_again(tmp_path, monkeypatch, rem
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')  # killed while it wrote
     writer = MetricWriter(RunFolder(tmp_path), step=2)
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert [line["step"] for line in tiny.lines(tmp_path)] == [1, 2]
     monkeypatch.setattr(storage, "REWRITE_SECONDS", -1)
     writer.write(3, {"loss": 0.5})
-    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {"step": 3, "loss": 0.5}
+    assert tiny.lines(tmp_path)[-1] == {"step": 3, "loss": 0.5}
     writer.close()
 
 
@@ -236,8 +245,7 @@ def test_a_checkpoint_finds_the_lines_before_it_written(pairs, tmp_path, monkeyp
     save = trainer.Checkpointer.save
 
     def observed(self, state, position):
-        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-        there[int(state.step)] = [json.loads(line)["step"] for line in lines]
+        there[int(state.step)] = [line["step"] for line in tiny.lines(tmp_path / "run")]
         save(self, state, position)
 
     monkeypatch.setattr(trainer.Checkpointer, "save", observed)

@@ -1,4 +1,3 @@
-import json
 import os
 import pathlib
 import pickle
@@ -94,8 +93,7 @@ def command(pid):
 
 
 def steps(run):
-    path = run / "metrics.jsonl"
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+    return [line["step"] for line in tiny.lines(run)] if (run / "metrics.jsonl").exists() else []
 
 
 def two_steps(_, run):

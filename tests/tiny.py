@@ -1,5 +1,9 @@
-"""A run small enough for tests: config, batches and a folder of pairs."""
+"""A run small enough for tests: config, batches, a folder of pairs, and what the run logs."""
 
+import json
+import pathlib
+
+import jax
 import numpy as np
 from PIL import Image
 
@@ -48,14 +52,21 @@ def short(pairs, run, **changes):
     return config(run=run, **defaults | changes)
 
 
-def untrained(run, objective="xclip", **changes):
-    """What a run leaves in the folder `run`, with the weights that it began with. Returns the folder."""
+def untrained(run, objective="xclip", noise=0.0, **changes):
+    """What a run leaves in the folder `run`, with the weights that it began with. Returns the folder.
+
+    `noise` is the deviation of what is added to weights and statistics, so that none is as every run begins.
+    """
     c = config(objective, run=run, data__batch=8, **changes)
-    made = build.build(c)
+    made, rng = build.build(c), np.random.default_rng(0)
     with TrainingFolder(run).claimed(made.config, []):
         pass
+    state = create(made.init, made.abstract)
+    if noise:
+        trees = {"params": state.params, "batch_stats": state.batch_stats}
+        state = state.replace(**jax.tree.map(lambda x: x + rng.normal(0, noise, x.shape).astype(x.dtype), trees))
     with Checkpointer(run) as checkpointer:
-        checkpointer.save(create(made.init, made.abstract), {"samples": 0})
+        checkpointer.save(state, {"samples": 0})
     return run
 
 
@@ -76,3 +87,13 @@ def folder(path, n=40, seed=0):
         Image.fromarray(rng.integers(0, 256, (20 + i % 5, 24, 3), dtype=np.uint8)).save(path / f"{i:03d}.png")
         (path / f"{i:03d}.txt").write_text(f"picture {i}\n" + (f"number {i}\n" if i % 3 == 0 else ""))
     return path
+
+
+def lines(run, name="metrics.jsonl"):
+    """The lines of a file of JSON lines in a run's folder."""
+    return [json.loads(line) for line in (pathlib.Path(run) / name).read_text().splitlines()]
+
+
+def losses(run):
+    """The loss of each step that a run logged."""
+    return [line["loss"] for line in lines(run) if "loss" in line]

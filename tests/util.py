@@ -1,4 +1,4 @@
-"""What tests of models share: towers with heads by their sizes, variables without an initialisation."""
+"""What tests of models and losses share: towers by their sizes, variables without an initialisation, gradients."""
 
 import functools
 
@@ -55,3 +55,28 @@ def random_variables(module, *args, seed=0, std=0.2):
         return jnp.asarray(value, x.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *args)))
+
+
+def central_differences(f, args, step=1e-6):
+    """Gradients of the scalar f(*args) by each float64 array or scalar in args."""
+    args = [np.array(arg, np.float64) for arg in args]
+    grads = []
+    for arg in args:
+        grad = np.zeros_like(arg)
+        for index in np.ndindex(arg.shape):
+            value = arg[index]
+            arg[index] = value + step
+            above = f(*args)
+            arg[index] = value - step
+            grad[index] = (above - f(*args)) / (2 * step)
+            arg[index] = value
+        grads.append(grad)
+    return grads
+
+
+def assert_close(actual, expected, tolerance):
+    """Elementwise, relative to the largest entry of each array."""
+    for a, b in zip(actual, expected, strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())

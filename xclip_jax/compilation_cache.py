@@ -25,9 +25,9 @@ _HALF_WRITTEN_SECONDS = 60.0
 def enable(run: str = "") -> None:
     """Turn the cache on; to be called before anything is compiled, and after `processes.join`.
 
-    The folder is that of JAX_COMPILATION_CACHE_DIR, which is used as JAX's other variables say, or else
-    `default_folder()` with at most `MAX_BYTES`; of a run of several processes `compiled` in the run's folder, since
-    process 0 alone writes (on CPUs it alone reads, too). JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. A
+    The folder is JAX_COMPILATION_CACHE_DIR where that is set, with JAX's other variables, else `default_folder()` with
+    at most `MAX_BYTES`; a run of several processes uses `compiled` in its own folder, since process 0 alone writes (on
+    CPUs it alone reads, too). JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. A
     folder that cannot be used is a warning.
 
     Args:

@@ -1,4 +1,4 @@
-"""Lines for the person who watches a command."""
+"""Output for the user of a command."""
 
 import jax
 

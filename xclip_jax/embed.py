@@ -69,7 +69,7 @@ class _Part(Sequence[np.ndarray]):
         return image
 
 
-class Job:
+class EmbeddingJob:
     """A model, the items to embed, and the file to write."""
 
     def __init__(
@@ -294,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             compilation_cache.enable()
             machine.warn_of_idle_accelerator()
             model = inference.load(options.checkpoint, step=options.step, batch=options.batch)
-            Job(model, sources, options.out, part=options.part, threads=options.threads).run()
+            EmbeddingJob(model, sources, options.out, part=options.part, threads=options.threads).run()
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command to resume")
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from xclip_jax import inference, storage
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES
+from xclip_jax.data.folder_source import file_size
 from xclip_jax.data.tar_source import TarSource
 from xclip_jax.data.text import decode_text
 from xclip_jax.errors import BadSample, UserError
@@ -60,16 +61,10 @@ class Images:
         """Hash of names and sizes, also of captions; not of times, which change when files are copied."""
         digest = hashlib.blake2b(digest_size=16)
         for path in self.paths:
-            sizes = (0, 0) if storage.is_remote(path) else (_size(path), _size(pathlib.Path(path).with_suffix(".txt")))
+            files = path, pathlib.Path(path).with_suffix(".txt")
+            sizes = (0, 0) if storage.is_remote(path) else map(file_size, files)
             digest.update(b"%s\n%d %d\n" % (os.fsencode(path), *sizes))
         return digest.hexdigest()
-
-
-def _size(path: str | os.PathLike) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
 
 
 def _caption(path: pathlib.Path) -> str:

@@ -22,7 +22,7 @@ class UserError(ValueError):
 
 
 class BadSample(UserError):
-    """One sample that cannot be used; training draws another in its place and writes this one down.
+    """One sample that cannot be used; training draws another in its place and records this one.
 
     Attributes:
       reason: a few words without numbers or names, so that samples can be counted by it.
@@ -51,7 +51,7 @@ def describe(error: BaseException) -> str:
 def exit_with_message() -> Iterator[None]:
     """Context of a command: `UserError`, and an `OSError` that names a file, end it with one sentence and status 1.
 
-    Where the reader of its output goes away, such as `head`, it ends without a word and with status `EXIT_UNREAD`.
+    Where the reader of its output closes it, as `head` does, it ends silently, with status `EXIT_UNREAD`.
     """
     try:
         yield

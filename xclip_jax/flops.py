@@ -4,9 +4,14 @@ A multiplication and an addition count as two. Only matrix products count, as is
 counts the body of a loop over layers once. Causal attention counts in full, since it is computed in full.
 """
 
+from collections.abc import Callable
+from typing import cast
+
 from xclip_jax.config.schema import Config
 from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import LengthGroups
+from xclip_jax.models.tower import TextTower
+from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.objectives import make_objective
 
 # Dense bf16 FLOP/s of one device, by JAX's name of its kind. Sources: cloud.google.com/tpu/docs, and NVIDIA's data
@@ -30,8 +35,8 @@ PEAK = {
 }
 
 
-def forward(config: Config, *, train: bool = True) -> dict[str, float]:
-    """FLOPs of one pair's forward pass: {"img", "txt", "heads", "loss"}.
+def forward(config: Config, *, train: bool = True) -> dict[str, float] | None:
+    """FLOPs of one pair's forward pass: {"img", "txt", "heads", "loss"}; None where a tower does not count its own.
 
     Args:
       config: of a run.
@@ -40,21 +45,39 @@ def forward(config: Config, *, train: bool = True) -> dict[str, float]:
     model, objective = config.model, make_objective(config.objective)
     vocab = tokenizer.load(config.data.tokenizer).vocab_size
     rest = objective.flops(model, vocab, config.data.batch if train else 0)
-    towers = {name: model.tower(name).flops(train) if name in objective.towers else 0.0 for name in ("img", "txt")}
-    return towers | rest
+    towers = {name: model.tower(name).flops(train) if name in objective.towers else 0.0 for name in TOWERS}
+    counted = {name: operations for name, operations in towers.items() if operations is not None}
+    return counted | rest if counted.keys() == towers.keys() else None
 
 
-def train_step(config: Config, groups: LengthGroups | None = None) -> float:
+def train_step(config: Config, groups: LengthGroups | None = None) -> float | None:
     """Model FLOPs of a training step on the whole batch: three forward passes, the teacher's one more.
 
-    A frozen tower has no backward pass. What rematerialisation and microbatches compute again does not count, by
-    definition of MFU; nor does what is cut from texts, in `groups` or else in those of the config.
+    None where a tower does not count its own, see `uncounted`. A frozen tower has no backward pass. What
+    rematerialisation and microbatches compute again does not count, by definition of MFU; nor does what is cut from
+    texts, in `groups` or else in those of the config.
     """
     parts = forward(config)
     tower, groups = config.model.tower("txt"), groups or LengthGroups.parse(config.data.length_groups)
+    if parts is None:
+        return None
     if parts["txt"] and groups.cuts:
-        parts["txt"] = groups.mean(tower.cut_flops, tower.context_length)
+        if (cut := cut_flops(tower)) is None:
+            return None
+        parts["txt"] = groups.mean(cut, tower.context_length)
     objective = make_objective(config.objective)
     teacher = parts["img"] + parts["txt"] + parts["heads"] if objective.teacher else 0.0
     passes = {name: 1 if name in config.init.frozen else 3 for name in parts}
     return config.data.batch * (sum(passes[name] * part for name, part in parts.items()) + teacher)
+
+
+def cut_flops(tower: TextTower) -> Callable[[int], float] | None:
+    """Tokens that a text is cut to -> its FLOPs; None where the tower does not count them."""
+    return None if tower.cut_flops(1) is None else cast("Callable[[int], float]", tower.cut_flops)  # none or all
+
+
+def uncounted(config: Config) -> str:
+    """Say whose FLOPs are not known where `train_step` returns None."""
+    towers = [config.model.tower(name) for name in make_objective(config.objective).towers]
+    names = [f"{type(tower).__name__}.flops" for tower in towers if tower.flops(train=True) is None]
+    return f"FLOPs are not known, as {' and '.join(names) or 'cut_flops of the text tower'} returns None"

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib
+import inspect
 import re
 from typing import TypeVar
 
@@ -29,7 +30,8 @@ def import_class(name: str, base: type[T], what: str = "class", *, dataclass: bo
       dataclass: whether it must be a dataclass.
 
     Raises:
-      UserError: a name of another form, a module that cannot be imported, or no such class in it.
+      UserError: a name of another form, a module that cannot be imported, no such class in it, or one that leaves
+        out what `base` requires.
     """
     match = _CLASS_NAME.fullmatch(name)
     if match is None:
@@ -49,6 +51,9 @@ def import_class(name: str, base: type[T], what: str = "class", *, dataclass: bo
     if not _derived(value, base) or (dataclass and not dataclasses.is_dataclass(value)):
         base_name = f"{base.__module__.removesuffix('.base')}.{base.__qualname__}"
         raise UserError(f"{what} {name!r} is not a {'data' * dataclass}class derived from {base_name}.")
+    if inspect.isabstract(value):
+        members = " and ".join(sorted(value.__abstractmethods__))
+        raise UserError(f"{what} {name!r} does not define {members}, which {base.__qualname__} requires; add it.")
     return value
 
 

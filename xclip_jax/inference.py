@@ -25,8 +25,8 @@ from xclip_jax.data.prefetch import ThreadPrefetcher
 from xclip_jax.errors import BadSample, UserError, check_count
 from xclip_jax.evaluators.encoder import Encoder, Features, Rows
 from xclip_jax.evaluators.zeroshot import class_scores
-from xclip_jax.models.two_towers import TwoTowers
-from xclip_jax.objectives.similarity import features, of_clusters, softmax
+from xclip_jax.models.two_towers import TwoTowers, Variables
+from xclip_jax.objectives.similarity import cluster_similarity, features, softmax
 from xclip_jax.parallel.mesh import make_mesh, replicated
 from xclip_jax.train import weights
 from xclip_jax.train.build import Experiment
@@ -85,7 +85,7 @@ class Model:
     def __init__(
         self,
         experiment: Experiment,
-        variables: Mapping[str, Any],
+        variables: Variables,
         card: Mapping[str, Any],
         *,
         batch: int,
@@ -134,7 +134,7 @@ class Model:
         return self._embed(self._images, images)
 
     def encode_prepared(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """`encode_image` of results of `prepare`; anything with `len` and `[]`, read once and in about that order."""
+        """`encode_image` of results of `prepare`; anything with `len` and `[]`, read once and roughly in that order."""
         return self._embed(self._prepared, images)
 
     def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
@@ -186,8 +186,8 @@ class Model:
         """Classify images by the texts of their classes.
 
         By the model's own similarity. With a projection a class is the mean over its prompts, each normalised,
-        normalised again, the score is the cosine, and the probabilities are its softmax at the learned scale, of models
-        of the sigmoid loss too. Without one the score is the negative cross-entropy of distributions over clusters.
+        normalised again, the score is the cosine, and the probabilities are its softmax at the learned scale, also for
+        models of the sigmoid loss. Without one the score is the negative cross-entropy of distributions over clusters.
 
         Args:
           images: as in `encode_image`.
@@ -212,6 +212,11 @@ class Model:
         labels = [class_names[i] for i in scores.argmax(axis=1)]
         return ZeroShotResult(labels, softmax(self._encoder.logits_of(by_score, self._variables)), scores)
 
+    @property
+    def has_clusters(self) -> bool:
+        """Whether the model has a similarity of distributions over clusters, which `clusters` shows."""
+        return cluster_similarity(self._similarities) is not None
+
     def clusters(
         self,
         images: Sequence[ImageLike] | np.ndarray | None = None,
@@ -219,12 +224,12 @@ class Model:
         texts: Sequence[str] | None = None,
         top: int = 5,
     ) -> Clusters:
-        """The likeliest clusters of images or of texts, for models with a similarity of cluster distributions.
+        """The likeliest clusters of images or of texts, for models that have them, see `has_clusters`.
 
         Raises:
           UserError: a model without cluster heads; both images and texts, or neither; as in `encode_image`.
         """
-        similarity = of_clusters(self._similarities)
+        similarity = cluster_similarity(self._similarities)
         if similarity is None:
             raise UserError("this model has no cluster heads; clusters needs one that was trained with them.")
         keys = (similarity.feature,)
@@ -341,7 +346,7 @@ def load(path: str | os.PathLike, *, step: int | None = None, batch: int = 32, t
     return Model(experiment, variables, {"checkpoint": source, "step": step}, batch=batch, threads=threads)
 
 
-def _unrolled(model: TwoTowers, variables: Mapping[str, Any]) -> tuple[TwoTowers, Mapping[str, Any]]:
+def _unrolled(model: TwoTowers, variables: Variables) -> tuple[TwoTowers, Variables]:
     """On a CPU: in float32, without scans over blocks, which cost a quarter of the time."""
     if jax.default_backend() != "cpu":
         return model, variables

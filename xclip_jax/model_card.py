@@ -162,9 +162,9 @@ def _metadata(config: Config, experiment: Experiment, to: str, measured: Sequenc
 
 def _measured(run: RunFolder, steps: int, step: int) -> list[Result]:
     """Headline results of the checkpoint: of `evaluate` where there are any, else those at the end of training."""
-    values = results.of_entries(_entries(run, step))
+    values = results.parse_entries(_entries(run, step))
     if not values and step == steps:
-        values = results.of_run(run.read_results() or {})
+        values = results.parse_run(run.read_results() or {})
     return [result for result in values if result.headline]
 
 
@@ -259,7 +259,7 @@ def _results(run: RunFolder, steps: int, step: int) -> str:
     lines = ["## Results"]
     last = run.read_results()
     if last and last["results"] and step == steps:
-        lines.append(f"At the end of training, in percent:\n\n```\n{summary.render(results.of_run(last))}\n```")
+        lines.append(f"At the end of training, in percent:\n\n```\n{summary.render(results.parse_run(last))}\n```")
     if shown := _entries(run, step):
         names = _sets(r["set"] for r in shown)
         rows = [

@@ -1,6 +1,6 @@
 """What a config needs of TPUs, ahead of time: python -m xclip_jax.plan --config FILE.py --topology v5e:4x8.
 
-Compiles the train step that a run would use for a topology that need not be there, and prints for each chip what it
+Compiles the train step that a run would use for a topology that need not exist, and prints for each chip what it
 holds, whether that fits, and what it sends; with the analytic FLOPs, how long the run takes at a given MFU. Needs the
 package libtpu (pip install 'xclip_jax[tpu]') and no TPU. `--explain` prints the sharding of each parameter, and stops.
 """
@@ -19,6 +19,7 @@ from jax.experimental import topologies
 
 from xclip_jax import flops
 from xclip_jax.config import load as config_file
+from xclip_jax.config.schema import Config
 from xclip_jax.console import format_bytes
 from xclip_jax.errors import UserError, check_choice, check_count, exit_with_message
 from xclip_jax.parallel.collectives import Collective, collectives, summary
@@ -128,9 +129,6 @@ def plan(
     began = time.perf_counter()
     experiment, compiled, trouble = memory.compile_config(config, devices)
     hosts = len({(getattr(d, "slice_index", 0), d.process_index) for d in devices})
-    step = flops.train_step(experiment.config)
-    per_second = mfu * chip.peak * len(devices) / step * config.data.batch
-    seconds = config.steps * config.data.batch / per_second
     facts = {
         "topology": topology,
         "slices": slices,
@@ -146,14 +144,8 @@ def plan(
         "fits": compiled is not None,
         "trouble": trouble,
         "remedy": memory.suggest(config, devices) if compiled is None and look else "",
-        "flops_per_step": step,
-        "flops_per_pair": step / config.data.batch,
+        **_time(experiment.config, mfu * chip.peak * len(devices), len(devices) // chip.devices, hosts, price),
         "mfu": mfu,
-        "pairs_per_second": per_second,
-        "images_per_second_per_host": per_second / hosts,
-        "chip_hours": seconds / 3600 * len(devices) / chip.devices,
-        "cost": seconds / 3600 * len(devices) / chip.devices * price,
-        "days": seconds / 86400,
         "compile_seconds": time.perf_counter() - began,
         "capacity": chip.memory,
     }
@@ -161,6 +153,24 @@ def plan(
         sent = collectives(compiled.as_text(), len(devices))
         facts |= {"memory": memory.usage(experiment, compiled), "sent": summary(sent), "collectives": _largest(sent)}
     return facts
+
+
+def _time(config: Config, per_second: float, chips: int, hosts: int, price: float) -> dict[str, Any]:
+    """How long the run takes at `per_second` FLOP/s, and what it costs; or why that is not known."""
+    step = flops.train_step(config)
+    if step is None:
+        return {"untimed": flops.uncounted(config)}
+    pairs_per_second, seconds = per_second / step * config.data.batch, config.steps * step / per_second
+    chip_hours = seconds / 3600 * chips
+    return {
+        "flops_per_step": step,
+        "flops_per_pair": step / config.data.batch,
+        "pairs_per_second": pairs_per_second,
+        "images_per_second_per_host": pairs_per_second / hosts,
+        "chip_hours": chip_hours,
+        "cost": chip_hours * price,
+        "days": seconds / 86400,
+    }
 
 
 def _largest(sent: list[Collective], n: int = 12) -> list[dict[str, Any]]:
@@ -203,6 +213,8 @@ def render(facts: dict[str, Any]) -> str:
     else:
         lines += [f"DOES NOT FIT in a {device}'s {format_bytes(facts['capacity'])}: {facts['trouble']}"]
         lines += [f"it would with {facts['remedy']}" if facts["remedy"] else "no change that was tried makes it fit"]
+    if "untimed" in facts:
+        return "\n".join([*lines, "", f"no estimate of the time: {facts['untimed']}"])
     lines += [
         "",
         f"{facts['flops_per_pair'] / 1e9:.1f} GFLOP a pair, {facts['flops_per_step'] / 1e12:,.0f} TFLOP a step",

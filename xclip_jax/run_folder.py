@@ -85,7 +85,7 @@ class RunFolder:
         return max(self.steps(), default=None)
 
     def writer(self) -> str:
-        """Return what is said of the process that writes to the folder now, or ""; a bucket has no locks."""
+        """Return a description of the process that writes to the folder now, or ""; a bucket has no locks."""
         if fcntl is None or is_remote(str(self.path)) or not self.lock_file.exists():
             return ""
         with open(self.lock_file) as file:

@@ -1,4 +1,4 @@
-"""Files on local disks and, through fsspec, in buckets: patterns of names, reads at an offset, JSON that grows."""
+"""Files on local disks and, through fsspec, in buckets: patterns of names, reads at an offset, JSON files that grow."""
 
 import contextlib
 import errno

@@ -4,7 +4,7 @@
     class LogConfig:
         every: int = key(20, "steps between two lines of metrics; 0 for none", at_least(0))
 
-Each room of the project defines the group of keys that it reads; `schema` collects them. A group may have a method
+Each module defines the group of keys that it reads; `schema` collects them. A group may have a method
 `conflicts() -> Iterable[str]`, which says what is wrong with values that are allowed by themselves, each time
 beginning with the name of a key.
 """

@@ -1,4 +1,4 @@
-"""The config of a command: loads the recipe, checks the overrides, and makes one sentence of what is wrong."""
+"""The config of a command: loads the recipe, checks the overrides, and reports what is wrong in one sentence."""
 
 import importlib.util
 import pathlib
@@ -23,7 +23,7 @@ def recipes() -> dict[str, pathlib.Path]:
 
 
 def find_recipe(name: str) -> str:
-    """Return the file of a recipe: that of a recipe of the package, or `name` itself where it is a path.
+    """Return the file of the recipe `name`: one of the package's, or `name` itself where it is a path.
 
     Raises:
       UserError: no such recipe or file.

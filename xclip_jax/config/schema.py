@@ -1,4 +1,4 @@
-"""All keys of a run: each room's group of keys in one frozen dataclass, checked at once.
+"""All keys of a run: each module's group of keys in one frozen dataclass, checked at once.
 
 Recipes start from `default()`, a locked `ConfigDict`, and change values; `resolve` turns it into a `Config`.
 """

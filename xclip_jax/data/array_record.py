@@ -73,5 +73,5 @@ class ArrayRecords(SourceKind):
 
     @classmethod
     def open_pairs(cls, rest: str, options: SourceOptions) -> ArrayRecordSource:
-        """See `ArrayRecordSource`."""
+        """Open an `ArrayRecordSource`."""
         return ArrayRecordSource(rest, options.image_key, options.text_keys, options.tags_key)

@@ -44,7 +44,7 @@ class Source(abc.ABC):
     def fingerprint(self) -> dict[str, Any]:
         """Return JSON that identifies the data: "samples", their number, "hash", and whatever else describes them.
 
-        The hash is that of a copy in another place too, and another one for other data. A run stores fingerprints in
+        A copy elsewhere has the same hash, and other data have another one. A run stores fingerprints in
         data.json, and does not resume on data with another one.
         """
 
@@ -78,23 +78,23 @@ class WrappedSource(Source):
         return self.source[index]
 
     def fingerprint(self) -> dict[str, Any]:
-        """As the source does."""
+        """Fingerprint of the source."""
         return self.source.fingerprint()
 
     def describe(self, index: int) -> dict[str, str]:
-        """As the source does."""
+        """The source's description of a record."""
         return self.source.describe(index)
 
     def known_fault(self, index: int) -> str:
-        """As the source does."""
+        """The source's known fault of a record, or ""."""
         return self.source.known_fault(index)
 
     def known_faults(self) -> Mapping[str, int]:
-        """As the source does."""
+        """Known faults of the source."""
         return self.source.known_faults()
 
     def remarks(self) -> Iterable[str]:
-        """As the source does."""
+        """Remarks of the source."""
         return self.source.remarks()
 
 

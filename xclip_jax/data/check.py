@@ -220,7 +220,7 @@ def _open(options: argparse.Namespace) -> Source:
     """
     keys = options.image_key, tuple(options.text_keys.split(",")), options.tags_key
     try:
-        return sources.open_pairs(sources.of_path(options.source), SourceOptions(options.data_dir, *keys))
+        return sources.open_pairs(sources.spec_from_path(options.source), SourceOptions(options.data_dir, *keys))
     except MissingColumnError as error:
         raise UserError(f"{error.fault}; set {error.keys.replace('data.', '--')}.") from error
 

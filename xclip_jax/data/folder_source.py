@@ -56,7 +56,7 @@ class FolderSource(Source):
         digest = hashlib.blake2b(digest_size=16)
         root = len(str(self.path / "x")) - 1
         for image in map(str, self.images):  # pathlib would take most of the time, of millions of files minutes
-            sizes = _size(image), _size(f"{os.path.splitext(image)[0]}.txt")
+            sizes = file_size(image), file_size(f"{os.path.splitext(image)[0]}.txt")
             digest.update(f"{image[root:]}\0{sizes}\n".encode("utf-8", "surrogateescape"))
         return {"samples": len(self), "hash": digest.hexdigest()}
 
@@ -69,7 +69,8 @@ def _visible_images(root: pathlib.Path) -> Iterator[pathlib.Path]:
                 yield pathlib.Path(folder, name)
 
 
-def _size(path: str) -> int:
+def file_size(path: str | os.PathLike) -> int:
+    """Bytes of a file; -1 where there is none."""
     try:
         return os.stat(path).st_size
     except OSError:
@@ -87,12 +88,12 @@ class Folders(SourceKind):
 
     @classmethod
     def open_pairs(cls, rest: str, options: SourceOptions) -> FolderSource:
-        """See `FolderSource`."""
+        """Open a `FolderSource`."""
         return FolderSource(rest)
 
     @classmethod
     def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
-        """See `labelled.read_files`."""
+        """Open the images of `labelled.read_files`."""
         return labelled.open_files(f"folder:{rest}", rest)
 
     @classmethod

@@ -75,7 +75,7 @@ def _rows(path: pathlib.Path, task: Task) -> list[dict[str, str]]:
 def _complete(rows: list[dict[str, str]], path: pathlib.Path, task: Task) -> list[dict[str, str]]:
     """Return the rows that have their texts and a label, and print how many have not.
 
-    A few of QQP's lack a question or end too early; others leave them out, too. Many mean a damaged file.
+    A few rows of QQP lack a question or end too early; others leave them out, too. Many mean a damaged file.
     """
     columns = (*task.columns, task.label)
     complete = [row for row in rows if all(row.get(column) for column in columns)]
@@ -91,7 +91,7 @@ def _complete(rows: list[dict[str, str]], path: pathlib.Path, task: Task) -> lis
 def read_pairs(
     name: str, split: str, folder: str = "", data_dir: str | None = None
 ) -> tuple[list[list[str]], np.ndarray]:
-    """Return what `read` does, but the texts of an item as a list."""
+    """Return texts and labels as `read` does, with the texts of each item as a list."""
     check_choice("the GLUE task", name, TASKS)
     check_choice("the GLUE split", split, ("train", "validation"))
     task = TASKS[name]
@@ -147,7 +147,7 @@ class GlueTasks(SourceKind):
 
     @classmethod
     def open_labelled(cls, rest: str, options: SourceOptions) -> Labelled:
-        """See `read`."""
+        """Open the labelled texts of `read`."""
         head, _, split = rest.rpartition("/")
         task, _, folder = head.partition("@")
         if not task:

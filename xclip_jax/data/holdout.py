@@ -94,7 +94,7 @@ class TrainingPart(Subset):
         self._outcome = records.outcome(held_out.indices, held_out.bad)
 
     def fingerprint(self) -> dict[str, Any]:
-        """As the source does, with `records.outcome` of the held-out pairs."""
+        """Fingerprint of the source, with `records.outcome` of the held-out pairs."""
         return super().fingerprint() | {"data.holdout": self._outcome}
 
 

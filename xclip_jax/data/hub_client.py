@@ -25,7 +25,7 @@ def load(purpose: str) -> Any:
 
 
 def unreachable(error: BaseException) -> bool:
-    """Whether a request failed for want of a connection, or of a server that works."""
+    """Whether a request failed because there is no connection, or the server does not work."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if isinstance(error, HfHubHTTPError):
@@ -38,7 +38,7 @@ def _of_network(error: BaseException) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """Return what a request failed of, for a sentence."""
+    """Return why a request failed, for a sentence."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     return "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else first_line(error).rstrip(".")

@@ -328,12 +328,12 @@ class HubSets(SourceKind):
 
     @classmethod
     def open_pairs(cls, rest: str, options: SourceOptions) -> HubPairs:
-        """See `HubPairs`."""
+        """Open a `HubPairs`."""
         return HubPairs(rest, options)
 
     @classmethod
     def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
-        """See `open_labelled` of the module."""
+        """Open labelled images, see `open_labelled` of the module."""
         return open_labelled(rest, options.image_key)
 
     @classmethod

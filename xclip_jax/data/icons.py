@@ -1,4 +1,4 @@
-"""Icons as image-text pairs: 86,000 drawings by 107 families of artists, from one npm package, built on first use.
+"""Icons as image-text pairs: 87,000 drawings by 107 families of artists, from one npm package, built on first use.
 
 Rules, counts and licences are in docs/icons.md. The parts: `icons_sets` (which sets), `icons_names` (captions and
 concepts), `icons_package` (download and reading), `icons_drawing` (pictures), `icons_splits` (duplicates and splits).
@@ -198,8 +198,8 @@ class IconPairs(tfds.core.GeneratorBasedBuilder):
     A record has image (PNG), id ("ph/paw-print-bold"), set, family, concept (id), name (the caption), aliases and
     category (lists of texts, mostly empty or of one).
 
-    Splits: train; test_concepts and validation_concepts, all drawings of concepts that training has from nobody;
-    test_rendering and validation_rendering, known concepts as families draw them that training has nothing of.
+    Splits: train; test_concepts and validation_concepts, all drawings of concepts that are not in training at all;
+    test_rendering and validation_rendering, known concepts as drawn by families that are not in training.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -277,14 +277,14 @@ def render(report: Mapping[str, Any]) -> str:
 def prepare(data_dir: str | os.PathLike | None = None, source: Source | None = None) -> IconPairs:
     """The builder, ready to be read; builds the data set on first use (some minutes, and 104 MB of download).
 
-    An interrupted build leaves nothing half: the data set gets its name when it is complete.
+    An interrupted build leaves no partial data set: it gets its name when it is complete.
 
     Args:
       data_dir: root of TFDS data sets; by default $TFDS_DATA_DIR, else `tfds` in the cache of `assets.cache_dir`.
       source: what to build from, by default the pinned package.
 
     Raises:
-      UserError: resvg-py is missing, or the package cannot be had.
+      UserError: resvg-py is missing, or the package cannot be downloaded.
     """
 
     def make(root: str) -> IconPairs:
@@ -298,7 +298,7 @@ def prepare(data_dir: str | os.PathLike | None = None, source: Source | None = N
 def concepts(builder: tfds.core.DatasetBuilder) -> list[dict[str, Any]]:
     """Every concept of the corpus, in order of id: the class list.
 
-    Each is {id, name, captions, aliases, category, role}: name is the commonest of its captions, aliases are what sets
-    call it besides, category is the commonest or "", and role is "train", "test_concepts" or "validation_concepts".
+    Each is {id, name, captions, aliases, category, role}: name is the commonest of its captions, aliases are its other
+    names in the sets, category is the commonest or "", and role is "train", "test_concepts" or "validation_concepts".
     """
     return builder.info.metadata["concepts"]

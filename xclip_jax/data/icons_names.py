@@ -130,7 +130,7 @@ def branded(data: Mapping[str, Any]) -> frozenset[str]:
 
 
 def categories(data: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Icon -> its categories in words ("AudioVideo" is "audio video"), without those that catch what fits no other."""
+    """Icon -> its categories in words ("AudioVideo" is "audio video"), without those for what fits no other."""
     by_name: dict[str, list[str]] = {}
     for title, names in (data.get("categories") or {}).items():
         words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", title)
@@ -159,7 +159,7 @@ def aliases(data: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def other_captions(texts: Iterable[str], own: str, brand_names: Collection[str]) -> Sequence[str]:
-    """Those of `texts` that are captions of another concept than the caption `own`, one for each concept.
+    """Captions among `texts` of other concepts than that of the caption `own`, one for each concept.
 
     The same words written as one are no other name.
     """

@@ -78,7 +78,7 @@ class Icon:
 
     @property
     def id(self) -> str:
-        """Its name in all of the corpus: "ph/paw-print-bold"."""
+        """Name of the icon in the whole corpus: "ph/paw-print-bold"."""
         return f"{self.icon_set}/{self.name}"
 
 

@@ -149,11 +149,11 @@ def assign(icons: Sequence[Icon], signatures: np.ndarray) -> Corpus:
     counts["duplicates within a concept"] = len(icons) - len(first)
     counts["of one family after that"] = len(first) - len(pool)
     unseen = _first(
-        sorted(concept for concept, of in drawn.items() if len(of) >= UNSEEN_FAMILIES),
+        sorted(concept for concept, families in drawn.items() if len(families) >= UNSEEN_FAMILIES),
         "concept",
         dict(zip(UNSEEN, (TEST_CONCEPTS, VALIDATION_CONCEPTS), strict=True)),
     )
-    counts["concepts of four families"] = sum(len(of) >= UNSEEN_FAMILIES for of in drawn.values())
+    counts["concepts of four families"] = sum(len(families) >= UNSEEN_FAMILIES for families in drawn.values())
     low, high = FAMILY_DRAWINGS
     sizes = collections.Counter(family(icons[i].icon_set) for i in pool)
     held = _first(

@@ -240,7 +240,7 @@ class Labelled(LabelledSource):
 
 
 def open_files(name: str, path: str) -> Labelled:
-    """Open the images in classes of `read_files`, whose arguments and errors these are."""
+    """Open the images in classes that `read_files` reads; arguments and errors are the same."""
     paths, labels, names = read_files(name, pathlib.Path(path))
     return Labelled("image", paths, labels, names)
 
@@ -255,12 +255,12 @@ class MismatchError(UserError):
     """Labelled items that a model cannot learn from.
 
     Attributes:
-      of: "classes" where their number differs; "image" or "text" for items that the model does not learn from.
+      fault: "classes" where their number differs; "image" or "text" for items that the model does not learn from.
     """
 
-    def __init__(self, message: str, of: str) -> None:
+    def __init__(self, message: str, fault: str) -> None:
         super().__init__(message)
-        self.of = of
+        self.fault = fault
 
 
 def check_sources(

@@ -37,7 +37,7 @@ class LengthGroups:
 
     @classmethod
     def parse(cls, spec: str) -> Self:
-        """Of config key `data.length_groups`, as "24:0.6,40:0.9"; "auto" and "full" have no cuts.
+        """Parse config key `data.length_groups`, such as "24:0.6,40:0.9"; "auto" and "full" have no cuts.
 
         Raises:
           UserError: anything else.

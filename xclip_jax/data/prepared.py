@@ -1,8 +1,8 @@
-"""Preparing of the data sets that this project makes itself, by TFDS, when they are first read."""
+"""Data sets that this project makes itself: prepared by TFDS when they are first read, and their records."""
 
 import os
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import tensorflow_datasets as tfds
 
@@ -32,3 +32,15 @@ def prepare(make: Callable[[str], B], data_dir: str | os.PathLike | None) -> B:
             raise
         builder = make(root)
     return builder
+
+
+def records(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield the encoded image of each record of a split, and its other features, which are texts and lists of texts."""
+    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    for record in (source[i] for i in range(len(source))):
+        image = record.pop("image")
+        yield image, {key: _text(value) for key, value in record.items()}
+
+
+def _text(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else [item.decode() for item in value]

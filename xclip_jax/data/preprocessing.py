@@ -1,4 +1,4 @@
-"""How a model wants its images when it is used: a part of the model, as its tokenizer is."""
+"""How images are preprocessed for a model in use: a part of the model, as its tokenizer is."""
 
 import ast
 import dataclasses
@@ -97,7 +97,7 @@ class Preprocessing:
 
     @classmethod
     def from_config(cls, config: _Config) -> "Preprocessing":
-        """Of the model of a run's `Config`."""
+        """Make the preprocessing of the model of a run's `Config`."""
         mean, std = mean_std(config.data.normalization)
         group = config.eval
         size = config.model.tower("img").image_size
@@ -105,7 +105,7 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], size: int) -> "Preprocessing":
-        """Of groups "data" and "eval" of a config as nested dicts, and the size of the tower's images.
+        """Make it from groups "data" and "eval" of a config as nested dicts, and the size of the tower's images.
 
         Where "eval" lacks keys, as in older files of weights, defaults hold.
         """
@@ -124,7 +124,7 @@ class Preprocessing:
             },
         }  # fmt: skip
 
-    def at(self, size: int) -> "Preprocessing":
+    def with_size(self, size: int) -> "Preprocessing":
         """The same view of an image at another size."""
         return dataclasses.replace(self, size=size, resize_size=math.ceil(self.resize_size * size / self.size))
 

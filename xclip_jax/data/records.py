@@ -1,4 +1,4 @@
-"""Reading of records that turns whatever is wrong with one of them into a `BadSample`."""
+"""Reading of records, in which any fault of a record becomes a `BadSample`."""
 
 import collections
 import hashlib
@@ -81,8 +81,8 @@ def read_each(
 ) -> Iterator[T | BadSample]:
     """Yield `take(record)` of each of `places`, in their order, and the `BadSample` of one that cannot be used.
 
-    Whoever stops iterating, as at a signal, does not wait for records that are still read, nor does the end of the
-    process.
+    A caller that stops iterating, as at a signal, does not wait for records that are still being read; nor does the
+    end of the process.
 
     Args:
       places: (source, index) of the records; some are taken ahead.

@@ -73,7 +73,7 @@ def is_spec(text: str) -> bool:
     return (bool(colon) and prefix in SOURCES) or _IMPORTED.fullmatch(text) is not None
 
 
-def of_path(text: str) -> str:
+def spec_from_path(text: str) -> str:
     """Return the spec of a plain path, by what it looks like; a spec as it is.
 
     Raises:

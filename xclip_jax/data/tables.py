@@ -308,12 +308,12 @@ class CsvTables(SourceKind):
 
     @classmethod
     def open_pairs(cls, rest: str, options: SourceOptions) -> CsvSource:
-        """See `TableSource`."""
+        """Open a `TableSource`."""
         return CsvSource(rest, options.image_key, options.text_keys, options.tags_key)
 
     @classmethod
     def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
-        """See `labelled.read_files`."""
+        """Open the images of `labelled.read_files`."""
         return labelled.open_files(f"csv:{rest}", rest)
 
 
@@ -330,5 +330,5 @@ class ParquetTables(SourceKind):
 
     @classmethod
     def open_pairs(cls, rest: str, options: SourceOptions) -> ParquetSource:
-        """See `TableSource`."""
+        """Open a `TableSource`."""
         return ParquetSource(rest, options.image_key, options.text_keys, options.tags_key)

@@ -182,5 +182,5 @@ class Tars(SourceKind):
 
     @classmethod
     def open_pairs(cls, rest: str, options: SourceOptions) -> TarSource:
-        """See `TarSource`."""
+        """Open a `TarSource`."""
         return TarSource(rest, options.text_keys, options.tags_key)

@@ -148,13 +148,13 @@ class TfdsSplits(SourceKind):
 
     @classmethod
     def open_pairs(cls, rest: str, options: SourceOptions) -> TfdsSource:
-        """See `TfdsSource`."""
+        """Open a `TfdsSource`."""
         name, split = _name_and_split(rest)
         return TfdsSource(*open_tfds(name, split, options.dir or None), split, options)
 
     @classmethod
     def open_labelled(cls, rest: str, options: SourceOptions) -> TfdsLabelled:
-        """See `TfdsLabelled`."""
+        """Open a `TfdsLabelled`."""
         return TfdsLabelled(*_name_and_split(rest), options.dir or None)
 
     @classmethod
@@ -187,7 +187,7 @@ class DemoSplits(SourceKind):
 
     @classmethod
     def open_pairs(cls, rest: str, options: SourceOptions) -> TfdsSource:
-        """See `demo.prepare`."""
+        """Open a split of the data set of `demo.prepare`."""
         return _open_prepared("demo", demo.prepare(options.dir or None), rest, options)
 
 
@@ -203,7 +203,7 @@ class IconSplits(SourceKind):
 
     @classmethod
     def open_pairs(cls, rest: str, options: SourceOptions) -> TfdsSource:
-        """See `icons.prepare`."""
+        """Open a split of the data set of `icons.prepare`."""
         return _open_prepared("icons", icons.prepare(options.dir or None), rest, options)
 
 

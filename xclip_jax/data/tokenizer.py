@@ -8,13 +8,13 @@ import functools
 import gzip
 import html
 import json
-import pathlib
 import string
 from collections.abc import Callable, Sequence
 
 import ftfy
 import numpy as np
 import tokenizers
+from etils import epath
 
 from xclip_jax.data import assets
 from xclip_jax.data.text import join_surrogates
@@ -102,6 +102,8 @@ class Tokenizer:
 def load(name: str) -> Tokenizer:
     """Return a tokenizer: "clip" (49,408 ids), "bytes" (259), or the path of a Hugging Face `tokenizers` JSON file.
 
+    The file may be in a bucket, as the copy of a run's folder there is.
+
     Raises:
       UserError: unknown name, unreadable file, a vocabulary without an end token.
     """
@@ -109,7 +111,7 @@ def load(name: str) -> Tokenizer:
         return _clip()
     if name == "bytes":
         return _bytes()
-    if pathlib.Path(name).is_file():
+    if epath.Path(name).is_file():
         return _from_file(name)
     raise UserError(f"tokenizer {name!r} must be one of {', '.join(map(repr, NAMES))} or the path of a tokenizer.json.")
 
@@ -215,7 +217,7 @@ def _check_raised_by_library(error: BaseException) -> None:
 def _from_file(path: str) -> Tokenizer:
     end_tokens, pad_tokens, start_tokens, size, cleaning = END_TOKENS, PAD_TOKENS, START_TOKENS, 0, ""
     try:
-        content = pathlib.Path(path).read_bytes().decode()
+        content = epath.Path(path).read_bytes().decode()
         if content.startswith(f'{{"{_CONVENTIONS}"'):
             wrapped = json.loads(content)
             content, own = json.dumps(wrapped["tokenizer"]), wrapped[_CONVENTIONS]

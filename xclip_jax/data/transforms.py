@@ -50,7 +50,7 @@ def _check_pixels(w: int, h: int) -> None:
 
 @functools.cache
 def _formats() -> list[str]:
-    """Those of `_FORMATS` that this Pillow reads."""
+    """Formats among `_FORMATS` that this Pillow reads."""
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]
 
@@ -143,7 +143,7 @@ def _open(data: bytes | Image.Image, held: contextlib.ExitStack) -> Image.Image:
 
 
 def _decode(data: bytes | np.ndarray, scaled_to: int, held: contextlib.ExitStack) -> np.ndarray:
-    """See `decode`. Until `held` is closed the image's pixels count as being decoded."""
+    """Decode an image, see `decode`. Until `held` is closed the image's pixels count as being decoded."""
     if isinstance(data, np.ndarray):
         return data
     if data[:2] == b"\xff\xd8" and (image := _decode_jpeg(data, scaled_to, held)) is not None:

@@ -256,7 +256,7 @@ class Wds(SourceKind):
 
     @classmethod
     def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
-        """See `open_labelled` of the module."""
+        """Open labelled images, see `open_labelled` of the module."""
         return open_labelled(locate(rest))
 
     @classmethod

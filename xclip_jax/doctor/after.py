@@ -136,7 +136,7 @@ def _health(run: Record, name: str) -> Iterator[Finding]:
     if not run.objective.weights[name]:
         return
     rows = complete_rows(run.objective, name, run.training)
-    warnings = Warnings.of(run, name, rows)
+    warnings = Warnings.collect(run, name, rows)
     shown = term.health(rows[-1]) if rows else None
     lights = {light.name: light for light in (shown.lights if shown else ())}
     # A complete run is judged however short it was.

@@ -1,4 +1,4 @@
-"""Devices and versions: whether JAX uses this machine's accelerator, and whether packages are those that are needed."""
+"""Devices and versions: whether JAX uses this machine's accelerator, and whether packages have the right versions."""
 
 import os
 import pathlib

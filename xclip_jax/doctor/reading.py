@@ -116,7 +116,7 @@ def _open_sources(data: loader.DataConfig, objective: Objective) -> list[Source]
     try:
         return loader.open_sources(data, objective.classes, objective.fields)
     except labelled.MismatchError as error:
-        raise UserError(f"{error}; {objective.source_remedies.get(error.of, 'use another source')}.") from error
+        raise UserError(f"{error}; {objective.source_remedies.get(error.fault, 'use another source')}.") from error
 
 
 def read_sample(experiment: Experiment, sources: Sequence[Source], samples: int, seconds: float) -> Sample:

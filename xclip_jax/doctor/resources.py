@@ -1,4 +1,4 @@
-"""Memory and disk: what the train step and the checkpoints need, against what is there; how long a step takes."""
+"""Memory and disk: what the train step and the checkpoints need, against what is available; how long a step takes."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ TIMED_STEPS = 2
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What is known of a step: seconds, or None where it was not timed, and what was findings."""
+    """Result of checking the train step: its time in seconds (None if not timed) and the findings."""
 
     seconds: float | None
     findings: list[Finding]
@@ -50,14 +50,15 @@ def check_step(experiment: Experiment, folder: RunFolder, mode: str = "auto") ->
     """
     device, operations = jax.devices()[0], flops.train_step(experiment.config)
     limit, state = memory.capacity(device), memory.bytes_on_device(experiment.abstract)
-    values = {"state_bytes": state, "capacity_bytes": limit, "flops_per_step": operations}
+    values = {"state_bytes": state, "capacity_bytes": limit} | ({"flops_per_step": operations} if operations else {})
     if state > limit:
         text = memory.state_too_large(state, limit)
         return Step(None, [fail("memory", text, memory.STATE_REMEDY, **values)])
-    if mode == "never" or (mode == "auto" and device.platform == "cpu" and operations > CHEAP):
+    if mode == "never" or (mode == "auto" and device.platform == "cpu" and (operations or math.inf) > CHEAP):
+        cost = f"{operations / 1e12:,.3g} TFLOP" if operations else f"whose {flops.uncounted(experiment.config)}"
         text = (
-            f"the state takes {format_bytes(state)} of a device's {format_bytes(limit)}; the step, "
-            f"{operations / 1e12:,.3g} TFLOP, is not compiled here: --step always does, xclip-jax plan for TPUs"
+            f"the state takes {format_bytes(state)} of a device's {format_bytes(limit)}; the step, {cost}, is not "
+            "compiled here: --step always does, xclip-jax plan for TPUs"
         )
         return Step(None, [Finding("memory", text, values=values)])
     compiled, trouble = memory.compile_if_fits(experiment)
@@ -81,7 +82,9 @@ def _too_large(
     return fail("memory", f"the step does not fit a device's {format_bytes(limit)}: {needs}", remedy, **values)
 
 
-def _time(experiment: Experiment, folder: RunFolder, compiled: Any, operations: float) -> tuple[float, list[Finding]]:
+def _time(
+    experiment: Experiment, folder: RunFolder, compiled: Any, operations: float | None
+) -> tuple[float, list[Finding]]:
     findings, restored = [], None
     if (step := folder.latest_step()) is not None:
         restored, problem = attempt("resume", lambda: _restore(experiment, folder))
@@ -96,9 +99,10 @@ def _time(experiment: Experiment, folder: RunFolder, compiled: Any, operations: 
         jax.block_until_ready(metrics)
     seconds = (time.perf_counter() - began) / TIMED_STEPS
     b, left = experiment.data.batch, experiment.config.steps - (step or 0)
+    speed = f", {operations / seconds / 1e12:,.3g} TFLOP/s" if operations else ""
     text = (
-        f"{seconds:.3g} s, {b / seconds:,.0f} samples/s, {operations / seconds / 1e12:,.3g} TFLOP/s; the {left:,} "
-        f"steps to go take {format_duration(left * seconds)} without reading and evaluating"
+        f"{seconds:.3g} s, {b / seconds:,.0f} samples/s{speed}; the {left:,} steps to go take "
+        f"{format_duration(left * seconds)} without reading and evaluating"
     )
     values = {"step_seconds": seconds, "samples_per_second": b / seconds, "run_seconds": left * seconds}
     return seconds, [*findings, Finding("step", text, values=values)]

@@ -22,7 +22,7 @@ _FEW_ON_DEVICE = 8
 
 
 def check_settings(experiment: Experiment, step_seconds: float | None) -> Iterator[Finding]:
-    """Yield warnings of settings, or one line that has none.
+    """Yield warnings about settings, or one line that says there are none.
 
     Args:
       experiment: of the run.

@@ -11,6 +11,7 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.result import Result, flat
+from xclip_jax.models.two_towers import Variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +89,10 @@ class Evaluator(abc.ABC):
         return f"{self.family}/{self.data.name}"
 
     @abc.abstractmethod
-    def measure(self, variables: Any) -> list[Result]:
+    def measure(self, variables: Variables) -> list[Result]:
         """Return the results; `variables` are those that `TwoTowers.apply` takes."""
 
-    def run(self, variables: Any) -> dict[str, float]:
+    def run(self, variables: Variables) -> dict[str, float]:
         """Return the results as {name: value}."""
         return flat(self.measure(variables))
 

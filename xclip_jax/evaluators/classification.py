@@ -24,6 +24,7 @@ from xclip_jax.evaluators.published_sets import ENTRIES
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import PerExample, class_weights
 from xclip_jax.evaluators.zeroshot import accuracy
+from xclip_jax.models.two_towers import Variables
 
 PREFIX = "finetuned/"
 _LABELS = {"top1": "top-1", "matthews": "Matthews", "f1": "F1", "spearman": "Spearman", "pearson": "Pearson"}
@@ -91,7 +92,7 @@ class ClassifierEvaluator(Evaluator):
         self.images = not isinstance(data.items[0], str)
         self.family = "visual" if self.images else "textual"
 
-    def measure(self, variables: Any) -> list[Result]:
+    def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class names."""
         encode = self.encoder.images if self.images else self.encoder.texts
         logits = encode(variables, self.data.items, ("class_logits",)).get("class_logits")

@@ -1,26 +1,27 @@
 """Protocols on items that depend on each other, such as drawings of one concept, which are right or wrong together.
 
 Results are those of the plain protocols, and `statistics.bootstrap` resamples concepts, not drawings: an interval that
-takes drawings for independent is a third of the true one. Zero-shot classification also has the geometric mean rank.
+treats drawings as independent is a third of the true one. Zero-shot classification also has the geometric mean rank.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import logistic
 from xclip_jax.evaluators.base import Column, Evaluator, Metric
-from xclip_jax.evaluators.feature_classifiers import knn, subset
+from xclip_jax.evaluators.feature_classifiers import is_right, knn, subset
 from xclip_jax.evaluators.probe import Joined, Probe
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
-from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet, ranks
-from xclip_jax.evaluators.statistics import PerExample, valid_rows
+from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet
+from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.evaluators.text import TextRetrieval, TextRetrievalSet
 from xclip_jax.evaluators.zeroshot import LAYOUTS, ZeroShot, ZeroShotSet
+from xclip_jax.models.two_towers import Variables
 
 _HERE = "xclip_jax.evaluators.clustered"
 _SEEDS = 3  # draws of a few-shot training set
@@ -54,24 +55,18 @@ class ClusteredZeroShot(ZeroShot):
 
     layouts = (_WITH_RANK,)
 
-    def scores(self, variables: Any) -> dict[str, np.ndarray]:
-        """{score: (n, ways)} of the set's images; kept until `measure` has ranked them."""
-        self._scores = super().scores(variables)
-        return self._scores
-
-    def measure(self, variables: Any) -> list[Result]:
+    def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class names."""
-        labels, ways = np.asarray(self.data.labels), len(self.data.prompts)
-        results = [_with_groups(result, labels) for result in super().measure(variables)]
-        right = np.arange(ways) == labels[:, None]
-        level = float(np.exp(np.log(np.arange(1, ways + 1)).mean()))
-        for score, scores in self._scores.items():
-            rank = np.minimum(ranks(scores, right), ways - 1) + 1
-            items = PerExample(rank.astype(float), statistic="gmean", groups=labels)
-            fields = {"unit": "rank", "n": len(labels), "chance": level, "items": items, "score": score}
-            results.append(self.result("rank_gmean", items.value(), **fields))
-        self._scores = {}
-        return results
+        labels = np.asarray(self.data.labels)
+        return [_with_groups(result, labels) for result in super().measure(variables)]
+
+    def results_of_ranks(self, score: str, rank: np.ndarray) -> list[Result]:
+        """Return "rank_gmean"."""
+        ways = len(self.data.prompts)
+        items = PerExample((np.minimum(rank, ways - 1) + 1).astype(float), statistic="gmean")
+        chance = float(np.exp(np.log(np.arange(1, ways + 1)).mean()))
+        fields = {"unit": "rank", "n": len(rank), "chance": chance, "items": items, "score": score}
+        return [self.result("rank_gmean", items.value(), **fields)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,7 +79,7 @@ class ClusteredRetrievalSet(RetrievalSet):
 class ClusteredRetrieval(Retrieval):
     """`Retrieval`, resampled by image, with all of its captions."""
 
-    def measure(self, variables: Any) -> list[Result]:
+    def measure(self, variables: Variables) -> list[Result]:
         """Return the results of `Retrieval`."""
         images = np.arange(len(self.data.images))
         of_caption = np.repeat(images, [len(captions) for captions in self.data.captions])
@@ -102,7 +97,7 @@ class ClusteredTextRetrievalSet(TextRetrievalSet):
 class ClusteredTextRetrieval(TextRetrieval):
     """`TextRetrieval`, resampled by the text that queries ask for."""
 
-    def measure(self, variables: Any) -> list[Result]:
+    def measure(self, variables: Variables) -> list[Result]:
         """Return the results of `TextRetrieval`."""
         targets = np.array([target for _, target in self.data.queries])
         return [_with_groups(result, targets) for result in super().measure(variables)]
@@ -124,7 +119,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TransferProbeSet:
-    """Probes of classes, with everything that is chosen chosen on other classes.
+    """Linear, kNN and few-shot probes whose hyperparameters are selected on a disjoint set of classes.
 
     Attributes:
       name: in the metrics' names.
@@ -175,7 +170,7 @@ class TransferProbe(Evaluator):
     layouts = Probe.layouts
     inputs = ("train", "test")
 
-    def measure(self, variables: Any) -> list[Result]:
+    def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class names."""
         task, tuning = self.data.task, self.data.tuning
         parts = [tuning.train, tuning.test, task.train, task.test]
@@ -186,7 +181,7 @@ class TransferProbe(Evaluator):
         ways, n = int(train.max()) + 1, len(test)
         right = {
             "linear": _linear(h[2], train, h[3], test, [c])[0],
-            "knn": _is_right(knn(h[2], train, h[3], ways, self.data.k, self.data.temperature), test),
+            "knn": is_right(knn(h[2], train, h[3], ways, self.data.k, self.data.temperature), test),
         }
         for shots in self.data.shots:
             draws = [subset(train, f"{shots}-shot", seed) for seed in range(_SEEDS)]
@@ -211,8 +206,4 @@ def _linear(
     """Whether each test item is right under the regression of each C, 0.0 or 1.0 (n,)."""
     mean, deviation = train.mean(axis=0), np.maximum(train.std(axis=0), 1e-6)
     fit = logistic.fit((train - mean) / deviation, train_labels, list(cs), int(train_labels.max()) + 1, tolerance=1e-4)
-    return [_is_right(logits, test_labels) for logits in fit.logits((test - mean) / deviation)]
-
-
-def _is_right(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return ((scores.argmax(axis=1) == labels) & valid_rows(scores)).astype(float)
+    return [is_right(logits, test_labels) for logits in fit.logits((test - mean) / deviation)]

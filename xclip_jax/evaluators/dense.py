@@ -8,13 +8,13 @@ is certain it is the IoU of segmentation, at the resolution of patches. Giving a
 foreground that covers half of it, would leave out what is thinner than patches, such as strokes.
 
 What a patch shows can often be told from its own pixels. The same probe on these, with the place of the patch, is
-measured too ("pixels/miou"): features say more than the patch itself as far as they are above it.
+measured too ("pixels/miou"): what features add to the patch itself is how far they score above it.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import scipy.special
@@ -29,6 +29,7 @@ from xclip_jax.evaluators.probe import Joined
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import PerExample, mean_iou
+from xclip_jax.models.two_towers import Variables
 
 PROTOCOL = (
     "linear probe of patch features (last block, normalised); targets and IoU are shares of a patch's area; "
@@ -141,7 +142,7 @@ def areas(mask: np.ndarray, classes: int, grid: int, prepare: Preprocessing) -> 
       grid: patches along a side.
       prepare: preprocessing of the image.
     """
-    view = prepare.at(grid * _SAMPLES).mask(check_mask(mask, classes, "a mask"))
+    view = prepare.with_size(grid * _SAMPLES).mask(check_mask(mask, classes, "a mask"))
     place = np.arange(grid * _SAMPLES) // _SAMPLES
     patch = place[:, None] * grid + place
     counts = np.bincount((patch * 256 + view).ravel(), minlength=grid**2 * 256).reshape(grid, grid, 256)[..., :classes]
@@ -184,7 +185,7 @@ class DenseProbe(Evaluator):
             )
         super().__init__(encoder, data)
 
-    def measure(self, variables: Any) -> list[Result]:
+    def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class names."""
 
         def encode(images: Sequence[np.ndarray], first: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -209,10 +210,10 @@ class DenseProbe(Evaluator):
         """
         classes, grid, prepare = len(self.data.classes), self.encoder.grid, self.data.prepare
 
-        def of(*parts: MaskedImages) -> np.ndarray:
+        def shares(*parts: MaskedImages) -> np.ndarray:
             return np.stack([areas(mask, classes, grid, prepare) for part in parts for mask in part.masks])
 
-        return of(*self.data.parts[:2]), of(self.data.test)
+        return shares(*self.data.parts[:2]), shares(self.data.test)
 
     @functools.cached_property
     def _chosen(self) -> tuple[np.ndarray, np.ndarray]:

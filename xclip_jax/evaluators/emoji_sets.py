@@ -26,9 +26,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from xclip_jax.data import demo
+from xclip_jax.data import demo, prepared
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
@@ -49,17 +48,11 @@ _SWEEP = Sweep(halvings=0, tolerance=1e-4)  # coarse, from 1e-6 to 1e6: the demo
 @functools.lru_cache(maxsize=16)
 def _emoji(split: str, prepare: Preprocessing, data_dir: str | None) -> tuple[list[np.ndarray], list[Record]]:
     """Return images and records of a split; cached, because several sets share them."""
-    builder = demo.prepare(data_dir)
-    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     images, records = [], []
-    for record in (source[i] for i in range(len(source))):
-        images.append(prepare(record.pop("image")))
-        records.append({key: _text(value) for key, value in record.items()})
+    for image, record in prepared.records(demo.prepare(data_dir), split):
+        images.append(prepare(image))
+        records.append(record)
     return images, records
-
-
-def _text(value: Any) -> Any:
-    return value.decode() if isinstance(value, bytes) else [item.decode() for item in value]
 
 
 def _classify(

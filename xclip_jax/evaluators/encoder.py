@@ -13,7 +13,7 @@ from xclip_jax import heartbeat
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.transforms import normalize
 from xclip_jax.errors import BadSample, UserError, describe
-from xclip_jax.models.two_towers import TwoTowers
+from xclip_jax.models.two_towers import TwoTowers, Variables
 from xclip_jax.objectives.similarity import Similarity
 from xclip_jax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
 
@@ -73,7 +73,7 @@ class Encoder:
         self._eot_id = model.eot_id if "txt" in model.towers and model.txt.cuttable else None
         self._tokenizer, self._text_length, self._sharding = tokenizer, text_length, batch_sharding(mesh)
 
-        def encode(variables: Any, x: jax.Array, modality: str) -> dict[str, jax.Array]:
+        def encode(variables: Variables, x: jax.Array, modality: str) -> dict[str, jax.Array]:
             if modality not in model.towers:
                 raise UserError(f"the model was fine-tuned and has no {modality} tower; evaluate finetuned/SET.")
             h: Any = model.apply(variables, x, method="encode_image" if modality == "img" else "encode_text")
@@ -86,19 +86,19 @@ class Encoder:
         def to_pixels(images: jax.Array) -> jax.Array:
             return normalize(images, preprocessing.mean, preprocessing.std) if images.dtype == jnp.uint8 else images
 
-        def encode_images(variables: Any, images: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
+        def encode_images(variables: Variables, images: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
             features = encode(variables, to_pixels(images), "img")
             # Every process learns in this way which rows the others could not read.
             return {key: jnp.where(valid[:, None], x, jnp.nan) for key, x in features.items()} | {"valid": valid}
 
-        def encode_patches(variables: Any, images: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
+        def encode_patches(variables: Variables, images: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
             h = model.img.patch_features(variables["params"]["img"], to_pixels(images), model.dtype)
             return {"patches": jnp.where(valid[:, None, None, None], h.astype(jnp.float32), jnp.nan), "valid": valid}
 
-        def encode_texts(variables: Any, tokens: jax.Array, _: jax.Array) -> dict[str, jax.Array]:
+        def encode_texts(variables: Variables, tokens: jax.Array, _: jax.Array) -> dict[str, jax.Array]:
             return encode(variables, tokens, "txt")
 
-        def scalars(variables: Any) -> Any:
+        def scalars(variables: Variables) -> Any:
             return model.apply(variables, None, None, method="project")
 
         self._scalars: Encode = jax.jit(scalars, out_shardings=replicated(mesh))
@@ -106,7 +106,7 @@ class Encoder:
         self._encode_patches: Encode = jax.jit(encode_patches, out_shardings=replicated(mesh))
         self._encode_texts: Encode = jax.jit(encode_texts, out_shardings=replicated(mesh))
 
-    def images(self, variables: Any, images: Rows, features: Sequence[str] | None = None) -> Features:
+    def images(self, variables: Variables, images: Rows, features: Sequence[str] | None = None) -> Features:
         """Features of `images`, anything with `len` and `[]` that gives uint8 (size, size, 3).
 
         Args:
@@ -127,7 +127,7 @@ class Encoder:
         self._count_unreadable(features_of.pop("valid"))
         return features_of
 
-    def patches(self, variables: Any, images: Rows, first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+    def patches(self, variables: Variables, images: Rows, first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
         """Features of the patches of images, batch by batch: those of a whole set can be too large to keep.
 
         Args:
@@ -165,7 +165,7 @@ class Encoder:
                 f"the first is: {first}"
             )
 
-    def texts(self, variables: Any, texts: Sequence[str], features: Sequence[str] | None = None) -> Features:
+    def texts(self, variables: Variables, texts: Sequence[str], features: Sequence[str] | None = None) -> Features:
         """Features of `texts`, as `images` gives them. Equal texts are encoded once and so have equal features."""
         rows = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         tokens: Rows = self._tokenizer(list(rows), self._text_length) if rows else []
@@ -174,7 +174,7 @@ class Encoder:
             return features_of
         return {key: value[[rows[text] for text in texts]] for key, value in features_of.items()}
 
-    def tokens(self, variables: Any, tokens: Rows, features: Sequence[str] | None = None) -> Features:
+    def tokens(self, variables: Variables, tokens: Rows, features: Sequence[str] | None = None) -> Features:
         """Features of int32 rows (n, text_length) as the tokenizer makes them, as `images` gives them."""
         groups = self._by_length(tokens)
         if not groups:
@@ -208,7 +208,7 @@ class Encoder:
             rows = rows[stop:]
         return groups
 
-    def logits_of(self, scores: Mapping[str, np.ndarray], variables: Any) -> np.ndarray:
+    def logits_of(self, scores: Mapping[str, np.ndarray], variables: Variables) -> np.ndarray:
         """Logits (n, classes) of the model's own similarity among the `scores` of `zeroshot.compare`."""
         own = self.similarities[0]
         scale = 1.0 if own.scale is None else float(self._scalars(variables)[own.scale])
@@ -217,10 +217,10 @@ class Encoder:
     def _run(
         self,
         encode: Encode,
-        variables: Any,
+        variables: Variables,
         items: Rows,
         shape: tuple[int, ...],
-        dtype: Any,
+        dtype: np.typing.DTypeLike,
         features: Sequence[str] | None,
     ) -> Features:
         """The features of all items, whole."""
@@ -234,7 +234,13 @@ class Encoder:
         return results
 
     def _batches(
-        self, encode: Encode, variables: Any, items: Rows, shape: tuple[int, ...], dtype: Any, keys: Collection[str]
+        self,
+        encode: Encode,
+        variables: Variables,
+        items: Rows,
+        shape: tuple[int, ...],
+        dtype: np.typing.DTypeLike,
+        keys: Collection[str],
     ) -> Iterator[tuple[int, Features]]:
         """Yield the first index and the features `keys` of each batch, without padding; one empty batch of no items."""
 
@@ -260,7 +266,7 @@ class Encoder:
         return next((size for size in reversed(self.sizes) if left > size // 2), self.sizes[0])
 
     def _place(
-        self, items: Rows, start: int, size: int, shape: tuple[int, ...], dtype: Any
+        self, items: Rows, start: int, size: int, shape: tuple[int, ...], dtype: np.typing.DTypeLike
     ) -> tuple[jax.Array, jax.Array]:
         """The global batch of `size` items from `start` on, padded with zeros, and which are readable, bool (size,).
 
@@ -296,7 +302,7 @@ def _check_similarities(similarities: Sequence[Similarity], model: TwoTowers) ->
             )
 
 
-def _checked(item: np.ndarray, i: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _checked(item: np.ndarray, i: int, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
     """Return `item`, checked: NumPy would cast and broadcast a wrong one in silence."""
     if item.shape != shape or item.dtype != dtype:
         raise UserError(

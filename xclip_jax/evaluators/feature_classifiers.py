@@ -1,4 +1,4 @@
-"""Classifiers on frozen features: nearest neighbours, and logistic regression whose C validation items choose."""
+"""Classifiers on frozen features: nearest neighbours, and logistic regression with C chosen on validation items."""
 
 import dataclasses
 import functools
@@ -171,7 +171,7 @@ def choose(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], coun
 
 
 def nested(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], count: int, tolerance: float) -> Fit:
-    """Run SentEval's nested cross-validation: each fold is tested once, with the C that folds of the others choose."""
+    """Run SentEval's nested cross-validation: each fold is tested once, with C chosen by folds of the others."""
     fold_of, right, chosen = folds(y, count), np.zeros(len(y)), []
     for fold in range(count):
         train, test = fold_of != fold, fold_of == fold

@@ -1,8 +1,8 @@
 """Evaluation sets of the icons, `xclip_jax.data.icons` (`icons/...`), each for tests and, by other names, for tuning.
 
-    test_concepts       zero-shot: drawings of concepts that training has from nobody, among the names of these; a
+    test_concepts       zero-shot: drawings of concepts that are not in training, among the names of these; a
                         class's prompt is its name alone
-    test_rendering      out of domain: known concepts as artists draw them that training has nothing of, among the
+    test_rendering      out of domain: known concepts as drawn by artists who are not in training, among the
                         names of all concepts of training
     test_retrieval      the first drawing of each concept of test_rendering, with the name, its other forms and
                         aliases as captions
@@ -11,7 +11,7 @@
                         validation_concepts
     test_dense          dense: outside, drawn and enclosed parts of 1,500 drawings of test_concepts by a linear probe
                         of patches that learns from 1,500 of validation_concepts
-    test_aliases        textual: names of the unseen concepts, retrieved by what else sets call them
+    test_aliases        textual: names of the unseen concepts, retrieved by their aliases
     test_categories     textual: the category by a linear probe on names, trained on training's concepts, C chosen on
                         validation_concepts, tested on test_concepts
     validation_...      the same on the validation splits; a probe's choices are made on one half of their concepts
@@ -25,9 +25,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-import tensorflow_datasets as tfds
 
-from xclip_jax.data import icons, transforms
+from xclip_jax.data import icons, prepared, transforms
 from xclip_jax.data.icons_drawing import INK
 from xclip_jax.data.icons_splits import rank
 from xclip_jax.data.preprocessing import Preprocessing
@@ -57,11 +56,8 @@ _CS = tuple(10.0**e for e in np.arange(-4, 3.5, 0.5))
 @functools.lru_cache(maxsize=8)
 def _records(split: str, data_dir: str | None) -> tuple[list[bytes], list[Record]]:
     """PNG images and the rest of the records of a split, in order of id; kept, because several sets share them."""
-    builder = icons.prepare(data_dir)
-    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    records = sorted((source[i] for i in range(len(source))), key=lambda record: record["id"])
-    images = [record.pop("image") for record in records]
-    return images, [{key: _text(value) for key, value in record.items()} for record in records]
+    items = sorted(prepared.records(icons.prepare(data_dir), split), key=lambda item: item[1]["id"])
+    return [image for image, _ in items], [record for _, record in items]
 
 
 @functools.lru_cache(maxsize=8)
@@ -69,10 +65,6 @@ def _drawings(split: str, prepare: Preprocessing, data_dir: str | None) -> tuple
     """Images of `_records`, preprocessed; kept as well."""
     images, records = _records(split, data_dir)
     return [prepare(image) for image in images], records
-
-
-def _text(value: Any) -> Any:
-    return value.decode() if isinstance(value, bytes) else [item.decode() for item in value]
 
 
 def _concepts(data_dir: str | None, role: str) -> list[Record]:
@@ -106,7 +98,7 @@ def _zeroshot(name: str, prepare: Preprocessing, data_dir: str | None, split: st
 
 
 def _retrieval(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -> ClusteredRetrievalSet:
-    """One drawing of each concept of a rendering split, the first by id, with all that its concept is called."""
+    """One drawing of each concept of a rendering split, the first by id, with all names of its concept."""
     split = f"{part}_rendering"
     images, records = _drawings(split, prepare, data_dir)
     concepts = {concept["id"]: concept for concept in _concepts(data_dir, "train")}
@@ -139,8 +131,8 @@ def probe_concepts(records: list[Record], number: int) -> list[str]:
         sides.setdefault(record["concept"], []).append(artists_side(record["family"]))
     enough = [
         concept
-        for concept, of in sides.items()
-        if len(of) >= MIN_DRAWINGS and MIN_EACH_SIDE <= sum(of) <= len(of) - MIN_EACH_SIDE
+        for concept, drawn in sides.items()
+        if len(drawn) >= MIN_DRAWINGS and MIN_EACH_SIDE <= sum(drawn) <= len(drawn) - MIN_EACH_SIDE
     ]
     return sorted(enough, key=lambda concept: rank("probe concept", concept))[:number]
 
@@ -180,7 +172,7 @@ def _probe(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -
 
 
 def _aliases(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -> ClusteredTextRetrievalSet:
-    """Names of the unseen concepts, and what else they are called; what is another one's name asks nothing."""
+    """Retrieve the names of unseen concepts by their aliases, without those that are another concept's name."""
     del prepare
     concepts = _concepts(data_dir, f"{part}_concepts")
     names = [concept["name"] for concept in concepts]
@@ -261,7 +253,7 @@ def dense_sides(concepts: Sequence[str], part: str) -> list[set[str]]:
 
 def _dense(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -> DenseSet:
     """Drawings and their regions; what is fitted, what chooses C and what is tested are of different concepts."""
-    learned, tested = (_records(f"{of}_concepts", data_dir) for of in ("validation", part))
+    learned, tested = (_records(f"{name}_concepts", data_dir) for name in ("validation", part))
     sides = dense_sides([record["concept"] for record in learned[1]], part)
     if part == "test":
         sides[2] = {record["concept"] for record in tested[1]}
@@ -337,5 +329,5 @@ class IconSets(SetKind):
 
     @classmethod
     def shows(cls, spec: str) -> str:
-        """Sets of pictures are shown, but for those of the probe."""
+        """Return "classes" or "captions" for sets of images, but for those of the probes."""
         return {"concepts": "classes", "rendering": "classes", "retrieval": "captions"}.get(spec.rpartition("_")[2], "")

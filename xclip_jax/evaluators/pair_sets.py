@@ -181,7 +181,7 @@ class PairSets(SetKind):
 
     @classmethod
     def load(cls, spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> RetrievalSet:
-        """See `load_pairs`; the keys of `data` have their defaults."""
+        """Return the set of `load_pairs`; the keys of `data` have their defaults."""
         return load_pairs(spec, prepare, DataConfig(dir=data_dir or ""), profile)
 
     open = staticmethod(load_pairs)

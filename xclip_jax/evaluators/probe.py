@@ -18,6 +18,7 @@ from xclip_jax.evaluators.feature_classifiers import Fit, Labelled, Sweep, choos
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import PerExample, class_weights
+from xclip_jax.models.two_towers import Variables
 
 _SEEDS = 3  # random subsets of a training set, over which a part's results are means
 
@@ -103,7 +104,7 @@ class Probe(Evaluator):
         super().__init__(encoder, data)
         self.family = family or ("textual" if isinstance(data.train[0], (str, tuple)) else "visual")
 
-    def measure(self, variables: Any) -> list[Result]:
+    def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class names."""
         features, results, others = self._features(variables), [], []
         for task, labels in self.data.tasks.items():
@@ -123,7 +124,7 @@ class Probe(Evaluator):
             others.append(self.result("majority", majority, task=task))
         return results + others
 
-    def _features(self, variables: Any) -> list[np.ndarray]:
+    def _features(self, variables: Variables) -> list[np.ndarray]:
         """Return the features of training, validation and test items."""
         sides = (self.data.train, self.data.validation, self.data.test)
         ends = np.cumsum([len(side) for side in sides])[:-1]
@@ -138,7 +139,9 @@ class Probe(Evaluator):
         joined = [*((u, v) if self.data.pairs == "all" else ()), np.abs(u - v), u * v]
         return np.split(np.concatenate(joined, axis=1), ends)
 
-    def _task(self, variables: Any, features: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> dict[str, Fit]:
+    def _task(
+        self, variables: Variables, features: Sequence[np.ndarray], labels: Sequence[np.ndarray]
+    ) -> dict[str, Fit]:
         """Return {"linear": fit, "knn": fit, ...} of one task."""
         classes, sweep, count = int(labels[0].max()) + 1, self.data.sweep, self.data.folds
         train, validation, test = ((x, y) for x, y in zip(features, labels, strict=True))
@@ -171,7 +174,7 @@ class Probe(Evaluator):
 
     def _sgd(
         self,
-        variables: Any,
+        variables: Variables,
         train: Labelled,
         test: Labelled,
         classes: int,

@@ -32,11 +32,12 @@ from xclip_jax.evaluators.probe_datasets import ProbeSets
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.retrieval import Retrieval
-from xclip_jax.evaluators.text import Similarity, TextRetrieval
+from xclip_jax.evaluators.text import SentenceSimilarity, TextRetrieval
 from xclip_jax.evaluators.wds_sets import WdsSets
 from xclip_jax.evaluators.zeroshot import ZeroShot
 from xclip_jax.evaluators.zeroshot_datasets import PAPER, PublishedSets
 from xclip_jax.imports import class_name, import_class
+from xclip_jax.models.two_towers import Variables
 
 KINDS: tuple[type[SetKind], ...] = (
     EmojiSets, IconSets, PublishedSets, WdsSets, FileSets, PairSets, ProbeSets, DenseSets, FinetunedSets,
@@ -48,7 +49,7 @@ EVALUATORS: Mapping[str, type[Evaluator]] = {
     "probe": Probe,
     "classifier": ClassifierEvaluator,
     "text_retrieval": TextRetrieval,
-    "similarity": Similarity,
+    "similarity": SentenceSimilarity,
     "dense": DenseProbe,
 }
 SUITES: Mapping[str, tuple[str, ...]] = {"demo": TESTS, "paper": (*PAPER, "coco_retrieval")}
@@ -215,7 +216,7 @@ def _check_images(evaluator: Evaluator) -> None:
             )
 
 
-def measure(evaluator: Evaluator, variables: Any) -> list[Result]:
+def measure(evaluator: Evaluator, variables: Variables) -> list[Result]:
     """Run an evaluator. One of the results is the headline; "unreadable" counts images that could not be read, if any.
 
     Such images count as wrong, and a probe is not trained on them. The first few are named in the log. An exception has

@@ -89,14 +89,14 @@ def make_entry(name: str, evaluator: str, results: Sequence[Result], preprocessi
     return entry | {"metrics": {result.key: result.value for result in results}, "records": to_json(results)}
 
 
-def of_run(record: Mapping[str, Any]) -> list[Result]:
+def parse_run(record: Mapping[str, Any]) -> list[Result]:
     """Return the results of a run's results.json, which in earlier versions has names and values only."""
     if "records" in record:
         return from_json(record["records"])
     return flat_names.read(record.get("results") or {})
 
 
-def of_entries(entries: Sequence[Entry]) -> list[Result]:
+def parse_entries(entries: Sequence[Entry]) -> list[Result]:
     """Return the results of `entries`, which in earlier versions have names and values only."""
     results = []
     for entry in entries:

@@ -2,23 +2,24 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import scipy
 
 from xclip_jax import heartbeat
 from xclip_jax.errors import UserError
+from xclip_jax.evaluators import statistics
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.encoder import Features
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
-from xclip_jax.evaluators.statistics import PerExample, count_before, valid_rows
+from xclip_jax.evaluators.statistics import PerExample, row_blocks
 from xclip_jax.evaluators.zeroshot import compare, encode_pairs, spreads_of
+from xclip_jax.models.two_towers import Variables
 from xclip_jax.objectives.similarity import Similarity
 
 KS = (1, 5, 10)
-_CHUNK = 1 << 22  # scores that are ranked at once: some ten megabytes of temporaries
 # Scores of a kind that are held at once, fp32: COCO's 5,000 images and 25,000 captions are one block, and all 85,000
 # pairs of a hundredth of 8.5 million would be 29 GB of each kind.
 _BLOCK = 1 << 27
@@ -40,21 +41,17 @@ def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
 
 
 def ranks(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """How many items come before each query's best positive, int (queries,)."""
+    """How many items come before each query's best positive, int (queries,), see `statistics.ranks`."""
     if scores.shape != positives.shape or not positives.any(axis=1).all():
         raise UserError(
             f"scores {scores.shape} and positives {positives.shape} must have one shape, and each query a positive."
         )
-    rank = np.empty(len(scores), np.int64)
-    step = max(1, _CHUNK // max(1, scores.shape[1]))
-    # Counting what comes before the best positive needs no sorting and gives all k at once.
-    for start in range(0, len(scores), step):
-        part, match = scores[start : start + step], positives[start : start + step]
-        best = part.max(axis=1, keepdims=True, where=match, initial=-np.inf)
-        first = (match & (part == best)).argmax(axis=1)
-        ranked = valid_rows(part) & (best[:, 0] > -np.inf)
-        rank[start : start + step] = np.where(ranked, count_before(part, best, first), np.iinfo(np.int64).max)
-    return rank
+    best = np.empty(len(scores), np.int64)
+    for block in row_blocks(scores):
+        part, match = scores[block], positives[block]
+        highest = part.max(axis=1, keepdims=True, where=match, initial=-np.inf)
+        best[block] = (match & (part == highest)).argmax(axis=1)
+    return statistics.ranks(scores, best)
 
 
 def ranks_by_score(
@@ -160,7 +157,7 @@ class Retrieval(Evaluator):
     family = "retrieval"
     layouts = (LAYOUT,)
 
-    def measure(self, variables: Any) -> list[Result]:
+    def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class docstring lists; their items are images, or captions."""
         captions = self.data.captions
         texts = [caption for of_image in captions for caption in of_image]

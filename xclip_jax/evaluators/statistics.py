@@ -1,12 +1,14 @@
 """Statistics of evaluations: average precision, ROC AUC, correlations, F1; per-example values and their bootstrap."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import scipy
 
 from xclip_jax.errors import UserError
+
+_CHUNK = 1 << 22  # scores that are ranked at once: some ten megabytes of temporaries
 
 
 def valid_rows(scores: np.ndarray) -> np.ndarray:
@@ -34,6 +36,31 @@ def count_before(scores: np.ndarray, own: np.ndarray, index: np.ndarray) -> np.n
     lower = np.arange(scores.shape[1]) < index[tied, None]
     before[tied] += np.count_nonzero((scores[tied] == own[tied]) & lower, axis=1)
     return before
+
+
+def row_blocks(scores: np.ndarray) -> Iterator[slice]:
+    """Yield slices of the rows of (n, items) scores, of a size whose temporaries take little memory."""
+    step = max(1, _CHUNK // max(1, scores.shape[1]))
+    return (slice(start, start + step) for start in range(0, len(scores), step))
+
+
+def ranks(scores: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Return how many items of each row come before the one at `index`, int (n,); see `count_before`.
+
+    Counting needs no sorting, and gives all k of "among the k best" at once. A row without a valid ranking has the
+    largest integer: one that is not among `valid_rows`, or with minus infinity at `index`.
+
+    Args:
+      scores: (n, items).
+      index: int (n,).
+    """
+    rank = np.empty(len(scores), np.int64)
+    for block in row_blocks(scores):
+        part, right = scores[block], index[block]
+        own = np.take_along_axis(part, right[:, None], axis=1)
+        valid = valid_rows(part) & (own[:, 0] > -np.inf)
+        rank[block] = np.where(valid, count_before(part, own, right), np.iinfo(np.int64).max)
+    return rank
 
 
 def average_precision(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:

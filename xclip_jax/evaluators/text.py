@@ -13,12 +13,13 @@ from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.retrieval import KS, ranks
 from xclip_jax.evaluators.statistics import PerExample, pearson, spearman
+from xclip_jax.models.two_towers import Variables
 from xclip_jax.objectives.similarity import features
 
 Pair = tuple[str, str, float]
 
 
-def embeddings(encoder: Encoder, variables: Any, texts: Sequence[str]) -> np.ndarray:
+def embeddings(encoder: Encoder, variables: Variables, texts: Sequence[str]) -> np.ndarray:
     """Unit vectors (n, e) by which texts are compared, those of the model's own similarity."""
     (feature,) = features(encoder.similarities[:1])
     return encoder.similarities[0].embedding(encoder.texts(variables, texts, (feature,))[feature])
@@ -47,7 +48,7 @@ class SimilaritySet:
             raise UserError(f"{self.name}: the set has no pairs.")
 
 
-class Similarity(Evaluator):
+class SentenceSimilarity(Evaluator):
     """Correlation of cosine and gold, times 100, without training; named "textual/<set>/<metric>".
 
     Two conventions that differ by several points, side by side: "spearman_all" is Spearman's over all pairs in one list
@@ -72,7 +73,7 @@ class Similarity(Evaluator):
         ),
     )
 
-    def measure(self, variables: Any) -> list[Result]:
+    def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class names."""
         pairs = [pair for part in self.data.subsets.values() for pair in part]
         texts = [pair[side] for side in (0, 1) for pair in pairs]
@@ -147,7 +148,7 @@ class TextRetrieval(Evaluator):
         ),
     )
 
-    def measure(self, variables: Any) -> list[Result]:
+    def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class names."""
         n, queries, groups = len(self.data.texts), self.data.queries, self.data.groups
         texts = [*self.data.texts, *(text for text, _ in queries)]

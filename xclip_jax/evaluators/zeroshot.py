@@ -5,7 +5,7 @@ See `objectives.similarity` for how images are compared with texts, and `compare
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -15,10 +15,10 @@ from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.encoder import Encoder, Features
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
-from xclip_jax.evaluators.statistics import PerExample, class_weights, count_before, valid_rows
+from xclip_jax.evaluators.statistics import PerExample, class_weights, ranks
+from xclip_jax.models.two_towers import Variables
 from xclip_jax.objectives.similarity import CosineSimilarity, Similarity, features
 
-_CHUNK = 1 << 22  # scores that are ranked at once: some ten megabytes of temporaries
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -44,12 +44,13 @@ def accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
       k: from the number of classes on every image is right, except those without a valid ranking: with a score that is
         NaN or plus infinity, or minus infinity for the right class.
     """
-    return float((ranks(logits, labels) < k).mean())
+    return float((ranks(np.asarray(logits), np.asarray(labels)) < k).mean())
 
 
 def mean_per_class(logits: np.ndarray, labels: np.ndarray) -> float:
     """Mean over the classes that occur of the share of their images that are right (balanced accuracy)."""
-    return _mean_per_class(ranks(logits, labels), np.asarray(labels))
+    labels = np.asarray(labels)
+    return _mean_per_class(ranks(np.asarray(logits), labels), labels)
 
 
 def _mean_per_class(rank: np.ndarray, labels: np.ndarray) -> float:
@@ -150,7 +151,7 @@ def class_scores(
 
 
 def encode_pairs(
-    encoder: Encoder, variables: Any, images: Sequence[np.ndarray], texts: Sequence[str]
+    encoder: Encoder, variables: Variables, images: Sequence[np.ndarray], texts: Sequence[str]
 ) -> tuple[Features, list[np.ndarray]]:
     """Features of the images, and rows of the texts, each text alone, as `compare` takes them."""
     similarities = encoder.similarities
@@ -161,7 +162,7 @@ def encode_pairs(
 
 
 def text_scores(
-    encoder: Encoder, variables: Any, images: Sequence[np.ndarray], texts: Sequence[str]
+    encoder: Encoder, variables: Variables, images: Sequence[np.ndarray], texts: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """`compare` images and texts, each text alone: {score: (n, m)}."""
     return compare(encoder.similarities, *encode_pairs(encoder, variables, images, texts))
@@ -264,7 +265,7 @@ class ZeroShot(Evaluator):
     family = "zeroshot"
     layouts = LAYOUTS
 
-    def scores(self, variables: Any) -> dict[str, np.ndarray]:
+    def scores(self, variables: Variables) -> dict[str, np.ndarray]:
         """{score: (n, num_classes)} of the set's images."""
         # Classes of equal prompts are scored once: a matrix product may round equal columns differently, and then they
         # are not tied.
@@ -278,7 +279,7 @@ class ZeroShot(Evaluator):
             return scores
         return {score: x[:, classes] for score, x in scores.items()}
 
-    def measure(self, variables: Any) -> list[Result]:
+    def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class docstring lists."""
         labels, groups = np.asarray(self.data.labels), self.data.groups
         n, num_classes = len(labels), len(self.data.prompts)
@@ -306,7 +307,12 @@ class ZeroShot(Evaluator):
                 size = int(np.sum(groups[group]))
                 for key, value in metrics.items():
                     results.append(self.result(key, value, n=size, chance=chance.get(key), score=score, group=group))
+            results += self.results_of_ranks(score, rank)
         return results
+
+    def results_of_ranks(self, score: str, rank: np.ndarray) -> list[Result]:
+        """Return further results of a subclass for one score, from the ranks int (n,) of the right classes, from 0."""
+        return []
 
 
 def _items(rank: np.ndarray, labels: np.ndarray, groups: Mapping[str, np.ndarray]) -> dict[str, PerExample]:
@@ -331,20 +337,3 @@ def _metrics(rank: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 def _mean(parts: list[dict[str, float]]) -> dict[str, float]:
     return {key: float(np.mean([part[key] for part in parts])) for key in parts[0]}
-
-
-def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many classes come before the right one, int (n,); the largest integer without a valid ranking.
-
-    Args:
-      logits: (n, classes); of equal ones the lower class comes first.
-      labels: int (n,).
-    """
-    logits, labels = np.asarray(logits), np.asarray(labels)
-    rank, step = np.empty(len(labels), np.int64), max(1, _CHUNK // max(1, logits.shape[1]))
-    for start in range(0, len(labels), step):
-        part, right = logits[start : start + step], labels[start : start + step]
-        own = np.take_along_axis(part, right[:, None], axis=1)
-        before = count_before(part, own, right)
-        rank[start : start + step] = np.where(valid_rows(part) & (own[:, 0] > -np.inf), before, np.iinfo(np.int64).max)
-    return rank

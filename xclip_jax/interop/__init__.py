@@ -24,7 +24,7 @@ from xclip_jax.errors import UserError, check_choice
 from xclip_jax.interop import hf, hub, open_clip, param_mapping, tensor_files, vocabulary
 from xclip_jax.models.layers import unstack_blocks
 from xclip_jax.models.tower import ImageTower
-from xclip_jax.models.two_towers import ModelConfig
+from xclip_jax.models.two_towers import ModelConfig, Variables
 from xclip_jax.objectives import read_objective
 from xclip_jax.run_folder import is_run
 
@@ -88,7 +88,7 @@ def _read_own(tensors: tensor_files.Tensors, folder: epath.Path) -> tuple[dict[s
 
 
 def write(
-    variables: Mapping[str, Any], config: Mapping[str, Any], path: str, to: str = "safetensors", *, repository: str = ""
+    variables: Variables, config: Mapping[str, Any], path: str, to: str = "safetensors", *, repository: str = ""
 ) -> list[str]:
     """Write a model into the folder `path`.
 
@@ -151,9 +151,7 @@ def _image_tower(config: Mapping[str, Any]) -> ImageTower:
     return read_group(ModelConfig, config["model"], "model", []).tower("img")
 
 
-def _expressible(
-    variables: Mapping[str, Any], config: Mapping[str, Any], to: str
-) -> tuple[param_mapping.Flat, list[str]]:
+def _expressible(variables: Variables, config: Mapping[str, Any], to: str) -> tuple[param_mapping.Flat, list[str]]:
     """The parameters of a model that a format of another project can hold, flat and unrolled; and notes on the others.
 
     Raises:

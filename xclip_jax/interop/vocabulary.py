@@ -154,7 +154,7 @@ def own_files(path: str, length: int) -> dict[str, str]:
     ours = tokenizer.load(path)
     if ours.cleaning:
         raise UserError(f"{path} is SigLIP's tokenizer, which other formats cannot express; write to 'safetensors'.")
-    model = tokenizers.Tokenizer.from_file(path)
+    model = _read(path)
     model.no_padding()
     model.no_truncation()
 
@@ -175,6 +175,11 @@ def own_files(path: str, length: int) -> dict[str, str]:
     return {FILE: model.to_str(), OPTIONS: json.dumps(options, indent=2) + "\n"}
 
 
+def _read(path: str) -> tokenizers.Tokenizer:
+    # Not by the library's `from_file`, which knows local disks alone.
+    return tokenizers.Tokenizer.from_str(epath.Path(path).read_text())
+
+
 def padding(tokens: tokenizer.Tokenizer) -> int:
     """Return the id to pad with in other projects: the padding token's if there is one, else the end's, as for CLIP.
 
@@ -182,5 +187,5 @@ def padding(tokens: tokenizer.Tokenizer) -> int:
     """
     if tokens.name in tokenizer.NAMES:
         return tokens.eot_id
-    token = tokenizers.Tokenizer.from_file(tokens.name).id_to_token(tokens.pad_id)
+    token = _read(tokens.name).id_to_token(tokens.pad_id)
     return tokens.pad_id if token in tokenizer.PAD_TOKENS else tokens.eot_id

@@ -1,4 +1,4 @@
-"""nCLIP's loss over the global batch, and warnings of its known failures with their remedies.
+"""nCLIP's loss over the global batch.
 
 Each modality is projected to a distribution over k clusters that is the pseudo-label of the other, without
 negatives [paper]; a sharpness and a smoothness regulariser hold off the trivial solutions [note]. The targets'
@@ -16,7 +16,6 @@ The means run over the global batch. Smoothness does not decompose over devices 
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,16 +34,7 @@ MODALITIES = ("img", "txt")
 TARGETS = ("detach", "joint", "ema")
 BALANCES = ("none", "center", "sinkhorn")
 SINKHORN_ITERATIONS = 3
-
-# Thresholds of `diagnose` [ours], read off the trials that chose the defaults (batch 256, k 1024, so ln b = 5.5).
-# Stuck runs had 0.12-0.2 nats of mutual information, 2-4 % of ln b; the slowest run that trained had 0.6, 11 %.
-FLAT_SHARE = 0.06
-# The run with few clusters (14 of 1024) had H(mean) = 3.1, 56 % of ln b; smooth runs are near or above ln b.
-FEW_CLUSTERS_SHARE = 0.7
-# Sharp: the entropy of single predictions is at most this share of their mean's; a fresh model has nearly 1.
-SHARP_SHARE = 0.6
-# The run that disagreed had 1 % equal argmax, chance being 0.5 %; counted above chance, as a share of what is left.
-AGREEMENT_ABOVE_CHANCE = 0.05
+TAU = 0.5  # [ours], the best of nCLIP's settings in the study, docs/study.md
 
 
 def nclip(
@@ -52,7 +42,7 @@ def nclip(
     s_txt: Logits,
     *,
     target: str = "detach",
-    tau: ArrayLike = 1.0,
+    tau: ArrayLike = TAU,
     target_tau: ArrayLike | None = None,
     sharpness: ArrayLike = 1.0,
     smoothness: ArrayLike = 2.0,
@@ -146,53 +136,6 @@ def update_center(center: jax.Array, target_logits: Logits, momentum: float = 0.
     return jax.lax.stop_gradient(momentum * center.astype(jnp.float32) + (1 - momentum) * mean)
 
 
-def diagnose(metrics: Mapping[str, float], *, k: int, b: int) -> list[str]:
-    """Return warnings, each with its remedy, where the metrics of `nclip` show one of the three known failures.
-
-    The failures [ours]: flat (predictions do not distinguish pairs), few clusters, and disagreement (image and text
-    are sharp, on different clusters). A model's first hundred steps are always flat: diagnose later.
-
-    Args:
-        metrics: the metrics of `nclip`, as Python floats. NaN gives no warning.
-        k: number of clusters. b: size of the global batch.
-
-    Returns:
-        One message for each failure.
-
-    Raises:
-        KeyError: a metric is missing.
-    """
-    if min(b, k) == 1:  # no information to lose
-        return []
-    ceiling = min(math.log(b), math.log(k))
-    information, name = min((metrics[f"mutual_information_{m}"], m) for m in MODALITIES)
-    marginal, narrow = min((metrics[f"marginal_entropy_{m}"], m) for m in MODALITIES)
-    chance = 1 / max(metrics["clusters_img"], metrics["clusters_txt"], 1)
-    sharp = any(metrics[f"entropy_{m}"] < SHARP_SHARE * metrics[f"marginal_entropy_{m}"] for m in MODALITIES)
-    above_chance = metrics["agreement"] - chance
-    warnings = []
-    # One collapsed cluster also has no mutual information, but flat's remedy (sharpen) would be the wrong one.
-    if marginal < FEW_CLUSTERS_SHARE * ceiling:
-        warnings.append(
-            f"few clusters: H(mean) of {narrow} is {marginal:.2f} nats of {ceiling:.2f} possible, with "
-            f"{metrics[f'clusters_{narrow}']:.0f} of {k} clusters in use. Raise objective.nclip.smoothness (2 where "
-            "objective.nclip.sharpness is 1)."
-        )
-    elif information < FLAT_SHARE * ceiling:
-        warnings.append(
-            f"flat: mutual information of {name} is {information:.3f} nats of {ceiling:.2f} possible. Past the first "
-            "hundred steps, raise objective.nclip.sharpness to 1 and keep objective.nclip.smoothness above it (2), "
-            "set objective.nclip.tau between 0.5 and 1, and set model.cluster_head.last_norm to false."
-        )
-    if sharp and above_chance < AGREEMENT_ABOVE_CHANCE * (1 - chance):
-        warnings.append(
-            f"disagreement: predictions are sharp, yet image and text agree on {100 * metrics['agreement']:.1f} % of "
-            f"pairs (chance is about {100 * chance:.1f} %). Lower optim.lr or objective.nclip.sharpness, and set "
-            "model.cluster_head.last_norm to false."
-        )
-    return warnings
-
-
 def _check(
     s_img: Logits,
     s_txt: Logits,
@@ -202,7 +145,7 @@ def _check(
     centers: tuple[jax.Array | None, jax.Array | None],
     chunk: int,
 ) -> None:
-    """See the errors of `nclip`."""
+    """Raise the errors of `nclip`."""
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}; valid are {', '.join(TARGETS)}")
     if balance not in BALANCES:

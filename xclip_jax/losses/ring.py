@@ -8,8 +8,8 @@ few devices.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from xclip_jax.losses.contrastive import Metrics
 from xclip_jax.parallel.mesh import BATCH_AXES
 
 Array = jax.Array
+State = dict[str, Array]
+Hop = Callable[[State, Array, Array], State]
 
 
 def softmax(
@@ -45,7 +47,13 @@ def sigmoid(z_img: Array, z_txt: Array, scale: ArrayLike, bias: ArrayLike, *, me
 
 
 def _ring(
-    hops: tuple[Any, Any], end: Any, z_img: Array, z_txt: Array, scale: Array, bias: Array, mesh: Mesh
+    hops: tuple[Hop, Hop],
+    end: Callable[[State, State], Array],
+    z_img: Array,
+    z_txt: Array,
+    scale: Array,
+    bias: Array,
+    mesh: Mesh,
 ) -> tuple[Array, Metrics]:
     """Send the texts once round the mesh.
 
@@ -71,7 +79,7 @@ def _ring(
         fresh = {"own": own, "max": zeros, "sum": zeros, "best": zeros - jnp.inf, "index": zeros.astype(jnp.int32)}
         home, away = fresh, fresh | {"z": z_txt}
 
-        def hop(carry: tuple[Any, Any], shift: Array) -> tuple[tuple[Any, Any], None]:
+        def hop(carry: tuple[State, State], shift: Array) -> tuple[tuple[State, State], None]:
             home, away = carry
             source = (index - shift) % shards  # the shard that the texts came from
             logits = scale * contrastive.dot(z_img, away["z"]) + bias
@@ -91,7 +99,7 @@ def _ring(
     return loss, metrics
 
 
-def _best(state: dict[str, Array], logits: Array, offset: Array) -> dict[str, Array]:
+def _best(state: State, logits: Array, offset: Array) -> State:
     """Return `state` with the best match among columns `offset` and up; the lowest index wins ties, in any order."""
     logits = jax.lax.stop_gradient(logits)
     value, index = jnp.max(logits, axis=1), offset + jnp.argmax(logits, axis=1).astype(jnp.int32)
@@ -99,7 +107,7 @@ def _best(state: dict[str, Array], logits: Array, offset: Array) -> dict[str, Ar
     return state | {"best": jnp.where(better, value, state["best"]), "index": jnp.where(better, index, state["index"])}
 
 
-def _softmax_hop(state: dict[str, Array], logits: Array, first: Array) -> dict[str, Array]:
+def _softmax_hop(state: State, logits: Array, first: Array) -> State:
     """Add a block's exponentials, relative to the row's own pair as in `contrastive.softmax`."""
     relative = logits - state["own"][:, None]
     # Nothing is below the own pair's 0, so the running maximum may start there.
@@ -108,16 +116,16 @@ def _softmax_hop(state: dict[str, Array], logits: Array, first: Array) -> dict[s
     return state | {"max": highest, "sum": total}
 
 
-def _softmax_end(home: dict[str, Array], away: dict[str, Array]) -> Array:
+def _softmax_end(home: State, away: State) -> Array:
     img_to_txt, txt_to_img = (state["max"] + jnp.log(state["sum"]) for state in (home, away))
     return 0.5 * (img_to_txt + txt_to_img)
 
 
-def _sigmoid_hop(state: dict[str, Array], logits: Array, first: Array) -> dict[str, Array]:
+def _sigmoid_hop(state: State, logits: Array, first: Array) -> State:
     """Add a block's terms; the matching pairs are on the diagonal of the first."""
     sign = jnp.where(first, 2 * jnp.eye(logits.shape[0], dtype=jnp.float32) - 1, -1.0)
     return state | {"sum": state["sum"] - jnp.sum(jax.nn.log_sigmoid(sign * logits), axis=1)}
 
 
-def _sigmoid_end(home: dict[str, Array], away: dict[str, Array]) -> Array:
+def _sigmoid_end(home: State, away: State) -> Array:
     return home["sum"]

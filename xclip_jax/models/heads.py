@@ -7,14 +7,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from xclip_jax.config.fields import at_least, key
-from xclip_jax.errors import UserError
 from xclip_jax.logits import FactoredLogits
 from xclip_jax.models.layers import ACTIVATIONS, dense, named
 from xclip_jax.parallel.sharding import constrain
@@ -69,7 +68,7 @@ class Projection(nn.Module):
     """CLIP's linear projection, then L2 normalisation. h (b, d) -> z (b, e) in fp32. CLIP has no `bias`."""
 
     features: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     bias: bool = False
 
     @nn.compact
@@ -91,7 +90,7 @@ class Classifier(nn.Module):
 
     classes: int
     std: float = 2e-5
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, h: Array) -> Array:
@@ -128,7 +127,7 @@ class ClusterHead(nn.Module):
     layers: int = 1
     last_norm: bool = False
     momentum: float = 0.9
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, h: Array, *, train: bool = False, logits: bool = True) -> Array | FactoredLogits:
@@ -161,9 +160,7 @@ class ClusterHead(nn.Module):
             s = factors.logits()
             return batch_norm("norm_last", affine=False)(s) if self.last_norm else s
         if self.last_norm:
-            raise UserError(
-                "model.cluster_head.last_norm needs all logits at once; set loss.chunk_size=0, or it to false."
-            )
+            raise ValueError("last_norm needs all logits at once")
         return factors
 
 
@@ -187,7 +184,7 @@ def contrastive_heads(
     bias_init: float | None = None,
     project_img: bool = True,
     project_bias: bool = False,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> dict[str, Head | Scalar]:
     """Projections of both towers to (b, embed), the logit scale and, for the sigmoid loss, the logit bias.
 
@@ -213,7 +210,7 @@ def contrastive_heads(
 
 
 def cluster_heads(
-    options: ClusterHeadConfig, widths: Mapping[str, int], *, dtype: Any = jnp.float32
+    options: ClusterHeadConfig, widths: Mapping[str, int], *, dtype: DTypeLike = jnp.float32
 ) -> dict[str, Head | Scalar]:
     """A `ClusterHead` on each tower of `widths`, {"img", "txt"} features of the towers."""
     fields = dataclasses.asdict(options)
@@ -226,6 +223,8 @@ def cluster_heads(
     return heads
 
 
-def classifier_head(classes: int, tower: str, width: int, *, std: float, dtype: Any = jnp.float32) -> dict[str, Head]:
+def classifier_head(
+    classes: int, tower: str, width: int, *, std: float, dtype: DTypeLike = jnp.float32
+) -> dict[str, Head]:
     """A `Classifier` of `classes` on the features of `tower`, of which there are `width`."""
     return {"classifier": Head(Classifier(classes, std, dtype), tower, "logits", flops=2 * classes * width)}

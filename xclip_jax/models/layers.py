@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
+from jax.typing import DTypeLike
 
 from xclip_jax.config.fields import above, at_least, choice, key
 from xclip_jax.errors import UserError
@@ -89,7 +90,7 @@ def dense(
     axes: tuple[str | None, ...],
     *,
     std: float,
-    dtype: Any,
+    dtype: DTypeLike,
     axis: int | tuple[int, ...] = -1,
     use_bias: bool = True,
     name: str | None = None,
@@ -112,7 +113,7 @@ class LayerNorm(nn.Module):
     """LayerNorm computed in fp32 and returned in `dtype`. CLIP's eps is 1e-5, timm's 1e-6."""
 
     eps: float = 1e-5
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -157,7 +158,7 @@ class HeadProjections(nn.Module):
 
     count: int
     heads: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, at: Array | None = None) -> tuple[Array, ...]:
@@ -178,7 +179,7 @@ class Attention(nn.Module):
     heads: int
     out_std: float
     causal: bool = False
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, at: Array | None = None) -> Array:
@@ -194,7 +195,7 @@ class Mlp(nn.Module):
     hidden: int
     out_std: float
     act: str = "gelu"
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -234,7 +235,7 @@ class TransformerConfig(Tower):
     def block_flops(self, tokens: float, *, one: bool = False) -> float:
         """FLOPs of a sequence in all blocks: four projections, two products of attention, and the MLP.
 
-        Where `one` token is read, the last of unrolled blocks makes keys and values of all, and all else of that alone.
+        With `one` the last block, where unrolled, computes keys and values of all tokens and the rest of one alone.
         """
         keys_values = 4 * self.width**2
         rest = 2 * self.width * (2 * self.width + 2 * self.hidden) + 4 * tokens * self.width
@@ -243,11 +244,11 @@ class TransformerConfig(Tower):
 
     @property
     def num_layers(self) -> int:
-        """The blocks, what comes before them, and what comes after them (BEiT, arXiv 2106.08254)."""
+        """Number of layers: the blocks, one before them and one after them (BEiT, arXiv 2106.08254)."""
         return self.depth + 2
 
     def layer_of(self, path: tuple[str, ...]) -> int | np.ndarray:
-        """0 before the blocks, i + 1 in block i, depth + 1 after them."""
+        """Layer of a parameter: 0 before the blocks, i + 1 in block i, depth + 1 after them."""
         if path[0] != "transformer":
             return 0 if path[0] in self.before else self.depth + 1
         return np.arange(1, self.depth + 1) if path[1] == "blocks" else 1 + int(path[1].removeprefix("block_"))
@@ -281,7 +282,7 @@ class Block(nn.Module):
 
     config: TransformerConfig
     causal: bool
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Array, keep: Array | None = None, at: Array | None = None) -> tuple[Array, None]:
@@ -315,7 +316,7 @@ class Transformer(nn.Module):
     config: TransformerConfig
     causal: bool = False
     drop_path: float = 0.0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, noise: Array | None = None, at: Array | None = None) -> Array:

@@ -1,11 +1,12 @@
 """The text tower: CLIP's causal transformer, pooled at an explicit end-of-text token, with SigLIP's options."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from xclip_jax.config.fields import at_least, choice, key
 from xclip_jax.errors import UserError
@@ -27,21 +28,21 @@ class TextTowerConfig(TransformerConfig, TextTower):
     causal: bool = key(True, "a token attends to itself and those before it alone; padding counts as tokens")
     pool: str = key("eot", "first end-of-text token, or the last token, padding included", choice(POOLS))
 
-    def module(self, vocab: int, eot_id: int, dtype: Any) -> nn.Module:
-        """See `TextTransformer`."""
+    def module(self, vocab: int, eot_id: int, dtype: DTypeLike) -> nn.Module:
+        """Make the `TextTransformer`."""
         return TextTransformer(self, vocab, eot_id, dtype)
 
     def flops(self, train: bool) -> float:
-        """Those of the blocks on a whole context."""
+        """FLOPs of the blocks on a whole context."""
         return self.block_flops(self.context_length, one=True)
 
     @property
     def cuttable(self) -> bool:
-        """Where attention is causal and the feature is that of the end of the text."""
+        """Whether attention is causal and the feature is that of the end of the text."""
         return self.causal and self.pool == "eot"
 
     def cut_flops(self, tokens: int) -> float:
-        """Those of the blocks on `tokens` tokens."""
+        """FLOPs of the blocks on `tokens` tokens."""
         return self.block_flops(tokens, one=True)
 
     def convert(self, params: Params) -> tuple[Params, list[str]]:
@@ -57,7 +58,7 @@ class TextTowerConfig(TransformerConfig, TextTower):
         return {**params, "positions": params["positions"][: self.context_length]}, notes
 
     def describe(self) -> str:
-        """Its sizes."""
+        """Sizes of the tower in one phrase."""
         return f"transformer of width {self.width}, depth {self.depth}, {self.context_length} tokens"
 
 
@@ -72,13 +73,13 @@ class TextTransformer(nn.Module):
     config: TextTowerConfig
     vocab: int
     eot_id: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, text: Array) -> Array:
         width, length = self.config.width, self.config.context_length
         if text.shape[1] > length:
-            raise UserError(f"expected at most {length} tokens, got {text.shape[1]}; set model.txt.context_length.")
+            raise ValueError(f"expected at most {length} tokens, got {text.shape[1]}")
         tokens = self.param("tokens", named(nn.initializers.normal(0.02), "vocab", "table"), (self.vocab, width))
         positions = self.param("positions", named(nn.initializers.normal(0.01), None, "table"), (length, width))
         x = (tokens[text] + positions[: text.shape[1]]).astype(self.dtype)  # (b, n, d)

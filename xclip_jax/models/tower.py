@@ -10,18 +10,17 @@ To add one from another package:
         def module(self, dtype):
             return ConvNetModule(self.width, dtype)  # (b, h, w, 3) -> (b, width)
 
-        def flops(self, train):
-            return ...
-
 and name it in the config: `model.plugins = {"img": {"type": "my_lab.towers:ConvNet", "width": 512}}`.
 """
 
+import abc
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from xclip_jax.errors import UserError
 
@@ -29,7 +28,7 @@ Array = jax.Array
 Params = Mapping[str, Any]
 
 
-class Tower:
+class Tower(abc.ABC):
     """Base of image and text towers; subclasses are frozen dataclasses of config keys.
 
     The module has no state but its parameters: all randomness of a training pass comes in by `sample_noise`, and
@@ -43,13 +42,16 @@ class Tower:
     meaning_keys: ClassVar[tuple[str, ...]] = ()
 
     @property
+    @abc.abstractmethod
     def width(self) -> int:
         """Features of an item, d; usually a key."""
-        raise NotImplementedError
 
-    def flops(self, train: bool) -> float:
-        """FLOPs of one item's forward pass, in training or not; a multiplication and an addition count as two."""
-        raise NotImplementedError
+    def flops(self, train: bool) -> float | None:
+        """FLOPs of one item's forward pass, in training or not; a multiplication and an addition count as two.
+
+        None where they are not counted: runs then have no MFU, and `xclip_jax.plan` estimates no time.
+        """
+        return None
 
     def sample_noise(self, random_key: Array, b: int) -> dict[str, Array]:
         """Random inputs of a training pass on `b` items, keyword arguments of the module: arrays with a row per item.
@@ -62,7 +64,7 @@ class Tower:
 
     @property
     def num_layers(self) -> int:
-        """Layers that layer decay tells apart; 1 where it does not."""
+        """Number of layers that layer decay distinguishes; 1 for none."""
         return 1
 
     def layer_of(self, path: tuple[str, ...]) -> int | np.ndarray:
@@ -97,20 +99,20 @@ class ImageTower(Tower):
     """Base of image towers."""
 
     @property
+    @abc.abstractmethod
     def image_size(self) -> int:
         """Side of the square image, pixels; usually a key."""
-        raise NotImplementedError
 
-    def module(self, dtype: Any) -> nn.Module:
+    @abc.abstractmethod
+    def module(self, dtype: DTypeLike) -> nn.Module:
         """A module of normalised pixels (b, h, w, 3), and `sample_noise`, to features (b, width)."""
-        raise NotImplementedError
 
     @property
     def grid(self) -> int:
         """Patches along each side of `patch_features`; 0 where the tower has none."""
         return 0
 
-    def patch_features(self, params: Params, image: Array, dtype: Any) -> Array:
+    def patch_features(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
         """Features of each patch, before they are pooled.
 
         Args:
@@ -119,7 +121,7 @@ class ImageTower(Tower):
           dtype: computation dtype.
 
         Returns:
-          (b, grid, grid, d), rows from above; d need not be the tower's width.
+          (b, grid, grid, d), rows from the top; d need not be the tower's width.
 
         Raises:
           UserError: the tower has none.
@@ -131,7 +133,7 @@ class ImageTower(Tower):
         """What `attention_maps` shows, in words; "" where the tower has none."""
         return ""
 
-    def attention_maps(self, params: Params, image: Array, dtype: Any) -> tuple[Array, Array]:
+    def attention_maps(self, params: Params, image: Array, dtype: DTypeLike) -> tuple[Array, Array]:
         """Attention over patches: of the last layer, and through all layers.
 
         Args:
@@ -141,8 +143,11 @@ class ImageTower(Tower):
 
         Returns:
           Twice fp32 (b, rows, columns); each map sums to 1.
+
+        Raises:
+          UserError: the tower has none.
         """
-        raise NotImplementedError
+        raise UserError(f"{type(self).__name__} has no attention maps; give it `attention` and `attention_maps`.")
 
     def describe(self) -> str:
         """The tower in one phrase."""
@@ -157,11 +162,12 @@ class TextTower(Tower):
     """Base of text towers."""
 
     @property
+    @abc.abstractmethod
     def context_length(self) -> int:
         """Tokens of a text, with its start and end; usually a key."""
-        raise NotImplementedError
 
-    def module(self, vocab: int, eot_id: int, dtype: Any) -> nn.Module:
+    @abc.abstractmethod
+    def module(self, vocab: int, eot_id: int, dtype: DTypeLike) -> nn.Module:
         """A module of int32 tokens (b, n), and `sample_noise`, to features (b, width).
 
         Args:
@@ -169,16 +175,15 @@ class TextTower(Tower):
           eot_id: its end-of-text token, with which each text ends.
           dtype: computation dtype.
         """
-        raise NotImplementedError
 
     @property
     def cuttable(self) -> bool:
         """Whether what follows the end of a text does not reach its feature, so that it may be cut off."""
         return False
 
-    def cut_flops(self, tokens: int) -> float:
-        """FLOPs of the forward pass of a text that is cut to `tokens`, of a tower that is `cuttable`."""
-        raise NotImplementedError
+    def cut_flops(self, tokens: int) -> float | None:
+        """FLOPs of the forward pass of a text cut to `tokens`, of a tower that is `cuttable`; None as in `flops`."""
+        return None
 
     def describe(self) -> str:
         """The tower in one phrase."""

@@ -1,4 +1,4 @@
-"""Both towers and the heads on them in one module; the sizes that have a name."""
+"""Both towers and the heads on them in one module, and the named sizes."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from xclip_jax.config.fields import Check, at_least, choice, key, read_plugin
 from xclip_jax.errors import UserError, check_choice
@@ -18,6 +19,7 @@ from xclip_jax.models.vit import ImageTowerConfig
 from xclip_jax.parallel.sharding import constrain
 
 Array = jax.Array
+Variables = Mapping[str, Any]  # arrays by collection ("params", "batch_stats"), as `TwoTowers.apply` takes them
 MAX_SCALE = 100.0  # of the logit scale, see `optim.project_scale`
 
 # Built-in types of towers, by the name that "type" in `model.plugins` has.
@@ -128,7 +130,7 @@ class TwoTowers(nn.Module):
     eot_id: int
     heads: Heads = dataclasses.field(default_factory=dict)
     towers: tuple[str, ...] = TOWERS
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @property
     def outputs(self) -> tuple[str, ...]:

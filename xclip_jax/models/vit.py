@@ -10,9 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from xclip_jax.config.fields import at_least, choice, fraction_below_one, key
-from xclip_jax.errors import UserError
 from xclip_jax.models import attention_maps
 from xclip_jax.models.layers import (
     ACTIVATIONS,
@@ -33,7 +33,7 @@ STEMS = ("linear", "hmlp")
 
 
 def stem_stages(stem: str, patch: int, width: int) -> list[tuple[int, int]]:
-    """What makes a token of a patch of `patch` x `patch` pixels: (side, features) of each linear map, in order.
+    """Stages that make a token of `patch` x `patch` pixels: (side, features) of each linear map, in order.
 
     A map takes side x side neighbours, pixels at first, and makes one vector of them. "linear" is one map; "hmlp"
     begins with 4 x 4 pixels and joins by the prime factors of what is left.
@@ -63,7 +63,7 @@ class HierarchicalStem(nn.Module):
     width: int
     act: str
     eps: float
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -80,7 +80,7 @@ class AttentionPool(nn.Module):
     """One learned query attends to all tokens, then a residual MLP (big_vision's "map" head). (b, n, d) -> (b, d)."""
 
     config: TransformerConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -134,8 +134,8 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         """Whole patches along a side."""
         return self.image_size // self.patch
 
-    def module(self, dtype: Any) -> nn.Module:
-        """See `VisionTransformer`."""
+    def module(self, dtype: DTypeLike) -> nn.Module:
+        """Make the `VisionTransformer`."""
         return VisionTransformer(self, dtype)
 
     def kept(self, patches: int) -> int:
@@ -143,7 +143,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         return max(1, round(patches * (1 - self.patch_dropout)))
 
     def flops(self, train: bool) -> float:
-        """Those of stem, blocks and pooling; in training without the patches that are dropped."""
+        """FLOPs of stem, blocks and pooling; in training without the patches that are dropped."""
         kept = self.kept(self.grid**2) if train else self.grid**2
         embedding, side, channels = 0, self.grid * self.patch, 3
         for joined, features in stem_stages(self.stem, self.patch, self.width):
@@ -181,18 +181,18 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         note = f"image positions interpolated from {grid} x {grid} to {self.grid} x {self.grid}"
         return {**params, "positions": table}, [*notes, note]
 
-    def patch_features(self, params: Params, image: Array, dtype: Any) -> Array:
-        """Those that `VisionTransformer` pools; see its `pooled`."""
+    def patch_features(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
+        """Features of the patches that `VisionTransformer` pools, see its `pooled`."""
         features: Any = VisionTransformer(self, dtype, pooled=False).apply({"params": params}, image)
         return features
 
     @property
     def attention(self) -> str:
-        """What the last attention before the features is."""
+        """What the last attention before the features shows, in words."""
         return attention_maps.MEANINGS[self.pool]
 
-    def attention_maps(self, params: Params, image: Array, dtype: Any) -> tuple[Array, Array]:
-        """See `attention_maps.maps`."""
+    def attention_maps(self, params: Params, image: Array, dtype: DTypeLike) -> tuple[Array, Array]:
+        """Attention of the last block, and rollout through all blocks, see `attention_maps.maps`."""
         tower = self.unrolled()
         _, captured = tower.module(dtype).apply(
             {"params": tower.convert(params)[0]},
@@ -204,7 +204,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         return last.reshape(-1, self.grid, self.grid), rollout.reshape(-1, self.grid, self.grid)
 
     def describe(self) -> str:
-        """Its sizes."""
+        """Sizes of the tower in one phrase."""
         return f"ViT of width {self.width}, depth {self.depth}, patch {self.patch}, {self.image_size} px"
 
     def facts(self) -> dict[str, str]:
@@ -229,7 +229,7 @@ class VisionTransformer(nn.Module):
     """
 
     config: ImageTowerConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     pooled: bool = True
 
     @nn.compact
@@ -279,9 +279,7 @@ class VisionTransformer(nn.Module):
     def _check(self, image: Array) -> None:
         size = self.config.image_size
         if image.shape[1:] != (size, size, 3):
-            raise UserError(
-                f"expected images of {size} x {size} pixels, got shape {image.shape}; set model.img.image_size."
-            )
+            raise ValueError(f"expected images of {size} x {size} pixels, got shape {image.shape}")
 
     def _drop_patches(self, x: Array, noise: Array | None) -> Array:
         if noise is None or self.config.patch_dropout == 0:

@@ -1,8 +1,8 @@
 """Objectives: what a run minimises, a weighted sum of terms.
 
-    clip      softmax contrastive                       xCLIP is 0.3 clip + 0.7 nclip
+    clip      softmax contrastive
     siglip    sigmoid contrastive
-    nclip     non-contrastive
+    nclip     non-contrastive; xCLIP is the sum of clip and nclip
     classify  fine-tuning of one tower on labelled items
 
 A term is one class in one file, see `base.Term`. `TERMS` is the table of this package's; one of another package is

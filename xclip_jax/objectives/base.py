@@ -15,6 +15,7 @@ A term is a frozen dataclass whose fields are config keys, its group of the conf
             return loss, {"loss": loss}, {}
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar
@@ -42,14 +43,14 @@ class LossConfig:
     chunk_size: int = key(0, "pairs that the non-contrastive loss takes at a time; 0 for all", at_least(0))
 
 
-class Term:
+class Term(abc.ABC):
     """One loss with everything that belongs to it; subclasses are frozen dataclasses of config keys.
 
     Attributes:
       title: the term's name in sentences, tables and charts.
       labelled: whether it is computed from labelled items instead of image-text pairs.
       source_remedies: what to change where labelled items of a source differ from what it expects, by
-        `labelled.MismatchError.of`.
+        `labelled.MismatchError.fault`.
     """
 
     title: ClassVar[str] = ""
@@ -63,33 +64,33 @@ class Term:
 
     @property
     def similarity(self) -> Similarity | None:
-        """How an image is compared with a text by what it trains; None where it trains nothing to compare them by."""
+        """How images are compared with texts by the outputs that the term trains; None where they are not."""
         return None
 
     @property
     def towers(self) -> tuple[str, ...]:
-        """The towers that it trains, of "img" and "txt"."""
+        """Towers that the term trains, of "img" and "txt"."""
         return ("img", "txt")
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Inputs that it reads of a batch, of "image", "text" and "label"."""
+        """Inputs that the term reads from a batch, of "image", "text" and "label"."""
         return (*(_FIELDS[tower] for tower in self.towers), *["label"] * self.labelled)
 
     @property
     def teacher(self) -> bool:
-        """Whether it needs the outputs of an exponential moving average of the parameters."""
+        """Whether the term needs the outputs of an exponential moving average of the parameters."""
         return False
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
-        """{name: `Head` or `Scalar`} that it needs on towers of `model`, with `vocab` tokens in the tokenizer.
+        """{name: `Head` or `Scalar`} that the term needs on towers of `model`, with `vocab` tokens in the tokenizer.
 
         Terms of one objective share heads of the same name, which must then be equal.
         """
         return {}
 
     def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, Array]:
-        """Arrays that it carries from step to step; their names are its own, in a checkpoint too."""
+        """Arrays that the term carries from step to step; their names are its own, in a checkpoint too."""
         return {}
 
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
@@ -106,6 +107,7 @@ class Term:
         """Return `__call__` in the form that the config group `loss` asks for, on `mesh`; the value is the same."""
         return self
 
+    @abc.abstractmethod
     def __call__(
         self,
         out: Mapping[str, Array],
@@ -124,18 +126,17 @@ class Term:
         Returns:
           fp32 scalar loss; metrics, which the objective prefixes with the term's name; its entries of the next state.
         """
-        raise NotImplementedError
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """Yield what is wrong with its options, once it is in use; each sentence begins with the full name of a key."""
+        """Yield what is wrong with the options of a term in use; each sentence begins with the full name of a key."""
         return iter(())
 
     def alarms(self, metrics: Mapping[str, float]) -> list[str]:
-        """Return warnings "NAME: what is wrong and what to change" from its metrics, without their prefix."""
+        """Return warnings "NAME: what is wrong and what to change" from the term's metrics, without their prefix."""
         return []
 
     def progress(self, metrics: Mapping[str, float]) -> str:
-        """Return its part of the progress line, from its metrics without their prefix; "" for none."""
+        """Return the term's part of the progress line, from its metrics without their prefix; "" for none."""
         return f"{metrics['loss']:.3f}" if "loss" in metrics else ""
 
     def flops(self, model: ModelConfig, batch: int) -> float:
@@ -143,11 +144,11 @@ class Term:
         return 0.0
 
     def curves(self) -> tuple[Curve, ...]:
-        """Charts of its metrics for a report."""
+        """Charts of the term's metrics for a report."""
         return (Curve(f"{self.title} loss".lstrip(), (("loss", "loss"),)),)
 
     def health(self, metrics: Mapping[str, float]) -> Health | None:
-        """Indicators of whether it trains well, from its last metrics without their prefix; None for none.
+        """Indicators of whether the term trains well, from its last metrics without their prefix; None for none.
 
         A report also shows warnings of `alarms` that have no `Light`.
         """
@@ -158,7 +159,7 @@ class Term:
         return {}
 
     def describe(self, model: ModelConfig) -> str:
-        """Phrase for a model card: the outputs of its heads; "" for none of use."""
+        """Phrase for a model card on the outputs of the term's heads; "" for none of use."""
         return ""
 
     def export_note(self, missing: Collection[str]) -> str:
@@ -220,7 +221,7 @@ class Objective:
     @property
     def source_remedies(self) -> dict[str, str]:
         """What to change where labelled items of a source differ from what a term expects."""
-        return {of: remedy for term in self.terms.values() for of, remedy in term.source_remedies.items()}
+        return {fault: remedy for term in self.terms.values() for fault, remedy in term.source_remedies.items()}
 
     @property
     def classes(self) -> int:
@@ -274,7 +275,7 @@ class Objective:
         return state
 
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
-        """See `Term.draw`."""
+        """Add the random inputs of all terms, see `Term.draw`."""
         for term in self.terms.values():
             inputs = term.draw(random_key, inputs, size)
         return inputs

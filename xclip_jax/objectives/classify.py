@@ -39,7 +39,7 @@ class Classify(Term):
 
     @property
     def towers(self) -> tuple[str, ...]:
-        """The one that is trained."""
+        """The tower that is trained."""
         return (self.tower,)
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
@@ -62,7 +62,7 @@ class Classify(Term):
         state: Mapping[str, Array],
         batch: Mapping[str, Any],
     ) -> Result:
-        """See `Term.__call__`; `batch` has "label" (b,) and, of mixed images, "share" and "other"."""
+        """Compute the loss, see `Term.__call__`; `batch` has "label" (b,) and, of mixed images, "share" and "other"."""
         logits, labels = out["logits"], batch["label"]
         if self.classes == 1:
             loss = classification.squared_error(logits[:, 0], labels)

@@ -47,7 +47,7 @@ class Contrastive(Term):
         )
 
     def in_form(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
-        """With `loss.impl` "ring" around a ring of devices."""
+        """Return `__call__`, around a ring of devices with `loss.impl` "ring"."""
         return functools.partial(self.__call__, mesh=mesh) if loss.impl == "ring" else self
 
     def __call__(
@@ -59,7 +59,7 @@ class Contrastive(Term):
         *,
         mesh: Mesh | None = None,
     ) -> Result:
-        """See `Term.__call__`. With a `mesh` the pairs are compared on a ring of its devices."""
+        """Compute the loss, see `Term.__call__`. With a `mesh` the pairs are compared on a ring of its devices."""
         arguments, options = [out[name] for name in self.outputs], dataclasses.asdict(self)
         if mesh is None:
             loss, metrics = getattr(contrastive, self.form)(*arguments, **options)
@@ -67,23 +67,15 @@ class Contrastive(Term):
             loss, metrics = getattr(ring, self.form)(*arguments, mesh=mesh, **options)
         return loss, metrics | {"scale": out["scale"]}, {}
 
-    def progress(self, metrics: Mapping[str, float]) -> str:
-        """The loss beside ln b, that of a uniform guess."""
-        return f"{metrics['loss']:.3f} (ln b {metrics['ln_b']:.2f})" if "loss" in metrics else ""
-
     def flops(self, model: ModelConfig, batch: int) -> float:
         """The comparison of a sample with the batch."""
         return 2 * batch * model.embed
 
     def curves(self) -> tuple[Curve, ...]:
         """Loss, accuracy within the batch, logit scale."""
-        loss = (("loss", "contrastive"),)
-        note = "ln b, with b the batch size, is the loss of a guess that does not depend on the inputs."
-        return (Curve(f"{self.title} loss", loss, "nats", (Level("ln b", "ln_b"),), note), *self._batch_curves())
-
-    def _batch_curves(self) -> tuple[Curve, ...]:
         accuracy = (("acc_img", "image to text"), ("acc_txt", "text to image"))
         return (
+            Curve(f"{self.title} loss", (("loss", "contrastive"),), "nats"),
             Curve("Accuracy within the batch", accuracy, "%", note="Share whose best match is their own partner."),
             Curve("Logit scale", (("scale", "scale"),)),
         )
@@ -141,5 +133,15 @@ class Clip(Contrastive):
 
     @property
     def plateau_share(self) -> float:
-        """Smoothed targets leave less to learn."""
+        """The share, smaller for smoothed targets, which leave less to learn."""
         return PLATEAU_SHARE * (1 - self.label_smoothing)
+
+    def progress(self, metrics: Mapping[str, float]) -> str:
+        """The loss beside ln b, that of a uniform guess."""
+        return f"{metrics['loss']:.3f} (ln b {metrics['ln_b']:.2f})" if "loss" in metrics else ""
+
+    def curves(self) -> tuple[Curve, ...]:
+        """The curves of a contrastive loss, with ln b beside the loss."""
+        loss, *others = super().curves()
+        note = "ln b, with b the batch size, is the loss of a guess that does not depend on the inputs."
+        return (dataclasses.replace(loss, levels=(Level("ln b", "ln_b"),), note=note), *others)

@@ -22,6 +22,16 @@ from xclip_jax.objectives.similarity import ClusterSimilarity
 Array = jax.Array
 _SHUFFLE = 17  # folded into the step's key
 
+# Thresholds of `diagnose` [ours], read off the trials that chose the defaults (batch 256, k 1024, so ln b = 5.5).
+# Stuck runs had 0.12-0.2 nats of mutual information, 2-4 % of ln b; the slowest run that trained had 0.6, 11 %.
+FLAT_SHARE = 0.06
+# The run with few clusters (14 of 1024) had H(mean) = 3.1, 56 % of ln b; smooth runs are near or above ln b.
+FEW_CLUSTERS_SHARE = 0.7
+# Sharp: the entropy of single predictions is at most this share of their mean's; a fresh model has nearly 1.
+SHARP_SHARE = 0.6
+# The run that disagreed had 1 % equal argmax, chance being 0.5 %; counted above chance, as a share of what is left.
+AGREEMENT_ABOVE_CHANCE = 0.05
+
 
 @dataclasses.dataclass(frozen=True)
 class Nclip(Term):
@@ -30,7 +40,7 @@ class Nclip(Term):
     title: ClassVar[str] = "nCLIP"
 
     target: str = key("detach", "where pseudo-labels come from", choice(noncontrastive.TARGETS))
-    tau: float = key(1.0, "temperature of the cluster distributions", above(0))
+    tau: float = key(noncontrastive.TAU, "temperature of the cluster distributions", above(0))
     target_tau: float = key(0.0, "temperature of the targets; 0 for tau", at_least(0))
     sharpness: float = key(1.0, "weight of the entropy of each pair's distribution", at_least(0))
     smoothness: float = key(2.0, "weight of the entropy of the batch's mean distribution", at_least(0))
@@ -45,7 +55,7 @@ class Nclip(Term):
 
     @property
     def teacher(self) -> bool:
-        """With target "ema"."""
+        """Whether the target is "ema"."""
         return self.target == "ema"
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
@@ -67,7 +77,7 @@ class Nclip(Term):
         return inputs | {"target_order": jnp.zeros_like(order).at[order].set(jnp.roll(order, 1))}
 
     def in_form(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
-        """With `loss.chunk_size` pairs at a time."""
+        """Return `__call__` with `loss.chunk_size` pairs at a time."""
         return functools.partial(self.__call__, chunk=loss.chunk_size)
 
     def __call__(
@@ -79,7 +89,7 @@ class Nclip(Term):
         *,
         chunk: int = 0,
     ) -> Result:
-        """See `Term.__call__`. With `chunk` above 0 that number of pairs is processed at a time."""
+        """Compute the loss, see `Term.__call__`. With `chunk` above 0 that number of pairs is processed at a time."""
         teacher = {} if teacher is None else teacher
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         momentum = options.pop("center_momentum")
@@ -115,8 +125,8 @@ class Nclip(Term):
             yield "model.cluster_head.last_norm needs all logits at once; set loss.chunk_size=0, or it to False"
 
     def alarms(self, metrics: Mapping[str, float]) -> list[str]:
-        """See `losses.noncontrastive.diagnose`; none without its metrics, as in files of early versions."""
-        return noncontrastive.diagnose(metrics, **_sizes(metrics)) if metrics.keys() >= _MEASURES else []
+        """Warnings of `diagnose`; none without its metrics, as in files of early versions."""
+        return diagnose(metrics) if metrics.keys() >= _MEASURES else []
 
     def progress(self, metrics: Mapping[str, float]) -> str:
         """The loss, mutual information and clusters in use, of the worse modality."""
@@ -142,7 +152,7 @@ class Nclip(Term):
         )
 
     def health(self, metrics: Mapping[str, float]) -> Health | None:
-        """Its three failures, see `losses.noncontrastive.diagnose`."""
+        """Indicators of the three failures of `diagnose`."""
         if not metrics.keys() >= _MEASURES:
             return None
         summary = (
@@ -156,11 +166,11 @@ class Nclip(Term):
         return {f"model.cluster_head.{key}": x for key, x in dataclasses.asdict(model.cluster_head).items()}
 
     def describe(self, model: ModelConfig) -> str:
-        """The clusters."""
+        """The distributions over clusters."""
         return f"distributions of images and texts over {model.cluster_head.clusters:,} clusters"
 
     def export_note(self, missing: Collection[str]) -> str:
-        """The cluster heads."""
+        """What a model loses without its cluster heads."""
         lost = {"clusters_img", "clusters_txt"} & set(missing)
         return "without cluster heads the model assigns no clusters" if lost else ""
 
@@ -185,12 +195,52 @@ def _ceiling(metrics: Mapping[str, float]) -> float:
 def _agreement_levels(metrics: Mapping[str, float]) -> tuple[float, float]:
     """Share of pairs that agree by chance, and below which there is an alarm."""
     chance = 1 / max(metrics["clusters_img"], metrics["clusters_txt"], 1)
-    return chance, chance + noncontrastive.AGREEMENT_ABOVE_CHANCE * (1 - chance)
+    return chance, chance + AGREEMENT_ABOVE_CHANCE * (1 - chance)
 
 
 def _share(part: float, whole: float) -> float:
     """part / whole; 0 where the whole is, as ln 1 of one cluster or of a batch of one pair."""
     return part / whole if whole else 0.0
+
+
+def diagnose(metrics: Mapping[str, float]) -> list[str]:
+    """Return warnings, each with its remedy, where the metrics of `losses.noncontrastive.nclip` show a known failure.
+
+    The failures [ours]: flat (predictions do not distinguish pairs), few clusters, and disagreement (image and text
+    are sharp, on different clusters). A model's first hundred steps are always flat: diagnose later.
+
+    Args:
+      metrics: as Python floats, all of `_MEASURES`. NaN gives no warning.
+    """
+    if not (ceiling := _ceiling(metrics)):  # no information to lose
+        return []
+    information, name = min((metrics[f"mutual_information_{m}"], m) for m in noncontrastive.MODALITIES)
+    marginal, narrow = min((metrics[f"marginal_entropy_{m}"], m) for m in noncontrastive.MODALITIES)
+    sharp = any(
+        metrics[f"entropy_{m}"] < SHARP_SHARE * metrics[f"marginal_entropy_{m}"] for m in noncontrastive.MODALITIES
+    )
+    chance, agreed = _agreement_levels(metrics)
+    warnings = []
+    # One collapsed cluster also has no mutual information, but flat's remedy (sharpen) would be the wrong one.
+    if marginal < FEW_CLUSTERS_SHARE * ceiling:
+        warnings.append(
+            f"few clusters: H(mean) of {narrow} is {marginal:.2f} nats of {ceiling:.2f} possible, with "
+            f"{metrics[f'clusters_{narrow}']:.0f} of {_sizes(metrics)['k']} clusters in use. Raise "
+            "objective.nclip.smoothness (2 where objective.nclip.sharpness is 1)."
+        )
+    elif information < FLAT_SHARE * ceiling:
+        warnings.append(
+            f"flat: mutual information of {name} is {information:.3f} nats of {ceiling:.2f} possible. Past the first "
+            "hundred steps, raise objective.nclip.sharpness to 1 and keep objective.nclip.smoothness above it (2), "
+            "set objective.nclip.tau between 0.5 and 1, and set model.cluster_head.last_norm to false."
+        )
+    if sharp and metrics["agreement"] < agreed:
+        warnings.append(
+            f"disagreement: predictions are sharp, yet image and text agree on {100 * metrics['agreement']:.1f} % of "
+            f"pairs (chance is about {100 * chance:.1f} %). Lower optim.lr or objective.nclip.sharpness, and set "
+            "model.cluster_head.last_norm to false."
+        )
+    return warnings
 
 
 def _lights(metrics: Mapping[str, float]) -> tuple[Light, ...]:
@@ -199,7 +249,7 @@ def _lights(metrics: Mapping[str, float]) -> tuple[Light, ...]:
         min(metrics[f"{name}_img"], metrics[f"{name}_txt"])
         for name in ("mutual_information", "marginal_entropy", "clusters")
     )
-    flat, few = noncontrastive.FLAT_SHARE * ceiling, noncontrastive.FEW_CLUSTERS_SHARE * ceiling
+    flat, few = FLAT_SHARE * ceiling, FEW_CLUSTERS_SHARE * ceiling
     most, agreement = max(math.log(k), ceiling), metrics["agreement"]
     chance, agreed = _agreement_levels(metrics)
     impossible = "" if ceiling else "One cluster, or a batch of one pair, cannot collapse."
@@ -209,7 +259,7 @@ def _lights(metrics: Mapping[str, float]) -> tuple[Light, ...]:
             "Fails when the predictions of different pairs are alike.",
             f"{information:.2f} nats of mutual information, of {ceiling:.2f} possible; the alarm is below {flat:.2f}.",
             _share(information, ceiling),
-            noncontrastive.FLAT_SHARE,
+            FLAT_SHARE,
             impossible,
         ),
         Light(
@@ -239,7 +289,7 @@ def _health_curves(metrics: Mapping[str, float]) -> tuple[Curve, ...]:
 
     sizes, ceiling = _sizes(metrics), _ceiling(metrics)
     most = min(sizes.values())
-    flat, few = (share * ceiling for share in (noncontrastive.FLAT_SHARE, noncontrastive.FEW_CLUSTERS_SHARE))
+    flat, few = (share * ceiling for share in (FLAT_SHARE, FEW_CLUSTERS_SHARE))
     _, agreed = _agreement_levels(metrics)
     note = f"Of {sizes['k']:,} clusters; a batch of {sizes['b']:,} can use at most {most:,}."
     return (

@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 from xclip_jax.objectives.clip import Contrastive
-from xclip_jax.objectives.display import Curve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,19 +16,11 @@ class Siglip(Contrastive):
     form: ClassVar[str] = "sigmoid"
     outputs: ClassVar[tuple[str, ...]] = ("z_img", "z_txt", "scale", "bias")
 
-    def progress(self, metrics: Mapping[str, float]) -> str:
-        """The loss; ln b is not that of a uniform guess."""
-        return f"{metrics['loss']:.3f}" if "loss" in metrics else ""
-
-    def curves(self) -> tuple[Curve, ...]:
-        """Those of CLIP, without ln b, which is not the value of a uniform guess."""
-        return (Curve(f"{self.title} loss", (("loss", "contrastive"),), "nats"), *self._batch_curves())
-
     def blind_loss(self, metrics: Mapping[str, float]) -> float:
-        """That of the logit ln(1 / (b - 1)) for each of the b * b pairs, b of which match."""
+        """The loss of the logit ln(1 / (b - 1)) for each of the b * b pairs, b of which match."""
         b = math.exp(metrics["ln_b"])
         return metrics["ln_b"] + (b - 1) * math.log(b / (b - 1)) if b > 1 else 0.0
 
     def export_note(self, missing: Collection[str]) -> str:
-        """The logit bias."""
+        """What a model loses without its logit bias."""
         return "without bias similarities keep their order and are not logits of a match" if "bias" in missing else ""

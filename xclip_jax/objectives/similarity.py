@@ -37,7 +37,7 @@ class Similarity(abc.ABC):
       reads: output of the heads, without the tower: "z" for z_img (n, e) and z_txt (m, e).
       logits: which of its scores, multiplied by `scale`, are logits of an image's classes.
       scale: output of the model with the learned factor of these logits, such as "scale"; None for 1.
-      is_distribution: whether `rows` are probabilities, of clusters.
+      is_distribution: whether `rows` are distributions over clusters.
       bar_label: what a report calls its first score, where that is from 0 to 1 and drawn as it is; "" where a report
         draws the probabilities of the logits.
       priority: of a model's similarities the one with the smallest value is the model's own.
@@ -154,7 +154,7 @@ def features(similarities: Sequence[Similarity]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(similarity.feature for similarity in similarities))
 
 
-def of_clusters(similarities: Sequence[Similarity]) -> Similarity | None:
+def cluster_similarity(similarities: Sequence[Similarity]) -> Similarity | None:
     """The first similarity of distributions over clusters, or None."""
     return next((similarity for similarity in similarities if similarity.is_distribution), None)
 

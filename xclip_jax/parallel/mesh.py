@@ -107,8 +107,8 @@ def check_batch(
     if batch % (shards * microbatches):
         below = batch // (shards * microbatches) * shards * microbatches
         nearest = f"{below} or {below + shards * microbatches}" if below else f"{shards * microbatches}"
-        of = f" in {microbatches} microbatches ({microbatches_key})" if microbatches > 1 else ""
+        parts = f" in {microbatches} microbatches ({microbatches_key})" if microbatches > 1 else ""
         raise UserError(
-            f"{key}={batch} cannot be divided{of} over {shards} devices (mesh axes data x fsdp); use {nearest}, "
+            f"{key}={batch} cannot be divided{parts} over {shards} devices (mesh axes data x fsdp); use {nearest}, "
             f"or a mesh with fewer of them."
         )

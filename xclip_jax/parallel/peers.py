@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other beside their collectives: that they live, where they wait, why they end.
+"""What the processes of a run report to each other beside collectives: that they run, where they wait, why they end.
 
 Each writes to the key-value store of JAX's coordination service, which process 0 holds. A process that is killed writes
 nothing: the others notice its silence, and JAX ends them after `HEARTBEAT_SECONDS`.
@@ -39,7 +39,7 @@ class Peers:
 
     Attributes:
       index, count: of this process, and how many there are.
-      status: what this process is doing, told to the others; set by whoever knows.
+      status: what this process is doing, reported to the others; set by the watchdog.
       silent: {process: sentence} of those that have given no sign of life for a while; known to process 0 alone.
     """
 
@@ -55,7 +55,7 @@ class Peers:
         atexit.register(self.stop)  # before JAX's own, which waits for the others
 
     def stop(self) -> None:
-        """Watch no longer: this process has done its work, and goes silent without being gone."""
+        """Stop monitoring and mark this process as finished, so that missing heartbeats are not taken for a failure."""
         self._done.set()
         with contextlib.suppress(Exception):
             self._client.key_value_set(f"{_ALIVE}{self.index}", _DONE, allow_overwrite=True)
@@ -98,7 +98,7 @@ class Peers:
         return "; ".join(f"process {k}: {s}" for k, s in states if s and s.partition(" (")[0] != own)
 
     def leave(self, sentence: str, status: int) -> NoReturn:
-        """End this process with `status`, after its last words to the others, who end with the same status."""
+        """End this process with `status`, after notifying the other processes, which end with the same status."""
         with self._ending:  # for good: only one thread ends the process
             try:
                 note = json.dumps({"sentence": sentence, "status": status})

@@ -9,7 +9,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from jax._src import distributed, xla_bridge
+
+# Not public in JAX: the client that processes talk through, and whether devices are initialised already.
+from jax._src import distributed as jax_distributed
+from jax._src import xla_bridge
 
 from xclip_jax.errors import EXIT_RESUMABLE, UserError
 from xclip_jax.parallel.peers import HEARTBEAT_SECONDS, Peers
@@ -66,7 +69,7 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
 
 def _watch_others() -> None:
     global _peers
-    state = distributed.global_state
+    state = jax_distributed.global_state
     if state.client is not None and state.num_processes > 1:
         _peers = Peers(state.client, state.process_id, state.num_processes)
         if faulthandler.is_enabled():

@@ -1,14 +1,14 @@
 """Where the image tower looks: attention over patches of some images, as the tower itself computes it."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from xclip_jax.data.transforms import normalize
-from xclip_jax.models.two_towers import TwoTowers
+from xclip_jax.models.two_towers import TwoTowers, Variables
 from xclip_jax.parallel.mesh import replicated
 
 IMAGES = 9  # that maps are drawn of
@@ -34,7 +34,7 @@ class Maps:
 
 def attention(
     model: TwoTowers,
-    variables: Mapping[str, Any],
+    variables: Variables,
     gallery: Sequence[np.ndarray],
     statistics: tuple[tuple[float, ...], ...],
     mesh: jax.sharding.Mesh,

@@ -5,7 +5,6 @@ Examples are drawn by a seed, never selected by hand.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,8 @@ from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.retrieval import RetrievalSet, positives
 from xclip_jax.evaluators.retrieval import ranks as ranks_of
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, compare, text_scores
-from xclip_jax.objectives.similarity import Similarity, features, of_clusters, softmax
+from xclip_jax.models.two_towers import Variables
+from xclip_jax.objectives.similarity import Similarity, cluster_similarity, features, softmax
 from xclip_jax.report.selection import POOL, ZeroShotPanel, readable, select, subset
 
 NUM_IMAGES = 9  # images that get names, of each set
@@ -145,7 +145,7 @@ class Examples:
 
 def collect_examples(
     encoder: Encoder,
-    variables: Any,
+    variables: Variables,
     specs: Sequence[str],
     *,
     data: loader.DataConfig | None = None,
@@ -198,7 +198,7 @@ def collect_examples(
         img = encoder.images(variables, examples.gallery.images, features(encoder.similarities))
         if selection.queries:
             examples.searches = _searches(encoder, variables, img, queries or selection.queries)
-        if (similarity := of_clusters(encoder.similarities)) is not None:
+        if (similarity := cluster_similarity(encoder.similarities)) is not None:
             words = list(dict.fromkeys(words))
             txt = encoder.texts(variables, words, (similarity.feature,))
             examples.clusters = _clusters(similarity, examples.gallery, img, txt, words)
@@ -226,7 +226,7 @@ class _Bars:
         return ScoredLabel(name, float(np.clip(value, 0, 1)), self.write(value), right)
 
 
-def _bars(encoder: Encoder, variables: Any, scores: Mapping[str, np.ndarray]) -> _Bars:
+def _bars(encoder: Encoder, variables: Variables, scores: Mapping[str, np.ndarray]) -> _Bars:
     """Probabilities of the logits, or the scores themselves where the model's similarity has a label for these."""
     if label := encoder.similarities[0].bar_label:
         return _Bars(scores[""], lambda value: f"{value:.2f}", label)
@@ -253,7 +253,7 @@ def _named(
     return ZeroShotExamples(panel.title, sentence, num_classes, guesses)
 
 
-def _searches(encoder: Encoder, variables: Any, img: Features, queries: Sequence[str]) -> list[SearchResult]:
+def _searches(encoder: Encoder, variables: Variables, img: Features, queries: Sequence[str]) -> list[SearchResult]:
     similarities = encoder.similarities
     txt = encoder.texts(variables, queries, features(similarities))
     scores = compare(similarities, img, [similarity.rows(txt[similarity.feature]) for similarity in similarities])
@@ -263,7 +263,7 @@ def _searches(encoder: Encoder, variables: Any, img: Features, queries: Sequence
 
 def _retrieved(
     encoder: Encoder,
-    variables: Any,
+    variables: Variables,
     data: RetrievalSet,
     shown: RetrievalSet,
     rng: np.random.Generator,
@@ -303,8 +303,8 @@ def _confusion(
     counts = np.zeros((len(classes), len(classes)), int)
     if classes:
         number = {name: i for i, name in enumerate(classes)}
-        of = np.array([number[name] for name in names])
-        np.add.at(counts, (of[labels], of[answers]), 1)
+        numbers = np.array([number[name] for name in names])
+        np.add.at(counts, (numbers[labels], numbers[answers]), 1)
         used = np.flatnonzero(counts.any(axis=0) | counts.any(axis=1))
         classes, counts = [classes[i] for i in used], counts[used][:, used]
     wrong: dict[tuple[int, int], list[int]] = {}

@@ -20,7 +20,7 @@ def health(record: Record) -> Section:
     for name, term in record.objective.terms.items():
         rows = complete_rows(record.objective, name, record.training)
         shown = term.health(rows[-1]) if rows else None
-        warnings = Warnings.of(record, name, rows)
+        warnings = Warnings.collect(record, name, rows)
         lights = shown.lights if shown else ()
         named = {light.name for light in lights}
         lights += tuple(Light(warning, "") for warning in warnings.names if warning not in named)
@@ -55,8 +55,8 @@ class Warnings:
     warnings: list[dict[str, str]]
 
     @classmethod
-    def of(cls, record: Record, name: str, rows: Sequence[Row]) -> "Warnings":
-        """Those of the term `name` in `complete_rows`."""
+    def collect(cls, record: Record, name: str, rows: Sequence[Row]) -> "Warnings":
+        """Collect the warnings of the term `name` in `complete_rows`."""
         term, first_step = record.objective.terms[name], record.config.log.collapse_warmup_steps
         judged = [row for row in rows if row["step"] >= first_step]
         by_name = [{text.partition(":")[0]: text for text in term.alarms(row)} for row in judged]

@@ -1,12 +1,12 @@
 """The page of a run: one HTML file with all images, styles and the script inside."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from etils import epath
 
 from xclip_jax.evaluators.encoder import Encoder
+from xclip_jax.models.two_towers import Variables
 from xclip_jax.report import health, model_sections, record, run_sections, shell
 from xclip_jax.report.attention import Maps, attention
 from xclip_jax.report.examples import Examples, collect_examples
@@ -26,7 +26,7 @@ def make(
     run: str | epath.Path,
     experiment: Experiment,
     encoder: Encoder,
-    variables: Any,
+    variables: Variables,
     specs: Sequence[str],
     *,
     data_dir: str = "",

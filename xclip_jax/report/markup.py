@@ -22,7 +22,7 @@ def breakable(name: str) -> str:
 
 
 def wide(label: str, table: str) -> str:
-    """Return a table in a box that scrolls where the screen is narrow; `label` names it for those who do not see it."""
+    """Return a table in a box that scrolls where the screen is narrow; `label` names it for screen readers."""
     return f'<div class="wide" tabindex="0" role="region" aria-label="{esc(label)}">{table}</div>'
 
 

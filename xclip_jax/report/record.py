@@ -110,7 +110,7 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
 
 def _results(run: RunFolder, final: Mapping[str, Any], steps: int) -> list[Result]:
     """Return the results of the last evaluation, `final`, at `steps`, and those of evaluation.json beside them."""
-    known, entries = results.of_run(final) if final else [], []
+    known, entries = results.parse_run(final) if final else [], []
     if run.evaluation_file.exists():
         # A damaged file costs a run that has results of its own no more than what it would add.
         with contextlib.suppress(UserError) if known else contextlib.nullcontext():
@@ -118,7 +118,7 @@ def _results(run: RunFolder, final: Mapping[str, Any], steps: int) -> list[Resul
     if not entries:
         return known
     shown, sets = results.latest(entries)[0], {(result.family, result.set) for result in known}
-    others = results.of_entries([entry for entry in shown if not known or entry["step"] == steps])
+    others = results.parse_entries([entry for entry in shown if not known or entry["step"] == steps])
     return [*known, *(result for result in others if (result.family, result.set) not in sets)]
 
 
@@ -131,7 +131,7 @@ def _with_items(known: Sequence[Result], file: epath.Path) -> list[Result]:
             for entry in entries:
                 own = items_of.get(entry["items"], {})
                 items |= {
-                    (r.name, round(r.value, 4)): own[r.name] for r in results.of_entries([entry]) if r.name in own
+                    (r.name, round(r.value, 4)): own[r.name] for r in results.parse_entries([entry]) if r.name in own
                 }
     return [dataclasses.replace(result, items=items.get((result.name, round(result.value, 4)))) for result in known]
 

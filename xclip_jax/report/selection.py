@@ -89,7 +89,7 @@ def select(
         ):
             continue
         try:
-            sets = [registry.load(spec, view, data_dir, profile, data) for view in (prepare, prepare.at(SHOWN))]
+            sets = [registry.load(spec, view, data_dir, profile, data) for view in (prepare, prepare.with_size(SHOWN))]
         except UserError as error:
             selection.missing += [str(error)] if str(error) not in selection.missing else []
             continue
@@ -156,7 +156,7 @@ def _training_pairs(
     for i in np.random.default_rng(seed).permutation(len(source_of))[:PAIRS]:
         try:
             record = sources[source_of[i]][int(i - starts[source_of[i]])]
-            images.append([view(record["image"]) for view in (prepare, prepare.at(SHOWN))])
+            images.append([view(record["image"]) for view in (prepare, prepare.with_size(SHOWN))])
         except BadSample:
             continue
         captions.append(record["text"][:5])

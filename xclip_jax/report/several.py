@@ -48,7 +48,7 @@ def short_names(folders: Sequence[str]) -> list[str]:
     """
     parts = [folder.rstrip("/").split("/") for folder in folders]
     if not 2 <= len(parts) <= MOST_RUNS:
-        raise UserError(f"{len(parts)} runs are named; a page shows 1 to {MOST_RUNS}.")
+        raise UserError(f"{len(parts)} runs are named; a page of several shows 2 to {MOST_RUNS}.")
     if twice := [folder for i, folder in enumerate(folders) if parts[i] in parts[:i]]:
         raise UserError(f"run {twice[0]!r} is named twice; name different runs.")
     depth = 1

@@ -1,21 +1,21 @@
 """The report as a callback of the trainer: report.html and picture.png at the end of a run."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 
 from xclip_jax.console import log0
 from xclip_jax.evaluators.result import Result
+from xclip_jax.models.two_towers import Variables
 from xclip_jax.report import html, picture
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.job import Job
 
 
 class ReportWriter(Callback):
-    """Writes the report of a run that has `eval.report` set; a report that fails costs nothing of the run."""
+    """Writes the report of a run that has `eval.report` set; a report that fails does not affect the run."""
 
-    def on_end(self, job: Job, variables: Mapping[str, Any], results: Sequence[Result]) -> None:
+    def on_end(self, job: Job, variables: Variables, results: Sequence[Result]) -> None:
         """Write the report, or print the reason of a failure."""
         del results  # the page reads them from the folder
         run = job.config.run
@@ -27,7 +27,7 @@ class ReportWriter(Callback):
             log0(f"no report: {type(error).__name__}: {error}; python -m xclip_jax.report {run} tries again")
 
 
-def _write(job: Job, variables: Mapping[str, Any]) -> None:
+def _write(job: Job, variables: Variables) -> None:
     config, folder = job.config, job.folder
     specs = (*config.eval.final_sets, *config.eval.sets)
     examples = html.make(folder.path, job.experiment, job.encoder, variables, specs)

@@ -16,7 +16,7 @@ from PIL import Image
 from xclip_jax.data import embeddings
 from xclip_jax.data.assets import cache_dir
 from xclip_jax.data.transforms import decode
-from xclip_jax.embed import Job
+from xclip_jax.embed import EmbeddingJob
 from xclip_jax.embed_sources import Source, open_images
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.inference import TEMPLATES, Model
@@ -38,7 +38,7 @@ class Match(NamedTuple):
 
 
 class Index:
-    """A model, images, and their embeddings. Several threads may ask; they wait for one another.
+    """A model, images, and their embeddings. Several threads may use it; they wait for one another.
 
     Attributes:
       names: that an image is compared with where a question has none.
@@ -193,5 +193,5 @@ def make_index(model: Model, images: str, *, cache: str = "", names: Sequence[st
         folder = cache_dir() / "search"
         folder.mkdir(parents=True, exist_ok=True)
         cache = os.fspath(folder / f"{key.hexdigest()[:16]}.npz")
-    Job(model, {"image": source}, cache, option="--cache").run()
+    EmbeddingJob(model, {"image": source}, cache, option="--cache").run()
     return Index(model, source, embeddings.read(cache), names)

@@ -1,4 +1,4 @@
-"""The declared study at scale: the same claims on CC12M with ViT-B/16, for whoever has TPUs. No run has been made."""
+"""The declared study at scale: the same claims on CC12M with ViT-B/16, to be run on TPUs. No run has been made."""
 
 from xclip_jax.study.arms import CHOICE, CLASSIFIERS, CONTROLS, OBJECTIVES, OUT_OF_DOMAIN, WEIGHTS, XCLIP, Arms, claims
 from xclip_jax.study.declaration import Measure, Study

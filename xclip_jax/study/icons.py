@@ -249,9 +249,9 @@ _THREATS = (
     "weights take its recipe over. Weight decay, betas and the augmentation are not tuned.",
     CHOICE,
     "Recipes and the weight are chosen by naming (rank among validation concepts), though claims are about probes too.",
-    "Training is short: with a warm-up of 50 steps the contrastive loss rests on a plateau at ln b, and whoever "
-    "leaves it earlier looks better. Under the recipes of the core CLIP and xCLIP leave it together, at about step "
-    "100; SigLIP later. The dose of steps and the control of twice the steps show how much length matters.",
+    "Training is short: with a warm-up of 50 steps the contrastive loss rests on a plateau at ln b, and an objective "
+    "that leaves it earlier looks better. Under the recipes of the core CLIP and xCLIP leave it together, at about "
+    "step 100; SigLIP later. The dose of steps and the control of twice the steps show how much length matters.",
     "nCLIP's loss has choices that the paper's abstract leaves open: target, temperature, regularisers, head. Ours may "
     "not be theirs. nCLIP and xCLIP of the first three claims have our choices as declared before the runs; the search "
     "among single factors then found a better one (tau), which claims 4 and 5 take over.",

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.data import tokenizer
+from xclip_jax.data.config import DataConfig
 from xclip_jax.data.length_groups import WHOLE, LengthGroups
-from xclip_jax.data.loader import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.models.two_towers import TOWERS, TwoTowers
@@ -96,7 +96,7 @@ def _make_mesh(config: Config, devices: list[jax.Device] | None) -> Mesh:
 
 
 def _length_groups(config: Config, model: TwoTowers) -> LengthGroups:
-    """Those of the config, checked against the text tower."""
+    """Groups of the config, checked against the text tower."""
     groups = LengthGroups.parse(config.data.length_groups)
     if groups.cuts and ("txt" not in model.towers or not model.txt.cuttable):
         raise UserError(

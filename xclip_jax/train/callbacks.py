@@ -1,13 +1,13 @@
 """What a run calls while it trains, such as a logger, an experiment tracker or the report."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from xclip_jax.config.schema import Config
 from xclip_jax.data.text import first_line
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.result import Result
 from xclip_jax.imports import import_class
+from xclip_jax.models.two_towers import Variables
 from xclip_jax.train.job import Job
 
 
@@ -27,9 +27,9 @@ class Callback:
         """Receive the metrics of a training step, those of a line of metrics.jsonl."""
 
     def on_evaluation(self, step: int, results: Sequence[Result]) -> None:
-        """Receive the results of an evaluation, on the way or at the end."""
+        """Receive the results of an evaluation, during training or at the end."""
 
-    def on_end(self, job: Job, variables: Mapping[str, Any], results: Sequence[Result]) -> None:
+    def on_end(self, job: Job, variables: Variables, results: Sequence[Result]) -> None:
         """Receive the trained model, once results.json is written.
 
         Args:
@@ -48,7 +48,7 @@ def classes(config: Config) -> list[type[Callback]]:
     return [import_class(name, Callback, "log.callbacks:") for name in config.log.callbacks]
 
 
-def of_config(config: Config) -> list[Callback]:
+def make_callbacks(config: Config) -> list[Callback]:
     """Make the callbacks that `log.callbacks` names.
 
     Raises:

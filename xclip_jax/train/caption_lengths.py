@@ -26,13 +26,11 @@ def choose(experiment: Experiment, sources: Sequence[Source]) -> LengthGroups:
         return WHOLE
 
     def saved(groups: LengthGroups) -> float:
-        return 1 - flops.train_step(config, groups) / flops.train_step(config, WHOLE)
+        cut, whole = flops.train_step(config, groups), flops.train_step(config, WHOLE)
+        return 1 - cut / whole if cut and whole else 0.0  # unknown of some towers of other packages
 
-    try:
-        most = saved(LengthGroups(((1, 1.0),)))
-    except NotImplementedError:  # of a tower of another package: its FLOPs, or those of a text that is cut
-        return WHOLE
-    if not length_groups.worthwhile(most, config.steps):
+    flops_of, most = flops.cut_flops(tower), saved(LengthGroups(((1, 1.0),)))
+    if flops_of is None or not length_groups.worthwhile(most, config.steps):
         return WHOLE
     counts = np.zeros(context + 1, np.int32)
     if jax.process_index() == 0:
@@ -40,7 +38,7 @@ def choose(experiment: Experiment, sources: Sequence[Source]) -> LengthGroups:
     if jax.process_count() > 1:  # a sample may be bad on one of them alone
         counts = np.asarray(multihost_utils.broadcast_one_to_all(counts))
     rows, draws = experiment.text_rows
-    groups = length_groups.choose(counts, rows=rows, draws=draws, flops_of=tower.cut_flops)
+    groups = length_groups.choose(counts, rows=rows, draws=draws, flops_of=flops_of)
     if not length_groups.worthwhile(saved(groups), config.steps):
         return WHOLE
     mean = counts @ np.arange(context + 1) / counts.sum()

@@ -90,6 +90,11 @@ def _quiet() -> Iterator[None]:
         sys.unraisablehook = previous
 
 
+def _of_process_0(flag: bool) -> bool:
+    """What process 0 gives, in all processes."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
+
+
 class _Manager(ocp.CheckpointManager):
     """Saves when it is told to. Orbax also asks JAX's preemption service whether to, by the step's number.
 
@@ -297,38 +302,58 @@ class Checkpointer:
     def _find_fault(self, step: int) -> str | None:
         """What process 0 finds wrong with the files of `step`; all processes get the same verdict."""
         fault = checkpoint_digest.find_fault(self.path / str(step), step) if jax.process_index() == 0 else None
-        if jax.process_count() > 1:
-            damaged = bool(multihost_utils.broadcast_one_to_all(np.asarray(fault is not None)))
-            fault = fault or ("process 0 names the file" if damaged else None)
-        return fault
+        if _of_process_0(fault is not None):
+            return fault or "process 0 names the file"
+        return None
 
     def _read(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         """State and position of `step`; `_Damaged` if its files differ from their digest, or do not make a state."""
         if fault := self._find_fault(step):
             raise _Damaged(fault)
-        verified = checkpoint_digest.exists(self.path / str(step))
+        verified = _of_process_0(jax.process_index() == 0 and checkpoint_digest.exists(self.path / str(step)))
         if not verified and not self._read_only:
             log0(f"checkpoint {self.path / str(step)} is of an earlier version: it has no digest to check its files by")
-        self._check(abstract, step)
-        try:
+        with self._reading(step, verified):
+            saved = _names(self._manager.item_metadata(step)["state"])
+            saved = {name: x for name, x in saved.items() if getattr(x, "shape", None) is not None}
+            if not saved:
+                raise _Damaged("state/_METADATA names no arrays")
+        self._check(abstract, saved, step)
+        with self._reading(step, verified):
             restored: Any = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
             )
             state, position = restored.state, restored.position
-        except Exception as error:  # whatever the storage raises
-            if verified or not _is_damage(error):
-                raise
-            if jax.process_count() > 1:  # the others may have read their part, and would wait for this process
-                where = self.path / str(step)
-                raise UserError(
-                    f"checkpoint {where} is damaged ({_reason(error)}); move its folder away to use the one before it."
-                ) from error
-            raise _Damaged(_reason(error)) from error
-        if not isinstance(position, dict) or not isinstance(position.get("samples"), int):
-            raise _Damaged("position/metadata does not have the number of samples")
-        if int(state.step) != step:
-            raise _Damaged(f"it is the checkpoint of step {int(state.step)}")
+            if not isinstance(position, dict) or not isinstance(position.get("samples"), int):
+                raise _Damaged("position/metadata does not have the number of samples")
+            if int(state.step) != step:
+                raise _Damaged(f"it is the checkpoint of step {int(state.step)}")
         return state, position
+
+    @contextlib.contextmanager
+    def _reading(self, step: int, verified: bool) -> Iterator[None]:
+        """Context of what this process reads of `step`: an error is `_Damaged` only of files without a digest.
+
+        Files that agree with their digest are whole, whatever a storage answers for a moment. Orbax takes what is not
+        there for an item that was not saved.
+        """
+        try:
+            yield
+        except Exception as error:  # whatever the storage raises
+            of_content = isinstance(error, _Damaged)
+            if not _is_damage(error) or (verified and not of_content):
+                raise
+            where, reason = self.path / str(step), str(error) if of_content else _reason(error)
+            if verified:
+                raise UserError(
+                    f"checkpoint {where} cannot be read ({reason}), though its files are those that were written; run "
+                    "the same command to try again."
+                ) from error
+            if jax.process_count() > 1:  # the others may have read their part, and would wait for this process
+                raise UserError(
+                    f"checkpoint {where} is damaged ({reason}); move its folder away to use the one before it."
+                ) from error
+            raise _Damaged(reason) from error
 
     def _move_aside(self, faults: dict[int, str], good: int) -> None:
         """Give damaged checkpoints names that Orbax and `RunFolder` take for no checkpoint's, and print a warning."""
@@ -345,18 +370,9 @@ class Checkpointer:
         self._manager.reload()
         log0(f"WARNING: damaged: {'; '.join(moved)}; going back to that of step {good}, the newest whole one")
 
-    def _check(self, abstract: TrainState, step: int) -> None:
+    def _check(self, abstract: TrainState, saved: dict[str, Any], step: int) -> None:
         """Compare names and shapes before any array is read: Orbax's own error is a page long."""
-        try:
-            saved = _names(self._manager.item_metadata(step)["state"])
-        except Exception as error:
-            if not _is_damage(error):
-                raise
-            raise _Damaged(f"its metadata cannot be read, {_reason(error)}") from error
         current = {name: x for name, x in _names(abstract).items() if hasattr(x, "shape")}
-        saved = {name: x for name, x in saved.items() if getattr(x, "shape", None) is not None}
-        if not saved:
-            raise _Damaged("state/_METADATA names no arrays")
         wrong = [f"{name} is missing" for name in current if name not in saved]
         wrong += [f"{name} is not in this model" for name in saved if name not in current]
         wrong += [

@@ -30,7 +30,7 @@ _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 def write(folder: epath.Path, step: int) -> None:
-    """Write the digest of a checkpoint whose files are complete, and see to it that they are on the disk.
+    """Write the digest of a checkpoint whose files are complete, and make sure that they are on the disk.
 
     Args:
       folder: the checkpoint's, under its final or its temporary name.

@@ -3,7 +3,7 @@
 The encoders run on parts of the batch and only their features are kept; heads, with BatchNorm over the global batch,
 and losses see all features at once. The backward pass runs each part's encoders again with the features' gradients.
 The result is the gradient of the whole batch up to rounding. Averaging the gradients of the parts' own losses, which
-looks alike, is another and wrong objective: contrastive losses compare pairs across parts, and nCLIP's smoothness is
+looks alike, is a different, wrong objective: contrastive losses compare pairs across parts, and nCLIP's smoothness is
 the entropy of a mean. No option does that.
 """
 

@@ -138,5 +138,5 @@ def _open_sources(experiment: Experiment) -> list[Source]:
     try:
         return loader.open_sources(experiment.data, experiment.objective.classes, experiment.objective.fields)
     except labelled.MismatchError as error:
-        remedy = experiment.objective.source_remedies.get(error.of, "use another source")
+        remedy = experiment.objective.source_remedies.get(error.fault, "use another source")
         raise UserError(f"{error}; {remedy}.") from error

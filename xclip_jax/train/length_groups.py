@@ -32,7 +32,7 @@ class LengthOrder:
     sizes: Sizes
 
     @classmethod
-    def of(cls, text: jax.Array, eot_id: int, sizes: Sizes, microbatches: int = 1) -> Self:
+    def from_tokens(cls, text: jax.Array, eot_id: int, sizes: Sizes, microbatches: int = 1) -> Self:
         """The order of tokens (b, n), whose texts end with their first `eot_id`; the tower reads nothing after it."""
         rows = sum(n for n, _ in sizes)
         lengths = _split(jnp.argmax(text == eot_id, axis=-1) + 1, rows, microbatches)

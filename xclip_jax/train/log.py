@@ -56,7 +56,7 @@ class MetricWriter:
 
 
 class CollapseMonitor:
-    """Prints a warning the first time that each sort of collapse is diagnosed."""
+    """Prints a warning the first time that each kind of collapse is diagnosed."""
 
     def __init__(self, alarms: Callable[[Mapping[str, float]], Sequence[str]], first_step: int) -> None:
         """Watch from `first_step` on.
@@ -254,11 +254,11 @@ def utilization(flops_per_second: float, peak: float | None) -> dict[str, float]
 
 
 def _flops_and_peak(job: Job) -> tuple[float, float | None]:
-    """Model FLOPs of a training sample, 0 where a tower of another package has none, and FLOP/s of all devices."""
+    """Model FLOPs of a training sample, 0 where they are not known, and FLOP/s of all devices."""
     devices = job.experiment.mesh.devices
     peak = flops.PEAK.get(devices.flat[0].device_kind)
-    try:
-        step = flops.train_step(job.experiment.config, job.experiment.length_groups)
-    except NotImplementedError:
+    step = flops.train_step(job.experiment.config, job.experiment.length_groups)
+    if step is None:
+        log0(f"metrics have no mfu: {flops.uncounted(job.experiment.config)}")
         step = 0.0
     return step / job.experiment.data.batch, peak and peak * devices.size

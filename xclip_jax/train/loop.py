@@ -1,7 +1,7 @@
-"""The training loop: batches, steps, checkpoints and evaluations on the way."""
+"""The training loop: batches, steps, checkpoints and evaluations during training."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from xclip_jax.data.prefetch import patient
 from xclip_jax.evaluators import registry, summary
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.result import Result
+from xclip_jax.models.two_towers import Variables
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.interrupt import Interrupted, PreemptionHandler
 from xclip_jax.train.job import Job
@@ -111,7 +112,7 @@ def _watched(
         watch.enter(DATA, sources)
 
 
-def run_evaluators(evaluators: Sequence[Evaluator], variables: Mapping[str, Any]) -> list[Result]:
+def run_evaluators(evaluators: Sequence[Evaluator], variables: Variables) -> list[Result]:
     """Return the results of all evaluators; an exception names the evaluator that raised it."""
     results: list[Result] = []
     for evaluator in evaluators:

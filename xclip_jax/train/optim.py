@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from xclip_jax.config.fields import Check, above, at_least, at_most, between, choice, fraction_below_one, key
-from xclip_jax.errors import UserError, check_choice
+from xclip_jax.errors import check_choice
 from xclip_jax.models.tower import Tower
 from xclip_jax.models.two_towers import MAX_SCALE
 
@@ -87,7 +87,7 @@ def schedule(config: OptimConfig, steps: int) -> Schedule:
     """
     check_choice("optim.schedule", config.schedule, SCHEDULES)
     if not 0 <= config.warmup < max(steps, 1):
-        raise UserError(f"optim.warmup={config.warmup} must be below the {steps} steps of the run; shorten it.")
+        raise ValueError(f"a warm-up of {config.warmup} steps must be shorter than the run of {steps}")
     warmup = optax.linear_schedule(config.lr_start, config.lr, max(config.warmup, 1))
     rest = max(steps - config.warmup, 1)
     if config.schedule == "cosine":
@@ -113,7 +113,7 @@ def decay_mask(params: Any) -> Any:
 
 
 def layer_scales(params: dict[str, Any], decay: float, towers: Mapping[str, Tower]) -> dict[str, Any]:
-    """By what each parameter's updates are multiplied: BEiT's layer decay (arXiv 2106.08254).
+    """Factors of each parameter's updates: BEiT's layer decay (arXiv 2106.08254).
 
     Of the n layers of a tower (`Tower.num_layers`) layer i has decay^(n - 1 - i); what is not in a tower has 1.
 
@@ -149,7 +149,7 @@ def make_optimizer(
     Args:
       config: group `optim`.
       steps: of the whole run.
-      towers: {"img", "txt"}, whose layers `layer_decay` tells apart.
+      towers: {"img", "txt"}, whose layers `layer_decay` distinguishes.
       frozen: top-level names of parameters that get no update, no weight decay, and have no moments.
     """
     adamw = optax.adamw(

@@ -23,7 +23,7 @@ _FILES = {
 
 
 class StepTracer:
-    """Makes the calls of the compiled step, each under its number, and traces some of them.
+    """Calls the compiled step, each time under its number, and traces some of the calls.
 
     The trace is complete: it begins when the steps before have ended, and ends when the traced ones have. Each process
     writes its own files, PROFILE/plugins/profile/steps-START-STOP/process-N.*, into one session of XProf. What goes

@@ -60,7 +60,7 @@ class SkippedSteps:
 
     @property
     def in_a_row(self) -> int:
-        """The last of them, since the last step that was not skipped or the last rewind."""
+        """Skipped steps since the last step that was not skipped, or the last rewind."""
         return self._counters.get("in_a_row", 0)
 
     @property

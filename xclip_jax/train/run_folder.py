@@ -33,9 +33,9 @@ except ImportError:  # Windows
 
 # A resumed run may differ in these: they do not change what is learned, or other files of the folder guard them.
 KEYS_FREE_ON_RESUME = (
-    "checkpoint.", "data.buffer", "data.dir", "data.length_groups", "data.max_bad_fraction",
+    "checkpoint.", "data.buffer", "data.dir", "data.length_groups", "data.max_bad_fraction", "data.read_timeout",
     "data.sources", "data.threads", "data.tokenizer", "data.workers", "eval.", "log.", "loss.", "mesh.",
-    "optim.max_skipped_steps", "optim.microbatches", "optim.rewind", "run",
+    "model.img.remat", "model.txt.remat", "optim.max_skipped_steps", "optim.microbatches", "optim.rewind", "run",
 )  # fmt: skip
 _EVALUATION_KEYS = (
     "eval.sets", "eval.final_sets", "eval.ema", "eval.resize", "eval.resize_size", "eval.interpolation",
@@ -79,7 +79,7 @@ class TrainingFolder(RunFolder):
             log0(f"WARNING: init.weights={weights!r} has changed since the run started from it")
 
     def read_config(self) -> dict[str, Any] | None:
-        """As of `RunFolder`, with defaults for keys that the run did not know."""
+        """Return the content of config.json, with defaults for keys that the run did not know."""
         content = super().read_config()
         return content and content | {"config": schema.complete(content["config"]).to_dict()}
 
@@ -101,7 +101,7 @@ class TrainingFolder(RunFolder):
         """
         name, saved = config.data.tokenizer, self.read_config()
         if saved is None or self.latest_step() is None:
-            return name  # `claimed` writes the copy anew
+            return name  # `claimed` writes the copy again
         was = saved["config"]["data"]["tokenizer"]
         if name != was and {name, was} & set(tokenizer.NAMES):
             raise UserError(
@@ -188,7 +188,7 @@ class TrainingFolder(RunFolder):
         groups: LengthGroups = WHOLE,
         text_rows: tuple[int, int] | None = None,
     ) -> Iterator[None]:
-        """Keep other runs out of the folder, and write config.json, data.json and the tokenizer.
+        """Keep other runs out of the folder, write config.json, data.json and the tokenizer, and delete old results.
 
         Args:
           config: of the run.
@@ -205,6 +205,7 @@ class TrainingFolder(RunFolder):
         self.path.mkdir(parents=True, exist_ok=True)
         with self._locked():
             self.check(config)  # another run may have come and gone
+            self.results_file.unlink(missing_ok=True)  # of another evaluation, or a failed one; a launcher looks for it
             self._write_config(config, groups, text_rows)
             write_json(self.data_file, list(fingerprints))
             starts, named = self.latest_step() is None, config.data.tokenizer in tokenizer.NAMES
@@ -269,11 +270,11 @@ class TrainingFolder(RunFolder):
         last = (saved.get("starts") or [saved])[-1].get("environment", {})
         # An older run keeps its groups; those of a config are for the time of this start.
         for_others = text_rows and saved.get("text_rows") not in (None, chosen["text_rows"])
-        anew = for_others and config.data.length_groups == AUTO
-        if changed or anew or {**last, "command": ""} != {**facts, "command": ""}:
+        renew = for_others and config.data.length_groups == AUTO
+        if changed or renew or {**last, "command": ""} != {**facts, "command": ""}:
             start = {"step": self.latest_step(), "time": now, "changed": changed, "environment": facts}
             saved |= {"config": current, "starts": [*saved.get("starts", []), start]}
-            write_json(self.config_file, saved | chosen if anew else saved)
+            write_json(self.config_file, saved | chosen if renew else saved)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

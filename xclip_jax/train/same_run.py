@@ -1,4 +1,4 @@
-"""Processes of one run agree on what they run: config, code, packages and data, compared before anything is trained."""
+"""Processes of one run agree, before training, on what they run: config, code, packages, checkpoint and data."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from xclip_jax.config.schema import Config
 from xclip_jax.data import tokenizer
 from xclip_jax.parallel import processes
 from xclip_jax.train.job import Job
-from xclip_jax.train.run_folder import OUTCOMES
+from xclip_jax.train.run_folder import OUTCOMES, TrainingFolder
 
 # Hosts may keep the same files in different places, and differ in how they read them.
 _OF_A_HOST = (
@@ -20,8 +20,8 @@ _OF_A_HOST = (
 )  # fmt: skip
 
 
-def check_config(config: Config) -> None:
-    """Compare config, code and packages of all processes.
+def check_config(config: Config, folder: TrainingFolder) -> None:
+    """Compare config, code and packages of all processes, and the newest checkpoint in the folder that each has.
 
     Raises:
       UserError: names the keys that differ, in the processes that differ from process 0.
@@ -33,15 +33,19 @@ def check_config(config: Config) -> None:
     captured = environment.capture()
     facts |= {f"code's {key}": captured[key] for key in ("commit", "python", "platform")}
     facts |= {f"version of {package}": version for package, version in captured["versions"].items()}
-    processes.check_same(facts, "start all processes with the same command, code and packages")
+    facts["newest checkpoint in --config.run"] = folder.latest_step()
+    remedy = "start all processes with the same command, code and packages, and --config.run on storage that all share"
+    processes.check_same(facts, remedy)
 
 
 def check_data(job: Job) -> None:
-    """Compare sources and tokenizer files of all processes.
+    """Compare sources, tokenizer files and evaluation sets of all processes.
 
     Raises:
-      UserError: names the source that differs.
+      UserError: names the source or set that differs.
     """
+    if processes.peers() is None:
+        return
     facts: dict[str, Any] = {}
     if (name := job.experiment.data.tokenizer) not in tokenizer.NAMES:
         facts["tokenizer file"] = hashlib.sha256(epath.Path(name).read_bytes()).hexdigest()[:12]
@@ -52,7 +56,11 @@ def check_data(job: Job) -> None:
         facts[f"source {number}"] = f"{fingerprint.get('samples')} samples, hash {digest}"
         for key in OUTCOMES.keys() & fingerprint.keys():
             facts[f"{OUTCOMES[key]} of source {number}"] = fingerprint[key]["digest"]
-    remedy = "all processes have to read the same data.sources and data.tokenizer"
+    # Hosts with other items would wait for each other's batches, or measure a mixture.
+    for number, evaluator in enumerate(job.final):
+        count = sum(len(getattr(evaluator.data, part, ())) for part in evaluator.inputs)
+        facts[f"evaluation set {number}, {evaluator.name}"] = f"{count} items, hash {evaluator.data.card.split_hash}"
+    remedy = "all processes have to read the same data.sources, data.tokenizer and evaluation sets"
     if any(OUTCOMES.keys() & fingerprint.keys() for fingerprint in job.fingerprints):
         remedy += ", and all of their records: see that the files can be read, and start again"
     processes.check_same(facts, remedy)

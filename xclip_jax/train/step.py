@@ -95,7 +95,7 @@ class TrainStep:
         """((loss, (metrics, batch_stats, ema_batch_stats, loss_state)), gradients), with texts cut where they fit."""
         if not self.text_groups:
             return self._differentiate(state, inputs, None)
-        order = LengthOrder.of(inputs["text"], self.model.eot_id, self.text_groups, self.microbatches)
+        order = LengthOrder.from_tokens(inputs["text"], self.model.eot_id, self.text_groups, self.microbatches)
         # One of the two is computed, the same on all devices.
         (value, (metrics, *rest)), grads = jax.lax.cond(
             order.fits,
@@ -107,7 +107,7 @@ class TrainStep:
     def _differentiate(
         self, state: TrainState, inputs: Inputs, order: LengthOrder | None
     ) -> tuple[tuple[jax.Array, Any], Any]:
-        """As `_gradients`, with texts in the groups of `order`, or whole."""
+        """The same as `_gradients`, with texts in the groups of `order`, or whole."""
         teacher, ema_batch_stats = self._teach(state, inputs, order) if self.objective.teacher else (None, None)
 
         # Encoders and heads are applied apart: the heads, with BatchNorm, and the losses are defined on the whole

@@ -15,7 +15,7 @@ from xclip_jax.evaluators import summary
 from xclip_jax.evaluators.result import Result, flat, to_json
 from xclip_jax.parallel import processes
 from xclip_jax.train import disk_space, memory, same_run, trackers
-from xclip_jax.train.callbacks import Callback, of_config
+from xclip_jax.train.callbacks import Callback, make_callbacks
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.interrupt import Interrupted, PreemptionHandler
 from xclip_jax.train.job import Job, prepare
@@ -24,7 +24,7 @@ from xclip_jax.train.loop import evaluating, run_evaluators, train
 from xclip_jax.train.recovery import SkippedSteps
 from xclip_jax.train.run_folder import TrainingFolder
 from xclip_jax.train.state import TrainState, create
-from xclip_jax.train.watchdog import Watchdog
+from xclip_jax.train.watchdog import RESTORE, Watchdog
 from xclip_jax.train.weights import init_from_weights
 
 # A ratio of epochs from which on a recipe's schedule is not the one that was meant.
@@ -54,14 +54,14 @@ def run(
     config = resolve(config)
     folder = TrainingFolder(config.run)
     folder.check(config)
-    if (results := folder.completed(config)) is not None:
-        log0(f"{folder.path} is complete at step {config.steps}; to train again, use a different --config.run")
-        return results
-    trackers.check(config)
-    callbacks = [*callbacks, *of_config(config)]
     limits = {"warning": config.log.stall_warning, "limit": config.log.stall_limit}
     with PreemptionHandler() as stop:
-        same_run.check_config(config)
+        same_run.check_config(config, folder)
+        if (results := folder.completed(config)) is not None:
+            log0(f"{folder.path} is complete at step {config.steps}; to train again, use a different --config.run")
+            return results
+        trackers.check(config)
+        callbacks = [*callbacks, *make_callbacks(config)]
         job = prepare(config, folder)
         same_run.check_data(job)
         disk_space.check(config, folder, job.experiment.abstract)
@@ -112,7 +112,9 @@ def _train(
         if job.initial:
             state = init_from_weights(job.initial, state)
     else:
+        watch.enter(RESTORE)
         state, position = checkpointer.restore_good(experiment.abstract)
+        watch.enter("")
         log0(f"resuming at step {int(state.step)}, sample {position['samples']:,}")
     ledger = Ledger(
         job.folder.path,
@@ -129,7 +131,7 @@ def _train(
 
 
 def warn_of_epochs(job: Job, items: str) -> None:
-    """Warn where a recipe counted on data of another size, so that its steps are not the epochs that were meant."""
+    """Warn where a recipe expects data of another size, so that its steps are not the intended epochs."""
     expected, n = job.config.log.expected_epochs, job.num_samples
     if expected and not 1 / _FAR < job.epochs / expected < _FAR:
         steps = max(round(expected * n / job.experiment.data.batch), 1)

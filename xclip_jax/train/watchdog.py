@@ -1,6 +1,6 @@
 """Watchdog: a thread that names the phase in which a run hangs, and ends a process that hangs for too long.
 
-It hears signals too while the main thread is in C code, where Python's handlers wait: a compiler, a collective.
+It also receives signals while the main thread is in C code, where Python's handlers wait: a compiler, a collective.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from xclip_jax.run_folder import RunFolder
 from xclip_jax.train.interrupt import SIGNALS, PreemptionHandler
 
 DATA, COMPILATION, STEP = "waiting for data", "the first step, which compiles", "a step"
-CHECKPOINT, EVALUATION = "a checkpoint", "an evaluation"
+CHECKPOINT, RESTORE, EVALUATION = "a checkpoint", "restoring a checkpoint", "an evaluation"
 # After a signal the main thread stops at its next mark; where that does not come in this time, it never may. A save may
 # take as long as it takes without a signal.
 STOP_SECONDS = 60.0

@@ -19,15 +19,13 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.interop import hub
 from xclip_jax.models.tower import Tower
-from xclip_jax.models.two_towers import TOWERS
+from xclip_jax.models.two_towers import TOWERS, Variables
 from xclip_jax.objectives import LossConfig
 from xclip_jax.parallel.sharding import MeshConfig
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.train.build import Experiment, build
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.state import TrainState
-
-Variables = Mapping[str, Any]
 
 _SHOWN = 8  # tensors that an error lists by name
 

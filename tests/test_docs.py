@@ -1,0 +1,42 @@
+"""The pages in docs/: commands that exist, in one form, and code that a reader on GitHub has before them."""
+
+import pathlib
+import re
+
+import pytest
+
+from xclip_jax import cli
+from xclip_jax.config import load
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if not path.stem.startswith(("study", "tree"))]
+MODULES = "|".join(module.replace(".", r"\.") for module, _ in cli.COMMANDS.values())
+
+
+def names(paths):
+    return [path.relative_to(ROOT).as_posix() for path in paths]
+
+
+@pytest.mark.parametrize("name", [*names(PAGES), "README.md", "examples/quickstart.ipynb"])
+def test_recipes_of_the_package_go_by_name(name):
+    text = (ROOT / name).read_text()
+    assert not re.findall(r"--config[\s=]configs/\S+", text)
+    given = re.findall(r"--config[\s=]([a-z]\w*)(?=[:\s`])", text)
+    assert set(given) <= set(load.recipes())
+
+
+@pytest.mark.parametrize("name", names(PAGES))
+def test_commands_have_one_form(name):
+    text = (ROOT / name).read_text()
+    assert not re.findall(rf"python -m (?:{MODULES}) .*", text)
+    assert set(re.findall(r"xclip-jax ([a-z]\w*)", text)) <= set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", names(sorted((ROOT / "tests" / "extension").glob("[a-z]*.py"))))
+def test_the_page_of_extensions_has_their_code(name):
+    assert f"```python\n{(ROOT / name).read_text()}```\n" in (ROOT / "docs" / "extend.md").read_text()
+
+
+def test_pages_include_no_files():
+    for path in [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        assert "--8<--" not in path.read_text(), path
