@@ -289,7 +289,7 @@ def test_splits_of_the_hub_are_listed(hub, monkeypatch):
     assert has("lab/pairs/small", "train") and not has("lab/pairs/small?label=label", "validation")
     with pytest.raises(UserError, match="Config name is missing"):
         has("lab/pairs", "validation")
-    with pytest.raises(UserError, match=r"'hf:lab' is no data set of the Hub; write hf:ORG/NAME"):
+    with pytest.raises(UserError, match=r"'hf:lab' does not name a data set; write hf:ORG/NAME"):
         has("lab", "validation")
     sources.open_pairs("hf:lab/plain/train")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)

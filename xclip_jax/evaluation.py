@@ -56,9 +56,7 @@ def evaluate(
     if path.exists():
         results.read(path)  # an error for a damaged file, before the work
     encoder = make_encoder(experiment, RunFolder(run).read_classes())
-    own = profile_of_run(config, profile, names="names" not in changes)
-    protocol = dataclasses.replace(own, **changes)
-    evaluators = registry.open_all(names, encoder, data_dir, protocol, experiment.data)
+    evaluators = registry.open_all(names, encoder, data_dir, profile_of_run(config, profile, changes), experiment.data)
     command = {
         "suite": suite if isinstance(suite, str) else list(suite),
         "config": schema.to_dict(config),

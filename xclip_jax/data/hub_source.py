@@ -69,7 +69,7 @@ def split_names(rest: str) -> list[str]:
     if not rest.startswith(_LOCAL):
         match = _HUB.fullmatch(f"{rest}/train")
         if not match:
-            raise UserError(f"source {spec!r} is no data set of the Hub; write hf:ORG/NAME[@REVISION][/CONFIGURATION].")
+            raise UserError(f"source {spec!r} does not name a data set; write hf:ORG/NAME[@REVISION][/CONFIGURATION].")
         repository, revision, configuration, _ = match.groups()
         return _ask(spec, "get_dataset_split_names", repository, configuration, revision=revision)
     path = pathlib.Path(rest).expanduser()

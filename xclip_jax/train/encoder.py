@@ -1,7 +1,8 @@
 """The encoder that the evaluators of a run or a model share."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -37,21 +38,21 @@ def own_profile(config: Config, name: str = "openai") -> Profile:
     return prompts.with_own(PROFILES[name], config.eval.templates, config.eval.class_names)
 
 
-def profile_of_run(config: Config, name: str = "openai", *, names: bool = True) -> Profile:
+def profile_of_run(config: Config, name: str = "openai", changes: Mapping[str, Any] | None = None) -> Profile:
     """Return `own_profile` of a run that may have been moved without its file of class names, which a line says then.
 
     Args:
       config: of the run.
       name: of the profile.
-      names: whether the class names are used; without them the file is not read.
+      changes: fields of `Profile` to change; where these are the class names the run's file is not read.
     """
-    file = config.eval.class_names
+    changes, file = changes or {}, config.eval.class_names
     missing = bool(file) and not epath.Path(file).expanduser().exists()
-    if missing and names:
+    if missing and "names" not in changes:
         log0(
             f"WARNING: eval.class_names={file!r} does not exist; own classes go by their labels. Restore the file, or "
             "name one to evaluate, --class-names."
         )
-    if missing or not names:
+    if missing or "names" in changes:
         config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, class_names=""))
-    return own_profile(config, name)
+    return dataclasses.replace(own_profile(config, name), **changes)
