@@ -175,6 +175,11 @@ def _searched(arms: Arms) -> Iterator[Arm]:
     yield arms.arm(SEARCHED, "nCLIP, sought setting", "controls", "nclip", {}, seeds=SEEDS, tuned=SEARCHED)
     heading = f"{title('xclip_50')}, sought setting"
     yield arms.arm("xclip_searched", heading, "controls", "xclip", XCLIP_SEARCHED, seeds=SEEDS, tuned="xclip")
+    shuffled = XCLIP_SEARCHED | {"objective.nclip.shuffle_targets": True}
+    yield arms.arm(
+        "xclip_searched_shuffled", f"{heading}, targets of other pairs", "controls", "xclip", shuffled, seeds=SEEDS,
+        tuned="xclip",
+    )  # fmt: skip
 
 
 # The second was declared when all runs of core and factors were there, before the first of its own.
@@ -201,6 +206,7 @@ _SOUGHT = (
     ("xclip_searched", "xclip", "what nCLIP's setting is worth in xCLIP"),
     ("xclip_searched", "clip", "whether that is ahead of CLIP"),
     *(("xclip_searched", name, AGAINST[name]) for name in ("clip_longer", "clip_twice", "clip_smoothed")),
+    ("xclip_searched", "xclip_searched_shuffled", AGAINST["xclip_shuffled"]),
 )
 _CHANGED = (
     "The rule for claims was fixed before the runs. Changed since, when seeds 0 to 3 of the core were there: what is "
@@ -210,7 +216,8 @@ _CHANGED = (
     "core: parts on the other side before correction are named as those on the claimed side are, claim 5 was added "
     "before the runs of its arm, and so were the table of more measures, the README's choice of five measures for "
     "its plot, and that arms that diverged are not eligible in choices (none did). Doses were declared with xCLIP "
-    "0.3 : 0.7 and tau 1; when claim 5 had its runs and before the first run of a dose they took its setting over."
+    "0.3 : 0.7 and tau 1; when claim 5 had its runs and before the first run of a dose they took its setting over. Its "
+    "control with targets of other pairs was declared when the dose of noise had all but one of its runs, before its own."
 )
 
 _ABOUT = (
