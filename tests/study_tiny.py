@@ -49,7 +49,14 @@ def study(*, steps=4, tuned=True, **fields):
         "common": {"CLIP": "clip"},
         "controls": (("any", "clip", "nothing"),),
         "doses": (
-            Dose("data", "Data", "share", ("1",), {"CLIP": ("clip_again",), "xCLIP": ("xclip",)}, ("top1", "loss")),
+            Dose(
+                "data",
+                "Data",
+                "share",
+                ("0.5", "1"),
+                {"CLIP": ("clip", "clip_again"), "xCLIP": ("xclip", "xclip")},
+                ("top1", "loss"),
+            ),
         ),
         "shown": (("any",), ("top1",)),
         "weights": {"1": "xclip"},

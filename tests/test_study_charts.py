@@ -32,8 +32,9 @@ def test_curves_have_a_level():
 
 
 def test_differences_are_beside_zero():
-    svg = charts.in_rows("Less CLIP", {"worse": Estimate(-1.0, -2.0, 0.0, 5), "better": Estimate(1.0, 0.5, 1.5, 5)})
-    (worse, first), (better, second) = circles(svg)
+    groups = {"worse": {"xCLIP": Estimate(-1.0, -2.0, 0.0, 5)}, "better": {"xCLIP": Estimate(1.0, 0.5, 1.5, 5)}}
+    svg = charts.in_groups("Difference", groups)
+    _, (worse, first), (better, second) = circles(svg)  # the first is the legend's
     zero = float(re.search(r'<polyline points="([\d.]+),[^"]*" fill="none" stroke="#888888"', svg)[1])
     assert worse < zero < better and first < second
 
@@ -41,4 +42,18 @@ def test_differences_are_beside_zero():
 def test_without_values_there_is_no_chart():
     assert charts.over_levels("x", "x", ["1"], {"a": [None]}) is None
     assert charts.over_steps("x", {}, level=("ln b", 5.5)) is None
-    assert charts.in_rows("x", {}) is None
+    assert charts.in_groups("x", {}) is None
+
+
+def test_an_interval_of_two_runs_is_not_drawn():
+    """Nor does it widen the axis, as that of three does."""
+
+    def lines(n):
+        svg = charts.over_levels(
+            "x", "x", ["1", "2"], {"a": [Estimate(1.0, -90.0, 92.0, n), Estimate(2.0, 1.9, 2.1, 3)]}
+        )
+        ticks = {float(text) for text in re.findall(r'text-anchor="end"[^>]*>(-?[\d.]+)<', svg)}
+        return svg.count('stroke="#0072b2"'), max(ticks)
+
+    (two, low), (three, high) = lines(2), lines(3)
+    assert three == two + 1 and low < 3 and high > 50

@@ -15,7 +15,7 @@ from tests.study_sets import TEST_SET, VALIDATION_SET
 from tests.study_tiny import four_seeds, over_seeds
 from xclip_jax.config import load
 from xclip_jax.study import cc12m, icons, markdown, page, records, schedule, verdicts
-from xclip_jax.study.declaration import Arm, Claim, Dose, Measure, Part
+from xclip_jax.study.declaration import Arm, Beside, Claim, Dose, Measure, Part
 from xclip_jax.study.matrix import Matrix, Snapshot
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -30,7 +30,7 @@ def test_lower_is_better_and_ratios_are_geometric():
     loss = m.study.measure("loss")  # of the last step: 2 and 3 for seeds 0 and 1, in both arms
     assert verdicts.difference(snapshot, "clip", "xclip", loss).mean == 0
     row = next(line for line in page.render(snapshot, {}).splitlines() if line.startswith("| CLIP | 2 |"))
-    assert f"{math.sqrt(6):.1f} [" in row
+    assert f"{math.sqrt(6):.1f} (n = 2)" in row
 
 
 def test_the_page_is_the_same_from_the_same_files(tmp_path):
@@ -44,18 +44,16 @@ def test_the_page_is_the_same_from_the_same_files(tmp_path):
         files = [tmp_path / "study.md", *sorted((tmp_path / "study").glob("*.svg"))]
         pages.append({path.name: path.read_bytes() for path in files})
     assert pages[0] == pages[1]
-    charts = ["contrastive_loss.svg", "differences.svg", "dose_data.svg", "finding.svg", "weights.svg"]
+    charts = ["contrastive_loss.svg", "dose_data.svg", "finding.svg", "weights.svg"]
     assert sorted(pages[0]) == sorted([*charts, "study.md"])
     text = pages[0]["study.md"].decode()
     assert "All 6 runs have a file." in text and "lr 0.002 **chosen**" in text and "Interim" not in text
-    row = (
-        "| xCLIP less CLIP | top-1 | +4.5 [-1.9, +10.9] | 2 | 2 of 2 | 0.0704 | 0.0704 | 1.0000 | 0.5000 | undecided |"
-    )
+    row = "| xCLIP − CLIP | top-1 | +4.5 (n = 2) | 2 | 2 of 2 | 0.0704 | 0.0704 | 1.0000 | 0.5000 | undecided |"
     assert row in text
     for name, svg in pages[0].items():
         if name.endswith(".svg"):
             assert xml.etree.ElementTree.fromstring(svg).tag.endswith("svg")
-            assert name == "finding.svg" or f"(study/{name})" in text  # that is the README's
+            assert f"(study/{name})" in text
 
 
 @pytest.mark.parametrize(
@@ -83,26 +81,28 @@ def test_what_is_missing_is_said_beside_the_verdicts():
     )  # fmt: skip
     made = finished(m, CORE)
     text = page.render(Snapshot(m, made), {})
-    assert "Interim" not in text and "**2 of 2 runs of controls are missing**" in text.partition("### Claim 1")[0]
+    assert "Interim" not in text and "**2 of 4 runs of controls are missing**" in text.partition("### Claim 1")[0]
     second = next(key for key, r in made.items() if (r.arm, r.seed) == ("xclip", 1))
     part = Snapshot(m, {key: r for key, r in made.items() if key != second})
     assert "**Interim: 1 of 2 seeds**" in page.render(part, {})
-    assert "(Interim: 1 of 2 seeds; On grey; 0 of 2 runs of controls are there.)" in page.finding(part)
+    assert "(Interim: 1 of 2 seeds; On grey; 3 of 6 runs are missing.)" in page.finding(part)
 
 
 def test_gains_beyond_controls_are_corrected_for_their_number():
-    longer, smooth = (Arm(name, "", "controls", "tiny:objective=clip", {}, length=length)
+    longer, smooth = (Arm(name, name, "controls", "tiny:objective=clip", {}, length=length)
                       for name, length in (("clip_longer", 2.0), ("clip_smooth", 3.0)))  # fmt: skip
     declared = {"measures": (Measure("top1", "top-1", TEST_SET),), "doses": (), "claims": ()}
-    one, two = ("xclip", "clip_longer", "gain beyond time"), ("xclip", "clip_smooth", "gain beyond softness")
+    one, two = ("xclip", "clip_longer", "gain over time"), ("xclip", "clip_smooth", "gain over softness")
     values = CORE | {"clip": over_seeds(1.0, 1.0, 1.0, 1.0), "xclip": over_seeds(20.4, 21.2, 22.3, 22.1)}
     values |= {"clip_longer": over_seeds(20.0, 20.0, 20.0, 20.0), "clip_smooth": over_seeds(30.0, 10.0, 30.0, 10.0)}
     texts = []
-    for controls in ((one,), (one, two)):
-        m = four_seeds(longer, smooth, controls=controls, **declared)
+    for controls, floor in (((one,), ""), ((one, two), ""), ((one, two), "clip_smooth")):
+        m = four_seeds(longer, smooth, controls=controls, floor=floor, **declared)
         texts.append(page.render(Snapshot(m, finished(m, values)), {}))
-    assert "* top-1: gain beyond time\n" in texts[0]
-    assert "* beyond no control: top-1\n" in texts[1]  # p 0.043, and twice that
+    assert "* top-1: gain over time\n" in texts[0]
+    assert "* over no control: top-1\n" in texts[1]  # p 0.043, and twice that
+    assert "* top-1: gain over time\n" in texts[2]  # what is the baseline again counts for nothing
+    assert "| clip_smooth | +19.0 [" in texts[2]  # both, from CLIP
     assert "* no control has the runs yet\n" in page.render(Snapshot(m, {}), {})
 
 
@@ -113,23 +113,26 @@ def test_a_sought_setting_has_differences_and_those_of_unseen_seeds():
                    secondary=(Measure("again", "top-1 again", TEST_SET),))  # fmt: skip
     values = {"clip": over_seeds(20.0, 20.0, 20.0, 20.0), "xclip": over_seeds(22.0, 22.0, 21.0, 21.0)}
     text = page.render(Snapshot(m, finished(m, values)), {})
-    assert "| xCLIP less CLIP | what it is worth | +1.5 [" in text and "| xCLIP | +1.5 [+0.6, +2.4], 4/4 |" in text
+    assert "| xCLIP − CLIP | what it is worth | +1.5 [" in text and "| xCLIP | +1.5 [+0.6, +2.4], 4/4 |" in text
     unseen = text.partition("Without the seeds 0, 1")[2] or text.partition("without the seeds 0, 1")[2]
-    assert "| top-1 | +1.0 [+1.0, +1.0] | 2 | 2 of 2 |" in unseen.partition("###")[0]
+    assert "| top-1 | +1.0 (n = 2) | 2 | 2 of 2 |" in unseen.partition("###")[0]
 
 
 def test_a_dose_says_how_the_difference_changes():
     dose = Dose("data", "Data", "share", ("0", "1"), {"CLIP": ("clip", "clip_again"), "xCLIP": ("xclip", "xclip")},
                 ("top1",))  # fmt: skip
     half = dataclasses.replace(study_tiny.study(tuned=False).arms[-1], changes={"data.subset": 0.5})
-    arms = (*study_tiny.study(tuned=False).arms[:-1], half)
+    arms = [dataclasses.replace(arm, seeds=(0, 1, 2)) for arm in (*study_tiny.study(tuned=False).arms[:-1], half)]
     m = study_tiny.matrix(tuned=False, arms=arms, doses=(dose,))
-    clip, half_data, xclip = {0: 20.0, 1: 22.0}, {0: 17.0, 1: 20.0}, {0: 24.0, 1: 27.0}
+    clip, half_data, xclip = {0: 20.0, 1: 22.0, 2: 21.0}, {0: 17.0, 1: 20.0, 2: 18.0}, {0: 24.0, 1: 27.0, 2: 26.0}
     made = finished(m, {"clip": clip, "clip_again": half_data, "xclip": xclip})
     text = page.render(Snapshot(m, made), {})
-    # 4 and 5 at the first level; 7 and 7 at the last
-    assert "From 0 to 1 (share) the difference changes by: top-1 +2.5 [-3.9, +8.9], 2/2 seeds above zero." in text
-    assert "the difference changes" not in page.render(Snapshot(m, {}), {})
+    # 4, 5 and 5 at the first level; 7, 7 and 8 at the last
+    assert "From 0 to 1 (share) the difference changes by: top-1 +2.7 [+1.2, +4.1], 3/3 seeds above zero." in text
+    assert "Nothing to compare yet" in page.render(Snapshot(m, {}), {})
+    two = Snapshot(m, {key: r for key, r in made.items() if r.seed < 2})
+    assert "| xCLIP − CLIP | +4.5 (n = 2), 2/2 |" in page.render(two, {})
+    assert "the difference changes" not in page.render(two, {})
 
 
 def test_runs_at_chance_and_of_two_seeds_are_shown_as_they_are():
@@ -148,7 +151,7 @@ def test_choices_are_shown_by_seed_and_without_each():
     text = page.render(snapshot, {})
     assert "| xCLIP **chosen** | 22.00 | 23.00 | 21.00 |" in text and "is chosen in 1 of 2 cases" in text
     others = text.partition("without a verdict:")[2].partition("###")[0]
-    assert "| CLIP less CLIP |" in others and "xCLIP less" not in others
+    assert "| CLIP − CLIP |" in others and "xCLIP −" not in others
 
 
 def test_measures_have_items_and_chance_of_the_run_files():
@@ -184,7 +187,7 @@ def test_the_similarity_is_chosen_on_validation():
     """Clusters are better on validation and worse on the test: they are what is read."""
     m = study_tiny.matrix(named={VALIDATION_SET: "top1"})
     snapshot = Snapshot(m, finished(m, TUNED | {"clip": 1.0, "xclip": 2.0}))
-    assert "similarity names best" not in page.render(snapshot, {})
+    assert "similarity classifies best" not in page.render(snapshot, {})
     numbers = {VALIDATION_SET: 30.0, TEST_SET: 1.5}
     records_of = {
         key: dataclasses.replace(
@@ -195,8 +198,8 @@ def test_the_similarity_is_chosen_on_validation():
     }  # fmt: skip
     text = page.render(Snapshot(m, records_of), {})
     assert "| arm | its own, validation | clusters, validation | chosen |" in text
-    row = "| 2.0 [2.0, 2.0] | 30.0 [30.0, 30.0] | clusters | 1.5 [1.5, 1.5] | +0.0 [+0.0, +0.0], 0/"
-    assert row in text and "| 1.0 [1.0, 1.0] | 30.0 [30.0, 30.0] | clusters | 1.5 [1.5, 1.5] | - |" in text
+    row = "| 2.0 (n = 2) | 30.0 (n = 2) | clusters | 1.5 (n = 2) | +0.0 (n = 2), 0/"
+    assert row in text and "| 1.0 (n = 2) | 30.0 (n = 2) | clusters | 1.5 (n = 2) | - |" in text
 
 
 def test_estimates_follow_measured_runs():
@@ -271,8 +274,8 @@ def test_the_finding_is_a_plot_and_a_sentence_on_the_claims(tmp_path):
     for _ in range(2):
         page.write_finding(readme, snapshot)
     lines = readme.read_text().splitlines()
-    assert lines[3] == "![Differences to CLIP](docs/study/finding.svg)"
-    assert lines[5] == "**Of the paper's 1 claims, 1 is undecided at this scale.**" and "old" not in lines
+    assert lines[3] == "![Differences from CLIP](docs/study/finding.svg)"
+    assert lines[5].startswith("**Of the paper's 1 claims, 1 is undecided at this scale** (*") and "old" not in lines
     assert lines[-3:] == [page.END, "", "B"]
 
 
@@ -282,23 +285,24 @@ def test_the_finding_has_what_holds_beside_the_first_claims():
     claims = (
         Claim("A.", (loss,)),
         Claim("B.", (down,)),
-        Claim("C.", (loss,)),
+        Claim("C.", (loss,), short="a short C"),
         Claim("D.", (up, loss)),
-        Claim("E.", (loss,)),
     )
-    m = four_seeds(claims=claims)
+    beside = Beside("xCLIP", (("xclip", "clip", "from CLIP"), ("xclip", "xclip", "from itself")), ("top1", "loss"))
+    m = four_seeds(claims=claims, beside=beside)
     values = {"clip": over_seeds(20.0, 20.0, 20.0, 20.0), "xclip": over_seeds(21.9, 22.0, 22.1, 22.0)}
-    drawn, _, first, _, other = page.finding(Snapshot(m, finished(m, values))).splitlines()[:5]
-    assert drawn == "![Differences to CLIP](docs/study/finding.svg)"
+    snapshot = Snapshot(m, finished(m, values))
+    drawn, _, first, _, other = page.finding(snapshot).splitlines()[:5]
+    assert drawn == "![Differences from CLIP](docs/study/finding.svg)"
     assert first == (
-        "**Of the paper's 3 claims, 1 fails, 2 are undecided at this scale.** "
+        "**Of the paper's 3 claims, 1 fails** (*B*), **2 are undecided at this scale** (*A; a short C*). "
         "Refuted: down (+2.0 [+1.9, +2.1], 0 of 4 seeds)."
     )
-    assert other.startswith("*D.* **Undecided at this scale.** Shown: up ")
-    m = four_seeds(claims=(), beside=("xclip", "clip", ("top1",)))
-    assert "**xCLIP** less **CLIP**: top-1 +2.0 [+1.9, +2.1], 4 of 4 seeds above zero." in page.finding(
-        Snapshot(m, finished(m, values))
+    assert other == (
+        "**xCLIP** differs in top-1 and loss: from CLIP by +2.0 [+1.9, +2.1] and x 1.00 [1.00, 1.00] (4 seeds); "
+        "from itself by +0.0 [+0.0, +0.0] and x 1.00 [1.00, 1.00] (4 seeds)."
     )
+    assert other in page.render(snapshot, {}).splitlines()
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,19 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """Format the numbers of an axis, with as many digits as they need to be told apart: 33.25, 33.50, 33.75."""
+    texts = [number(value) for value in values]
+    if all(_same(float(text.replace(",", "")), value) for text, value in zip(texts, values, strict=True)):
+        return texts
+    digits = next(digits for digits in range(1, 16) if all(_same(round(value, digits), value) for value in values))
+    return [f"{value:,.{digits}f}" for value in values]
+
+
+def _same(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12)
+
+
 def chart(title: str, lines: Sequence[Line], levels: Sequence[Level] = (), *, unit: str = "", note: str = "") -> str:
     """HTML figure of curves over training steps; "" without a finite value."""
     drawn = [short for short in map(_short, lines) if len(short.x)]
@@ -66,12 +79,13 @@ def chart(title: str, lines: Sequence[Line], levels: Sequence[Level] = (), *, un
         return (px - left) / (right - left), (py - low) / (high - low)
 
     shapes, labels = [], []
-    for tick in ticks(low, high, 5):
+    of_values, of_steps = ticks(low, high, 5), ticks(left, right, 5)
+    for tick, text in zip(of_values, tick_labels(of_values), strict=True):
         height = place(left, tick)[1]
         shapes.append(f'<line class="grid" x1="0" x2="{_WIDTH}" y1="{_down(height)}" y2="{_down(height)}"/>')
-        labels.append(f'<span class="y" style="bottom:{100 * height:.1f}%">{number(tick)}</span>')
-    for tick in ticks(left, right, 5):
-        labels.append(f'<span class="x" style="left:{100 * place(tick, low)[0]:.1f}%">{number(tick)}</span>')
+        labels.append(f'<span class="y" style="bottom:{100 * height:.1f}%">{text}</span>')
+    for tick, text in zip(of_steps, tick_labels(of_steps), strict=True):
+        labels.append(f'<span class="x" style="left:{100 * place(tick, low)[0]:.1f}%">{text}</span>')
     for level in levels:
         height = place(left, level.y)[1]
         if level.below:

@@ -10,12 +10,13 @@ OBJECTIVES = ("clip", "siglip", "nclip", "xclip")
 XCLIP = {"xclip_30": 0.3, "xclip_50": 0.5, "xclip_70": 0.7}  # weight of nCLIP, the rest is CLIP's
 SMOOTHING = 0.1
 AGAINST = {
-    "clip_idle_head": "gain beyond parameters that are not trained (CLIP again, up to rounding: a floor of noise)",
-    "clip_longer": "gain beyond the time that xCLIP takes more",
-    "clip_twice": "gain beyond twice the training",
-    "clip_smoothed": "gain beyond a softer contrast",
+    "clip_idle_head": "gain over CLIP again, with parameters that are not trained: equal to it but for rounding",
+    "clip_longer": "gain over CLIP trained for the same time",
+    "clip_twice": "gain over CLIP trained twice as long",
+    "clip_smoothed": "gain over a softer contrast",
     "xclip_shuffled": "gain from whose clusters are the targets",
 }
+FLOOR = "clip_idle_head"
 OUT_OF_DOMAIN = "out-of-domain classification"  # in `Measure.family`
 # Sentences for `Study.about`.
 WEIGHTS = "Weights are written nCLIP : CLIP; the xCLIP of the claims is the weight that is best on validation."
@@ -124,6 +125,7 @@ def claims(measures: Sequence[Measure]) -> tuple[Claim, ...]:
                 Part("nCLIP's probe is better", "nclip", "clip", "probe"),
                 Part("nCLIP's zero-shot is worse", "nclip", "clip", "zeroshot", better=False),
             ),
+            short="nCLIP has better representations and worse zero-shot",
         ),
         Claim(
             "xCLIP is at least as good as CLIP at zero-shot, and better at representation.",
@@ -131,11 +133,13 @@ def claims(measures: Sequence[Measure]) -> tuple[Claim, ...]:
                 Part("xCLIP's zero-shot is at least as good", "xclip", "clip", "zeroshot", margin=1.0),
                 Part("xCLIP's probe is better", "xclip", "clip", "probe"),
             ),
+            short="xCLIP has zero-shot as good and better representations",
             all_choices=True,
         ),
         Claim(
             "xCLIP's gain holds over zero-shot, out-of-domain classification, retrieval, visual and textual "
             "representation.",
             tuple(Part(f"xCLIP gains at {m.family}", "xclip", "clip", m.name) for m in measures if m.family),
+            short="xCLIP gains in every family of tests",
         ),
     )

@@ -1,6 +1,17 @@
 """The declared study at scale: the same claims on CC12M with ViT-B/16, to be run on TPUs. No run has been made."""
 
-from xclip_jax.study.arms import CHOICE, CLASSIFIERS, CONTROLS, OBJECTIVES, OUT_OF_DOMAIN, WEIGHTS, XCLIP, Arms, claims
+from xclip_jax.study.arms import (
+    CHOICE,
+    CLASSIFIERS,
+    CONTROLS,
+    FLOOR,
+    OBJECTIVES,
+    OUT_OF_DOMAIN,
+    WEIGHTS,
+    XCLIP,
+    Arms,
+    claims,
+)
 from xclip_jax.study.declaration import Measure, Study
 
 RECIPE = "study_cc12m"
@@ -98,6 +109,7 @@ def study(recipe: str = RECIPE) -> Study:
         choices={"xclip": tuple(XCLIP)},
         named={VALIDATION[0]: "zeroshot"},
         controls=CONTROLS,
+        floor=FLOOR,
         threats=_THREATS,
         recipe="" if recipe == RECIPE else recipe,
         seconds_per_pair=1 / 5000,  # 8 chips of v5e at an MFU of 40 %, by plan

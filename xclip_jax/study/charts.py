@@ -1,11 +1,11 @@
-"""Charts of a study as SVG files: means with their intervals over levels, curves over steps, differences in rows."""
+"""Charts of a study as SVG files: means with their intervals over levels, curves over steps, differences in groups."""
 
 import html
 import math
 from collections.abc import Mapping, Sequence
 
-from xclip_jax.report.charts import number, ticks
-from xclip_jax.study.statistics import Estimate
+from xclip_jax.report.charts import tick_labels, ticks
+from xclip_jax.study.statistics import MIN_SEEDS, Estimate
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; black and yellow are left out.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
@@ -45,10 +45,12 @@ class _Plot:
         self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>')
 
     def grid(self, label: str) -> None:
-        """Horizontal lines with their values."""
-        for tick in ticks(*self._y, 5):
-            self.line([(_LEFT, self.y(tick)), (_WIDTH - _RIGHT, self.y(tick))], "#dddddd", width=1)
-            self.text(_LEFT - 8, self.y(tick) + 4, number(tick), anchor="end")
+        """Horizontal lines with their values, and what these are."""
+        values = ticks(*self._y, 8)
+        for tick, text in zip(values, tick_labels(values), strict=True):
+            color = "#888888" if abs(tick) < 1e-12 else "#dddddd"
+            self.line([(_LEFT, self.y(tick)), (_WIDTH - _RIGHT, self.y(tick))], color, width=1)
+            self.text(_LEFT - 8, self.y(tick) + 4, text, anchor="end")
         if label:
             self.text(_WIDTH - _RIGHT, 24, label, anchor="end")
 
@@ -74,6 +76,15 @@ class _Plot:
         return "\n".join([head, ground, *self.parts, "</svg>"]) + "\n"
 
 
+def _has_interval(e: Estimate) -> bool:
+    return e.n >= MIN_SEEDS and math.isfinite(e.low)
+
+
+def _ends(e: Estimate) -> tuple[float, ...]:
+    """What is drawn of an estimate: its mean, and its interval."""
+    return (e.mean, e.low, e.high) if _has_interval(e) else (e.mean,)
+
+
 def _span(values: Sequence[float]) -> tuple[float, float] | None:
     """Smallest and largest finite value with some room, or None without values."""
     finite = [value for value in values if math.isfinite(value)]
@@ -95,7 +106,7 @@ def over_levels(
       lines: {name: an estimate for each level, None where there are no runs}.
     """
     drawn = [estimate for line in lines.values() for estimate in line if estimate]
-    span = _span([value for e in drawn for value in (e.mean, e.low, e.high)])
+    span = _span([value for e in drawn for value in _ends(e)])
     if span is None:
         return None
     plot = _Plot(title, (-0.5, len(levels) - 0.5), span)
@@ -111,7 +122,7 @@ def over_levels(
         plot.line([(x, plot.y(e.mean)) for x, e in points], color)
         for x, e in points:
             plot.dot(x, plot.y(e.mean), color)
-            if math.isfinite(e.low):
+            if _has_interval(e):
                 plot.line([(x, plot.y(e.low)), (x, plot.y(e.high))], color)
     return plot.render()
 
@@ -131,39 +142,15 @@ def over_steps(
     plot = _Plot(title, (0, right if right > 0 else 1), span)
     plot.grid(label)
     plot.legend([name if any(line) else "" for name, line in lines.items()])
-    for tick in ticks(0, max(right, 1), 5):
-        plot.text(plot.x(tick), plot.height - _BOTTOM + 20, number(tick), anchor="middle")
+    values = ticks(0, max(right, 1), 5)
+    for tick, text in zip(values, tick_labels(values), strict=True):
+        plot.text(plot.x(tick), plot.height - _BOTTOM + 20, text, anchor="middle")
     plot.text(plot.x(right / 2), plot.height - 12, "step", anchor="middle")
     if level:
         plot.line([(_LEFT, plot.y(level[1])), (_WIDTH - _RIGHT, plot.y(level[1]))], "#888888", width=1.5, dash="6 4")
         plot.text(_WIDTH - _RIGHT, plot.y(level[1]) - 6, level[0], anchor="end")
     for i, line in enumerate(lines.values()):
         plot.line([(plot.x(x), plot.y(y)) for x, y in line], COLORS[i % len(COLORS)])
-    return plot.render()
-
-
-def in_rows(title: str, rows: Mapping[str, Estimate], label: str = "") -> str | None:
-    """Return a chart of differences, one row each with its interval, around a line at zero; None without rows."""
-    span = _span([0.0, *(value for e in rows.values() for value in (e.mean, e.low, e.high))])
-    if not rows or span is None:
-        return None
-    height = _TOP + _BOTTOM + 26 * len(rows)
-    names = 7.0 * max(map(len, rows))  # pixels for the rows' names, on the left
-    low, high = span
-    share = names / (_WIDTH - _LEFT - _RIGHT)
-    plot = _Plot(title, (low - (high - low) * share / max(1 - share, 0.2), high), (0, len(rows)), height)
-    if label:
-        plot.text(_WIDTH - _RIGHT, 24, label, anchor="end")
-    for tick in ticks(low, high, 5):
-        color = "#888888" if abs(tick) < 1e-12 else "#dddddd"
-        plot.line([(plot.x(tick), _TOP), (plot.x(tick), height - _BOTTOM)], color, width=1)
-        plot.text(plot.x(tick), height - _BOTTOM + 20, number(tick), anchor="middle")
-    for i, (name, e) in enumerate(rows.items()):
-        y = plot.y(len(rows) - i - 0.5)
-        plot.text(12, y + 4, name)
-        plot.dot(plot.x(e.mean), y, COLORS[0])
-        if math.isfinite(e.low):
-            plot.line([(plot.x(e.low), y), (plot.x(e.high), y)], COLORS[0])
     return plot.render()
 
 
@@ -176,7 +163,7 @@ def in_groups(title: str, groups: Mapping[str, Mapping[str, Estimate]], label: s
     """
     drawn = {group: rows for group, rows in groups.items() if rows}
     names = list(dict.fromkeys(name for rows in drawn.values() for name in rows))
-    span = _span([0.0, *(v for rows in drawn.values() for e in rows.values() for v in (e.mean, e.low, e.high))])
+    span = _span([0.0, *(v for rows in drawn.values() for e in rows.values() for v in _ends(e))])
     if not drawn or span is None:
         return None
     step, gap = 17, 14
@@ -190,17 +177,18 @@ def in_groups(title: str, groups: Mapping[str, Mapping[str, Estimate]], label: s
         x, y = _LEFT + 300 * (i % 2), 44 + 18 * (i // 2)
         plot.dot(x, y, COLORS[i % len(COLORS)])
         plot.text(x + 9, y + 4, name)
-    for tick in ticks(low, high, 7):
+    values = ticks(low, high, 7)
+    for tick, text in zip(values, tick_labels(values), strict=True):
         color = "#888888" if abs(tick) < 1e-12 else "#dddddd"
         plot.line([(plot.x(tick), top), (plot.x(tick), height - 34)], color, width=1)
-        plot.text(plot.x(tick), height - 14, number(tick), anchor="middle")
+        plot.text(plot.x(tick), height - 14, text, anchor="middle")
     y = top + gap / 2
     for group, rows in drawn.items():
         plot.text(12, y + step * len(rows) / 2 + 4, group)
         for name, e in rows.items():
             color = COLORS[names.index(name) % len(COLORS)]
             plot.dot(plot.x(e.mean), y + step / 2, color)
-            if math.isfinite(e.low):
+            if _has_interval(e):
                 plot.line([(plot.x(e.low), y + step / 2), (plot.x(e.high), y + step / 2)], color)
             y += step
         y += gap

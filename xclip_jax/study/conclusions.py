@@ -1,12 +1,13 @@
 """The parts of a study's page that conclude: verdicts with their tables, how a choice was made, what is missing yet."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from xclip_jax.study import verdicts
 from xclip_jax.study.declaration import Claim
-from xclip_jax.study.markdown import difference_text, diverged_text, p_text, table
+from xclip_jax.study.markdown import difference_text, diverged_text, p_text, shown, table
 from xclip_jax.study.matrix import Run, Snapshot
 from xclip_jax.study.schedule import selected
+from xclip_jax.study.statistics import MIN_SEEDS
 
 FINDINGS = 3  # the first claims of a study, which are the paper's
 _OPEN = "not chosen yet"
@@ -14,8 +15,8 @@ _OPEN_CLAIM = "undecided at this scale"
 _SHOWN = {
     verdicts.HOLDS: "Shown",
     verdicts.FAILS: "Refuted",
-    verdicts.UNCORRECTED: verdicts.UNCORRECTED.capitalize(),
-    verdicts.OPPOSED: verdicts.OPPOSED.capitalize(),
+    verdicts.UNCORRECTED: "For the claim, uncorrected",
+    verdicts.OPPOSED: "Against the claim, uncorrected",
     verdicts.UNDECIDED: "Undecided",
 }
 
@@ -45,51 +46,60 @@ def interim(snapshot: Snapshot) -> str:
     return "" if common == planned else f"Interim: {len(common)} of {len(planned)} seeds"
 
 
-def findings(snapshot: Snapshot) -> Iterator[str]:
-    """Yield a README's lines: what became of the first claims, others of which a part holds or fails, and `beside`."""
+def findings(snapshot: Snapshot) -> list[str]:
+    """Return the lines of a README: what became of the first claims, and `Study.beside`."""
     study = snapshot.study
-    judged = [verdicts.judge(snapshot, claim) for claim in study.claims]
-    done, planned = _controls(snapshot)
-    controls = f"{done} of {planned} runs of controls are there" if done < planned else ""
-    scope = "; ".join(filter(None, (interim(snapshot), study.scope, controls)))
-    yield " ".join([_counts(judged[:FINDINGS]), *([f"({scope}.)"] if scope else [])])
-    decided = verdicts.HOLDS, verdicts.FAILS
-    others = [claim for claim in judged[FINDINGS:] if any(part.verdict in decided for part in claim.parts)]
-    if texts := [*map(_sentence, others), *_beside(snapshot)]:
-        yield from ["", " ".join(texts)]
+    judged = [verdicts.judge(snapshot, claim) for claim in study.claims[:FINDINGS]]
+    done, missing = counts(snapshot)
+    left = f"{missing} of {done + missing} runs are missing" if missing else ""
+    scope = "; ".join(filter(None, (interim(snapshot), study.scope, left)))
+    first = " ".join([_counts(judged), *([f"({scope}.)"] if scope else [])])
+    return [first, *(["", text] if (text := beside(snapshot)) else [])]
 
 
-def _beside(snapshot: Snapshot) -> Iterator[str]:
-    """The difference that a README has beside the claims."""
+def beside(snapshot: Snapshot) -> str:
+    """Return the differences beside the claims in a sentence; "" without any."""
     study = snapshot.study
-    if study.beside:
-        a, b, measures = study.beside
-        pairs = {m: verdicts.difference(snapshot, a, b, m) for m in map(study.measure, measures)}
-        texts = [f"{m.label} {difference_text(d, m)}, {d.positive} of {d.n} seeds" for m, d in pairs.items() if d]
-        if texts:
-            yield f"**{study.arm(a).title}** less **{study.arm(b).title}**: {'; '.join(texts)} above zero."
+    if not study.beside:
+        return ""
+    measures, texts = [study.measure(name) for name in study.beside.measures], []
+    for a, b, name in study.beside.pairs:
+        pairs = [verdicts.difference(snapshot, a, b, measure) for measure in measures]
+        if seeds := {d.n for d in pairs if d}:
+            n = f" ({max(seeds)} seeds)" if max(seeds) >= MIN_SEEDS else ""
+            texts.append(f"{name} by {' and '.join(map(difference_text, pairs, measures))}{n}")
+    labels = " and ".join(measure.label for measure in measures)
+    return f"**{study.beside.text}** differs in {labels}: {'; '.join(texts)}." if texts else ""
 
 
-def section(snapshot: Snapshot) -> Iterator[str]:
-    """Yield the verdicts, with a table for each claim, the rule, and how choices were made."""
+def summary(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
+    """Yield the verdicts in a sentence each, what is missing of them, and `Study.beside`."""
     study = snapshot.study
-    yield from ["## Verdicts", ""]
+    yield from ["## Verdicts", "", *shown(study, drawn, "finding", "Differences from the baseline")]
     if text := interim(snapshot):
         yield from [f"**{text}** of the core have all of their runs.", ""]
     done, planned = _controls(snapshot)
     if done < planned:
         text = "what else could explain a difference is open as far as these would say it."
         yield from [f"**{planned - done} of {planned} runs of controls are missing**: {text}", ""]
-    judged = [verdicts.judge(snapshot, claim) for claim in study.claims]
-    for number, claim in enumerate(judged, 1):
-        yield from [f"{number}. {_sentence(claim)}", ""]
-    for number, claim in enumerate(judged, 1):
-        yield from [f"### Claim {number}", "", *_table(snapshot, claim)]
-        if claim.claim.all_choices:
-            yield from _others(snapshot, claim.claim)
-        if claim.claim.sought_with:
-            yield from _unseen(snapshot, claim.claim)
-    rule = (*verdicts.RULE, study.changed) if study.changed else verdicts.RULE
+    for number, claim in enumerate(study.claims, 1):
+        yield from [f"{number}. {_sentence(verdicts.judge(snapshot, claim))}", ""]
+    if text := beside(snapshot):
+        yield from [text, ""]
+
+
+def section(snapshot: Snapshot) -> Iterator[str]:
+    """Yield a table for each claim, the rule, and how choices were made."""
+    study = snapshot.study
+    yield from ["## Verdicts, part by part", ""]
+    for number, claim in enumerate(study.claims, 1):
+        judged = verdicts.judge(snapshot, claim)
+        yield from [f"### Claim {number}", "", *_table(snapshot, judged)]
+        if claim.all_choices:
+            yield from _others(snapshot, claim)
+        if claim.sought_with:
+            yield from _unseen(snapshot, claim)
+    rule = (*verdicts.RULE, *study.changed)
     yield from ["### The rule", "", *(line for text in rule for line in (text, ""))]
     for name in study.choices:
         yield from _choice(snapshot, name)
@@ -98,7 +108,8 @@ def section(snapshot: Snapshot) -> Iterator[str]:
 def _controls(snapshot: Snapshot) -> tuple[int, int]:
     """How many runs of controls have a file, and how many there are to be."""
     study = snapshot.study
-    runs = selected(snapshot, tuple(b for _, b, _ in study.controls)) if study.controls else []
+    names = (*(b for _, b, _ in (*study.controls, *study.sought_controls)), *study.common.values())
+    runs = selected(snapshot, names) if names else []
     return len(runs) - len(_missing(snapshot, runs)), len(runs)
 
 
@@ -112,27 +123,29 @@ def _sentence(claim: verdicts.ClaimVerdict) -> str:
     for verdict, word in _SHOWN.items():
         texts = [_numbers(part) for part in claim.parts if part.verdict == verdict]
         groups |= {word: "; ".join(texts)} if texts else {}
-    same = len(groups) == 1 and not {verdicts.UNCORRECTED, verdicts.OPPOSED} & {part.verdict for part in claim.parts}
-    details = list(groups.values()) if same else [f"{word}: {texts}" for word, texts in groups.items()]
-    verdict = _OPEN_CLAIM if claim.verdict == verdicts.UNDECIDED else claim.verdict
-    text = ". ".join(details)
-    return f"*{claim.claim.text}* **{verdict.capitalize()}.** {text[:1].upper()}{text[1:]}."
+    verdict = (_OPEN_CLAIM if claim.verdict == verdicts.UNDECIDED else claim.verdict).capitalize()
+    if {part.verdict for part in claim.parts} == {claim.verdict}:
+        return f"*{claim.claim.text}* **{verdict}**: {next(iter(groups.values()))}."
+    details = ". ".join(f"{word}: {texts}" for word, texts in groups.items())
+    return f"*{claim.claim.text}* **{verdict}.** {details}."
 
 
 def _counts(claims: Sequence[verdicts.ClaimVerdict]) -> str:
-    """What became of several claims: how many have which verdict, and the parts that are decided."""
-    of_claims = [claim.verdict for claim in claims]
+    """What became of several claims: which have which verdict, and the parts that are decided."""
     verbs = {
         verdicts.HOLDS: ("holds", "hold"),
         verdicts.FAILS: ("fails", "fail"),
         verdicts.UNDECIDED: (f"is {_OPEN_CLAIM}", f"are {_OPEN_CLAIM}"),
     }
-    counts = [f"{n} {verb[n > 1]}" for verdict, verb in verbs.items() if (n := of_claims.count(verdict))]
+    groups = []
+    for verdict, verb in verbs.items():
+        if texts := [claim.claim.short or claim.claim.text.rstrip(".") for claim in claims if claim.verdict == verdict]:
+            groups.append(f"{len(texts)} {verb[len(texts) > 1]}** (*{'; '.join(texts)}*)")
     texts = []
     for verdict in (verdicts.HOLDS, verdicts.FAILS):
         parts = [_numbers(part) for claim in claims for part in claim.parts if part.verdict == verdict]
         texts += [f"{_SHOWN[verdict]}: {'; '.join(parts)}."] if parts else []
-    return " ".join([f"**Of the paper's {len(claims)} claims, {', '.join(counts)}.**", *texts])
+    return " ".join([f"**Of the paper's {len(claims)} claims, {', **'.join(groups)}.", *texts])
 
 
 def _numbers(part: verdicts.PartVerdict) -> str:
@@ -140,7 +153,8 @@ def _numbers(part: verdicts.PartVerdict) -> str:
     d = part.difference
     if d is None:
         return f"{part.part.text} (no runs)"
-    bound = f" {'above -' if part.part.better else 'below '}{part.part.margin:g}" if part.part.margin else ""
+    above = part.part.better == part.measure.higher
+    bound = f" {'above -' if above else 'below '}{part.part.margin:g}" if part.part.margin else ""
     return f"{part.part.text} ({difference_text(d, part.measure)}, {part.agreeing} of {d.n} seeds{bound})"
 
 
@@ -150,7 +164,7 @@ def _cells(snapshot: Snapshot, part: verdicts.PartVerdict) -> list[str]:
     margin = f", margin {part.part.margin:g}" if part.part.margin else ""
     d = part.difference
     numbers = ["-"] * 3 if d is None else [str(d.n), f"{part.agreeing} of {d.n}", p_text(part.p)]
-    names = [part.part.text + margin, f"{titles[0]} less {titles[1]}", part.measure.label]
+    names = [part.part.text + margin, f"{titles[0]} − {titles[1]}", part.measure.label]
     return [*names, difference_text(d, part.measure), *numbers]
 
 
@@ -186,7 +200,7 @@ def _unseen(snapshot: Snapshot, claim: Claim) -> Iterator[str]:
         a, b = snapshot.choice(part.a), snapshot.choice(part.b)
         rows.append(_cells(snapshot, verdicts.compare(snapshot, part, a, b, without=claim.sought_with)))
     seeds = ", ".join(map(str, claim.sought_with))
-    yield from [f"The same without the seeds {seeds}, with which nCLIP's setting was sought, without a verdict:", ""]
+    yield from [f"The same without the seeds {seeds}, with which nCLIP's setting was tuned, without a verdict:", ""]
     yield from table(_HEAD, rows)
 
 
@@ -205,7 +219,8 @@ def _choice(snapshot: Snapshot, name: str) -> Iterator[str]:
         rows.append([study.arm(arm).title + mark, mean, *(f"{value:.2f}" for value in values)])
     better = "higher" if measure.higher else "lower"
     yield from [f"### Which arm is `{name}`", ""]
-    yield from [f"The one whose mean of {measure.label} is best over the seeds that all have; {better} is better.", ""]
+    yield f"The one whose arithmetic mean of {measure.label} is best over the seeds that all have; {better} is better."
+    yield ""
     yield from table(["arm", "mean", *(f"seed {seed}" for seed in seeds)], rows)
     if len(seeds) > 1:
         others = [arm for seed in seeds if (arm := snapshot.choice(name, without=seed)) and arm != chosen]

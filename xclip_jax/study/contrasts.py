@@ -1,4 +1,4 @@
-"""The parts of a study's page that subtract arms from one another: controls, sought settings, secondary measures."""
+"""The parts of a study's page that subtract arms from one another: controls, tuned settings, secondary measures."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,7 +6,7 @@ from xclip_jax.study import similarities, verdicts
 from xclip_jax.study.declaration import Measure, Study
 from xclip_jax.study.markdown import rows_of, signed_text, table
 from xclip_jax.study.matrix import Snapshot
-from xclip_jax.study.statistics import holm, p_above
+from xclip_jax.study.statistics import MIN_SEEDS, holm, p_above
 
 Contrast = tuple[str, str, str]  # arm or choice, what is subtracted, what the difference shows
 _RUN_COLUMNS = ("arm", "runs")
@@ -17,10 +17,11 @@ def controls(snapshot: Snapshot) -> Iterator[str]:
     study = snapshot.study
     if not study.controls:
         return
-    yield from ["## Controls", ""]
-    yield from _scores(snapshot, [b for _, b, _ in study.controls], study.measures)
-    yield from _survivors(snapshot)
-    yield from _differences(snapshot, study.controls)
+    names = [b for _, b, _ in study.controls]
+    yield from ["## Controls", "", *_scores(snapshot, names, study.measures)]
+    yield from [f"{difference_from(study)}:", "", *_from_baseline(snapshot, names, study.measures)]
+    yield from ["What xCLIP gains over the controls:", "", *_differences(snapshot, study.controls)]
+    yield from _survivors(snapshot, study.controls)
     yield from similarities.controls(snapshot)
 
 
@@ -29,9 +30,12 @@ def sought(snapshot: Snapshot) -> Iterator[str]:
     study = snapshot.study
     if not study.sought:
         return
-    yield from ["## The setting that was sought", ""]
+    yield from ["## The setting tuned on validation", ""]
     yield from _scores(snapshot, [a for a, _, _ in study.sought], study.measures)
     yield from _differences(snapshot, study.sought)
+    if study.sought_controls:
+        yield from ["Against controls:", "", *_differences(snapshot, study.sought_controls)]
+        yield from _survivors(snapshot, study.sought_controls)
 
 
 def secondary(snapshot: Snapshot) -> Iterator[str]:
@@ -42,10 +46,19 @@ def secondary(snapshot: Snapshot) -> Iterator[str]:
     yield from ["### More measures", "", "Other numbers of the same tests, without a verdict.", ""]
     names = [*(arm.name for arm in study.of_section("core")), *dict.fromkeys(a for a, _, _ in study.sought)]
     yield from _scores(snapshot, names, study.secondary)
-    yield from [f"Less {study.arm(study.baseline).title}, paired by seed:", ""]
+    yield from [f"{difference_from(study)}:", "", *_from_baseline(snapshot, names, study.secondary)]
+
+
+def difference_from(study: Study) -> str:
+    """ "Difference from CLIP, paired by seed"."""
+    return f"Difference from {study.arm(study.baseline).title}, paired by seed"
+
+
+def _from_baseline(snapshot: Snapshot, names: Sequence[str], measures: Sequence[Measure]) -> list[str]:
+    study = snapshot.study
     others = [name for name in names if name != study.baseline]
-    rows = [[study.arm(x).title, *_cells(snapshot, x, study.baseline, study.secondary)] for x in others]
-    yield from table(["arm", *(measure.label for measure in study.secondary)], rows)
+    rows = [[study.arm(name).title, *_cells(snapshot, name, study.baseline, measures)] for name in others]
+    return table(["arm", *(measure.label for measure in measures)], rows)
 
 
 def _scores(snapshot: Snapshot, names: Sequence[str], measures: Sequence[Measure]) -> list[str]:
@@ -64,44 +77,46 @@ def _differences(snapshot: Snapshot, contrasts: Sequence[Contrast]) -> list[str]
     for a, b, meaning in contrasts:
         left, right = snapshot.choice(a), snapshot.choice(b)
         names = [study.arm(name).title if name else "not chosen yet" for name in (left, right)]
-        rows.append([f"{names[0]} less {names[1]}", meaning, *_cells(snapshot, left, right, study.measures)])
+        rows.append([f"{names[0]} − {names[1]}", meaning, *_cells(snapshot, left, right, study.measures)])
     return table(["difference", "what it shows", *(measure.label for measure in study.measures)], rows)
 
 
-def _survivors(snapshot: Snapshot) -> Iterator[str]:
-    """For each measure the controls beyond which there is a gain, by p after Holm's correction over the controls."""
+def _survivors(snapshot: Snapshot, contrasts: Sequence[Contrast]) -> Iterator[str]:
+    """For each measure the controls over which there is a gain, by p after Holm's correction over the controls."""
     study = snapshot.study
     yield (
-        "Gains with p below 0.05 by the paired t-test after Holm's correction over the controls of a measure, of at "
-        f"least {verdicts.MIN_SEEDS} seeds:"
+        "The intervals are not corrected for their number. Gains with p below 0.05 by the paired t-test after Holm's "
+        f"correction over the controls of a measure, of at least {MIN_SEEDS} seeds"
+        + (f", but for {study.arm(study.floor).title}:" if study.floor in [b for _, b, _ in contrasts] else ":")
     )
     yield ""
     nothing, compared = [], False
     for measure in study.measures:
-        shown = gains(snapshot, study, measure)
+        shown = gains(snapshot, contrasts, measure)
         compared = compared or shown is not None
         if shown:
             yield f"* {measure.label}: {'; '.join(shown)}"
         elif shown is not None:
             nothing.append(measure.label)
     if nothing:
-        yield f"* beyond no control: {'; '.join(nothing)}"
+        yield f"* over no control: {'; '.join(nothing)}"
     if not compared:
         yield "* no control has the runs yet"
     yield ""
 
 
-def gains(snapshot: Snapshot, study: Study, measure: Measure) -> list[str] | None:
-    """Return what the differences to controls show of a measure, of those on the better side; None without the runs."""
+def gains(snapshot: Snapshot, contrasts: Sequence[Contrast], measure: Measure) -> list[str] | None:
+    """Return what differences from controls show of a measure, of those on the better side; None without the runs."""
     side, p, meanings = 1 if measure.higher else -1, [], []
-    for a, b, meaning in study.controls:
+    real = [contrast for contrast in contrasts if contrast[1] != snapshot.study.floor]
+    for a, b, meaning in real:
         left, right = snapshot.choice(a), snapshot.choice(b)
         d = verdicts.difference(snapshot, left, right, measure) if left and right else None
-        if d and d.n >= verdicts.MIN_SEEDS:
+        if d and d.n >= MIN_SEEDS:
             p.append(min(1.0, 2 * p_above(side * d.mean, d.standard_error, d.n)))
             meanings.append(meaning)
     # Controls without runs count as if nothing were shown by them.
-    corrected = holm([*p, *[1.0] * (len(study.controls) - len(p))])[: len(p)]
+    corrected = holm([*p, *[1.0] * (len(real) - len(p))])[: len(p)]
     return (
         [meaning for meaning, value in zip(meanings, corrected, strict=True) if value < verdicts.ALPHA] if p else None
     )

@@ -95,12 +95,14 @@ class Claim:
 
     Attributes:
       text, parts: the sentence, and what it consists of.
+      short: the sentence in a few words, for a README.
       all_choices: whether the page shows the parts for all arms of a choice, beside the one that was chosen.
       sought_with: seeds of its arms with which its setting was sought; the page shows the parts without these too.
     """
 
     text: str
     parts: Sequence[Part]
+    short: str = ""
     all_choices: bool = False
     sought_with: Sequence[int] = ()
 
@@ -127,6 +129,21 @@ class Dose:
 
 
 @dataclasses.dataclass(frozen=True)
+class Beside:
+    """Differences that the finding has beside the claims.
+
+    Attributes:
+      text: what is subtracted from, for people to read.
+      pairs: (arm, what is subtracted from it, its name here).
+      measures: names of measures.
+    """
+
+    text: str
+    pairs: Sequence[tuple[str, str, str]]
+    measures: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Study:
     """A declared study.
 
@@ -144,11 +161,13 @@ class Study:
       baseline: arm that the others of the core are compared with.
       common: {title: arm} of all objectives at one recipe.
       controls: (arm or choice, control arm, what the difference shows).
-      sought: the same of arms whose setting was sought by the factors, (arm, what is subtracted, what that shows).
+      floor: the control that is the baseline again but for rounding: differences from it show how far noise goes.
+      sought: (arm, what is subtracted, what that shows) of arms whose setting was sought by the factors.
+      sought_controls: the same with controls subtracted.
       secondary: measures that have a table of their own and no part in a verdict.
-      shown: (names of arms or choices, names of measures): differences to the baseline in a README's plot.
-      beside: (arm, arm, names of measures): a difference that a README has beside the claims.
-      weights: {label: arm} along the weight of a term: differences to the baseline, at its left end, are drawn.
+      shown: (names of arms or choices, names of measures): differences from the baseline in a README's plot.
+      beside: differences that a README and the page have beside the claims.
+      weights: {label: arm} along the weight of a term: differences from the baseline, at its left end, are drawn.
       doses: charts.
       factors: measures of the arms of section "factors".
       search: the measure, on a validation set that arms of "factors" have beside the others, by which their candidates
@@ -158,7 +177,7 @@ class Study:
       name: of the flag --study.
       recipe: of the flag --recipe, "" for the study's own.
       scope: of the finding in a README: on which data and models, in which units.
-      changed: what was changed in the rule, in arms or in the page after runs were seen.
+      changed: paragraphs on what was changed in the rule, in arms or in the page after runs were seen.
       commits: what is to be known of the commits of its runs.
     """
 
@@ -176,10 +195,12 @@ class Study:
     choices: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     common: Mapping[str, str] = dataclasses.field(default_factory=dict)
     controls: Sequence[tuple[str, str, str]] = ()
+    floor: str = ""
     sought: Sequence[tuple[str, str, str]] = ()
+    sought_controls: Sequence[tuple[str, str, str]] = ()
     secondary: Sequence[Measure] = ()
     shown: tuple[Sequence[str], Sequence[str]] = ((), ())
-    beside: tuple[str, str, Sequence[str]] | None = None
+    beside: Beside | None = None
     weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
     doses: Sequence[Dose] = ()
     factors: Sequence[Measure] = ()
@@ -189,7 +210,7 @@ class Study:
     name: str = DEFAULT
     recipe: str = ""
     scope: str = ""
-    changed: str = ""
+    changed: Sequence[str] = ()
     commits: str = ""
 
     @property
@@ -268,10 +289,12 @@ def check(study: Study) -> None:
     measures = [measure.name for measure in study.measures]
     parts = [part for claim in study.claims for part in claim.parts]
     used = [name for part in parts for name in (part.a, part.b)]
-    used += [name for a, b, _ in (*study.controls, *study.sought) for name in (a, b)]
+    besides = study.beside.pairs if study.beside else ()
+    contrasts = (*study.controls, *study.sought, *study.sought_controls, *besides)
+    used += [name for a, b, _ in contrasts for name in (a, b)]
     used += [arm for dose in study.doses for line in dose.lines.values() for arm in line]
     used += [study.baseline, *study.common.values(), *study.shown[0], *study.weights.values()]
-    used += study.beside[:2] if study.beside else ()
+    used += [study.floor] if study.floor else []
     inner = [arm for arms in study.choices.values() for arm in arms]
     if unknown := [name for name in used if name not in (*names, *study.choices)] + [
         n for n in inner if n not in names
@@ -280,7 +303,7 @@ def check(study: Study) -> None:
     referred = [*(part.measure for part in parts), *study.named.values()]
     referred += [
         *study.shown[1],
-        *(study.beside[2] if study.beside else ()),
+        *(study.beside.measures if study.beside else ()),
         *(name for dose in study.doses for name in dose.measures),
     ]
     if unknown := [name for name in referred if name not in measures]:

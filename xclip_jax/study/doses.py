@@ -7,7 +7,7 @@ from xclip_jax.study import verdicts
 from xclip_jax.study.declaration import Dose, Measure
 from xclip_jax.study.markdown import diverged_text, estimate_text, mean_of, shown, signed_text, table
 from xclip_jax.study.matrix import Snapshot
-from xclip_jax.study.statistics import Difference, paired
+from xclip_jax.study.statistics import MIN_SEEDS, Difference, paired
 
 
 def section(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
@@ -17,20 +17,29 @@ def section(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
     yield from ["## Dose and response", ""]
     for dose in snapshot.study.doses:
         yield from [f"### {dose.title}", ""]
+        if not compared(snapshot, dose):
+            yield from ["Nothing to compare yet: see [what is missing](#missing-runs).", ""]
+            continue
         changes = []
         for measure in map(snapshot.study.measure, dose.measures):
             rows = [[name, *(_cell(snapshot, arm, measure) for arm in arms)] for name, arms in dose.lines.items()]
             if len(dose.lines) == 2:
                 (first, a), (second, b) = dose.lines.items()
                 pairs = (verdicts.difference(snapshot, *pair, measure) for pair in zip(b, a, strict=True))
-                rows.append([f"{second} less {first}", *(signed_text(d, measure) for d in pairs)])
-                if change := interaction(snapshot, dose, measure):
+                rows.append([f"{second} − {first}", *(signed_text(d, measure) for d in pairs)])
+                change = interaction(snapshot, dose, measure)
+                if change and change.n >= MIN_SEEDS:
                     changes.append(f"{measure.label} {signed_text(change, measure)} seeds above zero")
             yield from table([f"{measure.label}; {dose.axis}", *dose.levels], rows)
         if changes:
             ends = f"From {dose.levels[0]} to {dose.levels[-1]} ({dose.axis})"
             yield from [f"{ends} the difference changes by: {'; '.join(changes)}.", ""]
         yield from shown(snapshot.study, drawn, f"dose_{dose.name}", dose.title)
+
+
+def compared(snapshot: Snapshot, dose: Dose) -> bool:
+    """Whether all lines of a dose have runs at two of its levels or more."""
+    return sum(all(map(snapshot.finished, arms)) for arms in zip(*dose.lines.values(), strict=True)) > 1
 
 
 def interaction(snapshot: Snapshot, dose: Dose, measure: Measure) -> Difference | None:

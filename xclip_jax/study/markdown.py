@@ -5,28 +5,32 @@ from collections.abc import Mapping, Sequence
 
 from xclip_jax.study.declaration import Measure, Study
 from xclip_jax.study.matrix import Snapshot
-from xclip_jax.study.statistics import Difference, Estimate, estimate
+from xclip_jax.study.statistics import MIN_SEEDS, Difference, Estimate, estimate
 
 
 def estimate_text(of_mean: Estimate | None, measure: Measure, *, n: bool = False) -> str:
-    """ "12.3 [11.0, 13.6]", with n where it is asked for or 1."""
+    """ "12.3 [11.0, 13.6]", with n where it is asked for; of fewer than three runs "12.3 (n = 2)"."""
     if of_mean is None:
         return "-"
     shown, digits = of_mean.mapped(math.exp) if measure.ratio else of_mean, measure.digits
-    interval = f"[{shown.low:.{digits}f}, {shown.high:.{digits}f}]" if shown.n > 1 else "(n = 1)"
-    return f"{shown.mean:.{digits}f} {interval}" + (f", n = {shown.n}" if n and shown.n > 1 else "")
+    if shown.n < MIN_SEEDS:
+        return f"{shown.mean:.{digits}f} (n = {shown.n})"
+    return f"{shown.mean:.{digits}f} [{shown.low:.{digits}f}, {shown.high:.{digits}f}]" + (
+        f", n = {shown.n}" if n else ""
+    )
 
 
 def difference_text(d: Difference | None, measure: Measure) -> str:
-    """ "+1.2 [+0.4, +2.0]"; of a ratio, "x 1.10 [1.02, 1.19]"."""
+    """ "+1.2 [+0.4, +2.0]"; of a ratio "x 1.10 [1.02, 1.19]"; of fewer than three seeds "+1.2 (n = 2)"."""
     if d is None:
         return "-"
     if measure.ratio:
         shown = d.mapped(math.exp)
-        interval = f" [{shown.low:.2f}, {shown.high:.2f}]" if d.n > 1 else " (n = 1)"
-        return f"x {shown.mean:.2f}{interval}"
-    digits = measure.digits
-    return f"{d.mean:+.{digits}f} " + (f"[{d.low:+.{digits}f}, {d.high:+.{digits}f}]" if d.n > 1 else "(n = 1)")
+        mean, interval = f"x {shown.mean:.2f}", f"[{shown.low:.2f}, {shown.high:.2f}]"
+    else:
+        digits = measure.digits
+        mean, interval = f"{d.mean:+.{digits}f}", f"[{d.low:+.{digits}f}, {d.high:+.{digits}f}]"
+    return f"{mean} {interval if d.n >= MIN_SEEDS else f'(n = {d.n})'}"
 
 
 def signed_text(d: Difference | None, measure: Measure) -> str:
@@ -81,7 +85,7 @@ def rows_of(
         text = estimate_text(mean_of(snapshot, arm, measure), measure)
         if not each or len(values) != 2:
             return text
-        return f"{text.partition(' [')[0]} ({', '.join(f'{value:.{measure.digits}f}' for value in values)})"
+        return f"{text.partition(' (')[0]} ({', '.join(f'{value:.{measure.digits}f}' for value in values)})"
 
     return [
         [title, runs_text(snapshot, arm), *(cell(arm, measure) for measure in measures)] for title, arm in arms.items()

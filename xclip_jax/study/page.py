@@ -22,7 +22,6 @@ from xclip_jax.study.markdown import (
     titles_of,
 )
 from xclip_jax.study.matrix import Snapshot
-from xclip_jax.study.schedule import training_seconds
 from xclip_jax.study.statistics import Estimate
 
 MADE = "Made by `{command} --page` from the files in `docs/{page}/runs`; a test holds it current."
@@ -55,7 +54,7 @@ def finding(snapshot: Snapshot) -> str:
     if not any(snapshot.finished(arm.name) for arm in study.of_section("core")):
         done, missing = conclusions.counts(snapshot)
         return f"{link}: under way, {done} of {done + missing} runs are finished and none of the core."
-    drawn = [f"![Differences to CLIP](docs/{study.page}/{name}.svg)", ""] if name in _charts(snapshot) else []
+    drawn = [f"![Differences from CLIP](docs/{study.page}/{name}.svg)", ""] if name in _charts(snapshot) else []
     return "\n".join([*drawn, *conclusions.findings(snapshot), "", f"{link}: all of it."])
 
 
@@ -73,20 +72,21 @@ def render(snapshot: Snapshot, drawn: Mapping[str, str]) -> str:
     sections: list[Iterator[str] | Sequence[str]] = [
         [f"# {study.title}", "", MADE.format(command=study.command, page=study.page), ""],
         [conclusions.progress(snapshot), ""],
-        conclusions.section(snapshot),
+        conclusions.summary(snapshot, drawn),
+        ["## Threats to validity", "", *(f"* {text}" for text in study.threats), ""],
         ["## What was run", "", *(line for text in study.about for line in (text, ""))],
         provenance.measures(snapshot),
-        _tuning(snapshot),
         _core(snapshot, drawn),
-        contrasts.secondary(snapshot),
-        similarities.section(snapshot),
         contrasts.controls(snapshot),
         contrasts.sought(snapshot),
+        similarities.section(snapshot),
         doses.section(snapshot, drawn),
         _factors(snapshot),
+        conclusions.section(snapshot),
+        _tuning(snapshot),
+        contrasts.secondary(snapshot),
         _training(snapshot, drawn),
         provenance.missing(snapshot),
-        ["## Threats to validity", "", *(f"* {text}" for text in study.threats), ""],
         provenance.again(study),
     ]
     return "\n".join(line for section in sections for line in section).rstrip() + "\n"
@@ -140,7 +140,7 @@ def _core(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
             row.append(estimate_text(mean_of(snapshot, arm, first), first) if arm else "-")
     yield from table(head, rows)
     others = {arm.title: arm.name for arm in study.of_section("core") if arm.name != study.baseline}
-    yield from [f"Less {study.arm(study.baseline).title}, paired by seed (sign: how many of n are above zero):", ""]
+    yield from [f"{contrasts.difference_from(study)} (x/n: how many of n are above zero):", ""]
     rows = [
         [title, *(signed_text(verdicts.difference(snapshot, arm, study.baseline, m), m) for m in study.measures)]
         for title, arm in others.items()
@@ -148,8 +148,7 @@ def _core(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
     yield from table(["arm", *(measure.label for measure in study.measures)], rows)
     yield from provenance.at_chance(snapshot)
     yield from shown(study, drawn, "weights", "Differences over the weight of nCLIP")
-    yield from shown(study, drawn, "differences", "Differences to the baseline")
-    if study.common:
+    if any(map(snapshot.finished, study.common.values())):
         yield from ["### All at one recipe", ""]
         if recipe := _common_recipe(snapshot):
             yield from [f"{recipe}, declared before candidates were tried.", ""]
@@ -196,14 +195,6 @@ def _training(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
     for name, title, *_ in _CURVES:
         yield from shown(snapshot.study, drawn, name, title)
     yield from _clusters(snapshot)
-    rows, baseline = [], training_seconds(snapshot, snapshot.study.baseline)
-    for section in ("core", "controls"):
-        for title, arm in titles_of(snapshot, section).items():
-            if seconds := training_seconds(snapshot, arm):
-                rows.append([title, f"{seconds:,.0f}", f"{seconds / baseline:.2f}" if baseline else "-"])
-    if rows:
-        baseline_title = snapshot.study.arm(snapshot.study.baseline).title
-        yield from table(["arm", "seconds of training", f"over {baseline_title}"], rows)
     yield from provenance.commits(snapshot)
 
 
@@ -225,27 +216,20 @@ def _charts(snapshot: Snapshot) -> dict[str, str]:
     """{file name: SVG} of all charts that have something to show."""
     study = snapshot.study
     made: dict[str, str | None] = {}
-    rows: dict[str, Estimate] = {}
-    for arm in study.of_section("core"):
-        for m in study.measures:
-            if arm.name != study.baseline and not m.ratio:
-                d = verdicts.difference(snapshot, arm.name, study.baseline, m)
-                rows |= {f"{arm.title}: {m.label}": d} if d else {}
-    baseline = f"Less {study.arm(study.baseline).title}, paired by seed"
-    made["differences"] = charts.in_rows(baseline, rows, "points")
-    made["finding"] = charts.in_groups(baseline, _finding(snapshot), "points")
-    made["weights"] = _weights(snapshot, baseline)
-    for dose in study.doses:
+    title = f"Difference from {study.arm(study.baseline).title}, percentage points"
+    made["finding"] = charts.in_groups(title, _finding(snapshot), "mean over seeds, 95 %")
+    made["weights"] = _weights(snapshot, title)
+    for dose in (dose for dose in study.doses if doses.compared(snapshot, dose)):
         measure = study.measure(dose.measures[0])
         lines = {name: [_shown_mean(snapshot, arm, measure) for arm in arms] for name, arms in dose.lines.items()}
-        made[f"dose_{dose.name}"] = charts.over_levels(dose.title, dose.axis, dose.levels, lines, measure.label)
+        made[f"dose_{dose.name}"] = charts.over_levels(dose.title, dose.axis, dose.levels, lines, f"{measure.label}, %")
     for name, title, unit, metrics, level in _CURVES:
         made[name] = _curve(snapshot, title, unit, metrics, level)
     return {name: svg for name, svg in made.items() if svg}
 
 
 def _finding(snapshot: Snapshot) -> dict[str, dict[str, Estimate]]:
-    """{measure: {arm: difference to the baseline}} of `Study.shown`."""
+    """{measure: {arm: difference from the baseline}} of `Study.shown`."""
     study, groups = snapshot.study, {}
     arms = [arm for name in study.shown[0] if (arm := snapshot.choice(name))]
     for measure in map(study.measure, study.shown[1]):
@@ -255,12 +239,14 @@ def _finding(snapshot: Snapshot) -> dict[str, dict[str, Estimate]]:
 
 
 def _weights(snapshot: Snapshot, title: str) -> str | None:
-    """Differences to the baseline over the weight of a term, a line a measure."""
+    """Differences from the baseline over the weight of a term, a line a measure."""
     study, lines = snapshot.study, {}
     for measure in map(study.measure, study.shown[1]):
         line = [verdicts.difference(snapshot, arm, study.baseline, measure) for arm in study.weights.values()]
         lines[measure.label] = [Estimate(0.0, math.nan, math.nan, 1), *line] if any(line) else []
-    return charts.over_levels(title, "weight of nCLIP", ["0", *study.weights], lines, "points")
+    return charts.over_levels(
+        title, "weight of nCLIP, spaced evenly", ["0", *study.weights], lines, "mean over seeds, 95 %"
+    )
 
 
 def _shown_mean(snapshot: Snapshot, arm: str, measure: Measure) -> Estimate | None:

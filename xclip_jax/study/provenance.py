@@ -33,13 +33,14 @@ def _result(snapshot: Snapshot, measure: Measure) -> Result | None:
 
 
 def at_chance(snapshot: Snapshot) -> Iterator[str]:
-    """Yield which runs of the core are no better than chance at a measure, as of a probe that learned nothing."""
+    """Yield which runs of the core and the controls are at chance at a measure, as of a probe that learned nothing."""
     study, texts = snapshot.study, []
     for measure in (measure for measure in study.measures if measure.higher and not measure.ratio):
         result = _result(snapshot, measure)
         if result is None or result.chance is None:
             continue
-        values = {arm.title: snapshot.values(arm.name, measure) for arm in study.of_section("core")}
+        arms = (*study.of_section("core"), *study.of_section("controls"))
+        values = {arm.title: snapshot.values(arm.name, measure) for arm in arms}
         runs = [
             f"{title}, seed {seed}"
             for title, of_arm in values.items()

@@ -49,14 +49,6 @@ def _per_pair(record: RunRecord) -> float | None:
     return None if seconds is None else seconds / (record.config["steps"] * record.config["data.batch"])
 
 
-def training_seconds(snapshot: Snapshot, arm: str) -> float | None:
-    """Return the mean training time of an arm's runs that had the machine to themselves; None without one."""
-    records = snapshot.finished(arm).values()
-    seconds = [r.seconds["training"] for r in records if r.environment.get("workers") == 1]
-    known = [value for value in seconds if value is not None]
-    return sum(known) / len(known) if known else None
-
-
 def selected(snapshot: Snapshot, only: Collection[str]) -> list[Run]:
     """Return the runs of sections and arms named in `only`, without repetitions of one config; all for an empty one."""
     runs = [run for run in snapshot.runs if not only or {run.arm.section, run.arm.name} & set(only)]

@@ -1,4 +1,4 @@
-"""The part of a study's page that says by which of its similarities a model names best."""
+"""The part of a study's page that says by which of its similarities a model classifies best."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from xclip_jax.study.statistics import paired
 
 _LABELS = {"": "its own", "cosine": "clusters by cosine", "cross_entropy": "clusters by cross-entropy"}
 _TEXT = (
-    "A model of clusters can name by its clusters, one with a projection too by both. What is compared above is a "
-    "model's own: the cosine of embeddings, or of distributions over clusters where there is no projection. Here each "
-    "arm names by the similarity that is best on validation, by the mean over its seeds."
+    "A model with clusters can classify by these, and by both where it has a projection too. What is compared above is "
+    "a model's own similarity: the cosine of embeddings, or of distributions over clusters where there is no "
+    "projection. Here each arm classifies by the similarity that is best on validation, by the mean over its seeds."
 )
 
 
@@ -24,7 +24,7 @@ def section(snapshot: Snapshot) -> Iterator[str]:
     names = {arm.name: _similarities(snapshot, arm.name) for arm in arms}
     if not any(len(of_set) > 1 for keys in names.values() for of_set in keys.values()):
         return
-    yield from ["## Which similarity names best", "", _TEXT, ""]
+    yield from ["## Which similarity classifies best", "", _TEXT, ""]
     for validation, test in study.named.items():
         measure, rows, best = study.measure(test), [], {}
         scores = list(dict.fromkeys(score for keys in names.values() for score in keys[validation]))
@@ -37,17 +37,21 @@ def section(snapshot: Snapshot) -> Iterator[str]:
             best |= {arm.name: of_tests} if of_tests else {}
             rows.append([arm.title, *cells, _label(chosen) if of_tests else "-", *_tests(snapshot, arm.name, best)])
         head = ["arm", *(f"{_label(score)}, validation" for score in scores), "chosen", measure.label]
-        yield from [f"### By `{validation}`", "", *table([*head, f"less {study.arm(study.baseline).title}"], rows)]
+        yield from [
+            f"### By `{validation}`",
+            "",
+            *table([*head, f"difference from {study.arm(study.baseline).title}"], rows),
+        ]
 
 
 def controls(snapshot: Snapshot) -> Iterator[str]:
-    """Yield the differences to controls where each names by the similarity that is best on validation; none of none."""
+    """Yield the differences from controls where each classifies by the similarity that is best on validation."""
     study, rows = snapshot.study, []
     for a, b, _ in study.controls:
         left, right = snapshot.choice(a), snapshot.choice(b)
         if not left or not snapshot.finished(left) or not right or not snapshot.finished(right):
             continue
-        cells = [f"{study.arm(left).title} less {study.arm(right).title}"]
+        cells = [f"{study.arm(left).title} − {study.arm(right).title}"]
         for validation, test in study.named.items():
             sides = [_best(snapshot, arm, validation, test) for arm in (left, right)]
             values = [snapshot.values(arm, m) for arm, (_, m) in zip((left, right), sides, strict=True) if m]
@@ -56,7 +60,7 @@ def controls(snapshot: Snapshot) -> Iterator[str]:
             cells.append(f"{signed_text(d, study.measure(test))}; by {by}" if d else "-")
         rows.append(cells)
     if rows:
-        yield from ["The same where each names by the similarity that is best for it on validation:", ""]
+        yield from ["The same where each classifies by the similarity that is best for it on validation:", ""]
         yield from table(["difference", *(study.measure(test).label for test in study.named.values())], rows)
 
 
@@ -82,7 +86,7 @@ def _similarities(snapshot: Snapshot, arm: str) -> dict[str, dict[str, str]]:
 
 
 def _tests(snapshot: Snapshot, arm: str, best: dict[str, Measure]) -> tuple[str, str]:
-    """The mean of an arm by its best similarity, and its difference to the baseline by the baseline's."""
+    """The mean of an arm by its best similarity, and its difference from the baseline by the baseline's."""
     if arm not in best:
         return "-", "-"
     measure, baseline = best[arm], snapshot.study.baseline

@@ -9,6 +9,7 @@ import numpy as np
 import scipy.stats
 
 LEVEL = 0.95
+MIN_SEEDS = 3  # of fewer the interval says little: none is shown, and nothing is decided
 _EXACT = 16  # differences up to which all signs are tried
 
 

@@ -6,25 +6,25 @@ from collections.abc import Collection
 
 from xclip_jax.study.declaration import Claim, Measure, Part
 from xclip_jax.study.matrix import Snapshot
-from xclip_jax.study.statistics import Difference, holm, p_above, paired
+from xclip_jax.study.statistics import MIN_SEEDS, Difference, holm, p_above, paired
 
 ALPHA = 0.05
-MIN_SEEDS = 3
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
-UNCORRECTED = "on the claimed side before correction for several parts"
-OPPOSED = "on the other side before correction for several parts"
+UNCORRECTED = "for the claim, uncorrected"
+OPPOSED = "against the claim, uncorrected"
 RULE = (
     'The claimed side of a part is above zero or below, as the part says; of an "at least as good" it begins at minus '
     "the margin. A part is on it if the whole 95 % interval of the paired difference is, and all seeds or all but one: "
     "seeds that agree are counted from minus the margin too. A part *fails* if the whole interval is on the other side "
     "of that bound (with a margin: below minus the margin, not merely below zero) and stays so after Holm's correction "
-    f"over the parts of the claim; if that alone is missing it is {OPPOSED}. Else, and with fewer than three seeds, it "
-    "is *undecided*.",
+    f"over the parts of the claim; if that alone is missing it is *{OPPOSED}*. Else, and with fewer than three seeds, "
+    "it is *undecided*. How many seeds agree counts for *holds* alone.",
     "A claim *holds* if all of its parts are on the claimed side: that needs no correction, since each must be shown "
     "(an intersection-union test), and each part then holds. It *fails* if one part fails: that is what Holm's "
     "correction is for, since one false alarm among several would do. Else it is *undecided at this scale*; of such a "
     "claim, and of one that fails, a part *holds*, and is called shown, only if p for it is below 0.05 after Holm's "
-    f"correction over the parts of the claim; it is else {UNCORRECTED}.",
+    f"correction over the parts of the claim; it is else *{UNCORRECTED}*. Nothing is corrected for the number of "
+    "claims.",
     "Intervals are Student's t over seeds, and all p but the last are of the paired t-test. *p for*: that the "
     "difference is not on the claimed side, margin included; twice the one-sided p, so that it is below 0.05 where the "
     "interval is on that side. It decides whether a part is on the claimed side; *p for, Holm* whether a part of a "
