@@ -120,7 +120,7 @@ def test_a_sought_setting_has_differences_and_those_of_unseen_seeds():
 
 def test_a_dose_says_how_the_difference_changes():
     dose = Dose("data", "Data", "share", ("0", "1"), {"CLIP": ("clip", "clip_again"), "xCLIP": ("xclip", "xclip")},
-                ("top1",))  # fmt: skip
+                ("top1",), (("xclip", "clip", "gain over nothing"),))  # fmt: skip
     half = dataclasses.replace(study_tiny.study(tuned=False).arms[-1], changes={"data.subset": 0.5})
     arms = [dataclasses.replace(arm, seeds=(0, 1, 2)) for arm in (*study_tiny.study(tuned=False).arms[:-1], half)]
     m = study_tiny.matrix(tuned=False, arms=arms, doses=(dose,))
@@ -129,6 +129,7 @@ def test_a_dose_says_how_the_difference_changes():
     text = page.render(Snapshot(m, made), {})
     # 4, 5 and 5 at the first level; 7, 7 and 8 at the last
     assert "From 0 to 1 (share) the difference changes by: top-1 +2.7 [+1.2, +4.1], 3/3 seeds above zero." in text
+    assert "| xCLIP − CLIP | gain over nothing | +4.7 [+3.2, +6.1], 3/3 |" in text
     assert "Nothing to compare yet" in page.render(Snapshot(m, {}), {})
     two = Snapshot(m, {key: r for key, r in made.items() if r.seed < 2})
     assert "| xCLIP − CLIP | +4.5 (n = 2), 2/2 |" in page.render(two, {})
@@ -243,6 +244,14 @@ def test_xclip_has_the_setting_that_the_factors_chose():
     setting = {key: value for key, value in searched.items() if recipe.get(key) != value}
     weight = snapshot.study.arm(snapshot.choice("xclip")).changes
     assert {**weight, **setting} == icons.XCLIP_SEARCHED
+
+
+def test_the_common_recipe_is_that_of_clip():
+    m = Matrix(icons.study(), load.load_config)
+    snapshot = Snapshot(m, records.read_all(ROOT / "docs" / "study" / "runs"))
+    for name in ("clip", "siglip", "nclip"):
+        assert snapshot.finished(f"common_{name}") == snapshot.finished(name) != {}
+    assert "the recipe of CLIP, SigLIP, nCLIP too." in page.render(snapshot, {})
 
 
 @pytest.mark.parametrize("make", [icons.study, cc12m.study], ids=["icons", "cc12m"])

@@ -9,6 +9,7 @@ from xclip_jax.study.declaration import Arm, Claim, Measure, Part
 OBJECTIVES = ("clip", "siglip", "nclip", "xclip")
 XCLIP = {"xclip_30": 0.3, "xclip_50": 0.5, "xclip_70": 0.7}  # weight of nCLIP, the rest is CLIP's
 SMOOTHING = 0.1
+SMOOTHED = {"objective.clip.label_smoothing": SMOOTHING}
 AGAINST = {
     "clip_idle_head": "gain over CLIP again, with parameters that are not trained: equal to it but for rounding",
     "clip_longer": "gain over CLIP trained for the same time",
@@ -100,8 +101,7 @@ class Arms:
         yield control("clip_idle_head", "CLIP, idle cluster heads", "clip", terms(0.0))
         yield control("clip_longer", f"CLIP, {self.more_steps:g} times the steps", "clip", {}, length=self.more_steps)
         yield control("clip_twice", "CLIP, twice the steps", "clip", {}, length=2.0)
-        smoothing = {"objective.clip.label_smoothing": SMOOTHING}
-        yield control("clip_smoothed", f"CLIP, label smoothing {SMOOTHING:g}", "clip", smoothing)
+        yield control("clip_smoothed", f"CLIP, label smoothing {SMOOTHING:g}", "clip", SMOOTHED)
         shuffled = terms(0.3) | {"objective.nclip.shuffle_targets": True}
         yield control("xclip_shuffled", "xCLIP 0.3 : 0.7, targets of other pairs", "xclip", shuffled)
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from xclip_jax.study import similarities, verdicts
-from xclip_jax.study.declaration import Measure, Study
+from xclip_jax.study.declaration import Dose, Measure, Study
 from xclip_jax.study.markdown import rows_of, signed_text, table
 from xclip_jax.study.matrix import Snapshot
 from xclip_jax.study.statistics import MIN_SEEDS, holm, p_above
@@ -72,13 +72,24 @@ def _cells(snapshot: Snapshot, a: str | None, b: str | None, measures: Sequence[
     return [signed_text(d, m) for d, m in zip(pairs, measures, strict=True)]
 
 
-def _differences(snapshot: Snapshot, contrasts: Sequence[Contrast]) -> list[str]:
+def of_dose(snapshot: Snapshot, dose: Dose) -> list[str]:
+    """Return the differences from the controls of a dose, none without any."""
+    if not dose.controls:
+        return []
+    measures = [snapshot.study.measure(name) for name in dose.measures]
+    return ["Against controls:", "", *_differences(snapshot, dose.controls, measures)]
+
+
+def _differences(
+    snapshot: Snapshot, contrasts: Sequence[Contrast], measures: Sequence[Measure] | None = None
+) -> list[str]:
     study, rows = snapshot.study, []
+    measures = study.measures if measures is None else measures
     for a, b, meaning in contrasts:
         left, right = snapshot.choice(a), snapshot.choice(b)
         names = [study.arm(name).title if name else "not chosen yet" for name in (left, right)]
-        rows.append([f"{names[0]} − {names[1]}", meaning, *_cells(snapshot, left, right, study.measures)])
-    return table(["difference", "what it shows", *(measure.label for measure in study.measures)], rows)
+        rows.append([f"{names[0]} − {names[1]}", meaning, *_cells(snapshot, left, right, measures)])
+    return table(["difference", "what it shows", *(measure.label for measure in measures)], rows)
 
 
 def _survivors(snapshot: Snapshot, contrasts: Sequence[Contrast]) -> Iterator[str]:

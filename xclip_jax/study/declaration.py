@@ -118,6 +118,7 @@ class Dose:
       levels: values of the axis, as labels.
       lines: {label: an arm for each level}.
       measures: names of measures.
+      controls: (arm, control arm, what the difference shows), of one level.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Dose:
     levels: Sequence[str]
     lines: Mapping[str, Sequence[str]]
     measures: Sequence[str]
+    controls: Sequence[tuple[str, str, str]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +292,8 @@ def check(study: Study) -> None:
     parts = [part for claim in study.claims for part in claim.parts]
     used = [name for part in parts for name in (part.a, part.b)]
     besides = study.beside.pairs if study.beside else ()
-    contrasts = (*study.controls, *study.sought, *study.sought_controls, *besides)
+    of_doses = (contrast for dose in study.doses for contrast in dose.controls)
+    contrasts = (*study.controls, *study.sought, *study.sought_controls, *besides, *of_doses)
     used += [name for a, b, _ in contrasts for name in (a, b)]
     used += [arm for dose in study.doses for line in dose.lines.values() for arm in line]
     used += [study.baseline, *study.common.values(), *study.shown[0], *study.weights.values()]

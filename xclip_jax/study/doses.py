@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 
-from xclip_jax.study import verdicts
+from xclip_jax.study import contrasts, verdicts
 from xclip_jax.study.declaration import Dose, Measure
 from xclip_jax.study.markdown import diverged_text, estimate_text, mean_of, shown, signed_text, table
 from xclip_jax.study.matrix import Snapshot
@@ -34,6 +34,7 @@ def section(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
         if changes:
             ends = f"From {dose.levels[0]} to {dose.levels[-1]} ({dose.axis})"
             yield from [f"{ends} the difference changes by: {'; '.join(changes)}.", ""]
+        yield from contrasts.of_dose(snapshot, dose)
         yield from shown(snapshot.study, drawn, f"dose_{dose.name}", dose.title)
 
 

@@ -150,16 +150,22 @@ def _core(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
     yield from shown(study, drawn, "weights", "Differences over the weight of nCLIP")
     if any(map(snapshot.finished, study.common.values())):
         yield from ["### All at one recipe", ""]
-        if recipe := _common_recipe(snapshot):
-            yield from [f"{recipe}, declared before candidates were tried.", ""]
+        yield from [f"{_common_recipe(snapshot)}.", ""]
         yield from table(head[:-1], rows_of(snapshot, study.common, study.measures))
 
 
 def _common_recipe(snapshot: Snapshot) -> str:
-    """What all arms of one recipe change alike: "optim.lr 0.001, optim.warmup 300"."""
-    first, *others = [snapshot.study.arm(arm).changes for arm in snapshot.study.common.values()]
+    """What all arms of one recipe change alike: "optim.lr 0.001, optim.warmup 300, the recipe of CLIP too"."""
+    study = snapshot.study
+    first, *others = [study.arm(arm).changes for arm in study.common.values()]
     alike = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
-    return ", ".join(f"{key} {value:g}" for key, value in alike.items() if isinstance(value, (int, float)))
+    texts = [f"{key} {value:g}" for key, value in alike.items() if isinstance(value, (int, float))]
+    keys: dict[str, set[str]] = {}
+    for run in snapshot.runs:
+        keys.setdefault(run.arm.name, set()).add(run.key)
+    titles = titles_of(snapshot, "core")
+    own = [title for title, arm in titles.items() if title in study.common and keys[arm] == keys[study.common[title]]]
+    return ", ".join([*texts, *([f"the recipe of {', '.join(own)} too"] if own else [])])
 
 
 def _factors(snapshot: Snapshot) -> Iterator[str]:
