@@ -131,7 +131,7 @@ def test_a_search_is_on_validation_and_its_best_is_tested():
     assert (run.config.optim.lr, run.config.objective.nclip.tau) == (2e-3, 2.0)
     assert run.config.eval.final_sets == (TEST_SET,)
     text = page.render(after, {})
-    assert "Best of them by shades: **tau 2**; on the tests it is the best." in text
+    assert "Best of the 2 candidates for the best, by shades: **tau 2**." in text
     assert "### best" not in text
 
 

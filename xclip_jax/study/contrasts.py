@@ -43,7 +43,7 @@ def secondary(snapshot: Snapshot) -> Iterator[str]:
     study = snapshot.study
     if not study.secondary:
         return
-    yield from ["### More measures", "", "Other numbers of the same tests, without a verdict.", ""]
+    yield from ["## More measures", "", "Other numbers of the same tests, without a verdict.", ""]
     names = [*(arm.name for arm in study.of_section("core")), *dict.fromkeys(a for a, _, _ in study.sought)]
     yield from _scores(snapshot, names, study.secondary)
     yield from [f"{difference_from(study)}:", "", *_from_baseline(snapshot, names, study.secondary)]

@@ -181,8 +181,9 @@ def _factors(snapshot: Snapshot) -> Iterator[str]:
     for objective in dict.fromkeys(arm.objective for arm in study.of_section("factors") if arm.objective):
         best = snapshot.chosen[objective]
         name = best.title if best else "not chosen yet"
-        tests = [arm.title for arm in study.arms if arm.tuned == objective]
-        yield f"Best of them by {study.search.label}: **{name}**; on the tests it is {', '.join(tests)}."
+        tests = ", ".join(arm.title for arm in study.arms if arm.tuned == objective)
+        tried = sum(arm.objective == objective for arm in study.of_section("factors"))
+        yield f"Best of the {tried} candidates for {tests}, by {study.search.label}: **{name}**."
         if best and (edges := _search_edges(snapshot, best)):
             yield f"At the edge of what was tried: {', '.join(edges)}."
         yield ""
