@@ -80,8 +80,8 @@ THREATS = (
     "not be theirs. nCLIP and xCLIP of the first three claims have our choices as declared before the runs; the search "
     "among single factors then found a better one (tau), which claims 4 and 5 take over.",
     "Claims 4 and 5 take the best of 17 settings by validation probe, and compare it with a CLIP whose recipe was "
-    "chosen by naming, without a search for probes. Two of the five seeds had a part in the search, and tau 0.5 was the "
-    "smallest tried. The setting of claim 5 was fixed when the test results of the core were known. "
+    "chosen by naming, without a search for probes. Two of the five seeds had a part in the search, and tau 0.5 was "
+    "the smallest tried. The setting of claim 5 was fixed when the test results of the core were known. "
     "Claim 6 is a second attempt at claim 4, made when the result of the first was known, with five more settings.",
     "Doses have the recipes of batch 256, clean captions and 1,000 steps at every level, and so different warm-ups: "
     "600 of 1,000 steps for CLIP, 450 for xCLIP. With half of the captions exchanged the contrastive loss is still "
