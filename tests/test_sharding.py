@@ -30,6 +30,7 @@ OBJECTIVES = (
 )
 # What is not slow: xCLIP with all strategies, and SigLIP's loss over one axis of devices and over two.
 STRATEGIES = [("siglip", "dp"), ("siglip", "fsdp"), *(("xclip", mesh) for mesh in MESHES)]
+GRADCACHE = ("zero1", "fsdp_tp")
 BATCH = 32
 
 
@@ -104,7 +105,7 @@ def test_gradcache_on_one_device(objective, microbatches, plain):
     assert_same(gradients(p), plain(objective, **dropped))
 
 
-@pytest.mark.parametrize("mesh", [pytest.param(x, marks=pytest.mark.slow) if x == "dp" else x for x in MESHES])
+@pytest.mark.parametrize("mesh", [x if x in GRADCACHE else pytest.param(x, marks=pytest.mark.slow) for x in MESHES])
 def test_gradcache_with_every_strategy(mesh, plain):
     tower = {"model__img__patch_dropout": 0.5, "model__img__stem": "hmlp"}
     p = make("xclip", mesh, optim__microbatches=2, loss__impl="ring", loss__chunk_size=8, **tower)
@@ -148,7 +149,7 @@ def test_gradcache_and_chunks_where_all_devices_share_parameters(plain):
     assert_same(gradients(build.build(config, jax.devices()[:8])), plain("clip"))
 
 
-@pytest.mark.parametrize("mesh", [*(pytest.param(x, marks=pytest.mark.slow) for x in (None, "dp")), "zero1", "fsdp_tp"])
+@pytest.mark.parametrize("mesh", [*(pytest.param(x, marks=pytest.mark.slow) for x in (None, "dp", "zero1")), "fsdp_tp"])
 def test_gradcache_and_chunks_with_an_average_as_teacher(mesh, plain):
     teacher = {
         "objective__nclip__target": "ema",
