@@ -308,8 +308,8 @@ def test_the_finding_has_what_holds_beside_the_first_claims():
         "Refuted: down (+2.0 [+1.9, +2.1], 0 of 4 seeds)."
     )
     assert other == (
-        "**xCLIP** differs in top-1 and loss: from CLIP by +2.0 [+1.9, +2.1] and x 1.00 [1.00, 1.00] (4 seeds); "
-        "from itself by +0.0 [+0.0, +0.0] and x 1.00 [1.00, 1.00] (4 seeds)."
+        "**xCLIP**, difference in top-1 / loss: from CLIP +2.0 [+1.9, +2.1] / x 1.00 [1.00, 1.00] (4 seeds); "
+        "from itself +0.0 [+0.0, +0.0] / x 1.00 [1.00, 1.00] (4 seeds)."
     )
     assert other in page.render(snapshot, {}).splitlines()
 

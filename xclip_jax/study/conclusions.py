@@ -67,9 +67,9 @@ def beside(snapshot: Snapshot) -> str:
         pairs = [verdicts.difference(snapshot, a, b, measure) for measure in measures]
         if seeds := {d.n for d in pairs if d}:
             n = f" ({max(seeds)} seeds)" if max(seeds) >= MIN_SEEDS else ""
-            texts.append(f"{name} by {' and '.join(map(difference_text, pairs, measures))}{n}")
-    labels = " and ".join(measure.label for measure in measures)
-    return f"**{study.beside.text}** differs in {labels}: {'; '.join(texts)}." if texts else ""
+            texts.append(f"{name} {' / '.join(map(difference_text, pairs, measures))}{n}")
+    labels = " / ".join(measure.label for measure in measures)
+    return f"**{study.beside.text}**, difference in {labels}: {'; '.join(texts)}." if texts else ""
 
 
 def summary(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
