@@ -233,7 +233,7 @@ def test_the_declared_study():
     assert configs["xclip_70"].objective.terms.to_dict() == {"clip": 0.3, "nclip": 0.7}
     assert configs["clip_smoothed"].objective.clip.label_smoothing == 0.1
     assert (configs["clip_noise25"].data.caption_noise, configs["clip_data0.125"].data.subset) == (0.25, 0.125)
-    assert len(m.study.claims) == 6 and all("validation" in name for name in m.study.validation)
+    assert len(m.study.claims) == 7 and all("validation" in name for name in m.study.validation)
     assert configs["nclip_tau_2"].eval.final_sets == ()
 
 
