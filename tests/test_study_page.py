@@ -246,6 +246,19 @@ def test_xclip_has_the_setting_that_the_factors_chose():
     assert {**weight, **setting} == icons.XCLIP_SEARCHED
 
 
+@pytest.mark.parametrize(
+    ("name", "tau"), [(icons.SEARCHED, 0.5), (icons.SEARCHED_AGAIN, 0.35), (icons.SEARCHED_XCLIP, 0.35)]
+)
+def test_titles_name_the_setting_that_was_chosen(name, tau):
+    m = Matrix(icons.study(), load.load_config)
+    snapshot = Snapshot(m, records.read_all(ROOT / "docs" / "study" / "runs"))
+    recipe = snapshot.chosen["xclip" if name == icons.SEARCHED_XCLIP else "nclip"].changes
+    own = {key: value for key, value in snapshot.chosen[name].changes.items() if recipe.get(key) != value}
+    assert own.pop("objective.nclip.tau") == tau and snapshot.study.arm(name).title.endswith(f", tau {tau:g}")
+    own.pop("objective.terms", None)
+    assert own in ({}, {"objective.nclip.target": "detach"})  # which is the default
+
+
 def test_the_common_recipe_is_that_of_clip():
     m = Matrix(icons.study(), load.load_config)
     snapshot = Snapshot(m, records.read_all(ROOT / "docs" / "study" / "runs"))

@@ -173,7 +173,7 @@ def _factors(snapshot: Snapshot) -> Iterator[str]:
     arms = titles_of(snapshot, "factors")
     if not arms:
         return
-    yield from ["## nCLIP, one factor at a time", "", "Fewer steps and seeds, on validation: leads, not verdicts.", ""]
+    yield from ["## Factors and settings", "", "Fewer steps and seeds, on validation: leads, not verdicts.", ""]
     head = [*_RUN_COLUMNS, *(measure.label for measure in study.factors)]
     yield from table(head, rows_of(snapshot, arms, study.factors, each=True))
     if not study.search:
