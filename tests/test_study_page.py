@@ -309,17 +309,19 @@ def test_the_finding_has_what_holds_beside_the_first_claims():
         Claim("B.", (down,)),
         Claim("C.", (loss,), short="a short C"),
         Claim("D.", (up, loss)),
+        Claim("E.", (up,)),
     )
     beside = Beside("xCLIP", (("xclip", "clip", "from CLIP"), ("xclip", "xclip", "from itself")), ("top1", "loss"))
     m = four_seeds(claims=claims, beside=beside)
     values = {"clip": over_seeds(20.0, 20.0, 20.0, 20.0), "xclip": over_seeds(21.9, 22.0, 22.1, 22.0)}
     snapshot = Snapshot(m, finished(m, values))
-    drawn, _, first, _, other = page.finding(snapshot).splitlines()[:5]
+    drawn, _, first, _, decided, _, other = page.finding(snapshot).splitlines()[:7]
     assert drawn == "![Differences from CLIP](docs/study/finding.svg)"
     assert first == (
         "**Of the paper's 3 claims, 1 fails** (*B*), **2 are undecided at this scale** (*A; a short C*). "
         "Refuted: down (+2.0 [+1.9, +2.1], 0 of 4 seeds)."
     )
+    assert decided == "*E.* **Holds**: up (+2.0 [+1.9, +2.1], 4 of 4 seeds)."
     assert other == (
         "**xCLIP**, difference in top-1 / loss: from CLIP +2.0 [+1.9, +2.1] / x 1.00 [1.00, 1.00] (4 seeds); "
         "from itself +0.0 [+0.0, +0.0] / x 1.00 [1.00, 1.00] (4 seeds)."

@@ -47,14 +47,15 @@ def interim(snapshot: Snapshot) -> str:
 
 
 def findings(snapshot: Snapshot) -> list[str]:
-    """Return the lines of a README: what became of the first claims, and `Study.beside`."""
+    """Return the lines of a README: what became of the first claims, others that are decided, and `Study.beside`."""
     study = snapshot.study
-    judged = [verdicts.judge(snapshot, claim) for claim in study.claims[:FINDINGS]]
+    judged = [verdicts.judge(snapshot, claim) for claim in study.claims]
     done, missing = counts(snapshot)
     left = f"{missing} of {done + missing} runs are missing" if missing else ""
     scope = "; ".join(filter(None, (interim(snapshot), study.scope, left)))
-    first = " ".join([_counts(judged), *([f"({scope}.)"] if scope else [])])
-    return [first, *(["", text] if (text := beside(snapshot)) else [])]
+    first = " ".join([_counts(judged[:FINDINGS]), *([f"({scope}.)"] if scope else [])])
+    others = [_sentence(claim) for claim in judged[FINDINGS:] if claim.verdict != verdicts.UNDECIDED]
+    return [first, *(line for text in (*others, beside(snapshot)) if text for line in ("", text))]
 
 
 def beside(snapshot: Snapshot) -> str:

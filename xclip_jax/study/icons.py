@@ -287,11 +287,11 @@ _SOUGHT_CONTROLS = (
     ("xclip_searched", "xclip_searched_shuffled", AGAINST["xclip_shuffled"]),
 )
 _BESIDE = Beside(
-    f"{title('xclip_50')} with tau 0.5, tuned on validation",
+    f"{title('xclip_50')}, tuned on validation",
     (
-        ("xclip_searched", "clip", "from CLIP"),
-        ("xclip_searched", "clip_longer", "from CLIP trained for the same time"),
-        ("xclip_noise25", "clip_noise25", "from CLIP where a quarter of the captions is exchanged for both"),
+        (SEARCHED_XCLIP, "clip", "with tau 0.35 from CLIP"),
+        (SEARCHED_XCLIP, "clip_longer", "from CLIP trained for the same time"),
+        ("xclip_noise25", "clip_noise25", "with tau 0.5 from CLIP, a quarter of the captions exchanged for both"),
     ),
     ("zeroshot", "probe"),
 )
@@ -340,7 +340,7 @@ def study(recipe: str = RECIPE) -> Study:
         sought_controls=_SOUGHT_CONTROLS,
         secondary=SECONDARY,
         shown=(
-            ("nclip", SEARCHED, "xclip", "xclip_searched"),
+            ("nclip", SEARCHED_AGAIN, "xclip", SEARCHED_XCLIP),
             ("zeroshot", "rendering", "retrieval", "probe", "aliases"),
         ),
         beside=_BESIDE,
