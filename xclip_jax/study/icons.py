@@ -292,6 +292,7 @@ _BESIDE = Beside(
         (SEARCHED_XCLIP, "clip", "with tau 0.35 from CLIP"),
         (SEARCHED_XCLIP, "clip_longer", "from CLIP trained for the same time"),
         ("xclip_noise25", "clip_noise25", "with tau 0.5 from CLIP, a quarter of the captions exchanged for both"),
+        ("xclip_noise25", "clip_noise25_longer", "from that CLIP trained for the same time"),
     ),
     ("zeroshot", "probe"),
 )
