@@ -15,8 +15,8 @@ _OPEN_CLAIM = "undecided at this scale"
 _SHOWN = {
     verdicts.HOLDS: "Shown",
     verdicts.FAILS: "Refuted",
-    verdicts.UNCORRECTED: "For the claim, uncorrected",
-    verdicts.OPPOSED: "Against the claim, uncorrected",
+    verdicts.UNCORRECTED: verdicts.UNCORRECTED.capitalize(),
+    verdicts.OPPOSED: verdicts.OPPOSED.capitalize(),
     verdicts.UNDECIDED: "Undecided",
 }
 

@@ -19,7 +19,7 @@ def controls(snapshot: Snapshot) -> Iterator[str]:
         return
     names = [b for _, b, _ in study.controls]
     yield from ["## Controls", "", *_scores(snapshot, names, study.measures)]
-    yield from [f"{difference_from(study)}:", "", *_from_baseline(snapshot, names, study.measures)]
+    yield from [f"{difference_from(study)}:", "", *from_baseline(snapshot, names, study.measures)]
     yield from ["What xCLIP gains over the controls:", "", *_differences(snapshot, study.controls)]
     yield from _survivors(snapshot, study.controls)
     yield from similarities.controls(snapshot)
@@ -46,7 +46,7 @@ def secondary(snapshot: Snapshot) -> Iterator[str]:
     yield from ["## More measures", "", "Other numbers of the same tests, without a verdict.", ""]
     names = [*(arm.name for arm in study.of_section("core")), *dict.fromkeys(a for a, _, _ in study.sought)]
     yield from _scores(snapshot, names, study.secondary)
-    yield from [f"{difference_from(study)}:", "", *_from_baseline(snapshot, names, study.secondary)]
+    yield from [f"{difference_from(study)}:", "", *from_baseline(snapshot, names, study.secondary)]
 
 
 def difference_from(study: Study) -> str:
@@ -54,7 +54,8 @@ def difference_from(study: Study) -> str:
     return f"Difference from {study.arm(study.baseline).title}, paired by seed"
 
 
-def _from_baseline(snapshot: Snapshot, names: Sequence[str], measures: Sequence[Measure]) -> list[str]:
+def from_baseline(snapshot: Snapshot, names: Sequence[str], measures: Sequence[Measure]) -> list[str]:
+    """Return a table of the differences of these arms from the baseline, which is left out itself."""
     study = snapshot.study
     others = [name for name in names if name != study.baseline]
     rows = [[study.arm(name).title, *_cells(snapshot, name, study.baseline, measures)] for name in others]

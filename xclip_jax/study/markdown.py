@@ -15,9 +15,8 @@ def estimate_text(of_mean: Estimate | None, measure: Measure, *, n: bool = False
     shown, digits = of_mean.mapped(math.exp) if measure.ratio else of_mean, measure.digits
     if shown.n < MIN_SEEDS:
         return f"{shown.mean:.{digits}f} (n = {shown.n})"
-    return f"{shown.mean:.{digits}f} [{shown.low:.{digits}f}, {shown.high:.{digits}f}]" + (
-        f", n = {shown.n}" if n else ""
-    )
+    interval = f"[{shown.low:.{digits}f}, {shown.high:.{digits}f}]"
+    return f"{shown.mean:.{digits}f} {interval}" + (f", n = {shown.n}" if n else "")
 
 
 def difference_text(d: Difference | None, measure: Measure) -> str:

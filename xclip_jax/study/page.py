@@ -17,7 +17,6 @@ from xclip_jax.study.markdown import (
     rows_of,
     runs_text,
     shown,
-    signed_text,
     table,
     titles_of,
 )
@@ -139,13 +138,8 @@ def _core(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
             arm = study.common.get(row[0])
             row.append(estimate_text(mean_of(snapshot, arm, first), first) if arm else "-")
     yield from table(head, rows)
-    others = {arm.title: arm.name for arm in study.of_section("core") if arm.name != study.baseline}
     yield from [f"{contrasts.difference_from(study)} (x/n: how many of n are above zero):", ""]
-    rows = [
-        [title, *(signed_text(verdicts.difference(snapshot, arm, study.baseline, m), m) for m in study.measures)]
-        for title, arm in others.items()
-    ]
-    yield from table(["arm", *(measure.label for measure in study.measures)], rows)
+    yield from contrasts.from_baseline(snapshot, [arm.name for arm in study.of_section("core")], study.measures)
     yield from provenance.at_chance(snapshot)
     yield from shown(study, drawn, "weights", "Differences over the weight of nCLIP")
     if any(map(snapshot.finished, study.common.values())):
