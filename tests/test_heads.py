@@ -12,7 +12,7 @@ from scipy.special import erf
 
 from tests.util import jit, random_variables, two_towers
 from xclip_jax.logits import FactoredLogits
-from xclip_jax.models.heads import ClusterHead, Projection, l2_normalize
+from xclip_jax.models.heads import Classifier, ClusterHead, Projection, l2_normalize
 from xclip_jax.parallel.mesh import batch_sharding, make_mesh
 from xclip_jax.parallel.sharding import shardings
 
@@ -155,6 +155,20 @@ def test_batch_statistics_are_global(sizes):
     shards = h.reshape(sizes[0] * sizes[1], -1, 4)
     local, _ = jax.vmap(lambda x: head.apply(variables, x, train=True, mutable=["batch_stats"]))(shards)
     assert np.abs(local.reshape(16, 8) - expected[0][1][0]).max() > 0.1
+
+
+# --- classifier
+
+
+def test_classifier_of_bfloat16_features_computes_in_fp32():
+    """A label that is a number, say 3.7 with a bias near it, is not rounded to 8 bits."""
+    h = jnp.asarray(np.random.default_rng(0).normal(size=(32, 48)), jnp.bfloat16)
+    classifier = Classifier(1, std=0.1)
+    params = {"linear": random_variables(classifier, h)["params"]["linear"] | {"bias": jnp.array([3.7])}}
+    y = classifier.apply({"params": params}, h)
+    assert y.dtype == jnp.float32
+    exact = np.asarray(h, np.float64) @ np.asarray(params["linear"]["kernel"], np.float64) + np.float32(3.7)
+    np.testing.assert_allclose(y, exact, rtol=1e-5)
 
 
 # --- projection

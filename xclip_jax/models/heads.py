@@ -86,16 +86,17 @@ class Normalization(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Features (b, d) -> fp32 logits of `classes`, linear. It starts near zero: fine-tuning first fits it alone."""
+    """Features (b, d) -> fp32 logits of `classes`, linear. It starts near zero: fine-tuning first fits it alone.
+
+    It computes in fp32 whatever the towers' dtype: bf16 would round a label that is a number to 8 bits.
+    """
 
     classes: int
     std: float = 2e-5
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, h: Array) -> Array:
-        linear = dense(self.classes, ("embed", None), std=self.std, dtype=self.dtype, name="linear")
-        return linear(h).astype(jnp.float32)
+        return dense(self.classes, ("embed", None), std=self.std, dtype=jnp.float32, name="linear")(h)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +224,6 @@ def cluster_heads(
     return heads
 
 
-def classifier_head(
-    classes: int, tower: str, width: int, *, std: float, dtype: DTypeLike = jnp.float32
-) -> dict[str, Head]:
+def classifier_head(classes: int, tower: str, width: int, *, std: float) -> dict[str, Head]:
     """A `Classifier` of `classes` on the features of `tower`, of which there are `width`."""
-    return {"classifier": Head(Classifier(classes, std, dtype), tower, "logits", flops=2 * classes * width)}
+    return {"classifier": Head(Classifier(classes, std), tower, "logits", flops=2 * classes * width)}

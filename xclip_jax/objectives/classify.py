@@ -44,8 +44,7 @@ class Classify(Term):
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
         """A linear classifier."""
-        dtype = jnp.dtype(model.dtype)
-        return classifier_head(self.classes, self.tower, model.widths[self.tower], std=self.head_std, dtype=dtype)
+        return classifier_head(self.classes, self.tower, model.widths[self.tower], std=self.head_std)
 
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
         """Add what mixup and cutmix need: the reversed batch as "other", and the "share" that an image keeps."""
