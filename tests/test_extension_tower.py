@@ -116,6 +116,12 @@ def test_flops_and_plan_count_it():
     assert any("model.txt.remat" in change for change in memory.remedies(config()))
 
 
+def test_without_a_projection_the_embedding_is_the_towers():
+    with pytest.raises(UserError, match=r"embed 16 must be plugins\.img\.width 20 where project_img is false"):
+        build.build(config(model__project_img=False))
+    assert "proj_img" not in build.build(config(model__project_img=False, model__embed=20)).abstract.params
+
+
 @dataclasses.dataclass(frozen=True)
 class Uncounted(ConvMixer):
     """A tower as somebody writes it who tries an idea."""

@@ -1,6 +1,7 @@
 """Fine-tuning from end to end: labelled data, runs that start from weights, and the metrics of tasks."""
 
 import csv
+import json
 
 import jax
 import numpy as np
@@ -12,14 +13,15 @@ from etils import epath
 from configs import finetune
 from tests import tiny
 from tests.encoding import by_name
-from xclip_jax import evaluate
+from xclip_jax import evaluate, export, interop
+from xclip_jax.config import schema
 from xclip_jax.data import glue, loader, sources
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, summary
 from xclip_jax.evaluators.classification import ClassifierEvaluator
 from xclip_jax.evaluators.provenance import VALIDATION
 from xclip_jax.storage import write_json
-from xclip_jax.train import build, state, trainer
+from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
 
 # Labelled data.
@@ -178,6 +180,44 @@ def test_images_are_learned_resumed_and_evaluated(images, pretrained, tmp_path, 
     monkeypatch.undo()
     trainer.run(again)
     assert tiny.losses(c.run) == tiny.losses(again.run) and len(tiny.losses(c.run)) == 30
+
+
+def test_export_keeps_the_classes(images, pretrained, tmp_path):
+    """By name: of a set with another class both the run and its export say so, and score none."""
+    run, out, spec = tmp_path / "run", tmp_path / "out", f"finetuned/folder:{images}/validation"
+    trainer.run(small(finetune.get_config(f"data=folder:{images},batch={tiny.BATCH},weights={pretrained}"), run, 5))
+    export.export(str(run), str(out), to="safetensors")
+    assert interop.read_classes(str(out)) == weights.read_classes(str(run)) == ("bright", "dark", "grey")
+    by_run, by_export = (evaluate.evaluate(str(path), spec)["results"] for path in (run, out))
+    assert [x["value"] for x in by_run] == [x["value"] for x in by_export]
+    folder_of_classes(tmp_path / "other", 2)
+    (tmp_path / "other" / "grey").rename(tmp_path / "other" / "white")
+    for path in (run, out):
+        with pytest.raises(UserError, match="class 'white' is not among the 3 classes"):
+            evaluate.evaluate(str(path), f"finetuned/folder:{tmp_path}/other")
+    card = (out / export.CARD).read_text()
+    assert "xclip-jax evaluate --checkpoint out --suite finetuned/folder:PATH" in card
+    assert "| source | items | share |" in card and "Classes: bright, dark, grey." in card
+    assert "| image |" in card and "| text |" not in card and "Texts:" not in card and "zero_shot" not in card
+    # Exported again, from the export.
+    export.export(str(out), str(tmp_path / "again"), to="safetensors")
+    assert interop.read_classes(str(tmp_path / "again")) == ("bright", "dark", "grey")
+    # A set is evaluated by position, with a warning, where nothing names the classes.
+    content = json.loads((out / interop.CONFIG).read_text())
+    del content["classes"]
+    (out / interop.CONFIG).write_text(json.dumps(content))
+    assert interop.read_classes(str(out)) is None
+    (out / interop.CONFIG).write_text(json.dumps(content | {"classes": "abc"}))
+    with pytest.raises(UserError, match="classes is 'abc', not a list of names; export the run again"):
+        interop.read_classes(str(out))
+    # A new run takes the classifier over only if it is one of its own classes.
+    config = small(finetune.get_config(f"data=folder:{images},batch={tiny.BATCH},weights={run}"), tmp_path / "new", 5)
+    abstract = build.build(schema.resolve(config), jax.devices()[:1]).abstract
+    heads = {
+        classes: [name for name in weights.read_initial(schema.resolve(config), abstract, classes) if "classif" in name]
+        for classes in (("bright", "dark", "grey"), ("bright", "dark", "white"), None)
+    }
+    assert list(map(len, heads.values())) == [2, 0, 0]
 
 
 def test_numbers_of_glue_are_learned(pretrained, tmp_path):

@@ -160,7 +160,7 @@ def test_nothing_is_compiled_after_each_size_was_seen_once(model):
         lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
     )
     prepared = np.zeros((40, tiny.SIZE, tiny.SIZE, 3), np.uint8)
-    tokens = np.ones((40, tiny.LENGTH), np.int32)
+    tokens = np.full((40, tiny.LENGTH), 2, np.int32)  # ends
     fresh = random_model.__wrapped__("clip")[2]
     fresh.encode_image(prepared[:3])
     assert compiled  # else the listener hears nothing
@@ -246,6 +246,7 @@ def test_bad_input_is_named(model, run, tmp_path):
         (lambda: model.encode_tokens([[1] * 9 + [259, 0, 0]]), "token 259 in row 0, column 9 is outside .* 0 to 258"),
         (lambda: model.encode_tokens([[1] * 12, [5, -3] + [0] * 10]), "token -3 in row 1, column 1 is outside"),
         (lambda: model.encode_tokens(np.full((1, 12), 2**63 + 1, np.uint64)), f"token {2**63 + 1} in row 0"),
+        (lambda: model.encode_tokens([[1] * 9 + [2, 0, 0], [1] * 12]), "row 1 of the tokens has no end token, 2, from"),
         (lambda: model.encode_text("a fox"), "pass a list of strings"),
         (lambda: model.encode_text(["a", 3]), "texts holds 3, a int"),
         (lambda: model.zero_shot([], []), "at least one class"),

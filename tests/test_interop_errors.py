@@ -62,6 +62,28 @@ def test_architectures_that_are_not_ours_are_named(cfg, message, tmp_path):
         interop.read(saved(tmp_path, lambda _: None, cfg))
 
 
+def test_values_of_open_clips_config_that_cannot_be_used(tmp_path):
+    folder, whole = saved(tmp_path, lambda _: None), MODELS["quick_b32"] | {"embed_dim": 48, "quick_gelu": False}
+
+    def changed(group, **values):
+        return {"model_cfg": whole | {group: whole[group] | values}}
+
+    for content in (
+        {"model_cfg": None},
+        {"model_cfg": whole, "preprocess_cfg": None},
+        {"model_cfg": whole | {"vision_cfg": 3}},
+        changed("vision_cfg", head_width=0),
+        changed("vision_cfg", head_width=999),
+        changed("vision_cfg", act_kwargs={"approximate": "foo"}),
+        changed("text_cfg", heads=3),
+        changed("text_cfg", width="wide"),
+        changed("text_cfg", vocab_size=[1]),
+    ):
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"open_clip_config\.json has a value that cannot be used"):
+            interop.read(folder)
+
+
 def test_weights_that_are_not_ours_are_named(tmp_path):
     def timm(state):
         state["visual.trunk.blocks.0.norm1.weight"] = torch.zeros(3)

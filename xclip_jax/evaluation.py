@@ -15,9 +15,9 @@ from xclip_jax.console import log0
 from xclip_jax.evaluators import registry, result, results, summary
 from xclip_jax.evaluators.result import Result
 from xclip_jax.interop import hub
-from xclip_jax.run_folder import RunFolder, evaluation_file
+from xclip_jax.run_folder import evaluation_file
 from xclip_jax.train.encoder import make_encoder, profile_of_run
-from xclip_jax.train.weights import load
+from xclip_jax.train.weights import load, read_classes
 
 
 def evaluate(
@@ -55,7 +55,7 @@ def evaluate(
     config, experiment, variables, loaded_step = load(run, step)
     if path.exists():
         results.read(path)  # an error for a damaged file, before the work
-    encoder = make_encoder(experiment, RunFolder(run).read_classes())
+    encoder = make_encoder(experiment, read_classes(run))
     evaluators = registry.open_all(names, encoder, data_dir, profile_of_run(config, profile, changes), experiment.data)
     command = {
         "suite": suite if isinstance(suite, str) else list(suite),

@@ -22,7 +22,7 @@ from xclip_jax.console import log0
 from xclip_jax.errors import Parser, UserError, exit_with_message
 from xclip_jax.interop import hub
 from xclip_jax.run_folder import is_run
-from xclip_jax.train.weights import load
+from xclip_jax.train.weights import load, read_classes
 
 CARD = "README.md"
 
@@ -70,7 +70,9 @@ def export(
     if not variables["batch_stats"]:
         del variables["batch_stats"]
     if jax.process_index() == 0:
-        notes = interop.write(variables, schema.to_dict(experiment.config), out, to, repository=push)
+        notes = interop.write(
+            variables, schema.to_dict(experiment.config), out, to, repository=push, classes=read_classes(path)
+        )
         card = model_card.render(path, out, to, experiment, loaded_step, notes, run=is_run(path), repository=push)
         (folder / CARD).write_text(card)
         for note in notes:

@@ -161,7 +161,8 @@ class Model:
           fp32 (b, e), rows of unit length.
 
         Raises:
-          UserError: another dtype or shape, or an id outside of the tokenizer's vocabulary.
+          UserError: another dtype or shape, an id outside of the tokenizer's vocabulary, or a row without its end
+            token where the tower reads the text from there.
         """
         tokens, vocab = np.asarray(tokens), self.tokenizer.vocab_size
         if tokens.dtype.kind not in "iu" or tokens.ndim != 2 or tokens.shape[1] != self.length:
@@ -174,6 +175,12 @@ class Model:
             raise UserError(
                 f"token {tokens[row, column]} in row {row}, column {column} is outside of the model's vocabulary, "
                 f"0 to {vocab - 1}; use the model's own tokenizer, model.tokenizer(texts, {self.length})."
+            )
+        ends = (tokens == self.tokenizer.eot_id).any(axis=1)
+        if getattr(self._towers.get("txt"), "pool", "") == "eot" and not ends.all():
+            raise UserError(
+                f"row {ends.argmin()} of the tokens has no end token, {self.tokenizer.eot_id}, from which the model "
+                f"reads the text; use the model's own tokenizer, model.tokenizer(texts, {self.length})."
             )
         return self._embed(self._tokens, tokens.astype(np.int32))
 

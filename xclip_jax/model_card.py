@@ -54,6 +54,8 @@ model = xclip_jax.load("{out}")
 result = model.zero_shot(["picture.jpg"], ["cat", "dog"])
 print(result.labels, result.probabilities)""",
 }
+# Of a fine-tuned model: to run beside the folder too, with labelled items.
+_USE_LABELLED = "```\nxclip-jax evaluate --checkpoint {out} --suite finetuned/{source}\n```"
 # Of the Hub and of clip_benchmark, by family of results.
 _TASKS = {
     "zeroshot": "zero-shot-image-classification",
@@ -63,6 +65,7 @@ _TASKS = {
 _RECIPE = ("data.batch", "optim.lr", "optim.schedule", "optim.warmup", "optim.weight_decay", "optim.b1",
            "optim.b2", "optim.grad_clip_norm", "data.crop_scale", "data.resample", "data.flip_prob",
            "data.color_jitter", "model.img.patch_dropout", "model.dtype", "seed")  # fmt: skip
+_SHOWN_CLASSES = 20
 # Paths from a root and addresses of buckets, in specs and in words of a command.
 _PATH = re.compile(r"""(?:^|(?<=[\s=:@,;("'\[]))(?:~[\w.-]*/|/(?![/\s]|$)|(?!https?:)\w+://)[^"',;)\]]*""")
 
@@ -96,14 +99,13 @@ def render(
         _metadata(config, experiment, to, measured) + _head(config, experiment),
         _model(config, experiment),
         _input(config, experiment, to),
-        f"## Use\n\n```python\n{_usage(to, epath.Path(out).name, repository)}\n```"
-        + "".join(f"\n\n* {n}" for n in notes),
+        f"## Use\n\n{_usage(experiment, to, epath.Path(out).name, repository)}" + "".join(f"\n\n* {n}" for n in notes),
     ]
     if folder:
-        sections += [_data(folder, config), _recipe(folder, step), _results(folder, config.steps, step)]
+        sections += [_data(folder, experiment), _recipe(folder, step), _results(folder, config.steps, step)]
     else:
         sections.append(f"## Data, recipe, results\n\nConverted from `{_public(source)}`; see its documentation.")
-    sections += [_limits(config), _licence(), _made(folder)]
+    sections += [_limits(experiment), _licence(), _made(folder)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -122,9 +124,13 @@ def _sets(names: Iterable[str]) -> dict[str, str]:
     return {name: _public(short) for name, short in summary.shorten(names).items()}
 
 
-def _usage(to: str, folder: str, repository: str) -> str:
+def _usage(experiment: Experiment, to: str, folder: str, repository: str) -> str:
     local, remote = _PREFIXES[to]
-    return _USE[to].format(out=f"{remote}{repository}" if repository else f"{local}{folder}")
+    out = f"{remote}{repository}" if repository else f"{local}{folder}"
+    if experiment.objective.labelled:
+        source = "folder:PATH" if experiment.objective.towers == ("img",) else "glue:TASK@PATH/validation"
+        return _USE_LABELLED.format(out=out, source=source)
+    return f"```python\n{_USE[to].format(out=out)}\n```"
 
 
 def _rows(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -187,8 +193,13 @@ def _head(config: Config, experiment: Experiment) -> str:
 
 def _model(config: Config, experiment: Experiment) -> str:
     count = sum(x.size for x in jax.tree.leaves(experiment.abstract.params))
-    towers = {"image": experiment.model.img.facts(), "text": experiment.model.txt.facts()}
-    towers["text"]["input"] += f" of {experiment.tokenizer.vocab_size:,}"
+    towers = {
+        title: getattr(experiment.model, name).facts()
+        for name, title in (("img", "image"), ("txt", "text"))
+        if name in experiment.objective.towers
+    }
+    if "text" in towers:
+        towers["text"]["input"] += f" of {experiment.tokenizer.vocab_size:,}"
     head = list(dict.fromkeys(key for facts in towers.values() for key in facts if key != "input"))
     rows = [[name, *(facts.get(key, "") for key in [*head, "input"])] for name, facts in towers.items()]
     table = _rows(["tower", *head, "input"], rows)
@@ -209,14 +220,16 @@ def _input(config: Config, experiment: Experiment, to: str) -> str:
         cleaned = "; open_clip also cleans the text first" if to == "open_clip" else ""
         tokens = f"`tokenizer.json` of this folder, with which the model was trained{cleaned}"
     mean, std = (", ".join(map(str, values)) for values in (prepare.mean, prepare.std))
-    return (
-        f"## Input\n\n* Images: {prepare.resizing}, {prepare.size} x {prepare.size} pixels; values from 0 to 1, minus "
-        f"the mean ({mean}), divided by the standard deviation ({std}).\n"
-        f"* Texts: {tokens}. At most {length} tokens, start and end included; longer texts are cut."
-    )
+    lines = {
+        "img": f"* Images: {prepare.resizing}, {prepare.size} x {prepare.size} pixels; values from 0 to 1, minus "
+        f"the mean ({mean}), divided by the standard deviation ({std}).",
+        "txt": f"* Texts: {tokens}. At most {length} tokens, start and end included; longer texts are cut.",
+    }
+    return "## Input\n\n" + "\n".join(lines[tower] for tower in experiment.objective.towers)
 
 
-def _data(run: RunFolder, config: Config) -> str:
+def _data(run: RunFolder, experiment: Experiment) -> str:
+    config, labelled = experiment.config, experiment.objective.labelled
     sources = run.read_sources()
     if sources is None:
         return "## Data\n\nUnknown: the run has no data.json."
@@ -225,10 +238,15 @@ def _data(run: RunFolder, config: Config) -> str:
         (f"`{_public(spec)}`", f"{source['samples']:,}", share, f"`{source['hash']}`" if source.get("hash") else "none")
         for spec, source, share in zip(config.data.sources, sources, shares, strict=True)
     ]
+    head = ("source", "items" if labelled else "pairs", "share", "hash of the files")
     text = f"Of each pair one caption of {', '.join(config.data.text_keys)} is drawn"
-    if config.data.tags:
+    if labelled:
+        names = run.read_classes() or ()
+        more = f" and {len(names) - _SHOWN_CLASSES:,} more" if len(names) > _SHOWN_CLASSES else ""
+        text = f"Classes: {', '.join(names[:_SHOWN_CLASSES])}{more}" if names else "The data name no classes"
+    elif config.data.tags:
         text += f", with up to {config.data.tags} keywords of {config.data.tags_key}"
-    return f"## Data\n\n{_rows(('source', 'pairs', 'share', 'hash of the files'), rows)}\n\n{text}."
+    return f"## Data\n\n{_rows(head, rows)}\n\n{text}."
 
 
 def _recipe(run: RunFolder, step: int) -> str:
@@ -280,20 +298,31 @@ def _results(run: RunFolder, steps: int, step: int) -> str:
     return "\n\n".join(lines)
 
 
-def _limits(config: Config) -> str:
-    size, length = config.model.tower("img").image_size, config.model.tower("txt").context_length
+def _limits(experiment: Experiment) -> str:
+    config, objective = experiment.config, experiment.objective
     view = {
         "shortest": "cropped to its central square",
         "squash": "resized to a square without cropping",
         "longest": "padded to a square with black",
     }[config.eval.resize]
+    size, length = experiment.image_size, experiment.context_length
+    inputs = {
+        "img": f"an image is {view}, {size} x {size} pixels",
+        "txt": f"a text is cut to its first {length} tokens",
+    }
+    cut = "; ".join(inputs[tower] for tower in objective.towers)
+    scores = (
+        "Scores compare texts or images with one another. They are not probabilities that a text is true of an image: "
+        "the best of the given texts wins even where none of them is right."
+    )
+    if objective.labelled:
+        scores = "It gives every item a class that it was trained on, or a number in their range, whatever the item is."
     return (
         "## Limits\n\n"
-        f"* An image is {view}, {size} x {size} pixels; a text is cut to its first {length} tokens.\n"
-        "* Scores compare texts or images with one another. They are not probabilities that a text is true of an "
-        "image: the best of the given texts wins even where none of them is right.\n"
-        "* Its training pairs decide which languages, styles and objects it knows, and its errors and biases, which "
-        "have not been measured beyond the results above.\n"
+        f"* {cut[0].upper()}{cut[1:]}.\n"
+        f"* {scores}\n"
+        f"* Its training {'items' if objective.labelled else 'pairs'} decide which languages, styles and objects it "
+        "knows, and its errors and biases, which have not been measured beyond the results above.\n"
         "* Not intended for decisions about people, for surveillance, or where a mistake does harm."
     )
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from xclip_jax.console import log0
 from xclip_jax.data import sources
 from xclip_jax.data.base import SourceOptions
 from xclip_jax.data.labelled import check_one_class
@@ -88,6 +89,11 @@ class ClassifierEvaluator(Evaluator):
 
     def __init__(self, encoder: Encoder, data: ClassificationSet) -> None:
         """Raises `UserError` where the set has a class that the model's classifier does not know."""
+        if data.names and not encoder.classes:
+            log0(
+                f"WARNING: {data.name}: the names of the model's own classes are not known; they are taken to be those "
+                "of the set, in its order"
+            )
         super().__init__(encoder, data.renumbered(encoder.classes) if encoder.classes and data.names else data)
         self.images = not isinstance(data.items[0], str)
         self.family = "visual" if self.images else "textual"

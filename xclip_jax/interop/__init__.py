@@ -7,8 +7,9 @@ assumed or is ignored. `variables` are those of `TwoTowers.apply`, fp32: {"param
 only for heads with BatchNorm.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,9 +32,10 @@ from xclip_jax.run_folder import is_run
 FORMATS = ("hf", "open_clip", "safetensors")
 CONFIG = "xclip_config.json"
 WEIGHTS = "xclip_model.safetensors"
+CLASS_NAMES = "class_names.json"
 # All files that `write` may create.
 WRITTEN = (
-    CONFIG, WEIGHTS, open_clip.CONFIG, open_clip.WEIGHTS, hf.CONFIG, hf.WEIGHTS, hf.PREPROCESSOR,
+    CONFIG, WEIGHTS, CLASS_NAMES, open_clip.CONFIG, open_clip.WEIGHTS, hf.CONFIG, hf.WEIGHTS, hf.PREPROCESSOR,
     vocabulary.FILE, *vocabulary.CLIP_FILES, vocabulary.OPTIONS, vocabulary.SPECIAL,
 )  # fmt: skip
 
@@ -60,13 +62,16 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     folder, where = file.parent, str(file)
     tensors, stored = tensor_files.tensors(file)
     if any(name.startswith("params/") for name in tensors):
-        return _read_own(tensors, folder)
+        with _unusable_values(folder / CONFIG):
+            return _read_own(tensors, folder)
     if any(name.startswith("visual.") for name in tensors):
         beside = folder / open_clip.CONFIG
         content = tensor_files.read_json(beside) if beside.exists() else None
-        config, flat = open_clip.read(tensors, stored, folder, content, where)
+        with _unusable_values(beside if content else file):
+            config, flat = open_clip.read(tensors, stored, folder, content, where)
     elif any(name.startswith(("vision_model.", "text_model.")) for name in tensors):
-        config, flat = hf.read(tensors, folder, tensor_files.read_json(folder / hf.CONFIG), where)
+        with _unusable_values(folder / hf.CONFIG):
+            config, flat = hf.read(tensors, folder, tensor_files.read_json(folder / hf.CONFIG), where)
     else:
         names = ", ".join(list(tensors)[:3])
         raise UserError(
@@ -76,6 +81,38 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, {"params": unflatten_dict(flat, sep="/")}
 
 
+@contextlib.contextmanager
+def _unusable_values(file: epath.Path) -> Iterator[None]:
+    """Raise a `UserError` that names `file` for whatever a value of another type, or out of its range, leads to."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file} has a value that cannot be used, or does not fit the tensors ({type(error).__name__}: {error}); "
+            "download or export the model again."
+        ) from error
+
+
+def read_classes(path: str) -> tuple[str, ...] | None:
+    """Return the classes that an exported model was fine-tuned on, or None where its files name none.
+
+    Args:
+      path: a folder or a file, as in `read`.
+
+    Raises:
+      UserError: nothing to read, or a damaged file.
+    """
+    file = tensor_files.find(hub.resolve(path))
+    if file.name != WEIGHTS:
+        return None
+    classes = tensor_files.read_json(file.parent / CONFIG).get("classes")
+    if classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        return classes and tuple(classes)
+    raise UserError(f"{file.parent / CONFIG}: classes is {classes!r}, not a list of names; export the run again.")
+
+
 def _read_own(tensors: tensor_files.Tensors, folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     config = translate(tensor_files.read_json(folder / CONFIG))
     if missing := [key for key in ("model", "objective", "data") if key not in config]:
@@ -83,12 +120,22 @@ def _read_own(tensors: tensor_files.Tensors, folder: epath.Path) -> tuple[dict[s
     if config["data"]["tokenizer"] == vocabulary.FILE:
         config["data"]["tokenizer"] = str(folder / vocabulary.FILE)
     keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
-    config["data"], config["eval"] = config["data"] | keys["data"], keys["eval"]
+    config["data"], own = config["data"] | keys["data"], config.get("eval", {})
+    config["eval"] = {"templates": own.get("templates", ())} | keys["eval"]
+    if own.get("class_names"):
+        config["eval"]["class_names"] = str(folder / CLASS_NAMES)
+    config.pop("classes", None)  # see `read_classes`
     return config | {"source": {"format": "safetensors", "notes": ()}}, unflatten_dict(tensors, sep="/")
 
 
 def write(
-    variables: Variables, config: Mapping[str, Any], path: str, to: str = "safetensors", *, repository: str = ""
+    variables: Variables,
+    config: Mapping[str, Any],
+    path: str,
+    to: str = "safetensors",
+    *,
+    repository: str = "",
+    classes: Sequence[str] | None = None,
 ) -> list[str]:
     """Write a model into the folder `path`.
 
@@ -97,6 +144,7 @@ def write(
       path: the folder, which is created. Files of an earlier export, in any format, are deleted first.
       to: "hf" (a CLIPModel with its processor), "open_clip", or "safetensors": ours, which loses nothing.
       repository: the id on the Hub that the files will have, "ORG/NAME", or "".
+      classes: of a fine-tuned model, see `read_classes`.
 
     Returns:
       Sentences on what the format cannot hold.
@@ -115,15 +163,10 @@ def write(
         raise UserError(f"{to!r} cannot hold a tower of another type ({types}); write to 'safetensors'.")
     tokens, length = tokenizer.load(name), config["model"]["txt"]["context_length"]
     own = name not in tokenizer.NAMES
+    content: dict[str, Any]
     if to == "safetensors":
-        notes, tensors = [], flatten_dict(variables, sep="/")
-        keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
-        content: dict[str, Any] = {
-            "model": config["model"], "objective": config["objective"],
-            "data": {"tokenizer": vocabulary.FILE if own else name, "resample": "bicubic"} | keys["data"],
-            "eval": keys["eval"],
-        }  # fmt: skip
-        texts = {vocabulary.FILE: epath.Path(name).read_bytes().decode()} if own else {}
+        tensors = flatten_dict(variables, sep="/")
+        content, texts, notes = _own_config(config, classes)
     else:
         if name == "bytes":
             raise UserError(f"tokenizer 'bytes' has no files that {to!r} could read; write to 'safetensors'.")
@@ -145,6 +188,29 @@ def write(
     tensor_files.write(folder / weights, tensors)
     (folder / file).write_text(json.dumps(content, indent=2) + "\n")
     return notes
+
+
+def _own_config(
+    config: Mapping[str, Any], classes: Sequence[str] | None
+) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Content of our own config file, texts of files beside it by name, and notes, see `write`."""
+    keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
+    name, texts, notes = config["data"]["tokenizer"], {}, []
+    if name not in tokenizer.NAMES:
+        texts[vocabulary.FILE], name = epath.Path(name).read_bytes().decode(), vocabulary.FILE
+    own = config.get("eval", {})
+    prompts: dict[str, Any] = {"templates": list(own["templates"])} if own.get("templates") else {}
+    if own.get("class_names"):
+        names = epath.Path(own["class_names"]).expanduser()
+        if names.exists():
+            texts[CLASS_NAMES], prompts["class_names"] = names.read_bytes().decode(), CLASS_NAMES
+        else:
+            notes.append(f"left out, since it does not exist: {names}, the names of own classes (eval.class_names)")
+    content = {
+        "model": config["model"], "objective": config["objective"],
+        "data": {"tokenizer": name, "resample": "bicubic"} | keys["data"], "eval": prompts | keys["eval"],
+    }  # fmt: skip
+    return content | ({"classes": list(classes)} if classes else {}), texts, notes
 
 
 def _image_tower(config: Mapping[str, Any]) -> ImageTower:

@@ -128,7 +128,7 @@ def _inferred(tensors: Mapping[str, np.ndarray], prefix: str, where: str) -> dic
 def _groups(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any], int]:
     try:
         return dict(content["vision_cfg"]), dict(content["text_cfg"]), content["embed_dim"]
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
         raise UserError(f"{where}: {CONFIG} has no {error}; download it again.") from error
 
 

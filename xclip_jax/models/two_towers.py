@@ -97,14 +97,17 @@ class ModelConfig:
 
     def conflicts(self) -> Iterator[str]:
         """What is wrong with a plug-in, or with sizes that do not go together."""
-        if not self.project_img and "img" not in self.plugins and self.embed != self.img.width:
-            yield f"embed {self.embed} must be img.width {self.img.width} where project_img is false"
+        wrong = set()
         for name in self.plugins:
             try:
                 self.tower(name)
             except UserError as error:
+                wrong.add(name)
                 text = str(error).rstrip(".")
                 yield text.removeprefix("model.") if text.startswith("model.") else f"plugins.{name}: {text}"
+        if "img" not in wrong and not self.project_img and self.embed != (width := self.tower("img").width):
+            group = "plugins.img" if "img" in self.plugins else "img"
+            yield f"embed {self.embed} must be {group}.width {width} where project_img is false"
 
     @property
     def widths(self) -> dict[str, int]:

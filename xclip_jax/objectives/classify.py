@@ -76,11 +76,13 @@ class Classify(Term):
         return loss, {"loss": loss, "top1": (logits.argmax(axis=-1) == labels).mean()}, {}
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """A missing number of classes, and mixing of texts or numbers."""
+        """A missing number of classes, mixing of texts or numbers, and smoothing of numbers."""
         if self.classes < 1:
             yield f"objective.classify.classes is {self.classes}; give the number of classes of the data"
         if (self.mixup or self.cutmix) and (self.tower == "txt" or self.classes == 1):
             yield "objective.classify.mixup and .cutmix need images in classes; set both to 0"
+        if self.smoothing and self.classes == 1:
+            yield "objective.classify.smoothing is for classes, and one class is a number; set it to 0"
 
     def progress(self, metrics: Mapping[str, float]) -> str:
         """Accuracy on the batch; the loss is the run's."""

@@ -118,8 +118,9 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
         groups = folder.length_groups(experiment.text_rows) or caption_lengths.choose(experiment, samples)
         experiment = dataclasses.replace(experiment, length_groups=groups)
     starts = config.init.weights and folder.latest_step() is None
-    initial = read_initial(config, experiment.abstract) if starts else {}
-    encoder = make_encoder(experiment, fingerprints[0].get("classes"))
+    classes = fingerprints[0].get("classes")
+    initial = read_initial(config, experiment.abstract, classes) if starts else {}
+    encoder = make_encoder(experiment, classes)
     specs = tuple(dict.fromkeys((*config.eval.sets, *config.eval.final_sets)))
     evaluators = dict(
         zip(specs, registry.open_all(specs, encoder, None, own_profile(config), experiment.data), strict=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,6 +67,20 @@ def load(path: str, step: int | None = None) -> tuple[Config, Experiment, Variab
     return config, experiment, state.variables(ema=config.eval.ema), int(state.step)
 
 
+def read_classes(path: str) -> tuple[str, ...] | None:
+    """Return the classes that a model was fine-tuned on, or None where there are none or they have no names.
+
+    Args:
+      path: as in `load`.
+
+    Raises:
+      UserError: nothing to read, or a damaged file.
+    """
+    place = hub.resolve(path)
+    run = RunFolder(place)
+    return run.read_classes() if run.is_run() else interop.read_classes(place)
+
+
 def _run_config(run: RunFolder) -> Config:
     content = run.read_config()
     if content is None:
@@ -103,7 +117,7 @@ def _device_put_checked(variables: Variables, experiment: Experiment, path: str)
     return {"params": {}, "batch_stats": {}} | unflatten_dict(put, sep="/")
 
 
-def read_initial(config: Config, abstract: TrainState) -> dict[str, np.ndarray]:
+def read_initial(config: Config, abstract: TrainState, classes: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     """Read the tensors of `config.init.weights` that a new run's state has, in the shapes of the state.
 
     Prints lines on what is read, converted, left out and left at its random values.
@@ -111,6 +125,7 @@ def read_initial(config: Config, abstract: TrainState) -> dict[str, np.ndarray]:
     Args:
       config: of the run.
       abstract: shapes of its state.
+      classes: of its data, where it fine-tunes; a classifier of others is left out.
 
     Returns:
       Flat {"params/img/...": array}.
@@ -122,7 +137,14 @@ def read_initial(config: Config, abstract: TrainState) -> dict[str, np.ndarray]:
     source_config, source, variables, step = load(where)
     model = config.model
     towers = {name: (getattr(source.model, name), model.tower(name)) for name in source.objective.towers}
-    tensors, notes = convert_params(jax.device_get(variables), target, towers, where)
+    variables, notes = jax.device_get(variables), []
+    if "classifier" in target["params"] and "classifier" in variables["params"]:
+        known = read_classes(where)
+        if known is None or known != tuple(classes or ()):
+            variables = variables | {"params": {k: x for k, x in variables["params"].items() if k != "classifier"}}
+            notes.append(f"the classifier of {where} is left out: its classes are not known to be those of this run")
+    tensors, more = convert_params(variables, target, towers, where)
+    notes += more
     log0(f"starting from {where}, step {step}: {len(tensors)} of {len(flatten_dict(target))} tensors")
     for note in notes:
         log0(note)
@@ -221,9 +243,13 @@ def convert_params(
     ]
     if wrong:
         suffix = f" (and {len(wrong) - _SHOWN} more)" if len(wrong) > _SHOWN else ""
+        table = "params/txt/tokens has shape"  # as long as the vocabulary
+        same = [line for line in wrong if not line.startswith(table)]
+        keys = [*(["data.tokenizer"] if len(same) < len(wrong) else []), *(["the keys of model"] if same else [])]
         raise UserError(
-            f"init.weights={where!r} has another architecture: {'; '.join(wrong[:_SHOWN])}{suffix}. Set the keys of "
-            "model to those of the weights, or leave init.weights empty."
+            f"init.weights={where!r} has another architecture: {'; '.join(wrong[:_SHOWN])}{suffix}. Set "
+            f"{' and '.join(keys)} to {'that' if keys == ['data.tokenizer'] else 'those'} of the weights, or leave "
+            "init.weights empty."
         )
     if missing := _group_by_prefix(current.keys() - saved.keys(), current):
         notes.append(f"not in {where}, so initialised at random: {', '.join(missing)}")
