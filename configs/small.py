@@ -17,6 +17,7 @@ train).
 """
 
 import dataclasses
+import hashlib
 import math
 import os
 import re
@@ -37,6 +38,7 @@ from xclip_jax.models.heads import ClusterHead, Head
 from xclip_jax.objectives import OBJECTIVES, RECIPES, make_objective
 from xclip_jax.train import memory
 
+_NAME_LENGTH = 40  # letters of a run's name
 SAMPLE = 512  # pairs that are read for their sizes
 HELD_OUT = (20, 0.05, 5000)  # pairs at least, share, pairs at most: their scores are a square matrix
 LARGEST_SHARE = 0.2
@@ -308,7 +310,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.sources, config.data.dir = (spec,), args.dir
     config.data.image_key, config.data.text_keys = options.image_key, tuple(options.text_keys)
     config.data.batch = args.batch or batch_size(trained, preset, machine)
-    config.run = f"runs/small-{re.sub(r'[^A-Za-z0-9._-]+', '-', spec.partition(':')[2].rstrip('/*')).strip('-.')[-40:]}"
+    config.run = f"runs/small-{run_name(spec)}"
     _towers(config, machine)
     _cluster_head(config, saved, trained)
     _data(config, counts, machine)
@@ -321,6 +323,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.optim.microbatches = microbatches(config, machine)
     _print(summary(config, counts, preset))
     return config
+
+
+def run_name(spec: str) -> str:
+    """Return a folder's name for the pairs of `spec`: its end and, where that does not tell it from others, a hash."""
+    name = re.sub(r"[^\w.-]+", "-", spec.partition(":")[2].rstrip("/*")).strip("-.")
+    if 0 < len(name) <= _NAME_LENGTH:
+        return name
+    digest = hashlib.blake2b(spec.encode(errors="surrogateescape"), digest_size=3).hexdigest()
+    return "-".join(filter(None, [name[-_NAME_LENGTH:].strip("-."), digest]))
 
 
 def _print(line: str) -> None:

@@ -27,9 +27,10 @@
 # LIBTPU_INIT_ARGS  flags of the TPU compiler (default: those of docs/pods.md; empty for none)
 # PYTHON         interpreter with xclip_jax on this machine, which checks the config before anything is created (default:
 #                python3; without one the config is checked on the workers)
-# FAILURES       gives up after this many failures in a row, each within an hour of the start (default: 3)
+# FAILURES       gives up after this many failures in a row, of the pod itself or within an hour of the start of training
+#                (default: 3)
 # POLL           seconds between two looks at the pod (default: 60)
-# KEEP           1 to keep the pod at the end (default: empty)
+# KEEP           1 to keep the pod at the end; the next command with its NAME trains on it (default: empty)
 #
 # What is compiled is kept in `compiled` in the run's folder, so that a pod that is created again need not compile again.
 # Input that training refuses before its first step, such as a set that the workers lack, ends the script at once.
@@ -97,9 +98,8 @@ finish() {
 
 # failed REASON
 failed() {
-  [ $((SECONDS - started)) -lt 3600 ] || failures=0
   failures=$((failures + 1))
-  tpu_ssh 0 "tail -n 20 xclip_jax/train.log" || true
+  [ "$state" != ACTIVE ] || tpu_ssh 0 "tail -n 20 xclip_jax/train.log" || true
   if [ "$failures" -ge "$FAILURES" ]; then
     say "$1, $failures times in a row; giving up"
     finish 1
@@ -119,9 +119,12 @@ tend() {
   local training
   training=$(training_state 2>/dev/null | tail -n 1) || training=
   case $training in
-    running) misses=0 ;;
+    running)
+      misses=0 watched=1
+      [ $((SECONDS - started)) -lt 3600 ] || failures=0
+      ;;
     new)
-      started=$SECONDS
+      started=$SECONDS watched=1
       if tpu_install && tpu_start "$@"; then
         say "training has started; to follow it:"
         (DRY_RUN=1 tpu_ssh 0 "tail -n 100 -F xclip_jax/train.log")
@@ -135,6 +138,11 @@ tend() {
       if [ "$training" != 1 ] && complete >/dev/null 2>&1; then
         say "the run is complete"
         finish 0
+      elif [ -z "$watched" ] && [ "$training" != lost ]; then
+        # On a pod that was kept. Neither that status nor the end of that log says anything of this command.
+        say "an earlier command ended here with exit status $training; training starts"
+        tpu_ssh 0 "cd xclip_jax && { mv -f train.log train.log.1; rm -f train.exit train.pid; }" ||
+          missed "the first worker does not answer"
       elif [[ $training =~ ^(0|75|143)$ ]]; then
         # 75: asked to stop, and saved. 143: asked to stop before it could save.
         recreate "training was stopped before its end"
@@ -159,7 +167,8 @@ if [ -n "$DRY_RUN" ]; then
   exit 0
 fi
 
-created="" last="" ended="" misses=0 failures=0 started=0
+# watched: whether this command has seen training run, or started it.
+created="" last="" ended="" watched="" misses=0 failures=0 started=0
 while :; do
   state=$(tpu_state queued-resources state.state)
   [ "$state" = "$last" ] || say "$state"
@@ -170,7 +179,8 @@ while :; do
       create || [ -n "$created" ] || exit 1
       created=1
       ;;
-    SUSPENDED | FAILED) recreate "the pod is $state" ;;
+    SUSPENDED) recreate "the pod is $state" ;;
+    FAILED) failed "the pod is $state" ;;
     ACTIVE) tend "$@" ;;
   esac
   sleep "$POLL"

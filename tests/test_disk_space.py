@@ -52,6 +52,16 @@ def test_space_is_looked_at_before_a_run(monkeypatch, tmp_path, capsys, options,
     assert capsys.readouterr().out == ""
 
 
+def test_what_is_kept_for_ever_stays_when_a_run_resumes(monkeypatch, tmp_path, capsys):
+    for step in (20, 40, 54, 56, 58):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    # Those of steps 60, 80 and 100 come beside those of 20 and 40; one of 54 to 58 is deleted for each of the others.
+    space(monkeypatch, tmp_path, 3.9, keep_every=20)
+    assert f"need up to {format_bytes(4 * SIZE)} more" in capsys.readouterr().out
+    space(monkeypatch, tmp_path, 4, keep_every=20)
+    assert capsys.readouterr().out == ""
+
+
 def test_what_is_saved_already_needs_no_space_again(monkeypatch, run, capsys):
     with pytest.raises(UserError, match="and 1 checkpoint of up to"):
         space(monkeypatch, run, 0.9)

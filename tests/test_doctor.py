@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -236,6 +237,16 @@ def test_checkpoints_that_the_disk_has_no_room_for(tmp_path):
     assert finding.values["needed_bytes"] == 2 * state
     (bucket,) = resources.check_disk(experiment, TrainingFolder("gs://bucket/run"))
     assert "in a bucket" in bucket.text
+
+
+def test_checkpoints_that_are_kept_for_ever_need_space_too(tmp_path, monkeypatch):
+    experiment = built("clip", steps=100, checkpoint__every=2, checkpoint__keep=3, checkpoint__keep_every=20)
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(experiment.abstract))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=8.9 * state))
+    finding = only(list(resources.check_disk(experiment, TrainingFolder(tmp_path))), "disk", FAIL)
+    assert finding.values["checkpoints"] == 9 and "raise checkpoint.keep_every" in finding.remedy
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=9 * state))
+    only(list(resources.check_disk(experiment, TrainingFolder(tmp_path))), "disk", OK)
 
 
 # --- initial weights, the command

@@ -8,14 +8,16 @@ import shutil
 import time
 
 import pytest
+from etils import epath
 
 from tests import tiny
 from tests.pages import written
 from tests.test_report_health import collapsed
 from xclip_jax.doctor import __main__ as command
-from xclip_jax.doctor import series
+from xclip_jax.doctor import after, series
 from xclip_jax.doctor.after import check_run
 from xclip_jax.doctor.finding import FAIL, OK, WARNING
+from xclip_jax.train import checkpoint_digest
 
 LN_B = math.log(16)
 
@@ -211,6 +213,37 @@ def test_checkpoints(tmp_path, run):
     for file in (folder / "checkpoints/400/state").rglob("d/*"):
         os.remove(file)
     assert "checkpoints/400 has" in only(folder, "checkpoints", FAIL).text
+
+
+@pytest.mark.parametrize(("module", "function"), [(after, "_bytes"), (checkpoint_digest, "_hash")])
+def test_a_checkpoint_that_is_rotated_out_meanwhile_is_no_damage(module, function, tmp_path, run, monkeypatch):
+    """While its size is taken, or its hashes: the run deletes the oldest."""
+    folder, real = tmp_path / "run", getattr(module, function)
+    shutil.copytree(run, folder)
+    rotated, kept = folder / "checkpoints/0", folder / "checkpoints/400"
+    shutil.copytree(rotated, kept)
+    (kept / "digest.json").unlink()
+    checkpoint_digest.write(epath.Path(kept), 400)
+
+    def rotate(path, *arguments, **options):
+        shutil.rmtree(rotated, ignore_errors=True)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(module, function, rotate)
+    finding = only(folder, "checkpoints", OK)
+    assert list(finding.values["checkpoints"]) == [400] and finding.text.startswith("step 400 of ")
+
+
+def test_a_run_that_keeps_one_checkpoint_is_looked_at_while_it_is_replaced(tmp_path, run, monkeypatch):
+    folder, real = tmp_path / "run", checkpoint_digest.find_fault
+    shutil.copytree(run, folder)
+
+    def replace(path, step):
+        (folder / "checkpoints/0").rename(folder / "checkpoints/400")
+        return real(path, step)
+
+    monkeypatch.setattr(checkpoint_digest, "find_fault", replace)
+    assert only(folder, "checkpoints", OK).text == "step 400, written meanwhile"
 
 
 def test_results(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import xclip_jax
 from tests import tiny, torture
 from xclip_jax import embed, embed_sources
-from xclip_jax.data import embeddings
+from xclip_jax.data import embeddings, sources
 from xclip_jax.errors import UserError
 
 KILL = """
@@ -271,6 +271,58 @@ def test_what_is_in_the_way_is_named(root, straight, model, tmp_path):
         (job.folder / "plan.json").write_text(content)
         with pytest.raises(UserError, match=r"plan\.json is damaged; delete .*x\.npz\.parts to embed again"):
             embed.EmbeddingJob(model, sources, str(tmp_path / "x.npz"), part=8)
+
+
+def test_one_process_at_a_time_writes_a_file(root, model, tmp_path, capsys):
+    sources, out = {"image": embed.open_images(str(root / "pictures"))}, tmp_path / "x.npz"
+    first, second = (embed.EmbeddingJob(model, sources, str(out)) for _ in range(2))
+    third = embed.EmbeddingJob(model, {"image": embed.open_images(str(root / "pictures/00?.png"))}, str(out))
+    with (
+        embed._claimed(out),
+        pytest.raises(UserError, match=r"x\.npz is being written by another process; wait for it"),
+    ):
+        first.run()
+    assert list(tmp_path.iterdir()) == []
+    first.run()
+    # Checked before the first one wrote, and run after it.
+    assert second.run()["rows"] == 40 and "is complete" in capsys.readouterr().out
+    out.rename(tmp_path / "y.npz")
+    first.run()
+    assert third.complete
+    out.with_name("x.npz.parts").mkdir()  # as if the first were not done when the third looked
+    with pytest.raises(UserError, match="contains other embeddings: image differ"):
+        third.run()
+    assert read(out)[0]["embedding"].shape[0] == 40 and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04" + bytes(40)])
+def test_a_damaged_file_is_named(suffix, content, root, model, tmp_path):
+    (tmp_path / f"x{suffix}").write_bytes(content)
+    message = rf"x\{suffix} is damaged or another program's .*; delete it, or name another file"
+    with pytest.raises(UserError, match=message):
+        embed.EmbeddingJob(model, {"image": embed.open_images(str(root / "pictures"))}, str(tmp_path / f"x{suffix}"))
+    with pytest.raises(UserError, match=message):
+        embeddings.read(tmp_path / f"x{suffix}")
+
+
+@pytest.mark.parametrize("name", ["p [2]", "a,b", "q{1}", "r*?"])
+def test_a_folder_of_tars_whose_name_is_a_pattern(name, root, tmp_path):
+    """And not the folder beside it that the pattern matches."""
+    for folder, tar in ((name, "0.tar"), ("p 2", "1.tar"), ("q1", "1.tar"), ("rxy", "1.tar")):
+        (tmp_path / folder).mkdir()
+        shutil.copy(root / tar, tmp_path / folder)
+    images, pairs = (
+        embed.open_images(f"{tmp_path}/{name}"),
+        sources.open_pairs(sources.spec_from_path(f"{tmp_path}/{name}")),
+    )
+    assert images.name(0).startswith(f"{tmp_path}/{name}/0.tar#") and pairs[0]["id"] == images.name(0)
+
+
+def test_folders_in_a_list_are_refused(root, tmp_path):
+    for pattern in (f"{root}/pictures,{tmp_path}", f"{tmp_path},{root}/pictures/000.png"):
+        with pytest.raises(UserError, match=r"names the folder '.*' in a list; name one folder alone, or files"):
+            embed.open_images(pattern)
 
 
 LONG = ["", "a fox", "b" * 10**6, "ü\0" * 3, "狐\nl"]

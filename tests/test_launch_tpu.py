@@ -259,6 +259,16 @@ def test_pod_gives_up_on_a_command_that_keeps_failing(cloud):
     assert "exit status 1, 2 times in a row; giving up" in done.stdout
 
 
+@pytest.mark.parametrize("seconds", ["0", "4000"])
+def test_pod_gives_up_on_a_queued_resource_that_keeps_failing(seconds, cloud):
+    """However long it waited in the queue, and without a look at a log that it cannot have."""
+    done = cloud.launch("tpu_pod.sh", *TRAINING, born="FAILED", FAILURES="2", SECONDS=seconds)
+    assert done.returncode == 1
+    assert "the pod is FAILED, 2 times in a row; giving up" in done.stdout
+    assert cloud.verbs() == ["create", "delete"] * 2
+    assert not any("ssh" in call for call in cloud.calls)
+
+
 def test_pod_gives_up_at_once_on_input_that_training_refuses(cloud):
     refused = "echo \"error: unknown evaluation set 'imagenett'\" >&2; exit 1"
     done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=[refused] * 3)
@@ -361,3 +371,25 @@ def test_pod_watch_is_taken_up_again(cloud):
     assert done.returncode == 0, done.stderr
     assert cloud.verbs() == ["create", "python"]
     assert (cloud.path / "state").exists()
+
+
+def test_pod_that_was_kept_starts_the_corrected_command(cloud):
+    """Neither the exit status nor the log of the earlier command counts as this one's."""
+    refused = "echo \"error: data folder '/a b' does not exist\" >&2; exit 1"
+    assert cloud.launch("tpu_pod.sh", *TRAINING, scenario=[refused], KEEP="1").returncode == 1
+    done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=["", "exit 1", "finish; exit 0"], KEEP="1")
+    assert done.returncode == 0, done.stderr
+    assert "an earlier command ended here with exit status 1" in done.stdout and "does not exist" not in done.stdout
+    assert "training failed with exit status 1; " in done.stdout  # its own start does count
+    assert cloud.verbs() == ["create", "python", "python", "delete", "create", "python"]
+
+
+def test_pod_that_was_kept_trains_another_run(cloud):
+    assert cloud.launch("tpu_pod.sh", *TRAINING, scenario=["finish; exit 0"], KEEP="1").returncode == 0
+    finish = 'mkdir "$CLOUD/bucket/bucket/runs/other"; echo "{}" >"$CLOUD/bucket/bucket/runs/other/results.json"'
+    other = [*TRAINING, "--config.run=gs://bucket/runs/other"]
+    done = cloud.launch("tpu_pod.sh", *other, scenario=["", finish], KEEP="1")
+    assert done.returncode == 0, done.stderr
+    assert "the run is complete" in done.stdout
+    assert cloud.verbs() == ["create", "python", "python"]
+    assert "line of the log" in read(cloud.path / "home/xclip_jax/train.log.1")

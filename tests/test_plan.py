@@ -179,6 +179,22 @@ def test_explain_is_a_table_of_shardings():
     assert sum(row["bytes"] for row in rows) == 4 * sum(x.size for x in jax.tree.leaves(every))
 
 
+@pytest.mark.parametrize(("asked", "platforms"), [(None, "cpu"), ("cuda", "cuda")])
+def test_no_accelerator_is_asked_unless_it_is_named(asked, platforms):
+    """jax reads JAX_PLATFORMS when it is imported, which is before the command can set it."""
+    code = (
+        "import jax; from absl import app; from xclip_jax import cli\n"
+        "app.run = lambda *_, **__: print(jax.config.jax_platforms)\n"
+        "cli.main(['plan'])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_PLATFORMS"}
+    environment |= {"JAX_PLATFORMS": asked} if asked else {}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout == f"{platforms}\n", done.stderr
+
+
 def test_bad_input_is_one_sentence():
     assert command().stderr.startswith("error: --topology is missing")
     done = command("--explain", "--config.mesh.strategy=fsdp_tp", "--config.mesh.model=2")

@@ -69,6 +69,20 @@ def test_sizes_follow_from_the_number_of_pairs(count, device, preset, batch, clu
     assert 8 <= c.steps / c.eval.every < 17 and resolved.eval.sets == ("retrieval/holdout",)
 
 
+def test_other_pairs_have_another_folder():
+    specs = (
+        "folder:фото/кошки", "folder:фото/собаки", "folder:写真/犬", "folder:.", "tar:...", "csv:/",
+        f"folder:/home/alice/{'data/' * 9}train", f"folder:/home/bob/{'data/' * 9}train",
+    )  # fmt: skip
+    names = [small.run_name(spec) for spec in specs]
+    assert (
+        len(set(names)) == len(specs)
+        and names[0] == "фото-кошки"
+        and small.run_name("tar:my/pairs/*.tar") == "my-pairs-.tar"
+    )
+    assert all(re.fullmatch(r"\w[\w.-]*", name) and len(name) < 48 for name in names), names
+
+
 @pytest.mark.parametrize("objective", ["clip", "xclip"])
 def test_activations_take_half_of_the_memory_that_the_state_leaves(objective):
     plain = config(10_000_000, "gpu", objective=objective)
@@ -134,7 +148,7 @@ def test_the_pairs_decide_on_size_context_and_captions_apart(discs, capsys):
         f"steps ({c.steps * c.data.batch / (0.84 * 128):.3g} epochs); 100 % of captions repeat: equal captions are "
         "kept apart\n"
     )
-    assert c.data.sources == (f"folder:{discs}",) and c.run.endswith("pairs")
+    assert c.data.sources == (f"folder:{discs}",) and re.fullmatch(r"runs/small-.*pairs-[0-9a-f]{6}", c.run)
     assert (c.model.img.image_size, c.model.txt.context_length) == (36, 24)
     assert c.data.spread_duplicate_captions and c.data.cache
     assert c.eval.sets == ("retrieval/holdout", "zeroshot/holdout")

@@ -3,6 +3,8 @@
 import io
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import tensorflow_datasets as tfds
@@ -14,8 +16,8 @@ from xclip_jax.data.tfds_source import TfdsSource, open_tfds
 from xclip_jax.errors import BadSample, UserError
 
 
-def open_source(spec, data_dir=""):
-    return sources.open_pairs(spec, base.SourceOptions(data_dir))
+def open_source(spec, data_dir="", **keys):
+    return sources.open_pairs(spec, base.SourceOptions(data_dir, **keys))
 
 
 def names(source):
@@ -99,7 +101,7 @@ def test_card_of_a_folder_takes_names_that_are_not_utf8(tmp_path):
 
 def test_card_of_the_demo():
     splits = ("train", "train", "train[:10]", "test_line")
-    cards = [open_source(f"demo:{split}").fingerprint() for split in splits]
+    cards = [open_source(f"demo:{split}", text_keys=("name",)).fingerprint() for split in splits]
     assert cards[0] == cards[1] and cards[0]["name"].startswith("emoji_pairs/")
     assert [card["samples"] for card in cards[1:]] == [4309, 10, 1474]
     assert len({card["hash"] for card in cards}) == 3
@@ -140,6 +142,11 @@ def test_tfds(tmp_path):
     assert (card["samples"], card["name"], card["split"]) == (3, "numbers/1.2.0", "train")
     shutil.copytree(folder, tmp_path / "b")
     assert open_source("tfds:numbers/train", str(tmp_path / "b")).fingerprint() == card
+    for changes in ({"text_keys": ("title/text",)}, {"image_key": "title"}, {"tags_key": "title"}):
+        with pytest.raises(
+            base.MissingColumnError, match=r"numbers/1\.2\.0 has no feature 'title.*'; it has image, text; set"
+        ):
+            open_source("tfds:numbers/train", folder, **changes)
     part = open_source("tfds:numbers/train[:2]", folder)
     assert len(part) == 2 and part.fingerprint()["hash"] != card["hash"]
     other = open_source("tfds:numbers/train[:3]", prepare(tmp_path / "c", 4))
@@ -152,7 +159,7 @@ def test_tfds(tmp_path):
 def test_captions_of_tfds_that_are_empty_are_bad_samples():
     captions = ([b" two dogs\n", b"", b"\t"], [b"", b"  "], [])
     records = [{"image": b"x", "captions": {"text": texts}, "title": b" "} for texts in captions]
-    info = type("Info", (), {"full_name": "x/1.0.0", "splits": {}})
+    info = type("Info", (), {"full_name": "x/1.0.0", "splits": {}, "features": ("image", "captions", "title")})
     source = TfdsSource(records, info, "train", base.SourceOptions(text_keys=("captions/text", "title")))
     assert source[0]["text"] == ["two dogs"]
     for i in (1, 2):
@@ -218,3 +225,24 @@ def test_incomplete_rows_of_glue_are_counted_and_many_refused(tmp_path, capsys):
 def test_threads_below_zero():
     with pytest.raises(UserError, match="threads is -1; it must be 0, for one a core, or more"):
         prefetch.ThreadPrefetcher(str, 3, threads=-1)
+
+
+def test_the_end_of_a_process_does_not_wait_for_a_read_that_hangs():
+    script = (
+        "import time; from xclip_jax.data.prefetch import ThreadPrefetcher\n"
+        "with ThreadPrefetcher(lambda i: time.sleep(300 * i), 4, threads=2) as ahead: ahead[0]"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_an_error_of_a_prefetched_item_is_raised_where_it_is_read():
+    def make(i):
+        if i == 2:
+            raise ValueError(f"item {i}")
+        return 10 * i
+
+    with prefetch.ThreadPrefetcher(make, 5, threads=2, window=3) as ahead:
+        assert [ahead[1], ahead[0], ahead[3]] == [10, 0, 30]
+        with pytest.raises(ValueError, match="item 2"):
+            ahead[2]
+        assert ahead[4] == 40

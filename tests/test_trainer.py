@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,6 +165,16 @@ def test_other_settings_in_the_same_folder_are_refused(pairs, straight):
     c = config(pairs, straight[0].run, optim__lr=2e-3)
     with pytest.raises(UserError, match=r"different config: optim\.lr \(0\.001 in config\.json, 0\.002 now\)"):
         trainer.run(c)
+
+
+def test_a_complete_run_is_not_one_of_other_data(pairs, straight, tmp_path, capsys):
+    """Two recipes may give one folder to different pairs; the same pairs elsewhere are the same run."""
+    run = shutil.copytree(straight[0].run, tmp_path / "run")
+    other = shutil.copytree(pairs, tmp_path / "other")
+    assert trainer.run(config(other, run)) == trainer.run(config(pairs, run)) == {}
+    next(other.glob("*.txt")).write_text("another caption, longer than any")
+    with pytest.raises(UserError, match=r"source 0, 'folder:.*other', has changed since"):
+        trainer.run(config(other, run))
 
 
 def test_checkpoint_of_another_architecture_is_refused(pairs, straight):

@@ -17,6 +17,7 @@ and repeats no part. It stops with an error when the weights, the text file, or 
 changed. An image of other content and equal size is not detected, nor is any change of image files in a bucket.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -24,8 +25,8 @@ import shutil
 import sys
 import time
 import typing
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any
 
 import numpy as np
 from absl import logging
@@ -39,6 +40,11 @@ from xclip_jax.doctor import machine
 from xclip_jax.embed_sources import Lines, Source, open_images
 from xclip_jax.errors import BadSample, Parser, UserError, check_count, exit_with_message
 from xclip_jax.storage import write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 PART = 1024  # rows that an interruption may lose
 _PROGRESS_SECONDS = 5
@@ -118,6 +124,7 @@ class EmbeddingJob:
         self._check_plan()
 
     def _check_plan(self) -> None:
+        """Raises `UserError` where there are a file or parts of another job."""
         file, saved = self.folder / "plan.json", self.plan
         fault = f"{self.folder} is of another job"
         if file.exists():
@@ -126,7 +133,7 @@ class EmbeddingJob:
             except (ValueError, TypeError, RecursionError) as error:
                 raise UserError(f"{file} is damaged; delete {self.folder} to embed again.") from error
         elif self.out.exists():
-            saved, fault = self._format.about(self.out).get("plan", {}), f"{self.out} contains other embeddings"
+            saved, fault = embeddings.about(self.out).get("plan", {}), f"{self.out} contains other embeddings"
         # A complete file is the same of parts of any size, which follow from the batch.
         keys = (self.plan.keys() | saved.keys()) - ({"part"} if self.complete else set())
         if differing := sorted(key for key in keys if self.plan.get(key) != saved.get(key)):
@@ -138,10 +145,20 @@ class EmbeddingJob:
         return self.out.exists() and not self.folder.exists()
 
     def run(self) -> dict[str, Any]:
-        """Embed the remaining parts, join them, and return the file's metadata."""
-        if self.complete:
-            log0(f"{self.out} is complete; delete it to embed again.")
-            return self._format.about(self.out)
+        """Embed the remaining parts, join them, and return the file's metadata.
+
+        Raises:
+          UserError: another process writes the file, or wrote another one meanwhile; nothing could be embedded.
+        """
+        if not self.complete:
+            with _claimed(self.out):
+                self._check_plan()
+                if not self.complete:
+                    return self._make()
+        log0(f"{self.out} is complete; delete it to embed again.")
+        return embeddings.about(self.out)
+
+    def _make(self) -> dict[str, Any]:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "plan.json").exists():
             write_json(epath.Path(self.folder / "plan.json"), self.plan)
@@ -241,6 +258,36 @@ class EmbeddingJob:
         shutil.rmtree(self.folder)
         log0(f"{about['rows']:,} embeddings: {self.out}")
         return about
+
+
+@contextlib.contextmanager
+def _claimed(out: pathlib.Path) -> Iterator[None]:
+    """Hold a lock beside `out`, so that no other process writes its parts meanwhile. Raises `UserError` if one does."""
+    if fcntl is None:
+        yield
+        return
+    path = out.with_name(f".{out.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:  # removed at the end: who opened it before may hold a lock on nothing then
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{out} is being written by another process; wait for it, or name another file.") from error
+        except OSError as error:  # a network file system without locks
+            log0(f"WARNING: no lock on {out} ({error.strerror}); do not start another process that writes it meanwhile")
+        if not _is_at(path, file):
+            raise UserError(f"{out} was being written by another process just now; run the same command again.")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _is_at(path: pathlib.Path, file: IO[str]) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _put_in_place(temporary: pathlib.Path, path: pathlib.Path) -> None:

@@ -160,12 +160,17 @@ def open_images(pattern: str) -> Images | Tars:
         files = sorted(map(str, visible))
         images = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
         if not images and any(path.endswith(".tar") for path in files):
-            return open_images(f"{pattern}/*.tar")
+            return Tars(pattern)
         if not images:
             raise UserError(
                 f"--images {pattern!r} contains no image ({', '.join(IMAGE_SUFFIXES)}); name a glob of files."
             )
         return Images(images)
+    if folders := [part for part in pattern.split(",") if os.path.isdir(part.removeprefix("folder:"))]:
+        raise UserError(
+            f"--images {pattern!r} names the folder {folders[0]!r} in a list; name one folder alone, or files, as in "
+            "'A/*.jpg,B/*.jpg'."
+        )
     paths = storage.expand(pattern)
     tars = sum(path.endswith(".tar") for path in paths)
     if tars and tars < len(paths):

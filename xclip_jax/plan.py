@@ -256,5 +256,8 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # planning needs no accelerator, and must not wait for one
+    # Planning needs no accelerator, and must not wait for one. jax read the variable when it was imported.
+    if "JAX_PLATFORMS" not in os.environ:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        jax.config.update("jax_platforms", "cpu")
     app.run(main, flags_parser=config_file.parse)

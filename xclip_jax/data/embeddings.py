@@ -13,6 +13,7 @@ bytes of all strings without gaps, and "text_offsets", int64 (n + 1,), where eac
 `read` gives the same, and reads files of earlier versions, which have "id" and "text" as NumPy's strings.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -23,6 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from xclip_jax.data.text import first_line
 from xclip_jax.errors import UserError, check_choice
 
 COLUMNS = ("kind", "id", "text", "embedding")
@@ -180,5 +182,36 @@ def format_of(path: pathlib.Path) -> Format:
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the columns of a file of `xclip_jax.embed`: "kind", "id", "text" (lists) and "embedding", fp32 (n, e)."""
-    return format_of(pathlib.Path(path)).read(pathlib.Path(path))
+    """Return the columns of a file of `xclip_jax.embed`: "kind", "id", "text" (lists) and "embedding", fp32 (n, e).
+
+    Raises:
+      UserError: another ending, or a file that is damaged or another program's.
+    """
+    path = pathlib.Path(path)
+    with _damage(path):
+        return format_of(path).read(path)
+
+
+def about(path: str | os.PathLike) -> dict[str, Any]:
+    """Return the metadata of a file of `xclip_jax.embed`; {} for one of another program.
+
+    Raises:
+      UserError: another ending, or a damaged file.
+    """
+    path = pathlib.Path(path)
+    with _damage(path):
+        metadata = format_of(path).about(path)
+    return metadata if isinstance(metadata, dict) else {}
+
+
+@contextlib.contextmanager
+def _damage(path: pathlib.Path) -> Iterator[None]:
+    """Raise what reading a damaged file leads to, which depends on the format and on the damage, as a `UserError`."""
+    try:
+        yield
+    except (UserError, FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{path} is damaged or another program's ({first_line(error)}); delete it, or name another file."
+        ) from error

@@ -1,7 +1,7 @@
 """Prefetching in threads, so that devices need not wait for a disk or a decoder."""
 
-import concurrent.futures
 import contextlib
+import multiprocessing.pool
 import os
 import queue
 import threading
@@ -34,8 +34,10 @@ class ThreadPrefetcher(Sequence):
         if threads < 0:
             raise UserError(f"threads is {threads}; it must be 0, for one a core, or more.")
         self._make, self._n, self._window = make, n, window
-        self._pool = concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count())
-        self._futures: dict[int, concurrent.futures.Future[Any]] = {}
+        # Not an executor of concurrent.futures: Python's exit waits for its threads, for ever where a disk does not
+        # answer.
+        self._pool = multiprocessing.pool.ThreadPool(threads or os.cpu_count())
+        self._results: dict[int, multiprocessing.pool.AsyncResult[Any]] = {}
         self._next = 0
 
     def __len__(self) -> int:
@@ -45,16 +47,15 @@ class ThreadPrefetcher(Sequence):
         if not 0 <= index < self._n:
             raise IndexError(index)
         while self._next < min(self._n, index + 1 + self._window):
-            self._futures[self._next] = self._pool.submit(self._make, self._next)
+            self._results[self._next] = self._pool.apply_async(self._make, (self._next,))
             self._next += 1
-        return self._futures.pop(index).result()
+        return self._results.pop(index).get()
 
     def __enter__(self) -> "ThreadPrefetcher":
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Without waiting: one that reads may never end, and an interrupt would wait for it.
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.terminate()  # without waiting: one that reads may never end
 
 
 def patient(elements: Iterator[T], check: Callable[[], None], seconds: float = 0.2) -> Iterator[T]:

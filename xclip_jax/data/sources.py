@@ -83,7 +83,7 @@ def spec_from_path(text: str) -> str:
     if is_spec(text):
         return text
     if os.path.isdir(path) and glob.glob(os.path.join(glob.escape(path), "*.tar")):
-        return f"tar:{os.path.join(text, '*.tar')}"
+        return f"tar:{text}"
     kinds = [name for name, kind in SOURCES.items() if kind.reads(path)]
     if not kinds:
         if not os.path.exists(path):

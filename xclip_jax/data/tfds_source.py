@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from xclip_jax.data import demo, icons, labelled
-from xclip_jax.data.base import LabelledSource, Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.base import LabelledSource, MissingColumnError, Record, Source, SourceKind, SourceOptions
 from xclip_jax.data.tables import strip_texts
 from xclip_jax.data.text import first_line
 from xclip_jax.errors import BadSample, UserError
@@ -63,8 +63,19 @@ class TfdsSource(Source):
     """A split of a TFDS data set, read with `tfds.data_source`: array_record or parquet files."""
 
     def __init__(self, data: Any, info: tfds.core.DatasetInfo, split: str, options: SourceOptions) -> None:
-        """`data` and `info` are those of `open_tfds`, keys of features those of `lookup`."""
+        """`data` and `info` are those of `open_tfds`, keys of features those of `lookup`.
+
+        Raises:
+          MissingColumnError: the data set has no feature of such a key.
+        """
         self.data, self.options = data, options
+        for key in filter(None, (options.image_key, *options.text_keys, options.tags_key)):
+            if key.split("/")[0] not in info.features:
+                names = ", ".join(sorted(info.features))
+                raise MissingColumnError(
+                    f"{info.full_name} has no feature {key!r}; it has {names}",
+                    "data.image_key, data.text_keys and data.tags_key",
+                )
         shards = [(name, part.num_bytes, list(part.shard_lengths)) for name, part in sorted(info.splits.items())]
         content = json.dumps([info.full_name, split, len(data), shards]).encode()
         self._fingerprint = {

@@ -92,30 +92,29 @@ def _progress(run: Record, folder: RunFolder, now: float) -> Iterator[Finding]:
 
 def _checkpoints(run: Record, folder: RunFolder) -> Iterator[Finding]:
     """Which checkpoints are whole, and what a kill would lose."""
-    config, steps = run.config, folder.steps()
-    every, newest = config.checkpoint.every, max(steps, default=0)
-    lost = run.steps - newest
+    config, every = run.config, run.config.checkpoint.every
+    sizes, faults = _examine(folder)
+    newest = folder.latest_step() or 0
+    lost = max(run.steps - newest, 0)
     speed = _speed(run)
     seconds = lost * config.data.batch / speed if speed else 0.0
-    sizes = {step: _bytes(folder.checkpoints / str(step)) for step in steps}
     values = {"checkpoints": sizes, "steps_lost": lost, "seconds_lost": seconds}
-    faults = {step: checkpoint_digest.find_fault(folder.checkpoints / str(step), step) for step in steps}
-    if damaged := [f"{step} ({fault})" for step, fault in faults.items() if fault]:
+    if damaged := [f"{step} ({fault})" for step, fault in faults.items()]:
         text = f"damaged in {folder.checkpoints}: {', '.join(damaged)}"
         remedy = "restore it; a run that resumes moves it aside and goes on from the newest whole one"
         yield fail("checkpoints", text, remedy, **values)
         return
-    if small := [step for step in steps if sizes[step] < _WHOLE * max(sizes.values())]:
+    if small := [step for step, size in sizes.items() if size < _WHOLE * max(sizes.values())]:
         text = f"checkpoint {folder.checkpoints / str(small[-1])} has {format_bytes(sizes[small[-1]])}, and others "
         text += f"{format_bytes(max(sizes.values()))}: files of it are missing"
         yield fail("checkpoints", text, "restore it, or delete its folder to use the one before it", **values)
         return
     listed = ", ".join(f"step {step:,} of {format_bytes(size)}" for step, size in sizes.items())
-    text = listed or "none yet"
+    text = listed or (f"step {newest:,}, written meanwhile" if newest else "none yet")
     if lost > 0 and not run.complete:
         text += f"; a kill now would lose {lost:,} steps" + (f", {format_duration(seconds)}" if seconds else "")
     # The second checkpoint is started when the first is on disk.
-    if (run.complete and not steps) or (every and lost > 2 * every):
+    if (run.complete and not sizes) or (every and lost > 2 * every):
         remedy = f"see whether the disk of {folder.checkpoints} is full or a checkpoint was deleted"
         yield fail("checkpoints", f"{text}; checkpoint.every={every} should have left a later one", remedy, **values)
     elif seconds > _HOUR and not run.complete:
@@ -123,6 +122,27 @@ def _checkpoints(run: Record, folder: RunFolder) -> Iterator[Finding]:
         yield warning("checkpoints", text, remedy, **values)
     else:
         yield Finding("checkpoints", text, values=values)
+
+
+def _examine(folder: RunFolder) -> tuple[dict[int, int], dict[int, str]]:
+    """Size of each checkpoint, and the faults of those that are damaged.
+
+    A run in progress deletes its oldest meanwhile: what is not there any more at the end does not count.
+    """
+    sizes, faults = {}, {}
+    for step in folder.steps():
+        path = folder.checkpoints / str(step)
+        try:
+            sizes[step] = _bytes(path)
+            fault = checkpoint_digest.find_fault(path, step)
+        except FileNotFoundError as error:
+            fault = f"{error.filename} is missing"
+        if fault:
+            faults[step] = fault
+    for gone in {*sizes, *faults} - {*folder.steps()}:
+        sizes.pop(gone, None)
+        faults.pop(gone, None)
+    return sizes, faults
 
 
 def _bytes(path: epath.Path) -> int:

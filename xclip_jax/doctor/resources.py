@@ -21,7 +21,7 @@ from xclip_jax.doctor.finding import Finding, attempt, fail, warning
 from xclip_jax.parallel.mesh import batch_part
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import is_remote
-from xclip_jax.train import memory
+from xclip_jax.train import disk_space, memory
 from xclip_jax.train.build import Experiment
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.run_folder import TrainingFolder
@@ -127,14 +127,12 @@ def zeros(experiment: Experiment) -> dict[str, jax.Array]:
 
 def check_disk(experiment: Experiment, folder: RunFolder) -> Iterator[Finding]:
     """Yield whether the disk has room for the checkpoints: those that are kept, and one that is being written."""
-    config = experiment.config
-    leaves = jax.tree.leaves(experiment.abstract)
-    each = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-    written = -(-config.steps // config.checkpoint.every) if config.checkpoint.every else 1
-    count = min(config.checkpoint.keep + 1, written)
+    config, remote = experiment.config, is_remote(str(folder.path))
+    saved = [] if remote else folder.steps()
+    each, count = disk_space.num_bytes(experiment.abstract), len(saved) + disk_space.most_added(config, saved)
     text = f"{count} checkpoint{'s' if count > 1 else ''} of {format_bytes(each)} take {format_bytes(count * each)}"
     values: dict[str, Any] = {"checkpoint_bytes": each, "checkpoints": count, "needed_bytes": count * each}
-    if is_remote(str(folder.path)):
+    if remote:
         yield Finding("disk", f"{text} in a bucket", values=values)
         return
     needed = max(count * each - sum(map(folder_bytes, checkpoints(folder).values())), 0)
@@ -142,7 +140,8 @@ def check_disk(experiment: Experiment, folder: RunFolder) -> Iterator[Finding]:
     free = shutil.disk_usage(place).free
     values["free_bytes"] = free
     if needed > free:
-        remedy = "free some, lower checkpoint.keep, or use a run folder on another disk"
+        rarer = " or raise checkpoint.keep_every" if config.checkpoint.keep_every else ""
+        remedy = f"free some, lower checkpoint.keep{rarer}, or use a run folder on another disk"
         yield fail("disk", f"{text}, and {place} has {format_bytes(free)} free", remedy, **values)
     else:
         yield Finding("disk", f"{text}; {place} has {format_bytes(free)} free", values=values)

@@ -14,6 +14,7 @@ answers everyone who reaches the machine, and shows them the images.
 
 import argparse
 import contextlib
+import errno
 import pathlib
 import socket
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from xclip_jax import compilation_cache, inference
 from xclip_jax.console import log0
 from xclip_jax.data.text import decode_text
 from xclip_jax.doctor import machine
-from xclip_jax.errors import Parser, UserError, check_count, exit_with_message
+from xclip_jax.errors import BadSample, Parser, UserError, check_count, exit_with_message
 from xclip_jax.serve.index import MAX_NAMES, MAX_TEXT, make_index
 
 _HERE = ("127.0.0.1", "localhost", "::1")
@@ -54,8 +55,8 @@ def read_names(path: str) -> list[str]:
         return []
     try:
         names = [line.strip() for line in decode_text(pathlib.Path(path).read_bytes()).splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"--names {path!r} cannot be read ({error}).") from error
+    except (OSError, BadSample) as error:
+        raise UserError(f"--names {path!r} cannot be read ({error}); give a file of text, a name a line.") from error
     if not 0 < len(names) <= MAX_NAMES:
         raise UserError(f"--names {path!r} has {len(names)} names; give 1 to {MAX_NAMES}, one a line.")
     if long := [name for name in names if len(name) > MAX_TEXT]:
@@ -69,10 +70,13 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens on an address. Raises `UserError` where it cannot."""
     if not 0 <= port < 1 << 16:
         raise UserError(f"--port is {port}; expected 0 to 65535.")
+    if not host:
+        raise UserError(f"--host is empty; give an address, such as {_HERE[0]}, or 0.0.0.0 for all of this machine's.")
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error.strerror}; set another --port, or 0.") from error
+        remedy = "set another --port, or 0" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "set another --host"
+        raise UserError(f"--host {host} --port {port}: {error.strerror}; {remedy}.") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+import re
 from typing import Any
 
 from starlette.applications import Starlette
@@ -14,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from xclip_jax.data.text import join_surrogates
 from xclip_jax.errors import UserError
 from xclip_jax.serve import page
 from xclip_jax.serve.index import MAX_TEXT, Index
@@ -55,14 +57,17 @@ def make_app(index: Index, title: str, *, hosts: list[str] | None = None) -> Sta
         return _json({"names": scored, "matches": [match._asdict() for match in near[:NAMES]]})
 
     def thumbnail(request: Request) -> Response:
-        return Response(index.thumbnail(request.path_params["image"]), media_type="image/webp", headers=_HEADERS)
+        number = request.path_params["image"]
+        if not re.fullmatch(r"[0-9]{1,12}", number):
+            raise HTTPException(404, f"Picture {number[:12]!r} does not exist.")
+        return Response(index.thumbnail(int(number)), media_type="image/webp", headers=_HEADERS)
 
     return Starlette(
         routes=[
             Route("/", show),
             Route("/search", search),
             Route("/names", names, methods=["POST"]),
-            Route("/thumbnail/{image:int}", thumbnail),
+            Route("/thumbnail/{image}", thumbnail),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)] if hosts else [],
         exception_handlers={
@@ -82,7 +87,7 @@ def _checked_text(text: Any) -> str:
         raise UserError("The text is empty; type what the pictures should show.")
     if len(text) > MAX_TEXT:
         raise UserError(f"The text has {len(text):,} letters; give at most {MAX_TEXT:,}.")
-    return text.strip()
+    return join_surrogates(text.strip())  # of JSON, which may have halves of them
 
 
 async def _question(request: Request) -> dict[str, Any]:

@@ -38,7 +38,9 @@ const show = (list, matches) => {
     button.addEventListener("click", () => name(match.image, "thumbnail/" + match.image, title));
   }
 };
+let given = null; // the picture that is shown, for other names
 const name = async (image, source, title) => {
+  given = [image, source, title];
   $("given").src = source;
   $("given").alt = title;
   $("answer").hidden = false;
@@ -65,13 +67,12 @@ $("search").addEventListener("submit", async event => {
   show($("matches"), answer ? answer.matches : []);
   if (answer) say("searched", answer.matches.length + " pictures, best first. Choose one to name it.");
 });
-let given = null;
 $("picture").addEventListener("change", () => {
   const file = $("picture").files[0], reader = new FileReader();
   if (!file) return;
   const large = "The picture is too large; choose one of at most " + (LIMIT >> 20) + " MiB.";
   if (file.size > LIMIT) return say("named", large, true);
-  reader.onload = () => { given = [reader.result, reader.result, file.name]; name(...given); };
+  reader.onload = () => name(reader.result, reader.result, file.name);
   reader.readAsDataURL(file);
 });
 $("name").addEventListener("submit", event => {

@@ -32,11 +32,28 @@ def free_bytes(path: epath.Path) -> int | None:
         return None
 
 
+def most_added(config: Config, saved: list[int]) -> int:
+    """How many checkpoints a run adds at most to those that it has, of the steps `saved`.
+
+    A new checkpoint is complete before the oldest is deleted, so that a run needs space for one more than it keeps.
+    """
+    settings, newest = config.checkpoint, max(saved, default=0)
+    most = settings.keep + 1
+    if every := settings.keep_every:
+        most += config.steps // every - newest // every + sum(step % every == 0 for step in saved)
+    return min(_saves(config, saved), max(most - len(saved), 1))
+
+
+def _saves(config: Config, saved: list[int]) -> int:
+    """How many checkpoints the run has yet to write."""
+    left, every = max(config.steps - max(saved, default=0), 0), config.checkpoint.every
+    return -(-left // every) if every else min(left, 1)
+
+
 def check(config: Config, folder: RunFolder, abstract: TrainState) -> None:
     """Check, before anything is written, that there is space for the checkpoints of a run that starts or resumes.
 
-    A new checkpoint is complete before the oldest is deleted, so that a run needs space for one more than it keeps.
-    Prints a warning where there is less.
+    Prints a warning where there may be too little for `most_added`.
 
     Args:
       config, folder: of the run.
@@ -48,13 +65,8 @@ def check(config: Config, folder: RunFolder, abstract: TrainState) -> None:
     free = free_bytes(folder.checkpoints)
     if free is None:
         return
-    size, settings = num_bytes(abstract), config.checkpoint
-    saved = folder.steps()
-    left = config.steps - max(saved, default=0)
-    saves = -(-left // settings.every) if settings.every else 1
-    kept_for_ever = left // settings.keep_every if settings.keep_every else 0
-    least = min(saves, max(2 - len(saved), 1))
-    most = min(saves, max(settings.keep + 1 + kept_for_ever - len(saved), 1))
+    size, saved = num_bytes(abstract), folder.steps()
+    least, most = min(_saves(config, saved), max(2 - len(saved), 1)), most_added(config, saved)
     free += _left_over(folder.checkpoints)
     where = f"the disk of {str(folder.path)!r} has {format_bytes(free)} free"
     if free < least * size:

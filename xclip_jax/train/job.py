@@ -10,6 +10,7 @@ import numpy as np
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.data import controls, labelled, loader, sources
 from xclip_jax.data.base import Source
+from xclip_jax.data.config import DataConfig
 from xclip_jax.data.length_groups import AUTO
 from xclip_jax.data.loader import SampleOrder
 from xclip_jax.errors import UserError
@@ -17,6 +18,8 @@ from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.interop import hub
+from xclip_jax.objectives import make_objective
+from xclip_jax.objectives.base import Objective
 from xclip_jax.parallel.mesh import batch_part
 from xclip_jax.train import caption_lengths
 from xclip_jax.train.build import Experiment, build
@@ -110,7 +113,7 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
     built = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=folder.tokenizer(config)))
     experiment = build(built)
     host, hosts = batch_part(experiment.mesh)
-    opened = _open_sources(experiment)
+    opened = _open_sources(experiment.data, experiment.objective)
     fingerprints = [source.fingerprint() for source in opened]
     folder.check_sources(config, fingerprints)
     samples = controls.apply(opened, experiment.data, config.seed, labelled=experiment.objective.labelled)
@@ -135,9 +138,22 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
     return Job(config, experiment, folder, host, hosts, initial, samples, order, fingerprints, during, final, encoder)
 
 
-def _open_sources(experiment: Experiment) -> list[Source]:
+def check_moved_sources(config: Config, folder: TrainingFolder) -> None:
+    """Check that sources which the run in `folder` names otherwise are its own, elsewhere now.
+
+    Raises:
+      UserError: they have other data, or cannot be opened.
+    """
+    content = folder.read_config()
+    if content is None or tuple(content["config"]["data"]["sources"]) == tuple(config.data.sources):
+        return
+    opened = _open_sources(config.data, make_objective(config.objective))
+    folder.check_sources(config, [source.fingerprint() for source in opened])
+
+
+def _open_sources(data: DataConfig, objective: Objective) -> list[Source]:
     try:
-        return loader.open_sources(experiment.data, experiment.objective.classes, experiment.objective.fields)
+        return loader.open_sources(data, objective.classes, objective.fields)
     except labelled.MismatchError as error:
-        remedy = experiment.objective.source_remedies.get(error.fault, "use another source")
+        remedy = objective.source_remedies.get(error.fault, "use another source")
         raise UserError(f"{error}; {remedy}.") from error

@@ -18,7 +18,7 @@ from xclip_jax.train import disk_space, memory, same_run, trackers
 from xclip_jax.train.callbacks import Callback, make_callbacks
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.interrupt import Interrupted, PreemptionHandler
-from xclip_jax.train.job import Job, prepare
+from xclip_jax.train.job import Job, check_moved_sources, prepare
 from xclip_jax.train.log import MetricLogger
 from xclip_jax.train.loop import evaluating, run_evaluators, train
 from xclip_jax.train.recovery import SkippedSteps
@@ -58,6 +58,7 @@ def run(
     with PreemptionHandler() as stop:
         same_run.check_config(config, folder)
         if (results := folder.completed(config)) is not None:
+            check_moved_sources(config, folder)  # two recipes may have one folder
             log0(f"{folder.path} is complete at step {config.steps}; to train again, use a different --config.run")
             return results
         trackers.check(config)
