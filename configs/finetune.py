@@ -79,7 +79,7 @@ def _image(config: ml_collections.ConfigDict, epochs: int) -> None:
     config.objective.classify.update(tower="img", smoothing=0.1, mixup=0.8, cutmix=1.0, head_std=2e-5)
     config.optim.lr = 4e-3 * config.data.batch / 1024
     config.optim.lr_start = config.optim.lr_end = 1e-6
-    config.optim.warmup = config.steps // epochs * min(5 if large else 20, epochs // 5)
+    config.optim.warmup = round(config.steps * min(5 if large else 20, epochs / 5) / epochs)
     config.optim.weight_decay, config.optim.b2 = 0.05, 0.999
     config.optim.layer_decay = 0.75 if large else 0.65
     config.data.crop_scale, config.data.resample = (0.08, 1.0), "bicubic"

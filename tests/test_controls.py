@@ -16,7 +16,7 @@ from tests.test_noncontrastive import case, oracle_loss, oracle_softmax
 from xclip_jax.config import schema
 from xclip_jax.data import controls, loader, tokenizer
 from xclip_jax.data.config import DataConfig
-from xclip_jax.errors import UserError
+from xclip_jax.errors import BadSample, UserError
 from xclip_jax.losses import contrastive, ring
 from xclip_jax.objectives.base import LossConfig
 from xclip_jax.objectives.clip import Clip
@@ -187,6 +187,23 @@ def test_a_donor_gives_its_keywords_too():
 
     (source,) = controls.apply([Tagged("a", 10)], data_config(caption_noise=1.0), 0)
     assert all(source[i]["text"][0][2:] == source[i]["tags"][0][4:] != str(i) for i in range(10))
+
+
+def test_a_bad_donor_is_named():
+    class Damaged(Numbers):
+        def __getitem__(self, i):
+            if i == 3:
+                raise BadSample("caption is empty")
+            return super().__getitem__(i)
+
+        def describe(self, i):
+            return {"file": f"{i}.png"}
+
+    (source,) = controls.apply([Damaged("a", 10)], data_config(caption_noise=1.0), 0)
+    (recipient,) = np.flatnonzero(source.donors == 3)
+    with pytest.raises(BadSample, match=r"the pair whose captions it has is bad") as caught:
+        source[int(recipient)]
+    assert caught.value.detail == "file 3.png: caption is empty"
 
 
 def test_noise_stays_within_the_subset():

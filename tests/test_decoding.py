@@ -229,6 +229,23 @@ def test_crops_of_less_than_a_pixel(resample, shape):
             np.testing.assert_array_equal(crop, np.full((8, 8, 3), 77))
 
 
+@pytest.mark.parametrize("resample", ["area", "bicubic"])
+def test_arrays_are_rgb_or_grey(resample):
+    """Any other is a bad sample, and leaves no pixels of an earlier one in its row."""
+    rng, grey = np.random.default_rng(0), np.full((28, 20, 1), 200, np.uint8)
+    row = np.zeros((8, 8, 3), np.uint8)
+    transforms.random_resized_crop(transforms.decode(grey), 8, rng, (0.5, 1.0), resample=resample, out=row)
+    assert (row == 200).all()
+    for shape, dtype in (
+        ((28, 20), np.uint8),
+        ((28, 20, 4), np.uint8),
+        ((28, 20, 3), np.uint16),
+        ((0, 2, 3), np.uint8),
+    ):
+        with pytest.raises(BadSample, match=r"image is not uint8 \(h, w, 3\)"):
+            transforms.decode(np.zeros(shape, dtype))
+
+
 def test_area_is_the_mean_over_pixels():
     image = np.asarray(torture.picture(2, w=64, h=64))
     rng = np.random.default_rng(0)

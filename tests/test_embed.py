@@ -15,7 +15,7 @@ import pytest
 
 import xclip_jax
 from tests import tiny, torture
-from xclip_jax import embed, embed_sources
+from xclip_jax import embed, embed_sources, file_lock
 from xclip_jax.data import embeddings, sources
 from xclip_jax.errors import UserError
 
@@ -278,7 +278,7 @@ def test_one_process_at_a_time_writes_a_file(root, model, tmp_path, capsys):
     first, second = (embed.EmbeddingJob(model, sources, str(out)) for _ in range(2))
     third = embed.EmbeddingJob(model, {"image": embed.open_images(str(root / "pictures/00?.png"))}, str(out))
     with (
-        embed._claimed(out),
+        file_lock.beside(out, wait=False),
         pytest.raises(UserError, match=r"x\.npz is being written by another process; wait for it"),
     ):
         first.run()

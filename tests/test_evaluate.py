@@ -96,6 +96,11 @@ def test_sets_that_differ_are_not_compared(runs):
 def test_a_suite_is_a_name_or_names():
     assert len(registry.expand_suites("demo")) > 10 and "imagenet_a" in registry.expand_suites("paper")
     assert registry.expand_suites("imagenet, emoji/test_line,imagenet") == ("imagenet", "emoji/test_line")
+    demo = registry.SUITES["demo"]
+    assert (
+        registry.expand_suites("demo,imagenet") == registry.expand_suites(["demo", "imagenet"]) == (*demo, "imagenet")
+    )
+    assert registry.expand_suites(f"mnist, demo,{demo[0]}") == ("mnist", *demo)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,20 @@ def test_parts_of_a_training_set():
             feature_classifiers.subset(labels, amount)
 
 
+def test_where_a_part_of_a_training_set_chooses_c(monkeypatch):
+    y = np.repeat([0, 1, 2], [20, 20, 4])
+    train, none, held = (np.arange(44.0)[:, None], y), (np.zeros((0, 1)), y[:0]), (np.ones((2, 1)), y[:2])
+    one, two = np.array([0, 1, 20, 40]), np.array([0, 1, 20, 21, 40, 41])
+    for part in (one, two):
+        assert feature_classifiers.to_choose_c(train, part, held, 0) is held
+    assert feature_classifiers.to_choose_c(train, two, none, 0) is none  # a tenth of the part is held out
+    x, labels = feature_classifiers.to_choose_c(train, one, none, 0)
+    assert sorted(x[:, 0]) == sorted(set(range(44)) - set(one)) and (labels == y[x[:, 0].astype(int)]).all()
+    monkeypatch.setattr(feature_classifiers, "_MOST_FOR_C", 9)
+    x, labels = feature_classifiers.to_choose_c(train, one, none, 1)
+    assert len(x) == len(labels) == len(set(x[:, 0])) == 9
+
+
 def test_the_search_is_clips(monkeypatch):
     tried = []
 

@@ -15,7 +15,7 @@ from tests import tiny
 from tests.encoding import by_name
 from xclip_jax import evaluate, export, interop
 from xclip_jax.config import schema
-from xclip_jax.data import glue, loader, sources
+from xclip_jax.data import glue, loader, opening, sources
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, summary
 from xclip_jax.evaluators.classification import ClassifierEvaluator
@@ -53,7 +53,7 @@ def test_a_folder_and_a_table_give_labelled_records(tmp_path):
         sources.open_labelled("tar:x")
     c = tiny.config("classify", data__sources=(f"folder:{path}",)).data
     with pytest.raises(UserError, match=r"has 3 classes, expected 4"):
-        loader.open_sources(loader.DataConfig(**c.to_dict()), 4)
+        opening.open_sources(loader.DataConfig(**c.to_dict()), 4)
 
 
 COLA = "gj04\t1\t\tOur friends {i} won't buy this.\ngj04\t0\t*\tThey {i} drank the pub\n"

@@ -10,7 +10,7 @@ import pytest
 from tests import tiny
 from tests.encoding import SIZE, make_encoder, small_model
 from xclip_jax import evaluate
-from xclip_jax.data import holdout, loader, sources, transforms
+from xclip_jax.data import holdout, opening, sources, transforms
 from xclip_jax.data.config import DataConfig
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import pair_sets, registry, retrieval
@@ -27,13 +27,13 @@ def config(*specs, **changes):
 def held_out(*specs, **changes):
     """Image hashes of the pairs that are held out of `specs`."""
     c = config(*specs, **changes)
-    opened = [sources.open_pairs(spec, loader.source_options(c)) for spec in specs]
+    opened = [sources.open_pairs(spec, opening.source_options(c)) for spec in specs]
     return [x for spec, source in zip(specs, opened, strict=True) for x in holdout.find(spec, source, SHARE, c).hashes]
 
 
 def trained(*specs, **changes):
     """Image hashes of the pairs that a run of `specs` learns from."""
-    opened = loader.open_sources(config(*specs, **changes))
+    opened = opening.open_sources(config(*specs, **changes))
     return [holdout.image_hash(source[i]["image"]) for source in opened for i in range(len(source))]
 
 
@@ -64,8 +64,8 @@ def test_training_has_the_rest(pairs):
     rest = trained(spec)
     assert not set(rest) & set(expected) and len(rest) + len(expected) == 40
     assert trained(spec, cache=True) == rest
-    whole = loader.open_sources(config(spec, holdout=0.0))
-    (part,) = loader.open_sources(config(spec))
+    whole = opening.open_sources(config(spec, holdout=0.0))
+    (part,) = opening.open_sources(config(spec))
     own = part.fingerprint()
     assert own.pop("data.holdout")["unreadable"] == 0 and own == whole[0].fingerprint()
 
@@ -94,7 +94,7 @@ def test_pairs_that_cannot_be_read_stay_in_training(tmp_path):
     (folder / "003.txt").unlink()
     (folder / "004.txt").write_text("\n")
     spec = f"folder:{folder}"
-    (part,) = loader.open_sources(config(spec))
+    (part,) = opening.open_sources(config(spec))
     assert {3, 4} <= set(part.indices.tolist())
     assert holdout.find(spec, part.source, SHARE, config(spec)).bad == 2
 
@@ -110,12 +110,12 @@ def test_pairs_that_cannot_be_read_stay_in_training(tmp_path):
 def test_too_few_and_too_many(changes, message, tmp_path):
     spec = f"folder:{tiny.folder(tmp_path / 'pairs', 12)}"
     with pytest.raises(UserError, match=message):
-        loader.open_sources(dataclasses.replace(config(spec), **changes), 0, ("image", "text"))
+        opening.open_sources(dataclasses.replace(config(spec), **changes), 0, ("image", "text"))
 
 
 def test_labelled_items_have_splits_of_their_own():
     with pytest.raises(UserError, match=r"data\.holdout holds out pairs"):
-        loader.open_sources(config("folder:/x"), classes=2)
+        opening.open_sources(config("folder:/x"), classes=2)
 
 
 # --- retrieval

@@ -9,7 +9,7 @@ import pytest
 import torchvision
 
 from tests import tiny
-from xclip_jax.data import labelled, loader, sources, tfds_source
+from xclip_jax.data import labelled, loader, opening, sources, tfds_source
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.train import trainer
 
@@ -244,23 +244,23 @@ def folders(root, **classes):
 
 def test_mixed_sources_have_the_same_classes(tmp_path):
     a, b, same = folders(tmp_path, a=("cat", "dog"), b=("cat", "fox"), c=("cat", "dog"))
-    assert len(loader.open_sources(config(a, same), 2)) == 2
+    assert len(opening.open_sources(config(a, same), 2)) == 2
     message = r"sources '.*/a' and '.*/b' have different classes: 'dog' of the first is 'fox' in the other"
     with pytest.raises(UserError, match=message):
-        loader.open_sources(config(a, b), 2)
+        opening.open_sources(config(a, b), 2)
     with pytest.raises(UserError, match=r"has 2 classes, expected 3$"):
-        loader.open_sources(config(a, same), 3)
+        opening.open_sources(config(a, same), 3)
 
 
 def test_the_tower_reads_what_the_source_has(tmp_path):
     (images,) = folders(tmp_path, a=("cat", "dog"))
     texts = f"glue:cola@{glue_folder(tmp_path / 'c', 'cola')}/train"
-    assert loader.open_sources(config(images), 2, ("image", "label"))
-    assert loader.open_sources(config(texts), 2, ("text", "label"))
+    assert opening.open_sources(config(images), 2, ("image", "label"))
+    assert opening.open_sources(config(texts), 2, ("text", "label"))
     with pytest.raises(UserError, match=r"source 'folder:.*a' has images and the model learns from texts$"):
-        loader.open_sources(config(images), 2, ("text", "label"))
+        opening.open_sources(config(images), 2, ("text", "label"))
     with pytest.raises(UserError, match=r"source 'glue:cola.*' has texts and the model learns from images$"):
-        loader.open_sources(config(texts), 2, ("image", "label"))
+        opening.open_sources(config(texts), 2, ("image", "label"))
 
 
 def test_a_run_names_the_key_of_the_objective(tmp_path):
@@ -278,7 +278,7 @@ def test_a_run_names_the_key_of_the_objective(tmp_path):
 def test_decoded_images_keep_their_fingerprint(tmp_path):
     (spec,) = folders(tmp_path, a=("cat", "dog"))
     c = config(spec, cache=True)
-    (source,) = loader.sample_order(loader.open_sources(c, 2), c, 0).sources
+    (source,) = loader.sample_order(opening.open_sources(c, 2), c, 0).sources
     assert isinstance(source, sources.Decoded)
     again = pickle.loads(pickle.dumps(source))
     assert source.fingerprint() == sources.open_labelled(spec).fingerprint() == again.fingerprint()

@@ -12,7 +12,7 @@ from absl import flags
 from etils import epath
 
 from tests import tiny
-from xclip_jax.data import base, ledger, loader, sources, tokenizer, transforms
+from xclip_jax.data import base, ledger, loader, opening, sources, tokenizer, transforms
 from xclip_jax.data.folder_source import FolderSource
 from xclip_jax.data.tfds_source import lookup
 from xclip_jax.errors import BadSample, UserError, describe
@@ -165,22 +165,41 @@ def test_a_batch_is_not_larger_than_the_pairs(tmp_path):
     pairs = f"folder:{tiny.folder(tmp_path / 'pairs', 12)}"
     c = config(sources=(pairs, pairs), batch=25, weights=(0.5, 0.5))
     with pytest.raises(UserError, match=r"data\.batch=25 exceeds the 24 pairs of data\.sources.*at most 24"):
-        loader.open_sources(c, 0, ("image", "text"))
-    assert loader.open_sources(dataclasses.replace(c, batch=24), 0, ("image", "text"))
-    assert loader.open_sources(c)  # nothing is trained
+        opening.open_sources(c, 0, ("image", "text"))
+    assert opening.open_sources(dataclasses.replace(c, batch=24), 0, ("image", "text"))
+    assert opening.open_sources(c)  # nothing is trained
     with pytest.raises(UserError, match=r"data\.batch=16 exceeds the 12 pairs"):
         trainer.run(tiny.config(run=tmp_path / "run", data__sources=(pairs,), data__batch=16))
+
+
+def test_a_share_of_a_batch_is_not_larger_than_its_source(tmp_path):
+    few, many = (f"folder:{tiny.folder(tmp_path / name, n)}" for name, n in (("few", 4), ("many", 12)))
+    c = config(sources=(few, many), batch=8, weights=(1.0, 1.0))
+    assert opening.open_sources(c, 0, ("image", "text"))
+    for changes, numbers in (
+        ({"weights": (5.0, 3.0)}, "4 pairs, 5 of a batch of 8"),
+        ({"subset": 0.5}, "2 pairs, 4 of a"),
+    ):
+        with pytest.raises(UserError, match=rf"data\.weights gives 'folder:.*few', of {numbers}.*Lower its weight or"):
+            opening.open_sources(dataclasses.replace(c, **changes), 0, ("image", "text"))
+        assert opening.open_sources(dataclasses.replace(c, **changes))  # nothing is trained
+
+
+def test_a_source_without_anything_is_named(monkeypatch):
+    monkeypatch.setattr(opening.sources, "open_pairs", lambda spec, _: Numbers("a", 0 if spec == "folder:b" else 9))
+    with pytest.raises(UserError, match=r"source 'folder:b' has nothing in it; leave it out of data\.sources"):
+        opening.open_sources(config(sources=("folder:a", "folder:b"), weights=(0.5, 0.5)))
 
 
 def test_labelled_items_may_be_fewer_than_a_batch(tmp_path):
     for name in ("a", "b"):
         tiny.folder(tmp_path / name, 2)
-    assert loader.open_sources(config(sources=(f"folder:{tmp_path}",), batch=64), 2, ("image", "label"))
+    assert opening.open_sources(config(sources=(f"folder:{tmp_path}",), batch=64), 2, ("image", "label"))
 
 
 def test_labels_cannot_be_kept_apart():
     with pytest.raises(UserError, match=r"data\.spread_duplicate_captions compares captions"):
-        loader.open_sources(config(sources=("folder:x",), spread_duplicate_captions=True), classes=3)
+        opening.open_sources(config(sources=("folder:x",), spread_duplicate_captions=True), classes=3)
 
 
 def test_epochs_need_not_be_whole_batches():

@@ -57,7 +57,13 @@ def test_a_text_probe():
 
 def test_c_is_chosen_by_the_sets_own_metric():
     logits, labels = np.array([[1, 0], [1, 0], [1, 0], [1, 0]]), np.array([0, 0, 0, 1])
-    for metric, value in (("top1", 75), ("mean_per_class", 50)):
+    for metric, value in (
+        ("top1", 75),
+        ("linear/mean_per_class", 50),
+        ("linear/matthews", 0),
+        ("linear/f1", 0),
+        ("category/linear/top1", 75),
+    ):
         data = ProbeSet(
             "set",
             [0, 0],
@@ -67,6 +73,43 @@ def test_c_is_chosen_by_the_sets_own_metric():
             card=Provenance(metric=metric),
         )
         assert Probe(None, data)._score(logits, labels) == value
+
+
+def test_cola_chooses_c_by_matthews():
+    """Three in four are acceptable: to call all of them so has the better accuracy, and a correlation of 0."""
+    y = np.array([1, 1, 1, 0])
+    constant, other = np.array([[0, 1]] * 4), np.array([[0, 1], [1, 0], [1, 0], [1, 0]])
+    for metric, better in (("linear/top1", constant), ("linear/matthews", other)):
+        data = ProbeSet("set", ["a"] * 4, [], ["a"] * 4, {"": (y, y[:0], y)}, card=Provenance(metric=metric))
+        scores = [Probe(None, data)._score(logits, y) for logits in (constant, other)]
+        assert (constant, other)[int(np.argmax(scores))] is better
+
+
+def test_a_part_that_a_class_is_too_small_for_is_refused_when_the_set_is_opened():
+    y = np.array([0, 0, 0, 1, 1])
+    with pytest.raises(UserError, match=r"^set: class 1 has 2 training items, too few for 3-shot; add items, or"):
+        ProbeSet("set", ["a"] * 5, [], ["a"] * 5, {"": (y, y[:0], y)}, ("50%", "3-shot"))
+    with pytest.raises(UserError, match=r"^set: unknown part of a training set 'all'; expected"):
+        ProbeSet("set", ["a"] * 5, [], ["a"] * 5, {"": (y, y[:0], y)}, ("all",))
+
+
+def test_a_part_with_one_item_a_class_chooses_c_outside_of_it():
+    """Half of the part's classes would have nothing to learn from, were its one item held out."""
+    labels = [np.arange(n) % 3 for n in (60, 0, 30)]
+    noise = np.random.default_rng(0).normal(size=(3, 60, 6))
+    features = [0.3 * np.eye(3, 6)[y] + 0.1 * noise[i, : len(y)] for i, y in enumerate(labels)]
+    data = ProbeSet("set", ["a"] * 60, [], ["a"] * 30, {"": tuple(labels)}, ("5%", "4-shot"), neighbours=False)
+    tried = {}
+
+    class Watched(Probe):
+        def _score(self, logits, y):
+            tried.setdefault(len(y), []).append(super()._score(logits, y))
+            return tried[len(y)][-1]
+
+    fits = Watched(None, data)._task(None, features, labels)
+    # A tenth of the training set, what three parts of three items leave, and one of twelve items.
+    assert set(tried) == {6, 57, 1} and max(tried[57]) > 80
+    assert fits["linear/5%"][0].mean() > 0.8
 
 
 def test_a_wrong_probe_set():

@@ -11,14 +11,15 @@ import pytest
 
 from tests import tiny
 from tests.encoding import make_encoder, small_model
-from tests.pages import Page, check, written
-from xclip_jax.data import controls, loader
+from tests.pages import HOSTILE, Page, check, written
+from xclip_jax.data import controls, opening
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 from xclip_jax.report import __main__ as command
-from xclip_jax.report import charts, examples, html, selection
+from xclip_jax.report import charts, examples, html, model_sections, selection
+from xclip_jax.report.markup import Images
 
 
 def test_numbers_and_ticks():
@@ -120,11 +121,62 @@ def test_training_pairs_are_those_that_the_run_learned_from(tmp_path, monkeypatc
     monkeypatch.setattr(examples, "select", lambda *args: selected.append(selection.select(*args)) or selected[0])
     command.main([str(run), "--seed", "5"])
     data = DataConfig(sources=(spec,), subset=0.5, caption_noise=0.5, batch=8)
-    (trained,) = controls.apply(loader.open_sources(data), data, 3)
+    (trained,) = controls.apply(opening.open_sources(data), data, 3)
     view = Preprocessing(selection.SHOWN)
     expected = {view(record["image"]).tobytes(): record["text"] for record in map(trained.__getitem__, range(20))}
     _, shown = selected[0].retrieval
     assert {image.tobytes(): texts for image, texts in zip(shown.images, shown.captions, strict=True)} == expected
+
+
+def test_what_bars_mean_is_escaped():
+    """A similarity of another package says it."""
+    image = np.zeros((4, 4, 3), np.uint8)
+    guess = examples.Prediction(image, "a", 1, [examples.ScoredLabel("a", 0.5, "0.50", True)])
+    gallery = examples.Gallery([image], [image], ["a"])
+    retrieved = examples.RetrievalExamples("x", 1, HOSTILE, gallery, [], [guess])
+    text = model_sections.search(examples.Examples(retrieved=retrieved), Images(), "").body
+    assert HOSTILE in " ".join(Page(text).text) and "<script>" not in text
+
+
+# --- runs of labelled items
+
+
+def labelled(path):
+    """A folder of labelled images, each with a .txt file beside it."""
+    for name in ("fox", "hen", "owl"):
+        tiny.folder(path / name, 6)
+    return path
+
+
+def fine_tuned(run, images, **changes):
+    """An untrained run of a classifier of `images`, with the set that such a run is evaluated on."""
+    changes = {"data__sources": (f"folder:{images}",), "objective__classify__classes": 3} | changes
+    return tiny.untrained(run, "classify", eval__sets=(f"finetuned/folder:{images}",), **changes)
+
+
+@pytest.mark.parametrize("captions", [False, True])
+def test_labelled_images_are_not_shown_as_pairs(captions, tmp_path):
+    """Of a fine-tuned run, which compares no images with texts, with a .txt file beside each image or none."""
+    images = labelled(tmp_path / "images")
+    for path in [] if captions else images.rglob("*.txt"):
+        path.unlink()
+    run = fine_tuned(tmp_path / "run", images)
+    command.main([str(run)])
+    text = (run / "report.html").read_text()
+    words = " ".join(check(text).text)
+    assert "so no examples of its predictions are shown" in words and "no term of its objective has a" in words
+    assert ".txt" not in words and "evaluate probe/SET" not in words and "--sets" not in words
+
+
+def test_a_model_of_pairs_beside_a_fine_tuned_one_is_not_shown_labelled_images_as_pairs(tmp_path):
+    images = labelled(tmp_path / "images")
+    fine_tuned(tmp_path / "a", images)
+    tiny.untrained(tmp_path / "b", "clip", data__sources=(f"folder:{images}",))
+    for first, second, sentence in (("a", "b", "learned from labelled items, not from pairs"), ("b", "a", "no term")):
+        command.main([str(tmp_path / first), str(tmp_path / second), "--output", str(tmp_path / "x.html")])
+        text = (tmp_path / "x.html").read_text()
+        words = " ".join(check(text, ("results", "differences", "names", "search", "curves", "settings")).text)
+        assert sentence in words and "training pairs, on which" not in words
 
 
 # --- images that cannot be read

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import re
+from html import unescape
 
 import numpy as np
 import pytest
@@ -12,10 +14,11 @@ from tests import tiny
 from tests.pages import Page, check, written
 from xclip_jax.evaluators import flat_names, summary
 from xclip_jax.evaluators import results as results_files
-from xclip_jax.evaluators.result import Result, to_json
+from xclip_jax.evaluators.result import Result, from_json, to_json
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.report import chance, examples, html, record
 from xclip_jax.run_folder import RunFolder
+from xclip_jax.storage import write_json
 
 
 def test_an_evaluation_is_shown_before_there_are_results(tmp_path):
@@ -186,3 +189,129 @@ def test_tables_have_a_cell_for_each_column_and_the_content_of_their_text():
     assert [row[0] for row in tables[2].rows] == ["zero-shot classification", "retrieval"]
     text = summary.render(results)
     assert all(cell in text for t in tables for _, cells in t.rows for cell in cells)
+
+
+# --- evaluations during training
+
+
+def numbers(name, top1, family="zeroshot"):
+    """Metrics of a set of 10 classes, as a line of metrics.jsonl has them."""
+    return {f"{family}/{name}/{key}": value for key, value in (("top1", top1), ("n", 100.0), ("ways", 10.0))}
+
+
+def evaluate(run, name, top1, step, items=None):
+    """Add a result to evaluation.json, as `xclip_jax.evaluate` does."""
+    result = Result(name, "zeroshot", "top1", top1, n=100, chance=10.0, headline=True, evaluator="zeroshot")
+    entry = {"name": f"zeroshot/{name}", "metrics": {"top1": top1}, "set": name, "metric": "top1", "value": top1}
+    entry |= {"records": to_json([result]), "checkpoint": "run", "step": step, "profile": "", "changes": {}}
+    keys = dict.fromkeys(results_files.KEY, "") | entry
+    results_files.add(RunFolder(run).evaluation_file, keys, {result.name: items} if items else {}, {}, own=True)
+
+
+def tiles(text):
+    """{family: number and small print} of the tiles."""
+    found = re.findall(r'<div class="card tile"><span class="name">(.*?)</span><b>(.*?)</b>(.*?)</div>', text)
+    return {family: (number, unescape(re.sub("<.*?>", " ", rest))) for family, number, rest in found}
+
+
+def test_a_run_that_is_not_complete_shows_the_newest_result_of_each_set_and_its_step(tmp_path):
+    rows = [{"step": step, "loss": 1.0, "clip/loss": 1.0} for step in (10, 20, 40)]
+    rows += [{"step": step} | numbers("x", top1) for step, top1 in ((20, 2.0), (40, 3.7))]
+    run = written(tmp_path / "run", tiny.config("clip", steps=80), rows).folder
+    for name, top1 in (("x", 1.0), ("y", 55.0)):
+        evaluate(run, name, top1, 10, PerExample(np.repeat([1.0, 0.0], [round(top1), 100 - round(top1)])))
+    read = record.read(run)
+    text = html.render(read, examples.Examples())
+    words = " ".join(check(text).text)
+    ((number, details),) = tiles(text).values()
+    assert number.startswith("3.7") and details.endswith("x, at step 40 ")
+    assert "From evaluation.json and metrics.jsonl, the newest of each set: the run is not complete." in words
+    table = text.partition('id="results"')[2].partition("</section>")[0]
+    assert '<th scope="col">step</th>' in table
+    shown = dict(re.findall(r'<th scope="row">([xy])</th>.*?<td>([0-9]+)</td></tr>', table))
+    assert shown == {"x": "40", "y": "10"}
+    assert [(r.name, r.value, read.step_of(r)) for r in read.results if r.unit] == [
+        ("zeroshot/x/top1", 3.7, 40), ("zeroshot/y/top1", 55.0, 10),
+    ]  # fmt: skip
+    assert [r.items is None for r in read.results if r.unit] == [True, False]  # those of x are of step 10
+    evaluate(run, "x", 9.0, 40)  # of equal steps the run's own
+    assert [(r.value, record.read(run).step_of(r)) for r in record.read(run).results if r.unit] == [(3.7, 40)]
+    evaluate(run, "x", 9.0, 60)
+    assert [(r.value, record.read(run).step_of(r)) for r in record.read(run).results if r.unit] == [(9.0, 60)]
+
+
+@pytest.mark.parametrize(("step", "shown"), [(2, "at step 2 "), (4, "x ")])
+def test_a_run_without_sets_that_was_evaluated_at_an_earlier_step_says_so(step, shown, tmp_path):
+    run = written(tmp_path / "run", tiny.config("clip", steps=4), []).folder
+    write_json(RunFolder(run).results_file, {"results": {}, "records": [], "config": {}})
+    evaluate(run, "x", 40.0, step)
+    text = html.render(record.read(run), examples.Examples())
+    ((_, details),) = tiles(text).values()
+    assert details.endswith(shown) and ("the newest of each set. " in text.replace("</p>", " ")) == (step == 2)
+    assert "the run is not complete" not in text
+
+
+def test_a_run_that_is_killed_in_its_last_evaluation_shows_all_of_its_sets(tmp_path):
+    """The last evaluation has a line for each set."""
+    rows = [{"step": 2} | numbers("x", 20.0) | numbers("z", 5.0), {"step": 4} | numbers("x", 40.0)]
+    rows.append({"step": 4, "textual/s/r1": 30.0, "textual/s/r5": 60.0, "textual/s/queries": 9, "textual/s/texts": 50})
+    read = written(tmp_path / "run", tiny.config("clip", steps=4), rows)
+    assert [step for step, _ in read.evaluations] == [2, 4]
+    text = html.render(read, examples.Examples())
+    shown = tiles(text)
+    assert [number[:4] for number, _ in shown.values()] == ["40.0", "30.0"]
+    assert all(details.endswith("at step 4 ") for _, details in shown.values())
+    assert '<th scope="row">z</th>' in text
+
+
+def lines_of(text):
+    """{name: (steps, values)} of the chart of evaluations."""
+    (data,) = re.findall(r'data-chart="([^"]+)"[^>]*><figcaption><b>Evaluation during training', text)
+    return {line["name"]: (line["x"], line["y"]) for line in json.loads(unescape(data))["lines"]}
+
+
+def test_each_step_of_an_evaluation_is_one_point(tmp_path):
+    """Also of the last, which metrics.jsonl and results.json have; a set that is evaluated only then has no line."""
+    sets = {"folder:/data/a/val": 1.0, "folder:/data/b/val": 50.0}
+    rows = [{"step": step, "loss": 1.0, "clip/loss": 1.0} for step in (1, 2, 3)]  # log.every may not divide the steps
+    rows += [{"step": 2} | {k: v for name, top1 in sets.items() for k, v in numbers(name, top1).items()}]
+    final = {name: top1 + 3 for name, top1 in sets.items()} | {"only_at_the_end": 7.0}
+    rows += [{"step": 4} | numbers(name, top1) for name, top1 in final.items()]
+    run = written(tmp_path / "run", tiny.config("clip", steps=4), rows).folder
+    results = {k: v for name, top1 in final.items() for k, v in numbers(name, top1).items()}
+    records = to_json(flat_names.read(results))
+    write_json(RunFolder(run).results_file, {"results": results, "records": records, "config": {}})
+    drawn = lines_of(html.render(record.read(run), examples.Examples()))
+    assert drawn == {"folder:a/val, top-1": ([2, 4], [1, 4]), "folder:b/val, top-1": ([2, 4], [50, 53])}
+    RunFolder(run).metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))  # written otherwise
+    assert lines_of(html.render(record.read(run), examples.Examples())) == drawn
+
+
+def test_sets_of_one_name_have_a_line_each(tmp_path):
+    """`retrieval/holdout` and `zeroshot/holdout` are both called holdout."""
+    recalls = {f"retrieval/holdout/{way}/r{k}": 9.0 for way in ("image_to_text", "text_to_image") for k in (1, 5)}
+    recalls |= {"retrieval/holdout/images": 5.0, "retrieval/holdout/captions": 9.0}
+    rows = [{"step": 1, "loss": 1.0, "clip/loss": 1.0}]
+    rows += [{"step": step} | numbers("holdout", 20.0) | recalls for step in (1, 2)]
+    drawn = lines_of(html.render(written(tmp_path / "run", tiny.config("clip"), rows), examples.Examples()))
+    assert [name.partition(",")[0] for name in drawn] == ["zeroshot/holdout", "retrieval/holdout"]
+
+
+def test_a_metric_that_is_not_a_number_is_shown_as_such(tmp_path):
+    """JSON has null in its place."""
+    rows = [{"step": step, "loss": 1.0, "clip/loss": 1.0} for step in (1, 2)]
+    rows += [{"step": step} | numbers("x", 20.0) for step in (1, 2)] + [{"step": 4} | numbers("x", None)]
+    run = written(tmp_path / "run", tiny.config("clip", steps=4), rows).folder
+    results = flat_names.read(numbers("x", math.nan) | numbers("y", 40.0))
+    content = {"results": {r.name: r.value for r in results}, "records": to_json(results), "config": {}}
+    write_json(RunFolder(run).results_file, content)
+    assert '"value": null' in RunFolder(run).results_file.read_text()
+    evaluate(run, "x", math.nan, 4)
+    text = html.render(record.read(run), examples.Examples())
+    check(text)
+    shown = text.partition("<main")[2].partition("<script")[0]
+    assert not re.search(r"\bnan\b", shown)
+    assert tiles(text)["zero-shot classification"][0] == "<small>not a number</small>"
+    assert re.search(r'<th scope="row">x</th>.*?<td>not a number.*?<th scope="row">y</th>.*?<td>40\.0', shown)
+    assert lines_of(text) == {"x, top-1": ([1, 2], [20, 20])}
+    assert math.isnan(from_json([{"set": "x", "family": "zeroshot", "metric": "top1", "value": None}])[0].value)

@@ -155,6 +155,57 @@ def test_sets_whose_paths_end_alike_are_told_apart(tmp_path):
     }
 
 
+def test_sets_of_two_families_that_share_a_name_have_a_row_and_a_chart_each(tmp_path):
+    """`retrieval/holdout` and `zeroshot/holdout` are both called holdout, as are those of `retrieval/folder:X`."""
+    shared = {"unit": "%", "n": 100, "chance": 1.0}
+    names, runs = ("holdout", "folder:/data/x"), []
+    for color, name in enumerate("ab"):
+        one = run(tmp_path / name, color, 40)
+        results = [Result(of, "zeroshot", "top1", 60.0 + color, evaluator="zeroshot", **shared) for of in names]
+        results += [
+            Result(of, "retrieval", f"{way}/r{k}", 20.0 + color, evaluator="retrieval", **shared)
+            for of in names for way in ("image_to_text", "text_to_image") for k in (1, 5)
+        ]  # fmt: skip
+        changed = dataclasses.replace(one.record, results=results, evaluations=[(step, results) for step in (2, 3)])
+        runs.append(dataclasses.replace(one, record=changed))
+    text = several.render(runs)
+    check(text, SECTIONS)
+    table = text.replace("<wbr>", "").partition('<table class="several">')[2].partition("</table>")[0]
+    rows = re.findall(r'<tr><th scope="row">(.*?)<br>.*?<b>([0-9.]+)</b>', table)
+    assert rows == [
+        ("zeroshot/holdout", "61.0"), ("zeroshot/folder:x", "61.0"), ("retrieval/holdout", "21.0"),
+        ("retrieval/folder:x", "21.0"),
+    ]  # fmt: skip
+    charts = re.findall(r"<figcaption><b>([a-z]+/(?:holdout|folder:x)),", text)
+    assert charts == [name for name, _ in rows]
+
+
+def test_runs_that_are_not_complete_have_the_newest_result_of_each_set_and_its_step(tmp_path):
+    """Evaluated at step 3 by the command, at step 5 by the run."""
+    a, b = (run(tmp_path / name, i, 40) for i, name in enumerate("ab"))
+    with RunFolder(tmp_path / "b").metrics_file.open("a") as file:
+        file.write(json.dumps({"step": 5, "zeroshot/x/top1": 90.0, "zeroshot/x/ways": 4.0, "zeroshot/x/n": 100.0}))
+    text = several.render([a, dataclasses.replace(b, record=record.read(b.record.folder))])
+    words = " ".join(check(text, SECTIONS).text)
+    table = text.partition('<table class="several">')[2].partition("</table>")[0]
+    assert re.findall(r"<td>(?:<b>)?([0-9.]+)(?:</b>)? <small>step ([0-9]+)</small>", table) == [
+        ("40.0", "3"), ("90.0", "5"),
+    ]  # fmt: skip
+    assert "Runs without a last evaluation have the newest result of each set, with its step." in words
+
+
+def test_a_result_that_is_not_a_number_is_not_the_best(tmp_path, monkeypatch):
+    a, b = (run(tmp_path / name, i, 40) for i, name in enumerate("ab"))
+    undefined = [dataclasses.replace(b.record.results[0], value=float("nan"), items=None)]
+    row = {"set": "x", "metric": "top1", "unit": "%", "a": 40.0, "b": float("nan"), "difference": float("nan")}
+    monkeypatch.setattr(several, "compare", lambda *_, **__: [row])
+    text = several.render([a, dataclasses.replace(b, record=dataclasses.replace(b.record, results=undefined))])
+    table = text.partition('<table class="several">')[2].partition("</table>")[0]
+    assert "<td>not a number" in table and "nan<" not in table and "<td>40.0" in table
+    differences = text.partition('id="differences"')[2].partition("</section>")[0]
+    assert "<td>40.0</td><td>not a number</td><td>not a number</td>" in differences and "nan" not in differences
+
+
 def test_held_out_pairs_templates_and_names_are_those_of_the_first_run(tmp_path, monkeypatch, capsys):
     pairs, sets = tmp_path / "pairs", ("retrieval/holdout", "zeroshot/holdout")
     for seed, label in enumerate(("fox", "hen")):

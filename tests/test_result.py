@@ -10,8 +10,10 @@ from tests.encoding import make_encoder, small_model
 from tests.test_sets import small_demo  # noqa: F401
 from xclip_jax.evaluators import flat_names, registry, summary
 from xclip_jax.evaluators.provenance import SHIFTED, Provenance
-from xclip_jax.evaluators.result import Result, flat, from_json, items, to_json
+from xclip_jax.evaluators.result import Result, flat, from_json, items, to_json, unit_of
 from xclip_jax.evaluators.statistics import PerExample
+from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
+from xclip_jax.report import chance
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "results"
 
@@ -51,6 +53,27 @@ def test_a_record_has_its_name_and_survives_json():
     (back,) = from_json([{**record, "of a later version": 1} for record in to_json([result])])
     assert {key: getattr(back, key) for key in fields} == fields and back.protocol.role == SHIFTED
     assert (back.set, back.family, back.metric, back.value, back.unit) == ("emoji/x", "zeroshot", "top1", 12.5, "%")
+
+
+def test_precision_and_correlations_are_no_shares_of_the_items():
+    """A binomial interval over the images would be several times too narrow for a mean average precision."""
+    rng = np.random.default_rng(0)
+    labels, pixels = rng.random((40, 3)) < 0.3, list(rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
+    data = ZeroShotSet("voc", pixels, labels, [["a"], ["b"], ["c"]], card=Provenance(metric="map"))
+    results = ZeroShot(make_encoder(8, 0), data).measure(small_model(8, 0)[1])
+    units = {result.metric: result.unit for result in results}
+    assert units == {"n": "", "ways": "", "map": "x 100", "map11": "x 100"}
+    first = next(result for result in results if result.metric == "map11")
+    assert chance.judge(first).resampled and str(chance.judge(first))
+    values = flat(results)
+    # results.json has no values of items; before it named this unit, it had none.
+    records = [{key: x for key, x in record.items() if key != "unit"} for record in to_json([first])]
+    for read in (from_json(to_json([first])), from_json(records), flat_names.read(values)):
+        (without,) = [result for result in read if result.metric == "map11"]
+        assert without.unit == "x 100" and str(chance.judge(without)) == ""
+    assert [unit_of(metric) for metric in ("linear/matthews", "roc_auc", "top1_top5", "f1", "spearman_all")] == [
+        "x 100", "x 100", "%", "%", "x 100"
+    ]  # fmt: skip
 
 
 def test_items_go_by_the_name_of_their_result():

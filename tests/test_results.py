@@ -1,16 +1,19 @@
 """The file of results, what commands add to it, and comparisons of two."""
 
+import errno
 import json
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import PIL.Image
 import pytest
 from etils import epath
 
-from xclip_jax import evaluate, model_card
+from xclip_jax import evaluate, file_lock, model_card
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, results
 from xclip_jax.evaluators.result import Result, flat
@@ -226,6 +229,60 @@ def test_damaged_items_are_one_sentence(tmp_path):
     (tmp_path / "x.json.items.npz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"x\.json\.items\.npz is damaged"):
         results.read(epath.Path(tmp_path / "x.json"))
+
+
+ADDING = """
+import pathlib, sys, time
+from tests import test_results as t
+folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+(folder / name).touch()
+until = time.monotonic() + 60
+while len(list(folder.glob("adds*"))) < 2 and time.monotonic() < until:
+    time.sleep(0.01)
+for i in range(10):
+    items = {f"zeroshot/{name}{i}/top1": t.PerExample(t.np.ones(2))}
+    t.results.add(t.epath.Path(folder / "x.json"), t.entry(set=f"{name}{i}"), items, {}, own=True)
+"""
+
+
+def test_two_commands_that_add_at_the_same_time_lose_nothing(tmp_path):
+    names = ("adds_a", "adds_b")
+    commands = [subprocess.Popen([sys.executable, "-c", ADDING, str(tmp_path), name]) for name in names]
+    assert [command.wait(100) for command in commands] == [0, 0]
+    entries_, items = results.read(epath.Path(tmp_path / "x.json"))
+    assert {e["set"] for e in entries_} == {f"{name}{i}" for name in names for i in range(10)} and len(items) == 20
+    assert {path.name for path in tmp_path.iterdir()} == {"x.json", "x.json.items.npz", *names}
+
+
+@pytest.mark.parametrize("system", ["no locks", "Windows"])
+def test_a_file_system_without_locks_is_written(system, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if system == "Windows":
+        monkeypatch.setattr(file_lock, "fcntl", None)
+    else:
+        monkeypatch.setattr(file_lock.fcntl, "flock", refuse)
+    for name in ("x", "y"):
+        results.add(epath.Path(tmp_path / "x.json"), entry(set=name), {}, {}, own=True)
+    assert [e["set"] for e in results.read(epath.Path(tmp_path / "x.json"))[0]] == ["x", "y"]
+    assert {path.name for path in tmp_path.iterdir()} == {"x.json", "x.json.items.npz"}
+    assert capsys.readouterr().out.count("has no locks") == (system != "Windows")  # once, not for each set
+
+
+def test_a_lock_that_its_holder_removed_is_taken_again(tmp_path, monkeypatch):
+    """Between opening the lock file and locking it another process may finish, and remove it."""
+    lock, flock, locked = tmp_path / ".x.json.lock", file_lock.fcntl.flock, []
+
+    def late(file, how):
+        if not locked:
+            lock.unlink()
+        locked.append(file.name)
+        flock(file, how)
+
+    monkeypatch.setattr(file_lock.fcntl, "flock", late)
+    results.add(epath.Path(tmp_path / "x.json"), entry(), {}, {}, own=True)
+    assert locked == [str(lock)] * 2 and not lock.exists()
 
 
 # Comparisons.

@@ -7,7 +7,7 @@ import pytest
 from tests import tiny
 from tests.encoding import SIZE
 from xclip_jax.config.schema import resolve
-from xclip_jax.data import holdout, loader, sources, tokenizer, transforms
+from xclip_jax.data import holdout, loader, opening, sources, tokenizer, transforms
 from xclip_jax.data.folder_source import FolderSource
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.parallel import processes
@@ -42,7 +42,7 @@ class Run:
 
     def open(self):
         self.monkeypatch.setattr(holdout, "_known", {})  # of this process
-        return loader.open_sources(self.config.data)
+        return opening.open_sources(self.config.data)
 
     def prepare(self):
         self.monkeypatch.setattr(holdout, "_known", {})
@@ -154,9 +154,9 @@ def test_captions_are_compared_by_source(weights, tmp_path):
     c = loader.DataConfig(
         tuple(f"folder:{x}" for x in folders), weights=weights, batch=4, spread_duplicate_captions=True
     )
-    before = loader.sample_order(loader.open_sources(c), c, 0).captions
+    before = loader.sample_order(opening.open_sources(c), c, 0).captions
     (folders[1] / "007.txt").unlink()
-    after = loader.sample_order(loader.open_sources(c), c, 0).captions
+    after = loader.sample_order(opening.open_sources(c), c, 0).captions
     assert [x["unreadable"] for x in (*before, *after)] == [0, 0, 0, 1]
     assert after[0] == before[0] and after[1]["digest"] != before[1]["digest"]
 

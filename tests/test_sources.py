@@ -167,6 +167,30 @@ def test_captions_of_tfds_that_are_empty_are_bad_samples():
             source[i]
 
 
+class Photos(Numbers):
+    """Grey images that are not called so, and keywords some of which are empty."""
+
+    def _info(self):
+        photo = tfds.features.Image(shape=(None, None, 1))
+        features = {"photo": photo, "title": tfds.features.Text(), "tag": tfds.features.Text()}
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+    def _generate_examples(self):
+        for i in range(3):
+            photo = io.BytesIO(torture.encode(torture.picture(i).convert("L"), "PNG"))
+            yield i, {"photo": photo, "title": f"number {i}", "tag": "x" * (i % 2)}
+
+
+def test_images_of_tfds_that_have_another_name(tmp_path):
+    """They too are read as files, which training decodes, and not decoded to one channel."""
+    Photos(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    source = open_source("tfds:photos/train", str(tmp_path), image_key="photo", text_keys=("title",), tags_key="tag")
+    records = {record["text"][0]: record for record in (source[i] for i in range(3))}
+    for i in range(3):
+        assert records[f"number {i}"]["image"] == torture.encode(torture.picture(i).convert("L"), "PNG")
+        assert records[f"number {i}"]["tags"] == ["x"] * (i % 2)
+
+
 def test_tfds_that_is_not_there_or_in_another_format(tmp_path):
     command = r"`tfds build numbers --file_format=array_record --data_dir=.*`\.$"
     with pytest.raises(UserError, match=r"^TFDS data set 'numbers' is not prepared in .*/x; prepare .*" + command):

@@ -99,6 +99,21 @@ def test_a_picture_costs_one_request_and_an_unknown_length_is_read(store):
         storage.stat("answers://host/a")
 
 
+def test_a_change_of_any_part_of_a_tag_is_seen(monkeypatch):
+    """Such as of nginx, time and size of a file, or of Google's storage, whose end rarely changes."""
+    tags = ["6745a1b2-1406f40", "6746f332-1406f40", "CKDA84mH8okDEAE=", "CLDA84mH8okDEAE=", ""]
+    found = set()
+    for tag in tags:
+        storage._remote_stat.cache_clear()
+        system = type("System", (), {"info": lambda _, name, tag=tag: {"size": 21_000_000, "ETag": tag}})()
+        monkeypatch.setattr(storage, "_remote", lambda path, system=system: (system, path))
+        size, number = storage.stat("https://host/0.tar")
+        assert size == 21_000_000 and 0 <= number < 1 << 64
+        found.add(number)
+    storage._remote_stat.cache_clear()
+    assert len(found) == len(tags)
+
+
 def test_sizes_of_remote_files_are_not_remembered_for_ever():
     assert 0 < storage._remote_stat.cache_info().maxsize <= 1 << 20
 

@@ -295,6 +295,9 @@ def test_the_finding_is_a_plot_and_a_sentence_on_the_claims(tmp_path):
     readme.write_text(f"# A\n\n{page.START}\nold\n{page.END}\n\nB\n")
     for _ in range(2):
         page.write_finding(readme, snapshot)
+    (tmp_path / "cut.md").write_text(f"# A\n\n{page.START}\nold\n")
+    page.write_finding(tmp_path / "cut.md", snapshot)
+    assert (tmp_path / "cut.md").read_text().endswith(f"{page.START}\nold\n")  # what follows has no end
     lines = readme.read_text().splitlines()
     assert lines[3] == "![Differences from CLIP](docs/study/finding.svg)"
     assert lines[5].startswith("**Of the paper's 1 claims, 1 is undecided at this scale** (*") and "old" not in lines

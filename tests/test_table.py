@@ -1,6 +1,19 @@
+import dataclasses
+
+import numpy as np
 import pytest
 
-from xclip_jax.evaluators import flat_names, summary
+from tests import tiny
+from tests.encoding import make_encoder, small_model
+from tests.pages import Page, written
+from tests.test_probe import images
+from xclip_jax.evaluators import flat_names, registry, summary
+from xclip_jax.evaluators.probe import Probe, ProbeSet, Sweep
+from xclip_jax.evaluators.provenance import Provenance
+from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators.statistics import PerExample
+from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
+from xclip_jax.report import chance, examples, html
 
 
 def zero_shot(name):
@@ -81,3 +94,78 @@ def test_sets_of_own_files_have_short_names(names, short):
     assert [name for name, _ in classified.rows] == short
     assert summary.families(results).rows[0][1][0] == short[0]
     assert summary.headlines(results).startswith(f"{short[0]} top1 57.5")
+
+
+# The metric that a set is reported by, where the table of its evaluator has no column for it.
+
+
+def pets():
+    """Results of `pets`: top-1 is not the number to report."""
+    fields = {"n": 3669, "evaluator": "zeroshot"}
+    values = {"top1": 90.1, "top5": 99.0, "mean_per_class": 71.2}
+    results = [
+        Result("pets", "zeroshot", key, x, headline=key == "mean_per_class", **fields) for key, x in values.items()
+    ]
+    return [*results, Result("pets", "zeroshot", "ways", 37, unit="", evaluator="zeroshot")]
+
+
+def test_the_sets_own_metric_is_shown_first():
+    assert summary.headlines(pets()) == "pets mean_per_class 71.2, top1 90.1"
+    ((title, columns, rows),) = summary.tables(pets())
+    assert title == "zero-shot classification, %" and rows == [
+        ("pets", ["37", "", "90.1", "", "99.0", "", "mean_per_class", "71.2"])
+    ]
+    assert [name for name, _ in columns[-2:]] == ["own metric", "value"]
+    assert summary.families(pets()).rows == [("zero-shot classification", ["pets", "mean_per_class", "71.2", ""])]
+    head, line = summary.render(pets()).splitlines()
+    assert head.split()[-3:] == ["own", "metric", "value"] and line.split()[-2:] == ["mean_per_class", "71.2"]
+    assert head.index("value") + 5 == line.index("71.2") + 4
+
+
+def test_a_table_with_other_sets_shows_theirs_as_before():
+    others = flat_names.read(zero_shot("imagenet") | zero_shot("imagenet_r"))
+    alone = summary.render(others).splitlines()
+    head, *rows = summary.render([*others, *pets()]).splitlines()
+    assert head.startswith(alone[0]) and rows[:3] == alone[1:4]
+    assert rows[2].startswith("  less than imagenet") and rows[3].startswith("pets ")
+
+
+@pytest.mark.parametrize(
+    "metric", ["mean_per_class", "roc_auc", "top1_top5", "linear/mean_per_class", "linear/matthews"]
+)
+def test_metrics_of_published_sets_are_shown(metric):
+    """Those that docs/protocols.md names, as they are measured."""
+    labels, card = np.arange(30) % 2, Provenance(metric=metric)
+    if metric.startswith("linear/"):
+        sides = [images(labels), [], images(labels)]
+        data = ProbeSet("set", *sides, {"": (labels, labels[:0], labels)}, sweep=Sweep((1.0,), 0), card=card)
+        evaluator = Probe(make_encoder(), data)
+    else:
+        evaluator = ZeroShot(make_encoder(), ZeroShotSet("set", images(labels), labels, [["a"], ["b"]], card=card))
+    results = registry.measure(evaluator, small_model()[1])
+    (row,) = summary.rows(results)
+    (first, shown), *_ = row.shown
+    assert first.name == metric and shown.headline and shown.value == next(r for r in results if r.headline).value
+    assert summary.tables(results)[0].rows[0][1][-2:] == [metric, f"{shown.value:.1f}"]
+    # What is first has a chance level where shares of items do, so that pages test it.
+    levels = {"mean_per_class": 50, "linear/mean_per_class": 50, "top1_top5": 75}
+    assert shown.chance == levels.get(metric)
+
+
+def test_a_page_is_about_the_sets_own_metric(tmp_path):
+    values, y = np.repeat([1.0, 0.0, 1.0], [80, 10, 10]), np.repeat([0, 1], [80, 20])
+    results = [
+        dataclasses.replace(r, chance=50.0, items=PerExample(values, weights=1 / np.bincount(y)[y]))
+        if r.headline
+        else r
+        for r in pets()
+    ]
+    run = written(tmp_path / "run", tiny.config("clip"), [{"step": 1, "loss": 1.0, "clip/loss": 1.0}])
+    text = Page(html.render(dataclasses.replace(run, results=results), examples.Examples())).text
+    words = " ".join("|".join(text).split())
+    (judged,) = chance.judgements(results).values()
+    assert judged.resampled and judged.verdict == "above chance"
+    assert f"|mean_|per_|class|71.2|{judged}|above chance|" in words and "|own metric|value|95% interval|" in words
+    assert "Intervals are of the first metric of a row, or of the own metric that it names, at 95%" in words
+    # Without values of items there is none: a mean per class is no share of the images.
+    assert [str(j) for j in chance.judgements(pets()).values()] == [""]

@@ -168,6 +168,28 @@ def test_a_fine_tuned_model_is_wrong_on_them(tmp_path):
     assert (items[f"{name}/finetuned/top1"].values[list(BROKEN)] == 0).all() and metrics[f"{name}/n"] == 100
 
 
+@pytest.mark.parametrize("kind", ["probe", "finetuned"])
+def test_a_set_whose_first_image_is_unreadable_is_opened(kind, tmp_path):
+    for part in ("train", "test") if kind == "probe" else ("",):
+        (folder(tmp_path / part / "") / "cat" / "00.png").write_bytes(b"<html>")
+    spec = f"{kind}/folder:{tmp_path}"
+    (evaluator,) = registry.open_all([spec], make_encoder())
+    assert evaluator.name == f"visual/{spec}"
+    if kind == "probe":
+        found, items = measure(spec, sweep=Sweep((1.0,), 0))
+        assert found[f"visual/{spec}/unreadable"] == 2 and items[f"visual/{spec}/linear/top1"].values[0] == 0
+
+
+def test_a_part_of_a_training_set_leaves_out_what_cannot_be_read(tmp_path):
+    """A class of five images, one of which is unreadable, has a part of five shots, of four."""
+    for part, n in (("train", 5), ("test", 12)):
+        folder(tmp_path / part, n=n)
+        folder(tmp_path / part, ("ant", "bee"), n=12)
+    (tmp_path / "train" / "cat" / "03.png").write_bytes(b"")
+    found, _ = measure(f"fewshot/folder:{tmp_path}", sweep=Sweep((1.0, 100.0), 0), neighbours=False)
+    assert found[f"visual/fewshot/folder:{tmp_path}/unreadable"] == 1
+
+
 def test_a_model_that_diverged_is_wrong_everywhere(tmp_path):
     spec = f"folder:{folder(tmp_path)}"
     evaluator = registry.make(spec, make_encoder())

@@ -12,7 +12,7 @@ import optax
 from jax.experimental import multihost_utils
 
 from tests import tiny
-from xclip_jax.data import loader
+from xclip_jax.data import loader, opening
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.parallel import processes
 from xclip_jax.report.attention import attention
@@ -37,7 +37,7 @@ def main(folder, out, *others):
         processes.join(False, others[0], int(others[1]), int(others[2]))
     config = tiny.config("xclip", data__batch=BATCH, data__sources=(f"folder:{folder}",), model__img__patch_dropout=0.5)
     p = build.build(config)
-    order = loader.sample_order(loader.open_sources(p.data), p.data, config.seed)
+    order = loader.sample_order(opening.open_sources(p.data), p.data, config.seed)
     transform = loader.Transform(p.data, p.image_size, p.tokenizer, p.context_length)
     hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
     batches = loader.batches(order, transform, batch=BATCH, start=0, stop=STEPS, seed=0, **hosts)

@@ -17,7 +17,6 @@ and repeats no part. It stops with an error when the weights, the text file, or 
 changed. An image of other content and equal size is not detected, nor is any change of image files in a bucket.
 """
 
-import contextlib
 import json
 import os
 import pathlib
@@ -25,14 +24,14 @@ import shutil
 import sys
 import time
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
 from etils import epath
 
-from xclip_jax import compilation_cache, environment, inference, storage
+from xclip_jax import compilation_cache, environment, file_lock, inference, storage
 from xclip_jax.console import format_duration, log0
 from xclip_jax.data import embeddings
 from xclip_jax.data.prefetch import ThreadPrefetcher
@@ -40,11 +39,6 @@ from xclip_jax.doctor import machine
 from xclip_jax.embed_sources import Lines, Source, open_images
 from xclip_jax.errors import BadSample, Parser, UserError, check_count, exit_with_message
 from xclip_jax.storage import write_json
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 PART = 1024  # rows that an interruption may lose
 _PROGRESS_SECONDS = 5
@@ -151,10 +145,16 @@ class EmbeddingJob:
           UserError: another process writes the file, or wrote another one meanwhile; nothing could be embedded.
         """
         if not self.complete:
-            with _claimed(self.out):
-                self._check_plan()
-                if not self.complete:
-                    return self._make()
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with file_lock.beside(self.out, wait=False):
+                    self._check_plan()
+                    if not self.complete:
+                        return self._make()
+            except file_lock.HeldError as error:
+                raise UserError(
+                    f"{self.out} is being written by another process; wait for it, or name another file."
+                ) from error
         log0(f"{self.out} is complete; delete it to embed again.")
         return embeddings.about(self.out)
 
@@ -258,36 +258,6 @@ class EmbeddingJob:
         shutil.rmtree(self.folder)
         log0(f"{about['rows']:,} embeddings: {self.out}")
         return about
-
-
-@contextlib.contextmanager
-def _claimed(out: pathlib.Path) -> Iterator[None]:
-    """Hold a lock beside `out`, so that no other process writes its parts meanwhile. Raises `UserError` if one does."""
-    if fcntl is None:
-        yield
-        return
-    path = out.with_name(f".{out.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:  # removed at the end: who opened it before may hold a lock on nothing then
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{out} is being written by another process; wait for it, or name another file.") from error
-        except OSError as error:  # a network file system without locks
-            log0(f"WARNING: no lock on {out} ({error.strerror}); do not start another process that writes it meanwhile")
-        if not _is_at(path, file):
-            raise UserError(f"{out} was being written by another process just now; run the same command again.")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _is_at(path: pathlib.Path, file: IO[str]) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
 
 
 def _put_in_place(temporary: pathlib.Path, path: pathlib.Path) -> None:

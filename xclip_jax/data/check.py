@@ -216,13 +216,16 @@ def _open(options: argparse.Namespace) -> Source:
     """Open the source; errors name the arguments of this command.
 
     Raises:
-      UserError: it cannot be opened.
+      UserError: it cannot be opened, or is empty.
     """
     keys = options.image_key, tuple(options.text_keys.split(",")), options.tags_key
     try:
-        return sources.open_pairs(sources.spec_from_path(options.source), SourceOptions(options.data_dir, *keys))
+        source = sources.open_pairs(sources.spec_from_path(options.source), SourceOptions(options.data_dir, *keys))
     except MissingColumnError as error:
         raise UserError(f"{error.fault}; set {error.keys.replace('data.', '--')}.") from error
+    if not len(source):
+        raise UserError(f"source {options.source!r} has nothing in it; name another split or file.")
+    return source
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 
 from xclip_jax.data.base import Record, Source, WrappedSource
 from xclip_jax.data.config import DataConfig
-from xclip_jax.errors import UserError
+from xclip_jax.errors import BadSample, UserError
 
 # Streams of random numbers: which pairs are kept, and which captions are exchanged.
 _SUBSET, _NOISE = 1, 2
@@ -40,7 +40,10 @@ class Subset(WrappedSource):
 
 
 class NoisyCaptions(WrappedSource):
-    """A source of pairs some of which have the captions and keywords of another one: record i those of `donors[i]`."""
+    """A source of pairs some of which have the captions and keywords of another one: record i those of `donors[i]`.
+
+    A bad record makes the one that has its captions bad too.
+    """
 
     def __init__(self, source: Source, donors: np.ndarray) -> None:
         super().__init__(source)
@@ -50,7 +53,11 @@ class NoisyCaptions(WrappedSource):
         record, donor = self.source[index], int(self.donors[index])
         if donor == index:
             return record
-        other = self.source[donor]
+        try:
+            other = self.source[donor]
+        except BadSample as error:
+            place = ", ".join(f"{key} {value}" for key, value in self.source.describe(donor).items())
+            raise BadSample("the pair whose captions it has is bad", f"{place}: {error}") from error
         return record | {"text": other["text"], "tags": other["tags"]}
 
 

@@ -108,9 +108,7 @@ def draw_all(drawings: Sequence[Drawing], progress: Callable[[int], None] = lamb
     chunks = [drawings[start : start + _CHUNK] for start in range(0, len(drawings), _CHUNK)]
     pictures: list[list[Picture]] = [[] for _ in chunks]
     done = 0
-    with ThreadPoolExecutor(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ) as pool:
+    with ThreadPoolExecutor(_cores()) as pool:
         tasks = {pool.submit(_in_process, chunk): i for i, chunk in enumerate(chunks)}
         try:
             for task in as_completed(tasks):

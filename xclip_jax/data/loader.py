@@ -15,8 +15,8 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from xclip_jax.data import holdout, labelled, records, sources, transforms, workers
-from xclip_jax.data.base import Record, Source, SourceOptions
+from xclip_jax.data import records, sources, transforms, workers
+from xclip_jax.data.base import Record, Source
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.ledger import Entry, Ledger
 from xclip_jax.data.shared_memory import SharedBatchPool
@@ -34,48 +34,6 @@ READ_GROUP = 32
 WORKER_BUFFER = 2
 # Batches that the loop keeps: steps that were dispatched may not have copied theirs yet.
 IN_FLIGHT = 4
-
-
-def source_options(config: DataConfig) -> SourceOptions:
-    """Return the keys of `config` that sources use."""
-    return SourceOptions(config.dir, config.image_key, tuple(config.text_keys), config.tags_key)
-
-
-def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | None = None) -> list[Source]:
-    """Open the sources of `config`, without the pairs that `config.holdout` holds out.
-
-    Args:
-      config: their specs and options.
-      classes: number of classes of labelled sources; 0 for pairs.
-      fields: those of training batches, of "image", "text" and "label"; None where nothing is trained.
-
-    Raises:
-      labelled.MismatchError: labelled sources that do not fit `classes` or `fields`.
-      UserError: a source that cannot be opened, keys that contradict each other, labelled sources that do not fit each
-        other, and for training fewer pairs than a batch has.
-    """
-    sources.parse_all(config.sources)
-    options = source_options(config)
-    if classes:
-        if config.spread_duplicate_captions:
-            raise UserError(
-                "data.spread_duplicate_captions compares captions, and labelled items have none: set it to False."
-            )
-        if config.holdout:
-            raise UserError("data.holdout holds out pairs; of labelled items evaluate another split, and set it to 0.")
-        items = [sources.open_labelled(spec, options) for spec in config.sources]
-        labelled.check_sources(config.sources, items, classes, fields)
-        return list(items)
-    opened = [sources.open_pairs(spec, options) for spec in config.sources]
-    if config.holdout:
-        opened = holdout.training_part(config.sources, opened, config)
-    if fields is not None and config.batch > (pairs := sum(map(len, opened))):
-        which = "that data.holdout leaves" if config.holdout else "of data.sources"
-        raise UserError(
-            f"data.batch={config.batch} exceeds the {pairs} pairs {which}: a batch would contain pairs several times, "
-            f"as their own negatives. Set data.batch to at most {pairs}, or add pairs."
-        )
-    return opened
 
 
 @dataclasses.dataclass(frozen=True)

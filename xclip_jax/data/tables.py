@@ -156,7 +156,10 @@ class TableSource(Source):
         return self._columns[key][index]
 
     def _path(self, index: int, value: str) -> str:
-        return value if storage.is_remote(value) else str(pathlib.Path(self._table(index)).parent / value)
+        table = self._table(index)
+        if storage.is_remote(table) and not storage.is_remote(value) and not value.startswith("/"):
+            return f"{table.rpartition('/')[0]}/{value}"  # a Path would take the // of its address for one /
+        return value if storage.is_remote(value) else str(pathlib.Path(table).parent / value)
 
     def describe(self, index: int) -> dict[str, str]:
         """Path of the image, or the row's number."""
@@ -219,6 +222,8 @@ class CsvSource(TableSource):
         columns, counts = [[] for _ in keys], []
         self._too_long = array.array("q")  # index, line and number of fields of rows with too many of them
         for path in self.tables:
+            if storage.is_remote(path):
+                raise UserError(f"table {path!r} is not on this machine; copy it here, or write it as parquet.")
             before = len(columns[0])
             rows = read_rows(path)
             _, names = next(rows, (0, []))

@@ -7,6 +7,7 @@ silently: a row with a fault cannot be read, and names the reason.
 """
 
 import concurrent.futures
+import glob
 import hashlib
 import io
 import json
@@ -291,16 +292,28 @@ def _serve() -> None:
             print(" ".join(str(error).split()), flush=True)
 
 
+def find(pattern: str) -> list[str]:
+    """Return the tars of a local folder, whose name may have any letters, or the files that `storage.expand` names.
+
+    Raises:
+      UserError: as `storage.expand`; a folder without tars.
+    """
+    folder, tars = os.path.expanduser(pattern), []
+    if not storage.is_remote(pattern) and os.path.isdir(folder):
+        tars = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
+    return tars or storage.expand(pattern)
+
+
 def main(arguments: Sequence[str]) -> None:
     """The command; see the module's docstring."""
     if list(arguments) == ["--serve"]:  # by `_Indexer`
         _serve()
         return
     parser = Parser(prog="python -m xclip_jax.data.tar_index", description="Index tars of pairs ahead of a run.")
-    parser.add_argument("pattern", help="of tars: paths, ranges as {00000..01242}.tar and globs, with commas between")
+    parser.add_argument("pattern", help="a folder of tars; or paths, ranges as {00000..01242}.tar and globs")
     options = parser.parse_args(arguments)
     with exit_with_message():
-        load(storage.expand(options.pattern))
+        load(find(options.pattern.removeprefix("tar:")))
 
 
 if __name__ == "__main__":

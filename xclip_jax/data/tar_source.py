@@ -5,11 +5,9 @@ The shuffle is global and exact, a run resumes anywhere, and shards need not be 
 
 import bisect
 import collections
-import glob
 import hashlib
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -25,14 +23,6 @@ from xclip_jax.errors import BadSample, UserError
 _GAP = 1 << 16  # files of a sample that are closer than this are read in one request
 _MAX_KEYS = 20_000_000  # more keys would take gigabytes to compare
 _EXAMPLES = 3
-
-
-def _in_folder(path: str) -> list[str]:
-    """Return the tars of a local folder, whose name may have any letters; [] if it is none or has none."""
-    folder = os.path.expanduser(path)
-    if storage.is_remote(path) or not os.path.isdir(folder):
-        return []
-    return sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
 
 
 class TarSource(Source):
@@ -56,7 +46,7 @@ class TarSource(Source):
         self.pattern, self.text_keys, self.tags_key = pattern, tuple(text_keys), tags_key
         fields = bool(tags_key) or any(key != "text" for key in self.text_keys)
         self._parts = ("image", *["text"] * ("text" in self.text_keys), *["json"] * fields)
-        self.tars = _in_folder(pattern) or storage.expand(pattern)
+        self.tars = tar_index.find(pattern)
         self._open(tar_index.load(self.tars))
         if not any((rows["fault"] == tar_index.OK).any() for rows in self.rows):
             faults = sorted({tar_index.FAULTS[fault] for rows in self.rows for fault in np.unique(rows["fault"])})

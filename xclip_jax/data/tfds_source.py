@@ -23,8 +23,10 @@ def lookup(record: Record, key: str) -> list[str]:
     return [item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item) for item in values]
 
 
-def open_tfds(spec: str, split: str, data_dir: str | None) -> tuple[Any, tfds.core.DatasetInfo]:
-    """Open a split as a data source without decoded images, and return its information too.
+def open_tfds(
+    spec: str, split: str, data_dir: str | None, image_key: str = "image"
+) -> tuple[Any, tfds.core.DatasetInfo]:
+    """Open a split as a data source whose images, at `image_key`, are not decoded, and return its information too.
 
     Raises:
       UserError: an unknown data set or split; one that is not prepared, or in files without random access.
@@ -41,7 +43,9 @@ def open_tfds(spec: str, split: str, data_dir: str | None) -> tuple[Any, tfds.co
     except Exception as error:
         raise UserError(f"TFDS data set {spec!r} cannot be opened in {folder} ({first_line(error)}).") from error
     try:
-        decoders = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
+        features = builder.info.features
+        encoded = image_key in features and isinstance(features[image_key], tfds.features.Image)
+        decoders = {image_key: tfds.decode.SkipDecoding()} if encoded else None
         return builder.as_data_source(split, decoders=decoders), builder.info
     except Exception as error:
         if not builder.is_prepared():
@@ -100,7 +104,7 @@ class TfdsSource(Source):
         return {
             "image": record[self.options.image_key],
             "text": text,
-            "tags": lookup(record, self.options.tags_key) if self.options.tags_key else [],
+            "tags": strip_texts(lookup(record, self.options.tags_key)) if self.options.tags_key else [],
             "id": str(index),
         }
 
@@ -161,7 +165,7 @@ class TfdsSplits(SourceKind):
     def open_pairs(cls, rest: str, options: SourceOptions) -> TfdsSource:
         """Open a `TfdsSource`."""
         name, split = _name_and_split(rest)
-        return TfdsSource(*open_tfds(name, split, options.dir or None), split, options)
+        return TfdsSource(*open_tfds(name, split, options.dir or None, options.image_key), split, options)
 
     @classmethod
     def open_labelled(cls, rest: str, options: SourceOptions) -> TfdsLabelled:

@@ -145,7 +145,9 @@ def _open(data: bytes | Image.Image, held: contextlib.ExitStack) -> Image.Image:
 def _decode(data: bytes | np.ndarray, scaled_to: int, held: contextlib.ExitStack) -> np.ndarray:
     """Decode an image, see `decode`. Until `held` is closed the image's pixels count as being decoded."""
     if isinstance(data, np.ndarray):
-        return data
+        if data.dtype != np.uint8 or data.shape[2:] not in ((1,), (3,)) or not data.size:
+            raise BadSample("image is not uint8 (h, w, 3)", f"an array of {data.dtype}, {data.shape}")
+        return data if data.shape[2] == 3 else data.repeat(3, axis=2)
     if data[:2] == b"\xff\xd8" and (image := _decode_jpeg(data, scaled_to, held)) is not None:
         return image
     return np.array(_to_rgb(_open(data, held)))
@@ -162,7 +164,7 @@ def decoding(data: bytes | np.ndarray, *, scaled_to: int = 0) -> Iterator[np.nda
 
 
 def decode(data: bytes | np.ndarray, *, scaled_to: int = 0) -> np.ndarray:
-    """Decode an image to uint8 RGB (h, w, 3), rotated by its EXIF tag; an array (h, w, 3) is returned as it is.
+    """Decode an image to uint8 RGB (h, w, 3), rotated by its EXIF tag; an array (h, w, 3), or grey (h, w, 1), as RGB.
 
     JPEGs are decoded by libjpeg-turbo; CMYK, those that EXIF rotates, and all other formats by Pillow. Of several
     frames the first is decoded, transparency is dropped.
@@ -173,7 +175,7 @@ def decode(data: bytes | np.ndarray, *, scaled_to: int = 0) -> np.ndarray:
         number of pixels, and slightly less exact. 0 for the full size.
 
     Raises:
-      BadSample: not an image, a damaged one, or one of more than `MAX_PIXELS`, which is checked before decoding.
+      BadSample: not an image, a damaged one, another array, or more than `MAX_PIXELS`, checked before decoding.
     """
     with decoding(data, scaled_to=scaled_to) as image:
         return image

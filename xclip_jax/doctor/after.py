@@ -249,8 +249,7 @@ def _results(run: Record, folder: RunFolder) -> Iterator[Finding]:
     failed = (folder.read_results() or {}).get("failed") or {}
     for name, reason in failed.items():
         yield fail("results", f"{name} could not be evaluated: {reason}", "run the same command to evaluate again")
-    results = run.results or (run.evaluations[-1][1] if run.evaluations else [])
-    judged = chance.verdicts(results)
+    judged = chance.verdicts(run.results)
     if not judged:
         return
     above = [name for (name, _), verdict in judged.items() if verdict == "above chance"]

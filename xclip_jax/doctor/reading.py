@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from xclip_jax.data import controls, labelled, loader
+from xclip_jax.data import controls, labelled, loader, opening
 from xclip_jax.data.base import Source
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.doctor.finding import Finding, attempt, fail, warning
@@ -114,7 +114,7 @@ def _one(data: loader.DataConfig, spec: str) -> loader.DataConfig:
 
 def _open_sources(data: loader.DataConfig, objective: Objective) -> list[Source]:
     try:
-        return loader.open_sources(data, objective.classes, objective.fields)
+        return opening.open_sources(data, objective.classes, objective.fields)
     except labelled.MismatchError as error:
         raise UserError(f"{error}; {objective.source_remedies.get(error.fault, 'use another source')}.") from error
 

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
+from xclip_jax.errors import BadSample
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.result import Result, flat
+from xclip_jax.evaluators.result import Result, flat, unit_of
 from xclip_jax.models.two_towers import Variables
 
 
@@ -99,7 +100,7 @@ class Evaluator(abc.ABC):
     def result(self, metric: str, value: float, **fields: Any) -> Result:
         """Return a result of this evaluator's set; `fields` are further ones of `Result`."""
         card = self.data.card
-        fields = {"protocol": card, "evaluator": self.data.evaluator} | fields
+        fields = {"protocol": card, "evaluator": self.data.evaluator, "unit": unit_of(metric)} | fields
         result = Result(self.data.name, self.family, metric, float(value), **fields)
         return dataclasses.replace(result, headline=result.key == card.metric)
 
@@ -169,6 +170,14 @@ class SetKind(abc.ABC):
     def shows(cls, spec: str) -> str:
         """Return what a report shows of a set: "classes" of a `ZeroShotSet`, "captions" of a `RetrievalSet`, or ""."""
         return ""
+
+
+def are_texts(items: Sequence[Any]) -> bool:
+    """Whether items are texts, or tuples of them; a first image that cannot be decoded is an image."""
+    try:
+        return isinstance(items[0], (str, tuple))
+    except BadSample:
+        return False
 
 
 def closest(spec: str, names: Iterable[str], at_path: Iterable[str]) -> list[str]:

@@ -16,7 +16,7 @@ from xclip_jax.data.base import SourceOptions
 from xclip_jax.data.labelled import check_one_class
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators.base import Evaluator, Layout, Metric, SetKind
+from xclip_jax.evaluators.base import Evaluator, Layout, Metric, SetKind, are_texts
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.prompts import Profile
@@ -95,7 +95,7 @@ class ClassifierEvaluator(Evaluator):
                 "of the set, in its order"
             )
         super().__init__(encoder, data.renumbered(encoder.classes) if encoder.classes and data.names else data)
-        self.images = not isinstance(data.items[0], str)
+        self.images = not are_texts(data.items)
         self.family = "visual" if self.images else "textual"
 
     def measure(self, variables: Variables) -> list[Result]:

@@ -15,6 +15,7 @@ from xclip_jax.evaluators.statistics import valid_rows
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 COARSE = tuple(10.0**e for e in range(-6, 7, 2))
 _CHUNK = 1 << 25  # similarities at once, fp32
+_MOST_FOR_C = 10_000  # items beside a part of a training set on which C is chosen: scores of all may not fit memory
 
 Labelled = tuple[np.ndarray, np.ndarray]  # features (n, d) and labels int (n,)
 # Of each test item whether it is right, 0.0 or 1.0 (n,), or how often in several fits; and {metric: value} of the fit.
@@ -78,6 +79,18 @@ def subset(labels: np.ndarray, amount: str, seed: int = 0) -> np.ndarray:
       seed: of the subset.
 
     Raises:
+      UserError: as `part_sizes`.
+    """
+    rng, chosen = np.random.default_rng(seed), []
+    for c, count in part_sizes(labels, amount).items():
+        chosen.append(rng.permutation(np.flatnonzero(labels == c))[:count])
+    return np.sort(np.concatenate(chosen))
+
+
+def part_sizes(labels: np.ndarray, amount: str) -> dict[int, int]:
+    """Return {class: its items} of a part of a training set; the arguments are those of `subset`.
+
+    Raises:
       UserError: an unknown amount, or a class with fewer items than shots.
     """
     number = amount.removesuffix("-shot").removesuffix("%")
@@ -89,14 +102,34 @@ def subset(labels: np.ndarray, amount: str, seed: int = 0) -> np.ndarray:
     in_range = 0 < value <= 100 if unit == "%" else value > 0  # NaN is not
     if unit not in ("%", "-shot") or not in_range:
         raise UserError(f"unknown part of a training set {amount!r}; expected N-shot or P%, such as 5-shot or 10%.")
-    rng, chosen = np.random.default_rng(seed), []
-    for c in np.unique(labels):
-        members = np.flatnonzero(labels == c)
-        count = value if unit == "-shot" else max(1, round(len(members) * value / 100))
-        if count > len(members):
-            raise UserError(f"class {c} has {len(members)} training items, too few for {amount}.")
-        chosen.append(rng.permutation(members)[:count])
-    return np.sort(np.concatenate(chosen))
+    of_class = {}
+    for c, n in zip(*np.unique(labels, return_counts=True), strict=True):
+        of_class[int(c)] = int(value) if unit == "-shot" else max(1, round(n * value / 100))
+        if of_class[int(c)] > n:
+            raise UserError(
+                f"class {c} has {n} training items, too few for {amount}; add items, or evaluate probe/NAME, which "
+                "has no parts."
+            )
+    return of_class
+
+
+def to_choose_c(train: Labelled, part: np.ndarray, validation: Labelled, seed: int) -> Labelled:
+    """Return the items on which C is chosen for a part of a training set; none where `linear` holds a tenth of it out.
+
+    They are the validation items, or without any, where a class has a single item in the part, at most `_MOST_FOR_C`
+    of the training items outside of it: a class whose only item is held out is not learned, and every C is as bad.
+
+    Args:
+      train, validation: of the set.
+      part: indices of the part.
+      seed: of the draw of those that are at most `_MOST_FOR_C`.
+    """
+    x, y = train
+    if len(validation[1]) or np.unique(y[part], return_counts=True)[1].min() > 1:
+        return validation
+    rest = np.setdiff1d(np.arange(len(y)), part)
+    rest = np.random.default_rng(seed).permutation(rest)[:_MOST_FOR_C]
+    return x[rest], y[rest]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from xclip_jax.evaluators.provenance import SHIFTED, VALIDATION, Provenance
-from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators.result import Result, unit_of
 
 _RECALLS = ("image_to_text/r1", "image_to_text/r5", "text_to_image/r1", "text_to_image/r5")
 # Family, a metric that each of its sets has, the metrics to read.
@@ -61,11 +61,10 @@ def _results_of_set(values: Mapping[str, float], family: str, name: str, metrics
             full = "/".join(filter(None, (family, name, score, metric)))
             if full not in values:
                 continue
-            unit = "x 100" if metric.endswith(("spearman", "pearson", "spearman_all", "spearman_mean")) else "%"
             n = next((int(sizes[key]) for key in _counted(metric) if key in sizes), 0)
             chance = _chance(values, sizes, f"{family}/{name}", metric)
-            fields: dict[str, Any] = {"unit": unit, "n": n, "chance": chance, "score": score, "headline": headline}
-            results.append(Result(metric=metric, value=values[full], **fields, **shared))
+            fields: dict[str, Any] = {"unit": unit_of(metric), "n": n, "chance": chance, "score": score}
+            results.append(Result(metric=metric, value=values[full], headline=headline, **fields, **shared))
             headline = False
     return results
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from xclip_jax.config import fields
 from xclip_jax.console import log0
-from xclip_jax.data import holdout, loader, sources
+from xclip_jax.data import holdout, opening, sources
 from xclip_jax.data.base import MissingColumnError, Source
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.controls import Subset
@@ -85,7 +85,7 @@ def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
 
 
 def _pairs(specs: Sequence[str], share: float, data: DataConfig) -> tuple[list[Source], list[holdout.Pairs]]:
-    options = loader.source_options(data)
+    options = opening.source_options(data)
     opened = [sources.open_pairs(spec, options) for spec in specs]
     return opened, [holdout.find(spec, source, share, data) for spec, source in zip(specs, opened, strict=True)]
 

@@ -25,7 +25,7 @@ class Pictures(Sequence):
         try:
             image = self._images[index]
             if self._border or not isinstance(image, bytes):
-                image = _to_rgb(transforms.decode(image))
+                image = transforms.decode(image)
             if self._border:
                 image = image[self._border : -self._border, self._border : -self._border]
             return self._prepare(image)
@@ -37,11 +37,6 @@ class Pictures(Sequence):
 def _describe(images: Sequence[Any], index: int) -> str:
     """Return what names an image to a person."""
     return f"image {images.name(index)!r}" if isinstance(images, Files) else f"record {index}"
-
-
-def _to_rgb(image: np.ndarray) -> np.ndarray:
-    """Return RGB of an image that may be grey (h, w, 1), as TFDS stores MNIST."""
-    return image.repeat(3, axis=-1) if image.shape[-1] == 1 else image
 
 
 class Augmented(Sequence):
@@ -57,7 +52,7 @@ class Augmented(Sequence):
     def __getitem__(self, index: int) -> np.ndarray:  # ty: ignore[incompatible-method-override] no slices
         rng = np.random.default_rng((self._epoch, index))
         try:
-            image = _to_rgb(transforms.decode(self._images[index]))
+            image = transforms.decode(self._images[index])
         except BadSample as error:
             error.add_note(f"training image {index}")
             raise

@@ -12,9 +12,21 @@ import numpy as np
 
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import sgd
-from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
+from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric, are_texts
 from xclip_jax.evaluators.encoder import Encoder
-from xclip_jax.evaluators.feature_classifiers import Fit, Labelled, Sweep, choose, is_right, knn, linear, nested, subset
+from xclip_jax.evaluators.feature_classifiers import (
+    Fit,
+    Labelled,
+    Sweep,
+    choose,
+    is_right,
+    knn,
+    linear,
+    nested,
+    part_sizes,
+    subset,
+    to_choose_c,
+)
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import PerExample, class_weights
@@ -33,6 +45,7 @@ class ProbeSet:
         chosen on one training item in ten, at random with seed 0.
       tasks: name ("" of a single one) -> labels of the three, int (n,).
       parts: of the training set, "10%" or "5-shot"; each has results of its own, means over 3 random subsets.
+        `to_choose_c` says on which items C is chosen.
       sweep: of C.
       neighbours: whether nearest neighbours are evaluated too.
       folds: above 0, C is chosen among the sweep's `coarse` by this number of folds of `train`; without `test` items
@@ -71,6 +84,11 @@ class ProbeSet:
             if unseen:
                 of_task = f" of task {task!r}" if task else ""
                 raise UserError(f"{self.name}: classes {unseen}{of_task} have no training item; leave their items out.")
+            for part in self.parts:
+                try:
+                    part_sizes(labels[0], part)
+                except UserError as error:
+                    raise UserError(f"{self.name}: {error}") from error
 
 
 class Probe(Evaluator):
@@ -102,7 +120,7 @@ class Probe(Evaluator):
 
     def __init__(self, encoder: Encoder, data: ProbeSet, family: str = "") -> None:
         super().__init__(encoder, data)
-        self.family = family or ("textual" if isinstance(data.train[0], (str, tuple)) else "visual")
+        self.family = family or ("textual" if are_texts(data.train) else "visual")
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class names."""
@@ -110,13 +128,10 @@ class Probe(Evaluator):
         for task, labels in self.data.tasks.items():
             tested, num_classes = labels[2] if len(labels[2]) else labels[0], int(labels[0].max()) + 1
             n, majority = len(tested), 100 * float(np.mean(tested == np.bincount(labels[0]).argmax()))
+            chance = {"top1": majority, "mean_per_class": 100 / len(np.unique(tested))}  # of one answer to all
             for probe, (values, extra) in self._task(variables, features, labels).items():
-                items = {"top1": PerExample(values), "mean_per_class": PerExample(values, class_weights(tested))}
-                if max(map(np.max, (labels[0], tested))) == 1 and set(np.unique(values)) <= {0.0, 1.0}:
-                    predicted = np.where(values == 1, tested, 1 - tested)
-                    items |= {key: PerExample(predicted, other=tested, statistic=key) for key in ("f1", "matthews")}
-                for key, item in items.items():
-                    fields = {"task": task, "n": n, "items": item, "chance": majority if key == "top1" else None}
+                for key, item in _items(values, tested, num_classes).items():
+                    fields = {"task": task, "n": n, "items": item, "chance": chance.get(key)}
                     results.append(self.result(f"{probe}/{key}", item.value(), **fields))
                 others += [self.count(f"{probe}/{key}", value, task=task) for key, value in extra.items()]
             sizes = {"n": n, "train": len(labels[0]), "ways": num_classes}
@@ -163,12 +178,14 @@ class Probe(Evaluator):
             fits = {"linear": linear(train, validation, test, classes, sweep, self._score)}
         if self.data.neighbours:
             fits["knn"] = (is_right(knn(*both, test[0], classes), test[1]), {})
+        # Parts are drawn of all items, so that a class has enough where one of them cannot be read.
+        of_train = np.flatnonzero(readable[0]) if left_out else np.arange(len(labels[0]))
         for part in self.data.parts:
             runs = []
             for seed in range(_SEEDS):
-                chosen = subset(train[1], part, seed)
-                part_of_train = (train[0][chosen], train[1][chosen])
-                runs.append(linear(part_of_train, validation, test, classes, sweep, self._score, join=False)[0])
+                chosen = np.flatnonzero(np.isin(of_train, subset(labels[0], part, seed)))
+                part_of_train, held = (train[0][chosen], train[1][chosen]), to_choose_c(train, chosen, validation, seed)
+                runs.append(linear(part_of_train, held, test, classes, sweep, self._score, join=False)[0])
             fits[f"linear/{part}"] = (np.mean(runs, axis=0), {})
         return fits
 
@@ -191,9 +208,18 @@ class Probe(Evaluator):
         return is_right(test[0] @ weights + bias, test[1])
 
     def _score(self, logits: np.ndarray, labels: np.ndarray) -> float:
-        """Return the set's own metric, by which C is chosen."""
-        weights = class_weights(labels) if self.data.card.metric.endswith("mean_per_class") else None
-        return PerExample(is_right(logits, labels), weights).value()
+        """Return the set's own metric, by which C is chosen; top1 where the probe has no such metric."""
+        items = _items(is_right(logits, labels), labels, logits.shape[1])
+        return items.get(self.data.card.metric.rpartition("/")[2], items["top1"]).value()
+
+
+def _items(values: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, PerExample]:
+    """Each item's part in the metrics; `values` are 1.0 where it is right, or how often it is in several fits."""
+    items = {"top1": PerExample(values), "mean_per_class": PerExample(values, class_weights(labels))}
+    if classes == 2 and set(np.unique(values)) <= {0.0, 1.0}:
+        predicted = np.where(values == 1, labels, 1 - labels)
+        items |= {key: PerExample(predicted, other=labels, statistic=key) for key in ("f1", "matthews")}
+    return items
 
 
 class Joined(Sequence):

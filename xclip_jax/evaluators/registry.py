@@ -120,7 +120,7 @@ def listing() -> str:
 
 
 def expand_suites(suites: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the names of sets, each once, of one of `SUITES`, of names joined by commas, or of several of these.
+    """Return the names of sets, each once, of names and `SUITES` joined by commas, or of several of these.
 
     A name whose path has commas is not split where the path exists.
 
@@ -129,7 +129,8 @@ def expand_suites(suites: str | Sequence[str]) -> tuple[str, ...]:
     """
     names: dict[str, None] = {}
     for part in [suites] if isinstance(suites, str) else suites:
-        names |= dict.fromkeys(SUITES.get(part) or split(part))
+        for name in split(part):
+            names |= dict.fromkeys(SUITES.get(name, (name,)))
     if not names:
         raise UserError(f"--suite is empty; it must be one of {', '.join(SUITES)} or names of sets.")
     for name in names:

@@ -1,11 +1,20 @@
 """Results of evaluations as records, their names on disk, and their JSON."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.statistics import PerExample
+
+# Correlations, and precision averaged over a ranking.
+_TIMES_100 = ("spearman", "spearman_all", "spearman_mean", "pearson", "matthews", "map", "map11", "roc_auc")
+
+
+def unit_of(metric: str) -> str:
+    """Return the unit of a metric whose results name none: "x 100" of correlations and the like, else "%"."""
+    return "x 100" if metric.rpartition("/")[2] in _TIMES_100 else "%"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -17,7 +26,8 @@ class Result:
       family: what is measured: "zeroshot", "retrieval", "visual", "textual", or a name of the evaluator's own.
       metric: "top1", "image_to_text/r1"; also the sizes of the set, such as "n".
       value: a share in percent, a correlation times 100, or a plain number.
-      unit: "%", "x 100" of correlations, "rank" from 1, "" of plain numbers.
+      unit: "%" of shares of the items, for which a binomial interval holds; "x 100" of correlations, average precision,
+        areas and other numbers times 100; "rank" from 1; "" of plain numbers.
       n: number of items that it is measured on, 0 where unknown.
       chance: value of a random answer, in `unit`; with the unit "%" the share of items that are right by chance. None
         where no such level exists.
@@ -81,11 +91,14 @@ def to_json(results: Iterable[Result]) -> list[dict[str, Any]]:
 
 
 def from_json(records: Sequence[Mapping[str, Any]]) -> list[Result]:
-    """Return the results that `to_json` wrote; keys of later versions are ignored."""
-    return [
-        Result(
-            **{key: record[key] for key in _SAVED if key in record},
-            protocol=Provenance(role=record.get("role", "")),
-        )
-        for record in records
-    ]
+    """Return the results that `to_json` wrote; keys of later versions are ignored.
+
+    Earlier versions had percent for all that `unit_of` knows better.
+    """
+    return [Result(**_fields(record), protocol=Provenance(role=record.get("role", ""))) for record in records]
+
+
+def _fields(record: Mapping[str, Any]) -> dict[str, Any]:
+    saved = {key: record[key] for key in _SAVED if key in record}
+    # JSON has null for a value that is not a number.
+    return {"unit": unit_of(record["metric"])} | saved | ({"value": math.nan} if record["value"] is None else {})

@@ -16,6 +16,7 @@ entry's "items", and the metric is quoted as in a URL.
 
 import io
 import json
+import math
 import urllib.parse
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from xclip_jax import file_lock
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import flat_names
@@ -53,7 +55,10 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
         # Older files have these keys once, not in each entry.
         defaults = {key: record.get(key, default) for key, default in zip(_VIEW, ("", 0, "", {}), strict=True)}
         entries = [defaults | entry for entry in (*record.get("other_results", ()), *record["results"])]
-        _ = [(entry["set"], entry["value"], entry["name"], entry["metric"]) for entry in entries]
+        # JSON has no NaN: it is null.
+        nan = {"value": math.nan}
+        entries = [entry | nan if entry["value"] is None else entry for entry in entries]
+        _ = [(entry["set"], entry["name"], entry["metric"]) for entry in entries]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a file of results ({error}); delete it, and evaluate again with --checkpoint."
@@ -110,7 +115,7 @@ def parse_entries(entries: Sequence[Entry]) -> list[Result]:
 def add(
     path: epath.Path, entry: Entry, items: Mapping[str, PerExample], command: Mapping[str, Any], *, own: bool
 ) -> None:
-    """Add an entry to a results file, which is created if it does not exist.
+    """Add an entry to a results file, which is created if it does not exist; waits for another process that does so.
 
     Args:
       path: of the file.
@@ -122,15 +127,18 @@ def add(
     Raises:
       UserError: the file is damaged.
     """
-    entries, items_of = read(path) if path.exists() else ([], {})
-    if own:
-        entries = [old | {"checkpoint": entry["checkpoint"]} for old in entries]
-    entries = [old for old in entries if any(old.get(key) != entry[key] for key in KEY)]
-    entry = entry | {"items": digest([entry[key] for key in KEY])}
-    items_of = {old["items"]: items_of[old["items"]] for old in entries if old["items"] in items_of}
-    _write_items(path, items_of | {entry["items"]: dict(items)})
-    shown, others = latest([*entries, entry], entry["checkpoint"])
-    write_json(path, {**command, **{key: shown[-1][key] for key in _VIEW}, "results": shown, "other_results": others})
+    with file_lock.beside(path, wait=True):
+        entries, items_of = read(path) if path.exists() else ([], {})
+        if own:
+            entries = [old | {"checkpoint": entry["checkpoint"]} for old in entries]
+        entries = [old for old in entries if any(old.get(key) != entry[key] for key in KEY)]
+        entry = entry | {"items": digest([entry[key] for key in KEY])}
+        items_of = {old["items"]: items_of[old["items"]] for old in entries if old["items"] in items_of}
+        _write_items(path, items_of | {entry["items"]: dict(items)})
+        shown, others = latest([*entries, entry], entry["checkpoint"])
+        write_json(
+            path, {**command, **{key: shown[-1][key] for key in _VIEW}, "results": shown, "other_results": others}
+        )
 
 
 def latest(entries: Sequence[Entry], checkpoint: str | None = None) -> tuple[list[Entry], list[Entry]]:

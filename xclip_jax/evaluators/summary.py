@@ -21,6 +21,7 @@ _FAMILIES = {
 }
 _FAMILIES_TITLE = "the families"
 _LINES = (("items", ">14"), ("metric", ">11"), ("%", ">8"))  # columns of a table with a line for each metric
+_OWN = (("own metric", ">18"), ("value", ">8"))  # last columns of a table with a set whose metric no other one shows
 # Names of sets of files: a prefix such as "folder:", "imagenet@" or "module:Class:", and an absolute path or URL.
 _PATH = re.compile(r"([^:@]*[:@](?:\w+:)??)((?:/|~|\w+://).+)")
 
@@ -61,9 +62,16 @@ class Row:
     scores: dict[str, dict[str, Result]]
 
     @property
+    def own(self) -> list[tuple[Metric, Result]]:
+        """The set's own metric, where the layout does not have it; else empty."""
+        names = {metric.name for metric in self.layout.metrics}
+        own = (result for result in self.results.values() if result.headline and result.metric not in names)
+        return [(Metric(result.metric, result.metric, result.metric), result) for result in own]
+
+    @property
     def shown(self) -> list[tuple[Metric, Result]]:
         """Metrics that tables show, the most important one first."""
-        return [(m, self.results[m.name]) for m in self.layout.metrics if m.name in self.results]
+        return [*self.own, *((m, self.results[m.name]) for m in self.layout.metrics if m.name in self.results)]
 
 
 def rows(results: Sequence[Result]) -> list[Row]:
@@ -167,13 +175,15 @@ def render(results: Sequence[Result]) -> str:
 
 def _grid(layout: Layout, chosen: Sequence[Row], everything: Sequence[Row]) -> Table:
     """Return a table with a row for each set, and further ones for its scores and its gap to the reference."""
-    columns = []
+    columns: list[tuple[str, str]] = []
     for column in layout.columns:
         columns += [(column.title, column.format), *([("", column.chance)] if column.chance else [])]
+    columns += _OWN if any(row.own for row in chosen) else ()
     references = [row for row in everything if row.family in layout.families and row.name == layout.reference]
     texts = []
     for row in chosen:
-        texts.append((row.name, _cells(layout, row.results)))
+        own = [cell for metric, result in row.own for cell in (metric.name, _number(result))]
+        texts.append((row.name, _cells(layout, row.results) + own))
         texts += [
             (f"  by {label}", _cells(layout, row.scores[score], levels=False))
             for score, label in layout.scores.items()
@@ -185,6 +195,7 @@ def _grid(layout: Layout, chosen: Sequence[Row], everything: Sequence[Row]) -> T
                 row.results[first], value=references[0].results[first].value - row.results[first].value
             )
             texts.append((f"  less than {layout.reference}", _cells(layout, {first: gap}, levels=False)))
+    texts = [(name, cells + [""] * (len(columns) - len(cells))) for name, cells in texts]
     return Table(layout.title, tuple(columns), texts)
 
 

@@ -301,6 +301,7 @@ class ZeroShot(Evaluator):
             whole = _mean(list(parts.values())) if parts else _metrics(rank, labels)
             whole |= {key: items[key].value() for key in items if key not in whole}
             chance = {f"top{k}": 100 * min(k / num_classes, 1) for k in (1, 5)}
+            chance |= {"mean_per_class": chance["top1"], "top1_top5": (chance["top1"] + chance["top5"]) / 2}
             for key, value in whole.items():
                 results.append(self.result(key, value, n=n, chance=chance.get(key), items=items.get(key), score=score))
             for group, metrics in parts.items():

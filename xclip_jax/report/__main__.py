@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from absl import logging
 from etils import epath
 
-from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
 from xclip_jax.errors import Parser, UserError, exit_with_message
 from xclip_jax.evaluators import registry
@@ -89,17 +88,16 @@ def _make_several(flags: argparse.Namespace) -> epath.Path:
     _check_writable(path)
     of_runs = [(*run.config.eval.final_sets, *run.config.eval.sets) for run in records]
     specs = _specs(flags) or tuple(spec for spec in of_runs[0] if all(spec in own for own in of_runs))
-    runs, shared = [], records[0].config
-    profile = profile_of_run(shared)
+    runs, profile = [], profile_of_run(records[0].config)
     for color, (name, run) in enumerate(zip(names, records, strict=True)):
         log0(f"predictions of {name}")
-        runs.append(several.Run(name, color, run, _examples(flags, run, specs, shared, profile)))
+        runs.append(several.Run(name, color, run, _examples(flags, run, specs, records[0], profile)))
     path.write_text(several.render(runs, step=flags.step))
     return path
 
 
 def _examples(
-    flags: argparse.Namespace, run: record.Record, specs: Sequence[str], shared: Config, profile: Profile
+    flags: argparse.Namespace, run: record.Record, specs: Sequence[str], first: record.Record, profile: Profile
 ) -> Examples:
     """Predictions of a run's model; a sentence in their place where there is no checkpoint yet.
 
@@ -107,7 +105,7 @@ def _examples(
       flags: of the command.
       run: whose model predicts.
       specs: evaluation sets.
-      shared: config that says which pairs these sets have, the same for all runs.
+      first: run that says which pairs these sets have, the same for all runs.
       profile: templates and class names, likewise.
     """
     try:
@@ -120,9 +118,10 @@ def _examples(
         make_encoder(experiment),
         variables,
         specs,
-        data=shared.data,
+        data=first.config.data,
         data_dir=flags.data_dir,
-        data_seed=shared.seed,
+        data_seed=first.config.seed,
+        pairs=not first.objective.labelled,
         seed=flags.seed,
         profile=profile,
     )

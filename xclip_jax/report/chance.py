@@ -41,16 +41,17 @@ class Judgement:
 def judge(result: Result) -> Judgement:
     """Return the interval of a result and its verdict.
 
-    A share of items has Clopper and Pearson's binomial interval, which assumes independent items of equal weight.
-    Where the result has per-example values, and these have unequal weights, groups or another statistic than a mean of
-    zeros and ones, they are resampled. Resamples of values that are all right or all wrong cannot differ: these have
-    the binomial interval of their effective number, see `_trials`.
+    A share of items has Clopper and Pearson's binomial interval, which assumes independent items of equal weight; a
+    mean per class, in which items of rare classes weigh more, has none. Where the result has per-example values, and
+    these have unequal weights, groups or another statistic than a mean of zeros and ones, they are resampled. Resamples
+    of values that are all right or all wrong cannot differ: these have the binomial interval of their effective number,
+    see `_trials`.
     """
     low, high, items = math.nan, math.nan, result.items
     n = result.n if items is None else _trials(items)
     if items is not None and not n:
         low, high = interval(items, samples=_SAMPLES)
-    elif result.unit == "%" and n and math.isfinite(result.value):
+    elif result.unit == "%" and n and math.isfinite(result.value) and not result.metric.endswith("mean_per_class"):
         right = min(max(round(n * result.value / 100), 0), n)
         exact = scipy.stats.binomtest(right, n).proportion_ci(LEVEL)
         low, high = 100 * exact.low, 100 * exact.high

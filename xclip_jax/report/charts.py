@@ -43,6 +43,11 @@ def number(value: float) -> str:
     return f"{value:.1f}" if size >= 100 and value % 1 else f"{value:.3g}"
 
 
+def one_decimal(value: float) -> str:
+    """Format a result: 12.5; "not a number" as `number` does."""
+    return f"{value:.1f}" if math.isfinite(value) else number(value)
+
+
 def ticks(low: float, high: float, count: int) -> list[float]:
     """At most `count` + 1 round numbers between low and high."""
     rough = (high - low) / count

@@ -23,6 +23,10 @@ NUM_QUERIES = 8  # texts that are searched for
 TOP = 6  # images in a row
 CLUSTERS = 96
 CLASSES = 100  # of the confusion matrix
+_NO_SIMILARITY = (
+    "the model does not compare images with texts (no term of its objective has a similarity), so no examples of its "
+    "predictions are shown."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +155,7 @@ def collect_examples(
     data: loader.DataConfig | None = None,
     data_dir: str | None = None,
     data_seed: int = 0,
+    pairs: bool = True,
     queries: Sequence[str] = (),
     seed: int = 0,
     profile: Profile = PROFILES["openai"],
@@ -164,11 +169,14 @@ def collect_examples(
       data: of the training pairs, which serve where none of the sets can be read.
       data_dir: root of TFDS data sets, None (or "") for that of `data`.
       data_seed: of the run, which decides what `data.subset` and `data.caption_noise` make of the training pairs.
+      pairs: whether `data` are pairs and not labelled items.
       queries: texts to search the images of a set that has queries with, in place of its own.
       seed: decides which images and texts are shown.
       profile: templates and class names of the sets.
     """
-    selection = select(specs, encoder.preprocessing, data_dir, data, seed, profile, data_seed)
+    if not encoder.similarities:
+        return Examples(seed, missing=[_NO_SIMILARITY])
+    selection = select(specs, encoder.preprocessing, data_dir, data, seed, profile, data_seed, pairs)
     examples = Examples(seed, credits=selection.credits, missing=selection.missing)
     words: Sequence[str] = [name for _, zeroshot, _ in selection.zeroshot for name in zeroshot.names]
     for n, (panel, zeroshot, shown) in enumerate(selection.zeroshot):
@@ -195,14 +203,21 @@ def collect_examples(
         if not selection.zeroshot:
             examples.gallery, words = examples.retrieved.gallery, captions
     if examples.gallery.images:
-        img = encoder.images(variables, examples.gallery.images, features(encoder.similarities))
-        if selection.queries:
-            examples.searches = _searches(encoder, variables, img, queries or selection.queries)
-        if (similarity := cluster_similarity(encoder.similarities)) is not None:
-            words = list(dict.fromkeys(words))
-            txt = encoder.texts(variables, words, (similarity.feature,))
-            examples.clusters = _clusters(similarity, examples.gallery, img, txt, words)
+        asked = (queries or selection.queries) if selection.queries else ()
+        _search_and_cluster(examples, encoder, variables, asked, list(dict.fromkeys(words)))
     return examples
+
+
+def _search_and_cluster(
+    examples: Examples, encoder: Encoder, variables: Variables, queries: Sequence[str], words: Sequence[str]
+) -> None:
+    """Add the searches for `queries` among the gallery's images, and their clusters with `words`."""
+    img = encoder.images(variables, examples.gallery.images, features(encoder.similarities))
+    if queries:
+        examples.searches = _searches(encoder, variables, img, queries)
+    if (similarity := cluster_similarity(encoder.similarities)) is not None:
+        txt = encoder.texts(variables, words, (similarity.feature,))
+        examples.clusters = _clusters(similarity, examples.gallery, img, txt, words)
 
 
 def _different(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -53,6 +53,7 @@ def make(
         data=experiment.data,
         data_dir=data_dir,
         data_seed=experiment.config.seed,
+        pairs=not experiment.objective.labelled,
         seed=seed,
         profile=profile_of_run(experiment.config),
     )

@@ -71,7 +71,7 @@ def search(examples: Examples, images: Images, reason: str) -> Section:
             f"of {n:,} images, best first. Images of the caption have a green frame.</p>"
             f'<div class="grid2">{by_text}</div>'
             f'<h3>Image to text</h3><p class="intro">Images with the top of {retrieved.texts:,} captions; captions of '
-            f"the image are green. Bars: {retrieved.meaning}.</p>"
+            f"the image are green. Bars: {esc(retrieved.meaning)}.</p>"
             f'<div class="grid3">{by_image}</div>'
         )
     if examples.searches:

@@ -15,6 +15,7 @@ from xclip_jax.evaluators import flat_names, results
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.objectives import Objective, make_objective
+from xclip_jax.report.evaluations import Evaluation, Key, by_step, newest
 from xclip_jax.run_folder import RunFolder
 
 Row = dict[str, float]
@@ -30,10 +31,11 @@ class Record:
       objective: made from the config.
       environment: versions, devices, commit and command.
       training: metrics of the logged steps, in order.
-      evaluations: (step, results) of the evaluations during training.
+      evaluations: (step, results) of each step with an evaluation during training, the last one among them.
       results: of the last evaluation, then those of other sets that `xclip_jax.evaluate` has measured at the same
-        step; or all of `xclip_jax.evaluate` before there is one. With per-example values where evaluation.json has them
-        of the same number.
+        step; before there is one the newest of each set, during training or by `xclip_jax.evaluate`. With per-example
+        values where evaluation.json has them of the same number.
+      steps_of: {(family, set): step} of the results, where they are the newest of each set.
       sources: fingerprint of each of config's data.sources.
       bad: number of samples in the ledger of bad samples.
       began, ended: when config.json and results.json were written, UTC.
@@ -44,8 +46,9 @@ class Record:
     objective: Objective
     environment: dict[str, Any]
     training: list[Row]
-    evaluations: list[tuple[int, list[Result]]]
+    evaluations: list[Evaluation]
     results: list[Result]
+    steps_of: dict[Key, int]
     sources: list[dict[str, Any]]
     bad: int
     began: datetime.datetime
@@ -60,6 +63,10 @@ class Record:
     def complete(self) -> bool:
         """Whether the last evaluation has been made."""
         return self.ended is not None
+
+    def step_of(self, result: Result) -> int | None:
+        """Step of one of the results; None for the run's last one."""
+        return self.steps_of.get((result.family, result.set))
 
     @property
     def items(self) -> str:
@@ -91,7 +98,11 @@ def read(path: str | epath.Path) -> Record:
 def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
     config = schema.resolve(schema.complete(content["config"]))
     rows, final = run.read_metrics(), run.read_results() or {}
-    known = _with_items(_results(run, final, config.steps), run.evaluation_file)
+    known, step = _results(run, final, config.steps)
+    evaluations = by_step((int(row["step"]), flat_names.read(row, known)) for row in rows if "loss" not in row)
+    steps_of: dict[Key, int] = {}
+    if not final or step != config.steps:
+        known, steps_of = newest([(step, known), *evaluations])
     started = content.get("started")  # config.json is written again when a run resumes
     return Record(
         folder=run.path,
@@ -99,8 +110,9 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
         objective=make_objective(config.objective),
         environment=final.get("environment") or content.get("environment") or {},
         training=[row for row in rows if "loss" in row],
-        evaluations=[(int(row["step"]), flat_names.read(row, known)) for row in rows if "loss" not in row],
-        results=known,
+        evaluations=evaluations,
+        results=_with_items(known, run.evaluation_file),
+        steps_of=steps_of,
         sources=run.read_sources() or [],
         bad=len(run.read_bad_samples()),
         began=datetime.datetime.fromisoformat(started) if started else _written(run.config_file),
@@ -108,18 +120,22 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
     )
 
 
-def _results(run: RunFolder, final: Mapping[str, Any], steps: int) -> list[Result]:
-    """Return the results of the last evaluation, `final`, at `steps`, and those of evaluation.json beside them."""
+def _results(run: RunFolder, final: Mapping[str, Any], steps: int) -> tuple[list[Result], int]:
+    """Return the results of the last evaluation, `final`, and those of evaluation.json beside them; and their step.
+
+    It is `steps`, or where the last evaluation has no results the newest of evaluation.json.
+    """
     known, entries = results.parse_run(final) if final else [], []
     if run.evaluation_file.exists():
         # A damaged file costs a run that has results of its own no more than what it would add.
         with contextlib.suppress(UserError) if known else contextlib.nullcontext():
             entries = results.read(run.evaluation_file)[0]
     if not entries:
-        return known
+        return known, steps
     shown, sets = results.latest(entries)[0], {(result.family, result.set) for result in known}
     others = results.parse_entries([entry for entry in shown if not known or entry["step"] == steps])
-    return [*known, *(result for result in others if (result.family, result.set) not in sets)]
+    step = steps if known else int(shown[-1]["step"])
+    return [*known, *(result for result in others if (result.family, result.set) not in sets)], step
 
 
 def _with_items(known: Sequence[Result], file: epath.Path) -> list[Result]:

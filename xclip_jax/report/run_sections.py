@@ -1,14 +1,14 @@
 """The sections of the page that come from the run's files: head, results, training curves, config and versions."""
 
 import json
-from collections.abc import Sequence
+import math
 from typing import Any
 
 from xclip_jax.config import schema
 from xclip_jax.evaluators import summary
-from xclip_jax.evaluators.result import Result
 from xclip_jax.report.chance import ABOVE, LEVEL, judge, judgements
-from xclip_jax.report.charts import Line, chart, number
+from xclip_jax.report.charts import Line, chart, number, one_decimal
+from xclip_jax.report.evaluations import Key, labels
 from xclip_jax.report.markup import Section, breakable, esc, missing, verdict_pill, wide
 from xclip_jax.report.metric_charts import metric_lines, term_chart
 from xclip_jax.report.record import Record
@@ -32,20 +32,20 @@ def head(record: Record, parameters: int | None) -> str:
 
 
 def _tiles(record: Record) -> str:
-    results, when = record.results, ""
-    if not results and record.evaluations:
-        step, results = record.evaluations[-1]
-        when = f"at step {step:,}"
-    tiles, short = [], summary.short_names(results)
-    for family, row in summary.representatives(results).items():
+    tiles, short = [], summary.short_names(record.results)
+    for family, row in summary.representatives(record.results).items():
         metric, result = row.shown[0]
         judged = judge(result)
         chance = f"chance {result.chance:.1f}\u00a0%" if result.chance is not None else ""
+        step = record.step_of(result)
+        when = "" if step is None else f"at step {step:,}"
         details = ", ".join(filter(None, (chance, short[row.name], when)))
         unit = " <small>%</small>" if result.unit == "%" else ""
+        value = one_decimal(result.value)
+        value = f"{value}{unit}" if math.isfinite(result.value) else f"<small>{value}</small>"
         label = metric.label + (f", {LEVEL:.0%}: {judged}" if str(judged) else "")
         tiles.append(
-            f'<div class="card tile"><span class="name">{esc(family)}</span><b>{result.value:.1f}{unit}</b>'
+            f'<div class="card tile"><span class="name">{esc(family)}</span><b>{value}</b>'
             f"<span>{esc(label)}</span>{verdict_pill(judged.verdict)}<span>{breakable(details)}</span></div>"
         )
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
@@ -95,9 +95,10 @@ def results(record: Record) -> Section:
         remedy = f"evaluate with python -m xclip_jax.evaluate --checkpoint {record.folder} --suite NAME."
         return missing("results", "Results", f"{reason}; {remedy}")
     text = f"In percent, with chance levels in brackets. {_method(record)}"
-    if not record.complete:
-        text += " From evaluation.json: the run is not complete."
-    return Section("results", "Results", f"<p>{text}</p>{''.join(_table(t, record.results) for t in tables)}")
+    if record.steps_of:
+        text += " From evaluation.json and metrics.jsonl, the newest of each set"
+        text += "." if record.complete else ": the run is not complete."
+    return Section("results", "Results", f"<p>{text}</p>{''.join(_table(t, record) for t in tables)}")
 
 
 def _method(record: Record) -> str:
@@ -112,27 +113,34 @@ def _method(record: Record) -> str:
         "bootstraps of per-example values": any(j.resampled for j in judged),
     }
     names = ", or ".join(name for name, used in methods.items() if used)
-    return f"{counts}Intervals are of the first metric of a row, at {LEVEL:.0%}: {names}."
+    own = ", or of the own metric that it names" * any(row.own for row in summary.rows(record.results))
+    return f"{counts}Intervals are of the first metric of a row{own}, at {LEVEL:.0%}: {names}."
 
 
-def _table(table: summary.Table, results: Sequence[Result]) -> str:
-    """A table, with the interval and the verdict of each row whose first metric has them."""
-    judged = {name: judge(row.shown[0][1]) for name, row in summary.rows_of(table, results).items()}
+def _table(table: summary.Table, record: Record) -> str:
+    """A table, with the interval and the verdict of each row whose first metric has them, and steps before the last."""
+    first = {name: row.shown[0][1] for name, row in summary.rows_of(table, record.results).items()}
+    judged = {name: judge(result) for name, result in first.items()}
     heads = "".join(f'<th scope="col"{_text(form)}>{esc(name)}</th>' for name, form in table.columns if name)
     shown_intervals = any(str(j) for j in judged.values())
     if shown_intervals:
         heads += f'<th scope="col">{LEVEL:.0%} interval</th><th scope="col" class="text">verdict</th>'
+    if record.steps_of:
+        heads += '<th scope="col">step</th>'
     rows = []
     for name, cells in table.rows:
         shown: list[str] = []
         for (column, form), cell in zip(table.columns, cells, strict=True):
             if column:
-                shown.append(f"<td{_text(form)}>{breakable(cell)}")
+                shown.append(f"<td{_text(form)}>{breakable(number(math.nan) if cell == 'nan' else cell)}")
             elif cell:  # a column without a name is in small print, after the cell that it belongs to
                 shown[-1] += f" <small>{esc(cell)}</small>"
         if shown_intervals:
             own = judged.get(name)
             shown += [f"<td>{own or ''}", f'<td class="text">{verdict_pill(own.verdict) if own else ""}']
+        if record.steps_of:
+            step = record.step_of(first[name]) if name in first else None
+            shown.append("<td>" if step is None else f"<td>{step:,}")
         more = ' class="more"' if name.startswith(" ") else ""
         rows.append(f'<tr{more}><th scope="row">{breakable(name.strip())}</th>{"</td>".join(shown)}</td></tr>')
     return wide(
@@ -175,16 +183,20 @@ def curves(record: Record) -> Section:
 def _evaluated(record: Record) -> list[Line]:
     """The first metric of each set that was evaluated during training, with the final value where it has one."""
     evaluations = list(record.evaluations)
-    if record.complete:
-        evaluations.append((record.steps, record.results))
-    points: dict[str, list[tuple[float, float]]] = {}
-    for step, results_of in evaluations:
-        for row in summary.rows(results_of):
-            metric, result = row.shown[0]
-            label = f"{row.name.rpartition('/')[2] or row.name}, {metric.label}"
-            points.setdefault(label, []).append((step, result.value))
-    several = {label: own for label, own in points.items() if len(own) > 1 or not record.complete}
-    return [Line(label, *zip(*own, strict=True), color % 8) for color, (label, own) in enumerate(several.items())]
+    if record.complete and not record.steps_of:
+        evaluations.append((record.config.steps, record.results))
+    rows = [(step, row) for step, results_of in evaluations for row in summary.rows(results_of)]
+    points: dict[tuple[Key, str], dict[int, float]] = {}
+    for step, row in rows:
+        metric, result = row.shown[0]
+        # metrics.jsonl has the results of the last evaluation as well.
+        points.setdefault(((row.family, row.name), metric.label), {}).setdefault(step, result.value)
+    short = labels(row for _, row in rows)
+    several = [(key, own) for key, own in points.items() if len(own) > 1 or not record.complete]
+    return [
+        Line(f"{short[key]}, {metric}", list(own), list(own.values()), color % 8)
+        for color, ((key, metric), own) in enumerate(several)
+    ]
 
 
 def about(record: Record) -> Section:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from xclip_jax.data import controls, loader
+from xclip_jax.data import controls, loader, opening
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample, UserError, describe
 from xclip_jax.evaluators import registry
@@ -65,6 +65,7 @@ def select(
     seed: int,
     profile: Profile = PROFILES["openai"],
     data_seed: int = 0,
+    pairs: bool = True,
 ) -> Selection:
     """Select the sets to show: those with a panel, else the first for classification, and one for retrieval.
 
@@ -76,6 +77,7 @@ def select(
       seed: of the training pairs that are drawn.
       profile: templates and class names.
       data_seed: of the run, which decides what `data.subset` and `data.caption_noise` make of the training pairs.
+      pairs: whether `data` are pairs; labelled items are not shown.
     """
     selection = Selection()
     kinds = {spec: registry.check(spec) for spec in dict.fromkeys(specs)}
@@ -99,7 +101,13 @@ def select(
             title, sentence = panels.get(spec) or (spec, "The model chooses among {num_classes} names.")
             selection.zeroshot.append((ZeroShotPanel(spec, title, sentence), _few_prompts(sets[0]), sets[1]))
         selection.add_kind(kinds[spec])
-    if data is not None and not selection.zeroshot and not selection.retrieval:
+    if data is None or selection.zeroshot or selection.retrieval:
+        return selection
+    if not pairs:
+        selection.missing.append(
+            "the run learned from labelled items, not from pairs, so none of them are shown; name sets with --sets."
+        )
+    else:
         _training_pairs(selection, dataclasses.replace(data, dir=data_dir or data.dir), prepare, seed, data_seed)
     return selection
 
@@ -146,7 +154,7 @@ def _training_pairs(
 ) -> None:
     """Add training pairs, drawn by the seed, for a run without evaluation sets."""
     try:
-        sources = controls.apply(loader.open_sources(data), data, data_seed)
+        sources = controls.apply(opening.open_sources(data), data, data_seed)
     except UserError as error:
         selection.missing.append(str(error))
         return

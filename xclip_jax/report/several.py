@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from xclip_jax.config import schema
@@ -14,7 +14,8 @@ from xclip_jax.evaluators.result import Result
 from xclip_jax.objectives import Curve
 from xclip_jax.report import shell, side_by_side
 from xclip_jax.report.chance import LEVEL, judge
-from xclip_jax.report.charts import Line, chart, number
+from xclip_jax.report.charts import Line, chart, number, one_decimal
+from xclip_jax.report.evaluations import Key, labels
 from xclip_jax.report.examples import Examples
 from xclip_jax.report.markup import Images, Section, breakable, esc, missing, verdict_pill, wide
 from xclip_jax.report.metric_charts import metric_lines, shown_levels
@@ -117,39 +118,39 @@ def _head(runs: Sequence[Run]) -> str:
     )
 
 
-def _first_results(run: Run) -> dict[str, tuple[str, Result]]:
-    """{row of the tables: label of its first metric, and its result}, of the last evaluation there was."""
-    record = run.record
-    results = record.results or (record.evaluations[-1][1] if record.evaluations else [])
-    return {row.name: (row.shown[0][0].label, row.shown[0][1]) for row in summary.rows(results)}
+def _first_results(run: Run) -> dict[Key, tuple[str, Result]]:
+    """{family and name of a row: label of its first metric, and its result}."""
+    return {
+        (row.family, row.name): (row.shown[0][0].label, row.shown[0][1]) for row in summary.rows(run.record.results)
+    }
 
 
-def _short_names_of_sets(runs: Sequence[Run], others: Iterable[str] = ()) -> dict[str, str]:
-    """{set: its name on the page} of all sets that runs have results of, and of `others`."""
+def _rows(runs: Sequence[Run]) -> list[summary.Row]:
+    """Rows of all sets that runs have results of."""
     evaluations = [x for run in runs for x in (run.record.results, *(results for _, results in run.record.evaluations))]
-    return summary.shorten([*(row.name for results in evaluations for row in summary.rows(results)), *others])
+    return [row for results in evaluations for row in summary.rows(results)]
 
 
 def _results(runs: Sequence[Run]) -> Section:
     """A table with a row for each set and a column for each run."""
     of_runs = [_first_results(run) for run in runs]
-    names = list(dict.fromkeys(name for results in of_runs for name in results))
-    if not names:
+    keys = list(dict.fromkeys(key for results in of_runs for key in results))
+    if not keys:
         reason = (
             "no run has results yet; evaluate each with python -m xclip_jax.evaluate --checkpoint RUN --suite NAME."
         )
         return missing("results", "Results", reason)
-    short, rows = _short_names_of_sets(runs), []
-    for name in names:
-        own = [results.get(name) for results in of_runs]
+    short, rows = labels(_rows(runs)), []
+    for key in keys:
+        own = [results.get(key) for results in of_runs]
         label, first = next(result for result in own if result)
         lower = first.unit == "rank"
         values = [pair[1].value for pair in own if pair and math.isfinite(pair[1].value)]
         best = (min if lower else max)(values, default=math.nan) if len(set(values)) > 1 else math.nan
-        cells = "".join(_cell(pair[1] if pair else None, best) for pair in own)
+        cells = "".join(_cell(run, pair[1] if pair else None, best) for run, pair in zip(runs, own, strict=True))
         level = "" if first.chance is None else f"{first.chance:.1f}"
         rows.append(
-            f'<tr><th scope="row">{breakable(short[name])}<br><small>{esc(label)}</small></th>'
+            f'<tr><th scope="row">{breakable(short[key])}<br><small>{esc(label)}</small></th>'
             f"<td>{level}</td>{cells}</tr>"
         )
     heads = "".join(f'<th scope="col">{run.label}</th>' for run in runs)
@@ -161,15 +162,18 @@ def _results(runs: Sequence[Run]) -> Section:
         f"The first metric of each set, with its {LEVEL:.0%} interval and its verdict against chance. The best value "
         "of a row is bold; whether it differs from the others is said below."
     )
+    if any(run.record.steps_of for run in runs):
+        text += " Runs without a last evaluation have the newest result of each set, with its step."
     return Section("results", "Results", f"<p>{text}</p>{wide('Results of all runs', table)}")
 
 
-def _cell(result: Result | None, best: float) -> str:
+def _cell(run: Run, result: Result | None, best: float) -> str:
     if result is None:
         return "<td><small>not evaluated</small></td>"
-    judged = judge(result)
-    value = f"{result.value:.1f}"
+    judged, step = judge(result), run.record.step_of(result)
+    value = one_decimal(result.value)
     value = f"<b>{value}</b>" if result.value == best else value
+    value += "" if step is None else f" <small>step {step:,}</small>"
     return f"<td>{value}<br><small>{judged}</small><br>{verdict_pill(judged.verdict)}</td>"
 
 
@@ -184,7 +188,7 @@ def _differences(runs: Sequence[Run], step: int | None) -> Section:
             rows, refused = [], [str(error)]
         parts.append(f"<h3>{run.label} against {first.label}</h3>")
         if rows:
-            short = _short_names_of_sets(runs, (row["set"] for row in rows))
+            short = summary.shorten([*(row.name for row in _rows(runs)), *(row["set"] for row in rows)])
             parts.append(wide(f"Differences of {run.name} to {first.name}", _difference_table(first, run, rows, short)))
         parts += [f'<p class="none">{esc(sentence)}</p>' for sentence in refused]
     text = (
@@ -206,13 +210,18 @@ def _difference_table(a: Run, b: Run, rows: Sequence[Mapping[str, Any]], short: 
         ratio = "ratio" in row
         form = ".2f" if ratio else ".1f"
         change = f"x {row['ratio']:.2f}" if ratio else f"{row['difference']:+.1f}"
+        change = change if math.isfinite(values[0]) else number(math.nan)
+        a_and_b = "".join(
+            f"<td>{row[side]:{form}}</td>" if math.isfinite(row[side]) else f"<td>{number(row[side])}</td>"
+            for side in ("a", "b")
+        )
         verdict = "better" if values[1] > 0 else "worse" if values[2] < 0 else "not distinguishable"
         known = math.isfinite(values[1])
         ends_form = ".2f" if ratio else "+.1f"
         interval = f"{row['low']:{ends_form}} to {row['high']:{ends_form}}" if known else ""
         lines.append(
             f'<tr><th scope="row">{breakable(short[row["set"]])}<br><small>{esc(row["metric"])}</small></th>'
-            f"<td>{row['a']:{form}}</td><td>{row['b']:{form}}</td><td>{change}</td>"
+            f"{a_and_b}<td>{change}</td>"
             f'<td class="bar">{_bar(values, ends[ratio])}</td><td>{interval}</td>'
             f'<td class="text">{verdict_pill(verdict) if known else "<small>no per-item values</small>"}</td></tr>'
         )
@@ -293,21 +302,21 @@ def _losses(runs: Sequence[Run]) -> Iterator[str]:
 
 def _evaluated(runs: Sequence[Run]) -> Iterator[str]:
     """A chart for each set that was evaluated more than once during training."""
-    points: dict[tuple[str, str, str], dict[int, list[tuple[float, float]]]] = {}
+    points: dict[tuple[Key, str, str], dict[int, list[tuple[float, float]]]] = {}
     for run in runs:
         for step, results in run.record.evaluations:
             for row in summary.rows(results):
                 metric, result = row.shown[0]
-                of_runs = points.setdefault((row.name, metric.label, result.unit), {})
+                of_runs = points.setdefault(((row.family, row.name), metric.label, result.unit), {})
                 of_runs.setdefault(run.color, []).append((step, result.value))
-    short = _short_names_of_sets(runs)
-    for (name, label, unit), of_runs in points.items():
+    short = labels(_rows(runs))
+    for (key, label, unit), of_runs in points.items():
         if max(map(len, of_runs.values())) == 1:
             continue
         lines = [
             Line(run.name, *zip(*of_runs[run.color], strict=True), run.color) for run in runs if run.color in of_runs
         ]
-        yield chart(f"{short[name]}, {label}", lines, unit=unit)
+        yield chart(f"{short[key]}, {label}", lines, unit=unit)
 
 
 def _settings(runs: Sequence[Run]) -> Section:

@@ -61,6 +61,8 @@ THREATS = (
     "about 1.6 points (xCLIP's linear probe), 2.4 (zero-shot), 3.3 (nCLIP's linear probe) or 5 (text probe). If "
     "xCLIP and CLIP were equal at zero-shot, the rule would call xCLIP at least as good in a quarter of studies. Claim "
     "3 needs seven parts at once and could hardly hold. *Undecided* does not mean equal.",
+    "Seeds share their shuffles: an epoch's order follows from the sum of seed and epoch, so that the second epoch of "
+    "seed 0 is the first of seed 1. Initial parameters, crops and the captions that are drawn are independent.",
     "Pairing by seed removes little of the scatter: rounding alone (CLIP with idle heads, from CLIP) moves one seed by "
     "up to 1.4 points of zero-shot, 0.8 of linear probe and 2.2 of alias-to-name retrieval. With unpaired intervals "
     "xCLIP's linear probe would be above CLIP's, +1.2 [+0.3, +2.1], and its losses at unseen artists and retrieval "

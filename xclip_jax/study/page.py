@@ -58,10 +58,10 @@ def finding(snapshot: Snapshot) -> str:
 
 
 def write_finding(readme: pathlib.Path, snapshot: Snapshot) -> None:
-    """Replace what stands between the marks of the study in a README; nothing, where it has none."""
+    """Replace what stands between the marks of the study in a README; nothing, where it lacks one of them."""
     before, mark, rest = readme.read_text().partition(START)
-    if mark:
-        _, end, after = rest.partition(END)
+    _, end, after = rest.partition(END)
+    if mark and end:
         write_whole(epath.Path(readme), f"{before}{mark}\n{finding(snapshot)}\n{end}{after}")
 
 

@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 
 from xclip_jax.config.schema import Config, resolve
-from xclip_jax.data import controls, labelled, loader, sources
+from xclip_jax.data import controls, labelled, loader, opening, sources
 from xclip_jax.data.base import Source
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.length_groups import AUTO
@@ -153,7 +153,7 @@ def check_moved_sources(config: Config, folder: TrainingFolder) -> None:
 
 def _open_sources(data: DataConfig, objective: Objective) -> list[Source]:
     try:
-        return loader.open_sources(data, objective.classes, objective.fields)
+        return opening.open_sources(data, objective.classes, objective.fields)
     except labelled.MismatchError as error:
         remedy = objective.source_remedies.get(error.fault, "use another source")
         raise UserError(f"{error}; {remedy}.") from error

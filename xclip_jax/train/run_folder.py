@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import errno
 import hashlib
 import json
 import os
@@ -13,7 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from xclip_jax import environment
+from xclip_jax import environment, file_lock
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
@@ -41,8 +40,6 @@ _EVALUATION_KEYS = (
     "eval.sets", "eval.final_sets", "eval.ema", "eval.resize", "eval.resize_size", "eval.interpolation",
     "eval.templates", "eval.class_names",
 )  # fmt: skip
-# What some network file systems answer to flock.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 # Keys of a fingerprint with `data.records.outcome`, and what it is of.
 OUTCOMES = {
     "data.holdout": "what data.holdout holds out",
@@ -292,7 +289,7 @@ class TrainingFolder(RunFolder):
                     "--config.run."
                 ) from error
             except OSError as error:
-                if error.errno not in _NO_LOCKS:
+                if error.errno not in file_lock.NO_LOCKS:
                     raise
                 log0(f"WARNING: the file system of {self.path} has no locks; do not start another run in it meanwhile")
             file.truncate(0)
