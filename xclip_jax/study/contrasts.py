@@ -49,16 +49,18 @@ def secondary(snapshot: Snapshot) -> Iterator[str]:
     yield from [f"{difference_from(study)}:", "", *from_baseline(snapshot, names, study.secondary)]
 
 
-def difference_from(study: Study) -> str:
+def difference_from(study: Study, baseline: str = "") -> str:
     """ "Difference from CLIP, paired by seed"."""
-    return f"Difference from {study.arm(study.baseline).title}, paired by seed"
+    return f"Difference from {study.arm(baseline or study.baseline).title}, paired by seed"
 
 
-def from_baseline(snapshot: Snapshot, names: Sequence[str], measures: Sequence[Measure]) -> list[str]:
-    """Return a table of the differences of these arms from the baseline, which is left out itself."""
-    study = snapshot.study
-    others = [name for name in names if name != study.baseline]
-    rows = [[study.arm(name).title, *_cells(snapshot, name, study.baseline, measures)] for name in others]
+def from_baseline(
+    snapshot: Snapshot, names: Sequence[str], measures: Sequence[Measure], baseline: str = ""
+) -> list[str]:
+    """Return a table of the differences of these arms from `baseline`, the study's by default, which is left out."""
+    study, baseline = snapshot.study, baseline or snapshot.study.baseline
+    others = [name for name in names if name != baseline]
+    rows = [[study.arm(name).title, *_cells(snapshot, name, baseline, measures)] for name in others]
     return table(["arm", *(measure.label for measure in measures)], rows)
 
 

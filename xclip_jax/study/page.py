@@ -146,6 +146,9 @@ def _core(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
         yield from ["### All at one recipe", ""]
         yield from [f"{_common_recipe(snapshot)}.", ""]
         yield from table(head[:-1], rows_of(snapshot, study.common, study.measures))
+        if baseline := study.common.get(study.arm(study.baseline).title):
+            yield from [f"{contrasts.difference_from(study, baseline)}:", ""]
+            yield from contrasts.from_baseline(snapshot, tuple(study.common.values()), study.measures, baseline)
 
 
 def _common_recipe(snapshot: Snapshot) -> str:
