@@ -21,8 +21,9 @@ CHANGED = (
     "before the first run of claim 6 or 7. When these had most of their runs: that the plot and what stands beside it "
     "show their setting, tau 0.35, and that the README names further claims that hold or fail.",
     "The common recipe was declared as a learning rate of 1e-3 and a warm-up of 300. With the core complete and before "
-    "its first run it became that of CLIP, SigLIP and nCLIP, whose runs it shares, and which we took for the harder one for xCLIP. With all of its runs: the table of its "
-    "differences, since xCLIP is better there than with its own recipe.",
+    "its first run it became that of CLIP, SigLIP and nCLIP, whose runs it shares, and which we took for the harder "
+    "one for xCLIP. With all of its runs: the table of its differences, since xCLIP is better there than with its own "
+    "recipe.",
 )
 
 ABOUT = (
