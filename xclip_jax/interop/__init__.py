@@ -121,9 +121,8 @@ def _read_own(tensors: tensor_files.Tensors, folder: epath.Path) -> tuple[dict[s
         config["data"]["tokenizer"] = str(folder / vocabulary.FILE)
     keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
     config["data"], own = config["data"] | keys["data"], config.get("eval", {})
-    config["eval"] = {"templates": own.get("templates", ())} | keys["eval"]
-    if own.get("class_names"):
-        config["eval"]["class_names"] = str(folder / CLASS_NAMES)
+    prompts = {"templates": own.get("templates"), "class_names": own.get("class_names") and str(folder / CLASS_NAMES)}
+    config["eval"] = {name: value for name, value in prompts.items() if value} | keys["eval"]
     config.pop("classes", None)  # see `read_classes`
     return config | {"source": {"format": "safetensors", "notes": ()}}, unflatten_dict(tensors, sep="/")
 
