@@ -3,8 +3,8 @@
     pip install '.[demo]' && python -m examples.compare_objectives
 
 Takes about ten minutes on two cores. The default of 120 steps each only shows the method; it is too short to say which
-objective is better. --steps 680 is the demo's length, for which README shows results; with one seed differences of one
-or two points mean little. The first run prepares the data. After an interruption the same command continues.
+objective is better. --steps 680 is the demo's length, for which README shows results; with one seed differences of two
+or three points are noise. The first run prepares the data. After an interruption the same command continues.
 """
 
 import argparse

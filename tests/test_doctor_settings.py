@@ -3,6 +3,7 @@
 import pytest
 
 from tests.findings import built
+from xclip_jax.config import load, schema
 from xclip_jax.doctor import settings
 from xclip_jax.doctor.finding import OK, WARNING
 
@@ -30,7 +31,7 @@ def test_settings_as_usual():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"optim__warmup": 40}, "optim.warmup=40 is more than a third of the 100 steps"),
+        ({"optim__warmup": 67}, "optim.warmup=67 is more than two thirds of the 100 steps"),
         ({"optim__warmup": 0}, "optim.warmup is 0"),
         ({"optim__lr": 5e-3}, "optim.lr=0.005 is 20 times the rate of 0.00025"),
         ({"data__batch": 64}, "data.batch=64: the contrastive loss tells a pair from 63 others"),
@@ -46,6 +47,13 @@ def test_settings_as_usual():
 def test_settings_that_are_seldom_right(changes, words):
     (line,) = settings_of(**changes)
     assert words in line and line.startswith("warning  settings")
+
+
+@pytest.mark.parametrize("name", ["demo", "icons", "clip", "xclip", "pretrain", "finetune"])
+def test_the_schedules_of_the_packages_recipes_are_usual(name):
+    config = load.load_config(name)
+    config.steps = config.steps or 1000
+    assert list(settings._schedule(schema.resolve(config))) == []
 
 
 def test_a_device_with_few_pairs(monkeypatch):

@@ -115,6 +115,9 @@ class Config:
         """Values of several groups that do not go together."""
         if self.optim.warmup >= self.steps:
             yield f"optim.warmup={self.optim.warmup} must be below the {self.steps} steps of the run; shorten it"
+        if self.optim.rewind and self.checkpoint.keep < 2:
+            keep = self.checkpoint.keep
+            yield f"optim.rewind may need the checkpoint before the newest, and checkpoint.keep is {keep}; raise it to 2"
         if self.log.profile and self.log.profile[1] > self.steps:
             yield f"log.profile is {self.log.profile}; name steps of the run, which has {self.steps}"
         batch, chunk = self.data.batch, self.loss.chunk_size

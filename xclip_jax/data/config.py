@@ -84,7 +84,9 @@ class DataConfig:
     )
     cache: bool = key(False, "keep decoded images in memory")
     threads: int = key(16, "batches that this process reads at once, where workers is 0", at_least(1))
-    buffer: int = key(8, "batches that are read ahead, where workers is 0; at least threads", at_least(1))
+    buffer: int = key(
+        8, "batches that are read ahead, where workers is 0; fewer than threads count as threads", at_least(1)
+    )
     workers: int = key(0, "reading processes, one thread each; for buckets several a core", at_least(0))
     read_timeout: float = key(300.0, "seconds after which a sample that is not read is a bad one; 0 never", at_least(0))
     max_bad_fraction: float = key(0.05, "a larger share of samples that cannot be used stops the run", between(0, 1))

@@ -78,7 +78,8 @@ _COST = (
     "All arms with their seeds and candidates come to 5,900 chip-hours.",
     "The command runs them one after another on the chips of one machine. On a pod start each run by a launch script, "
     "with `--config configs/study_cc12m.py:arm=xclip_30,seed=0`, candidates first, and write the run files with "
-    "`python -m xclip_jax.study --study cc12m --collect gs://bucket/RUN ...`.",
+    "`python -m xclip_jax.study --study cc12m --collect gs://bucket/RUN ...`. Commit those of the candidates before "
+    "the arms start: the scripts ship the last commit, and the arms read there what was chosen.",
 )
 
 _THREATS = (
