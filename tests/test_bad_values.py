@@ -280,5 +280,5 @@ def test_a_rewind_that_did_not_help_is_the_last(pairs, tmp_path, monkeypatch):
 def test_rewind_without_a_skipped_step_is_refused():
     with pytest.raises(UserError, match=r"optim\.rewind is True and max_skipped_steps is 0"):
         schema.resolve(tiny.config(optim__rewind=True, optim__max_skipped_steps=0))
-    with pytest.raises(UserError, match=r"optim\.rewind may need .* checkpoint\.keep is 1; raise it to 2"):
+    with pytest.raises(UserError, match=r"optim\.rewind may need .* checkpoint\.keep is 1, raise it to 2"):
         schema.resolve(tiny.config(optim__rewind=True, checkpoint__keep=1))

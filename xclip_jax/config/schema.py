@@ -117,7 +117,7 @@ class Config:
             yield f"optim.warmup={self.optim.warmup} must be below the {self.steps} steps of the run; shorten it"
         if self.optim.rewind and self.checkpoint.keep < 2:
             keep = self.checkpoint.keep
-            yield f"optim.rewind may need the checkpoint before the newest, and checkpoint.keep is {keep}; raise it to 2"
+            yield f"optim.rewind may need an older checkpoint than the newest; checkpoint.keep is {keep}, raise it to 2"
         if self.log.profile and self.log.profile[1] > self.steps:
             yield f"log.profile is {self.log.profile}; name steps of the run, which has {self.steps}"
         batch, chunk = self.data.batch, self.loss.chunk_size
