@@ -272,7 +272,7 @@ def test_a_run_killed_near_a_rewind_resumes_bit_exactly(pairs, tmp_path, monkeyp
 def test_a_rewind_that_did_not_help_is_the_last(pairs, tmp_path, monkeypatch):
     c = rewind_config(pairs, tmp_path / "run")
     with pytest.raises(
-        Diverged, match=r"steps 8 to 10 are not finite .* no checkpoint between the rewind at step 7 and"
+        Diverged, match=r"steps 8 to 10 are skipped, and no checkpoint between the rewind at step 7 and"
     ):
         train(c, monkeypatch, {*POISONED, 8, 9, 10})
 
@@ -280,5 +280,9 @@ def test_a_rewind_that_did_not_help_is_the_last(pairs, tmp_path, monkeypatch):
 def test_rewind_without_a_skipped_step_is_refused():
     with pytest.raises(UserError, match=r"optim\.rewind is True and max_skipped_steps is 0"):
         schema.resolve(tiny.config(optim__rewind=True, optim__max_skipped_steps=0))
-    with pytest.raises(UserError, match=r"optim\.rewind may need .* checkpoint\.keep is 1, raise it to 2"):
-        schema.resolve(tiny.config(optim__rewind=True, checkpoint__keep=1))
+    kept = tiny.config(optim__rewind=True, checkpoint__keep=1)
+    with pytest.raises(UserError, match=r"optim\.rewind may need .* checkpoint\.keep is 1; raise it to 2"):
+        schema.resolve(kept, training=True)
+    assert schema.resolve(kept)  # a run that was trained so can be read
+    kept.checkpoint.keep_every = 100
+    assert schema.resolve(kept, training=True)

@@ -43,6 +43,12 @@ def test_patch_dropout_and_teacher_and_batch():
     config.model.img.patch_dropout = 0.0
     config.objective.nclip.target = "ema"
     assert flops.train_step(resolve(config)) == pytest.approx(whole * 4 / 3, rel=0.01)
+    # The teacher encodes all patches.
+    with_teacher, teacher = flops.train_step(resolve(config)), whole / 3
+    config.model.img.patch_dropout = 0.5
+    dropped = 3 * (flops.forward(resolve(config), train=False)["img"] - flops.forward(resolve(config))["img"])
+    assert flops.train_step(resolve(config)) == pytest.approx(with_teacher - config.data.batch * dropped, rel=0.01)
+    assert with_teacher - whole == pytest.approx(teacher, rel=0.01)
 
 
 def test_xclip_costs_a_tenth_more_than_clip_at_most():

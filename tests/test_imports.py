@@ -22,6 +22,7 @@ FLOORS = (
         "file_lock",
         "heartbeat",
         "imports",
+        "open_files",
         "storage",
         "run_folder",
         "logits",
@@ -58,6 +59,7 @@ GROUND = {
     "file_lock",
     "heartbeat",
     "imports",
+    "open_files",
     "storage",
     "run_folder",
 }

@@ -1,6 +1,8 @@
 """Signals, data that do not come or fail, and the watchdog, in runs of one process."""
 
+import contextlib
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -220,6 +222,20 @@ def test_the_watchdog_names_the_phase_and_ends_the_process(watch, tmp_path, capf
     assert "error: no progress: waiting for data from folder:/a (1 s)" in err
     assert "test_the_watchdog_names_the_phase" in err  # the stacks
     assert "test_the_watchdog_names_the_phase" in (tmp_path / "stacks-0.txt").read_text()
+
+
+def test_the_watchdog_of_a_process_with_many_open_files(watch):
+    """Its descriptor may be above 1,023, which select() does not take."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 2048), hard), hard))
+    with open(os.devnull) as file, contextlib.ExitStack() as held:
+        for _ in range(1100):
+            held.callback(os.close, os.dup(file.fileno()))
+        dog, statuses = watch(limit=0.4)
+        assert dog._read_end.fileno() > 1023
+        dog.enter(watchdog.STEP)
+        wait(lambda: statuses)
+    assert statuses == [EXIT_RESTART]
 
 
 def test_a_checkpoint_is_restored_in_a_phase_of_its_own(pairs, trained, tmp_path, monkeypatch):

@@ -255,6 +255,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(pairs, tmp_path, mon
     made = build.build(tiny.short(pairs, tmp_path / "run"))
     with TrainingFolder(tmp_path / "run").claimed(made.config, []):
         assert "has no locks; do not start another run" in capsys.readouterr().out
+        assert RunFolder(tmp_path / "run").writer() == ""
     assert RunFolder(tmp_path / "run").is_run()
 
 

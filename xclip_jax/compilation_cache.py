@@ -47,10 +47,11 @@ def enable(run: str = "") -> None:
         if not folder:
             folder = str(default_folder())
             _check(folder)
-            _remove_half_written(pathlib.Path(folder))
             _set("jax_compilation_cache_dir", folder)
             _set("jax_compilation_cache_max_size", MAX_BYTES)
             _set("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
+            if _option("jax_compilation_cache_max_size") != -1:  # without a limit JAX notes no times of use
+                _remove_half_written(pathlib.Path(folder))
         elif not is_remote(folder):
             _check(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home

@@ -1,5 +1,6 @@
 """Versions, devices and commit that a result was computed with."""
 
+import functools
 import os
 import pathlib
 import platform
@@ -18,18 +19,28 @@ import xclip_jax
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy", "xclip_jax")
 
 
+@functools.cache
 def git_commit(folder: epath.Path) -> str:
-    """Return the commit of the checkout that contains `folder`, or of the `git archive` that it is from.
+    """Return the commit of the checkout that `folder` is at the top of, or of the `git archive` that it is from.
 
-    It ends in "-dirty" where files were changed, and is "unknown" outside both.
+    It ends in "-dirty" where files were changed, and is "unknown" outside both. It is that of the first call: a
+    checkout may move on while a process runs.
     """
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        # The package may lie in a folder that another project's checkout ignores, such as .venv.
+        if not os.path.samefile(_git(folder, "rev-parse", "--show-toplevel"), folder.parent):
+            raise FileNotFoundError
+        return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         archive = folder.parent / ".git_archival.txt"
         match = re.fullmatch(r"node: ([0-9a-f]{40})\s*", archive.read_text()) if archive.is_file() else None
         return match[1] if match else "unknown"
+
+
+def _git(folder: epath.Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def _version(package: str) -> str:

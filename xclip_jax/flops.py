@@ -65,8 +65,9 @@ def train_step(config: Config, groups: LengthGroups | None = None) -> float | No
         if (cut := cut_flops(tower)) is None:
             return None
         parts["txt"] = groups.mean(cut, tower.context_length)
-    objective = make_objective(config.objective)
-    teacher = parts["img"] + parts["txt"] + parts["heads"] if objective.teacher else 0.0
+    objective, teacher = make_objective(config.objective), 0.0
+    if objective.teacher:  # which drops no patches
+        teacher = (forward(config, train=False) or parts)["img"] + parts["txt"] + parts["heads"]
     passes = {name: 1 if name in config.init.frozen else 3 for name in parts}
     return config.data.batch * (sum(passes[name] * part for name, part in parts.items()) + teacher)
 

@@ -22,6 +22,7 @@ from typing import Any
 from etils import epath
 
 from xclip_jax.errors import UserError
+from xclip_jax.file_lock import NO_LOCKS
 from xclip_jax.storage import is_remote
 
 try:
@@ -93,6 +94,9 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return file.read().strip() or "another process"
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
         return ""
 
     def read_config(self) -> dict[str, Any] | None:

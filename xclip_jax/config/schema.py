@@ -111,13 +111,20 @@ class Config:
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
+    def training_conflicts(self) -> Iterator[str]:
+        """Values with which nothing should be trained; a run of an earlier version that has them can be read."""
+        optim, checkpoint = self.optim, self.checkpoint
+        if optim.schedule != "constant" and optim.lr_end > optim.lr:
+            yield f"optim.lr_end {optim.lr_end:g} is above optim.lr {optim.lr:g}, the peak; lower it, as to 0"
+        if optim.warmup and optim.lr_start > optim.lr:
+            yield f"optim.lr_start {optim.lr_start:g} is above optim.lr {optim.lr:g}, the peak; lower it, as to 0"
+        if optim.rewind and checkpoint.keep < 2 and not checkpoint.keep_every:
+            yield "optim.rewind may need an older checkpoint than the newest, and checkpoint.keep is 1; raise it to 2"
+
     def conflicts(self) -> Iterator[str]:
         """Values of several groups that do not go together."""
         if self.optim.warmup >= self.steps:
             yield f"optim.warmup={self.optim.warmup} must be below the {self.steps} steps of the run; shorten it"
-        if self.optim.rewind and self.checkpoint.keep < 2:
-            keep = self.checkpoint.keep
-            yield f"optim.rewind may need an older checkpoint than the newest; checkpoint.keep is {keep}, raise it to 2"
         if self.log.profile and self.log.profile[1] > self.steps:
             yield f"log.profile is {self.log.profile}; name steps of the run, which has {self.steps}"
         batch, chunk = self.data.batch, self.loss.chunk_size
@@ -140,17 +147,24 @@ def default() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(fields.default(Config)).lock()
 
 
-def resolve(config: ml_collections.ConfigDict | Mapping[str, Any] | Config) -> Config:
+def resolve(config: ml_collections.ConfigDict | Mapping[str, Any] | Config, *, training: bool = False) -> Config:
     """Check a config as a whole. Keys that are absent have their defaults.
+
+    Args:
+      config: values, or a config that is resolved.
+      training: whether it is to be trained, and not only read, see `Config.training_conflicts`.
 
     Raises:
       UserError: names every unknown key and every value that is not allowed, with what is.
     """
-    if isinstance(config, Config):
-        return config
-    values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     faults: list[str] = []
-    resolved = fields.read_group(Config, values, "", faults)
+    if isinstance(config, Config):
+        resolved = config
+    else:
+        values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+        resolved = fields.read_group(Config, values, "", faults)
+    if training and not faults:
+        faults.extend(resolved.training_conflicts())
     if faults:
         count = f"{len(faults)} values of the config are wrong:\n  " if len(faults) > 1 else ""
         raise UserError(count + "\n  ".join(map(fields.sentence, faults)))

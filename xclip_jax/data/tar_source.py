@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from xclip_jax import storage
+from xclip_jax import open_files, storage
 from xclip_jax.data import tar_index
 from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions
 from xclip_jax.data.text import decode_text, json_strings
@@ -56,6 +56,7 @@ class TarSource(Source):
             )
 
     def _open(self, index_paths: Sequence[pathlib.Path]) -> None:
+        open_files.allow(len(index_paths), "tars")
         self._index_paths = list(index_paths)
         # Mapped, so that all worker processes share one copy of what may be gigabytes.
         self.rows = [np.load(path, mmap_mode="r").view(np.ndarray) for path in index_paths]

@@ -51,7 +51,7 @@ def check_config(
     yield from check_versions()
     if not devices[0].values:  # JAX has none, so nothing can be built
         return
-    resolved, problem = attempt("config", lambda: resolve(config))
+    resolved, problem = attempt("config", lambda: resolve(config, training=True))
     if resolved is None:
         yield from filter(None, [problem])
         return

@@ -77,7 +77,7 @@ def check(config: ml_collections.ConfigDict | Config) -> Config:
     Raises:
       UserError: a wrong key or value, a name that does not exist, or no source.
     """
-    config = resolve(config)
+    config = resolve(config, training=True)
     sources.parse_all(config.data.sources)
     for spec in (*config.eval.sets, *config.eval.final_sets):
         registry.check(spec)

@@ -68,10 +68,6 @@ class OptimConfig:
         """Values that do not go together."""
         if self.rewind and not self.max_skipped_steps:
             yield "rewind is True and max_skipped_steps is 0; set it to 1 or more"
-        if self.schedule != "constant" and self.lr_end > self.lr:
-            yield f"lr_end {self.lr_end:g} is above lr {self.lr:g}, the peak; set it to a lower value, such as 0"
-        if self.warmup and self.lr_start > self.lr:
-            yield f"lr_start {self.lr_start:g} is above lr {self.lr:g}, the peak; set it to a lower value, such as 0"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,15 +107,17 @@ class SkippedSteps:
         return guard.at_step(restored, step)
 
     def _checkpoint_before(self, failed: int, rewound: int) -> int:
-        """Return the newest checkpoint between two steps, a regular one if possible: interrupts make no difference."""
+        """Return the newest checkpoint between two steps, a regular one if possible.
+
+        Interrupts make no difference as long as those that they save leave a regular one among `checkpoint.keep`.
+        """
         every = self._job.config.checkpoint.every
         usable = [step for step in self._checkpointer.steps() if rewound < step < failed]
         regular = [step for step in usable if every and step % every == 0]
         if not usable:
             between = f"between the rewind at step {rewound} and them" if rewound else "before them"
             self._stop(
-                f"steps {failed + 1} to {self._checked} are not finite and skipped, and no checkpoint {between} is "
-                "left to rewind to"
+                f"steps {failed + 1} to {self._checked} are skipped, and no checkpoint {between} is left to rewind to"
             )
         return max(regular or usable)
 
@@ -139,9 +141,10 @@ class SkippedSteps:
         saved = self._checkpointer.steps()
         last = f"the last checkpoint is of step {saved[-1]}" if saved else "there is no checkpoint yet"
         self.close()
+        ratio = ", raise optim.max_grad_norm_ratio" if self._job.config.optim.max_grad_norm_ratio else ""
         raise Diverged(
-            f"{reason}; {last}. Lower optim.lr, lengthen optim.warmup or set optim.grad_clip_norm=1, under a different "
-            "--config.run."
+            f"{reason}; {last}. Lower optim.lr, lengthen optim.warmup{ratio} or set optim.grad_clip_norm=1, under a "
+            "different --config.run."
         )
 
     def _count(self, **changes: int) -> None:

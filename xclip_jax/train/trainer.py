@@ -51,7 +51,7 @@ def run(
       SystemExit: a signal asked to stop; the status is `EXIT_RESUMABLE`.
     """
     began = time.perf_counter() - uptime
-    config = resolve(config)
+    config = resolve(config, training=True)
     folder = TrainingFolder(config.run)
     folder.check(config)
     limits = {"warning": config.log.stall_warning, "limit": config.log.stall_limit}

@@ -89,9 +89,10 @@ class Watchdog:
         return f"{self.phase}{self._detail} ({time.monotonic() - self._since:.0f} s)" if self.phase else ""
 
     def _watch(self) -> None:
-        last = time.monotonic()
+        last, signals = time.monotonic(), select.poll()  # select() takes no descriptor above 1023
+        signals.register(self._read_end, select.POLLIN)
         while not self._stop.is_set():
-            if select.select([self._read_end], [], [], _POLL_SECONDS)[0]:
+            if signals.poll(1000 * _POLL_SECONDS):
                 self._hear()
             now = time.monotonic()
             if now - last > 10 * _POLL_SECONDS:  # the whole process was suspended
