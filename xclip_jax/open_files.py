@@ -21,7 +21,7 @@ def allow(n: int, what: str) -> None:
       what: their name in the message.
 
     Raises:
-      UserError: the process may not have so many.
+      UserError: the process may not have that number.
     """
     if resource is None:
         return
