@@ -68,6 +68,18 @@ def test_goodput_of_a_run_that_resumes():
     assert Goodput(0.0, 10, [{"step": 10, "loss": 1.0}], clock).values(10, wasted=0, waited=0.0)["wall_seconds"] == 130
 
 
+def test_speed_is_of_the_steps_after_the_first_line(monkeypatch):
+    """Steps of 2 s, the first of which is counted when it is dispatched and logged when it is computed."""
+    clock = Clock(0.0)
+    monkeypatch.setattr(progress.time, "perf_counter", clock)
+    count = progress.Progress(10, 100, 8)
+    count.tick(11)
+    clock.now = 2.0
+    assert count.samples_per_second(11) == 0 and count.line(11, {"loss": 1.0}).endswith("(compiled)")
+    clock.now = 12.0
+    assert count.samples_per_second(16) == 8 / 2
+
+
 def test_speed_leaves_out_pauses_after_the_first_step_alone(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(progress.time, "perf_counter", clock)

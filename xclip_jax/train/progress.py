@@ -57,6 +57,9 @@ class Progress:
     def line(self, step: int, metrics: Mapping[str, float]) -> str:
         """Return the line that is printed for a step."""
         speed = self.samples_per_second(step)
+        if step == self._first and self._since is not None:
+            # The first step was dispatched when it was counted, and is computed now that its loss is here.
+            self._since, self._paused = time.perf_counter(), 0.0
         left = format_duration((self.steps - step) * self.batch / speed) if speed else ""
         parts = [f"step {step}/{self.steps}", f"loss {metrics['loss']:.3f}", *self._terms(metrics)]
         if skipped := metrics.get("skipped_steps"):
