@@ -101,11 +101,11 @@ def test_a_start_that_cannot_be_is_one_sentence(source, pairs, tmp_path):
         build.build(tiny.config(init__frozen=("image",)))
 
 
-def towers(size=16, length=8, embed=8, **img):
+def towers(size=16, length=8, embed=8, vocab=20, **img):
     """A model and random variables of it."""
     model = two_towers(
         img={"image_size": size, "patch": 4, "width": 16, "depth": 1, "heads": 2} | img,
-        txt={"vocab": 20, "eot_id": 19, "context_length": length, "width": 8, "depth": 1, "heads": 2},
+        txt={"vocab": vocab, "eot_id": 19, "context_length": length, "width": 8, "depth": 1, "heads": 2},
         embed=embed,
     )  # fmt: skip
     args = jnp.zeros((1, size, size, 3)), jnp.zeros((1, length), jnp.int32)
@@ -142,6 +142,19 @@ def test_what_is_fresh_and_what_is_left_out_is_named():
         convert(towers(), towers(length=9))
     with pytest.raises(UserError, match=r"img/positions has shape \(16, 16\), expected \(17, 16\)"):
         convert(towers(pool="mean"), towers())
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"vocab": 30}, r"Set data\.tokenizer to what the weights have"),
+        ({"vocab": 30, "embed": 4}, r"Set data\.tokenizer and the keys of model to what the weights have"),
+        ({"embed": 4}, "Set the keys of model to what the weights have"),
+    ],
+)
+def test_what_decides_on_a_shape_is_named(changes, remedy):
+    with pytest.raises(UserError, match=f"{remedy}, or leave"):
+        convert(towers(), towers(**changes))
 
 
 def test_other_meanings_are_warned_of(source, capsys):

@@ -243,13 +243,12 @@ def convert_params(
     ]
     if wrong:
         suffix = f" (and {len(wrong) - _SHOWN} more)" if len(wrong) > _SHOWN else ""
-        table = "params/txt/tokens has shape"  # as long as the vocabulary
-        same = [line for line in wrong if not line.startswith(table)]
-        keys = [*(["data.tokenizer"] if len(same) < len(wrong) else []), *(["the keys of model"] if same else [])]
+        # The table of tokens is as long as the vocabulary, which no key of the model decides.
+        of_tokenizer = [line.startswith("params/txt/tokens has shape") for line in wrong]
+        keys = ["data.tokenizer"] * any(of_tokenizer) + ["the keys of model"] * (not all(of_tokenizer))
         raise UserError(
             f"init.weights={where!r} has another architecture: {'; '.join(wrong[:_SHOWN])}{suffix}. Set "
-            f"{' and '.join(keys)} to {'that' if keys == ['data.tokenizer'] else 'those'} of the weights, or leave "
-            "init.weights empty."
+            f"{' and '.join(keys)} to what the weights have, or leave init.weights empty."
         )
     if missing := _group_by_prefix(current.keys() - saved.keys(), current):
         notes.append(f"not in {where}, so initialised at random: {', '.join(missing)}")
