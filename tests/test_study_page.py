@@ -8,6 +8,7 @@ import sys
 import xml.etree.ElementTree
 
 import pytest
+import scipy.stats
 
 from tests import study_tiny
 from tests.study_records import CORE, TUNED, finished, record
@@ -59,7 +60,7 @@ def test_the_page_is_the_same_from_the_same_files(tmp_path):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({}, "**0 runs have a file, 6 are missing.**"),
+        ({}, "**No run has been made yet**: this page declares the study and its 6 runs."),
         (TUNED, "**2 runs have a file, 4 are missing.**"),
         (TUNED, "**Interim: 0 of 2 seeds**"),
         (TUNED | {"clip": CORE["clip"]}, "**Interim: 0 of 2 seeds**"),
@@ -70,7 +71,7 @@ def test_the_page_is_the_same_from_the_same_files(tmp_path):
 def test_the_page_says_what_is_missing(values, words):
     m = study_tiny.matrix()
     text = page.render(Snapshot(m, finished(m, values)), {})
-    assert words in text and "Undecided at this scale" in text
+    assert words in text and ("Undecided" if values.get("xclip") else "**Not run.**") in text
 
 
 def test_what_is_missing_is_said_beside_the_verdicts():
@@ -128,12 +129,15 @@ def test_a_dose_says_how_the_difference_changes():
     made = finished(m, {"clip": clip, "clip_again": half_data, "xclip": xclip})
     text = page.render(Snapshot(m, made), {})
     # 4, 5 and 5 at the first level; 7, 7 and 8 at the last
-    assert "From 0 to 1 (share) the difference changes by: top-1 +2.7 [+1.2, +4.1], 3/3 seeds above zero." in text
-    assert "| xCLIP − CLIP | gain over nothing | +4.7 [+3.2, +6.1], 3/3 |" in text
+    assert "| its change from 0 | - | +2.7 [+1.2, +4.1], 3/3 |" in text
+    welch = (scipy.stats.ttest_ind(list(xclip.values()), list(a.values()), equal_var=False) for a in (clip, half_data))
+    texts = [f"[{ends.low:+.1f}, {ends.high:+.1f}]" for ends in (test.confidence_interval() for test in welch)]
+    assert f"| the same, unpaired | {texts[0]} | {texts[1]} |" in text
+    assert f"| xCLIP − CLIP | gain over nothing | +4.7 [+3.2, +6.1], 3/3; unpaired {texts[0]} |" in text
     assert "Nothing to compare yet" in page.render(Snapshot(m, {}), {})
     two = Snapshot(m, {key: r for key, r in made.items() if r.seed < 2})
     assert "| xCLIP − CLIP | +4.5 (n = 2), 2/2 |" in page.render(two, {})
-    assert "the difference changes" not in page.render(two, {})
+    assert "| the same, unpaired | - | - |" in page.render(two, {})
 
 
 def test_runs_at_chance_and_of_two_seeds_are_shown_as_they_are():
@@ -314,7 +318,7 @@ def test_the_finding_has_what_holds_beside_the_first_claims():
         Claim("D.", (up, loss)),
         Claim("E.", (up,)),
     )
-    beside = Beside("xCLIP", (("xclip", "clip", "from CLIP"), ("xclip", "xclip", "from itself")), ("top1", "loss"))
+    beside = Beside("xCLIP", ("CLIP", "itself"), {"a tau": (("xclip", "clip"), ("xclip", "xclip"))}, ("top1", "loss"))
     m = four_seeds(claims=claims, beside=beside)
     values = {"clip": over_seeds(20.0, 20.0, 20.0, 20.0), "xclip": over_seeds(21.9, 22.0, 22.1, 22.0)}
     snapshot = Snapshot(m, finished(m, values))
@@ -322,14 +326,17 @@ def test_the_finding_has_what_holds_beside_the_first_claims():
     assert drawn == "![Differences from CLIP](docs/study/finding.svg)"
     assert first == (
         "**Of the paper's 3 claims, 1 fails** (*B*), **2 are undecided at this scale** (*A; a short C*). "
-        "Refuted: down (+2.0 [+1.9, +2.1], 0 of 4 seeds)."
+        "Refuted: down (+2.0 [+1.9, +2.1], 0 of 4 seeds agree)."
     )
-    assert decided == "*E.* **Holds**: up (+2.0 [+1.9, +2.1], 4 of 4 seeds)."
-    assert other == (
-        "**xCLIP**, difference in top-1 / loss: from CLIP +2.0 [+1.9, +2.1] / x 1.00 [1.00, 1.00] (4 seeds); "
-        "from itself +0.0 [+0.0, +0.0] / x 1.00 [1.00, 1.00] (4 seeds)."
-    )
-    assert other in page.render(snapshot, {}).splitlines()
+    assert decided == "*E.* **Holds**: up (+2.0 [+1.9, +2.1], 4 of 4 seeds agree)."
+    assert other == "xCLIP: top-1 / loss."
+    a, b = (list(values[arm].values()) for arm in ("xclip", "clip"))
+    welch = scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+    ends = f"[{welch.low:+.1f}, {welch.high:+.1f}]"
+    text = page.render(snapshot, {})
+    assert "| difference from | a tau (4 seeds, unpaired) |" in text
+    assert f"| CLIP | +2.0 {ends} / x 1.00 [" in text and "| itself | +0.0 [" in text
+    assert all(line in text for line in page.finding(snapshot).splitlines()[6:-1])
 
 
 @pytest.mark.parametrize(

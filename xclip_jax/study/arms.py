@@ -11,11 +11,11 @@ XCLIP = {"xclip_30": 0.3, "xclip_50": 0.5, "xclip_70": 0.7}  # weight of nCLIP, 
 SMOOTHING = 0.1
 SMOOTHED = {"objective.clip.label_smoothing": SMOOTHING}
 AGAINST = {
-    "clip_idle_head": "gain over CLIP again, with parameters that are not trained: equal to it but for rounding",
+    "clip_idle_head": "CLIP again, with cluster heads that nothing trains: equal to it but for rounding",
     "clip_longer": "gain over CLIP trained for the same time",
     "clip_twice": "gain over CLIP trained twice as long",
-    "clip_smoothed": "gain over a softer contrast",
-    "xclip_shuffled": "gain from whose clusters are the targets",
+    "clip_smoothed": "gain over CLIP with soft targets",
+    "xclip_shuffled": "gain over the same with the pseudo-labels of other pairs",
 }
 FLOOR = "clip_idle_head"
 OUT_OF_DOMAIN = "out-of-domain classification"  # in `Measure.family`
@@ -98,12 +98,12 @@ class Arms:
             objective = "xclip" if "objective.terms" in changes else tuned
             return self.arm(name, heading, "controls", objective, changes, seeds=self.seeds, tuned=tuned, length=length)
 
-        yield control("clip_idle_head", "CLIP, idle cluster heads", "clip", terms(0.0))
+        yield control("clip_idle_head", "CLIP, untrained cluster heads", "clip", terms(0.0))
         yield control("clip_longer", f"CLIP, {self.more_steps:g} times the steps", "clip", {}, length=self.more_steps)
         yield control("clip_twice", "CLIP, twice the steps", "clip", {}, length=2.0)
         yield control("clip_smoothed", f"CLIP, label smoothing {SMOOTHING:g}", "clip", SMOOTHED)
         shuffled = terms(0.3) | {"objective.nclip.shuffle_targets": True}
-        yield control("xclip_shuffled", "xCLIP 0.3 : 0.7, targets of other pairs", "xclip", shuffled)
+        yield control("xclip_shuffled", "xCLIP 0.3 : 0.7, shuffled pseudo-labels", "xclip", shuffled)
 
     def common(self, recipe: Mapping[str, Any]) -> Iterator[Arm]:
         """All objectives at one recipe."""

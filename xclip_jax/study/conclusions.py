@@ -7,11 +7,12 @@ from xclip_jax.study.declaration import Claim
 from xclip_jax.study.markdown import difference_text, diverged_text, p_text, shown, table
 from xclip_jax.study.matrix import Run, Snapshot
 from xclip_jax.study.schedule import selected
-from xclip_jax.study.statistics import MIN_SEEDS
+from xclip_jax.study.statistics import FEW_SEEDS, MIN_SEEDS
 
 FINDINGS = 3  # the first claims of a study, which are the paper's
 _OPEN = "not chosen yet"
 _OPEN_CLAIM = "undecided at this scale"
+_NO_RUNS = "Not run"
 _SHOWN = {
     verdicts.HOLDS: "Shown",
     verdicts.FAILS: "Refuted",
@@ -31,6 +32,8 @@ def counts(snapshot: Snapshot) -> tuple[int, int]:
 def progress(snapshot: Snapshot) -> str:
     """Return how many runs have a file, in a sentence."""
     done, missing = counts(snapshot)
+    if not done:
+        return f"**No run has been made yet**: this page declares the study and its {missing} runs."
     shared = "Arms of one config share their runs, which are counted once."
     if missing:
         more = "What is missing is listed below; each n is that of the files."
@@ -55,22 +58,27 @@ def findings(snapshot: Snapshot) -> list[str]:
     scope = "; ".join(filter(None, (interim(snapshot), study.scope, left)))
     first = " ".join([_counts(judged[:FINDINGS]), *([f"({scope}.)"] if scope else [])])
     others = [_sentence(claim) for claim in judged[FINDINGS:] if claim.verdict != verdicts.UNDECIDED]
-    return [first, *(line for text in (*others, beside(snapshot)) if text for line in ("", text))]
+    below = beside(snapshot)
+    return [first, *(line for text in others for line in ("", text)), *(["", *below[:-1]] if below else [])]
 
 
-def beside(snapshot: Snapshot) -> str:
-    """Return the differences beside the claims in a sentence; "" without any."""
+def beside(snapshot: Snapshot) -> list[str]:
+    """Return the differences beside the claims as a table, and an empty line; nothing without any."""
     study = snapshot.study
     if not study.beside:
-        return ""
-    measures, texts = [study.measure(name) for name in study.beside.measures], []
-    for a, b, name in study.beside.pairs:
-        pairs = [verdicts.difference(snapshot, a, b, measure) for measure in measures]
-        if seeds := {d.n for d in pairs if d}:
-            n = f" ({max(seeds)} seeds)" if max(seeds) >= MIN_SEEDS else ""
-            texts.append(f"{name} {' / '.join(map(difference_text, pairs, measures))}{n}")
+        return []
+    measures = [study.measure(name) for name in study.beside.measures]
+    head, columns = ["difference from"], []
+    for name, pairs in study.beside.columns.items():
+        by_seed = [[verdicts.difference(snapshot, *pair, measure) for measure in measures] for pair in pairs]
+        n = max((d.n for cell in by_seed for d in cell if d), default=0)
+        welch = [[verdicts.unpaired(snapshot, *pair, measure) for measure in measures] for pair in pairs]
+        shown_here = welch if n < FEW_SEEDS else by_seed
+        columns.append([" / ".join(map(difference_text, cell, measures)) for cell in shown_here])
+        head.append(f"{name} ({n} seeds{', unpaired' if MIN_SEEDS <= n < FEW_SEEDS else ''})")
+    rows = [[name, *cells] for name, *cells in zip(study.beside.rows, *columns, strict=True)]
     labels = " / ".join(measure.label for measure in measures)
-    return f"**{study.beside.text}**, difference in {labels}: {'; '.join(texts)}." if texts else ""
+    return [f"{study.beside.text}: {labels}.", "", *table(head, rows)]
 
 
 def summary(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
@@ -85,8 +93,7 @@ def summary(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
         yield from [f"**{planned - done} of {planned} runs of controls are missing**: {text}", ""]
     for number, claim in enumerate(study.claims, 1):
         yield from [f"{number}. {_sentence(verdicts.judge(snapshot, claim))}", ""]
-    if text := beside(snapshot):
-        yield from [text, ""]
+    yield from beside(snapshot)
 
 
 def section(snapshot: Snapshot) -> Iterator[str]:
@@ -120,9 +127,13 @@ def _missing(snapshot: Snapshot, runs: list[Run]) -> list[Run]:
 
 def _sentence(claim: verdicts.ClaimVerdict) -> str:
     """What a claim earns: its words, the verdict, and what each of its parts shows, by verdict where these differ."""
+    if not any(part.difference for part in claim.parts):
+        return f"*{claim.claim.text}* **{_NO_RUNS}.**"
     groups = {}
     for verdict, word in _SHOWN.items():
-        texts = [_numbers(part) for part in claim.parts if part.verdict == verdict]
+        # "Against the claim: xCLIP gains at retrieval" would read as if it did.
+        name = verdict == verdicts.OPPOSED
+        texts = [_numbers(part, name=name) for part in claim.parts if part.verdict == verdict]
         groups |= {word: "; ".join(texts)} if texts else {}
     verdict = (_OPEN_CLAIM if claim.verdict == verdicts.UNDECIDED else claim.verdict).capitalize()
     if {part.verdict for part in claim.parts} == {claim.verdict}:
@@ -149,14 +160,14 @@ def _counts(claims: Sequence[verdicts.ClaimVerdict]) -> str:
     return " ".join([f"**Of the paper's {len(claims)} claims, {', **'.join(groups)}.", *texts])
 
 
-def _numbers(part: verdicts.PartVerdict) -> str:
-    """What a part says, with its difference and on how many seeds it is on the claimed side."""
-    d = part.difference
+def _numbers(part: verdicts.PartVerdict, *, name: bool = False) -> str:
+    """What a part says, or with `name` of what it is, with its difference and the seeds on the claimed side."""
+    d, text = part.difference, part.measure.label if name else part.part.text
     if d is None:
-        return f"{part.part.text} (no runs)"
+        return f"{text} (no runs)"
     above = part.part.better == part.measure.higher
-    bound = f" {'above -' if above else 'below '}{part.part.margin:g}" if part.part.margin else ""
-    return f"{part.part.text} ({difference_text(d, part.measure)}, {part.agreeing} of {d.n} seeds{bound})"
+    bound = f"{'above -' if above else 'below '}{part.part.margin:g}" if part.part.margin else ""
+    return f"{text} ({difference_text(d, part.measure)}, {part.agreeing} of {d.n} seeds {bound or 'agree'})"
 
 
 def _cells(snapshot: Snapshot, part: verdicts.PartVerdict) -> list[str]:

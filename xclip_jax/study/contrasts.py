@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from xclip_jax.study import similarities, verdicts
 from xclip_jax.study.declaration import Dose, Measure, Study
-from xclip_jax.study.markdown import rows_of, signed_text, table
+from xclip_jax.study.markdown import interval_text, rows_of, signed_text, table
 from xclip_jax.study.matrix import Snapshot
 from xclip_jax.study.statistics import MIN_SEEDS, holm, p_above
 
@@ -80,28 +80,37 @@ def of_dose(snapshot: Snapshot, dose: Dose) -> list[str]:
     if not dose.controls:
         return []
     measures = [snapshot.study.measure(name) for name in dose.measures]
-    return ["Against controls:", "", *_differences(snapshot, dose.controls, measures)]
+    return ["Against controls:", "", *_differences(snapshot, dose.controls, measures, unpaired=True)]
 
 
 def _differences(
-    snapshot: Snapshot, contrasts: Sequence[Contrast], measures: Sequence[Measure] | None = None
+    snapshot: Snapshot,
+    contrasts: Sequence[Contrast],
+    measures: Sequence[Measure] | None = None,
+    *,
+    unpaired: bool = False,
 ) -> list[str]:
+    """A table of differences; with `unpaired` cells have Welch's interval too."""
     study, rows = snapshot.study, []
     measures = study.measures if measures is None else measures
     for a, b, meaning in contrasts:
         left, right = snapshot.choice(a), snapshot.choice(b)
         names = [study.arm(name).title if name else "not chosen yet" for name in (left, right)]
-        rows.append([f"{names[0]} − {names[1]}", meaning, *_cells(snapshot, left, right, measures)])
+        cells = _cells(snapshot, left, right, measures)
+        if unpaired and left and right:
+            welch = (interval_text(verdicts.unpaired(snapshot, left, right, m), m) for m in measures)
+            cells = [f"{cell}; unpaired {text}" if text else cell for cell, text in zip(cells, welch, strict=True)]
+        rows.append([f"{names[0]} − {names[1]}", meaning, *cells])
     return table(["difference", "what it shows", *(measure.label for measure in measures)], rows)
 
 
 def _survivors(snapshot: Snapshot, contrasts: Sequence[Contrast]) -> Iterator[str]:
     """For each measure the controls over which there is a gain, by p after Holm's correction over the controls."""
     study = snapshot.study
+    floor = f"; {study.arm(study.floor).title} is left out" if study.floor in [b for _, b, _ in contrasts] else ""
     yield (
         "The intervals are not corrected for their number. Gains with p below 0.05 by the paired t-test after Holm's "
-        f"correction over the controls of a measure, of at least {MIN_SEEDS} seeds"
-        + (f", but for {study.arm(study.floor).title}:" if study.floor in [b for _, b, _ in contrasts] else ":")
+        f"correction over the controls of a measure ({MIN_SEEDS} seeds or more{floor}):"
     )
     yield ""
     nothing, compared = [], False

@@ -135,13 +135,15 @@ class Beside:
     """Differences that the finding has beside the claims.
 
     Attributes:
-      text: what is subtracted from, for people to read.
-      pairs: (arm, what is subtracted from it, its name here).
-      measures: names of measures.
+      text: what the table is of.
+      rows: names of what is subtracted.
+      columns: {name: for each row an arm and what is subtracted from it}.
+      measures: names of measures, all in each cell.
     """
 
     text: str
-    pairs: Sequence[tuple[str, str, str]]
+    rows: Sequence[str]
+    columns: Mapping[str, Sequence[tuple[str, str]]]
     measures: Sequence[str]
 
 
@@ -291,10 +293,10 @@ def check(study: Study) -> None:
     measures = [measure.name for measure in study.measures]
     parts = [part for claim in study.claims for part in claim.parts]
     used = [name for part in parts for name in (part.a, part.b)]
-    besides = study.beside.pairs if study.beside else ()
+    besides = [pair for pairs in study.beside.columns.values() for pair in pairs] if study.beside else []
     of_doses = (contrast for dose in study.doses for contrast in dose.controls)
-    contrasts = (*study.controls, *study.sought, *study.sought_controls, *besides, *of_doses)
-    used += [name for a, b, _ in contrasts for name in (a, b)]
+    contrasts = (*study.controls, *study.sought, *study.sought_controls, *of_doses)
+    used += [name for pair in (*((a, b) for a, b, _ in contrasts), *besides) for name in pair]
     used += [arm for dose in study.doses for line in dose.lines.values() for arm in line]
     used += [study.baseline, *study.common.values(), *study.shown[0], *study.weights.values()]
     used += [study.floor] if study.floor else []

@@ -230,7 +230,7 @@ def _searched(arms: Arms) -> Iterator[Arm]:
     yield arms.arm(SEARCHED_XCLIP, heading_again, "controls", "xclip", {}, seeds=SEEDS, tuned=SEARCHED_XCLIP)
     shuffled = XCLIP_SEARCHED | {"objective.nclip.shuffle_targets": True}
     yield arms.arm(
-        "xclip_searched_shuffled", f"{heading}, targets of other pairs", "controls", "xclip", shuffled, seeds=SEEDS,
+        "xclip_searched_shuffled", f"{heading}, shuffled pseudo-labels", "controls", "xclip", shuffled, seeds=SEEDS,
         tuned="xclip",
     )  # fmt: skip
 
@@ -274,26 +274,30 @@ _SOUGHT = (
     (SEARCHED, "clip", "whether it is ahead of CLIP"),
     (SEARCHED_AGAIN, SEARCHED, "what the second search is worth"),
     (SEARCHED_AGAIN, "clip", "whether that is ahead of CLIP"),
-    (SEARCHED_AGAIN, "clip_smoothed", "whether it is ahead of a softer contrast"),
+    (SEARCHED_AGAIN, "clip_smoothed", "whether it is ahead of CLIP with soft targets"),
     ("xclip_searched", "xclip", "what nCLIP's setting is worth in xCLIP"),
     ("xclip_searched", "clip", "whether that is ahead of CLIP"),
     (SEARCHED_XCLIP, "xclip_searched", "what xCLIP's own search is worth"),
     (SEARCHED_XCLIP, "clip", "whether that is ahead of CLIP"),
     (SEARCHED_XCLIP, "clip_longer", "whether it is ahead of CLIP trained for the same time"),
-    (SEARCHED_XCLIP, "clip_smoothed", "whether it is ahead of a softer contrast"),
+    (SEARCHED_XCLIP, "clip_smoothed", "whether it is ahead of CLIP with soft targets"),
 )
 _SOUGHT_CONTROLS = (
     *(("xclip_searched", name, AGAINST[name]) for name in (FLOOR, "clip_longer", "clip_twice", "clip_smoothed")),
     ("xclip_searched", "xclip_searched_shuffled", AGAINST["xclip_shuffled"]),
 )
 _BESIDE = Beside(
-    f"{title('xclip_50')}, tuned on validation",
-    (
-        (SEARCHED_XCLIP, "clip", "with tau 0.35 from CLIP"),
-        (SEARCHED_XCLIP, "clip_longer", "from CLIP trained for the same time"),
-        ("xclip_noise25", "clip_noise25", "with tau 0.5 from CLIP, a quarter of the captions exchanged for both"),
-        ("xclip_noise25", "clip_noise25_longer", "from that CLIP trained for the same time"),
-    ),
+    "xCLIP, half nCLIP and half CLIP, with tau tuned on validation",
+    ("CLIP, as many steps", "CLIP, the same time", f"CLIP, label smoothing {SMOOTHING:g}"),
+    {
+        **{
+            f"tau {tau:g}": [(arm, "clip"), (arm, "clip_longer"), (arm, "clip_smoothed")]
+            for tau, arm in ((0.5, "xclip_searched"), (0.35, SEARCHED_XCLIP))
+        },
+        "tau 0.5, 25 % of captions exchanged": [
+            ("xclip_noise25", name) for name in ("clip_noise25", "clip_noise25_longer", "clip_noise25_smoothed")
+        ],
+    },
     ("zeroshot", "probe"),
 )
 
@@ -341,7 +345,7 @@ def study(recipe: str = RECIPE) -> Study:
         sought_controls=_SOUGHT_CONTROLS,
         secondary=SECONDARY,
         shown=(
-            ("nclip", SEARCHED_AGAIN, "xclip", SEARCHED_XCLIP),
+            ("nclip", SEARCHED_AGAIN, "xclip", SEARCHED_XCLIP, "clip_longer"),
             ("zeroshot", "rendering", "retrieval", "probe", "aliases"),
         ),
         beside=_BESIDE,

@@ -19,17 +19,21 @@ def estimate_text(of_mean: Estimate | None, measure: Measure, *, n: bool = False
     return f"{shown.mean:.{digits}f} {interval}" + (f", n = {shown.n}" if n else "")
 
 
-def difference_text(d: Difference | None, measure: Measure) -> str:
+def difference_text(d: Estimate | None, measure: Measure) -> str:
     """ "+1.2 [+0.4, +2.0]"; of a ratio "x 1.10 [1.02, 1.19]"; of fewer than three seeds "+1.2 (n = 2)"."""
     if d is None:
         return "-"
+    mean = f"x {math.exp(d.mean):.2f}" if measure.ratio else f"{d.mean:+.{measure.digits}f}"
+    return f"{mean} {interval_text(d, measure) or f'(n = {d.n})'}"
+
+
+def interval_text(d: Estimate | None, measure: Measure) -> str:
+    """ "[+0.4, +2.0]" of a difference; "" of fewer than three seeds."""
+    if d is None or d.n < MIN_SEEDS:
+        return ""
     if measure.ratio:
-        shown = d.mapped(math.exp)
-        mean, interval = f"x {shown.mean:.2f}", f"[{shown.low:.2f}, {shown.high:.2f}]"
-    else:
-        digits = measure.digits
-        mean, interval = f"{d.mean:+.{digits}f}", f"[{d.low:+.{digits}f}, {d.high:+.{digits}f}]"
-    return f"{mean} {interval if d.n >= MIN_SEEDS else f'(n = {d.n})'}"
+        return f"[{math.exp(d.low):.2f}, {math.exp(d.high):.2f}]"
+    return f"[{d.low:+.{measure.digits}f}, {d.high:+.{measure.digits}f}]"
 
 
 def signed_text(d: Difference | None, measure: Measure) -> str:

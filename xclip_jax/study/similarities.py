@@ -10,7 +10,8 @@ from xclip_jax.study.statistics import paired
 
 _LABELS = {"": "its own", "cosine": "clusters by cosine", "cross_entropy": "clusters by cross-entropy"}
 _TEXT = (
-    "A model with clusters can classify by these, and by both where it has a projection too. What is compared above is "
+    "A model with clusters can classify by these, and where it has a projection too by both: the cosine of embeddings "
+    "and the negative cross-entropy of clusters, each divided by its standard deviation. What is compared above is "
     "a model's own similarity: the cosine of embeddings, or of distributions over clusters where there is no "
     "projection. Here each arm classifies by the similarity that is best on validation, by the mean over its seeds."
 )
@@ -56,7 +57,8 @@ def controls(snapshot: Snapshot) -> Iterator[str]:
             sides = [_best(snapshot, arm, validation, test) for arm in (left, right)]
             values = [snapshot.values(arm, m) for arm, (_, m) in zip((left, right), sides, strict=True) if m]
             d = paired(*values) if len(values) == 2 else None
-            by = " and ".join(dict.fromkeys(_label(score) for score, _ in sides))
+            first, second = (_label(score) for score, _ in sides)
+            by = first if first == second else f"{first}, the second by {second}"
             cells.append(f"{signed_text(d, study.measure(test))}; by {by}" if d else "-")
         rows.append(cells)
     if rows:

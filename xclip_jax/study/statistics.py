@@ -10,6 +10,7 @@ import scipy.stats
 
 LEVEL = 0.95
 MIN_SEEDS = 3  # of fewer the interval says little: none is shown, and nothing is decided
+FEW_SEEDS = 5  # of fewer a paired interval is often narrow by chance: the unpaired one is shown too
 _EXACT = 16  # differences up to which all signs are tried
 
 
@@ -80,6 +81,27 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Difference | None:
         p_flip=sign_flip(d),
         standard_error=error,
     )
+
+
+def welch(a: Mapping[int, float], b: Mapping[int, float]) -> Estimate | None:
+    """Return the difference of the means of a and b with Welch's interval, or None where one of them is empty.
+
+    It takes all runs as independent, and the scatter from both sides: with few seeds it is steadier than the paired
+    interval, whose scatter is that of as few differences. It is NaN where one side has a single seed; n is that of the
+    smaller side.
+    """
+    if not a or not b:
+        return None
+    sides = [np.array(list(side.values()), float) for side in (a, b)]
+    mean, n = float(sides[0].mean() - sides[1].mean()), min(map(len, sides))
+    if n < 2:
+        return Estimate(mean, math.nan, math.nan, n)
+    variances = [x.var(ddof=1) / len(x) for x in sides]
+    if not (variance := sum(variances)):
+        return Estimate(mean, mean, mean, n)
+    freedom = variance**2 / sum(v**2 / (len(x) - 1) for v, x in zip(variances, sides, strict=True))
+    half = float(scipy.stats.t.ppf(0.5 + LEVEL / 2, freedom) * math.sqrt(variance))
+    return Estimate(mean, mean - half, mean + half, n)
 
 
 def p_above(mean: float, standard_error: float, n: int) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from xclip_jax.study.declaration import Claim, Measure, Part
 from xclip_jax.study.matrix import Snapshot
-from xclip_jax.study.statistics import MIN_SEEDS, Difference, holm, p_above, paired
+from xclip_jax.study.statistics import MIN_SEEDS, Difference, Estimate, holm, p_above, paired, welch
 
 ALPHA = 0.05
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
@@ -77,11 +77,19 @@ def difference(
     snapshot: Snapshot, a: str, b: str, measure: Measure, *, without: Collection[int] = ()
 ) -> Difference | None:
     """Return a - b paired by seed, of logarithms where the measure is a ratio."""
-    of_arms = [snapshot.values(arm, measure) for arm in (a, b)]
-    sides = [{seed: value for seed, value in of_arm.items() if seed not in without} for of_arm in of_arms]
-    if measure.ratio:
-        sides = [{seed: math.log(value) for seed, value in side.items() if value > 0} for side in sides]
-    return paired(*sides)
+    sides = [_values(snapshot, arm, measure) for arm in (a, b)]
+    return paired(*({seed: value for seed, value in side.items() if seed not in without} for side in sides))
+
+
+def unpaired(snapshot: Snapshot, a: str, b: str, measure: Measure) -> Estimate | None:
+    """Return a - b with Welch's interval, of logarithms where the measure is a ratio."""
+    return welch(_values(snapshot, a, measure), _values(snapshot, b, measure))
+
+
+def _values(snapshot: Snapshot, arm: str, measure: Measure) -> dict[int, float]:
+    """{seed: value of an arm}, its logarithm where the measure is a ratio."""
+    values = snapshot.values(arm, measure)
+    return {s: math.log(x) for s, x in values.items() if x > 0} if measure.ratio else dict(values)
 
 
 def compare(
