@@ -37,18 +37,22 @@ setup() {
       ;;
   esac
   VENV=${VENV:-.venv-$version}
-  if [ ! -x "$VENV/bin/python" ]; then
-    echo "making $VENV"
-    "$python" -m venv "$VENV"
-  fi
   # The stamp holds what was installed: a changed setup.py installs again, an unchanged one starts at once.
-  local stamp="$VENV/.installed" wanted
+  local stamp="$VENV/.installed" wanted new=""
   wanted="$1 $(cksum setup.py)"
-  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    echo "installing xclip_jax[$1] into $VENV"
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
-    echo "$wanted" >"$stamp"
+  [ ! -x "$VENV/bin/python" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || return 0
+  # pip comes last: an environment whose creation failed or was interrupted has a Python without it.
+  if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+    echo "making $VENV"
+    [ -e "$VENV" ] || new=1
+    "$python" -m venv "$VENV" || {
+      [ -z "$new" ] || rm -rf "$VENV"
+      fail "$python could not make $VENV, see above; on Debian or Ubuntu: apt install python$version-venv"
+    }
   fi
+  echo "installing xclip_jax[$1] into $VENV"
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
+  echo "$wanted" >"$stamp"
 }
 
 # show_help ARGUMENTS: where the first is --help, prints the header of the script that is executed, and exits.
@@ -102,13 +106,29 @@ argument() {
   printf '%s\n' "$value"
 }
 
-# run_folder EXAMPLE ARGUMENTS: the value of --config.run among the arguments of training.
+# run_folder EXAMPLE ARGUMENTS: the value of --config.run among the arguments of training, spelt as training spells it,
+# with single slashes and none at the end: in a bucket, a name with other slashes is another file.
 run_folder() {
   local example=$1 folder
   shift
   folder=$(argument run "$@")
   [ -n "$folder" ] || fail "--config.run is missing; say where the run is kept, as in --config.run=$example"
-  echo "$folder"
+  sed -E 's#([^:/])/(\.?/)+#\1/#g; s#:///+#://#; s#([^:/])/\.?$#\1#' <<<"$folder"
+}
+
+# refuse_check ARGUMENTS: --check ends with status 0 and without results, for which the scripts would wait.
+refuse_check() {
+  local word
+  for word; do
+    case $word in
+      -check | --check | -check=* | --check=*) fail "$word trains nothing; leave it out, or use xclip-jax train --check" ;;
+    esac
+  done
+}
+
+# newest_step: of the checkpoints whose paths are on standard input, 0 where there is none.
+newest_step() {
+  awk '{ sub("/$", ""); sub(".*/", "") } /^[0-9]+$/ && $0 + 0 > newest { newest = $0 + 0 } END { print newest + 0 }'
 }
 
 # logs_to TRACKER ARGUMENTS: whether --config.log.to among the arguments names this tracker.
@@ -161,6 +181,7 @@ tpu_flags() {
 tpu_check() {
   local folder=$1 tracker bucket said extra extras="" missing="" python=${PYTHON:-python3}
   shift
+  refuse_check "$@"
   for tracker in wandb trackio; do
     ! logs_to "$tracker" "$@" || [[ ,$EXTRAS, == *,$tracker,* ]] ||
       fail "log.to names $tracker, which the workers would lack; set EXTRAS=$EXTRAS,$tracker"

@@ -23,6 +23,8 @@
 # PYTHON  interpreter with xclip_jax and JAX for GPUs (default: python). An environment on a file system that all nodes
 #         share: python3 -m venv .venv-gpu && .venv-gpu/bin/pip install --editable . "jax[cuda13]", or "jax[cuda12]" for
 #         drivers before 580. Then PYTHON=.venv-gpu/bin/python sbatch ...
+# FAILURES  gives up, with status 1, after this many starts of a job that were stopped or hung and left no newer checkpoint
+#         than before (default: 5); `slurm_retries` in the run's folder has a line for each, of the job and that checkpoint
 #
 # What is compiled is kept in `compiled` in the run's folder; a job that resumes need not compile again.
 #
@@ -38,9 +40,11 @@ fi
 show_help "$@"
 DRY_RUN=
 [ "${1:-}" != --dry-run ] || { DRY_RUN=1 && shift; }
+FAILURES=${FAILURES:-5}
 folder=$(run_folder /shared/runs/mine "$@")
 # Whether it is complete could not be seen below, so that the job would be requeued for ever.
 [[ $folder != *://* ]] || fail "--config.run=$folder is no path; give a folder on a file system that all nodes share"
+refuse_check "$@"
 
 # JAX gives task i of a node the i-th GPU that it sees, so each task has to see all of them. srun does not inherit
 # --cpus-per-task from sbatch.
@@ -61,11 +65,27 @@ if [ -n "$DRY_RUN" ]; then
   exit 0
 fi
 
+newest_checkpoint() {
+  find "$folder/checkpoints/" -maxdepth 1 2>/dev/null | newest_step || true
+}
+
+before=$(newest_checkpoint)
 "${task[@]}"
 # SIGTERM goes to the tasks and not to this script, be it for the time limit (--signal) or for a preemption with grace.
 # The tasks then end with 0, as they do when the run is complete; results.json tells. (scancel ends this script too; a
 # job that loses its node, or is preempted without grace, is requeued by Slurm itself.)
-if [ ! -e "$folder/results.json" ]; then
-  echo "training was stopped or hung before its end; back to the queue"
-  "${requeue[@]}"
+[ ! -e "$folder/results.json" ] || exit 0
+
+if [ "$(newest_checkpoint)" -le "$before" ]; then
+  # A run that always hangs at the same place must not hold the GPUs for ever.
+  mkdir -p "$folder"
+  line="${SLURM_JOB_ID:-} $before"
+  echo "$line" >>"$folder/slurm_retries"
+  starts=$(grep -cxF "$line" "$folder/slurm_retries")
+  if [ "$starts" -ge "$FAILURES" ]; then
+    echo "error: $starts starts of this job left no newer checkpoint than step $before; giving up" >&2
+    exit 1
+  fi
 fi
+echo "training was stopped or hung before its end; back to the queue"
+"${requeue[@]}"

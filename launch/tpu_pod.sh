@@ -27,13 +27,14 @@
 # LIBTPU_INIT_ARGS  flags of the TPU compiler (default: those of docs/pods.md; empty for none)
 # PYTHON         interpreter with xclip_jax on this machine, which checks the config before anything is created (default:
 #                python3; without one the config is checked on the workers)
-# FAILURES       gives up after this many failures in a row, of the pod itself or within an hour of the start of training
+# FAILURES       gives up after this many failures, of the pod or of training, without a newer checkpoint between them
 #                (default: 3)
 # POLL           seconds between two looks at the pod (default: 60)
 # KEEP           1 to keep the pod at the end; the next command with its NAME trains on it (default: empty)
 #
 # What is compiled is kept in `compiled` in the run's folder, so that a pod that is created again need not compile again.
 # Input that training refuses before its first step, such as a set that the workers lack, ends the script at once.
+# Where the pod cannot be deleted at the end, the script prints the command that deletes it and exits with 1.
 # Needs the Google Cloud CLI, and the key in an ssh agent: ssh-add ~/.ssh/google_compute_engine. The service account of
 # the pod needs access to the bucket.
 set -euo pipefail
@@ -90,14 +91,29 @@ recreate() {
   misses=0 ended=""
 }
 
-# finish STATUS
+# finish STATUS: deletes the pod and exits. One call that fails must not leave it on.
 finish() {
-  [ -n "${KEEP:-}" ] || delete || say "it could not be deleted and goes on costing money; delete it yourself"
-  exit "$1"
+  local try
+  [ -z "${KEEP:-}" ] || exit "$1"
+  for try in 1 2 3 4 5; do
+    [ "$try" = 1 ] || sleep "$POLL"
+    if delete || [ "$(tpu_state queued-resources state.state)" = ABSENT ]; then exit "$1"; fi
+  done
+  say "it could not be deleted and goes on costing money; delete it with: $(DRY_RUN=1 delete)"
+  exit 1
+}
+
+# Forgets the failures before a newer checkpoint. Time would say nothing: a run that hangs is running for as long as
+# log.stall_limit. Where the bucket cannot be asked, they still count.
+forget_failures() {
+  local newest
+  newest=$(run gcloud storage ls "$folder/checkpoints/" 2>/dev/null | newest_step) || true
+  [ "$newest" -le "$reached" ] || reached=$newest failures=0
 }
 
 # failed REASON
 failed() {
+  forget_failures
   failures=$((failures + 1))
   [ "$state" != ACTIVE ] || tpu_ssh 0 "tail -n 20 xclip_jax/train.log" || true
   if [ "$failures" -ge "$FAILURES" ]; then
@@ -121,10 +137,10 @@ tend() {
   case $training in
     running)
       misses=0 watched=1
-      [ $((SECONDS - started)) -lt 3600 ] || failures=0
+      [ "$failures" = 0 ] || forget_failures
       ;;
     new)
-      started=$SECONDS watched=1
+      watched=1
       if tpu_install && tpu_start "$@"; then
         say "training has started; to follow it:"
         (DRY_RUN=1 tpu_ssh 0 "tail -n 100 -F xclip_jax/train.log")
@@ -143,7 +159,7 @@ tend() {
         say "an earlier command ended here with exit status $training; training starts"
         tpu_ssh 0 "cd xclip_jax && { mv -f train.log train.log.1; rm -f train.exit train.pid; }" ||
           missed "the first worker does not answer"
-      elif [[ $training =~ ^(0|75|143)$ ]]; then
+      elif [[ $training =~ ^(75|143)$ ]]; then
         # 75: asked to stop, and saved. 143: asked to stop before it could save.
         recreate "training was stopped before its end"
       elif [ "$training" = 1 ] && refused; then
@@ -152,7 +168,9 @@ tend() {
       elif [ -z "$ended" ]; then
         ended=1  # A preemption shows in training before it shows in the state of the pod: look once more.
       else
-        # 79: it hung or lost a host. It starts again, and counts: it may hang at the same place for ever.
+        # 79: it hung or lost a host. It starts again, and counts, since it may hang at the same place for ever; as
+        # does one that ends without its results.
+        [ "$training" != 0 ] || training="0 and without results"
         failed "training failed with exit status $training"
       fi
       ;;
@@ -167,8 +185,8 @@ if [ -n "$DRY_RUN" ]; then
   exit 0
 fi
 
-# watched: whether this command has seen training run, or started it.
-created="" last="" ended="" watched="" misses=0 failures=0 started=0
+# watched: whether this command has seen training run, or started it. reached: step of the newest checkpoint it has seen.
+created="" last="" ended="" watched="" misses=0 failures=0 reached=0
 while :; do
   state=$(tpu_state queued-resources state.state)
   [ "$state" = "$last" ] || say "$state"

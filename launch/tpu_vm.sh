@@ -40,6 +40,10 @@ tpu_flags
 [ $# -gt 0 ] || fail "nothing to train; add arguments, as in --config configs/xclip.py --config.run=gs://my-bucket/run"
 [ -n "$DRY_RUN" ] || command -v gcloud >/dev/null || fail "gcloud is missing; install the Google Cloud CLI"
 
+delete() {
+  run gcloud compute tpus tpu-vm delete "$NAME" "${WHERE[@]}"
+}
+
 tpu_check "$(run_folder "" "$@" 2>/dev/null || true)" "$@"
 tpu_pack
 if [ -n "$DRY_RUN" ]; then
@@ -51,8 +55,11 @@ fi
 case $state in
   ABSENT) run gcloud compute tpus tpu-vm create "$NAME" "${WHERE[@]}" "${SHAPE[@]}" "--version=$RUNTIME" ;;
   READY) echo "$NAME exists" ;;
-  *) fail "$NAME is $state; wait, or delete it with: gcloud compute tpus tpu-vm delete $NAME ${WHERE[*]}" ;;
+  *) fail "$NAME is $state; wait, or delete it with: $(DRY_RUN=1 delete)" ;;
 esac
+# Whatever fails from here on leaves the VM as it is.
+[ -n "$DRY_RUN" ] ||
+  trap '[ $? = 0 ] || echo "$NAME exists and costs money; to delete it: $(DRY_RUN=1 delete)" >&2' EXIT
 
 # A VM is READY some time before it takes connections.
 for ((try = 1; ; try++)); do
@@ -70,4 +77,4 @@ echo
 echo "Training has started on $NAME. To follow it, to save and stop it, and to delete the VM:"
 tpu_ssh 0 "tail -n 100 -F xclip_jax/train.log"
 tpu_ssh all "kill -TERM \$(cat xclip_jax/train.pid)"
-run gcloud compute tpus tpu-vm delete "$NAME" "${WHERE[@]}"
+delete

@@ -38,10 +38,13 @@ case "$*" in
     echo "SSH: connecting" >&2
     HOME=$PWD bash -c "$(flag --command)"
     ;;
+  # In a bucket, unlike in a folder, a name with two slashes is another one.
+  "storage "*" gs://"*//*) echo "ERROR: (gcloud.storage) One or more URLs matched no objects." >&2; exit 1 ;;
   "storage ls gs://bucket") [ -z "${LOGGED_OUT:-}" ] || { echo "ERROR: (gcloud) no account" >&2; exit 1; } ;;
   "storage ls "*)
     [ -e "$CLOUD/bucket/${3#gs://}" ] ||
       { echo "ERROR: (gcloud.storage.ls) One or more URLs matched no objects." >&2; exit 1; }
+    [[ $3 != */ ]] || (cd "$CLOUD/bucket" && printf 'gs://%s\n' "${3#gs://}"*/)
     ;;
   "storage cat "*) cat "$CLOUD/bucket/${3#gs://}" ;;
   *) exit 64 ;;

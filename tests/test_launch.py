@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from etils import epath
 
-from tests.launching import LAUNCH, ROOT, executable
+from tests.launching import LAUNCH, ROOT, executable, launch
 
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh") if path.name != "common.sh")
 
@@ -53,6 +54,62 @@ def test_run_folder_in_each_spelling_that_python_takes(given):
     command = ["bash", "-c", '. launch/common.sh; run_folder gs://example "$@"', "run_folder", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "gs://b/a b\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [
+        ("gs://b/runs/mine/", "gs://b/runs/mine"),
+        ("gs:///b//runs/.//mine//", "gs://b/runs/mine"),
+        ("gs://b/.runs/mine.", "gs://b/.runs/mine."),
+        ("/shared//runs/mine/.", "/shared/runs/mine"),
+    ],
+)
+def test_run_folder_is_spelt_as_training_spells_it(given, folder):
+    command = ["bash", "-c", '. launch/common.sh; run_folder gs://example "--config.run=$1"', "run_folder", given]
+    assert subprocess.check_output(command, cwd=ROOT, text=True) == f"{epath.Path(given)}\n" == f"{folder}\n"
+
+
+# It makes an environment in the order of the real one: a Python, and pip after it, unless FAILS is set.
+VENV_MAKER = r"""
+case "$*" in
+  "-c "*) echo 3.12 ;;
+  "-m venv "*)
+    mkdir -p "$3/bin" && cp "$HERE/python without pip" "$3/bin/python"
+    [ -z "${FAILS:-}" ] || { echo "ensurepip is not available"; exit 1; }
+    printf '#!/bin/sh\necho "$*"\n' >"$3/bin/python"
+    ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("half_made", [True, False])
+def test_environment_whose_creation_failed_is_made_again(half_made, tmp_path):
+    executable(tmp_path / "python", VENV_MAKER)
+    executable(tmp_path / "python without pip", "echo No module named pip >&2; exit 1")
+    venv = tmp_path / "my venv"
+    if half_made:
+        (venv / "bin").mkdir(parents=True)
+        shutil.copy(tmp_path / "python without pip", venv / "bin" / "python")
+    env = {"PATH": "/usr/bin:/bin", "HERE": tmp_path, "PYTHON": tmp_path / "python", "VENV": venv}
+    command = ["bash", "-euo", "pipefail", "-c", ". launch/common.sh; setup demo; echo ready"]
+    failed, made, again = (
+        subprocess.run(command, cwd=ROOT, env=env | more, capture_output=True, text=True)
+        for more in ({"FAILS": "1"}, {}, {})
+    )
+    assert failed.returncode == 2 and failed.stdout == f"making {venv}\nensurepip is not available\n"
+    assert "could not make" in failed.stderr and failed.stderr.endswith("apt install python3.12-venv\n")
+    assert (made.returncode, made.stderr) == (0, "")
+    assert f"making {venv}\n" in made.stdout and "-m pip install" in made.stdout
+    assert again.stdout == "ready\n"
+
+
+def test_environment_that_could_not_be_made_leaves_nothing(tmp_path):
+    executable(tmp_path / "python", VENV_MAKER)
+    executable(tmp_path / "python without pip", "exit 1")
+    env = {"HERE": tmp_path, "PYTHON": tmp_path / "python", "VENV": tmp_path / "venv", "FAILS": "1"}
+    assert launch("local.sh", env=env).returncode == 2
+    assert not (tmp_path / "venv").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="preloads by LD_PRELOAD")

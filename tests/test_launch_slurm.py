@@ -34,6 +34,16 @@ def test_dry_run_of_slurm(tmp_path):
     assert settings["--gpus-per-node"] == settings["--ntasks-per-node"]
 
 
+def start(folder, training, *args, **env):
+    """One start of a job under a Slurm that is made of shell scripts; they note how they were called."""
+    log = 'echo "{0} $(printf "%q " "$@")" >>"$RUN/calls"\n'
+    run_task = 'while [[ $1 == --* ]]; do shift; done\n"$@"\n'
+    for name, body in {"srun": log + run_task, "scontrol": log, "python": training}.items():
+        executable(folder / name, body.replace("{0}", name))
+    env = {"RUN": str(folder), "SLURM_JOB_ID": "42", "SLURM_SUBMIT_DIR": str(ROOT)} | env
+    return launch("slurm.sh", *args, env=env, path=[folder])
+
+
 @pytest.mark.parametrize(
     ("training", "status", "requeued"),
     [
@@ -63,15 +73,34 @@ def test_dry_run_of_slurm(tmp_path):
 )
 def test_slurm_requeues_what_was_stopped(training, status, requeued, tmp_path):
     """Slurm sends its signal to all processes of a task: to the shell, here $PPID, and to training."""
-    log = 'echo "{0} $(printf "%q " "$@")" >>"$RUN/calls"\n'
-    run_task = 'while [[ $1 == --* ]]; do shift; done\n"$@"\n'
-    for name, body in {"srun": log + run_task, "scontrol": log, "python": training}.items():
-        executable(tmp_path / name, body.replace("{0}", name))
-    env = {"RUN": str(tmp_path), "SLURM_JOB_ID": "42", "SLURM_CPUS_PER_TASK": "6", "SLURM_SUBMIT_DIR": str(ROOT)}
     args = ["--config", "configs/xclip.py", f"--config.run={tmp_path}", "--config.data.sources=('folder:/a b',)"]
-    done = launch("slurm.sh", *args, env=env, path=[tmp_path])
+    done = start(tmp_path, training, *args, SLURM_CPUS_PER_TASK="6")
     assert done.returncode == status, done.stderr
     srun, *rest = [shlex.split(line) for line in read(tmp_path / "calls").splitlines()]
     assert "--cpus-per-task=6" in srun
     assert srun[-len(args) - 4 :] == ["python", "-m", "xclip_jax.main", "--distributed", *args]
     assert rest == ([["scontrol", "requeue", "42"]] if requeued else [])
+
+
+def test_slurm_gives_up_on_a_run_that_hangs_at_the_same_place(tmp_path):
+    run = tmp_path / "run"
+
+    def statuses(training, count, **env):
+        starts = [start(tmp_path, training, f"--config.run={run}/", FAILURES="3", **env) for _ in range(count)]
+        assert all(("giving up" in done.stderr) == (done.returncode == 1) for done in starts)
+        return [done.returncode for done in starts]
+
+    assert statuses("exit 79", 2) == [0, 0]
+    # The steps between two checkpoints are trained again in each start: lines of metrics are not progress.
+    saves = f'for step in 90 100; do mkdir -p "{run}/checkpoints/$step"; done; echo "{{}}" >>"{run}/metrics.jsonl"; '
+    assert statuses(f"{saves} exit 75", 1) == [0]
+    assert statuses(f"{saves} mkdir -p {run}/checkpoints/110.orbax-checkpoint-tmp; exit 79", 3) == [0, 0, 1]
+    assert read(tmp_path / "calls").count("scontrol requeue 42") == 5
+    assert statuses("exit 0", 3, SLURM_JOB_ID="43") == [0, 0, 1]  # submitted again
+
+
+@pytest.mark.parametrize("word", ["--check", "-check", "--check=true"])
+def test_slurm_refuses_to_check(word, tmp_path):
+    done = start(tmp_path, "exit 0", f"--config.run={tmp_path}", word)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {word} trains nothing; leave it out")
+    assert not (tmp_path / "calls").exists()
