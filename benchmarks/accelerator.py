@@ -4,11 +4,12 @@
     python -m benchmarks.accelerator --trace traces
     JAX_PLATFORMS=cpu python -m benchmarks.accelerator --small      # what the tests run; its figures mean nothing
 
-Each row is a process of its own. Ours, with the rematerialisation of the recipes (remat=dots), compiles the step of
-two small batches, takes the largest multiple of 128 pairs a device whose memory fits by what the compiler says of these
-(less, if the device disagrees), and takes --steps steps, whose median counts. Images are random uint8, texts as long as
-those of CC12M (`benchmarks.captions`) and whole unless --groups. MFU is the model's FLOPs (`xclip_jax.flops`, three
-forward passes, of what is cut from texts none) over the devices' dense bf16 peak. open_clip runs on one GPU, without
+Each row is a process of its own, and so is each attempt at it: one that ran out of memory would leave its peak and what
+it compiled to the next. Ours, with the rematerialisation of the recipes (remat=dots), compiles the step of two small
+batches, takes the largest multiple of 128 pairs a device whose memory fits by what the compiler says of these (less, if
+the device disagrees), and takes --steps steps, whose median counts. Images are random uint8, texts as long as those of
+CC12M (`benchmarks.captions`) and whole unless --groups. MFU is the model's FLOPs (`xclip_jax.flops`, three forward
+passes, of what is cut from texts none) over the devices' dense bf16 peak. open_clip runs on one GPU, without
 rematerialisation, with torch.compile, bf16 autocast and fused AdamW, at the pairs of one of our devices or the largest
 half, quarter ... of these that fits; its texts are always whole.
 """
@@ -90,18 +91,17 @@ def fitting_batch(objective: str, small: bool, groups: bool) -> int:
 
 
 def ours(flags: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a step, in the largest batch that fits."""
+    """Seconds of a step, in --batch or the batch that should fit; {"retry": smaller batch} where it does not."""
     import jax
 
     batch = flags.batch or fitting_batch(flags.child, flags.small, flags.groups)
     devices = jax.device_count()
-    while True:
-        try:
-            return _ours(flags, batch)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or batch <= devices:
-                raise
-            batch = rounded(0.9 * batch / devices) * devices
+    try:
+        return _ours(flags, batch)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) or batch <= devices:
+            raise
+        return {"retry": rounded(0.9 * batch / devices) * devices}
 
 
 def _ours(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
@@ -161,18 +161,15 @@ def measured(step: Callable[[], None], steps: int) -> float:
 
 
 def open_clip(flags: argparse.Namespace) -> dict[str, Any]:
-    """The same of open_clip's ViT-B-16 on one GPU."""
+    """The same of open_clip's ViT-B-16 on one GPU, in --batch."""
     import torch
 
-    batch = flags.batch
-    while True:
-        try:
-            return _open_clip(flags, batch)
-        except torch.OutOfMemoryError:
-            if batch <= MULTIPLE:
-                raise
-            batch //= 2
-            torch.cuda.empty_cache()
+    try:
+        return _open_clip(flags, flags.batch)
+    except torch.OutOfMemoryError:
+        if flags.batch <= MULTIPLE:
+            raise
+        return {"retry": flags.batch // 2}
 
 
 def _open_clip(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
@@ -216,16 +213,20 @@ def torch_has_cuda() -> bool:
 
 
 def measure(child: str, flags: argparse.Namespace, batch: int = 0) -> dict[str, Any] | None:
-    """What a process of its own measured, or None where it failed."""
+    """What a process of its own measured, of the first batch that fits, or None where it failed."""
     command = [sys.executable, "-m", "benchmarks.accelerator", "--child", child, "--steps", str(flags.steps)]
-    command += ["--batch", str(batch or flags.batch)] + ["--small"] * flags.small + ["--groups"] * flags.groups
+    command += ["--small"] * flags.small + ["--groups"] * flags.groups
     command += ["--trace", str(pathlib.Path(flags.trace) / child)] if flags.trace else []
-    print(f"{child} ...", file=sys.stderr, flush=True)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(f"{child} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
-        return None
-    return json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = {"retry": batch or flags.batch}
+    while "retry" in result:
+        batch = result["retry"]
+        print(f"{child}, {batch or 'the most'} pairs ...", file=sys.stderr, flush=True)
+        done = subprocess.run([*command, "--batch", str(batch)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"{child} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+            return None
+        result = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def table(rows: list[dict[str, Any]]) -> str:

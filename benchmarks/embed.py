@@ -26,16 +26,29 @@ KINDS = 200  # different pictures; they repeat, so that making them takes no tim
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}  # not used
 
 
+def paths(folder: pathlib.Path, n: int) -> list[str]:
+    """Where `n` JPEGs go, in folders of 1,000: of these alone, as a kept folder may have those of a larger run."""
+    return [str(folder / "images" / f"{i // 1000:03d}" / f"{i:06d}.jpg") for i in range(n)]
+
+
 def write(folder: pathlib.Path, n: int) -> None:
-    """`n` JPEGs in folders of 1,000."""
+    """The JPEGs of `paths`."""
     from benchmarks.loader import picture
 
     rng = np.random.default_rng(0)
     images = [picture(rng) for _ in range(min(KINDS, n))]
-    for i in range(n):
-        path = folder / "images" / f"{i // 1000:03d}" / f"{i:06d}.jpg"
+    for i, path in enumerate(map(pathlib.Path, paths(folder, n))):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(images[i % len(images)])
+
+
+def embeddings(folder: pathlib.Path) -> np.ndarray:
+    """Those that our side wrote last: a kept folder has those of earlier runs too."""
+    import pyarrow.parquet
+
+    newest = max(folder.glob("ours-*.parquet"))  # their names are times
+    rows = pyarrow.parquet.read_table(newest)["embedding"].combine_chunks()
+    return rows.flatten().to_numpy().reshape(len(rows), -1)
 
 
 def cpu_seconds() -> float:
@@ -52,10 +65,6 @@ def peer(options: argparse.Namespace):
     vision = {"image_size": 224, "patch_size": 32, "width": options.width, "layers": options.layers}
     model = open_clip.model.CLIP(512, vision, TEXT).eval()
     return model, {"model_cfg": {"embed_dim": 512, "vision_cfg": vision, "text_cfg": TEXT}}
-
-
-def paths(options: argparse.Namespace) -> list[str]:
-    return sorted(map(str, (options.folder / "images").rglob("*.jpg")))
 
 
 def open_clips(options: argparse.Namespace) -> dict[str, float]:
@@ -83,7 +92,7 @@ def open_clips(options: argparse.Namespace) -> dict[str, float]:
         with torch.inference_mode():
             return np.concatenate([model.encode_image(x, normalize=True).numpy() for x in loader])
 
-    files = paths(options)
+    files = paths(options.folder, options.images)
     embed(files[: options.batch])
     ready, cpu = time.perf_counter(), cpu_seconds()
     np.save(options.folder / "open_clip.npy", embed(files))
@@ -101,14 +110,15 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
         model.encode_prepared(np.zeros((n, 224, 224, 3), np.uint8))
     ready, cpu = time.perf_counter(), cpu_seconds()
     out = options.folder / f"ours-{time.time_ns()}.parquet"
-    embed.EmbeddingJob(model, {"image": embed_sources.Images(paths(options))}, str(out), threads=options.workers).run()
+    images = embed_sources.Images(paths(options.folder, options.images))
+    embed.EmbeddingJob(model, {"image": images}, str(out), threads=options.workers).run()
     return {"seconds": time.perf_counter() - ready, "cpu": cpu_seconds() - cpu, "before": ready - began}
 
 
 def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
     """One side in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.embed", "--side", side, "--folder", str(options.folder)]
-    for key in ("batch", "workers", "width", "layers"):
+    for key in ("images", "batch", "workers", "width", "layers"):
         command += [f"--{key}", str(getattr(options, key))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -118,7 +128,6 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
 
 def compare(options: argparse.Namespace) -> None:
     import open_clip
-    import pyarrow.parquet
     import torch
 
     import xclip_jax
@@ -136,9 +145,7 @@ def compare(options: argparse.Namespace) -> None:
             cpu = 1000 * measured["cpu"] / options.images
             about = f"{cpu:.1f} ms of cores an image, {measured['before']:.1f} s before the first"
             print(f"{side}: {runs[side][-1]:.1f} images/s, {about}", flush=True)
-    column = pyarrow.parquet.read_table(sorted(options.folder.glob("ours-*.parquet"))[0])["embedding"].combine_chunks()
-    z = column.flatten().to_numpy().reshape(options.images, -1)
-    cosines = (z * np.load(options.folder / "open_clip.npy")).sum(axis=1)
+    cosines = (embeddings(options.folder) * np.load(options.folder / "open_clip.npy")).sum(axis=1)
     medians = {side: statistics.median(values) for side, values in runs.items()}
     versions = f"xclip_jax {xclip_jax.__version__}, open_clip {open_clip.__version__}, torch {torch.__version__}"
     print(f"\n{versions}, {environment.capture()['versions']}")

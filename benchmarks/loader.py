@@ -85,7 +85,7 @@ def header(name: str, size: int) -> bytes:
 
 
 def write(folder: pathlib.Path, images: list[bytes], n: int, shard: int) -> str:
-    """Tars of `shard` samples each, `n` in all. Returns the pattern."""
+    """Tars of `shard` samples each, `n` in all. Returns the pattern that names these: a kept folder may have more."""
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, n, shard):
         with (folder / f"{first // shard:05d}.tar").open("wb") as tar:
@@ -95,7 +95,7 @@ def write(folder: pathlib.Path, images: list[bytes], n: int, shard: int) -> str:
                 for suffix, data in (("jpg", image), ("json", b'{"width": 500}'), ("txt", caption)):
                     tar.write(header(f"{i:09d}.{suffix}", len(data)) + data + bytes(-len(data) % 512))
             tar.write(bytes(1024))
-    return f"{folder}/*.tar"
+    return f"{folder}/{{00000..{(n - 1) // shard:05d}}}.tar"
 
 
 def bare(pattern: str, n: int) -> float:

@@ -3,7 +3,7 @@
     pip install '.[tpu,bench]' && JAX_PLATFORMS=cpu python -m benchmarks.plans
 
 About 28 compilations of a minute or two each; no TPU is used. Each is kept in docs/plans.json at once, and is not made
-again from the same sources.
+again from the same sources, recipes and versions of packages.
 """
 
 import datetime
@@ -53,12 +53,15 @@ class Planner:
 
     def __init__(self, path):
         self.path, self.environment = path, environment.capture() | {"command": "python -m benchmarks.plans"}
-        sources = b"".join(file.read_bytes() for file in sorted(pathlib.Path(plan.__file__).parent.rglob("*.py")))
+        folders = (pathlib.Path(plan.__file__).parent, DOCS.parent / "configs")
+        sources = b"".join(file.read_bytes() for folder in folders for file in sorted(folder.rglob("*.py")))
         # The file of plans itself makes a checkout dirty: this says what was compiled.
         commit = self.environment["commit"].removesuffix("-dirty")
         self.environment |= {"commit": commit, "sources": hashlib.sha256(sources).hexdigest()}
+        self.environment["versions"] |= {"libtpu": environment._version("libtpu")}  # the compiler
         saved = json.loads(path.read_text()) if path.exists() else {}
-        same = saved.get("environment", {}).get("sources") == self.environment["sources"]
+        # Versions too: docs/plans.md names those of this process.
+        same = all(saved.get("environment", {}).get(key) == self.environment[key] for key in ("sources", "versions"))
         self.known = saved["plans"] if same else {}
 
     def __call__(self, spec, topology, **changes):

@@ -18,6 +18,7 @@ run ended otherwise.
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -198,9 +199,10 @@ class Soak:
 
     def kills(self, name: str, number: signal.Signals, count: int, *, moves: bool = False) -> Iterator[tuple[str, End]]:
         """Kill runs `count` times in all and yield (what was done, the end of its run) for each kill."""
-        done = 0
+        done, numbers = 0, itertools.count()
         while done < count:
-            run, texts, devices = self.folder / f"{name}-{done}", [], _DEVICES[0]
+            # Runs are counted, not kills: one may end before its first, and the next must not be the same again.
+            run, texts, devices = self.folder / f"{name}-{next(numbers)}", [], _DEVICES[0]
             for _ in range(min(_KILLS_PER_RUN, count - done)):
                 phase = PHASES[self._turn % len(PHASES)]
                 self._turn += 1
@@ -253,7 +255,7 @@ class Soak:
 
 def _last_line(run: pathlib.Path) -> str:
     lines = run.with_suffix(".log").read_text(errors="replace").strip().splitlines()
-    return f"{lines[-1] if lines else 'nothing announced_phase'} (see {run.with_suffix('.log')})"
+    return f"{lines[-1] if lines else 'nothing said'} (see {run.with_suffix('.log')})"
 
 
 def main() -> None:
@@ -265,12 +267,14 @@ def main() -> None:
     parser.add_argument("--terms", type=int, default=20, help="by SIGTERM (default: %(default)s)")
     parser.add_argument("--moves", type=int, default=4, help="with another number of devices (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
-    parser.add_argument("--folder", default="", help="scratch folder that is kept; a temporary one by default")
+    parser.add_argument("--folder", default="", help="scratch folder, empty, that is kept; a temporary one by default")
     parser.add_argument("--child", nargs=3, metavar=("RUN", "PAIRS", "CLASSES"), help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.child:
         child(*flags.child)
         return
+    if flags.folder and any(pathlib.Path(flags.folder).glob("*")):
+        parser.error(f"--folder {flags.folder} is not empty: older runs in it would be resumed; name another one")
     with tempfile.TemporaryDirectory() as temporary:
         soak = Soak(pathlib.Path(flags.folder or temporary), flags.seed)
         expected, number, identical, wrong = soak.undisturbed(), 0, 0, 0

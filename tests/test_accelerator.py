@@ -1,5 +1,6 @@
 """`python -m benchmarks.accelerator` in its small form, on a CPU."""
 
+import json
 import os
 import subprocess
 import sys
@@ -19,7 +20,8 @@ def test_small_form_prints_a_table():
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     done = subprocess.run([*command, "--groups"], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    *_, head, _, row = done.stdout.splitlines()
+    *_, head, _, row, _, about = done.stdout.splitlines()
+    assert about.startswith("xclip_jax, xclip: texts ")
     cells = dict(zip(head.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
     assert (cells["program"], cells["objective"], cells["batch"], cells["MFU"]) == ("xclip_jax", "xclip", "16", "-")
     seconds, rate = float(cells["s a step"]), float(cells["pairs/s"].replace(",", ""))
@@ -62,6 +64,41 @@ def test_a_device_on_which_nothing_fits(monkeypatch):
     monkeypatch.setattr(memory, "compile_if_fits", lambda _: (None, "it needs 20.0G"))
     with pytest.raises(SystemExit, match=r"it needs 20\.0G"):
         accelerator.fitting_batch("clip", small=False, groups=False)
+
+
+def test_each_attempt_is_a_process_of_its_own(monkeypatch):
+    flags = SimpleNamespace(batch=0, steps=2, small=False, groups=True, trace="")
+    batches = []
+
+    def process(command, **_):
+        batches.append(int(command[command.index("--batch") + 1]))
+        answer = {"retry": (batches[-1] or 1024) // 2} if len(batches) < 3 else {"batch": batches[-1]}
+        return SimpleNamespace(returncode=0, stdout=f"a line\n{json.dumps(answer)}\n")
+
+    monkeypatch.setattr(subprocess, "run", process)
+    assert accelerator.measure("clip", flags) == {"batch": 256} and batches == [0, 512, 256]
+    batches.clear()
+    assert accelerator.measure("open_clip", flags, 512) == {"batch": 128} and batches == [512, 256, 128]
+
+
+def test_a_batch_that_runs_out_of_memory_names_a_smaller_one(monkeypatch):
+    def refuse(error):
+        def attempt(flags, batch):
+            assert batch == flags.batch, "a second attempt in the same process"
+            raise error
+
+        return attempt
+
+    monkeypatch.setattr(accelerator, "_ours", refuse(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")))
+    assert accelerator.ours(SimpleNamespace(child="clip", batch=8 * 256)) == {"retry": 8 * 128}
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        accelerator.ours(SimpleNamespace(child="clip", batch=8))
+
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(OutOfMemoryError=MemoryError))
+    monkeypatch.setattr(accelerator, "_open_clip", refuse(MemoryError()))
+    assert accelerator.open_clip(SimpleNamespace(batch=512)) == {"retry": 256}
+    with pytest.raises(MemoryError):
+        accelerator.open_clip(SimpleNamespace(batch=128))
 
 
 def test_groups_are_those_of_a_devices_rows(monkeypatch):

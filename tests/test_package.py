@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -79,6 +80,32 @@ def test_recipes_by_name_and_by_path(tmp_path):
     assert load.load_config(f"{own}:objective=clip").steps == 7
     with pytest.raises(UserError, match="recipe 'pretrian' is unknown; did you mean 'pretrain'"):
         load.load_config("pretrian:data=cc3m")
+
+
+def test_a_wheel_has_the_same_files_from_the_checkout_and_from_an_sdist(tmp_path):
+    """An sdist has the recipes in their own folder alone: `uv build` and `python -m build` make the wheel from it."""
+    pytest.importorskip("setuptools")
+    source = tmp_path / "source"  # a copy, since setuptools writes into it
+    for name in ("xclip_jax", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+
+    def setup(folder, *arguments):
+        done = python("setup.py", "-q", *arguments, cwd=folder)
+        assert done.returncode == 0, done.stderr
+
+    setup(source, "sdist", "--dist-dir", tmp_path)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path / "sdist", filter="data")
+    files = []
+    for folder in (source, *(tmp_path / "sdist").iterdir()):
+        setup(folder, "build", "--build-base", "built", "--build-lib", "built/lib")
+        built = folder / "built" / "lib"
+        files.append({path.relative_to(built).as_posix() for path in built.rglob("*") if path.is_file()})
+    recipes = {f"xclip_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+    assert files[0] == files[1] and recipes <= files[0]
+    assert {"xclip_jax/py.typed", "xclip_jax/serve/search.css"} <= files[0]
 
 
 def test_package_is_typed():

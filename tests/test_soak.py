@@ -3,12 +3,15 @@
 bash launch/test.sh -m slow tests/test_soak.py
 """
 
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from benchmarks import soak
 from benchmarks.soak import End, largest_difference
 
 
@@ -25,3 +28,38 @@ def test_a_difference_is_seen():
     assert largest_difference(a, a) == 0
     assert largest_difference(a, End("", a.arrays | {"x": np.array([1.0, -4.4])})) == pytest.approx(0.1)
     assert largest_difference(a, End("", {"x": a.arrays["x"]})) == np.inf
+
+
+def test_a_run_that_ends_before_its_kill_is_not_started_again(tmp_path, monkeypatch):
+    ended, killed = [], []
+
+    def start(run, devices):
+        ended.append(run)
+        return SimpleNamespace(communicate=lambda: None, returncode=0)
+
+    def kill(run, *_):
+        assert run not in ended, "a complete run cannot be killed"
+        killed.append(run)
+        return f"kill {len(killed)}" if len(killed) > 1 else None  # the first came too late
+
+    soaking = soak.Soak(tmp_path, 0)
+    monkeypatch.setattr(soaking, "start", start)
+    monkeypatch.setattr(soaking, "_kill", kill)
+    monkeypatch.setattr(soak, "end_of", lambda run: run)
+    kills = list(soaking.kills("kill", signal.SIGKILL, 7))
+    assert [text for text, _ in kills] == [f"kill {i}" for i in range(2, 9)]
+    assert len(set(ended)) == len(ended) == 3 and [end for _, end in kills] == [ended[1]] * 5 + [ended[2]] * 2
+
+
+def test_a_folder_with_older_runs_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "kill-0").mkdir()
+    monkeypatch.setattr(soak, "Soak", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(sys, "argv", ["soak", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        soak.main()
+    assert f"--folder {tmp_path} is not empty" in capsys.readouterr().err
+
+
+def test_a_run_that_said_nothing(tmp_path):
+    (tmp_path / "kill-0.log").touch()
+    assert soak._last_line(tmp_path / "kill-0").startswith("nothing said (see ")

@@ -1,4 +1,4 @@
-"""The wheel in an environment made by uv, which has no pip, away from any checkout: installed, trained, used."""
+"""The wheel, by way of the sdist, in an environment made by uv, away from any checkout: installed, trained, used."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def installed(tmp_path_factory):
         shutil.copy(ROOT / name, source)
     made.work.mkdir()
     made.run(uv, "venv", "--no-config", "--python", sys.executable, made.folder / "env")
-    made.run(uv, "build", "--no-config", "--wheel", "--out-dir", made.folder / "dist", source)
+    made.run(uv, "build", "--no-config", "--out-dir", made.folder / "dist", source)  # an sdist, and the wheel from it
     (wheel,) = (made.folder / "dist").glob("*.whl")
     shutil.rmtree(source)
     made.run(uv, "pip", "install", "--python", made.python, f"{wheel}[demo,hub]")

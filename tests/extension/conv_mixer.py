@@ -55,5 +55,7 @@ class ConvMixerModule(nn.Module):
         for i in range(config.depth):
             y = nn.Conv(config.width, (KERNEL, KERNEL), feature_group_count=config.width, dtype=self.dtype)(x)
             y = nn.Conv(config.width, (1, 1), dtype=self.dtype)(nn.gelu(nn.LayerNorm(dtype=self.dtype)(y)))
-            x = x + (y if paths is None else y * (paths[:, i] >= config.drop_path)[:, None, None, None])
+            if paths is not None:  # what stays counts for more: the mean is that of evaluation, which leaves out none
+                y = y * (paths[:, i] >= config.drop_path)[:, None, None, None] / (1 - config.drop_path)
+            x = x + y
         return x.mean(axis=(1, 2), dtype=jnp.float32).astype(self.dtype)
