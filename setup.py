@@ -65,7 +65,7 @@ setup(
         "filelock>=3.12",  # of JAX's bounded compilation cache
         "flax>=0.12,<0.13",
         "ftfy>=6.1",
-        "grain>=0.2.12,<0.3",
+        "grain>=0.2.15,<0.3",
         "importlib_resources>=6",  # tensorflow-datasets imports it without requiring it
         "jax>=0.10,<0.13",
         "ml_collections>=1.0",

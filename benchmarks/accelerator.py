@@ -139,11 +139,12 @@ def _ours(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
     device = jax.devices()[0]
     used = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
     peak = flops.PEAK.get(device.device_kind, 0) * jax.device_count()
-    whole = flops.train_step(experiment.config, WHOLE)
     cut = bool(metrics.get("text/cut", 0))
+    whole = flops.train_step(experiment.config, WHOLE)
+    counted = flops.train_step(experiment.config, rows=experiment.text_rows[0]) if cut else whole
     return {
         "program": "xclip_jax", "objective": flags.child, "batch": batch, "seconds": seconds, "first": first,
-        "flops": flops.train_step(experiment.config) if cut else whole, "whole": whole, "cut": cut, "peak": peak,
+        "flops": counted, "whole": whole, "cut": cut, "peak": peak,
         "memory": used, "device_count": jax.device_count(), "devices": f"{jax.device_count()} {device.device_kind}",
         "loss": float(metrics["loss"]),
     }  # fmt: skip

@@ -6,6 +6,7 @@ from configs import common
 from tests import tiny
 from xclip_jax import flops
 from xclip_jax.config.schema import resolve
+from xclip_jax.data.length_groups import WHOLE, LengthGroups
 from xclip_jax.train import build
 
 
@@ -49,6 +50,15 @@ def test_patch_dropout_and_teacher_and_batch():
     dropped = 3 * (flops.forward(resolve(config), train=False)["img"] - flops.forward(resolve(config))["img"])
     assert flops.train_step(resolve(config)) == pytest.approx(with_teacher - config.data.batch * dropped, rel=0.01)
     assert with_teacher - whole == pytest.approx(teacher, rel=0.01)
+
+
+def test_groups_count_as_they_are_rounded():
+    """A device orders whole texts: of one none is cut by a share below 1, of three a half are one."""
+    config, groups = resolve(tiny.config("clip")), LengthGroups.parse("6:0.5")
+    whole, third = flops.train_step(config, WHOLE), flops.train_step(config, LengthGroups(((6, 1 / 3),)))
+    assert flops.train_step(config, groups, rows=1) == whole > third
+    assert flops.train_step(config, groups, rows=3) == pytest.approx(third)
+    assert flops.train_step(config, groups, rows=2) == pytest.approx(flops.train_step(config, groups))
 
 
 def test_xclip_costs_a_tenth_more_than_clip_at_most():

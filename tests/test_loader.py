@@ -12,11 +12,12 @@ from absl import flags
 from etils import epath
 
 from tests import tiny
+from tests.test_mesh import mesh as mesh_of
 from xclip_jax.data import base, ledger, loader, opening, sources, tokenizer, transforms
 from xclip_jax.data.folder_source import FolderSource
 from xclip_jax.data.tfds_source import lookup
 from xclip_jax.errors import BadSample, UserError, describe
-from xclip_jax.parallel.mesh import make_mesh
+from xclip_jax.parallel.mesh import batch_parts, make_mesh
 from xclip_jax.train import trainer
 
 
@@ -215,6 +216,20 @@ def test_global_batches_are_the_same_on_any_number_of_hosts(hosts):
     for g, batch in enumerate(whole):
         for key in batch:
             np.testing.assert_array_equal(np.concatenate([part[g][key] for part in parts]), batch[key])
+
+
+def test_a_host_reads_the_rows_that_its_devices_hold():
+    """Hosts of 2 x 2 chips hold rows that are no neighbours; `loader.to_global` fills them in ascending order."""
+    c = config(tags=2, batch=16)
+    whole = read([Numbers("a", 30)], c)
+    for part in batch_parts(mesh_of(4, 2, 1, [1, 1, 0, 0, 1, 1, 0, 0])).values():
+        rows = [2 * shard + i for shard in part.shards for i in range(2)]
+        assert rows == ([4, 5, 6, 7, 12, 13, 14, 15] if part.number else [0, 1, 2, 3, 8, 9, 10, 11])
+        for mine, batch in zip(
+            read([Numbers("a", 30)], c, host=part.number, hosts=part.count, shards=part.shards), whole, strict=True
+        ):
+            for key in batch:
+                np.testing.assert_array_equal(mine[key], batch[key][rows])
 
 
 def test_any_start_goes_on_as_if_it_had_never_stopped():

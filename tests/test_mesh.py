@@ -41,7 +41,16 @@ def mesh(data, fsdp, model, processes):
     ],
 )
 def test_processes_load_equal_parts_of_the_batch(sizes, processes, parts):
-    assert batch_parts(mesh(*sizes, processes)) == parts
+    found = batch_parts(mesh(*sizes, processes))
+    assert {process: part.number for process, part in found.items()} == parts
+    shards = sizes[0] * sizes[1]
+    assert sorted(shard for part in set(found.values()) for shard in part.shards) == list(range(shards))
+    assert {part.count for part in found.values()} == {len(set(parts.values()))}
+
+
+def test_rows_of_a_process_need_not_lie_together():
+    found = batch_parts(mesh(4, 2, 1, [1, 1, 0, 0, 1, 1, 0, 0]))
+    assert found == {0: (1, 2, (2, 3, 6, 7)), 1: (0, 2, (0, 1, 4, 5))}
 
 
 @pytest.mark.parametrize(
@@ -68,5 +77,5 @@ def test_devices_of_hosts_are_no_slices_but_on_tpus():
 
 
 def test_one_process_loads_all():
-    assert batch_part(make_mesh({"data": 4, "fsdp": 1, "model": 2})) == (0, 1)
+    assert batch_part(make_mesh({"data": 4, "fsdp": 1, "model": 2})) == (0, 1, (0, 1, 2, 3))
     assert jax.process_count() == 1

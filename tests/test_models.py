@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import open_clip
 import pytest
+import scipy.special
 import torch
 from flax import linen as nn
 from timm.layers import AttentionPoolLatent
@@ -22,6 +23,7 @@ from xclip_jax.models.layers import (
     Transformer,
     TransformerConfig,
     attend,
+    gelu,
     stack_blocks,
     unstack_blocks,
 )
@@ -367,6 +369,17 @@ def test_attend_is_torchs(causal, queries):
     np.testing.assert_allclose(attend(query, key, value, causal=causal), numpy(theirs), atol=2e-6)
 
 
+# --- the activation
+
+
+def test_gelu_of_narrow_numbers_does_not_cancel():
+    """1 + erf(x) of numbers of 8 bits loses what is left of it where x is negative."""
+    x = jnp.linspace(-5, -1, 401, dtype=jnp.bfloat16)
+    exact = np.asarray(x, np.float64)
+    exact = exact * scipy.special.ndtr(exact)
+    assert np.abs(np.asarray(jax.jit(gelu)(x), np.float64) - exact).max() < 1e-3
+
+
 # --- bad input
 
 
@@ -406,3 +419,9 @@ def test_drop_path_leaves_out_branches_and_counts_the_rest_for_more(scan):
     np.testing.assert_allclose(out[0], first[0], rtol=1e-4, atol=1e-5)
     plain = jit(module.apply)(variables, x)
     np.testing.assert_array_equal(plain, jit(Transformer(config).apply)(variables, x, jnp.asarray(noise)))
+
+
+def test_drop_path_of_a_single_block_is_refused():
+    (conflict,) = ImageTowerConfig(depth=1, drop_path=0.1).conflicts()
+    assert conflict.startswith("drop_path 0.1 ") and "depth to 2 or more" in conflict
+    assert not list(ImageTowerConfig(depth=2, drop_path=0.1).conflicts())

@@ -148,7 +148,6 @@ VARIANTS = {
         "objective__classify__smoothing": 0.1,
         "objective__classify__mixup": 0.8,
         "objective__classify__cutmix": 1.0,
-        "model__img__drop_path": 0.1,
     },
 }
 

@@ -90,6 +90,14 @@ def test_strategies(objective, mesh, plain):
     assert_same(gradients(make(objective, mesh)), plain(objective))
 
 
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_scanned_blocks_that_are_computed_again(microbatches, plain):
+    """As in recipes of full size; the step of one device keeps what these compute again."""
+    tower = {"model__img__depth": 2, "model__img__scan": True}
+    p = make("clip", "fsdp_tp", optim__microbatches=microbatches, model__img__remat="dots", **tower)
+    assert_same(gradients(p), plain("clip", **tower))
+
+
 @pytest.mark.parametrize("mesh", ["dp", "fsdp_tp"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_ring_and_chunks(objective, mesh, plain):

@@ -1,5 +1,6 @@
 """JAX's persistent compilation cache, on by default: a command that is started again need not compile again."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -101,5 +102,6 @@ def _remove_half_written(folder: pathlib.Path) -> None:
     """
     for path in folder.glob("*-cache"):
         used = path.with_name(f"{path.name.removesuffix('-cache')}-atime")
-        if not used.exists() and time.time() - path.stat().st_mtime > _HALF_WRITTEN_SECONDS:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another command removes entries too
+            if not used.exists() and time.time() - path.stat().st_mtime > _HALF_WRITTEN_SECONDS:
+                path.unlink()

@@ -50,12 +50,18 @@ def forward(config: Config, *, train: bool = True) -> dict[str, float] | None:
     return counted | rest if counted.keys() == towers.keys() else None
 
 
-def train_step(config: Config, groups: LengthGroups | None = None) -> float | None:
+def train_step(config: Config, groups: LengthGroups | None = None, rows: int | None = None) -> float | None:
     """Model FLOPs of a training step on the whole batch: three forward passes, the teacher's one more.
 
     None where a tower does not count its own, see `uncounted`. A frozen tower has no backward pass. What
     rematerialisation and microbatches compute again does not count, by definition of MFU; nor does what is cut from
-    texts, in `groups` or else in those of the config.
+    texts.
+
+    Args:
+      config: of a run.
+      groups: of its texts; None for those of the config.
+      rows: texts that a device orders together (`Experiment.text_rows`), in whole numbers of which they are cut; None
+        for the shares of the groups as they are.
     """
     parts = forward(config)
     tower, groups = config.model.tower("txt"), groups or LengthGroups.parse(config.data.length_groups)
@@ -64,7 +70,10 @@ def train_step(config: Config, groups: LengthGroups | None = None) -> float | No
     if parts["txt"] and groups.cuts:
         if (cut := cut_flops(tower)) is None:
             return None
-        parts["txt"] = groups.mean(cut, tower.context_length)
+        if rows is None:
+            parts["txt"] = groups.mean(cut, tower.context_length)
+        elif sizes := groups.sizes(rows, tower.context_length):
+            parts["txt"] = sum(n * cut(tokens) for n, tokens in sizes) / rows
     objective, teacher = make_objective(config.objective), 0.0
     if objective.teacher:  # which drops no patches
         teacher = (forward(config, train=False) or parts)["img"] + parts["txt"] + parts["heads"]

@@ -19,7 +19,6 @@ from jax.experimental import topologies
 
 from xclip_jax import flops
 from xclip_jax.config import load as config_file
-from xclip_jax.config.schema import Config
 from xclip_jax.console import format_bytes
 from xclip_jax.errors import UserError, check_choice, check_count, exit_with_message
 from xclip_jax.parallel.collectives import Collective, collectives, summary
@@ -144,7 +143,7 @@ def plan(
         "fits": compiled is not None,
         "trouble": trouble,
         "remedy": memory.suggest(config, devices) if compiled is None and look else "",
-        **_time(experiment.config, mfu * chip.peak * len(devices), len(devices) // chip.devices, hosts, price),
+        **_time(experiment, mfu * chip.peak * len(devices), len(devices) // chip.devices, hosts, price),
         "mfu": mfu,
         "compile_seconds": time.perf_counter() - began,
         "capacity": chip.memory,
@@ -155,9 +154,10 @@ def plan(
     return facts
 
 
-def _time(config: Config, per_second: float, chips: int, hosts: int, price: float) -> dict[str, Any]:
+def _time(experiment: Experiment, per_second: float, chips: int, hosts: int, price: float) -> dict[str, Any]:
     """How long the run takes at `per_second` FLOP/s, and what it costs; or why that is not known."""
-    step = flops.train_step(config)
+    config = experiment.config
+    step = flops.train_step(config, rows=experiment.text_rows[0])
     if step is None:
         return {"untimed": flops.uncounted(config)}
     pairs_per_second, seconds = per_second / step * config.data.batch, config.steps * step / per_second

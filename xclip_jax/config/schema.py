@@ -68,7 +68,12 @@ class LogConfig:
     to: Sequence[str] = key(("tensorboard",), "trackers that metrics go to beside metrics.jsonl", _TRACKERS)
     project: str = key("xclip_jax", "the run's project in wandb and Trackio", not_empty())
     callbacks: Sequence[str] = key((), "classes of other packages that the run calls while it trains", _CLASSES)
-    every: int = key(20, "steps between two lines of metrics; 0 for the first and last alone", at_least(0))
+    every: int = key(
+        20,
+        "steps between two lines of metrics, beside those of step 1, checkpoints, evaluations and the end; "
+        "0 for these alone",
+        at_least(0),
+    )
     expected_epochs: float = key(
         0.0, "that the recipe's steps are for, 0 if unknown; other numbers are warned of", at_least(0)
     )

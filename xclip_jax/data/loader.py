@@ -200,7 +200,8 @@ class _Reader:
 
     Attributes:
       order, transform: the samples, and how they become rows.
-      batch, host, hosts: rows of the global batch, and which part of them is read, of how many.
+      batch: rows of the global batch.
+      host, rows: which part of them is read, and their numbers in the batch.
       rngs: a generator for each position of the run.
       pool: shared memory of the workers, if there are any.
       start: number of the first batch.
@@ -210,7 +211,7 @@ class _Reader:
     transform: Transform
     batch: int
     host: int
-    hosts: int
+    rows: Sequence[int]
     rngs: grain.experimental.RngPool
     pool: SharedBatchPool | None
     start: int
@@ -218,7 +219,7 @@ class _Reader:
     @property
     def spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
         """Shapes and types of a batch."""
-        rows, size = self.batch // self.hosts, self.transform.size
+        rows, size = len(self.rows), self.transform.size
         spec = {
             "image": ((rows, size, size, 3), np.uint8),
             "text": ((rows, self.transform.length), np.int32),
@@ -232,17 +233,15 @@ class _Reader:
             worker = (g - self.start) % self.transform.config.workers  # as Grain distributes them
             slot = self.pool.acquire(worker)
         batch = slot[1] if slot else {key: np.empty(shape, dtype) for key, (shape, dtype) in self.spec.items()}
-        rows = self.batch // self.hosts
-        first, bad = g * self.batch + self.host * rows, []
-        for start in range(0, rows, READ_GROUP):
-            positions = range(first + start, first + min(start + READ_GROUP, rows))
+        bad: list[Entry] = []
+        for start in range(0, len(self.rows), READ_GROUP):
+            positions = [g * self.batch + row for row in self.rows[start : start + READ_GROUP]]
             places = [self.order.place(position) for position in positions]
             read = records.read_all(
                 [(self.order.sources[number], index) for number, index in places], self.transform.config.read_timeout
             )
             rngs = [self.rngs.acquire_rng(position) for position in positions]
-            for position, place, record, rng in zip(positions, places, read, rngs, strict=True):
-                i = position - first
+            for i, (position, place, record, rng) in enumerate(zip(positions, places, read, rngs, strict=True), start):
                 row = {key: values[i : i + 1] for key, values in batch.items()}
                 self._fill(position, *place, record, rng, row, bad)
                 self.rngs.release_rng(rng)
@@ -292,21 +291,26 @@ def batches(
     seed: int,
     host: int = 0,
     hosts: int = 1,
+    shards: Sequence[int] = (),
     ledger: Ledger | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield this host's rows of the global batches number `start` to `stop` - 1, with the transform's `fields`.
 
-    Row r of global batch g is sample g * batch + r of the run, and host h reads rows h * batch / hosts and up: the
-    global batches are the same on any number of hosts and from any start. Processes that read the same rows count as
-    one host, see `mesh.batch_part`. A bad sample is replaced by another of its source, which depends on the seed and
-    the position only.
+    Row r of global batch g is sample g * batch + r of the run: the global batches are the same on any number of hosts
+    and from any start. Host h reads the h-th of `hosts` contiguous parts, or, with `shards`, those of
+    hosts * len(shards) contiguous parts, one after another. Processes that read the same rows count as one host, see
+    `mesh.BatchPart`. A bad sample is replaced by another of its source, which depends on the seed and the position
+    only.
 
     Raises:
       UserError: a bad sample without a `ledger` to record it; no usable sample for a position; too little memory for
         the workers.
     """
     config = transform.config
-    reader = _Reader(order, transform, batch, host, hosts, grain.experimental.RngPool(seed), None, start)
+    shards = shards or (host,)
+    n = batch // (hosts * len(shards))
+    rows = [row for shard in shards for row in range(shard * n, (shard + 1) * n)]
+    reader = _Reader(order, transform, batch, host, rows, grain.experimental.RngPool(seed), None, start)
     if config.workers:
         # The buffered ones, one that is being written, and the worker's share of those that the loop keeps.
         depth = WORKER_BUFFER + 1 + math.ceil(IN_FLIGHT / config.workers)
@@ -348,6 +352,6 @@ def _report_bad_samples(
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Return arrays of the global batch, sharded over the mesh, made from this host's rows."""
+    """Return arrays of the global batch, sharded over the mesh, made from this host's rows in rising order."""
     sharding = batch_sharding(mesh)
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}

@@ -48,7 +48,8 @@ def check_step(experiment: Experiment, folder: RunFolder, mode: str = "auto") ->
       folder: the run's; a newest checkpoint is restored, which shows whether it can be.
       mode: "always", "never", or "auto": unless it would take long on this CPU.
     """
-    device, operations = jax.devices()[0], flops.train_step(experiment.config)
+    device = jax.devices()[0]
+    operations = flops.train_step(experiment.config, rows=experiment.text_rows[0])
     limit, state = memory.capacity(device), memory.bytes_on_device(experiment.abstract)
     values = {"state_bytes": state, "capacity_bytes": limit} | ({"flops_per_step": operations} if operations else {})
     if state > limit:

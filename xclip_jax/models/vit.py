@@ -127,6 +127,11 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
             )
         if self.stem == "hmlp" and self.patch_bias:
             yield "patch_bias is of stem 'linear'; stem 'hmlp' has none"
+        if self.drop_path and self.depth == 1:
+            yield (
+                f"drop_path {self.drop_path} leaves nothing out at depth 1, as it rises from 0 in the first block; set "
+                "drop_path to 0, or depth to 2 or more"
+            )
         yield from super().conflicts()
 
     @property

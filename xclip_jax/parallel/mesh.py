@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import mesh_utils
@@ -55,8 +55,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def batch_parts(mesh: Mesh) -> dict[int, int]:
-    """Return which part of the global batch each process loads, {process: part}: 0, 1, ... of as many equal parts.
+class BatchPart(NamedTuple):
+    """What a process loads of the global batch: the rows that its devices hold.
+
+    Attributes:
+      number, count: of this part, from 0, and of all parts; they are equally large.
+      shards: rising numbers of the parts of the batch that single devices hold, of which there are
+        count * len(shards). On TPU pods they need not be neighbours.
+    """
+
+    number: int
+    count: int
+    shards: tuple[int, ...]
+
+
+def batch_parts(mesh: Mesh) -> dict[int, BatchPart]:
+    """Return which part of the global batch each process loads, {process: part}.
 
     Processes whose devices hold the same rows, as those that differ along the model axis alone, load the same part.
 
@@ -74,17 +88,17 @@ def batch_parts(mesh: Mesh) -> dict[int, int]:
             f"mesh {sizes} splits the batch unevenly over {len(rows)} processes: some hold a part of the rows of "
             "others. Choose mesh.model so that it divides, or is a multiple of, the number of devices of a process."
         )
-    return {process: parts.index(tuple(sorted(held))) for process, held in sorted(rows.items())}
+    shards_of = {process: tuple(sorted(held)) for process, held in sorted(rows.items())}
+    return {process: BatchPart(parts.index(held), len(parts), held) for process, held in shards_of.items()}
 
 
-def batch_part(mesh: Mesh) -> tuple[int, int]:
-    """Return (part, parts): this process loads the `part`-th of `parts` equal contiguous parts of the global batch.
+def batch_part(mesh: Mesh) -> BatchPart:
+    """Return which part of the global batch this process loads.
 
     Raises:
       UserError: as `batch_parts`.
     """
-    parts = batch_parts(mesh)
-    return parts[jax.process_index()], max(parts.values()) + 1
+    return batch_parts(mesh)[jax.process_index()]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

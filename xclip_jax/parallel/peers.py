@@ -50,6 +50,7 @@ class Peers:
         self._client, self._rounds = client, 0
         self._signs: dict[int, tuple[str, float]] = {}
         self._ending = threading.Lock()
+        self._signing = threading.Lock()
         self._done = threading.Event()
         threading.Thread(target=self._watch, daemon=True, name="peers").start()
         atexit.register(self.stop)  # before JAX's own, which waits for the others
@@ -57,7 +58,8 @@ class Peers:
     def stop(self) -> None:
         """Stop monitoring and mark this process as finished, so that missing heartbeats are not taken for a failure."""
         self._done.set()
-        with contextlib.suppress(Exception):
+        # After a sign of life that is on its way, which would else be the last word.
+        with self._signing, contextlib.suppress(Exception):
             self._client.key_value_set(f"{_ALIVE}{self.index}", _DONE, allow_overwrite=True)
 
     def check_same(self, facts: Mapping[str, Any], remedy: str) -> None:
@@ -134,7 +136,10 @@ class Peers:
             beats += 1
             try:
                 sign = json.dumps({"beat": beats, "status": self.status()})
-                self._client.key_value_set(f"{_ALIVE}{self.index}", sign, allow_overwrite=True)
+                with self._signing:
+                    if self._done.is_set():
+                        return
+                    self._client.key_value_set(f"{_ALIVE}{self.index}", sign, allow_overwrite=True)
                 notes = self._client.key_value_dir_get(_NOTES)
                 signs = self._client.key_value_dir_get(_ALIVE) if self.index == 0 else []
                 failed = 0

@@ -24,9 +24,10 @@ def choose(experiment: Experiment, sources: Sequence[Source]) -> LengthGroups:
     config, tower, context = experiment.config, experiment.model.txt, experiment.context_length
     if "txt" not in experiment.model.towers or not tower.cuttable:
         return WHOLE
+    rows, draws = experiment.text_rows
 
     def saved(groups: LengthGroups) -> float:
-        cut, whole = flops.train_step(config, groups), flops.train_step(config, WHOLE)
+        cut, whole = flops.train_step(config, groups, rows), flops.train_step(config, WHOLE)
         return 1 - cut / whole if cut and whole else 0.0  # unknown of some towers of other packages
 
     flops_of, most = flops.cut_flops(tower), saved(LengthGroups(((1, 1.0),)))
@@ -37,7 +38,6 @@ def choose(experiment: Experiment, sources: Sequence[Source]) -> LengthGroups:
         counts = count_lengths(experiment, sources)
     if jax.process_count() > 1:  # a sample may be bad on one of them alone
         counts = np.asarray(multihost_utils.broadcast_one_to_all(counts))
-    rows, draws = experiment.text_rows
     groups = length_groups.choose(counts, rows=rows, draws=draws, flops_of=flops_of)
     if not length_groups.worthwhile(saved(groups), config.steps):
         return WHOLE

@@ -20,7 +20,7 @@ from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.interop import hub
 from xclip_jax.objectives import make_objective
 from xclip_jax.objectives.base import Objective
-from xclip_jax.parallel.mesh import batch_part
+from xclip_jax.parallel.mesh import BatchPart, batch_part
 from xclip_jax.train import caption_lengths
 from xclip_jax.train.build import Experiment, build
 from xclip_jax.train.encoder import make_encoder, own_profile
@@ -34,7 +34,7 @@ class Job:
 
     Attributes:
       config, experiment, folder: the config, what is built from it, and the run's folder.
-      host, hosts: which part of each batch this process loads, of how many.
+      part: which part of each batch this process loads.
       initial: tensors of `init.weights` that a new run starts from.
       sources: training data, as `data.subset` and `data.caption_noise` change it.
       order: of their samples.
@@ -47,8 +47,7 @@ class Job:
     config: Config
     experiment: Experiment
     folder: TrainingFolder
-    host: int
-    hosts: int
+    part: BatchPart
     initial: Mapping[str, np.ndarray]
     sources: list[Source]
     order: SampleOrder
@@ -112,7 +111,6 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
     """
     built = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=folder.tokenizer(config)))
     experiment = build(built)
-    host, hosts = batch_part(experiment.mesh)
     opened = _open_sources(experiment.data, experiment.objective)
     fingerprints = [source.fingerprint() for source in opened]
     folder.check_sources(config, fingerprints)
@@ -135,7 +133,8 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
         captions = ({"data.spread_duplicate_captions": outcome} for outcome in order.captions)
         fingerprints = [a | b for a, b in zip(fingerprints, captions, strict=True)]
         folder.check_sources(config, fingerprints)
-    return Job(config, experiment, folder, host, hosts, initial, samples, order, fingerprints, during, final, encoder)
+    part = batch_part(experiment.mesh)
+    return Job(config, experiment, folder, part, initial, samples, order, fingerprints, during, final, encoder)
 
 
 def check_moved_sources(config: Config, folder: TrainingFolder) -> None:

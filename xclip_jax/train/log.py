@@ -257,8 +257,9 @@ def _flops_and_peak(job: Job) -> tuple[float, float | None]:
     """Model FLOPs of a training sample, 0 where they are not known, and FLOP/s of all devices."""
     devices = job.experiment.mesh.devices
     peak = flops.PEAK.get(devices.flat[0].device_kind)
-    step = flops.train_step(job.experiment.config, job.experiment.length_groups)
+    experiment = job.experiment
+    step = flops.train_step(experiment.config, experiment.length_groups, experiment.text_rows[0])
     if step is None:
-        log0(f"metrics have no mfu: {flops.uncounted(job.experiment.config)}")
+        log0(f"metrics have no mfu: {flops.uncounted(experiment.config)}")
         step = 0.0
-    return step / job.experiment.data.batch, peak and peak * devices.size
+    return step / experiment.data.batch, peak and peak * devices.size

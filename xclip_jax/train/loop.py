@@ -151,8 +151,9 @@ def _batches(job: Job, start: int, ledger: Ledger) -> Iterator[dict[str, np.ndar
         start=start,
         stop=config.steps,
         seed=config.seed,
-        host=job.host,
-        hosts=job.hosts,
+        host=job.part.number,
+        hosts=job.part.count,
+        shards=job.part.shards,
         ledger=ledger,
     )
 

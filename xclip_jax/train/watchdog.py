@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 
 import jax
 
@@ -42,17 +43,28 @@ class Watchdog:
       phase: the one that was entered last.
     """
 
-    def __init__(self, folder: RunFolder, preemption: PreemptionHandler, *, warning: float, limit: float) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        preemption: PreemptionHandler,
+        clock: Callable[[], float] = time.monotonic,
+        /,
+        *,
+        warning: float,
+        limit: float,
+    ) -> None:
         """Make a watchdog that is not watching yet.
 
         Args:
           folder: the run's.
           preemption: handles the signals.
+          clock: seconds.
           warning: seconds without progress after which the phase is named; 0 for never.
           limit: seconds without progress after which the process ends; 0 for never.
         """
         self._folder, self._preemption, self._warning, self._limit = folder, preemption, warning, limit
-        self.phase, self._detail, self._since, self._warned_of = "", "", time.monotonic(), 0.0
+        self._clock, self._last = clock, clock()
+        self.phase, self._detail, self._since, self._warned_of = "", "", clock(), 0.0
         self._asked_at, self._asked = 0.0, 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
@@ -78,36 +90,41 @@ class Watchdog:
 
     def enter(self, phase: str, detail: str = "") -> None:
         """Begin a phase, which is progress; "" for one that may take as long as it likes."""
-        self.phase, self._detail, self._since = phase, detail, time.monotonic()
+        self.phase, self._detail, self._since = phase, detail, self._clock()
 
     def beat(self) -> None:
         """Mark progress within the phase."""
-        self._since = time.monotonic()
+        self._since = self._clock()
 
     def status(self) -> str:
         """What this process is doing, and for how long: "a step (3 s)"."""
-        return f"{self.phase}{self._detail} ({time.monotonic() - self._since:.0f} s)" if self.phase else ""
+        return f"{self.phase}{self._detail} ({self._clock() - self._since:.0f} s)" if self.phase else ""
+
+    def check(self) -> None:
+        """Name the phase, or end the process, where it is time; called by the watchdog's thread every moment."""
+        now = self._clock()
+        if now - self._last > 10 * _POLL_SECONDS:  # the whole process was suspended
+            self._since += now - self._last
+        self._last = now
+        if self._asked:
+            self._check_signal(now)
+        if self.phase:
+            self._check_progress(now)
 
     def _watch(self) -> None:
-        last, signals = time.monotonic(), select.poll()  # select() takes no descriptor above 1023
+        signals = select.poll()  # select() takes no descriptor above 1023
         signals.register(self._read_end, select.POLLIN)
+        self._last = self._clock()
         while not self._stop.is_set():
             if signals.poll(1000 * _POLL_SECONDS):
                 self._hear()
-            now = time.monotonic()
-            if now - last > 10 * _POLL_SECONDS:  # the whole process was suspended
-                self._since += now - last
-            last = now
-            if self._asked:
-                self._check_signal(now)
-            if self.phase:
-                self._check_progress(now)
+            self.check()
 
     def _hear(self) -> None:
         with contextlib.suppress(BlockingIOError):
             count = sum(number in SIGNALS for number in self._read_end.recv(64))
             if count and not self._asked:
-                self._asked_at = time.monotonic()
+                self._asked_at = self._clock()
             self._asked += count
 
     def _check_signal(self, now: float) -> None:
