@@ -88,12 +88,20 @@ def test_a_bad_batch_changes_nothing_but_the_step():
         for name in ("params", "batch_stats", "ema_params", "ema_batch_stats", "loss_state", "seed"):
             assert_same(getattr(s, name), getattr(before, name))
         assert_same(s, guard.at_step(state_like(before, p), count))
+        # The learning rate moves on, the correction of the moments' bias does not.
+        assert (counts(s, optax.ScaleByScheduleState), counts(s, optax.ScaleByAdamState)) == ([count], [1])
     s, metrics = step(s, batches[2])
     expected, _ = step(guard.at_step(state_like(before, p), 4), batches[2])
     assert not metrics["skipped"] and np.isfinite(metrics["loss"])
     assert_same(s, expected)
     assert not np.array_equal(jax.tree.leaves(s.params)[0], jax.tree.leaves(before.params)[0])
     assert p.compiled._cache_size() == 1
+
+
+def counts(s, kind):
+    """The counters of the optimizer's states of a kind."""
+    nodes = jax.tree.leaves(s.opt_state, is_leaf=lambda x: isinstance(x, kind))
+    return [int(x.count) for x in nodes if isinstance(x, kind)]
 
 
 def state_like(host, p):
@@ -204,6 +212,9 @@ def test_a_run_goes_on_without_the_bad_steps(pairs, tmp_path, monkeypatch, capsy
     assert [(line["step"], line["skipped_steps"]) for line in tiny.lines(c.run)] == [
         (1, 0), (2, 0), (3, 0), (6, 2), (7, 2), (8, 2), (10, 3)
     ]  # fmt: skip
+    rates = {line["step"]: line["lr"] for line in tiny.lines(c.run)}  # of 10 steps, the first of them warm-up
+    cosine = {step: 1e-5 + 4.95e-4 * (1 + np.cos(np.pi * (step - 2) / 9)) for step in rates}
+    assert rates == pytest.approx(cosine | {1: 1e-6}, rel=1e-4)
     final, position = restored(c)
     assert position["counters"]["skipped"] == {"total": 3, "in_a_row": 0, "rewound": 0}
     assert position["samples"] == 10 * b

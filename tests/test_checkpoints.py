@@ -1,11 +1,13 @@
 """Checkpoints that are damaged or cut off: noticed, named, and the newest whole one is used."""
 
+import json
 import shutil
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from tests import checkpoints
 from tests.checkpoints import ABSTRACT, abstract, check_is, files_of, make_state, restore, resume, save
@@ -276,6 +278,52 @@ def test_a_bad_sector_is_damage(run, monkeypatch):
     monkeypatch.setattr(checkpoint_digest, "_hash", bad)
     with pytest.raises(UserError, match=r"4 is damaged: state/manifest\.ocdbt cannot be read \(Input/output error\)"):
         restore(run)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """Has all folders taken for ones in a bucket; lists the files that are hashed."""
+    hashed, original = [], checkpoint_digest._hash
+    monkeypatch.setattr(checkpoint_digest, "is_remote", lambda _: True)
+    monkeypatch.setattr(checkpoint_digest, "_hash", lambda path, **_: hashed.append(path) or original(path))
+    return hashed
+
+
+def test_in_a_bucket_names_and_sizes_are_compared_and_nothing_is_hashed(bucket, tmp_path, monkeypatch):
+    save(tmp_path, 2, 4)
+    folder = tmp_path / "checkpoints" / "4"
+    names = [name for name in files_of(folder) if name not in (*HARMLESS, checkpoint_digest.FILE)]
+    digest = json.loads((folder / checkpoint_digest.FILE).read_text())
+    assert digest["files"] == {name: [(folder / name).stat().st_size, None] for name in names}
+    check_is(restore(tmp_path), 4)
+    for name in names:
+        content = (folder / name).read_bytes()
+        for damaged in (content[:-1], content + b"\0", None):
+            (folder / name).unlink() if damaged is None else (folder / name).write_bytes(damaged)
+            with pytest.raises(UserError, match=rf"4 is damaged: {name} is .*the newest whole one is of step 2"):
+                restore(tmp_path)
+        (folder / name).write_bytes(flip(content, np.random.default_rng(0)))
+        assert checkpoint_digest.find_fault(epath.Path(folder), 4) is None
+        (folder / name).write_bytes(content)
+    assert bucket == []
+    monkeypatch.undo()  # copied to a disk
+    check_is(restore(tmp_path), 4)
+
+
+def test_hashes_of_a_checkpoint_that_was_copied_to_a_bucket_are_not_compared(bucket, run):
+    folder = epath.Path(run / "checkpoints" / "4")
+    assert damage(run / "checkpoints" / "4") and checkpoint_digest.find_fault(folder, 4) is None and bucket == []
+
+
+def test_in_a_bucket_a_checkpoint_gets_its_digest_under_its_final_name(run):
+    """Where no folder is renamed."""
+    path = run / "checkpoints" / "4" / checkpoint_digest.FILE
+    content = path.read_bytes()
+    path.unlink()
+    with Checkpointer(run) as checkpointer:
+        checkpointer._saving = 4
+        checkpointer._write_digest()
+    assert path.read_bytes() == content
 
 
 def test_a_checkpoint_comes_back_on_other_meshes(tmp_path):

@@ -2,7 +2,6 @@ import json
 import os
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ import jax
 import pytest
 
 from tests import tiny
+from tests.util import free_address
 from xclip_jax import compilation_cache
 from xclip_jax.parallel import processes
 
@@ -99,9 +99,7 @@ def test_a_second_start_of_several_processes_reads_the_runs_folder(tmp_path):
     tiny.folder(tmp_path / "pairs")
     events = []
     for _ in range(2):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
+        address = free_address()
         events.append(starts(tmp_path, (address, "0"), (address, "1")))
         start_again(tmp_path / "run")
     assert events[0][0]["cache_misses"] > 10
@@ -165,6 +163,23 @@ def test_several_processes_share_the_runs_folder(run, xla_caches, options, monke
     assert options("compilation_cache_dir") == f"{run}/compiled"
     assert options("compilation_cache_max_size") == -1
     assert options("persistent_cache_enable_xla_caches") == (xla_caches or before)
+
+
+def test_an_entry_that_another_command_removes_meanwhile(options, monkeypatch):
+    folder = compilation_cache.default_folder()
+    folder.mkdir(parents=True)
+    entry, exists = folder / "jit_half-0123-cache", pathlib.Path.exists
+    entry.write_bytes(b"x")
+
+    def removed(path, **options):
+        if path.name == "jit_half-0123-atime":
+            entry.unlink()
+        return exists(path, **options)
+
+    monkeypatch.setattr(pathlib.Path, "exists", removed)
+    compilation_cache.enable()
+    assert not exists(entry)
+    assert options("enable_compilation_cache") is True and options("compilation_cache_dir") == str(folder)
 
 
 @pytest.mark.parametrize("limit", [None, -1])

@@ -107,21 +107,21 @@ def own_flags():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["--config", "configs/demo.py", "--config.optim.lrr=1"], "lr"),
-        (["--config", "configs/demo.py", "--config.optimm.lr=1"], "optim"),
-        (["--config", "configs/demo.py", "--config.optim.lr=fast"], "fast"),
-        (["--config", "configs/demo.py:objectiv=nclip"], "objective"),
-        (["--config", "configs/demo.py:preset=X/1"], "B/16"),
-        (["--config", "configs/demo.py", "--confg.optim.lr=1"], "confg"),
-        (["--config", "configs/nothing.py"], "configs/nothing.py"),
+        (["--config", "configs/demo.py", "--config.optim.lrr=1"], "'optim.lrr' is unknown; did you mean 'optim.lr'?"),
+        (["--config", "configs/demo.py", "--config.optimm.lr=1"], "'optimm' is unknown; did you mean 'optim'?"),
+        (["--config", "configs/demo.py", "--config.optim.lr=fast"], "could not convert string to float: 'fast'"),
+        (["--config", "configs/demo.py:objectiv=nclip"], "did you mean 'objective'? Known: objective, steps,"),
+        (["--config", "configs/demo.py:preset=X/1"], "it must be one of 'Ti/12', 'S/16',"),
+        (["--config", "configs/demo.py", "--confg.optim.lr=1"], "Unknown command line flag 'confg.optim.lr'"),
+        (["--config", "configs/nothing.py"], "does not exist; give a path, or a recipe by name: clip, demo,"),
         (["--config", "elsewhere/demo.py"], "give --config demo"),
         (["--config", "dmo"], "did you mean 'demo'? Recipes: clip, demo, finetune,"),
-        (["--config", "demo:steps=0"], "steps='0'"),
-        (["--config", "small"], "small:pairs=PATH"),
+        (["--config", "demo:steps=0"], "config argument steps='0'; expected at least 1"),
+        (["--config", "small"], "needs your pairs: --config small:pairs=PATH, a folder of images"),
         (["--config", "small:pairs=/nowhere"], "no file or folder '/nowhere'; check the path"),
-        ([], "--config"),
-        (["--config", "configs/demo.py", "optim.lr=1"], "optim.lr=1"),
-        (["--config", "configs/pretrain.py:data=cc4m"], "cc3m"),
+        ([], "--config is missing; start with --config demo"),
+        (["--config", "configs/demo.py", "optim.lr=1"], "'optim.lr=1'; set config keys with --config.KEY=VALUE"),
+        (["--config", "configs/pretrain.py:data=cc4m"], "data is 'cc4m'; it must be one of 'cc3m', 'cc12m',"),
     ],
 )
 def test_bad_command_lines_are_one_sentence(line, message, own_flags, monkeypatch):
@@ -134,7 +134,10 @@ def test_bad_command_lines_are_one_sentence(line, message, own_flags, monkeypatc
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [("configs/clip.py", "data.sources"), ("configs/pretrain.py:root=/nowhere", "/nowhere/cc12m/*.tar")],
+    [
+        ("configs/clip.py", "data.sources is empty; add a source"),
+        ("configs/pretrain.py:root=/nowhere", "no file matches '/nowhere/cc12m/*.tar'; check the path"),
+    ],
 )
 def test_what_a_run_refuses_is_one_sentence(config, message, tmp_path):
     command = [sys.executable, "-m", "xclip_jax.main", "--config", config, f"--config.run={tmp_path / 'run'}"]

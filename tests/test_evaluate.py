@@ -76,21 +76,35 @@ def test_runs_side_by_side(runs, capsys):
     assert (same["difference"], same["low"], same["high"]) == (0, 0, 0)
 
 
-def test_sets_that_differ_are_not_compared(runs):
-    for name, profile in (("a", "openai"), ("b", "openai")):
-        evaluate.evaluate(str(runs / name), f"folder:{runs / 'set'}", profile=profile)
-    changed = json.loads((runs / "b" / "evaluation.json").read_text())
-    changed["results"][0]["split_hash"] = "0"
-    (runs / "changed.json").write_text(json.dumps(changed))
-    with pytest.raises(UserError, match=r"is not the same in .*: split_hash is"):
-        evaluate.compare(str(runs / "a"), str(runs / "changed.json"))
-    changed["results"][0]["set"] = "other"
-    (runs / "changed.json").write_text(json.dumps(changed))
+@pytest.fixture(scope="module")
+def other_results(runs):
+    """Results of both runs; called with changes of the first of the second run, writes them and compares the two."""
+    files = [str(runs / "changed" / f"{name}.json") for name in ("a", "b")]
+    for name, file in zip(("a", "b"), files, strict=True):
+        evaluate.evaluate(str(runs / name), f"folder:{runs / 'set'}", profile="openai", output=file)
+    content = json.loads((runs / "changed" / "b.json").read_text())
+
+    def compare(**changes):
+        results = [content["results"][0] | changes]
+        (runs / "changed" / "b.json").write_text(json.dumps(content | {"results": results}))
+        return evaluate.compare(*files)
+
+    return compare
+
+
+@pytest.mark.parametrize("key", ["split_hash", "version", "metric", "templates", "protocol"])
+def test_sets_that_differ_are_not_compared(other_results, key):
+    with pytest.raises(UserError, match=rf"is not the same in .*: {key} is .* and 'other'; evaluate both again"):
+        other_results(**{key: "other"})
+    assert len(other_results()) == 1
+
+
+def test_files_without_a_result_in_common_are_not_compared(other_results, runs):
     with pytest.raises(UserError, match="no set in common"):
-        evaluate.compare(str(runs / "a"), str(runs / "changed.json"))
+        other_results(set="other")
     (runs / "changed.json").write_text("{}")
     with pytest.raises(UserError, match="is not a file of results"):
-        evaluate.compare(str(runs / "a"), str(runs / "changed.json"))
+        evaluate.compare(str(runs / "changed" / "a.json"), str(runs / "changed.json"))
 
 
 def test_a_suite_is_a_name_or_names():

@@ -6,6 +6,7 @@ import types
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -37,11 +38,22 @@ def last_state(c):
         return jax.device_get(checkpointer.restore(p.abstract)[0])
 
 
+def test_training_is_on_average_what_evaluation_is():
+    tower = ConvMixer(image_size=8, patch=4, width=6, depth=1, drop_path=0.25)
+    module, image = tower.module(jnp.float32), np.random.default_rng(0).normal(size=(1, 8, 8, 3)).astype(np.float32)
+    variables = module.init(jax.random.key(0), image)
+    left_out, kept, evaluated = (
+        module.apply(variables, image, paths) for paths in (np.zeros((1, 1)), np.ones((1, 1)), None)
+    )
+    np.testing.assert_allclose(0.25 * left_out + 0.75 * kept, evaluated, atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
-    for label in ("cat", "dog"):
-        for text in tiny.folder(root / "set" / label, n=4).glob("*.txt"):
+    # Classes of unequal sizes: a model that takes all images for one of them says which by its accuracy.
+    for n, label in enumerate(("ant", "bee", "cat", "dog", "emu", "fox"), 1):
+        for text in tiny.folder(root / "set" / label, n, seed=n).glob("*.txt"):
             text.unlink()
     return {"data__sources": (f"folder:{tiny.folder(root / 'pairs')}",), "eval__final_sets": (f"folder:{root}/set",)}
 
@@ -97,8 +109,9 @@ def test_the_config_alone_finds_the_tower_again(run):
 def test_it_is_evaluated_as_the_run_was_and_has_a_report(run):
     folder = RunFolder(run.run)
     suite = run.eval.final_sets[0]
-    value = evaluate.evaluate(run.run, suite)["results"][0]["value"]
-    assert value in folder.read_results()["results"].values()
+    result, results = evaluate.evaluate(run.run, suite)["results"][0], folder.read_results()["results"]
+    of_run = {key: results[f"{result['name']}/{key}"] for key in result["metrics"]}
+    assert of_run == result["metrics"] and of_run["top1"] == result["value"]
     page = (folder.path / "report.html").read_text()
     assert "The image tower of this model has no attention maps." in page
     assert "ConvMixer of width 20, 24 px" in page

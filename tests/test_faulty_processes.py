@@ -1,6 +1,6 @@
 """Two processes of one run, of which one fails, is killed, stopped or started with something else: both end, by name.
 
-One case is in the normal suite; the others take half a minute each:
+One case is in the normal suite; each of the others takes as long, half a minute:
 bash launch/test.sh -m slow tests/test_faulty_processes.py
 """
 
@@ -12,7 +12,8 @@ import time
 import pytest
 
 from tests import tiny
-from tests.test_processes import ROOT, address
+from tests.test_processes import ROOT
+from tests.util import free_address
 from xclip_jax.errors import EXIT_RESTART, EXIT_RESUMABLE
 from xclip_jax.run_folder import RunFolder
 
@@ -22,7 +23,7 @@ slow = pytest.mark.slow
 
 def both(tmp_path, fault, step, process, *changes, of_second=()):
     """Statuses and outputs of both processes, and the seconds between their ends."""
-    pairs, at, running = tiny.folder(tmp_path / "pairs"), address(), []
+    pairs, at, running = tiny.folder(tmp_path / "pairs"), free_address(), []
     env = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
     for i in range(2):
         settings = [*changes, *(of_second if i else ())]
@@ -43,7 +44,6 @@ def both(tmp_path, fault, step, process, *changes, of_second=()):
     return [each.wait() % 256 for each in running], outputs
 
 
-@pytest.mark.slow  # two processes that compile
 def test_an_error_in_one_process_ends_both(tmp_path):
     statuses, outputs = both(tmp_path, "raise", 3, 1)
     assert statuses == [1, 1], outputs

@@ -191,13 +191,17 @@ def test_one_device_against_eight_and_one_part_against_two():
 
 
 def test_the_model_has_one_tower_and_a_classifier():
-    assert set(make(1, **IMAGES).abstract.params) == {"img", "classifier"}
+    assert set(make(1, **IMAGES | {"model__img__depth": 2}).abstract.params) == {"img", "classifier"}
     assert set(make(1, **TEXTS).abstract.params) == {"txt", "classifier"}
 
 
 def test_mixed_images_and_labels_belong_together():
-    """The step's loss is the cross-entropy of the model's logits on mixed images and equally mixed labels."""
-    p = make(1, **IMAGES | {"data__flip_prob": 0.0, "data__color_jitter": 0.0, "model__img__drop_path": 0.0})
+    """The step's loss is the cross-entropy of the model's logits on mixed images and equally mixed labels.
+
+    Each has another one of the whole batch, on eight devices and in microbatches too.
+    """
+    plain = {"data__flip_prob": 0.0, "data__color_jitter": 0.0, "model__img__drop_path": 0.0}
+    p = make(8, **IMAGES | plain, optim__microbatches=2)
     s, b = state.create(p.init, p.abstract), batch(p)
     metrics = jax.jit(lambda *args: p.step(*args)[1])(s, loader.to_global(b, p.mesh))
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(s.seed), s.step), 1)

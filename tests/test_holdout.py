@@ -88,6 +88,12 @@ def test_the_share_is_that_of_many_images():
     assert all(holdout.is_held_out(x, 1.0) for x in hashes)
 
 
+def test_the_hash_of_an_image_stays():
+    """With another one `retrieval/holdout` would test runs that exist on pairs that they were trained on."""
+    assert holdout.image_hash(b"x") == holdout.image_hash(np.full((1, 1, 1), ord("x"), np.uint8)) == "4adf4367f96e584f"
+    assert [holdout.is_held_out("4adf4367f96e584f", share) for share in (0.29, 0.30)] == [False, True]
+
+
 def test_pairs_that_cannot_be_read_stay_in_training(tmp_path):
     """There they are counted and listed."""
     folder = tiny.folder(tmp_path / "pairs", 20)

@@ -44,7 +44,6 @@ class Set:
         return []
 
 
-@pytest.mark.slow
 def test_a_signal_in_an_evaluation_saves_the_last_step_and_the_evaluation_is_made_later(pairs, tmp_path, monkeypatch):
     sets = {name: Set(name) for name in "ab"}
     monkeypatch.setattr(registry, "open_all", lambda specs, *_: [sets[spec] for spec in specs])
@@ -181,27 +180,47 @@ def test_a_killed_worker_is_one_sentence():
 
 
 @pytest.fixture
-def watch(tmp_path, monkeypatch):
-    """Starts a watchdog, and returns it with the statuses with which it ends the process."""
-    statuses, running = [], []
+def statuses(monkeypatch):
+    """The statuses with which a watchdog ends the process, in place of its end."""
+    ended = []
 
     def end(status):
-        statuses.append(status)
+        ended.append(status)
         raise SystemExit  # of the thread
 
     monkeypatch.setattr(watchdog, "exit_now", end)
+    return ended
+
+
+@pytest.fixture
+def watch(tmp_path, statuses, monkeypatch):
+    """Starts a watchdog, and returns it."""
+    running = []
     monkeypatch.setattr(watchdog, "_POLL_SECONDS", 0.05)
 
-    def start(warning=0.0, limit=0.0):
+    def start(limit=0.0):
         handler = interrupt.PreemptionHandler().__enter__()
         handler.saves = True
-        dog = watchdog.Watchdog(RunFolder(tmp_path), handler, warning=warning, limit=limit).__enter__()
+        dog = watchdog.Watchdog(RunFolder(tmp_path), handler, warning=0.0, limit=limit).__enter__()
         running.extend([handler, dog])
-        return dog, statuses
+        return dog
 
     yield start
     for context in reversed(running):
         context.__exit__()
+
+
+class Timed(watchdog.Watchdog):
+    """A watchdog without its thread, on a clock that the test moves."""
+
+    def __init__(self, folder, **limits):
+        self.now = 1000.0
+        super().__init__(RunFolder(folder), interrupt.PreemptionHandler(), lambda: self.now, **limits)
+
+    def wait(self, seconds):
+        for _ in range(seconds):
+            self.now += 1
+            self.check()
 
 
 def wait(condition, seconds=60):
@@ -211,31 +230,58 @@ def wait(condition, seconds=60):
     assert condition()
 
 
-def test_the_watchdog_names_the_phase_and_ends_the_process(watch, tmp_path, capfd):
-    dog, statuses = watch(warning=0.2, limit=0.6)
-    time.sleep(0.8)  # no phase: as long as it likes
+def test_the_watchdog_names_the_phase_and_ends_the_process(statuses, tmp_path, capfd):
+    dog = Timed(tmp_path, warning=60, limit=180)
+    dog.wait(1000)  # no phase: as long as it likes
     dog.enter(watchdog.DATA, " from folder:/a")
-    wait(lambda: statuses)
+    dog.wait(60)
+    assert capfd.readouterr().out == ""
+    dog.wait(120)
+    warning = "WARNING: no progress: waiting for data from folder:/a (61 s); the run ends after 180 s (log.stall_limit)"
+    assert capfd.readouterr().out == f"{warning}\n" and not statuses
+    with pytest.raises(SystemExit):
+        dog.wait(1)
     assert statuses == [EXIT_RESTART]
     out, err = capfd.readouterr()
-    assert out.count("WARNING: no progress: waiting for data from folder:/a (0 s); the run ends after 1 s") == 1
-    assert "error: no progress: waiting for data from folder:/a (1 s)" in err
-    assert "test_the_watchdog_names_the_phase" in err  # the stacks
+    assert out == "" and "error: no progress: waiting for data from folder:/a (181 s) (stacks of all threads: " in err
     assert "test_the_watchdog_names_the_phase" in (tmp_path / "stacks-0.txt").read_text()
 
 
-def test_the_watchdog_of_a_process_with_many_open_files(watch):
-    """Its descriptor may be above 1,023, which select() does not take."""
+def test_the_watchdog_warns_of_each_stall_but_not_of_a_compilation(tmp_path, capfd):
+    dog = Timed(tmp_path, warning=60, limit=0)
+    dog.enter(watchdog.COMPILATION)
+    dog.wait(1000)
+    dog.enter(watchdog.STEP)
+    for _ in range(2):
+        dog.wait(100)
+        dog.beat()
+    assert capfd.readouterr().out == 2 * "WARNING: no progress: a step (61 s)\n"
+
+
+def test_time_in_which_the_whole_process_was_suspended_does_not_count(statuses, tmp_path, capfd):
+    dog = Timed(tmp_path, warning=60, limit=180)
+    dog.enter(watchdog.STEP)
+    dog.wait(50)
+    dog.now += 3600
+    dog.wait(11)  # the first second is of the gap
+    assert capfd.readouterr().out == "" and not statuses
+    dog.wait(1)
+    assert "WARNING: no progress: a step (61 s)" in capfd.readouterr().out
+
+
+def test_the_watchdog_of_a_process_with_many_open_files(watch, statuses, capfd):
+    """In real time, and in a thread: its descriptor may be above 1,023, which select() does not take."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 2048), hard), hard))
     with open(os.devnull) as file, contextlib.ExitStack() as held:
         for _ in range(1100):
             held.callback(os.close, os.dup(file.fileno()))
-        dog, statuses = watch(limit=0.4)
+        dog = watch(limit=0.4)
         assert dog._read_end.fileno() > 1023
         dog.enter(watchdog.STEP)
         wait(lambda: statuses)
     assert statuses == [EXIT_RESTART]
+    assert "test_the_watchdog_of_a_process_with_many_open_files" in capfd.readouterr().err  # this thread's stack too
 
 
 def test_a_checkpoint_is_restored_in_a_phase_of_its_own(pairs, trained, tmp_path, monkeypatch):
@@ -248,18 +294,18 @@ def test_a_checkpoint_is_restored_in_a_phase_of_its_own(pairs, trained, tmp_path
     assert phases[:3] == ["restoring a checkpoint", "restores", ""]
 
 
-def test_progress_keeps_the_watchdog_quiet(watch, capfd):
-    dog, statuses = watch(warning=1.0, limit=2.0)
+def test_progress_keeps_the_watchdog_quiet(statuses, tmp_path, capfd):
+    dog = Timed(tmp_path, warning=60, limit=180)
     dog.enter(watchdog.EVALUATION)
-    for _ in range(50):
-        time.sleep(0.05)
+    for _ in range(20):
+        dog.wait(59)
         dog.beat()
-    assert not statuses and "WARNING" not in capfd.readouterr().out
+    assert not statuses and capfd.readouterr().out == ""
 
 
-def test_what_hangs_after_a_signal_is_ended(watch, monkeypatch, capfd):
+def test_what_hangs_after_a_signal_is_ended(watch, statuses, monkeypatch, capfd):
     monkeypatch.setattr(watchdog, "STOP_SECONDS", 0.3)
-    dog, statuses = watch()
+    dog = watch()
     dog.enter(watchdog.STEP)
     time.sleep(0.5)
     assert not statuses

@@ -1,7 +1,6 @@
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from tests.util import free_address
 from xclip_jax import storage
 from xclip_jax.data import ledger
 from xclip_jax.errors import UserError
@@ -48,9 +48,7 @@ def lines(folder):
 
 
 def test_processes_agree_and_the_first_one_writes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     running = [
         subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(tmp_path), address, str(i)],

@@ -77,7 +77,7 @@ def lengths_that_fit(microbatches):
         ("clip", 1, 1, "dp"),
         pytest.param("nclip", 2, 2, "dp", marks=pytest.mark.slow),
         pytest.param("nclip-ema", 2, 1, "dp", marks=pytest.mark.slow),
-        ("xclip", 4, 2, "fsdp"),
+        ("xclip-ema", 4, 2, "fsdp"),
     ],
 )
 def test_gradients_of_cut_texts_are_those_of_whole_ones(objective, devices, microbatches, strategy):

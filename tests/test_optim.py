@@ -7,8 +7,9 @@ import numpy as np
 import optax
 import pytest
 
+from tests import tiny
 from xclip_jax.errors import UserError
-from xclip_jax.train import optim
+from xclip_jax.train import build, optim
 
 
 @pytest.mark.parametrize("kind", optim.SCHEDULES)
@@ -41,6 +42,7 @@ def test_decay_reaches_kernels_alone():
         "stack": {"norm": {"scale": jnp.ones((12, 3)), "bias": jnp.ones((12, 3))}},
         "cls": jnp.ones(2),
         "log_scale": jnp.ones(()),
+        "table": {"embedding": jnp.ones((3, 2))},  # flax's, of towers of others
     }
     mask = optim.decay_mask(params)
     assert mask == {
@@ -48,11 +50,29 @@ def test_decay_reaches_kernels_alone():
         "stack": {"norm": {"scale": False, "bias": False}},
         "cls": False,
         "log_scale": False,
+        "table": {"embedding": True},
     }
     tx = optim.make_optimizer(optim.OptimConfig(lr=0.1, schedule="constant", weight_decay=0.5), 10, {})
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     # With no gradient an update is decay alone: -lr * weight_decay * parameter.
     chex.assert_trees_all_close(updates, jax.tree.map(lambda m, p: -0.05 * m * p, mask, params))
+
+
+def test_decay_of_all_parameters_of_a_model():
+    p, found = build.build(tiny.config("xclip", model__img__pool="map"), jax.devices()[:1]), {}
+    for path, decays in jax.tree_util.tree_leaves_with_path(optim.decay_mask(p.abstract.params)):
+        found.setdefault(path[-1].key, set()).add(decays)
+    tables = ("kernel", "positions", "tokens", "probe")
+    assert found == {name: {name in tables} for name in (*tables, "bias", "scale", "log_scale")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_moment_alone_has_a_dtype_of_its_own(dtype):
+    tx = optim.make_optimizer(optim.OptimConfig(lr=0.1, schedule="constant", mu_dtype=dtype), 10, {})
+    params = {"kernel": jnp.ones((2, 2))}
+    state = tx.init(params)
+    for adam in (state[0], tx.update(params, state, params)[1][0]):
+        assert (adam.mu["kernel"].dtype, adam.nu["kernel"].dtype) == (dtype, "float32")
 
 
 def test_adamw_against_its_formula():

@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from tests import tiny, torture
+from tests.util import free_address
 from xclip_jax.data import loader
 from xclip_jax.errors import UserError
 from xclip_jax.run_folder import CLOCKS
@@ -138,9 +138,7 @@ trainer.run(tiny.config(steps=6, run=folder, data__sources=(f"tar:{pattern}",), 
 @pytest.mark.slow  # two processes that compile
 def test_two_processes_count_and_write_as_one(mixed, tmp_path):
     """More processes than tars; both see what the other one's samples were."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
 
     def start(devices, name, *others):
         flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last one holds

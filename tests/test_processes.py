@@ -1,8 +1,9 @@
 import os
 import pathlib
-import socket
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 
 from tests import tiny
 from tests.two_processes import BROKEN
+from tests.util import free_address
 from xclip_jax.errors import UserError
-from xclip_jax.parallel import processes
+from xclip_jax.parallel import peers, processes
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -28,12 +30,6 @@ def start(devices, *args):
     )
 
 
-def address():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return f"localhost:{free.getsockname()[1]}"
-
-
 def wait_for(running):
     for process in running:
         try:
@@ -48,7 +44,7 @@ def wait_for(running):
 def found(tmp_path_factory):
     """What one process with four devices saw, and each of two with two."""
     root = tmp_path_factory.mktemp("processes")
-    pairs, at = tiny.folder(root / "pairs"), address()
+    pairs, at = tiny.folder(root / "pairs"), free_address()
     wait_for([start(2, pairs, root / "two", at, 2, i) for i in range(2)] + [start(4, pairs, root / "one")])
     return [dict(np.load(root / f"{name}.npz")) for name in ("one.0", "two.0", "two.1")]
 
@@ -96,7 +92,7 @@ def runs(tmp_path_factory):
     where = {"one": start(1, "run", pairs, root / "one", 1, 1)}
     wait_for(where.values())
     for name, sizes in (("data", (2, 1)), ("model", (1, 2))):
-        at = address()
+        at = free_address()
         wait_for([start(1, "run", pairs, root / name, *sizes, at, 2, i) for i in range(2)])
     return root
 
@@ -141,6 +137,28 @@ def test_losses_tokens_and_bad_samples_are_those_of_one_process(runs, name):
     assert expected[3] > 0, "no bad sample in the first batch"
     np.testing.assert_allclose(metrics(runs, name), expected, rtol=1e-4)
     assert bad(runs, name) == bad(runs, "one") != []
+
+
+def test_a_sign_of_life_on_its_way_does_not_undo_that_a_process_is_finished(monkeypatch):
+    monkeypatch.setattr(peers, "_POLL_SECONDS", 0.01)
+    values, writing = {}, threading.Event()
+
+    class Client:
+        def key_value_set(self, name, value, allow_overwrite):
+            if value != peers._DONE:
+                writing.set()
+                time.sleep(0.2)
+            values[name] = value
+
+        def key_value_dir_get(self, name):
+            return []
+
+    watched = peers.Peers(Client(), 1, 2)
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "peers")
+    assert writing.wait(10)
+    watched.stop()
+    thread.join(10)
+    assert not thread.is_alive() and list(values.values()) == [peers._DONE]
 
 
 @pytest.mark.parametrize("given", [("h:1", 0, -1), ("", 2, 0), ("h:1", 2, 2), ("h:1", 2, -1)])

@@ -6,14 +6,18 @@ import pathlib
 import shutil
 import types
 
+import chex
+import jax
+import numpy as np
 import pytest
 
 from tests import tiny
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.result import Result, flat
-from xclip_jax.train import interrupt, loop, trainer
+from xclip_jax.train import build, interrupt, loop, trainer, weights
 from xclip_jax.train.callbacks import Callback
+from xclip_jax.train.checkpoint import Checkpointer
 
 
 @pytest.fixture
@@ -29,7 +33,7 @@ class Evaluator:
         self.encoder = types.SimpleNamespace(unreadable={})
 
     def measure(self, variables):
-        self.calls.append(variables)
+        self.calls.append(jax.device_get(variables))  # the next step overwrites them
         if self.fails:
             raise OSError(f"disk of {self.name} is gone")
         return [Result("", self.name, "top1", 12.5)]
@@ -88,6 +92,24 @@ def test_an_evaluation_that_was_made_is_not_made_again(pairs, tmp_path, evaluato
     trainer.run(c, [recorder])
     assert [line["step"] for line in tiny.lines(tmp_path / "run") if "a/top1" in line] == [2, 4]
     assert [(step, flat(results)) for step, results in evaluations] == [(4, {"a/top1": 12.5})]
+
+
+def test_the_average_is_what_is_evaluated_and_loaded(pairs, tmp_path, evaluators):
+    average = {"ema__on": True, "ema__momentum": 0.5, "eval__ema": True}
+    sets = {"eval__sets": ("a",), "eval__every": 2, "eval__final_sets": ("b",)}
+    c = tiny.short(pairs, tmp_path / "run", **average, **sets, objective="nclip")
+    trainer.run(c)
+    with Checkpointer(c.run, read_only=True) as checkpointer:
+        abstract = build.build(c).abstract
+        states = {step: jax.device_get(checkpointer.restore(abstract, step)[0]) for step in (2, 4)}
+    (at_2, at_4), (final,) = evaluators["a"].calls, evaluators["b"].calls
+    loaded = jax.device_get(weights.load(c.run)[2])
+    for step, found in ((2, at_2), (4, at_4), (4, final), (4, loaded)):
+        state = states[step]
+        chex.assert_trees_all_equal(found, {"params": state.ema_params, "batch_stats": state.ema_batch_stats})
+        for name in found:
+            same = map(np.array_equal, *map(jax.tree.leaves, (found[name], state.variables()[name])))
+            assert not all(same), name
 
 
 def test_a_set_that_fails_at_the_end_does_not_cost_the_others(pairs, tmp_path, evaluators):

@@ -35,16 +35,20 @@ def run(p, steps=1):
     return jax.device_get(s), seen
 
 
-def gradients(p, batch=None):
-    """Loss and gradients as the step makes them, caught by an optimizer that keeps the gradient as its state."""
-    batch = batch or tiny.batch(eot=p.tokenizer.eot_id)
+def catching(p):
+    """The step with an optimizer that keeps the gradient as its state, and a first state for it."""
     catch = optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, _, params=None: (grads, grads)
     )
-    config_step = p.make_step(catch, p.length_groups)
     s = state.create(p.init, p.abstract)
-    s = s.replace(opt_state=catch.init(s.params))
-    s, metrics = jax.jit(config_step)(s, loader.to_global(batch, p.mesh))
+    return jax.jit(p.make_step(catch, p.length_groups)), s.replace(opt_state=catch.init(s.params))
+
+
+def gradients(p, batch=None):
+    """Loss and gradients as the step makes them."""
+    batch = batch or tiny.batch(eot=p.tokenizer.eot_id)
+    step, s = catching(p)
+    s, metrics = step(s, loader.to_global(batch, p.mesh))
     return float(metrics["loss"]), jax.device_get(s.opt_state), jax.device_get(s.batch_stats)
 
 
@@ -113,14 +117,16 @@ def test_parameters_are_what_the_abstract_state_says():
 
 
 def test_average_follows_its_formula():
+    """Of the parameters, and of the statistics of BatchNorm, which have no teacher here."""
     p = make("xclip-kept-average", steps=10, ema__momentum=0.9)
     s = state.create(p.init, p.abstract)
-    expected = jax.device_get(s.params)
+    expected = jax.device_get(s.variables())
     for i in range(3):
         s, _ = p.compiled(s, loader.to_global(tiny.batch(i, eot=p.tokenizer.eot_id), p.mesh))
         m = float(optim.ema_momentum(i, 10, 0.9, "cosine"))
-        expected = jax.tree.map(lambda e, x, m=m: m * e + (1 - m) * x, expected, jax.device_get(s.params))
-    chex.assert_trees_all_close(jax.device_get(s.ema_params), expected, rtol=1e-5, atol=1e-7)
+        expected = jax.tree.map(lambda e, x, m=m: m * e + (1 - m) * x, expected, jax.device_get(s.variables()))
+    assert jax.tree.leaves(expected["batch_stats"])
+    chex.assert_trees_all_close(jax.device_get(s.variables(ema=True)), expected, rtol=1e-5, atol=1e-7)
 
 
 PLAIN = {"data__flip_prob": 0.0, "data__color_jitter": 0.0}
@@ -150,19 +156,27 @@ def test_a_teacher_has_the_statistics_of_its_own_features():
 
 
 def test_centers_follow_the_teacher():
-    """The teacher has the parameters of another seed, and the centers are not zero."""
-    p, other = (make("xclip-ema-center", **PLAIN, objective__nclip__center_momentum=0.8, seed=seed) for seed in (0, 1))
+    """The teacher has the parameters of another seed and sees all patches; the centers are not zero, nor in chunks."""
+    options = PLAIN | {"objective__nclip__center_momentum": 0.8, "model__img__patch_dropout": 0.5}
+    p, chunked = (make("xclip-ema-center", **options, loss__chunk_size=size) for size in (0, 8))
+    other = make("xclip-ema-center", seed=1)
     batch, rng = tiny.batch(eot=p.tokenizer.eot_id), np.random.default_rng(0)
-    s = state.create(p.init, p.abstract)
+    step, s = catching(p)
     centers = {name: rng.normal(size=x.shape).astype(np.float32) for name, x in s.loss_state.items()}
     assert centers.keys() == {"center_img", "center_txt"}
     s = s.replace(ema_params=state.create(other.init, other.abstract).params, loss_state=centers)
     logits, student = (projected(p, jax.device_get(s.variables(ema=ema)), batch)[0] for ema in (True, False))
-    moved = jax.device_get(p.compiled(s, loader.to_global(batch, p.mesh))[0].loss_state)
+    found = [jax.device_get(f(s, loader.to_global(batch, p.mesh))) for f in (step, catching(chunked)[0])]
     for name, center in centers.items():
         key = name.replace("center", "s")
-        np.testing.assert_allclose(moved[name], 0.8 * center + 0.2 * logits[key].mean(axis=0), rtol=1e-4, atol=1e-5)
+        expected = 0.8 * center + 0.2 * logits[key].mean(axis=0)
+        for moved, _ in found:
+            np.testing.assert_allclose(moved.loss_state[name], expected, rtol=1e-4, atol=1e-5)
         assert np.abs(logits[key].mean(axis=0) - student[key].mean(axis=0)).max() > 0.1
+    (whole, metrics), (parts, of_parts) = found
+    assert of_parts["nclip/loss"] == pytest.approx(metrics["nclip/loss"], rel=1e-5, abs=1e-5)
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(whole.opt_state))
+    chex.assert_trees_all_close(parts.opt_state, whole.opt_state, rtol=1e-5, atol=1e-5 * largest)
 
 
 def test_scale_is_held_at_its_bound_after_an_update():

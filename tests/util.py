@@ -1,6 +1,10 @@
-"""What tests of models and losses share: towers by their sizes, variables without an initialisation, gradients."""
+"""What tests share: towers by their sizes, variables without an initialisation, gradients, and a free port."""
 
+import contextlib
 import functools
+import itertools
+import os
+import socket
 
 import jax
 import jax.numpy as jnp
@@ -80,3 +84,19 @@ def assert_close(actual, expected, tolerance):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert a.shape == b.shape
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+
+
+_probed = itertools.count()
+
+
+def free_address() -> str:
+    """An address for processes that a test starts, which nothing takes until they do.
+
+    Its port is below those that systems hand out, and in a block of this process: no other test gets it meanwhile.
+    """
+    for number in itertools.islice(_probed, 1000):
+        port = 20_000 + (100 * os.getpid() + number) % 10_000
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return f"localhost:{port}"
+    raise OSError("no port is free")

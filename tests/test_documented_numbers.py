@@ -1,0 +1,51 @@
+"""Numbers that the pages state are those of the code: a change of one fails here until it is made in both places."""
+
+import functools
+import importlib
+import pathlib
+
+import pytest
+
+from xclip_jax.data import length_groups
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+# Constant, or default of a config key, in a module of xclip_jax; its value; the page that states it, and how.
+NUMBERS = (
+    ("compilation_cache:MAX_BYTES", 2 * 2**30, "train.md", "is limited to 2 GiB"),
+    ("compilation_cache:MIN_SECONDS", 0.1, "train.md", "Programs that compile in less than 0.1 s are not kept"),
+    ("train.guard:DECAY", 0.99, "train.md", "over about the last 100 steps that were not skipped"),
+    ("train.guard:WARMUP", 100, "train.md", "over about the last 100 steps that were not skipped"),
+    ("train.optim:OptimConfig.max_skipped_steps", 10, "train.md", "`optim.max_skipped_steps` (10) in a row"),
+    ("train.caption_lengths:_SAMPLES", 1024, "train.md", "chooses the groups from 1,024 captions"),
+    ("data.length_groups:MAX_GROUPS", 4, "train.md", "encoded in up to four groups"),
+    ("data.length_groups:_MISFITS", 0.005, "train.md", "all but half a percent of the batches fit"),
+    ("data.length_groups:_LEAST_STEPS", 1000, "train.md", "in runs of 1,000 steps or more and"),
+    ("data.length_groups:_LEAST_SAVING", 0.05, "train.md", "if at least 5 % of a step's FLOPs are saved"),
+    ("errors:EXIT_RESUMABLE", 75, "train.md", 'ends with status 75, "try again"'),
+    ("errors:EXIT_RESTART", 79, "train.md", "and exits with 79: start it again"),
+    # Two that make 2.5 s.
+    ("train.watchdog:_MOMENT", 2.0, "train.md", "during its compilation | the run ends within 3 s"),
+    ("train.watchdog:_POLL_SECONDS", 0.5, "train.md", "during its compilation | the run ends within 3 s"),
+    ("train.watchdog:STOP_SECONDS", 60.0, "train.md", "hangs (no progress for 60 s after the signal)"),
+    ("config.schema:LogConfig.stall_warning", 60.0, "train.md", "after `log.stall_warning` seconds (60)"),
+    ("config.schema:LogConfig.stall_limit", 1800.0, "train.md", "After `log.stall_limit` seconds (1800, 0 for never)"),
+    ("train.lease:EXPIRES_SECONDS", 70.0, "reliability.md", "after a kill it waits up to 70 s"),
+    ("parallel.peers:HEARTBEAT_SECONDS", 25, "pods.md", "JAX ends the others after 25 s"),
+    ("data.config:DataConfig.max_bad_fraction", 0.05, "data.md", "Above `data.max_bad_fraction` (5 %)"),
+    ("data.transforms:MAX_PIXELS", 2**26, "data.md", "an image of more than 64 million pixels is refused"),
+    ("evaluators.encoder:MAX_UNREADABLE", 0.05, "protocols.md", "`unreadable`; more than 5 % of a set is an error"),
+    ("evaluators.feature_classifiers:NEIGHBOURS", 20, "protocols.md", "kNN is DINO's: k = 20, T = 0.07"),
+    ("evaluators.feature_classifiers:TEMPERATURE", 0.07, "protocols.md", "kNN is DINO's: k = 20, T = 0.07"),
+)
+
+
+@pytest.mark.parametrize(("name", "value", "page", "phrase"), NUMBERS, ids=[row[0] for row in NUMBERS])
+def test_a_number_is_as_documented(name: str, value: float, page: str, phrase: str) -> None:
+    module, _, path = name.partition(":")
+    assert functools.reduce(getattr, path.split("."), importlib.import_module(f"xclip_jax.{module}")) == value
+    assert phrase in " ".join((DOCS / page).read_text().split())
+
+
+def test_groups_are_chosen_from_the_documented_savings_and_steps_on() -> None:
+    given = (0.05, 1000), (0.0499, 1000), (0.05, 999)
+    assert [length_groups.worthwhile(saved, steps) for saved, steps in given] == [True, False, False]
