@@ -65,8 +65,9 @@ class Installed:
         return done.stdout
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
+@pytest.fixture(scope="module", params=["highest", "lowest-direct"])
+def installed(tmp_path_factory, request):
+    """With the newest versions of packages that setup.py allows, and with the oldest of those that it names."""
     # A copy: building a wheel writes into its source, and the folder must not offer the checkout's package.
     made = Installed(tmp_path_factory.mktemp("installed"))
     source, uv = made.folder / "source", uv_executable()
@@ -81,7 +82,7 @@ def installed(tmp_path_factory):
     made.run(uv, "build", "--no-config", "--out-dir", made.folder / "dist", source)  # an sdist, and the wheel from it
     (wheel,) = (made.folder / "dist").glob("*.whl")
     shutil.rmtree(source)
-    made.run(uv, "pip", "install", "--python", made.python, f"{wheel}[demo,hub]")
+    made.run(uv, "pip", "install", "--resolution", request.param, "--python", made.python, f"{wheel}[demo,hub]")
     packages = json.loads(made.run(uv, "pip", "list", "--format=json", "--python", made.python))
     names = {package["name"] for package in packages}
     assert "xclip-jax" in names and not names & {"pip", "torch", "tensorflow", "transformers"}

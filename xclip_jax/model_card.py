@@ -36,7 +36,7 @@ with torch.no_grad():
     logits = model(**pixels, **tokens).logits_per_image
 print(logits.softmax(dim=-1))""",
     "open_clip": """\
-import open_clip
+import open_clip  # 3.0 or later
 import torch
 from PIL import Image
 
