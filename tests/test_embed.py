@@ -169,7 +169,6 @@ class Files(http.server.SimpleHTTPRequestHandler):
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_texts_by_http(ranges, tmp_path, monkeypatch):
-    pytest.importorskip("aiohttp")
     monkeypatch.setattr(Files, "ranges", ranges)
     (tmp_path / "texts.txt").write_text("a cat\na dog\nthe last")
     handler = functools.partial(Files, directory=str(tmp_path))
