@@ -71,7 +71,7 @@ def test_the_page_is_the_same_from_the_same_files(tmp_path):
 def test_the_page_says_what_is_missing(values, words):
     m = study_tiny.matrix()
     text = page.render(Snapshot(m, finished(m, values)), {})
-    assert words in text and ("Undecided" if values.get("xclip") else "**Not run.**") in text
+    assert words in text and ("Undecided" if values.get("xclip") else "**Nothing to compare yet.**") in text
 
 
 def test_what_is_missing_is_said_beside_the_verdicts():
@@ -133,6 +133,7 @@ def test_a_dose_says_how_the_difference_changes():
     welch = (scipy.stats.ttest_ind(list(xclip.values()), list(a.values()), equal_var=False) for a in (clip, half_data))
     texts = [f"[{ends.low:+.1f}, {ends.high:+.1f}]" for ends in (test.confidence_interval() for test in welch)]
     assert f"| the same, unpaired | {texts[0]} | {texts[1]} |" in text
+    assert "| the same, unpaired | - | [+" in text or "| the same, unpaired | - | [-" in text
     assert f"| xCLIP − CLIP | gain over nothing | +4.7 [+3.2, +6.1], 3/3; unpaired {texts[0]} |" in text
     assert "Nothing to compare yet" in page.render(Snapshot(m, {}), {})
     two = Snapshot(m, {key: r for key, r in made.items() if r.seed < 2})

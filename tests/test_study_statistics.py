@@ -47,25 +47,33 @@ def test_paired_equals_scipy():
 
 def test_welch_equals_scipy():
     interval = scipy.stats.ttest_ind(A, B[:4], equal_var=False).confidence_interval()
-    d = welch(by_seed(A), by_seed(B[:4]))
+    d = welch([by_seed(A)], [by_seed(B[:4])])
     assert (d.mean, d.low, d.high, d.n) == pytest.approx((A.mean() - B[:4].mean(), interval.low, interval.high, 4))
 
 
 def test_welch_of_two_each_in_closed_form():
     """Of two values a side, with equal scatter, it is the t-test of two degrees of freedom."""
-    d = welch({0: 1.0, 1: 3.0}, {5: 0.0, 6: 2.0})
+    d = welch([{0: 1.0, 1: 3.0}], [{5: 0.0, 6: 2.0}])
     t = 0.95 * math.sqrt(2 / (1 - 0.95**2))  # quantile of two degrees of freedom, closed form
     assert (d.mean, d.high - d.mean, d.n) == pytest.approx((1.0, t * math.sqrt(2), 2))
 
 
+def test_welch_of_a_change_in_closed_form():
+    """Of four groups of two values with equal scatter it is Student's t of four degrees of freedom."""
+    groups = [{0: x - 1.0, 1: x + 1.0} for x in (5.0, 1.0, 3.0, 2.0)]
+    d = welch(groups[:2], groups[2:])
+    # Each mean has a variance of 1, and their sum 4; the quantile of four degrees of freedom is in any table.
+    assert (d.mean, d.high - d.mean, d.n) == pytest.approx((1.0, 2.776445 * 2, 2))
+
+
 def test_welch_needs_runs_on_both_sides():
-    assert welch({}, {0: 1.0}) is None
-    one = welch({0: 3.0}, {0: 1.0, 1: 2.0})
+    assert welch([{}], [{0: 1.0}]) is None
+    one = welch([{0: 3.0}], [{0: 1.0, 1: 2.0}])
     assert (one.mean, one.n) == (1.5, 1) and math.isnan(one.low) and math.isnan(one.high)
 
 
 def test_welch_without_scatter():
-    same = welch({0: 2.0, 1: 2.0}, {0: 1.5, 1: 1.5, 2: 1.5})
+    same = welch([{0: 2.0, 1: 2.0}], [{0: 1.5, 1: 1.5, 2: 1.5}])
     assert (same.mean, same.low, same.high, same.n) == (0.5, 0.5, 0.5, 2)
 
 

@@ -92,7 +92,7 @@ _probed = itertools.count()
 def free_address() -> str:
     """An address for processes that a test starts, which nothing takes until they do.
 
-    Its port is below those that systems hand out, and in a block of this process: no other test gets it meanwhile.
+    Its port is below those that systems hand out, and in a block of this process: others rarely get it meanwhile.
     """
     for number in itertools.islice(_probed, 1000):
         port = 20_000 + (100 * os.getpid() + number) % 10_000

@@ -12,7 +12,7 @@ from xclip_jax.study.statistics import FEW_SEEDS, MIN_SEEDS
 FINDINGS = 3  # the first claims of a study, which are the paper's
 _OPEN = "not chosen yet"
 _OPEN_CLAIM = "undecided at this scale"
-_NO_RUNS = "Not run"
+_NOTHING = "Nothing to compare yet"
 _SHOWN = {
     verdicts.HOLDS: "Shown",
     verdicts.FAILS: "Refuted",
@@ -72,7 +72,7 @@ def beside(snapshot: Snapshot) -> list[str]:
     for name, pairs in study.beside.columns.items():
         by_seed = [[verdicts.difference(snapshot, *pair, measure) for measure in measures] for pair in pairs]
         n = max((d.n for cell in by_seed for d in cell if d), default=0)
-        welch = [[verdicts.unpaired(snapshot, *pair, measure) for measure in measures] for pair in pairs]
+        welch = [[verdicts.unpaired(snapshot, [a], [b], measure) for measure in measures] for a, b in pairs]
         shown_here = welch if n < FEW_SEEDS else by_seed
         columns.append([" / ".join(map(difference_text, cell, measures)) for cell in shown_here])
         head.append(f"{name} ({n} seeds{', unpaired' if MIN_SEEDS <= n < FEW_SEEDS else ''})")
@@ -128,7 +128,7 @@ def _missing(snapshot: Snapshot, runs: list[Run]) -> list[Run]:
 def _sentence(claim: verdicts.ClaimVerdict) -> str:
     """What a claim earns: its words, the verdict, and what each of its parts shows, by verdict where these differ."""
     if not any(part.difference for part in claim.parts):
-        return f"*{claim.claim.text}* **{_NO_RUNS}.**"
+        return f"*{claim.claim.text}* **{_NOTHING}.**"
     groups = {}
     for verdict, word in _SHOWN.items():
         # "Against the claim: xCLIP gains at retrieval" would read as if it did.

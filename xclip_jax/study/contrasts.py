@@ -98,7 +98,7 @@ def _differences(
         names = [study.arm(name).title if name else "not chosen yet" for name in (left, right)]
         cells = _cells(snapshot, left, right, measures)
         if unpaired and left and right:
-            welch = (interval_text(verdicts.unpaired(snapshot, left, right, m), m) for m in measures)
+            welch = (interval_text(verdicts.unpaired(snapshot, [left], [right], m), m) for m in measures)
             cells = [f"{cell}; unpaired {text}" if text else cell for cell, text in zip(cells, welch, strict=True)]
         rows.append([f"{names[0]} − {names[1]}", meaning, *cells])
     return table(["difference", "what it shows", *(measure.label for measure in measures)], rows)

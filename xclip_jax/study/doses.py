@@ -1,17 +1,17 @@
 """The part of a study's page on doses: what becomes of the arms' difference as one thing changes."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from xclip_jax.study import contrasts, verdicts
 from xclip_jax.study.declaration import Dose, Measure
 from xclip_jax.study.markdown import diverged_text, estimate_text, interval_text, mean_of, shown, signed_text, table
 from xclip_jax.study.matrix import Snapshot
-from xclip_jax.study.statistics import Difference, paired
+from xclip_jax.study.statistics import Difference, Estimate, paired
 
 _TEXT = (
-    "Differences are paired by seed. With as few seeds a paired interval can be narrow by chance, so Welch's, which "
-    "takes runs as independent, stands below it."
+    "Differences and their changes are paired by seed. With fewer than five seeds a paired interval can be narrow by "
+    "chance: below each stands Welch's, which takes runs as independent."
 )
 
 
@@ -29,16 +29,24 @@ def section(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
             rows = [[name, *(_cell(snapshot, arm, measure) for arm in arms)] for name, arms in dose.lines.items()]
             if len(dose.lines) == 2:
                 (first, a), (second, b) = dose.lines.items()
-                pairs = list(zip(b, a, strict=True))
-                paired_by_seed = (verdicts.difference(snapshot, *pair, measure) for pair in pairs)
-                rows.append([f"{second} − {first}", *(signed_text(d, measure) for d in paired_by_seed)])
-                welch = (verdicts.unpaired(snapshot, *pair, measure) for pair in pairs)
-                rows.append(["the same, unpaired", *(interval_text(d, measure) or "-" for d in welch)])
-                changes = (difference_change(snapshot, dose, measure, level) for level in range(1, len(pairs)))
-                rows.append([f"its change from {dose.levels[0]}", "-", *(signed_text(d, measure) for d in changes)])
+                name, levels = f"{second} − {first}", list(zip(a, b, strict=True))
+                by_seed = [verdicts.difference(snapshot, y, x, measure) for x, y in levels]
+                welch = [verdicts.unpaired(snapshot, [y], [x], measure) for x, y in levels]
+                rows += _rows(name, by_seed, welch, measure)
+                (x0, y0), *others = levels
+                by_seed = [difference_change(snapshot, dose, measure, level) for level in range(1, len(levels))]
+                welch = [verdicts.unpaired(snapshot, [y, x0], [x, y0], measure) for x, y in others]
+                rows += _rows(f"its change from {dose.levels[0]}", [None, *by_seed], [None, *welch], measure)
             yield from table([f"{measure.label}; {dose.axis}", *dose.levels], rows)
         yield from contrasts.of_dose(snapshot, dose)
         yield from shown(snapshot.study, drawn, f"dose_{dose.name}", dose.title)
+
+
+def _rows(
+    name: str, by_seed: Sequence[Difference | None], welch: Sequence[Estimate | None], measure: Measure
+) -> Iterator[list[str]]:
+    yield [name, *(signed_text(d, measure) for d in by_seed)]
+    yield ["the same, unpaired", *(interval_text(d, measure) or "-" for d in welch)]
 
 
 def compared(snapshot: Snapshot, dose: Dose) -> bool:

@@ -294,7 +294,7 @@ _BESIDE = Beside(
             f"tau {tau:g}": [(arm, "clip"), (arm, "clip_longer"), (arm, "clip_smoothed")]
             for tau, arm in ((0.5, "xclip_searched"), (0.35, SEARCHED_XCLIP))
         },
-        "tau 0.5, 25 % of captions exchanged": [
+        "tau 0.5, 25 % of captions exchanged for both": [
             ("xclip_noise25", name) for name in ("clip_noise25", "clip_noise25_longer", "clip_noise25_smoothed")
         ],
     },

@@ -14,7 +14,7 @@ CHANGED = (
     "With two runs of controls, one of them of CLIP trained for the same time: the comparison with that one beside the "
     "plot; with all controls and most of the dose of noise: that dose beside the plot.",
     "Doses were declared with xCLIP 0.3 : 0.7 and tau 1; when claim 5 had its runs and before the first run of a dose "
-    "they took its setting over. That setting's control with targets of other pairs was declared when the dose of "
+    "they took its setting over. That setting's control with shuffled pseudo-labels was declared when the dose of "
     "noise had all but one of its runs, and the controls of a quarter of noise when it had all, each before the first "
     "of its own. A second search, around the best of the first, and claim 6 with it were declared when claims 4 and 5 "
     "had all of their runs; its last candidate, xCLIP's own search and claim 7 when the other candidates had theirs, "
@@ -24,9 +24,9 @@ CHANGED = (
     "its first run it became that of CLIP, SigLIP and nCLIP, whose runs it shares, and which we took for the harder "
     "one for xCLIP. With all of its runs: the table of its differences, since xCLIP is better there than with its own "
     "recipe.",
-    "With all runs but those of batches, 500 and 4,000 steps: unpaired intervals of doses, and of three seeds beside "
-    "the plot; what doses change from the first level at each level, not at the last alone; CLIP of the same time in "
-    "the plot; a table beside it of both temperatures against three kinds of CLIP, where before there were four of "
+    "With the runs of 500 steps, before those of batches and of 4,000: unpaired intervals of doses, and of three seeds "
+    "beside the plot; what doses change from the first level at each level, not at the last alone; CLIP of the same "
+    "time in the plot; a table beside it of both temperatures against three kinds of CLIP, where before there were four of "
     "these differences.",
 )
 
@@ -72,9 +72,9 @@ THREATS = (
     "3 needs seven parts at once and could hardly hold. *Undecided* does not mean equal.",
     "Seeds share their shuffles: an epoch's order follows from the sum of seed and epoch, so that the second epoch of "
     "seed 0 is the first of seed 1. Initial parameters, crops and the captions that are drawn are independent.",
-    "Pairing by seed removes little of the scatter: rounding alone (CLIP with idle heads, from CLIP) moves one seed by "
-    "up to 1.4 points of zero-shot, 0.8 of linear probe and 2.2 of alias-to-name retrieval. With unpaired intervals "
-    "(Welch's) xCLIP's linear probe would be above CLIP's, +1.2 [+0.3, +2.1], and its losses at unseen artists and "
+    "Pairing by seed removes little of the scatter: rounding alone (CLIP with untrained heads, from CLIP) moves one "
+    "seed by up to 1.4 points of zero-shot, 0.8 of linear probe and 2.2 of alias-to-name retrieval. With unpaired "
+    "intervals (Welch's) xCLIP's linear probe would be above CLIP's, +1.2 [+0.3, +2.1], and its losses at unseen artists and "
     "retrieval would not be shown; claim 7 would hold, with zero-shot +0.6 [-0.7, +1.9] and linear probe +2.7 [+1.8, "
     "+3.6], and its setting would be below CLIP of the same time at zero-shot, -1.6 [-3.3, -0.0]. The verdicts on the "
     "other claims would be the same.",

@@ -10,7 +10,7 @@ import scipy.stats
 
 LEVEL = 0.95
 MIN_SEEDS = 3  # of fewer the interval says little: none is shown, and nothing is decided
-FEW_SEEDS = 5  # of fewer a paired interval is often narrow by chance: the unpaired one is shown too
+FEW_SEEDS = 5  # of fewer a paired interval is often narrow by chance
 _EXACT = 16  # differences up to which all signs are tried
 
 
@@ -83,23 +83,27 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Difference | None:
     )
 
 
-def welch(a: Mapping[int, float], b: Mapping[int, float]) -> Estimate | None:
-    """Return the difference of the means of a and b with Welch's interval, or None where one of them is empty.
+def welch(plus: Sequence[Mapping[int, float]], minus: Sequence[Mapping[int, float]]) -> Estimate | None:
+    """Return the sum of the means of `plus` less that of `minus` with Welch's interval; None where one has no runs.
 
-    It takes all runs as independent, and the scatter from both sides: with few seeds it is steadier than the paired
-    interval, whose scatter is that of as few differences. It is NaN where one side has a single seed; n is that of the
-    smaller side.
+    It takes all runs as independent, and the scatter of each group of them: with few seeds it is steadier than the
+    paired interval, whose scatter is that of as few differences. It is NaN where a group has a single run; n is that
+    of the smallest group.
+
+    Args:
+      plus, minus: groups of runs, {seed: value}; one of each for a difference, two for the change of one.
     """
-    if not a or not b:
+    groups = [np.array(list(group.values()), float) for group in (*plus, *minus)]
+    if not all(map(len, groups)):
         return None
-    sides = [np.array(list(side.values()), float) for side in (a, b)]
-    mean, n = float(sides[0].mean() - sides[1].mean()), min(map(len, sides))
+    signs, n = [1] * len(plus) + [-1] * len(minus), min(map(len, groups))
+    mean = float(sum(sign * x.mean() for sign, x in zip(signs, groups, strict=True)))
     if n < 2:
         return Estimate(mean, math.nan, math.nan, n)
-    variances = [x.var(ddof=1) / len(x) for x in sides]
+    variances = [x.var(ddof=1) / len(x) for x in groups]
     if not (variance := sum(variances)):
         return Estimate(mean, mean, mean, n)
-    freedom = variance**2 / sum(v**2 / (len(x) - 1) for v, x in zip(variances, sides, strict=True))
+    freedom = variance**2 / sum(v**2 / (len(x) - 1) for v, x in zip(variances, groups, strict=True))
     half = float(scipy.stats.t.ppf(0.5 + LEVEL / 2, freedom) * math.sqrt(variance))
     return Estimate(mean, mean - half, mean + half, n)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from xclip_jax.study.declaration import Claim, Measure, Part
 from xclip_jax.study.matrix import Snapshot
@@ -81,9 +81,9 @@ def difference(
     return paired(*({seed: value for seed, value in side.items() if seed not in without} for side in sides))
 
 
-def unpaired(snapshot: Snapshot, a: str, b: str, measure: Measure) -> Estimate | None:
-    """Return a - b with Welch's interval, of logarithms where the measure is a ratio."""
-    return welch(_values(snapshot, a, measure), _values(snapshot, b, measure))
+def unpaired(snapshot: Snapshot, plus: Sequence[str], minus: Sequence[str], measure: Measure) -> Estimate | None:
+    """Return the sum of some arms less that of others with Welch's interval, of logarithms as `difference`."""
+    return welch(*([_values(snapshot, arm, measure) for arm in arms] for arms in (plus, minus)))
 
 
 def _values(snapshot: Snapshot, arm: str, measure: Measure) -> dict[int, float]:
