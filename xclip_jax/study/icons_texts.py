@@ -26,8 +26,8 @@ CHANGED = (
     "recipe.",
     "With the runs of 500 steps, before those of batches and of 4,000: unpaired intervals of doses, and of three seeds "
     "beside the plot; what doses change from the first level at each level, not at the last alone; CLIP of the same "
-    "time in the plot; a table beside it of both temperatures against three kinds of CLIP, where before there were four of "
-    "these differences.",
+    "time in the plot; a table beside it of both temperatures against three kinds of CLIP, where before there were "
+    "four of these differences.",
 )
 
 ABOUT = (
@@ -74,10 +74,10 @@ THREATS = (
     "seed 0 is the first of seed 1. Initial parameters, crops and the captions that are drawn are independent.",
     "Pairing by seed removes little of the scatter: rounding alone (CLIP with untrained heads, from CLIP) moves one "
     "seed by up to 1.4 points of zero-shot, 0.8 of linear probe and 2.2 of alias-to-name retrieval. With unpaired "
-    "intervals (Welch's) xCLIP's linear probe would be above CLIP's, +1.2 [+0.3, +2.1], and its losses at unseen artists and "
-    "retrieval would not be shown; claim 7 would hold, with zero-shot +0.6 [-0.7, +1.9] and linear probe +2.7 [+1.8, "
-    "+3.6], and its setting would be below CLIP of the same time at zero-shot, -1.6 [-3.3, -0.0]. The verdicts on the "
-    "other claims would be the same.",
+    "intervals (Welch's) xCLIP's linear probe would be above CLIP's, +1.2 [+0.3, +2.1], and its losses at unseen "
+    "artists and retrieval would not be shown; claim 7 would hold, with zero-shot +0.6 [-0.7, +1.9] and linear probe "
+    "+2.7 [+1.8, +3.6], and its setting would be below CLIP of the same time at zero-shot, -1.6 [-3.3, -0.0]. The "
+    "verdicts on the other claims would be the same.",
     "No control has label smoothing and the time of xCLIP at once. If their gains over CLIP at the linear probe, +1.2 "
     "and +2.2, add up, they exceed that of xCLIP with tau 0.5 or 0.35.",
     "Unseen artists depend on the similarity: by the cross-entropy of its clusters, which validation chooses for it, "
