@@ -97,7 +97,7 @@ PROMISES = (
         "a read never ends, as on a network disk that is gone, in the run or in a process that reads for it",
         "a bad sample after data.read_timeout; if none is read, the source is named, then log.stall_limit, status 79",
         (
-            "loader::a_sample_that_is_never_read_is_a_bad_one",
+            "bad_samples::a_sample_that_is_never_read_is_a_bad_one",
             "workers::a_read_that_never_ends_in_a_worker_ends_the_run",
         ),
     ),
@@ -266,7 +266,7 @@ PROMISES = (
         "a sample cannot be read, for any reason",
         "another one takes its place; it is counted by reason and listed, and too many stop the run",
         (
-            "loader::any_exception_of_a_sample_makes_it_a_bad_one",
+            "bad_samples::any_exception_of_a_sample_makes_it_a_bad_one",
             "tar_source::every_case_is_read_or_has_its_reason",
             "tar_source::too_many_bad_samples_stop_the_run",
         ),
