@@ -125,10 +125,16 @@ _DOSES: tuple[tuple[str, str, str, str, dict[float, tuple[dict[str, Any], float]
 )  # fmt: skip
 
 
+# A control besides those of all studies: the two that CLIP gains from, at once.
+_LONGER_SMOOTHED = "clip_longer_smoothed"
+_LONGER_SMOOTHED_SHOWS = "gain over CLIP with soft targets trained for the same time"
+_LONGER_SMOOTHED_TITLE = f"CLIP, {MORE_STEPS:g} times the steps, label smoothing {SMOOTHING:g}"
+
 _NOISE = 25  # the level of noise with controls, %
 _NOISE_CONTROLS = (
     ("xclip_noise25", "clip_noise25_longer", AGAINST["clip_longer"]),
     ("xclip_noise25", "clip_noise25_smoothed", AGAINST["clip_smoothed"]),
+    ("xclip_noise25", "clip_noise25_longer_smoothed", _LONGER_SMOOTHED_SHOWS),
     ("xclip_noise25_common", "clip_noise25", "gain with CLIP's learning rate and warm-up"),
 )
 
@@ -148,6 +154,7 @@ def _dose_arms(arms: Arms) -> Iterator[Arm]:
     for name, heading, objective, changes, length in (
         ("clip_noise25_longer", f"CLIP, {MORE_STEPS:g} times the steps", "clip", {}, MORE_STEPS),
         ("clip_noise25_smoothed", f"CLIP, label smoothing {SMOOTHING:g}", "clip", SMOOTHED, 1.0),
+        ("clip_noise25_longer_smoothed", _LONGER_SMOOTHED_TITLE, "clip", SMOOTHED, MORE_STEPS),
         ("xclip_noise25_common", f"{_DOSED['xclip'][0]}, CLIP's recipe", "xclip", XCLIP_SEARCHED | COMMON, 1.0),
     ):
         yield arms.arm(
@@ -220,6 +227,13 @@ def _factors(arms: Arms) -> Iterator[Arm]:
     yield arms.arm("clip_half", "CLIP", "factors", "clip", {}, tuned="clip", **half)
 
 
+def _longer_smoothed(arms: Arms) -> Arm:
+    return arms.arm(
+        _LONGER_SMOOTHED, _LONGER_SMOOTHED_TITLE, "controls", "clip", SMOOTHED, seeds=SEEDS, tuned="clip",
+        length=MORE_STEPS,
+    )  # fmt: skip
+
+
 def _searched(arms: Arms) -> Iterator[Arm]:
     """The setting of nCLIP that the factors chose, alone and in xCLIP."""
     yield arms.arm(SEARCHED, "nCLIP, tau 0.5", "controls", "nclip", {}, seeds=SEEDS, tuned=SEARCHED)
@@ -281,21 +295,23 @@ _SOUGHT = (
     (SEARCHED_XCLIP, "clip", "whether that is ahead of CLIP"),
     (SEARCHED_XCLIP, "clip_longer", "whether it is ahead of CLIP trained for the same time"),
     (SEARCHED_XCLIP, "clip_smoothed", "whether it is ahead of CLIP with soft targets"),
+    (SEARCHED_XCLIP, _LONGER_SMOOTHED, "whether it is ahead of CLIP with both"),
 )
 _SOUGHT_CONTROLS = (
     *(("xclip_searched", name, AGAINST[name]) for name in (FLOOR, "clip_longer", "clip_twice", "clip_smoothed")),
+    ("xclip_searched", _LONGER_SMOOTHED, _LONGER_SMOOTHED_SHOWS),
     ("xclip_searched", "xclip_searched_shuffled", AGAINST["xclip_shuffled"]),
 )
 _BESIDE = Beside(
     "xCLIP, half nCLIP and half CLIP, with tau tuned on validation",
-    ("CLIP, as many steps", "CLIP, the same time", f"CLIP, label smoothing {SMOOTHING:g}"),
+    ("CLIP, as many steps", "CLIP, the same time", f"CLIP, label smoothing {SMOOTHING:g}", "CLIP, both"),
     {
         **{
-            f"tau {tau:g}": [(arm, "clip"), (arm, "clip_longer"), (arm, "clip_smoothed")]
+            f"tau {tau:g}": [(arm, name) for name in ("clip", "clip_longer", "clip_smoothed", _LONGER_SMOOTHED)]
             for tau, arm in ((0.5, "xclip_searched"), (0.35, SEARCHED_XCLIP))
         },
         "tau 0.5, 25 % of captions exchanged for both": [
-            ("xclip_noise25", name) for name in ("clip_noise25", "clip_noise25_longer", "clip_noise25_smoothed")
+            ("xclip_noise25", f"clip_noise25{name}") for name in ("", "_longer", "_smoothed", "_longer_smoothed")
         ],
     },
     ("zeroshot", "probe"),
@@ -322,6 +338,7 @@ def study(recipe: str = RECIPE) -> Study:
             *arms.core(),
             *_searched(arms),
             *arms.controls(),
+            _longer_smoothed(arms),
             *arms.common(COMMON),
             *_dose_arms(arms),
             *_factors(arms),
@@ -339,7 +356,7 @@ def study(recipe: str = RECIPE) -> Study:
         choices={"xclip": tuple(XCLIP)},
         named=dict(zip(VALIDATION, ("zeroshot", "rendering"), strict=True)),
         common={title(name): f"common_{name}" for name, *_ in objectives()},
-        controls=CONTROLS,
+        controls=(*CONTROLS, ("xclip", _LONGER_SMOOTHED, _LONGER_SMOOTHED_SHOWS)),
         floor=FLOOR,
         sought=_SOUGHT,
         sought_controls=_SOUGHT_CONTROLS,
