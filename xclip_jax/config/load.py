@@ -109,7 +109,10 @@ def parse(argv: list[str]) -> list[str]:
         if len(unparsed) > 1:
             raise UserError(f"unknown argument {unparsed[1]!r}; set config keys with --config.KEY=VALUE")
         return unparsed
+    except flags.UnrecognizedFlagError as error:
+        sys.exit(f"error: unknown flag '--{error.flagname}'; config keys are --config.KEY=VALUE, and --help lists them")
     except (UserError, flags.Error, TypeError, ValueError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        remedy = "; --help lists the keys with their defaults" if isinstance(error, flags.IllegalFlagValueError) else ""
+        sys.exit(f"error: {' '.join(str(error).split())}{remedy}")
     except (MemoryError, RecursionError):  # of Python's own parser
         sys.exit("error: a value on the command line is nested too deeply to be read; write a plain value")
