@@ -50,35 +50,46 @@ def interim(snapshot: Snapshot) -> str:
 
 
 def findings(snapshot: Snapshot) -> list[str]:
-    """Return the lines of a README: what became of the first claims, others that are decided, and `Study.beside`."""
+    """Return the lines of a README: the study's scope, and a sentence each on the first claims and `Study.beside`.
+
+    Further claims that hold or fail have a sentence too.
+    """
     study = snapshot.study
     judged = [verdicts.judge(snapshot, claim) for claim in study.claims]
     done, missing = counts(snapshot)
     left = f"{missing} of {done + missing} runs are missing" if missing else ""
     scope = "; ".join(filter(None, (interim(snapshot), study.scope, left)))
-    first = " ".join([_counts(judged[:FINDINGS]), *([f"({scope}.)"] if scope else [])])
     others = [_sentence(claim) for claim in judged[FINDINGS:] if claim.verdict != verdicts.UNDECIDED]
-    below = beside(snapshot)
-    return [first, *(line for text in others for line in ("", text)), *(["", *below[:-1]] if below else [])]
+    lines = [*([f"*{scope}.*", ""] if scope else []), " ".join([_counts(judged[:FINDINGS]), *others])]
+    if study.beside:
+        rows = next(iter(_beside(snapshot).values()))
+        lines += ["", study.beside.sentence.format(*rows)]
+    return lines
 
 
 def beside(snapshot: Snapshot) -> list[str]:
     """Return the differences beside the claims as a table, and an empty line; nothing without any."""
-    study = snapshot.study
-    if not study.beside:
+    if not (declared := snapshot.study.beside):
         return []
+    columns = _beside(snapshot)
+    rows = [[name, *cells] for name, *cells in zip(declared.rows, *columns.values(), strict=True)]
+    labels = " / ".join(snapshot.study.measure(name).label for name in declared.measures)
+    return [f"{declared.text}: {labels}.", "", *table(["difference from", *columns], rows)]
+
+
+def _beside(snapshot: Snapshot) -> dict[str, list[str]]:
+    """Return {name of a column, with its seeds: its cells}."""
+    study, columns = snapshot.study, {}
+    assert study.beside
     measures = [study.measure(name) for name in study.beside.measures]
-    head, columns = ["difference from"], []
     for name, pairs in study.beside.columns.items():
         by_seed = [[verdicts.difference(snapshot, *pair, measure) for measure in measures] for pair in pairs]
         n = max((d.n for cell in by_seed for d in cell if d), default=0)
         welch = [[verdicts.unpaired(snapshot, [a], [b], measure) for measure in measures] for a, b in pairs]
+        head = f"{name} ({n} seeds{', unpaired' if MIN_SEEDS <= n < FEW_SEEDS else ''})"
         shown_here = welch if n < FEW_SEEDS else by_seed
-        columns.append([" / ".join(map(difference_text, cell, measures)) for cell in shown_here])
-        head.append(f"{name} ({n} seeds{', unpaired' if MIN_SEEDS <= n < FEW_SEEDS else ''})")
-    rows = [[name, *cells] for name, *cells in zip(study.beside.rows, *columns, strict=True)]
-    labels = " / ".join(measure.label for measure in measures)
-    return [f"{study.beside.text}: {labels}.", "", *table(head, rows)]
+        columns[head] = [" / ".join(map(difference_text, cell, measures)) for cell in shown_here]
+    return columns
 
 
 def summary(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
@@ -143,7 +154,7 @@ def _sentence(claim: verdicts.ClaimVerdict) -> str:
 
 
 def _counts(claims: Sequence[verdicts.ClaimVerdict]) -> str:
-    """What became of several claims: which have which verdict, and the parts that are decided."""
+    """What became of several claims, in a sentence: which have which verdict, and the parts that are decided."""
     verbs = {
         verdicts.HOLDS: ("holds", "hold"),
         verdicts.FAILS: ("fails", "fail"),
@@ -153,11 +164,11 @@ def _counts(claims: Sequence[verdicts.ClaimVerdict]) -> str:
     for verdict, verb in verbs.items():
         if texts := [claim.claim.short or claim.claim.text.rstrip(".") for claim in claims if claim.verdict == verdict]:
             groups.append(f"{len(texts)} {verb[len(texts) > 1]}** (*{'; '.join(texts)}*)")
-    texts = []
+    texts = [f"**Of the paper's {len(claims)} claims, {', **'.join(groups)}"]
     for verdict in (verdicts.HOLDS, verdicts.FAILS):
         parts = [_numbers(part) for claim in claims for part in claim.parts if part.verdict == verdict]
-        texts += [f"{_SHOWN[verdict]}: {'; '.join(parts)}."] if parts else []
-    return " ".join([f"**Of the paper's {len(claims)} claims, {', **'.join(groups)}.", *texts])
+        texts += [f"{_SHOWN[verdict].lower()}: {', '.join(parts)}"] if parts else []
+    return f"{'; '.join(texts)}."
 
 
 def _numbers(part: verdicts.PartVerdict, *, name: bool = False) -> str:

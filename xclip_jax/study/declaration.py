@@ -139,12 +139,14 @@ class Beside:
       rows: names of what is subtracted.
       columns: {name: for each row an arm and what is subtracted from it}.
       measures: names of measures, all in each cell.
+      sentence: the same in a README, with {0}, {1} ... for the rows of the first column.
     """
 
     text: str
     rows: Sequence[str]
     columns: Mapping[str, Sequence[tuple[str, str]]]
     measures: Sequence[str]
+    sentence: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -315,6 +315,8 @@ _BESIDE = Beside(
         ],
     },
     ("zeroshot", "probe"),
+    "xCLIP with tau 0.5, tuned on validation, minus CLIP, at zero-shot on unseen concepts / at the linear probe: {0} "
+    "after as many steps, {1} after the same time, {3} after the same time where CLIP has label smoothing.",
 )
 
 

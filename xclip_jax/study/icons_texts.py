@@ -28,7 +28,8 @@ CHANGED = (
     "beside the plot; what doses change from the first level at each level, not at the last alone; CLIP of the same "
     "time in the plot; a table beside it of both temperatures against three kinds of CLIP, where before there were "
     "four of these differences. With all runs but those of 4,000 steps, before the first of its own: a control with "
-    "label smoothing and the time of xCLIP at once, clean and with a quarter of noise, and its row in that table.",
+    "label smoothing and the time of xCLIP at once, clean and with a quarter of noise, and its row in that table, of "
+    "which the README has the first column without its third row.",
 )
 
 ABOUT = (
