@@ -44,6 +44,9 @@ HELD_OUT = (20, 0.05, 5000)  # pairs at least, share, pairs at most: their score
 LARGEST_SHARE = 0.2
 # FLOP/s of a core, measured with these towers, and the seconds that a run on a CPU takes at most by them.
 CORE, LONGEST = 4e10, 1800
+# Of small towers from random parameters: learning rate at batches of 256, warm-up as a share of the steps, and of how
+# many of them at most. Validation preferred these on the demo, and about these on the icons: docs/demo.md, docs/study.md
+SMALL_TOWERS = (2e-3, 0.5, 1000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,10 +179,14 @@ def _towers(config: ml_collections.ConfigDict, machine: Machine) -> None:
     model = config.model
     cpu = machine.platform == "cpu"
     model.dtype = "float32" if cpu else "bfloat16"
-    small = model.img.width <= 192
+    small = _is_small(config)
     for tower in (model.img, model.txt):
         tower.scan = not (cpu or small)
         tower.remat = "none" if small or cpu else "dots"
+
+
+def _is_small(config: ml_collections.ConfigDict) -> bool:
+    return config.model.img.width <= 192
 
 
 def _cluster_head(config: ml_collections.ConfigDict, saved: schema.Config | None, trained: int) -> None:
@@ -211,6 +218,11 @@ def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int,
     config.optim.lr_start = config.optim.lr_end = 0.0
     config.optim.weight_decay = 0.1
     config.optim.warmup = min(max(trained // batch, 1) * 2, steps // 10)
+    if not pretrained and _is_small(config):
+        lr, share, most = SMALL_TOWERS
+        config.optim.lr = float(f"{lr * min(math.sqrt(batch / 256), 1):.3g}")
+        config.optim.warmup = max(config.optim.warmup, round(share * min(steps, most)))
+    config.log.collapse_warmup_steps = min(config.log.collapse_warmup_steps, max(steps // 2, 1))
     config.eval.every = max(steps // 8, 1)
     # A run of few steps is soon trained again; what is saved is several times the model.
     config.checkpoint.every = max(steps // 10, min(200, steps))

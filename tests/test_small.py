@@ -4,6 +4,7 @@ import colorsys
 import dataclasses
 import itertools
 import json
+import math
 import re
 
 import jax
@@ -16,6 +17,7 @@ from tests import tiny
 from xclip_jax.config import load, schema
 from xclip_jax.configs import small
 from xclip_jax.data import holdout, sources, tokenizer
+from xclip_jax.doctor import settings
 from xclip_jax.errors import UserError
 from xclip_jax.train import build, trainer, weights
 
@@ -64,7 +66,14 @@ def test_sizes_follow_from_the_number_of_pairs(count, device, preset, batch, clu
     assert c.model.dtype == ("float32" if device == "cpu" else "bfloat16")
     trained = count * (1 - holdout)
     assert 24 <= c.steps * batch / trained <= 101  # epochs
-    assert batch <= trained / 2 and c.optim.warmup < c.steps / 5
+    assert batch <= trained / 2
+    if preset == "Ti/12":
+        assert c.optim.warmup == round(min(c.steps, 1000) / 2)
+        assert c.optim.lr == pytest.approx(2e-3 * min(math.sqrt(batch / 256), 1), rel=0.02)
+    else:
+        assert c.optim.warmup < c.steps / 5 and c.optim.lr == (1e-3 if preset == "S/16" else 5e-4)
+    assert c.log.collapse_warmup_steps == min(c.steps // 2, 500)  # so short runs are warned of a plateau too
+    assert list(settings._schedule(resolved)) == []
     assert c.steps >= 10 * c.checkpoint.every or c.checkpoint.every == min(200, c.steps)
     assert 8 <= c.steps / c.eval.every < 17 and resolved.eval.sets == ("retrieval/holdout",)
 

@@ -49,7 +49,7 @@ def _schedule(config: Config) -> Iterator[Finding]:
         text = "optim.warmup is 0, and Adam's first updates, of moments of few gradients, are as large as the last"
         yield warning("settings", text, f"set it to {max(steps // 20, 1):,}, or lower optim.lr")
     scaled = _LR * math.sqrt(config.data.batch / _BATCH)
-    if optim.lr > _HIGH * scaled:
+    if optim.lr > 1.01 * _HIGH * scaled:  # rates are rounded
         text = (
             f"optim.lr={optim.lr:g} is {optim.lr / scaled:.0f} times the rate of {scaled:.2g} that root scaling gives "
             f"for data.batch={config.data.batch} ({_LR:g} at {_BATCH:,})"
