@@ -22,8 +22,8 @@ TESTS = (
 )
 
 
-# Learning rate, and warm-up as a share of 1,000 steps: the best of seven or eight on validation, with tau 1 and in xCLIP
-# a weight of nCLIP of 0.3; docs/study.md.
+# Learning rate, and warm-up as a share of 1,000 steps: the best of seven or eight on validation, with tau 1 and, in
+# xCLIP, a weight of nCLIP of 0.3; docs/study.md.
 TUNED = {"clip": (2e-3, 0.6), "siglip": (2e-3, 0.6), "nclip": (2e-3, 0.6), "xclip": (2e-3, 0.45)}
 
 

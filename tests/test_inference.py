@@ -205,6 +205,31 @@ def test_zero_shot_is_its_definition_and_the_evaluators(objective):
     assert model.zero_shot([], names).probabilities.shape == (0, 3)
 
 
+@pytest.mark.parametrize(
+    ("objective", "scores"), [("xclip", ["cosine", "cross_entropy", "both"]), ("nclip", ["cosine"])]
+)
+def test_zero_shot_by_another_score(objective, scores):
+    """Against SciPy: of clusters the cosine and the cross-entropy, and both the projection and the clusters."""
+    _, _, model = random_model(objective)
+    names, images = ["fox", "hen", "owl"], pictures(9)
+    img = model._encoder.images(model._variables, [model.prepare(p) for p in images])
+    txt = model._encoder.texts(model._variables, names)
+    p, q = (scipy.special.softmax(x["cluster_logits"] / TAU, axis=1) for x in (img, txt))
+    expected = {
+        "cosine": 1 - scipy.spatial.distance.cdist(p, q, "cosine"),
+        "cross_entropy": 0.5 * (p @ np.log(q).T + np.log(p) @ q.T),
+    }
+    if objective == "xclip":
+        parts = img["embedding"] @ txt["embedding"].T, expected["cross_entropy"]
+        expected["both"] = sum(part / part.std() for part in parts)
+    for name in scores:
+        assert model.zero_shot([], names, by=name).scores.shape == (0, 3)
+        found = model.zero_shot(images, names, ["{}"], by=name)
+        np.testing.assert_allclose(found.scores, expected[name], rtol=1e-4, atol=1e-5)
+        assert found.labels == [names[i] for i in expected[name].argmax(axis=1)]
+        np.testing.assert_allclose(found.probabilities, scipy.special.softmax(expected[name], axis=1), rtol=1e-4)
+
+
 def test_clusters_are_the_largest_of_the_distribution(model):
     p = scipy.special.softmax(model._encoder.texts(model._variables, TEXTS)["cluster_logits"] / TAU, axis=1)
     assert model.has_clusters and not random_model("clip")[2].has_clusters
@@ -252,6 +277,8 @@ def test_bad_input_is_named(model, run, tmp_path):
         (lambda: model.zero_shot([], []), "at least one class"),
         (lambda: model.zero_shot([], ["fox"], ["a fox"]), "has no {}"),
         (lambda: model.zero_shot([], "fox"), "in brackets"),
+        (lambda: model.zero_shot([], ["fox"], by="all"), "by='all' is not a score .* 'cross_entropy', 'both'; leave"),
+        (lambda: random_model("clip")[2].zero_shot([], ["fox"], by="both"), "which has only its own"),
         (lambda: model.clusters([], texts=[]), "either images or texts"),
         (lambda: model.clusters([], top=99), "top=99 must be from 1 to the model's 24"),
         (lambda: random_model("clip")[2].clusters([]), "this model has no cluster heads"),

@@ -45,7 +45,8 @@ class ZeroShotResult:
     Attributes:
       labels: the likeliest class of each image.
       probabilities: fp32 (b, n), rows sum to 1.
-      scores: fp32 (b, n), of which the probabilities are computed: cosines, or negative cross-entropies in nats.
+      scores: fp32 (b, n), of which the probabilities are computed: cosines, or negative cross-entropies in nats, or
+        both, each over its standard deviation.
     """
 
     labels: list[str]
@@ -189,20 +190,27 @@ class Model:
         images: Sequence[ImageLike] | np.ndarray,
         class_names: Sequence[str],
         templates: Sequence[str] = TEMPLATES,
+        *,
+        by: str = "",
     ) -> ZeroShotResult:
         """Classify images by the texts of their classes.
 
-        By the model's own similarity. With a projection a class is the mean over its prompts, each normalised,
-        normalised again, the score is the cosine, and the probabilities are its softmax at the learned scale, also for
-        models of the sigmoid loss. Without one the score is the negative cross-entropy of distributions over clusters.
+        By the model's own similarity, unless another is named. With a projection a class is the mean over its prompts,
+        each normalised, normalised again, the score is the cosine, and the probabilities are its softmax at the learned
+        scale, also for models of the sigmoid loss. Without one the score is the negative cross-entropy of distributions
+        over clusters.
 
         Args:
           images: as in `encode_image`.
           class_names: at least one.
           templates: prompts, with {} for the class.
+          by: another score of the model, by the name that evaluations print: of cluster heads "cosine" and
+            "cross_entropy", and where there is a projection beside them "both", the cosine of embeddings and the
+            negative cross-entropy, each over its standard deviation among these images and classes. Its softmax then
+            is the probabilities.
 
         Raises:
-          UserError: as in `encode_image`; no class, a template without {}.
+          UserError: as in `encode_image`; no class, a template without {}, a score that the model lacks.
         """
         if isinstance(class_names, str) or isinstance(templates, str):
             raise UserError("class_names and templates are lists of strings; put a single one in brackets.")
@@ -212,12 +220,16 @@ class Model:
             raise UserError(f"template {wrong[0]!r} has no {{}}, where the class name goes.")
         # str.format would fail on braces in a name.
         prompts = [template.replace("{}", name) for name in class_names for template in templates]
-        own = self._similarities[:1]
-        img, txt = self._images(images, features(own)), self._texts(prompts, features(own))
-        by_score = class_scores(own, img, txt, [len(templates)] * len(class_names))
-        scores = by_score[own[0].logits].astype(np.float32)
+        used = self._similarities if by else self._similarities[:1]
+        img, txt = self._images(images, features(used)), self._texts(prompts, features(used))
+        by_score = class_scores(used, img, txt, [len(templates)] * len(class_names))
+        if by not in by_score:
+            known = ", ".join(repr(name) for name in by_score if name) or "only its own"
+            raise UserError(f"by={by!r} is not a score of this model, which has {known}; leave it out for its own.")
+        scores = by_score[by or used[0].logits].astype(np.float32)
         labels = [class_names[i] for i in scores.argmax(axis=1)]
-        return ZeroShotResult(labels, softmax(self._encoder.logits_of(by_score, self._variables)), scores)
+        logits = scores if by else self._encoder.logits_of(by_score, self._variables)
+        return ZeroShotResult(labels, softmax(logits), scores)
 
     @property
     def has_clusters(self) -> bool:

@@ -94,7 +94,9 @@ def compare(
             )
         scores |= named
     if len(logits) > 1:
-        spreads = spreads or [(x[~unreadable] if partly else x).std() for x in logits[:2]]
+        if not spreads and logits[0].size:
+            spreads = [(x[~unreadable] if partly else x).std() for x in logits[:2]]
+        spreads = spreads or (1.0, 1.0)  # of nothing
         first, second = (x / max(spread, _TINY) for x, spread in zip(logits[:2], spreads, strict=True))
         scores["both"] = first + second
     if partly:
