@@ -125,6 +125,7 @@ def again(study: Study) -> list[str]:
         *(f"{study.command} {flag:<9}    # {text}" for flag, text in flags.items()),
         "```",
         "",
-        f"A run is one file in `docs/{study.page}/runs`, recognised by its config: delete it to run it again. After a "
-        "kill the same command goes on, also in another checkout that has the files.",
+        f"A run is one file in `docs/{study.page}/runs`, recognised by its config, and is not made again while it is "
+        "there, so that tests are read once. After a kill the same command goes on, also in another checkout that has "
+        "the files. With `--docs FOLDER` all runs are made again, and have their files and page in that folder.",
     ]
