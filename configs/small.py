@@ -44,9 +44,10 @@ HELD_OUT = (20, 0.05, 5000)  # pairs at least, share, pairs at most: their score
 LARGEST_SHARE = 0.2
 # FLOP/s of a core, measured with these towers, and the seconds that a run on a CPU takes at most by them.
 CORE, LONGEST = 4e10, 1800
-# Of small towers from random parameters: learning rate at batches of 256, warm-up as a share of the steps, and of how
-# many of them at most. Validation preferred these on the demo, and about these on the icons (docs/demo.md, study.md).
-SMALL_TOWERS = (2e-3, 0.5, 1000)
+# Of small towers from random parameters: learning rate at batches of 256, warm-up as a share of the steps and of how
+# many of them at most, and the warm-up that the rate needs: it rises no faster in shorter runs, which would stay on the
+# plateau. Validation preferred these on the demo, and about these on the icons (docs/demo.md, docs/study.md).
+SMALL_TOWERS = (2e-3, 0.5, 1000, 300)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,9 +220,9 @@ def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int,
     config.optim.weight_decay = 0.1
     config.optim.warmup = min(max(trained // batch, 1) * 2, steps // 10)
     if not pretrained and _is_small(config):
-        lr, share, most = SMALL_TOWERS
-        config.optim.lr = float(f"{lr * min(math.sqrt(batch / 256), 1):.3g}")
+        lr, share, most, least = SMALL_TOWERS
         config.optim.warmup = max(config.optim.warmup, round(share * min(steps, most)))
+        config.optim.lr = float(f"{lr * min(math.sqrt(batch / 256), config.optim.warmup / least, 1):.3g}")
     config.log.collapse_warmup_steps = min(config.log.collapse_warmup_steps, max(steps // 2, 1))
     config.eval.every = max(steps // 8, 1)
     # A run of few steps is soon trained again; what is saved is several times the model.

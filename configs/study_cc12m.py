@@ -30,7 +30,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = common.pretrain(args.objective, sizes)
     config.run = f"runs/study-{args.objective}"
     config.data.sources = (f"tar:{args.root}/cc12m/*.tar",)
-    # So a step fits 8 chips of 16 GiB. The mesh may differ from run to run, what is computed again may not.
+    # Fits 8 chips of 16 GiB. Runs are recognised by `remat`, not by the mesh, so that it is the same for all.
     config.mesh.strategy = "zero1"
     config.model.img.remat = config.model.txt.remat = "full"
     return config

@@ -113,6 +113,7 @@ def own_flags():
         (["--config", "configs/demo.py:objectiv=nclip"], "did you mean 'objective'? Known: objective, steps,"),
         (["--config", "configs/demo.py:preset=X/1"], "it must be one of 'Ti/12', 'S/16',"),
         (["--config", "configs/demo.py", "--confg.optim.lr=1"], "'--confg.optim.lr'; config keys are --config.KEY"),
+        (["--config", "configs/demo.py", "--verbosty=1"], "unknown flag '--verbosty'; did you mean '--verbosity'?"),
         (["--config", "configs/nothing.py"], "does not exist; give a path, or a recipe by name: clip, demo,"),
         (["--config", "elsewhere/demo.py"], "give --config demo"),
         (["--config", "dmo"], "did you mean 'demo'? Recipes: clip, demo, finetune,"),

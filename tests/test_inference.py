@@ -224,6 +224,7 @@ def test_zero_shot_by_another_score(objective, scores):
         expected["both"] = sum(part / part.std() for part in parts)
     for name in scores:
         assert model.zero_shot([], names, by=name).scores.shape == (0, 3)
+        assert model.zero_shot(images[:1], names[:1], by=name).probabilities == 1  # no deviation to divide by
         found = model.zero_shot(images, names, ["{}"], by=name)
         np.testing.assert_allclose(found.scores, expected[name], rtol=1e-4, atol=1e-5)
         assert found.labels == [names[i] for i in expected[name].argmax(axis=1)]

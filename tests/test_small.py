@@ -51,6 +51,7 @@ def discs(tmp_path_factory):
     [
         (20, "cpu", "Ti/12", 8, 256, 0.2),
         (200, "cpu", "Ti/12", 64, 256, 0.1),
+        (1_000, "cpu", "Ti/12", 256, 1024, 0.05),
         (5_000, "cpu", "Ti/12", 256, 4096, 0.05),
         (5_000, "gpu", "Ti/12", 1024, 4096, 0.05),
         (200_000, "gpu", "S/16", 2048, 32_768, 0.025),
@@ -69,7 +70,8 @@ def test_sizes_follow_from_the_number_of_pairs(count, device, preset, batch, clu
     assert batch <= trained / 2
     if preset == "Ti/12":
         assert c.optim.warmup == round(min(c.steps, 1000) / 2)
-        assert c.optim.lr == pytest.approx(2e-3 * min(math.sqrt(batch / 256), 1), rel=0.02)
+        assert c.optim.lr <= 2e-3 * math.sqrt(batch / 256) * 1.01
+        assert c.optim.lr / c.optim.warmup <= 2e-3 / 300 * 1.01  # as slowly as where it was tuned
     else:
         assert c.optim.warmup < c.steps / 5 and c.optim.lr == (1e-3 if preset == "S/16" else 5e-4)
     assert c.log.collapse_warmup_steps == min(c.steps // 2, 500)  # so short runs are warned of a plateau too

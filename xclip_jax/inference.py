@@ -45,8 +45,8 @@ class ZeroShotResult:
     Attributes:
       labels: the likeliest class of each image.
       probabilities: fp32 (b, n), rows sum to 1.
-      scores: fp32 (b, n), of which the probabilities are computed: cosines, or negative cross-entropies in nats, or
-        both, each over its standard deviation.
+      scores: fp32 (b, n), of which the probabilities are computed: cosines, or negative cross-entropies in nats, or the
+        sum of both, each over its standard deviation.
     """
 
     labels: list[str]
@@ -204,10 +204,10 @@ class Model:
           images: as in `encode_image`.
           class_names: at least one.
           templates: prompts, with {} for the class.
-          by: another score of the model, by the name that evaluations print: of cluster heads "cosine" and
-            "cross_entropy", and where there is a projection beside them "both", the cosine of embeddings and the
-            negative cross-entropy, each over its standard deviation among these images and classes. Its softmax then
-            is the probabilities.
+          by: another score of the model, by the name that evaluations print, whose softmax the probabilities then are.
+            Of xCLIP the "cosine" and the (negative) "cross_entropy" of clusters, and "both", the sum of the cosine of
+            embeddings and the cross-entropy, each over its standard deviation among these images and classes; of nCLIP
+            the "cosine".
 
         Raises:
           UserError: as in `encode_image`; no class, a template without {}, a score that the model lacks.

@@ -110,7 +110,11 @@ def parse(argv: list[str]) -> list[str]:
             raise UserError(f"unknown argument {unparsed[1]!r}; set config keys with --config.KEY=VALUE")
         return unparsed
     except flags.UnrecognizedFlagError as error:
-        sys.exit(f"error: unknown flag '--{error.flagname}'; config keys are --config.KEY=VALUE, and --help lists them")
+        similar = str(error).partition("Did you mean: ")[2].removesuffix(" ?")
+        remedy = (
+            f"did you mean '--{similar}'?" if similar else "config keys are --config.KEY=VALUE, and --help lists them"
+        )
+        sys.exit(f"error: unknown flag '--{error.flagname}'; {remedy}")
     except (UserError, flags.Error, TypeError, ValueError) as error:
         remedy = "; --help lists the keys with their defaults" if isinstance(error, flags.IllegalFlagValueError) else ""
         sys.exit(f"error: {' '.join(str(error).split())}{remedy}")

@@ -12,7 +12,7 @@ from xclip_jax.objectives.clip import Contrastive
 from xclip_jax.train.build import Experiment
 
 # open_clip trains ViT-B at 1e-3 and batch 4096. Adam's rate goes with the root of the batch (arXiv 2205.10287). [ours]
-# is how much above that is called high: the recipes here for small towers are at four times.
+# is how much above that is called high: the recipes here for small towers are at eight times.
 _LR, _BATCH, _HIGH = 1e-3, 4096, 8.0
 _HOUR = 3600
 # [ours] Published runs compare with hundreds to thousands of others; the smallest recipe here has batches of 256.

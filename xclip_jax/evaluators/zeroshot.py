@@ -19,8 +19,6 @@ from xclip_jax.evaluators.statistics import PerExample, class_weights, ranks
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.objectives.similarity import CosineSimilarity, Similarity, features
 
-_TINY = float(np.finfo(np.float32).tiny)
-
 
 def classifier(text_embeddings: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
     """Class vectors of prompts' embeddings: each normalised, averaged over prompts, normalised again.
@@ -94,10 +92,9 @@ def compare(
             )
         scores |= named
     if len(logits) > 1:
-        if not spreads and logits[0].size:
-            spreads = [(x[~unreadable] if partly else x).std() for x in logits[:2]]
-        spreads = spreads or (1.0, 1.0)  # of nothing
-        first, second = (x / max(spread, _TINY) for x, spread in zip(logits[:2], spreads, strict=True))
+        if not spreads:
+            spreads = [(x[~unreadable] if partly else x).std() if x.size else 1.0 for x in logits[:2]]
+        first, second = (x / (spread or 1.0) for x, spread in zip(logits[:2], spreads, strict=True))
         scores["both"] = first + second
     if partly:
         for x in scores.values():

@@ -315,8 +315,9 @@ _BESIDE = Beside(
         ],
     },
     ("zeroshot", "probe"),
-    "xCLIP with tau 0.5, tuned on validation, minus CLIP, at zero-shot on unseen concepts / at the linear probe: {0} "
-    "after as many steps, {1} after the same time, {3} after the same time where CLIP has label smoothing.",
+    "xCLIP, half nCLIP and half CLIP, with tau 0.5, tuned on validation, minus CLIP, at zero-shot on unseen concepts / "
+    f"the linear probe: {{0}} after as many steps, {{1}} after the same time ({MORE_STEPS:g} times the steps), {{3}} "
+    "after the same time where CLIP has label smoothing.",
 )
 
 

@@ -127,5 +127,5 @@ def again(study: Study) -> list[str]:
         "",
         f"A run is one file in `docs/{study.page}/runs`, recognised by its config, and is not made again while it is "
         "there, so that tests are read once. After a kill the same command goes on, also in another checkout that has "
-        "the files. With `--docs FOLDER` all runs are made again, and have their files and page in that folder.",
+        "the files. With `--docs` and an empty folder all runs are made again, and have their files and page there.",
     ]
