@@ -1,5 +1,6 @@
 """The parts of a study's page that conclude: verdicts with their tables, how a choice was made, what is missing yet."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from xclip_jax.study import verdicts
@@ -72,7 +73,7 @@ def beside(snapshot: Snapshot) -> list[str]:
     if not (declared := snapshot.study.beside):
         return []
     columns = _beside(snapshot)
-    rows = [[name, *cells] for name, *cells in zip(declared.rows, *columns.values(), strict=True)]
+    rows = itertools.zip_longest(declared.rows, *columns.values(), fillvalue="-")
     labels = " / ".join(snapshot.study.measure(name).label for name in declared.measures)
     return [f"{declared.text}: {labels}.", "", *table(["difference from", *columns], rows)]
 

@@ -137,7 +137,7 @@ class Beside:
     Attributes:
       text: what the table is of.
       rows: names of what is subtracted.
-      columns: {name: for each row an arm and what is subtracted from it}.
+      columns: {name: for each row, or the first of them, an arm and what is subtracted from it}.
       measures: names of measures, all in each cell.
       sentence: the same in a README, with {0}, {1} ... for the rows of the first column.
     """

@@ -131,12 +131,15 @@ _LONGER_SMOOTHED_SHOWS = "gain over CLIP with soft targets trained for the same 
 _LONGER_SMOOTHED_TITLE = f"CLIP, {MORE_STEPS:g} times the steps, label smoothing {SMOOTHING:g}"
 
 _NOISE = 25  # the level of noise with controls, %
-_NOISE_CONTROLS = (
-    ("xclip_noise25", "clip_noise25_longer", AGAINST["clip_longer"]),
-    ("xclip_noise25", "clip_noise25_smoothed", AGAINST["clip_smoothed"]),
-    ("xclip_noise25", "clip_noise25_longer_smoothed", _LONGER_SMOOTHED_SHOWS),
-    ("xclip_noise25_common", "clip_noise25", "gain with CLIP's learning rate and warm-up"),
-)
+_LONGEST = 4000  # steps
+_DOSE_CONTROLS = {
+    "noise": (
+        ("xclip_noise25", "clip_noise25_longer", AGAINST["clip_longer"]),
+        ("xclip_noise25", "clip_noise25_smoothed", AGAINST["clip_smoothed"]),
+        ("xclip_noise25_common", "clip_noise25", "gain with CLIP's learning rate and warm-up"),
+    ),
+    "steps": ((f"xclip_steps{_LONGEST}", f"clip_steps{_LONGEST}_longer", AGAINST["clip_longer"]),),
+}
 
 # The two objectives of doses: title and changes.
 _DOSED = {"clip": (title("clip"), {}), "xclip": (f"{title('xclip_50')}, tau 0.5", XCLIP_SEARCHED)}
@@ -154,19 +157,23 @@ def _dose_arms(arms: Arms) -> Iterator[Arm]:
     for name, heading, objective, changes, length in (
         ("clip_noise25_longer", f"CLIP, {MORE_STEPS:g} times the steps", "clip", {}, MORE_STEPS),
         ("clip_noise25_smoothed", f"CLIP, label smoothing {SMOOTHING:g}", "clip", SMOOTHED, 1.0),
-        ("clip_noise25_longer_smoothed", _LONGER_SMOOTHED_TITLE, "clip", SMOOTHED, MORE_STEPS),
         ("xclip_noise25_common", f"{_DOSED['xclip'][0]}, CLIP's recipe", "xclip", XCLIP_SEARCHED | COMMON, 1.0),
     ):
         yield arms.arm(
             name, f"{heading}, {_NOISE} % noise", "dose", objective, noise | changes, seeds=DOSE_SEEDS, tuned=objective,
             length=length,
         )  # fmt: skip
+    length = MORE_STEPS * _LONGEST / STEPS
+    yield arms.arm(
+        f"clip_steps{_LONGEST}_longer", f"CLIP, {MORE_STEPS:g} times {_LONGEST} steps", "dose", "clip", {},
+        seeds=DOSE_SEEDS, tuned="clip", length=length,
+    )  # fmt: skip
 
 
 def _doses() -> Iterator[Dose]:
     for name, heading, axis, _, levels in _DOSES:
         lines = {label: [f"{objective}_{name}{level}" for level in levels] for objective, (label, _) in _DOSED.items()}
-        controls = _NOISE_CONTROLS if name == "noise" else ()
+        controls = _DOSE_CONTROLS.get(name, ())
         yield Dose(name, heading, axis, tuple(map(str, levels)), lines, ("zeroshot", "probe"), controls)
 
 
@@ -311,7 +318,10 @@ _BESIDE = Beside(
             for tau, arm in ((0.5, "xclip_searched"), (0.35, SEARCHED_XCLIP))
         },
         "tau 0.5, 25 % of captions exchanged for both": [
-            ("xclip_noise25", f"clip_noise25{name}") for name in ("", "_longer", "_smoothed", "_longer_smoothed")
+            ("xclip_noise25", f"clip_noise25{name}") for name in ("", "_longer", "_smoothed")
+        ],
+        f"tau 0.5, {_LONGEST:,} steps": [
+            (f"xclip_steps{_LONGEST}", f"clip_steps{_LONGEST}{name}") for name in ("", "_longer")
         ],
     },
     ("zeroshot", "probe"),
