@@ -73,7 +73,7 @@ def beside(snapshot: Snapshot) -> list[str]:
     if not (declared := snapshot.study.beside):
         return []
     columns = _beside(snapshot)
-    rows = itertools.zip_longest(declared.rows, *columns.values(), fillvalue="-")
+    rows = [list(row) for row in itertools.zip_longest(declared.rows, *columns.values(), fillvalue="-")]
     labels = " / ".join(snapshot.study.measure(name).label for name in declared.measures)
     return [f"{declared.text}: {labels}.", "", *table(["difference from", *columns], rows)]
 

@@ -311,7 +311,7 @@ _SOUGHT_CONTROLS = (
 )
 _BESIDE = Beside(
     "xCLIP, half nCLIP and half CLIP, with tau tuned on validation",
-    ("CLIP, as many steps", "CLIP, the same time", f"CLIP, label smoothing {SMOOTHING:g}", "CLIP, both"),
+    ("CLIP, as many steps", "CLIP, the same time", f"CLIP, label smoothing {SMOOTHING:g}", "CLIP, both at once"),
     {
         **{
             f"tau {tau:g}": [(arm, name) for name in ("clip", "clip_longer", "clip_smoothed", _LONGER_SMOOTHED)]
