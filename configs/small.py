@@ -45,8 +45,9 @@ LARGEST_SHARE = 0.2
 # FLOP/s of a core, measured with these towers, and the seconds that a run on a CPU takes at most by them.
 CORE, LONGEST = 4e10, 1800
 # Of small towers from random parameters: learning rate at batches of 256, warm-up as a share of the steps and of how
-# many of them at most, and the warm-up that the rate needs: it rises no faster in shorter runs, which would stay on the
-# plateau. Validation preferred these on the demo, and about these on the icons (docs/demo.md, docs/study.md).
+# many of them at most, and the warm-up that this rate goes with: where it is shorter the rate is lower, so that it
+# rises as slowly as where it was tuned.
+# Validation preferred these on the demo, and about these on the icons (docs/demo.md, docs/study.md).
 SMALL_TOWERS = (2e-3, 0.5, 1000, 300)
 
 

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from xclip_jax.study import verdicts
-from xclip_jax.study.declaration import Claim
+from xclip_jax.study.declaration import Beside, Claim
 from xclip_jax.study.markdown import difference_text, diverged_text, p_text, shown, table
 from xclip_jax.study.matrix import Run, Snapshot
 from xclip_jax.study.schedule import selected
@@ -63,7 +63,7 @@ def findings(snapshot: Snapshot) -> list[str]:
     others = [_sentence(claim) for claim in judged[FINDINGS:] if claim.verdict != verdicts.UNDECIDED]
     lines = [*([f"*{scope}.*", ""] if scope else []), " ".join([_counts(judged[:FINDINGS]), *others])]
     if study.beside:
-        rows = next(iter(_beside(snapshot).values()))
+        rows = next(iter(_columns(snapshot, study.beside).values()))
         lines += ["", study.beside.sentence.format(*rows)]
     return lines
 
@@ -72,18 +72,17 @@ def beside(snapshot: Snapshot) -> list[str]:
     """Return the differences beside the claims as a table, and an empty line; nothing without any."""
     if not (declared := snapshot.study.beside):
         return []
-    columns = _beside(snapshot)
+    columns = _columns(snapshot, declared)
     rows = [list(row) for row in itertools.zip_longest(declared.rows, *columns.values(), fillvalue="-")]
     labels = " / ".join(snapshot.study.measure(name).label for name in declared.measures)
     return [f"{declared.text}: {labels}.", "", *table(["difference from", *columns], rows)]
 
 
-def _beside(snapshot: Snapshot) -> dict[str, list[str]]:
+def _columns(snapshot: Snapshot, declared: Beside) -> dict[str, list[str]]:
     """Return {name of a column, with its seeds: its cells}."""
-    study, columns = snapshot.study, {}
-    assert study.beside
-    measures = [study.measure(name) for name in study.beside.measures]
-    for name, pairs in study.beside.columns.items():
+    columns = {}
+    measures = [snapshot.study.measure(name) for name in declared.measures]
+    for name, pairs in declared.columns.items():
         by_seed = [[verdicts.difference(snapshot, *pair, measure) for measure in measures] for pair in pairs]
         n = max((d.n for cell in by_seed for d in cell if d), default=0)
         welch = [[verdicts.unpaired(snapshot, [a], [b], measure) for measure in measures] for a, b in pairs]
