@@ -89,7 +89,7 @@ setup(
         "test": [
             *DEMO,
             *DOCS,
-            "aiohttp>=3.9",  # of fsspec's http:// files
+            "aiohttp>=3.12",  # of fsspec's http:// files
             "axe-playwright-python>=0.1.4",  # axe-core, for the pages; they are tested where there is a Chromium
             "clip-benchmark>=1.6.2",
             "datasets>=4.5",

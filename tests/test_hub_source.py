@@ -280,6 +280,27 @@ def test_sets_of_the_hub(hub, monkeypatch):
         sources.open_pairs("hf:lab/plain@v2/train")
 
 
+def test_rows_of_the_hub_name_files_of_the_hub_alone(hub, tmp_path):
+    private = tmp_path / "private.png"
+    private.write_bytes(png(0))
+    names = [str(private), "private.png", f"file://{private}", f"{hub.url}/private.png"]
+    made = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": name} for name in names], "text": names})
+    content = io.BytesIO()
+    made.to_parquet(content)
+    hub.add("lab/paths", {"train-00000-of-00001.parquet": content.getvalue()})
+    source = sources.open_pairs("hf:lab/paths/train")
+    for index in range(len(names)):
+        with pytest.raises(BadSample, match="a table that is not on this machine may not name it"):
+            source[index]
+    # Saved by the user, the same rows are the user's.
+    assert sources.open_pairs(f"hf:{saved(tmp_path / 'mine', made)}")[0]["image"] == png(0)
+
+
+def test_images_that_are_files_of_a_set_of_the_hub_are_read(hub):
+    hub.add("lab/files", {"a.png": png(1), "metadata.csv": b"file_name,text\na.png,one\n"})
+    assert sources.open_pairs("hf:lab/files/train")[0]["image"] == png(1)
+
+
 def test_splits_of_the_hub_are_listed(hub, monkeypatch):
     kind = sources.SOURCES["hf"]
 

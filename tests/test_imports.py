@@ -13,7 +13,7 @@ PACKAGE = "xclip_jax"
 # A module may import from its own floor and from those before it. Rooms are packages and modules of the top level; a
 # module of a package that belongs to another floor is a room of its own.
 FLOORS = (
-    {"errors"},
+    {"addresses", "errors"},
     {
         "config.fields",
         "config.renamed",
@@ -23,6 +23,7 @@ FLOORS = (
         "heartbeat",
         "imports",
         "open_files",
+        "remote",
         "storage",
         "run_folder",
         "logits",
@@ -51,6 +52,7 @@ FLOORS = (
 )
 # Small files that everybody may use: they do not count as rooms that a room depends on.
 GROUND = {
+    "addresses",
     "errors",
     "config.fields",
     "config.renamed",
@@ -60,6 +62,7 @@ GROUND = {
     "heartbeat",
     "imports",
     "open_files",
+    "remote",
     "storage",
     "run_folder",
 }

@@ -106,7 +106,7 @@ def test_a_change_of_any_part_of_a_tag_is_seen(monkeypatch):
     for tag in tags:
         storage._remote_stat.cache_clear()
         system = type("System", (), {"info": lambda _, name, tag=tag: {"size": 21_000_000, "ETag": tag}})()
-        monkeypatch.setattr(storage, "_remote", lambda path, system=system: (system, path))
+        monkeypatch.setattr(storage.remote, "file_system", lambda path, system=system: (system, path))
         size, number = storage.stat("https://host/0.tar")
         assert size == 21_000_000 and 0 <= number < 1 << 64
         found.add(number)

@@ -197,6 +197,18 @@ def test_parquet(tmp_path, images):
     assert pickle.loads(pickle.dumps(source))[0] == source[0]
 
 
+def test_a_table_in_a_bucket_names_no_files_of_this_machine(tmp_path, images):
+    """A table of this machine does, with absolute paths too."""
+    names = [str(tmp_path / "images" / "0.jpg"), "../images/0.jpg"]
+    pyarrow.parquet.write_table(pyarrow.table({"image": names, "text": ["x", "y"]}), tmp_path / "0.parquet")
+    source = open_source(f"parquet:{tmp_path}/0.parquet")
+    assert source[0]["image"] == images[0]
+    source.tables = ["gs://bucket/tables/0.parquet"]
+    assert source.describe(1) == {"file": "gs://bucket/tables/../images/0.jpg"}
+    with pytest.raises(BadSample, match="it is not on the web: a table that is not on this machine"):
+        source[0]
+
+
 def test_damaged_parquet_is_a_sentence(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"image": ["a"] * 50, "text": ["x"] * 50}), tmp_path / "x.parquet")
     whole = (tmp_path / "x.parquet").read_bytes()

@@ -2,11 +2,13 @@
 
 import jax
 
+from xclip_jax.addresses import public
+
 
 def log0(message: str) -> None:
-    """Print to standard output from the first process alone."""
+    """Print to standard output from the first process alone, addresses as `addresses.public` shows them."""
     if jax.process_index() == 0:
-        print(message, flush=True)
+        print(public(message), flush=True)
 
 
 def format_duration(seconds: float) -> str:

@@ -32,6 +32,7 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import compilation_cache, environment, file_lock, inference, storage
+from xclip_jax.addresses import public
 from xclip_jax.console import format_duration, log0
 from xclip_jax.data import embeddings
 from xclip_jax.data.prefetch import ThreadPrefetcher
@@ -227,7 +228,7 @@ class EmbeddingJob:
         names = [self.sources[modality].name(index) for index in range(start, stop)]
         if bad:
             lines = [
-                {"kind": modality, "id": names[row], "reason": bad[row].reason, "detail": bad[row].detail}
+                {"kind": modality, "id": names[row], "reason": bad[row].reason, "detail": public(bad[row].detail)}
                 for row in sorted(bad)
             ]
             self._file(i).with_suffix(".bad.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from xclip_jax import inference, storage
+from xclip_jax.addresses import public
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES
 from xclip_jax.data.folder_source import file_size
 from xclip_jax.data.tar_source import TarSource
@@ -51,7 +52,7 @@ class Images:
 
     def name(self, index: int) -> str:
         # A name need not be UTF-8 to a file system.
-        return os.fsencode(self.paths[index]).decode("utf-8", "replace")
+        return public(os.fsencode(self.paths[index]).decode("utf-8", "replace"))
 
     def read(self, index: int) -> tuple[bytes, str]:
         path = self.paths[index]
@@ -63,7 +64,7 @@ class Images:
         for path in self.paths:
             files = path, pathlib.Path(path).with_suffix(".txt")
             sizes = (0, 0) if storage.is_remote(path) else map(file_size, files)
-            digest.update(b"%s\n%d %d\n" % (os.fsencode(path), *sizes))
+            digest.update(b"%s\n%d %d\n" % (os.fsencode(public(path)), *sizes))
         return digest.hexdigest()
 
 
@@ -85,7 +86,8 @@ class Tars:
         return len(self.source)
 
     def name(self, index: int) -> str:
-        return "{tar}#{key}".format(**self.source.describe(index))
+        tar, key = self.source.describe(index).values()
+        return f"{public(tar)}#{key}"
 
     def read(self, index: int) -> tuple[bytes, str]:
         try:
@@ -172,7 +174,7 @@ def open_images(pattern: str) -> Images | Tars:
             "'A/*.jpg,B/*.jpg'."
         )
     paths = storage.expand(pattern)
-    tars = sum(path.endswith(".tar") for path in paths)
+    tars = sum(public(path).endswith(".tar") for path in paths)
     if tars and tars < len(paths):
         raise UserError(
             f"--images {pattern!r} names {tars} tars among {len(paths)} files; embed tars and files separately."

@@ -15,6 +15,7 @@ import jax
 from etils import epath
 
 import xclip_jax
+from xclip_jax.addresses import public
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy", "xclip_jax")
 
@@ -64,7 +65,7 @@ def uptime() -> float:
 def capture() -> dict[str, Any]:
     """Return versions, devices, commit and command line of this process."""
     return {
-        "command": " ".join(sys.argv),
+        "command": public(" ".join(sys.argv)),
         "commit": git_commit(epath.Path(__file__).parent),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "platform": jax.default_backend(),

@@ -6,8 +6,12 @@ import numbers
 import os
 import select
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
+from types import TracebackType
 from typing import Any, ClassVar, NoReturn
+
+from xclip_jax.addresses import public
 
 # Exit statuses after which the same command goes on with the run: of one that was asked to stop (EX_TEMPFAIL of
 # sysexits.h), and of one that hung or lost a process (the first number that sysexits.h leaves free).
@@ -18,7 +22,13 @@ EXIT_UNREAD = 141
 
 
 class UserError(ValueError):
-    """Bad input. The message names the file, key or value that is wrong and what to do about it."""
+    """Bad input. The message names the file, key or value that is wrong and what to do about it.
+
+    Addresses in it are without passwords and signatures, whoever prints it.
+    """
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*map(public, parts))
 
 
 class BadSample(UserError):
@@ -31,7 +41,7 @@ class BadSample(UserError):
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail = reason, public(detail)
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         """Exceptions pickle by their message alone; this one has two parts."""
@@ -44,15 +54,21 @@ class Diverged(UserError):
 
 def describe(error: BaseException) -> str:
     """Return the message of an exception with its notes, such as the set or file in which it was raised."""
-    return "; ".join([str(error), *getattr(error, "__notes__", ())])
+    return public("; ".join([str(error), *getattr(error, "__notes__", ())]))
+
+
+def _print_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(public("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def exit_with_message() -> Iterator[None]:
     """Context of a command: `UserError`, and an `OSError` that names a file, end it with one sentence and status 1.
 
-    Where the reader of its output closes it, as `head` does, it ends silently, with status `EXIT_UNREAD`.
+    Where the reader of its output closes it, as `head` does, it ends silently, with status `EXIT_UNREAD`. Other
+    exceptions, whose traceback Python prints, show addresses without passwords and signatures too.
     """
+    sys.excepthook = _print_exception
     try:
         yield
         print(end="", flush=True)  # at Python's own exit an error could not be caught
@@ -63,7 +79,7 @@ def exit_with_message() -> Iterator[None]:
             sys.exit(EXIT_UNREAD)
         if error.filename is None:
             raise
-        sys.exit(f"error: {str(error.filename)!r}: {error.strerror}")
+        sys.exit(public(f"error: {str(error.filename)!r}: {error.strerror}"))
 
 
 def _drop_unread_output() -> bool:
@@ -106,7 +122,7 @@ class Parser(argparse.ArgumentParser):
             print(self.format_help(), end="", file=file)  # argparse's own passes over an error of writing
 
     def error(self, message: str) -> NoReturn:
-        sys.exit(f"error: {message}; see --help")
+        sys.exit(public(f"error: {message}; see --help"))
 
 
 def check_choice(key: str, value: object, valid: Iterable[Any]) -> None:

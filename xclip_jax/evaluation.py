@@ -10,6 +10,7 @@ import jax
 from etils import epath
 
 from xclip_jax import environment
+from xclip_jax.addresses import public
 from xclip_jax.config import schema
 from xclip_jax.console import log0
 from xclip_jax.evaluators import registry, result, results, summary
@@ -73,7 +74,7 @@ def evaluate(
         command["seconds"] = time.perf_counter() - began
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            results.add(path, entry, result.items(of_set), command, own=not output)
+            results.add(path, public(entry), result.items(of_set), command, own=not output)
         entries.append(entry)
         all_results += of_set
     log0(f"{run}, step {loaded_step}, profile {profile}")

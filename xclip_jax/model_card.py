@@ -8,6 +8,7 @@ import jax
 from etils import epath
 
 from xclip_jax import environment
+from xclip_jax.addresses import public
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.data import hub_client
@@ -110,13 +111,16 @@ def render(
 
 
 def _public(text: str) -> str:
-    """Return a spec, a path or a word without the folders of its paths; of a pattern the last folder stays."""
+    """Return a spec, a path or a word without the folders of its paths, and without secrets of its addresses.
+
+    Of a pattern the last folder stays.
+    """
 
     def last(match: re.Match[str]) -> str:
         *folders, name = match[0].rstrip("/").split("/")
         return "/".join([*folders[-1:], name] if re.search(r"[*?\[{]", name) and folders[1:] else [name])
 
-    return _PATH.sub(last, text)
+    return _PATH.sub(last, public(text))
 
 
 def _sets(names: Iterable[str]) -> dict[str, str]:

@@ -19,6 +19,8 @@ from typing import Any
 
 from etils import epath
 
+from xclip_jax import remote
+from xclip_jax.addresses import public
 from xclip_jax.errors import BadSample, UserError
 
 # Open files kept in each process; the soft limit of open files is often 1024.
@@ -29,13 +31,8 @@ _MAX_NAMES = 1_000_000
 # Remote files whose sizes are cached: about 80 MB at most.
 _MAX_REMEMBERED = 1 << 18
 _EDGE = 1 << 20
+_LASTING = (errno.EINVAL, errno.ETIMEDOUT)
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-# Of errors without a number, by class or by the status that an HTTP server answered; after EIO one may try again.
-_NUMBERS = {
-    FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, IsADirectoryError: errno.EISDIR,
-    401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 410: errno.ENOENT,
-    408: errno.EIO, 425: errno.EIO, 429: errno.EIO,
-}  # fmt: skip
 
 
 def is_remote(path: str) -> bool:
@@ -66,7 +63,7 @@ def write_whole(path: epath.Path, content: str | bytes) -> None:
         path.write_bytes(data)  # an object in a bucket appears when it is complete
         return
     temporary = path.parent / f".{path.name}.{platform.node()}.{os.getpid()}.tmp"
-    with _os_errors(str(path)), temporary.open("wb") as file:
+    with remote.os_errors(str(path)), temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -74,8 +71,11 @@ def write_whole(path: epath.Path, content: str | bytes) -> None:
 
 
 def write_json(path: epath.Path, content: Any) -> None:
-    """Write JSON whole or not at all: readers never see half a file. Floats that are not finite become null."""
-    write_whole(path, strict_json(content, indent=2, sort_keys=True) + "\n")
+    """Write JSON whole or not at all: readers never see half a file. Floats that are not finite become null.
+
+    Addresses in it are written without passwords and signatures.
+    """
+    write_whole(path, strict_json(public(content), indent=2, sort_keys=True) + "\n")
 
 
 class JsonLines:
@@ -106,12 +106,12 @@ class JsonLines:
         self._written = 0.0
 
     def append(self, *contents: Mapping[str, Any]) -> None:
-        """Append objects."""
-        lines = [f"{strict_json(content)}\n" for content in contents]
+        """Append objects; addresses in them are written without passwords and signatures."""
+        lines = [f"{strict_json(public(content))}\n" for content in contents]
         if not (self._writes and lines):
             return
         if self._lines is None:
-            with _os_errors(str(self.path)), self.path.open("a") as file:
+            with remote.os_errors(str(self.path)), self.path.open("a") as file:
                 file.write("".join(lines))
             return
         self._lines += lines
@@ -187,8 +187,8 @@ def _is_file(path: str) -> bool:
 
 def _glob(pattern: str) -> list[str]:
     if is_remote(pattern):
-        system, path = _remote(pattern)
-        with _os_errors(pattern):
+        system, path = remote.file_system(pattern)
+        with remote.os_errors(pattern):
             return sorted(map(system.unstrip_protocol, system.glob(path)))
     matches = sorted(glob.glob(pattern, recursive=True))
     folders = set(filter(os.path.isdir, matches))
@@ -214,7 +214,8 @@ def expand(pattern: str) -> list[str]:
         if i == _MAX_NAMES:
             raise UserError(f"pattern {pattern!r} names more than {_MAX_NAMES:,} files; correct its ranges.")
         if is_remote(name):
-            matches = _glob(name) if glob.has_magic(name) else [name]
+            # A query is not a glob.
+            matches = _glob(name) if glob.has_magic(public(name)) else [name]
         else:
             name = os.path.expanduser(name)
             exists = os.path.isfile(name)
@@ -245,38 +246,6 @@ def _about_missing(pattern: str, missing: list[str], n: int) -> str:
     )
 
 
-def _remote(path: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(path)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{path!r} cannot be opened ({error}); install the file system's package, as gcsfs.") from error
-
-
-@contextlib.contextmanager
-def _os_errors(path: str) -> Iterator[None]:
-    """Raise errors of a store's client as the `OSError` that a disk would have raised, with the name of the file.
-
-    fsspec's file systems pass on the errors of their HTTP clients, which have no common class. A disk too names no file
-    when it is full.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.filename is not None:
-            raise
-        status = next((x for key in ("status", "code") if isinstance(x := getattr(error, key, None), int)), None)
-        number = getattr(error, "errno", None) or _NUMBERS.get(type(error)) or _NUMBERS.get(status)
-        if number is None:
-            number = errno.EINVAL if isinstance(error, ValueError) or 400 <= (status or 0) < 500 else errno.EIO
-        message = f"{type(error).__name__}{f', status {status}' if status else ''}: {error}"
-        message = getattr(error, "strerror", None) or message
-        raise OSError(number, message, path) from error
-
-
 def stat(path: str) -> tuple[int, int]:
     """Return the size in bytes and a number that changes with the content, such as the time of the last change.
 
@@ -292,8 +261,8 @@ def stat(path: str) -> tuple[int, int]:
 @functools.lru_cache(maxsize=_MAX_REMEMBERED)
 def _remote_stat(path: str) -> tuple[int, int]:
     """Cached: a request for each of thousands of files takes minutes."""
-    system, name = _remote(path)
-    with _os_errors(path):
+    system, name = remote.file_system(path)
+    with remote.os_errors(path):
         info = system.info(name)
     if info.get("size") is None:
         raise OSError(errno.EINVAL, "the server does not report the file's size; download the file", path)
@@ -309,8 +278,11 @@ class File:
       size: bytes when it was opened, None for remote files.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path, self._fd, self.size = path, None, None
+    def __init__(self, path: str, table: str = "") -> None:
+        """Open it; `table` is that of `read`."""
+        self.path, self._table, self._fd, self.size = path, table, None, None
+        if table:
+            remote.check_named(path, table)
         if not is_remote(path):
             # Opening a named pipe would wait for a writer otherwise.
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
@@ -326,34 +298,35 @@ class File:
             try:
                 return self._read(offset, size)
             except OSError as error:
-                if wait == _TRIES - 1 or isinstance(error, _PERMANENT) or error.errno == errno.EINVAL:
+                if wait == _TRIES - 1 or isinstance(error, _PERMANENT) or error.errno in _LASTING:
                     raise
                 time.sleep(0.1 * 10**wait)
         raise AssertionError
 
     def _read(self, offset: int, size: int) -> bytes:
         if self._fd is None:
-            system, name = _remote(self.path)
-            with _os_errors(self.path):
-                data = system.cat_file(name, start=offset, end=offset + size)
-            if len(data) <= size:
-                return data
-            raise OSError(errno.EINVAL, "the server gives whole files only; download the file", self.path)
+            return remote.read(self.path, offset, size, self._table)
         data = os.pread(self._fd, size, offset)
         while len(data) < size and (chunk := os.pread(self._fd, size - len(data), offset + len(data))):
             data += chunk
         return data
 
 
-def read(path: str, max_bytes: int) -> bytes:
+def read(path: str, max_bytes: int, table: str = "") -> bytes:
     """Return the content of a local or remote file, in one request.
 
+    Args:
+      path: of the file.
+      max_bytes: most that it may have; no more is received.
+      table: the address of a table that names the file, where that is not on this machine: it is not trusted.
+
     Raises:
-      OSError: the file does not exist, is refused, is larger than `max_bytes` (EFBIG) or is not a regular file.
+      OSError: the file does not exist, is refused, is larger than `max_bytes` (EFBIG), is not a regular file, or may
+        not be named by the table (EACCES).
       UserError: no package for a URL of this sort is installed.
       ValueError: not a path.
     """
-    file = File(path)
+    file = File(path, table)
     size = max_bytes + 1 if file.size is None else file.size
     data = file.read(0, size) if file.size is None or size <= max_bytes else b""
     if max(file.size or 0, len(data)) > max_bytes:
@@ -376,7 +349,7 @@ def fingerprint(paths: Iterable[str], *, whole: int = 0) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:
         size, changed = stat(path)
-        digest.update(f"{os.path.basename(path)}\0{size}\0".encode("utf-8", "surrogateescape"))
+        digest.update(f"{os.path.basename(public(path))}\0{size}\0".encode("utf-8", "surrogateescape"))
         if is_remote(path):
             digest.update(str(changed).encode())
             continue

@@ -11,6 +11,7 @@ from typing import Any
 
 import ml_collections
 
+from xclip_jax.addresses import public
 from xclip_jax.config import fields
 from xclip_jax.config.fields import Check, at_least, between, choice, key, not_empty
 from xclip_jax.config.renamed import translate
@@ -197,8 +198,8 @@ def complete(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Nested dict of JSON's types."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """Nested dict of JSON's types, as it is stored and shown: addresses have no passwords and signatures."""
+    return public(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def _lists(value: Any) -> Any:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from xclip_jax.addresses import public
 from xclip_jax.data import loader, records, sources, tokenizer, transforms
 from xclip_jax.data.base import MissingColumnError, Record, Source, SourceOptions
 from xclip_jax.errors import BadSample, Parser, UserError, exit_with_message
@@ -239,7 +240,7 @@ def main(arguments: Sequence[str]) -> int:
         tokenizer.load(options.tokenizer)
         source = _open(options)
         for line in report(source, options):
-            print(line.encode("utf-8", "replace").decode(), flush=True)  # names of files need not be UTF-8
+            print(public(line).encode("utf-8", "replace").decode(), flush=True)  # names of files need not be UTF-8
     return 0 if options.passed else 1
 
 

@@ -7,6 +7,7 @@ Hub: HF_HOME, HF_DATASETS_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and other
 
 import hashlib
 import json
+import os
 import pathlib
 import re
 import urllib.parse
@@ -184,9 +185,14 @@ def caption_columns(spec: str, features: Mapping[str, Any], keys: Sequence[str])
 
 
 class Images(labelled.Files):
-    """Encoded images in a column of a `datasets.Dataset`: bytes, {"bytes", "path"}, or paths or URLs."""
+    """Encoded images in a column of a `datasets.Dataset`: bytes, {"bytes", "path"}, or paths or URLs.
 
-    def __init__(self, rows: Any, column: str) -> None:
+    Files of a set of the Hub are those in the caches of its packages; other files of this machine, and addresses of the
+    inner network, are bad samples.
+    """
+
+    def __init__(self, rows: Any, column: str, rest: str) -> None:
+        self._spec = "" if rest.startswith(_LOCAL) else f"{PREFIX}{rest}"
         if type(rows.features[column]).__name__ == "Image":
             rows = rows.cast_column(column, _package("a column of images").Image(decode=False))
         self._rows, self._column = rows.select_columns([column]), column
@@ -219,7 +225,18 @@ class Images(labelled.Files):
     def __getitem__(self, index: int) -> bytes:  # ty: ignore[incompatible-method-override] no slices
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return image_of(self._rows[index][self._column], str(index))[0]
+        value = self._rows[index][self._column]
+        path = value.get("path") if isinstance(value, dict) else None
+        return image_of(value, str(index), table="" if path and _is_cached(path) else self._spec)[0]
+
+
+def _is_cached(path: str) -> bool:
+    """Whether a file is in a cache of `datasets` or huggingface_hub, where these put the files of a set."""
+    from huggingface_hub import constants  # `datasets` needs it
+
+    config = _package("a file of a set").config
+    folders = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
+    return any(pathlib.Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)) for folder in folders)
 
 
 class HubPairs(Source):
@@ -247,7 +264,7 @@ class HubPairs(Source):
         if not len(rows):
             raise UserError(f"{spec} has no rows; name another split.")
         keys = [*self.text_keys, *filter(None, [self.tags_key])]
-        self.images = Images(rows, self.image_key)
+        self.images = Images(rows, self.image_key, rest)
         self._texts = rows.select_columns(list(dict.fromkeys(key.partition("/")[0] for key in keys)))
         self._fingerprint: dict[str, Any] = {}
 
@@ -305,7 +322,7 @@ def open_labelled(rest: str, image_key: str = SourceOptions.image_key) -> labell
         )
     names = list(rows.features[column].names)
     key = image_column(spec, rows.features, columns.get("image", image_key), "name one in the spec, ?image=COLUMN")
-    images = Images(rows, key)
+    images = Images(rows, key, rest)
     labels = np.array([-1 if label is None else label for label in rows.select_columns([column])[column]], np.int64)
     if not len(labels) or labels.min() < 0 or labels.max() >= len(names):
         raise UserError(f"{spec} has rows without a label, or none at all; name another split.")

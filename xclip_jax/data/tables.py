@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from xclip_jax import storage
+from xclip_jax import remote, storage
+from xclip_jax.addresses import public
 from xclip_jax.data import labelled
 from xclip_jax.data.base import MAX_BYTES, MissingColumnError, Record, Source, SourceKind, SourceOptions
 from xclip_jax.data.text import first_line
@@ -157,9 +158,11 @@ class TableSource(Source):
 
     def _path(self, index: int, value: str) -> str:
         table = self._table(index)
-        if storage.is_remote(table) and not storage.is_remote(value) and not value.startswith("/"):
-            return f"{table.rpartition('/')[0]}/{value}"  # a Path would take the // of its address for one /
-        return value if storage.is_remote(value) else str(pathlib.Path(table).parent / value)
+        if not storage.is_remote(table):
+            return value if storage.is_remote(value) else str(pathlib.Path(table).parent / value)
+        if storage.is_remote(value) or value.startswith("/"):
+            return value
+        return f"{table.rpartition('/')[0]}/{value}"  # a Path would take the // of its address for one /
 
     def describe(self, index: int) -> dict[str, str]:
         """Path of the image, or the row's number."""
@@ -177,7 +180,9 @@ class TableSource(Source):
         if not 0 <= index < len(self):
             raise IndexError(index)
         value = self._value(self.image_key, index)
-        image, name = image_of(value, str(index), lambda path: self._path(index, path))
+        table = self._table(index)
+        untrusted = table if remote.scheme(table) not in ("", "file") else ""
+        image, name = image_of(value, str(index), lambda path: self._path(index, path), untrusted)
         text = [caption for key in self.text_keys for caption in strip_texts(self._value(key, index))]
         if not text:
             raise BadSample("caption is empty")
@@ -190,13 +195,14 @@ class TableSource(Source):
         }
 
 
-def image_of(value: Any, row: str, locate: Callable[[str], str] = str) -> tuple[bytes, str]:
+def image_of(value: Any, row: str, locate: Callable[[str], str] = str, table: str = "") -> tuple[bytes, str]:
     """Return the encoded image in a cell of a table, and its path or URL, or `row` where it has none.
 
     Args:
       value: bytes, a path or URL, or {"bytes", "path"} as Hugging Face writes them.
       row: name of the row.
       locate: function from a path in the table to where the file is.
+      table: its address where it is not on this machine: it may not name files and addresses of the inner network.
 
     Raises:
       BadSample: a file that cannot be read or is empty, or no image.
@@ -207,7 +213,7 @@ def image_of(value: Any, row: str, locate: Callable[[str], str] = str) -> tuple[
     if isinstance(value, str) and value:
         name = locate(value)
         try:
-            value = storage.read(name, MAX_BYTES["image"])
+            value = storage.read(name, MAX_BYTES["image"], table)
         except (OSError, ValueError) as error:  # a ValueError for a zero byte, or a URL that cannot be opened
             raise storage.unreadable(error) from error
     if not (value and isinstance(value, bytes)):
@@ -294,7 +300,7 @@ class ParquetSource(TableSource):
 
 def fingerprint(samples: int, paths: Sequence[str], whole: int = 0) -> dict[str, Any]:
     """The fingerprint of files: `samples`, a hash (`whole` is that of `storage.fingerprint`), names and sizes."""
-    sizes = [{"name": os.path.basename(path), "bytes": storage.stat(path)[0]} for path in paths]
+    sizes = [{"name": os.path.basename(public(path)), "bytes": storage.stat(path)[0]} for path in paths]
     return {"samples": samples, "hash": storage.fingerprint(paths, whole=whole), "files": sizes}
 
 

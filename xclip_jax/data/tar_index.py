@@ -25,6 +25,7 @@ from typing import IO, Any, cast
 import numpy as np
 
 from xclip_jax import storage
+from xclip_jax.addresses import public
 from xclip_jax.data import assets
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES
 from xclip_jax.data.tar_headers import members
@@ -122,9 +123,10 @@ def index(path: str) -> np.ndarray:
 def index_files(path: str) -> list[pathlib.Path]:
     """Paths at which the index of `path` may be stored, the preferred one first; they change with its size and time."""
     size, changed = storage.stat(path)
-    name = path.rpartition("/")[2] if storage.is_remote(path) else os.path.basename(path)
+    shown = public(path)  # a new signature is no new tar
+    name = shown.rpartition("/")[2] if storage.is_remote(path) else os.path.basename(path)
     file = f"{name}-{size:x}-{changed:x}-v{_VERSION}.npy"
-    folder = path.rpartition("/")[0] if storage.is_remote(path) else os.path.dirname(os.path.abspath(path))
+    folder = shown.rpartition("/")[0] if storage.is_remote(path) else os.path.dirname(os.path.abspath(path))
     cached = assets.cache_dir() / "tar_index" / hashlib.sha256(folder.encode()).hexdigest()[:16] / file
     return [cached] if storage.is_remote(path) else [pathlib.Path(folder) / _FOLDER / file, cached]
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from xclip_jax import open_files, storage
+from xclip_jax.addresses import public
 from xclip_jax.data import tar_index
 from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions
 from xclip_jax.data.text import decode_text, json_strings
@@ -115,7 +116,7 @@ class TarSource(Source):
         if not parts["image"]:
             raise BadSample("image file is empty")
         text, tags = self._captions(parts)
-        name = f"{tar}#{row['key'].decode(errors='replace')}"
+        name = f"{public(tar)}#{row['key'].decode(errors='replace')}"
         return {"image": parts["image"], "text": text, "tags": tags, "id": name}
 
     def image(self, index: int) -> bytes:
@@ -167,7 +168,7 @@ class TarSource(Source):
         for rows in self.rows:
             digest.update(rows.tobytes())
         tars = [
-            {"name": pathlib.PurePosixPath(tar).name, "bytes": storage.stat(tar)[0], "samples": len(rows)}
+            {"name": pathlib.PurePosixPath(public(tar)).name, "bytes": storage.stat(tar)[0], "samples": len(rows)}
             for tar, rows in zip(self.tars, self.rows, strict=True)
         ]
         return {"samples": len(self), "hash": digest.hexdigest(), "tars": tars}

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags, logging
 
+from xclip_jax.addresses import public
 from xclip_jax.config import load as config_file
 from xclip_jax.doctor import finding
 from xclip_jax.doctor.after import check_run
@@ -69,11 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             for each in _findings(options, rest):
                 lines.append(each)
                 if not options.json:
-                    print(each.line().encode("utf-8", "replace").decode(), file=out, flush=True)
+                    print(public(each.line()).encode("utf-8", "replace").decode(), file=out, flush=True)
         marks = [each.mark for each in lines]
         if options.json:
             rows = [{"check": x.check, "mark": x.mark, "text": x.text, "remedy": x.remedy, **_named(x)} for x in lines]
-            print(strict_json({"ok": finding.FAIL not in marks, "findings": rows}, indent=2))
+            print(strict_json(public({"ok": finding.FAIL not in marks, "findings": rows}), indent=2))
         else:
             print(finding.summary(marks))
     return 1 if finding.FAIL in marks else 0

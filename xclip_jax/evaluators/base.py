@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from xclip_jax.addresses import public
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample
@@ -87,7 +88,7 @@ class Evaluator(abc.ABC):
     @property
     def name(self) -> str:
         """Family and set: the beginning of its results' names."""
-        return f"{self.family}/{self.data.name}"
+        return public(f"{self.family}/{self.data.name}")
 
     @abc.abstractmethod
     def measure(self, variables: Variables) -> list[Result]:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from xclip_jax.addresses import public
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.statistics import PerExample
 
@@ -22,7 +23,7 @@ class Result:
     """One number of an evaluation.
 
     Attributes:
-      set: name of the evaluation set.
+      set: name of the evaluation set, addresses in it without passwords and signatures.
       family: what is measured: "zeroshot", "retrieval", "visual", "textual", or a name of the evaluator's own.
       metric: "top1", "image_to_text/r1"; also the sizes of the set, such as "n".
       value: a share in percent, a correlation times 100, or a plain number.
@@ -54,6 +55,9 @@ class Result:
     group: str = ""
     headline: bool = False
     evaluator: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "set", public(self.set))
 
     @property
     def key(self) -> str:

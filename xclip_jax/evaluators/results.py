@@ -27,6 +27,7 @@ import numpy as np
 from etils import epath
 
 from xclip_jax import file_lock
+from xclip_jax.addresses import public
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import flat_names
@@ -51,7 +52,7 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
     if not path.exists():
         raise UserError(f"{path} does not exist; make it with python -m xclip_jax.evaluate --checkpoint RUN.")
     try:
-        record = json.loads(path.read_text())
+        record = public(json.loads(path.read_text()))  # earlier versions wrote secrets
         # Older files have these keys once, not in each entry.
         defaults = {key: record.get(key, default) for key, default in zip(_VIEW, ("", 0, "", {}), strict=True)}
         entries = [defaults | entry for entry in (*record.get("other_results", ()), *record["results"])]

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from xclip_jax.addresses import public
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import Layout, Metric
 from xclip_jax.evaluators.provenance import SHIFTED, VALIDATION
@@ -111,8 +112,8 @@ def short_names(results: Sequence[Result]) -> dict[str, str]:
 
 def shorten(names_of_sets: Iterable[str]) -> dict[str, str]:
     """Return {name: short name}: of absolute paths and URLs only as many last parts as distinguish the sets."""
-    names = {name: name for name in names_of_sets}
-    paths = {name: match.groups() for name in names if (match := _PATH.fullmatch(name))}
+    names = {name: public(name) for name in names_of_sets}
+    paths = {name: match.groups() for name, shown in names.items() if (match := _PATH.fullmatch(shown))}
 
     def end(prefix: str, path: str, depth: int) -> str:
         return prefix + "/".join(path.rstrip("/").split("/")[-depth:])

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import jax
 
+from xclip_jax.addresses import public
 from xclip_jax.errors import EXIT_RESTART, UserError, describe
 
 # All processes end within 30 s after one of them: JAX counts as dead what sends no heartbeat for so long.
@@ -121,9 +122,9 @@ class Peers:
             print(f"error: {sentence}: it is gone. Start all of them again.", file=sys.stderr)
         else:
             status = 1
-            sentence = describe(error) if isinstance(error, (UserError, SystemExit)) else repr(error)
+            sentence = describe(error) if isinstance(error, (UserError, SystemExit)) else public(repr(error))
             if not isinstance(error, (UserError, SystemExit)):
-                traceback.print_exception(error)
+                print(public("".join(traceback.format_exception(error))), end="", file=sys.stderr)
             own = f"process {self.index} of {self.count}"
             print(f"error: {own}: {sentence.removeprefix('error: ')}", file=sys.stderr)
         self.leave(sentence.removeprefix("error: ").splitlines()[0], status)

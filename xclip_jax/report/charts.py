@@ -1,12 +1,13 @@
 """Line charts: lines in an SVG that stretches, labels in HTML that do not; the page's script adds a crosshair."""
 
 import dataclasses
-import html
 import json
 import math
 from collections.abc import Sequence
 
 import numpy as np
+
+from xclip_jax.report.markup import esc
 
 POINTS = 400  # at most in a line; longer lines are averaged
 _WIDTH, _HEIGHT = 1000, 400  # units of the SVG
@@ -97,7 +98,7 @@ def chart(title: str, lines: Sequence[Line], levels: Sequence[Level] = (), *, un
             area = f'y="{_down(height)}" height="{_HEIGHT * height:.1f}"'
             shapes.append(f'<rect class="zone" x="0" width="{_WIDTH}" {area}/>')
         shapes.append(f'<line class="level" x1="0" x2="{_WIDTH}" y1="{_down(height)}" y2="{_down(height)}"/>')
-        labels.append(f'<span class="mark" style="bottom:{100 * height:.1f}%">{html.escape(level.name)}</span>')
+        labels.append(f'<span class="mark" style="bottom:{100 * height:.1f}%">{esc(level.name)}</span>')
     for line in drawn:
         points = " ".join(
             f"{_WIDTH * px:.1f},{_down(py)}" for px, py in (place(*xy) for xy in zip(line.x, line.y, strict=True))
@@ -106,7 +107,7 @@ def chart(title: str, lines: Sequence[Line], levels: Sequence[Level] = (), *, un
         if len(line.x) == 1:
             px, py = place(line.x[0], line.y[0])
             labels.append(f'<i class="dot c{line.color}" style="left:{100 * px:.1f}%;bottom:{100 * py:.1f}%"></i>')
-    legend = "".join(f'<li class="c{line.color}">{html.escape(line.name)}</li>' for line in drawn)
+    legend = "".join(f'<li class="c{line.color}">{esc(line.name)}</li>' for line in drawn)
     data = {
         "x": [left, right],
         "y": [low, high],
@@ -118,12 +119,12 @@ def chart(title: str, lines: Sequence[Line], levels: Sequence[Level] = (), *, un
     if levels:
         description += f" Lines at {', '.join(f'{level.name} ({number(level.y)})' for level in levels)}."
     return (
-        f'<figure class="chart" tabindex="0" role="group" aria-label="{html.escape(description)} Arrow keys read '
-        f'values." data-chart="{html.escape(json.dumps(data))}"><figcaption><b>{html.escape(title)}</b>'
-        f'{f" <small>{html.escape(unit)}</small>" if unit else ""}<ul class="legend">{legend}</ul></figcaption>'
+        f'<figure class="chart" tabindex="0" role="group" aria-label="{esc(description)} Arrow keys read '
+        f'values." data-chart="{esc(json.dumps(data))}"><figcaption><b>{esc(title)}</b>'
+        f'{f" <small>{esc(unit)}</small>" if unit else ""}<ul class="legend">{legend}</ul></figcaption>'
         f'<div class="plot{" marked" if levels else ""}">'
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio="none" aria-hidden="true">'
-        f"{''.join(shapes)}</svg>{''.join(labels)}</div>{f'<p>{html.escape(note)}</p>' if note else ''}</figure>"
+        f"{''.join(shapes)}</svg>{''.join(labels)}</div>{f'<p>{esc(note)}</p>' if note else ''}</figure>"
     )
 
 

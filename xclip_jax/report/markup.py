@@ -8,12 +8,14 @@ import io
 import numpy as np
 from PIL import Image
 
+from xclip_jax.addresses import public
+
 THUMB = 72  # side of an image in the page, pixels
 
 
 def esc(value: object) -> str:
-    """Escape text for elements and attributes."""
-    return html.escape(str(value), quote=True)
+    """Escape text for elements and attributes; addresses in it have no passwords and signatures."""
+    return html.escape(public(str(value)), quote=True)
 
 
 def breakable(name: str) -> str:

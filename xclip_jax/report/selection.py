@@ -92,7 +92,7 @@ def select(
             continue
         try:
             sets = [registry.load(spec, view, data_dir, profile, data) for view in (prepare, prepare.with_size(SHOWN))]
-        except UserError as error:
+        except (UserError, OSError) as error:
             selection.missing += [str(error)] if str(error) not in selection.missing else []
             continue
         if shows[spec] == "captions":
@@ -155,7 +155,7 @@ def _training_pairs(
     """Add training pairs, drawn by the seed, for a run without evaluation sets."""
     try:
         sources = controls.apply(opening.open_sources(data), data, data_seed)
-    except UserError as error:
+    except (UserError, OSError) as error:
         selection.missing.append(str(error))
         return
     source_of = np.repeat(np.arange(len(sources)), [len(source) for source in sources])

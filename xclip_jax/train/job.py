@@ -7,6 +7,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from xclip_jax.addresses import public
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.data import controls, labelled, loader, opening, sources
 from xclip_jax.data.base import Source
@@ -144,7 +145,7 @@ def check_moved_sources(config: Config, folder: TrainingFolder) -> None:
       UserError: they have other data, or cannot be opened.
     """
     content = folder.read_config()
-    if content is None or tuple(content["config"]["data"]["sources"]) == tuple(config.data.sources):
+    if content is None or tuple(content["config"]["data"]["sources"]) == public(tuple(config.data.sources)):
         return
     opened = _open_sources(config.data, make_objective(config.objective))
     folder.check_sources(config, [source.fingerprint() for source in opened])

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from xclip_jax import heartbeat
+from xclip_jax.addresses import public
 from xclip_jax.console import log0
 from xclip_jax.data import loader
 from xclip_jax.data.ledger import Ledger, TooManyBadSamples
@@ -105,7 +106,7 @@ def _watched(
     batches: Iterator[dict[str, np.ndarray]], job: Job, watch: Watchdog, stop: PreemptionHandler
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield the batches; an interrupt need not wait for one, and the watchdog knows where they come from."""
-    sources = f" from {', '.join(job.config.data.sources)}"
+    sources = public(f" from {', '.join(job.config.data.sources)}")
     watch.enter(DATA, sources)
     for batch in patient(batches, stop.check_alone):
         yield batch

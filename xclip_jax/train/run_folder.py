@@ -13,6 +13,7 @@ import jax
 from etils import epath
 
 from xclip_jax import environment, file_lock
+from xclip_jax.addresses import public
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
@@ -152,7 +153,7 @@ class TrainingFolder(RunFolder):
         for number, (old, new) in enumerate(zip(saved, fingerprints, strict=True)):
             # Without a hash, as older runs have it, only the source's name can tell.
             spec = config.data.sources[number]
-            same = old["hash"] == new.get("hash") if old.get("hash") else specs[number] == spec
+            same = old["hash"] == new.get("hash") if old.get("hash") else public(specs[number]) == public(spec)
             if not same or any(key in old and old[key] != new.get(key) for key in ("samples", "classes")):
                 raise UserError(
                     f"source {number}, {spec!r}, has changed since {self.data_file} was "

@@ -7,12 +7,14 @@ import importlib.util
 import json
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
+from xclip_jax.addresses import public
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
@@ -91,6 +93,7 @@ class WeightsAndBiases:
         """Start or resume the run `run_id`; wandb's local files go to the run's folder, unless that is in a bucket."""
         for variable, seconds in _WANDB_TIMEOUTS.items():
             os.environ.setdefault(variable, seconds)
+        sys.argv[:] = public(sys.argv)  # wandb uploads the command line
         self._wandb = wandb = importlib.import_module("wandb")
         self._run = wandb.init(
             project=config.log.project,
