@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import traceback
 
 import chex
 import jax
@@ -15,7 +16,7 @@ import open_clip
 import pytest
 import safetensors.torch
 import torch
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from PIL import Image
 
 import xclip_jax
@@ -102,6 +103,44 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(server, folders):
         interop.read("hf:lab/x@v2")
 
 
+@pytest.mark.parametrize("revision", ["", "@main"])
+def test_what_is_fetched_is_of_one_commit_whatever_is_committed_meanwhile(revision, server, folders, monkeypatch):
+    first, asked = server.add("lab/x", folders["hf"]), HfApi.model_info
+
+    def then_commit(*args, **options):
+        info = asked(*args, **options)
+        server.add("lab/x", folders["open_clip"])
+        return info
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HfApi, "model_info", then_commit)
+        place = pathlib.Path(hub.resolve(f"hf:lab/x{revision}"))
+    assert place.parent.name == first
+    assert {path.name for path in place.parent.iterdir()} == {
+        "config.json", "model.safetensors", "preprocessor_config.json"
+    }  # fmt: skip
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub.resolve(f"hf:lab/x{revision}") == hub.resolve(f"hf:lab/x@{first}") == str(place)
+
+
+def test_weights_and_classes_are_of_one_commit(server, folders, tmp_path, monkeypatch, capsys):
+    """A command resolves the branch once; what it writes names the commit."""
+    first = server.add("lab/x", folders["hf"])
+    loading = weights.load
+
+    def then_commit(*args):
+        loaded = loading(*args)
+        server.add("lab/x", folders["open_clip"])
+        return loaded
+
+    monkeypatch.setattr(export, "load", then_commit)
+    export.export("hf:lab/x", str(tmp_path / "out"), to="hf")
+    assert f"hf:lab/x is commit {first}\n" in capsys.readouterr().out
+    assert f"Converted from `hf:lab/x@{first}`" in (tmp_path / "out" / "README.md").read_text()
+    assert len({request.partition("/resolve/")[2].partition("/")[0] for request in server.requests
+                if "/resolve/" in request}) == 1  # fmt: skip
+
+
 def test_the_cache_is_enough_without_a_connection(server, folders, monkeypatch):
     server.add("lab/x", folders["hf"])
     server.add("lab/own", {"mine.safetensors": (folders["hf"] / "model.safetensors").read_bytes(), "README.md": b"x"})
@@ -110,8 +149,9 @@ def test_the_cache_is_enough_without_a_connection(server, folders, monkeypatch):
     server.requests.clear()
     assert hub.resolve("hf:lab/x") == path and server.requests == []
     assert hub.resolve("hf:lab/own") == own and own.endswith("mine.safetensors")
-    with pytest.raises(UserError, match=r"hf:lab/other is not in the cache, .*HF_HUB_OFFLINE is set"):
-        hub.resolve("hf:lab/other")
+    with pytest.raises(UserError, match=r"hf:lab/other is not in the cache, .*HF_HUB_OFFLINE is set") as error:
+        xclip_jax.load("hf:lab/other")
+    assert "".join(traceback.format_exception(error.value)).count("Traceback") == 1
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     server.broken = True
     assert hub.resolve("hf:lab/x") == path
@@ -215,7 +255,7 @@ def test_load_embeds_as_from_a_folder(server, folders):
 
 @pytest.mark.slow
 def test_training_starts_from_the_hub(server, folders, tmp_path, capsys):
-    server.add("lab/x", folders["hf"])
+    commit = server.add("lab/x", folders["hf"])
     model = {f"model__{key}": value for key, value in interop.read("hf:lab/x")[0]["model"].items()}
     changes = {"data__tokenizer": "clip", "init__weights": "hf:lab/x"} | model
     p = build.build(tiny.config("clip", **changes))
@@ -224,7 +264,8 @@ def test_training_starts_from_the_hub(server, folders, tmp_path, capsys):
     positions = interop.read(str(folders["hf"]))[1]["params"]["txt"]["positions"]
     np.testing.assert_array_equal(tensors["params/txt/positions"], positions)
     run = tiny.untrained(tmp_path / "run", "clip", **changes)
-    assert json.loads((run / "config.json").read_text())["init_weights"]
+    content = json.loads((run / "config.json").read_text())
+    assert content["init_weights"] and content["init_commit"] == commit
 
 
 def test_evaluation_of_a_repository(server, folders, tmp_path, monkeypatch):

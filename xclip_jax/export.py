@@ -65,15 +65,16 @@ def export(
         raise UserError("--private is for an upload; add --push ORG/NAME.")
     if push:
         hub.check_push(push)
-    _, experiment, variables, loaded_step = load(path, step)
+    pinned = hub.pin(path)
+    _, experiment, variables, loaded_step = load(pinned, step)
     variables = jax.device_get(variables)
     if not variables["batch_stats"]:
         del variables["batch_stats"]
     if jax.process_index() == 0:
         notes = interop.write(
-            variables, schema.to_dict(experiment.config), out, to, repository=push, classes=read_classes(path)
+            variables, schema.to_dict(experiment.config), out, to, repository=push, classes=read_classes(pinned)
         )
-        card = model_card.render(path, out, to, experiment, loaded_step, notes, run=is_run(path), repository=push)
+        card = model_card.render(pinned, out, to, experiment, loaded_step, notes, run=is_run(path), repository=push)
         (folder / CARD).write_text(card)
         for note in notes:
             log0(note)

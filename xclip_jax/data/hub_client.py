@@ -51,30 +51,30 @@ def sentences(what: str, repository: str, revision: str | None = None) -> Iterat
 
     try:
         yield
-    except errors.GatedRepoError as error:
+    except errors.GatedRepoError:
         raise UserError(
             f"{what}: access to {repository} is restricted; ask for it at {constants.ENDPOINT}/{repository} and "
             f"{LOG_IN}."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(f"{what}: {repository} has no revision {revision!r}; name a branch, tag or commit.") from error
-    except errors.RepositoryNotFoundError as error:
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{what}: {repository} has no revision {revision!r}; name a branch, tag or commit.") from None
+    except errors.RepositoryNotFoundError:
         raise UserError(
             f"{what}: the Hub has no repository {repository}, or it is private; check the name, or {LOG_IN}."
-        ) from error
-    except errors.LocalTokenNotFoundError as error:
-        raise UserError(f"{what}: no account of the Hub is known; {LOG_IN}.") from error
+        ) from None
+    except errors.LocalTokenNotFoundError:
+        raise UserError(f"{what}: no account of the Hub is known; {LOG_IN}.") from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         remedy = f"; {LOG_IN}, with an account and token that have the right" if status in (401, 403) else ""
-        raise UserError(f"{what}: the Hub answers {reason(error)}{remedy}.") from error
+        raise UserError(f"{what}: the Hub answers {reason(error)}{remedy}.") from None
     except UserError:
         raise
     except Exception as error:
         # ValueError is of a model card, RuntimeError of a file, that is refused.
         if not isinstance(error, OSError | ValueError | RuntimeError) and not _of_network(error):
             raise
-        raise UserError(f"{what}: the exchange with the Hub failed: {reason(error)}.") from error
+        raise UserError(f"{what}: the exchange with the Hub failed: {reason(error)}.") from None
 
 
 def dataset_folder(spec: str, repository: str, revision: str | None, patterns: Sequence[str]) -> pathlib.Path:
@@ -98,9 +98,9 @@ def dataset_folder(spec: str, repository: str, revision: str | None, patterns: S
     with sentences(spec, repository, revision):
         try:
             folder = hub.snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=patterns)
-        except LocalEntryNotFoundError as error:
+        except LocalEntryNotFoundError:
             raise UserError(
                 f"{spec} is not in the cache, {hub.constants.HF_HUB_CACHE}, and the Hub cannot be reached; connect "
                 "this machine, or fetch it on another one and copy the cache."
-            ) from error
+            ) from None
     return pathlib.Path(folder)

@@ -14,10 +14,12 @@ from typing import Any
 
 from etils import epath
 
+from xclip_jax.console import log0
 from xclip_jax.data import hub_client
 from xclip_jax.data.hub_client import ID, PREFIX
 from xclip_jax.errors import UserError
 from xclip_jax.interop import hf, open_clip, tensor_files, vocabulary
+from xclip_jax.storage import write_whole
 
 # Beside the weights, those of these that a repository has are fetched.
 _BESIDE = (
@@ -85,16 +87,40 @@ def resolve(path: str) -> str:
         weights = _choose(names, path)
         beside = [name for name in (*_BESIDE, *([weights] if weights.endswith(".json") else [])) if name in names]
         # The weights come last: a cache that has them has what belongs to them.
-        folder = _fetch(hub, repository, revision, beside)
+        folder = _fetch(hub, repository, info.sha, beside)
         shards = tensor_files.files_of(epath.Path(folder) / weights) if weights in beside else [weights]
         if missing := sorted(set(shards) - names):
             raise UserError(f"{path}: {weights} names {missing[0]}, which the repository lacks.")
-        return str(pathlib.Path(_fetch(hub, repository, info.sha, shards)) / weights)
+        _fetch(hub, repository, info.sha, shards)
+        if revision != info.sha:  # without a connection the cache is asked for the branch
+            ref = pathlib.Path(folder).parent.parent / "refs" / (revision or hub.constants.DEFAULT_REVISION)
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(epath.Path(ref), info.sha.encode())
+        return str(pathlib.Path(folder) / weights)
 
 
-def _fetch(hub: Any, repository: str, revision: str | None, names: Sequence[str]) -> str:
-    """Folder of a revision in the cache, with the files `names`."""
-    return hub.snapshot_download(repository, revision=revision, allow_patterns=[glob.escape(name) for name in names])
+def pin(path: str) -> str:
+    """Return "hf:ORG/NAME@COMMIT", with the commit that a branch or tag has now, which is printed; other paths as is.
+
+    What is then read of the result belongs together, whatever is committed meanwhile. Errors are those of `resolve`.
+    """
+    if not is_hub(path):
+        return path
+    # The folder of a file in the Hub's cache is named after its commit.
+    repository, pinned = _repository(path).partition("@")[0], pathlib.Path(resolve(path)).parent.name
+    if not path.endswith(f"@{pinned}"):
+        log0(f"{path} is commit {pinned}")
+    return f"{PREFIX}{repository}@{pinned}"
+
+
+def commit(pinned: str) -> str:
+    """Return the commit of a result of `pin`."""
+    return pinned.rpartition("@")[2]
+
+
+def _fetch(hub: Any, repository: str, commit: str, names: Sequence[str]) -> str:
+    """Folder of a commit in the cache, with the files `names`."""
+    return hub.snapshot_download(repository, revision=commit, allow_patterns=[glob.escape(name) for name in names])
 
 
 def _choose(names: set[str], path: str) -> str:
@@ -135,7 +161,7 @@ def _cached(hub: Any, path: str, repository: str, revision: str | None, error: E
     raise UserError(
         f"{path} is not in the cache, {hub.constants.HF_HUB_CACHE}, and {reason}; connect this machine, or fetch it on "
         "another one and copy the cache."
-    ) from error
+    ) from None  # the client's own tracebacks fill a screen
 
 
 def check_push(repository: str) -> None:

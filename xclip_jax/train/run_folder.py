@@ -260,7 +260,9 @@ class TrainingFolder(RunFolder):
                 log0(f"{self.path} has no checkpoint, so the run starts with its new config: {', '.join(differing)}")
             content = {"config": current, "environment": facts, "started": now, **chosen}
             if config.init.weights:
-                content["init_weights"] = fingerprint(hub.resolve(config.init.weights))
+                pinned = hub.pin(config.init.weights)
+                content["init_weights"] = fingerprint(hub.resolve(pinned))
+                content |= {"init_commit": hub.commit(pinned)} if hub.is_hub(pinned) else {}
             write_json(self.config_file, content)
             return
         before, after = schema.flatten(saved["config"]), schema.flatten(current)
