@@ -165,8 +165,7 @@ def entry(name="zeroshot/x", **changes):
         "step": 1,
         "profile": "openai",
         "changes": {},
-        "tokenizer": "bytes",
-        "text_length": 8,
+        "fingerprint": "1",
     }
     return fields | changes
 
@@ -199,9 +198,7 @@ def test_two_files_that_differ_in_their_suffix_have_items_of_their_own(tmp_path)
 
 def older(path, **changes):
     """A file as it was before entries had a step and a profile of their own."""
-    fields = {
-        key: value for key, value in entry(**changes).items() if key not in ("checkpoint", "step", "profile", "changes")
-    }
+    fields = {key: value for key, value in entry(**changes).items() if key not in results._VIEW}
     path.write_text(json.dumps({"checkpoint": "run", "step": 1, "profile": "slip", "suite": "x", "results": [fields]}))
     np.savez_compressed(path.with_name(f"{path.stem}.items.npz"), **{"mean:values:zeroshot|x|top1": np.array([1.0, 0])})
     return epath.Path(path)

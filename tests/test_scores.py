@@ -138,8 +138,7 @@ def test_a_comparison_without_an_interval_leaves_it_out(tmp_path):
         "step": 1,
         "profile": "openai",
         "changes": {},
-        "tokenizer": "clip",
-        "text_length": 77,
+        "fingerprint": "1",
     }
     for name, values in (("a", [1.0, 2]), ("b", [2.0, 1])):
         items = statistics.PerExample(np.array(values), other=np.array([True, True]), statistic="roc_auc")

@@ -114,7 +114,7 @@ class EmbeddingJob:
         if not self._parts:
             raise UserError("--texts is an empty file; give a file with a text in each line.")
         self.plan = {"part": size, "weights": model.fingerprint()}
-        self.plan |= {key: value for key, value in model.card.items() if key not in ("checkpoint", "step")}
+        self.plan |= {key: value for key, value in model.card.items() if key not in ("checkpoint", "step", "commit")}
         self.plan |= {name: {"n": len(source), "digest": source.digest()} for name, source in sources.items()}
         self._check_plan()
 

@@ -18,7 +18,7 @@ from xclip_jax.evaluators.result import Result
 from xclip_jax.interop import hub
 from xclip_jax.run_folder import evaluation_file
 from xclip_jax.train.encoder import make_encoder, profile_of_run
-from xclip_jax.train.weights import load, read_classes
+from xclip_jax.train.weights import fingerprint, load, read_classes
 
 
 def evaluate(
@@ -53,10 +53,11 @@ def evaluate(
     path = epath.Path(output) if output else evaluation_file(hub.local_name(run))
     if output:
         results.make_folder(path)
-    config, experiment, variables, loaded_step = load(run, step)
+    pinned = hub.pin(run)
+    config, experiment, variables, loaded_step = load(pinned, step)
     if path.exists():
         results.read(path)  # an error for a damaged file, before the work
-    encoder = make_encoder(experiment, read_classes(run))
+    encoder = make_encoder(experiment, read_classes(pinned))
     evaluators = registry.open_all(names, encoder, data_dir, profile_of_run(config, profile, changes), experiment.data)
     command = {
         "suite": suite if isinstance(suite, str) else list(suite),
@@ -64,7 +65,9 @@ def evaluate(
         "environment": environment.capture(),
     }
     shared = {"checkpoint": str(run), "step": loaded_step, "profile": profile, "changes": changes}
-    model = {"tokenizer": config.data.tokenizer, "text_length": experiment.context_length}
+    shared["fingerprint"] = fingerprint(experiment, variables)
+    model: dict[str, Any] = {"tokenizer": config.data.tokenizer, "text_length": experiment.context_length}
+    model |= {"eval": results.settings(config)} | ({"commit": hub.commit(pinned)} if hub.is_hub(pinned) else {})
     entries, all_results = [], list[Result]()
     for name, evaluator in zip(names, evaluators, strict=True):
         started = time.perf_counter()

@@ -10,7 +10,6 @@ compiled once. Images are resized, cropped and normalised as the model's config 
 
 import dataclasses
 import os
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from xclip_jax.data.prefetch import ThreadPrefetcher
 from xclip_jax.errors import BadSample, UserError, check_count
 from xclip_jax.evaluators.encoder import Encoder, Features, Rows
 from xclip_jax.evaluators.zeroshot import class_scores
+from xclip_jax.interop import hub
 from xclip_jax.models.two_towers import TwoTowers, Variables
 from xclip_jax.objectives.similarity import cluster_similarity, features, softmax
 from xclip_jax.parallel.mesh import make_mesh, replicated
@@ -102,6 +102,7 @@ class Model:
             "objective": self.config.objective.name, "size": self.size,
             "preprocessing": self.preprocessing.describe(), "tokenizer": self.config.data.tokenizer,
         }  # fmt: skip
+        self._experiment = experiment
         self._threads, self._similarities = threads, experiment.objective.similarities
         mesh = make_mesh(_MESH)
         self._towers = {name: getattr(experiment.model, name) for name in experiment.model.towers}
@@ -319,14 +320,8 @@ class Model:
         return sum(leaf.size for leaf in jax.tree.leaves(self._variables["params"]))
 
     def fingerprint(self) -> str:
-        """A checksum of all weights: models of equal weights have the same, on every kind of device."""
-        params = dict(self._variables["params"])
-        for name, tower in self._towers.items():
-            params[name] = tower.convert(params[name])[0]  # stacked as in the checkpoint
-        number = 0
-        for leaf in jax.tree.leaves({**self._variables, "params": params}):
-            number = zlib.crc32(np.ascontiguousarray(leaf).data, number)
-        return f"{number:08x}"
+        """A checksum of weights, tokenizer and preprocessing, see `train.weights.fingerprint`."""
+        return weights.fingerprint(self._experiment, self._variables)
 
 
 def read(path: str | os.PathLike) -> bytes:
@@ -361,8 +356,11 @@ def load(path: str | os.PathLike, *, step: int | None = None, batch: int = 32, t
     check_count("batch", batch, 1)  # before weights are read, which may take a while
     check_count("threads", threads, 0)
     source = os.fspath(path)
-    _, experiment, variables, step = weights.load(source, step)
-    return Model(experiment, variables, {"checkpoint": source, "step": step}, batch=batch, threads=threads)
+    pinned = hub.pin(source)
+    _, experiment, variables, step = weights.load(pinned, step)
+    card: dict[str, Any] = {"checkpoint": source, "step": step}
+    card |= {"commit": hub.commit(pinned)} if hub.is_hub(pinned) else {}
+    return Model(experiment, variables, card, batch=batch, threads=threads)
 
 
 def _unrolled(model: TwoTowers, variables: Variables) -> tuple[TwoTowers, Variables]:

@@ -181,7 +181,7 @@ def _measured(run: RunFolder, steps: int, step: int) -> list[Result]:
 def _entries(run: RunFolder, step: int) -> list[results.Entry]:
     """Entries of evaluation.json for the checkpoint, of the profile that was evaluated last."""
     entries = results.read(run.evaluation_file)[0] if run.evaluation_file.exists() else []
-    entries = [entry for entry in entries if entry["step"] == step]
+    entries = [entry for entry in results.of_config(entries, _run_config(run)) if entry["step"] == step]
     return results.latest(entries)[0] if entries else []
 
 

@@ -27,8 +27,8 @@ class Model:
 
     Attributes:
       model: the `xclip_jax.inference.Model`.
-      mteb_model_meta: `mteb.ModelMeta`. Its revision is a checksum of the weights: `mteb` keeps results by name and
-        revision.
+      mteb_model_meta: `mteb.ModelMeta`. Its revision is a checksum of weights, tokenizer and preprocessing: `mteb`
+        keeps results by name and revision.
     """
 
     def __init__(

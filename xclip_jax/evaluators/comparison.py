@@ -73,7 +73,7 @@ def compare(
 
 
 def _read(path: str, step: int | None, profile: str | None) -> tuple[list[results.Entry], results.ItemsOf]:
-    """Return the entries of one step, the newest by default, and of the checkpoint that was evaluated last."""
+    """Return the entries of one step, the newest by default, of the checkpoint and model that were evaluated last."""
     file = epath.Path(path)
     file = evaluation_file(file) if file.is_dir() else file
     entries, items = results.read(file)
@@ -84,7 +84,9 @@ def _read(path: str, step: int | None, profile: str | None) -> tuple[list[result
     selected = steps[-1] if step is None else step
     if selected not in steps:
         raise UserError(f"{file} has no results of step {step}, only of {', '.join(map(str, steps))}.")
-    entries = [entry for entry in entries if entry["step"] == selected and profile in (None, entry["profile"])]
+    entries = [entry for entry in entries if entry["step"] == selected]
+    last = entries[-1]["fingerprint"]
+    entries = [e for e in entries if e["fingerprint"] == last and profile in (None, e["profile"])]
     if not entries:
         raise UserError(f"{file} has no results of step {selected} and profile {profile!r}.")
     return entries, items

@@ -1,14 +1,16 @@
 """Results file of `xclip_jax.evaluate`: one JSON file, evaluation.json, to which later commands add.
 
     checkpoint, step, profile, changes      of "results"
-    results                                 entries of the newest step that was evaluated, and of the profile that was
-                                            evaluated last at that step: what tables and reports show
-    other_results                           entries of other steps, profiles and checkpoints, oldest first
+    results                                 entries of the newest step that was evaluated, and of the model and profile
+                                            that were evaluated last at that step: what tables and reports show
+    other_results                           entries of other steps, models, profiles and checkpoints, oldest first
     suite, config, environment, seconds     of the last command that wrote the file
 
 An entry is one set's result: "set", "metric", "value", "n", "metrics" (all of them), "records" (the same with unit,
 chance level and evaluator), the provenance of the set ("split_hash", "protocol", "templates", ...), and its own
-"checkpoint", "step", "profile" and "changes". A new entry replaces one with the same values of `KEY`; all others stay.
+"checkpoint", "step", "profile" and "changes". "fingerprint" identifies the model, see `train.weights.fingerprint`:
+weights may be replaced at the same path, and a run's keys in "eval" may change at the same step. "commit" is the commit
+of the Hub that was read. A new entry replaces one with the same values of `KEY`; all others stay.
 
 FILE.items.npz beside it has the per-example values of an entry's metrics, under "statistic:part:id:metric"; "id" is the
 entry's "items", and the metric is quoted as in a URL.
@@ -27,7 +29,7 @@ import numpy as np
 from etils import epath
 
 from xclip_jax import file_lock
-from xclip_jax.addresses import public
+from xclip_jax.config.schema import Config
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import flat_names
@@ -39,8 +41,10 @@ from xclip_jax.storage import write_json, write_whole
 Entry = dict[str, Any]
 ItemsOf = dict[str, dict[str, PerExample]]  # of each entry, by its "items"
 
-KEY = ("set", "checkpoint", "step", "profile", "changes", "tokenizer", "text_length")
-_VIEW = ("checkpoint", "step", "profile", "changes")
+KEY = ("set", "checkpoint", "step", "profile", "changes", "fingerprint")
+_VIEW = KEY[1:]
+# Keys of a run's group `eval` that change what is evaluated at one step.
+_EVAL_KEYS = ("ema", "resize", "resize_size", "interpolation")
 
 
 def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
@@ -52,9 +56,9 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
     if not path.exists():
         raise UserError(f"{path} does not exist; make it with python -m xclip_jax.evaluate --checkpoint RUN.")
     try:
-        record = public(json.loads(path.read_text()))  # earlier versions wrote secrets
+        record = json.loads(path.read_text())
         # Older files have these keys once, not in each entry.
-        defaults = {key: record.get(key, default) for key, default in zip(_VIEW, ("", 0, "", {}), strict=True)}
+        defaults = {key: record.get(key, default) for key, default in zip(_VIEW, ("", 0, "", {}, ""), strict=True)}
         entries = [defaults | entry for entry in (*record.get("other_results", ()), *record["results"])]
         # JSON has no NaN: it is null.
         nan = {"value": math.nan}
@@ -93,6 +97,17 @@ def make_entry(name: str, evaluator: str, results: Sequence[Result], preprocessi
         entry["preprocessing"] += f", {preprocessing.size} px, {preprocessing.normalization}"
     entry |= {"set": name, "name": evaluator, "metric": headline.key, "value": headline.value, "n": headline.n}
     return entry | {"metrics": {result.key: result.value for result in results}, "records": to_json(results)}
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """Return what an entry's "eval" is for the model of a run of `config`."""
+    return {key: getattr(config.eval, key) for key in _EVAL_KEYS}
+
+
+def of_config(entries: Sequence[Entry], config: Config) -> list[Entry]:
+    """Return the entries of the model that a run of `config` evaluates now; older files do not say which it was."""
+    own = settings(config)
+    return [entry for entry in entries if entry.get("eval", own) == own]
 
 
 def parse_run(record: Mapping[str, Any]) -> list[Result]:
@@ -143,7 +158,7 @@ def add(
 
 
 def latest(entries: Sequence[Entry], checkpoint: str | None = None) -> tuple[list[Entry], list[Entry]]:
-    """Return the entries of the newest step and of the profile that was evaluated last at this step; and all others.
+    """Return the entries of the newest step, of the model and profile evaluated last at this step; and all others.
 
     Args:
       entries: oldest first.

@@ -98,7 +98,7 @@ def read(path: str | epath.Path) -> Record:
 def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
     config = schema.resolve(schema.complete(content["config"]))
     rows, final = run.read_metrics(), run.read_results() or {}
-    known, step = _results(run, final, config.steps)
+    known, step = _results(run, final, config)
     evaluations = by_step((int(row["step"]), flat_names.read(row, known)) for row in rows if "loss" not in row)
     steps_of: dict[Key, int] = {}
     if not final or step != config.steps:
@@ -120,16 +120,17 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
     )
 
 
-def _results(run: RunFolder, final: Mapping[str, Any], steps: int) -> tuple[list[Result], int]:
+def _results(run: RunFolder, final: Mapping[str, Any], config: Config) -> tuple[list[Result], int]:
     """Return the results of the last evaluation, `final`, and those of evaluation.json beside them; and their step.
 
-    It is `steps`, or where the last evaluation has no results the newest of evaluation.json.
+    It is the last one, or where the last evaluation has no results the newest of evaluation.json.
     """
+    steps = config.steps
     known, entries = results.parse_run(final) if final else [], []
     if run.evaluation_file.exists():
         # A damaged file costs a run that has results of its own no more than what it would add.
         with contextlib.suppress(UserError) if known else contextlib.nullcontext():
-            entries = results.read(run.evaluation_file)[0]
+            entries = results.of_config(results.read(run.evaluation_file)[0], config)
     if not entries:
         return known, steps
     shown, sets = results.latest(entries)[0], {(result.family, result.set) for result in known}

@@ -1,7 +1,9 @@
 """The variables of a run's checkpoint or of other weights, and a new run's start from them: group `init`."""
 
 import dataclasses
+import hashlib
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from xclip_jax.console import log0
 from xclip_jax.data import tokenizer
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
+from xclip_jax.evaluators.provenance import digest
 from xclip_jax.interop import hub
 from xclip_jax.models.tower import Tower
 from xclip_jax.models.two_towers import TOWERS, Variables
@@ -81,6 +84,26 @@ def read_classes(path: str) -> tuple[str, ...] | None:
     return run.read_classes() if run.is_run() else interop.read_classes(place)
 
 
+def fingerprint(experiment: Experiment, variables: Variables) -> str:
+    """Return a checksum of all that decides a model's features: weights, tokenizer, lengths and preprocessing.
+
+    It is the same on every kind of device, for stacked blocks and unrolled ones, and for a run and its export.
+
+    Args:
+      experiment, variables: as `load` returns them.
+    """
+    params = dict(variables["params"])
+    for name in experiment.model.towers:
+        params[name] = getattr(experiment.model, name).convert(params[name])[0]
+    number = 0
+    for leaf in jax.tree.leaves({**variables, "params": params}):
+        number = zlib.crc32(np.ascontiguousarray(leaf).data, number)
+    facts = _meaning(experiment.config)
+    if (name := facts["data.tokenizer"]) not in tokenizer.NAMES:
+        facts["data.tokenizer"] = hashlib.sha256(epath.Path(name).read_bytes()).hexdigest()
+    return digest([number, experiment.context_length, experiment.image_size, facts])
+
+
 def _run_config(run: RunFolder) -> Config:
     content = run.read_config()
     if content is None:
@@ -134,12 +157,13 @@ def read_initial(config: Config, abstract: TrainState, classes: Sequence[str] | 
       UserError: no weights, or tensors of other shapes.
     """
     where, target = config.init.weights, abstract.variables()
-    source_config, source, variables, step = load(where)
+    pinned = hub.pin(where)
+    source_config, source, variables, step = load(pinned)
     model = config.model
     towers = {name: (getattr(source.model, name), model.tower(name)) for name in source.objective.towers}
     variables, notes = jax.device_get(variables), []
     if "classifier" in target["params"] and "classifier" in variables["params"]:
-        known = read_classes(where)
+        known = read_classes(pinned)
         if known is None or known != tuple(classes or ()):
             variables = variables | {"params": {k: x for k, x in variables["params"].items() if k != "classifier"}}
             notes.append(f"the classifier of {where} is left out: its classes are not known to be those of this run")
