@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from xclip_jax import interop
+from xclip_jax import imports, interop
 from xclip_jax.config import schema
 from xclip_jax.config.fields import nearest
 from xclip_jax.data.preprocessing import Preprocessing
@@ -91,7 +91,8 @@ def adopt(config: ml_collections.ConfigDict, weights: str) -> schema.Config | No
         run = is_run(str(path))
         source = json.loads((path / "config.json").read_text())["config"] if run else interop.read(weights)[0]
         groups = {name: source[name] for name in ("model", "objective", "data", "eval") if name in source}
-        saved = schema.resolve(schema.complete({"steps": 1} | groups))
+        with imports.named_by(weights):
+            saved = schema.resolve(schema.complete({"steps": 1} | groups))
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise

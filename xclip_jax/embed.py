@@ -39,6 +39,7 @@ from xclip_jax.data.prefetch import ThreadPrefetcher
 from xclip_jax.doctor import machine
 from xclip_jax.embed_sources import Lines, Source, open_images
 from xclip_jax.errors import BadSample, Parser, UserError, check_count, exit_with_message
+from xclip_jax.imports import add_trust
 from xclip_jax.storage import write_json
 
 PART = 1024  # rows that an interruption may lose
@@ -295,6 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="file to write, .parquet or .npz")
     parser.add_argument("--batch", type=int, default=32, help="items that are encoded at once")
     parser.add_argument("--threads", type=int, default=0, help="threads that read and decode; 0 for one a core")
+    add_trust(parser)
     parser.add_argument("--part", type=int, default=PART, help="rows that an interruption may lose")
     options = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
@@ -311,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 sources["text"] = Lines(options.texts)
             compilation_cache.enable()
             machine.warn_of_idle_accelerator()
-            model = inference.load(options.checkpoint, step=options.step, batch=options.batch)
+            model = inference.load(options.checkpoint, step=options.step, batch=options.batch, trust=options.trust)
             EmbeddingJob(model, sources, options.out, part=options.part, threads=options.threads).run()
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command to resume")

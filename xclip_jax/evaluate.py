@@ -30,6 +30,7 @@ from xclip_jax.evaluation import evaluate
 from xclip_jax.evaluators import registry, results
 from xclip_jax.evaluators.comparison import compare, render
 from xclip_jax.evaluators.prompts import read_class_names
+from xclip_jax.imports import add_trust, trusting
 from xclip_jax.storage import write_json
 
 PROFILE_FIELDS = ("prefix", "lower", "captions", "augment", "templates", "names")
@@ -80,6 +81,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar=("A", "B"),
         help="runs' folders, or files of results; of --step and --profile, or the newest",
     )
+    add_trust(parser)
     flags = parser.parse_args(argv)
     if bool(flags.checkpoint) == bool(flags.compare):
         parser.error("give either --checkpoint RUN or --compare A B")
@@ -90,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     flags = _arguments(argv)
     logging.set_verbosity(logging.ERROR)
-    with exit_with_message():
+    with exit_with_message(), trusting(flags.trust):
         if flags.compare:
             if flags.output:
                 results.make_folder(epath.Path(flags.output))

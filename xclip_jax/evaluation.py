@@ -12,13 +12,16 @@ from etils import epath
 from xclip_jax import environment
 from xclip_jax.addresses import public
 from xclip_jax.config import schema
+from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
 from xclip_jax.evaluators import registry, result, results, summary
 from xclip_jax.evaluators.result import Result
 from xclip_jax.interop import hub
+from xclip_jax.models.two_towers import Variables
 from xclip_jax.run_folder import evaluation_file
+from xclip_jax.train.build import Experiment
 from xclip_jax.train.encoder import make_encoder, profile_of_run
-from xclip_jax.train.weights import fingerprint, load, read_classes
+from xclip_jax.train.weights import fingerprint, load, pin, read_classes
 
 
 def evaluate(
@@ -53,7 +56,7 @@ def evaluate(
     path = epath.Path(output) if output else evaluation_file(hub.local_name(run))
     if output:
         results.make_folder(path)
-    pinned = hub.pin(run)
+    pinned, origin = pin(run)
     config, experiment, variables, loaded_step = load(pinned, step)
     if path.exists():
         results.read(path)  # an error for a damaged file, before the work
@@ -65,9 +68,7 @@ def evaluate(
         "environment": environment.capture(),
     }
     shared = {"checkpoint": str(run), "step": loaded_step, "profile": profile, "changes": changes}
-    shared["fingerprint"] = fingerprint(experiment, variables)
-    model: dict[str, Any] = {"tokenizer": config.data.tokenizer, "text_length": experiment.context_length}
-    model |= {"eval": results.settings(config)} | ({"commit": hub.commit(pinned)} if hub.is_hub(pinned) else {})
+    model = _facts(config, experiment, variables) | origin
     entries, all_results = [], list[Result]()
     for name, evaluator in zip(names, evaluators, strict=True):
         started = time.perf_counter()
@@ -84,3 +85,13 @@ def evaluate(
     log0(summary.render(all_results))
     log0(f"results: {path}")
     return {**shared, **command, "results": entries}
+
+
+def _facts(config: Config, experiment: Experiment, variables: Variables) -> dict[str, Any]:
+    """Return what an entry says of the model."""
+    return {
+        "tokenizer": config.data.tokenizer,
+        "text_length": experiment.context_length,
+        "fingerprint": fingerprint(experiment, variables),
+        "eval": results.settings(config),
+    }

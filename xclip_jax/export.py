@@ -20,6 +20,7 @@ from xclip_jax import interop, model_card
 from xclip_jax.config import schema
 from xclip_jax.console import log0
 from xclip_jax.errors import Parser, UserError, exit_with_message
+from xclip_jax.imports import add_trust, trusting
 from xclip_jax.interop import hub
 from xclip_jax.run_folder import is_run
 from xclip_jax.train.weights import load, read_classes
@@ -93,10 +94,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--push", default="", metavar="ORG/NAME", help="repository of the Hub to upload the files to")
     parser.add_argument("--private", action="store_true", help="a repository that --push makes is private")
+    add_trust(parser)
     parser.add_argument("out", metavar="OUT", help="folder to write")
     flags = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
-    with exit_with_message():
+    with exit_with_message(), trusting(flags.trust):
         options = {key: getattr(flags, key) for key in ("to", "step", "overwrite", "push", "private")}
         export(flags.checkpoint, flags.out, **options)
 

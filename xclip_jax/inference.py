@@ -18,13 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from xclip_jax import storage
+from xclip_jax import imports, storage
 from xclip_jax.data.base import MAX_BYTES
 from xclip_jax.data.prefetch import ThreadPrefetcher
 from xclip_jax.errors import BadSample, UserError, check_count
 from xclip_jax.evaluators.encoder import Encoder, Features, Rows
 from xclip_jax.evaluators.zeroshot import class_scores
-from xclip_jax.interop import hub
 from xclip_jax.models.two_towers import TwoTowers, Variables
 from xclip_jax.objectives.similarity import cluster_similarity, features, softmax
 from xclip_jax.parallel.mesh import make_mesh, replicated
@@ -338,7 +337,9 @@ def read(path: str | os.PathLike) -> bytes:
     return data
 
 
-def load(path: str | os.PathLike, *, step: int | None = None, batch: int = 32, threads: int = 0) -> Model:
+def load(
+    path: str | os.PathLike, *, step: int | None = None, batch: int = 32, threads: int = 0, trust: bool = False
+) -> Model:
     """The model at `path`, on all devices of this machine.
 
     On a CPU, which has no fast bfloat16, it computes in float32.
@@ -349,17 +350,19 @@ def load(path: str | os.PathLike, *, step: int | None = None, batch: int = 32, t
       batch: items that are encoded at once, rounded up to a multiple of the devices; 32 suits the caches of a CPU,
         accelerators take more.
       threads: that read and decode images; 0 for one a core.
+      trust: whether to import the modules of other packages that the config in `path` names, which runs their code.
 
     Raises:
-      UserError: `path` is neither a run nor weights; `batch` below 1 or `threads` below 0.
+      UserError: `path` is neither a run nor weights; `batch` below 1 or `threads` below 0; a config that names a class
+        of another package, whose module has not been imported, without `trust`.
     """
     check_count("batch", batch, 1)  # before weights are read, which may take a while
     check_count("threads", threads, 0)
     source = os.fspath(path)
-    pinned = hub.pin(source)
-    _, experiment, variables, step = weights.load(pinned, step)
-    card: dict[str, Any] = {"checkpoint": source, "step": step}
-    card |= {"commit": hub.commit(pinned)} if hub.is_hub(pinned) else {}
+    pinned, origin = weights.pin(source)
+    with imports.trusting(trust):
+        _, experiment, variables, step = weights.load(pinned, step)
+    card = {"checkpoint": source, "step": step, **origin}
     return Model(experiment, variables, card, batch=batch, threads=threads)
 
 

@@ -5,7 +5,7 @@ RECIPE is the name of a recipe of the package, such as demo, or the path of a fi
 
 from absl import app, flags, logging
 
-from xclip_jax import compilation_cache, environment, report
+from xclip_jax import compilation_cache, environment, imports, report
 from xclip_jax.config import load
 from xclip_jax.console import log0
 from xclip_jax.doctor import machine
@@ -27,7 +27,7 @@ _PROCESS = flags.DEFINE_integer("process", -1, "Which of them this one is, from 
 def main(_: list[str]) -> None:
     """Run the trainer."""
     logging.set_verbosity(logging.ERROR)
-    with processes.exits(), exit_with_message():
+    with processes.exits(), exit_with_message(), imports.trusting(load.TRUST.value):
         if _CHECK.value:
             config = job.check(flags.FLAGS.config)
             callbacks.classes(config)

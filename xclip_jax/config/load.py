@@ -10,10 +10,14 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from xclip_jax import configs
+from xclip_jax import configs, imports
 from xclip_jax.config import fields, schema
 from xclip_jax.config.renamed import RENAMED
 from xclip_jax.errors import UserError, exit_with_message
+
+TRUST = flags.DEFINE_bool(
+    "trust", False, "Import the modules of other packages that files of weights name, which runs their code."
+)
 
 
 def recipes() -> dict[str, pathlib.Path]:
@@ -101,7 +105,8 @@ def parse(argv: list[str]) -> list[str]:
         if at is not None:
             spec = argv[at].partition("=")[2] or (argv[at + 1] if at + 1 < len(argv) else "")
             rest = argv[:at] + argv[at + (1 if "=" in argv[at] else 2) :]
-            config = load_config(spec)
+            with imports.trusting("--trust" in argv):  # a recipe may read the config of weights
+                config = load_config(spec)
             check_keys(config, rest)
             config_flags.DEFINE_config_dict("config", config, "Keys of the config.", sys_argv=rest)
             argv = rest

@@ -21,6 +21,7 @@ from xclip_jax.doctor import finding
 from xclip_jax.doctor.after import check_run
 from xclip_jax.doctor.before import Options, check_config
 from xclip_jax.errors import Parser, exit_with_message
+from xclip_jax.imports import add_trust, trusting
 from xclip_jax.storage import strict_json
 
 _CONFIG = re.compile(r"--?(no)?config\b")
@@ -33,6 +34,7 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     before = any(_CONFIG.match(argument) for argument in argv)
     if not before:
         parser.add_argument("run", metavar="RUN", help="a run's folder; or --config RECIPE, of a run to be started")
+    add_trust(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--samples", type=int, default=default.samples, help="samples to read at least")
     parser.add_argument("--seconds", type=float, default=default.seconds, help="how long reading is measured for")
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.set_verbosity(logging.ERROR)
     options, rest = _arguments(sys.argv[1:] if argv is None else argv)
     out, lines = sys.stdout, []
-    with exit_with_message():
+    with exit_with_message(), trusting(options.trust):
         with contextlib.redirect_stdout(sys.stderr):  # what is checked prints lines of its own
             for each in _findings(options, rest):
                 lines.append(each)

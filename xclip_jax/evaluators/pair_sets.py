@@ -8,6 +8,7 @@ its name: retrieval/csv:PATTERN?image=COLUMN&text=COLUMN. `retrieval/holdout` ha
 model's run keeps out of training, `retrieval/holdout@RUN` those of another run, for models that have none of their own.
 """
 
+import contextlib
 import dataclasses
 import urllib.parse
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from xclip_jax import imports
 from xclip_jax.config import fields
 from xclip_jax.console import log0
 from xclip_jax.data import holdout, opening, sources
@@ -129,7 +131,8 @@ def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profil
         source, data = named_columns(name, data)
         specs, share = (source,), 1.0
     try:
-        opened, parts = _pairs(specs, share, data)
+        with imports.named_by("the config of the run that holds them out") if share < 1 else contextlib.nullcontext():
+            opened, parts = _pairs(specs, share, data)
     except MissingColumnError as error:
         if share < 1:
             raise

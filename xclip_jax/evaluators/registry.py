@@ -36,7 +36,7 @@ from xclip_jax.evaluators.text import SentenceSimilarity, TextRetrieval
 from xclip_jax.evaluators.wds_sets import WdsSets
 from xclip_jax.evaluators.zeroshot import ZeroShot
 from xclip_jax.evaluators.zeroshot_datasets import PAPER, PublishedSets
-from xclip_jax.imports import class_name, import_class
+from xclip_jax.imports import class_name, import_class, is_imported
 from xclip_jax.models.two_towers import Variables
 
 KINDS: tuple[type[SetKind], ...] = (
@@ -272,11 +272,11 @@ def evaluator(encoder: Encoder, data: Any) -> Evaluator:
 def layouts(name: str = "") -> Sequence[Layout]:
     """Return the tables of an evaluator's results; without a name those of all `EVALUATORS`, in the order of display.
 
-    An evaluator that is not installed here has none: results of another machine are shown without it.
+    An evaluator of another package has none where nothing has imported it: results are files, which import nothing.
     """
     if not name:
         return [layout for protocol in EVALUATORS.values() for layout in protocol.layouts]
     try:
-        return evaluator_class(name).layouts
+        return evaluator_class(name).layouts if name in EVALUATORS or is_imported(name) else ()
     except UserError:
         return ()

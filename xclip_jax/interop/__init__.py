@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from xclip_jax import imports
 from xclip_jax.config.fields import read_group
 from xclip_jax.config.renamed import translate
 from xclip_jax.data import tokenizer
@@ -62,7 +63,7 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     folder, where = file.parent, str(file)
     tensors, stored = tensor_files.tensors(file)
     if any(name.startswith("params/") for name in tensors):
-        with _unusable_values(folder / CONFIG):
+        with _unusable_values(folder / CONFIG), imports.named_by(folder / CONFIG):
             return _read_own(tensors, folder)
     if any(name.startswith("visual.") for name in tensors):
         beside = folder / open_clip.CONFIG

@@ -23,6 +23,7 @@ from xclip_jax.console import log0
 from xclip_jax.errors import Parser, UserError, exit_with_message
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.prompts import Profile
+from xclip_jax.imports import add_trust, named_by, trusting
 from xclip_jax.report import html, record, several
 from xclip_jax.report.examples import Examples, collect_examples
 from xclip_jax.run_folder import RunFolder
@@ -41,6 +42,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-dir", default="", help="root of the data sets")
     parser.add_argument("--seed", type=int, default=0, help="of the examples that are shown")
     parser.add_argument("--output", default="", help="file of the page, by default RUN/report.html")
+    add_trust(parser)
     return parser.parse_args(argv)
 
 
@@ -59,16 +61,17 @@ def make(flags: argparse.Namespace) -> epath.Path:
             raise
         path.write_text(html.render(run, Examples(flags.seed, missing=[str(error)])))
         return path
-    html.make(
-        flags.runs[0],
-        experiment,
-        make_encoder(experiment),
-        variables,
-        specs or (*experiment.config.eval.final_sets, *experiment.config.eval.sets),
-        data_dir=flags.data_dir,
-        output=path,
-        seed=flags.seed,
-    )
+    with named_by(run.folder / "config.json"):  # sets and sources; what --sets names has been imported
+        html.make(
+            flags.runs[0],
+            experiment,
+            make_encoder(experiment),
+            variables,
+            specs or (*experiment.config.eval.final_sets, *experiment.config.eval.sets),
+            data_dir=flags.data_dir,
+            output=path,
+            seed=flags.seed,
+        )
     return path
 
 
@@ -114,17 +117,18 @@ def _examples(
         if flags.step is not None:
             raise
         return Examples(flags.seed, missing=[str(error)])
-    return collect_examples(
-        make_encoder(experiment),
-        variables,
-        specs,
-        data=first.config.data,
-        data_dir=flags.data_dir,
-        data_seed=first.config.seed,
-        pairs=not first.objective.labelled,
-        seed=flags.seed,
-        profile=profile,
-    )
+    with named_by(first.folder / "config.json"):
+        return collect_examples(
+            make_encoder(experiment),
+            variables,
+            specs,
+            data=first.config.data,
+            data_dir=flags.data_dir,
+            data_seed=first.config.seed,
+            pairs=not first.objective.labelled,
+            seed=flags.seed,
+            profile=profile,
+        )
 
 
 def _check_writable(path: epath.Path) -> None:
@@ -140,8 +144,9 @@ def _check_writable(path: epath.Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     logging.set_verbosity(logging.ERROR)
-    with exit_with_message():
-        log0(f"report: {make(_arguments(argv))}")
+    flags = _arguments(argv)
+    with exit_with_message(), trusting(flags.trust):
+        log0(f"report: {make(flags)}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from xclip_jax import imports
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.errors import UserError
@@ -96,7 +97,8 @@ def read(path: str | epath.Path) -> Record:
 
 
 def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
-    config = schema.resolve(schema.complete(content["config"]))
+    with imports.named_by(run.config_file):
+        config = schema.resolve(schema.complete(content["config"]))
     rows, final = run.read_metrics(), run.read_results() or {}
     known, step = _results(run, final, config)
     evaluations = by_step((int(row["step"]), flat_names.read(row, known)) for row in rows if "loss" not in row)

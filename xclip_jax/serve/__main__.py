@@ -26,6 +26,7 @@ from xclip_jax.console import log0
 from xclip_jax.data.text import decode_text
 from xclip_jax.doctor import machine
 from xclip_jax.errors import BadSample, Parser, UserError, check_count, exit_with_message
+from xclip_jax.imports import add_trust
 from xclip_jax.serve.index import MAX_NAMES, MAX_TEXT, make_index
 
 _HERE = ("127.0.0.1", "localhost", "::1")
@@ -46,6 +47,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", default=_HERE[0], help=f"address to listen on; {_HERE[0]} by default")
     parser.add_argument("--port", type=int, default=8000, help="8000 by default; 0 for any that is free")
     parser.add_argument("--batch", type=int, default=32, help="images that are encoded at once")
+    add_trust(parser)
     return parser.parse_args(argv)
 
 
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with listen(flags.host, flags.port) as listening:  # before the images are embedded, which may take a while
             compilation_cache.enable()
             machine.warn_of_idle_accelerator()
-            model = inference.load(flags.checkpoint, step=flags.step, batch=flags.batch)
+            model = inference.load(flags.checkpoint, step=flags.step, batch=flags.batch, trust=flags.trust)
             index = make_index(model, flags.images, cache=flags.cache, names=names)
             index.by_text("a picture", 1)  # compiles
             port = listening.getsockname()[1]

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from xclip_jax import interop
+from xclip_jax import imports, interop
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
@@ -70,6 +70,12 @@ def load(path: str, step: int | None = None) -> tuple[Config, Experiment, Variab
     return config, experiment, state.variables(ema=config.eval.ema), int(state.step)
 
 
+def pin(path: str) -> tuple[str, dict[str, str]]:
+    """Return the path of `hub.pin`, and {"commit": its commit} for records of what is computed with the weights."""
+    pinned = hub.pin(path)
+    return pinned, {"commit": hub.commit(pinned)} if hub.is_hub(pinned) else {}
+
+
 def read_classes(path: str) -> tuple[str, ...] | None:
     """Return the classes that a model was fine-tuned on, or None where there are none or they have no names.
 
@@ -112,7 +118,8 @@ def _run_config(run: RunFolder) -> Config:
     # The file that the config names may be elsewhere now.
     if config.data.tokenizer not in tokenizer.NAMES and run.tokenizer_file.exists():
         config.data.tokenizer = str(run.tokenizer_file)
-    return schema.resolve(config)
+    with imports.named_by(run.config_file):
+        return schema.resolve(config)
 
 
 def _hint(path: str) -> str:
@@ -125,7 +132,8 @@ def _read_foreign(path: str, place: str, step: int | None) -> tuple[Config, Vari
     config, variables = interop.read(place)
     for note in config.pop("source")["notes"]:
         log0(f"{path}: {note}")
-    return schema.resolve(schema.complete({"steps": 1} | config)), variables
+    with imports.named_by(path):
+        return schema.resolve(schema.complete({"steps": 1} | config)), variables
 
 
 def _device_put_checked(variables: Variables, experiment: Experiment, path: str) -> Variables:
