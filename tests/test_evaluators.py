@@ -347,7 +347,7 @@ def test_retrieval_in_blocks_is_that_of_the_whole_matrix(embedding, clusters, un
     data = RetrievalSet("toy", list(images), captions)
 
     def measured(block):
-        monkeypatch.setattr(retrieval, "_BLOCK", block)
+        monkeypatch.setattr(retrieval, "BLOCK", block)
         return Retrieval(FakeEncoder(table, embedding, clusters), data).run(None)
 
     whole = measured(1 << 27)
@@ -361,7 +361,7 @@ def test_retrieval_in_blocks_is_that_of_the_whole_matrix(embedding, clusters, un
 
 
 def test_retrieval_never_holds_all_scores(monkeypatch):
-    monkeypatch.setattr(retrieval, "_BLOCK", 1 << 16)
+    monkeypatch.setattr(retrieval, "BLOCK", 1 << 16)
     n = 3000
     vectors = rng().normal(size=(n, 4)).astype(np.float32)
     encoder = FakeEncoder({str(i): vector for i, vector in enumerate(vectors)}, True, True)

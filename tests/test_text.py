@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import scipy.special
@@ -5,12 +7,14 @@ import scipy.stats
 
 from tests.encoding import build_encoder, by_name, make_encoder, small_model
 from xclip_jax.errors import UserError
+from xclip_jax.evaluators import retrieval, text
 from xclip_jax.evaluators.text import (
     SentenceSimilarity,
     SimilaritySet,
     TextRetrieval,
     TextRetrievalSet,
     embeddings,
+    nearest_ranks,
 )
 
 
@@ -95,3 +99,18 @@ def test_a_model_without_a_similarity_is_one_sentence():
     ):
         with pytest.raises(UserError, match=r"does not compare images with texts.*evaluate probe/SET or finetuned/SET"):
             evaluator.measure(small_model()[1])
+
+
+def test_texts_are_ranked_in_blocks(monkeypatch):
+    """Equal to the whole matrix, with ties and vectors of a model that diverged, and in the memory of a block."""
+    rng = np.random.default_rng(0)
+    queries, items = (rng.integers(-1, 2, (n, 6)).astype(np.float32) for n in (3000, 2000))
+    queries[5], items[7] = np.nan, items[8]
+    targets = rng.integers(0, len(items), len(queries))
+    expected = retrieval.ranks(queries @ items.T, np.arange(len(items)) == targets[:, None])
+    monkeypatch.setattr(text, "BLOCK", 1 << 18)
+    tracemalloc.start()
+    np.testing.assert_array_equal(nearest_ranks(queries, items, targets), expected)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * len(queries) * len(items) / 3

@@ -62,11 +62,8 @@ def evaluate(
         results.read(path)  # an error for a damaged file, before the work
     encoder = make_encoder(experiment, read_classes(pinned))
     evaluators = registry.open_all(names, encoder, data_dir, profile_of_run(config, profile, changes), experiment.data)
-    command = {
-        "suite": suite if isinstance(suite, str) else list(suite),
-        "config": schema.to_dict(config),
-        "environment": environment.capture(),
-    }
+    suites = suite if isinstance(suite, str) else list(suite)
+    command = {"suite": suites, "config": schema.to_dict(config), "environment": environment.capture()}
     shared = {"checkpoint": str(run), "step": loaded_step, "profile": profile, "changes": changes}
     model = _facts(config, experiment, variables) | origin
     entries, all_results = [], list[Result]()

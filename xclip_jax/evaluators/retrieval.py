@@ -22,7 +22,7 @@ from xclip_jax.objectives.similarity import Similarity
 KS = (1, 5, 10)
 # Scores of a kind that are held at once, fp32: COCO's 5,000 images and 25,000 captions are one block, and all 85,000
 # pairs of a hundredth of 8.5 million would be 29 GB of each kind.
-_BLOCK = 1 << 27
+BLOCK = 1 << 27
 
 
 def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
@@ -66,11 +66,11 @@ def ranks_by_score(
       captions: of the images; those of all, one after another, are the texts of `rows`.
     """
     matches, images, texts = Matches(captions), len(captions), len(rows[0])
-    whole = compare(similarities, img, rows) if images * texts <= _BLOCK else {}
-    spreads = () if whole else spreads_of(similarities, img, rows, max(1, _BLOCK // texts))
+    whole = compare(similarities, img, rows) if images * texts <= BLOCK else {}
+    spreads = () if whole else spreads_of(similarities, img, rows, max(1, BLOCK // texts))
     ranked: dict[str, dict[str, list[np.ndarray]]] = {}
     for direction, queries, items in (("image_to_text", images, texts), ("text_to_image", texts, images)):
-        step = max(1, _BLOCK // items)
+        step = max(1, BLOCK // items)
         for start in range(0, queries, step):
             heartbeat.beat()
             part = slice(start, start + step)
@@ -158,7 +158,7 @@ class Retrieval(Evaluator):
     layouts = (LAYOUT,)
 
     def measure(self, variables: Variables) -> list[Result]:
-        """Return the results that the class docstring lists; their items are images, or captions."""
+        """Return the results that the class docstring lists; their items are images, or captions, grouped by image."""
         captions = self.data.captions
         texts = [caption for of_image in captions for caption in of_image]
         img, rows = encode_pairs(self.encoder, variables, self.data.images, texts)
@@ -169,12 +169,15 @@ class Retrieval(Evaluator):
             for (direction, matches), items in zip(counts.items(), sizes, strict=True)
             for k in KS
         }
+        of_caption = np.repeat(np.arange(len(captions)), [len(of_image) for of_image in captions])
+        groups = {"text_to_image": of_caption if len(texts) > len(captions) else None}
         results = [self.count("images", len(captions)), self.count("captions", len(texts))]
         results += [self.result(f"chance/{metric}", level) for metric, level in levels.items()]
         for score, of_score in by_score.items():
             for direction, rank in of_score.items():
                 for k in KS:
-                    metric, items = f"{direction}/r{k}", PerExample((rank < k).astype(float))
+                    items = PerExample((rank < k).astype(float), groups=groups.get(direction))
+                    metric = f"{direction}/r{k}"
                     fields = {"n": len(rank), "chance": levels[metric], "items": items, "score": score}
                     results.append(self.result(metric, items.value(), **fields))
         return results

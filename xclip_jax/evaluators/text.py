@@ -11,8 +11,8 @@ from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
-from xclip_jax.evaluators.retrieval import KS, ranks
-from xclip_jax.evaluators.statistics import PerExample, pearson, spearman
+from xclip_jax.evaluators.retrieval import BLOCK, KS
+from xclip_jax.evaluators.statistics import PerExample, pearson, ranks, spearman
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.objectives.similarity import features
 
@@ -23,6 +23,20 @@ def embeddings(encoder: Encoder, variables: Variables, texts: Sequence[str]) -> 
     """Unit vectors (n, e) by which texts are compared, those of the model's own similarity."""
     (feature,) = features(encoder.similarities[:1])
     return encoder.similarities[0].embedding(encoder.texts(variables, texts, (feature,))[feature])
+
+
+def nearest_ranks(queries: np.ndarray, items: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return how many items are nearer to each query than its target, int (queries,), see `statistics.ranks`.
+
+    The scores are computed for a block of queries at a time, and never held whole.
+
+    Args:
+      queries, items: embeddings (queries, e) and (items, e).
+      targets: index of an item for each query, int (queries,).
+    """
+    step = max(1, BLOCK // len(items))
+    starts = range(0, len(queries), step)
+    return np.concatenate([ranks(queries[i : i + step] @ items.T, targets[i : i + step]) for i in starts])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,8 +167,7 @@ class TextRetrieval(Evaluator):
         n, queries, groups = len(self.data.texts), self.data.queries, self.data.groups
         texts = [*self.data.texts, *(text for text, _ in queries)]
         e = embeddings(self.encoder, variables, texts)
-        right = np.arange(n) == np.array([i for _, i in queries])[:, None]
-        rank = ranks(e[n:] @ e[:n].T, right)
+        rank = nearest_ranks(e[n:], e[:n], np.array([target for _, target in queries]))
         weights = np.ones(len(queries))
         if groups:
             weights = sum(mask / mask.sum() for mask in groups.values())
