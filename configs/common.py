@@ -72,7 +72,7 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
 
 
 def adopt(config: ml_collections.ConfigDict, weights: str) -> schema.Config | None:
-    """Take over towers, tokenizer and pixel statistics of weights.
+    """Take over towers, tokenizer and preprocessing of weights.
 
     Args:
       config: to change.
@@ -106,7 +106,7 @@ def adopt(config: ml_collections.ConfigDict, weights: str) -> schema.Config | No
     prepare = Preprocessing.from_config(saved).to_config()
     config.eval.update(prepare["eval"])
     with config.ignore_type():  # a name, or a pair
-        config.data.tokenizer, config.data.normalization = saved.data.tokenizer, prepare["data"]["normalization"]
+        config.data.update(prepare["data"] | {"tokenizer": saved.data.tokenizer})
     return saved
 
 

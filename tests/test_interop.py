@@ -65,7 +65,9 @@ def test_open_clip_there_and_back(name, file, tmp_path):
     (there / "open_clip_config.json").write_text(json.dumps(
         {"model_cfg": MODELS[name] | {"embed_dim": 48}, "preprocess_cfg": {"mean": mean, "std": std}}))  # fmt: skip
     config, variables = interop.read(str(there))
-    assert config["data"] == {"tokenizer": "clip", "normalization": "half", "resample": "bicubic"}
+    assert config["data"] == {
+        "tokenizer": "clip", "normalization": "half", "resample": "bicubic", "background": "drop_alpha",
+    }  # fmt: skip
     pixels, tokens = images(28), clip_tokens(12)
     expected = theirs_open_clip(model, pixels, tokens)
     assert_same(ours(config, variables, pixels, tokens), expected)

@@ -237,7 +237,7 @@ def test_a_run_has_a_preprocessing_of_its_own(pictures, tmp_path):
     pair = (MEAN, STD)
     run = tiny.untrained(tmp_path / "run", "clip", eval__resize="squash", eval__interpolation="bilinear")
     assert xclip_jax.load(run).preprocessing == Preprocessing(
-        tiny.SIZE, *mean_std("imagenet"), resize_mode="squash", interpolation="bilinear"
+        tiny.SIZE, *mean_std("imagenet"), resize_mode="squash", interpolation="bilinear", background="white"
     )
     # Numbers survive config.json, and a resumed run takes them for the same.
     c = tiny.config("clip", run=tmp_path / "other")
@@ -246,13 +246,15 @@ def test_a_run_has_a_preprocessing_of_its_own(pictures, tmp_path):
     for _ in range(2):
         with TrainingFolder(c.run).claimed(resolve(c), []):
             pass
-    assert build.build(weights._run_config(RunFolder(c.run))).preprocessing == Preprocessing(tiny.SIZE, *pair)
+    assert build.build(weights._run_config(RunFolder(c.run))).preprocessing == Preprocessing(
+        tiny.SIZE, *pair, background="white"
+    )
     # Runs that are older than the keys are prepared as they were.
     old = json.loads((run / "config.json").read_text())
     for key in ("resize", "resize_size", "interpolation"):
         del old["config"]["eval"][key]
     (run / "config.json").write_text(json.dumps(old))
-    assert xclip_jax.load(run).preprocessing == Preprocessing(tiny.SIZE, *mean_std("imagenet"))
+    assert xclip_jax.load(run).preprocessing == Preprocessing(tiny.SIZE, *mean_std("imagenet"), background="white")
 
 
 def test_runs_that_start_from_weights_with_another_preprocessing_say_so(tmp_path, capsys):
@@ -270,7 +272,9 @@ def test_runs_that_start_from_weights_with_another_preprocessing_say_so(tmp_path
     # The values may be pasted behind --config.KEY=.
     c.data.normalization, c.eval.resize = str((MEAN, STD)), "squash"
     made = build.build(c)
-    assert made.preprocessing == Preprocessing(SIZE, MEAN, STD, resize_mode="squash")
+    assert made.preprocessing == Preprocessing(SIZE, MEAN, STD, resize_mode="squash", background="white")
+    c.data.background = "drop_alpha"
+    made = build.build(c)
     weights.read_initial(made.config, made.abstract)
     assert "different settings" not in capsys.readouterr().out
 

@@ -81,7 +81,7 @@ def test_the_order_of_an_epoch_is_made_once(monkeypatch):
 def test_an_order_of_all_captions_decodes_no_image(monkeypatch):
     decoded = []
     decode = sources.transforms.decode
-    monkeypatch.setattr(sources.transforms, "decode", lambda image: decoded.append(1) or decode(image))
+    monkeypatch.setattr(sources.transforms, "decode", lambda image, **how: decoded.append(1) or decode(image, **how))
     order = loader.sample_order([Numbers("a", 6)], config(spread_duplicate_captions=True, cache=True), seed=0)
     assert not decoded
     images = {order.place(i): order[i]["image"] for i in range(6)}

@@ -11,7 +11,8 @@ from xclip_jax import environment
 from xclip_jax.addresses import public
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
-from xclip_jax.data import hub_client
+from xclip_jax.data import hub_client, rgb
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import results, summary
 from xclip_jax.evaluators.result import Result
 from xclip_jax.objectives import make_objective
@@ -226,10 +227,17 @@ def _input(config: Config, experiment: Experiment, to: str) -> str:
     mean, std = (", ".join(map(str, values)) for values in (prepare.mean, prepare.std))
     lines = {
         "img": f"* Images: {prepare.resizing}, {prepare.size} x {prepare.size} pixels; values from 0 to 1, minus "
-        f"the mean ({mean}), divided by the standard deviation ({std}).",
+        f"the mean ({mean}), divided by the standard deviation ({std}). {_transparency(prepare, to)}",
         "txt": f"* Texts: {tokens}. At most {length} tokens, start and end included; longer texts are cut.",
     }
     return "## Input\n\n" + "\n".join(lines[tower] for tower in experiment.objective.towers)
+
+
+def _transparency(prepare: Preprocessing, to: str) -> str:
+    if prepare.background == rgb.DROPPED:
+        return "The alpha channel of transparent images is dropped."
+    before = "" if to == "safetensors" else f", which {_LIBRARIES[to]} does not do: do so before"
+    return f"Transparent images are laid on white before they are resized{before}."
 
 
 def _data(run: RunFolder, experiment: Experiment) -> str:

@@ -1,7 +1,9 @@
-"""Config keys that had another name in an earlier version: configs of old runs are translated."""
+"""Config keys that had another name or value in an earlier version: configs of old runs are translated."""
 
 from collections.abc import Mapping
 from typing import Any
+
+from xclip_jax.data import rgb
 
 RENAMED = {
     "model.img.size": "model.img.image_size",
@@ -25,4 +27,6 @@ def translate(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     for name, value in values.items():
         current = RENAMED.get(f"{path}{name}", name).rpartition(".")[2]
         translated[current] = translate(value, f"{path}{name}.") if isinstance(value, Mapping) else value
+    if path == "data.":  # its first runs read what lies under transparency
+        translated.setdefault("background", rgb.DROPPED)
     return translated

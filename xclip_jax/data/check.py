@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from xclip_jax.addresses import public
-from xclip_jax.data import loader, records, sources, tokenizer, transforms
+from xclip_jax.data import loader, records, rgb, sources, tokenizer, transforms
 from xclip_jax.data.base import MissingColumnError, Record, Source, SourceOptions
 from xclip_jax.errors import BadSample, Parser, UserError, exit_with_message
 
@@ -123,6 +123,8 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
         full = np.mean(np.array(tokens) >= options.length)
         yield f"tokens, 5/50/95 %: {_percentiles(tokens)}, {full:.1%} of the captions fill all {options.length}"
         yield f"captions of one image: {np.mean([s.captions for s in good]):.2f}"
+        share = sources.transparent_share([source], loader.DataConfig.read_timeout, options.threads)
+        yield f"transparent images: {rgb.describe(share, rgb.WHITE)} unless data.background says otherwise"
         yield f"same image among those read: {_duplicates([s.digest for s in good]):,}"
         same = _duplicates([s.caption for s in good])
         remedy = (

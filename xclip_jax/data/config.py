@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from xclip_jax.config.fields import Check, at_least, between, choice, fraction_below_one, key, not_empty
-from xclip_jax.data import transforms
+from xclip_jax.data import rgb, transforms
 from xclip_jax.data.length_groups import AUTO, LengthGroups
 from xclip_jax.data.preprocessing import Triple, mean_std
 from xclip_jax.errors import UserError
@@ -81,6 +81,12 @@ class DataConfig:
     color_jitter: float = key(0.0, "strength of random brightness, contrast and saturation", between(0, 1))
     normalization: str | tuple[Triple, Triple] = key(
         "imagenet", "name of mean and deviation of pixels, or both by channel, ((r, g, b), (r, g, b))", _STATISTICS
+    )
+    background: str = key(
+        rgb.WHITE,
+        "white lays transparent images on white before they are resized; drop_alpha reads the colours hidden under the "
+        "transparency, as open_clip does, and resizes evaluated images first",
+        choice(rgb.BACKGROUNDS),
     )
     cache: bool = key(False, "keep decoded images in memory")
     threads: int = key(16, "batches that this process reads at once, where workers is 0", at_least(1))

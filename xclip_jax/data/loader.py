@@ -63,7 +63,7 @@ class Transform:
         # Large enough that not even the smallest square crop is enlarged.
         exact = config.resample != "area"
         scaled_to = 0 if exact else math.ceil(self.size / scale[0] ** 0.5)
-        with transforms.decoding(record["image"], scaled_to=scaled_to) as image:
+        with transforms.decoding(record["image"], scaled_to=scaled_to, background=config.background) as image:
             transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample, out=out)
 
     def caption(self, record: Record, rng: np.random.Generator) -> str:
@@ -169,7 +169,7 @@ def sample_order(opened: Sequence[Source], config: DataConfig, seed: int) -> Sam
     """
     outcomes: list[dict[str, Any]] = []
     # Images are decoded when they are used; captions are read from the sources themselves.
-    read = [sources.Decoded(source) for source in opened] if config.cache else opened
+    read = [sources.Decoded(source, config.background) for source in opened] if config.cache else opened
 
     def shuffled(parts: Sequence[Source], seed: int) -> grain.MapDataset:
         places = grain.MapDataset.range(sum(map(len, parts)))

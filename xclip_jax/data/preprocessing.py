@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from xclip_jax.data import rgb
 from xclip_jax.data.transforms import (
     INTERPOLATIONS,
     RESIZE_MODES,
@@ -72,6 +73,7 @@ class Preprocessing:
       resize_size: `eval.resize_size`, what "shortest" and "squash" resize to before the central `size` pixels are kept;
         0 for `size`.
       interpolation: `eval.interpolation`, "bicubic" or "bilinear", both antialiased.
+      background: `data.background`, what transparent images lie on.
 
     Raises:
       UserError: a value that does not fit, by its config key.
@@ -83,10 +85,12 @@ class Preprocessing:
     resize_mode: str = "shortest"
     resize_size: int = 0
     interpolation: str = "bicubic"
+    background: str = rgb.DROPPED
 
     def __post_init__(self) -> None:
         check_choice("eval.resize", self.resize_mode, RESIZE_MODES)
         check_choice("eval.interpolation", self.interpolation, INTERPOLATIONS)
+        check_choice("data.background", self.background, rgb.BACKGROUNDS)
         if self.resize_size and self.resize_mode == "longest":
             raise UserError(f"eval.resize_size is {self.resize_size}; with eval.resize='longest' it must be 0.")
         if self.resize_size and self.resize_size < self.size:
@@ -101,24 +105,27 @@ class Preprocessing:
         mean, std = mean_std(config.data.normalization)
         group = config.eval
         size = config.model.tower("img").image_size
-        return cls(size, mean, std, group.resize, group.resize_size, group.interpolation)
+        return cls(size, mean, std, group.resize, group.resize_size, group.interpolation, config.data.background)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], size: int) -> "Preprocessing":
         """Make it from groups "data" and "eval" of a config as nested dicts, and the size of the tower's images.
 
-        Where "eval" lacks keys, as in older files of weights, defaults hold.
+        Where they lack keys, as in older files of weights, defaults hold.
         """
         mean, std = mean_std(config["data"]["normalization"])
-        group = config.get("eval", {})
-        fields = {"resize": "resize_mode", "resize_size": "resize_size", "interpolation": "interpolation"}
+        group = {**config.get("eval", {}), "background": config["data"].get("background", cls.background)}
+        fields = {"resize": "resize_mode"} | {key: key for key in ("resize_size", "interpolation", "background")}
         return cls(size, mean, std, **{field: group[key] for key, field in fields.items() if key in group})
 
     def to_config(self) -> dict[str, dict[str, Any]]:
         """The keys of groups `data` and `eval` that `from_dict` reads; known statistics by their name."""
         pair = (self.mean, self.std)
         return {
-            "data": {"normalization": next((name for name, known in STATISTICS.items() if known == pair), pair)},
+            "data": {
+                "normalization": next((name for name, known in STATISTICS.items() if known == pair), pair),
+                "background": self.background,
+            },
             "eval": {
                 "resize": self.resize_mode, "resize_size": self.resize_size, "interpolation": self.interpolation,
             },
@@ -140,11 +147,12 @@ class Preprocessing:
 
     @property
     def normalization(self) -> str:
-        """Mean and deviation, in words."""
+        """Mean and deviation, and what transparent images lie on unless it is nothing, in words."""
         normalization = self.to_config()["data"]["normalization"]
+        white = ", transparent images on white" if self.background == rgb.WHITE else ""
         if isinstance(normalization, str):
-            return f"mean and deviation of {normalization!r}"
-        return f"mean {self.mean}, deviation {self.std}"
+            return f"mean and deviation of {normalization!r}{white}"
+        return f"mean {self.mean}, deviation {self.std}{white}"
 
     def describe(self) -> str:
         """All of it, in words."""
@@ -156,7 +164,9 @@ class Preprocessing:
         Raises:
           BadSample: it cannot be decoded.
         """
-        return evaluation_image(data, self.size, self.interpolation, self.resize_mode, self.resize_size)
+        return evaluation_image(
+            data, self.size, self.interpolation, self.resize_mode, self.resize_size, self.background
+        )
 
     def mask(self, mask: np.ndarray) -> np.ndarray:
         """Class numbers uint8 (h, w) of an image's pixels -> uint8 (size, size) of its view; 255 for no class."""

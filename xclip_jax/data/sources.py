@@ -13,7 +13,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from xclip_jax.data import records, transforms
+import numpy as np
+
+from xclip_jax.data import records, rgb, transforms
 from xclip_jax.data.array_record import ArrayRecords
 from xclip_jax.data.base import (
     LabelledSource,
@@ -31,7 +33,7 @@ from xclip_jax.data.tables import CsvTables, ParquetTables
 from xclip_jax.data.tar_source import Tars
 from xclip_jax.data.tfds_source import DemoSplits, IconSplits, TfdsSplits
 from xclip_jax.data.wds import Wds
-from xclip_jax.errors import UserError
+from xclip_jax.errors import BadSample, UserError
 from xclip_jax.imports import import_class
 
 SOURCES: Mapping[str, type[SourceKind]] = {
@@ -48,6 +50,7 @@ SOURCES: Mapping[str, type[SourceKind]] = {
     "hf": HubSets,
 }
 OF_ANOTHER_PACKAGE = "package.module:Class:REST"
+_SAMPLED = 256
 
 _IMPORTED = re.compile(r"(?P<class>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*)(?::(?P<rest>.*))?", re.S)
 
@@ -205,6 +208,22 @@ def _refuse(spec: str, error: NotOfferedError, attribute: str) -> NoReturn:
     raise UserError(f"source {spec!r} has no {error}; write {_either(specs)}.") from error
 
 
+def transparent_share(opened: Sequence[Source], timeout: float, threads: int) -> float:
+    """Return the share of transparent images among at most `_SAMPLED` random records of each source.
+
+    Records that cannot be used do not count. `timeout` and `threads` are those of `records.read_each`.
+    """
+    rng = np.random.default_rng(0)
+    places = [(x, int(i)) for x in opened for i in rng.choice(len(x), min(len(x), _SAMPLED), replace=False)]
+
+    def look(record: Record) -> bool:
+        return "image" in record and transforms.is_transparent(record["image"])
+
+    read = list(records.read_each(places, look, timeout=timeout, threads=min(threads, records.MAX_THREADS)))
+    usable = [found for found in read if not isinstance(found, BadSample)]
+    return sum(usable) / max(len(usable), 1)
+
+
 class Decoded(WrappedSource):
     """Keeps each image decoded in memory after its first use. For sets that fit: n * h * w * 3 bytes.
 
@@ -212,8 +231,9 @@ class Decoded(WrappedSource):
     this, and not where its captions are.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, background: str = rgb.WHITE) -> None:
         super().__init__(source)
+        self._background = background
         self._records: dict[int, Record] = {}
 
     def __getitem__(self, index: int) -> Record:
@@ -222,7 +242,7 @@ class Decoded(WrappedSource):
             record = self.source[index]
             if "image" in record:  # labelled texts have none
                 try:
-                    record = record | {"image": transforms.decode(record["image"])}
+                    record = record | {"image": transforms.decode(record["image"], background=self._background)}
                 except Exception as error:
                     records.as_bad_sample(error)  # raises what concerns more than this record
             self._records[index] = record

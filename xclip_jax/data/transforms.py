@@ -17,6 +17,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
+from xclip_jax.data import jpeg, rgb
 from xclip_jax.data.weighted import WeightedSemaphore
 from xclip_jax.errors import BadSample
 
@@ -55,28 +56,6 @@ def _formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-def _jpeg_header(data: bytes) -> tuple[int, int, int, bool, bool] | None:
-    """(width, height, channels, whether EXIF may rotate it, whether its coefficients are in memory all at once).
-
-    None for a JPEG whose markers make no sense.
-    """
-    offset, exif = 2, False
-    while offset + 10 <= len(data) and data[offset] == 0xFF:
-        marker = data[offset + 1]
-        if marker == 0xFF:  # padding
-            offset += 1
-            continue
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            if data[offset + 4] != 8:  # bits
-                return None
-            h = int.from_bytes(data[offset + 5 : offset + 7], "big")
-            w = int.from_bytes(data[offset + 7 : offset + 9], "big")
-            return (w, h, data[offset + 9], exif, marker not in (0xC0, 0xC1)) if w and h else None
-        exif = exif or (marker == 0xE1 and data[offset + 4 : offset + 8] == b"Exif")
-        offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
-    return None
-
-
 def _is_rotated(data: bytes) -> bool:
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
@@ -87,7 +66,7 @@ def _is_rotated(data: bytes) -> bool:
 
 def _decode_jpeg(data: bytes, scaled_to: int, held: contextlib.ExitStack) -> np.ndarray | None:
     """Decode a JPEG by libjpeg-turbo, or return None for those that Pillow is to decode. See `_decode` for `held`."""
-    header = _jpeg_header(data)
+    header = jpeg.header(data)
     if header is None or header[2] not in (1, 3) or (header[3] and _is_rotated(data)):
         return None
     w, h, *_, progressive = header
@@ -106,18 +85,6 @@ def _decode_jpeg(data: bytes, scaled_to: int, held: contextlib.ExitStack) -> np.
     except ValueError:
         held.close()
         return None  # Pillow distinguishes truncated files from those that are only unusual
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB: palettes to colours, 16 bits to 8, transparency dropped as open_clip does."""
-    if image.mode.startswith("I"):
-        # Pillow would clip values above 255, which gives a white image.
-        values = np.array(image)
-        values = np.right_shift(np.clip(values, 0, 65535, out=values), 8, out=values)
-        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns otherwise
-    return image.convert("RGB")
 
 
 def _open(data: bytes | Image.Image, held: contextlib.ExitStack) -> Image.Image:
@@ -142,43 +109,54 @@ def _open(data: bytes | Image.Image, held: contextlib.ExitStack) -> Image.Image:
         raise BadSample(reason, f"{about} ({error})") from error
 
 
-def _decode(data: bytes | np.ndarray, scaled_to: int, held: contextlib.ExitStack) -> np.ndarray:
+def _decode(
+    data: bytes | np.ndarray | Image.Image, held: contextlib.ExitStack, background: str, scaled_to: int = 0
+) -> np.ndarray:
     """Decode an image, see `decode`. Until `held` is closed the image's pixels count as being decoded."""
     if isinstance(data, np.ndarray):
         if data.dtype != np.uint8 or data.shape[2:] not in ((1,), (3,)) or not data.size:
             raise BadSample("image is not uint8 (h, w, 3)", f"an array of {data.dtype}, {data.shape}")
         return data if data.shape[2] == 3 else data.repeat(3, axis=2)
-    if data[:2] == b"\xff\xd8" and (image := _decode_jpeg(data, scaled_to, held)) is not None:
+    if jpeg.is_jpeg(data) and (image := _decode_jpeg(data, scaled_to, held)) is not None:
         return image
-    return np.array(_to_rgb(_open(data, held)))
+    return np.array(rgb.to_rgb(_open(data, held), background))
 
 
 @contextlib.contextmanager
-def decoding(data: bytes | np.ndarray, *, scaled_to: int = 0) -> Iterator[np.ndarray]:
+def decoding(data: bytes | np.ndarray, *, scaled_to: int = 0, background: str = rgb.WHITE) -> Iterator[np.ndarray]:
     """Context of a decoded image that is not kept, see `decode`.
 
     It waits while the images in such contexts of other threads of this process have too many pixels for one more.
     """
     with contextlib.ExitStack() as held:
-        yield _decode(data, scaled_to, held)
+        yield _decode(data, held, background, scaled_to)
 
 
-def decode(data: bytes | np.ndarray, *, scaled_to: int = 0) -> np.ndarray:
+def decode(data: bytes | np.ndarray, *, scaled_to: int = 0, background: str = rgb.WHITE) -> np.ndarray:
     """Decode an image to uint8 RGB (h, w, 3), rotated by its EXIF tag; an array (h, w, 3), or grey (h, w, 1), as RGB.
 
     JPEGs are decoded by libjpeg-turbo; CMYK, those that EXIF rotates, and all other formats by Pillow. Of several
-    frames the first is decoded, transparency is dropped.
+    frames the first is decoded.
 
     Args:
       data: content of the file.
       scaled_to: for training; a JPEG may be decoded to a half, a quarter or an eighth of its size, no side below this
         number of pixels, and slightly less exact. 0 for the full size.
+      background: one of `rgb.BACKGROUNDS`.
 
     Raises:
       BadSample: not an image, a damaged one, another array, or more than `MAX_PIXELS`, checked before decoding.
     """
-    with decoding(data, scaled_to=scaled_to) as image:
+    with decoding(data, scaled_to=scaled_to, background=background) as image:
         return image
+
+
+def is_transparent(data: bytes | np.ndarray) -> bool:
+    """Whether a pixel of an image is transparent, at least in part. Raises `BadSample` as `decode`."""
+    if isinstance(data, np.ndarray) or jpeg.is_jpeg(data):
+        return False
+    with contextlib.ExitStack() as held:
+        return rgb.is_transparent(_open(data, held))
 
 
 def _resize(
@@ -229,11 +207,14 @@ def evaluation_image(
     resample: str = "bicubic",
     mode: str = "shortest",
     resize_size: int = 0,
+    background: str = rgb.DROPPED,
 ) -> np.ndarray:
-    """Resize and crop an image to uint8 (size, size, 3), with the pixels of open_clip's evaluation transform.
+    """Resize and crop an image to uint8 (size, size, 3).
 
-    It resizes before it converts to RGB, which matters for palettes, which are resized without interpolation, and for
-    transparent pixels, which have a lower weight. Unlike it, this rotates images by EXIF and scales 16 bits.
+    On white it is what `decode` makes of the image, resized. Where transparency is dropped, the pixels are those of
+    open_clip's evaluation transform, which resizes before it converts to RGB: palettes are resized without
+    interpolation, and transparent pixels have a lower weight. Unlike it, this rotates images by EXIF and scales 16
+    bits.
 
     Args:
       data: content of a file, an RGB array (h, w, 3), or a Pillow image.
@@ -242,18 +223,17 @@ def evaluation_image(
       mode: "shortest" resizes the shorter side and keeps the central square, "squash" resizes each side to the same
         length, "longest" resizes the longer side and pads with black.
       resize_size: side after resizing, before the central `size` pixels are cropped; 0 for `size`.
+      background: one of `rgb.BACKGROUNDS`.
 
     Raises:
       BadSample: as `decode`.
     """
     with contextlib.ExitStack() as held:
-        if isinstance(data, np.ndarray) or (isinstance(data, bytes) and data[:2] == b"\xff\xd8"):
-            image = Image.fromarray(_decode(data, 0, held))
-        else:
-            image = _open(data, held)
-        if image.mode.startswith("I"):
-            image = _to_rgb(image)
-        return np.asarray(_to_rgb(_fit(image, size, resample, mode, resize_size)))
+        if isinstance(data, np.ndarray) or jpeg.is_jpeg(data) or background == rgb.WHITE:
+            image = Image.fromarray(_decode(data, held, background))
+        elif (image := _open(data, held)).mode.startswith(("I", "F")):
+            image = rgb.to_rgb(image, background)
+        return np.asarray(rgb.to_rgb(_fit(image, size, resample, mode, resize_size), background))
 
 
 def evaluation_mask(mask: np.ndarray, size: int, mode: str = "shortest", resize_size: int = 0) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from xclip_jax.data import controls, labelled, loader, opening
+from xclip_jax.data import controls, labelled, loader, opening, rgb, sources
 from xclip_jax.data.base import Source
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.doctor.finding import Finding, attempt, fail, warning
@@ -90,6 +90,8 @@ def check_data(
     yield _bad_samples(sample, opened, experiment.data.max_bad_fraction)
     if sample.text is not None:
         yield _texts(sample.text, experiment)
+    if "image" in objective.fields:
+        yield from _transparency(opened, experiment.data)
     yield _speed(sample, experiment, step_seconds)
 
 
@@ -183,6 +185,13 @@ def _place(line: str) -> str:
     entry = json.loads(line)
     names = {key: value for key, value in entry.items() if key not in ("position", "reason", "detail")}
     return json.dumps(names, ensure_ascii=False)
+
+
+def _transparency(opened: Sequence[Source], data: loader.DataConfig) -> Iterator[Finding]:
+    """Yield what is made of transparent images; nothing where there are none."""
+    if share := sources.transparent_share(opened, data.read_timeout, data.threads):
+        text = f"transparent images: {rgb.describe(share, data.background)} (data.background={data.background!r})"
+        yield Finding("transparency", text, values={"transparent_share": share})
 
 
 def _texts(text: np.ndarray, experiment: Experiment) -> Finding:

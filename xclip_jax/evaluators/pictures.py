@@ -25,7 +25,7 @@ class Pictures(Sequence):
         try:
             image = self._images[index]
             if self._border or not isinstance(image, bytes):
-                image = transforms.decode(image)
+                image = transforms.decode(image, background=self._prepare.background)
             if self._border:
                 image = image[self._border : -self._border, self._border : -self._border]
             return self._prepare(image)
@@ -44,7 +44,7 @@ class Augmented(Sequence):
 
     def __init__(self, images: Sequence[Sequence[Any]], prepare: Preprocessing, epoch: int) -> None:
         self._images, self._epoch = Joined(images), epoch
-        self._size, self._resample = prepare.size, prepare.interpolation
+        self._prepare = prepare
 
     def __len__(self) -> int:
         return len(self._images)
@@ -52,9 +52,10 @@ class Augmented(Sequence):
     def __getitem__(self, index: int) -> np.ndarray:  # ty: ignore[incompatible-method-override] no slices
         rng = np.random.default_rng((self._epoch, index))
         try:
-            image = transforms.decode(self._images[index])
+            image = transforms.decode(self._images[index], background=self._prepare.background)
         except BadSample as error:
             error.add_note(f"training image {index}")
             raise
-        image = transforms.random_resized_crop(image, self._size, rng, (0.08, 1.0), resample=self._resample)
+        size, resample = self._prepare.size, self._prepare.interpolation
+        image = transforms.random_resized_crop(image, size, rng, (0.08, 1.0), resample=resample)
         return image[:, ::-1] if rng.random() < 0.5 else image

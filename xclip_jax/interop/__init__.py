@@ -1,8 +1,8 @@
 """Weights from and to other projects, in NumPy alone: OpenAI's CLIP, open_clip, Hugging Face, and our own format.
 
 A model is a pair. `config` has the groups of a run's config that a model needs, as plain dicts: "model" and
-"objective"; of "data" the keys tokenizer, normalization and resample ("bicubic", for new training), of "eval" those of
-the preprocessing, see `Preprocessing`. "source" has the format of the weights, and "notes", sentences on what was
+"objective"; of "data" the keys tokenizer and resample ("bicubic", for new training), of "data" and "eval" those of the
+preprocessing, see `Preprocessing`. "source" has the format of the weights, and "notes", sentences on what was
 assumed or is ignored. `variables` are those of `TwoTowers.apply`, fp32: {"params": ..., "batch_stats": ...}, the second
 only for heads with BatchNorm.
 """

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from xclip_jax.config import schema
+from xclip_jax.data import rgb
 from xclip_jax.evaluators import summary
 from xclip_jax.report.chance import ABOVE, LEVEL, judge, judgements
 from xclip_jax.report.charts import Line, chart, number, one_decimal
@@ -55,12 +56,14 @@ def _facts(record: Record, parameters: int | None) -> str:
     config, environment, objective = record.config, record.environment, record.objective
     last = record.training[-1] if record.training else {}
     samples = sum(source.get("samples", 0) for source in record.sources)
+    transparent = max((source.get("transparent", 0) for source in record.sources), default=0)
     unit = "items" if objective.labelled else "pairs"
     facts = {
         "Objective": objective.title + (f", {objective.formula}" if len(objective.terms) > 1 else ""),
         "Image tower": config.model.tower("img").describe(),
         "Parameters": f"{parameters:,}" if parameters else "",
         f"Training {unit}": f"{samples:,}" if samples else "",
+        "Transparent images": rgb.describe(transparent, config.data.background) if transparent else "",
         f"{unit.capitalize()} seen": f"{last['samples']:,} ({last['epoch']:.1f} epochs)" if "epoch" in last else "",
         "Speed": f"{number(last['samples_per_second'])} {unit}/s" if last.get("samples_per_second") else "",
         "MFU": f"{last['mfu']:.1%}" if last.get("mfu") else "",

@@ -17,10 +17,10 @@ from xclip_jax.run_folder import CLOCKS, RunFolder
 from xclip_jax.storage import strict_json, write_whole
 from xclip_jax.study.declaration import ON_VALIDATION
 
-# Keys that do not change what is learned or measured, only where and how fast.
+# Keys that do not change what is learned or measured, only where and how fast; all images of a study are opaque.
 FREE_KEYS = (
-    "run", "checkpoint.", "data.buffer", "data.cache", "data.dir", "data.threads", "data.workers", "eval.batch",
-    "eval.every", "eval.report", "log.", "loss.", "mesh.",
+    "run", "checkpoint.", "data.background", "data.buffer", "data.cache", "data.dir", "data.threads", "data.workers",
+    "eval.batch", "eval.every", "eval.report", "log.", "loss.", "mesh.",
 )  # fmt: skip
 CURVE_POINTS = 20
 # Of the logged metrics, those that a curve keeps, as far as a run has them.

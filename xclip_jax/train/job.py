@@ -4,12 +4,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 
 from xclip_jax.addresses import public
 from xclip_jax.config.schema import Config, resolve
-from xclip_jax.data import controls, labelled, loader, opening, sources
+from xclip_jax.console import log0
+from xclip_jax.data import controls, labelled, loader, opening, rgb, sources
 from xclip_jax.data.base import Source
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.length_groups import AUTO
@@ -25,7 +27,7 @@ from xclip_jax.parallel.mesh import BatchPart, batch_part
 from xclip_jax.train import caption_lengths
 from xclip_jax.train.build import Experiment, build
 from xclip_jax.train.encoder import make_encoder, own_profile
-from xclip_jax.train.run_folder import TrainingFolder
+from xclip_jax.train.run_folder import TRANSPARENT, TrainingFolder
 from xclip_jax.train.weights import read_initial
 
 
@@ -39,7 +41,8 @@ class Job:
       initial: tensors of `init.weights` that a new run starts from.
       sources: training data, as `data.subset` and `data.caption_noise` change it.
       order: of their samples.
-      fingerprints: one of each whole source, with digests of what the order takes from its records.
+      fingerprints: one of each whole source, with digests of what the order takes from its records; on process 0 with
+        the share of transparent images among some of them.
       during: evaluators of `eval.sets`, run every `eval.every` steps.
       final: those of `eval.sets` and `eval.final_sets`, run at the end.
       encoder: what the evaluators share.
@@ -134,6 +137,12 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
         captions = ({"data.spread_duplicate_captions": outcome} for outcome in order.captions)
         fingerprints = [a | b for a, b in zip(fingerprints, captions, strict=True)]
         folder.check_sources(config, fingerprints)
+    if jax.process_index() == 0 and "image" in experiment.objective.fields:
+        data = experiment.data
+        shares = [sources.transparent_share([source], data.read_timeout, data.threads) for source in opened]
+        fingerprints = [a | {TRANSPARENT: share} for a, share in zip(fingerprints, shares, strict=True)]
+        if any(shares):
+            log0(f"transparent images: {rgb.describe(max(shares), data.background)} (data.background)")
     part = batch_part(experiment.mesh)
     return Job(config, experiment, folder, part, initial, samples, order, fingerprints, during, final, encoder)
 

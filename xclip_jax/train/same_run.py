@@ -12,7 +12,7 @@ from xclip_jax.config.schema import Config
 from xclip_jax.data import tokenizer
 from xclip_jax.parallel import processes
 from xclip_jax.train.job import Job
-from xclip_jax.train.run_folder import OUTCOMES, TrainingFolder
+from xclip_jax.train.run_folder import OUTCOMES, TRANSPARENT, TrainingFolder
 
 # Hosts may keep the same files in different places, and differ in how they read them.
 _OF_A_HOST = (
@@ -50,7 +50,7 @@ def check_data(job: Job) -> None:
     if (name := job.experiment.data.tokenizer) not in tokenizer.NAMES:
         facts["tokenizer file"] = hashlib.sha256(epath.Path(name).read_bytes()).hexdigest()[:12]
     for number, fingerprint in enumerate(job.fingerprints):
-        whole = {key: value for key, value in fingerprint.items() if key not in OUTCOMES}
+        whole = {key: value for key, value in fingerprint.items() if key not in (*OUTCOMES, TRANSPARENT)}
         content = json.dumps(whole, sort_keys=True, default=str)
         digest = hashlib.sha256(content.encode()).hexdigest()[:12]
         facts[f"source {number}"] = f"{fingerprint.get('samples')} samples, hash {digest}"
