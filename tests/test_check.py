@@ -46,7 +46,7 @@ def test_torture_set_would_stop_a_run(tmp_path, capsys):
     assert code == 1
     assert "training would stop" in out
     counted = collections.Counter()
-    for reason, number in re.findall(r"^bad, ([a-z ]+): (\d+) ", out, re.M):
+    for reason, number in re.findall(r"^bad, ([\w -]+): (\d+) ", out, re.M):
         counted[reason] += int(number)
     assert counted == collections.Counter(bad.values())
     shown = [json.loads(line) for line in out.splitlines() if line.startswith("    {")]

@@ -128,13 +128,6 @@ def test_rows_agree_with_the_csv_module_where_quotes_are_in_pairs(tmp_path):
         assert [row for _, row in tables.read_rows(f"{tmp_path}/x.csv")] == rows
 
 
-def test_text_that_is_not_utf8(tmp_path):
-    (tmp_path / "x.csv").write_bytes("path,label\na,caf\xe9\n".encode("latin-1"))
-    assert list(tables.read_rows(f"{tmp_path}/x.csv"))[1] == (2, ["a", "caf\ufffd"])
-    with pytest.raises(UserError, match=r"x\.csv' is not UTF-8 .*; save it in that encoding"):
-        list(tables.read_rows(f"{tmp_path}/x.csv", errors="strict"))
-
-
 def test_rows_whose_image_cannot_be_read_are_bad_samples(tmp_path, images, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.setitem(base.MAX_BYTES, "image", 2000)

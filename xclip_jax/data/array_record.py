@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from xclip_jax import storage
 from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions
 from xclip_jax.data.tables import fingerprint, strip_texts
+from xclip_jax.data.text import decode_utf8
 from xclip_jax.errors import BadSample, UserError
 
 
@@ -52,7 +53,7 @@ class ArrayRecordSource(Source):
             raise BadSample("no image in the record", f"it has {', '.join(sorted(features))}")
 
         def strings(keys: Sequence[str]) -> list[str]:
-            return strip_texts([value.decode("utf-8", "replace") for key in keys for value in features.get(key, ())])
+            return strip_texts([decode_utf8(value) for key in keys for value in features.get(key, ())])
 
         text = strings(self.text_keys)
         if not text:

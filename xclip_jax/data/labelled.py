@@ -14,6 +14,7 @@ import numpy as np
 
 from xclip_jax import storage
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, LabelledSource, Record
+from xclip_jax.data.text import TO_UTF8
 from xclip_jax.errors import UserError
 
 
@@ -116,6 +117,8 @@ def _read_folder(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list
             f"{str(path)!r} contain no images ({', '.join(IMAGE_SUFFIXES)}); add images, or delete the folders."
         )
     labels = np.repeat(np.arange(len(names)), [len(inside) for inside in images])
+    # A folder's name need not be UTF-8, and texts of classes have to be.
+    names = [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names]
     return Paths([image for inside in images for image in inside], path), labels, names
 
 
@@ -167,7 +170,7 @@ def _rows(name: str, path: pathlib.Path) -> list[tuple[int, str, str]]:
     except UnicodeDecodeError as error:
         raise UserError(
             f"{name}: CSV file {str(path)!r} is not UTF-8 (byte {error.object[error.start]:#x}: {error.reason}); save "
-            "it in UTF-8, or convert it, as with iconv -f latin1 -t utf8."
+            f"it in UTF-8, or convert it, as with {TO_UTF8}."
         ) from error
     except csv.Error as error:
         raise UserError(

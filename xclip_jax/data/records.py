@@ -138,4 +138,6 @@ def as_bad_sample(error: Exception) -> BadSample:
         return error
     if isinstance(error, (UserError, MemoryError)):
         raise error
+    if isinstance(error, UnicodeDecodeError):
+        return BadSample("caption is not UTF-8", str(error))
     return BadSample(type(error).__name__, str(error))

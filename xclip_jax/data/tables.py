@@ -18,7 +18,7 @@ from xclip_jax import remote, storage
 from xclip_jax.addresses import public
 from xclip_jax.data import labelled
 from xclip_jax.data.base import MAX_BYTES, MissingColumnError, Record, Source, SourceKind, SourceOptions
-from xclip_jax.data.text import first_line
+from xclip_jax.data.text import decode_utf8, first_line
 from xclip_jax.errors import BadSample, UserError
 
 # Most lines of a field in quotes; above, two quotes without partners are likelier.
@@ -48,7 +48,7 @@ def _check_columns(path: str, names: Sequence[str], keys: Sequence[str]) -> None
         raise MissingColumnError(fault, "data.image_key, data.text_keys and data.tags_key")
 
 
-def read_rows(path: str, *, errors: str = "replace") -> Iterator[tuple[int, list[str]]]:
+def read_rows(path: str) -> Iterator[tuple[int, list[str]]]:
     """Yield line number and fields of each row of a CSV or TSV file, the one with the names of the columns first.
 
     Fields are separated by commas, or by tabs if the first line has one. Between tabs quotes are ordinary letters,
@@ -56,12 +56,11 @@ def read_rows(path: str, *, errors: str = "replace") -> Iterator[tuple[int, list
     number is that of the last one. Empty lines are left out.
 
     Args:
-      path: the file, in UTF-8, with or without a byte order mark.
-      errors: how to decode bytes that are not UTF-8, "replace" or "strict".
+      path: the file, in UTF-8, with or without a byte order mark; other bytes are escaped by surrogates.
 
     Raises:
       UserError: a quote that is never closed, or that only one of a later row seems to close, so that rows would be
-        lost in a field; with "strict" text that is not UTF-8.
+        lost in a field; UTF-16 or UTF-32 by its byte order mark.
     """
     csv.field_size_limit(sys.maxsize)
     lines: list[str] = []  # of the row that is being read
@@ -74,24 +73,21 @@ def read_rows(path: str, *, errors: str = "replace") -> Iterator[tuple[int, list
             yield line
 
     long_rows = []  # first lines of rows of several lines
-    with open(path, encoding="utf-8-sig", errors=errors, newline="") as file:
-        try:
-            tabs = "\t" in file.readline()
-            file.seek(0)
-            quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-            rows = csv.reader(read_lines(file), delimiter="\t" if tabs else ",", quoting=quoting)
-            for row in rows:
-                if len(lines) > 1:
-                    first = rows.line_num - len(lines) + 1
-                    if not _is_closed(lines):
-                        what = "all rows after it" if lines[-1] == _END else "rows after it"
-                        raise UserError(_about_quote(path, first, what))
-                    long_rows.append(first)
-                if row and lines != [_END]:
-                    yield rows.line_num, row
-                lines.clear()
-        except UnicodeDecodeError as error:
-            raise UserError(f"table {path!r} is not UTF-8 ({error}); save it in that encoding.") from error
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        tabs = "\t" in file.readline()
+        file.seek(0)
+        quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+        rows = csv.reader(read_lines(file), delimiter="\t" if tabs else ",", quoting=quoting)
+        for row in rows:
+            if len(lines) > 1:
+                first = rows.line_num - len(lines) + 1
+                if not _is_closed(lines):
+                    what = "all rows after it" if lines[-1] == _END else "rows after it"
+                    raise UserError(_about_quote(path, first, what))
+                long_rows.append(first)
+            if row and lines != [_END]:
+                yield rows.line_num, row
+            lines.clear()
     if long_rows and multiprocessing.parent_process() is None:
         warnings.warn(
             f"table {path!r} has {len(long_rows):,} rows of several lines, the first at line {long_rows[0]}; if that "
@@ -243,6 +239,10 @@ class CsvSource(TableSource):
             counts.append(len(columns[0]) - before)
         return {key: _Strings(column) for key, column in zip(keys, columns, strict=True)}, counts
 
+    def _value(self, key: str, index: int) -> str:
+        value = super()._value(key, index)
+        return value if key == self.image_key else decode_utf8(value.encode("utf-8", "surrogateescape"))
+
     def __getitem__(self, index: int) -> Record:
         if fault := self._too_many_fields(index):
             raise BadSample("row has too many fields", fault)
@@ -295,7 +295,7 @@ class ParquetSource(TableSource):
         try:
             return self._columns[key][index].as_py()
         except UnicodeDecodeError as error:
-            raise BadSample("text is not UTF-8", str(error)) from error
+            raise BadSample("caption is not UTF-8", str(error)) from error
 
 
 def fingerprint(samples: int, paths: Sequence[str], whole: int = 0) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from xclip_jax import open_files, storage
 from xclip_jax.addresses import public
 from xclip_jax.data import tar_index
 from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions
-from xclip_jax.data.text import decode_text, json_strings
+from xclip_jax.data.text import decode_text, decode_utf8, json_strings
 from xclip_jax.errors import BadSample, UserError
 
 _GAP = 1 << 16  # files of a sample that are closer than this are read in one request
@@ -130,7 +130,9 @@ class TarSource(Source):
         fields = {}
         if "json" in self._parts:
             try:
-                fields = json.loads(parts["json"] or b"{}")
+                fields = json.loads(decode_utf8(parts["json"] or b"{}"))
+            except BadSample:
+                raise
             except (ValueError, RecursionError) as error:
                 raise BadSample("JSON file is damaged", str(error)) from error
         text = []

@@ -5,27 +5,37 @@ from typing import Any
 
 from xclip_jax.errors import BadSample
 
+TO_UTF8 = "iconv -f latin1 -t utf-8 FILE > NEW"  # the remedy for most texts that are not UTF-8
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
 
 
 def decode_text(data: bytes) -> str:
-    """Decode a text: UTF-8 or, by its byte order mark, UTF-16; else Windows-1252, unless it lacks some of the bytes.
+    """Decode a text: UTF-8 or, by its byte order mark, UTF-16.
 
     Raises:
-      BadSample: the bytes are not text.
+      BadSample: the bytes are of another encoding, or not text.
     """
-    try:
-        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return data.decode("utf-16")
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         try:
-            text = data.decode("cp1252")
+            text = data.decode("utf-16")
         except UnicodeDecodeError as error:
             raise BadSample("caption is not text", f"begins with {data[:8]!r}") from error
+    else:
+        text = decode_utf8(data)
     if _CONTROL.search(text):
         raise BadSample("caption is not text", f"begins with {data[:8]!r}")
     return text
+
+
+def decode_utf8(data: bytes) -> str:
+    """Decode UTF-8. Raises `BadSample`; another encoding is not guessed, since most guesses give some text."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        start = max(error.start - 20, 0)
+        raise BadSample(
+            "caption is not UTF-8", f"{data[start : error.end + 10]!r}; convert the file, as with {TO_UTF8}"
+        ) from error
 
 
 def json_strings(record: Any, key: str) -> list[str]:

@@ -10,17 +10,21 @@ import tensorflow_datasets as tfds
 from xclip_jax.data import demo, icons, labelled
 from xclip_jax.data.base import LabelledSource, MissingColumnError, Record, Source, SourceKind, SourceOptions
 from xclip_jax.data.tables import strip_texts
-from xclip_jax.data.text import first_line
+from xclip_jax.data.text import decode_utf8, first_line
 from xclip_jax.errors import BadSample, UserError
 
 
 def lookup(record: Record, key: str) -> list[str]:
-    """Return the strings at `key` of a TFDS record, '/' for nested features ("captions/text")."""
+    """Return the strings at `key` of a TFDS record, '/' for nested features ("captions/text").
+
+    Raises:
+      BadSample: one is not UTF-8.
+    """
     value: Any = record
     for part in key.split("/"):
         value = [item[part] for item in value] if isinstance(value, list) else value[part]
     values = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
-    return [item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item) for item in values]
+    return [decode_utf8(item) if isinstance(item, bytes) else str(item) for item in values]
 
 
 def open_tfds(

@@ -25,6 +25,7 @@ from xclip_jax import storage
 from xclip_jax.data import hub_client, labelled, tar_index
 from xclip_jax.data.base import MAX_BYTES, SourceKind, SourceOptions
 from xclip_jax.data.tar_headers import members
+from xclip_jax.data.text import TO_UTF8, decode_utf8
 from xclip_jax.errors import BadSample, UserError
 
 CLASSES, SEVERAL, CAPTIONS = "classification", "multilabel", "retrieval"
@@ -70,7 +71,9 @@ class Split:
             lacks = f"has no file {name}" if self.root.is_dir() else "does not exist"
             raise UserError(f"{self.spec}: {str(self.root)!r} {lacks}; {self._expected()}.") from error
         except UnicodeDecodeError as error:
-            raise UserError(f"{self.spec}: {str(self.root / name)!r} is not UTF-8 ({error}).") from error
+            raise UserError(
+                f"{self.spec}: {str(self.root / name)!r} is not UTF-8 ({error}); convert it, as with {TO_UTF8}."
+            ) from error
         return [line.strip() for line in text.splitlines()]
 
     def _expected(self) -> str:
@@ -234,10 +237,13 @@ def open_captions(split: Split) -> tuple[Members, list[list[str]]]:
       UserError: as `read`, or text that is not UTF-8.
     """
     images, answers = read(split)
-    try:
-        return images, [answer.decode().splitlines() for answer in answers]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{split.spec}: captions are not UTF-8 ({error}).") from error
+    captions = []
+    for i, answer in enumerate(answers):
+        try:
+            captions.append(decode_utf8(answer).splitlines())
+        except BadSample as error:
+            raise UserError(f"{split.spec}, {images.name(i)!r}: {error}.") from error
+    return images, captions
 
 
 class Wds(SourceKind):

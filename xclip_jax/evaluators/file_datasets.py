@@ -19,6 +19,7 @@ import numpy as np
 from xclip_jax.data import glue as tasks
 from xclip_jax.data.labelled import Field, Paths
 from xclip_jax.data.preprocessing import Preprocessing
+from xclip_jax.data.text import join_surrogates
 from xclip_jax.data.tfds_source import lookup, open_tfds
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.base import SetKind
@@ -259,7 +260,7 @@ def karpathy(
     """
     try:
         records = [r for r in json.loads(path.read_text(encoding="utf-8"))["images"] if r["split"] == split]
-        captions = [profile.texts([s["raw"] for s in r["sentences"]]) for r in records]
+        captions = [profile.texts([join_surrogates(s["raw"]) for s in r["sentences"]]) for r in records]
         names = [(r.get("filepath", ""), r["filename"]) for r in records]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

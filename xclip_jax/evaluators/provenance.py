@@ -47,7 +47,8 @@ def digest(items: Iterable[Any]) -> str:
     """Return the first 16 hex digits of the sha256 over the JSON of `items`, one a line, in their order."""
     state = hashlib.sha256()
     for item in items:
-        state.update(json.dumps(item, ensure_ascii=False, default=lambda x: x.tolist()).encode() + b"\n")
+        line = json.dumps(item, ensure_ascii=False, default=lambda x: x.tolist())
+        state.update(line.encode("utf-8", "surrogatepass") + b"\n")  # names of files need not be UTF-8
     return state.hexdigest()[:16]
 
 
