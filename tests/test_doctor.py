@@ -15,6 +15,7 @@ import pytest
 from tests import tiny
 from tests.findings import built, only
 from xclip_jax.config import schema
+from xclip_jax.data import demo
 from xclip_jax.doctor import __main__ as command
 from xclip_jax.doctor import machine, resources
 from xclip_jax.doctor.before import Options, check_config, check_weights
@@ -322,3 +323,15 @@ def test_arguments(arguments, message):
     with pytest.raises(SystemExit) as end:
         command.main(arguments)
     assert message in str(end.value) and str(end.value).startswith("error: ")
+
+
+def test_a_missing_extra_is_one_failure(tmp_path, monkeypatch, capfd):
+    """Of the demo's training data and all of its evaluation sets; nothing is announced as downloading."""
+    monkeypatch.setattr(demo, "PACKAGES", ("not-installed",))
+    sets = ("emoji/test_concepts", "emoji/test_rendering")
+    config = tiny.config("clip", data__sources=("demo:train",), data__dir=str(tmp_path), eval__sets=sets)
+    failures = [finding for finding in check_config(config, QUICK) if finding.mark == FAIL]
+    assert [finding.text for finding in failures] == [
+        "the demo data needs the package 'not-installed': pip install 'xclip_jax[demo]'"
+    ]
+    assert "ownload" not in "".join(capfd.readouterr())

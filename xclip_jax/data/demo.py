@@ -352,7 +352,11 @@ def prepare(data_dir: str | os.PathLike | None = None) -> EmojiPairs:
     Raises:
       UserError: a package of the demo is missing, or the Noto images cannot be downloaded.
     """
-    return prepared.prepare(lambda root: EmojiPairs(data_dir=root, file_format="array_record"), data_dir)
+
+    def make(root: str) -> EmojiPairs:
+        return EmojiPairs(data_dir=root, file_format="array_record")
+
+    return prepared.prepare(make, data_dir, _require_packages)
 
 
 def concepts(builder: tfds.core.DatasetBuilder) -> list[dict[str, Any]]:

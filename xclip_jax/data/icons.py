@@ -292,7 +292,7 @@ def prepare(data_dir: str | os.PathLike | None = None, source: Source | None = N
         builder.source = source
         return builder
 
-    return prepared.prepare(make, data_dir)
+    return prepared.prepare(make, data_dir, _resvg_version)
 
 
 def concepts(builder: tfds.core.DatasetBuilder) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from xclip_jax.data import assets
 B = TypeVar("B", bound=tfds.core.DatasetBuilder)
 
 
-def prepare(make: Callable[[str], B], data_dir: str | os.PathLike | None) -> B:
+def prepare(make: Callable[[str], B], data_dir: str | os.PathLike | None, check: Callable[[], Any]) -> B:
     """Return a builder whose data set is prepared as array_record files; prepares it where that has not been done.
 
     An interrupted preparation leaves nothing under the data set's name.
@@ -19,11 +19,14 @@ def prepare(make: Callable[[str], B], data_dir: str | os.PathLike | None) -> B:
     Args:
       make: root of TFDS data sets -> builder.
       data_dir: that root; by default $TFDS_DATA_DIR, else `tfds` in the cache of `assets.cache_dir`.
+      check: raises what would prevent the preparation, before TFDS announces it.
     """
     root = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or assets.cache_dir() / "tfds")
     builder = make(root)
     # Its nested bars, a dozen for these few seconds, would hide the lines that report progress.
     tfds.disable_progress_bar()
+    if not builder.is_prepared():
+        check()
     try:
         builder.download_and_prepare()
     except OSError:

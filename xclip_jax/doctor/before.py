@@ -71,10 +71,13 @@ def check_config(
     step = check_step(experiment, folder, options.step)
     yield from step.findings
     yield from check_disk(experiment, folder)
-    yield from check_data(
+    known = []
+    for finding in check_data(
         experiment, folder, step_seconds=step.seconds, samples=options.samples, seconds=options.seconds
-    )
-    yield from check_sets(experiment)
+    ):
+        known.append(finding.text)
+        yield finding
+    yield from check_sets(experiment, known)
     yield from check_weights(experiment, folder)
     yield from check_settings(experiment, step.seconds)
 

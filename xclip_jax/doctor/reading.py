@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -233,12 +233,12 @@ def _speed(sample: Sample, experiment: Experiment, step_seconds: float | None) -
     return warning("reading", f"{text}: the devices would wait {share:.0%} of the time", remedy, **values)
 
 
-def check_sets(experiment: Experiment) -> Iterator[Finding]:
-    """Yield which evaluation sets cannot be opened."""
+def check_sets(experiment: Experiment, known: Collection[str] = ()) -> Iterator[Finding]:
+    """Yield which evaluation sets cannot be opened, one finding for each reason that is not `known`."""
     config = experiment.config.eval
     specs = tuple(dict.fromkeys((*config.sets, *config.final_sets)))
     encoder = make_encoder(experiment, _classes(experiment))
-    problems = []
+    unopened: dict[str, list[str]] = {}
     for spec in specs:
         _, problem = attempt(
             "evaluation",
@@ -246,9 +246,13 @@ def check_sets(experiment: Experiment) -> Iterator[Finding]:
                 [spec], encoder, profile=own_profile(experiment.config), data=experiment.data
             ),
         )
-        problems += [problem] if problem else []
-    yield from problems
-    if specs and not problems:
+        if problem:
+            unopened.setdefault(problem.text.removeprefix(f"{spec}: "), []).append(spec)
+    for reason, names in unopened.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        if reason.rstrip(".") not in {text.rstrip(".") for text in known}:
+            yield fail("evaluation", reason if names[0] in reason else f"{names[0]}{more}: {reason}")
+    if specs and not unopened:
         during = f"{len(config.sets)} of them every {config.every:,} steps" if config.every else "all at the end"
         yield Finding("evaluation", f"{len(specs)} sets open; {during}", values={"sets": len(specs)})
 
