@@ -100,9 +100,12 @@ def measure(source: check.Source, tokens: tokenizer.Tokenizer) -> Counts:
     samples, _ = check.read(source, sorted(chosen.tolist()), os.cpu_count() or 1, 32)
     good = [sample for sample in samples if not sample.reason]
     if not good:
+        bad, columns = samples[0], ""
+        reason = ": ".join(filter(None, (bad.reason, bad.detail)))
+        if bad.reason in ("caption is empty", "no image in the record"):
+            columns = ", and for records with features of other names the recipe's arguments image=NAME,text=NAME"
         raise UserError(
-            f"none of the {len(samples)} pairs that were read can be used ({samples[0].reason}); see xclip-jax check, "
-            "and for records with features of other names the recipe's arguments image=NAME,text=NAME."
+            f"none of the {len(samples)} pairs that were read can be used ({reason}); see xclip-jax check{columns}."
         )
     longest = 77
     ids = tokens([sample.caption for sample in good], longest)

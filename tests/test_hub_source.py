@@ -119,12 +119,12 @@ def test_images_that_are_paths_and_bytes(tmp_path):
         (
             "image",
             {},
-            r"has no column 'image' of images but text \(string\), label.*; set data\.image_key\.$",
+            r"has no column 'image' of images; its columns are text \(string\), label.*; set data\.image_key\.$",
         ),
-        ("", {"image_key": "jpeg"}, r"has no column 'jpeg' of images but .*; set data\.image_key\.$"),
-        ("text", {}, r"has no column 'text' of captions but image .*, label.*; set data\.text_keys\.$"),
+        ("", {"image_key": "jpeg"}, r"has no column 'jpeg' of images; its columns are .*; set data\.image_key\.$"),
+        ("text", {}, r"has no column 'text' of captions; its columns are image .*, label.*; set data\.text_keys\.$"),
         ("", {"text_keys": ("text", "alt")}, "has no column 'alt' of captions"),
-        ("", {"tags_key": "words"}, r"has no column 'words' but .*; set data\.tags_key\.$"),
+        ("", {"tags_key": "words"}, r"has no column 'words'; its columns are .*; set data\.tags_key\.$"),
     ],
 )
 def test_columns_that_are_missing(tmp_path, drop, change, message):

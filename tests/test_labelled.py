@@ -122,7 +122,10 @@ def test_several_labels_and_none(tmp_path):
         ('path,label\n0.png,cat\n1.png,"dog\n2.png,cat\n', r"cannot be read after line 2: .*quotes must be paired"),
         ('path,label\n0.png,"cat\n1.png,cat"\n', r"line 3 of '.*t\.csv' ends a quoted cell of several lines"),
         ("path,label\n0.png\x00,cat\n", r"1 images of '.*t\.csv' do not exist"),
-        ("file,label\n0.png,cat\n", r"'.*t\.csv' must have the columns path and label"),
+        (
+            "file,label\n0.png,cat\n",
+            r"'.*t\.csv' has the columns 'file', 'label'; it must have the columns",
+        ),
         ("path,label\n", r"and a row"),
         ("", r"and a row"),
     ],

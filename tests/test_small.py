@@ -176,7 +176,9 @@ def test_a_table_and_its_columns(tmp_path):
     assert c.eval.sets == ("retrieval/holdout",) and not c.data.spread_duplicate_captions
     assert folder.exists()
     # Before flags are read, the remedy is an argument.
-    with pytest.raises(UserError, match=r"no column 'image' but 'path', 'words'; name its columns, small:.*,image=COL"):
+    with pytest.raises(
+        UserError, match=r"no column 'image'; its columns are 'path', 'words'; name its .*small:.*,image"
+    ):
         load.load_config(f"small:pairs={tmp_path / 'all.csv'}")
 
 

@@ -60,7 +60,9 @@ def test_csv(tmp_path, images, tab, first):
         with pytest.raises(BadSample, match=reason):
             source[i]
     assert source.describe(3) == {"file": str(tmp_path / "images" / "9.jpg")}
-    with pytest.raises(UserError, match=r"has no column 'image' but 'title', 'filepath', 'words'; set data\.image_key"):
+    with pytest.raises(
+        UserError, match=r"has no column 'image'; its columns are 'title', 'filepath', 'words'; set data\.image_key"
+    ):
         open_source(f"csv:{tmp_path}/pairs.csv")
     (tmp_path / "empty.csv").write_text("image,text\n")
     with pytest.raises(UserError, match="has no row"):
@@ -126,6 +128,43 @@ def test_rows_agree_with_the_csv_module_where_quotes_are_in_pairs(tmp_path):
         csv.writer(file).writerows(rows)
     with pytest.warns(UserWarning, match="rows of several lines"):
         assert [row for _, row in tables.read_rows(f"{tmp_path}/x.csv")] == rows
+
+
+def test_semicolons_as_spreadsheets_write_them(tmp_path, images):
+    (tmp_path / "x.csv").write_text('image;text\nimages/0.jpg;"a fox; red, and small"\nimages/1.jpg;a, b\n')
+    source = open_source(f"csv:{tmp_path}/x.csv")
+    assert [source[i]["text"] for i in (0, 1)] == [["a fox; red, and small"], ["a, b"]]
+    (tmp_path / "labels.csv").write_text("path;label\nimages/0.jpg;a, b\nimages/1.jpg;c\n")
+    assert sources.open_labelled(f"csv:{tmp_path}/labels.csv").names == ["a, b", "c"]
+
+
+@pytest.mark.parametrize("opened", [open_source, sources.open_labelled])
+def test_tables_in_utf16_and_empty_ones_are_refused_by_a_sentence(tmp_path, opened):
+    path = tmp_path / "x.csv"
+    path.write_bytes("path\tcaption\nx.jpg\tone\n".encode("utf-16"))
+    remedy = rf"Save it as UTF-8, or convert it: iconv -f UTF-16 -t UTF-8 {path} > NEW\."
+    with pytest.raises(UserError, match=rf"'{path}' is UTF-16 by its byte order mark; expected UTF-8\. {remedy}"):
+        opened(f"csv:{path}")
+    for nothing in ("", "\n\n"):
+        path.write_text(nothing)
+        with pytest.raises(UserError, match=rf"'{path}' is empty; "):
+            opened(f"csv:{path}")
+
+
+def test_paths_from_the_working_folder_are_recognised(tmp_path, images, monkeypatch):
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "x.csv").write_text("image,text,path,label\nimages/0.jpg,one,images/0.jpg,a\n")
+    monkeypatch.chdir(tmp_path)
+    source = open_source("csv:tables/x.csv")
+    hint = "; paths are relative to the table's folder, and this one exists from the working folder: move the table"
+    with pytest.raises(BadSample, match=rf"tables/images/0\.jpg'{hint}"):
+        source[0]
+    with pytest.raises(UserError, match=rf"tables/images/0\.jpg' first{hint}"):
+        sources.open_labelled("csv:tables/x.csv")
+    monkeypatch.chdir("/")
+    with pytest.raises(BadSample) as caught:
+        open_source(f"csv:{tmp_path}/tables/x.csv")[0]
+    assert "relative" not in str(caught.value)
 
 
 def test_rows_whose_image_cannot_be_read_are_bad_samples(tmp_path, images, monkeypatch):

@@ -3,7 +3,6 @@
 A job that resumes compares their digests with those of its start.
 """
 
-import codecs
 import glob
 import hashlib
 import os
@@ -18,15 +17,8 @@ from xclip_jax.addresses import public
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES
 from xclip_jax.data.folder_source import file_size
 from xclip_jax.data.tar_source import TarSource
-from xclip_jax.data.text import decode_text
+from xclip_jax.data.text import check_encoding, decode_text
 from xclip_jax.errors import BadSample, UserError
-
-_OTHER_ENCODINGS = (  # by byte order mark; UTF-32's begins with UTF-16's
-    (codecs.BOM_UTF32_LE, "UTF-32"),
-    (codecs.BOM_UTF32_BE, "UTF-32"),
-    (codecs.BOM_UTF16_LE, "UTF-16"),
-    (codecs.BOM_UTF16_BE, "UTF-16"),
-)
 
 
 class Source(Protocol):
@@ -108,7 +100,7 @@ class Lines:
         self.path, ends, offset, digest = path, [np.array([-1])], 0, hashlib.blake2b(b"a row a line", digest_size=16)
         try:
             self._file = storage.File(path)
-            _check_encoding(path, self._file.read(0, 4))
+            check_encoding(f"--texts {path!r}", path, self._file.read(0, 4))
             size, _ = storage.stat(path)
             while offset < size and (chunk := self._file.read(offset, min(1 << 24, size - offset))):
                 ends.append(offset + np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")))
@@ -135,15 +127,6 @@ class Lines:
 
     def digest(self) -> str:
         return self._digest
-
-
-def _check_encoding(path: str, head: bytes) -> None:
-    for mark, encoding in _OTHER_ENCODINGS:
-        if head.startswith(mark):
-            raise UserError(
-                f"--texts {path!r} is {encoding} by its byte order mark; expected UTF-8. Convert it: "
-                f"iconv -f {encoding} -t UTF-8 {path} > NEW."
-            )
 
 
 def open_images(pattern: str) -> Images | Tars:

@@ -160,7 +160,9 @@ def image_column(spec: str, features: Mapping[str, Any], key: str = SourceOption
     images = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
     if key == SourceOptions.image_key and len(images) == 1:
         return images[0]
-    others = f"and several of images, {', '.join(images)}" if len(images) > 1 else f"of images but {_listed(features)}"
+    others = f"of images; its columns are {_listed(features)}"
+    if len(images) > 1:
+        others = f"and several of images, {', '.join(images)}"
     fault = f"{spec} has no column {key!r} {others}"
     raise UserError(f"{fault}; {remedy}.") if remedy else MissingColumnError(fault, "data.image_key")
 
@@ -180,7 +182,7 @@ def caption_columns(spec: str, features: Mapping[str, Any], keys: Sequence[str])
     if tuple(keys) == SourceOptions.text_keys and usual:
         return (usual[0],)
     raise MissingColumnError(
-        f"{spec} has no column {missing[0]!r} of captions but {_listed(features)}", "data.text_keys"
+        f"{spec} has no column {missing[0]!r} of captions; its columns are {_listed(features)}", "data.text_keys"
     )
 
 
@@ -259,7 +261,7 @@ class HubPairs(Source):
         self.text_keys = caption_columns(spec, rows.features, options.text_keys)
         self.tags_key = options.tags_key
         if self.tags_key and self.tags_key.partition("/")[0] not in rows.features:
-            fault = f"{spec} has no column {self.tags_key!r} but {_listed(rows.features)}"
+            fault = f"{spec} has no column {self.tags_key!r}; its columns are {_listed(rows.features)}"
             raise MissingColumnError(fault, "data.tags_key")
         if not len(rows):
             raise UserError(f"{spec} has no rows; name another split.")

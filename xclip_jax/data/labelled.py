@@ -14,7 +14,7 @@ import numpy as np
 
 from xclip_jax import storage
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, LabelledSource, Record
-from xclip_jax.data.text import TO_UTF8
+from xclip_jax.data.text import TO_UTF8, check_encoding, separator
 from xclip_jax.errors import UserError
 
 
@@ -137,7 +137,8 @@ def _read_table(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[
         images.append(path.parent / os.path.expanduser(image))
         cells.append((line, [word for part in label.split("|") if (word := part.strip())], "|" in label))
     if missing := [image for image in images if not os.path.isfile(image)]:  # nor a name that no disk takes
-        raise UserError(f"{name}: {len(missing)} images of {str(path)!r} do not exist, {str(missing[0])!r} first.")
+        first = f"{str(missing[0])!r} first{elsewhere(os.path.relpath(missing[0], path.parent))}"
+        raise UserError(f"{name}: {len(missing)} images of {str(path)!r} do not exist, {first}.")
     several = any(separated for *_, separated in cells)
     for line, words, _ in cells:
         if not words and not several:
@@ -154,12 +155,26 @@ def _read_table(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[
     return Paths(images, path.parent), labels, names
 
 
+def elsewhere(path: str, error: Exception | None = None) -> str:
+    """Return a hint where a path in a table is one from the working folder instead of the table's; else ""."""
+    if isinstance(error, FileNotFoundError | None) and not os.path.isabs(path) and os.path.isfile(path):
+        return (
+            "; paths are relative to the table's folder, and this one exists from the working folder: move the table "
+            "there, or write paths from where the table is"
+        )
+    return ""
+
+
 def _rows(name: str, path: pathlib.Path) -> list[tuple[int, str, str]]:
     """(line, path, label) of each row of a CSV file in UTF-8, with or without a byte order mark."""
     line, rows = 0, []
+    with path.open("rb") as binary:
+        check_encoding(f"{name}: CSV file {str(path)!r}", str(path), binary.read(4))
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
+            mark = separator(file.readline())
+            file.seek(0)
+            reader = csv.reader(file, delimiter=mark, strict=True)
             header = [cell.strip() for cell in next(reader, [])]
             for row in filter(None, reader):
                 line = reader.line_num
@@ -177,7 +192,8 @@ def _rows(name: str, path: pathlib.Path) -> list[tuple[int, str, str]]:
             f"{name}: CSV file {str(path)!r} cannot be read after line {line}: {error}; quotes must be paired."
         ) from error
     if not rows or not {"path", "label"} <= set(header):
-        raise UserError(f"{name}: CSV file {str(path)!r} must have the columns path and label, and a row.")
+        found = f"has the columns {', '.join(map(repr, header))}" if header else "is empty"
+        raise UserError(f"{name}: CSV file {str(path)!r} {found}; it must have the columns path and label, and a row.")
     return rows
 
 

@@ -18,7 +18,7 @@ from xclip_jax import remote, storage
 from xclip_jax.addresses import public
 from xclip_jax.data import labelled
 from xclip_jax.data.base import MAX_BYTES, MissingColumnError, Record, Source, SourceKind, SourceOptions
-from xclip_jax.data.text import decode_utf8, first_line
+from xclip_jax.data.text import check_encoding, decode_utf8, first_line, separator
 from xclip_jax.errors import BadSample, UserError
 
 # Most lines of a field in quotes; above, two quotes without partners are likelier.
@@ -44,16 +44,16 @@ class _Strings:
 def _check_columns(path: str, names: Sequence[str], keys: Sequence[str]) -> None:
     missing = [key for key in keys if key not in names]
     if missing:
-        fault = f"table {path!r} has no column {missing[0]!r} but {', '.join(map(repr, names))}"
+        fault = f"table {path!r} has no column {missing[0]!r}; its columns are {', '.join(map(repr, names))}"
         raise MissingColumnError(fault, "data.image_key, data.text_keys and data.tags_key")
 
 
 def read_rows(path: str) -> Iterator[tuple[int, list[str]]]:
     """Yield line number and fields of each row of a CSV or TSV file, the one with the names of the columns first.
 
-    Fields are separated by commas, or by tabs if the first line has one. Between tabs quotes are ordinary letters,
-    since captions and titles contain single ones. Between commas a field in quotes may have several lines; the row's
-    number is that of the last one. Empty lines are left out.
+    Fields are separated by what `text.separator` says of the first line. Between tabs quotes are ordinary letters,
+    since captions and titles contain single ones. Else a field in quotes may have several lines; the row's number is
+    that of the last one. Empty lines are left out.
 
     Args:
       path: the file, in UTF-8, with or without a byte order mark; other bytes are escaped by surrogates.
@@ -73,15 +73,17 @@ def read_rows(path: str) -> Iterator[tuple[int, list[str]]]:
             yield line
 
     long_rows = []  # first lines of rows of several lines
+    with open(path, "rb") as binary:
+        check_encoding(f"table {path!r}", path, binary.read(4))
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        tabs = "\t" in file.readline()
+        mark = separator(file.readline())
         file.seek(0)
-        quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-        rows = csv.reader(read_lines(file), delimiter="\t" if tabs else ",", quoting=quoting)
+        quoting = csv.QUOTE_NONE if mark == "\t" else csv.QUOTE_MINIMAL
+        rows = csv.reader(read_lines(file), delimiter=mark, quoting=quoting)
         for row in rows:
             if len(lines) > 1:
                 first = rows.line_num - len(lines) + 1
-                if not _is_closed(lines):
+                if not _is_closed(lines, mark):
                     what = "all rows after it" if lines[-1] == _END else "rows after it"
                     raise UserError(_about_quote(path, first, what))
                 long_rows.append(first)
@@ -96,10 +98,10 @@ def read_rows(path: str) -> Iterator[tuple[int, list[str]]]:
         )
 
 
-def _is_closed(lines: Sequence[str]) -> bool:
+def _is_closed(lines: Sequence[str], mark: str) -> bool:
     """Whether the quotes of a row of several lines are in pairs, each around a whole field."""
     try:
-        return lines[-1] != _END and len(list(csv.reader(lines, strict=True))) == 1
+        return lines[-1] != _END and len(list(csv.reader(lines, delimiter=mark, strict=True))) == 1
     except csv.Error:
         return False
 
@@ -211,7 +213,8 @@ def image_of(value: Any, row: str, locate: Callable[[str], str] = str, table: st
         try:
             value = storage.read(name, MAX_BYTES["image"], table)
         except (OSError, ValueError) as error:  # a ValueError for a zero byte, or a URL that cannot be opened
-            raise storage.unreadable(error) from error
+            bad = storage.unreadable(error)
+            raise BadSample(bad.reason, bad.detail + labelled.elsewhere(value, error)) from error
     if not (value and isinstance(value, bytes)):
         raise BadSample("image file is empty" if name != row else "no image in the row")
     return value, name
@@ -229,6 +232,8 @@ class CsvSource(TableSource):
             before = len(columns[0])
             rows = read_rows(path)
             _, names = next(rows, (0, []))
+            if not names:
+                raise UserError(f"table {path!r} is empty; pass one whose first line has the names of its columns.")
             _check_columns(path, names, keys)
             positions = [names.index(key) for key in keys]
             for line, row in rows:
@@ -313,7 +318,7 @@ def strip_texts(value: Any) -> list[str]:
 class CsvTables(SourceKind):
     """`csv:PATTERN` of pairs, `csv:PATH` of labelled images."""
 
-    pair_specs: ClassVar = {"csv:PATTERN": "tables with columns of image paths and captions, between commas or tabs"}
+    pair_specs: ClassVar = {"csv:PATTERN": "tables with columns of image paths and captions, between commas, ; or tabs"}
     labelled_specs: ClassVar = {"csv:PATH": "a table with the columns path and label"}
     suffixes = (".csv", ".tsv")
 

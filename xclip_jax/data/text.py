@@ -1,11 +1,18 @@
 """Texts from files and JSON: encodings, and strings that UTF-8 can express."""
 
+import codecs
 import re
 from typing import Any
 
-from xclip_jax.errors import BadSample
+from xclip_jax.errors import BadSample, UserError
 
 TO_UTF8 = "iconv -f latin1 -t utf-8 FILE > NEW"  # the remedy for most texts that are not UTF-8
+_OTHER_ENCODINGS = (  # by byte order mark; UTF-32's begins with UTF-16's
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
 
 
@@ -36,6 +43,24 @@ def decode_utf8(data: bytes) -> str:
         raise BadSample(
             "caption is not UTF-8", f"{data[start : error.end + 10]!r}; convert the file, as with {TO_UTF8}"
         ) from error
+
+
+def check_encoding(name: str, path: str, head: bytes) -> None:
+    """Raise `UserError` where the first bytes of the file `path`, which `name` names, mark UTF-16 or UTF-32."""
+    for mark, encoding in _OTHER_ENCODINGS:
+        if head.startswith(mark):
+            raise UserError(
+                f"{name} is {encoding} by its byte order mark; expected UTF-8. Save it as UTF-8, or convert it: "
+                f"iconv -f {encoding} -t UTF-8 {path} > NEW."
+            )
+
+
+def separator(head: str) -> str:
+    """Return what separates the columns of a table with this first line: tabs, semicolons or commas.
+
+    Spreadsheets write semicolons where the comma is that of decimals.
+    """
+    return "\t" if "\t" in head else ";" if ";" in head and "," not in head else ","
 
 
 def json_strings(record: Any, key: str) -> list[str]:
