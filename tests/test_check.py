@@ -28,9 +28,10 @@ def test_tars(tmp_path, capsys):
     lines = dict(line.split(": ", 1) for line in out.splitlines() if ": " in line)
     assert lines["samples"].startswith("40 in 2 tars, 0.00 GB, index ")
     assert lines["width, 5/50/95 %"] == "40 / 50 / 60"
-    assert lines["same image among those read"] == "0"
-    assert lines["same caption among those read"].startswith("5; ")
-    assert "data.spread_duplicate_captions=True" in lines["same caption among those read"]
+    assert lines["repeated images"] == "0"
+    assert lines["repeated captions"] == (
+        "5; in one batch they would count as wrong negatives, data.spread_duplicate_captions=True keeps them apart"
+    )
     assert lines["keys of several samples"].startswith("5, as '000000015', ")
     assert lines["tokens, 5/50/95 %"] == "11 / 12 / 12, 75.0% of the captions fill all 12"
     assert "images/s to 32 px" in out
@@ -61,7 +62,7 @@ def test_folder_and_errors(tmp_path, capsys):
     code, out, _ = run(capsys, f"folder:{tmp_path / 'pairs'}", "--sheet", tmp_path / "x.png", "--samples", 4)
     assert code == 0
     assert "read: 4 at random" in out
-    assert "same caption among those read: 0\n" in out
+    assert "repeated captions: 0\n" in out
     code, _, err = run(capsys, "/nowhere/*.tar")
     assert code == 1
     assert err == "error: no file matches '/nowhere/*.tar'; check the path, or list the folder."
@@ -84,13 +85,17 @@ def test_paths_without_a_prefix(tmp_path, capsys):
     assert run(capsys, "folder:/nowhere/x")[2].startswith("error: data folder '/nowhere/x' does not exist")
 
 
-def test_columns_are_set_by_its_own_arguments(tmp_path, capsys):
+def test_columns_are_named_after_the_source_as_the_recipe_small_has_them(tmp_path, capsys):
     tiny.folder(tmp_path / "pairs", n=3)
     (tmp_path / "table.csv").write_text("path,caption\npairs/000.png,one\npairs/001.png,two\n")
-    error = run(capsys, tmp_path / "table.csv")[2]
-    assert error.endswith(" has no column 'image' but 'path', 'caption'; set --image_key, --text_keys and --tags_key.")
-    columns = ("--image_key", "path", "--text_keys", "caption")
-    assert run(capsys, tmp_path / "table.csv", *columns, "--length", 12)[0] == 0
+    path = tmp_path / "table.csv"
+    error = run(capsys, path)[2]
+    remedy = f"name its columns, {path},image=COLUMN,text=COLUMN."
+    assert error.endswith(f" has no column 'image'; its columns are 'path', 'caption'; {remedy}")
+    assert run(capsys, f"{path},image=path,text=caption", "--length", 12)[0] == 0
+    (tmp_path / "b,text.csv").write_text("path,a,b,words\npairs/000.png,one,two,x\npairs/001.png,two,three,y\n")
+    out = run(capsys, f"csv:{tmp_path}/b,text.csv,image=path,text=a,b,tags=words", "--length", 12)[1]
+    assert "captions of one image: 2.00" in out
 
 
 @pytest.mark.parametrize(
@@ -131,3 +136,32 @@ def test_a_sheet_is_written_where_it_is_asked_for_alone(tmp_path, capsys, monkey
         assert page.format == "PNG"
     (tmp_path / "file").touch()
     assert "error: 'file/x'" in run(capsys, "folder:pairs", "--sheet", "file/x/y.png")[2]
+
+
+def test_one_caption_for_all_images_is_nothing_to_learn_from(tmp_path, capsys):
+    for text in tiny.folder(tmp_path, n=6).glob("*.txt"):
+        text.write_text("an image")
+    code, out, _ = run(capsys, tmp_path)
+    assert code == 1
+    assert "repeated captions: 5; all images have the same one, from which there is nothing to learn\n" in out
+    assert out.endswith(": training would learn nothing; give each image a caption of its own\n")
+
+
+def test_a_folder_without_images_says_so(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("x")
+    assert "contains no image (.jpg, " in run(capsys, f"folder:{tmp_path}")[2]
+    torture.picture(0).save(tmp_path / "x.png")
+    assert "contains 1 images, and none has a .txt file" in run(capsys, f"folder:{tmp_path}")[2]
+
+
+@pytest.mark.parametrize("name", [None, "no such font"])
+def test_letters_of_a_sheet_keep_their_meaning(name, monkeypatch):
+    """Quotes are not question marks, nor are letters that the font lacks."""
+    if name:
+        monkeypatch.setattr(check, "_FONTS", (name,))
+    check._font.cache_clear()
+    shown = check._drawable("six o\u2019clock \u201ccafe\u0301\u201d \u65e5")
+    assert shown in ("six o\u2019clock \u201ccafe\u201d \u65e5", "six o\u2019clock \u201ccaf\u00e9\u201d \u65e5")
+    box = bytes(check._font().getmask("\uffff"))
+    assert all(bytes(check._font().getmask(letter)) != box for letter in shown[:-1])
+    check._font.cache_clear()

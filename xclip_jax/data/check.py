@@ -2,6 +2,7 @@
 
     python -m xclip_jax.data.check '/data/cc12m/{00000..01242}.tar' --sheet pairs.png
     python -m xclip_jax.data.check folder:/data/pairs --samples 0
+    python -m xclip_jax.data.check pairs.csv,image=path,text=caption
 
 Tars are indexed completely; of the samples a random part is read, by default 2,000. The exit code is 0 if training
 would run, 1 if it would stop for too many bad samples, or for anything else.
@@ -10,18 +11,21 @@ would run, 1 if it would stop for too many bad samples, or for anything else.
 import argparse
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
+import re
 import sys
 import textwrap
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from xclip_jax.addresses import public
 from xclip_jax.data import loader, records, rgb, sources, tokenizer, transforms
@@ -30,6 +34,8 @@ from xclip_jax.errors import BadSample, Parser, UserError, exit_with_message
 
 _TILE, _COLUMNS, _ROWS, _LINES = 200, 6, 4, 4
 _EXAMPLES = 3
+_FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")  # of Linux, macOS and Windows; Pillow's own is ASCII
+_COLUMNS_OF = ("image", "text", "tags", "dir")  # arguments after a source
 
 
 @dataclasses.dataclass
@@ -87,10 +93,30 @@ def sheet(samples: Sequence[Sample], source: Source, path: str) -> int:
         page.paste(Image.fromarray(picture), (x + 2, y + 2))
         lines = textwrap.wrap(sample.caption, 30)[:_LINES]
         for j, text in enumerate(lines):
-            # The built-in font has Latin letters only.
-            pen.text((x + 4, y + _TILE + j * line), text.encode("latin-1", "replace").decode("latin-1"), fill="black")
+            pen.text((x + 4, y + _TILE + j * line), _drawable(text), fill="black", font=_font())
     page.save(path, format="PNG")
     return len(chosen)
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    for name in _FONTS:
+        try:
+            return ImageFont.truetype(name, 10)
+        except OSError:
+            continue
+    return ImageFont.load_default(10)
+
+
+def _drawable(text: str) -> str:
+    """Return a text in which accents that the font lacks are left out; other letters that it lacks become boxes."""
+    mask: Any = _font().getmask
+
+    def drawable(letter: str) -> str:
+        base = "".join(x for x in unicodedata.normalize("NFKD", letter) if not unicodedata.combining(x))
+        return base if base.isascii() and bytes(mask(letter)) == bytes(mask("\uffff")) else letter
+
+    return "".join(letter if letter.isascii() else drawable(letter) for letter in unicodedata.normalize("NFC", text))
 
 
 def _percentiles(values: Sequence[float]) -> str:
@@ -125,14 +151,8 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
         yield f"captions of one image: {np.mean([s.captions for s in good]):.2f}"
         share = sources.transparent_share([source], loader.DataConfig.read_timeout, options.threads)
         yield f"transparent images: {rgb.describe(share, rgb.WHITE)} unless data.background says otherwise"
-        yield f"same image among those read: {_duplicates([s.digest for s in good]):,}"
-        same = _duplicates([s.caption for s in good])
-        remedy = (
-            "; as pairs of one batch they are wrong negatives, data.spread_duplicate_captions=True keeps them apart"
-            if same
-            else ""
-        )
-        yield f"same caption among those read: {same:,}{remedy}"
+        yield f"repeated images: {_duplicates([s.digest for s in good]):,}"
+        yield f"repeated captions: {_repeated_captions(good)}"
     rate = count / seconds
     yield (
         f"speed: {rate:,.0f} images/s to {options.size} px with {options.threads} threads on {os.cpu_count()} cores, "
@@ -142,13 +162,26 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
     yield from source.remarks()
     yield from _about_bad(source, bad, faults, count)
     share = sum(faults.values()) / n + len(_unknown_before(source, bad)) / count
-    options.passed = bool(good) and share <= options.max_bad_fraction
+    distinct = len({sample.caption for sample in good})
+    options.passed = share <= options.max_bad_fraction and (distinct > 1 or len(good) == 1)
     if options.sheet and good:
         yield f"{sheet(samples, source, options.sheet)} pairs in {options.sheet}"
-    verdict = (
-        "training would run" if options.passed else "training would stop; fix the data or raise data.max_bad_fraction"
-    )
+    verdict = "training would stop; fix the data or raise data.max_bad_fraction"
+    if share <= options.max_bad_fraction and good:
+        verdict = (
+            "training would run"
+            if options.passed
+            else "training would learn nothing; give each image a caption of its own"
+        )
     yield f"bad: {share:.2%}, allowed {options.max_bad_fraction:.2%}: {verdict}"
+
+
+def _repeated_captions(good: Sequence[Sample]) -> str:
+    same = _duplicates([sample.caption for sample in good])
+    if 0 < same == len(good) - 1:
+        return f"{same:,}; all images have the same one, from which there is nothing to learn"
+    remedy = "data.spread_duplicate_captions=True keeps them apart"
+    return f"{same:,}" + (f"; in one batch they would count as wrong negatives, {remedy}" if same else "")
 
 
 def _tokens(options: argparse.Namespace, caption: str) -> int:
@@ -194,7 +227,12 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0],
         epilog="\n".join(["sources:", *(f"  {spec:23} {meaning}" for spec, meaning in sources.usage().items())]),
     )
-    parser.add_argument("source", help="one of the list below, or the path of a folder, tars or a table")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE[,image=COLUMN][,text=COLUMN,...][,tags=COLUMN][,dir=FOLDER]",
+        help="one of the list below, or the path of a folder, tars or a table; COLUMN is a table's, or a feature of a "
+        "record or of a .json file, FOLDER the root of TFDS data sets",
+    )
     parser.add_argument("--samples", type=_number(int, 0), default=2000, help="how many to read, 0 for all")
     parser.add_argument("--size", type=_number(int, 1), default=224, help="side of the crop, pixels")
     parser.add_argument("--length", type=_number(int, 2), default=77, help="tokens of a text")
@@ -208,10 +246,6 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         help="data.max_bad_fraction of the run",
     )
     parser.add_argument("--sheet", default="", help="PNG file of random pairs to write; its folder is created")
-    parser.add_argument("--image_key", default="image")
-    parser.add_argument("--text_keys", default="text", help="with commas between them")
-    parser.add_argument("--tags_key", default="")
-    parser.add_argument("--data_dir", default="")
     return parser.parse_args(arguments)
 
 
@@ -221,13 +255,15 @@ def _open(options: argparse.Namespace) -> Source:
     Raises:
       UserError: it cannot be opened, or is empty.
     """
-    keys = options.image_key, tuple(options.text_keys.split(",")), options.tags_key
+    path, *pairs = re.split(rf",(?=(?:{'|'.join(_COLUMNS_OF)})=)", options.source)
+    given = {"image": "image", "text": "text", "tags": "", "dir": ""} | dict(pair.split("=", 1) for pair in pairs)
+    keys = given["dir"], given["image"], tuple(given["text"].split(",")), given["tags"]
     try:
-        source = sources.open_pairs(sources.spec_from_path(options.source), SourceOptions(options.data_dir, *keys))
+        source = sources.open_pairs(sources.spec_from_path(path), SourceOptions(*keys))
     except MissingColumnError as error:
-        raise UserError(f"{error.fault}; set {error.keys.replace('data.', '--')}.") from error
+        raise UserError(f"{error.fault}; name its columns, {path},image=COLUMN,text=COLUMN.") from error
     if not len(source):
-        raise UserError(f"source {options.source!r} has nothing in it; name another split or file.")
+        raise UserError(f"source {path!r} has nothing in it; name another split or file.")
     return source
 
 

@@ -24,9 +24,14 @@ class FolderSource(Source):
         if not self.path.is_dir():
             raise UserError(f"data folder {str(path)!r} does not exist; set data.sources to folder:PATH of your pairs.")
         self.images = sorted(_visible_images(self.path))
+        if not self.images:
+            raise UserError(
+                f"data folder {str(path)!r} contains no image ({', '.join(IMAGE_SUFFIXES)}), also in its sub-folders; "
+                "set data.sources to folder:PATH of your pairs."
+            )
         if not any(p.with_suffix(".txt").is_file() for p in self.images):
             raise UserError(
-                f"data folder {str(path)!r} contains {len(self.images)} images and none with a .txt file of the same "
+                f"data folder {str(path)!r} contains {len(self.images)} images, and none has a .txt file of the same "
                 "name beside it; captions belong in such files."
             )
 
