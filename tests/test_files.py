@@ -56,6 +56,23 @@ def test_sts_benchmark_and_sick(tmp_path):
     assert data.subsets[""] == [("A man", "A woman", 3.3), ("X", "Y", 1.0)] and evaluate(data)
 
 
+@pytest.mark.parametrize("gold", ["nan", "inf", "four"])
+def test_a_similarity_that_is_no_number_is_refused_by_file_and_line(tmp_path, gold):
+    (tmp_path / "STS.input.news.txt").write_text("a\tb\nc\td\ne\tf\n")
+    (tmp_path / "STS.gs.news.txt").write_text(f"4.2\n\n{gold}\n")
+    benchmark = tmp_path / "sts-test.csv"
+    benchmark.write_text(f"main\tMSR\t2012\t1\t5.0\tA\tB\nmain\tMSR\t2012\t2\t{gold}\tC\tD\n")
+    sick = tmp_path / "SICK.txt"
+    sick.write_text(f"sentence_A\tsentence_B\trelatedness_score\nA\tB\t{gold}\n")
+    for spec, file, line in (
+        (f"sts14@{tmp_path}", "STS.gs.news.txt", 3),
+        (f"stsb@{benchmark}", "sts-test.csv", 2),
+        (f"sickr@{sick}", "SICK.txt", 2),
+    ):
+        with pytest.raises(UserError, match=rf"{file}', line {line}: the similarity is '{gold}', not a number"):
+            load(spec)
+
+
 def test_senteval(tmp_path):
     (tmp_path / "custrev.neg").write_text("".join(f"bad {i}\n" for i in range(20)))
     (tmp_path / "custrev.pos").write_text("".join(f"zzz {i}\n" for i in range(20)))
@@ -165,6 +182,9 @@ def test_glue_without_header_and_of_two_sentences(tmp_path):
     stsb = load(f"glue/stsb@{tmp_path}")
     assert stsb.subsets[""][1] == ("a", "zz", 5.0) and stsb.card.metric == "spearman_all"
     assert f"textual/glue/stsb@{tmp_path}/pearson_all" in evaluate(stsb)
+    (tmp_path / "dev.tsv").write_text("sentence1\tsentence2\tscore\na\tb\t0.5\na\tzz\tnan\n")
+    with pytest.raises(UserError, match=r"dev\.tsv' has a label that is not of GLUE's stsb \('nan' of .*'zz'"):
+        load(f"glue/stsb@{tmp_path}")
 
 
 @pytest.fixture
@@ -208,7 +228,7 @@ def test_coco_of_tfds(monkeypatch):
     [
         ("sts12@{}", None, "has no STS.input"),
         ("stsb@{}/x", "a\tb\n", "7 columns"),
-        ("stsb@{}/x", "a\tb\tc\td\tfive\tf\tg\n", "is not in the published layout"),
+        ("stsb@{}/x", "a\tb\tc\td\tfive\tf\tg\n", "x', line 1: the similarity is 'five'"),
         ("stsb@{}/y", "", "does not exist"),
         ("sickr@{}/x", "a\tb\n1\t2\n", "columns sentence_A"),
         ("mr@{}", None, "rt-polarity.neg' does not exist"),

@@ -110,7 +110,10 @@ def read_pairs(
     texts = [[row[column] for column in task.columns] for row in rows]
     try:
         if not task.labels:
-            return texts, np.array([float(row[task.label]) for row in rows], np.float32)
+            scores = np.array([float(row[task.label]) for row in rows], np.float32)
+            if len(wrong := np.flatnonzero(~np.isfinite(scores))):
+                raise ValueError(f"{rows[wrong[0]][task.label]!r} of {rows[wrong[0]]}")
+            return texts, scores
         return texts, np.array([task.labels.index(row[task.label]) for row in rows], np.int32)
     except ValueError as error:
         raise UserError(f"{str(path)!r} has a label that is not of GLUE's {name} ({error}).") from error

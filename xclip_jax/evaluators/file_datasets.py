@@ -10,6 +10,7 @@ They are named `NAME@PATH`: `sts12@FOLDER` to `sts16@FOLDER` (STS.input.X.txt be
 import csv
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -60,6 +61,16 @@ def _rows(path: pathlib.Path) -> list[dict[str, str]]:
     return list(csv.DictReader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
+def _gold(path: pathlib.Path, line: int, text: str) -> float:
+    """Return a similarity that people gave; no correlation can be computed with one that is no number."""
+    try:
+        if math.isfinite(value := float(text)):
+            return value
+    except (ValueError, TypeError):
+        pass
+    raise UserError(f"{str(path)!r}, line {line}: the similarity is {text!r}, not a number; correct or delete it.")
+
+
 def sts(name: str, path: pathlib.Path) -> SimilaritySet:
     """Read a year of STS: STS.input.X.txt and STS.gs.X.txt of the folder are subset X; pairs without gold are left out.
 
@@ -75,8 +86,8 @@ def sts(name: str, path: pathlib.Path) -> SimilaritySet:
         texts = [line.split("\t") for line in _lines(file)]
         if len(gold) != len(texts):
             raise UserError(f"{str(file)!r} has {len(texts)} pairs and {str(gold_file)!r} {len(gold)} lines.")
-        pairs = [(a[0], a[1], float(g)) for a, g in zip(texts, gold, strict=True) if g.strip()]
-        subsets[subset] = pairs
+        judged = [(a[0], a[1], line, g) for line, (a, g) in enumerate(zip(texts, gold, strict=True), 1) if g.strip()]
+        subsets[subset] = [(a, b, _gold(gold_file, line, g)) for a, b, line, g in judged]
     if not subsets:
         raise UserError(f"{name}: folder {str(path)!r} has no STS.input.*.txt; name the folder of one year.")
     return SimilaritySet(f"{name}@{path}", subsets, _similar(name, path.name, subsets))
@@ -87,7 +98,7 @@ def sts_benchmark(name: str, path: pathlib.Path) -> SimilaritySet:
     rows = [line.split("\t") for line in _lines(path)]
     if any(len(row) < 7 for row in rows):
         raise UserError(f"{name}: {str(path)!r} does not have 7 columns with tabs between them; expected sts-test.csv.")
-    pairs = {"": [(row[5], row[6], float(row[4])) for row in rows]}
+    pairs = {"": [(row[5], row[6], _gold(path, line, row[4])) for line, row in enumerate(rows, 1)]}
     return SimilaritySet(f"{name}@{path}", pairs, _similar(name, path.name, pairs))
 
 
@@ -96,7 +107,8 @@ def sick(name: str, path: pathlib.Path) -> SimilaritySet:
     rows = _rows(path)
     if not rows or not {"sentence_A", "sentence_B", "relatedness_score"} <= set(rows[0]):
         raise UserError(f"{name}: {str(path)!r} needs the columns sentence_A, sentence_B and relatedness_score.")
-    pairs = {"": [(r["sentence_A"], r["sentence_B"], float(r["relatedness_score"])) for r in rows]}
+    scored = enumerate(rows, 2)  # below the header
+    pairs = {"": [(r["sentence_A"], r["sentence_B"], _gold(path, i, r["relatedness_score"])) for i, r in scored]}
     return SimilaritySet(f"{name}@{path}", pairs, _similar(name, path.name, pairs))
 
 

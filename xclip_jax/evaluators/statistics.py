@@ -131,7 +131,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Return Pearson's correlation of (n,) and (n,); 0 where one of them is constant."""
+    """Return Pearson's correlation of (n,) and (n,); 0 where one of them is constant, or scores are not finite."""
     x, y = (np.asarray(v, np.float64) - np.mean(v, dtype=np.float64) for v in (x, y))
     norm = np.sqrt((x @ x) * (y @ y))
     return float(x @ y / norm) if norm > 0 and np.isfinite(norm) else 0.0
