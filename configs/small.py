@@ -36,6 +36,7 @@ from xclip_jax.errors import UserError, check_choice
 from xclip_jax.evaluators import zeroshot_datasets
 from xclip_jax.models.heads import ClusterHead, Head
 from xclip_jax.objectives import OBJECTIVES, RECIPES, make_objective
+from xclip_jax.objectives.clip import Clip
 from xclip_jax.train import memory
 
 _NAME_LENGTH = 40  # letters of a run's name
@@ -368,3 +369,5 @@ def _objective(config: ml_collections.ConfigDict, saved: schema.Config, objectiv
     else:
         config.objective.name = objective or "clip"
         config.objective.terms = dict(RECIPES[config.objective.name])
+        if "clip" in config.objective.terms:  # SigLIP's weights may be above
+            config.model.scale_init = min(config.model.scale_init, Clip.max_scale)

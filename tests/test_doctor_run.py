@@ -132,6 +132,9 @@ def test_logit_scale_at_its_bound(tmp_path):
     shutil.rmtree(folder)
     folder = run_of(tmp_path, rows(clip__scale=lambda i: 100.0 if i >= 55 else 50.0))
     assert "since step 550" in only(folder, "logit scale", OK).text
+    shutil.rmtree(folder)
+    folder = run_of(tmp_path, rows(siglip__scale=lambda i: 117.0), "siglip")
+    assert "117.0, which has no bound" in only(folder, "logit scale", OK).text
 
 
 def test_devices_that_wait_for_data(tmp_path):

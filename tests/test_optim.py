@@ -1,5 +1,3 @@
-import math
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -99,16 +97,6 @@ def test_clip_bounds_the_global_norm():
     updates, _ = tx.update(grads, tx.init(params), params)
     # An enormous eps makes AdamW linear in the gradient.
     np.testing.assert_allclose(float(optax.tree.norm(updates)) * 1e6, 1.0, rtol=1e-4)
-
-
-def test_scale_is_held_after_the_update_and_can_come_back():
-    above = {"log_scale": jnp.asarray(5.0), "kernel": jnp.ones(2)}
-    held = optim.project_scale(above)
-    assert float(jnp.exp(held["log_scale"])) == pytest.approx(100.0, rel=1e-6)
-    assert held["kernel"] is above["kernel"]
-    below = {"log_scale": jnp.asarray(math.log(20))}
-    assert float(optim.project_scale(below)["log_scale"]) == pytest.approx(math.log(20))
-    assert optim.project_scale({"kernel": jnp.ones(2)}).keys() == {"kernel"}
 
 
 def test_ema_momentum():

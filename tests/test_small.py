@@ -234,6 +234,12 @@ def test_the_objective_of_weights_is_taken_over_with_its_terms(discs, tmp_path):
     assert load.load_config(f"small:pairs={discs},weights={run}").objective.name == "clip"
 
 
+def test_the_scale_of_siglip_weights_is_kept_and_bounded_for_clip(discs, tmp_path):
+    run = tiny.untrained(tmp_path / "siglip", "siglip", model__scale_init=117.33)
+    assert load.load_config(f"small:pairs={discs},weights={run}").model.scale_init == 117.33
+    assert load.load_config(f"small:pairs={discs},weights={run},objective=clip").model.scale_init == 100
+
+
 def all_trained(folder, n):
     """Pairs none of which is held out of training, whatever bytes this version of Pillow writes."""
     for seed in itertools.count(1):

@@ -1,6 +1,7 @@
 """The checks of a run's folder, of a run in progress or one that has ended; nothing in it is changed."""
 
 import collections
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -10,7 +11,6 @@ from etils import epath
 from xclip_jax.console import format_bytes, format_duration
 from xclip_jax.doctor import series
 from xclip_jax.doctor.finding import Finding, fail, warning
-from xclip_jax.models.two_towers import MAX_SCALE
 from xclip_jax.objectives.clip import Contrastive
 from xclip_jax.report import chance, record
 from xclip_jax.report.health import Warnings, complete_rows
@@ -180,19 +180,24 @@ def _health(run: Record, name: str) -> Iterator[Finding]:
 
 def _scale(run: Record, name: str) -> Iterator[Finding]:
     """Whether the logit scale is at its bound early: it ends there in long runs on large data."""
-    if not isinstance(run.objective.terms[name], Contrastive) or not run.objective.weights[name]:
+    term = run.objective.terms[name]
+    if not isinstance(term, Contrastive) or not run.objective.weights[name]:
         return
     points = [(row["step"], value) for row in run.training if (value := row.get(f"{name}/scale")) is not None]
     if not points:
         return
-    scale, values = points[-1][1], {"scale": points[-1][1], "bound": MAX_SCALE}
-    first = next((step for step, value in points if value > 0.999 * MAX_SCALE), None)
-    if first is None or scale < 0.999 * MAX_SCALE:
-        yield Finding("logit scale", f"{name}: {scale:.1f}, below its bound of {MAX_SCALE:g}", values=values)
+    scale, bound = points[-1][1], term.max_scale
+    if bound == math.inf:
+        yield Finding("logit scale", f"{name}: {scale:.1f}, which has no bound", values={"scale": scale})
+        return
+    values = {"scale": scale, "bound": bound}
+    first = next((step for step, value in points if value > 0.999 * bound), None)
+    if first is None or scale < 0.999 * bound:
+        yield Finding("logit scale", f"{name}: {scale:.1f}, below its bound of {bound:g}", values=values)
     elif 2 * first > run.config.steps:
-        yield Finding("logit scale", f"{name}: at its bound of {MAX_SCALE:g} since step {first:,}", values=values)
+        yield Finding("logit scale", f"{name}: at its bound of {bound:g} since step {first:,}", values=values)
     else:
-        text = f"{name}: at its bound of {MAX_SCALE:g} since step {first:,}, in the first half of the run: batches are "
+        text = f"{name}: at its bound of {bound:g} since step {first:,}, in the first half of the run: batches are "
         remedy = "lower optim.lr, raise data.batch or add data, and look for pairs that the model knows by heart"
         yield warning("logit scale", f"{text}too easy to tell apart, or the rate is too high", remedy, **values)
 

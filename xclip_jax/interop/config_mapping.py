@@ -10,7 +10,7 @@ from xclip_jax.config import fields
 from xclip_jax.data.preprocessing import Preprocessing, mean_std
 from xclip_jax.data.transforms import STATISTICS
 from xclip_jax.errors import UserError
-from xclip_jax.models.two_towers import MAX_SCALE, ModelConfig
+from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives import objective_of_heads
 
 _UNROLLED = {"scan": False}  # as the weights of other projects are
@@ -21,8 +21,7 @@ def model(
 ) -> dict[str, Any]:
     """Config group `model`: towers of a CLIP, computed in fp32; keys that weights do not have are the defaults."""
     defaults = fields.default(ModelConfig)
-    # SigLIP's learned scale is above the bound of training; the tensor keeps its value.
-    scalars = {"scale_init": min(math.exp(log_scale), MAX_SCALE)} | ({} if bias is None else {"bias_init": bias})
+    scalars = {"scale_init": math.exp(log_scale)} | ({} if bias is None else {"bias_init": bias})
     towers = {"img": defaults["img"] | _UNROLLED | dict(img), "txt": defaults["txt"] | _UNROLLED | dict(txt)}
     return defaults | towers | {"embed": embed, "dtype": "float32"} | scalars
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from xclip_jax.config.fields import Check, at_least, choice, key, read_plugin
+from xclip_jax.config.fields import Check, above, at_least, choice, key, read_plugin
 from xclip_jax.errors import UserError, check_choice
 from xclip_jax.models.heads import ClusterHeadConfig, Head, Heads, Scalar
 from xclip_jax.models.layers import named
@@ -20,7 +20,6 @@ from xclip_jax.parallel.sharding import constrain
 
 Array = jax.Array
 Variables = Mapping[str, Any]  # arrays by collection ("params", "batch_stats"), as `TwoTowers.apply` takes them
-MAX_SCALE = 100.0  # of the logit scale, see `optim.project_scale`
 
 # Built-in types of towers, by the name that "type" in `model.plugins` has.
 IMAGE_TOWERS: dict[str, type[ImageTower]] = {"vit": ImageTowerConfig}
@@ -61,9 +60,7 @@ class ModelConfig:
     embed: int = key(512, "e, size of the embedding that images and texts share", at_least(1))
     project_img: bool = key(True, "learned projection of images; without one embed is the image tower's width")
     project_bias: bool = key(False, "bias in projections")
-    scale_init: float = key(
-        1 / 0.07, "logit scale at the start", Check(f"above 0 and at most {MAX_SCALE:g}", lambda x: 0 < x <= MAX_SCALE)
-    )
+    scale_init: float = key(1 / 0.07, "logit scale at the start; at most 100 for the term clip", above(0))
     bias_init: float = key(-10.0, "logit bias at the start, of the sigmoid loss alone")
     cluster_head: ClusterHeadConfig = dataclasses.field(default_factory=ClusterHeadConfig)
     dtype: str = key("bfloat16", "of towers and heads; parameters stay float32", choice(("float32", "bfloat16")))

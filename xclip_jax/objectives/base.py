@@ -127,6 +127,10 @@ class Term(abc.ABC):
           fp32 scalar loss; metrics, which the objective prefixes with the term's name; its entries of the next state.
         """
 
+    def constrain(self, params: Any) -> Any:
+        """Return the model's parameters after an update, those of the term's heads held in their bounds; pure."""
+        return params
+
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
         """Yield what is wrong with the options of a term in use; each sentence begins with the full name of a key."""
         return iter(())
@@ -300,6 +304,12 @@ class Objective:
             new_state |= moved
         total = sum(losses)
         return total, metrics | {"loss": total}, new_state
+
+    def constrain(self, params: Any) -> Any:
+        """The model's parameters after an update, held in the bounds of all terms with a weight."""
+        for name, term in self.terms.items():
+            params = term.constrain(params) if self.weights[name] else params
+        return params
 
     def metrics_of(self, name: str, metrics: Mapping[str, float]) -> dict[str, float]:
         """Metrics of the term `name` among those of a step, without their prefix."""

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -28,6 +29,7 @@ class Contrastive(Term):
 
     form: ClassVar[str] = "softmax"  # function of `losses.contrastive` and of `losses.ring`
     outputs: ClassVar[tuple[str, ...]] = ("z_img", "z_txt", "scale")  # its arguments
+    max_scale: ClassVar[float] = math.inf  # bound of the logit scale
 
     @property
     def similarity(self) -> CosineSimilarity:
@@ -66,6 +68,21 @@ class Contrastive(Term):
         else:
             loss, metrics = getattr(ring, self.form)(*arguments, mesh=mesh, **options)
         return loss, metrics | {"scale": out["scale"]}, {}
+
+    def constrain(self, params: Any) -> Any:
+        """Hold the logit scale at `max_scale` or below.
+
+        Clipping in the forward pass instead would leave no gradient to come back from the bound.
+        """
+        if self.max_scale == math.inf:
+            return params
+        return params | {"log_scale": jax.numpy.minimum(params["log_scale"], math.log(self.max_scale))}
+
+    def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
+        """A logit scale that starts above its bound, but for what fp32 adds to the one of OpenAI's weights."""
+        if model.scale_init > self.max_scale * (1 + 1e-6):
+            bound = f"{self.max_scale:g}, the bound of {self.title}"
+            yield f"model.scale_init={model.scale_init:g} is above {bound}; lower it"
 
     def flops(self, model: ModelConfig, batch: int) -> float:
         """The comparison of a sample with the batch."""
@@ -128,6 +145,7 @@ class Clip(Contrastive):
     """Config group `objective.clip`: options of `losses.contrastive.softmax`."""
 
     title: ClassVar[str] = "CLIP"
+    max_scale: ClassVar[float] = 100.0  # arXiv 2103.00020, section 2.5
 
     label_smoothing: float = key(0.0, "share of the target that is spread over the batch", fraction_below_one())
 

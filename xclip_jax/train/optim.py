@@ -1,7 +1,6 @@
-"""The optimizer: AdamW with masked weight decay and layer decay, its schedules, and the bound on the logit scale."""
+"""The optimizer: AdamW with masked weight decay and layer decay, and its schedules."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -13,7 +12,6 @@ import optax
 from xclip_jax.config.fields import Check, above, at_least, at_most, between, choice, fraction_below_one, key
 from xclip_jax.errors import check_choice
 from xclip_jax.models.tower import Tower
-from xclip_jax.models.two_towers import MAX_SCALE
 
 Schedule = Callable[[Any], Any]
 SCHEDULES = ("cosine", "linear", "constant")
@@ -171,16 +169,6 @@ def make_optimizer(
         {"train": tx, "frozen": optax.set_to_zero()},
         lambda params: {name: "frozen" if name in frozen else "train" for name in params},
     )
-
-
-def project_scale(params: Any) -> Any:
-    """Holds the logit scale exp(log_scale) at `MAX_SCALE` or below, after an update.
-
-    Clipping in the forward pass instead would leave no gradient to come back from the bound.
-    """
-    if "log_scale" not in params:
-        return params
-    return params | {"log_scale": jnp.minimum(params["log_scale"], math.log(MAX_SCALE))}
 
 
 def ema_momentum(step: Any, steps: int, start: float, kind: str) -> Any:

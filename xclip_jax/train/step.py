@@ -16,7 +16,6 @@ from xclip_jax.parallel.mesh import batch_sharding, replicated
 from xclip_jax.train import gradcache, guard
 from xclip_jax.train.augment import NOISE, Augment
 from xclip_jax.train.length_groups import LengthOrder, Sizes
-from xclip_jax.train.optim import project_scale
 from xclip_jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -73,7 +72,7 @@ class TrainStep:
 
         def update() -> tuple[TrainState, jax.Array]:
             updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
-            params = project_scale(optax.apply_updates(state.params, updates))
+            params = self.objective.constrain(optax.apply_updates(state.params, updates))
             ema_params, new_ema_batch_stats = self._average(state, params, batch_stats, ema_batch_stats)
             new = dataclasses.replace(
                 state,
