@@ -62,6 +62,21 @@ def uptime() -> float:
         return 0.0
 
 
+def machine() -> str:
+    """Return the processor, its cores, the versions of Python and JAX and the commit, in one line."""
+    try:
+        lines = [line.partition(":") for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()]
+        facts = {name.strip(): value.strip() for name, _, value in lines}
+        processor = f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']})"
+    except (OSError, KeyError):  # not Linux, or no x86
+        processor = platform.processor() or platform.machine()
+    commit = git_commit(epath.Path(__file__).parent)
+    return (
+        f"{processor}, {os.cpu_count()} cores, Python {platform.python_version()}, JAX {_version('jax')}, "
+        f"commit {commit[:7]}"
+    )
+
+
 def capture() -> dict[str, Any]:
     """Return versions, devices, commit and command line of this process."""
     return {
