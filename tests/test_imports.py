@@ -24,6 +24,7 @@ FLOORS = (
         "imports",
         "open_files",
         "remote",
+        "paths",
         "storage",
         "run_folder",
         "logits",
@@ -63,6 +64,7 @@ GROUND = {
     "imports",
     "open_files",
     "remote",
+    "paths",
     "storage",
     "run_folder",
 }

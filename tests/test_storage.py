@@ -13,9 +13,17 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
+from tests import tiny
 from xclip_jax import storage
+from xclip_jax.data import sources
 from xclip_jax.errors import UserError
+from xclip_jax.interop import hub
 from xclip_jax.interop import tensor_files as weights
+from xclip_jax.paths import expand_home
+from xclip_jax.run_folder import RunFolder
+from xclip_jax.train import job
+from xclip_jax.train.run_folder import TrainingFolder
+from xclip_jax.train.run_folder import fingerprint as weights_fingerprint
 
 
 class HttpError(Exception):
@@ -204,6 +212,34 @@ def test_names_with_commas_brackets_and_braces(tmp_path):
     (tmp_path / "d,[1]").mkdir()
     (tmp_path / "d,[1]" / "x.tar").touch()
     assert storage.expand(f"{tmp_path}/d??1]/*.tar") == [f"{tmp_path}/d,[1]/x.tar"]
+
+
+def test_a_home_is_expanded_wherever_a_path_is_written(tmp_path, monkeypatch):
+    """A shell leaves the one in --config.run=~/runs/mine as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.csv").touch()
+    assert TrainingFolder("~/runs/mine").path == tmp_path / "runs" / "mine"
+    assert hub.resolve("~/weights") == str(tmp_path / "weights")
+    assert weights_fingerprint("~/") == weights_fingerprint(str(tmp_path))
+    assert storage.expand("~/a.csv,~/[a].csv") == [str(tmp_path / "a.csv")]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        RunFolder,
+        hub.resolve,
+        storage.expand,
+        lambda path: sources.parse(f"folder:{path}"),
+        lambda path: job.check(tiny.config(run=path, data__sources=("demo:train",))),
+    ],
+    ids=["run", "weights", "files", "source", "check"],
+)
+def test_a_url_with_one_slash_is_no_local_folder(use):
+    with pytest.raises(UserError, match=r"has one slash after 'gs:'; write 'gs://bucket/a\.tar', or '\./gs:/bucket"):
+        use("gs:/bucket/a.tar")
+    assert str(RunFolder("gs://bucket/a").path) == "gs://bucket/a"
+    assert expand_home("c:/runs") == "c:/runs" and expand_home("./gs:/a") == "./gs:/a"
 
 
 def test_folders_among_names(tmp_path):

@@ -24,6 +24,7 @@ from etils import epath
 from xclip_jax.addresses import public
 from xclip_jax.errors import UserError
 from xclip_jax.file_lock import NO_LOCKS
+from xclip_jax.paths import expand_home
 from xclip_jax.storage import is_remote
 
 try:
@@ -42,7 +43,7 @@ class RunFolder:
     """Paths and contents of a run's files, complete or in progress. It only reads; `train.run_folder` writes."""
 
     def __init__(self, path: str | epath.Path) -> None:
-        self.path = epath.Path(path)
+        self.path = epath.Path(expand_home(str(path)))
         self.config_file = self.path / "config.json"
         self.data_file = self.path / "data.json"
         self.tokenizer_file = self.path / "tokenizer.json"
@@ -188,8 +189,8 @@ def is_run(path: str) -> bool:
 
 def evaluation_file(path: str | epath.Path) -> epath.Path:
     """Return the file of evaluations of a run or of weights: in a folder, or beside a file and named after it."""
-    weights = epath.Path(path)
-    file = RunFolder(weights).evaluation_file
+    run = RunFolder(path)
+    weights, file = run.path, run.evaluation_file
     return file if weights.is_dir() else weights.with_name(f"{weights.name}.{file.name}")
 
 

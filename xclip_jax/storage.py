@@ -22,6 +22,7 @@ from etils import epath
 from xclip_jax import remote
 from xclip_jax.addresses import public
 from xclip_jax.errors import BadSample, UserError
+from xclip_jax.paths import expand_home
 
 # Open files kept in each process; the soft limit of open files is often 1024.
 _OPEN = 256
@@ -217,8 +218,7 @@ def expand(pattern: str) -> list[str]:
             # A query is not a glob.
             matches = _glob(name) if glob.has_magic(public(name)) else [name]
         else:
-            name = os.path.expanduser(name)
-            exists = os.path.isfile(name)
+            exists = os.path.isfile(name := expand_home(name))
             matches = [name] if exists or not glob.has_magic(name) else _glob(name)
             if matches == [name] and not exists:
                 missing.append(name)

@@ -35,6 +35,7 @@ from xclip_jax.data.tfds_source import DemoSplits, IconSplits, TfdsSplits
 from xclip_jax.data.wds import Wds
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.imports import import_class
+from xclip_jax.paths import expand_home
 
 SOURCES: Mapping[str, type[SourceKind]] = {
     "tar": Tars,
@@ -103,12 +104,14 @@ def parse(text: str) -> SourceSpec:
     """Parse a spec; nothing is opened.
 
     Raises:
-      UserError: an unknown kind, or one of `SOURCES` without a rest; a module that cannot be imported.
+      UserError: an unknown kind, or one of `SOURCES` without a rest; a URL with one slash; a module that cannot be
+        imported.
     """
     prefix, colon, rest = text.partition(":")
     if colon and prefix in SOURCES:
         if not rest:
             raise UserError(f"source {text!r} ends after its type; write {', '.join(_specs_of(SOURCES[prefix]))}.")
+        expand_home(rest)
         return SourceSpec(text, SOURCES[prefix], rest)
     if match := _IMPORTED.fullmatch(text):
         return SourceSpec(text, _import(text, match["class"]), match["rest"] or "")

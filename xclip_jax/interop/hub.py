@@ -19,6 +19,7 @@ from xclip_jax.data import hub_client
 from xclip_jax.data.hub_client import ID, PREFIX
 from xclip_jax.errors import UserError
 from xclip_jax.interop import hf, open_clip, tensor_files, vocabulary
+from xclip_jax.paths import expand_home
 from xclip_jax.storage import write_whole
 
 # Beside the weights, those of these that a repository has are fetched.
@@ -57,7 +58,7 @@ def resolve(path: str) -> str:
     preprocessing. Where the Hub cannot be reached, or HF_HUB_OFFLINE is set, the cache is used.
 
     Args:
-      path: any other path is returned as it is.
+      path: any other path is returned with "~" expanded.
 
     Raises:
       UserError: huggingface_hub is not installed, the repository or revision does not exist, access is refused, the
@@ -70,7 +71,7 @@ def resolve(path: str) -> str:
                 f"{path!r} does not exist, and names of models in open_clip's lists are not read; name the repository "
                 "of the Hub that has the weights, hf:ORG/NAME, such as hf:laion/CLIP-ViT-B-32-laion2B-s34B-b79K."
             )
-        return path
+        return expand_home(path)
     match = re.fullmatch(rf"({ID})(?:@(.+))?", _repository(path))
     if not match:
         raise UserError(f"{path!r} names no repository of the Hub; expected hf:ORG/NAME or hf:ORG/NAME@REVISION.")

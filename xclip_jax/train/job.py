@@ -24,6 +24,7 @@ from xclip_jax.interop import hub
 from xclip_jax.objectives import make_objective
 from xclip_jax.objectives.base import Objective
 from xclip_jax.parallel.mesh import BatchPart, batch_part
+from xclip_jax.paths import expand_home
 from xclip_jax.train import caption_lengths
 from xclip_jax.train.build import Experiment, build
 from xclip_jax.train.encoder import make_encoder, own_profile
@@ -72,7 +73,7 @@ class Job:
 
 
 def check(config: ml_collections.ConfigDict | Config) -> Config:
-    """Check what needs neither data nor devices: all keys, and the names of sources and evaluation sets.
+    """Check what needs neither data nor devices: all keys, and the names of the folder, sources and evaluation sets.
 
     Returns:
       The config, resolved.
@@ -81,6 +82,7 @@ def check(config: ml_collections.ConfigDict | Config) -> Config:
       UserError: a wrong key or value, a name that does not exist, or no source.
     """
     config = resolve(config, training=True)
+    expand_home(config.run)
     sources.parse_all(config.data.sources)
     for spec in (*config.eval.sets, *config.eval.final_sets):
         registry.check(spec)

@@ -74,7 +74,11 @@ class TrainingFolder(RunFolder):
                 "different --config.run, delete the folder, or give these keys the values of its config.json."
             )
         weights = config.init.weights
-        if saved.get("init_weights") and epath.Path(weights).exists() and fingerprint(weights) != saved["init_weights"]:
+        if (
+            saved.get("init_weights")
+            and RunFolder(weights).path.exists()
+            and fingerprint(weights) != saved["init_weights"]
+        ):
             log0(f"WARNING: init.weights={weights!r} has changed since the run started from it")
 
     def read_config(self) -> dict[str, Any] | None:
@@ -320,7 +324,8 @@ def _terms(saved: Mapping[str, Any]) -> Collection[str]:
 
 def fingerprint(path: str) -> str:
     """SHA-256 that changes with other weights: of a run its config and newest step, else names and sizes of files."""
-    root, run = epath.Path(path), RunFolder(path)
+    run = RunFolder(path)
+    root = run.path
     if run.is_run() and (content := run.read_config()):
         facts: list[Any] = [content["config"], run.latest_step()]
     else:
