@@ -1,13 +1,10 @@
 """Reading of report pages, and runs as files alone."""
 
-import copy
-import functools
 import itertools
 import json
 import re
 from html.parser import HTMLParser
 
-from xclip_jax.config.renamed import RENAMED
 from xclip_jax.report import record
 
 HOSTILE = "<script>alert(1)</script>\" onload='alert(2)' &amp; <b>"
@@ -90,16 +87,3 @@ def written(folder, config, rows):
     (folder / "config.json").write_text(json.dumps({"config": config, "environment": {"python": "3"}}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return record.read(folder)
-
-
-def of_an_earlier_version(config):
-    """A run's config, a dict, with the old names of keys, objectives without terms, and without newer keys."""
-    config = copy.deepcopy(config)
-    for old, new in RENAMED.items():
-        *groups, name = new.split(".")
-        group = functools.reduce(dict.__getitem__, groups, config)
-        group[old.rpartition(".")[2]] = group.pop(name)
-    weights = config["objective"].pop("terms")
-    config["objective"] |= {f"w_{term}": weight for term, weight in weights.items()}
-    del config["objective"]["plugins"], config["init"], config["model"]["img"]["stem"]
-    return config

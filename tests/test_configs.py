@@ -3,7 +3,6 @@
 UPDATE_GOLDEN=1 python -m pytest tests/test_configs.py
 """
 
-import functools
 import importlib
 import os
 import pathlib
@@ -16,7 +15,6 @@ from flax.traverse_util import flatten_dict
 
 from docs import generate
 from xclip_jax.config import load, schema
-from xclip_jax.config.renamed import RENAMED
 from xclip_jax.configs import common
 from xclip_jax.errors import UserError
 from xclip_jax.models.two_towers import PRESETS
@@ -158,16 +156,8 @@ def test_pages_made_from_the_code_are_current(name):
     assert (GOLDEN.parents[1] / name).read_text() == made, "run python -m docs.generate"
 
 
-def test_names_of_an_earlier_version_are_translated():
-    old = common.base("xclip", "B/16").to_dict() | {"steps": 3}
-    values = {}
-    for key, current in RENAMED.items():
-        *groups, name = key.split(".")
-        group = functools.reduce(lambda node, part: node[part], groups, old)
-        values[current] = group[name] = group.pop(current.rpartition(".")[2])
-    flat = schema.flatten(schema.to_dict(schema.resolve(schema.complete(old))))
-    assert {key: flat[key] for key in values} == values
-    with pytest.raises(UserError, match="flip' has another name now: 'data"):
-        schema.resolve({"steps": 3, "data": {"flip": 0.5}})
-    with pytest.raises(UserError, match="clip' has another name now"):
-        load.check_keys(common.base("clip", "Ti/12"), ["--config.optim.clip=1.0"])
+def test_a_key_that_does_not_exist_is_named_with_the_nearest():
+    values = common.base("clip", "Ti/12").to_dict() | {"steps": 3}
+    values["eval"]["picture"] = True
+    with pytest.raises(UserError, match=r"config key 'eval\.picture' is unknown; did you mean 'eval\.\w+'\?"):
+        schema.resolve(schema.complete(values))

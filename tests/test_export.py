@@ -12,14 +12,12 @@ import transformers
 import yaml
 
 from tests import tiny
-from tests.pages import of_an_earlier_version
 from xclip_jax import evaluate, export, interop, model_card
 from xclip_jax.config import schema
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.result import Result
 from xclip_jax.models.layers import stack_blocks
 from xclip_jax.objectives.config import RECIPES
-from xclip_jax.run_folder import RunFolder
 from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.encoder import make_encoder, profile_of_run
 
@@ -186,14 +184,6 @@ def test_a_card_has_no_path_of_the_machine():
         ("lab/set", names[0]), ("lab/other", names[1]), ("lab/other", names[2])
     ]  # fmt: skip
     assert [[metric["type"] for metric in row["metrics"]] for row in index["results"]] == [["top1", "top5"]] * 3
-
-
-def test_the_recipe_of_a_run_of_an_earlier_version(run, tmp_path):
-    content = json.loads((run / "config.json").read_text())
-    expected = model_card._recipe(RunFolder(run), STEPS)
-    (tmp_path / "config.json").write_text(json.dumps(content | {"config": of_an_earlier_version(content["config"])}))
-    recipe = model_card._recipe(RunFolder(tmp_path), STEPS)
-    assert recipe == expected and f"| optim.grad_clip_norm | {content['config']['optim']['grad_clip_norm']} |" in recipe
 
 
 def test_a_folder_with_files_is_kept(run, tmp_path):

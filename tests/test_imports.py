@@ -16,7 +16,6 @@ FLOORS = (
     {"addresses", "errors"},
     {
         "config.fields",
-        "config.renamed",
         "console",
         "environment",
         "file_lock",
@@ -56,7 +55,6 @@ GROUND = {
     "addresses",
     "errors",
     "config.fields",
-    "config.renamed",
     "console",
     "environment",
     "file_lock",

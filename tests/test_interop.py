@@ -1,6 +1,5 @@
 """Weights in both directions: open_clip, OpenAI's archives, transformers, our own; features to 1e-5."""
 
-import functools
 import json
 import os
 
@@ -34,7 +33,6 @@ from tests.foreign import (
 )
 from tests.test_objectives import superclip
 from xclip_jax import interop
-from xclip_jax.config.renamed import RENAMED
 from xclip_jax.data import tokenizer, transforms
 from xclip_jax.errors import UserError
 from xclip_jax.interop import tensor_files
@@ -166,15 +164,6 @@ def test_own_form_is_bit_exact(tmp_path):
         assert again["model"] == config["model"]
         assert again["objective"] == json.loads(json.dumps(config["objective"]))
         jax.tree.map(np.testing.assert_array_equal, found, variables)
-    # An earlier version had other names for some keys.
-    file = tmp_path / "own" / interop.CONFIG
-    old = json.loads(file.read_text())
-    for key, current in RENAMED.items():
-        *groups, name = key.split(".")
-        if (group := functools.reduce(lambda node, part: node.get(part, {}), groups, old)) and name != current:
-            group[name] = group.pop(current.rpartition(".")[2], None)
-    file.write_text(json.dumps(old))
-    assert interop.read(str(tmp_path / "own"))[0]["model"] == config["model"]
 
 
 def test_own_form_brings_its_tokenizer(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from tests import tiny
 from tests.extension.superclip import TokenClassification
-from tests.pages import Page, check, of_an_earlier_version, written
+from tests.pages import Page, check, written
 from tests.test_objectives import superclip
 from xclip_jax.objectives import Term
 from xclip_jax.objectives.nclip import diagnose
@@ -70,7 +70,7 @@ def test_one_cluster_or_a_batch_of_one_pair_cannot_be_judged(k, b, tmp_path):
     assert "nan" not in text.partition("<main")[2].partition("<script")[0]
 
 
-# --- terms of another package, and runs of earlier versions
+# --- terms of another package
 
 
 def plugin_rows():
@@ -128,15 +128,3 @@ def test_every_chart_of_a_term_is_on_the_page(name, tmp_path):
             assert {curve.title for curve in health.curves} <= titles
             assert text.count('class="card light') == len(health.lights) or len(run.objective.terms) > 1
     assert ("Loss" in titles) == (len(run.objective.terms) > 1 or name == "classify-img")
-
-
-def test_a_run_of_an_earlier_version(tmp_path):
-    """Keys have their old names, new ones are absent, and objectives have no terms."""
-    config = tiny.config("xclip", log__collapse_warmup_steps=7)
-    config.objective.terms = {"clip": 0.4, "nclip": 0.6}
-    old = of_an_earlier_version(config.to_dict())
-    assert "alarms_after" in old["log"] and "size" in old["model"]["img"]
-    run = written(tmp_path / "run", old, [{"step": 1, "loss": 0.0} | collapsed("")])
-    words = " ".join(check(html.render(run, examples.Examples())).text)
-    assert "xCLIP, 0.4 CLIP + 0.6 nCLIP" in words and f"patch 8, {tiny.SIZE} px" in words
-    assert "Checked from step 7 on" in words

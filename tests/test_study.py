@@ -203,10 +203,9 @@ def test_the_key_is_of_what_decides_the_result():
 
     assert key() == key(run="elsewhere", data__threads=7, checkpoint__every=3, log__every=9, data__dir="/data")
     assert len({key(), key(seed=1), key(steps=11), key(optim__lr=2e-3), key(eval__sets=("a",))}) == 5
-    # Keys that a run file does not know have their defaults, and renamed ones their present names.
+    # Keys that a run file does not know have their defaults.
     flat = schema.flatten(tiny.config("clip").to_dict())
     older = {name: value for name, value in flat.items() if name != "data.caption_noise"}
-    older["data.flip"] = older.pop("data.flip_prob")
     assert records.config_key(records.nest(older)) == key()
 
 

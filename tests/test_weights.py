@@ -182,3 +182,11 @@ def test_a_frozen_tower_stays_bit_for_bit_and_has_no_moments(frozen, changes):
     count = sum(x.size for x in jax.tree.leaves(after.opt_state) if x.ndim)
     assert count == 2 * sum(x.size for name, tree in kept.items() if name not in frozen for x in jax.tree.leaves(tree)
                             if x.ndim)  # fmt: skip
+
+
+def test_a_key_that_a_run_has_and_the_package_lacks_is_named_with_its_file(source, tmp_path):
+    shutil.copy(source / "config.json", tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace('"resize":', '"picture": true, "resize":'))
+    with pytest.raises(UserError, match=rf"{file}: config key 'eval\.picture' is unknown; did you mean 'eval\.\w+'\?"):
+        weights.load(str(tmp_path))

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from xclip_jax.config.renamed import RENAMED
 from xclip_jax.errors import UserError
 from xclip_jax.imports import import_class
 
@@ -159,8 +158,6 @@ def sentence(fault: str) -> str:
 
 def unknown_key(key: str, names: Iterable[str]) -> str:
     """Return the sentence about a dotted `key` whose last part is not among `names`, without a stop."""
-    if key in RENAMED:
-        return f"config key {key!r} has another name now: {RENAMED[key]!r}"
     prefix, dot, name = key.rpartition(".")
     near = nearest(name, names)
     return f"config key {key!r} is unknown" + (f"; did you mean {prefix + dot + near!r}?" if near else "")

@@ -12,7 +12,6 @@ from ml_collections import config_flags
 
 from xclip_jax import configs, imports
 from xclip_jax.config import fields, schema
-from xclip_jax.config.renamed import RENAMED
 from xclip_jax.errors import UserError, exit_with_message
 
 TRUST = flags.DEFINE_bool(
@@ -79,8 +78,7 @@ def check_keys(config: ml_collections.ConfigDict, overrides: list[str]) -> None:
         for i, part in enumerate(path := match[1].split(".") if match else []):
             keys = list(node) if isinstance(node, ml_collections.ConfigDict) else []
             if part not in keys:
-                key = ".".join(path)
-                raise UserError(fields.unknown_key(key if key in RENAMED else ".".join(path[: i + 1]), keys))
+                raise UserError(fields.unknown_key(".".join(path[: i + 1]), keys))
             node = node[part]
 
 

@@ -14,13 +14,12 @@ import ml_collections
 from xclip_jax.addresses import public
 from xclip_jax.config import fields
 from xclip_jax.config.fields import Check, at_least, between, choice, key, not_empty
-from xclip_jax.config.renamed import translate
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.transforms import INTERPOLATIONS, RESIZE_MODES
 from xclip_jax.errors import UserError
 from xclip_jax.imports import class_name
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objectives import LossConfig, ObjectiveConfig, make_objective, upgrade
+from xclip_jax.objectives import LossConfig, ObjectiveConfig, make_objective, with_terms
 from xclip_jax.parallel.sharding import MeshConfig
 from xclip_jax.train.optim import EmaConfig, OptimConfig
 
@@ -180,8 +179,7 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any] | Config, *, t
 def complete(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """Locked config with `values`, such as those of a run's config.json, and defaults for all other keys.
 
-    Lists become tuples: JSON has none, and `ConfigDict` keeps types. `resolve` reports keys that do not exist. Keys of
-    earlier versions are translated.
+    Lists become tuples: JSON has none, and `ConfigDict` keeps types. `resolve` reports keys that do not exist.
     """
 
     def fill(expected: Any, given: Any) -> Any:
@@ -191,9 +189,8 @@ def complete(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
         hints, defaults = (typing.get_type_hints(expected), fields.default(expected)) if group else ({}, {})
         return defaults | {name: fill(hints.get(name), value) for name, value in given.items()}
 
-    values = translate(values)
     if isinstance(values.get("objective"), Mapping):
-        values = {**values, "objective": upgrade(values["objective"])}
+        values = {**values, "objective": with_terms(values["objective"])}
     return ml_collections.ConfigDict(fill(Config, values)).lock()
 
 

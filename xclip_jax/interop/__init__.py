@@ -19,7 +19,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xclip_jax import imports
 from xclip_jax.config.fields import read_group
-from xclip_jax.config.renamed import translate
 from xclip_jax.data import tokenizer
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError, check_choice
@@ -115,7 +114,7 @@ def read_classes(path: str) -> tuple[str, ...] | None:
 
 
 def _read_own(tensors: tensor_files.Tensors, folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    config = translate(tensor_files.read_json(folder / CONFIG))
+    config = tensor_files.read_json(folder / CONFIG)
     if missing := [key for key in ("model", "objective", "data") if key not in config]:
         raise UserError(f"{folder / CONFIG} has no group {missing[0]!r}; export the run again.")
     if config["data"]["tokenizer"] == vocabulary.FILE:

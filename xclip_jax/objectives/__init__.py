@@ -19,7 +19,7 @@ from xclip_jax.objectives.config import (
     make_objective,
     objective_of_heads,
     read_objective,
-    upgrade,
+    with_terms,
 )
 from xclip_jax.objectives.display import Curve, Health, Level, Light
 from xclip_jax.objectives.similarity import Similarity
@@ -41,5 +41,5 @@ __all__ = [
     "make_objective",
     "objective_of_heads",
     "read_objective",
-    "upgrade",
+    "with_terms",
 ]

@@ -111,7 +111,7 @@ def read_objective(values: Mapping[str, Any]) -> Objective:
       UserError: names what is wrong with it.
     """
     faults: list[str] = []
-    config = fields.read_group(ObjectiveConfig, upgrade(values), "objective", faults)
+    config = fields.read_group(ObjectiveConfig, with_terms(values), "objective", faults)
     if faults:
         raise UserError(f"{'; '.join(faults)}.")
     return make_objective(config)
@@ -129,11 +129,7 @@ def objective_of_heads(heads: Collection[str]) -> dict[str, str]:
     raise UserError(f"no objective has just the heads {', '.join(sorted(heads))}.")
 
 
-def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate a config group `objective` of an early version, which had names and two weights instead of terms."""
-    values = dict(values)
-    weights = {"clip": values.pop("w_clip", None), "nclip": values.pop("w_nclip", None)}
-    if "terms" not in values and (recipe := RECIPES.get(values.get("name", "clip"))):
-        given = {name: weight for name, weight in weights.items() if weight is not None and len(recipe) > 1}
-        values["terms"] = recipe | given
-    return values
+def with_terms(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config group `objective` with the terms of the objective that it names, where it has none."""
+    recipe = RECIPES.get(values.get("name", "clip"))
+    return ({"terms": dict(recipe)} if recipe else {}) | dict(values)

@@ -98,8 +98,8 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 def config_key(config: Mapping[str, Any]) -> str:
     """Hash of a nested config without `FREE_KEYS`.
 
-    Keys that are newer than the config have their defaults, and renamed keys their present names, so that a run file is
-    recognised for as long as the run would come out the same.
+    Keys that are newer than the config have their defaults, so that a run file is recognised for as long as the run
+    would come out the same.
     """
     flat = schema.flatten(schema.complete(config).to_dict())
     decisive = {name: value for name, value in flat.items() if not name.startswith(FREE_KEYS)}

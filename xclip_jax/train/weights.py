@@ -118,8 +118,11 @@ def _run_config(run: RunFolder) -> Config:
     # The file that the config names may be elsewhere now.
     if config.data.tokenizer not in tokenizer.NAMES and run.tokenizer_file.exists():
         config.data.tokenizer = str(run.tokenizer_file)
-    with imports.named_by(run.config_file):
-        return schema.resolve(config)
+    try:
+        with imports.named_by(run.config_file):
+            return schema.resolve(config)
+    except UserError as error:
+        raise UserError(f"{run.config_file}: {error}") from None
 
 
 def _hint(path: str) -> str:
