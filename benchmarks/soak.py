@@ -225,7 +225,11 @@ class Soak:
         return end_of(run)
 
     def kills(self, name: str, number: signal.Signals, count: int, *, moves: bool = False) -> Iterator[tuple[str, End]]:
-        """Kill runs `count` times in all and yield (what was done, the end of its run) for each kill."""
+        """Kill runs `count` times in all and yield (what was done, the end of its run) for each kill.
+
+        With `moves` the number of devices changes at each start, and the last steps are computed on several: what a
+        killed start computed after its last checkpoint is lost, and must not be all that other devices computed.
+        """
         done, numbers = 0, itertools.count()
         while done < count:
             # Runs are counted, not kills: one may end before its first, and the next must not be the same again.
@@ -237,6 +241,9 @@ class Soak:
                 if (text := self._kill(run, devices, phase, number)) is None:
                     break  # it came to its end before its turn
                 texts.append(text)
+            if moves:
+                devices = self.random.choice([n for n in _DEVICES if n not in (1, devices)])
+                texts = [f"{text}, and at last {devices}" for text in texts]
             process = self.start(run, devices)
             process.communicate()
             if process.returncode:

@@ -3,6 +3,7 @@
 bash launch/test.sh -m slow tests/test_soak.py
 """
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -69,6 +70,23 @@ def test_a_run_that_ends_before_its_kill_is_not_started_again(tmp_path, monkeypa
     kills = list(soaking.kills("kill", signal.SIGKILL, 7))
     assert [text for text, _ in kills] == [f"kill {i}" for i in range(2, 9)]
     assert len(set(ended)) == len(ended) == 3 and [end for _, end in kills] == [ended[1]] * 5 + [ended[2]] * 2
+
+
+def test_a_run_that_moves_ends_on_other_devices_than_the_undisturbed_one(tmp_path, monkeypatch):
+    """What a killed start computes after its last checkpoint is lost."""
+    started = []
+
+    def start(run, devices):
+        started.append(devices)
+        return SimpleNamespace(communicate=lambda: None, returncode=0)
+
+    soaking = soak.Soak(tmp_path, 0)
+    monkeypatch.setattr(soaking, "start", start)
+    monkeypatch.setattr(soaking, "_kill", lambda run, devices, *_: started.append(devices) or "killed")
+    monkeypatch.setattr(soak, "end_of", lambda run: run)
+    assert len(list(soaking.kills("move", signal.SIGKILL, 100, moves=True))) == 100
+    ends = started[5::6]
+    assert set(ends) == {2, 4} and all(a != b for a, b in itertools.pairwise(started[:6]))
 
 
 def test_a_folder_with_older_runs_is_refused(tmp_path, monkeypatch, capsys):
