@@ -1,5 +1,7 @@
 """A run's folder in a bucket, which here is fsspec's file system in memory."""
 
+from typing import ClassVar
+
 import fsspec
 import pytest
 from etils import epath
@@ -12,7 +14,7 @@ from xclip_jax.config import schema
 from xclip_jax.data import tokenizer
 from xclip_jax.errors import UserError
 from xclip_jax.parallel import processes
-from xclip_jax.train import job, same_run, weights
+from xclip_jax.train import checkpoint_digest, job, same_run, weights
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.run_folder import TrainingFolder
 from xclip_jax.train.state import create
@@ -24,6 +26,15 @@ class Bucket(MemoryFileSystem):
     """What `epath` reads under s3://; of gs:// Orbax asks Google."""
 
     protocol = "s3"
+    requests: ClassVar[list[str]] = []
+
+    def ls(self, path, **options):
+        self.requests.append(f"ls {path}")
+        return super().ls(path, **options)
+
+    def info(self, path, **options):
+        self.requests.append(f"info {path}")
+        return super().info(path, **options)
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -71,6 +82,26 @@ def test_a_run_with_a_tokenizer_file_resumes_and_is_exported(bucket, pairs, tmp_
     for to in ("safetensors", "open_clip"):
         export.export(config.run, str(tmp_path / to), to=to)
         assert tokenizer.load(str(tmp_path / to / "tokenizer.json"))(TEXTS, 6).tolist() == expected.tolist()
+
+
+def test_requests_for_a_digest_do_not_grow_with_the_files(bucket):
+    """Each takes some 50 ms, and a checkpoint of a large pod has a thousand files."""
+    counted = []
+    for n in (2, 60):
+        folder = epath.Path(f"{bucket}/runs/{n}/4")
+        for item in ("state", "position"):
+            (folder / item).mkdir(parents=True)
+            for i in range(n):
+                (folder / item / f"{i}").write_text("x" * i)
+        Bucket.requests.clear()
+        checkpoint_digest.write(folder, 4)
+        assert checkpoint_digest.find_fault(folder, 4) is None
+        counted.append(len(Bucket.requests))
+    assert counted[0] == counted[1]
+    (folder / "state" / "7").write_text("x")
+    assert checkpoint_digest.find_fault(folder, 4) == "state/7 is 1 bytes, not 7 bytes"
+    (folder / "state" / "7").unlink()
+    assert checkpoint_digest.find_fault(folder, 4) == "state/7 is missing"
 
 
 def test_a_tokenizer_that_a_bucket_lacks_is_one_sentence(bucket):

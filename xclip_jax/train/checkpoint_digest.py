@@ -39,10 +39,10 @@ def write(folder: epath.Path, step: int) -> None:
     Raises:
       OSError: a file cannot be read, or the digest cannot be written.
     """
-    names = sorted(_names(folder))
+    sizes = {name: size for name, size in sorted(_sizes(folder).items()) if name not in (*_LATER, FILE)}
     with futures.ThreadPoolExecutor(_THREADS) as pool:
-        hashes = pool.map(lambda name: None if is_remote(str(folder)) else _hash(folder / name, sync=True), names)
-        files = {name: [_size(folder / name), value] for name, value in zip(names, hashes, strict=True)}
+        hashes = pool.map(lambda name: None if is_remote(str(folder)) else _hash(folder / name, sync=True), sizes)
+        files = {name: [sizes[name], value] for name, value in zip(sizes, hashes, strict=True)}
     content = {"algorithm": _ALGORITHM, "files": files, "step": step}
     write_json(folder / FILE, content | {"digest": _hash_of(content)})
 
@@ -73,12 +73,12 @@ def find_fault(folder: epath.Path, step: int) -> str | None:
     if content["step"] != step:
         return f"{FILE} is that of step {content['step']}"
     # All sizes first, since they cost nothing.
+    sizes = _sizes(folder)
     for name, (size, _) in content["files"].items():
-        path = folder / name
-        if not path.exists():
-            return f"{name} is missing"
-        if path.is_dir() or _size(path) != size:
-            return f"{name} is {'a folder' if path.is_dir() else f'{_size(path):,} bytes'}, not {size:,} bytes"
+        if name not in sizes:
+            return f"{name} is {f'a folder, not {size:,} bytes' if (folder / name).is_dir() else 'missing'}"
+        if sizes[name] != size:
+            return f"{name} is {sizes[name]:,} bytes, not {size:,} bytes"
     with futures.ThreadPoolExecutor(_THREADS) as pool:
         faults = pool.map(lambda item: _content_fault(folder, *item), content["files"].items())
         return next(filter(None, faults), None)
@@ -97,21 +97,27 @@ def _content_fault(folder: epath.Path, name: str, entry: tuple[int, str | None])
     return None if same else f"{name} has other bytes than were written"
 
 
-def _names(folder: epath.Path, prefix: str = "") -> Iterator[str]:
-    for path in folder.iterdir():
-        name = f"{prefix}{path.name}"
-        if path.is_dir():
-            yield from _names(path, f"{name}/")
-        elif name not in (*_LATER, FILE):
-            yield name
+def _sizes(folder: epath.Path) -> dict[str, int]:
+    """{name: bytes} of all files below `folder`: in a bucket by one listing, where a request a file takes minutes."""
+    if is_remote(str(folder)):
+        import fsspec
+
+        system, root = fsspec.core.url_to_fs(str(folder))
+        system.invalidate_cache()  # other clients write, too
+        return {name[len(root) + 1 :]: info["size"] for name, info in system.find(root, detail=True).items()}
+
+    def below(path: str) -> Iterator[tuple[str, int]]:
+        for entry in os.scandir(path):
+            if entry.is_dir():
+                yield from below(entry.path)
+            else:
+                yield os.path.relpath(entry.path, folder), entry.stat().st_size
+
+    return dict(below(os.fspath(folder)))
 
 
 def _has_items(folder: epath.Path) -> bool:
     return all((folder / name).is_dir() for name in ("state", "position"))
-
-
-def _size(path: epath.Path) -> int:
-    return path.stat().length
 
 
 def _hash(path: epath.Path, *, sync: bool = False) -> str:
