@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.util import assert_close, central_differences
+from xclip_jax.logits import FactoredLogits
 from xclip_jax.losses.noncontrastive import BALANCES, TARGETS, nclip, sinkhorn, update_center
 
 # tau, target_tau, sharpness, smoothness: each alone, then all together, and the defaults.
@@ -255,6 +256,15 @@ def test_sinkhorn_stays_finite_at_small_temperature():
     a = np.exp(sinkhorn(logits, 0.01))
     assert np.isfinite(a).all()
     np.testing.assert_allclose(a.sum(axis=1), 1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_center_of_factored_logits_is_that_of_whole_ones(dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel = jax.random.normal(keys[0], (64, 32), dtype), jax.random.normal(keys[1], (32, 24))
+    factors, center = FactoredLogits(x, kernel, jax.random.normal(keys[2], (24,))), jnp.ones(24)
+    whole = update_center(center, factors.logits())
+    np.testing.assert_allclose(update_center(center, factors), whole, rtol=1e-6, atol=1e-6)
 
 
 def test_update_center():

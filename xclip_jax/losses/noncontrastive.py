@@ -127,9 +127,11 @@ def update_center(center: jax.Array, target_logits: Logits, momentum: float = 0.
         AssertionError: if the shapes are not (k,) and (b, k).
     """
     chex.assert_shape(center, target_logits.shape[1:])
-    if isinstance(target_logits, FactoredLogits):  # the mean of linear logits is the logits of the mean
-        x = jnp.mean(target_logits.x.astype(jnp.float32), axis=0, keepdims=True)
-        mean = dataclasses.replace(target_logits, x=x).logits()[0]
+    if isinstance(target_logits, FactoredLogits):
+        # The mean of linear logits is the logits of the mean, of a kernel that is rounded as in the logits themselves.
+        x, kernel = target_logits.x, target_logits.kernel
+        kernel = kernel.astype(x.dtype).astype(jnp.float32)
+        mean = jnp.matmul(jnp.mean(x.astype(jnp.float32), axis=0), kernel, precision="highest") + target_logits.bias
     else:
         chex.assert_rank(target_logits, 2)
         mean = jnp.mean(target_logits.astype(jnp.float32), axis=0)
