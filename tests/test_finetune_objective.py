@@ -1,5 +1,7 @@
 """Fine-tuning, the mathematics: soft targets, mixing, layer decay, and the objective on several devices."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from xclip_jax.data import loader, transforms
 from xclip_jax.errors import UserError
 from xclip_jax.losses import classification
 from xclip_jax.train import build, optim, state
+from xclip_jax.train.augment import Augment
 
 # Losses.
 
@@ -193,6 +196,27 @@ def test_one_device_against_eight_and_one_part_against_two():
 def test_the_model_has_one_tower_and_a_classifier():
     assert set(make(1, **IMAGES | {"model__img__depth": 2}).abstract.params) == {"img", "classifier"}
     assert set(make(1, **TEXTS).abstract.params) == {"txt", "classifier"}
+
+
+def test_each_random_input_of_a_step_has_a_key_of_its_own(monkeypatch):
+    images = IMAGES | {"model__img__depth": 2, "model__img__patch_dropout": 0.5}
+    p = make(1, **images, data__flip_prob=0.5, data__color_jitter=0.2)
+    used = []
+
+    def record(original, key, *arguments, **options):
+        used.append(np.asarray(jax.random.key_data(key)).tobytes())
+        return original(key, *arguments, **options)
+
+    for name in ("split", "uniform", "bernoulli", "beta", "randint"):
+        monkeypatch.setattr(jax.random, name, functools.partial(record, getattr(jax.random, name)))
+    inputs = Augment(p.config.data, p.preprocessing, p.objective, {"img": p.model.img}).sample(
+        jax.random.key(0), batch(p)
+    )
+    assert {"flip", "color", "share", "noise"} <= inputs.keys() and inputs["noise"]["img"].keys() == {
+        "patches",
+        "paths",
+    }
+    assert len(used) >= 8 and len(set(used)) == len(used)
 
 
 def test_mixed_images_and_labels_belong_together():

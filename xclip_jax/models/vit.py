@@ -165,7 +165,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         """Uniform numbers: "patches" (b, patches) of patch dropout, "paths" (b, depth, 2) of stochastic depth."""
         noise = {}
         if self.patch_dropout:
-            noise["patches"] = jax.random.uniform(jax.random.split(random_key)[1], (b, self.grid**2))
+            noise["patches"] = jax.random.uniform(jax.random.fold_in(random_key, 4), (b, self.grid**2))
         if self.drop_path:
             noise["paths"] = jax.random.uniform(jax.random.fold_in(random_key, 2), (b, self.depth, 2))
         return noise

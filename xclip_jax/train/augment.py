@@ -34,13 +34,16 @@ class Augment:
     def sample(self, random_key: jax.Array, batch: dict[str, jax.Array]) -> dict[str, Any]:
         """The batch with its random inputs: arrays with a row for each sample.
 
+        Each use folds a number of its own into the step's key: 0 flips and colours, 1 mixup, 2 stochastic depth,
+        3 the text tower, 4 patch dropout, above 15 terms of other packages and shuffled targets.
+
         Args:
           random_key: of the step.
           batch: of "image" (b, h, w, 3), "text" (b, n) and "label" (b,) what the objective reads.
         """
         b, inputs = len(next(iter(batch.values()))), dict(batch)
         if "image" in batch:
-            key_image = jax.random.split(random_key)[0]
+            key_image = jax.random.fold_in(random_key, 0)
             inputs |= transforms.sample_augmentations(
                 key_image, b, flip=self.data.flip_prob, color=self.data.color_jitter
             )
