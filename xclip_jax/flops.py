@@ -7,6 +7,8 @@ counts the body of a loop over layers once. Causal attention counts in full, sin
 from collections.abc import Callable
 from typing import cast
 
+import jax
+
 from xclip_jax.config.schema import Config
 from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import LengthGroups
@@ -15,7 +17,7 @@ from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.objectives import make_objective
 
 # Dense bf16 FLOP/s of one device, by JAX's name of its kind. Sources: cloud.google.com/tpu/docs, and NVIDIA's data
-# sheets of A100, H100 and H200.
+# sheets, which from H100 on state twice as much, with sparsity.
 PEAK = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -32,7 +34,18 @@ PEAK = {
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA L4": 121e12,
 }
+
+
+def without_peak(device: jax.Device) -> str:
+    """Return why metrics have no `mfu` on an accelerator that is not in `PEAK`; "" for one that is, and for CPUs."""
+    if device.platform == "cpu" or device.device_kind in PEAK:
+        return ""
+    return f"metrics have no mfu: the peak FLOP/s of {device.device_kind!r} is not known (xclip_jax/flops.py)"
 
 
 def forward(config: Config, *, train: bool = True) -> dict[str, float] | None:

@@ -8,6 +8,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from xclip_jax import flops
 from xclip_jax.addresses import public
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.console import log0
@@ -146,6 +147,8 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
         if any(shares):
             log0(f"transparent images: {rgb.describe(max(shares), data.background)} (data.background)")
     part = batch_part(experiment.mesh)
+    if reason := flops.without_peak(experiment.mesh.devices.flat[0]):
+        log0(reason)
     return Job(config, experiment, folder, part, initial, samples, order, fingerprints, during, final, encoder)
 
 
