@@ -107,7 +107,9 @@ finish() {
 # log.stall_limit. Where the bucket cannot be asked, they still count.
 forget_failures() {
   local newest
-  newest=$(run gcloud storage ls "$folder/checkpoints/" 2>/dev/null | newest_step) || true
+  # In a bucket a save that was cut off has the name of a checkpoint, and lacks the file that Orbax writes last.
+  newest=$(run gcloud storage ls "$folder/checkpoints/*/commit_success.txt" 2>/dev/null |
+    sed 's#/commit_success\.txt$##' | newest_step) || true
   [ "$newest" -le "$reached" ] || reached=$newest failures=0
 }
 

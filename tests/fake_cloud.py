@@ -41,6 +41,7 @@ case "$*" in
   # In a bucket, unlike in a folder, a name with two slashes is another one.
   "storage "*" gs://"*//*) echo "ERROR: (gcloud.storage) One or more URLs matched no objects." >&2; exit 1 ;;
   "storage ls gs://bucket") [ -z "${LOGGED_OUT:-}" ] || { echo "ERROR: (gcloud) no account" >&2; exit 1; } ;;
+  "storage ls "*'*'*) compgen -G "$CLOUD/bucket/${3#gs://}" | sed "s#^$CLOUD/bucket/#gs://#" ;;
   "storage ls "*)
     [ -e "$CLOUD/bucket/${3#gs://}" ] ||
       { echo "ERROR: (gcloud.storage.ls) One or more URLs matched no objects." >&2; exit 1; }

@@ -10,6 +10,11 @@ from tests.launching import TRAINING, executable, read
 CHECKPOINTS = '"$CLOUD/bucket/bucket/runs/mine/checkpoints"'
 
 
+def saves(step):
+    """Commands that leave a complete checkpoint."""
+    return f"mkdir -p {CHECKPOINTS}/{step}; touch {CHECKPOINTS}/{step}/commit_success.txt; "
+
+
 def test_pod_sees_the_files_of_a_run_that_is_spelt_with_more_slashes(cloud):
     """The metrics, without which the error would be that of refused input, and the results."""
     error = "put metrics.jsonl; echo 'error: gs://data cannot be read' >&2; exit 1"
@@ -48,7 +53,7 @@ def test_pod_that_could_not_be_deleted_is_deleted_or_named(attempts, delete, sta
 def test_pod_gives_up_on_a_run_that_hangs_at_the_same_place(cloud):
     """Each look at the pod comes after more than an hour, in which training is seen to run."""
     hour = {"BASH_FUNC_sleep%%": '() { SECONDS=$((SECONDS + 4000)); command sleep "$@"; }'}
-    hangs = f"mkdir -p {CHECKPOINTS}/100; sleep 0.3; exit 79"
+    hangs = f"{saves(100)} sleep 0.3; exit 79"
     done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=[hangs] * 3 + ["finish"], FAILURES="2", **hour)
     assert done.returncode == 1
     assert "exit status 79, 2 times in a row; giving up" in done.stdout
@@ -56,17 +61,25 @@ def test_pod_gives_up_on_a_run_that_hangs_at_the_same_place(cloud):
 
 
 def test_pod_forgets_failures_before_a_newer_checkpoint(cloud):
-    scenario = [f"mkdir -p {CHECKPOINTS}/{step}; exit 79" for step in (90, 100)]
+    scenario = [f"{saves(step)} exit 79" for step in (90, 100)]
     done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=[*scenario, "finish; exit 0"], FAILURES="2")
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("exit status 79; ") == 2
 
 
+def test_pod_counts_no_checkpoint_whose_save_was_cut_off(cloud):
+    """In a bucket it has its final name from the start."""
+    scenario = [f"{saves(90)} mkdir -p {CHECKPOINTS}/{step}/state; exit 79" for step in (100, 110)]
+    done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=[*scenario, "finish; exit 0"], FAILURES="2")
+    assert done.returncode == 1
+    assert "exit status 79, 2 times in a row; giving up" in done.stdout
+
+
 def test_pod_forgets_failures_while_training_runs(cloud):
     """The bucket shows a checkpoint at the second look, and cannot be asked when training fails again."""
     asked = '$(grep -c "/checkpoints/" "$CLOUD/calls")'
-    looks = f'  "storage ls "*/checkpoints/) [ "{asked}" = 2 ] && echo "$3/100/" ;;\n'
-    ls = '  "storage ls "*)'
+    looks = f'  "storage ls "*/commit_success.txt) [ "{asked}" = 2 ] && echo "${{3/\\*/100}}" ;;\n'
+    ls = """  "storage ls "*'*'*)"""
     executable(cloud.path / "bin" / "gcloud", GCLOUD.replace(ls, looks + ls))
     waits = f'for _ in {{1..200}}; do [ "{asked}" != 2 ] || break; sleep 0.05; done'
     done = cloud.launch(
