@@ -42,17 +42,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(usage())
         elif command == "--version":
             print(f"xclip_jax {xclip_jax.__version__}")
-        elif command in COMMANDS:
-            sys.argv = [sys.argv[0], *arguments]
-            Parser.program = f"xclip-jax {command}"
-            try:
-                runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
-            finally:
-                Parser.program = None
-        else:
+        elif command not in COMMANDS:
             sys.exit(
                 f"error: unknown command {command!r}; did you mean {nearest(command, COMMANDS)!r}? See xclip-jax --help"
             )
+    if command in COMMANDS:
+        sys.argv = [sys.argv[0], *arguments]
+        Parser.program = f"xclip-jax {command}"
+        try:
+            runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
+        finally:
+            Parser.program = None
 
 
 if __name__ == "__main__":

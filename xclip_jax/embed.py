@@ -21,7 +21,6 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 import time
 import typing
 from collections.abc import Mapping, Sequence
@@ -300,23 +299,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", type=int, default=PART, help="rows that an interruption may lose")
     options = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
-    try:
-        with exit_with_message():
-            if not (options.images or options.texts):
-                raise UserError("give --images, --texts or both.")
-            for key, minimum in (("batch", 1), ("part", 1), ("threads", 0)):
-                check_count(f"--{key}", getattr(options, key), minimum)
-            sources: dict[str, Source] = {}
-            if options.images:
-                sources["image"] = open_images(options.images)
-            if options.texts:
-                sources["text"] = Lines(options.texts)
-            compilation_cache.enable()
-            machine.warn_of_idle_accelerator()
-            model = inference.load(options.checkpoint, step=options.step, batch=options.batch, trust=options.trust)
+    with exit_with_message():
+        if not (options.images or options.texts):
+            raise UserError("give --images, --texts or both.")
+        for key, minimum in (("batch", 1), ("part", 1), ("threads", 0)):
+            check_count(f"--{key}", getattr(options, key), minimum)
+        sources: dict[str, Source] = {}
+        if options.images:
+            sources["image"] = open_images(options.images)
+        if options.texts:
+            sources["text"] = Lines(options.texts)
+        compilation_cache.enable()
+        machine.warn_of_idle_accelerator()
+        model = inference.load(options.checkpoint, step=options.step, batch=options.batch, trust=options.trust)
+        try:
             EmbeddingJob(model, sources, options.out, part=options.part, threads=options.threads).run()
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command to resume")
+        except KeyboardInterrupt as stop:
+            stop.add_note("run the same command to resume")
+            raise
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, ClassVar, NoReturn
 
+from xclip_jax import ending
 from xclip_jax.addresses import public
 
 # Exit statuses after which the same command goes on with the run: of one that was asked to stop (EX_TEMPFAIL of
@@ -65,12 +66,14 @@ def _print_exception(kind: type[BaseException], error: BaseException, trace: Tra
 def exit_with_message() -> Iterator[None]:
     """Context of a command: `UserError`, and an `OSError` that names a file, end it with one sentence and status 1.
 
+    Ctrl-C ends it with one sentence, which has the notes of the `KeyboardInterrupt`, and `ending.EXIT_INTERRUPTED`.
     Where the reader of its output closes it, as `head` does, it ends silently, with status `EXIT_UNREAD`. Other
     exceptions, whose traceback Python prints, show addresses without passwords and signatures too.
     """
     sys.excepthook = _print_exception
     try:
-        yield
+        with ending.unwinding():
+            yield
         print(end="", flush=True)  # at Python's own exit an error could not be caught
     except UserError as error:
         sys.exit(f"error: {describe(error)}")

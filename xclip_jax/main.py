@@ -5,7 +5,7 @@ RECIPE is the name of a recipe of the package, such as demo, or the path of a fi
 
 from absl import app, flags, logging
 
-from xclip_jax import compilation_cache, environment, imports, report
+from xclip_jax import compilation_cache, ending, environment, imports, report
 from xclip_jax.config import load
 from xclip_jax.console import log0
 from xclip_jax.doctor import machine
@@ -28,6 +28,7 @@ def main(_: list[str]) -> None:
     """Run the trainer."""
     logging.set_verbosity(logging.ERROR)
     with processes.exits(), exit_with_message(), imports.trusting(load.TRUST.value):
+        ending.end_at_once()  # until the run handles signals
         if _CHECK.value:
             config = job.check(flags.FLAGS.config)
             callbacks.classes(config)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from xclip_jax import ending
 from xclip_jax.errors import UserError
 
 _ALIGN = 4096
@@ -117,7 +118,10 @@ class SharedBatchPool:
             remove()
 
 
-def unlink_all() -> None:
+def _unlink_all() -> None:
     """Remove the names of all pools: for a process that ends without its finalizers."""
     for pool in list(_pools):
         pool.unlink()
+
+
+ending.last_acts.append(_unlink_all)

@@ -205,6 +205,7 @@ class _Indexer:
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+            start_new_session=True,  # Ctrl-C reaches the command alone, and its end this process
         )
         self._input, self._output = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
 

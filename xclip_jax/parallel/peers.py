@@ -7,7 +7,6 @@ nothing: the others notice its silence, and JAX ends them after `HEARTBEAT_SECON
 import atexit
 import contextlib
 import json
-import os
 import re
 import sys
 import threading
@@ -19,6 +18,7 @@ from typing import Any, NoReturn
 import jax
 
 from xclip_jax.addresses import public
+from xclip_jax.ending import exit_now
 from xclip_jax.errors import EXIT_RESTART, UserError, describe
 
 # All processes end within 30 s after one of them: JAX counts as dead what sends no heartbeat for so long.
@@ -200,10 +200,3 @@ def _is_of_runtime(error: BaseException) -> bool:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def exit_now(status: int) -> NoReturn:
-    """End this process without waiting for its threads."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(status)

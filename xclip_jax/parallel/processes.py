@@ -14,6 +14,7 @@ import jax
 from jax._src import distributed as jax_distributed
 from jax._src import xla_bridge
 
+from xclip_jax.ending import exit_now
 from xclip_jax.errors import EXIT_RESUMABLE, UserError
 from xclip_jax.parallel.peers import HEARTBEAT_SECONDS, Peers
 
@@ -104,7 +105,10 @@ def ends_all() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exits() -> Iterator[None]:
-    """Context of a whole command: as `ends_all`, and after it the process exits in time, whatever thread hangs."""
+    """Context of a whole command: as `ends_all`, and after it the process exits in time, whatever thread hangs.
+
+    A single process that was stopped exits at once: XLA may still compile for an evaluation that it has left.
+    """
     status = 1
     try:
         with ends_all():
@@ -112,6 +116,8 @@ def exits() -> Iterator[None]:
         status = 0
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if status == EXIT_RESUMABLE and _peers is None:
+            exit_now(status)
         raise
     finally:
         limit = _EXIT_SECONDS + (_SHUTDOWN_SECONDS if _peers is not None else 0)

@@ -11,6 +11,7 @@ from absl import logging
 
 from xclip_jax.config import schema
 from xclip_jax.errors import Diverged, exit_with_message
+from xclip_jax.parallel import processes
 from xclip_jax.train import trainer
 
 REQUEST, DIVERGED = "study.json", "diverged.json"
@@ -30,7 +31,7 @@ def main(folder: str, *cores: str) -> None:
     path = pathlib.Path(folder)
     config = schema.complete(json.loads((path / REQUEST).read_text())["config"])
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    with exit_with_message():
+    with processes.exits(), exit_with_message():
         try:
             trainer.run(config)
         except Diverged as error:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from xclip_jax import ending
 from xclip_jax.console import log0
 from xclip_jax.errors import EXIT_RESUMABLE
 
@@ -22,7 +23,8 @@ class Interrupted(BaseException):
 class PreemptionHandler:
     """Makes the first SIGTERM or SIGINT a request to save and stop; the second one acts at once.
 
-    While `saves` is false nothing could be saved, and the first signal ends the process with `EXIT_RESUMABLE`. Several
+    While `saves` is false nothing could be saved: the first signal leaves an evaluation, and elsewhere ends the process
+    with `EXIT_RESUMABLE`, at once, as an exception could be lost in a callback and would leave XLA compiling. Several
     processes agree on the moment through JAX's preemption service, and each of them has to ask (`requested`) equally
     often; a signal to one of them stops all.
 
@@ -51,21 +53,21 @@ class PreemptionHandler:
 
     def _handle(self, number: int, _: Any) -> None:
         name, previous = signal.Signals(number).name, self._previous[number]
-        # Under nohup the inherited handler ignores SIGINT; the second one must end the process nevertheless.
-        signal.signal(number, signal.SIG_DFL if previous == signal.SIG_IGN else previous)
+        # Under nohup the inherited handler ignores SIGINT; the second one must end the process nevertheless. That of a
+        # command would wait while the main thread is in C code.
+        signal.signal(number, signal.SIG_DFL if previous in (signal.SIG_IGN, ending.at_once) else previous)
         self.noticed = True
         alone = jax.process_count() == 1
-        stops = alone and not self.saves
-        stopping = "stopping; run the same command to resume"
-        with contextlib.suppress(RuntimeError):  # it came while a line was printed
-            log0(f"{name}: {stopping if stops else 'saving, then stopping; send it again to stop at once'}")
-        if stops:
-            raise SystemExit(EXIT_RESUMABLE)
+        stopping = "saving, then stopping; send it again to stop at once"
+        with contextlib.suppress(RuntimeError, OSError):  # it came while a line was printed, or nobody reads them
+            log0(f"{name}: {stopping if self.saves else 'stopping; run the same command to resume'}")
         if self._service is not None:
             self._service(signal.SIGTERM)
         if alone and self._leaves:
             self._leaves = False
             raise Interrupted
+        if alone and not self.saves:
+            ending.exit_now(EXIT_RESUMABLE)
 
     def requested(self) -> bool:
         """Whether to stop here; the same answer on every process."""

@@ -48,7 +48,8 @@ def run(
 
     Raises:
       UserError: bad input, or values that are not finite.
-      SystemExit: a signal asked to stop; the status is `EXIT_RESUMABLE`.
+      SystemExit: a signal asked to stop; the status is `EXIT_RESUMABLE`. Where there is nothing to save, such a signal
+        ends the process itself.
     """
     began = time.perf_counter() - uptime
     config = resolve(config, training=True)

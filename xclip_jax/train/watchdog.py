@@ -17,10 +17,9 @@ from collections.abc import Callable
 
 import jax
 
-from xclip_jax.data import shared_memory
+from xclip_jax.ending import exit_now
 from xclip_jax.errors import EXIT_RESTART, EXIT_RESUMABLE
 from xclip_jax.parallel import processes
-from xclip_jax.parallel.peers import exit_now
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.train.interrupt import SIGNALS, PreemptionHandler
 
@@ -159,7 +158,6 @@ class Watchdog:
         where = self._dump_stacks() if stacks else ""
         advice = "run the same command to resume"
         print(f"error: {self._who()}{sentence}{where}; {advice}", file=sys.stderr, flush=True)
-        shared_memory.unlink_all()
         if (peers := processes.peers()) is not None:
             peers.leave(sentence, status)
         exit_now(status)
