@@ -69,27 +69,44 @@ def test_goodput_of_a_run_that_resumes():
 
 
 def test_speed_is_of_the_steps_after_the_first_line(monkeypatch):
-    """Steps of 2 s, the first of which is counted when it is dispatched and logged when it is computed."""
+    """Steps of 2 s. As on a CPU, the second one is computed before the line of the first is printed."""
     clock = Clock(0.0)
     monkeypatch.setattr(progress.time, "perf_counter", clock)
-    count = progress.Progress(10, 100, 8)
-    count.tick(11)
-    clock.now = 2.0
-    assert count.samples_per_second(11) == 0 and count.line(11, {"loss": 1.0}).endswith("(compiled)")
-    clock.now = 12.0
-    assert count.samples_per_second(16) == 8 / 2
+    count = progress.Progress(100, 8)
+    count.tick()
+    assert count.samples_per_second() == 0 and count.line(11, {"loss": 1.0}).endswith("(compiled)")
+    for step in range(11, 16):
+        clock.now += 2.0
+        count.tick()
+        assert count.samples_per_second() == 8 / 2 and "4 samples/s, " in count.line(step, {"loss": 1.0})
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.03, "267"), (1.7, "4.7"), (20.0, "0.4"), (250.0, "0.032")])
+def test_the_line_has_two_digits_of_a_low_speed(seconds, shown, monkeypatch):
+    clock = Clock(0.0)
+    monkeypatch.setattr(progress.time, "perf_counter", clock)
+    count = progress.Progress(100, 8)
+    count.tick()
+    clock.now = seconds
+    count.tick()
+    assert f"  {shown} samples/s, " in count.line(2, {"loss": 1.0})
 
 
 def test_speed_leaves_out_pauses_after_the_first_step_alone(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(progress.time, "perf_counter", clock)
-    count = progress.Progress(0, 100, 8)
+    count = progress.Progress(100, 8)
     count.pause(40.0)  # an evaluation that a resumed run makes before its first step
     clock.now = 50.0
-    count.tick(1)
-    clock.now = 70.0
+    count.tick()
+    clock.now = 55.0
+    count.tick()
+    clock.now = 65.0
     count.pause(10.0)
-    assert count.samples_per_second(6) == 5 * 8 / 10
+    assert count.samples_per_second() == 8 / 5
+    clock.now = 70.0
+    count.tick()
+    assert count.samples_per_second() == 2 * 8 / 10
     assert "MFU 41.2%" in count.line(6, {"loss": 1.0, "mfu": 0.412})
     assert "MFU" not in count.line(6, {"loss": 1.0})
 

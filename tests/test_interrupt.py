@@ -217,6 +217,9 @@ class Timed(watchdog.Watchdog):
         self.now = 1000.0
         super().__init__(RunFolder(folder), interrupt.PreemptionHandler(), lambda: self.now, **limits)
 
+    def ask(self):
+        self._asked, self._asked_at = 1, self.now
+
     def wait(self, seconds):
         for _ in range(seconds):
             self.now += 1
@@ -247,15 +250,18 @@ def test_the_watchdog_names_the_phase_and_ends_the_process(statuses, tmp_path, c
     assert "test_the_watchdog_names_the_phase" in (tmp_path / "stacks-0.txt").read_text()
 
 
-def test_the_watchdog_warns_of_each_stall_but_not_of_a_compilation(tmp_path, capfd):
+def test_the_watchdog_warns_of_a_stall_that_is_long_for_its_phase_but_not_of_a_compilation(tmp_path, capfd):
     dog = Timed(tmp_path, warning=60, limit=0)
     dog.enter(watchdog.COMPILATION)
     dog.wait(1000)
-    dog.enter(watchdog.STEP)
-    for _ in range(2):
-        dog.wait(100)
-        dog.beat()
-    assert capfd.readouterr().out == 2 * "WARNING: no progress: a step (61 s)\n"
+    for seconds in (100, 130, 130, 391, 100):
+        dog.enter(watchdog.STEP)
+        dog.wait(seconds)
+        dog.end_step()
+        dog.enter(watchdog.DATA)
+    assert capfd.readouterr().out == "".join(f"WARNING: no progress: a step ({s} s)\n" for s in (61, 391))
+    dog.wait(61)
+    assert capfd.readouterr().out == "WARNING: no progress: waiting for data (61 s)\n"
 
 
 def test_time_in_which_the_whole_process_was_suspended_does_not_count(statuses, tmp_path, capfd):
@@ -291,7 +297,8 @@ def test_a_checkpoint_is_restored_in_a_phase_of_its_own(pairs, trained, tmp_path
     monkeypatch.setattr(watchdog.Watchdog, "enter", lambda _, phase, detail="": phases.append(phase))
     monkeypatch.setattr(Checkpointer, "restore_good", lambda *args: phases.append("restores") or restore(*args))
     trainer.run(tiny.short(pairs, run))
-    assert phases[:3] == ["restoring a checkpoint", "restores", ""]
+    compiles = "the first step, which compiles"
+    assert phases[:4] == [compiles, "restoring a checkpoint", "restores", compiles]
 
 
 def test_progress_keeps_the_watchdog_quiet(statuses, tmp_path, capfd):
@@ -307,6 +314,8 @@ def test_what_hangs_after_a_signal_is_ended(watch, statuses, monkeypatch, capfd)
     monkeypatch.setattr(watchdog, "STOP_SECONDS", 0.3)
     dog = watch()
     dog.enter(watchdog.STEP)
+    dog.end_step()
+    dog.end_step()
     time.sleep(0.5)
     assert not statuses
     signal.raise_signal(signal.SIGTERM)

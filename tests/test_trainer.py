@@ -294,8 +294,8 @@ def test_waiting_counts_when_the_devices_are_idle(step, data, share):
     measured = stalls.share()
     stalls.close()
     assert measured == pytest.approx(share, abs=0.2)
-    assert "input-bound: 75%" in progress.Progress(0, 10, 8).line(1, {"loss": 1.0, "data/wait_share": 0.75})
-    assert "input-bound" not in progress.Progress(0, 10, 8).line(1, {"loss": 1.0, "data/wait_share": 0.01})
+    assert "input-bound: 75%" in progress.Progress(10, 8).line(1, {"loss": 1.0, "data/wait_share": 0.75})
+    assert "input-bound" not in progress.Progress(10, 8).line(1, {"loss": 1.0, "data/wait_share": 0.01})
 
 
 def test_durations():

@@ -97,6 +97,7 @@ class MetricLogger:
         callbacks: Sequence[Callback] = (),
         *,
         began: float,
+        on_step_end: Callable[[], None] = lambda: None,
     ) -> None:
         """Open the run's metrics.
 
@@ -107,10 +108,11 @@ class MetricLogger:
           skipped: counts steps that are skipped.
           callbacks: receive what is logged.
           began: when the process began, by `time.perf_counter`.
+          on_step_end: called, in a thread, when the devices have computed a step.
         """
-        self.ledger, self.stalls, self.skipped = ledger, InputStallTimer(), skipped
-        self._job, self._callbacks = job, callbacks
-        self._progress = Progress(start, job.config.steps, job.experiment.data.batch, job.experiment.objective.progress)
+        self.ledger, self.stalls, self.skipped = ledger, InputStallTimer(self._end_step), skipped
+        self._job, self._callbacks, self._on_step_end = job, callbacks, on_step_end
+        self._progress = Progress(job.config.steps, job.experiment.data.batch, job.experiment.objective.progress)
         self._collapse = CollapseMonitor(job.experiment.objective.alarms, job.config.log.collapse_warmup_steps)
         self._flops, self._peak = _flops_and_peak(job)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -131,10 +133,13 @@ class MetricLogger:
                 self.flush()
         self._pending = (step, metrics)
         self.stalls.step_started(metrics["loss"])
-        self._progress.tick(step)
         self._goodput.tick()
         if self.skipped.in_a_row:  # a rewind must come at the same step however the run was interrupted
             self.skipped.check(step, metrics)
+
+    def _end_step(self) -> None:
+        self._progress.tick()
+        self._on_step_end()
 
     def flush(self) -> None:
         """Wait for the last step and log its metrics, unless they are logged already.
@@ -160,7 +165,7 @@ class MetricLogger:
     def _accounts(self, step: int) -> dict[str, float]:
         """What is logged beside the metrics that the step computes."""
         samples = step * self._job.experiment.data.batch
-        speed = self._progress.samples_per_second(step)
+        speed = self._progress.samples_per_second()
         goodput = self._goodput.values(step, wasted=self.skipped.wasted, waited=self.stalls.total)
         return {
             "lr": float(self._job.experiment.schedule(step - 1)),

@@ -36,6 +36,7 @@ def train(
     """
     config, experiment, start = job.config, job.experiment, int(state.step)
     step, tracer = start, StepTracer(config.log.profile, job.folder, log.pause)
+    watch.step = watch.saved = start
     # Closed when all is saved: readers may take their time to end.
     batches = log.stalls(_watched(_batches(job, start, log.ledger), job, watch, stop))
 
@@ -47,6 +48,7 @@ def train(
             return
         with log.stall():
             checkpointer.save(state, _position(job, step, log.ledger))
+        watch.saved = step
 
     try:
         stop.check()
@@ -59,6 +61,7 @@ def train(
             # Steps are dispatched without waiting: this batch travels to the devices while they compute the last step.
             state, metrics = tracer(step + 1, experiment.compiled, state, loader.to_global(batch, experiment.mesh))
             step, stop.saves = step + 1, True
+            watch.step = step
             log.log_step(step, metrics)
             checkpointer.raise_failure()  # of a save in the background
             if log.skipped.exceeded:

@@ -22,7 +22,6 @@ class Progress:
 
     def __init__(
         self,
-        start: int,
         steps: int,
         batch: int,
         terms: Callable[[Mapping[str, float]], Sequence[str]] = lambda metrics: (),
@@ -30,36 +29,34 @@ class Progress:
         """Begin to count.
 
         Args:
-          start: step at which the run starts.
           steps: of the whole run.
           batch: samples of a step.
           terms: metrics -> the objective's parts of the line.
         """
-        self.start, self.steps, self.batch, self._terms = start, steps, batch, terms
-        self._since: float | None = None
-        self._first = start
-        self._paused = 0.0
+        self.steps, self.batch, self._terms = steps, batch, terms
+        self._ended = 0
+        self._first_end = self._last_end = 0.0  # without the pauses between them
 
-    def tick(self, step: int) -> None:
-        """Count a step; to be called after each."""
-        if self._since is None:
-            self._since, self._first, self._paused = time.perf_counter(), step, 0.0
+    def tick(self) -> None:
+        """Count a step; to be called when the devices have computed it, which may be before or after its dispatch."""
+        self._last_end = time.perf_counter()
+        if not self._ended:
+            self._first_end = self._last_end
+        self._ended += 1
 
     def pause(self, seconds: float) -> None:
-        """Leave `seconds`, as of an evaluation, out of the speed."""
-        self._paused += seconds
+        """Leave the last `seconds`, as of an evaluation, out of the speed."""
+        self._first_end += seconds
+        self._last_end += seconds
 
-    def samples_per_second(self, step: int) -> float:
-        """Return the training speed since the first step of this process."""
-        elapsed = time.perf_counter() - (self._since or time.perf_counter()) - self._paused
-        return (step - self._first) * self.batch / elapsed if elapsed > 0 else 0.0
+    def samples_per_second(self) -> float:
+        """Return the training speed since the first step of this process has ended, 0 until the second has."""
+        elapsed = self._last_end - self._first_end
+        return (self._ended - 1) * self.batch / elapsed if self._ended > 1 and elapsed > 0 else 0.0
 
     def line(self, step: int, metrics: Mapping[str, float]) -> str:
         """Return the line that is printed for a step."""
-        speed = self.samples_per_second(step)
-        if step == self._first and self._since is not None:
-            # The first step was dispatched when it was counted, and is computed now that its loss is here.
-            self._since, self._paused = time.perf_counter(), 0.0
+        speed = self.samples_per_second()
         left = format_duration((self.steps - step) * self.batch / speed) if speed else ""
         parts = [f"step {step}/{self.steps}", f"loss {metrics['loss']:.3f}", *self._terms(metrics)]
         if skipped := metrics.get("skipped_steps"):
@@ -68,7 +65,8 @@ class Progress:
             parts.append(f"input-bound: {share:.0%}")
         if mfu := metrics.get("mfu"):
             parts.append(f"MFU {mfu:.1%}")
-        return "  ".join([*parts, f"{speed:.0f} samples/s, {left} left" if speed else "(compiled)"])
+        shown = f"{speed:.0f}" if speed >= 10 else f"{speed:.2g}"
+        return "  ".join([*parts, f"{shown} samples/s, {left} left" if speed else "(compiled)"])
 
 
 class InputStallTimer:
@@ -80,7 +78,9 @@ class InputStallTimer:
       total: seconds since the first step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_end: Callable[[], None] = lambda: None) -> None:
+        """Start the thread, which calls `on_end` whenever a step has ended."""
+        self._on_end = on_end
         self._steps: queue.SimpleQueue[jax.Array | None] = queue.SimpleQueue()
         self._started = self._ended = 0
         self._ended_at = self._since = time.perf_counter()
@@ -93,6 +93,7 @@ class InputStallTimer:
                 value.block_until_ready()
             self._ended_at = time.perf_counter()
             self._ended += 1
+            self._on_end()
 
     def __call__(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield `batches`, timed."""

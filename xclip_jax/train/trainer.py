@@ -24,7 +24,7 @@ from xclip_jax.train.loop import evaluating, run_evaluators, train
 from xclip_jax.train.recovery import SkippedSteps
 from xclip_jax.train.run_folder import TrainingFolder
 from xclip_jax.train.state import TrainState, create
-from xclip_jax.train.watchdog import RESTORE, Watchdog
+from xclip_jax.train.watchdog import COMPILATION, RESTORE, Watchdog
 from xclip_jax.train.weights import init_from_weights
 
 # A ratio of epochs from which on a recipe's schedule is not the one that was meant.
@@ -107,6 +107,7 @@ def _train(
     )
     warn_of_epochs(job, items)
     position: dict[str, Any] = {"samples": 0}
+    watch.enter(COMPILATION)
     if checkpointer.latest() is None:
         if step := job.folder.last_logged_step():
             log0(f"WARNING: there is no checkpoint, so the run starts again; metrics up to step {step} are dropped")
@@ -116,7 +117,7 @@ def _train(
     else:
         watch.enter(RESTORE)
         state, position = checkpointer.restore_good(experiment.abstract)
-        watch.enter("")
+        watch.enter(COMPILATION)
         log0(f"resuming at step {int(state.step)}, sample {position['samples']:,}")
     ledger = Ledger(
         job.folder.path,
@@ -125,7 +126,7 @@ def _train(
         counters=position.get("counters"),
     )
     skipped = SkippedSteps(job, int(state.step), ledger, checkpointer)
-    log = MetricLogger(job, int(state.step), ledger, skipped, callbacks, began=began)
+    log = MetricLogger(job, int(state.step), ledger, skipped, callbacks, began=began, on_step_end=watch.end_step)
     for callback in callbacks:
         callback.on_start(job, int(state.step))
     state, stopped = train(job, state, log, checkpointer, watch, stop)

@@ -25,9 +25,12 @@ from xclip_jax.train.interrupt import SIGNALS, PreemptionHandler
 
 DATA, COMPILATION, STEP = "waiting for data", "the first step, which compiles", "a step"
 CHECKPOINT, RESTORE, EVALUATION = "a checkpoint", "restoring a checkpoint", "an evaluation"
-# After a signal the main thread stops at its next mark; where that does not come in this time, it never may. A save may
-# take as long as it takes without a signal.
+# After a signal the main thread stops at its next mark; where that does not come in this time, nor in `_SLOWER` times
+# the longest wait of its phase so far, it never may. A save may take as long as it takes without a signal.
 STOP_SECONDS = 60.0
+_SLOWER = 3
+# How much has to end before a wait can be called long: the first step compiles, and so does the first evaluation.
+_EVIDENCE = {STEP: 2, EVALUATION: 1}
 _POLL_SECONDS = 0.5
 _MOMENT = 2.0  # in which Python's handler runs, where the main thread is not in C code
 
@@ -40,6 +43,7 @@ class Watchdog:
 
     Attributes:
       phase: the one that was entered last.
+      step, saved: the last step that was begun, and that of the last checkpoint, 0 where there is none.
     """
 
     def __init__(
@@ -65,6 +69,9 @@ class Watchdog:
         self._clock, self._last = clock, clock()
         self.phase, self._detail, self._since, self._warned_of = "", "", clock(), 0.0
         self._asked_at, self._asked = 0.0, 0
+        self.step = self.saved = 0
+        self._longest: dict[str, float] = {}  # seconds without progress, by phase
+        self._ended = dict.fromkeys(_EVIDENCE, 0)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
@@ -89,11 +96,22 @@ class Watchdog:
 
     def enter(self, phase: str, detail: str = "") -> None:
         """Begin a phase, which is progress; "" for one that may take as long as it likes."""
-        self.phase, self._detail, self._since = phase, detail, self._clock()
+        self.beat()
+        if self.phase == EVALUATION != phase:
+            self._ended[EVALUATION] += 1
+        self.phase, self._detail = phase, detail
 
     def beat(self) -> None:
         """Mark progress within the phase."""
-        self._since = self._clock()
+        now = self._clock()
+        self._longest[self.phase] = max(self._longest.get(self.phase, 0.0), now - self._since)
+        self._since = now
+
+    def end_step(self) -> None:
+        """Count a step that the devices have computed; it is progress for who waits for a step."""
+        self._ended[STEP] += 1
+        if self.phase == STEP:
+            self.beat()
 
     def status(self) -> str:
         """What this process is doing, and for how long: "a step (3 s)"."""
@@ -132,14 +150,28 @@ class Watchdog:
         alone = jax.process_count() == 1
         if alone and self.phase == COMPILATION and now - self._asked_at > _MOMENT:
             self._end("stopping in the compilation: nothing is trained yet", EXIT_RESUMABLE, stacks=False)
-        if self.phase not in ("", CHECKPOINT) and now - max(self._asked_at, self._since) > STOP_SECONDS:
-            self._end(f"asked to stop, and in {self.status()}; the run goes on at its last checkpoint", EXIT_RESUMABLE)
+        waited, phase = now - max(self._asked_at, self._since), self.phase
+        evidence = self._ended.get(phase, 0) >= _EVIDENCE.get(phase, 0)
+        if phase not in ("", CHECKPOINT) and evidence and waited > self._at_least(STOP_SECONDS, phase):
+            self._end(f"asked to stop, and in {self.status()}; {self._loss()}", EXIT_RESUMABLE)
+
+    def _at_least(self, seconds: float, phase: str) -> float:
+        """Seconds without progress that are long for a phase."""
+        return max(seconds, _SLOWER * self._longest.get(phase, 0.0))
+
+    def _loss(self) -> str:
+        """Which steps are lost with this process."""
+        lost = f"{self.step - self.saved} steps since the last checkpoint are lost" if self.step > self.saved else ""
+        if not self.saved:
+            return f"there is no checkpoint yet, and {self.step} steps are lost" if lost else "nothing is trained yet"
+        return lost or "no step is lost"
 
     def _check_progress(self, now: float) -> None:
         phase, since = self.phase, self._since
         if self._limit and now - since > self._limit:
             self._end(f"no progress: {self.status()}{self._others()}", EXIT_RESTART)
-        if self._warning and now - since > self._warning and self._warned_of != since and phase != COMPILATION:
+        warns = self._warning and phase != COMPILATION and self._warned_of != since
+        if warns and now - since > self._at_least(self._warning, phase):
             self._warned_of = since
             limit = f"; the run ends after {self._limit:.0f} s (log.stall_limit)" if self._limit else ""
             print(f"WARNING: {self._who()}no progress: {self.status()}{self._others()}{limit}", flush=True)
