@@ -13,12 +13,13 @@ import types
 import jax
 
 from tests import tiny
-from xclip_jax import heartbeat
+from xclip_jax import heartbeat, report
 from xclip_jax.data import loader
 from xclip_jax.errors import exit_with_message
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.parallel import processes
+from xclip_jax.report import html
 from xclip_jax.train import trainer, watchdog
 
 
@@ -40,7 +41,33 @@ FAULTS = {
     "hang in data": lambda: None,
     "hang after sigterm": hang_after_sigterm,
     "sigint in evaluation": lambda: None,
+    "sigint in report": lambda: None,
+    "raise in report": lambda: None,
+    "slow report": lambda: None,
 }
+
+
+def spoil_report(fault, process):
+    """What goes wrong while the report is made, in one process; all make it from the same batches."""
+    render, collect = html.render, html.collect_examples
+
+    def slow(*args, **options):
+        time.sleep(12)  # in process 0 alone
+        return render(*args, **options)
+
+    def examples(*args, **options):
+        for number in range(200):
+            if number == 3 and jax.process_index() == process:
+                FAULTS[fault.removesuffix(" in report")]()
+            heartbeat.beat()
+            time.sleep(0.05)
+        return collect(*args, **options)
+
+    if fault == "slow report":
+        processes._SHUTDOWN_SECONDS = 4
+        html.render = slow
+    elif fault.endswith("in report"):
+        html.collect_examples = examples
 
 
 class LongSet:
@@ -64,6 +91,7 @@ def main(run, pairs, fault, step, process, *rest):
     changes = dict(pair.split("=", 1) for pair in rest[: rest.index("--")] if "=" in pair)
     others = rest[rest.index("--") + 1 :]
     with processes.exits(), exit_with_message():
+        spoil_report(fault, int(process))
         if others:
             processes.join(False, others[0], int(others[1]), int(others[2]))
         meets = jax.process_index() == int(process)
@@ -95,7 +123,7 @@ def main(run, pairs, fault, step, process, *rest):
             "data__batch": 8,
             "steps": 10_000,
         }
-        trainer.run(tiny.config("clip", run=run, **defaults | given))
+        trainer.run(tiny.config("clip", run=run, **defaults | given), [report.callback()])
 
 
 if __name__ == "__main__":

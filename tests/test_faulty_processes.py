@@ -88,6 +88,31 @@ def test_a_signal_in_an_evaluation_leaves_it_in_both(tmp_path):
     assert RunFolder(tmp_path / "run").latest_step() == 2
 
 
+REPORT = "steps=2", "eval__report=True"
+
+
+@slow
+def test_a_report_that_takes_longer_than_the_barrier_at_the_end_is_awaited(tmp_path):
+    statuses, outputs = both(tmp_path, "slow report", 0, 0, *REPORT)
+    assert statuses == [0, 0], outputs
+    assert RunFolder(tmp_path / "run").report_file.exists()
+
+
+@slow
+def test_an_error_in_the_report_of_one_process_ends_both(tmp_path):
+    statuses, outputs = both(tmp_path, "raise in report", 0, 1, *REPORT)
+    assert statuses == [1, 1], outputs
+    assert "error: process 1 of 2 has ended: ValueError('disk on fire')" in outputs[0]
+
+
+@slow
+def test_a_signal_in_the_report_leaves_it_in_both(tmp_path):
+    statuses, outputs = both(tmp_path, "sigint in report", 0, 1, *REPORT)
+    assert statuses == [EXIT_RESUMABLE] * 2, outputs
+    assert f"the report was left; python -m xclip_jax.report {tmp_path / 'run'} makes it" in outputs[0]
+    assert not RunFolder(tmp_path / "run").report_file.exists()
+
+
 @slow
 def test_too_many_bad_samples_save_in_both(tmp_path):
     """All count them at the same step."""

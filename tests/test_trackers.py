@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import json
+import signal
 import sys
 import threading
 import types
@@ -16,7 +17,7 @@ from tests import tiny
 from xclip_jax.config import schema
 from xclip_jax.config.schema import resolve
 from xclip_jax.data.ledger import Ledger
-from xclip_jax.errors import UserError
+from xclip_jax.errors import EXIT_RESUMABLE, UserError
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.train import job, log, trackers, trainer
 from xclip_jax.train.callbacks import Callback
@@ -155,11 +156,40 @@ def test_process_0_alone_writes(process, calls, pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: process)
     ledger = Ledger(tmp_path / "run", max_bad_fraction=1.0, start=0, counters=None)
     logger = log.MetricLogger(prepared, 0, ledger, None, began=0.0)
-    logger.end(0)
+    logger.show_report(0)
+    logger.end()
     assert [(name, call) for name, call, _ in calls if call == "init"] == [
         (name, "init") for name in ("wandb", "trackio") if process == 0
     ]
     assert (tmp_path / "run" / "tensorboard").exists() == (process == 0)
+
+
+class Fails(Callback):
+    """Raises, or asks for a stop, in one of its methods."""
+
+    def __init__(self, method, act):
+        setattr(self, method, lambda *_: act())
+
+
+def fail():
+    raise RuntimeError("no")
+
+
+@pytest.mark.parametrize("method", ["on_start", "on_log", "on_end"])
+def test_an_error_ends_the_trackers_too(method, calls, pairs, tmp_path):
+    with pytest.raises(RuntimeError):
+        trainer.run(tiny.short(pairs, tmp_path / "run", log__to=("wandb",)), [Fails(method, fail)])
+    assert calls[-1] == ("wandb", "finish", None)
+
+
+def test_a_signal_in_the_report_leaves_it_and_ends_the_trackers(calls, pairs, tmp_path, capsys):
+    run, reported = tmp_path / "run", []
+    stops = [Fails("on_end", lambda: signal.raise_signal(signal.SIGTERM)), Fails("on_end", lambda: reported.append(1))]
+    with pytest.raises(SystemExit) as stopped:
+        trainer.run(tiny.short(pairs, run, log__to=("wandb",)), stops)
+    assert stopped.value.code == EXIT_RESUMABLE and not reported and calls[-1] == ("wandb", "finish", None)
+    assert f"the report was left; python -m xclip_jax.report {run} makes it" in capsys.readouterr().out
+    assert RunFolder(run).results_file.exists()
 
 
 def test_no_trackers(tmp_path):

@@ -63,6 +63,17 @@ class Peers:
         with self._signing, contextlib.suppress(Exception):
             self._client.key_value_set(f"{_ALIVE}{self.index}", _DONE, allow_overwrite=True)
 
+    def await_first(self) -> None:
+        """Wait, as long as it takes, until process 0, which writes the report, has marked itself as finished.
+
+        JAX's own barrier at the end ends all processes where one needs longer. The thread notices if process 0 dies.
+        """
+        signs: dict[str, str] = {}
+        while self.index and signs.get(f"{_ALIVE}0") != _DONE:
+            time.sleep(_POLL_SECONDS)
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                signs = dict(self._client.key_value_dir_get(_ALIVE))
+
     def check_same(self, facts: Mapping[str, Any], remedy: str) -> None:
         """Compare `facts`, of JSON's types, with those of process 0, which waits for all others to have compared.
 

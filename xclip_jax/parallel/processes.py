@@ -18,7 +18,7 @@ from xclip_jax.ending import exit_now
 from xclip_jax.errors import EXIT_RESUMABLE, UserError
 from xclip_jax.parallel.peers import HEARTBEAT_SECONDS, Peers
 
-# How long a process that has done its work waits for the others, which may still write a report.
+# How long a process that has done its work waits for the others, when process 0 has done its own.
 _SHUTDOWN_SECONDS = 300
 # After the end of its work a process exits within this time, whatever thread hangs.
 _EXIT_SECONDS = 30
@@ -120,6 +120,8 @@ def exits() -> Iterator[None]:
             exit_now(status)
         raise
     finally:
+        if _peers is not None and status in (0, EXIT_RESUMABLE):
+            _peers.await_first()
         limit = _EXIT_SECONDS + (_SHUTDOWN_SECONDS if _peers is not None else 0)
         threading.Thread(target=_exit_after, args=(limit, status), daemon=True).start()
 

@@ -13,7 +13,7 @@ from xclip_jax.train.job import Job
 
 
 class ReportWriter(Callback):
-    """Writes the report of a run that has `eval.report` set; a report that fails does not affect the run."""
+    """Writes the report of a run that has `eval.report` set; one that fails does not affect a run of one process."""
 
     def on_end(self, job: Job, variables: Variables, results: Sequence[Result]) -> None:
         """Write the report, or print the reason of a failure."""
@@ -24,6 +24,8 @@ class ReportWriter(Callback):
         try:
             _write(job, variables)
         except Exception as error:
+            if jax.process_count() > 1:
+                raise  # the others would wait for this process in the next batch
             log0(f"no report: {type(error).__name__}: {error}; python -m xclip_jax.report {run} tries again")
 
 

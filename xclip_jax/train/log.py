@@ -241,10 +241,14 @@ class MetricLogger:
             counts = ", ".join(f"{reason}: {count:,}" for reason, count in self.ledger.counters["bad"].items())
             log0(f"bad samples so far: {counts}; see {self.ledger.path}")
 
-    def end(self, step: int) -> None:
-        """Show the run's report, where it has one, in the trackers, and end them: they get nothing more."""
+    def show_report(self, step: int) -> None:
+        """Show the run's report, where it has one, in the trackers."""
         if self._trackers:
             self._trackers.show_report(step)
+
+    def end(self) -> None:
+        """End the trackers, which get nothing more; after an error too, as their own end may be cut off."""
+        if self._trackers:
             self._trackers.close()
 
 

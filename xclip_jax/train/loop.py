@@ -126,15 +126,15 @@ def run_evaluators(evaluators: Sequence[Evaluator], variables: Variables) -> lis
 
 
 @contextlib.contextmanager
-def evaluating(watch: Watchdog, stop: PreemptionHandler) -> Iterator[None]:
-    """Context of evaluators, which an interrupt leaves between two batches; a signal to a single process at once."""
+def evaluating(watch: Watchdog, stop: PreemptionHandler, phase: str = EVALUATION) -> Iterator[None]:
+    """Context of what evaluates: an interrupt leaves it between two batches, a signal to a single process at once."""
 
     def observe(alike: bool) -> None:
         watch.beat()
         if alike:
             stop.check()
 
-    watch.enter(EVALUATION)
+    watch.enter(phase)
     with heartbeat.observed(observe), stop.interruptible():
         yield
 

@@ -1,7 +1,8 @@
 """A run from its config to its results: check, build, claim the folder, train, evaluate."""
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from xclip_jax.data.ledger import Ledger
 from xclip_jax.errors import EXIT_RESUMABLE, UserError, describe
 from xclip_jax.evaluators import summary
 from xclip_jax.evaluators.result import Result, flat, to_json
+from xclip_jax.models.two_towers import Variables
 from xclip_jax.parallel import processes
 from xclip_jax.train import disk_space, memory, same_run, trackers
 from xclip_jax.train.callbacks import Callback, make_callbacks
@@ -74,16 +76,17 @@ def run(
             # A process that fails ends before its checkpointer is closed, which would wait for the others.
             checkpoints = Checkpointer(folder.path, keep=keep, keep_every=keep_every)
             with checkpoints as checkpointer, processes.ends_all():
-                state, log, stopped = _train(job, checkpointer, watch, stop, callbacks, began)
+                state, stopped, log = _train(job, checkpointer, watch, stop, callbacks, began)
             stop.saves = False
-            if not stopped:
-                try:
-                    return _finish(job, state, log, watch, stop, callbacks)
-                except Interrupted:
-                    log0("the last evaluation was left")
-            watch.enter("")
-            log.close()
-            log.end(int(state.step))
+            try:
+                if not stopped:
+                    with contextlib.suppress(Interrupted):
+                        return _finish(job, state, log, watch, stop, callbacks)
+                watch.enter("")
+                log.close()
+                log.show_report(int(state.step))
+            finally:
+                log.end()
             log0(f"stopped at step {int(state.step)} of {config.steps}; run the same command to resume")
             raise SystemExit(EXIT_RESUMABLE)
 
@@ -95,8 +98,8 @@ def _train(
     stop: PreemptionHandler,
     callbacks: Sequence[Callback],
     began: float,
-) -> tuple[TrainState, MetricLogger, bool]:
-    """Make or restore the state and train it. Returns it, the log, and whether the run was interrupted."""
+) -> tuple[TrainState, bool, MetricLogger]:
+    """Make or restore the state and train it. Returns it, whether the run was interrupted, and the log."""
     config, experiment = job.config, job.experiment
     count = sum(x.size for x in jax.tree.leaves(experiment.abstract.params))
     items = "items" if experiment.objective.labelled else "pairs"
@@ -127,10 +130,13 @@ def _train(
     )
     skipped = SkippedSteps(job, int(state.step), ledger, checkpointer)
     log = MetricLogger(job, int(state.step), ledger, skipped, callbacks, began=began, on_step_end=watch.end_step)
-    for callback in callbacks:
-        callback.on_start(job, int(state.step))
-    state, stopped = train(job, state, log, checkpointer, watch, stop)
-    return state, log, stopped
+    try:
+        for callback in callbacks:
+            callback.on_start(job, int(state.step))
+        return *train(job, state, log, checkpointer, watch, stop), log
+    except BaseException:
+        log.end()
+        raise
 
 
 def warn_of_epochs(job: Job, items: str) -> None:
@@ -153,9 +159,52 @@ def _finish(
     stop: PreemptionHandler,
     callbacks: Sequence[Callback],
 ) -> dict[str, float]:
-    """Make the last evaluation: results.json, the table, and the callbacks."""
+    """Make the last evaluation: results.json, the table, and the callbacks.
+
+    Raises:
+      Interrupted: a signal came; says what was left.
+      UserError: sets that failed.
+    """
     config, began = job.config, time.perf_counter()
     variables, step = state.variables(ema=config.eval.ema), int(state.step)
+    with _left("the last evaluation was left"):
+        results, failed = _evaluate(job, variables, step, log, watch, stop)
+    watch.enter("")
+    log.close()
+    if jax.process_index() == 0:
+        details = {"records": to_json(results)} | ({"failed": failed} if failed else {})
+        job.folder.write_results(config, flat(results), seconds=time.perf_counter() - began, **details)
+    if results:
+        log0(summary.render(results))
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(job.final)} evaluation sets failed ({', '.join(failed)}); "
+            f"{job.folder.results_file} has the others. Run the same command to evaluate again."
+        )
+    if results:
+        log.end_evaluation(step, results)
+    with _left(f"the report was left; python -m xclip_jax.report {config.run} makes it"):
+        for callback in callbacks:
+            with evaluating(watch, stop, ""):
+                callback.on_end(job, variables, results)
+    log.show_report(step)
+    log0(f"model: {config.run}; load it with xclip_jax.load({config.run!r}), see README for evaluate, embed and export")
+    return flat(results)
+
+
+@contextlib.contextmanager
+def _left(message: str) -> Iterator[None]:
+    try:
+        yield
+    except Interrupted:
+        log0(message)
+        raise
+
+
+def _evaluate(
+    job: Job, variables: Variables, step: int, log: MetricLogger, watch: Watchdog, stop: PreemptionHandler
+) -> tuple[list[Result], dict[str, str]]:
+    """Return the results of all sets, and for each that failed the reason."""
     results: list[Result] = []
     failed = {}
     for evaluator in job.final:
@@ -170,23 +219,4 @@ def _finish(
         else:
             results += values
             log.write_results(step, values)
-    watch.enter("")
-    log.close()
-    if jax.process_index() == 0:
-        details = {"records": to_json(results)} | ({"failed": failed} if failed else {})
-        job.folder.write_results(config, flat(results), seconds=time.perf_counter() - began, **details)
-    if results:
-        log0(summary.render(results))
-    if failed:
-        log.end(step)
-        raise UserError(
-            f"{len(failed)} of {len(job.final)} evaluation sets failed ({', '.join(failed)}); "
-            f"{job.folder.results_file} has the others. Run the same command to evaluate again."
-        )
-    if results:
-        log.end_evaluation(step, results)
-    for callback in callbacks:
-        callback.on_end(job, variables, results)
-    log.end(step)
-    log0(f"model: {config.run}; load it with xclip_jax.load({config.run!r}), see README for evaluate, embed and export")
-    return flat(results)
+    return results, failed
