@@ -247,9 +247,29 @@ def test_columns_of_images_are_not_confused(pairs, tmp_path):
 
 def test_names_of_sets_of_pairs(pairs):
     assert registry.expand_suites(f"retrieval/folder:{pairs},retrieval/holdout")
-    for wrong in ("retrieval/", "retrieval/nothing", f"retrieval/{pairs}"):
-        with pytest.raises(UserError, match="unknown evaluation set"):
+    for wrong in ("retrieval/", "retrieval/nothing"):
+        with pytest.raises(UserError, match=r"unknown evaluation set.*did you mean 'retrieval/holdout'"):
             registry.check(wrong)
+
+
+def test_a_path_of_own_pairs_needs_no_kind_before_it(pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my, pairs").symlink_to(pairs)
+    (tmp_path / "a.csv").write_text(f"path,caption\n{pairs / '000.png'},a picture\n")
+    for path, spec in (
+        ("my, pairs", "folder:my, pairs"),
+        (str(pairs), f"folder:{pairs}"),
+        ("a.csv?image=path&text=caption", "csv:a.csv?image=path&text=caption"),
+    ):
+        (name,) = registry.expand_suites(f"retrieval/{path}")
+        loaded = registry.load(name, SIZE)
+        assert loaded.name == spec
+        assert loaded.card.split_hash == registry.load(f"retrieval/{spec}", SIZE).card.split_hash
+    with pytest.raises(UserError, match="no file or folder '/no/pairs'"):
+        registry.check("retrieval//no/pairs")
+    (tmp_path / "notes.xyz").write_text("no pairs")
+    with pytest.raises(UserError, match=r"unknown source 'notes\.xyz'"):
+        registry.check("retrieval/notes.xyz")
 
 
 def test_a_run_is_evaluated_on_what_it_holds_out(pairs, tmp_path):

@@ -3,13 +3,15 @@
 Pairs of one image, by its bytes, are one item with all of their captions.
 
 `retrieval/SOURCE` has all pairs of a source of `data.sources`: retrieval/folder:PATH, retrieval/csv:PATTERN,
-retrieval/tar:PATTERN, retrieval/tfds:NAME/SPLIT. Columns other than those of `data.image_key` and `data.text_keys` end
-its name: retrieval/csv:PATTERN?image=COLUMN&text=COLUMN. `retrieval/holdout` has the pairs that `data.holdout` of the
-model's run keeps out of training, `retrieval/holdout@RUN` those of another run, for models that have none of their own.
+retrieval/tar:PATTERN, retrieval/tfds:NAME/SPLIT. The kind of a plain path, retrieval/PATH, is inferred, as by the
+recipe small. Columns other than those of `data.image_key` and `data.text_keys` end its name:
+retrieval/csv:PATTERN?image=COLUMN&text=COLUMN. `retrieval/holdout` has the pairs that `data.holdout` of the model's run
+keeps out of training, `retrieval/holdout@RUN` those of another run, for models that have none of their own.
 """
 
 import contextlib
 import dataclasses
+import os
 import urllib.parse
 from collections.abc import Sequence
 from typing import Any
@@ -128,8 +130,9 @@ def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profil
     if names_held_out(spec, PREFIX):
         specs, share = tuple(data.sources), data.holdout
     else:
-        source, data = named_columns(name, data)
-        specs, share = (source,), 1.0
+        place, data = named_columns(name, data)
+        specs, share = (sources.spec_from_path(place),), 1.0
+        name = specs[0] + name.removeprefix(place)
     try:
         with imports.named_by("the config of the run that holds them out") if share < 1 else contextlib.nullcontext():
             opened, parts = _pairs(specs, share, data)
@@ -174,8 +177,21 @@ class PairSets(SetKind):
 
     @classmethod
     def knows(cls, spec: str) -> bool:
-        """Whether it names a source, or held-out pairs; nothing is opened."""
-        return names_held_out(spec, PREFIX) or sources.is_spec(spec.removeprefix(PREFIX))
+        """Whether it names held-out pairs, a source or a path that one reads; nothing is opened.
+
+        Raises:
+          UserError: a path of which no kind of source is known, an absolute one that does not exist, or columns that
+            are named wrongly.
+        """
+        if names_held_out(spec, PREFIX):
+            return True
+        place, _ = named_columns(spec.removeprefix(PREFIX), DataConfig())
+        try:
+            return bool(sources.spec_from_path(place))
+        except UserError:
+            if os.path.isabs(place) or os.path.exists(place):
+                raise
+            return False
 
     @classmethod
     def data_of(cls, spec: str, data: DataConfig) -> DataConfig:

@@ -98,7 +98,7 @@ def check(spec: str, others: Sequence[str] = ()) -> type[SetKind]:
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     raise UserError(
         f"unknown evaluation set {spec!r}{hint} python -m xclip_jax.evaluate --help lists the names; your own images "
-        "are folder:PATH, csv:PATH or probe/folder:PATH, your own pairs retrieval/SOURCE."
+        "are folder:PATH, csv:PATH or probe/folder:PATH, your own pairs retrieval/PATH, if the path exists."
     )
 
 
@@ -140,7 +140,7 @@ def expand_suites(suites: str | Sequence[str]) -> tuple[str, ...]:
 
 def split(suite: str) -> list[str]:
     """Split names of sets at commas, unless they are part of a path that exists."""
-    paths = [pathlib.Path(suite.partition(mark)[2]) for mark in "@:"]
+    paths = [pathlib.Path(suite.partition(mark)[2]) for mark in "@:/"]
     # In finetuned/glue:TASK@PATH/SPLIT the split is behind the path.
     if any("," in str(path) and path.exists() for whole in paths for path in (whole, whole.parent)):
         return [suite]
