@@ -138,6 +138,12 @@ def test_what_bars_mean_is_escaped():
     assert HOSTILE in " ".join(Page(text).text) and "<script>" not in text
 
 
+def test_green_is_for_right_names_alone():
+    image = np.zeros((4, 4, 3), np.uint8)
+    ranks = [model_sections.place(examples.Prediction(image, "a", rank, []), 9) for rank in (1, 2, 5)]
+    assert ranks == ['<small class="ok">right</small>', "<small>rank 2 of 9</small>", "<small>rank 5 of 9</small>"]
+
+
 # --- runs of labelled items
 
 

@@ -63,6 +63,22 @@ def test_results_are_tested_against_chance(tmp_path):
     assert "<td>5.6 to 18.8</td>" in text and text.count(">95% interval<") == text.count(">verdict<") == 4
 
 
+def test_the_first_screen_says_what_to_do_now(tmp_path):
+    run = written(tmp_path / "run", tiny.config("clip"), [{"step": 1, "loss": 1.0, "clip/loss": 1.0}])
+    complete = dataclasses.replace(run, ended=run.began)
+    bad = [result for result in judged_results() if result.set in "bc"]
+    finetuned = written(tmp_path / "labelled", tiny.config("classify", objective__classify={"classes": 3}), [])
+    for shown, sentence in (
+        (run, "The run is not complete."),
+        (complete, f"xclip-jax serve {run.folder} --images FOLDER"),
+        (dataclasses.replace(complete, results=judged_results()), f"xclip_jax.load('{run.folder}')"),
+        (dataclasses.replace(complete, results=bad), f"xclip-jax doctor {run.folder}"),
+        (dataclasses.replace(finetuned, ended=run.began), "To use it, load the model in Python by"),
+    ):
+        page = html.render(shown, examples.Examples())
+        assert sentence in unescape(page.partition("What now")[2].partition("</div>")[0])
+
+
 @pytest.mark.parametrize(
     ("n", "right", "low", "high"), [(40, 23, 0.4089, 0.7296), (100, 11, 0.0562, 0.1883), (8, 0, 0.0, 0.3694)]
 )
@@ -183,7 +199,7 @@ def test_tables_have_a_cell_for_each_column_and_the_content_of_their_text():
     results |= {"retrieval/r/images": 5.0, "retrieval/r/captions": 20.0}
     results = flat_names.read(results)
     tables = summary.tables(results)
-    assert [t.title.split(",")[0] for t in tables] == ["zero-shot classification", "retrieval", "the families"]
+    assert [t.title.split(",")[0] for t in tables] == ["zero-shot classification", "retrieval", "overview"]
     assert all(len(cells) == len(t.columns) for t in tables for _, cells in t.rows)
     assert tables[0].rows[0] == ("a", ["10", "8", "50.0", "(10.0)", "75.0", "(50.0)"])
     assert [row[0] for row in tables[2].rows] == ["zero-shot classification", "retrieval"]
@@ -288,13 +304,16 @@ def test_each_step_of_an_evaluation_is_one_point(tmp_path):
 
 
 def test_sets_of_one_name_have_a_line_each(tmp_path):
-    """`retrieval/holdout` and `zeroshot/holdout` are both called holdout."""
+    """`retrieval/holdout` and `zeroshot/holdout` are of the same pairs."""
     recalls = {f"retrieval/holdout/{way}/r{k}": 9.0 for way in ("image_to_text", "text_to_image") for k in (1, 5)}
     recalls |= {"retrieval/holdout/images": 5.0, "retrieval/holdout/captions": 9.0}
     rows = [{"step": 1, "loss": 1.0, "clip/loss": 1.0}]
     rows += [{"step": step} | numbers("holdout", 20.0) | recalls for step in (1, 2)]
     drawn = lines_of(html.render(written(tmp_path / "run", tiny.config("clip"), rows), examples.Examples()))
-    assert [name.partition(",")[0] for name in drawn] == ["zeroshot/holdout", "retrieval/holdout"]
+    assert [name.partition(",")[0] for name in drawn] == [
+        "held-out pairs (zero-shot classification)",
+        "held-out pairs (retrieval)",
+    ]
 
 
 def test_a_metric_that_is_not_a_number_is_shown_as_such(tmp_path):

@@ -173,10 +173,10 @@ def test_sets_of_two_families_that_share_a_name_have_a_row_and_a_chart_each(tmp_
     table = text.replace("<wbr>", "").partition('<table class="several">')[2].partition("</table>")[0]
     rows = re.findall(r'<tr><th scope="row">(.*?)<br>.*?<b>([0-9.]+)</b>', table)
     assert rows == [
-        ("zeroshot/holdout", "61.0"), ("zeroshot/folder:x", "61.0"), ("retrieval/holdout", "21.0"),
-        ("retrieval/folder:x", "21.0"),
+        ("held-out pairs (zero-shot classification)", "61.0"), ("folder:x (zero-shot classification)", "61.0"),
+        ("held-out pairs (retrieval)", "21.0"), ("folder:x (retrieval)", "21.0"),
     ]  # fmt: skip
-    charts = re.findall(r"<figcaption><b>([a-z]+/(?:holdout|folder:x)),", text)
+    charts = re.findall(r"<figcaption><b>((?:held-out pairs|folder:x) \([a-z -]+\)),", text)
     assert charts == [name for name, _ in rows]
 
 
@@ -223,7 +223,7 @@ def test_held_out_pairs_templates_and_names_are_those_of_the_first_run(tmp_path,
     text = (tmp_path / "x.html").read_text()
     words = " ".join(check(text, SECTIONS).text)
     assert prompts == [[["art of a red fox"], ["art of hen"]]] * 2
-    assert "holds out no pairs" not in words and "Image to text, holdout" in words
+    assert "holds out no pairs" not in words and "Image to text, held-out pairs" in words
     cards = re.findall(r'<article class="card guess">.*?</article>', text)
     assert len(cards) > 4 and all(card.count('<div class="by">') == 2 for card in cards)
     assert "those of a; b learned from other data" in words

@@ -33,6 +33,22 @@ def test_without_results_nothing_is_rendered():
     assert summary.render([]) == summary.headlines([]) == "" and summary.tables([]) == []
 
 
+def test_chance_levels_in_brackets_have_a_legend():
+    lines = summary.render(flat_names.read(retrieval("coco"))).splitlines()
+    assert lines[-1] == "in brackets: the chance level, what guessing gives"
+    assert "bracket" not in summary.render(pets())
+
+
+def test_held_out_pairs_are_named_by_what_is_measured_on_them():
+    results = flat_names.read(retrieval("holdout") | zero_shot("holdout") | zero_shot("holdout@/a/run"))
+    assert summary.headlines(results) == (
+        "retrieval i2t R@1 61.0, R@5 65.0 | zero-shot top-1 57.5, top-5 100.0 | "
+        "held-out pairs of run top-1 57.5, top-5 100.0"
+    )
+    named = {name for table in summary.tables(results) for name, _ in table.rows}
+    assert {"held-out pairs", "held-out pairs of run"} <= named and summary.tables(results)[-1].title == "overview"
+
+
 def test_chance_of_retrieval_counts_every_caption():
     results = flat_names.read(retrieval("coco"))
     (recalls,) = [t for t in summary.tables(results) if t.title.startswith("retrieval")]
@@ -60,7 +76,7 @@ def test_long_names_do_not_shift_the_columns():
     results = zero_shot(long) | zero_shot("mnist") | retrieval("coco_retrieval@pictures/of/2017/dataset_coco.json")
     lines = summary.render(flat_names.read(results)).splitlines()
     blocks = {"zero-shot": lines[:3], "retrieval": lines[3:5], "families": lines[5:]}
-    assert [len(block) for block in blocks.values()] == [3, 2, 3]
+    assert [len(block) for block in blocks.values()] == [3, 2, 4]
     assert long in blocks["zero-shot"][1] and len({line.index("57.5") for line in blocks["zero-shot"][1:]}) == 1
     assert blocks["retrieval"][0].index("i2t@1") + 1 == blocks["retrieval"][1].index("61.0")
     assert blocks["families"][1].index("top1") == blocks["families"][2].index("image_to_text/r1")
@@ -70,7 +86,7 @@ def test_long_names_do_not_shift_the_columns():
 
 def test_short_names_have_the_usual_columns():
     lines = summary.render(flat_names.read(zero_shot("mnist") | retrieval("coco"))).splitlines()
-    assert lines[1].index("4") == 42 + 5 and lines[5].index("mnist") == 26 and lines[5].index("top1") == 56
+    assert lines[1].index("4") == 42 + 7 and lines[5].index("mnist") == 26 and lines[5].index("top1") == 56
 
 
 @pytest.mark.parametrize(
@@ -93,7 +109,7 @@ def test_sets_of_own_files_have_short_names(names, short):
     classified, *_ = summary.tables(results)
     assert [name for name, _ in classified.rows] == short
     assert summary.families(results).rows[0][1][0] == short[0]
-    assert summary.headlines(results).startswith(f"{short[0]} top1 57.5")
+    assert summary.headlines(results).startswith(f"{short[0]} top-1 57.5")
 
 
 # The metric that a set is reported by, where the table of its evaluator has no column for it.
@@ -110,7 +126,7 @@ def pets():
 
 
 def test_the_sets_own_metric_is_shown_first():
-    assert summary.headlines(pets()) == "pets mean_per_class 71.2, top1 90.1"
+    assert summary.headlines(pets()) == "pets mean_per_class 71.2, top-1 90.1"
     ((title, columns, rows),) = summary.tables(pets())
     assert title == "zero-shot classification, %" and rows == [
         ("pets", ["37", "", "90.1", "", "99.0", "", "mean_per_class", "71.2"])

@@ -166,7 +166,7 @@ class DenseProbe(Evaluator):
             ("dense",),
             (Metric("miou", "mIoU", "mean IoU of patches"), Metric("accuracy", "accuracy", "largest class of a patch")),
             (
-                Column("ways", "ways", ">6"),
+                Column("classes", "ways", ">8"),
                 Column("patches", "patches", ">9"),
                 Column("items", "n", ">8"),
                 Column("mIoU", "miou", ">8", chance=">8"),

@@ -104,11 +104,11 @@ class Probe(Evaluator):
             "frozen features, %",
             ("visual", "textual"),
             (
-                Metric("linear/top1", "top1", "linear probe, top-1"),
-                Metric("knn/top1", "top1", "nearest neighbours, top-1"),
+                Metric("linear/top1", "linear", "linear probe, top-1"),
+                Metric("knn/top1", "kNN", "nearest neighbours, top-1"),
             ),
             (
-                Column("ways", "ways", ">6"),
+                Column("classes", "ways", ">8"),
                 Column("items", "n", ">8"),
                 Column("linear", "linear/top1", ">8", chance=">7"),
                 Column("kNN", "knn/top1", ">8"),

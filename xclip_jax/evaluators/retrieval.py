@@ -129,12 +129,14 @@ class RetrievalSet:
             )
 
 
-_LABELS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 LAYOUT = Layout(
     "retrieval, recall %",
     ("retrieval",),
-    tuple(
-        Metric(f"{direction}/r{k}", f"r{k}", f"{label}, R@{k}") for direction, label in _LABELS.items() for k in (1, 5)
+    (
+        Metric("image_to_text/r1", "i2t R@1", "image to text, R@1"),
+        Metric("image_to_text/r5", "R@5", "image to text, R@5"),
+        Metric("text_to_image/r1", "t2i R@1", "text to image, R@1"),
+        Metric("text_to_image/r5", "R@5", "text to image, R@5"),
     ),
     (
         Column("images", "images", ">6"),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from xclip_jax.addresses import public
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import Layout, Metric
+from xclip_jax.evaluators.pair_sets import HELD_OUT
 from xclip_jax.evaluators.provenance import SHIFTED, VALIDATION
 from xclip_jax.evaluators.result import Result
 
@@ -20,7 +21,8 @@ _FAMILIES = {
     "textual": "textual representation",
     "dense": "dense representation",
 }
-_FAMILIES_TITLE = "the families"
+_FAMILIES_TITLE = "overview"
+_HELD_OUT = "held-out pairs"  # what the sets named `HELD_OUT` are called
 _LINES = (("items", ">14"), ("metric", ">11"), ("%", ">8"))  # columns of a table with a line for each metric
 _OWN = (("own metric", ">18"), ("value", ">8"))  # last columns of a table with a set whose metric no other one shows
 # Names of sets of files: a prefix such as "folder:", "imagenet@" or "module:Class:", and an absolute path or URL.
@@ -100,6 +102,11 @@ def _layout(row: Row) -> Layout:
     return Layout(row.family, (row.family,), tuple(Metric(r.metric, r.metric, r.metric) for r in shown), chance=True)
 
 
+def title(family: str) -> str:
+    """Return what a family is called in tables."""
+    return _FAMILIES.get(family, family)
+
+
 def label(row: Row) -> str:
     """Return the name in reports of the most important metric of a row."""
     return row.shown[0][0].label
@@ -111,7 +118,10 @@ def short_names(results: Sequence[Result]) -> dict[str, str]:
 
 
 def shorten(names_of_sets: Iterable[str]) -> dict[str, str]:
-    """Return {name: short name}: of absolute paths and URLs only as many last parts as distinguish the sets."""
+    """Return {name: short name}: of absolute paths and URLs only as many last parts as distinguish the sets.
+
+    The sets "holdout" and "holdout@RUN" are "held-out pairs" and "held-out pairs of RUN".
+    """
     names = {name: public(name) for name in names_of_sets}
     paths = {name: match.groups() for name, shown in names.items() if (match := _PATH.fullmatch(shown))}
 
@@ -123,16 +133,24 @@ def shorten(names_of_sets: Iterable[str]) -> dict[str, str]:
         while depth <= name.count("/") and [end(*p, depth) for p in paths.values()].count(end(*parts, depth)) > 1:
             depth += 1
         names[name] = end(*parts, depth)
+    for name, short in names.items():
+        held_out, _, run = short.partition("@")
+        if held_out == HELD_OUT:
+            names[name] = _HELD_OUT + (f" of {run}" if run else "")
     return names
 
 
 def headlines(results: Sequence[Result]) -> str:
-    """Return one line with the first two metrics of each set; empty without results."""
+    """Return one line with the first two metrics of each set; empty without results.
+
+    Held-out pairs, which are often all there is, are named by what is measured on them.
+    """
     parts, short = [], short_names(results)
     for row in rows(results):
         shown = ", ".join(f"{metric.short} {result.value:.1f}" for metric, result in row.shown[:2])
-        parts.append(f"{short[row.name]} {shown}")
-    return "  ".join(parts)
+        name = short[row.name] if row.name != HELD_OUT else "zero-shot" if row.family == "zeroshot" else row.family
+        parts.append(f"{name} {shown}")
+    return " | ".join(parts)
 
 
 def tables(results: Sequence[Result]) -> list[Table]:
@@ -171,6 +189,14 @@ def render(results: Sequence[Result]) -> str:
         for name, cells in texts:
             line = "".join(f"{cell:{form}}" for cell, form in zip(cells, forms, strict=True))
             lines.append(f"{name:<{26 if title == _FAMILIES_TITLE else width}}{line}".rstrip())
+    if any(
+        cells[i]
+        for _, columns, cells_of in shown
+        for i, (head, _) in enumerate(columns)
+        if not head
+        for _, cells in cells_of
+    ):
+        lines.append("in brackets: the chance level, what guessing gives")
     return "\n".join(lines)
 
 
@@ -247,4 +273,4 @@ def representatives(results: Sequence[Result]) -> dict[str, Row]:
     for row in tested:
         first.setdefault(SHIFTED if row.role == SHIFTED else row.family, row)
     order = [*(family for family in _FAMILIES if family in first), *(f for f in first if f not in _FAMILIES)]
-    return {_FAMILIES.get(family, family): first[family] for family in order}
+    return {title(family): first[family] for family in order}

@@ -152,7 +152,7 @@ class TextRetrieval(Evaluator):
         Layout(
             "texts by texts, recall %",
             ("textual",),
-            (Metric("r1", "r1", "R@1"), Metric("r5", "r5", "R@5")),
+            (Metric("r1", "R@1", "R@1"), Metric("r5", "R@5", "R@5")),
             (
                 Column("texts", "texts", ">6"),
                 Column("queries", "queries", ">8"),

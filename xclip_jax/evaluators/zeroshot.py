@@ -226,9 +226,9 @@ LAYOUTS = (
     Layout(
         "zero-shot classification, %",
         ("zeroshot",),
-        (Metric("top1", "top1", "top-1"), Metric("top5", "top5", "top-5")),
+        (Metric("top1", "top-1", "top-1"), Metric("top5", "top-5", "top-5")),
         (
-            Column("ways", "ways", ">6"),
+            Column("classes", "ways", ">8"),
             Column("images", "n", ">8"),
             Column("top-1", "top1", ">8", chance=">7"),
             Column("top-5", "top5", ">8", chance=">7"),
@@ -245,7 +245,7 @@ LAYOUTS = (
         ("zeroshot",),
         (Metric("map11", "map11", "11-point mAP"), Metric("map", "map", "mAP")),
         (
-            Column("ways", "ways", ">6"),
+            Column("classes", "ways", ">8"),
             Column("images", "n", ">8"),
             Column("11-point mAP", "map11", ">15"),
             Column("mAP", "map", ">8"),

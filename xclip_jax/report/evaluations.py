@@ -35,10 +35,11 @@ def newest(evaluations: Iterable[Evaluation]) -> tuple[list[Result], dict[Key, i
 
 
 def labels(rows: Iterable[summary.Row]) -> dict[Key, str]:
-    """Return {(family, name) of each row: its name on the page}, short, and with the family where two have one name."""
+    """Return {(family, name) of each row: its short name}, with the family's title where two rows have one name."""
     keys = list(dict.fromkeys((row.family, row.name) for row in rows))
     short = summary.shorten(name for _, name in keys)
     counts = collections.Counter(short[name] for _, name in keys)
     return {
-        (family, name): f"{family}/{short[name]}" if counts[short[name]] > 1 else short[name] for family, name in keys
+        (family, name): f"{short[name]} ({summary.title(family)})" if counts[short[name]] > 1 else short[name]
+        for family, name in keys
     }

@@ -43,7 +43,7 @@ def _prediction(prediction: Prediction, images: Images, num_names: int) -> str:
 def place(prediction: Prediction, num_names: int) -> str:
     """The rank of the right name."""
     rank = "right" if prediction.rank == 1 else f"rank {prediction.rank:,} of {num_names:,}"
-    return f"<small{_OK if prediction.rank <= 5 else ''}>{rank}</small>"
+    return f"<small{_OK if prediction.rank == 1 else ''}>{rank}</small>"
 
 
 def bars(labels: Sequence[ScoredLabel]) -> str:

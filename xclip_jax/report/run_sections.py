@@ -49,7 +49,22 @@ def _tiles(record: Record) -> str:
             f'<div class="card tile"><span class="name">{esc(family)}</span><b>{value}</b>'
             f"<span>{esc(label)}</span>{verdict_pill(judged.verdict)}<span>{breakable(details)}</span></div>"
         )
-    return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
+    return f'<div class="tiles">{"".join(tiles)}{_next(record)}</div>'
+
+
+def _next(record: Record) -> str:
+    """Return a tile with what to do now, for somebody whose first run this is."""
+    run, verdicts = esc(record.folder), [judged.verdict for judged in judgements(record.results).values()]
+    in_python = f"load the model in Python by <code>xclip_jax.load('{run}')</code>."
+    if not record.complete:
+        text = "The run is not complete. If it has stopped, the command that started it resumes it."
+    elif any(verdicts) and ABOVE not in verdicts:
+        text = f"No result is above chance; <code>xclip-jax doctor {run}</code> says what to change."
+    elif record.objective.labelled:
+        text = f"To use it, {in_python}"
+    else:
+        text = f"Search your own images by words: <code>xclip-jax serve {run} --images FOLDER</code>. Or {in_python}"
+    return f'<div class="card tile next"><span class="name">What now</span><span>{text}</span></div>'
 
 
 def _facts(record: Record, parameters: int | None) -> str:

@@ -11,8 +11,9 @@ import numpy as np
 from xclip_jax.data import controls, loader, opening
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample, UserError, describe
-from xclip_jax.evaluators import registry
+from xclip_jax.evaluators import registry, summary
 from xclip_jax.evaluators.base import SetKind
+from xclip_jax.evaluators.pair_sets import names_held_out
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.retrieval import RetrievalSet
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
@@ -98,7 +99,7 @@ def select(
         if shows[spec] == "captions":
             selection.retrieval = sets[0], sets[1]
         elif np.ndim(sets[0].labels) == 1:
-            title, sentence = panels.get(spec) or (spec, "The model chooses among {num_classes} names.")
+            title, sentence = panels.get(spec) or (_title(spec), "The model chooses among {num_classes} names.")
             selection.zeroshot.append((ZeroShotPanel(spec, title, sentence), _few_prompts(sets[0]), sets[1]))
         selection.add_kind(kinds[spec])
     if data is None or selection.zeroshot or selection.retrieval:
@@ -110,6 +111,12 @@ def select(
     else:
         _training_pairs(selection, dataclasses.replace(data, dir=data_dir or data.dir), prepare, seed, data_seed)
     return selection
+
+
+def _title(spec: str) -> str:
+    """Return what a set for classification without a panel is called."""
+    name = spec.removeprefix("zeroshot/")
+    return f"{summary.shorten([name])[name]}: which class" if names_held_out(spec, "zeroshot/") else spec
 
 
 def _few_prompts(data: ZeroShotSet) -> ZeroShotSet:
