@@ -35,7 +35,7 @@ def test_from_data_to_table_and_picture(run):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert any(line.startswith("step 8/8  loss ") for line in lines)
-    assert any(line.startswith("step 4: emoji/validation_concepts top1 ") for line in lines)
+    assert any(line.startswith("step 4: emoji/validation_concepts top-1 ") for line in lines)
     row = next(line for line in lines if line.startswith("emoji/test_concepts")).split()
     assert row[1:3] == ["200", "600"]
     results = json.loads((folder / "results.json").read_text())["results"]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -77,6 +78,34 @@ def test_a_term_of_another_package_trains_and_resumes(tmp_path):
     assert np.asarray(restored.loss_state["token_frequency"]).any()
     _, (resumed,) = train(again, 1, restored)
     assert np.isfinite(resumed["loss"]) and resumed["tokens/loss"] < logged[0]["tokens/loss"]
+
+
+def test_a_term_without_heads_uses_the_embeddings_of_clip():
+    config = tiny.config("clip")
+    config.objective.name, config.objective.terms = "cyclip", {"clip": 1.0, "cyclic": 0.25}
+    config.objective.plugins = {"cyclic": {"type": "tests.extension.cyclip:Consistency"}}
+    resolved, alone = schema.resolve(config), schema.resolve(tiny.config("clip"))
+    objective, clip = make_objective(resolved.objective), make_objective(alone.objective)
+    assert objective.heads(resolved.model, 9) == clip.heads(alone.model, 9)
+    rng = np.random.default_rng(0)
+    img, txt = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.normal(size=(2, 5, 4)).astype(np.float32))
+    loss, metrics, _ = objective({"z_img": img, "z_txt": txt, "scale": np.float32(10)}, None, {}, {})
+    metrics = {key: float(value) for key, value in metrics.items()}
+    pairs = [(i, j) for i in range(5) for j in range(5)]
+    cyclic = sum((img[i] @ txt[j] - img[j] @ txt[i]) ** 2 + (img[i] @ img[j] - txt[i] @ txt[j]) ** 2 for i, j in pairs)
+    assert metrics["cyclic/loss"] == pytest.approx(cyclic / 5, rel=1e-5)
+    assert float(loss) == pytest.approx(metrics["clip/loss"] + 0.25 * metrics["cyclic/loss"], rel=1e-6)
+
+
+def test_the_documented_outputs_are_those_of_the_model():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "extend.md").read_text()
+    table = page.partition("| `out[...]` |")[2].partition("| what a head")[0]
+    names = "".join(row.partition("|")[2].partition("|")[0] for row in table.splitlines())
+    written = {"h_img", "h_txt"}
+    for name, changes in (("xclip", {}), ("siglip", {}), ("classify", {"objective__classify": {"classes": 3}})):
+        config = schema.resolve(tiny.config(name, **changes))
+        written |= make_objective(config.objective).outputs(config.model)
+    assert set(re.findall(r"`(\w+)`", names)) == written
 
 
 @pytest.fixture(scope="module")
