@@ -316,7 +316,7 @@ def test_all_checks_of_the_command(tmp_path, pairs):
         (["runs/a", "runs/b"], "unknown argument 'runs/b'"),
         (["--config", "demo", "--samples=0"], "--samples must be at least 1"),
         (["--config", "demo", "--seconds=nan"], "--seconds at least 0"),
-        (["/nowhere/run"], "'/nowhere/run' is not a run directory"),
+        (["/nowhere/run"], "'/nowhere/run' does not exist; name the folder of a run"),
     ],
 )
 def test_arguments(arguments, message):

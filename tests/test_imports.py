@@ -15,6 +15,7 @@ PACKAGE = "xclip_jax"
 FLOORS = (
     {"addresses", "errors"},
     {
+        "commands",
         "config.fields",
         "console",
         "environment",
@@ -53,6 +54,7 @@ FLOORS = (
 # Small files that everybody may use: they do not count as rooms that a room depends on.
 GROUND = {
     "addresses",
+    "commands",
     "errors",
     "config.fields",
     "console",

@@ -129,6 +129,16 @@ def test_versions_agree():
 ABSL = ("train", "plan")
 
 
+@pytest.mark.parametrize(
+    ("started", "shown"),
+    [(("xclip_jax.cli", "evaluate"), "xclip-jax evaluate"), (("xclip_jax.evaluate",), "python -m xclip_jax.evaluate")],
+)
+def test_messages_name_commands_as_the_user_typed_them(started, shown, tmp_path):
+    (tmp_path / "a").mkdir()
+    done = python("-m", *started, "--compare", "a", "a", cwd=tmp_path)
+    assert f"; make it with {shown} --checkpoint RUN --suite NAME.\n" in done.stderr
+
+
 @pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name not in ABSL])
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_help_names_the_program_as_it_was_called(name, capsys, monkeypatch):

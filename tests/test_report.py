@@ -113,7 +113,7 @@ def test_a_report_that_fails_loses_nothing(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(html, "make", broken)
     assert trainer.run(config, [report.callback()]) == pytest.approx(expected, abs=1e-4)
     assert json.loads((tmp_path / "run" / "results.json").read_text())["results"] == pytest.approx(expected, abs=1e-4)
-    assert "no report: RuntimeError: broken; python -m xclip_jax.report" in capsys.readouterr().out
+    assert "no report: RuntimeError: broken; xclip-jax report" in capsys.readouterr().out
 
 
 def _tuples(value):
@@ -125,7 +125,9 @@ def _tuples(value):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["{}/none"], "is not a run directory"),
+        (["{}/none"], "none' does not exist; name the folder of a run"),
+        (["{}/ran"], "did you mean '{}/run'?"),
+        (["{}"], "is not a run directory"),
         (["{}/run", "--sets", "imagenett"], "set 'imagenett'; did you mean 'imagenet'"),
         (["{}/run", "--step", "9"], "no checkpoint of step 9"),
         (["{}/run", "--stepp", "9"], "unrecognized arguments"),
@@ -138,5 +140,5 @@ def test_bad_input_is_one_sentence(flags, message, run, monkeypatch):
     monkeypatch.setattr(html, "make", lambda *_, **__: pytest.fail("made predictions first"))
     with pytest.raises(SystemExit) as stopped:
         command.main([flag.format(run) for flag in flags])
-    assert message in str(stopped.value)
+    assert message.format(run) in str(stopped.value)
     assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)

@@ -105,7 +105,10 @@ def test_what_differs_is_listed_and_what_cannot_be_compared_is_said(tmp_path):
     assert "Batches differ, and so does what a step is: a 16, b 8." in words
     assert "no evaluation set of images in common" in words
     RunFolder(tmp_path / "b").evaluation_file.unlink()
-    assert "evaluation.json does not exist; make it with python -m xclip_jax.evaluate" in several.render([a, b])
+    assert (
+        "evaluation.json does not exist; make it with xclip-jax evaluate --checkpoint RUN --suite NAME"
+        in several.render([a, b])
+    )
 
 
 def test_levels_that_differ_between_runs_are_left_out(tmp_path):
@@ -274,7 +277,7 @@ def test_the_command_writes_a_page_of_trained_runs(tmp_path, monkeypatch, capsys
     command.main(["a", "c", "--output", "x.html"])
     assert "holds no checkpoint" in " ".join(check((tmp_path / "x.html").read_text(), SECTIONS).text)
     for flags, message in (
-        (["a", "a"], "named twice"), (["a", "none"], "not a run directory"), (["a", "b", "--output", "."], "a folder"),
+        (["a", "a"], "named twice"), (["a", "none"], "does not exist"), (["a", "b", "--output", "."], "a folder"),
     ):  # fmt: skip
         with pytest.raises(SystemExit, match=message):
             command.main(flags)

@@ -5,22 +5,9 @@ import sys
 from collections.abc import Sequence
 
 import xclip_jax
+from xclip_jax.commands import COMMANDS
 from xclip_jax.config.fields import nearest
 from xclip_jax.errors import Parser, exit_with_message
-
-COMMANDS = {
-    "train": ("xclip_jax.main", "train a model by a recipe, or resume a run"),
-    "evaluate": ("xclip_jax.evaluate", "evaluate a run or weights of another project, or compare two runs"),
-    "embed": ("xclip_jax.embed", "write embeddings of images or texts to a file"),
-    "export": ("xclip_jax.export", "write weights for transformers, open_clip or safetensors"),
-    "plan": ("xclip_jax.plan", "show memory, traffic and time of a run before it is started"),
-    "doctor": ("xclip_jax.doctor", "check a run before it is started, or look at one by its folder"),
-    "report": ("xclip_jax.report", "write the page of a run"),
-    "serve": ("xclip_jax.serve", "search a folder of images by words on a page in the browser"),
-    "study": ("xclip_jax.study", "run a study of several objectives and seeds, and write its page"),
-    "check": ("xclip_jax.data.check", "check image-text pairs before training"),
-    "index": ("xclip_jax.data.tar_index", "index tars ahead of a run"),
-}
 
 
 def usage() -> str:

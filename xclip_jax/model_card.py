@@ -304,7 +304,7 @@ def _results(run: RunFolder, steps: int, step: int) -> str:
             for r in shown
         ]
         head = ("set", "metric", "value", "n", "protocol", "templates")
-        lines.append(f"By `python -m xclip_jax.evaluate`, profile {shown[-1]['profile']}:\n\n{_rows(head, rows)}")
+        lines.append(f"By `xclip-jax evaluate`, profile {shown[-1]['profile']}:\n\n{_rows(head, rows)}")
     if len(lines) == 1:
         lines.append("None: this checkpoint was not evaluated.")
     return "\n\n".join(lines)

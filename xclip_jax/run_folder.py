@@ -15,6 +15,7 @@ checkpoints/, bad_samples.jsonl, skipped_steps.jsonl, tensorboard/, wandb/, repo
 """
 
 import contextlib
+import difflib
 import json
 import sys
 from typing import Any
@@ -192,6 +193,20 @@ def evaluation_file(path: str | epath.Path) -> epath.Path:
     run = RunFolder(path)
     weights, file = run.path, run.evaluation_file
     return file if weights.is_dir() else weights.with_name(f"{weights.name}.{file.name}")
+
+
+def not_found(path: str | epath.Path, otherwise: str) -> str:
+    """Return the sentence that `path` does not exist; it asks for the folder beside it of a similar name.
+
+    Args:
+      path: of a run.
+      otherwise: what to do where there is no such folder, or in a bucket, which is not searched.
+    """
+    place = epath.Path(path)
+    near: list[str] = []
+    if not is_remote(str(path)) and place.parent.is_dir():
+        near = difflib.get_close_matches(place.name, [x.name for x in place.parent.iterdir() if x.is_dir()], n=1)
+    return f"{str(path)!r} does not exist; " + (f"did you mean {str(place.parent / near[0])!r}?" if near else otherwise)
 
 
 def _read_lines(path: epath.Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from xclip_jax import storage
+from xclip_jax.commands import command
 from xclip_jax.errors import UserError
 from xclip_jax.run_folder import RunFolder
 
@@ -104,7 +105,7 @@ class Ledger:
             if entry.get("last"):
                 raise UserError(
                     f"source {entry['source']} gave {entry['last']} bad samples in a row, the last for "
-                    f"{entry['reason']!r}; run python -m xclip_jax.data.check on it."
+                    f"{entry['reason']!r}; run {command('check')} on it."
                 )
         self._part = self._part if part is None else part
         self._pending.append((end, tokens, list(bad)))

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from xclip_jax.commands import command
 from xclip_jax.data import records, rgb, transforms
 from xclip_jax.data.array_record import ArrayRecords
 from xclip_jax.data.base import (
@@ -92,8 +93,8 @@ def spec_from_path(text: str) -> str:
     if not kinds:
         if not os.path.exists(path):
             if re.search(r"[*?\[{]", path) and (":" not in path or "://" in path):
-                command = f"xclip-jax check {shlex.quote(f'tar:{text}')}"
-                raise UserError(f"{text!r} has no ending of a known type; write the type first, as in {command}")
+                check = f"{command('check')} {shlex.quote(f'tar:{text}')}"
+                raise UserError(f"{text!r} has no ending of a known type; write the type first, as in {check}")
             if os.path.isabs(path):
                 raise UserError(f"no file or folder {text!r}; check the path.")
         raise _unknown(text)

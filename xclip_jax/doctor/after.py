@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from xclip_jax.commands import command
 from xclip_jax.console import format_bytes, format_duration
 from xclip_jax.doctor import series
 from xclip_jax.doctor.finding import Finding, fail, warning
@@ -171,7 +172,7 @@ def _health(run: Record, name: str) -> Iterator[Finding]:
             yield fail("objective", f"{label}: {text}{f' {history}' if warnings.steps else ''}".rstrip("."))
         elif failure in warnings.names:
             now = f"not at the last step; {history}"
-            yield warning("objective", f"{label}: {now.rstrip('.')}", "look at its chart, xclip-jax report RUN")
+            yield warning("objective", f"{label}: {now.rstrip('.')}", f"look at its chart, {command('report')} RUN")
         else:
             measured = light.measured if light else ""
             judged = "no" if warnings.steps else "not judged yet"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from xclip_jax.commands import command
 from xclip_jax.data import controls, labelled, loader, opening, rgb, sources
 from xclip_jax.data.base import Source
 from xclip_jax.data.ledger import Ledger
@@ -172,7 +173,7 @@ def _bad_samples(sample: Sample, sources: Sequence[Source], allowed: float) -> F
         return Finding("samples", text, values=values)
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sample.counters["bad"].items())
     text += f" ({reasons}; the first is {_place(sample.example)})" if sample.example else " and by the index"
-    remedy = "list them with xclip-jax check SOURCE and repair the data, or raise data.max_bad_fraction"
+    remedy = f"list them with {command('check')} SOURCE and repair the data, or raise data.max_bad_fraction"
     if share > allowed:
         return fail("samples", f"{text}; above data.max_bad_fraction={allowed:g} the run stops", remedy, **values)
     if share > _MANY_BAD * allowed:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from xclip_jax import flops
+from xclip_jax.commands import command
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.console import format_bytes, format_duration
@@ -59,7 +60,7 @@ def check_step(experiment: Experiment, folder: RunFolder, mode: str = "auto") ->
         cost = f"{operations / 1e12:,.3g} TFLOP" if operations else f"whose {flops.uncounted(experiment.config)}"
         text = (
             f"the state takes {format_bytes(state)} of a device's {format_bytes(limit)}; the step, {cost}, is not "
-            "compiled here: --step always does, xclip-jax plan for TPUs"
+            f"compiled here: --step always does, {command('plan')} for TPUs"
         )
         return Step(None, [Finding("memory", text, values=values)])
     compiled, trouble = memory.compile_if_fits(experiment)

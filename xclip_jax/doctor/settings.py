@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import jax
 
+from xclip_jax.commands import command
 from xclip_jax.config.schema import Config
 from xclip_jax.doctor.finding import Finding, warning
 from xclip_jax.objectives import Objective, Term
@@ -73,7 +74,7 @@ def _evaluation(config: Config, objective: Objective) -> Iterator[Finding]:
     steps, group = config.steps, config.eval
     if not group.sets and not group.final_sets:
         text = "eval.sets and eval.final_sets are empty, so nothing shows what the model can do"
-        yield warning("settings", text, "name a set; xclip-jax evaluate --help lists them")
+        yield warning("settings", text, f"name a set; {command('evaluate')} --help lists them")
     elif not group.every or group.every >= steps or not group.sets:
         key = "eval.sets is empty" if not group.sets else f"eval.every={group.every} evaluates at the end alone"
         text = f"{key}, so that a run that goes wrong shows only then"

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from xclip_jax.commands import command
 from xclip_jax.console import log0
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
@@ -97,7 +98,7 @@ def check(spec: str, others: Sequence[str] = ()) -> type[SetKind]:
     near = kind.closest(spec) if kind else closest(spec, [*others, *_all("names")], _all("at_path"))
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     raise UserError(
-        f"unknown evaluation set {spec!r}{hint} python -m xclip_jax.evaluate --help lists the names; your own images "
+        f"unknown evaluation set {spec!r}{hint} {command('evaluate')} --help lists the names; your own images "
         "are folder:PATH, csv:PATH or probe/folder:PATH, your own pairs retrieval/PATH, if the path exists."
     )
 

@@ -29,6 +29,7 @@ import numpy as np
 from etils import epath
 
 from xclip_jax import file_lock
+from xclip_jax.commands import command
 from xclip_jax.config.schema import Config
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
@@ -54,7 +55,7 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
       UserError: a file that is missing or damaged.
     """
     if not path.exists():
-        raise UserError(f"{path} does not exist; make it with python -m xclip_jax.evaluate --checkpoint RUN.")
+        raise UserError(f"{path} does not exist; make it with {command('evaluate')} --checkpoint RUN --suite NAME.")
     try:
         record = json.loads(path.read_text())
         # Older files have these keys once, not in each entry.

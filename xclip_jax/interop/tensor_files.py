@@ -10,6 +10,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
+from xclip_jax.commands import command
 from xclip_jax.errors import UserError
 from xclip_jax.interop import torch_file
 from xclip_jax.run_folder import is_run
@@ -41,7 +42,7 @@ def find(path: str) -> epath.Path:
             return place
         raise UserError(f"{path!r} is not a folder or a file of weights ({', '.join(SUFFIXES)}); name one that exists.")
     if is_run(path):
-        raise UserError(f"{path!r} is a run directory; write its weights with python -m xclip_jax.export.")
+        raise UserError(f"{path!r} is a run directory; write its weights with {command('export')}.")
     for name in NAMES:
         if (place / name).exists():
             return place / name

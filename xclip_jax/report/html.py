@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 from etils import epath
 
+from xclip_jax.commands import command
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.report import health, model_sections, record, run_sections, shell
@@ -16,10 +17,7 @@ from xclip_jax.run_folder import RunFolder
 from xclip_jax.train.build import Experiment
 from xclip_jax.train.encoder import profile_of_run
 
-_NO_SETS = (
-    "the run has no evaluation sets. Add some to eval.final_sets, or run: python -m xclip_jax.report {run} --sets "
-    "NAME,NAME"
-)
+_NO_SETS = "the run has no evaluation sets. Add some to eval.final_sets, or run: {report} {run} --sets NAME,NAME"
 
 
 def make(
@@ -78,7 +76,7 @@ def render(record: Record, examples: Examples, maps: Maps | None = None, paramet
       parameters: number of the model's parameters, if known.
     """
     images = Images()
-    reason = " ".join(examples.missing) or _NO_SETS.format(run=record.folder)
+    reason = " ".join(examples.missing) or _NO_SETS.format(report=command("report"), run=record.folder)
     has_clusters = "s_img" in record.objective.outputs(record.config.model)
     no_clusters = reason if has_clusters else "this objective trains no cluster heads."
     sections = [
@@ -100,6 +98,6 @@ def render(record: Record, examples: Examples, maps: Maps | None = None, paramet
         images,
         # Without examples each of their sections has these sentences.
         notes=examples.missing if examples.named or examples.retrieved else [],
-        footer=f"<p>Made by <code>python -m xclip_jax.report {esc(record.folder)}</code>. Examples are drawn by seed "
+        footer=f"<p>Made by <code>{command('report')} {esc(record.folder)}</code>. Examples are drawn by seed "
         f"{examples.seed}, not selected by hand.</p>{credit}",
     )

@@ -17,7 +17,7 @@ from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.report.evaluations import Evaluation, Key, by_step, newest
-from xclip_jax.run_folder import RunFolder
+from xclip_jax.run_folder import RunFolder, not_found
 
 Row = dict[str, float]
 
@@ -84,6 +84,8 @@ def read(path: str | epath.Path) -> Record:
     run = RunFolder(path)
     content = run.read_config()
     if content is None:
+        if not run.path.exists():
+            raise UserError(not_found(path, "name the folder of a run."))
         raise UserError(f"{str(path)!r} is not a run directory: it has no config.json; pass a run directory.")
     try:
         return _read(run, content)

@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+from xclip_jax.commands import command
 from xclip_jax.config import schema
 from xclip_jax.data import rgb
 from xclip_jax.evaluators import summary
@@ -59,11 +60,11 @@ def _next(record: Record) -> str:
     if not record.complete:
         text = "The run is not complete. If it has stopped, the command that started it resumes it."
     elif any(verdicts) and ABOVE not in verdicts:
-        text = f"No result is above chance; <code>xclip-jax doctor {run}</code> says what to change."
+        text = f"No result is above chance; <code>{command('doctor')} {run}</code> says what to change."
     elif record.objective.labelled:
         text = f"To use it, {in_python}"
     else:
-        text = f"Search your own images by words: <code>xclip-jax serve {run} --images FOLDER</code>. Or {in_python}"
+        text = f"Search your own images by words: <code>{command('serve')} {run} --images FOLDER</code>. Or {in_python}"
     return f'<div class="card tile next"><span class="name">What now</span><span>{text}</span></div>'
 
 
@@ -110,7 +111,7 @@ def results(record: Record) -> Section:
     tables = summary.tables(record.results)
     if not tables:
         reason = "The final evaluation has not run yet" if not record.complete else "The run has no evaluation set"
-        remedy = f"evaluate with python -m xclip_jax.evaluate --checkpoint {record.folder} --suite NAME."
+        remedy = f"evaluate with {command('evaluate')} --checkpoint {record.folder} --suite NAME."
         return missing("results", "Results", f"{reason}; {remedy}")
     text = f"In percent, with chance levels in brackets. {_method(record)}"
     if record.steps_of:

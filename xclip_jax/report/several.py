@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from xclip_jax.commands import command
 from xclip_jax.config import schema
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import summary
@@ -84,7 +85,7 @@ def render(runs: Sequence[Run], *, step: int | None = None) -> str:
         sections,
         images,
         notes=list(notes),
-        footer=f"<p>Made by <code>python -m xclip_jax.report {esc(folders)}</code>. Examples are drawn by seed "
+        footer=f"<p>Made by <code>{command('report')} {esc(folders)}</code>. Examples are drawn by seed "
         f"{runs[0].examples.seed}, not selected by hand.</p>{''.join(f'<p>{esc(credit)}</p>' for credit in credits)}",
     )
 
@@ -136,9 +137,7 @@ def _results(runs: Sequence[Run]) -> Section:
     of_runs = [_first_results(run) for run in runs]
     keys = list(dict.fromkeys(key for results in of_runs for key in results))
     if not keys:
-        reason = (
-            "no run has results yet; evaluate each with python -m xclip_jax.evaluate --checkpoint RUN --suite NAME."
-        )
+        reason = f"no run has results yet; evaluate each with {command('evaluate')} --checkpoint RUN --suite NAME."
         return missing("results", "Results", reason)
     short, rows = labels(_rows(runs)), []
     for key in keys:

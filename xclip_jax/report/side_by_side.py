@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from xclip_jax.commands import command
 from xclip_jax.report.examples import Examples, Gallery, Prediction, SearchResult
 from xclip_jax.report.markup import Images, Section, esc, missing
 from xclip_jax.report.model_sections import bars, place, row
@@ -44,7 +45,7 @@ def _names(guesses: Sequence[Prediction]) -> list[str]:
 def _reason(models: Models) -> str:
     sentences = dict.fromkeys(sentence for _, examples in models for sentence in examples.missing)
     return " ".join(sentences) or (
-        "the runs have no evaluation set of images in common. Name some: python -m xclip_jax.report RUN RUN --sets NAME"
+        f"the runs have no evaluation set of images in common. Name some: {command('report')} RUN RUN --sets NAME"
     )
 
 

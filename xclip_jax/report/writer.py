@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 
+from xclip_jax.commands import command
 from xclip_jax.console import log0
 from xclip_jax.evaluators.result import Result
 from xclip_jax.models.two_towers import Variables
@@ -26,7 +27,7 @@ class ReportWriter(Callback):
         except Exception as error:
             if jax.process_count() > 1:
                 raise  # the others would wait for this process in the next batch
-            log0(f"no report: {type(error).__name__}: {error}; python -m xclip_jax.report {run} tries again")
+            log0(f"no report: {type(error).__name__}: {error}; {command('report')} {run} tries again")
 
 
 def _write(job: Job, variables: Variables) -> None:

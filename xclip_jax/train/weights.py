@@ -25,7 +25,7 @@ from xclip_jax.models.tower import Tower
 from xclip_jax.models.two_towers import TOWERS, Variables
 from xclip_jax.objectives import LossConfig
 from xclip_jax.parallel.sharding import MeshConfig
-from xclip_jax.run_folder import RunFolder
+from xclip_jax.run_folder import RunFolder, not_found
 from xclip_jax.train.build import Experiment, build
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.state import TrainState
@@ -47,9 +47,7 @@ def load(path: str, step: int | None = None) -> tuple[Config, Experiment, Variab
     """
     place = hub.resolve(path)
     if not epath.Path(place).exists():
-        raise UserError(
-            f"{path!r} does not exist; name the folder of a run, or a folder or file of weights.{_hint(path)}"
-        )
+        raise UserError(not_found(path, f"name the folder of a run, or a folder or file of weights.{_hint(path)}"))
     run = RunFolder(place)
     config, variables = (_run_config(run), None) if run.is_run() else _read_foreign(path, place, step)
     # Layout and batch belong to the machine that trained, not to what was learned.
