@@ -356,3 +356,15 @@ def test_bad_input_is_one_sentence(root, changes, message):
         embed.main(flags(root, root / "y.npz", **changes))
     assert message in str(stopped.value) and str(stopped.value).startswith("error: ")
     assert "\n" not in str(stopped.value)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before_the_model_is_loaded(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
+    monkeypatch.setattr(embed.inference, "load", lambda *_, **__: pytest.fail("loaded the model"))
+    with pytest.raises(SystemExit) as stopped:
+        embed.main(flags(root, tmp_path / "new" / "x.npz"))
+    assert str(stopped.value) == (
+        f"error: --out '{tmp_path}/new/x.npz': '{tmp_path}' cannot be written to; name another folder."
+    )
+    with pytest.raises(SystemExit, match=r"the ending of '.*x\.txt' is '\.txt'"):
+        embed.main(flags(root, tmp_path / "x.txt"))

@@ -37,7 +37,7 @@ from xclip_jax.data import embeddings
 from xclip_jax.data.prefetch import ThreadPrefetcher
 from xclip_jax.doctor import machine
 from xclip_jax.embed_sources import Lines, Source, open_images
-from xclip_jax.errors import BadSample, Parser, UserError, check_count, exit_with_message
+from xclip_jax.errors import BadSample, Parser, UserError, check_count, check_writable, exit_with_message
 from xclip_jax.imports import add_trust
 from xclip_jax.storage import write_json
 
@@ -70,6 +70,14 @@ class _Part(Sequence[np.ndarray]):
         return image
 
 
+def check_out(out: str, option: str = "--out") -> None:
+    """Raises `UserError` where the file `out`, given as `option`, cannot be written: its place, or its format."""
+    if storage.is_remote(out):
+        raise UserError(f"{option} {out!r} is in a bucket; name a local file, and copy it there when it is complete.")
+    embeddings.format_of(pathlib.Path(out))
+    check_writable(f"{option} {out!r}", pathlib.Path(out).parent)
+
+
 class EmbeddingJob:
     """A model, the items to embed, and the file to write."""
 
@@ -98,10 +106,7 @@ class EmbeddingJob:
         """
         check_count("part", part, 1)
         check_count("threads", threads, 0)
-        if storage.is_remote(out):
-            raise UserError(
-                f"{option} {out!r} is in a bucket; name a local file, and copy it there when it is complete."
-            )
+        check_out(out, option)
         self.model, self.sources, self.out, self._threads = model, sources, pathlib.Path(out), threads
         self._format, self._option = embeddings.format_of(self.out), option
         self.folder = pathlib.Path(f"{out}.parts")
@@ -304,6 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError("give --images, --texts or both.")
         for key, minimum in (("batch", 1), ("part", 1), ("threads", 0)):
             check_count(f"--{key}", getattr(options, key), minimum)
+        check_out(options.out)
         sources: dict[str, Source] = {}
         if options.images:
             sources["image"] = open_images(options.images)

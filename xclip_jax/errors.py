@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import numbers
 import os
+import pathlib
 import select
 import sys
 import traceback
@@ -139,3 +140,17 @@ def check_count(key: str, value: object, minimum: int) -> None:
     """Raises `UserError` unless `value`, given as `key`, is an integer of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
         raise UserError(f"{key} is {value!r}; expected an integer of at least {minimum}.")
+
+
+def check_writable(option: str, folder: str | os.PathLike) -> None:
+    """Raises `UserError`, which begins with `option`, unless `folder` exists or can be made, and can be written to."""
+    parent = pathlib.Path(folder).absolute()
+    while not (parent.exists() or parent.is_symlink()):
+        parent = parent.parent
+    fault = ""
+    if not parent.is_dir():
+        fault = "is not a folder"
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        fault = "cannot be written to"
+    if fault:
+        raise UserError(f"{option}: {str(parent)!r} {fault}; name another folder.")

@@ -19,7 +19,7 @@ from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
 from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import AUTO, FULL, WHOLE, LengthGroups
-from xclip_jax.errors import UserError
+from xclip_jax.errors import UserError, check_writable
 from xclip_jax.interop import hub
 from xclip_jax.objectives import TERMS
 from xclip_jax.run_folder import RunFolder
@@ -227,16 +227,7 @@ class TrainingFolder(RunFolder):
         if is_remote(str(self.path)):
             return
         for path in (self.path, self.checkpoints):  # which may be a link to another disk
-            parent = path.absolute()
-            while not (parent.exists() or os.path.islink(parent)):
-                parent = parent.parent
-            fault = ""
-            if not parent.is_dir():
-                fault = "is not a folder"
-            elif not os.access(parent, os.W_OK | os.X_OK):
-                fault = "cannot be written to"
-            if fault:
-                raise UserError(f"--config.run={str(self.path)!r}: {str(parent)!r} {fault}; name another folder.")
+            check_writable(f"--config.run={str(self.path)!r}", path)
 
     def _check_not_lost(self, saved: Mapping[str, Any]) -> None:
         """Metrics without checkpoints are a run that was killed early, or one whose checkpoints are lost."""
