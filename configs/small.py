@@ -6,8 +6,8 @@
 pairs is a folder of images with .txt files beside them, a table, tars, or any spec of data.sources. Some hundred of
 them are read to choose towers, image size, context, batch, cluster head, learning rate, steps and intervals. A share of
 the pairs is held out by content, evaluated on the way (retrieval/holdout, and zeroshot/holdout where sub-folders or a
-column "label" name one class an image; a line says why it is left out) and shown in RUN/report.html. Another line says
-what was chosen.
+column "label" name one class an image) and shown in RUN/report.html. A line says what was chosen, and why images
+are not classified.
 
 The argument's keys, all but pairs optional: weights (what to start from, in place of random parameters), objective
 (clip, siglip, nclip, xclip; clip, or that of the weights), image and text (columns or features; several of captions
@@ -248,7 +248,7 @@ def _data(config: ml_collections.ConfigDict, counts: Counts, machine: Machine) -
 
 
 def without_classes(spec: str, data_dir: str, image_key: str, share: float) -> str:
-    """Return why held-out images of a source cannot be classified by their labels; "" where they can.
+    """Return why held-out images of a source are not classified by their labels, and the remedy; "" where they are.
 
     It takes one label an image, and held-out images of two classes; those are looked for class by class, so that few
     of many images are read.
@@ -256,19 +256,21 @@ def without_classes(spec: str, data_dir: str, image_key: str, share: float) -> s
     try:
         content = zeroshot_datasets.read_source(spec, data_dir or None, image_key)
     except UserError as error:
-        return str(error)
+        if spec.startswith("folder:"):
+            return "no classes: one sub-folder a class would add zero-shot classification"
+        return f"no zero-shot classification: {error}"
     if np.ndim(content.labels) != 1:
-        return f"images of {spec} have several labels; give each one class."
+        return "no zero-shot classification: images have several labels; give each one class"
     if all(re.fullmatch(r"\d+", name) for name in content.classes):
-        return f"the classes of {spec} are numbers, which no text describes; name them by words."
+        return "no zero-shot classification: the classes are numbers, which no text describes; name them by words"
     held_out = 0
     for label in range(len(content.classes)):
         places = np.flatnonzero(np.asarray(content.labels) == label)
         held_out += any(holdout.selected(labelled.Chosen(content.images, [i]), share) for i in places)
         if held_out == 2:
             return ""
-    what = f"held-out images of {spec} are all of one class" if held_out else f"no labelled image of {spec} is held out"
-    return f"{what}; label more images."
+    what = "the held-out images are all of one class" if held_out else "no labelled image is held out"
+    return f"no zero-shot classification: {what}; label more images"
 
 
 def _open(spec: str, options: SourceOptions) -> Source:
@@ -332,14 +334,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     _towers(config, machine)
     _cluster_head(config, saved, trained)
     _data(config, counts, machine)
+    note = ""
     if source is not None and sources.has_labels(spec, "image"):
         if reason := without_classes(spec, args.dir, args.image, config.data.holdout):
-            _print(f"zeroshot/holdout is left out: {reason}")
+            note = f" ({reason})"
         else:
             config.eval.sets = (*config.eval.sets, "zeroshot/holdout")
     _schedule(config, machine, trained, args.epochs)
     config.optim.microbatches = microbatches(config, machine)
-    _print(summary(config, counts, preset))
+    _print(summary(config, counts, preset) + note)
     return config
 
 
