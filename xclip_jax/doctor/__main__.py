@@ -18,8 +18,6 @@ from absl import flags, logging
 from xclip_jax.addresses import public
 from xclip_jax.config import load as config_file
 from xclip_jax.doctor import finding
-from xclip_jax.doctor.after import check_run
-from xclip_jax.doctor.before import Options, check_config
 from xclip_jax.errors import Parser, exit_with_message
 from xclip_jax.imports import add_trust, trusting
 from xclip_jax.storage import strict_json
@@ -30,7 +28,7 @@ _CONFIG = re.compile(r"--?(no)?config\b")
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command's own arguments, and those of the config."""
     parser = Parser(prog="python -m xclip_jax.doctor", description=__doc__)
-    default = Options()
+    default = finding.Options()
     before = any(_CONFIG.match(argument) for argument in argv)
     if not before:
         parser.add_argument("run", metavar="RUN", help="a run's folder; or --config RECIPE, of a run to be started")
@@ -55,11 +53,16 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _findings(options: argparse.Namespace, rest: list[str]) -> Iterator[finding.Finding]:
+    # Imported once the arguments are right: JAX and the trainer take a second.
+    from xclip_jax.config import load as config_file
+    from xclip_jax.doctor.after import check_run
+    from xclip_jax.doctor.before import check_config
+
     if "run" in options:
         yield from check_run(options.run)
     else:
         config_file.parse([sys.argv[0], *rest])
-        yield from check_config(flags.FLAGS.config, Options(options.samples, options.seconds, options.step))
+        yield from check_config(flags.FLAGS.config, finding.Options(options.samples, options.seconds, options.step))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ import ml_collections
 
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.data import tokenizer
-from xclip_jax.doctor.finding import Finding, attempt, warning
+from xclip_jax.doctor.finding import Finding, Options, attempt, warning
 from xclip_jax.doctor.machine import check_devices, check_versions
 from xclip_jax.doctor.reading import check_data, check_sets
 from xclip_jax.doctor.resources import check_disk, check_folder, check_step
@@ -19,21 +19,6 @@ from xclip_jax.train import callbacks, trackers
 from xclip_jax.train.build import Experiment, build
 from xclip_jax.train.run_folder import TrainingFolder
 from xclip_jax.train.weights import read_initial
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How thorough the checks are.
-
-    Attributes:
-      samples: to read at least.
-      seconds: to read for at least.
-      step: whether to compile and time the train step, see `check_step`.
-    """
-
-    samples: int = 512
-    seconds: float = 3.0
-    step: str = "auto"
 
 
 def check_config(

@@ -12,6 +12,21 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
+class Options:
+    """How thorough the checks are.
+
+    Attributes:
+      samples: to read at least.
+      seconds: to read for at least.
+      step: whether to compile and time the train step, see `check_step`.
+    """
+
+    samples: int = 512
+    seconds: float = 3.0
+    step: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
 class Finding:
     """The result of a check.
 
