@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -212,7 +213,9 @@ def test_host_memory_is_some():
 def test_a_checkpoint_is_restored_before_the_step_is_timed(tmp_path):
     experiment = built("clip")
     folder = TrainingFolder(tmp_path / "run")
-    assert [x.check for x in resources.check_step(experiment, folder).findings] == ["memory", "step"]
+    findings = resources.check_step(experiment, folder).findings
+    assert [x.check for x in findings] == ["memory", "step"]
+    assert re.fullmatch(r"a step needs \S+ \S+ of \S+ \S+ \(\S+ \S+ for activations\)", findings[0].text)
     with Checkpointer(tmp_path / "run") as checkpointer:
         state = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), experiment.abstract)
         checkpointer.save(dataclasses.replace(state, step=jax.numpy.asarray(4)), {"samples": 64})
@@ -224,6 +227,12 @@ def test_a_checkpoint_is_restored_before_the_step_is_timed(tmp_path):
     step = resources.check_step(experiment, folder)
     finding = only(step.findings, "resume", FAIL)
     assert "checkpoints/4" in finding.text and step.seconds > 0, finding
+
+
+def test_the_folder_whose_disk_is_checked_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finding = only(list(resources.check_disk(built("clip"), TrainingFolder("runs/x"))), "disk", OK)
+    assert f"; {tmp_path} has " in finding.text
 
 
 def test_checkpoints_that_the_disk_has_no_room_for(tmp_path):

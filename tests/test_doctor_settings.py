@@ -39,7 +39,10 @@ def test_settings_as_usual():
         ({"eval__sets": (), "eval__final_sets": ("a",)}, "eval.sets is empty"),
         ({"eval__sets": ()}, "eval.sets and eval.final_sets are empty"),
         ({"eval__ema": True}, "eval.ema evaluates a moving average"),
-        ({"log__collapse_warmup_steps": 500}, "log.collapse_warmup_steps=500: none of the 100 steps"),
+        (
+            {"log__collapse_warmup_steps": 500},
+            "log.collapse_warmup_steps=500 is not below the 100 steps, so no step warns of a failure",
+        ),
         ({"checkpoint__every": 0}, "checkpoint.every=0 saves at the end alone"),
         ({"step_seconds": 400.0}, "checkpoint.every=20 saves every 2.2 h"),
     ],

@@ -68,8 +68,8 @@ def check_step(experiment: Experiment, folder: RunFolder, mode: str = "auto") ->
     values |= {f"{name}_bytes": size for name, size in usage.items()}
     if compiled is None or usage["peak"] > limit:
         return Step(None, [_too_large(experiment, usage, limit, trouble, values)])
-    text = f"a step takes {format_bytes(usage['peak'])} of a device's {format_bytes(limit)}, "
-    findings = [Finding("memory", text + f"{format_bytes(usage['activations'])} of it beside the state", values=values)]
+    text = f"a step needs {format_bytes(usage['peak'])} of {format_bytes(limit)}"
+    findings = [Finding("memory", f"{text} ({format_bytes(usage['activations'])} for activations)", values=values)]
     seconds, timed = _time(experiment, folder, compiled, operations)
     return Step(seconds, [*findings, *timed])
 
@@ -138,7 +138,7 @@ def check_disk(experiment: Experiment, folder: RunFolder) -> Iterator[Finding]:
         yield Finding("disk", f"{text} in a bucket", values=values)
         return
     needed = max(count * each - sum(map(folder_bytes, checkpoints(folder).values())), 0)
-    place = existing_parent(folder)
+    place = existing_parent(folder).resolve()
     free = shutil.disk_usage(place).free
     values["free_bytes"] = free
     if needed > free:

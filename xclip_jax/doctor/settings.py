@@ -84,8 +84,8 @@ def _evaluation(config: Config, objective: Objective) -> Iterator[Finding]:
     judged = [name for name, term in objective.terms.items() if type(term).alarms is not Term.alarms]
     if judged and config.log.collapse_warmup_steps >= steps:
         first = config.log.collapse_warmup_steps
-        text = f"log.collapse_warmup_steps={first}: none of the {steps:,} steps is watched for failures"
-        yield warning("settings", text, f"lower it to {steps // 3:,}")
+        text = f"log.collapse_warmup_steps={first} is not below the {steps:,} steps, so no step warns of a failure"
+        yield warning("settings", text, f"set it to {steps // 3:,}")
 
 
 def _saving(config: Config, step_seconds: float | None) -> Iterator[Finding]:

@@ -123,13 +123,15 @@ class Contrastive(Term):
         if not metrics.keys() >= {"loss", "ln_b"}:
             return None
         loss, blind = metrics["loss"], self.blind_loss(metrics)
+        below = 100 * (1 - loss / blind) if blind else 0.0
+        side = "below" if below >= 0 else "above"
         light = Light(
             "plateau",
             "Fails when all inputs have much the same embedding, where the gradient vanishes: the loss stays at that "
             "of a blind guess.",
-            f"The loss is {loss:.3f} nats, that of a blind guess {blind:.3f}; the alarm is less than "
-            f"{100 * self.plateau_share:g} % below it.",
-            max(0.0, 1 - loss / blind) if blind else 0.0,
+            f"The loss is {loss:.3f} nats, {abs(below):.1f} % {side} the {blind:.3f} of a blind "
+            f"guess; a model that learns is more than {100 * self.plateau_share:g} % below.",
+            max(0.0, below / 100),
             self.plateau_share,
             "" if blind else "A batch of one pair leaves nothing to guess.",
         )
