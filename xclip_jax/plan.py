@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import time
 from typing import Any
 
@@ -70,7 +71,9 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
       UserError: an unknown chip, a grid that the chip does not come in, slices below 1, or no libtpu.
     """
     check_count("--slices", slices, 1)
-    chip = topology.partition(":")[0]
+    chip, _, grid = topology.partition(":")
+    if not re.fullmatch(r"\d+(x\d+)+", grid):
+        raise UserError(f"--topology is {topology!r}; write CHIP:GRID, such as v5e:4x8 for 32 chips of v5e.")
     check_choice("--topology's chip", chip, CHIPS)
     # libtpu looks for a TPU's metadata server, and lets one process of a machine in, unless these variables allow more.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
