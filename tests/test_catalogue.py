@@ -259,6 +259,11 @@ def test_a_set_that_is_not_prepared_is_one_sentence(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_set_whose_archives_are_downloaded_by_hand_says_so(tmp_path):
+    with pytest.raises(UserError, match="downloaded by hand into downloads/manual there; then prepare it once with"):
+        zeroshot_datasets.load("imagenet", SIZE, str(tmp_path), OPENAI)
+
+
 def test_profiles_set_templates_and_resizing(monkeypatch):
     picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
     source = [{"image": picture, "label": 3}]

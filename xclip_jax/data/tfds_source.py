@@ -53,7 +53,12 @@ def open_tfds(
         return builder.as_data_source(split, decoders=decoders), builder.info
     except Exception as error:
         if not builder.is_prepared():
-            message = f"TFDS data set {spec!r} is not prepared in {folder}; prepare it once with {prepare}."
+            by_hand = (
+                "its archives have to be downloaded by hand into downloads/manual there; then "
+                if builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+                else ""
+            )
+            message = f"TFDS data set {spec!r} is not prepared in {folder}; {by_hand}prepare it once with {prepare}."
         elif isinstance(error, NotImplementedError):
             message = (
                 f"TFDS data set {spec!r} in {folder} is prepared as {builder.info.file_format.value}, which does not "
