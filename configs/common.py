@@ -17,6 +17,8 @@ from xclip_jax.models.two_towers import preset
 from xclip_jax.objectives import OBJECTIVES, RECIPES
 from xclip_jax.run_folder import is_run
 
+_KINDS = {int: "an integer", float: "a number"}
+
 
 def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
     """ "a=1,b=x,y" -> ConfigDict of `defaults` with these values, each of its default's type; unknown keys raise.
@@ -43,7 +45,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
         try:
             values[key] = text.lower() in ("", "1", "true", "yes") if kind is bool else kind(text)
         except ValueError as error:
-            raise UserError(f"config argument {key}={text!r} must be of type {kind.__name__}.") from error
+            raise UserError(f"config argument {key}={text!r}; expected {_KINDS[kind]}.") from error
         # A default of 0 means "as the data or the recipe has it".
         low = min(defaults[key], 1) if kind is int else None
         if low is not None and values[key] < low:

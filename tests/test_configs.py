@@ -71,7 +71,7 @@ def test_parse_arg():
         common.parse_arg("steps=5,b", steps=1, name="x")
     with pytest.raises(UserError, match="'stpes' is unknown; did you mean 'steps'"):
         common.parse_arg("stpes=5", steps=1, name="x")
-    with pytest.raises(UserError, match="steps='many' must be of type int"):
+    with pytest.raises(UserError, match="steps='many'; expected an integer"):
         common.parse_arg("steps=many", steps=1)
     with pytest.raises(UserError, match="objective='clap' must be one of clip, siglip, nclip, xclip"):
         common.parse_arg("objective=clap", objective="clip")

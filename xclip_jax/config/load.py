@@ -3,6 +3,7 @@
 import importlib.util
 import pathlib
 import re
+import shlex
 import sys
 import traceback
 
@@ -17,6 +18,11 @@ from xclip_jax.errors import UserError, exit_with_message
 TRUST = flags.DEFINE_bool(
     "trust", False, "Import the modules of other packages that files of weights name, which runs their code."
 )
+# How Python says that a text is not of a type.
+_CONVERSIONS = {
+    "invalid literal for int() with base 10": "an integer",
+    "could not convert string to float": "a number",
+}
 
 
 def recipes() -> dict[str, pathlib.Path]:
@@ -103,8 +109,14 @@ def parse(argv: list[str]) -> list[str]:
         if at is not None:
             spec = argv[at].partition("=")[2] or (argv[at + 1] if at + 1 < len(argv) else "")
             rest = argv[:at] + argv[at + (1 if "=" in argv[at] else 2) :]
-            with imports.trusting("--trust" in argv):  # a recipe may read the config of weights
-                config = load_config(spec)
+            try:
+                with imports.trusting("--trust" in argv):  # a recipe may read the config of weights
+                    config = load_config(spec)
+            except UserError as error:
+                if not rest[at:] or rest[at].startswith("-"):
+                    raise
+                quoted = shlex.quote(f"{spec} {rest[at]}")
+                raise UserError(f"{error} Put a value with spaces in quotes: --config {quoted}") from error
             check_keys(config, rest)
             config_flags.DEFINE_config_dict("config", config, "Keys of the config.", sys_argv=rest)
             argv = rest
@@ -120,6 +132,9 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(f"error: unknown flag '--{error.flagname}'; {remedy}")
     except (UserError, flags.Error, TypeError, ValueError) as error:
         remedy = "; --help lists the keys with their defaults" if isinstance(error, flags.IllegalFlagValueError) else ""
-        sys.exit(f"error: {' '.join(str(error).split())}{remedy}")
+        text = " ".join(str(error).split())
+        for python, expected in _CONVERSIONS.items():
+            text = re.sub(f"{re.escape(python)}.*", f"expected {expected}", text)
+        sys.exit(f"error: {text}{remedy}")
     except (MemoryError, RecursionError):  # of Python's own parser
         sys.exit("error: a value on the command line is nested too deeply to be read; write a plain value")
