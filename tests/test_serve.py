@@ -1,14 +1,11 @@
 """The search page: the index, the application and the command."""
 
 import base64
-import contextlib
 import functools
 import io
 import json
-import os
 import shutil
 import socket
-import subprocess
 import sys
 
 import numpy as np
@@ -18,6 +15,7 @@ from PIL import Image
 from tests import tiny, torture
 from tests.browser import SCHEMES, WIDTHS, browser, check_accessible, check_layout, opened  # noqa: F401
 from tests.pages import Page, check_basics
+from tests.serving import served
 from xclip_jax import inference
 from xclip_jax.embed_sources import open_images
 from xclip_jax.errors import UserError
@@ -247,26 +245,9 @@ def test_bad_arguments_are_one_sentence(flags, message, run):
 # --- the command, in a browser
 
 
-@contextlib.contextmanager
-def served(run, pictures, cache):
-    """The address at which the command serves the pictures, in a process of its own."""
-    line = [sys.executable, "-m", "xclip_jax.serve", str(run), "--images", str(pictures), "--cache", str(cache)]
-    process = subprocess.Popen([*line, "--port", "0"], stdout=subprocess.PIPE, text=True, env=os.environ)
-    try:
-        for printed in process.stdout:
-            if "http://" in printed:
-                yield f"http://{printed.partition('http://')[2].split()[0]}/"
-                break
-        else:
-            pytest.fail("the command ended without an address")
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
 @pytest.fixture(scope="module")
 def address(run, pictures, tmp_path_factory):
-    with served(run, pictures, tmp_path_factory.mktemp("served") / "x.npz") as found:
+    with served(run, pictures, tmp_path_factory.mktemp("served") / "x.npz") as (found, _):
         yield found
 
 

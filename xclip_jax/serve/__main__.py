@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             import uvicorn
 
             from xclip_jax.serve.app import make_app
+            from xclip_jax.serve.connections import Connection
         except ImportError as error:
             raise UserError("serve needs a web server: pip install 'xclip_jax[serve]'.") from error
         check_count("--batch", flags.batch, 1)
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             hosts = list(map(_in_url, _HERE)) if flags.host in _HERE else None
             app = make_app(index, pathlib.Path(flags.images).name, hosts=hosts)
             log0(f"{len(index):,} pictures: http://{_in_url(flags.host)}:{port}  (Ctrl-C to end)")
-            config = uvicorn.Config(app, log_level="warning", limit_concurrency=64, server_header=False)
+            config = uvicorn.Config(app, http=Connection, ws="none", log_level="warning", server_header=False)
             with contextlib.suppress(KeyboardInterrupt):
                 uvicorn.Server(config).run(sockets=[listening])
 
