@@ -234,7 +234,7 @@ READERS = {
 def prepare() -> None:
     """What costs time in the first call of each process, once for all of them."""
     warnings.simplefilter("ignore")
-    transforms._formats()
+    transforms.formats()
     for reader in READERS.values():
         reader.seeds()
 

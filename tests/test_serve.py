@@ -21,6 +21,7 @@ from xclip_jax.embed_sources import open_images
 from xclip_jax.errors import UserError
 from xclip_jax.serve import __main__ as command
 from xclip_jax.serve import app as application
+from xclip_jax.serve import thumbnails
 from xclip_jax.serve.index import Index, make_index
 
 testclient = pytest.importorskip("starlette.testclient")
@@ -183,7 +184,10 @@ def test_each_image_of_a_tar_has_its_own_thumbnail(model, tmp_path, monkeypatch)
     torture.shard(tmp_path / "a" / "0.tar", [(key, {"jpg": data, "txt": b"x"}) for key, data in samples])
     for pattern in ("a/*.tar", f"{tmp_path}/a/*.tar"):
         index = make_index(model, pattern)
-        shown = [np.asarray(Image.open(io.BytesIO(index.thumbnail(i)))).mean((0, 1)).argmax() for i in range(3)]
+        shown = [
+            np.asarray(Image.open(io.BytesIO(thumbnails.thumbnail(index.content(i))))).mean((0, 1)).argmax()
+            for i in range(3)
+        ]
         assert len(index) == 3 and shown == [0, 1, 2]
         names = [match.name for match in sorted(index.by_text("x", 3))]
         assert names == [pattern.replace("*.tar", f"0.tar#{key}") for key in ("k1", "k", "k")]

@@ -50,15 +50,15 @@ def _check_pixels(w: int, h: int) -> None:
 
 
 @functools.cache
-def _formats() -> list[str]:
-    """Formats among `_FORMATS` that this Pillow reads."""
+def formats() -> list[str]:
+    """Return the file formats that are read, as Pillow names them."""
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def _is_rotated(data: bytes) -> bool:
     try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+        with Image.open(io.BytesIO(data), formats=formats()) as image:
             return image.getexif().get(_ORIENTATION, 1) != 1
     except Exception:
         return True  # Pillow raises the error
@@ -94,7 +94,7 @@ def _open(data: bytes | Image.Image, held: contextlib.ExitStack) -> Image.Image:
         if isinstance(data, Image.Image):  # the caller closes it
             _check_pixels(*data.size)
             return ImageOps.exif_transpose(data)
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+        with Image.open(io.BytesIO(data), formats=formats()) as image:
             _check_pixels(*image.size)
             held.enter_context(_IN_FLIGHT.hold(image.width * image.height))
             return ImageOps.exif_transpose(image)

@@ -19,6 +19,7 @@ from xclip_jax.data.text import join_surrogates
 from xclip_jax.errors import UserError
 from xclip_jax.serve import page
 from xclip_jax.serve.index import MAX_TEXT, Index
+from xclip_jax.serve.thumbnails import Thumbnails, thumbnail
 
 MAX_UPLOAD = 20 << 20  # bytes of an image
 COUNT = 24  # images of an answer
@@ -56,18 +57,20 @@ def make_app(index: Index, title: str, *, hosts: list[str] | None = None) -> Sta
         scored = [{"name": name, "score": score} for name, score in best[:NAMES]]
         return _json({"names": scored, "matches": [match._asdict() for match in near[:NAMES]]})
 
-    def thumbnail(request: Request) -> Response:
+    thumbnails = Thumbnails(lambda image: thumbnail(index.content(image)))
+
+    async def small(request: Request) -> Response:
         number = request.path_params["image"]
         if not re.fullmatch(r"[0-9]{1,12}", number):
             raise HTTPException(404, f"Picture {number[:12]!r} does not exist.")
-        return Response(index.thumbnail(int(number)), media_type="image/webp", headers=_HEADERS)
+        return Response(await thumbnails.get(int(number)), media_type="image/webp", headers=_HEADERS)
 
     return Starlette(
         routes=[
             Route("/", show),
             Route("/search", search),
             Route("/names", names, methods=["POST"]),
-            Route("/thumbnail/{image}", thumbnail),
+            Route("/thumbnail/{image}", small),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)] if hosts else [],
         exception_handlers={

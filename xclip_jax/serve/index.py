@@ -1,9 +1,7 @@
 """Images with their embeddings, which texts and other images are compared with."""
 
 import collections
-import functools
 import hashlib
-import io
 import os
 import pathlib
 import threading
@@ -11,21 +9,17 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from xclip_jax.data import embeddings
 from xclip_jax.data.assets import cache_dir
-from xclip_jax.data.transforms import decode
 from xclip_jax.embed import EmbeddingJob
 from xclip_jax.embed_sources import Source, open_images
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.inference import TEMPLATES, Model
 
-THUMBNAIL = 280  # longest side, pixels
 MAX_NAMES = 500  # that an image is compared with
 MAX_TEXT = 1000  # letters of a text, or of a name
 _DEFAULT_NAMES = 100
-_THUMBNAILS = 1024  # that are kept in memory
 
 
 class Match(NamedTuple):
@@ -61,7 +55,6 @@ class Index:
         self._numbers = _numbers(source, self._ids, model.prepare)
         self.names = list(names) or _default_names(self._ids, self._texts)
         self._of_names: tuple[tuple[str, ...], np.ndarray] = ((), np.empty(0))
-        self.thumbnail = functools.lru_cache(_THUMBNAILS)(self._thumbnail)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -113,14 +106,9 @@ class Index:
         best = np.argsort(-scores, kind="stable")[:count]
         return [Match(int(i), self._ids[i], self._texts[i], float(scores[i])) for i in best]
 
-    def _thumbnail(self, image: int) -> bytes:
-        """WebP of an image of the folder, at most `THUMBNAIL` pixels wide and high. Raises as `by_image`."""
-        content, _ = self._source.read(self._numbers[self._checked(image)])
-        picture = Image.fromarray(decode(content))
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
-        data = io.BytesIO()
-        picture.save(data, "WEBP", quality=85)
-        return data.getvalue()
+    def content(self, image: int) -> bytes:
+        """Return the file of an image of the folder. Raises as `by_image`."""
+        return self._source.read(self._numbers[self._checked(image)])[0]
 
     def _checked(self, image: int) -> int:
         if not 0 <= image < len(self):
