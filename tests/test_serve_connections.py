@@ -121,6 +121,17 @@ def test_more_connections_of_an_address_close_those_that_wait(address, monkeypat
         assert read(busy).endswith(b"ok") and read(new).endswith(b"ok")
 
 
+def test_names_without_end_are_refused_while_others_are_answered(run, tmp_path):
+    with serving.served(run, tiny.folder(tmp_path / "pictures", n=2), tmp_path / "x.npz") as (address, _):
+        serving.get(f"{address}thumbnail/0")
+        with concurrent.futures.ThreadPoolExecutor(2) as clients:
+            bodies = [b"x,\n" * (8 << 20), b"x,\n" * (7 << 20)]  # more than is read, and just below
+            asked = [clients.submit(serving.get, f"{address}names?image=0", body) for body in bodies]
+            seconds = [serving.get(f"{address}thumbnail/0")[2] for _ in range(20)]
+            assert [answer.result()[0] for answer in asked] == [413, 400]
+        assert max(seconds) < 0.7 and max(answer.result()[2] for answer in asked) < 5
+
+
 def ask_for_thumbnails(run, tmp_path, n, side):
     """Peak memory, bytes, of a server of which n clients request the thumbnails of n PNGs, one each, and its growth."""
     (tmp_path / "large").mkdir()

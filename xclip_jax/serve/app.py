@@ -1,27 +1,29 @@
 """The web application: a page, and the questions that it asks of an index, as JSON."""
 
-import base64
-import binascii
-import json
+import contextlib
 import re
+from collections.abc import AsyncIterator
 from typing import Any
 
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from xclip_jax.data.text import join_surrogates
 from xclip_jax.errors import UserError
 from xclip_jax.serve import page
-from xclip_jax.serve.index import MAX_TEXT, Index
+from xclip_jax.serve.index import MAX_NAMES, MAX_TEXT, Index
 from xclip_jax.serve.thumbnails import Thumbnails, thumbnail
 
 MAX_UPLOAD = 20 << 20  # bytes of an image
+_MAX_NAMES = 4 * MAX_NAMES * (MAX_TEXT + 1)  # bytes of the names, UTF-8
+_HELD = 8 * MAX_UPLOAD
+_TOO_LARGE = f"The image is too large; send at most {MAX_UPLOAD >> 20} MiB."
+_THREADS = 2  # that decode and compare what is sent
 COUNT = 24  # images of an answer
 NAMES = 10  # names of an answer
 
@@ -51,19 +53,25 @@ def make_app(index: Index, title: str, *, hosts: list[str] | None = None) -> Sta
         text = _checked_text(request.query_params.get("text", ""))
         return _json({"matches": [match._asdict() for match in index.by_text(text, COUNT)]})
 
+    uploads, questions = _Uploads(), CapacityLimiter(_THREADS)
+
     async def names(request: Request) -> Response:
-        question = await _question(request)
-        best, near = await run_in_threadpool(index.by_image, _image(question), _names(question), COUNT)
+        number = request.query_params.get("image")
+
+        def answer(body: bytearray) -> Any:  # in a thread: the event loop answers others meanwhile
+            texts, content = _parts(body, number is None)
+            return index.by_image(content if number is None else _number(number), texts, COUNT)
+
+        async with uploads.body(request) as body:
+            best, near = await to_thread.run_sync(answer, body, limiter=questions)
         scored = [{"name": name, "score": score} for name, score in best[:NAMES]]
         return _json({"names": scored, "matches": [match._asdict() for match in near[:NAMES]]})
 
     thumbnails = Thumbnails(lambda image: thumbnail(index.content(image)))
 
     async def small(request: Request) -> Response:
-        number = request.path_params["image"]
-        if not re.fullmatch(r"[0-9]{1,12}", number):
-            raise HTTPException(404, f"Picture {number[:12]!r} does not exist.")
-        return Response(await thumbnails.get(int(number)), media_type="image/webp", headers=_HEADERS)
+        content = await thumbnails.get(_number(request.path_params["image"]))
+        return Response(content, media_type="image/webp", headers=_HEADERS)
 
     return Starlette(
         routes=[
@@ -75,6 +83,7 @@ def make_app(index: Index, title: str, *, hosts: list[str] | None = None) -> Sta
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)] if hosts else [],
         exception_handlers={
             UserError: lambda _, error: _json({"error": f"{error}"}, 400),
+            ClientDisconnect: lambda *_: Response(status_code=400),  # nobody reads it
             IndexError: lambda _, error: _json({"error": f"{error}"}, 404),
             HTTPException: lambda _, error: _json({"error": f"{getattr(error, 'detail', error)}"}, error.status_code),
         },
@@ -85,45 +94,54 @@ def _json(content: Any, status: int = 200) -> Response:
     return JSONResponse(content, status, headers=_HEADERS)
 
 
-def _checked_text(text: Any) -> str:
-    if not isinstance(text, str) or not text.strip():
-        raise UserError("The text is empty; type what the pictures should show.")
+def _checked_text(text: str) -> str:
+    if not text.strip():
+        raise UserError("The text is empty; type what the images should show.")
     if len(text) > MAX_TEXT:
         raise UserError(f"The text has {len(text):,} letters; give at most {MAX_TEXT:,}.")
-    return join_surrogates(text.strip())  # of JSON, which may have halves of them
+    return text.strip()
 
 
-async def _question(request: Request) -> dict[str, Any]:
-    """The JSON of a request's body; of one that is too large no more is read than is allowed."""
-    limit = MAX_UPLOAD * 4 // 3 + (1 << 20)  # in base64, and the names
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise HTTPException(413, f"The picture is too large; send at most {MAX_UPLOAD >> 20} MiB.")
+def _number(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,12}", text):
+        raise HTTPException(404, f"Image {text[:12]!r} does not exist.")
+    return int(text)
+
+
+class _Uploads:
+    """Bodies of requests, which have `_HELD` bytes at most together."""
+
+    def __init__(self) -> None:
+        self._held = 0
+
+    @contextlib.asynccontextmanager
+    async def body(self, request: Request) -> AsyncIterator[bytearray]:
+        """Context of a request's body. Of one that is too large no more is read than is allowed."""
+        body = bytearray()
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                self._held += len(chunk)
+                if len(body) > MAX_UPLOAD + _MAX_NAMES:
+                    raise HTTPException(413, _TOO_LARGE)
+                if self._held > _HELD:
+                    raise HTTPException(503, "Too many images are being sent; try again later.")
+            yield body
+        finally:
+            self._held -= len(body)
+
+
+def _parts(body: bytearray, has_image: bool) -> tuple[list[str], bytes]:
+    """Names and image of a body: names, one a line, and after an empty line the image's file, if there is one."""
+    lines, gap, image = body.partition(b"\n\n") if has_image else (body, b"", b"")
+    if has_image and not gap:
+        raise UserError("The request has no image; send names, one a line, an empty line, and the image's file.")
+    if (count := lines.count(b"\n") + 1) > MAX_NAMES:
+        raise UserError(f"{count:,} names are too many; give at most {MAX_NAMES}.")
+    if len(lines) > _MAX_NAMES or len(image) > MAX_UPLOAD:
+        raise HTTPException(413, _TOO_LARGE)
     try:
-        question = json.loads(bytes(body))
-    except (ValueError, RecursionError) as error:
-        raise UserError("The question is not JSON.") from error
-    if not isinstance(question, dict):
-        raise UserError('The question is not a JSON object with "image" and "names".')
-    return question
-
-
-def _image(question: dict[str, Any]) -> int | bytes:
-    image = question.get("image")
-    if isinstance(image, int) and not isinstance(image, bool):
-        return image
-    if not isinstance(image, str):
-        raise UserError('"image" is neither the number of a picture nor its content in base64.')
-    try:
-        return base64.b64decode(image.partition(",")[2] if image.startswith("data:") else image, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise UserError('"image" is not base64.') from error
-
-
-def _names(question: dict[str, Any]) -> list[str]:
-    names = question.get("names") or []
-    if not isinstance(names, list):
-        raise UserError('"names" is not a list.')
-    return [_checked_text(name) for name in names]
+        names = lines.decode().split("\n") if lines else []
+    except UnicodeDecodeError as error:
+        raise UserError("The names are not UTF-8.") from error
+    return [_checked_text(name) for name in names], bytes(image)

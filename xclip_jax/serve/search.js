@@ -38,7 +38,9 @@ const show = (list, matches) => {
     button.addEventListener("click", () => name(match.image, "thumbnail/" + match.image, title));
   }
 };
+let shown = ""; // address of the file
 let given = null; // the picture that is shown, for other names
+// `image` is the number of an image of the folder, or a file.
 const name = async (image, source, title) => {
   given = [image, source, title];
   $("given").src = source;
@@ -46,8 +48,9 @@ const name = async (image, source, title) => {
   $("answer").hidden = false;
   $("answer").scrollIntoView({ block: "nearest" });
   const names = $("names").value.split("\n").map(line => line.trim()).filter(Boolean);
-  const body = JSON.stringify({ image, names }), headers = { "Content-Type": "application/json" };
-  const answer = await ask("named", "names", { method: "POST", headers, body });
+  const sent = image instanceof File, parts = sent ? [names.join("\n"), "\n\n", image] : [names.join("\n")];
+  const address = sent ? "names" : "names?image=" + image;
+  const answer = await ask("named", address, { method: "POST", body: new Blob(parts) });
   if (answer === undefined) return;
   $("best").replaceChildren();
   show($("like"), answer ? answer.matches : []);
@@ -68,12 +71,13 @@ $("search").addEventListener("submit", async event => {
   if (answer) say("searched", answer.matches.length + " pictures, best first. Choose one to name it.");
 });
 $("picture").addEventListener("change", () => {
-  const file = $("picture").files[0], reader = new FileReader();
+  const file = $("picture").files[0];
   if (!file) return;
   const large = "The picture is too large; choose one of at most " + (LIMIT >> 20) + " MiB.";
   if (file.size > LIMIT) return say("named", large, true);
-  reader.onload = () => name(reader.result, reader.result, file.name);
-  reader.readAsDataURL(file);
+  URL.revokeObjectURL(shown);
+  shown = URL.createObjectURL(file);
+  name(file, shown, file.name);
 });
 $("name").addEventListener("submit", event => {
   event.preventDefault();
