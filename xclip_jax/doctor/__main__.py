@@ -54,7 +54,6 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _findings(options: argparse.Namespace, rest: list[str]) -> Iterator[finding.Finding]:
     # Imported once the arguments are right: JAX and the trainer take a second.
-    from xclip_jax.config import load as config_file
     from xclip_jax.doctor.after import check_run
     from xclip_jax.doctor.before import check_config
 
