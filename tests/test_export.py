@@ -1,6 +1,9 @@
+import dataclasses
 import json
+import re
 import shutil
 import sys
+import types
 
 import chex
 import jax
@@ -117,6 +120,29 @@ def test_prompts_and_names_of_own_classes_are_kept(run, tmp_path):
     assert profile_of_run(weights.load(str(tmp_path / "out"))[0]).names == {}
 
 
+def test_names_of_others_are_no_markdown_in_a_card(run):
+    markdown = pytest.importorskip("markdown")
+    hostile = [
+        "cat\n\n# Safe weights",
+        "<img src=x onerror=y>",
+        "[here](https://x.org)",
+        "`<b>` https://x.org",
+        "a | b",
+    ]
+    folder = RunFolder(run)
+    folder.read_classes = lambda: hostile
+    experiment = build.build(schema.resolve(schema.complete(folder.read_config()["config"])))
+    experiment = dataclasses.replace(experiment, objective=types.SimpleNamespace(labelled=True))
+    card = model_card._data(folder, experiment)
+    assert card.splitlines()[-1] == (
+        "Classes: `cat # Safe weights`, `<img src=x onerror=y>`, `[here](https://x.org)`, `'<b>' https://x.org`, `a | b`."
+    )
+    words = model_card._words("one <img src=x>\n# two [here](https://x.org)")
+    for text in (card, model_card._rows(("protocol",), [[words]])):
+        page = markdown.markdown(text, extensions=["tables"])
+        assert not re.search("<(img|a|b|h1)[ >]", page), page
+
+
 def test_the_card_of_a_run(run, tmp_path, monkeypatch):
     export.export(str(run), str(tmp_path / "hf"))
     card = (tmp_path / "hf" / export.CARD).read_text()
@@ -145,7 +171,7 @@ def test_the_card_of_a_run(run, tmp_path, monkeypatch):
     shown = {(row["dataset"]["type"], m["type"]): m["value"] for row in index["results"] for m in row["metrics"]}
     (entry,) = [entry for entry in evaluation["results"] if entry["step"] == STEPS]
     assert index["name"] == "xCLIP" and shown == {("folder:set", entry["metric"]): round(entry["value"], 2)}
-    assert str(run.parent) not in card and "| `folder:pairs` |" in card and "| folder:set |" in card
+    assert str(run.parent) not in card and "| `folder:pairs` |" in card and "| `folder:set` |" in card
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "huggingface_hub", None)
         export.export(str(run), str(tmp_path / "hf"), overwrite=True)

@@ -106,7 +106,7 @@ def render(
     if folder:
         sections += [_data(folder, experiment), _recipe(folder, step), _results(folder, config.steps, step)]
     else:
-        sections.append(f"## Data, recipe, results\n\nConverted from `{_public(source)}`; see its documentation.")
+        sections.append(f"## Data, recipe, results\n\nConverted from {_code(_public(source))}; see its documentation.")
     sections += [_limits(experiment), _licence(), _made(folder)]
     return "\n\n".join(sections) + "\n"
 
@@ -127,6 +127,16 @@ def _public(text: str) -> str:
 def _sets(names: Iterable[str]) -> dict[str, str]:
     """Return {set: its name in a card}."""
     return {name: _public(short) for name, short in summary.shorten(names).items()}
+
+
+def _code(text: str) -> str:
+    """Return text of others, such as the name of a class, as code: Markdown takes nothing in it for HTML or a link."""
+    return f"`{' '.join(text.split()).replace('`', chr(39))}`"
+
+
+def _words(text: str) -> str:
+    """Return words in one line, in which Markdown finds no HTML, link or code."""
+    return re.sub(r"[\\`<\[]", r"\\\g<0>", " ".join(text.split()))
 
 
 def _usage(experiment: Experiment, to: str, folder: str, repository: str) -> str:
@@ -247,17 +257,19 @@ def _data(run: RunFolder, experiment: Experiment) -> str:
         return "## Data\n\nUnknown: the run has no data.json."
     shares = config.data.weights or ("by size",) * len(sources)
     rows = [
-        (f"`{_public(spec)}`", f"{source['samples']:,}", share, f"`{source['hash']}`" if source.get("hash") else "none")
+        (_code(_public(spec)), f"{source['samples']:,}", share, _code(source["hash"]) if source.get("hash") else "none")
         for spec, source, share in zip(config.data.sources, sources, shares, strict=True)
     ]
     head = ("source", "items" if labelled else "pairs", "share", "hash of the files")
-    text = f"Of each pair one caption of {', '.join(config.data.text_keys)} is drawn"
+    text = f"Of each pair one caption of {', '.join(map(_words, config.data.text_keys))} is drawn"
     if labelled:
         names = run.read_classes() or ()
         more = f" and {len(names) - _SHOWN_CLASSES:,} more" if len(names) > _SHOWN_CLASSES else ""
-        text = f"Classes: {', '.join(names[:_SHOWN_CLASSES])}{more}" if names else "The data name no classes"
+        text = (
+            f"Classes: {', '.join(map(_code, names[:_SHOWN_CLASSES]))}{more}" if names else "The data name no classes"
+        )
     elif config.data.tags:
-        text += f", with up to {config.data.tags} keywords of {config.data.tags_key}"
+        text += f", with up to {config.data.tags} keywords of {_words(config.data.tags_key)}"
     return f"## Data\n\n{_rows(head, rows)}\n\n{text}."
 
 
@@ -277,7 +289,7 @@ def _recipe(run: RunFolder, step: int) -> str:
         rows.append(("init.weights", config.init.weights))
     if config.init.frozen:
         rows.append(("init.frozen", ", ".join(config.init.frozen)))
-    rows = [(key, _public(value) if isinstance(value, str) else value) for key, value in rows]
+    rows = [(key, _words(_public(value)) if isinstance(value, str) else value) for key, value in rows]
     return f"## Recipe\n\n{_rows(('key', 'value'), rows)}"
 
 
@@ -289,17 +301,19 @@ def _results(run: RunFolder, steps: int, step: int) -> str:
     lines = ["## Results"]
     last = run.read_results()
     if last and last["results"] and step == steps:
-        lines.append(f"At the end of training, in percent:\n\n```\n{summary.render(results.parse_run(last))}\n```")
+        lines.append(
+            f"At the end of training, in percent:\n\n```\n{summary.render(results.parse_run(last)).replace('`', chr(39))}\n```"
+        )
     if shown := _entries(run, step):
         names = _sets(r["set"] for r in shown)
         rows = [
             (
-                names[r["set"]],
+                _code(names[r["set"]]),
                 r["metric"],
                 f"{r['value']:.1f}",
                 f"{r['n']:,}",
-                r.get("protocol", ""),
-                r.get("templates", ""),
+                _words(r.get("protocol", "")),
+                _words(r.get("templates", "")),
             )
             for r in shown
         ]
@@ -350,7 +364,7 @@ def _made(run: RunFolder | None) -> str:
     def lines(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
         versions = ", ".join(f"{key} {value}" for key, value in facts["versions"].items())
         command = " ".join(map(_public, facts["command"].split(" ")))
-        yield f"* {name}: `{command}`, commit `{facts['commit']}`, on {facts['devices']}"
+        yield f"* {name}: {_code(command)}, commit `{facts['commit']}`, on {facts['devices']}"
         yield f"  with Python {facts['python']}, {versions}"
 
     trained = (run.read_config() or {}).get("environment") if run else None
