@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import ml_collections
@@ -47,8 +48,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
         except ValueError as error:
             raise UserError(f"config argument {key}={text!r}; expected {_KINDS[kind]}.") from error
         # A default of 0 means "as the data or the recipe has it".
-        low = min(defaults[key], 1) if kind is int else None
-        if low is not None and values[key] < low:
+        low = min(defaults[key], 1) if kind is int else 0
+        if kind in (int, float) and not low <= values[key] < math.inf:
             raise UserError(f"config argument {key}={text!r}; expected at least {low}.")
     # An objective of "" is up to the recipe.
     if values.get("objective", "clip") not in (*OBJECTIVES, defaults.get("objective")):

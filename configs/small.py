@@ -11,9 +11,9 @@ are not classified.
 
 The argument's keys, all but pairs optional: weights (what to start from, in place of random parameters), objective
 (clip, siglip, nclip, xclip; clip, or that of the weights), image and text (columns or features; several of captions
-are text=title,alt), tokenizer, dir (of TFDS data sets), preset, size (pixels), batch, epochs, count (pairs, which then
-are not read), device (cpu, gpu, tpu: sizes for an ordinary one in place of this machine; needed where several processes
-train).
+are text=title,alt), tokenizer, dir (of TFDS data sets), preset, size (pixels), batch, epochs (0.5 too) or steps, from
+which warm-up and intervals follow, count (pairs, which then are not read), device (cpu, gpu, tpu: sizes for an ordinary
+one in place of this machine; needed where several processes train).
 """
 
 import dataclasses
@@ -43,6 +43,7 @@ _NAME_LENGTH = 40  # letters of a run's name
 SAMPLE = 512  # pairs that are read for their sizes
 HELD_OUT = (20, 0.05, 5000)  # pairs at least, share, pairs at most: their scores are a square matrix
 LARGEST_SHARE = 0.2
+FEWEST = 8  # pairs, of which a batch has two
 # FLOP/s of a core, measured with these towers, and the seconds that a run on a CPU takes at most by them.
 CORE, LONGEST = 4e10, 1800
 # Of small towers from random parameters: learning rate at batches of 256, warm-up as a share of the steps and of how
@@ -209,14 +210,15 @@ def _has_clusters(config: schema.Config) -> bool:
     return any(isinstance(head, Head) and isinstance(head.module, ClusterHead) for head in heads.values())
 
 
-def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int, epochs: int) -> None:
-    batch = config.data.batch
+def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int, epochs: float, steps: int) -> None:
+    """Set steps and all that follows from them, from `steps` or `epochs` where one is not 0."""
+    batch, asked = config.data.batch, bool(epochs or steps)
     pretrained = bool(config.init.weights)
     usual = min(max(30_000 / trained, 25), 100) / (5 if pretrained else 1)
-    steps = max(round(trained * (epochs or usual) / batch), 2)
+    steps = steps or max(round(trained * (epochs or usual) / batch), 2)
     config.steps = steps
     # Weights of another package may not count their FLOPs.
-    if machine.platform == "cpu" and not epochs and (step := flops.train_step(schema.resolve(config))):
+    if machine.platform == "cpu" and not asked and (step := flops.train_step(schema.resolve(config))):
         affordable = int(LONGEST * CORE * machine.cores / step)
         steps = min(steps, max(affordable, trained // batch, 2))
     config.steps = steps
@@ -227,7 +229,7 @@ def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int,
     if not pretrained and _is_small(config):
         lr, share, most, least = SMALL_TOWERS
         config.optim.warmup = max(config.optim.warmup, round(share * min(steps, most)))
-        config.optim.lr = float(f"{lr * min(math.sqrt(batch / 256), config.optim.warmup / least, 1):.3g}")
+        config.optim.lr = float(f"{lr * min(math.sqrt(batch / 256), max(config.optim.warmup, 1) / least, 1):.3g}")
     config.log.collapse_warmup_steps = min(config.log.collapse_warmup_steps, max(steps // 2, 1))
     config.eval.every = max(steps // 8, 1)
     # A run of few steps is soon trained again; what is saved is several times the model.
@@ -281,11 +283,11 @@ def _open(spec: str, options: SourceOptions) -> Source:
         raise UserError(f"{error.fault}; name its columns, small:pairs=PATH,image=COLUMN,text=COLUMN.") from error
 
 
-def summary(config: ml_collections.ConfigDict, counts: Counts, preset: str) -> str:
-    """Return the sentence about what was chosen; flags may change it."""
-    share, batch, model = config.data.holdout, config.data.batch, config.model
+def summary(config: ml_collections.ConfigDict, counts: Counts, preset: str, *, read: bool) -> str:
+    """Return the sentence about what was chosen; flags may change it. `read`: whether initial weights were."""
+    share, batch, model, weights = config.data.holdout, config.data.batch, config.model, config.init.weights
     epochs = config.steps * batch / max(counts.pairs * (1 - share), 1)
-    towers = f"towers of {config.init.weights}" if config.init.weights else preset
+    towers = preset if not weights else f"towers of {weights}{'' if read else ' (not on this machine)'}"
     parts = f" in {config.optim.microbatches} parts" if config.optim.microbatches > 1 else ""
     repeats = f"; {100 * counts.repeats:.0f} % of captions repeat: equal captions are kept apart"
     return (
@@ -299,7 +301,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """See the module's docstring."""
     args = common.parse_arg(
         arg, pairs="", weights="", objective="", image="image", text="text", tokenizer="clip", dir="", preset="",
-        size=0, batch=0, epochs=0, count=0, device="",
+        size=0, batch=0, epochs=0.0, steps=0, count=0, device="",
     )  # fmt: skip
     if not args.pairs:
         raise UserError(
@@ -313,6 +315,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     options = SourceOptions(args.dir, args.image, tuple(args.text.split(",")))
     source = None if args.count else _open(spec, options)
     pairs = args.count or len(source or ())
+    if pairs < FEWEST:
+        raise UserError(
+            f"{args.pairs!r} has {pairs} pairs, too few to learn from: the loss compares the pairs of a batch; give "
+            f"{FEWEST} or more."
+        )
     preset = args.preset or tower_preset(pairs, machine)
     config = common.base(args.objective or "clip", preset)
     config.data.tokenizer = args.tokenizer
@@ -340,9 +347,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             note = f" ({reason})"
         else:
             config.eval.sets = (*config.eval.sets, "zeroshot/holdout")
-    _schedule(config, machine, trained, args.epochs)
+    _schedule(config, machine, trained, args.epochs, args.steps)
     config.optim.microbatches = microbatches(config, machine)
-    _print(summary(config, counts, preset) + note)
+    _print(summary(config, counts, preset, read=saved is not None) + note)
     return config
 
 

@@ -80,6 +80,30 @@ def test_sizes_follow_from_the_number_of_pairs(count, device, preset, batch, clu
     assert 8 <= c.steps / c.eval.every < 17 and resolved.eval.sets == ("retrieval/holdout",)
 
 
+def test_warm_up_and_intervals_follow_from_steps_and_parts_of_epochs():
+    for steps in (1, 2, 10, 40):
+        c = load.load_config(f"small:pairs=folder:x,count=1000,device=cpu,steps={steps}")
+        schema.resolve(c, training=True)
+        assert (c.steps, c.eval.every, c.log.every) == (steps, max(steps // 8, 1), max(steps // 20, 1))
+        assert c.optim.warmup == steps // 2
+    whole, half = (load.load_config(f"small:pairs=folder:x,count=5000,device=cpu,epochs={n}").steps for n in (1, 0.5))
+    assert (whole, half) == (19, 9)
+    for value in ("-1", "nan", "inf"):
+        with pytest.raises(UserError, match=rf"config argument epochs='{value}'; expected at least 0\."):
+            load.load_config(f"small:pairs=folder:x,count=1000,device=cpu,epochs={value}")
+
+
+def test_too_few_pairs_are_refused(tmp_path):
+    tiny.folder(tmp_path / "pairs", 7)
+    with pytest.raises(UserError, match=r"pairs' has 7 pairs, too few to learn from: .*; give 8 or more"):
+        load.load_config(f"small:pairs={tmp_path / 'pairs'},tokenizer=bytes")
+
+
+def test_weights_that_are_not_on_this_machine_are_said_not_to_be(capsys):
+    load.load_config("small:pairs=folder:x,count=1000,device=cpu,weights=nowhere.pt")
+    assert "towers of nowhere.pt (not on this machine)" in capsys.readouterr().err
+
+
 def test_other_pairs_have_another_folder():
     specs = (
         "folder:фото/кошки", "folder:фото/собаки", "folder:写真/犬", "folder:.", "tar:...", "csv:/",
@@ -127,7 +151,7 @@ def test_a_cpu_is_not_asked_for_days():
     steps = []
     for machine in (few, more):
         c = config(20_000)
-        small._schedule(c, machine, 19_000, 0)
+        small._schedule(c, machine, 19_000, 0, 0)
         steps.append(c.steps)
     assert steps[0] < steps[1]
 

@@ -129,7 +129,8 @@ class Config:
     def conflicts(self) -> Iterator[str]:
         """Values of several groups that do not go together."""
         if self.optim.warmup >= self.steps:
-            yield f"optim.warmup={self.optim.warmup} must be below the {self.steps} steps of the run; shorten it"
+            remedy = f"shorten it, or give the recipe its steps, as in small:pairs=PATH,steps={self.steps}"
+            yield f"optim.warmup={self.optim.warmup} must be below the {self.steps} steps of the run; {remedy}"
         if self.log.profile and self.log.profile[1] > self.steps:
             yield f"log.profile is {self.log.profile}; name steps of the run, which has {self.steps}"
         batch, chunk = self.data.batch, self.loss.chunk_size
