@@ -24,6 +24,12 @@ from xclip_jax.imports import import_class
 
 T = typing.TypeVar("T")
 
+# Other trainers' words for keys.
+ALIASES = {
+    "lr": "optim.lr", "learning_rate": "optim.lr", "warmup_steps": "optim.warmup", "epochs": "steps",
+    "batch": "data.batch", "batch_size": "data.batch",
+}  # fmt: skip
+
 _MAX_FLOAT = float(np.finfo(np.float32).max)
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
 
@@ -159,8 +165,8 @@ def sentence(fault: str) -> str:
 def unknown_key(key: str, names: Iterable[str]) -> str:
     """Return the sentence about a dotted `key` whose last part is not among `names`, without a stop."""
     prefix, dot, name = key.rpartition(".")
-    near = nearest(name, names)
-    return f"config key {key!r} is unknown" + (f"; did you mean {prefix + dot + near!r}?" if near else "")
+    near = ALIASES.get(name) or (f"{prefix}{dot}{similar}" if (similar := nearest(name, names)) else "")
+    return f"config key {key!r} is unknown" + (f"; did you mean {near!r}?" if near else "")
 
 
 def find_class(name: Any, table: Mapping[str, type[T]], base: type[T], what: str) -> type[T]:

@@ -1,6 +1,7 @@
 """The config of a command: loads the recipe, checks the overrides, and reports what is wrong in one sentence."""
 
 import importlib.util
+import itertools
 import pathlib
 import re
 import shlex
@@ -40,7 +41,12 @@ def find_recipe(name: str) -> str:
     known = recipes()
     if name in known:
         return str(known[name])
-    stem = pathlib.PurePath(name).stem
+    stem, path = pathlib.PurePath(name).stem, pathlib.Path(name).expanduser()
+    if path.exists() and path.suffix != ".py":
+        raise UserError(
+            f"{name!r} is not a recipe; to train on it, write --config {shlex.quote(f'small:pairs={name}')}, and "
+            f"xclip-jax check {shlex.quote(name)} shows its pairs"
+        )
     if pathlib.PurePath(name).name == name and not name.endswith(".py"):
         raise UserError(
             f"recipe {name!r} is unknown; did you mean {fields.nearest(name, known)!r}? Recipes: {', '.join(known)}; "
@@ -76,6 +82,19 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     return config.lock()
 
 
+def _check_words(arguments: list[str]) -> None:
+    """Raises `UserError` for words that belong to no argument: often an unquoted space has cut them off one."""
+    flag = False  # whether the word before is a flag whose value may come next
+    for at, word in enumerate(arguments):
+        if not word.startswith("-") and not flag:
+            words = itertools.takewhile(lambda x: not x.startswith("-"), arguments[at:])
+            before = arguments[at - 1] if at else ""
+            whole = shlex.quote(" ".join([before, *words]))
+            hint = f"; quote a path with spaces: {whole}" if "=" in before else ""
+            raise UserError(f"unknown argument {word!r}; set config keys with --config.KEY=VALUE{hint}")
+        flag = word.startswith("-") and "=" not in word
+
+
 def check_keys(config: ml_collections.ConfigDict, overrides: list[str]) -> None:
     """Raises `UserError`, with the nearest valid key, for an override --config.KEY of a key that does not exist."""
     for override in overrides:
@@ -107,6 +126,7 @@ def parse(argv: list[str]) -> list[str]:
         if at is None and "--helpfull" not in argv:
             raise UserError("--config is missing; start with --config demo")
         if at is not None:
+            _check_words(argv[1:])
             spec = argv[at].partition("=")[2] or (argv[at + 1] if at + 1 < len(argv) else "")
             rest = argv[:at] + argv[at + (1 if "=" in argv[at] else 2) :]
             try:
@@ -126,6 +146,8 @@ def parse(argv: list[str]) -> list[str]:
         return unparsed
     except flags.UnrecognizedFlagError as error:
         similar = str(error).partition("Did you mean: ")[2].removesuffix(" ?")
+        if key := fields.ALIASES.get(error.flagname):
+            similar = f"config.{key}"
         remedy = (
             f"did you mean '--{similar}'?" if similar else "config keys are --config.KEY=VALUE, and --help lists them"
         )
