@@ -108,6 +108,14 @@ def test_the_check_of_a_config_imports_what_it_names_and_makes_nothing():
         callbacks.classes(schema.resolve(tiny.config(log__callbacks=("no.such:Class",))))
 
 
+def test_the_check_of_a_config_ends_with_what_it_did_not_look_at():
+    command = [sys.executable, "-m", "xclip_jax.main", "--check", "--config", "xclip", "--config.init.weights=no.pt"]
+    done = subprocess.run([*command, "--config.data.sources='folder:/x',"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    last = "not looked at: data, weights and disk; xclip-jax doctor does that"
+    assert done.stdout.splitlines()[0].endswith(" are valid") and done.stdout.splitlines()[-1] == last
+
+
 def test_the_doctor_imports_what_a_config_names_and_makes_nothing(tmp_path):
     names = {"log__callbacks": (f"{__name__}:Failing", "no.such:Class"), "log__to": (LIST, "no.such:Tracker")}
     findings = check_config(tiny.config(run=tmp_path / "run", **names))

@@ -36,6 +36,7 @@ def main(_: list[str]) -> None:
             log0("the config, and the names of its sources and evaluation sets, are valid")
             if extras := job.extras(config):
                 log0(f"extras: {','.join(extras)}")  # launch/common.sh reads it
+            log0("not looked at: data, weights and disk; xclip-jax doctor does that")
             return
         processes.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         compilation_cache.enable(str(flags.FLAGS.config.run))
