@@ -94,8 +94,8 @@ class TrainingPart(Subset):
         self._outcome = records.outcome(held_out.indices, held_out.bad)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Fingerprint of the source, with `records.outcome` of the held-out pairs."""
-        return super().fingerprint() | {"data.holdout": self._outcome}
+        """Fingerprint of the source, with the number of its training pairs, and `records.outcome` of the others."""
+        return super().fingerprint() | {"samples": len(self), "data.holdout": self._outcome}
 
 
 def training_part(specs: Iterable[str], opened: Iterable[Source], config: DataConfig) -> list[Source]:

@@ -159,13 +159,14 @@ class TrainingFolder(RunFolder):
             # Without a hash, as older runs have it, only the source's name can tell.
             spec = config.data.sources[number]
             same = old["hash"] == new.get("hash") if old.get("hash") else public(specs[number]) == public(spec)
+            if same:
+                self._check_reading(f"source {number}, {spec!r}", old, new)
             if not same or any(key in old and old[key] != new.get(key) for key in ("samples", "classes")):
                 raise UserError(
                     f"source {number}, {spec!r}, has changed since {self.data_file} was "
                     f"written: {old['samples']:,} samples then, {new['samples']:,} now, or other files. Restore it, or "
                     "use a different --config.run."
                 )
-            self._check_reading(f"source {number}, {spec!r}", old, new)
 
     def _check_reading(self, source: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         """Check what was taken from the records of a source; older runs, and runs without the key, have none of it."""

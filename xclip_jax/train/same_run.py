@@ -53,9 +53,9 @@ def check_data(job: Job) -> None:
         whole = {key: value for key, value in fingerprint.items() if key not in (*OUTCOMES, TRANSPARENT)}
         content = json.dumps(whole, sort_keys=True, default=str)
         digest = hashlib.sha256(content.encode()).hexdigest()[:12]
-        facts[f"source {number}"] = f"{fingerprint.get('samples')} samples, hash {digest}"
         for key in OUTCOMES.keys() & fingerprint.keys():
             facts[f"{OUTCOMES[key]} of source {number}"] = fingerprint[key]["digest"]
+        facts[f"source {number}"] = f"{fingerprint.get('samples')} samples, hash {digest}"
     # Hosts with other items would wait for each other's batches, or measure a mixture.
     for number, evaluator in enumerate(job.final):
         count = sum(len(getattr(evaluator.data, part, ())) for part in evaluator.inputs)
