@@ -65,7 +65,40 @@ PROMISES = (
         "signals",
         "a signal during compilation, or before anything is trained",
         "status 75, nothing half written",
-        ("interrupt::a_signal_ends_a_compilation", "run_folder::signals_outside_the_loop_end_the_process_at_once"),
+        (
+            "interrupt::a_signal_ends_a_compilation",
+            "ending::a_signal_while_xla_compiles_ends_a_run_with_its_status",
+            "run_folder::signals_outside_the_loop_end_the_process_at_once",
+        ),
+    ),
+    Promise(
+        "signals",
+        "a signal at any second of the start, with an empty compilation cache",
+        "status 75; before the run handles signals 143, of Ctrl-C 130",
+        (
+            "signals::a_signal_at_any_second_of_the_start_ends_a_run_as_documented",
+            "ending::ctrl_c_while_a_command_imports_is_one_sentence",
+            "ending::ctrl_c_in_a_callback_that_drops_exceptions_ends_a_command",
+        ),
+    ),
+    Promise(
+        "signals",
+        "a signal in a step that takes minutes, or while an evaluation compiles",
+        "the step ends and is saved; only what takes far longer than ever before counts as a hang",
+        (
+            "slow_steps::signals_in_steps_that_are_longer_than_the_limit_save",
+            "slow_steps::a_slow_step_is_no_hang_after_a_signal",
+            "slow_steps::the_compilation_of_an_evaluation_is_no_hang_after_a_signal",
+        ),
+    ),
+    Promise(
+        "signals",
+        "a signal in the report",
+        "the report is abandoned, status 75; xclip-jax report makes it",
+        (
+            "trackers::a_signal_in_the_report_leaves_it_and_ends_the_trackers",
+            "faulty_processes::a_signal_in_the_report_leaves_it_in_both",
+        ),
     ),
     Promise(
         "signals",
@@ -116,7 +149,16 @@ PROMISES = (
         "processes",
         "one of several processes fails",
         "all end within seconds and report which one failed and why; steps since the last checkpoint are repeated",
-        ("faulty_processes::an_error_in_one_process_ends_both",),
+        (
+            "faulty_processes::an_error_in_one_process_ends_both",
+            "faulty_processes::an_error_in_the_report_of_one_process_ends_both",
+        ),
+    ),
+    Promise(
+        "processes",
+        "process 0 takes long for its report or for the end of its trackers",
+        "the others wait for it",
+        ("faulty_processes::a_report_that_takes_longer_than_the_barrier_at_the_end_is_awaited",),
     ),
     Promise(
         "processes",
