@@ -158,7 +158,10 @@ PROMISES = (
         "processes",
         "process 0 takes long for its report or for the end of its trackers",
         "the others wait for it",
-        ("faulty_processes::a_report_that_takes_longer_than_the_barrier_at_the_end_is_awaited",),
+        (
+            "processes::the_others_wait_until_process_0_is_finished",
+            "faulty_processes::a_report_that_takes_longer_than_the_barrier_at_the_end_is_awaited",
+        ),
     ),
     Promise(
         "processes",

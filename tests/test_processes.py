@@ -161,6 +161,24 @@ def test_a_sign_of_life_on_its_way_does_not_undo_that_a_process_is_finished(monk
     assert not thread.is_alive() and list(values.values()) == [peers._DONE]
 
 
+def test_the_others_wait_until_process_0_is_finished(monkeypatch):
+    monkeypatch.setattr(peers, "_POLL_SECONDS", 0.01)
+    signs = iter([{}, "fails", "alive", "alive", peers._DONE])
+
+    class Client:
+        def key_value_dir_get(self, name):
+            if (sign := next(signs)) == "fails":
+                raise jax.errors.JaxRuntimeError("UNAVAILABLE: for a moment")
+            return [(f"{name}0", sign), (f"{name}1", peers._DONE)] if sign else []
+
+    for index, left in ((0, 5), (1, 0)):
+        waits = object.__new__(peers.Peers)  # without its thread
+        waits.index, waits._client = index, Client()
+        waits.await_first()
+        assert len(remaining := list(signs)) == left
+        signs = iter(remaining)
+
+
 @pytest.mark.parametrize("given", [("h:1", 0, -1), ("", 2, 0), ("h:1", 2, 2), ("h:1", 2, -1)])
 def test_incomplete_addresses_are_one_sentence(given):
     with pytest.raises(UserError, match="belong together"):

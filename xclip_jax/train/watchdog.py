@@ -70,7 +70,7 @@ class Watchdog:
         self.phase, self._detail, self._since, self._warned_of = "", "", clock(), 0.0
         self._asked_at, self._asked = 0.0, 0
         self.step = self.saved = 0
-        self._longest: dict[str, float] = {}  # seconds without progress, by phase
+        self._longest = dict.fromkeys(_EVIDENCE, 0.0)  # seconds without progress
         self._ended = dict.fromkeys(_EVIDENCE, 0)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
@@ -104,7 +104,8 @@ class Watchdog:
     def beat(self) -> None:
         """Mark progress within the phase."""
         now = self._clock()
-        self._longest[self.phase] = max(self._longest.get(self.phase, 0.0), now - self._since)
+        if self.phase in self._longest:
+            self._longest[self.phase] = max(self._longest[self.phase], now - self._since)
         self._since = now
 
     def end_step(self) -> None:
