@@ -175,7 +175,8 @@ def test_the_others_wait_until_process_0_is_finished(monkeypatch):
         waits = object.__new__(peers.Peers)  # without its thread
         waits.index, waits._client = index, Client()
         waits.await_first()
-        assert len(remaining := list(signs)) == left
+        remaining = list(signs)
+        assert len(remaining) == left
         signs = iter(remaining)
 
 
