@@ -117,7 +117,9 @@ class Parser(argparse.ArgumentParser):
     program: ClassVar[str | None] = None
 
     def __init__(self, *, prog: str | None = None, **options: Any) -> None:
-        """Make a parser with the options of `ArgumentParser`."""
+        """Make a parser with the options of `ArgumentParser`; the description names the program as it was started."""
+        if prog and Parser.program and options.get("description"):
+            options["description"] = options["description"].replace(prog, Parser.program)
         defaults: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(prog=Parser.program or prog, **(defaults | options))
 

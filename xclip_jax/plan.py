@@ -1,4 +1,4 @@
-"""What a config needs of TPUs, ahead of time: python -m xclip_jax.plan --config FILE.py --topology v5e:4x8.
+"""What a config needs of TPUs, ahead of time: xclip-jax plan --config FILE.py --topology v5e:4x8.
 
 Compiles the train step that a run would use for a topology that need not exist, and prints for each chip what it
 holds, whether that fits, and what it sends; with the analytic FLOPs, how long the run takes at a given MFU. Needs the

@@ -4,7 +4,7 @@
     python -m xclip_jax.doctor RUN
 
 One line for each check: ok, warning or FAIL, with the remedy. The exit code is 1 if anything is a FAIL, else 0. Nothing
-is written to the run's folder. Keys of a config are listed by python -m xclip_jax.main --help.
+is written to the run's folder. Keys of a config are listed by xclip-jax train --help.
 """
 
 import argparse
