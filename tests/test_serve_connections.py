@@ -28,7 +28,7 @@ HALF = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n"
 
 def test_half_sent_requests_keep_nobody_else_waiting(run, tmp_path):
     with (
-        serving.served(run, tiny.folder(tmp_path / "pictures", n=2), tmp_path / "x.npz") as (address, _),
+        serving.served(run, tiny.folder(tmp_path / "pictures", n=2), tmp_path / "cache") as (address, _),
         contextlib.ExitStack() as opened,
     ):
         for _ in range(64):
@@ -122,7 +122,7 @@ def test_more_connections_of_an_address_close_those_that_wait(address, monkeypat
 
 
 def test_names_without_end_are_refused_while_others_are_answered(run, tmp_path):
-    with serving.served(run, tiny.folder(tmp_path / "pictures", n=2), tmp_path / "x.npz") as (address, _):
+    with serving.served(run, tiny.folder(tmp_path / "pictures", n=2), tmp_path / "cache") as (address, _):
         serving.get(f"{address}thumbnail/0")
         with concurrent.futures.ThreadPoolExecutor(2) as clients:
             bodies = [b"x,\n" * (8 << 20), b"x,\n" * (7 << 20)]  # more than is read, and just below
@@ -138,9 +138,9 @@ def ask_for_thumbnails(run, tmp_path, n, side):
     Image.new("RGB", (side, side), "red").save(tmp_path / "large" / "0.png", compress_level=1)
     for i in range(1, n):
         os.link(tmp_path / "large" / "0.png", tmp_path / "large" / f"{i}.png")
-    with serving.served(run, tmp_path / "large", tmp_path / "x.npz"):
+    with serving.served(run, tmp_path / "large", tmp_path / "cache"):
         pass  # embeds them, which needs memory of its own
-    with serving.served(run, tmp_path / "large", tmp_path / "x.npz") as (address, process):
+    with serving.served(run, tmp_path / "large", tmp_path / "cache") as (address, process):
         folder = pathlib.Path(f"/proc/{process.pid}")
         (folder / "clear_refs").write_text("5")  # forgets the peak of the start
         before = peak(folder)

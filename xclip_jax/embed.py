@@ -188,7 +188,7 @@ class EmbeddingJob:
     def _images(self, source: Source, todo: Sequence[int]) -> None:
         black = np.zeros((self.model.size, self.model.size, 3), np.uint8)
         _, first, _ = self._parts[todo[0]]
-        progress = _Progress("images", first, len(source))
+        progress = Progress("images", first, len(source))
 
         def make(i: int) -> tuple[np.ndarray, str, BadSample | None]:
             try:
@@ -208,7 +208,7 @@ class EmbeddingJob:
                 progress.after(stop, self._bad)
 
     def _texts(self, source: Source, todo: Sequence[int]) -> None:
-        progress = _Progress("texts", self._parts[todo[0]][1], len(source))
+        progress = Progress("texts", self._parts[todo[0]][1], len(source))
         for i in todo:
             _, start, stop = self._parts[i]
             texts, bad = [], {}
@@ -273,7 +273,7 @@ def _put_in_place(temporary: pathlib.Path, path: pathlib.Path) -> None:
     temporary.replace(path)
 
 
-class _Progress:
+class Progress:
     """Prints the number of items that are done, speed and remaining time, every few seconds."""
 
     def __init__(self, unit: str, first: int, n: int) -> None:

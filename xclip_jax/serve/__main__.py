@@ -7,9 +7,10 @@ Typed text is answered with the pictures that fit it best. A picture, one of the
 the page, is answered with the best of the names, and with the pictures most like it. Names may be typed on the page;
 by default they are the lines of --names, or the pictures' captions, or else the names of their folders.
 
-The images are embedded once, and their embeddings kept in --cache, by default in ~/.cache/xclip_jax/search. Nothing
-that is asked or uploaded is stored or sent elsewhere. The page answers this machine alone; with --host 0.0.0.0 it
-answers everyone who reaches the machine, and shows them the images.
+Images are embedded once, and again if their file changes. Their embeddings are kept in --cache, by default
+~/.cache/xclip_jax/search, for the eight models and folders that were used last. Nothing that is asked or uploaded is
+stored or sent elsewhere. The page answers this machine alone; with --host 0.0.0.0 it answers everyone who reaches the
+machine, and shows them the images.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", metavar="RUN", help="run directory, or weights")
     parser.add_argument("--images", required=True, help="a folder, or files: globs, ranges {00..12}, lists; or tars")
     parser.add_argument("--names", default="", metavar="FILE", help="file with a name in each line")
-    parser.add_argument("--cache", default="", metavar="FILE", help="file of the embeddings, .npz or .parquet")
+    parser.add_argument("--cache", default="", metavar="FOLDER", help="folder for embeddings")
     parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")
     parser.add_argument("--host", default=_HERE[0], help=f"address to listen on; {_HERE[0]} by default")
     parser.add_argument("--port", type=int, default=8000, help="8000 by default; 0 for any that is free")

@@ -1,21 +1,18 @@
 """Images with their embeddings, which texts and other images are compared with."""
 
-import collections
-import hashlib
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from xclip_jax.data import embeddings
 from xclip_jax.data.assets import cache_dir
-from xclip_jax.embed import EmbeddingJob
 from xclip_jax.embed_sources import Source, open_images
-from xclip_jax.errors import BadSample, UserError
+from xclip_jax.errors import UserError
 from xclip_jax.inference import TEMPLATES, Model
+from xclip_jax.serve.cache import Embedded, embed, folder_of
 
 MAX_NAMES = 500  # that an image is compared with
 MAX_TEXT = 1000  # letters of a text, or of a name
@@ -23,7 +20,7 @@ _DEFAULT_NAMES = 100
 
 
 class Match(NamedTuple):
-    """An image of the folder: its number, path and caption, and its cosine with what was asked for."""
+    """An image of the folder: its number, path in the folder and caption, and its cosine with what was asked for."""
 
     image: int
     name: str
@@ -38,26 +35,24 @@ class Index:
       names: that an image is compared with where a question has none.
     """
 
-    def __init__(self, model: Model, source: Source, columns: dict, names: Sequence[str] = ()) -> None:
-        """Make an index of what `xclip_jax.embed` wrote of the images of `source`.
+    def __init__(self, model: Model, source: Source, embedded: Embedded, names: Sequence[str] = ()) -> None:
+        """Make an index of images that are embedded.
 
         Args:
           model: of the embeddings.
           source: of the images.
-          columns: of the file of embeddings, see `embeddings.read`.
+          embedded: images of `source`, and their embeddings.
           names: that images are compared with; by default their captions, or else the names of their folders.
-
-        Raises:
-          UserError: embeddings of images that `source` does not have.
         """
         self._model, self._source, self._lock = model, source, threading.Lock()
-        self._ids, self._texts, self._rows = columns["id"], columns["text"], columns["embedding"]
-        self._numbers = _numbers(source, self._ids, model.prepare)
-        self.names = list(names) or _default_names(self._ids, self._texts)
+        self._numbers, self._texts, self._rows = embedded
+        paths = [source.name(i) for i in self._numbers]
+        self._names = _below_common_folder(paths)
+        self.names = list(names) or _default_names(paths, self._texts)
         self._of_names: tuple[tuple[str, ...], np.ndarray] = ((), np.empty(0))
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._numbers)
 
     def by_text(self, text: str, count: int) -> list[Match]:
         """Return the images that fit a text best, best first."""
@@ -103,12 +98,17 @@ class Index:
 
     def _nearest(self, row: np.ndarray, count: int) -> list[Match]:
         scores = self._rows @ row
-        best = np.argsort(-scores, kind="stable")[:count]
-        return [Match(int(i), self._ids[i], self._texts[i], float(scores[i])) for i in best]
+        best = np.argpartition(-scores, min(count, len(scores)) - 1)[:count]  # sorting all takes as long as the product
+        best = best[np.lexsort((best, -scores[best]))]
+        return [Match(int(i), self._names[i], self._texts[i], float(scores[i])) for i in best]
 
     def content(self, image: int) -> bytes:
         """Return the file of an image of the folder. Raises as `by_image`."""
-        return self._source.read(self._numbers[self._checked(image)])[0]
+        number = self._numbers[self._checked(image)]
+        try:
+            return self._source.read(number)[0]
+        except (OSError, UserError) as error:  # which name its path
+            raise UserError(f"The file of image {image}, {self._names[image]!r}, can no longer be read.") from error
 
     def _checked(self, image: int) -> int:
         if not 0 <= image < len(self):
@@ -116,32 +116,10 @@ class Index:
         return image
 
 
-def _numbers(source: Source, ids: Sequence[str], prepare: Callable[[bytes], np.ndarray]) -> list[int]:
-    """Numbers in `source` of the images with these ids, in order.
-
-    Samples of one key in a tar have one id. Where some of them have no embedding, those that can be read have one.
-    """
-    having = collections.defaultdict(list)
-    for i in range(len(source)):
-        having[source.name(i)].append(i)
-
-    def readable(i: int) -> bool:
-        try:
-            prepare(source.read(i)[0])
-        except BadSample:
-            return False
-        return True
-
-    for name, count in collections.Counter(ids).items():
-        if len(having[name]) > count:
-            having[name] = list(filter(readable, having[name]))
-        if len(having[name]) != count:
-            raise UserError(
-                f"--cache is of other images: it has {count} of {name!r}, and --images has {len(having[name])}; delete "
-                "it to embed again, or set another --cache."
-            )
-    of_name = {name: iter(numbers) for name, numbers in having.items()}
-    return [next(of_name[name]) for name in ids]
+def _below_common_folder(paths: Sequence[str]) -> list[str]:
+    """Paths relative to the folder that all of them are in."""
+    start = os.path.commonprefix(list(paths)).rfind("/") + 1  # noqa: RUF071 commonpath changes gs://
+    return [path[start:] for path in paths]
 
 
 def _default_names(ids: Sequence[str], texts: Sequence[str]) -> list[str]:
@@ -161,25 +139,17 @@ def _lines(texts: Iterable[str]) -> list[str]:
 
 
 def make_index(model: Model, images: str, *, cache: str = "", names: Sequence[str] = ()) -> Index:
-    """Embed images, unless a file of their embeddings is there, and return their index.
+    """Embed the images that are not in the cache, and return the index of all.
 
     Args:
       model: that embeds.
       images: a folder, or files as `xclip_jax.embed` names them.
-      cache: .npz or .parquet file of the embeddings; by default one of these images and weights in the cache folder.
+      cache: folder of caches; by default one in the cache folder.
       names: see `Index`.
 
     Raises:
-      UserError: no images, or a file of other embeddings or of images elsewhere.
+      UserError: no images, or the cache cannot be used.
     """
     source = open_images(images)
-    if not cache:
-        # The digest of tars is without their paths, which are part of the ids.
-        key = hashlib.sha256(f"{model.fingerprint()} {source.digest()}".encode())
-        for i in range(len(source)):
-            key.update(f"\n{source.name(i)}".encode())
-        folder = cache_dir() / "search"
-        folder.mkdir(parents=True, exist_ok=True)
-        cache = os.fspath(folder / f"{key.hexdigest()[:16]}.npz")
-    EmbeddingJob(model, {"image": source}, cache, option="--cache").run()
-    return Index(model, source, embeddings.read(cache), names)
+    parent = pathlib.Path(cache).expanduser() if cache else cache_dir() / "search"
+    return Index(model, source, embed(model, source, folder_of(model, images, parent)), names)
