@@ -126,7 +126,7 @@ def test_names_of_others_are_no_markdown_in_a_card(run):
         "cat\n\n# Safe weights",
         "<img src=x onerror=y>",
         "[here](https://x.org)",
-        "`<b>` https://x.org",
+        "`<b>` www.x.org",
         "a | b",
     ]
     folder = RunFolder(run)
@@ -135,7 +135,7 @@ def test_names_of_others_are_no_markdown_in_a_card(run):
     experiment = dataclasses.replace(experiment, objective=types.SimpleNamespace(labelled=True))
     card = model_card._data(folder, experiment)
     assert card.splitlines()[-1] == (
-        "Classes: `cat # Safe weights`, `<img src=x onerror=y>`, `[here](https://x.org)`, `'<b>' https://x.org`, `a | b`."
+        "Classes: `cat # Safe weights`, `<img src=x onerror=y>`, `[here](https://x.org)`, `'<b>' www.x.org`, `a | b`."
     )
     words = model_card._words("one <img src=x>\n# two [here](https://x.org)")
     for text in (card, model_card._rows(("protocol",), [[words]])):

@@ -83,7 +83,7 @@ def test_later_commands_add_to_the_file(root):
         name = f"{entry['name']}/{entry['metric']}"
         assert items[entry["items"]][name].value() == pytest.approx(entry["value"])
     card = model_card._results(RunFolder(run), STEPS, 2)
-    assert "| folder:one |" in card and "folder:two" not in card and "profile openai" in card
+    assert "| `folder:one` |" in card and "folder:two" not in card and "profile openai" in card
 
 
 def test_results_of_two_runs_in_one_file(root, tmp_path):

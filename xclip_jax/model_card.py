@@ -136,7 +136,7 @@ def _code(text: str) -> str:
 
 def _words(text: str) -> str:
     """Return words in one line, in which Markdown finds no HTML, link or code."""
-    return re.sub(r"[\\`<\[]", r"\\\g<0>", " ".join(text.split()))
+    return re.sub(r"[\\`\[]", r"\\\g<0>", " ".join(text.split())).replace("<", "&lt;")
 
 
 def _usage(experiment: Experiment, to: str, folder: str, repository: str) -> str:
@@ -265,9 +265,8 @@ def _data(run: RunFolder, experiment: Experiment) -> str:
     if labelled:
         names = run.read_classes() or ()
         more = f" and {len(names) - _SHOWN_CLASSES:,} more" if len(names) > _SHOWN_CLASSES else ""
-        text = (
-            f"Classes: {', '.join(map(_code, names[:_SHOWN_CLASSES]))}{more}" if names else "The data name no classes"
-        )
+        shown = ", ".join(map(_code, names[:_SHOWN_CLASSES]))
+        text = f"Classes: {shown}{more}" if names else "The data name no classes"
     elif config.data.tags:
         text += f", with up to {config.data.tags} keywords of {_words(config.data.tags_key)}"
     return f"## Data\n\n{_rows(head, rows)}\n\n{text}."
@@ -301,9 +300,8 @@ def _results(run: RunFolder, steps: int, step: int) -> str:
     lines = ["## Results"]
     last = run.read_results()
     if last and last["results"] and step == steps:
-        lines.append(
-            f"At the end of training, in percent:\n\n```\n{summary.render(results.parse_run(last)).replace('`', chr(39))}\n```"
-        )
+        table = summary.render(results.parse_run(last)).replace("`", "'")
+        lines.append(f"At the end of training, in percent:\n\n```\n{table}\n```")
     if shown := _entries(run, step):
         names = _sets(r["set"] for r in shown)
         rows = [

@@ -81,12 +81,13 @@ def os_errors(path: str) -> Iterator[None]:
         raise OSError(number, public(message), public(path)) from (None if "://" in path else error)
 
 
-def read(path: str, offset: int, size: int, table: str = "") -> bytes:
+def read(path: str, offset: int, size: int, *, table: str = "", whole: bool = False) -> bytes:
     """Return up to `size` bytes from `offset` of the file at a URL; no more than these are received.
 
     Args:
       path: the URL.
       offset, size: in bytes.
+      whole: whether no part of the file but its beginning will be read, which any server can send.
       table: the address of a table that names the file, where that is not on this machine, see `check_named`.
 
     Raises:
@@ -98,7 +99,7 @@ def read(path: str, offset: int, size: int, table: str = "") -> bytes:
         system, name = file_system(path)
         with os_errors(path):
             data = system.cat_file(name, start=offset, end=offset + size)
-        if len(data) > size and offset:
+        if len(data) > size and not whole:
             raise OSError(errno.EINVAL, _WHOLE, public(path))
         return data[:size]
     from fsspec import asyn
@@ -107,12 +108,12 @@ def read(path: str, offset: int, size: int, table: str = "") -> bytes:
     system, name = file_system(path, **({"get_client": _guarded_client} if guarded else {}))
     with os_errors(path):
         try:
-            return asyn.sync(system.loop, _get, system, name, offset, size)
+            return asyn.sync(system.loop, _get, system, name, offset, size, whole)
         except TimeoutError as error:
             raise OSError(errno.ETIMEDOUT, f"no complete answer in {SECONDS} s", public(path)) from error
 
 
-async def _get(system: Any, url: str, offset: int, size: int) -> bytes:
+async def _get(system: Any, url: str, offset: int, size: int, whole: bool) -> bytes:
     import aiohttp
 
     options = dict(system.kwargs)
@@ -127,14 +128,14 @@ async def _get(system: Any, url: str, offset: int, size: int) -> bytes:
         if response.status == 404:
             raise FileNotFoundError(errno.ENOENT, "the server has no such file", public(url))
         response.raise_for_status()
-        if offset and response.status != 206:
-            raise OSError(errno.EINVAL, _WHOLE, public(url))
-        data = bytearray()
+        data, partial = bytearray(), response.status == 206
         async for chunk in response.content.iter_any():
             data += chunk
-            if len(data) >= size:
+            if len(data) > size or (partial and len(data) == size):
                 response.close()  # the rest is not received
                 break
+        if not (partial or whole) and (offset or len(data) > size):
+            raise OSError(errno.EINVAL, _WHOLE, public(url))
         return bytes(data[:size])
 
 

@@ -278,9 +278,10 @@ class File:
       size: bytes when it was opened, None for remote files.
     """
 
-    def __init__(self, path: str, table: str = "") -> None:
-        """Open it; `table` is that of `read`."""
-        self.path, self._table, self._fd, self.size = path, table, None, None
+    def __init__(self, path: str, table: str = "", *, whole: bool = False) -> None:
+        """Open it; `table` and `whole` are those of `remote.read`."""
+        self.path, self._fd, self.size = path, None, None
+        self._request = {"table": table, "whole": whole}
         if table:
             remote.check_named(path, table)
         if not is_remote(path):
@@ -305,7 +306,7 @@ class File:
 
     def _read(self, offset: int, size: int) -> bytes:
         if self._fd is None:
-            return remote.read(self.path, offset, size, self._table)
+            return remote.read(self.path, offset, size, **self._request)
         data = os.pread(self._fd, size, offset)
         while len(data) < size and (chunk := os.pread(self._fd, size - len(data), offset + len(data))):
             data += chunk
@@ -326,7 +327,7 @@ def read(path: str, max_bytes: int, table: str = "") -> bytes:
       UserError: no package for a URL of this sort is installed.
       ValueError: not a path.
     """
-    file = File(path, table)
+    file = File(path, table, whole=True)
     size = max_bytes + 1 if file.size is None else file.size
     data = file.read(0, size) if file.size is None or size <= max_bytes else b""
     if max(file.size or 0, len(data)) > max_bytes:
