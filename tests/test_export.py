@@ -21,6 +21,7 @@ from xclip_jax.errors import UserError
 from xclip_jax.evaluators.result import Result
 from xclip_jax.models.layers import stack_blocks
 from xclip_jax.objectives.config import RECIPES
+from xclip_jax.run_folder import RunFolder
 from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.encoder import make_encoder, profile_of_run
 

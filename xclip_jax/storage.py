@@ -281,7 +281,7 @@ class File:
     def __init__(self, path: str, table: str = "", *, whole: bool = False) -> None:
         """Open it; `table` and `whole` are those of `remote.read`."""
         self.path, self._fd, self.size = path, None, None
-        self._request = {"table": table, "whole": whole}
+        self._request: dict[str, Any] = {"table": table, "whole": whole}
         if table:
             remote.check_named(path, table)
         if not is_remote(path):
