@@ -2,7 +2,8 @@
 # Starts a command that outlives the connection it came by: bash launch/detach.sh COMMAND [ARGUMENT ...]
 #
 # Called on the workers of a TPU by tpu_vm.sh and tpu_pod.sh. In the checkout it leaves train.log with the output,
-# train.pid, at the end train.exit with the exit status, and train.lock, which is locked while the command runs.
+# train.pid, at the end train.exit with the exit status, train.begin with the bytes that train.log had before, and
+# train.lock, which is locked while the command runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case ${1:---help} in
@@ -18,6 +19,8 @@ if ! flock --nonblock 9; then
   exit 1
 fi
 rm -f train.pid train.exit
+touch train.log
+wc -c <train.log >train.begin
 (
   trap '' HUP
   status=0

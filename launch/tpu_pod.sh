@@ -4,7 +4,7 @@
 # checkpoint. When the run is complete the pod is deleted and the script exits with 0.
 #
 #   SPOT=1 TYPE=v5litepod-64 PROJECT=my-project ZONE=us-west4-a bash launch/tpu_pod.sh --config configs/xclip.py \
-#       --config.run=gs://my-bucket/runs/mine --config.data.sources='("folder:/data/pairs",)'
+#       --config.run=gs://my-bucket/runs/mine --config.data.sources='("tar:gs://my-bucket/pairs/{00000..00999}.tar",)'
 #   PROJECT=my-project ZONE=us-west4-a bash launch/tpu_pod.sh --dry-run --config configs/xclip.py --config.run=gs://...
 #
 # The arguments are those of xclip_jax.main; --dry-run before them prints all commands and executes none.

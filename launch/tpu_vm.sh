@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Trains on one Cloud TPU VM: creates it unless it exists, installs this commit, starts training there and returns.
-# Training goes on without this machine. The same command again installs the commit of the day and resumes the run.
+# Trains on one Cloud TPU VM: creates it unless it exists, installs this commit, starts training there, waits until it
+# trains, two minutes at most, and returns. Training goes on without this machine. The VM costs money until it is
+# deleted, also after the run. The same command again installs the commit of the day and resumes the run.
 #
 #   PROJECT=my-project ZONE=us-west4-a bash launch/tpu_vm.sh --config configs/xclip.py:preset=B/32,batch=1024 \
-#       --config.run=gs://my-bucket/runs/mine --config.data.sources='("folder:/data/pairs",)'
+#       --config.run=gs://my-bucket/runs/mine --config.data.sources='("tar:gs://my-bucket/pairs/{00000..00999}.tar",)'
 #   PROJECT=my-project ZONE=us-west4-a bash launch/tpu_vm.sh --dry-run --config configs/xclip.py
 #
 # The arguments are those of xclip_jax.main; --dry-run before them prints all commands and executes none.
@@ -24,7 +25,7 @@
 # LIBTPU_INIT_ARGS  flags of the TPU compiler (default: those of docs/pods.md; empty for none)
 # PYTHON         interpreter with xclip_jax on this machine, which checks the config before anything is created (default:
 #                python3; without one the config is checked on the workers)
-# POLL           seconds between two attempts to reach a new VM (default: 15)
+# POLL           seconds between two attempts to reach a new VM, and between two looks at training (default: 15)
 #
 # What is compiled is kept on the VM, in ~/.cache/xclip_jax/compiled, and is gone with it.
 # Needs the Google Cloud CLI. The service account of the VM needs access to the bucket. A run on the VM's own disk is
@@ -72,9 +73,30 @@ tpu_install
 tpu_start "$@"
 
 [ -z "$DRY_RUN" ] || exit 0
+
+# Of the log of this start: the line with the number of parameters is the last before the first step.
+look='cd xclip_jax && if [ -f train.exit ]; then echo "ended $(cat train.exit)"
+elif tail -c +$(($(cat train.begin) + 1)) train.log | grep -q " parameters, "; then echo trains; fi'
+for ((try = 1; try <= 8; try++)); do
+  training=$(tpu_ssh 0 "$look" 2>/dev/null | tail -n 1) || training=
+  [ -z "$training" ] || break
+  sleep "${POLL:-15}"
+done
+echo
+tpu_ssh 0 "tail -c +\$((\$(cat xclip_jax/train.begin) + 1)) xclip_jax/train.log | tail -n 20" || true
+case $training in
+  trains) said="Training runs on $NAME." ;;
+  "ended 0") said="Training has ended on $NAME, see above." ;;
+  "") said="Training has started on $NAME and has not come to its first step yet." ;;
+  *)
+    echo "error: training has failed with exit status ${training#ended }, see above" >&2
+    exit 1
+    ;;
+esac
 DRY_RUN=1  # print, from here on
 echo
-echo "Training has started on $NAME. To follow it, to save and stop it, and to delete the VM:"
+echo "$said $NAME costs money until it is deleted, also after the run."
+echo "To follow training, to save and stop it, and to delete the VM:"
 tpu_ssh 0 "tail -n 100 -F xclip_jax/train.log"
 tpu_ssh all "kill -TERM \$(cat xclip_jax/train.pid)"
 delete

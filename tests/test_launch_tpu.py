@@ -21,6 +21,9 @@ FLAGS = subprocess.check_output(
 )
 
 
+FIRST_STEP = 'echo "clip: 1,234 parameters, 56 pairs"'
+
+
 def remote(call):
     """The command that a call of `gcloud ... ssh` carries, as words."""
     return shlex.split(next(word for word in call if word.startswith("--command=")).removeprefix("--command="))
@@ -120,8 +123,12 @@ def test_dry_run_reaches_all_workers_with_the_command_intact(script, more, check
 
 
 def test_vm_is_created_and_training_outlives_the_connection(cloud):
-    done = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["sleep 0.3; exit 7"], SETUP="touch 'set up'")
+    done = cloud.launch(
+        "tpu_vm.sh", *TRAINING, born="READY", scenario=[f"{FIRST_STEP}; sleep 1; exit 7"], SETUP="touch 'set up'"
+    )
     assert done.returncode == 0, done.stderr
+    assert "Training runs on xclip-jax. xclip-jax costs money until it is deleted" in done.stdout
+    assert "line of the log" in done.stdout
     assert cloud.verbs() == ["create", "python"]
     checkout = cloud.path / "home" / "xclip_jax"
     assert (cloud.path / "home" / "set up").exists()
@@ -136,6 +143,29 @@ def test_vm_is_created_and_training_outlives_the_connection(cloud):
         time.sleep(0.05)
     assert read(checkout / "train.exit") == "7\n"
     assert "line of the log" in read(checkout / "train.log")
+
+
+def test_vm_whose_training_fails_at_once_is_an_error_with_the_command_that_deletes_it(cloud):
+    """Not so by what an earlier start has left in the log."""
+    worker = cloud.path / "home" / "xclip_jax"
+    worker.mkdir(parents=True)
+    (worker / "train.log").write_text("clip: 1 parameters, 2 pairs\n")
+    refused = "echo \"error: data folder '/data/pairs' does not exist\" >&2; exit 1"
+    done = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=[refused])
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-2:] == ["line of the log", "error: data folder '/data/pairs' does not exist"]
+    failed, delete = done.stderr.splitlines()[-2:]
+    assert failed == "error: training has failed with exit status 1, see above"
+    assert delete.startswith(
+        "xclip-jax exists and costs money; to delete it: gcloud compute tpus tpu-vm delete xclip-jax"
+    )
+
+
+def test_vm_that_takes_long_to_its_first_step_is_no_error(cloud):
+    done = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["exec sleep 30"])
+    os.kill(int(read(cloud.path / "home" / "xclip_jax" / "train.pid")), signal.SIGTERM)
+    assert done.returncode == 0, done.stderr
+    assert "has started on xclip-jax and has not come to its first step yet" in done.stdout
 
 
 def head(checkout):

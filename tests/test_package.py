@@ -135,13 +135,6 @@ def test_versions_agree():
 ABSL = ("train", "plan")
 
 
-def test_a_path_with_spaces_that_is_not_quoted_is_named(tmp_path):
-    (tmp_path / "My pictures").mkdir()
-    done = command("train", "--config", "small:pairs=My", "pictures", "--config.steps=9", cwd=tmp_path)
-    assert done.stderr.endswith(" Put a value with spaces in quotes: --config 'small:pairs=My pictures'\n")
-    done = command("train", "--config", "small:pairs=My", "--config.steps=9", cwd=tmp_path)
-    assert "unknown source 'My'" in done.stderr and "in quotes" not in done.stderr
-
 
 @pytest.mark.parametrize(("value", "sentence"), [("steps=abc", "an integer"), ("optim.lr=fast", "a number")])
 def test_a_value_of_another_type_is_one_sentence(value, sentence, tmp_path):

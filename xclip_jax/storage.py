@@ -281,7 +281,7 @@ class File:
     def __init__(self, path: str, table: str = "", *, whole: bool = False) -> None:
         """Open it; `table` and `whole` are those of `remote.read`."""
         self.path, self._fd, self.size = path, None, None
-        self._request: dict[str, Any] = {"table": table, "whole": whole}
+        self._read_remote = functools.partial(remote.read, path, table=table, whole=whole)
         if table:
             remote.check_named(path, table)
         if not is_remote(path):
@@ -306,7 +306,7 @@ class File:
 
     def _read(self, offset: int, size: int) -> bytes:
         if self._fd is None:
-            return remote.read(self.path, offset, size, **self._request)
+            return self._read_remote(offset, size)
         data = os.pread(self._fd, size, offset)
         while len(data) < size and (chunk := os.pread(self._fd, size - len(data), offset + len(data))):
             data += chunk

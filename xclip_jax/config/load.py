@@ -129,14 +129,8 @@ def parse(argv: list[str]) -> list[str]:
             _check_words(argv[1:])
             spec = argv[at].partition("=")[2] or (argv[at + 1] if at + 1 < len(argv) else "")
             rest = argv[:at] + argv[at + (1 if "=" in argv[at] else 2) :]
-            try:
-                with imports.trusting("--trust" in argv):  # a recipe may read the config of weights
-                    config = load_config(spec)
-            except UserError as error:
-                if not rest[at:] or rest[at].startswith("-"):
-                    raise
-                quoted = shlex.quote(f"{spec} {rest[at]}")
-                raise UserError(f"{error} Put a value with spaces in quotes: --config {quoted}") from error
+            with imports.trusting("--trust" in argv):  # a recipe may read the config of weights
+                config = load_config(spec)
             check_keys(config, rest)
             config_flags.DEFINE_config_dict("config", config, "Keys of the config.", sys_argv=rest)
             argv = rest
