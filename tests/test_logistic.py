@@ -1,5 +1,6 @@
 """Logistic regression against scikit-learn: coefficients, intercepts, probabilities and the choice of C."""
 
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -200,3 +201,20 @@ def test_logistic_regression_of_constant_features_and_absent_classes():
 def test_wrong_input_of_a_probe(x, y, c, message):
     with pytest.raises(UserError, match=message):
         logistic.fit(x, np.array(y), [c], 2)
+
+
+def test_features_are_rotated_in_blocks_beside_one_result(monkeypatch):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((6000, 64), np.float32) + 5
+    whole = [np.asarray(part) for part in logistic._rotate(x)]
+    monkeypatch.setattr(logistic, "_BLOCK", 1 << 14)
+    tracemalloc.start()
+    blocks = [np.asarray(part) for part in logistic._rotate(x)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.4 * x.nbytes
+    np.testing.assert_allclose(blocks[2], whole[2], rtol=1e-5)
+    np.testing.assert_allclose(np.abs(blocks[0]), np.abs(whole[0]), atol=1e-3)
+    back = blocks[0][:, :-1] @ blocks[3].T.astype(np.float32) + blocks[1]
+    np.testing.assert_allclose(back, x, atol=1e-4)
+    assert (blocks[0][:, -1] == 1).all()

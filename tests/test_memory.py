@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from tests import tiny
+from xclip_jax import environment
 from xclip_jax.config import schema
 from xclip_jax.data.length_groups import LengthGroups
 from xclip_jax.errors import UserError
@@ -164,7 +165,7 @@ def test_suggestions_are_tried_with_the_groups_that_were_chosen(experiment, peak
     ],
 )
 def test_memory_of_a_container(folder, limit, usage, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(environment, "_CGROUP", tmp_path)
     machine = memory.host_memory("MemTotal")
     (tmp_path / folder).mkdir(exist_ok=True)
     (tmp_path / folder / limit).write_text("1000000\n")
@@ -179,7 +180,7 @@ def test_memory_of_a_container(folder, limit, usage, cache, tmp_path, monkeypatc
 
 
 def test_memory_of_this_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)  # as outside of a container
+    monkeypatch.setattr(environment, "_CGROUP", tmp_path)  # as outside of a container
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert memory.host_memory("MemTotal") == memory.total(jax.devices()[0]) == pytest.approx(whole, rel=0.01)
     assert 2**26 < memory.host_memory() < whole

@@ -7,6 +7,7 @@ import pytest
 
 from tests.encoding import SIZE, by_name, make_encoder, small_model
 from tests.test_logistic import overlapping
+from xclip_jax import environment
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import sgd
 from xclip_jax.evaluators.feature_classifiers import Sweep
@@ -72,7 +73,7 @@ def test_c_is_chosen_by_the_sets_own_metric():
             {"": (np.array([0, 1]), np.array([], int), np.array([0]))},
             card=Provenance(metric=metric),
         )
-        assert Probe(None, data)._score(logits, labels) == value
+        assert Probe(make_encoder(), data)._score(logits, labels) == value
 
 
 def test_cola_chooses_c_by_matthews():
@@ -81,7 +82,7 @@ def test_cola_chooses_c_by_matthews():
     constant, other = np.array([[0, 1]] * 4), np.array([[0, 1], [1, 0], [1, 0], [1, 0]])
     for metric, better in (("linear/top1", constant), ("linear/matthews", other)):
         data = ProbeSet("set", ["a"] * 4, [], ["a"] * 4, {"": (y, y[:0], y)}, card=Provenance(metric=metric))
-        scores = [Probe(None, data)._score(logits, y) for logits in (constant, other)]
+        scores = [Probe(make_encoder(), data)._score(logits, y) for logits in (constant, other)]
         assert (constant, other)[int(np.argmax(scores))] is better
 
 
@@ -106,7 +107,7 @@ def test_a_part_with_one_item_a_class_chooses_c_outside_of_it():
             tried.setdefault(len(y), []).append(super()._score(logits, y))
             return tried[len(y)][-1]
 
-    fits = Watched(None, data)._task(None, features, labels)
+    fits = Watched(make_encoder(), data)._task(None, features, labels)
     # A tenth of the training set, what three parts of three items leave, and one of twelve items.
     assert set(tried) == {6, 57, 1} and max(tried[57]) > 80
     assert fits["linear/5%"][0].mean() > 0.8
@@ -167,6 +168,8 @@ def test_a_probe_of_pairs():
     seen = {}
 
     class Encoder:
+        widths = {"txt": 3}  # noqa: RUF012
+
         def texts(self, variables, texts, features):
             rows = [seen.setdefault(t, np.random.default_rng(len(seen)).normal(size=3)) for t in texts]
             return {"features": np.array(rows)}
@@ -179,3 +182,15 @@ def test_a_probe_of_pairs():
         expected = np.concatenate([*([u, v] if kind == "all" else []), np.abs(u - v), u * v])
         assert found[0].shape == (2, width)
         np.testing.assert_allclose(found[2][1], expected)
+
+
+def test_a_probe_that_does_not_fit_into_memory_is_refused_before_anything_is_encoded(monkeypatch):
+    y = np.zeros(1000, int)
+    data = ProbeSet("set", range(1000), [], range(1000), {"": (y, y[:0], y)})
+    Probe(make_encoder(), data)
+    monkeypatch.setattr(environment, "host_memory", lambda field: 4 * 2000 * 16 * 4 - 1)
+    with pytest.raises(UserError, match=r"^set: a probe of 2,000 items with 16 features each takes .* machine has"):
+        Probe(make_encoder(), data)
+    texts = ProbeSet("pairs", ["a"] * 500, [], ["b"] * 500, {"": (y[:500], y[:0], y[:500])}, pairs="all")
+    with pytest.raises(UserError, match=r"^pairs: a probe of 1,000 items with 64 features each"):
+        Probe(make_encoder(), texts)

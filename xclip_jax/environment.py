@@ -1,6 +1,8 @@
-"""Versions, devices and commit that a result was computed with."""
+"""Versions, devices and commit that a result was computed with, and the memory of this machine."""
 
+import contextlib
 import functools
+import math
 import os
 import pathlib
 import platform
@@ -18,6 +20,12 @@ import xclip_jax
 from xclip_jax.addresses import public
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy", "xclip_jax")
+_CGROUP = pathlib.Path("/sys/fs/cgroup")
+# Of cgroups 2 and 1: limit, use, statistics, and the key of these for pages of files that were not read lately.
+_CGROUP_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
 
 
 @functools.cache
@@ -88,3 +96,35 @@ def capture() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+def host_memory(field: str = "MemAvailable") -> float:
+    """Return the bytes of memory that a process can still take on this machine, or in this container.
+
+    Args:
+      field: of /proc/meminfo; "MemTotal" for what the machine or container has altogether.
+    """
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        available = next(float(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    except (OSError, StopIteration):
+        try:
+            available = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        except (AttributeError, ValueError, OSError):  # Windows
+            return math.inf
+    return min(available, _container_memory(free=field == "MemAvailable"))
+
+
+def _container_memory(*, free: bool) -> float:
+    """Return the bytes that this container may take, or with `free` can still take; infinity without a limit."""
+    for limit, usage, stat, cache in _CGROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            left = float((_CGROUP / limit).read_text())
+            if free:
+                with contextlib.suppress(OSError, ValueError, StopIteration):
+                    left -= float((_CGROUP / usage).read_text())
+                    # Pages of files that were not read lately count as used, and are given up when memory is short.
+                    lines = map(str.split, (_CGROUP / stat).read_text().splitlines())
+                    left += next(float(value) for key, value in lines if key == cache)
+            return max(left, 0.0)
+    return math.inf

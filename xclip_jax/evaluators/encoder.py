@@ -37,6 +37,7 @@ class Encoder:
       sizes: of all batches, `batch` the largest: it and those of `smaller`, rounded up alike.
       similarities: how the model compares images with texts, its own first; none of a fine-tuned model.
       classes: of a fine-tuned model's classifier, in its order; None where they are unknown.
+      widths: {"img", "txt"}: pooled features of the towers that the model has.
       grid: patches along a side of an image, 0 where the model has no patch features.
       unreadable: {index: reason} of images that could not be read; the reason is "" where another process read them.
         `images` and `patches` add to it.
@@ -64,7 +65,7 @@ class Encoder:
         self.sizes = sorted({math.ceil(size / shards) * shards for size in (batch, *smaller)})
         self.batch = self.sizes[-1]
         _check_similarities(similarities, model)
-        self.similarities = tuple(similarities)
+        self.similarities, self.widths = tuple(similarities), _widths(model)
         self._default = ("features", *(similarity.feature for similarity in similarities))
         self.preprocessing, self.image_size = preprocessing, preprocessing.size
         self.classes = None if classes is None else tuple(classes)
@@ -291,6 +292,10 @@ class Encoder:
 
         batch = jax.make_array_from_callback((size, *shape), self._sharding, rows)
         return batch, jax.make_array_from_callback((size,), self._sharding, valid)
+
+
+def _widths(model: TwoTowers) -> dict[str, int]:
+    return {name: getattr(model, name).width for name in model.towers}
 
 
 def _check_similarities(similarities: Sequence[Similarity], model: TwoTowers) -> None:

@@ -43,7 +43,7 @@ def knn(
       fp32 (m, classes).
     """
     k = min(k, len(train))
-    base, of_base = jnp.asarray(_unit(train)), jnp.asarray(labels)
+    base, of_base = jax.device_put(_unit(train), may_alias=True), jnp.asarray(labels)
     step = min(max(1, _CHUNK // max(len(train), k * classes)), len(queries))
     padded = np.zeros((-(-len(queries) // step) * step, queries.shape[1]), np.float32)
     padded[: len(queries)] = _unit(queries)
@@ -65,7 +65,8 @@ def _vote(q: jax.Array, base: jax.Array, labels: jax.Array, temperature: float, 
 
 def _unit(x: np.ndarray) -> np.ndarray:
     x = np.asarray(x, np.float32)
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    norms = np.sqrt(np.einsum("nd,nd->n", x, x))  # np.linalg.norm holds the squares of all
+    return np.divide(x, np.maximum(norms, 1e-12)[:, None], out=logistic.aligned(x.shape))
 
 
 def subset(labels: np.ndarray, amount: str, seed: int = 0) -> np.ndarray:
@@ -245,18 +246,27 @@ def linear(
             f"expected validation items, or at least 2 training items to hold one out and choose C; got "
             f"{len(train[1])} training item and no validation items."
         )
-    if not len(validation[1]):
+    whole, given = train, len(validation[1]) > 0
+    if not given:
         order = np.random.default_rng(0).permutation(len(train[1]))
         tenth = max(1, len(order) // 10)
         x, y = train
         validation, train = ((x[part], y[part]) for part in (order[:tenth], order[tenth:]))
-        join = True
     best = sweep.coarse[0]
     if len(sweep.coarse) > 1:
         best, _ = search(train, validation, classes, sweep, score)
-    x, y = (np.concatenate(pair) for pair in zip(train, validation, strict=True)) if join else train
-    logits = logistic.fit(x, y, [best], classes, tolerance=sweep.tolerance).logits(test[0])[0]
+    if given and join:
+        whole = together(train, validation)
+    del train, validation  # a copy of most features, where a tenth was held out
+    logits = logistic.fit(*whole, [best], classes, tolerance=sweep.tolerance).logits(test[0])[0]
     return is_right(logits, test[1]), {"log10_c": float(np.log10(best))}
+
+
+def together(a: Labelled, b: Labelled) -> Labelled:
+    """Return the items of both; without a copy where one has none."""
+    if not len(a[1]) or not len(b[1]):
+        return a if len(a[1]) else b
+    return np.concatenate([a[0], b[0]]), np.concatenate([a[1], b[1]])
 
 
 def is_right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

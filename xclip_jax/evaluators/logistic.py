@@ -27,6 +27,8 @@ HISTORY = 10
 _SCORES = 1 << 27  # logits in memory at once (fp32, about four arrays of them): more C than fit are solved in turns
 _SMALL = 1 << 24  # logits, up to which keeping problems that are done is cheaper than compiling without them
 _ROUND = 4  # iterations between two checks of which problems are done
+_BLOCK = 1 << 22  # numbers of a block of features
+_ALIGNMENT = 64  # bytes, of arrays that JAX's CPU client shares
 _STALLED = 1e-10  # share of the objective: a step that promises less is not made
 
 
@@ -78,8 +80,6 @@ def fit(
     x, y, cs = np.asarray(x, np.float32), np.asarray(y), np.asarray(cs, np.float64)
     if x.ndim != 2 or y.shape not in (x.shape[:1], (len(x), classes)) or not len(x):
         raise UserError(f"expected features (n, d) and labels (n,) of a probe; got {x.shape} and {y.shape}.")
-    if not np.isfinite(x).all():
-        raise UserError("a probe's features are not finite: the model diverged.")
     if y.min() < 0 or (y.ndim == 1 and y.max() >= classes) or not (cs > 0).all():
         raise UserError(f"a probe's labels must be from 0 to {classes - 1}, and every C above 0; C is {cs.tolist()}.")
     if y.ndim == 2 and np.abs(y.sum(axis=1) - 1).max() > 1e-3:
@@ -87,10 +87,7 @@ def fit(
     n, d = x.shape
     occurring = len(np.unique(y)) if y.ndim == 1 else np.count_nonzero(y.any(axis=0))
     penalty = 2.0 if occurring == 2 else 1.0
-    mean = x.mean(axis=0, dtype=np.float64)
-    x = (x - mean).astype(np.float32)
-    spectrum, axes = np.linalg.eigh((x.T @ x).astype(np.float64) / n)
-    rotated = jnp.asarray(np.concatenate([x @ axes.astype(np.float32), np.ones((n, 1), np.float32)], axis=1))
+    rotated, mean, spectrum, axes = _rotate(x)
     labels = jnp.asarray(y, jnp.int32 if y.ndim == 1 else jnp.float32)
     # From the gradient along the axes to that of the given features.
     back = jnp.asarray(np.block([[axes, mean[:, None]], [np.zeros((1, d)), np.ones((1, 1))]]), jnp.float32)
@@ -109,6 +106,35 @@ def fit(
     bias -= bias.mean(axis=1, keepdims=True)
     objective, steps = np.concatenate(fits["objective"]), np.concatenate(fits["iterations"])
     return Fit(weights.astype(np.float32), bias.astype(np.float32), objective, steps)
+
+
+def aligned(shape: tuple[int, int]) -> np.ndarray:
+    """Return an empty fp32 array that JAX takes without a copy on a CPU."""
+    size, bytes_each = shape[0] * shape[1], 4
+    buffer = np.empty(size * bytes_each + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + size * bytes_each].view(np.float32).reshape(shape)
+
+
+def _rotate(x: np.ndarray) -> tuple[jax.Array, np.ndarray, np.ndarray, np.ndarray]:
+    """Return x (n, d), centred and along its principal axes, with a column of ones; and mean, spectrum and axes.
+
+    Block by block: the result is all that is held beside `x`, which may take a good part of the memory.
+    """
+    n, d = x.shape
+    mean, step = x.mean(axis=0, dtype=np.float64), max(1, _BLOCK // d)
+    if not np.isfinite(mean).all():
+        raise UserError("a probe's features are not finite: the model diverged.")
+    gram = np.zeros((d, d))
+    for start in range(0, n, step):
+        centred = (x[start : start + step] - mean).astype(np.float32)
+        gram += centred.T @ centred
+    spectrum, axes = np.linalg.eigh(gram / n)
+    rotated, narrow = aligned((n, d + 1)), axes.astype(np.float32)
+    rotated[:, d] = 1
+    for start in range(0, n, step):
+        rotated[start : start + step, :d] = (x[start : start + step] - mean).astype(np.float32) @ narrow
+    return jax.device_put(rotated, may_alias=True), mean, spectrum, axes
 
 
 def _solve(

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from xclip_jax import environment
+from xclip_jax.console import format_bytes
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import sgd
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric, are_texts
@@ -26,12 +28,15 @@ from xclip_jax.evaluators.feature_classifiers import (
     part_sizes,
     subset,
     to_choose_c,
+    together,
 )
 from xclip_jax.evaluators.provenance import Provenance
 from xclip_jax.evaluators.result import Result
 from xclip_jax.evaluators.statistics import PerExample, class_weights
 from xclip_jax.models.two_towers import Variables
 
+_WIDTHS = {"": 1, "difference": 2, "all": 4}  # features of an item, in those of an image or text
+_COPIES = 4  # of all features in memory: as they are, those to choose C on, rotated, and transposed by a step
 _SEEDS = 3  # random subsets of a training set, over which a part's results are means
 
 
@@ -121,6 +126,18 @@ class Probe(Evaluator):
     def __init__(self, encoder: Encoder, data: ProbeSet, family: str = "") -> None:
         super().__init__(encoder, data)
         self.family = family or ("textual" if are_texts(data.train) else "visual")
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        """Raise `UserError` where the features of all items, which take hours, would not fit into memory."""
+        n = sum(len(part) for part in (self.data.train, self.data.validation, self.data.test))
+        d = self.encoder.widths.get("img" if self.family == "visual" else "txt", 0) * _WIDTHS[self.data.pairs]
+        needed, memory = 4 * n * d * _COPIES, environment.host_memory("MemTotal")
+        if needed > memory:
+            raise UserError(
+                f"{self.data.name}: a probe of {n:,} items with {d:,} features each takes {format_bytes(needed)}, and "
+                f"this machine has {format_bytes(memory)}; use a machine with more memory, or a smaller set."
+            )
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class names."""
@@ -151,8 +168,13 @@ class Probe(Evaluator):
             return np.split(self.encoder.texts(variables, texts, ("features",))["features"], ends)
         h = self.encoder.texts(variables, [text for pair in texts for text in pair], ("features",))["features"]
         u, v = h[::2], h[1::2]
-        joined = [*((u, v) if self.data.pairs == "all" else ()), np.abs(u - v), u * v]
-        return np.split(np.concatenate(joined, axis=1), ends)
+        features = np.empty((len(u), _WIDTHS[self.data.pairs] * h.shape[1]), np.float32)
+        *both, difference, product = np.split(features, _WIDTHS[self.data.pairs], axis=1)
+        for part, value in zip(both, (u, v), strict=False):
+            part[:] = value
+        np.abs(np.subtract(u, v, out=difference), out=difference)
+        np.multiply(u, v, out=product)
+        return np.split(features, ends)
 
     def _task(
         self, variables: Variables, features: Sequence[np.ndarray], labels: Sequence[np.ndarray]
@@ -165,7 +187,7 @@ class Probe(Evaluator):
         left_out = self.family == "visual" and readable[0].any() and not np.concatenate(readable).all()
         if left_out:
             train, validation = ((x[keep], y[keep]) for (x, y), keep in zip((train, validation), readable, strict=True))
-        both = (np.concatenate([train[0], validation[0]]), np.concatenate([train[1], validation[1]]))
+        both = together(train, validation)
         if count and not len(test[1]):
             return {"linear": nested(*train, classes, sweep.coarse, count, sweep.tolerance)}
         if count:
