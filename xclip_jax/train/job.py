@@ -44,7 +44,7 @@ class Job:
       sources: training data, as `data.subset` and `data.caption_noise` change it.
       order: of their samples.
       fingerprints: one of each whole source, with digests of what the order takes from its records; on process 0 with
-        the share of transparent images among some of them.
+        the share of transparent images among some records, where there are any.
       during: evaluators of `eval.sets`, run every `eval.every` steps.
       final: those of `eval.sets` and `eval.final_sets`, run at the end.
       encoder: what the evaluators share.
@@ -143,8 +143,8 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
     if jax.process_index() == 0 and "image" in experiment.objective.fields:
         data = experiment.data
         shares = [sources.transparent_share([source], data.read_timeout, data.threads) for source in opened]
-        fingerprints = [a | {TRANSPARENT: share} for a, share in zip(fingerprints, shares, strict=True)]
         if any(shares):
+            fingerprints = [a | {TRANSPARENT: share} for a, share in zip(fingerprints, shares, strict=True)]
             log0(f"transparent images: {rgb.describe(max(shares), data.background)} (data.background)")
     part = batch_part(experiment.mesh)
     if reason := flops.without_peak(experiment.mesh.devices.flat[0]):
