@@ -135,7 +135,6 @@ def test_versions_agree():
 ABSL = ("train", "plan")
 
 
-
 @pytest.mark.parametrize(("value", "sentence"), [("steps=abc", "an integer"), ("optim.lr=fast", "a number")])
 def test_a_value_of_another_type_is_one_sentence(value, sentence, tmp_path):
     done = command("train", "--config", "demo", f"--config.{value}", cwd=tmp_path)
