@@ -176,7 +176,8 @@ def _health(run: Record, name: str) -> Iterator[Finding]:
         else:
             measured = light.measured if light else ""
             judged = "no" if warnings.steps else "not judged yet"
-            yield Finding("objective", f"{label}: {judged}; {measured} {history}".rstrip("."))
+            sentences = " ".join(filter(None, (f"{judged}.", measured, history)))
+            yield Finding("objective", f"{label}: {sentences}".rstrip("."))
 
 
 def _scale(run: Record, name: str) -> Iterator[Finding]:
