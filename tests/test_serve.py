@@ -47,7 +47,7 @@ def index(model, pictures, tmp_path_factory):
 
 @pytest.fixture
 def client(index):
-    app = application.make_app(index, "<b>pictures", hosts=["127.0.0.1"])
+    app = application.make_app(index, "<b>pictures", {"localhost"})
     return testclient.TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False)
 
 
@@ -136,11 +136,44 @@ def test_the_page_escapes_names_and_loads_nothing_from_elsewhere(client):
     assert "8 pictures" in answer.text and "http" not in answer.text.replace("http-equiv", "")
 
 
-def test_another_host_name_is_refused(index):
-    app = application.make_app(index, "x", hosts=["127.0.0.1"])
-    assert testclient.TestClient(app, base_url="http://evil.example").get("/").status_code == 400
-    anyone = testclient.TestClient(application.make_app(index, "x"), base_url="http://lab.example")
-    assert anyone.get("/").status_code == 200
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/", {"host": "evil.example"}, 403),
+        ("/", {"host": "127.0.0.1.evil.example"}, 403),
+        ("/", {"host": ""}, 403),
+        ("/", {"host": "[::1"}, 403),
+        ("/", {"host": "Localhost.:8000"}, 200),
+        ("/", {"host": "[::1]:8000"}, 200),
+        ("/", {"host": "192.168.1.7:8000"}, 200),
+        ("/", {"sec-fetch-site": "cross-site"}, 200),  # a link
+        ("/thumbnail/1", {"sec-fetch-site": "same-origin"}, 200),
+        ("/thumbnail/1", {"sec-fetch-site": "none"}, 200),
+        ("/thumbnail/1", {"sec-fetch-site": "cross-site"}, 403),
+        ("/search?text=x", {"sec-fetch-site": "same-site"}, 403),
+        ("/search?text=x", {"origin": "http://evil.example"}, 403),
+        ("/search?text=x", {"origin": "null"}, 403),
+        ("/search?text=x", {"origin": "http://127.0.0.1"}, 200),
+    ],
+)
+def test_other_sites_are_refused(client, path, headers, status):
+    assert client.get(path, headers=headers).status_code == status
+
+
+def test_images_cannot_be_shown_by_other_sites_and_have_no_path_of_the_machine(client, pictures):
+    assert client.get("/thumbnail/1").headers["cross-origin-resource-policy"] == "same-origin"
+    answers = client.get("/").text, client.get("/search?text=x").text, name(client, 1).text
+    assert not any(str(pictures) in answer for answer in answers) and '"003.png"' in answers[1]
+
+
+def test_a_file_that_vanished_is_one_sentence_without_its_path(model, tmp_path):
+    folder = tiny.folder(tmp_path / "images", n=2)
+    index = make_index(model, str(folder), cache=str(tmp_path / "cache"))
+    (folder / "001.png").unlink()
+    client = testclient.TestClient(application.make_app(index, "x", {"localhost"}), base_url="http://localhost")
+    answer = client.get("/thumbnail/1")
+    assert answer.status_code == 400
+    assert answer.json()["error"] == "The file of image 1, '001.png', can no longer be read."
 
 
 def test_names_of_classes_and_of_files(model, tmp_path):

@@ -30,7 +30,7 @@ from xclip_jax.errors import BadSample, Parser, UserError, check_count, exit_wit
 from xclip_jax.imports import add_trust
 from xclip_jax.serve.index import MAX_NAMES, MAX_TEXT, make_index
 
-_HERE = ("127.0.0.1", "localhost", "::1")
+_HERE = "127.0.0.1"
 
 
 def _in_url(host: str) -> str:
@@ -45,7 +45,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--names", default="", metavar="FILE", help="file with a name in each line")
     parser.add_argument("--cache", default="", metavar="FOLDER", help="folder for embeddings")
     parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")
-    parser.add_argument("--host", default=_HERE[0], help=f"address to listen on; {_HERE[0]} by default")
+    parser.add_argument("--host", default=_HERE, help=f"address to listen on; {_HERE} by default")
     parser.add_argument("--port", type=int, default=8000, help="8000 by default; 0 for any that is free")
     parser.add_argument("--batch", type=int, default=32, help="images that are encoded at once")
     add_trust(parser)
@@ -74,7 +74,7 @@ def listen(host: str, port: int) -> socket.socket:
     if not 0 <= port < 1 << 16:
         raise UserError(f"--port is {port}; expected 0 to 65535.")
     if not host:
-        raise UserError(f"--host is empty; give an address, such as {_HERE[0]}, or 0.0.0.0 for all of this machine's.")
+        raise UserError(f"--host is empty; give an address, such as {_HERE}, or 0.0.0.0 for all of this machine's.")
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             from xclip_jax.serve.app import make_app
             from xclip_jax.serve.connections import Connection
+            from xclip_jax.serve.origin import machine_names
         except ImportError as error:
             raise UserError("serve needs a web server: pip install 'xclip_jax[serve]'.") from error
         check_count("--batch", flags.batch, 1)
@@ -103,8 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             index = make_index(model, flags.images, cache=flags.cache, names=names)
             index.by_text("a picture", 1)  # compiles
             port = listening.getsockname()[1]
-            hosts = list(map(_in_url, _HERE)) if flags.host in _HERE else None
-            app = make_app(index, pathlib.Path(flags.images).name, hosts=hosts)
+            app = make_app(index, pathlib.Path(flags.images).name, {*machine_names(), flags.host.lower()})
             log0(f"{len(index):,} pictures: http://{_in_url(flags.host)}:{port}  (Ctrl-C to end)")
             config = uvicorn.Config(app, http=Connection, ws="none", log_level="warning", server_header=False)
             with contextlib.suppress(KeyboardInterrupt):

@@ -7,15 +7,16 @@ from typing import Any
 
 from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from xclip_jax.errors import UserError
-from xclip_jax.serve import page
+from xclip_jax.serve import origin, page
 from xclip_jax.serve.index import MAX_NAMES, MAX_TEXT, Index
 from xclip_jax.serve.thumbnails import Thumbnails, thumbnail
 
@@ -31,17 +32,20 @@ _POLICY = (
     "default-src 'none'; img-src 'self' data: blob:; connect-src 'self'; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 
 
-def make_app(index: Index, title: str, *, hosts: list[str] | None = None) -> Starlette:
+def make_app(index: Index, title: str, hosts: set[str]) -> Starlette:
     """Return the application.
 
     Args:
       index: that is asked.
       title: of the page.
-      hosts: names by which it may be called; others are refused, so that no other web page can ask through a name of
-        its own that leads here. None for any.
+      hosts: names by which it may be called, beside addresses; see `origin.fault`.
     """
 
     def show(request: Request) -> Response:
@@ -80,7 +84,7 @@ def make_app(index: Index, title: str, *, hosts: list[str] | None = None) -> Sta
             Route("/names", names, methods=["POST"]),
             Route("/thumbnail/{image}", small),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)] if hosts else [],
+        middleware=[Middleware(_Guard, hosts=hosts)],
         exception_handlers={
             UserError: lambda _, error: _json({"error": f"{error}"}, 400),
             ClientDisconnect: lambda *_: Response(status_code=400),  # nobody reads it
@@ -88,6 +92,19 @@ def make_app(index: Index, title: str, *, hosts: list[str] | None = None) -> Sta
             HTTPException: lambda _, error: _json({"error": f"{getattr(error, 'detail', error)}"}, error.status_code),
         },
     )
+
+
+class _Guard:
+    """Refuses requests that pages of other sites have made."""
+
+    def __init__(self, app: ASGIApp, hosts: set[str]) -> None:
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http" and (fault := origin.fault(Headers(scope=scope), scope["path"], self._hosts)):
+            app = _json({"error": fault}, 403)
+        await app(scope, receive, send)
 
 
 def _json(content: Any, status: int = 200) -> Response:
