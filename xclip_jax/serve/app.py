@@ -48,16 +48,18 @@ def make_app(index: Index, title: str, hosts: set[str]) -> Starlette:
       hosts: names by which it may be called, beside addresses; see `origin.fault`.
     """
 
+    uploads, questions = _Uploads(), CapacityLimiter(_THREADS)
+    searches = CapacityLimiter(1)  # each uses all cores
+
     def show(request: Request) -> Response:
         del request
         content = page.render(title, len(index), index.names, MAX_UPLOAD)
         return HTMLResponse(content, headers=_HEADERS | {"Content-Security-Policy": _POLICY})
 
-    def search(request: Request) -> Response:
+    async def search(request: Request) -> Response:
         text = _checked_text(request.query_params.get("text", ""))
-        return _json({"matches": [match._asdict() for match in index.by_text(text, COUNT)]})
-
-    uploads, questions = _Uploads(), CapacityLimiter(_THREADS)
+        matches = await to_thread.run_sync(index.by_text, text, COUNT, limiter=searches)
+        return _json({"matches": [match._asdict() for match in matches]})
 
     async def names(request: Request) -> Response:
         number = request.query_params.get("image")
