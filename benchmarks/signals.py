@@ -35,7 +35,7 @@ _LIMIT = 120  # seconds in which a process has to end
 
 @dataclasses.dataclass(frozen=True)
 class End:
-    """How a run met a signal.
+    """How a run ended after a signal.
 
     Attributes:
       second: when the signal came, after the start.
@@ -82,10 +82,10 @@ def make_pairs(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def _phase(said: str) -> str:
-    """What a run that has said this is doing."""
+def _phase(output: str) -> str:
+    """What a run is doing whose output is `output` so far."""
     marks = {"\nstep ": "training", " parameters, ": "compilation", "small: ": "preparation"}
-    return next((phase for mark, phase in marks.items() if mark in f"\n{said}"), "imports")
+    return next((phase for mark, phase in marks.items() if mark in f"\n{output}"), "imports")
 
 
 def meet(pairs: pathlib.Path, folder: pathlib.Path, second: float, number: signal.Signals) -> End:

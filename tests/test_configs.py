@@ -107,7 +107,7 @@ def own_flags():
     [
         (["--config", "configs/demo.py", "--config.optim.lrr=1"], "'optim.lrr' is unknown; did you mean 'optim.lr'?"),
         (["--config", "configs/demo.py", "--config.optimm.lr=1"], "'optimm' is unknown; did you mean 'optim'?"),
-        (["--config", "configs/demo.py", "--config.optim.lr=fast"], "float: 'fast'; --help lists the keys"),
+        (["--config", "configs/demo.py", "--config.optim.lr=fast"], "expected a number; --help lists the keys"),
         (["--config", "configs/demo.py:objectiv=nclip"], "did you mean 'objective'? Known: objective, steps,"),
         (["--config", "configs/demo.py:preset=X/1"], "it must be one of 'Ti/12', 'S/16',"),
         (["--config", "configs/demo.py", "--confg.optim.lr=1"], "'--confg.optim.lr'; config keys are --config.KEY"),

@@ -13,7 +13,7 @@ PACKAGE = "xclip_jax"
 # A module may import from its own floor and from those before it. Rooms are packages and modules of the top level; a
 # module of a package that belongs to another floor is a room of its own.
 FLOORS = (
-    {"addresses", "errors"},
+    {"addresses", "ending", "errors"},
     {
         "commands",
         "config.fields",
@@ -58,6 +58,7 @@ GROUND = {
     "errors",
     "config.fields",
     "console",
+    "ending",
     "environment",
     "file_lock",
     "heartbeat",

@@ -192,8 +192,10 @@ def _rows(name: str, path: pathlib.Path) -> list[tuple[int, str, str]]:
             f"{name}: CSV file {str(path)!r} cannot be read after line {line}: {error}; quotes must be paired."
         ) from error
     if not rows or not {"path", "label"} <= set(header):
-        found = f"has the columns {', '.join(map(repr, header))}" if header else "is empty"
-        raise UserError(f"{name}: CSV file {str(path)!r} {found}; it must have the columns path and label, and a row.")
+        columns = f"has the columns {', '.join(map(repr, header))}" if header else "is empty"
+        raise UserError(
+            f"{name}: CSV file {str(path)!r} {columns}; it must have the columns path and label, and a row."
+        )
     return rows
 
 

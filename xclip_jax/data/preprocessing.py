@@ -73,7 +73,7 @@ class Preprocessing:
       resize_size: `eval.resize_size`, what "shortest" and "squash" resize to before the central `size` pixels are kept;
         0 for `size`.
       interpolation: `eval.interpolation`, "bicubic" or "bilinear", both antialiased.
-      background: `data.background`, what transparent images lie on.
+      background: `data.background`, the color behind transparent images.
 
     Raises:
       UserError: a value that does not fit, by its config key.
@@ -147,7 +147,7 @@ class Preprocessing:
 
     @property
     def normalization(self) -> str:
-        """Mean and deviation, and what transparent images lie on unless it is nothing, in words."""
+        """Mean, deviation and the background of transparent images, if any, in words."""
         normalization = self.to_config()["data"]["normalization"]
         white = ", transparent images on white" if self.background == rgb.WHITE else ""
         if isinstance(normalization, str):

@@ -1,4 +1,4 @@
-"""Images of any mode as RGB of eight bits; what transparent ones lie on is config key `data.background`."""
+"""Images of any mode as RGB of eight bits; the background of transparent ones is config key `data.background`."""
 
 import numpy as np
 from PIL import Image

@@ -224,7 +224,7 @@ def transparent_share(opened: Sequence[Source], timeout: float, threads: int) ->
         return "image" in record and transforms.is_transparent(record["image"])
 
     read = list(records.read_each(places, look, timeout=timeout, threads=min(threads, records.MAX_THREADS)))
-    usable = [found for found in read if not isinstance(found, BadSample)]
+    usable = [image for image in read if not isinstance(image, BadSample)]
     return sum(usable) / max(len(usable), 1)
 
 

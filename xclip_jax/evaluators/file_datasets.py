@@ -62,7 +62,7 @@ def _rows(path: pathlib.Path) -> list[dict[str, str]]:
 
 
 def _gold(path: pathlib.Path, line: int, text: str) -> float:
-    """Return a similarity that people gave; no correlation can be computed with one that is no number."""
+    """Return a similarity that people gave; without a number there is no correlation."""
     try:
         if math.isfinite(value := float(text)):
             return value

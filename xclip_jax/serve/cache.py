@@ -154,7 +154,7 @@ def _computed(
 
 
 def _columns(ids: Sequence[tuple[str, str]], rows: Sequence[_Row]) -> dict[str, Any]:
-    """Columns of a file; a caption that could not be read anew keeps its stamp."""
+    """Columns of a file; a caption that could not be read again keeps its stamp."""
     return {
         "kind": [row.kind for row in rows],
         "id": [f"{image}\t{row.caption}" for (image, _), row in zip(ids, rows, strict=True)],

@@ -29,11 +29,7 @@ from xclip_jax.train.watchdog import CHECKPOINT, COMPILATION, DATA, EVALUATION, 
 def train(
     job: Job, state: TrainState, log: MetricLogger, checkpointer: Checkpointer, watch: Watchdog, stop: PreemptionHandler
 ) -> tuple[TrainState, bool]:
-    """Train `state` to the end of the run, or to an interrupt.
-
-    Returns:
-      The state, and whether the run was interrupted. Its last step is saved then, and after errors of data.
-    """
+    """Train `state` to the end of the run, or save it at an interrupt. Returns it, and whether it was interrupted."""
     config, experiment, start = job.config, job.experiment, int(state.step)
     step, tracer = start, StepTracer(config.log.profile, job.folder, log.pause)
     watch.step = watch.saved = start
@@ -44,11 +40,10 @@ def train(
         watch.enter(CHECKPOINT)
         log.write()  # what a checkpoint has counted is not made again by a run that resumes from it
         # Steps that are skipped one after another have the same parameters, and push the checkpoints before out.
-        if regular and log.skipped.in_a_row:
-            return
-        with log.stall():
-            checkpointer.save(state, _position(job, step, log.ledger))
-        watch.saved = step
+        if not (regular and log.skipped.in_a_row):
+            with log.stall():
+                checkpointer.save(state, _position(job, step, log.ledger))
+            watch.saved = step
 
     try:
         stop.check()
