@@ -1,12 +1,14 @@
 """The file of results, what commands add to it, and comparisons of two."""
 
 import errno
+import io
 import json
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import PIL.Image
@@ -226,6 +228,22 @@ def test_damaged_items_are_one_sentence(tmp_path):
     (tmp_path / "x.json.items.npz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"x\.json\.items\.npz is damaged"):
         results.read(epath.Path(tmp_path / "x.json"))
+
+
+def test_items_that_unpack_to_more_than_their_entries_can_have_are_not_unpacked(tmp_path):
+    file = epath.Path(tmp_path / "x.json")
+    results.add(file, entry(n=3), ITEMS, {}, own=True)
+    bomb = io.BytesIO()
+    np.savez_compressed(bomb, **{"mean:values:x:top1": np.zeros(1 << 23)})  # 64 MiB
+    items = tmp_path / "x.json.items.npz"
+    items.write_bytes(bomb.getvalue())
+    assert items.stat().st_size < 1 << 17
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"npz is damaged \(it unpacks to 64.*, and results of 3 items have less\)"):
+        results.read(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 21
 
 
 ADDING = """

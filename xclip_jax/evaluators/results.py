@@ -31,6 +31,7 @@ from etils import epath
 from xclip_jax import file_lock
 from xclip_jax.commands import command
 from xclip_jax.config.schema import Config
+from xclip_jax.console import format_bytes
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import flat_names
@@ -44,6 +45,8 @@ ItemsOf = dict[str, dict[str, PerExample]]  # of each entry, by its "items"
 
 KEY = ("set", "checkpoint", "step", "profile", "changes", "fingerprint")
 _VIEW = KEY[1:]
+# Bytes of the per-example values of an item, in some dozens of metrics or a thousand classes; and of all items.
+_ITEM_BYTES, _MOST_BYTES = 1 << 16, 1 << 30
 # Keys of a run's group `eval` that change what is evaluated at one step.
 _EVAL_KEYS = ("ema", "resize", "resize_size", "interpolation")
 
@@ -198,7 +201,7 @@ def _read_items(path: epath.Path, entries: Sequence[Entry]) -> ItemsOf:
     file, older = _items_path(path), path.with_name(f"{path.stem}.items.npz")
     parts: dict[tuple[str, str], dict[str, Any]] = {}
     if file.exists() or older.exists():
-        for key, array in _load(file if file.exists() else older).items():
+        for key, array in _load(file if file.exists() else older, entries).items():
             # Older files have a bar for each slash.
             if "|" in key:
                 statistic, part, name = key.replace("|", "/").split(":", 2)
@@ -214,10 +217,17 @@ def _read_items(path: epath.Path, entries: Sequence[Entry]) -> ItemsOf:
     return items_of
 
 
-def _load(path: epath.Path) -> dict[str, np.ndarray]:
-    """Return the arrays of a .npz file."""
+def _load(path: epath.Path, entries: Sequence[Entry]) -> dict[str, np.ndarray]:
+    """Return the arrays of a .npz file, which may be somebody else's: unpacked at most what `entries` can have."""
+    sizes = [n for entry in entries if isinstance(n := entry.get("n"), int) and n > 0]
+    most = min(_ITEM_BYTES * sum(sizes) + (1 << 20), _MOST_BYTES)
     try:
-        with np.load(io.BytesIO(path.read_bytes())) as arrays:
+        content = io.BytesIO(path.read_bytes())
+        with zipfile.ZipFile(content) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > most:
+            raise ValueError(f"it unpacks to {format_bytes(size)}, and results of {sum(sizes):,} items have less")
+        with np.load(content) as arrays:
             return {key: arrays[key] for key in arrays.files}
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}); delete it, --compare then gives no intervals.") from error
