@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from html import unescape
 
 import numpy as np
@@ -12,6 +13,7 @@ import scipy.stats
 
 from tests import tiny
 from tests.pages import Page, check, written
+from xclip_jax.errors import UserError
 from xclip_jax.evaluators import flat_names, summary
 from xclip_jax.evaluators import results as results_files
 from xclip_jax.evaluators.result import Result, from_json, to_json
@@ -334,3 +336,24 @@ def test_a_metric_that_is_not_a_number_is_shown_as_such(tmp_path):
     assert re.search(r'<th scope="row">x</th>.*?<td>not a number.*?<th scope="row">y</th>.*?<td>40\.0', shown)
     assert lines_of(text) == {"x, top-1": ([1, 2], [20, 20])}
     assert math.isnan(from_json([{"set": "x", "family": "zeroshot", "metric": "top1", "value": None}])[0].value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("data.json", lambda content: [content[0] | {"samples": "many"}], r"data\.json is damaged"),
+        (
+            "config.json",
+            lambda content: content | {"environment": {"versions": []}},
+            "has another form .*versions",
+        ),
+        ("config.json", lambda content: content | {"environment": {"commit": 7}}, "has another form .*commit"),
+    ],
+)
+def test_facts_of_another_type_are_one_sentence(name, change, message, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    content = json.loads((tmp_path / "run" / name).read_text())
+    (tmp_path / "run" / name).write_text(json.dumps(change(content)))
+    with pytest.raises(UserError, match=message):
+        record.read(tmp_path / "run")

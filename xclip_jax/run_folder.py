@@ -121,7 +121,8 @@ class RunFolder:
         """
         content = self._read(self.data_file)
         if content is None or (
-            isinstance(content, list) and all(isinstance(item, dict) and "samples" in item for item in content)
+            isinstance(content, list)
+            and all(isinstance(item, dict) and isinstance(item.get("samples"), int) for item in content)
         ):
             return content
         raise UserError(f"{self.data_file} is damaged; restore it, or use a different --config.run.")

@@ -107,12 +107,15 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
     steps_of: dict[Key, int] = {}
     if not final or step != config.steps:
         known, steps_of = newest([(step, known), *evaluations])
+    facts = final.get("environment") or content.get("environment") or {}
+    if not isinstance(facts.get("versions", {}), dict) or not isinstance(facts.get("commit", ""), str):
+        raise TypeError("environment has versions or a commit of another type")
     started = content.get("started")  # config.json is written again when a run resumes
     return Record(
         folder=run.path,
         config=config,
         objective=make_objective(config.objective),
-        environment=final.get("environment") or content.get("environment") or {},
+        environment=facts,
         training=[row for row in rows if "loss" in row],
         evaluations=evaluations,
         results=_with_items(known, run.evaluation_file),
