@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import types
 from html import unescape
 
 import numpy as np
@@ -14,7 +15,8 @@ from tests.pages import HOSTILE, check, written
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators import results as results_files
-from xclip_jax.evaluators.result import Result, to_json
+from xclip_jax.evaluators.provenance import Provenance
+from xclip_jax.evaluators.result import Result, from_json, to_json
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.report import __main__ as command
 from xclip_jax.report import examples, record, several, side_by_side
@@ -36,7 +38,7 @@ def run(folder, color, right, *, objective="clip", split="1", **changes):
     result = Result("x", "zeroshot", "top1", float(right), n=100, chance=25.0, headline=True, evaluator="zeroshot")
     entry = {"set": "x", "name": "zeroshot/x", "metric": "top1", "value": float(right), "n": 100, "step": 3}
     entry |= {"records": to_json([result]), "metrics": {"top1": float(right)}, "checkpoint": folder.name}
-    entry |= {"profile": "", "changes": {}, "split_hash": split, "tokenizer": "", "text_length": 0}
+    entry |= {"profile": "", "changes": {}, "split_hash": split, "fingerprint": folder.name}
     file = RunFolder(folder).evaluation_file
     results_files.add(file, entry, {result.name: PerExample(values)}, {}, own=True)
     return several.Run(folder.name, color, record.read(folder), examples.Examples())
@@ -281,3 +283,24 @@ def test_the_command_writes_a_page_of_trained_runs(tmp_path, monkeypatch, capsys
     ):  # fmt: skip
         with pytest.raises(SystemExit, match=message):
             command.main(flags)
+
+
+def test_results_of_other_data_are_neither_ranked_nor_under_the_chance_of_the_first(monkeypatch):
+    def result(value, n, chance, split_hash):
+        card = Provenance(split_hash=split_hash)
+        return Result("holdout", "retrieval", "image_to_text/r1", value, n=n, chance=chance, protocol=card)
+
+    def cells(*results):
+        fields = {"steps_of": {}, "evaluations": [], "step_of": lambda _: None}
+        records = [types.SimpleNamespace(results=[result], **fields) for result in results]
+        runs = [types.SimpleNamespace(label="run", record=record) for record in records]
+        return several._results(runs).body.split("<td>")[2:]
+
+    a, b = cells(result(2.4, 166, 0.6, "x"), result(5.6, 18, 5.6, "y"))
+    assert "<b>" not in a + b and "other data, chance 5.6" in b and "other data" not in a
+    a, b = cells(result(2.4, 166, 0.6, "x"), result(5.6, 166, 0.6, "x"))
+    assert "<b>5.6</b>" in b and "other data" not in a + b
+    a, b = cells(result(2.4, 166, 0.6, "x"), result(5.6, 166, 0.6, "y"))
+    assert "<b>" not in a + b and "other data" in b
+    (back,) = from_json(to_json([result(2.4, 166, 0.6, "x")]))
+    assert back.protocol.split_hash == "x"

@@ -81,16 +81,20 @@ def items(results: Iterable[Result]) -> dict[str, PerExample]:
 
 
 _SAVED = ("set", "family", "metric", "value", "unit", "n", "chance", "task", "score", "group", "headline", "evaluator")
+_PROTOCOL = ("role", "split_hash")
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Result)}
 
 
 def to_json(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """Return records for a JSON file, without protocols and items; fields that have their default are left out."""
+    """Return records for a JSON file, without items, and of protocols with role and hash of the data alone.
+
+    Fields that have their default are left out.
+    """
     records = []
     for result in results:
         fields = {key: getattr(result, key) for key in _SAVED}
-        role = {"role": result.protocol.role} if result.protocol.role else {}
-        records.append({key: value for key, value in fields.items() if value != _DEFAULTS[key]} | role)
+        protocol = {key: value for key in _PROTOCOL if (value := getattr(result.protocol, key))}
+        records.append({key: value for key, value in fields.items() if value != _DEFAULTS[key]} | protocol)
     return records
 
 
@@ -99,7 +103,10 @@ def from_json(records: Sequence[Mapping[str, Any]]) -> list[Result]:
 
     Earlier versions had percent for all that `unit_of` knows better.
     """
-    return [Result(**_fields(record), protocol=Provenance(role=record.get("role", ""))) for record in records]
+    return [
+        Result(**_fields(record), protocol=Provenance(**{key: record.get(key, "") for key in _PROTOCOL}))
+        for record in records
+    ]
 
 
 def _fields(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -144,9 +144,14 @@ def _results(runs: Sequence[Run]) -> Section:
         own = [results.get(key) for results in of_runs]
         label, first = next(result for result in own if result)
         lower = first.unit == "rank"
-        values = [pair[1].value for pair in own if pair and math.isfinite(pair[1].value)]
+        same = [pair is not None and _of_same_data(pair[1], first) for pair in own]
+        equal = [pair[1].value for pair, is_same in zip(own, same, strict=True) if pair and is_same]
+        values = list(filter(math.isfinite, equal))
         best = (min if lower else max)(values, default=math.nan) if len(set(values)) > 1 else math.nan
-        cells = "".join(_cell(run, pair[1] if pair else None, best) for run, pair in zip(runs, own, strict=True))
+        cells = "".join(
+            _cell(run, pair[1] if pair else None, best, is_same)
+            for run, pair, is_same in zip(runs, own, same, strict=True)
+        )
         level = "" if first.chance is None else f"{first.chance:.1f}"
         rows.append(
             f'<tr><th scope="row">{breakable(short[key])}<br><small>{esc(label)}</small></th>'
@@ -159,20 +164,29 @@ def _results(runs: Sequence[Run]) -> Section:
     )
     text = (
         f"The first metric of each set, with its {LEVEL:.0%} interval and its verdict against chance. The best value "
-        "of a row is bold; whether it differs from the others is said below."
+        "of a row is bold; whether it differs from the others is said below. A set of other data than the row's first "
+        "has its own chance level."
     )
     if any(run.record.steps_of for run in runs):
         text += " Runs without a last evaluation have the newest result of each set, with its step."
     return Section("results", "Results", f"<p>{text}</p>{wide('Results of all runs', table)}")
 
 
-def _cell(run: Run, result: Result | None, best: float) -> str:
+def _of_same_data(a: Result, b: Result) -> bool:
+    """Whether two results of a set are of equal data, as far as files of earlier versions, without a hash, say."""
+    hashes = {a.protocol.split_hash, b.protocol.split_hash} - {""}
+    return a.n == b.n and len(hashes) < 2
+
+
+def _cell(run: Run, result: Result | None, best: float, same: bool) -> str:
     if result is None:
         return "<td><small>not evaluated</small></td>"
     judged, step = judge(result), run.record.step_of(result)
     value = one_decimal(result.value)
-    value = f"<b>{value}</b>" if result.value == best else value
+    value = f"<b>{value}</b>" if same and result.value == best else value
     value += "" if step is None else f" <small>step {step:,}</small>"
+    if not same:
+        value += " <small>other data" + ("" if result.chance is None else f", chance {result.chance:.1f}") + "</small>"
     return f"<td>{value}<br><small>{judged}</small><br>{verdict_pill(judged.verdict)}</td>"
 
 
