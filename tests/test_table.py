@@ -185,3 +185,15 @@ def test_a_page_is_about_the_sets_own_metric(tmp_path):
     assert "Intervals are of the first metric of a row, or of the own metric that it names, at 95%" in words
     # Without values of items there is none: a mean per class is no share of the images.
     assert [str(j) for j in chance.judgements(pets()).values()] == [""]
+
+
+def test_an_own_metric_that_is_no_percentage_has_its_unit():
+    results = [
+        Result("x", "own", "gap", 1.2, unit="radians", n=9, headline=True),
+        Result("y", "own", "share", 50.0, n=9),
+    ]
+    results.append(Result("z", "zeroshot", "top1", 50.0, n=9))
+    lines = summary.render(results).splitlines()
+    assert any(line.split()[:5] == ["x", "9", "gap,", "radians", "1.2"] for line in lines)
+    assert any(line.split()[:4] == ["y", "9", "share", "50.0"] for line in lines)
+    assert sum("gap, radians" in line for line in lines) == 2  # in the table of families too

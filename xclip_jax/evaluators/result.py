@@ -13,6 +13,9 @@ from xclip_jax.evaluators.statistics import PerExample
 _TIMES_100 = ("spearman", "spearman_all", "spearman_mean", "pearson", "matthews", "map", "map11", "roc_auc")
 
 
+UNITS = ("%", "x 100", "rank", "")  # of this package's evaluators
+
+
 def unit_of(metric: str) -> str:
     """Return the unit of a metric whose results name none: "x 100" of correlations and the like, else "%"."""
     return "x 100" if metric.rpartition("/")[2] in _TIMES_100 else "%"

@@ -10,7 +10,7 @@ from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import Layout, Metric
 from xclip_jax.evaluators.pair_sets import HELD_OUT
 from xclip_jax.evaluators.provenance import SHIFTED, VALIDATION
-from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators.result import UNITS, Result
 
 # Titles of families, in the order of their table; another family has its own name as title.
 _FAMILIES = {
@@ -241,6 +241,11 @@ def _number(result: Result) -> str:
     return f"{result.value:.1f}" if result.unit else f"{result.value:.0f}"
 
 
+def _with_unit(metric: str, result: Result) -> str:
+    """Return the name of a metric in a column of percentages, with its unit where an evaluator has one of its own."""
+    return metric if result.unit in UNITS else f"{metric}, {result.unit}"
+
+
 def _chance(result: Result) -> str:
     return "" if result.chance is None else f"({result.chance:.1f})"
 
@@ -250,7 +255,7 @@ def _lines(layout: Layout, chosen: Sequence[Row]) -> Table:
     texts = []
     for row in chosen:
         for i, (metric, result) in enumerate(row.shown):
-            cells = ["" if i else f"{result.n}", metric.short, _number(result)]
+            cells = ["" if i else f"{result.n}", _with_unit(metric.short, result), _number(result)]
             cells += [_chance(result)] if layout.chance else []
             texts.append(("  the same" if i else row.name, cells))
     return Table(layout.title, (*_LINES, *([("", ">7")] if layout.chance else [])), texts)
@@ -261,7 +266,9 @@ def families(results: Sequence[Result]) -> Table:
     short, texts = short_names(results), []
     for family, row in representatives(results).items():
         metric, result = row.shown[0]
-        texts.append((family, [short[row.name], metric.name, f"{result.value:.1f}", _chance(result)]))
+        texts.append(
+            (family, [short[row.name], _with_unit(metric.name, result), f"{result.value:.1f}", _chance(result)])
+        )
     return Table(_FAMILIES_TITLE, (("set", "<30"), ("metric", "<18"), ("%", ">6"), ("chance", ">8")), texts)
 
 

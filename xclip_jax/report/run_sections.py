@@ -8,6 +8,7 @@ from xclip_jax.commands import command
 from xclip_jax.config import schema
 from xclip_jax.data import rgb
 from xclip_jax.evaluators import summary
+from xclip_jax.evaluators.result import UNITS
 from xclip_jax.report.chance import ABOVE, LEVEL, judge, judgements
 from xclip_jax.report.charts import Line, chart, number, one_decimal
 from xclip_jax.report.evaluations import Key, labels
@@ -38,11 +39,12 @@ def _tiles(record: Record) -> str:
     for family, row in summary.representatives(record.results).items():
         metric, result = row.shown[0]
         judged = judge(result)
-        chance = f"chance {result.chance:.1f}\u00a0%" if result.chance is not None else ""
+        unit = result.unit if result.unit not in UNITS or result.unit == "%" else ""
+        chance = f"chance {result.chance:.1f}\u00a0{unit or '%'}" if result.chance is not None else ""
         step = record.step_of(result)
         when = "" if step is None else f"at step {step:,}"
         details = ", ".join(filter(None, (chance, short[row.name], when)))
-        unit = " <small>%</small>" if result.unit == "%" else ""
+        unit = f" <small>{esc(unit)}</small>" if unit else ""
         value = one_decimal(result.value)
         value = f"{value}{unit}" if math.isfinite(result.value) else f"<small>{value}</small>"
         label = metric.label + (f", {LEVEL:.0%}: {judged}" if str(judged) else "")
