@@ -49,11 +49,11 @@ refuse_check "$@"
 # JAX gives task i of a node the i-th GPU that it sees, so each task has to see all of them. srun does not inherit
 # --cpus-per-task from sbatch.
 task=(srun --kill-on-bad-exit=1 --gpu-bind=none ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"})
-# A task that was asked to stop exits with 75 (saved) or 143 (before it could save), one that hung or lost another with
-# 79. None is a bad exit, for which srun would kill the other tasks, so it becomes 0: the others end by themselves.
+# A task that was asked to stop exits with 75 (saved), or 143 or 130 (before it could save), one that hung or lost another
+# with 79. None is a bad exit, for which srun would kill the other tasks, so it becomes 0: the others end by themselves.
 # Slurm signals the shell too, which goes on to wait.
 # shellcheck disable=SC2016
-task+=(bash -c 'trap : TERM; "$@"; status=$?; case $status in 75 | 79 | 143) exit 0 ;; esac; exit "$status"' task)
+task+=(bash -c 'trap : TERM INT; "$@"; status=$?; case $status in 75 | 79 | 130 | 143) exit 0 ;; esac; exit "$status"' task)
 task+=("${PYTHON:-python}" -m xclip_jax.main --distributed "$@")
 requeue=(scontrol requeue "${SLURM_JOB_ID:-JOB}")
 

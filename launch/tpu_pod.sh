@@ -161,8 +161,8 @@ tend() {
         say "an earlier command ended here with exit status $training; training starts"
         tpu_ssh 0 "cd xclip_jax && { mv -f train.log train.log.1; rm -f train.exit train.pid; }" ||
           missed "the first worker does not answer"
-      elif [[ $training =~ ^(75|143)$ ]]; then
-        # 75: asked to stop, and saved. 143: asked to stop before it could save.
+      elif [[ $training =~ ^(75|130|143)$ ]]; then
+        # 75: asked to stop, and saved. 130 and 143: asked to stop before it could save.
         recreate "training was stopped before its end"
       elif [ "$training" = 1 ] && refused; then
         say "training refused its input, and would again; giving up"

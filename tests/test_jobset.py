@@ -118,7 +118,11 @@ def test_jobset_has_the_compiler_flags_of_the_launch_scripts(jobset):
 def test_jobset_does_not_count_what_was_stopped_as_a_failure(jobset):
     (job,) = jobset["spec"]["replicatedJobs"]
     by_exit, by_condition = job["template"]["spec"]["podFailurePolicy"]["rules"]
-    assert by_exit["onExitCodes"] == {"containerName": container(jobset)["name"], "operator": "In", "values": [75]}
+    assert by_exit["onExitCodes"] == {
+        "containerName": container(jobset)["name"],
+        "operator": "In",
+        "values": [75, 130, 143],
+    }
     assert by_condition["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     (rule,) = jobset["spec"]["failurePolicy"]["rules"]
     assert rule == {"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}

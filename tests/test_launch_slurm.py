@@ -48,6 +48,8 @@ def start(folder, training, *args, **env):
     ("training", "status", "requeued"),
     [
         ("exit 75", 0, True),
+        ("exit 130", 0, True),
+        ('kill -INT "$$"; sleep 5', 0, True),
         ("exit 79", 0, True),
         ("exit 0", 0, True),
         ('kill -TERM "$$"; sleep 5', 0, True),
@@ -60,6 +62,8 @@ def start(folder, training, *args, **env):
     ],
     ids=[
         "stopped",
+        "interrupted early",
+        "interrupted by a signal",
         "hung",
         "no results",
         "stopped early",

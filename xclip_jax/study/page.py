@@ -67,10 +67,11 @@ def write_finding(readme: pathlib.Path, snapshot: Snapshot) -> None:
 
 def render(snapshot: Snapshot, drawn: Mapping[str, str]) -> str:
     """Return the page; `drawn` has the charts that it shows, by the names of their files."""
-    study = snapshot.study
+    study, begun = snapshot.study, conclusions.counts(snapshot)[0] > 0
     sections: list[Iterator[str] | Sequence[str]] = [
         [f"# {study.title}", "", MADE.format(command=study.command, page=study.page), ""],
         [conclusions.progress(snapshot), ""],
+        [] if begun else provenance.again(study, "Run it"),
         conclusions.summary(snapshot, drawn),
         ["## Threats to validity", "", *(f"* {text}" for text in study.threats), ""],
         ["## What was run", "", *(line for text in study.about for line in (text, ""))],
@@ -86,7 +87,7 @@ def render(snapshot: Snapshot, drawn: Mapping[str, str]) -> str:
         contrasts.secondary(snapshot),
         _training(snapshot, drawn),
         provenance.missing(snapshot),
-        provenance.again(study),
+        provenance.again(study, "Run it again") if begun else [],
     ]
     return "\n".join(line for section in sections for line in section).rstrip() + "\n"
 

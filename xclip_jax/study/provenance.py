@@ -111,15 +111,15 @@ def missing(snapshot: Snapshot) -> Iterator[str]:
         yield from [f"Run files of no arm of the present declaration, which are not used: {names}.", ""]
 
 
-def again(study: Study) -> list[str]:
-    """Return the section that says how to repeat the study."""
+def again(study: Study, title: str) -> list[str]:
+    """Return the section that says how to make or repeat the study."""
     flags = {
         "--dry-run": "the matrix, what is done, hours that are left",
         "": "runs what has no file, and writes this page",
         "--page": "this page alone",
     }
     return [
-        "## Run it again",
+        f"## {title}",
         "",
         "```",
         *(f"{study.command} {flag:<9}    # {text}" for flag, text in flags.items()),
@@ -128,4 +128,5 @@ def again(study: Study) -> list[str]:
         f"A run is one file in `docs/{study.page}/runs`, recognised by its config, and is not made again while it is "
         "there, so that tests are read once. After a kill the same command goes on, also in another checkout that has "
         "the files. With `--docs` and an empty folder all runs are made again, and have their files and page there.",
+        "",
     ]
