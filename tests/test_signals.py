@@ -39,7 +39,7 @@ def test_an_end_that_is_not_as_documented_is_seen(number, phase, status, saved, 
 
 
 @pytest.mark.parametrize(
-    ("said", "phase"),
+    ("output", "phase"),
     [
         ("", "imports"),
         ("small: 200 pairs\n", "preparation"),
@@ -47,5 +47,5 @@ def test_an_end_that_is_not_as_documented_is_seen(number, phase, status, saved, 
         ("small: 200 pairs\nclip: 8 parameters, 2 pairs\nstep 1/9\n", "training"),
     ],
 )
-def test_the_phase_is_read_from_what_the_run_said(said, phase):
-    assert signals._phase(said) == phase
+def test_the_phase_is_read_from_the_output(output, phase):
+    assert signals._phase(output) == phase

@@ -32,9 +32,7 @@ def train(
     """Train `state` to the end of the run, or save it at an interrupt. Returns it, and whether it was interrupted."""
     config, experiment, start = job.config, job.experiment, int(state.step)
     step, tracer = start, StepTracer(config.log.profile, job.folder, log.pause)
-    watch.step = watch.saved = start
-    # Closed when all is saved: readers may take their time to end.
-    batches = log.stalls(_watched(_batches(job, start, log.ledger), job, watch, stop))
+    batches = log.stalls(_watched(_batches(job, start, log.ledger), job, watch, stop))  # closed last: it may take long
 
     def save(*, regular: bool = False) -> None:
         watch.enter(CHECKPOINT)
@@ -55,8 +53,7 @@ def train(
             watch.enter(STEP if stop.saves else COMPILATION)
             # Steps are dispatched without waiting: this batch travels to the devices while they compute the last step.
             state, metrics = tracer(step + 1, experiment.compiled, state, loader.to_global(batch, experiment.mesh))
-            step, stop.saves = step + 1, True
-            watch.step = step
+            step, watch.step, stop.saves = step + 1, step + 1, True
             log.log_step(step, metrics)
             checkpointer.raise_failure()  # of a save in the background
             if log.skipped.exceeded:

@@ -128,6 +128,7 @@ def _train(
         start=position["samples"],
         counters=position.get("counters"),
     )
+    watch.step = watch.saved = int(state.step)
     skipped = SkippedSteps(job, int(state.step), ledger, checkpointer)
     log = MetricLogger(job, int(state.step), ledger, skipped, callbacks, began=began, on_step_end=watch.end_step)
     try:
