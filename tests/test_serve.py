@@ -133,7 +133,7 @@ def test_the_page_escapes_names_and_loads_nothing_from_elsewhere(client):
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert "<b>pictures" not in answer.text and "<img src=x" not in answer.text and "&lt;img src=x" in answer.text
     check_basics(Page(answer.text))
-    assert "8 pictures" in answer.text and "http" not in answer.text.replace("http-equiv", "")
+    assert "8 images" in answer.text and "http" not in answer.text.replace("http-equiv", "")
 
 
 @pytest.mark.parametrize(
@@ -282,16 +282,16 @@ def address(run, pictures, tmp_path_factory):
 def test_a_person_searches_and_names(width, scheme, browser, address, pictures):  # noqa: F811
     with opened(browser, address, width=width, scheme=scheme, allowed=["blob:"]) as page:
         check_accessible(page)
-        page.get_by_label("What the pictures should show").fill("picture 3")
+        page.get_by_label("What the images should show").fill("picture 3")
         page.get_by_role("button", name="Search").click()
-        page.get_by_text("8 pictures, best first").wait_for()
+        page.get_by_text("8 images, best first").wait_for()
         matches = page.locator("#matches button")
         assert matches.count() == 8 and page.locator("#matches img").first.evaluate("i => i.decode().then(() => true)")
         matches.first.click()
         page.locator("#best li").nth(7).wait_for()
         assert page.locator("#like li").count() == 7
-        page.get_by_label("Names to choose from").fill("fox\nhen")
-        page.get_by_label("Picture", exact=True).set_input_files(pictures / "001.png")
+        page.get_by_label("Labels to choose from").fill("fox\nhen")
+        page.get_by_label("Image", exact=True).set_input_files(pictures / "001.png")
         page.locator("#best li").nth(2).wait_for(state="detached")
         page.get_by_text("001.png: ").wait_for()
         assert sorted(page.locator("#best li span").all_inner_texts()) == ["fox", "hen"]
@@ -301,17 +301,31 @@ def test_a_person_searches_and_names(width, scheme, browser, address, pictures):
 
 def test_a_bad_picture_is_said_on_the_page(browser, address, pictures):  # noqa: F811
     with opened(browser, address, logged="400", allowed=["blob:"]) as page:
-        page.get_by_label("Picture", exact=True).set_input_files(pictures / "bad.png")
+        page.get_by_label("Image", exact=True).set_input_files(pictures / "bad.png")
         page.get_by_text("not an image").wait_for()
+
+
+def test_bars_show_differences_within_the_list(browser, address):  # noqa: F811
+    """Cosines of 0.19 to 0.17 differ to the eye, and those that are equal but for rounding do not."""
+    with opened(browser, address) as page:
+        page.get_by_label("What the images should show").fill("picture 3")
+        page.get_by_role("button", name="Search").click()
+        for scores, expected in [([0.19, 0.18, 0.17], [1, 0.525, 0.05]), ([0.1, 0.1 - 1e-7], [1, 1])]:
+            names = [{"name": f"{score}", "score": score} for score in scores]
+            page.route("**/names*", lambda route, _, names=names: route.fulfill(json={"names": names, "matches": []}))
+            page.locator("#matches button").first.click()
+            page.locator("#named", has_text=f": {scores[0]}").wait_for()
+            bars = page.locator("#best li").evaluate_all("bars => bars.map(x => +x.style.getPropertyValue('--v'))")
+            assert bars == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_late_answer_replaces_no_later_one(browser, address):  # noqa: F811
     """Questions are held back, and answered in another order."""
     with opened(browser, address, logged="400", allowed=["blob:"]) as page:
-        page.get_by_label("What the pictures should show").fill("picture 3")
+        page.get_by_label("What the images should show").fill("picture 3")
         search, matches = page.get_by_role("button", name="Search"), page.locator("#matches button")
         search.click()
-        page.get_by_text("8 pictures, best first").wait_for()
+        page.get_by_text("8 images, best first").wait_for()
         held = []
         for pattern in ("**/search?*", "**/names*"):
             page.route(pattern, lambda route: held.append(route))
@@ -334,7 +348,7 @@ def test_a_late_answer_replaces_no_later_one(browser, address):  # noqa: F811
         named.fulfill(json=answer("fox", 3))
         page.locator("#named", has_text=": fox").wait_for()
         searched.fulfill(json=answer("hen", 5))
-        page.get_by_text("5 pictures, best first").wait_for()
+        page.get_by_text("5 images, best first").wait_for()
         assert page.locator("#like li").count() == 3 and matches.count() == 5
         # The first question's answer comes last.
         first, second = ask(matches.nth(0)), ask(matches.nth(1))

@@ -1,11 +1,11 @@
-"""Search a folder of images by words, and name images: a web page on this machine.
+"""Search a folder of images by text, and label images: a web page on this machine.
 
     xclip-jax serve RUN --images FOLDER
     xclip-jax serve ViT-B-32.pt --images '/data/photos/**/*.jpg' --names names.txt --port 8080
 
-Typed text is answered with the pictures that fit it best. A picture, one of the folder's or another that is chosen on
-the page, is answered with the best of the names, and with the pictures most like it. Names may be typed on the page;
-by default they are the lines of --names, or the pictures' captions, or else the names of their folders.
+Text is answered with the images that fit it best. An image, one of the folder or another that is chosen on the page, is
+answered with the best of the labels, and with the most similar images. Labels can be typed on the page; by default they
+are the lines of --names, or the images' captions, or else the names of their folders.
 
 Images are embedded once, and again if their file changes. Their embeddings are kept in --cache, by default
 ~/.cache/xclip_jax/search, for the eight models and folders that were used last. Nothing that is asked or uploaded is
@@ -42,7 +42,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m xclip_jax.serve", description=__doc__)
     parser.add_argument("checkpoint", metavar="RUN", help="run directory, or weights")
     parser.add_argument("--images", required=True, help="a folder, or files: globs, ranges {00..12}, lists; or tars")
-    parser.add_argument("--names", default="", metavar="FILE", help="file with a name in each line")
+    parser.add_argument("--names", default="", metavar="FILE", help="file with a label in each line")
     parser.add_argument("--cache", default="", metavar="FOLDER", help="folder for embeddings")
     parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")
     parser.add_argument("--host", default=_HERE, help=f"address to listen on; {_HERE} by default")
@@ -102,10 +102,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             machine.warn_of_idle_accelerator()
             model = inference.load(flags.checkpoint, step=flags.step, batch=flags.batch, trust=flags.trust)
             index = make_index(model, flags.images, cache=flags.cache, names=names)
-            index.by_text("a picture", 1)  # compiles
+            index.by_text("an image", 1)  # compiles
             port = listening.getsockname()[1]
             app = make_app(index, pathlib.Path(flags.images).name, {*machine_names(), flags.host.lower()})
-            log0(f"{len(index):,} pictures: http://{_in_url(flags.host)}:{port}  (Ctrl-C to end)")
+            log0(f"{len(index):,} images: http://{_in_url(flags.host)}:{port}  (Ctrl-C to end)")
             config = uvicorn.Config(app, http=Connection, ws="none", log_level="warning", server_header=False)
             with contextlib.suppress(KeyboardInterrupt):
                 uvicorn.Server(config).run(sockets=[listening])

@@ -20,7 +20,7 @@ const ask = async (status, address, options) => {
     return answer;
   } catch (error) {
     if (number !== asked[status]) return undefined;
-    say(status, error instanceof TypeError ? "The server does not answer." : error.message, true);
+    say(status, error instanceof TypeError ? "The server does not answer, or the image took more than 10 s to send." : error.message, true);
     return null;
   }
 };
@@ -39,7 +39,7 @@ const show = (list, matches) => {
   }
 };
 let shown = ""; // address of the file
-let given = null; // the picture that is shown, for other names
+let given = null; // the image that is shown, for other names
 // `image` is the number of an image of the folder, or a file.
 const name = async (image, source, title) => {
   given = [image, source, title];
@@ -55,25 +55,29 @@ const name = async (image, source, title) => {
   $("best").replaceChildren();
   show($("like"), answer ? answer.matches : []);
   if (!answer) return;
+  // Cosines of one image differ by a few hundredths: bars go from the lowest of the list to the highest, but where all
+  // are within 0.02 they are nearly equal in length.
+  const scores = answer.names.map(best => best.score), high = Math.max(...scores);
+  const range = Math.max(high - Math.min(...scores), 0.02);
   for (const [rank, best] of answer.names.entries()) {
     const item = make("li", $("best"), "", rank ? "" : "right");
-    item.style.setProperty("--v", Math.min(1, Math.max(0, best.score)));
+    item.style.setProperty("--v", 1 - 0.95 * (high - best.score) / range);
     make("span", item, best.name);
-    make("small", item, best.score.toFixed(2));
+    make("small", item, best.score.toFixed(3));
   }
-  say("named", answer.names.length ? title + ": " + answer.names[0].name : "Type names to choose from.");
+  say("named", answer.names.length ? title + ": " + answer.names[0].name : "Type labels to choose from.");
 };
 $("search").addEventListener("submit", async event => {
   event.preventDefault();
   const answer = await ask("searched", "search?text=" + encodeURIComponent($("text").value));
   if (answer === undefined) return;
   show($("matches"), answer ? answer.matches : []);
-  if (answer) say("searched", answer.matches.length + " pictures, best first. Choose one to name it.");
+  if (answer) say("searched", answer.matches.length + " images, best first. Select one to label it.");
 });
-$("picture").addEventListener("change", () => {
-  const file = $("picture").files[0];
+$("image").addEventListener("change", () => {
+  const file = $("image").files[0];
   if (!file) return;
-  const large = "The picture is too large; choose one of at most " + (LIMIT >> 20) + " MiB.";
+  const large = "The image is too large; choose one of at most " + (LIMIT >> 20) + " MiB.";
   if (file.size > LIMIT) return say("named", large, true);
   URL.revokeObjectURL(shown);
   shown = URL.createObjectURL(file);
@@ -81,5 +85,5 @@ $("picture").addEventListener("change", () => {
 });
 $("name").addEventListener("submit", event => {
   event.preventDefault();
-  if (given) name(...given); else say("named", "Choose a picture first.", true);
+  if (given) name(...given); else say("named", "Choose an image first.", true);
 });
