@@ -138,11 +138,9 @@ def ask_for_thumbnails(run, tmp_path, n, side):
     Image.new("RGB", (side, side), "red").save(tmp_path / "large" / "0.png", compress_level=1)
     for i in range(1, n):
         os.link(tmp_path / "large" / "0.png", tmp_path / "large" / f"{i}.png")
-    with serving.served(run, tmp_path / "large", tmp_path / "cache"):
-        pass  # embeds them, which needs memory of its own
     with serving.served(run, tmp_path / "large", tmp_path / "cache") as (address, process):
         folder = pathlib.Path(f"/proc/{process.pid}")
-        (folder / "clear_refs").write_text("5")  # forgets the peak of the start
+        (folder / "clear_refs").write_text("5")  # forgets the peak of the embedding
         before = peak(folder)
         with concurrent.futures.ThreadPoolExecutor(n) as clients:
             answers = list(clients.map(lambda i: serving.get(f"{address}thumbnail/{i}"), range(n)))

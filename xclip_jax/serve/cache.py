@@ -6,6 +6,7 @@ is an image with its id: name, size and time of the image's file; and size and t
 
 import collections
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -65,6 +66,7 @@ def embed(model: Model, source: Images | Tars, folder: pathlib.Path) -> Embedded
         with file_lock.beside(folder / _FILE, wait=False):
             embedded = _embed(model, source, folder)
             _delete_oldest(folder.parent)
+            _return_memory()
     except file_lock.HeldError as error:
         raise UserError(
             f"{folder} is being written by another process; wait for it, or set another --cache."
@@ -101,6 +103,12 @@ def _embed(model: Model, source: Images | Tars, folder: pathlib.Path) -> Embedde
         raise UserError(f"no image can be read; the reasons are in {folder / _BAD}.")
     rows = [known[ids[i][0]] for i in good]
     return Embedded(good, [row.text for row in rows], np.stack([row.embedding for row in rows]))
+
+
+def _return_memory() -> None:
+    """Give memory that decoding has freed back to the system: glibc keeps it in a heap of each thread."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _ids(source: Images | Tars) -> Iterator[tuple[str, str]]:
