@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from xclip_jax.config.fields import above, at_least, choice, key
 from xclip_jax.errors import UserError
+from xclip_jax.kernels import attention as attention_kernel
 from xclip_jax.models.tower import Params, Tower
-from xclip_jax.parallel.sharding import constrain
+from xclip_jax.parallel.sharding import constrain, map_devices, platform, shards_of
 
 Array = jax.Array
 Initializer = Callable[..., Any]
@@ -30,12 +32,11 @@ Initializer = Callable[..., Any]
 def gelu(x: Array) -> Array:
     """x times the normal distribution's cumulative probability at x.
 
-    In fp32 by erf, which is faster on a CPU than jax's erfc. In narrower types 1 + erf would lose most digits of a
-    negative x, and erfc keeps them.
+    In fp32 by erf, whatever the type of x: jax's form, by erfc, is slower on CPUs, and in bf16 it makes a TPU's largest
+    product a third longer.
     """
-    if x.dtype != jnp.float32:
-        return nn.gelu(x, approximate=False)
-    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+    y = x.astype(jnp.float32)
+    return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -46,7 +47,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 # "dots" keeps matrix products and recomputes the rest; "full" keeps only the input of each block.
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(attention_kernel.OUTPUT),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -75,6 +79,9 @@ def _matmul_backward(operands: tuple[Array, Array], g: Array) -> tuple[Array, Ar
     # No transposed kernel: where it is sharded its parts would be gathered once more for it.
     of_x = jax.lax.dot_general(g, kernel, (((1,), (1,)), ((), ())))
     rows = (((0,), (0,)), ((), ()))
+    if platform() == "tpu":
+        # Held to its layout: XLA would take over the layout of an array of heads, and copy the transposed g for it.
+        return of_x, with_layout_constraint(jax.lax.dot_general(x, g, rows), Layout(major_to_minor=(0, 1)))
     narrow = x.shape[1] <= g.shape[1]
     return of_x, jax.lax.dot_general(x, g, rows) if narrow else jax.lax.dot_general(g, x, rows).T
 
@@ -160,11 +167,15 @@ class HeadProjections(nn.Module):
 
     Each map is a product of its own: the gradient of cutting one product into queries, keys and values pads each of
     them to the whole. With `at` (b,) the first map reads these tokens alone: (b, heads, 1, kv).
+
+    Where `fused`, the result is one product and the bias that is not yet added to it, (b, n, count * d) and fp32
+    (1, count * d), in the order of `kernels.attention`.
     """
 
     count: int
     heads: int
     dtype: DTypeLike = jnp.float32
+    fused: bool = False
 
     @nn.compact
     def __call__(self, x: Array, at: Array | None = None) -> tuple[Array, ...]:
@@ -172,27 +183,50 @@ class HeadProjections(nn.Module):
         shape, axes = (self.count, self.heads, d // self.heads), (None, "heads", "kv")
         kernel = self.param("kernel", named(nn.initializers.normal(d**-0.5), "embed", *axes), (d, *shape))
         bias = self.param("bias", named(nn.initializers.zeros, *axes), shape)
+        contract = (((2,), (0,)), ((), ()))
+        if self.fused:
+            x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
+            return dot_general(x, attention_kernel.group_heads(kernel), contract), attention_kernel.group_heads(bias)[
+                None
+            ]
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         tokens = [x if at is None or i else token_at(x, at) for i in range(self.count)]
-        contract = (((2,), (0,)), ((), ()))
         maps = [dot_general(tokens[i], kernel[:, i], contract) + bias[i] for i in range(self.count)]
         return tuple(einops.rearrange(y, "b n heads kv -> b heads n kv") for y in maps)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; softmax in fp32. (b, n, d) -> (b, n, d), or (b, 1, d) of the tokens `at` (b,)."""
+    """Multi-head self-attention; softmax in fp32. (b, n, d) -> (b, n, d), or (b, 1, d) of the tokens `at` (b,).
+
+    With `fused` tokens it is computed by `kernels.attention`: the first `fused` of n count, the others are padding.
+    """
 
     heads: int
     out_std: float
     causal: bool = False
     dtype: DTypeLike = jnp.float32
+    fused: int = 0
 
     @nn.compact
     def __call__(self, x: Array, at: Array | None = None) -> Array:
         d = x.shape[-1]
-        query, key, value = HeadProjections(3, self.heads, self.dtype, name="qkv")(x, at)
-        x = einops.rearrange(attend(query, key, value, causal=self.causal, at=at), "b heads n kv -> b n heads kv")
+        maps = HeadProjections(3, self.heads, self.dtype, bool(self.fused), name="qkv")(x, at)
+        if self.fused:
+            x = self._attend_fused(*maps)
+        else:
+            x = einops.rearrange(attend(*maps, causal=self.causal, at=at), "b heads n kv -> b n heads kv")
         return dense(d, ("heads", "kv", "embed"), std=self.out_std, dtype=self.dtype, axis=(-2, -1), name="out")(x)
+
+    def _attend_fused(self, qkv: Array, bias: Array) -> Array:
+        """(b, n, 3 * d), (1, 3 * d) -> (b, n, heads, kv)."""
+        kv = qkv.shape[-1] // 3 // self.heads
+        axes = ("batch", None, "heads")
+
+        def on_device(qkv: Array, bias: Array) -> Array:
+            return attention_kernel.attention(qkv, bias, kv, self.fused, self.causal, platform() != "tpu")
+
+        x = map_devices(on_device, (qkv, bias), (axes, (None, "heads")), axes)
+        return einops.rearrange(x, "b n (heads kv) -> b n heads kv", kv=kv)
 
 
 class Mlp(nn.Module):
@@ -237,6 +271,13 @@ class TransformerConfig(Tower):
     def hidden(self) -> int:
         """Hidden width of the MLP."""
         return int(self.mlp_ratio * self.width)
+
+    def fuses(self, tokens: int, dtype: DTypeLike) -> bool:
+        """Whether attention over `tokens` tokens is computed by `kernels.attention`."""
+        on_chip = platform() == "tpu" and jnp.dtype(dtype) == jnp.bfloat16
+        return on_chip and attention_kernel.fits(
+            tokens, self.heads // shards_of("heads"), self.width // shards_of("heads")
+        )
 
     def block_flops(self, tokens: float, *, one: bool = False) -> float:
         """FLOPs of a sequence in all blocks: four projections, two products of attention, and the MLP.
@@ -289,6 +330,7 @@ class Block(nn.Module):
     config: TransformerConfig
     causal: bool
     dtype: DTypeLike
+    fused: int = 0
 
     @nn.compact
     def __call__(self, x: Array, keep: Array | None = None, at: Array | None = None) -> tuple[Array, None]:
@@ -298,7 +340,7 @@ class Block(nn.Module):
         config = self.config
         # CLIP's initialisation: the residual branches' last maps shrink with depth.
         out_std = config.width**-0.5 * (2 * config.depth) ** -0.5
-        attention = Attention(config.heads, out_std, self.causal, self.dtype, name="attention")
+        attention = Attention(config.heads, out_std, self.causal, self.dtype, self.fused, name="attention")
         mlp = Mlp(config.hidden, out_std, config.act, self.dtype, name="mlp")
         x = constrain(x, "batch", None, None)
         y = attention(LayerNorm(config.eps, self.dtype, name="norm_1")(x), at)
@@ -311,8 +353,9 @@ class Transformer(nn.Module):
     """The blocks of `config`. (b, n, d) -> (b, n, d).
 
     `config.scan` stacks the blocks' parameters and compiles one block (on a CPU it costs about 25 %); `config.remat`
-    says what the backward pass recomputes. The two are independent. With `at` (b,) only the tokens at these positions
-    are read, and the last of unrolled blocks computes no other: (b, 1, d).
+    says what the backward pass recomputes. The two are independent. On TPUs all blocks are compiled: what a loop keeps
+    for the backward pass is copied into stacks and out of them, which takes a quarter of a step. With `at` (b,) only
+    the tokens at these positions are read, and the last of unrolled blocks computes no other: (b, 1, d).
 
     With `noise` (b, depth, 2), uniform, blocks are left out of a training pass (stochastic depth, arXiv 1603.09382):
     each branch of a sample with a probability that rises from 0 in the first block to `drop_path` in the last; what
@@ -334,6 +377,10 @@ class Transformer(nn.Module):
         if noise is not None and self.drop_path:
             rates = self.drop_path * jnp.arange(depth)[:, None, None] / max(depth - 1, 1)
             keep = (noise.swapaxes(0, 1) >= rates) / (1 - rates)  # (depth, b, 2)
+        tokens, on_chip = x.shape[1], platform() == "tpu"
+        fused_tokens = tokens if self.config.fuses(tokens, self.dtype) else 0
+        if fused_tokens:
+            x = jnp.pad(x, ((0, 0), (0, -tokens % attention_kernel.SUBLANES), (0, 0)))
         args = (self.config, self.causal, self.dtype)
         if scan:
             stacked = nn.scan(
@@ -343,12 +390,15 @@ class Transformer(nn.Module):
                 in_axes=0,
                 length=depth,
                 metadata_params={nn.PARTITION_NAME: "layers"},
+                unroll=depth if on_chip else 1,
             )
-            return stacked(*args, name="blocks")(x, keep)[0]
+            return stacked(*args, fused_tokens, name="blocks")(x, keep)[0][:, :tokens]
         for i in range(depth):
             last = at if i == depth - 1 else None
-            x, _ = block(*args, name=f"block_{i}")(x, None if keep is None else keep[i], last)
-        return x
+            if last is not None:  # one query: no kernel, and no padding among the keys
+                x, fused_tokens = x[:, :tokens], 0
+            x, _ = block(*args, fused_tokens, name=f"block_{i}")(x, None if keep is None else keep[i], last)
+        return x[:, :tokens]
 
 
 def stack_blocks(params: dict[str, Any], depth: int) -> dict[str, Any]:

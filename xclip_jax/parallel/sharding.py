@@ -42,6 +42,7 @@ NAMES = ("batch", "cluster", "embed", "heads", "hidden", "kv", "layers", "mlp", 
 ZERO1_ELEMENTS = 1 << 14
 
 
+Axes = tuple[str | None, ...]
 _SIZE = Check("a positive number, or -1 for the rest of the devices", lambda value: value == -1 or value >= 1)
 
 
@@ -86,16 +87,55 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     layout = _active.get()
     if layout is None:
         return x
-    spec = [RULES[layout.strategy].get(axis) for axis in axes]
-    if layout.manual:
-        spec = [_without(part, layout.manual) for part in spec]
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, PartitionSpec(*spec)))
+    spec = _spec(layout, axes)
+    return jax.lax.with_sharding_constraint(x, spec if layout.manual else NamedSharding(layout.mesh, spec))
+
+
+def _spec(layout: MeshLayout, axes: Axes) -> PartitionSpec:
+    return PartitionSpec(*(_without(RULES[layout.strategy].get(axis or ""), layout.manual) for axis in axes))
 
 
 def _without(part: str | tuple[str, ...] | None, axes: tuple[str, ...]) -> tuple[str, ...] | None:
     parts = (part,) if isinstance(part, str) else part or ()
     return tuple(axis for axis in parts if axis not in axes) or None
+
+
+def platform() -> str:
+    """Platform of the mesh that is computed for, such as "tpu"; "" outside of `layout_scope`."""
+    layout = _active.get()
+    return layout.mesh.devices.flat[0].platform if layout else ""
+
+
+def shards_of(axis: str) -> int:
+    """In how many parts a dimension of logical `axis` is split."""
+    layout = _active.get()
+    part = RULES[layout.strategy].get(axis) if layout else None
+    mesh_axes = (part,) if isinstance(part, str) else part or ()
+    return math.prod(layout.mesh.shape[name] for name in mesh_axes) if layout else 1
+
+
+def map_devices(
+    fn: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], axes: tuple[Axes, ...], result: Axes
+) -> jax.Array:
+    """Compute `fn` on each device's part of `arrays`, where XLA cannot split it, as a kernel.
+
+    Args:
+      fn: takes parts of the arrays and returns its part of the result, without communication.
+      arrays: the whole arrays.
+      axes: logical axes of each array.
+      result: logical axes of the result.
+    """
+    layout = _active.get()
+    if layout is None:
+        return fn(*arrays)
+    return jax.shard_map(
+        fn,
+        mesh=None if layout.manual else layout.mesh,
+        in_specs=tuple(_spec(layout, names) for names in axes),
+        out_specs=_spec(layout, result),
+        axis_names={axis for axis in layout.mesh.axis_names if axis not in layout.manual},
+        check_vma=False,
+    )(*arrays)
 
 
 def map_microbatches(fn: Callable[[Any, Any], Any], shared: Any, rows: Any, microbatches: int, *, stack: bool) -> Any:

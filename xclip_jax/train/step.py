@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from xclip_jax.losses.rank import effective_rank
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.objectives import Objective
+from xclip_jax.parallel import compiler
 from xclip_jax.parallel.mesh import batch_sharding, replicated
 from xclip_jax.train import gradcache, guard
 from xclip_jax.train.augment import NOISE, Augment
@@ -190,4 +191,5 @@ def compile_step(
         in_shardings=(state_shardings, batch_sharding(mesh)),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=dict(compiler.options(list(mesh.devices.flat))),
     )

@@ -1,0 +1,215 @@
+"""Self-attention over short sequences in one TPU kernel: scores stay in vector memory.
+
+XLA writes the fp32 scores (b, heads, n, n) to HBM and reads them again for each pass of the softmax; with the 50 to 577
+tokens of a tower that takes longer than all matrix products of a block. This kernel holds the whole score matrix of an
+image's head in vector memory, and the backward pass computes it again from queries and keys.
+
+Queries, keys and values are one array of groups of 128 lanes, (b, n, groups * 3 * 128): a group has the queries, keys
+and values of one head of 128 channels or of two heads of 64. One block of the grid is one group of a few sequences, so
+that nothing is transposed or padded in HBM, and one matrix product makes the array (`group_heads` orders its kernel).
+Two heads in 128 lanes are told apart by masks on the lanes, which cost less than slices of half a vector.
+
+`xclip_jax.models.layers.attend` is the definition.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+Array = jax.Array
+LANES = 128
+HEADS = (64, 128)  # channels of a head
+SUBLANES = 8  # token counts that are a multiple need no change of layout around the kernel
+OUTPUT = "attention"  # name of the output, for policies of `jax.checkpoint`
+MAX_TOKENS = 640  # scores of more do not fit the vector memory that a kernel has by default
+# Tokens of the sequences of one block: more sequences hide each other's latency, and take longer to compile.
+_FORWARD_TOKENS, _BACKWARD_TOKENS = 1024, 512
+_MASKED = -1e30  # finite, so that a row without a key stays finite
+
+
+def fits(tokens: int, heads: int, width: int) -> bool:
+    """Whether the kernel takes sequences of `tokens` tokens with `heads` heads over `width` channels."""
+    kv = width // heads
+    return kv in HEADS and width % LANES == 0 and tokens <= MAX_TOKENS
+
+
+def group_heads(x: Array) -> Array:
+    """Order the channels of queries, keys and values as `attention` takes them: (..., 3, heads, kv) -> (..., 3 * d)."""
+    together = LANES // x.shape[-1]
+    return einops.rearrange(x, "... three (groups heads) kv -> ... (groups three heads kv)", heads=together)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def attention(qkv: Array, bias: Array, kv: int, tokens: int, causal: bool, interpret: bool = False) -> Array:
+    """Scaled dot-product self-attention, softmax in fp32.
+
+    Args:
+      qkv: queries, keys and values without their bias, (b, n, 3 * d), ordered by `group_heads`.
+      bias: of queries, keys and values in the same order, fp32 (1, 3 * d). Its gradient is summed in fp32 inside the
+        kernel, where the gradient of `qkv` is at hand.
+      kv: channels of a head, one of `HEADS`.
+      tokens: that count; those behind them are padding, which no token attends to.
+      causal: whether a token attends to itself and to tokens before it alone.
+      interpret: run as plain JAX operations, on any platform.
+
+    Returns:
+      (b, n, d), heads one after the other; rows of padding are meaningless and finite.
+    """
+    return _forward(qkv, bias, kv, tokens, causal, interpret)[0]
+
+
+def _forward(
+    qkv: Array, bias: Array, kv: int, tokens: int, causal: bool, interpret: bool
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    kernel = functools.partial(_forward_kernel, kv=kv, tokens=tokens, causal=causal)
+    (out,) = _call(kernel, (qkv, bias), (_like(qkv, 3),), _FORWARD_TOKENS, 2, kv, interpret, "attention")
+    out = checkpoint_name(out, OUTPUT)
+    return out, (qkv, bias, out)
+
+
+def _backward(
+    kv: int, tokens: int, causal: bool, interpret: bool, residuals: tuple[Array, Array, Array], g: Array
+) -> tuple[Array, Array]:
+    kernel = functools.partial(_backward_kernel, kv=kv, tokens=tokens, causal=causal)
+    qkv, bias, out = residuals
+    outputs = (_like(qkv), _like(bias))
+    of_qkv, of_bias = _call(
+        kernel, (qkv, bias, out, g), outputs, _BACKWARD_TOKENS, 5, kv, interpret, "attention_gradient"
+    )
+    return of_qkv, of_bias
+
+
+attention.defvjp(_forward, _backward)
+
+
+def _like(x: Array, parts: int = 1) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((*x.shape[:-1], x.shape[-1] // parts), x.dtype)
+
+
+def _call(
+    kernel: Callable[..., None],
+    inputs: tuple[Array, ...],
+    outputs: tuple[jax.ShapeDtypeStruct, ...],
+    block_tokens: int,
+    products: int,
+    kv: int,
+    interpret: bool,
+    name: str,
+) -> list[Array]:
+    """Call `kernel` on blocks of one group of a few sequences; what has two dimensions is one row for all of them."""
+    b, n, channels = inputs[0].shape
+    together = math.gcd(b, max(1, block_tokens // n // 2 * 2))
+
+    def spec(x: Any) -> pl.BlockSpec:
+        lanes = LANES * 3 * x.shape[-1] // channels
+        if len(x.shape) == 2:
+            return pl.BlockSpec((1, lanes), lambda group, i: (0, group))
+        return pl.BlockSpec((together, n, lanes), lambda group, i: (i, 0, group))
+
+    heads = channels // 3 // kv
+    cost = pl.CostEstimate(
+        flops=products * 2 * b * heads * n * n * LANES,
+        transcendentals=b * heads * n * n,
+        bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in (*inputs, *outputs)),
+    )
+    return pl.pallas_call(
+        kernel,
+        grid=(channels // (3 * LANES), b // together),
+        in_specs=[spec(x) for x in inputs],
+        out_specs=[spec(x) for x in outputs],
+        out_shape=outputs,
+        # Sequences come one after the other: their bias gradients are summed in one block.
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=cost,
+        interpret=interpret,
+        name=name,
+    )(*inputs)
+
+
+def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    (i, j) = contract
+    return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _part(part: int) -> slice:
+    """Lanes of queries, keys or values in a block."""
+    return slice(part * LANES, (part + 1) * LANES)
+
+
+def _operands(qkv: Any, bias: Any, i: int, kv: int) -> tuple[Array, Array, Array]:
+    """Scaled queries, keys and values of sequence `i` of a block, each (n, 128)."""
+    dtype = qkv.dtype
+    query, key, value = (qkv[i, :, _part(part)] + bias[:, _part(part)].astype(dtype) for part in range(3))
+    return query * jnp.asarray(kv**-0.5, dtype), key, value
+
+
+def _only(x: Array, head: int, kv: int) -> Array:
+    """`x` (n, 128) with zeros outside of the lanes of `head`."""
+    return x if kv == LANES else jnp.where(_lanes(head, kv), x, jnp.zeros_like(x))
+
+
+def _lanes(head: int, kv: int) -> Array:
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    return (lane >= head * kv) & (lane < (head + 1) * kv)
+
+
+def _exponentials(query: Array, key: Array, tokens: int, causal: bool) -> tuple[Array, Array]:
+    """Unnormalised softmax of a head's scores, fp32 (n, n), and the reciprocals of its sums, (n, 1)."""
+    scores = _dot(query, key, (1, 1))
+    column = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    if causal:
+        row = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+        scores = jnp.where(column <= row, scores, _MASKED)
+    elif tokens < scores.shape[1]:
+        scores = jnp.where(column < tokens, scores, _MASKED)
+    e = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
+    return e, 1 / jnp.sum(e, axis=1, keepdims=True)
+
+
+def _forward_kernel(qkv: Any, bias: Any, out: Any, *, kv: int, tokens: int, causal: bool) -> None:
+    for i in range(qkv.shape[0]):
+        query, key, value = _operands(qkv, bias, i, kv)
+        result = jnp.zeros(query.shape, jnp.float32)
+        for head in range(LANES // kv):
+            e, reciprocal = _exponentials(_only(query, head, kv), key, tokens, causal)
+            # Dividing n x 128 numbers by the sums in place of n x n.
+            attended = _dot(e.astype(value.dtype), value, (1, 0)) * reciprocal
+            result = attended if kv == LANES else jnp.where(_lanes(head, kv), attended, result)
+        out[i] = result.astype(out.dtype)
+
+
+def _backward_kernel(
+    qkv: Any, bias: Any, out: Any, g: Any, of_qkv: Any, of_bias: Any, *, kv: int, tokens: int, causal: bool
+) -> None:
+    @pl.when(pl.program_id(1) == 0)
+    def _() -> None:
+        of_bias[...] = jnp.zeros_like(of_bias)
+
+    for i in range(qkv.shape[0]):
+        query, key, value = _operands(qkv, bias, i, kv)
+        g_out = g[i].astype(jnp.float32)
+        weighted = g_out * out[i].astype(jnp.float32)
+        of_query, of_key, of_value = (jnp.zeros(query.shape, jnp.float32) for _ in range(3))
+        for head in range(LANES // kv):
+            own = _only(query, head, kv)
+            e, reciprocal = _exponentials(own, key, tokens, causal)
+            # The softmax's sums divide the gradient's rows, n x 128 numbers, in place of the weights, n x n.
+            scaled = _only(g_out, head, kv) * reciprocal
+            mean = jnp.sum(_only(weighted, head, kv), axis=1, keepdims=True) * reciprocal
+            scaled = scaled.astype(query.dtype)
+            of_value += _dot(e.astype(query.dtype), scaled, (0, 0))
+            of_scores = (e * (_dot(scaled, value, (1, 1)) - mean)).astype(query.dtype)
+            of_key += _dot(of_scores, own, (0, 0))
+            of_own = _dot(of_scores, key, (1, 0))
+            of_query = of_own if kv == LANES else jnp.where(_lanes(head, kv), of_own, of_query)
+        for part, x in enumerate((of_query * kv**-0.5, of_key, of_value)):
+            of_qkv[i, :, _part(part)] = x.astype(of_qkv.dtype)
+            of_bias[:, _part(part)] += jnp.sum(x, axis=0, keepdims=True)

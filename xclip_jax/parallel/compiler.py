@@ -1,0 +1,51 @@
+"""Options of the XLA compiler for a train step, by platform."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Options = Mapping[str, bool | str]
+
+# Gradients are summed over the chips while others are computed. Sources: openxla.org/xla/flags_guidance, and MaxText's
+# benchmarks/xla_flags_library.py (CF_FOR_ALL_REDUCE).
+_TPU: Options = {
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+    "xla_enable_async_all_reduce": True,
+    # A gradient that ends split over the chips is one product, then scattered. By default the compiler cuts the product
+    # into one slice a chip and passes partial sums round a ring: slices of 24 rows leave a matrix unit mostly idle.
+    "xla_tpu_reduce_scatter_collective_matmul_mode": "none",
+}
+
+
+def options(devices: Sequence[jax.Device]) -> Options:
+    """Options for a program that runs on `devices`, without those that this version of the compiler does not know.
+
+    What the environment variable LIBTPU_INIT_ARGS sets is left as it is.
+    """
+    if devices[0].platform != "tpu":
+        return {}
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    wanted = {name: value for name, value in _TPU.items() if name not in given}
+    device = next((d for d in devices if d.process_index == jax.process_index()), devices[0])
+    if _accepts(wanted, device):
+        return wanted
+    return {name: value for name, value in wanted.items() if _accepts({name: value}, device)}
+
+
+def _accepts(options: Options, device: jax.Device) -> bool:
+    """Whether the compiler knows `options`, found by compiling a sum."""
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
+    program: Any = jax.jit(lambda x: x + 1, compiler_options=dict(options))
+    try:
+        program.lower(number).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        return False
+    return True
