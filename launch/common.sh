@@ -141,13 +141,6 @@ logs_to() {
   esac
 }
 
-# Flags of the TPU compiler, which hide the sum of the gradients behind computation; the reasons are in docs/pods.md.
-# libtpu ends a process that gives it a flag it does not know: where one is gone, set LIBTPU_INIT_ARGS.
-TPU_COMPILER_FLAGS="--xla_tpu_enable_async_collective_fusion=true\
- --xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true\
- --xla_tpu_enable_async_collective_fusion_multiple_steps=true\
- --xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_reduce=true"
-
 # Checks the variables of a TPU and fills the arrays WHERE and SHAPE with flags of gcloud.
 tpu_flags() {
   local more=()
@@ -296,6 +289,6 @@ tpu_install() {
 # tpu_start ARGUMENTS: starts training on all workers. Of ENV_FILE, which has keys, commands and logs show the name alone.
 tpu_start() {
   local training
-  training=$(quote env "LIBTPU_INIT_ARGS=${LIBTPU_INIT_ARGS-$TPU_COMPILER_FLAGS}" .venv/bin/python -m xclip_jax.main --distributed "$@")
+  training=$(quote ${LIBTPU_INIT_ARGS:+env "LIBTPU_INIT_ARGS=$LIBTPU_INIT_ARGS"} .venv/bin/python -m xclip_jax.main --distributed "$@")
   tpu_ssh all "${ENV_FILE:+set -a; . ./.xclip_jax.env; set +a; }bash xclip_jax/launch/detach.sh $training"
 }

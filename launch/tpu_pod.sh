@@ -24,7 +24,7 @@
 #                "mountpoint -q /data || sudo mount -o ro,X-mount.mkdir /dev/sdb /data"
 # ENV_FILE       file of keys for training on the workers, of mode 600, a line each as in WANDB_API_KEY=... or HF_TOKEN=...;
 #                it is copied to their home folders (default: none; WANDB_MODE=online in it says that they have a login)
-# LIBTPU_INIT_ARGS  flags of the TPU compiler (default: those of docs/pods.md; empty for none)
+# LIBTPU_INIT_ARGS  flags of the TPU compiler (default: none; training sets those of docs/pods.md itself)
 # PYTHON         interpreter with xclip_jax on this machine, which checks the config before anything is created (default:
 #                python3; without one the config is checked on the workers)
 # FAILURES       gives up after this many failures, of the pod or of training, without a newer checkpoint between them

@@ -9,7 +9,6 @@ import pytest
 
 from tests import tiny
 from xclip_jax.kernels import attention as kernel
-from xclip_jax.models import layers
 from xclip_jax.models.layers import Transformer, TransformerConfig, attend
 from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import make_mesh

@@ -28,6 +28,7 @@ FLOORS = (
         "storage",
         "run_folder",
         "logits",
+        "kernels",
         "parallel",
         "losses",
     },

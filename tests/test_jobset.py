@@ -107,14 +107,6 @@ def test_jobset_has_a_pod_for_each_host(jobset):
     assert selector["cloud.google.com/gke-tpu-accelerator"] == "tpu-v5-lite-podslice"
 
 
-def test_jobset_has_the_compiler_flags_of_the_launch_scripts(jobset):
-    command = ["bash", "-c", '. launch/common.sh; echo "$TPU_COMPILER_FLAGS"']
-    flags = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    (variable,) = container(jobset)["env"]
-    assert (variable["name"], variable["value"].split()) == ("LIBTPU_INIT_ARGS", flags)
-    assert len(flags) == 5 and all(flag in (ROOT / "docs" / "pods.md").read_text() for flag in flags)
-
-
 def test_jobset_does_not_count_what_was_stopped_as_a_failure(jobset):
     (job,) = jobset["spec"]["replicatedJobs"]
     by_exit, by_condition = job["template"]["spec"]["podFailurePolicy"]["rules"]

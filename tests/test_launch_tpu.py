@@ -13,13 +13,8 @@ import pytest
 from etils import epath
 
 from tests.fake_cloud import GCLOUD, REQUIRED, Cloud
-from tests.launching import COMMAND, ROOT, TRAINING, commands, executable, launch, read, untouched
+from tests.launching import COMMAND, TRAINING, commands, executable, launch, read, untouched
 from xclip_jax import environment
-
-FLAGS = subprocess.check_output(
-    ["bash", "-c", '. launch/common.sh; printf %s "$TPU_COMPILER_FLAGS"'], cwd=ROOT, text=True
-)
-
 
 FIRST_STEP = 'echo "clip: 1,234 parameters, 56 pairs"'
 
@@ -99,7 +94,7 @@ def test_dry_run_creates_what_was_asked_for(script, env, flags, runtime, checkou
 
 
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "tpu_pod.sh"])
-@pytest.mark.parametrize("more", [{}, {"LIBTPU_INIT_ARGS": "--xla_a=1 --xla_b=2"}, {"LIBTPU_INIT_ARGS": ""}])
+@pytest.mark.parametrize("more", [{}, {"LIBTPU_INIT_ARGS": "--xla_a=1 --xla_b=2"}])
 def test_dry_run_reaches_all_workers_with_the_command_intact(script, more, checkout, tmp_path):
     env = REQUIRED | {"NAME": "mine", "SETUP": "sudo mount /dev/sdb '/a b'", "EXTRAS": "tpu,wandb"} | more
     with untouched(tmp_path) as path:
@@ -115,8 +110,8 @@ def test_dry_run_reaches_all_workers_with_the_command_intact(script, more, check
             assert call[5] == "mine" or call[4] == "scp"
     over_ssh = [call for call in calls if call[4:5] == ["ssh"]]
     everywhere = [remote(call) for call in over_ssh if "--worker=all" in call]
-    flags = f"LIBTPU_INIT_ARGS={env.get('LIBTPU_INIT_ARGS', FLAGS)}"
-    start = ["bash", "xclip_jax/launch/detach.sh", "env", flags, ".venv/bin/python", *COMMAND]
+    flags = ["env", f"LIBTPU_INIT_ARGS={more['LIBTPU_INIT_ARGS']}"] if more else []
+    start = ["bash", "xclip_jax/launch/detach.sh", *flags, ".venv/bin/python", *COMMAND]
     assert everywhere[-2:] == [["sudo", "mount", "/dev/sdb", "/a b"], start]
     assert any(".[tpu,wandb]" in command for command in everywhere)
     assert any("--worker=all" in call for call in calls if call[4:5] == ["scp"])

@@ -1,0 +1,76 @@
+"""Options of the TPU compiler, and what they make of a step; libtpu compiles without a TPU."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from xclip_jax import plan
+from xclip_jax.config import load as config_file
+from xclip_jax.parallel import compiler
+from xclip_jax.train import memory
+
+SLICED = "windowed_dot_general"
+TOPOLOGIES = ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
+
+
+def devices(topology):
+    pytest.importorskip("libtpu")
+    return plan.devices_of(topology)[0]
+
+
+def test_other_platforms_have_no_options():
+    assert compiler.options(jax.devices()) == {}
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_each_generation_accepts_all_options(topology):
+    assert compiler.options(devices(topology)) == compiler._TPU
+
+
+def test_an_unknown_option_is_left_out_and_one_of_the_environment_stays(monkeypatch):
+    known = compiler._TPU
+    monkeypatch.setattr(compiler, "_TPU", known | {"xla_tpu_no_such_option": True})
+    assert compiler.options(devices("v5e:2x2")) == known
+    first = next(iter(known))
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--xla_something=1 --{first}=false")
+    assert compiler.options(devices("v5e:2x2")) == {name: known[name] for name in known if name != first}
+
+
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:4x4", "tpu7x:2x2x4"])
+def test_a_weight_gradient_that_ends_split_is_one_product(topology):
+    chips = devices(topology)
+    mesh = Mesh(np.array(chips), ("data",))
+    split = NamedSharding(mesh, PartitionSpec("data"))
+
+    def gradient(x, g):
+        product = jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())))
+        return jax.lax.with_sharding_constraint(product, split).astype(jnp.float32)
+
+    rows = [jax.ShapeDtypeStruct((len(chips) * 6400, d), jnp.bfloat16, sharding=split) for d in (768, 3072)]
+    sliced = [
+        SLICED in jax.jit(gradient, compiler_options=options).lower(*rows).compile().as_text()
+        for options in ({}, dict(compiler.options(chips)))
+    ]
+    assert sliced == [True, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:4x4", "v5p:2x2x4"])
+def test_a_step_of_full_width_has_no_sliced_product_and_no_scores(topology, strategy):
+    chips = devices(topology)
+    config = config_file.load_config(f"clip:preset=B/16,batch={32 * len(chips)}")
+    config.model.img.depth = config.model.txt.depth = 2
+    config.mesh.strategy, config.data.length_groups = strategy, "full"
+    if strategy == "fsdp":
+        config.mesh.fsdp = 8
+    _, compiled, trouble = memory.compile_config(config, chips)
+    program = compiled.as_text()
+    assert not trouble and SLICED not in program
+    assert program.count("tpu_custom_call") >= 8  # two towers of two blocks, forward and backward
+    # Scores are (images, heads, tokens, tokens), with or without the tokens of padding.
+    assert not re.search(r"\[(?:\d+,)+(197,197|200,200|77,77|80,80)\]", program)
