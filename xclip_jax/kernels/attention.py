@@ -31,7 +31,7 @@ SUBLANES = 8  # token counts that are a multiple need no change of layout around
 OUTPUT = "attention"  # name of the output, for policies of `jax.checkpoint`
 MAX_TOKENS = 640  # scores of more do not fit the vector memory that a kernel has by default
 # Tokens of the sequences of one block: more sequences hide each other's latency, and take longer to compile.
-_FORWARD_TOKENS, _BACKWARD_TOKENS = 1024, 512
+FORWARD_TOKENS, BACKWARD_TOKENS = 1024, 512
 _MASKED = -1e30  # finite, so that a row without a key stays finite
 
 
@@ -39,6 +39,11 @@ def fits(tokens: int, heads: int, width: int) -> bool:
     """Whether the kernel takes sequences of `tokens` tokens with `heads` heads over `width` channels."""
     kv = width // heads
     return kv in HEADS and width % LANES == 0 and tokens <= MAX_TOKENS
+
+
+def together(b: int, n: int, block_tokens: int) -> int:
+    """How many of `b` sequences of `n` tokens make a block of about `block_tokens`."""
+    return math.gcd(b, max(1, block_tokens // n // 2 * 2))
 
 
 def group_heads(x: Array) -> Array:
@@ -70,7 +75,7 @@ def _forward(
     qkv: Array, bias: Array, kv: int, tokens: int, causal: bool, interpret: bool
 ) -> tuple[Array, tuple[Array, Array, Array]]:
     kernel = functools.partial(_forward_kernel, kv=kv, tokens=tokens, causal=causal)
-    (out,) = _call(kernel, (qkv, bias), (_like(qkv, 3),), _FORWARD_TOKENS, 2, kv, interpret, "attention")
+    (out,) = _call(kernel, (qkv, bias), (_like(qkv, 3),), FORWARD_TOKENS, 2, kv, interpret, "attention")
     out = checkpoint_name(out, OUTPUT)
     return out, (qkv, bias, out)
 
@@ -82,7 +87,7 @@ def _backward(
     qkv, bias, out = residuals
     outputs = (_like(qkv), _like(bias))
     of_qkv, of_bias = _call(
-        kernel, (qkv, bias, out, g), outputs, _BACKWARD_TOKENS, 5, kv, interpret, "attention_gradient"
+        kernel, (qkv, bias, out, g), outputs, BACKWARD_TOKENS, 5, kv, interpret, "attention_gradient"
     )
     return of_qkv, of_bias
 
@@ -106,13 +111,13 @@ def _call(
 ) -> list[Array]:
     """Call `kernel` on blocks of one group of a few sequences; what has two dimensions is one row for all of them."""
     b, n, channels = inputs[0].shape
-    together = math.gcd(b, max(1, block_tokens // n // 2 * 2))
+    sequences = together(b, n, block_tokens)
 
     def spec(x: Any) -> pl.BlockSpec:
         lanes = LANES * 3 * x.shape[-1] // channels
         if len(x.shape) == 2:
             return pl.BlockSpec((1, lanes), lambda group, i: (0, group))
-        return pl.BlockSpec((together, n, lanes), lambda group, i: (i, 0, group))
+        return pl.BlockSpec((sequences, n, lanes), lambda group, i: (i, 0, group))
 
     heads = channels // 3 // kv
     cost = pl.CostEstimate(
@@ -122,7 +127,7 @@ def _call(
     )
     return pl.pallas_call(
         kernel,
-        grid=(channels // (3 * LANES), b // together),
+        grid=(channels // (3 * LANES), b // sequences),
         in_specs=[spec(x) for x in inputs],
         out_specs=[spec(x) for x in outputs],
         out_shape=outputs,
