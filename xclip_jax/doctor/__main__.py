@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from absl import flags, logging
 
 from xclip_jax.addresses import public
-from xclip_jax.config import load as config_file
 from xclip_jax.doctor import finding
 from xclip_jax.errors import Parser, exit_with_message
 from xclip_jax.imports import add_trust, trusting
@@ -54,6 +53,7 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _findings(options: argparse.Namespace, rest: list[str]) -> Iterator[finding.Finding]:
     # Imported once the arguments are right: JAX and the trainer take a second.
+    from xclip_jax.config import load as config_file
     from xclip_jax.doctor.after import check_run
     from xclip_jax.doctor.before import check_config
 
