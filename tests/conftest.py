@@ -5,9 +5,15 @@ Read by XLA and JAX when jax is first imported, so set before any test module; c
 
 import importlib.metadata
 import os
+import signal
 import tempfile
 
 import pytest
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # in a job in the background; commands that tests start inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 _flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"

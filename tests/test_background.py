@@ -1,7 +1,6 @@
 """Transparent images: what they lie on is the same wherever a model is used, and is named before and after training."""
 
 import io
-import json
 
 import cv2
 import numpy as np
@@ -142,15 +141,6 @@ def test_weights_of_others_keep_their_own_way(tmp_path):
     assert config.data.background == rgb.WHITE
     common.adopt(config, str(tmp_path / "hf"))
     assert config.data.background == rgb.DROPPED
-
-
-def test_runs_older_than_the_key_read_images_as_they_did(tmp_path):
-    run = tiny.untrained(tmp_path / "run", "clip")
-    assert xclip_jax.load(run).preprocessing.background == rgb.WHITE
-    saved = json.loads((run / "config.json").read_text())
-    del saved["config"]["data"]["background"]
-    (run / "config.json").write_text(json.dumps(saved))
-    assert xclip_jax.load(run).preprocessing.background == rgb.DROPPED
 
 
 def test_exports_keep_it_or_say_that_they_cannot(tmp_path):

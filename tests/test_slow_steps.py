@@ -127,6 +127,7 @@ def test_signals_in_steps_that_are_longer_than_the_limit_save(seconds, limit, pa
     assert status == EXIT_RESUMABLE, said
     saved = RunFolder(run).latest_step()
     assert saved in (2, 3) and f"stopped at step {saved} of 4" in said, said
-    speeds = [line["samples_per_second"] for line in tiny.lines(run)]
-    assert speeds[1:] == pytest.approx([8 / seconds] * (saved - 1), rel=0.3)
+    # 0 while one step has ended; the last line may be written before the end of its step is noticed.
+    speeds = [speed for line in tiny.lines(run) if (speed := line["samples_per_second"])]
+    assert speeds == pytest.approx([8 / seconds] * len(speeds), rel=0.3)
     assert said.count("WARNING: no progress: a step") == (seconds > 60), said
