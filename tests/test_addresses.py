@@ -1,5 +1,7 @@
 """What is shown and stored of an address."""
 
+import time
+
 import pytest
 
 from xclip_jax.addresses import public
@@ -27,11 +29,22 @@ from xclip_jax.addresses import public
         ("retrieval/csv:https://h/a.csv?text=b&sig=s", "retrieval/csv:https://h/a.csv"),
         ("hf:org/name/train?image=a", "hf:org/name/train?image=a"),
         ("me@host.org asks: why?", "me@host.org asks: why?"),
+        ("Have you seen http://example.com? It is good.", "Have you seen http://example.com? It is good."),
     ],
 )  # fmt: skip
 def test_an_address_is_shown_without_its_secrets(text, shown):
     assert public(text) == shown
     assert public(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "text", ["http://" + "a" * 50_000, "http://" * 8_000, "http://x?" + "." * 50_000, "a" * 50_000 + "://"]
+)
+def test_a_long_text_takes_no_long_time(text):
+    """Captions of others are shown so too; a quadratic form took 20 to 70 s."""
+    began = time.process_time()
+    public(text)
+    assert time.process_time() - began < 8
 
 
 def test_all_texts_of_json_are_shown_so():

@@ -21,7 +21,6 @@ class Model:
     size, batch = 4, 8
 
     def __init__(self, name="a"):
-        self.card = {"preprocessing": {}, "size": 4, "tokenizer": "bytes"}
         self.name, self.embedded, self.prepare = name, 0, tiny_pixels
 
     def fingerprint(self):
@@ -167,3 +166,16 @@ def test_two_processes_do_not_write_one_cache(model, images, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--cache: .*file"):
         embedded(model, images, tmp_path / "file")
+
+
+def test_folders_that_are_no_caches_are_never_deleted(model, tmp_path):
+    """`xclip-jax embed --out FOLDER/embeddings.npz` makes folders that look like them."""
+    for i in range(2 * cache._KEPT):
+        (tmp_path / f"results_{i}").mkdir()
+        (tmp_path / f"results_{i}" / "embeddings.npz").touch()
+        (tmp_path / f"{i:016x}").mkdir()
+        (tmp_path / f"{i:016x}" / "embeddings.npz").touch()
+    cache._delete_oldest(tmp_path)
+    names = [path.name for path in tmp_path.iterdir()]
+    assert len([name for name in names if name.startswith("results_")]) == 2 * cache._KEPT
+    assert len(names) == 3 * cache._KEPT

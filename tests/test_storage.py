@@ -236,8 +236,13 @@ def test_a_home_is_expanded_wherever_a_path_is_written(tmp_path, monkeypatch):
     ids=["run", "weights", "files", "source", "check"],
 )
 def test_a_url_with_one_slash_is_no_local_folder(use):
-    with pytest.raises(UserError, match=r"has one slash after 'gs:'; write 'gs://bucket/a\.tar', or '\./gs:/bucket"):
+    with pytest.raises(
+        UserError, match=r"'gs://bucket/a\.tar' is written with one slash after 'gs:'; write two, or begin"
+    ):
         use("gs:/bucket/a.tar")
+    with pytest.raises(UserError, match=r"'https://h/a' is written") as caught:
+        expand_home("https:/user:secret@h/a?sig=secret")
+    assert "secret" not in str(caught.value)
     assert str(RunFolder("gs://bucket/a").path) == "gs://bucket/a"
     assert expand_home("c:/runs") == "c:/runs" and expand_home("./gs:/a") == "./gs:/a"
 

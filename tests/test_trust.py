@@ -173,9 +173,11 @@ def test_sets_and_sources_of_a_run_are_imported_by_its_report_with_consent_alone
             assert "add --trust" in str(stopped)
         assert not executed(root)
     if content["config"]["data"]["holdout"]:
-        with pytest.raises(SystemExit, match=r"evil_mod:JsonLines'.* add --trust"):
-            evaluate.main(["--checkpoint", str(tmp_path / "plain"), "--suite", "retrieval/holdout"])
-        assert not executed(root)
+        run = str(tmp_path / "plain")
+        for suite in ("retrieval/holdout", "zeroshot/holdout", f"zeroshot/holdout@{tmp_path / 'again'}"):
+            with pytest.raises(SystemExit, match=r"evil_mod:JsonLines'.* add --trust"):
+                evaluate.main(["--checkpoint", run, "--suite", suite])
+            assert not executed(root)
     with contextlib.suppress(SystemExit):
         report.main([*arguments, "--trust"])
     assert executed(root)

@@ -4,13 +4,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_USER = re.compile(r"""([A-Za-z][A-Za-z0-9+.-]*)://([^\s/"]*)@""")
+# The bounds keep matching linear in the length of a text, which may be a caption of somebody else.
+_USER = re.compile(r"""(?<![A-Za-z0-9+.-])([A-Za-z0-9+.-]{1,40})://([^\s/"]{0,2000})@""")
 # A query, in http also a fragment: up to a space, a quote, closing marks before these, or a comma and a next address.
 # Elsewhere than in http a ? without KEY= is a wildcard.
 _QUERY = re.compile(
     r"""
-    (https?://[^\s"`<>?\#]* (?=[?\#]) | [A-Za-z][A-Za-z0-9+.-]*://[^\s"`<>?]* (?=\?[\w.-]+=))
-    ((?:(?!,\s*[A-Za-z][\w.+:-]*:) (?!['"()\[\]{},.:;!\\]*(?:[\s"`<>]|$)) (?:[^\s"`<>\\]|\\(?!["'])))*)
+    (?<![A-Za-z0-9+.-])
+    (https?://[^\s"`<>?\#]*+ (?=[?\#]) | [A-Za-z0-9+.-]{1,40}://[^\s"`<>?]*+ (?=\?[\w.-]+=))
+    ((?:(?!,\s{0,9}[A-Za-z][\w.+:-]{0,40}:) (?![?'"()\[\]{},.:;!\\]{0,9}(?:[\s"`<>]|$)) (?:[^\s"`<>\\]|\\(?!["'])))*)
     """,
     re.IGNORECASE | re.VERBOSE,
 )

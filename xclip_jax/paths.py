@@ -16,6 +16,7 @@ def expand_home(path: str) -> str:
     """
     if match := _ONE_SLASH.match(path):
         scheme, rest = match[0][:-1], path[match.end() :]
-        remedy = f"write '{scheme}//{rest}', or './{path}' for a local path."
-        raise UserError(f"{path!r} has one slash after {scheme!r}; {remedy}")
+        # Named as a URL, which messages show without passwords.
+        written = f"'{scheme}//{rest}' is written with one slash after {scheme!r}"
+        raise UserError(f"{written}; write two, or begin a local path with './'.")
     return os.path.expanduser(path)

@@ -31,6 +31,13 @@ _NO_SECRETS = (
 _DOWNLOAD = "a table that is not on this machine may not name it; if you trust the table, download it"
 
 
+# `is_global` counts these: ways to addresses of IPv4, site-local ones, and a cloud's metadata.
+_INNER = tuple(
+    ipaddress.ip_network(network)
+    for network in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "::/96", "fec0::/10", "192.0.0.0/24")
+)
+
+
 def scheme(path: str) -> str:
     """Return "https" of https://..., in lower case; "" where `path` does not begin like a URL."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", path)
@@ -161,7 +168,7 @@ def is_public(host: str) -> bool:
     """Whether an IP address is one of the internet: not of this machine, a private network, or a cloud's metadata."""
     ip = ipaddress.ip_address(host.partition("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip
-    return ip.is_global and not ip.is_multicast
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in _INNER)
 
 
 async def _guarded_client(**options: Any) -> Any:

@@ -22,7 +22,6 @@ from typing import Any
 
 from etils import epath
 
-from xclip_jax.addresses import public
 from xclip_jax.errors import UserError
 from xclip_jax.file_lock import NO_LOCKS
 from xclip_jax.paths import expand_home
@@ -145,7 +144,7 @@ class RunFolder:
         if not self.results_file.exists():
             return None
         with contextlib.suppress(ValueError, RecursionError):
-            content = public(json.loads(self.results_file.read_text()))
+            content = json.loads(self.results_file.read_text())
             if isinstance(content, dict) and _has(content, "results", config=dict):
                 return content
         raise UserError(f"{self.results_file} is damaged; delete it and run the same command to evaluate again.")
@@ -165,7 +164,7 @@ class RunFolder:
 
     def _read(self, path: epath.Path) -> Any:
         try:
-            return public(json.loads(path.read_text())) if path.exists() else None  # earlier versions wrote secrets
+            return json.loads(path.read_text()) if path.exists() else None
         except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
             reason = " ".join(str(error).split())
             raise UserError(

@@ -129,7 +129,9 @@ def parse(argv: list[str]) -> list[str]:
             _check_words(argv[1:])
             spec = argv[at].partition("=")[2] or (argv[at + 1] if at + 1 < len(argv) else "")
             rest = argv[:at] + argv[at + (1 if "=" in argv[at] else 2) :]
-            with imports.trusting("--trust" in argv):  # a recipe may read the config of weights
+            with imports.trusting(
+                any(arg in ("--trust", "-trust", "--trust=true") for arg in argv)
+            ):  # a recipe may read the config of weights
                 config = load_config(spec)
             check_keys(config, rest)
             config_flags.DEFINE_config_dict("config", config, "Keys of the config.", sys_argv=rest)

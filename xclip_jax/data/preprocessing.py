@@ -111,7 +111,7 @@ class Preprocessing:
     def from_dict(cls, config: Mapping[str, Any], size: int) -> "Preprocessing":
         """Make it from groups "data" and "eval" of a config as nested dicts, and the size of the tower's images.
 
-        Where they lack keys, as in older files of weights, defaults hold.
+        Where they lack keys, as those of other projects do, defaults hold.
         """
         mean, std = mean_std(config["data"]["normalization"])
         group = {**config.get("eval", {}), "background": config["data"].get("background", cls.background)}

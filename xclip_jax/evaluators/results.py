@@ -109,7 +109,7 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 def of_config(entries: Sequence[Entry], config: Config) -> list[Entry]:
-    """Return the entries of the model that a run of `config` evaluates now; older files do not say which it was."""
+    """Return the entries of the model that a run of `config` evaluates now."""
     own = settings(config)
     return [entry for entry in entries if entry.get("eval", own) == own]
 
@@ -220,7 +220,8 @@ def _read_items(path: epath.Path, entries: Sequence[Entry]) -> ItemsOf:
 def _load(path: epath.Path, entries: Sequence[Entry]) -> dict[str, np.ndarray]:
     """Return the arrays of a .npz file, which may be somebody else's: unpacked at most what `entries` can have."""
     sizes = [n for entry in entries if isinstance(n := entry.get("n"), int) and n > 0]
-    most = min(_ITEM_BYTES * sum(sizes) + (1 << 20), _MOST_BYTES)
+    known = len(sizes) == len(entries)
+    most = min(_ITEM_BYTES * sum(sizes) + (1 << 20), _MOST_BYTES) if known else _MOST_BYTES
     try:
         content = io.BytesIO(path.read_bytes())
         with zipfile.ZipFile(content) as archive:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from xclip_jax import imports
 from xclip_jax.console import log0
 from xclip_jax.data import holdout, sources
 from xclip_jax.data.base import SourceOptions
@@ -342,7 +343,9 @@ class PublishedSets(SetKind):
         """Return the set as `load` does, or held-out images of the model's run or of another one."""
         if not names_held_out(spec, PREFIX):
             return load(spec, prepare, data.dir or None, profile)
-        return own_set(spec.removeprefix(PREFIX), read_held_out(spec, data), prepare, profile)
+        with imports.named_by("the config of the run that holds them out"):
+            content = read_held_out(spec, data)
+        return own_set(spec.removeprefix(PREFIX), content, prepare, profile)
 
     @classmethod
     def data_of(cls, spec: str, data: DataConfig) -> DataConfig:

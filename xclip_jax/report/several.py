@@ -173,7 +173,7 @@ def _results(runs: Sequence[Run]) -> Section:
 
 
 def _of_same_data(a: Result, b: Result) -> bool:
-    """Whether two results of a set are of equal data, as far as files of earlier versions, without a hash, say."""
+    """Whether two results of a set are of equal data, as far as their number and hash say."""
     hashes = {a.protocol.split_hash, b.protocol.split_hash} - {""}
     return a.n == b.n and len(hashes) < 2
 

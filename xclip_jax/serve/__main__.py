@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from absl import logging
 
 from xclip_jax import compilation_cache, inference
+from xclip_jax.addresses import public
 from xclip_jax.console import log0
 from xclip_jax.data.text import decode_text
 from xclip_jax.doctor import machine
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             index = make_index(model, flags.images, cache=flags.cache, names=names)
             index.by_text("an image", 1)  # compiles
             port = listening.getsockname()[1]
-            app = make_app(index, pathlib.Path(flags.images).name, {*machine_names(), flags.host.lower()})
+            app = make_app(index, pathlib.Path(public(flags.images)).name, {*machine_names(), flags.host.lower()})
             log0(f"{len(index):,} images: http://{_in_url(flags.host)}:{port}  (Ctrl-C to end)")
             config = uvicorn.Config(app, http=Connection, ws="none", log_level="warning", server_header=False)
             with contextlib.suppress(KeyboardInterrupt):

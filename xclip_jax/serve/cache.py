@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ _FILE = "embeddings.npz"
 _BAD = "bad.jsonl"  # images that cannot be read
 _PART = 256  # images, which an interruption loses
 _KEPT = 8  # caches
+_NAME = re.compile(r"[0-9a-f]{16}")  # of a cache, see `folder_of`
 
 
 class Embedded(NamedTuple):
@@ -49,9 +51,8 @@ class _Row(NamedTuple):
 
 def folder_of(model: Model, pattern: str, parent: pathlib.Path) -> pathlib.Path:
     """Return the folder of the embeddings of these images by this model."""
-    card = {key: model.card[key] for key in ("preprocessing", "size", "tokenizer")}
     place = pattern if storage.is_remote(pattern) else os.path.abspath(os.path.expanduser(pattern))
-    key = json.dumps([model.fingerprint(), card, place], sort_keys=True, default=str)
+    key = json.dumps([model.fingerprint(), place])
     return parent / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
@@ -196,7 +197,8 @@ def _list_bad(bad: Iterable[tuple[str, str]], folder: pathlib.Path) -> None:
 
 def _delete_oldest(parent: pathlib.Path) -> None:
     """Delete caches but the `_KEPT` that were used last, and those in use."""
-    used = {file.parent: file.stat().st_mtime for file in parent.glob(f"*/{_FILE}")}
+    caches = (file for file in parent.glob(f"*/{_FILE}") if _NAME.fullmatch(file.parent.name))
+    used = {file.parent: file.stat().st_mtime for file in caches}
     for folder in sorted(used, key=used.__getitem__, reverse=True)[_KEPT:]:
         with contextlib.suppress(file_lock.HeldError), file_lock.beside(folder / _FILE, wait=False):
             shutil.rmtree(folder)

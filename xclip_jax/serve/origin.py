@@ -27,7 +27,7 @@ def fault(headers: Headers, path: str, names: set[str]) -> str:
     if site:  # from browsers, if the connection is local or encrypted
         foreign = site not in ("same-origin", "none") and path != "/"  # a link to the page is no harm
     else:
-        foreign = bool(origin) and urllib.parse.urlsplit(origin).netloc != host
+        foreign = bool(origin) and origin.partition("://")[2] != host
     return "Requests from pages of other sites are refused." if foreign else ""
 
 

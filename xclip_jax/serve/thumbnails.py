@@ -9,6 +9,7 @@ from collections.abc import Callable
 from anyio import CapacityLimiter, to_thread
 from PIL import Image, ImageOps
 
+from xclip_jax.data import rgb
 from xclip_jax.data.transforms import MAX_PIXELS, formats
 from xclip_jax.data.weighted import WeightedSemaphore
 from xclip_jax.errors import UserError
@@ -67,7 +68,7 @@ def thumbnail(content: bytes) -> bytes:
 def _shrink(image: Image.Image) -> Image.Image:
     if image.mode in ("1", "P"):  # Pillow resizes these without interpolation
         image = image.convert("RGBA")
-    elif image.mode.startswith("I"):  # 16 bits
-        image = image.point(lambda value: value * (1 / 256)).convert("L")
+    elif image.mode.startswith(("I", "F")):  # 16 bits, floats
+        image = rgb.to_rgb(image, rgb.WHITE)
     image.thumbnail((SIDE, SIDE))  # decodes a JPEG at a fraction of its size
     return ImageOps.exif_transpose(image)

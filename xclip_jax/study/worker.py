@@ -31,7 +31,7 @@ def main(folder: str, *cores: str) -> None:
     path = pathlib.Path(folder)
     config = schema.complete(json.loads((path / REQUEST).read_text())["config"])
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    with processes.exits(), exit_with_message():
+    with exit_with_message():
         try:
             trainer.run(config)
         except Diverged as error:
@@ -39,4 +39,5 @@ def main(folder: str, *cores: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with processes.exits():
+        main(*sys.argv[1:])

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from xclip_jax.commands import command
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.console import log0
 from xclip_jax.data.ledger import Ledger
@@ -184,7 +185,7 @@ def _finish(
         )
     if results:
         log.end_evaluation(step, results)
-    with _left(f"the report was left; python -m xclip_jax.report {config.run} makes it"):
+    with _left(f"the report was left; {command('report')} {config.run} makes it"):
         for callback in callbacks:
             with evaluating(watch, stop, ""):
                 callback.on_end(job, variables, results)
