@@ -131,7 +131,8 @@ def test_a_redirection_leads_no_table_to_the_inner_network(site, monkeypatch):
 
 
 @pytest.mark.parametrize("host", ["10.1.2.3", "192.168.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "fe80::1%eth0",
-                                  "fd00:ec2::254", "::ffff:10.0.0.1", "224.0.0.1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::", "::127.0.0.1",
+                                  "fd00:ec2::254", "::ffff:10.0.0.1", "224.0.0.1",
+                                  "64:ff9b::a9fe:a9fe", "2002:7f00:1::", "::127.0.0.1",
                                   "fec0::1", "192.0.0.192"])  # fmt: skip
 def test_addresses_that_are_not_public(host):
     assert not remote.is_public(host)
