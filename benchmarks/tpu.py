@@ -109,8 +109,8 @@ def _turns(line: str, bodies: dict[str, list[str]]) -> int:
     return max(map(int, re.findall(r"[su]32\[\]\S* constant\((\d+)\)", condition)), default=1)
 
 
-def _cycles(found: list[Operation]) -> int:
-    return sum(each.cycles * each.count for each in found)
+def _cycles(operations: list[Operation]) -> int:
+    return sum(each.cycles * each.count for each in operations)
 
 
 def part_of(operation: Operation) -> tuple[str, str]:
@@ -190,11 +190,11 @@ def kernel_table(chips: list[str]) -> None:
     print("|---|---|---|---|---|---|---|")
     for chip in chips:
         for name, shape in SHAPES.items():
-            for way, found in zip(("forward", "backward"), schedules(chip, shape), strict=True):
-                ms = 1e3 * found.blocks * found.bundles / CLOCK[chip]
+            for way, schedule in zip(("forward", "backward"), schedules(chip, shape), strict=True):
+                ms = 1e3 * schedule.blocks * schedule.bundles / CLOCK[chip]
                 print(
-                    f"| {chip}, {name} | {way} | {found.blocks:,} | {found.bundles:,} | {found.matrix:.0%} | "
-                    f"{found.bytes / 1e6:.0f} | {ms:.2f} |",
+                    f"| {chip}, {name} | {way} | {schedule.blocks:,} | {schedule.bundles:,} | {schedule.matrix:.0%} | "
+                    f"{schedule.bytes / 1e6:.0f} | {ms:.2f} |",
                     flush=True,
                 )
 
@@ -205,8 +205,8 @@ def _kernel_cycles(operation: Operation, chip: str, experiment: Experiment) -> i
     config: Any = experiment.model.img if tower == "image" else experiment.model.txt
     b, n = map(int, re.findall(r"bf16\[(\d+),(\d+),", operation.line)[0])
     shape = Shape(config.width // config.heads, b, n, n, config.width, int(tower == "text"))
-    found = schedules(chip, shape)["gradient" in operation.source]
-    return found.blocks * found.bundles
+    schedule = schedules(chip, shape)["gradient" in operation.source]
+    return schedule.blocks * schedule.bundles
 
 
 def step(spec: str, topology: str, changes: dict[str, object]) -> None:

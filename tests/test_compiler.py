@@ -74,3 +74,19 @@ def test_a_step_of_full_width_has_no_sliced_product_and_no_scores(topology, stra
     assert program.count("tpu_custom_call") >= 8  # two towers of two blocks, forward and backward
     # Scores are (images, heads, tokens, tokens), with or without the tokens of padding.
     assert not re.search(r"\[(?:\d+,)+(197,197|200,200|77,77|80,80)\]", program)
+
+
+@pytest.mark.slow
+def test_remat_computes_again_on_tpus():
+    """Blocks are unrolled there, where XLA would merge what is computed again unless a barrier is in between."""
+    chips = devices("v5e:2x2")
+    flops = {}
+    for remat in ("none", "full"):
+        config = config_file.load_config("clip:preset=Ti/12,batch=256")
+        for tower in (config.model.img, config.model.txt):
+            tower.scan, tower.remat, tower.depth = True, remat, 2
+        config.data.length_groups = "full"
+        _, compiled, trouble = memory.compile_config(config, chips)
+        assert not trouble
+        flops[remat] = compiled.cost_analysis()["flops"]
+    assert flops["full"] > 1.15 * flops["none"]

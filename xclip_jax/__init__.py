@@ -1,5 +1,6 @@
 """xclip_jax: CLIP, nCLIP and xCLIP language-image pre-training in JAX/Flax. `xclip_jax.load(path)` gives a model."""
 
+import itertools
 import pathlib
 import sys
 from typing import Any
@@ -8,8 +9,11 @@ from xclip_jax import ending
 
 __version__ = "0.1.0"
 
-# A command's imports take seconds. The name of `python -m xclip_jax.COMMAND` is not known yet.
-if pathlib.PurePath(next(iter(sys.argv), "")).name in ("-m", "xclip-jax"):
+# A command's imports take seconds. For `python -m` sys.argv has "-m" alone; whose module it is, sys.orig_argv says.
+_module = next((after for word, after in itertools.pairwise(sys.orig_argv) if word == "-m"), "")
+if pathlib.PurePath(next(iter(sys.argv), "")).name == "xclip-jax" or (
+    sys.argv[:1] == ["-m"] and _module.partition(".")[0] == __name__
+):
     ending.end_at_once()
 
 

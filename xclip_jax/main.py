@@ -6,6 +6,7 @@ RECIPE is the name of a recipe of the package, such as demo, or the path of a fi
 from absl import app, flags, logging
 
 from xclip_jax import compilation_cache, ending, environment, imports, report
+from xclip_jax.commands import command
 from xclip_jax.config import load
 from xclip_jax.console import log0
 from xclip_jax.doctor import machine
@@ -36,7 +37,7 @@ def main(_: list[str]) -> None:
             log0("the config, and the names of its sources and evaluation sets, are valid")
             if extras := job.extras(config):
                 log0(f"extras: {','.join(extras)}")  # launch/common.sh reads it
-            log0("not looked at: data, weights and disk; xclip-jax doctor does that")
+            log0(f"not looked at: data, weights and disk; {command('doctor')} does that")
             return
         processes.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         compilation_cache.enable(str(flags.FLAGS.config.run))

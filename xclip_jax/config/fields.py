@@ -165,7 +165,10 @@ def sentence(fault: str) -> str:
 def unknown_key(key: str, names: Iterable[str]) -> str:
     """Return the sentence about a dotted `key` whose last part is not among `names`, without a stop."""
     prefix, dot, name = key.rpartition(".")
-    near = ALIASES.get(name) or (f"{prefix}{dot}{similar}" if (similar := nearest(name, names)) else "")
+    alias = ALIASES.get(name, "")
+    if prefix and not alias.startswith(f"{prefix}."):  # another group has keys of its own
+        alias = ""
+    near = alias or (f"{prefix}{dot}{similar}" if (similar := nearest(name, names)) else "")
     return f"config key {key!r} is unknown" + (f"; did you mean {near!r}?" if near else "")
 
 

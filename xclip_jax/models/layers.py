@@ -16,17 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from xclip_jax.config.fields import above, at_least, choice, key
 from xclip_jax.errors import UserError
 from xclip_jax.kernels import attention as attention_kernel
+from xclip_jax.models.linear import dense, dot_general, named
 from xclip_jax.models.tower import Params, Tower
 from xclip_jax.parallel.sharding import constrain, map_devices, platform, shards_of
 
 Array = jax.Array
-Initializer = Callable[..., Any]
 
 
 def gelu(x: Array) -> Array:
@@ -53,73 +52,6 @@ REMAT_POLICIES: dict[str, Any] = {
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-def named(init: Initializer, *axes: str | None) -> Initializer:
-    """`init` with logical axis names attached to the parameter that it makes."""
-    return nn.with_logical_partitioning(init, axes)
-
-
-@jax.custom_vjp
-def matmul(x: Array, kernel: Array) -> Array:
-    """(rows, inputs), (inputs, outputs) -> (rows, outputs), with a gradient that transposes the narrower operand.
-
-    The gradient of the kernel is x^T g. XLA's CPU backend copies the transposed left operand, of as many rows as the
-    batch has tokens: a fifth of a step where the wide one goes left.
-    """
-    return x @ kernel
-
-
-def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x @ kernel, (x, kernel)
-
-
-def _matmul_backward(operands: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, kernel = operands
-    # No transposed kernel: where it is sharded its parts would be gathered once more for it.
-    of_x = jax.lax.dot_general(g, kernel, (((1,), (1,)), ((), ())))
-    rows = (((0,), (0,)), ((), ()))
-    if platform() == "tpu":
-        # Held to its layout: XLA would take over the layout of an array of heads, and copy the transposed g for it.
-        return of_x, with_layout_constraint(jax.lax.dot_general(x, g, rows), Layout(major_to_minor=(0, 1)))
-    narrow = x.shape[1] <= g.shape[1]
-    return of_x, jax.lax.dot_general(x, g, rows) if narrow else jax.lax.dot_general(g, x, rows).T
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def dot_general(x: Array, kernel: Array, dimensions: Any, **_: Any) -> Array:
-    """`matmul` as `nn.DenseGeneral` asks for it: the last axes of x with the first ones of the kernel."""
-    (contracted, _), _ = dimensions
-    n = len(contracted)
-    rows, outputs = x.shape[: x.ndim - n], kernel.shape[n:]
-    inputs = math.prod(kernel.shape[:n])
-    return matmul(x.reshape(-1, inputs), kernel.reshape(inputs, -1)).reshape(*rows, *outputs)
-
-
-def dense(
-    features: int | tuple[int, ...],
-    axes: tuple[str | None, ...],
-    *,
-    std: float,
-    dtype: DTypeLike,
-    axis: int | tuple[int, ...] = -1,
-    use_bias: bool = True,
-    name: str | None = None,
-) -> nn.DenseGeneral:
-    """A linear map with a normal(0, std) kernel whose dimensions are named `axes`; parameters in fp32."""
-    bias_axes = axes[len(axes) - (len(features) if isinstance(features, tuple) else 1) :]
-    return nn.DenseGeneral(
-        features,
-        axis=axis,
-        use_bias=use_bias,
-        dtype=dtype,
-        kernel_init=named(nn.initializers.normal(std), *axes),
-        bias_init=named(nn.initializers.zeros, *bias_axes),
-        dot_general=dot_general,
-        name=name,
-    )
 
 
 class LayerNorm(nn.Module):
@@ -377,11 +309,13 @@ class Transformer(nn.Module):
         if noise is not None and self.drop_path:
             rates = self.drop_path * jnp.arange(depth)[:, None, None] / max(depth - 1, 1)
             keep = (noise.swapaxes(0, 1) >= rates) / (1 - rates)  # (depth, b, 2)
-        tokens, on_chip = x.shape[1], platform() == "tpu"
+        tokens = x.shape[1]
         fused_tokens = tokens if self.config.fuses(tokens, self.dtype) else 0
         if fused_tokens:
             x = jnp.pad(x, ((0, 0), (0, -tokens % attention_kernel.SUBLANES), (0, 0)))
         args = (self.config, self.causal, self.dtype)
+        if scan and platform() == "tpu":
+            return self._unrolled(x, keep, fused_tokens)[:, :tokens]
         if scan:
             stacked = nn.scan(
                 block,
@@ -390,7 +324,6 @@ class Transformer(nn.Module):
                 in_axes=0,
                 length=depth,
                 metadata_params={nn.PARTITION_NAME: "layers"},
-                unroll=depth if on_chip else 1,
             )
             return stacked(*args, fused_tokens, name="blocks")(x, keep)[0][:, :tokens]
         for i in range(depth):
@@ -399,6 +332,24 @@ class Transformer(nn.Module):
                 x, fused_tokens = x[:, :tokens], 0
             x, _ = block(*args, fused_tokens, name=f"block_{i}")(x, None if keep is None else keep[i], last)
         return x[:, :tokens]
+
+    def _unrolled(self, x: Array, keep: Array | None, fused_tokens: int) -> Array:
+        """Apply the blocks of stacked parameters one by one."""
+        depth, remat = self.config.depth, self.config.remat
+
+        def apply(params: Params, x: Array, keep: Array | None) -> Any:
+            block = Block(self.config, self.causal, self.dtype, fused_tokens, parent=None)
+            return block.apply({"params": params}, x, keep)[0]
+
+        block = apply if remat == "none" else jax.checkpoint(apply, policy=REMAT_POLICIES[remat])
+        # The gradient of one split is one concatenation; that of slices would be a sum of padded arrays.
+        leaves, structure = jax.tree.flatten(self.variables["params"]["blocks"])
+        parts = [jax.lax.split(leaf, (1,) * depth) for leaf in leaves]
+        for i in range(depth):
+            with jax.named_scope(f"block_{i}"):
+                params = structure.unflatten(part[i][0] for part in parts)
+                x = block(params, x, None if keep is None else keep[i])
+        return x
 
 
 def stack_blocks(params: dict[str, Any], depth: int) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from jax.typing import DTypeLike
 
 from xclip_jax.config.fields import at_least, choice, key
 from xclip_jax.errors import UserError
-from xclip_jax.models.layers import LayerNorm, Transformer, TransformerConfig, named, token_at
+from xclip_jax.models.layers import LayerNorm, Transformer, TransformerConfig, token_at
+from xclip_jax.models.linear import named
 from xclip_jax.models.tower import Params, TextTower
 
 Array = jax.Array

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from xclip_jax.config.fields import Check, above, at_least, choice, key, read_plugin
 from xclip_jax.errors import UserError, check_choice
 from xclip_jax.models.heads import ClusterHeadConfig, Head, Heads, Scalar
-from xclip_jax.models.layers import named
+from xclip_jax.models.linear import named
 from xclip_jax.models.text import TextTowerConfig
 from xclip_jax.models.tower import ImageTower, TextTower, Tower
 from xclip_jax.models.vit import ImageTowerConfig

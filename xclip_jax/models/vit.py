@@ -22,9 +22,8 @@ from xclip_jax.models.layers import (
     Transformer,
     TransformerConfig,
     attend,
-    dense,
-    named,
 )
+from xclip_jax.models.linear import dense, named
 from xclip_jax.models.tower import ImageTower, Params
 
 Array = jax.Array

@@ -30,12 +30,12 @@ def options(devices: Sequence[jax.Device]) -> Options:
     """
     if devices[0].platform != "tpu":
         return {}
-    given = os.environ.get("LIBTPU_INIT_ARGS", "")
-    wanted = {name: value for name, value in _TPU.items() if name not in given}
+    given = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get("LIBTPU_INIT_ARGS", "").split()}
+    chosen = {name: value for name, value in _TPU.items() if name not in given}
     device = next((d for d in devices if d.process_index == jax.process_index()), devices[0])
-    if _accepts(wanted, device):
-        return wanted
-    return {name: value for name, value in wanted.items() if _accepts({name: value}, device)}
+    if _accepts(chosen, device):
+        return chosen
+    return {name: value for name, value in chosen.items() if _accepts({name: value}, device)}
 
 
 def _accepts(options: Options, device: jax.Device) -> bool:

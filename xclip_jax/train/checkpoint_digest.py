@@ -19,6 +19,7 @@ from typing import Any
 
 from etils import epath
 
+from xclip_jax import remote
 from xclip_jax.storage import is_remote, strict_json, write_json
 
 FILE = "digest.json"
@@ -100,11 +101,10 @@ def _content_fault(folder: epath.Path, name: str, entry: tuple[int, str | None])
 def _sizes(folder: epath.Path) -> dict[str, int]:
     """{name: bytes} of all files below `folder`: in a bucket by one listing, where a request a file takes minutes."""
     if is_remote(str(folder)):
-        import fsspec
-
-        system, root = fsspec.core.url_to_fs(str(folder))
-        system.invalidate_cache()  # other clients write, too
-        return {name[len(root) + 1 :]: info["size"] for name, info in system.find(root, detail=True).items()}
+        system, root = remote.file_system(str(folder))
+        with remote.os_errors(str(folder)):
+            system.invalidate_cache()  # other clients write, too
+            return {name[len(root) + 1 :]: info["size"] for name, info in system.find(root, detail=True).items()}
 
     def below(path: str) -> Iterator[tuple[str, int]]:
         for entry in os.scandir(path):

@@ -150,7 +150,7 @@ class Watchdog:
             self._end("asked to stop twice", EXIT_RESUMABLE, stacks=False)
         alone = jax.process_count() == 1
         if alone and self.phase == COMPILATION and now - self._asked_at > _MOMENT:
-            self._end("stopping in the compilation: nothing is trained yet", EXIT_RESUMABLE, stacks=False)
+            self._end(f"stopping in the compilation: {self._loss()}", EXIT_RESUMABLE, stacks=False)
         waited, phase = now - max(self._asked_at, self._since), self.phase
         evidence = self._ended.get(phase, 0) >= _EVIDENCE.get(phase, 0)
         if phase not in ("", CHECKPOINT) and evidence and waited > self._at_least(STOP_SECONDS, phase):
