@@ -188,7 +188,7 @@ def test_a_signal_in_the_report_leaves_it_and_ends_the_trackers(calls, pairs, tm
     with pytest.raises(SystemExit) as stopped:
         trainer.run(tiny.short(pairs, run, log__to=("wandb",)), stops)
     assert stopped.value.code == EXIT_RESUMABLE and not reported and calls[-1] == ("wandb", "finish", None)
-    assert f"the report was left; python -m xclip_jax.report {run} makes it" in capsys.readouterr().out
+    assert f"the report was left; xclip-jax report {run} makes it" in capsys.readouterr().out
     assert RunFolder(run).results_file.exists()
 
 
