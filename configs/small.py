@@ -95,7 +95,7 @@ def measure(source: check.Source, tokens: tokenizer.Tokenizer) -> Counts:
     """Return the counts of a source, of a random part of its pairs.
 
     Raises:
-      UserError: none of them can be used.
+      UserError: none of them can be used, or all have one caption.
     """
     n = len(source)
     chosen = np.random.default_rng(0).choice(n, min(SAMPLE, n), replace=False)
@@ -112,11 +112,16 @@ def measure(source: check.Source, tokens: tokenizer.Tokenizer) -> Counts:
     longest = 77
     ids = tokens([sample.caption for sample in good], longest)
     captions, counts = np.unique([sample.caption for sample in good], return_counts=True)
+    if len(captions) == 1 < len(good):
+        raise UserError(
+            f"all {len(good)} captions that were read are {str(captions[0])!r}: there is nothing to learn; give each "
+            "image a caption of its own."
+        )
     return Counts(
         n,
         *(int(np.median([sample.size[axis] for sample in good])) for axis in (0, 1)),
         tokens=int(np.percentile((ids == tokens.eot_id).argmax(axis=1) + 1, 95)),
-        repeats=float(counts[counts > 1].sum() / counts.sum()) if len(captions) else 0.0,
+        repeats=float(counts[counts > 1].sum() / counts.sum()),
     )
 
 
@@ -289,7 +294,8 @@ def summary(config: ml_collections.ConfigDict, counts: Counts, preset: str, *, r
     epochs = config.steps * batch / max(counts.pairs * (1 - share), 1)
     towers = preset if not weights else f"towers of {weights}{'' if read else ' (not on this machine)'}"
     parts = f" in {config.optim.microbatches} parts" if config.optim.microbatches > 1 else ""
-    repeats = f"; {100 * counts.repeats:.0f} % of captions repeat: equal captions are kept apart"
+    apart = ": equal captions are kept apart" if counts.repeats < 1 else ""
+    repeats = f"; {100 * counts.repeats:.0f} % of captions repeat{apart}"
     return (
         f"small: {counts.pairs:,} pairs, {100 * share:.2g} % of them held out; {config.objective.name}, {towers}, "
         f"{model.img.image_size} px, {model.txt.context_length} tokens, batch {batch}{parts}, {config.steps:,} steps "

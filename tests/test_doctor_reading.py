@@ -75,6 +75,10 @@ def test_equal_captions_are_wrong_negatives(experiment, tmp_path):
     for path in pairs.glob("*.txt"):
         path.write_text("the same for all of them")
     changes = {"sources": (f"folder:{pairs}",)}
+    finding = only(data_findings(experiment, tmp_path, **changes, spread_duplicate_captions=True), "texts", FAIL)
+    assert "texts that were read are equal in their" in finding.text and "nothing to learn" in finding.text
+    for path in list(pairs.glob("*.txt"))[::2]:
+        path.write_text("but not for a half")
     finding = only(data_findings(experiment, tmp_path, **changes), "texts", WARNING)
     assert finding.values["duplicate_share"] == 1 and "spread_duplicate_captions" in finding.remedy
     assert finding.values["full_share"] == 1

@@ -204,6 +204,10 @@ def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
     ends = (text == experiment.tokenizer.eot_id).argmax(axis=1)
     cut = float(np.mean(ends == text.shape[1] - 1))
     values = {"full_share": cut, "duplicate_share": twins}
+    if len(text) > 1 and (text == text[0]).all():
+        part = f" in their {experiment.context_length} tokens" if cut else ""
+        fault = f"all {len(text):,} texts that were read are equal{part}: there is nothing to learn"
+        return fail("texts", fault, "give each image a caption of its own", **values)
     lengths = f"{cut:.0%} of the texts fill all {experiment.context_length} tokens"
     weights = experiment.objective.weights
     contrastive = any(
