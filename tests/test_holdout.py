@@ -226,7 +226,7 @@ def test_the_commands_data_dir_goes_before_that_of_another_run(family, run, tmp_
     (other / "config.json").write_text(json.dumps(content))
     opened = []
     for name in ("open_pairs", "open_labelled"):
-        monkeypatch.setattr(sources, name, lambda spec, options: opened.append(options.dir) or sources.parse("?"))
+        monkeypatch.setattr(sources, name, lambda spec, options: opened.append(options.dir) or sources.parse("?:"))
     own = config("tfds:x/train", dir="/of/model")
     for at, data_dir, expected in (
         (f"@{other}", None, "/of/run"), (f"@{other}", "/mine", "/mine"), ("", "", "/of/model"), ("", "/mine", "/mine"),
@@ -268,7 +268,7 @@ def test_a_path_of_own_pairs_needs_no_kind_before_it(pairs, tmp_path, monkeypatc
     with pytest.raises(UserError, match="no file or folder '/no/pairs'"):
         registry.check("retrieval//no/pairs")
     (tmp_path / "notes.xyz").write_text("no pairs")
-    with pytest.raises(UserError, match=r"unknown source 'notes\.xyz'"):
+    with pytest.raises(UserError, match=r"'notes\.xyz' is a file of no known kind"):
         registry.check("retrieval/notes.xyz")
 
 

@@ -4,6 +4,7 @@ A spec is KIND:REST, where KIND is a key of `SOURCES` and REST is up to the kind
 kind of another package is package.module:Class, and a spec of it "my_lab.sources:JsonLines:/data/x.jsonl".
 """
 
+import contextlib
 import dataclasses
 import difflib
 import glob
@@ -19,6 +20,7 @@ from xclip_jax.commands import command
 from xclip_jax.data import records, rgb, transforms
 from xclip_jax.data.array_record import ArrayRecords
 from xclip_jax.data.base import (
+    IMAGE_SUFFIXES,
     LabelledSource,
     NotOfferedError,
     Record,
@@ -53,6 +55,7 @@ SOURCES: Mapping[str, type[SourceKind]] = {
 }
 OF_ANOTHER_PACKAGE = "package.module:Class:REST"
 _SAMPLED = 256
+_WILDCARDS = r"[*?\[{]"
 
 _IMPORTED = re.compile(r"(?P<class>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*)(?::(?P<rest>.*))?", re.S)
 
@@ -91,12 +94,10 @@ def spec_from_path(text: str) -> str:
         return f"tar:{text}"
     kinds = [name for name, kind in SOURCES.items() if kind.reads(path)]
     if not kinds:
-        if not os.path.exists(path):
-            if re.search(r"[*?\[{]", path) and (":" not in path or "://" in path):
-                check = f"{command('check')} {shlex.quote(f'tar:{text}')}"
-                raise UserError(f"{text!r} has no ending of a known type; write the type first, as in {check}")
-            if os.path.isabs(path):
-                raise UserError(f"no file or folder {text!r}; check the path.")
+        pattern = re.search(_WILDCARDS, path) and not os.path.exists(path) and not _images_of(path)
+        if pattern and (":" not in path or "://" in path):
+            check = f"{command('check')} {shlex.quote(f'tar:{text}')}"
+            raise UserError(f"{text!r} has no ending of a known type; write the type first, as in {check}")
         raise _unknown(text)
     return f"{kinds[0]}:{text}"
 
@@ -166,11 +167,38 @@ def _unknown(text: str) -> UserError:
     prefix, colon, rest = text.partition(":")
     path = os.path.expanduser(text)
     near = [f"{name}:{text}" for name, kind in SOURCES.items() if kind.reads(path)]
+    if not near and (os.path.isabs(path) or not (colon or text in SOURCES)):
+        return _no_source(text)
     if colon and not near:
         near = [f"{name}:{rest}" for name in difflib.get_close_matches(prefix, SOURCES, n=1)]
     suggestion = f"; did you mean {near[0]!r}?" if near else "."
     specs = dict.fromkeys([*usage(), *usage("labelled_specs"), OF_ANOTHER_PACKAGE])
     return UserError(f"unknown source {text!r}; write {_either(specs)}{suggestion}")
+
+
+def _images_of(pattern: str) -> str:
+    """The folder of a pattern of images, or ""."""
+    folder, name = os.path.split(pattern)
+    pattern_of_images = re.search(_WILDCARDS, name) and name.lower().endswith(IMAGE_SUFFIXES)
+    return (folder or ".") if pattern_of_images and ":" not in pattern else ""
+
+
+def _no_source(text: str) -> UserError:
+    """The error of a plain path that no kind of source reads."""
+    path = os.path.expanduser(text)
+    if os.path.exists(path):
+        return UserError(f"{text!r} is a file of no known kind; name its folder or a table.")
+    if folder := _images_of(text):
+        return UserError(f"{text!r} is a pattern of images; name the folder, {folder!r}.")
+    parent, name = os.path.split(path.rstrip("/"))
+    near = []
+    with contextlib.suppress(OSError):
+        near = difflib.get_close_matches(name, os.listdir(parent or "."), n=1)
+    if near:
+        meant = os.path.join(os.path.dirname(text.rstrip("/")), near[0])
+        return UserError(f"no file or folder {text!r}; did you mean {meant!r}?")
+    form = "" if os.path.isabs(path) else "; a source is written KIND:REST, as in hf:ORG/NAME/train"
+    return UserError(f"no file or folder {text!r}; check the path{form}.")
 
 
 def _either(specs: Mapping[str, Any]) -> str:
