@@ -49,8 +49,9 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
             raise UserError(f"config argument {key}={text!r}; expected {_KINDS[kind]}.") from error
         # A default of 0 means "as the data or the recipe has it".
         low = min(defaults[key], 1) if kind is int else 0
-        if kind in (int, float) and not low <= values[key] < math.inf:
-            raise UserError(f"config argument {key}={text!r}; expected at least {low}.")
+        above = low == 0 and key in ("steps", "epochs")
+        if kind in (int, float) and not (low <= values[key] < math.inf and (values[key] or not above)):
+            raise UserError(f"config argument {key}={text!r}; expected {'above' if above else 'at least'} {low}.")
     # An objective of "" is up to the recipe.
     if values.get("objective", "clip") not in (*OBJECTIVES, defaults.get("objective")):
         raise UserError(f"config argument objective={values['objective']!r} must be one of {', '.join(OBJECTIVES)}.")

@@ -316,6 +316,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         )
     if args.device:
         check_choice("config argument device", args.device, ORDINARY)
+    if args.steps and args.epochs:
+        raise UserError(f"small:steps={args.steps},epochs={args.epochs:g}: give steps or epochs, not both.")
     machine = ORDINARY[args.device] if args.device else this_machine()
     spec = sources.spec_from_path(args.pairs)
     options = SourceOptions(args.dir, args.image, tuple(args.text.split(",")))

@@ -118,7 +118,7 @@ def own_flags():
         (["--config", "demo:steps=0"], "config argument steps='0'; expected at least 1"),
         (["--config", "small"], "needs your pairs: --config small:pairs=PATH, a folder of images"),
         (["--config", "small:pairs=/nowhere"], "no file or folder '/nowhere'; check the path"),
-        (["--config", "small:pairs=docs/study,steps=-1"], "config argument steps='-1'; expected at least 0"),
+        (["--config", "small:pairs=docs/study,steps=-1"], "config argument steps='-1'; expected above 0"),
         (
             ["--config", "docs/study"],
             "not a recipe; to train on it, write --config small:pairs=docs/study, and xclip-jax",
