@@ -75,6 +75,7 @@ def test_paths_without_a_prefix(tmp_path, capsys):
     for path, samples in (("pairs", 3), ("table.csv", 2), (".", 4), ("*.tar", 4)):
         code, out, _ = run(capsys, tmp_path / path, "--length", 12)
         assert code == 0 and f"samples: {samples}" in out, path
+        assert "training would run; the recipe small would refuse fewer than 8 pairs" in out
     (tmp_path / "notes.txt").write_text("x")
     fault = f"error: '{tmp_path}/notes.txt' is a file of no known kind; name its folder or a table."
     assert run(capsys, tmp_path / "notes.txt")[2] == fault

@@ -32,6 +32,7 @@ from xclip_jax.data import loader, records, rgb, sources, tokenizer, transforms
 from xclip_jax.data.base import MissingColumnError, Record, Source, SourceOptions
 from xclip_jax.errors import BadSample, Parser, UserError, exit_with_message
 
+FEWEST = 8  # pairs that the recipe small takes; a batch has two of them
 _TILE, _COLUMNS, _ROWS, _LINES = 200, 6, 4, 4
 _EXAMPLES = 3
 _FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")  # of Linux, macOS and Windows; Pillow's own is ASCII
@@ -173,6 +174,8 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
             if options.passed
             else "training would learn nothing; give each image a caption of its own"
         )
+    if options.passed and n < FEWEST:
+        verdict += f"; the recipe small would refuse fewer than {FEWEST} pairs"
     yield f"bad: {share:.2%}, allowed {options.max_bad_fraction:.2%}: {verdict}"
 
 
