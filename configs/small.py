@@ -28,10 +28,12 @@ import ml_collections
 import numpy as np
 
 from xclip_jax import flops
+from xclip_jax.commands import command
 from xclip_jax.config import schema
 from xclip_jax.configs import common
 from xclip_jax.data import check, holdout, labelled, sources, tokenizer
-from xclip_jax.data.base import MissingColumnError, Source, SourceOptions
+from xclip_jax.data.base import MissingColumnError, Source, SourceOptions, name_of
+from xclip_jax.data.config import DataConfig
 from xclip_jax.errors import UserError, check_choice
 from xclip_jax.evaluators import zeroshot_datasets
 from xclip_jax.models.heads import ClusterHead, Head
@@ -43,7 +45,6 @@ _NAME_LENGTH = 40  # letters of a run's name
 SAMPLE = 512  # pairs that are read for their sizes
 HELD_OUT = (20, 0.05, 5000)  # pairs at least, share, pairs at most: their scores are a square matrix
 LARGEST_SHARE = 0.2
-FEWEST = 8  # pairs, of which a batch has two
 # FLOP/s of a core, measured with these towers, and the seconds that a run on a CPU takes at most by them.
 CORE, LONGEST = 4e10, 1800
 # Of small towers from random parameters: learning rate at batches of 256, warm-up as a share of the steps and of how
@@ -91,24 +92,31 @@ def this_machine() -> Machine:
     return Machine(platform, jax.device_count(), memory.total(device), os.cpu_count() or 1)
 
 
+def _unusable(source: check.Source, bad: list[check.Sample], count: int) -> str:
+    """The sentence about `bad` ones of `count` pairs that were read."""
+    first, see = bad[0], f"see {command('check')}"
+    reason = ": ".join(filter(None, (first.reason, first.detail)))
+    if len(bad) < count:
+        most = f"more than {DataConfig.max_bad_fraction:.0%}; the first is {name_of(source, first.index)!r} ({reason})"
+        other = f"or pass count={len(source)}, with which none is read here, and raise data.max_bad_fraction"
+        return f"{len(bad)} of {count} pairs that were read cannot be used, {most}; {see}, {other}."
+    if first.reason in ("caption is empty", "no image in the record"):
+        see += ", and for records with features of other names the recipe's arguments image=NAME,text=NAME"
+    return f"none of the {count} pairs that were read can be used ({reason}); {see}."
+
+
 def measure(source: check.Source, tokens: tokenizer.Tokenizer) -> Counts:
     """Return the counts of a source, of a random part of its pairs.
 
     Raises:
-      UserError: none of them can be used, or all have one caption.
+      UserError: too many of them cannot be used, or all have one caption.
     """
     n = len(source)
     chosen = np.random.default_rng(0).choice(n, min(SAMPLE, n), replace=False)
     samples, _ = check.read(source, sorted(chosen.tolist()), os.cpu_count() or 1, 32)
     good = [sample for sample in samples if not sample.reason]
-    if not good:
-        bad, columns = samples[0], ""
-        reason = ": ".join(filter(None, (bad.reason, bad.detail)))
-        if bad.reason in ("caption is empty", "no image in the record"):
-            columns = ", and for records with features of other names the recipe's arguments image=NAME,text=NAME"
-        raise UserError(
-            f"none of the {len(samples)} pairs that were read can be used ({reason}); see xclip-jax check{columns}."
-        )
+    if len(bad := [sample for sample in samples if sample.reason]) > DataConfig.max_bad_fraction * len(samples):
+        raise UserError(_unusable(source, bad, len(samples)))
     longest = 77
     ids = tokens([sample.caption for sample in good], longest)
     captions, counts = np.unique([sample.caption for sample in good], return_counts=True)
@@ -323,10 +331,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     options = SourceOptions(args.dir, args.image, tuple(args.text.split(",")))
     source = None if args.count else _open(spec, options)
     pairs = args.count or len(source or ())
-    if pairs < FEWEST:
+    if pairs < check.FEWEST:
         raise UserError(
             f"{args.pairs!r} has {pairs} pairs, too few to learn from: the loss compares the pairs of a batch; give "
-            f"{FEWEST} or more."
+            f"{check.FEWEST} or more."
         )
     preset = args.preset or tower_preset(pairs, machine)
     config = common.base(args.objective or "clip", preset)

@@ -169,13 +169,19 @@ def test_counts_are_those_of_the_pairs(tmp_path):
     folder = tiny.folder(tmp_path / "pairs", 10)
     for i in range(4):
         (folder / f"{i:03d}.txt").write_text("the same")
-    (folder / "009.txt").unlink()
     counts = small.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
-    assert counts == small.Counts(10, 24, 22, tokens=11, repeats=4 / 9)
+    assert counts == small.Counts(10, 24, 22, tokens=11, repeats=0.4)
+    (folder / "007.png").write_bytes(b"no image")
+    fault = r"^1 of 10 pairs that were read cannot be used, more than 5%; the first is .*/007\.png'"
+    with pytest.raises(
+        UserError, match=fault + r" \(not an image.*\); see xclip-jax check, or pass count=10, with which "
+    ):
+        small.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
+    tiny.folder(folder, 10)
     for file in folder.glob("*.txt"):
         file.write_text("a thing")
     with pytest.raises(
-        UserError, match=r"^all 9 captions that were read are 'a thing': there is nothing to learn; give"
+        UserError, match=r"^all 10 captions that were read are 'a thing': there is nothing to learn; give"
     ):
         small.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
     for file in folder.glob("*.txt"):

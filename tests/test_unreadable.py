@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from tests import tiny
 from tests.encoding import SIZE, by_name, make_encoder, small_model
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, statistics
@@ -82,7 +83,17 @@ def test_more_than_a_twentieth_is_an_error_that_names_the_set_and_the_first(tmp_
         path.write_bytes(b"no image")
     with pytest.raises(UserError, match=r"2 of 30 images cannot be read, more than 5%") as error:
         measure(spec)
-    assert str(first) in str(error.value) and error.value.__notes__ == [f"in evaluator zeroshot/{spec}"]
+    assert str(error.value).endswith(f"{first}'; see xclip-jax check")
+    assert error.value.__notes__ == [f"in evaluator zeroshot/{spec}"]
+
+
+def test_an_unreadable_image_of_pairs_is_named_by_its_file(tmp_path):
+    pairs = tiny.folder(tmp_path / "pairs", 40)
+    for number in (3, 4, 5):
+        (pairs / f"{number:03d}.png").write_bytes(b"no image %d" % number)
+    spec = f"retrieval/folder:{pairs}"
+    with pytest.raises(UserError, match=rf"3 of 40 images cannot be read, .*image '{pairs}/003\.png'; see xclip-jax"):
+        measure(spec)
 
 
 def test_a_set_without_a_readable_image_is_not_opened(tmp_path):

@@ -65,6 +65,11 @@ class Source(abc.ABC):
         return ()
 
 
+def name_of(source: Source, index: int) -> str:
+    """Return what names a record to a person, in one line: its file, or its number where the source says no more."""
+    return ", ".join(map(str, source.describe(index).values())) or f"record {index}"
+
+
 class WrappedSource(Source):
     """A source that is another one in all but what a subclass changes."""
 

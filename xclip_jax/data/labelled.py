@@ -13,9 +13,15 @@ from typing import Any
 import numpy as np
 
 from xclip_jax import storage
-from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, LabelledSource, Record
+from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, LabelledSource, Record, name_of
 from xclip_jax.data.text import TO_UTF8, check_encoding, separator
 from xclip_jax.errors import UserError
+
+
+def item_name(items: Sequence[Any], index: int) -> str:
+    """Return what names one of `items` to a person: its file where they know it, else its number."""
+    name = getattr(items, "name", None)
+    return name(index) if callable(name) else f"record {index}"
 
 
 class Field(Sequence):
@@ -30,6 +36,10 @@ class Field(Sequence):
     def __getitem__(self, index: int) -> Any:  # ty: ignore[incompatible-method-override] no slices
         return self._source[index][self._key]
 
+    def name(self, index: int) -> str:
+        """Return what names the record to a person."""
+        return name_of(self._source, index)
+
 
 class Chosen(Sequence):
     """The items at some positions of a sequence, read on access."""
@@ -42,6 +52,10 @@ class Chosen(Sequence):
 
     def __getitem__(self, index: int) -> Any:  # ty: ignore[incompatible-method-override] no slices
         return self._items[self._positions[index]]
+
+    def name(self, index: int) -> str:
+        """Return what names the item to a person."""
+        return item_name(self._items, self._positions[index])
 
 
 class Files(Sequence):

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xclip_jax import heartbeat
+from xclip_jax.commands import command
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.transforms import normalize
 from xclip_jax.errors import BadSample, UserError, describe
@@ -163,7 +164,7 @@ class Encoder:
             first = self._reasons.get(unreadable[0], f"image {unreadable[0]}")
             raise UserError(
                 f"{len(unreadable)} of {len(valid)} images cannot be read, more than {MAX_UNREADABLE:.0%}; "
-                f"the first is: {first}"
+                f"the first is: {first}; see {command('check')}"
             )
 
     def texts(self, variables: Variables, texts: Sequence[str], features: Sequence[str] | None = None) -> Features:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from xclip_jax.data import transforms
-from xclip_jax.data.labelled import Files
+from xclip_jax.data.labelled import item_name
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample
 from xclip_jax.evaluators.probe import Joined
@@ -30,13 +30,8 @@ class Pictures(Sequence):
                 image = image[self._border : -self._border, self._border : -self._border]
             return self._prepare(image)
         except BadSample as error:
-            error.add_note(_describe(self._images, index))
+            error.add_note(f"image {item_name(self._images, index)!r}")
             raise
-
-
-def _describe(images: Sequence[Any], index: int) -> str:
-    """Return what names an image to a person."""
-    return f"image {images.name(index)!r}" if isinstance(images, Files) else f"record {index}"
 
 
 class Augmented(Sequence):

@@ -12,6 +12,7 @@ import numpy as np
 
 from xclip_jax import environment
 from xclip_jax.console import format_bytes
+from xclip_jax.data.labelled import item_name
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import sgd
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric, are_texts
@@ -254,5 +255,13 @@ class Joined(Sequence):
         return int(self._ends[-1])
 
     def __getitem__(self, index: Any) -> Any:
+        part, place = self._place(index)
+        return part[place]
+
+    def name(self, index: int) -> str:
+        """Return what names an item to a person."""
+        return item_name(*self._place(index))
+
+    def _place(self, index: int) -> tuple[Sequence[Any], int]:
         part = int(np.searchsorted(self._ends, index, side="right"))
-        return self._parts[part][index - (int(self._ends[part - 1]) if part else 0)]
+        return self._parts[part], index - (int(self._ends[part - 1]) if part else 0)
