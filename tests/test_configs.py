@@ -157,6 +157,34 @@ def test_what_a_run_refuses_is_one_sentence(config, message, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (
+            "def get_config(arg=None):\n    return int('many')\n",
+            "{}, line 2: ValueError: invalid literal for int() with",
+        ),
+        ("import math\nmath.sqrt('a')\n", "{}, line 2: TypeError: must be real number, not str"),
+        ("\nimport no_such_package\n", "{}, line 2: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("x = 1\ny = (\n", "{}, line 2: SyntaxError: '(' was never closed"),
+        ("x = 1\n", "{} has no function get_config(arg)"),
+        ("def get_config():\n    pass\n", "{}: get_config takes one argument: def get_config(arg=None)"),
+        (
+            "from xclip_jax.configs import common\n\ndef get_config(arg):\n"
+            "    config = common.base('clip', 'Ti/12')\n    config.optim.lrr = 1\n",
+            "config key 'lrr' is unknown; {}, line 5, sets it.",
+        ),
+    ],
+)
+def test_an_error_of_an_own_recipe_has_its_file_and_line(recipe, message, own_flags, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(recipe)
+    with pytest.raises(SystemExit) as stopped:
+        load.parse(["xclip-jax", "--config", str(file)])
+    assert stopped.value.code.startswith(f"error: {message.format(file)}")
+    assert len(stopped.value.code.splitlines()) == 1
+
+
 def test_flatten():
     assert schema.flatten({"a": {"b": 1, "c": (1, 2)}, "d": "x"}) == {"a.b": 1, "a.c": [1, 2], "d": "x"}
 

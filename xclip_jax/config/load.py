@@ -1,12 +1,15 @@
 """The config of a command: loads the recipe, checks the overrides, and reports what is wrong in one sentence."""
 
 import importlib.util
+import inspect
 import itertools
 import pathlib
 import re
 import shlex
 import sys
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -58,6 +61,23 @@ def find_recipe(name: str) -> str:
     return name
 
 
+def _takes_one(function: Callable[..., Any]) -> bool:
+    """Whether `function` can be called with one argument."""
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    return True
+
+
+def _place(error: Exception, file: str, origin: str) -> str:
+    """Return "FILE, line N": the innermost line of the recipe `file`, whose full path is `origin`, in `error`."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == origin]
+    if isinstance(error, SyntaxError) and error.filename == origin:
+        lines.append(error.lineno)
+    return f"{file}, line {lines[-1]}" if lines else file
+
+
 def load_config(spec: str) -> ml_collections.ConfigDict:
     """Return `get_config(arg)` of the recipe in "NAME:arg" or "FILE.py:arg", locked."""
     name, _, arg = spec.partition(":")
@@ -68,15 +88,21 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-        config = module.get_config(arg or None)
-    except (AttributeError, KeyError) as error:
-        if "since the config is locked" not in str(error):
-            raise
-        # ConfigDict names the last part of the key alone, so the line of the file is named beside it.
-        line = traceback.extract_tb(error.__traceback__)
-        number = next((frame.lineno for frame in reversed(line) if frame.filename == module_spec.origin), 0)
-        name = str(error).split('"')[1]
-        raise UserError(f"config key {name!r} is unknown; {file}, line {number}, sets it.") from error
+        if not callable(get_config := getattr(module, "get_config", None)):
+            raise UserError(f"{file} has no function get_config(arg)")
+        if not _takes_one(get_config):
+            raise UserError(f"{file}: get_config takes one argument: def get_config(arg=None)")
+        config = get_config(arg or None)
+    except UserError:
+        raise
+    except Exception as error:
+        place = _place(error, file, str(module_spec.origin))
+        if isinstance(error, (AttributeError, KeyError)) and "since the config is locked" in str(error):
+            # ConfigDict names the last part of the key alone, so the line of the file is named beside it.
+            name = str(error).split('"')[1]
+            raise UserError(f"config key {name!r} is unknown; {place}, sets it.") from error
+        text = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
+        raise UserError(f"{place}: {type(error).__name__}: {text}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"{file} is not a config file: get_config returns {type(config).__name__}, not a ConfigDict.")
     return config.lock()
@@ -151,7 +177,8 @@ def parse(argv: list[str]) -> list[str]:
     except (UserError, flags.Error, TypeError, ValueError) as error:
         remedy = "; --help lists the keys with their defaults" if isinstance(error, flags.IllegalFlagValueError) else ""
         text = " ".join(str(error).split())
-        for python, expected in _CONVERSIONS.items():
+        conversions = {} if isinstance(error, UserError) else _CONVERSIONS  # an error of a recipe keeps its text
+        for python, expected in conversions.items():
             text = re.sub(f"{re.escape(python)}.*", f"expected {expected}", text)
         sys.exit(f"error: {text}{remedy}")
     except (MemoryError, RecursionError):  # of Python's own parser
