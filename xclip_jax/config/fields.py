@@ -152,9 +152,9 @@ def _value_fault(path: str, value: Any, expected: Any, checks: Sequence[Check]) 
     return None
 
 
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The most similar of `names`."""
-    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)), None)
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.0) -> str | None:
+    """The most similar of `names`, if it is as similar as `cutoff`, up to 1."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
 
 
 def sentence(fault: str) -> str:

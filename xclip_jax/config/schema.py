@@ -119,6 +119,7 @@ class Config:
     def training_conflicts(self) -> Iterator[str]:
         """Values with which nothing should be trained; a run of an earlier version that has them can be read."""
         optim, checkpoint = self.optim, self.checkpoint
+        yield from (f"objective.{fault}" for fault in self.objective.misspelling())
         if optim.schedule != "constant" and optim.lr_end > optim.lr:
             yield f"optim.lr_end {optim.lr_end:g} is above optim.lr {optim.lr:g}, the peak; lower it, as to 0"
         if optim.warmup and optim.lr_start > optim.lr:
@@ -129,7 +130,10 @@ class Config:
     def conflicts(self) -> Iterator[str]:
         """Values of several groups that do not go together."""
         if self.optim.warmup >= self.steps:
-            remedy = f"shorten it, or give the recipe its steps, as in small:pairs=PATH,steps={self.steps}"
+            remedy = (
+                "shorten it with --config.optim.warmup=N, or give the recipe its length (steps= in small, demo and "
+                "icons, epochs= in others)"
+            )
             yield f"optim.warmup={self.optim.warmup} must be below the {self.steps} steps of the run; {remedy}"
         if self.log.profile and self.log.profile[1] > self.steps:
             yield f"log.profile is {self.log.profile}; name steps of the run, which has {self.steps}"

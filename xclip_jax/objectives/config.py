@@ -73,6 +73,16 @@ class ObjectiveConfig:
         path = f"objective.plugins.{name}"
         return read_plugin(self.plugins[name], path, TERMS, Term, "objective term", type_name=name)
 
+    def misspelling(self) -> Iterator[str]:
+        """Yield what is wrong with a name like one of this package, whose terms are all of this package too.
+
+        With a digit or a sign, as in "xclip_2", it is a name of its own.
+        """
+        near = fields.nearest(self.name, RECIPES, cutoff=0.8)
+        own = not self.name.isalpha() or self.plugins or not self.terms.keys() <= TERMS.keys()
+        if near and self.name != near and not own:
+            yield f"name is {self.name!r}; did you mean {near!r}?"
+
     def conflicts(self) -> Iterator[str]:
         """Yield what is wrong with values that contradict each other."""
         if not any(self.terms.values()):
