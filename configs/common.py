@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import shlex
 from typing import Any
 
 import ml_collections
@@ -40,6 +42,10 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
             items.append((key, text))
     for key, text in items:
         if key not in defaults:
+            if not text and os.path.exists(os.path.expanduser(key)):
+                raise UserError(
+                    f"config argument {key!r} is a path; to train on it, write {shlex.quote(f'small:pairs={key}')}."
+                )
             near = nearest(key, defaults)
             raise UserError(f"config argument {key!r} is unknown; did you mean {near!r}? Known: {', '.join(defaults)}.")
         kind = type(defaults[key])

@@ -150,7 +150,10 @@ def parse(argv: list[str]) -> list[str]:
                 print(f"{sys.modules['__main__'].__doc__}\n\n{flags.FLAGS.main_module_help()}\n{help_text()}")
             sys.exit(0)
         if at is None and "--helpfull" not in argv:
-            raise UserError("--config is missing; start with --config demo")
+            named = (word for word in argv[1:] if word.partition(":")[0] in recipes())
+            recipe = next(named, "")
+            remedy = f"write --config {shlex.quote(recipe)}" if recipe else "start with --config demo"
+            raise UserError(f"--config is missing; {remedy}")
         if at is not None:
             _check_words(argv[1:])
             spec = argv[at].partition("=")[2] or (argv[at + 1] if at + 1 < len(argv) else "")
