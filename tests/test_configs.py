@@ -129,6 +129,17 @@ def own_flags():
         (["--config", "demo", "--config.batch_size=1"], "'batch_size' is unknown; did you mean 'data.batch'?"),
         (["--config", "demo", "--config.epochs=1"], "'epochs' is unknown; did you mean 'steps'?"),
         (["--config", "demo", "--lr=1"], "unknown flag '--lr'; did you mean '--config.optim.lr'?"),
+        (["--config", "demo", "--batch-size=1"], "'--batch-size'; did you mean '--config.data.batch'?"),
+        (
+            ["--config", "demo", "--config.data.batch-size=1"],
+            "'data.batch-size' is unknown; did you mean 'data.batch'?",
+        ),
+        (["--config", "demo", "--config.eval.report=maybe"], "report=maybe: expected True or False; --help lists"),
+        (
+            ["--config", "demo", '--config.data.sources=("folder:flat'],
+            "data.sources is '(\"folder:flat'; quotes or brackets are not closed",
+        ),
+        (["--config", "demo", "--config.data.sources='a','b"], "quotes or brackets are not closed"),
         ([], "--config is missing; start with --config demo"),
         (["small:pairs=flat"], "--config is missing; write --config small:pairs=flat"),
         (["--config.run=x", "demo"], "--config is missing; write --config demo"),

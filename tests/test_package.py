@@ -47,6 +47,8 @@ def test_command_line_of_a_command(tmp_path):
     assert done.returncode == 1 and list(tmp_path.iterdir()) == []
     done = command("trian", cwd=tmp_path)
     assert done.stderr == "error: unknown command 'trian'; did you mean 'train'? See xclip-jax --help\n"
+    done = command("--verison", cwd=tmp_path)
+    assert done.stderr == "error: unknown option '--verison'; did you mean '--version'? See xclip-jax --help\n"
     assert command("--version", cwd=tmp_path).stdout.startswith("xclip_jax 0.")
 
 

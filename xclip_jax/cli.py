@@ -30,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif command == "--version":
             print(f"xclip_jax {xclip_jax.__version__}")
         elif command not in COMMANDS:
-            sys.exit(
-                f"error: unknown command {command!r}; did you mean {nearest(command, COMMANDS)!r}? See xclip-jax --help"
-            )
+            near = nearest(command, ("--version", "--help") if command.startswith("-") else COMMANDS)
+            what = "option" if command.startswith("-") else "command"
+            sys.exit(f"error: unknown {what} {command!r}; did you mean {near!r}? See xclip-jax --help")
     if command in COMMANDS:
         sys.argv = [sys.argv[0], *arguments]
         Parser.program = f"xclip-jax {command}"

@@ -162,10 +162,15 @@ def sentence(fault: str) -> str:
     return fault if fault.endswith("?") else f"{fault}."
 
 
+def other_word(name: str) -> str:
+    """Return the key that other trainers call `name`, with hyphens or underscores; "" for none."""
+    return ALIASES.get(name.replace("-", "_"), "")
+
+
 def unknown_key(key: str, names: Iterable[str]) -> str:
     """Return the sentence about a dotted `key` whose last part is not among `names`, without a stop."""
     prefix, dot, name = key.rpartition(".")
-    alias = ALIASES.get(name, "")
+    alias = other_word(name)
     if prefix and not alias.startswith(f"{prefix}."):  # another group has keys of its own
         alias = ""
     near = alias or (f"{prefix}{dot}{similar}" if (similar := nearest(name, names)) else "")

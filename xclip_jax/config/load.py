@@ -1,5 +1,6 @@
 """The config of a command: loads the recipe, checks the overrides, and reports what is wrong in one sentence."""
 
+import ast
 import importlib.util
 import inspect
 import itertools
@@ -26,6 +27,7 @@ TRUST = flags.DEFINE_bool(
 _CONVERSIONS = {
     "invalid literal for int() with base 10": "an integer",
     "could not convert string to float": "a number",
+    "Non-boolean argument to boolean flag": "True or False",
 }
 
 
@@ -121,16 +123,35 @@ def _check_words(arguments: list[str]) -> None:
         flag = word.startswith("-") and "=" not in word
 
 
+def _is_open(value: str) -> bool:
+    """Whether a tuple's value begins with a quote or bracket, and one is not closed."""
+    if not value.startswith(("(", "[", "'", '"')):
+        return False
+    try:
+        ast.literal_eval(value)
+    except SyntaxError as error:
+        return bool(re.search("never closed|unterminated|does not match", error.msg))
+    except ValueError:  # closed, and not a plain value
+        return False
+    return False
+
+
 def check_keys(config: ml_collections.ConfigDict, overrides: list[str]) -> None:
-    """Raises `UserError`, with the nearest valid key, for an override --config.KEY of a key that does not exist."""
+    """Raises `UserError` for an override --config.KEY=VALUE of a key that does not exist, with the nearest valid key.
+
+    So does a tuple's value with a quote or bracket that is not closed, which may else be taken as a plain text.
+    """
     for override in overrides:
-        match = re.match(r"--?(?:no)?config\.([\w.]+)", override)
+        match = re.match(r"--?(?:no)?config\.([\w.-]+)", override)
         node = config
         for i, part in enumerate(path := match[1].split(".") if match else []):
             keys = list(node) if isinstance(node, ml_collections.ConfigDict) else []
             if part not in keys:
                 raise UserError(fields.unknown_key(".".join(path[: i + 1]), keys))
             node = node[part]
+        value = override.partition("=")[2]
+        if isinstance(node, tuple) and _is_open(value):
+            raise UserError(f"config key {match[1] if match else ''} is {value!r}; quotes or brackets are not closed")
 
 
 def help_text() -> str:
@@ -171,7 +192,7 @@ def parse(argv: list[str]) -> list[str]:
         return unparsed
     except flags.UnrecognizedFlagError as error:
         similar = str(error).partition("Did you mean: ")[2].removesuffix(" ?")
-        if key := fields.ALIASES.get(error.flagname):
+        if key := fields.other_word(error.flagname):
             similar = f"config.{key}"
         remedy = (
             f"did you mean '--{similar}'?" if similar else "config keys are --config.KEY=VALUE, and --help lists them"
@@ -182,7 +203,7 @@ def parse(argv: list[str]) -> list[str]:
         text = " ".join(str(error).split())
         conversions = {} if isinstance(error, UserError) else _CONVERSIONS  # an error of a recipe keeps its text
         for python, expected in conversions.items():
-            text = re.sub(f"{re.escape(python)}.*", f"expected {expected}", text)
+            text = re.sub(rf"(\(')?{re.escape(python)}.*", f"expected {expected}", text)
         sys.exit(f"error: {text}{remedy}")
     except (MemoryError, RecursionError):  # of Python's own parser
         sys.exit("error: a value on the command line is nested too deeply to be read; write a plain value")
