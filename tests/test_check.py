@@ -111,6 +111,8 @@ def test_columns_are_named_after_the_source_as_the_recipe_small_has_them(tmp_pat
             ("--max_bad_fraction", "nan"),
             "argument --max_bad_fraction: 'nan' is not a number of at least 0 and at most 1; see --help",
         ),
+        (("--text_keys=words",), "unrecognized arguments: --text_keys=words; write PATH,text=COLUMN; see --help"),
+        (("--image-key=x",), "unrecognized arguments: --image-key=x; write PATH,image=COLUMN; see --help"),
         (("--seed", "x"), "argument --seed: 'x' is not a number of at least 0; see --help"),
         (("--sheet", "{}"), "--sheet '{}' is a folder; pass a PNG file in it."),
     ],

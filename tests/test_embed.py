@@ -358,6 +358,26 @@ def test_bad_input_is_one_sentence(root, changes, message):
     assert "\n" not in str(stopped.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["runs/a", "--images=x", "--out=x.npz"], "required: --checkpoint; write --checkpoint runs/a; see --help"),
+        (
+            ["--checkpoint=a", "--out=x.npz", "--images=My", "own", "set", "--batch=2"],
+            "spaces: '--images=My own set'; see",
+        ),
+        (
+            ["--checkpoint=a", "--out=x.npz", "--images", "My", "set"],
+            "arguments: set; quote a path with spaces: 'My set';",
+        ),
+    ],
+)
+def test_misplaced_words_are_named_with_what_to_write(line, message):
+    with pytest.raises(SystemExit) as stopped:
+        embed.main(line)
+    assert message in str(stopped.value)
+
+
 def test_a_folder_that_cannot_be_written_to_is_named_before_the_model_is_loaded(root, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
     monkeypatch.setattr(embed.inference, "load", lambda *_, **__: pytest.fail("loaded the model"))

@@ -132,6 +132,11 @@ def test_a_suite_is_a_name_or_names():
         (["--compare", "{}/bare", "{}/a"], "evaluation.json does not exist"),
         (["--compare", "{}/a"], "expected 2 arguments"),
         (["--checkpoint", "{}/a", "--compare", "{}/a", "{}/b"], "either --checkpoint RUN or --compare A B"),
+        (["{}/a"], "unrecognized arguments: {}/a; write --checkpoint {}/a; see --help"),
+        (
+            ["--checkpoint", "My", "own", "run"],
+            "arguments: own run; quote a path with spaces: 'My own run'; see --help",
+        ),
         ([], "either --checkpoint RUN or --compare A B"),
     ],
 )
@@ -142,7 +147,7 @@ def test_bad_input_is_one_sentence(flags, message, runs):
     (runs / "broken" / "config.json").write_text("{")
     with pytest.raises(SystemExit) as stopped:
         evaluate.main([flag.format(runs) for flag in flags])
-    assert message in str(stopped.value)
+    assert message.format(runs, runs) in str(stopped.value)
     assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)
 
 

@@ -134,6 +134,8 @@ def _tuples(value):
         (["{}/run", "--output", "{}/none/x.html"], "none' does not exist; create it first"),
         (["{}/run", "--output", "{}"], "is a folder; name a file in it"),
         ([], "required: RUN"),
+        (["--checkpoint={}/run"], "required: RUN; write RUN without --checkpoint; see --help"),
+        (["--checkpoint", "{}/run"], "arguments: --checkpoint; write RUN without --checkpoint; see --help"),
     ],
 )
 def test_bad_input_is_one_sentence(flags, message, run, monkeypatch):

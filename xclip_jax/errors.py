@@ -2,13 +2,16 @@
 
 import argparse
 import contextlib
+import itertools
 import numbers
 import os
 import pathlib
+import re
 import select
+import shlex
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, ClassVar, NoReturn
 
@@ -116,19 +119,50 @@ class Parser(argparse.ArgumentParser):
 
     program: ClassVar[str | None] = None
 
-    def __init__(self, *, prog: str | None = None, **options: Any) -> None:
-        """Make a parser with the options of `ArgumentParser`; the description names the program as it was started."""
+    def __init__(self, *, prog: str | None = None, hints: Mapping[str, str] | None = None, **options: Any) -> None:
+        """Make a parser.
+
+        Args:
+          prog: name of the program in its help, which `program` replaces, in the description too.
+          hints: for options of other commands, without their dashes, what to write instead of them.
+          **options: those of `ArgumentParser`.
+        """
+        self._hints, self._given = dict(hints or {}), list[str]()
         if prog and Parser.program and options.get("description"):
             options["description"] = options["description"].replace(prog, Parser.program)
         defaults: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(prog=Parser.program or prog, **(defaults | options))
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def print_help(self, file: Any = None) -> None:
         with exit_with_message():
             print(self.format_help(), end="", file=file)  # argparse's own passes over an error of writing
 
     def error(self, message: str) -> NoReturn:
-        sys.exit(public(f"error: {message}; see --help"))
+        hint = self._hint(message)
+        sys.exit(public(f"error: {message}; {f'{hint}; ' if hint else ''}see --help"))
+
+    def _hint(self, message: str) -> str:
+        """Return what to write instead of an argument that belongs to another command or was cut off a path."""
+        for word in self._given:
+            name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+            if word.startswith("--") and name in self._hints:
+                return self._hints[name]
+        leading = list(itertools.takewhile(lambda word: not word.startswith("-"), self._given))
+        lacks = "--checkpoint" in self._option_string_actions and "--checkpoint" not in str(self._given)
+        if lacks and len(leading) > len(self._get_positional_actions()):
+            return f"write --checkpoint {shlex.quote(leading[0])}"
+        strange = re.match(r"unrecognized arguments: (.*)|unknown argument '(.*)'$", message)
+        text = f"{strange[1] or strange[2]} " if strange else ""
+        for before, word in itertools.pairwise(self._given):
+            cut = text.startswith(f"{word} ") and (not before.startswith("-") or "=" in before)
+            if cut and not word.startswith("-") and not os.path.exists(word):
+                rest = itertools.takewhile(lambda word: not word.startswith("-"), text.split())
+                return f"quote a path with spaces: {shlex.quote(' '.join([before, *rest]))}"
+        return ""
 
 
 def check_choice(key: str, value: object, valid: Iterable[Any]) -> None:

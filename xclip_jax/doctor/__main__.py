@@ -26,7 +26,9 @@ _CONFIG = re.compile(r"--?(no)?config\b")
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command's own arguments, and those of the config."""
-    parser = Parser(prog="python -m xclip_jax.doctor", description=__doc__)
+    parser = Parser(
+        prog="python -m xclip_jax.doctor", description=__doc__, hints={"checkpoint": "write RUN without --checkpoint"}
+    )
     default = finding.Options()
     before = any(_CONFIG.match(argument) for argument in argv)
     if not before:

@@ -33,7 +33,9 @@ from xclip_jax.train.weights import load
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m xclip_jax.report", description=__doc__)
+    parser = Parser(
+        prog="python -m xclip_jax.report", description=__doc__, hints={"checkpoint": "write RUN without --checkpoint"}
+    )
     parser.add_argument(
         "runs", metavar="RUN", nargs="+", help="run directory; the first is what others are compared to"
     )
