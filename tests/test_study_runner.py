@@ -272,8 +272,18 @@ def test_after_failed_runs_the_page_is_written(tmp_path, source, monkeypatch, ca
     monkeypatch.setattr(__main__.Runner, "run", fail)
     docs = tmp_path / "docs"
     with pytest.raises(SystemExit, match="error: 1 runs failed"):
-        __main__.main(["--docs", str(docs), "--scratch", str(tmp_path / "scratch")])
+        __main__.main(["--allow-dirty", "--docs", str(docs), "--scratch", str(tmp_path / "scratch")])
     assert (docs / "study.md").exists()
+
+
+def test_a_refused_command_writes_nothing(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(__main__.icons, "study", lambda: study_tiny.study())
+    monkeypatch.setattr(__main__, "load_config", study_tiny.load)
+    monkeypatch.setattr(runner, "code_version", lambda: "unknown")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match=r"error: the code is not that of a commit \(unknown\)"):
+        __main__.main(["--docs", str(tmp_path / "docs"), "--scratch", str(tmp_path / "scratch")])
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_another_recipe_does_not_replace_the_page_or_the_finding(tmp_path, monkeypatch):

@@ -77,14 +77,17 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"the pages in {docs} and the README's finding are of the study's own recipe, not of "
                 f"--recipe {study.recipe}; pass --docs FOLDER for others."
             )
-        failed, complete = None, True
+        failed, complete, work = None, True, None
+        if not flags.collect and not flags.page:
+            work = _runner(matrix, runs, only, flags)
+            work.check()
         try:
             if flags.collect:
                 options = {"commit": flags.commit, "diverged": flags.diverged, "allow_dirty": flags.allow_dirty}
                 for path in collect(matrix, runs, flags.collect, **options):
                     print(path)
-            elif not flags.page:
-                complete = _runner(matrix, runs, only, flags).run()
+            elif work:
+                complete = work.run()
         except UserError as error:  # the page has what is finished
             failed = error
         snapshot, readme = Snapshot(matrix, records.read_all(runs)), docs.parent / "README.md"

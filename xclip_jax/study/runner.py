@@ -104,6 +104,12 @@ class Runner:
         self._listed: tuple[list[str], Snapshot] | None = None
         self._lock: Any = None
 
+    def check(self) -> None:
+        """Raises `UserError` where something is to be run and the code is not committed; nothing is written."""
+        snapshot = self._read()
+        if any(run.key and run.key not in snapshot.records for run in selected(snapshot, self.only)):
+            self._check_commit()
+
     def run(self) -> bool:
         """Run all that can be run. Returns whether nothing is left of it but runs that wait for others' recipes.
 
@@ -154,13 +160,18 @@ class Runner:
         commit = code_version()
         return self.commit if commit == "unknown" and self.commit else commit
 
-    def _start(self, run: Run) -> None:
+    def _check_commit(self) -> str:
+        """The commit of the code; `UserError` where it is not that of one, unless that is allowed."""
         commit = self._commit()
         if (commit.endswith("-dirty") or commit == "unknown") and not self.allow_dirty:
             raise UserError(
                 f"the code is not that of a commit ({commit}): {', '.join(_CODE)} have changes, or are not in a git "
                 "checkout. Commit them, name their commit with --commit, or pass --allow-dirty; run files tell which."
             )
+        return commit
+
+    def _start(self, run: Run) -> None:
+        commit = self._check_commit()
         folder = self.scratch / f"{run.arm.name}-s{run.seed}-{run.key[:8]}"
         if (folder / RECORDED).exists():  # kept, and its run file deleted: it is to be run again, not read again
             shutil.rmtree(folder)
