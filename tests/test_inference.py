@@ -3,6 +3,7 @@ import io
 import json
 import subprocess
 import sys
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -259,8 +260,8 @@ def test_bad_input_is_named(model, run, tmp_path):
         (lambda: model.encode_image([tmp_path / "empty.jpg"]), r"empty.jpg': file is empty"),
         (lambda: model.encode_image([encoded(pictures()[0])[:200]]), "image 0: image"),
         (lambda: model.encode_image([pixels[0]]), r"not an image array: expected uint8 .*float64"),
-        (lambda: model.encode_image([3]), "image 0: not an image: a int"),
-        (lambda: model.encode_image("a.jpg"), "pass a list"),
+        (lambda: model.encode_image([3]), "image 0: not an image: an int"),
+        (lambda: model.encode_image("a.jpg"), "images is a single image; pass a list"),
         (lambda: model.encode_pixels(pixels), "pixels are float64"),
         (lambda: model.encode_pixels(pixels[0].astype(np.float32)), "this model takes float32"),
         (lambda: model.encode_tokens(np.zeros((1, 3), np.int32)), r"int32 of shape \(1, 3\); expected .* \(b, 12\)"),
@@ -273,7 +274,7 @@ def test_bad_input_is_named(model, run, tmp_path):
         (lambda: model.encode_tokens(np.full((1, 12), 2**63 + 1, np.uint64)), f"token {2**63 + 1} in row 0"),
         (lambda: model.encode_tokens([[1] * 9 + [2, 0, 0], [1] * 12]), "row 1 of the tokens has no end token, 2, from"),
         (lambda: model.encode_text("a fox"), "pass a list of strings"),
-        (lambda: model.encode_text(["a", 3]), "texts holds 3, a int"),
+        (lambda: model.encode_text(["a", 3]), "texts holds 3, an int"),
         (lambda: model.zero_shot([], []), "at least one class"),
         (lambda: model.zero_shot([], ["fox"], ["a fox"]), "has no {}"),
         (lambda: model.zero_shot([], "fox"), "in brackets"),
@@ -287,6 +288,14 @@ def test_bad_input_is_named(model, run, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             call()
+
+
+def test_an_error_of_an_image_has_a_short_traceback(model, tmp_path):
+    with pytest.raises(UserError) as error:
+        model.encode_image([tmp_path / "none.jpg"])
+    text = "".join(traceback.format_exception(error.value))
+    assert text.count("Traceback") == 1 and "pool.py" not in text
+    assert text.endswith("none.jpg': file does not exist.\n")
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int64", "uint64", ">i4"])

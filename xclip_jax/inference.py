@@ -276,12 +276,12 @@ class Model:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
                 raise BadSample("not an image array", f"expected uint8 (h, w, 3), got {image.dtype} {image.shape}")
         elif not isinstance(image, bytes | Image.Image):
-            raise BadSample("not an image", f"a {type(image).__name__}")
+            raise BadSample("not an image", _a(image))
         return self.preprocessing(image)
 
     def _images(self, images: Sequence[ImageLike] | np.ndarray, keys: Sequence[str]) -> Features:
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
-            raise UserError("images is a single one; pass a list of them.")
+            raise UserError("images is a single image; pass a list.")
 
         def make(i: int) -> np.ndarray:
             image = images[i]
@@ -289,7 +289,7 @@ class Model:
                 return self.prepare(image)
             except BadSample as error:
                 name = f", {os.fspath(image)!r}" if isinstance(image, str | os.PathLike) else ""
-                raise UserError(f"image {i}{name}: {error}.") from error
+                raise UserError(f"image {i}{name}: {error}.") from None
 
         window = 2 * self.batch
         with ThreadPrefetcher(make, len(images), threads=self._threads, window=window) as prepared:
@@ -302,7 +302,7 @@ class Model:
         if isinstance(texts, str):
             raise UserError(f"texts is the string {texts[:40]!r}; pass a list of strings.")
         if wrong := [text for text in texts if not isinstance(text, str)]:
-            raise UserError(f"texts holds {wrong[0]!r:.40}, a {type(wrong[0]).__name__}; pass strings.")
+            raise UserError(f"texts holds {wrong[0]!r:.40}, {_a(wrong[0])}; pass strings.")
         return self._encoder.texts(self._variables, texts, keys)
 
     def _tokens(self, tokens: Rows, keys: Sequence[str]) -> Features:
@@ -321,6 +321,12 @@ class Model:
     def fingerprint(self) -> str:
         """A checksum of weights, tokenizer and preprocessing, see `train.weights.fingerprint`."""
         return weights.fingerprint(self._experiment, self._variables)
+
+
+def _a(value: object) -> str:
+    """The type of a value, after its article."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def read(path: str | os.PathLike) -> bytes:
