@@ -1,5 +1,6 @@
 """What an installed package has: the command, recipes by name, files beside the code. tests/test_uv.py installs one."""
 
+import errno
 import os
 import pathlib
 import re
@@ -74,6 +75,20 @@ def test_a_pipe_to_another_process_that_breaks_is_an_error():
     with pytest.raises(BrokenPipeError), exit_with_message():
         os.write(writer, b"x")
     os.close(writer)
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EACCES, "; change its permissions, or name another folder"),
+        (errno.EROFS, "; name another folder"),
+        (errno.ENOENT, ""),
+    ],
+)
+def test_a_folder_that_cannot_be_written_to_has_a_remedy(number, remedy):
+    with pytest.raises(SystemExit) as end, exit_with_message():
+        raise OSError(number, "reason", "a/b")
+    assert str(end.value) == f"error: 'a/b': reason{remedy}"
 
 
 def test_recipes_by_name_and_by_path(tmp_path):

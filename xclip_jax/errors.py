@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import itertools
+import errno
 import numbers
 import os
 import pathlib
@@ -24,6 +25,11 @@ EXIT_RESUMABLE = 75
 EXIT_RESTART = 79
 # Of one whose output has no reader any more: what a shell reports of a program that SIGPIPE ends.
 EXIT_UNREAD = 141
+# What to do about errors of the operating system that name a file.
+_REMEDIES = {
+    errno.EACCES: "; change its permissions, or name another folder",
+    errno.EROFS: "; name another folder",
+}
 
 
 class UserError(ValueError):
@@ -86,7 +92,8 @@ def exit_with_message() -> Iterator[None]:
             sys.exit(EXIT_UNREAD)
         if error.filename is None:
             raise
-        sys.exit(public(f"error: {str(error.filename)!r}: {error.strerror}"))
+        remedy = _REMEDIES.get(error.errno or 0, "")
+        sys.exit(public(f"error: {str(error.filename)!r}: {error.strerror}{remedy}"))
 
 
 def _drop_unread_output() -> bool:
