@@ -107,6 +107,16 @@ def test_files_without_a_result_in_common_are_not_compared(other_results, runs):
         evaluate.compare(str(runs / "changed" / "a.json"), str(runs / "changed.json"))
 
 
+def test_a_run_that_is_missing_or_not_evaluated_is_named(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match=r"/min' does not exist; did you mean '.*/mine'"):
+        evaluate.compare(str(tmp_path / "min"), str(tmp_path / "mine"))
+    with pytest.raises(UserError, match=r"/zzz' does not exist; name the folder of a run, or a file of results"):
+        evaluate.compare(str(tmp_path / "zzz"), str(tmp_path / "mine"))
+    with pytest.raises(UserError, match=r"json does not exist; make it with .* --checkpoint /.*/mine --suite NAME"):
+        evaluate.compare(str(tmp_path / "mine"), str(tmp_path / "mine"))
+
+
 def test_a_suite_is_a_name_or_names():
     assert len(registry.expand_suites("demo")) > 10 and "imagenet_a" in registry.expand_suites("paper")
     assert registry.expand_suites("imagenet, emoji/test_line,imagenet") == ("imagenet", "emoji/test_line")

@@ -108,7 +108,7 @@ def test_what_differs_is_listed_and_what_cannot_be_compared_is_said(tmp_path):
     assert "no evaluation set of images in common" in words
     RunFolder(tmp_path / "b").evaluation_file.unlink()
     assert (
-        "evaluation.json does not exist; make it with xclip-jax evaluate --checkpoint RUN --suite NAME"
+        f"evaluation.json does not exist; make it with xclip-jax evaluate --checkpoint {tmp_path / 'b'} --suite NAME"
         in several.render([a, b])
     )
 

@@ -12,7 +12,7 @@ from xclip_jax.evaluators import results
 from xclip_jax.evaluators.result import from_json
 from xclip_jax.evaluators.statistics import bootstrap
 from xclip_jax.evaluators.summary import shorten
-from xclip_jax.run_folder import evaluation_file
+from xclip_jax.run_folder import evaluation_file, not_found
 
 # What two results must have in common.
 _COMPARED_KEYS = ("split_hash", "version", "metric", "templates", "protocol")
@@ -75,6 +75,8 @@ def compare(
 def _read(path: str, step: int | None, profile: str | None) -> tuple[list[results.Entry], results.ItemsOf]:
     """Return the entries of one step, the newest by default, of the checkpoint and model that were evaluated last."""
     file = epath.Path(path)
+    if not file.exists():
+        raise UserError(not_found(path, "name the folder of a run, or a file of results."))
     file = evaluation_file(file) if file.is_dir() else file
     entries, items = results.read(file)
     if not entries:

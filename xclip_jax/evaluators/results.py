@@ -19,6 +19,7 @@ entry's "items", and the metric is quoted as in a URL.
 import io
 import json
 import math
+import shlex
 import urllib.parse
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -58,7 +59,8 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
       UserError: a file that is missing or damaged.
     """
     if not path.exists():
-        raise UserError(f"{path} does not exist; make it with {command('evaluate')} --checkpoint RUN --suite NAME.")
+        run = shlex.quote(str(path.parent)) if path.name == "evaluation.json" else "RUN"
+        raise UserError(f"{path} does not exist; make it with {command('evaluate')} --checkpoint {run} --suite NAME.")
     try:
         record = json.loads(path.read_text())
         # Older files have these keys once, not in each entry.
