@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -247,9 +248,17 @@ def test_columns_of_images_are_not_confused(pairs, tmp_path):
 
 def test_names_of_sets_of_pairs(pairs):
     assert registry.expand_suites(f"retrieval/folder:{pairs},retrieval/holdout")
-    for wrong in ("retrieval/", "retrieval/nothing"):
+    for wrong in ("retrieval/", "retrieval/holdou"):
         with pytest.raises(UserError, match=r"unknown evaluation set.*did you mean 'retrieval/holdout'"):
             registry.check(wrong)
+    with pytest.raises(UserError, match=r"retrieval/flatt: no file or folder 'flatt'; check the path"):
+        registry.check("retrieval/flatt")
+    right = "retrieval/x.csv?image=path&text=caption"
+    with pytest.raises(
+        UserError, match=rf"'image=path' is not a set; .* question mark: write {re.escape(repr(right))}"
+    ):
+        registry.expand_suites("retrieval/x.csv,image=path,text=caption")
+    assert registry.expand_suites(right) == (right,)
 
 
 def test_a_path_of_own_pairs_needs_no_kind_before_it(pairs, tmp_path, monkeypatch):

@@ -11,7 +11,10 @@ keeps out of training, `retrieval/holdout@RUN` those of another run, for models 
 
 import contextlib
 import dataclasses
+import difflib
 import os
+import re
+import shlex
 import urllib.parse
 from collections.abc import Sequence
 from typing import Any
@@ -86,6 +89,15 @@ def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
     if columns.keys() - {"image", "text"} or len(images) > 1 or not all((*images, *texts)):
         raise UserError(f"{PREFIX}{name} ends in '?{end}'; expected {_COLUMNS}, or one of the two.")
     return place, dataclasses.replace(data, image_key=images[0], text_keys=tuple(texts))
+
+
+def check_columns(names: Sequence[str]) -> None:
+    """Raise `UserError` where columns follow a source among `names` of sets after commas, with the right spelling."""
+    columns = [name for name in names if re.match("(image|text)=", name)]
+    place = names[names.index(columns[0]) - 1] if columns else ""
+    if place.startswith(PREFIX):
+        right = shlex.quote(f"{place}?{'&'.join(columns)}")
+        raise UserError(f"{columns[0]!r} is not a set; columns follow a question mark: write {right}.")
 
 
 def _pairs(specs: Sequence[str], share: float, data: DataConfig) -> tuple[list[Source], list[holdout.Pairs]]:
@@ -180,8 +192,8 @@ class PairSets(SetKind):
         """Whether it names held-out pairs, a source or a path that one reads; nothing is opened.
 
         Raises:
-          UserError: a path of which no kind of source is known, an absolute one that does not exist, or columns that
-            are named wrongly.
+          UserError: a path of which no kind of source is known, one that does not exist and is not spelled like
+            the held-out pairs, or columns that are named wrongly.
         """
         if names_held_out(spec, PREFIX):
             return True
@@ -191,6 +203,8 @@ class PairSets(SetKind):
         except UserError:
             if os.path.isabs(place) or os.path.exists(place):
                 raise
+            if place and ":" not in place and not difflib.get_close_matches(place, [HELD_OUT]):
+                raise UserError(f"{spec}: no file or folder {place!r}; check the path.") from None
             return False
 
     @classmethod

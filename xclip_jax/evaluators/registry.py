@@ -27,7 +27,7 @@ from xclip_jax.evaluators.emoji_sets import TESTS, EmojiSets
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.file_datasets import FileSets
 from xclip_jax.evaluators.icon_sets import IconSets
-from xclip_jax.evaluators.pair_sets import PairSets
+from xclip_jax.evaluators.pair_sets import PairSets, check_columns
 from xclip_jax.evaluators.probe import Probe
 from xclip_jax.evaluators.probe_datasets import ProbeSets
 from xclip_jax.evaluators.prompts import PROFILES, Profile
@@ -130,7 +130,9 @@ def expand_suites(suites: str | Sequence[str]) -> tuple[str, ...]:
     """
     names: dict[str, None] = {}
     for part in [suites] if isinstance(suites, str) else suites:
-        for name in split(part):
+        pieces = split(part)
+        check_columns(pieces)
+        for name in pieces:
             names |= dict.fromkeys(SUITES.get(name, (name,)))
     if not names:
         raise UserError(f"--suite is empty; it must be one of {', '.join(SUITES)} or names of sets.")
