@@ -157,6 +157,18 @@ def test_tfds(tmp_path):
         open_source("tfds:numbers/tests", folder)
 
 
+def test_tfds_that_needs_tensorflow_to_be_prepared(monkeypatch, capsys):
+    def builder(*_, **__):
+        print("*****")
+        raise ModuleNotFoundError("Failed to construct dataset: No module named 'tensorflow'")
+
+    monkeypatch.setattr(tfds, "builder", builder)
+    message = r"'coco_captions' is not prepared in .*, which needs TensorFlow; .*tfds-prepare.*tfds build coco_captions"
+    with pytest.raises(UserError, match=message):
+        open_tfds("coco_captions", "train", None)
+    assert not capsys.readouterr().out
+
+
 def test_captions_of_tfds_that_are_empty_are_bad_samples():
     captions = ([b" two dogs\n", b"", b"\t"], [b"", b"  "], [])
     records = [{"image": b"x", "captions": {"text": texts}, "title": b" "} for texts in captions]

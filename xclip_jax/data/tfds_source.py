@@ -1,6 +1,8 @@
 """Data sets of TensorFlow Datasets, as pairs or labelled images, read without TensorFlow; and the demo's."""
 
+import contextlib
 import hashlib
+import io
 import json
 from typing import Any, ClassVar
 
@@ -41,10 +43,16 @@ def open_tfds(
         f"{f' --data_dir={data_dir}' if data_dir else ''}`"
     )
     try:
-        builder: Any = tfds.builder(spec, data_dir=data_dir)
+        with contextlib.redirect_stdout(io.StringIO()):  # a banner where TensorFlow is missing
+            builder: Any = tfds.builder(spec, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(f"unknown TFDS data set {spec!r}; see https://www.tensorflow.org/datasets/catalog.") from error
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and "'tensorflow'" in str(error):
+            raise UserError(
+                f"TFDS data set {spec!r} is not prepared in {folder}, which needs TensorFlow; prepare it once with "
+                f"{prepare}."
+            ) from None
         raise UserError(f"TFDS data set {spec!r} cannot be opened in {folder} ({first_line(error)}).") from error
     try:
         features = builder.info.features
