@@ -30,7 +30,7 @@ def test_tars(tmp_path, capsys):
     assert lines["width, 5/50/95 %"] == "40 / 50 / 60"
     assert lines["repeated images"] == "0"
     assert lines["repeated captions"] == (
-        "5; in one batch they would count as wrong negatives, data.spread_duplicate_captions=True keeps them apart"
+        "5; in one batch they would count as false negatives, data.spread_duplicate_captions=True keeps them apart"
     )
     assert lines["keys of several samples"].startswith("5, as '000000015', ")
     assert lines["tokens, 5/50/95 %"] == "11 / 12 / 12, 75.0% of the captions fill all 12"
@@ -72,7 +72,7 @@ def test_paths_without_a_prefix(tmp_path, capsys):
     tiny.folder(tmp_path / "pairs", n=3)
     (tmp_path / "table.csv").write_text("image,text\npairs/000.png,one\npairs/001.png,two\n")
     torture.pairs(tmp_path / "0.tar", 0, 4)
-    for path, samples in (("pairs", 3), ("table.csv", 2), (".", 4), ("*.tar", 4)):
+    for path, samples in (("pairs", 3), ("table.csv", "2 in 1 file, "), (".", "4 in 1 tar, "), ("*.tar", 4)):
         code, out, _ = run(capsys, tmp_path / path, "--length", 12)
         assert code == 0 and f"samples: {samples}" in out, path
         assert "training would run; the recipe small would refuse fewer than 8 pairs" in out

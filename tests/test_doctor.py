@@ -221,7 +221,7 @@ def test_a_checkpoint_is_restored_before_the_step_is_timed(tmp_path):
         checkpointer.save(dataclasses.replace(state, step=jax.numpy.asarray(4)), {"samples": 64})
     step = resources.check_step(experiment, folder)
     assert only(step.findings, "resume", OK).text.startswith("the checkpoint of step 4 can be read")
-    assert step.seconds > 0 and "the 6 steps to go" in only(step.findings, "step", OK).text
+    assert step.seconds > 0 and "the remaining 6 steps take" in only(step.findings, "step", OK).text
     for data in (tmp_path / "run/checkpoints/4/state").rglob("d/*"):
         data.unlink()
     step = resources.check_step(experiment, folder)
@@ -244,9 +244,15 @@ def test_checkpoints_that_the_disk_has_no_room_for(tmp_path):
     finding = only(list(resources.check_disk(experiment, TrainingFolder(tmp_path))), "disk", OK)
     assert finding.values["checkpoints"] == 2
     state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(experiment.abstract))
-    assert finding.values["needed_bytes"] == 2 * state
+    assert finding.values["needed_bytes"] == 2 * state and finding.text.startswith("2 checkpoints of ")
     (bucket,) = resources.check_disk(experiment, TrainingFolder("gs://bucket/run"))
     assert "in a bucket" in bucket.text
+
+
+def test_one_checkpoint_takes_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(resources.disk_space, "most_added", lambda *_: 1)
+    (finding,) = resources.check_disk(built("clip"), TrainingFolder("gs://bucket/run"))
+    assert re.fullmatch(r"1 checkpoint of (\S+ \S+) takes \1 in a bucket", finding.text)
 
 
 def test_checkpoints_that_are_kept_for_ever_need_space_too(tmp_path, monkeypatch):

@@ -70,7 +70,7 @@ def test_bad_samples(experiment, tmp_path):
     assert "bad samples in a row" in only(findings, "samples", FAIL).text
 
 
-def test_equal_captions_are_wrong_negatives(experiment, tmp_path):
+def test_equal_captions_are_false_negatives(experiment, tmp_path):
     pairs = tiny.folder(tmp_path / "pairs", n=40)
     for path in pairs.glob("*.txt"):
         path.write_text("the same for all of them")
@@ -81,8 +81,16 @@ def test_equal_captions_are_wrong_negatives(experiment, tmp_path):
         path.write_text("but not for a half")
     finding = only(data_findings(experiment, tmp_path, **changes), "texts", WARNING)
     assert finding.values["duplicate_share"] == 1 and "spread_duplicate_captions" in finding.remedy
+    assert "which makes them false negatives" in finding.text
     assert finding.values["full_share"] == 1
     assert only(data_findings(experiment, tmp_path, **changes, spread_duplicate_captions=True), "texts", OK)
+
+
+@pytest.mark.parametrize(("every", "interval"), [(1, "step"), (2, "2 steps")])
+def test_how_often_a_set_is_evaluated(every, interval, monkeypatch):
+    monkeypatch.setattr(reading.registry, "open_all", lambda *_, **__: None)
+    (finding,) = reading.check_sets(built("clip", eval__sets=("emoji/test_line",), eval__every=every))
+    assert finding.mark == OK and finding.text == f"1 set opens; 1 of them every {interval}"
 
 
 def test_evaluation_sets_that_do_not_open(pairs):

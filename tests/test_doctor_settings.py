@@ -59,6 +59,14 @@ def test_the_schedules_of_the_packages_recipes_are_usual(name):
     assert list(settings._schedule(schema.resolve(config))) == []
 
 
+def test_a_small_batch_of_few_pairs_is_as_usual():
+    """The data allow no larger one."""
+    experiment = built("clip", data__batch=16)
+    for pairs, expected in ((None, 1), (32, 1), (31, 0), (16, 0)):
+        lines = [x for x in settings.check_settings(experiment, None, pairs) if "tells a pair" in x.text]
+        assert len(lines) == expected, pairs
+
+
 def test_a_device_with_few_pairs(monkeypatch):
     """Of accelerators alone."""
     experiment = built("nclip", data__batch=64, optim__microbatches=4)

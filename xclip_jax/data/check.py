@@ -134,7 +134,8 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
     n = len(source)
     fingerprint = source.fingerprint()
     files = next(((unit, fingerprint[unit]) for unit in ("tars", "files") if unit in fingerprint), None)
-    of_files = f" in {len(files[1]):,} {files[0]}, {sum(x['bytes'] for x in files[1]) / 1e9:.2f} GB" if files else ""
+    unit = files[0].removesuffix("s" if len(files[1]) == 1 else "") if files else ""
+    of_files = f" in {len(files[1]):,} {unit}, {sum(x['bytes'] for x in files[1]) / 1e9:.2f} GB" if files else ""
     yield f"samples: {n:,}{of_files}, index {fingerprint['hash']}"
     count = min(options.samples or n, n)
     chosen = np.random.default_rng(options.seed).choice(n, count, replace=False)
@@ -184,7 +185,7 @@ def _repeated_captions(good: Sequence[Sample]) -> str:
     if 0 < same == len(good) - 1:
         return f"{same:,}; all images have the same one, from which there is nothing to learn"
     remedy = "data.spread_duplicate_captions=True keeps them apart"
-    return f"{same:,}" + (f"; in one batch they would count as wrong negatives, {remedy}" if same else "")
+    return f"{same:,}" + (f"; in one batch they would count as false negatives, {remedy}" if same else "")
 
 
 def _tokens(options: argparse.Namespace, caption: str) -> int:

@@ -56,15 +56,16 @@ def check_config(
     step = check_step(experiment, folder, options.step)
     yield from step.findings
     yield from check_disk(experiment, folder)
-    known = []
+    known, pairs = [], None
     for finding in check_data(
         experiment, folder, step_seconds=step.seconds, samples=options.samples, seconds=options.seconds
     ):
         known.append(finding.text)
+        pairs = finding.values.get("samples", pairs) if finding.check == "data" else pairs
         yield finding
     yield from check_sets(experiment, known)
     yield from check_weights(experiment, folder)
-    yield from check_settings(experiment, step.seconds)
+    yield from check_settings(experiment, step.seconds, pairs)
 
 
 def check_log(config: Config) -> Iterator[Finding]:

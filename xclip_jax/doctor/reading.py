@@ -196,7 +196,7 @@ def _transparency(opened: Sequence[Source], data: loader.DataConfig) -> Iterator
 
 
 def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
-    """Lengths of texts, and equal ones, which are wrong negatives of a contrastive loss."""
+    """Lengths of texts, and equal ones, which are false negatives of a contrastive loss."""
     rows = text[: experiment.data.batch]
     _, counts = np.unique(rows, axis=0, return_counts=True)
     twins = float(counts[counts > 1].sum() / len(rows))
@@ -214,7 +214,7 @@ def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
         isinstance(term, Contrastive) and weights[name] for name, term in experiment.objective.terms.items()
     )
     if contrastive and twins > _MANY_TWINS and not experiment.data.spread_duplicate_captions:
-        reason = f"{twins:.0%} of {len(rows)} pairs have the text of another one, which makes them wrong negatives"
+        reason = f"{twins:.0%} of {len(rows)} pairs have the text of another one, which makes them false negatives"
         return warning("texts", f"{lengths}; {reason}", "set data.spread_duplicate_captions=True", **values)
     return Finding("texts", f"{lengths}; {twins:.0%} of {len(rows)} pairs have the text of another one", values=values)
 
@@ -258,8 +258,10 @@ def check_sets(experiment: Experiment, known: Collection[str] = ()) -> Iterator[
         if reason.rstrip(".") not in {text.rstrip(".") for text in known}:
             yield fail("evaluation", reason if names[0] in reason else f"{names[0]}{more}: {reason}")
     if specs and not unopened:
-        during = f"{len(config.sets)} of them every {config.every:,} steps" if config.every else "all at the end"
-        yield Finding("evaluation", f"{len(specs)} sets open; {during}", values={"sets": len(specs)})
+        interval = "step" if config.every == 1 else f"{config.every:,} steps"
+        during = f"{len(config.sets)} of them every {interval}" if config.every else "all at the end"
+        opens = "1 set opens" if len(specs) == 1 else f"{len(specs)} sets open"
+        yield Finding("evaluation", f"{opens}; {during}", values={"sets": len(specs)})
 
 
 def _classes(experiment: Experiment) -> Sequence[str] | None:

@@ -102,8 +102,9 @@ def _time(
     seconds = (time.perf_counter() - began) / TIMED_STEPS
     b, left = experiment.data.batch, experiment.config.steps - (step or 0)
     speed = f", {operations / seconds / 1e12:,.3g} TFLOP/s" if operations else ""
+    remaining = f"the remaining {left:,} steps take" if left != 1 else "the remaining step takes"
     text = (
-        f"{seconds:.3g} s, {b / seconds:,.0f} samples/s{speed}; the {left:,} steps to go take "
+        f"{seconds:.3g} s, {b / seconds:,.0f} samples/s{speed}; {remaining} "
         f"{format_duration(left * seconds)} without reading and evaluating"
     )
     values = {"step_seconds": seconds, "samples_per_second": b / seconds, "run_seconds": left * seconds}
@@ -132,7 +133,8 @@ def check_disk(experiment: Experiment, folder: RunFolder) -> Iterator[Finding]:
     config, remote = experiment.config, is_remote(str(folder.path))
     saved = [] if remote else folder.steps()
     each, count = disk_space.num_bytes(experiment.abstract), len(saved) + disk_space.most_added(config, saved)
-    text = f"{count} checkpoint{'s' if count > 1 else ''} of {format_bytes(each)} take {format_bytes(count * each)}"
+    number, verb = ("1 checkpoint", "takes") if count == 1 else (f"{count} checkpoints", "take")
+    text = f"{number} of {format_bytes(each)} {verb} {format_bytes(count * each)}"
     values: dict[str, Any] = {"checkpoint_bytes": each, "checkpoints": count, "needed_bytes": count * each}
     if remote:
         yield Finding("disk", f"{text} in a bucket", values=values)

@@ -22,17 +22,18 @@ _FEW_PAIRS = 128
 _FEW_ON_DEVICE = 8
 
 
-def check_settings(experiment: Experiment, step_seconds: float | None) -> Iterator[Finding]:
+def check_settings(experiment: Experiment, step_seconds: float | None, pairs: int | None = None) -> Iterator[Finding]:
     """Yield warnings about settings, or one line that says there are none.
 
     Args:
       experiment: of the run.
       step_seconds: of a step, or None where it was not timed.
+      pairs: of the sources, or None where they are not known.
     """
     config = experiment.config
     findings = [
         *_schedule(config),
-        *_batch(config, experiment.objective),
+        *_batch(config, experiment.objective, pairs),
         *_evaluation(config, experiment.objective),
         *_saving(config, step_seconds),
     ]
@@ -58,9 +59,10 @@ def _schedule(config: Config) -> Iterator[Finding]:
         yield warning("settings", text, f"lower it to {4 * scaled:.1g} or less, or raise data.batch")
 
 
-def _batch(config: Config, objective: Objective) -> Iterator[Finding]:
+def _batch(config: Config, objective: Objective, pairs: int | None) -> Iterator[Finding]:
     b, trained = config.data.batch, [term for name, term in objective.terms.items() if objective.weights[name]]
-    if b < _FEW_PAIRS and any(isinstance(term, Contrastive) for term in trained):
+    larger = pairs is None or pairs >= 2 * b  # which the data allow
+    if b < _FEW_PAIRS and larger and any(isinstance(term, Contrastive) for term in trained):
         text = f"data.batch={b}: the contrastive loss tells a pair from {b - 1} others, which is soon too easy"
         remedy = "raise it; optim.microbatches encodes a large batch in little memory"
         yield warning("settings", text, remedy)
