@@ -2,8 +2,8 @@
 
 import argparse
 import contextlib
-import itertools
 import errno
+import itertools
 import numbers
 import os
 import pathlib
