@@ -165,7 +165,7 @@ def test_a_value_of_another_type_is_one_sentence(value, sentence, tmp_path):
 def test_messages_name_commands_as_the_user_typed_them(started, shown, tmp_path):
     (tmp_path / "a").mkdir()
     done = python("-m", *started, "--compare", "a", "a", cwd=tmp_path)
-    assert f"; make it with {shown} --checkpoint RUN --suite NAME.\n" in done.stderr
+    assert f"; make it with {shown} --checkpoint a --suite NAME.\n" in done.stderr
 
 
 @pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name not in ABSL])
