@@ -122,7 +122,7 @@ def test_a_branch_of_the_hub_that_moves(root, server, tmp_path, monkeypatch, cap
     [
         {"eval__resize": "squash"},
         {"data__normalization": "clip"},
-        {"data__tokenizer": "a.json"},
+        {"data__tokenizer": "fingerprints.json"},
         {"model__txt__causal": False},
     ],
 )
@@ -130,7 +130,7 @@ def test_a_fingerprint_is_of_preprocessing_tokenizer_and_meaning_too(changes, tm
     """mteb and `embed` take it for what decides the features."""
     monkeypatch.chdir(tmp_path)
     words = {"<|startoftext|>": 256, "<|endoftext|>": 257} | {f"w{i}": i for i in range(256)}
-    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0")).save("a.json")
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0")).save("fingerprints.json")
     runs = [tiny.untrained(tmp_path / name, "clip", **keys) for name, keys in (("a", {}), ("b", changes))]
     a, b = (xclip_jax.load(run, batch=8).fingerprint() for run in runs)
     assert a != b
