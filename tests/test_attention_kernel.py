@@ -95,9 +95,10 @@ def everywhere(monkeypatch):
     return on
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("strategy", ["dp", "fsdp_tp"])
+@pytest.mark.parametrize(
+    ("strategy", "scan", "remat"),
+    [("dp", False, "none"), ("dp", True, "dots"), ("fsdp_tp", True, "full"), ("fsdp_tp", False, "dots")],
+)
 def test_a_tower_on_eight_devices_is_the_same(everywhere, strategy, scan, remat):
     config = TransformerConfig(width=256, depth=2, heads=4, scan=scan, remat=remat)
     tower = Transformer(config, dtype=jnp.float32)
@@ -122,16 +123,16 @@ def test_a_tower_on_eight_devices_is_the_same(everywhere, strategy, scan, remat)
 
 
 STEPS = [
-    {},
+    pytest.param({}, marks=pytest.mark.slow, id="dp"),
     {"mesh__strategy": "zero1"},
-    {"mesh__strategy": "fsdp", "mesh__fsdp": 4},
+    pytest.param({"mesh__strategy": "fsdp", "mesh__fsdp": 4}, marks=pytest.mark.slow, id="fsdp"),
     {"mesh__strategy": "fsdp_tp", "mesh__fsdp": 2, "mesh__model": 2},
     {"optim__microbatches": 2},
     {"optim__microbatches": 2, "mesh__strategy": "fsdp", "mesh__fsdp": 4},
 ]
 
 
-@pytest.mark.parametrize("changes", STEPS, ids=lambda changes: "-".join(map(str, changes.values())) or "dp")
+@pytest.mark.parametrize("changes", STEPS, ids=lambda changes: "-".join(map(str, changes.values())))
 def test_a_whole_step_is_the_same(everywhere, changes):
     wide = {"width": 256, "heads": 4, "scan": True, "remat": "dots", "depth": 2}
     towers = {f"model__{tower}__{name}": value for tower in ("img", "txt") for name, value in wide.items()}
