@@ -21,7 +21,7 @@ from xclip_jax.addresses import public
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy", "xclip_jax")
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
-# Of cgroups 2 and 1: limit, use, statistics, and the key of these for pages of files that were not read lately.
+# For cgroups 2 and 1: limit, use, statistics, and the key of these for pages of files that were not read lately.
 _CGROUP_FILES = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),

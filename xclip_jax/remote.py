@@ -18,7 +18,7 @@ _PACKAGES = {
     "http": "aiohttp>=3.12", "https": "aiohttp>=3.12", "gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs",
     "abfs": "adlfs", "hf": "huggingface_hub",
 }  # fmt: skip
-# Of errors without a number, by class or by the status that an HTTP server answered; after EIO one may try again.
+# Numbers for errors without one, by class or by the status that an HTTP server answered; after EIO one may try again.
 _NUMBERS = {
     FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, IsADirectoryError: errno.EISDIR,
     401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 410: errno.ENOENT,
@@ -84,7 +84,7 @@ def os_errors(path: str) -> Iterator[None]:
         message = getattr(error, "strerror", None) or message
         if status in (401, 403) and public(path) == path:
             message += _NO_SECRETS
-        # Of a remote file without the first error, whose traceback may have its address with a password.
+        # For a remote file without the first error, whose traceback may have its address with a password.
         raise OSError(number, public(message), public(path)) from (None if "://" in path else error)
 
 
