@@ -15,18 +15,19 @@ from xclip_jax.data.length_groups import LengthGroups
 from xclip_jax.models.tower import TextTower
 from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.objectives import make_objective
+from xclip_jax.parallel.topology import CHIPS
 
 # Dense bf16 FLOP/s of one device, by JAX's name of its kind. Sources: cloud.google.com/tpu/docs, and NVIDIA's data
 # sheets, which from H100 on state twice as much, with sparsity.
 PEAK = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12 / 2,  # a chip is two devices
+    "TPU v4": CHIPS["v4"].peak,
+    "TPU v5 lite": CHIPS["v5e"].peak,
+    "TPU v5e": CHIPS["v5e"].peak,
+    "TPU v5": CHIPS["v5p"].peak,
+    "TPU v5p": CHIPS["v5p"].peak,
+    "TPU v6 lite": CHIPS["v6e"].peak,
+    "TPU v6e": CHIPS["v6e"].peak,
+    "TPU7x": CHIPS["tpu7x"].peak,
     "NVIDIA A100-PCIE-40GB": 312e12,
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100 80GB PCIe": 312e12,

@@ -1,0 +1,220 @@
+"""The text of a compiled program, `compiled.as_text()`: its computations, and how often each instruction runs."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+# Bits of a number.
+BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32} | {
+    "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128,
+}  # fmt: skip
+_HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_INSTRUCTION = re.compile(r"(ROOT )?%?([\w.\-]+) = (.*?[)}\]]) ([a-z][a-z0-9\-]*)\(")
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([^{}]*)\})?")
+_INDEX = re.compile(r"/\*index=\d+\*/")  # the compiler counts the elements of long tuples
+
+
+class Array(NamedTuple):
+    """An array of a program: type, shape and layout, such as "1,0:T(8,128)S(1)"."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    layout: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+    @property
+    def bytes(self) -> float:
+        """Bytes of the numbers alone."""
+        return math.prod(self.shape) * BITS.get(self.dtype, 32) / 8
+
+    @property
+    def padded_bytes(self) -> float:
+        """Bytes with the padding of the layout: the minor dimensions are whole tiles."""
+        order, _, tiling = self.layout.partition(":")
+        tile = re.match(r"T\(([\d,]+)\)", tiling)
+        if not (tile and self.shape):
+            return self.bytes
+        sizes = [self.shape[int(axis)] for axis in order.split(",")]  # minor first
+        for i, n in enumerate(reversed([int(n) for n in tile[1].split(",")])):
+            if i < len(sizes):
+                sizes[i] = math.ceil(sizes[i] / n) * n
+        return math.prod(sizes) * BITS.get(self.dtype, 32) / 8
+
+    @property
+    def in_hbm(self) -> bool:
+        """Whether it is in a chip's main memory, space 0 of a layout."""
+        return "S(" not in self.layout
+
+
+def arrays(text: str) -> list[Array]:
+    """Arrays of a result's type, which may be a tuple."""
+    return [
+        Array(dtype, tuple(int(n) for n in shape.split(",") if n), layout)
+        for dtype, shape, layout in _ARRAY.findall(text)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """An instruction of a computation.
+
+    Attributes:
+      name: without "%".
+      opcode: such as "fusion".
+      type: of its result, with layouts.
+      operands: names.
+      literal: the value of a constant, or the number of a parameter.
+      attributes: the text after the operands.
+      root: whether its result is the computation's.
+    """
+
+    name: str
+    opcode: str
+    type: str
+    operands: tuple[str, ...]
+    literal: str
+    attributes: str
+    root: bool
+
+    @functools.cached_property
+    def arrays(self) -> list[Array]:
+        """Arrays of the result."""
+        return arrays(self.type)
+
+    @property
+    def source(self) -> str:
+        """The path of JAX's names that the instruction comes from, "" where the compiler kept none."""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else ""
+
+    @property
+    def cycles(self) -> int:
+        """Cycles of one execution as the TPU compiler estimates them, 0 where it does not."""
+        match = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        return int(match[1]) if match else 0
+
+    def called(self, *attributes: str) -> list[str]:
+        """Names of the computations in `attributes`, in their order."""
+        matches = (re.search(rf"\b{name}=(?:\{{([^}}]*)\}}|([^\s,]+))", self.attributes) for name in attributes)
+        names = (name for match in matches if match for name in (match[1] or match[2]).split(","))
+        return [name.strip().lstrip("%") for name in names]
+
+
+Computation = dict[str, Instruction]
+
+
+class Execution(NamedTuple):
+    """An instruction that a program executes, `count` times in all, and the computation that it is part of."""
+
+    instruction: Instruction
+    count: int
+    computation: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Computations by name, each with its instructions in the order of their schedule, and the first one's name."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+    def executions(
+        self, weigh: Callable[[list[Execution]], float], computation: str = "", count: int = 1
+    ) -> Iterator[Execution]:
+        """Yield what runs, in order: loops as often as they turn, of a conditional the branch that weighs most.
+
+        A fusion is one instruction; `inside` yields what is in it.
+        """
+        computation = computation or self.entry
+        for each in self.computations[computation].values():
+            if each.opcode == "while":
+                (body,) = each.called("body")
+                yield from self.executions(weigh, body, count * self._turns(each, computation))
+            elif each.opcode == "call":
+                yield from self.executions(weigh, each.called("to_apply")[0], count)
+            elif each.opcode == "conditional":
+                names = each.called("branch_computations") or each.called("true_computation", "false_computation")
+                branches = [list(self.executions(weigh, name, count)) for name in names]
+                yield from max(branches, key=weigh)
+            else:
+                yield Execution(each, count, computation)
+
+    def inside(self, execution: Execution) -> Iterator[Execution]:
+        """Yield the instructions of the computations that a fusion or an asynchronous call executes, at any depth."""
+        if execution.instruction.opcode.endswith(("-update", "-done")):
+            return  # the call is that of its start
+        for name in execution.instruction.called("calls", "called_computations"):
+            for each in self.computations[name].values():
+                inner = Execution(each, execution.count, name)
+                yield inner
+                yield from self.inside(inner)
+
+    def _turns(self, loop: Instruction, computation: str) -> int:
+        """How often a loop turns: the compiler's note, else from its counter's start, step and limit; 1 if neither."""
+        if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
+            return int(match[1])
+        body, condition = (self.computations[loop.called(name)[0]] for name in ("body", "condition"))
+        test = root(condition)
+        counter = next((condition[name] for name in test.operands if _index(condition.get(name)) is not None), None)
+        limit = next((n for name in test.operands if (n := _constant(condition, name)) is not None), None)
+        index = _index(counter)
+        if index is None or limit is None:
+            return 1
+        turned = body.get(root(body).operands[index])
+        steps = [n for name in (turned.operands if turned else ()) if (n := _constant(body, name))]
+        outer = self.computations[computation]
+        start = _constant(outer, outer[loop.operands[0]].operands[index]) if loop.operands[0] in outer else None
+        return max(1, math.ceil((limit - (start or 0)) / (steps[0] if steps else 1)))
+
+
+def root(computation: Computation) -> Instruction:
+    """Return the instruction whose result is the computation's."""
+    return next(each for each in computation.values() if each.root)
+
+
+def _index(instruction: Instruction | None) -> int | None:
+    """The element of a tuple that an instruction takes, None for another instruction."""
+    if instruction is None or instruction.opcode != "get-tuple-element":
+        return None
+    match = re.search(r"index=(\d+)", instruction.attributes)
+    return int(match[1]) if match else None
+
+
+def _constant(computation: Computation, name: str) -> int | None:
+    """The value of a whole number that is a constant or a copy of one."""
+    each = computation.get(name)
+    if each is not None and each.opcode in ("copy", "bitcast", "convert"):
+        return _constant(computation, each.operands[0])
+    return int(each.literal) if each and each.opcode == "constant" and each.literal.isdigit() else None
+
+
+def parse(text: str) -> Program:
+    """Read the text of a compiled program."""
+    computations: dict[str, Computation] = {}
+    entry = name = ""
+    for raw in text.splitlines():
+        line = _INDEX.sub("", raw.strip()) if "/*" in raw else raw.strip()
+        if match := _INSTRUCTION.match(line):
+            each = _instruction(match, line[match.end() :])
+            computations[name][each.name] = each
+        elif match := _HEAD.match(line):
+            name = match[2]
+            computations[name] = {}
+            entry = name if match[1] else entry
+    return Program(computations, entry)
+
+
+def _instruction(match: re.Match[str], rest: str) -> Instruction:
+    root, name, shape, opcode = match.groups()
+    depths = itertools.accumulate(({"(": 1, ")": -1}.get(c, 0) for c in rest), initial=1)
+    end = next((i for i, depth in enumerate(depths) if not depth), len(rest) + 1)
+    inner, attributes = rest[: end - 1], rest[end:].lstrip(", ")
+    operands = tuple(re.findall(r"%([\w.\-]+)", inner))
+    literal = inner if opcode in ("constant", "parameter") else ""
+    return Instruction(name, opcode, shape, operands, literal, attributes, bool(root))
