@@ -11,6 +11,7 @@ from tests import tiny
 from xclip_jax import flops, plan
 from xclip_jax.config import load as config_file
 from xclip_jax.errors import UserError
+from xclip_jax.parallel import collectives
 from xclip_jax.parallel.mesh import make_mesh
 from xclip_jax.train import build, memory
 
@@ -23,9 +24,10 @@ def config(objective="xclip", **changes):
 
 
 @pytest.fixture(scope="module")
-def found():
+def found(tmp_path_factory):
     pytest.importorskip("libtpu")
-    return plan.plan(config(model__img__scan=True), "v5e:2x4", mfu=0.5)
+    path = tmp_path_factory.mktemp("plan") / "step.hlo"
+    return plan.plan(config(model__img__scan=True), "v5e:2x4", hlo=str(path)) | {"path": path}
 
 
 def test_a_plan_for_a_topology_that_is_not_there(found):
@@ -47,22 +49,44 @@ def test_a_chip_of_tpu7x_is_two_devices(found):
     assert " with " not in plan.render(found).splitlines()[0]
 
 
-def test_time_and_money_follow_from_flops(found):
-    per_second = 0.5 * 197e12 * 8 / found["flops_per_pair"]
-    assert found["pairs_per_second"] == pytest.approx(per_second)
-    assert found["images_per_second_per_host"] == pytest.approx(per_second / 2)
-    assert found["chip_hours"] == pytest.approx(8 * 1000 * 64 / per_second / 3600)
-    assert found["days"] == pytest.approx(found["chip_hours"] / 8 / 24)
+def test_time_and_money_follow_from_the_roofline(found):
+    account = found["roofline"]
+    assert found["step_ms"] == account["step_ms"] == pytest.approx(account["ms"] + account["exposed_ms"])
+    assert account["ms"] == pytest.approx(sum(row["ms"] for row in account["parts"]))
+    assert {row["part"] for row in account["parts"]} > {"MLP", "attention", "heads", "losses", "optimizer", "copies"}
+    assert found["mfu"] == pytest.approx(found["flops_per_pair"] * 64 / (197e12 * 8) / (account["step_ms"] / 1e3))
+    assert found["pairs_per_second"] == pytest.approx(64 / account["step_ms"] * 1e3)
+    assert found["images_per_second_per_host"] == pytest.approx(found["pairs_per_second"] / 2)
+    assert found["days"] == pytest.approx(1000 * account["step_ms"] / 1e3 / 86400)
+    assert found["chip_hours"] == pytest.approx(8 * 24 * found["days"])
+
+
+def test_an_mfu_that_is_given_takes_the_place_of_the_roofline(found, monkeypatch):
+    c = config(model__img__scan=True)
+    monkeypatch.setattr(memory, "compile_config", lambda *_: (build.build(c), None, "too large"))
+    given, unknown = (plan.plan(c, "v5e:2x4", mfu=mfu, price=2.0, look=False) for mfu in (0.5, None))
+    assert given["pairs_per_second"] == pytest.approx(0.5 * 197e12 * 8 / found["flops_per_pair"])
+    assert given["cost"] == pytest.approx(2 * given["chip_hours"])
+    assert "an MFU of 50%, as given:" in plan.render(given)
+    assert plan.render(unknown).endswith("no estimate of the time: the step does not fit; --mfu gives one")
 
 
 def test_the_text_has_it_all(found):
     assert found["cost"] == 0 and "cost" not in plan.render(found)
-    assert plan.render(found | {"cost": 1234.5}).endswith("chip-hours, which cost 1,234")
-    text = plan.render(found)
-    for words in ("8 chips, 2 hosts", "optimizer", "peak", "fits in", "all-reduce", "MFU of 50%"):
-        assert words in text
+    assert "chip-hours, which cost 1,234\n" in plan.render(found | {"cost": 1234.5})
+    text, mib = plan.render(found), found["memory"]["peak"] / 2**20
+    assert f"fits: {mib:.2f} MiB of a chip's 16.00 GiB (parameters " in text
+    words = ("8 chips, 2 hosts", "optimizer", "all-reduce", "collectives, exposed", "a model and not a measurement")
+    assert all(each in text for each in (*words, *(f"{name} {x}" for name, x in found["versions"].items())))
     assert ("activations" in text) == (found["memory"]["activations"] > 0)  # what fits the chip's own memory is none
-    json.dumps(found)
+    assert "between slices" not in text and "between slices" in plan.render(found | {"slices": 2})
+    json.dumps(found | {"path": ""})
+
+
+def test_the_program_is_written(found):
+    text = found["path"].read_text()
+    assert text.startswith("HloModule jit_step") and "is_scheduled=true" in text
+    assert collectives.summary(collectives.collectives(text, 8)) == found["sent"]
 
 
 @pytest.mark.slow

@@ -1,92 +1,42 @@
 """What a config needs of TPUs, ahead of time: xclip-jax plan --config FILE.py --topology v5e:4x8.
 
-Compiles the train step that a run would use for a topology that need not exist, and prints for each chip what it
-holds, whether that fits, and what it sends; with the analytic FLOPs, how long the run takes at a given MFU. Needs the
-package libtpu (pip install 'xclip_jax[tpu]') and no TPU. `--explain` prints the sharding of each parameter, and stops.
+Compiles the train step that a run would use for a topology that need not exist, and prints whether it fits, how long
+the run takes and what it costs, where the time of a step goes, and what is sent. Times are a model made of the TPU
+compiler's estimates, not a measurement; `--mfu` replaces them. Needs the package libtpu
+(pip install 'xclip_jax[tpu]') and no TPU. `--explain` prints the sharding of each parameter, and stops.
 """
 
 import dataclasses
-import importlib.util
+import importlib.metadata
 import json
 import os
-import re
+import pathlib
 import time
 from typing import Any
 
 import jax
 import ml_collections
 from absl import app, flags, logging
-from jax.experimental import topologies
 
 from xclip_jax import flops
 from xclip_jax.config import load as config_file
 from xclip_jax.console import format_bytes
-from xclip_jax.errors import UserError, check_choice, check_count, exit_with_message
+from xclip_jax.errors import UserError, exit_with_message
 from xclip_jax.parallel.collectives import Collective, collectives, summary
+from xclip_jax.parallel.roofline import COLUMNS, roofline
+from xclip_jax.parallel.topology import devices_of
 from xclip_jax.train import memory
 from xclip_jax.train.build import Experiment, build
 from xclip_jax.train.memory import bytes_on_device
 
 _TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:GRID, as v5e:4x8 or v4:2x4x4; without it, the devices here.")
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.")
-_MFU = flags.DEFINE_float("mfu", 0.4, "Share of the chips' peak that the model's FLOPs reach.")
+_MFU = flags.DEFINE_float("mfu", None, "Share of the chips' peak that the model's FLOPs reach, if you know it.")
 _PRICE = flags.DEFINE_float("price", 0.0, "Of a chip-hour, for the cost of the run.", lower_bound=0.0)
+_HLO = flags.DEFINE_string("hlo", "", "File to write the optimised program to.")
 _EXPLAIN = flags.DEFINE_bool("explain", False, "Print the sharding of each parameter, and stop.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 _SUGGEST = flags.DEFINE_bool("suggest", True, "Look for the nearest change that fits, where the step does not.")
-
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A kind of TPU. Source: docs.cloud.google.com/tpu/docs.
-
-    Attributes:
-      memory: bytes of a device.
-      peak: bf16 FLOP/s of a device.
-      options: of its topology.
-      devices: that JAX sees in a chip.
-    """
-
-    memory: float
-    peak: float
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    devices: int = 1
-
-
-CHIPS = {
-    "v4": Chip(32 * GIB, flops.PEAK["TPU v4"], {"chip_config_name": "megacore"}),  # two cores that are one device
-    "v5e": Chip(16 * GIB, flops.PEAK["TPU v5e"]),
-    "v5p": Chip(95 * GIB, flops.PEAK["TPU v5p"], {"chip_config_name": "megacore"}),
-    "v6e": Chip(32 * GIB, flops.PEAK["TPU v6e"]),
-    "tpu7x": Chip(192 * GIB / 2, flops.PEAK["TPU7x"], devices=2),  # two chiplets, each with half of the memory
-}
-
-
-def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
-    """Devices of a topology such as "v5e:4x8", none of which need exist, and their kind.
-
-    Raises:
-      UserError: an unknown chip, a grid that the chip does not come in, slices below 1, or no libtpu.
-    """
-    check_count("--slices", slices, 1)
-    chip, _, grid = topology.partition(":")
-    if not re.fullmatch(r"\d+(x\d+)+", grid):
-        raise UserError(f"--topology is {topology!r}; write CHIP:GRID, such as v5e:4x8 for 32 chips of v5e.")
-    check_choice("--topology's chip", chip, CHIPS)
-    # libtpu looks for a TPU's metadata server, and lets one process of a machine in, unless these variables allow more.
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # it says on stderr that it finds none
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("planning for TPUs needs libtpu: pip install 'xclip_jax[tpu]'")
-    options = CHIPS[chip].options | ({"num_slices": slices} if slices > 1 else {})
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices, CHIPS[chip]
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--topology={topology!r} is none that {chip} comes in ({reason}).") from error
 
 
 def explain(experiment: Experiment) -> list[dict[str, Any]]:
@@ -109,8 +59,9 @@ def plan(
     topology: str,
     *,
     slices: int = 1,
-    mfu: float = 0.4,
+    mfu: float | None = None,
     price: float = 0.0,
+    hlo: str = "",
     look: bool = True,
 ) -> dict[str, Any]:
     """Everything that the command prints, as plain numbers and strings; bytes are of one device.
@@ -118,25 +69,25 @@ def plan(
     Args:
       config: of a run.
       topology, slices: see `devices_of`.
-      mfu: share of peak FLOP/s that the model's FLOPs are taken to reach.
+      mfu: share of peak FLOP/s that the model's FLOPs reach; by default the compiler's estimates decide.
       price: of a chip-hour.
+      hlo: file to write the optimised program to.
       look: whether to look for a change that fits, where the step does not; each try is a compilation.
 
     Raises:
       UserError: as `devices_of`; a config that cannot be built; an `mfu` that is not a share.
     """
-    if not 0 < mfu <= 1:
+    if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu is {mfu}; expected a share of the chips' peak, above 0 and at most 1, such as 0.4.")
     devices, chip = devices_of(topology, slices)
     began = time.perf_counter()
     experiment, compiled, trouble = memory.compile_config(config, devices)
-    hosts = len({(getattr(d, "slice_index", 0), d.process_index) for d in devices})
     facts = {
         "topology": topology,
         "slices": slices,
         "chips": len(devices) // chip.devices,
         "devices": len(devices),
-        "hosts": hosts,
+        "hosts": len({(getattr(d, "slice_index", 0), d.process_index) for d in devices}),
         "objective": config.objective.name,
         "strategy": config.mesh.strategy,
         "mesh": dict(experiment.mesh.shape),
@@ -146,33 +97,48 @@ def plan(
         "fits": compiled is not None,
         "trouble": trouble,
         "remedy": memory.suggest(config, devices) if compiled is None and look else "",
-        **_time(experiment, mfu * chip.peak * len(devices), len(devices) // chip.devices, hosts, price),
-        "mfu": mfu,
         "compile_seconds": time.perf_counter() - began,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         "capacity": chip.memory,
     }
     if compiled is not None:
-        sent = collectives(compiled.as_text(), len(devices))
+        program = compiled.as_text()
+        if hlo:
+            pathlib.Path(hlo).write_text(program)
+        sent = collectives(program, len(devices))
         facts |= {"memory": memory.usage(experiment, compiled), "sent": summary(sent), "collectives": _largest(sent)}
-    return facts
+        facts["roofline"] = dataclasses.asdict(roofline(program, topology, len(devices)))
+    return facts | _time(experiment, facts, mfu, chip.peak * len(devices), price)
 
 
-def _time(experiment: Experiment, per_second: float, chips: int, hosts: int, price: float) -> dict[str, Any]:
-    """How long the run takes at `per_second` FLOP/s, and what it costs; or why that is not known."""
+def _time(
+    experiment: Experiment, facts: dict[str, Any], mfu: float | None, peak: float, price: float
+) -> dict[str, Any]:
+    """How long the run takes and what it costs, by `mfu` or by the roofline; or why that is not known."""
     config = experiment.config
-    step = flops.train_step(config, rows=experiment.text_rows[0])
-    if step is None:
-        return {"untimed": flops.uncounted(config)}
-    pairs_per_second, seconds = per_second / step * config.data.batch, config.steps * step / per_second
-    chip_hours = seconds / 3600 * chips
+    work = flops.train_step(config, rows=experiment.text_rows[0])
+    peak_ms = 1e3 * work / peak if work else None
+    if mfu and peak_ms:
+        step_ms = peak_ms / mfu
+    elif "roofline" in facts and not mfu:
+        step_ms = facts["roofline"]["step_ms"]
+    else:
+        return {"untimed": "the step does not fit; --mfu gives one" if work else flops.uncounted(config)}
+    pairs_per_second = 1e3 * config.data.batch / step_ms
+    days = config.steps * step_ms / 86.4e6
+    chip_hours = 24 * days * facts["chips"]
     return {
-        "flops_per_step": step,
-        "flops_per_pair": step / config.data.batch,
+        "flops_per_step": work,
+        "flops_per_pair": work / config.data.batch if work else None,
+        "peak_ms": peak_ms,
+        "step_ms": step_ms,
+        "mfu": peak_ms / step_ms if peak_ms else None,
+        "mfu_is_given": mfu is not None,
         "pairs_per_second": pairs_per_second,
-        "images_per_second_per_host": pairs_per_second / hosts,
+        "images_per_second_per_host": pairs_per_second / facts["hosts"],
+        "days": days,
         "chip_hours": chip_hours,
         "cost": chip_hours * price,
-        "days": seconds / 86400,
     }
 
 
@@ -205,28 +171,71 @@ def render(facts: dict[str, Any]) -> str:
         f"mesh {mesh}, strategy {facts['strategy']}; compiled in {facts['compile_seconds']:.0f} s",
         "",
     ]
+    capacity = format_bytes(facts["capacity"])
     if facts["fits"]:
-        lines += [f"{name:<14}{format_bytes(n):>12}" for name, n in facts["memory"].items() if n]
-        lines += [f"{'fits in':<14}{format_bytes(facts['capacity']):>12}", "", "sent in a step, payload:"]
-        lines += [f"{kind:<22}{format_bytes(n):>12}" for kind, n in facts["sent"].items()]
-        for x in facts["collectives"]:
-            more = f" and {x['arrays'] - len(x['shapes'])} more" if x["arrays"] > len(x["shapes"]) else ""
-            each = f"{x['kind']} {', '.join(x['shapes'])}{more}"
-            lines.append(f"  {format_bytes(x['bytes']):>12}  {x['count']:>3} times among {x['group']:>4}: {each}")
+        sizes = facts["memory"]
+        held = ", ".join(f"{name} {format_bytes(n)}" for name, n in sizes.items() if n and name != "peak")
+        lines += [f"fits: {format_bytes(sizes['peak'])} of a {device}'s {capacity} ({held})"]
     else:
-        lines += [f"DOES NOT FIT in a {device}'s {format_bytes(facts['capacity'])}: {facts['trouble']}"]
+        lines += [f"DOES NOT FIT in a {device}'s {capacity}: {facts['trouble']}"]
         lines += [f"it would with {facts['remedy']}" if facts["remedy"] else "no change that was tried makes it fit"]
-    if "untimed" in facts:
-        return "\n".join([*lines, "", f"no estimate of the time: {facts['untimed']}"])
-    lines += [
-        "",
-        f"{facts['flops_per_pair'] / 1e9:.1f} GFLOP a pair, {facts['flops_per_step'] / 1e12:,.0f} TFLOP a step",
-        f"at an MFU of {facts['mfu']:.0%}: {facts['pairs_per_second']:,.0f} pairs/s; each host decodes "
-        f"{facts['images_per_second_per_host']:,.0f} images/s",
-        f"{facts['steps']:,} steps take {facts['days']:.2f} days, {facts['chip_hours']:,.0f} chip-hours"
-        + (f", which cost {facts['cost']:,.0f}" if facts["cost"] else ""),
-    ]
+    lines += _render_time(facts)
+    if "roofline" in facts:
+        lines += ["", *_render_roofline(facts)]
+    if facts["fits"]:
+        lines += ["", *_render_collectives(facts)]
     return "\n".join(lines)
+
+
+def _render_time(facts: dict[str, Any]) -> list[str]:
+    if "untimed" in facts:
+        return [f"no estimate of the time: {facts['untimed']}"]
+    mfu = f", an MFU of {facts['mfu']:.0%}" if facts["mfu"] else ""
+    source = "as given" if facts["mfu_is_given"] else "by the compiler's estimates, a model and not a measurement"
+    cost = f", which cost {facts['cost']:,.0f}" if facts["cost"] else ""
+    images = f"{facts['images_per_second_per_host']:,.0f} images/s"
+    lines = [
+        f"a step takes {facts['step_ms']:,.1f} ms{mfu}, {source}: {facts['pairs_per_second']:,.0f} pairs/s; "
+        f"each host decodes {images}",
+        f"{facts['steps']:,} steps take {facts['days']:.2f} days, {facts['chip_hours']:,.0f} chip-hours{cost}",
+    ]
+    if facts["peak_ms"]:
+        lines.append(
+            f"{facts['flops_per_pair'] / 1e9:.1f} GFLOP a pair, {facts['flops_per_step'] / 1e12:,.0f} TFLOP a step: "
+            f"{facts['peak_ms']:.1f} ms at the chips' peak"
+        )
+    return lines
+
+
+def _render_roofline(facts: dict[str, Any]) -> list[str]:
+    """Where a step's time goes."""
+    account = facts["roofline"]
+
+    def row(name: str, *cells: float | str) -> str:
+        return f"{name:<30}" + "".join(f"{x:>9.1f}" if isinstance(x, float) else f"{x:>9}" for x in cells)
+
+    lines = [row("ms of a step", *COLUMNS, "all", "HBM")]
+    for part in account["parts"]:
+        if max(part["ms"], part["hbm_ms"]) >= 0.05:
+            lines.append(row(part["part"], *(part[key] for key in (*COLUMNS, "ms", "hbm_ms"))))
+    lines.append(row("collectives, exposed", "", "", "", account["exposed_ms"]))
+    lines.append(row("sum", "", "", "", account["step_ms"], account["hbm_ms"]))
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    lines.append(f"by cycles that the compiler estimates ({versions}), and, in column HBM, by bytes of memory: a floor")
+    lines += [f"kernel {x['name']}, {x['count']} times, {x['ms']:.1f} ms by its {x['by']}" for x in account["kernels"]]
+    lines.append(f"collectives by bytes over the chips' links; {account['hidden_ms']:.1f} ms more are hidden")
+    if facts["slices"] > 1:
+        lines.append("sums between slices are counted at the speed of links inside a slice, which is too fast")
+    return lines
+
+
+def _render_collectives(facts: dict[str, Any]) -> list[str]:
+    lines = ["sent in a step, payload:", *(f"{kind:<22}{format_bytes(n):>12}" for kind, n in facts["sent"].items())]
+    for x in facts["collectives"]:
+        more = f" and {x['arrays'] - len(x['shapes'])} more" if x["arrays"] > len(x["shapes"]) else ""
+        each = f"{x['kind']} {', '.join(x['shapes'])}{more}"
+        lines.append(f"  {format_bytes(x['bytes']):>12}  {x['count']:>3} times among {x['group']:>4}: {each}")
+    return lines
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
@@ -253,7 +262,13 @@ def main(_: list[str]) -> None:
         if not _TOPOLOGY.value:
             raise UserError("--topology is missing; name one such as v5e:4x8, v6e:4x4, v5p:4x4x8 or tpu7x:2x2x2")
         facts = plan(
-            config, _TOPOLOGY.value, slices=_SLICES.value, mfu=_MFU.value, price=_PRICE.value, look=_SUGGEST.value
+            config,
+            _TOPOLOGY.value,
+            slices=_SLICES.value,
+            mfu=_MFU.value,
+            price=_PRICE.value,
+            hlo=_HLO.value,
+            look=_SUGGEST.value,
         )
         print(json.dumps(facts, indent=2) if _JSON.value else render(facts))
 

@@ -1,0 +1,172 @@
+"""How long a compiled program takes on a TPU by its compiler's estimates, part by part: a model, not a measurement.
+
+Two figures stand side by side. "ms" is the cycles that the compiler estimates of each operation over the chip's clock;
+of kernels, of which it estimates nothing, the length of their schedules. "hbm_ms" is a floor: the bytes that operations
+read from and write to the chip's memory, in the padded layouts that the compiler chose, over its bandwidth.
+
+A collective takes the bytes that a chip sends, by the best algorithm on a ring, over the bandwidth of its links. It is
+hidden as far as operations run between its start and its end, and exposed for the rest.
+"""
+
+import collections
+import dataclasses
+import re
+from typing import Any
+
+from xclip_jax.parallel import hlo
+from xclip_jax.parallel.collectives import Collective, inside
+from xclip_jax.parallel.schedule import Kernel, Schedule, kernel_of, schedules
+from xclip_jax.parallel.topology import CHIPS, Chip, grid_of
+from xclip_jax.parallel.traffic import traffic
+
+# The first pattern that is in an operation's name and source decides its part, in a tower and elsewhere.
+_TOWER_PARTS = (
+    ("MLP", r"/mlp/"),
+    ("q, k, v and output products", r"/attention/(qkv|out)/"),
+    ("attention", r"/attention"),
+    ("LayerNorm", r"norm"),
+    ("stacks of a loop", r"dynamic.(update.)?slice"),
+    ("patches, tokens, residuals", ""),
+)
+_OTHER_PARTS = (
+    ("heads", r"TwoTowers\.project"),
+    ("losses", r"jvp\("),
+    ("optimizer", r"/cond/branch|/(square|reduce_sum|sqrt)$"),
+    ("other", ""),
+)
+COLUMNS = ("image", "text", "neither")
+_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "reshape", "partition-id", "after-all")
+_Kernels = dict[str, tuple[Kernel, Schedule | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """The account of a program; times in milliseconds.
+
+    Attributes:
+      parts: {"part", "image", "text", "neither", "ms", "hbm_ms"} of each, the longest first.
+      ms, hbm_ms: sums over the parts.
+      exposed_ms, hidden_ms: what collectives take while nothing else runs, and beside other operations.
+      step_ms: all operations, one after the other, and the exposed collectives.
+      kernels: {"name", "count", "ms", "by"} of each; "by" is "schedule", or "FLOPs and bytes" where none was written.
+    """
+
+    parts: list[dict[str, Any]]
+    ms: float
+    hbm_ms: float
+    exposed_ms: float
+    hidden_ms: float
+    step_ms: float
+    kernels: list[dict[str, Any]]
+
+
+def roofline(text: str, topology: str, devices: int) -> Roofline:
+    """Return the account of a program, `compiled.as_text()`, for `devices` devices of a topology such as "v5e:4x8"."""
+    (name, grid), program = grid_of(topology), hlo.parse(text)
+    chip, executions = CHIPS[name], list(program.executions(_cycles))
+    kernels = _kernels(program, executions, name)
+    sent = [inside(program, execution, devices) for execution in executions]
+    costs = [_cost(program, x, kernels, bool(pieces), chip) for x, pieces in zip(executions, sent, strict=True)]
+    rows: dict[str, dict[str, float]] = collections.defaultdict(lambda: dict.fromkeys((*COLUMNS, "ms", "hbm_ms"), 0.0))
+    for execution, (seconds, size) in zip(executions, costs, strict=True):
+        part, column = part_of(execution.instruction)
+        for key, value in ((column, seconds), ("ms", seconds), ("hbm_ms", size / chip.bandwidth)):
+            rows[part][key] += 1e3 * value
+    exposed, busy = _collectives(executions, sent, [seconds for seconds, _ in costs], chip, grid)
+    times = {x.instruction.name: (x.count, seconds) for x, (seconds, _) in zip(executions, costs, strict=True)}
+    ms = sum(row["ms"] for row in rows.values())
+    return Roofline(
+        parts=sorted(({"part": part} | row for part, row in rows.items() if any(row.values())), key=lambda x: -x["ms"]),
+        ms=ms,
+        hbm_ms=sum(row["hbm_ms"] for row in rows.values()),
+        exposed_ms=1e3 * exposed,
+        hidden_ms=max(0.0, 1e3 * (busy - exposed)),
+        step_ms=ms + 1e3 * exposed,
+        kernels=_kernel_rows(kernels, times),
+    )
+
+
+def part_of(instruction: hlo.Instruction) -> tuple[str, str]:
+    """Return the part of a train step that an instruction belongs to, and one of `COLUMNS`."""
+    tower = re.search(r"encode_(image|text)", instruction.source)
+    column = tower[1] if tower else "neither"
+    if instruction.opcode.startswith("copy") or instruction.opcode.endswith("-start"):
+        return "copies", column
+    text, parts = f"{instruction.name} {instruction.source}", _TOWER_PARTS if tower else _OTHER_PARTS
+    return next(part for part, pattern in parts if re.search(pattern, text)), column
+
+
+def _cycles(executions: list[hlo.Execution]) -> float:
+    return sum(each.instruction.cycles * each.count for each in executions)
+
+
+def _kernels(program: hlo.Program, executions: list[hlo.Execution], chip: str) -> _Kernels:
+    """Kernels of a program with their schedules, by the names of the instructions that call them."""
+    kernels = {}
+    for execution in executions:
+        if kernel := kernel_of(execution.instruction, program.computations[execution.computation]):
+            kernels[execution.instruction.name] = kernel
+    known = schedules(chip, kernels.values())
+    return {name: (kernel, known[kernel]) for name, kernel in kernels.items()}
+
+
+def _kernel_rows(kernels: _Kernels, times: dict[str, tuple[int, float]]) -> list[dict[str, Any]]:
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, (kernel, schedule) in kernels.items():
+        count, seconds = times[name]
+        by = "schedule" if schedule else "FLOPs and bytes"
+        row = rows.setdefault((kernel.name, by), {"name": kernel.name, "count": 0, "ms": 0.0, "by": by})
+        row["count"] += count
+        row["ms"] += 1e3 * seconds
+    return list(rows.values())
+
+
+def _cost(
+    program: hlo.Program, execution: hlo.Execution, kernels: _Kernels, communicates: bool, chip: Chip
+) -> tuple[float, float]:
+    """Seconds of all executions of an instruction, and the bytes of memory that they read and write."""
+    instruction, count = execution.instruction, execution.count
+    opcode, cycles = instruction.opcode, float(instruction.cycles)
+    kernel, schedule = kernels.get(instruction.name, (None, None))
+    view = opcode in _FREE or (opcode == "custom-call" and kernel is None) or opcode.endswith("-done")
+    if not cycles and (view or communicates):  # or nothing but a collective
+        return 0.0, 0.0
+    size = traffic(program, execution)
+    if opcode.endswith("-start"):
+        return 0.0, count * size  # beside other operations
+    if kernel is not None:
+        cycles = schedule.cycles if schedule else chip.clock * kernel.flops / chip.peak
+    seconds = cycles / chip.clock
+    # Without an estimate, as of a gather, or of a kernel by its FLOPs: no shorter than its traffic.
+    if not (instruction.cycles or schedule):
+        seconds = max(seconds, size / chip.bandwidth)
+    return count * seconds, count * size
+
+
+def _collectives(
+    executions: list[hlo.Execution],
+    sent: list[list[tuple[str, Collective]]],
+    seconds: list[float],
+    chip: Chip,
+    grid: tuple[int, ...],
+) -> tuple[float, float]:
+    """Seconds in which the program waits for collectives, and in which the links are used; one collective at a time."""
+    last = {chain: i for i, pieces in enumerate(sent) for chain, _ in pieces if chain}
+    ends: dict[str, float] = {}  # of collectives that are under way, by chain or name of their start
+    clock = free = exposed = busy = 0.0
+    for i, (execution, pieces) in enumerate(zip(executions, sent, strict=True)):
+        instruction = execution.instruction
+        waits = [instruction.operands[0]] if instruction.opcode.endswith("-done") and instruction.operands else []
+        for chain, each in pieces:
+            key = chain or instruction.name
+            if key not in ends:
+                time = each.sent / (chip.link if each.kind == "collective-permute" else chip.ici(grid))
+                ends[key] = free = max(clock, free) + time
+                busy += time
+            if last[chain] == i if chain else not instruction.opcode.endswith("-start"):
+                waits.append(key)
+        for key in waits:
+            delay = max(0.0, ends.pop(key, 0.0) - clock)
+            clock, exposed = clock + delay, exposed + delay
+        clock += seconds[i]
+    return exposed, busy
