@@ -1,9 +1,11 @@
-"""Plans of full-size runs, and how they scale: writes docs/plans.md, docs/plans.json and docs/weak_scaling.png.
+"""Plans of full-size runs, strategies side by side, and how they scale: writes docs/plans.md, .json and a chart.
 
-    pip install '.[tpu,bench]' && JAX_PLATFORMS=cpu python -m benchmarks.plans
+    pip install '.[tpu,bench]' && JAX_PLATFORMS=cpu python -m benchmarks.plans [v5e:4x8 strategy=zero1 ...]
 
-About 28 compilations of a minute or two each; no TPU is used. Each is kept in docs/plans.json at once, and is not made
-again from the same sources, recipes and versions of packages.
+Words select the cases that have them all in their line, such as `clip:preset=B/16,batch=4096 v5e:4x8
+mesh.strategy=zero1`; without any, all are compiled, 30 of a few minutes each and 16 short ones. Each is kept in
+docs/plans.json at once, and is not made again from the same sources, recipes and versions of packages; the page has
+those that are there. No TPU is used.
 """
 
 import datetime
@@ -11,47 +13,47 @@ import hashlib
 import json
 import pathlib
 import sys
+from typing import Any
 
 from absl import logging
 
 from xclip_jax import environment, plan
 from xclip_jax.config import load as config_file
+from xclip_jax.parallel.topology import GIB
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
-ZERO1 = {"mesh.strategy": "zero1"}
-# Recipe and argument, topology, changes.
-PLANS = [
-    ("clip:preset=B/16,batch=4096", "v4:2x4x4", {}),
-    ("xclip:preset=B/16,batch=4096", "v4:2x4x4", {}),
-    ("clip:preset=B/16,batch=4096", "v5e:4x8", {}),
-    ("xclip:preset=B/16,batch=4096", "v5e:4x8", {}),
-    ("clip:preset=B/16,batch=4096", "v5e:4x8", ZERO1),
-    ("xclip:preset=B/16,batch=4096", "v5e:4x8", ZERO1),
-    # The smallest slices that hold these recipes as they are: half of each is tried below.
-    ("clip:preset=B/16,batch=32768", "v5e:8x16", ZERO1),
-    ("xclip:preset=B/16,batch=32768", "v5e:8x16", ZERO1),
-    ("clip:preset=L/14,batch=32768", "v5p:4x4x4", ZERO1),
-    ("xclip:preset=L/14,batch=32768", "v5p:4x4x4", ZERO1),
-]
-HALVES = [
-    ("clip:preset=B/16,batch=32768", "v5e:8x8", ZERO1),
-    ("clip:preset=L/14,batch=32768", "v5p:2x4x4", ZERO1),
-]
-# Weak scaling of xCLIP, ViT-B/16: 32 pairs a chip, from 8 chips to 1024.
-GRIDS = {8: "v4:2x2x2", 64: "v4:4x4x4", 256: "v4:4x8x8", 1024: "v4:8x8x16"}
+MIB = 2**20
+Changes = dict[str, Any]
+Case = tuple[str, str, Changes]  # recipe with its arguments, topology, changes
+FSDP: Changes = {"mesh.strategy": "fsdp", "mesh.fsdp": 8}
+STRATEGIES: dict[str, Changes] = {"dp": {}, "zero1": {"mesh.strategy": "zero1"}, "fsdp over 8": FSDP}
+OBJECTIVES = ("clip", "xclip")
+RUNS = (
+    ("preset=B/16,batch=4096", "v5e:4x8"),
+    ("preset=B/16,batch=4096", "v5e:4x4"),  # of the JobSet
+    ("preset=B/16,batch=4096", "v6e:4x8"),
+    ("preset=B/16,batch=32768", "v5e:8x16"),
+    ("preset=L/14,batch=32768", "v5p:4x4x4"),
+)
+# Weak scaling: pairs a chip, chips, and forms of xCLIP with two blocks in each tower.
 PER_CHIP = 32
-FORMS = {
-    "dp": {},
-    "dp, ring loss": {"loss.impl": "ring"},
-    "zero1": ZERO1,
-    "fsdp over 8": {"mesh.strategy": "fsdp", "mesh.fsdp": 8},
+GRIDS = {8: "v4:2x2x2", 64: "v4:4x4x4", 256: "v4:4x8x8", 1024: "v4:8x8x16"}
+SHALLOW: Changes = {"model.img.depth": 2, "model.txt.depth": 2}
+FORMS = {"dp": {}, "dp, ring loss": {"loss.impl": "ring"}} | {
+    name: STRATEGIES[name] for name in ("zero1", "fsdp over 8")
 }
+
+
+def line(case: Case) -> str:
+    """A case as one line."""
+    spec, topology, changes = case
+    return " ".join([spec, topology, *(f"{name}={value}" for name, value in changes.items())])
 
 
 class Planner:
     """Plans, each kept in a file as soon as it is made."""
 
-    def __init__(self, path):
+    def __init__(self, path: pathlib.Path) -> None:
         self.path, self.environment = path, environment.capture() | {"command": "python -m benchmarks.plans"}
         folders = (pathlib.Path(plan.__file__).parent, DOCS.parent / "configs")
         sources = b"".join(file.read_bytes() for folder in folders for file in sorted(folder.rglob("*.py")))
@@ -62,44 +64,110 @@ class Planner:
         saved = json.loads(path.read_text()) if path.exists() else {}
         # Versions too: docs/plans.md names those of this process.
         same = all(saved.get("environment", {}).get(key) == self.environment[key] for key in ("sources", "versions"))
-        self.known = saved["plans"] if same else {}
+        self.known: dict[str, dict[str, Any]] = saved["plans"] if same else {}
 
-    def __call__(self, spec, topology, **changes):
-        key = " ".join([spec, topology, *(f"{name}={value}" for name, value in changes.items())])
-        if key not in self.known:
-            print(f"{key} ...", file=sys.stderr, flush=True)
-            config = config_file.load_config(spec)
-            config.update_from_flattened_dict(changes)
-            self.known[key] = plan.plan(config, topology, look=False)
-            self.path.write_text(json.dumps({"environment": self.environment, "plans": self.known}, indent=1) + "\n")
-        return self.known[key]
+    def __call__(self, case: Case) -> None:
+        """Make the plan of a case, unless it is known."""
+        if line(case) in self.known:
+            return
+        print(f"{line(case)} ...", file=sys.stderr, flush=True)
+        spec, topology, changes = case
+        config = config_file.load_config(spec)
+        config.update_from_flattened_dict(changes)
+        self.known[line(case)] = plan.plan(config, topology, look=False)
+        self.path.write_text(json.dumps({"environment": self.environment, "plans": self.known}, indent=1) + "\n")
 
-
-def short(planned):
-    """One row of the table."""
-    gib = plan.GIB
-    if not planned["fits"]:
-        return ["-", "-", "-", f"does not fit {planned['capacity'] / gib:.0f}", "-"]
-    memory, sent = planned["memory"], sum(planned["sent"].values())
-    return [
-        f"{memory['parameters'] / gib:.2f}",
-        f"{memory['optimizer'] / gib:.2f}",
-        f"{memory['activations'] / gib:.2f}",
-        f"{memory['peak'] / gib:.2f} of {planned['capacity'] / gib:.0f}",
-        f"{sent / 2**20:,.0f}",
-    ]
+    def rows(self, cases: dict[tuple[Any, ...], Case]) -> dict[tuple[Any, ...], dict[str, Any]]:
+        """Known plans, by the keys of their cases."""
+        return {key: self.known[line(case)] for key, case in cases.items() if line(case) in self.known}
 
 
-def flags_of(changes):
-    return "".join(f" --config.{key}={value}" for key, value in changes.items())
-
-
-def table(head, rows):
+def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """A table in Markdown."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
 
 
-def draw(rows, path):
+def memory(planned: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of a plan: what a chip holds, and what it sends."""
+    if not planned["fits"]:
+        return ("does not fit", "")
+    return (f"{planned['memory']['peak'] / GIB:.2f}", f"{sum(planned['sent'].values()) / MIB:,.0f}")
+
+
+def times(planned: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of a plan: the roofline, and what follows from it."""
+    if not planned["fits"]:
+        return ("",) * 7
+    account = planned["roofline"]
+    return (
+        *(f"{account[key]:.1f}" for key in ("ms", "exposed_ms", "hbm_ms")),
+        f"{planned['mfu']:.0%}",
+        f"{planned['pairs_per_second']:,.0f}",
+        f"{planned['images_per_second_per_host']:,.0f}",
+        f"{planned['chip_hours']:,.0f}",
+    )
+
+
+def side_by_side(make: Planner, run: tuple[str, str]) -> str:
+    """A section: the strategies of a run."""
+    rows = make.rows(cases_of(run))
+    if not rows:
+        return ""
+    some, (arguments, topology) = next(iter(rows.values())), run
+    head = ("objective", "strategy", f"peak, GiB of {some['capacity'] / GIB:.0f}", "sent, MiB", "ms", "exposed")
+    peak = min(row["peak_ms"] for row in rows.values())
+    return (
+        f"## {arguments} on {topology}\n\n{some['chips']} chips, {some['hosts']} hosts, {some['steps']:,} steps. "
+        f"At the chips' peak the model's FLOPs take {peak:.1f} ms.\n\n"
+        + table(
+            (*head, "HBM floor", "MFU", "pairs/s", "images/s a host", "chip-hours"),
+            [(*key, *memory(planned), *times(planned)) for key, planned in rows.items()],
+        )
+        + "\n"
+    )
+
+
+def cases_of(run: tuple[str, str]) -> dict[tuple[Any, ...], Case]:
+    """Cases of a run, by objective and strategy."""
+    arguments, topology = run
+    return {
+        (objective, strategy): (f"{objective}:{arguments}", topology, changes)
+        for objective in OBJECTIVES
+        for strategy, changes in STRATEGIES.items()
+    }
+
+
+def scaling_cases() -> dict[tuple[Any, ...], Case]:
+    """Cases of weak scaling, by form and chips."""
+    return {
+        (form, chips): (f"xclip:preset=B/16,batch={PER_CHIP * chips}", grid, SHALLOW | changes)
+        for form, changes in FORMS.items()
+        for chips, grid in GRIDS.items()
+    }
+
+
+def scaling(make: Planner) -> str:
+    """The section on weak scaling, with its chart."""
+    rows = make.rows(scaling_cases())
+    if not rows:
+        return ""
+    draw(rows, DOCS / "weak_scaling.png")
+    return (
+        f"## Weak scaling\n\nxCLIP, ViT-B/16 with two blocks in each tower, {PER_CHIP} pairs a chip on v4. Two things "
+        "must grow with the batch b: the logits of the plain contrastive loss, (b / chips) x b, and the gathered "
+        "embeddings, b x e. The ring keeps no logits of other chips; zero1 splits the moments over all chips, fsdp the "
+        "kernels over 8. An array that the chips do not divide is not split by zero1.\n\n"
+        "![weak scaling](weak_scaling.png)\n\n"
+        + table(
+            ("form", "chips", "peak, GiB", "sent, MiB a step"),
+            [(form, chips, *memory(planned)) for (form, chips), planned in rows.items()],
+        )
+    )
+
+
+def draw(rows: dict[tuple[Any, ...], dict[str, Any]], path: pathlib.Path) -> None:
+    """Chart of peak memory and traffic by chips."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -107,10 +175,10 @@ def draw(rows, path):
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
     for form in FORMS:
-        mine = [row for name, row in rows if name == form and row["fits"]]
+        mine = [row for (name, _), row in rows.items() if name == form and row["fits"]]
         chips = [row["chips"] for row in mine]
-        left.plot(chips, [row["memory"]["peak"] / plan.GIB for row in mine], marker="o", label=form)
-        right.plot(chips, [sum(row["sent"].values()) / 2**20 for row in mine], marker="o", label=form)
+        left.plot(chips, [row["memory"]["peak"] / GIB for row in mine], marker="o", label=form)
+        right.plot(chips, [sum(row["sent"].values()) / MIB for row in mine], marker="o", label=form)
     for axis, title in ((left, "peak memory a chip, GiB"), (right, "payload of collectives a step, MiB")):
         axis.set(title=title, xlabel="chips", xscale="log", xticks=list(GRIDS), ylim=(0, None))
         axis.set_xticklabels(map(str, GRIDS))
@@ -120,76 +188,36 @@ def draw(rows, path):
     figure.savefig(path, dpi=120)
 
 
-def main():
+def page(make: Planner) -> str:
+    """The page of the plans that are known."""
+    versions = make.environment["versions"]
+    made = f"{datetime.date.today()}, commit {make.environment['commit']}, jax {versions['jax']}"
+    head = f"""# Plans
+
+What full-size runs need: their train steps compiled for TPU topologies, without a TPU. Made by
+`JAX_PLATFORMS=cpu python -m benchmarks.plans` on {made}, libtpu {versions["libtpu"]}.
+One of them in full:
+`xclip-jax plan --config clip:preset=B/16,batch=4096 --topology v5e:4x8 --config.mesh.strategy=zero1`.
+
+**Times are the TPU compiler's estimates, a model and not a measurement**: no run of this size has been made. "ms" is
+the cycles of all operations, one after the other, and "exposed" what collectives take beyond what operations hide; a
+step is their sum, and the MFU follows from it. "HBM floor" is what the operations' bytes take at the bandwidth of the
+memory, in ms. [Plans on pods](pods.md#plans) has more. "Sent" is payload: the array that a group of chips sums or
+gathers, counted once.
+"""
+    return "\n".join([head, *filter(None, (side_by_side(make, run) for run in RUNS)), scaling(make)])
+
+
+def main(words: list[str]) -> None:
+    """Make the plans that have all `words`, and write the page."""
     logging.set_verbosity(logging.ERROR)
-    DOCS.mkdir(exist_ok=True)
     make = Planner(DOCS / "plans.json")
-    environment = make.environment
-    plans = [(spec, topology, changes, make(spec, topology, **changes)) for spec, topology, changes in PLANS]
-    halves = [(spec, topology, changes, make(spec, topology, **changes)) for spec, topology, changes in HALVES]
-    scaling = [
-        (form, make(f"xclip:preset=B/16,batch={PER_CHIP * chips}", grid, **changes))
-        for form, changes in FORMS.items()
-        for chips, grid in GRIDS.items()
-    ]
-    draw(scaling, DOCS / "weak_scaling.png")
-    parts = [
-        "# Plans\n\nWhat full-size runs need: their train steps compiled for TPU topologies, without a TPU. Made by",
-        "`JAX_PLATFORMS=cpu python -m benchmarks.plans` on "
-        f"{datetime.date.today()}, commit {environment['commit']}, jax {environment['versions']['jax']}.",
-        "Bytes are of one chip; times assume an MFU of 40 %, which is a guess: no run of this size has been made.",
-        "MiB sent are payloads: the array that a group of chips sums or gathers, counted once.\n",
-        table(
-            [
-                "config",
-                "TPU",
-                "strategy",
-                "chips",
-                "parameters, GiB",
-                "optimizer",
-                "activations",
-                "peak",
-                "sent, MiB a step",
-                "GFLOP a pair",
-                "pairs/s",
-                "images/s a host",
-                "chip-hours",
-                "days",
-            ],
-            [
-                [
-                    f"`{spec}`",
-                    topology,
-                    f["strategy"],
-                    f["chips"],
-                    *short(f),
-                    f"{f['flops_per_pair'] / 1e9:.1f}",
-                    f"{f['pairs_per_second']:,.0f}",
-                    f"{f['images_per_second_per_host']:,.0f}",
-                    f"{f['chip_hours']:,.0f}",
-                    f"{f['days']:.2f}",
-                ]
-                for spec, topology, _, f in [*plans, *halves]
-            ],
-        ),
-        "\n## Each in full\n",
-        *(
-            f"`xclip-jax plan --config {spec} --topology {topology}{flags_of(changes)}`\n\n"
-            f"```\n{plan.render(planned)}\n```\n"
-            for spec, topology, changes, planned in plans
-        ),
-        f"## Weak scaling\n\nxCLIP, ViT-B/16, {PER_CHIP} pairs a chip on v4. Two things must grow with the batch b: "
-        "the logits of the plain contrastive loss, (b / chips) x b, and the gathered embeddings, b x e. The ring keeps "
-        "no logits of other chips; zero1 splits the moments over all chips, fsdp the kernels over 8. An array that the "
-        "chips do not divide is not split by zero1: at 1,024 chips the token table and the attention kernels.\n\n"
-        "![weak scaling](weak_scaling.png)\n",
-        table(
-            ["form", "chips", "batch", "parameters, GiB", "optimizer", "activations", "peak", "sent, MiB a step"],
-            [[form, f["chips"], f["batch"], *short(f)] for form, f in scaling],
-        ),
-    ]
-    (DOCS / "plans.md").write_text("\n".join(parts) + "\n")
+    for cases in (*map(cases_of, RUNS), scaling_cases()):
+        for case in cases.values():
+            if all(word in line(case) for word in words):
+                make(case)
+    (DOCS / "plans.md").write_text(page(make).rstrip() + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

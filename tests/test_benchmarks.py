@@ -52,7 +52,7 @@ def test_plans_are_made_once_by_the_same_sources_recipes_and_versions(tmp_path, 
     def plans_made():
         made.clear()
         planner = plans.Planner(tmp_path / "plans.json")
-        planner("clip:preset=B/16", "v5e:2x4")
+        planner(("clip:preset=B/16", "v5e:2x4", {}))
         return len(made)
 
     assert [plans_made(), plans_made()] == [1, 0]

@@ -1,0 +1,86 @@
+"""The schedules that the TPU compiler makes of the attention kernel; no TPU is used.
+
+    pip install '.[tpu]' && JAX_PLATFORMS=cpu python -m benchmarks.kernel [v5e v6e ...]
+
+They are a model of the chip, not a measurement: blocks follow each other without a pause, and memory is never waited
+for. Takes a minute or two a chip on two cores.
+"""
+
+import argparse
+import importlib.metadata
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from xclip_jax.errors import exit_with_message
+from xclip_jax.kernels import attention
+from xclip_jax.parallel import hlo
+from xclip_jax.parallel.schedule import Kernel, kernel_of, schedules
+from xclip_jax.parallel.topology import CHIPS, devices_of
+from xclip_jax.parallel.traffic import traffic
+
+
+class Shape(NamedTuple):
+    """Sizes of the kernel: channels of a head, sequences, rows of each, those that count, channels, causal or not."""
+
+    kv: int
+    b: int
+    n: int
+    tokens: int
+    d: int
+    causal: bool
+
+
+SHAPES = {
+    "B/16 images": Shape(64, 128, 200, 197, 768, False),
+    "B/16 texts": Shape(64, 128, 80, 77, 512, True),
+    "L/14 images": Shape(64, 128, 264, 257, 1024, False),
+}
+
+
+def compiled(chip: str, shape: Shape) -> list[tuple[Kernel, float]]:
+    """Return the kernel and its gradient in a program for one device, each with the bytes of memory that it moves."""
+    where = jax.sharding.SingleDeviceSharding(devices_of(CHIPS[chip].smallest)[0][0])
+    kv, b, n, tokens, d, causal = shape
+    arrays = [((b, n, 3 * d), jnp.bfloat16), ((1, 3 * d), jnp.float32), ((b, n, d), jnp.bfloat16)]
+
+    def both(qkv: jax.Array, bias: jax.Array, g: jax.Array) -> object:
+        out, pullback = jax.vjp(lambda *x: attention.attention(*x, kv, tokens, causal), qkv, bias)
+        return out, pullback(g)
+
+    inputs = (jax.ShapeDtypeStruct(*x, sharding=where) for x in arrays)
+    program = hlo.parse(jax.jit(both).lower(*inputs).compile().as_text())
+    calls = [
+        (kernel, traffic(program, each))
+        for each in program.executions(len)
+        if (kernel := kernel_of(each.instruction, program.computations[each.computation]))
+    ]
+    return sorted(calls, key=lambda call: "gradient" in call[0].name)
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("chips", nargs="*", default=["v5e", "v6e", "v5p"], metavar="CHIP")
+    chips = parser.parse_args().chips
+    print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu")))
+    print("\n| chip, tower | pass | blocks | bundles a block | matrix slots used | HBM, MB | ms |")
+    print("|---|---|---|---|---|---|---|")
+    with exit_with_message():
+        for chip in chips:
+            calls = {name: compiled(chip, shape) for name, shape in SHAPES.items()}
+            made = schedules(chip, [kernel for both in calls.values() for kernel, _ in both])
+            for name, both in calls.items():
+                for way, (kernel, size) in zip(("forward", "backward"), both, strict=True):
+                    if schedule := made[kernel]:
+                        print(
+                            f"| {chip}, {name} | {way} | {schedule.blocks:,} | {schedule.bundles:,} | "
+                            f"{schedule.matrix:.0%} | {size / 1e6:.0f} | "
+                            f"{1e3 * schedule.cycles / CHIPS[chip].clock:.2f} |",
+                            flush=True,
+                        )
+
+
+if __name__ == "__main__":
+    main()
