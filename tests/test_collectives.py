@@ -122,6 +122,19 @@ def test_a_sliced_product_on_a_tpu_sends_a_slice_in_each_of_its_turns():
     assert summary(collectives(text, 16)) == {"collective-permute": 17 * 48 * 3072 * 2}
 
 
+def test_sums_between_slices_are_those_of_a_shard():
+    """In a slice gradients are scattered, a shard is summed over the slices, and then gathered."""
+    pytest.importorskip("libtpu")
+    chips, _ = devices_of("v5e:2x2", 3)
+    mesh = make_mesh({"data": -1, "fsdp": 1, "model": 1}, chips)
+    x = jax.ShapeDtypeStruct((12 * 512, 1024), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+    program = jax.jit(lambda x, g: x.T @ g, out_shardings=NamedSharding(mesh, P())).lower(x, x).compile()
+    found, size = collectives(program.as_text(), 12), 1024 * 1024 * 4
+    assert summary(found) == {"reduce-scatter": size, "all-reduce between slices": size / 4, "all-gather": size}
+    assert {x.kind: x.group for x in found} == {"reduce-scatter": 4, "all-reduce between slices": 3, "all-gather": 4}
+    assert sum(x.sent for x in found) == 2 * size * 3 / 4 + 2 * size / 4 * 2 / 3
+
+
 def test_all_permutes_of_a_ring_count_forward_and_backward():
     """All collectives of a shard_map have one channel."""
     b, e, hops = 64, 16, 8

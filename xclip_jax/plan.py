@@ -223,9 +223,7 @@ def _render_roofline(facts: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines.append(f"by cycles that the compiler estimates ({versions}), and, in column HBM, by bytes of memory: a floor")
     lines += [f"kernel {x['name']}, {x['count']} times, {x['ms']:.1f} ms by its {x['by']}" for x in account["kernels"]]
-    lines.append(f"collectives by bytes over the chips' links; {account['hidden_ms']:.1f} ms more are hidden")
-    if facts["slices"] > 1:
-        lines.append("sums between slices are counted at the speed of links inside a slice, which is too fast")
+    lines.append(f"collectives by bytes over links and network; {account['hidden_ms']:.1f} ms more are hidden")
     return lines
 
 

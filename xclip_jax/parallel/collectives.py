@@ -8,6 +8,7 @@ import re
 from xclip_jax.parallel import hlo
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
+BETWEEN_SLICES = " between slices"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,10 +16,10 @@ class Collective:
     """One collective operation of a program.
 
     Attributes:
-      kind: one of `KINDS`.
+      kind: one of `KINDS`, or one with `BETWEEN_SLICES` behind it.
       shapes: what the group holds afterwards or reduces, as "f32[16,8]", for one device's group.
       bytes: payload of one execution: the array that a group gathers, reduces or passes on, counted once.
-      group: devices in a group.
+      group: devices in a group, or slices.
       count: executions in a run of the program, loops included.
     """
 
@@ -37,7 +38,7 @@ class Collective:
     def sent(self) -> float:
         """Bytes that a device sends in all executions, by the best algorithm on a ring."""
         rounds = {"all-reduce": 2 * (self.group - 1), "collective-permute": self.group}
-        return self.total * rounds.get(self.kind, self.group - 1) / self.group
+        return self.total * rounds.get(self.kind.removesuffix(BETWEEN_SLICES), self.group - 1) / self.group
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
@@ -92,6 +93,8 @@ def _distinct(program: hlo.Program, executions: list[hlo.Execution], devices: in
 
 def _collective(execution: hlo.Execution, devices: int) -> Collective | None:
     instruction, count, computation = execution
+    if instruction.opcode == "recv":
+        return _between_slices(instruction, count)
     kind = instruction.opcode.removesuffix("-start")
     group = _group(instruction.attributes, devices)
     if kind not in KINDS or group == 1:
@@ -105,6 +108,17 @@ def _collective(execution: hlo.Execution, devices: int) -> Collective | None:
     if computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # the TPU compiler writes it as a sum and a slice in one fusion
     return Collective(kind, tuple(map(str, arrays)), size, group, count)
+
+
+def _between_slices(instruction: hlo.Instruction, count: int) -> Collective | None:
+    """A collective over the network of the data center, written as a transfer to and from the host."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+    slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}', instruction.attributes)
+    if not (kind and slices):
+        return None
+    array, group = instruction.arrays[0], slices[1].count(",") + 1
+    name = kind[1].lower().replace("_", "-") + BETWEEN_SLICES
+    return Collective(name, (str(array),), array.bytes, group, count)
 
 
 def _group(attributes: str, devices: int) -> int:

@@ -4,8 +4,9 @@ Two figures stand side by side. "ms" is the cycles that the compiler estimates o
 of kernels, of which it estimates nothing, the length of their schedules. "hbm_ms" is a floor: the bytes that operations
 read from and write to the chip's memory, in the padded layouts that the compiler chose, over its bandwidth.
 
-A collective takes the bytes that a chip sends, by the best algorithm on a ring, over the bandwidth of its links. It is
-hidden as far as operations run between its start and its end, and exposed for the rest.
+A collective takes the bytes that a chip sends, by the best algorithm on a ring, over the bandwidth of its links, or of
+the network between slices. It is hidden as far as operations run between its start and its end, and exposed for the
+rest.
 """
 
 import collections
@@ -14,7 +15,7 @@ import re
 from typing import Any
 
 from xclip_jax.parallel import hlo
-from xclip_jax.parallel.collectives import Collective, inside
+from xclip_jax.parallel.collectives import BETWEEN_SLICES, Collective, inside
 from xclip_jax.parallel.schedule import Kernel, Schedule, kernel_of, schedules
 from xclip_jax.parallel.topology import CHIPS, Chip, grid_of
 from xclip_jax.parallel.traffic import traffic
@@ -160,13 +161,20 @@ def _collectives(
         for chain, each in pieces:
             key = chain or instruction.name
             if key not in ends:
-                time = each.sent / (chip.link if each.kind == "collective-permute" else chip.ici(grid))
+                time = each.sent / _bandwidth(each, chip, grid)
                 ends[key] = free = max(clock, free) + time
                 busy += time
-            if last[chain] == i if chain else not instruction.opcode.endswith("-start"):
+            if last[chain] == i if chain else not instruction.opcode.endswith(("-start", "recv")):
                 waits.append(key)
         for key in waits:
             delay = max(0.0, ends.pop(key, 0.0) - clock)
             clock, exposed = clock + delay, exposed + delay
         clock += seconds[i]
     return exposed, busy
+
+
+def _bandwidth(collective: Collective, chip: Chip, grid: tuple[int, ...]) -> float:
+    """Bytes/s at which a device sends a collective."""
+    if collective.kind.endswith(BETWEEN_SLICES):
+        return chip.network
+    return chip.link if collective.kind == "collective-permute" else chip.ici(grid)

@@ -16,7 +16,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A kind of TPU; memory, peak, bandwidth and clock are of one device.
+    """A kind of TPU; memory, peak, bandwidth, clock and network are of one device.
 
     Source: docs.cloud.google.com/tpu/docs, the page of each version; but for the clock, which follows from the peak and
     the multiplications that the matrix units start in a cycle.
@@ -27,6 +27,7 @@ class Chip:
       bandwidth: of memory, bytes/s.
       clock: cycles/s.
       link: bytes/s of a link between chips, in one direction.
+      network: bytes/s between slices, over the network of the data center; v4 has no published figure, and v5p's here.
       wraps: length from which an axis of the grid is a ring, or 0 if all axes are where all are multiples of 4.
       smallest: topology.
       cores: that make a device and share its work.
@@ -39,6 +40,7 @@ class Chip:
     bandwidth: float
     clock: float
     link: float
+    network: float
     wraps: int
     smallest: str
     cores: int = 1
@@ -53,12 +55,12 @@ class Chip:
 
 _MEGACORE = {"chip_config_name": "megacore"}  # two cores that are one device
 CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, 1228e9, 1.05e9, 45e9, 0, "v4:2x2x1", 2, options=_MEGACORE),
-    "v5e": Chip(16 * GIB, 197e12, 819e9, 1.5e9, 50e9, 16, "v5e:2x2"),
-    "v5p": Chip(95 * GIB, 459e12, 2765e9, 1.75e9, 100e9, 0, "v5p:2x2x1", 2, options=_MEGACORE),
-    "v6e": Chip(32 * GIB, 918e12, 1640e9, 1.75e9, 100e9, 16, "v6e:2x2"),
+    "v4": Chip(32 * GIB, 275e12, 1228e9, 1.05e9, 45e9, 50e9 / 8, 0, "v4:2x2x1", 2, options=_MEGACORE),
+    "v5e": Chip(16 * GIB, 197e12, 819e9, 1.5e9, 50e9, 25e9 / 8, 16, "v5e:2x2"),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, 1.75e9, 100e9, 50e9 / 8, 0, "v5p:2x2x1", 2, options=_MEGACORE),
+    "v6e": Chip(32 * GIB, 918e12, 1640e9, 1.75e9, 100e9, 100e9 / 8, 16, "v6e:2x2"),
     # A chip is two devices, each with half of the memory.
-    "tpu7x": Chip(96 * GIB, 2307e12 / 2, 7380e9 / 2, 2.2e9, 100e9, 0, "tpu7x:2x2x1", devices=2),
+    "tpu7x": Chip(96 * GIB, 2307e12 / 2, 7380e9 / 2, 2.2e9, 100e9, 50e9 / 8, 0, "tpu7x:2x2x1", devices=2),
 }
 
 
