@@ -207,6 +207,24 @@ def test_a_split_mlp_sums_activations_over_the_model_and_gradients_over_the_data
     assert len(found) == sum(x.count for x in found) and {x.kind for x in found} == {"all-reduce"}
 
 
+@pytest.mark.parametrize(
+    ("text", "group"),
+    [
+        ("replica_groups=[4,8]<=[32]", 8),
+        ("replica_groups={{0,1,2},{3,4,5}}", 3),
+        ("replica_groups=mesh['x'=8,'y'=4] {'y'}, dimensions={0}", 4),
+        ("replica_groups=mesh['x'=1,'y'=8,'z'=4], device_ids=([4,8]T(1,0)) {'y'}, dimensions={1}", 8),
+        ("replica_groups=mesh['x'=8,'y'=4] {'x':(2)4,'y'}", 16),
+        ("replica_groups={}", 32),
+    ],
+)
+def test_groups_are_written_in_many_ways(text, group):
+    program = (
+        f"ENTRY %main (a: f32[8]) -> f32[64] {{\n  ROOT %g = f32[64]{{0}} all-gather(%a), channel_id=1, {text}\n}}"
+    )
+    assert [x.group for x in collectives(program, 32)] == [group]
+
+
 BRANCHES = """\
 %large.1 (a: f32[8]) -> f32[8] {
   %r.1 = f32[8]{0} all-reduce(%a), channel_id=1, replica_groups={{0,1}}, to_apply=%add

@@ -124,9 +124,10 @@ def _between_slices(instruction: hlo.Instruction, count: int) -> Collective | No
 def _group(attributes: str, devices: int) -> int:
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
         return int(match[2])
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
+    # Axes of a mesh, whose devices may be in another order, or parts of axes, as 'data':(1)4.
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
+        return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2]))
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return match[1].count(",") + 1
     return 1 if "source_target_pairs={}" in attributes else devices
