@@ -67,7 +67,7 @@ def test_an_mfu_that_is_given_takes_the_place_of_the_roofline(found, monkeypatch
     given, unknown = (plan.plan(c, "v5e:2x4", mfu=mfu, price=2.0, look=False) for mfu in (0.5, None))
     assert given["pairs_per_second"] == pytest.approx(0.5 * 197e12 * 8 / found["flops_per_pair"])
     assert given["cost"] == pytest.approx(2 * given["chip_hours"])
-    assert "an MFU of 50%, as given:" in plan.render(given)
+    assert "an MFU of 50%, as given\n" in plan.render(given)
     assert plan.render(unknown).endswith("no estimate of the time: the step does not fit; --mfu gives one")
 
 

@@ -1,5 +1,7 @@
 """The account of a program against counts by hand, and against what the TPU compiler says of single operations."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -135,6 +137,7 @@ def test_a_kernel_takes_its_schedule(kernel):
         None, (schedule.kernel_of(x, program.computations[program.entry]) for x, *_ in program.executions(len))
     )
     made = schedule.schedules("v5e", [call])[call]
+    assert call == dataclasses.replace(call, config="of another line") != dataclasses.replace(call, code="another")
     assert made.blocks == 1 and 100 < made.bundles < 3000 and 0 < made.matrix < 1
     assert row == {"name": "attention", "count": 1, "ms": pytest.approx(1e3 * made.bundles / 1.5e9), "by": "schedule"}
 

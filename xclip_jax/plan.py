@@ -195,8 +195,8 @@ def _render_time(facts: dict[str, Any]) -> list[str]:
     cost = f", which cost {facts['cost']:,.0f}" if facts["cost"] else ""
     images = f"{facts['images_per_second_per_host']:,.0f} images/s"
     lines = [
-        f"a step takes {facts['step_ms']:,.1f} ms{mfu}, {source}: {facts['pairs_per_second']:,.0f} pairs/s; "
-        f"each host decodes {images}",
+        f"a step takes {facts['step_ms']:,.1f} ms{mfu}, {source}",
+        f"{facts['pairs_per_second']:,.0f} pairs/s; each host decodes {images}",
         f"{facts['steps']:,} steps take {facts['days']:.2f} days, {facts['chip_hours']:,.0f} chip-hours{cost}",
     ]
     if facts["peak_ms"]:
@@ -221,9 +221,9 @@ def _render_roofline(facts: dict[str, Any]) -> list[str]:
     lines.append(row("collectives, exposed", "", "", "", account["exposed_ms"]))
     lines.append(row("sum", "", "", "", account["step_ms"], account["hbm_ms"]))
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    lines.append(f"by cycles that the compiler estimates ({versions}), and, in column HBM, by bytes of memory: a floor")
-    lines += [f"kernel {x['name']}, {x['count']} times, {x['ms']:.1f} ms by its {x['by']}" for x in account["kernels"]]
-    lines.append(f"collectives by bytes over links and network; {account['hidden_ms']:.1f} ms more are hidden")
+    lines.append(f"from cycles as the compiler estimates them ({versions}); HBM: from bytes of memory, a floor")
+    lines += [f"kernel {x['name']}: {x['count']} times, {x['ms']:.1f} ms by {x['by']}" for x in account["kernels"]]
+    lines.append(f"collectives: from bytes over links; {account['hidden_ms']:.1f} ms more are hidden behind operations")
     return lines
 
 

@@ -6,6 +6,7 @@ blocks follow each other without a pause and memory is never waited for.
 """
 
 import base64
+import contextlib
 import dataclasses
 import json
 import math
@@ -20,6 +21,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxlib.mlir import ir
+from jaxlib.mosaic.python import tpu
 
 from xclip_jax.parallel import hlo
 from xclip_jax.parallel.topology import CHIPS, devices_of
@@ -35,14 +38,18 @@ class Kernel:
     """A Pallas kernel in a compiled program.
 
     Attributes:
+      name: of the kernel.
       operands, results: types and shapes, without layouts.
-      config: of the call as JSON: the kernel's code, and what its author says of its cost.
+      code: in MLIR.
+      config: of the call as JSON: the code with the lines that it comes from, which differ from call to call, and what
+        its author says of its cost.
     """
 
+    name: str
     operands: tuple[str, ...]
     results: tuple[str, ...]
-    config: str = dataclasses.field(compare=False)  # the code names lines of source, which differ from call to call
-    name: str
+    code: str
+    config: str = dataclasses.field(compare=False)
 
     @property
     def flops(self) -> float:
@@ -80,7 +87,8 @@ def kernel_of(instruction: hlo.Instruction, computation: hlo.Computation) -> Ker
     operands = tuple(str(array) for name in instruction.operands for array in computation[name].arrays)
     config = instruction.attributes.partition("backend_config=")[2]
     names = re.findall(r"\w+", instruction.source.removesuffix("/pallas_call"))
-    return Kernel(operands, tuple(map(str, instruction.arrays)), config, names[-1] if names else instruction.name)
+    name = names[-1] if names else instruction.name
+    return Kernel(name, operands, tuple(map(str, instruction.arrays)), _code(config), config)
 
 
 def schedules(chip: str, kernels: Iterable[Kernel]) -> dict[Kernel, Schedule | None]:
@@ -126,17 +134,13 @@ def _dtype(name: str) -> Any:
     return jnp.dtype(names.get(name) or re.sub(r"^[a-z]", {"f": "float", "s": "int", "u": "uint"}[name[0]], name))
 
 
-def _grid(kernel: Kernel) -> tuple[int, bool]:
-    """Blocks of a kernel, and whether the cores of a device may share them."""
-    from jaxlib.mlir import ir
-    from jaxlib.mosaic.python import tpu
-
+def _code(config: str) -> str:
+    """The code in a call's configuration, without lines of source."""
+    body = base64.b64decode(json.loads(config)["custom_call_config"]["body"])
     with ir.Context() as context:
-        context.allow_unregistered_dialects = True
+        context.allow_unregistered_dialects = True  # the stable form of Mosaic's
         tpu.register_dialect(context)
-        text = str(ir.Module.parse(base64.b64decode(json.loads(kernel.config)["custom_call_config"]["body"])))
-    bounds = re.search(r"iteration_bounds = array<i64: ([\d, ]+)>", text)
-    return math.prod(map(int, bounds[1].split(","))) if bounds else 1, "dimension_semantics<parallel>" in text
+        return str(ir.Module.parse(body))
 
 
 def _read(folder: pathlib.Path, chip: str, kernel: Kernel) -> Schedule | None:
@@ -147,9 +151,11 @@ def _read(folder: pathlib.Path, chip: str, kernel: Kernel) -> Schedule | None:
         path.unlink()
     if not rows:
         return None
-    blocks, shared = _grid(kernel)
+    bounds = re.search(r"iteration_bounds = array<i64: ([\d, ]+)>", kernel.code)
+    blocks = math.prod(map(int, bounds[1].split(","))) if bounds else 1
+    cores = CHIPS[chip].cores if "dimension_semantics<parallel>" in kernel.code else 1
     matrix = sum(int(row[0]) for row in rows) / (_MATRIX_SLOTS * len(rows))
-    return Schedule(blocks, len(rows), matrix, CHIPS[chip].cores if shared else 1)
+    return Schedule(blocks, len(rows), matrix, cores)
 
 
 def main(chip: str, folder: str) -> None:
@@ -157,7 +163,8 @@ def main(chip: str, folder: str) -> None:
     device = devices_of(CHIPS[chip].smallest)[0][0]
     for each in json.load(sys.stdin):
         kernel = Kernel(**each | {key: tuple(each[key]) for key in ("operands", "results")})
-        _compile(kernel, device)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # no schedule then
+            _compile(kernel, device)
         schedule = _read(pathlib.Path(folder), chip, kernel)
         print(json.dumps(schedule and dataclasses.asdict(schedule)), flush=True)
 
