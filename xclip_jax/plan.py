@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from xclip_jax import flops
 from xclip_jax.config import load as config_file
 from xclip_jax.console import format_bytes
-from xclip_jax.errors import UserError, exit_with_message
+from xclip_jax.errors import UserError, check_writable, exit_with_message
 from xclip_jax.parallel.collectives import Collective, collectives, summary
 from xclip_jax.parallel.roofline import COLUMNS, roofline
 from xclip_jax.parallel.topology import devices_of
@@ -75,11 +75,13 @@ def plan(
       look: whether to look for a change that fits, where the step does not; each try is a compilation.
 
     Raises:
-      UserError: as `devices_of`; a config that cannot be built; an `mfu` that is not a share.
+      UserError: as `devices_of`; a config that cannot be built; an `mfu` that is not a share; a file in no folder.
     """
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu is {mfu}; expected a share of the chips' peak, above 0 and at most 1, such as 0.4.")
     devices, chip = devices_of(topology, slices)
+    if hlo:
+        check_writable("--hlo", pathlib.Path(hlo).parent)
     began = time.perf_counter()
     experiment, compiled, trouble = memory.compile_config(config, devices)
     facts = {
@@ -104,6 +106,7 @@ def plan(
     if compiled is not None:
         program = compiled.as_text()
         if hlo:
+            pathlib.Path(hlo).parent.mkdir(parents=True, exist_ok=True)
             pathlib.Path(hlo).write_text(program)
         sent = collectives(program, len(devices))
         facts |= {"memory": memory.usage(experiment, compiled), "sent": summary(sent), "collectives": _largest(sent)}

@@ -36,7 +36,17 @@ _OTHER_PARTS = (
     ("other", ""),
 )
 COLUMNS = ("image", "text", "neither")
-_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "reshape", "partition-id", "after-all")
+_FREE = (
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "reshape",
+    "partition-id",
+    "after-all",
+    "send",
+)
 _Kernels = dict[str, tuple[Kernel, Schedule | None]]
 
 

@@ -13,7 +13,7 @@ def traffic(program: hlo.Program, execution: hlo.Execution) -> float:
     if instruction.opcode.endswith("-start"):
         ends = instruction.arrays[:2]  # of a copy or a slice between memories, in either order
         return sum(x.in_hbm for x in ends) * min((x.padded_bytes for x in ends), default=0.0)
-    total = _written(program, instruction)
+    total = _written(program, instruction, computation)
     for position, name in enumerate(instruction.operands):
         arrays = computation[name].arrays if name in computation else []
         if len(arrays) == 1 and arrays[0].in_hbm:
@@ -30,10 +30,8 @@ def _read(program: hlo.Program, user: hlo.Instruction, position: int, whole: flo
     if user.opcode != "fusion":
         return whole
     body = program.computations[user.called("calls")[0]]
-    number = str(position)
-    return _read_by_all(
-        program, body, next(x.name for x in body.values() if x.literal == number and _parameter(x)), whole
-    )
+    name = next(x.name for x in body.values() if _parameter(x) and x.literal == str(position))
+    return _read_by_all(program, body, name, whole)
 
 
 def _read_by_all(program: hlo.Program, body: hlo.Computation, name: str, whole: float) -> float:
@@ -48,26 +46,22 @@ def _read_by_all(program: hlo.Program, body: hlo.Computation, name: str, whole: 
     return min(whole, total)
 
 
-def _written(program: hlo.Program, instruction: hlo.Instruction) -> float:
+def _written(program: hlo.Program, instruction: hlo.Instruction, computation: hlo.Computation) -> float:
     """Bytes of an instruction's result that it writes."""
-    arrays = instruction.arrays
-    if instruction.opcode != "fusion":
-        if _updates(instruction):
-            return 0.0  # its operand counts
-        return sum(x.padded_bytes for x in arrays if x.in_hbm)
-    body = program.computations[instruction.called("calls")[0]]
-    result = hlo.root(body)
-    parts = [body[name] for name in result.operands] if result.opcode == "tuple" else [result]
-    if len(parts) != len(arrays):
-        return sum(x.padded_bytes for x in arrays if x.in_hbm)
+    body, parts = computation, [instruction]
+    if instruction.opcode == "fusion":
+        body = program.computations[instruction.called("calls")[0]]
+        result = hlo.root(body)
+        parts = [body[name] for name in result.operands] if result.opcode == "tuple" else [result]
     total = 0.0
-    for array, part in zip(arrays, parts, strict=True):
+    for i, array in enumerate(instruction.arrays):
+        part = parts[i] if len(parts) == len(instruction.arrays) else instruction
         if not array.in_hbm or _parameter(part) or part.opcode in KINDS:
             continue
-        while part.opcode in _VIEWS and part.operands[0] in body:
+        while part.opcode in _VIEWS and part.operands[0] in body and part is not instruction:
             part = body[part.operands[0]]
-        changed = body[part.operands[1]].arrays if _updates(part) else []
-        total += min(array.padded_bytes, sum(x.padded_bytes for x in changed) or array.padded_bytes)
+        whole = array.padded_bytes
+        total += min(whole, sum(x.padded_bytes for x in body[part.operands[1]].arrays)) if _updates(part) else whole
     return total
 
 
