@@ -8,17 +8,17 @@ for. Takes a minute or two a chip on two cores.
 
 import argparse
 import importlib.metadata
+import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from xclip_jax.errors import exit_with_message
+from xclip_jax.errors import check_choice, exit_with_message
 from xclip_jax.kernels import attention
 from xclip_jax.parallel import hlo
 from xclip_jax.parallel.schedule import Kernel, kernel_of, schedules
 from xclip_jax.parallel.topology import CHIPS, devices_of
-from xclip_jax.parallel.traffic import traffic
 
 
 class Shape(NamedTuple):
@@ -39,8 +39,8 @@ SHAPES = {
 }
 
 
-def compiled(chip: str, shape: Shape) -> list[tuple[Kernel, float]]:
-    """Return the kernel and its gradient in a program for one device, each with the bytes of memory that it moves."""
+def compiled(chip: str, shape: Shape) -> tuple[Kernel, Kernel]:
+    """Return the kernel and its gradient as a program for one device has them."""
     where = jax.sharding.SingleDeviceSharding(devices_of(CHIPS[chip].smallest)[0][0])
     kv, b, n, tokens, d, causal = shape
     arrays = [((b, n, 3 * d), jnp.bfloat16), ((1, 3 * d), jnp.float32), ((b, n, d), jnp.bfloat16)]
@@ -51,12 +51,9 @@ def compiled(chip: str, shape: Shape) -> list[tuple[Kernel, float]]:
 
     inputs = (jax.ShapeDtypeStruct(*x, sharding=where) for x in arrays)
     program = hlo.parse(jax.jit(both).lower(*inputs).compile().as_text())
-    calls = [
-        (kernel, traffic(program, each))
-        for each in program.executions(len)
-        if (kernel := kernel_of(each.instruction, program.computations[each.computation]))
-    ]
-    return sorted(calls, key=lambda call: "gradient" in call[0].name)
+    calls = (kernel_of(x.instruction, program.computations[x.computation]) for x in program.executions(len))
+    forward, backward = sorted(filter(None, calls), key=lambda kernel: "gradient" in kernel.name)
+    return forward, backward
 
 
 def main() -> None:
@@ -69,14 +66,15 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     with exit_with_message():
         for chip in chips:
+            check_choice("CHIP", chip, CHIPS)
             calls = {name: compiled(chip, shape) for name, shape in SHAPES.items()}
-            made = schedules(chip, [kernel for both in calls.values() for kernel, _ in both])
+            made = schedules(chip, itertools.chain(*calls.values()))
             for name, both in calls.items():
-                for way, (kernel, size) in zip(("forward", "backward"), both, strict=True):
+                for way, kernel in zip(("forward", "backward"), both, strict=True):
                     if schedule := made[kernel]:
                         print(
                             f"| {chip}, {name} | {way} | {schedule.blocks:,} | {schedule.bundles:,} | "
-                            f"{schedule.matrix:.0%} | {size / 1e6:.0f} | "
+                            f"{schedule.matrix:.0%} | {kernel.bytes / 1e6:.0f} | "
                             f"{1e3 * schedule.cycles / CHIPS[chip].clock:.2f} |",
                             flush=True,
                         )

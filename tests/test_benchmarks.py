@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from benchmarks import embed, loader, plans
+from benchmarks import embed, kernel, loader, plans
 from xclip_jax import storage
 
 
@@ -39,6 +39,28 @@ def test_embeddings_are_those_of_the_last_run(tmp_path):
         rows = pa.FixedSizeListArray.from_arrays(pa.array(np.full(4 * n, n, np.float32)), 4)
         pyarrow.parquet.write_table(pa.table({"embedding": rows}), tmp_path / f"ours-{time}.parquet")
     np.testing.assert_array_equal(embed.embeddings(tmp_path), np.full((2, 4), 2))
+
+
+def test_the_kernel_and_its_gradient_move_queries_keys_values_and_outputs_once_each():
+    pytest.importorskip("libtpu")
+    forward, backward = kernel.compiled("v5e", kernel.Shape(64, 4, 16, 13, 128, True))
+    assert (forward.name, backward.name) == ("attention", "attention_gradient")
+    bias, array = 4 * 3 * 128, 2 * 4 * 16 * 128
+    assert (forward.bytes, backward.bytes) == (4 * array + bias, 8 * array + 2 * bias)
+    other, _ = kernel.compiled("v5e", kernel.Shape(64, 4, 16, 13, 128, False))
+    assert forward != other and forward.operands == other.operands  # their code differs
+
+
+def test_the_page_has_the_plans_that_are_known(tmp_path, monkeypatch):
+    plan = {"fits": True, "chips": 32, "hosts": 8, "steps": 9, "capacity": 16 * 2**30, "peak_ms": 80.1, "mfu": 0.39}
+    plan |= {"memory": {"peak": 2**33}, "sent": {"all-reduce": 2**20, "all-gather": 2**20}, "chip_hours": 1680}
+    plan |= {"roofline": {"ms": 199.2, "exposed_ms": 6.9, "hbm_ms": 72.9}, "pairs_per_second": 2e4}
+    monkeypatch.setattr(plans.plan, "plan", lambda *_, **__: plan | {"images_per_second_per_host": 2500})
+    monkeypatch.setattr(plans, "DOCS", tmp_path)
+    plans.main(["v5e:4x8", "xclip:", "zero1"])
+    page = (tmp_path / "plans.md").read_text()
+    assert [line for line in page.splitlines() if line.startswith("##")] == ["## preset=B/16,batch=4096 on v5e:4x8"]
+    assert "| xclip | zero1 | 8.00 | 2 | 199.2 | 6.9 | 72.9 | 39% | 20,000 | 2,500 | 1,680 |\n" in page
 
 
 def test_plans_are_made_once_by_the_same_sources_recipes_and_versions(tmp_path, monkeypatch):

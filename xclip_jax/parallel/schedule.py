@@ -52,6 +52,11 @@ class Kernel:
     config: str = dataclasses.field(compare=False)
 
     @property
+    def bytes(self) -> float:
+        """Bytes of operands and results."""
+        return sum(array.bytes for text in (*self.operands, *self.results) for array in hlo.arrays(text))
+
+    @property
     def flops(self) -> float:
         """FLOPs as its author counts them, 0 where the author does not."""
         estimate = json.loads(self.config)["custom_call_config"].get("cost_estimate", {})
