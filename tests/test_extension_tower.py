@@ -20,6 +20,7 @@ from xclip_jax.data import loader
 from xclip_jax.doctor import resources
 from xclip_jax.errors import UserError
 from xclip_jax.models.tower import ImageTower, TextTower
+from xclip_jax.parallel import topology
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.train import build, log, memory, state, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
@@ -153,11 +154,11 @@ def test_a_tower_need_not_count_its_flops(tmp_path, monkeypatch, capsys):
     assert step.seconds is None and f"the step, whose {reason}, is not compiled" in step.findings[0].text
     json.dumps(step.findings[0].values, allow_nan=False)
 
-    monkeypatch.setattr(plan, "devices_of", lambda *_: (jax.devices(), plan.CHIPS["v5e"]))
+    monkeypatch.setattr(plan, "devices_of", lambda *_: (jax.devices(), topology.CHIPS["v5e"]))
     monkeypatch.setattr(memory, "compile_config", lambda *_: (made, None, "too large"))
     facts = plan.plan(c, "v5e:2x4", look=False)
     assert "pairs_per_second" not in facts
-    assert plan.render(facts).endswith(f"\n\nno estimate of the time: {reason}")
+    assert plan.render(facts).endswith(f"\nno estimate of the time: {reason}")
 
 
 def test_a_new_run_starts_from_its_weights(run, data, tmp_path, capsys):
