@@ -148,7 +148,8 @@ def test_a_kernel_without_a_schedule_takes_its_flops_and_bytes(kernel, monkeypat
     (row,) = roofline.roofline(kernel, V5E.smallest, 1).kernels
     size = sum(4 * 16 * lanes * 2 for lanes in (384, 128)) + 8 * 384 * 4
     work = 2 * 2 * 4 * 2 * 16 * 16 * 128
-    assert row["by"] == "FLOPs and bytes" and row["ms"] <= 1e3 * max(work / V5E.peak, size / V5E.bandwidth)
+    by_flops, by_bytes = 1e3 * work / V5E.peak, 1e3 * size / V5E.bandwidth  # what is in vector memory does not count
+    assert row["by"] == "FLOPs and bytes" and by_flops <= row["ms"] <= max(by_flops, by_bytes)
 
 
 @pytest.mark.parametrize(
