@@ -10,6 +10,7 @@ those that are there. No TPU is used.
 
 import datetime
 import hashlib
+import importlib
 import json
 import pathlib
 import sys
@@ -211,11 +212,13 @@ gathers, counted once.
 def main(words: list[str]) -> None:
     """Make the plans that have all `words`, and write the page."""
     logging.set_verbosity(logging.ERROR)
-    make = Planner(DOCS / "plans.json")
-    for cases in (*map(cases_of, RUNS), scaling_cases()):
-        for case in cases.values():
-            if all(word in line(case) for word in words):
-                make(case)
+    make, scaled = Planner(DOCS / "plans.json"), scaling_cases().values()
+    cases = [case for group in (*(cases_of(run).values() for run in RUNS), scaled) for case in group]
+    chosen = [case for case in cases if all(word in line(case) for word in words)]
+    if any(case in scaled for case in chosen):
+        importlib.import_module("matplotlib")  # of the chart: where it is missing, before the compilations
+    for case in chosen:
+        make(case)
     (DOCS / "plans.md").write_text(page(make).rstrip() + "\n")
 
 
