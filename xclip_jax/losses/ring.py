@@ -1,15 +1,14 @@
-"""The contrastive losses on a ring of devices: the (b, b) logits are never whole in memory.
+"""The contrastive losses on a ring of devices, in memory that does not grow with the number of devices.
 
 Each device keeps its images, and the texts travel round the ring: in each of as many hops as there are batch shards a
-device has one block of texts and adds it to its images' sums and to the texts' own, which travel with them. A hop is
-rematerialised in the backward pass. Values and gradients are those of `losses.contrastive`, which defines the losses;
-this form pays where (b, b) / devices logits outweigh the towers' activations, at hundreds of thousands of pairs or on
-few devices.
+device compares its images with one block of texts. The forward pass keeps sums of the rows and columns of logits; the
+backward pass sends the texts round again and computes each block a second time (Inf-CL, arXiv 2410.17243). Values and
+gradients are those of `losses.contrastive`, which defines the losses.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +17,13 @@ from jax.typing import ArrayLike
 
 from xclip_jax.losses import contrastive
 from xclip_jax.losses.contrastive import Metrics
-from xclip_jax.parallel.mesh import BATCH_AXES
+from xclip_jax.parallel.mesh import BATCH_AXES, ring_order
 
 Array = jax.Array
-State = dict[str, Array]
-Hop = Callable[[State, Array, Array], State]
+Pair = tuple[Array, Array]
+Home = TypeVar("Home")
+
+_WHOLE, _ROWS, _COLUMNS = PartitionSpec(), PartitionSpec(BATCH_AXES), PartitionSpec(None, BATCH_AXES)
 
 
 def softmax(
@@ -30,8 +31,7 @@ def softmax(
 ) -> tuple[Array, Metrics]:
     """`contrastive.softmax`, the batch split over `mesh`'s batch axes; arguments, results and errors are the same."""
     contrastive.check(z_img, z_txt, scale)
-    hops = (_softmax_hop, _softmax_hop)
-    loss, metrics = _ring(hops, _softmax_end, z_img, z_txt, jnp.asarray(scale, jnp.float32), jnp.float32(0), mesh)
+    loss, metrics = _compare(_SOFTMAX, mesh, z_img, z_txt, scale, 0.0)
     if label_smoothing:
         loss = loss + label_smoothing * contrastive.mean_margin(z_img, z_txt, scale)
         metrics = metrics | {"loss": loss}
@@ -41,91 +41,184 @@ def softmax(
 def sigmoid(z_img: Array, z_txt: Array, scale: ArrayLike, bias: ArrayLike, *, mesh: Mesh) -> tuple[Array, Metrics]:
     """`contrastive.sigmoid`, the batch split over `mesh`'s batch axes; arguments, results and errors are the same."""
     contrastive.check(z_img, z_txt, scale, bias)
-    scale, bias = jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32)
-    hops = (_sigmoid_hop, lambda state, *_: state)  # every pair is counted once, by its image
-    return _ring(hops, _sigmoid_end, z_img, z_txt, scale, bias, mesh)
+    return _compare(_SIGMOID, mesh, z_img, z_txt, scale, bias)
 
 
-def _ring(
-    hops: tuple[Hop, Hop],
-    end: Callable[[State, State], Array],
-    z_img: Array,
-    z_txt: Array,
-    scale: Array,
-    bias: Array,
-    mesh: Mesh,
-) -> tuple[Array, Metrics]:
-    """Send the texts once round the mesh.
+class Sums(NamedTuple):
+    """What the rows of logits, or their columns, are reduced to: a number each, fp32."""
 
-    `hops` add a block of logits to the state of its images and of its texts; `end` makes one number a row of both.
+    best: Array  # highest logit
+    shard: Array  # of the batch in which that is; the first of several
+    total: Array  # what the loss adds up
+
+
+class Form(NamedTuple):
+    """A loss of all pairs.
+
+    Attributes:
+      totals: for rows and for columns, (sums before a block, highest logit after it, logits, matching) -> total.
+      end: (sums of rows, sums of columns, logits of matching pairs) -> loss, its derivative by the matching pair's
+        logit, log-sum-exp of the row and of the column relative to that logit; a number a pair each.
+      derivative: (logits, matching pair's logit and relative log-sum-exp of rows, of columns) -> derivative by the
+        logits of pairs that do not match.
     """
-    b = z_img.shape[0]
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    following = [(i, (i + 1) % shards) for i in range(shards)]
 
-    @partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=(PartitionSpec(BATCH_AXES),) * 2 + (PartitionSpec(),) * 2,
-        out_specs=PartitionSpec(),
-    )
-    def local(z_img: Array, z_txt: Array, scale: Array, bias: Array) -> Array:
-        index = jax.lax.axis_index(BATCH_AXES)
-        rows = z_img.shape[0]
-        # The diagonal of the first block, as the first hop computes it: relative to it a perfect pair's logit is 0.
-        own = jnp.sum(jnp.eye(rows) * (scale * contrastive.dot(z_img, z_txt) + bias), axis=1)
-        zeros = jnp.zeros_like(own)  # of `own`, so that it varies over the mesh as the states do
-        # log-sum-exp as (maximum, sum), and the best match as (value, index)
-        fresh = {"own": own, "max": zeros, "sum": zeros, "best": zeros - jnp.inf, "index": zeros.astype(jnp.int32)}
-        home, away = fresh, fresh | {"z": z_txt}
-
-        def hop(carry: tuple[State, State], shift: Array) -> tuple[tuple[State, State], None]:
-            home, away = carry
-            source = (index - shift) % shards  # the shard that the texts came from
-            logits = scale * contrastive.dot(z_img, away["z"]) + bias
-            home = hops[0](_best(home, logits, source * rows), logits, shift == 0)
-            away = hops[1](_best(away, logits.T, index * rows), logits.T, shift == 0)
-            away = jax.tree.map(lambda x: jax.lax.ppermute(x, BATCH_AXES, following), away)
-            return (home, away), None
-
-        (home, away), _ = jax.lax.scan(jax.checkpoint(hop), (home, away), jnp.arange(shards))
-        # After a whole round the texts are home again.
-        mine = index * rows + jnp.arange(rows)
-        hits = [jnp.sum(state["index"] == mine, dtype=jnp.float32) for state in (home, away)]
-        return jax.lax.psum(jnp.stack([jnp.sum(end(home, away)), *hits]), BATCH_AXES) / b
-
-    loss, acc_img, acc_txt = local(z_img.astype(jnp.float32), z_txt.astype(jnp.float32), scale, bias)
-    metrics = {"loss": loss, "ln_b": jnp.log(jnp.float32(b)), "acc_img": acc_img, "acc_txt": acc_txt}
-    return loss, metrics
+    totals: tuple[Callable[[Sums, Array, Array, Array], Array], Callable[[Sums, Array, Array, Array], Array]]
+    end: Callable[[Sums, Sums, Array], tuple[Array, Array, Array, Array]]
+    derivative: Callable[[Array, Pair, Pair], Array]
 
 
-def _best(state: State, logits: Array, offset: Array) -> State:
-    """Return `state` with the best match among columns `offset` and up; the lowest index wins ties, in any order."""
-    logits = jax.lax.stop_gradient(logits)
-    value, index = jnp.max(logits, axis=1), offset + jnp.argmax(logits, axis=1).astype(jnp.int32)
-    better = (value > state["best"]) | ((value == state["best"]) & (index < state["index"]))
-    return state | {"best": jnp.where(better, value, state["best"]), "index": jnp.where(better, index, state["index"])}
+def _compare(
+    form: Form, mesh: Mesh, z_img: Array, z_txt: Array, scale: ArrayLike, bias: ArrayLike
+) -> tuple[Array, Metrics]:
+    z_img, z_txt, scale, bias = (jnp.asarray(x, jnp.float32) for x in (z_img, z_txt, scale, bias))
+    # Images have the scale, not logits: a scaled logit may be rounded in one pass and fused with a sum in the other.
+    loss, acc_img, acc_txt = _loss(form, mesh, scale * z_img, z_txt, bias)
+    return loss, {"loss": loss, "ln_b": jnp.log(jnp.float32(len(z_img))), "acc_img": acc_img, "acc_txt": acc_txt}
 
 
-def _softmax_hop(state: State, logits: Array, first: Array) -> State:
-    """Add a block's exponentials, relative to the row's own pair as in `contrastive.softmax`."""
-    relative = logits - state["own"][:, None]
-    # Nothing is below the own pair's 0, so the running maximum may start there.
-    highest = jax.lax.stop_gradient(jnp.maximum(state["max"], jnp.max(relative, axis=1)))
-    total = state["sum"] * jnp.exp(state["max"] - highest) + jnp.sum(jnp.exp(relative - highest[:, None]), axis=1)
-    return state | {"max": highest, "sum": total}
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss(form: Form, mesh: Mesh, z_img: Array, z_txt: Array, bias: Array) -> Array:
+    """Return the loss and both accuracies, (3,)."""
+    return _forward(form, mesh, z_img, z_txt, bias)[0]
 
 
-def _softmax_end(home: State, away: State) -> Array:
-    img_to_txt, txt_to_img = (state["max"] + jnp.log(state["sum"]) for state in (home, away))
-    return 0.5 * (img_to_txt + txt_to_img)
+def _forward(form: Form, mesh: Mesh, *args: Array) -> tuple[Array, tuple[Array, ...]]:
+    local, specs = partial(_sums, form, ring_order(mesh)), (_ROWS, _ROWS, _WHOLE)
+    sums, kept = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(_WHOLE, _COLUMNS))(*args)
+    return sums / len(args[0]), (*args, kept)
 
 
-def _sigmoid_hop(state: State, logits: Array, first: Array) -> State:
-    """Add a block's terms; the matching pairs are on the diagonal of the first."""
-    sign = jnp.where(first, 2 * jnp.eye(logits.shape[0], dtype=jnp.float32) - 1, -1.0)
-    return state | {"sum": state["sum"] - jnp.sum(jax.nn.log_sigmoid(sign * logits), axis=1)}
+def _backward(form: Form, mesh: Mesh, residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
+    local, specs = partial(_gradients, form, ring_order(mesh)), (_ROWS, _ROWS, _WHOLE)
+    gradients = jax.shard_map(local, mesh=mesh, in_specs=(*specs, _COLUMNS), out_specs=specs)(*residuals)
+    factor = cotangent[0] / len(residuals[0])  # accuracies have no gradient
+    return tuple(factor * gradient for gradient in gradients)
 
 
-def _sigmoid_end(home: State, away: State) -> Array:
-    return home["sum"]
+_loss.defvjp(_forward, _backward)
+
+
+def _sums(form: Form, order: list[int], z_img: Array, z_txt: Array, bias: Array) -> tuple[Array, Array]:
+    """Return the sums of the loss and of right best matches, and a column for each pair that `_gradients` needs."""
+    mine = jax.lax.axis_index(BATCH_AXES)
+    zeros = jnp.zeros_like(z_img[:, 0])
+    fresh = Sums(best=zeros - jnp.inf, shard=zeros, total=zeros)
+
+    def block(source: Array, texts: Array, home: tuple[Array, Sums], away: Array) -> tuple[tuple[Array, Sums], Array]:
+        pairs, rows = home
+        logits = contrastive.dot(z_img, texts.T) + bias
+        pairs = jax.lax.cond(source == mine, lambda: _pairs(logits), lambda: pairs)
+        matching = (source == mine) & jnp.eye(len(logits), dtype=bool)
+        rows = _add(form.totals[0], rows, logits, matching, source)
+        columns = _add(form.totals[1], Sums(*away), logits.T, matching, mine)
+        return (pairs, rows), jnp.stack(columns)
+
+    (pairs, rows), away = _send_round(order, block, z_txt.T, (jnp.stack([zeros] * 3), fresh), jnp.stack(fresh))
+    own, best_of_row, best_of_column = pairs
+    columns = Sums(*away)
+    loss, by_match, *log_sums = form.end(rows, columns, own)
+    right = best_of_row * (rows.shard == mine), best_of_column * (columns.shard == mine)
+    return jax.lax.psum(jnp.sum(jnp.stack([loss, *right]), axis=1), BATCH_AXES), jnp.stack([by_match, own, *log_sums])
+
+
+def _gradients(
+    form: Form, order: list[int], z_img: Array, z_txt: Array, bias: Array, kept: Array
+) -> tuple[Array, Array, Array]:
+    """Return the gradients of the summed loss by embeddings and bias; `kept` is the second result of `_sums`."""
+    mine = jax.lax.axis_index(BATCH_AXES)
+    rows, e = z_img.shape
+    by_match, own, of_rows, of_columns = kept
+
+    def block(source: Array, texts: Array, home: tuple[Array, Array], away: Array) -> tuple[tuple[Array, Array], Array]:
+        d_img, d_bias = home
+        logits = contrastive.dot(z_img, texts[:e].T) + bias
+        matching = (source == mine) & jnp.eye(rows, dtype=bool)
+        derivative = form.derivative(logits, (own[:, None], of_rows[:, None]), (texts[e], texts[e + 1]))
+        d_logits = jnp.where(matching, by_match, derivative)
+        home = d_img + contrastive.dot(d_logits, texts[:e]), d_bias + jnp.sum(d_logits)
+        return home, away + contrastive.dot(z_img.T, d_logits.T)
+
+    texts = jnp.concatenate([z_txt.T, jnp.stack([own, of_columns])])
+    home = (jnp.zeros_like(z_img), jnp.zeros_like(by_match[0]))
+    (d_img, d_bias), d_txt = _send_round(order, block, texts, home, jnp.zeros_like(z_txt.T))
+    return d_img, d_txt.T, jax.lax.psum(d_bias, BATCH_AXES)
+
+
+def _send_round(
+    order: list[int],
+    block: Callable[[Array, Array, Home, Array], tuple[Home, Array]],
+    texts: Array,
+    home: Home,
+    away: Array,
+) -> tuple[Home, Array]:
+    """Send texts once round the ring, with sums that belong to them, and return `home` and `away` after all blocks.
+
+    Each hop sends one array before the block's product, so that it travels meanwhile: the texts of this hop and, below
+    them, the sums of the texts of the hop before, to which the receiver adds its block of them when they arrive.
+
+    Args:
+      order: the shards of the batch in the order of the ring.
+      block: (shard of the texts, texts, home, away) -> (home, away), the sums with the block added.
+      texts: a text a column, as wide as the chip's registers; in rows, e and three more numbers would be padded.
+      home: sums of this device's images.
+      away: sums of the texts, a text a column, before any block: those of all devices are alike.
+    """
+    shards, height = len(order), len(texts)
+    following = [(shard, order[(i + 1) % shards]) for i, shard in enumerate(order)]
+    place = jnp.asarray(sorted(range(shards), key=order.__getitem__))[jax.lax.axis_index(BATCH_AXES)]
+
+    def hop(shift: Array, carry: tuple[Home, Array]) -> tuple[Home, Array]:
+        home, held = carry
+        arriving = jax.lax.ppermute(held, BATCH_AXES, following)
+        source = jnp.asarray(order)[(place - shift) % shards]
+        home, away = block(source, held[:height], home, arriving[height:])
+        return home, arriving.at[height:].set(away)
+
+    home, held = jax.lax.fori_loop(0, shards, hop, (home, jnp.concatenate([texts, away])))
+    return home, jax.lax.ppermute(held[height:], BATCH_AXES, following)
+
+
+def _pairs(logits: Array) -> Array:
+    """Return the logits of a block's matching pairs, and whether each is first in its row and in its column, (3, b)."""
+    own, diagonal = jnp.arange(len(logits)), jnp.eye(len(logits), dtype=bool)
+    best = [jnp.argmax(logits, axis=axis) == own for axis in (1, 0)]
+    return jnp.stack([jnp.sum(jnp.where(diagonal, logits, 0), axis=1), *(x.astype(jnp.float32) for x in best)])
+
+
+def _add(
+    total: Callable[[Sums, Array, Array, Array], Array], sums: Sums, logits: Array, matching: Array, shard: Array
+) -> Sums:
+    """Return `sums` with a block of logits added; the lowest shard wins ties, in any order of blocks."""
+    value = jnp.max(logits, axis=1)
+    better = (value > sums.best) | ((value == sums.best) & (shard < sums.shard))
+    best = jnp.where(better, value, sums.best)
+    return Sums(best, jnp.where(better, shard, sums.shard), total(sums, best, logits, matching))
+
+
+def _softmax_total(sums: Sums, best: Array, logits: Array, matching: Array) -> Array:
+    """The sum of exponentials relative to the highest logit."""
+    return sums.total * jnp.exp(sums.best - best) + jnp.sum(jnp.exp(logits - best[:, None]), axis=1)
+
+
+# All relative to the own pair, as in `contrastive.softmax`: a small loss keeps its digits, and so does its gradient.
+def _softmax_end(rows: Sums, columns: Sums, own: Array) -> tuple[Array, Array, Array, Array]:
+    to_txt, to_img = ((sums.best - own) + jnp.log(sums.total) for sums in (rows, columns))
+    return 0.5 * (to_txt + to_img), 0.5 * (jnp.expm1(-to_txt) + jnp.expm1(-to_img)), to_txt, to_img
+
+
+def _softmax_derivative(logits: Array, rows: Pair, columns: Pair) -> Array:
+    to_txt, to_img = (jnp.exp((logits - own) - log_sum) for own, log_sum in (rows, columns))
+    return 0.5 * (to_txt + to_img)
+
+
+def _sigmoid_total(sums: Sums, best: Array, logits: Array, matching: Array) -> Array:
+    return sums.total + jnp.sum(jax.nn.softplus(jnp.where(matching, -logits, logits)), axis=1)
+
+
+_SOFTMAX = Form((_softmax_total, _softmax_total), _softmax_end, _softmax_derivative)
+_SIGMOID = Form(
+    (_sigmoid_total, lambda sums, *_: sums.total),  # every pair is counted once, by its image
+    lambda rows, columns, own: (rows.total, -jax.nn.sigmoid(-own), own, own),
+    lambda logits, rows, columns: jax.nn.sigmoid(logits),
+)
