@@ -1,9 +1,13 @@
-"""The contrastive losses on a ring of devices, in memory that does not grow with the number of devices.
+"""The contrastive losses on a ring of devices, in memory that grows with the pairs of a device and not with the batch.
 
 Each device keeps its images, and the texts travel round the ring: in each of as many hops as there are batch shards a
 device compares its images with one block of texts. The forward pass keeps sums of the rows and columns of logits; the
 backward pass sends the texts round again and computes each block a second time (Inf-CL, arXiv 2410.17243). Values and
 gradients are those of `losses.contrastive`, which defines the losses.
+
+A device holds one block of (b / devices)^2 logits and a few arrays of (b / devices, e); the plain form holds several of
+(b / devices, b) and of (b, e), a gigabyte or more from 130,000 pairs on. With fewer than about 1,000 pairs a device the
+fixed costs of a hop outweigh its work.
 """
 
 from collections.abc import Callable
@@ -155,12 +159,13 @@ def _send_round(
     """Send texts once round the ring, with sums that belong to them, and return `home` and `away` after all blocks.
 
     Each hop sends one array before the block's product, so that it travels meanwhile: the texts of this hop and, below
-    them, the sums of the texts of the hop before, to which the receiver adds its block of them when they arrive.
+    them, the sums of the texts of the hop before. The receiver has had these texts for a hop, and adds its block to the
+    sums when they arrive.
 
     Args:
       order: the shards of the batch in the order of the ring.
       block: (shard of the texts, texts, home, away) -> (home, away), the sums with the block added.
-      texts: a text a column, as wide as the chip's registers; in rows, e and three more numbers would be padded.
+      texts: a text a column, since rows of e and a few more numbers would be padded to whole registers.
       home: sums of this device's images.
       away: sums of the texts, a text a column, before any block: those of all devices are alike.
     """
