@@ -22,8 +22,26 @@ def devices(topology):
     return plan.devices_of(topology)[0]
 
 
-def test_other_platforms_have_no_options():
+def test_cpus_have_no_options():
     assert compiler.options(jax.devices()) == {}
+
+
+def test_several_gpus_have_options_that_xla_knows(monkeypatch):
+    """XLA checks the options of every platform on each of them, and so on this CPU."""
+
+    class Gpu:
+        platform, process_index = "gpu", 0
+
+    accepts = compiler._accepts
+    monkeypatch.setattr(compiler, "_accepts", lambda options, _: accepts(options, jax.devices()[0]))
+    assert compiler.options([Gpu()] * 2) == compiler._GPUS != {}
+    assert compiler.options([Gpu()]) == {}
+    (name,) = compiler._GPUS
+    with monkeypatch.context() as context:
+        context.setenv("XLA_FLAGS", f"--xla_something=1 --{name}=false")
+        assert compiler.options([Gpu()] * 2) == {}
+    monkeypatch.setattr(compiler, "_GPUS", compiler._GPUS | {"xla_gpu_no_such_option": True})
+    assert compiler.options([Gpu()] * 2) == {name: True}
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

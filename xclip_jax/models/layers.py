@@ -21,9 +21,10 @@ from jax.typing import DTypeLike
 from xclip_jax.config.fields import above, at_least, choice, key
 from xclip_jax.errors import UserError
 from xclip_jax.kernels import attention as attention_kernel
+from xclip_jax.kernels import cudnn
 from xclip_jax.models.linear import dense, dot_general, named
 from xclip_jax.models.tower import Params, Tower
-from xclip_jax.parallel.sharding import constrain, map_devices, platform, shards_of
+from xclip_jax.parallel.sharding import constrain, device, map_devices, platform, shards_of
 
 Array = jax.Array
 
@@ -131,6 +132,7 @@ class Attention(nn.Module):
     """Multi-head self-attention; softmax in fp32. (b, n, d) -> (b, n, d), or (b, 1, d) of the tokens `at` (b,).
 
     With `fused` tokens it is computed by `kernels.attention`: the first `fused` of n count, the others are padding.
+    On GPUs cuDNN computes it, where it accepts these sizes.
     """
 
     heads: int
@@ -145,9 +147,20 @@ class Attention(nn.Module):
         maps = HeadProjections(3, self.heads, self.dtype, bool(self.fused), name="qkv")(x, at)
         if self.fused:
             x = self._attend_fused(*maps)
+        elif at is None and self._cudnn_accepts(maps[0]):
+            axes = ("batch", "heads", None, None)
+            x = map_devices(lambda *qkv: cudnn.attention(*qkv, causal=self.causal), maps, (axes,) * 3, axes)
+            x = einops.rearrange(x, "b heads n kv -> b n heads kv")
         else:
             x = einops.rearrange(attend(*maps, causal=self.causal, at=at), "b heads n kv -> b n heads kv")
         return dense(d, ("heads", "kv", "embed"), std=self.out_std, dtype=self.dtype, axis=(-2, -1), name="out")(x)
+
+    def _cudnn_accepts(self, query: Array) -> bool:
+        """Whether cuDNN computes attention of these queries on this process's devices."""
+        _, heads, n, kv = query.shape
+        on = device()
+        # The batch makes no difference to cuDNN.
+        return on is not None and cudnn.accepts(on, (2, heads // shards_of("heads"), n, kv), query.dtype, self.causal)
 
     def _attend_fused(self, qkv: Array, bias: Array) -> Array:
         """(b, n, 3 * d), (1, 3 * d) -> (b, n, heads, kv)."""

@@ -23,17 +23,24 @@ _TPU: Options = {
 }
 
 
+# Gradients are summed over GPUs behind the backward pass. Off by default; NVIDIA's JAX image sets it, and no other:
+# docs.nvidia.com/jax-toolbox/environment-variables.
+_GPUS: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
+_FLAGS = {"tpu": "LIBTPU_INIT_ARGS", "gpu": "XLA_FLAGS"}
+
+
 def options(devices: Sequence[jax.Device]) -> Options:
     """Options for a program that runs on `devices`, without those that this version of the compiler does not know.
 
-    What the environment variable LIBTPU_INIT_ARGS sets is left as it is.
+    What the environment variable LIBTPU_INIT_ARGS sets for TPUs, or XLA_FLAGS for GPUs, is left as it is.
     """
-    if devices[0].platform != "tpu":
-        return {}
-    given = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get("LIBTPU_INIT_ARGS", "").split()}
-    chosen = {name: value for name, value in _TPU.items() if name not in given}
+    platform = devices[0].platform
+    every = _TPU if platform == "tpu" else _GPUS if platform == "gpu" and len(devices) > 1 else {}
+    flags = os.environ.get(_FLAGS.get(platform, ""), "")
+    given = {flag.lstrip("-").partition("=")[0] for flag in flags.split()}
+    chosen = {name: value for name, value in every.items() if name not in given}
     device = next((d for d in devices if d.process_index == jax.process_index()), devices[0])
-    if _accepts(chosen, device):
+    if not chosen or _accepts(chosen, device):
         return chosen
     return {name: value for name, value in chosen.items() if _accepts({name: value}, device)}
 

@@ -106,6 +106,13 @@ def platform() -> str:
     return layout.mesh.devices.flat[0].platform if layout else ""
 
 
+def device() -> jax.Device | None:
+    """A device of this process, of the mesh that is computed for; None outside of `layout_scope`."""
+    layout = _active.get()
+    devices = list(layout.mesh.devices.flat) if layout else []
+    return next((d for d in devices if d.process_index == jax.process_index()), None)
+
+
 def shards_of(axis: str) -> int:
     """In how many parts a dimension of logical `axis` is split."""
     layout = _active.get()

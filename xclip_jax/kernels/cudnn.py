@@ -1,0 +1,75 @@
+"""Self-attention by cuDNN's fused kernels on NVIDIA GPUs: scores stay on the chip.
+
+`xclip_jax.models.layers.attend` is the definition, and what computes it wherever cuDNN refuses.
+"""
+
+import functools
+from typing import Literal
+
+import einops
+import jax
+import jax.numpy as jnp
+
+from xclip_jax.console import log0
+
+Array = jax.Array
+
+
+def attention(
+    query: Array, key: Array, value: Array, *, causal: bool, implementation: Literal["cudnn", "xla"] = "cudnn"
+) -> Array:
+    """Scaled dot-product self-attention, softmax in fp32. Three times (b, heads, n, kv) -> (b, heads, n, kv).
+
+    Args:
+      query: bf16 or fp16.
+      key: of the same shape and type.
+      value: of the same shape and type.
+      causal: whether a token attends to itself and to tokens before it alone.
+      implementation: "xla" computes the same on any platform.
+    """
+    b, _, n, _ = query.shape
+
+    # JAX differentiates cuDNN's attention over an even number of tokens alone. The padding begins and ends here, so
+    # that no gradient of a padded token, which cuDNN leaves undefined, reaches a parameter.
+    def padded(x: Array) -> Array:
+        return jnp.pad(einops.rearrange(x, "b heads n kv -> b n heads kv"), ((0, 0), (0, n % 2), (0, 0), (0, 0)))
+
+    # Without lengths some versions of cuDNN compute NaN as the gradient over a number of tokens that does not fill its
+    # tiles (github.com/NVIDIA/cudnn-frontend, issues 160 and 1072), so they are given where nothing is padded, too.
+    lengths = jnp.full((b,), n, jnp.int32)
+    y = jax.nn.dot_product_attention(
+        padded(query),
+        padded(key),
+        padded(value),
+        is_causal=causal,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,
+    )
+    return einops.rearrange(y[:, :n], "b n heads kv -> b heads n kv")
+
+
+@functools.cache
+def accepts(device: jax.Device, shape: tuple[int, int, int, int], dtype: jnp.dtype, causal: bool) -> bool:
+    """Whether cuDNN computes `attention` and its gradient on `device`, found by compiling them.
+
+    What is refused depends on the versions of JAX and cuDNN and on the GPU. It is printed once, and XLA computes
+    `xclip_jax.models.layers.attend` instead: an optional kernel does not end a run.
+
+    Args:
+      device: of this process.
+      shape: of the queries on one device, (b, heads, n, kv).
+      dtype: of queries, keys and values.
+      causal: as in `attention`.
+    """
+    if device.platform != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    x = jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.SingleDeviceSharding(device))
+    gradient = jax.grad(lambda *qkv: attention(*qkv, causal=causal).astype(jnp.float32).sum(), (0, 1, 2))
+    try:
+        jax.jit(gradient).lower(x, x, x).compile()
+    except RuntimeError as error:  # NotImplementedError and JaxRuntimeError among them
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        log0(f"WARNING: XLA computes attention over {shape[2]} tokens, slower than cuDNN, which refuses: {reason}")
+        return False
+    return True
