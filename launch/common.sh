@@ -141,7 +141,8 @@ logs_to() {
   esac
 }
 
-# Checks the variables of a TPU and fills the arrays WHERE and SHAPE with flags of gcloud.
+# Checks the variables of a TPU and fills the arrays WHERE and SHAPE with flags of gcloud, and NODES with the names of its
+# slices.
 tpu_flags() {
   local more=()
   # The scripts have changed to the checkout; a file that is named without its folder is where they were started.
@@ -162,6 +163,7 @@ tpu_flags() {
     esac
   fi
   WHERE=("--project=$PROJECT" "--zone=$ZONE")
+  NODES=("$NAME")
   SHAPE=("--accelerator-type=$TYPE")
   [ -z "${TOPOLOGY:-}" ] || SHAPE=("--type=$TYPE" "--topology=$TOPOLOGY")
   [ -z "${SPOT:-}" ] || SHAPE+=(--spot)
@@ -244,9 +246,21 @@ tpu_state() {
   rm -f "$errors"
 }
 
-# tpu_ssh WORKER COMMAND, WORKER being a number or all
+# tpu_ssh WORKER COMMAND, WORKER being a number, of the first slice, or all, of all slices
 tpu_ssh() {
-  run gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" "--worker=$1" "--command=$2"
+  local node nodes=("${NODES[@]}")
+  [ "$1" = all ] || nodes=("${NODES[0]}")
+  for node in "${nodes[@]}"; do
+    run gcloud compute tpus tpu-vm ssh "$node" "${WHERE[@]}" "--worker=$1" "--command=$2" || return
+  done
+}
+
+# tpu_scp FILE NAME: copies FILE to the home folders of all workers, as NAME.
+tpu_scp() {
+  local node
+  for node in "${NODES[@]}"; do
+    run gcloud compute tpus tpu-vm scp "$1" "$node:$2" "${WHERE[@]}" --worker=all || return
+  done
 }
 
 # What a worker needs of a folder that is not a git checkout.
@@ -274,13 +288,13 @@ tpu_pack() {
 tpu_install() {
   tpu_ssh all "[ ! -f xclip_jax/train.lock ] || flock -n xclip_jax/train.lock true ||\
  { echo \"error: training runs already, as process \$(cat xclip_jax/train.pid); stop it with kill\" >&2; exit 1; }" &&
-    run gcloud compute tpus tpu-vm scp "$ARCHIVE" "$NAME:xclip_jax.tar.gz" "${WHERE[@]}" --worker=all &&
+    tpu_scp "$ARCHIVE" xclip_jax.tar.gz &&
     tpu_ssh all "mkdir -p xclip_jax && cd xclip_jax && rm -rf .git ${SOURCES[*]} && tar -xzf ../xclip_jax.tar.gz" &&
     tpu_ssh all "[ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh" &&
     tpu_ssh all "cd xclip_jax && { [ -x .venv/bin/python ] || ~/.local/bin/uv venv --quiet --python 3.12 .venv; } &&\
  ~/.local/bin/uv pip install --quiet --python .venv/bin/python --editable '.[$EXTRAS]'" &&
     { [ -z "${ENV_FILE:-}" ] || {
-      run gcloud compute tpus tpu-vm scp "$ENV_FILE" "$NAME:.xclip_jax.env" "${WHERE[@]}" --worker=all &&
+      tpu_scp "$ENV_FILE" .xclip_jax.env &&
         tpu_ssh all "chmod 600 .xclip_jax.env"
     }; } &&
     { [ -z "${SETUP:-}" ] || tpu_ssh all "$SETUP"; }

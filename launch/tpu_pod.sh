@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU pod, to the end: queues for it, installs this commit on all hosts, starts training, and watches.
+# Trains on a Cloud TPU pod, or on several slices, to the end: queues for it, installs this commit on all hosts, starts training, and watches.
 # Where the pod is preempted or training fails, the pod is deleted, created again, and training resumes from its last
 # checkpoint. When the run is complete the pod is deleted and the script exits with 0.
 #
@@ -15,6 +15,7 @@
 # TYPE           accelerator type (default: v5litepod-64, 64 chips v5e); of v4, v5e, v5p or v6e; for TPU7x see
 #                gke_jobset.yaml
 # TOPOLOGY       shape in chips, as in TYPE=v4 TOPOLOGY=4x4x4 (default: that of TYPE)
+# SLICES         how many of TYPE, joined by the data centre's network (default: 1); see docs/pods.md, "Several slices"
 # RUNTIME        runtime version (default: the one for JAX on TYPE)
 # SPOT           1 for spot capacity: cheaper, and preempted at any time (default: empty)
 # CREATE_FLAGS   more flags for `gcloud compute tpus queued-resources create`, split at spaces, as in
@@ -43,8 +44,13 @@ cd "$(dirname "$0")/.."
 show_help "$@"
 DRY_RUN=
 [ "${1:-}" != --dry-run ] || { DRY_RUN=1 && shift; }
-NAME=${NAME:-xclip-jax} TYPE=${TYPE:-v5litepod-64} POLL=${POLL:-60} FAILURES=${FAILURES:-3}
+NAME=${NAME:-xclip-jax} TYPE=${TYPE:-v5litepod-64} POLL=${POLL:-60} FAILURES=${FAILURES:-3} SLICES=${SLICES:-1}
 tpu_flags
+[[ $SLICES =~ ^[1-9][0-9]*$ ]] || fail "SLICES=$SLICES is not a number of slices; set it as in SLICES=2"
+if [ "$SLICES" -gt 1 ]; then
+  NODES=()
+  for ((i = 0; i < SLICES; i++)); do NODES+=("$NAME-$i"); done  # as Google numbers them
+fi
 folder=$(run_folder gs://my-bucket/runs/mine "$@")
 [[ $folder == gs://* ]] || fail "--config.run=$folder would be lost with the pod; give a gs:// folder"
 [ -n "$DRY_RUN" ] || command -v gcloud >/dev/null || fail "gcloud is missing; install the Google Cloud CLI"
@@ -52,7 +58,9 @@ tpu_check "$folder" "$@"
 tpu_pack
 
 create() {
-  run gcloud compute tpus queued-resources create "$NAME" "--node-id=$NAME" "${WHERE[@]}" "${SHAPE[@]}" \
+  local nodes=("--node-id=$NAME")
+  [ "$SLICES" = 1 ] || nodes=("--node-count=$SLICES" "--node-prefix=$NAME")
+  run gcloud compute tpus queued-resources create "$NAME" "${nodes[@]}" "${WHERE[@]}" "${SHAPE[@]}" \
     "--runtime-version=$RUNTIME"
 }
 

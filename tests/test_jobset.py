@@ -7,6 +7,7 @@ import subprocess
 import jsonschema
 import pytest
 import yaml
+from jax._src.clusters import cloud_tpu_cluster
 
 from tests.launching import LAUNCH, ROOT, executable
 
@@ -105,6 +106,36 @@ def test_jobset_has_a_pod_for_each_host(jobset):
     hosts = chips // container(jobset)["resources"]["limits"]["google.com/tpu"]
     assert spec["parallelism"] == spec["completions"] == hosts
     assert selector["cloud.google.com/gke-tpu-accelerator"] == "tpu-v5-lite-podslice"
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_jax_joins_the_hosts_of_all_slices(slices, jobset, monkeypatch):
+    """From what GKE sets in the pods of each job; the manifest changes in one number."""
+    text = (LAUNCH / "gke_jobset.yaml").read_text()
+    jobset = yaml.safe_load(text.replace("    replicas: 1\n", f"    replicas: {slices}\n"))
+    jsonschema.validate(jobset, JOBSET)
+    (job,) = jobset["spec"]["replicatedJobs"]
+    assert job["replicas"] == slices
+    # One job on one node pool, which is one slice.
+    assert list(jobset["metadata"]["annotations"].values()) == ["cloud.google.com/gke-nodepool"]
+    hosts, name = job["template"]["spec"]["completions"], f"{jobset['metadata']['name']}-{job['name']}"
+    monkeypatch.setattr(cloud_tpu_cluster.BaseTpuCluster, "wait_for_coordinator", lambda *_: None)
+    # Where no variable says so, JAX asks the metadata server, which knows of no other slice.
+    monkeypatch.setattr(cloud_tpu_cluster, "get_tpu_env_value_from_metadata", lambda _: None)
+    joined = []
+    for i in range(slices):
+        monkeypatch.setenv("TPU_WORKER_HOSTNAMES", ",".join(f"{name}-{i}-{host}.xclip-jax" for host in range(hosts)))
+        if slices > 1:
+            monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", f"{name}-0-0.xclip-jax")
+            monkeypatch.setenv("MEGASCALE_NUM_SLICES", str(slices))
+            monkeypatch.setenv("MEGASCALE_SLICE_ID", str(i))
+        for host in range(hosts):
+            monkeypatch.setenv("TPU_WORKER_ID", str(host))
+            cluster = cloud_tpu_cluster.GkeTpuCluster
+            joined.append(
+                (cluster.get_process_count(), cluster.get_coordinator_address(1, None), cluster.get_process_id())
+            )
+    assert joined == [(slices * hosts, f"{name}-0-0.xclip-jax:8482", i) for i in range(slices * hosts)]
 
 
 def test_jobset_does_not_count_what_was_stopped_as_a_failure(jobset):

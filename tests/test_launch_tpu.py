@@ -117,6 +117,30 @@ def test_dry_run_reaches_all_workers_with_the_command_intact(script, more, check
     assert any("--worker=all" in call for call in calls if call[4:5] == ["scp"])
 
 
+def test_dry_run_reaches_the_workers_of_all_slices(checkout, tmp_path):
+    env = REQUIRED | {"NAME": "mine", "SLICES": "2"}
+    with untouched(tmp_path) as path:
+        calls = commands(launch("tpu_pod.sh", "--dry-run", *TRAINING, env=env, cwd=checkout, path=[path]))
+    create = next(call for call in calls if "create" in call[:5])
+    assert create[5] == "mine" and {"--node-count=2", "--node-prefix=mine"} <= set(create)
+    assert not any(word.startswith("--node-id") for word in create)
+    # What one slice gets the other gets next, and the first worker of all is asked how training goes.
+    everywhere = [call for call in calls if call[4:5] in (["ssh"], ["scp"]) and "--worker=all" in call]
+    assert len(everywhere) > 4
+    for first, second in zip(everywhere[::2], everywhere[1::2], strict=True):
+        assert any(word.startswith("mine-0") for word in first)
+        assert [word.replace("mine-0", "mine-1") for word in first] == second
+    assert {call[5] for call in calls if "--worker=0" in call} == {"mine-0"}
+    assert [call[5] for call in calls if call[3:5] == ["queued-resources", "delete"]] == ["mine"]
+
+
+@pytest.mark.parametrize("slices", ["0", "two"])
+def test_slices_are_a_number(slices):
+    done = launch("tpu_pod.sh", "--dry-run", *TRAINING, env=REQUIRED | {"SLICES": slices})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: SLICES={slices} is not a number of slices")
+
+
 def test_vm_is_created_and_training_outlives_the_connection(cloud):
     done = cloud.launch(
         "tpu_vm.sh", *TRAINING, born="READY", scenario=[f"{FIRST_STEP}; sleep 1; exit 7"], SETUP="touch 'set up'"
