@@ -151,6 +151,15 @@ def test_zero1_splits_over_one_axis_what_all_devices_do_not_divide(shape, shard,
     assert split.shard_shape(shape) == shard
 
 
+def test_zero1_splits_within_a_slice_where_an_axis_of_the_mesh_is_one(monkeypatch):
+    monkeypatch.setattr(sharding, "num_slices", lambda _: 2)
+    x = jax.ShapeDtypeStruct((256, 128), np.float32)
+    for fsdp, shard in ((4, (64, 128)), (1, (32, 128))):
+        mesh = make_mesh({"data": 8 // fsdp, "fsdp": fsdp, "model": 1}, jax.devices()[:8])
+        split = sharding.zero1_shardings({"x": x}, {"x": replicated(mesh)}, mesh)["x"]
+        assert split.shard_shape(x.shape) == shard
+
+
 def test_gradcache_and_chunks_where_all_devices_share_parameters(plain):
     options = {f"mesh__{key}": value for key, value in FSDP_ALONE.items()}
     config = tiny.config("clip", data__batch=BATCH, optim__microbatches=2, loss__chunk_size=16, **options)

@@ -17,9 +17,10 @@ from xclip_jax.errors import BadSample, UserError
 from xclip_jax.parallel import processes
 from xclip_jax.report.attention import attention
 from xclip_jax.run_folder import RunFolder
-from xclip_jax.train import build, state, trainer
+from xclip_jax.train import build, restoring, state, trainer
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.encoder import make_encoder
+from xclip_jax.train.memory import bytes_on_device
 
 STEPS, BATCH, IMAGES = 3, 16, 13
 BROKEN = 20  # of twice IMAGES
@@ -35,7 +36,10 @@ class Broken(list):
 def main(folder, out, *others):
     if others:
         processes.join(False, others[0], int(others[1]), int(others[2]))
-    config = tiny.config("xclip", data__batch=BATCH, data__sources=(f"folder:{folder}",), model__img__patch_dropout=0.5)
+    # A kernel that is large enough for each process to read a part of it.
+    head = {"clusters": 1024, "hidden": 32, "layers": 1, "last_norm": False}
+    changes = {"model__img__patch_dropout": 0.5, "model__cluster_head": head}
+    config = tiny.config("xclip", data__batch=BATCH, data__sources=(f"folder:{folder}",), **changes)
     p = build.build(config)
     order = loader.sample_order(opening.open_sources(p.data), p.data, config.seed)
     transform = loader.Transform(p.data, p.image_size, p.tokenizer, p.context_length)
@@ -71,6 +75,7 @@ def main(folder, out, *others):
         "losses": losses,
         "rows": rows,
         "restored": [same, position["samples"] == STEPS * BATCH],
+        "read": bytes_on_device(restoring.parts(p.abstract)) / bytes_on_device(p.abstract),
         "fell_back": fell_back,
         "image": features["embedding"],
         "clusters": features["cluster_logits"],

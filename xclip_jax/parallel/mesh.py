@@ -34,8 +34,7 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
             f"mesh {dict(sizes)} does not fit {len(devices)} devices: the sizes of {', '.join(AXES)} must multiply to "
             f"{len(devices)}; set one of them to -1 for the rest."
         )
-    # Devices of other platforms may have a slice_index too, such as a GPU that of its host.
-    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
+    slices = num_slices(devices)
     # Auto axes: sharding constraints do not work with the default, Explicit.
     types = (AxisType.Auto,) * len(AXES)
     # An axis of 8 has no physical axis of its own in a torus of 4 x 4 x 4.
@@ -48,6 +47,12 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     inside = (shape[0] // slices, *shape[1:])
     grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), **split)
     return Mesh(grid, AXES, axis_types=types)
+
+
+def num_slices(devices: list[jax.Device]) -> int:
+    """Number of TPU slices that `devices` are of; 1 on other platforms."""
+    # Devices of other platforms may have a slice_index too, such as a GPU that of its host.
+    return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

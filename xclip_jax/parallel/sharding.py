@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xclip_jax.config.fields import Check, choice, key
 from xclip_jax.errors import UserError, check_choice
-from xclip_jax.parallel.mesh import BATCH_AXES
+from xclip_jax.parallel.mesh import BATCH_AXES, num_slices
 
 _DP = {"batch": BATCH_AXES, "cluster": "model"}
 _FSDP = _DP | {"embed": "fsdp", "hidden": "fsdp"}
@@ -250,6 +250,9 @@ def zero1_shardings(abstract: Any, specs: Any, mesh: Mesh) -> Any:
     a reason to have an axis "fsdp", over which nothing else is split. Elementwise work alone is done on what is split
     so, which is why any dimension will do: moments, averages, and the gradients on their way to them.
 
+    On several TPU slices the axis "fsdp", if there is one, comes first: parameters are gathered in each step, and along
+    it they are gathered within a slice.
+
     Args:
       abstract: shapes.
       specs: NamedShardings of the same structure.
@@ -257,6 +260,8 @@ def zero1_shardings(abstract: Any, specs: Any, mesh: Mesh) -> Any:
     """
     longest_first = sorted(((axis,) for axis in BATCH_AXES), key=lambda axes: -mesh.shape[axes[0]])
     choices = [(axes, math.prod(mesh.shape[axis] for axis in axes)) for axes in (BATCH_AXES, *longest_first)]
+    if num_slices(list(mesh.devices.flat)) > 1:
+        choices.insert(0, (("fsdp",), mesh.shape["fsdp"]))
 
     def split(x: Any, sharding: NamedSharding) -> NamedSharding:
         spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]

@@ -21,7 +21,7 @@ from xclip_jax.console import format_bytes, log0
 from xclip_jax.errors import UserError
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import is_remote
-from xclip_jax.train import checkpoint_digest
+from xclip_jax.train import checkpoint_digest, restoring
 from xclip_jax.train.disk_space import free_bytes, num_bytes
 from xclip_jax.train.state import TrainState
 
@@ -321,9 +321,12 @@ class Checkpointer:
         self._check(abstract, saved, step)
         with self._reading(step, verified):
             restored: Any = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(restoring.parts(abstract)), position=ocp.args.JsonRestore()
+                ),
             )
-            state, position = restored.state, restored.position
+            state, position = restoring.gather(restored.state, abstract), restored.position
             if not isinstance(position, dict) or not isinstance(position.get("samples"), int):
                 raise _Damaged("position/metadata does not have the number of samples")
             if int(state.step) != step:
