@@ -14,7 +14,7 @@ from tests.util import jit, random_variables, two_towers
 from xclip_jax.logits import FactoredLogits
 from xclip_jax.models.heads import Classifier, ClusterHead, Projection, l2_normalize
 from xclip_jax.parallel.mesh import batch_sharding, make_mesh
-from xclip_jax.parallel.sharding import shardings
+from xclip_jax.parallel.sharding import MeshLayout, layout_scope, shardings
 
 every_head = pytest.mark.parametrize(
     ("layers", "last_norm"), [(1, False), (2, False), (1, True), (2, True)], ids=["1", "2", "1+norm", "2+norm"]
@@ -124,8 +124,9 @@ def test_cluster_logits_of_fp32_are_plain_products():
     chex.assert_trees_all_equal(with_gradients(lambda *args: FactoredLogits(*args).logits()), plain)
 
 
+@pytest.mark.parametrize("clusters_split", [False, True], ids=["", "clusters split"])
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)], ids=["data", "data+fsdp+model"])
-def test_batch_statistics_are_global(sizes):
+def test_batch_statistics_are_global(sizes, clusters_split):
     head = ClusterHead(clusters=8, hidden=12, layers=2, last_norm=True)
     rng = np.random.default_rng(0)
     # Every shard has a mean of its own, so that statistics of a shard would show.
@@ -138,14 +139,16 @@ def test_batch_statistics_are_global(sizes):
         return jnp.sum(weights * s), (s, state)
 
     def run(mesh):
-        place = shardings(jax.eval_shape(head.init, jax.random.key(0), h), mesh, "fsdp_tp")
+        layout = MeshLayout(mesh, "fsdp_tp", clusters_split)
+        place = shardings(jax.eval_shape(head.init, jax.random.key(0), h), layout)
         by_batch = batch_sharding(mesh)
         args = jax.device_put(
             (variables["params"], h, variables["batch_stats"], weights),
             (place["params"], by_batch, place["batch_stats"], by_batch),
         )
         assert len(args[1].sharding.device_set) == mesh.size
-        return jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*args)
+        with layout_scope(layout):
+            return jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*args)
 
     one = make_mesh({"data": 1, "fsdp": 1, "model": 1}, jax.devices()[:1])
     expected = run(one)

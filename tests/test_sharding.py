@@ -34,13 +34,13 @@ GRADCACHE = ("zero1", "fsdp_tp")
 BATCH = 32
 
 
-def make(objective, mesh=None, **changes):
-    """Experiment on eight devices of `mesh`, or on one."""
+def make(objective, mesh=None, devices=None, **changes):
+    """Experiment on eight devices of `mesh`, or on one; `devices` are others than the simulated ones."""
     config = tiny.config(objective, data__batch=BATCH, **changes)
     if mesh:
         strategy, data, fsdp, model = (MESHES | CLUSTERS_SPLIT_TWICE)[mesh]
         config.mesh = {"data": data, "fsdp": fsdp, "model": model, "strategy": strategy}
-    return build.build(config, jax.devices()[: 8 if mesh else 1])
+    return build.build(config, devices or jax.devices()[: 8 if mesh else 1])
 
 
 def gradients(p):

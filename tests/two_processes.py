@@ -15,6 +15,7 @@ from tests import tiny
 from xclip_jax.data import loader, opening
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.parallel import processes
+from xclip_jax.parallel.mesh import replicated
 from xclip_jax.report.attention import attention
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.train import build, restoring, state, trainer
@@ -84,7 +85,8 @@ def main(folder, out, *others):
         "unreadable": np.flatnonzero(unreadable),
         "counted": [*encoder.unreadable],
     }
-    flat = jax.tree_util.tree_leaves_with_path(grads)
+    whole = jax.jit(lambda x: x, out_shardings=replicated(p.mesh))(grads)
+    flat = jax.tree_util.tree_leaves_with_path(whole)
     found |= {f"grad{jax.tree_util.keystr(path)}": x.addressable_data(0) for path, x in flat}
     np.savez(f"{out}.{jax.process_index()}.npz", **found)
 

@@ -4,6 +4,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from xclip_jax.parallel.sharding import constrain
+
 Array = jax.Array
 
 
@@ -45,10 +47,13 @@ class FactoredLogits:
         return self.x.shape[0], self.kernel.shape[1]
 
     def logits(self) -> Array:
-        """The logits in fp32; of bf16 factors too, products are summed and the bias is added in fp32."""
-        if self.x.dtype == jnp.float32:
-            return jnp.matmul(self.x, self.kernel.astype(jnp.float32)) + self.bias
-        return _product(self.x, self.kernel.astype(self.x.dtype)) + self.bias
+        """The logits in fp32; of bf16 factors too, products are summed and the bias is added in fp32.
+
+        Where clusters are split over all devices, these gather the rows of x first.
+        """
+        x = constrain(self.x, "row", None)
+        product = jnp.matmul if x.dtype == jnp.float32 else _product
+        return constrain(product(x, self.kernel.astype(x.dtype)), "row", "cluster") + self.bias
 
 
 Logits = Array | FactoredLogits

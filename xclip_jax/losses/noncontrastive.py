@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from xclip_jax.logits import FactoredLogits, Logits
-from xclip_jax.parallel.sharding import map_microbatches
+from xclip_jax.parallel.sharding import constrain, map_microbatches
 
 Metrics = dict[str, jax.Array]
 Sums = Mapping[str, jax.Array]
@@ -211,12 +211,12 @@ def _sums_of_batch(
 
     rows = {name: value.x for name, value in factors.items()}
     num_chunks = logits["s_img"].shape[0] // chunk
-    return map_microbatches(sums_of_chunk, (kernels, centers), rows, num_chunks, stack=True)
+    return map_microbatches(sums_of_chunk, (kernels, centers), rows, num_chunks, stack=True, clusters=True)
 
 
 def _sums(s: Mapping[str, jax.Array], centers: Mapping[str, jax.Array | None], options: _Options) -> Sums:
     """Sums over rows of the batch that the loss is made of, and for each cluster the log of its summed probability."""
-    log_p, p_hat, sums = {}, {}, {}
+    log_p, p_hat, top, sums = {}, {}, {}, {}
     for m in MODALITIES:
         logits = s[f"s_{m}"]
         log_p[m] = jax.nn.log_softmax(logits / options.tau)
@@ -224,11 +224,12 @@ def _sums(s: Mapping[str, jax.Array], centers: Mapping[str, jax.Array | None], o
         sums[f"entropy_{m}"] = -jnp.sum(jnp.exp(log_p[m]) * log_p[m])
         # The mean's logarithm by log-sum-exp: log(mean(p)) has an infinite gradient where a probability underflows.
         sums[f"log_mass_{m}"] = jax.nn.logsumexp(log_p[m], axis=0)
+        top[m] = jnp.argmax(logits, axis=-1)
         # A comparison and a reduction: a scatter of sharded indices would cost a gather over devices.
-        sums[f"used_{m}"] = jnp.any(jnp.argmax(logits, axis=-1)[:, None] == jnp.arange(logits.shape[1]), axis=0)
+        clusters = constrain(jnp.arange(logits.shape[1]), "cluster")
+        sums[f"used_{m}"] = jnp.any(top[m][:, None] == clusters, axis=0)
     sums["align"] = -0.5 * jnp.sum(p_hat["img"] * log_p["txt"] + p_hat["txt"] * log_p["img"])
-    same = jnp.argmax(s["s_img"], -1) == jnp.argmax(s["s_txt"], -1)
-    return sums | {"agree": jnp.sum(same, dtype=jnp.float32)}
+    return sums | {"agree": jnp.sum(top["img"] == top["txt"], dtype=jnp.float32)}
 
 
 def _metrics(sums: Sums, b: int, k: int) -> Metrics:

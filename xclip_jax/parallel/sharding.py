@@ -2,14 +2,18 @@
 
     dp       every parameter on every device; gradients are summed once
     zero1    as dp, with the optimizer's moments (and the moving average) split over all batch shards, or over one of
-             the mesh's batch axes what these do not divide, and the last kernels of cluster heads, which are used
-             once in a step and gathered for it
+             the mesh's batch axes what these do not divide
     fsdp     kernels of matrix products split over "fsdp", gathered where they are used
     fsdp_tp  as fsdp, with heads and MLPs split over "model" as well
 
-With every strategy the cluster axis of nCLIP's heads lives on "model": their last kernel is the largest matrix of all,
-and a softmax over a split axis costs two small sums. Embeddings of words and positions, norms and biases stay whole:
-splitting the table's features makes XLA reshard every activation behind it.
+With every strategy the clusters of nCLIP's heads are split over all devices, since their last kernels are the largest
+matrices of all: each device computes the logits of its clusters for the rows of the whole batch, which are gathered. A
+softmax over a split axis costs two small sums, and the kernels' gradients none at all. Where more rows would travel
+than a kernel has columns, or the devices do not divide the clusters, each device computes the logits of its own rows,
+and clusters are split over "model" alone.
+
+Embeddings of words and positions, norms and biases stay whole: splitting the table's features makes XLA reshard every
+activation behind it.
 """
 
 import contextlib
@@ -25,19 +29,36 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xclip_jax.config.fields import Check, choice, key
 from xclip_jax.errors import UserError, check_choice
-from xclip_jax.parallel.mesh import BATCH_AXES, num_slices
+from xclip_jax.parallel.mesh import AXES, BATCH_AXES, num_slices
 
-_DP = {"batch": BATCH_AXES, "cluster": "model"}
+Rules = Mapping[str, str | tuple[str, ...] | None]
+# "row" is the batch of cluster logits.
+_DP = {"batch": BATCH_AXES, "row": BATCH_AXES, "cluster": "model"}
 _FSDP = _DP | {"embed": "fsdp", "hidden": "fsdp"}
-RULES: Mapping[str, Mapping[str, str | tuple[str, ...]]] = {
+RULES: Mapping[str, Rules] = {
     "dp": _DP,
     "zero1": _DP | {"hidden": BATCH_AXES},
     "fsdp": _FSDP,
     "fsdp_tp": _FSDP | {"mlp": "model", "heads": "model"},
 }
+_CLUSTERS_SPLIT: Rules = {"row": None, "hidden": None, "cluster": AXES}
 STRATEGIES = tuple(RULES)
 # What models may call an axis; those without a rule are whole with every strategy.
-NAMES = ("batch", "cluster", "embed", "heads", "hidden", "kv", "layers", "mlp", "norm", "patch", "table", "vocab")
+NAMES = (
+    "batch",
+    "cluster",
+    "embed",
+    "heads",
+    "hidden",
+    "kv",
+    "layers",
+    "mlp",
+    "norm",
+    "patch",
+    "row",
+    "table",
+    "vocab",
+)
 # Smaller moments stay whole with zero1: their bytes are nothing, and each split array is a collective of its own.
 ZERO1_ELEMENTS = 1 << 14
 
@@ -58,11 +79,52 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshLayout:
-    """A mesh, a strategy, and the mesh axes over which `map_microbatches` has already split its rows."""
+    """A mesh and what is split over it.
+
+    Attributes:
+      mesh: the devices.
+      strategy: one of `STRATEGIES`.
+      clusters_split: whether clusters are split over all devices, and rows of their logits over none.
+      manual: mesh axes over which `map_microbatches` has already split its rows.
+    """
 
     mesh: Mesh
     strategy: str
+    clusters_split: bool = False
     manual: tuple[str, ...] = ()
+
+    @property
+    def rules(self) -> Rules:
+        """The mesh axes of each logical axis."""
+        return {**RULES[self.strategy], **(_CLUSTERS_SPLIT if self.clusters_split else {})}
+
+
+def make_layout(boxed: Any, mesh: Mesh, strategy: str, batch: int) -> MeshLayout:
+    """Return the layout of a model, with its clusters split over all devices where that sends no more.
+
+    Split, the hidden rows of a head are gathered and their gradient is scattered: batch x hidden numbers each. Whole,
+    the gradient of the last kernel is summed, or the kernel is gathered and its gradient scattered: twice hidden x
+    clusters numbers, of which a device has one part of "model".
+
+    Args:
+      boxed: a tree of logically named abstract arrays.
+      mesh: the devices.
+      strategy: one of `STRATEGIES`.
+      batch: rows of the global batch.
+
+    Raises:
+      UserError: a strategy that does not exist.
+    """
+    check_choice("mesh.strategy", strategy, STRATEGIES)
+    arrays = zip(jax.tree.leaves(nn.unbox(boxed)), _leaf_specs(boxed), strict=True)
+    axes = [axis for x, names in arrays for axis in zip(names, x.shape, strict=False)]
+    clusters = {size for name, size in axes if name == "cluster"}
+    split = all(k % mesh.size == 0 and batch * mesh.shape["model"] <= k for k in clusters)
+    return MeshLayout(mesh, strategy, clusters_split=split)
+
+
+def _leaf_specs(boxed: Any) -> list[PartitionSpec]:
+    return jax.tree.leaves(nn.get_partition_spec(boxed), is_leaf=_is_spec)
 
 
 _active: contextvars.ContextVar[MeshLayout | None] = contextvars.ContextVar("layout", default=None)
@@ -92,7 +154,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def _spec(layout: MeshLayout, axes: Axes) -> PartitionSpec:
-    return PartitionSpec(*(_without(RULES[layout.strategy].get(axis or ""), layout.manual) for axis in axes))
+    return PartitionSpec(*(_without(layout.rules.get(axis or ""), layout.manual) for axis in axes))
 
 
 def _without(part: str | tuple[str, ...] | None, axes: tuple[str, ...]) -> tuple[str, ...] | None:
@@ -116,7 +178,7 @@ def device() -> jax.Device | None:
 def shards_of(axis: str) -> int:
     """In how many parts a dimension of logical `axis` is split."""
     layout = _active.get()
-    part = RULES[layout.strategy].get(axis) if layout else None
+    part = layout.rules.get(axis) if layout else None
     mesh_axes = (part,) if isinstance(part, str) else part or ()
     return math.prod(layout.mesh.shape[name] for name in mesh_axes) if layout else 1
 
@@ -145,7 +207,9 @@ def map_devices(
     )(*arrays)
 
 
-def map_microbatches(fn: Callable[[Any, Any], Any], shared: Any, rows: Any, microbatches: int, *, stack: bool) -> Any:
+def map_microbatches(
+    fn: Callable[[Any, Any], Any], shared: Any, rows: Any, microbatches: int, *, stack: bool, clusters: bool = False
+) -> Any:
     """fn(shared, microbatch of rows) for each of `microbatches` equal microbatches, one after the other.
 
     Only one microbatch's intermediate values are in memory at a time, in the backward pass too, where each is computed
@@ -159,6 +223,8 @@ def map_microbatches(fn: Callable[[Any, Any], Any], shared: Any, rows: Any, micr
       stack: whether a result describes its microbatch as a whole: then results are stacked on a new first dimension,
         one for each microbatch of each device. Otherwise they have the microbatch's rows first, and come back in the
         batch's order.
+      clusters: whether `fn` computes cluster logits. Where clusters are split over all devices, each device has its
+        clusters of all rows of a microbatch, and there is one result for each microbatch.
     """
     layout = _active.get()
 
@@ -169,7 +235,7 @@ def map_microbatches(fn: Callable[[Any, Any], Any], shared: Any, rows: Any, micr
         results = jax.lax.map(jax.checkpoint(one), jax.tree.map(lambda x: _split(x, microbatches), rows))
         return results if stack else jax.tree.map(_join, results)
 
-    if layout is None:
+    if layout is None or (clusters and layout.clusters_split):
         return local(shared, rows)
     # Axes that parameters are split over stay with XLA, which gathers them part by part, block by block.
     split = RULES[layout.strategy].values()
@@ -202,18 +268,15 @@ def _join(x: jax.Array) -> jax.Array:
     return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
 
-def shardings(boxed: Any, mesh: Mesh, strategy: str) -> Any:
+def shardings(boxed: Any, layout: MeshLayout) -> Any:
     """NamedShardings of a tree of logically named (boxed) abstract arrays, in the tree's unboxed structure.
 
     Raises:
-      UserError: a strategy that does not exist, or a mesh axis that cannot divide its dimension.
+      UserError: a mesh axis that cannot divide its dimension.
     """
-    check_choice("mesh.strategy", strategy, STRATEGIES)
-    specs = nn.get_partition_spec(boxed)
-    names = {axis for spec in jax.tree.leaves(specs, is_leaf=_is_spec) for axis in spec if axis}
-    shardings_of = nn.logical_to_mesh_sharding(
-        specs, mesh, [(name, RULES[strategy].get(name)) for name in sorted(names)]
-    )
+    mesh, specs = layout.mesh, nn.get_partition_spec(boxed)
+    names = {axis for spec in _leaf_specs(boxed) for axis in spec if axis}
+    shardings_of = nn.logical_to_mesh_sharding(specs, mesh, [(name, layout.rules.get(name)) for name in sorted(names)])
     shapes = nn.unbox(boxed)
     shardings_of = jax.tree.map(_without_batch, shapes, shardings_of)
     for (path, x), sharding in zip(
@@ -265,7 +328,7 @@ def zero1_shardings(abstract: Any, specs: Any, mesh: Mesh) -> Any:
 
     def split(x: Any, sharding: NamedSharding) -> NamedSharding:
         spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
-        if x.size < ZERO1_ELEMENTS or BATCH_AXES in spec:
+        if x.size < ZERO1_ELEMENTS or any(part in (BATCH_AXES, AXES) for part in spec):
             return sharding
         for axes, shards in choices:
             free = [i for i in range(x.ndim) if spec[i] is None and x.shape[i] % shards == 0]

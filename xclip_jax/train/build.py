@@ -112,14 +112,19 @@ def _spike_filter(config: Config) -> guard.SpikeFilter | None:
 
 
 def _make_step(
-    config: Config, mesh: Mesh, model: TwoTowers, objective: Objective, augment: Augment, abstract: state.TrainState
+    config: Config,
+    layout: sharding.MeshLayout,
+    model: TwoTowers,
+    objective: Objective,
+    augment: Augment,
+    abstract: state.TrainState,
 ) -> Callable[[optax.GradientTransformation, LengthGroups], Callable[..., Any]]:
     """(optimizer, groups of texts) -> the step as a pure function."""
-    strategy, ema, frozen = config.mesh.strategy, config.ema, tuple(config.init.frozen)
+    mesh, ema, frozen = layout.mesh, config.ema, tuple(config.init.frozen)
     microbatches, spikes = config.optim.microbatches, _spike_filter(config)
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     shardings = jax.tree.map(lambda x: x.sharding, abstract.params)
-    if strategy == "zero1":
+    if layout.strategy == "zero1":
         shardings = sharding.zero1_shardings(abstract.params, shardings, mesh)
 
     def momentum(step: jax.Array) -> Any:
@@ -131,7 +136,7 @@ def _make_step(
     def make(tx: optax.GradientTransformation, groups: LengthGroups = WHOLE) -> Callable[..., Any]:
         sizes = groups.sizes(config.data.batch // (shards * microbatches), model.txt.context_length)
         made = TrainStep(model, tx, objective, augment, momentum, microbatches, constrain, frozen, spikes, sizes)
-        return sharding.layout_scope(sharding.MeshLayout(mesh, strategy))(made.step)
+        return sharding.layout_scope(layout)(made.step)
 
     return make
 
@@ -161,7 +166,9 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
         ema=config.ema.on or objective.teacher,
         seed=config.seed,
     )
-    abstract = state.abstract(init, mesh, config.mesh.strategy)
+    boxed = jax.eval_shape(init)
+    layout = sharding.make_layout(boxed, mesh, config.mesh.strategy, config.data.batch)
+    abstract = state.abstract(boxed, layout)
     augment = Augment(config.data, preprocessing, objective, towers)
     return Experiment(
         config=config,
@@ -175,6 +182,6 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
         init=init,
         abstract=abstract,
         tx=tx,
-        make_step=_make_step(config, mesh, model, objective, augment, abstract),
+        make_step=_make_step(config, layout, model, objective, augment, abstract),
         length_groups=_length_groups(config, model),
     )

@@ -7,7 +7,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from xclip_jax.parallel import sharding
 
@@ -76,14 +75,13 @@ def init_fn(
     return init
 
 
-def abstract(init: Any, mesh: Mesh, strategy: str) -> TrainState:
-    """Shapes, dtypes and shardings of the state under a strategy of `parallel.sharding`, without making it."""
-    boxed = jax.eval_shape(init)
-    shapes, specs = nn.unbox(boxed), sharding.shardings(boxed, mesh, strategy)
-    if strategy == "zero1":
+def abstract(boxed: Any, layout: sharding.MeshLayout) -> TrainState:
+    """Shapes, dtypes and shardings in `layout` of the state that `jax.eval_shape` of an `init_fn` returns, `boxed`."""
+    shapes, specs = nn.unbox(boxed), sharding.shardings(boxed, layout)
+    if layout.strategy == "zero1":
         specs = specs.replace(
-            opt_state=sharding.zero1_shardings(shapes.opt_state, specs.opt_state, mesh),
-            ema_params=sharding.zero1_shardings(shapes.ema_params, specs.ema_params, mesh),
+            opt_state=sharding.zero1_shardings(shapes.opt_state, specs.opt_state, layout.mesh),
+            ema_params=sharding.zero1_shardings(shapes.ema_params, specs.ema_params, layout.mesh),
         )
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, specs)
 
