@@ -18,12 +18,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from benchmarks.tpu import CLOCK, Operation, operations
-from xclip_jax import plan
 from xclip_jax.errors import exit_with_message
 from xclip_jax.losses import contrastive, ring
-from xclip_jax.parallel import compiler
+from xclip_jax.parallel import compiler, hlo
+from xclip_jax.parallel.collectives import inside
 from xclip_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from xclip_jax.parallel.topology import CHIPS, devices_of
 
 MIB = 2**20
 
@@ -49,30 +49,24 @@ def compile_loss(form: str, impl: str, batch: int, embed: int, devices: Sequence
     return jax.jit(gradients, out_shardings=out, compiler_options=options).lower(*args).compile()
 
 
-def _sent(operation: Operation) -> int:
-    """Bytes that a permute of fp32 sends, 0 of other operations."""
-    if not re.search(r" collective-permute(-start)?\(", operation.line):
-        return 0
-    shape = re.findall(r"f32\[([\d,]*)\]", operation.line)[0]
-    return 4 * math.prod(map(int, shape.split(",")))
-
-
 def row(form: str, impl: str, batch: int, embed: int, topology: str) -> str:
     """Return a row of the table."""
-    devices, _ = plan.devices_of(topology)
+    devices, _ = devices_of(topology)
     try:
         compiled = compile_loss(form, impl, batch, embed, devices)
     except jax.errors.JaxRuntimeError as error:
         return f"| {impl} | {str(error).splitlines()[0]} | | | |"
-    program = [*operations(compiled.as_text())]
+    program = hlo.parse(compiled.as_text())
+    executions = [*program.executions(lambda branch: sum(x.instruction.cycles for x in branch))]
     # One hop alone, the first, takes the branch in which pairs match.
-    cycles = sum(each.cycles * (1 if "/cond/" in each.source else each.count) for each in program)
-    sends = [(_sent(each), each.count) for each in program if _sent(each)]
+    cycles = sum(x.instruction.cycles * (1 if "/cond/" in x.instruction.source else x.count) for x in executions)
+    sent = [each for x in executions for _, each in inside(program, x, len(devices))]
+    permutes = [each for each in sent if each.kind == "collective-permute"]
     cells = (
         f"{compiled.memory_analysis().peak_memory_in_bytes / MIB:,.0f}",
-        f"{sum(count for _, count in sends):,}",
-        f"{sum(size * count for size, count in sends) / MIB:,.0f}",
-        f"{1e3 * cycles / CLOCK[topology.partition(':')[0]]:,.1f}",
+        f"{sum(each.count for each in permutes):,}",
+        f"{sum(each.total for each in permutes) / MIB:,.0f}",
+        f"{1e3 * cycles / CHIPS[topology.partition(':')[0]].clock:,.1f}",
     )
     return f"| {impl} | {' | '.join(cells)} |"
 

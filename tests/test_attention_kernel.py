@@ -9,6 +9,7 @@ import pytest
 
 from tests import tiny
 from xclip_jax.kernels import attention as kernel
+from xclip_jax.models import layers, linear
 from xclip_jax.models.layers import Transformer, TransformerConfig, attend
 from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import make_mesh
@@ -84,8 +85,12 @@ def test_which_sequences_fit():
 
 @pytest.fixture
 def everywhere(monkeypatch):
-    """The kernel, interpreted, wherever sizes fit; a switch to turn it on and off."""
-    on = {"kernel": True}
+    """The program for TPUs with its kernel interpreted, wherever sizes fit; a switch to turn it on and off."""
+    on, attention = {"kernel": True}, kernel.attention
+    platform = sharding.platform
+    for module in (sharding, layers, linear):
+        monkeypatch.setattr(module, "platform", lambda: "tpu" if on["kernel"] and platform() else platform())
+    monkeypatch.setattr(kernel, "attention", lambda *args: attention(*args[:5], interpret=True))
 
     def fuses(self, tokens, _):
         shards = sharding.shards_of("heads")

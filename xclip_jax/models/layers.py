@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 
 import einops
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +25,7 @@ from xclip_jax.kernels import attention as attention_kernel
 from xclip_jax.kernels import cudnn
 from xclip_jax.models.linear import dense, dot_general, named
 from xclip_jax.models.tower import Params, Tower
+from xclip_jax.parallel import compiler
 from xclip_jax.parallel.sharding import constrain, device, map_devices, platform, shards_of
 
 Array = jax.Array
@@ -352,16 +354,23 @@ class Transformer(nn.Module):
 
         def apply(params: Params, x: Array, keep: Array | None) -> Any:
             block = Block(self.config, self.causal, self.dtype, fused_tokens, parent=None)
-            return block.apply({"params": params}, x, keep)[0]
+            return block.apply({"params": flax.traverse_util.unflatten_dict(params)}, x, keep)[0]
 
         block = apply if remat == "none" else jax.checkpoint(apply, policy=REMAT_POLICIES[remat])
+        stacks = flax.traverse_util.flatten_dict(self.variables["params"]["blocks"])
+        # Kernels are cast before they are split: their gradients are summed over devices, and joined, in `dtype`.
+        kernels = [path for path in stacks if path[-1] == "kernel"]
+        stacks |= {path: stacks[path].astype(self.dtype) for path in kernels}
         # The gradient of one split is one concatenation; that of slices would be a sum of padded arrays.
-        leaves, structure = jax.tree.flatten(self.variables["params"]["blocks"])
-        parts = [jax.lax.split(leaf, (1,) * depth) for leaf in leaves]
+        splits = {path: jax.lax.split(stack, (1,) * depth) for path, stack in stacks.items()}
+        blocks = [{path: split[i][0] for path, split in splits.items()} for i in range(depth)]
         for i in range(depth):
             with jax.named_scope(f"block_{i}"):
-                params = structure.unflatten(part[i][0] for part in parts)
-                x = block(params, x, None if keep is None else keep[i])
+                if i + 1 < depth:
+                    # The gradients of the next block are summed over devices while those of this one are computed.
+                    x, later = compiler.ordered(x, {path: blocks[i + 1][path] for path in kernels})
+                    blocks[i + 1] |= later
+                x = block(blocks[i], x, None if keep is None else keep[i])
         return x
 
 

@@ -1,4 +1,4 @@
-"""Options of the XLA compiler for a train step, by platform."""
+"""What a train step tells the XLA compiler: options, by platform, and an order of the backward pass."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 Options = Mapping[str, bool | str]
+Tree = Any
+_SMALL = 1 << 17  # elements
 
 # Gradients are summed over the chips while others are computed. Sources: openxla.org/xla/flags_guidance, and MaxText's
 # benchmarks/xla_flags_library.py (CF_FOR_ALL_REDUCE).
@@ -15,8 +17,12 @@ _TPU: Options = {
     "xla_tpu_enable_async_collective_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": True,
+    "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
     "xla_tpu_overlap_compute_collective_tc": True,
     "xla_enable_async_all_reduce": True,
+    # Sums of larger gradients stay apart. By default the compiler joins all of them, and no product hides that sum.
+    "xla_jf_crs_combiner_threshold_in_bytes": str(256 * 1024),
     # A gradient that ends split over the chips is one product, then scattered. By default the compiler cuts the product
     # into one slice a chip and passes partial sums round a ring: slices of 24 rows leave a matrix unit mostly idle.
     "xla_tpu_reduce_scatter_collective_matmul_mode": "none",
@@ -56,3 +62,32 @@ def _accepts(options: Options, device: jax.Device) -> bool:
             raise
         return False
     return True
+
+
+@jax.custom_vjp
+def ordered(x: Tree, after: Tree) -> tuple[Tree, Tree]:
+    """(x, after) unchanged; in the backward pass the gradient of `x` goes on once the gradient of `after` is complete.
+
+    The compiler would otherwise put off the gradients of all kernels to the end of the backward pass, where one hides
+    the sum of another over the devices, and keep the activations of all blocks until then.
+    """
+    return x, after
+
+
+def _ordered_forward(x: Tree, after: Tree) -> tuple[tuple[Tree, Tree], None]:
+    return (x, after), None
+
+
+def _ordered_backward(_: None, gradients: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+    return jax.lax.optimization_barrier(gradients)
+
+
+ordered.defvjp(_ordered_forward, _ordered_backward)
+
+
+def ordered_after_small(x: Tree, params: Tree) -> tuple[Tree, Tree]:
+    """`ordered` by the small arrays of `params`: their gradients need what is before them, but no long sum."""
+    leaves, structure = jax.tree.flatten(params)
+    small = {i: leaf for i, leaf in enumerate(leaves) if leaf.size < _SMALL}
+    x, small = ordered(x, small)
+    return x, structure.unflatten(small.get(i, leaf) for i, leaf in enumerate(leaves))

@@ -10,9 +10,9 @@ import optax
 from jax.sharding import Mesh
 
 from xclip_jax.losses.rank import effective_rank
-from xclip_jax.models.two_towers import TwoTowers
+from xclip_jax.models.two_towers import TOWERS, TwoTowers
 from xclip_jax.objectives import Objective
-from xclip_jax.parallel import compiler
+from xclip_jax.parallel import compiler, sharding
 from xclip_jax.parallel.mesh import batch_sharding, replicated
 from xclip_jax.train import gradcache, guard
 from xclip_jax.train.augment import NOISE, Augment
@@ -132,6 +132,10 @@ class TrainStep:
         if "img" in self.objective.towers:
             images = self.augment.apply(inputs)
             h_img = self.model.apply(variables, images, **noise["img"], method="encode_image")
+        if sharding.platform() == "tpu" and self.objective.towers == TOWERS:
+            # Texts go first in the backward pass: the gradient of the token table, the largest sum over devices of all,
+            # is summed while gradients of images are computed.
+            h_img, variables["params"]["txt"] = compiler.ordered_after_small(h_img, variables["params"]["txt"])
         if "txt" in self.objective.towers:
             h_txt = jax.tree.map(
                 lambda text, *noises: self.model.apply(
