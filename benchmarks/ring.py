@@ -11,8 +11,6 @@ over the chip's clock. Time on the links is not in them. They are a model of the
 import argparse
 import functools
 import importlib.metadata
-import math
-import re
 from collections.abc import Sequence
 
 import jax

@@ -15,6 +15,7 @@ BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"(ROOT )?%?([\w.\-]+) = (.*?[)}\]]) ([a-z][a-z0-9\-]*)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([^{}]*)\})?")
+_CONFIG_LINE = re.compile(r"\n(?=\"|\}, )")  # the compiler may print the configuration of a kernel on several lines
 _INDEX = re.compile(r"/\*index=\d+\*/")  # the compiler counts the elements of long tuples
 
 
@@ -198,6 +199,7 @@ def parse(text: str) -> Program:
     """Read the text of a compiled program."""
     computations: dict[str, Computation] = {}
     entry = name = ""
+    text = _CONFIG_LINE.sub(" ", text)
     for raw in text.splitlines():
         line = _INDEX.sub("", raw.strip()) if "/*" in raw else raw.strip()
         if match := _INSTRUCTION.match(line):

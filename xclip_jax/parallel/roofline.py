@@ -15,7 +15,7 @@ import re
 from typing import Any
 
 from xclip_jax.parallel import hlo
-from xclip_jax.parallel.collectives import BETWEEN_SLICES, Collective, inside
+from xclip_jax.parallel.collectives import BETWEEN_SLICES, KINDS, Collective, inside
 from xclip_jax.parallel.schedule import Kernel, Schedule, kernel_of, schedules
 from xclip_jax.parallel.topology import CHIPS, Chip, grid_of
 from xclip_jax.parallel.traffic import traffic
@@ -80,7 +80,7 @@ def roofline(text: str, topology: str, devices: int) -> Roofline:
     costs = [_cost(program, x, kernels, bool(pieces), chip) for x, pieces in zip(executions, sent, strict=True)]
     rows: dict[str, dict[str, float]] = collections.defaultdict(lambda: dict.fromkeys((*COLUMNS, "ms", "hbm_ms"), 0.0))
     for execution, (seconds, size) in zip(executions, costs, strict=True):
-        part, column = part_of(execution.instruction)
+        part, column = part_of(_named(program, execution))
         for key, value in ((column, seconds), ("ms", seconds), ("hbm_ms", size / chip.bandwidth)):
             rows[part][key] += 1e3 * value
     exposed, busy = _collectives(executions, sent, [seconds for seconds, _ in costs], chip, grid)
@@ -107,6 +107,13 @@ def part_of(instruction: hlo.Instruction) -> tuple[str, str]:
     return next(part for part, pattern in parts if re.search(pattern, text)), column
 
 
+def _named(program: hlo.Program, execution: hlo.Execution) -> hlo.Instruction:
+    """The instruction; where it has no source, as a fusion with a piece of a collective, the last one inside that has."""
+    inner = () if execution.instruction.source else program.inside(execution)
+    named = [x.instruction for x in inner if x.instruction.source and x.instruction.opcode not in KINDS]
+    return named[-1] if named else execution.instruction
+
+
 def _cycles(executions: list[hlo.Execution]) -> float:
     return sum(each.instruction.cycles * each.count for each in executions)
 
@@ -115,8 +122,9 @@ def _kernels(program: hlo.Program, executions: list[hlo.Execution], chip: str) -
     """Kernels of a program with their schedules, by the names of the instructions that call them."""
     kernels = {}
     for execution in executions:
-        if kernel := kernel_of(execution.instruction, program.computations[execution.computation]):
-            kernels[execution.instruction.name] = kernel
+        for each in (execution, *program.inside(execution)):  # a fusion runs a kernel beside a piece of a collective
+            if kernel := kernel_of(each.instruction, program.computations[each.computation]):
+                kernels[execution.instruction.name] = kernel
     known = schedules(chip, kernels.values())
     return {name: (kernel, known[kernel]) for name, kernel in kernels.items()}
 

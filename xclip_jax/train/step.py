@@ -132,7 +132,8 @@ class TrainStep:
         if "img" in self.objective.towers:
             images = self.augment.apply(inputs)
             h_img = self.model.apply(variables, images, **noise["img"], method="encode_image")
-        if sharding.platform() == "tpu" and self.objective.towers == TOWERS:
+        overlaps = sharding.platform() == "tpu" and self.objective.towers == TOWERS
+        if overlaps:
             # Texts go first in the backward pass: the gradient of the token table, the largest sum over devices of all,
             # is summed while gradients of images are computed.
             h_img, variables["params"]["txt"] = compiler.ordered_after_small(h_img, variables["params"]["txt"])
@@ -144,6 +145,9 @@ class TrainStep:
                 inputs["text"],
                 *noise["txt"].values(),
             )
+        if overlaps:
+            # The compiler would spread a gather of one tower's features over all operations of the other.
+            h_img, h_txt = jax.lax.optimization_barrier((h_img, h_txt))
         return h_img, h_txt
 
     def _project(self, params: Any, batch_stats: Any, h: Features) -> tuple[dict[str, Any], Any]:
