@@ -108,7 +108,7 @@ def part_of(instruction: hlo.Instruction) -> tuple[str, str]:
 
 
 def _named(program: hlo.Program, execution: hlo.Execution) -> hlo.Instruction:
-    """The instruction; where it has no source, as a fusion with a piece of a collective, the last one inside that has."""
+    """The instruction; without a source, as a fusion with a piece of a collective, the last one inside that has one."""
     inner = () if execution.instruction.source else program.inside(execution)
     named = [x.instruction for x in inner if x.instruction.source and x.instruction.opcode not in KINDS]
     return named[-1] if named else execution.instruction
@@ -148,7 +148,7 @@ def _cost(
     opcode, cycles = instruction.opcode, float(instruction.cycles)
     kernel, schedule = kernels.get(instruction.name, (None, None))
     view = opcode in _FREE or (opcode == "custom-call" and kernel is None) or opcode.endswith("-done")
-    if not cycles and (view or communicates):  # or nothing but a collective
+    if not cycles and kernel is None and (view or communicates):  # or nothing but a collective
         return 0.0, 0.0
     size = traffic(program, execution)
     if opcode.endswith("-start"):
