@@ -25,6 +25,21 @@ def experiment():
     return build.build(tiny.config("clip", data__batch=512))
 
 
+@pytest.mark.parametrize(
+    ("message", "trouble"),
+    [
+        ("memory space vmem. Used 16.15M of 16.00M vmem.", "an operation takes 16.15M of 16.00M of vector memory"),
+        ("memory space hbm. Used 17.20G of 15.75G hbm.", "beside the state, it needs 17.20G"),
+    ],
+)
+def test_which_memory_is_too_small(experiment, monkeypatch, message, trouble):
+    def refuse(_):
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: Ran out of memory in {message}")
+
+    monkeypatch.setattr(memory, "compile_for", refuse)
+    assert memory.compile_if_fits(experiment) == (None, trouble)
+
+
 @pytest.fixture(scope="module")
 def peak(experiment):
     return memory.usage(experiment, memory.compile_for(experiment))["peak"]

@@ -87,6 +87,8 @@ def compile_if_fits(experiment: Experiment) -> tuple[Any, str]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        if vector := re.search(r"memory space vmem\. Used ([\d.]+[KMGT]) of ([\d.]+[KMGT])\b", str(error)):
+            return None, f"an operation takes {vector[1]} of {vector[2]} of vector memory"
         needed = re.search(r"(?:Used |temporaries \()([\d.]+[KMGT])\b", str(error))
         return None, f"beside the state, it needs {needed[1]}" if needed else "it needs more"
 
