@@ -1,5 +1,6 @@
 """Options of the TPU compiler, and what they make of a step; libtpu compiles without a TPU."""
 
+import collections
 import re
 
 import jax
@@ -10,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xclip_jax import plan
 from xclip_jax.config import load as config_file
-from xclip_jax.parallel import compiler
+from xclip_jax.parallel import compiler, hlo
+from xclip_jax.parallel.collectives import inside
 from xclip_jax.train import memory
 
 SLICED = "windowed_dot_general"
@@ -30,7 +32,7 @@ def test_several_gpus_have_options_that_xla_knows(monkeypatch):
     """XLA checks the options of every platform on each of them, and so on this CPU."""
 
     class Gpu:
-        platform, process_index = "gpu", 0
+        platform, device_kind, process_index = "gpu", "NVIDIA", 0
 
     accepts = compiler._accepts
     monkeypatch.setattr(compiler, "_accepts", lambda options, _: accepts(options, jax.devices()[0]))
@@ -46,16 +48,17 @@ def test_several_gpus_have_options_that_xla_knows(monkeypatch):
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_each_generation_accepts_all_options(topology):
-    assert compiler.options(devices(topology)) == compiler._TPU
+    overlap = {} if topology.startswith("v4") else compiler._TPU_OVERLAP
+    assert compiler.options(devices(topology)) == {**compiler._TPU, **overlap}
 
 
 def test_an_unknown_option_is_left_out_and_one_of_the_environment_stays(monkeypatch):
     known = compiler._TPU
     monkeypatch.setattr(compiler, "_TPU", known | {"xla_tpu_no_such_option": True})
-    assert compiler.options(devices("v5e:2x2")) == known
+    assert compiler.options(devices("v4:2x2x1")) == known
     first = next(iter(known))
     monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--xla_something=1 --{first}=false")
-    assert compiler.options(devices("v5e:2x2")) == {name: known[name] for name in known if name != first}
+    assert compiler.options(devices("v4:2x2x1")) == {name: known[name] for name in known if name != first}
 
 
 @pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:4x4", "tpu7x:2x2x4"])
@@ -92,6 +95,30 @@ def test_a_step_of_full_width_has_no_sliced_product_and_no_scores(topology, stra
     assert program.count("tpu_custom_call") >= 8  # two towers of two blocks, forward and backward
     # Scores are (images, heads, tokens, tokens), with or without the tokens of padding.
     assert not re.search(r"\[(?:\d+,)+(197,197|200,200|77,77|80,80)\]", program)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:4x8", "v6e:4x8", "v5p:4x4x4"])
+def test_sums_of_gradients_are_hidden(topology):
+    """Of the bytes of gradients at least 90 % travel while products, loops or kernels compute others."""
+    chips = devices(topology)
+    config = config_file.load_config(f"clip:preset=B/16,batch={128 * len(chips)}")
+    config.model.img.depth = config.model.txt.depth = 3
+    config.data.length_groups = "full"
+    _, compiled, trouble = memory.compile_config(config, chips)
+    assert not trouble
+    program = hlo.parse(compiled.as_text())
+    hosts, sizes = collections.Counter(), {}
+    for execution in program.executions(lambda branch: sum(x.instruction.cycles for x in branch)):
+        for chain, each in inside(program, execution, len(chips)):
+            if each.kind == "all-reduce":
+                name = chain or execution.instruction.name
+                sizes[name] = each.bytes
+                hosts[name] += bool(chain) and execution.instruction.name.startswith("fusion")
+    gradients = sum(x.size for x in jax.tree.leaves(compiled.in_avals[0][0].params))
+    hidden = sum(size for name, size in sizes.items() if hosts[name])
+    assert sum(sizes.values()) >= 2 * gradients  # bf16
+    assert hidden >= 0.9 * sum(sizes.values())
 
 
 @pytest.mark.slow

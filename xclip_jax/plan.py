@@ -92,6 +92,7 @@ def plan(
         "hosts": len({(getattr(d, "slice_index", 0), d.process_index) for d in devices}),
         "objective": config.objective.name,
         "strategy": config.mesh.strategy,
+        "choices": experiment.choices,
         "mesh": dict(experiment.mesh.shape),
         "batch": config.data.batch,
         "steps": config.steps,
@@ -171,7 +172,7 @@ def render(facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['objective']}, {facts['model_parameters'] / 1e6:.1f} M parameters, batch {facts['batch']:,}, "
         f"on {facts['topology']}{slices}: {facts['chips']} chips{devices}, {facts['hosts']} hosts",
-        f"mesh {mesh}, strategy {facts['strategy']}; compiled in {facts['compile_seconds']:.0f} s",
+        f"mesh {mesh}, strategy {facts['strategy']}; {facts['choices']}; compiled in {facts['compile_seconds']:.0f} s",
         "",
     ]
     capacity = format_bytes(facts["capacity"])

@@ -26,7 +26,7 @@ from xclip_jax.kernels import cudnn
 from xclip_jax.models.linear import dense, dot_general, named
 from xclip_jax.models.tower import Params, Tower
 from xclip_jax.parallel import compiler
-from xclip_jax.parallel.sharding import constrain, device, map_devices, platform, shards_of
+from xclip_jax.parallel.sharding import constrain, device, map_devices, note, platform, shards_of
 
 Array = jax.Array
 
@@ -147,9 +147,12 @@ class Attention(nn.Module):
     def __call__(self, x: Array, at: Array | None = None) -> Array:
         d = x.shape[-1]
         maps = HeadProjections(3, self.heads, self.dtype, bool(self.fused), name="qkv")(x, at)
+        by = "a Pallas kernel" if self.fused else "cuDNN" if at is None and self._cudnn_accepts(maps[0]) else "XLA"
+        if at is None:
+            note(f"attention of {self.fused or x.shape[1]} tokens", f"by {by}")
         if self.fused:
             x = self._attend_fused(*maps)
-        elif at is None and self._cudnn_accepts(maps[0]):
+        elif by == "cuDNN":
             axes = ("batch", "heads", None, None)
             x = map_devices(lambda *qkv: cudnn.attention(*qkv, causal=self.causal), maps, (axes,) * 3, axes)
             x = einops.rearrange(x, "b heads n kv -> b n heads kv")
@@ -329,6 +332,7 @@ class Transformer(nn.Module):
         if fused_tokens:
             x = jnp.pad(x, ((0, 0), (0, -tokens % attention_kernel.SUBLANES), (0, 0)))
         args = (self.config, self.causal, self.dtype)
+        note("blocks", "one loop" if scan and platform() != "tpu" else "unrolled")
         if scan and platform() == "tpu":
             return self._unrolled(x, keep, fused_tokens)[:, :tokens]
         if scan:

@@ -6,19 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 Options = Mapping[str, bool | str]
 Tree = Any
 _SMALL = 1 << 17  # elements
 
-# Gradients are summed over the chips while others are computed. Sources: openxla.org/xla/flags_guidance, and MaxText's
-# benchmarks/xla_flags_library.py (CF_FOR_ALL_REDUCE).
+# Sources: openxla.org/xla/flags_guidance, and MaxText's benchmarks/xla_flags_library.py (CF_FOR_ALL_REDUCE).
 _TPU: Options = {
     "xla_tpu_enable_async_collective_fusion": True,
-    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
-    "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": True,
-    "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
     "xla_tpu_overlap_compute_collective_tc": True,
     "xla_enable_async_all_reduce": True,
     # Sums of larger gradients stay apart. By default the compiler joins all of them, and no product hides that sum.
@@ -27,12 +23,27 @@ _TPU: Options = {
     # into one slice a chip and passes partial sums round a ring: slices of 24 rows leave a matrix unit mostly idle.
     "xla_tpu_reduce_scatter_collective_matmul_mode": "none",
 }
-
-
+# Gradients are summed over the chips by operations that compute others: products, loops, and kernels.
+_TPU_OVERLAP: Options = {
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": True,
+    "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
+}
 # Gradients are summed over GPUs behind the backward pass. Off by default; NVIDIA's JAX image sets it, and no other:
 # docs.nvidia.com/jax-toolbox/environment-variables.
 _GPUS: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
 _FLAGS = {"tpu": "LIBTPU_INIT_ARGS", "gpu": "XLA_FLAGS"}
+
+
+def _all_options(devices: Sequence[jax.Device]) -> Options:
+    platform, kind = devices[0].platform, devices[0].device_kind
+    if platform == "gpu" and len(devices) > 1:
+        return _GPUS
+    if platform != "tpu":
+        return {}
+    # A v4 has 16 MiB of vector memory, an eighth of its successors' or less: products that sum others exceed it.
+    return _TPU if kind == "TPU v4" else {**_TPU, **_TPU_OVERLAP}
 
 
 def options(devices: Sequence[jax.Device]) -> Options:
@@ -40,15 +51,15 @@ def options(devices: Sequence[jax.Device]) -> Options:
 
     What the environment variable LIBTPU_INIT_ARGS sets for TPUs, or XLA_FLAGS for GPUs, is left as it is.
     """
-    platform = devices[0].platform
-    every = _TPU if platform == "tpu" else _GPUS if platform == "gpu" and len(devices) > 1 else {}
-    flags = os.environ.get(_FLAGS.get(platform, ""), "")
+    flags = os.environ.get(_FLAGS.get(devices[0].platform, ""), "")
     given = {flag.lstrip("-").partition("=")[0] for flag in flags.split()}
-    chosen = {name: value for name, value in every.items() if name not in given}
+    chosen = {name: value for name, value in _all_options(devices).items() if name not in given}
     device = next((d for d in devices if d.process_index == jax.process_index()), devices[0])
     if not chosen or _accepts(chosen, device):
         return chosen
-    return {name: value for name, value in chosen.items() if _accepts({name: value}, device)}
+    known = {name: value for name, value in chosen.items() if _accepts({name: value}, device)}
+    logging.warning("this compiler does not know %s", ", ".join(sorted(chosen.keys() - known.keys())))
+    return known
 
 
 def _accepts(options: Options, device: jax.Device) -> bool:

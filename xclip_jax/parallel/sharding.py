@@ -86,12 +86,14 @@ class MeshLayout:
       strategy: one of `STRATEGIES`.
       clusters_split: whether clusters are split over all devices, and rows of their logits over none.
       manual: mesh axes over which `map_microbatches` has already split its rows.
+      choices: what the program chose for this mesh, filled while a step is traced, see `note`.
     """
 
     mesh: Mesh
     strategy: str
     clusters_split: bool = False
     manual: tuple[str, ...] = ()
+    choices: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
     @property
     def rules(self) -> Rules:
@@ -120,7 +122,10 @@ def make_layout(boxed: Any, mesh: Mesh, strategy: str, batch: int) -> MeshLayout
     axes = [axis for x, names in arrays for axis in zip(names, x.shape, strict=False)]
     clusters = {size for name, size in axes if name == "cluster"}
     split = all(k % mesh.size == 0 and batch * mesh.shape["model"] <= k for k in clusters)
-    return MeshLayout(mesh, strategy, clusters_split=split)
+    layout = MeshLayout(mesh, strategy, clusters_split=split)
+    if clusters:
+        layout.choices["clusters"] = "split over all devices" if split else "whole, or split over mesh.model"
+    return layout
 
 
 def _leaf_specs(boxed: Any) -> list[PartitionSpec]:
@@ -138,6 +143,12 @@ def layout_scope(layout: MeshLayout) -> Iterator[None]:
         yield
     finally:
         _active.reset(token)
+
+
+def note(subject: str, choice: str) -> None:
+    """Record in the layout what a model chose for its mesh; a run prints it once."""
+    if layout := _active.get():
+        layout.choices[subject] = choice
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

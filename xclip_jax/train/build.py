@@ -32,7 +32,7 @@ class Experiment:
     """Everything of a run that follows from its config and its devices."""
 
     config: Config
-    mesh: Mesh
+    layout: sharding.MeshLayout
     data: DataConfig
     preprocessing: Preprocessing
     tokenizer: tokenizer.Tokenizer
@@ -44,6 +44,16 @@ class Experiment:
     tx: optax.GradientTransformation
     make_step: Callable[[optax.GradientTransformation, LengthGroups], Callable[..., Any]]
     length_groups: LengthGroups = WHOLE
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return self.layout.mesh
+
+    @property
+    def choices(self) -> str:
+        """What the program chose for its devices, complete once the step has been traced; "" if nothing."""
+        return ", ".join(f"{subject}: {choice}" for subject, choice in self.layout.choices.items())
 
     @functools.cached_property
     def step(self) -> Callable[..., Any]:
@@ -172,7 +182,7 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
     augment = Augment(config.data, preprocessing, objective, towers)
     return Experiment(
         config=config,
-        mesh=mesh,
+        layout=layout,
         data=config.data,
         preprocessing=preprocessing,
         tokenizer=tokens,
