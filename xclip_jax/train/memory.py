@@ -88,7 +88,8 @@ def compile_if_fits(experiment: Experiment) -> tuple[Any, str]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         if vector := re.search(r"memory space vmem\. Used ([\d.]+[KMGT]) of ([\d.]+[KMGT])\b", str(error)):
-            return None, f"an operation takes {vector[1]} of {vector[2]} of vector memory"
+            apart = "LIBTPU_INIT_ARGS=--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=false"
+            return None, f"an operation takes {vector[1]} of {vector[2]} of vector memory; try it with {apart}"
         needed = re.search(r"(?:Used |temporaries \()([\d.]+[KMGT])\b", str(error))
         return None, f"beside the state, it needs {needed[1]}" if needed else "it needs more"
 
