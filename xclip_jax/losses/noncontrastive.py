@@ -224,9 +224,11 @@ def _sums(s: Mapping[str, jax.Array], centers: Mapping[str, jax.Array | None], o
         sums[f"entropy_{m}"] = -jnp.sum(jnp.exp(log_p[m]) * log_p[m])
         # The mean's logarithm by log-sum-exp: log(mean(p)) has an infinite gradient where a probability underflows.
         sums[f"log_mass_{m}"] = jax.nn.logsumexp(log_p[m], axis=0)
-        top[m] = jnp.argmax(logits, axis=-1)
-        # A comparison and a reduction: a scatter of sharded indices would cost a gather over devices.
+        # The first of the largest, as argmax, whose pairs of value and index all devices would send to all others.
         clusters = constrain(jnp.arange(logits.shape[1]), "cluster")
+        largest = jnp.max(logits, axis=-1, keepdims=True)
+        top[m] = jnp.min(jnp.where(logits == largest, clusters, logits.shape[1]), axis=-1)
+        # A comparison and a reduction: a scatter of sharded indices would cost a gather over devices.
         sums[f"used_{m}"] = jnp.any(top[m][:, None] == clusters, axis=0)
     sums["align"] = -0.5 * jnp.sum(p_hat["img"] * log_p["txt"] + p_hat["txt"] * log_p["img"])
     return sums | {"agree": jnp.sum(top["img"] == top["txt"], dtype=jnp.float32)}
