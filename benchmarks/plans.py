@@ -5,10 +5,9 @@
 Words select the cases that have them all in their line, such as `clip:preset=B/16,batch=4096 v5e:4x8
 mesh.strategy=zero1`; without any, all are compiled, 30 of a few minutes each and 16 short ones. Each is kept in
 docs/plans.json at once, and is not made again from the same sources, recipes and versions of packages; the page has
-those that are there. No TPU is used.
+those that are there, with their commits. No TPU is used.
 """
 
-import datetime
 import hashlib
 import importlib
 import json
@@ -64,21 +63,20 @@ class Planner:
         commit = self.environment["commit"].removesuffix("-dirty")
         self.environment |= {"commit": commit, "sources": hashlib.sha256(sources).hexdigest()}
         self.environment["versions"] |= {"libtpu": environment._version("libtpu")}  # the compiler
-        saved = json.loads(path.read_text()) if path.exists() else {}
-        # Versions too: docs/plans.md names those of this process.
-        same = all(saved.get("environment", {}).get(key) == self.environment[key] for key in ("sources", "versions"))
-        self.known: dict[str, dict[str, Any]] = saved["plans"] if same else {}
+        self.known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
 
     def __call__(self, case: Case) -> None:
-        """Make the plan of a case, unless it is known."""
-        if line(case) in self.known:
+        """Make the plan of a case, unless the same sources and packages have made it."""
+        name, by = line(case), ("sources", "versions")
+        made = self.known.get(name, {}).get("environment", {})
+        if all(made.get(key) == self.environment[key] for key in by):
             return
-        print(f"{line(case)} ...", file=sys.stderr, flush=True)
+        print(f"{name} ...", file=sys.stderr, flush=True)
         spec, topology, changes = case
         config = config_file.load_config(spec)
         config.update_from_flattened_dict(changes)
-        self.known[line(case)] = plan.plan(config, topology, look=False)
-        self.path.write_text(json.dumps({"environment": self.environment, "plans": self.known}, indent=1) + "\n")
+        self.known[name] = plan.plan(config, topology, look=False) | {"environment": self.environment}
+        self.path.write_text(json.dumps(self.known, indent=1) + "\n")
 
     def rows(self, cases: dict[tuple[Any, ...], Case]) -> dict[tuple[Any, ...], dict[str, Any]]:
         """Known plans, by the keys of their cases."""
@@ -101,7 +99,7 @@ def memory(planned: dict[str, Any]) -> tuple[str, ...]:
 def times(planned: dict[str, Any]) -> tuple[str, ...]:
     """Cells of a plan: the roofline, and what follows from it."""
     if not planned["fits"]:
-        return ("",) * 7
+        return (*("",) * 7, planned["environment"]["commit"][:7])
     account = planned["roofline"]
     return (
         *(f"{account[key]:.1f}" for key in ("ms", "exposed_ms", "hbm_ms")),
@@ -109,6 +107,7 @@ def times(planned: dict[str, Any]) -> tuple[str, ...]:
         f"{planned['pairs_per_second']:,.0f}",
         f"{planned['images_per_second_per_host']:,.0f}",
         f"{planned['chip_hours']:,.0f}",
+        planned["environment"]["commit"][:7],
     )
 
 
@@ -124,7 +123,7 @@ def side_by_side(make: Planner, run: tuple[str, str]) -> str:
         f"## {arguments} on {topology}\n\n{some['chips']} chips, {some['hosts']} hosts, {some['steps']:,} steps. "
         f"At the chips' peak the model's FLOPs take {peak:.1f} ms.\n\n"
         + table(
-            (*head, "HBM floor", "MFU", "pairs/s", "images/s a host", "chip-hours"),
+            (*head, "HBM floor", "MFU", "pairs/s", "images/s a host", "chip-hours", "commit"),
             [(*key, *memory(planned), *times(planned)) for key, planned in rows.items()],
         )
         + "\n"
@@ -163,8 +162,11 @@ def scaling(make: Planner) -> str:
         "kernels over 8. An array that the chips do not divide is not split by zero1.\n\n"
         "![weak scaling](weak_scaling.png)\n\n"
         + table(
-            ("form", "chips", "peak, GiB", "sent, MiB a step"),
-            [(form, chips, *memory(planned)) for (form, chips), planned in rows.items()],
+            ("form", "chips", "peak, GiB", "sent, MiB a step", "commit"),
+            [
+                (form, chips, *memory(planned), planned["environment"]["commit"][:7])
+                for (form, chips), planned in rows.items()
+            ],
         )
     )
 
@@ -194,13 +196,12 @@ def draw(rows: dict[tuple[Any, ...], dict[str, Any]], path: pathlib.Path) -> Non
 def page(make: Planner) -> str:
     """The page of the plans that are known."""
     versions = make.environment["versions"]
-    made = f"{datetime.date.today()}, commit {make.environment['commit']}, jax {versions['jax']}"
     head = f"""# Plans
 
 What full-size runs need: their train steps compiled for TPU topologies, without a TPU. Made by
-`JAX_PLATFORMS=cpu python -m benchmarks.plans` on {made}, libtpu {versions["libtpu"]}.
+`JAX_PLATFORMS=cpu python -m benchmarks.plans` with jax {versions["jax"]} and libtpu {versions["libtpu"]}.
 One of them in full:
-`xclip-jax plan --config clip:preset=B/16,batch=4096 --topology v5e:4x8 --config.mesh.strategy=zero1`.
+`xclip-jax plan --config clip:preset=B/16,batch=4096 --topology v5e:4x8 --config.data.length_groups=full`.
 
 **Times are the TPU compiler's estimates, a model and not a measurement**: no run of this size has been made. "ms" is
 the cycles of all operations, one after the other, and "exposed" what collectives take beyond what operations hide; a

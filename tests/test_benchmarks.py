@@ -55,12 +55,17 @@ def test_the_page_has_the_plans_that_are_known(tmp_path, monkeypatch):
     plan = {"fits": True, "chips": 32, "hosts": 8, "steps": 9, "capacity": 16 * 2**30, "peak_ms": 80.1, "mfu": 0.39}
     plan |= {"memory": {"peak": 2**33}, "sent": {"all-reduce": 2**20, "all-gather": 2**20}, "chip_hours": 1680}
     plan |= {"roofline": {"ms": 199.2, "exposed_ms": 6.9, "hbm_ms": 72.9}, "pairs_per_second": 2e4}
-    monkeypatch.setattr(plans.plan, "plan", lambda *_, **__: plan | {"images_per_second_per_host": 2500})
+    plan |= {"images_per_second_per_host": 2500}
+    monkeypatch.setattr(plans.plan, "plan", lambda *_, **__: plan)
     monkeypatch.setattr(plans, "DOCS", tmp_path)
     plans.main(["v5e:4x8", "xclip:", "zero1"])
+    too_large = {key: plan[key] for key in ("chips", "hosts", "steps", "capacity", "peak_ms")} | {"fits": False}
+    monkeypatch.setattr(plans.plan, "plan", lambda *_, **__: too_large)
+    plans.main(["v5e:4x8", "xclip:", "fsdp"])
     page = (tmp_path / "plans.md").read_text()
     assert [line for line in page.splitlines() if line.startswith("##")] == ["## preset=B/16,batch=4096 on v5e:4x8"]
-    assert "| xclip | zero1 | 8.00 | 2 | 199.2 | 6.9 | 72.9 | 39% | 20,000 | 2,500 | 1,680 |\n" in page
+    assert "| xclip | zero1 | 8.00 | 2 | 199.2 | 6.9 | 72.9 | 39% | 20,000 | 2,500 | 1,680 | " in page
+    assert "| xclip | fsdp over 8 | does not fit |" in page
 
 
 def test_plans_are_made_once_by_the_same_sources_recipes_and_versions(tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def test_several_slices(found):
     two = plan.plan(config(), "v5e:2x4", slices=2)
     assert (two["chips"], two["hosts"], two["mesh"]["data"]) == (16, 4, 16)
     # Each chip sends an eighth of large gradients to the other slice, and small ones whole.
-    assert 1 / 8 < two["sent"]["all-reduce between slices"] / found["sent"]["all-reduce"] < 2
+    assert 1 / 8 < two["sent"]["all-reduce between slices"] / found["sent"]["all-reduce"] < 1 / 2
     assert two["roofline"]["exposed_ms"] > found["roofline"]["exposed_ms"]
 
 

@@ -127,7 +127,8 @@ def _time(
     elif "roofline" in facts and not mfu:
         step_ms = facts["roofline"]["step_ms"]
     else:
-        return {"untimed": "the step does not fit; --mfu gives one" if work else flops.uncounted(config)}
+        reason = "the step does not fit; --mfu gives one" if work else flops.uncounted(config)
+        return {"untimed": reason, "peak_ms": peak_ms}
     pairs_per_second = 1e3 * config.data.batch / step_ms
     days = config.steps * step_ms / 86.4e6
     chip_hours = 24 * days * facts["chips"]
@@ -169,10 +170,11 @@ def render(facts: dict[str, Any]) -> str:
     device, devices = "chip", ""
     if facts["devices"] > facts["chips"]:
         device, devices = "device", f" with {facts['devices'] // facts['chips']} devices each"
+    made = f"compiled in {facts['compile_seconds']:.0f} s"
     lines = [
         f"{facts['objective']}, {facts['model_parameters'] / 1e6:.1f} M parameters, batch {facts['batch']:,}, "
         f"on {facts['topology']}{slices}: {facts['chips']} chips{devices}, {facts['hosts']} hosts",
-        f"mesh {mesh}, strategy {facts['strategy']}; {facts['choices']}; compiled in {facts['compile_seconds']:.0f} s",
+        "; ".join(filter(None, (f"mesh {mesh}, strategy {facts['strategy']}", facts["choices"], made))),
         "",
     ]
     capacity = format_bytes(facts["capacity"])

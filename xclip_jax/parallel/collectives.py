@@ -113,12 +113,14 @@ def _collective(execution: hlo.Execution, devices: int) -> Collective | None:
 def _between_slices(instruction: hlo.Instruction, count: int) -> Collective | None:
     """A collective over the network of the data center, written as a transfer to and from the host."""
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
-    slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}', instruction.attributes)
-    if not (kind and slices):
+    # Numbers of slices from 1, or of devices, whose first digits are the slice's.
+    target = re.search(r'_xla_megascale_target=(?:"\{([\d,]+)\}|\{\{([\d,]+)\})', instruction.attributes)
+    if not (kind and target):
         return None
-    array, group = instruction.arrays[0], slices[1].count(",") + 1
-    name = kind[1].lower().replace("_", "-") + BETWEEN_SLICES
-    return Collective(name, (str(array),), array.bytes, group, count)
+    slices = {int(n) if target[1] else int(n) // 100_000 for n in (target[1] or target[2]).split(",")}
+    array, name = instruction.arrays[0], kind[1].lower().replace("_", "-")
+    size = array.bytes * (len(slices) if name == "reduce-scatter" else 1)
+    return Collective(name + BETWEEN_SLICES, (str(array),), size, len(slices), count)
 
 
 def _group(attributes: str, devices: int) -> int:

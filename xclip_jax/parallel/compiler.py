@@ -17,8 +17,6 @@ _TPU: Options = {
     "xla_tpu_enable_async_collective_fusion": True,
     "xla_tpu_overlap_compute_collective_tc": True,
     "xla_enable_async_all_reduce": True,
-    # Sums of larger gradients stay apart. By default the compiler joins all of them, and no product hides that sum.
-    "xla_jf_crs_combiner_threshold_in_bytes": str(256 * 1024),
     # A gradient that ends split over the chips is one product, then scattered. By default the compiler cuts the product
     # into one slice a chip and passes partial sums round a ring: slices of 24 rows leave a matrix unit mostly idle.
     "xla_tpu_reduce_scatter_collective_matmul_mode": "none",
@@ -29,6 +27,8 @@ _TPU_OVERLAP: Options = {
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
     "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": True,
     "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
+    # Sums of larger gradients stay apart. By default the compiler joins all of them, and no product hides that sum.
+    "xla_jf_crs_combiner_threshold_in_bytes": str(256 * 1024),
 }
 # Gradients are summed over GPUs behind the backward pass. Off by default; NVIDIA's JAX image sets it, and no other:
 # docs.nvidia.com/jax-toolbox/environment-variables.

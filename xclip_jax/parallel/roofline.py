@@ -11,6 +11,7 @@ rest.
 
 import collections
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -169,10 +170,14 @@ def _collectives(
     chip: Chip,
     grid: tuple[int, ...],
 ) -> tuple[float, float]:
-    """Seconds in which the program waits for collectives, and in which the links are used; one collective at a time."""
+    """Seconds in which the program waits for collectives, and in which they travel.
+
+    Links between chips and the network between slices each carry one collective at a time.
+    """
     last = {chain: i for i, pieces in enumerate(sent) for chain, _ in pieces if chain}
     ends: dict[str, float] = {}  # of collectives that are under way, by chain or name of their start
-    clock = free = exposed = busy = 0.0
+    clock = exposed = busy = 0.0
+    free = {True: 0.0, False: 0.0}  # when the network between slices and the links between chips are free
     for i, (execution, pieces) in enumerate(zip(executions, sent, strict=True)):
         instruction = execution.instruction
         waits = [instruction.operands[0]] if instruction.opcode.endswith("-done") and instruction.operands else []
@@ -180,7 +185,8 @@ def _collectives(
             key = chain or instruction.name
             if key not in ends:
                 time = each.sent / _bandwidth(each, chip, grid)
-                ends[key] = free = max(clock, free) + time
+                network = each.kind.endswith(BETWEEN_SLICES)
+                ends[key] = free[network] = max(clock, free[network]) + time
                 busy += time
             if last[chain] == i if chain else not instruction.opcode.endswith(("-start", "recv")):
                 waits.append(key)
@@ -195,4 +201,6 @@ def _bandwidth(collective: Collective, chip: Chip, grid: tuple[int, ...]) -> flo
     """Bytes/s at which a device sends a collective."""
     if collective.kind.endswith(BETWEEN_SLICES):
         return chip.network
-    return chip.link if collective.kind == "collective-permute" else chip.ici(grid)
+    # A group of some chips lies along one axis, or on a part of the grid whose links are not known here.
+    whole = collective.group >= chip.devices * math.prod(grid)
+    return chip.ici(grid) if whole and collective.kind != "collective-permute" else chip.link

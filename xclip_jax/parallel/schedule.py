@@ -21,8 +21,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxlib.mlir import ir
-from jaxlib.mosaic.python import tpu
 
 from xclip_jax.parallel import hlo
 from xclip_jax.parallel.topology import CHIPS, devices_of
@@ -108,7 +106,8 @@ def schedules(chip: str, kernels: Iterable[Kernel]) -> dict[Kernel, Schedule | N
 def _make(chip: str, kernels: list[Kernel]) -> list[Schedule | None]:
     """Compile kernels in a process of its own: the compiler reads where to write when it is loaded."""
     with tempfile.TemporaryDirectory() as folder:
-        dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        given = os.environ.get("LIBTPU_INIT_ARGS", "")
+        dump = f"{given} --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         done = subprocess.run(
             [sys.executable, "-m", "xclip_jax.parallel.schedule", chip, folder],
             input=json.dumps([dataclasses.asdict(kernel) for kernel in kernels]),
@@ -141,6 +140,9 @@ def _dtype(name: str) -> Any:
 
 def _code(config: str) -> str:
     """The code in a call's configuration, without lines of source."""
+    from jaxlib.mlir import ir  # both are JAX's own affair, and needed here alone
+    from jaxlib.mosaic.python import tpu
+
     body = base64.b64decode(json.loads(config)["custom_call_config"]["body"])
     with ir.Context() as context:
         context.allow_unregistered_dialects = True  # the stable form of Mosaic's

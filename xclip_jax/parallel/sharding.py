@@ -124,7 +124,9 @@ def make_layout(boxed: Any, mesh: Mesh, strategy: str, batch: int) -> MeshLayout
     split = all(k % mesh.size == 0 and batch * mesh.shape["model"] <= k for k in clusters)
     layout = MeshLayout(mesh, strategy, clusters_split=split)
     if clusters:
-        layout.choices["clusters"] = "split over all devices" if split else "whole, or split over mesh.model"
+        layout.choices["clusters"] = (
+            "split over all devices" if split else f"split over mesh.model, {mesh.shape['model']}"
+        )
     return layout
 
 

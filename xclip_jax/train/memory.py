@@ -87,9 +87,12 @@ def compile_if_fits(experiment: Experiment) -> tuple[Any, str]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        if vector := re.search(r"memory space vmem\. Used ([\d.]+[KMGT]) of ([\d.]+[KMGT])\b", str(error)):
-            apart = "LIBTPU_INIT_ARGS=--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=false"
-            return None, f"an operation takes {vector[1]} of {vector[2]} of vector memory; try it with {apart}"
+        if re.search("memory space vmem|scoped vmem limit", str(error)):
+            raise UserError(
+                "an operation exceeds a chip's vector memory, of which the state and the batch take nothing; with "
+                "LIBTPU_INIT_ARGS=--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=false sums over chips are "
+                "computed apart, and need less."
+            ) from error
         needed = re.search(r"(?:Used |temporaries \()([\d.]+[KMGT])\b", str(error))
         return None, f"beside the state, it needs {needed[1]}" if needed else "it needs more"
 

@@ -6,6 +6,7 @@ faster; between slices each part travels once.
 """
 
 import math
+import warnings
 from typing import Any
 
 import jax
@@ -25,9 +26,10 @@ def parts(abstract: Any) -> Any:
 def gather(arrays: Any, abstract: Any) -> Any:
     """`arrays` that were read as `parts(abstract)`, in the shardings of `abstract`."""
     layouts = jax.tree.map(lambda x: x.sharding, abstract)
-    if layouts == jax.tree.map(lambda x: x.sharding, arrays):
-        return arrays
-    return jax.jit(lambda x: x, out_shardings=layouts)(arrays)
+    with warnings.catch_warnings():
+        # What is read is given up, as it might not fit beside the result; parts are smaller than the arrays they become.
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        return jax.jit(lambda x: x, out_shardings=layouts, donate_argnums=0)(arrays)
 
 
 def _spans_processes(layout: NamedSharding) -> bool:
