@@ -102,7 +102,7 @@ def test_a_step_of_full_width_has_no_sliced_product_and_no_scores(topology, stra
 def test_sums_of_gradients_are_hidden(topology):
     """At least 90 % of the time of collectives, by the plan's model of links; most of their bytes are gradients."""
     chips = devices(topology)
-    config = config_file.load_config(f"clip:preset=B/16,batch={128 * len(chips)}")
+    config = config_file.load_config(f"clip:preset=B/16,batch={64 * len(chips)}")
     config.model.img.depth = config.model.txt.depth = 3
     config.data.length_groups = "full"
     experiment, compiled, trouble = memory.compile_config(config, chips)

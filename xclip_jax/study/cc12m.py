@@ -75,8 +75,8 @@ _COST = (
     "A run of 75,825 steps takes 135 chip-hours of TPU v5e for CLIP and 137 for nCLIP and xCLIP, at an MFU of 40 %, "
     "which is a guess (it does not count that blocks are computed again, a third more work): 17 hours on 8 chips. "
     "`python -m xclip_jax.plan --config study_cc12m:objective=clip --topology v5e:2x4 --mfu 0.4 --price 1.2` prints "
-    "`75,825 steps take 0.70 days, 135 chip-hours, which cost 162`; a chip holds 8.2 of its 16 GiB, and 8.7 with "
-    "xCLIP. All arms with their seeds and candidates come to 5,770 chip-hours, 6,930 at that price.",
+    "`75,825 steps take 0.70 days, 135 chip-hours, which cost 162`. "
+    "All arms with their seeds and candidates come to 5,770 chip-hours, 6,930 at that price.",
     "The command runs them one after another on the chips of one machine. On a pod start each run by a launch script, "
     "with `--config configs/study_cc12m.py:arm=xclip_30,seed=0`, candidates first, and write the run files with "
     "`python -m xclip_jax.study --study cc12m --collect gs://bucket/RUN ...`. Commit those of the candidates before "

@@ -27,7 +27,7 @@ def gather(arrays: Any, abstract: Any) -> Any:
     """`arrays` that were read as `parts(abstract)`, in the shardings of `abstract`."""
     layouts = jax.tree.map(lambda x: x.sharding, abstract)
     with warnings.catch_warnings():
-        # What is read is given up, as it might not fit beside the result; parts are smaller than the arrays they become.
+        # The parts are given up, as they might not fit beside the result; they are smaller than what they become.
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
         return jax.jit(lambda x: x, out_shardings=layouts, donate_argnums=0)(arrays)
 
