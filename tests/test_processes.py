@@ -14,6 +14,7 @@ from tests.two_processes import BROKEN
 from tests.util import free_address
 from xclip_jax.errors import UserError
 from xclip_jax.parallel import peers, processes
+from xclip_jax.train import weights
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -141,6 +142,14 @@ def test_losses_tokens_and_bad_samples_are_those_of_one_process(runs, name):
     assert expected[3] > 0, "no bad sample in the first batch"
     np.testing.assert_allclose(metrics(runs, name), expected, rtol=1e-4)
     assert bad(runs, name) == bad(runs, "one") != []
+
+
+@pytest.mark.parametrize("name", ["data", "model"])
+@pytest.mark.slow
+def test_weights_are_read_whole_in_every_process(runs, name):
+    _, experiment, variables, _ = weights.load(str(runs / f"{name}.run"))
+    expected = weights.fingerprint(experiment, variables)
+    assert [str(np.load(runs / f"{name}.{process}.npz")["weights"]) for process in range(2)] == [expected] * 2
 
 
 def test_a_sign_of_life_on_its_way_does_not_undo_that_a_process_is_finished(monkeypatch):

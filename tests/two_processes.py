@@ -18,7 +18,7 @@ from xclip_jax.parallel import processes
 from xclip_jax.parallel.mesh import replicated
 from xclip_jax.report.attention import attention
 from xclip_jax.run_folder import RunFolder
-from xclip_jax.train import build, restoring, state, trainer
+from xclip_jax.train import build, restoring, state, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.encoder import make_encoder
 from xclip_jax.train.memory import bytes_on_device
@@ -137,7 +137,9 @@ def run(folder, out, data, model, *others):
 
     loader.to_global = spy
     trainer.run(config)
-    np.savez(f"{out}.{jax.process_index()}.npz", shapes=shapes, texts=texts)
+    _, experiment, variables, _ = weights.load(config.run)
+    weights_read = weights.fingerprint(experiment, variables)
+    np.savez(f"{out}.{jax.process_index()}.npz", shapes=shapes, texts=texts, weights=weights_read)
 
 
 if __name__ == "__main__":

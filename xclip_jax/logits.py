@@ -1,4 +1,4 @@
-"""Cluster logits that are not multiplied out: what a head may hand to a loss that never holds them whole."""
+"""Logits that are split over devices, or not multiplied out for a loss that never holds them whole."""
 
 import flax.struct
 import jax
@@ -7,6 +7,17 @@ import jax.numpy as jnp
 from xclip_jax.parallel.sharding import constrain
 
 Array = jax.Array
+
+
+def argmax(logits: Array, axis: int) -> Array:
+    """Index of the first largest value along `axis`, as `jnp.argmax`, by two reductions; where one is NaN, the size.
+
+    Over an axis that is split over devices, `jnp.argmax` sends the pairs of value and index of each to all others.
+    """
+    logits = jax.lax.stop_gradient(logits)
+    index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis)
+    largest = logits == jnp.max(logits, axis=axis, keepdims=True)
+    return jnp.min(jnp.where(largest, index, logits.shape[axis]), axis=axis)
 
 
 @jax.custom_vjp

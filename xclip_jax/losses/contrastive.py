@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from xclip_jax.logits import argmax
+
 Metrics = dict[str, jax.Array]
 
 
@@ -108,14 +110,6 @@ def _metrics(loss: jax.Array, logits: jax.Array) -> Metrics:
     return {
         "loss": loss,
         "ln_b": jnp.log(jnp.float32(logits.shape[0])),
-        "acc_img": jnp.mean(_best_match(logits, 1) == own, dtype=jnp.float32),
-        "acc_txt": jnp.mean(_best_match(logits, 0) == own, dtype=jnp.float32),
+        "acc_img": jnp.mean(argmax(logits, 1) == own, dtype=jnp.float32),
+        "acc_txt": jnp.mean(argmax(logits, 0) == own, dtype=jnp.float32),
     }
-
-
-def _best_match(logits: jax.Array, axis: int) -> jax.Array:
-    """`jnp.argmax` as two reductions: over an axis that is split over devices, argmax gathers the candidates of all."""
-    logits = jax.lax.stop_gradient(logits)
-    index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis)
-    is_best = logits == jnp.max(logits, axis=axis, keepdims=True)
-    return jnp.min(jnp.where(is_best, index, logits.shape[axis]), axis=axis)

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xclip_jax.logits import FactoredLogits, Logits
+from xclip_jax.logits import FactoredLogits, Logits, argmax
 from xclip_jax.parallel.sharding import constrain, map_microbatches
 
 Metrics = dict[str, jax.Array]
@@ -224,10 +224,8 @@ def _sums(s: Mapping[str, jax.Array], centers: Mapping[str, jax.Array | None], o
         sums[f"entropy_{m}"] = -jnp.sum(jnp.exp(log_p[m]) * log_p[m])
         # The mean's logarithm by log-sum-exp: log(mean(p)) has an infinite gradient where a probability underflows.
         sums[f"log_mass_{m}"] = jax.nn.logsumexp(log_p[m], axis=0)
-        # The first of the largest, as argmax, whose pairs of value and index all devices would send to all others.
+        top[m] = argmax(logits, 1)
         clusters = constrain(jnp.arange(logits.shape[1]), "cluster")
-        largest = jnp.max(logits, axis=-1, keepdims=True)
-        top[m] = jnp.min(jnp.where(logits == largest, clusters, logits.shape[1]), axis=-1)
         # A comparison and a reduction: a scatter of sharded indices would cost a gather over devices.
         sums[f"used_{m}"] = jnp.any(top[m][:, None] == clusters, axis=0)
     sums["align"] = -0.5 * jnp.sum(p_hat["img"] * log_p["txt"] + p_hat["txt"] * log_p["img"])

@@ -149,7 +149,7 @@ class Attention(nn.Module):
         maps = HeadProjections(3, self.heads, self.dtype, bool(self.fused), name="qkv")(x, at)
         by = "a Pallas kernel" if self.fused else "cuDNN" if at is None and self._cudnn_accepts(maps[0]) else "XLA"
         if at is None:
-            note(f"attention of {self.fused or x.shape[1]} tokens", f"by {by}")
+            note(f"attention of {self.fused or x.shape[1]} tokens of {d}", f"by {by}")
         if self.fused:
             x = self._attend_fused(*maps)
         elif by == "cuDNN":
@@ -332,8 +332,8 @@ class Transformer(nn.Module):
         if fused_tokens:
             x = jnp.pad(x, ((0, 0), (0, -tokens % attention_kernel.SUBLANES), (0, 0)))
         args = (self.config, self.causal, self.dtype)
-        note("blocks", "one loop" if scan and platform() != "tpu" else "unrolled")
         if scan and platform() == "tpu":
+            note("blocks", "unrolled")
             return self._unrolled(x, keep, fused_tokens)[:, :tokens]
         if scan:
             stacked = nn.scan(

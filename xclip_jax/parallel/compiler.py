@@ -10,7 +10,7 @@ from absl import logging
 
 Options = Mapping[str, bool | str]
 Tree = Any
-_SMALL = 1 << 17  # elements
+_SMALL = 1 << 17  # elements: above stacks of biases, below kernels
 
 # Sources: openxla.org/xla/flags_guidance, and MaxText's benchmarks/xla_flags_library.py (CF_FOR_ALL_REDUCE).
 _TPU: Options = {
@@ -42,8 +42,9 @@ def _all_options(devices: Sequence[jax.Device]) -> Options:
         return _GPUS
     if platform != "tpu":
         return {}
-    # A v4 has 16 MiB of vector memory, an eighth of its successors' or less: products that sum others exceed it.
-    return _TPU if kind == "TPU v4" else {**_TPU, **_TPU_OVERLAP}
+    # Up to v4 a core has 16 MiB of vector memory, its successors four times as much or more: products that sum beside
+    # exceed it.
+    return _TPU if kind.startswith(("TPU v2", "TPU v3", "TPU v4")) else {**_TPU, **_TPU_OVERLAP}
 
 
 def options(devices: Sequence[jax.Device]) -> Options:
@@ -58,7 +59,9 @@ def options(devices: Sequence[jax.Device]) -> Options:
     if not chosen or _accepts(chosen, device):
         return chosen
     known = {name: value for name, value in chosen.items() if _accepts({name: value}, device)}
-    logging.warning("this compiler does not know %s", ", ".join(sorted(chosen.keys() - known.keys())))
+    logging.log_first_n(
+        logging.WARNING, "this compiler does not know %s", 1, ", ".join(sorted(chosen.keys() - known.keys()))
+    )
     return known
 
 
@@ -97,7 +100,11 @@ ordered.defvjp(_ordered_forward, _ordered_backward)
 
 
 def ordered_after_small(x: Tree, params: Tree) -> tuple[Tree, Tree]:
-    """`ordered` by the small arrays of `params`: their gradients need what is before them, but no long sum."""
+    """(x, params) unchanged; the gradient of `x` goes on once the gradients of the small `params` are complete.
+
+    Biases and norms are complete when the backward pass of their tower is; to wait for kernels would be to wait for
+    their sums over devices.
+    """
     leaves, structure = jax.tree.flatten(params)
     small = {i: leaf for i, leaf in enumerate(leaves) if leaf.size < _SMALL}
     x, small = ordered(x, small)

@@ -43,7 +43,8 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
         return Mesh(mesh_utils.create_device_mesh(tuple(shape), **split), AXES, axis_types=types)
     if shape[0] % slices:
         raise UserError(f"mesh {dict(sizes)}: data={shape[0]} must be a multiple of the {slices} slices.")
-    # Slices are joined by the data centre's network: only sums of gradients and the batch's embeddings cross it.
+    # Slices are joined by the data centre's network: sums of gradients cross it, and the batch's embeddings and hidden
+    # rows of cluster heads.
     inside = (shape[0] // slices, *shape[1:])
     grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), **split)
     return Mesh(grid, AXES, axis_types=types)

@@ -9,8 +9,9 @@
 With every strategy the clusters of nCLIP's heads are split over all devices, since their last kernels are the largest
 matrices of all: each device computes the logits of its clusters for the rows of the whole batch, which are gathered. A
 softmax over a split axis costs two small sums, and the kernels' gradients none at all. Where more rows would travel
-than a kernel has columns, or the devices do not divide the clusters, each device computes the logits of its own rows,
-and clusters are split over "model" alone.
+than a kernel has columns, or the devices do not divide the clusters, each device computes the logits of its own rows;
+clusters are split over "model", and rows of the last kernel over all batch shards with zero1, over "fsdp" with fsdp and
+fsdp_tp, and gathered for the product.
 
 Embeddings of words and positions, norms and biases stay whole: splitting the table's features makes XLA reshard every
 activation behind it.
@@ -121,12 +122,10 @@ def make_layout(boxed: Any, mesh: Mesh, strategy: str, batch: int) -> MeshLayout
     arrays = zip(jax.tree.leaves(nn.unbox(boxed)), _leaf_specs(boxed), strict=True)
     axes = [axis for x, names in arrays for axis in zip(names, x.shape, strict=False)]
     clusters = {size for name, size in axes if name == "cluster"}
-    split = all(k % mesh.size == 0 and batch * mesh.shape["model"] <= k for k in clusters)
-    layout = MeshLayout(mesh, strategy, clusters_split=split)
-    if clusters:
-        layout.choices["clusters"] = (
-            "split over all devices" if split else f"split over mesh.model, {mesh.shape['model']}"
-        )
+    fits = all(k % mesh.size == 0 and batch * mesh.shape["model"] <= k for k in clusters)
+    layout = MeshLayout(mesh, strategy, clusters_split=bool(clusters) and fits)
+    if clusters and mesh.size > 1:
+        layout.choices["clusters"] = "split over all devices" if fits else f"as {strategy} has them"
     return layout
 
 
@@ -326,8 +325,8 @@ def zero1_shardings(abstract: Any, specs: Any, mesh: Mesh) -> Any:
     a reason to have an axis "fsdp", over which nothing else is split. Elementwise work alone is done on what is split
     so, which is why any dimension will do: moments, averages, and the gradients on their way to them.
 
-    On several TPU slices the axis "fsdp", if there is one, comes first: parameters are gathered in each step, and along
-    it they are gathered within a slice.
+    On several TPU slices the axis "fsdp" comes first if it spans a slice: parameters are gathered in each step, and
+    along it they are gathered within a slice.
 
     Args:
       abstract: shapes.
@@ -336,7 +335,7 @@ def zero1_shardings(abstract: Any, specs: Any, mesh: Mesh) -> Any:
     """
     longest_first = sorted(((axis,) for axis in BATCH_AXES), key=lambda axes: -mesh.shape[axes[0]])
     choices = [(axes, math.prod(mesh.shape[axis] for axis in axes)) for axes in (BATCH_AXES, *longest_first)]
-    if num_slices(list(mesh.devices.flat)) > 1:
+    if 1 < num_slices(list(mesh.devices.flat)) == mesh.shape["data"]:
         choices.insert(0, (("fsdp",), mesh.shape["fsdp"]))
 
     def split(x: Any, sharding: NamedSharding) -> NamedSharding:

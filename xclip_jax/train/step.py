@@ -133,7 +133,7 @@ class TrainStep:
             images = self.augment.apply(inputs)
             h_img = self.model.apply(variables, images, **noise["img"], method="encode_image")
         overlaps = sharding.platform() == "tpu" and self.objective.towers == TOWERS
-        if overlaps:
+        if overlaps and "txt" in params and "txt" not in self.frozen:
             # Texts go first in the backward pass: the gradient of the token table, the largest sum over devices of all,
             # is summed while gradients of images are computed.
             h_img, variables["params"]["txt"] = compiler.ordered_after_small(h_img, variables["params"]["txt"])

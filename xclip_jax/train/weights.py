@@ -24,6 +24,7 @@ from xclip_jax.interop import hub
 from xclip_jax.models.tower import Tower
 from xclip_jax.models.two_towers import TOWERS, Variables
 from xclip_jax.objectives import LossConfig
+from xclip_jax.parallel.mesh import replicated
 from xclip_jax.parallel.sharding import MeshConfig
 from xclip_jax.run_folder import RunFolder, not_found
 from xclip_jax.train.build import Experiment, build
@@ -64,7 +65,7 @@ def load(path: str, step: int | None = None) -> tuple[Config, Experiment, Variab
     if not run.checkpoints.exists():
         raise UserError(f"{run.path} holds no checkpoint; train it first, or name the folder of another run.")
     with Checkpointer(run.path, read_only=True) as checkpointer:
-        state, _ = checkpointer.restore(experiment.abstract, step)
+        state, _ = checkpointer.restore(_whole(experiment), step)
     return config, experiment, state.variables(ema=config.eval.ema), int(state.step)
 
 
@@ -145,8 +146,14 @@ def _device_put_checked(variables: Variables, experiment: Experiment, path: str)
     differing += [name for name, x in expected.items() if name in tensors and x.shape != tensors[name].shape]
     if differing:
         raise UserError(f"{path}: tensors do not match its config: {', '.join(differing[:_SHOWN])}.")
-    put = {name: jax.device_put(tensors[name], x.sharding) for name, x in expected.items()}
+    put = {name: jax.device_put(tensors[name], replicated(experiment.mesh)) for name in expected}
     return {"params": {}, "batch_stats": {}} | unflatten_dict(put, sep="/")
+
+
+def _whole(experiment: Experiment) -> TrainState:
+    """The state's abstract arrays, each whole on all devices: every process can read their values."""
+    whole = replicated(experiment.mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), experiment.abstract)
 
 
 def read_initial(config: Config, abstract: TrainState, classes: Sequence[str] | None = None) -> dict[str, np.ndarray]:
