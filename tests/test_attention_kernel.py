@@ -132,7 +132,7 @@ STEPS = [
     {"mesh__strategy": "zero1"},
     pytest.param({"mesh__strategy": "fsdp", "mesh__fsdp": 4}, marks=pytest.mark.slow, id="fsdp"),
     {"mesh__strategy": "fsdp_tp", "mesh__fsdp": 2, "mesh__model": 2},
-    {"optim__microbatches": 2},
+    pytest.param({"optim__microbatches": 2}, marks=pytest.mark.slow, id="2"),
     {"optim__microbatches": 2, "mesh__strategy": "fsdp", "mesh__fsdp": 4},
 ]
 

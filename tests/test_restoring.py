@@ -11,7 +11,13 @@ from xclip_jax.train.memory import bytes_on_device
 from xclip_jax.train.state import create
 
 WIDE = {"model__img__width": 256, "model__txt__width": 256}
-MESHES = [("dp", 1, 1), ("dp", 4, 2), ("zero1", 2, 1), ("fsdp", 4, 1), ("fsdp_tp", 2, 2)]
+MESHES = [
+    ("dp", 1, 1),
+    pytest.param("dp", 4, 2, marks=pytest.mark.slow),
+    pytest.param("zero1", 2, 1, marks=pytest.mark.slow),
+    ("fsdp", 4, 1),
+    pytest.param("fsdp_tp", 2, 2, marks=pytest.mark.slow),
+]
 
 
 def make(strategy="dp", fsdp=1, model=1):

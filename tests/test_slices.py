@@ -4,6 +4,7 @@ The TPU compiler makes a sum over both slices in two parts: one inside each slic
 of the array on each chip. The second is a pair of `send` and `recv` to a runtime on the hosts.
 """
 
+import functools
 import math
 import re
 from collections import Counter
@@ -33,6 +34,7 @@ def between_slices(program):
     return dict(sent)
 
 
+@functools.cache
 def compile_step(strategy, fsdp, **changes):
     """(parameters, HLO) of a step on two slices of four chips."""
     pytest.importorskip("libtpu")
@@ -47,7 +49,7 @@ def compile_step(strategy, fsdp, **changes):
     return experiment.abstract.params, compiled.as_text()
 
 
-@pytest.mark.parametrize(("strategy", "fsdp"), [("dp", 1), ("zero1", 4)])
+@pytest.mark.parametrize(("strategy", "fsdp"), [("dp", 1), pytest.param("zero1", 4, marks=pytest.mark.slow)])
 def test_gradients_are_summed_inside_a_slice_and_a_share_of_each_between_slices(strategy, fsdp):
     params, program = compile_step(strategy, fsdp)
     # All collectives on the chips' own network stay inside a slice.
@@ -61,6 +63,7 @@ def test_gradients_are_summed_inside_a_slice_and_a_share_of_each_between_slices(
     assert sum(n for kind, n in sent.items() if kind != "ALL_REDUCE") < 0.05 * least
 
 
+@pytest.mark.slow
 def test_moments_that_are_split_over_all_slices_send_the_parameters_between_them():
     """The reason for an axis "fsdp" with zero1."""
     params, program = compile_step("zero1", 1)
@@ -68,6 +71,7 @@ def test_moments_that_are_split_over_all_slices_send_the_parameters_between_them
     assert between_slices(program)["ALL_GATHER"] > 0.4 * size / CHIPS
 
 
+@pytest.mark.slow
 def test_the_account_of_a_step_has_all_that_is_sent_between_slices():
     _, program = compile_step("zero1", 1)
     sent = collectives.summary(collectives.collectives(program, 2 * CHIPS))

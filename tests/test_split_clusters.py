@@ -34,7 +34,6 @@ QUICK = {
     ("dp", "teacher-chunks"),
     ("dp-clusters", "layers"),
     ("zero1", "sinkhorn"),
-    ("zero1", "chunks"),
     ("fsdp", "teacher"),
     ("fsdp_tp", "chunks"),
 }

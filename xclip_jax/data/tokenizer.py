@@ -98,7 +98,6 @@ class Tokenizer:
         return load, (self.name,)
 
 
-@functools.lru_cache
 def load(name: str) -> Tokenizer:
     """Return a tokenizer: "clip" (49,408 ids), "bytes" (259), or the path of a Hugging Face `tokenizers` JSON file.
 
@@ -111,8 +110,8 @@ def load(name: str) -> Tokenizer:
         return _clip()
     if name == "bytes":
         return _bytes()
-    if epath.Path(name).is_file():
-        return _from_file(name)
+    if (path := epath.Path(name)).is_file():
+        return _from_file(name, str(path.absolute()), path.stat().mtime)
     raise UserError(f"tokenizer {name!r} must be one of {', '.join(map(repr, NAMES))} or the path of a tokenizer.json.")
 
 
@@ -174,6 +173,7 @@ def clip_vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
     return [*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in merges)], merges
 
 
+@functools.cache
 def _clip() -> Tokenizer:
     words, merges = clip_vocabulary()
     vocab = {word: i for i, word in enumerate([*words, _CLIP_START, _CLIP_END])}
@@ -201,6 +201,7 @@ def _clip() -> Tokenizer:
     )
 
 
+@functools.cache
 def _bytes() -> Tokenizer:
     def encode(text: str) -> list[int]:
         return [byte + 3 for byte in text.encode("utf-8", "replace")]
@@ -214,7 +215,9 @@ def _check_raised_by_library(error: BaseException) -> None:
         raise error
 
 
-def _from_file(path: str) -> Tokenizer:
+@functools.lru_cache
+def _from_file(path: str, _absolute: str, _modified: float) -> Tokenizer:
+    """Read a file; it is read again where another is in its place."""
     end_tokens, pad_tokens, start_tokens, size, cleaning = END_TOKENS, PAD_TOKENS, START_TOKENS, 0, ""
     try:
         content = epath.Path(path).read_bytes().decode()
