@@ -111,7 +111,7 @@ def load(name: str) -> Tokenizer:
     if name == "bytes":
         return _bytes()
     if (path := epath.Path(name)).is_file():
-        return _from_file(name, str(path.absolute()), path.stat().mtime)
+        return _from_same_file(name, str(path.absolute()), path.stat().mtime)
     raise UserError(f"tokenizer {name!r} must be one of {', '.join(map(repr, NAMES))} or the path of a tokenizer.json.")
 
 
@@ -216,8 +216,12 @@ def _check_raised_by_library(error: BaseException) -> None:
 
 
 @functools.lru_cache
-def _from_file(path: str, _absolute: str, _modified: float) -> Tokenizer:
-    """Read a file; it is read again where another is in its place."""
+def _from_same_file(path: str, _absolute: str, _modified: float) -> Tokenizer:
+    """Read a file once, and again where another is in its place."""
+    return _from_file(path)
+
+
+def _from_file(path: str) -> Tokenizer:
     end_tokens, pad_tokens, start_tokens, size, cleaning = END_TOKENS, PAD_TOKENS, START_TOKENS, 0, ""
     try:
         content = epath.Path(path).read_bytes().decode()

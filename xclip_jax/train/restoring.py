@@ -25,11 +25,19 @@ def parts(abstract: Any) -> Any:
 
 def gather(arrays: Any, abstract: Any) -> Any:
     """`arrays` that were read as `parts(abstract)`, in the shardings of `abstract`."""
-    layouts = jax.tree.map(lambda x: x.sharding, abstract)
+    read, structure = jax.tree.flatten(arrays)
+    layouts = [x.sharding for x in jax.tree.leaves(abstract)]
+    split = [i for i, (x, layout) in enumerate(zip(read, layouts, strict=True)) if x.sharding != layout]
+    if not split:
+        return arrays
     with warnings.catch_warnings():
         # The parts are given up, as they might not fit beside the result; they are smaller than what they become.
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-        return jax.jit(lambda x: x, out_shardings=layouts, donate_argnums=0)(arrays)
+        gather = jax.jit(lambda x: x, out_shardings=[layouts[i] for i in split], donate_argnums=0)
+        whole = gather([read[i] for i in split])
+    for i, x in zip(split, whole, strict=True):
+        read[i] = x
+    return structure.unflatten(read)
 
 
 def _spans_processes(layout: NamedSharding) -> bool:
