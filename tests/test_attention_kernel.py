@@ -129,11 +129,13 @@ def test_a_tower_on_eight_devices_is_the_same(everywhere, strategy, scan, remat)
 
 STEPS = [
     pytest.param({}, marks=pytest.mark.slow, id="dp"),
-    {"mesh__strategy": "zero1"},
+    pytest.param({"mesh__strategy": "zero1"}, marks=pytest.mark.slow, id="zero1"),
     pytest.param({"mesh__strategy": "fsdp", "mesh__fsdp": 4}, marks=pytest.mark.slow, id="fsdp"),
     {"mesh__strategy": "fsdp_tp", "mesh__fsdp": 2, "mesh__model": 2},
     pytest.param({"optim__microbatches": 2}, marks=pytest.mark.slow, id="2"),
-    {"optim__microbatches": 2, "mesh__strategy": "fsdp", "mesh__fsdp": 4},
+    pytest.param(
+        {"optim__microbatches": 2, "mesh__strategy": "fsdp", "mesh__fsdp": 4}, marks=pytest.mark.slow, id="2-fsdp"
+    ),
 ]
 
 

@@ -73,9 +73,9 @@ def test_undefined_rows_reach_neither_the_result_nor_a_gradient(monkeypatch):
 
 
 STEPS = [
-    {"mesh__strategy": "zero1"},
+    pytest.param({"mesh__strategy": "zero1"}, marks=pytest.mark.slow),
     {"mesh__strategy": "fsdp_tp", "mesh__fsdp": 2, "mesh__model": 2},
-    {"optim__microbatches": 2},
+    pytest.param({"optim__microbatches": 2}, marks=pytest.mark.slow),
 ]
 
 
