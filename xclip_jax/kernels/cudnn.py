@@ -35,7 +35,7 @@ def attention(
         return jnp.pad(einops.rearrange(x, "b heads n kv -> b n heads kv"), ((0, 0), (0, n % 2), (0, 0), (0, 0)))
 
     # Without lengths some versions of cuDNN compute NaN as the gradient over a number of tokens that does not fill its
-    # tiles (github.com/NVIDIA/cudnn-frontend, issues 160 and 1072), so they are given where nothing is padded, too.
+    # tiles, as reports to github.com/NVIDIA/cudnn-frontend say, so they are given where nothing is padded, too.
     lengths = jnp.full((b,), n, jnp.int32)
     y = jax.nn.dot_product_attention(
         padded(query),
