@@ -155,6 +155,7 @@ class MetricLogger:
         if self.skipped.check(step, metrics):
             return  # its values are in skipped_steps.jsonl
         scalars = {key: float(value) for key, value in jax.device_get(metrics).items() if key != "skipped"}
+        self.stalls.settle()  # the speed counts this step
         scalars |= self._accounts(step)
         log0(self._progress.line(step, scalars))
         self._collapse.check(step, scalars)

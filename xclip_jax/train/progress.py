@@ -81,7 +81,7 @@ class InputStallTimer:
     def __init__(self, on_end: Callable[[], None] = lambda: None) -> None:
         """Start the thread, which calls `on_end` whenever a step has ended."""
         self._on_end = on_end
-        self._steps: queue.SimpleQueue[jax.Array | None] = queue.SimpleQueue()
+        self._steps: queue.Queue[jax.Array | None] = queue.Queue()
         self._started = self._ended = 0
         self._ended_at = self._since = time.perf_counter()
         self._seconds = self.total = 0.0
@@ -94,6 +94,12 @@ class InputStallTimer:
             self._ended_at = time.perf_counter()
             self._ended += 1
             self._on_end()
+            self._steps.task_done()
+        self._steps.task_done()
+
+    def settle(self) -> None:
+        """Wait until the thread has noted the end of every step; no longer than the devices compute them."""
+        self._steps.join()
 
     def __call__(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield `batches`, timed."""
