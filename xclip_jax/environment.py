@@ -108,10 +108,7 @@ def host_memory(field: str = "MemAvailable") -> float:
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
         available = next(float(line.split()[1]) * 1024 for line in lines if line.startswith(field))
     except (OSError, StopIteration):
-        try:
-            available = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-        except (AttributeError, ValueError, OSError):  # Windows
-            return math.inf
+        available = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(available, _container_memory(free=field == "MemAvailable"))
 
 

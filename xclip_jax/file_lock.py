@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import functools
 import os
 import pathlib
@@ -9,11 +10,6 @@ from collections.abc import Iterator
 
 from xclip_jax.console import log0
 from xclip_jax.storage import is_remote
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 # What some network file systems answer to flock.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
@@ -27,13 +23,13 @@ class HeldError(Exception):
 def beside(path: str | os.PathLike, *, wait: bool) -> Iterator[None]:
     """Hold a lock on `path`, a hidden file in its folder that is removed at the end.
 
-    A bucket, Windows and some network file systems have no locks; of the last ones a line warns.
+    Buckets and some network file systems have no locks; a warning is printed for the latter.
 
     Raises:
       HeldError: another process holds it, unless `wait`.
     """
     name = os.fspath(path)
-    if fcntl is None or is_remote(name):
+    if is_remote(name):
         yield
         return
     place = pathlib.Path(name)

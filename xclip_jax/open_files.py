@@ -1,13 +1,9 @@
 """This process's limit of open files, which is often 1,024 and may be raised."""
 
 import os
+import resource
 
 from xclip_jax.errors import UserError
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 # Beside those that are asked for: of `storage.open_file`, of JAX, of trackers.
 _SPARE = 768
@@ -23,8 +19,6 @@ def allow(n: int, what: str) -> None:
     Raises:
       UserError: the process may not have that number.
     """
-    if resource is None:
-        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = _now() + n + _SPARE
     if soft == resource.RLIM_INFINITY or needed <= soft:

@@ -16,6 +16,7 @@ checkpoints/, bad_samples.jsonl, skipped_steps.jsonl, tensorboard/, wandb/, repo
 
 import contextlib
 import difflib
+import fcntl
 import json
 import sys
 from typing import Any
@@ -26,11 +27,6 @@ from xclip_jax.errors import UserError
 from xclip_jax.file_lock import NO_LOCKS
 from xclip_jax.paths import expand_home
 from xclip_jax.storage import is_remote
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 # Metrics of metrics.jsonl that measure time: two runs that learn the same differ in them.
 CLOCKS = (
@@ -89,7 +85,7 @@ class RunFolder:
 
     def writer(self) -> str:
         """Return a description of the process that writes to the folder now, or ""; a bucket has no locks."""
-        if fcntl is None or is_remote(str(self.path)) or not self.lock_file.exists():
+        if is_remote(str(self.path)) or not self.lock_file.exists():
             return ""
         with open(self.lock_file) as file:
             try:

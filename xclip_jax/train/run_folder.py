@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import fcntl
 import hashlib
 import json
 import os
@@ -25,11 +26,6 @@ from xclip_jax.objectives import TERMS
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import is_remote, write_json, write_whole
 from xclip_jax.train import lease
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 # A resumed run may differ in these: they do not change what is learned, or other files of the folder guard them.
 KEYS_FREE_ON_RESUME = (
@@ -275,7 +271,7 @@ class TrainingFolder(RunFolder):
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        if fcntl is None or is_remote(str(self.path)):
+        if is_remote(str(self.path)):
             with lease.held(self.lock_file):
                 yield
             return
