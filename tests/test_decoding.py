@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from tests import torture
 from xclip_jax.data import transforms
-from xclip_jax.data.weighted import WeightedSemaphore
+from xclip_jax.data.prefetch import WeightedSemaphore
 from xclip_jax.errors import BadSample
 
 ROOT = pathlib.Path(__file__).parents[1]

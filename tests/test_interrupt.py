@@ -14,8 +14,7 @@ import pytest
 
 from tests import tiny
 from xclip_jax import heartbeat
-from xclip_jax.data import loader, workers
-from xclip_jax.data.prefetch import patient
+from xclip_jax.data import loader, prefetch
 from xclip_jax.errors import EXIT_RESTART, EXIT_RESUMABLE, UserError, describe
 from xclip_jax.evaluators import registry
 from xclip_jax.run_folder import RunFolder
@@ -152,7 +151,7 @@ def test_an_evaluation_that_fails_does_not_cost_the_steps_before(pairs, tmp_path
     assert evaluated.batches == 4  # of step 3 and at the end
 
 
-def test_patient_yields_all_and_closes_what_it_reads():
+def test_an_interruptible_iterator_yields_all_and_closes_what_it_reads():
     closed = []
 
     def elements():
@@ -161,21 +160,29 @@ def test_patient_yields_all_and_closes_what_it_reads():
         finally:
             closed.append(True)
 
-    assert list(patient(elements(), lambda: None)) == list(range(5))
-    for element in patient(elements(), lambda: None):
+    assert list(prefetch.interruptible_iterator(elements(), lambda: None)) == list(range(5))
+    for element in prefetch.interruptible_iterator(elements(), lambda: None):
         if element == 2:
             break
     assert closed == [True, True]
 
 
-def test_a_killed_worker_is_one_sentence():
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (-signal.SIGKILL, "signal SIGKILL, most often too little memory"),
+        (-signal.SIGBUS, r"signal SIGBUS, most often too little shared memory \(docker run --shm-size\)"),
+        (1, "exit status 1, its own error is above"),
+    ],
+)
+def test_a_killed_worker_is_one_sentence(code, reason):
     def read():
         yield 1
-        raise RuntimeError("Worker process was terminated unexpectedly with exit code -9. Search the logs")
+        raise RuntimeError(f"Worker process was terminated unexpectedly with exit code {code}. Search the logs")
 
-    elements = workers.shielded(read())
+    elements = prefetch.start_workers_with_signals_blocked(read())
     assert next(elements) == 1
-    with pytest.raises(UserError, match=r"by signal SIGKILL, most often too little memory; lower data\.workers"):
+    with pytest.raises(UserError, match=rf"by {reason}; lower data\.workers"):
         next(elements)
 
 

@@ -1,18 +1,14 @@
 import os
 import pathlib
-import pickle
 import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from tests import tiny
-from xclip_jax.data import shared_memory
-from xclip_jax.errors import EXIT_RESTART, EXIT_RESUMABLE, UserError
+from xclip_jax.errors import EXIT_RESTART, EXIT_RESUMABLE
 from xclip_jax.train.checkpoint import Checkpointer
 
 # Two seconds a batch, far more than a step: the loop waits for data nearly all the time. Where the folder has a file
@@ -143,35 +139,3 @@ def test_a_read_that_never_ends_in_a_worker_ends_the_run(start, tmp_path):
     assert f"error: no progress: waiting for data from folder:{tmp_path / 'pairs'}" in said
     assert (run / "stacks-0.txt").exists()
     wait(lambda: not command(worker), 20)
-
-
-def test_memory_is_reused_when_nothing_refers_to_it():
-    here = shared_memory.SharedBatchPool({"image": ((4, 3), np.uint8), "text": ((5,), np.int32)}, workers=2, depth=2)
-    there = pickle.loads(pickle.dumps(here))  # as in a worker
-    (first, a), (second, b) = there.acquire(1), there.acquire(1)
-    assert {first, second} == {0, 1}
-    assert there.acquire(1) is None
-    assert there.acquire(0) is not None  # the other worker's
-    a["image"][:], a["text"][:], b["image"][:] = 7, 70_000, 8
-    arrays = here.receive(1, first)
-    np.testing.assert_array_equal(arrays["text"], 70_000)
-    part = arrays["image"][1:3].T[0]  # a view of a view
-    del arrays
-    assert there.acquire(1) is None
-    np.testing.assert_array_equal(part, 7)
-    del part
-    assert there.acquire(1)[0] == first
-    held = here.receive(1, second)["image"]
-    paths = here._paths
-    del here
-    np.testing.assert_array_equal(held, 8)
-    del held
-    assert not any(map(os.path.exists, paths))
-
-
-def test_too_little_memory_for_workers_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(
-        shared_memory.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 26)
-    )  # as in a container
-    with pytest.raises(UserError, match=r"8 workers need [\d,]+ MB in .*, which has 67 MB: make it larger"):
-        shared_memory.SharedBatchPool({"image": ((512, 224, 224, 3), np.uint8)}, workers=8, depth=6)

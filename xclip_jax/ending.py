@@ -4,14 +4,11 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 # What a shell reports of a program that SIGINT ends.
 EXIT_INTERRUPTED = 130
-
-# What `exit_now` does first, in place of finalizers.
-last_acts: list[Callable[[], None]] = []
 
 
 def exit_now(status: int) -> NoReturn:
@@ -20,9 +17,9 @@ def exit_now(status: int) -> NoReturn:
     Python's own exit crashes where XLA still compiles in threads of its own, and waits for threads that read.
     """
     try:
-        for act in (*last_acts, sys.stdout.flush, sys.stderr.flush):
+        for flush in (sys.stdout.flush, sys.stderr.flush):
             with contextlib.suppress(Exception):  # a stream that nobody reads, or that was just being written
-                act()
+                flush()
     finally:
         os._exit(status)
 

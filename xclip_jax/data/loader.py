@@ -15,11 +15,10 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from xclip_jax.data import records, sources, transforms, workers
+from xclip_jax.data import prefetch, records, sources, transforms
 from xclip_jax.data.base import Record, Source
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.ledger import Entry, Ledger
-from xclip_jax.data.shared_memory import SharedBatchPool
 from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.parallel.mesh import batch_sharding
@@ -30,10 +29,8 @@ Batch = dict[str, Any]
 MAX_RESAMPLES = 100
 # Rows whose records are read together, before their images are decoded: alternating would empty the processor's caches.
 READ_GROUP = 32
-# Finished batches that each worker keeps.
+# Finished batches that each worker process keeps.
 WORKER_BUFFER = 2
-# Batches that the loop keeps: steps that were dispatched may not have copied theirs yet.
-IN_FLIGHT = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,8 +200,6 @@ class _Reader:
       batch: rows of the global batch.
       host, rows: which part of them is read, and their numbers in the batch.
       rngs: a generator for each position of the run.
-      pool: shared memory of the workers, if there are any.
-      start: number of the first batch.
     """
 
     order: SampleOrder
@@ -213,26 +208,9 @@ class _Reader:
     host: int
     rows: Sequence[int]
     rngs: grain.experimental.RngPool
-    pool: SharedBatchPool | None
-    start: int
 
-    @property
-    def spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Shapes and types of a batch."""
-        rows, size = len(self.rows), self.transform.size
-        spec = {
-            "image": ((rows, size, size, 3), np.uint8),
-            "text": ((rows, self.transform.length), np.int32),
-            "label": ((rows,), np.float32),
-        }
-        return {field: spec[field] for field in self.transform.fields}
-
-    def __call__(self, g: int) -> dict[str, Any]:
-        worker, slot = 0, None
-        if self.pool:
-            worker = (g - self.start) % self.transform.config.workers  # as Grain distributes them
-            slot = self.pool.acquire(worker)
-        batch = slot[1] if slot else {key: np.empty(shape, dtype) for key, (shape, dtype) in self.spec.items()}
+    def __call__(self, g: int) -> Batch:
+        batch = self._empty()
         bad: list[Entry] = []
         for start in range(0, len(self.rows), READ_GROUP):
             positions = [g * self.batch + row for row in self.rows[start : start + READ_GROUP]]
@@ -245,8 +223,17 @@ class _Reader:
                 row = {key: values[i : i + 1] for key, values in batch.items()}
                 self._fill(position, *place, record, rng, row, bad)
                 self.rngs.release_rng(rng)
-        encoded = json.dumps(bad).encode()  # bytes, which Grain passes on as they are
-        return {"slot": (worker, slot[0]), "bad": encoded} if slot else batch | {"bad": encoded}
+        return batch | {"bad": json.dumps(bad).encode()}  # bytes, which Grain passes on as they are
+
+    def _empty(self) -> Batch:
+        """Return uninitialised arrays of a batch, by field."""
+        rows, size = len(self.rows), self.transform.size
+        shapes = {
+            "image": ((rows, size, size, 3), np.uint8),
+            "text": ((rows, self.transform.length), np.int32),
+            "label": ((rows,), np.float32),
+        }
+        return {field: np.empty(*shapes[field]) for field in self.transform.fields}
 
     def _fill(
         self,
@@ -293,7 +280,7 @@ def batches(
     hosts: int = 1,
     shards: Sequence[int] = (),
     ledger: Ledger | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[Batch]:
     """Yield this host's rows of the global batches number `start` to `stop` - 1, with the transform's `fields`.
 
     Row r of global batch g is sample g * batch + r of the run: the global batches are the same on any number of hosts
@@ -303,18 +290,13 @@ def batches(
     only.
 
     Raises:
-      UserError: a bad sample without a `ledger` to record it; no usable sample for a position; too little memory for
-        the workers.
+      UserError: a bad sample without a `ledger` to record it; no usable sample for a position; a worker was killed.
     """
     config = transform.config
     shards = shards or (host,)
     n = batch // (hosts * len(shards))
     rows = [row for shard in shards for row in range(shard * n, (shard + 1) * n)]
-    reader = _Reader(order, transform, batch, host, rows, grain.experimental.RngPool(seed), None, start)
-    if config.workers:
-        # The buffered ones, one that is being written, and the worker's share of those that the loop keeps.
-        depth = WORKER_BUFFER + 1 + math.ceil(IN_FLIGHT / config.workers)
-        reader = dataclasses.replace(reader, pool=SharedBatchPool(reader.spec, config.workers, depth))
+    reader = _Reader(order, transform, batch, host, rows, grain.experimental.RngPool(seed))
     # Grain's elements are batches here; its options are the number that are read at once, and that are buffered, which
     # count those that are being read.
     buffer = max(config.threads, config.buffer)
@@ -324,20 +306,18 @@ def batches(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain asks absl, which only a command line sets up
         processes = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=WORKER_BUFFER)
-        dataset = dataset.mp_prefetch(processes, worker_init_fn=workers.prepare)
-    return _report_bad_samples(iter(dataset), reader, ledger)
+        dataset = dataset.mp_prefetch(processes, worker_init_fn=prefetch.init_worker)
+    return _report_bad_samples(iter(dataset), reader, start, ledger)
 
 
 def _report_bad_samples(
-    read: grain.DatasetIterator[dict[str, Any]], reader: _Reader, ledger: Ledger | None
-) -> Iterator[dict[str, np.ndarray]]:
+    read: grain.DatasetIterator[Batch], reader: _Reader, start: int, ledger: Ledger | None
+) -> Iterator[Batch]:
     """Yield the batches, and pass their bad samples and numbers of tokens to the ledger."""
-    pool = reader.pool
+    workers = reader.transform.config.workers
     try:
-        for g, batch in enumerate(workers.shielded(read) if pool else read, reader.start):
+        for g, batch in enumerate(prefetch.start_workers_with_signals_blocked(read) if workers else read, start):
             bad = json.loads(batch.pop("bad"))
-            if pool and "slot" in batch:
-                batch = pool.receive(*batch["slot"])
             if ledger is not None:
                 ends = batch.get("text", np.zeros((0, 1))) == reader.transform.tokenizer.eot_id
                 tokens = int((ends.argmax(axis=1) + 1).sum())

@@ -3,13 +3,13 @@
 import collections
 import hashlib
 import itertools
-import multiprocessing.pool
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
+from xclip_jax.data import prefetch
 from xclip_jax.data.base import Record, Source
 from xclip_jax.errors import BadSample, UserError
 
@@ -105,8 +105,7 @@ def read_each(
         return [taken(record) for record in read_all(chunk, timeout)]
 
     remaining, waiting = iter(places), collections.deque()
-    # Not an executor of concurrent.futures: Python's exit waits for its threads, for ever where a disk does not answer.
-    with multiprocessing.pool.ThreadPool(threads) as pool:
+    with prefetch.thread_pool(threads) as pool:
         while chunk := list(itertools.islice(remaining, _CHUNK)):
             waiting.append(pool.apply_async(work, (chunk,)))
             if len(waiting) > 2 * threads:

@@ -10,8 +10,8 @@ from anyio import CapacityLimiter, to_thread
 from PIL import Image, ImageOps
 
 from xclip_jax.data import rgb
+from xclip_jax.data.prefetch import WeightedSemaphore
 from xclip_jax.data.transforms import MAX_PIXELS, formats
-from xclip_jax.data.weighted import WeightedSemaphore
 from xclip_jax.errors import UserError
 
 SIDE = 280  # of the longer side, pixels

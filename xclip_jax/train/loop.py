@@ -12,7 +12,7 @@ from xclip_jax.addresses import public
 from xclip_jax.console import log0
 from xclip_jax.data import loader
 from xclip_jax.data.ledger import Ledger, TooManyBadSamples
-from xclip_jax.data.prefetch import patient
+from xclip_jax.data.prefetch import interruptible_iterator
 from xclip_jax.evaluators import registry, summary
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.result import Result
@@ -103,7 +103,7 @@ def _watched(
     """Yield the batches; an interrupt need not wait for one, and the watchdog knows where they come from."""
     sources = public(f" from {', '.join(job.config.data.sources)}")
     watch.enter(DATA, sources)
-    for batch in patient(batches, stop.check_alone):
+    for batch in interruptible_iterator(batches, stop.check_alone):
         yield batch
         watch.enter(DATA, sources)
 
