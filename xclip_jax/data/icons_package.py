@@ -104,7 +104,7 @@ def fetch(package: Package = ICONIFY) -> pathlib.Path:
     """Path of the package's .tgz in the cache, fetched on first use; an interrupted download goes on where it ended.
 
     Raises:
-      AssetError: it cannot be downloaded, or is another file than expected.
+      UserError: it cannot be downloaded, or is another file than expected.
     """
     folder = assets.cache_dir() / "npm"
     path = folder / f"{package.name.strip('@').replace('/', '-')}-{package.version}.tgz"
@@ -119,7 +119,7 @@ def fetch(package: Package = ICONIFY) -> pathlib.Path:
         _check(part, package)
         part.replace(path)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise assets.AssetError(
+        raise UserError(
             f"the npm package {package.name} {package.version} could not be downloaded ({url}: "
             f"{error or type(error).__name__}); on a machine with network access run `npm pack "
             f"{package.name}@{package.version}` and copy the .tgz to {str(path)!r}."

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from xclip_jax.data import demo, prepared
+from xclip_jax.data import assets, demo
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
@@ -49,7 +49,7 @@ _SWEEP = Sweep(halvings=0, tolerance=1e-4)  # coarse, from 1e-6 to 1e6: the demo
 def _emoji(split: str, prepare: Preprocessing, data_dir: str | None) -> tuple[list[np.ndarray], list[Record]]:
     """Return images and records of a split; cached, because several sets share them."""
     images, records = [], []
-    for image, record in prepared.records(demo.prepare(data_dir), split):
+    for image, record in assets.encoded_records(demo.prepare(data_dir), split):
         images.append(prepare(image))
         records.append(record)
     return images, records

@@ -26,7 +26,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from xclip_jax.data import icons, prepared, transforms
+from xclip_jax.data import assets, icons, transforms
 from xclip_jax.data.icons_drawing import INK
 from xclip_jax.data.icons_splits import rank
 from xclip_jax.data.preprocessing import Preprocessing
@@ -56,7 +56,7 @@ _CS = tuple(10.0**e for e in np.arange(-4, 3.5, 0.5))
 @functools.lru_cache(maxsize=8)
 def _records(split: str, data_dir: str | None) -> tuple[list[bytes], list[Record]]:
     """PNG images and the rest of the records of a split, in order of id; kept, because several sets share them."""
-    items = sorted(prepared.records(icons.prepare(data_dir), split), key=lambda item: item[1]["id"])
+    items = sorted(assets.encoded_records(icons.prepare(data_dir), split), key=lambda item: item[1]["id"])
     return [image for image, _ in items], [record for _, record in items]
 
 
