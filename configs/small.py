@@ -31,7 +31,7 @@ from xclip_jax import flops
 from xclip_jax.commands import command
 from xclip_jax.config import schema
 from xclip_jax.configs import common
-from xclip_jax.data import check, holdout, labelled, sources, tokenizer
+from xclip_jax.data import holdout, inspect, labelled, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, Source, SourceOptions, name_of
 from xclip_jax.data.config import DataConfig
 from xclip_jax.errors import UserError, check_choice
@@ -92,7 +92,7 @@ def this_machine() -> Machine:
     return Machine(platform, jax.device_count(), memory.total(device), os.cpu_count() or 1)
 
 
-def _unusable(source: check.Source, bad: list[check.Sample], count: int) -> str:
+def _unusable(source: Source, bad: list[inspect.Sample], count: int) -> str:
     """The sentence about `bad` ones of `count` pairs that were read."""
     first, see = bad[0], f"see {command('check')}"
     reason = ": ".join(filter(None, (first.reason, first.detail)))
@@ -105,7 +105,7 @@ def _unusable(source: check.Source, bad: list[check.Sample], count: int) -> str:
     return f"none of the {count} pairs that were read can be used ({reason}); {see}."
 
 
-def measure(source: check.Source, tokens: tokenizer.Tokenizer) -> Counts:
+def measure(source: Source, tokens: tokenizer.Tokenizer) -> Counts:
     """Return the counts of a source, of a random part of its pairs.
 
     Raises:
@@ -113,23 +113,21 @@ def measure(source: check.Source, tokens: tokenizer.Tokenizer) -> Counts:
     """
     n = len(source)
     chosen = np.random.default_rng(0).choice(n, min(SAMPLE, n), replace=False)
-    samples, _ = check.read(source, sorted(chosen.tolist()), os.cpu_count() or 1, 32)
+    samples, _ = inspect.read(source, sorted(chosen.tolist()), os.cpu_count() or 1, 32)
     good = [sample for sample in samples if not sample.reason]
     if len(bad := [sample for sample in samples if sample.reason]) > DataConfig.max_bad_fraction * len(samples):
         raise UserError(_unusable(source, bad, len(samples)))
-    longest = 77
-    ids = tokens([sample.caption for sample in good], longest)
-    captions, counts = np.unique([sample.caption for sample in good], return_counts=True)
-    if len(captions) == 1 < len(good):
+    captions = [sample.caption for sample in good]
+    if len(set(captions)) == 1 < len(good):
         raise UserError(
-            f"all {len(good)} captions that were read are {str(captions[0])!r}: there is nothing to learn; give each "
+            f"all {len(good)} captions that were read are {captions[0]!r}: there is nothing to learn; give each "
             "image a caption of its own."
         )
     return Counts(
         n,
         *(int(np.median([sample.size[axis] for sample in good])) for axis in (0, 1)),
-        tokens=int(np.percentile((ids == tokens.eot_id).argmax(axis=1) + 1, 95)),
-        repeats=float(counts[counts > 1].sum() / counts.sum()),
+        tokens=int(np.percentile(tokens.lengths(tokens(captions, 77)), 95)),
+        repeats=inspect.repeated_share(np.array(captions)),
     )
 
 
@@ -331,10 +329,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     options = SourceOptions(args.dir, args.image, tuple(args.text.split(",")))
     source = None if args.count else _open(spec, options)
     pairs = args.count or len(source or ())
-    if pairs < check.FEWEST:
+    if pairs < inspect.FEWEST:
         raise UserError(
             f"{args.pairs!r} has {pairs} pairs, too few to learn from: the loss compares the pairs of a batch; give "
-            f"{check.FEWEST} or more."
+            f"{inspect.FEWEST} or more."
         )
     preset = args.preset or tower_preset(pairs, machine)
     config = common.base(args.objective or "clip", preset)

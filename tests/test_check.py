@@ -156,16 +156,3 @@ def test_a_folder_without_images_says_so(tmp_path, capsys):
     assert "contains no image (.jpg, " in run(capsys, f"folder:{tmp_path}")[2]
     torture.picture(0).save(tmp_path / "x.png")
     assert "contains 1 images, and none has a .txt file" in run(capsys, f"folder:{tmp_path}")[2]
-
-
-@pytest.mark.parametrize("name", [None, "no such font"])
-def test_letters_of_a_sheet_keep_their_meaning(name, monkeypatch):
-    """Quotes are not question marks, nor are letters that the font lacks."""
-    if name:
-        monkeypatch.setattr(check, "_FONTS", (name,))
-    check._font.cache_clear()
-    shown = check._drawable("six o\u2019clock \u201ccafe\u0301\u201d \u65e5")
-    assert shown in ("six o\u2019clock \u201ccafe\u201d \u65e5", "six o\u2019clock \u201ccaf\u00e9\u201d \u65e5")
-    box = bytes(check._font().getmask("\uffff"))
-    assert all(bytes(check._font().getmask(letter)) != box for letter in shown[:-1])
-    check._font.cache_clear()

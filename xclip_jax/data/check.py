@@ -10,117 +10,27 @@ would run, 1 if it would stop for too many bad samples, or for anything else.
 
 import argparse
 import collections
-import dataclasses
-import functools
-import hashlib
 import json
 import os
 import pathlib
 import re
 import sys
-import textwrap
-import time
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from xclip_jax.addresses import public
-from xclip_jax.data import loader, records, rgb, sources, tokenizer, transforms
-from xclip_jax.data.base import MissingColumnError, Record, Source, SourceOptions
-from xclip_jax.errors import BadSample, Parser, UserError, exit_with_message
+from xclip_jax.data import inspect, loader, rgb, sources, tokenizer
+from xclip_jax.data.base import MissingColumnError, Source, SourceOptions
+from xclip_jax.data.inspect import Sample
+from xclip_jax.errors import Parser, UserError, exit_with_message
 
-FEWEST = 8  # pairs that the recipe small takes; a batch has two of them
-_TILE, _COLUMNS, _ROWS, _LINES = 200, 6, 4, 4
 _EXAMPLES = 3
-_FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")  # of Linux, macOS and Windows; Pillow's own is ASCII
 _COLUMNS_OF = ("image", "text", "tags", "dir")  # arguments after a source
 
 
-@dataclasses.dataclass
-class Sample:
-    """Statistics of one sample; `reason` says why it is bad, or is ""."""
-
-    index: int
-    reason: str = ""
-    detail: str = ""
-    size: tuple[int, int] = (0, 0)
-    file_bytes: int = 0
-    digest: bytes = b""
-    caption: str = ""
-    captions: int = 0
-
-
-def examine(record: Record, size: int) -> Sample:
-    """Return statistics of one record, whose image is decoded and cropped as in training; its index is unknown."""
-    image, captions = record["image"], record["text"]
-    data = image if isinstance(image, bytes) else image.tobytes()
-    digest = hashlib.blake2b(data, digest_size=16).digest()
-    # Whole, for its size: training decodes large JPEGs at a half or less and is a little faster.
-    with transforms.decoding(image) as pixels:
-        height, width = pixels.shape[:2]
-        transforms.random_resized_crop(pixels, size, np.random.default_rng(list(digest)), resample="area")
-    return Sample(
-        -1, size=(width, height), file_bytes=len(data), digest=digest, caption=captions[0], captions=len(captions)
-    )
-
-
-def read(source: Source, indices: Sequence[int], threads: int, size: int) -> tuple[list[Sample], float]:
-    """Return the samples, and the seconds that reading took."""
-    began = time.perf_counter()
-    places, timeout = [(source, index) for index in indices], loader.DataConfig.read_timeout
-    read = records.read_each(places, lambda record: examine(record, size), timeout=timeout, threads=threads)
-    samples = [
-        Sample(index, sample.reason, sample.detail)
-        if isinstance(sample, BadSample)
-        else dataclasses.replace(sample, index=index)
-        for index, sample in zip(indices, read, strict=True)
-    ]
-    return samples, time.perf_counter() - began
-
-
-def sheet(samples: Sequence[Sample], source: Source, path: str) -> int:
-    """Write a PNG of random pairs. Returns their number."""
-    chosen = [sample for sample in samples if not sample.reason][: _COLUMNS * _ROWS]
-    line = 13
-    height = _TILE + _LINES * line + 8
-    page = Image.new("RGB", (_COLUMNS * _TILE, -(-len(chosen) // _COLUMNS) * height), "white")
-    pen = ImageDraw.Draw(page)
-    for i, sample in enumerate(chosen):
-        x, y = i % _COLUMNS * _TILE, i // _COLUMNS * height
-        picture = transforms.resize_center_crop(transforms.decode(source[sample.index]["image"]), _TILE - 4)
-        page.paste(Image.fromarray(picture), (x + 2, y + 2))
-        lines = textwrap.wrap(sample.caption, 30)[:_LINES]
-        for j, text in enumerate(lines):
-            pen.text((x + 4, y + _TILE + j * line), _drawable(text), fill="black", font=_font())
-    page.save(path, format="PNG")
-    return len(chosen)
-
-
-@functools.cache
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    for name in _FONTS:
-        try:
-            return ImageFont.truetype(name, 10)
-        except OSError:
-            continue
-    return ImageFont.load_default(10)
-
-
-def _drawable(text: str) -> str:
-    """Return a text in which accents that the font lacks are left out; other letters that it lacks become boxes."""
-    mask: Any = _font().getmask
-
-    def drawable(letter: str) -> str:
-        base = "".join(x for x in unicodedata.normalize("NFKD", letter) if not unicodedata.combining(x))
-        return base if base.isascii() and bytes(mask(letter)) == bytes(mask("\uffff")) else letter
-
-    return "".join(letter if letter.isascii() else drawable(letter) for letter in unicodedata.normalize("NFC", text))
-
-
-def _percentiles(values: Sequence[float]) -> str:
+def _percentiles(values: Sequence[float] | np.ndarray) -> str:
     low, middle, high = np.percentile(values, (5, 50, 95)) if len(values) else (0, 0, 0)
     return f"{low:,.0f} / {middle:,.0f} / {high:,.0f}"
 
@@ -130,7 +40,7 @@ def _duplicates(values: Sequence[Any]) -> int:
 
 
 def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
-    """Yield lines about a source, the last of them the verdict, which becomes `options.passed`."""
+    """Yield lines about a source; the last is the verdict, which also sets `options.passed`."""
     n = len(source)
     fingerprint = source.fingerprint()
     files = next(((unit, fingerprint[unit]) for unit in ("tars", "files") if unit in fingerprint), None)
@@ -139,7 +49,7 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
     yield f"samples: {n:,}{of_files}, index {fingerprint['hash']}"
     count = min(options.samples or n, n)
     chosen = np.random.default_rng(options.seed).choice(n, count, replace=False)
-    samples, seconds = read(source, chosen.tolist(), options.threads, options.size)
+    samples, seconds = inspect.read(source, chosen.tolist(), options.threads, options.size)
     good, bad = [s for s in samples if not s.reason], [s for s in samples if s.reason]
     yield f"read: {count:,} at random"
     if good:
@@ -147,9 +57,10 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
         yield f"height, 5/50/95 %: {_percentiles([s.size[1] for s in good])}"
         yield f"image files, 5/50/95 %: {_percentiles([s.file_bytes for s in good])} bytes"
         yield f"captions, 5/50/95 %: {_percentiles([len(s.caption) for s in good])} characters"
-        tokens = [_tokens(options, s.caption) for s in good]
-        full = np.mean(np.array(tokens) >= options.length)
-        yield f"tokens, 5/50/95 %: {_percentiles(tokens)}, {full:.1%} of the captions fill all {options.length}"
+        tokens = tokenizer.load(options.tokenizer)
+        lengths = tokens.lengths(tokens([s.caption for s in good], options.length))
+        full = np.mean(lengths >= options.length)
+        yield f"tokens, 5/50/95 %: {_percentiles(lengths)}, {full:.1%} of the captions fill all {options.length}"
         yield f"captions of one image: {np.mean([s.captions for s in good]):.2f}"
         share = sources.transparent_share([source], loader.DataConfig.read_timeout, options.threads)
         yield f"transparent images: {rgb.describe(share, rgb.WHITE)} unless data.background says otherwise"
@@ -167,7 +78,7 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
     distinct = len({sample.caption for sample in good})
     options.passed = share <= options.max_bad_fraction and (distinct > 1 or len(good) == 1)
     if options.sheet and good:
-        yield f"{sheet(samples, source, options.sheet)} pairs in {options.sheet}"
+        yield f"{inspect.write_sheet(samples, source, options.sheet)} pairs in {options.sheet}"
     verdict = "training would stop; fix the data or raise data.max_bad_fraction"
     if share <= options.max_bad_fraction and good:
         verdict = (
@@ -175,8 +86,8 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
             if options.passed
             else "training would learn nothing; give each image a caption of its own"
         )
-    if options.passed and n < FEWEST:
-        verdict += f"; the recipe small would refuse fewer than {FEWEST} pairs"
+    if options.passed and n < inspect.FEWEST:
+        verdict += f"; the recipe small would refuse fewer than {inspect.FEWEST} pairs"
     yield f"bad: {share:.2%}, allowed {options.max_bad_fraction:.2%}: {verdict}"
 
 
@@ -188,13 +99,8 @@ def _repeated_captions(good: Sequence[Sample]) -> str:
     return f"{same:,}" + (f"; in one batch they would count as false negatives, {remedy}" if same else "")
 
 
-def _tokens(options: argparse.Namespace, caption: str) -> int:
-    tokens = tokenizer.load(options.tokenizer)
-    return int((tokens([caption], options.length)[0] == tokens.eot_id).argmax()) + 1
-
-
 def _unknown_before(source: Source, bad: Sequence[Sample]) -> list[Sample]:
-    """Return those that `known_faults`, which counts over all samples, does not include."""
+    """Return the bad samples that `known_faults`, which counts over all samples, does not include."""
     return [s for s in bad if not source.known_fault(s.index)]
 
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -280,7 +280,7 @@ def batches(
     hosts: int = 1,
     shards: Sequence[int] = (),
     ledger: Ledger | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Yield this host's rows of the global batches number `start` to `stop` - 1, with the transform's `fields`.
 
     Row r of global batch g is sample g * batch + r of the run: the global batches are the same on any number of hosts
@@ -312,15 +312,14 @@ def batches(
 
 def _report_bad_samples(
     read: grain.DatasetIterator[Batch], reader: _Reader, start: int, ledger: Ledger | None
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Yield the batches, and pass their bad samples and numbers of tokens to the ledger."""
     workers = reader.transform.config.workers
     try:
         for g, batch in enumerate(prefetch.start_workers_with_signals_blocked(read) if workers else read, start):
             bad = json.loads(batch.pop("bad"))
             if ledger is not None:
-                ends = batch.get("text", np.zeros((0, 1))) == reader.transform.tokenizer.eot_id
-                tokens = int((ends.argmax(axis=1) + 1).sum())
+                tokens = int(reader.transform.tokenizer.lengths(batch["text"]).sum()) if "text" in batch else 0
                 ledger.add((g + 1) * reader.batch, tokens, bad, reader.host)
             elif bad:
                 raise UserError(f"sample {bad[0]} cannot be used.")

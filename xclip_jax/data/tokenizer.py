@@ -88,6 +88,10 @@ class Tokenizer:
             row[: len(ids)] = ids
         return out
 
+    def lengths(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the number of tokens of each row (n, length), up to its first end token; padding may equal it."""
+        return (tokens == self.eot_id).argmax(axis=1) + 1
+
     def _ids(self, text: str, length: int) -> np.ndarray:
         """Return the ids of one text, without padding; an array, since a list takes several times the memory."""
         start = [] if self.sot_id is None else [self.sot_id]

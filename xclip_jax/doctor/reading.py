@@ -1,21 +1,16 @@
 """Training data and evaluation sets: whether they open, how many samples are bad, and whether reading keeps up."""
 
-import contextlib
 import dataclasses
 import json
 import os
-import tempfile
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
-from etils import epath
 
 from xclip_jax.commands import command
-from xclip_jax.data import controls, labelled, loader, opening, rgb, sources
+from xclip_jax.data import controls, inspect, labelled, loader, opening, rgb, sources
 from xclip_jax.data.base import Source
-from xclip_jax.data.ledger import Ledger
+from xclip_jax.data.inspect import LoaderSample
 from xclip_jax.doctor.finding import Finding, attempt, fail, warning
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
@@ -27,33 +22,10 @@ from xclip_jax.train.encoder import make_encoder, own_profile
 from xclip_jax.train.progress import INPUT_BOUND
 from xclip_jax.train.run_folder import TrainingFolder
 
-# Rows of a batch that is read for a measurement: small, so that all threads have read one soon.
-_ROWS = 32
-# Times the seconds that reading is measured for, after which fewer samples are enough.
-_PATIENCE = 10
-# Of data.max_bad_fraction; above it a run may well be stopped by what was not sampled.
+# Share of data.max_bad_fraction above which the samples that were not read may well stop a run.
 _MANY_BAD = 0.5
-# Pairs of a batch with the caption of another one: as negatives of each other they are wrong.
+# Share of a batch's pairs whose caption another pair has: they are false negatives of each other.
 _MANY_TWINS = 0.05
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """What the run's own loader made of its first samples.
-
-    Attributes:
-      read: samples that were read.
-      speed: of them, samples a second, once all threads or workers are busy.
-      counters: of the ledger, see `Ledger`.
-      example: the first bad sample, JSON, or "".
-      text: tokens, (rows, n); None without texts.
-    """
-
-    read: int
-    speed: float
-    counters: Mapping[str, Any]
-    example: str
-    text: np.ndarray | None
 
 
 def check_data(
@@ -62,11 +34,11 @@ def check_data(
     """Yield whether the sources open and can be read, and whether they are read as fast as the steps need them.
 
     Args:
-      experiment: of the run.
-      folder: the run's.
-      step_seconds: of a step, or None where it was not timed.
-      samples: to read at least.
-      seconds: to read for at least.
+      experiment: the run's experiment.
+      folder: the run's folder.
+      step_seconds: time of a step, or None if it was not timed.
+      samples: number to read at least.
+      seconds: how long to read at least.
     """
     opened, problems = _open(experiment)
     yield from problems
@@ -84,7 +56,13 @@ def check_data(
     epochs = config.steps * experiment.data.batch / total
     text = f"{total:,} {unit} of {len(controlled)} source{'s' if len(controlled) > 1 else ''}; "
     yield Finding("data", f"{text}the run reads {epochs:,.2f} epochs", values={"samples": total, "epochs": epochs})
-    sample, problem = attempt("samples", lambda: read_sample(experiment, controlled, samples, seconds))
+    transform = loader.Transform(
+        experiment.data, experiment.image_size, experiment.tokenizer, experiment.context_length, objective.fields
+    )
+    sample, problem = attempt(
+        "samples",
+        lambda: inspect.read_batches(controlled, transform, config.seed, samples=samples, seconds=seconds),
+    )
     if sample is None or problem:
         yield from filter(None, [problem])
         return
@@ -97,7 +75,7 @@ def check_data(
 
 
 def _open(experiment: Experiment) -> tuple[list[Source] | None, list[Finding]]:
-    """The sources of a run; where they cannot be opened together, what is wrong with each."""
+    """Return the sources of a run, or what is wrong with each if they cannot be opened together."""
     data = experiment.data
     opened, problem = attempt("data", lambda: _open_sources(data, experiment.objective))
     if problem is None:
@@ -122,56 +100,15 @@ def _open_sources(data: loader.DataConfig, objective: Objective) -> list[Source]
         raise UserError(f"{error}; {objective.source_remedies.get(error.fault, 'use another source')}.") from error
 
 
-def read_sample(experiment: Experiment, sources: Sequence[Source], samples: int, seconds: float) -> Sample:
-    """Read as the run does, with its threads or workers, in smaller batches and without spreading captions.
-
-    Raises:
-      UserError: no usable sample for a position, or an error that concerns more than a sample.
-    """
-    data = dataclasses.replace(experiment.data, spread_duplicate_captions=False)
-    rows = min(data.batch, _ROWS)
-    busy = 2 * data.workers * loader.WORKER_BUFFER if data.workers else data.threads + data.buffer
-    transform = loader.Transform(
-        data, experiment.image_size, experiment.tokenizer, experiment.context_length, experiment.objective.fields
-    )
-    order = loader.sample_order(sources, data, experiment.config.seed)
-    with tempfile.TemporaryDirectory() as scratch:
-        ledger = Ledger(epath.Path(scratch), max_bad_fraction=1.0)
-        batches: Any = loader.batches(
-            order, transform, batch=rows, start=0, stop=1 << 30, seed=experiment.config.seed, ledger=ledger
-        )
-        began, first, texts, count = time.perf_counter(), 0, [], 0
-        with contextlib.closing(batches):
-            start = began
-            for count, batch in enumerate(batches, 1):
-                now = time.perf_counter()
-                if "text" in batch and len(texts) * rows < samples:
-                    texts.append(np.array(batch["text"]))
-                # The first batches wait for threads and processes to start; slow ones are not waited for.
-                if count == busy and now - began < seconds:
-                    start, first = now, count
-                enough = count * rows >= samples and count > first and now - start >= seconds
-                if enough or now - began > _PATIENCE * seconds > 0:
-                    break
-        elapsed = time.perf_counter() - start
-        ledger.sync(count * rows)
-        ledger.close()
-        lines = ledger.path.read_text().splitlines() if ledger.path.exists() else []
-    speed = (count - first) * rows / elapsed
-    return Sample(
-        count * rows, speed, ledger.counters, lines[0] if lines else "", np.concatenate(texts) if texts else None
-    )
-
-
-def _bad_samples(sample: Sample, sources: Sequence[Source], allowed: float) -> Finding:
-    bad = sum(sample.counters["bad"].values())
+def _bad_samples(sample: LoaderSample, sources: Sequence[Source], allowed: float) -> Finding:
+    bad = sum(sample.bad.values())
     known = sum(sum(source.known_faults().values()) for source in sources) / max(sum(map(len, sources)), 1)
     share = max(bad / (sample.read + bad), known)
     text = f"{share:.2%} bad, of {sample.read + bad:,} that were read"
     values = {"read": sample.read + bad, "bad": bad, "bad_share": share, "allowed_share": allowed}
     if not share:
         return Finding("samples", text, values=values)
-    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sample.counters["bad"].items())
+    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sample.bad.items())
     text += f" ({reasons}; the first is {_place(sample.example)})" if sample.example else " and by the index"
     remedy = f"list them with {command('check')} SOURCE and repair the data, or raise data.max_bad_fraction"
     if share > allowed:
@@ -182,27 +119,24 @@ def _bad_samples(sample: Sample, sources: Sequence[Source], allowed: float) -> F
 
 
 def _place(line: str) -> str:
-    """A bad sample of a ledger, by what names it to a person."""
+    """Return the names of a bad sample, from its line of a ledger."""
     entry = json.loads(line)
     names = {key: value for key, value in entry.items() if key not in ("position", "reason", "detail")}
     return json.dumps(names, ensure_ascii=False)
 
 
 def _transparency(opened: Sequence[Source], data: loader.DataConfig) -> Iterator[Finding]:
-    """Yield what is made of transparent images; nothing where there are none."""
+    """Yield how transparent images are read, if there are any."""
     if share := sources.transparent_share(opened, data.read_timeout, data.threads):
         text = f"transparent images: {rgb.describe(share, data.background)} (data.background={data.background!r})"
         yield Finding("transparency", text, values={"transparent_share": share})
 
 
 def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
-    """Lengths of texts, and equal ones, which are false negatives of a contrastive loss."""
+    """Return the lengths of texts, and the share of equal ones, which are false negatives of a contrastive loss."""
     rows = text[: experiment.data.batch]
-    _, counts = np.unique(rows, axis=0, return_counts=True)
-    twins = float(counts[counts > 1].sum() / len(rows))
-    # The first end of a row: some tokenizers pad with it.
-    ends = (text == experiment.tokenizer.eot_id).argmax(axis=1)
-    cut = float(np.mean(ends == text.shape[1] - 1))
+    twins = inspect.repeated_share(rows)
+    cut = float(np.mean(experiment.tokenizer.lengths(text) == text.shape[1]))
     values = {"full_share": cut, "duplicate_share": twins}
     if len(text) > 1 and (text == text[0]).all():
         part = f" in their {experiment.context_length} tokens" if cut else ""
@@ -219,7 +153,7 @@ def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
     return Finding("texts", f"{lengths}; {twins:.0%} of {len(rows)} pairs have the text of another one", values=values)
 
 
-def _speed(sample: Sample, experiment: Experiment, step_seconds: float | None) -> Finding:
+def _speed(sample: LoaderSample, experiment: Experiment, step_seconds: float | None) -> Finding:
     data = experiment.data
     readers = f"data.workers={data.workers}" if data.workers else f"data.threads={data.threads}"
     text = f"{sample.speed:,.0f} samples/s with {readers} on {os.cpu_count()} cores"
@@ -239,7 +173,7 @@ def _speed(sample: Sample, experiment: Experiment, step_seconds: float | None) -
 
 
 def check_sets(experiment: Experiment, known: Collection[str] = ()) -> Iterator[Finding]:
-    """Yield which evaluation sets cannot be opened, one finding for each reason that is not `known`."""
+    """Yield the evaluation sets that cannot be opened, one finding for each reason that is not in `known`."""
     config = experiment.config.eval
     specs = tuple(dict.fromkeys((*config.sets, *config.final_sets)))
     encoder = make_encoder(experiment, _classes(experiment))
@@ -265,7 +199,7 @@ def check_sets(experiment: Experiment, known: Collection[str] = ()) -> Iterator[
 
 
 def _classes(experiment: Experiment) -> Sequence[str] | None:
-    """Names of the classes of labelled sources; None of pairs, and where the sources cannot be opened."""
+    """Return the names of the classes of labelled sources; None for pairs, or if the sources cannot be opened."""
     if not experiment.objective.labelled:
         return None
     opened, _ = _open(experiment)

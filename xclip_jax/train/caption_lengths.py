@@ -74,5 +74,5 @@ def count_lengths(experiment: Experiment, sources: Sequence[Source]) -> np.ndarr
         except Exception as error:
             records.as_bad_sample(error)
             continue
-        counts[int((row[0] == tokens.eot_id).argmax()) + 1] += 1
+        counts[tokens.lengths(row)] += 1
     return counts

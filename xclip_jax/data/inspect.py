@@ -1,0 +1,170 @@
+"""Reads a sample of training data and measures it, for the command check, the recipe small and the doctor."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import tempfile
+import textwrap
+import time
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageDraw, ImageFont
+
+from xclip_jax.data import loader, records, transforms
+from xclip_jax.data.base import Record, Source
+from xclip_jax.data.ledger import Ledger
+from xclip_jax.errors import BadSample
+
+FEWEST = 8  # pairs that the recipe small requires
+# Rows of the batches that `read_batches` reads: few, so that all threads have soon read one.
+_BATCH = 32
+# `read_batches` gives up its number of samples after this many times the seconds for which it was to read.
+_PATIENCE = 10
+_TILE, _COLUMNS, _ROWS, _LINES = 200, 6, 4, 4
+# Fonts with accents, of Linux and macOS.
+_FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf")
+
+
+@dataclasses.dataclass
+class Sample:
+    """Statistics of one image-text pair; `reason` says why it is bad, or is ""."""
+
+    index: int
+    reason: str = ""
+    detail: str = ""
+    size: tuple[int, int] = (0, 0)
+    file_bytes: int = 0
+    digest: bytes = b""
+    caption: str = ""
+    captions: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LoaderSample:
+    """The first samples of a run, as its loader reads them.
+
+    Attributes:
+      read: number of samples.
+      speed: samples a second, once all threads or workers are busy.
+      bad: number of bad samples by reason.
+      example: the ledger's line about the first bad sample, JSON, or "".
+      text: tokens, (rows, n); None without texts.
+    """
+
+    read: int
+    speed: float
+    bad: Mapping[str, int]
+    example: str
+    text: np.ndarray | None
+
+
+def read(source: Source, indices: Sequence[int], threads: int, size: int) -> tuple[list[Sample], float]:
+    """Read pairs, and crop their images to `size`. Returns the samples, and the seconds that reading took."""
+    began = time.perf_counter()
+    places, timeout = [(source, index) for index in indices], loader.DataConfig.read_timeout
+    results = records.read_each(places, lambda record: _examine(record, size), timeout=timeout, threads=threads)
+    samples = [
+        Sample(index, result.reason, result.detail)
+        if isinstance(result, BadSample)
+        else dataclasses.replace(result, index=index)
+        for index, result in zip(indices, results, strict=True)
+    ]
+    return samples, time.perf_counter() - began
+
+
+def _examine(record: Record, size: int) -> Sample:
+    image, captions = record["image"], record["text"]
+    data = image if isinstance(image, bytes) else image.tobytes()
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    # Decoded at full size, which is measured; training decodes large JPEGs at a half or less and is a little faster.
+    with transforms.decoding(image) as pixels:
+        height, width = pixels.shape[:2]
+        transforms.random_resized_crop(pixels, size, np.random.default_rng(list(digest)), resample="area")
+    return Sample(-1, "", "", (width, height), len(data), digest, captions[0], len(captions))
+
+
+def read_batches(
+    sources: Sequence[Source], transform: loader.Transform, seed: int, *, samples: int, seconds: float
+) -> LoaderSample:
+    """Read as a run does, with its threads or workers, but in smaller batches and without spreading captions.
+
+    Args:
+      sources: the run's sources.
+      transform: the run's transform, with its data config.
+      seed: the run's seed.
+      samples: number to read at least.
+      seconds: how long to read at least, once all threads or workers are busy.
+
+    Raises:
+      UserError: no usable sample for a position, or an error that concerns more than a sample.
+    """
+    data = dataclasses.replace(transform.config, spread_duplicate_captions=False)
+    rows = min(data.batch, _BATCH)
+    busy = 2 * data.workers * loader.WORKER_BUFFER if data.workers else data.threads + data.buffer
+    order = loader.sample_order(sources, data, seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        ledger = Ledger(epath.Path(scratch), max_bad_fraction=1.0)
+        batches = loader.batches(order, transform, batch=rows, start=0, stop=1 << 30, seed=seed, ledger=ledger)
+        began = start = time.perf_counter()
+        first, texts, count = 0, [], 0
+        with contextlib.closing(batches):
+            for count, batch in enumerate(batches, 1):
+                now = time.perf_counter()
+                if "text" in batch and len(texts) * rows < samples:
+                    texts.append(np.array(batch["text"]))
+                # The first batches wait for threads and processes to start; slow ones are not waited for.
+                if count == busy and now - began < seconds:
+                    start, first = now, count
+                enough = count * rows >= samples and count > first and now - start >= seconds
+                if enough or now - began > _PATIENCE * seconds > 0:
+                    break
+        elapsed = time.perf_counter() - start
+        ledger.sync(count * rows)
+        ledger.close()
+        lines = ledger.path.read_text().splitlines() if ledger.path.exists() else []
+    speed = (count - first) * rows / elapsed
+    text = np.concatenate(texts) if texts else None
+    return LoaderSample(count * rows, speed, ledger.counters["bad"], lines[0] if lines else "", text)
+
+
+def repeated_share(values: np.ndarray) -> float:
+    """Return the share of strings (n,) or rows of tokens (n, m) that are equal to another one."""
+    _, counts = np.unique(values, axis=0, return_counts=True)
+    return float(counts[counts > 1].sum() / counts.sum())
+
+
+def write_sheet(samples: Sequence[Sample], source: Source, path: str) -> int:
+    """Write a PNG of the first good pairs. Returns their number."""
+    chosen = [sample for sample in samples if not sample.reason][: _COLUMNS * _ROWS]
+    line = 13
+    height = _TILE + _LINES * line + 8
+    page = Image.new("RGB", (_COLUMNS * _TILE, -(-len(chosen) // _COLUMNS) * height), "white")
+    pen, font = ImageDraw.Draw(page), _font()[0]
+    for i, sample in enumerate(chosen):
+        x, y = i % _COLUMNS * _TILE, i // _COLUMNS * height
+        picture = transforms.resize_center_crop(transforms.decode(source[sample.index]["image"]), _TILE - 4)
+        page.paste(Image.fromarray(picture), (x + 2, y + 2))
+        for j, text in enumerate(textwrap.wrap(sample.caption, 30)[:_LINES]):
+            pen.text((x + 4, y + _TILE + j * line), _drawable(text), fill="black", font=font)
+    page.save(path, format="PNG")
+    return len(chosen)
+
+
+@functools.cache
+def _font() -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, bool]:
+    """Return a font, and whether it has accents; Pillow's own has none."""
+    for name in _FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, 10), True
+    return ImageFont.load_default(10), False
+
+
+def _drawable(text: str) -> str:
+    """Return the text without accents if the font has none; other letters that it lacks become boxes."""
+    if _font()[1]:
+        return unicodedata.normalize("NFC", text)
+    return "".join(x for x in unicodedata.normalize("NFKD", text) if not unicodedata.combining(x))
