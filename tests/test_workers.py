@@ -11,10 +11,10 @@ from tests import tiny
 from xclip_jax.errors import EXIT_RESTART, EXIT_RESUMABLE
 from xclip_jax.train.checkpoint import Checkpointer
 
-# Two seconds a batch, far more than a step: the loop waits for data nearly all the time. Where the folder has a file
-# "hang", a read never ends, as one of a network disk that is gone.
+# Two seconds a batch, far more than a step: the loop waits for data nearly all the time. If the folder has a file
+# "hang", a worker's read never ends, as on a network disk that is gone.
 SCRIPT = """
-import pathlib, sys, time
+import multiprocessing, pathlib, sys, time
 from absl import flags
 from tests import tiny
 from xclip_jax.train import trainer
@@ -23,7 +23,7 @@ from xclip_jax.data import folder_source
 class Slow(folder_source.FolderSource):
     def __getitem__(self, index):
         time.sleep(0.25)
-        if (hang := pathlib.Path(sys.argv[2], "hang")).exists():
+        if multiprocessing.parent_process() and (hang := pathlib.Path(sys.argv[2], "hang")).exists():
             hang.write_text("reached")
             time.sleep(1e6)
         return super().__getitem__(index)
