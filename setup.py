@@ -46,9 +46,8 @@ setup(
     keywords="CLIP SigLIP nCLIP xCLIP contrastive language-image pre-training JAX Flax TPU",
     author="The xclip_jax authors",
     project_urls={"Paper": "https://arxiv.org/abs/2210.09304"},
-    # Recipes are in a folder of their own for those who read them, and in the package for those who install it.
-    # They are named, since an sdist has that folder alone, and find_packages does not see them in it.
-    packages=[*find_packages(include=["xclip_jax", "xclip_jax.*"], exclude=["xclip_jax.configs"]), "xclip_jax.configs"],
+    # The recipes have a folder of their own in a checkout, and are a part of the installed package.
+    packages=[*find_packages(include=["xclip_jax", "xclip_jax.*"]), "xclip_jax.configs"],
     package_dir={"xclip_jax.configs": "configs"},
     package_data={
         "xclip_jax": ["py.typed"],

@@ -40,9 +40,9 @@ def config_of(objective: str, batch: int, small: bool, groups: bool) -> Any:
     """The recipe's config with a batch of `batch` pairs; with `small` of towers that a CPU computes in a moment."""
     import jax
 
-    from xclip_jax.configs import common
+    from xclip_jax.config import recipes
 
-    config = common.base(objective, "Ti/12" if small else PRESET)
+    config = recipes.base(objective, "Ti/12" if small else PRESET)
     config.model.img.remat = config.model.txt.remat = "dots"
     config.run, config.steps, config.data.batch, config.optim.warmup = "runs/none", 1000, batch, 0
     if small:

@@ -12,8 +12,8 @@ import math
 import numpy as np
 
 from xclip_jax import flops
+from xclip_jax.config import recipes
 from xclip_jax.config.schema import resolve
-from xclip_jax.configs import common
 from xclip_jax.data import length_groups
 from xclip_jax.models.tower import TextTower
 
@@ -52,7 +52,7 @@ def main() -> None:
     print("CLIP\n")
     for rows in (128, 1024):
         for preset in ("B/32", "B/16", "L/14"):
-            base = common.base("clip", preset)
+            base = recipes.base("clip", preset)
             base.steps, base.data.batch, base.run = 1, rows * _DEVICES, "runs/none"
             config = resolve(base)
             groups = groups_for(rows, _DEVICES, config.model.txt)

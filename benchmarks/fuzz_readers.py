@@ -22,7 +22,6 @@ from etils import epath
 from benchmarks import fuzz_data, fuzz_inputs
 from xclip_jax import storage
 from xclip_jax.config import fields, load, schema
-from xclip_jax.configs import demo
 from xclip_jax.data import tokenizer, transforms
 from xclip_jax.evaluators import results
 from xclip_jax.interop import tensor_files
@@ -150,7 +149,7 @@ _FILES = ("config.json", "data.json", "results.json", "evaluation.json", "metric
 
 
 def _run_files() -> dict[str, bytes]:
-    config = schema.to_dict(schema.resolve(demo.get_config("")))
+    config = schema.to_dict(schema.resolve(load.load_config("demo")))
     values = {"zeroshot/emoji/test/top1": 50.0, "zeroshot/emoji/test/ways": 10, "zeroshot/emoji/test/n": 100}
     entry = {
         "set": "emoji/test",

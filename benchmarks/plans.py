@@ -2,7 +2,7 @@
 
     pip install '.[tpu,bench]' && JAX_PLATFORMS=cpu python -m benchmarks.plans [v5e:4x8 strategy=zero1 ...]
 
-Words select the cases that have them all in their line, such as `clip:preset=B/16,batch=4096 v5e:4x8
+Words select the cases that have them all in their line, such as `preset=B/16,batch=4096 v5e:4x8
 mesh.strategy=zero1`; without any, all are compiled, 30 of a few minutes each and 16 short ones. Each is kept in
 docs/plans.json at once, and is not made again from the same sources, recipes and versions of packages; the page has
 those that are there, with their commits. No TPU is used.
@@ -134,7 +134,7 @@ def cases_of(run: tuple[str, str]) -> dict[tuple[Any, ...], Case]:
     """Cases of a run, by objective and strategy."""
     arguments, topology = run
     return {
-        (objective, strategy): (f"{objective}:{arguments}", topology, changes)
+        (objective, strategy): (f"pretrain:objective={objective},{arguments}", topology, changes)
         for objective in OBJECTIVES
         for strategy, changes in STRATEGIES.items()
     }
@@ -143,7 +143,7 @@ def cases_of(run: tuple[str, str]) -> dict[tuple[Any, ...], Case]:
 def scaling_cases() -> dict[tuple[Any, ...], Case]:
     """Cases of weak scaling, by form and chips."""
     return {
-        (form, chips): (f"xclip:preset=B/16,batch={PER_CHIP * chips}", grid, SHALLOW | changes)
+        (form, chips): (f"pretrain:objective=xclip,preset=B/16,batch={PER_CHIP * chips}", grid, SHALLOW | changes)
         for form, changes in FORMS.items()
         for chips, grid in GRIDS.items()
     }
@@ -201,7 +201,7 @@ def page(make: Planner) -> str:
 What full-size runs need: their train steps compiled for TPU topologies, without a TPU. Made by
 `JAX_PLATFORMS=cpu python -m benchmarks.plans` with jax {versions["jax"]} and libtpu {versions["libtpu"]}.
 One of them in full:
-`xclip-jax plan --config clip:preset=B/16,batch=4096 --topology v5e:4x8 --config.data.length_groups=full`.
+`xclip-jax plan --config pretrain:objective=clip --topology v5e:4x8 --config.data.length_groups=full`.
 
 **Times are the TPU compiler's estimates, a model and not a measurement**: no run of this size has been made. "ms" is
 the cycles of all operations, one after the other, and "exposed" what collectives take beyond what operations hide; a

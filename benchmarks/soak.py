@@ -59,9 +59,9 @@ _PATIENCE = 600.0  # seconds
 
 def config(run: str, pairs: str, classes: str) -> ml_collections.ConfigDict:
     """xCLIP with everything that has a state of its own: centers, BatchNorm, a moving average, patch dropout."""
-    from xclip_jax.configs import common
+    from xclip_jax.config import recipes
 
-    c = common.base("xclip", "Ti/12")
+    c = recipes.base("xclip", "Ti/12")
     c.run, c.steps = run, STEPS
     tower = {"width": 32, "depth": 1, "heads": 2, "scan": False}
     c.model.img = c.model.img.to_dict() | tower | {"image_size": SIZE, "patch": 4, "patch_dropout": 0.25}

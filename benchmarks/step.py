@@ -48,10 +48,10 @@ def batch(kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 def config_of(objective: str, kind: str, groups: str) -> Any:
     """Return our config of the model and batch."""
-    from xclip_jax.configs import common
+    from xclip_jax.config import recipes
     from xclip_jax.models.text import TextTowerConfig
 
-    config = common.base(objective, "Ti/12")
+    config = recipes.base(objective, "Ti/12")
     config.steps, config.optim.warmup, config.data.batch = 1000, 0, BATCH
     config.model.dtype, config.model.embed = "float32", EMBED
     config.model.img.image_size, config.model.img.patch = IMAGE_SIZE, PATCH

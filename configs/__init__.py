@@ -1,1 +1,1 @@
-"""Recipes: each file has `get_config(arg) -> ConfigDict`. Imported as `xclip_jax.configs`, from a checkout too."""
+"""Recipes: each file has `get_config(arg) -> ConfigDict`. Its name selects it: `--config NAME:arg`."""

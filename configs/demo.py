@@ -1,14 +1,14 @@
 """The demo: emoji drawn by three artists, on a laptop's CPU in minutes.
 
-    python -m xclip_jax.main --config configs/demo.py
-    python -m xclip_jax.main --config configs/demo.py:objective=nclip
+    xclip-jax train --config demo
+    xclip-jax train --config demo:objective=nclip
 
 The argument's keys: objective (clip, siglip, nclip, xclip), steps, preset, size (pixels).
 """
 
 import ml_collections
 
-from xclip_jax.configs import common
+from xclip_jax.config import recipes
 
 TESTS = (
     "emoji/test_concepts",
@@ -28,24 +28,45 @@ TESTS = (
 )
 
 
-WARM_UP = 0.5  # share of the steps; this and the learning rate by validation: docs/demo.md
-
-
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """See the module's docstring."""
-    args = common.parse_arg(arg, objective="xclip", steps=680, preset="Ti/12", size=48)
-    config = common.laptop("demo", args)
-    config.model.img.stem = "linear"  # "hmlp", of the icons, has no other format that it could be exported to
-    config.optim.lr, config.optim.warmup = 2e-3, round(WARM_UP * args.steps)
+    args = recipes.parse_arg(arg, objective="xclip", steps=680, preset="Ti/12", size=48)
+    config = recipes.base(args.objective, args.preset)
+    config.run = f"runs/demo-{args.objective}"
+    config.steps = args.steps
+
     config.data.sources = ("demo:train", "demo:train_tones")
     config.data.weights = (0.93, 0.07)
+    config.data.batch = 256
+    config.data.text_keys = ("name", "aliases")
     config.data.spread_duplicate_captions = True  # the three pictures of a thing have one caption
     config.data.tags_key = "tags"
     config.data.tags = 4
     config.data.tags_only_prob = 0.3
+    config.data.crop_scale = (0.6, 1.0)
+    config.data.resample = "bicubic"  # smoother than "area" where pictures change little in size
     config.data.flip_prob = 0.5
+    config.data.color_jitter = 0.2
+    config.data.threads = 1  # more threads wait for each other: decoded images leave Python little to do
     config.data.cache = True
+
+    config.model.dtype = "float32"
+    config.model.img.image_size = args.size
+    config.model.txt.context_length = 16
+    config.model.img.scan = config.model.txt.scan = False
+    config.model.cluster_head.update(clusters=1024, hidden=1024)
+
+    # The learning rate and half of the steps as warm-up are the best on validation: docs/demo.md.
+    config.optim.lr = 2e-3
+    config.optim.lr_start = config.optim.lr_end = 0.0
+    config.optim.warmup = round(args.steps / 2)
+    config.optim.weight_decay = 0.1
+
     config.eval.sets = ("emoji/validation_concepts", "emoji/validation_rendering")
     config.eval.final_sets = TESTS
+    config.eval.every = config.checkpoint.every = max(args.steps // 4, 1)
+    config.eval.report = True
+    config.checkpoint.keep = 1
+    config.log.every = 20
     config.log.collapse_warmup_steps = 200
     return config

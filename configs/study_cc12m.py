@@ -15,7 +15,8 @@ import pathlib
 
 import ml_collections
 
-from xclip_jax.configs import common
+from xclip_jax.config import recipes
+from xclip_jax.config.load import load_config
 
 PAIRS = 12_423_374  # as published; a third of the links are dead
 ARGUMENTS = {"root": "/data", "preset": "B/16", "batch": 4096, "epochs": 25, "pairs": PAIRS}
@@ -23,13 +24,12 @@ ARGUMENTS = {"root": "/data", "preset": "B/16", "batch": 4096, "epochs": 25, "pa
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """See the module's docstring."""
-    args = common.parse_arg(arg, objective="clip", arm="", seed=0, runs="docs/study_cc12m/runs", **ARGUMENTS)
+    args = recipes.parse_arg(arg, objective="clip", arm="", seed=0, runs="docs/study_cc12m/runs", **ARGUMENTS)
     if args.arm:
         return _run_of_arm(args)
-    sizes = ",".join(f"{key}={args[key]}" for key in ("preset", "batch", "epochs", "pairs"))
-    config = common.pretrain(args.objective, sizes)
+    given = ",".join(f"{key}={args[key]}" for key in ("objective", *ARGUMENTS))
+    config = load_config(f"pretrain:data=cc12m,{given}")
     config.run = f"runs/study-{args.objective}"
-    config.data.sources = (f"tar:{args.root}/cc12m/*.tar",)
     # Fits 8 chips of 16 GiB. Runs are recognised by `remat`, not by the mesh, so that it is the same for all.
     config.mesh.strategy = "zero1"
     config.model.img.remat = config.model.txt.remat = "full"
@@ -37,7 +37,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def _run_of_arm(args: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    from xclip_jax.config.load import load_config
     from xclip_jax.study import cc12m, records
     from xclip_jax.study.matrix import Matrix, Snapshot
 

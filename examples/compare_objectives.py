@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 
 from xclip_jax import evaluation
-from xclip_jax.configs import demo
+from xclip_jax.config.load import load_config
 from xclip_jax.errors import exit_with_message
 from xclip_jax.evaluators import comparison
 from xclip_jax.train import trainer
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     runs = {name: f"{options.runs}/{name}-{options.steps}" for name in options.objectives.split(",")}
     for name, run in runs.items():
-        config = demo.get_config(f"objective={name},steps={options.steps}")
+        config = load_config(f"demo:objective={name},steps={options.steps}")
         config.run, config.seed, config.data.batch = run, options.seed, options.batch
         config.eval.sets, config.eval.final_sets, config.eval.report = (), (), False  # `evaluate` follows below
         trainer.run(config)

@@ -13,9 +13,9 @@
 # Trains on GPUs under Slurm, for as many jobs as it takes: where time runs out or the job is preempted, training saves,
 # and the job goes back to the queue and resumes. Submit it from the root of the checkout:
 #
-#   sbatch --nodes=4 launch/slurm.sh --config configs/xclip.py --config.run=/shared/runs/mine \
+#   sbatch --nodes=4 launch/slurm.sh --config configs/pretrain.py --config.run=/shared/runs/mine \
 #       --config.data.sources='("folder:/shared/pairs",)'
-#   bash launch/slurm.sh --dry-run --config configs/xclip.py --config.run=/shared/runs/mine
+#   bash launch/slurm.sh --dry-run --config configs/pretrain.py --config.run=/shared/runs/mine
 #
 # The arguments are those of xclip_jax.main; --dry-run before them prints the directives above and the commands, and
 # executes none. Flags of sbatch before the script's name go over its directives.

@@ -3,9 +3,9 @@
 # Where the pod is preempted or training fails, the pod is deleted, created again, and training resumes from its last
 # checkpoint. When the run is complete the pod is deleted and the script exits with 0.
 #
-#   SPOT=1 TYPE=v5litepod-64 PROJECT=my-project ZONE=us-west4-a bash launch/tpu_pod.sh --config configs/xclip.py \
+#   SPOT=1 TYPE=v5litepod-64 PROJECT=my-project ZONE=us-west4-a bash launch/tpu_pod.sh --config configs/pretrain.py \
 #       --config.run=gs://my-bucket/runs/mine --config.data.sources='("tar:gs://my-bucket/pairs/{00000..00999}.tar",)'
-#   PROJECT=my-project ZONE=us-west4-a bash launch/tpu_pod.sh --dry-run --config configs/xclip.py --config.run=gs://...
+#   PROJECT=my-project ZONE=us-west4-a bash launch/tpu_pod.sh --dry-run --config configs/pretrain.py --config.run=gs://...
 #
 # The arguments are those of xclip_jax.main; --dry-run before them prints all commands and executes none.
 # Only watching needs this machine: Ctrl-C leaves training alone, and the same command takes up the watch again.

@@ -3,9 +3,9 @@
 # trains, two minutes at most, and returns. Training goes on without this machine. The VM costs money until it is
 # deleted, also after the run. The same command again installs the commit of the day and resumes the run.
 #
-#   PROJECT=my-project ZONE=us-west4-a bash launch/tpu_vm.sh --config configs/xclip.py:preset=B/32,batch=1024 \
+#   PROJECT=my-project ZONE=us-west4-a bash launch/tpu_vm.sh --config configs/pretrain.py:preset=B/32,batch=1024 \
 #       --config.run=gs://my-bucket/runs/mine --config.data.sources='("tar:gs://my-bucket/pairs/{00000..00999}.tar",)'
-#   PROJECT=my-project ZONE=us-west4-a bash launch/tpu_vm.sh --dry-run --config configs/xclip.py
+#   PROJECT=my-project ZONE=us-west4-a bash launch/tpu_vm.sh --dry-run --config configs/pretrain.py
 #
 # The arguments are those of xclip_jax.main; --dry-run before them prints all commands and executes none.
 #
@@ -38,7 +38,7 @@ DRY_RUN=
 [ "${1:-}" != --dry-run ] || { DRY_RUN=1 && shift; }
 NAME=${NAME:-xclip-jax} TYPE=${TYPE:-v5litepod-8}
 tpu_flags
-[ $# -gt 0 ] || fail "nothing to train; add arguments, as in --config configs/xclip.py --config.run=gs://my-bucket/run"
+[ $# -gt 0 ] || fail "nothing to train; add arguments, as in --config configs/pretrain.py --config.run=gs://my-bucket/run"
 [ -n "$DRY_RUN" ] || command -v gcloud >/dev/null || fail "gcloud is missing; install the Google Cloud CLI"
 
 delete() {

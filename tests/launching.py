@@ -9,7 +9,12 @@ import subprocess
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 RUN = "gs://bucket/runs/mine"
-TRAINING = ["--config", "configs/xclip.py:preset=B/32", f"--config.run={RUN}", "--config.data.sources=('folder:/a b',)"]
+TRAINING = [
+    "--config",
+    "configs/pretrain.py:objective=xclip,preset=B/32",
+    f"--config.run={RUN}",
+    "--config.data.sources=('folder:/a b',)",
+]
 COMMAND = ["-m", "xclip_jax.main", "--distributed", *TRAINING]
 
 

@@ -8,11 +8,10 @@ import pytest
 from PIL import Image
 
 import xclip_jax
-from configs import common
 from tests import tiny, torture
 from tests.foreign import make_hf, our_model
 from xclip_jax import embed, interop
-from xclip_jax.config import schema
+from xclip_jax.config import recipes, schema
 from xclip_jax.data import check, loader, rgb, tokenizer, transforms
 from xclip_jax.data.embeddings import read as read_embeddings
 from xclip_jax.data.preprocessing import Preprocessing
@@ -20,7 +19,7 @@ from xclip_jax.doctor.before import Options, check_config
 from xclip_jax.errors import BadSample
 from xclip_jax.export import export
 from xclip_jax.report import record, run_sections
-from xclip_jax.train import build, job
+from xclip_jax.train import build, job, weights
 from xclip_jax.train.run_folder import TrainingFolder
 
 SIDE = 2 * tiny.SIZE
@@ -137,9 +136,9 @@ def test_a_transparent_file_has_the_same_features_everywhere(background, cache, 
 def test_weights_of_others_keep_their_own_way(tmp_path):
     make_hf("gelu", 1e-5, 49407, 4).save_pretrained(tmp_path / "hf")
     assert xclip_jax.load(tmp_path / "hf").preprocessing.background == rgb.DROPPED
-    config = common.base("clip", "Ti/12")
+    config = recipes.base("clip", "Ti/12")
     assert config.data.background == rgb.WHITE
-    common.adopt(config, str(tmp_path / "hf"))
+    weights.adopt(config, str(tmp_path / "hf"))
     assert config.data.background == rgb.DROPPED
 
 

@@ -58,10 +58,10 @@ def test_the_page_has_the_plans_that_are_known(tmp_path, monkeypatch):
     plan |= {"images_per_second_per_host": 2500}
     monkeypatch.setattr(plans.plan, "plan", lambda *_, **__: plan)
     monkeypatch.setattr(plans, "DOCS", tmp_path)
-    plans.main(["v5e:4x8", "xclip:", "zero1"])
+    plans.main(["v5e:4x8", "objective=xclip", "zero1"])
     too_large = {key: plan[key] for key in ("chips", "hosts", "steps", "capacity", "peak_ms")} | {"fits": False}
     monkeypatch.setattr(plans.plan, "plan", lambda *_, **__: too_large)
-    plans.main(["v5e:4x8", "xclip:", "fsdp"])
+    plans.main(["v5e:4x8", "objective=xclip", "fsdp"])
     page = (tmp_path / "plans.md").read_text()
     assert [line for line in page.splitlines() if line.startswith("##")] == ["## preset=B/16,batch=4096 on v5e:4x8"]
     assert "| xclip | zero1 | 8.00 | 2 | 199.2 | 6.9 | 72.9 | 39% | 20,000 | 2,500 | 1,680 | " in page
@@ -79,7 +79,7 @@ def test_plans_are_made_once_by_the_same_sources_recipes_and_versions(tmp_path, 
     def plans_made():
         made.clear()
         planner = plans.Planner(tmp_path / "plans.json")
-        planner(("clip:preset=B/16", "v5e:2x4", {}))
+        planner(("pretrain:objective=clip,preset=B/16", "v5e:2x4", {}))
         return len(made)
 
     assert [plans_made(), plans_made()] == [1, 0]

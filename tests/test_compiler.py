@@ -84,7 +84,7 @@ def test_a_weight_gradient_that_ends_split_is_one_product(topology):
 @pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:4x4", "v5p:2x2x4"])
 def test_a_step_of_full_width_has_no_sliced_product_and_no_scores(topology, strategy):
     chips = devices(topology)
-    config = config_file.load_config(f"clip:preset=B/16,batch={32 * len(chips)}")
+    config = config_file.load_config(f"pretrain:objective=clip,preset=B/16,batch={32 * len(chips)}")
     config.model.img.depth = config.model.txt.depth = 2
     config.mesh.strategy, config.data.length_groups = strategy, "full"
     if strategy == "fsdp":
@@ -102,7 +102,7 @@ def test_a_step_of_full_width_has_no_sliced_product_and_no_scores(topology, stra
 def test_sums_of_gradients_are_hidden(topology):
     """At least 90 % of the time of collectives, by the plan's model of links; most of their bytes are gradients."""
     chips = devices(topology)
-    config = config_file.load_config(f"clip:preset=B/16,batch={64 * len(chips)}")
+    config = config_file.load_config(f"pretrain:objective=clip,preset=B/16,batch={64 * len(chips)}")
     config.model.img.depth = config.model.txt.depth = 3
     config.data.length_groups = "full"
     experiment, compiled, trouble = memory.compile_config(config, chips)
@@ -122,7 +122,7 @@ def test_remat_computes_again_on_tpus():
     chips = devices("v5e:2x2")
     flops = {}
     for remat in ("none", "full"):
-        config = config_file.load_config("clip:preset=Ti/12,batch=256")
+        config = config_file.load_config("pretrain:objective=clip,preset=Ti/12,batch=256")
         for tower in (config.model.img, config.model.txt):
             tower.scan, tower.remat, tower.depth = True, remat, 2
         config.data.length_groups = "full"

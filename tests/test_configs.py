@@ -9,26 +9,27 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 from absl import flags
 from flax.traverse_util import flatten_dict
 
 from docs import generate
-from xclip_jax.config import load, schema
-from xclip_jax.configs import common
+from xclip_jax.config import load, recipes, schema
+from xclip_jax.data import sources
 from xclip_jax.errors import UserError
 from xclip_jax.models.two_towers import PRESETS
-from xclip_jax.train import build
+from xclip_jax.train import build, weights
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CONFIGS = {
-    "clip": ("clip", None),
-    "siglip": ("siglip", None),
-    "nclip": ("nclip", None),
-    "xclip": ("xclip", None),
-    "xclip_L14": ("xclip", "preset=L/14,batch=8192,pairs=35000000"),
+    "pretrain": ("pretrain", None),
+    "pretrain_clip": ("pretrain", "objective=clip"),
+    "pretrain_siglip": ("pretrain", "objective=siglip"),
+    "pretrain_nclip": ("pretrain", "objective=nclip"),
+    "pretrain_L14": ("pretrain", "preset=L/14,batch=8192,pairs=35000000"),
     "pretrain_cc3m_clip": ("pretrain", "data=cc3m,objective=clip,batch=1024"),
-    "pretrain_cc12m": ("pretrain", None),
+    "pretrain_cc12m": ("pretrain", "data=cc12m"),
     "pretrain_yfcc15m": ("pretrain", "data=yfcc15m,root=gs://bucket/tars,pairs=14000000"),
     "pretrain_35m": ("pretrain", "data=35m"),
     "finetune": ("finetune", None),
@@ -50,7 +51,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_golden(name):
     module, arg = CONFIGS[name]
-    config = importlib.import_module(f"xclip_jax.configs.{module}").get_config(arg)
+    config = load.load_config(f"{module}:{arg}" if arg else module)
     dump = "".join(f"{key} = {value!r}\n" for key, value in sorted(schema.flatten(config.to_dict()).items()))
     path = GOLDEN / f"{name}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
@@ -59,27 +60,41 @@ def test_golden(name):
 
 
 def test_every_config_file_has_a_dump():
-    files = {path.stem for path in (GOLDEN.parents[1] / "configs").glob("*.py")} - {"common", "__init__"}
+    files = {path.stem for path in (GOLDEN.parents[1] / "configs").glob("*.py")} - {"__init__"}
     assert files == {module for module, _ in CONFIGS.values()}
 
 
+@pytest.mark.parametrize(
+    "spec", ["demo", "pretrain:data=cc12m", "small:pairs=none,weights=none", "finetune:data=folder:none,weights=none"]
+)
+def test_a_recipe_opens_no_data_and_no_weights(spec, monkeypatch):
+    def refuse(*_, **__):
+        pytest.fail("get_config opens something")
+
+    for module, name in ((weights, "adopt"), (sources, "open_pairs"), (sources, "open_labelled"), (jax, "devices")):
+        monkeypatch.setattr(module, name, refuse)
+    recipe, _, arg = spec.partition(":")
+    config = importlib.import_module(f"configs.{recipe}").get_config(arg)
+    assert config.data.sources and config.is_locked
+
+
 def test_parse_arg():
-    parsed = common.parse_arg("steps=5,flag,rate=0.5", steps=1, flag=False, rate=1.0, name="x")
+    parsed = recipes.parse_arg("steps=5,flag,rate=0.5", steps=1, flag=False, rate=1.0, name="x")
     assert parsed.to_dict() == {"steps": 5, "flag": True, "rate": 0.5, "name": "x"}
-    assert common.parse_arg("name=a,b,flag,steps=5", steps=1, flag=False, name="x").name == "a,b"
+    assert recipes.parse_arg("name=a,b,flag,steps=5", steps=1, flag=False, name="x").name == "a,b"
     with pytest.raises(UserError, match="'b' is unknown"):
-        common.parse_arg("steps=5,b", steps=1, name="x")
+        recipes.parse_arg("steps=5,b", steps=1, name="x")
     with pytest.raises(UserError, match="'stpes' is unknown; did you mean 'steps'"):
-        common.parse_arg("stpes=5", steps=1, name="x")
+        recipes.parse_arg("stpes=5", steps=1, name="x")
     with pytest.raises(UserError, match="steps='many'; expected an integer"):
-        common.parse_arg("steps=many", steps=1)
+        recipes.parse_arg("steps=many", steps=1)
     with pytest.raises(UserError, match="objective='clap' must be one of clip, siglip, nclip, xclip"):
-        common.parse_arg("objective=clap", objective="clip")
+        recipes.parse_arg("objective=clap", objective="clip")
 
 
 @pytest.mark.parametrize("size", PRESETS)
 def test_every_preset_of_the_full_size_recipe_builds(size):
-    config = common.pretrain("xclip", f"preset={size},batch=64,pairs=640")
+    config = load.load_config(f"pretrain:preset={size},batch=64,pairs=640")
     params = flatten_dict(build.build(config).abstract.params, sep="/")
     heads = sum(x.size for name, x in params.items() if name.startswith("clusters"))
     assert 0 < heads < 5 * (sum(x.size for x in params.values()) - heads)
@@ -89,7 +104,7 @@ def test_every_preset_of_the_full_size_recipe_builds(size):
 
 def test_unknown_preset():
     with pytest.raises(UserError, match=r"preset is 'B/17'.*'B/16'"):
-        common.base("clip", "B/17")
+        recipes.base("clip", "B/17")
 
 
 @pytest.fixture
@@ -112,9 +127,9 @@ def own_flags():
         (["--config", "configs/demo.py:preset=X/1"], "it must be one of 'Ti/12', 'S/16',"),
         (["--config", "configs/demo.py", "--confg.optim.lr=1"], "'--confg.optim.lr'; config keys are --config.KEY"),
         (["--config", "configs/demo.py", "--verbosty=1"], "unknown flag '--verbosty'; did you mean '--verbosity'?"),
-        (["--config", "configs/nothing.py"], "does not exist; give a path, or a recipe by name: clip, demo,"),
+        (["--config", "configs/nothing.py"], "does not exist; give a path, or a recipe by name: demo, finetune,"),
         (["--config", "elsewhere/demo.py"], "give --config demo"),
-        (["--config", "dmo"], "did you mean 'demo'? Recipes: clip, demo, finetune,"),
+        (["--config", "dmo"], "did you mean 'demo'? Recipes: demo, finetune,"),
         (["--config", "demo:steps=0"], "config argument steps='0'; expected at least 1"),
         (["--config", "small"], "needs your pairs: --config small:pairs=PATH, a folder of images"),
         (["--config", "small:pairs=/nowhere"], "no file or folder '/nowhere'; check the path"),
@@ -159,8 +174,8 @@ def test_bad_command_lines_are_one_sentence(line, message, own_flags, monkeypatc
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("configs/clip.py", "data.sources is empty; add a source"),
-        ("configs/pretrain.py:root=/nowhere", "no file matches '/nowhere/cc12m/*.tar'; check the path"),
+        ("configs/pretrain.py", "data.sources is empty; add a source"),
+        ("configs/pretrain.py:data=cc12m,root=/nowhere", "no file matches '/nowhere/cc12m/*.tar'; check the path"),
     ],
 )
 def test_what_a_run_refuses_is_one_sentence(config, message, tmp_path):
@@ -184,8 +199,8 @@ def test_what_a_run_refuses_is_one_sentence(config, message, tmp_path):
         ("x = 1\n", "{} has no function get_config(arg)"),
         ("def get_config():\n    pass\n", "{}: get_config takes one argument: def get_config(arg=None)"),
         (
-            "from xclip_jax.configs import common\n\ndef get_config(arg):\n"
-            "    config = common.base('clip', 'Ti/12')\n    config.optim.lrr = 1\n",
+            "from xclip_jax.config import recipes\n\ndef get_config(arg):\n"
+            "    config = recipes.base('clip', 'Ti/12')\n    config.optim.lrr = 1\n",
             "config key 'lrr' is unknown; {}, line 5, sets it.",
         ),
     ],
@@ -210,7 +225,7 @@ def test_pages_made_from_the_code_are_current(name):
 
 
 def test_a_key_that_does_not_exist_is_named_with_the_nearest():
-    values = common.base("clip", "Ti/12").to_dict() | {"steps": 3}
+    values = recipes.base("clip", "Ti/12").to_dict() | {"steps": 3}
     values["eval"]["picture"] = True
     with pytest.raises(UserError, match=r"config key 'eval\.picture' is unknown; did you mean 'eval\.\w+'\?"):
         schema.resolve(schema.complete(values))

@@ -105,7 +105,7 @@ def test_a_whole_step_is_the_same(changes, monkeypatch):
 
 def lowered(objective, **changes):
     """The step on eight devices for CUDA, towers of two blocks of B/16 in bf16, as StableHLO."""
-    config = config_file.load_config(f"{objective}:preset=B/16,batch=64")
+    config = config_file.load_config(f"pretrain:objective={objective},preset=B/16,batch=64")
     config.model.img.depth = config.model.txt.depth = 2
     config.data.length_groups = "full"
     config.update_from_flattened_dict(changes)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import xclip_jax
-from configs import finetune
 from tests import tiny
 from tests.extension.conv_mixer import ConvMixer
 from xclip_jax import evaluate, export, flops, plan, report
 from xclip_jax.config import schema
+from xclip_jax.config.load import load_config
 from xclip_jax.data import loader
 from xclip_jax.doctor import resources
 from xclip_jax.errors import UserError
@@ -175,7 +175,7 @@ def test_a_new_run_starts_from_its_weights(run, data, tmp_path, capsys):
 
 
 def test_fine_tuning_takes_it_over(run):
-    c = finetune.get_config(f"data=tfds:imagenet2012,weights={run.run}")
+    c = load_config(f"finetune:data=tfds:imagenet2012,weights={run.run}")
     assert c.model.plugins.img.to_dict() == OPTIONS
     with pytest.raises(UserError, match=r"optim\.layer_decay is 0\.65, and ConvMixer has no layers .*; set it to 1"):
         schema.resolve(c)

@@ -10,11 +10,11 @@ import pytest
 import sklearn.metrics
 from etils import epath
 
-from configs import finetune
 from tests import tiny
 from tests.encoding import by_name
 from xclip_jax import evaluate, export, interop
 from xclip_jax.config import schema
+from xclip_jax.config.load import load_config
 from xclip_jax.data import glue, loader, opening, sources
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, summary
@@ -137,14 +137,14 @@ def small(config, run, steps):
 
 
 def test_sizes_are_taken_over_from_weights(pretrained, tmp_path):
-    c = finetune.get_config(f"data=tfds:imagenet2012,weights={pretrained}")
+    c = load_config(f"finetune:data=tfds:imagenet2012,weights={pretrained}")
     assert (c.model.img.width, c.model.img.patch, c.model.txt.context_length, c.data.tokenizer) == (32, 8, 24, "bytes")
-    columns = finetune.get_config("data=hf:lab/set?label=fine,examples=9,classes=3")
+    columns = load_config("finetune:data=hf:lab/set?label=fine,examples=9,classes=3")
     assert columns.run == "runs/finetune-lab-set" and columns.data.sources == ("hf:lab/set?label=fine/train",)
     assert c.model.img.scan and c.objective.classify.classes == 1000  # how towers are computed stays the config's
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json cannot be read"):
-        finetune.get_config(f"weights={tmp_path}")
+        load_config(f"finetune:weights={tmp_path}")
 
 
 class Stopped(Exception):
@@ -153,7 +153,7 @@ class Stopped(Exception):
 
 def test_images_are_learned_resumed_and_evaluated(images, pretrained, tmp_path, monkeypatch, capsys):
     arg = f"data=folder:{images},batch={tiny.BATCH},epochs=10,weights={pretrained}"
-    c = small(finetune.get_config(arg), tmp_path / "run", 30)
+    c = small(load_config(f"finetune:{arg}"), tmp_path / "run", 30)
     assert c.objective.classify.classes == 3 and c.objective.classify.mixup == 0.8 and c.model.img.width == 32
     results = trainer.run(c)
     name = f"visual/finetuned/folder:{images}/validation"
@@ -165,7 +165,7 @@ def test_images_are_learned_resumed_and_evaluated(images, pretrained, tmp_path, 
     with pytest.raises(UserError, match=r"does not compare images with texts: .*evaluate probe/SET or finetuned/SET"):
         evaluate.evaluate(str(c.run), f"folder:{images}/validation")
     # Cut off at step 17, gone on with from step 10: the same losses.
-    again = small(finetune.get_config(arg), tmp_path / "again", 30)
+    again = small(load_config(f"finetune:{arg}"), tmp_path / "again", 30)
     original, seen = loader.to_global, []
 
     def counted(batch, mesh):
@@ -185,7 +185,7 @@ def test_images_are_learned_resumed_and_evaluated(images, pretrained, tmp_path, 
 def test_export_keeps_the_classes(images, pretrained, tmp_path):
     """By name: of a set with another class both the run and its export say so, and score none."""
     run, out, spec = tmp_path / "run", tmp_path / "out", f"finetuned/folder:{images}/validation"
-    trainer.run(small(finetune.get_config(f"data=folder:{images},batch={tiny.BATCH},weights={pretrained}"), run, 5))
+    trainer.run(small(load_config(f"finetune:data=folder:{images},batch={tiny.BATCH},weights={pretrained}"), run, 5))
     export.export(str(run), str(out), to="safetensors")
     assert interop.read_classes(str(out)) == weights.read_classes(str(run)) == ("bright", "dark", "grey")
     by_run, by_export = (evaluate.evaluate(str(path), spec)["results"] for path in (run, out))
@@ -211,7 +211,7 @@ def test_export_keeps_the_classes(images, pretrained, tmp_path):
     with pytest.raises(UserError, match="classes is 'abc', not a list of names; export the run again"):
         interop.read_classes(str(out))
     # A new run takes the classifier over only if it is one of its own classes.
-    config = small(finetune.get_config(f"data=folder:{images},batch={tiny.BATCH},weights={run}"), tmp_path / "new", 5)
+    config = small(load_config(f"finetune:data=folder:{images},batch={tiny.BATCH},weights={run}"), tmp_path / "new", 5)
     abstract = build.build(schema.resolve(config), jax.devices()[:1]).abstract
     heads = {
         classes: [name for name in weights.read_initial(schema.resolve(config), abstract, classes) if "classif" in name]
@@ -223,7 +223,7 @@ def test_export_keeps_the_classes(images, pretrained, tmp_path):
 def test_numbers_of_glue_are_learned(pretrained, tmp_path):
     folder = glue_folder(tmp_path / "s", "stsb", 24)
     arg = f"data=glue:stsb@{folder},batch={tiny.BATCH},weights={pretrained}"
-    c = small(finetune.get_config(arg), tmp_path / "run", 40)
+    c = small(load_config(f"finetune:{arg}"), tmp_path / "run", 40)
     assert c.objective.classify.classes == 1 and c.data.tokenizer == "bytes"
     results = trainer.run(c)
     name = f"textual/finetuned/glue:stsb@{folder}/validation"

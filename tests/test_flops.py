@@ -4,9 +4,9 @@ import flax.linen as nn
 import jax
 import pytest
 
-from configs import common
 from tests import tiny
 from xclip_jax import flops
+from xclip_jax.config.load import load_config
 from xclip_jax.config.schema import resolve
 from xclip_jax.data.length_groups import WHOLE, LengthGroups
 from xclip_jax.train import build
@@ -14,7 +14,7 @@ from xclip_jax.train import build
 
 def test_known_models():
     """Twice the multiply-adds that are quoted for ViT-B/16 at 224 pixels, 17.6 G, and for CLIP's B-size text tower."""
-    found = flops.forward(resolve(common.pretrain("clip", None)))
+    found = flops.forward(resolve(load_config("pretrain:objective=clip")))
     assert found["img"] == pytest.approx(2 * 17.58e9, rel=0.01)
     tokens, width = 77, 512
     assert found["txt"] == 12 * (tokens * 24 * width**2 + 4 * tokens**2 * width)
@@ -64,7 +64,7 @@ def test_groups_count_as_they_are_rounded():
 
 
 def test_xclip_costs_a_tenth_more_than_clip_at_most():
-    clip, xclip = (flops.train_step(resolve(common.pretrain(name, None))) for name in ("clip", "xclip"))
+    clip, xclip = (flops.train_step(resolve(load_config(f"pretrain:objective={name}"))) for name in ("clip", "xclip"))
     print(f"xCLIP's FLOPs are {xclip / clip:.4f} times CLIP's, ViT-B/16")
     assert 1 < xclip / clip <= 1.10
 

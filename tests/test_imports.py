@@ -35,9 +35,10 @@ FLOORS = (
     {"data", "models"},
     {"objectives", "interop", "train.optim"},
     {"config", "evaluators"},
-    {"train", "flops", "configs", "compilation_cache"},
+    {"train", "flops", "compilation_cache"},
     {"inference", "mteb", "embed_sources", "evaluation", "model_card", "report", "study"},
     {
+        "autosize",
         "main",
         "cli",
         "config.load",

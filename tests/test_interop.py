@@ -12,7 +12,6 @@ import torch
 import transformers
 from flax.traverse_util import flatten_dict
 
-from configs import common, demo
 from tests import tiny
 from tests.foreign import (
     B32,
@@ -33,6 +32,8 @@ from tests.foreign import (
 )
 from tests.test_objectives import superclip
 from xclip_jax import interop
+from xclip_jax.config import recipes
+from xclip_jax.config.load import load_config
 from xclip_jax.data import tokenizer, transforms
 from xclip_jax.errors import UserError
 from xclip_jax.interop import tensor_files
@@ -212,7 +213,7 @@ def test_heads_of_another_package_are_left_out_by_name(tmp_path):
 
 
 def test_a_model_of_the_demo_goes_to_every_format(tmp_path):
-    recipe = demo.get_config()
+    recipe = load_config("demo")
     for tower in (recipe.model.img, recipe.model.txt):
         tower.width, tower.depth, tower.heads = 64, 1, 1
     config, variables = model_of(recipe)
@@ -251,7 +252,7 @@ def test_models_that_a_format_does_not_have(objective, changes, to, message, tmp
 def test_groups_have_the_keys_of_a_run(tmp_path):
     torch.save(make_open_clip("quick_b32").state_dict(), tmp_path / "x.pt")
     config, _ = interop.read(str(tmp_path / "x.pt"))
-    run = common.base("clip", "B/16").to_dict()
+    run = recipes.base("clip", "B/16").to_dict()
     assert flatten_dict(config["model"]).keys() == flatten_dict(run["model"]).keys()
     assert config["model"]["cluster_head"] == run["model"]["cluster_head"]
     assert config["data"].keys() <= run["data"].keys()

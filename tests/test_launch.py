@@ -50,7 +50,13 @@ def test_help_is_the_header(name, flag, tmp_path):
 
 @pytest.mark.parametrize("given", ["--config.run=gs://b/a b", "--config.run|gs://b/a b", "-config.run|gs://b/a b"])
 def test_run_folder_in_each_spelling_that_python_takes(given):
-    arguments = ["--config", "configs/xclip.py", "--config.run=first", *given.split("|"), "--config.steps=1"]
+    arguments = [
+        "--config",
+        "configs/pretrain.py:objective=xclip",
+        "--config.run=first",
+        *given.split("|"),
+        "--config.steps=1",
+    ]
     command = ["bash", "-c", '. launch/common.sh; run_folder gs://example "$@"', "run_folder", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "gs://b/a b\n")

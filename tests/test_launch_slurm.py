@@ -77,7 +77,12 @@ def start(folder, training, *args, **env):
 )
 def test_slurm_requeues_what_was_stopped(training, status, requeued, tmp_path):
     """Slurm sends its signal to all processes of a task: to the shell, here $PPID, and to training."""
-    args = ["--config", "configs/xclip.py", f"--config.run={tmp_path}", "--config.data.sources=('folder:/a b',)"]
+    args = [
+        "--config",
+        "configs/pretrain.py:objective=xclip",
+        f"--config.run={tmp_path}",
+        "--config.data.sources=('folder:/a b',)",
+    ]
     done = start(tmp_path, training, *args, SLURM_CPUS_PER_TASK="6")
     assert done.returncode == status, done.stderr
     srun, *rest = [shlex.split(line) for line in read(tmp_path / "calls").splitlines()]

@@ -62,7 +62,7 @@ def test_what_is_missing_is_one_sentence(script, env, args, message):
     ],
 )
 def test_a_run_that_would_be_lost_is_one_sentence(script, run, message):
-    done = launch(script, "--config", "configs/xclip.py", f"--config.run={run}", env=REQUIRED)
+    done = launch(script, "--config", "configs/pretrain.py:objective=xclip", f"--config.run={run}", env=REQUIRED)
     assert done.returncode == 2
     assert done.stderr.startswith(message)
 
@@ -209,7 +209,7 @@ def test_workers_have_the_code_and_its_commit_from(source, checkout, tmp_path):
     done = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["exit 0"])
     assert done.returncode == 0, done.stderr
     assert environment.git_commit(epath.Path(worker / "xclip_jax")) == ("unknown" if source == "folder" else commit)
-    names = ["setup.py", "README.md", "configs/xclip.py", "launch/detach.sh", "xclip_jax/main.py"]
+    names = ["setup.py", "README.md", "configs/pretrain.py", "launch/detach.sh", "xclip_jax/main.py"]
     assert [name for name in names if not (worker / name).is_file()] == []
     assert not (worker / "xclip_jax" / "removed_since.py").exists()
 

@@ -9,10 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import common
 from tests import tiny
 from xclip_jax import flops
-from xclip_jax.config import schema
+from xclip_jax.config import recipes, schema
 from xclip_jax.data import loader
 from xclip_jax.errors import UserError
 from xclip_jax.objectives import (
@@ -229,7 +228,7 @@ def test_a_named_objective_has_its_terms(given, terms):
 def test_recipes_are_known_terms():
     for name, terms in RECIPES.items():
         assert terms.keys() <= TERMS.keys()
-        assert dict(common.base(name, "Ti/12").objective.terms.to_dict()) == terms
+        assert dict(recipes.base(name, "Ti/12").objective.terms.to_dict()) == terms
     with pytest.raises(UserError, match="unknown objective term 'nclop'; did you mean 'nclip'"):
         find_term("nclop")
 

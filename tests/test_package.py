@@ -92,13 +92,13 @@ def test_a_folder_that_cannot_be_written_to_has_a_remedy(number, remedy):
 
 
 def test_recipes_by_name_and_by_path(tmp_path):
-    assert set(load.recipes()) == {path.stem for path in (ROOT / "configs").glob("[a-z]*.py")} - {"common"}
+    assert set(load.recipes()) == {path.stem for path in (ROOT / "configs").glob("[a-z]*.py")}
     named = load.load_config("demo:objective=clip,steps=9")
     assert named.to_dict() == load.load_config(f"{ROOT}/configs/demo.py:objective=clip,steps=9").to_dict()
     own = tmp_path / "mine.py"
     own.write_text(
-        "from xclip_jax.configs import demo\n\n\n"
-        "def get_config(arg=None):\n    config = demo.get_config(arg)\n    config.steps = 7\n    return config\n"
+        "from xclip_jax.config.load import load_config\n\n\n"
+        "def get_config(arg=None):\n    config = load_config(f'demo:{arg}')\n    config.steps = 7\n    return config\n"
     )
     assert load.load_config(f"{own}:objective=clip").steps == 7
     with pytest.raises(UserError, match="recipe 'pretrian' is unknown; did you mean 'pretrain'"):

@@ -167,9 +167,7 @@ def test_slices_are_one_or_more():
 @pytest.mark.slow
 def test_a_step_that_is_too_large_is_found_and_mended():
     pytest.importorskip("libtpu")
-    from configs import common
-
-    large = common.pretrain("clip", "batch=2048")
+    large = config_file.load_config("pretrain:objective=clip,batch=2048")
     large.model.img.remat = large.model.txt.remat = "none"
     found = plan.plan(large, "v5e:2x2")
     assert not found["fits"]

@@ -14,10 +14,10 @@ from PIL import Image
 from torchvision import transforms as tv
 
 import xclip_jax
-from configs import finetune
 from tests import tiny, torture
 from tests.foreign import TEXT, make_hf, our_model, shaken
 from xclip_jax import evaluate, interop
+from xclip_jax.config.load import load_config
 from xclip_jax.config.schema import resolve
 from xclip_jax.data import transforms
 from xclip_jax.data.preprocessing import Preprocessing, mean_std
@@ -259,7 +259,7 @@ def test_a_run_has_a_preprocessing_of_its_own(pictures, tmp_path):
 
 def test_runs_that_start_from_weights_with_another_preprocessing_say_so(tmp_path, capsys):
     there = open_clip_folder(tmp_path / "there", {"mean": MEAN, "std": STD, "resize_mode": "squash"})
-    fine = finetune.get_config(f"weights={there},data=folder:{tmp_path},examples=8,classes=2")
+    fine = load_config(f"finetune:weights={there},data=folder:{tmp_path},examples=8,classes=2")
     assert Preprocessing.from_config(resolve(fine)) == Preprocessing(SIZE, MEAN, STD, resize_mode="squash")
     model = {f"model__{key}": value for key, value in interop.read(str(there))[0]["model"].items()}
     c = tiny.config("clip", data__tokenizer="clip", init__weights=str(there), **model)

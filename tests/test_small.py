@@ -14,8 +14,8 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from tests import tiny
+from xclip_jax import autosize
 from xclip_jax.config import load, schema
-from xclip_jax.configs import small
 from xclip_jax.data import holdout, sources, tokenizer
 from xclip_jax.doctor import settings
 from xclip_jax.errors import UserError
@@ -24,7 +24,7 @@ from xclip_jax.train import build, trainer, weights
 
 def config(count, device="cpu", **arguments):
     given = {"pairs": "folder:/my/pairs", "count": count, "device": device} | arguments
-    return small.get_config(",".join(f"{key}={value}" for key, value in given.items()))
+    return load.load_config("small:" + ",".join(f"{key}={value}" for key, value in given.items()))
 
 
 def drawn(folder, n=60):
@@ -112,11 +112,11 @@ def test_other_pairs_have_another_folder():
         "folder:фото/кошки", "folder:фото/собаки", "folder:写真/犬", "folder:.", "tar:...", "csv:/",
         f"folder:/home/alice/{'data/' * 9}train", f"folder:/home/bob/{'data/' * 9}train",
     )  # fmt: skip
-    names = [small.run_name(spec) for spec in specs]
+    names = [autosize.run_name(spec) for spec in specs]
     assert (
         len(set(names)) == len(specs)
         and names[0] == "фото-кошки"
-        and small.run_name("tar:my/pairs/*.tar") == "my-pairs-.tar"
+        and autosize.run_name("tar:my/pairs/*.tar") == "my-pairs-.tar"
     )
     assert all(re.fullmatch(r"\w[\w.-]*", name) and len(name) < 48 for name in names), names
 
@@ -126,22 +126,22 @@ def test_activations_take_half_of_the_memory_that_the_state_leaves(objective):
     plain = config(10_000_000, "gpu", objective=objective)
     assert plain.optim.microbatches > 8
     for memory in (12, 16, 80):
-        machine = dataclasses.replace(small.ORDINARY["gpu"], memory=memory * 2**30)
-        parts = small.microbatches(plain, machine)
-        held = plain.data.batch / parts * small.activation_bytes(plain)
-        room = (machine.memory - small.fixed_bytes(plain, machine)) / 2
+        machine = dataclasses.replace(autosize.ORDINARY["gpu"], memory=memory * 2**30)
+        parts = autosize.microbatches(plain, machine)
+        held = plain.data.batch / parts * autosize.activation_bytes(plain)
+        room = (machine.memory - autosize.fixed_bytes(plain, machine)) / 2
         assert held <= room and (parts == 1 or 2 * held > room)
     assert config(200).optim.microbatches == 1
 
 
 def test_what_a_step_holds_beside_activations_is_the_state_and_logits_of_clusters():
-    machine, sizes = small.ORDINARY["gpu"], {}
+    machine, sizes = autosize.ORDINARY["gpu"], {}
     for objective in ("clip", "xclip"):
         c = config(20_000, "gpu", objective=objective, preset="Ti/12")
         state = build.build(c).abstract
         n = sum(x.size for x in jax.tree.leaves(state.params))
         logits = 24 * c.data.batch * c.model.cluster_head.clusters if objective == "xclip" else 0
-        sizes[objective] = small.fixed_bytes(c, machine)
+        sizes[objective] = autosize.fixed_bytes(c, machine)
         assert sizes[objective] - logits == pytest.approx(16 * n, rel=0.03)
     assert sizes["xclip"] > 2 * sizes["clip"]
 
@@ -150,44 +150,44 @@ def test_a_cpu_is_not_asked_for_days():
     slow, fast = config(1_000_000), config(1_000_000, epochs=3)
     assert slow.steps * slow.data.batch == pytest.approx(995_000, rel=0.01)  # one epoch, for want of more time
     assert fast.steps == pytest.approx(3 * slow.steps, rel=0.01)
-    few, more = (small.Machine("cpu", 1, 2**33, cores) for cores in (2, 64))
+    few, more = (autosize.Machine("cpu", 1, 2**33, cores) for cores in (2, 64))
     steps = []
     for machine in (few, more):
         c = config(20_000)
-        small._schedule(c, machine, 19_000, 0, 0)
+        autosize._schedule(c, machine, 19_000, 0, 0)
         steps.append(c.steps)
     assert steps[0] < steps[1]
 
 
 def test_batches_are_in_equal_parts_for_the_devices():
-    machine = dataclasses.replace(small.ORDINARY["gpu"], devices=6)
-    assert small.batch_size(180, "Ti/12", machine) == 60
-    assert small.batch_size(10, "Ti/12", machine) == 6
+    machine = dataclasses.replace(autosize.ORDINARY["gpu"], devices=6)
+    assert autosize.batch_size(180, "Ti/12", machine) == 60
+    assert autosize.batch_size(10, "Ti/12", machine) == 6
 
 
 def test_counts_are_those_of_the_pairs(tmp_path):
     folder = tiny.folder(tmp_path / "pairs", 10)
     for i in range(4):
         (folder / f"{i:03d}.txt").write_text("the same")
-    counts = small.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
-    assert counts == small.Counts(10, 24, 22, tokens=11, repeats=0.4)
+    counts = autosize.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
+    assert counts == autosize.Counts(10, 24, 22, tokens=11, repeats=0.4)
     (folder / "007.png").write_bytes(b"no image")
     fault = r"^1 of 10 pairs that were read cannot be used, more than 5%; the first is .*/007\.png'"
     with pytest.raises(
         UserError, match=fault + r" \(not an image.*\); see xclip-jax check, or pass count=10, with which "
     ):
-        small.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
+        autosize.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
     tiny.folder(folder, 10)
     for file in folder.glob("*.txt"):
         file.write_text("a thing")
     with pytest.raises(
         UserError, match=r"^all 10 captions that were read are 'a thing': there is nothing to learn; give"
     ):
-        small.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
+        autosize.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
     for file in folder.glob("*.txt"):
         file.write_text("")
     with pytest.raises(UserError, match="none of the 10 pairs that were read can be used"):
-        small.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
+        autosize.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
 
 
 def test_the_pairs_decide_on_size_context_and_captions_apart(discs, capsys):
@@ -281,7 +281,7 @@ def all_trained(folder, n):
     """Pairs none of which is held out of training, whatever bytes this version of Pillow writes."""
     for seed in itertools.count(1):
         images = [file.read_bytes() for file in tiny.folder(folder, n, seed).glob("*.png")]
-        if not holdout.selected(images, small.LARGEST_SHARE):
+        if not holdout.selected(images, autosize.LARGEST_SHARE):
             return
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from configs import common
+from xclip_jax.config import recipes
 from xclip_jax.train import build
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.run_folder import TrainingFolder
@@ -18,7 +18,7 @@ BATCH, SIZE, LENGTH = 16, 16, 12
 
 def config(objective="xclip", steps=10, run="runs/tiny", **changes):
     """A config of towers of one or two narrow layers; `changes` are dotted keys with __ for the dot."""
-    c = common.base(objective, "Ti/12")
+    c = recipes.base(objective, "Ti/12")
     c.run, c.steps = str(run), steps
     c.model.img = c.model.img.to_dict() | {
         "image_size": SIZE,

@@ -16,7 +16,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from xclip_jax import configs, imports
+from xclip_jax import imports
 from xclip_jax.config import fields, schema
 from xclip_jax.errors import UserError, exit_with_message
 
@@ -32,9 +32,11 @@ _CONVERSIONS = {
 
 
 def recipes() -> dict[str, pathlib.Path]:
-    """Files of the recipes that come with the package, by name."""
-    files = (path for folder in configs.__path__ for path in sorted(pathlib.Path(folder).glob("[a-z]*.py")))
-    return {path.stem: path for path in files if path.stem != "common"}
+    """Return the files of the recipes that come with the package, by name."""
+    package = pathlib.Path(__file__).parents[1]
+    folders = (package / "configs", package.parent / "configs")  # in an installed package, and in a checkout
+    files = next(filter(None, (sorted(folder.glob("[a-z]*.py")) for folder in folders)), [])
+    return {path.stem: path for path in files}
 
 
 def find_recipe(name: str) -> str:
@@ -81,7 +83,14 @@ def _place(error: Exception, file: str, origin: str) -> str:
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
-    """Return `get_config(arg)` of the recipe in "NAME:arg" or "FILE.py:arg", locked."""
+    """Return the config of the recipe in "NAME:arg" or "FILE.py:arg", locked.
+
+    A recipe is a file with the function `get_config(arg)`, which opens no data and no weights. What depends on those
+    and on the machine is set by its function `fill_in(config, arg)`, if it has one.
+
+    Raises:
+      UserError: no such recipe, or an error in it, with its line.
+    """
     name, _, arg = spec.partition(":")
     file = find_recipe(name)
     module_spec = importlib.util.spec_from_file_location("config_file", file)
@@ -95,18 +104,22 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
         if not _takes_one(get_config):
             raise UserError(f"{file}: get_config takes one argument: def get_config(arg=None)")
         config = get_config(arg or None)
+        if not isinstance(config, ml_collections.ConfigDict):
+            raise UserError(
+                f"{file} is not a config file: get_config returns {type(config).__name__}, not a ConfigDict."
+            )
+        if fill_in := getattr(module, "fill_in", None):
+            fill_in(config, arg or None)
     except UserError:
         raise
     except Exception as error:
         place = _place(error, file, str(module_spec.origin))
         if isinstance(error, (AttributeError, KeyError)) and "since the config is locked" in str(error):
-            # ConfigDict names the last part of the key alone, so the line of the file is named beside it.
+            # ConfigDict names only the last part of the key, so the message adds the line of the file.
             name = str(error).split('"')[1]
             raise UserError(f"config key {name!r} is unknown; {place}, sets it.") from error
         text = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
         raise UserError(f"{place}: {type(error).__name__}: {text}") from error
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f"{file} is not a config file: get_config returns {type(config).__name__}, not a ConfigDict.")
     return config.lock()
 
 
@@ -181,7 +194,7 @@ def parse(argv: list[str]) -> list[str]:
             rest = argv[:at] + argv[at + (1 if "=" in argv[at] else 2) :]
             with imports.trusting(
                 any(arg in ("--trust", "-trust", "--trust=true") for arg in argv)
-            ):  # a recipe may read the config of weights
+            ):  # a recipe may read weights
                 config = load_config(spec)
             check_keys(config, rest)
             config_flags.DEFINE_config_dict("config", config, "Keys of the config.", sys_argv=rest)

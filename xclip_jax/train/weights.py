@@ -2,12 +2,14 @@
 
 import dataclasses
 import hashlib
+import json
 import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -73,6 +75,47 @@ def pin(path: str) -> tuple[str, dict[str, str]]:
     """Return the path of `hub.pin`, and {"commit": its commit} for records of what is computed with the weights."""
     pinned = hub.pin(path)
     return pinned, {"commit": hub.commit(pinned)} if hub.is_hub(pinned) else {}
+
+
+def adopt(config: ml_collections.ConfigDict, path: str) -> Config | None:
+    """Set the towers, tokenizer and preprocessing of a config to those that weights were trained with.
+
+    Args:
+      config: is changed.
+      path: as in `load`.
+
+    Returns:
+      The config of the weights; None if they are not on this machine, which the trainer reports.
+
+    Raises:
+      UserError: weights that cannot be read.
+    """
+    place = epath.Path(hub.resolve(path))
+    if not place.exists():
+        return None
+    try:
+        run = RunFolder(str(place)).is_run()
+        source = json.loads((place / "config.json").read_text())["config"] if run else interop.read(path)[0]
+        groups = {name: source[name] for name in ("model", "objective", "data", "eval") if name in source}
+        with imports.named_by(path):
+            saved = schema.resolve(schema.complete({"steps": 1} | groups))
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{place / 'config.json'} cannot be read ({error}); give weights=RUN of another run."
+        ) from error
+    for name in ("img", "txt"):
+        tower = config.model[name]
+        # How a tower is computed does not depend on the weights.
+        tower.update(dataclasses.asdict(getattr(saved.model, name)) | {"scan": tower.scan, "remat": tower.remat})
+    config.model.plugins = saved.model.plugins
+    config.model.img.patch_dropout = config.model.img.drop_path = 0.0
+    prepare = Preprocessing.from_config(saved).to_config()
+    config.eval.update(prepare["eval"])
+    with config.ignore_type():  # a name, or a pair
+        config.data.update(prepare["data"] | {"tokenizer": saved.data.tokenizer})
+    return saved
 
 
 def read_classes(path: str) -> tuple[str, ...] | None:

@@ -1,0 +1,90 @@
+"""Where a recipe starts: its argument, "a=1,b=x", and the defaults of all keys for an objective and a size."""
+
+import math
+import os
+import shlex
+from typing import Any
+
+import ml_collections
+
+from xclip_jax.config import schema
+from xclip_jax.config.fields import nearest
+from xclip_jax.errors import UserError
+from xclip_jax.models.two_towers import preset
+from xclip_jax.objectives import OBJECTIVES, RECIPES
+
+_KINDS = {int: "an integer", float: "a number"}
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
+    """Parse a recipe's argument, as in `--config RECIPE:a=1,b=x`.
+
+    Args:
+      arg: "KEY=VALUE,KEY=VALUE". A part without "=" is a flag if its default is a bool. After a string any other part
+        without "=" continues the string, so that paths may have commas.
+      **defaults: the keys that exist, with their default values. A value has the type of its default.
+
+    Returns:
+      The defaults, updated with the values of `arg`.
+
+    Raises:
+      UserError: an unknown key, or a value that is not allowed.
+    """
+    values = dict(defaults)
+    items: list[tuple[str, str]] = []
+    for item in filter(None, (arg or "").split(",")):
+        key, equals, text = item.partition("=")
+        if (
+            not (equals or isinstance(defaults.get(key), bool))
+            and items
+            and isinstance(defaults.get(items[-1][0]), str)
+        ):
+            items[-1] = (items[-1][0], f"{items[-1][1]},{item}")
+        else:
+            items.append((key, text))
+    for key, text in items:
+        if key not in defaults:
+            if not text and os.path.exists(os.path.expanduser(key)):
+                raise UserError(
+                    f"config argument {key!r} is a path; to train on it, write {shlex.quote(f'small:pairs={key}')}."
+                )
+            near = nearest(key, defaults)
+            raise UserError(f"config argument {key!r} is unknown; did you mean {near!r}? Known: {', '.join(defaults)}.")
+        kind = type(defaults[key])
+        try:
+            values[key] = text.lower() in ("", "1", "true", "yes") if kind is bool else kind(text)
+        except ValueError as error:
+            raise UserError(f"config argument {key}={text!r}; expected {_KINDS[kind]}.") from error
+        # A default of 0 means that the recipe chooses the value.
+        low = min(defaults[key], 1) if kind is int else 0
+        above = low == 0 and key in ("steps", "epochs")
+        if kind in (int, float) and not (low <= values[key] < math.inf and (values[key] or not above)):
+            raise UserError(f"config argument {key}={text!r}; expected {'above' if above else 'at least'} {low}.")
+    # A default of "" means that the recipe chooses the objective.
+    if values.get("objective", "clip") not in (*OBJECTIVES, defaults.get("objective")):
+        raise UserError(f"config argument objective={values['objective']!r} must be one of {', '.join(OBJECTIVES)}.")
+    return ml_collections.ConfigDict(values)
+
+
+def base(objective: str, size: str) -> ml_collections.ConfigDict:
+    """Return the default of every key, with the terms of `objective` and the towers of preset `size`, locked.
+
+    The defaults are SLIP's recipe (arXiv 2112.12750), a public baseline for tens of millions of pairs.
+    """
+    config = schema.default()
+    config.run = f"runs/{objective}-{size.replace('/', '')}"
+    config.objective.name, config.objective.terms = objective, RECIPES[objective]
+    set_towers(config, size)
+    if objective == "siglip":
+        config.model.scale_init = 10.0
+    return config
+
+
+def set_towers(config: ml_collections.ConfigDict, size: str) -> None:
+    """Give both towers the sizes of the preset `size`, such as "B/16", with images of whole patches."""
+    sizes = preset(size)
+    config.model.img.update(sizes["img"])
+    config.model.txt.update(sizes["txt"])
+    config.model.embed = sizes["embed"]
+    side = schema.Config().model.img.image_size
+    config.model.img.image_size = side - side % config.model.img.patch  # 216 for Ti/12
