@@ -178,17 +178,13 @@ def _is_small(config: ml_collections.ConfigDict) -> bool:
     return config.model.img.width <= 192
 
 
-def _model(
-    config: ml_collections.ConfigDict, saved: schema.Config | None, machine: Machine, counts: Counts, trained: int
-) -> None:
-    """Set how the towers are computed, the context of new towers, and the cluster head, which weights may have."""
+def _model(config: ml_collections.ConfigDict, saved: schema.Config | None, machine: Machine, trained: int) -> None:
+    """Set how the towers are computed, and the size of the cluster head, which the weights may have."""
     model, cpu = config.model, machine.platform == "cpu"
     plain = cpu or _is_small(config)
     model.dtype = "float32" if cpu else "bfloat16"
     for tower in (model.img, model.txt):
         tower.scan, tower.remat = not plain, "none" if plain else "dots"
-    if saved is None:
-        model.txt.context_length = min(max(8 * math.ceil(counts.tokens / 8), 16), 77)
     if saved is not None and _has_clusters(saved):
         model.cluster_head.update(dataclasses.asdict(saved.model.cluster_head))
     else:
@@ -313,8 +309,10 @@ def fill_in(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) 
     trained = max(round(pairs * (1 - held_out_share(pairs))), 1)
     if saved is None or args.size:
         config.model.img.image_size = args.size or image_size(preset, counts, machine)
+    if saved is None:
+        config.model.txt.context_length = min(max(8 * math.ceil(counts.tokens / 8), 16), 77)
     config.data.batch = args.batch or batch_size(trained, preset, machine)
-    _model(config, saved, machine, counts, trained)
+    _model(config, saved, machine, trained)
     _data(config, counts, machine)
     note = ""
     if source is not None and sources.has_labels(spec, "image"):

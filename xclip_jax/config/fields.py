@@ -73,7 +73,7 @@ def not_empty() -> Check:
 
 
 def fraction_below_one() -> Check:
-    """Numbers from 0 to 1, without 1 and what is 1 in float32."""
+    """Numbers from 0 to 1, excluding 1 and numbers that round to 1 in float32."""
     return Check("at least 0 and below 1", lambda value: bool(0 <= np.float32(value) < 1))
 
 

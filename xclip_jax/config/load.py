@@ -23,7 +23,7 @@ from xclip_jax.errors import UserError, exit_with_message
 TRUST = flags.DEFINE_bool(
     "trust", False, "Import the modules of other packages that files of weights name, which runs their code."
 )
-# How Python says that a text is not of a type.
+# Python's messages about texts of a wrong type.
 _CONVERSIONS = {
     "invalid literal for int() with base 10": "an integer",
     "could not convert string to float": "a number",
@@ -40,7 +40,7 @@ def recipes() -> dict[str, pathlib.Path]:
 
 
 def find_recipe(name: str) -> str:
-    """Return the file of the recipe `name`: one of the package's, or `name` itself where it is a path.
+    """Return the file of a recipe: of the package's recipe `name`, or `name` itself if it is a path.
 
     Raises:
       UserError: no such recipe or file.
@@ -124,8 +124,8 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
 
 
 def _check_words(arguments: list[str]) -> None:
-    """Raises `UserError` for words that belong to no argument: often an unquoted space has cut them off one."""
-    flag = False  # whether the word before is a flag whose value may come next
+    """Raise `UserError` for words that belong to no argument: often an unquoted space has split an argument."""
+    flag = False  # whether the previous word is a flag whose value may come next
     for at, word in enumerate(arguments):
         if not word.startswith("-") and not flag:
             words = itertools.takewhile(lambda x: not x.startswith("-"), arguments[at:])
@@ -137,7 +137,7 @@ def _check_words(arguments: list[str]) -> None:
 
 
 def _is_open(value: str) -> bool:
-    """Whether a tuple's value begins with a quote or bracket, and one is not closed."""
+    """Whether the text of a tuple begins with a quote or bracket and leaves one open."""
     if not value.startswith(("(", "[", "'", '"')):
         return False
     try:
@@ -150,9 +150,9 @@ def _is_open(value: str) -> bool:
 
 
 def check_keys(config: ml_collections.ConfigDict, overrides: list[str]) -> None:
-    """Raises `UserError` for an override --config.KEY=VALUE of a key that does not exist, with the nearest valid key.
+    """Raise `UserError` for an override --config.KEY=VALUE of an unknown key, with the nearest valid key.
 
-    So does a tuple's value with a quote or bracket that is not closed, which may else be taken as a plain text.
+    A tuple with an open quote or bracket raises as well: absl might otherwise take it as plain text.
     """
     for override in overrides:
         match = re.match(r"--?(?:no)?config\.([\w.-]+)", override)
@@ -168,15 +168,18 @@ def check_keys(config: ml_collections.ConfigDict, overrides: list[str]) -> None:
 
 
 def help_text() -> str:
-    """All keys of a config, a line each, with their defaults."""
+    """Return one line for each key of a config, with its default."""
     rows = [(f"--config.{name}={value!r}", doc) for name, value, _, doc in fields.describe(schema.Config)]
     lines = [f"  {left:<50} {doc}" if len(left) < 50 else f"  {left}\n  {'':<50} {doc}" for left, doc in rows]
     return "\n".join(["keys of a config, with the defaults that a recipe starts from:", *lines])
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parses flags; --config is loaded first, since its keys are flags themselves. Bad input is one sentence."""
-    # config_flags can load the file itself, but buries an error of the file under two tracebacks.
+    """Parse the flags of a command. --config is loaded first, since its keys are flags themselves.
+
+    Bad input ends the process with one sentence.
+    """
+    # config_flags can load the file itself, but shows an error in the file only below two tracebacks.
     at = next((i for i, arg in enumerate(argv) if re.fullmatch(r"--?config(=.*)?", arg)), None)
     try:
         if {"--help", "-help", "-h"} & set(argv):

@@ -30,18 +30,15 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
     Raises:
       UserError: an unknown key, or a value that is not allowed.
     """
-    values = dict(defaults)
     items: list[tuple[str, str]] = []
     for item in filter(None, (arg or "").split(",")):
         key, equals, text = item.partition("=")
-        if (
-            not (equals or isinstance(defaults.get(key), bool))
-            and items
-            and isinstance(defaults.get(items[-1][0]), str)
-        ):
+        flag = isinstance(defaults.get(key), bool)
+        if items and not equals and not flag and isinstance(defaults.get(items[-1][0]), str):
             items[-1] = (items[-1][0], f"{items[-1][1]},{item}")
         else:
             items.append((key, text))
+    values = dict(defaults)
     for key, text in items:
         if key not in defaults:
             if not text and os.path.exists(os.path.expanduser(key)):
@@ -50,20 +47,28 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
                 )
             near = nearest(key, defaults)
             raise UserError(f"config argument {key!r} is unknown; did you mean {near!r}? Known: {', '.join(defaults)}.")
-        kind = type(defaults[key])
-        try:
-            values[key] = text.lower() in ("", "1", "true", "yes") if kind is bool else kind(text)
-        except ValueError as error:
-            raise UserError(f"config argument {key}={text!r}; expected {_KINDS[kind]}.") from error
-        # A default of 0 means that the recipe chooses the value.
-        low = min(defaults[key], 1) if kind is int else 0
-        above = low == 0 and key in ("steps", "epochs")
-        if kind in (int, float) and not (low <= values[key] < math.inf and (values[key] or not above)):
-            raise UserError(f"config argument {key}={text!r}; expected {'above' if above else 'at least'} {low}.")
+        values[key] = _convert(key, text, defaults[key])
     # A default of "" means that the recipe chooses the objective.
     if values.get("objective", "clip") not in (*OBJECTIVES, defaults.get("objective")):
         raise UserError(f"config argument objective={values['objective']!r} must be one of {', '.join(OBJECTIVES)}.")
     return ml_collections.ConfigDict(values)
+
+
+def _convert(key: str, text: str, default: Any) -> Any:
+    """Return `text` as a value of the type of `default`."""
+    kind = type(default)
+    if kind is bool:
+        return text.lower() in ("", "1", "true", "yes")
+    try:
+        value = kind(text)
+    except ValueError as error:
+        raise UserError(f"config argument {key}={text!r}; expected {_KINDS[kind]}.") from error
+    # A default of 0 means that the recipe chooses the value.
+    low = min(default, 1) if kind is int else 0
+    above = low == 0 and key in ("steps", "epochs")
+    if kind in (int, float) and not (low <= value < math.inf and (value or not above)):
+        raise UserError(f"config argument {key}={text!r}; expected {'above' if above else 'at least'} {low}.")
+    return value
 
 
 def base(objective: str, size: str) -> ml_collections.ConfigDict:

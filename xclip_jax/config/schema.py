@@ -1,4 +1,4 @@
-"""All keys of a run: each module's group of keys in one frozen dataclass, checked at once.
+"""All keys of a run: the groups of keys that the modules declare, in one frozen dataclass that is checked as a whole.
 
 Recipes start from `default()`, a locked `ConfigDict`, and change values; `resolve` turns it into a `Config`.
 """
@@ -40,8 +40,8 @@ _TOWERS = Check("names of towers, 'img' or 'txt'", lambda value: set(value) <= {
 class InitConfig:
     """Config group `init`: what a new run starts from."""
 
-    weights: str = key("", "a run's folder, or weights of another project, hf:ORG/NAME too; empty for random ones")
-    frozen: Sequence[str] = key((), "towers that get no update", _TOWERS)
+    weights: str = key("", "folder of a run, or weights of another project, as hf:ORG/NAME; empty: random parameters")
+    frozen: Sequence[str] = key((), "towers whose parameters are not updated", _TOWERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,37 +49,38 @@ class EvalConfig:
     """Config group `eval`: what is evaluated, and when."""
 
     sets: Sequence[str] = key((), "sets that are evaluated every `eval.every` steps, and at the end")
-    final_sets: Sequence[str] = key((), "further sets, at the end alone")
-    every: int = key(0, "steps between two evaluations; 0 for the end alone", at_least(0))
+    final_sets: Sequence[str] = key((), "further sets that are evaluated only at the end")
+    every: int = key(0, "steps between two evaluations; 0: only at the end", at_least(0))
     batch: int = key(256, "items that are encoded at once", at_least(1))
-    ema: bool = key(False, "evaluate the moving average, where there is one")
+    ema: bool = key(False, "evaluate the moving average of the parameters, if the run has one")
     report: bool = key(False, "make picture.png and report.html at the end")
     resize: str = key("shortest", "how images are made square wherever the model is used", choice(RESIZE_MODES))
     resize_size: int = key(0, "side before the central crop, pixels; 0 for model.img.image_size", at_least(0))
     interpolation: str = key("bicubic", "how images are resized wherever the model is used", choice(INTERPOLATIONS))
-    templates: Sequence[str] = key((), "prompts of own labelled images, {c} for the class; empty for one", _TEMPLATES)
-    class_names: str = key("", "JSON file of names of own classes, {label: name}; empty for the labels themselves")
+    templates: Sequence[str] = key(
+        (), "prompts for labelled images of your own, with {c} for the class; empty: one", _TEMPLATES
+    )
+    class_names: str = key("", "JSON file {label: name} with the names of your own classes; empty: the labels")
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     """Config group `log`: metrics and warnings."""
 
-    to: Sequence[str] = key(("tensorboard",), "trackers that metrics go to beside metrics.jsonl", _TRACKERS)
+    to: Sequence[str] = key(("tensorboard",), "trackers that get the metrics, in addition to metrics.jsonl", _TRACKERS)
     project: str = key("xclip_jax", "the run's project in wandb and Trackio", not_empty())
     callbacks: Sequence[str] = key((), "classes of other packages that the run calls while it trains", _CLASSES)
     every: int = key(
         20,
-        "steps between two lines of metrics, beside those of step 1, checkpoints, evaluations and the end; "
-        "0 for these alone",
+        "steps between two lines of metrics, apart from step 1, checkpoints, evaluations and the end; 0: only these",
         at_least(0),
     )
     expected_epochs: float = key(
-        0.0, "that the recipe's steps are for, 0 if unknown; other numbers are warned of", at_least(0)
+        0.0, "epochs that the recipe's steps are meant for; a run of other epochs warns; 0: unknown", at_least(0)
     )
-    collapse_warmup_steps: int = key(500, "step from which on a collapse or a plateau is warned of", at_least(0))
-    stall_warning: float = key(60.0, "seconds without progress after which the phase is named; 0 never", at_least(0))
-    stall_limit: float = key(1800.0, "seconds without progress after which the run ends; 0 never", at_least(0))
+    collapse_warmup_steps: int = key(500, "first step at which a collapse or a plateau gives a warning", at_least(0))
+    stall_warning: float = key(60.0, "seconds without progress until a warning names the phase; 0: never", at_least(0))
+    stall_limit: float = key(1800.0, "seconds without progress until the run ends; 0: never", at_least(0))
     profile: Sequence[int] = key((), "first and last step that JAX's profiler traces, as in 100,110", _STEPS)
 
 
@@ -87,12 +88,12 @@ class LogConfig:
 class CheckpointConfig:
     """Config group `checkpoint`."""
 
-    every: int = key(1000, "steps between two checkpoints; 0 for the end alone", at_least(0))
-    keep: int = key(3, "newest checkpoints that are kept", at_least(1))
-    keep_every: int = key(0, "steps between two checkpoints that are kept for ever; 0 for none", at_least(0))
+    every: int = key(1000, "steps between two checkpoints; 0: only at the end", at_least(0))
+    keep: int = key(3, "number of newest checkpoints to keep", at_least(1))
+    keep_every: int = key(0, "also keep one checkpoint every N steps; 0: none", at_least(0))
 
     def conflicts(self) -> Iterator[str]:
-        """Values that do not go together."""
+        """Yield the faults of values that exclude each other."""
         if self.keep_every and (not self.every or self.keep_every % self.every):
             yield f"keep_every={self.keep_every} must be a multiple of checkpoint.every={self.every}, or 0"
 
@@ -101,9 +102,9 @@ class CheckpointConfig:
 class Config:
     """The whole config of a run. Frozen; made by `resolve`."""
 
-    run: str = key("runs/new", "the run's folder, on a disk or in a bucket", not_empty())
-    seed: int = key(0, "of initial parameters, data order and augmentation", between(0, 2**32 - 1))
-    steps: int = key(0, "updates of the whole run", at_least(1))
+    run: str = key("runs/new", "folder of the run, on a disk or in a bucket", not_empty())
+    seed: int = key(0, "seed of initial parameters, data order and augmentation", between(0, 2**32 - 1))
+    steps: int = key(0, "number of updates of the whole run", at_least(1))
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -128,11 +129,11 @@ class Config:
             yield "optim.rewind may need an older checkpoint than the newest, and checkpoint.keep is 1; raise it to 2"
 
     def conflicts(self) -> Iterator[str]:
-        """Values of several groups that do not go together."""
+        """Yield the faults of values of several groups that exclude each other."""
         if self.optim.warmup >= self.steps:
             remedy = (
-                "shorten it with --config.optim.warmup=N, or give the recipe its length (steps= in small, demo and "
-                "icons, epochs= in others)"
+                "shorten it with --config.optim.warmup=N, or give the recipe its length (steps= in small and demo, "
+                "epochs= in others)"
             )
             yield f"optim.warmup={self.optim.warmup} must be below the {self.steps} steps of the run; {remedy}"
         if self.log.profile and self.log.profile[1] > self.steps:
@@ -153,19 +154,19 @@ class Config:
 
 
 def default() -> ml_collections.ConfigDict:
-    """Every key with its default. Locked: a key that does not exist cannot be set."""
+    """Return every key with its default, locked: a key that does not exist cannot be set."""
     return ml_collections.ConfigDict(fields.default(Config)).lock()
 
 
 def resolve(config: ml_collections.ConfigDict | Mapping[str, Any] | Config, *, training: bool = False) -> Config:
-    """Check a config as a whole. Keys that are absent have their defaults.
+    """Check a config as a whole and return it as a `Config`. Absent keys have their defaults.
 
     Args:
-      config: values, or a config that is resolved.
-      training: whether it is to be trained, and not only read, see `Config.training_conflicts`.
+      config: values, or a `Config`.
+      training: also check `Config.training_conflicts`, which matter only to a run that trains.
 
     Raises:
-      UserError: names every unknown key and every value that is not allowed, with what is.
+      UserError: names every unknown key, and every value that is not allowed with the allowed ones.
     """
     faults: list[str] = []
     if isinstance(config, Config):
@@ -182,9 +183,9 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any] | Config, *, t
 
 
 def complete(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """Locked config with `values`, such as those of a run's config.json, and defaults for all other keys.
+    """Return a locked config of `values`, for example from a run's config.json, with defaults for all other keys.
 
-    Lists become tuples: JSON has none, and `ConfigDict` keeps types. `resolve` reports keys that do not exist.
+    Lists become tuples, because JSON has no tuples and `ConfigDict` keeps types. `resolve` reports unknown keys.
     """
 
     def fill(expected: Any, given: Any) -> Any:
@@ -200,7 +201,7 @@ def complete(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Nested dict of JSON's types, as it is stored and shown: addresses have no passwords and signatures."""
+    """Return a nested dict of JSON's types, as it is stored and shown: addresses without passwords and signatures."""
     return public(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
