@@ -31,7 +31,7 @@ TESTS = (
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """See the module's docstring."""
     args = recipes.parse_arg(arg, objective="xclip", steps=680, preset="Ti/12", size=48)
-    config = recipes.base(args.objective, args.preset)
+    config = recipes.base(args.objective, args.preset)  # terms of the loss, sizes of the towers
     config.run = f"runs/demo-{args.objective}"
     config.steps = args.steps
 

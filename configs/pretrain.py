@@ -41,7 +41,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     folders, published = DATA.get(args.data, OWN)
     epoch = max((args.pairs or published) // args.batch, 1)  # steps
 
-    config = recipes.base(args.objective, args.preset)
+    config = recipes.base(args.objective, args.preset)  # terms of the loss, sizes of the towers
     config.run += f"-{args.data}" if args.data else ""
     config.steps = args.epochs * epoch
     config.log.expected_epochs = args.epochs  # compared with the epochs over the pairs that the sources have

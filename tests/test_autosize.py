@@ -1,4 +1,4 @@
-"""The recipe for own pairs: sizes that follow from the pairs and the machine, and a run from pairs to results."""
+"""Sizes that follow from the pairs and the machine, and a run from pairs to results."""
 
 import colorsys
 import dataclasses
