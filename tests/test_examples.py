@@ -7,6 +7,7 @@ import pytest
 
 from examples import compare_objectives, use_a_model
 from tests import tiny
+from xclip_jax.config import load
 
 
 def test_use_a_model(run, tmp_path, capsys):
@@ -19,11 +20,11 @@ def test_use_a_model(run, tmp_path, capsys):
     assert lines[3].startswith(f"{images[0]}: ") and "%" in lines[3]
 
 
-def narrow(get_config):
-    """The same config with towers that compile in a second, and without room for keys that do not exist."""
+def narrow(load_config):
+    """The same config with towers that compile in a second."""
 
-    def narrowed(*args, **kwargs):
-        config = get_config(*args, **kwargs).lock()
+    def narrowed(spec):
+        config = load_config(spec)
         for tower in (config.model.img, config.model.txt):
             tower.width, tower.depth, tower.heads = 16, 1, 2
         config.model.cluster_head.clusters = config.model.cluster_head.hidden = 32
@@ -59,7 +60,7 @@ def test_the_notebook_installs_from_what_is_named(tmp_path, monkeypatch):
 
 def test_the_notebook(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare_objectives.demo, "get_config", narrow(compare_objectives.demo.get_config))
+    monkeypatch.setattr(load, "load_config", narrow(load.load_config))
     (install, _), *cells = notebook_cells()
     assert install.count("STEPS = 200\n") == 1
     names = {}
@@ -76,7 +77,7 @@ def test_the_notebook(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow  # four runs
 def test_compare_objectives(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(compare_objectives.demo, "get_config", narrow(compare_objectives.demo.get_config))
+    monkeypatch.setattr(compare_objectives, "load_config", narrow(load.load_config))
     flags = ["--steps", "1", "--batch", "16", "--objectives", "clip,nclip", "--suite", "emoji/test_aliases"]
     compare_objectives.main([*flags, "--runs", str(tmp_path)])
     said = capsys.readouterr().out
