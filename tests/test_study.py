@@ -1,8 +1,10 @@
 """Studies: the declaration and its checks, run files and choices on validation."""
 
 import dataclasses
+import hashlib
 import json
 import math
+import pathlib
 
 import pytest
 
@@ -275,3 +277,11 @@ def test_only_finished_runs_are_collected(tmp_path):
         records.collect(tmp_path, section="core", **ABOUT)
     diverged = records.collect(tmp_path, section="core", **ABOUT | {"error": "loss of step 3 is nan"})
     assert diverged.error and not diverged.results and diverged.seconds["evaluation"] is None
+
+
+def test_committed_runs_keep_their_keys():
+    """The identity of each committed run; a config key that the schema gains or loses changes this digest."""
+    runs = records.read_all(pathlib.Path(__file__).parents[1] / "docs" / "study" / "runs").values()
+    names = sorted(f"{run.arm} {run.seed} {run.key}\n" for run in runs)
+    digest = hashlib.sha256("".join(names).encode()).hexdigest()
+    assert (len(names), digest) == (249, "f0efe2c95856de16faa0d9d919d227da8997f39fd80d60bf35f8794ad3a23265")
