@@ -1,6 +1,6 @@
 """Cost of refusing steps whose loss or gradient is not finite: the same step with the condition and without.
 
-    JAX_PLATFORMS=cpu python -m benchmarks.guard --recipe icons --rounds 160
+    JAX_PLATFORMS=cpu python -m benchmarks.guard --recipe studies/icons/recipe.py --rounds 160
 
 Both steps are compiled in one process and taken in turn on one random batch. Prints the median seconds of each and last
 "ratio R", the median over rounds of the guarded step's time over the other's. Set GLIBC_TUNABLES as launch/common.sh
@@ -45,7 +45,7 @@ def make_step(recipe: str) -> Callable[[], float]:
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="icons", help="as of --config (default: %(default)s)")
+    parser.add_argument("--recipe", default="studies/icons/recipe.py", help="as of --config (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=160, help="steps of each (default: %(default)s)")
     flags = parser.parse_args()
     steps = {"guarded": make_step(flags.recipe)}

@@ -264,7 +264,7 @@ tpu_scp() {
 }
 
 # What a worker needs of a folder that is not a git checkout.
-SOURCES=(setup.py pyproject.toml README.md .git_archival.txt configs launch xclip_jax)
+SOURCES=(setup.py pyproject.toml README.md .git_archival.txt configs launch studies xclip_jax)
 
 # Packs this commit for the workers, into the file ARCHIVE: an archive and not a clone, so that a shallow clone will do.
 # git writes the commit's name into .git_archival.txt, from which config.json of a run has it. Outside a git checkout

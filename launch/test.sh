@@ -22,7 +22,7 @@ if [ "${1:-}" = fast ]; then
   # Four fifths of the suite's processor time are in these files.
   for name in collectives configs controls embed end_to_end evaluate examples export extension_similarity \
     extension_source extension_tower finetune finetune_objective inference interop models plan preprocessing \
-    pretraining probe processes report results run_evaluations run_folder sharding step study_runner trainer unreadable vocabulary \
+    pretraining probe processes report results run_evaluations run_folder sharding step trainer unreadable vocabulary \
     weights workers; do
     set -- "--ignore=tests/test_$name.py" "$@"
   done

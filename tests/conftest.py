@@ -54,35 +54,6 @@ def trained(pairs, tmp_path_factory):
     return run
 
 
-@pytest.fixture(scope="session")
-def icon_package(tmp_path_factory):
-    """Path of a small package of icon sets, and what pins it."""
-    from tests import icons_package
-
-    path = tmp_path_factory.mktemp("package") / "icons.tgz"
-    return path, icons_package.write(path)
-
-
-@pytest.fixture(scope="session")
-def icon_source(icon_package):
-    """What a build of the icons reads of that package."""
-    from xclip_jax.data import icons, icons_package
-
-    return icons.Source(*icons_package.read(icon_package[0]), "1.0.0")
-
-
-@pytest.fixture(scope="session")
-def icon_builder(icon_source, tmp_path_factory):
-    """The data set that is built from it, with splits of a few concepts."""
-    from tests import icons_package
-    from xclip_jax.data import icons, icons_splits
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in icons_package.SIZES.items():
-            patch.setattr(icons_splits, name, value)
-        return icons.prepare(tmp_path_factory.mktemp("tfds"), icon_source)
-
-
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """The stand-in of the Hub, where the client looks for the Hub; its cache is empty, and no account is known."""

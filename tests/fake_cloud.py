@@ -70,7 +70,7 @@ def make_checkout(path):
     """Makes a repository of two commits with what the scripts send to the workers, whatever this one is."""
     for name in (".gitattributes", ".git_archival.txt", "README.md", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, path)
-    for name in ("configs", "launch", "xclip_jax"):
+    for name in ("configs", "launch", "studies", "xclip_jax"):
         shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.com", "-c", "commit.gpgsign=false"]
     commit = ["commit", "--quiet", "--allow-empty", "--message=x"]

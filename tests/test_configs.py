@@ -40,11 +40,8 @@ CONFIGS = {
     "demo_clip": ("demo", "objective=clip"),
     "demo_siglip": ("demo", "objective=siglip"),
     "demo_nclip": ("demo", "objective=nclip"),
-    "icons": ("icons", None),
-    "icons_xclip": ("icons", "objective=xclip,steps=2000,size=48"),
     "small": ("small", "pairs=folder:/my/pairs,count=200,device=cpu"),
     "small_gpu": ("small", "pairs=tar:/my/pairs/*.tar,count=500000,device=gpu,objective=xclip"),
-    "study_cc12m": ("study_cc12m", "objective=xclip,root=gs://bucket"),
 }
 
 

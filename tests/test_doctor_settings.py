@@ -52,7 +52,7 @@ def test_settings_that_are_seldom_right(changes, words):
     assert words in line and line.startswith("warning  settings")
 
 
-@pytest.mark.parametrize("name", ["demo", "icons", "pretrain:objective=clip", "pretrain", "finetune"])
+@pytest.mark.parametrize("name", ["demo", "pretrain:objective=clip", "pretrain", "finetune"])
 def test_the_schedules_of_the_packages_recipes_are_usual(name):
     config = load.load_config(name)
     config.steps = config.steps or 1000

@@ -36,7 +36,7 @@ FLOORS = (
     {"objectives", "interop", "train.optim"},
     {"config", "evaluators"},
     {"train", "flops", "compilation_cache"},
-    {"inference", "mteb", "embed_sources", "evaluation", "model_card", "report", "study"},
+    {"inference", "mteb", "embed_sources", "evaluation", "model_card", "report"},
     {
         "autosize",
         "main",
@@ -49,7 +49,6 @@ FLOORS = (
         "doctor",
         "serve",
         "report.__main__",
-        "study.__main__",
         "data.check",
     },
 )
@@ -177,6 +176,14 @@ def test_no_import_goes_upwards(graph):
     assert not upwards
 
 
+@pytest.mark.parametrize("path", sources(PACKAGE, "configs"), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_nothing_imports_the_studies(path):
+    """They are a guest outside the wheel: what they need of the package is open to everybody's package."""
+    imports = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [name for node in imports for name in [getattr(node, "module", ""), *(alias.name for alias in node.names)]]
+    assert not [name for name in names if name and name.split(".")[0] == "studies"]
+
+
 def test_no_circle(graph):
     assert circle(graph) == []
     assert circle(rooms(graph)) == []
@@ -191,7 +198,7 @@ def test_no_room_depends_on_more_than_six_others(graph):
 
 def test_files_and_functions_are_short():
     lengths = {}
-    for path in sources(PACKAGE, "configs"):
+    for path in sources(PACKAGE, "configs", "studies"):
         name = path.relative_to(ROOT).as_posix()
         if (lines := len(path.read_text().splitlines())) > MOST_LINES["file"]:
             lengths[name] = lines
@@ -207,7 +214,7 @@ def modules(*folders: str) -> list[str]:
     return [path.relative_to(ROOT).as_posix() for path in sources(*folders)]
 
 
-every_module = pytest.mark.parametrize("name", modules(PACKAGE, "configs", "examples", "benchmarks"))
+every_module = pytest.mark.parametrize("name", modules(PACKAGE, "configs", "studies", "examples", "benchmarks"))
 
 
 @every_module

@@ -55,7 +55,13 @@ def test_command_line_of_a_command(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "unbuffered"),
-    [("cli --help", ""), ("cli --help", "1"), ("study --help", "1"), ("cli study --dry-run", ""), ("main --help", "")],
+    [
+        ("cli --help", ""),
+        ("cli --help", "1"),
+        ("cli evaluate --help", "1"),
+        ("cli plan --help", ""),
+        ("main --help", ""),
+    ],
 )
 def test_a_command_whose_output_nobody_reads_ends_quietly(line, unbuffered, tmp_path):
     """As in a pipe to `head`, whether writing fails at once or when the command ends."""

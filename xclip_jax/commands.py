@@ -13,7 +13,6 @@ COMMANDS = {
     "doctor": ("xclip_jax.doctor", "check a run before it is started, or look at one by its folder"),
     "report": ("xclip_jax.report", "write the page of a run"),
     "serve": ("xclip_jax.serve", "search a folder of images by words on a page in the browser"),
-    "study": ("xclip_jax.study", "run a study of several objectives and seeds, and write its page"),
     "check": ("xclip_jax.data.check", "check image-text pairs before training"),
     "index": ("xclip_jax.data.tar_index", "index tars ahead of a run"),
 }

@@ -34,7 +34,7 @@ from xclip_jax.data.glue import GlueTasks
 from xclip_jax.data.hub_source import HubSets
 from xclip_jax.data.tables import CsvTables, ParquetTables
 from xclip_jax.data.tar_source import Tars
-from xclip_jax.data.tfds_source import DemoSplits, IconSplits, TfdsSplits
+from xclip_jax.data.tfds_source import DemoSplits, TfdsSplits
 from xclip_jax.data.wds import Wds
 from xclip_jax.errors import BadSample, UserError
 from xclip_jax.imports import import_class
@@ -48,7 +48,6 @@ SOURCES: Mapping[str, type[SourceKind]] = {
     "array_record": ArrayRecords,
     "tfds": TfdsSplits,
     "demo": DemoSplits,
-    "icons": IconSplits,
     "glue": GlueTasks,
     "wds": Wds,
     "hf": HubSets,

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from xclip_jax.data import demo, icons, labelled
+from xclip_jax.data import demo, labelled
 from xclip_jax.data.base import LabelledSource, MissingColumnError, Record, Source, SourceKind, SourceOptions
 from xclip_jax.data.tables import strip_texts
 from xclip_jax.data.text import decode_utf8, first_line
@@ -220,26 +220,15 @@ class DemoSplits(SourceKind):
     @classmethod
     def open_pairs(cls, rest: str, options: SourceOptions) -> TfdsSource:
         """Open a split of the data set of `demo.prepare`."""
-        return _open_prepared("demo", demo.prepare(options.dir or None), rest, options)
+        return open_prepared("demo", demo.prepare(options.dir or None), rest, options)
 
 
-class IconSplits(SourceKind):
-    """`icons:SPLIT`, the drawings of `data.icons`, prepared on first use."""
+def open_prepared(kind: str, builder: Any, split: str, options: SourceOptions) -> TfdsSource:
+    """Open a split of a builder whose data set is prepared; `kind` is what its specs begin with.
 
-    pair_specs: ClassVar = {"icons:SPLIT": "a split of the icons, prepared on first use"}
-
-    @classmethod
-    def extras(cls, rest: str) -> tuple[str, ...]:
-        """Packages of images."""
-        return ("demo",)
-
-    @classmethod
-    def open_pairs(cls, rest: str, options: SourceOptions) -> TfdsSource:
-        """Open a split of the data set of `icons.prepare`."""
-        return _open_prepared("icons", icons.prepare(options.dir or None), rest, options)
-
-
-def _open_prepared(kind: str, builder: Any, split: str, options: SourceOptions) -> TfdsSource:
+    Raises:
+      UserError: an unknown split.
+    """
     try:
         data = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     except (KeyError, ValueError) as error:

@@ -26,7 +26,6 @@ from xclip_jax.evaluators.dense_datasets import DenseSets
 from xclip_jax.evaluators.emoji_sets import TESTS, EmojiSets
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.file_datasets import FileSets
-from xclip_jax.evaluators.icon_sets import IconSets
 from xclip_jax.evaluators.pair_sets import PairSets, check_columns
 from xclip_jax.evaluators.probe import Probe
 from xclip_jax.evaluators.probe_datasets import ProbeSets
@@ -41,7 +40,7 @@ from xclip_jax.imports import class_name, import_class, is_imported
 from xclip_jax.models.two_towers import Variables
 
 KINDS: tuple[type[SetKind], ...] = (
-    EmojiSets, IconSets, PublishedSets, WdsSets, FileSets, PairSets, ProbeSets, DenseSets, FinetunedSets,
+    EmojiSets, PublishedSets, WdsSets, FileSets, PairSets, ProbeSets, DenseSets, FinetunedSets,
 )  # fmt: skip
 SETS: Mapping[str, type[SetKind]] = {prefix: kind for kind in KINDS for prefix in kind.prefixes}
 EVALUATORS: Mapping[str, type[Evaluator]] = {

@@ -1,0 +1,113 @@
+"""Runs a declared study and writes its page: python -m studies.
+
+    python -m studies --dry-run              the matrix, with what is done and the hours that are left
+    python -m studies                        runs what is missing, in the order of worth, and writes the page
+    python -m studies --only core --max-hours 8
+    python -m studies --page                 docs/study.md and its charts, from the records alone
+    python -m studies --study cc12m --collect RUN ...   records of runs that were made elsewhere
+
+Each finished run is a line of studies/icons/runs.jsonl, which is recognised by its config; commit that file. After a
+kill, or in another checkout that has the file, the same command goes on. Recipes are tuned on validation sets; test
+sets are evaluated once, at the end of a run.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from absl import logging
+
+from studies import page, records, schedule
+from studies.cc12m import study as cc12m
+from studies.collect import collect
+from studies.declaration import DEFAULT, SECTIONS
+from studies.icons import study as icons
+from studies.matrix import Matrix, Snapshot
+from studies.runner import ROOT, Runner
+from xclip_jax.config.fields import nearest
+from xclip_jax.config.load import load_config
+from xclip_jax.errors import Parser, UserError, exit_with_message
+from xclip_jax.train.interrupt import EXIT_RESUMABLE
+
+DOCS = ROOT / "docs"
+STUDIES = {"icons": icons, "cc12m": cc12m}  # their function `study` makes the declaration
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m studies", description=__doc__)
+    parser.add_argument("--study", default=DEFAULT, choices=STUDIES, help="which (default: %(default)s)")
+    parser.add_argument("--recipe", default="", help="its recipe with other arguments, as study_cc12m:root=/my/data")
+    parser.add_argument("--only", default="", help=f"sections ({', '.join(SECTIONS)}) or arms, joined by commas")
+    parser.add_argument("--max-hours", type=float, help="save and stop what is running after this time")
+    parser.add_argument("--workers", type=int, default=1, help="runs at the same time; their seconds say so")
+    parser.add_argument("--dry-run", action="store_true", help="print the matrix and run nothing")
+    parser.add_argument("--page", action="store_true", help="write the page and run nothing")
+    parser.add_argument("--collect", nargs="+", metavar="RUN", help="record the finished runs in these folders")
+    parser.add_argument("--diverged", default="", metavar="WHY", help="of --collect: why runs ended without results")
+    parser.add_argument("--allow-dirty", action="store_true", help="run code that is not committed; records say so")
+    parser.add_argument("--commit", default="", help="commit of the code, where it is not in a git checkout")
+    parser.add_argument("--keep", action="store_true", help="keep the folders of finished runs")
+    parser.add_argument(
+        "--docs",
+        default=str(DOCS),
+        help="folder of the page; another one gets a runs.jsonl of its own",
+    )
+    parser.add_argument("--scratch", default=str(ROOT / "runs" / "study"), help="folder of runs in progress")
+    return parser.parse_args(argv)
+
+
+def _runner(matrix: Matrix, runs: pathlib.Path, only: Sequence[str], flags: argparse.Namespace) -> Runner:
+    options = {"max_hours": flags.max_hours, "workers": flags.workers, "keep": flags.keep, "commit": flags.commit}
+    return Runner(matrix, runs, pathlib.Path(flags.scratch), only=only, allow_dirty=flags.allow_dirty, **options)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    flags = _arguments(argv)
+    logging.set_verbosity(logging.ERROR)
+    with exit_with_message():
+        make, docs = STUDIES[flags.study].study, pathlib.Path(flags.docs)
+        matrix = Matrix(make(flags.recipe) if flags.recipe else make(), load_config)
+        study = matrix.study
+        home = docs.resolve() == DOCS.resolve()
+        runs = (ROOT / "studies" / study.name if home else docs / study.page) / "runs.jsonl"
+        only = tuple(filter(None, flags.only.split(",")))
+        known = [*SECTIONS, *(arm.name for arm in study.arms)]
+        if unknown := [name for name in only if name not in known]:
+            raise UserError(f"--only {unknown[0]!r} is unknown; did you mean {nearest(unknown[0], known)!r}?")
+        if flags.workers < 1:
+            raise UserError(f"--workers is {flags.workers}; expected at least 1.")
+        if flags.dry_run:
+            print(schedule.table(matrix, Snapshot(matrix, records.read_all(runs)), only))
+            return
+        if study.recipe and study.name == DEFAULT and home:
+            raise UserError(
+                f"the pages in {docs} and the README's finding are of the study's own recipe, not of "
+                f"--recipe {study.recipe}; pass --docs FOLDER for others."
+            )
+        failed, complete, work = None, True, None
+        if not flags.collect and not flags.page:
+            work = _runner(matrix, runs, only, flags)
+            work.check()
+        try:
+            if flags.collect:
+                options = {"commit": flags.commit, "diverged": flags.diverged, "allow_dirty": flags.allow_dirty}
+                for name in collect(matrix, runs, flags.collect, **options):
+                    print(name)
+            elif work:
+                complete = work.run()
+        except UserError as error:  # the page has what is finished
+            failed = error
+        snapshot, readme = Snapshot(matrix, records.read_all(runs)), docs.parent / "README.md"
+        print(f"page: {page.write(docs, snapshot)}")
+        if study.name == DEFAULT and not study.recipe and readme.exists():
+            page.write_finding(readme, snapshot)
+        if failed:
+            raise failed
+        if not complete:
+            sys.exit(EXIT_RESUMABLE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Protocols on items that depend on each other, such as drawings of one concept, which are right or wrong together.
+
+Results are those of the plain protocols, and `statistics.bootstrap` resamples concepts, not drawings: an interval that
+treats drawings as independent is a third of the true one. Zero-shot classification also has the geometric mean rank.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from xclip_jax.errors import UserError
+from xclip_jax.evaluators import logistic
+from xclip_jax.evaluators.base import Column, Evaluator, Metric
+from xclip_jax.evaluators.feature_classifiers import is_right, knn, subset
+from xclip_jax.evaluators.probe import Joined, Probe
+from xclip_jax.evaluators.provenance import Provenance
+from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet
+from xclip_jax.evaluators.statistics import PerExample
+from xclip_jax.evaluators.text import TextRetrieval, TextRetrievalSet
+from xclip_jax.evaluators.zeroshot import LAYOUTS, ZeroShot, ZeroShotSet
+from xclip_jax.models.two_towers import Variables
+
+_HERE = "studies.icons.clustered"
+_SEEDS = 3  # draws of a few-shot training set
+_WITH_RANK = dataclasses.replace(
+    LAYOUTS[0],
+    title="zero-shot classification of concepts, %",
+    metrics=(*LAYOUTS[0].metrics, Metric("rank_gmean", "rank", "geometric mean rank")),
+    columns=(*LAYOUTS[0].columns, Column("rank", "rank_gmean", ">8", chance=">9")),
+)
+
+
+def _with_groups(result: Result, groups: np.ndarray) -> Result:
+    """The result with items that are resampled by group; one without items stays as it is."""
+    if result.items is None:
+        return result
+    return dataclasses.replace(result, items=dataclasses.replace(result.items, groups=groups))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClusteredZeroShotSet(ZeroShotSet):
+    """A `ZeroShotSet` with one label an image; images of one class belong together."""
+
+    evaluator: ClassVar[str] = f"{_HERE}:ClusteredZeroShot"
+
+
+class ClusteredZeroShot(ZeroShot):
+    """`ZeroShot`, and "rank_gmean": the geometric mean over images of the right class's rank, from 1; less is better.
+
+    It moves before top-1 does. An image without a valid ranking has the last rank.
+    """
+
+    layouts = (_WITH_RANK,)
+
+    def measure(self, variables: Variables) -> list[Result]:
+        """Return the results that the class names."""
+        labels = np.asarray(self.data.labels)
+        return [_with_groups(result, labels) for result in super().measure(variables)]
+
+    def results_of_ranks(self, score: str, rank: np.ndarray) -> list[Result]:
+        """Return "rank_gmean"."""
+        ways = len(self.data.prompts)
+        items = PerExample((np.minimum(rank, ways - 1) + 1).astype(float), statistic="gmean")
+        chance = float(np.exp(np.log(np.arange(1, ways + 1)).mean()))
+        fields = {"unit": "rank", "n": len(rank), "chance": chance, "items": items, "score": score}
+        return [self.result("rank_gmean", items.value(), **fields)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClusteredRetrievalSet(RetrievalSet):
+    """A `RetrievalSet` of which the captions of one image belong together."""
+
+    evaluator: ClassVar[str] = f"{_HERE}:ClusteredRetrieval"
+
+
+ClusteredRetrieval = Retrieval  # by the name in records; it resamples by image
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClusteredTextRetrievalSet(TextRetrievalSet):
+    """A `TextRetrievalSet` of which the queries for one text belong together."""
+
+    evaluator: ClassVar[str] = f"{_HERE}:ClusteredTextRetrieval"
+
+
+class ClusteredTextRetrieval(TextRetrieval):
+    """`TextRetrieval`, resampled by the text that queries ask for."""
+
+    def measure(self, variables: Variables) -> list[Result]:
+        """Return the results of `TextRetrieval`."""
+        targets = np.array([target for _, target in self.data.queries])
+        return [_with_groups(result, targets) for result in super().measure(variables)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """Classes to learn from some images and to recognise in others.
+
+    Attributes:
+      train, test: images, as `Encoder.images` takes them.
+      labels: class of each image of both, int (n,) and (m,); both have all classes.
+    """
+
+    train: Sequence[np.ndarray]
+    test: Sequence[np.ndarray]
+    labels: tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TransferProbeSet:
+    """Linear, kNN and few-shot probes whose hyperparameters are selected on a disjoint set of classes.
+
+    Attributes:
+      name: in the metrics' names.
+      tuning: the task that C is chosen on.
+      task: the task that is measured.
+      cs: values of C, ascending.
+      shots: training images of each class, for few-shot probes; results are means over three draws.
+      k, temperature: of nearest neighbours, see `probe.knn`.
+    """
+
+    evaluator: ClassVar[str] = f"{_HERE}:TransferProbe"
+
+    name: str
+    tuning: Task
+    task: Task
+    cs: Sequence[float]
+    shots: Sequence[int] = ()
+    k: int = 10
+    temperature: float = 0.07
+    card: Provenance = dataclasses.field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        for task in (self.tuning, self.task):
+            sizes = [len(task.train), len(task.test)]
+            if [len(labels) for labels in task.labels] != sizes or not all(sizes):
+                raise UserError(f"{self.name}: {sizes} images and {[len(x) for x in task.labels]} labels differ.")
+            if set(task.labels[0].tolist()) != set(task.labels[1].tolist()):
+                raise UserError(f"{self.name}: training and test images must have the same classes.")
+
+    @property
+    def train(self) -> Sequence[np.ndarray]:
+        """Training images of the task, for a first look."""
+        return self.task.train
+
+    @property
+    def test(self) -> Sequence[np.ndarray]:
+        """Test images of the task, for a first look."""
+        return self.task.test
+
+
+class TransferProbe(Evaluator):
+    """ "visual/<set>/linear/top1", ".../knn/top1", ".../linear/4-shot/top1" in percent, n, train, ways and log10_c.
+
+    Features before any projection; logistic regression on standardised features; items are resampled by class.
+    """
+
+    family = "visual"
+    layouts = Probe.layouts
+    inputs = ("train", "test")
+
+    def measure(self, variables: Variables) -> list[Result]:
+        """Return the results that the class names."""
+        task, tuning = self.data.task, self.data.tuning
+        parts = [tuning.train, tuning.test, task.train, task.test]
+        ends = np.cumsum([len(part) for part in parts])[:-1]
+        h = np.split(self.encoder.images(variables, Joined(parts), ("features",))["features"], ends)
+        c = self._choose(h[0], h[1], tuning.labels)
+        train, test = task.labels
+        ways, n = int(train.max()) + 1, len(test)
+        right = {
+            "linear": _linear(h[2], train, h[3], test, [c])[0],
+            "knn": is_right(knn(h[2], train, h[3], ways, self.data.k, self.data.temperature), test),
+        }
+        for shots in self.data.shots:
+            draws = [subset(train, f"{shots}-shot", seed) for seed in range(_SEEDS)]
+            fits = [_linear(h[2][some], train[some], h[3], test, [c])[0] for some in draws]
+            right[f"linear/{shots}-shot"] = np.mean(fits, axis=0)
+        results, chance = [], 100 / ways
+        for probe, values in right.items():
+            items = PerExample(values, groups=test)
+            results.append(self.result(f"{probe}/top1", items.value(), n=n, chance=chance, items=items))
+        counts = {"linear/log10_c": np.log10(c), "n": n, "train": len(train), "ways": ways}
+        return [*results, *(self.count(key, value) for key, value in counts.items())]
+
+    def _choose(self, train: np.ndarray, test: np.ndarray, labels: tuple[np.ndarray, np.ndarray]) -> float:
+        """The best C on the tuning task, the smaller of equal ones."""
+        right = [values.mean() for values in _linear(train, labels[0], test, labels[1], self.data.cs)]
+        return self.data.cs[int(np.argmax(right))]
+
+
+def _linear(
+    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, cs: Sequence[float]
+) -> list[np.ndarray]:
+    """Whether each test item is right under the regression of each C, 0.0 or 1.0 (n,)."""
+    mean, deviation = train.mean(axis=0), np.maximum(train.std(axis=0), 1e-6)
+    fit = logistic.fit((train - mean) / deviation, train_labels, list(cs), int(train_labels.max()) + 1, tolerance=1e-4)
+    return [is_right(logits, test_labels) for logits in fit.logits((test - mean) / deviation)]

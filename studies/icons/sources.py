@@ -1,0 +1,25 @@
+"""The icons as a source of training pairs: `studies.icons.sources:IconSplits:SPLIT` in `data.sources`."""
+
+from typing import ClassVar
+
+from studies.icons import corpus
+from xclip_jax.data.base import SourceKind, SourceOptions
+from xclip_jax.data.tfds_source import TfdsSource, open_prepared
+
+KIND = "studies.icons.sources:IconSplits"
+
+
+class IconSplits(SourceKind):
+    """A split of the icons; the data set is prepared on first use."""
+
+    pair_specs: ClassVar = {f"{KIND}:SPLIT": "a split of the icons, prepared on first use"}
+
+    @classmethod
+    def extras(cls, rest: str) -> tuple[str, ...]:
+        """Return the extra with the renderer."""
+        return ("demo",)
+
+    @classmethod
+    def open_pairs(cls, rest: str, options: SourceOptions) -> TfdsSource:
+        """Open the split `rest`."""
+        return open_prepared(KIND, corpus.prepare(options.dir or None), rest, options)

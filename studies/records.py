@@ -1,0 +1,251 @@
+"""Finished runs of a study, which leave one line each in its runs.jsonl."""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from studies.declaration import ON_VALIDATION
+from xclip_jax.config import schema
+from xclip_jax.errors import UserError
+from xclip_jax.evaluators.provenance import VALIDATION
+from xclip_jax.evaluators.result import Result, from_json, to_json
+from xclip_jax.run_folder import CLOCKS, RunFolder
+from xclip_jax.storage import strict_json
+
+# Keys that do not change what is learned or measured, only where and how fast; all images of a study are opaque.
+FREE_KEYS = (
+    "run", "checkpoint.", "data.background", "data.buffer", "data.cache", "data.dir", "data.threads", "data.workers",
+    "eval.batch", "eval.every", "eval.report", "log.", "loss.", "mesh.",
+)  # fmt: skip
+# What begins names of sets and sources in a config, and what stands for it in records and in declarations: a run is the
+# same wherever the code of its data is.
+SHORT_NAMES = {"studies.icons.sets:IconSets/": "icons/", "studies.icons.sources:IconSplits:": "icons:"}
+CURVE_POINTS = 20
+# Of the logged metrics, those that a curve keeps, as far as a run has them.
+_CURVE = (
+    "loss", "clip/loss", "clip/ln_b", "siglip/loss", "siglip/ln_b", "nclip/loss", "nclip/mutual_information_img",
+    "nclip/mutual_information_txt", "nclip/clusters_img", "grad_norm",
+)  # fmt: skip
+_FIELDS = ("arm", "section", "seed", "config", "commit", "environment", "seconds", "final", "curve", "results")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What a line of runs.jsonl contains.
+
+    Attributes:
+      arm, section, seed: what the run was started as.
+      config: all keys, flat.
+      commit: of the code, one after the other where it changed, joined by ", "; ends in "-dirty" where it was changed.
+      environment: versions, devices, and "workers", runs at the same time, None where unknown.
+      seconds: "training", without compilation and pauses, and "evaluation"; None where unknown.
+      final: metrics of the last step.
+      curve: {metric: values at about `CURVE_POINTS` steps}, with "step".
+      results: of the last evaluation, without those of parts of a set.
+      error: why the run has no results: its loss was not finite. Else "".
+    """
+
+    arm: str
+    section: str
+    seed: int
+    config: Mapping[str, Any]
+    commit: str
+    environment: Mapping[str, Any]
+    seconds: Mapping[str, float | None]
+    final: Mapping[str, float]
+    curve: Mapping[str, Sequence[float | None]]
+    results: Sequence[Result]
+    error: str = ""
+
+    @property
+    def key(self) -> str:
+        """Identity of what was run, see `config_key`."""
+        return config_key(nest(self.config))
+
+    @property
+    def name(self) -> str:
+        """Arm, seed and the beginning of the key, by which records are sorted."""
+        return f"{self.arm}-s{self.seed}-{self.key[:8]}"
+
+    def value(self, set_name: str, metric: str) -> float | None:
+        """Return a result, the set's headline for metric ""; with the set "" a metric of the last step."""
+        if not set_name:
+            return self.final.get(metric)
+        of_set = [result for result in self.results if result.set == set_name]
+        return next((r.value for r in of_set if (r.key == metric if metric else r.headline)), None)
+
+    def similarities(self, set_name: str) -> dict[str, str]:
+        """Return {similarity, "" the model's own: key of the set's headline by it}."""
+        of_set = [result for result in self.results if result.set == set_name and not result.group]
+        headlines = [(result.task, result.metric) for result in of_set if result.headline]
+        return {r.score: r.key for r in of_set if headlines and (r.task, r.metric) == headlines[0]}
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"optim.lr": 1} -> {"optim": {"lr": 1}}."""
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, last = name.split(".")
+        group = nested
+        for part in path:
+            group = group.setdefault(part, {})
+        group[last] = value
+    return nested
+
+
+def short(value: Any) -> Any:
+    """Return a name, or a list of them, with `SHORT_NAMES`; other values of a config as they are."""
+    if isinstance(value, (list, tuple)):
+        return [short(item) for item in value]
+    if isinstance(value, str):
+        for prefix, replacement in SHORT_NAMES.items():
+            if value.startswith(prefix):
+                return replacement + value.removeprefix(prefix)
+    return value
+
+
+def full(name: str) -> str:
+    """Return the name in a config of a set or source that a declaration calls `name`."""
+    for prefix, replacement in SHORT_NAMES.items():
+        if name.startswith(replacement):
+            return prefix + name.removeprefix(replacement)
+    return name
+
+
+def config_key(config: Mapping[str, Any]) -> str:
+    """Hash of a nested config without `FREE_KEYS`.
+
+    Keys that are newer than the config have their defaults, and names are short, so that a run is recognised for as
+    long as it would come out the same.
+    """
+    flat = schema.flatten(schema.complete(config).to_dict())
+    decisive = {name: short(value) for name, value in flat.items() if not name.startswith(FREE_KEYS)}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def read(line: str) -> RunRecord:
+    """Return the record in a line of runs.jsonl.
+
+    Raises:
+      ValueError, KeyError, TypeError, AttributeError, UserError: a damaged line.
+    """
+    content = json.loads(line)
+    fields: dict[str, Any] = {name: content[name] for name in _FIELDS} | {"results": from_json(content["results"])}
+    record = RunRecord(**fields, error=content.get("error", ""))
+    if record.config["seed"] != record.seed or not record.key:
+        raise ValueError("the seed is not that of the config")
+    return record
+
+
+def read_all(path: pathlib.Path) -> dict[str, RunRecord]:
+    """Return {key: run} of all lines of a runs.jsonl, in the order of the runs' names; none where it does not exist.
+
+    Raises:
+      UserError: a damaged line, or two lines of one run.
+    """
+    lines = path.read_text().splitlines() if path.exists() else []
+    records: dict[str, RunRecord] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            record = read(line)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}, line {number}, is not the record of a run ({type(error).__name__}: {error}); restore it, or "
+                "delete it to run it again."
+            ) from error
+        if record.key in records:
+            raise UserError(f"{path}, line {number}, repeats {record.name}, with one config and seed; delete one.")
+        records[record.key] = record
+    return dict(sorted(records.items(), key=lambda item: item[1].name))
+
+
+def write(path: pathlib.Path, record: RunRecord) -> str:
+    """Add a record to a runs.jsonl, which commands may share, and return its name.
+
+    Raises:
+      UserError: the run has its line: a finished run is not evaluated again.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if record.key in read_all(path):
+            raise UserError(f"{path} has {record.name}: this run is finished; delete its line to run it again.")
+        file.write(render(record).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    return record.name
+
+
+def render(record: RunRecord) -> str:
+    """Return the line of a record."""
+    content: dict[str, Any] = {name: getattr(record, name) for name in _FIELDS} | {"results": to_json(record.results)}
+    if record.error:
+        content["error"] = record.error
+    return f"{strict_json(content, sort_keys=True)}\n"
+
+
+def rounded(value: float) -> float | None:
+    """Six digits; None for what is not finite, as JSON has it."""
+    return float(f"{value:.6g}") if value == value and abs(value) != float("inf") else None
+
+
+def thinned(lines: Sequence[Mapping[str, float]]) -> dict[str, list[float | None]]:
+    """Return {metric: values} of about `CURVE_POINTS` lines of metrics, evenly spaced, with the first and the last."""
+    if not lines:
+        return {}
+    count = min(CURVE_POINTS, len(lines))
+    chosen = [lines[round(i * (len(lines) - 1) / max(count - 1, 1))] for i in range(count)]
+    names = ["step", *(name for name in _CURVE if name in lines[-1])]
+    return {name: [rounded(line.get(name, float("nan"))) for line in chosen] for name in names}
+
+
+def collect(
+    folder: str | pathlib.Path, *, arm: str, section: str, commit: str, workers: int | None, error: str
+) -> RunRecord:
+    """Make the record of a run from its folder; `error` is why a run stopped that has no results.
+
+    Raises:
+      UserError: a run that is not finished; results of a set that is not for validation, where the section is one of
+        `ON_VALIDATION`.
+    """
+    run = RunFolder(str(folder))
+    saved, config = run.read_results(), run.read_config()
+    lines = [line for line in run.read_metrics() if "loss" in line]
+    if config is None or (saved is None and not error) or (saved or {}).get("failed"):
+        raise UserError(f"{folder} is not a finished run; run the same command to go on.")
+    results = from_json((saved or {}).get("records", ()))
+    others = sorted({r.set for r in results if r.protocol.role != VALIDATION})
+    if section in ON_VALIDATION and others:
+        raise UserError(f"arm {arm!r} is {section} and was evaluated on {', '.join(others)}, not for validation.")
+    environment = dict((saved or config)["environment"])
+    for name in ("command", "commit"):
+        environment.pop(name, None)
+    flat, last = schema.flatten(config["config"]), lines[-1] if lines else {}
+    speeds = [line["samples_per_second"] for line in lines if line.get("samples_per_second")]
+    training = flat["steps"] * flat["data.batch"] / speeds[-1] if speeds else None
+    evaluation = (saved or {}).get("seconds")
+    return RunRecord(
+        arm=arm,
+        section=section,
+        seed=flat["seed"],
+        config={name: short(value) for name, value in flat.items() if name != "run"},
+        commit=commit,
+        environment=environment | {"workers": workers},
+        seconds={
+            "training": None if training is None else round(training, 1),
+            "evaluation": None if evaluation is None else round(evaluation, 1),
+        },
+        final={name: v for name, x in last.items() if name not in ("step", *CLOCKS) and (v := rounded(x)) is not None},
+        curve=thinned(lines),
+        results=[
+            dataclasses.replace(r, set=short(r.set), value=rounded(r.value))
+            for r in results
+            if not r.group or r.headline
+        ],
+        error=error,
+    )
