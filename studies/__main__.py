@@ -3,7 +3,7 @@
     python -m studies --dry-run              the matrix, with what is done and the hours that are left
     python -m studies                        runs what is missing, in the order of worth, and writes the page
     python -m studies --only core --max-hours 8
-    python -m studies --page                 docs/study.md and its charts, from the records alone
+    python -m studies --page                 docs/study.md and its charts, from the records
     python -m studies --study cc12m --collect RUN ...   records of runs that were made elsewhere
 
 Each finished run is a line of studies/icons/runs.jsonl, which is recognised by its config; commit that file. After a
@@ -18,13 +18,12 @@ from collections.abc import Sequence
 
 from absl import logging
 
-from studies import page, records, schedule
+from studies import page, records
 from studies.cc12m import study as cc12m
-from studies.collect import collect
 from studies.declaration import DEFAULT, SECTIONS
 from studies.icons import study as icons
-from studies.matrix import Matrix, Snapshot
-from studies.runner import ROOT, Runner
+from studies.matrix import Matrix, Snapshot, overview
+from studies.runner import ROOT, Runner, collect
 from xclip_jax.config.fields import nearest
 from xclip_jax.config.load import load_config
 from xclip_jax.errors import Parser, UserError, exit_with_message
@@ -79,11 +78,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if flags.workers < 1:
             raise UserError(f"--workers is {flags.workers}; expected at least 1.")
         if flags.dry_run:
-            print(schedule.table(matrix, Snapshot(matrix, records.read_all(runs)), only))
+            print(overview(matrix, Snapshot(matrix, records.read_all(runs)), only))
             return
         if study.recipe and study.name == DEFAULT and home:
             raise UserError(
-                f"the pages in {docs} and the README's finding are of the study's own recipe, not of "
+                f"the pages in {docs} and the README show the study's own recipe, not "
                 f"--recipe {study.recipe}; pass --docs FOLDER for others."
             )
         failed, complete, work = None, True, None

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from studies.declaration import Arm, Claim, Measure, Part
+from studies.declaration import Arm, Claim, ClaimPart, Measure
 
 OBJECTIVES = ("clip", "siglip", "nclip", "xclip")
 XCLIP = {"xclip_30": 0.3, "xclip_50": 0.5, "xclip_70": 0.7}  # weight of nCLIP, the rest is CLIP's
@@ -122,16 +122,16 @@ def claims(measures: Sequence[Measure]) -> tuple[Claim, ...]:
         Claim(
             "nCLIP alone learns better representations than CLIP alone and is clearly worse at zero-shot.",
             (
-                Part("nCLIP's probe is better", "nclip", "clip", "probe"),
-                Part("nCLIP's zero-shot is worse", "nclip", "clip", "zeroshot", better=False),
+                ClaimPart("nCLIP's probe is better", "nclip", "clip", "probe"),
+                ClaimPart("nCLIP's zero-shot is worse", "nclip", "clip", "zeroshot", better=False),
             ),
             short="nCLIP has better representations and worse zero-shot",
         ),
         Claim(
             "xCLIP is at least as good as CLIP at zero-shot, and better at representation.",
             (
-                Part("xCLIP's zero-shot is at least as good", "xclip", "clip", "zeroshot", margin=1.0),
-                Part("xCLIP's probe is better", "xclip", "clip", "probe"),
+                ClaimPart("xCLIP's zero-shot is at least as good", "xclip", "clip", "zeroshot", margin=1.0),
+                ClaimPart("xCLIP's probe is better", "xclip", "clip", "probe"),
             ),
             short="xCLIP has zero-shot as good and better representations",
             all_choices=True,
@@ -139,7 +139,7 @@ def claims(measures: Sequence[Measure]) -> tuple[Claim, ...]:
         Claim(
             "xCLIP's gain holds over zero-shot, out-of-domain classification, retrieval, visual and textual "
             "representation.",
-            tuple(Part(f"xCLIP gains at {m.family}", "xclip", "clip", m.name) for m in measures if m.family),
+            tuple(ClaimPart(f"xCLIP gains at {m.family}", "xclip", "clip", m.name) for m in measures if m.family),
             short="xCLIP gains in every family of tests",
         ),
     )

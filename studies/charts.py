@@ -4,7 +4,11 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
+from studies import tables
+from studies.declaration import Measure
+from studies.matrix import Snapshot
 from studies.statistics import MIN_SEEDS, Estimate
+from studies.verdicts import difference
 from xclip_jax.report.charts import tick_labels, ticks
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; black and yellow are left out.
@@ -193,3 +197,70 @@ def in_groups(title: str, groups: Mapping[str, Mapping[str, Estimate]], label: s
             y += step
         y += gap
     return plot.render()
+
+
+# --- the charts of a study
+
+CURVES = (
+    ("contrastive_loss", "Contrastive loss", "nats", ("clip/loss",), "clip/ln_b"),
+    ("mutual_information", "Mutual information of images and clusters", "nats", ("nclip/mutual_information_img",), ""),
+)
+
+
+def of_study(snapshot: Snapshot) -> dict[str, str]:
+    """{file name: SVG} of all charts that have something to show."""
+    study = snapshot.study
+    made: dict[str, str | None] = {}
+    title = f"Difference from {study.arm(study.baseline).title}, percentage points"
+    made["finding"] = in_groups(title, _finding(snapshot), "mean over seeds, 95 %")
+    made["weights"] = _weights(snapshot, title)
+    for dose in (dose for dose in study.doses if tables.compared(snapshot, dose)):
+        measure = study.measure(dose.measures[0])
+        lines = {name: [_shown_mean(snapshot, arm, measure) for arm in arms] for name, arms in dose.lines.items()}
+        made[f"dose_{dose.name}"] = over_levels(dose.title, dose.axis, dose.levels, lines, f"{measure.label}, %")
+    for name, title, unit, metrics, level in CURVES:
+        made[name] = _curve(snapshot, title, unit, metrics, level)
+    return {name: svg for name, svg in made.items() if svg}
+
+
+def _finding(snapshot: Snapshot) -> dict[str, dict[str, Estimate]]:
+    """{measure: {arm: difference from the baseline}} of `Study.shown`."""
+    study, groups = snapshot.study, {}
+    arms = [arm for name in study.shown[0] if (arm := snapshot.choice(name))]
+    for measure in map(study.measure, study.shown[1]):
+        pairs = {arm: difference(snapshot, arm, study.baseline, measure) for arm in arms}
+        groups[measure.label] = {study.arm(arm).title: d for arm, d in pairs.items() if d}
+    return groups
+
+
+def _weights(snapshot: Snapshot, title: str) -> str | None:
+    """Differences from the baseline over the weight of a term, a line a measure."""
+    study, lines = snapshot.study, {}
+    for measure in map(study.measure, study.shown[1]):
+        line = [difference(snapshot, arm, study.baseline, measure) for arm in study.weights.values()]
+        lines[measure.label] = [Estimate(0.0, math.nan, math.nan, 1), *line] if any(line) else []
+    return over_levels(title, "weight of nCLIP, spaced evenly", ["0", *study.weights], lines, "mean over seeds, 95 %")
+
+
+def _shown_mean(snapshot: Snapshot, arm: str, measure: Measure) -> Estimate | None:
+    of_mean = tables.mean_of(snapshot, arm, measure)
+    return of_mean.mapped(math.exp) if of_mean and measure.ratio else of_mean
+
+
+def _curve(snapshot: Snapshot, title: str, unit: str, metrics: Sequence[str], level: str) -> str | None:
+    """Means over seeds of a metric of the core's runs, at the steps that all of an arm's runs have."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    dashed = None
+    for arm in snapshot.study.of_section("core"):
+        curves = [record.curve for record in snapshot.finished(arm.name).values() if not record.error]
+        metric = next((m for m in metrics if any(m in curve for curve in curves)), None)
+        points: dict[float, list[float]] = {}
+        for curve in curves:
+            for step, value in zip(curve.get("step", ()), curve.get(metric or "", ()), strict=False):
+                if step is not None and value is not None:
+                    points.setdefault(step, []).append(value)
+            if level and curve.get(level) and curve[level][-1] is not None:
+                dashed = ("ln b", float(curve[level][-1] or 0))
+        common = {step: values for step, values in points.items() if len(values) == len(curves)}
+        lines[arm.title] = [(step, sum(values) / len(values)) for step, values in sorted(common.items())]
+    return over_steps(title, lines, unit, dashed)

@@ -10,7 +10,7 @@ from xclip_jax.errors import UserError
 
 DEFAULT = "icons"  # study
 SECTIONS = ("tuning", "core", "controls", "dose", "factors")  # in the order of worth, in which they are run
-ON_VALIDATION = ("tuning", "factors")  # whose arms never see a test
+ON_VALIDATION = ("tuning", "factors")  # sections whose arms are never evaluated on tests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Arm:
     Attributes:
       name: unique; letters, digits, "_" and "." in file names.
       title: for tables.
-      section: one of `SECTIONS`; arms of `ON_VALIDATION` see validation sets alone.
+      section: one of `SECTIONS`; arms of `ON_VALIDATION` are evaluated on validation sets only.
       recipe: as of --config: "studies/icons/recipe.py:objective=clip".
-      changes: {config key: value}, after those of the study.
+      changes: {config key: value}, applied after the study's.
       seeds: of its runs.
       objective: what the arm is a candidate for: of "tuning" an objective's recipe, of "factors" what `Study.search`
         looks for; "" for none.
@@ -70,11 +70,11 @@ class Arm:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class ClaimPart:
     """A comparison that a claim consists of: arm `a` less arm `b`.
 
     Attributes:
-      text: what it says.
+      text: what is claimed.
       a, b: names of arms, or of a choice of the study.
       measure: name of a measure.
       better: whether `a` is claimed to be better than `b`, or worse.
@@ -94,21 +94,21 @@ class Claim:
     """A sentence that holds if all of its parts do.
 
     Attributes:
-      text, parts: the sentence, and what it consists of.
+      text, parts: the sentence, and the comparisons that it stands for.
       short: the sentence in a few words, for a README.
-      all_choices: whether the page shows the parts for all arms of a choice, beside the one that was chosen.
-      sought_with: seeds of its arms with which its setting was sought; the page shows the parts without these too.
+      all_choices: whether the page shows the parts for the arms of a choice that were not chosen too.
+      tuned_on_seeds: seeds with which its arms' setting was chosen; the page shows the parts without these too.
     """
 
     text: str
-    parts: Sequence[Part]
+    parts: Sequence[ClaimPart]
     short: str = ""
     all_choices: bool = False
-    sought_with: Sequence[int] = ()
+    tuned_on_seeds: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Dose:
+class DoseResponse:
     """What becomes of some arms as one thing changes: a table for each measure, a chart of the first.
 
     Attributes:
@@ -131,11 +131,11 @@ class Dose:
 
 
 @dataclasses.dataclass(frozen=True)
-class Beside:
-    """Differences that the finding has beside the claims.
+class ExtraComparisons:
+    """Differences that the page and a README show in addition to the claims.
 
     Attributes:
-      text: what the table is of.
+      text: heading of the table.
       rows: names of what is subtracted.
       columns: {name: for each row, or the first of them, an arm and what is subtracted from it}.
       measures: names of measures, all in each cell.
@@ -161,22 +161,22 @@ class Study:
       validation, tests: evaluation sets. Tests are evaluated once, at the end of runs that are not tuning.
       named: {validation set: measure of tests by which of its similarities, chosen on that set, a model is also read}.
       choose: the measure by which recipes are tuned and choices made; on a validation set.
-      choices: {name: arms of which the best on validation has this name}.
+      choices: {name: arms}; the name stands for the arm that is best on validation.
       measures: columns of the tables.
       claims: that are tested.
       baseline: arm that the others of the core are compared with.
       common: {title: arm} of all objectives at one recipe.
       controls: (arm or choice, control arm, what the difference shows).
       floor: the control that is the baseline again but for rounding: differences from it show how far noise goes.
-      sought: (arm, what is subtracted, what that shows) of arms whose setting was sought by the factors.
-      sought_controls: the same with controls subtracted.
+      tuned_comparisons: (arm, what is subtracted, what that shows) of arms with the settings that the factors chose.
+      tuned_controls: the same with controls subtracted.
       secondary: measures that have a table of their own and no part in a verdict.
       shown: (names of arms or choices, names of measures): differences from the baseline in a README's plot.
-      beside: differences that a README and the page have beside the claims.
+      extra_comparisons: differences that the page and a README show in addition to the claims.
       weights: {label: arm} along the weight of a term: differences from the baseline, at its left end, are drawn.
       doses: charts.
       factors: measures of the arms of section "factors".
-      search: the measure, on a validation set that arms of "factors" have beside the others, by which their candidates
+      search: the measure, on a validation set that arms of "factors" have in addition, by which their candidates
         are compared.
       threats: to the validity of the conclusions.
       seconds_per_pair: a first guess, until runs are measured.
@@ -184,7 +184,7 @@ class Study:
       recipe: of the flag --recipe, "" for the study's own.
       scope: of the finding in a README: on which data and models, in which units.
       changed: paragraphs on what was changed in the rule, in arms or in the page after runs were seen.
-      commits: what is to be known of the commits of its runs.
+      commits: a note on the commits of its runs.
     """
 
     title: str
@@ -202,13 +202,13 @@ class Study:
     common: Mapping[str, str] = dataclasses.field(default_factory=dict)
     controls: Sequence[tuple[str, str, str]] = ()
     floor: str = ""
-    sought: Sequence[tuple[str, str, str]] = ()
-    sought_controls: Sequence[tuple[str, str, str]] = ()
+    tuned_comparisons: Sequence[tuple[str, str, str]] = ()
+    tuned_controls: Sequence[tuple[str, str, str]] = ()
     secondary: Sequence[Measure] = ()
     shown: tuple[Sequence[str], Sequence[str]] = ((), ())
-    beside: Beside | None = None
+    extra_comparisons: ExtraComparisons | None = None
     weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    doses: Sequence[Dose] = ()
+    doses: Sequence[DoseResponse] = ()
     factors: Sequence[Measure] = ()
     search: Measure | None = None
     threats: Sequence[str] = ()
@@ -221,7 +221,7 @@ class Study:
 
     @property
     def page(self) -> str:
-        """Name of its page, without ".md", and of the folder beside it with charts."""
+        """Name of its page, without ".md", and of the folder with its charts."""
         return "study" if self.name == DEFAULT else f"study_{self.name}"
 
     @property
@@ -266,7 +266,7 @@ def check(study: Study) -> None:
     if twice := _repeated([*names, *study.choices]):
         raise UserError(f"the study has two arms or choices {twice!r}; rename one.")
     if study.choose.set not in study.validation:
-        raise UserError(f"choose is of {study.choose.set!r}; expected a set of `validation`.")
+        raise UserError(f"choose uses the set {study.choose.set!r}; expected a set of `validation`.")
     if both := {*study.validation, *((study.search.set,) if study.search else ())} & set(study.tests):
         raise UserError(f"set {min(both)!r} is for validation and for tests; remove it from one of them.")
     tuning = {arm.objective for arm in study.of_section("tuning")}
@@ -285,8 +285,8 @@ def check(study: Study) -> None:
             arm.objective and arm.section not in ON_VALIDATION
         ):
             raise UserError(
-                f"{where}: arms of section 'tuning' have an objective and no tuned; of others those of 'factors' alone "
-                "may have an objective."
+                f"{where}: arms of section 'tuning' have an objective and no tuned; of the others only those of "
+                "'factors' may have an objective."
             )
         if arm.tuned and arm.tuned not in (tuning if arm.section == "factors" else tuning | searched):
             raise UserError(f"{where}: no arm that is chosen before has the objective {arm.tuned!r}.")
@@ -295,10 +295,11 @@ def check(study: Study) -> None:
     measures = [measure.name for measure in study.measures]
     parts = [part for claim in study.claims for part in claim.parts]
     used = [name for part in parts for name in (part.a, part.b)]
-    besides = [pair for pairs in study.beside.columns.values() for pair in pairs] if study.beside else []
+    extra = study.extra_comparisons
+    pairs = [pair for column in extra.columns.values() for pair in column] if extra else []
     of_doses = (contrast for dose in study.doses for contrast in dose.controls)
-    contrasts = (*study.controls, *study.sought, *study.sought_controls, *of_doses)
-    used += [name for pair in (*((a, b) for a, b, _ in contrasts), *besides) for name in pair]
+    contrasts = (*study.controls, *study.tuned_comparisons, *study.tuned_controls, *of_doses)
+    used += [name for pair in (*((a, b) for a, b, _ in contrasts), *pairs) for name in pair]
     used += [arm for dose in study.doses for line in dose.lines.values() for arm in line]
     used += [study.baseline, *study.common.values(), *study.shown[0], *study.weights.values()]
     used += [study.floor] if study.floor else []
@@ -310,7 +311,7 @@ def check(study: Study) -> None:
     referred = [*(part.measure for part in parts), *study.named.values()]
     referred += [
         *study.shown[1],
-        *(study.beside.measures if study.beside else ()),
+        *(extra.measures if extra else ()),
         *(name for dose in study.doses for name in dose.measures),
     ]
     if unknown := [name for name in referred if name not in measures]:

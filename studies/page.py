@@ -1,40 +1,42 @@
-"""The page of a study, study.md with its charts in study/, written from the records alone."""
+"""The page of a study, study.md with its charts in study/, written from the records."""
 
-import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from studies import charts, conclusions, contrasts, doses, provenance, similarities, verdicts
-from studies.declaration import Arm, Measure
-from studies.markdown import (
+from studies import charts, claims
+from studies.declaration import SECTIONS, Arm, Measure, Study
+from studies.matrix import Snapshot
+from studies.tables import (
+    controls,
+    difference_from,
+    doses,
     estimate_text,
+    from_baseline,
     mean_of,
     rows_of,
     runs_text,
+    secondary,
     shown,
+    similarities,
     table,
     titles_of,
+    tuned,
 )
-from studies.matrix import Snapshot
-from studies.statistics import Estimate
 from xclip_jax.config import schema
+from xclip_jax.evaluators.result import Result
 from xclip_jax.storage import write_whole
 
 MADE = "Made by `{command} --page` from `studies/{name}/runs.jsonl`; a test holds it current."
 START, END = "<!-- study: made by python -m studies --page -->", "<!-- /study -->"
 _RUN_COLUMNS = ("arm", "runs")
-_CURVES = (
-    ("contrastive_loss", "Contrastive loss", "nats", ("clip/loss",), "clip/ln_b"),
-    ("mutual_information", "Mutual information of images and clusters", "nats", ("nclip/mutual_information_img",), ""),
-)
 
 
 def write(docs: pathlib.Path, snapshot: Snapshot) -> pathlib.Path:
     """Write the page and its charts into a folder of documents, delete charts that it has no more; return its path."""
-    drawn, name = _charts(snapshot), snapshot.study.page
+    drawn, name = charts.of_study(snapshot), snapshot.study.page
     page, folder = docs / f"{name}.md", docs / name
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("*.svg"):
@@ -51,10 +53,10 @@ def finding(snapshot: Snapshot) -> str:
     study, name = snapshot.study, "finding"
     link = f"[{study.title}](docs/{study.page}.md)"
     if not any(snapshot.finished(arm.name) for arm in study.of_section("core")):
-        done, missing = conclusions.counts(snapshot)
+        done, missing = claims.counts(snapshot)
         return f"{link}: under way, {done} of {done + missing} runs are finished and none of the core."
-    drawn = [f"![Differences from CLIP](docs/{study.page}/{name}.svg)", ""] if name in _charts(snapshot) else []
-    return "\n".join([*drawn, *conclusions.findings(snapshot), "", f"{link}: all of it."])
+    drawn = [f"![Differences from CLIP](docs/{study.page}/{name}.svg)", ""] if name in charts.of_study(snapshot) else []
+    return "\n".join([*drawn, *claims.findings(snapshot), "", f"{link}: all of it."])
 
 
 def write_finding(readme: pathlib.Path, snapshot: Snapshot) -> None:
@@ -67,27 +69,27 @@ def write_finding(readme: pathlib.Path, snapshot: Snapshot) -> None:
 
 def render(snapshot: Snapshot, drawn: Mapping[str, str]) -> str:
     """Return the page; `drawn` has the charts that it shows, by the names of their files."""
-    study, begun = snapshot.study, conclusions.counts(snapshot)[0] > 0
+    study, begun = snapshot.study, claims.counts(snapshot)[0] > 0
     sections: list[Iterator[str] | Sequence[str]] = [
         [f"# {study.title}", "", MADE.format(command=study.command, name=study.name), ""],
-        [conclusions.progress(snapshot), ""],
-        [] if begun else provenance.again(study, "Run it"),
-        conclusions.summary(snapshot, drawn),
+        [claims.progress(snapshot), ""],
+        [] if begun else _again(study, "Run it"),
+        claims.summary(snapshot, drawn),
         ["## Threats to validity", "", *(f"* {text}" for text in study.threats), ""],
         ["## What was run", "", *(line for text in study.about for line in (text, ""))],
-        provenance.measures(snapshot),
+        _measures(snapshot),
         _core(snapshot, drawn),
-        contrasts.controls(snapshot),
-        contrasts.sought(snapshot),
-        similarities.section(snapshot),
-        doses.section(snapshot, drawn),
+        controls(snapshot),
+        tuned(snapshot),
+        similarities(snapshot),
+        doses(snapshot, drawn),
         _factors(snapshot),
-        conclusions.section(snapshot),
+        claims.section(snapshot),
         _tuning(snapshot),
-        contrasts.secondary(snapshot),
+        secondary(snapshot),
         _training(snapshot, drawn),
-        provenance.missing(snapshot),
-        provenance.again(study, "Run it again") if begun else [],
+        _missing(snapshot),
+        _again(study, "Run it again") if begun else [],
     ]
     return "\n".join(line for section in sections for line in section).rstrip() + "\n"
 
@@ -116,7 +118,7 @@ def _tuning(snapshot: Snapshot) -> Iterator[str]:
 
 
 def _edges(best: Arm, arms: Sequence[Arm]) -> list[str]:
-    """Keys of which the best candidate has the smallest or the largest value of at least three."""
+    """Keys for which the best candidate has the smallest or the largest of at least three values."""
     return _extremes(best.changes, [arm.changes for arm in arms])
 
 
@@ -139,17 +141,17 @@ def _core(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
             arm = study.common.get(row[0])
             row.append(estimate_text(mean_of(snapshot, arm, first), first) if arm else "-")
     yield from table(head, rows)
-    yield from [f"{contrasts.difference_from(study)} (x/n: how many of n are above zero):", ""]
-    yield from contrasts.from_baseline(snapshot, [arm.name for arm in study.of_section("core")], study.measures)
-    yield from provenance.at_chance(snapshot)
+    yield from [f"{difference_from(study)} (x/n: how many of n are above zero):", ""]
+    yield from from_baseline(snapshot, [arm.name for arm in study.of_section("core")], study.measures)
+    yield from _at_chance(snapshot)
     yield from shown(study, drawn, "weights", "Differences over the weight of nCLIP")
     if any(map(snapshot.finished, study.common.values())):
         yield from ["### All at one recipe", ""]
         yield from [f"{_common_recipe(snapshot)}.", ""]
         yield from table(head[:-1], rows_of(snapshot, study.common, study.measures))
         if baseline := study.common.get(study.arm(study.baseline).title):
-            yield from [f"{contrasts.difference_from(study, baseline)}:", ""]
-            yield from contrasts.from_baseline(snapshot, tuple(study.common.values()), study.measures, baseline)
+            yield from [f"{difference_from(study, baseline)}:", ""]
+            yield from from_baseline(snapshot, tuple(study.common.values()), study.measures, baseline)
 
 
 def _common_recipe(snapshot: Snapshot) -> str:
@@ -188,7 +190,7 @@ def _factors(snapshot: Snapshot) -> Iterator[str]:
 
 
 def _search_edges(snapshot: Snapshot, best: Arm) -> list[str]:
-    """Keys that a search's best candidate changed, and of which it has the smallest or the largest value tried."""
+    """Keys that a search's best candidate changed, and for which it has the smallest or the largest value tried."""
     candidates = [arm for arm in snapshot.study.of_section("factors") if arm.objective == best.objective]
     own = next(arm for arm in candidates if arm.name == best.name).changes
     names = {arm.name for arm in candidates}
@@ -197,10 +199,10 @@ def _search_edges(snapshot: Snapshot, best: Arm) -> list[str]:
 
 def _training(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
     yield from ["## Training", ""]
-    for name, title, *_ in _CURVES:
+    for name, title, *_ in charts.CURVES:
         yield from shown(snapshot.study, drawn, name, title)
     yield from _clusters(snapshot)
-    yield from provenance.commits(snapshot)
+    yield from _commits(snapshot)
 
 
 def _clusters(snapshot: Snapshot) -> Iterator[str]:
@@ -214,65 +216,129 @@ def _clusters(snapshot: Snapshot) -> Iterator[str]:
         yield from table(head, rows_of(snapshot, ended, metrics))
 
 
-# --- charts
+# --- provenance
+
+_RANKS = "Ranks: geometric means, lower is better; differences are ratios, below 1 is better."
+_ROUNDED = 1e-3  # records are rounded
+_UNITS = "Values are in percent, higher is better, and differences are percentage points, but for ranks and losses."
 
 
-def _charts(snapshot: Snapshot) -> dict[str, str]:
-    """{file name: SVG} of all charts that have something to show."""
+def _measures(snapshot: Snapshot) -> Iterator[str]:
+    """Yield the table of measures, with the numbers of items and the chance levels that the records have."""
     study = snapshot.study
-    made: dict[str, str | None] = {}
-    title = f"Difference from {study.arm(study.baseline).title}, percentage points"
-    made["finding"] = charts.in_groups(title, _finding(snapshot), "mean over seeds, 95 %")
-    made["weights"] = _weights(snapshot, title)
-    for dose in (dose for dose in study.doses if doses.compared(snapshot, dose)):
-        measure = study.measure(dose.measures[0])
-        lines = {name: [_shown_mean(snapshot, arm, measure) for arm in arms] for name, arms in dose.lines.items()}
-        made[f"dose_{dose.name}"] = charts.over_levels(dose.title, dose.axis, dose.levels, lines, f"{measure.label}, %")
-    for name, title, unit, metrics, level in _CURVES:
-        made[name] = _curve(snapshot, title, unit, metrics, level)
-    return {name: svg for name, svg in made.items() if svg}
+    rows = []
+    for measure in study.measures:
+        result = _result(snapshot, measure)
+        items = f"{result.n:,}" if result and result.n else "-"
+        rows.append([measure.label, measure.what or f"`{measure.set or measure.metric}`", items, _chance(result)])
+    yield from ["### Measures", "", *table(["measure", "what", "items", "chance"], rows)]
+    yield from [_UNITS, ""]
+    if any(measure.ratio for measure in study.measures):
+        yield from [_RANKS, ""]
 
 
-def _finding(snapshot: Snapshot) -> dict[str, dict[str, Estimate]]:
-    """{measure: {arm: difference from the baseline}} of `Study.shown`."""
-    study, groups = snapshot.study, {}
-    arms = [arm for name in study.shown[0] if (arm := snapshot.choice(name))]
-    for measure in map(study.measure, study.shown[1]):
-        pairs = {arm: verdicts.difference(snapshot, arm, study.baseline, measure) for arm in arms}
-        groups[measure.label] = {study.arm(arm).title: d for arm, d in pairs.items() if d}
-    return groups
+def _result(snapshot: Snapshot, measure: Measure) -> Result | None:
+    """A result of the measure; items and chance are the same in all runs."""
+    of_set = (r for record in snapshot.records.values() for r in record.results if measure.set and r.set == measure.set)
+    return next((r for r in of_set if (r.key == measure.metric if measure.metric else r.headline)), None)
 
 
-def _weights(snapshot: Snapshot, title: str) -> str | None:
-    """Differences from the baseline over the weight of a term, a line a measure."""
-    study, lines = snapshot.study, {}
-    for measure in map(study.measure, study.shown[1]):
-        line = [verdicts.difference(snapshot, arm, study.baseline, measure) for arm in study.weights.values()]
-        lines[measure.label] = [Estimate(0.0, math.nan, math.nan, 1), *line] if any(line) else []
-    return charts.over_levels(
-        title, "weight of nCLIP, spaced evenly", ["0", *study.weights], lines, "mean over seeds, 95 %"
-    )
+def _at_chance(snapshot: Snapshot) -> Iterator[str]:
+    """Yield which runs of the core and the controls are at chance at a measure, as of a probe that learned nothing."""
+    study, texts = snapshot.study, []
+    for measure in (measure for measure in study.measures if measure.higher and not measure.ratio):
+        result = _result(snapshot, measure)
+        if result is None or result.chance is None:
+            continue
+        arms = (*study.of_section("core"), *study.of_section("controls"))
+        values = {arm.title: snapshot.values(arm.name, measure) for arm in arms}
+        runs = [
+            f"{title}, seed {seed}"
+            for title, of_arm in values.items()
+            for seed, value in of_arm.items()
+            if value <= result.chance + _ROUNDED
+        ]
+        texts += [f"{measure.label} ({'; '.join(runs)})"] if runs else []
+    if texts:
+        yield from [f"Runs at chance, which are in all means: {', '.join(texts)}.", ""]
 
 
-def _shown_mean(snapshot: Snapshot, arm: str, measure: Measure) -> Estimate | None:
-    of_mean = mean_of(snapshot, arm, measure)
-    return of_mean.mapped(math.exp) if of_mean and measure.ratio else of_mean
+def _chance(result: Result | None) -> str:
+    if result is None or result.chance is None:
+        return "-"
+    return f"{result.chance:.1f}" if result.chance >= 1 else f"{result.chance:.1g}"
 
 
-def _curve(snapshot: Snapshot, title: str, unit: str, metrics: Sequence[str], level: str) -> str | None:
-    """Means over seeds of a metric of the core's runs, at the steps that all of an arm's runs have."""
-    lines: dict[str, list[tuple[float, float]]] = {}
-    dashed = None
-    for arm in snapshot.study.of_section("core"):
-        curves = [record.curve for record in snapshot.finished(arm.name).values() if not record.error]
-        metric = next((m for m in metrics if any(m in curve for curve in curves)), None)
-        points: dict[float, list[float]] = {}
-        for curve in curves:
-            for step, value in zip(curve.get("step", ()), curve.get(metric or "", ()), strict=False):
-                if step is not None and value is not None:
-                    points.setdefault(step, []).append(value)
-            if level and curve.get(level) and curve[level][-1] is not None:
-                dashed = ("ln b", float(curve[level][-1] or 0))
-        common = {step: values for step, values in points.items() if len(values) == len(curves)}
-        lines[arm.title] = [(step, sum(values) / len(values)) for step, values in sorted(common.items())]
-    return charts.over_steps(title, lines, unit, dashed)
+def _commits(snapshot: Snapshot) -> Iterator[str]:
+    """Yield devices, versions, and a table of commits with the arms and seeds that ran on each."""
+    records = list(snapshot.records.values())
+    facts = {
+        "Devices": {str(r.environment.get("devices")) for r in records},
+        "Versions": {
+            ", ".join(f"{k} {v}" for k, v in sorted(dict(r.environment.get("versions", {})).items())) for r in records
+        },
+    }
+    for name, values in facts.items():
+        if values:
+            yield from [f"{name}: {'; '.join(sorted(values))}.", ""]
+    made: dict[str, dict[str, list[int]]] = {}
+    for record in sorted(records, key=lambda r: (SECTIONS.index(r.section), r.seed)):
+        made.setdefault(record.commit, {}).setdefault(record.arm, []).append(record.seed)
+    rows = [
+        [_short(commit), ", ".join(f"`{arm}` ({', '.join(map(str, seeds))})" for arm, seeds in arms.items())]
+        for commit, arms in made.items()
+    ]
+    if rows:
+        yield "Commits of the code; an arrow where a run was resumed, or ended, with other code than it began with."
+        yield from [snapshot.study.commits, ""] if snapshot.study.commits else [""]
+        yield from table(["commit", "arms and seeds"], rows)
+
+
+def _short(commits: str) -> str:
+    """ "a1b2c3d4 → e5f6a7b8" of the commits of a run, one after the other."""
+    parts = [commit.partition("-") for commit in commits.split(", ")]
+    return " \u2192 ".join(f"{name[:8]}{dash}{rest}" for name, dash, rest in parts)
+
+
+def _missing(snapshot: Snapshot) -> Iterator[str]:
+    """Yield the runs that are missing, those that diverged, and records that belong to no arm."""
+    yield from ["## Missing runs", ""]
+    seeds: dict[str, list[int]] = {}
+    for run in snapshot.missing():
+        seeds.setdefault(run.arm.name, []).append(run.seed)
+    if not seeds:
+        yield "None."
+    for name in SECTIONS:
+        arms = [arm for arm in snapshot.study.of_section(name) if arm.name in seeds]
+        texts = [f"`{arm.name}` ({', '.join(map(str, seeds[arm.name]))})" for arm in arms]
+        if texts:
+            yield f"* {name}, arms with seeds: {', '.join(texts)}"
+    yield ""
+    errors = [f"* `{r.arm}`, seed {r.seed}: {r.error}" for r in snapshot.records.values() if r.error]
+    if errors:
+        yield from ["Runs that diverged have no results:", "", *errors, ""]
+    if unused := snapshot.unused():
+        names = ", ".join(f"`{record.arm}`, seed {record.seed}" for record in unused)
+        yield from [f"Records of no arm of the present declaration, which are not used: {names}.", ""]
+
+
+def _again(study: Study, title: str) -> list[str]:
+    """Return the section that says how to make or repeat the study."""
+    flags = {
+        "--dry-run": "the matrix, what is done, hours that are left",
+        "": "runs what has no record, and writes this page",
+        "--page": "this page alone",
+    }
+    return [
+        f"## {title}",
+        "",
+        "```",
+        *(f"{study.command} {flag:<9}    # {text}" for flag, text in flags.items()),
+        "```",
+        "",
+        f"A run is one line of `studies/{study.name}/runs.jsonl`, recognised by its config, and is not made again "
+        "while it is there, so that tests are read once. After a kill the same command goes on, also in another "
+        "checkout that has the file. With `--docs` and an empty folder all runs are made again, and recorded and shown "
+        "there.",
+        "",
+    ]

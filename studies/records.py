@@ -26,7 +26,7 @@ FREE_KEYS = (
 # same wherever the code of its data is.
 SHORT_NAMES = {"studies.icons.sets:IconSets/": "icons/", "studies.icons.sources:IconSplits:": "icons:"}
 CURVE_POINTS = 20
-# Of the logged metrics, those that a curve keeps, as far as a run has them.
+# Logged metrics that a curve keeps, where a run has them.
 _CURVE = (
     "loss", "clip/loss", "clip/ln_b", "siglip/loss", "siglip/ln_b", "nclip/loss", "nclip/mutual_information_img",
     "nclip/mutual_information_txt", "nclip/clusters_img", "grad_norm",
@@ -46,7 +46,7 @@ class RunRecord:
       seconds: "training", without compilation and pauses, and "evaluation"; None where unknown.
       final: metrics of the last step.
       curve: {metric: values at about `CURVE_POINTS` steps}, with "step".
-      results: of the last evaluation, without those of parts of a set.
+      results: of the last evaluation, without results on parts of a set.
       error: why the run has no results: its loss was not finite. Else "".
     """
 

@@ -11,20 +11,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from studies import records
-from studies.collect import divergence
-from studies.matrix import Matrix, Run, Snapshot
-from studies.schedule import Clock, selected
+from studies.matrix import Clock, Matrix, Run, Snapshot, selected
 from studies.worker import DIVERGED, REQUEST
 from xclip_jax import environment
 from xclip_jax.config import schema
 from xclip_jax.console import format_duration
 from xclip_jax.errors import UserError
+from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import write_json
 from xclip_jax.train.interrupt import EXIT_RESUMABLE
 
@@ -161,7 +160,7 @@ class Runner:
         return self.commit if commit == "unknown" and self.commit else commit
 
     def _check_commit(self) -> str:
-        """The commit of the code; `UserError` where it is not that of one, unless that is allowed."""
+        """The commit of the code; `UserError` where the code has uncommitted changes, unless that is allowed."""
         commit = self._commit()
         if (commit.endswith("-dirty") or commit == "unknown") and not self.allow_dirty:
             raise UserError(
@@ -173,7 +172,7 @@ class Runner:
     def _start(self, run: Run) -> None:
         commit = self._check_commit()
         folder = self.scratch / f"{run.arm.name}-s{run.seed}-{run.key[:8]}"
-        if (folder / RECORDED).exists():  # kept, and its record deleted: it is to be run again, not read again
+        if (folder / RECORDED).exists():  # kept without a record, which was deleted to run it again
             shutil.rmtree(folder)
         folder.mkdir(exist_ok=True)
         (folder / DIVERGED).unlink(missing_ok=True)
@@ -184,7 +183,7 @@ class Runner:
         config = run.config.copy_and_resolve_references()
         config.run = str(folder)
         write_json(epath.Path(request), {"config": schema.to_dict(schema.resolve(config)), "commits": commits})
-        # Programs that differ in their data alone are compiled once.
+        # Runs that differ only in their data share one compiled program.
         defaults = {"JAX_COMPILATION_CACHE_DIR": str(self.scratch / "compiled")}
         slot = min(set(range(self.workers)) - {active.slot for active in self._active.values()})
         cores: list[int] = []
@@ -203,7 +202,7 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 env=defaults | os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
                 pass_fds=(self._lock.fileno(),),  # the folder stays locked for as long as one of its runs lives
-                start_new_session=True,  # Ctrl-C reaches this process alone, which asks once
+                start_new_session=True,  # Ctrl-C reaches only this process, which asks once
             )
         self._active[run.key] = _Active(slot, run, process, folder, commits)
 
@@ -320,3 +319,73 @@ class Runner:
 def _headlines(record: records.RunRecord) -> str:
     """The headline of each set, in one line."""
     return ", ".join(f"{r.set} {r.key} {r.value:.1f}" for r in record.results if r.headline) or "finished"
+
+
+# --- runs that were started by other means
+
+
+def collect(
+    matrix: Matrix,
+    runs: pathlib.Path,
+    folders: Sequence[str],
+    *,
+    commit: str = "",
+    diverged: str = "",
+    allow_dirty: bool = False,
+) -> Iterator[str]:
+    """Record each finished run, and yield its name.
+
+    Args:
+      matrix: of the study.
+      runs: the study's runs.jsonl.
+      folders: of the runs, in a bucket too.
+      commit: of the code, where the run does not know it.
+      diverged: why runs without results diverged, where their folders do not say so.
+      allow_dirty: record runs of uncommitted code.
+
+    Raises:
+      UserError: a folder without a finished run, or whose run belongs to another study, is recorded already or was made
+        by code that is not committed.
+    """
+    for folder in folders:
+        snapshot = Snapshot(matrix, records.read_all(runs))  # recipes are chosen as candidates come in
+        content = RunFolder(folder).read_config()
+        if content is None:
+            raise UserError(f"{folder!r} is not the folder of a run; --collect takes folders with a config.json.")
+        key = records.config_key(content["config"])
+        run = next((run for run in snapshot.runs if run.key == key), None)
+        if run is None:
+            raise UserError(
+                f"{folder!r} has the config of no run of study {matrix.study.name!r}; start runs by its config file, "
+                "and collect candidates before the runs that take over their recipes."
+            )
+        results = RunFolder(folder).read_results()
+        if results and diverged:
+            raise UserError(f"{folder!r} has results; --diverged is for runs that ended without.")
+        commits = _commits([content, *content.get("starts", ()), *([results] if results else ())], commit)
+        if not allow_dirty and (unclear := [name for name in commits if name.endswith("-dirty") or name == "unknown"]):
+            raise UserError(
+                f"{folder!r} was made by code that is not that of a commit ({unclear[0]}); name the commit of an "
+                "unknown one with --commit, or pass --allow-dirty: records tell which."
+            )
+        record = records.collect(
+            folder,
+            arm=run.arm.name,
+            section=run.arm.section,
+            commit=", ".join(commits),
+            workers=None,
+            error="" if results else divergence(folder) or diverged,
+        )
+        yield records.write(runs, record)
+
+
+def divergence(folder: str | pathlib.Path) -> str:
+    """Return why a run diverged, as its process wrote into its folder; "" where it did not."""
+    mark = epath.Path(folder) / DIVERGED
+    return json.loads(mark.read_text())["error"] if mark.exists() else ""
+
+
+def _commits(starts: Sequence[Mapping[str, Any]], commit: str) -> list[str]:
+    """Commits of all starts and of the last evaluation, without repetitions; `commit` stands for unknown ones."""
+    known = [str(start.get("environment", {}).get("commit") or "unknown") for start in starts]
+    return list(dict.fromkeys(commit if name == "unknown" and commit else name for name in known))

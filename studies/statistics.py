@@ -9,8 +9,8 @@ import numpy as np
 import scipy.stats
 
 LEVEL = 0.95
-MIN_SEEDS = 3  # of fewer the interval says little: none is shown, and nothing is decided
-FEW_SEEDS = 5  # of fewer a paired interval is often narrow by chance
+MIN_SEEDS = 3  # with fewer an interval says little: none is shown, and nothing is decided
+FEW_SEEDS = 5  # with fewer a paired interval is often narrow by chance
 _EXACT = 16  # differences up to which all signs are tried
 
 
@@ -84,7 +84,7 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Difference | None:
 
 
 def welch(plus: Sequence[Mapping[int, float]], minus: Sequence[Mapping[int, float]]) -> Estimate | None:
-    """Return the sum of the means of `plus` less that of `minus` with Welch's interval; None where one has no runs.
+    """Return the sum of the means of `plus` less the sum of `minus` with Welch's interval; None where one has no runs.
 
     It takes all runs as independent, and the scatter of each group of them: with few seeds it is steadier than the
     paired interval, whose scatter is that of as few differences. It is NaN where a group has a single run; n is that

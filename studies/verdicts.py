@@ -4,11 +4,12 @@ import dataclasses
 import math
 from collections.abc import Collection, Sequence
 
-from studies.declaration import Claim, Measure, Part
+from studies.declaration import Claim, ClaimPart, Measure
 from studies.matrix import Snapshot
 from studies.statistics import MIN_SEEDS, Difference, Estimate, holm, p_above, paired, welch
 
 ALPHA = 0.05
+Contrast = tuple[str, str, str]  # arm or choice, what is subtracted, what the difference shows
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
 UNCORRECTED = "for the claim, uncorrected"
 OPPOSED = "against the claim, uncorrected"
@@ -52,7 +53,7 @@ class PartVerdict:
       verdict: one of `HOLDS`, `FAILS`, `OPPOSED`, `UNDECIDED`; `UNCORRECTED` in a claim that does not hold.
     """
 
-    part: Part
+    part: ClaimPart
     measure: Measure
     a: str
     b: str
@@ -82,7 +83,7 @@ def difference(
 
 
 def unpaired(snapshot: Snapshot, plus: Sequence[str], minus: Sequence[str], measure: Measure) -> Estimate | None:
-    """Return the sum of some arms less that of others with Welch's interval, of logarithms as `difference`."""
+    """Return the sum of some arms minus the sum of others with Welch's interval, of logarithms as `difference`."""
     return welch(*([_values(snapshot, arm, measure) for arm in arms] for arms in (plus, minus)))
 
 
@@ -93,7 +94,7 @@ def _values(snapshot: Snapshot, arm: str, measure: Measure) -> dict[int, float]:
 
 
 def compare(
-    snapshot: Snapshot, part: Part, a: str | None, b: str | None, *, without: Collection[int] = ()
+    snapshot: Snapshot, part: ClaimPart, a: str | None, b: str | None, *, without: Collection[int] = ()
 ) -> PartVerdict:
     """Return what is known of a part with these arms, by itself: without its claim nothing is corrected for.
 
@@ -117,10 +118,10 @@ def compare(
 
 def judge(snapshot: Snapshot, claim: Claim) -> ClaimVerdict:
     """Return the verdict on a claim, by `RULE`."""
-    alone = [compare(snapshot, part, snapshot.choice(part.a), snapshot.choice(part.b)) for part in claim.parts]
+    compared = [compare(snapshot, part, snapshot.choice(part.a), snapshot.choice(part.b)) for part in claim.parts]
     parts = []
-    corrected = zip(holm([part.p for part in alone]), holm([part.p_against for part in alone]), strict=True)
-    for part, (p_holm, p_against) in zip(alone, corrected, strict=True):
+    corrected = zip(holm([part.p for part in compared]), holm([part.p_against for part in compared]), strict=True)
+    for part, (p_holm, p_against) in zip(compared, corrected, strict=True):
         enough = part.difference is not None and part.difference.n >= MIN_SEEDS
         opposed = OPPOSED if enough and part.p_against < ALPHA else part.verdict
         verdict = FAILS if enough and p_against < ALPHA else opposed
@@ -135,6 +136,21 @@ def judge(snapshot: Snapshot, claim: Claim) -> ClaimVerdict:
     return ClaimVerdict(claim, parts, whole)
 
 
-def _side(part: Part, measure: Measure) -> int:
+def _side(part: ClaimPart, measure: Measure) -> int:
     """1 where the claim wants the difference above zero, -1 below."""
     return 1 if part.better == measure.higher else -1
+
+
+def gains(snapshot: Snapshot, contrasts: Sequence[Contrast], measure: Measure) -> list[str] | None:
+    """Return what differences from controls show of a measure, of those on the better side; None without the runs."""
+    side, p, meanings = 1 if measure.higher else -1, [], []
+    real = [contrast for contrast in contrasts if contrast[1] != snapshot.study.floor]
+    for a, b, meaning in real:
+        left, right = snapshot.choice(a), snapshot.choice(b)
+        d = difference(snapshot, left, right, measure) if left and right else None
+        if d and d.n >= MIN_SEEDS:
+            p.append(min(1.0, 2 * p_above(side * d.mean, d.standard_error, d.n)))
+            meanings.append(meaning)
+    # Controls without runs count as if nothing were shown by them.
+    corrected = holm([*p, *[1.0] * (len(real) - len(p))])[: len(p)]
+    return [meaning for meaning, value in zip(meanings, corrected, strict=True) if value < ALPHA] if p else None

@@ -115,7 +115,7 @@ def test_a_wheel_has_the_same_files_from_the_checkout_and_from_an_sdist(tmp_path
     """An sdist has the recipes in their own folder alone: `uv build` and `python -m build` make the wheel from it."""
     pytest.importorskip("setuptools")
     source = tmp_path / "source"  # a copy, since setuptools writes into it
-    for name in ("xclip_jax", "configs"):
+    for name in ("xclip_jax", "configs", "studies"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -134,6 +134,7 @@ def test_a_wheel_has_the_same_files_from_the_checkout_and_from_an_sdist(tmp_path
         files.append({path.relative_to(built).as_posix() for path in built.rglob("*") if path.is_file()})
     recipes = {f"xclip_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     assert files[0] == files[1] and recipes <= files[0]
+    assert {name.split("/")[0] for name in files[0]} == {"xclip_jax"}  # the studies stay in the checkout
     assert {"xclip_jax/py.typed", "xclip_jax/serve/search.css"} <= files[0]
 
 

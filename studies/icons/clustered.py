@@ -1,7 +1,7 @@
 """Protocols on items that depend on each other, such as drawings of one concept, which are right or wrong together.
 
-Results are those of the plain protocols, and `statistics.bootstrap` resamples concepts, not drawings: an interval that
-treats drawings as independent is a third of the true one. Zero-shot classification also has the geometric mean rank.
+The plain protocols give the results, and `statistics.bootstrap` resamples concepts, not drawings: an interval that
+treats drawings as independent has a third of the true width. Zero-shot classification also has the geometric mean rank.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ class ClusteredZeroShot(ZeroShot):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClusteredRetrievalSet(RetrievalSet):
-    """A `RetrievalSet` of which the captions of one image belong together."""
+    """A `RetrievalSet` that groups the captions of one image."""
 
     evaluator: ClassVar[str] = f"{_HERE}:ClusteredRetrieval"
 
@@ -81,7 +81,7 @@ ClusteredRetrieval = Retrieval  # by the name in records; it resamples by image
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClusteredTextRetrievalSet(TextRetrievalSet):
-    """A `TextRetrievalSet` of which the queries for one text belong together."""
+    """A `TextRetrievalSet` that groups the queries for one text."""
 
     evaluator: ClassVar[str] = f"{_HERE}:ClusteredTextRetrieval"
 

@@ -83,8 +83,8 @@ def build(source: Source) -> Built:
     Raises:
       UserError: resvg-py is missing.
     """
-    limited = splits.limit(source.icons)
-    candidates = splits.shared(limited)
+    limited = splits.limit_per_set(source.icons)
+    candidates = splits.concepts_of_two_families(limited)
     counts = dict(source.counts) | {
         "at most two of a set and concept": len(limited),
         "of concepts of two families": len(candidates),

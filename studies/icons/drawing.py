@@ -31,7 +31,7 @@ class Picture(NamedTuple):
 
     Attributes:
       png: 64 x 64 RGB.
-      ink: share of pixels that are not the ground.
+      ink: share of pixels that are not background.
       signature: 256 bytes, by which drawings are compared; see `signature`.
     """
 

@@ -11,7 +11,7 @@ def word_set(text: str) -> frozenset[str]:
 
 LICENCES = ("MIT", "Apache-2.0", "CC-BY-4.0", "ISC", "CC-BY-3.0", "CC0-1.0", "Unlicense", "BSD-3-Clause")
 
-# Trade marks, whose names say nothing about the picture.
+# Trade marks: their names say nothing about the picture.
 BRAND_SETS = word_set(
     "bxl cib cryptocurrency cryptocurrency-color fa7-brands fa6-brands fa-brands logos nonicons selfhst simple-icons "
     "streamline-logos thesvg thesvg-color token token-branded devicon devicon-plain skill-icons gcp k8s unjs"
@@ -39,7 +39,7 @@ THING_SETS = EMOJI_SETS | word_set("game-icons healthicons map gis maki temaki p
 _FAMILIES = {
     "material": "material-symbols material-symbols-light ic mdi",
     "fontawesome": "fa7-solid fa7-regular fa6-solid fa6-regular fa-solid fa-regular la",
-    "streamline": "covid guidance",  # and all whose names begin with it
+    "streamline": "covid guidance",  # and all sets with a name that begins with it
     "boxicons": "boxicons bx bxs",
     "feather": "feather lucide lucide-lab",
     "solar": "solar reicon",

@@ -50,7 +50,7 @@ def caption(name: str, icon_set: str, data: Mapping[str, Any]) -> str:
     Args:
       name: as the set has it, words joined by hyphens.
       icon_set: name of the set.
-      data: of the set, whose "suffixes" and "prefixes" are styles of its own.
+      data: of the set; its "suffixes" and "prefixes" name its styles.
     """
     parts = [word for word in _without_styles(name, data).split("-") if word]
     for phrase in LEADING.get(icon_set, ()):
@@ -97,7 +97,7 @@ def is_caption(text: str) -> bool:
 
 
 def brands(brand_names: Iterable[str], thing_names: Iterable[str]) -> frozenset[str]:
-    """Captions that are brands: those of `brand_names` that share no word with `thing_names`; both are captions."""
+    """Captions among `brand_names` that share no word with the captions `thing_names`."""
     things = {word for text in thing_names for word in text.split()}
     return frozenset(text for text in brand_names if things.isdisjoint(text.split()))
 
@@ -159,7 +159,7 @@ def aliases(data: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def other_captions(texts: Iterable[str], own: str, brand_names: Collection[str]) -> Sequence[str]:
-    """Captions among `texts` of other concepts than that of the caption `own`, one for each concept.
+    """Captions among `texts` whose concept differs from the caption `own`'s, one for each concept.
 
     The same words written as one are no other name.
     """

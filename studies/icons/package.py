@@ -60,7 +60,7 @@ class Icon:
 
     Attributes:
       icon_set, name: where it is from.
-      caption: what it shows, in words.
+      caption: its name in words.
       concept: id of the caption's concept.
       aliases: captions that name other concepts.
       categories: of the set, in words.

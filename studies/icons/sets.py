@@ -3,7 +3,7 @@
 Their names in a config are studies.icons.sets:IconSets/NAME, with these names:
 
     test_concepts       zero-shot: drawings of concepts that are not in training, among the names of these; a
-                        class's prompt is its name alone
+                        class's only prompt is its name
     test_rendering      out of domain: known concepts as drawn by artists who are not in training, among the
                         names of all concepts of training
     test_retrieval      the first drawing of each concept of test_rendering, with the name, its other forms and
@@ -37,7 +37,7 @@ from studies.icons.clustered import (
     TransferProbeSet,
 )
 from studies.icons.drawing import INK
-from studies.icons.splits import rank
+from studies.icons.splits import hash_rank
 from xclip_jax.data import assets, transforms
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import dense
@@ -125,7 +125,7 @@ def _retrieval(name: str, prepare: Preprocessing, data_dir: str | None, part: st
 
 def artists_side(family: str) -> int:
     """0 for the families whose drawings a probe learns from, 1 for those that it is tested on."""
-    return int(rank("probe side", family), 16) % 2
+    return int(hash_rank("probe side", family), 16) % 2
 
 
 def probe_concepts(records: list[Record], number: int) -> list[str]:
@@ -138,7 +138,7 @@ def probe_concepts(records: list[Record], number: int) -> list[str]:
         for concept, drawn in sides.items()
         if len(drawn) >= MIN_DRAWINGS and MIN_EACH_SIDE <= sum(drawn) <= len(drawn) - MIN_EACH_SIDE
     ]
-    return sorted(enough, key=lambda concept: rank("probe concept", concept))[:number]
+    return sorted(enough, key=lambda concept: hash_rank("probe concept", concept))[:number]
 
 
 def _task(images: list[np.ndarray], records: list[Record], concepts: list[str]) -> Task:
@@ -193,11 +193,11 @@ def _aliases(name: str, prepare: Preprocessing, data_dir: str | None, part: str)
 
 
 def _categories(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -> ProbeSet:
-    """Names of concepts and their categories, of which the commonest in training are classes."""
+    """Names of concepts, classified by category; the commonest categories in training are the classes."""
     del prepare
     train, held, tested = (_concepts(data_dir, role) for role in ("train", "validation_concepts", "test_concepts"))
     if part == "validation":
-        ordered = sorted(held, key=lambda concept: rank("half", concept["id"]))
+        ordered = sorted(held, key=lambda concept: hash_rank("half", concept["id"]))
         held, tested = ordered[::2], ordered[1::2]
     numbers: dict[str, int] = {}
     for concept in train:
@@ -236,7 +236,7 @@ def regions(picture: np.ndarray) -> np.ndarray:
 
     Drawn is what counts as ink when a drawing is made. The ground is outside as far as it is connected to the border,
     by sides of pixels and not by their corners; all else is enclosed. A patch in the middle of a shape looks like one
-    beside it: what tells them apart is the rest of the drawing.
+    next to it: only the rest of the drawing tells them apart.
 
     Args:
       picture: uint8 (h, w, 3).
@@ -250,13 +250,13 @@ def regions(picture: np.ndarray) -> np.ndarray:
 
 def dense_sides(concepts: Sequence[str], part: str) -> list[set[str]]:
     """Concepts of validation_concepts by hash: those that are fitted, choose C and, in validation, are tested."""
-    order = sorted(set(concepts), key=lambda concept: rank("dense concept", concept))
+    order = sorted(set(concepts), key=lambda concept: hash_rank("dense concept", concept))
     quarters = {"test": ((0, 1, 2), (3,), ()), "validation": ((0,), (2,), (1, 3))}[part]
     return [{concept for i, concept in enumerate(order) if i % 4 in some} for some in quarters]
 
 
 def _dense(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -> DenseSet:
-    """Drawings and their regions; what is fitted, what chooses C and what is tested are of different concepts."""
+    """Drawings and their regions; fitting, the choice of C and the test use different concepts."""
     learned, tested = (_records(f"{name}_concepts", data_dir) for name in ("validation", part))
     sides = dense_sides([record["concept"] for record in learned[1]], part)
     if part == "test":
@@ -264,7 +264,7 @@ def _dense(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -
     parts, ids = [], []
     for (images, records), number, side in zip((learned, learned, tested), DENSE_DRAWINGS, sides, strict=True):
         some = [i for i, record in enumerate(records) if record["concept"] in side]
-        some = sorted(some, key=lambda i: rank("dense drawing", records[i]["id"]))[:number]
+        some = sorted(some, key=lambda i: hash_rank("dense drawing", records[i]["id"]))[:number]
         pngs = [images[i] for i in some]
         groups = np.unique([records[i]["concept"] for i in some], return_inverse=True)[1]
         parts.append(MaskedImages(Pictures(pngs, prepare), Regions(pngs), groups))
@@ -326,10 +326,10 @@ class IconSets(SetKind):
 
     @classmethod
     def load(cls, spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> Any:
-        """Return the set `spec`; the profile is that of published sets, and not used."""
+        """Return the set `spec`; the profile, which only published sets have, is not used."""
         return _MAKERS[spec](spec, Profile().preprocessing(prepare), data_dir)
 
     @classmethod
     def shows(cls, spec: str) -> str:
-        """Return "classes" or "captions" for sets of images, but for those of the probes."""
+        """Return "classes" or "captions" for sets of images, and "" for probes and texts."""
         return {"concepts": "classes", "rendering": "classes", "retrieval": "captions"}.get(spec.rpartition("_")[2], "")

@@ -25,7 +25,7 @@ SPLITS = ("train", *UNSEEN, *RENDERING)
 _BLOCK = 512
 
 
-def rank(what: str, name: str) -> str:
+def hash_rank(what: str, name: str) -> str:
     """The place of a name in the order by which `what` is drawn, as a string that sorts."""
     return hashlib.sha256(f"{SALT}/{what}/{name}".encode()).hexdigest()
 
@@ -54,12 +54,12 @@ class Corpus:
     counts: Mapping[str, int]
 
 
-def limit(icons: Sequence[Icon]) -> list[Icon]:
+def limit_per_set(icons: Sequence[Icon]) -> list[Icon]:
     """At most `PER_SET` icons of a set and concept, the first by hash of their ids, in the order of `icons`."""
     groups = collections.defaultdict(list)
     for icon in icons:
         groups[icon.icon_set, icon.concept].append(icon.id)
-    kept = {i for ids in groups.values() for i in sorted(ids, key=lambda name: rank("variant", name))[:PER_SET]}
+    kept = {i for ids in groups.values() for i in sorted(ids, key=lambda name: hash_rank("variant", name))[:PER_SET]}
     return [icon for icon in icons if icon.id in kept]
 
 
@@ -71,14 +71,14 @@ def families_of(icons: Iterable[Icon]) -> dict[str, set[str]]:
     return dict(drawn)
 
 
-def shared(icons: Sequence[Icon]) -> list[Icon]:
+def concepts_of_two_families(icons: Sequence[Icon]) -> list[Icon]:
     """Icons of the concepts that `MIN_FAMILIES` families or more draw, in their order."""
     drawn = families_of(icons)
     return [icon for icon in icons if len(drawn[icon.concept]) >= MIN_FAMILIES]
 
 
-def near(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Whether signatures uint8 (n, 256) and (m, 256) are of the same drawing: bool (n, m).
+def near_duplicates(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Whether signatures uint8 (n, 256) and (m, 256) belong to the same drawing: bool (n, m).
 
     The products are whole numbers below 2 ** 24, so that fp32 has them exactly, whatever the order of the sums.
     """
@@ -93,7 +93,7 @@ def near_any(a: np.ndarray, b: np.ndarray, labels: tuple[Sequence[str], Sequence
         return np.zeros(len(a), bool)
     hits = []
     for start in range(0, len(a), _BLOCK):
-        same = near(a[start : start + _BLOCK], b)
+        same = near_duplicates(a[start : start + _BLOCK], b)
         if labels is not None:
             same &= np.asarray(labels[0])[start : start + _BLOCK, None] != np.asarray(labels[1])
         hits.append(same.any(axis=1))
@@ -107,8 +107,8 @@ def first_drawings(icons: Sequence[Icon], signatures: np.ndarray) -> list[int]:
         groups[icon.concept].append(i)
     kept: list[int] = []
     for members in groups.values():
-        members = sorted(members, key=lambda i: rank("duplicate", icons[i].id))
-        same = near(signatures[members], signatures[members])
+        members = sorted(members, key=lambda i: hash_rank("duplicate", icons[i].id))
+        same = near_duplicates(signatures[members], signatures[members])
         chosen: list[int] = []
         for place in range(len(members)):
             if not same[place, chosen].any():
@@ -127,7 +127,7 @@ def name_concepts(icons: Iterable[Icon]) -> dict[str, str]:
 
 def _first(names: Iterable[str], what: str, roles: Mapping[str, int]) -> dict[str, str]:
     """Name -> role of the first names by hash, as many of each role as `roles` has."""
-    order, assigned = sorted(names, key=lambda name: rank(what, name)), {}
+    order, assigned = sorted(names, key=lambda name: hash_rank(what, name)), {}
     for role, number in roles.items():
         assigned |= dict.fromkeys(order[:number], role)
         order = order[number:]

@@ -19,7 +19,7 @@ from studies.arms import (
     terms,
     title,
 )
-from studies.declaration import Arm, Beside, Claim, Dose, Measure, Part, Study
+from studies.declaration import Arm, Claim, ClaimPart, DoseResponse, ExtraComparisons, Measure, Study
 from studies.icons import texts
 
 RECIPE = str(pathlib.Path(__file__).with_name("recipe.py"))
@@ -39,7 +39,7 @@ _THIRD_PASS = {
     "nclip": ((2e-3, 600),),
     "xclip": ((2e-3, 600),),
 }
-TUNING_SEEDS = (100,)  # not among those of the core, which so is no part of the choice
+TUNING_SEEDS = (100,)  # other seeds than the core's, which therefore plays no part in the choice
 SEEDS, DOSE_SEEDS, FACTOR_SEEDS = (0, 1, 2, 3, 4), (0, 1, 2), (0, 1)
 COMMON = {"optim.lr": 2e-3, "optim.warmup": 600}
 
@@ -126,20 +126,19 @@ _DOSES: tuple[tuple[str, str, str, str, dict[float, tuple[dict[str, Any], float]
 )  # fmt: skip
 
 
-# A control besides those of all studies: the two that CLIP gains from, at once.
-_LONGER_SMOOTHED = "clip_longer_smoothed"
-_LONGER_SMOOTHED_SHOWS = "gain over CLIP with soft targets trained for the same time"
-_LONGER_SMOOTHED_TITLE = f"CLIP, {MORE_STEPS:g} times the steps, label smoothing {SMOOTHING:g}"
+# A control that this study adds, with both things that CLIP gains from, and what all controls show.
+LONGER_SMOOTHED = "clip_longer_smoothed"
+SHOWS = AGAINST | {LONGER_SMOOTHED: "gain over CLIP with soft targets trained for the same time"}
 
 _NOISE = 25  # the level of noise with controls, %
 _LONGEST = 4000  # steps
 _DOSE_CONTROLS = {
     "noise": (
-        ("xclip_noise25", "clip_noise25_longer", AGAINST["clip_longer"]),
-        ("xclip_noise25", "clip_noise25_smoothed", AGAINST["clip_smoothed"]),
+        ("xclip_noise25", "clip_noise25_longer", SHOWS["clip_longer"]),
+        ("xclip_noise25", "clip_noise25_smoothed", SHOWS["clip_smoothed"]),
         ("xclip_noise25_common", "clip_noise25", "gain with CLIP's learning rate and warm-up"),
     ),
-    "steps": ((f"xclip_steps{_LONGEST}", f"clip_steps{_LONGEST}_longer", AGAINST["clip_longer"]),),
+    "steps": ((f"xclip_steps{_LONGEST}", f"clip_steps{_LONGEST}_longer", SHOWS["clip_longer"]),),
 }
 
 # The two objectives of doses: title and changes.
@@ -171,11 +170,11 @@ def _dose_arms(arms: Arms) -> Iterator[Arm]:
     )  # fmt: skip
 
 
-def _doses() -> Iterator[Dose]:
+def _doses() -> Iterator[DoseResponse]:
     for name, heading, axis, _, levels in _DOSES:
         lines = {label: [f"{objective}_{name}{level}" for level in levels] for objective, (label, _) in _DOSED.items()}
         controls = _DOSE_CONTROLS.get(name, ())
-        yield Dose(name, heading, axis, tuple(map(str, levels)), lines, ("zeroshot", "probe"), controls)
+        yield DoseResponse(name, heading, axis, tuple(map(str, levels)), lines, ("zeroshot", "probe"), controls)
 
 
 def _factors(arms: Arms) -> Iterator[Arm]:
@@ -237,13 +236,13 @@ def _factors(arms: Arms) -> Iterator[Arm]:
 
 def _longer_smoothed(arms: Arms) -> Arm:
     return arms.arm(
-        _LONGER_SMOOTHED, _LONGER_SMOOTHED_TITLE, "controls", "clip", SMOOTHED, seeds=SEEDS, tuned="clip",
-        length=MORE_STEPS,
+        LONGER_SMOOTHED, f"CLIP, {MORE_STEPS:g} times the steps, label smoothing {SMOOTHING:g}", "controls", "clip",
+        SMOOTHED, seeds=SEEDS, tuned="clip", length=MORE_STEPS,
     )  # fmt: skip
 
 
 def _searched(arms: Arms) -> Iterator[Arm]:
-    """The setting of nCLIP that the factors chose, alone and in xCLIP."""
+    """Yield nCLIP with the setting that the factors chose, by itself and in xCLIP."""
     yield arms.arm(SEARCHED, "nCLIP, tau 0.5", "controls", "nclip", {}, seeds=SEEDS, tuned=SEARCHED)
     yield arms.arm(SEARCHED_AGAIN, "nCLIP, tau 0.35", "controls", "nclip", {}, seeds=SEEDS, tuned=SEARCHED_AGAIN)
     heading = f"{title('xclip_50')}, tau 0.5"
@@ -262,36 +261,36 @@ _OURS = (
     Claim(
         "Besides the paper: nCLIP with the setting that was tuned on validation, tau 0.5, learns better "
         "representations than CLIP.",
-        (Part("its probe is better", SEARCHED, "clip", "probe"),),
-        sought_with=FACTOR_SEEDS,
+        (ClaimPart("its probe is better", SEARCHED, "clip", "probe"),),
+        tuned_on_seeds=FACTOR_SEEDS,
     ),
     Claim(
         "Besides the paper: xCLIP with that setting is at least as good as CLIP at zero-shot, and better at "
         "representation.",
         (
-            Part("its zero-shot is at least as good", "xclip_searched", "clip", "zeroshot", margin=1.0),
-            Part("its probe is better", "xclip_searched", "clip", "probe"),
+            ClaimPart("its zero-shot is at least as good", "xclip_searched", "clip", "zeroshot", margin=1.0),
+            ClaimPart("its probe is better", "xclip_searched", "clip", "probe"),
         ),
-        sought_with=FACTOR_SEEDS,
+        tuned_on_seeds=FACTOR_SEEDS,
     ),
     Claim(
         "Besides the paper, a second attempt at the fourth: nCLIP with the best setting of a second search, tau "
         "0.35, learns better representations than CLIP.",
-        (Part("its probe is better", SEARCHED_AGAIN, "clip", "probe"),),
-        sought_with=FACTOR_SEEDS,
+        (ClaimPart("its probe is better", SEARCHED_AGAIN, "clip", "probe"),),
+        tuned_on_seeds=FACTOR_SEEDS,
     ),
     Claim(
         "Besides the paper, a second attempt at the fifth: xCLIP with the best setting of a search of its own, "
         "tau 0.35 too, is at least as good as CLIP at zero-shot, and better at representation.",
         (
-            Part("its zero-shot is at least as good", SEARCHED_XCLIP, "clip", "zeroshot", margin=1.0),
-            Part("its probe is better", SEARCHED_XCLIP, "clip", "probe"),
+            ClaimPart("its zero-shot is at least as good", SEARCHED_XCLIP, "clip", "zeroshot", margin=1.0),
+            ClaimPart("its probe is better", SEARCHED_XCLIP, "clip", "probe"),
         ),
-        sought_with=FACTOR_SEEDS,
+        tuned_on_seeds=FACTOR_SEEDS,
     ),
 )
 
-_SOUGHT = (
+TUNED_COMPARISONS = (
     (SEARCHED, "nclip", "what the search is worth"),
     (SEARCHED, "clip", "whether it is ahead of CLIP"),
     (SEARCHED_AGAIN, SEARCHED, "what the second search is worth"),
@@ -303,19 +302,21 @@ _SOUGHT = (
     (SEARCHED_XCLIP, "clip", "whether that is ahead of CLIP"),
     (SEARCHED_XCLIP, "clip_longer", "whether it is ahead of CLIP trained for the same time"),
     (SEARCHED_XCLIP, "clip_smoothed", "whether it is ahead of CLIP with soft targets"),
-    (SEARCHED_XCLIP, _LONGER_SMOOTHED, "whether it is ahead of CLIP with both"),
+    (SEARCHED_XCLIP, LONGER_SMOOTHED, "whether it is ahead of CLIP with both"),
 )
-_SOUGHT_CONTROLS = (
-    *(("xclip_searched", name, AGAINST[name]) for name in (FLOOR, "clip_longer", "clip_twice", "clip_smoothed")),
-    ("xclip_searched", _LONGER_SMOOTHED, _LONGER_SMOOTHED_SHOWS),
-    ("xclip_searched", "xclip_searched_shuffled", AGAINST["xclip_shuffled"]),
+TUNED_CONTROLS = (
+    *(
+        ("xclip_searched", name, SHOWS[name])
+        for name in (FLOOR, "clip_longer", "clip_twice", "clip_smoothed", LONGER_SMOOTHED)
+    ),
+    ("xclip_searched", "xclip_searched_shuffled", SHOWS["xclip_shuffled"]),
 )
-_BESIDE = Beside(
+EXTRA_COMPARISONS = ExtraComparisons(
     "xCLIP, half nCLIP and half CLIP, with tau tuned on validation",
     ("CLIP, as many steps", "CLIP, the same time", f"CLIP, label smoothing {SMOOTHING:g}", "CLIP, both at once"),
     {
         **{
-            f"tau {tau:g}": [(arm, name) for name in ("clip", "clip_longer", "clip_smoothed", _LONGER_SMOOTHED)]
+            f"tau {tau:g}": [(arm, name) for name in ("clip", "clip_longer", "clip_smoothed", LONGER_SMOOTHED)]
             for tau, arm in ((0.5, "xclip_searched"), (0.35, SEARCHED_XCLIP))
         },
         "tau 0.5, 25 % of captions exchanged for both": [
@@ -332,7 +333,7 @@ _BESIDE = Beside(
 )
 
 
-# The recipe has the tau that the factors chose; the arms were declared with that of nCLIP's first version.
+# The recipe has the tau that the factors chose; the arms were declared with the first version's tau.
 _CHANGES = {
     "steps": STEPS, "optim.warmup": WARM_UP, "objective.nclip.tau": 1.0, "log.every": 20, "data.cache": True,
 }  # fmt: skip
@@ -370,16 +371,16 @@ def study(recipe: str = RECIPE) -> Study:
         choices={"xclip": tuple(XCLIP)},
         named=dict(zip(VALIDATION, ("zeroshot", "rendering"), strict=True)),
         common={title(name): f"common_{name}" for name, *_ in objectives()},
-        controls=(*CONTROLS, ("xclip", _LONGER_SMOOTHED, _LONGER_SMOOTHED_SHOWS)),
+        controls=(*CONTROLS, ("xclip", LONGER_SMOOTHED, SHOWS[LONGER_SMOOTHED])),
         floor=FLOOR,
-        sought=_SOUGHT,
-        sought_controls=_SOUGHT_CONTROLS,
+        tuned_comparisons=TUNED_COMPARISONS,
+        tuned_controls=TUNED_CONTROLS,
         secondary=SECONDARY,
         shown=(
             ("nclip", SEARCHED_AGAIN, "xclip", SEARCHED_XCLIP, "clip_longer"),
             ("zeroshot", "rendering", "retrieval", "probe", "aliases"),
         ),
-        beside=_BESIDE,
+        extra_comparisons=EXTRA_COMPARISONS,
         weights={"0.3": "xclip_30", "0.5": "xclip_50", "0.7": "xclip_70", "1": "nclip"},
         doses=tuple(_doses()),
         factors=(

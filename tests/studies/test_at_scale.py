@@ -6,8 +6,8 @@ import pytest
 
 from studies import records
 from studies.cc12m import study as cc12m
-from studies.collect import collect
 from studies.matrix import Matrix, Snapshot
+from studies.runner import collect
 from studies.worker import DIVERGED
 from tests.studies.made_records import finished, write_folder
 from xclip_jax.config import schema

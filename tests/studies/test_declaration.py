@@ -8,10 +8,10 @@ import pathlib
 
 import pytest
 
-from studies import page, records, schedule
-from studies.declaration import Arm, Claim, Dose, Measure, Part
+from studies import page, records
+from studies.declaration import Arm, Claim, ClaimPart, DoseResponse, Measure
 from studies.icons import study as icons
-from studies.matrix import Snapshot
+from studies.matrix import Snapshot, selected
 from tests import tiny
 from tests.studies import tiny_study
 from tests.studies.greys import TEST_SET, VALIDATION_SET
@@ -40,19 +40,22 @@ def arms(*more):
         ({"arms": arms(Arm("new", "", "tuning", "x"))}, "arm 'new': arms of section 'tuning' have an objective"),
         (
             {"arms": arms(Arm("new", "", "core", "x", objective="clip"))},
-            "those of 'factors' alone may have an objective",
+            "of the others only those of 'factors' may have an objective",
         ),
         ({"arms": arms(Arm("new", "", "core", "x", tuned="siglip"))}, "chosen before has the objective 'siglip'"),
         ({"arms": arms(Arm("new", "", "factors", "x", objective="best"))}, "candidates for 'best'; say by `search`"),
         ({"search": Measure("search", "", TEST_SET)}, "Greys/test' is for validation and for tests"),
-        ({"choose": Measure("choose", "", TEST_SET)}, "choose is of '.*Greys/test'; expected a set of `validation`"),
+        (
+            {"choose": Measure("choose", "", TEST_SET)},
+            "choose uses the set '.*Greys/test'; expected a set of `validation`",
+        ),
         ({"tests": (VALIDATION_SET,)}, "Greys/validation' is for validation and for tests"),
         ({"named": {TEST_SET: "top1"}}, "named has the set '.*Greys/test'; expected sets of `validation`"),
         ({"baseline": "clap"}, "refers to arm 'clap', which it does not have"),
         ({"choices": {"any": ("clip", "clap")}}, "refers to arm 'clap'"),
-        ({"claims": (Claim("", (Part("", "clip", "xclip", "top2"),)),)}, "refers to measure 'top2'"),
-        ({"doses": (Dose("x", "", "", ("1",), {"a": ("clip",)}, ("top2",)),)}, "refers to measure 'top2'"),
-        ({"doses": (Dose("x", "", "", ("1",), {"a": ("clap",)}, ("top1",)),)}, "refers to arm 'clap'"),
+        ({"claims": (Claim("", (ClaimPart("", "clip", "xclip", "top2"),)),)}, "refers to measure 'top2'"),
+        ({"doses": (DoseResponse("x", "", "", ("1",), {"a": ("clip",)}, ("top2",)),)}, "refers to measure 'top2'"),
+        ({"doses": (DoseResponse("x", "", "", ("1",), {"a": ("clap",)}, ("top1",)),)}, "refers to arm 'clap'"),
     ],
 )
 def test_wrong_declarations_are_one_sentence(changes, message):
@@ -172,8 +175,8 @@ def test_arms_of_one_config_share_their_runs():
     m = tiny_study.matrix()
     before, after = Snapshot(m, {}), Snapshot(m, finished(m, TUNED | CORE))
     assert after.values("clip_again", m.study.measure("top1")) == CORE["clip"]
-    selected = schedule.selected(before, ("core", "clip_again"))
-    assert [(run.arm.name, run.seed) for run in selected] == [("clip", 0), ("xclip", 0), ("clip", 1), ("xclip", 1)]
+    chosen = selected(before, ("core", "clip_again"))
+    assert [(run.arm.name, run.seed) for run in chosen] == [("clip", 0), ("xclip", 0), ("clip", 1), ("xclip", 1)]
     assert len(after.runs) == 8 and not after.missing()
 
 

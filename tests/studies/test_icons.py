@@ -149,8 +149,8 @@ def signature(body, size=24):
 def test_signatures_see_through_size_place_and_colour():
     shape = '<path d="M2 2h12v6h-6v10h-6z"/>'
     twin = f'<g transform="translate(6 4) scale(1.5)">{shape}</g>'
-    assert splits.near(signature(shape), signature(twin, 48)).all()
-    assert not splits.near(signature(shape), signature('<path d="M2 2h12v16h-12z"/>')).any()
+    assert splits.near_duplicates(signature(shape), signature(twin, 48)).all()
+    assert not splits.near_duplicates(signature(shape), signature('<path d="M2 2h12v16h-12z"/>')).any()
 
 
 def test_near_is_the_root_mean_square():
@@ -159,7 +159,7 @@ def test_near_is_the_root_mean_square():
     noise = rng.normal(0, rng.uniform(8, 18, (40, 1)), a.shape)
     b = np.clip(a + noise, 0, 255).astype(np.uint8)
     rms = np.sqrt(np.mean((a[:, None] / 255.0 - b[None] / 255.0) ** 2, axis=-1))
-    np.testing.assert_array_equal(splits.near(a, b), rms < 0.05)
+    np.testing.assert_array_equal(splits.near_duplicates(a, b), rms < 0.05)
     assert 0 < (rms < 0.05).sum() < 40
     labels = [str(i) for i in range(40)]
     assert not splits.near_any(a, a, (labels, labels)).any() and splits.near_any(a, a).all()

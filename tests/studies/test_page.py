@@ -11,11 +11,11 @@ import xml.etree.ElementTree
 import pytest
 import scipy.stats
 
-from studies import markdown, page, records, schedule, verdicts
+from studies import page, records, tables, verdicts
 from studies.cc12m import study as cc12m
-from studies.declaration import Arm, Beside, Claim, Dose, Measure, Part
+from studies.declaration import Arm, Claim, ClaimPart, DoseResponse, ExtraComparisons, Measure
 from studies.icons import study as icons
-from studies.matrix import Matrix, Snapshot
+from studies.matrix import Clock, Matrix, Snapshot, overview
 from tests.studies import tiny_study
 from tests.studies.greys import TEST_SET, VALIDATION_SET
 from tests.studies.made_records import CORE, TUNED, finished, record
@@ -112,9 +112,9 @@ def test_gains_beyond_controls_are_corrected_for_their_number():
 
 
 def test_a_sought_setting_has_differences_and_those_of_unseen_seeds():
-    part = Part("it is better", "xclip", "clip", "top1")
-    claim = Claim("A setting is better.", (part,), sought_with=(0, 1))
-    m = four_seeds(claims=(claim,), sought=(("xclip", "clip", "what it is worth"),),
+    part = ClaimPart("it is better", "xclip", "clip", "top1")
+    claim = Claim("A setting is better.", (part,), tuned_on_seeds=(0, 1))
+    m = four_seeds(claims=(claim,), tuned_comparisons=(("xclip", "clip", "what it is worth"),),
                    secondary=(Measure("again", "top-1 again", TEST_SET),))  # fmt: skip
     values = {"clip": over_seeds(20.0, 20.0, 20.0, 20.0), "xclip": over_seeds(22.0, 22.0, 21.0, 21.0)}
     text = page.render(Snapshot(m, finished(m, values)), {})
@@ -124,8 +124,9 @@ def test_a_sought_setting_has_differences_and_those_of_unseen_seeds():
 
 
 def test_a_dose_says_how_the_difference_changes():
-    dose = Dose("data", "Data", "share", ("0", "1"), {"CLIP": ("clip", "clip_again"), "xCLIP": ("xclip", "xclip")},
-                ("top1",), (("xclip", "clip", "gain over nothing"),))  # fmt: skip
+    lines = {"CLIP": ("clip", "clip_again"), "xCLIP": ("xclip", "xclip")}
+    controls = (("xclip", "clip", "gain over nothing"),)
+    dose = DoseResponse("data", "Data", "share", ("0", "1"), lines, ("top1",), controls)
     half = dataclasses.replace(tiny_study.study(tuned=False).arms[-1], changes={"data.subset": 0.5})
     arms = [dataclasses.replace(arm, seeds=(0, 1, 2)) for arm in (*tiny_study.study(tuned=False).arms[:-1], half)]
     m = tiny_study.matrix(tuned=False, arms=arms, doses=(dose,))
@@ -149,13 +150,13 @@ def test_runs_at_chance_and_of_two_seeds_are_shown_as_they_are():
     m = tiny_study.matrix(tuned=False)
     text = page.render(Snapshot(m, finished(m, {"clip": {0: 25.0, 1: 26.0}, "xclip": {0: 27.0, 1: 25.0}})), {})
     assert "Runs at chance, which are in all means: top-1 (CLIP, seed 0; xCLIP, seed 1)." in text
-    rows = markdown.rows_of(Snapshot(m, finished(m, CORE)), {"CLIP": "clip"}, m.study.measures[:1], each=True)
+    rows = tables.rows_of(Snapshot(m, finished(m, CORE)), {"CLIP": "clip"}, m.study.measures[:1], each=True)
     assert rows == [["CLIP", "2", "21.0 (20.0, 22.0)"]]
 
 
 def test_choices_are_shown_by_seed_and_without_each():
-    m = tiny_study.matrix(tuned=False, claims=(
-        Claim("Any is better.", (Part("top-1 is higher", "any", "clip", "top1"),), all_choices=True),))  # fmt: skip
+    part = ClaimPart("top-1 is higher", "any", "clip", "top1")
+    m = tiny_study.matrix(tuned=False, claims=(Claim("Any is better.", (part,), all_choices=True),))
     snapshot = Snapshot(m, finished(m, {"clip": {0: 20.0, 1: 22.0}, "xclip": {0: 23.0, 1: 21.0}}))
     assert [snapshot.choice("any", without=seed) for seed in (None, 0, 1)] == ["xclip", "clip", "xclip"]
     text = page.render(snapshot, {})
@@ -215,11 +216,11 @@ def test_the_similarity_is_chosen_on_validation():
 def test_estimates_follow_measured_runs():
     m = tiny_study.matrix(tuned=False)
     runs = Snapshot(m, {}).runs
-    assert schedule.Clock(m, Snapshot(m, {})).seconds(runs[0]) == 4 * 16 * m.study.seconds_per_pair + 60
+    assert Clock(m, Snapshot(m, {})).seconds(runs[0]) == 4 * 16 * m.study.seconds_per_pair + 60
     made = record(runs[0], 1.0, seconds=50.0)
-    clock = schedule.Clock(m, Snapshot(m, {made.key: made}))
+    clock = Clock(m, Snapshot(m, {made.key: made}))
     assert clock.seconds(runs[1]) == 55.0 == clock.seconds(next(r for r in runs if r.arm.name == "xclip"))
-    table = schedule.table(m, Snapshot(m, {made.key: made}), ("core",))
+    table = overview(m, Snapshot(m, {made.key: made}), ("core",))
     assert "clip   core         2     1        0.02" in table and "clip_again" not in table
 
 
@@ -314,8 +315,8 @@ def test_the_finding_is_a_plot_and_a_sentence_on_the_claims(tmp_path):
 
 
 def test_the_finding_has_what_holds_beside_the_first_claims():
-    up, down = Part("up", "xclip", "clip", "top1"), Part("down", "xclip", "clip", "top1", better=False)
-    loss = Part("the loss differs", "xclip", "clip", "loss")
+    up, down = ClaimPart("up", "xclip", "clip", "top1"), ClaimPart("down", "xclip", "clip", "top1", better=False)
+    loss = ClaimPart("the loss differs", "xclip", "clip", "loss")
     claims = (
         Claim("A.", (loss,)),
         Claim("B.", (down,)),
@@ -324,8 +325,8 @@ def test_the_finding_has_what_holds_beside_the_first_claims():
         Claim("E.", (up,)),
     )
     columns = {"a tau": (("xclip", "clip"), ("xclip", "xclip")), "other": (("xclip", "clip"),)}
-    beside = Beside("xCLIP", ("CLIP", "itself"), columns, ("top1", "loss"), "From itself {1}, from CLIP {0}.")
-    m = four_seeds(claims=claims, beside=beside)
+    beside = ExtraComparisons("xCLIP", ("CLIP", "itself"), columns, ("top1", "loss"), "From itself {1}, from CLIP {0}.")
+    m = four_seeds(claims=claims, extra_comparisons=beside)
     values = {"clip": over_seeds(20.0, 20.0, 20.0, 20.0), "xclip": over_seeds(21.9, 22.0, 22.1, 22.0)}
     snapshot = Snapshot(m, finished(m, values))
     drawn, _, first, _, second = page.finding(snapshot).splitlines()[:5]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from studies import verdicts
-from studies.declaration import Claim, Part
+from studies.declaration import Claim, ClaimPart
 from studies.matrix import Snapshot
 from tests.studies import tiny_study
 from tests.studies.made_records import finished
@@ -18,7 +18,7 @@ def claimed(a, b, **options):
     seeds = tuple(range(len(a)))
     declared = tiny_study.study(tuned=False)
     of_arms = tuple(dataclasses.replace(arm, seeds=seeds) for arm in declared.arms)
-    part = Part("it is better", "xclip", "clip", "top1", **options)
+    part = ClaimPart("it is better", "xclip", "clip", "top1", **options)
     m = tiny_study.matrix(tuned=False, arms=of_arms, claims=(Claim("It is better.", (part,)),))
     made = finished(m, {"xclip": dict(enumerate(a)), "clip": dict(enumerate(b))})
     return verdicts.judge(Snapshot(m, made), m.study.claims[0]).parts[0]
@@ -52,7 +52,7 @@ def test_a_claim_is_as_good_as_its_parts():
     seeds = (0, 1, 2)
     of_arms = tuple(dataclasses.replace(arm, seeds=seeds) for arm in tiny_study.study(tuned=False).arms)
     m = tiny_study.matrix(tuned=False, arms=of_arms)
-    parts = (Part("better", "xclip", "clip", "top1"), Part("worse", "xclip", "clip", "top1", better=False))
+    parts = (ClaimPart("better", "xclip", "clip", "top1"), ClaimPart("worse", "xclip", "clip", "top1", better=False))
     values = {"clip": dict.fromkeys(seeds, 20.0), "xclip": dict.fromkeys(seeds, 22.0)}
     snapshot = Snapshot(m, finished(m, values))
     judged = [verdicts.judge(snapshot, Claim("", chosen)).verdict for chosen in (parts[:1], parts[1:], parts)]
@@ -65,8 +65,8 @@ def test_a_part_of_a_claim_that_does_not_hold_is_shown_after_correction():
     seeds = (0, 1, 2, 3)
     of_arms = tuple(dataclasses.replace(arm, seeds=seeds) for arm in tiny_study.study(tuned=False).arms)
     m = tiny_study.matrix(tuned=False, arms=of_arms)
-    up, down = Part("up", "xclip", "clip", "top1"), Part("down", "xclip", "clip", "top1", better=False)
-    wide = Part("not far down", "xclip", "clip", "top1", margin=9.0)
+    up, down = ClaimPart("up", "xclip", "clip", "top1"), ClaimPart("down", "xclip", "clip", "top1", better=False)
+    wide = ClaimPart("not far down", "xclip", "clip", "top1", margin=9.0)
 
     def verdicts_of(differences, *parts):
         values = {"clip": dict.fromkeys(seeds, 20.0), "xclip": {i: 20 + x for i, x in enumerate(differences)}}
@@ -74,7 +74,7 @@ def test_a_part_of_a_claim_that_does_not_hold_is_shown_after_correction():
         return judged, [part.verdict for part in judged.parts]
 
     weak, strong = (0.4, 1.2, 2.3, 2.1), (1.9, 2.0, 2.1, 2.0)  # p of 0.043, and far below 0.05
-    nothing = Part("the loss differs", "xclip", "clip", "loss")
+    nothing = ClaimPart("the loss differs", "xclip", "clip", "loss")
     assert verdicts_of(weak, up)[1] == ["holds"] and verdicts_of(weak, up, wide)[1] == ["holds", "holds"]
     judged, of_parts = verdicts_of(weak, up, nothing)
     assert (judged.verdict, of_parts) == ("undecided", [verdicts.UNCORRECTED, "undecided"])
@@ -90,7 +90,7 @@ def test_a_part_on_the_other_side_is_named_as_one_on_the_claimed_side():
     m = four_seeds()
     values = {"clip": over_seeds(20.0, 20.0, 20.0, 20.0), "xclip": over_seeds(19.6, 18.8, 17.7, 17.9)}
     snapshot = Snapshot(m, finished(m, values))
-    better, loss = Part("up", "xclip", "clip", "top1"), Part("the loss differs", "xclip", "clip", "loss")
+    better, loss = ClaimPart("up", "xclip", "clip", "top1"), ClaimPart("the loss differs", "xclip", "clip", "loss")
     alone, both = (verdicts.judge(snapshot, Claim("It is better.", parts)) for parts in ((better,), (better, loss)))
     assert (alone.verdict, both.verdict) == ("fails", "undecided")
     assert [part.verdict for part in both.parts] == [verdicts.OPPOSED, "undecided"]

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import sys
 
-from studies.declaration import Arm, Claim, Dose, Measure, Part, Study
+from studies.declaration import Arm, Claim, ClaimPart, DoseResponse, Measure, Study
 from studies.matrix import Matrix
 from tests import tiny
 from tests.studies.greys import TEST_SET, VALIDATION_SET
@@ -43,13 +43,13 @@ def study(*, steps=4, tuned=True, **fields):
         "tests": (TEST_SET,),
         "choose": Measure("choose", "validation top-1", VALIDATION_SET),
         "measures": (Measure("top1", "top-1", TEST_SET), Measure("loss", "loss", "", "loss", higher=False, ratio=True)),
-        "claims": (Claim("xCLIP is better.", (Part("top-1 is higher", "xclip", "clip", "top1"),)),),
+        "claims": (Claim("xCLIP is better.", (ClaimPart("top-1 is higher", "xclip", "clip", "top1"),)),),
         "baseline": "clip",
         "choices": {"any": ("clip", "xclip")},
         "common": {"CLIP": "clip"},
         "controls": (("any", "clip", "nothing"),),
         "doses": (
-            Dose(
+            DoseResponse(
                 "data",
                 "Data",
                 "share",

@@ -1,14 +1,13 @@
-"""The parts of a study's page that conclude: verdicts with their tables, how a choice was made, what is missing yet."""
+"""The conclusions of a study's page: verdicts with their tables, how a choice was made, and what is missing."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from studies import verdicts
-from studies.declaration import Beside, Claim
-from studies.markdown import difference_text, diverged_text, p_text, shown, table
-from studies.matrix import Run, Snapshot
-from studies.schedule import selected
+from studies.declaration import Claim, ExtraComparisons
+from studies.matrix import Run, Snapshot, selected
 from studies.statistics import FEW_SEEDS, MIN_SEEDS
+from studies.tables import difference_text, diverged_text, p_text, shown, table
 
 FINDINGS = 3  # the first claims of a study, which are the paper's
 _OPEN = "not chosen yet"
@@ -51,7 +50,7 @@ def interim(snapshot: Snapshot) -> str:
 
 
 def findings(snapshot: Snapshot) -> list[str]:
-    """Return the lines of a README: the study's scope, and a sentence each on the first claims and `Study.beside`.
+    """Return the lines of a README: the study's scope, a sentence on the first claims, and the extra comparisons.
 
     Further claims that hold or fail have a sentence too.
     """
@@ -62,15 +61,15 @@ def findings(snapshot: Snapshot) -> list[str]:
     scope = "; ".join(filter(None, (interim(snapshot), study.scope, left)))
     others = [_sentence(claim) for claim in judged[FINDINGS:] if claim.verdict != verdicts.UNDECIDED]
     lines = [*([f"*{scope}.*", ""] if scope else []), " ".join([_counts(judged[:FINDINGS]), *others])]
-    if study.beside:
-        rows = next(iter(_columns(snapshot, study.beside).values()))
-        lines += ["", study.beside.sentence.format(*rows)]
+    if study.extra_comparisons:
+        rows = next(iter(_columns(snapshot, study.extra_comparisons).values()))
+        lines += ["", study.extra_comparisons.sentence.format(*rows)]
     return lines
 
 
-def beside(snapshot: Snapshot) -> list[str]:
-    """Return the differences beside the claims as a table, and an empty line; nothing without any."""
-    if not (declared := snapshot.study.beside):
+def extra_comparisons(snapshot: Snapshot) -> list[str]:
+    """Return the table of the extra comparisons and an empty line, or nothing where the study declares none."""
+    if not (declared := snapshot.study.extra_comparisons):
         return []
     columns = _columns(snapshot, declared)
     rows = [list(row) for row in itertools.zip_longest(declared.rows, *columns.values(), fillvalue="-")]
@@ -78,7 +77,7 @@ def beside(snapshot: Snapshot) -> list[str]:
     return [f"{declared.text}: {labels}.", "", *table(["difference from", *columns], rows)]
 
 
-def _columns(snapshot: Snapshot, declared: Beside) -> dict[str, list[str]]:
+def _columns(snapshot: Snapshot, declared: ExtraComparisons) -> dict[str, list[str]]:
     """Return {name of a column, with its seeds: its cells}."""
     columns = {}
     measures = [snapshot.study.measure(name) for name in declared.measures]
@@ -93,7 +92,7 @@ def _columns(snapshot: Snapshot, declared: Beside) -> dict[str, list[str]]:
 
 
 def summary(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
-    """Yield the verdicts in a sentence each, what is missing of them, and `Study.beside`."""
+    """Yield the verdicts in a sentence each, what is missing of them, and `Study.extra_comparisons`."""
     study = snapshot.study
     yield from ["## Verdicts", "", *shown(study, drawn, "finding", "Differences from the baseline")]
     if text := interim(snapshot):
@@ -104,7 +103,7 @@ def summary(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
         yield from [f"**{planned - done} of {planned} runs of controls are missing**: {text}", ""]
     for number, claim in enumerate(study.claims, 1):
         yield from [f"{number}. {_sentence(verdicts.judge(snapshot, claim))}", ""]
-    yield from beside(snapshot)
+    yield from extra_comparisons(snapshot)
 
 
 def section(snapshot: Snapshot) -> Iterator[str]:
@@ -116,7 +115,7 @@ def section(snapshot: Snapshot) -> Iterator[str]:
         yield from [f"### Claim {number}", "", *_table(snapshot, judged)]
         if claim.all_choices:
             yield from _others(snapshot, claim)
-        if claim.sought_with:
+        if claim.tuned_on_seeds:
             yield from _unseen(snapshot, claim)
     rule = (*verdicts.RULE, *study.changed)
     yield from ["### The rule", "", *(line for text in rule for line in (text, ""))]
@@ -125,9 +124,9 @@ def section(snapshot: Snapshot) -> Iterator[str]:
 
 
 def _controls(snapshot: Snapshot) -> tuple[int, int]:
-    """How many runs of controls are finished, and how many there are to be."""
+    """How many runs of controls are finished, and how many are planned."""
     study = snapshot.study
-    names = (*(b for _, b, _ in (*study.controls, *study.sought_controls)), *study.common.values())
+    names = (*(b for _, b, _ in (*study.controls, *study.tuned_controls)), *study.common.values())
     runs = selected(snapshot, names) if names else []
     return len(runs) - len(_missing(snapshot, runs)), len(runs)
 
@@ -137,7 +136,7 @@ def _missing(snapshot: Snapshot, runs: list[Run]) -> list[Run]:
 
 
 def _sentence(claim: verdicts.ClaimVerdict) -> str:
-    """What a claim earns: its words, the verdict, and what each of its parts shows, by verdict where these differ."""
+    """The sentence on a claim: its words, its verdict and what its parts show, by verdict where these differ."""
     if not any(part.difference for part in claim.parts):
         return f"*{claim.claim.text}* **{_NOTHING}.**"
     groups = {}
@@ -154,7 +153,7 @@ def _sentence(claim: verdicts.ClaimVerdict) -> str:
 
 
 def _counts(claims: Sequence[verdicts.ClaimVerdict]) -> str:
-    """What became of several claims, in a sentence: which have which verdict, and the parts that are decided."""
+    """A sentence on several claims: how many hold, fail or stay undecided, and the parts that are decided."""
     verbs = {
         verdicts.HOLDS: ("holds", "hold"),
         verdicts.FAILS: ("fails", "fail"),
@@ -172,7 +171,7 @@ def _counts(claims: Sequence[verdicts.ClaimVerdict]) -> str:
 
 
 def _numbers(part: verdicts.PartVerdict, *, name: bool = False) -> str:
-    """What a part says, or with `name` of what it is, with its difference and the seeds on the claimed side."""
+    """What a part says, or with `name` its measure, with its difference and the seeds on the claimed side."""
     d, text = part.difference, part.measure.label if name else part.part.text
     if d is None:
         return f"{text} (no runs)"
@@ -204,7 +203,7 @@ def _table(snapshot: Snapshot, claim: verdicts.ClaimVerdict) -> list[str]:
 
 
 def _others(snapshot: Snapshot, claim: Claim) -> Iterator[str]:
-    """The parts of a claim for the arms that a choice did not take."""
+    """The parts of a claim for the arms that were not chosen."""
     rows = []
     for name, arms in snapshot.study.choices.items():
         chosen = snapshot.choice(name)
@@ -221,14 +220,14 @@ def _unseen(snapshot: Snapshot, claim: Claim) -> Iterator[str]:
     rows = []
     for part in claim.parts:
         a, b = snapshot.choice(part.a), snapshot.choice(part.b)
-        rows.append(_cells(snapshot, verdicts.compare(snapshot, part, a, b, without=claim.sought_with)))
-    seeds = ", ".join(map(str, claim.sought_with))
+        rows.append(_cells(snapshot, verdicts.compare(snapshot, part, a, b, without=claim.tuned_on_seeds)))
+    seeds = ", ".join(map(str, claim.tuned_on_seeds))
     yield from [f"The same without the seeds {seeds}, with which nCLIP's setting was tuned, without a verdict:", ""]
     yield from table(_HEAD, rows)
 
 
 def _choice(snapshot: Snapshot, name: str) -> Iterator[str]:
-    """How a choice between arms came out: by seed, and with one seed left out."""
+    """The choice between arms by seed, and with each seed left out."""
     study, measure = snapshot.study, snapshot.study.choose
     arms, chosen = study.choices[name], snapshot.choice(name)
     seeds = snapshot.seeds(arms, measure)
