@@ -29,14 +29,13 @@ from xclip_jax.config.load import load_config
 from xclip_jax.errors import Parser, UserError, exit_with_message
 from xclip_jax.train.interrupt import EXIT_RESUMABLE
 
-DOCS = ROOT / "docs"
 STUDIES = {"icons": icons, "cc12m": cc12m}  # their function `study` makes the declaration
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m studies", description=__doc__)
     parser.add_argument("--study", default=DEFAULT, choices=STUDIES, help="which (default: %(default)s)")
-    parser.add_argument("--recipe", default="", help="its recipe with other arguments, as study_cc12m:root=/my/data")
+    parser.add_argument("--recipe", default="", help="its recipe with other arguments, as FILE.py:root=/my/data")
     parser.add_argument("--only", default="", help=f"sections ({', '.join(SECTIONS)}) or arms, joined by commas")
     parser.add_argument("--max-hours", type=float, help="save and stop what is running after this time")
     parser.add_argument("--workers", type=int, default=1, help="runs at the same time; their seconds say so")
@@ -49,8 +48,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="keep the folders of finished runs")
     parser.add_argument(
         "--docs",
-        default=str(DOCS),
-        help="folder of the page; another one gets a runs.jsonl of its own",
+        default="",
+        help="folder of study.md, with a runs.jsonl of its own; by default the study's own pages",
     )
     parser.add_argument("--scratch", default=str(ROOT / "runs" / "study"), help="folder of runs in progress")
     return parser.parse_args(argv)
@@ -66,11 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = _arguments(argv)
     logging.set_verbosity(logging.ERROR)
     with exit_with_message():
-        make, docs = STUDIES[flags.study].study, pathlib.Path(flags.docs)
+        make = STUDIES[flags.study].study
         matrix = Matrix(make(flags.recipe) if flags.recipe else make(), load_config)
         study = matrix.study
-        home = docs.resolve() == DOCS.resolve()
-        runs = (ROOT / "studies" / study.name if home else docs / study.page) / "runs.jsonl"
+        home = ROOT / "studies" / study.name
+        docs = pathlib.Path(flags.docs) if flags.docs else ROOT / "docs" if study.name == DEFAULT else home
+        runs = (docs / "study" if flags.docs else home) / "runs.jsonl"
         only = tuple(filter(None, flags.only.split(",")))
         known = [*SECTIONS, *(arm.name for arm in study.arms)]
         if unknown := [name for name in only if name not in known]:
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if flags.dry_run:
             print(overview(matrix, Snapshot(matrix, records.read_all(runs)), only))
             return
-        if study.recipe and study.name == DEFAULT and home:
+        if study.recipe and study.name == DEFAULT and not flags.docs:
             raise UserError(
                 f"the pages in {docs} and the README show the study's own recipe, not "
                 f"--recipe {study.recipe}; pass --docs FOLDER for others."

@@ -94,7 +94,7 @@ def _columns(snapshot: Snapshot, declared: ExtraComparisons) -> dict[str, list[s
 def summary(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
     """Yield the verdicts in a sentence each, what is missing of them, and `Study.extra_comparisons`."""
     study = snapshot.study
-    yield from ["## Verdicts", "", *shown(study, drawn, "finding", "Differences from the baseline")]
+    yield from ["## Verdicts", "", *shown(drawn, "finding", "Differences from the baseline")]
     if text := interim(snapshot):
         yield from [f"**{text}** of the core have all of their runs.", ""]
     done, planned = _controls(snapshot)

@@ -220,11 +220,6 @@ class Study:
     commits: str = ""
 
     @property
-    def page(self) -> str:
-        """Name of its page, without ".md", and of the folder with its charts."""
-        return "study" if self.name == DEFAULT else f"study_{self.name}"
-
-    @property
     def command(self) -> str:
         """The command that runs it."""
         name = "" if self.name == DEFAULT else f" --study {self.name}"

@@ -36,9 +36,8 @@ _RUN_COLUMNS = ("arm", "runs")
 
 def write(docs: pathlib.Path, snapshot: Snapshot) -> pathlib.Path:
     """Write the page and its charts into a folder of documents, delete charts that it has no more; return its path."""
-    drawn, name = charts.of_study(snapshot), snapshot.study.page
-    page, folder = docs / f"{name}.md", docs / name
-    folder.mkdir(parents=True, exist_ok=True)
+    drawn, page, folder = charts.of_study(snapshot), docs / "study.md", docs / "study"
+    (folder if drawn else docs).mkdir(parents=True, exist_ok=True)
     for path in folder.glob("*.svg"):
         if path.stem not in drawn:
             path.unlink()
@@ -51,11 +50,11 @@ def write(docs: pathlib.Path, snapshot: Snapshot) -> pathlib.Path:
 def finding(snapshot: Snapshot) -> str:
     """Return what a README says of the study: a plot and the sentences that the first claims earn."""
     study, name = snapshot.study, "finding"
-    link = f"[{study.title}](docs/{study.page}.md)"
+    link = f"[{study.title}](docs/study.md)"
     if not any(snapshot.finished(arm.name) for arm in study.of_section("core")):
         done, missing = claims.counts(snapshot)
         return f"{link}: under way, {done} of {done + missing} runs are finished and none of the core."
-    drawn = [f"![Differences from CLIP](docs/{study.page}/{name}.svg)", ""] if name in charts.of_study(snapshot) else []
+    drawn = [f"![Differences from CLIP](docs/study/{name}.svg)", ""] if name in charts.of_study(snapshot) else []
     return "\n".join([*drawn, *claims.findings(snapshot), "", f"{link}: all of it."])
 
 
@@ -144,7 +143,7 @@ def _core(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
     yield from [f"{difference_from(study)} (x/n: how many of n are above zero):", ""]
     yield from from_baseline(snapshot, [arm.name for arm in study.of_section("core")], study.measures)
     yield from _at_chance(snapshot)
-    yield from shown(study, drawn, "weights", "Differences over the weight of nCLIP")
+    yield from shown(drawn, "weights", "Differences over the weight of nCLIP")
     if any(map(snapshot.finished, study.common.values())):
         yield from ["### All at one recipe", ""]
         yield from [f"{_common_recipe(snapshot)}.", ""]
@@ -200,7 +199,7 @@ def _search_edges(snapshot: Snapshot, best: Arm) -> list[str]:
 def _training(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
     yield from ["## Training", ""]
     for name, title, *_ in charts.CURVES:
-        yield from shown(snapshot.study, drawn, name, title)
+        yield from shown(drawn, name, title)
     yield from _clusters(snapshot)
     yield from _commits(snapshot)
 

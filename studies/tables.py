@@ -97,9 +97,9 @@ def rows_of(
     ]
 
 
-def shown(study: Study, drawn: Mapping[str, str], name: str, title: str) -> list[str]:
+def shown(drawn: Mapping[str, str], name: str, title: str) -> list[str]:
     """Lines of a chart, none where it was not drawn."""
-    return [f"![{title}]({study.page}/{name}.svg)", ""] if name in drawn else []
+    return [f"![{title}](study/{name}.svg)", ""] if name in drawn else []
 
 
 def titles_of(snapshot: Snapshot, section: str) -> dict[str, str]:
@@ -262,7 +262,7 @@ def doses(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
                 rows += _difference_rows(f"its change from {dose.levels[0]}", [None, *by_seed], [None, *welch], measure)
             yield from table([f"{measure.label}; {dose.axis}", *dose.levels], rows)
         yield from _dose_controls(snapshot, dose)
-        yield from shown(snapshot.study, drawn, f"dose_{dose.name}", dose.title)
+        yield from shown(drawn, f"dose_{dose.name}", dose.title)
 
 
 def _difference_rows(

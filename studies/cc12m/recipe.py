@@ -1,4 +1,4 @@
-"""The study of the paper's claims at scale: ViT-B/16 on CC12M, batch 4096, SLIP's recipe; see docs/study_cc12m.md.
+"""The study of the paper's claims at scale: ViT-B/16 on CC12M, batch 4096, SLIP's recipe; see study.md.
 
     python -m studies --study cc12m --dry-run         the runs
     python -m studies --study cc12m                   all of them, on the chips of this machine

@@ -112,7 +112,7 @@ def test_runs_that_diverged_are_collected_as_such(matrix, tmp_path):
 
 def test_another_recipe_is_named_in_the_commands():
     assert cc12m.study().command == "python -m studies --study cc12m"
-    assert cc12m.study("study_cc12m:root=/a").command.endswith("--study cc12m --recipe study_cc12m:root=/a")
+    assert cc12m.study("recipe.py:root=/a").command.endswith("--study cc12m --recipe recipe.py:root=/a")
 
 
 @pytest.mark.parametrize(

@@ -338,7 +338,10 @@ def test_an_interrupt_stops_the_command(tmp_path, pairs):
     assert process.returncode == EXIT_RESUMABLE and "stopping: SIGINT; runs in progress are saved" in output
     folder = next((tmp_path / "scratch").glob("tuning_0.001-*"))
     assert list((folder / "checkpoints").iterdir())
-    assert "**0 runs are finished, 6 are missing.**" in (tmp_path / "docs" / "study.md").read_text()
+    assert (
+        "**No run has been made yet**: this page declares the study and its 6 runs."
+        in (tmp_path / "docs" / "study.md").read_text()
+    )
 
 
 def test_a_finished_run_is_not_run_again(tmp_path, source):
