@@ -19,6 +19,7 @@ if "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'
 fi
 if [ "${1:-}" = fast ]; then
   shift
+  set -- --ignore=tests/studies/test_runner.py "$@"
   # Four fifths of the suite's processor time are in these files.
   for name in collectives configs controls embed end_to_end evaluate examples export extension_similarity \
     extension_source extension_tower finetune finetune_objective inference interop models plan preprocessing \
