@@ -1,15 +1,11 @@
-"""Probes of images and texts, and SLIP's probe against torch."""
-
-import dataclasses
+"""Probes of images and texts."""
 
 import numpy as np
 import pytest
 
 from tests.encoding import SIZE, by_name, make_encoder, small_model
-from tests.test_logistic import overlapping
 from xclip_jax import environment
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import sgd
 from xclip_jax.evaluators.feature_classifiers import Sweep
 from xclip_jax.evaluators.probe import Probe, ProbeSet
 from xclip_jax.evaluators.provenance import Provenance
@@ -107,7 +103,7 @@ def test_a_part_with_one_item_a_class_chooses_c_outside_of_it():
             tried.setdefault(len(y), []).append(super()._score(logits, y))
             return tried[len(y)][-1]
 
-    fits = Watched(make_encoder(), data)._task(None, features, labels)
+    fits = Watched(make_encoder(), data)._task(features, labels)
     # A tenth of the training set, what three parts of three items leave, and one of twelve items.
     assert set(tried) == {6, 57, 1} and max(tried[57]) > 80
     assert fits["linear/5%"][0].mean() > 0.8
@@ -119,49 +115,6 @@ def test_a_wrong_probe_set():
         ProbeSet("set", [0, 0], [], [0], {"": (y, y[:0], y)})
     with pytest.raises(UserError, match=r"classes \[2\]"):
         ProbeSet("set", [0, 0], [], [0], {"": (y, y[:0], y[:1] + 2)})
-
-
-def test_sgd_equals_torchs(monkeypatch):
-    torch = pytest.importorskip("torch")
-    x, y = overlapping(n=100, d=6, k=3)
-    mine = sgd.fit(lambda _: x, y, 3, lr=0.05, epochs=5, batch=32)
-    weights, bias = (torch.tensor(v, requires_grad=True) for v in sgd.initial(6, 3))
-    optimizer = torch.optim.SGD([weights, bias], 0.05, momentum=0.9, weight_decay=0)
-    for epoch in range(5):
-        optimizer.param_groups[0]["lr"] = 0.05 * 0.5 * (1 + np.cos(np.pi * epoch / 5))
-        for items in sgd.order(100, 32, epoch):
-            items = items[items >= 0]  # the last batch is of 4
-            loss = torch.nn.functional.cross_entropy(torch.tensor(x[items]) @ weights + bias, torch.tensor(y[items]))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    np.testing.assert_allclose(mine[0], weights.detach().numpy(), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(mine[1], bias.detach().numpy(), rtol=1e-4, atol=1e-5)
-    assert np.abs(mine[0] - sgd.initial(6, 3)[0]).max() > 0.1
-
-
-def test_sgds_order_is_a_permutation_and_its_numbers_are_slips():
-    seen = [sgd.order(10, 4, epoch) for epoch in range(2)]
-    assert all(sorted(o[o >= 0]) == list(range(10)) and o.shape == (3, 4) for o in seen) and (seen[0] != seen[1]).any()
-    assert (sgd.LR, sgd.EPOCHS, sgd.BATCH) == (0.00625, 90, 1024)
-    weights, bias = sgd.initial(100, 100)
-    assert weights.std() == pytest.approx(0.01, rel=0.03) and not bias.any()
-
-
-def test_slips_probe_of_pictures_and_its_views():
-    labels = [np.arange(n) % 2 for n in (40, 0, 15)]
-    seen = []
-
-    def augmented(epoch):
-        seen.append(epoch)
-        return images(labels[0])
-
-    data = ProbeSet("set", *map(images, labels), {"": tuple(labels)}, sgd=True, neighbours=False)
-    _, variables = small_model()
-    plain = Probe(make_encoder(), data).run(variables)
-    assert plain["visual/set/linear/top1"] == 100 and "visual/set/linear/log10_c" not in plain
-    again = Probe(make_encoder(), dataclasses.replace(data, augmented=augmented)).run(variables)
-    assert seen == list(range(90)) and again == plain  # these views are the pictures themselves
 
 
 def test_a_probe_of_pairs():

@@ -299,7 +299,6 @@ def test_a_lock_that_its_holder_removed_is_taken_again(tmp_path, monkeypatch):
     ("flags", "message"),
     [
         (["--captions", "-1"], "--captions is -1; expected"),
-        (["--augment"], "add --profile slip"),
         (["--output", "{}"], "is a folder; name a file in it"),
         (["--output", "{}/one/cat/0.png/x.json"], "the folder cannot be made"),
     ],

@@ -33,7 +33,7 @@ from xclip_jax.evaluators.prompts import read_class_names
 from xclip_jax.imports import add_trust, trusting
 from xclip_jax.storage import write_json
 
-PROFILE_FIELDS = ("prefix", "lower", "captions", "augment", "templates", "names")
+PROFILE_FIELDS = ("prefix", "lower", "captions", "templates", "names")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -56,12 +56,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="text before captions of retrieval; by default that of the profile before those of published sets",
     )
     parser.add_argument("--lower", action="store_true", default=None, help="captions in lower case")
-    parser.add_argument(
-        "--augment",
-        action="store_true",
-        default=None,
-        help="profile slip: probe/ is trained on new crops and flips in each of 90 epochs",
-    )
     parser.add_argument("--captions", type=int, help="number of captions of each image; 0 for all")
     parser.add_argument(
         "--template",

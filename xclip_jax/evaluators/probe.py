@@ -5,7 +5,7 @@ to the host whole; fitting runs on one device of each process, so that the resul
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,12 +14,10 @@ from xclip_jax import environment
 from xclip_jax.console import format_bytes
 from xclip_jax.data.labelled import item_name
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import sgd
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric, are_texts
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.feature_classifiers import (
     Fit,
-    Labelled,
     Sweep,
     choose,
     is_right,
@@ -58,8 +56,6 @@ class ProbeSet:
         those of `train` are tested, in as many folds (`nested`).
       pairs: features of pairs of texts with features u and v: "difference" [|u - v|, u v], SentEval's, or "all"
         [u, v, |u - v|, u v], that of GLUE's baselines.
-      sgd: whether the linear probe is SLIP's, `sgd.fit`, on `train` and `validation` items.
-      augmented: for `sgd`, epoch -> augmented views of those items; None to train on one view.
     """
 
     evaluator: ClassVar[str] = "probe"
@@ -74,8 +70,6 @@ class ProbeSet:
     neighbours: bool = True
     folds: int = 0
     pairs: str = ""
-    sgd: bool = False
-    augmented: Callable[[int], Sequence[Any]] | None = None
     card: Provenance = dataclasses.field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
@@ -147,7 +141,7 @@ class Probe(Evaluator):
             tested, num_classes = labels[2] if len(labels[2]) else labels[0], int(labels[0].max()) + 1
             n, majority = len(tested), 100 * float(np.mean(tested == np.bincount(labels[0]).argmax()))
             chance = {"top1": majority, "mean_per_class": 100 / len(np.unique(tested))}  # of one answer to all
-            for probe, (values, extra) in self._task(variables, features, labels).items():
+            for probe, (values, extra) in self._task(features, labels).items():
                 for key, item in _items(values, tested, num_classes).items():
                     fields = {"task": task, "n": n, "items": item, "chance": chance.get(key)}
                     results.append(self.result(f"{probe}/{key}", item.value(), **fields))
@@ -177,9 +171,7 @@ class Probe(Evaluator):
         np.multiply(u, v, out=product)
         return np.split(features, ends)
 
-    def _task(
-        self, variables: Variables, features: Sequence[np.ndarray], labels: Sequence[np.ndarray]
-    ) -> dict[str, Fit]:
+    def _task(self, features: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> dict[str, Fit]:
         """Return {"linear": fit, "knn": fit, ...} of one task."""
         classes, sweep, count = int(labels[0].max()) + 1, self.data.sweep, self.data.folds
         train, validation, test = ((x, y) for x, y in zip(features, labels, strict=True))
@@ -188,19 +180,14 @@ class Probe(Evaluator):
         left_out = self.family == "visual" and readable[0].any() and not np.concatenate(readable).all()
         if left_out:
             train, validation = ((x[keep], y[keep]) for (x, y), keep in zip((train, validation), readable, strict=True))
-        both = together(train, validation)
         if count and not len(test[1]):
             return {"linear": nested(*train, classes, sweep.coarse, count, sweep.tolerance)}
         if count:
             c = choose(*train, classes, sweep.coarse, count, sweep.tolerance)
             return {"linear": linear(train, validation, test, classes, Sweep((c,), 0, sweep.tolerance), self._score)}
-        if self.data.sgd:
-            kept = np.concatenate(readable) if left_out else slice(None)
-            fits = {"linear": (self._sgd(variables, both, test, classes, kept), {})}
-        else:
-            fits = {"linear": linear(train, validation, test, classes, sweep, self._score)}
+        fits = {"linear": linear(train, validation, test, classes, sweep, self._score)}
         if self.data.neighbours:
-            fits["knn"] = (is_right(knn(*both, test[0], classes), test[1]), {})
+            fits["knn"] = (is_right(knn(*together(train, validation), test[0], classes), test[1]), {})
         # Parts are drawn of all items, so that a class has enough where one of them cannot be read.
         of_train = np.flatnonzero(readable[0]) if left_out else np.arange(len(labels[0]))
         for part in self.data.parts:
@@ -211,24 +198,6 @@ class Probe(Evaluator):
                 runs.append(linear(part_of_train, held, test, classes, sweep, self._score, join=False)[0])
             fits[f"linear/{part}"] = (np.mean(runs, axis=0), {})
         return fits
-
-    def _sgd(
-        self,
-        variables: Variables,
-        train: Labelled,
-        test: Labelled,
-        classes: int,
-        kept: np.ndarray | slice,
-    ) -> np.ndarray:
-        """Return whether SLIP's probe is right on each test item; `kept` are the readable ones of augmented views."""
-
-        def features(epoch: int) -> np.ndarray:
-            if self.data.augmented is None:
-                return train[0]
-            return self.encoder.images(variables, self.data.augmented(epoch), ("features",))["features"][kept]
-
-        weights, bias = sgd.fit(features, train[1], classes)
-        return is_right(test[0] @ weights + bias, test[1])
 
     def _score(self, logits: np.ndarray, labels: np.ndarray) -> float:
         """Return the set's own metric, by which C is chosen; top1 where the probe has no such metric."""

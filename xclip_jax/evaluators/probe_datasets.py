@@ -6,7 +6,6 @@ labelled images (`data.sources`): `probe/folder:PATH`, `probe/tfds:NAME`, `probe
 """
 
 import dataclasses
-import functools
 import pathlib
 from typing import Any
 
@@ -18,7 +17,7 @@ from xclip_jax.data.labelled import read_files
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.base import SetKind, closest
-from xclip_jax.evaluators.pictures import Augmented, Pictures
+from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.probe import ProbeSet
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.provenance import Provenance, contents, digest
@@ -80,11 +79,7 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
     if len(content) == 2:
         content.insert(1, Content([], np.array([], int), first.classes, first.data))
     metric = entry.metric if entry.metric == "mean_per_class" else "top1"
-    sgd = profile.sgd and spec.startswith("probe/")
     prepare = profile.preprocessing(prepare)
-    if sgd:
-        prepare = dataclasses.replace(prepare, resize_size=round(prepare.size * 256 / 224))
-    views = "crops and flips of each epoch" if profile.augment else "central crops, without its crops and flips"
     card = Provenance(
         data=first.data,
         version=first.version,
@@ -95,17 +90,13 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
                 *([part.labels.tolist(), part.classes, contents(part.images)] for part in content),
             ]
         ),
-        protocol=f"SLIP's linear probe: features before projection, SGD, 90 epochs, lr 0.00625, {views}"
-        if sgd
-        else "CLIP's linear probe: features before projection, L-BFGS, C by halving on validation, fit on both",
+        protocol="CLIP's linear probe: features before projection, L-BFGS, C by halving on validation, fit on both",
         preprocessing=prepare.resizing,
         metric=f"linear/{metric}",
         note=entry.note,
     )
     parts = ("1%", "10%", "5-shot") if spec.startswith("fewshot/") else ()
     train, validation, test = content
-    training = [part.images for part in content[:2] if len(part.images)]
-    augmented = functools.partial(Augmented, training, prepare) if sgd and profile.augment else None
     return ProbeSet(
         spec,
         Pictures(train.images, prepare, entry.border),
@@ -113,8 +104,6 @@ def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile:
         Pictures(test.images, prepare, entry.border),
         {"": (train.labels, validation.labels, test.labels)},
         parts,
-        sgd=sgd,
-        augmented=augmented,
         card=card,
     )
 

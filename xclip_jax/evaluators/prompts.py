@@ -24,9 +24,6 @@ class Profile:
     Attributes:
       imagenet: templates of ImageNet and its variants, "openai80" or "slip7".
       clips: whether the other sets have CLIP's own templates, which SLIP uses too, where clip-benchmark's differ.
-      sgd: whether probe/ is SLIP's, see `sgd`; with test images cropped to the central 224 of 256.
-      augment: whether its training images have new random crops and flips in each epoch, as SLIP's have: a forward pass
-        of all of them for each of 90 epochs.
       resample: how the shorter side is resized, "bicubic" or "bilinear"; "" to resize as the model does.
       published_prefix: text before the captions of published retrieval sets.
       prefix: text before captions of all retrieval sets in its place; None for that, and nothing before own captions.
@@ -36,13 +33,11 @@ class Profile:
       names: {label: name, or synonyms} of their classes; a label without an entry is its own name.
 
     Raises:
-      UserError: a negative number of captions, `augment` without `sgd`, or a template without {c}.
+      UserError: a negative number of captions, or a template without {c}.
     """
 
     imagenet: str = "openai80"
     clips: bool = True
-    sgd: bool = False
-    augment: bool = False
     resample: str = ""
     published_prefix: str = ""
     prefix: str | None = None
@@ -54,8 +49,6 @@ class Profile:
     def __post_init__(self) -> None:
         if self.captions < 0:
             raise UserError(f"--captions is {self.captions}; expected a number of captions, or 0 for all of them.")
-        if self.augment and not self.sgd:
-            raise UserError("--augment is for SLIP's linear probe; add --profile slip, or leave --augment out.")
         if wrong := [template for template in self.templates if "{c}" not in template]:
             raise UserError(f"template {wrong[0]!r} has no {{c}}, where the name of the class goes; add it.")
 
@@ -78,7 +71,7 @@ class Profile:
 
 PROFILES = {
     "openai": Profile(published_prefix="a photo of "),  # of the CLIP paper's table 13
-    "slip": Profile(imagenet="slip7", sgd=True, resample="bilinear"),
+    "slip": Profile(imagenet="slip7", resample="bilinear"),
     "open_clip": Profile(clips=False),
 }
 
