@@ -54,7 +54,7 @@ def data_of(task: str) -> tuple[np.ndarray, np.ndarray, Any]:
 
 def ours(task: str) -> Callable[[], dict[str, float]]:
     """An evaluation by our evaluators, as training runs it, with features in place of towers."""
-    from xclip_jax.evaluators.result import flat
+    from xclip_jax.evaluators.results import flat
     from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet
     from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
     from xclip_jax.objectives.similarity import CosineSimilarity

@@ -24,6 +24,7 @@ from xclip_jax import storage
 from xclip_jax.config import fields, load, schema
 from xclip_jax.data import tokenizer, transforms
 from xclip_jax.evaluators import results
+from xclip_jax.evaluators.results import Result
 from xclip_jax.interop import tensor_files
 from xclip_jax.report import record
 from xclip_jax.run_folder import RunFolder
@@ -145,26 +146,28 @@ def _torch_files() -> list[bytes]:
     return files
 
 
-_FILES = ("config.json", "data.json", "results.json", "evaluation.json", "metrics.jsonl", "bad_samples.jsonl")
+_FILES = (
+    "config.json", "data.json", "results.json", "evaluation.json", "metrics.jsonl", "results.jsonl",
+    "bad_samples.jsonl",
+)  # fmt: skip
 
 
 def _run_files() -> dict[str, bytes]:
     config = schema.to_dict(schema.resolve(load.load_config("demo")))
-    values = {"zeroshot/emoji/test/top1": 50.0, "zeroshot/emoji/test/ways": 10, "zeroshot/emoji/test/n": 100}
-    entry = {
-        "set": "emoji/test",
-        "name": "zeroshot/emoji/test/top1",
-        "metric": "top1",
-        "value": 50.0,
-        "step": 2,
-        "unit": "%",
-    }
+    measured = [
+        Result("emoji/test", "zeroshot", "top1", 50.0, n=100, chance=10.0, headline=True, evaluator="zeroshot"),
+        Result("emoji/test", "zeroshot", "n", 100, unit=""),
+    ]
+    values, records = results.flat(measured), results.to_json(measured)
+    entry = {"set": "emoji/test", "name": "zeroshot/emoji/test", "metric": "top1", "value": 50.0, "records": records}
+    entry |= {"checkpoint": "run", "step": 2, "profile": "openai", "changes": {}, "fingerprint": "1", "items": "2"}
     content = (
         {"config": config, "environment": {"jax": "0.10"}, "started": "2026-01-02T03:04:05+00:00", "starts": []},
         [{"samples": 5, "hash": "x", "files": [{"name": "a", "bytes": 3}]}],
-        {"results": values, "config": config, "environment": {}, "seconds": 3.0},
+        {"results": values, "records": records, "config": config, "environment": {}, "seconds": 3.0},
         {"results": [entry], "config": config},
         {"step": 1, "loss": 2.5, "lr": 0.1},
+        {"step": 2, "records": records},
         {"step": 2, "position": 3, "reason": "image damaged", "detail": "x", "source": 0, "index": 1},
     )
     files = {name: json.dumps(part).encode() + b"\n" for name, part in zip(_FILES, content, strict=True)}
@@ -189,7 +192,7 @@ def _read_run(data: bytes, folder: Path) -> None:
     read = record.read(folder)
     _ = read.steps, run.read_classes()
     results.read(run.evaluation_file)
-    for file in (run.metrics_file, run.bad_samples_file):
+    for file in (run.metrics_file, run.results_log_file, run.bad_samples_file):
         storage.JsonLines(file, lambda line: True)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from xclip_jax import evaluation
 from xclip_jax.config.load import load_config
 from xclip_jax.errors import exit_with_message
-from xclip_jax.evaluators import comparison
+from xclip_jax.evaluators import tables
 from xclip_jax.train import trainer
 
 SUITE = "emoji/test_concepts,emoji/test_rendering,emoji/test_retrieval,emoji/test_aliases"
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluation.evaluate(run, options.suite)
     first, *others = runs.values()
     for other in others:
-        print(comparison.render(comparison.compare(first, other), first, other))
+        print(tables.render_comparison(tables.compare(first, other), first, other))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ from typing import Any
 from studies.declaration import ON_VALIDATION
 from xclip_jax.config import schema
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators.provenance import VALIDATION
-from xclip_jax.evaluators.result import Result, from_json, to_json
+from xclip_jax.evaluators.results import VALIDATION, Result, from_json, to_json
 from xclip_jax.run_folder import CLOCKS, RunFolder
 from xclip_jax.storage import strict_json
 

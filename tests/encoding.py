@@ -10,7 +10,7 @@ import numpy as np
 from tests.util import two_towers
 from xclip_jax.data.preprocessing import Preprocessing, mean_std
 from xclip_jax.evaluators.encoder import Encoder
-from xclip_jax.evaluators.result import flat, items
+from xclip_jax.evaluators.results import flat, items
 from xclip_jax.objectives.similarity import ClusterSimilarity, CosineSimilarity
 from xclip_jax.parallel.mesh import AXES, make_mesh
 

@@ -17,7 +17,7 @@ from xclip_jax import heartbeat, report
 from xclip_jax.data import loader
 from xclip_jax.errors import exit_with_message
 from xclip_jax.evaluators import registry
-from xclip_jax.evaluators.provenance import Provenance
+from xclip_jax.evaluators.results import Provenance
 from xclip_jax.parallel import processes
 from xclip_jax.report import html
 from xclip_jax.train import trainer, watchdog

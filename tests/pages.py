@@ -5,6 +5,7 @@ import json
 import re
 from html.parser import HTMLParser
 
+from tests import made_results
 from xclip_jax.report import record
 
 HOSTILE = "<script>alert(1)</script>\" onload='alert(2)' &amp; <b>"
@@ -80,10 +81,12 @@ def check_basics(page):
             assert attributes.get("aria-label") or attributes.get("id") in labelled, attributes
 
 
-def written(folder, config, rows):
-    """The record of a run directory with `config` and the lines `rows` of metrics.jsonl, and no other file."""
+def written(folder, config, rows, evaluations=()):
+    """The record of a run directory with `config`, lines `rows` of metrics.jsonl, and evaluations, (step, results)."""
     folder.mkdir()
     config = config if isinstance(config, dict) else config.to_dict()
-    (folder / "config.json").write_text(json.dumps({"config": config, "environment": {"python": "3"}}))
+    facts = {"environment": {"python": "3"}, "started": "2026-01-02T03:04:05+00:00"}
+    (folder / "config.json").write_text(json.dumps({"config": config} | facts))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "results.jsonl").write_text(made_results.lines(evaluations))
     return record.read(folder)

@@ -9,8 +9,8 @@ from etils import epath
 from tests.test_results import entry
 from xclip_jax import evaluate
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import results
-from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators import results, tables
+from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.statistics import PerExample
 
 
@@ -36,7 +36,7 @@ def test_the_newest_steps_of_one_profile_are_compared(tmp_path):
         evaluate.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"), step=4)
     with pytest.raises(UserError, match="of step 9 and profile 'open_clip'"):
         evaluate.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"), profile="open_clip")
-    assert "a.json, step 9" in evaluate.render([row | {"step_a": 9}], str(tmp_path / "a.json"), "b")
+    assert "a.json, step 9" in tables.render_comparison([row | {"step_a": 9}], str(tmp_path / "a.json"), "b")
 
 
 def test_profiles_that_resize_otherwise_are_not_compared_but_models_of_other_sizes_are(tmp_path):
@@ -58,7 +58,7 @@ def test_the_columns_of_a_comparison_are_as_wide_as_their_cells(tmp_path):
     rows = [row | {"set": name, "a": 1234567.5, "b": 1234568.5, "difference": 1.0} for name in names]
     rows.append(row | {"set": "short", "metric": "top1", "unit": "%", "a": 1.0, "b": 2.0, "difference": 1.0})
     rows[0] |= {"low": 0.5, "high": 1.5}
-    _, _, head, *lines = evaluate.render(rows, "a", "b").splitlines()
+    _, _, head, *lines = tables.render_comparison(rows, "a", "b").splitlines()
     shown = [f"retrieval/folder:{kind}/{'long' * 10}" for kind in ("one", "two")] + ["retrieval/folder:else", names[3]]
     for name, line in zip(shown, lines, strict=False):
         assert re.split(r" {2,}", line)[:6] == [name, row["metric"], "x 100", "1234567.5", "1234568.5", "+1.0"]
@@ -68,21 +68,21 @@ def test_the_columns_of_a_comparison_are_as_wide_as_their_cells(tmp_path):
 
 
 def test_each_metric_is_compared_in_its_own_unit(tmp_path):
-    """Percent and correlations by their difference, ranks by their ratio; old entries, without records, in percent."""
+    """Percent and correlations by their difference, ranks by their ratio."""
     rng = np.random.default_rng(0)
     ranks = rng.integers(1, 100, 60).astype(float)
     kinds = {
         "rank_gmean": ("rank", [PerExample(x, statistic="gmean") for x in (ranks, np.ceil(ranks / 2))]),
         "top5": ("%", [PerExample((x < 20).astype(float)) for x in (ranks, ranks / 2)]),
         "spearman": ("x 100", [PerExample(x, other=-ranks, statistic="spearman") for x in (ranks, rng.random(60))]),
-        "top1": ("", [PerExample(np.ones(4)), PerExample(np.ones(4))]),
+        "top1": ("%", [PerExample(np.ones(4)), PerExample(np.ones(4))]),
     }
     for side, file in enumerate("ab"):
         for metric, (unit, items) in kinds.items():
             value = items[side].value()
             result = Result(metric, "zeroshot", metric, value, unit=unit, headline=True)
             fields = entry(f"zeroshot/{metric}", set=metric, metric=metric, value=value)
-            fields |= {"records": results.to_json([result])} if unit else {}
+            fields |= {"records": results.to_json([result])}
             name = f"zeroshot/{metric}/{metric}"
             results.add(epath.Path(tmp_path / file), fields, {name: items[side]}, {}, own=True)
     rows = evaluate.compare(str(tmp_path / "a"), str(tmp_path / "b"))
@@ -98,7 +98,7 @@ def test_each_metric_is_compared_in_its_own_unit(tmp_path):
     for metric in ("top5", "spearman", "top1"):
         row = of[metric]
         assert row["difference"] == row["b"] - row["a"] and row["low"] <= row["difference"] <= row["high"]
-    *_, first, second, third, fourth, note = evaluate.render(rows, "a", "b").splitlines()
+    *_, first, second, third, fourth, note = tables.render_comparison(rows, "a", "b").splitlines()
     interval = f"{rank['low']:.2f} to {rank['high']:.2f} *"
     assert first.split() == [
         *("rank_gmean",) * 2,
@@ -111,4 +111,4 @@ def test_each_metric_is_compared_in_its_own_unit(tmp_path):
     assert second.split()[2:6] == ["%", *(f"{of['top5'][key]:.1f}" for key in "ab"), f"{of['top5']['difference']:+.1f}"]
     assert " x 100 " in third and third.endswith(" *") and fourth.endswith("+0.0   +0.0 to +0.0")
     assert note == "x: B / A, of ranks from 1; less is better"
-    assert "B / A" not in evaluate.render(rows[1:], "a", "b")
+    assert "B / A" not in tables.render_comparison(rows[1:], "a", "b")

@@ -14,10 +14,10 @@ from tests.encoding import PREPARE, SIZE, build_encoder, by_name, make_encoder, 
 from tests.extension.conv_mixer import ConvMixer
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample, UserError
-from xclip_jax.evaluators import dense, registry, summary
+from xclip_jax.evaluators import dense, registry, tables
 from xclip_jax.evaluators.dense import DenseProbe, DenseSet, MaskedImages
 from xclip_jax.evaluators.feature_classifiers import Sweep
-from xclip_jax.evaluators.result import flat
+from xclip_jax.evaluators.results import flat
 from xclip_jax.evaluators.statistics import bootstrap
 
 GRID = 2  # of the small model, whose patches have 4 x 4 pixels
@@ -227,9 +227,9 @@ def test_groups_are_resampled_together_and_classes_that_the_test_lacks_do_not_co
 
 def test_a_table_has_chance_and_pixels():
     results = measured()
-    first, second = summary.render(results).splitlines()[:2]
+    first, second = tables.render(results).splitlines()[:2]
     assert "of pixels" in first and f"({results[0].chance:.1f})" in second
-    assert summary.representatives(results).keys() == {"dense representation"}
+    assert tables.first_set_of_each_family(results).keys() == {"dense representation"}
 
 
 @pytest.mark.parametrize(

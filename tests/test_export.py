@@ -18,7 +18,7 @@ from tests import tiny
 from xclip_jax import evaluate, export, interop, model_card
 from xclip_jax.config import schema
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators.results import Result
 from xclip_jax.models.layers import stack_blocks
 from xclip_jax.objectives.config import RECIPES
 from xclip_jax.run_folder import RunFolder

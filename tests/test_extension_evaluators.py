@@ -11,8 +11,8 @@ from tests.encoding import make_encoder, small_model
 from tests.extension import greys
 from xclip_jax import evaluate
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import registry, results, summary
-from xclip_jax.evaluators.result import from_json, to_json
+from xclip_jax.evaluators import registry, results, tables
+from xclip_jax.evaluators.results import from_json, to_json
 from xclip_jax.imports import class_name, import_class
 from xclip_jax.report import __main__ as report
 from xclip_jax.train import trainer
@@ -31,10 +31,10 @@ def run(tmp_path_factory):
 
 def check_table(shown):
     """The table of the evaluator's own layout."""
-    head, row = summary.render(shown).splitlines()[:2]
+    head, row = tables.render(shown).splitlines()[:2]
     assert head.split() == ["order", "of", "images,", "%", "images", "next", "one", "nearer"]
     assert row.split()[:2] == [SPEC, "20"] and row.endswith("(50.0)")
-    assert summary.headlines(shown).startswith(f"{SPEC} nearer ")
+    assert tables.headlines(shown).startswith(f"{SPEC} nearer ")
 
 
 def test_built_in_ones_are_an_entry_each(monkeypatch):
@@ -53,7 +53,7 @@ def test_built_in_ones_are_an_entry_each(monkeypatch):
     (evaluator,) = registry.open_all(["greys/20"], make_encoder())
     measured = registry.measure(evaluator, small_model()[1])
     for shown in (measured, from_json(to_json(measured)), [dataclasses.replace(r, evaluator="") for r in measured]):
-        (table,) = summary.tables(shown)
+        (table,) = tables.build(shown)
         assert table.title == "order of images, %" and table.rows[0][0] == "greys/20" and table.rows[0][1][0] == "20"
 
 
@@ -67,7 +67,7 @@ def test_a_run_evaluates_the_set_by_its_name(run):
         record["results"].keys() == {f"{NAME}/nearer", f"{NAME}/images"} and record["results"][f"{NAME}/images"] == 20
     )
     assert [line["step"] for line in tiny.lines(run) if f"{NAME}/nearer" in line] == [1, 2]
-    check_table(results.parse_run(record))
+    check_table(results.from_json(record["records"]))
 
 
 def test_the_command_adds_it_to_its_file_and_compares_it(run, capsys):
@@ -75,7 +75,7 @@ def test_the_command_adds_it_to_its_file_and_compares_it(run, capsys):
     assert (entry["set"], entry["metric"], entry["n"]) == (SPEC, "nearer", 18) and entry["protocol"]
     assert 0 <= entry["value"] <= 100 and "order of images, %" in capsys.readouterr().out
     evaluate.evaluate(str(run), SPEC, step=2)
-    check_table(results.parse_entries(json.loads((run / "evaluation.json").read_text())["results"]))
+    check_table(results.of_entries(json.loads((run / "evaluation.json").read_text())["results"]))
     evaluate.main(["--compare", str(run), str(run)])
     out = capsys.readouterr().out
     assert SPEC in out and "+0.0 to +0.0" in out
@@ -91,8 +91,8 @@ def test_the_report_shows_it(run):
 @pytest.mark.parametrize("evaluator", ["", "not_installed.here:Neighbours"])
 def test_results_without_their_evaluator_have_a_line_for_each_metric(evaluator, run):
     record = json.loads((run / "results.json").read_text())
-    shown = [dataclasses.replace(result, evaluator=evaluator) for result in results.parse_run(record)]
-    head, row = summary.render(shown).splitlines()[:2]
+    shown = [dataclasses.replace(result, evaluator=evaluator) for result in results.from_json(record["records"])]
+    head, row = tables.render(shown).splitlines()[:2]
     assert head.split() == ["order", "of", "images", "items", "metric", "%"]
     assert row.split()[:3] == [SPEC, "18", "nearer"] and row.endswith("(50.0)")
 

@@ -11,8 +11,8 @@ import xclip_jax
 from tests import tiny
 from tests.util import random_variables
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import summary
-from xclip_jax.evaluators.result import flat
+from xclip_jax.evaluators import tables
+from xclip_jax.evaluators.results import flat
 from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet, recall_at_k
 from xclip_jax.evaluators.text import embeddings
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, accuracy
@@ -56,7 +56,7 @@ def test_zero_shot_and_retrieval_compare_by_it(points):
     np.testing.assert_allclose(scores, -distance(img, classes), rtol=1e-4)
     metrics = flat(results := evaluator.measure(variables))
     assert metrics["zeroshot/x/top1"] == 100 * accuracy(-distance(img, classes), LABELS, 1)
-    assert "top-1" in summary.render(results)
+    assert "top-1" in tables.render(results)
 
     captions = [[f"picture {i}"] for i in range(40)]
     txt = encoder.texts(variables, [texts[0] for texts in captions])["point"]

@@ -17,9 +17,9 @@ from xclip_jax.config import schema
 from xclip_jax.config.load import load_config
 from xclip_jax.data import glue, loader, opening, sources
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import registry, summary
+from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.classification import ClassifierEvaluator
-from xclip_jax.evaluators.provenance import VALIDATION
+from xclip_jax.evaluators.results import VALIDATION
 from xclip_jax.storage import write_json
 from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
@@ -278,7 +278,7 @@ def test_metrics_of_a_task_with_two_classes(tmp_path):
         }
     )
     assert items.keys() == {f"{name}/finetuned/{key}" for key in found} and metrics[f"{name}/majority"] == 50
-    assert "matthews" in summary.render(results)
+    assert "matthews" in tables.render(results)
     for logits, message in ((None, "no classifier"), (np.zeros((100, 3)), "a classifier of 3 classes")):
         with pytest.raises(UserError, match=message):
             ClassifierEvaluator(FakeEncoder(logits), data).run(None)

@@ -85,7 +85,7 @@ def test_the_runs_data_json_names_its_classes(run, tmp_path, capsys):
     write_json(epath.Path(run / "data.json"), [{"samples": 6, "hash": "x", "classes": names}])
     new = evaluate.evaluate(str(run), spec, output=str(tmp_path / "x.json"))["results"][0]
     assert new["metrics"] == old["metrics"] and RunFolder(run).read_classes() == tuple(names)
-    write_json(epath.Path(run / "data.json"), [{"samples": 6, "classes": ["bright", "grey", "white"]}])
+    write_json(epath.Path(run / "data.json"), [{"samples": 6, "hash": "x", "classes": ["bright", "grey", "white"]}])
     with pytest.raises(UserError, match="class 'dark' is not among the 3 classes"):
         registry.open_all([spec], make_encoder(weights.load(str(run))[1], ["bright", "grey", "white"]))
     with pytest.raises(UserError, match="class 'dark' is not among the 3 classes"):

@@ -8,7 +8,7 @@ from xclip_jax import environment
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.feature_classifiers import Sweep
 from xclip_jax.evaluators.probe import Probe, ProbeSet
-from xclip_jax.evaluators.provenance import Provenance
+from xclip_jax.evaluators.results import Provenance
 
 
 def images(labels):

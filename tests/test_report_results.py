@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from tests import tiny
+from tests import made_results, tiny
+from tests.made_results import retrieval, zero_shot
 from tests.pages import Page, check, written
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import flat_names, summary
 from xclip_jax.evaluators import results as results_files
-from xclip_jax.evaluators.result import Result, from_json, to_json
+from xclip_jax.evaluators import tables
+from xclip_jax.evaluators.results import Result, flat, from_json, to_json
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.report import chance, examples, html, record
 from xclip_jax.run_folder import RunFolder
@@ -26,24 +27,24 @@ from xclip_jax.storage import write_json
 def test_an_evaluation_is_shown_before_there_are_results(tmp_path):
     empty = written(tmp_path / "run", tiny.config("clip"), [])
     assert empty.results == [] and empty.steps == 0
-    result = {"name": "zeroshot/x", "metrics": {"top1": 12.5, "top5": 50.0, "n": 8, "ways": 10}}
-    result |= {"set": "x", "metric": "top1", "value": 12.5}
-    (tmp_path / "run" / "evaluation.json").write_text(json.dumps({"results": [result]}))
+    entry = {"name": "zeroshot/x", "set": "x", "metric": "top1", "value": 12.5, "step": 1}
+    entry |= {"records": to_json(zero_shot("x", 12.5, 50.0, ways=10))}
+    keys = dict.fromkeys(results_files.KEY, "") | entry
+    results_files.add(RunFolder(tmp_path / "run").evaluation_file, keys, {}, {}, own=True)
     words = " ".join(Page(html.render(record.read(tmp_path / "run"), examples.Examples())).text)
     assert "From evaluation.json" in words and "12.5" in words and "(10.0)" in words
 
 
 def judged_results():
     """Of 10 names: 11 of 100 right are within the interval, 5.6 to 18.8 %, of 20 chance is below, of 1 above."""
-    results = {}
+    results = []
     for name, top1 in (("a<b", 20.0), ("b", 11.0), ("c", 1.0)):
-        results |= {f"zeroshot/{name}/top1": top1, f"zeroshot/{name}/top5": 50.0}
-        results |= {f"zeroshot/{name}/n": 100.0, f"zeroshot/{name}/ways": 10.0}
-    results |= {f"retrieval/r/{way}/r{k}": 9.0 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
-    results |= {"retrieval/r/images": 100.0, "retrieval/r/captions": 500.0}
-    results |= {"visual/p/linear/top1": 55.0, "visual/p/n": 100.0, "visual/p/ways": 3.0, "visual/p/majority": 50.0}
-    results |= {"textual/s/spearman_all": 50.0, "textual/s/spearman_mean": 50.0, "textual/s/pairs": 100.0}
-    return flat_names.read(results)
+        results += zero_shot(name, top1, 50.0, n=100, ways=10)
+    results += retrieval("r", (9.0,) * 4, (1.0, None, 1.0, None), images=100, captions=500)
+    results.append(Result("p", "visual", "linear/top1", 55.0, n=100, chance=50.0, headline=True))
+    for metric in ("spearman_all", "spearman_mean"):
+        results.append(Result("s", "textual", metric, 50.0, unit="x 100", n=100, headline=metric == "spearman_all"))
+    return results
 
 
 def test_results_are_tested_against_chance(tmp_path):
@@ -92,9 +93,8 @@ def test_verdicts_change_where_the_exact_interval_ends(n, right, low, high):
     for share, verdict in ((low - 1e-3, "above chance"), (low + 1e-3, within), (high - 1e-3, within),
                            (high + 1e-3, "below chance")):  # fmt: skip
         if share > 0:
-            results = {"visual/x/linear/top1": 100 * right / n, "visual/x/n": float(n), "visual/x/ways": 2.0}
-            results["visual/x/majority"] = 100 * share
-            assert chance.verdicts(flat_names.read(results)) == {("x", "linear/top1"): verdict}
+            result = Result("x", "visual", "linear/top1", 100 * right / n, n=n, chance=100 * share)
+            assert chance.verdicts([result]) == {("x", "linear/top1"): verdict}
 
 
 def test_weighted_and_grouped_values_are_resampled(tmp_path):
@@ -177,7 +177,7 @@ def test_sets_that_are_evaluated_after_a_run_are_beside_its_own(tmp_path):
 
     own = {"results": {}, "records": to_json([result("x", 50.0)]), "config": {}}
     files.results_file.write_text(json.dumps(own))
-    for step, evaluated in ((2, result("older", 25.0)), (4, result("y", 75.0)), (4, result("x", 25.0))):
+    for step, evaluated in ((2, result("before", 25.0)), (4, result("y", 75.0)), (4, result("x", 25.0))):
         entry = {"name": f"zeroshot/{evaluated.set}", "metrics": {"top1": evaluated.value}, "set": evaluated.set}
         entry |= {"metric": "top1", "value": evaluated.value, "records": to_json([evaluated]), "checkpoint": "run"}
         keys = dict.fromkeys(results_files.KEY, "") | entry | {"step": step, "profile": "openai", "changes": {}}
@@ -195,26 +195,24 @@ def test_sets_that_are_evaluated_after_a_run_are_beside_its_own(tmp_path):
 
 
 def test_tables_have_a_cell_for_each_column_and_the_content_of_their_text():
-    results = {"zeroshot/a/top1": 50.0, "zeroshot/a/top5": 75.0, "zeroshot/a/n": 8.0, "zeroshot/a/ways": 10.0}
-    results |= {"zeroshot/a/cosine/top1": 40.0, "zeroshot/a/cosine/top5": 60.0}
-    results |= {f"retrieval/r/{way}/r{k}": 9.0 for way in ("image_to_text", "text_to_image") for k in (1, 5)}
-    results |= {"retrieval/r/images": 5.0, "retrieval/r/captions": 20.0}
-    results = flat_names.read(results)
-    tables = summary.tables(results)
-    assert [t.title.split(",")[0] for t in tables] == ["zero-shot classification", "retrieval", "overview"]
-    assert all(len(cells) == len(t.columns) for t in tables for _, cells in t.rows)
-    assert tables[0].rows[0] == ("a", ["10", "8", "50.0", "(10.0)", "75.0", "(50.0)"])
-    assert [row[0] for row in tables[2].rows] == ["zero-shot classification", "retrieval"]
-    text = summary.render(results)
-    assert all(cell in text for t in tables for _, cells in t.rows for cell in cells)
+    results = zero_shot("a", 50.0, 75.0, ways=10)
+    results += [Result("a", "zeroshot", key, x, score="cosine") for key, x in (("top1", 40.0), ("top5", 60.0))]
+    results += retrieval("r", (9.0,) * 4)
+    built = tables.build(results)
+    assert [t.title.split(",")[0] for t in built] == ["zero-shot classification", "retrieval", "overview"]
+    assert all(len(cells) == len(t.columns) for t in built for _, cells in t.rows)
+    assert built[0].rows[0] == ("a", ["10", "8", "50.0", "(10.0)", "75.0", "(50.0)"])
+    assert [row[0] for row in built[2].rows] == ["zero-shot classification", "retrieval"]
+    text = tables.render(results)
+    assert all(cell in text for t in built for _, cells in t.rows for cell in cells)
 
 
 # --- evaluations during training
 
 
-def numbers(name, top1, family="zeroshot"):
-    """Metrics of a set of 10 classes, as a line of metrics.jsonl has them."""
-    return {f"{family}/{name}/{key}": value for key, value in (("top1", top1), ("n", 100.0), ("ways", 10.0))}
+def numbers(name, top1):
+    """Results of a set of 10 classes."""
+    return zero_shot(name, top1, None, n=100, ways=10)
 
 
 def evaluate(run, name, top1, step, items=None):
@@ -234,8 +232,8 @@ def tiles(text):
 
 def test_a_run_that_is_not_complete_shows_the_newest_result_of_each_set_and_its_step(tmp_path):
     rows = [{"step": step, "loss": 1.0, "clip/loss": 1.0} for step in (10, 20, 40)]
-    rows += [{"step": step} | numbers("x", top1) for step, top1 in ((20, 2.0), (40, 3.7))]
-    run = written(tmp_path / "run", tiny.config("clip", steps=80), rows).folder
+    evaluations = [(step, numbers("x", top1)) for step, top1 in ((20, 2.0), (40, 3.7))]
+    run = written(tmp_path / "run", tiny.config("clip", steps=80), rows, evaluations).folder
     for name, top1 in (("x", 1.0), ("y", 55.0)):
         evaluate(run, name, top1, 10, PerExample(np.repeat([1.0, 0.0], [round(top1), 100 - round(top1)])))
     read = record.read(run)
@@ -243,7 +241,7 @@ def test_a_run_that_is_not_complete_shows_the_newest_result_of_each_set_and_its_
     words = " ".join(check(text).text)
     ((number, details),) = tiles(text).values()
     assert number.startswith("3.7") and details.endswith("x, at step 40 ")
-    assert "From evaluation.json and metrics.jsonl, the newest of each set: the run is not complete." in words
+    assert "From evaluation.json and results.jsonl, the newest of each set: the run is not complete." in words
     table = text.partition('id="results"')[2].partition("</section>")[0]
     assert '<th scope="col">step</th>' in table
     shown = dict(re.findall(r'<th scope="row">([xy])</th>.*?<td>([0-9]+)</td></tr>', table))
@@ -271,9 +269,9 @@ def test_a_run_without_sets_that_was_evaluated_at_an_earlier_step_says_so(step, 
 
 def test_a_run_that_is_killed_in_its_last_evaluation_shows_all_of_its_sets(tmp_path):
     """The last evaluation has a line for each set."""
-    rows = [{"step": 2} | numbers("x", 20.0) | numbers("z", 5.0), {"step": 4} | numbers("x", 40.0)]
-    rows.append({"step": 4, "textual/s/r1": 30.0, "textual/s/r5": 60.0, "textual/s/queries": 9, "textual/s/texts": 50})
-    read = written(tmp_path / "run", tiny.config("clip", steps=4), rows)
+    evaluations = [(2, numbers("x", 20.0) + numbers("z", 5.0)), (4, numbers("x", 40.0))]
+    evaluations.append((4, [Result("s", "textual", "r1", 30.0, n=9, chance=2.0, headline=True)]))
+    read = written(tmp_path / "run", tiny.config("clip", steps=4), [], evaluations)
     assert [step for step, _ in read.evaluations] == [2, 4]
     text = html.render(read, examples.Examples())
     shown = tiles(text)
@@ -289,29 +287,28 @@ def lines_of(text):
 
 
 def test_each_step_of_an_evaluation_is_one_point(tmp_path):
-    """Also of the last, which metrics.jsonl and results.json have; a set that is evaluated only then has no line."""
+    """Also the last, which results.jsonl and results.json have; a set that is evaluated only then has no line."""
     sets = {"folder:/data/a/val": 1.0, "folder:/data/b/val": 50.0}
     rows = [{"step": step, "loss": 1.0, "clip/loss": 1.0} for step in (1, 2, 3)]  # log.every may not divide the steps
-    rows += [{"step": 2} | {k: v for name, top1 in sets.items() for k, v in numbers(name, top1).items()}]
+    evaluations = [(2, [result for name, top1 in sets.items() for result in numbers(name, top1)])]
     final = {name: top1 + 3 for name, top1 in sets.items()} | {"only_at_the_end": 7.0}
-    rows += [{"step": 4} | numbers(name, top1) for name, top1 in final.items()]
-    run = written(tmp_path / "run", tiny.config("clip", steps=4), rows).folder
-    results = {k: v for name, top1 in final.items() for k, v in numbers(name, top1).items()}
-    records = to_json(flat_names.read(results))
-    write_json(RunFolder(run).results_file, {"results": results, "records": records, "config": {}})
+    last = [(4, numbers(name, top1)) for name, top1 in final.items()]
+    run = written(tmp_path / "run", tiny.config("clip", steps=4), rows, evaluations + last).folder
+    results = [result for _, of_set in last for result in of_set]
+    content = {"results": flat(results), "records": to_json(results), "config": {}}
+    write_json(RunFolder(run).results_file, content)
     drawn = lines_of(html.render(record.read(run), examples.Examples()))
     assert drawn == {"folder:a/val, top-1": ([2, 4], [1, 4]), "folder:b/val, top-1": ([2, 4], [50, 53])}
-    RunFolder(run).metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))  # written otherwise
+    RunFolder(run).results_log_file.write_text(made_results.lines(evaluations))  # results.json has the last
     assert lines_of(html.render(record.read(run), examples.Examples())) == drawn
 
 
 def test_sets_of_one_name_have_a_line_each(tmp_path):
     """`retrieval/holdout` and `zeroshot/holdout` are of the same pairs."""
-    recalls = {f"retrieval/holdout/{way}/r{k}": 9.0 for way in ("image_to_text", "text_to_image") for k in (1, 5)}
-    recalls |= {"retrieval/holdout/images": 5.0, "retrieval/holdout/captions": 9.0}
     rows = [{"step": 1, "loss": 1.0, "clip/loss": 1.0}]
-    rows += [{"step": step} | numbers("holdout", 20.0) | recalls for step in (1, 2)]
-    drawn = lines_of(html.render(written(tmp_path / "run", tiny.config("clip"), rows), examples.Examples()))
+    evaluations = [(step, numbers("holdout", 20.0) + retrieval("holdout")) for step in (1, 2)]
+    run = written(tmp_path / "run", tiny.config("clip"), rows, evaluations)
+    drawn = lines_of(html.render(run, examples.Examples()))
     assert [name.partition(",")[0] for name in drawn] == [
         "held-out pairs (zero-shot classification)",
         "held-out pairs (retrieval)",
@@ -321,10 +318,10 @@ def test_sets_of_one_name_have_a_line_each(tmp_path):
 def test_a_metric_that_is_not_a_number_is_shown_as_such(tmp_path):
     """JSON has null in its place."""
     rows = [{"step": step, "loss": 1.0, "clip/loss": 1.0} for step in (1, 2)]
-    rows += [{"step": step} | numbers("x", 20.0) for step in (1, 2)] + [{"step": 4} | numbers("x", None)]
-    run = written(tmp_path / "run", tiny.config("clip", steps=4), rows).folder
-    results = flat_names.read(numbers("x", math.nan) | numbers("y", 40.0))
-    content = {"results": {r.name: r.value for r in results}, "records": to_json(results), "config": {}}
+    evaluations = [(1, numbers("x", 20.0)), (2, numbers("x", 20.0)), (4, numbers("x", math.nan))]
+    run = written(tmp_path / "run", tiny.config("clip", steps=4), rows, evaluations).folder
+    results = numbers("x", math.nan) + numbers("y", 40.0)
+    content = {"results": flat(results), "records": to_json(results), "config": {}}
     write_json(RunFolder(run).results_file, content)
     assert '"value": null' in RunFolder(run).results_file.read_text()
     evaluate(run, "x", math.nan, 4)

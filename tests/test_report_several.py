@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import tiny
+from tests import made_results, tiny
+from tests.made_results import zero_shot
 from tests.pages import HOSTILE, check, written
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators import results as results_files
-from xclip_jax.evaluators.provenance import Provenance
-from xclip_jax.evaluators.result import Result, from_json, to_json
+from xclip_jax.evaluators.results import Provenance, Result, from_json, to_json
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.report import __main__ as command
 from xclip_jax.report import examples, record, several, side_by_side
@@ -31,9 +31,8 @@ def run(folder, color, right, *, objective="clip", split="1", **changes):
     rows = [
         {"step": s, "loss": right / s, f"{objective}/loss": right / s, "lr": 1e-3, "grad_norm": 1.0} for s in (1, 2, 3)
     ]
-    counts = {"zeroshot/x/ways": 4.0, "zeroshot/x/n": 100.0}
-    rows += [{"step": step, "zeroshot/x/top1": step * right / 3} | counts for step in (2, 3)]
-    written(folder, tiny.config(objective, run=folder, **changes), rows)
+    evaluations = [(step, zero_shot("x", step * right / 3, None, n=100)) for step in (2, 3)]
+    written(folder, tiny.config(objective, run=folder, **changes), rows, evaluations)
     values = np.repeat([1.0, 0.0], [right, 100 - right])
     result = Result("x", "zeroshot", "top1", float(right), n=100, chance=25.0, headline=True, evaluator="zeroshot")
     entry = {"set": "x", "name": "zeroshot/x", "metric": "top1", "value": float(right), "n": 100, "step": 3}
@@ -188,8 +187,8 @@ def test_sets_of_two_families_that_share_a_name_have_a_row_and_a_chart_each(tmp_
 def test_runs_that_are_not_complete_have_the_newest_result_of_each_set_and_its_step(tmp_path):
     """Evaluated at step 3 by the command, at step 5 by the run."""
     a, b = (run(tmp_path / name, i, 40) for i, name in enumerate("ab"))
-    with RunFolder(tmp_path / "b").metrics_file.open("a") as file:
-        file.write(json.dumps({"step": 5, "zeroshot/x/top1": 90.0, "zeroshot/x/ways": 4.0, "zeroshot/x/n": 100.0}))
+    with RunFolder(tmp_path / "b").results_log_file.open("a") as file:
+        file.write(made_results.lines([(5, zero_shot("x", 90.0, None, n=100))]))
     text = several.render([a, dataclasses.replace(b, record=record.read(b.record.folder))])
     words = " ".join(check(text, SECTIONS).text)
     table = text.partition('<table class="several">')[2].partition("</table>")[0]
@@ -203,7 +202,7 @@ def test_a_result_that_is_not_a_number_is_not_the_best(tmp_path, monkeypatch):
     a, b = (run(tmp_path / name, i, 40) for i, name in enumerate("ab"))
     undefined = [dataclasses.replace(b.record.results[0], value=float("nan"), items=None)]
     row = {"set": "x", "metric": "top1", "unit": "%", "a": 40.0, "b": float("nan"), "difference": float("nan")}
-    monkeypatch.setattr(several, "compare", lambda *_, **__: [row])
+    monkeypatch.setattr(several.tables, "compare", lambda *_, **__: [row])
     text = several.render([a, dataclasses.replace(b, record=dataclasses.replace(b.record, results=undefined))])
     table = text.partition('<table class="several">')[2].partition("</table>")[0]
     assert "<td>not a number" in table and "nan<" not in table and "<td>40.0" in table

@@ -1,16 +1,16 @@
-"""Results as records: their names on disk, their JSON, and tables of results that earlier versions wrote."""
+"""Results as records: their names on disk, their JSON, and their tables."""
 
+import dataclasses
 import json
 import pathlib
 
 import numpy as np
-import pytest
 
 from tests.encoding import make_encoder, small_model
 from tests.test_sets import small_demo  # noqa: F401
-from xclip_jax.evaluators import flat_names, registry, summary
-from xclip_jax.evaluators.provenance import SHIFTED, Provenance
-from xclip_jax.evaluators.result import Result, flat, from_json, items, to_json, unit_of
+from xclip_jax.evaluators import registry, tables
+from xclip_jax.evaluators.base import unit_of
+from xclip_jax.evaluators.results import SHIFTED, Provenance, Result, flat, from_json, items, to_json
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
 from xclip_jax.report import chance
@@ -19,29 +19,29 @@ GOLDEN = pathlib.Path(__file__).parent / "golden" / "results"
 
 
 def golden(name):
-    """Results and their tables as they were written before results were records."""
-    return json.loads((GOLDEN / f"{name}.json").read_text())["results"], (GOLDEN / f"{name}.txt").read_text()
+    """Results and their tables."""
+    return json.loads((GOLDEN / f"{name}.json").read_text()), (GOLDEN / f"{name}.txt").read_text()
 
 
 def text(results):
-    return f"{summary.render(results)}\n\n{summary.headlines(results)}\n"
+    return f"{tables.render(results)}\n\n{tables.headlines(results)}\n"
 
 
-@pytest.mark.parametrize("name", ["demo", "others"])
-def test_tables_of_names_and_values_are_as_they_were(name):
-    values, expected = golden(name)
-    assert text(flat_names.read(values)) == expected
+def test_tables_of_records():
+    records, expected = golden("others")
+    assert text(from_json(records)) == expected
 
 
 def test_the_demo_has_the_names_and_the_tables_that_it_had(small_demo):  # noqa: F811
-    values, expected = golden("demo")
-    results = []
+    content, expected = golden("demo")
+    values, results = content["results"], []
     for spec in dict.fromkeys("/".join(name.split("/")[1:3]) for name in values):
         results += registry.measure(registry.make(spec, make_encoder()), small_model()[1])
     assert sorted(flat(results)) == sorted(values)
     # With the values of the file, of which ties may be another matter on another machine.
-    known = flat_names.read(values, results)
-    assert len(known) == len(values) and text(known) == expected
+    by_name = {result.name: result for result in results}
+    known = [dataclasses.replace(by_name[name], value=value) for name, value in values.items()]
+    assert text(known) == expected
     assert text(from_json(json.loads(json.dumps(to_json(known))))) == expected
     assert sum(result.headline for result in results) == len({(r.family, r.set) for r in results})
 
@@ -65,12 +65,9 @@ def test_precision_and_correlations_are_no_shares_of_the_items():
     assert units == {"n": "", "ways": "", "map": "x 100", "map11": "x 100"}
     first = next(result for result in results if result.metric == "map11")
     assert chance.judge(first).resampled and str(chance.judge(first))
-    values = flat(results)
-    # results.json has no values of items; before it named this unit, it had none.
-    records = [{key: x for key, x in record.items() if key != "unit"} for record in to_json([first])]
-    for read in (from_json(to_json([first])), from_json(records), flat_names.read(values)):
-        (without,) = [result for result in read if result.metric == "map11"]
-        assert without.unit == "x 100" and str(chance.judge(without)) == ""
+    # results.json has no values of items.
+    (without,) = from_json(to_json([first]))
+    assert without.unit == "x 100" and str(chance.judge(without)) == ""
     assert [unit_of(metric) for metric in ("linear/matthews", "roc_auc", "top1_top5", "f1", "spearman_all")] == [
         "x 100", "x 100", "%", "%", "x 100"
     ]  # fmt: skip
@@ -89,7 +86,7 @@ def test_results_of_a_family_without_a_layout_have_a_line_each():
         Result("a", "colour", "lightness", 45.5, n=50, headline=True),
         Result("b", "colour", "hue", 20.0, n=5),
     ]
-    table, families = summary.tables(results)[0], summary.families(results)
+    table, families = tables.build(results)[0], tables.families(results)
     assert table.rows == [
         ("a", ["50", "lightness", "45.5", ""]),
         ("  the same", ["", "hue", "30.0", "(10.0)"]),

@@ -17,7 +17,7 @@ from etils import epath
 from xclip_jax import evaluate, file_lock, model_card
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry, results
-from xclip_jax.evaluators.result import flat
+from xclip_jax.evaluators.results import flat
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.run_folder import RunFolder
 
@@ -57,7 +57,7 @@ def test_later_commands_add_to_the_file(root):
     assert [r["set"] for r in written["results"]] == [one, two] and written["step"] == STEPS
     assert [r["step"] for r in written["other_results"]] == [2]
     # What shows the newest shows both, and nothing of the earlier step.
-    assert flat(results.parse_entries(written["results"])).keys() == {
+    assert flat(results.of_entries(written["results"])).keys() == {
         f"{r['name']}/{key}" for r in written["results"] for key in r["metrics"]
     }
     evaluate.evaluate(run, one, profile="slip")
@@ -168,7 +168,9 @@ def entry(name="zeroshot/x", **changes):
         "changes": {},
         "fingerprint": "1",
     }
-    return fields | changes
+    fields |= changes
+    record = {"set": fields["set"], "family": "zeroshot", "metric": fields["metric"], "value": fields["value"]}
+    return {"records": [record | {"headline": True}]} | fields
 
 
 ITEMS = {
@@ -195,23 +197,6 @@ def test_two_files_that_differ_in_their_suffix_have_items_of_their_own(tmp_path)
     for name, value in (("a.txt", 0.0), ("a.json", 1.0)):
         (read,), items = results.read(epath.Path(tmp_path / name))
         assert items[read["items"]]["zeroshot/x/top1"].value() == 100 * value
-
-
-def older(path, **changes):
-    """A file as it was before entries had a step and a profile of their own."""
-    fields = {key: value for key, value in entry(**changes).items() if key not in results._VIEW}
-    path.write_text(json.dumps({"checkpoint": "run", "step": 1, "profile": "slip", "suite": "x", "results": [fields]}))
-    np.savez_compressed(path.with_name(f"{path.stem}.items.npz"), **{"mean:values:zeroshot|x|top1": np.array([1.0, 0])})
-    return epath.Path(path)
-
-
-def test_older_files_are_read_and_added_to(tmp_path):
-    file = older(tmp_path / "evaluation.json")
-    (read,), items = results.read(file)
-    assert (read["step"], read["profile"]) == (1, "slip") and items[read["items"]]["zeroshot/x/top1"].value() == 50
-    results.add(file, entry(set="y", name="zeroshot/y", profile="slip"), {}, {}, own=True)
-    both, items = results.read(file)
-    assert [e["set"] for e in both] == ["x", "y"] and items[read["items"]]["zeroshot/x/top1"].value() == 50
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"results": [{"set": "x"}]}', '{"results": 3}'])

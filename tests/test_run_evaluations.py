@@ -14,7 +14,7 @@ import pytest
 from tests import tiny
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
-from xclip_jax.evaluators.result import Result, flat
+from xclip_jax.evaluators.results import Result, flat
 from xclip_jax.train import build, interrupt, loop, trainer, weights
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer

@@ -7,10 +7,11 @@ import pytest
 
 from configs import demo as demo_config
 from tests.encoding import SIZE, K, make_encoder, small_model
+from tests.made_results import zero_shot
 from xclip_jax.data import demo
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import emoji_sets, flat_names, registry, summary
-from xclip_jax.evaluators.result import flat
+from xclip_jax.evaluators import emoji_sets, registry, tables
+from xclip_jax.evaluators.results import SHIFTED, flat
 from xclip_jax.report import canvas, examples, html, picture, record
 
 # The demo's sets, on a small copy of its data.
@@ -137,7 +138,7 @@ def test_the_final_table_has_a_row_for_each_family(small_demo):
     results = []
     for spec in (*demo_config.get_config().eval.sets, *demo_config.TESTS):
         results += registry.make(spec, make_encoder()).measure(small_model()[1])
-    lines = summary.render(results).splitlines()
+    lines = tables.render(results).splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("overview"))
     assert [line[:26].strip() for line in lines[at + 1 : -1]] == [
         "zero-shot classification",
@@ -152,19 +153,12 @@ def test_the_final_table_has_a_row_for_each_family(small_demo):
         flat(results)["visual/emoji/test_probe/category/linear/top1"], abs=0.051
     )
     assert set(demo_config.TESTS) == set(registry.SUITES["demo"])
-    assert "test_translations" in summary.headlines(results)
+    assert "test_translations" in tables.headlines(results)
 
 
 def test_the_gap_to_imagenet_is_shown():
-    sizes = {"n": 5.0, "ways": 1000.0, "top5": 90.0}
-    both = flat_names.read(
-        {
-            f"zeroshot/{name}/{key}": value
-            for name, top1 in (("imagenet", 60.0), ("imagenet_a", 20.5))
-            for key, value in (sizes | {"top1": top1}).items()
-        }
-    )
-    assert "less than imagenet" in summary.render(both) and "39.5" in summary.render(both)
+    both = zero_shot("imagenet", 60.0) + zero_shot("imagenet_a", 20.5, role=SHIFTED)
+    assert "less than imagenet" in tables.render(both) and "39.5" in tables.render(both)
 
 
 def test_every_set_can_be_evaluated_and_an_unknown_one_lists_them(small_demo):

@@ -5,76 +5,54 @@ import pytest
 
 from tests import tiny
 from tests.encoding import make_encoder, small_model
+from tests.made_results import retrieval, zero_shot
 from tests.pages import Page, written
 from tests.test_probe import images
-from xclip_jax.evaluators import flat_names, registry, summary
+from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.probe import Probe, ProbeSet, Sweep
-from xclip_jax.evaluators.provenance import Provenance
-from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators.results import SHIFTED, Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
 from xclip_jax.report import chance, examples, html
 
 
-def zero_shot(name):
-    metrics = {"n": 8.0, "ways": 4.0, "top1": 57.5, "top5": 100.0}
-    return {f"zeroshot/{name}/{key}": value for key, value in metrics.items()}
-
-
-def retrieval(name, chance=True):
-    recalls = {f"{way}/r{k}": 60.0 + k for way in ("image_to_text", "text_to_image") for k in (1, 5)}
-    by_chance = {"image_to_text/r1": 5.0, "image_to_text/r5": 23.04, "text_to_image/r1": 5.0, "text_to_image/r5": 25.0}
-    metrics = {"images": 20.0, "captions": 100.0} | recalls
-    metrics |= {f"chance/{key}": value for key, value in by_chance.items()} if chance else {}
-    return {f"retrieval/{name}/{key}": value for key, value in metrics.items()}
-
-
 def test_without_results_nothing_is_rendered():
-    assert summary.render([]) == summary.headlines([]) == "" and summary.tables([]) == []
+    assert tables.render([]) == tables.headlines([]) == "" and tables.build([]) == []
 
 
 def test_chance_levels_in_brackets_have_a_legend():
-    lines = summary.render(flat_names.read(retrieval("coco"))).splitlines()
+    lines = tables.render(retrieval("coco")).splitlines()
     assert lines[-1] == "in brackets: the chance level, what guessing gives"
-    assert "bracket" not in summary.render(pets())
+    assert "bracket" not in tables.render(pets())
 
 
 def test_held_out_pairs_are_named_by_what_is_measured_on_them():
-    results = flat_names.read(retrieval("holdout") | zero_shot("holdout") | zero_shot("holdout@/a/run"))
-    assert summary.headlines(results) == (
+    results = retrieval("holdout") + zero_shot("holdout") + zero_shot("holdout@/a/run")
+    assert tables.headlines(results) == (
         "retrieval i2t R@1 61.0, R@5 65.0 | zero-shot top-1 57.5, top-5 100.0 | "
         "held-out pairs of run top-1 57.5, top-5 100.0"
     )
-    named = {name for table in summary.tables(results) for name, _ in table.rows}
-    assert {"held-out pairs", "held-out pairs of run"} <= named and summary.tables(results)[-1].title == "overview"
+    named = {name for table in tables.build(results) for name, _ in table.rows}
+    assert {"held-out pairs", "held-out pairs of run"} <= named and tables.build(results)[-1].title == "overview"
 
 
 def test_chance_of_retrieval_counts_every_caption():
-    results = flat_names.read(retrieval("coco"))
-    (recalls,) = [t for t in summary.tables(results) if t.title.startswith("retrieval")]
+    results = retrieval("coco")
+    (recalls,) = [t for t in tables.build(results) if t.title.startswith("retrieval")]
     cells = ["61.0", "(5.0)", "65.0", "(23.0)", "61.0", "(5.0)", "65.0", "(25.0)"]
     assert recalls.rows == [("coco", ["20", "100", *cells])]
-    assert summary.families(results).rows == [("retrieval", ["coco", "image_to_text/r1", "61.0", "(5.0)"])]
+    assert tables.families(results).rows == [("retrieval", ["coco", "image_to_text/r1", "61.0", "(5.0)"])]
 
 
-def test_chance_of_retrieval_in_results_without_it():
-    """Results of earlier versions: five captions an image, of which none is shared."""
-    results = flat_names.read(retrieval("coco", chance=False))
-    assert summary.families(results).rows[0][1][-1] == "(5.0)"
-    (recalls, *_) = summary.tables(results)
-    assert recalls.rows[0][1] == ["20", "100", "61.0", "(5.0)", "65.0", "", "61.0", "(5.0)", "65.0", ""]
-
-
-def test_chance_of_a_mean_average_precision_is_not_one_over_the_classes():
-    metrics = {"n": 8.0, "ways": 4.0, "map": 50.0, "map11": 51.0}
-    results = flat_names.read({f"zeroshot/voc/{key}": value for key, value in metrics.items()})
-    assert summary.families(results).rows == [("zero-shot classification", ["voc", "map11", "51.0", ""])]
+def test_a_mean_average_precision_has_no_chance_level():
+    results = [Result("voc", "zeroshot", "ways", 4, unit=""), Result("voc", "zeroshot", "map11", 51.0, unit="x 100")]
+    assert tables.families(results).rows == [("zero-shot classification", ["voc", "map11", "51.0", ""])]
 
 
 def test_long_names_do_not_shift_the_columns():
     long = "mnist_and_more_than_that@relative/path/of/a/set/that/is/long"
-    results = zero_shot(long) | zero_shot("mnist") | retrieval("coco_retrieval@pictures/of/2017/dataset_coco.json")
-    lines = summary.render(flat_names.read(results)).splitlines()
+    results = zero_shot(long) + zero_shot("mnist") + retrieval("coco_retrieval@pictures/of/2017/dataset_coco.json")
+    lines = tables.render(results).splitlines()
     blocks = {"zero-shot": lines[:3], "retrieval": lines[3:5], "families": lines[5:]}
     assert [len(block) for block in blocks.values()] == [3, 2, 4]
     assert long in blocks["zero-shot"][1] and len({line.index("57.5") for line in blocks["zero-shot"][1:]}) == 1
@@ -85,7 +63,7 @@ def test_long_names_do_not_shift_the_columns():
 
 
 def test_short_names_have_the_usual_columns():
-    lines = summary.render(flat_names.read(zero_shot("mnist") | retrieval("coco"))).splitlines()
+    lines = tables.render(zero_shot("mnist") + retrieval("coco")).splitlines()
     assert lines[1].index("4") == 42 + 7 and lines[5].index("mnist") == 26 and lines[5].index("top1") == 56
 
 
@@ -105,11 +83,11 @@ def test_short_names_have_the_usual_columns():
     ],
 )
 def test_sets_of_own_files_have_short_names(names, short):
-    results = flat_names.read({key: value for name in names for key, value in zero_shot(name).items()})
-    classified, *_ = summary.tables(results)
+    results = [result for name in names for result in zero_shot(name)]
+    classified, *_ = tables.build(results)
     assert [name for name, _ in classified.rows] == short
-    assert summary.families(results).rows[0][1][0] == short[0]
-    assert summary.headlines(results).startswith(f"{short[0]} top-1 57.5")
+    assert tables.families(results).rows[0][1][0] == short[0]
+    assert tables.headlines(results).startswith(f"{short[0]} top-1 57.5")
 
 
 # The metric that a set is reported by, where the table of its evaluator has no column for it.
@@ -126,22 +104,22 @@ def pets():
 
 
 def test_the_sets_own_metric_is_shown_first():
-    assert summary.headlines(pets()) == "pets mean_per_class 71.2, top-1 90.1"
-    ((title, columns, rows),) = summary.tables(pets())
+    assert tables.headlines(pets()) == "pets mean_per_class 71.2, top-1 90.1"
+    ((title, columns, rows),) = tables.build(pets())
     assert title == "zero-shot classification, %" and rows == [
         ("pets", ["37", "", "90.1", "", "99.0", "", "mean_per_class", "71.2"])
     ]
     assert [name for name, _ in columns[-2:]] == ["own metric", "value"]
-    assert summary.families(pets()).rows == [("zero-shot classification", ["pets", "mean_per_class", "71.2", ""])]
-    head, line = summary.render(pets()).splitlines()
+    assert tables.families(pets()).rows == [("zero-shot classification", ["pets", "mean_per_class", "71.2", ""])]
+    head, line = tables.render(pets()).splitlines()
     assert head.split()[-3:] == ["own", "metric", "value"] and line.split()[-2:] == ["mean_per_class", "71.2"]
     assert head.index("value") + 5 == line.index("71.2") + 4
 
 
 def test_a_table_with_other_sets_shows_theirs_as_before():
-    others = flat_names.read(zero_shot("imagenet") | zero_shot("imagenet_r"))
-    alone = summary.render(others).splitlines()
-    head, *rows = summary.render([*others, *pets()]).splitlines()
+    others = zero_shot("imagenet") + zero_shot("imagenet_r", role=SHIFTED)
+    alone = tables.render(others).splitlines()
+    head, *rows = tables.render([*others, *pets()]).splitlines()
     assert head.startswith(alone[0]) and rows[:3] == alone[1:4]
     assert rows[2].startswith("  less than imagenet") and rows[3].startswith("pets ")
 
@@ -159,10 +137,10 @@ def test_metrics_of_published_sets_are_shown(metric):
     else:
         evaluator = ZeroShot(make_encoder(), ZeroShotSet("set", images(labels), labels, [["a"], ["b"]], card=card))
     results = registry.measure(evaluator, small_model()[1])
-    (row,) = summary.rows(results)
+    (row,) = tables.rows(results)
     (first, shown), *_ = row.shown
     assert first.name == metric and shown.headline and shown.value == next(r for r in results if r.headline).value
-    assert summary.tables(results)[0].rows[0][1][-2:] == [metric, f"{shown.value:.1f}"]
+    assert tables.build(results)[0].rows[0][1][-2:] == [metric, f"{shown.value:.1f}"]
     # What is first has a chance level where shares of items do, so that pages test it.
     levels = {"mean_per_class": 50, "linear/mean_per_class": 50, "top1_top5": 75}
     assert shown.chance == levels.get(metric)
@@ -193,7 +171,7 @@ def test_an_own_metric_that_is_no_percentage_has_its_unit():
         Result("y", "own", "share", 50.0, n=9),
     ]
     results.append(Result("z", "zeroshot", "top1", 50.0, n=9))
-    lines = summary.render(results).splitlines()
+    lines = tables.render(results).splitlines()
     assert any(line.split()[:5] == ["x", "9", "gap,", "radians", "1.2"] for line in lines)
     assert any(line.split()[:4] == ["y", "9", "share", "50.0"] for line in lines)
     assert sum("gap, radians" in line for line in lines) == 2  # in the table of families too

@@ -13,10 +13,12 @@ import jax
 import pytest
 
 from tests import tiny
+from tests.made_results import zero_shot
 from xclip_jax import console, storage
 from xclip_jax.config import schema
 from xclip_jax.data import loader
 from xclip_jax.errors import UserError
+from xclip_jax.evaluators.results import flat, from_json
 from xclip_jax.run_folder import CLOCKS, RunFolder
 from xclip_jax.train import build, job, progress, trainer
 from xclip_jax.train.callbacks import Callback
@@ -247,6 +249,19 @@ def test_writer_drops_what_a_resumed_run_writes_again(tmp_path, monkeypatch, rem
     writer.write(3, {"loss": 0.5})
     assert tiny.lines(tmp_path)[-1] == {"step": 3, "loss": 0.5}
     writer.close()
+
+
+def test_results_are_written_as_numbers_and_as_records(tmp_path):
+    folder = RunFolder(tmp_path)
+    writer = MetricWriter(folder)
+    for step in (2, 4):
+        writer.write_results(step, zero_shot("x", 10.0 * step))
+    assert [line["step"] for line in folder.read_evaluations()] == [2, 4]
+    writer = MetricWriter(folder, step=4, evaluations=3)  # the evaluation of step 4 will be made again
+    (line,) = folder.read_evaluations()
+    results = from_json(line["records"])
+    assert tiny.lines(tmp_path) == [{"step": 2} | flat(results)] and flat(results)["zeroshot/x/top1"] == 20
+    assert [(r.chance, r.n, r.headline) for r in results if r.unit] == [(25, 8, True), (100, 8, False)]
 
 
 def test_a_checkpoint_finds_the_lines_before_it_written(pairs, tmp_path, monkeypatch):

@@ -134,7 +134,8 @@ def test_results_import_nothing(root, tmp_path):
     records = [{"set": "x", "family": "own", "metric": "nearer", "value": 12.5, "n": 4, "headline": True,
                 "evaluator": "evil_mod:Neighbours"}]  # fmt: skip
     entry = {"set": "x", "name": "own/x", "metric": "nearer", "value": 12.5, "n": 4, "metrics": {"nearer": 12.5},
-             "records": records, "checkpoint": "run", "step": 2, "profile": "openai", "changes": {}}  # fmt: skip
+             "records": records, "checkpoint": "run", "step": 2, "profile": "openai", "changes": {},
+             "fingerprint": "1", "items": "2"}  # fmt: skip
     (tmp_path / "plain" / "evaluation.json").write_text(json.dumps({"results": [entry]}))
     results = json.loads((tmp_path / "plain" / "results.json").read_text())
     (tmp_path / "plain" / "results.json").write_text(json.dumps(results | {"records": records}))

@@ -28,8 +28,8 @@ from xclip_jax.doctor import machine
 from xclip_jax.errors import Parser, exit_with_message
 from xclip_jax.evaluation import evaluate
 from xclip_jax.evaluators import registry, results
-from xclip_jax.evaluators.comparison import compare, render
 from xclip_jax.evaluators.prompts import read_class_names
+from xclip_jax.evaluators.tables import compare, render_comparison
 from xclip_jax.imports import add_trust, trusting
 from xclip_jax.storage import write_json
 
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if flags.output:
                 results.make_folder(epath.Path(flags.output))
             rows = compare(*flags.compare, step=flags.step, profile=flags.profile)
-            log0(render(rows, *flags.compare))
+            log0(render_comparison(rows, *flags.compare))
             if flags.output:
                 write_json(epath.Path(flags.output), {"a": flags.compare[0], "b": flags.compare[1], "rows": rows})
             return

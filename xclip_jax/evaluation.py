@@ -14,8 +14,8 @@ from xclip_jax.addresses import public
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
-from xclip_jax.evaluators import registry, result, results, summary
-from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators import registry, results, tables
+from xclip_jax.evaluators.results import Result
 from xclip_jax.interop import hub
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.run_folder import evaluation_file
@@ -75,11 +75,11 @@ def evaluate(
         command["seconds"] = time.perf_counter() - began
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            results.add(path, public(entry), result.items(of_set), command, own=not output)
+            results.add(path, public(entry), results.items(of_set), command, own=not output)
         entries.append(entry)
         all_results += of_set
     log0(f"{run}, step {loaded_step}, profile {profile}")
-    log0(summary.render(all_results))
+    log0(tables.render(all_results))
     log0(f"results: {path}")
     return {**shared, **command, "results": entries}
 

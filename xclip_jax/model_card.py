@@ -13,8 +13,8 @@ from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.data import hub_client, rgb
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.evaluators import results, summary
-from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators import results, tables
+from xclip_jax.evaluators.results import Result
 from xclip_jax.objectives import make_objective
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.train.build import Experiment
@@ -126,7 +126,7 @@ def _public(text: str) -> str:
 
 def _sets(names: Iterable[str]) -> dict[str, str]:
     """Return {set: its name in a card}."""
-    return {name: _public(short) for name, short in summary.shorten(names).items()}
+    return {name: _public(short) for name, short in tables.shorten(names).items()}
 
 
 def _code(text: str) -> str:
@@ -183,9 +183,9 @@ def _metadata(config: Config, experiment: Experiment, to: str, measured: Sequenc
 
 def _measured(run: RunFolder, steps: int, step: int) -> list[Result]:
     """Headline results of the checkpoint: of `evaluate` where there are any, else those at the end of training."""
-    values = results.parse_entries(_entries(run, step))
+    values = results.of_entries(_entries(run, step))
     if not values and step == steps:
-        values = results.parse_run(run.read_results() or {})
+        values = results.from_json((run.read_results() or {"records": []})["records"])
     return [result for result in values if result.headline]
 
 
@@ -300,7 +300,7 @@ def _results(run: RunFolder, steps: int, step: int) -> str:
     lines = ["## Results"]
     last = run.read_results()
     if last and last["results"] and step == steps:
-        table = summary.render(results.parse_run(last)).replace("`", "'")
+        table = tables.render(results.from_json(last["records"])).replace("`", "'")
         lines.append(f"At the end of training, in percent:\n\n```\n{table}\n```")
     if shown := _entries(run, step):
         names = _sets(r["set"] for r in shown)

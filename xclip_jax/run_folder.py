@@ -5,7 +5,8 @@ config.json     {"config", "environment", "started", "length_groups", "text_rows
 data.json       fingerprint of each training source, and digests of what was read of its records for their order
 tokenizer.json  the tokenizer, where data.tokenizer is a file
 metrics.jsonl   {"step", metric: value} a line; lines of training steps have a "loss", those of evaluations do not
-results.json    {"results", "config", "environment", "seconds"} of the last evaluation
+results.jsonl   {"step", "records"} a line: the results of each evaluation, as `evaluators.results.to_json` writes them
+results.json    {"results", "records", "config", "environment", "seconds"} of the last evaluation
 evaluation.json of `xclip_jax.evaluate`, see `evaluators.results`
 trackers.json   {"id": of the run in wandb and Trackio}
 stacks-N.txt    stacks of all threads of process N, where it hung and was ended
@@ -44,6 +45,7 @@ class RunFolder:
         self.data_file = self.path / "data.json"
         self.tokenizer_file = self.path / "tokenizer.json"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.results_log_file = self.path / "results.jsonl"
         self.results_file = self.path / "results.json"
         self.evaluation_file = self.path / "evaluation.json"
         self.bad_samples_file = self.path / "bad_samples.jsonl"
@@ -118,6 +120,7 @@ class RunFolder:
         if content is None or (
             isinstance(content, list)
             and all(isinstance(item, dict) and isinstance(item.get("samples"), int) for item in content)
+            and all(isinstance(item.get("hash"), str) for item in content)
         ):
             return content
         raise UserError(f"{self.data_file} is damaged; restore it, or use a different --config.run.")
@@ -141,7 +144,7 @@ class RunFolder:
             return None
         with contextlib.suppress(ValueError, RecursionError):
             content = json.loads(self.results_file.read_text())
-            if isinstance(content, dict) and _has(content, "results", config=dict):
+            if isinstance(content, dict) and _has(content, "results", config=dict) and "records" in content:
                 return content
         raise UserError(f"{self.results_file} is damaged; delete it and run the same command to evaluate again.")
 
@@ -153,6 +156,10 @@ class RunFolder:
         lines = _read_lines(self.metrics_file)
         rows = [{key: value for key, value in line.items() if _is_finite(value)} for line in lines]
         return [row for row in rows if "step" in row]
+
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """Return the objects of results.jsonl; a line that is damaged or only half written is left out."""
+        return [line for line in _read_lines(self.results_log_file) if line.keys() >= {"step", "records"}]
 
     def read_bad_samples(self) -> list[dict[str, Any]]:
         """Return the entries of bad_samples.jsonl, see `data.ledger`; a line that is only half written is left out."""

@@ -46,7 +46,7 @@ from xclip_jax.evaluators.dense import DenseSet, MaskedImages
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.provenance import SHIFTED, VALIDATION, Provenance, digest
+from xclip_jax.evaluators.results import SHIFTED, VALIDATION, Provenance, digest
 
 KIND = "studies.icons.sets:IconSets"
 Record = dict[str, Any]

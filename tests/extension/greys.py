@@ -3,7 +3,7 @@
 import numpy as np
 
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric, SetKind
-from xclip_jax.evaluators.provenance import Provenance
+from xclip_jax.evaluators.results import Provenance
 from xclip_jax.evaluators.statistics import PerExample
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from xclip_jax.evaluators.base import SetKind
-from xclip_jax.evaluators.provenance import VALIDATION, Provenance
+from xclip_jax.evaluators.results import VALIDATION, Provenance
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 VALIDATION_SET, TEST_SET = "tests.studies.greys:Greys/validation", "tests.studies.greys:Greys/test"

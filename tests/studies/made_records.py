@@ -5,8 +5,7 @@ import json
 from studies import records
 from studies.matrix import Snapshot
 from xclip_jax.config import schema
-from xclip_jax.evaluators.provenance import VALIDATION, Provenance
-from xclip_jax.evaluators.result import Result, to_json
+from xclip_jax.evaluators.results import VALIDATION, Provenance, Result, to_json
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import write_json
 

@@ -19,8 +19,7 @@ from tests.studies.made_records import CORE, TUNED, finished, record
 from xclip_jax.config import schema
 from xclip_jax.config.load import load_config
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators.provenance import VALIDATION, Provenance
-from xclip_jax.evaluators.result import Result, to_json
+from xclip_jax.evaluators.results import VALIDATION, Provenance, Result, to_json
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import write_json
 
@@ -216,8 +215,8 @@ def test_the_key_is_of_what_decides_the_result():
     assert len({key(), key(seed=1), key(steps=11), key(optim__lr=2e-3), key(eval__sets=("a",))}) == 5
     # Keys that a record lacks have their defaults.
     flat = schema.flatten(tiny.config("clip").to_dict())
-    older = {name: value for name, value in flat.items() if name != "data.caption_noise"}
-    assert records.config_key(records.nest(older)) == key()
+    lacking = {name: value for name, value in flat.items() if name != "data.caption_noise"}
+    assert records.config_key(records.nest(lacking)) == key()
 
 
 @pytest.mark.parametrize(

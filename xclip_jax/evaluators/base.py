@@ -12,8 +12,16 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.result import Result, flat, unit_of
+from xclip_jax.evaluators.results import Result, flat
 from xclip_jax.models.two_towers import Variables
+
+# Metrics between -1 and 1: correlations, and precision averaged over a ranking.
+_TIMES_100 = ("spearman", "spearman_all", "spearman_mean", "pearson", "matthews", "map", "map11", "roc_auc")
+
+
+def unit_of(metric: str) -> str:
+    """Return the default unit of a metric: "x 100" for correlations and the like, else "%"."""
+    return "x 100" if metric.rpartition("/")[2] in _TIMES_100 else "%"
 
 
 @dataclasses.dataclass(frozen=True)

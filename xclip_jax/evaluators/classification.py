@@ -20,9 +20,8 @@ from xclip_jax.evaluators.base import Evaluator, Layout, Metric, SetKind, are_te
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.provenance import VALIDATION, Provenance, contents, digest
 from xclip_jax.evaluators.published_sets import ENTRIES
-from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators.results import VALIDATION, Provenance, Result, contents, digest
 from xclip_jax.evaluators.statistics import PerExample, class_weights
 from xclip_jax.evaluators.zeroshot import accuracy
 from xclip_jax.models.two_towers import Variables

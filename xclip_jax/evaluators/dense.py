@@ -26,8 +26,7 @@ from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.feature_classifiers import Sweep, search
 from xclip_jax.evaluators.probe import Joined
-from xclip_jax.evaluators.provenance import Provenance
-from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample, mean_iou
 from xclip_jax.models.two_towers import Variables
 

@@ -23,7 +23,7 @@ from xclip_jax.evaluators.base import SetKind, closest
 from xclip_jax.evaluators.dense import NO_CLASS, PROTOCOL, DenseSet, MaskedImages, check_mask
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.provenance import Provenance, contents, digest
+from xclip_jax.evaluators.results import Provenance, contents, digest
 
 _FOLDER, _PETS = "dense/folder:", "dense/pets"
 _MODES = ("1", "L", "P")  # Pillow's, of masks

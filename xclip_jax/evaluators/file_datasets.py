@@ -27,7 +27,7 @@ from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.provenance import Provenance, contents, digest
+from xclip_jax.evaluators.results import Provenance, contents, digest
 from xclip_jax.evaluators.retrieval import RetrievalSet
 from xclip_jax.evaluators.text import Pair, SimilaritySet
 

@@ -35,7 +35,7 @@ from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.probe import Joined
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.provenance import Provenance, digest
+from xclip_jax.evaluators.results import Provenance, digest
 from xclip_jax.evaluators.retrieval import RetrievalSet
 from xclip_jax.run_folder import RunFolder
 

@@ -29,8 +29,7 @@ from xclip_jax.evaluators.feature_classifiers import (
     to_choose_c,
     together,
 )
-from xclip_jax.evaluators.provenance import Provenance
-from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample, class_weights
 from xclip_jax.models.two_towers import Variables
 

@@ -20,8 +20,8 @@ from xclip_jax.evaluators.base import SetKind, closest
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.probe import ProbeSet
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.provenance import Provenance, contents, digest
 from xclip_jax.evaluators.published_sets import ENTRIES, PAPER, Entry
+from xclip_jax.evaluators.results import Provenance, contents, digest
 from xclip_jax.evaluators.zeroshot_datasets import Content, entry_of, identity, read_source, read_tfds
 from xclip_jax.evaluators.zeroshot_datasets import check as check_set
 

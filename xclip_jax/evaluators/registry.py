@@ -30,7 +30,7 @@ from xclip_jax.evaluators.pair_sets import PairSets, check_columns
 from xclip_jax.evaluators.probe import Probe
 from xclip_jax.evaluators.probe_datasets import ProbeSets
 from xclip_jax.evaluators.prompts import PROFILES, Profile
-from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.retrieval import Retrieval
 from xclip_jax.evaluators.text import SentenceSimilarity, TextRetrieval
 from xclip_jax.evaluators.wds_sets import WdsSets

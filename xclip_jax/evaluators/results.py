@@ -1,4 +1,4 @@
-"""Results file of `xclip_jax.evaluate`: one JSON file, evaluation.json, to which later commands add.
+"""Results of evaluations as records, and the file evaluation.json to which `xclip_jax.evaluate` adds them.
 
     checkpoint, step, profile, changes      of "results"
     results                                 entries of the newest step that was evaluated, and of the model and profile
@@ -6,23 +6,26 @@
     other_results                           entries of other steps, models, profiles and checkpoints, oldest first
     suite, config, environment, seconds     of the last command that wrote the file
 
-An entry is one set's result: "set", "metric", "value", "n", "metrics" (all of them), "records" (the same with unit,
-chance level and evaluator), the provenance of the set ("split_hash", "protocol", "templates", ...), and its own
+An entry holds the results of one set: "set", "metric", "value", "n", "metrics" (all of them), "records" (the same with
+unit, chance level and evaluator), the provenance of the set ("split_hash", "protocol", "templates", ...), and its own
 "checkpoint", "step", "profile" and "changes". "fingerprint" identifies the model, see `train.weights.fingerprint`:
 weights may be replaced at the same path, and a run's keys in "eval" may change at the same step. "commit" is the commit
-of the Hub that was read. A new entry replaces one with the same values of `KEY`; all others stay.
+of the Hub that was read. A new entry replaces an entry with the same values of `KEY`; all others stay.
 
-FILE.items.npz beside it has the per-example values of an entry's metrics, under "statistic:part:id:metric"; "id" is the
-entry's "items", and the metric is quoted as in a URL.
+FILE.items.npz has the per-example values of the entries' metrics, under "statistic:part:id:metric"; "id" is the entry's
+"items", and the metric is quoted as in a URL.
 """
 
+import dataclasses
+import hashlib
 import io
 import json
 import math
+import os
 import shlex
 import urllib.parse
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,30 +33,176 @@ import numpy as np
 from etils import epath
 
 from xclip_jax import file_lock
+from xclip_jax.addresses import public
 from xclip_jax.commands import command
 from xclip_jax.config.schema import Config
 from xclip_jax.console import format_bytes
+from xclip_jax.data.labelled import Paths
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import flat_names
-from xclip_jax.evaluators.provenance import describe, digest
-from xclip_jax.evaluators.result import Result, from_json, to_json
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.storage import write_json, write_whole
 
 Entry = dict[str, Any]
-ItemsOf = dict[str, dict[str, PerExample]]  # of each entry, by its "items"
+ItemsOf = dict[str, dict[str, PerExample]]  # {an entry's "items": {name of a result: per-example values}}
 
+VALIDATION, SHIFTED = "validation", "shifted"
+UNITS = ("%", "x 100", "rank", "")  # units of this package's evaluators
 KEY = ("set", "checkpoint", "step", "profile", "changes", "fingerprint")
 _VIEW = KEY[1:]
-# Bytes of the per-example values of an item, in some dozens of metrics or a thousand classes; and of all items.
+# Limits of the per-example values: bytes for each item, in dozens of metrics or a thousand classes; and in all.
 _ITEM_BYTES, _MOST_BYTES = 1 << 16, 1 << 30
-# Keys of a run's group `eval` that change what is evaluated at one step.
+# Keys of a run's group `eval` that change the results at one step.
 _EVAL_KEYS = ("ema", "resize", "resize_size", "interpolation")
 
 
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """Provenance of an evaluation set; empty where unknown.
+
+    Attributes:
+      data: name of the data set.
+      version: version of the data set.
+      split: split of the data set.
+      split_hash: `digest` of the set's contents, in order: labels, class names and texts; names and sizes of image
+        files; name, version, split and number of items of a TFDS data set.
+      protocol: the measurement, in words.
+      templates: name of the prompt templates.
+      preprocessing: preprocessing of the images, without mean and standard deviation, which belong to the model.
+      metric: the metric to report.
+      note: why the number cannot be compared with published numbers.
+      role: `VALIDATION` for a set for model selection, `SHIFTED` for images of another style or source than the
+        training data.
+    """
+
+    data: str = ""
+    version: str = ""
+    split: str = ""
+    split_hash: str = ""
+    protocol: str = ""
+    templates: str = ""
+    preprocessing: str = ""
+    metric: str = "top1"
+    note: str = ""
+    role: str = ""
+
+
+def digest(items: Iterable[Any]) -> str:
+    """Return the first 16 hex digits of the SHA-256 of `items` as lines of JSON, in their order."""
+    state = hashlib.sha256()
+    for item in items:
+        line = json.dumps(item, ensure_ascii=False, default=lambda x: x.tolist())
+        state.update(line.encode("utf-8", "surrogatepass") + b"\n")  # names of files need not be UTF-8
+    return state.hexdigest()[:16]
+
+
+def contents(images: Sequence[Any]) -> list[tuple[str, int]]:
+    """Return name and size in bytes of each image's file, for `digest`; [] for images that are not in files.
+
+    Names are relative to the folder that has all of the files: the path of the data set does not matter.
+    """
+    if not isinstance(images, Paths) or not len(images):
+        return []
+    paths = [os.path.abspath(path) for path in images.paths]
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return [(os.path.relpath(path, root).replace(os.sep, "/"), os.stat(path).st_size) for path in paths]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """One number of an evaluation.
+
+    Attributes:
+      set: name of the evaluation set, addresses in it without passwords and signatures.
+      family: what is measured: "zeroshot", "retrieval", "visual", "textual", or a name of the evaluator's own.
+      metric: "top1", "image_to_text/r1"; also the sizes of the set, such as "n".
+      value: a share in percent, a correlation times 100, or a plain number.
+      unit: "%" for shares of the items, for which a binomial interval holds; "x 100" for correlations, average
+        precision, areas and other numbers times 100; "rank" from 1; "" for plain numbers.
+      n: number of items that it is measured on, 0 where unknown.
+      chance: value of a random answer, in `unit`; with the unit "%" the share of items that are right by chance. None
+        where no such level exists.
+      protocol: provenance of the set and protocol of the measurement.
+      items: per-example values for the bootstrap; None where the metric cannot be resampled.
+      task: one of several questions about the same items, such as "category".
+      score: one of several similarities that a model gives, such as "cross_entropy"; "" for the model's own.
+      group: a part of the items.
+      headline: whether it is the number to report for its set.
+      evaluator: name of the evaluator, as its set has it.
+    """
+
+    set: str
+    family: str
+    metric: str
+    value: float
+    unit: str = "%"
+    n: int = 0
+    chance: float | None = None
+    protocol: Provenance = dataclasses.field(default_factory=Provenance)
+    items: PerExample | None = None
+    task: str = ""
+    score: str = ""
+    group: str = ""
+    headline: bool = False
+    evaluator: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "set", public(self.set))
+
+    @property
+    def key(self) -> str:
+        """Name within the set, as in evaluation.json."""
+        return "/".join(filter(None, (self.task, self.score, self.group, self.metric)))
+
+    @property
+    def name(self) -> str:
+        """Name in metrics.jsonl, results.json and TensorBoard: "zeroshot/emoji/test_concepts/top1"."""
+        return "/".join(filter(None, (self.family, self.set, self.key)))
+
+
+def flat(results: Iterable[Result]) -> dict[str, float]:
+    """Return {name: value}, in the order of the results."""
+    return {result.name: result.value for result in results}
+
+
+def items(results: Iterable[Result]) -> dict[str, PerExample]:
+    """Return {name: per-example values} of the results that can be resampled."""
+    return {result.name: result.items for result in results if result.items is not None}
+
+
+_SAVED = ("set", "family", "metric", "value", "unit", "n", "chance", "task", "score", "group", "headline", "evaluator")
+_PROTOCOL = ("role", "split_hash")
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Result)}
+
+
+def to_json(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """Return JSON records without fields that have their default, per-example values, and most of the protocol."""
+    records = []
+    for result in results:
+        fields = {key: getattr(result, key) for key in _SAVED}
+        protocol = {key: value for key in _PROTOCOL if (value := getattr(result.protocol, key))}
+        records.append({key: value for key, value in fields.items() if value != _DEFAULTS[key]} | protocol)
+    return records
+
+
+def from_json(records: Iterable[Mapping[str, Any]]) -> list[Result]:
+    """Return the results that `to_json` wrote; keys of later versions are ignored."""
+    results = []
+    for record in records:
+        fields = {key: record[key] for key in _SAVED if key in record}
+        if record["value"] is None:  # JSON has no NaN
+            fields["value"] = math.nan
+        results.append(Result(**fields, protocol=Provenance(**{key: record.get(key, "") for key in _PROTOCOL})))
+    return results
+
+
+def of_entries(entries: Iterable[Entry]) -> list[Result]:
+    """Return the results of entries of evaluation.json."""
+    return [result for entry in entries for result in from_json(entry["records"])]
+
+
 def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
-    """Return all entries of a results file, oldest first and those of "results" last, and their items.
+    """Return all entries of a results file, oldest first and the entries of "results" last, and their items.
 
     Raises:
       UserError: a file that is missing or damaged.
@@ -63,13 +212,13 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
         raise UserError(f"{path} does not exist; make it with {command('evaluate')} --checkpoint {run} --suite NAME.")
     try:
         record = json.loads(path.read_text())
-        # Older files have these keys once, not in each entry.
-        defaults = {key: record.get(key, default) for key, default in zip(_VIEW, ("", 0, "", {}, ""), strict=True)}
-        entries = [defaults | entry for entry in (*record.get("other_results", ()), *record["results"])]
         # JSON has no NaN: it is null.
-        nan = {"value": math.nan}
-        entries = [entry | nan if entry["value"] is None else entry for entry in entries]
-        _ = [(entry["set"], entry["name"], entry["metric"]) for entry in entries]
+        entries = [
+            entry | {"value": math.nan if entry["value"] is None else entry["value"]}
+            for entry in (*record.get("other_results", ()), *record["results"])
+        ]
+        _ = [[entry[key] for key in (*KEY, "name", "metric", "items")] for entry in entries]
+        of_entries(entries)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a file of results ({error}); delete it, and evaluate again with --checkpoint."
@@ -92,13 +241,13 @@ def make_entry(name: str, evaluator: str, results: Sequence[Result], preprocessi
     """Return the entry of a set: its provenance, the headline as "value", all metrics by their keys, and the records.
 
     Args:
-      name: of the set.
+      name: name of the set.
       evaluator: `Evaluator.name`.
-      results: of the set; one of them is the headline.
-      preprocessing: of the model's images.
+      results: the set's results; one of them is the headline.
+      preprocessing: preprocessing of the model's images.
     """
     headline = next(result for result in results if result.headline)
-    entry: Entry = dict(describe(headline.protocol))
+    entry: Entry = {key: x for key, x in dataclasses.asdict(headline.protocol).items() if x and key != "role"}
     if "preprocessing" in entry:
         entry["preprocessing"] += f", {preprocessing.size} px, {preprocessing.normalization}"
     entry |= {"set": name, "name": evaluator, "metric": headline.key, "value": headline.value, "n": headline.n}
@@ -106,45 +255,27 @@ def make_entry(name: str, evaluator: str, results: Sequence[Result], preprocessi
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Return what an entry's "eval" is for the model of a run of `config`."""
+    """Return an entry's "eval" for the model of a run of `config`."""
     return {key: getattr(config.eval, key) for key in _EVAL_KEYS}
 
 
 def of_config(entries: Sequence[Entry], config: Config) -> list[Entry]:
     """Return the entries of the model that a run of `config` evaluates now."""
-    own = settings(config)
-    return [entry for entry in entries if entry.get("eval", own) == own]
-
-
-def parse_run(record: Mapping[str, Any]) -> list[Result]:
-    """Return the results of a run's results.json, which in earlier versions has names and values only."""
-    if "records" in record:
-        return from_json(record["records"])
-    return flat_names.read(record.get("results") or {})
-
-
-def parse_entries(entries: Sequence[Entry]) -> list[Result]:
-    """Return the results of `entries`, which in earlier versions have names and values only."""
-    results = []
-    for entry in entries:
-        if "records" in entry:
-            results += from_json(entry["records"])
-        else:
-            results += flat_names.read({f"{entry['name']}/{key}": value for key, value in entry["metrics"].items()})
-    return results
+    now = settings(config)
+    return [entry for entry in entries if entry.get("eval", now) == now]
 
 
 def add(
     path: epath.Path, entry: Entry, items: Mapping[str, PerExample], command: Mapping[str, Any], *, own: bool
 ) -> None:
-    """Add an entry to a results file, which is created if it does not exist; waits for another process that does so.
+    """Add an entry to a results file, which is created if it does not exist; waits while another process adds one.
 
     Args:
-      path: of the file.
-      entry: with all of `KEY`.
-      items: of its metrics.
+      path: the file.
+      entry: an entry with all of `KEY`.
+      items: per-example values of its metrics.
       command: keys of the file about the command that writes.
-      own: whether the whole file is of the entry's checkpoint, also under former names of its folder.
+      own: whether the whole file belongs to the entry's checkpoint, also under former names of its folder.
 
     Raises:
       UserError: the file is damaged.
@@ -153,7 +284,7 @@ def add(
         entries, items_of = read(path) if path.exists() else ([], {})
         if own:
             entries = [old | {"checkpoint": entry["checkpoint"]} for old in entries]
-        entries = [old for old in entries if any(old.get(key) != entry[key] for key in KEY)]
+        entries = [old for old in entries if any(old[key] != entry[key] for key in KEY)]
         entry = entry | {"items": digest([entry[key] for key in KEY])}
         items_of = {old["items"]: items_of[old["items"]] for old in entries if old["items"] in items_of}
         _write_items(path, items_of | {entry["items"]: dict(items)})
@@ -168,23 +299,23 @@ def latest(entries: Sequence[Entry], checkpoint: str | None = None) -> tuple[lis
 
     Args:
       entries: oldest first.
-      checkpoint: of the first ones; by default that of the last entry.
+      checkpoint: checkpoint of the first list; by default the last entry's.
     """
     checkpoint = entries[-1]["checkpoint"] if checkpoint is None else checkpoint
-    own = [entry for entry in entries if entry["checkpoint"] == checkpoint]
-    newest = max(entry["step"] for entry in own)
-    last = next(entry for entry in reversed(own) if entry["step"] == newest)
+    of_checkpoint = [entry for entry in entries if entry["checkpoint"] == checkpoint]
+    newest = max(entry["step"] for entry in of_checkpoint)
+    last = next(entry for entry in reversed(of_checkpoint) if entry["step"] == newest)
     shown = [entry for entry in entries if all(entry[key] == last[key] for key in _VIEW)]
     return shown, [entry for entry in entries if entry not in shown]
 
 
 def _items_path(path: epath.Path) -> epath.Path:
-    """Return the file of the items of results file `path`."""
+    """Return the file of the per-example values of results file `path`."""
     return path.with_name(f"{path.name}.items.npz")
 
 
 def _write_items(path: epath.Path, items_of: ItemsOf) -> None:
-    """Write the items of all entries of results file `path`."""
+    """Write the per-example values of all entries of results file `path`."""
     arrays = {}
     for entry, items in items_of.items():
         for name, item in items.items():
@@ -197,30 +328,20 @@ def _write_items(path: epath.Path, items_of: ItemsOf) -> None:
 
 
 def _read_items(path: epath.Path, entries: Sequence[Entry]) -> ItemsOf:
-    """Return the items of `entries`. Older files give entries no "items", and have one entry of each name."""
-    for entry in entries:
-        entry.setdefault("items", digest([entry.get(key) for key in KEY]))
-    file, older = _items_path(path), path.with_name(f"{path.stem}.items.npz")
+    """Return the per-example values of the entries of results file `path`."""
+    file = _items_path(path)
     parts: dict[tuple[str, str], dict[str, Any]] = {}
-    if file.exists() or older.exists():
-        for key, array in _load(file if file.exists() else older, entries).items():
-            # Older files have a bar for each slash.
-            if "|" in key:
-                statistic, part, name = key.replace("|", "/").split(":", 2)
-                ids = [entry["items"] for entry in entries if name.startswith(f"{entry['name']}/")]
-            else:
-                statistic, part, entry_id, name = key.split(":", 3)
-                ids, name = [entry_id], urllib.parse.unquote(name)
-            for entry_id in ids:
-                parts.setdefault((entry_id, name), {"statistic": statistic})[part] = array
+    for key, array in (_load(file, entries) if file.exists() else {}).items():
+        statistic, part, entry, name = key.split(":", 3)
+        parts.setdefault((entry, urllib.parse.unquote(name)), {"statistic": statistic})[part] = array
     items_of: ItemsOf = {}
-    for (entry_id, name), fields in parts.items():
-        items_of.setdefault(entry_id, {})[name] = PerExample(**fields)
+    for (entry, name), fields in parts.items():
+        items_of.setdefault(entry, {})[name] = PerExample(**fields)
     return items_of
 
 
 def _load(path: epath.Path, entries: Sequence[Entry]) -> dict[str, np.ndarray]:
-    """Return the arrays of a .npz file, which may be somebody else's: unpacked at most what `entries` can have."""
+    """Return the arrays of a .npz file, perhaps a stranger's: nothing larger than `entries` can have is unpacked."""
     sizes = [n for entry in entries if isinstance(n := entry.get("n"), int) and n > 0]
     known = len(sizes) == len(entries)
     most = min(_ITEM_BYTES * sum(sizes) + (1 << 20), _MOST_BYTES) if known else _MOST_BYTES

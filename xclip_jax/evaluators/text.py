@@ -9,8 +9,7 @@ import numpy as np
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.encoder import Encoder
-from xclip_jax.evaluators.provenance import Provenance
-from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.retrieval import BLOCK, KS
 from xclip_jax.evaluators.statistics import PerExample, pearson, ranks, spearman
 from xclip_jax.models.two_towers import Variables

@@ -13,8 +13,7 @@ from xclip_jax import heartbeat
 from xclip_jax.errors import UserError
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.encoder import Encoder, Features
-from xclip_jax.evaluators.provenance import Provenance
-from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample, class_weights, ranks
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.objectives.similarity import CosineSimilarity, Similarity, features

@@ -36,8 +36,8 @@ from xclip_jax.evaluators.pair_sets import HELD_OUT, held_out_data, names_held_o
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.probe import Joined
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.provenance import SHIFTED, VALIDATION, Provenance, contents, digest
 from xclip_jax.evaluators.published_sets import ENTRIES, PAPER, Entry
+from xclip_jax.evaluators.results import SHIFTED, VALIDATION, Provenance, contents, digest
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 PREFIX = "zeroshot/"

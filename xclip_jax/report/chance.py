@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import scipy
 
-from xclip_jax.evaluators import summary
-from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators import tables
+from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.statistics import PerExample, interval
 
 LEVEL = 0.95
@@ -79,7 +79,7 @@ def _trials(items: PerExample) -> int:
 
 def judgements(results: Sequence[Result]) -> dict[tuple[str, str], Judgement]:
     """Judgements of the first metric of each row of the tables, by {(set and task, metric)}."""
-    first = {(row.name, row.shown[0][0].name): row.shown[0][1] for row in summary.rows(results)}
+    first = {(row.name, row.shown[0][0].name): row.shown[0][1] for row in tables.rows(results)}
     return {key: judge(result) for key, result in first.items()}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from xclip_jax.data import loader
-from xclip_jax.evaluators import summary
+from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.encoder import Encoder, Features
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.retrieval import RetrievalSet, positives
@@ -307,7 +307,7 @@ def _retrieved(
         choices = [bars.label(i, t, texts[t], bool(matches[i, t])) for t in order[np.sort(once)][:5]]
         rank = int(ranks_of(scores[i][None], matches[i][None])[0]) + 1
         by_image.append(Prediction(gallery.shown[i], captions[i][0], rank, choices))
-    title = summary.shorten([data.name])[data.name]
+    title = tables.shorten([data.name])[data.name]
     return RetrievalExamples(title, len(texts), bars.meaning, gallery, by_text, by_image), texts
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ from xclip_jax import imports
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import flat_names, results
-from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators import results
+from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.report.evaluations import Evaluation, Key, by_step, newest
@@ -39,7 +40,7 @@ class Record:
       steps_of: {(family, set): step} of the results, where they are the newest of each set.
       sources: fingerprint of each of config's data.sources.
       bad: number of samples in the ledger of bad samples.
-      began, ended: when config.json and results.json were written, UTC.
+      began, ended: start of the run, and the time when results.json was written, UTC.
     """
 
     folder: epath.Path
@@ -103,14 +104,13 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
         config = schema.resolve(schema.complete(content["config"]))
     rows, final = run.read_metrics(), run.read_results() or {}
     known, step = _results(run, final, config)
-    evaluations = by_step((int(row["step"]), flat_names.read(row, known)) for row in rows if "loss" not in row)
+    evaluations = by_step((int(line["step"]), _finite(line["records"])) for line in run.read_evaluations())
     steps_of: dict[Key, int] = {}
     if not final or step != config.steps:
         known, steps_of = newest([(step, known), *evaluations])
     facts = final.get("environment") or content.get("environment") or {}
     if not isinstance(facts.get("versions", {}), dict) or not isinstance(facts.get("commit", ""), str):
         raise TypeError("environment has versions or a commit of another type")
-    started = content.get("started")  # config.json is written again when a run resumes
     return Record(
         folder=run.path,
         config=config,
@@ -122,9 +122,14 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
         steps_of=steps_of,
         sources=run.read_sources() or [],
         bad=len(run.read_bad_samples()),
-        began=datetime.datetime.fromisoformat(started) if started else _written(run.config_file),
-        ended=_written(run.results_file) if final else None,
+        began=datetime.datetime.fromisoformat(content["started"]),
+        ended=datetime.datetime.fromtimestamp(run.results_file.stat().mtime, datetime.UTC) if final else None,
     )
+
+
+def _finite(records: Sequence[Mapping[str, Any]]) -> list[Result]:
+    """Return the results that are numbers; a diverged evaluation leaves the one before as the newest."""
+    return [result for result in results.from_json(records) if math.isfinite(result.value)]
 
 
 def _results(run: RunFolder, final: Mapping[str, Any], config: Config) -> tuple[list[Result], int]:
@@ -133,7 +138,7 @@ def _results(run: RunFolder, final: Mapping[str, Any], config: Config) -> tuple[
     It is the last one, or where the last evaluation has no results the newest of evaluation.json.
     """
     steps = config.steps
-    known, entries = results.parse_run(final) if final else [], []
+    known, entries = results.from_json(final["records"]) if final else [], []
     if run.evaluation_file.exists():
         # A damaged file costs a run that has results of its own no more than what it would add.
         with contextlib.suppress(UserError) if known else contextlib.nullcontext():
@@ -141,7 +146,7 @@ def _results(run: RunFolder, final: Mapping[str, Any], config: Config) -> tuple[
     if not entries:
         return known, steps
     shown, sets = results.latest(entries)[0], {(result.family, result.set) for result in known}
-    others = results.parse_entries([entry for entry in shown if not known or entry["step"] == steps])
+    others = results.of_entries([entry for entry in shown if not known or entry["step"] == steps])
     step = steps if known else int(shown[-1]["step"])
     return [*known, *(result for result in others if (result.family, result.set) not in sets)], step
 
@@ -155,10 +160,6 @@ def _with_items(known: Sequence[Result], file: epath.Path) -> list[Result]:
             for entry in entries:
                 own = items_of.get(entry["items"], {})
                 items |= {
-                    (r.name, round(r.value, 4)): own[r.name] for r in results.parse_entries([entry]) if r.name in own
+                    (r.name, round(r.value, 4)): own[r.name] for r in results.of_entries([entry]) if r.name in own
                 }
     return [dataclasses.replace(result, items=items.get((result.name, round(result.value, 4)))) for result in known]
-
-
-def _written(path: epath.Path) -> datetime.datetime:
-    return datetime.datetime.fromtimestamp(path.stat().mtime, datetime.UTC)

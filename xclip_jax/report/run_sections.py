@@ -7,8 +7,8 @@ from typing import Any
 from xclip_jax.commands import command
 from xclip_jax.config import schema
 from xclip_jax.data import rgb
-from xclip_jax.evaluators import summary
-from xclip_jax.evaluators.result import UNITS
+from xclip_jax.evaluators import tables
+from xclip_jax.evaluators.results import UNITS
 from xclip_jax.report.chance import ABOVE, LEVEL, judge, judgements
 from xclip_jax.report.charts import Line, chart, number, one_decimal
 from xclip_jax.report.evaluations import Key, labels
@@ -35,8 +35,8 @@ def head(record: Record, parameters: int | None) -> str:
 
 
 def _tiles(record: Record) -> str:
-    tiles, short = [], summary.short_names(record.results)
-    for family, row in summary.representatives(record.results).items():
+    tiles, short = [], tables.short_names(record.results)
+    for family, row in tables.first_set_of_each_family(record.results).items():
         metric, result = row.shown[0]
         judged = judge(result)
         unit = result.unit if result.unit not in UNITS or result.unit == "%" else ""
@@ -110,16 +110,16 @@ _LONG = ' class="long"'
 
 def results(record: Record) -> Section:
     """The tables of the last evaluation."""
-    tables = summary.tables(record.results)
-    if not tables:
+    built = tables.build(record.results)
+    if not built:
         reason = "The final evaluation has not run yet" if not record.complete else "The run has no evaluation set"
         remedy = f"evaluate with {command('evaluate')} --checkpoint {record.folder} --suite NAME."
         return missing("results", "Results", f"{reason}; {remedy}")
     text = f"In percent, with chance levels in brackets. {_method(record)}"
     if record.steps_of:
-        text += " From evaluation.json and metrics.jsonl, the newest of each set"
+        text += " From evaluation.json and results.jsonl, the newest of each set"
         text += "." if record.complete else ": the run is not complete."
-    return Section("results", "Results", f"<p>{text}</p>{''.join(_table(t, record) for t in tables)}")
+    return Section("results", "Results", f"<p>{text}</p>{''.join(_table(table, record) for table in built)}")
 
 
 def _method(record: Record) -> str:
@@ -134,13 +134,13 @@ def _method(record: Record) -> str:
         "bootstraps of per-example values": any(j.resampled for j in judged),
     }
     names = ", or ".join(name for name, used in methods.items() if used)
-    own = ", or of the own metric that it names" * any(row.own for row in summary.rows(record.results))
+    own = ", or of the own metric that it names" * any(row.set_specific for row in tables.rows(record.results))
     return f"{counts}Intervals are of the first metric of a row{own}, at {LEVEL:.0%}: {names}."
 
 
-def _table(table: summary.Table, record: Record) -> str:
+def _table(table: tables.Table, record: Record) -> str:
     """A table, with the interval and the verdict of each row whose first metric has them, and steps before the last."""
-    first = {name: row.shown[0][1] for name, row in summary.rows_of(table, record.results).items()}
+    first = {name: row.shown[0][1] for name, row in tables.row_by_name(table, record.results).items()}
     judged = {name: judge(result) for name, result in first.items()}
     heads = "".join(f'<th scope="col"{_text(form)}>{esc(name)}</th>' for name, form in table.columns if name)
     shown_intervals = any(str(j) for j in judged.values())
@@ -206,11 +206,11 @@ def _evaluated(record: Record) -> list[Line]:
     evaluations = list(record.evaluations)
     if record.complete and not record.steps_of:
         evaluations.append((record.config.steps, record.results))
-    rows = [(step, row) for step, results_of in evaluations for row in summary.rows(results_of)]
+    rows = [(step, row) for step, results_of in evaluations for row in tables.rows(results_of)]
     points: dict[tuple[Key, str], dict[int, float]] = {}
     for step, row in rows:
         metric, result = row.shown[0]
-        # metrics.jsonl has the results of the last evaluation as well.
+        # results.jsonl has the last evaluation as well.
         points.setdefault(((row.family, row.name), metric.label), {}).setdefault(step, result.value)
     short = labels(row for _, row in rows)
     several = [(key, own) for key, own in points.items() if len(own) > 1 or not record.complete]

@@ -11,7 +11,7 @@ import numpy as np
 from xclip_jax.data import controls, loader, opening
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import BadSample, UserError, describe
-from xclip_jax.evaluators import registry, summary
+from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.pair_sets import names_held_out
 from xclip_jax.evaluators.prompts import PROFILES, Profile
@@ -116,7 +116,7 @@ def select(
 def _title(spec: str) -> str:
     """Return what a set for classification without a panel is called."""
     name = spec.removeprefix("zeroshot/")
-    return f"{summary.shorten([name])[name]}: which class" if names_held_out(spec, "zeroshot/") else spec
+    return f"{tables.shorten([name])[name]}: which class" if names_held_out(spec, "zeroshot/") else spec
 
 
 def _few_prompts(data: ZeroShotSet) -> ZeroShotSet:

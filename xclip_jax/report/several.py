@@ -9,9 +9,8 @@ from typing import Any
 from xclip_jax.commands import command
 from xclip_jax.config import schema
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators import summary
-from xclip_jax.evaluators.comparison import compare
-from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators import tables
+from xclip_jax.evaluators.results import Result
 from xclip_jax.objectives import Curve
 from xclip_jax.report import shell, side_by_side
 from xclip_jax.report.chance import LEVEL, judge
@@ -121,15 +120,13 @@ def _head(runs: Sequence[Run]) -> str:
 
 def _first_results(run: Run) -> dict[Key, tuple[str, Result]]:
     """{family and name of a row: label of its first metric, and its result}."""
-    return {
-        (row.family, row.name): (row.shown[0][0].label, row.shown[0][1]) for row in summary.rows(run.record.results)
-    }
+    return {(row.family, row.name): (row.shown[0][0].label, row.shown[0][1]) for row in tables.rows(run.record.results)}
 
 
-def _rows(runs: Sequence[Run]) -> list[summary.Row]:
+def _rows(runs: Sequence[Run]) -> list[tables.Row]:
     """Rows of all sets that runs have results of."""
     evaluations = [x for run in runs for x in (run.record.results, *(results for _, results in run.record.evaluations))]
-    return [row for results in evaluations for row in summary.rows(results)]
+    return [row for results in evaluations for row in tables.rows(results)]
 
 
 def _results(runs: Sequence[Run]) -> Section:
@@ -196,12 +193,12 @@ def _differences(runs: Sequence[Run], step: int | None) -> Section:
     for run in runs[1:]:
         refused: list[str] = []
         try:
-            rows = compare(str(first.record.folder), str(run.record.folder), step=step, refused=refused)
+            rows = tables.compare(str(first.record.folder), str(run.record.folder), step=step, refused=refused)
         except UserError as error:
             rows, refused = [], [str(error)]
         parts.append(f"<h3>{run.label} against {first.label}</h3>")
         if rows:
-            short = summary.shorten([*(row.name for row in _rows(runs)), *(row["set"] for row in rows)])
+            short = tables.shorten([*(row.name for row in _rows(runs)), *(row["set"] for row in rows)])
             parts.append(wide(f"Differences of {run.name} to {first.name}", _difference_table(first, run, rows, short)))
         parts += [f'<p class="none">{esc(sentence)}</p>' for sentence in refused]
     text = (
@@ -318,7 +315,7 @@ def _evaluated(runs: Sequence[Run]) -> Iterator[str]:
     points: dict[tuple[Key, str, str], dict[int, list[tuple[float, float]]]] = {}
     for run in runs:
         for step, results in run.record.evaluations:
-            for row in summary.rows(results):
+            for row in tables.rows(results):
                 metric, result = row.shown[0]
                 of_runs = points.setdefault(((row.family, row.name), metric.label, result.unit), {})
                 of_runs.setdefault(run.color, []).append((step, result.value))

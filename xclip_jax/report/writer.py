@@ -6,7 +6,7 @@ import jax
 
 from xclip_jax.commands import command
 from xclip_jax.console import log0
-from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators.results import Result
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.report import html, picture
 from xclip_jax.train.callbacks import Callback

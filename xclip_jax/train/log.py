@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from xclip_jax import flops
 from xclip_jax.console import log0
 from xclip_jax.data.ledger import Ledger
-from xclip_jax.evaluators.result import Result, flat
+from xclip_jax.evaluators.results import Result, flat, to_json
 from xclip_jax.run_folder import RunFolder
 from xclip_jax.storage import JsonLines
 from xclip_jax.train.callbacks import Callback
@@ -28,10 +28,10 @@ def is_due(every: int, step: int) -> bool:
 
 
 class MetricWriter:
-    """Writes scalars to metrics.jsonl, one object a line with its "step"."""
+    """Writes metrics.jsonl, one object a line with its "step", and results.jsonl with the records of evaluations."""
 
     def __init__(self, folder: RunFolder, *, step: int = 0, evaluations: int | None = None) -> None:
-        """Open the file, without the lines of later steps that an interrupted run left.
+        """Open the files, without the lines of later steps that an interrupted run left.
 
         Args:
           folder: the run's.
@@ -40,18 +40,26 @@ class MetricWriter:
         """
         last = step if evaluations is None else evaluations
         self._file = JsonLines(folder.metrics_file, lambda line: line["step"] <= (step if "loss" in line else last))
+        self._results = JsonLines(folder.results_log_file, lambda line: line["step"] <= last)
         self._evaluated = {line["step"] for line in self._file.kept if "loss" not in line}
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write one set of scalars."""
         self._file.append({"step": step} | dict(scalars))
 
+    def write_results(self, step: int, results: Sequence[Result]) -> None:
+        """Write results of an evaluation to both files."""
+        # First to results.jsonl: an evaluation in metrics.jsonl is not made again when the run resumes.
+        self._results.append({"step": step, "records": to_json(results)})
+        self.write(step, flat(results))
+
     def has_evaluation(self, step: int) -> bool:
-        """Whether the file had results of an evaluation of `step` when it was opened."""
+        """Whether metrics.jsonl had results of an evaluation of `step` when it was opened."""
         return step in self._evaluated
 
     def close(self) -> None:
         """Write what is buffered; more may be written."""
+        self._results.close()
         self._file.close()
 
 
@@ -159,7 +167,9 @@ class MetricLogger:
         scalars |= self._accounts(step)
         log0(self._progress.line(step, scalars))
         self._collapse.check(step, scalars)
-        self._write(step, scalars)
+        if self._writer:
+            self._writer.write(step, scalars)
+            self._track(step, scalars)
         for callback in self._callbacks:
             callback.on_log(step, scalars)
 
@@ -190,13 +200,13 @@ class MetricLogger:
         return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
     def write_results(self, step: int, results: Sequence[Result]) -> None:
-        """Write results of an evaluation, all of its sets or some, to metrics.jsonl and the trackers."""
-        if results:
-            self._write(step, flat(results))
+        """Write results of an evaluation, of all of its sets or some, to the run's files and the trackers."""
+        if results and self._writer:
+            self._writer.write_results(step, results)
+            self._track(step, flat(results))
 
-    def _write(self, step: int, scalars: Mapping[str, float]) -> None:
-        if self._writer and self._trackers:
-            self._writer.write(step, scalars)
+    def _track(self, step: int, scalars: Mapping[str, float]) -> None:
+        if self._trackers:
             opens, self._opened = not self._opened, True  # TensorBoard's packages, which take seconds
             with self.pause() if opens else contextlib.nullcontext():
                 self._trackers.log(step, scalars)

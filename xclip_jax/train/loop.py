@@ -13,9 +13,9 @@ from xclip_jax.console import log0
 from xclip_jax.data import loader
 from xclip_jax.data.ledger import Ledger, TooManyBadSamples
 from xclip_jax.data.prefetch import interruptible_iterator
-from xclip_jax.evaluators import registry, summary
+from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.base import Evaluator
-from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators.results import Result
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.interrupt import Interrupted, PreemptionHandler
@@ -168,4 +168,4 @@ def _evaluate(
             results = run_evaluators(job.during, state.variables(ema=job.config.eval.ema))
         log.write_results(step, results)
         log.end_evaluation(step, results)
-        log0(f"step {step}: {summary.headlines(results)}")
+        log0(f"step {step}: {tables.headlines(results)}")

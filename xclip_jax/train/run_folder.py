@@ -14,13 +14,13 @@ import jax
 from etils import epath
 
 from xclip_jax import environment, file_lock
-from xclip_jax.addresses import public
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.console import log0
 from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import AUTO, FULL, WHOLE, LengthGroups
 from xclip_jax.errors import UserError, check_writable
+from xclip_jax.evaluators.results import Result, flat, to_json
 from xclip_jax.interop import hub
 from xclip_jax.objectives import TERMS
 from xclip_jax.run_folder import RunFolder
@@ -78,7 +78,7 @@ class TrainingFolder(RunFolder):
             log0(f"WARNING: init.weights={weights!r} has changed since the run started from it")
 
     def read_config(self) -> dict[str, Any] | None:
-        """Return the content of config.json, with defaults for keys that the run did not know."""
+        """Return the content of config.json, with defaults for keys that it lacks."""
         content = super().read_config()
         return content and content | {"config": schema.complete(content["config"]).to_dict()}
 
@@ -118,16 +118,16 @@ class TrainingFolder(RunFolder):
         return str(self.tokenizer_file)
 
     def length_groups(self, text_rows: tuple[int, int]) -> LengthGroups | None:
-        """Groups of texts that the run has, or None where it has no checkpoint yet, or they suit other `text_rows`.
+        """Return the run's groups of texts, or None where it has no checkpoint yet, or they suit other `text_rows`.
 
         Args:
-          text_rows: of the experiment, see `train.build.Experiment`. Older runs keep their groups with any.
+          text_rows: see `train.build.Experiment`.
         """
         content = self.read_config()
         if content is None or self.latest_step() is None:
             return None
         groups, chosen_for = content.get("length_groups", FULL), content.get("text_rows")
-        if chosen_for in (None, list(text_rows)):
+        if chosen_for == list(text_rows):
             return LengthGroups.parse(groups)
         if groups != FULL:
             log0(
@@ -145,16 +145,13 @@ class TrainingFolder(RunFolder):
         content = self.read_config()
         if content is None or self.latest_step() is None or (saved := self.read_sources()) is None:
             return
-        specs = content["config"]["data"]["sources"]
         if len(saved) != len(fingerprints):
             raise UserError(
                 f"data.sources has {len(fingerprints)} sources and had {len(saved)} when {self.path} was started; "
                 "restore them, or use a different --config.run."
             )
         for number, (old, new) in enumerate(zip(saved, fingerprints, strict=True)):
-            # Without a hash, as older runs have it, only the source's name can tell.
-            spec = config.data.sources[number]
-            same = old["hash"] == new.get("hash") if old.get("hash") else public(specs[number]) == public(spec)
+            spec, same = config.data.sources[number], old["hash"] == new["hash"]
             if same:
                 self._check_reading(f"source {number}, {spec!r}", old, new)
             if not same or any(key in old and old[key] != new.get(key) for key in ("samples", "classes")):
@@ -165,7 +162,7 @@ class TrainingFolder(RunFolder):
                 )
 
     def _check_reading(self, source: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        """Check what was taken from the records of a source; older runs, and runs without the key, have none of it."""
+        """Check that a source's records are read as before: which are held out, and which are spread."""
         for key, what in OUTCOMES.items():
             before, now = old.get(key), new.get(key)
             if before is None or now is None or before["digest"] == now["digest"]:
@@ -215,10 +212,11 @@ class TrainingFolder(RunFolder):
                 write_whole(self.tokenizer_file, epath.Path(config.data.tokenizer).read_bytes())
             yield
 
-    def write_results(self, config: Config, results: Mapping[str, float], **details: Any) -> None:
-        """Write results.json: `results`, the config and environment that they are of, and `details`."""
-        record = {"results": dict(results), "config": schema.to_dict(config), "environment": environment.capture()}
-        write_json(self.results_file, record | details)
+    def write_results(self, config: Config, results: Sequence[Result], **details: Any) -> None:
+        """Write results.json: the results as numbers and as records, their config and environment, and `details`."""
+        facts = {"config": schema.to_dict(config), "environment": environment.capture()}
+        values = {"results": flat(results), "records": to_json(results)}
+        write_json(self.results_file, values | facts | details)
 
     def _check_writable(self) -> None:
         if is_remote(str(self.path)):
@@ -261,9 +259,8 @@ class TrainingFolder(RunFolder):
         before, after = schema.flatten(saved["config"]), schema.flatten(current)
         changed = {key: [before.get(key), value] for key, value in after.items() if before.get(key) != value}
         last = (saved.get("starts") or [saved])[-1].get("environment", {})
-        # An older run keeps its groups; those of a config are for the time of this start.
-        for_others = text_rows and saved.get("text_rows") not in (None, chosen["text_rows"])
-        renew = for_others and config.data.length_groups == AUTO
+        # Groups that a config names are for this start only.
+        renew = saved.get("text_rows") != chosen["text_rows"] and config.data.length_groups == AUTO
         if changed or renew or {**last, "command": ""} != {**facts, "command": ""}:
             start = {"step": self.latest_step(), "time": now, "changed": changed, "environment": facts}
             saved |= {"config": current, "starts": [*saved.get("starts", []), start]}

@@ -13,8 +13,8 @@ from xclip_jax.config.schema import Config, resolve
 from xclip_jax.console import log0
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.errors import EXIT_RESUMABLE, UserError, describe
-from xclip_jax.evaluators import summary
-from xclip_jax.evaluators.result import Result, flat, to_json
+from xclip_jax.evaluators import tables
+from xclip_jax.evaluators.results import Result, flat
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.parallel import processes
 from xclip_jax.train import disk_space, memory, same_run, trackers
@@ -55,7 +55,7 @@ def run(
         ends the process itself.
     """
     began = time.perf_counter() - uptime
-    config = resolve(config, training=True)
+    config = resolve(config)
     folder = TrainingFolder(config.run)
     folder.check(config)
     limits = {"warning": config.log.stall_warning, "limit": config.log.stall_limit}
@@ -176,10 +176,10 @@ def _finish(
     watch.enter("")
     log.close()
     if jax.process_index() == 0:
-        details = {"records": to_json(results)} | ({"failed": failed} if failed else {})
-        job.folder.write_results(config, flat(results), seconds=time.perf_counter() - began, **details)
+        details = {"failed": failed} if failed else {}
+        job.folder.write_results(config, results, seconds=time.perf_counter() - began, **details)
     if results:
-        log0(summary.render(results))
+        log0(tables.render(results))
     if failed:
         raise UserError(
             f"{len(failed)} of {len(job.final)} evaluation sets failed ({', '.join(failed)}); "

@@ -21,7 +21,7 @@ from xclip_jax.console import log0
 from xclip_jax.data import tokenizer
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.errors import UserError
-from xclip_jax.evaluators.provenance import digest
+from xclip_jax.evaluators.results import digest
 from xclip_jax.interop import hub
 from xclip_jax.models.tower import Tower
 from xclip_jax.models.two_towers import TOWERS, Variables
