@@ -83,7 +83,7 @@ def test_sizes_follow_from_the_number_of_pairs(count, device, preset, batch, clu
 def test_warm_up_and_intervals_follow_from_steps_and_parts_of_epochs():
     for steps in (1, 2, 10, 40):
         c = load.load_config(f"small:pairs=folder:x,count=1000,device=cpu,steps={steps}")
-        schema.resolve(c, training=True)
+        schema.resolve(c)
         assert (c.steps, c.eval.every, c.log.every) == (steps, max(steps // 8, 1), max(steps // 20, 1))
         assert c.optim.warmup == steps // 2
     whole, half = (load.load_config(f"small:pairs=folder:x,count=5000,device=cpu,epochs={n}").steps for n in (1, 0.5))

@@ -38,7 +38,7 @@ def test_the_digest_is_in_the_checkpoint_before_it_has_its_name(tmp_path, monkey
             restore(tmp_path)
         checkpointer.raise_failure()
         go.set()
-    assert checkpoint_digest.exists(tmp_path / "checkpoints" / "2")
+    assert (tmp_path / "checkpoints" / "2" / checkpoint_digest.FILE).exists()
     check_is(restore(tmp_path), 2)
 
 

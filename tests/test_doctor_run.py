@@ -84,7 +84,7 @@ def test_stalled_stopped_and_complete(tmp_path):
         assert "stalled? step 590" in finding.text and "another process" in finding.text
     finding = only(folder, "progress", WARNING, now=soon)
     assert "not running and not complete" in finding.text and finding.remedy == "run the same command to resume"
-    (folder / "results.json").write_text(json.dumps({"results": {}, "config": {}}))
+    (folder / "results.json").write_text(json.dumps({"results": {}, "records": [], "config": {}}))
     (folder / "metrics.jsonl").write_text(json.dumps(rows()[-1] | {"step": 1000}) + "\n")
     assert only(folder, "progress", OK).text == "complete at step 1,000"
 
@@ -113,7 +113,7 @@ def test_nothing_learned(tmp_path):
     shutil.rmtree(folder)
     folder = run_of(tmp_path, rows(5, clip__loss=lambda i: LN_B))
     assert "not judged yet" in only(folder, "objective", OK).text
-    (folder / "results.json").write_text(json.dumps({"results": {}, "config": {}}))
+    (folder / "results.json").write_text(json.dumps({"results": {}, "records": [], "config": {}}))
     assert "plateau" in only(folder, "objective", FAIL).text
 
 
@@ -203,8 +203,9 @@ def test_checkpoints(tmp_path, run):
     shutil.copytree(folder / "checkpoints/0", folder / "checkpoints/400")
     text = only(folder, "checkpoints", FAIL).text
     assert "damaged in" in text and "400 (" in text
-    for digest in folder.rglob("digest.json"):  # as earlier versions left them
-        digest.unlink()
+    (folder / "checkpoints/400/digest.json").unlink()
+    assert "400 (digest.json is missing)" in only(folder, "checkpoints", FAIL).text
+    checkpoint_digest.write(epath.Path(folder / "checkpoints/400"), 400)
     metrics = folder / "metrics.jsonl"
     metrics.write_text("".join(json.dumps(line) + "\n" for line in rows()))
     finding = only(folder, "checkpoints", OK)
@@ -215,7 +216,7 @@ def test_checkpoints(tmp_path, run):
     assert "should have left a later one" in only(folder, "checkpoints", FAIL).text
     for file in (folder / "checkpoints/400/state").rglob("d/*"):
         os.remove(file)
-    assert "checkpoints/400 has" in only(folder, "checkpoints", FAIL).text
+    assert "is missing)" in only(folder, "checkpoints", FAIL).text
 
 
 @pytest.mark.parametrize(("module", "function"), [(after, "_bytes"), (checkpoint_digest, "_hash")])
@@ -260,7 +261,9 @@ def test_results(tmp_path):
         }
         (folder / "results.json").write_text(json.dumps(content))
         assert only(folder, "results", mark).values == {"sets": 1, "above_chance": int(mark == OK)}
-    (folder / "results.json").write_text(json.dumps({"results": {}, "config": {}, "failed": {"b": "file is gone"}}))
+    (folder / "results.json").write_text(
+        json.dumps({"results": {}, "records": [], "config": {}, "failed": {"b": "file is gone"}})
+    )
     assert "b could not be evaluated: file is gone" in only(folder, "results", FAIL).text
 
 

@@ -1,7 +1,6 @@
-"""Files of embeddings: strings of any length, parts that are joined, earlier versions, and what a format needs."""
+"""Files of embeddings: strings of any length, parts that are joined, and what a format needs."""
 
 import itertools
-import json
 import pathlib
 import sys
 import tracemalloc
@@ -60,21 +59,6 @@ def test_one_long_caption_costs_its_own_size(tmp_path):
     finally:
         tracemalloc.stop()
     assert peak < 20e6 and (tmp_path / "out.npz").stat().st_size < 2.2e6
-
-
-def test_files_of_earlier_versions_are_read_and_joined(tmp_path):
-    """They had NumPy's strings; a job of an earlier version goes on, and its file tells what it is."""
-    old, new = columns_of(["a fox", "ein Füchslein", ""]), columns_of(["later"], 1)
-    with (tmp_path / "0.npz").open("wb") as file:
-        arrays = {key: np.asarray(old[key], None if key == "embedding" else str) for key in embeddings.COLUMNS}
-        np.savez(file, **arrays, xclip_jax=np.array(json.dumps({"rows": 3})))
-    columns, about = embeddings.read(tmp_path / "0.npz"), embeddings.about(tmp_path / "0.npz")
-    assert about == {"rows": 3} and columns["text"] == old["text"] and columns["id"] == old["id"]
-    embeddings.Npz().write(tmp_path / "1.npz", new)
-    embeddings.Npz().join([tmp_path / "0.npz", tmp_path / "1.npz"], tmp_path / "out.npz", {})
-    columns = embeddings.read(tmp_path / "out.npz")
-    assert columns["text"] == old["text"] + new["text"] and columns["kind"] == ["text"] * 4
-    np.testing.assert_array_equal(columns["embedding"], np.concatenate([old["embedding"], new["embedding"]]))
 
 
 def test_without_pyarrow_the_remedy_is_named(monkeypatch):

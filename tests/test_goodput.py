@@ -205,8 +205,8 @@ def test_the_report_shows_them(tmp_path):
     assert "MFU 31.4%" in " ".join(Page(run_sections.head(known, None)).text)
     words = Page(run_sections.curves(known).body).text
     assert "MFU" in words and "Goodput" in words
-    older = written(tmp_path / "c", tiny.config("clip"), [{"step": 1, "loss": 1.0}])
-    assert "Goodput" not in run_sections.head(older, None)
+    unmeasured = written(tmp_path / "c", tiny.config("clip"), [{"step": 1, "loss": 1.0}])
+    assert "Goodput" not in run_sections.head(unmeasured, None)
 
 
 def test_frozen_towers_have_no_backward_pass():

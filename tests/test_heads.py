@@ -114,7 +114,7 @@ def test_cluster_logits_of_bfloat16_are_fp32():
 
 
 def test_cluster_logits_of_fp32_are_plain_products():
-    """Bit by bit: runs of earlier versions come out the same."""
+    """Equal bit by bit."""
     *operands, weights = factors(jnp.float32)
 
     def with_gradients(fn):

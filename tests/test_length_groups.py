@@ -173,11 +173,6 @@ def test_groups_of_a_run_are_kept_for_the_rows_that_they_are_for(tmp_path, capsy
     config = resolve(tiny.config("clip", run=tmp_path / "run", data__batch=8))
     old, new = LengthGroups.parse("4:0.5"), LengthGroups.parse("8:0.5")
     content = json.loads(folder.config_file.read_text()) | {"length_groups": str(old)}
-    # An older run does not say what they are for.
-    folder.config_file.write_text(json.dumps(content | {"text_rows": None}))
-    with folder.claimed(config, [], old, (4, 2)):
-        pass
-    assert folder.length_groups((1, 8)) == folder.length_groups((4, 2)) == old
     folder.config_file.write_text(json.dumps(content | {"text_rows": [1, 8]}))
     assert folder.length_groups((1, 8)) == old and capsys.readouterr().out == ""
     assert folder.length_groups((4, 2)) is None and "other groups are chosen" in capsys.readouterr().out

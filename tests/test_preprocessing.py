@@ -249,12 +249,6 @@ def test_a_run_has_a_preprocessing_of_its_own(pictures, tmp_path):
     assert build.build(weights._run_config(RunFolder(c.run))).preprocessing == Preprocessing(
         tiny.SIZE, *pair, background="white"
     )
-    # Runs that are older than the keys are prepared as they were.
-    old = json.loads((run / "config.json").read_text())
-    for key in ("resize", "resize_size", "interpolation"):
-        del old["config"]["eval"][key]
-    (run / "config.json").write_text(json.dumps(old))
-    assert xclip_jax.load(run).preprocessing == Preprocessing(tiny.SIZE, *mean_std("imagenet"), background="white")
 
 
 def test_runs_that_start_from_weights_with_another_preprocessing_say_so(tmp_path, capsys):

@@ -92,7 +92,6 @@ def test_a_run_that_fails_keeps_its_last_good_checkpoint_and_resumes_from_it(pai
 
 
 def test_a_checkpoint_that_is_not_finite_is_not_resumed_from(pairs, run, capsys):
-    """As an older version may have left one."""
     c = tiny.short(pairs, run, steps=8)
     made = build.build(c)
     with Checkpointer(run) as checkpointer:

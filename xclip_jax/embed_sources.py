@@ -96,8 +96,7 @@ class Lines:
     """The lines of a text file in UTF-8; memory holds their offsets only."""
 
     def __init__(self, path: str) -> None:
-        # Digests of versions in which empty lines had no row were seeded otherwise: their parts do not fit.
-        self.path, ends, offset, digest = path, [np.array([-1])], 0, hashlib.blake2b(b"a row a line", digest_size=16)
+        self.path, ends, offset, digest = path, [np.array([-1])], 0, hashlib.blake2b(digest_size=16)
         try:
             self._file = storage.File(path)
             check_encoding(f"--texts {path!r}", path, self._file.read(0, 4))

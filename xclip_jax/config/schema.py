@@ -117,19 +117,15 @@ class Config:
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
-    def training_conflicts(self) -> Iterator[str]:
-        """Values with which nothing should be trained; a run of an earlier version that has them can be read."""
+    def conflicts(self) -> Iterator[str]:
+        """Values of several groups that do not go together."""
         optim, checkpoint = self.optim, self.checkpoint
-        yield from (f"objective.{fault}" for fault in self.objective.misspelling())
         if optim.schedule != "constant" and optim.lr_end > optim.lr:
             yield f"optim.lr_end {optim.lr_end:g} is above optim.lr {optim.lr:g}, the peak; lower it, as to 0"
         if optim.warmup and optim.lr_start > optim.lr:
             yield f"optim.lr_start {optim.lr_start:g} is above optim.lr {optim.lr:g}, the peak; lower it, as to 0"
         if optim.rewind and checkpoint.keep < 2 and not checkpoint.keep_every:
-            yield "optim.rewind may need an older checkpoint than the newest, and checkpoint.keep is 1; raise it to 2"
-
-    def conflicts(self) -> Iterator[str]:
-        """Yield the faults of values of several groups that exclude each other."""
+            yield "optim.rewind may need the checkpoint before the newest, and checkpoint.keep is 1; raise it to 2"
         if self.optim.warmup >= self.steps:
             remedy = (
                 "shorten it with --config.optim.warmup=N, or give the recipe its length (steps= in small and demo, "
@@ -158,12 +154,11 @@ def default() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(fields.default(Config)).lock()
 
 
-def resolve(config: ml_collections.ConfigDict | Mapping[str, Any] | Config, *, training: bool = False) -> Config:
+def resolve(config: ml_collections.ConfigDict | Mapping[str, Any] | Config) -> Config:
     """Check a config as a whole and return it as a `Config`. Absent keys have their defaults.
 
     Args:
       config: values, or a `Config`.
-      training: also check `Config.training_conflicts`, which matter only to a run that trains.
 
     Raises:
       UserError: names every unknown key, and every value that is not allowed with the allowed ones.
@@ -174,8 +169,6 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any] | Config, *, t
     else:
         values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
         resolved = fields.read_group(Config, values, "", faults)
-    if training and not faults:
-        faults.extend(resolved.training_conflicts())
     if faults:
         count = f"{len(faults)} values of the config are wrong:\n  " if len(faults) > 1 else ""
         raise UserError(count + "\n  ".join(map(fields.sentence, faults)))

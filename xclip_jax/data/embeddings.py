@@ -10,7 +10,7 @@ bytes of all strings without gaps, and "text_offsets", int64 (n + 1,), where eac
     utf8, ends = arrays["text_utf8"].tobytes(), arrays["text_offsets"]
     texts = [utf8[start:end].decode() for start, end in zip(ends, ends[1:])]
 
-`read` gives the same, and reads files of earlier versions, which have "id" and "text" as NumPy's strings.
+`read` gives the same.
 """
 
 import contextlib
@@ -69,8 +69,8 @@ class Npz:
             _append(archive, "kind", lambda: _each(parts, lambda arrays: arrays["kind"].astype(_KIND)))
             for column in _STRINGS:
                 utf8, offsets = _names(column)
-                _append(archive, utf8, lambda column=column: _each(parts, lambda arrays: _packed(arrays, column, 0)))
-                _append(archive, offsets, lambda column=column: _offsets(parts, column))
+                _append(archive, utf8, lambda utf8=utf8: _each(parts, lambda arrays: arrays[utf8]))
+                _append(archive, offsets, lambda offsets=offsets: _offsets(parts, offsets))
             _append(archive, "embedding", lambda: _each(parts, lambda arrays: arrays["embedding"]))
             with archive.open(f"{_ABOUT}.npy", "w") as file:
                 np.lib.format.write_array(file, np.array(json.dumps(about)))
@@ -83,7 +83,7 @@ class Npz:
         with np.load(path) as arrays:
             columns = {"kind": arrays["kind"].tolist(), "embedding": arrays["embedding"]}
             for column in _STRINGS:
-                utf8, offsets = (_packed(arrays, column, half) for half in (0, 1))
+                utf8, offsets = (arrays[name] for name in _names(column))
                 data = utf8.tobytes()
                 columns[column] = [data[start:end].decode() for start, end in itertools.pairwise(offsets.tolist())]
             return {column: columns[column] for column in COLUMNS}
@@ -99,22 +99,16 @@ def _pack(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(b"".join(encoded), np.uint8), np.cumsum([0, *map(len, encoded)], dtype=np.int64)
 
 
-def _packed(arrays: Any, column: str, half: int) -> np.ndarray:
-    """The UTF-8 (half 0) or the offsets (half 1) of a column, of files of earlier versions too."""
-    name = _names(column)[half]
-    return arrays[name] if name in arrays.files else _pack(arrays[column].tolist())[half]
-
-
 def _each(parts: Sequence[pathlib.Path], select: Callable[[Any], np.ndarray]) -> Iterator[np.ndarray]:
     for part in parts:
         with np.load(part) as arrays:
             yield select(arrays)
 
 
-def _offsets(parts: Sequence[pathlib.Path], column: str) -> Iterator[np.ndarray]:
+def _offsets(parts: Sequence[pathlib.Path], name: str) -> Iterator[np.ndarray]:
     yield np.zeros(1, np.int64)
     start = 0
-    for offsets in _each(parts, lambda arrays: _packed(arrays, column, 1)):
+    for offsets in _each(parts, lambda arrays: arrays[name]):
         yield start + offsets[1:]
         start += int(offsets[-1])
 

@@ -27,7 +27,6 @@ _LATE, _STALLED_SECONDS = 10, 15 * 60
 _MANY_BAD = 0.5  # of data.max_bad_fraction
 _HOUR = 3600
 # A whole checkpoint is as large as the others, but for what compression makes of values that are zero at the start.
-_WHOLE = 0.5
 
 
 def check_run(path: str, now: float | None = None) -> Iterator[Finding]:
@@ -104,11 +103,6 @@ def _checkpoints(run: Record, folder: RunFolder) -> Iterator[Finding]:
         text = f"damaged in {folder.checkpoints}: {', '.join(damaged)}"
         remedy = "restore it; a run that resumes moves it aside and goes on from the newest whole one"
         yield fail("checkpoints", text, remedy, **values)
-        return
-    if small := [step for step, size in sizes.items() if size < _WHOLE * max(sizes.values())]:
-        text = f"checkpoint {folder.checkpoints / str(small[-1])} has {format_bytes(sizes[small[-1]])}, and others "
-        text += f"{format_bytes(max(sizes.values()))}: files of it are missing"
-        yield fail("checkpoints", text, "restore it, or delete its folder to use the one before it", **values)
         return
     listed = ", ".join(f"step {step:,} of {format_bytes(size)}" for step, size in sizes.items())
     text = listed or (f"step {newest:,}, written meanwhile" if newest else "none yet")

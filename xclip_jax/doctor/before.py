@@ -36,7 +36,7 @@ def check_config(
     yield from check_versions()
     if not devices[0].values:  # JAX has none, so nothing can be built
         return
-    resolved, problem = attempt("config", lambda: resolve(config, training=True))
+    resolved, problem = attempt("config", lambda: resolve(config))
     if resolved is None:
         yield from filter(None, [problem])
         return

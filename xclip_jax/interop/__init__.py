@@ -227,7 +227,7 @@ def _expressible(variables: Variables, config: Mapping[str, Any], to: str) -> tu
     for key, theirs in _CLIPS.items():
         node: Any = model
         for part in key.split("."):
-            node = node.get(part, theirs)  # runs of earlier versions lack some
+            node = node.get(part, theirs)  # towers of other packages lack some
         if node != theirs:
             raise UserError(f"model.{key} is {node!r}, which {to!r} does not have; write to 'safetensors'.")
     objective = read_objective(config["objective"])

@@ -22,7 +22,7 @@ OWN_TOKENIZER = (
     "does not; ids of other texts are equal",
     f"before it goes to the Hugging Face Hub, set text_cfg.hf_tokenizer_name in {CONFIG} to the repository's id",
 )
-# Extra entries of OpenAI's archives and of older versions.
+# Extra entries of OpenAI's archives and of older versions of open_clip.
 _IGNORED = ("input_resolution", "context_length", "vocab_size")
 _IGNORED_ENDS = ("attn_mask", "position_ids")
 # Supported options; any other that is set is an error.

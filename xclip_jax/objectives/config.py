@@ -73,7 +73,7 @@ class ObjectiveConfig:
         path = f"objective.plugins.{name}"
         return read_plugin(self.plugins[name], path, TERMS, Term, "objective term", type_name=name)
 
-    def misspelling(self) -> Iterator[str]:
+    def _misspelling(self) -> Iterator[str]:
         """Yield what is wrong with a name like one of this package, whose terms are all of this package too.
 
         With a digit or a sign, as in "xclip_2", it is a name of its own.
@@ -85,6 +85,7 @@ class ObjectiveConfig:
 
     def conflicts(self) -> Iterator[str]:
         """Yield what is wrong with values that contradict each other."""
+        yield from self._misspelling()
         if not any(self.terms.values()):
             yield f"terms is {dict(self.terms)}; give one of them a weight above 0"
             return

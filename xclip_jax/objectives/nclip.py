@@ -125,7 +125,7 @@ class Nclip(Term):
             yield "model.cluster_head.last_norm needs all logits at once; set loss.chunk_size=0, or it to False"
 
     def alarms(self, metrics: Mapping[str, float]) -> list[str]:
-        """Warnings of `diagnose`; none without its metrics, as in files of early versions."""
+        """Warnings of `diagnose`; none without its metrics."""
         return diagnose(metrics) if metrics.keys() >= _MEASURES else []
 
     def progress(self, metrics: Mapping[str, float]) -> str:

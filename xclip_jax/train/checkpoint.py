@@ -35,12 +35,6 @@ class _Damaged(Exception):
     """What is wrong with a checkpoint."""
 
 
-def _is_damage(error: Exception) -> bool:
-    """Whether an error of reading means a damaged file, rather than too little memory or missing permission."""
-    other = isinstance(error, (jax.errors.JaxRuntimeError, MemoryError, PermissionError))
-    return not other and "PERMISSION_DENIED" not in str(error)
-
-
 def _names(tree: Any) -> dict[str, Any]:
     """Flat {"params/img/...": leaf}."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -144,7 +138,6 @@ class Checkpointer:
             ),
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
-        self._read_only = read_only
         self._saving, self._size, self._failed = -1, 0, False  # of the last save: step, bytes, whether it failed
         self._watcher: threading.Thread | None = None
         self._failure: UserError | None = None
@@ -307,56 +300,31 @@ class Checkpointer:
         return None
 
     def _read(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-        """State and position of `step`; `_Damaged` if its files differ from their digest, or do not make a state."""
+        """Return state and position of `step`; raise `_Damaged` if its files differ from their digest."""
         if fault := self._find_fault(step):
             raise _Damaged(fault)
-        verified = _of_process_0(jax.process_index() == 0 and checkpoint_digest.exists(self.path / str(step)))
-        if not verified and not self._read_only:
-            log0(f"checkpoint {self.path / str(step)} is of an earlier version: it has no digest to check its files by")
-        with self._reading(step, verified):
-            saved = _names(self._manager.item_metadata(step)["state"])
-            saved = {name: x for name, x in saved.items() if getattr(x, "shape", None) is not None}
-            if not saved:
-                raise _Damaged("state/_METADATA names no arrays")
+        saved = _names(self._manager.item_metadata(step)["state"])
+        saved = {name: x for name, x in saved.items() if getattr(x, "shape", None) is not None}
+        if not saved:
+            raise self._unreadable(step, "state/_METADATA names no arrays")
         self._check(abstract, saved, step)
-        with self._reading(step, verified):
-            restored: Any = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(restoring.parts(abstract)), position=ocp.args.JsonRestore()
-                ),
-            )
-            state, position = restoring.gather(restored.state, abstract), restored.position
-            if not isinstance(position, dict) or not isinstance(position.get("samples"), int):
-                raise _Damaged("position/metadata does not have the number of samples")
-            if int(state.step) != step:
-                raise _Damaged(f"it is the checkpoint of step {int(state.step)}")
+        restored: Any = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(restoring.parts(abstract)), position=ocp.args.JsonRestore()
+            ),
+        )
+        state, position = restoring.gather(restored.state, abstract), restored.position
+        if not isinstance(position, dict) or not isinstance(position.get("samples"), int):
+            raise self._unreadable(step, "position/metadata does not have the number of samples")
         return state, position
 
-    @contextlib.contextmanager
-    def _reading(self, step: int, verified: bool) -> Iterator[None]:
-        """Context of what this process reads of `step`: an error is `_Damaged` only of files without a digest.
-
-        Files that agree with their digest are whole, whatever a storage answers for a moment. Orbax takes what is not
-        there for an item that was not saved.
-        """
-        try:
-            yield
-        except Exception as error:  # whatever the storage raises
-            of_content = isinstance(error, _Damaged)
-            if not _is_damage(error) or (verified and not of_content):
-                raise
-            where, reason = self.path / str(step), str(error) if of_content else _reason(error)
-            if verified:
-                raise UserError(
-                    f"checkpoint {where} cannot be read ({reason}), though its files are those that were written; run "
-                    "the same command to try again."
-                ) from error
-            if jax.process_count() > 1:  # the others may have read their part, and would wait for this process
-                raise UserError(
-                    f"checkpoint {where} is damaged ({reason}); move its folder away to use the one before it."
-                ) from error
-            raise _Damaged(reason) from error
+    def _unreadable(self, step: int, reason: str) -> UserError:
+        """The error of whole files that the storage does not show for a moment: Orbax takes them for never saved."""
+        return UserError(
+            f"checkpoint {self.path / str(step)} cannot be read ({reason}), though its files are those that were "
+            "written; run the same command to try again."
+        )
 
     def _move_aside(self, faults: dict[int, str], good: int) -> None:
         """Give damaged checkpoints names that Orbax and `RunFolder` take for no checkpoint's, and print a warning."""

@@ -1,8 +1,7 @@
 """Digest of a checkpoint: names, sizes and hashes of its files, by which damage is noticed before anything is restored.
 
 digest.json is in the checkpoint's own folder: {"algorithm", "files": {name: [bytes, hash]}, "step", "digest"}, where
-"digest" is the hash of all the rest. It is written before the folder gets its final name, so that a checkpoint without
-one is of an earlier version.
+"digest" is the hash of all the rest. It is written before the folder gets its final name, so every checkpoint has one.
 
 Files in buckets have no hash: reading them again would cost as much as writing them, and stores keep checksums of their
 own, which their clients compare. What a store cannot notice is an object that is missing or another one, and names and
@@ -48,11 +47,6 @@ def write(folder: epath.Path, step: int) -> None:
     write_json(folder / FILE, content | {"digest": _hash_of(content)})
 
 
-def exists(folder: epath.Path) -> bool:
-    """Whether the checkpoint in `folder` has a digest; those of earlier versions have none."""
-    return (folder / FILE).exists()
-
-
 def find_fault(folder: epath.Path, step: int) -> str | None:
     """Compare a checkpoint with its digest.
 
@@ -61,13 +55,13 @@ def find_fault(folder: epath.Path, step: int) -> str | None:
       step: of which it should be.
 
     Returns:
-      What is wrong, beginning with the name of a file, or None: all is as it was written, or there is no digest.
+      What is wrong, beginning with the name of a file, or None where all is as it was written.
 
     Raises:
       OSError: a file cannot be read for a reason that is not damage, such as missing permission.
     """
-    if not exists(folder):
-        return None if _has_items(folder) else f"{folder.name} has no folders state and position"
+    if not (folder / FILE).exists():
+        return f"{FILE} is missing"
     content = _parse((folder / FILE).read_bytes())
     if content is None:
         return f"{FILE} is damaged"
@@ -114,10 +108,6 @@ def _sizes(folder: epath.Path) -> dict[str, int]:
                 yield os.path.relpath(entry.path, folder), entry.stat().st_size
 
     return dict(below(os.fspath(folder)))
-
-
-def _has_items(folder: epath.Path) -> bool:
-    return all((folder / name).is_dir() for name in ("state", "position"))
 
 
 def _hash(path: epath.Path, *, sync: bool = False) -> str:

@@ -82,7 +82,7 @@ def check(config: ml_collections.ConfigDict | Config) -> Config:
     Raises:
       UserError: a wrong key or value, a name that does not exist, or no source.
     """
-    config = resolve(config, training=True)
+    config = resolve(config)
     expand_home(config.run)
     sources.parse_all(config.data.sources)
     for spec in (*config.eval.sets, *config.eval.final_sets):
