@@ -26,7 +26,7 @@ from studies.tables import (
     tuned,
 )
 from xclip_jax.config import schema
-from xclip_jax.evaluators.result import Result
+from xclip_jax.evaluators.results import Result
 from xclip_jax.storage import write_whole
 
 MADE = "Made by `{command} --page` from `studies/{name}/runs.jsonl`; a test holds it current."
