@@ -53,9 +53,9 @@ setup(
         "xclip_jax": ["py.typed"],
         "xclip_jax.data": ["third_party/*"],
         "xclip_jax.report": ["page.*"],
-        "xclip_jax.serve": ["search.*"],
+        "xclip_jax.commands.serve": ["search.*"],
     },
-    entry_points={"console_scripts": ["xclip-jax = xclip_jax.cli:main"]},
+    entry_points={"console_scripts": ["xclip-jax = xclip_jax.__main__:main"]},
     install_requires=[
         "absl-py>=2.0",
         "array_record>=0.8.1",

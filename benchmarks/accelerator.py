@@ -8,7 +8,7 @@ Each row is a process of its own, and so is each attempt at it: one that ran out
 it compiled to the next. Ours, with the rematerialisation of the recipes (remat=dots), compiles the step of two small
 batches, takes the largest multiple of 128 pairs a device whose memory fits by what the compiler says of these (less, if
 the device disagrees), and takes --steps steps, whose median counts. Images are random uint8, texts as long as those of
-CC12M (`benchmarks.captions`) and whole unless --groups. MFU is the model's FLOPs (`xclip_jax.flops`, three forward
+CC12M (`benchmarks.captions`) and whole unless --groups. MFU is the model's FLOPs (`xclip_jax.train.flops`, three forward
 passes, of what is cut from texts none) over the devices' dense bf16 peak. open_clip runs on one GPU, without
 rematerialisation, with torch.compile, bf16 autocast and fused AdamW, at the pairs of one of our devices or the largest
 half, quarter ... of these that fits; its texts are always whole.
@@ -107,10 +107,9 @@ def ours(flags: argparse.Namespace) -> dict[str, Any]:
 def _ours(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
     import jax
 
-    from xclip_jax import flops
     from xclip_jax.data import loader
     from xclip_jax.data.length_groups import WHOLE
-    from xclip_jax.train import build, state
+    from xclip_jax.train import build, flops, state
 
     experiment = build.build(config_of(flags.child, batch, flags.small, flags.groups))
     current = state.create(experiment.init, experiment.abstract)
@@ -282,7 +281,7 @@ def main() -> None:
         rows.append(of_one_device(clip, peer))
     if not rows:
         raise SystemExit(1)
-    from xclip_jax import environment
+    from xclip_jax.core import environment
 
     facts = environment.capture()
     versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("jax", "flax") if name in facts["versions"])

@@ -11,11 +11,11 @@ import math
 
 import numpy as np
 
-from xclip_jax import flops
 from xclip_jax.config import recipes
 from xclip_jax.config.schema import resolve
 from xclip_jax.data import length_groups
 from xclip_jax.models.tower import TextTower
+from xclip_jax.train import flops
 
 CONTEXT = 77
 _MEAN, _DEVIATION = 20.2, 16.3

@@ -1,4 +1,4 @@
-"""Images a second from JPEG files to embeddings: xclip_jax.embed and open_clip with the same weights.
+"""Images a second from JPEG files to embeddings: xclip_jax.commands.embed and open_clip with the same weights.
 
     pip install '.[bench]' && JAX_PLATFORMS=cpu python -m benchmarks.embed
 
@@ -102,7 +102,7 @@ def open_clips(options: argparse.Namespace) -> dict[str, float]:
 def ours(options: argparse.Namespace) -> dict[str, float]:
     """This project's side."""
     import xclip_jax
-    from xclip_jax import embed, embed_sources
+    from xclip_jax.commands import embed, embed_sources
 
     began = time.perf_counter()
     model = xclip_jax.load(options.folder, batch=options.batch)
@@ -131,7 +131,7 @@ def compare(options: argparse.Namespace) -> None:
     import torch
 
     import xclip_jax
-    from xclip_jax import environment
+    from xclip_jax.core import environment
 
     write(options.folder, options.images)
     model, config = peer(options)

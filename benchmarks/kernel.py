@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xclip_jax.errors import check_choice, exit_with_message
+from xclip_jax.core.errors import check_choice, exit_with_message
 from xclip_jax.kernels import attention
 from xclip_jax.parallel import hlo
 from xclip_jax.parallel.schedule import Kernel, kernel_of, schedules

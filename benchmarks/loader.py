@@ -41,8 +41,9 @@ import simplejpeg
 from absl import flags
 from PIL import Image
 
-from xclip_jax import storage
-from xclip_jax.data import loader, tar_index, tar_source, tokenizer, transforms
+from xclip_jax.core import storage
+from xclip_jax.data import loader, tokenizer, transforms
+from xclip_jax.data.readers import tar_index, tar_source
 
 SIZE = 224
 SCALE = (0.5, 1.0)

@@ -17,8 +17,9 @@ from typing import Any
 
 from absl import logging
 
-from xclip_jax import environment, plan
+from xclip_jax.commands import plan
 from xclip_jax.config import load as config_file
+from xclip_jax.core import environment
 from xclip_jax.parallel.topology import GIB
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from xclip_jax.errors import exit_with_message
+from xclip_jax.core.errors import exit_with_message
 from xclip_jax.losses import contrastive, ring
 from xclip_jax.parallel import compiler, hlo
 from xclip_jax.parallel.collectives import inside

@@ -19,7 +19,7 @@ each weighted by its size.
 import ml_collections
 
 from xclip_jax.config import recipes
-from xclip_jax.errors import check_choice
+from xclip_jax.core.errors import check_choice
 
 # Folders under `root`, and pairs as published.
 DATA = {

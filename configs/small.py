@@ -5,7 +5,7 @@
 
 pairs is a folder of images with .txt files next to them, a table, tars, or any spec of data.sources. Some hundred of
 the pairs are read to choose towers, image size, context, batch, cluster head, learning rate, steps and intervals
-(xclip_jax/autosize.py). A share of the pairs is held out by content, evaluated on the way (retrieval/holdout, and
+(xclip_jax/train/autosize.py). A share of the pairs is held out by content, evaluated on the way (retrieval/holdout, and
 zeroshot/holdout if sub-folders or a column "label" name one class an image) and shown in RUN/report.html. A line says
 what was chosen, and why images are not classified.
 
@@ -18,9 +18,9 @@ for an ordinary one instead of this machine; needed if several processes train).
 
 import ml_collections
 
-from xclip_jax import autosize
 from xclip_jax.config import recipes
-from xclip_jax.errors import UserError, check_choice
+from xclip_jax.core.errors import UserError, check_choice
+from xclip_jax.train import autosize
 
 ARGUMENTS = {
     "pairs": "", "weights": "", "objective": "", "image": "image", "text": "text", "tokenizer": "clip", "dir": "",

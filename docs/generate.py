@@ -5,9 +5,10 @@ import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from benchmarks import promises
-from xclip_jax.config import fields, schema
-from xclip_jax.errors import Parser, UserError, exit_with_message
+from tests.torture import promises
+from xclip_jax.config import schema
+from xclip_jax.core import fields
+from xclip_jax.core.errors import Parser, UserError, exit_with_message
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = ("xclip_jax", "configs", "examples", "benchmarks", "launch", "docs")

@@ -10,9 +10,9 @@ or three points are noise. The first run prepares the data. After an interruptio
 import argparse
 from collections.abc import Sequence
 
-from xclip_jax import evaluation
+from xclip_jax.commands import evaluation
 from xclip_jax.config.load import load_config
-from xclip_jax.errors import exit_with_message
+from xclip_jax.core.errors import exit_with_message
 from xclip_jax.evaluators import tables
 from xclip_jax.train import trainer
 

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 
 import xclip_jax
-from xclip_jax.errors import exit_with_message
+from xclip_jax.core.errors import exit_with_message
 
 TEXTS = ("a photo of an animal", "a drawing of a face", "something to eat", "the flag of a country")
 

@@ -24,10 +24,10 @@ from studies.declaration import DEFAULT, SECTIONS
 from studies.icons import study as icons
 from studies.matrix import Matrix, Snapshot, overview
 from studies.runner import ROOT, Runner, collect
-from xclip_jax.config.fields import nearest
 from xclip_jax.config.load import load_config
-from xclip_jax.errors import Parser, UserError, exit_with_message
-from xclip_jax.train.interrupt import EXIT_RESUMABLE
+from xclip_jax.core.errors import Parser, UserError, exit_with_message
+from xclip_jax.core.fields import nearest
+from xclip_jax.processes.interrupt import EXIT_RESUMABLE
 
 STUDIES = {"icons": icons, "cc12m": cc12m}  # their function `study` makes the declaration
 

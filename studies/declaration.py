@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from xclip_jax.errors import UserError
+from xclip_jax.core.errors import UserError
 
 DEFAULT = "icons"  # study
 SECTIONS = ("tuning", "core", "controls", "dose", "factors")  # in the order of worth, in which they are run

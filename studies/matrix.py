@@ -9,8 +9,8 @@ import ml_collections
 from studies.declaration import ON_VALIDATION, SECTIONS, Arm, Measure, Study, check
 from studies.records import RunRecord, config_key, full, short
 from xclip_jax.config import schema
-from xclip_jax.config.fields import nearest, unknown_key
-from xclip_jax.errors import UserError
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.fields import nearest, unknown_key
 
 LoadConfig = Callable[[str], ml_collections.ConfigDict]
 

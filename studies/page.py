@@ -26,8 +26,8 @@ from studies.tables import (
     tuned,
 )
 from xclip_jax.config import schema
+from xclip_jax.core.storage import write_whole
 from xclip_jax.evaluators.results import Result
-from xclip_jax.storage import write_whole
 
 MADE = "Made by `{command} --page` from `studies/{name}/runs.jsonl`; a test holds it current."
 START, END = "<!-- study: made by python -m studies --page -->", "<!-- /study -->"

@@ -11,10 +11,10 @@ from typing import Any
 
 from studies.declaration import ON_VALIDATION
 from xclip_jax.config import schema
-from xclip_jax.errors import UserError
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import CLOCKS, RunFolder
+from xclip_jax.core.storage import strict_json
 from xclip_jax.evaluators.results import VALIDATION, Result, from_json, to_json
-from xclip_jax.run_folder import CLOCKS, RunFolder
-from xclip_jax.storage import strict_json
 
 # Keys that do not change what is learned or measured, only where and how fast; all images of a study are opaque.
 FREE_KEYS = (

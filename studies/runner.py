@@ -19,13 +19,13 @@ from etils import epath
 from studies import records
 from studies.matrix import Clock, Matrix, Run, Snapshot, selected
 from studies.worker import DIVERGED, REQUEST
-from xclip_jax import environment
 from xclip_jax.config import schema
-from xclip_jax.console import format_duration
-from xclip_jax.errors import UserError
-from xclip_jax.run_folder import RunFolder
-from xclip_jax.storage import write_json
-from xclip_jax.train.interrupt import EXIT_RESUMABLE
+from xclip_jax.core import environment
+from xclip_jax.core.console import format_duration
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.storage import write_json
+from xclip_jax.processes.interrupt import EXIT_RESUMABLE
 
 ROOT = pathlib.Path(__file__).parents[1]
 _CODE = ("xclip_jax", "configs", "studies/*.py", "setup.py")  # as git has patterns, in folders of studies too

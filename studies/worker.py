@@ -10,8 +10,8 @@ import threading
 from absl import logging
 
 from xclip_jax.config import schema
-from xclip_jax.errors import Diverged, exit_with_message
-from xclip_jax.parallel import processes
+from xclip_jax.core.errors import Diverged, exit_with_message
+from xclip_jax.processes import runtime
 from xclip_jax.train import trainer
 
 REQUEST, DIVERGED = "study.json", "diverged.json"
@@ -39,5 +39,5 @@ def main(folder: str, *cores: str) -> None:
 
 
 if __name__ == "__main__":
-    with processes.exits():
+    with runtime.exits():
         main(*sys.argv[1:])

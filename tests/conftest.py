@@ -30,7 +30,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """What a run of xCLIP with stacked blocks leaves, but for the training; to be read only."""
-    from tests import tiny
+    from tests.helpers import tiny
 
     return tiny.untrained(tmp_path_factory.mktemp("runs") / "run", model__img__scan=True, model__txt__scan=True)
 
@@ -38,7 +38,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
     """A folder of 40 little images with captions; to be read only."""
-    from tests import tiny
+    from tests.helpers import tiny
 
     return tiny.folder(tmp_path_factory.mktemp("data") / "pairs")
 
@@ -46,7 +46,7 @@ def pairs(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(pairs, tmp_path_factory):
     """A run of four steps with checkpoints of steps 2 and 4. To be copied, not changed."""
-    from tests import tiny
+    from tests.helpers import tiny
     from xclip_jax.train import trainer
 
     run = tmp_path_factory.mktemp("trained") / "run"
@@ -57,7 +57,7 @@ def trained(pairs, tmp_path_factory):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """The stand-in of the Hub, where the client looks for the Hub; its cache is empty, and no account is known."""
-    from tests import hub_server
+    from tests.helpers import hub_server
 
     constants = pytest.importorskip("huggingface_hub.constants")
     with hub_server.serve() as made:
@@ -75,7 +75,7 @@ def server(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory):
     """A repository with what the launch scripts send to workers; not to be changed."""
-    from tests import fake_cloud
+    from tests.helpers import fake_cloud
 
     return fake_cloud.make_checkout(tmp_path_factory.mktemp("checkout"))
 
@@ -83,6 +83,6 @@ def checkout(tmp_path_factory):
 @pytest.fixture
 def cloud(tmp_path, checkout):
     """A cloud of TPUs for the launch scripts."""
-    from tests import fake_cloud
+    from tests.helpers import fake_cloud
 
     return fake_cloud.Cloud(tmp_path, checkout)

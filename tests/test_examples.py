@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from examples import compare_objectives, use_a_model
-from tests import tiny
+from tests.helpers import tiny
 from xclip_jax.config import load
 
 

@@ -5,9 +5,10 @@ import numpy as np
 import optax
 import pytest
 
-from tests import tiny
-from xclip_jax.errors import UserError
-from xclip_jax.train import build, optim
+from tests.helpers import tiny
+from xclip_jax import optim
+from xclip_jax.core.errors import UserError
+from xclip_jax.train import build
 
 
 @pytest.mark.parametrize("kind", optim.SCHEDULES)

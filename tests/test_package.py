@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 import xclip_jax
-from xclip_jax import cli
+from xclip_jax import __main__ as cli
 from xclip_jax.config import load
-from xclip_jax.errors import EXIT_UNREAD, Parser, UserError, exit_with_message
+from xclip_jax.core.errors import EXIT_UNREAD, Parser, UserError, exit_with_message
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -25,11 +25,11 @@ def python(*arguments, cwd):
 
 
 def command(*arguments, cwd):
-    return python("-m", "xclip_jax.cli", *arguments, cwd=cwd)
+    return python("-m", "xclip_jax.__main__", *arguments, cwd=cwd)
 
 
 def test_help_names_every_command_and_imports_none(tmp_path):
-    code = "import sys; from xclip_jax import cli; cli.main(['--help']); print('jax' in sys.modules)"
+    code = "import sys; from xclip_jax import __main__ as cli; cli.main(['--help']); print('jax' in sys.modules)"
     done = python("-c", code, cwd=tmp_path)
     *lines, imported = done.stdout.splitlines()
     assert imported == "False" and len(lines) < 16
@@ -37,7 +37,7 @@ def test_help_names_every_command_and_imports_none(tmp_path):
 
 
 def test_wrong_arguments_of_the_doctor_are_an_error_before_jax_is_imported(tmp_path):
-    code = "import sys; from xclip_jax import cli\ntry: cli.main(['doctor', '--x'])\nexcept SystemExit as e: print(e)\n"
+    code = "import sys; from xclip_jax import __main__ as cli\ntry: cli.main(['doctor', '--x'])\nexcept SystemExit as e: print(e)\n"
     done = python("-c", f"{code}print('jax' in sys.modules)", cwd=tmp_path)
     assert done.stdout.splitlines() == ["error: the following arguments are required: RUN; see --help", "False"]
 
@@ -167,7 +167,10 @@ def test_a_value_of_another_type_is_one_sentence(value, sentence, tmp_path):
 
 @pytest.mark.parametrize(
     ("started", "shown"),
-    [(("xclip_jax.cli", "evaluate"), "xclip-jax evaluate"), (("xclip_jax.evaluate",), "python -m xclip_jax.evaluate")],
+    [
+        (("xclip_jax.__main__", "evaluate"), "xclip-jax evaluate"),
+        (("xclip_jax.commands.evaluate",), "xclip-jax evaluate"),
+    ],
 )
 def test_messages_name_commands_as_the_user_typed_them(started, shown, tmp_path):
     (tmp_path / "a").mkdir()

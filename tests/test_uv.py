@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import foreign, hub_server, tiny
+from tests.helpers import foreign, hub_server, tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")  # the discard port: refused at once
@@ -27,7 +27,7 @@ TRAINING = [
     "--config.eval.report=False",
 ]
 LOOK_UPS = """
-from xclip_jax.data import demo, tokenizer
+from xclip_jax.demo import emoji as demo; from xclip_jax.data import tokenizer
 from xclip_jax.evaluators import prompts
 assert prompts.class_names("imagenet1k", [str(i) for i in range(1000)])[0] == "tench"
 assert len(prompts.templates("openai80")) == 80

@@ -5,7 +5,7 @@ import pathlib
 import sys
 from typing import Any
 
-from xclip_jax import ending
+from xclip_jax.core import ending
 
 __version__ = "0.1.0"
 
@@ -20,7 +20,7 @@ if pathlib.PurePath(next(iter(sys.argv), "")).name == "xclip-jax" or (
 def __getattr__(name: str) -> Any:
     # JAX is imported with the first use: seconds that `import xclip_jax` need not take.
     if name in ("load", "Model"):
-        from xclip_jax import inference
+        from xclip_jax import model
 
-        return getattr(inference, name)
+        return getattr(model, name)
     raise AttributeError(f"module 'xclip_jax' has no attribute {name!r}")

@@ -5,13 +5,15 @@ RECIPE is the name of a recipe of the package, such as demo, or the path of a fi
 
 from absl import app, flags, logging
 
-from xclip_jax import compilation_cache, ending, environment, imports, report
-from xclip_jax.commands import command
+from xclip_jax import report
+from xclip_jax.commands import compilation_cache
+from xclip_jax.commands.doctor import machine
 from xclip_jax.config import load
-from xclip_jax.console import log0
-from xclip_jax.doctor import machine
-from xclip_jax.errors import exit_with_message
-from xclip_jax.parallel import processes
+from xclip_jax.core import ending, environment, imports
+from xclip_jax.core.command_names import command
+from xclip_jax.core.console import log0
+from xclip_jax.core.errors import exit_with_message
+from xclip_jax.processes import runtime
 from xclip_jax.train import callbacks, job, trackers, trainer
 
 _CHECK = flags.DEFINE_bool(
@@ -28,7 +30,7 @@ _PROCESS = flags.DEFINE_integer("process", -1, "Which of them this one is, from 
 def main(_: list[str]) -> None:
     """Run the trainer."""
     logging.set_verbosity(logging.ERROR)
-    with processes.exits(), exit_with_message(), imports.trusting(load.TRUST.value):
+    with runtime.exits(), exit_with_message(), imports.trusting(load.TRUST.value):
         ending.end_at_once()  # until the run handles signals
         if _CHECK.value:
             config = job.check(flags.FLAGS.config)
@@ -39,7 +41,7 @@ def main(_: list[str]) -> None:
                 log0(f"extras: {','.join(extras)}")  # launch/common.sh reads it
             log0(f"not looked at: data, weights and disk; {command('doctor')} does that")
             return
-        processes.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        runtime.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         compilation_cache.enable(str(flags.FLAGS.config.run))
         machine.warn_of_idle_accelerator()
         trainer.run(flags.FLAGS.config, [report.callback()], uptime=environment.uptime())

@@ -76,7 +76,7 @@ _ABOUT = (
 _COST = (
     "A run of 75,825 steps takes 135 chip-hours of TPU v5e for CLIP and 137 for nCLIP and xCLIP, at an MFU of 40 %, "
     "which is a guess (it does not count that blocks are computed again, a third more work): 17 hours on 8 chips. "
-    "`python -m xclip_jax.plan --config studies/cc12m/recipe.py:objective=clip --topology v5e:2x4 --mfu 0.4 "
+    "`python -m xclip_jax.commands.plan --config studies/cc12m/recipe.py:objective=clip --topology v5e:2x4 --mfu 0.4 "
     "--price 1.2` prints "
     "`75,825 steps take 0.70 days, 135 chip-hours, which cost 162`. "
     "All arms with their seeds and candidates come to 5,770 chip-hours, 6,930 at that price.",

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from xclip_jax.errors import UserError
+from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import logistic
 from xclip_jax.evaluators.base import Column, Evaluator, Metric
 from xclip_jax.evaluators.feature_classifiers import is_right, knn, subset

@@ -20,8 +20,8 @@ from studies.icons import drawing, package, splits
 from studies.icons.drawing import MAX_INK, MIN_INK, Picture
 from studies.icons.families import family
 from studies.icons.package import Icon
+from xclip_jax.core.errors import UserError
 from xclip_jax.data import assets
-from xclip_jax.errors import UserError
 
 LICENCES_FILE, REPORT_FILE = "LICENCES.md", "report.json"
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 
-from xclip_jax.errors import UserError
+from xclip_jax.core.errors import UserError
 
 SIZE, SIGNATURE = 64, 16
 MIN_INK, MAX_INK = 0.01, 0.98

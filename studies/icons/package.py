@@ -20,8 +20,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from studies.icons import families, names
+from xclip_jax.core.errors import UserError
 from xclip_jax.data import assets
-from xclip_jax.errors import UserError
 
 NPM = "https://registry.npmjs.org"
 _TIMEOUT, _TRIES, _CHUNK = 60, 5, 1 << 20  # seconds without an answer; downloads that go on where the last one ended

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from studies.icons import corpus
 from xclip_jax.data.base import SourceKind, SourceOptions
-from xclip_jax.data.tfds_source import TfdsSource, open_prepared
+from xclip_jax.data.readers.tfds_source import TfdsSource, open_prepared
 
 KIND = "studies.icons.sources:IconSplits"
 

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xclip_jax.config.fields import at_least, fraction_below_one, key
+from xclip_jax.core.fields import at_least, fraction_below_one, key
 from xclip_jax.models.tower import ImageTower
 
 KERNEL = 5

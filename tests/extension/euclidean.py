@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from xclip_jax.config.fields import at_least, key
+from xclip_jax.core.fields import at_least, key
 from xclip_jax.models.heads import Head
 from xclip_jax.objectives import Similarity, Term
 

@@ -7,10 +7,10 @@ import pathlib
 
 import numpy as np
 
-from xclip_jax import storage
+from xclip_jax.core import storage
+from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, Source, SourceKind
 from xclip_jax.data.text import json_strings
-from xclip_jax.errors import BadSample, UserError
 
 
 class JsonLinesSource(Source):

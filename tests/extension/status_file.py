@@ -2,7 +2,7 @@
 
 import jax
 
-from xclip_jax.storage import write_json
+from xclip_jax.core.storage import write_json
 from xclip_jax.train.callbacks import Callback
 
 

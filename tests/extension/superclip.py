@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xclip_jax.config.fields import fraction_below_one, key
+from xclip_jax.core.fields import fraction_below_one, key
 from xclip_jax.models.heads import Head
 from xclip_jax.objectives import Curve, Health, Level, Light, Term
 

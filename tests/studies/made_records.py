@@ -5,9 +5,9 @@ import json
 from studies import records
 from studies.matrix import Snapshot
 from xclip_jax.config import schema
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.storage import write_json
 from xclip_jax.evaluators.results import VALIDATION, Provenance, Result, to_json
-from xclip_jax.run_folder import RunFolder
-from xclip_jax.storage import write_json
 
 
 def record(run, value, *, validation=None, commit="0" * 40, seconds=100.0, error=""):

@@ -12,9 +12,9 @@ from studies.worker import DIVERGED
 from tests.studies.made_records import finished, write_folder
 from xclip_jax.config import schema
 from xclip_jax.config.load import load_config
-from xclip_jax.errors import UserError
+from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import registry
-from xclip_jax.evaluators.published_sets import PAPER
+from xclip_jax.evaluators.sets.published_sets import PAPER
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,16 @@ from studies import page, records
 from studies.declaration import Arm, Claim, ClaimPart, DoseResponse, Measure
 from studies.icons import study as icons
 from studies.matrix import Snapshot, selected
-from tests import tiny
+from tests.helpers import tiny
 from tests.studies import tiny_study
 from tests.studies.greys import TEST_SET, VALIDATION_SET
 from tests.studies.made_records import CORE, TUNED, finished, record
 from xclip_jax.config import schema
 from xclip_jax.config.load import load_config
-from xclip_jax.errors import UserError
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.storage import write_json
 from xclip_jax.evaluators.results import VALIDATION, Provenance, Result, to_json
-from xclip_jax.run_folder import RunFolder
-from xclip_jax.storage import write_json
 
 # --- the declaration
 

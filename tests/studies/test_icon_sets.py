@@ -5,7 +5,7 @@ from studies.icons import corpus
 from studies.icons import sets as icon_sets
 from studies.icons.clustered import ClusteredZeroShot
 from studies.icons.sets import KIND
-from tests.encoding import PREPARE, build_encoder, small_model
+from tests.helpers.encoding import PREPARE, build_encoder, small_model
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.results import SHIFTED, VALIDATION
 from xclip_jax.evaluators.statistics import bootstrap

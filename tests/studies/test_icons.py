@@ -12,9 +12,9 @@ import tensorflow_datasets as tfds
 from studies.icons import corpus, drawing, families, names, package, splits
 from studies.icons.sources import KIND
 from tests.studies import icon_package as fake
+from xclip_jax.core.errors import UserError
 from xclip_jax.data import sources
 from xclip_jax.data.base import SourceOptions
-from xclip_jax.errors import UserError
 
 # sha256 of the ids in each split of the small package: other rules, or another renderer, give others.
 HASHES = {

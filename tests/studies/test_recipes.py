@@ -7,8 +7,8 @@ import pytest
 
 from studies.cc12m import study as cc12m
 from studies.icons import study as icons
+from xclip_jax.commands.doctor import settings
 from xclip_jax.config import load, schema
-from xclip_jax.doctor import settings
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CONFIGS = {

@@ -13,12 +13,12 @@ import pytest
 from studies import __main__, page, records, runner, worker
 from studies.declaration import Arm
 from studies.matrix import Snapshot
-from tests import tiny
+from tests.helpers import tiny
 from tests.studies import tiny_study
 from tests.studies.greys import TEST_SET
 from tests.studies.made_records import finished, record, write_folder
-from xclip_jax.errors import Diverged, UserError
-from xclip_jax.train.interrupt import EXIT_RESUMABLE
+from xclip_jax.core.errors import Diverged, UserError
+from xclip_jax.processes.interrupt import EXIT_RESUMABLE
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -6,7 +6,7 @@ import sys
 
 from studies.declaration import Arm, Claim, ClaimPart, DoseResponse, Measure, Study
 from studies.matrix import Matrix
-from tests import tiny
+from tests.helpers import tiny
 from tests.studies.greys import TEST_SET, VALIDATION_SET
 from xclip_jax.config.load import load_config
 

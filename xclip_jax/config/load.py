@@ -16,9 +16,9 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from xclip_jax import imports
-from xclip_jax.config import fields, schema
-from xclip_jax.errors import UserError, exit_with_message
+from xclip_jax.config import schema
+from xclip_jax.core import fields, imports
+from xclip_jax.core.errors import UserError, exit_with_message
 
 TRUST = flags.DEFINE_bool(
     "trust", False, "Import the modules of other packages that files of weights name, which runs their code."

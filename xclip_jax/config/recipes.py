@@ -8,8 +8,8 @@ from typing import Any
 import ml_collections
 
 from xclip_jax.config import schema
-from xclip_jax.config.fields import nearest
-from xclip_jax.errors import UserError
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.fields import nearest
 from xclip_jax.models.two_towers import preset
 from xclip_jax.objectives import OBJECTIVES, RECIPES
 

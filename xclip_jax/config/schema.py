@@ -11,17 +11,17 @@ from typing import Any
 
 import ml_collections
 
-from xclip_jax.addresses import public
-from xclip_jax.config import fields
-from xclip_jax.config.fields import Check, at_least, between, choice, key, not_empty
+from xclip_jax.core import fields
+from xclip_jax.core.addresses import public
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.fields import Check, at_least, between, choice, key, not_empty
+from xclip_jax.core.imports import class_name
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.transforms import INTERPOLATIONS, RESIZE_MODES
-from xclip_jax.errors import UserError
-from xclip_jax.imports import class_name
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives import LossConfig, ObjectiveConfig, make_objective, with_terms
+from xclip_jax.optim import EmaConfig, OptimConfig
 from xclip_jax.parallel.sharding import MeshConfig
-from xclip_jax.train.optim import EmaConfig, OptimConfig
 
 _STEPS = Check(
     "() or START,STOP with 0 < START < STOP", lambda value: not value or (len(value) == 2 and 0 < value[0] < value[1])

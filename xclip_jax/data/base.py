@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from xclip_jax.errors import UserError
+from xclip_jax.core.errors import UserError
 
 Record = dict[str, Any]
 
@@ -61,7 +61,7 @@ class Source(abc.ABC):
         return {}
 
     def remarks(self) -> Iterable[str]:
-        """Lines about the whole source that `xclip_jax.data.check` prints."""
+        """Lines about the whole source that `xclip_jax.commands.check` prints."""
         return ()
 
 

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from xclip_jax.config.fields import Check, at_least, between, choice, fraction_below_one, key, not_empty
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.fields import Check, at_least, between, choice, fraction_below_one, key, not_empty
 from xclip_jax.data import rgb, transforms
 from xclip_jax.data.length_groups import AUTO, LengthGroups
 from xclip_jax.data.preprocessing import Triple, mean_std
-from xclip_jax.errors import UserError
 
 
 def _are_statistics(value: Any) -> bool:

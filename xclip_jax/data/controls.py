@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data.base import Record, Source, WrappedSource
 from xclip_jax.data.config import DataConfig
-from xclip_jax.errors import BadSample, UserError
 
 # Streams of random numbers: which pairs are kept, and which captions are exchanged.
 _SUBSET, _NOISE = 1, 2

@@ -24,8 +24,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.data.text import first_line
-from xclip_jax.errors import UserError, check_choice
 
 COLUMNS = ("kind", "id", "text", "embedding")
 _STRINGS = ("id", "text")  # of any length
@@ -176,7 +176,7 @@ def format_of(path: pathlib.Path) -> Format:
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the columns of a file of `xclip_jax.embed`: "kind", "id", "text" (lists) and "embedding", fp32 (n, e).
+    """Return the columns of a file of `xclip_jax.commands.embed`: "kind", "id", "text" (lists) and "embedding", fp32 (n, e).
 
     Raises:
       UserError: another ending, or a file that is damaged or another program's.
@@ -187,7 +187,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def about(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the metadata of a file of `xclip_jax.embed`; {} for one of another program.
+    """Return the metadata of a file of `xclip_jax.commands.embed`; {} for one of another program.
 
     Raises:
       UserError: another ending, or a damaged file.

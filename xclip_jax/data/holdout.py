@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from xclip_jax.console import log0
+from xclip_jax.core.console import log0
+from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import records
 from xclip_jax.data.base import Record, Source
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.controls import Subset
-from xclip_jax.errors import BadSample, UserError
 
 _MANY = 100_000  # pairs from which on a line says that they are read
 

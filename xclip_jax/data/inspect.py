@@ -14,10 +14,10 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
+from xclip_jax.core.errors import BadSample
 from xclip_jax.data import loader, records, transforms
 from xclip_jax.data.base import Record, Source
 from xclip_jax.data.ledger import Ledger
-from xclip_jax.errors import BadSample
 
 FEWEST = 8  # pairs that the recipe small requires
 # Rows of the batches that `read_batches` reads: few, so that all threads have soon read one.

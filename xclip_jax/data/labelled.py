@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from xclip_jax import storage
+from xclip_jax.core import storage
+from xclip_jax.core.errors import UserError
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, LabelledSource, Record, name_of
 from xclip_jax.data.text import TO_UTF8, check_encoding, separator
-from xclip_jax.errors import UserError
 
 
 def item_name(items: Sequence[Any], index: int) -> str:

@@ -10,10 +10,10 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from xclip_jax import storage
-from xclip_jax.commands import command
-from xclip_jax.errors import UserError
-from xclip_jax.run_folder import RunFolder
+from xclip_jax.core import storage
+from xclip_jax.core.command_names import command
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import RunFolder
 
 # Smallest number of samples that the share of bad ones is taken of, so that the first batch cannot stop a run.
 _MIN_SAMPLES = 1000

@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 import scipy
 
-from xclip_jax.errors import UserError
+from xclip_jax.core.errors import UserError
 
 AUTO, FULL = "auto", "full"
 # The last group has the whole context; each more is a pass of its own over the tower's weights.

@@ -15,12 +15,12 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
+from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import prefetch, records, sources, transforms
 from xclip_jax.data.base import Record, Source
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.ledger import Entry, Ledger
 from xclip_jax.data.tokenizer import Tokenizer
-from xclip_jax.errors import BadSample, UserError
 from xclip_jax.parallel.mesh import batch_sharding
 
 Batch = dict[str, Any]

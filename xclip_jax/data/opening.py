@@ -3,10 +3,10 @@
 import math
 from collections.abc import Sequence
 
+from xclip_jax.core.errors import UserError
 from xclip_jax.data import holdout, labelled, sources
 from xclip_jax.data.base import Source, SourceOptions
 from xclip_jax.data.config import DataConfig
-from xclip_jax.errors import UserError
 
 
 def source_options(config: DataConfig) -> SourceOptions:

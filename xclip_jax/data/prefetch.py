@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from xclip_jax.errors import UserError
+from xclip_jax.core.errors import UserError
 
 T = TypeVar("T")
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.data import rgb
 from xclip_jax.data.transforms import (
     INTERPOLATIONS,
@@ -17,7 +18,6 @@ from xclip_jax.data.transforms import (
     evaluation_image,
     evaluation_mask,
 )
-from xclip_jax.errors import UserError, check_choice
 
 Triple = tuple[float, float, float]
 

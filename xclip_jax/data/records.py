@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import prefetch
 from xclip_jax.data.base import Record, Source
-from xclip_jax.errors import BadSample, UserError
 
 MAX_THREADS = 16  # that read all records of a source at the start, of data.threads
 _CHUNK = 32  # records that a thread reads one after another

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from xclip_jax.errors import BadSample
+from xclip_jax.core.errors import BadSample
 
 WHITE, DROPPED = "white", "drop_alpha"
 BACKGROUNDS = (WHITE, DROPPED)

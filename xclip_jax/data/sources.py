@@ -16,9 +16,11 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from xclip_jax.commands import command
+from xclip_jax.core.command_names import command
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.core.imports import import_class
+from xclip_jax.core.paths import expand_home
 from xclip_jax.data import records, rgb, transforms
-from xclip_jax.data.array_record import ArrayRecords
 from xclip_jax.data.base import (
     IMAGE_SUFFIXES,
     LabelledSource,
@@ -29,16 +31,14 @@ from xclip_jax.data.base import (
     SourceOptions,
     WrappedSource,
 )
-from xclip_jax.data.folder_source import Folders
-from xclip_jax.data.glue import GlueTasks
-from xclip_jax.data.hub_source import HubSets
-from xclip_jax.data.tables import CsvTables, ParquetTables
-from xclip_jax.data.tar_source import Tars
-from xclip_jax.data.tfds_source import DemoSplits, TfdsSplits
-from xclip_jax.data.wds import Wds
-from xclip_jax.errors import BadSample, UserError
-from xclip_jax.imports import import_class
-from xclip_jax.paths import expand_home
+from xclip_jax.data.readers.array_record import ArrayRecords
+from xclip_jax.data.readers.folder_source import Folders
+from xclip_jax.data.readers.glue import GlueTasks
+from xclip_jax.data.readers.hub_source import HubSets
+from xclip_jax.data.readers.tables import CsvTables, ParquetTables
+from xclip_jax.data.readers.tar_source import Tars
+from xclip_jax.data.readers.tfds_source import DemoSplits, TfdsSplits
+from xclip_jax.data.readers.wds import Wds
 
 SOURCES: Mapping[str, type[SourceKind]] = {
     "tar": Tars,

@@ -4,7 +4,7 @@ import codecs
 import re
 from typing import Any
 
-from xclip_jax.errors import BadSample, UserError
+from xclip_jax.core.errors import BadSample, UserError
 
 TO_UTF8 = "iconv -f latin1 -t utf-8 FILE > NEW"  # the remedy for most texts that are not UTF-8
 _OTHER_ENCODINGS = (  # by byte order mark; UTF-32's begins with UTF-16's

@@ -16,9 +16,9 @@ import numpy as np
 import tokenizers
 from etils import epath
 
+from xclip_jax.core.errors import UserError
 from xclip_jax.data import assets
 from xclip_jax.data.text import join_surrogates
-from xclip_jax.errors import UserError
 
 NAMES = ("clip", "bytes")
 END_TOKENS = ("<|endoftext|>", "</s>", "[SEP]")

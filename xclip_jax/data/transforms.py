@@ -17,9 +17,9 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
+from xclip_jax.core.errors import BadSample
 from xclip_jax.data import jpeg, rgb
 from xclip_jax.data.prefetch import WeightedSemaphore
-from xclip_jax.errors import BadSample
 
 cv2.setNumThreads(0)  # the loader has threads and processes of its own
 

@@ -6,10 +6,10 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from xclip_jax.addresses import public
+from xclip_jax.core.addresses import public
+from xclip_jax.core.errors import BadSample
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.errors import BadSample
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Result, flat

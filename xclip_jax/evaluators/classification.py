@@ -10,18 +10,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from xclip_jax.console import log0
+from xclip_jax.core.console import log0
+from xclip_jax.core.errors import UserError
 from xclip_jax.data import sources
 from xclip_jax.data.base import SourceOptions
 from xclip_jax.data.labelled import check_one_class
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.errors import UserError
 from xclip_jax.evaluators.base import Evaluator, Layout, Metric, SetKind, are_texts
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.published_sets import ENTRIES
 from xclip_jax.evaluators.results import VALIDATION, Provenance, Result, contents, digest
+from xclip_jax.evaluators.sets.published_sets import ENTRIES
 from xclip_jax.evaluators.statistics import PerExample, class_weights
 from xclip_jax.evaluators.zeroshot import accuracy
 from xclip_jax.models.two_towers import Variables

@@ -19,8 +19,8 @@ from typing import ClassVar
 import numpy as np
 import scipy.special
 
+from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.errors import BadSample, UserError
 from xclip_jax.evaluators import logistic
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.encoder import Encoder

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from xclip_jax import heartbeat
-from xclip_jax.commands import command
+from xclip_jax.core import heartbeat
+from xclip_jax.core.command_names import command
+from xclip_jax.core.errors import BadSample, UserError, describe
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.transforms import normalize
-from xclip_jax.errors import BadSample, UserError, describe
 from xclip_jax.models.two_towers import TwoTowers, Variables
 from xclip_jax.objectives.similarity import Similarity
 from xclip_jax.parallel.mesh import BATCH_AXES, batch_sharding, replicated

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xclip_jax.errors import UserError
+from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import logistic
 from xclip_jax.evaluators.statistics import valid_rows
 

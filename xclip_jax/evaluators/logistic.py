@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xclip_jax import heartbeat
-from xclip_jax.errors import UserError
+from xclip_jax.core import heartbeat
+from xclip_jax.core.errors import UserError
 
 HISTORY = 10
 _SCORES = 1 << 27  # logits in memory at once (fp32, about four arrays of them): more C than fit are solved in turns

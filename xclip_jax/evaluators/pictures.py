@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from xclip_jax.core.errors import BadSample
 from xclip_jax.data import transforms
 from xclip_jax.data.labelled import item_name
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.errors import BadSample
 
 
 class Pictures(Sequence):

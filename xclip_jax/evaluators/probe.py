@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from xclip_jax import environment
-from xclip_jax.console import format_bytes
+from xclip_jax.core import environment
+from xclip_jax.core.console import format_bytes
+from xclip_jax.core.errors import UserError
 from xclip_jax.data.labelled import item_name
-from xclip_jax.errors import UserError
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric, are_texts
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.feature_classifiers import (

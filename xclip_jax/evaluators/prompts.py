@@ -10,9 +10,9 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
+from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.data import assets
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.errors import UserError, check_choice
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,29 +14,29 @@ from typing import Any
 
 import numpy as np
 
-from xclip_jax.commands import command
-from xclip_jax.console import log0
+from xclip_jax.core.command_names import command
+from xclip_jax.core.console import log0
+from xclip_jax.core.errors import BadSample, UserError, check_choice, describe
+from xclip_jax.core.imports import class_name, import_class, is_imported
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.errors import BadSample, UserError, check_choice, describe
+from xclip_jax.demo.emoji_sets import TESTS, EmojiSets
 from xclip_jax.evaluators.base import Evaluator, Layout, SetKind, closest
 from xclip_jax.evaluators.classification import ClassifierEvaluator, FinetunedSets
 from xclip_jax.evaluators.dense import DenseProbe
-from xclip_jax.evaluators.dense_datasets import DenseSets
-from xclip_jax.evaluators.emoji_sets import TESTS, EmojiSets
 from xclip_jax.evaluators.encoder import Encoder
-from xclip_jax.evaluators.file_datasets import FileSets
-from xclip_jax.evaluators.pair_sets import PairSets, check_columns
 from xclip_jax.evaluators.probe import Probe
-from xclip_jax.evaluators.probe_datasets import ProbeSets
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.retrieval import Retrieval
+from xclip_jax.evaluators.sets.dense_datasets import DenseSets
+from xclip_jax.evaluators.sets.file_datasets import FileSets
+from xclip_jax.evaluators.sets.pair_sets import PairSets, check_columns
+from xclip_jax.evaluators.sets.probe_datasets import ProbeSets
+from xclip_jax.evaluators.sets.wds_sets import WdsSets
+from xclip_jax.evaluators.sets.zeroshot_datasets import PAPER, PublishedSets
 from xclip_jax.evaluators.text import SentenceSimilarity, TextRetrieval
-from xclip_jax.evaluators.wds_sets import WdsSets
 from xclip_jax.evaluators.zeroshot import ZeroShot
-from xclip_jax.evaluators.zeroshot_datasets import PAPER, PublishedSets
-from xclip_jax.imports import class_name, import_class, is_imported
 from xclip_jax.models.two_towers import Variables
 
 KINDS: tuple[type[SetKind], ...] = (

@@ -1,4 +1,4 @@
-"""Results of evaluations as records, and the file evaluation.json to which `xclip_jax.evaluate` adds them.
+"""Results of evaluations as records, and the file evaluation.json to which `xclip_jax.commands.evaluate` adds them.
 
     checkpoint, step, profile, changes      of "results"
     results                                 entries of the newest step that was evaluated, and of the model and profile
@@ -32,16 +32,16 @@ import jax
 import numpy as np
 from etils import epath
 
-from xclip_jax import file_lock
-from xclip_jax.addresses import public
-from xclip_jax.commands import command
 from xclip_jax.config.schema import Config
-from xclip_jax.console import format_bytes
+from xclip_jax.core import file_lock
+from xclip_jax.core.addresses import public
+from xclip_jax.core.command_names import command
+from xclip_jax.core.console import format_bytes
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.storage import write_json, write_whole
 from xclip_jax.data.labelled import Paths
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.errors import UserError
 from xclip_jax.evaluators.statistics import PerExample
-from xclip_jax.storage import write_json, write_whole
 
 Entry = dict[str, Any]
 ItemsOf = dict[str, dict[str, PerExample]]  # {an entry's "items": {name of a result: per-example values}}

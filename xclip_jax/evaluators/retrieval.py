@@ -7,8 +7,8 @@ from typing import ClassVar
 import numpy as np
 import scipy
 
-from xclip_jax import heartbeat
-from xclip_jax.errors import UserError
+from xclip_jax.core import heartbeat
+from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import statistics
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.encoder import Features

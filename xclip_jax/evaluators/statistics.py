@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import scipy
 
-from xclip_jax.errors import UserError
+from xclip_jax.core.errors import UserError
 
 _CHUNK = 1 << 22  # scores that are ranked at once: some ten megabytes of temporaries
 

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from xclip_jax.addresses import public
-from xclip_jax.errors import UserError
+from xclip_jax.core.addresses import public
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import evaluation_file, not_found
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import Layout, Metric
-from xclip_jax.evaluators.pair_sets import HELD_OUT
 from xclip_jax.evaluators.results import SHIFTED, UNITS, VALIDATION, Entry, ItemsOf, Result, of_entries, read
+from xclip_jax.evaluators.sets.pair_sets import HELD_OUT
 from xclip_jax.evaluators.statistics import bootstrap
-from xclip_jax.run_folder import evaluation_file, not_found
 
 # Titles of families, in the order of their table; another family has its own name as title.
 _FAMILIES = {
@@ -292,7 +292,7 @@ def compare(
     percentile bootstrap of the paired difference or ratio; absent for metrics that cannot be resampled.
 
     Args:
-      a, b: runs' folders, or results files of `xclip_jax.evaluate`.
+      a, b: runs' folders, or results files of `xclip_jax.commands.evaluate`.
       step: step of both; by default the newest that each file has.
       profile: profile of both; by default the last evaluated profile that both files have for a set.
       refused: list to which a sentence is added for each set whose data or protocol differ; without it the first one is

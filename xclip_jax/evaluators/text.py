@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from xclip_jax.errors import UserError
+from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.results import Provenance, Result

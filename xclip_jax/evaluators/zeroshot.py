@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from xclip_jax import heartbeat
-from xclip_jax.errors import UserError
+from xclip_jax.core import heartbeat
+from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.encoder import Encoder, Features
 from xclip_jax.evaluators.results import Provenance, Result

@@ -17,17 +17,17 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from xclip_jax import imports
-from xclip_jax.config.fields import read_group
+from xclip_jax.core import imports
+from xclip_jax.core.errors import UserError, check_choice
+from xclip_jax.core.fields import read_group
+from xclip_jax.core.run_folder import is_run
 from xclip_jax.data import tokenizer
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.errors import UserError, check_choice
 from xclip_jax.interop import hf, hub, open_clip, param_mapping, tensor_files, vocabulary
 from xclip_jax.models.layers import unstack_blocks
 from xclip_jax.models.tower import ImageTower
 from xclip_jax.models.two_towers import ModelConfig, Variables
 from xclip_jax.objectives import read_objective
-from xclip_jax.run_folder import is_run
 
 FORMATS = ("hf", "open_clip", "safetensors")
 CONFIG = "xclip_config.json"

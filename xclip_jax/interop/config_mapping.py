@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from xclip_jax.config import fields
+from xclip_jax.core import fields
+from xclip_jax.core.errors import UserError
 from xclip_jax.data.preprocessing import Preprocessing, mean_std
 from xclip_jax.data.transforms import STATISTICS
-from xclip_jax.errors import UserError
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives import objective_of_heads
 

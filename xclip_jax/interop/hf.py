@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from xclip_jax.core.errors import UserError
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.tokenizer import Tokenizer
-from xclip_jax.errors import UserError
 from xclip_jax.interop import config_mapping, param_mapping, siglip, vocabulary
 from xclip_jax.interop.tensor_files import read_json
 

@@ -14,13 +14,13 @@ from typing import Any
 
 from etils import epath
 
-from xclip_jax.console import log0
+from xclip_jax.core.console import log0
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.paths import expand_home
+from xclip_jax.core.storage import write_whole
 from xclip_jax.data import hub_client
 from xclip_jax.data.hub_client import ID, PREFIX
-from xclip_jax.errors import UserError
 from xclip_jax.interop import hf, open_clip, tensor_files, vocabulary
-from xclip_jax.paths import expand_home
-from xclip_jax.storage import write_whole
 
 # Beside the weights, those of these that a repository has are fetched.
 _BESIDE = (

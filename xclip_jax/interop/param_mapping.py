@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from xclip_jax.errors import UserError
+from xclip_jax.core.errors import UserError
 
 Flat = dict[str, np.ndarray]
 _SHOWN = 8  # names that an error lists

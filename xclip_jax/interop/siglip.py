@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from xclip_jax.errors import UserError
+from xclip_jax.core.errors import UserError
 from xclip_jax.interop import config_mapping, param_mapping, vocabulary
 from xclip_jax.interop.param_mapping import Names, ParamMapping
 

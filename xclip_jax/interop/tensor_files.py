@@ -10,10 +10,10 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from xclip_jax.commands import command
-from xclip_jax.errors import UserError
+from xclip_jax.core.command_names import command
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import is_run
 from xclip_jax.interop import torch_file
-from xclip_jax.run_folder import is_run
 
 Tensors = dict[str, np.ndarray]
 

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import ml_dtypes
 import numpy as np
 
+from xclip_jax.core.errors import UserError
 from xclip_jax.data.text import first_line
-from xclip_jax.errors import UserError
 
 _DTYPES = {
     "FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16,

@@ -8,11 +8,11 @@ import tokenizers
 from etils import epath
 from tokenizers import processors
 
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.storage import write_whole
 from xclip_jax.data import assets, tokenizer
-from xclip_jax.errors import UserError
 from xclip_jax.interop import sentencepiece
 from xclip_jax.interop.tensor_files import read_json
-from xclip_jax.storage import write_whole
 
 CLIP_SIZE = 49408
 FILE = "tokenizer.json"

@@ -10,7 +10,7 @@ import einops
 import jax
 import jax.numpy as jnp
 
-from xclip_jax.console import log0
+from xclip_jax.core.console import log0
 
 Array = jax.Array
 

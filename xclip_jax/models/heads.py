@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from xclip_jax.config.fields import at_least, key
-from xclip_jax.logits import FactoredLogits
+from xclip_jax.core.fields import at_least, key
+from xclip_jax.losses.logits import FactoredLogits
 from xclip_jax.models.layers import ACTIVATIONS
 from xclip_jax.models.linear import dense, named
 from xclip_jax.parallel.sharding import constrain

@@ -19,8 +19,8 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jax.typing import DTypeLike
 
-from xclip_jax.config.fields import above, at_least, choice, key
-from xclip_jax.errors import UserError
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.fields import above, at_least, choice, key
 from xclip_jax.kernels import attention as attention_kernel
 from xclip_jax.kernels import cudnn
 from xclip_jax.models.linear import dense, dot_general, named

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from xclip_jax.config.fields import at_least, choice, key
-from xclip_jax.errors import UserError
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.fields import at_least, choice, key
 from xclip_jax.models.layers import LayerNorm, Transformer, TransformerConfig, token_at
 from xclip_jax.models.linear import named
 from xclip_jax.models.tower import Params, TextTower

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from xclip_jax.errors import UserError
+from xclip_jax.core.errors import UserError
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -49,7 +49,7 @@ class Tower(abc.ABC):
     def flops(self, train: bool) -> float | None:
         """FLOPs of one item's forward pass, in training or not; a multiplication and an addition count as two.
 
-        None where they are not counted: runs then have no MFU, and `xclip_jax.plan` estimates no time.
+        None where they are not counted: runs then have no MFU, and `xclip_jax.commands.plan` estimates no time.
         """
         return None
 

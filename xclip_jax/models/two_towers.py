@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from xclip_jax.config.fields import Check, above, at_least, choice, key, read_plugin
-from xclip_jax.errors import UserError, check_choice
+from xclip_jax.core.errors import UserError, check_choice
+from xclip_jax.core.fields import Check, above, at_least, choice, key, read_plugin
 from xclip_jax.models.heads import ClusterHeadConfig, Head, Heads, Scalar
 from xclip_jax.models.linear import named
 from xclip_jax.models.text import TextTowerConfig

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from xclip_jax.config.fields import at_least, choice, fraction_below_one, key
+from xclip_jax.core.fields import at_least, choice, fraction_below_one, key
 from xclip_jax.models import attention_maps
 from xclip_jax.models.layers import (
     ACTIVATIONS,

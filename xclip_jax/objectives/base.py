@@ -23,8 +23,8 @@ from typing import Any, ClassVar
 import jax
 from jax.sharding import Mesh
 
-from xclip_jax.config.fields import at_least, choice, key
-from xclip_jax.errors import UserError
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.fields import at_least, choice, key
 from xclip_jax.models.heads import Head, Heads, Scalar
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.display import Curve, Health

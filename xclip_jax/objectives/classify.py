@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from xclip_jax.config.fields import at_least, choice, fraction_below_one, key
+from xclip_jax.core.fields import at_least, choice, fraction_below_one, key
 from xclip_jax.data import transforms
 from xclip_jax.losses import classification
 from xclip_jax.models.heads import Heads, classifier_head

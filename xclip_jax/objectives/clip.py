@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 from jax.sharding import Mesh
 
-from xclip_jax.config.fields import fraction_below_one, key
+from xclip_jax.core.fields import fraction_below_one, key
 from xclip_jax.losses import contrastive, ring
 from xclip_jax.models.heads import Heads, contrastive_heads
 from xclip_jax.models.two_towers import ModelConfig

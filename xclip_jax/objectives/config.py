@@ -6,9 +6,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from xclip_jax.config import fields
-from xclip_jax.config.fields import Check, find_class, key, not_empty, read_plugin
-from xclip_jax.errors import UserError
+from xclip_jax.core import fields
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.fields import Check, find_class, key, not_empty, read_plugin
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.base import LossConfig, Objective, Term
 from xclip_jax.objectives.classify import Classify

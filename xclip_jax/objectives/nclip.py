@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from xclip_jax.config.fields import above, at_least, choice, fraction_below_one, key
-from xclip_jax.logits import FactoredLogits, Logits
+from xclip_jax.core.fields import above, at_least, choice, fraction_below_one, key
 from xclip_jax.losses import noncontrastive
+from xclip_jax.losses.logits import FactoredLogits, Logits
 from xclip_jax.models.heads import Heads, cluster_heads
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.base import LossConfig, Result, Term

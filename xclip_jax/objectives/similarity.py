@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from xclip_jax.errors import UserError
+from xclip_jax.core.errors import UserError
 
 _TINY = float(np.finfo(np.float32).tiny)
 # Distributions at once, fp32, of images and of texts: a set of 50,000 images with 32,768 clusters is 6.6 GB. Those of

@@ -28,8 +28,8 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xclip_jax.config.fields import Check, choice, key
-from xclip_jax.errors import UserError, check_choice
+from xclip_jax.core.errors import UserError, check_choice
+from xclip_jax.core.fields import Check, choice, key
 from xclip_jax.parallel.mesh import AXES, BATCH_AXES, num_slices
 
 Rules = Mapping[str, str | tuple[str, ...] | None]

@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.experimental import topologies
 
-from xclip_jax.errors import UserError, check_choice, check_count
+from xclip_jax.core.errors import UserError, check_choice, check_count
 
 GIB = 2**30
 

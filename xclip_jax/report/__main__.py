@@ -1,15 +1,15 @@
 """Write the report of a run, or of several side by side: one HTML page that needs no other file.
 
-    python -m xclip_jax.report RUN
-    python -m xclip_jax.report RUN --sets imagenet_v2,coco_retrieval --data-dir /data/tfds
-    python -m xclip_jax.report RUN_A RUN_B RUN_C --output comparison.html
+    xclip-jax report RUN
+    xclip-jax report RUN --sets imagenet_v2,coco_retrieval --data-dir /data/tfds
+    xclip-jax report RUN_A RUN_B RUN_C --output comparison.html
 
 A run in progress has curves, and examples as soon as it has a checkpoint. Where training occupies the accelerators, set
 JAX_PLATFORMS=cpu.
 
 The page of several runs, comparison.html in the current folder, has their curves over one another, the same images and
 texts by each, the config keys that differ, and the paired difference of each run to the first, with its interval:
-of sets that `xclip_jax.evaluate` has evaluated for both. Held-out and training pairs, templates and class names are
+of sets that `xclip_jax.commands.evaluate` has evaluated for both. Held-out and training pairs, templates and class names are
 those of the first run.
 """
 
@@ -19,22 +19,22 @@ from collections.abc import Sequence
 from absl import logging
 from etils import epath
 
-from xclip_jax.console import log0
-from xclip_jax.errors import Parser, UserError, exit_with_message
+from xclip_jax.core.console import log0
+from xclip_jax.core.errors import Parser, UserError, exit_with_message
+from xclip_jax.core.imports import add_trust, named_by, trusting
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.storage import is_remote
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.imports import add_trust, named_by, trusting
 from xclip_jax.report import html, record, several
 from xclip_jax.report.examples import Examples, collect_examples
-from xclip_jax.run_folder import RunFolder
-from xclip_jax.storage import is_remote
 from xclip_jax.train.encoder import make_encoder, profile_of_run
 from xclip_jax.train.weights import load
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
-        prog="python -m xclip_jax.report", description=__doc__, hints={"checkpoint": "write RUN without --checkpoint"}
+        prog="xclip-jax report", description=__doc__, hints={"checkpoint": "write RUN without --checkpoint"}
     )
     parser.add_argument(
         "runs", metavar="RUN", nargs="+", help="run directory; the first is what others are compared to"

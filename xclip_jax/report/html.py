@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import jax
 from etils import epath
 
-from xclip_jax.commands import command
+from xclip_jax.core.command_names import command
+from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.report import health, model_sections, record, run_sections, shell
@@ -13,7 +14,6 @@ from xclip_jax.report.attention import Maps, attention
 from xclip_jax.report.examples import Examples, collect_examples
 from xclip_jax.report.markup import Images, esc
 from xclip_jax.report.record import Record
-from xclip_jax.run_folder import RunFolder
 from xclip_jax.train.build import Experiment
 from xclip_jax.train.encoder import profile_of_run
 

@@ -9,16 +9,16 @@ from typing import Any
 
 from etils import epath
 
-from xclip_jax import imports
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
-from xclip_jax.errors import UserError
+from xclip_jax.core import imports
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import RunFolder, not_found
 from xclip_jax.evaluators import results
 from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.report.evaluations import Evaluation, Key, by_step, newest
-from xclip_jax.run_folder import RunFolder, not_found
 
 Row = dict[str, float]
 
@@ -34,8 +34,8 @@ class Record:
       environment: versions, devices, commit and command.
       training: metrics of the logged steps, in order.
       evaluations: (step, results) of each step with an evaluation during training, the last one among them.
-      results: of the last evaluation, then those of other sets that `xclip_jax.evaluate` has measured at the same
-        step; before there is one the newest of each set, during training or by `xclip_jax.evaluate`. With per-example
+      results: of the last evaluation, then those of other sets that `xclip_jax.commands.evaluate` has measured at the same
+        step; before there is one the newest of each set, during training or by `xclip_jax.commands.evaluate`. With per-example
         values where evaluation.json has them of the same number.
       steps_of: {(family, set): step} of the results, where they are the newest of each set.
       sources: fingerprint of each of config's data.sources.

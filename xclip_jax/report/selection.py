@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from xclip_jax.core.errors import BadSample, UserError, describe
 from xclip_jax.data import controls, loader, opening
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.errors import BadSample, UserError, describe
 from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.base import SetKind
-from xclip_jax.evaluators.pair_sets import names_held_out
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.retrieval import RetrievalSet
+from xclip_jax.evaluators.sets.pair_sets import names_held_out
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 SHOWN = 96  # side of an image on the page, pixels

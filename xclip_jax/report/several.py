@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from xclip_jax.commands import command
 from xclip_jax.config import schema
-from xclip_jax.errors import UserError
+from xclip_jax.core.command_names import command
+from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.results import Result
 from xclip_jax.objectives import Curve

@@ -12,17 +12,18 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
+from xclip_jax import optim
 from xclip_jax.config.schema import Config, resolve
+from xclip_jax.core.errors import UserError
 from xclip_jax.data import tokenizer
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.length_groups import WHOLE, LengthGroups
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.errors import UserError
 from xclip_jax.models.two_towers import TOWERS, TwoTowers
 from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import AXES, BATCH_AXES, check_batch, make_mesh
-from xclip_jax.train import guard, optim, state
+from xclip_jax.train import guard, state
 from xclip_jax.train.augment import Augment
 from xclip_jax.train.step import TrainStep, compile_step
 

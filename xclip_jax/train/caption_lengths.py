@@ -7,12 +7,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from xclip_jax import flops
-from xclip_jax.console import log0
+from xclip_jax.core.console import log0
+from xclip_jax.core.errors import BadSample
 from xclip_jax.data import length_groups, loader, records
 from xclip_jax.data.base import Source
 from xclip_jax.data.length_groups import WHOLE, LengthGroups
-from xclip_jax.errors import BadSample
+from xclip_jax.train import flops
 from xclip_jax.train.build import Experiment
 
 _SAMPLES = 1024

@@ -17,10 +17,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from xclip_jax.console import format_bytes, log0
-from xclip_jax.errors import UserError
-from xclip_jax.run_folder import RunFolder
-from xclip_jax.storage import is_remote
+from xclip_jax.core.console import format_bytes, log0
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.storage import is_remote
 from xclip_jax.train import checkpoint_digest, restoring
 from xclip_jax.train.disk_space import free_bytes, num_bytes
 from xclip_jax.train.state import TrainState

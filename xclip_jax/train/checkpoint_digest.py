@@ -18,8 +18,8 @@ from typing import Any
 
 from etils import epath
 
-from xclip_jax import remote
-from xclip_jax.storage import is_remote, strict_json, write_json
+from xclip_jax.core import remote
+from xclip_jax.core.storage import is_remote, strict_json, write_json
 
 FILE = "digest.json"
 # The fastest of hashlib where processors have instructions for it, as nearly all have.

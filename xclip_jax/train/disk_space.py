@@ -7,10 +7,10 @@ import jax
 from etils import epath
 
 from xclip_jax.config.schema import Config
-from xclip_jax.console import format_bytes, log0
-from xclip_jax.errors import UserError
-from xclip_jax.run_folder import RunFolder
-from xclip_jax.storage import is_remote
+from xclip_jax.core.console import format_bytes, log0
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.storage import is_remote
 from xclip_jax.train.state import TrainState
 
 

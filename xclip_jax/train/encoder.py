@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from xclip_jax.config.schema import Config
-from xclip_jax.console import log0
+from xclip_jax.core.console import log0
 from xclip_jax.evaluators import prompts
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.prompts import PROFILES, Profile

@@ -8,16 +8,16 @@ import jax
 import ml_collections
 import numpy as np
 
-from xclip_jax import flops
-from xclip_jax.addresses import public
 from xclip_jax.config.schema import Config, resolve
-from xclip_jax.console import log0
+from xclip_jax.core.addresses import public
+from xclip_jax.core.console import log0
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.paths import expand_home
 from xclip_jax.data import controls, labelled, loader, opening, rgb, sources
 from xclip_jax.data.base import Source
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.length_groups import AUTO
 from xclip_jax.data.loader import SampleOrder
-from xclip_jax.errors import UserError
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.encoder import Encoder
@@ -25,11 +25,10 @@ from xclip_jax.interop import hub
 from xclip_jax.objectives import make_objective
 from xclip_jax.objectives.base import Objective
 from xclip_jax.parallel.mesh import BatchPart, batch_part
-from xclip_jax.paths import expand_home
-from xclip_jax.train import caption_lengths
+from xclip_jax.train import caption_lengths, flops
 from xclip_jax.train.build import Experiment, build
 from xclip_jax.train.encoder import make_encoder, own_profile
-from xclip_jax.train.run_folder import TRANSPARENT, TrainingFolder
+from xclip_jax.train.training_folder import TRANSPARENT, TrainingFolder
 from xclip_jax.train.weights import read_initial
 
 

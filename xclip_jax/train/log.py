@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from xclip_jax import flops
-from xclip_jax.console import log0
+from xclip_jax.core.console import log0
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.storage import JsonLines
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.evaluators.results import Result, flat, to_json
-from xclip_jax.run_folder import RunFolder
-from xclip_jax.storage import JsonLines
+from xclip_jax.train import flops
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.goodput import Goodput
 from xclip_jax.train.job import Job

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from xclip_jax import heartbeat
-from xclip_jax.addresses import public
-from xclip_jax.console import log0
+from xclip_jax.core import heartbeat
+from xclip_jax.core.addresses import public
+from xclip_jax.core.console import log0
 from xclip_jax.data import loader
 from xclip_jax.data.ledger import Ledger, TooManyBadSamples
 from xclip_jax.data.prefetch import interruptible_iterator
@@ -17,13 +17,13 @@ from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.results import Result
 from xclip_jax.models.two_towers import Variables
+from xclip_jax.processes.interrupt import Interrupted, PreemptionHandler
+from xclip_jax.processes.watchdog import CHECKPOINT, COMPILATION, DATA, EVALUATION, STEP, Watchdog
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.interrupt import Interrupted, PreemptionHandler
 from xclip_jax.train.job import Job
 from xclip_jax.train.log import MetricLogger, is_due
 from xclip_jax.train.profile import StepTracer
 from xclip_jax.train.state import TrainState
-from xclip_jax.train.watchdog import CHECKPOINT, COMPILATION, DATA, EVALUATION, STEP, Watchdog
 
 
 def train(

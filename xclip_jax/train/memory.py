@@ -9,9 +9,9 @@ import jax
 import ml_collections
 
 from xclip_jax.config import schema
-from xclip_jax.console import format_bytes, log0
-from xclip_jax.environment import host_memory
-from xclip_jax.errors import UserError
+from xclip_jax.core.console import format_bytes, log0
+from xclip_jax.core.environment import host_memory
+from xclip_jax.core.errors import UserError
 from xclip_jax.models.layers import REMAT_POLICIES
 from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.parallel.mesh import BATCH_AXES, batch_sharding

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from xclip_jax.console import log0
-from xclip_jax.errors import describe
-from xclip_jax.run_folder import RunFolder
+from xclip_jax.core.console import log0
+from xclip_jax.core.errors import describe
+from xclip_jax.core.run_folder import RunFolder
 
 # Ends of the names that the profiler gives its files, and ends of those that the run gives them. The rest is the host's
 # name there, which several processes may share, and the number of the process here.

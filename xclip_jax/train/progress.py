@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import jax
 
-from xclip_jax.console import format_duration
+from xclip_jax.core.console import format_duration
 
 T = TypeVar("T")
 

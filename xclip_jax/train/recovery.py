@@ -5,10 +5,10 @@ from collections.abc import Mapping
 
 import jax
 
-from xclip_jax.console import log0
+from xclip_jax.core.console import log0
+from xclip_jax.core.errors import Diverged
+from xclip_jax.core.storage import JsonLines
 from xclip_jax.data.ledger import Ledger
-from xclip_jax.errors import Diverged
-from xclip_jax.storage import JsonLines
 from xclip_jax.train import guard
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.job import Job

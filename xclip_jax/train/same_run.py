@@ -6,13 +6,13 @@ from typing import Any
 
 from etils import epath
 
-from xclip_jax import environment
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
+from xclip_jax.core import environment
 from xclip_jax.data import tokenizer
-from xclip_jax.parallel import processes
+from xclip_jax.processes import runtime
 from xclip_jax.train.job import Job
-from xclip_jax.train.run_folder import OUTCOMES, TRANSPARENT, TrainingFolder
+from xclip_jax.train.training_folder import OUTCOMES, TRANSPARENT, TrainingFolder
 
 # Hosts may keep the same files in different places, and differ in how they read them.
 _OF_A_HOST = (
@@ -26,7 +26,7 @@ def check_config(config: Config, folder: TrainingFolder) -> None:
     Raises:
       UserError: names the keys that differ, in the processes that differ from process 0.
     """
-    if processes.peers() is None:
+    if runtime.peers() is None:
         return
     keys = schema.flatten(schema.to_dict(config))
     facts = {key: value for key, value in keys.items() if key not in _OF_A_HOST}
@@ -35,7 +35,7 @@ def check_config(config: Config, folder: TrainingFolder) -> None:
     facts |= {f"version of {package}": version for package, version in captured["versions"].items()}
     facts["newest checkpoint in --config.run"] = folder.latest_step()
     remedy = "start all processes with the same command, code and packages, and --config.run on storage that all share"
-    processes.check_same(facts, remedy)
+    runtime.check_same(facts, remedy)
 
 
 def check_data(job: Job) -> None:
@@ -44,7 +44,7 @@ def check_data(job: Job) -> None:
     Raises:
       UserError: names the source or set that differs.
     """
-    if processes.peers() is None:
+    if runtime.peers() is None:
         return
     facts: dict[str, Any] = {}
     if (name := job.experiment.data.tokenizer) not in tokenizer.NAMES:
@@ -63,4 +63,4 @@ def check_data(job: Job) -> None:
     remedy = "all processes have to read the same data.sources, data.tokenizer and evaluation sets"
     if any(OUTCOMES.keys() & fingerprint.keys() for fingerprint in job.fingerprints):
         remedy += ", and all of their records: see that the files can be read, and start again"
-    processes.check_same(facts, remedy)
+    runtime.check_same(facts, remedy)

@@ -14,15 +14,15 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from xclip_jax.addresses import public
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
-from xclip_jax.console import log0
+from xclip_jax.core.addresses import public
+from xclip_jax.core.console import log0
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.imports import import_class
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.storage import is_remote, write_json
 from xclip_jax.data.text import first_line
-from xclip_jax.errors import UserError
-from xclip_jax.imports import import_class
-from xclip_jax.run_folder import RunFolder
-from xclip_jax.storage import is_remote, write_json
 
 # Seconds that wandb waits for a login that it asks for on a terminal, and at the end of a run for what is left to be
 # uploaded. Without a limit it waits for ever for a user who has left, or for a network that is gone.

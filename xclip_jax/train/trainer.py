@@ -8,26 +8,26 @@ from typing import Any
 import jax
 import ml_collections
 
-from xclip_jax.commands import command
 from xclip_jax.config.schema import Config, resolve
-from xclip_jax.console import log0
+from xclip_jax.core.command_names import command
+from xclip_jax.core.console import log0
+from xclip_jax.core.errors import EXIT_RESUMABLE, UserError, describe
 from xclip_jax.data.ledger import Ledger
-from xclip_jax.errors import EXIT_RESUMABLE, UserError, describe
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.results import Result, flat
 from xclip_jax.models.two_towers import Variables
-from xclip_jax.parallel import processes
+from xclip_jax.processes import runtime
+from xclip_jax.processes.interrupt import Interrupted, PreemptionHandler
+from xclip_jax.processes.watchdog import COMPILATION, RESTORE, Watchdog
 from xclip_jax.train import disk_space, memory, same_run, trackers
 from xclip_jax.train.callbacks import Callback, make_callbacks
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.interrupt import Interrupted, PreemptionHandler
 from xclip_jax.train.job import Job, check_moved_sources, prepare
 from xclip_jax.train.log import MetricLogger
 from xclip_jax.train.loop import evaluating, run_evaluators, train
 from xclip_jax.train.recovery import SkippedSteps
-from xclip_jax.train.run_folder import TrainingFolder
 from xclip_jax.train.state import TrainState, create
-from xclip_jax.train.watchdog import COMPILATION, RESTORE, Watchdog
+from xclip_jax.train.training_folder import TrainingFolder
 from xclip_jax.train.weights import init_from_weights
 
 # A ratio of epochs from which on a recipe's schedule is not the one that was meant.
@@ -39,7 +39,7 @@ def run(
 ) -> dict[str, float]:
     """Train, or resume training, to `config.steps` and return the results of the last evaluation.
 
-    Everything goes to the folder `config.run`, see `xclip_jax.run_folder`. The same call on the same folder resumes, or
+    Everything goes to the folder `config.run`, see `xclip_jax.core.run_folder`. The same call on the same folder resumes, or
     returns the results of a run that is complete. Nothing is written before the config, the folder, the sources and
     the evaluation sets are checked.
 
@@ -76,7 +76,7 @@ def run(
         with folder.claimed(config, job.fingerprints, *groups), Watchdog(folder, stop, **limits) as watch:
             # A process that fails ends before its checkpointer is closed, which would wait for the others.
             checkpoints = Checkpointer(folder.path, keep=keep, keep_every=keep_every)
-            with checkpoints as checkpointer, processes.ends_all():
+            with checkpoints as checkpointer, runtime.ends_all():
                 state, stopped, log = _train(job, checkpointer, watch, stop, callbacks, began)
             stop.saves = False
             try:

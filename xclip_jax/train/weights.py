@@ -14,13 +14,15 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from xclip_jax import imports, interop
+from xclip_jax import interop
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
-from xclip_jax.console import log0
+from xclip_jax.core import imports
+from xclip_jax.core.console import log0
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import RunFolder, not_found
 from xclip_jax.data import tokenizer
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.errors import UserError
 from xclip_jax.evaluators.results import digest
 from xclip_jax.interop import hub
 from xclip_jax.models.tower import Tower
@@ -28,7 +30,6 @@ from xclip_jax.models.two_towers import TOWERS, Variables
 from xclip_jax.objectives import LossConfig
 from xclip_jax.parallel.mesh import replicated
 from xclip_jax.parallel.sharding import MeshConfig
-from xclip_jax.run_folder import RunFolder, not_found
 from xclip_jax.train.build import Experiment, build
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.state import TrainState

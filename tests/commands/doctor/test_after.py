@@ -1,0 +1,275 @@
+"""The doctor on a run's folder: each warning and FAIL, from files as a run leaves them."""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import time
+
+import pytest
+from etils import epath
+
+from tests.helpers import tiny
+from tests.helpers.pages import written
+from tests.report.test_health import collapsed
+from xclip_jax.commands.doctor import __main__ as command
+from xclip_jax.commands.doctor import after, series
+from xclip_jax.commands.doctor.after import check_run
+from xclip_jax.commands.doctor.finding import FAIL, OK, WARNING
+from xclip_jax.train import checkpoint_digest
+
+LN_B = math.log(16)
+
+
+def rows(n=60, every=10, *, speed=100.0, **series_of):
+    """Lines of a run of CLIP that learns; `series_of` are functions of the line's number, with __ for the slash."""
+    lines = []
+    for i in range(n):
+        usual = {
+            "clip__loss": LN_B - 0.03 * i,
+            "clip__scale": 14.0 + i / 10,
+            "grad_norm": 4.0 + (i % 3) / 10,
+            "data__wait_share": 0.01,
+            "data__bad": 2.0,
+            "data__bad_share": 0.001,
+            "samples_per_second": speed if i else 0.0,
+        }
+        values = usual | {name: function(i) for name, function in series_of.items()}
+        line = {"step": every * i or 1, "clip/ln_b": LN_B} | {k.replace("__", "/"): v for k, v in values.items()}
+        lines.append({"loss": line["clip/loss"]} | line)
+    return lines
+
+
+def run_of(tmp_path, lines, objective="clip", **changes):
+    usual = {"steps": 1000, "log__every": 10, "log__collapse_warmup_steps": 100, "checkpoint__every": 0}
+    written(tmp_path / "run", tiny.config(objective, **usual | changes), lines)
+    return tmp_path / "run"
+
+
+def findings(folder, check, **options):
+    return [x for x in check_run(str(folder), **options) if x.check == check]
+
+
+def only(folder, check, mark, **options):
+    (finding,) = findings(folder, check, **options)
+    assert finding.mark == mark and "\n" not in finding.line(), finding
+    assert finding.mark == OK or finding.remedy or finding.check == "objective"
+    return finding
+
+
+def test_a_run_that_is_well(tmp_path, capsys):
+    folder = run_of(tmp_path, rows())
+    with (folder / ".lock").open("w") as file:
+        file.write("process 7 on a host\n")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        assert command.main([str(folder)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("ok ") for line in lines[:-1]) and lines[-1] == "10 checks: 0 FAIL, 0 warnings"
+    progress, checkpoints = lines[:2]
+    assert "in progress by process 7 on a host: step 590 of 1,000, 1:06 left" in progress
+    assert "none yet; a kill now would lose 590 steps, 1:34" in checkpoints
+
+
+def test_stalled_stopped_and_complete(tmp_path):
+    folder = run_of(tmp_path, rows())
+    soon, late = time.time() + 60, time.time() + 3600
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert only(folder, "progress", OK, now=soon)
+        finding = only(folder, "progress", FAIL, now=late)
+        assert "stalled? step 590" in finding.text and "another process" in finding.text
+    finding = only(folder, "progress", WARNING, now=soon)
+    assert "not running and not complete" in finding.text and finding.remedy == "run the same command to resume"
+    (folder / "results.json").write_text(json.dumps({"results": {}, "records": [], "config": {}}))
+    (folder / "metrics.jsonl").write_text(json.dumps(rows()[-1] | {"step": 1000}) + "\n")
+    assert only(folder, "progress", OK).text == "complete at step 1,000"
+
+
+def test_a_folder_without_metrics(tmp_path):
+    folder = run_of(tmp_path, [])
+    assert [x.check for x in check_run(str(folder))] == ["progress", "checkpoints"]
+
+
+def test_skipped_steps(tmp_path):
+    assert only(run_of(tmp_path, rows(skipped_steps=lambda i: 0)), "skipped steps", OK).text == "none"
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    text = only(run_of(tmp_path, rows(skipped_steps=lambda i: i // 10)), "skipped steps", WARNING).text
+    assert text.startswith("5 of 590 steps were skipped: their loss or gradient was not finite")
+
+
+def test_nothing_learned(tmp_path):
+    folder = run_of(tmp_path, rows(clip__loss=lambda i: LN_B + 0.001))
+    text = only(folder, "objective", FAIL).text
+    assert "clip, plateau: the loss is 2.774, no better than" in text and "Lengthen optim.warmup or lower" in text
+    assert "Warning at 50 of 50 logged steps" in text
+    shutil.rmtree(folder)
+    folder = run_of(tmp_path, rows(clip__loss=lambda i: LN_B * (0.5 if i > 30 else 1)))
+    assert "not at the last step; Warning at 21 of 50" in only(folder, "objective", WARNING).text
+    shutil.rmtree(folder)
+    folder = run_of(tmp_path, rows(5, clip__loss=lambda i: LN_B))
+    assert "not judged yet" in only(folder, "objective", OK).text
+    (folder / "results.json").write_text(json.dumps({"results": {}, "records": [], "config": {}}))
+    assert "plateau" in only(folder, "objective", FAIL).text
+
+
+@pytest.mark.parametrize("kind", ["", "flat", "few clusters", "disagreement"])
+def test_collapse_of_clusters(kind, tmp_path):
+    lines = [{"step": step, "loss": 0.0, "grad_norm": 1.0} | collapsed(kind) for step in (1, 200)]
+    judged = findings(run_of(tmp_path, lines, "nclip"), "objective")
+    assert {x.text.partition(":")[0]: x.mark for x in judged} == {
+        f"nclip, {name}": FAIL if name == kind else OK for name in ("flat", "few clusters", "disagreement")
+    }
+
+
+def test_logit_scale_at_its_bound(tmp_path):
+    folder = run_of(tmp_path, rows(clip__scale=lambda i: 100.0 if i >= 20 else 50.0))
+    assert "since step 200, in the first half" in only(folder, "logit scale", WARNING).text
+    shutil.rmtree(folder)
+    folder = run_of(tmp_path, rows(clip__scale=lambda i: 100.0 if i >= 55 else 50.0))
+    assert "since step 550" in only(folder, "logit scale", OK).text
+    shutil.rmtree(folder)
+    folder = run_of(tmp_path, rows(siglip__scale=lambda i: 117.0), "siglip")
+    assert "117.0, which has no bound" in only(folder, "logit scale", OK).text
+
+
+def test_devices_that_wait_for_data(tmp_path):
+    folder = run_of(tmp_path, rows(data__wait_share=lambda i: 0.3 if i >= 30 else 0.0))
+    finding = only(folder, "input", WARNING)
+    assert finding.values["wait_share"] == pytest.approx(0.3) and "data.workers" in finding.remedy
+
+
+def test_bad_samples(tmp_path):
+    folder = run_of(tmp_path, rows(data__bad_share=lambda i: 0.03))
+    entry = {"position": 1, "source": 0, "index": 1, "reason": "truncated image", "detail": ""}
+    (folder / "bad_samples.jsonl").write_text(json.dumps(entry) + "\n")
+    finding = only(folder, "samples", WARNING)
+    assert finding.text.startswith("3.00% bad, allowed are 5.00% (truncated image: 1)")
+
+
+def test_spikes_of_the_loss(tmp_path):
+    folder = run_of(tmp_path, rows(clip__loss=lambda i: 2.7 - 0.03 * i + 1.5 * (i in (25, 40)) + 0.02 * (i % 2)))
+    finding = only(folder, "loss", WARNING)
+    assert finding.values["spikes"] == [250, 400] and "2 spikes" in finding.text and "grad_clip_norm" in finding.remedy
+    assert series.spikes([1.0] * 30) == [] and series.spikes([5 - 0.1 * i + 0.2 * (i % 2) for i in range(40)]) == []
+
+
+def test_gradients(tmp_path):
+    folder = run_of(tmp_path, rows(grad_norm=lambda i: 4.0 if i < 54 else 80.0))
+    assert "it explodes" in only(folder, "gradient", WARNING).text
+    shutil.rmtree(folder)
+    folder = run_of(tmp_path, rows(grad_norm=lambda i: 8.0 if i < 6 else 0.009))
+    assert "it vanishes" in only(folder, "gradient", WARNING).text
+    shutil.rmtree(folder)
+    assert "too few" in only(run_of(tmp_path, rows(5)), "gradient", OK).text
+
+
+def mean_speed(rate):
+    """samples_per_second as a run logs it: the mean since its first step, where `rate(i)` is that before line i."""
+
+    def mean(i):
+        seconds = [160 / rate(j) for j in range(1, i + 1)]
+        return 160 * i / sum(seconds) if i else 0.0
+
+    return mean
+
+
+def test_a_speed_that_falls(tmp_path):
+    lines = rows(samples_per_second=mean_speed(lambda i: 100.0 if i < 40 else 50.0))
+    lines[0]["step"] = 0  # the mean is of whole intervals
+    folder = run_of(tmp_path, lines)
+    finding = only(folder, "speed", WARNING)
+    assert finding.values["samples_per_second"] == pytest.approx(50.0) and "50% less than the 100" in finding.text
+    assert "other processes" in finding.remedy
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line | {"data/wait_share": 0.5}) + "\n" for line in lines))
+    assert "reading has become slower" in only(folder, "speed", WARNING).remedy
+    # A later process has a speed of its own: what it was on other devices does not count.
+    again = [line | {"step": line["step"] + 600} for line in rows(30, speed=20.0)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines + again))
+    assert only(folder, "speed", OK).values["samples_per_second"] == pytest.approx(20.0)
+
+
+def test_checkpoints(tmp_path, run):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    content = json.loads((folder / "config.json").read_text())
+    content["config"] |= {"steps": 1000, "checkpoint": {"every": 400, "keep": 3}}
+    (folder / "config.json").write_text(json.dumps(content))
+    only(folder, "checkpoints", OK)
+    shutil.copytree(folder / "checkpoints/0", folder / "checkpoints/400")
+    text = only(folder, "checkpoints", FAIL).text
+    assert "damaged in" in text and "400 (" in text
+    (folder / "checkpoints/400/digest.json").unlink()
+    assert "400 (digest.json is missing)" in only(folder, "checkpoints", FAIL).text
+    checkpoint_digest.write(epath.Path(folder / "checkpoints/400"), 400)
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in rows()))
+    finding = only(folder, "checkpoints", OK)
+    assert list(finding.values["checkpoints"]) == [0, 400] and "would lose 190 steps, 0:15" in finding.text
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in rows(speed=0.1)))
+    assert "set checkpoint.every to 22" in only(folder, "checkpoints", WARNING).remedy
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in rows(140)))
+    assert "should have left a later one" in only(folder, "checkpoints", FAIL).text
+    for file in (folder / "checkpoints/400/state").rglob("d/*"):
+        os.remove(file)
+    assert "is missing)" in only(folder, "checkpoints", FAIL).text
+
+
+@pytest.mark.parametrize(("module", "function"), [(after, "_bytes"), (checkpoint_digest, "_hash")])
+def test_a_checkpoint_that_is_rotated_out_meanwhile_is_no_damage(module, function, tmp_path, run, monkeypatch):
+    """While its size is taken, or its hashes: the run deletes the oldest."""
+    folder, real = tmp_path / "run", getattr(module, function)
+    shutil.copytree(run, folder)
+    rotated, kept = folder / "checkpoints/0", folder / "checkpoints/400"
+    shutil.copytree(rotated, kept)
+    (kept / "digest.json").unlink()
+    checkpoint_digest.write(epath.Path(kept), 400)
+
+    def rotate(path, *arguments, **options):
+        shutil.rmtree(rotated, ignore_errors=True)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(module, function, rotate)
+    finding = only(folder, "checkpoints", OK)
+    assert list(finding.values["checkpoints"]) == [400] and finding.text.startswith("step 400 of ")
+
+
+def test_a_run_that_keeps_one_checkpoint_is_looked_at_while_it_is_replaced(tmp_path, run, monkeypatch):
+    folder, real = tmp_path / "run", checkpoint_digest.find_fault
+    shutil.copytree(run, folder)
+
+    def replace(path, step):
+        (folder / "checkpoints/0").rename(folder / "checkpoints/400")
+        return real(path, step)
+
+    monkeypatch.setattr(checkpoint_digest, "find_fault", replace)
+    assert only(folder, "checkpoints", OK).text == "step 400, written meanwhile"
+
+
+def test_results(tmp_path):
+    folder = run_of(tmp_path, rows())
+    record = {"set": "a", "family": "zeroshot", "metric": "top1", "value": 50.0, "unit": "%", "n": 100, "chance": 10.0}
+    for value, mark in ((50.0, OK), (11.0, WARNING)):
+        content = {
+            "results": {},
+            "config": {},
+            "records": [record | {"value": value, "protocol": "", "headline": True}],
+        }
+        (folder / "results.json").write_text(json.dumps(content))
+        assert only(folder, "results", mark).values == {"sets": 1, "above_chance": int(mark == OK)}
+    (folder / "results.json").write_text(
+        json.dumps({"results": {}, "records": [], "config": {}, "failed": {"b": "file is gone"}})
+    )
+    assert "b could not be evaluated: file is gone" in only(folder, "results", FAIL).text
+
+
+def test_a_damaged_run_is_one_sentence(tmp_path):
+    folder = run_of(tmp_path, rows())
+    (folder / "config.json").write_text("{")
+    with pytest.raises(SystemExit) as end:
+        command.main([str(folder), "--json"])
+    assert str(end.value).startswith(f"error: {folder}/config.json is damaged")

@@ -1,0 +1,391 @@
+import functools
+import http.server
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import xclip_jax
+from tests.helpers import bad_tars, tiny
+from xclip_jax.commands import embed, embed_sources
+from xclip_jax.core import file_lock
+from xclip_jax.core.errors import UserError
+from xclip_jax.data import embeddings, sources
+
+KILL = """
+import os, pathlib, signal, sys
+from xclip_jax.commands import embed
+replace = pathlib.Path.replace
+def kill(self, target):
+    if self.name == ".000002.parquet.tmp":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(self, target)
+pathlib.Path.replace = kill
+embed.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, run):
+    """A run, 40 good pictures and two bad ones, texts, two tars."""
+    root = tmp_path_factory.mktemp("embed")
+    (root / "run").symlink_to(run)
+    tiny.folder(root / "pictures", 40)
+    (root / "pictures" / "013.txt").unlink()
+    (root / "pictures" / "002b.png").write_bytes(b"<html>")
+    (root / "pictures" / "036b.jpg").write_bytes((root / "pictures" / "003.png").read_bytes()[:100])
+    (root / "texts.txt").write_text("a fox\r\nein Füchslein\n\nthe last one", encoding="utf-8")
+    bad_tars.pairs(root / "0.tar", 0, 13)
+    bad_tars.pairs(root / "1.tar", 13, 8)
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(root):
+    return xclip_jax.load(root / "run", batch=8)
+
+
+def read(path):
+    """Columns, and what the file says about itself."""
+    return embeddings.read(path), embeddings.format_of(path).about(path)
+
+
+def flags(root, where, **changes):
+    options = {"checkpoint": root / "run", "images": root / "pictures", "out": where, "batch": 8, "part": 8} | changes
+    return [f"--{key}={value}" for key, value in options.items()]
+
+
+@pytest.fixture(scope="module")
+def straight(root):
+    embed.main(flags(root, root / "straight.parquet"))
+    return root / "straight.parquet"
+
+
+def test_rows_are_the_images_and_the_bad_ones_are_listed(root, model, straight):
+    columns, about = read(straight)
+    good = [root / "pictures" / f"{i:03d}.png" for i in range(40)]
+    assert list(columns["id"]) == list(map(str, good)) and set(columns["kind"]) == {"image"}
+    assert list(columns["text"]) == ["" if i == 13 else f"picture {i}" for i in range(40)]
+    np.testing.assert_allclose(columns["embedding"], model.encode_image(good), atol=1e-6)
+    assert about["rows"] == 40 and about["bad"] == 2 and about["step"] == 0 and about["checkpoint"].endswith("run")
+    assert {"commit", "versions", "command"} <= about["environment"].keys()
+    listed = [json.loads(line) for line in (root / "straight.parquet.bad.jsonl").read_text().splitlines()]
+    assert [pathlib.Path(entry["id"]).name for entry in listed] == ["002b.png", "036b.jpg"]
+    assert listed[0]["reason"] == "not an image"
+    assert not (root / "straight.parquet.parts").exists()
+
+
+@pytest.mark.slow  # processes that are killed
+def test_a_kill_loses_nothing_and_repeats_nothing(root, straight, capsys, monkeypatch):
+    """Killed when two parts of six are whole and the third is written but has no name yet."""
+    out = root / "killed.parquet"
+    command = [sys.executable, "-c", KILL, *flags(root, out)]
+    assert subprocess.run(command, capture_output=True).returncode == -9
+    there = sorted(path.name for path in (root / "killed.parquet.parts").glob("*.parquet"))
+    assert there == ["000000.parquet", "000001.parquet"] and not out.exists()
+    decoded, original = [], embed_sources.Images.read
+    monkeypatch.setattr(embed_sources.Images, "read", lambda self, i: decoded.append(i) or original(self, i))
+    embed.main(flags(root, out))
+    assert "resuming after part 2 of 6" in capsys.readouterr().out
+    assert sorted(decoded) == list(range(16, 42))
+    (found, about), (wanted, other) = read(out), read(straight)
+    for key in wanted:
+        np.testing.assert_array_equal(found[key], wanted[key])
+    assert about["plan"] == other["plan"] and about["bad"] == 2
+    bad = (root / "straight.parquet.bad.jsonl").read_text()
+    assert (root / "killed.parquet.bad.jsonl").read_text() == bad
+    embed.main(flags(root, out))
+    assert "is complete" in capsys.readouterr().out and len(decoded) == 26
+
+
+def test_texts_beside_images_as_npz(root, model, straight):
+    out = root / "both.npz"
+    embed.main(flags(root, out, texts=root / "texts.txt"))
+    columns, about = read(out)
+    assert list(columns["kind"]) == ["image"] * 40 + ["text"] * 4 and about["rows"] == 44 and about["bad"] == 3
+    texts = ["a fox", "ein Füchslein", "", "the last one"]
+    assert list(columns["text"][40:]) == texts
+    assert list(columns["id"][40:]) == [f"{root / 'texts.txt'}#{i + 1}" for i in range(4)]
+    np.testing.assert_allclose(columns["embedding"][[40, 41, 43]], model.encode_text([*texts[:2], texts[3]]), atol=1e-6)
+    assert not columns["embedding"][42].any()
+    listed = [json.loads(line) for line in (root / "both.npz.bad.jsonl").read_text().splitlines()]
+    assert listed[2] == {"kind": "text", "id": f"{root / 'texts.txt'}#3", "reason": "line is empty", "detail": ""}
+    np.testing.assert_array_equal(columns["embedding"][:40], read(straight)[0]["embedding"])
+
+
+def test_row_i_is_line_i(root, model, tmp_path):
+    """In parts of 8 lines, one of them without any good line; spaces are no text, control characters neither."""
+    lines = [b"", b" \t", b"a\x00b", *[b""] * 6, b"a fox", b"", b"a hen", *[b""] * 14]
+    (tmp_path / "t.txt").write_bytes(b"\n".join(lines) + b"\n")
+    out = tmp_path / "t.npz"
+    embed.main(
+        [
+            "--checkpoint",
+            str(root / "run"),
+            "--texts",
+            str(tmp_path / "t.txt"),
+            "--out",
+            str(out),
+            "--batch=8",
+            "--part=8",
+        ]
+    )
+    columns, about = read(out)
+    assert len(columns["text"]) == about["rows"] == len(lines) and about["bad"] == len(lines) - 2
+    assert {i: text for i, text in enumerate(columns["text"]) if text} == {9: "a fox", 11: "a hen"}
+    expected = np.zeros((len(lines), 16), np.float32)
+    expected[[9, 11]] = model.encode_text(["a fox", "a hen"])
+    np.testing.assert_allclose(columns["embedding"], expected, atol=1e-6)
+
+
+class Files(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder as Python does, whole files, or with `ranges` the part that is asked for."""
+
+    ranges = False
+
+    def do_GET(self):
+        asked = self.headers.get("Range")
+        if not (self.ranges and asked):
+            return super().do_GET()
+        content = pathlib.Path(self.translate_path(self.path)).read_bytes()
+        first, last = asked.removeprefix("bytes=").split("-")
+        if int(first) >= len(content):
+            return self.send_error(416)
+        part = content[int(first) : int(last) + 1]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}")
+        self.end_headers()
+        return self.wfile.write(part)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_texts_by_http(ranges, tmp_path, monkeypatch):
+    monkeypatch.setattr(Files, "ranges", ranges)
+    (tmp_path / "texts.txt").write_text("a cat\na dog\nthe last")
+    handler = functools.partial(Files, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/texts.txt"
+        if ranges:
+            lines = embed_sources.Lines(url)
+            assert [lines.read(i)[0] for i in range(len(lines))] == ["a cat", "a dog", "the last"]
+        else:
+            with pytest.raises(UserError, match=r"cannot be read .*the server gives whole files only; download"):
+                embed_sources.Lines(url)
+        server.shutdown()
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+def test_text_files_in_other_encodings_are_refused(tmp_path, encoding):
+    mark = "\ufeff" if encoding.endswith("be") else ""
+    (tmp_path / "t.txt").write_text(f"{mark}a fox\na hen\n", encoding=encoding)
+    name = encoding[:6].upper()
+    with pytest.raises(UserError, match=f"is {name} by its byte order mark; .* iconv -f {name} -t UTF-8"):
+        embed.Lines(str(tmp_path / "t.txt"))
+    (tmp_path / "t.txt").write_text("a fox\na hen\n", encoding="utf-8-sig")
+    assert embed.Lines(str(tmp_path / "t.txt")).read(0) == ("a fox", "a fox")
+
+
+def test_changed_pictures_are_another_job(root, model, tmp_path, capsys):
+    """A picture or caption of another size; the same files, written again at a later time, are the same job."""
+    pictures = shutil.copytree(root / "pictures", tmp_path / "pictures")
+    changes = {"images": pictures}
+    embed.main(flags(root, tmp_path / "x.npz", **changes))
+    os.utime(pictures / "003.png", (1, 1))
+    embed.main(flags(root, tmp_path / "x.npz", **changes))
+    assert "is complete" in capsys.readouterr().out
+    for name, content in (("003.png", (pictures / "004.png").read_bytes() + b"x"), ("003.txt", b"another caption")):
+        before = (pictures / name).read_bytes()
+        (pictures / name).write_bytes(content)
+        with pytest.raises(SystemExit, match="contains other embeddings: image differ; delete it"):
+            embed.main(flags(root, tmp_path / "x.npz", **changes))
+        (pictures / name).write_bytes(before)
+
+
+def test_tars(root, model):
+    out = root / "tars.npz"
+    embed.main(flags(root, out, images=f"{root}/{{0..1}}.tar"))
+    columns, _ = read(out)
+    source = embed.open_images(f"{root}/*.tar")
+    assert len(source) == 21 == len(columns["id"])
+    content = [source.read(i) for i in range(21)]
+    assert list(columns["text"]) == [text for _, text in content] and all(columns["text"])
+    assert list(columns["id"][:2]) == [source.name(0), source.name(1)] and "0.tar#" in columns["id"][0]
+    np.testing.assert_allclose(columns["embedding"], model.encode_image([data for data, _ in content]), atol=1e-6)
+
+
+def test_damaged_tars_give_all_that_is_whole(tmp_path, root):
+    """Of every kind of damage; what has no caption is embedded without it."""
+    good, bad = bad_tars.make(tmp_path)
+    embed.main(flags(root, tmp_path / "x.npz", images=f"{tmp_path}/*.tar"))
+    columns, about = read(tmp_path / "x.npz")
+    listed = [json.loads(line) for line in (tmp_path / "x.npz.bad.jsonl").read_text().splitlines()]
+    assert len(columns["id"]) + len(listed) == len(good) + len(bad) == about["rows"] + about["bad"]
+    assert len(columns["id"]) >= len(good) and all(entry["reason"] for entry in listed)
+    captionless = {entry["reason"] for entry in listed} & {"no caption file", "caption is empty", "caption is not text"}
+    assert not captionless and len(columns["id"]) > len(good)
+
+
+def test_a_pipe_in_place_of_a_caption_is_none(tmp_path):
+    pictures = tiny.folder(tmp_path / "pictures", 2)
+    (pictures / "000.txt").unlink()
+    os.mkfifo(pictures / "000.txt")
+    source = embed.open_images(str(pictures))
+    assert [source.read(i)[1] for i in range(2)] == ["", "picture 1"]
+
+
+def test_hidden_folders_and_files_are_left_out(tmp_path):
+    pictures = tmp_path / ".kept" / "pictures"  # above the folder that is named a dot means nothing
+    for place in ("a.png", ".b.png", ".thumbnails/large/c.png", "sub/.cache/d.png", "sub/e.png"):
+        (pictures / place).parent.mkdir(parents=True, exist_ok=True)
+        (pictures / place).write_bytes(b"x")
+    source = embed.open_images(str(pictures))
+    assert [source.name(i) for i in range(len(source))] == [str(pictures / name) for name in ("a.png", "sub/e.png")]
+
+
+def test_what_is_in_the_way_is_named(root, straight, model, tmp_path):
+    sources = {"image": embed.open_images(str(root / "pictures"))}
+    shutil.copy(straight, tmp_path / "complete.parquet")
+    assert embed.EmbeddingJob(model, sources, str(tmp_path / "complete.parquet"), part=16).run()["rows"] == 40
+    (tmp_path / "complete.parquet.parts").mkdir()  # being written again
+    with pytest.raises(UserError, match=r"contains other embeddings: part differ"):
+        embed.EmbeddingJob(model, sources, str(tmp_path / "complete.parquet"), part=16)
+    job = embed.EmbeddingJob(model, sources, str(tmp_path / "x.npz"), part=8)
+    job.folder.mkdir()
+    (job.folder / "plan.json").write_text(json.dumps(job.plan | {"weights": "other"}))
+    with pytest.raises(UserError, match=r"x.npz.parts is of another job: weights differ; delete it"):
+        embed.EmbeddingJob(model, sources, str(tmp_path / "x.npz"), part=8)
+    for content in ("", "{", "3"):
+        (job.folder / "plan.json").write_text(content)
+        with pytest.raises(UserError, match=r"plan\.json is damaged; delete .*x\.npz\.parts to embed again"):
+            embed.EmbeddingJob(model, sources, str(tmp_path / "x.npz"), part=8)
+
+
+def test_one_process_at_a_time_writes_a_file(root, model, tmp_path, capsys):
+    sources, out = {"image": embed.open_images(str(root / "pictures"))}, tmp_path / "x.npz"
+    first, second = (embed.EmbeddingJob(model, sources, str(out)) for _ in range(2))
+    third = embed.EmbeddingJob(model, {"image": embed.open_images(str(root / "pictures/00?.png"))}, str(out))
+    with (
+        file_lock.beside(out, wait=False),
+        pytest.raises(UserError, match=r"x\.npz is being written by another process; wait for it"),
+    ):
+        first.run()
+    assert list(tmp_path.iterdir()) == []
+    first.run()
+    # Checked before the first one wrote, and run after it.
+    assert second.run()["rows"] == 40 and "is complete" in capsys.readouterr().out
+    out.rename(tmp_path / "y.npz")
+    first.run()
+    assert third.complete
+    out.with_name("x.npz.parts").mkdir()  # as if the first were not done when the third looked
+    with pytest.raises(UserError, match="contains other embeddings: image differ"):
+        third.run()
+    assert read(out)[0]["embedding"].shape[0] == 40 and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04" + bytes(40)])
+def test_a_damaged_file_is_named(suffix, content, root, model, tmp_path):
+    (tmp_path / f"x{suffix}").write_bytes(content)
+    message = rf"x\{suffix} is damaged or another program's .*; delete it, or name another file"
+    with pytest.raises(UserError, match=message):
+        embed.EmbeddingJob(model, {"image": embed.open_images(str(root / "pictures"))}, str(tmp_path / f"x{suffix}"))
+    with pytest.raises(UserError, match=message):
+        embeddings.read(tmp_path / f"x{suffix}")
+
+
+@pytest.mark.parametrize("name", ["p [2]", "a,b", "q{1}", "r*?"])
+def test_a_folder_of_tars_whose_name_is_a_pattern(name, root, tmp_path):
+    """And not the folder beside it that the pattern matches."""
+    for folder, tar in ((name, "0.tar"), ("p 2", "1.tar"), ("q1", "1.tar"), ("rxy", "1.tar")):
+        (tmp_path / folder).mkdir()
+        shutil.copy(root / tar, tmp_path / folder)
+    images, pairs = (
+        embed.open_images(f"{tmp_path}/{name}"),
+        sources.open_pairs(sources.spec_from_path(f"{tmp_path}/{name}")),
+    )
+    assert images.name(0).startswith(f"{tmp_path}/{name}/0.tar#") and pairs[0]["id"] == images.name(0)
+
+
+def test_folders_in_a_list_are_refused(root, tmp_path):
+    for pattern in (f"{root}/pictures,{tmp_path}", f"{tmp_path},{root}/pictures/000.png"):
+        with pytest.raises(UserError, match=r"names the folder '.*' in a list; name one folder alone, or files"):
+            embed.open_images(pattern)
+
+
+@pytest.mark.parametrize(("changes", "message"), [({"part": 0}, "part is 0"), ({"threads": -1}, "threads is -1")])
+def test_a_job_checks_its_counts(root, model, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        embed.EmbeddingJob(
+            model, {"image": embed.open_images(str(root / "pictures"))}, str(tmp_path / "x.npz"), **changes
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint": "{}/none"}, "none' does not exist"),
+        ({"images": "{}/none/*.jpg"}, "no file matches"),
+        ({"images": "{}/none"}, "none' does not exist; name a folder, a file, or a glob"),
+        ({"batch": 0}, "--batch is 0; expected an integer of at least 1"),
+        ({"batch": -1}, "--batch is -1; expected an integer of at least 1"),
+        ({"part": 0}, "--part is 0; expected an integer of at least 1"),
+        ({"threads": -1}, "--threads is -1; expected an integer of at least 0"),
+        ({"images": "{}/run"}, "contains no image"),
+        ({"images": "{}/*.t*"}, "names 2 tars among 3 files"),
+        ({"texts": "{}/none.txt"}, "none.txt' cannot be read"),
+        ({"out": "{}/x.csv"}, "x.csv' is '.csv'; it must be one of '.parquet', '.npz'"),
+        ({"out": "gs://bucket/x.parquet"}, "--out 'gs://bucket/x.parquet' is in a bucket; name a local file"),
+        ({"step": 9}, "no checkpoint of step 9"),
+        ({"images": "{}/pictures/*b.*", "out": "{}/bad.npz"}, "nothing could be embedded"),
+        ({"imagess": "x"}, "unrecognized arguments"),
+    ],
+)
+def test_bad_input_is_one_sentence(root, changes, message):
+    changes = {key: str(value).format(root) for key, value in changes.items()}
+    with pytest.raises(SystemExit) as stopped:
+        embed.main(flags(root, root / "y.npz", **changes))
+    assert message in str(stopped.value) and str(stopped.value).startswith("error: ")
+    assert "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["runs/a", "--images=x", "--out=x.npz"], "required: --checkpoint; write --checkpoint runs/a; see --help"),
+        (
+            ["--checkpoint=a", "--out=x.npz", "--images=My", "own", "set", "--batch=2"],
+            "spaces: '--images=My own set'; see",
+        ),
+        (
+            ["--checkpoint=a", "--out=x.npz", "--images", "My", "set"],
+            "arguments: set; quote a path with spaces: 'My set';",
+        ),
+    ],
+)
+def test_misplaced_words_are_named_with_what_to_write(line, message):
+    with pytest.raises(SystemExit) as stopped:
+        embed.main(line)
+    assert message in str(stopped.value)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before_the_model_is_loaded(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
+    monkeypatch.setattr(embed.inference, "load", lambda *_, **__: pytest.fail("loaded the model"))
+    with pytest.raises(SystemExit) as stopped:
+        embed.main(flags(root, tmp_path / "new" / "x.npz"))
+    assert str(stopped.value) == (
+        f"error: --out '{tmp_path}/new/x.npz': '{tmp_path}' cannot be written to; name another folder."
+    )
+    with pytest.raises(SystemExit, match=r"the ending of '.*x\.txt' is '\.txt'"):
+        embed.main(flags(root, tmp_path / "x.txt"))

@@ -1,0 +1,167 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from tests.helpers import tiny
+from xclip_jax.commands import evaluate
+from xclip_jax.core.errors import UserError
+from xclip_jax.evaluators import registry
+from xclip_jax.train import trainer
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of other seeds, and a folder of pictures in two classes."""
+    root = tmp_path_factory.mktemp("runs")
+    pairs = tiny.folder(root / "pairs")
+    for i, name in enumerate(("a", "b")):
+        changes = {"data__sources": (f"folder:{pairs}",), "checkpoint__every": 1, "mesh__fsdp": 2}
+        trainer.run(tiny.config(run=root / name, steps=STEPS, seed=i, **changes))
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (root / "set" / label).mkdir(parents=True)
+        for i in range(10):
+            image = PIL.Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
+            image.save(root / "set" / label / f"{i}.png")
+    return root
+
+
+def timeless(value):
+    """Without what takes time."""
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if key != "seconds"}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def test_the_results_say_what_they_are_and_are_the_same_twice(runs, capsys):
+    suite = f"folder:{runs / 'set'}"
+    first = evaluate.evaluate(str(runs / "a"), suite)
+    written = json.loads((runs / "a" / "evaluation.json").read_text())
+    again = evaluate.evaluate(str(runs / "a"), suite, output=str(runs / "elsewhere" / "x.json"))
+    assert timeless(first) == timeless(again)
+    assert timeless(written) == timeless(json.loads((runs / "elsewhere" / "x.json").read_text()))
+    assert written["step"] == STEPS and written["profile"] == "openai" and "commit" in written["environment"]
+    assert written["config"]["seed"] == 0 and written["seconds"] > 0
+    (result,) = written["results"]
+    assert result["set"] == suite and result["metric"] == "top1" and result["n"] == 20
+    assert result["value"] == result["metrics"]["top1"] and 0 <= result["value"] <= 100
+    for key in ("protocol", "templates", "preprocessing", "split_hash", "tokenizer", "seconds"):
+        assert result[key], key
+    assert f"{tiny.SIZE} px" in result["preprocessing"] and "'imagenet'" in result["preprocessing"]
+    assert "zero-shot classification" in capsys.readouterr().out
+
+
+def test_an_earlier_step_can_be_evaluated(runs):
+    found = evaluate.evaluate(str(runs / "a"), f"folder:{runs / 'set'}", step=1, output=str(runs / "one.json"))
+    assert found["step"] == 1
+
+
+def test_runs_side_by_side(runs, capsys):
+    suite = f"folder:{runs / 'set'}"
+    values = [evaluate.evaluate(str(runs / name), suite)["results"][0]["value"] for name in ("a", "b")]
+    (row,) = evaluate.compare(str(runs / "a"), str(runs / "b" / "evaluation.json"))
+    assert (row["a"], row["b"]) == tuple(values) and row["difference"] == values[1] - values[0]
+    assert row["low"] <= row["difference"] <= row["high"]
+    evaluate.main(["--compare", str(runs / "a"), str(runs / "b"), "--output", str(runs / "compared.json")])
+    assert f"{row['difference']:+.1f}" in capsys.readouterr().out
+    assert json.loads((runs / "compared.json").read_text())["rows"] == [row]
+    (same,) = evaluate.compare(str(runs / "a"), str(runs / "a"))
+    assert (same["difference"], same["low"], same["high"]) == (0, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def other_results(runs):
+    """Results of both runs; called with changes of the first of the second run, writes them and compares the two."""
+    files = [str(runs / "changed" / f"{name}.json") for name in ("a", "b")]
+    for name, file in zip(("a", "b"), files, strict=True):
+        evaluate.evaluate(str(runs / name), f"folder:{runs / 'set'}", profile="openai", output=file)
+    content = json.loads((runs / "changed" / "b.json").read_text())
+
+    def compare(**changes):
+        results = [content["results"][0] | changes]
+        (runs / "changed" / "b.json").write_text(json.dumps(content | {"results": results}))
+        return evaluate.compare(*files)
+
+    return compare
+
+
+@pytest.mark.parametrize("key", ["split_hash", "version", "metric", "templates", "protocol"])
+def test_sets_that_differ_are_not_compared(other_results, key):
+    with pytest.raises(UserError, match=rf"is not the same in .*: {key} is .* and 'other'; evaluate both again"):
+        other_results(**{key: "other"})
+    assert len(other_results()) == 1
+
+
+def test_files_without_a_result_in_common_are_not_compared(other_results, runs):
+    with pytest.raises(UserError, match="no set in common"):
+        other_results(set="other")
+    (runs / "changed.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a file of results"):
+        evaluate.compare(str(runs / "changed" / "a.json"), str(runs / "changed.json"))
+
+
+def test_a_run_that_is_missing_or_not_evaluated_is_named(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match=r"/min' does not exist; did you mean '.*/mine'"):
+        evaluate.compare(str(tmp_path / "min"), str(tmp_path / "mine"))
+    with pytest.raises(UserError, match=r"/zzz' does not exist; name the folder of a run, or a file of results"):
+        evaluate.compare(str(tmp_path / "zzz"), str(tmp_path / "mine"))
+    with pytest.raises(UserError, match=r"json does not exist; make it with .* --checkpoint /.*/mine --suite NAME"):
+        evaluate.compare(str(tmp_path / "mine"), str(tmp_path / "mine"))
+
+
+def test_a_suite_is_a_name_or_names():
+    assert len(registry.expand_suites("demo")) > 10 and "imagenet_a" in registry.expand_suites("paper")
+    assert registry.expand_suites("imagenet, emoji/test_line,imagenet") == ("imagenet", "emoji/test_line")
+    demo = registry.SUITES["demo"]
+    assert (
+        registry.expand_suites("demo,imagenet") == registry.expand_suites(["demo", "imagenet"]) == (*demo, "imagenet")
+    )
+    assert registry.expand_suites(f"mnist, demo,{demo[0]}") == ("mnist", *demo)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--checkpoint", "{}/none"], "none' does not exist; name the folder of a run"),
+        (["--checkpoint", "{}/set"], "contains no file of weights"),
+        (["--checkpoint", "{}/a", "--suite", "imagenett"], "set 'imagenett'; did you mean 'imagenet'"),
+        (["--checkpoint", "{}/a", "--suite", ","], "--suite is empty"),
+        (["--checkpoint", "{}/a", "--profile", "google"], "--profile is 'google'"),
+        (["--checkpoint", "{}/a", "--step", "9"], "no checkpoint of step 9"),
+        (["--checkpoint", "{}/a", "--stepp", "9"], "unrecognized arguments: --stepp"),
+        (["--checkpoint", "{}/bare"], "holds no checkpoint"),
+        (["--checkpoint", "{}/broken"], "cannot be read"),
+        (["--compare", "{}/bare", "{}/a"], "evaluation.json does not exist"),
+        (["--compare", "{}/a"], "expected 2 arguments"),
+        (["--checkpoint", "{}/a", "--compare", "{}/a", "{}/b"], "either --checkpoint RUN or --compare A B"),
+        (["{}/a"], "unrecognized arguments: {}/a; write --checkpoint {}/a; see --help"),
+        (
+            ["--checkpoint", "My", "own", "run"],
+            "arguments: own run; quote a path with spaces: 'My own run'; see --help",
+        ),
+        ([], "either --checkpoint RUN or --compare A B"),
+    ],
+)
+def test_bad_input_is_one_sentence(flags, message, runs):
+    (runs / "bare").mkdir(exist_ok=True)
+    shutil.copy(runs / "a" / "config.json", runs / "bare")
+    (runs / "broken").mkdir(exist_ok=True)
+    (runs / "broken" / "config.json").write_text("{")
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([flag.format(runs) for flag in flags])
+    assert message.format(runs, runs) in str(stopped.value)
+    assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)
+
+
+def test_the_command(runs):
+    command = [sys.executable, "-m", "xclip_jax.commands.evaluate", "--checkpoint", str(runs / "none")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ")

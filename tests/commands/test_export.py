@@ -1,0 +1,262 @@
+import dataclasses
+import json
+import re
+import shutil
+import sys
+import types
+
+import chex
+import jax
+import numpy as np
+import open_clip
+import pytest
+import torch
+import transformers
+import yaml
+
+from tests.helpers import tiny
+from xclip_jax import interop
+from xclip_jax.commands import evaluate, export
+from xclip_jax.config import schema
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.evaluators.results import Result
+from xclip_jax.models.layers import stack_blocks
+from xclip_jax.objectives.config import RECIPES
+from xclip_jax.report import card as model_card
+from xclip_jax.train import build, state, trainer, weights
+from xclip_jax.train.encoder import make_encoder, profile_of_run
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run that evaluates its moving average, with results of a set in two classes."""
+    root = tmp_path_factory.mktemp("export")
+    pairs = tiny.folder(root / "pairs")
+    for label in ("cat", "dog"):
+        tiny.folder(root / "set" / label, n=4)
+        for text in (root / "set" / label).glob("*.txt"):
+            text.unlink()
+    suite = f"folder:{root / 'set'}"
+    trainer.run(tiny.config(
+        "xclip", run=root / "run", steps=STEPS, data__sources=(f"folder:{pairs}",), data__tokenizer="clip",
+        checkpoint__every=1, ema__on=True, ema__momentum=0.5, eval__ema=True, eval__final_sets=(suite,),
+        model__img__scan=True,
+    ))  # fmt: skip
+    evaluate.evaluate(str(root / "run"), suite)
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def expected(run):
+    """Embeddings of the run's average, by its own evaluation."""
+    _, parts, variables, _ = weights.load(str(run))
+    return encode(parts, variables)
+
+
+def encode(parts, variables):
+    encoder = make_encoder(parts)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (5, tiny.SIZE, tiny.SIZE, 3), dtype=np.uint8)
+    found = encoder.images(variables, images), encoder.texts(variables, ["a cat", "number 3", "x"])
+    return {f"{key}_{kind}": x for kind, out in zip(("img", "txt"), found, strict=True) for key, x in out.items()}
+
+
+def test_a_run_in_our_form_is_the_run(run, expected, tmp_path, capsys):
+    export.export(str(run), str(tmp_path / "out"), to="safetensors")
+    _, parts, variables, step = weights.load(str(tmp_path / "out"))
+    chex.assert_trees_all_equal(jax.device_get(variables), jax.device_get(weights.load(str(run))[2]))
+    chex.assert_trees_all_equal(encode(parts, variables), expected)
+    assert step == 0 and "cluster_logits_img" in expected
+    capsys.readouterr()
+    # What is evaluated so has the run's numbers.
+    suite = f"folder:{run.parent / 'set'}"
+    evaluate.main(["--checkpoint", str(tmp_path / "out" / interop.WEIGHTS), "--suite", suite])
+    there = json.loads((tmp_path / "out" / f"{interop.WEIGHTS}.evaluation.json").read_text())
+    here = json.loads((run / "evaluation.json").read_text())
+    assert there["results"][0]["metrics"] == here["results"][0]["metrics"]
+    with pytest.raises(UserError, match="no checkpoint of step 3"):
+        weights.load(str(tmp_path / "out"), 3)
+
+
+def test_other_projects_compute_the_embeddings_of_the_run(run, expected, tmp_path, capsys):
+    for to in ("hf", "open_clip"):
+        export.main(["--checkpoint", str(run), "--to", to, str(tmp_path / to)])
+        out = capsys.readouterr().out
+        assert "no place for them: clusters_img, clusters_txt\nwithout cluster heads the model" in out
+        assert f"{run}, step {STEPS}, as {to}" in out
+        _, parts, variables, _ = weights.load(str(tmp_path / to))
+        features = encode(parts, variables)
+        assert features.keys() == {"features_img", "embedding_img", "features_txt", "embedding_txt"}
+        for key, x in features.items():
+            np.testing.assert_allclose(x, expected[key], rtol=0, atol=1e-5, err_msg=key)
+    tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'open_clip'}")(["a cat", "number 3", "x"])
+    model = open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}").eval()
+    with torch.no_grad():
+        z_txt = model.encode_text(tokens, normalize=True).numpy()
+    np.testing.assert_allclose(z_txt, expected["embedding_txt"], rtol=0, atol=1e-5)
+    theirs = transformers.CLIPModel.from_pretrained(tmp_path / "hf").eval()
+    tokens = transformers.CLIPTokenizer.from_pretrained(tmp_path / "hf")(
+        ["a cat", "number 3", "x"], padding="max_length", truncation=True, return_tensors="pt")  # fmt: skip
+    assert tokens["input_ids"].shape[1] == tiny.LENGTH
+    with torch.no_grad():
+        z_txt = theirs.text_projection(theirs.text_model(**tokens).pooler_output).numpy()
+    np.testing.assert_allclose(
+        z_txt / np.linalg.norm(z_txt, axis=1, keepdims=True), expected["embedding_txt"], atol=1e-5
+    )
+
+
+def test_prompts_and_names_of_own_classes_are_kept(run, tmp_path):
+    """So that the export's own labelled images are evaluated as the run's are."""
+    config, _, variables, _ = weights.load(str(run))
+    names, values, variables = tmp_path / "names.json", schema.to_dict(config), jax.device_get(variables)
+    names.write_text('{"cat": "kitten"}')
+    values["eval"] |= {"templates": ["a drawing of a {c}"], "class_names": str(names)}
+    assert interop.write(variables, values, str(tmp_path / "out")) == []
+    names.unlink()
+    profile = profile_of_run(weights.load(str(tmp_path / "out"))[0])
+    assert profile.templates == ("a drawing of a {c}",) and profile.names == {"cat": "kitten"}
+    (note,) = interop.write(variables, values, str(tmp_path / "out"))  # over the other
+    assert "names.json, the names of own classes (eval.class_names)" in note
+    assert profile_of_run(weights.load(str(tmp_path / "out"))[0]).names == {}
+
+
+def test_names_of_others_are_no_markdown_in_a_card(run):
+    markdown = pytest.importorskip("markdown")
+    hostile = [
+        "cat\n\n# Safe weights",
+        "<img src=x onerror=y>",
+        "[here](https://x.org)",
+        "`<b>` www.x.org",
+        "a | b",
+    ]
+    folder = RunFolder(run)
+    folder.read_classes = lambda: hostile
+    experiment = build.build(schema.resolve(schema.complete(folder.read_config()["config"])))
+    experiment = dataclasses.replace(experiment, objective=types.SimpleNamespace(labelled=True))
+    card = model_card._data(folder, experiment)
+    assert card.splitlines()[-1] == (
+        "Classes: `cat # Safe weights`, `<img src=x onerror=y>`, `[here](https://x.org)`, `'<b>' www.x.org`, `a | b`."
+    )
+    words = model_card._words("one <img src=x>\n# two [here](https://x.org)")
+    for text in (card, model_card._rows(("protocol",), [[words]])):
+        page = markdown.markdown(text, extensions=["tables"])
+        assert not re.search("<(img|a|b|h1)[ >]", page), page
+
+
+def test_the_card_of_a_run(run, tmp_path, monkeypatch):
+    export.export(str(run), str(tmp_path / "hf"))
+    card = (tmp_path / "hf" / export.CARD).read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert (head["library_name"], head["license"], head["tags"]) == ("transformers", "unknown", ["xclip", "xclip_jax"])
+    data, results, evaluation, config = (
+        json.loads((run / f"{name}.json").read_text()) for name in ("data", "results", "evaluation", "config")
+    )
+    for part in (
+        f"| {data[0]['samples']} | by size |", "| optim.lr | 0.001 |",
+        f"| objective.terms.clip | {RECIPES['xclip']['clip']} |",
+        f"| data.batch | {tiny.BATCH} |",
+        "| step | 2 of 2 |", "| parameters | their moving average |",
+        "# xCLIP, ViT of width 32", "Trained on image-text pairs; gives embeddings of images and texts in one space of "
+        "16 dimensions and distributions of images and texts over 24 clusters.",
+        "| objective.nclip.smoothness | 2.0 |", "| model.cluster_head.clusters | 24 |",
+        "left out, since 'hf' has no place for them: clusters_img, clusters_txt",
+        f"commit `{config['environment']['commit']}`", f"jax {config['environment']['versions']['jax']}",
+        "The licence of the training data: see its sources", "## Limits",
+        f"| {evaluation['results'][0]['value']:.1f} |", "zero-shot classification, %", "one caption of text is drawn",
+    ):  # fmt: skip
+        assert part in card, part
+    assert results["results"]
+    # The Hub shows what is in its model-index.
+    (index,) = head["model-index"]
+    shown = {(row["dataset"]["type"], m["type"]): m["value"] for row in index["results"] for m in row["metrics"]}
+    (entry,) = [entry for entry in evaluation["results"] if entry["step"] == STEPS]
+    assert index["name"] == "xCLIP" and shown == {("folder:set", entry["metric"]): round(entry["value"], 2)}
+    assert str(run.parent) not in card and "| `folder:pairs` |" in card and "| `folder:set` |" in card
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "huggingface_hub", None)
+        export.export(str(run), str(tmp_path / "hf"), overwrite=True)
+    plain = yaml.safe_load((tmp_path / "hf" / export.CARD).read_text().split("---\n")[1])
+    assert plain == {key: value for key, value in head.items() if key != "model-index"}
+    # Results of the last step are none of an earlier one.
+    export.export(str(run), str(tmp_path / "hf"), step=1, overwrite=True)
+    card = (tmp_path / "hf" / export.CARD).read_text()
+    assert "| step | 1 of 2 |" in card and "this checkpoint was not evaluated" in card
+    # Weights of others: nothing is made up.
+    export.export(str(tmp_path / "hf"), str(tmp_path / "oc"), to="open_clip")
+    card = (tmp_path / "oc" / export.CARD).read_text()
+    assert "## Recipe" not in card and "Converted from `hf`" in card and str(tmp_path) not in card
+
+
+def test_a_card_has_no_path_of_the_machine():
+    for text, public in {
+        "tar:/data/cc12m/{00000..01242}.tar": "tar:cc12m/{00000..01242}.tar",
+        "folder:/home/me/My Pictures/pairs/": "folder:pairs",
+        "my_lab.sources:JsonLines:/data/x.jsonl": "my_lab.sources:JsonLines:x.jsonl",
+        '--key=("folder:~/a","csv:gs://bucket/b/c.csv")': '--key=("folder:a","csv:c.csv")',
+        "imagenet@/data/val": "imagenet@val", "hf:/data/own/test": "hf:test", "/lib/xclip_jax/main.py": "main.py",
+        **dict.fromkeys(["hf:lab/x@v1/test", "wds:hf:lab/x", "runs/mine", "https://host/a/b", "/", "a / b"]),
+    }.items():  # fmt: skip
+        assert model_card._public(text) == (public or text)
+    names = ["zeroshot/folder:/a/x", "zeroshot/folder:/b/x", "my_lab.sets:Own:/c/y", "retrieval/hf:lab/z/test"]
+    assert list(model_card._sets(names).values()) == [
+        "zeroshot/folder:a/x", "zeroshot/folder:b/x", "my_lab.sets:Own:y", "retrieval/hf:lab/z/test"
+    ]  # fmt: skip
+    config = schema.resolve(tiny.config("clip"))
+    names = ["wds:hf:lab/set", "hf:lab/other@v1/test", "hf:lab/other@v1/test?label=fine"]
+    measured = [Result(name, "zeroshot", key, 50.0, headline=True) for name in names for key in ("top1", "top5")]
+    head = model_card._metadata(config, build.build(config), "hf", measured)
+    (index,) = yaml.safe_load(head.split("---\n")[1])["model-index"]
+    assert [(row["dataset"]["type"], row["dataset"]["name"]) for row in index["results"]] == [
+        ("lab/set", names[0]), ("lab/other", names[1]), ("lab/other", names[2])
+    ]  # fmt: skip
+    assert [[metric["type"] for metric in row["metrics"]] for row in index["results"]] == [["top1", "top5"]] * 3
+
+
+def test_a_folder_with_files_is_kept(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match="is not empty; name another, or add --overwrite"):
+        export.export(str(run), str(tmp_path / "out"))
+    export.export(str(run), str(tmp_path / "out"), overwrite=True)
+    export.export(str(run), str(tmp_path / "out"), to="open_clip", overwrite=True)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"mine.txt", "README.md", "open_clip_config.json", "open_clip_model.safetensors"}
+    for out in (run, run.parent):
+        with pytest.raises(UserError, match="contains the weights to export"):
+            export.export(str(run), str(out), overwrite=True)
+    shutil.copytree(run, tmp_path / "other")
+    with pytest.raises(UserError, match="is a run directory; name another folder"):
+        export.export(str(run), str(tmp_path / "other"), overwrite=True)
+    with pytest.raises(UserError, match="is a run directory; write its weights with"):
+        interop.read(str(run))
+
+
+def test_a_new_run_starts_from_an_export(run, tmp_path, capsys):
+    export.export(str(run), str(tmp_path / "hf"))
+    c = tiny.config("clip", data__tokenizer="clip", model__txt__scan=True, seed=3, init__weights=str(tmp_path / "hf"))
+    p = build.build(c)
+    begun = weights.init_from_weights(weights.read_initial(p.config, p.abstract), state.create(p.init, p.abstract))
+    assert f"starting from {tmp_path / 'hf'}, step 0" in capsys.readouterr().out
+    found = interop.read(str(tmp_path / "hf"))[1]["params"]
+    found["txt"]["transformer"] = stack_blocks(found["txt"]["transformer"], 1)
+    chex.assert_trees_all_equal(jax.device_get(begun.params), found)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--checkpoint", "{}", "--to", "onnx", "{}/../x"], "error: --to is 'onnx'; expected one of hf, open_clip, "),
+        (["--checkpoint", "{}/none", "{}/../x"], "does not exist; name the folder of a run"),
+        (["--checkpoint", "{}", "--step", "9", "{}/../x"], "no checkpoint of step 9"),
+        (["--checkpoint", "{}"], "required: OUT"),
+        (["--checkpoint", "{}", "{}/config.json"], "is a file; name a folder"),
+    ],
+)
+def test_bad_input_is_one_sentence(flags, message, run):
+    with pytest.raises(SystemExit) as stopped:
+        export.main([flag.format(run) for flag in flags])
+    assert message in str(stopped.value)
+    assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)

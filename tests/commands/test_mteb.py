@@ -1,0 +1,157 @@
+"""A model on tasks of mteb made here, against direct computations; skipped where mteb is not installed."""
+
+import numpy as np
+import pytest
+import scipy.stats
+from PIL import Image
+
+import xclip_jax
+from xclip_jax.core.errors import UserError
+
+mteb = pytest.importorskip("mteb", minversion="2.0")
+datasets = pytest.importorskip("datasets")
+
+from mteb.abstasks.image.image_text_pair_classification import AbsTaskImageTextPairClassification  # noqa: E402
+from mteb.abstasks.retrieval import AbsTaskRetrieval  # noqa: E402
+from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData  # noqa: E402
+from mteb.abstasks.sts import AbsTaskSTS  # noqa: E402
+from mteb.abstasks.zeroshot_classification import AbsTaskZeroShotClassification  # noqa: E402
+from mteb.models.models_protocols import EncoderProtocol  # noqa: E402
+
+from xclip_jax.commands.mteb import Model  # noqa: E402
+
+N = 12
+LABELS = ["a red one", "green", "the blue", "grey?"]
+TEXTS = [f"{LABELS[i % 4]} number {i}" for i in range(N)]
+SCORES = [float(i * 5 % N) for i in range(N)]
+
+
+def images():
+    rng = np.random.default_rng(0)
+    shades = rng.integers(40, 216, (N, 1, 1, 3))
+    return [Image.fromarray(np.uint8(shade + rng.integers(-40, 40, (20, 24, 3)))) for shade in shades]
+
+
+def metadata(name, kind, category, modalities, score):
+    return mteb.TaskMetadata(
+        name=name, type=kind, category=category, modalities=modalities, main_score=score, description="of the tests",
+        reference=None, dataset={"path": "none/none", "revision": "1"}, eval_splits=["test"], eval_langs=["eng-Latn"],
+        date=("2020-01-01", "2020-01-01"), domains=[], task_subtypes=[], license=None, annotations_creators=None,
+        dialect=[], sample_creation=None, bibtex_citation="",
+    )  # fmt: skip
+
+
+def of_test(**columns):
+    return datasets.DatasetDict({"test": datasets.Dataset.from_dict(columns)})
+
+
+class Sentences(AbsTaskSTS):
+    """Text alone."""
+
+    metadata = metadata("OwnSTS", "STS", "t2t", ["text"], "cosine_spearman")
+    min_score, max_score = 0, N
+
+    def load_data(self, **kwargs):
+        self.dataset = of_test(sentence1=TEXTS, sentence2=TEXTS[::-1], score=SCORES)
+        self.data_loaded = True
+
+
+class ZeroShot(AbsTaskZeroShotClassification):
+    """Images and class names."""
+
+    metadata = metadata("OwnZeroShot", "ZeroShotClassification", "i2t", ["image", "text"], "accuracy")
+
+    def load_data(self, **kwargs):
+        self.dataset = of_test(image=images(), label=[i % 4 for i in range(N)])
+        self.data_loaded = True
+
+    def get_candidate_labels(self):
+        return LABELS
+
+
+class Search(AbsTaskRetrieval):
+    """Images of a text."""
+
+    metadata = metadata("OwnSearch", "Any2AnyRetrieval", "t2i", ["text", "image"], "ndcg_at_10")
+
+    def load_data(self, **kwargs):
+        numbers = [str(i) for i in range(N)]
+        split = RetrievalSplitData(
+            queries=datasets.Dataset.from_dict({"id": [f"q{i}" for i in numbers], "text": TEXTS}),
+            corpus=datasets.Dataset.from_dict({"id": [f"d{i}" for i in numbers], "image": images()}),
+            relevant_docs={f"q{i}": {f"d{i}": 1} for i in numbers},
+            top_ranked=None,
+        )
+        self.dataset = {"default": {"test": split}}
+        self.data_loaded = True
+
+
+class Pairs(AbsTaskImageTextPairClassification):
+    """One image and one text a row, by names of columns."""
+
+    metadata = metadata("OwnPairs", "Compositionality", "i2t", ["text", "image"], "text_acc")
+    images_column_names, texts_column_names = ["left", "right"], ["one", "two"]
+
+    def load_data(self, **kwargs):
+        pictures = images()
+        self.dataset = of_test(left=pictures[::2], right=pictures[1::2], one=TEXTS[::2], two=TEXTS[1::2])
+        self.data_loaded = True
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return xclip_jax.load(run, batch=8)
+
+
+def score_of(model, task, key):
+    """One score of a task, not from mteb's cache nor into it."""
+    (result,) = mteb.evaluate(Model(model), task, cache=None, co2_tracker=False, show_progress_bar=False).task_results
+    return result.scores["test"][0][key]
+
+
+def test_the_protocol_and_its_metadata(model, run):
+    adapted = Model(model)
+    assert isinstance(adapted, EncoderProtocol)
+    meta = adapted.mteb_model_meta
+    assert meta.name == f"xclip_jax/{run.name}" and meta.revision == model.fingerprint()
+    assert set(meta.modalities) == {"text", "image"} and meta.framework == ["JAX"] and meta.n_parameters > 1000
+    assert Model(model, name="lab/mine").mteb_model_meta.name == "lab/mine"
+    with pytest.raises(UserError, match="name is 'mine'; mteb wants ORG/NAME"):
+        Model(model, name="mine")
+
+
+def test_similarity_of_texts(model):
+    z = model.encode_text(TEXTS)
+    expected = scipy.stats.spearmanr((z * z[::-1]).sum(1), SCORES).statistic
+    assert score_of(model, Sentences(), "cosine_spearman") == pytest.approx(expected, abs=1e-5)
+
+
+def test_zero_shot_classification_of_images(model):
+    scores = model.encode_image(images()) @ model.encode_text(LABELS).T
+    expected = (scores.argmax(1) == np.arange(N) % 4).mean()
+    assert score_of(model, ZeroShot(), "accuracy") == pytest.approx(expected)
+
+
+def test_retrieval_of_images_by_texts(model):
+    scores = model.encode_text(TEXTS) @ model.encode_image(images()).T
+    ranks = (scores > scores.diagonal()[:, None]).sum(1)
+    for k in (1, 5):
+        assert score_of(model, Search(), f"recall_at_{k}") == pytest.approx((ranks < k).mean(), abs=1e-5)
+
+
+def test_pairs_of_images_and_texts(model):
+    z_img, z_txt = model.encode_image(images()).reshape(N // 2, 2, -1), model.encode_text(TEXTS).reshape(N // 2, 2, -1)
+    scores = np.einsum("nid,njd->nij", z_img, z_txt)
+    right = (scores.argmax(2) == [0, 1]).all(1).mean()
+    assert score_of(model, Pairs(), "text_acc") == pytest.approx(right)
+
+
+def test_items_of_both_are_the_sum_and_others_are_refused(model):
+    adapted, pictures = Model(model), images()
+    batches = [{"text": TEXTS[i : i + 5], "image": pictures[i : i + 5]} for i in (0, 5, 10)]
+    expected = model.encode_text(TEXTS) + model.encode_image(pictures)
+    np.testing.assert_allclose(adapted.encode(batches, task_metadata=None), expected, atol=1e-5)
+    with pytest.raises(UserError, match="a batch has audio; this model takes text and image"):
+        adapted.encode([{"audio": [0]}])
+    with pytest.raises(UserError, match="no items"):
+        adapted.encode([])

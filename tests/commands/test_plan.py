@@ -1,0 +1,238 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from tests.helpers import tiny
+from xclip_jax.commands import plan
+from xclip_jax.config import load as config_file
+from xclip_jax.core.errors import UserError
+from xclip_jax.parallel import collectives
+from xclip_jax.parallel.mesh import make_mesh
+from xclip_jax.train import build, flops, memory
+
+ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def config(objective="xclip", **changes):
+    return tiny.config(objective, steps=1000, data__batch=64, model__dtype="bfloat16", **changes)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    pytest.importorskip("libtpu")
+    path = tmp_path_factory.mktemp("plan") / "step.hlo"
+    return plan.plan(config(model__img__scan=True), "v5e:2x4", hlo=str(path)) | {"path": path}
+
+
+def test_a_plan_for_a_topology_that_is_not_there(found):
+    assert (found["chips"], found["hosts"], found["fits"]) == (8, 2, True)
+    assert found["model_parameters"] == sum(x.size for x in jax.tree.leaves(build.build(config()).abstract.params))
+    assert found["memory"]["parameters"] == 4 * found["model_parameters"]
+    assert found["memory"]["optimizer"] == pytest.approx(2 * found["memory"]["parameters"], rel=1e-3)
+    assert found["memory"]["peak"] > sum(found["memory"][k] for k in ("parameters", "optimizer", "activations"))
+    # Gradients in bf16 at the least, in fp32 at the most.
+    assert 2 * found["model_parameters"] < found["sent"]["all-reduce"] < 5 * found["model_parameters"]
+
+
+def test_a_chip_of_tpu7x_is_two_devices(found):
+    devices, chip = plan.devices_of("tpu7x:2x2x1")
+    assert (len(devices), chip.devices, devices[0].device_kind) == (8, 2, "TPU7x")
+    assert (chip.memory, chip.peak) == (96 * 2**30, flops.PEAK["TPU7x"]) == (96 * 2**30, 1153.5e12)
+    text = plan.render(found | {"devices": 16, "fits": False})
+    assert "8 chips with 2 devices each, 2 hosts" in text and "DOES NOT FIT in a device's 16.00 GiB" in text
+    assert " with " not in plan.render(found).splitlines()[0]
+
+
+def test_time_and_money_follow_from_the_roofline(found):
+    account = found["roofline"]
+    assert found["step_ms"] == account["step_ms"] == pytest.approx(account["ms"] + account["exposed_ms"])
+    assert account["ms"] == pytest.approx(sum(row["ms"] for row in account["parts"]))
+    assert {row["part"] for row in account["parts"]} > {"MLP", "attention", "heads", "losses", "optimizer", "copies"}
+    assert found["mfu"] == pytest.approx(found["flops_per_pair"] * 64 / (197e12 * 8) / (account["step_ms"] / 1e3))
+    assert found["pairs_per_second"] == pytest.approx(64 / account["step_ms"] * 1e3)
+    assert found["images_per_second_per_host"] == pytest.approx(found["pairs_per_second"] / 2)
+    assert found["days"] == pytest.approx(1000 * account["step_ms"] / 1e3 / 86400)
+    assert found["chip_hours"] == pytest.approx(8 * 24 * found["days"])
+
+
+def test_an_mfu_that_is_given_takes_the_place_of_the_roofline(found, monkeypatch):
+    c = config(model__img__scan=True)
+    monkeypatch.setattr(memory, "compile_config", lambda *_: (build.build(c), None, "too large"))
+    given, unknown = (plan.plan(c, "v5e:2x4", mfu=mfu, price=2.0, look=False) for mfu in (0.5, None))
+    assert given["pairs_per_second"] == pytest.approx(0.5 * 197e12 * 8 / found["flops_per_pair"])
+    assert given["cost"] == pytest.approx(2 * given["chip_hours"])
+    assert "an MFU of 50%, as given\n" in plan.render(given)
+    assert plan.render(unknown).endswith("no estimate of the time: the step does not fit; --mfu gives one")
+
+
+def test_the_text_has_it_all(found):
+    assert found["cost"] == 0 and "cost" not in plan.render(found)
+    assert "chip-hours, which cost 1,234\n" in plan.render(found | {"cost": 1234.5})
+    text, mib = plan.render(found), found["memory"]["peak"] / 2**20
+    assert f"fits: {mib:.2f} MiB of a chip's 16.00 GiB (parameters " in text
+    words = ("8 chips, 2 hosts", "optimizer", "all-reduce", "collectives, exposed", "a model and not a measurement")
+    assert all(each in text for each in (*words, *(f"{name} {x}" for name, x in found["versions"].items())))
+    assert ("activations" in text) == (found["memory"]["activations"] > 0)  # what fits the chip's own memory is none
+    json.dumps(found | {"path": ""})
+
+
+def test_the_program_is_written(found):
+    text = found["path"].read_text()
+    assert text.startswith("HloModule jit_step") and "is_scheduled=true" in text
+    assert collectives.summary(collectives.collectives(text, 8)) == found["sent"]
+
+
+@pytest.mark.slow
+def test_several_slices(found):
+    two = plan.plan(config(), "v5e:2x4", slices=2)
+    assert (two["chips"], two["hosts"], two["mesh"]["data"]) == (16, 4, 16)
+    # Each chip sends an eighth of large gradients to the other slice, and small ones whole.
+    assert 1 / 8 < two["sent"]["all-reduce between slices"] / found["sent"]["all-reduce"] < 1 / 2
+    assert two["roofline"]["exposed_ms"] > found["roofline"]["exposed_ms"]
+
+
+def test_mesh_axes_may_share_an_axis_of_the_torus():
+    pytest.importorskip("libtpu")
+    devices, _ = plan.devices_of("v4:4x4x4")
+    assert make_mesh({"data": -1, "fsdp": 8, "model": 1}, devices).shape == {"data": 8, "fsdp": 8, "model": 1}
+
+
+def search(monkeypatch, start, fits):
+    """`suggest` where `fits(config)` decides; the remedy and (strategy, remat, microbatches) of each try."""
+    tried = []
+
+    def compiles(config, devices):
+        built = build.build(config, devices)  # refuses what does not suit
+        tried.append((config.mesh.strategy, config.model.img.remat, config.optim.microbatches))
+        return built, "compiled" if fits(*tried[-1]) else None, ""
+
+    monkeypatch.setattr(memory, "compile_config", compiles)
+    return memory.suggest(start, jax.devices()[:4]), tried
+
+
+def test_what_does_not_fit_gets_a_remedy(monkeypatch):
+    words, tried = search(monkeypatch, config(), lambda strategy, remat, _: remat == "dots")
+    assert words == "--config.mesh.strategy=zero1 --config.model.img.remat=dots --config.model.txt.remat=dots"
+    assert tried == [("zero1", "none", 1), ("zero1", "dots", 1)]
+
+
+def test_a_config_with_fsdp_is_tried_with_fsdp_and_remat(monkeypatch):
+    start = config(mesh__strategy="fsdp", mesh__fsdp=2)
+    words, tried = search(monkeypatch, start, lambda strategy, remat, _: (strategy, remat) == ("fsdp", "full"))
+    assert words == "--config.model.img.remat=full --config.model.txt.remat=full"
+    assert tried == [("zero1", "none", 1), ("fsdp", "dots", 1), ("zero1", "dots", 1), ("fsdp", "full", 1)]
+
+
+def test_remedies_that_do_not_divide_the_batch_are_left_out(monkeypatch):
+    """24 pairs on 4 devices are no 4 equal parts of 4 equal shards, nor 16; with 12 pairs nor 2."""
+    start, plain = config(), [("zero1", "none", 1), ("zero1", "dots", 1), ("zero1", "full", 1)]
+    for batch, microbatches in ((12, []), (24, [2]), (32, [2, 4]), (64, [2, 4, 16])):
+        start.data.batch = batch
+        words, tried = search(monkeypatch, start, lambda *_: False)
+        assert words == "" and tried == plain + [("zero1", "full", n) for n in microbatches]
+
+
+def test_remedies_never_take_back_what_a_config_has(monkeypatch):
+    start = config(mesh__strategy="zero1", model__img__remat="full", model__txt__remat="dots", optim__microbatches=4)
+    words, tried = search(monkeypatch, start, lambda strategy, remat, n: n == 16)
+    assert words == "--config.model.txt.remat=full --config.optim.microbatches=16"
+    assert tried == [("zero1", "full", 4), ("zero1", "full", 16)]
+
+
+@pytest.mark.parametrize("mfu", [0.0, -0.4, 1.5, float("nan")])
+def test_an_mfu_that_is_no_share_is_refused_before_compiling(mfu, monkeypatch):
+    monkeypatch.setattr(memory, "compile_config", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(UserError, match=f"--mfu is {mfu}; expected a share"):
+        plan.plan(config(), "v5e:2x4", mfu=mfu)
+
+
+def test_a_program_without_a_folder_is_refused_before_compiling(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "compile_config", lambda *_: pytest.fail("compiled"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--hlo: .* is not a folder"):
+        plan.plan(config(), "v5e:2x4", hlo=str(tmp_path / "file" / "step.hlo"))
+
+
+def test_slices_are_one_or_more():
+    with pytest.raises(UserError, match="--slices is 0; expected an integer of at least 1"):
+        plan.devices_of("v5e:2x4", 0)
+
+
+@pytest.mark.slow
+def test_a_step_that_is_too_large_is_found_and_mended():
+    pytest.importorskip("libtpu")
+    large = config_file.load_config("pretrain:objective=clip,batch=2048")
+    large.model.img.remat = large.model.txt.remat = "none"
+    found = plan.plan(large, "v5e:2x2")
+    assert not found["fits"]
+    assert "remat" in found["remedy"]
+    assert "DOES NOT FIT" in plan.render(found)
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v9:2x2", "must be one of 'v4'"),
+        ("v5e-32", "write CHIP:GRID, such as v5e:4x8"),
+        ("v5e:32", "write CHIP:GRID"),
+        ("v5e:3x5", "is none that v5e comes in"),
+    ],
+)
+def test_bad_topologies_are_one_sentence(topology, message):
+    pytest.importorskip("libtpu")
+    with pytest.raises(UserError, match=message) as error:
+        plan.devices_of(topology)
+    assert "\n" not in str(error.value)
+
+
+def command(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "xclip_jax.commands.plan", "--config", "configs/demo.py", *flags],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+@pytest.mark.slow  # a process that compiles
+def test_explain_is_a_table_of_shardings():
+    done = command("--explain", "--config.mesh.strategy=fsdp", "--config.mesh.fsdp=4")
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if line.startswith("img/patches/kernel"))
+    assert "432 x 192" in row
+    assert "fsdp" in row
+    assert "81.00 KiB" in row  # a quarter
+    rows = json.loads(command("--explain", "--json").stdout)
+    assert {row["parameter"] for row in rows} > {"log_scale", "txt/tokens"}
+    every = build.build(config_file.load_config("configs/demo.py")).abstract.params
+    assert sum(row["bytes"] for row in rows) == 4 * sum(x.size for x in jax.tree.leaves(every))
+
+
+@pytest.mark.parametrize(("asked", "platforms"), [(None, "cpu"), ("cuda", "cuda")])
+def test_no_accelerator_is_asked_unless_it_is_named(asked, platforms):
+    """jax reads JAX_PLATFORMS when it is imported, which is before the command can set it."""
+    code = (
+        "import jax; from absl import app; from xclip_jax import __main__ as cli\n"
+        "app.run = lambda *_, **__: print(jax.config.jax_platforms)\n"
+        "cli.main(['plan'])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_PLATFORMS"}
+    environment |= {"JAX_PLATFORMS": asked} if asked else {}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout == f"{platforms}\n", done.stderr
+
+
+def test_bad_input_is_one_sentence():
+    assert command().stderr.startswith("error: --topology is missing")
+    done = command("--explain", "--config.mesh.strategy=fsdp_tp", "--config.mesh.model=2")
+    assert done.stderr.startswith("error: mesh axis 'model' of size 2 cannot divide a dimension of 3")

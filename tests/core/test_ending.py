@@ -1,0 +1,131 @@
+"""Ctrl-C of commands, from their first import on, and signals while XLA compiles; each in a process of its own."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from xclip_jax import __main__ as cli
+from xclip_jax.core import ending
+from xclip_jax.core.errors import EXIT_RESUMABLE
+
+ROOT = pathlib.Path(__file__).parents[2]
+MODULES = sorted({module for module, _ in cli.COMMANDS.values()})
+# All commands import it.
+IMPORTS = """
+import signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "numpy":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+sys.argv = ["xclip-jax", *sys.argv[1:]]
+from xclip_jax import __main__ as cli
+cli.main()
+"""
+# In a callback of the garbage collector, as JAX has one, Python drops any exception.
+COLLECTS = """
+import gc, signal, sys
+sys.argv = ["xclip-jax"]
+import xclip_jax
+from xclip_jax.core.errors import exit_with_message
+gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGINT))
+gc.collect()
+with exit_with_message():
+    pass
+"""
+WORKS = """
+import signal, sys
+sys.argv = ["xclip-jax"]
+import xclip_jax
+from xclip_jax.core.errors import exit_with_message
+with exit_with_message():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt as stop:
+        print("closed")
+        stop.add_note("run the same command to resume")
+        raise
+"""
+# XLA's own threads go on when an exception leaves a compilation.
+COMPILES = """
+import os, signal, sys, threading
+import jax, jax.numpy as jnp
+from xclip_jax.evaluators import registry
+from xclip_jax.processes import runtime as processes
+from xclip_jax.processes import interrupt
+def long(x):
+    for i in range(200):
+        x = jnp.sort(jnp.tanh(x @ x + i), axis=0)
+    return x
+lowered = jax.jit(long).lower(jnp.ones((64, 64)))
+with processes.exits(), interrupt.PreemptionHandler() as stop:
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    if sys.argv[1] == "step":
+        lowered.compile()
+    stop.saves = True
+    try:
+        with stop.interruptible():
+            lowered.compile()
+    except interrupt.Interrupted:
+        sys.exit(75)
+print("compiled")
+"""
+
+
+def python(*arguments, **environment):
+    line = [sys.executable, *arguments]
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_ctrl_c_while_a_command_imports_is_one_sentence(command):
+    assert python("-c", IMPORTS, command) == (ending.EXIT_INTERRUPTED, "", "error: interrupted\n")
+
+
+def test_ctrl_c_of_a_module_is_one_sentence(tmp_path):
+    """Its package is imported before its name is known; "python -m" of others is left alone."""
+    (tmp_path / "numpy").mkdir()
+    (tmp_path / "numpy" / "__init__.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    (tmp_path / "other.py").write_text("import xclip_jax, numpy")
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    for module in set(MODULES) - {"xclip_jax.commands.doctor"}:  # which imports little for its help
+        found = python("-m", module, "--help", PYTHONPATH=path)
+        assert found == (ending.EXIT_INTERRUPTED, "", "error: interrupted\n"), module
+    status, _, errors = python("-m", "other", PYTHONPATH=path)
+    assert status and "KeyboardInterrupt" in errors
+
+
+def test_ctrl_c_in_a_callback_that_drops_exceptions_ends_a_command():
+    in_work = COLLECTS.replace(
+        "gc.collect()\nwith exit_with_message():\n    pass", "with exit_with_message():\n    gc.collect()"
+    )
+    assert in_work != COLLECTS
+    for script in (COLLECTS, in_work):
+        assert python("-c", script) == (ending.EXIT_INTERRUPTED, "", "error: interrupted\n")
+
+
+def test_ctrl_c_in_the_work_of_a_command_closes_what_is_open():
+    expected = "error: interrupted; run the same command to resume\n"
+    assert python("-c", WORKS) == (ending.EXIT_INTERRUPTED, "closed\n", expected)
+
+
+@pytest.mark.parametrize("place", ["step", "evaluation"])
+def test_a_signal_while_xla_compiles_ends_a_run_with_its_status(place):
+    settings = {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    status, output, errors = python("-c", COMPILES, place, **settings)
+    assert (status, errors) == (EXIT_RESUMABLE, "")
+    assert output.startswith("SIGTERM: ") and "compiled" not in output
+
+
+def test_ctrl_c_of_a_module_of_others_is_left_alone(tmp_path):
+    """Their package may import this one before its own work begins."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "__init__.py").write_text("import xclip_jax")
+    (tmp_path / "theirs" / "run.py").write_text("import signal; print(signal.getsignal(signal.SIGINT).__name__)")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    assert python("-m", "theirs.run", PYTHONPATH=path)[1] == "default_int_handler\n"

@@ -1,0 +1,42 @@
+"""The commit that a run names as its own."""
+
+import subprocess
+
+import pytest
+from etils import epath
+
+from xclip_jax.core import environment
+
+
+def git(folder, *arguments):
+    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A repository with a package at its top, and an environment that it ignores."""
+    git(tmp_path, "init", "-q")
+    for package in (tmp_path / "package", tmp_path / ".venv" / "lib" / "package"):
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+    (tmp_path / ".gitignore").write_text(".venv\n")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "one")
+    return tmp_path
+
+
+def test_the_commit_is_that_of_the_packages_own_checkout_at_the_start(checkout):
+    package, first = epath.Path(checkout / "package"), git(checkout, "rev-parse", "HEAD")
+    assert environment.git_commit(package) == first
+    git(checkout, "commit", "-qm", "two", "--allow-empty")
+    assert environment.git_commit(package) == first  # what runs is of then
+
+
+def test_changed_files_are_named(checkout):
+    (checkout / "package" / "__init__.py").write_text("x = 1\n")
+    assert environment.git_commit(epath.Path(checkout / "package")) == git(checkout, "rev-parse", "HEAD") + "-dirty"
+
+
+def test_a_package_in_another_projects_folder_is_not_of_its_commit(checkout):
+    assert environment.git_commit(epath.Path(checkout / ".venv" / "lib" / "package")) == "unknown"

@@ -1,0 +1,263 @@
+"""Values that a config does not allow: each gives one sentence with key, value and what is allowed, before any file."""
+
+import pytest
+
+from tests.helpers import tiny
+from xclip_jax.config import schema
+from xclip_jax.core.errors import UserError
+from xclip_jax.train import trainer
+
+INF, NAN = float("inf"), float("nan")
+# (key, value, what the sentence says beside the key and the value)
+BAD = [
+    ("run", "", "string that is not empty"),
+    ("run", 3, "a string"),
+    ("seed", -1, "from 0 to 4294967295"),
+    ("seed", 5_000_000_000, "from 0 to 4294967295"),
+    ("seed", 1.5, "an integer"),
+    ("steps", 0, "at least 1"),
+    ("steps", -1, "at least 1"),
+    ("steps", True, "an integer"),
+    ("init.frozen", ("image",), "'img' or 'txt'"),
+    ("mesh.data", 0, "-1 for the rest"),
+    ("mesh.model", -2, "-1 for the rest"),
+    ("mesh.strategy", "ddp", "'dp', 'zero1', 'fsdp', 'fsdp_tp'"),
+    ("model.img.image_size", 0, "at least 1"),
+    ("model.img.image_size", -8, "at least 1"),
+    ("model.img.patch", 0, "at least 1"),
+    ("model.img.patch", -4, "at least 1"),
+    ("model.img.width", 0, "at least 1"),
+    ("model.img.depth", 0, "at least 1"),
+    ("model.img.depth", -1, "at least 1"),
+    ("model.img.heads", 0, "at least 1"),
+    ("model.img.mlp_ratio", 0, "above 0"),
+    ("model.img.mlp_ratio", -1, "above 0"),
+    ("model.img.eps", -1, "above 0"),
+    ("model.img.act", "relu6", "'gelu', 'gelu_tanh', 'quick_gelu'"),
+    ("model.img.remat", "some", "'none', 'dots', 'full'"),
+    ("model.img.pool", "max", "'cls', 'mean', 'map'"),
+    ("model.img.stem", "conv", "'linear', 'hmlp'"),
+    ("model.img.patch_dropout", 1.0, "at least 0 and below 1"),
+    ("model.img.patch_dropout", -0.1, "at least 0 and below 1"),
+    ("model.img.drop_path", 1.0, "at least 0 and below 1"),
+    ("model.txt.width", 0, "at least 1"),
+    ("model.txt.depth", 0, "at least 1"),
+    ("model.txt.heads", 0, "at least 1"),
+    ("model.txt.context_length", 0, "at least 2"),
+    ("model.txt.context_length", -1, "at least 2"),
+    ("model.txt.context_length", 1, "at least 2"),
+    ("model.embed", 0, "at least 1"),
+    ("model.embed", -1, "at least 1"),
+    ("model.scale_init", 0.0, "above 0"),
+    ("model.scale_init", -1.0, "above 0"),
+    ("model.cluster_head.clusters", 0, "at least 1"),
+    ("model.cluster_head.clusters", -1, "at least 1"),
+    ("model.cluster_head.hidden", 0, "at least 1"),
+    ("model.cluster_head.layers", -1, "at least 0"),
+    ("model.dtype", "float16", "'float32', 'bfloat16'"),
+    ("objective.name", "", "not empty"),
+    ("objective.terms", {"clip": -1.0}, "at least 0"),
+    ("objective.terms", {"clip": "much"}, "a group of keys"),
+    ("objective.terms", 0.3, "a group of keys"),
+    ("objective.nclip.target", "stop", "'detach'"),
+    ("objective.nclip.tau", 0.0, "above 0"),
+    ("objective.nclip.target_tau", -1.0, "at least 0"),
+    ("objective.nclip.balance", "even", "'none', 'center', 'sinkhorn'"),
+    ("objective.nclip.center_momentum", 1.0, "below 1"),
+    ("objective.classify.smoothing", 1.0, "below 1"),
+    ("optim.lr", 0.0, "above 0"),
+    ("optim.lr", -1.0, "above 0"),
+    ("optim.lr", 1e39, "float32 can hold"),
+    ("optim.lr", INF, "a number"),
+    ("optim.lr", NAN, "a number"),
+    ("optim.lr", "fast", "a number"),
+    ("optim.schedule", "step", "'cosine', 'linear', 'constant'"),
+    ("optim.warmup", -1, "at least 0"),
+    ("optim.grad_clip_norm", -1.0, "at least 0"),
+    ("optim.b1", 1.0, "at least 0 and below 1"),
+    ("optim.b1", 2.0, "at least 0 and below 1"),
+    ("optim.b1", 0.9999999999, "at least 0 and below 1"),  # 1 in float32: no bias correction
+    ("optim.lr", 3e37, "at most 1000"),
+    ("optim.eps", 1e-16, "at least 1e-15"),
+    ("optim.b2", 1.0, "at least 0 and below 1"),
+    ("optim.b2", -1.0, "at least 0 and below 1"),
+    ("optim.eps", -1.0, "at least 1e-15"),
+    ("optim.weight_decay", -0.1, "from 0 to 1000"),
+    ("optim.layer_decay", -1.0, "above 0 and at most 1"),
+    ("optim.mu_dtype", "foo", "'float32', 'bfloat16'"),
+    ("optim.mu_dtype", "int32", "'float32', 'bfloat16'"),
+    ("optim.microbatches", 0, "at least 1"),
+    ("loss.impl", "fast", "'plain', 'ring'"),
+    ("loss.chunk_size", -1, "at least 0"),
+    ("ema.momentum", -1.0, "below 1"),
+    ("ema.momentum", 2.0, "below 1"),
+    ("ema.schedule", "linear", "'constant', 'cosine'"),
+    ("data.sources", "folder:x", "a tuple of strings"),
+    ("data.batch", 0, "at least 1"),
+    ("data.batch", -4, "at least 1"),
+    ("data.crop_scale", (0.5,), "a tuple of 2 values"),
+    ("data.resample", "nearest", "'area', 'bicubic'"),
+    ("data.normalization", "cifar", "'imagenet'"),
+    ("data.flip_prob", 2.0, "from 0 to 1"),
+    ("data.flip_prob", -1.0, "from 0 to 1"),
+    ("data.color_jitter", -1.0, "from 0 to 1"),
+    ("data.tags", -1, "at least 0"),
+    ("data.threads", -1, "at least 1"),
+    ("data.buffer", -1, "at least 1"),
+    ("data.workers", -1, "at least 0"),
+    ("data.max_bad_fraction", -1.0, "from 0 to 1"),
+    ("eval.batch", 0, "at least 1"),
+    ("eval.batch", -1, "at least 1"),
+    ("eval.every", -1, "at least 0"),
+    ("log.every", -1, "at least 0"),
+    ("log.profile", (100,), "0 < START < STOP"),
+    ("log.profile", (0, 3), "0 < START < STOP"),
+    ("log.profile", (3, 3), "0 < START < STOP"),
+    ("log.profile", ("3:5",), "a tuple of integers"),
+    ("checkpoint.keep", 0, "at least 1"),
+    ("checkpoint.keep", -1, "at least 1"),
+    ("checkpoint.every", -1, "at least 0"),
+    ("checkpoint.keep_every", -1, "at least 0"),
+]
+CLASSIFY = {"objective.name": "classify", "objective.terms": {"classify": 1.0}}
+# Values that are allowed by themselves and not together.
+CONFLICTS = [
+    ({"model.img.patch": 5}, r"model\.img\.image_size 16 must be a multiple of patch 5"),
+    ({"model.img.heads": 5}, r"model\.img\.width 32 must be a multiple of heads 5"),
+    ({"model.txt.heads": 5}, r"model\.txt\.width 32 must be a multiple of heads 5"),
+    ({"model.img.mlp_ratio": 0.01}, r"model\.img\.mlp_ratio 0\.01 of width 32 leaves"),
+    ({"model.img.stem": "hmlp", "model.img.patch": 2}, r"model\.img\.stem 'hmlp' needs multiples of 4"),
+    ({"model.scale_init": 101.0}, r"model\.scale_init=101 is above 100, the bound of CLIP"),
+    ({"optim.warmup": 10}, r"optim\.warmup=10 must be below the 10 steps"),
+    ({"optim.lr": 5e-6}, r"optim\.lr_end 1e-05 is above optim\.lr 5e-06, the peak; lower it, as to 0"),
+    ({"optim.lr": 1e-3, "optim.lr_start": 0.01, "optim.warmup": 3}, r"optim\.lr_start 0\.01 is above optim\.lr 0\.001"),
+    ({"log.profile": (9, 11)}, r"log\.profile is \(9, 11\); name steps of the run, which has 10"),
+    ({"optim.microbatches": 3}, r"optim\.microbatches=3 must divide data\.batch=16"),
+    ({"loss.chunk_size": 5}, r"loss\.chunk_size=5 must divide data\.batch=16"),
+    (
+        {"loss.chunk_size": 8, "objective.nclip.balance": "sinkhorn"},
+        r"balance='sinkhorn' normalises over the whole batch",
+    ),
+    ({"loss.chunk_size": 8, "model.cluster_head.last_norm": True}, r"last_norm needs all logits at once"),
+    ({"objective.terms": {"clip": 0.0, "nclip": 0.0}}, r"objective\.terms is .* a weight above 0"),
+    ({"objective.terms": {}}, r"objective\.terms is .* a weight above 0"),
+    (
+        {"objective.name": "mine", "objective.terms": {"clap": 1.0}},
+        r"unknown objective term 'clap'; did you mean 'clip'",
+    ),
+    ({"objective.name": "nclip"}, r"objective\.name is 'nclip', whose terms are nclip, and terms has clip, nclip"),
+    ({"objective.name": "mine", "objective.terms": {"clip": 1.0, "classify": 1.0}}, "use one sort alone"),
+    ({"objective.plugins": {"clap": {"type": "no.such:Clap"}}}, r"objective\.plugins\.clap has no weight"),
+    (
+        {
+            "objective.name": "mine",
+            "objective.terms": {"clap": 1.0},
+            "objective.plugins": {"clap": {"type": "no.such:X"}},
+        },
+        r"objective\.terms\.clap: objective term 'no\.such:X' cannot be imported",
+    ),
+    (CLASSIFY, r"objective\.classify\.classes is 0"),
+    (CLASSIFY | {"objective.classify.classes": 1, "objective.classify.mixup": 0.8}, "both to 0"),
+    (CLASSIFY | {"objective.classify.classes": 1, "objective.classify.smoothing": 0.1}, "one class is a number"),
+    (CLASSIFY | {"objective.classify.classes": 3, "init.frozen": ("txt",)}, r"init\.frozen"),
+    ({"data.weights": (1.0, 2.0)}, r"data\.weights has 2 values for 1 sources"),
+    ({"data.weights": (0.0,)}, r"data\.weights is \(0\.0,\); expected values above 0"),
+    ({"data.crop_scale": (1.0, 0.5)}, r"data\.crop_scale is \(1\.0, 0\.5\)"),
+    ({"data.crop_scale": (-1.0, 0.5)}, r"data\.crop_scale is \(-1\.0, 0\.5\)"),
+    ({"data.crop_scale": (0.5, 2.0)}, r"data\.crop_scale is \(0\.5, 2\.0\)"),
+    ({"data.tags_append_prob": 0.7, "data.tags_only_prob": 0.7}, r"must not exceed 1 together"),
+    ({"data.cache": True, "data.workers": 2}, r"data\.cache with data\.workers=2 .*data\.workers=0"),
+]
+
+
+def changed(run, changes):
+    values = tiny.config(run=run, data__sources=("folder:nowhere",)).to_dict()
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        group = values
+        for part in path:
+            group = group[part]
+        group[last] = value
+    return values
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), BAD, ids=lambda x: str(x)[:30])
+def test_a_value_that_is_not_allowed(key, value, allowed, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(UserError) as caught:
+        trainer.run(changed(run, {key: value}))
+    message = str(caught.value)
+    assert message.startswith(f"{key} is {value!r}; expected ")
+    assert allowed in message
+    assert len(message.splitlines()) == 1
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(("changes", "message"), CONFLICTS, ids=lambda x: str(x)[:50])
+def test_values_that_do_not_go_together(changes, message, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match=message) as caught:
+        trainer.run(changed(run, changes))
+    assert len(str(caught.value).splitlines()) == 1
+    assert not run.exists()
+
+
+def test_all_faults_are_reported_at_once(tmp_path):
+    values = changed(tmp_path / "run", {"optim.lr": -1.0, "data.batch": 0, "steps": 0, "optim.warmup": -1})
+    values["optim"]["lrr"] = values["evil"] = 1
+    with pytest.raises(UserError) as caught:
+        schema.resolve(values)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "6 values of the config are wrong:"
+    assert [line.strip() for line in lines[1:]] == [
+        "config key 'evil' is unknown; did you mean 'eval'?",
+        "steps is 0; expected at least 1.",
+        "config key 'optim.lrr' is unknown; did you mean 'optim.lr'?",
+        "optim.lr is -1.0; expected a value above 0.",
+        "optim.warmup is -1; expected at least 0.",
+        "data.batch is 0; expected at least 1.",
+    ]
+
+
+def test_every_key_has_a_doc_string_and_a_default_that_is_allowed():
+    rows = list(schema.fields.describe(schema.Config))
+    assert len(rows) > 100
+    assert all(doc for _, _, _, doc in rows)
+    config = schema.default()
+    config.steps = 1
+    resolved = schema.resolve(config)
+    flat = schema.flatten(schema.to_dict(resolved))
+    assert flat == schema.flatten(schema.to_dict(schema.Config())) | {"steps": 1}
+    open_groups = {"objective.terms", "objective.plugins", "model.plugins"}  # their keys are the run's own
+    assert {name for name, *_ in rows} - open_groups == {
+        key for key in flat if key.rpartition(".")[0] not in open_groups
+    }
+
+
+@pytest.mark.parametrize("group", ["", *(name for name in schema.default() if hasattr(schema.default()[name], "keys"))])
+def test_a_misspelt_key_cannot_be_set_from_python(group):
+    config = schema.default()
+    with pytest.raises(AttributeError, match="does not exist"):
+        (config[group] if group else config).misspelt = 1
+
+
+def test_a_group_that_is_a_value(tmp_path):
+    with pytest.raises(UserError, match=r"optim is 3; expected a group of keys"):
+        schema.resolve(changed(tmp_path, {}) | {"optim": 3})
+
+
+def test_a_misspelt_objective_is_not_trained():
+    for name, near in {"clipp": "clip", "xclipp": "xclip", "sigip": "siglip"}.items():
+        config = tiny.config("xclip")
+        config.objective.name = name
+        with pytest.raises(UserError, match=rf"^objective\.name is '{name}'; did you mean '{near}'\?$"):
+            schema.resolve(config)
+    for name in ("mine", "xclip_2", "clip30"):
+        config.objective.name = name
+        assert schema.resolve(config)
+
+
+def test_a_warm_up_as_long_as_the_run_names_the_key_and_the_recipes_arguments():
+    remedy = r"shorten it with --config\.optim\.warmup=N, or give the recipe its length \(steps= in small and demo,"
+    with pytest.raises(UserError, match=rf"optim\.warmup=\d+ must be below the 1 steps of the run; {remedy}"):
+        schema.resolve(tiny.config(steps=1, optim__warmup=1))

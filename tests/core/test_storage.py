@@ -1,0 +1,312 @@
+"""Files that a run keeps, names of files, and errors of disks and stores."""
+
+import errno
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import fsspec
+import numpy as np
+import pytest
+import safetensors.numpy
+from etils import epath
+
+from tests.helpers import tiny
+from xclip_jax.core import storage
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.paths import expand_home
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.data import sources
+from xclip_jax.interop import hub
+from xclip_jax.interop import tensor_files as weights
+from xclip_jax.train import job
+from xclip_jax.train.training_folder import TrainingFolder
+from xclip_jax.train.training_folder import fingerprint as weights_fingerprint
+
+
+class HttpError(Exception):
+    """As aiohttp's: a subclass of nothing but Exception, with the status of the answer."""
+
+    def __init__(self, status):
+        super().__init__(f"answer {status}")
+        self.status = status
+
+
+class Store(fsspec.AbstractFileSystem):
+    """A server that answers each request with what `answers` holds for the path."""
+
+    protocol = "answers"
+    cachable = False
+    answers, requests = {}, []
+
+    def info(self, path, **_):
+        self.requests.append(path)
+        return {"name": path, "size": None, "type": "file"}
+
+    def cat_file(self, path, start=None, end=None, **_):
+        self.requests.append(path)
+        answer = self.answers[path.rpartition("/")[2]]
+        answer = answer.pop(0) if isinstance(answer, list) else answer
+        if isinstance(answer, Exception):
+            raise answer
+        return answer[start:end]
+
+
+@pytest.fixture
+def store(monkeypatch):
+    fsspec.register_implementation("answers", Store, clobber=True)
+    monkeypatch.setattr(Store, "answers", {})
+    monkeypatch.setattr(Store, "requests", [])
+    slept = []
+    monkeypatch.setattr(storage.time, "sleep", slept.append)
+    return Store
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (FileNotFoundError("a"), FileNotFoundError),
+        (HttpError(404), FileNotFoundError),
+        (HttpError(410), OSError),
+        (PermissionError("no"), PermissionError),
+        (HttpError(403), PermissionError),
+        (HttpError(416), OSError),
+        (IsADirectoryError("a"), IsADirectoryError),
+        (ValueError("not a URL"), OSError),
+    ],
+)
+def test_what_will_not_pass_is_tried_once(store, error, kind):
+    store.answers["a"] = error
+    with pytest.raises(kind) as raised:
+        storage.read("answers://host/a", 100)
+    assert len(store.requests) == 1
+    assert raised.value.filename == "answers://host/a"
+    if isinstance(error, HttpError):
+        assert f"status {error.status}" in str(raised.value)
+
+
+@pytest.mark.parametrize("error", [HttpError(503), HttpError(429), TimeoutError("slow"), OSError(errno.EIO, "disk")])
+def test_what_may_pass_is_tried_again(store, error):
+    store.answers["a"] = [error, error, b"content"]
+    assert storage.read("answers://host/a", 100) == b"content"
+    store.answers["a"] = [error] * 9
+    with pytest.raises(OSError, match=r"503|429|slow|disk"):
+        storage.read("answers://host/a", 100)
+    assert len(store.requests) == 6
+
+
+def test_a_picture_costs_one_request_and_an_unknown_length_is_read(store):
+    store.answers["a"] = b"content"
+    assert storage.read("answers://host/a", 100) == b"content"
+    assert len(store.requests) == 1
+    with pytest.raises(OSError, match="larger than 6 bytes"):
+        storage.read("answers://host/a", 6)
+    with pytest.raises(OSError, match="does not report the file's size"):
+        storage.stat("answers://host/a")
+
+
+def test_a_change_of_any_part_of_a_tag_is_seen(monkeypatch):
+    """Such as of nginx, time and size of a file, or of Google's storage, whose end rarely changes."""
+    tags = ["6745a1b2-1406f40", "6746f332-1406f40", "CKDA84mH8okDEAE=", "CLDA84mH8okDEAE=", ""]
+    found = set()
+    for tag in tags:
+        storage._remote_stat.cache_clear()
+        system = type("System", (), {"info": lambda _, name, tag=tag: {"size": 21_000_000, "ETag": tag}})()
+        monkeypatch.setattr(storage.remote, "file_system", lambda path, system=system: (system, path))
+        size, number = storage.stat("https://host/0.tar")
+        assert size == 21_000_000 and 0 <= number < 1 << 64
+        found.add(number)
+    storage._remote_stat.cache_clear()
+    assert len(found) == len(tags)
+
+
+def test_sizes_of_remote_files_are_not_remembered_for_ever():
+    assert 0 < storage._remote_stat.cache_info().maxsize <= 1 << 20
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path / "pipe.jpg", tmp_path, pathlib.Path("/dev/zero")):
+        with pytest.raises(OSError, match="not a regular file"):
+            storage.read(str(path), 100)
+    (tmp_path / "a").write_bytes(b"x" * 101)
+    assert storage.read(str(tmp_path / "a"), 101) == b"x" * 101
+    with pytest.raises(OSError, match="larger than 100 bytes") as error:
+        storage.read(str(tmp_path / "a"), 100)
+    assert storage.unreadable(error.value).reason == "file too large"
+
+
+def test_strict_json_has_null_for_numbers_that_json_lacks():
+    content = {"a": [1.5, float("nan")], "b": {"c": (-float("inf"), 2)}, "d": "NaN", "e": np.float64("inf")}
+    assert json.loads(storage.strict_json(content)) == {"a": [1.5, None], "b": {"c": [None, 2]}, "d": "NaN", "e": None}
+    assert storage.strict_json({"b": 1, "a": 0.1}, sort_keys=True) == '{"a": 0.1, "b": 1}'
+
+
+def test_json_lines_drop_what_is_damaged(tmp_path):
+    path = epath.Path(tmp_path) / "x.jsonl"
+    good = [{"step": 1, "loss": 2.5}, {"step": 2, "text": "ü\u2028"}]
+    nested = b"[" * 100_000
+    typed = b'{"step": "3"}', b'{"step": null}', b'{"step": [1]}', b"{}"
+    damaged = [
+        b'{"step": 3, "t": "\xff\xfe"}',
+        b"5",
+        b"[1, 2]",
+        b"null",
+        b'{"step": 4',
+        b"\xff\xfe\x00",
+        nested,
+        *typed,
+        b"",
+    ]
+    lines = [json.dumps(good[0]).encode(), *damaged[:4], json.dumps(good[1], ensure_ascii=False).encode(), *damaged[4:]]
+    path.write_bytes(b"\n".join(lines))
+    kept = storage.JsonLines(path, lambda content: content["step"] < 5)
+    assert kept.kept == good
+    kept.append({"step": 5, "loss": float("nan")})
+    assert [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().split("\n")[:-1]] == [
+        *good,
+        {"step": 5, "loss": None},
+    ]
+    before = path.read_bytes()
+    storage.JsonLines(path, lambda _: True)
+    assert path.read_bytes() == before
+
+
+KILLED = """
+import os, resource, signal, sys
+from etils import epath
+from xclip_jax.core import storage
+moment = sys.argv[2]
+if moment.isdigit():  # a kill in the middle of a write: after so many bytes
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(moment), int(moment)))
+os.fsync = (lambda fd: os._exit(9)) if moment == "fsync" else os.fsync
+sys.addaudithook(lambda event, _: os._exit(9) if event == moment else None)
+storage.JsonLines(epath.Path(sys.argv[1]), lambda content: content["step"] <= 50)
+"""
+
+
+@pytest.mark.parametrize("moment", ["0", "100", "fsync", "os.rename", "none"])
+def test_json_lines_survive_a_kill_while_they_are_rewritten(moment, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(f'{{"step": {i}}}\n' for i in range(100)))
+    code = subprocess.run([sys.executable, "-c", KILLED, str(path), moment]).returncode
+    assert (code == 0) is (moment == "none")
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == list(range(51 if moment == "none" else 100))
+    assert storage.JsonLines(epath.Path(path), lambda content: content["step"] <= 50).kept[-1] == {"step": 50}
+
+
+def test_names_with_commas_brackets_and_braces(tmp_path):
+    names = ["a, b.tar", "a[1].tar", "a{b.tar", "{0..1}.tar", "0.tar", "a1.tar"]
+    for name in names:
+        (tmp_path / name).touch()
+        assert storage.expand(f"{tmp_path}/{name}") == [f"{tmp_path}/{name}"]
+    assert storage.expand(f"{tmp_path}/a[1].tar,{tmp_path}/0.tar") == [f"{tmp_path}/a[1].tar", f"{tmp_path}/0.tar"]
+    assert storage.expand(f"{tmp_path}/a[[]1].tar") == [f"{tmp_path}/a[1].tar"]
+    (tmp_path / "{0..1}.tar").unlink()
+    (tmp_path / "1.tar").touch()
+    assert storage.expand(f"{tmp_path}/{{0..1}}.tar") == [f"{tmp_path}/0.tar", f"{tmp_path}/1.tar"]
+    (tmp_path / "d,[1]").mkdir()
+    (tmp_path / "d,[1]" / "x.tar").touch()
+    assert storage.expand(f"{tmp_path}/d??1]/*.tar") == [f"{tmp_path}/d,[1]/x.tar"]
+
+
+def test_a_home_is_expanded_wherever_a_path_is_written(tmp_path, monkeypatch):
+    """A shell leaves the one in --config.run=~/runs/mine as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.csv").touch()
+    assert TrainingFolder("~/runs/mine").path == tmp_path / "runs" / "mine"
+    assert hub.resolve("~/weights") == str(tmp_path / "weights")
+    assert weights_fingerprint("~/") == weights_fingerprint(str(tmp_path))
+    assert storage.expand("~/a.csv,~/[a].csv") == [str(tmp_path / "a.csv")]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        RunFolder,
+        hub.resolve,
+        storage.expand,
+        lambda path: sources.parse(f"folder:{path}"),
+        lambda path: job.check(tiny.config(run=path, data__sources=("demo:train",))),
+    ],
+    ids=["run", "weights", "files", "source", "check"],
+)
+def test_a_url_with_one_slash_is_no_local_folder(use):
+    with pytest.raises(
+        UserError, match=r"'gs://bucket/a\.tar' is written with one slash after 'gs:'; write two, or begin"
+    ):
+        use("gs:/bucket/a.tar")
+    with pytest.raises(UserError, match=r"'https://h/a' is written") as caught:
+        expand_home("https:/user:secret@h/a?sig=secret")
+    assert "secret" not in str(caught.value)
+    assert str(RunFolder("gs://bucket/a").path) == "gs://bucket/a"
+    assert expand_home("c:/runs") == "c:/runs" and expand_home("./gs:/a") == "./gs:/a"
+
+
+def test_folders_among_names(tmp_path):
+    (tmp_path / "sub.tar").mkdir()
+    (tmp_path / "sub.tar" / "x.tar").touch()
+    (tmp_path / "y.tar").touch()
+    with pytest.raises(UserError, match=r"sub\.tar' is a folder, not a file; write folder:.*sub\.tar for images"):
+        storage.expand(f"{tmp_path}/sub.tar")
+    with pytest.raises(UserError, match=r"matches the folder '.*sub\.tar'; write a glob that matches files"):
+        storage.expand(f"{tmp_path}/*.tar")
+    assert storage.expand(f"{tmp_path}/**/*.tar") == [f"{tmp_path}/sub.tar/x.tar", f"{tmp_path}/y.tar"]
+    with pytest.raises(UserError, match=r"^no file or folder '/nowhere/x'; check the path\.$"):
+        storage.expand("/nowhere/x")
+    with pytest.raises(UserError, match=r"^2 of the 3 files that .* do not exist, the first is '/nowhere/0\.tar'"):
+        storage.expand(f"/nowhere/{{0..1}}.tar,{tmp_path}/y.tar")
+
+
+@pytest.mark.parametrize("pattern", ["{0..99999999999}", "{0..9999}{0..9999}{0..9999}", "{a,b{0..99999999}}"])
+def test_a_range_that_is_too_long_is_refused_before_it_fills_memory(pattern, monkeypatch):
+    monkeypatch.setattr(storage, "_MAX_NAMES", 1000)
+    with pytest.raises(UserError, match="names more than 1,000 files"):
+        storage.expand(f"memory://x/{pattern}.tar")
+
+
+def test_fingerprint_is_of_content_and_not_of_places_and_times(tmp_path):
+    content = np.random.default_rng(0).bytes(5 << 20)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.bin").write_bytes(content)
+        os.utime(tmp_path / folder / "x.bin", (len(folder), ord(folder)))
+    first = storage.fingerprint([f"{tmp_path}/a/x.bin"])
+    assert storage.fingerprint([f"{tmp_path}/b/x.bin"]) == first
+    for offset, whole, differs in ((0, 0, True), (-1, 0, True), (2 << 20, 0, False), (2 << 20, 6 << 20, True)):
+        changed = bytearray(content)
+        changed[offset] ^= 1
+        (tmp_path / "b" / "x.bin").write_bytes(changed)
+        pair = [storage.fingerprint([f"{tmp_path}/{folder}/x.bin"], whole=whole) for folder in "ab"]
+        assert (pair[0] != pair[1]) is differs
+    (tmp_path / "b" / "x.bin").write_bytes(content[:-1])
+    assert storage.fingerprint([f"{tmp_path}/b/x.bin"]) != first
+    (tmp_path / "b" / "x.bin").rename(tmp_path / "b" / "y.bin")
+    (tmp_path / "b" / "y.bin").write_bytes(content)
+    assert storage.fingerprint([f"{tmp_path}/b/y.bin"]) != first
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"weight_map": ["a.safetensors"]}', "has no 'weight_map'"),
+        ("{}", "has no 'weight_map'"),
+        ('{"weight_map": {"x": "model.safetensors.index.json"}}', r"names 'model\.safetensors\.index\.json', not a f"),
+        ('{"weight_map": {"x": "../a.safetensors"}}', "names '../a.safetensors', not a file"),
+        ('{"weight_map": {"x": 5}}', "names 5, not a file"),
+        ('{"weight_map": {"x": "a.safetensors"}}', r"names a\.safetensors, which does not exist"),
+        ('{"weight_map": ' + "[" * 100_000, "cannot be read as JSON"),
+    ],
+)
+def test_index_of_weights(content, message, tmp_path):
+    path = epath.Path(tmp_path) / "model.safetensors.index.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        weights.tensors(path)
+    safetensors.numpy.save_file({"x": np.ones(3, np.float32)}, tmp_path / "a.safetensors")
+    path.write_text('{"weight_map": {"x": "a.safetensors"}}')
+    assert weights.tensors(path)[0]["x"].tolist() == [1, 1, 1]

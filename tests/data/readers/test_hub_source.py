@@ -1,0 +1,354 @@
+"""Data sets of the Hub by the package `datasets`: from folders, and from a stand-in of the Hub's server."""
+
+import io
+import json
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers import tiny
+from tests.helpers.encoding import PREPARE
+from xclip_jax.commands import check
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.data import sources
+from xclip_jax.data.base import SourceOptions
+from xclip_jax.data.config import DataConfig
+from xclip_jax.evaluators import registry
+from xclip_jax.train import trainer
+
+datasets = pytest.importorskip("datasets")
+NAMES = ["cat", "dog", "hen"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The cache of `datasets` in an empty folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache of datasets")
+    datasets.disable_progress_bars()
+
+
+def png(i):
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(i).integers(0, 256, (9 + i % 3, 8, 3), np.uint8)).save(content, "png")
+    return content.getvalue()
+
+
+def rows(n=12, image="image", text="text"):
+    """Rows of images, captions and classes."""
+    columns = {
+        image: [{"bytes": png(i), "path": f"{i}.png"} for i in range(n)],
+        text: [f"picture {i} " for i in range(n)],
+    }
+    features = {image: datasets.Image(), text: datasets.Value("string"), "label": datasets.ClassLabel(names=NAMES)}
+    return datasets.Dataset.from_dict(columns | {"label": [i % 3 for i in range(n)]}, datasets.Features(features))
+
+
+def options(**fields):
+    return SourceOptions(**fields)
+
+
+def saved(path, made=None):
+    (made or rows()).save_to_disk(str(path))
+    return path
+
+
+def test_a_folder_of_save_to_disk(tmp_path):
+    source = sources.open_pairs(f"hf:{saved(tmp_path / 'set')}")
+    assert len(source) == 12 and source[3] == {"image": png(3), "text": ["picture 3"], "tags": [], "id": "3"}
+    again = pickle.loads(pickle.dumps(source))
+    assert again[11] == source[11] and again.fingerprint() == source.fingerprint()
+    with pytest.raises(IndexError):
+        source[12]
+
+
+def test_splits_of_folders(tmp_path):
+    parts = {"train": rows(9), "test": rows(4)}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "parquet").mkdir()
+    for name, part in parts.items():
+        part.to_parquet(str(tmp_path / "parquet" / f"{name}-00000-of-00001.parquet"))
+    for folder in ("saved", "parquet"):
+        opened = {name: sources.open_pairs(f"hf:{tmp_path / folder / name}") for name in parts}
+        assert [len(source) for source in opened.values()] == [9, 4] and opened["test"][3]["image"] == png(3)
+    with pytest.raises(UserError, match="does not name a split; its splits are test, train"):
+        sources.open_pairs(f"hf:{tmp_path / 'saved'}")
+    with pytest.raises(UserError, match=r"datasets cannot open it: Unknown split .validation"):
+        sources.open_pairs(f"hf:{tmp_path / 'parquet' / 'validation'}")
+    with pytest.raises(UserError, match=r"folder '.*/none' does not exist"):
+        sources.open_pairs(f"hf:{tmp_path / 'none' / 'train'}")
+
+
+def test_the_fingerprint_is_of_the_content(tmp_path):
+    prints = [sources.open_pairs(f"hf:{saved(tmp_path / name)}").fingerprint() for name in "ab"]
+    assert prints[0] == prints[1] and prints[0]["samples"] == 12
+    assert prints[0]["columns"] == {"image": "image", "text": ["text"]}
+    other = rows().map(lambda row, i: {"text": "another"} if i == 7 else {}, with_indices=True)
+    assert sources.open_pairs(f"hf:{saved(tmp_path / 'c', other)}").fingerprint() != prints[0]
+    # Rows in another order, which `datasets` stores as indices beside the same Arrow file.
+    assert sources.open_pairs(f"hf:{saved(tmp_path / 'd', rows().shuffle(seed=0))}").fingerprint() != prints[0]
+
+
+def test_columns_are_those_of_the_config_or_the_usual_ones(tmp_path):
+    path = saved(tmp_path / "set", rows(image="jpg", text="txt"))
+    source = sources.open_pairs(f"hf:{path}")
+    assert source[2]["image"] == png(2) and source[2]["text"] == ["picture 2"]
+    assert list(source.remarks()) == ["columns: images 'jpg', captions 'txt'"]
+    extra = {"json": [{"alt": f"alt {i}", "words": ["a", "b"]} for i in range(12)], "tags": ["red, blue,"] * 12}
+    made = rows().add_column("json", extra["json"]).add_column("tags", extra["tags"])
+    path = saved(tmp_path / "nested", made)
+    keys = options(text_keys=("text", "json/alt", "json/words"), tags_key="tags")
+    record = sources.open_pairs(f"hf:{path}", keys)[5]
+    assert record["text"] == ["picture 5", "alt 5", "a", "b"] and record["tags"] == ["red", "blue"]
+
+
+def test_images_that_are_paths_and_bytes(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(1))
+    for i, value in enumerate((str(tmp_path / "a.png"), png(1))):
+        made = datasets.Dataset.from_dict({"picture": [value, type(value)()], "caption": ["one", "two"]})
+        source = sources.open_pairs(f"hf:{saved(tmp_path / str(i), made)}", options(image_key="picture"))
+        assert source[0]["image"] == png(1) and source[0]["text"] == ["one"]
+        with pytest.raises(BadSample, match="no image in the row"):
+            source[1]
+        assert source.fingerprint()["samples"] == 2
+
+
+@pytest.mark.parametrize(
+    "drop, change, message",
+    [
+        (
+            "image",
+            {},
+            r"has no column 'image' of images; its columns are text \(string\), label.*; set data\.image_key\.$",
+        ),
+        ("", {"image_key": "jpeg"}, r"has no column 'jpeg' of images; its columns are .*; set data\.image_key\.$"),
+        ("text", {}, r"has no column 'text' of captions; its columns are image .*, label.*; set data\.text_keys\.$"),
+        ("", {"text_keys": ("text", "alt")}, "has no column 'alt' of captions"),
+        ("", {"tags_key": "words"}, r"has no column 'words'; its columns are .*; set data\.tags_key\.$"),
+    ],
+)
+def test_columns_that_are_missing(tmp_path, drop, change, message):
+    made = rows().remove_columns(drop) if drop else rows()
+    with pytest.raises(UserError, match=message):
+        sources.open_pairs(f"hf:{saved(tmp_path / 'set', made)}", options(**change))
+
+
+def test_several_columns_of_images_are_a_choice(tmp_path):
+    made = datasets.concatenate_datasets([rows(image="left"), rows(image="right").select_columns("right")], axis=1)
+    path = saved(tmp_path / "set", made)
+    with pytest.raises(UserError, match=r"has no column 'image' and several of images, left, right"):
+        sources.open_pairs(f"hf:{path}")
+    assert sources.open_pairs(f"hf:{path}", options(image_key="left"))[0]["image"] == png(0)
+
+
+def test_a_caption_that_is_empty_is_a_bad_sample(tmp_path):
+    made = rows().map(lambda row, i: {"text": " " if i == 2 else row["text"]}, with_indices=True)
+    source = sources.open_pairs(f"hf:{saved(tmp_path / 'set', made)}")
+    with pytest.raises(BadSample, match="caption is empty"):
+        source[2]
+
+
+def test_classes_are_evaluation_sets(tmp_path):
+    datasets.DatasetDict({"train": rows(9), "test": rows(6)}).save_to_disk(str(tmp_path / "set"))
+    loaded = registry.load(f"hf:{tmp_path / 'set' / 'test'}", PREPARE)
+    assert loaded.labels.tolist() == [0, 1, 2, 0, 1, 2] and list(loaded.names) == NAMES
+    assert loaded.images[0].shape == (8, 8, 3) and loaded.card.split_hash
+    probe = registry.load(f"probe/hf:{tmp_path / 'set'}", PREPARE)
+    assert (len(probe.train), len(probe.validation), len(probe.test)) == (9, 0, 6)
+    with pytest.raises(UserError, match="has no column 'label' of classes; its columns are image"):
+        registry.load(f"hf:{saved(tmp_path / 'none', rows().remove_columns('label'))}", PREPARE)
+    missing = rows().cast_column("label", datasets.Value("int64")).map(lambda row: {"label": -1})
+    missing = missing.cast_column("label", datasets.ClassLabel(names=NAMES))
+    with pytest.raises(UserError, match="has rows without a label"):
+        registry.load(f"hf:{saved(tmp_path / 'minus', missing)}", PREPARE)
+
+
+def test_columns_of_images_and_classes_are_named_in_the_spec(tmp_path):
+    def made(n):
+        coarse = datasets.Dataset.from_dict(
+            {"coarse/label": [i % 2 for i in range(n)]},
+            datasets.Features({"coarse/label": datasets.ClassLabel(names=["bird", "beast"])}),
+        )
+        parts = [rows(n, image="left").rename_column("label", "fine"), rows(n, image="right").select_columns("right")]
+        return datasets.concatenate_datasets([*parts, coarse], axis=1)
+
+    datasets.DatasetDict({"train": made(9), "test": made(6)}).save_to_disk(str(tmp_path / "set"))
+    spec = f"hf:{tmp_path / 'set' / 'test'}"
+    loaded = registry.load(f"{spec}?image=left&label=coarse%2Flabel", PREPARE)
+    assert loaded.labels.tolist() == [0, 1] * 3 and list(loaded.names) == ["bird", "beast"]
+    source = sources.open_labelled(f"{spec}?label=fine", options(image_key="right"))
+    assert source.labels().tolist() == [0, 1, 2] * 2 and source[1]["image"] == png(1)
+    probe = registry.load(f"probe/hf:{tmp_path / 'set'}?label=fine&image=left", PREPARE)
+    assert (len(probe.train), len(probe.validation), len(probe.test)) == (9, 0, 6)
+    for end, message in {
+        "": r"has no column 'label' of classes; add \?label= and one of fine, coarse/label to the spec; its columns",
+        "?label=text": "has no column 'text' of classes; add",
+        "?label=fine": r"column 'image' and several of images, left, right; name one in the spec, \?image=COLUMN",
+        "?label=fine&image=up": "no column 'up' and several of images, left, right; name one in the spec",
+        "?lable=fine": r"ends in '\?lable=fine'; expected \?image=COLUMN&label=COLUMN, or one",
+        "?label=": r"ends in '\?label='; expected",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            registry.load(f"{spec}{end}", PREPARE)
+    with pytest.raises(UserError, match=r"names a column of images; of pairs it is data\.image_key"):
+        sources.open_pairs(f"{spec}?image=left")
+    for rest in ("lab/set/test?label", "lab/set?label=fine/main/test", "lab/set/test?image=a?label=fine"):
+        with pytest.raises(UserError, match=r"has a \? without columns, or before its end; expected \?image=COLUMN"):
+            sources.open_labelled(f"hf:{rest}")
+
+
+def test_held_out_pairs_of_several_columns_have_labels(tmp_path):
+    left = rows(20, image="left").rename_column("label", "fine")
+    coarse = rows(20, image="right").select_columns(["right", "label"]).rename_column("label", "coarse")
+    path = saved(tmp_path / "what?", datasets.concatenate_datasets([left, coarse], axis=1))
+    data = DataConfig(sources=(f"hf:{path}?label=fine",), image_key="right", holdout=0.5)
+    named = registry.load("zeroshot/holdout", PREPARE, data=data)
+    pairs = registry.load("retrieval/holdout", PREPARE, data=data)
+    assert 0 < len(named.images) == len(pairs.images) < 20 and list(named.names) == NAMES
+    np.testing.assert_array_equal(named.images[0], pairs.images[0])
+    assert sources.open_pairs(data.sources[0], options(image_key="left"))[1]["image"] == png(1)
+
+
+@pytest.mark.parametrize("layout", ["saved", "parquet"])
+def test_a_validation_split_is_used_and_where_it_is_damaged_an_error(tmp_path, layout):
+    """Without the error a probe would choose C on training images, and give another number under the same name."""
+    parts, folder = {"train": rows(9), "test": rows(6)}, tmp_path / layout
+    for sizes, names in (((9, 0, 6), ("train", "test")), ((9, 3, 6), ("train", "validation", "test"))):
+        own = {name: parts.get(name, rows(3)) for name in names}
+        if layout == "saved":
+            datasets.DatasetDict(own).save_to_disk(str(folder))
+        else:
+            folder.mkdir(exist_ok=True)
+            for name, part in own.items():
+                part.to_parquet(str(folder / f"{name}-00000-of-00001.parquet"))
+        probe = registry.load(f"probe/hf:{folder}", PREPARE)
+        assert (len(probe.train), len(probe.validation), len(probe.test)) == sizes
+    for file in folder.rglob("*validation*/*.arrow" if layout == "saved" else "validation*"):
+        file.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"hf:.*(/validation.* cannot be read|cannot open it)"):
+        registry.load(f"probe/hf:{folder}", PREPARE)
+    if layout == "saved":
+        (folder / "dataset_dict.json").write_text("{")
+        with pytest.raises(UserError, match=r"dataset_dict\.json' cannot be read"):
+            registry.load(f"probe/hf:{folder}", PREPARE)
+
+
+@pytest.mark.parametrize("spec", ["hf:lab", "hf:lab/pairs", "hf:", "hf:lab/pairs@v1"])
+def test_a_spec_without_a_split(spec):
+    with pytest.raises(UserError, match="hf:ORG/NAME"):
+        sources.open_pairs(spec)
+
+
+@pytest.fixture
+def hub(server, monkeypatch):
+    """The stand-in of the Hub with a set of two configurations, where `datasets` looks for it too."""
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
+    template = f"{server.url}/datasets/{{repo_id}}/resolve/{{revision}}/{{path}}"
+    monkeypatch.setattr(datasets.config, "HUB_DATASETS_URL", template)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "USE_PARQUET_EXPORT", False)  # of another server
+    configurations = [("small", 5), ("large", 12)]
+    files = {}
+    for name, n in configurations:
+        content = io.BytesIO()
+        rows(n).to_parquet(content)
+        files[f"{name}/train-00000-of-00001.parquet"] = content.getvalue()
+    lines = [
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*"
+        for name, _ in configurations
+    ]
+    files["README.md"] = "\n".join(["---", "configs:", *lines, "---", ""]).encode()
+    server.add("lab/pairs", files)
+    server.add("lab/plain", {name.partition("/")[2]: data for name, data in files.items() if "small" in name})
+    return server
+
+
+def test_sets_of_the_hub(hub, monkeypatch):
+    source = sources.open_pairs("hf:lab/pairs/small/train")
+    assert len(source) == 5 and source[4]["image"] == png(4)
+    assert not any("large" in name for name in hub.fetched())
+    assert len(sources.open_pairs("hf:lab/plain@main/train")) == 5
+    with pytest.raises(UserError, match=r"Config name is missing.*'small', 'large'"):
+        sources.open_pairs("hf:lab/pairs/train")
+    with pytest.raises(UserError, match=r"Unknown split .test"):
+        sources.open_pairs("hf:lab/plain/test")
+    with pytest.raises(
+        UserError, match=r"lab/none.* doesn't exist on the Hub or cannot be accessed; check the name, or log"
+    ):
+        sources.open_pairs("hf:lab/none/train")
+    with pytest.raises(UserError, match="Revision 'v2' doesn't exist"):
+        sources.open_pairs("hf:lab/plain@v2/train")
+
+
+def test_rows_of_the_hub_name_files_of_the_hub_alone(hub, tmp_path):
+    private = tmp_path / "private.png"
+    private.write_bytes(png(0))
+    names = [str(private), "private.png", f"file://{private}", f"{hub.url}/private.png"]
+    made = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": name} for name in names], "text": names})
+    content = io.BytesIO()
+    made.to_parquet(content)
+    hub.add("lab/paths", {"train-00000-of-00001.parquet": content.getvalue()})
+    source = sources.open_pairs("hf:lab/paths/train")
+    for index in range(len(names)):
+        with pytest.raises(BadSample, match="a table that is not on this machine may not name it"):
+            source[index]
+    # Saved by the user, the same rows are the user's.
+    assert sources.open_pairs(f"hf:{saved(tmp_path / 'mine', made)}")[0]["image"] == png(0)
+
+
+def test_images_that_are_files_of_a_set_of_the_hub_are_read(hub):
+    hub.add("lab/files", {"a.png": png(1), "metadata.csv": b"file_name,text\na.png,one\n"})
+    assert sources.open_pairs("hf:lab/files/train")[0]["image"] == png(1)
+
+
+def test_splits_of_the_hub_are_listed(hub, monkeypatch):
+    kind = sources.SOURCES["hf"]
+
+    def has(rest, split):
+        return kind.has_split(rest, split, options())
+
+    assert has("lab/pairs/small", "train") and not has("lab/pairs/small?label=label", "validation")
+    with pytest.raises(UserError, match="Config name is missing"):
+        has("lab/pairs", "validation")
+    with pytest.raises(UserError, match=r"'hf:lab' does not name a data set; write hf:ORG/NAME"):
+        has("lab", "validation")
+    sources.open_pairs("hf:lab/plain/train")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    assert has("lab/plain", "train") and not has("lab/plain", "validation") and hub.requests == []
+
+
+def test_the_cache_is_enough_offline(hub, monkeypatch):
+    expected = sources.open_pairs("hf:lab/plain/train").fingerprint()
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    assert sources.open_pairs("hf:lab/plain/train").fingerprint() == expected
+    with pytest.raises(UserError, match=r"hf:lab/other/train is not in the cache, .*, and the Hub cannot be reached"):
+        sources.open_pairs("hf:lab/other/train")
+    assert hub.requests == []
+
+
+def run_of(path, run, **changes):
+    """Metrics of two steps on a data set."""
+    trainer.run(tiny.config(run=run, steps=2, data__sources=(f"hf:{path}",), **changes))
+    return tiny.lines(run)
+
+
+def test_a_run_and_its_check_read_it(tmp_path, capsys):
+    path = saved(tmp_path / "set", rows(32))
+    check.main([f"hf:{path}"])
+    assert "columns: images 'image', captions 'text'" in capsys.readouterr().out
+    last = run_of(path, tmp_path / "run")[-1]
+    assert last["step"] == 2 and last["data/bad"] == 0
+    (card,) = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert (card["samples"], card["columns"]) == (32, {"image": "image", "text": ["text"]})
+
+
+@pytest.mark.slow  # two runs, and a process that imports all
+def test_processes_read_what_threads_read(tmp_path):
+    path = saved(tmp_path / "set", rows(32))
+    losses = [[m["loss"] for m in run_of(path, tmp_path / f"run{n}", data__workers=n)] for n in (0, 1)]
+    assert losses[0] == losses[1]

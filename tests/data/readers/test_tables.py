@@ -1,0 +1,307 @@
+import csv
+import os
+import pickle
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from array_record.python import array_record_module
+from tensorflow_datasets.proto import tf_example_pb2
+
+from tests.helpers import bad_tars
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.data import base, sources
+from xclip_jax.data.readers import tables
+from xclip_jax.data.readers.array_record import ArrayRecordSource
+
+
+def open_source(spec, image="image", text=("text",), tags=""):
+    return sources.open_pairs(spec, base.SourceOptions("", image, text, tags))
+
+
+@pytest.fixture
+def images(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        (tmp_path / "images" / f"{i}.jpg").write_bytes(bad_tars.jpeg(i))
+    return [bad_tars.jpeg(i) for i in range(3)]
+
+
+def write(path, rows, tab=","):
+    path.write_text("\n".join(tab.join(row) if isinstance(row, tuple) else row for row in rows), encoding="utf-8-sig")
+
+
+@pytest.mark.filterwarnings("ignore:table")
+@pytest.mark.parametrize(("tab", "first"), [(",", 'a, "b"\nc'), ("\t", 'a, ""b"" c')])
+def test_csv(tmp_path, images, tab, first):
+    head = ("title", "filepath", "words")
+    write(
+        tmp_path / "pairs.csv",
+        [
+            head,
+            ('"a, ""b""\nc"' if tab == "," else first, "images/0.jpg", '"x, y"' if tab == "," else "x, y"),
+            ("ünï", str(tmp_path / "images/1.jpg"), ""),
+            "",
+            ("", "images/2.jpg", ""),
+            ("lost", "images/9.jpg", ""),
+            "short",
+        ],
+        tab,
+    )
+    write(tmp_path / "more.csv", [head, ("more", "images/2.jpg", "z")], tab)
+    source = open_source(f"csv:{tmp_path}/pairs.csv,{tmp_path}/more.csv", "filepath", ("title",), "words")
+    assert len(source) == 6
+    assert source[0]["text"] == [first]
+    assert source[0]["tags"] == ["x", "y"]
+    assert source[1]["text"] == ["ünï"]
+    assert [source[i]["image"] for i in (0, 1, 5)] == images
+    assert source[5] == pickle.loads(pickle.dumps(source))[5]
+    for i, reason in ((2, "caption is empty"), (3, "file cannot be read"), (4, "no image in the row")):
+        with pytest.raises(BadSample, match=reason):
+            source[i]
+    assert source.describe(3) == {"file": str(tmp_path / "images" / "9.jpg")}
+    with pytest.raises(
+        UserError, match=r"has no column 'image'; its columns are 'title', 'filepath', 'words'; set data\.image_key"
+    ):
+        open_source(f"csv:{tmp_path}/pairs.csv")
+    (tmp_path / "empty.csv").write_text("image,text\n")
+    with pytest.raises(UserError, match="has no row"):
+        open_source(f"csv:{tmp_path}/empty.csv")
+
+
+@pytest.mark.parametrize("tab", [",", "\t"])
+def test_a_row_with_more_fields_than_columns_is_a_bad_sample(tmp_path, images, tab):
+    rows = [("image", "text"), *((f"images/{i}.jpg", "a fox") for i in range(3))]
+    rows[2] = ("images/1.jpg", "a fox", " red and small")
+    rows[3] = ("images/2.jpg", "a fox", "", " ")  # nothing is lost
+    write(tmp_path / "x.csv", rows, tab)
+    write(tmp_path / "y.csv", rows, tab)
+    source = open_source(f"csv:{tmp_path}/*.csv")
+    assert len(source) == 6 and [source[i]["text"] for i in (0, 2, 3, 5)] == [["a fox"]] * 4
+    for index, name in ((1, "x.csv"), (4, "y.csv")):
+        with pytest.raises(BadSample, match=rf"{name}', line 3: 3 fields; put .* in quotes") as error:
+            source[index]
+        assert error.value.reason == "row has too many fields"
+        assert source.describe(index) == {"file": str(tmp_path / "images" / "1.jpg")}
+
+
+def test_quotes_mean_nothing_between_tabs(tmp_path):
+    captions = [f"caption {i}" for i in range(1001)]
+    captions[500] = '"a quote that nobody closes'
+    captions[700] = '"quoted" and not'
+    write(tmp_path / "x.tsv", [("image", "text"), *((f"{i}.jpg", text) for i, text in enumerate(captions))], "\t")
+    rows = list(tables.read_rows(f"{tmp_path}/x.tsv"))
+    assert [row[1] for _, row in rows] == ["text", *captions]
+    assert len(open_source(f"csv:{tmp_path}/x.tsv")) == 1001
+
+
+@pytest.mark.parametrize(
+    ("caption", "later", "line", "swallowed"),
+    [
+        ('"never closed', "plain", 11, "all rows after it"),
+        ('"five inch', 'the "best" one', 11, "rows after it"),
+        ('"five inch', '19"', 11, "more than 20 lines"),
+    ],
+)
+@pytest.mark.parametrize("apart", [3, 60])
+def test_a_quote_without_a_partner_between_commas(tmp_path, caption, later, line, swallowed, apart):
+    captions = [f"caption {i}" for i in range(100)]
+    captions[9], captions[9 + apart] = caption, later
+    write(tmp_path / "x.csv", [("image", "text"), *((f"{i}.jpg", text) for i, text in enumerate(captions))])
+    if apart == 3 and later == '19"':  # as a legitimate field of several lines would look
+        with pytest.warns(UserWarning, match=r"x\.csv' has 1 rows of several lines, the first at line 11"):
+            assert len(list(tables.read_rows(f"{tmp_path}/x.csv"))) == 98
+        return
+    swallowed = "more than 20 lines" if apart == 60 or caption == '"never closed' else swallowed
+    with pytest.raises(UserError, match=rf"x\.csv', line {line}: a quote opens a field that swallows {swallowed}"):
+        open_source(f"csv:{tmp_path}/x.csv")
+    write(tmp_path / "x.csv", [("image", "text"), *((f"{i}.jpg", "x") for i in range(9)), ("9.jpg", '"x')])
+    with pytest.raises(UserError, match="line 11: a quote opens a field that swallows all rows after it"):
+        open_source(f"csv:{tmp_path}/x.csv")
+
+
+def test_rows_agree_with_the_csv_module_where_quotes_are_in_pairs(tmp_path):
+    rng = np.random.default_rng(0)
+    letters = list('ab ,"ü\n')
+    rows = [["image", "text"], *(["".join(rng.choice(letters, 9)) + "x" for _ in range(2)] for _ in range(300))]
+    with (tmp_path / "x.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    with pytest.warns(UserWarning, match="rows of several lines"):
+        assert [row for _, row in tables.read_rows(f"{tmp_path}/x.csv")] == rows
+
+
+def test_semicolons_as_spreadsheets_write_them(tmp_path, images):
+    (tmp_path / "x.csv").write_text('image;text\nimages/0.jpg;"a fox; red, and small"\nimages/1.jpg;a, b\n')
+    source = open_source(f"csv:{tmp_path}/x.csv")
+    assert [source[i]["text"] for i in (0, 1)] == [["a fox; red, and small"], ["a, b"]]
+    (tmp_path / "labels.csv").write_text("path;label\nimages/0.jpg;a, b\nimages/1.jpg;c\n")
+    assert sources.open_labelled(f"csv:{tmp_path}/labels.csv").names == ["a, b", "c"]
+
+
+@pytest.mark.parametrize("opened", [open_source, sources.open_labelled])
+def test_tables_in_utf16_and_empty_ones_are_refused_by_a_sentence(tmp_path, opened):
+    path = tmp_path / "x.csv"
+    path.write_bytes("path\tcaption\nx.jpg\tone\n".encode("utf-16"))
+    remedy = rf"Save it as UTF-8, or convert it: iconv -f UTF-16 -t UTF-8 {path} > NEW\."
+    with pytest.raises(UserError, match=rf"'{path}' is UTF-16 by its byte order mark; expected UTF-8\. {remedy}"):
+        opened(f"csv:{path}")
+    for nothing in ("", "\n\n"):
+        path.write_text(nothing)
+        with pytest.raises(UserError, match=rf"'{path}' is empty; "):
+            opened(f"csv:{path}")
+
+
+def test_paths_from_the_working_folder_are_recognised(tmp_path, images, monkeypatch):
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "x.csv").write_text("image,text,path,label\nimages/0.jpg,one,images/0.jpg,a\n")
+    monkeypatch.chdir(tmp_path)
+    source = open_source("csv:tables/x.csv")
+    hint = "; paths are relative to the table's folder, and this one exists from the working folder: move the table"
+    with pytest.raises(BadSample, match=rf"tables/images/0\.jpg'{hint}"):
+        source[0]
+    with pytest.raises(UserError, match=rf"tables/images/0\.jpg' first{hint}"):
+        sources.open_labelled("csv:tables/x.csv")
+    monkeypatch.chdir("/")
+    with pytest.raises(BadSample) as caught:
+        open_source(f"csv:{tmp_path}/tables/x.csv")[0]
+    assert "relative" not in str(caught.value)
+
+
+def test_rows_whose_image_cannot_be_read_are_bad_samples(tmp_path, images, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setitem(base.MAX_BYTES, "image", 2000)
+    (tmp_path / "large.jpg").write_bytes(bytes(2001))
+    names = ["images/0.jpg", "nul\0.jpg", "foo://x/y.jpg", "pipe", "images", "large.jpg", "x" * 5000]
+    write(tmp_path / "x.csv", [("image", "text"), *((name, "caption") for name in names)])
+    source = open_source(f"csv:{tmp_path}/x.csv")
+    assert source[0]["image"] == images[0]
+    for i, (reason, detail) in enumerate(
+        [
+            ("file cannot be read", "null byte"),
+            ("file cannot be read", "foo"),
+            ("file cannot be read", "not a regular"),
+            ("file cannot be read", "not a regular"),
+            ("file too large", "larger than 2,000 bytes"),
+            ("file cannot be read", "too long"),
+        ],
+        1,
+    ):
+        with pytest.raises(BadSample, match=detail) as error:
+            source[i]
+        assert error.value.reason == reason
+        assert source.describe(i)["file"]
+
+
+def test_card_of_tables_changes_with_their_content_alone(tmp_path, images):
+    rows = [("image", "text"), ("images/0.jpg", "one"), ("images/1.jpg", "two")]
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "x.csv", rows)
+    cards = [open_source(f"csv:{tmp_path}/{folder}/x.csv").fingerprint() for folder in "ab"]
+    assert cards[0] == cards[1]
+    assert cards[0]["samples"] == 2 and cards[0]["files"][0]["name"] == "x.csv"
+    write(tmp_path / "b" / "x.csv", [rows[0], rows[2], rows[1]])
+    changed = open_source(f"csv:{tmp_path}/b/x.csv").fingerprint()
+    assert changed["hash"] != cards[0]["hash"] and changed["files"] == cards[0]["files"]
+    hashes = set()
+    for captions in (["one", "two"], ["two", "one"]):
+        pyarrow.parquet.write_table(pyarrow.table({"image": ["a", "b"], "text": captions}), tmp_path / "x.parquet")
+        hashes.add(open_source(f"parquet:{tmp_path}/x.parquet").fingerprint()["hash"])
+    assert len(hashes) == 2 and "" not in hashes
+
+
+def test_parquet(tmp_path, images):
+    paths = pyarrow.table({"image": ["images/0.jpg", None], "text": [["one", "two"], ["x"]]})
+    pyarrow.parquet.write_table(paths, tmp_path / "0.parquet")
+    source = open_source(f"parquet:{tmp_path}/0.parquet")
+    assert source[0] == {
+        "image": images[0],
+        "text": ["one", "two"],
+        "tags": [],
+        "id": str(tmp_path / "images" / "0.jpg"),
+    }
+    with pytest.raises(BadSample, match="no image in the row"):
+        source[1]
+    inside = pyarrow.table({"image": [{"bytes": images[1], "path": "x"}], "text": ["t"], "tags": [["a", "b"]]})
+    pyarrow.parquet.write_table(inside, tmp_path / "1.parquet")
+    source = open_source(f"parquet:{tmp_path}/1.parquet", tags="tags")
+    assert source[0] == {"image": images[1], "text": ["t"], "tags": ["a", "b"], "id": "0"}
+    assert pickle.loads(pickle.dumps(source))[0] == source[0]
+
+
+def test_a_table_in_a_bucket_names_no_files_of_this_machine(tmp_path, images):
+    """A table of this machine does, with absolute paths too."""
+    names = [str(tmp_path / "images" / "0.jpg"), "../images/0.jpg"]
+    pyarrow.parquet.write_table(pyarrow.table({"image": names, "text": ["x", "y"]}), tmp_path / "0.parquet")
+    source = open_source(f"parquet:{tmp_path}/0.parquet")
+    assert source[0]["image"] == images[0]
+    source.tables = ["gs://bucket/tables/0.parquet"]
+    assert source.describe(1) == {"file": "gs://bucket/tables/../images/0.jpg"}
+    with pytest.raises(BadSample, match="it is not on the web: a table that is not on this machine"):
+        source[0]
+
+
+def test_damaged_parquet_is_a_sentence(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"image": ["a"] * 50, "text": ["x"] * 50}), tmp_path / "x.parquet")
+    whole = (tmp_path / "x.parquet").read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for content in [
+        b"",
+        b"rubbish" * 9,
+        *(whole[: rng.integers(len(whole))] for _ in range(20)),
+        *(whole[:i] + rng.bytes(9) + whole[i + 9 :] for i in rng.integers(len(whole), size=100)),
+    ]:
+        (tmp_path / "x.parquet").write_bytes(content)
+        try:
+            source = open_source(f"parquet:{tmp_path}/x.parquet")
+            for i in range(len(source)):
+                source.describe(i)
+                with pytest.raises(BadSample):
+                    source[i]
+        except UserError as error:
+            refused += "\n" not in str(error) and "x.parquet" in str(error)
+    assert refused > 30
+
+
+def test_parquet_tables_of_different_schemas(tmp_path):
+    for name, image, text in (("0", ["a"], ["x"]), ("1", [b"a"], ["x"]), ("2", ["a"], [None])):
+        table = pyarrow.table({"image": image, "text": pyarrow.array(text, None if text != [None] else pyarrow.null())})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    assert len(open_source(f"parquet:{tmp_path}/0.parquet,{tmp_path}/2.parquet")) == 2
+    assert len(open_source(f"parquet:{tmp_path}/2.parquet,{tmp_path}/0.parquet")) == 2
+    with pytest.raises(UserError, match=r"a column of '.*1\.parquet' has another type .*image.*string vs binary"):
+        open_source(f"parquet:{tmp_path}/*.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"image": [5], "text": ["x"]}), tmp_path / "n.parquet")
+    with pytest.raises(BadSample, match="no image in the row"):
+        open_source(f"parquet:{tmp_path}/n.parquet")[0]
+
+
+def test_array_record(tmp_path, images):
+    def example(**features):
+        found = tf_example_pb2.Example()
+        for key, values in features.items():
+            found.features.feature[key].bytes_list.value.extend(values)
+        return found.SerializeToString()
+
+    writer = array_record_module.ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
+    for record in (
+        example(image=[images[0]], text=[b"one", b"two"]),
+        example(image=[images[1]]),
+        example(text=[b"x"]),
+        b"\xff\xff",
+    ):
+        writer.write(record)
+    writer.close()
+    source = open_source(f"array_record:{tmp_path}/*.array_record")
+    assert len(source) == 4
+    assert source[0] == {"image": images[0], "text": ["one", "two"], "tags": [], "id": "0"}
+    for i, reason in ((1, "caption is empty"), (2, "no image in the record"), (3, "record cannot be read")):
+        with pytest.raises(BadSample, match=reason):
+            source[i]
+    card = source.fingerprint()
+    assert card["samples"] == 4 and len(card["hash"]) == 32
+    (tmp_path / "b.array_record").write_bytes(b"rubbish" * 100)
+    with pytest.raises(UserError, match="cannot be read as ArrayRecord"):
+        ArrayRecordSource(f"{tmp_path}/b.array_record", "image", ("text",))

@@ -1,0 +1,177 @@
+"""The index of a tar: what it holds, where it is stored, and when it is not believed."""
+
+import hashlib
+import io
+import itertools
+import os
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+
+from tests.helpers import bad_tars
+from xclip_jax.core import storage
+from xclip_jax.core.errors import UserError
+from xclip_jax.data.readers import tar_headers, tar_index, tar_source
+
+tortured = bad_tars.tortured
+
+
+def test_index_is_stored_once_and_follows_the_tar(tmp_path, monkeypatch):
+    path = bad_tars.pairs(tmp_path / "0.tar", 0, 3)
+    assert len(tar_source.TarSource(str(path))) == 3
+    [stored] = (tmp_path / ".xclip_index").iterdir()
+    monkeypatch.setattr(tar_index, "index", lambda _: pytest.fail("indexed again"))
+    assert len(tar_source.TarSource(str(path))) == 3
+    monkeypatch.undo()
+    bad_tars.pairs(path, 0, 5)
+    assert len(tar_source.TarSource(str(path))) == 5
+    assert stored.exists()
+
+
+def test_a_stored_index_that_is_damaged_is_made_again(tmp_path, monkeypatch):
+    path = bad_tars.pairs(tmp_path / "0.tar", 0, 3)
+    expected = tar_source.TarSource(str(path))
+    [stored] = (tmp_path / ".xclip_index").iterdir()
+    whole, rng, indexed = stored.read_bytes(), np.random.default_rng(0), []
+    index = tar_index.index
+    monkeypatch.setattr(tar_index, "index", lambda path: indexed.append(path) or index(path))
+    damaged = [b"", b"x", whole[:100], whole[:-1], whole + b"x", bytes(len(whole)), whole[:-16], rng.bytes(300)]
+    for at in rng.integers(len(whole), size=40):
+        damaged.append(whole[:at] + bytes([whole[at] ^ 1 << int(rng.integers(8))]) + whole[at + 1 :])
+    for number, content in enumerate(damaged, 1):
+        stored.unlink()  # else it would change under the maps of the source before
+        stored.write_bytes(content)
+        source = tar_source.TarSource(str(path))
+        assert [source[i] for i in range(3)] == [expected[i] for i in range(3)]
+        assert len(indexed) == number
+        assert stored.read_bytes() == whole
+    stored.unlink()
+    stored.mkdir()
+    monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
+    assert len(tar_source.TarSource(str(path))) == 3
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("fault", 7), ("fault", 255), ("image_size", 1 << 31), ("json_size", 1 << 30), ("text", (1 << 64) - 1)],
+)
+def test_an_index_that_came_with_its_tar_is_not_believed(field, value, tmp_path):
+    path = bad_tars.pairs(tmp_path / "0.tar", 0, 3)
+    expected = tar_source.TarSource(str(path))
+    [stored] = (tmp_path / ".xclip_index").iterdir()
+    rows = np.load(stored).copy()
+    rows[field][1] = value
+    content = io.BytesIO()
+    np.save(content, rows)
+    stored.unlink()
+    stored.write_bytes(content.getvalue() + hashlib.blake2b(content.getvalue(), digest_size=16).digest())
+    assert tar_index.read(stored) is None
+    source = tar_source.TarSource(str(path))
+    assert [source[i] for i in range(3)] == [expected[i] for i in range(3)]
+
+
+def test_an_index_whose_header_is_damaged_is_not_read(tmp_path):
+    path = tmp_path / "x.npy"
+    for header in (
+        b"{'descr': (",
+        b"{" * 5000,
+        b"\xff" * 60,
+        b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
+    ):
+        data = b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header
+        path.write_bytes(data + hashlib.blake2b(data, digest_size=16).digest())
+        assert tar_index.read(path) is None
+
+
+def test_index_beside_read_only_data_goes_to_the_cache(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    path = bad_tars.pairs(tmp_path / "data" / "0.tar", 0, 3)
+    monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
+    writable = storage.writable
+    monkeypatch.setattr(storage, "writable", lambda folder: folder.name != ".xclip_index" and writable(folder))
+    assert len(tar_source.TarSource(str(path))) == 3
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["0.tar"]
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
+
+
+def test_index_in_processes_is_that_of_one(tmp_path, capfd):
+    paths = [str(bad_tars.pairs(tmp_path / f"{i}.tar", 10 * i, 4)) for i in range(5)]
+    places = tar_index.load(paths, processes=2)
+    for path, place in zip(paths, places, strict=True):
+        np.testing.assert_array_equal(np.load(place), tar_index.index(path))
+    assert "indexed 5 tars in" in capfd.readouterr().out
+    os.unlink(paths[0])
+    with pytest.raises(UserError, match=r"names do not exist, the first is .*0\.tar"):
+        tar_source.TarSource(f"{tmp_path}/{{0..4}}.tar")
+
+
+def test_names_with_line_breaks(tmp_path):
+    paths = [str(bad_tars.pairs(tmp_path / f"a\n{i}\udcff.tar", 0, 1)) for i in range(3)]
+    assert [len(np.load(place)) for place in tar_index.load(paths, processes=2)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        b"-0000001000\0",
+        b"+0000001000\0",
+        b"0000_001000\0",
+        b"0o000001000\0",
+        b"00000010 00\0",
+        b"99999999999\0",
+        b"\xff" * 12,
+        b"\xff" * 11 + b"\0",
+        b"\xc0" + bytes(11),
+        b"\x80" + b"\xff" * 11,
+        b"-1\0".ljust(12, b"\0"),
+    ],
+)
+def test_a_header_with_an_odd_size_neither_hangs_the_index_nor_ends_it(size, tmp_path):
+    path = bad_tars.shard(tmp_path / "x.tar", [(key, {"jpg": b"x" * 600, "txt": b"y"}) for key in ("a", "b", "c")])
+    with tarfile.open(path) as tar:
+        at = tar.getmember("b.jpg").offset
+    data = bytearray(path.read_bytes())
+    data[at + 124 : at + 136] = size
+    data[at + 148 : at + 156] = b"%06o\0 " % (sum(data[at : at + 512]) - sum(data[at + 148 : at + 156]) + 8 * 32)
+    path.write_bytes(data)
+    names = [name for name, *_ in itertools.islice(tar_headers.members(str(path), len(data)), 20)]
+    assert names[:2] == [b"a.jpg", b"a.txt"] and len(names) < 20
+    rows = tar_index.index(str(path))
+    assert rows["key"][0] == b"a" and rows["fault"][0] == tar_index.OK
+
+
+def test_a_long_number_in_an_extended_header(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        bad_tars.add(tar, "a.jpg", bad_tars.jpeg(0), pax_headers={"size": "9" * 5000})
+        bad_tars.add(tar, "a.txt", b"caption")
+    assert tar_index.index(str(tmp_path / "x.tar"))["fault"][0] == tar_index.OK
+
+
+def test_index_agrees_with_tarfile(tortured):
+    for path in storage.expand(tortured[0])[:8]:
+        with tarfile.open(path) as tar:
+            there = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
+        here = [(n.decode(), offset, size) for n, offset, size in tar_headers.members(path, os.path.getsize(path))]
+        assert here == there
+
+
+def test_indexing_command(tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "-m", "xclip_jax.data.readers.tar_index", *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = run(f"{tmp_path}/x.tar")
+    assert done.returncode == 1
+    assert done.stderr == f"error: no file or folder '{tmp_path}/x.tar'; check the path.\n"
+    done = run("--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: xclip-jax index [-h] pattern")
+    done = run()
+    assert (done.returncode, done.stderr) == (1, "error: the following arguments are required: pattern; see --help\n")
+    bad_tars.pairs(tmp_path / "x.tar", 0, 2)
+    assert run(f"{tmp_path}/x.tar").stdout.endswith("s\n")
+    assert len(list((tmp_path / ".xclip_index").iterdir())) == 1

@@ -1,0 +1,290 @@
+"""Pairs in tars: what is good is read, what is bad has its reason, on any number of hosts and after a resume."""
+
+import collections
+import os
+import pathlib
+import pickle
+import tarfile
+
+import fsspec
+import numpy as np
+import pytest
+from etils import epath
+
+from tests.helpers import bad_tars, tiny
+from xclip_jax.core import storage
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.data import base, ledger, loader, sources, tokenizer, transforms
+from xclip_jax.data.readers import tar_source
+
+tortured, plain = bad_tars.tortured, bad_tars.plain
+
+
+def config(**changes):
+    return loader.DataConfig(**{"sources": ("x",), "batch": 8, "tokenizer": "bytes", "max_bad_fraction": 1.0} | changes)
+
+
+def read(found, c, book=None, start=0, stop=5, length=300, **hosts):
+    transform = loader.Transform(c, 8, tokenizer.load("bytes"), length)
+    order = loader.sample_order(found, c, seed=3)
+    return list(loader.batches(order, transform, batch=c.batch, start=start, stop=stop, seed=3, ledger=book, **hosts))
+
+
+def texts(batches):
+    rows = np.concatenate([b["text"] for b in batches])
+    return [bytes(int(t) - 3 for t in row if t >= 3).decode("utf-8", "replace") for row in rows]
+
+
+def name(entry):
+    return entry["tar"].rpartition("/")[2], entry["key"]
+
+
+def test_every_case_is_read_or_has_its_reason(tortured):
+    pattern, good, bad = tortured
+    source = tar_source.TarSource(pattern)
+    found, faults = collections.Counter(), {}
+    for i in range(len(source)):
+        try:
+            record = source[i]
+            pixels = transforms.decode(record["image"])
+            assert pixels.dtype == np.uint8
+            assert pixels.shape[2] == 3
+            found[name(source.describe(i)), record["text"][0]] += 1
+        except BadSample as error:
+            assert name(source.describe(i)) not in faults
+            faults[name(source.describe(i))] = error.reason
+    assert faults == bad
+    assert found == collections.Counter((place[:2], caption) for place, caption in good.items())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_delivers_each_good_one_once_and_writes_down_each_bad_one(tortured, tmp_path, workers):
+    pattern, good, bad = tortured
+    source = tar_source.TarSource(pattern)
+    n = len(source)
+    c = config(batch=n, workers=workers)
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
+    batches = read([source], c, book, stop=2)
+    book.sync(2 * n)
+    written = tiny.lines(tmp_path, "bad_samples.jsonl")
+    assert {name(entry): entry["reason"] for entry in written} == bad
+    assert len(written) == len(bad)
+    order = loader.sample_order([source], c, seed=3)
+    for epoch, batch in enumerate(batches):
+        places = [order.places[epoch * n + i] for i in range(n)]
+        delivered = collections.Counter(
+            caption
+            for (_, index), caption in zip(places, texts([batch]), strict=True)
+            if name(source.describe(index)) not in bad
+        )
+        assert delivered == collections.Counter(caption.strip()[:298] for caption in good.values())
+    assert book.counters["samples"] == 2 * n
+    assert book.bad >= 2 * len(bad)  # replacements may be bad too
+    assert set(book.counters["bad"]) == set(bad.values())
+
+
+@pytest.mark.parametrize("hosts", [2, 4, 8])
+def test_hosts_see_the_same_batches_and_replacements(tortured, plain, hosts):
+    """Also with eight hosts on one tar, and across the end of an epoch."""
+    for pattern in (tortured[0], plain.replace("{0..1}", "0")):
+        source = tar_source.TarSource(pattern)
+        stop = len(source) // 8 + 3
+        book = ledger.Ledger(epath.Path("/nonexistent"), max_bad_fraction=1.0)
+        whole = read([source], config(), book, stop=stop)
+        parts = [read([source], config(), book, stop=stop, host=h, hosts=hosts) for h in range(hosts)]
+        for g, batch in enumerate(whole):
+            for key in batch:
+                np.testing.assert_array_equal(np.concatenate([part[g][key] for part in parts]), batch[key])
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 8])
+def test_resumed_on_other_hosts_as_if_never_stopped(tortured, tmp_path, hosts):
+    """Stopped after a random step with a ledger that ran ahead; the rest, and the ledger, are those of one run."""
+    source = tar_source.TarSource(tortured[0])
+    at = int(np.random.default_rng(hosts).integers(1, 9))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    book = ledger.Ledger(epath.Path(whole), max_bad_fraction=1.0)
+    batches = read([source], config(), book, stop=12)
+    book.sync(96)
+    killed = ledger.Ledger(epath.Path(cut), max_bad_fraction=1.0)
+    read([source], config(), killed, stop=at)
+    killed.sync(8 * at)
+    counters = killed.counters
+    read([source], config(), killed, start=at, stop=10)  # no checkpoint was made of these
+    killed.sync(80)
+    with (cut / "bad_samples.jsonl").open("a") as file:
+        file.write('{"position": 3')  # killed while it wrote
+    resumed = ledger.Ledger(epath.Path(cut), max_bad_fraction=1.0, start=8 * at, counters=counters)
+    parts = [read([source], config(), resumed, start=at, stop=12, host=h, hosts=hosts) for h in range(hosts)]
+    resumed._pending = type(resumed._pending)(sorted(resumed._pending, key=lambda noted: noted[0]))
+    resumed.sync(96)
+    for g, batch in enumerate(batches[at:]):
+        for key in batch:
+            np.testing.assert_array_equal(np.concatenate([part[g][key] for part in parts]), batch[key])
+    assert tiny.lines(cut, "bad_samples.jsonl") == tiny.lines(whole, "bad_samples.jsonl")
+    assert resumed.counters == book.counters
+
+
+def test_too_many_bad_samples_stop_the_run(tortured, tmp_path):
+    source = tar_source.TarSource(tortured[0])
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=0.01)
+    read([source], config(), book)
+    message = (
+        r"of \d+ samples are bad, more than data\.max_bad_fraction=0\.01 allows \(.*is empty: \d.*bad_samples\.jsonl"
+    )
+    book.sync(40)
+    with pytest.raises(UserError, match=message):
+        book.check()
+    assert tiny.lines(tmp_path, "bad_samples.jsonl")
+
+
+def test_nothing_but_bad_samples_stop_the_run_at_once(tmp_path):
+    bad_tars.shard(tmp_path / "0.tar", [(str(i), {"jpg": b"<html>", "txt": b"x"}) for i in range(5)])
+    source = tar_source.TarSource(f"{tmp_path}/0.tar")
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
+    with pytest.raises(UserError, match=r"source 0 gave 100 bad samples in a row.*'not an image'"):
+        read([source], config(), book)
+
+
+def test_without_a_ledger_a_bad_sample_is_an_error(tortured):
+    with pytest.raises(UserError, match="cannot be used"):
+        read([tar_source.TarSource(tortured[0])], config(batch=64))
+
+
+def test_captions_from_json(plain):
+    spec, keys = f"tar:{plain}", ("text", "caption", "alts")
+    source = sources.open_pairs(spec, base.SourceOptions(text_keys=keys, tags_key="nested/tag"))
+    assert source[15]["text"] == ["picture 15", "json 15", "alt 15"]
+    assert source[15]["tags"] == ["a", "b"]
+    assert source[15]["id"].endswith("1.tar#000000015")
+    alone = sources.open_pairs(spec, base.SourceOptions(text_keys=("caption",)))
+    assert alone[0]["text"] == ["json 0"]
+    with pytest.raises(BadSample, match="caption is empty"):
+        sources.open_pairs(spec, base.SourceOptions(text_keys=("title",)))[0]
+
+
+def test_json_that_is_nested_or_holds_half_a_letter(tmp_path):
+    texts = ['"cut \\ud83d"', '"\\ud83d\\ude00"', '"\\ude00 \\ud83d"', "[" * 100_000, '{"a":' * 100_000]
+    image = bad_tars.jpeg(0)
+    bad_tars.shard(
+        tmp_path / "0.tar",
+        [(str(i), {"jpg": image, "json": b'{"caption": %s}' % text.encode()}) for i, text in enumerate(texts)],
+    )
+    source = tar_source.TarSource(str(tmp_path / "0.tar"), ("caption",))
+    assert [source[i]["text"] for i in range(3)] == [["cut \ufffd"], ["😀"], ["\ufffd \ufffd"]]
+    for i in (3, 4):
+        with pytest.raises(BadSample, match="JSON file is damaged"):
+            source[i]
+
+
+def test_names_that_lead_elsewhere_are_names_alone(tmp_path, monkeypatch):
+    """Nothing is unpacked: absolute names, "..", links and devices open no file but the tar."""
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "data").mkdir()
+    image, path = bad_tars.jpeg(1), tmp_path / "data" / "0.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for key in (f"{tmp_path}/secret", "../secret", "../../x/../y", "a/../../b"):
+            bad_tars.add(tar, f"{key}.jpg", image)
+            bad_tars.add(tar, f"{key}.txt", b"its own caption")
+        bad_tars.add(tar, "link.jpg", image)
+        bad_tars.add(tar, "link.txt", b"", type=tarfile.SYMTYPE, linkname="../secret.txt")
+        bad_tars.add(tar, "hard.jpg", image)
+        bad_tars.add(tar, "hard.txt", b"", type=tarfile.LNKTYPE, linkname=f"{tmp_path}/secret.txt")
+        bad_tars.add(tar, "device.jpg", b"", type=tarfile.CHRTYPE)
+        bad_tars.add(tar, "device.txt", b"a device")
+        bad_tars.add(tar, "pipe.jpg", b"", type=tarfile.FIFOTYPE)
+        bad_tars.add(tar, "pipe.txt", b"a pipe")
+    source = tar_source.TarSource(str(path))
+    opened, opens = [], os.open
+    monkeypatch.setattr(os, "open", lambda path, *args, **options: opened.append(path) or opens(path, *args, **options))
+    reasons = {}
+    for i in range(len(source)):
+        try:
+            record = source[i]
+            assert record["text"] == ["its own caption"] and record["image"] == image
+        except BadSample as error:
+            reasons[source.describe(i)["key"]] = error.reason
+    assert len(source) == 8
+    assert reasons == dict.fromkeys(("link", "hard"), "no caption file") | dict.fromkeys(
+        ("device", "pipe"), "no image file"
+    )
+    assert set(map(str, opened)) <= {str(path)}
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".npy") == ["0.tar", "secret.txt"]
+
+
+def test_a_source_travels_to_workers_without_its_arrays(plain):
+    source = tar_source.TarSource(plain)
+    data = pickle.dumps(source)
+    assert len(data) < 2000
+    assert pickle.loads(data)[20] == source[20]
+    with pytest.raises(IndexError):
+        source[21]
+
+
+def test_a_tar_that_shrinks_while_it_is_read(tmp_path):
+    path = bad_tars.pairs(tmp_path / "0.tar", 0, 3)
+    source = tar_source.TarSource(str(path))
+    os.truncate(path, 1000)
+    with pytest.raises(BadSample, match="tar cut off"):
+        source[2]
+
+
+def test_a_tar_that_is_replaced_while_it_is_read_is_read_on(tmp_path):
+    path = bad_tars.pairs(tmp_path / "0.tar", 0, 3)
+    source = tar_source.TarSource(str(path))
+    expected, before = [source[i] for i in range(3)], source.fingerprint()
+    os.replace(bad_tars.pairs(tmp_path / "other.tar", 7, 3), path)
+    assert [source[i] for i in range(3)] == expected
+    assert tar_source.TarSource(str(path)).fingerprint() != before  # which a run that resumes compares
+    path.unlink()
+    assert [source[i] for i in range(3)] == expected
+
+
+def test_a_tar_that_is_overwritten_while_it_is_read_gives_reasons(tmp_path):
+    path = bad_tars.pairs(tmp_path / "0.tar", 0, 3)
+    source = tar_source.TarSource(str(path))
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    for i in range(3):
+        with pytest.raises(BadSample, match="caption is not text"):
+            source[i]
+
+
+def test_patterns():
+    assert storage._split("a,{b,c}d,e") == ["a", "{b,c}d", "e"]
+    assert list(storage._braces("x{08..11}y{a,b{1..2}}")) == [
+        f"x{i}y{j}" for i in ("08", "09", "10", "11") for j in ("a", "b1", "b2")
+    ]
+    assert list(storage._braces("{2..0}")) == ["2", "1", "0"]
+    assert list(storage._braces("{9..10}")) == ["9", "10"]
+    with pytest.raises(UserError, match="do not match"):
+        storage.expand("a{b,c")
+    with pytest.raises(UserError, match=r"no file matches '/nowhere/\*\.tar'"):
+        storage.expand("/nowhere/*.tar")
+
+
+def test_globs_and_lists(plain):
+    folder = plain.rpartition("/")[0]
+    both = [f"{folder}/0.tar", f"{folder}/1.tar"]
+    assert storage.expand(f"{folder}/*.tar") == both
+    assert storage.expand(f"{folder}/1.tar,{folder}/*.tar") == both[::-1]
+
+
+def test_no_sample_at_all(tmp_path):
+    (tmp_path / "0.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"names 1 tars and none contains a whole sample \(tar without samples\)"):
+        tar_source.TarSource(str(tmp_path / "0.tar"))
+
+
+def test_remote_tars_are_read_alike(plain, tmp_path, monkeypatch):
+    monkeypatch.setenv("XCLIP_CACHE", str(tmp_path))
+    memory = fsspec.filesystem("memory")
+    for path in storage.expand(plain):
+        memory.pipe_file("/tars/" + path.rpartition("/")[2], pathlib.Path(path).read_bytes())
+    here, there = tar_source.TarSource(plain), tar_source.TarSource("memory://tars/*.tar")
+    assert len(there) == len(here) == 21
+    for i in (0, 12, 13, 20):
+        assert {**here[i], "id": ""} == {**there[i], "id": ""}
+    assert here.fingerprint()["hash"] == there.fingerprint()["hash"]

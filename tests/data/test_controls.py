@@ -1,0 +1,255 @@
+"""Controls: label smoothing, shuffled targets, caption noise and subsets, against definitions in NumPy."""
+
+import dataclasses
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.data.test_loader import Numbers
+from tests.helpers import tiny
+from tests.losses.test_contrastive import central_differences, embeddings
+from tests.losses.test_noncontrastive import case, oracle_loss, oracle_softmax
+from xclip_jax.config import schema
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.data import controls, loader, tokenizer
+from xclip_jax.data.config import DataConfig
+from xclip_jax.losses import contrastive, ring
+from xclip_jax.objectives.base import LossConfig
+from xclip_jax.objectives.clip import Clip
+from xclip_jax.objectives.nclip import Nclip
+from xclip_jax.parallel.mesh import make_mesh
+from xclip_jax.train import build, state, trainer
+
+# --- label smoothing
+
+
+def smoothed(z_img, z_txt, scale, smoothing):
+    """Cross-entropy with explicit targets, in float64."""
+    logits = scale * z_img @ z_txt.T
+    b = len(logits)
+    targets = (1 - smoothing) * np.eye(b) + smoothing / b
+    total = 0.0
+    for scores in (logits, logits.T):
+        log_p = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
+        total -= 0.5 * (targets * log_p).sum() / b
+    return total
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 0.07, 100.0])
+@pytest.mark.parametrize("impl", ["plain", "ring"])
+def test_label_smoothing_equals_oracle(scale, impl):
+    z_img, z_txt = embeddings(8, 4)
+    term = Clip(label_smoothing=0.1).in_form(LossConfig(impl=impl), make_mesh({"data": 8, "fsdp": 1, "model": 1}))
+
+    def loss(z_img, z_txt, scale):
+        value, metrics, _ = term({"z_img": z_img, "z_txt": z_txt, "scale": scale}, None, {}, {})
+        return value, metrics
+
+    args = [jnp.asarray(x, jnp.float32) for x in (z_img, z_txt, scale)]
+    (value, metrics), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*args)
+    expected = smoothed(z_img, z_txt, scale, 0.1)
+    assert float(value) == pytest.approx(expected, rel=1e-5)
+    assert float(metrics["loss"]) == float(value)
+    gradients = central_differences(lambda *a: smoothed(*a, 0.1), (z_img, z_txt, scale))
+    for grad, of_oracle in zip(grads, gradients, strict=True):
+        np.testing.assert_allclose(grad, of_oracle, atol=2e-5 * np.abs(of_oracle).max())
+
+
+def test_without_smoothing_the_program_is_the_same():
+    args = [jnp.asarray(x, jnp.float32) for x in (*embeddings(8, 4), 10.0)]
+    mesh = make_mesh({"data": 8, "fsdp": 1, "model": 1})
+
+    def plain(z_img, z_txt, scale):
+        return contrastive.softmax(z_img, z_txt, scale)
+
+    def around(z_img, z_txt, scale):
+        return ring.softmax(z_img, z_txt, scale, mesh=mesh)
+
+    for f, options in ((plain, {}), (around, {"mesh": mesh})):
+
+        def by_term(z_img, z_txt, scale, options=options):
+            loss, metrics, _ = Clip()({"z_img": z_img, "z_txt": z_txt, "scale": scale}, None, {}, {}, **options)
+            del metrics["scale"]
+            return loss, metrics
+
+        texts = [jax.jit(g).lower(*args).as_text().replace(g.__name__, "f") for g in (f, by_term)]
+        assert texts[0] == texts[1]
+
+
+def test_smoothing_of_one_is_refused():
+    with pytest.raises(UserError, match=r"objective.clip.label_smoothing is 1.0; expected at least 0 and below 1"):
+        schema.resolve(tiny.config("clip", objective__clip__label_smoothing=1.0))
+
+
+# --- shuffled targets
+
+
+@pytest.mark.parametrize("target", ["detach", "ema"])
+def test_shuffled_targets_equal_oracle(target):
+    s_img, s_txt, extra = case(target, "none")
+    term = Nclip(target=target, tau=0.7, sharpness=0.9, smoothness=1.8, shuffle_targets=True)
+    order = term.draw(jax.random.key(3), {"text": np.zeros((len(s_img), 4))}, 16)["target_order"]
+    assert sorted(order) == list(range(len(s_img))) and not (order == np.arange(len(s_img))).any()
+    of = (extra["teacher_img"], extra["teacher_txt"]) if target == "ema" else (s_img, s_txt)
+    targets = [oracle_softmax(x / 0.7)[np.asarray(order)] for x in of]
+
+    def loss(s_img, s_txt):
+        teacher = {"s_img": of[0], "s_txt": of[1]} if target == "ema" else None
+        return term({"s_img": s_img, "s_txt": s_txt}, teacher, {}, {"target_order": order})[:2]
+
+    args = [jnp.asarray(x, jnp.float32) for x in (s_img, s_txt)]
+    (value, _), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(*args)
+
+    def expected(a, b):
+        return oracle_loss(a, b, targets, 0.7, 0.9, 1.8)
+
+    assert float(value) == pytest.approx(expected(s_img, s_txt), rel=1e-5)
+    for grad, of_oracle in zip(grads, central_differences(expected, (s_img, s_txt)), strict=True):
+        np.testing.assert_allclose(grad, of_oracle, atol=2e-5)
+
+
+def test_the_order_of_targets_changes_with_the_step():
+    orders = [Nclip(shuffle_targets=True).draw(jax.random.key(i), {"text": np.zeros((64, 4))}, 16) for i in (0, 0, 1)]
+    first, again, other = (np.asarray(drawn["target_order"]) for drawn in orders)
+    assert (first == again).all() and (first != other).any()
+    assert Nclip().draw(jax.random.key(0), {}, 16) == {}
+
+
+def metrics_of_a_step(devices=8, **changes):
+    p = build.build(tiny.config("xclip", **changes), jax.devices()[:devices])
+    batch = loader.to_global(tiny.batch(0, eot=p.tokenizer.eot_id), p.mesh)
+    metrics = jax.device_get(p.compiled(state.create(p.init, p.abstract), batch)[1])
+    return {name: float(x) for name, x in metrics.items()}
+
+
+SHUFFLED = {"objective__nclip__shuffle_targets": True}
+
+
+@pytest.fixture(scope="module")
+def shuffled():
+    """Of the whole batch at once, on one device."""
+    return metrics_of_a_step(1, **SHUFFLED)
+
+
+def test_a_step_with_shuffled_targets(shuffled):
+    plain = metrics_of_a_step()
+    assert shuffled["clip/loss"] == pytest.approx(plain["clip/loss"], rel=1e-5)
+    assert shuffled["nclip/sharpness"] == pytest.approx(plain["nclip/sharpness"], rel=1e-5)
+    assert abs(shuffled["nclip/align"] - plain["nclip/align"]) > 0.1
+
+
+@pytest.mark.parametrize("changes", [{"loss__chunk_size": 8}, {"optim__microbatches": 2}])
+def test_shuffled_targets_are_those_of_the_whole_batch(changes, shuffled):
+    """In chunks and microbatches too, and on eight devices."""
+    assert metrics_of_a_step(**SHUFFLED, **changes) == pytest.approx(shuffled, rel=1e-5, abs=1e-5)
+
+
+def test_joint_targets_cannot_be_shuffled():
+    changes = {"objective__nclip__shuffle_targets": True, "objective__nclip__target": "joint"}
+    with pytest.raises(UserError, match="shuffle_targets takes targets without a gradient"):
+        schema.resolve(tiny.config("nclip", **changes))
+
+
+# --- subsets and caption noise
+
+
+def data_config(**changes):
+    return dataclasses.replace(DataConfig(sources=("folder:a",), batch=4), **changes)
+
+
+def captions(source):
+    return [source[i]["text"][0] for i in range(len(source))]
+
+
+def test_subsets_are_nested_and_follow_the_seed():
+    kept = {}
+    for seed in (0, 1):
+        for share in (0.125, 0.5):
+            (source,) = controls.apply([Numbers("a", 80)], data_config(subset=share), seed)
+            kept[seed, share] = captions(source)
+            assert len(source) == 80 * share and kept[seed, share] == sorted(
+                kept[seed, share], key=lambda x: int(x[2:])
+            )
+    assert set(kept[0, 0.125]) < set(kept[0, 0.5]) and set(kept[0, 0.5]) != set(kept[1, 0.5])
+    opened = [Numbers("a", 80)]
+    assert controls.apply(opened, data_config(), 0) == opened
+
+
+def test_caption_noise_is_a_derangement_of_its_share():
+    clean, noisy = captions(Numbers("a", 80)), {}
+    for share in (0.25, 0.5, 1.0):
+        (source,) = controls.apply([Numbers("a", 80)], data_config(caption_noise=share), 0)
+        noisy[share] = {i for i, caption in enumerate(captions(source)) if caption != clean[i]}
+        assert len(noisy[share]) == 80 * share
+        assert sorted(captions(source)) == sorted(clean)
+        assert all((source[i]["image"] == Numbers("a", 80)[i]["image"]).all() for i in range(80))
+    assert noisy[0.25] < noisy[0.5]
+
+
+def test_a_donor_gives_its_keywords_too():
+    class Tagged(Numbers):
+        def __getitem__(self, i):
+            return super().__getitem__(i) | {"tags": [f"tag {i}"]}
+
+    (source,) = controls.apply([Tagged("a", 10)], data_config(caption_noise=1.0), 0)
+    assert all(source[i]["text"][0][2:] == source[i]["tags"][0][4:] != str(i) for i in range(10))
+
+
+def test_a_bad_donor_is_named():
+    class Damaged(Numbers):
+        def __getitem__(self, i):
+            if i == 3:
+                raise BadSample("caption is empty")
+            return super().__getitem__(i)
+
+        def describe(self, i):
+            return {"file": f"{i}.png"}
+
+    (source,) = controls.apply([Damaged("a", 10)], data_config(caption_noise=1.0), 0)
+    (recipient,) = np.flatnonzero(source.donors == 3)
+    with pytest.raises(BadSample, match=r"the pair whose captions it has is bad") as caught:
+        source[int(recipient)]
+    assert caught.value.detail == "file 3.png: caption is empty"
+
+
+def test_noise_stays_within_the_subset():
+    (source,) = controls.apply([Numbers("a", 80)], data_config(subset=0.5, caption_noise=0.5), 0)
+    (subset,) = controls.apply([Numbers("a", 80)], data_config(subset=0.5), 0)
+    assert sorted(captions(source)) == sorted(captions(subset))
+
+
+@pytest.mark.parametrize(
+    ("changes", "labelled", "message"),
+    [
+        ({"subset": 0.03}, False, "data.subset=0.03 leaves 2 pairs, fewer than data.batch=4"),
+        ({"caption_noise": 0.01}, False, "data.caption_noise=0.01 is less than two of the 80 pairs of 'folder:a'"),
+        ({"caption_noise": 0.5}, True, "data.caption_noise exchanges captions, and labelled items have none"),
+    ],
+)
+def test_impossible_controls_are_one_sentence(changes, labelled, message):
+    with pytest.raises(UserError, match=message):
+        controls.apply([Numbers("a", 80)], data_config(**changes), 0, labelled=labelled)
+
+
+def test_batches_of_a_noisy_subset_are_the_same_from_any_start():
+    config = data_config(subset=0.5, caption_noise=0.5, threads=1)
+    transform = loader.Transform(config, 8, tokenizer.load("bytes"), 16)
+
+    def read(start):
+        order = loader.sample_order(controls.apply([Numbers("a", 80)], config, 3), config, 3)
+        return list(loader.batches(order, transform, batch=4, start=start, stop=6, seed=3))
+
+    for straight, resumed in zip(read(0)[3:], read(3), strict=True):
+        chex.assert_trees_all_equal(straight, resumed)
+
+
+def test_a_run_trains_on_the_subset(pairs, tmp_path):
+    changes = {"data__sources": (f"folder:{pairs}",), "data__subset": 0.5}
+    trainer.run(tiny.config("clip", run=tmp_path / "run", steps=2, **changes))
+    last = tiny.lines(tmp_path / "run")[-1]
+    assert last["epoch"] == pytest.approx(2 * tiny.BATCH / 20)
+    assert json.loads((tmp_path / "run" / "data.json").read_text())[0]["samples"] == 40

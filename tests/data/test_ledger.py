@@ -1,0 +1,149 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from etils import epath
+
+from tests.helpers.util import free_address
+from xclip_jax.core import storage
+from xclip_jax.core.errors import UserError
+from xclip_jax.data import ledger
+
+ROOT = pathlib.Path(__file__).parents[2]
+# Each process notes its half of two batches of 8; process 1 alone has bad samples, and process 0 writes them down.
+SCRIPT = """
+import sys
+from etils import epath
+from xclip_jax.data import ledger
+from xclip_jax.core.errors import UserError
+from xclip_jax.processes import runtime as processes
+processes.join(False, sys.argv[2], 2, me := int(sys.argv[3]))
+book = ledger.Ledger(epath.Path(sys.argv[1]), max_bad_fraction=0.05)
+def entry(i):
+    return {"position": i, "reason": "caption is empty", "source": 0, "index": i}
+book.add(8, 10 + me, [entry(5)] * me)
+book.add(16, 20 + me, [entry(13), entry(12)] * me)
+book.sync(8)
+book.sync(16)
+print(book.counters)
+book.add(24, 0, [entry(i) for i in range(16, 70)] * (1 - me))
+book.sync(24)
+try:
+    book.check()
+except UserError as error:
+    print(str(error)[:35])
+"""
+
+
+def entry(i, index=None, **more):
+    return {"position": i, "reason": "not an image", "source": 0, "index": i if index is None else index} | more
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
+
+
+def test_processes_agree_and_the_first_one_writes(tmp_path):
+    address = free_address()
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(tmp_path), address, str(i)],
+            cwd=ROOT,
+            text=True,
+            env=os.environ | {"XLA_FLAGS": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=120) for process in running]
+    for out, error in said:
+        assert out.splitlines()[-2:] == [  # before them Gloo speaks
+            "{'samples': 16, 'tokens': 62, 'bad': {'caption is empty': 3}}",
+            "57 of 81 samples are bad, more than",
+        ], error
+    assert [line["position"] for line in lines(tmp_path)] == [5, 12, 13, *range(16, 70)]
+
+
+def test_each_bad_sample_is_written_once_and_counted_each_time(tmp_path):
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
+    for epoch in range(3):
+        book.add(8 * (epoch + 1), 5, [entry(8 * epoch, index=3), entry(8 * epoch + 1, index=4)])
+    book.sync(16)
+    assert book.counters == {"samples": 16, "tokens": 10, "bad": {"not an image": 4}}
+    assert [line["position"] for line in lines(tmp_path)] == [0, 1]
+    assert book.share == pytest.approx(4 / 20)
+    book.sync(24)
+    assert book.bad == 6
+    assert len(lines(tmp_path)) == 2
+
+
+def test_what_several_processes_load_counts_once(tmp_path, monkeypatch):
+    """Four processes, of which 0 and 1, and 2 and 3, load the same rows."""
+    gathered = [[0, 10, [entry(1)]], [0, 10, [entry(1) | {"detail": "here"}]], [1, 7, [entry(6)]], [1, 7, [entry(6)]]]
+    monkeypatch.setattr(ledger, "_gather", lambda content: [content, *gathered[1:]])
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
+    book.add(8, 10, [entry(1)], 0)
+    book.sync(8)
+    assert book.counters == {"samples": 8, "tokens": 17, "bad": {"not an image": 2}}
+    assert [line["position"] for line in lines(tmp_path)] == [1, 6]
+    for other in ([0, 10, []], [0, 9, [entry(1)]], [0, 10, [entry(1, index=5)]]):
+        gathered[1] = other
+        book.add(16, 10, [entry(1)], 0)
+        with pytest.raises(UserError, match=r"process 1 and another one load the same rows .* read different samples"):
+            book.sync(16)
+
+
+def test_messages_of_processes_have_few_lengths(monkeypatch):
+    """Each length is compiled once. The second process has something else to say, now longer and now shorter."""
+    mine, others = ["a" * n for n in (0, 1, 700, 1500)], ["b" * n for n in (900, 1022, 3, 1700)]
+    lengths, messages = [], iter(json.dumps(other).encode() for other in others)
+
+    def process_allgather(x):
+        if x.ndim == 0:
+            process_allgather.message = next(messages)
+            return np.stack([x, np.asarray(len(process_allgather.message))])
+        lengths.append(len(x))
+        other = np.frombuffer(process_allgather.message, np.uint8)
+        return np.stack([x, np.pad(other, (0, len(x) - len(other)))])
+
+    monkeypatch.setattr(ledger.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(ledger.multihost_utils, "process_allgather", process_allgather)
+    assert [ledger._gather(content) for content in mine] == [list(pair) for pair in zip(mine, others, strict=True)]
+    assert lengths == [1024, 1024, 1024, 2048]
+
+
+def test_share_is_of_a_thousand_at_least(tmp_path):
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=0.05)
+    book.add(8, 0, [entry(i) for i in range(50)])
+    book.sync(8)
+    book.check()
+    book.add(16, 0, [entry(50)])
+    book.sync(16)
+    with pytest.raises(
+        UserError, match=r"51 of 67 samples are bad, more than data\.max_bad_fraction=0\.05 allows \(not an im"
+    ):
+        book.check()
+
+
+def test_in_a_bucket_the_file_is_written_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "is_remote", lambda _: True)
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
+    book.add(8, 0, [entry(1)])
+    book.add(16, 0, [entry(9)])
+    book.sync(8)
+    book.sync(16)
+    book.close()
+    assert [line["position"] for line in lines(tmp_path)] == [1, 9]
+    counters = {"samples": 8, "bad": {"not an image": 1}}
+    again = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0, start=8, counters=counters)
+    assert [line["position"] for line in lines(tmp_path)] == [1]
+    again.add(16, 0, [entry(9)])
+    again.sync(16)
+    again.close()
+    assert [line["position"] for line in lines(tmp_path)] == [1, 9]
+    assert again.bad == 2

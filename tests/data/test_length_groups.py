@@ -1,0 +1,210 @@
+"""Texts in groups of their lengths: the same numbers as whole ones, and groups that batches fit."""
+
+import dataclasses
+import json
+import shutil
+
+import chex
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+
+from tests.helpers import tiny
+from tests.train.test_step import gradients
+from xclip_jax.config.schema import resolve
+from xclip_jax.core.errors import UserError
+from xclip_jax.data import length_groups, loader
+from xclip_jax.data.length_groups import LengthGroups
+from xclip_jax.train import build, caption_lengths, flops, job, state, trainer
+from xclip_jax.train.training_folder import TrainingFolder
+
+GROUPS = "4:0.5,8:0.75"
+
+
+def text(rows, length, eot, lengths):
+    """Random tokens with the end of the text where `lengths` say, and other random tokens after it."""
+    tokens = np.random.default_rng(0).integers(1, 200, (rows, length), np.int32)
+    tokens[np.arange(rows), np.array(lengths) - 1] = eot
+    return tokens
+
+
+def batch_of(experiment, lengths):
+    batch = tiny.batch(0, eot=experiment.tokenizer.eot_id)
+    return batch | {"text": text(tiny.BATCH, tiny.LENGTH, experiment.tokenizer.eot_id, lengths)}
+
+
+@pytest.mark.parametrize(
+    ("spec", "sizes"),
+    [
+        ("4:0.5,8:0.75", ((8, 4), (4, 8), (4, 12))),
+        ("4:1", ((16, 4),)),
+        ("4:0.01", ()),  # less than one of the rows
+        ("12:0.5", ()),  # the whole context
+        ("8:0.5,40:0.9", ((8, 8), (6, 12), (2, 12))),
+        ("full", ()),
+        ("auto", ()),
+    ],
+)
+def test_sizes_of_a_spec(spec, sizes):
+    assert LengthGroups.parse(spec).sizes(16, 12) == sizes
+    if sizes:
+        assert str(LengthGroups.parse(spec)) == spec
+
+
+@pytest.mark.parametrize("spec", ["", "4", "4:x", "4:0", "0:0.5", "4:1.5", "8:0.5,4:0.7", "4:0.5,8:0.5", "none"])
+def test_a_wrong_spec_is_named(spec):
+    with pytest.raises(UserError, match=r"24:0\.6,40:0\.9"):
+        LengthGroups.parse(spec)
+    with pytest.raises(UserError, match=r"data\.length_groups"):
+        build.build(tiny.config(data__length_groups=spec))
+
+
+def test_a_tower_that_reads_padding_is_not_cut():
+    with pytest.raises(UserError, match=r"data\.length_groups=.4:0\.5. cuts texts"):
+        build.build(tiny.config(data__length_groups="4:0.5", model__txt__pool="last"))
+
+
+def lengths_that_fit(microbatches):
+    """Half of 4 tokens or less and a quarter of more than 8, on each of 4 devices and in each microbatch."""
+    return [(2, 12, 4, 7)[i // microbatches % 4] for i in range(tiny.BATCH)]
+
+
+@pytest.mark.parametrize(
+    ("objective", "devices", "microbatches", "strategy"),
+    [
+        ("clip", 1, 1, "dp"),
+        pytest.param("nclip", 2, 2, "dp", marks=pytest.mark.slow),
+        pytest.param("nclip-ema", 2, 1, "dp", marks=pytest.mark.slow),
+        ("xclip-ema", 4, 2, "fsdp"),
+    ],
+)
+def test_gradients_of_cut_texts_are_those_of_whole_ones(objective, devices, microbatches, strategy):
+    results = []
+    for spec in (GROUPS, "full"):
+        options = {"optim__microbatches": microbatches, "mesh__strategy": strategy}
+        options |= {"mesh__data": 2, "mesh__fsdp": 2} if strategy == "fsdp" else {}
+        options |= {"objective__nclip__target": "ema"} if "ema" in objective else {}
+        config = tiny.config(objective.split("-")[0], data__length_groups=spec, **options)
+        made = build.build(config, jax.devices()[:devices])
+        results.append(gradients(made, batch_of(made, lengths_that_fit(microbatches))))
+    (loss_cut, grads_cut, _), (loss, grads, _) = results
+    assert loss_cut == pytest.approx(loss, rel=1e-6, abs=1e-6)
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(grads))
+    assert largest > 1e-3
+    chex.assert_trees_all_close(grads_cut, grads, rtol=1e-5, atol=1e-5 * largest)
+
+
+def test_one_text_that_is_too_long_has_the_batch_computed_whole():
+    made = build.build(tiny.config("clip", data__length_groups=GROUPS), jax.devices()[:1])
+    whole = build.build(tiny.config("clip"), jax.devices()[:1])
+    for longer, cut in ((0, 1.0), (1, 0.0)):
+        lengths = lengths_that_fit(1)
+        lengths[0] += 10 * longer
+        batch = batch_of(made, lengths)
+        losses = []
+        for experiment in (made, whole):
+            s = state.create(experiment.init, experiment.abstract)
+            _, metrics = experiment.compiled(s, loader.to_global(batch, experiment.mesh))
+            losses.append(float(metrics["loss"]))
+            assert metrics.get("text/cut") == (cut if experiment is made else None)
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_groups_save_what_they_can_and_nearly_all_batches_fit():
+    """Chosen from a thousand lengths for devices of 64 rows, and tried on ten thousand batches of other ones."""
+    rng = np.random.default_rng(0)
+    counts = np.bincount(np.minimum(rng.lognormal(2.8, 0.7, 1024).astype(int) + 3, 77), minlength=78)
+    groups = length_groups.choose(counts, rows=64, draws=4, flops_of=float)
+    assert 2 <= len(groups.cuts) <= 3 and groups.mean(float, 77) < 0.6 * 77
+    assert LengthGroups.parse(str(groups)) == groups
+    sizes = groups.sizes(64, 77)
+    batches = np.sort(np.minimum(rng.lognormal(2.8, 0.7, (10_000, 4, 64)).astype(int) + 3, 77), axis=2)
+    last = np.cumsum([rows for rows, _ in sizes]) - 1
+    fitting = (batches[..., last] <= [tokens for _, tokens in sizes]).all(axis=(1, 2)).mean()
+    assert fitting > 0.98
+    # Nothing is cut where all texts fill the context.
+    assert length_groups.choose(np.bincount([77] * 1024), rows=64, draws=4, flops_of=float) == length_groups.WHOLE
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 96, 1000, 4096])
+def test_groups_have_the_rows_that_they_were_chosen_for(rows, monkeypatch):
+    """No row is lost where the shares are not round, in the spec of a config neither."""
+    monkeypatch.setattr(scipy.stats.binom, "isf", lambda q, rows, p: np.floor(rows * p))  # as many as are expected
+    counts = np.bincount([8] * 30_000 + [16] * 40_000 + [77] * 30_000, minlength=78)
+    groups = length_groups.choose(counts, rows=rows, draws=1, flops_of=float)
+    longer = [int(rows * (n + 2 * n**0.5 + 1) / 1e5) for n in (70_000, 30_000)]
+    ends = sorted({rows - n for n in (*longer, 0) if n < rows})
+    sizes = LengthGroups.parse(str(groups)).sizes(rows, 77)
+    assert np.cumsum([n for n, _ in sizes]).tolist() == ends
+
+
+@pytest.mark.slow
+def test_a_run_chooses_groups_and_resumes_with_them_bit_exactly(pairs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(length_groups, "_MULTIPLE", 2)
+    monkeypatch.setattr(length_groups, "_LEAST_STEPS", 1)
+    monkeypatch.setattr(length_groups, "_MISFITS", 0.5)  # of two rows a device, known by forty captions
+    options = {"model__txt__context_length": 40}
+    trainer.run(tiny.short(pairs, tmp_path / "whole", **options))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "encoded in groups" in line]
+    spec = json.loads((tmp_path / "whole" / "config.json").read_text())["length_groups"]
+    assert f"data.length_groups={spec}" in line and LengthGroups.parse(spec).cuts
+    trainer.run(tiny.short(pairs, tmp_path / "again", **options))
+    checkpoints = tmp_path / "again" / "checkpoints"
+    shutil.rmtree(checkpoints / "4")
+    capsys.readouterr()
+    # What would be chosen now does not count.
+    monkeypatch.setattr(length_groups, "_LEAST_STEPS", 1000)
+    trainer.run(tiny.short(pairs, tmp_path / "again", **options))
+    assert "resuming at step 2" in capsys.readouterr().out
+    metrics = [tiny.lines(tmp_path / name) for name in ("whole", "again")]
+    losses, resumed = ({line["step"]: line["loss"] for line in lines if "loss" in line} for lines in metrics)
+    assert losses == resumed and {line["text/cut"] for line in metrics[1] if "loss" in line} <= {0.0, 1.0}
+
+    # With other rows a device they are chosen anew.
+    config = resolve(tiny.short(pairs, tmp_path / "again", optim__microbatches=2, **options))
+    assert job.prepare(config, TrainingFolder(config.run)).experiment.length_groups == length_groups.WHOLE
+    assert f"data.length_groups={spec} is for [2, 8], " in capsys.readouterr().out
+
+
+def test_groups_of_a_run_are_kept_for_the_rows_that_they_are_for(tmp_path, capsys):
+    folder = TrainingFolder(tiny.untrained(tmp_path / "run", "clip"))
+    config = resolve(tiny.config("clip", run=tmp_path / "run", data__batch=8))
+    old, new = LengthGroups.parse("4:0.5"), LengthGroups.parse("8:0.5")
+    content = json.loads(folder.config_file.read_text()) | {"length_groups": str(old)}
+    folder.config_file.write_text(json.dumps(content | {"text_rows": [1, 8]}))
+    assert folder.length_groups((1, 8)) == old and capsys.readouterr().out == ""
+    assert folder.length_groups((4, 2)) is None and "other groups are chosen" in capsys.readouterr().out
+    # Those that a config gives for a while do not replace them; those that are chosen anew do.
+    given = dataclasses.replace(config, data=dataclasses.replace(config.data, length_groups="8:0.5"))
+    for started, kept in ((given, (1, 8)), (config, (4, 2))):
+        with folder.claimed(started, [], new, (4, 2)):
+            pass
+        assert folder.length_groups(kept) == (old if started is given else new)
+
+
+def test_auto_counts_a_frozen_tower_without_its_backward_pass(monkeypatch, capsys):
+    counts = np.bincount([4] * 1024, minlength=41)
+    monkeypatch.setattr(caption_lengths, "count_lengths", lambda *_: counts)
+    monkeypatch.setattr(length_groups, "_LEAST_STEPS", 1)
+    saved = []
+    for frozen in (("txt",), (), ("img",)):
+        config = tiny.config("clip", data__batch=512, model__txt__context_length=40, init__frozen=frozen)
+        made = build.build(config)
+        assert caption_lengths.choose(made, []).cuts
+        saved.append(float(capsys.readouterr().out.split("saves ")[1].split("%")[0]))
+    assert saved[0] < saved[1] < saved[2]
+    whole = sum(flops.forward(made.config).values())
+    assert saved[1] == pytest.approx(100 * (made.model.txt.cut_flops(40) - made.model.txt.cut_flops(8)) / whole, abs=3)
+
+    for method in ("cut_flops", "flops"):  # not counted
+        with monkeypatch.context() as patch:
+            patch.setattr(type(made.model.txt), method, lambda *_, **__: None)
+            assert caption_lengths.choose(made, []) == length_groups.WHOLE
+
+
+def test_flops_are_those_that_are_computed():
+    config = build.build(tiny.config("clip")).config
+    whole, cut = flops.train_step(config), flops.train_step(config, LengthGroups.parse("6:1"))
+    tower = config.model.txt
+    assert whole - cut == pytest.approx(3 * config.data.batch * (tower.flops(True) - tower.cut_flops(6)))

@@ -1,0 +1,320 @@
+import dataclasses
+import itertools
+import tracemalloc
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from tests.helpers import tiny
+from tests.parallel.test_mesh import mesh as mesh_of
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.data import base, loader, opening, sources, tokenizer, transforms
+from xclip_jax.data.readers.folder_source import FolderSource
+from xclip_jax.data.readers.tfds_source import lookup
+from xclip_jax.parallel.mesh import batch_parts, make_mesh
+from xclip_jax.train import trainer
+
+
+class Numbers(base.Source):
+    """Record i of source `name` is a grey image of value i, with the caption "<name> <i>"."""
+
+    def __init__(self, name, n):
+        self.name, self.n = name, n
+
+    def __len__(self):
+        return self.n
+
+    def fingerprint(self):
+        return {"samples": self.n, "hash": self.name}
+
+    def __getitem__(self, i):
+        image = np.full((8, 8, 3), i % 256, np.uint8)
+        return {"image": image, "text": [f"{self.name} {i}"], "tags": ["red", "blue", "green"]}
+
+
+def config(**changes):
+    return loader.DataConfig(**{"sources": ("x",), "batch": 8, "tokenizer": "bytes"} | changes)
+
+
+def read(sources, c, start=0, stop=5, tokens=None, **hosts):
+    transform = loader.Transform(c, 8, tokens or tokenizer.load("bytes"), 16)
+    order = loader.sample_order(sources, c, seed=3)
+    return list(loader.batches(order, transform, batch=c.batch, start=start, stop=stop, seed=3, **hosts))
+
+
+def texts(batches):
+    rows = np.concatenate([b["text"] for b in batches])
+    return [bytes(int(t) - 3 for t in row if t >= 3).decode() for row in rows]  # start, end and padding are below 3
+
+
+def test_each_sample_once_an_epoch_in_another_order():
+    seen = texts(read([Numbers("a", 40)], config(), stop=10))
+    first, second = seen[:40], seen[40:]
+    assert sorted(first) == sorted(second) == sorted(f"a {i}" for i in range(40))
+    assert first != second
+    assert first != [f"a {i}" for i in range(40)]
+
+
+def test_a_batch_is_not_larger_than_the_pairs(tmp_path):
+    pairs = f"folder:{tiny.folder(tmp_path / 'pairs', 12)}"
+    c = config(sources=(pairs, pairs), batch=25, weights=(0.5, 0.5))
+    with pytest.raises(UserError, match=r"data\.batch=25 exceeds the 24 pairs of data\.sources.*at most 24"):
+        opening.open_sources(c, 0, ("image", "text"))
+    assert opening.open_sources(dataclasses.replace(c, batch=24), 0, ("image", "text"))
+    assert opening.open_sources(c)  # nothing is trained
+    with pytest.raises(UserError, match=r"data\.batch=16 exceeds the 12 pairs"):
+        trainer.run(tiny.config(run=tmp_path / "run", data__sources=(pairs,), data__batch=16))
+
+
+def test_a_share_of_a_batch_is_not_larger_than_its_source(tmp_path):
+    few, many = (f"folder:{tiny.folder(tmp_path / name, n)}" for name, n in (("few", 4), ("many", 12)))
+    c = config(sources=(few, many), batch=8, weights=(1.0, 1.0))
+    assert opening.open_sources(c, 0, ("image", "text"))
+    for changes, numbers in (
+        ({"weights": (5.0, 3.0)}, "4 pairs, 5 of a batch of 8"),
+        ({"subset": 0.5}, "2 pairs, 4 of a"),
+    ):
+        with pytest.raises(UserError, match=rf"data\.weights gives 'folder:.*few', of {numbers}.*Lower its weight or"):
+            opening.open_sources(dataclasses.replace(c, **changes), 0, ("image", "text"))
+        assert opening.open_sources(dataclasses.replace(c, **changes))  # nothing is trained
+
+
+def test_a_source_without_anything_is_named(monkeypatch):
+    monkeypatch.setattr(opening.sources, "open_pairs", lambda spec, _: Numbers("a", 0 if spec == "folder:b" else 9))
+    with pytest.raises(UserError, match=r"source 'folder:b' has nothing in it; leave it out of data\.sources"):
+        opening.open_sources(config(sources=("folder:a", "folder:b"), weights=(0.5, 0.5)))
+
+
+def test_labelled_items_may_be_fewer_than_a_batch(tmp_path):
+    for name in ("a", "b"):
+        tiny.folder(tmp_path / name, 2)
+    assert opening.open_sources(config(sources=(f"folder:{tmp_path}",), batch=64), 2, ("image", "label"))
+
+
+def test_labels_cannot_be_kept_apart():
+    with pytest.raises(UserError, match=r"data\.spread_duplicate_captions compares captions"):
+        opening.open_sources(config(sources=("folder:x",), spread_duplicate_captions=True), classes=3)
+
+
+def test_epochs_need_not_be_whole_batches():
+    seen = texts(read([Numbers("a", 13)], config(), stop=13))
+    assert all(sorted(seen[i : i + 13]) == sorted(f"a {j}" for j in range(13)) for i in range(0, 104, 13))
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_global_batches_are_the_same_on_any_number_of_hosts(hosts):
+    c = config(tags=2)
+    whole = read([Numbers("a", 30)], c)
+    parts = [read([Numbers("a", 30)], c, host=h, hosts=hosts) for h in range(hosts)]
+    for g, batch in enumerate(whole):
+        for key in batch:
+            np.testing.assert_array_equal(np.concatenate([part[g][key] for part in parts]), batch[key])
+
+
+def test_a_host_reads_the_rows_that_its_devices_hold():
+    """Hosts of 2 x 2 chips hold rows that are no neighbours; `loader.to_global` fills them in ascending order."""
+    c = config(tags=2, batch=16)
+    whole = read([Numbers("a", 30)], c)
+    for part in batch_parts(mesh_of(4, 2, 1, [1, 1, 0, 0, 1, 1, 0, 0])).values():
+        rows = [2 * shard + i for shard in part.shards for i in range(2)]
+        assert rows == ([4, 5, 6, 7, 12, 13, 14, 15] if part.number else [0, 1, 2, 3, 8, 9, 10, 11])
+        for mine, batch in zip(
+            read([Numbers("a", 30)], c, host=part.number, hosts=part.count, shards=part.shards), whole, strict=True
+        ):
+            for key in batch:
+                np.testing.assert_array_equal(mine[key], batch[key][rows])
+
+
+def test_any_start_goes_on_as_if_it_had_never_stopped():
+    c = config(tags=2)
+    whole, rest = read([Numbers("a", 30)], c, stop=8), read([Numbers("a", 30)], c, start=3, stop=8)
+    for a, b in zip(whole[3:], rest, strict=True):
+        np.testing.assert_array_equal(a["image"], b["image"])
+        np.testing.assert_array_equal(a["text"], b["text"])
+
+
+def test_workers_read_the_same():
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain's workers ask absl, which only app.run sets up
+    plain, workers = (read([Numbers("a", 30)], config(workers=w), stop=20) for w in (0, 2))
+    for a, b in zip(plain, workers, strict=True):
+        np.testing.assert_array_equal(a["image"], b["image"])
+        np.testing.assert_array_equal(a["text"], b["text"])
+
+
+class Ramps(Numbers):
+    """Images whose crops all differ, of value i in blue."""
+
+    def __getitem__(self, i):
+        y, x = np.mgrid[:32, :32]
+        return super().__getitem__(i) | {"image": np.stack([8 * y, 8 * x, 0 * x + i], axis=-1).astype(np.uint8)}
+
+
+def test_seed_and_position_decide_on_samples_crops_and_captions():
+    c = config(crop_scale=(0.3, 0.5), tags=2, tags_append_prob=1.0)
+    transform = loader.Transform(c, 8, tokenizer.load("bytes"), 30)
+
+    def rows(seed, order_seed=0):
+        order = loader.sample_order([Ramps("a", 4)], c, seed=order_seed)
+        return next(loader.batches(order, transform, batch=8, start=0, stop=1, seed=seed))
+
+    first, same, other = rows(1), rows(1), rows(2)
+    samples, crops = first["image"][:, 0, 0, 2], first["image"][..., :2]
+    assert sorted(samples[:4]) == sorted(samples[4:]) == [0, 1, 2, 3]
+    for key in ("image", "text"):
+        np.testing.assert_array_equal(first[key], same[key])
+    # The same samples with other crops and keywords, by another seed and in the next epoch.
+    np.testing.assert_array_equal(other["image"][..., 2], first["image"][..., 2])
+    assert (other["image"][..., :2] != crops).any(axis=(1, 2, 3)).all() and (other["text"] != first["text"]).any()
+    again = 4 + np.argsort(samples[4:])
+    assert (crops[np.argsort(samples[:4])] != crops[again]).any(axis=(1, 2, 3)).all()
+    assert (rows(1, order_seed=1)["image"][:, 0, 0, 2] != samples).any()
+
+
+def test_mixture_keeps_the_weights():
+    c = config(sources=("x", "y"), weights=(0.75, 0.25))
+    seen = texts(read([Numbers("a", 10), Numbers("b", 1000)], c, stop=50))
+    share = sum(t.startswith("a") for t in seen) / len(seen)
+    assert share == pytest.approx(0.75, abs=0.01)
+
+
+def test_without_weights_each_sample_of_all_sources_comes_once_an_epoch():
+    found = [Numbers("a", 7), Numbers("b", 30), Numbers("c", 63)]
+    seen = texts(read(found, config(sources=("x", "y", "z"), batch=20), stop=15))
+    for epoch in range(3):
+        part = seen[100 * epoch : 100 * epoch + 100]
+        assert sorted(part) == sorted(f"{source.name} {i}" for source in found for i in range(len(source)))
+    assert len({t[0] for t in seen[:20]}) > 1
+
+
+def test_captions_and_tags():
+    transform = loader.Transform(config(tags=2), 8, tokenizer.load("bytes"), 16)
+    record = {"text": ["fox", "red fox"], "tags": ["fox", "animal", "tail"]}
+    rng = np.random.default_rng(0)
+    seen = {transform.caption(record, rng) for _ in range(500)}
+    tails = ["", ", animal", ", tail", ", animal, tail", ", tail, animal"]
+    assert seen == {a + b for a, b in itertools.product(record["text"], tails)} | {
+        f"red fox, {t}" for t in ("fox", "fox, animal", "fox, tail", "animal, fox", "tail, fox")
+    }
+
+
+def test_tags_in_place_of_a_caption():
+    transform = loader.Transform(
+        config(tags=3, tags_append_prob=0.0, tags_only_prob=1.0), 8, tokenizer.load("bytes"), 16
+    )
+    rng = np.random.default_rng(0)
+    assert {transform.caption({"text": ["fox"], "tags": ["a"]}, rng) for _ in range(20)} == {"a"}
+    assert transform.caption({"text": ["fox"], "tags": []}, rng) == "fox"
+
+
+def test_one_long_keyword_costs_no_more_than_itself():
+    transform = loader.Transform(config(tags=2, tags_append_prob=1.0), 8, tokenizer.load("bytes"), 16)
+    record = {"text": ["fox"], "tags": ["x" * (1 << 20), *map(str, range(50_000))]}
+    tracemalloc.start()
+    try:
+        assert transform.caption(record, np.random.default_rng(0)).startswith("fox, ")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24  # an array of strings would take 200 GB
+    finally:
+        tracemalloc.stop()
+
+
+def test_to_global_splits_the_rows():
+    mesh = make_mesh({"data": 4, "fsdp": 2, "model": 1})
+    batch = tiny.batch()
+    placed = loader.to_global(batch, mesh)
+    np.testing.assert_array_equal(placed["image"], batch["image"])
+    assert placed["image"].addressable_shards[0].data.shape[0] == tiny.BATCH // 8
+
+
+def test_folder(tmp_path):
+    source = FolderSource(tiny.folder(tmp_path / "pairs", n=6))
+    assert len(source) == 6
+    assert source[3]["text"] == ["picture 3", "number 3"]
+    assert transforms.decode(source[3]["image"]).shape == (23, 24, 3)
+    (tmp_path / "pairs" / "002.txt").write_text("\n")
+    with pytest.raises(UserError, match=r"caption is empty: .*002\.txt'"):
+        source[2]
+    (tmp_path / "pairs" / "001.txt").unlink()
+    with pytest.raises(BadSample, match="no caption file"):
+        source[1]
+    assert len(FolderSource(tmp_path / "pairs")) == 6  # not passed over, but for the ledger
+    assert source.describe(1) == {"file": str(tmp_path / "pairs" / "001.png")}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="contains no image"):
+        FolderSource(tmp_path / "empty")
+
+
+def test_lookup_of_nested_features():
+    record = {"captions": [{"text": b"one"}, {"text": b"two"}], "name": "x", "list": np.array(["a", "b"])}
+    assert lookup(record, "captions/text") == ["one", "two"]
+    assert lookup(record, "name") == ["x"]
+    assert lookup(record, "list") == ["a", "b"]
+
+
+def test_unprepared_tfds_set_names_the_command(tmp_path):
+    with pytest.raises(UserError, match=r"tfds build cifar10 --file_format=array_record"):
+        sources.open_pairs("tfds:cifar10/train", base.SourceOptions(str(tmp_path)))
+    with pytest.raises(UserError, match="does not name a split"):
+        sources.open_pairs("tfds:cifar10")
+
+
+def test_decoded_images_are_kept():
+    calls = []
+
+    class Counted(Numbers):
+        def __getitem__(self, i):
+            calls.append(i)
+            return super().__getitem__(i)
+
+    source = sources.Decoded(Counted("a", 3))
+    assert source[1] is source[1]
+    assert calls == [1]
+
+
+def test_crop_is_inside_and_evaluation_is_central():
+    image = np.zeros((30, 50, 3), np.uint8)
+    image[:, 10:40] = 255
+    np.testing.assert_array_equal(transforms.resize_center_crop(image, 30), 255)
+    assert transforms.resize_center_crop(image, 12).shape == (12, 12, 3)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        assert transforms.random_resized_crop(image, 12, rng, (0.2, 1.0)).shape == (12, 12, 3)
+    np.testing.assert_array_equal(transforms.random_resized_crop(np.full((9, 7, 3), 5, np.uint8), 4, rng), 5)
+
+
+def test_device_transforms():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)
+    mean, std = transforms.STATISTICS["imagenet"]
+    np.testing.assert_allclose(transforms.normalize(images, mean, std), (images / 255 - mean) / std, atol=1e-5)
+    key = jax.random.key(0)
+    flipped = transforms.augment(images, transforms.sample_augmentations(key, len(images), flip=1.0))
+    np.testing.assert_array_equal(flipped, images[:, :, ::-1])
+    np.testing.assert_array_equal(transforms.augment(images, transforms.sample_augmentations(key, len(images))), images)
+    colored = np.asarray(transforms.augment(images, transforms.sample_augmentations(key, len(images), color=0.3)))
+    assert colored.min() >= 0
+    assert colored.max() <= 255
+    assert np.abs(colored - images).max() > 10
+    drawn = np.asarray(transforms.sample_augmentations(key, len(images), color=0.3)["color"])
+    assert 0.7 <= drawn.min() < 0.8 < 1.2 < drawn.max() <= 1.3
+    brightness, contrast, saturation = drawn.T[..., None, None, None]
+    bright = images * brightness
+    contrasted = bright.mean(axis=(1, 2, 3), keepdims=True) * (1 - contrast) + contrast * bright
+    luma = (contrasted * (0.299, 0.587, 0.114)).sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(colored, np.clip(luma + saturation * (contrasted - luma), 0, 255), atol=1e-2)
+    gray = np.full((6, 5, 4, 3), 100, np.uint8)
+    gray_colored = np.asarray(transforms.augment(gray, transforms.sample_augmentations(key, len(gray), color=0.3)))
+    np.testing.assert_allclose(np.ptp(gray_colored, axis=(1, 2, 3)), 0, atol=1e-3)
+
+
+def test_broken_image_is_named():
+    with pytest.raises(UserError, match=r"not an image: 6 bytes that begin with b'<html>'"):
+        transforms.decode(b"<html>")
+
+
+def test_order_is_random_access():
+    first, again = (loader.sample_order([Numbers("a", 10)], config(), seed=0) for _ in range(2))
+    straight = [first[i]["text"] for i in range(130)]
+    assert [again[i]["text"] for i in (123, 7, 64, 0, 123)] == [straight[i] for i in (123, 7, 64, 0, 123)]

@@ -1,0 +1,300 @@
+"""The preprocessing that a model brings: from the image file to features, against open_clip, torchvision and Pillow."""
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from PIL import Image
+from torchvision import transforms as tv
+
+import xclip_jax
+from tests.helpers import bad_tars, tiny
+from tests.helpers.foreign import TEXT, make_hf, our_model, shaken
+from xclip_jax import interop
+from xclip_jax.commands import evaluate
+from xclip_jax.config.load import load_config
+from xclip_jax.config.schema import resolve
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.data import transforms
+from xclip_jax.data.preprocessing import Preprocessing, mean_std
+from xclip_jax.evaluators import registry
+from xclip_jax.train import build, weights
+from xclip_jax.train.encoder import make_encoder
+from xclip_jax.train.state import create
+from xclip_jax.train.training_folder import TrainingFolder
+
+SIZE = 28
+MEAN, STD = (0.41, 0.52, 0.33), (0.21, 0.31, 0.26)
+VISION = {"image_size": SIZE, "patch_size": 4, "width": 64, "head_width": 32, "layers": 1}
+WAYS = [("shortest", "bicubic"), ("shortest", "bilinear"), ("squash", "bicubic"), ("squash", "bilinear"),
+        ("longest", "bicubic"), ("longest", "bilinear")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Paths of photographs of several shapes, as JPEG and PNG, one of them grey, one with a palette."""
+    folder = tmp_path_factory.mktemp("pictures")
+    encode, picture = bad_tars.encode, bad_tars.picture
+    content = {
+        "wide.jpg": encode(picture(0, w=331, h=200), quality=85),
+        "tall.jpg": encode(picture(1, w=97, h=301), quality=92),
+        "odd.png": encode(picture(2, w=61, h=45), "PNG"), "grey.jpg": encode(picture(3, w=90, h=90, mode="L")),
+        "small.png": encode(picture(4, w=13, h=20), "PNG"), "line.png": encode(picture(6, w=150, h=12), "PNG"),
+        "palette.png": encode(picture(5, w=120, h=80).quantize(32), "PNG"),
+    }  # fmt: skip
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+    return [folder / name for name in content]
+
+
+def open_clip_folder(folder, preprocess, **model):
+    """A folder of a model of open_clip with this preprocess_cfg."""
+    folder.mkdir()
+    model = {"vision_cfg": VISION, "text_cfg": TEXT} | model
+    weights_of = shaken(open_clip.model.CLIP(48, **model)).state_dict()
+    safetensors.torch.save_file({key: x.contiguous() for key, x in weights_of.items()},
+                                folder / "open_clip_model.safetensors")  # fmt: skip
+    content = {"model_cfg": model | {"embed_dim": 48}, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(content))
+    return folder
+
+
+def open_clip_features(folder, paths):
+    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(Image.open(path)) for path in paths])
+        return model.eval().encode_image(pixels, normalize=True).numpy()
+
+
+@pytest.mark.parametrize(("mode", "interpolation"), WAYS)
+def test_features_of_files_are_open_clips(mode, interpolation, pictures, tmp_path):
+    """In, with open_clip's own preprocessing; out again, and in once more."""
+    cfg = {"size": 224, "mean": MEAN, "std": STD, "interpolation": interpolation, "resize_mode": mode}
+    there = open_clip_folder(tmp_path / "there", cfg)
+    expected = open_clip_features(there, pictures)
+    model = xclip_jax.load(there)
+    np.testing.assert_allclose(model.encode_image(pictures), expected, rtol=0, atol=1e-5)
+    config, variables = interop.read(str(there))
+    assert config["source"]["notes"] == ()
+    for to in ("open_clip", "safetensors"):
+        interop.write(variables, config, str(tmp_path / to), to)
+        assert interop.read(str(tmp_path / to))[0]["eval"] == config["eval"]
+        again = xclip_jax.load(tmp_path / to)
+        assert again.preprocessing == model.preprocessing == Preprocessing(
+            SIZE, MEAN, STD, resize_mode=mode, interpolation=interpolation)  # fmt: skip
+        np.testing.assert_allclose(again.encode_image(pictures), expected, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(open_clip_features(tmp_path / "open_clip", pictures), expected)
+    # Another way to prepare the same files would show.
+    other = dataclasses.replace(model.preprocessing, resize_mode="squash" if mode != "squash" else "shortest")
+    assert np.abs(model.encode_prepared([other(path.read_bytes()) for path in pictures]) - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["shortest", "squash"])
+@pytest.mark.parametrize("interpolation", transforms.INTERPOLATIONS)
+def test_a_larger_size_before_the_crop_is_torchvisions(mode, interpolation, pictures):
+    side = {"shortest": 33, "squash": (33, 33)}[mode]
+    how = tv.InterpolationMode(interpolation)
+    theirs = tv.Compose([tv.Resize(side, interpolation=how), tv.CenterCrop(SIZE)])
+    ours = Preprocessing(SIZE, resize_mode=mode, resize_size=33, interpolation=interpolation)
+    sides = {"shortest": "shorter side", "squash": "each side"}[mode]
+    assert ours.resizing == f"{sides} to 33 {interpolation}, central crop"
+    for path in pictures:
+        np.testing.assert_array_equal(ours(path.read_bytes()), np.asarray(theirs(Image.open(path)).convert("RGB")))
+
+
+def test_all_forms_of_an_image_are_prepared_alike(pictures):
+    prepare = Preprocessing(SIZE, resize_mode="longest")
+    for path in pictures[:3]:
+        expected = prepare(path.read_bytes())
+        assert expected.shape == (SIZE, SIZE, 3) and expected.dtype == np.uint8
+        np.testing.assert_array_equal(prepare(Image.open(path)), expected)
+        np.testing.assert_array_equal(prepare(np.asarray(Image.open(path).convert("RGB"))), expected)
+    assert not expected[0].any() and not expected[-1].any() and expected[SIZE // 2].any()
+
+
+# --- transformers
+
+
+PROCESSORS = [
+    ({"size": {"shortest_edge": 36}, "resample": 2}, {"resize_size": 36, "interpolation": "bilinear"}),
+    ({"size": {"height": SIZE, "width": SIZE}, "do_center_crop": False}, {"resize_mode": "squash"}),
+    ({"size": {"height": 40, "width": 40}}, {"resize_mode": "squash", "resize_size": 40}),
+    ({"size": SIZE, "crop_size": SIZE, "do_normalize": False}, {"mean": (0.0,) * 3, "std": (1.0,) * 3}),
+    ({"rescale_factor": 1 / 127.5, "image_mean": [1, 1, 1], "image_std": [1, 1, 1]},
+     {"mean": (0.5,) * 3, "std": (0.5,) * 3}),
+    ({"do_rescale": False, "image_mean": [1.0, 2.0, 3.0], "image_std": [50.0, 60.0, 70.0]},
+     {"mean": (1 / 255, 2 / 255, 3 / 255), "std": (50 / 255, 60 / 255, 70 / 255)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "expected"), PROCESSORS)
+def test_a_processor_of_transformers_is_followed(changes, expected, tmp_path):
+    base = {
+        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": SIZE}, "resample": 3,
+        "do_center_crop": True, "crop_size": {"height": SIZE, "width": SIZE}, "image_mean": MEAN, "image_std": STD,
+    }  # fmt: skip
+    make_hf("gelu", 1e-5, 49407, 4).save_pretrained(tmp_path / "there")
+    (tmp_path / "there" / "preprocessor_config.json").write_text(json.dumps(base | changes))
+    model = xclip_jax.load(tmp_path / "there")
+    found, wanted = dataclasses.asdict(model.preprocessing), {"mean": MEAN, "std": STD} | expected
+    for key, value in (dataclasses.asdict(Preprocessing(SIZE)) | wanted).items():
+        assert found[key] == (pytest.approx(value) if key in ("mean", "std") else value), key
+    # Sizes that leave an even margin: half a pixel it rounds down, torchvision and so open_clip to the even number.
+    images = [bad_tars.picture(i, w=w, h=h) for i, (w, h) in enumerate([(320, 200), (100, 300), (61, 45)])]
+    prepared = np.stack(list(map(model.prepare, images)))
+    ours = np.asarray(transforms.normalize(prepared, model.preprocessing.mean, model.preprocessing.std))
+    processor = transformers.CLIPImageProcessor.from_pretrained(tmp_path / "there")
+    theirs = np.stack(processor(images)["pixel_values"]).transpose(0, 2, 3, 1)
+    # In steps of 8 bits: it resizes by torch, which rounds otherwise than Pillow.
+    steps = 255 * np.abs(ours - theirs) * np.asarray(model.preprocessing.std)
+    assert steps.max() < 1.01 and steps.mean() < 0.1
+    # And out again.
+    config, variables = interop.read(str(tmp_path / "there"))
+    interop.write(variables, config, str(tmp_path / "back"), "hf")
+    assert interop.read(str(tmp_path / "back"))[0] == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resample": 1}, "resample=1 is not supported; expected 2"),
+        ({"do_center_crop": False}, "do_center_crop=False is not supported"),
+        ({"do_resize": False}, "do_resize=False is not supported"),
+        ({"crop_size": {"height": 24, "width": 24}}, f"crop_size=.* expected {SIZE}"),
+        ({"size": {"shortest_edge": 20}}, f"size=.* of at least {SIZE}"),
+        ({"size": {"height": 28, "width": 40}}, "height and width that are equal"),
+        ({"size": {"shortest_edge": 28, "longest_edge": 60}}, "size=.*longest_edge.* is not supported"),
+        ({"image_processor_type": "ViTImageProcessor"}, "image_processor_type='ViTImageProcessor' is not supported"),
+        ({"image_std": [0.1, 0, 0.1]}, "preprocessor_config.json: mean .* cannot be used"),
+        ({"image_mean": "clip"}, "preprocessor_config.json: mean clip"),
+    ],
+)
+def test_processors_that_cannot_be_followed_are_refused(changes, message, tmp_path):
+    make_hf("gelu", 1e-5, 49407, 4).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(changes))
+    with pytest.raises(UserError, match=message):
+        interop.read(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        ({"resize_mode": "fit"}, "resize_mode='fit'; expected one of shortest, squash, longest"),
+        ({"interpolation": "lanczos"}, "interpolation='lanczos'; expected"),
+        ({"resize_mode": "longest", "fill_color": 7}, "fill_color=7; images are padded with 0"),
+        ({"std": 0}, "standard deviation 0 .*cannot be used"),
+    ],
+)
+def test_open_clip_preprocessing_that_is_unknown_is_refused(cfg, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        interop.read(str(open_clip_folder(tmp_path / "there", cfg)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "to", "message"),
+    [
+        ({"eval__resize": "longest"}, "hf", "no eval.resize='longest'; write to 'open_clip'"),
+        ({"eval__resize_size": 20}, "open_clip", "no size but 16 to resize images to, and eval.resize_size is 20"),
+    ],
+)
+def test_formats_without_a_preprocessing_refuse_it(changes, to, message, tmp_path):
+    config, variables = our_model("clip", **changes)
+    with pytest.raises(UserError, match=message):
+        interop.write(variables, config, str(tmp_path / "x"), to)
+    assert not (tmp_path / "x").exists()
+
+
+# --- a run's
+
+
+def test_evaluations_and_embeddings_are_prepared_as_the_model_says(pictures, tmp_path, capsys):
+    for label, keep in (("cat", pictures[:2]), ("dog", pictures[2:4])):
+        (tmp_path / "set" / label).mkdir(parents=True)
+        for path in keep:
+            (tmp_path / "set" / label / path.name).write_bytes(path.read_bytes())
+    there = open_clip_folder(tmp_path / "there", {"mean": MEAN, "std": STD, "resize_mode": "squash"})
+    suite = f"folder:{tmp_path / 'set'}"
+    own = evaluate.evaluate(str(there), suite)["results"][0]["preprocessing"]
+    assert own == f"each side bicubic, {SIZE} px, mean {MEAN}, deviation {STD}"
+    slip = evaluate.evaluate(str(there), suite, profile="slip")["results"][0]["preprocessing"]
+    assert slip == f"shorter side bilinear, central crop, {SIZE} px, mean {MEAN}, deviation {STD}"
+    _, made, *_ = weights.load(str(there))
+    data = registry.load(suite, make_encoder(made).preprocessing)
+    model = xclip_jax.load(there)
+    for image, path in zip(data.images, sorted((tmp_path / "set").glob("*/*")), strict=True):
+        np.testing.assert_array_equal(image, model.prepare(path))
+    assert model.card["preprocessing"] == own
+    capsys.readouterr()
+
+
+def test_a_run_has_a_preprocessing_of_its_own(pictures, tmp_path):
+    pair = (MEAN, STD)
+    run = tiny.untrained(tmp_path / "run", "clip", eval__resize="squash", eval__interpolation="bilinear")
+    assert xclip_jax.load(run).preprocessing == Preprocessing(
+        tiny.SIZE, *mean_std("imagenet"), resize_mode="squash", interpolation="bilinear", background="white"
+    )
+    # Numbers survive config.json, and a resumed run takes them for the same.
+    c = tiny.config("clip", run=tmp_path / "other")
+    with c.ignore_type():
+        c.data.normalization = pair
+    for _ in range(2):
+        with TrainingFolder(c.run).claimed(resolve(c), []):
+            pass
+    assert build.build(weights._run_config(RunFolder(c.run))).preprocessing == Preprocessing(
+        tiny.SIZE, *pair, background="white"
+    )
+
+
+def test_runs_that_start_from_weights_with_another_preprocessing_say_so(tmp_path, capsys):
+    there = open_clip_folder(tmp_path / "there", {"mean": MEAN, "std": STD, "resize_mode": "squash"})
+    fine = load_config(f"finetune:weights={there},data=folder:{tmp_path},examples=8,classes=2")
+    assert Preprocessing.from_config(resolve(fine)) == Preprocessing(SIZE, MEAN, STD, resize_mode="squash")
+    model = {f"model__{key}": value for key, value in interop.read(str(there))[0]["model"].items()}
+    c = tiny.config("clip", data__tokenizer="clip", init__weights=str(there), **model)
+    made = build.build(c)
+    state = create(made.init, made.abstract)
+    weights.init_from_weights(weights.read_initial(made.config, made.abstract), state)
+    out = capsys.readouterr().out
+    assert f"data.normalization ({(MEAN, STD)}, 'imagenet' in this run)" in out
+    assert "eval.resize ('squash', 'shortest' in this run)" in out
+    # The values may be pasted behind --config.KEY=.
+    c.data.normalization, c.eval.resize = str((MEAN, STD)), "squash"
+    made = build.build(c)
+    assert made.preprocessing == Preprocessing(SIZE, MEAN, STD, resize_mode="squash", background="white")
+    c.data.background = "drop_alpha"
+    made = build.build(c)
+    weights.read_initial(made.config, made.abstract)
+    assert "different settings" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__normalization": "clap"}, "data.normalization is 'clap'; expected 'clip', 'imagenet', 'half', or"),
+        ({"data__normalization": "((1, 2), (3, 4))"}, "data.normalization is"),
+        ({"data__normalization": "((1, 2, 3), (1, 0, 1))"}, "data.normalization is .*mean and deviation by channel"),
+        ({"data__normalization": "((1, 2, 3), (1, 'x', 1))"}, "data.normalization is"),
+        ({"eval__resize": "crop"}, "eval.resize is 'crop'"),
+        ({"eval__interpolation": "area"}, "eval.interpolation is 'area'"),
+        ({"eval__resize_size": 3}, "eval.resize_size is 3, less than the model's image size 16"),
+        ({"eval__resize_size": 32, "eval__resize": "longest"}, "eval.resize_size is 32; with eval.resize='longest'"),
+    ],
+)
+def test_bad_values_are_named_by_their_keys(changes, message):
+    with pytest.raises(UserError, match=message):
+        build.build(tiny.config("clip", **changes))
+
+
+def test_damaged_pictures_are_bad_samples(pictures):
+    with pytest.raises(UserError, match=r"image cut off|image damaged"):
+        Preprocessing(SIZE)(pictures[0].read_bytes()[:200])
+    buffer = io.BytesIO()
+    Image.new("I;16", (40, 30), 40_000).save(buffer, "PNG")  # scaled to 8 bits, not cut
+    assert (Preprocessing(SIZE, resize_mode="squash")(buffer.getvalue()) == 40_000 >> 8).all()

@@ -1,0 +1,89 @@
+"""Reading of many records by several threads."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.data import base, records
+
+
+class Slow(base.Source):
+    """Record i is {"number": i}; chunks take the longer the earlier they are. Record 5 is bad, `hangs` never comes."""
+
+    def __init__(self, n, hangs=-1, fails=-1):
+        self.n, self.hangs, self.fails, self.released = n, hangs, fails, threading.Event()
+
+    def __len__(self):
+        return self.n
+
+    def fingerprint(self):
+        return {"samples": self.n, "hash": "slow"}
+
+    def __getitem__(self, i):
+        if i % 32 == 0:
+            time.sleep(0.02 * (3 - i // 32 % 4))
+        if i == self.hangs:
+            self.released.wait(60)
+        if i == self.fails:
+            raise UserError("the disk is not mounted; mount it.")
+        if i == 5:
+            raise BadSample("no caption")
+        return {"number": i}
+
+
+def halved(record):
+    return record["number"] // (record["number"] != 9) / 2  # 9 cannot be divided
+
+
+def read(source, threads=1, timeout=0.0):
+    return records.read_each(((source, i) for i in range(len(source))), halved, timeout=timeout, threads=threads)
+
+
+def test_results_are_in_order_whatever_the_threads():
+    for threads in (1, 5):
+        results = list(read(Slow(300), threads))
+        assert [i for i, x in enumerate(results) if isinstance(x, BadSample)] == [5, 9]
+        assert (results[5].reason, results[9].reason) == ("no caption", "ZeroDivisionError")
+        assert [x for x in results if not isinstance(x, BadSample)] == [i / 2 for i in range(300) if i not in (5, 9)]
+    assert list(read(Slow(0))) == []
+
+
+def test_a_record_that_hangs_is_bad():
+    source = Slow(100, hangs=40)
+    results = list(read(source, threads=2, timeout=0.2))
+    source.released.set()
+    assert results[40].reason == "read takes too long" and results[41] == 20.5 and len(results) == 100
+
+
+def test_an_error_of_all_records_is_raised():
+    with pytest.raises(UserError, match="not mounted"):
+        list(read(Slow(100, fails=70), threads=2))
+
+
+def test_places_are_taken_as_they_are_needed():
+    taken = []
+    source = Slow(10_000)
+    places = ((source, taken.append(i) or i) for i in range(len(source)))
+    reading = records.read_each(places, lambda record: record["number"], timeout=0, threads=1)
+    assert next(reading) == 0 and len(taken) < 200
+    reading.close()
+
+
+@pytest.mark.parametrize("timeout", [0, 300])
+def test_a_signal_does_not_wait_for_a_disk_that_does_not_answer(timeout):
+    """Neither the reading nor the end of the process."""
+    program = f"""
+import signal
+from tests.data.test_records import Slow, read
+def leave(number, frame):
+    raise SystemExit(75)
+signal.signal(signal.SIGALRM, leave)
+signal.setitimer(signal.ITIMER_REAL, 0.5)
+list(read(Slow(100, hangs=40), threads=2, timeout={timeout}))
+"""
+    process = subprocess.run([sys.executable, "-c", program], timeout=40, capture_output=True, text=True)
+    assert process.returncode == 75, process.stderr

@@ -1,0 +1,186 @@
+"""Transparent images: what they lie on is the same wherever a model is used, and is named before and after training."""
+
+import io
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+import xclip_jax
+from tests.helpers import bad_tars, tiny
+from tests.helpers.foreign import make_hf, our_model
+from xclip_jax import interop
+from xclip_jax.commands import check, embed
+from xclip_jax.commands.doctor.before import Options, check_config
+from xclip_jax.commands.export import export
+from xclip_jax.config import recipes, schema
+from xclip_jax.core.errors import BadSample
+from xclip_jax.data import loader, rgb, tokenizer, transforms
+from xclip_jax.data.embeddings import read as read_embeddings
+from xclip_jax.data.preprocessing import Preprocessing
+from xclip_jax.report import record, run_sections
+from xclip_jax.train import build, job, weights
+from xclip_jax.train.training_folder import TrainingFolder
+
+SIDE = 2 * tiny.SIZE
+
+
+def cut_out():
+    """A red square in the middle, fully opaque, and transparent green around it; with alpha from 0 to 255 below."""
+    pixels = np.zeros((SIDE, SIDE, 4), np.uint8)
+    pixels[..., 1] = 200
+    pixels[8:24, 8:24] = (220, 10, 10, 255)
+    pixels[24:, :, 3] = np.linspace(0, 255, SIDE)
+    return Image.fromarray(pixels)
+
+
+def sixteen_bits():
+    pixels = np.asarray(cut_out()).astype(np.uint16)[..., [2, 1, 0, 3]] * 257
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+def grey_value():
+    """16 bits of grey, one value of which is transparent."""
+    pixels = np.full((SIDE, SIDE), 30_000, np.uint16)
+    pixels[:9] = 1_000
+    return bad_tars.encode(Image.fromarray(pixels), "PNG", transparency=1_000)
+
+
+def files():
+    image = cut_out()
+    palette = image.convert("RGB").quantize(8)
+    return {
+        "alpha": bad_tars.encode(image, "PNG"),
+        "palette": bad_tars.encode(palette, "PNG", transparency=0),
+        "grey": bad_tars.encode(image.convert("LA"), "PNG"),
+        "sixteen": sixteen_bits(),
+        "grey of 16 bits": grey_value(),
+        "colour": bad_tars.encode(image.convert("RGB"), "PNG", transparency=(0, 200, 0)),
+        "gif": bad_tars.encode(image, "GIF"),
+        "webp": bad_tars.encode(image, "WEBP", lossless=True),
+        "tiff": bad_tars.encode(image, "TIFF"),
+    }
+
+
+def on_white(data):
+    """The image on white by the definition, as float (h, w, 3)."""
+    image = Image.open(io.BytesIO(data))
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(float)
+        values = np.where(values == image.info["transparency"], 255, values // 256)
+        return values[..., None].repeat(3, axis=2)
+    pixels = np.asarray(image.convert("RGBA")).astype(float)
+    alpha = pixels[..., 3:] / 255
+    return alpha * pixels[..., :3] + (1 - alpha) * 255
+
+
+@pytest.mark.parametrize("name", files())
+def test_every_kind_of_transparency_is_laid_on_white(name):
+    data = files()[name]
+    expected = on_white(data)
+    assert (expected == 255).all(axis=2).any() and transforms.is_transparent(data)
+    assert np.abs(transforms.decode(data) - expected).max() <= 1
+    there = transforms.resize_center_crop(transforms.decode(data), tiny.SIZE)
+    assert np.array_equal(Preprocessing(tiny.SIZE, background=rgb.WHITE)(data), there)
+    # What lies under it is read only where that is asked for.
+    assert not np.array_equal(transforms.decode(data, background=rgb.DROPPED), transforms.decode(data))
+
+
+def test_an_opaque_image_is_not_transparent():
+    for image in (bad_tars.picture(0).convert("RGBA"), bad_tars.picture(0).quantize(8), bad_tars.picture(0)):
+        assert not transforms.is_transparent(bad_tars.encode(image, "PNG"))
+    assert not transforms.is_transparent(bad_tars.jpeg(0))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A folder of a transparent PNG of each kind, its caption beside it."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for i, data in enumerate(files().values()):
+        (folder / f"{i}.png").write_bytes(data)
+        (folder / f"{i}.txt").write_text(f"cut-out {i}")
+    return folder
+
+
+@pytest.mark.parametrize("background", rgb.BACKGROUNDS)
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_transparent_file_has_the_same_features_everywhere(background, cache, pairs, tmp_path, capsys):
+    """In training, from a path, bytes and Pillow, and in the file that embed writes."""
+    run = tiny.untrained(tmp_path / "run", "clip", data__background=background)
+    model = xclip_jax.load(run)
+    paths = sorted(pairs.glob("*.png"))
+    features = model.encode_image(paths)
+    np.testing.assert_array_equal(model.encode_image([path.read_bytes() for path in paths]), features)
+    np.testing.assert_array_equal(model.encode_image([Image.open(path) for path in paths]), features)
+    source = embed.open_images(str(pairs))
+    embed.EmbeddingJob(model, {"image": source}, str(tmp_path / "x.npz")).run()
+    np.testing.assert_allclose(read_embeddings(tmp_path / "x.npz")["embedding"], features, atol=1e-6)
+    # A training crop of the whole image, bicubic, is what evaluation sees.
+    c = tiny.config("clip", data__background=background, data__cache=cache, data__sources=(f"folder:{pairs}",),
+                    data__crop_scale=(1.0, 1.0), data__resample="bicubic", data__batch=8)  # fmt: skip
+    made = build.build(c)
+    opened = job.opening.open_sources(made.data)
+    order = loader.sample_order(opened, made.data, 0)
+    transform = loader.Transform(made.data, tiny.SIZE, tokenizer.load("bytes"), tiny.LENGTH)
+    rows = next(iter(loader.batches(order, transform, batch=8, start=0, stop=1, seed=0)))["image"]
+    numbers = [order.place(position)[1] for position in range(8)]
+    expected = np.stack([model.prepare(paths[number]) for number in numbers]).astype(int)
+    if background == rgb.WHITE:
+        assert np.array_equal(rows, expected)
+        np.testing.assert_allclose(model.encode_prepared(rows), features[numbers], atol=1e-6)
+    else:  # evaluation resizes before it drops alpha, as open_clip does
+        assert not np.array_equal(rows, expected)
+    capsys.readouterr()
+
+
+def test_weights_of_others_keep_their_own_way(tmp_path):
+    make_hf("gelu", 1e-5, 49407, 4).save_pretrained(tmp_path / "hf")
+    assert xclip_jax.load(tmp_path / "hf").preprocessing.background == rgb.DROPPED
+    config = recipes.base("clip", "Ti/12")
+    assert config.data.background == rgb.WHITE
+    weights.adopt(config, str(tmp_path / "hf"))
+    assert config.data.background == rgb.DROPPED
+
+
+def test_exports_keep_it_or_say_that_they_cannot(tmp_path):
+    config, variables = our_model("clip")
+    assert config["data"]["background"] == rgb.WHITE
+    for to in ("safetensors", "hf", "open_clip"):
+        interop.write(variables, config, str(tmp_path / "from"))
+        export(str(tmp_path / "from"), str(tmp_path / to), to=to)
+        card = (tmp_path / to / "README.md").read_text()
+        assert "Transparent images are laid on white before they are resized" in card
+        assert ("does not do: do so before." in card) == (to != "safetensors")
+        again = interop.read(str(tmp_path / to))[0]["data"]["background"]
+        assert again == (rgb.WHITE if to == "safetensors" else rgb.DROPPED)
+
+
+def test_check_doctor_and_report_name_it(pairs, tmp_path, capsys):
+    tiny.folder(pairs / "opaque", n=9)
+    check.main([str(pairs), "--tokenizer", "bytes", "--size", "32"])
+    assert (
+        "\ntransparent images: 50 %, laid on white unless data.background says otherwise\n" in capsys.readouterr().out
+    )
+    c = tiny.config("clip", run=tmp_path / "run", data__sources=(f"folder:{pairs}",))
+    findings = [found for found in check_config(c, Options(4, 0.0, "off")) if found.check == "transparency"]
+    assert "50 %, laid on white (data.background='white')" in findings[0].text
+    folder = TrainingFolder(c.run)
+    prepared = job.prepare(schema.resolve(c), folder)
+    assert "transparent images: 50 %, laid on white (data.background)" in capsys.readouterr().out
+    with folder.claimed(prepared.config, prepared.fingerprints):
+        pass
+    assert "<dt>Transparent images</dt><dd>50 %, laid on white</dd>" in run_sections.head(record.read(c.run), None)
+
+
+def test_float_images_are_scaled_or_refused():
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    expected = np.rint(values * 255)
+    for background in rgb.BACKGROUNDS:
+        for scale in (1, 255):
+            data = bad_tars.encode(Image.fromarray(values * scale), "TIFF")
+            assert np.abs(transforms.decode(data, background=background)[..., 0] - expected).max() <= 1
+            assert Preprocessing(8, background=background)(data).max() == 255
+        for wrong in (values * 300, values - 0.5, np.where(values > 0.5, np.nan, values)):
+            with pytest.raises(BadSample, match=r"float image out of range: values from .*; scale them to 0 to 1"):
+                transforms.decode(bad_tars.encode(Image.fromarray(wrong.astype(np.float32)), "TIFF"))

@@ -1,0 +1,290 @@
+import concurrent.futures
+import html
+import pickle
+import random
+import time
+import tracemalloc
+import unicodedata
+
+import ftfy
+import numpy as np
+import pytest
+import tokenizers
+
+from xclip_jax.core.errors import UserError
+from xclip_jax.data import tokenizer
+
+AWKWARD = [
+    "",
+    " ",
+    "\n\t\r\n",
+    "a photo of a cat.",
+    "A  photo&amp;amp; of’s   a CAT",
+    "don't can't we'll I'd they've you're it's I'm",
+    "DON'T CAN'T WE'LL",
+    "don’t ‘quoted’ “double” ´acute´",
+    "'s 't 're 've 'm 'll 'd",
+    "''''s",
+    "rock'n'roll o'clock y'all'd've",
+    "1 12 123 1234567890",
+    "3.14159 1,000,000 1e-5 0x7f",
+    "½ ¾ ① ² Ⅷ ٣ ३",
+    "e-mail: a.b+c@d-e.org https://x.org/?q=1&r=%20#top",
+    "🦊",
+    "🦊🦊🦊 fox",
+    "👨‍👩‍👧‍👦 family 👩🏽‍🚀",
+    "🏴󠁧󠁢󠁥󠁮󠁧󠁿 🇩🇪 #️⃣",
+    "日本語の文章です。",
+    "中文字符，标点！",
+    "한국어 문장",
+    "ไทยภาษา",
+    "हिन्दी भाषा",
+    "العربية من اليمين",
+    "עברית ‏rtl‎ ltr",
+    "Ελληνικά ΣΊΣΥΦΟΣ ς",
+    "Привет, МИР!",
+    "İstanbul ISPARTA ı",
+    "Straße STRASSE ẞ",
+    "café café",
+    "ño ño ÅÅ Å",
+    "z̷̡a̶l̵g̴o̸",
+    "e\u0345 \u0345 !\u0345! \u1fb3 α\u0345",
+    "ﬁ ﬂ ﬆ ﬅ 'ﬆ",
+    "it'ſ 'ſ ſ",
+    "K Å Ω",
+    "ａｂｃ１２３！",
+    "schÃ¶n â€œmojibakeâ€\x9d LÃ³pez",
+    "&lt;b&gt;bold&lt;/b&gt; &copy; &#8217; &#x1f98a;",
+    "&amp;amp;amp;amp; &ampamp &notit;",
+    "<|startoftext|> a <|endoftext|>",
+    "<start_of_text> a <end_of_text>",
+    "a<start_of_text>b<end_of_text>",
+    "!<start_of_text>!<end_of_text>",
+    "<START_OF_TEXT> <End_Of_Text>",
+    "<ſtart_of_text> <end_of_text",
+    "&lt;end_of_text&gt;",
+    "<start_of_text><start_of_text> <|endoftext|><end_of_text>",
+    "\u00a0non\u00a0breaking\u2003em\u2009thin\u3000ideographic\u200bzero\ufeffbom",
+    "line\u2028separator\u2029paragraph\x0bvt\x0cff\x85nel\x1cfs",
+    "\x00nul \x07bell \x1b[31mred\x1b[0m \x7fdel",
+    "\ufffd \ue000 \U000f0000",
+    "word " * 200,
+    "🦊" * 100,
+    "a" * 1000,
+    "ab" * 500 + " end",
+    "supercalifragilisticexpialidocious antidisestablishmentarianism",
+    "_under_score__ --dash-- ...dots... ~tilde~ ^caret^ `tick`",
+    "!!!??? $$$ %%% ((())) [[]] {{}} \\\\ || // **",
+    "a,b;c:d.e!f?g",
+    "a_b a-b a/b a1b2c3 x1 1x",
+    "  leading and trailing  ",
+    "MiXeD cAsE",
+    "</w> a</w> Ġ Ċ ĠĠ",
+    "™ ® © ° § ¶ † ‡ • … ‰",
+    "→ ⇒ ∀ ∑ ∞ ≠ √",
+    "a photo of a {}, a type of pet.",
+]
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return tokenizer.load("clip")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return pytest.importorskip("open_clip.tokenizer").SimpleTokenizer()
+
+
+def random_text(rng):
+    ranges = [(0x20, 0x7F), (0, 0x250), (0x250, 0x3000), (0x4E00, 0xA000), (0xAC00, 0xD7A4), (0x1F300, 0x1FB00)]
+    pieces = "'’ſsStrevmlldᴷ<>&;_|#019éİßﬆΣςͅ \u200d\ufe0f\u00a0\u2003\t\n"
+    words = ("<start_of_text>", "<end_of_text>", "&amp;", "&lt;", "'S", "cat", "don't", "  ")
+    text = ""
+    for _ in range(rng.randrange(40)):
+        kind = rng.randrange(8)
+        text += (
+            rng.choice(words) if kind == 7 else rng.choice(pieces) if kind == 6 else chr(rng.randrange(*ranges[kind]))
+        )
+    # Characters that only a newer Unicode assigns are letters to one regular expression engine and not to another.
+    return "".join(char for char in text if unicodedata.category(char) != "Cn")
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("a photo of a cat.", [49406, 320, 1125, 539, 320, 2368, 269, 49407]),
+        ("A  photo&amp;amp; of’s   a CAT", [49406, 320, 1125, 261, 539, 568, 320, 2368, 49407]),
+        ("", [49406, 49407]),
+    ],
+)
+def test_clip_known_answers(clip, text, ids):
+    assert clip([text], 77)[0].tolist() == ids + [0] * (77 - len(ids))
+
+
+def test_clip_cuts_long_texts_before_the_end(clip):
+    for length in (2, 16, 77):
+        row = clip(["word " * 200], length)[0]
+        assert row[0] == 49406 and row[-1] == 49407 and (row[1:-1] == clip(["word"], 3)[0, 1]).all()
+    assert clip(["a photo of a cat."], 8)[0].tolist() == [49406, 320, 1125, 539, 320, 2368, 269, 49407]
+
+
+def test_clip_attributes(clip):
+    assert (clip.name, clip.vocab_size, clip.sot_id, clip.eot_id, clip.pad_id) == ("clip", 49408, 49406, 49407, 0)
+
+
+@pytest.mark.parametrize("length", [8, 77])
+def test_clip_equals_open_clip_on_awkward_strings(clip, reference, length):
+    ours, theirs = clip(AWKWARD, length), reference(AWKWARD, length).numpy()
+    assert [text for text, a, b in zip(AWKWARD, ours, theirs, strict=True) if (a != b).any()] == []
+
+
+def test_clip_equals_open_clip_on_random_unicode(clip, reference):
+    rng = random.Random(0)
+    texts = [random_text(rng) for _ in range(600)]
+    ours, theirs = clip(texts, 77), reference(texts, 77).numpy()
+    assert [text for text, a, b in zip(texts, ours, theirs, strict=True) if (a != b).any()] == []
+
+
+def test_clip_equals_open_clip_on_each_character_of_the_first_plane(clip, reference):
+    assigned = [c for c in map(chr, range(0x10000)) if unicodedata.category(c) not in ("Cn", "Cs", "Co", "Lo")]
+    texts = ["".join(f"a{c}1" for c in assigned[i : i + 8]) for i in range(0, len(assigned), 8)]
+    ours, theirs = clip(texts, 77), reference(texts, 77).numpy()
+    assert [text for text, a, b in zip(texts, ours, theirs, strict=True) if (a != b).any()] == []
+
+
+@pytest.mark.parametrize("name", ["clip", "bytes"])
+def test_shape_dtype_pickle_and_threads(name):
+    tok = tokenizer.load(name)
+    rows = tok(AWKWARD, 24)
+    assert rows.shape == (len(AWKWARD), 24) and rows.dtype == np.int32
+    assert tok([], 24).shape == (0, 24)
+    assert ((rows >= 0) & (rows < tok.vocab_size)).all() and (rows == tok.eot_id).any(axis=1).all()
+    dumped = pickle.dumps(tok)
+    assert len(dumped) < 200 and np.array_equal(pickle.loads(dumped)(AWKWARD, 24), rows)
+    assert tokenizer.load(name) is tok
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(np.array_equal(got, rows) for got in pool.map(lambda _: tok(AWKWARD, 24), range(16)))
+
+
+def test_bytes_are_reversible():
+    tok = tokenizer.load("bytes")
+    row = tok(["Füchse 🦊"], 32)[0]
+    end = row.tolist().index(tok.eot_id)
+    assert row[0] == tok.sot_id and (row[end + 1 :] == tok.pad_id).all()
+    assert bytes((row[1:end] - 3).tolist()).decode() == "Füchse 🦊"
+    assert len({tok.sot_id, tok.eot_id, tok.pad_id}) == 3 and tok.vocab_size == 259
+
+
+def save_words(path, words):
+    model = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0])
+    )
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model.add_special_tokens([word for word in words if word in ("</s>", "<s>", "[SEP]", "<|endoftext|>")])
+    model.enable_padding(length=50)
+    model.enable_truncation(2)
+    model.save(str(path))
+    return str(path)
+
+
+def test_file(tmp_path):
+    path = save_words(tmp_path / "tokenizer.json", ["?", "<pad>", "<s>", "</s>", "a", "red", "fox"])
+    tok = tokenizer.load(path)
+    assert (tok.name, tok.vocab_size, tok.sot_id, tok.eot_id, tok.pad_id) == (path, 7, 2, 3, 1)
+    assert tok(["a red fox", "a red red red fox", "a </s> fox"], 7).tolist() == [
+        [2, 4, 5, 6, 3, 1, 1],
+        [2, 4, 5, 5, 5, 6, 3],
+        # Spelt out in a caption the end token is three unknown words, no end.
+        [2, 4, 0, 0, 0, 6, 3],
+    ]
+    assert np.array_equal(pickle.loads(pickle.dumps(tok))(["a fox"], 6), tok(["a fox"], 6))
+
+
+def test_file_and_half_a_surrogate_pair(tmp_path):
+    tok = tokenizer.load(save_words(tmp_path / "tokenizer.json", ["?", "<s>", "</s>", "a", "😀", "\ufffd"]))
+    assert tok(["a \ud83d", "a \ud83d\ude00"], 5).tolist() == [[1, 3, 5, 2, 0], [1, 3, 4, 2, 0]]
+    assert (tok(["a \ud83d"], 5) == tok(["a \ufffd"], 5)).all()
+
+
+def test_file_without_an_unknown_token(tmp_path):
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "fox": 1}, unk_token="none"))
+    model.save(str(tmp_path / "t.json"))
+    tok = tokenizer.load(str(tmp_path / "t.json"))
+    assert tok(["fox"], 3).tolist() == [[1, 0, 0]]
+    with pytest.raises(UserError, match=r"t\.json' cannot encode 'wolf' .*; add an unknown token"):
+        tok(["wolf"], 3)
+
+
+@pytest.mark.parametrize(("letters", "cached"), [(512, True), (513, False)])
+def test_the_cache_is_bounded_in_bytes(letters, cached):
+    """Short texts are encoded once and kept as arrays, long ones each time; both alike."""
+    calls = []
+
+    def encode(text):
+        calls.append(len(text))
+        return [3] * len(text)
+
+    tok = tokenizer.Tokenizer("x", encode, vocab_size=9, sot_id=1, eot_id=2, pad_id=0)
+    text = "x" * letters
+    for length in (4, 600):
+        rows = [tok([text], length) for _ in range(3)]
+        expected = [1, *[3] * min(letters, length - 2), 2]
+        assert all(row[0].tolist() == expected + [0] * (length - len(expected)) for row in rows)
+    assert len(calls) == (2 if cached else 6)
+    tracemalloc.start()
+    for i in range(200):
+        tok([f"{i:0600d}"], 77)
+    long = tracemalloc.get_traced_memory()[0]
+    for i in range(200):
+        tok([f"{i:0500d}"], 77)
+    short = tracemalloc.get_traced_memory()[0] - long
+    tracemalloc.stop()
+    assert long < 200 * 100
+    assert short < 200 * 1500
+
+
+@pytest.mark.parametrize("name", ["clip", "bytes", "file"])
+def test_giant_texts_take_bounded_time(name, tmp_path):
+    path = save_words(tmp_path / "t.json", ["?", "<s>", "</s>", "fox", "x"])
+    tok = tokenizer.load(path if name == "file" else name)
+    began = time.process_time()
+    for text in ("fox ", "x", "&amp;", "ü", "\u0300", "é\ud83d", "<s>"):
+        giant = text * (1 << 22)
+        expected = tok([text * 2000], 77)
+        np.testing.assert_array_equal(tok([giant], 77), expected)
+    assert time.process_time() - began < 10
+
+
+def test_many_tokens_read_more_of_a_text():
+    tok = tokenizer.load("bytes")
+    assert (tok(["x" * 100_000], 100_002)[0, 1:-1] == ord("x") + 3).all()
+
+
+def test_file_without_a_start_token(tmp_path):
+    tok = tokenizer.load(save_words(tmp_path / "t.json", ["?", "<|endoftext|>", "fox"]))
+    assert tok.sot_id is None and tok(["fox fox", "fox"], 3).tolist() == [[2, 2, 1], [2, 1, 0]]
+
+
+def test_errors_name_the_remedy(tmp_path):
+    with pytest.raises(UserError, match=r"'klip' must be one of 'clip', 'bytes'"):
+        tokenizer.load("klip")
+    with pytest.raises(UserError, match=r"no end token.*</s>.*\[SEP\]"):
+        tokenizer.load(save_words(tmp_path / "endless.json", ["?", "<s>", "fox"]))
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(UserError, match=r"broken\.json"):
+        tokenizer.load(str(tmp_path / "broken.json"))
+    with pytest.raises(UserError, match="list of strings"):
+        tokenizer.load("bytes")("a cat", 8)
+    with pytest.raises(UserError, match="length 1"):
+        tokenizer.load("bytes")(["a cat"], 1)
+
+
+def test_plain_captions_need_no_mending():
+    """The short cut for printable ASCII changes nothing."""
+    rng = np.random.default_rng(0)
+    letters = [chr(i) for i in range(32, 127)]
+    for _ in range(300):
+        text = "".join(rng.choice(letters, 40))
+        mended = html.unescape(html.unescape(ftfy.fix_text(text)))
+        assert tokenizer.clean(text) == " ".join(mended.split()).lower()

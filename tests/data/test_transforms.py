@@ -1,0 +1,262 @@
+import concurrent.futures
+import io
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+import warnings
+
+import numpy as np
+import open_clip
+import pytest
+from PIL import Image, ImageOps
+
+from tests.helpers import bad_tars
+from xclip_jax.core.errors import BadSample
+from xclip_jax.data import transforms
+from xclip_jax.data.prefetch import WeightedSemaphore
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def odd_images():
+    """Twelve photographs as the web has them, with odd sizes, kinds and modes; (name, content)."""
+    big = bad_tars.picture(3, w=333, h=251).quantize(64)
+    alpha = bad_tars.picture(4, w=250, h=300).convert("RGBA")
+    alpha.putalpha(Image.linear_gradient("L").resize(alpha.size))
+    encode, picture = bad_tars.encode, bad_tars.picture
+    return {
+        "photo": encode(picture(0, w=500, h=375), quality=85),
+        "odd size": encode(picture(1, w=501, h=377), quality=85),
+        "tall": encode(picture(2, w=97, h=613), quality=95, subsampling=0),
+        "small": encode(picture(3, w=31, h=47), quality=90, subsampling=1),
+        "palette": encode(big, "PNG"),
+        "palette with a clear colour": encode(big, "PNG", transparency=3),
+        "alpha": encode(alpha, "PNG"),
+        "CMYK": encode(picture(5, w=300, h=200, mode="CMYK"), quality=90),
+        "gray": encode(picture(6, w=225, h=224, mode="L"), quality=90),
+        "progressive": encode(picture(7, w=640, h=480), quality=75, progressive=True),
+        "webp": encode(picture(8, w=400, h=260), "WEBP", quality=80),
+        "EXIF": encode(picture(9, w=300, h=200), quality=90, exif=bad_tars.exif(6)),
+    }
+
+
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+def test_evaluation_pixels_are_open_clips(resample):
+    theirs = open_clip.image_transform(224, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), interpolation=resample)
+    images = odd_images()
+    assert len(images) == 12
+    for name, data in images.items():
+        there = theirs(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))).numpy().transpose(1, 2, 0)
+        here = transforms.evaluation_image(data, 224, resample) / 255
+        assert here.shape == (224, 224, 3)
+        assert np.abs(here - there).max() < 2 / 255, name
+        if data[:2] == b"\xff\xd8" or name == "webp":
+            pixels = transforms.decode(data)
+            np.testing.assert_array_equal(transforms.resize_center_crop(pixels, 224, resample), here * 255)
+
+
+def test_very_long_pictures_take_little_memory():
+    """And the middle that is left of them is what open_clip sees."""
+    data = bad_tars.encode(bad_tars.picture(14, w=2000, h=4), "PNG")
+    theirs = open_clip.image_transform(32, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
+    there = theirs(Image.open(io.BytesIO(data))).numpy().transpose(1, 2, 0)
+    here = transforms.resize_center_crop(transforms.decode(data), 32) / 255
+    assert np.abs(here - there).max() < 2 / 255
+    line = np.zeros((1, 1_000_000, 3), np.uint8)
+    assert transforms.resize_center_crop(line, 224).shape == (224, 224, 3)
+    for resample in transforms.RESAMPLE:
+        crop = transforms.random_resized_crop(line, 224, np.random.default_rng(0), resample=resample)
+        assert crop.shape == (224, 224, 3)
+
+
+def test_jpegs_are_those_of_pillow():
+    for data in (v for v in odd_images().values() if v[:2] == b"\xff\xd8"):
+        there = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")).astype(int)
+        assert np.abs(transforms.decode(data) - there).max() <= 3
+
+
+def test_scaled_jpegs():
+    data = bad_tars.encode(bad_tars.picture(0, w=1000, h=750), quality=90)
+    assert transforms.decode(data, scaled_to=300).shape == (375, 500, 3)
+    assert transforms.decode(data, scaled_to=180).shape == (188, 250, 3)
+    small = bad_tars.jpeg(0)
+    assert transforms.decode(small, scaled_to=300).shape == (30, 40, 3)
+    half = np.asarray(bad_tars.picture(0, w=1000, h=750).resize((500, 375), Image.Resampling.BOX)).astype(int)
+    assert np.abs(transforms.decode(data, scaled_to=300) - half).mean() < 3
+
+
+def test_sixteen_bits_become_eight():
+    gray = transforms.decode(bad_tars.sixteen_bit())
+    np.testing.assert_array_equal(gray[..., 0].ravel(), np.linspace(0, 65535, 1200).astype(np.uint16) >> 8)
+
+
+def test_exif_turns_and_others_take_the_fast_way(monkeypatch):
+    upright = bad_tars.picture(13)
+    turned = bad_tars.encode(upright.transpose(Image.Transpose.ROTATE_90), quality=95, exif=bad_tars.exif(6))
+    assert np.abs(transforms.decode(turned).astype(int) - np.asarray(upright)).mean() < 8
+    monkeypatch.setattr(transforms.ImageOps, "exif_transpose", lambda _: pytest.fail("Pillow decoded it"))
+    transforms.decode(bad_tars.encode(upright, quality=95, exif=bad_tars.exif(1)))
+    transforms.decode(bad_tars.jpeg(0))
+
+
+def test_bounds_hold_before_anything_is_decoded():
+    for side in (8_200, 12_000, 60_000):  # Pillow would warn at 9,500 and refuse above 13,400
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(BadSample, match="image too large"):
+                transforms.decode(bad_tars.bomb(side))
+
+
+# Decodes an image in each of many threads, and prints by how many MiB that raised the process's peak: first with a
+# limit of pixels, and then without.
+PEAK = r"""
+import concurrent.futures, pathlib, re, sys
+import numpy as np
+from xclip_jax.data import transforms
+
+def peak():  # not getrusage's, which is at least that of the process that started this one
+    return int(re.search("VmHWM:\s*([0-9]+)", pathlib.Path("/proc/self/status").read_text())[1]) / 1024
+
+def crop(file):
+    with transforms.decoding(pathlib.Path(file).read_bytes()) as image:
+        transforms.random_resized_crop(image, 32, np.random.default_rng(0), resample="area")
+
+def read(file):
+    crop(file)
+    transforms.evaluation_image(pathlib.Path(file).read_bytes(), 32)
+
+read(sys.argv[2])
+before = peak()
+for limit in (int(sys.argv[1]), 1 << 40):
+    transforms._IN_FLIGHT.limit = limit
+    with concurrent.futures.ThreadPoolExecutor(len(sys.argv[3:])) as pool:
+        list(pool.map(read, sys.argv[3:]))
+    print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_large_images_of_many_threads_take_the_memory_of_a_few(tmp_path):
+    side = 1800
+    images = {
+        "rgb.png": Image.new("RGB", (side, side), "red"),
+        "deep.png": Image.fromarray(np.full((side, side), 40_000, np.uint16)),
+        "alpha.png": Image.new("RGBA", (side, side), "#12345678"),
+        "progressive.jpg": Image.new("RGB", (side, side), "blue"),
+    }
+    for name, image in images.items():
+        image.save(tmp_path / name, **({"progressive": True} if name.endswith("jpg") else {}))
+    (tmp_path / "small.png").write_bytes(bad_tars.encode(bad_tars.picture(0), "PNG"))
+    files = [str(tmp_path / name) for name in ("small.png", *4 * list(images))]
+
+    limit = 2 * side * side
+    command = [sys.executable, "-c", PEAK, str(limit), *files]
+    # What is free goes back to the system at once, so that the peak is that of the images.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "GLIBC_TUNABLES": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=env)
+    limited, without = map(float, done.stdout.split())
+    assert limited < 12 * limit / (1 << 20) + 32 < without
+    assert transforms._IN_FLIGHT.limit == 2 * transforms.MAX_PIXELS
+
+
+def test_images_that_wait_come_in_turn_and_one_above_the_limit_comes_alone():
+    semaphore, log, held = WeightedSemaphore(10), [], threading.Event()
+
+    def use(name, amount):
+        with semaphore.hold(amount):
+            log.append(name)
+            held.wait(10)
+
+    threads = []
+    for name, amount in (("first", 6), ("large", 99), ("small", 1)):
+        threads.append(threading.Thread(target=use, args=(name, amount)))
+        threads[-1].start()
+        time.sleep(0.05)
+    assert log == ["first"]  # the small one would fit, and waits behind the large one
+    held.set()
+    for thread in threads:
+        thread.join(10)
+    assert log == ["first", "large", "small"] and semaphore._held == 0
+    with pytest.raises(KeyError), semaphore.hold(10):
+        raise KeyError
+    with semaphore.hold(10):
+        pass
+
+
+def test_a_jpeg_that_only_pillow_decodes_does_not_wait_for_itself(monkeypatch):
+    """The attempt to decode it fast has given back its pixels: with a limit of one image it could not go on."""
+    monkeypatch.setattr(transforms, "_IN_FLIGHT", WeightedSemaphore(40 * 30))
+
+    def fail(*_, **__):
+        raise ValueError("not by this decoder")
+
+    monkeypatch.setattr(transforms.simplejpeg, "decode_jpeg", fail)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(transforms.decode, bad_tars.jpeg(0)).result(10).shape == (30, 40, 3)
+        assert pool.submit(transforms.evaluation_image, bad_tars.jpeg(0), 8).result(10).shape == (8, 8, 3)
+
+
+def test_formats_that_start_a_program_are_no_images(monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started a program"))
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("started a program"))
+    data = bad_tars.encode(bad_tars.picture(0), "EPS")
+    assert data.startswith(b"%!PS")
+    for decode in (transforms.decode, lambda data: transforms.evaluation_image(data, 8)):
+        with pytest.raises(BadSample, match="not an image"):
+            decode(data)
+    for kind in ("BMP", "GIF", "PNG", "PPM", "TIFF", "WEBP"):
+        assert transforms.decode(bad_tars.encode(bad_tars.picture(0), kind)).shape == (30, 40, 3)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 11, 20, 100, 400, 623])
+def test_any_cut_is_a_bad_sample(n):
+    for data in (bad_tars.jpeg(0), *(bad_tars.encode(bad_tars.picture(0), kind) for kind in ("WEBP", "GIF"))):
+        with pytest.raises(BadSample):
+            transforms.decode(data[: n if n < len(data) - 300 else len(data) // 2])
+
+
+@pytest.mark.parametrize("resample", transforms.RESAMPLE)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 40)])
+def test_crops_of_less_than_a_pixel(resample, shape):
+    """Tracking pixels of the web: a crop of less than half a pixel may round to one behind the border."""
+    image = np.full((*shape, 3), 77, np.uint8)
+    for scale in ((0.08, 1.0), (1e-9, 1e-6)):
+        for seed in range(50):
+            crop = transforms.random_resized_crop(image, 8, np.random.default_rng(seed), scale, resample=resample)
+            np.testing.assert_array_equal(crop, np.full((8, 8, 3), 77))
+
+
+@pytest.mark.parametrize("resample", ["area", "bicubic"])
+def test_arrays_are_rgb_or_grey(resample):
+    """Any other is a bad sample, and leaves no pixels of an earlier one in its row."""
+    rng, grey = np.random.default_rng(0), np.full((28, 20, 1), 200, np.uint8)
+    row = np.zeros((8, 8, 3), np.uint8)
+    transforms.random_resized_crop(transforms.decode(grey), 8, rng, (0.5, 1.0), resample=resample, out=row)
+    assert (row == 200).all()
+    for shape, dtype in (
+        ((28, 20), np.uint8),
+        ((28, 20, 4), np.uint8),
+        ((28, 20, 3), np.uint16),
+        ((0, 2, 3), np.uint8),
+    ):
+        with pytest.raises(BadSample, match=r"image is not uint8 \(h, w, 3\)"):
+            transforms.decode(np.zeros(shape, dtype))
+
+
+def test_area_is_the_mean_over_pixels():
+    image = np.asarray(bad_tars.picture(2, w=64, h=64))
+    rng = np.random.default_rng(0)
+    crops = [transforms.random_resized_crop(image, 16, rng, (0.3, 1.0), resample="area") for _ in range(20)]
+    assert all(crop.shape == (16, 16, 3) for crop in crops)
+    whole = transforms.random_resized_crop(image, 16, rng, (1.0, 1.0), (1.0, 1.0), resample="area")
+    np.testing.assert_allclose(whole, image.reshape(16, 4, 16, 4, 3).mean((1, 3)), atol=0.51)
+    image = np.asarray(bad_tars.picture(0).resize((400, 300)))  # smooth: "area" moves borders by half a pixel
+    for i in range(20):
+        smooth, area = (
+            transforms.random_resized_crop(image, 64, np.random.default_rng(i), (0.3, 1.0), resample=resample)
+            for resample in ("bicubic", "area")
+        )
+        assert np.abs(smooth.astype(int) - area).mean() < 1.5  # the same part

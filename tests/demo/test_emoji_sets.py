@@ -1,0 +1,223 @@
+import io
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from configs import demo as demo_config
+from tests.helpers.encoding import SIZE, K, make_encoder, small_model
+from tests.helpers.made_results import zero_shot
+from xclip_jax.core.errors import UserError
+from xclip_jax.demo import emoji, emoji_sets
+from xclip_jax.evaluators import registry, tables
+from xclip_jax.evaluators.results import SHIFTED, flat
+from xclip_jax.report import canvas, examples, html, picture, record
+
+# The demo's sets, on a small copy of its data.
+
+CONCEPTS = [
+    {
+        "id": f"c{i}",
+        "name": f"name {i}",
+        "tags": [f"tag {j}" for j in range(i)],
+        "aliases": [f"alias {i}", f"Name {i}"] if i == 4 else [],
+        "role": role,
+        "group": group,
+        "category": "" if i == 3 else "round" if i % 2 else "flat",
+        **{language: f"{language} {i}" if language != "pt" else f"name {i}" for language in emoji.LANGUAGES},
+    }
+    for i, (role, group) in enumerate(
+        [
+            ("train", "flags"),
+            ("train", "flags"),
+            ("train", "animals_food"),
+            ("train", "rest"),
+            ("test_concepts", "rest"),
+            ("test_concepts", "flags"),
+            ("validation_concepts", "rest"),
+        ]
+    )
+]
+RENDERED = [("twemoji", 0), ("noto", 2), ("noto", 3), ("openmoji", 1)]
+SPLITS = {
+    "train": [*((v, i) for v in emoji.VENDORS[:2] for i in range(4)), ("noto", 1)],
+    "test_rendering": RENDERED,
+    "validation_rendering": RENDERED[:2],
+    "test_concepts": [(v, i) for v in emoji.VENDORS for i in (4, 5)],
+    "validation_concepts": [(v, 6) for v in emoji.VENDORS],
+    "test_line": [(emoji.LINE, i) for i in range(6)],
+}
+
+
+@pytest.fixture
+def small_demo(monkeypatch):
+    def record(vendor, i):
+        png = io.BytesIO()
+        PIL.Image.fromarray(np.full((9, 9, 3), 10 * i, np.uint8)).save(png, "png")
+        words = {"vendor": vendor, "concept": f"c{i}", "name": f"name {i}", "group": CONCEPTS[i]["group"]}
+        words |= {"category": CONCEPTS[i]["category"], "subcategory": CONCEPTS[i]["category"]}
+        texts = {key: value.encode() for key, value in words.items()}
+        return {"image": png.getvalue(), "aliases": [b"alias"] * (i % 3), "tags": [], **texts}
+
+    class Builder:
+        def as_data_source(self, split, decoders):
+            return [record(*key) for key in SPLITS[split]]
+
+    emoji_sets._emoji.cache_clear()
+    monkeypatch.setattr(emoji, "prepare", lambda data_dir: Builder())
+    monkeypatch.setattr(emoji, "concepts", lambda builder: CONCEPTS)
+    yield
+    emoji_sets._emoji.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("spec", "classes", "images"),
+    [
+        ("validation_concepts", [6], [6, 6, 6]),
+        ("test_concepts", [4, 5], [4, 5, 4, 5, 4, 5]),
+        ("test_concepts_one_prompt", [4, 5], [4, 5, 4, 5, 4, 5]),
+        ("test_rendering", range(7), [0, 2, 3, 1]),
+        ("validation_rendering", range(7), [0, 2]),
+        ("test_rendering_flags", [0, 1, 5], [0, 1]),
+        ("test_rendering_animals_food", [2], [2]),
+        ("test_rendering_rest", [3, 4, 6], [3]),
+        ("test_rendering_flags_all_names", range(7), [0, 1]),
+        ("test_line", range(7), range(6)),
+        ("test_line_concepts", [4, 5], [4, 5]),
+    ],
+)
+def test_zero_shot_sets_of_the_demo(spec, classes, images, small_demo):
+    data = registry.load(f"emoji/{spec}", SIZE)
+    assert data.names == [f"name {i}" for i in classes]
+    assert [data.names[label] for label in data.labels] == [f"name {i}" for i in images]
+    assert [image[0, 0, 0] for image in data.images] == [10 * i for i in images]
+    assert all(image.shape == (SIZE, SIZE, 3) and image.dtype == np.uint8 for image in data.images)
+    unseen = "concepts" in spec
+    assert data.prompts[-1][0] == ", ".join([data.names[-1], *(f"tag {j}" for j in range(3) if unseen)])
+    vendors = len(data.groups)
+    assert vendors == {"test_concepts": 3, "validation_concepts": 3}.get(spec, vendors) and vendors != 1
+    assert not data.groups or np.sum(list(data.groups.values()), axis=0).tolist() == [1] * len(data.images)
+
+
+def test_retrieval_sets_of_the_demo(small_demo):
+    data = registry.load("emoji/test_retrieval", SIZE)
+    assert data.captions == [["name 0"], ["name 2", "alias", "alias"], ["name 3"], ["name 1", "alias"]]
+    assert len(registry.load("emoji/validation_retrieval", SIZE).images) == 2
+
+
+def test_probes_of_the_demo(small_demo):
+    data = registry.load("emoji/test_probe", SIZE)
+    # One picture of each known concept that has a category, by the artists in turn.
+    assert [image[0, 0, 0] for image in data.train] == [0, 20, 10]
+    assert len(data.validation) == 3 and len(data.test) == 6
+    assert [labels.tolist() for labels in data.tasks["category"]] == [[0, 0, 1], [0] * 3, [0, 1] * 3]
+    texts = registry.load("emoji/test_text_probe", SIZE)
+    assert texts.train == ["name 0", "name 1", "name 2"] and texts.test == ["name 4", "name 5"]
+    assert registry.make("emoji/test_text_probe", make_encoder()).name == "textual/emoji/test_text_probe"
+
+
+def test_texts_of_the_demo(small_demo):
+    aliases = registry.load("emoji/test_aliases", SIZE)
+    assert aliases.texts == ["name 4", "name 5"] and aliases.queries == [("alias 4", 0)]
+    translations = registry.load("emoji/test_translations", SIZE)
+    assert translations.queries[:2] == [("de 4", 0), ("de 5", 1)]
+    assert "pt" not in translations.groups  # spelt like the names
+    assert {key: mask.sum() for key, mask in translations.groups.items()} == {"de": 2, "es": 2, "fr": 2, "it": 2}
+
+
+def test_every_set_says_where_it_is_from(small_demo):
+    for spec in emoji_sets.EmojiSets.names:
+        card = registry.load(spec, SIZE).card
+        assert card.data == "emoji_pairs" and len(card.split_hash) == 16 and card.protocol, spec
+    assert registry.load("emoji/test_line", SIZE).card == registry.load("emoji/test_line", SIZE).card
+    assert registry.load("emoji/test_line", SIZE).card != registry.load("emoji/test_line_concepts", SIZE).card
+
+
+def test_the_final_table_has_a_row_for_each_family(small_demo):
+    results = []
+    for spec in (*demo_config.get_config().eval.sets, *demo_config.TESTS):
+        results += registry.make(spec, make_encoder()).measure(small_model()[1])
+    lines = tables.render(results).splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("overview"))
+    assert [line[:26].strip() for line in lines[at + 1 : -1]] == [
+        "zero-shot classification",
+        "out of domain",
+        "retrieval",
+        "visual representation",
+        "textual representation",
+    ]
+    chosen = [line[26:].split()[0] for line in lines[at + 1 : -1]]
+    assert chosen == [f"emoji/test_{n}" for n in ("concepts", "line", "retrieval", "probe/category", "aliases")]
+    assert float(lines[at + 4].split()[-2]) == pytest.approx(
+        flat(results)["visual/emoji/test_probe/category/linear/top1"], abs=0.051
+    )
+    assert set(demo_config.TESTS) == set(registry.SUITES["demo"])
+    assert "test_translations" in tables.headlines(results)
+
+
+def test_the_gap_to_imagenet_is_shown():
+    both = zero_shot("imagenet", 60.0) + zero_shot("imagenet_a", 20.5, role=SHIFTED)
+    assert "less than imagenet" in tables.render(both) and "39.5" in tables.render(both)
+
+
+def test_every_set_can_be_evaluated_and_an_unknown_one_lists_them(small_demo):
+    _, variables = small_model()
+    encoder, results = make_encoder(), {}
+    for spec in emoji_sets.EmojiSets.names:
+        found = registry.make(spec, encoder).run(variables)
+        assert not results.keys() & found.keys()
+        results |= found
+    shares = {key: value for key, value in results.items() if not key.endswith("log10_c")}
+    assert all(0 <= value <= 100 for value in shares.values()), [k for k, v in shares.items() if not 0 <= v <= 100]
+    with pytest.raises(UserError, match="emoji/test_line_concepts"):
+        registry.load("emoji/test_lines", SIZE)
+
+
+# The picture.
+
+
+@pytest.mark.parametrize(("objective", "embed", "clusters"), [("clip", 8, 0), ("nclip", 0, K), ("xclip", 8, K)])
+def test_picture_and_page_are_drawn_for_every_kind_of_model(objective, embed, clusters, small_demo, tmp_path):
+    _, variables = small_model(embed, clusters)
+    path = tmp_path / "picture.png"
+    found = examples.collect_examples(make_encoder(embed, clusters), variables, demo_config.TESTS, queries=("a", "b"))
+    picture.draw(path, found, title="Test", note="note")
+    with PIL.Image.open(path) as image:
+        assert image.width == 1600 and image.height > 1000
+    config = {"config": demo_config.get_config(f"objective={objective}").to_dict(), "environment": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = html.render(record.read(tmp_path), found)
+    shown = [title for title in ("Line drawings", "Search by words", "Image to text", 'id="find"') if title in text]
+    assert len(shown) == 3 + bool(clusters)
+    # Each picture is right or wrong as its set says, and the right name's place is that among all of them.
+    assert [named.num_classes for named in found.named] == [2, 7, 7] and found.confusion.images == 6
+    for named in found.named:
+        for guess in named.guesses:
+            assert [c.right for c in guess.best] == [c.name == guess.name for c in guess.best]
+            assert guess.rank > 5 or guess.best[guess.rank - 1].right
+    for asked in found.retrieved.by_text:
+        assert any(asked.right) == (asked.rank <= len(asked.right)) and (asked.rank > 6 or asked.right[asked.rank - 1])
+
+
+def test_names_are_printable_and_fit():
+    assert canvas.printable("Côte d’Ivoire – 中") == "Cote d’Ivoire - ?"
+    assert canvas.fit("short", 14, 200) == "short"
+    assert canvas.fit("a very long name", 14, 60).endswith("…")
+    assert canvas.fit("long", 14, 0) == "…"
+
+
+def test_prompts_of_unseen_concepts(small_demo):
+    """Each keyword is in front once, behind the name and alone; without keywords the name is left."""
+    assert registry.load("emoji/test_concepts", SIZE).prompts[0] == [
+        "name 4, tag 0, tag 1, tag 2",
+        "name 4, tag 1, tag 2, tag 3",
+        "name 4, tag 2, tag 3, tag 0",
+        "name 4, tag 3, tag 0, tag 1",
+        "tag 0",
+        "tag 1",
+        "tag 2",
+        "tag 3",
+    ]
+    assert registry.load("emoji/test_concepts_one_prompt", SIZE).prompts[0] == ["name 4, tag 0, tag 1, tag 2"]
+    assert emoji_sets._prompts({"name": "n", "tags": []}) == ["n"]

@@ -1,0 +1,249 @@
+import dataclasses
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+import tensorflow_datasets as tfds
+
+from tests.helpers.encoding import SIZE, make_encoder, small_model
+from xclip_jax.core.errors import UserError
+from xclip_jax.data.readers import glue
+from xclip_jax.evaluators import registry
+from xclip_jax.evaluators.probe import Sweep
+from xclip_jax.evaluators.prompts import Profile
+from xclip_jax.evaluators.sets import file_datasets
+
+PLAIN = Profile()
+
+
+def load(spec, profile=PLAIN):
+    registry.check(spec)
+    return registry.load(spec, SIZE, profile=profile)
+
+
+def evaluate(data):
+    return registry.evaluator(make_encoder(), data).run(small_model()[1])
+
+
+def test_a_year_of_sts(tmp_path):
+    (tmp_path / "STS.input.news.txt").write_text("a cat\ta dog\none\ttwo\nx y\tx z\n")
+    (tmp_path / "STS.gs.news.txt").write_text("4.2\n\n1.0\n")  # nobody judged the second pair
+    (tmp_path / "STS.input.web.txt").write_bytes("caf\xe9\tbar\nb\tc\n".encode("latin-1"))
+    (tmp_path / "STS.gs.web.txt").write_text("5\n0\n")
+    data = load(f"sts14@{tmp_path}")
+    assert data.subsets == {
+        "news": [("a cat", "a dog", 4.2), ("x y", "x z", 1.0)],
+        "web": [("café", "bar", 5.0), ("b", "c", 0.0)],
+    }
+    metrics = evaluate(data)
+    assert metrics[f"textual/sts14@{tmp_path}/pairs"] == 4 and f"textual/sts14@{tmp_path}/spearman_mean" in metrics
+    assert "spearman_mean averages" in data.card.protocol and data.card.metric == "spearman_all"
+    (tmp_path / "STS.gs.web.txt").write_text("5\n")
+    with pytest.raises(UserError, match=r"has 2 pairs and .* 1 lines"):
+        load(f"sts14@{tmp_path}")
+
+
+def test_sts_benchmark_and_sick(tmp_path):
+    path = tmp_path / "sts-test.csv"
+    path.write_text('main\tMSR\t2012\t0001\t5.000\tA "cat.\tA kitty.\nmain\tMSR\t2012\t0002\t0.5\tB\tC\textra\n')
+    assert load(f"stsb@{path}").subsets[""] == [('A "cat.', "A kitty.", 5.0), ("B", "C", 0.5)]
+    path = tmp_path / "SICK_test_annotated.txt"
+    path.write_text(
+        "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n"
+        "6\tA man\tA woman\t3.3\tNEUTRAL\n7\tX\tY\t1\tNEUTRAL\n"
+    )
+    data = load(f"sickr@{path}")
+    assert data.subsets[""] == [("A man", "A woman", 3.3), ("X", "Y", 1.0)] and evaluate(data)
+
+
+@pytest.mark.parametrize("gold", ["nan", "inf", "four"])
+def test_a_similarity_that_is_no_number_is_refused_by_file_and_line(tmp_path, gold):
+    (tmp_path / "STS.input.news.txt").write_text("a\tb\nc\td\ne\tf\n")
+    (tmp_path / "STS.gs.news.txt").write_text(f"4.2\n\n{gold}\n")
+    benchmark = tmp_path / "sts-test.csv"
+    benchmark.write_text(f"main\tMSR\t2012\t1\t5.0\tA\tB\nmain\tMSR\t2012\t2\t{gold}\tC\tD\n")
+    sick = tmp_path / "SICK.txt"
+    sick.write_text(f"sentence_A\tsentence_B\trelatedness_score\nA\tB\t{gold}\n")
+    for spec, file, line in (
+        (f"sts14@{tmp_path}", "STS.gs.news.txt", 3),
+        (f"stsb@{benchmark}", "sts-test.csv", 2),
+        (f"sickr@{sick}", "SICK.txt", 2),
+    ):
+        with pytest.raises(UserError, match=rf"{file}', line {line}: the similarity is '{gold}', not a number"):
+            load(spec)
+
+
+def test_senteval(tmp_path):
+    (tmp_path / "custrev.neg").write_text("".join(f"bad {i}\n" for i in range(20)))
+    (tmp_path / "custrev.pos").write_text("".join(f"zzz {i}\n" for i in range(20)))
+    data = load(f"cr@{tmp_path}")
+    assert (len(data.train), len(data.validation), len(data.test), data.folds) == (40, 0, 0, 10)
+    assert [text.startswith("zzz") for text in data.train] == data.tasks[""][0].astype(bool).tolist()
+    metrics = evaluate(dataclasses.replace(data, sweep=Sweep((1.0, 8.0), 0), folds=4))
+    assert metrics[f"textual/cr@{tmp_path}/linear/top1"] == 100 and metrics[f"textual/cr@{tmp_path}/n"] == 40
+
+
+SICK = "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n"
+SPLITS = {
+    "sst2": (["sentiment-train", "sentiment-dev", "sentiment-test"], "", "{w} film .\t{i}\n"),
+    "sst5": (["sentiment-train", "sentiment-dev", "sentiment-test"], "", "{w} film .\t{i}\n"),
+    "trec": (["train_5500.label", "TREC_10.label"], "", "{L}:manner How {w} \xe9 ?\n"),
+    "mrpc": (
+        ["msr_paraphrase_train.txt", "msr_paraphrase_test.txt"],
+        "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n",
+        '{i}\t1\t2\t{w} "one\tzz\n',
+    ),
+    "sicke": (["SICK_train.txt", "SICK_trial.txt", "SICK_test_annotated.txt"], SICK, "1\t{w} man\tzz\t3.3\t{L}\n"),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_sentevals_own_splits(name, tmp_path):
+    files_of, head, row = SPLITS[name]
+    for file in files_of:
+        text = head + "".join(row.format(w="za"[i % 2] * 3, i=i % 2, L="NE"[i % 2]) for i in range(20))
+        (tmp_path / file).write_bytes(text.encode("latin-1" if name == "trec" else "utf-8"))
+    data = load(f"{name}@{tmp_path}")
+    pair = name in ("mrpc", "sicke")
+    assert data.pairs == ("difference" if pair else "") and isinstance(data.train[0], tuple) == pair
+    assert (len(data.validation), data.folds) == ((0, 10) if len(files_of) == 2 else (20, 0))
+    expected = {"trec": "How zzz é ?", "mrpc": ('zzz "one', "zz"), "sicke": ("zzz man", "zz")}.get(name, "zzz film .")
+    assert data.test[0] == expected
+    # TREC's and SICK's classes in alphabetical order.
+    assert data.tasks[""][2][:2].tolist() == ([1, 0] if name in ("trec", "sicke") else [0, 1])
+    small = dataclasses.replace(data, sweep=Sweep((1.0, 8.0), 0), folds=2 if data.folds else 0)
+    metrics = evaluate(small)
+    assert metrics[f"textual/{name}@{tmp_path}/linear/top1"] == 100
+    assert metrics[f"textual/{name}@{tmp_path}/linear/f1"] == 100
+    (tmp_path / files_of[-1]).write_text(head + row.format(w="b", i=9, L="X"))
+    with pytest.raises(UserError, match=f"{name}: label '[9X]' is not a training label"):
+        load(f"{name}@{tmp_path}")
+
+
+def test_trec_and_glue_of_tfds(monkeypatch):
+    records = {
+        "trec": [{"text": b"How ?", "label-coarse": 0}, {"text": b"Who ?", "label-coarse": 3}],
+        "glue/cola": [{"sentence": b"A b .", "label": 1}, {"sentence": b"B a .", "label": 0}],
+        "glue/mnli": [{"premise": b"A", "hypothesis": b"B", "label": i} for i in (1, 2, 0)],
+        "glue/stsb": [{"sentence1": b"A", "sentence2": b"B", "label": x} for x in (1.5, 2.5)],
+    }
+    asked = []
+
+    def open_tfds(name, split, data_dir):
+        asked.append((name, split))
+        return records["glue/mnli" if name == "glue/mnli_mismatched" else name], None
+
+    monkeypatch.setattr(file_datasets, "open_tfds", open_tfds)
+    monkeypatch.setattr(glue, "open_tfds", open_tfds)
+    trec = load("trec")
+    assert trec.train == ["How ?", "Who ?"] and trec.tasks[""][2].tolist() == [0, 3] and trec.folds == 10
+    cola = load("glue/cola")
+    assert cola.test == ["A b .", "B a ."] and cola.tasks[""][0].tolist() == [1, 0] and cola.name == "glue/cola"
+    assert load("glue/stsb").subsets == {"": [("A", "B", 1.5), ("A", "B", 2.5)]}
+    asked.clear()
+    assert load("glue/mnli").pairs == load("glue/mnli_mismatched").pairs == "all"
+    assert asked == [
+        ("glue/mnli", "validation_matched"),
+        ("glue/mnli", "train"),
+        ("glue/mnli_mismatched", "validation"),
+        ("glue/mnli", "train"),
+    ]
+
+
+def test_trec_runs_on_mock_data():
+    with tfds.testing.mock_data(num_examples=30):
+        data = load("trec")
+    assert len(data.train) == len(data.test) == 30 and data.tasks[""][0].max() < 6
+
+
+def test_glue(tmp_path):
+    rows = [f"{word} {i}\t{label}" for i in range(10) for word, label in (("aaa", 0), ("zzz", 1))]
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
+    metrics = evaluate(load(f"glue/sst2@{tmp_path}"))
+    name = f"textual/glue/sst2@{tmp_path}"
+    assert metrics[f"{name}/linear/top1"] == metrics[f"{name}/linear/f1"] == 100
+    assert metrics[f"{name}/linear/matthews"] == pytest.approx(100) and metrics[f"{name}/n"] == 20
+
+
+def test_glue_without_header_and_of_two_sentences(tmp_path):
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_text("gj04\t1\t\tA good one.\ngj04\t0\t*\tOne bad a.\n")
+    cola = load(f"glue/cola@{tmp_path}")
+    assert cola.train == ["A good one.", "One bad a."] and cola.tasks[""][0].tolist() == [1, 0]
+    assert cola.card.metric == "linear/matthews"
+    for name in ("train", "dev_matched"):
+        (tmp_path / f"{name}.tsv").write_text(
+            "sentence1\tsentence2\tgold_label\na\tb\tneutral\nc\td\tcontradiction\ne\tf\tentailment\n"
+        )
+    mnli = load(f"glue/mnli@{tmp_path}")
+    assert mnli.test[0] == ("a", "b") and mnli.tasks[""][2].tolist() == [1, 2, 0]
+    (tmp_path / "dev.tsv").write_text("sentence1\tsentence2\tscore\na\tb\t0.5\na\tzz\t5\nb\tc\t1\n")
+    stsb = load(f"glue/stsb@{tmp_path}")
+    assert stsb.subsets[""][1] == ("a", "zz", 5.0) and stsb.card.metric == "spearman_all"
+    assert f"textual/glue/stsb@{tmp_path}/pearson_all" in evaluate(stsb)
+    (tmp_path / "dev.tsv").write_text("sentence1\tsentence2\tscore\na\tb\t0.5\na\tzz\tnan\n")
+    with pytest.raises(UserError, match=r"dev\.tsv' has a label that is not of GLUE's stsb \('nan' of .*'zz'"):
+        load(f"glue/stsb@{tmp_path}")
+
+
+@pytest.fixture
+def karpathy(tmp_path):
+    records = []
+    for i, (split, count) in enumerate([("test", 7), ("train", 5), ("test", 1), ("test", 5)]):
+        place = "val2014" if i % 2 else ""
+        (tmp_path / place).mkdir(exist_ok=True)
+        PIL.Image.fromarray(np.full((12, 16, 3), 10 * i, np.uint8)).save(tmp_path / place / f"{i}.png")
+        sentences = [{"raw": f"A Caption {i} {j}.", "tokens": []} for j in range(count)]
+        records.append({"filename": f"{i}.png", "filepath": place, "split": split, "sentences": sentences})
+    path = tmp_path / "dataset_coco.json"
+    path.write_text(json.dumps({"images": records, "dataset": "coco"}))
+    return path
+
+
+def test_karpathys_split(karpathy):
+    data = load(f"coco_retrieval@{karpathy}")
+    assert [len(captions) for captions in data.captions] == [7, 1, 5]
+    assert [image[0, 0, 0] for image in data.images] == [0, 20, 30]
+    assert data.captions[1] == ["A Caption 2 0."] and data.card.split == "Karpathy test"
+    metrics = evaluate(data)
+    assert metrics[f"retrieval/coco_retrieval@{karpathy}/captions"] == 13
+    five = load(f"coco_retrieval@{karpathy}", Profile(captions=5, lower=True, prefix="a photo of "))
+    assert [len(captions) for captions in five.captions] == [5, 1, 5]
+    assert five.captions[1] == ["a photo of a caption 2 0."] and five.card.split_hash != data.card.split_hash
+    assert "first 5 captions" in five.card.protocol and "lower case" in five.card.protocol
+
+
+def test_coco_of_tfds(monkeypatch):
+    picture = np.zeros((9, 9, 3), np.uint8)
+    source = [{"image": picture, "image/id": i, "captions": {"text": [b"one", b"two"]}} for i in range(3)]
+    monkeypatch.setattr(file_datasets, "open_tfds", lambda *_: (source, type("Info", (), {"version": "1.1.0"})))
+    data = load("coco_retrieval")
+    assert data.captions == [["one", "two"]] * 3 and data.card.version == "1.1.0"
+    assert "coco_retrieval" in registry.SUITES["paper"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "content", "message"),
+    [
+        ("sts12@{}", None, "has no STS.input"),
+        ("stsb@{}/x", "a\tb\n", "7 columns"),
+        ("stsb@{}/x", "a\tb\tc\td\tfive\tf\tg\n", "x', line 1: the similarity is 'five'"),
+        ("stsb@{}/y", "", "does not exist"),
+        ("sickr@{}/x", "a\tb\n1\t2\n", "columns sentence_A"),
+        ("mr@{}", None, "rt-polarity.neg' does not exist"),
+        ("glue/sst2@{}", None, "dev.tsv' does not exist"),
+        ("trec@{}", None, "train_5500.label' does not exist"),
+        ("mrpc@{}/x", None, "msr_paraphrase_train.txt' does not exist"),
+        ("coco_retrieval@{}/x", "[]", "is not a JSON file in Karpathy's layout"),
+        ("coco_retrieval@{}/y", "", "is not a JSON file in Karpathy's layout"),
+        ("flickr30k_retrieval@{}/x", '{"images": [{"filename": "a.jpg", "split": "test", "sentences": []}]}', "a.jpg"),
+    ],
+)
+def test_wrong_files_are_one_sentence(spec, content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "x").write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        load(spec.format(tmp_path))
+    assert "\n" not in str(error.value)

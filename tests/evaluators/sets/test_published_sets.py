@@ -1,0 +1,369 @@
+import csv
+import dataclasses
+import io
+import json
+import re
+
+import numpy as np
+import PIL.Image
+import pytest
+import tensorflow_datasets as tfds
+
+from tests.helpers.encoding import SIZE, make_encoder, small_model
+from xclip_jax.core.errors import UserError
+from xclip_jax.data import assets
+from xclip_jax.evaluators import prompts, registry
+from xclip_jax.evaluators.prompts import PROFILES, Profile
+from xclip_jax.evaluators.sets import zeroshot_datasets
+from xclip_jax.evaluators.zeroshot import ZeroShotSet
+
+OPENAI = PROFILES["openai"]
+
+
+# Names and templates.
+
+
+def test_templates_are_the_published_ones():
+    eighty, seven = prompts.templates("openai80"), prompts.templates("slip7")
+    assert len(eighty) == len(set(eighty)) == 80 and eighty[0] == "a bad photo of a {c}."
+    assert seven == [
+        "itap of a {c}.",
+        "a bad photo of the {c}.",
+        "a origami {c}.",
+        "a photo of the large {c}.",
+        "a {c} in a video game.",
+        "art of the {c}.",
+        "a photo of the small {c}.",
+    ]
+    assert prompts.templates("birds") == ["a photo of a {c}, a type of bird."]
+    with pytest.raises(UserError, match=r"'openai8'; it must be one of 'openai80', 'slip7'"):
+        prompts.templates("openai8")
+
+
+def test_clips_own_templates_follow_from_their_rules():
+    counts = {"ucf101": 48, "kinetics700": 28, "clip_resisc45": 18, "clip_pcam": 1, "clip_clevr_count_all": 1}
+    for name, count in counts.items():
+        assert len(prompts.templates(name)) == len(set(prompts.templates(name))) == count, name
+    assert prompts.templates("ucf101")[:5:4] == ["a photo of a person {c}.", "a photo of the person {c}."]
+    assert prompts.templates("ucf101")[-1] == "a demonstration of the person practicing {c}."
+    assert prompts.templates("kinetics700")[:3] == [
+        "a photo of {c}.",
+        "a photo of a person {c}.",
+        "a photo of a person using {c}.",
+    ]
+    assert prompts.templates("kinetics700")[-1] == "a demonstration of a person practicing {c}."
+    assert prompts.templates("clip_resisc45")[:2] == ["satellite imagery of {c}.", "aerial imagery of {c}."]
+    assert prompts.templates("clip_resisc45")[-1] == "aerial view of the {c}."
+    chosen = {key: prompts.chosen("resisc45", profile) for key, profile in PROFILES.items()}
+    assert chosen == {"openai": "clip_resisc45", "slip": "clip_resisc45", "open_clip": "resisc45"}
+
+
+def test_synonyms_of_fer2013(tmp_path):
+    for i, name in enumerate(["angry", "disgusted", "fearful", "happy", "neutral", "sad", "surprised"]):
+        write(tmp_path / name / "x.png", i)
+    found = {
+        key: zeroshot_datasets.load(f"fer2013@{tmp_path}", SIZE, None, profile) for key, profile in PROFILES.items()
+    }
+    assert [len(texts) for texts in found["slip"].prompts] == [6, 6, 6, 12, 12, 12, 18]
+    assert "they look spooked." in found["openai"].prompts[6] and found["slip"].names[6] == "surprised"
+    assert {len(texts) for texts in found["open_clip"].prompts} == {6}
+    assert found["slip"].card.templates == "fer2013 (6, synonyms)" != found["open_clip"].card.templates
+
+
+def test_templates_equal_open_clips():
+    theirs = pytest.importorskip("open_clip").OPENAI_IMAGENET_TEMPLATES
+    assert [f("cat") for f in theirs] == [t.replace("{c}", "cat") for t in prompts.templates("openai80")]
+    seven = [f("cat") for f in pytest.importorskip("open_clip").SIMPLE_IMAGENET_TEMPLATES]
+    assert seven == [t.replace("{c}", "cat") for t in prompts.templates("slip7")]
+
+
+def test_class_names_equal_open_clips_and_two_are_twice_there():
+    found = prompts.class_names("imagenet1k", [str(i) for i in range(1000)])
+    assert found == list(pytest.importorskip("open_clip").IMAGENET_CLASSNAMES)
+    assert {name for name in found if found.count(name) == 2} == {"missile", "sunglasses"}
+
+
+def test_masks():
+    a, r = prompts.IMAGENET_A, prompts.IMAGENET_R
+    assert len(a) == len(set(a)) == len(r) == len(set(r)) == 200 and len(set(a) & set(r)) == 86
+    assert a[:5] == (6, 11, 13, 15, 17) and r[:5] == (1, 2, 4, 6, 8)
+    assert list(a) == sorted(a) and list(r) == sorted(r) and max(a + r) < 1000
+
+
+def test_masks_equal_clip_benchmarks(monkeypatch):
+    builder = pytest.importorskip("clip_benchmark.datasets.builder", exc_type=ImportError)
+    order = builder.all_imagenet_wordnet_ids
+    with open(builder.__file__) as file:
+        source = file.read()
+    for letter, mine in (("a", prompts.IMAGENET_A), ("r", prompts.IMAGENET_R)):
+        wnids = set(re.findall(r"n\d{8}", re.search(rf"imagenet_{letter}_wnids = (.*?)[\]}}]\n", source, re.S)[1]))
+        assert [i for i, wnid in enumerate(order) if wnid in wnids] == list(mine)
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        ("/a/airplane_cabin", "airplane cabin"),
+        ("/c/church/outdoor", "church outdoor"),
+        ("001.Black_footed_Albatross", "Black footed Albatross"),
+        ("ApplyEyeMakeup", "Apply Eye Makeup"),
+        ("AM General Hummer SUV 2000", "AM General Hummer SUV 2000"),
+    ],
+)
+def test_readable(label, name):
+    assert prompts.readable(label) == name
+
+
+def test_class_names_follow_the_labels_order(monkeypatch):
+    monkeypatch.setattr(prompts, "_read", lambda kind: {"x": ["Big Cat", "dog", "red fox"]})
+    assert prompts.class_names("x", ["dog", "red_fox", "big_cat"]) == ["dog", "red fox", "Big Cat"]
+    assert prompts.class_names("x", ["0", "1", "2"]) == ["Big Cat", "dog", "red fox"]
+    assert prompts.class_names("x", ["cat", "dog", "fox"]) == ["Big Cat", "dog", "red fox"]
+    with pytest.raises(UserError, match="another order"):
+        prompts.class_names("x", ["dog", "cat", "fox"])
+    with pytest.raises(UserError, match="3 class names and the data set 2"):
+        prompts.class_names("x", ["dog", "cat"])
+
+
+def test_synonyms_and_braces_in_prompts(monkeypatch):
+    monkeypatch.setattr(prompts, "templates", lambda name: ["a {c}.", "the {c}."])
+    assert prompts.prompts([["cat", "kitty"], "{x}"], "any") == [
+        ["a cat.", "the cat.", "a kitty.", "the kitty."],
+        ["a {x}.", "the {x}."],
+    ]
+
+
+def test_a_profiles_captions():
+    captions = ["A Dog", "B", "C", "D", "E", "F"]
+    assert Profile(prefix="a photo of ", lower=True, captions=5).texts(captions)[0] == "a photo of a dog"
+    assert len(Profile(captions=5).texts(captions)) == 5 and Profile().texts(captions) == captions
+    published = dataclasses.replace(PROFILES["openai"], captions=1)
+    for prefix, expected in ((None, "a photo of A Dog"), ("", "A Dog"), ("this: ", "this: A Dog")):
+        assert dataclasses.replace(published, prefix=prefix).texts(captions) == [expected]
+
+
+# TFDS.
+
+
+def evaluate(data):
+    return registry.evaluator(make_encoder(), data).run(small_model()[1])
+
+
+def records(builder, split, decoders):
+    """What TFDS would give of any set: an encoded image, labels at both ends.
+
+    TFDS's own random records need TensorFlow for encoded images.
+    """
+    png = io.BytesIO()
+    PIL.Image.fromarray(np.full((9, 12, 3), 7, np.uint8)).save(png, "png")
+    found = []
+    for i in range(3):
+        record = {"image": png.getvalue()}
+        for key, feature in builder.info.features.items():
+            if isinstance(feature, tfds.features.ClassLabel):
+                ids = {"imagenet_a": prompts.IMAGENET_A, "imagenet_r": prompts.IMAGENET_R}.get(builder.name)
+                record[key] = ids[i] if ids else (0, 1, feature.num_classes - 1)[i]
+            elif key == "labels":
+                record[key] = np.array([0, i, 19])
+            elif key == "objects":
+                record[key] = {"color": np.zeros(3 + i), "type": np.array([0]), "location": np.array([[0, 0, 9.0 * i]])}
+        found.append(record)
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name, entry in zeroshot_datasets.ENTRIES.items() if entry.tfds])
+def test_every_tfds_set_runs_on_mock_data(name):
+    with tfds.testing.mock_data(as_data_source_fn=records):
+        data = zeroshot_datasets.load(name, SIZE, None, OPENAI)
+    entry = zeroshot_datasets.ENTRIES[name]
+    # The small model need not read thousands of prompts.
+    metrics = evaluate(dataclasses.replace(data, prompts=[texts[:1] for texts in data.prompts]))
+    assert metrics[f"zeroshot/{name}/n"] == 3
+    assert f"zeroshot/{name}/{entry.metric}" in metrics
+    assert data.card.version and data.card.metric == entry.metric and data.card.data == entry.tfds.partition(":")[0]
+    ways = {
+        "imagenet": 1000,
+        "imagenet_a": 200,
+        "imagenet_r": 200,
+        "food101": 101,
+        "cifar100": 100,
+        "cub200": 200,
+        "sun397": 397,
+        "cars": 196,
+        "voc2007": 20,
+        "dtd": 47,
+        "pets": 37,
+        "caltech101": 102,
+        "flowers": 102,
+        "eurosat": 10,
+        "resisc45": 45,
+        "kitti": 4,
+        "clevr": 8,
+    }
+    assert len(data.prompts) == ways.get(name, len(data.prompts))
+
+
+class Info:
+    version = "1.2.3"
+
+    def __init__(self, **features):
+        self.features = features
+
+
+def fake(monkeypatch, labels, feature, key="label"):
+    picture = np.zeros((9, 12, 3), np.uint8)
+    source = [{"image": picture, key: label} for label in labels]
+    monkeypatch.setattr(zeroshot_datasets, "open_tfds", lambda *_: (source, Info(**{key: feature})))
+
+
+@pytest.mark.parametrize(("name", "ids"), [("imagenet_a", prompts.IMAGENET_A), ("imagenet_r", prompts.IMAGENET_R)])
+def test_labels_of_the_thousand_are_renumbered(name, ids, monkeypatch):
+    fake(monkeypatch, [ids[0], ids[57], ids[199]], tfds.features.ClassLabel(num_classes=1000))
+    data = zeroshot_datasets.load(name, SIZE, None, OPENAI)
+    whole = prompts.class_names("imagenet1k", [str(i) for i in range(1000)])
+    assert data.labels.tolist() == [0, 57, 199] and data.names == [whole[i] for i in ids]
+    assert len(data.prompts) == 200 and len(data.prompts[0]) == 80
+    assert data.prompts[57][0] == f"a bad photo of a {whole[ids[57]]}."
+    fake(monkeypatch, [ids[0], 0], tfds.features.ClassLabel(num_classes=1000))  # 0 is in neither
+    with pytest.raises(UserError, match=f"{name}: class 0 occurs"):
+        zeroshot_datasets.load(name, SIZE, None, OPENAI)
+
+
+def test_several_labels_an_image(monkeypatch):
+    feature = tfds.features.Sequence(tfds.features.ClassLabel(names=["cat", "dog", "fox"]))
+    fake(monkeypatch, [[0, 2], [1], [0, 1]], feature, "labels")
+    data = zeroshot_datasets.load("voc2007", SIZE, None, OPENAI)
+    assert data.labels.tolist() == [[True, False, True], [False, True, False], [True, True, False]]
+    metrics = evaluate(data)
+    assert 0 < metrics["zeroshot/voc2007/map11"] <= 100 and 0 < metrics["zeroshot/voc2007/map"] <= 100
+
+
+def test_labels_that_are_derived(monkeypatch):
+    fake(monkeypatch, [{"color": np.zeros(n)} for n in (3, 10)], None, "objects")
+    assert zeroshot_datasets.load("clevr", SIZE, None, OPENAI).labels.tolist() == [0, 7]
+    fake(monkeypatch, [{"color": np.zeros(11)}], None, "objects")
+    with pytest.raises(UserError, match="label 8"):
+        zeroshot_datasets.load("clevr", SIZE, None, OPENAI)
+
+    def scene(*objects):
+        return {"type": [t for t, _ in objects], "location": [(0, 0, z) for _, z in objects]}
+
+    as_list = [{"type": 1, "location": (0, 0, 21.0)}]
+    scenes = [scene((0, 8)), scene((3, 2), (1, 12)), scene((2, 60)), scene((3, 4)), scene(), as_list]
+    fake(monkeypatch, scenes, None, "objects")
+    assert zeroshot_datasets.load("kitti", SIZE, None, OPENAI).labels.tolist() == [0, 1, 2, 3, 3, 2]
+
+
+def test_a_set_that_is_not_prepared_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"'dtd:3.0.1' is not prepared in .*tfds build dtd") as error:
+        zeroshot_datasets.load("dtd", SIZE, str(tmp_path), OPENAI)
+    assert "\n" not in str(error.value)
+
+
+def test_a_set_whose_archives_are_downloaded_by_hand_says_so(tmp_path):
+    with pytest.raises(UserError, match="downloaded by hand into downloads/manual there; then prepare it once with"):
+        zeroshot_datasets.load("imagenet", SIZE, str(tmp_path), OPENAI)
+
+
+def test_profiles_set_templates_and_resizing(monkeypatch):
+    picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    source = [{"image": picture, "label": 3}]
+    info = Info(label=tfds.features.ClassLabel(num_classes=1000))
+    monkeypatch.setattr(zeroshot_datasets, "open_tfds", lambda *_: (source, info))
+    found = {name: zeroshot_datasets.load("imagenet", SIZE, None, profile) for name, profile in PROFILES.items()}
+    assert {name: len(data.prompts[0]) for name, data in found.items()} == {"openai": 80, "slip": 7, "open_clip": 80}
+    assert (found["openai"].images[0] != found["slip"].images[0]).any()
+    expected = PIL.Image.fromarray(picture).resize((SIZE * 50 // 40, SIZE), PIL.Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(found["slip"].images[0], np.asarray(expected)[:, 1 : SIZE + 1])
+    assert found["slip"].card.templates == "slip7 (7)" and "bilinear" in found["slip"].card.preprocessing
+
+
+# Folders and CSV files.
+
+
+def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.fromarray(np.full((20, 20, 3), value, np.uint8)).save(path)
+
+
+def test_a_folder(tmp_path):
+    for i, name in enumerate(["red_fox", "cat", "dog"]):
+        for j in range(2):
+            write(tmp_path / name / f"{j}.png", 10 * i)
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    data = registry.load(f"folder:{tmp_path}", SIZE)
+    assert data.names == ["cat", "dog", "red_fox"] and data.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert [image[0, 0, 0] for image in data.images] == [10, 10, 20, 20, 0, 0]
+    assert data.prompts[0] == ["a photo of a cat"] and data.prompts[2] == ["a photo of a red fox"]
+    assert zeroshot_datasets.load(f"fgvc_aircraft@{tmp_path}", SIZE, None, OPENAI).card.metric == "mean_per_class"
+    assert f"zeroshot/folder:{tmp_path}/top1" in evaluate(data)
+
+
+def test_the_border_of_objectnet_is_cut(tmp_path):
+    picture = np.full((30, 30, 3), 9, np.uint8)
+    picture[:2], picture[-2:], picture[:, :2], picture[:, -2:] = (255,) * 4
+    (tmp_path / "air freshener").mkdir()
+    PIL.Image.fromarray(picture).save(tmp_path / "air freshener" / "a.png")
+    assert (zeroshot_datasets.load(f"objectnet@{tmp_path}", SIZE, None, OPENAI).images[0] == 9).all()
+
+
+def table(path, rows):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
+def test_a_csv_file(tmp_path):
+    for i in range(3):
+        write(tmp_path / "images" / f"{i}.png", i)
+    rows = [["path", "label"], ["images/0.png", "10"], ["images/1.png", "9"]]
+    data = zeroshot_datasets.load(f"csv:{table(tmp_path / 'a.csv', rows)}", SIZE, None, OPENAI)
+    assert data.labels.tolist() == [1, 0] and data.names == ["9", "10"]
+    rows = [["path", "label"], ["images/0.png", "cat|dog"], ["images/1.png", "fox"]]
+    several = zeroshot_datasets.load(f"csv:{table(tmp_path / 'b.csv', rows)}", SIZE, None, OPENAI)
+    assert several.labels.tolist() == [[True, True, False], [False, False, True]]
+    rows = [["path", "label"], *([f"images/{i}.png", str(i % 2)] for i in range(3))]
+    memes = zeroshot_datasets.load(f"hatefulmemes@{table(tmp_path / 'c.csv', rows)}", SIZE, None, OPENAI)
+    metrics = evaluate(memes)
+    assert 0 <= metrics[f"zeroshot/{memes.name}/roc_auc"] <= 100
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("folder:{}/none", "does not exist"),
+        ("folder:{}/empty", "contains no images"),
+        ("csv:{}/wrong.csv", "columns path and label"),
+        ("csv:{}/missing.csv", "1 images .* do not exist"),
+        ("birdsnap", "not in TFDS; write birdsnap@PATH"),
+    ],
+)
+def test_wrong_files(spec, message, tmp_path):
+    (tmp_path / "empty").mkdir()
+    table(tmp_path / "wrong.csv", [["file", "label"], ["a", "b"]])
+    table(tmp_path / "missing.csv", [["path", "label"], ["a.png", "b"]])
+    with pytest.raises(UserError, match=message):
+        zeroshot_datasets.load(spec.format(tmp_path), SIZE, None, OPENAI)
+
+
+def test_unknown_profiles_list_the_known():
+    with pytest.raises(UserError, match="'openai', 'slip', 'open_clip'"):
+        registry.profile("google")
+
+
+def test_auc_wants_two_classes():
+    card = zeroshot_datasets.Provenance(metric="roc_auc")
+    with pytest.raises(UserError, match="two classes; the set has 3"):
+        ZeroShotSet("x", [0], np.array([0]), [["a"], ["b"], ["c"]], card=card)
+
+
+def test_top1_top5_is_their_mean(tmp_path):
+    for i in range(12):
+        write(tmp_path / f"{i:02d}" / "x.png", 20 * i)
+    metrics = evaluate(zeroshot_datasets.load(f"kinetics700@{tmp_path}", SIZE, None, OPENAI))
+    of = f"zeroshot/kinetics700@{tmp_path}"
+    assert metrics[f"{of}/top1_top5"] == pytest.approx((metrics[f"{of}/top1"] + metrics[f"{of}/top5"]) / 2)
+
+
+def test_class_names_are_those_of_clip_benchmark():
+    assert len(json.loads(assets.third_party("en_classnames.json"))["imagenet1k"]) == 1000

@@ -1,0 +1,281 @@
+"""Evaluation sets in clip_benchmark's layout: its numbers on the same tars and weights, its writer, and faults."""
+
+import dataclasses
+import io
+import json
+import tarfile
+
+import numpy as np
+import open_clip
+import pytest
+import safetensors.torch
+from PIL import Image
+
+from tests.helpers.encoding import PREPARE
+from tests.helpers.foreign import MODELS, make_open_clip
+from xclip_jax.commands import evaluate
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.data import sources
+from xclip_jax.evaluators import registry
+from xclip_jax.evaluators.prompts import Profile
+
+NAMES = ["tree frog", "espresso machine", "hand-held_computer", "go-kart", "moving van", "wok", "viaduct"]
+TEMPLATES = ["a photo of a {c}.", "itap of the {c}.", "{c}"]
+
+
+def picture(rng, ending, size=(41, 33)):
+    """Bytes of a coloured gradient with noise, so that images and classes differ."""
+    ramp = np.linspace(0, 1, size[0])[None, :, None] * rng.uniform(-200, 200, 3) + rng.uniform(50, 200, 3)
+    pixels = np.clip(ramp + rng.normal(0, 20, (size[1], size[0], 3)), 0, 255).astype(np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, {"jpg": "jpeg"}.get(ending, ending))
+    return content.getvalue()
+
+
+def write(root, samples, *, shard=20, split="test", **texts):
+    """A data set: `samples` are dicts {ending: content}; `texts` are files beside the tars, lists of lines."""
+    (root / split).mkdir(parents=True)
+    tars = [samples[i : i + shard] for i in range(0, len(samples), shard)]
+    for number, inside in enumerate(tars):
+        with tarfile.open(root / split / f"{number}.tar", "w") as tar:
+            for i, sample in enumerate(inside):
+                for ending, content in sample.items():
+                    info = tarfile.TarInfo(f"s{number:02d}{i:05d}.{ending}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    (root / split / "nshards.txt").write_text(f"{len(tars)}\n")
+    for name, lines in texts.items():
+        (root / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return root
+
+
+def classified(n=50, seed=0):
+    """Samples with classes; WebP, PNG and JPEG in turns."""
+    rng = np.random.default_rng(seed)
+    endings = [("webp", "png", "jpg")[i % 3] for i in range(n)]
+    return [{ending: picture(rng, ending), "cls": str(rng.integers(len(NAMES))).encode()} for ending in endings]
+
+
+def write_classified(root, **options):
+    return write(root, classified(), classnames=NAMES, zeroshot_classification_templates=TEMPLATES, **options)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder that open_clip and this package load: a small model with random weights."""
+    folder = tmp_path_factory.mktemp("weights") / "model"
+    folder.mkdir()
+    model = make_open_clip("quick_b32")
+    # Larger matrices spread the scores: none of the decisions below is nearer than 1e-4.
+    state = {key: x.contiguous() * (2.5 if x.ndim == 2 else 1) for key, x in model.state_dict().items()}
+    safetensors.torch.save_file(state, folder / "open_clip_model.safetensors")
+    preprocess = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    content = {"model_cfg": MODELS["quick_b32"] | {"embed_dim": 48}, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(content))
+    return folder
+
+
+def peers(weights, root, task, output, monkeypatch, **options):
+    """Metrics, in percent, of clip_benchmark's command."""
+    cli = pytest.importorskip("clip_benchmark.cli", exc_type=ImportError)
+    line = ["clip_benchmark", "eval", "--dataset", "wds/own", "--dataset_root", str(root), "--task", task, "--no_amp",
+            "--model", f"local-dir:{weights}", "--pretrained", "", "--num_workers", "0", "--quiet",
+            "--output", str(output), *(str(word) for words in options.items() for word in words)]  # fmt: skip
+    monkeypatch.setattr("sys.argv", line)
+    # NumPy 2.4 refuses float() of the array of one element that it makes.
+    monkeypatch.setattr(cli.zeroshot_classification, "float", lambda x: np.asarray(x).item(), raising=False)
+    cli.main()
+    return {key: 100 * value for key, value in json.loads(output.read_text())["metrics"].items()}
+
+
+def ours(weights, spec, output):
+    """{metric: value} of this package's command, with clip_benchmark's profile."""
+    (entry,) = evaluate.evaluate(str(weights), spec, profile="open_clip", output=str(output))["results"]
+    return {key.rpartition(f"{spec}/")[2]: value for key, value in entry["metrics"].items()}, entry
+
+
+def test_classification_equals_clip_benchmarks(weights, tmp_path, monkeypatch):
+    root = write_classified(tmp_path / "set")
+    theirs = peers(weights, root, "zeroshot_classification", tmp_path / "theirs.json", monkeypatch)
+    metrics, entry = ours(weights, f"wds:{root}", tmp_path / "ours.json")
+    for key, name in {"top1": "acc1", "top5": "acc5", "mean_per_class": "mean_per_class_recall"}.items():
+        assert metrics[key] == pytest.approx(theirs[name], abs=0.01)
+    assert 0 < theirs["acc1"] < theirs["acc5"] < 100 and theirs["acc1"] != theirs["mean_per_class_recall"]
+    assert entry["metric"] == "top1" and entry["templates"] == "the data set's (3)"
+
+
+def test_prompts_and_names_of_the_data_set_are_kept(tmp_path):
+    spec = f"wds:{write_classified(tmp_path / 'set')}"
+    plain = registry.load(spec, PREPARE)
+    own = Profile(templates=("art of a {c}",), names={"my class": "thing"})
+    data = registry.load(spec, PREPARE, profile=own)
+    assert data.prompts == plain.prompts and data.prompts[1][1] == "itap of the espresso machine."
+    assert data.card == plain.card
+    (tmp_path / "set" / "zeroshot_classification_templates.txt").unlink()
+    own = dataclasses.replace(own, names={"wok": "pan"})
+    assert registry.load(spec, PREPARE, profile=own).prompts[5] == ["art of a pan"]
+
+
+def test_several_labels_equal_clip_benchmarks(weights, tmp_path, monkeypatch):
+    rng = np.random.default_rng(1)
+    samples = [{"png": picture(rng, "png"), "npy": array(rng.integers(0, 2, len(NAMES)))} for _ in range(30)]
+    texts = {"classnames": NAMES, "zeroshot_classification_templates": TEMPLATES, "dataset_type": ["multilabel"]}
+    root = write(tmp_path / "set", samples, **texts)
+    theirs = peers(weights, root, "zeroshot_classification", tmp_path / "theirs.json", monkeypatch)
+    metrics, entry = ours(weights, f"wds:{root}", tmp_path / "ours.json")
+    assert metrics["map"] == pytest.approx(theirs["mean_average_precision"], abs=0.01) and entry["metric"] == "map"
+    assert 30 < metrics["map"] < 80
+
+
+def array(values):
+    content = io.BytesIO()
+    np.save(content, values)
+    return content.getvalue()
+
+
+def write_captions(root, n=30):
+    """A retrieval set whose captions all differ: clip_benchmark does not match equal ones."""
+    rng = np.random.default_rng(2)
+    # Short enough that they differ in the tokens of the model's context.
+    lines = [[f"{NAMES[int(k) % 7]} {i} {k}" for k in rng.permutation(99)[: 1 + i % 3]] for i in range(n)]
+    samples = [{"webp": picture(rng, "webp"), "txt": "\n".join(of_image).encode()} for of_image in lines]
+    return write(root, samples, dataset_type=["retrieval"]), lines
+
+
+def test_retrieval_equals_clip_benchmarks(weights, tmp_path, monkeypatch):
+    root, lines = write_captions(tmp_path / "set")
+    options = {"--recall_k": 5, "--batch_size": 64}
+    theirs = peers(weights, root, "zeroshot_retrieval", tmp_path / "theirs.json", monkeypatch, **options)
+    metrics, _ = ours(weights, f"wds:{root}", tmp_path / "ours.json")
+    for key, name in {"image_to_text/r5": "text_retrieval", "text_to_image/r5": "image_retrieval"}.items():
+        assert metrics[key] == pytest.approx(theirs[f"{name}_recall@5"], abs=0.01)
+        assert 0 < metrics[key] < 100
+    loaded = registry.load(f"wds:{root}", PREPARE)
+    assert loaded.captions == [[f"a photo of {text}" for text in texts] for texts in lines]
+    assert loaded.card.split == "test" and registry.check(f"wds:{root}").shows(f"wds:{root}") == "captions"
+
+
+def test_splits_are_those_of_a_source(tmp_path):
+    root = write_classified(tmp_path / "set")
+    write(root, classified(28, seed=1), split="train")
+    test, train = sources.open_labelled(f"wds:{root}"), sources.open_labelled(f"wds:{root}/train")
+    assert (len(test), len(train), test.names) == (50, 28, NAMES)
+    expected = classified()
+    for i in (0, 19, 20, 49):
+        content = {key: value for key, value in expected[i].items() if key != "cls"}
+        assert [test.items[i]] == list(content.values()) and test.labels()[i] == int(expected[i]["cls"])
+    assert test.describe(21) == {"file": f"{root}/test/1.tar#s0100001"}
+    probe = registry.load(f"probe/wds:{root}", PREPARE)
+    assert len(probe.train) == 28 and not len(probe.validation) and len(probe.test) == 50
+
+
+def test_a_copy_is_the_same_set_and_other_labels_another(tmp_path):
+    hashes = [registry.load(f"wds:{write_classified(tmp_path / name)}", PREPARE).card.split_hash for name in "ab"]
+    other = [*classified()[:-1], classified()[-1] | {"cls": b"0"}]
+    write(tmp_path / "c", other, classnames=NAMES, zeroshot_classification_templates=TEMPLATES)
+    assert hashes[0] == hashes[1] != registry.load(f"wds:{tmp_path / 'c'}", PREPARE).card.split_hash
+
+
+def test_of_the_hub_only_the_split_is_fetched_and_the_cache_is_enough(server, tmp_path, monkeypatch):
+    root = write_classified(tmp_path / "set")
+    write(root, classified(20, seed=1), split="train")
+    commit = server.add("lab/wds_own", root)
+    loaded = registry.load("wds:hf:lab/wds_own", PREPARE)
+    assert [name for name in server.fetched() if name.endswith("tar")] == ["test/0.tar", "test/1.tar", "test/2.tar"]
+    assert (len(loaded.images), loaded.card.version) == (50, commit)
+    assert len(registry.load("probe/wds:hf:lab/wds_own@main", PREPARE).train) == 20
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert registry.load("wds:hf:lab/wds_own", PREPARE).card.split_hash == loaded.card.split_hash
+    with pytest.raises(UserError, match="wds:hf:lab/other is not in the cache"):
+        registry.load("wds:hf:lab/other", PREPARE)
+    assert registry.check("wds:hf:lab/other").shows("wds:hf:lab/other") == "classes"
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("hf:lab/none", "the Hub has no repository lab/none, or it is private"),
+        ("hf:lab/wds_own@v2", "lab/wds_own has no revision 'v2'"),
+        ("hf:lab/wds_own/validation", "has no file validation/nshards.txt; .* its splits are test"),
+        ("hf:lab", "names no data set of the Hub; write wds:hf:ORG/NAME"),
+    ],
+)
+def test_what_the_hub_lacks(server, tmp_path, spec, message):
+    server.add("lab/wds_own", write_classified(tmp_path / "set"))
+    with pytest.raises(UserError, match=message):
+        registry.load(f"wds:{spec}", PREPARE)
+
+
+def change(root, fault):
+    """Damage a sound data set."""
+    if fault == "empty folder":
+        for path in sorted(root.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+    elif fault == "no folder":
+        root.rename(root.with_name("elsewhere"))
+    elif fault == "no names":
+        (root / "classnames.txt").unlink()
+    elif fault == "few names":
+        (root / "classnames.txt").write_text("\n".join(NAMES[:3]))
+    elif fault == "no tar":
+        (root / "test" / "1.tar").unlink()
+    elif fault == "cut off":
+        tar = root / "test" / "1.tar"
+        tar.write_bytes(tar.read_bytes()[:-20_000])
+    elif fault == "damaged":
+        tar = root / "test" / "0.tar"
+        tar.write_bytes(b"x" * 512 + tar.read_bytes()[512:])
+    elif fault == "number":
+        (root / "test" / "nshards.txt").write_text("three")
+    elif fault == "type":
+        (root / "dataset_type.txt").write_text("image_caption_selection")
+    else:
+        (root / "dataset_type.txt").write_text("retrieval")
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("no folder", "set' does not exist; expected clip_benchmark's layout"),
+        ("empty folder", "has no file classnames.txt; expected clip_benchmark's layout"),
+        ("no names", "has no file classnames.txt"),
+        ("few names", r"has the label b'\d'; expected a number from 0 to 2"),
+        ("no tar", "1 of 3 tars do not exist, .*1.tar' first"),
+        ("cut off", "1.tar' is cut off"),
+        ("damaged", "0.tar' is damaged at byte 0"),
+        ("number", "nshards.txt' has 'three', not a number of tars"),
+        ("type", "type 'image_caption_selection' are not supported, only classification, multilabel, retrieval"),
+        ("no captions", "sample 's0000000' of .*0.tar' has the files .webp, .cls; .* type retrieval needs .txt"),
+    ],
+)
+def test_faults_are_sentences(tmp_path, fault, message):
+    root = write_classified(tmp_path / "set")
+    change(root, fault)
+    with pytest.raises(UserError, match=message):
+        registry.load(f"wds:{root}", PREPARE)
+
+
+def test_labels_that_are_none(tmp_path):
+    image = picture(np.random.default_rng(0), "png")
+    for i, label in enumerate((b"cat", b"", b"-1")):
+        root = write(tmp_path / str(i), [{"png": image, "cls": label}], classnames=NAMES)
+        with pytest.raises(UserError, match="expected a number from 0 to 6"):
+            sources.open_labelled(f"wds:{root}")
+    for label in (array(np.ones(3)), array(np.full(7, 2)), b"no array", array(np.array([None] * 7))):
+        i += 1
+        root = write(tmp_path / str(i), [{"png": image, "npy": label}], classnames=NAMES, dataset_type=["multilabel"])
+        with pytest.raises(UserError, match="expected an array of 7 zeros and ones"):
+            sources.open_labelled(f"wds:{root}")
+    root, _ = write_captions(tmp_path / "captions", 3)
+    with pytest.raises(UserError, match="has captions and no classes"):
+        sources.open_labelled(f"wds:{root}")
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
+    samples = classified(6)
+    samples[4] = {"jpg": b"no image", "cls": b"1"}
+    loaded = registry.load(f"wds:{write(tmp_path / 'set', samples, classnames=NAMES)}", PREPARE)
+    assert loaded.card.templates == "dummy (1)"
+    with pytest.raises(BadSample) as error:
+        loaded.images[4]
+    assert error.value.__notes__ == [f"image '{tmp_path}/set/test/0.tar#s0000004'"]

@@ -1,0 +1,363 @@
+"""The dense probe: areas of masks, the probe against scikit-learn and loops, and sets of masks in files and in TFDS."""
+
+import dataclasses
+import functools
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+import tensorflow_datasets as tfds
+from sklearn.linear_model import LogisticRegression
+
+from tests.extension.conv_mixer import ConvMixer
+from tests.helpers.encoding import PREPARE, SIZE, build_encoder, by_name, make_encoder, small_model
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.data.preprocessing import Preprocessing
+from xclip_jax.evaluators import dense, registry, tables
+from xclip_jax.evaluators.dense import DenseProbe, DenseSet, MaskedImages
+from xclip_jax.evaluators.feature_classifiers import Sweep
+from xclip_jax.evaluators.results import flat
+from xclip_jax.evaluators.statistics import bootstrap
+
+GRID = 2  # of the small model, whose patches have 4 x 4 pixels
+NONE = MaskedImages([], [])
+
+
+def masked(n, seed, classes=3):
+    """Noise that is brighter where a rectangle of a class is, and the masks."""
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((n, SIZE, SIZE), np.uint8)
+    for mask in masks:
+        top, left = rng.integers(0, SIZE - 2, 2)
+        mask[top : top + rng.integers(2, SIZE), left : left + rng.integers(2, SIZE)] = rng.integers(0, classes)
+    images = rng.integers(0, 120, (n, SIZE, SIZE, 3)) + masks[..., None] * 60
+    return MaskedImages(list(images.astype(np.uint8)), list(masks))
+
+
+def random_set(validation=True, **changes):
+    train, held, test = masked(60, 0), masked(20, 1), masked(30, 2)
+    return DenseSet("set", ("a", "b", "c"), train, held if validation else NONE, test, PREPARE, **changes)
+
+
+@functools.cache
+def measured():
+    return DenseProbe(make_encoder(), random_set()).measure(small_model()[1])
+
+
+def shares(mask):
+    return np.stack([(mask == c).reshape(GRID, 4, GRID, 4).mean(axis=(1, 3)) for c in range(3)], axis=-1)
+
+
+# Areas of masks.
+
+
+def test_areas_are_shares_of_the_labelled_part_of_a_patch():
+    mask = np.array([[0, 0, 1, 1], [0, 1, 1, 1], [255, 255, 2, 2], [255, 0, 255, 0]], np.uint8)
+    expected = [[[0.75, 0.25, 0], [0, 1, 0]], [[0, 0, 0], [1 / 3, 0, 2 / 3]]]  # of the third a quarter is labelled
+    np.testing.assert_allclose(dense.areas(mask, 3, 2, Preprocessing(4)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"resize_mode": "squash"}, {"resize_mode": "longest"}, {"resize_size": 96}],
+    ids=["shortest", "squash", "longest", "resize_size"],
+)
+@pytest.mark.parametrize("shape", [(150, 231), (231, 150)])
+def test_a_mask_is_cut_as_its_image_is(options, shape):
+    """A mask drawn in colours and prepared as an image has the same areas."""
+    y, x = np.indices(shape)
+    mask = ((y > 0.4 * x + 20).astype(np.uint8) + 2 * (x > 90)).astype(np.uint8)
+    prepare = Preprocessing(64, **options)
+    found = dense.areas(mask, 4, 4, prepare)
+    image = prepare(np.stack([np.where(mask == c, 255, 0) for c in (1, 2, 3)], axis=-1).astype(np.uint8))
+    expected = image.reshape(4, 16, 4, 16, 3).mean(axis=(1, 3)) / 255
+    if "longest" in options.values():  # its borders have no class, and fill most of eight patches
+        part = prepare(np.full((*shape, 3), 255, np.uint8)).reshape(4, 16, 4, 16, 3).mean(axis=(1, 3)) / 255
+        assert (part[..., 0] < 0.5).sum() == 8 and not found[part[..., 0] < 0.5].any()
+        expected = np.where(part >= 0.5, expected / part, 0)
+    np.testing.assert_allclose(found[..., 1:], expected, atol=0.04)
+
+
+def test_a_wrong_mask():
+    with pytest.raises(UserError, match="a mask has the value 3; expected a class from 0 to 2, or 255"):
+        dense.areas(np.array([[0, 3], [255, 4]], np.uint8), 3, 2, PREPARE)
+    with pytest.raises(UserError, match=r"a mask is uint8 of shape \(2, 2, 3\); masks are uint8 \(h, w\)"):
+        dense.areas(np.zeros((2, 2, 3), np.uint8), 3, 2, PREPARE)
+
+
+# The probe.
+
+
+def test_it_is_scikit_learns_regression_and_loops_over_patches(monkeypatch):
+    """Shares as weights of one item a class; areas of intersection and union, one patch after the other."""
+    monkeypatch.setattr(dense, "_SWEEP", Sweep((1e-4, 0.3), 0, 1e-6))  # the first predicts next to nothing
+    data, variables = random_set(), small_model()[1]
+    encoder = make_encoder()
+    sides = {}
+    for name in ("train", "validation", "test"):
+        part = getattr(data, name)
+        h = np.concatenate([h for _, h in encoder.patches(variables, part.images)])
+        pixels = np.stack(part.images).reshape(-1, GRID, 4, GRID, 4, 3).swapaxes(2, 3).reshape(-1, 4, 48) / 255
+        place = np.broadcast_to(np.eye(4), (len(pixels), 4, 4))
+        y = np.stack([shares(mask) for mask in part.masks]).reshape(-1, 3)
+        sides[name] = {"": h.reshape(-1, 16), "pixels/": np.concatenate([pixels, place], 2).reshape(-1, 52), "y": y}
+    metrics, items = by_name(DenseProbe(encoder, data).measure(variables))
+    for source in ("", "pixels/"):
+        learned = np.concatenate([sides["train"][source], sides["validation"][source]])
+        mean, deviation = learned.mean(axis=0), learned.std(axis=0)
+        y = np.concatenate([sides["train"]["y"], sides["validation"]["y"]])
+        peer = LogisticRegression(C=0.3, max_iter=20_000, tol=1e-9)
+        x = np.repeat((learned - mean) / deviation, 3, axis=0)
+        peer.fit(x, np.tile(np.arange(3), len(y)), sample_weight=y.ravel())
+        predicted = peer.predict_proba((sides["test"][source] - mean) / deviation)
+        expected, right = {"a": [0.0, 0.0], "b": [0.0, 0.0], "c": [0.0, 0.0]}, 0
+        for p, true in zip(predicted, sides["test"]["y"], strict=True):
+            for i, name in enumerate("abc"):
+                expected[name][0] += min(p[i], true[i])
+                expected[name][1] += max(p[i], true[i])
+            right += np.argmax(p) == np.argmax(true)
+        iou = {name: 100 * inside / union for name, (inside, union) in expected.items()}
+        for name, value in iou.items():
+            assert metrics[f"dense/set/{source}iou/{name}"] == pytest.approx(value, abs=0.05)
+        assert metrics[f"dense/set/{source}miou"] == pytest.approx(np.mean(list(iou.values())), abs=0.05)
+        assert metrics[f"dense/set/{source}accuracy"] == pytest.approx(100 * right / 120, abs=1)
+    assert metrics["dense/set/log10_c"] == pytest.approx(np.log10(0.3))
+    sizes = {"n": 30, "train": 80, "ways": 3, "patches": 4}
+    assert {key: metrics[f"dense/set/{key}"] for key in sizes} == sizes
+    assert set(items) == {f"dense/set/{key}" for key in ("miou", "accuracy", "iou/a", "iou/b", "iou/c")}
+    assert metrics["dense/set/miou"] == pytest.approx(items["dense/set/miou"].value())
+
+
+def test_chance_is_that_of_the_mean_shares_everywhere():
+    data, results = random_set(), {r.key: r for r in measured()}
+    y = [np.stack([shares(mask) for mask in part.masks]).reshape(-1, 3) for part in data.parts]
+    constant = np.concatenate(y[:2]).mean(axis=0)
+    iou = np.minimum(constant, y[2]).sum(axis=0) / np.maximum(constant, y[2]).sum(axis=0)
+    assert results["miou"].chance == pytest.approx(100 * iou.mean())
+    assert results["iou/b"].chance == pytest.approx(100 * iou[1])
+    assert results["accuracy"].chance == pytest.approx(100 * np.mean(y[2].argmax(axis=1) == constant.argmax()))
+    assert results["miou"].value > results["miou"].chance and results["pixels/miou"].value > results["miou"].chance
+
+
+def test_it_is_exact_where_patches_are_of_one_class():
+    def part(n, seed):
+        labels = np.random.default_rng(seed).integers(0, 2, (n, GRID, GRID))
+        masks = labels.repeat(4, axis=1).repeat(4, axis=2).astype(np.uint8)
+        return MaskedImages(list((200 * masks[..., None]).repeat(3, axis=-1)), list(masks))
+
+    data = DenseSet("set", ("dark", "bright", "never"), part(60, 0), part(20, 1), part(30, 2), PREPARE)
+    metrics = DenseProbe(make_encoder(), data).run(small_model()[1])
+    assert metrics["dense/set/accuracy"] == metrics["dense/set/pixels/accuracy"] == 100
+    assert metrics["dense/set/miou"] > 95 and metrics["dense/set/pixels/miou"] > 95
+
+
+def test_1_and_8_devices_give_the_same():
+    one = DenseProbe(make_encoder(devices=1), random_set()).run(small_model()[1])
+    assert one == pytest.approx(flat(measured()), abs=1e-2)
+
+
+class Searched(Exception):
+    pass
+
+
+def test_patches_are_drawn_where_there_are_too_many(monkeypatch):
+    """Of patches whose feature is their index, those that are fitted and those that choose C."""
+    searched = []
+
+    def search(train, validation, *_):
+        searched.extend((train[0], validation[0]))
+        raise Searched
+
+    def encode(images, first):
+        for start in range(0, len(images), 7):
+            index = np.arange(4 * start, 4 * min(start + 7, len(images)), dtype=np.float32)
+            yield start, index.reshape(-1, GRID, GRID, 1)
+
+    monkeypatch.setattr(dense, "MAX_PATCHES", (50, 20))
+    monkeypatch.setattr(dense, "search", search)
+    probe = DenseProbe(make_encoder(), random_set(validation=False))
+    fitted, held = probe._chosen
+    assert len(fitted) == 50 and len(held) == 20 and (np.diff(fitted) > 0).all()
+    assert not set(fitted // 4) & set(held // 4) and len(set(held // 4)) <= 6  # images of one side are not on the other
+    again = DenseProbe(make_encoder(), random_set(validation=False))._chosen
+    assert all((a == b).all() for a, b in zip(probe._chosen, again, strict=True))
+    with pytest.raises(Searched):
+        probe._predict(encode)
+    both = np.concatenate([fitted, held])
+    for x, index in zip(searched, (fitted, held), strict=True):
+        np.testing.assert_allclose(x[:, 0] * both.std() + both.mean(), index, atol=1e-3)
+
+
+def test_an_unreadable_test_image_is_wrong_and_one_of_training_left_out():
+    class Broken(list):
+        def __getitem__(self, i):
+            if i == 3:
+                raise BadSample("not an image")
+            return super().__getitem__(i)
+
+    data = random_set()
+    train, test = (dataclasses.replace(part, images=Broken(part.images)) for part in (data.train, data.test))
+    test_only = DenseProbe(make_encoder(), dataclasses.replace(data, test=test))
+    results = registry.measure(test_only, small_model()[1])
+    before, after = (by_name(r)[1]["dense/set/miou"] for r in (measured(), results))
+    rest = np.arange(30) != 3
+    np.testing.assert_allclose(after.values[rest], before.values[rest], atol=1e-6)
+    assert not after.values[3].any() and after.other[3].sum() == pytest.approx(4)
+    both = registry.measure(
+        DenseProbe(make_encoder(), dataclasses.replace(data, train=train, test=test)), small_model()[1]
+    )
+    counts = [by_name(r)[0]["dense/set/unreadable"] for r in (results, both)]
+    assert counts == [1, 2]
+
+
+def test_groups_are_resampled_together_and_classes_that_the_test_lacks_do_not_count():
+    data = random_set()
+    groups = np.arange(30) // 5
+    test = dataclasses.replace(data.test, masks=[np.minimum(m, 1) for m in data.test.masks], groups=groups)
+    metrics, items = by_name(DenseProbe(make_encoder(), dataclasses.replace(data, test=test)).measure(small_model()[1]))
+    assert "dense/set/iou/c" not in metrics
+    assert metrics["dense/set/miou"] == pytest.approx((metrics["dense/set/iou/a"] + metrics["dense/set/iou/b"]) / 2)
+    assert all((item.groups == groups).all() for item in items.values())
+    item = items["dense/set/miou"]
+    worse = dataclasses.replace(item, values=item.values * 0.5)
+    difference, low, high = bootstrap(worse, item, samples=200)
+    assert low < difference < high and difference == pytest.approx(item.value() / 2)
+
+
+def test_a_table_has_chance_and_pixels():
+    results = measured()
+    first, second = tables.render(results).splitlines()[:2]
+    assert "of pixels" in first and f"({results[0].chance:.1f})" in second
+    assert tables.first_set_of_each_family(results).keys() == {"dense representation"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": MaskedImages([0, 0], [0])}, r"\[2, 20, 30\] .* images have \[1, 20, 30\] masks; give one for each"),
+        ({"test": NONE}, r"\[60, 20, 0\] .* are too few"),
+        ({"classes": ("one",)}, "1 classes; expected 2 to 255"),
+    ],
+)
+def test_a_wrong_set(changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(random_set(), **changes)
+
+
+@pytest.mark.parametrize(("value", "names"), [(1, r"\['b'\]"), (255, r"\[\]")])
+def test_masks_of_one_class_are_refused(value, names):
+    train = masked(10, 0)
+    train = dataclasses.replace(train, masks=[np.full_like(mask, value) for mask in train.masks])
+    data = dataclasses.replace(random_set(validation=False), train=train)
+    with pytest.raises(UserError, match=f"training images have the classes {names}, and a probe needs two"):
+        DenseProbe(make_encoder(), data).run(small_model()[1])
+    data = dataclasses.replace(random_set(), test=train)
+    if value == 255:
+        with pytest.raises(UserError, match="test images have no patch with a class"):
+            DenseProbe(make_encoder(), data).run(small_model()[1])
+
+
+def test_a_tower_without_patch_features_is_refused(tmp_path):
+    model = small_model()[0]
+    other = model.clone(img=ConvMixer(image_size=SIZE, patch=4, width=16, depth=1))
+    encoder = build_encoder(other)
+    with pytest.raises(UserError, match=r"dense/folder.*image tower has no patch features .*leave this set out"):
+        registry.open_all([write(tmp_path)], encoder)
+    with pytest.raises(UserError, match="ConvMixer has no patch features"):
+        other.img.patch_features({}, np.zeros((1, SIZE, SIZE, 3)), np.float32)
+
+
+# Sets of files, and pets.
+
+
+def write(path, palette=False):
+    """A folder of masks; images are larger than the model's, and not square."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 12), ("test", 6)):
+        for kind in ("images", "masks"):
+            (path / part / kind).mkdir(parents=True)
+        for i in range(n):
+            mask = (rng.random((14, 20)) < 0.5).astype(np.uint8)
+            image = PIL.Image.fromarray((200 * mask[..., None]).repeat(3, axis=-1))
+            image.save(path / part / "images" / f"{i:02}.jpg")
+            picture = PIL.Image.fromarray(mask)
+            if palette:
+                picture.putpalette([9, 9, 9, 250, 0, 0])
+            picture.save(path / part / "masks" / f"{i:02}.png")
+    (path / "classes.txt").write_text("ground\nthing\n")
+    return f"dense/folder:{path}"
+
+
+@pytest.mark.parametrize("palette", [False, True])
+def test_a_folder_of_masks(tmp_path, palette):
+    spec = write(tmp_path, palette)
+    (tmp_path / "test" / "masks" / ".hidden").write_text("")
+    [evaluator] = registry.open_all([spec], make_encoder())
+    data = evaluator.data
+    assert [len(part.images) for part in data.parts] == [12, 0, 6] and data.classes == ["ground", "thing"]
+    assert data.card.metric == "miou" and data.card.split_hash and data.card.preprocessing == PREPARE.resizing
+    image, mask = data.test.images[0], data.test.masks[0]
+    assert image.shape == (SIZE, SIZE, 3) and mask.shape == (14, 20) and set(np.unique(mask)) == {0, 1}
+    if not palette:
+        metrics = by_name(registry.measure(evaluator, small_model()[1]))[0]
+        assert metrics[f"dense/{spec}/n"] == 6 and f"dense/{spec}/iou/thing" in metrics
+
+
+def save(path, array):
+    PIL.Image.fromarray(array).save(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: (p / "classes.txt").unlink(), "classes.txt' cannot be read .*write the names of the classes"),
+        (lambda p: (p / "classes.txt").write_text("thing\nthing\n"), "has 2 names; expected 2 to 255 different ones"),
+        (lambda p: (p / "test/masks").rename(p / "test/mask"), "test/masks' does not exist; a part has"),
+        (lambda p: (p / "test/masks/03.png").unlink(), "images/03.jpg' has no mask of its name"),
+        (lambda p: (p / "train/images/03.jpg").unlink(), "masks/03.png' has no image of its name"),
+        (lambda p: (p / "train/images/03.png").write_bytes(b""), "03.jpg' and '03.png' have one name"),
+        (lambda p: save(p / "test/masks/03.png", np.zeros((20, 14), np.uint8)), "14 x 20 pixels and its image 20 x 14"),
+        (lambda p: save(p / "test/masks/03.png", np.zeros((14, 20, 3), np.uint8)), "pixels of mode RGB; save class"),
+        (lambda p: save(p / "test/masks/00.png", np.full((14, 20), 2, np.uint8)), "masks/00.png' has the value 2"),
+        (lambda p: (p / "test/masks/00.png").write_bytes(b"<html>"), "masks/00.png' cannot be read .*save it again"),
+    ],
+)
+def test_a_wrong_folder(tmp_path, spoil, message):
+    spec = write(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        registry.open_all([spec], make_encoder())
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_names():
+    assert registry.check("dense/folder:/data/voc").__name__ == "DenseSets"
+    with pytest.raises(UserError, match="dense/pets"):
+        registry.check("dense/pet")
+    with pytest.raises(UserError, match="'/nowhere' does not exist"):
+        registry.load("dense/folder:/nowhere", SIZE)
+
+
+def test_a_turned_image_has_its_masks_size(tmp_path):
+    spec = write(tmp_path)
+    image = PIL.Image.new("RGB", (14, 20))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "test/images/03.jpg", exif=exif)
+    assert registry.load(spec, PREPARE).test.images[3].shape == (SIZE, SIZE, 3)
+
+
+def test_pets_outlines_have_no_class():
+    def records(builder, split, decoders):
+        assert "image" in decoders
+        png, trimap = io.BytesIO(), np.ones((9, 12, 1), np.uint8)
+        trimap[:, 6:], trimap[:, 5] = 2, 3
+        PIL.Image.new("RGB", (12, 9)).save(png, "png")
+        return [{"image": png.getvalue(), "segmentation_mask": trimap}] * 3
+
+    with tfds.testing.mock_data(as_data_source_fn=records):
+        data = registry.load("dense/pets", PREPARE)
+    assert [len(part.images) for part in data.parts] == [3, 0, 3] and data.classes == ["pet", "background"]
+    assert data.train.masks[0][0].tolist() == [0] * 5 + [255] + [1] * 6
+    assert data.card.data == "oxford_iiit_pet" and data.card.version and data.card.split_hash

@@ -1,0 +1,220 @@
+"""Logistic regression against scikit-learn: coefficients, intercepts, probabilities and the choice of C."""
+
+import tracemalloc
+import warnings
+
+import numpy as np
+import pytest
+import scipy.special
+from sklearn.linear_model import LogisticRegression
+
+from xclip_jax.core.errors import UserError
+from xclip_jax.evaluators import feature_classifiers, logistic
+from xclip_jax.evaluators.feature_classifiers import Sweep
+
+CS = (1e-4, 1e-2, 1.0, 100.0)
+
+
+def features(n, classes, d=12, seed=0, spread=0.5):
+    """Overlapping classes on axes of different lengths, away from the origin, as a tower's features are."""
+    centres = np.random.default_rng(99).normal(size=(classes, d))
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, classes, n)
+    x = (spread * centres[y] + rng.normal(size=(n, d))) * np.geomspace(2, 0.3, d) + 1
+    return x.astype(np.float32), y
+
+
+def sklearn_fit(x, y, c):
+    """The optimum in float64, rather than where scikit-learn's default tolerance stops."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the line search ends at float64's precision
+        return LogisticRegression(C=c, max_iter=20_000, tol=1e-9).fit(x.astype(np.float64), y)
+
+
+def check_against_sklearn(x, y, classes, held):
+    solution = logistic.fit(x, y, CS, classes, tolerance=1e-6)
+    for i, c in enumerate(CS):
+        peer = sklearn_fit(x, y, c)
+        weights, bias = solution.weights[i].astype(np.float64), solution.bias[i].astype(np.float64)
+        if classes == 2:  # scikit-learn has the second class's logit less the first's
+            weights, bias = (weights[:, 1] - weights[:, 0])[:, None], bias[1:] - bias[:1]
+        np.testing.assert_allclose(weights, peer.coef_.T, atol=5e-3 * np.abs(peer.coef_).max())
+        np.testing.assert_allclose(bias, peer.intercept_, atol=5e-3 * max(1, np.abs(peer.intercept_).max()))
+        logits = solution.logits(held)[i]
+        np.testing.assert_allclose(scipy.special.softmax(logits, axis=1), peer.predict_proba(held), atol=5e-3)
+        assert np.mean(logits.argmax(axis=1) == peer.predict(held)) >= 0.995
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_solution_equals_sklearns(classes):
+    x, y = features(500, classes)
+    check_against_sklearn(x, y, classes, features(400, classes, seed=1)[0])
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_solution_of_standardised_features_equals_sklearns(classes):
+    x, y = features(500, classes)
+    mean, std = x.mean(axis=0), x.std(axis=0)
+    held = (features(400, classes, seed=1)[0] - mean) / std
+    check_against_sklearn((x - mean) / std, y, classes, held)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_shares_of_classes_are_sklearns_weights(classes):
+    """An item with shares is one item of each class with that weight."""
+    x, _ = features(300, classes)
+    y = np.random.default_rng(0).dirichlet(np.full(classes, 0.5), len(x)).astype(np.float32)
+    solution = logistic.fit(x, y, (1.0,), classes, tolerance=1e-6)
+    peer = LogisticRegression(C=1.0, max_iter=20_000, tol=1e-9)
+    each = np.tile(np.arange(classes), len(x))
+    peer.fit(np.repeat(x, classes, axis=0).astype(np.float64), each, sample_weight=y.ravel())
+    probabilities = scipy.special.softmax(solution.logits(x)[0], axis=1)
+    np.testing.assert_allclose(probabilities, peer.predict_proba(x), atol=2e-3)
+
+
+def test_a_share_of_one_is_a_label():
+    x, y = features(200, 3)
+    hard, soft = (logistic.fit(x, labels, CS, 3) for labels in (y, np.eye(3, dtype=np.float32)[y]))
+    np.testing.assert_allclose(hard.weights, soft.weights, atol=1e-4)
+    with pytest.raises(UserError, match="shares of the classes must sum to 1"):
+        logistic.fit(x, np.full((200, 3), 0.5), CS, 3)
+
+
+def test_two_classes_of_three_have_the_penalty_of_two():
+    """scikit-learn counts the classes that occur: so does a fold or part of a set that lacks one."""
+    x, y = features(300, 2)
+    two, three = (logistic.fit(x, y, CS, classes, tolerance=1e-6) for classes in (2, 3))
+    np.testing.assert_allclose(two.objective, three.objective, rtol=1e-3)
+    difference = [s.weights[..., 1] - s.weights[..., 0] for s in (two, three)]
+    np.testing.assert_allclose(*difference, atol=5e-3 * np.abs(difference[0]).max())
+
+
+def test_objective_of_two_classes_is_sklearns():
+    x, y = features(300, 2)
+    solution = logistic.fit(x, y, CS, 2, tolerance=1e-6)
+    for c, value, peer in zip(CS, solution.objective, (sklearn_fit(x, y, c) for c in CS), strict=True):
+        loss = np.logaddexp(0, np.where(y == 1, -1, 1) * peer.decision_function(x)).sum()
+        penalty = np.square(peer.coef_).sum() / (2 * c)
+        assert value == pytest.approx((loss + penalty) / len(y), rel=1e-3)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_probe_chooses_the_c_that_sklearn_would(classes):
+    """CLIP's protocol by scikit-learn: each C of a coarse grid on validation, then a fit on both, tested once."""
+    train, held, test = (features(n, classes, seed=seed, spread=0.2) for seed, n in enumerate((100, 300, 500)))
+    sweep = Sweep(tuple(2.0**e for e in range(-12, 5)), 0, 1e-6)
+    right, extra = feature_classifiers.linear(
+        train, held, test, classes, sweep, lambda logits, y: -_log_loss(logits, y)
+    )
+    losses = {c: _log_loss(sklearn_fit(*train, c).predict_log_proba(held[0]), held[1]) for c in sweep.coarse}
+    best = min(losses, key=losses.get)
+    assert sweep.coarse[0] < best < sweep.coarse[-1]
+    assert extra["log10_c"] == pytest.approx(np.log10(best))
+    both = (np.concatenate(pair) for pair in zip(train, held, strict=True))
+    peer = sklearn_fit(*both, best)
+    assert np.mean((peer.predict(test[0]) == test[1]) == right) >= 0.995
+
+
+def _log_loss(logits, y):
+    return -scipy.special.log_softmax(logits, axis=1)[np.arange(len(y)), y].mean()
+
+
+def overlapping(n=600, d=24, k=7, spread=0.6, seed=0):
+    """Classes that overlap, on axes of different lengths, away from the origin."""
+    centres = spread * np.random.default_rng(99).normal(size=(k, d))
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, k, n)
+    x = (centres[y] + rng.normal(size=(n, d))) * np.geomspace(3, 0.3, d) + 1
+    return x.astype(np.float32), y
+
+
+def objective(weights, bias, x, y, c):
+    logits = x.astype(np.float64) @ weights + bias
+    loss = scipy.special.logsumexp(logits, axis=1) - logits[np.arange(len(y)), y]
+    return loss.mean() + np.square(weights.astype(np.float64)).sum() / (2 * c * len(y))
+
+
+def test_logistic_regression_equals_sklearn():
+    (x, y), (held, _) = overlapping(), overlapping(seed=1)
+    cs = [1e-3, 1e-1, 1.0, 10.0, 100.0]
+    solution = logistic.fit(x, y, cs, 7)
+    for i, c in enumerate(cs):
+        # float64 and a small tolerance: the optimum, rather than wherever scikit-learn's defaults stop.
+        peer = LogisticRegression(C=c, max_iter=20_000, tol=1e-7).fit(x.astype(np.float64), y)
+        best = objective(peer.coef_.T, peer.intercept_, x, y, c)
+        mine = objective(solution.weights[i], solution.bias[i], x, y, c)
+        assert mine == pytest.approx(best, rel=1e-4)
+        assert solution.objective[i] == pytest.approx(mine, rel=1e-4)
+        assert np.mean(solution.logits(held)[i].argmax(axis=1) == peer.predict(held)) >= 0.99
+
+
+def test_it_stops_at_a_small_gradient():
+    x, y = overlapping()
+    x = x + 3  # where the gradient of centred features is another one
+    cs = [1e-2, 1.0, 1e2]
+    rough, fine = (logistic.fit(x, y, cs, 7, tolerance=tolerance) for tolerance in (1e-3, 1e-5))
+    for solution, tolerance in ((rough, 1e-3), (fine, 1e-5)):
+        for c, weights, bias in zip(cs, solution.weights, solution.bias, strict=True):
+            wrong = scipy.special.softmax(x @ weights + bias, axis=1) - np.eye(7)[y]
+            slopes = np.abs(x.T @ wrong / len(y) + weights / (c * len(y)))
+            assert max(slopes.max(), np.abs(wrong.mean(axis=0)).max()) <= 1.1 * tolerance
+    assert (rough.iterations < fine.iterations).all()
+
+
+def test_separable_classes_do_not_go_on_for_ever():
+    x, y = np.eye(4, dtype=np.float32)[np.arange(400) % 4], np.arange(400) % 4
+    assert logistic.fit(x, y, [1.0, 1e3, 1e6], 4).iterations.max() < 50
+
+
+def test_each_c_is_solved_as_if_alone(monkeypatch):
+    x, y = overlapping(n=300)
+    cs = [1e-2, 1.0, 1e2, 1e4]
+    together = logistic.fit(x, y, cs, 7, tolerance=1e-7)
+    monkeypatch.setattr(logistic, "_SMALL", 0)  # those that are done are left behind
+    dropped = logistic.fit(x, y, cs, 7, tolerance=1e-7)
+    monkeypatch.setattr(logistic, "_SCORES", 2 * 300 * 7)  # in turns
+    turns = logistic.fit(x, y, cs, 7, tolerance=1e-7)
+    for i, c in enumerate(cs):
+        alone = logistic.fit(x, y, [c], 7, tolerance=1e-7)
+        for other in (together, dropped, turns):
+            assert other.objective[i] == pytest.approx(alone.objective[0], rel=1e-4)
+            assert abs(int(other.iterations[i]) - int(alone.iterations[0])) <= 0.5 * alone.iterations[0] + 2
+
+
+def test_logistic_regression_of_constant_features_and_absent_classes():
+    x, y = overlapping(n=200, d=5)
+    x[:, 2] = 3
+    solution = logistic.fit(x, y, [1.0, 1e6], 9)  # classes 7 and 8 do not occur
+    assert np.isfinite(solution.weights).all() and np.isfinite(solution.bias).all()
+    assert solution.logits(x).argmax(axis=2).max() <= 6
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "c", "message"),
+    [
+        (np.full((3, 2), np.nan), [0, 1, 0], 1.0, "not finite"),
+        (np.zeros((3, 2)), [0, 1, 2], 1.0, "from 0 to 1"),
+        (np.zeros((3, 2)), [0, 1, 1], 0.0, "C above 0"),
+        (np.zeros((3, 2)), [0, 1], 1.0, r"\(3, 2\) and \(2,\)"),
+    ],
+)
+def test_wrong_input_of_a_probe(x, y, c, message):
+    with pytest.raises(UserError, match=message):
+        logistic.fit(x, np.array(y), [c], 2)
+
+
+def test_features_are_rotated_in_blocks_beside_one_result(monkeypatch):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((6000, 64), np.float32) + 5
+    whole = [np.asarray(part) for part in logistic._rotate(x)]
+    monkeypatch.setattr(logistic, "_BLOCK", 1 << 14)
+    tracemalloc.start()
+    blocks = [np.asarray(part) for part in logistic._rotate(x)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.4 * x.nbytes
+    np.testing.assert_allclose(blocks[2], whole[2], rtol=1e-5)
+    np.testing.assert_allclose(np.abs(blocks[0]), np.abs(whole[0]), atol=1e-3)
+    back = blocks[0][:, :-1] @ blocks[3].T.astype(np.float32) + blocks[1]
+    np.testing.assert_allclose(back, x, atol=1e-4)
+    assert (blocks[0][:, -1] == 1).all()

@@ -1,0 +1,206 @@
+"""Images of evaluation sets that cannot be decoded: they are wrong, counted and named, and too many are an error."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+from tests.helpers import tiny
+from tests.helpers.encoding import SIZE, by_name, make_encoder, small_model
+from xclip_jax.core.errors import UserError
+from xclip_jax.evaluators import registry, statistics
+from xclip_jax.evaluators.classification import ClassifierEvaluator
+from xclip_jax.evaluators.probe import Sweep
+
+BROKEN = (3, 30)  # of 50 images a class
+
+
+def folder(path, classes=("cat", "dog"), n=50, seed=0):
+    rng = np.random.default_rng(seed)
+    for c, name in enumerate(classes):
+        (path / name).mkdir(parents=True)
+        for i in range(n):
+            image = rng.integers(0, 100, (12, 12, 3), dtype=np.uint8) + np.uint8(150 * c)
+            PIL.Image.fromarray(image).save(path / name / f"{i:02}.png")
+    return path
+
+
+def spoil(path, classes=("cat",)):
+    files = [path / name / f"{i:02}.png" for name in classes for i in BROKEN]
+    for file in files:
+        file.write_bytes(b"<html>")
+    return files
+
+
+def measure(spec, embed=8, clusters=10, **changes):
+    evaluator = registry.make(spec, make_encoder(embed, clusters))
+    if changes:
+        evaluator.data = dataclasses.replace(evaluator.data, **changes)
+    return by_name(registry.measure(evaluator, small_model(embed, clusters)[1]))
+
+
+@pytest.mark.parametrize(("embed", "clusters"), [(8, 0), (0, 10), (8, 10)])
+def test_an_unreadable_image_counts_as_wrong_and_changes_no_other(embed, clusters, tmp_path, capsys):
+    spec = f"folder:{folder(tmp_path)}"
+    whole, items = measure(spec, embed, clusters)
+    assert f"zeroshot/{spec}/unreadable" not in whole
+    files = spoil(tmp_path)
+    found, items_of = measure(spec, embed, clusters)
+    assert found[f"zeroshot/{spec}/unreadable"] == 2 and found[f"zeroshot/{spec}/n"] == 100
+    said = capsys.readouterr().out
+    assert "2 unreadable images" in said and all(str(file) in said for file in files) and "6 bytes" in said
+    assert items_of.keys() == items.keys()
+    for key, item in items.items():
+        wrong = np.zeros(100, bool)
+        wrong[list(BROKEN)] = True
+        assert (items_of[key].values[wrong] == 0).all()
+        if key.endswith("top1") and "/both/" not in key:  # whose scale is that of all images
+            assert (items_of[key].values[~wrong] == item.values[~wrong]).all()
+    both = f"zeroshot/{spec}/both/top1"
+    assert both not in whole or found[both] >= whole[both] - 4
+
+
+def test_the_encoder_marks_their_rows_alone(tmp_path):
+    spec = f"folder:{folder(tmp_path)}"
+    encoder, variables = make_encoder(), small_model()[1]
+    before = encoder.images(variables, registry.load(spec, SIZE).images)
+    spoil(tmp_path)
+    after = encoder.images(variables, registry.load(spec, SIZE).images)
+    for key in ("features", "embedding", "cluster_logits"):
+        assert np.isnan(after[key][list(BROKEN)]).all()
+        others = np.delete(np.arange(100), BROKEN)
+        np.testing.assert_array_equal(after[key][others], before[key][others])
+
+
+def test_more_than_a_twentieth_is_an_error_that_names_the_set_and_the_first(tmp_path):
+    spec = f"folder:{folder(tmp_path, n=15)}"
+    (first,) = [tmp_path / "cat" / "03.png"]
+    for path in (first, tmp_path / "dog" / "10.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"2 of 30 images cannot be read, more than 5%") as error:
+        measure(spec)
+    assert str(error.value).endswith(f"{first}'; see xclip-jax check")
+    assert error.value.__notes__ == [f"in evaluator zeroshot/{spec}"]
+
+
+def test_an_unreadable_image_of_pairs_is_named_by_its_file(tmp_path):
+    pairs = tiny.folder(tmp_path / "pairs", 40)
+    for number in (3, 4, 5):
+        (pairs / f"{number:03d}.png").write_bytes(b"no image %d" % number)
+    spec = f"retrieval/folder:{pairs}"
+    with pytest.raises(UserError, match=rf"3 of 40 images cannot be read, .*image '{pairs}/003\.png'; see xclip-jax"):
+        measure(spec)
+
+
+def test_a_set_without_a_readable_image_is_not_opened(tmp_path):
+    for path in folder(tmp_path, n=3).rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"images cannot be read; all of the 6 that were tried failed: .*cat/00\.png"):
+        registry.open_all([f"folder:{tmp_path}"], make_encoder())
+
+
+def test_a_query_whose_image_is_unreadable_misses_in_both_directions(tmp_path):
+    folder(tmp_path, ("cat",))
+    records = [{"filename": f"{i:02}.png", "filepath": "cat", "split": "test", "sentences": [{"raw": f"text {i}"}]}
+               for i in range(50)]  # fmt: skip
+    (tmp_path / "x.json").write_text(json.dumps({"images": records}))
+    spec = f"coco_retrieval@{tmp_path / 'x.json'}"
+    _, items = measure(spec)
+    spoil(tmp_path)
+    found, items_of = measure(spec)
+    assert found[f"retrieval/{spec}/unreadable"] == 2
+    others = np.delete(np.arange(50), BROKEN)
+    for key in items:
+        assert (items_of[key].values[list(BROKEN)] == 0).all(), key
+        if "image_to_text" in key and "/both/" not in key:
+            assert (items_of[key].values[others] == items[key].values[others]).all()
+        if "text_to_image" in key and "/both/" not in key:  # fewer images stand before the right one
+            assert (items_of[key].values[others] >= items[key].values[others]).all()
+    assert any(item.values.any() for item in items_of.values())
+
+
+def test_several_labels_and_two_classes(tmp_path):
+    folder(tmp_path)
+    rows = "".join(f"{name}/{i:02}.png,{label}\n" for name, label in (("cat", "a|b"), ("dog", "b")) for i in range(50))
+    (tmp_path / "x.csv").write_text("path,label\n" + rows)
+    rows = "".join(f"{name}/{i:02}.png,{label}\n" for name, label in (("cat", "0"), ("dog", "1")) for i in range(50))
+    (tmp_path / "y.csv").write_text("path,label\n" + rows)
+    several, two = f"csv:{tmp_path / 'x.csv'}", f"hatefulmemes@{tmp_path / 'y.csv'}"
+    map_before, auc = measure(several)[0][f"zeroshot/{several}/map"], measure(two)[0][f"zeroshot/{two}/roc_auc"]
+    spoil(tmp_path)
+    assert 0.8 * map_before < measure(several)[0][f"zeroshot/{several}/map"] <= map_before
+    assert auc - 5 < measure(two)[0][f"zeroshot/{two}/roc_auc"] <= auc
+
+
+def test_roc_auc_counts_what_is_not_a_number_as_wrong():
+    values, positive = np.array([0.1, np.nan, 0.7, 0.2, np.nan, 0.3]), np.array([1, 1, 1, 0, 0, 0], bool)
+    pairs = [(p, n) for p in (0.1, -np.inf, 0.7) for n in (0.2, np.inf, 0.3)]
+    assert statistics.roc_auc(values, positive) == pytest.approx(np.mean([p > n for p, n in pairs]))
+    assert statistics.roc_auc(np.full(6, np.nan), positive) == 0
+
+
+def test_probes_leave_out_unreadable_training_images(tmp_path):
+    for part in ("train", "test"):
+        folder(tmp_path / part, seed=part == "test")
+        spoil(tmp_path / part)
+    spec = f"probe/folder:{tmp_path}"
+    found, items = measure(spec, sweep=Sweep((1.0,), 0))
+    name = f"visual/{spec}"
+    assert found[f"{name}/unreadable"] == 4
+    for key in ("linear", "knn"):
+        assert (items[f"{name}/{key}/top1"].values[list(BROKEN)] == 0).all()
+        assert found[f"{name}/{key}/top1"] == 98, key
+    # The same without these files.
+    for file in [tmp_path / "train" / "cat" / f"{i:02}.png" for i in BROKEN]:
+        file.unlink()
+    again, _ = measure(spec, sweep=Sweep((1.0,), 0))
+    assert again[f"{name}/unreadable"] == 2 and again[f"{name}/linear/top1"] == found[f"{name}/linear/top1"]
+
+
+def test_a_fine_tuned_model_is_wrong_on_them(tmp_path):
+    spec = f"finetuned/folder:{folder(tmp_path)}"
+    spoil(tmp_path)
+
+    class Encoder:
+        classes = None
+
+        def images(self, variables, images, features):
+            z = make_encoder().images(variables, images, ("embedding",))["embedding"]
+            return {"class_logits": z[:, :2]}
+
+    metrics, items = by_name(ClassifierEvaluator(Encoder(), registry.load(spec, SIZE)).measure(small_model()[1]))
+    name = f"visual/{spec}"
+    assert (items[f"{name}/finetuned/top1"].values[list(BROKEN)] == 0).all() and metrics[f"{name}/n"] == 100
+
+
+@pytest.mark.parametrize("kind", ["probe", "finetuned"])
+def test_a_set_whose_first_image_is_unreadable_is_opened(kind, tmp_path):
+    for part in ("train", "test") if kind == "probe" else ("",):
+        (folder(tmp_path / part / "") / "cat" / "00.png").write_bytes(b"<html>")
+    spec = f"{kind}/folder:{tmp_path}"
+    (evaluator,) = registry.open_all([spec], make_encoder())
+    assert evaluator.name == f"visual/{spec}"
+    if kind == "probe":
+        found, items = measure(spec, sweep=Sweep((1.0,), 0))
+        assert found[f"visual/{spec}/unreadable"] == 2 and items[f"visual/{spec}/linear/top1"].values[0] == 0
+
+
+def test_a_part_of_a_training_set_leaves_out_what_cannot_be_read(tmp_path):
+    """A class of five images, one of which is unreadable, has a part of five shots, of four."""
+    for part, n in (("train", 5), ("test", 12)):
+        folder(tmp_path / part, n=n)
+        folder(tmp_path / part, ("ant", "bee"), n=12)
+    (tmp_path / "train" / "cat" / "03.png").write_bytes(b"")
+    found, _ = measure(f"fewshot/folder:{tmp_path}", sweep=Sweep((1.0, 100.0), 0), neighbours=False)
+    assert found[f"visual/fewshot/folder:{tmp_path}/unreadable"] == 1
+
+
+def test_a_model_that_diverged_is_wrong_everywhere(tmp_path):
+    spec = f"folder:{folder(tmp_path)}"
+    evaluator = registry.make(spec, make_encoder())
+    nans = jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), small_model()[1])
+    metrics, _ = by_name(registry.measure(evaluator, nans))
+    assert metrics[f"zeroshot/{spec}/top1"] == 0 and f"zeroshot/{spec}/unreadable" not in metrics

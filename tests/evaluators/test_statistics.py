@@ -1,0 +1,164 @@
+import numpy as np
+import pytest
+import scipy.stats
+import sklearn.metrics
+from etils import epath
+
+from xclip_jax.commands import evaluate
+from xclip_jax.core.errors import UserError
+from xclip_jax.evaluators import results, statistics
+
+
+def test_average_precision_against_sklearn_and_ties():
+    rng = np.random.default_rng(0)
+    s, y = rng.normal(size=(200, 6)), rng.random((200, 6)) < 0.2
+    y[:, 5] = False
+    mine = statistics.average_precision(s, y)
+    peer = [sklearn.metrics.average_precision_score(y[:, k], s[:, k]) for k in range(5)]
+    np.testing.assert_allclose(mine, [*peer, 0], atol=1e-9)
+    assert statistics.average_precision(np.zeros((2, 1)), np.array([[False], [True]])) == [0.5]
+    with pytest.raises(UserError, match="classes"):
+        statistics.average_precision(s, y[:, :2])
+
+
+def test_average_precision_equals_clip_benchmark():
+    torch = pytest.importorskip("torch")
+    peer = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
+    rng = np.random.default_rng(1)
+    s, y = rng.normal(size=(50, 4)).astype(np.float32), rng.random((50, 4)) < 0.3
+    theirs = peer.average_precision_per_class(torch.from_numpy(s), torch.from_numpy(y))
+    np.testing.assert_allclose(statistics.average_precision(s, y), theirs, atol=1e-6)
+
+
+def test_eleven_points():
+    # By hand: hits at ranks 1, 3 and 6; recall 1/3 at precision 1, 2/3 at 2/3, 1 at 1/2.
+    y = np.array([1, 0, 1, 0, 0, 1])[:, None]
+    expected = (4 * 1 + 3 * 2 / 3 + 4 * 1 / 2) / 11
+    assert statistics.eleven_point(-np.arange(6.0)[:, None], y)[0] == pytest.approx(expected)
+    ten = np.ones((10, 1), bool)  # recall 3/10 is not 0.30000000000000004
+    assert statistics.eleven_point(np.zeros((10, 1)), ten)[0] == 1
+    assert statistics.eleven_point(np.zeros((3, 1)), np.zeros((3, 1)))[0] == 0
+
+
+def test_roc_auc_f1_and_correlations_against_sklearn_and_scipy():
+    rng = np.random.default_rng(0)
+    s, y = rng.integers(0, 9, 300), rng.random(300) < 0.3
+    t = s + rng.integers(0, 9, 300)
+    assert statistics.roc_auc(s, y) == pytest.approx(sklearn.metrics.roc_auc_score(y, s))
+    assert statistics.spearman(s, t) == pytest.approx(scipy.stats.spearmanr(s, t).statistic)
+    assert statistics.pearson(s, t) == pytest.approx(scipy.stats.pearsonr(s, t).statistic)
+    assert statistics.f1(s > 4, y) == pytest.approx(sklearn.metrics.f1_score(y, s > 4))
+    assert statistics.matthews(s > 4, y) == pytest.approx(sklearn.metrics.matthews_corrcoef(y, s > 4))
+    assert statistics.spearman(np.zeros(300), t) == 0 and statistics.spearman(np.full(300, np.nan), t) == 0
+    with pytest.raises(UserError, match="of 3 items 0 are positive"):
+        statistics.roc_auc(np.arange(3), np.zeros(3))
+
+
+def test_the_bootstrap_covers_and_is_paired():
+    rng = np.random.default_rng(0)
+    a = (rng.random(400) < 0.5).astype(float)
+    better = np.where(rng.random(400) < 0.2, 1.0, a)
+    difference, low, high = statistics.bootstrap(statistics.PerExample(a), statistics.PerExample(better))
+    assert difference == pytest.approx(100 * (better - a).mean()) and 0 < low < difference < high
+    deviation = 100 * (better - a).std() / np.sqrt(400)
+    assert (high - low) / 2 == pytest.approx(1.96 * deviation, rel=0.1)
+    assert statistics.bootstrap(statistics.PerExample(a), statistics.PerExample(a)) == (0, 0, 0)
+    with pytest.raises(UserError, match="400 and 3 items"):
+        statistics.bootstrap(statistics.PerExample(a), statistics.PerExample(a[:3]))
+
+
+@pytest.mark.parametrize("statistic", ["map", "map11", "roc_auc", "spearman", "pearson", "f1", "matthews"])
+def test_the_bootstrap_of_other_statistics(statistic):
+    """Items are drawn again and the statistic is computed anew, on the same items for both sides."""
+    rng = np.random.default_rng(0)
+    y = rng.random((80, 3)) < 0.3 if statistic.startswith("map") else rng.random(80) < 0.4
+    values = [y + scale * rng.normal(size=y.shape) for scale in (1.5, 0.3)]
+    if statistic in ("f1", "matthews"):
+        values = [(v > 0.5).astype(int) for v in values]
+    gold = y.astype(float) + 0.01 * rng.random(80) if statistic in ("spearman", "pearson") else y
+    a, b = (statistics.PerExample(v, other=gold, statistic=statistic) for v in values)
+    difference, low, high = statistics.bootstrap(a, b, samples=100)
+    assert difference == b.value() - a.value() and 0 < low <= difference <= high
+    draws = np.random.default_rng(0)
+    again = [b.value(i) - a.value(i) for i in (draws.integers(0, 80, 80) for _ in range(100))]
+    assert (low, high) == pytest.approx(np.percentile(again, [2.5, 97.5]))
+    assert a.value() == pytest.approx(100 * statistics.STATISTICS[statistic](values[0], gold))
+
+
+@pytest.mark.parametrize("statistic", ["mean", "gmean"])
+def test_the_bootstrap_draws_whole_groups(statistic):
+    """The same as drawing groups by hand; where a group's items are alike, its interval is wider by far."""
+    rng = np.random.default_rng(0)
+    groups = rng.permutation(np.repeat(np.arange(30), rng.integers(1, 12, 30)))
+    value = rng.random(30)[groups] + 0.5
+    weights = rng.random(len(groups)) + 0.5
+    a, b = (
+        statistics.PerExample(v, weights=weights, statistic=statistic, groups=groups)
+        for v in (value, value + rng.normal(0.3, 0.3, 30).clip(-0.4)[groups])
+    )
+    difference, low, high = statistics.bootstrap(a, b, samples=200)
+    draws, again = np.random.default_rng(0), []
+    for _ in range(200):
+        items = np.concatenate([np.flatnonzero(groups == g) for g in draws.integers(0, 30, 30)])
+        chosen = [x.values[items] for x in (a, b)]
+        if statistic == "gmean":
+            means = [np.exp(np.average(np.log(x), weights=weights[items])) for x in chosen]
+        else:
+            means = [100 * np.average(x, weights=weights[items]) for x in chosen]
+        again.append(means[1] - means[0])
+    assert (low, high) == pytest.approx(np.percentile(again, [2.5, 97.5]))
+    assert difference == pytest.approx(b.value() - a.value())
+    alone = [statistics.PerExample(x.values, weights=weights, statistic=statistic) for x in (a, b)]
+    _, inner_low, inner_high = statistics.bootstrap(*alone, samples=200)
+    assert high - low > 1.5 * (inner_high - inner_low)
+
+
+def test_items_of_a_mean_per_class_are_weighted():
+    y, right = np.array([0, 0, 0, 1]), np.array([1.0, 1, 0, 0])
+    item = statistics.PerExample(right, statistics.class_weights(y))
+    assert item.value() == pytest.approx(100 * sklearn.metrics.balanced_accuracy_score(y, [0, 0, 1, 0]))
+
+
+@pytest.mark.parametrize("y", [[True, True, True], [True, False, False]])
+def test_the_bootstrap_of_one_kind_of_item_has_no_interval(y, monkeypatch):
+    """Whether all items are positive, or each of a few resamples has positive items alone."""
+    monkeypatch.setattr(statistics.np.random, "default_rng", lambda seed: OnlyTheFirst())
+    a, b = (
+        statistics.PerExample(np.array(v), other=np.array(y), statistic="roc_auc") for v in ([1.0, 2, 3], [3.0, 2, 1])
+    )
+    difference, low, high = statistics.bootstrap(a, b, samples=3)
+    assert difference == pytest.approx(100) if not all(y) else np.isnan(difference)
+    assert np.isnan(low) and np.isnan(high)
+
+
+def test_a_comparison_without_an_interval_leaves_it_out(tmp_path):
+    entry = {"set": "pcam", "name": "zeroshot/pcam", "metric": "roc_auc", "value": 60.0, "items": "x"}
+    entry |= {
+        "checkpoint": "run",
+        "step": 1,
+        "profile": "openai",
+        "changes": {},
+        "fingerprint": "1",
+    }
+    for name, values in (("a", [1.0, 2]), ("b", [2.0, 1])):
+        items = statistics.PerExample(np.array(values), other=np.array([True, True]), statistic="roc_auc")
+        path = epath.Path(tmp_path / f"{name}.json")
+        results.add(path, dict(entry), {"zeroshot/pcam/roc_auc": items}, {}, own=True)
+    rows = evaluate.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"))
+    assert [(row["difference"], "low" in row) for row in rows] == [(0.0, False)]
+    assert evaluate.render(rows, "a", "b").splitlines()[-1].endswith("+0.0")
+
+
+class OnlyTheFirst:
+    def integers(self, low, high, n):
+        return np.zeros(n, int)
+
+
+def test_scores_that_are_not_numbers_have_no_precision():
+    y = np.array([[True, True], [False, False], [True, True]])
+    s = np.array([[3.0, 3], [2, np.nan], [1, 1]])
+    for measure in (statistics.average_precision, statistics.eleven_point):
+        first, second = measure(s, y)
+        assert first > 0.8 and second == 0
+    excluded = statistics.average_precision(np.array([[3.0], [-np.inf], [1]]), y[:, :1])
+    assert excluded == [1.0]  # minus infinity is the lowest score

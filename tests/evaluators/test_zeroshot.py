@@ -1,0 +1,410 @@
+import functools
+import tracemalloc
+
+import numpy as np
+import pytest
+import scipy.special
+import sklearn.metrics
+
+from tests.helpers.encoding import SIZE, K, make_encoder, similarities, small_model
+from xclip_jax.core.errors import UserError
+from xclip_jax.evaluators import retrieval, statistics, zeroshot
+from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet
+from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
+from xclip_jax.objectives.similarity import ClusterSimilarity, CosineSimilarity, Similarity
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+# Zero-shot: pure functions.
+
+
+def loop_top_k(logits, labels, k):
+    """Top-k by a stable sort, so that equal logits keep the order of their classes."""
+    return np.mean([label in np.argsort(-row, kind="stable")[:k] for row, label in zip(logits, labels, strict=True)])
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 7, 9])
+def test_accuracy_against_a_loop_with_ties(k):
+    logits = rng().integers(0, 3, (200, 7)).astype(np.float32)
+    labels = rng(1).integers(0, 7, 200)
+    assert zeroshot.accuracy(logits, labels, k) == pytest.approx(loop_top_k(logits, labels, k))
+    assert k < 7 or zeroshot.accuracy(logits, labels, k) == 1
+
+
+def test_accuracy_of_ties_and_of_duplicate_classes_goes_to_the_lowest_index():
+    tied = np.zeros((3, 4))
+    assert zeroshot.accuracy(tied, np.array([0, 1, 3]), 1) == pytest.approx(1 / 3)
+    assert zeroshot.accuracy(tied, np.array([0, 1, 3]), 2) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_fewer_than_five_classes(classes):
+    logits = rng().normal(size=(20, classes))
+    assert zeroshot.accuracy(logits, rng(1).integers(0, classes, 20), 5) == 1
+
+
+def test_scores_that_are_not_numbers_are_wrong():
+    nan = np.full((4, 3), np.nan)
+    assert zeroshot.accuracy(nan, np.arange(3).repeat([2, 1, 1]), 5) == 0
+    assert zeroshot.mean_per_class(nan, np.array([0, 1, 2, 2])) == 0
+    assert retrieval.recall_at_k(nan, np.ones((4, 3), bool), 10) == 0
+    inf = np.inf
+    for row, right in (([2, nan[0, 0], 1], 0), ([2, inf, 1], 0), ([inf, 0, 1], 0), ([2, -inf, 1], 1), ([-inf] * 3, 0)):
+        for k in (1, 3):
+            logits = np.array([row, [5.0, 0, 0]])
+            assert zeroshot.accuracy(logits, np.array([0, 0]), k) == (1 + right) / 2
+            assert retrieval.recall_at_k(logits, np.array([[True, False, False]] * 2), k) == (1 + right) / 2
+        assert zeroshot.mean_per_class(np.array([row]), np.array([0])) == right
+
+
+def test_mean_per_class_is_balanced_accuracy_over_classes_that_occur():
+    logits = rng().normal(size=(300, 12))
+    labels = rng(1).choice([0, 2, 3, 9], 300, p=[0.7, 0.2, 0.05, 0.05])
+    logits[np.arange(300), labels] += 1
+    loop = np.mean([np.mean(logits[labels == c].argmax(1) == c) for c in np.unique(labels)])
+    assert zeroshot.mean_per_class(logits, labels) == pytest.approx(loop)
+    # Only where every predicted class also occurs does scikit-learn mean the same.
+    allowed = np.where(np.isin(np.arange(12), labels), logits, -9)
+    expected = sklearn.metrics.balanced_accuracy_score(labels, allowed.argmax(1))
+    assert zeroshot.mean_per_class(allowed, labels) == pytest.approx(expected)
+
+
+def test_classifier_normalises_twice():
+    prompts = [rng(i).normal(size=(n, 5)) * 10**i for i, n in enumerate([1, 7, 3])]
+    found = zeroshot.classifier(prompts)
+    for row, texts in zip(found, prompts, strict=True):
+        mean = sum(t / np.sqrt(np.sum(t * t)) for t in texts) / len(texts)
+        np.testing.assert_allclose(row, mean / np.sqrt(np.sum(mean * mean)), rtol=1e-6)
+    same = rng(9).normal(size=(4, 3, 5))
+    np.testing.assert_array_equal(zeroshot.classifier(same), zeroshot.classifier(list(same)))
+
+
+def test_classifier_equals_open_clip():
+    open_clip, torch = pytest.importorskip("open_clip"), pytest.importorskip("torch")
+    vectors = {f"{t} {c}": rng(i).normal(size=6) for i, (c, t) in enumerate((c, t) for c in "abc" for t in "xy")}
+
+    class Model:
+        def encode_text(self, texts, normalize):
+            return torch.nn.functional.normalize(torch.tensor(np.stack([vectors[t] for t in texts])), dim=-1)
+
+    templates = [lambda c: f"x {c}", lambda c: f"y {c}"]
+    expected = open_clip.build_zero_shot_classifier(Model(), lambda texts: _Listed(texts), list("abc"), templates)
+    ours = zeroshot.classifier([[vectors[f"{t} {c}"] for t in "xy"] for c in "abc"])
+    np.testing.assert_allclose(ours.T, expected.numpy(), rtol=1e-5)
+
+
+class _Listed(list):
+    def to(self, device):
+        return self
+
+
+def test_classifier_and_accuracy_equal_clip_benchmark(monkeypatch):
+    torch = pytest.importorskip("torch")
+    peer = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
+    names, templates = ["cat", "dog", "fox", "hen", "owl", "rat"], ["a {c}.", "the {c}.", "one {c}"]
+    table = {t.format(c=c): rng(i).normal(size=5) for i, (c, t) in enumerate((c, t) for c in names for t in templates)}
+
+    class Model:
+        def encode_text(self, texts):
+            return torch.stack([torch.from_numpy(table[t]).float() for t in texts])
+
+    class Texts(list):
+        def to(self, device):
+            return self
+
+    theirs = peer.zero_shot_classifier(Model(), Texts, names, templates, "cpu", amp=False).numpy()
+    mine = zeroshot.classifier([[table[t.format(c=c)] for t in templates] for c in names])
+    np.testing.assert_allclose(mine.T, theirs, atol=1e-6)
+    z, labels = rng(9).normal(size=(101, 5)).astype(np.float32), rng(8).integers(0, 6, 101)
+    logits = z @ mine.T
+    # NumPy 2.4 refuses float() of the array of one element that it makes.
+    monkeypatch.setattr(peer, "float", lambda x: np.asarray(x).item(), raising=False)
+    acc = peer.accuracy(torch.from_numpy(logits), torch.from_numpy(labels), (1, 5))
+    assert [zeroshot.accuracy(logits, labels, k) for k in (1, 5)] == pytest.approx(acc)
+
+
+@pytest.mark.parametrize("counts", [[1] * 12, [7] * 12, [1, 7, 5, 5, 6, 2]])
+@pytest.mark.parametrize("k", [1, 5])
+def test_recall_equals_clip_benchmark(counts, k):
+    torch = pytest.importorskip("torch")
+    peer = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
+    of = np.repeat(np.arange(len(counts)), counts)
+    scores = rng(sum(counts)).normal(size=(len(counts), len(of))).astype(np.float32)
+    match = np.arange(len(counts))[:, None] == of
+    for s, m in ((scores, match), (scores.T, match.T)):
+        theirs = peer.recall_at_k(*(torch.from_numpy(np.ascontiguousarray(x)) for x in (s, m)), min(k, s.shape[1]))
+        assert retrieval.recall_at_k(s, m, k) == pytest.approx((theirs > 0).float().mean().item())
+
+
+# Retrieval: pure functions.
+
+
+def loop_recall(scores, positives, k):
+    hits = [match[np.argsort(-row, kind="stable")[:k]].any() for row, match in zip(scores, positives, strict=True)]
+    return np.mean(hits)
+
+
+@pytest.mark.parametrize("k", [1, 5, 10, 50])
+@pytest.mark.parametrize("chunk", [1, 70, 1 << 22])
+def test_recall_against_a_loop_with_ties(k, chunk, monkeypatch):
+    monkeypatch.setattr(statistics, "_CHUNK", chunk)
+    scores = rng().integers(0, 4, (60, 35)).astype(np.float32)
+    positives = rng(1).random((60, 35)) < 0.06
+    positives[np.arange(60), rng(2).integers(0, 35, 60)] = True
+    assert retrieval.recall_at_k(scores, positives, k) == pytest.approx(loop_recall(scores, positives, k))
+
+
+def test_recall_of_a_query_without_positives_raises():
+    with pytest.raises(UserError, match="positive"):
+        retrieval.recall_at_k(np.zeros((2, 3)), np.array([[True, False, False], [False] * 3]), 1)
+    with pytest.raises(UserError, match="shape"):
+        retrieval.recall_at_k(np.zeros((2, 3)), np.ones((3, 2), bool), 1)
+
+
+def test_recall_needs_less_memory_than_the_scores():
+    scores, positives = rng().random((2000, 10000), np.float32), np.zeros((2000, 10000), bool)
+    positives[np.arange(2000), np.arange(2000)] = True
+    for s, p in ((scores, positives), (scores.T[:2000], positives.T[:2000])):
+        tracemalloc.start()
+        retrieval.recall_at_k(s, p, 5)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < scores.nbytes
+
+
+def test_duplicate_captions_match_all_their_images():
+    expected = [[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
+    np.testing.assert_array_equal(retrieval.positives([["a", "b"], ["b"], ["c"]]), expected)
+
+
+def chance(positives, k):
+    return retrieval.chance(positives.sum(axis=1), positives.shape[1], k)
+
+
+@pytest.mark.parametrize("k", [1, 5, 10, 50])
+def test_chance_of_recall_equals_random_rankings(k):
+    """Images with 1 to 7 captions, two of which other images share."""
+    captions = [[f"{i}/{j}" for j in range(1 + i % 7)] for i in range(9)]
+    captions[3][0], captions[5][1] = captions[6][0], captions[6][1]
+    match = retrieval.positives(captions)
+    for m in (match, match.T):
+        draws = [retrieval.recall_at_k(rng(i).random(m.shape), m, k) for i in range(3000)]
+        error = np.std(draws) / np.sqrt(len(draws))
+        assert chance(m, k) == pytest.approx(np.mean(draws), abs=max(4 * error, 1e-12))
+    counts = retrieval.Matches(captions).counts()
+    np.testing.assert_array_equal(counts["image_to_text"], match.sum(axis=1))
+    np.testing.assert_array_equal(counts["text_to_image"], match.sum(axis=0))
+
+
+def test_chance_of_recall_in_closed_form():
+    five = np.repeat(np.eye(20, dtype=bool), 5, axis=1)  # five captions an image: R@1 is 1 in 20, not 1 in 100
+    assert chance(five, 1) == pytest.approx(1 / 20)
+    assert chance(five, 5) == pytest.approx(1 - scipy.special.comb(95, 5) / scipy.special.comb(100, 5))
+    assert chance(five.T, 5) == pytest.approx(5 / 20)
+    assert chance(five, 96) == chance(five, 1000) == 1
+
+
+# Evaluators on an encoder with known answers.
+
+
+class FakeEncoder:
+    """An image is a row of features, a text the key of one."""
+
+    def __init__(self, texts, embedding=True, clusters=False):
+        self.table, self.similarities = texts, similarities(embedding, clusters)
+
+    def images(self, variables, images, features):
+        return dict.fromkeys(features, np.stack(images).astype(np.float32))
+
+    def texts(self, variables, texts, features):
+        return dict.fromkeys(features, np.array([self.table[text] for text in texts], np.float32))
+
+
+def test_zero_shot_with_known_answers():
+    eye = np.eye(3)
+    encoder = FakeEncoder({"a": eye[0], "b": eye[1], "c": eye[2]})
+    images = [eye[0], eye[1], eye[0], eye[2], eye[2]]  # the third, of class "b", is taken for an "a"
+    labels = np.array([0, 1, 1, 2, 2])
+    groups = {"x": np.array([1, 1, 1, 0, 0], bool), "y": np.array([0, 0, 0, 1, 1], bool)}
+    data = ZeroShotSet("toy", images, labels, [["a"], ["b"], ["c"]])
+    assert ZeroShot(encoder, data).run(None) == pytest.approx(
+        {
+            "zeroshot/toy/n": 5,
+            "zeroshot/toy/ways": 3,
+            "zeroshot/toy/top1": 80,
+            "zeroshot/toy/top5": 100,
+            "zeroshot/toy/mean_per_class": 100 * 2.5 / 3,
+        }
+    )
+    found = ZeroShot(encoder, ZeroShotSet("toy", images, labels, [["a"], ["b"], ["c"]], groups)).run(None)
+    assert found["zeroshot/toy/x/top1"] == pytest.approx(200 / 3) and found["zeroshot/toy/y/top1"] == 100
+    assert found["zeroshot/toy/top1"] == pytest.approx(250 / 3)
+    assert (found["zeroshot/toy/x/n"], found["zeroshot/toy/y/n"]) == (3, 2)
+
+
+def test_classes_of_equal_prompts_tie_exactly_and_the_first_wins():
+    # 1000 classes: wide enough for a matrix product to round its last columns another way.
+    table = {str(i): rng(i).normal(size=37) for i in range(999)}
+    images = rng(5).normal(size=(64, 37)).astype(np.float32)
+    prompts = [[str(i)] for i in range(999)] + [["7"]]
+    data = ZeroShotSet("twins", list(images), np.zeros(64, int), prompts)
+    scores = ZeroShot(FakeEncoder(table), data).scores(None)[""]
+    np.testing.assert_array_equal(scores[:, 7], scores[:, 999])
+    assert 999 not in scores.argmax(1)
+
+
+@pytest.mark.parametrize(("embedding", "clusters"), [(True, False), (False, True), (True, True)])
+def test_names_of_scores(embedding, clusters):
+    table = {"a": [9, 0, 0], "b": [0, 9, 0]}
+    data = ZeroShotSet("toy", [np.array([8, 0, 0.0])], np.array([0]), [["a"], ["b"]])
+    metrics = ZeroShot(FakeEncoder(table, embedding, clusters), data).run(None)
+    assert metrics["zeroshot/toy/top1"] == 100
+    for score in ("cosine", "cross_entropy"):
+        assert (f"zeroshot/toy/{score}/top1" in metrics) == clusters
+    assert ("zeroshot/toy/both/top1" in metrics) == (embedding and clusters)
+    pairs = RetrievalSet("toy", [np.array([8, 0, 0.0]), np.array([0, 8, 0.0])], [["a"], ["b"]])
+    metrics = Retrieval(FakeEncoder(table, embedding, clusters), pairs).run(None)
+    assert metrics["retrieval/toy/text_to_image/r1"] == 100
+    assert ("retrieval/toy/cosine/image_to_text/r1" in metrics) == clusters
+
+
+def test_both_heads_of_xclip_are_scored_together():
+    rng_z, rng_p = rng(1), rng(2)
+    z, txt = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng_z.normal(size=(2, 6, 4)))
+    s, q = rng_p.normal(size=(6, 5)), scipy.special.softmax(rng_p.normal(size=(6, 5)), axis=1)
+    scores = zeroshot.compare(similarities(True, True, tau=0.5), {"embedding": z, "cluster_logits": s}, [txt, q])
+    entropy = ClusterSimilarity(0.5).scores(s, q)["cross_entropy"]
+    cosine = z @ txt.T
+    np.testing.assert_allclose(scores["both"], cosine / cosine.std() + entropy / entropy.std(), rtol=1e-5)
+    assert list(scores) == ["", "cosine", "cross_entropy", "both"]
+
+
+class Twice(Similarity):
+    """Scores under the names of another similarity."""
+
+    name, reads, logits = "twice", "z", "cosine"
+
+    def scores(self, img, txt):
+        return {"cosine": 2 * img @ txt.T}
+
+
+def test_scores_of_one_name_are_refused():
+    x = np.eye(3)
+    with pytest.raises(UserError, match="similarity 'twice' has a score 'cosine', and so has one before it; rename it"):
+        zeroshot.compare((ClusterSimilarity(), Twice()), {"embedding": x, "cluster_logits": x}, [x, x])
+
+
+def test_a_single_score_that_is_not_the_models_own_has_the_name_of_its_similarity():
+    x, q = np.eye(3), np.full((3, 3), 1 / 3)
+    scores = zeroshot.compare((ClusterSimilarity(), CosineSimilarity()), {"embedding": x, "cluster_logits": x}, [q, x])
+    assert list(scores) == ["", "cosine", "cross_entropy", "embedding", "both"]
+    assert scores[""] is scores["cosine"]
+    np.testing.assert_array_equal(scores["embedding"], np.eye(3))
+
+
+def test_the_distribution_of_a_class_is_the_mean_over_its_prompts():
+    table = {"a": [3.0, 0, 0], "A": [0, 3.0, 0], "b": [0, 0, 1.0]}
+    data = ZeroShotSet("toy", [np.array([1.0, 2, 0])], np.array([0]), [["a", "A"], ["b"]])
+    scores = ZeroShot(FakeEncoder(table, False, True), data).scores(None)
+    softmax = functools.partial(scipy.special.softmax, axis=-1)
+    p, q = softmax([[1.0, 2, 0]]), np.stack([softmax([table["a"], table["A"]]).mean(0), softmax(table["b"])])
+    expected = 0.5 * (p @ np.log(q).T + np.log(p) @ q.T)
+    np.testing.assert_allclose(scores["cross_entropy"], expected, rtol=1e-5)
+    np.testing.assert_array_equal(scores[""], scores["cosine"])
+
+
+def test_retrieval_with_one_and_seven_captions():
+    images = rng().normal(size=(20, 16))
+    captions = [[f"{i}/{j}" for j in range(7 if i % 2 else 1)] for i in range(20)]
+    keys = [(i, text) for i, texts in enumerate(captions) for text in texts]
+    table = {text: images[i] + rng(n).normal(size=16) for n, (i, text) in enumerate(keys)}
+    captions[3][0] = captions[4][0]
+    found = Retrieval(FakeEncoder(table), RetrievalSet("toy", list(images), captions)).run(None)
+    texts = [text for c in captions for text in c]
+    assert (found["retrieval/toy/images"], found["retrieval/toy/captions"]) == (20, 80)
+    assert found["retrieval/toy/chance/text_to_image/r5"] == pytest.approx(100 * (78 * 5 / 20 + 2 * 17 / 38) / 80)
+    scores = images.astype(np.float32) @ np.array([table[t] for t in texts], np.float32).T
+    match = np.array([[text in c for text in texts] for c in captions])
+    for k in (1, 5, 10):
+        assert found[f"retrieval/toy/image_to_text/r{k}"] == pytest.approx(100 * loop_recall(scores, match, k))
+        assert found[f"retrieval/toy/text_to_image/r{k}"] == pytest.approx(100 * loop_recall(scores.T, match.T, k))
+
+
+@pytest.mark.parametrize(("embedding", "clusters"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("unreadable", [(), (2, 3, 4, 17), range(40)])
+def test_retrieval_in_blocks_is_that_of_the_whole_matrix(embedding, clusters, unreadable, monkeypatch):
+    """Captions that images share, some of them in other blocks; a block without any image that can be read."""
+    images = rng().normal(size=(40, 16))
+    captions = [[f"{i}/{j}" for j in range(1 + i % 4)] for i in range(40)]
+    captions[3][0], captions[30][1], captions[31][0] = captions[4][0], captions[7][2], "shared"
+    captions[12][0] = "shared"
+    texts = [text for of_image in captions for text in of_image]
+    table = {text: rng(i).normal(size=16) + images[i % 40] for i, text in enumerate(sorted(texts))}
+    images[list(unreadable)] = np.nan
+    data = RetrievalSet("toy", list(images), captions)
+
+    def measured(block):
+        monkeypatch.setattr(retrieval, "BLOCK", block)
+        return Retrieval(FakeEncoder(table, embedding, clusters), data).run(None)
+
+    whole = measured(1 << 27)
+    assert ("retrieval/toy/both/text_to_image/r1" in whole) == (embedding and clusters)
+    for block in (3999, 317, 1):
+        assert measured(block) == whole
+    if embedding and not unreadable:
+        scores = images.astype(np.float32) @ np.array([table[text] for text in texts], np.float32).T
+        match = np.array([[text in of_image for text in texts] for of_image in captions])
+        assert whole["retrieval/toy/text_to_image/r5"] == pytest.approx(100 * loop_recall(scores.T, match.T, 5))
+
+
+def test_retrieval_never_holds_all_scores(monkeypatch):
+    monkeypatch.setattr(retrieval, "BLOCK", 1 << 16)
+    n = 3000
+    vectors = rng().normal(size=(n, 4)).astype(np.float32)
+    encoder = FakeEncoder({str(i): vector for i, vector in enumerate(vectors)}, True, True)
+    data = RetrievalSet("toy", list(vectors), [[str(i)] for i in range(n)])
+    tracemalloc.start()
+    Retrieval(encoder, data).run(None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < n * n  # bytes, a quarter of one matrix of scores
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": np.array([0])}, "labels"),
+        ({"labels": np.array([0, 2])}, "below 2"),
+        ({"prompts": [["a"], []]}, "prompt"),
+        ({"groups": {"x": np.zeros(2, bool)}}, "'x'"),
+        ({"names": ["a"]}, "names"),
+    ],
+)
+def test_a_wrong_zero_shot_set_raises(change, message):
+    with pytest.raises(UserError, match=message):
+        ZeroShotSet(**{"name": "toy", "images": [0, 0], "labels": np.array([0, 1]), "prompts": [["a"], ["b"]]} | change)
+
+
+def test_a_wrong_retrieval_set_raises():
+    for captions in ([["a"]], [["a"], []]):
+        with pytest.raises(UserError, match="caption"):
+            RetrievalSet("toy", [0, 0], captions)
+
+
+# Evaluators on a real model.
+
+
+def test_evaluators_on_a_real_model_agree_on_1_and_8_devices():
+    _, variables = small_model()
+    images, labels = list(rng(21).integers(0, 256, (21, SIZE, SIZE, 3), np.uint8)), rng(3).integers(0, 5, 21)
+    zero_shot = ZeroShotSet("toy", images, labels, [[t] for t in ["fox", "a", "dog"]] + [["cat", "kitten"], ["fox"]])
+    pairs = RetrievalSet("toy", images, [[str(i % 11), "shared"] for i in range(21)])
+    results = []
+    for devices in (1, 8):
+        encoder = make_encoder(8, K, devices, 16, (-1, 1, 1))
+        results.append(ZeroShot(encoder, zero_shot).run(variables) | Retrieval(encoder, pairs).run(variables))
+    assert results[0] == pytest.approx(results[1])
+    assert all(isinstance(value, float) for value in results[0].values())

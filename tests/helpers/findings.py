@@ -1,0 +1,19 @@
+"""What tests of the doctor share."""
+
+from tests.helpers import tiny
+from xclip_jax.commands.doctor.finding import OK
+from xclip_jax.train import build
+
+
+def built(objective="clip", **changes):
+    return build.build(tiny.config(objective, **changes))
+
+
+def only(findings, check, mark):
+    """The one finding of `check`, which has `mark`; FAILs and warnings have a remedy, there or in the text."""
+    (finding,) = [each for each in findings if each.check == check and each.mark != OK] or [
+        each for each in findings if each.check == check
+    ]
+    assert finding.mark == mark, finding
+    assert "\n" not in finding.line() and finding.line().startswith(mark)
+    return finding

@@ -1,0 +1,99 @@
+"""A run small enough for tests: config, batches, a folder of pairs, and what the run logs."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+from PIL import Image
+
+from xclip_jax.config import recipes
+from xclip_jax.train import build
+from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.state import create
+from xclip_jax.train.training_folder import TrainingFolder
+
+BATCH, SIZE, LENGTH = 16, 16, 12
+
+
+def config(objective="xclip", steps=10, run="runs/tiny", **changes):
+    """A config of towers of one or two narrow layers; `changes` are dotted keys with __ for the dot."""
+    c = recipes.base(objective, "Ti/12")
+    c.run, c.steps = str(run), steps
+    c.model.img = c.model.img.to_dict() | {
+        "image_size": SIZE,
+        "patch": 8,
+        "width": 32,
+        "depth": 1,
+        "heads": 2,
+        "scan": False,
+    }
+    c.model.txt = c.model.txt.to_dict() | {"context_length": LENGTH, "width": 32, "depth": 1, "heads": 2, "scan": False}
+    c.model.embed = 16
+    c.model.cluster_head = {"clusters": 24, "hidden": 32, "layers": 1, "last_norm": False}
+    c.model.dtype = "float32"
+    c.optim.warmup, c.optim.lr, c.optim.eps = 1, 1e-3, 1e-6
+    c.data.batch, c.data.tokenizer, c.data.threads = BATCH, "bytes", 2
+    c.data.flip_prob, c.data.color_jitter = 0.5, 0.2
+    c.eval.sets, c.eval.final_sets = (), ()
+    c.log.every, c.checkpoint.every = 1, 5
+    for key, value in changes.items():
+        group = c
+        *path, last = key.split("__")
+        for part in path:
+            group = group[part]
+        group[last] = value
+    return c
+
+
+def short(pairs, run, **changes):
+    """A config of four steps on a folder of pairs, with checkpoints of steps 2 and 4."""
+    defaults = {"data__sources": (f"folder:{pairs}",), "steps": 4, "checkpoint__every": 2, "optim__warmup": 0}
+    return config(run=run, **defaults | changes)
+
+
+def untrained(run, objective="xclip", noise=0.0, **changes):
+    """What a run leaves in the folder `run`, with the weights that it began with. Returns the folder.
+
+    `noise` is the deviation of what is added to weights and statistics, so that none is as every run begins.
+    """
+    c = config(objective, run=run, data__batch=8, **changes)
+    made, rng = build.build(c), np.random.default_rng(0)
+    with TrainingFolder(run).claimed(made.config, []):
+        pass
+    state = create(made.init, made.abstract)
+    if noise:
+        trees = {"params": state.params, "batch_stats": state.batch_stats}
+        state = state.replace(**jax.tree.map(lambda x: x + rng.normal(0, noise, x.shape).astype(x.dtype), trees))
+    with Checkpointer(run) as checkpointer:
+        checkpointer.save(state, {"samples": 0})
+    return run
+
+
+def batch(seed=0, b=BATCH, eot=257):
+    """Random images, and texts of random lengths that end in `eot`."""
+    rng = np.random.default_rng(seed)
+    text = rng.integers(1, 200, (b, LENGTH)).astype(np.int32)
+    for row, end in enumerate(rng.integers(2, LENGTH, b)):
+        text[row, end], text[row, end + 1 :] = eot, 0
+    return {"image": rng.integers(0, 256, (b, SIZE, SIZE, 3), dtype=np.uint8), "text": text}
+
+
+def folder(path, n=40, seed=0):
+    """Writes `n` little images with captions under `path` and returns it."""
+    rng = np.random.default_rng(seed)
+    path.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        Image.fromarray(rng.integers(0, 256, (20 + i % 5, 24, 3), dtype=np.uint8)).save(path / f"{i:03d}.png")
+        (path / f"{i:03d}.txt").write_text(f"picture {i}\n" + (f"number {i}\n" if i % 3 == 0 else ""))
+    return path
+
+
+def lines(run, name="metrics.jsonl"):
+    """The lines of a file of JSON lines in a run's folder."""
+    return [json.loads(line) for line in (pathlib.Path(run) / name).read_text().splitlines()]
+
+
+def losses(run):
+    """The loss of each step that a run logged."""
+    return [line["loss"] for line in lines(run) if "loss" in line]

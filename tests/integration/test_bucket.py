@@ -1,0 +1,109 @@
+"""A run's folder in a bucket, which here is fsspec's file system in memory."""
+
+from typing import ClassVar
+
+import fsspec
+import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
+
+from tests.data.test_tokenizer import save_words
+from tests.helpers import tiny
+from xclip_jax.commands import export
+from xclip_jax.config import schema
+from xclip_jax.core.errors import UserError
+from xclip_jax.data import tokenizer
+from xclip_jax.processes import runtime
+from xclip_jax.train import checkpoint_digest, job, same_run, weights
+from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.state import create
+from xclip_jax.train.training_folder import TrainingFolder
+
+TEXTS = ["picture 3", "number 4 picture"]
+
+
+class Bucket(MemoryFileSystem):
+    """What `epath` reads under s3://; of gs:// Orbax asks Google."""
+
+    protocol = "s3"
+    requests: ClassVar[list[str]] = []
+
+    def ls(self, path, **options):
+        self.requests.append(f"ls {path}")
+        return super().ls(path, **options)
+
+    def info(self, path, **options):
+        self.requests.append(f"info {path}")
+        return super().info(path, **options)
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).removeprefix("s3://"))
+
+
+@pytest.fixture
+def bucket():
+    """Name of a bucket of this test."""
+    fsspec.register_implementation("s3", Bucket, clobber=True)
+    yield "s3://bucket"
+    epath.Path("s3://bucket").rmtree(missing_ok=True)
+
+
+def test_a_run_with_a_tokenizer_file_resumes_and_is_exported(bucket, pairs, tmp_path, monkeypatch):
+    words = save_words(tmp_path / "words.json", ["?", "<pad>", "<s>", "</s>", "picture", "number"])
+    expected = tokenizer.load(words)(TEXTS, 6)
+    assert expected[0].tolist() == [2, 4, 0, 3, 1, 1]
+    config = schema.resolve(tiny.short(pairs, f"{bucket}/runs/mine", data__tokenizer=words))
+    folder = TrainingFolder(config.run)
+    first = job.prepare(config, folder)
+    with folder.claimed(config, first.fingerprints):
+        (folder.checkpoints / "2" / "state").mkdir(parents=True)
+        (folder.checkpoints / "2" / "state" / "manifest").write_text("")
+    assert folder.latest_step() == 2
+    (tmp_path / "words.json").unlink()  # as on a machine that was made again
+
+    folder.check(config)
+    again = job.prepare(config, folder)
+    copy = f"{bucket}/runs/mine/tokenizer.json"
+    assert again.experiment.tokenizer.name == copy
+    assert again.experiment.tokenizer(TEXTS, 6).tolist() == expected.tolist()
+    compared = []
+    monkeypatch.setattr(runtime, "peers", lambda: True)
+    monkeypatch.setattr(runtime, "check_same", lambda facts, _: compared.append(facts))
+    same_run.check_data(again)
+    assert "tokenizer file" in compared[0]
+
+    # Orbax would read the checkpoint by a client of its own, from the real store.
+    with Checkpointer(tmp_path / "local") as checkpointer:
+        checkpointer.save(create(first.experiment.init, first.experiment.abstract), {"samples": 0})
+    monkeypatch.setattr(weights, "Checkpointer", lambda _, **options: Checkpointer(tmp_path / "local", **options))
+    loaded, experiment, _, _ = weights.load(config.run)
+    assert loaded.data.tokenizer == copy and experiment.tokenizer(TEXTS, 6).tolist() == expected.tolist()
+    for to in ("safetensors", "open_clip"):
+        export.export(config.run, str(tmp_path / to), to=to)
+        assert tokenizer.load(str(tmp_path / to / "tokenizer.json"))(TEXTS, 6).tolist() == expected.tolist()
+
+
+def test_requests_for_a_digest_do_not_grow_with_the_files(bucket):
+    """Each takes some 50 ms, and a checkpoint of a large pod has a thousand files."""
+    counted = []
+    for n in (2, 60):
+        folder = epath.Path(f"{bucket}/runs/{n}/4")
+        for item in ("state", "position"):
+            (folder / item).mkdir(parents=True)
+            for i in range(n):
+                (folder / item / f"{i}").write_text("x" * i)
+        Bucket.requests.clear()
+        checkpoint_digest.write(folder, 4)
+        assert checkpoint_digest.find_fault(folder, 4) is None
+        counted.append(len(Bucket.requests))
+    assert counted[0] == counted[1]
+    (folder / "state" / "7").write_text("x")
+    assert checkpoint_digest.find_fault(folder, 4) == "state/7 is 1 bytes, not 7 bytes"
+    (folder / "state" / "7").unlink()
+    assert checkpoint_digest.find_fault(folder, 4) == "state/7 is missing"
+
+
+def test_a_tokenizer_that_a_bucket_lacks_is_one_sentence(bucket):
+    with pytest.raises(UserError, match=r"tokenizer 's3://bucket/none\.json' must be one of .* or the path of a"):
+        tokenizer.load(f"{bucket}/none.json")

@@ -1,0 +1,126 @@
+"""Callbacks and trackers of other packages: tests/extension/status_file.py, and no change inside xclip_jax."""
+
+import itertools
+import json
+import subprocess
+import sys
+from typing import ClassVar
+
+import pytest
+
+from tests.helpers import tiny
+from xclip_jax.commands.doctor.before import check_config
+from xclip_jax.commands.doctor.finding import FAIL
+from xclip_jax.config import schema
+from xclip_jax.core.errors import UserError
+from xclip_jax.train import callbacks, job, trainer
+from xclip_jax.train.callbacks import Callback
+
+STATUS = "tests.extension.status_file:StatusFile"
+LIST = "tests.integration.test_extension_callback:List"
+
+
+class List:
+    """A tracker: lines in a list, of which those of a run are looked up by its folder."""
+
+    runs: ClassVar[dict] = {}
+
+    def __init__(self, folder, config, step, run_id):
+        assert folder.trackers_file.exists() and len(run_id) == 8 and config.steps == 4
+        self.lines = self.runs[str(folder.path)] = [("start", step)]
+
+    def log(self, step, scalars):
+        self.lines.append((step, scalars["loss"]))
+        if step == 3:
+            raise ConnectionError("no route to host")
+
+    def show(self, step, picture, page):
+        self.lines.append("show")
+
+    def close(self):
+        self.lines.append("close")
+
+
+class Demanding(Callback):
+    def __init__(self, url):
+        self.url = url
+
+
+class Failing(Callback):
+    def __init__(self):
+        raise ConnectionError("no route to host\nTraceback")
+
+
+def test_a_run_calls_them(pairs, tmp_path, capsys):
+    run = tmp_path / "run"
+    config = tiny.short(pairs, run, log__callbacks=(STATUS,), log__to=(LIST,))
+    config.eval.final_sets = (f"retrieval/folder:{pairs}",)
+    results = trainer.run(config)
+    status = json.loads((run / "status.json").read_text())
+    losses = [(line["step"], line["loss"]) for line in tiny.lines(run) if "loss" in line]
+    assert {key: status[key] for key in ("step", "steps", "loss", "done")} == {
+        "step": 4, "steps": 4, "loss": losses[-1][1], "done": True
+    }  # fmt: skip
+    (headline,) = status.keys() - {"step", "steps", "loss", "done"}
+    assert status[headline] == results[headline]
+    # One that fails gets nothing more, and the run goes on.
+    assert List.runs[str(run)] == [("start", 0), *losses[:3]]
+    printed = capsys.readouterr().out
+    assert f"WARNING: {LIST} failed and gets nothing more (ConnectionError" in printed
+    assert "parameters, 40 pairs, 4 steps of 16 (1.6 epochs) on" in printed
+    assert job.extras(schema.resolve(config)) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "message"),
+    [
+        ("callbacks", "status_file", r"log\.callbacks is \('status_file',\); expected names of the form 'package\."),
+        ("callbacks", "tests.extension.status_file:Status", rf"log\.callbacks: .* did you mean '{STATUS}'\?$"),
+        ("callbacks", "no_such.module:Class", r"log\.callbacks: .*cannot be imported .*install its package"),
+        ("callbacks", LIST, r"List' is not a class derived from xclip_jax\.train\.callbacks\.Callback"),
+        (
+            "callbacks",
+            "tests.integration.test_extension_callback:Demanding",
+            r"Demanding' cannot be made without arguments \(TypeError: .*'url'",
+        ),
+        (
+            "callbacks",
+            "tests.integration.test_extension_callback:Failing",
+            r"Failing' cannot be made .*Error: no route to host\); correct",
+        ),
+        ("to", "tests.integration.test_extension_callback:Lists", rf"log\.to: .* did you mean '{LIST}'\?$"),
+        ("to", STATUS, r"StatusFile' is not a class derived from xclip_jax\.train\.trackers\.Tracker"),
+    ],
+)
+def test_a_wrong_name_is_one_sentence_before_the_folder(key, name, message, pairs, tmp_path):
+    with pytest.raises(UserError, match=message):
+        trainer.run(tiny.short(pairs, tmp_path / "run", **{f"log__{key}": (name,)}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_check_of_a_config_imports_what_it_names_and_makes_nothing():
+    values = {"data.sources": ("folder:/x",), "log.callbacks": (f"{__name__}:Failing",), "log.to": ("no.such:Class",)}
+    flags = ["--config", "xclip", *(f"--config.{key}={value}" for key, value in values.items())]
+    command = [sys.executable, "-m", "xclip_jax.main", "--check", *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: log.to: 'no.such:Class' cannot be imported")
+    with pytest.raises(UserError, match=r"log\.callbacks: 'no\.such:Class' cannot be imported"):
+        callbacks.classes(schema.resolve(tiny.config(log__callbacks=("no.such:Class",))))
+
+
+def test_the_check_of_a_config_ends_with_what_it_did_not_look_at():
+    command = [sys.executable, "-m", "xclip_jax.main", "--check", "--config", "xclip", "--config.init.weights=no.pt"]
+    done = subprocess.run([*command, "--config.data.sources='folder:/x',"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    last = "not looked at: data, weights and disk; xclip-jax doctor does that"
+    assert done.stdout.splitlines()[0].endswith(" are valid") and done.stdout.splitlines()[-1] == last
+
+
+def test_the_doctor_imports_what_a_config_names_and_makes_nothing(tmp_path):
+    names = {"log__callbacks": (f"{__name__}:Failing", "no.such:Class"), "log__to": (LIST, "no.such:Tracker")}
+    findings = check_config(tiny.config(run=tmp_path / "run", **names))
+    findings = list(itertools.takewhile(lambda finding: finding.check != "model", findings))
+    assert [finding.text.partition(" cannot be imported")[0] for finding in findings if finding.check == "log"] == [
+        "log.callbacks: 'no.such:Class'", "log.to: 'no.such:Tracker'"
+    ]  # fmt: skip
+    assert {finding.mark for finding in findings if finding.check == "log"} == {FAIL}

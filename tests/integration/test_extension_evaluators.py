@@ -1,0 +1,139 @@
+"""Sets and an evaluator of another package, `tests.extension.greys`, without a change inside xclip_jax."""
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+
+from tests.extension import greys
+from tests.helpers import tiny
+from tests.helpers.encoding import make_encoder, small_model
+from xclip_jax.commands import evaluate
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.imports import class_name, import_class
+from xclip_jax.evaluators import registry, results, tables
+from xclip_jax.evaluators.results import from_json, to_json
+from xclip_jax.report import __main__ as report
+from xclip_jax.train import trainer
+
+SPEC = "tests.extension.greys:Greys/20"
+NAME = f"order of images/{SPEC}"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("extension")
+    sources = (f"folder:{tiny.folder(root / 'pairs')}",)
+    trainer.run(tiny.config(run=root / "run", steps=2, data__sources=sources, eval__sets=(SPEC,), eval__every=1))
+    return root / "run"
+
+
+def check_table(shown):
+    """The table of the evaluator's own layout."""
+    head, row = tables.render(shown).splitlines()[:2]
+    assert head.split() == ["order", "of", "images,", "%", "images", "next", "one", "nearer"]
+    assert row.split()[:2] == [SPEC, "20"] and row.endswith("(50.0)")
+    assert tables.headlines(shown).startswith(f"{SPEC} nearer ")
+
+
+def test_built_in_ones_are_an_entry_each(monkeypatch):
+    """What KINDS, from which SETS is made, and EVALUATORS have is all that a kind of sets and an evaluator need."""
+
+    class BuiltIn(greys.Greys):
+        prefixes, names = ("greys",), ("greys/20",)
+
+    monkeypatch.setattr(registry, "KINDS", (*registry.KINDS, BuiltIn))
+    monkeypatch.setattr(registry, "SETS", {**registry.SETS, "greys": BuiltIn})
+    monkeypatch.setattr(registry, "EVALUATORS", {**registry.EVALUATORS, "neighbours": greys.Neighbours})
+    monkeypatch.setattr(greys.GreyImages, "evaluator", "neighbours")
+    assert "greys/20" in registry.listing() and registry.expand_suites("greys/20,mnist") == ("greys/20", "mnist")
+    with pytest.raises(UserError, match="did you mean 'greys/20'"):
+        registry.check("grey/20")
+    (evaluator,) = registry.open_all(["greys/20"], make_encoder())
+    measured = registry.measure(evaluator, small_model()[1])
+    for shown in (measured, from_json(to_json(measured)), [dataclasses.replace(r, evaluator="") for r in measured]):
+        (table,) = tables.build(shown)
+        assert table.title == "order of images, %" and table.rows[0][0] == "greys/20" and table.rows[0][1][0] == "20"
+
+
+def test_the_extension_is_one_short_file():
+    assert len(pathlib.Path(greys.__file__).read_text().splitlines()) < 60
+
+
+def test_a_run_evaluates_the_set_by_its_name(run):
+    record = json.loads((run / "results.json").read_text())
+    assert (
+        record["results"].keys() == {f"{NAME}/nearer", f"{NAME}/images"} and record["results"][f"{NAME}/images"] == 20
+    )
+    assert [line["step"] for line in tiny.lines(run) if f"{NAME}/nearer" in line] == [1, 2]
+    check_table(results.from_json(record["records"]))
+
+
+def test_the_command_adds_it_to_its_file_and_compares_it(run, capsys):
+    (entry,) = evaluate.evaluate(str(run), SPEC)["results"]
+    assert (entry["set"], entry["metric"], entry["n"]) == (SPEC, "nearer", 18) and entry["protocol"]
+    assert 0 <= entry["value"] <= 100 and "order of images, %" in capsys.readouterr().out
+    evaluate.evaluate(str(run), SPEC, step=2)
+    check_table(results.of_entries(json.loads((run / "evaluation.json").read_text())["results"]))
+    evaluate.main(["--compare", str(run), str(run)])
+    out = capsys.readouterr().out
+    assert SPEC in out and "+0.0 to +0.0" in out
+
+
+def test_the_report_shows_it(run):
+    report.main([str(run)])
+    page = (run / "report.html").read_text().replace("<wbr>", "")
+    assert page.count(SPEC) >= 2 and "order of images, %" in page and "next one nearer" in page
+    assert "chance 50.0\u00a0%" in page and '<span class="pill' in page
+
+
+@pytest.mark.parametrize("evaluator", ["", "not_installed.here:Neighbours"])
+def test_results_without_their_evaluator_have_a_line_for_each_metric(evaluator, run):
+    record = json.loads((run / "results.json").read_text())
+    shown = [dataclasses.replace(result, evaluator=evaluator) for result in results.from_json(record["records"])]
+    head, row = tables.render(shown).splitlines()[:2]
+    assert head.split() == ["order", "of", "images", "items", "metric", "%"]
+    assert row.split()[:3] == [SPEC, "18", "nearer"] and row.endswith("(50.0)")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "no_such_package.evals:Mine",
+            "'no_such_package.evals:Mine' cannot be imported .*No module named",
+        ),
+        ("tests.extension.greys:Nothing/20", "evaluation set .*greys:Nothing.* cannot be imported .*no attribute"),
+        ("tests.extension.greys:Neighbours", "Neighbours' is not a class derived from .*SetKind"),
+    ],
+)
+def test_an_unknown_kind_of_sets_is_one_sentence(spec, message):
+    with pytest.raises(UserError, match=message):
+        registry.check(spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("zeroshott", "x: unknown evaluator 'zeroshott'; expected zeroshot, retrieval"),
+        ("tests.extension.greys:Greys", "x: evaluator .*greys:Greys' is not a class derived from .*Evaluator"),
+    ],
+)
+def test_an_unknown_evaluator_is_one_sentence(name, message):
+    data = greys.GreyImages("x", [])
+    data.evaluator = name
+    with pytest.raises(UserError, match=message):
+        registry.evaluator(None, data)
+
+
+def test_a_set_that_lacks_an_attribute_is_one_sentence():
+    with pytest.raises(UserError, match="object is not an evaluation set: it has no name and no card and no evaluator"):
+        registry.evaluator(None, object())
+
+
+def test_names_of_classes():
+    assert class_name(SPEC) == "tests.extension.greys:Greys" and class_name("emoji/test_line") is None
+    assert import_class("tests.extension.greys:Greys", greys.SetKind) is greys.Greys
+    with pytest.raises(UserError, match=r"'greys' is not the name of a class; expected 'package\.module:Class'"):
+        import_class("greys", greys.SetKind)

@@ -1,0 +1,172 @@
+"""A kind of sources of another package: tests/extension/json_lines.py, and no change inside xclip_jax."""
+
+import base64
+import json
+import shutil
+
+import numpy as np
+import pytest
+from absl import flags
+
+from tests.extension.json_lines import JsonLinesSource
+from tests.helpers import bad_tars, tiny
+from xclip_jax.commands import check
+from xclip_jax.core.errors import UserError
+from xclip_jax.data import labelled, sources
+from xclip_jax.data.base import SourceKind, SourceOptions
+from xclip_jax.evaluators import registry
+from xclip_jax.train import trainer
+
+KIND = "tests.extension.json_lines:JsonLines"
+N = 40
+
+
+def write(folder, n=N, bad=7):
+    """A file of `n` pairs, every other image in base64, and one line that is not JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(n):
+        image = base64.b64encode(bad_tars.jpeg(i)).decode() if i % 2 else f"{i}.jpg"
+        (folder / f"{i}.jpg").write_bytes(bad_tars.jpeg(i))
+        lines.append(json.dumps({"image": image, "text": [f"picture {i}", "of a wave"], "tags": ["wave"]}))
+    if bad is not None:
+        lines[bad] = '{"image": '
+    (folder / "pairs.jsonl").write_text("\n".join(lines))
+    return f"{KIND}:{folder / 'pairs.jsonl'}"
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="module")
+def run(spec, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    trainer.run(tiny.config(run=folder, steps=6, data__sources=(spec,), checkpoint__every=2))
+    return folder
+
+
+def test_it_is_trained_on_and_its_bad_sample_is_recorded(spec, run):
+    assert len(tiny.losses(run)) == 6
+    (entry,) = tiny.lines(run, "bad_samples.jsonl")
+    path = spec.removeprefix(f"{KIND}:")
+    assert (entry["file"], entry["line"], entry["reason"]) == (path, "8", "JSONDecodeError")
+    (fingerprint,) = json.loads((run / "data.json").read_text())
+    assert fingerprint == sources.open_pairs(spec).fingerprint() and fingerprint["samples"] == N
+
+
+def test_a_stopped_run_continues_exactly(spec, run, tmp_path, monkeypatch):
+    config = tiny.config(run=tmp_path / "run", steps=6, data__sources=(spec,), checkpoint__every=2)
+    read, batches = JsonLinesSource.__getitem__, []
+
+    def stop_later(self, index):
+        batches.append(index)
+        if len(batches) > 4.5 * tiny.BATCH:
+            raise KeyboardInterrupt
+        return read(self, index)
+
+    monkeypatch.setattr(JsonLinesSource, "__getitem__", stop_later)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(config)
+    monkeypatch.undo()
+    trainer.run(config)
+    assert tiny.losses(tmp_path / "run") == tiny.losses(run)
+    assert tiny.lines(tmp_path / "run", "bad_samples.jsonl") == tiny.lines(run, "bad_samples.jsonl")
+
+
+@pytest.mark.slow
+def test_worker_processes_read_it(spec, run, tmp_path):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain's workers ask absl, which only app.run sets up
+    trainer.run(tiny.config(run=tmp_path / "run", steps=2, data__sources=(spec,), data__workers=2))
+    assert tiny.losses(tmp_path / "run")[:2] == tiny.losses(run)[:2]
+
+
+def test_a_run_does_not_resume_on_other_data(spec, run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / "6")
+    same, other = write(tmp_path / "same"), write(tmp_path / "other", bad=8)
+    config = tiny.config(run=copy, steps=6, data__sources=(other,), checkpoint__every=2)
+    with pytest.raises(UserError, match=r"source 0, '.*other.*', has changed since .*data\.json"):
+        trainer.run(config)
+    config.data.sources = (same,)
+    trainer.run(config)  # a copy in another folder is the same data
+    assert tiny.losses(copy) == tiny.losses(run)
+
+
+def test_the_check_reads_it(spec, capsys):
+    code = check.main([spec, "--tokenizer", "bytes", "--size", "32"])
+    out = capsys.readouterr().out
+    assert code == 0 and f"samples: {N}, index " in out and "bad, JSONDecodeError: 1 of 40 that were read" in out
+    assert '"line": "8"' in out
+
+
+def test_keys_are_those_of_the_config(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"photo": "a.jpg", "title": "a", "alt": "b"}) + "\n")
+    shutil.copy(write(tmp_path).removeprefix(f"{KIND}:").replace("pairs.jsonl", "0.jpg"), tmp_path / "a.jpg")
+    options = SourceOptions(image_key="photo", text_keys=("title", "alt"))
+    assert sources.open_pairs(f"{KIND}:{tmp_path / 'x.jsonl'}", options)[0]["text"] == ["a", "b"]
+
+
+# Labelled items of another package.
+
+
+class Waves(SourceKind):
+    """Labelled images: REST/SPLIT is a split of `REST` classes."""
+
+    split_specs = (("tests.integration.test_extension_source:Waves:CLASSES", "waves"),)
+
+    @classmethod
+    def open_labelled(cls, rest, options):
+        classes, _, split = rest.partition("/")
+        names = [f"wave {i}" for i in range(int(classes))]
+        seed = {"": 0, "train": 1, "test": 2, "validation": 3}[split]
+        images = [bad_tars.jpeg(i + 50 * seed) for i in range(4 * len(names))]
+        return labelled.Labelled("image", images, np.arange(len(images)) % len(names), names)
+
+
+WAVES = "tests.integration.test_extension_source:Waves:3"
+
+
+def test_evaluation_sets_of_labelled_items():
+    data = registry.load(f"zeroshot/{WAVES}", 16)
+    assert data.name == WAVES and len(data.images) == 12 and list(data.names) == ["wave 0", "wave 1", "wave 2"]
+    probe = registry.load(f"probe/{WAVES}", 16)
+    assert len(probe.train) == len(probe.test) == 12 and not len(probe.validation)
+    tested = registry.load(f"finetuned/{WAVES}/test", 16)
+    assert tested.classes == 3 and tested.labels.tolist() == [0, 1, 2] * 4
+    assert tested.card.split_hash != registry.load(f"finetuned/{WAVES}", 16).card.split_hash
+
+
+def test_a_classifier_is_trained_on_labelled_items(tmp_path):
+    config = tiny.config("classify", run=tmp_path / "run", steps=2, data__sources=(WAVES,), data__batch=8)
+    config.objective.classify.classes = 3
+    trainer.run(config)
+    assert json.loads((tmp_path / "run" / "data.json").read_text())[0]["classes"] == ["wave 0", "wave 1", "wave 2"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "my_lab.no_such:Mine:/x",
+            r"source 'my_lab.no_such:Mine' cannot be imported .*install its package",
+        ),
+        ("tests.extension.json_lines:JsonLinesSource:/x", "JsonLinesSource' is not a class derived from .*SourceKind"),
+        ("tests.extension.json_lines:Nothing:/x", "source .*Nothing' cannot be imported"),
+        (f"{KIND}:/nowhere", "'/nowhere' does not exist"),
+        (WAVES, rf"source '{WAVES}' has no image-text pairs; write tar:PATTERN, .* or package\.module:Class:REST\.$"),
+        ("glue:cola/train", "source 'glue:cola/train' has no image-text pairs; write tar:PATTERN"),
+        ("foldr:pairs", "unknown source 'foldr:pairs'; write .* did you mean 'folder:pairs'"),
+        ("folder:", "source 'folder:' ends after its type; write folder:PATH"),
+    ],
+)
+def test_a_spec_that_names_no_source_is_one_sentence(spec, message):
+    with pytest.raises(UserError, match=message):
+        sources.open_pairs(spec)

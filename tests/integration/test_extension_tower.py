@@ -1,0 +1,258 @@
+"""An image tower of another package, `tests/extension/conv_mixer.py`, in a run: from its config to its report."""
+
+import dataclasses
+import json
+import types
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import xclip_jax
+from tests.extension.conv_mixer import ConvMixer
+from tests.helpers import tiny
+from xclip_jax import report
+from xclip_jax.commands import evaluate, export, plan
+from xclip_jax.commands.doctor import resources
+from xclip_jax.config import schema
+from xclip_jax.config.load import load_config
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.data import loader
+from xclip_jax.models.tower import ImageTower, TextTower
+from xclip_jax.parallel import topology
+from xclip_jax.train import build, flops, log, memory, state, trainer, weights
+from xclip_jax.train.checkpoint import Checkpointer
+
+TYPE = "tests.extension.conv_mixer:ConvMixer"
+OPTIONS = {"type": TYPE, "image_size": 24, "patch": 4, "width": 20, "depth": 2, "drop_path": 0.5}
+
+
+def config(run="runs/tiny", **changes):
+    return tiny.config(run=run, model__plugins={"img": OPTIONS}, **changes)
+
+
+def last_state(c):
+    p = build.build(c)
+    with Checkpointer(c.run, read_only=True) as checkpointer:
+        return jax.device_get(checkpointer.restore(p.abstract)[0])
+
+
+def test_training_is_on_average_what_evaluation_is():
+    tower = ConvMixer(image_size=8, patch=4, width=6, depth=1, drop_path=0.25)
+    module, image = tower.module(jnp.float32), np.random.default_rng(0).normal(size=(1, 8, 8, 3)).astype(np.float32)
+    variables = module.init(jax.random.key(0), image)
+    left_out, kept, evaluated = (
+        module.apply(variables, image, paths) for paths in (np.zeros((1, 1)), np.ones((1, 1)), None)
+    )
+    np.testing.assert_allclose(0.25 * left_out + 0.75 * kept, evaluated, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    # Classes of unequal sizes: a model that takes all images for one of them says which by its accuracy.
+    for n, label in enumerate(("ant", "bee", "cat", "dog", "emu", "fox"), 1):
+        for text in tiny.folder(root / "set" / label, n, seed=n).glob("*.txt"):
+            text.unlink()
+    return {"data__sources": (f"folder:{tiny.folder(root / 'pairs')}",), "eval__final_sets": (f"folder:{root}/set",)}
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """Six steps, with an evaluation and a report."""
+    c = config(tmp_path_factory.mktemp("runs") / "run", steps=6, checkpoint__every=3, eval__report=True, **data)
+    results = trainer.run(c, [report.callback()])
+    assert any(key.endswith("top1") for key in results)
+    return c
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_run_resumes_bit_exactly(run, data, tmp_path, monkeypatch):
+    c = config(tmp_path / "run", steps=6, checkpoint__every=3, **data)
+    original, batches = loader.to_global, []
+
+    def counted(batch, mesh):
+        if len(batches) == 5:
+            raise Stopped
+        batches.append(batch)
+        return original(batch, mesh)
+
+    monkeypatch.setattr(loader, "to_global", counted)
+    with pytest.raises(Stopped):
+        trainer.run(c)
+    monkeypatch.undo()
+    trainer.run(c)
+    before, after = last_state(run), last_state(c)
+    chex.assert_trees_all_equal(after, before)
+    fresh = build.build(run)
+    start = jax.device_get(state.create(fresh.init, fresh.abstract).params["img"])
+    assert all(
+        np.abs(x - y).max() > 0 for x, y in zip(*map(jax.tree.leaves, (start, after.params["img"])), strict=True)
+    )
+
+
+def test_the_config_alone_finds_the_tower_again(run):
+    saved = RunFolder(run.run).read_config()["config"]
+    assert saved["model"]["plugins"]["img"] == OPTIONS
+    tower = schema.resolve(schema.complete(json.loads(json.dumps(saved)))).model.tower("img")
+    assert (type(tower).__name__, tower.image_size, tower.width) == ("ConvMixer", 24, 20)
+    model = xclip_jax.load(run.run)
+    assert model.size == 24
+    images = [np.random.default_rng(i).integers(0, 256, (30, 40, 3), dtype=np.uint8) for i in range(3)]
+    assert model.encode_image(images).shape == (3, 16)
+
+
+def test_it_is_evaluated_as_the_run_was_and_has_a_report(run):
+    folder = RunFolder(run.run)
+    suite = run.eval.final_sets[0]
+    result, results = evaluate.evaluate(run.run, suite)["results"][0], folder.read_results()["results"]
+    of_run = {key: results[f"{result['name']}/{key}"] for key in result["metrics"]}
+    assert of_run == result["metrics"] and of_run["top1"] == result["value"]
+    page = (folder.path / "report.html").read_text()
+    assert "The image tower of this model has no attention maps." in page
+    assert "ConvMixer of width 20, 24 px" in page
+
+
+def test_flops_and_plan_count_it():
+    one, other = (schema.resolve(c) for c in (config(), config(model__img__depth=3)))
+    assert flops.forward(one) == flops.forward(other)  # group model.img is not used
+    assert flops.forward(one)["img"] == 2.0 * 36 * (48 * 20 + 2 * (25 * 20 + 400))
+    assert flops.forward(one)["txt"] == flops.forward(schema.resolve(tiny.config()))["txt"]
+    rows = plan.explain(build.build(one))
+    names = {row["parameter"]: row["shape"] for row in rows if row["parameter"].startswith("img/")}
+    assert names["img/Conv_0/kernel"] == [4, 4, 3, 20] and len(names) == 14
+    assert [change for change in memory.remedies(config()) if any("img" in key for key in change)] == []
+    assert any("model.txt.remat" in change for change in memory.remedies(config()))
+
+
+def test_without_a_projection_the_embedding_is_the_towers():
+    with pytest.raises(UserError, match=r"embed 16 must be plugins\.img\.width 20 where project_img is false"):
+        build.build(config(model__project_img=False))
+    assert "proj_img" not in build.build(config(model__project_img=False, model__embed=20)).abstract.params
+
+
+@dataclasses.dataclass(frozen=True)
+class Uncounted(ConvMixer):
+    """A tower as somebody writes it who tries an idea."""
+
+    def flops(self, train):
+        return ImageTower.flops(self, train)
+
+
+def test_a_tower_need_not_count_its_flops(tmp_path, monkeypatch, capsys):
+    c = tiny.config(model__plugins={"img": OPTIONS | {"type": f"{__name__}:Uncounted"}})
+    made, reason = build.build(c), "FLOPs are not known, as Uncounted.flops returns None"
+    assert flops.forward(made.config) is None and flops.train_step(made.config) is None
+    assert log._flops_and_peak(types.SimpleNamespace(experiment=made))[0] == 0
+    assert capsys.readouterr().out == f"metrics have no mfu: {reason}\n"
+    step = resources.check_step(made, RunFolder(tmp_path))
+    assert step.seconds is None and f"the step, whose {reason}, is not compiled" in step.findings[0].text
+    json.dumps(step.findings[0].values, allow_nan=False)
+
+    monkeypatch.setattr(plan, "devices_of", lambda *_: (jax.devices(), topology.CHIPS["v5e"]))
+    monkeypatch.setattr(memory, "compile_config", lambda *_: (made, None, "too large"))
+    facts = plan.plan(c, "v5e:2x4", look=False)
+    assert "pairs_per_second" not in facts
+    assert plan.render(facts).endswith(f"\nno estimate of the time: {reason}")
+
+
+def test_a_new_run_starts_from_its_weights(run, data, tmp_path, capsys):
+    p = build.build(config(tmp_path / "run", init__weights=run.run, **data))
+    tensors = weights.read_initial(p.config, p.abstract)
+    assert "initialised at random" not in capsys.readouterr().out
+    np.testing.assert_array_equal(
+        tensors["params/img/Conv_0/kernel"], last_state(run).params["img"]["Conv_0"]["kernel"]
+    )
+    p = build.build(tiny.config(init__weights=run.run, model__img__width=20))
+    tensors = weights.read_initial(p.config, p.abstract)
+    assert "params/txt/tokens" in tensors and not [name for name in tensors if name.startswith("params/img")]
+    assert "img is another tower: ConvMixer of width 20, 24 px in" in capsys.readouterr().out
+
+
+def test_fine_tuning_takes_it_over(run):
+    c = load_config(f"finetune:data=tfds:imagenet2012,weights={run.run}")
+    assert c.model.plugins.img.to_dict() == OPTIONS
+    with pytest.raises(UserError, match=r"optim\.layer_decay is 0\.65, and ConvMixer has no layers .*; set it to 1"):
+        schema.resolve(c)
+    c.optim.layer_decay = 1.0
+    assert set(build.build(c).abstract.params) == {"img", "classifier"}
+
+
+def test_our_own_form_holds_it_and_others_refuse_it(run, tmp_path):
+    export.export(run.run, str(tmp_path / "own"), to="safetensors")
+    card = (tmp_path / "own" / "README.md").read_text()
+    assert "# xCLIP, ConvMixer of width 20, 24 px" in card and "| model.plugins.img.depth | 2 |" in card
+    assert "model.img.patch_dropout" not in card
+    chex.assert_trees_all_equal(*(jax.device_get(weights.load(path)[2]) for path in (str(tmp_path / "own"), run.run)))
+    for to in ("hf", "open_clip"):
+        with pytest.raises(UserError, match=f"'{to}' cannot hold a tower of another type .*ConvMixer"):
+            export.export(run.run, str(tmp_path / to), to=to)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({"optim__microbatches": 2}, marks=pytest.mark.slow), {"mesh__strategy": "fsdp", "mesh__fsdp": 2}],
+)
+def test_eight_devices_and_microbatches_equal_one(changes):
+    one, many = build.build(config(), jax.devices()[:1]), build.build(config(**changes))
+    metrics = []
+    for p in (one, many):
+        batch = tiny.batch(eot=p.tokenizer.eot_id)
+        batch["image"] = np.random.default_rng(0).integers(0, 256, (tiny.BATCH, 24, 24, 3), dtype=np.uint8)
+        metrics.append(jax.device_get(p.compiled(state.create(p.init, p.abstract), loader.to_global(batch, p.mesh))[1]))
+    for key in ("loss", "grad_norm"):
+        assert metrics[1][key] == pytest.approx(metrics[0][key], rel=1e-4)
+
+
+class NoDataclass(TextTower):
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Incomplete(ImageTower):
+    image_size: int = 8
+
+
+@pytest.mark.parametrize(
+    ("plugins", "message"),
+    [
+        ({"img": OPTIONS | {"depht": 2}}, r"'model\.plugins\.img\.depht' is unknown; did you mean .*depth"),
+        ({"img": OPTIONS | {"depth": 0}}, r"model\.plugins\.img\.depth is 0; expected at least 1"),
+        ({"img": OPTIONS | {"patch": 5}}, r"model\.plugins\.img\.image_size 24 must be a multiple of patch 5"),
+        ({"img": {"width": 8}}, r"model\.plugins\.img\.type is missing"),
+        ({"img": {"type": "vot"}}, "unknown image tower 'vot'; did you mean 'vit'"),
+        ({"img": {"type": "nowhere.towers:Net"}}, "image tower 'nowhere.towers:Net' cannot be imported .*install"),
+        ({"txt": OPTIONS}, "text tower .*ConvMixer' is not a dataclass derived from xclip_jax.models.tower.TextTower"),
+        ({"txt": {"type": f"{__name__}:NoDataclass"}}, "is not a dataclass derived from"),
+        (
+            {"img": {"type": f"{__name__}:Incomplete"}},
+            r"image tower '.*:Incomplete' does not define module and width, which ImageTower requires; add it\.",
+        ),
+        ({"image": OPTIONS}, r"model\.plugins is .*expected groups 'img' and 'txt'"),
+    ],
+)
+def test_wrong_plugins_are_one_sentence(plugins, message):
+    with pytest.raises(UserError, match=message) as error:
+        schema.resolve(tiny.config(model__plugins=plugins))
+    assert "\n" not in str(error.value)
+
+
+def test_a_built_in_type_may_be_named():
+    tower = schema.resolve(tiny.config(model__plugins={"img": {"type": "vit", "width": 48, "heads": 4}})).model.tower(
+        "img"
+    )
+    assert tower.width == 48 and tower.patch == 16
+
+
+def test_layer_decay_needs_layers():
+    c = config(optim__layer_decay=0.5)
+    assert schema.resolve(c).model.tower("txt").num_layers == 3  # the text tower has layers
+    c.objective.name, c.objective.terms, c.objective.classify.classes = "classify", {"classify": 1.0}, 2
+    with pytest.raises(UserError, match=r"optim\.layer_decay is 0\.5, and ConvMixer has no layers"):
+        schema.resolve(c)

@@ -1,0 +1,286 @@
+"""Fine-tuning from end to end: labelled data, runs that start from weights, and the metrics of tasks."""
+
+import csv
+import json
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+import sklearn.metrics
+from etils import epath
+
+from tests.helpers import tiny
+from tests.helpers.encoding import by_name
+from xclip_jax import interop
+from xclip_jax.commands import evaluate, export
+from xclip_jax.config import schema
+from xclip_jax.config.load import load_config
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.storage import write_json
+from xclip_jax.data import loader, opening, sources
+from xclip_jax.data.readers import glue
+from xclip_jax.evaluators import registry, tables
+from xclip_jax.evaluators.classification import ClassifierEvaluator
+from xclip_jax.evaluators.results import VALIDATION
+from xclip_jax.train import build, state, trainer, weights
+from xclip_jax.train.checkpoint import Checkpointer
+
+# Labelled data.
+
+
+def folder_of_classes(path, n=24, seed=0):
+    """Three classes of noise around one brightness each."""
+    rng = np.random.default_rng(seed)
+    for label, name in enumerate(("bright", "dark", "grey")):
+        (path / name).mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            noise = rng.integers(0, 40, (20, 22, 3)) + (200, 0, 100)[label]
+            PIL.Image.fromarray(noise.astype(np.uint8)).save(path / name / f"{i}.png")
+    return path
+
+
+def test_a_folder_and_a_table_give_labelled_records(tmp_path):
+    path = folder_of_classes(tmp_path / "a", 2)
+    source = sources.open_labelled(f"folder:{path}")
+    assert len(source) == 6 and source.names == ["bright", "dark", "grey"]
+    assert source.labels().tolist() == [0, 0, 1, 1, 2, 2]
+    assert source[3]["label"] == 1 and isinstance(source[3]["image"], bytes)
+    assert source.describe(3)["file"].endswith("dark/1.png")
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["path", "label"], ["a/grey/0.png", "7"], ["a/dark/1.png", "0"]])
+    table = sources.open_labelled(f"csv:{tmp_path / 't.csv'}")
+    assert table.labels().tolist() == [1, 0] and table.names == ["0", "7"]
+    with pytest.raises(UserError, match="has no labelled items; write folder:PATH"):
+        sources.open_labelled("tar:x")
+    c = tiny.config("classify", data__sources=(f"folder:{path}",)).data
+    with pytest.raises(UserError, match=r"has 3 classes, expected 4"):
+        opening.open_sources(loader.DataConfig(**c.to_dict()), 4)
+
+
+COLA = "gj04\t1\t\tOur friends {i} won't buy this.\ngj04\t0\t*\tThey {i} drank the pub\n"
+
+
+def glue_folder(path, task, n=12):
+    path.mkdir(parents=True, exist_ok=True)
+    if task == "cola":
+        text = "".join(COLA.format(i=i) for i in range(n))
+    elif task == "stsb":
+        rows = [f'{i}\tg\tf\ty\t{i}\ts\ts\t{"ab"[i % 2] * 3} {i}\t"aaa {i}\t{5.0 * (1 - i % 2)}' for i in range(n)]
+        head = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore"
+        text = "\n".join([head, *rows])
+    else:
+        rows = [f"{i}\tA {i}\tB\t{('entailment', 'neutral', 'contradiction')[i % 3]}" for i in range(n)]
+        text = "index\tsentence1\tsentence2\tgold_label\n" + "\n".join(rows)
+    for name in ("train", "dev", "dev_matched", "dev_mismatched"):
+        (path / f"{name}.tsv").write_text(text + "\n")
+    return path
+
+
+def test_glue_of_files(tmp_path):
+    texts, labels = glue.read("cola", "validation", str(glue_folder(tmp_path / "c", "cola")))
+    assert texts[:2] == ["Our friends 0 won't buy this.", "They 0 drank the pub"] and labels[:2].tolist() == [1, 0]
+    texts, labels = glue.read("stsb", "train", str(glue_folder(tmp_path / "s", "stsb")))
+    assert texts[1] == 'bbb 1 "aaa 1' and labels[:2].tolist() == [5, 0] and labels.dtype == np.float32
+    for name in ("mnli", "mnli_mismatched"):
+        texts, labels = glue.read(name, "validation", str(glue_folder(tmp_path / "m", "mnli")))
+        assert texts[2] == "A 2 B" and labels[:4].tolist() == [0, 1, 2, 0]
+    with pytest.raises(UserError, match=r"'colla'.*'cola'"):
+        glue.read("colla", "train", str(tmp_path))
+    with pytest.raises(UserError, match="the GLUE split is 'test'"):
+        glue.read("cola", "test", str(tmp_path))
+
+
+def test_glue_of_tfds_has_the_files_labels():
+    import tensorflow_datasets as tfds
+    import tensorflow_datasets.text.glue
+
+    assert "tensorflow" not in __import__("sys").modules
+    for name, task in glue.TASKS.items():
+        builder = tfds.text.glue.Glue(config=name)
+        features = builder.info.features
+        assert set(task.features or task.columns) <= set(features), name
+        if not task.labels:
+            assert features["label"].np_dtype == np.float32
+        elif task.labels != ("0", "1"):
+            assert tuple(features["label"].names) == task.labels, name
+
+
+# From end to end.
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    folder_of_classes(root / "train")
+    folder_of_classes(root / "validation", 5, seed=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A run that was saved before its first step, whose towers are then fine-tuned."""
+    run = tmp_path_factory.mktemp("pretrained") / "run"
+    c = tiny.config("clip", run=run, model__txt__context_length=24)
+    p = build.build(c, jax.devices()[:1])
+    with Checkpointer(run) as checkpointer:
+        checkpointer.save(state.create(p.init, p.abstract), {"samples": 0})
+    write_json(epath.Path(run) / "config.json", {"config": c.to_dict(), "environment": {}})
+    return c.run
+
+
+def small(config, run, steps):
+    """A config of configs/finetune.py for a test's time."""
+    config.run, config.steps, config.model.dtype = str(run), steps, "float32"
+    config.data.threads, config.optim.warmup, config.optim.lr = 2, 3, 1e-2
+    config.eval.every, config.checkpoint.every, config.log.every, config.eval.batch = 0, 10, 1, 16
+    config.data.color_jitter = 0.0  # brightness is what the test's classes differ in
+    return config
+
+
+def test_sizes_are_taken_over_from_weights(pretrained, tmp_path):
+    c = load_config(f"finetune:data=tfds:imagenet2012,weights={pretrained}")
+    assert (c.model.img.width, c.model.img.patch, c.model.txt.context_length, c.data.tokenizer) == (32, 8, 24, "bytes")
+    columns = load_config("finetune:data=hf:lab/set?label=fine,examples=9,classes=3")
+    assert columns.run == "runs/finetune-lab-set" and columns.data.sources == ("hf:lab/set?label=fine/train",)
+    assert c.model.img.scan and c.objective.classify.classes == 1000  # how towers are computed stays the config's
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        load_config(f"finetune:weights={tmp_path}")
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_images_are_learned_resumed_and_evaluated(images, pretrained, tmp_path, monkeypatch, capsys):
+    arg = f"data=folder:{images},batch={tiny.BATCH},epochs=10,weights={pretrained}"
+    c = small(load_config(f"finetune:{arg}"), tmp_path / "run", 30)
+    assert c.objective.classify.classes == 3 and c.objective.classify.mixup == 0.8 and c.model.img.width == 32
+    results = trainer.run(c)
+    name = f"visual/finetuned/folder:{images}/validation"
+    assert results[f"{name}/finetuned/top1"] >= 90 and results[f"{name}/n"] == 15
+    said = capsys.readouterr().out
+    assert "fine-tuned, %" in said and "so initialised at random: classifier" in said and "WARNING" not in said
+    found = evaluate.evaluate(str(c.run), f"finetuned/folder:{images}/validation")
+    assert found["results"][0]["value"] == results[f"{name}/finetuned/top1"]
+    with pytest.raises(UserError, match=r"does not compare images with texts: .*evaluate probe/SET or finetuned/SET"):
+        evaluate.evaluate(str(c.run), f"folder:{images}/validation")
+    # Cut off at step 17, gone on with from step 10: the same losses.
+    again = small(load_config(f"finetune:{arg}"), tmp_path / "again", 30)
+    original, seen = loader.to_global, []
+
+    def counted(batch, mesh):
+        if len(seen) == 17:
+            raise Stopped
+        seen.append(batch)
+        return original(batch, mesh)
+
+    monkeypatch.setattr(loader, "to_global", counted)
+    with pytest.raises(Stopped):
+        trainer.run(again)
+    monkeypatch.undo()
+    trainer.run(again)
+    assert tiny.losses(c.run) == tiny.losses(again.run) and len(tiny.losses(c.run)) == 30
+
+
+def test_export_keeps_the_classes(images, pretrained, tmp_path):
+    """By name: of a set with another class both the run and its export say so, and score none."""
+    run, out, spec = tmp_path / "run", tmp_path / "out", f"finetuned/folder:{images}/validation"
+    trainer.run(small(load_config(f"finetune:data=folder:{images},batch={tiny.BATCH},weights={pretrained}"), run, 5))
+    export.export(str(run), str(out), to="safetensors")
+    assert interop.read_classes(str(out)) == weights.read_classes(str(run)) == ("bright", "dark", "grey")
+    by_run, by_export = (evaluate.evaluate(str(path), spec)["results"] for path in (run, out))
+    assert [x["value"] for x in by_run] == [x["value"] for x in by_export]
+    folder_of_classes(tmp_path / "other", 2)
+    (tmp_path / "other" / "grey").rename(tmp_path / "other" / "white")
+    for path in (run, out):
+        with pytest.raises(UserError, match="class 'white' is not among the 3 classes"):
+            evaluate.evaluate(str(path), f"finetuned/folder:{tmp_path}/other")
+    card = (out / export.CARD).read_text()
+    assert "xclip-jax evaluate --checkpoint out --suite finetuned/folder:PATH" in card
+    assert "| source | items | share |" in card and "Classes: `bright`, `dark`, `grey`." in card
+    assert "| image |" in card and "| text |" not in card and "Texts:" not in card and "zero_shot" not in card
+    # Exported again, from the export.
+    export.export(str(out), str(tmp_path / "again"), to="safetensors")
+    assert interop.read_classes(str(tmp_path / "again")) == ("bright", "dark", "grey")
+    # A set is evaluated by position, with a warning, where nothing names the classes.
+    content = json.loads((out / interop.CONFIG).read_text())
+    del content["classes"]
+    (out / interop.CONFIG).write_text(json.dumps(content))
+    assert interop.read_classes(str(out)) is None
+    (out / interop.CONFIG).write_text(json.dumps(content | {"classes": "abc"}))
+    with pytest.raises(UserError, match="classes is 'abc', not a list of names; export the run again"):
+        interop.read_classes(str(out))
+    # A new run takes the classifier over only if it is one of its own classes.
+    config = small(load_config(f"finetune:data=folder:{images},batch={tiny.BATCH},weights={run}"), tmp_path / "new", 5)
+    abstract = build.build(schema.resolve(config), jax.devices()[:1]).abstract
+    heads = {
+        classes: [name for name in weights.read_initial(schema.resolve(config), abstract, classes) if "classif" in name]
+        for classes in (("bright", "dark", "grey"), ("bright", "dark", "white"), None)
+    }
+    assert list(map(len, heads.values())) == [2, 0, 0]
+
+
+def test_numbers_of_glue_are_learned(pretrained, tmp_path):
+    folder = glue_folder(tmp_path / "s", "stsb", 24)
+    arg = f"data=glue:stsb@{folder},batch={tiny.BATCH},weights={pretrained}"
+    c = small(load_config(f"finetune:{arg}"), tmp_path / "run", 40)
+    assert c.objective.classify.classes == 1 and c.data.tokenizer == "bytes"
+    results = trainer.run(c)
+    name = f"textual/finetuned/glue:stsb@{folder}/validation"
+    assert results[f"{name}/finetuned/spearman"] > 80, results
+
+
+class FakeEncoder:
+    classes = None
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def texts(self, variables, texts, features):
+        return {} if self.logits is None else {"class_logits": np.asarray(self.logits, np.float32)[: len(texts)]}
+
+
+def test_a_validation_split_is_for_choices_where_another_one_is_the_test(tmp_path, monkeypatch):
+    """ImageNet and GLUE have no other labelled one: its result is the headline."""
+    folder = glue_folder(tmp_path / "c", "cola")
+    assert registry.load(f"finetuned/glue:cola@{folder}/validation", 8).card.role == ""
+    folder_of_classes(tmp_path / "images" / "validation", 2)
+    spec = f"finetuned/folder:{tmp_path / 'images' / 'validation'}"
+    assert registry.load(spec, 8).card.role == ""
+    (tmp_path / "images" / "test").mkdir()
+    assert registry.load(spec, 8).card.role == VALIDATION
+
+    opened = sources.open_labelled(f"folder:{tmp_path / 'images' / 'validation'}")
+    monkeypatch.setattr(sources, "open_labelled", lambda *_: opened)
+    # Of ImageNet TFDS has a test split too, without labels.
+    monkeypatch.setattr(sources.SOURCES["tfds"], "has_split", lambda rest, split, options: split == "test")
+    roles = {"imagenet2012": "", "imagenet2012:5.1.0": "", "clevr": "", "dtd": VALIDATION, "mine": VALIDATION}
+    for name, role in roles.items():
+        assert registry.load(f"finetuned/tfds:{name}/validation", 8).card.role == role
+    assert registry.load("finetuned/tfds:dtd/test", 8).card.role == ""
+
+
+def test_metrics_of_a_task_with_two_classes(tmp_path):
+    folder = glue_folder(tmp_path / "c", "cola", 50)
+    data = registry.load(f"finetuned/glue:cola@{folder}/validation", 8)
+    assert data.card.metric == "finetuned/matthews" and len(data.items) == 100
+    logits = data.labels[:, None] * np.array([-0.5, 0.5]) + np.random.default_rng(0).normal(size=(100, 2))
+    results = ClassifierEvaluator(FakeEncoder(logits), data).measure(None)
+    metrics, items = by_name(results)
+    name, predicted = f"textual/{data.name}", logits.argmax(axis=1)
+    found = {key: metrics[f"{name}/finetuned/{key}"] / 100 for key in ("top1", "mean_per_class", "f1", "matthews")}
+    assert found == pytest.approx(
+        {
+            "top1": sklearn.metrics.accuracy_score(data.labels, predicted),
+            "mean_per_class": sklearn.metrics.balanced_accuracy_score(data.labels, predicted),
+            "f1": sklearn.metrics.f1_score(data.labels, predicted),
+            "matthews": sklearn.metrics.matthews_corrcoef(data.labels, predicted),
+        }
+    )
+    assert items.keys() == {f"{name}/finetuned/{key}" for key in found} and metrics[f"{name}/majority"] == 50
+    assert "matthews" in tables.render(results)
+    for logits, message in ((None, "no classifier"), (np.zeros((100, 3)), "a classifier of 3 classes")):
+        with pytest.raises(UserError, match=message):
+            ClassifierEvaluator(FakeEncoder(logits), data).run(None)

@@ -1,0 +1,103 @@
+"""What is computed in float32 and at the highest precision, as jaxprs say: on a CPU the numbers would be the same."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.helpers import util
+from xclip_jax.losses import contrastive, noncontrastive, rank, ring
+from xclip_jax.models import layers
+from xclip_jax.parallel.mesh import make_mesh
+
+# Beginnings of the names of primitives that bfloat16 would spoil: exponentials, logarithms, roots, sums and maxima.
+SENSITIVE = ("exp", "log", "sqrt", "rsqrt", "reduce_")
+
+
+def bf16(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """The equations of a jaxpr, and those inside them: of functions, loops, rematerialisation and parts of a mesh."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(value, "eqns"):
+                yield from equations(value)
+
+
+def check_products(function: Callable[..., Any], *args: Any) -> None:
+    """All matrix products are of float32 values, which no accelerator may round."""
+    products = [x for x in equations(jax.make_jaxpr(function)(*args)) if x.primitive.name == "dot_general"]
+    assert products
+    for product in products:
+        assert product.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2, product
+        assert {operand.aval.dtype.name for operand in product.invars} == {"float32"}, product
+
+
+def check_sensitive(function: Callable[..., Any], *args: Any) -> None:
+    """Everything `SENSITIVE` is computed of float32 values, where it is not computed of integers."""
+    found = [
+        (equation.primitive.name, operand.aval.dtype.name)
+        for equation in equations(jax.make_jaxpr(function)(*args))
+        for operand in equation.invars
+        if equation.primitive.name.startswith(SENSITIVE) and jnp.issubdtype(operand.aval.dtype, jnp.floating)
+    ]
+    assert {dtype for _, dtype in found} == {"float32"}, found
+
+
+@pytest.mark.parametrize("module", [contrastive, ring], ids=["plain", "ring"])
+@pytest.mark.parametrize(("name", "scalars"), [("softmax", (14.0,)), ("sigmoid", (10.0, -10.0))])
+def test_similarities_have_the_highest_precision_and_so_have_gradients(
+    module: ModuleType, name: str, scalars: tuple[float, ...]
+) -> None:
+    options = {"mesh": make_mesh({"data": 8, "fsdp": 1, "model": 1})} if module is ring else {}
+    loss = partial(getattr(module, name), **options)
+    args = bf16(16, 8), bf16(16, 8), *map(jnp.float32, scalars)
+    check_products(jax.grad(loss, (0, 1), has_aux=True), *args)
+    check_sensitive(loss, *args)
+
+
+@pytest.mark.parametrize("shape", [(16, 8), (8, 16)])
+def test_the_effective_rank_has_the_highest_precision(shape: tuple[int, int]) -> None:
+    check_products(rank.effective_rank, bf16(*shape))
+    check_sensitive(rank.effective_rank, bf16(*shape))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_softmax_of_attention_is_in_float32(causal: bool) -> None:
+    function, args = partial(layers.attend, causal=causal), [bf16(2, 2, 5, 4)] * 3
+    assert jax.eval_shape(function, *args).dtype == jnp.bfloat16
+    check_sensitive(function, *args)
+
+
+def test_norms_are_in_float32() -> None:
+    norm, x = layers.LayerNorm(dtype=jnp.bfloat16), bf16(2, 5, 8)
+    variables = jax.eval_shape(norm.init, jax.random.key(0), x)
+    assert jax.eval_shape(norm.apply, variables, x).dtype == jnp.bfloat16
+    check_sensitive(norm.apply, variables, x)
+
+
+@pytest.mark.parametrize("balance", ["none", "sinkhorn"])
+def test_the_loss_of_clusters_is_in_float32(balance: str) -> None:
+    check_sensitive(partial(noncontrastive.nclip, balance=balance), bf16(16, 8), bf16(16, 8))
+
+
+def test_parameters_and_all_that_is_sensitive_in_a_model_are_in_float32() -> None:
+    """With norms in the stem, attention that pools, and a norm of the clusters' logits."""
+    model = util.two_towers(
+        img={"image_size": 16, "patch": 8, "width": 8, "depth": 1, "heads": 2, "stem": "hmlp", "pool": "map"},
+        txt={"context_length": 6, "width": 8, "depth": 1, "heads": 2},
+        embed=4,
+        cluster_head={"clusters": 6, "hidden": 8, "last_norm": True},
+        dtype=jnp.bfloat16,
+    )
+    args = bf16(4, 16, 16, 3), jax.ShapeDtypeStruct((4, 6), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), *args)
+    assert {x.dtype.name for x in jax.tree.leaves(variables)} == {"float32"}
+    check_sensitive(partial(model.apply, train=True, mutable=["batch_stats"]), variables, *args)

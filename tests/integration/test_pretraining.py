@@ -1,0 +1,163 @@
+"""Whole runs fed from tars: with bad samples among the pairs, and against the same pairs from a TFDS data set."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from tests.helpers import bad_tars, tiny
+from tests.helpers.util import free_address
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import CLOCKS
+from xclip_jax.data import loader
+from xclip_jax.train import trainer
+
+
+class Pairs(tfds.core.GeneratorBasedBuilder):
+    """The pairs 0 to n - 1 of `bad_tars.pairs`, in order."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    N = 48
+
+    def _info(self):
+        image = tfds.features.Image(shape=(None, None, 3), dtype=np.uint8, encoding_format="jpeg")
+        features = tfds.features.FeaturesDict({"image": image, "text": tfds.features.Text()})
+        return tfds.core.DatasetInfo(builder=self, description="-", features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(self.N):
+            yield i, {"image": bad_tars.jpeg(i), "text": f"picture {i}"}
+
+
+@pytest.mark.slow  # two runs of a recipe
+def test_tars_and_tfds_give_the_same_losses(tmp_path):
+    """Tars from worker processes, in memory that is used again; records from threads."""
+    bad_tars.pairs(tmp_path / "0.tar", 0, 20)
+    bad_tars.pairs(tmp_path / "1.tar", 20, Pairs.N - 20)
+    builder = Pairs(data_dir=tmp_path / "tfds", file_format="array_record")
+    builder.download_and_prepare()
+    specs = {"tars": f"tar:{tmp_path}/*.tar", "tfds": f"tfds:{builder.name}/train"}
+    for name, spec in specs.items():
+        options = {"data__sources": (spec,), "data__dir": str(tmp_path / "tfds"), "checkpoint__every": 100}
+        options["data__workers"] = 2 if name == "tars" else 0
+        trainer.run(tiny.config("xclip", steps=20, run=tmp_path / name, **options))
+    assert tiny.losses(tmp_path / "tars") == tiny.losses(tmp_path / "tfds")
+    assert len(set(tiny.losses(tmp_path / "tars"))) == 20
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A tar of 40 pairs, four of them without a picture."""
+    folder = tmp_path_factory.mktemp("mixed")
+    samples = [(f"{i:03d}", {"jpg": b"<html>" if i % 10 == 3 else bad_tars.jpeg(i), "txt": b"pair"}) for i in range(40)]
+    bad_tars.shard(folder / "0.tar", samples)
+    return folder
+
+
+def test_a_run_goes_on_and_writes_down_what_was_bad(mixed, tmp_path):
+    options = {"data__sources": (f"tar:{mixed}/0.tar",), "data__max_bad_fraction": 0.5}
+    run = tmp_path / "run"
+    trainer.run(tiny.config(steps=10, run=run, **options))
+    lines = tiny.lines(run, "bad_samples.jsonl")
+    assert {line["key"] for line in lines} == {"003", "013", "023", "033"}
+    assert {line["reason"] for line in lines} == {"not an image"}
+    last = tiny.lines(run)[-1]
+    assert last["samples"] == 10 * tiny.BATCH
+    assert last["tokens"] == last["samples"] * 6  # four letters between a start and an end
+    assert 14 <= last["data/bad"] <= 25  # four epochs, and replacements that were bad too
+    assert last["data/bad_share"] == pytest.approx(0.1, abs=0.04)
+    card = json.loads((run / "data.json").read_text())
+    assert card[0]["samples"] == 40
+    assert card[0]["tars"] == [{"name": "0.tar", "bytes": (mixed / "0.tar").stat().st_size, "samples": 40}]
+
+
+@pytest.mark.slow  # three runs of a recipe
+def test_a_resumed_run_counts_on_and_refuses_other_data(mixed, tmp_path):
+    tar = tmp_path / "0.tar"
+    tar.write_bytes((mixed / "0.tar").read_bytes())
+    options = {"data__sources": (f"tar:{tar}",), "data__max_bad_fraction": 0.5}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    trainer.run(tiny.config(steps=10, run=whole, **options))
+
+    class Stopped(Exception):
+        pass
+
+    def stop(batch, mesh, seen=[], original=loader.to_global):  # noqa: B006
+        seen.append(0)
+        if len(seen) == 8:
+            raise Stopped
+        return original(batch, mesh)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(loader, "to_global", stop)
+        trainer.run(tiny.config(steps=10, run=cut, **options))
+    trainer.run(tiny.config(steps=10, run=cut, **options))
+    without_speed = [
+        [{key: value for key, value in line.items() if key not in CLOCKS} for line in tiny.lines(run)]
+        for run in (whole, cut)
+    ]
+    assert without_speed[0] == without_speed[1]
+    assert (whole / "bad_samples.jsonl").read_text() == (cut / "bad_samples.jsonl").read_text()
+    (cut / "results.json").unlink()
+    bad_tars.pairs(tar, 0, 40)
+    with pytest.raises(
+        UserError, match=r"source 0, 'tar:.*', has changed since .*data\.json was written: 40 samples then, 40"
+    ):
+        trainer.run(tiny.config(steps=10, run=cut, **options))
+
+
+def test_too_many_bad_samples_stop_a_run(mixed, tmp_path):
+    bad_tars.shard(tmp_path / "1.tar", [(str(i), {"jpg": b"<html>", "txt": b"pair"}) for i in range(40)])
+    sources = (f"tar:{mixed}/0.tar,{tmp_path}/1.tar",)
+    with pytest.raises(
+        UserError, match=r"samples are bad, more than data\.max_bad_fraction=0\.05 allows \(not an image: \d+\)"
+    ):
+        trainer.run(tiny.config(steps=50, run=tmp_path / "run", data__sources=sources))
+
+
+RUN = """
+import sys
+from tests.helpers import tiny
+from xclip_jax.train import trainer
+from xclip_jax.processes import runtime as processes
+folder, pattern, *others = sys.argv[1:]
+if others:
+    processes.join(False, others[0], 2, int(others[1]))
+trainer.run(tiny.config(steps=6, run=folder, data__sources=(f"tar:{pattern}",), data__max_bad_fraction=0.5))
+"""
+
+
+@pytest.mark.slow  # two processes that compile
+def test_two_processes_count_and_write_as_one(mixed, tmp_path):
+    """More processes than tars; both see what the other one's samples were."""
+    address = free_address()
+
+    def start(devices, name, *others):
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last one holds
+        return subprocess.Popen(
+            [sys.executable, "-c", RUN, str(tmp_path / name), f"{mixed}/0.tar", *others],
+            text=True,
+            cwd=pathlib.Path(__file__).parents[2],
+            env=os.environ | {"XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    running = [start(2, "two", address, "0"), start(2, "two", address, "1"), start(4, "one")]
+    for process in running:
+        said, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+    one, two = (tmp_path / name for name in ("one", "two"))
+    assert (one / "bad_samples.jsonl").read_text() == (two / "bad_samples.jsonl").read_text() != ""
+    for here, there in zip(tiny.lines(one), tiny.lines(two), strict=True):
+        for key in ("samples", "tokens", "epoch", "data/bad", "data/bad_share"):
+            assert here[key] == there[key], key
+    assert np.allclose(tiny.losses(one), tiny.losses(two), atol=1e-3)

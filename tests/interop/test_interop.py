@@ -1,0 +1,259 @@
+"""Weights in both directions: open_clip, OpenAI's archives, transformers, our own; features to 1e-5."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import open_clip
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from flax.traverse_util import flatten_dict
+
+from tests.helpers import tiny
+from tests.helpers.foreign import (
+    B32,
+    MODELS,
+    TEXT,
+    TEXTS,
+    assert_same,
+    clip_tokens,
+    images,
+    make_hf,
+    make_open_clip,
+    model_of,
+    our_model,
+    ours,
+    shaken,
+    theirs_hf,
+    theirs_open_clip,
+)
+from tests.objectives.test_base import superclip
+from xclip_jax import interop
+from xclip_jax.config import recipes
+from xclip_jax.config.load import load_config
+from xclip_jax.core.errors import UserError
+from xclip_jax.data import tokenizer, transforms
+from xclip_jax.interop import tensor_files
+from xclip_jax.objectives import read_objective
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("quick_b32", "open_clip_model.safetensors"),
+        ("erf_b16", "open_clip_pytorch_model.bin"),
+        ("no_ln_pre", "epoch_1.pt"),
+        ("tanh_eps_bias_custom", "open_clip_model.safetensors"),
+    ],
+)
+def test_open_clip_there_and_back(name, file, tmp_path):
+    model, there = make_open_clip(name), tmp_path / "there"
+    there.mkdir()
+    state = {key: x.contiguous() for key, x in model.state_dict().items()}
+    if file.endswith(".safetensors"):
+        safetensors.torch.save_file(state, there / file)
+    elif file.endswith(".pt"):  # as open_clip's training leaves it
+        wrapped = {f"module.{key}": x for key, x in state.items()}
+        torch.save({"epoch": 1, "name": "x", "state_dict": wrapped, "optimizer": {"state": {0: state}}}, there / file)
+    else:
+        torch.save(state, there / file)
+    mean, std = transforms.STATISTICS["half"]
+    (there / "open_clip_config.json").write_text(json.dumps(
+        {"model_cfg": MODELS[name] | {"embed_dim": 48}, "preprocess_cfg": {"mean": mean, "std": std}}))  # fmt: skip
+    config, variables = interop.read(str(there))
+    assert config["data"] == {
+        "tokenizer": "clip", "normalization": "half", "resample": "bicubic", "background": "drop_alpha",
+    }  # fmt: skip
+    pixels, tokens = images(28), clip_tokens(12)
+    expected = theirs_open_clip(model, pixels, tokens)
+    assert_same(ours(config, variables, pixels, tokens), expected)
+    assert interop.write(variables, config, str(tmp_path / "back"), "open_clip") == []
+    loaded = open_clip.create_model(f"local-dir:{tmp_path / 'back'}").eval()
+    assert_same(theirs_open_clip(loaded, pixels, tokens), expected)
+    assert list(loaded.visual.preprocess_cfg["std"]) == [0.5] * 3
+    again = interop.read(str(tmp_path / "back"))
+    assert again[0] == config
+    jax.tree.map(np.testing.assert_array_equal, again[1], variables)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("scripted", [False, True], ids=["state_dict", "torchscript"])
+def test_openai_weights_need_no_config(scripted, tmp_path):
+    options = {"vision_cfg": B32, "text_cfg": TEXT, "quick_gelu": True}
+    model = shaken(open_clip.model.CLIP(48, **options))
+    if scripted:
+        torch.jit.save(torch.jit.script(model), tmp_path / "ViT.pt")
+    else:
+        sizes = {"input_resolution": 28, "context_length": 12, "vocab_size": 49408}
+        torch.save(model.state_dict() | {key: torch.tensor(x) for key, x in sizes.items()}, tmp_path / "ViT.pt")
+    config, variables = interop.read(str(tmp_path / "ViT.pt"))
+    assert config["model"]["img"]["act"] == "quick_gelu" and config["source"]["notes"] == ()
+    assert config["data"]["normalization"] == "clip"
+    pixels, tokens = images(28), clip_tokens(12)
+    assert_same(ours(config, variables, pixels, tokens), theirs_open_clip(model, pixels, tokens))
+
+
+def test_half_precision_becomes_fp32(tmp_path):
+    state = make_open_clip("quick_b32").state_dict()
+    for kind in (torch.bfloat16, torch.float16):
+        half = {key: x.to(kind).contiguous() for key, x in state.items()}
+        safetensors.torch.save_file(half, tmp_path / "x.safetensors")
+        torch.save(half, tmp_path / "x.bin")
+        for name in ("x.safetensors", "x.bin"):
+            found, _ = tensor_files.tensors(tensor_files.epath.Path(tmp_path / name))
+            for key, x in half.items():
+                assert found[key].dtype == np.float32
+                np.testing.assert_array_equal(found[key], x.float().numpy())
+
+
+@pytest.mark.parametrize(
+    ("act", "eps", "eos", "patch"),
+    [("quick_gelu", 1e-5, 2, 4), ("gelu", 1e-3, 49407, 2), ("gelu_pytorch_tanh", 1e-5, 49407, 4)],
+)
+def test_transformers_there_and_back(act, eps, eos, patch, tmp_path):
+    model, there = make_hf(act, eps, eos, patch), tmp_path / "there"
+    model.save_pretrained(there, max_shard_size="4MB" if act == "gelu" else "1GB")
+    if act == "gelu":
+        assert (there / "model.safetensors.index.json").exists()
+    if act == "quick_gelu":  # as configs of 2022 have it
+        content = json.loads((there / "config.json").read_text())
+        old = {"text_config": {"hidden_size": 9}, "text_config_dict": content["text_config"]}
+        (there / "config.json").write_text(json.dumps(content | old))
+    if act == "gelu_pytorch_tanh":
+        (there / "model.safetensors").unlink()
+        torch.save(model.state_dict(), there / "pytorch_model.bin")
+    config, variables = interop.read(str(there))
+    assert config["source"]["format"] == "hf"
+    pixels, tokens = images(28), clip_tokens(12)
+    expected = theirs_hf(model, pixels, tokens)
+    assert_same(ours(config, variables, pixels, tokens), expected)
+    assert interop.write(variables, config, str(tmp_path / "back"), "hf") == []
+    loaded, report = transformers.CLIPModel.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(report.values()), report
+    assert_same(theirs_hf(loaded.eval(), pixels, tokens), expected)
+    jax.tree.map(np.testing.assert_array_equal, interop.read(str(tmp_path / "back")), (config, variables))
+
+
+def test_transformers_processor_reads_as_ours(tmp_path):
+    """The folder that we write tokenizes and prepares images there as the model was trained."""
+    model = make_hf("gelu", 1e-5, 49407, 4)
+    model.save_pretrained(tmp_path / "there")
+    config, variables = interop.read(str(tmp_path / "there"))
+    config["data"]["normalization"] = "imagenet"
+    interop.write(variables, config, str(tmp_path / "back"), "hf")
+    processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "back")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 28, 3), dtype=np.uint8)
+    found = processor(text=TEXTS, images=[pixels], padding="max_length", truncation=True, return_tensors="np")
+    expected = clip_tokens(12)
+    ends = np.argmax(expected == 49407, axis=1)
+    for row, there, end in zip(expected, found["input_ids"], ends, strict=True):
+        np.testing.assert_array_equal(there[: end + 1], row[: end + 1])
+    prepared = transforms.normalize(transforms.resize_center_crop(pixels, 28)[None], *transforms.STATISTICS["imagenet"])
+    np.testing.assert_allclose(found["pixel_values"].transpose(0, 2, 3, 1), prepared, atol=0.02)
+    assert interop.read(str(tmp_path / "back"))[0]["data"]["normalization"] == "imagenet"
+
+
+def test_own_form_is_bit_exact(tmp_path):
+    config, variables = our_model("xclip", model__img__scan=True, model__img__depth=3, model__img__pool="map")
+    assert variables["batch_stats"]
+    assert interop.write(variables, config, str(tmp_path / "own")) == []
+    for path in (tmp_path / "own", tmp_path / "own" / interop.WEIGHTS):
+        again, found = interop.read(str(path))
+        assert again["model"] == config["model"]
+        assert again["objective"] == json.loads(json.dumps(config["objective"]))
+        jax.tree.map(np.testing.assert_array_equal, found, variables)
+
+
+def test_own_form_brings_its_tokenizer(tmp_path):
+    words = {"<|startoftext|>": 0, "<|endoftext|>": 1, "cat": 2}
+    model = tokenizer.tokenizers.Tokenizer(tokenizer.tokenizers.models.WordLevel(words, unk_token="cat"))
+    model.save(str(tmp_path / "words.json"))
+    config, variables = our_model("clip", data__tokenizer=str(tmp_path / "words.json"))
+    interop.write(variables, config, str(tmp_path / "own"))
+    os.remove(tmp_path / "words.json")
+    again, _ = interop.read(str(tmp_path / "own"))
+    assert tokenizer.load(again["data"]["tokenizer"])(["cat"], 4).tolist() == [[0, 2, 1, 0]]
+    # Its end is not the largest id: open_clip pools at it by name.
+    interop.write(variables, again, str(tmp_path / "open_clip"), "open_clip")
+    there = tmp_path / "open_clip"
+    assert interop.read(str(there))[0]["data"]["tokenizer"] == str(there / "tokenizer.json")
+    loaded = open_clip.create_model(f"local-dir:{there}").eval()
+    tokens, pixels = np.array([[0, 2, 2, 1], [0, 1, 0, 0]]), images(tiny.SIZE)[:2]
+    tokens = np.pad(tokens, ((0, 0), (0, tiny.LENGTH - 4)))
+    assert_same(theirs_open_clip(loaded, pixels, tokens), ours(again, variables, pixels, tokens))
+
+
+def test_notes_on_heads_that_a_format_cannot_hold(tmp_path):
+    config, variables = our_model("xclip", model__img__scan=True)
+    assert interop.write(variables, config, str(tmp_path / "hf"), "hf") == [
+        "left out, since 'hf' has no place for them: clusters_img, clusters_txt",
+        "without cluster heads the model assigns no clusters",
+    ]
+    config, variables = our_model("siglip")
+    assert interop.write(variables, config, str(tmp_path / "hf"), "hf") == [
+        "left out, since 'hf' has no place for them: bias",
+        "without bias similarities keep their order and are not logits of a match",
+    ]
+    assert interop.write(variables, config, str(tmp_path / "oc"), "open_clip") == []
+    assert interop.read(str(tmp_path / "oc"))[0]["objective"]["name"] == "siglip"
+
+
+def test_heads_of_another_package_are_left_out_by_name(tmp_path):
+    config, variables = model_of(superclip(data__tokenizer="clip", model__img__heads=1, model__txt__heads=1))
+    (note,) = interop.write(variables, config, str(tmp_path / "hf"), "hf")
+    assert note == "left out, since 'hf' has no place for them: token_classifier"
+    assert interop.read(str(tmp_path / "hf"))[0]["objective"] == {"name": "clip"}
+    assert interop.write(variables, config, str(tmp_path / "own")) == []
+    again, params = interop.read(str(tmp_path / "own"))
+    assert dict(read_objective(again["objective"]).weights) == {"clip": 1.0, "tokens": 0.5}
+    jax.tree.map(np.testing.assert_array_equal, params, variables)
+
+
+def test_a_model_of_the_demo_goes_to_every_format(tmp_path):
+    recipe = load_config("demo")
+    for tower in (recipe.model.img, recipe.model.txt):
+        tower.width, tower.depth, tower.heads = 64, 1, 1
+    config, variables = model_of(recipe)
+    for to in interop.FORMATS:
+        interop.write(variables, config, str(tmp_path / to), to)
+        again, params = interop.read(str(tmp_path / to))
+        assert again["source"]["format"] == to
+        jax.tree.map(np.testing.assert_array_equal, params["params"]["img"], variables["params"]["img"])
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes", "to", "message"),
+    [
+        (
+            "nclip",
+            {},
+            "hf",
+            "objective 'nclip' has no shared embedding space.* lacks log_scale, proj_img.*'safetensors'",
+        ),
+        ("clip", {"model__img__pool": "mean"}, "open_clip", r"model\.img\.pool is 'mean'"),
+        ("clip", {"model__img__stem": "hmlp"}, "hf", r"model\.img\.stem is 'hmlp'"),
+        ("clip", {"model__img__pre_norm": False}, "hf", "norm before the first block"),
+        ("clip", {"model__img__act": "quick_gelu"}, "open_clip", "one kind of GELU for both towers"),
+        ("clip", {"data__tokenizer": "bytes"}, "hf", "'bytes' has no files that 'hf' could read; .*'safetensors'"),
+        ("clip", {"data__tokenizer": "bytes"}, "open_clip", "'bytes' has no files that 'open_clip' could read"),
+        ("clip", {}, "onnx", "to is 'onnx'; it must be one of 'hf'"),
+    ],
+)
+def test_models_that_a_format_does_not_have(objective, changes, to, message, tmp_path):
+    config, variables = our_model(objective, **changes)
+    with pytest.raises(UserError, match=message):
+        interop.write(variables, config, str(tmp_path / "x"), to)
+    assert not (tmp_path / "x").exists()
+
+
+def test_groups_have_the_keys_of_a_run(tmp_path):
+    torch.save(make_open_clip("quick_b32").state_dict(), tmp_path / "x.pt")
+    config, _ = interop.read(str(tmp_path / "x.pt"))
+    run = recipes.base("clip", "B/16").to_dict()
+    assert flatten_dict(config["model"]).keys() == flatten_dict(run["model"]).keys()
+    assert config["model"]["cluster_head"] == run["model"]["cluster_head"]
+    assert config["data"].keys() <= run["data"].keys()
+    assert "heads are assumed to be 64 wide and activations to be quick_gelu" in config["source"]["notes"][0]

@@ -1,0 +1,185 @@
+"""Both towers with open_clip's weights, and the sizes that have open_clip's names."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import open_clip
+import pytest
+import torch
+from flax.traverse_util import unflatten_dict
+
+from tests.helpers.util import jit, two_towers
+from xclip_jax.core.errors import UserError
+from xclip_jax.interop import param_mapping
+from xclip_jax.interop.hf import HEADS
+from xclip_jax.losses import contrastive
+from xclip_jax.models.two_towers import PRESETS, preset
+
+
+def numpy(tensor):
+    return tensor.detach().numpy()
+
+
+# --- parity with open_clip
+
+
+@dataclasses.dataclass
+class Parity:
+    """What open_clip computes, and what our towers compute with its weights."""
+
+    theirs: dict
+    ours: dict
+
+
+def torch_image_features(model, image, pool):
+    """h_img of open_clip's image tower, without its projection."""
+    visual = model.visual
+    if pool == "cls":
+        projection, visual.proj = visual.proj, None
+        h = visual(image)
+        visual.proj = projection
+        return h
+    # Its pool "avg" lets the patches attend to a class token that is then left out; our "mean" has none, so the same
+    # parts are put together here without it.
+    x = visual.conv1(image).flatten(2).transpose(1, 2)
+    x = visual.transformer(visual.ln_pre(x + visual.positional_embedding[1:]))
+    return visual.ln_post(x).mean(dim=1)
+
+
+def torch_patch_features(model, image, pool):
+    """Tokens of patches of open_clip's image tower; of the pool "mean" as above, where a token is not read."""
+    if pool == "mean":
+        visual, x = model.visual, model.visual.conv1(image).flatten(2).transpose(1, 2)
+        return visual.ln_post(visual.transformer(visual.ln_pre(x + visual.positional_embedding[1:])))
+    model.visual.output_tokens = True
+    tokens = model.visual(image)[1]
+    model.visual.output_tokens = False
+    return tokens
+
+
+def torch_text_features(model, text):
+    projection, model.text_projection = model.text_projection, None
+    h = model.encode_text(text)
+    model.text_projection = projection
+    return h
+
+
+def carry(weights, model):
+    """open_clip's arrays as our parameters; the map is linear and loses nothing, so it carries gradients as well."""
+    weights = {"visual.class_embedding": np.zeros(64, np.float32)} | weights
+    flat = param_mapping.read(
+        weights, param_mapping.param_mappings(model, 100, param_mapping.open_clip(), HEADS), "open_clip"
+    )
+    if model["img"]["pool"] == "mean":
+        del flat["img/cls"]
+        flat["img/positions"] = flat["img/positions"][1:]
+    return unflatten_dict(flat, sep="/")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(True, "cls", True), (False, "cls", True), (False, "cls", False), (True, "mean", True)],
+    ids=["quick_gelu", "gelu", "no_pre_norm", "mean"],
+)
+def parity(request):
+    quick_gelu, pool, pre_norm = request.param
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 2, "no_ln_pre": not pre_norm}
+    text = {"context_length": 12, "vocab_size": 100, "width": 48, "heads": 3, "layers": 2}
+    model = open_clip.model.CLIP(40, vision, text, quick_gelu=quick_gelu)
+    with torch.no_grad():
+        for p in model.parameters():  # else biases are zero and norms are one
+            p += 0.1 * torch.randn_like(p)
+
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(5, 32, 32, 3)).astype(np.float32)
+    tokens = rng.integers(1, 99, size=(5, 12))
+    for row, end in enumerate([11, 3, 6, 1, 8]):
+        tokens[row, end], tokens[row, end + 1 :] = 99, 0
+
+    torch_image, torch_tokens = torch.tensor(image).permute(0, 3, 1, 2), torch.tensor(tokens)
+    h_img, h_txt = torch_image_features(model, torch_image, pool), torch_text_features(model, torch_tokens)
+    if pool == "cls":
+        z_img, logits = model.encode_image(torch_image, normalize=True), model.get_logits(torch_image, torch_tokens)[0]
+    else:
+        z_img = torch.nn.functional.normalize(h_img @ model.visual.proj, dim=-1)
+        logits = model.logit_scale.exp() * z_img @ model.encode_text(torch_tokens, normalize=True).T
+    z_txt = model.encode_text(torch_tokens, normalize=True)
+    loss = open_clip.ClipLoss()(z_img, z_txt, model.logit_scale.exp())
+    loss.backward()
+    patches = torch_patch_features(model, torch_image, pool).reshape(5, 4, 4, 64)
+    theirs = {"h_img": h_img, "h_txt": h_txt, "z_img": z_img, "z_txt": z_txt, "logits": logits, "loss": loss}
+    act = "quick_gelu" if quick_gelu else "gelu"
+    sizes = {
+        "img": {"image_size": 32, "patch": 8, "width": 64, "depth": 2, "heads": 2, "mlp_ratio": 4.0, "act": act,
+                "pool": pool, "pre_norm": pre_norm},
+        "txt": {"context_length": 12, "width": 48, "depth": 2, "heads": 3, "mlp_ratio": 4.0, "act": act},
+        "embed": 40,
+    }  # fmt: skip
+    named = dict(model.named_parameters())
+    gradients = carry({name: numpy(p.grad) for name, p in named.items() if p.grad is not None}, sizes)
+    towers = two_towers(**sizes | {"txt": sizes["txt"] | {"vocab": 100, "eot_id": 99}})
+
+    @jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def ours(params):
+        out = towers.apply({"params": params}, image, tokens)
+        loss, _ = contrastive.softmax(out["z_img"], out["z_txt"], out["scale"])
+        return loss, out | {"logits": out["scale"] * out["z_img"] @ out["z_txt"].T}
+
+    params = carry({name: numpy(p) for name, p in named.items()}, sizes)
+    (loss, out), grads = ours(params)
+    ours_of_patches = jit(lambda params: towers.img.patch_features(params, image, jnp.float32))(params["img"])
+    return Parity(
+        theirs={name: numpy(x) for name, x in theirs.items()} | {"patches": numpy(patches), "gradients": gradients},
+        ours=out | {"patches": ours_of_patches, "loss": loss, "gradients": grads},
+    )
+
+
+def test_outputs_equal_open_clips(parity):
+    for name in ("h_img", "h_txt", "z_img", "z_txt", "logits", "loss", "patches"):
+        np.testing.assert_allclose(parity.ours[name], parity.theirs[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_gradients_equal_open_clips(parity):
+    chex.assert_trees_all_equal_structs(parity.ours["gradients"], parity.theirs["gradients"])
+
+    def check(path, ours, theirs):
+        # Relative to the tensor's largest entry: the gradient of a key's bias is zero but for rounding.
+        error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+        assert error < 1e-4, f"{jax.tree_util.keystr(path)}: {error}"
+
+    jax.tree_util.tree_map_with_path(check, parity.ours["gradients"], parity.theirs["gradients"])
+
+
+# --- presets
+
+
+def count(**fields):
+    # Scanned blocks hold the same parameters and are traced once.
+    sizes = fields | {tower: fields[tower] | {"scan": True} for tower in ("img", "txt")}
+    image, text = jnp.zeros((1, 224, 224, 3)), jnp.zeros((1, 77), jnp.int32)
+    shapes = jax.eval_shape(two_towers(**sizes).init, jax.random.key(0), image, text)
+    return sum(x.size for x in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("B/32", 151_277_313), ("B/16", 149_620_737), ("L/14", 427_616_513), ("L/16", None), ("S/16", None)],
+)
+def test_presets_have_the_parameters_of_open_clips_models(name, parameters):
+    with torch.device("meta"):
+        model = open_clip.model.CLIP(**open_clip.get_model_config("ViT-" + name.replace("/", "-")))
+    theirs = sum(p.numel() for p in model.parameters())
+    assert count(**preset(name)) == theirs
+    assert parameters in (None, theirs)
+
+
+def test_unknown_preset_lists_the_names():
+    with pytest.raises(UserError, match=r"preset is 'B/15'") as error:
+        preset("B/15")
+    assert all(repr(name) in str(error.value) for name in PRESETS)

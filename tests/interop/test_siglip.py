@@ -1,0 +1,305 @@
+"""SigLIP's weights and tokenizer, of transformers and of open_clip: equal ids, features to 1e-5."""
+
+import io
+import json
+import math
+
+import jax
+import numpy as np
+import open_clip
+import pytest
+import safetensors.torch
+import sentencepiece
+import timm
+import tokenizers
+import torch
+import transformers
+from etils import epath
+from PIL import Image
+
+import xclip_jax
+from tests.helpers import tiny
+from tests.helpers.foreign import assert_same, images, ours, shaken, theirs_hf, theirs_open_clip
+from xclip_jax import interop
+from xclip_jax.config import schema
+from xclip_jax.core.errors import UserError
+from xclip_jax.data import tokenizer
+from xclip_jax.interop import vocabulary
+from xclip_jax.interop.sentencepiece import convert
+from xclip_jax.train import build
+
+CORPUS = ["a photo of a cat", "two dogs on the moon", "naïve über straße", "it never ends", "the cat sat on the mat",
+          "a photo of two dogs and a house", "moon over the house, again and again"] * 20  # fmt: skip
+TEXTS = ["a photo of a cat", "Two DOGS, on the moon!", "", "  leading and  double\tspaces\n", "snake_case-word", "...",
+         "naïve ÜBER 猫 straße ΑΣ İ", "it never ends " * 9, "ﬁne ① ２", "the moon ▁ x", "a\u200bb \u00a0c",
+         "a dog\u2019s house &amp;amp; moon", "na\u00c3\u00afve \u201ccat\u201d", "ΑΣ-Α_dog"]  # fmt: skip
+LENGTH = 12
+CONFIG = "open_clip_config.json"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
+
+
+def trained(**options):
+    """Content of a file of SentencePiece with SigLIP's special tokens."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=model, hard_vocab_limit=False, character_coverage=1.0, pad_id=0,
+        eos_id=1, unk_id=2, bos_id=-1, minloglevel=2, **{"vocab_size": 120, "model_type": "unigram"} | options,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def save_hf(path, size, patch):
+    """Writes transformers' model of images of `size` pixels, tokenizer and image processor into `path`."""
+    path.mkdir()
+    (path / "spiece.model").write_bytes(trained())
+    tokens = transformers.SiglipTokenizer(str(path / "spiece.model"), model_max_length=LENGTH)
+    tower = {"hidden_size": 64, "intermediate_size": 104, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.SiglipConfig(
+        text_config=tower | {"hidden_size": 48, "projection_size": 64, "max_position_embeddings": LENGTH,
+                             "vocab_size": tokens.vocab_size},
+        vision_config=tower | {"image_size": size, "patch_size": patch, "layer_norm_eps": 1e-5, "hidden_act": "gelu"},
+    )  # fmt: skip
+    model = shaken(transformers.SiglipModel(config))
+    with torch.no_grad():  # of the published weights: above the bound of training
+        model.logit_scale.fill_(4.77)
+        model.logit_bias.fill_(-12.9)
+    processor = transformers.SiglipImageProcessor(size={"height": size, "width": size})
+    for part in (model, tokens, processor):
+        part.save_pretrained(path)
+    return path, model, tokens, processor
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory):
+    """A folder of transformers' model, tokenizer and image processor, and the three."""
+    return save_hf(tmp_path_factory.mktemp("siglip") / "there", 28, 7)
+
+
+def test_transformers_tokenizer_gives_the_same_ids(hf_folder):
+    path, _, tokens, _ = hf_folder
+    name = vocabulary.siglip(epath.Path(path), tokens.vocab_size, "canonical", "x")
+    mine = tokenizer.load(name)
+    expected = tokens(TEXTS, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="np")
+    np.testing.assert_array_equal(mine(TEXTS, LENGTH), expected["input_ids"])
+    assert (mine.sot_id, mine.eot_id, mine.pad_id) == (None, 1, 1)
+    # The same file once more, and an end that a caption spells out.
+    assert vocabulary.siglip(epath.Path(path), tokens.vocab_size, "canonical", "x") == name
+    assert np.count_nonzero(mine(["a </s> cat"], LENGTH) != 1) > 1
+
+
+def test_transformers_model(hf_folder, tmp_path):
+    path, model, _, _ = hf_folder
+    config, variables = interop.read(str(path))
+    assert config["objective"] == {"name": "siglip"} and config["model"]["scale_init"] == pytest.approx(math.exp(4.77))
+    assert config["data"]["normalization"] == "half" and config["eval"]["resize"] == "squash"
+    pixels, ids = images(28), tokenizer.load(config["data"]["tokenizer"])(TEXTS[:4], LENGTH)
+    assert_same(ours(config, variables, pixels, ids), theirs_hf(model, pixels, ids))
+    # Our own form holds it; the others do not.
+    interop.write(variables, config, str(tmp_path / "own"))
+    again, params = interop.read(str(tmp_path / "own"))
+    jax.tree.map(np.testing.assert_array_equal, params, variables)
+    assert again["model"] == config["model"]
+    mine = tokenizer.load(again["data"]["tokenizer"])
+    np.testing.assert_array_equal(mine(TEXTS, LENGTH), tokenizer.load(config["data"]["tokenizer"])(TEXTS, LENGTH))
+    for to in ("hf", "open_clip"):
+        with pytest.raises(UserError, match=r"model\.img\.pool is 'map', which '\w+' does not have; write to"):
+            interop.write(variables, config, str(tmp_path / to), to)
+
+
+def test_load_embeds_as_transformers(hf_folder):
+    path, model, tokens, processor = hf_folder
+    loaded = xclip_jax.load(path, batch=8)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 3), dtype=np.uint8)
+    given = processor(images=[Image.fromarray(x) for x in pixels], return_tensors="pt")
+    texts = tokens(TEXTS, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        out = model(input_ids=texts, **given)
+    np.testing.assert_allclose(loaded.encode_image(pixels), out.image_embeds.numpy(), atol=1e-5)
+    np.testing.assert_allclose(loaded.encode_text(TEXTS), out.text_embeds.numpy(), atol=1e-5)
+
+
+def test_a_repository_of_the_hub_is_its_folder(hf_folder, server):
+    path, *_ = hf_folder
+    server.add("lab/siglip", path)
+    config, variables = interop.read("hf:lab/siglip")
+    expected, params = interop.read(str(path))
+    assert config == expected
+    jax.tree.map(np.testing.assert_array_equal, variables, params)
+    fetched = {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer_config.json"}
+    assert fetched < set(server.fetched()) and {"spiece.model", "tokenizer.json"} & set(server.fetched())
+
+
+def test_a_rest_beside_whole_patches_is_left_out(tmp_path):
+    """As SigLIP's weights for 384 pixels in patches of 14 leave it; images keep their size on the way."""
+    path, model, _, processor = save_hf(tmp_path / "there", 30, 14)
+    config, variables = interop.read(str(path))
+    assert config["model"]["img"]["image_size"] == 30 and variables["params"]["img"]["positions"].shape == (4, 64)
+    pixels, ids = images(30), tokenizer.load(config["data"]["tokenizer"])(TEXTS[:4], LENGTH)
+    expected = theirs_hf(model, pixels, ids)
+    assert_same(ours(config, variables, pixels, ids), expected)
+    pixels[:, 28:] = pixels[:, :, 28:] = 9
+    np.testing.assert_array_equal(theirs_hf(model, pixels, ids)["z_img"], expected["z_img"])
+    interop.write(variables, config, str(tmp_path / "own"))
+    raw = np.random.default_rng(0).integers(0, 256, (2, 30, 30, 3), dtype=np.uint8)
+    given = processor(images=[Image.fromarray(x) for x in raw], return_tensors="pt")["pixel_values"]
+    features = theirs_hf(model, given.permute(0, 2, 3, 1).numpy(), ids[:2])["z_img"]
+    np.testing.assert_allclose(xclip_jax.load(tmp_path / "own", batch=8).encode_image(raw), features, atol=1e-5)
+
+
+@pytest.fixture
+def open_clip_folder(tmp_path, monkeypatch):
+    """A folder of open_clip whose timm tower has the published name and heads, and small sizes, and the model.
+
+    Patches of 7 leave a rest of its images of 30 pixels.
+    """
+    name = "vit_base_patch32_siglip_256"
+    real = timm.models.vision_transformer.vit_base_patch32_siglip_256
+    entries = timm.models._registry._model_entrypoints
+
+    def small(**options):
+        return timm.models.VisionTransformer(
+            img_size=30, patch_size=7, embed_dim=96, depth=2, num_heads=12, class_token=False, global_pool="map",
+            act_layer="gelu_tanh", num_classes=0,
+        )  # fmt: skip
+
+    monkeypatch.setitem(entries, name, small)
+    assert real(pretrained=False, img_size=32, depth=1).blocks[0].attn.num_heads == 12
+    path = tmp_path / "there"
+    path.mkdir()
+    library = convert(trained(), "x")
+    library.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    library.save(str(path / "tokenizer.json"))
+    named = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    options = {"tokenizer_class": "PreTrainedTokenizerFast"} | named
+    (path / "tokenizer_config.json").write_text(json.dumps(options))
+    cfg = {
+        "embed_dim": 96, "init_logit_bias": -10, "custom_text": True,
+        "vision_cfg": {"image_size": 30, "timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "map",
+                       "timm_proj": "none"},
+        "text_cfg": {"context_length": LENGTH, "vocab_size": library.get_vocab_size(), "width": 64, "heads": 4,
+                     "layers": 2, "hf_tokenizer_name": "timm/x", "tokenizer_kwargs": {"clean": "canonicalize"},
+                     "no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}},
+    }  # fmt: skip
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": preprocess}))
+    options = {key: cfg[key] for key in ("embed_dim", "vision_cfg", "text_cfg", "init_logit_bias")}
+    model = shaken(open_clip.model.CustomTextCLIP(**options))
+    state = {key: x.contiguous() for key, x in model.state_dict().items()}
+    safetensors.torch.save_file(state, path / "open_clip_model.safetensors")
+    return path, model
+
+
+def test_open_clip_model_and_tokenizer(open_clip_folder):
+    path, model = open_clip_folder
+    config, variables = interop.read(str(path))
+    assert config["model"]["img"]["act"] == "gelu_tanh" and config["model"]["txt"]["act"] == "gelu"
+    mine = tokenizer.load(config["data"]["tokenizer"])
+    theirs = open_clip.tokenizer.HFTokenizer(str(path), context_length=LENGTH, clean="canonicalize")
+    np.testing.assert_array_equal(mine(TEXTS, LENGTH), theirs(TEXTS).numpy())
+    pixels, ids = images(30), mine(TEXTS[:4], LENGTH)
+    assert_same(ours(config, variables, pixels, ids), theirs_open_clip(model, pixels, ids))
+
+
+def test_timm_towers_have_these_heads_and_activations():
+    from xclip_jax.interop import siglip
+
+    names = [name for name in timm.list_models("vit_*_siglip_*") if "gap" not in name]
+    assert len(names) >= 16
+    for name in names:
+        with torch.device("meta"):
+            tower = timm.create_model(name, depth=1)
+        width = name.split("_")[1]
+        assert siglip.is_open_clip({"vision_cfg": {"timm_model_name": name}})
+        assert siglip._TIMM_HEADS[width] == tower.blocks[0].attn.num_heads == tower.attn_pool.num_heads
+        tanh = bool(siglip.re.fullmatch(siglip._TIMM_TANH, name))
+        assert isinstance(tower.blocks[0].mlp.act, torch.nn.GELU) != tanh, name
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (CONFIG, {"model_cfg.vision_cfg.timm_pool": "avg"}, "a SigLIP with timm_pool='avg'; expected 'map'"),
+        (CONFIG, {"model_cfg.text_cfg.no_causal_mask": False}, "no_causal_mask=False; expected True"),
+        (CONFIG, {"model_cfg.text_cfg.tokenizer_kwargs": {}}, "sets clean=None; expected 'canonicalize'"),
+        (CONFIG, {"model_cfg.vision_cfg.image_size": 36}, "pos_embed has shape"),
+        (CONFIG, {"model_cfg.text_cfg.vocab_size": 1}, "pads them with '</s>', of ids 1 and 1"),
+        ("tokenizer_config.json", {"do_lower_case": False}, "sets do_lower_case to false"),
+        ("tokenizer_config.json", {"pad_token": "<x>"}, "pads them with '<x>', of ids 1 and None"),
+    ],
+)  # fmt: skip
+def test_what_is_not_a_siglip_of_this_kind_is_named(file, change, message, open_clip_folder):
+    path, _ = open_clip_folder
+    content = json.loads((path / file).read_text())
+    for key, value in change.items():
+        node = content
+        *groups, last = key.split(".")
+        for group in groups:
+            node = node[group]
+        node[last] = value
+    (path / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message) as error:
+        interop.read(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_the_second_siglip_has_texts_in_lower_case(tmp_path):
+    """Its tokenizer is Gemma's: byte-pair encoding with other names for the end and the padding."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=False, unk_token="<unk>", fuse_unk=True))
+    library.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=150, special_tokens=special)
+    library.train_from_iterator(CORPUS, trainer)
+    library.post_processor = tokenizers.processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    options = {"tokenizer_class": "GemmaTokenizer", "eos_token": "<eos>", "pad_token": {"content": "<pad>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
+    mine = tokenizer.load(vocabulary.siglip(epath.Path(tmp_path), 200, "canonical", "x"))
+    assert (mine.vocab_size, mine.eot_id, mine.pad_id) == (200, 1, 0)
+    (row,) = mine(["Two dogs, on"], 20)
+    expected = library.encode("two dogs, on").ids
+    assert row.tolist() == expected + [0] * (20 - len(expected))
+
+
+def test_a_recipe_may_have_its_parts():
+    parts = {"model__img__pool": "map", "model__img__pre_norm": False, "model__img__patch_bias": True,
+             "model__txt__causal": False, "model__txt__pool": "last", "model__project_img": False,
+             "model__project_bias": True}  # fmt: skip
+    params = build.build(tiny.config("siglip", model__embed=32, **parts), jax.devices()[:1]).abstract.params
+    assert params["img"]["patches"].keys() == {"kernel", "bias"} and "proj_img" not in params
+    assert params["proj_txt"]["linear"]["bias"].shape == (32,)
+    with pytest.raises(UserError, match=r"embed 16 must be img\.width 32 where project_img is false"):
+        build.build(tiny.config("siglip", **parts))
+    with pytest.raises(UserError, match="patch_bias is of stem 'linear'"):
+        build.build(tiny.config("siglip", model__img__patch_bias=True, model__img__stem="hmlp"))
+
+
+def test_files_that_are_not_of_sentencepiece():
+    data = trained()
+    for content in (
+        b"",
+        b"{}",
+        data[:100],
+        data[: len(data) // 2],
+        b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01",
+    ):
+        with pytest.raises(UserError, match="x is not a file of SentencePiece, or damaged"):
+            convert(content, "x")
+    with pytest.raises(UserError, match=r"x is not a unigram model; put the tokenizer\.json"):
+        convert(trained(model_type="bpe", vocab_size=60), "x")
+
+
+def test_the_scale_of_published_weights_is_no_error(tmp_path):
+    """That of OpenAI's CLIP is ln 100 rounded to fp32, which is above it."""
+    from tests.helpers.foreign import make_hf
+
+    model = make_hf("quick_gelu", 1e-5, 2, 4)
+    model.logit_scale.data.fill_(math.log(100))
+    model.save_pretrained(tmp_path)
+    config, variables = interop.read(str(tmp_path))
+    assert math.exp(variables["params"]["log_scale"]) > 100
+    config.pop("source")
+    assert schema.resolve(schema.complete({"steps": 1} | config)).model.scale_init == pytest.approx(100)

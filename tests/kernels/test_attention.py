@@ -1,0 +1,177 @@
+"""The fused attention of `kernels.attention` against its definition, `layers.attend`, and in whole towers and steps."""
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import tiny
+from xclip_jax.kernels import attention as kernel
+from xclip_jax.models import layers, linear
+from xclip_jax.models.layers import Transformer, TransformerConfig, attend
+from xclip_jax.parallel import sharding
+from xclip_jax.parallel.mesh import make_mesh
+from xclip_jax.train import build
+from xclip_jax.train.state import create
+
+# Channels of a head, rows, tokens that count, causal.
+CASES = [(64, 200, 197, False), (64, 77, 77, True), (64, 16, 13, True), (128, 24, 21, False), (128, 37, 37, False)]
+
+
+def arrays(kv, n, dtype=np.float64, b=4, d=256):
+    rng = np.random.default_rng(0)
+    qkv, bias = rng.normal(size=(b, n, 3, d // kv, kv)), rng.normal(size=(3, d // kv, kv))
+    return qkv.astype(dtype), bias.astype(dtype)
+
+
+def fused(qkv, bias, tokens, causal):
+    """(b, n, 3, heads, kv), (3, heads, kv) -> (b, tokens, d) by the kernel."""
+    kv = qkv.shape[-1]
+    grouped, grouped_bias = kernel.group_heads(qkv), kernel.group_heads(bias.astype(jnp.float32))[None]
+    return kernel.attention(grouped, grouped_bias, kv, tokens, causal, interpret=True)[:, :tokens]
+
+
+def defined(qkv, bias, tokens, causal):
+    """The same by `attend` on the tokens that count."""
+    heads = einops.rearrange((qkv + bias)[:, :tokens], "b n three heads kv -> three b heads n kv")
+    return einops.rearrange(attend(*heads, causal=causal), "b heads n kv -> b n (heads kv)")
+
+
+def exact(qkv, bias, tokens, causal):
+    """The same in NumPy's float64."""
+    query, key, value = einops.rearrange((qkv + bias)[:, :tokens], "b n three heads kv -> three b heads n kv")
+    scores = query @ key.swapaxes(-1, -2) / query.shape[-1] ** 0.5
+    scores = np.where(np.tri(tokens, dtype=bool), scores, -np.inf) if causal else scores
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return einops.rearrange(weights @ value, "b heads n kv -> b n (heads kv)")
+
+
+@pytest.mark.parametrize(("kv", "n", "tokens", "causal"), CASES)
+def test_values_and_gradients_are_those_of_attend(kv, n, tokens, causal):
+    inputs = [jnp.asarray(x, jnp.float32) for x in arrays(kv, n)]
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=(4, tokens, 256)), jnp.float32)
+    values, grads = [], []
+    for form in (fused, defined):
+        values.append(form(*inputs, tokens, causal))
+        grads.append(jax.grad(lambda *x, form=form: (form(*x, tokens, causal) * weight).sum(), (0, 1))(*inputs))
+    np.testing.assert_allclose(values[0], values[1], atol=4e-6)
+    np.testing.assert_allclose(values[0], exact(*arrays(kv, n), tokens, causal), atol=4e-6)
+    for ours, theirs in zip(*grads, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6 * float(jnp.abs(theirs).max()) + 1e-5)
+    assert not np.any(grads[0][0][:, tokens:]), "padding has no gradient"
+
+
+@pytest.mark.parametrize(("kv", "n", "tokens", "causal"), CASES)
+def test_bf16_is_as_near_to_float64_as_attend(kv, n, tokens, causal):
+    inputs = [jnp.asarray(x, jnp.bfloat16) for x in arrays(kv, n)]
+    whole = exact(*(np.asarray(x, np.float64) for x in inputs), tokens, causal)
+    errors = [np.abs(np.asarray(form(*inputs, tokens, causal), np.float64) - whole) for form in (fused, defined)]
+    assert errors[0].max() <= 1.2 * errors[1].max() and errors[0].mean() <= 1.05 * errors[1].mean()
+
+
+def test_padding_is_never_read():
+    qkv, bias = (jnp.asarray(x, jnp.float32) for x in arrays(64, 16))
+    changed = qkv.at[:, 13:].set(1e4)
+    np.testing.assert_array_equal(fused(qkv, bias, 13, False), fused(changed, bias, 13, False))
+
+
+def test_which_sequences_fit():
+    assert kernel.fits(197, 12, 768) and kernel.fits(577, 16, 1024) and kernel.fits(77, 8, 1024)
+    assert not kernel.fits(50, 2, 64) and not kernel.fits(50, 3, 192) and not kernel.fits(1024, 12, 768)
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """The program for TPUs with its kernel interpreted, wherever sizes fit; a switch to turn it on and off."""
+    on, attention = {"kernel": True}, kernel.attention
+    platform = sharding.platform
+    for module in (sharding, layers, linear):
+        monkeypatch.setattr(module, "platform", lambda: "tpu" if on["kernel"] and platform() else platform())
+    monkeypatch.setattr(kernel, "attention", lambda *args: attention(*args[:5], interpret=True))
+
+    def fuses(self, tokens, _):
+        shards = sharding.shards_of("heads")
+        return on["kernel"] and kernel.fits(tokens, self.heads // shards, self.width // shards)
+
+    monkeypatch.setattr(TransformerConfig, "fuses", fuses)
+    return on
+
+
+@pytest.mark.parametrize(
+    ("strategy", "scan", "remat"),
+    [("dp", False, "none"), ("dp", True, "dots"), ("fsdp_tp", True, "full"), ("fsdp_tp", False, "dots")],
+)
+def test_a_tower_on_eight_devices_is_the_same(everywhere, strategy, scan, remat):
+    config = TransformerConfig(width=256, depth=2, heads=4, scan=scan, remat=remat)
+    tower = Transformer(config, dtype=jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (8, 13, 256))
+    params = nn.unbox(tower.init(jax.random.key(1), x))
+    params = jax.tree.map(lambda p: p + 0.02 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+    mesh = make_mesh({"data": 8, "fsdp": 1, "model": 1} if strategy == "dp" else {"data": 2, "fsdp": 2, "model": 2})
+    at = None if scan else jnp.full(8, 5)
+
+    @jax.jit
+    def run(params, x):
+        with sharding.layout_scope(sharding.MeshLayout(mesh, strategy)):
+            return jax.value_and_grad(lambda *a: jnp.square(tower.apply(*a, at=at)[:, :3]).sum(), (0, 1))(params, x)
+
+    results = []
+    for everywhere["kernel"] in (True, False):
+        jax.clear_caches()
+        results.append(run(params, x))
+        assert ("attention_gradient" in str(jax.make_jaxpr(run)(params, x))) == everywhere["kernel"]
+    for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * float(jnp.abs(theirs).max()))
+
+
+STEPS = [
+    pytest.param({}, marks=pytest.mark.slow, id="dp"),
+    pytest.param({"mesh__strategy": "zero1"}, marks=pytest.mark.slow, id="zero1"),
+    pytest.param({"mesh__strategy": "fsdp", "mesh__fsdp": 4}, marks=pytest.mark.slow, id="fsdp"),
+    {"mesh__strategy": "fsdp_tp", "mesh__fsdp": 2, "mesh__model": 2},
+    pytest.param({"optim__microbatches": 2}, marks=pytest.mark.slow, id="2"),
+    pytest.param(
+        {"optim__microbatches": 2, "mesh__strategy": "fsdp", "mesh__fsdp": 4}, marks=pytest.mark.slow, id="2-fsdp"
+    ),
+]
+
+
+@pytest.mark.parametrize("changes", STEPS, ids=lambda changes: "-".join(map(str, changes.values())))
+def test_a_whole_step_is_the_same(everywhere, changes):
+    wide = {"width": 256, "heads": 4, "scan": True, "remat": "dots", "depth": 2}
+    towers = {f"model__{tower}__{name}": value for tower in ("img", "txt") for name, value in wide.items()}
+    c = tiny.config("clip", **towers, **changes)
+    results = []
+    for everywhere["kernel"] in (True, False):
+        experiment = build.build(c)
+        state = create(experiment.init, experiment.abstract)
+        batch = {key: jnp.asarray(x) for key, x in tiny.batch().items()}
+        assert ("attention_gradient" in str(jax.make_jaxpr(experiment.step)(state, batch))) == everywhere["kernel"]
+        results.append(experiment.compiled(state, batch)[1])
+    for name, value in results[1].items():
+        np.testing.assert_allclose(results[0][name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize(
+    ("kv", "n", "tokens", "causal"), [(64, 200, 197, False), (64, 77, 77, True), (128, 584, 577, False)]
+)
+def test_it_compiles_for_each_generation(topology, kv, n, tokens, causal):
+    pytest.importorskip("libtpu")
+    from xclip_jax.commands import plan
+
+    device = plan.devices_of(topology)[0][0]
+    where = jax.sharding.SingleDeviceSharding(device)
+    shapes = [((8, n, 768), jnp.bfloat16), ((1, 768), jnp.float32), ((8, n, 256), jnp.bfloat16)]
+    qkv, bias, g = (jax.ShapeDtypeStruct(*shape, sharding=where) for shape in shapes)
+
+    def both(qkv, bias, g):
+        out, pullback = jax.vjp(lambda *x: kernel.attention(*x, kv, tokens, causal), qkv, bias)
+        return out, pullback(g)
+
+    program = jax.jit(both).lower(qkv, bias, g).compile().as_text()
+    assert program.count("tpu_custom_call") == 2
+    assert f"{n},{n}]" not in program

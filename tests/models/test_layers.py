@@ -1,0 +1,98 @@
+"""Parts of towers: activations, norms and attention against torch's, and branches that are left out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import open_clip
+import pytest
+import scipy.special
+import torch
+
+from tests.helpers.util import jit, random_variables
+from tests.models.test_two_towers import IMG, TXT, numpy
+from xclip_jax.models.layers import (
+    ACTIVATIONS,
+    Block,
+    LayerNorm,
+    Transformer,
+    TransformerConfig,
+    attend,
+    gelu,
+    stack_blocks,
+)
+from xclip_jax.models.vit import ImageTowerConfig
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("gelu", torch.nn.GELU()),
+        ("gelu_tanh", torch.nn.GELU(approximate="tanh")),
+        ("quick_gelu", open_clip.transformer.QuickGELU()),
+    ],
+)
+def test_activations(name, theirs):
+    x = np.linspace(-6, 6, 101, dtype=np.float32)
+    np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x)), numpy(theirs(torch.tensor(x))), atol=2e-6)
+
+
+@pytest.mark.parametrize("fields", [{}, {"eps": 1e-6}])
+def test_layer_norm_is_torchs(fields):
+    # Deviations of the order of sqrt(eps), where eps decides.
+    x = 3e-3 * np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    norm = LayerNorm(**fields)
+    variables = random_variables(norm, x)
+    weight, bias = (torch.tensor(np.asarray(variables["params"]["norm"][name])) for name in ("scale", "bias"))
+    eps = fields.get("eps", 1e-5)  # CLIP's
+    theirs = torch.nn.functional.layer_norm(torch.tensor(x), (8,), weight, bias, eps)
+    np.testing.assert_allclose(norm.apply(variables, x), numpy(theirs), atol=1e-5)
+    assert IMG.config.eps == TXT.config.eps == LayerNorm.eps == 1e-5
+
+
+@pytest.mark.parametrize(("causal", "queries"), [(False, 6), (False, 1), (True, 6)])
+def test_attend_is_torchs(causal, queries):
+    rng = np.random.default_rng(0)
+    query, key, value = (2 * rng.normal(size=(2, 3, n, 8)).astype(np.float32) for n in (queries, 6, 6))
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        torch.tensor(query), torch.tensor(key), torch.tensor(value), is_causal=causal
+    )
+    np.testing.assert_allclose(attend(query, key, value, causal=causal), numpy(theirs), atol=2e-6)
+
+
+def test_gelu_of_narrow_numbers_does_not_cancel():
+    """1 + erf(x) of numbers of 8 bits loses what is left of it where x is negative."""
+    x = jnp.linspace(-5, -1, 401, dtype=jnp.bfloat16)
+    exact = np.asarray(x, np.float64)
+    exact = exact * scipy.special.ndtr(exact)
+    assert np.abs(np.asarray(jax.jit(gelu)(x), np.float64) - exact).max() < 1e-3
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_drop_path_leaves_out_branches_and_counts_the_rest_for_more(scan):
+    config = TransformerConfig(width=8, depth=3, heads=2, scan=scan)
+    unrolled = Transformer(config.unrolled(), drop_path=0.4)
+    rng = np.random.default_rng(0)
+    x, noise = jnp.asarray(rng.normal(size=(4, 5, 8)), jnp.float32), rng.random((4, 3, 2))
+    noise[0], noise[1] = 0.0, 1.0  # all that may go, goes; nothing does
+    variables = random_variables(unrolled, x)
+    params = variables["params"]
+    module = Transformer(config, drop_path=0.4)
+    if scan:
+        variables = {"params": stack_blocks(params, 3)}
+    out = jit(module.apply)(variables, x, jnp.asarray(noise))
+    expected = x
+    for i, rate in enumerate((0.0, 0.2, 0.4)):
+        keep = jnp.asarray((noise[:, i] >= rate) / (1 - rate), jnp.float32)
+        block = Block(config, False, jnp.float32)
+        expected, _ = jit(block.apply)({"params": params[f"block_{i}"]}, expected, keep)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+    first, _ = jit(block.apply)({"params": params["block_0"]}, x)
+    np.testing.assert_allclose(out[0], first[0], rtol=1e-4, atol=1e-5)
+    plain = jit(module.apply)(variables, x)
+    np.testing.assert_array_equal(plain, jit(Transformer(config).apply)(variables, x, jnp.asarray(noise)))
+
+
+def test_drop_path_of_a_single_block_is_refused():
+    (conflict,) = ImageTowerConfig(depth=1, drop_path=0.1).conflicts()
+    assert conflict.startswith("drop_path 0.1 ") and "depth to 2 or more" in conflict
+    assert not list(ImageTowerConfig(depth=2, drop_path=0.1).conflicts())

@@ -1,0 +1,132 @@
+"""Options of the TPU compiler, and what they make of a step; libtpu compiles without a TPU."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from xclip_jax.commands import plan
+from xclip_jax.config import load as config_file
+from xclip_jax.parallel import compiler
+from xclip_jax.parallel.collectives import collectives, summary
+from xclip_jax.parallel.roofline import roofline
+from xclip_jax.train import memory
+
+SLICED = "windowed_dot_general"
+TOPOLOGIES = ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
+
+
+def devices(topology):
+    pytest.importorskip("libtpu")
+    return plan.devices_of(topology)[0]
+
+
+def test_cpus_have_no_options():
+    assert compiler.options(jax.devices()) == {}
+
+
+def test_several_gpus_have_options_that_xla_knows(monkeypatch):
+    """XLA checks the options of every platform on each of them, and so on this CPU."""
+
+    class Gpu:
+        platform, device_kind, process_index = "gpu", "NVIDIA", 0
+
+    accepts = compiler._accepts
+    monkeypatch.setattr(compiler, "_accepts", lambda options, _: accepts(options, jax.devices()[0]))
+    assert compiler.options([Gpu()] * 2) == compiler._GPUS != {}
+    assert compiler.options([Gpu()]) == {}
+    (name,) = compiler._GPUS
+    with monkeypatch.context() as context:
+        context.setenv("XLA_FLAGS", f"--xla_something=1 --{name}=false")
+        assert compiler.options([Gpu()] * 2) == {}
+    monkeypatch.setattr(compiler, "_GPUS", compiler._GPUS | {"xla_gpu_no_such_option": True})
+    assert compiler.options([Gpu()] * 2) == {name: True}
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_each_generation_accepts_all_options(topology):
+    overlap = {} if topology.startswith("v4") else compiler._TPU_OVERLAP
+    assert compiler.options(devices(topology)) == {**compiler._TPU, **overlap}
+
+
+def test_an_unknown_option_is_left_out_and_one_of_the_environment_stays(monkeypatch):
+    known = compiler._TPU
+    monkeypatch.setattr(compiler, "_TPU", known | {"xla_tpu_no_such_option": True})
+    assert compiler.options(devices("v4:2x2x1")) == known
+    first = next(iter(known))
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--xla_something=1 --{first}=false")
+    assert compiler.options(devices("v4:2x2x1")) == {name: known[name] for name in known if name != first}
+
+
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:4x4", "tpu7x:2x2x4"])
+def test_a_weight_gradient_that_ends_split_is_one_product(topology):
+    chips = devices(topology)
+    mesh = Mesh(np.array(chips), ("data",))
+    split = NamedSharding(mesh, PartitionSpec("data"))
+
+    def gradient(x, g):
+        product = jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())))
+        return jax.lax.with_sharding_constraint(product, split).astype(jnp.float32)
+
+    rows = [jax.ShapeDtypeStruct((len(chips) * 6400, d), jnp.bfloat16, sharding=split) for d in (768, 3072)]
+    sliced = [
+        SLICED in jax.jit(gradient, compiler_options=options).lower(*rows).compile().as_text()
+        for options in ({}, dict(compiler.options(chips)))
+    ]
+    assert sliced == [True, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:4x4", "v5p:2x2x4"])
+def test_a_step_of_full_width_has_no_sliced_product_and_no_scores(topology, strategy):
+    chips = devices(topology)
+    config = config_file.load_config(f"pretrain:objective=clip,preset=B/16,batch={32 * len(chips)}")
+    config.model.img.depth = config.model.txt.depth = 2
+    config.mesh.strategy, config.data.length_groups = strategy, "full"
+    if strategy == "fsdp":
+        config.mesh.fsdp = 8
+    _, compiled, trouble = memory.compile_config(config, chips)
+    program = compiled.as_text()
+    assert not trouble and SLICED not in program
+    assert program.count("tpu_custom_call") >= 8  # two towers of two blocks, forward and backward
+    # Scores are (images, heads, tokens, tokens), with or without the tokens of padding.
+    assert not re.search(r"\[(?:\d+,)+(197,197|200,200|77,77|80,80)\]", program)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:4x8", "v6e:4x8", "v5p:4x4x4"])
+def test_sums_of_gradients_are_hidden(topology):
+    """At least 90 % of the time of collectives, by the plan's model of links; most of their bytes are gradients."""
+    chips = devices(topology)
+    config = config_file.load_config(f"pretrain:objective=clip,preset=B/16,batch={64 * len(chips)}")
+    config.model.img.depth = config.model.txt.depth = 3
+    config.data.length_groups = "full"
+    experiment, compiled, trouble = memory.compile_config(config, chips)
+    assert not trouble
+    program = compiled.as_text()
+    parameters = sum(x.size for x in jax.tree.leaves(experiment.abstract.params))
+    sent = summary(collectives(program, len(chips)))
+    assert sent["all-reduce"] >= 2 * parameters  # each gradient in two bytes or four
+    assert sent["all-reduce"] > 0.8 * sum(sent.values())
+    account = roofline(program, topology, len(chips))
+    assert account.hidden_ms > 0.9 * (account.hidden_ms + account.exposed_ms) > 0
+
+
+@pytest.mark.slow
+def test_remat_computes_again_on_tpus():
+    """Blocks are unrolled there, where XLA would merge what is computed again unless a barrier is in between."""
+    chips = devices("v5e:2x2")
+    flops = {}
+    for remat in ("none", "full"):
+        config = config_file.load_config("pretrain:objective=clip,preset=Ti/12,batch=256")
+        for tower in (config.model.img, config.model.txt):
+            tower.scan, tower.remat, tower.depth = True, remat, 2
+        config.data.length_groups = "full"
+        _, compiled, trouble = memory.compile_config(config, chips)
+        assert not trouble
+        flops[remat] = compiled.cost_analysis()["flops"]
+    assert flops["full"] > 1.15 * flops["none"]

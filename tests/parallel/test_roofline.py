@@ -1,0 +1,174 @@
+"""The account of a program against counts by hand, and against what the TPU compiler says of single operations."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from xclip_jax.core.errors import UserError
+from xclip_jax.kernels import attention
+from xclip_jax.parallel import hlo, roofline, schedule, traffic
+from xclip_jax.parallel.topology import CHIPS, devices_of, grid_of
+
+V5E = CHIPS["v5e"]
+GATHER = "channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}, use_global_device_ids=true"
+
+
+def about(source, cycles):
+    return f'metadata={{op_name="jit(step)/jvp(TwoTowers.{source}"}}, backend_config={{"estimated_cycles":"{cycles}"}}'
+
+
+UP, COPY = about("encode_image)/img/mlp/up/dot_general", 15000), about("encode_text)/txt/mlp", 3000)
+PAIR = "(f32[512,1024]{1,0:T(8,128)}, f32[512,1024]{1,0:T(8,128)})"
+
+
+# On v5e a cycle is 2/3 of a nanosecond: 1,500,000 are a millisecond. The gather of 8.75 million bytes at 2x4 chips,
+# two links of 50 GB/s, takes 7/8 of 87.5 microseconds. A chain is one collective.
+STEP = f"""\
+%pass (x: f32[512,1024], s: f32[64,1024]) -> (f32[512,1024], f32[512,1024]) {{
+  %s = f32[64,1024]{{1,0:T(8,128)}} parameter(1)
+  %x = f32[512,1024]{{1,0:T(8,128)}} parameter(0)
+  %g.2 = f32[512,1024]{{1,0:T(8,128)}} all-gather(%s), {GATHER}, frontend_attributes={{chain_id="0"}}
+  %y = f32[512,1024]{{1,0:T(8,128)}} multiply(%x, %x)
+  ROOT %t = {PAIR} tuple(%y, %g.2)
+}}
+
+%begin (s.1: f32[64,1024]) -> f32[512,1024] {{
+  %s.1 = f32[64,1024]{{1,0:T(8,128)}} parameter(0)
+  ROOT %g.1 = f32[512,1024]{{1,0:T(8,128)}} all-gather(%s.1), {GATHER}, frontend_attributes={{chain_id="0"}}
+}}
+
+%end (s.2: f32[64,1024]) -> f32[512,1024] {{
+  %s.2 = f32[64,1024]{{1,0:T(8,128)}} parameter(0)
+  ROOT %g.3 = f32[512,1024]{{1,0:T(8,128)}} all-gather(%s.2), {GATHER}, frontend_attributes={{chain_id="0"}}
+}}
+
+ENTRY %main (a: f32[512,1024], b: f32[64,1024]) -> f32[512,1024] {{
+  %a = f32[512,1024]{{1,0:T(8,128)}} parameter(0)
+  %b = f32[64,1024]{{1,0:T(8,128)}} parameter(1)
+  %start = f32[512,1024]{{1,0:T(8,128)}} fusion(%b), kind=kCustom, calls=%begin
+  %f = {PAIR} fusion(%a, %b), kind=kOutput, calls=%pass, {UP}
+  %done = f32[512,1024]{{1,0:T(8,128)}} fusion(%b), kind=kCustom, calls=%end
+  %h = f32[512,1024]{{1,0:T(8,128)S(1)}} copy(%a), {COPY}
+  %alone = f32[512,1024]{{1,0:T(8,128)}} all-gather(%b), {GATHER}
+  ROOT %u = f32[512,1024]{{1,0:T(8,128)}} add(%a, %h), metadata={{op_name="jit(step)/cond/branch_1_fun/add"}}
+}}
+"""
+
+
+def test_an_account_by_hand():
+    found = roofline.roofline(STEP, "v5e:2x4", 8)
+    size = 512 * 1024 * 4
+    whole = 7 / 8 * size / 100e9  # a gather
+    assert found.exposed_ms == pytest.approx(1e3 * (whole - 10e-6 + whole))  # a fusion of 10 microseconds beside it
+    assert found.hidden_ms == pytest.approx(1e3 * 10e-6)
+    rows = {row["part"]: row for row in found.parts}
+    assert rows["MLP"]["image"] == rows["MLP"]["ms"] == pytest.approx(0.01)
+    assert rows["MLP"]["hbm_ms"] == pytest.approx(1e3 * 2 * size / 819e9)  # reads %x, writes %y, and sends the rest
+    assert rows["copies"]["text"] == pytest.approx(0.002)
+    assert rows["copies"]["hbm_ms"] == pytest.approx(1e3 * size / 819e9)  # its result is in vector memory
+    # Of an operation without cycles, its traffic: %h is not in HBM.
+    assert rows["optimizer"]["neither"] == rows["optimizer"]["hbm_ms"] == pytest.approx(1e3 * 2 * size / 819e9)
+    assert found.step_ms == pytest.approx(found.ms + found.exposed_ms)
+    assert not found.kernels and set(rows) == {"MLP", "copies", "optimizer"}
+
+
+SLICED = """\
+%slice (stack: f32[12,512,1024], i: s32[], value: f32[1,512,1024]) -> f32[12,512,1024] {
+  %stack = f32[12,512,1024]{2,1,0:T(8,128)} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %value = f32[1,512,1024]{2,1,0:T(8,128)} parameter(2)
+  %one = f32[1,512,1024]{2,1,0:T(8,128)} dynamic-slice(%stack, %i, %zero, %zero), dynamic_slice_sizes={1,512,1024}
+  %sum = f32[1,512,1024]{2,1,0:T(8,128)} add(%one, %value)
+  ROOT %new = f32[12,512,1024]{2,1,0:T(8,128)} dynamic-update-slice(%stack, %sum, %i, %zero, %zero)
+}
+
+ENTRY %main (a: f32[12,512,1024], b: f32[1,512,1024], i: s32[]) -> f32[12,512,1024] {
+  %a = f32[12,512,1024]{2,1,0:T(8,128)} parameter(0)
+  %b = f32[1,512,1024]{2,1,0:T(8,128)} parameter(1)
+  %i.1 = s32[] parameter(2)
+  %prefetch = ((f32[12,512,1024]{2,1,0:T(8,128)}), f32[1,512,1024]{2,1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%a)
+  ROOT %f = f32[12,512,1024]{2,1,0:T(8,128)} fusion(%a, %i.1, %b), kind=kLoop, calls=%slice
+}
+"""
+
+
+def test_slices_move_no_more_than_their_own_bytes():
+    program, size = hlo.parse(SLICED), 512 * 1024 * 4
+    moved = {each.instruction.name: traffic.traffic(program, each) for each in program.executions(len)}
+    assert moved["f"] == pytest.approx(3 * size, abs=8)  # a slice and a value are read, a slice is written
+    assert moved["prefetch"] == size
+
+
+@pytest.mark.parametrize("chip", list(CHIPS))
+def test_a_large_product_and_a_sum_come_near_their_limits(chip):
+    """Clocks: cycles of products are those of the peak and a little more, and of sums those of the memory."""
+    pytest.importorskip("libtpu")
+    where = jax.sharding.SingleDeviceSharding(devices_of(CHIPS[chip].smallest)[0][0])
+
+    def account(fn, dtype, n):
+        x = jax.ShapeDtypeStruct((n, n), dtype, sharding=where)
+        text = jax.jit(fn).lower(*[x] * fn.__code__.co_argcount).compile().as_text()
+        return roofline.roofline(text, CHIPS[chip].smallest, 1)
+
+    n = 8192
+    product, total = account(lambda a, b: a @ b, jnp.bfloat16, n), account(lambda a: a + 1, jnp.float32, n)
+    assert 1.0 < product.ms / (2e3 * n**3 / CHIPS[chip].peak) < 1.5
+    assert total.hbm_ms == pytest.approx(1e3 * 2 * 4 * n * n / CHIPS[chip].bandwidth)
+    assert 1.0 < total.ms / total.hbm_ms < 1.5
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    pytest.importorskip("libtpu")
+    where = jax.sharding.SingleDeviceSharding(devices_of(V5E.smallest)[0][0])
+    arrays = [((4, 16, 384), jnp.bfloat16), ((1, 384), jnp.float32)]
+    inputs = [jax.ShapeDtypeStruct(*x, sharding=where) for x in arrays]
+    program = jax.jit(lambda qkv, bias: attention.attention(qkv, bias, 64, 13, False)).lower(*inputs).compile()
+    return program.as_text()
+
+
+def test_a_kernel_takes_its_schedule(kernel):
+    (row,) = roofline.roofline(kernel, V5E.smallest, 1).kernels
+    program = hlo.parse(kernel)
+    (call,) = filter(
+        None, (schedule.kernel_of(x, program.computations[program.entry]) for x, *_ in program.executions(len))
+    )
+    made = schedule.schedules("v5e", [call])[call]
+    assert call == dataclasses.replace(call, config="of another line") != dataclasses.replace(call, code="another")
+    assert made.blocks == 1 and 100 < made.bundles < 3000 and 0 < made.matrix < 1
+    assert row == {"name": "attention", "count": 1, "ms": pytest.approx(1e3 * made.bundles / 1.5e9), "by": "schedule"}
+
+
+def test_a_kernel_without_a_schedule_takes_its_flops_and_bytes(kernel, monkeypatch):
+    monkeypatch.setattr(schedule, "_schedules", {})
+    monkeypatch.setattr(schedule, "_make", lambda chip, kernels: [None] * len(kernels))
+    (row,) = roofline.roofline(kernel, V5E.smallest, 1).kernels
+    size = sum(4 * 16 * lanes * 2 for lanes in (384, 128)) + 8 * 384 * 4
+    work = 2 * 2 * 4 * 2 * 16 * 16 * 128
+    by_flops, by_bytes = 1e3 * work / V5E.peak, 1e3 * size / V5E.bandwidth  # what is in vector memory does not count
+    assert row["by"] == "FLOPs and bytes" and by_flops <= row["ms"] <= max(by_flops, by_bytes)
+
+
+@pytest.mark.parametrize(
+    ("topology", "links"),
+    [
+        ("v5e:4x8", 2),
+        ("v5e:16x16", 4),
+        ("v5e:8x16", 3),
+        ("v6e:1x4", 1),
+        ("v5p:4x4x8", 6),
+        ("v4:2x4x4", 3),
+        ("v4:2x2x1", 2),
+    ],
+)
+def test_links_of_a_chip_in_a_corner(topology, links):
+    name, grid = grid_of(topology)
+    assert CHIPS[name].ici(grid) == links * CHIPS[name].link
+
+
+def test_a_topology_is_a_chip_and_a_grid():
+    with pytest.raises(UserError, match="write CHIP:GRID"):
+        grid_of("v5e")

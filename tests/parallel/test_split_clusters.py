@@ -1,0 +1,129 @@
+"""Cluster heads whose clusters are split over all devices against one device's step, and when they are split."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from tests.helpers import tiny
+from tests.parallel.test_sharding import BATCH, MESHES, assert_same, gradients, make
+from xclip_jax.commands import plan
+from xclip_jax.parallel.collectives import collectives
+from xclip_jax.parallel.mesh import AXES
+from xclip_jax.train import build, memory, state
+from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.encoder import make_encoder
+
+HIDDEN, CLUSTERS = 40, 64
+HEAD = {"clusters": CLUSTERS, "hidden": HIDDEN, "layers": 1, "last_norm": False}
+TEACHER = {"objective__nclip__target": "ema", "objective__nclip__balance": "center"}
+SHUFFLED = {"objective__nclip__shuffle_targets": True}
+# What the loss is, and what computes it in another way.
+FORMS = {
+    "plain": ({}, {}),
+    "chunks": ({}, {"loss__chunk_size": 16, "optim__microbatches": 2}),
+    "sinkhorn": ({"objective__nclip__balance": "sinkhorn", "head": HEAD | {"last_norm": True}}, {}),
+    "teacher": (TEACHER, {"optim__microbatches": 2}),
+    "teacher-chunks": (TEACHER | SHUFFLED, {"loss__chunk_size": 8}),
+    "layers": ({"objective__nclip__target": "joint", "head": HEAD | {"layers": 2}}, {"loss__impl": "ring"}),
+}
+# Each strategy and each form once; all combinations are minutes of compilation.
+QUICK = {
+    ("dp", "teacher-chunks"),
+    ("dp-clusters", "layers"),
+    ("zero1", "sinkhorn"),
+    ("fsdp", "teacher"),
+    ("fsdp_tp", "chunks"),
+}
+
+
+def experiment(mesh=None, *, head=HEAD, **changes):
+    return make("xclip", mesh, model__cluster_head=head, **changes)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Memoised results of one device, by form."""
+    known = {}
+
+    def get(form):
+        if form not in known:
+            known[form] = gradients(experiment(**FORMS[form][0]))
+        return known[form]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("mesh", "form"),
+    [
+        pytest.param(mesh, form, marks=() if (mesh, form) in QUICK else pytest.mark.slow)
+        for mesh in MESHES
+        for form in FORMS
+    ],
+)
+def test_values_and_gradients_are_of_one_device(mesh, form, plain):
+    loss, way = FORMS[form]
+    p = experiment(mesh, **loss, **way)
+    arrays = [x for x in jax.tree.leaves(p.abstract) if x.shape in ((HIDDEN, CLUSTERS), (CLUSTERS,))]
+    # Kernel and bias of both heads with two moments, and their average where that is the teacher.
+    assert len(arrays) >= 4 * (4 if "teacher" in form else 3)
+    assert all(x.sharding.spec[-1] == AXES for x in arrays if x.ndim == 2)
+    assert_same(gradients(p), plain(form))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "topology"), [("dp", None), ("fsdp_tp", None), pytest.param("zero1", "v5e:2x4", marks=pytest.mark.slow)]
+)
+def test_hidden_rows_are_sent_and_neither_kernels_nor_logits(mesh, topology):
+    k = 8 * 56
+    if topology:
+        pytest.importorskip("libtpu")
+    chips = plan.devices_of(topology)[0] if topology else None
+    p = experiment(mesh, head=HEAD | {"clusters": k}, optim__microbatches=2, devices=chips)
+    names = {shape for each in collectives(memory.compile_for(p).as_text(), 8) for shape in each.shapes}
+    shapes = {tuple(map(int, re.findall(r"\d+", name.partition("[")[2]))) for name in names}
+    assert (BATCH, HIDDEN) in shapes
+    assert not [shape for shape in shapes if len(shape) > 1 and {k, k // 2, k // 4, k // 8} & {*shape}]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch", "clusters", "split"),
+    [
+        ((8, 1, 1), 32, 32, True),
+        ((8, 1, 1), 40, 32, False),  # more rows than clusters would travel
+        ((4, 1, 2), 32, 32, False),  # a device's part of the kernel is half of it
+        ((4, 1, 2), 32, 64, True),
+        ((2, 4, 1), 32, 60, False),  # 8 do not divide 60
+    ],
+)
+def test_clusters_are_split_where_no_more_is_sent(sizes, batch, clusters, split):
+    mesh = dict(zip(AXES, sizes, strict=True))
+    config = tiny.config("nclip", data__batch=batch, model__cluster_head=HEAD | {"clusters": clusters})
+    config.mesh = mesh | {"strategy": "dp"}
+    kernel = build.build(config).abstract.params["clusters_txt"]["clusters"]["kernel"]
+    assert kernel.sharding.spec == PartitionSpec(None, AXES if split else "model")
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [(None, "dp"), ("dp", None)], ids=["split", "whole"])
+def test_a_checkpoint_is_restored_in_the_layout_of_its_new_mesh(saved, resumed, tmp_path):
+    first, second = experiment(saved), experiment(resumed)
+    before = state.create(first.init, first.abstract)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(before, {"samples": 0})
+    with Checkpointer(tmp_path) as checkpointer:
+        after, _ = checkpointer.restore(second.abstract)
+    assert jax.tree.map(lambda x: x.sharding, after) == jax.tree.map(lambda x: x.sharding, second.abstract)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(before), jax.device_get(after))
+
+
+def test_evaluation_reads_split_heads():
+    split, one = experiment("dp", eval__batch=16), experiment(None, eval__batch=16)
+    texts = ["a dog", "two cats on a mat", "rain"]
+    found, expected = (
+        make_encoder(p).texts(state.create(p.init, p.abstract).variables(), texts, ["cluster_logits"])["cluster_logits"]
+        for p in (split, one)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -1,0 +1,220 @@
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import tiny
+from tests.helpers.two_processes import BROKEN
+from tests.helpers.util import free_address
+from xclip_jax.core.errors import UserError
+from xclip_jax.processes import peers, runtime
+from xclip_jax.train import weights
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def start(devices, *args):
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last one holds
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.helpers.two_processes", *map(str, args)],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": flags},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(running):
+    for process in running:
+        try:
+            said, _ = process.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        assert process.returncode == 0, said
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What one process with four devices saw, and each of two with two."""
+    root = tmp_path_factory.mktemp("processes")
+    pairs, at = tiny.folder(root / "pairs"), free_address()
+    wait_for([start(2, pairs, root / "two", at, 2, i) for i in range(2)] + [start(4, pairs, root / "one")])
+    return [dict(np.load(root / f"{name}.npz")) for name in ("one.0", "two.0", "two.1")]
+
+
+def test_losses_and_gradients_are_those_of_one_process(found):
+    one, *two = found
+    assert len(one["losses"]) == 3
+    for process in two:
+        np.testing.assert_allclose(process["losses"], one["losses"], rtol=1e-5, atol=1e-5)
+        names = [key for key in one if key.startswith("grad")]
+        largest = max(np.abs(one[key]).max() for key in names)
+        assert largest > 1e-3
+        for key in names:
+            np.testing.assert_allclose(process[key], one[key], rtol=0, atol=1e-5 * largest, err_msg=key)
+
+
+def test_each_process_loads_its_half_of_the_batch(found):
+    assert [list(x["rows"]) for x in found] == [[16] * 3, [8] * 3, [8] * 3]
+
+
+def test_each_process_gets_all_features(found):
+    one, *two = found
+    assert one["image"].shape == (13, 16)
+    for process in two:
+        for key in ("image", "clusters", "text", "attention"):
+            np.testing.assert_allclose(process[key], one[key], atol=1e-3)  # after three steps of AdamW
+
+
+def test_a_checkpoint_comes_back_in_each_process(found):
+    assert all(x["restored"].all() for x in found)
+    one, *two = [float(x["read"]) for x in found]
+    assert one == 1
+    # Each of four devices reads a quarter of the large arrays, which all of them hold, and the small ones.
+    assert all(0.25 < share < 0.75 for share in two)
+
+
+def test_processes_agree_that_a_checkpoint_is_damaged(found):
+    """One of them reads the digest; all go back to the checkpoint before."""
+    assert all(x["fell_back"].all() for x in found)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs on one device, and on two of a process each, along the mesh's data and along its model axis."""
+    root = tmp_path_factory.mktemp("runs")
+    pairs = tiny.folder(root / "pairs", 16)
+    for i in range(5):
+        (pairs / f"{3 * i:03d}.png").write_bytes(b"damaged")
+    where = {"one": start(1, "run", pairs, root / "one", 1, 1)}
+    wait_for(where.values())
+    for name, sizes in (("data", (2, 1)), ("model", (1, 2))):
+        at = free_address()
+        wait_for([start(1, "run", pairs, root / name, *sizes, at, 2, i) for i in range(2)])
+    return root
+
+
+def texts(root, name, process=0):
+    """Global shape and this process's rows of each batch."""
+    seen = np.load(root / f"{name}.{process}.npz")
+    return [tuple(shape) for shape in seen["shapes"]], seen["texts"]
+
+
+def metrics(root, name):
+    keys = ("loss", "samples", "tokens", "data/bad", "data/bad_share")
+    return [line[key] for line in tiny.lines(root / f"{name}.run") for key in keys]
+
+
+def bad(root, name):
+    return sorted((root / f"{name}.run" / "bad_samples.jsonl").read_text().splitlines())
+
+
+@pytest.mark.slow
+def test_processes_of_a_model_group_hold_the_same_rows(runs):
+    shapes, expected = texts(runs, "one")
+    assert shapes == [(8, tiny.LENGTH)] * 2
+    for process in range(2):
+        seen, rows = texts(runs, "model", process)
+        assert seen == shapes
+        np.testing.assert_array_equal(rows, expected)
+
+
+@pytest.mark.slow
+def test_processes_of_the_data_axis_hold_halves(runs):
+    shapes, expected = texts(runs, "one")
+    halves = [texts(runs, "data", process) for process in range(2)]
+    assert all(seen == shapes for seen, _ in halves)
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows in halves], axis=1), expected)
+
+
+@pytest.mark.parametrize("name", ["data", "model"])
+@pytest.mark.slow
+def test_losses_tokens_and_bad_samples_are_those_of_one_process(runs, name):
+    expected = metrics(runs, "one")
+    assert expected[3] > 0, "no bad sample in the first batch"
+    np.testing.assert_allclose(metrics(runs, name), expected, rtol=1e-4)
+    assert bad(runs, name) == bad(runs, "one") != []
+
+
+@pytest.mark.parametrize("name", ["data", "model"])
+@pytest.mark.slow
+def test_weights_are_read_whole_in_every_process(runs, name):
+    _, experiment, variables, _ = weights.load(str(runs / f"{name}.run"))
+    expected = weights.fingerprint(experiment, variables)
+    assert [str(np.load(runs / f"{name}.{process}.npz")["weights"]) for process in range(2)] == [expected] * 2
+
+
+def test_a_sign_of_life_on_its_way_does_not_undo_that_a_process_is_finished(monkeypatch):
+    monkeypatch.setattr(peers, "_POLL_SECONDS", 0.01)
+    values, writing = {}, threading.Event()
+
+    class Client:
+        def key_value_set(self, name, value, allow_overwrite):
+            if value != peers._DONE:
+                writing.set()
+                time.sleep(0.2)
+            values[name] = value
+
+        def key_value_dir_get(self, name):
+            return []
+
+    watched = peers.Peers(Client(), 1, 2)
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "peers")
+    assert writing.wait(10)
+    watched.stop()
+    thread.join(10)
+    assert not thread.is_alive() and list(values.values()) == [peers._DONE]
+
+
+def test_the_others_wait_until_process_0_is_finished(monkeypatch):
+    monkeypatch.setattr(peers, "_POLL_SECONDS", 0.01)
+    signs = iter([{}, "fails", "alive", "alive", peers._DONE])
+
+    class Client:
+        def key_value_dir_get(self, name):
+            if (sign := next(signs)) == "fails":
+                raise jax.errors.JaxRuntimeError("UNAVAILABLE: for a moment")
+            return [(f"{name}0", sign), (f"{name}1", peers._DONE)] if sign else []
+
+    for index, left in ((0, 5), (1, 0)):
+        waits = object.__new__(peers.Peers)  # without its thread
+        waits.index, waits._client = index, Client()
+        waits.await_first()
+        remaining = list(signs)
+        assert len(remaining) == left
+        signs = iter(remaining)
+
+
+@pytest.mark.parametrize("given", [("h:1", 0, -1), ("", 2, 0), ("h:1", 2, 2), ("h:1", 2, -1)])
+def test_incomplete_addresses_are_one_sentence(given):
+    with pytest.raises(UserError, match="belong together"):
+        runtime.join(False, *given)
+
+
+def test_nothing_to_join():
+    runtime.join(False)
+    assert jax.process_count() == 1
+
+
+def test_devices_that_a_recipe_has_looked_at_are_one_sentence():
+    jax.devices()
+    with pytest.raises(UserError, match=r"before the processes joined.* give the recipe small device=cpu, gpu or tpu"):
+        runtime.join(True)
+
+
+def test_alone_where_others_should_be_is_one_sentence():
+    code = "from xclip_jax.parallel import processes; runtime.join(True)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert "UserError: this process cannot join the others" in done.stderr
+
+
+def test_every_process_knows_what_one_could_not_read(found):
+    assert all(process[key].tolist() == [BROKEN] for process in found for key in ("unreadable", "counted"))

@@ -1,0 +1,146 @@
+"""The page of a run, and the command that writes it."""
+
+import json
+import re
+import shutil
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from tests.helpers import tiny
+from tests.helpers.pages import HOSTILE, check
+from xclip_jax import report
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.report import __main__ as command
+from xclip_jax.report import html
+from xclip_jax.train import trainer
+from xclip_jax.train.checkpoint import Checkpointer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of xCLIP on pairs and a set whose words are hostile, with its report."""
+    root = tmp_path_factory.mktemp("report")
+    pairs, rng = tiny.folder(root / "pairs"), np.random.default_rng(0)
+    for i in range(0, 40, 2):
+        (pairs / f"{i:03d}.txt").write_text(HOSTILE)
+    for label in ("cat", "<img src=x onerror=alert(3)>"):
+        (root / "set" / label).mkdir(parents=True)
+        for i in range(10):
+            image = PIL.Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
+            image.save(root / "set" / label / f"{i}.png")
+    changes = {"data__sources": (f"folder:{pairs}",), "mesh__fsdp": 2, "eval__every": 2, "eval__report": True}
+    changes |= {"eval__sets": (f"folder:{root / 'set'}",), "log__collapse_warmup_steps": 1}
+    trainer.run(tiny.config(run=root / "run", steps=4, **changes), [report.callback()])
+    return root
+
+
+def test_the_page_of_a_run_needs_nothing_else_and_escapes_everything(run):
+    text = RunFolder(run / "run").report_file.read_text()
+    page = check(text)
+    assert "alert" not in re.sub(r"&lt;.*?&gt;|alert\(2\)", "", text)
+    words = " ".join(page.text)
+    for text in ("What xCLIP learned", "4 steps of 16 image-text pairs", "top-1", "Mutual information", "predicted as"):
+        assert text in words, text
+    assert "onerror=alert(3)" in words  # shown as text
+    assert (run / "run" / "picture.png").exists()
+
+
+def test_where_a_run_names_no_set_its_own_pairs_are_shown(run, tmp_path):
+    shutil.copytree(run / "run", tmp_path / "run")
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    written["config"]["eval"] |= {"sets": [], "final_sets": []}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(written))
+    command.main([str(tmp_path / "run"), "--output", str(tmp_path / "x.html"), "--seed", "3"])
+    page = check((tmp_path / "x.html").read_text())
+    words = " ".join(page.text)
+    assert "training pairs, on which the model was trained" in words and "drawn by seed" in words
+    assert HOSTILE in words
+    assert "the run has no evaluation sets. Add some to eval.final_sets" in words  # of names for images
+
+
+def test_a_run_in_progress(run, tmp_path):
+    """Without a checkpoint there are curves; a half-written line and a half-written checkpoint are left alone."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(run / "run" / "config.json", folder)
+    lines = (run / "run" / "metrics.jsonl").read_text().splitlines()[:2]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 3, "lo')
+    half = folder / "checkpoints" / "3.orbax-checkpoint-tmp"
+    half.mkdir(parents=True)
+    command.main([str(folder)])
+    assert half.exists()
+    page = check(RunFolder(folder).report_file.read_text())
+    words = " ".join(page.text)
+    assert "What xCLIP has learned so far" in words and "holds no checkpoint" in words
+    assert "2 of 4 steps" in words and "The final evaluation has not run yet" in words
+    (folder / "metrics.jsonl").unlink()
+    shutil.rmtree(folder / "checkpoints")
+    command.main([str(folder)])
+    assert "No step is logged yet" in RunFolder(folder).report_file.read_text()
+
+
+def test_a_reader_leaves_what_a_writer_has_begun(tmp_path):
+    half = tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp"
+    half.mkdir(parents=True)
+    with Checkpointer(tmp_path, read_only=True) as checkpointer:
+        assert checkpointer.latest() is None
+        time.sleep(0.3)  # Orbax cleans up in a thread
+    assert half.exists()
+    with Checkpointer(tmp_path):
+        until = time.monotonic() + 20
+        while half.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+    assert not half.exists()
+
+
+def test_a_report_that_fails_loses_nothing(run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run / "run", tmp_path / "run")
+    expected = json.loads((tmp_path / "run" / "results.json").read_text())["results"]
+    (tmp_path / "run" / "results.json").unlink()
+    config = tiny.config(run=tmp_path / "run", steps=4)
+    config.update(_tuples(json.loads((tmp_path / "run" / "config.json").read_text())["config"]))
+    config.run = str(tmp_path / "run")
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    written["config"]["run"] = config.run
+    (tmp_path / "run" / "config.json").write_text(json.dumps(written))
+
+    def broken(*_, **__):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(html, "make", broken)
+    assert trainer.run(config, [report.callback()]) == pytest.approx(expected, abs=1e-4)
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["results"] == pytest.approx(expected, abs=1e-4)
+    assert "no report: RuntimeError: broken; xclip-jax report" in capsys.readouterr().out
+
+
+def _tuples(value):
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["{}/none"], "none' does not exist; name the folder of a run"),
+        (["{}/ran"], "did you mean '{}/run'?"),
+        (["{}"], "is not a run directory"),
+        (["{}/run", "--sets", "imagenett"], "set 'imagenett'; did you mean 'imagenet'"),
+        (["{}/run", "--step", "9"], "no checkpoint of step 9"),
+        (["{}/run", "--stepp", "9"], "unrecognized arguments"),
+        (["{}/run", "--output", "{}/none/x.html"], "none' does not exist; create it first"),
+        (["{}/run", "--output", "{}"], "is a folder; name a file in it"),
+        ([], "required: RUN"),
+        (["--checkpoint={}/run"], "required: RUN; write RUN without --checkpoint; see --help"),
+        (["--checkpoint", "{}/run"], "arguments: --checkpoint; write RUN without --checkpoint; see --help"),
+    ],
+)
+def test_bad_input_is_one_sentence(flags, message, run, monkeypatch):
+    monkeypatch.setattr(html, "make", lambda *_, **__: pytest.fail("made predictions first"))
+    with pytest.raises(SystemExit) as stopped:
+        command.main([flag.format(run) for flag in flags])
+    assert message.format(run) in str(stopped.value)
+    assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)

@@ -1,0 +1,128 @@
+"""Pages of reports in Chromium: scripts, layout on a phone and on a desk, light and dark, and accessibility."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from tests.helpers import tiny
+from tests.helpers.browser import SCHEMES, WIDTHS, browser, check_accessible, check_layout, opened  # noqa: F401
+from tests.helpers.pages import written
+from tests.report.test_health import collapsed
+from tests.report.test_run_sections import judged_results
+from tests.report.test_several import compared, predicted
+from xclip_jax.report import examples, html, several, style
+from xclip_jax.report.attention import Maps
+
+SCREENS = [(width, scheme) for width in WIDTHS for scheme in SCHEMES]
+LONG = "a very long name of one class, which no card and no column of a table can show in one line without a cut"
+
+
+def luminance(color):
+    """Relative luminance by WCAG 2.2."""
+    color = "".join(2 * c for c in color) if len(color) == 3 else color
+    channels = [int(color[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+def contrast(a, b):
+    dark, light = sorted((luminance(a), luminance(b)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_colours_of_text_and_lines_have_contrast(scheme):
+    roots = re.findall(r":root\{(.*?)\}", style.CSS, re.DOTALL)
+    colors = {k: v for root in roots[: 1 + (scheme == "dark")] for k, v in re.findall(r"--([\w-]+):#(\w+)", root)}
+    assert contrast("000", "fff") == pytest.approx(21)
+    pairs = (
+        "ink/paper ink/card muted/paper muted/card muted/edge accent/paper accent/card right-ink/card right-ink/right"
+    )
+    for pair in (*pairs.split(), "bad/bad-soft", "card/bad", "ink/bad-soft", "ink/other", "muted/other"):
+        text, ground = pair.split("/")
+        assert contrast(colors[text], colors[ground]) >= 4.5, (text, ground)
+    for line in range(8):
+        assert contrast(colors[f"l{line}"], colors["card"]) >= 3, line
+
+
+def shown_examples():
+    """Examples of every section: long names, a confusion matrix, clusters and attention maps."""
+    names = [("fox", ["fox", LONG]), (LONG, ["hen", LONG])]
+    made = predicted(names)
+    guesses, gallery = made.named[0].guesses, made.gallery
+    clusters = [examples.Cluster(i, 2, 1, [0, 1], ["fox" if i % 2 else "hen", LONG]) for i in range(30)]
+    return dataclasses.replace(
+        made,
+        retrieved=examples.RetrievalExamples("pairs", 2, "probability", gallery, [
+            examples.SearchResult(LONG, [0, 1], [True, False], 1)
+        ], guesses),
+        confusion=examples.Confusion("Animals", 5, ["fox", LONG], np.array([[3, 0], [1, 1]]), [
+            examples.ConfusedPair(LONG, "fox", 1, gallery.shown[:1])
+        ]),
+        clusters=examples.Clusters(64, 30, gallery, clusters),
+        credits=["Images by their artists."],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """Addresses of a run's page with every section, of one of a run that has just begun, and of one of three runs."""
+    root = tmp_path_factory.mktemp("pages")
+    rows = [{"step": s, "loss": 1 / s, "lr": 1e-3} | collapsed("flat" if s == 3 else "") for s in (1, 2, 3)]
+    run = written(root / "run", tiny.config("nclip", log__collapse_warmup_steps=1), rows)
+    maps = Maps([0, 1], *np.full((2, 2, 2, 2), 0.25), "attention of a token")
+    full = html.render(dataclasses.replace(run, results=judged_results()), shown_examples(), maps, 1234)
+    begun = html.render(written(root / "begun", tiny.config("clip"), []), examples.Examples(missing=["no checkpoint"]))
+    runs = [dataclasses.replace(run, examples=shown_examples()) for run in compared(root)]
+    for name, text in (("full", full), ("begun", begun), ("several", several.render(runs))):
+        (root / f"{name}.html").write_text(text)
+    return {name: f"file://{root}/{name}.html" for name in ("full", "begun", "several")}
+
+
+@pytest.mark.parametrize("name", ["full", "begun", "several"])
+@pytest.mark.parametrize(("width", "scheme"), SCREENS)
+def test_nothing_fails_sticks_out_or_is_out_of_reach(name, width, scheme, browser, pages):  # noqa: F811
+    with opened(browser, pages[name], width=width, scheme=scheme) as page:
+        check_layout(page)
+        check_accessible(page)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_charts_are_read_with_the_mouse_and_with_keys(width, browser, pages):  # noqa: F811
+    with opened(browser, pages["several"], width=width) as page:
+        plot = page.locator(".plot").last
+        plot.scroll_into_view_if_needed()
+        box = plot.bounding_box()
+        page.mouse.move(box["x"] + box["width"] - 1, box["y"] + 9)
+        tip = page.locator(".tip")
+        assert tip.locator("div").first.inner_text() == "step 3" and tip.locator("div").count() == 4
+        inside = tip.bounding_box()
+        assert inside["x"] >= 0 and inside["x"] + inside["width"] <= width
+        page.mouse.move(0, 0)
+        assert tip.count() == 0
+        page.locator(".chart").first.focus()
+        page.keyboard.press("Home")
+        assert tip.locator("div").first.inner_text() == "step 2"  # of the first evaluation
+        page.keyboard.press("Escape")
+        assert tip.count() == 0
+
+
+def test_clusters_are_searched(browser, pages):  # noqa: F811
+    with opened(browser, pages["full"]) as page:
+        cards = page.locator("[data-words]:not([hidden])")
+        assert cards.count() == 24
+        page.get_by_role("button", name="Show all 30").click()
+        assert cards.count() == 30
+        page.get_by_label("Search the clusters by word").fill("cluster 29")
+        assert cards.count() == 1 and page.locator("#found").inner_text() == "1 of 30 clusters"
+
+
+def test_everything_is_reached_by_the_tab_key(browser, pages):  # noqa: F811
+    with opened(browser, pages["full"]) as page:
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.textContent") == "Skip to content"
+        page.keyboard.press("Enter")
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.closest('main') !== null")

@@ -1,0 +1,356 @@
+"""Results on the page, and whether they are above chance."""
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+from html import unescape
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from tests.helpers import made_results, tiny
+from tests.helpers.made_results import retrieval, zero_shot
+from tests.helpers.pages import Page, check, written
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.storage import write_json
+from xclip_jax.evaluators import results as results_files
+from xclip_jax.evaluators import tables
+from xclip_jax.evaluators.results import Result, flat, from_json, to_json
+from xclip_jax.evaluators.statistics import PerExample
+from xclip_jax.report import chance, examples, html, record
+
+
+def test_an_evaluation_is_shown_before_there_are_results(tmp_path):
+    empty = written(tmp_path / "run", tiny.config("clip"), [])
+    assert empty.results == [] and empty.steps == 0
+    entry = {"name": "zeroshot/x", "set": "x", "metric": "top1", "value": 12.5, "step": 1}
+    entry |= {"records": to_json(zero_shot("x", 12.5, 50.0, ways=10))}
+    keys = dict.fromkeys(results_files.KEY, "") | entry
+    results_files.add(RunFolder(tmp_path / "run").evaluation_file, keys, {}, {}, own=True)
+    words = " ".join(Page(html.render(record.read(tmp_path / "run"), examples.Examples())).text)
+    assert "From evaluation.json" in words and "12.5" in words and "(10.0)" in words
+
+
+def judged_results():
+    """Of 10 names: 11 of 100 right are within the interval, 5.6 to 18.8 %, of 20 chance is below, of 1 above."""
+    results = []
+    for name, top1 in (("a<b", 20.0), ("b", 11.0), ("c", 1.0)):
+        results += zero_shot(name, top1, 50.0, n=100, ways=10)
+    results += retrieval("r", (9.0,) * 4, (1.0, None, 1.0, None), images=100, captions=500)
+    results.append(Result("p", "visual", "linear/top1", 55.0, n=100, chance=50.0, headline=True))
+    for metric in ("spearman_all", "spearman_mean"):
+        results.append(Result("s", "textual", metric, 50.0, unit="x 100", n=100, headline=metric == "spearman_all"))
+    return results
+
+
+def test_results_are_tested_against_chance(tmp_path):
+    results = judged_results()
+    judged = chance.verdicts(results)
+    assert judged == {
+        ("a<b", "top1"): "above chance", ("b", "top1"): "not distinguishable from chance",
+        ("c", "top1"): "below chance", ("r", "image_to_text/r1"): "above chance",
+        ("p", "linear/top1"): "not distinguishable from chance",
+    }  # fmt: skip
+    run = written(tmp_path / "run", tiny.config("clip"), [{"step": 1, "loss": 1.0, "clip/loss": 1.0}])
+    text = html.render(dataclasses.replace(run, results=results), examples.Examples())
+    words = " ".join(check(text).text)
+    assert "above chance chance 10.0\u00a0%, a" in words  # the tile of zero-shot classification
+    assert "2 of 5 sets are above chance. Intervals are of the first metric of a row, at 95%: binomial, which" in words
+    rows = dict(re.findall(r'<th scope="row">([^ ]+?)</th>.*?<span class="pill([a-z ]*">[a-z -]+)</span>', text))
+    assert rows["a&lt;b"] == ' above">above chance' and rows["c"] == ' below">below chance'
+    assert rows["b"] == rows["p"] == '">not distinguishable from chance'
+    assert "<td>5.6 to 18.8</td>" in text and text.count(">95% interval<") == text.count(">verdict<") == 4
+
+
+def test_the_first_screen_says_what_to_do_now(tmp_path):
+    run = written(tmp_path / "run", tiny.config("clip"), [{"step": 1, "loss": 1.0, "clip/loss": 1.0}])
+    complete = dataclasses.replace(run, ended=run.began)
+    bad = [result for result in judged_results() if result.set in "bc"]
+    finetuned = written(tmp_path / "labelled", tiny.config("classify", objective__classify={"classes": 3}), [])
+    for shown, sentence in (
+        (run, "The run is not complete."),
+        (complete, f"xclip-jax serve {run.folder} --images FOLDER"),
+        (dataclasses.replace(complete, results=judged_results()), f"xclip_jax.load('{run.folder}')"),
+        (dataclasses.replace(complete, results=bad), f"xclip-jax doctor {run.folder}"),
+        (dataclasses.replace(finetuned, ended=run.began), "To use it, load the model in Python by"),
+    ):
+        page = html.render(shown, examples.Examples())
+        assert sentence in unescape(page.partition("What now")[2].partition("</div>")[0])
+
+
+@pytest.mark.parametrize(
+    ("n", "right", "low", "high"), [(40, 23, 0.4089, 0.7296), (100, 11, 0.0562, 0.1883), (8, 0, 0.0, 0.3694)]
+)
+def test_verdicts_change_where_the_exact_interval_ends(n, right, low, high):
+    """Ends by the beta distribution's quantiles, of which chance is a hair to either side."""
+    ends = scipy.stats.beta.ppf([0.025, 0.975], [max(right, 1e-12), right + 1], [n - right + 1, n - right])
+    assert ends == pytest.approx([low, high], abs=1e-4)
+    within = "not distinguishable from chance"
+    for share, verdict in ((low - 1e-3, "above chance"), (low + 1e-3, within), (high - 1e-3, within),
+                           (high + 1e-3, "below chance")):  # fmt: skip
+        if share > 0:
+            result = Result("x", "visual", "linear/top1", 100 * right / n, n=n, chance=100 * share)
+            assert chance.verdicts([result]) == {("x", "linear/top1"): verdict}
+
+
+def test_weighted_and_grouped_values_are_resampled(tmp_path):
+    """Of 100 images of 4 concepts, 2 of which are right throughout: the interval is that of 4 items and not of 100."""
+    values, concepts = np.repeat([1.0, 1.0, 0.0, 0.0], 25), np.repeat(np.arange(4), 25)
+    plain = Result("x", "zeroshot", "top1", 50.0, n=100, chance=25.0, items=PerExample(values))
+    of_items, of_concepts = (
+        chance.judge(dataclasses.replace(plain, items=PerExample(values, groups=groups))) for groups in (None, concepts)
+    )
+    assert (of_items.verdict, of_items.resampled, str(of_items)) == ("above chance", False, "39.8 to 60.2")
+    assert (of_concepts.verdict, of_concepts.resampled) == ("not distinguishable from chance", True)
+    assert of_concepts.low == 0 and of_concepts.high == 100
+    weighted = PerExample(np.array([1.0, 0.0]), weights=np.array([3.0, 1.0]))
+    assert chance.judge(dataclasses.replace(plain, items=weighted)).resampled
+    correlation = chance.judge(Result("s", "textual", "spearman_all", 50.0, "x 100", n=9))
+    assert str(correlation) == correlation.verdict == ""
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_values_that_are_all_equal_have_the_interval_of_their_effective_number(right):
+    """A resample of them cannot differ: 0 of 56 images right of 291 names is what a random answer gives as well."""
+
+    def judged(n, **fields):
+        items = PerExample(np.full(n, float(right)), **fields)
+        chance_level = 100 * (1 - 1 / 291 if right else 1 / 291)
+        return chance.judge(Result("x", "zeroshot", "top1", 100.0 * right, n=n, chance=chance_level, items=items))
+
+    def exact(trials):
+        # Of 0 right of n the upper end is 1 - (alpha / 2)^(1 / n).
+        away = 100 * (1 - 0.025 ** (1 / trials))
+        return [100 - away, 100] if right else [0, away]
+
+    weights = np.array([3.0, 1, 1, 1])  # 36 / 12 = 3 items
+    for expected, own in (
+        (56, judged(56)),
+        (56, judged(56, weights=np.full(56, 1 / 56))),
+        (56, judged(56, groups=np.arange(56))),
+        (14, judged(56, groups=np.repeat(np.arange(14), 4))),
+        (3, judged(4, weights=weights)),
+        (3, judged(8, weights=np.repeat(weights, 2), groups=np.repeat(np.arange(4), 2))),
+        (3, judged(5, weights=np.array([*weights, 0]))),
+    ):
+        assert [own.low, own.high] == pytest.approx(exact(expected))
+        assert (own.verdict, own.resampled) == ("not distinguishable from chance", False)
+
+
+def test_equal_weights_are_none():
+    values = np.repeat([1.0, 0.0], [11, 89])
+    plain, weighted = (
+        chance.judge(Result("x", "zeroshot", "top1", 11.0, n=100, chance=10.0, items=PerExample(values, weights)))
+        for weights in (None, np.full(100, 0.01))
+    )
+    assert plain == weighted and str(plain) == "5.6 to 18.8"
+
+
+def test_per_example_values_of_an_evaluation_serve_the_results_of_the_run(tmp_path):
+    run = written(tmp_path / "run", tiny.config("clip"), []).folder
+    result = Result("x", "zeroshot", "top1", 50.0, n=4, chance=25.0, headline=True, evaluator="zeroshot")
+    entry = {"name": "zeroshot/x", "metrics": {"top1": 50.0}, "set": "x", "metric": "top1", "value": 50.0}
+    entry |= {"records": to_json([result]), "checkpoint": "run", "step": 4, "profile": "", "changes": {}}
+    items = PerExample(np.array([1.0, 1.0, 0.0, 0.0]), groups=np.array([0, 0, 1, 1]))
+    files = RunFolder(run)
+    keys = dict.fromkeys(results_files.KEY, "") | entry
+    results_files.add(files.evaluation_file, keys, {result.name: items}, {}, own=True)
+    (read,) = record.read(run).results
+    assert read.items.groups.tolist() == [0, 0, 1, 1]
+    other = dataclasses.replace(result, value=75.0)
+    files.results_file.write_text(json.dumps({"results": {}, "records": to_json([other]), "config": {}}))
+    assert record.read(run).results[0].items is None  # of another step
+    files.results_file.write_text(json.dumps({"results": {}, "records": to_json([result]), "config": {}}))
+    assert record.read(run).results[0].items is not None
+
+
+def test_sets_that_are_evaluated_after_a_run_are_beside_its_own(tmp_path):
+    run = written(tmp_path / "run", tiny.config("clip", steps=4), []).folder
+    files = RunFolder(run)
+
+    def result(name, value, family="zeroshot"):
+        return Result(name, family, "top1", value, n=4, chance=25.0, headline=True, evaluator="zeroshot")
+
+    own = {"results": {}, "records": to_json([result("x", 50.0)]), "config": {}}
+    files.results_file.write_text(json.dumps(own))
+    for step, evaluated in ((2, result("before", 25.0)), (4, result("y", 75.0)), (4, result("x", 25.0))):
+        entry = {"name": f"zeroshot/{evaluated.set}", "metrics": {"top1": evaluated.value}, "set": evaluated.set}
+        entry |= {"metric": "top1", "value": evaluated.value, "records": to_json([evaluated]), "checkpoint": "run"}
+        keys = dict.fromkeys(results_files.KEY, "") | entry | {"step": step, "profile": "openai", "changes": {}}
+        results_files.add(files.evaluation_file, keys, {}, {}, own=True)
+    read = record.read(run)
+    assert [(r.set, r.value) for r in read.results] == [("x", 50.0), ("y", 75.0)]
+    assert ">y</th>" in html.render(read, examples.Examples())
+    # Of another step than the run's last.
+    content = json.loads(files.config_file.read_text())
+    content["config"]["steps"] = 8
+    files.config_file.write_text(json.dumps(content))
+    assert [r.set for r in record.read(run).results] == ["x"]
+    files.evaluation_file.write_text("{")
+    assert [r.set for r in record.read(run).results] == ["x"]
+
+
+def test_tables_have_a_cell_for_each_column_and_the_content_of_their_text():
+    results = zero_shot("a", 50.0, 75.0, ways=10)
+    results += [Result("a", "zeroshot", key, x, score="cosine") for key, x in (("top1", 40.0), ("top5", 60.0))]
+    results += retrieval("r", (9.0,) * 4)
+    built = tables.build(results)
+    assert [t.title.split(",")[0] for t in built] == ["zero-shot classification", "retrieval", "overview"]
+    assert all(len(cells) == len(t.columns) for t in built for _, cells in t.rows)
+    assert built[0].rows[0] == ("a", ["10", "8", "50.0", "(10.0)", "75.0", "(50.0)"])
+    assert [row[0] for row in built[2].rows] == ["zero-shot classification", "retrieval"]
+    text = tables.render(results)
+    assert all(cell in text for t in built for _, cells in t.rows for cell in cells)
+
+
+# --- evaluations during training
+
+
+def numbers(name, top1):
+    """Results of a set of 10 classes."""
+    return zero_shot(name, top1, None, n=100, ways=10)
+
+
+def evaluate(run, name, top1, step, items=None):
+    """Add a result to evaluation.json, as `xclip_jax.commands.evaluate` does."""
+    result = Result(name, "zeroshot", "top1", top1, n=100, chance=10.0, headline=True, evaluator="zeroshot")
+    entry = {"name": f"zeroshot/{name}", "metrics": {"top1": top1}, "set": name, "metric": "top1", "value": top1}
+    entry |= {"records": to_json([result]), "checkpoint": "run", "step": step, "profile": "", "changes": {}}
+    keys = dict.fromkeys(results_files.KEY, "") | entry
+    results_files.add(RunFolder(run).evaluation_file, keys, {result.name: items} if items else {}, {}, own=True)
+
+
+def tiles(text):
+    """{family: number and small print} of the tiles."""
+    found = re.findall(r'<div class="card tile"><span class="name">(.*?)</span><b>(.*?)</b>(.*?)</div>', text)
+    return {family: (number, unescape(re.sub("<.*?>", " ", rest))) for family, number, rest in found}
+
+
+def test_a_run_that_is_not_complete_shows_the_newest_result_of_each_set_and_its_step(tmp_path):
+    rows = [{"step": step, "loss": 1.0, "clip/loss": 1.0} for step in (10, 20, 40)]
+    evaluations = [(step, numbers("x", top1)) for step, top1 in ((20, 2.0), (40, 3.7))]
+    run = written(tmp_path / "run", tiny.config("clip", steps=80), rows, evaluations).folder
+    for name, top1 in (("x", 1.0), ("y", 55.0)):
+        evaluate(run, name, top1, 10, PerExample(np.repeat([1.0, 0.0], [round(top1), 100 - round(top1)])))
+    read = record.read(run)
+    text = html.render(read, examples.Examples())
+    words = " ".join(check(text).text)
+    ((number, details),) = tiles(text).values()
+    assert number.startswith("3.7") and details.endswith("x, at step 40 ")
+    assert "From evaluation.json and results.jsonl, the newest of each set: the run is not complete." in words
+    table = text.partition('id="results"')[2].partition("</section>")[0]
+    assert '<th scope="col">step</th>' in table
+    shown = dict(re.findall(r'<th scope="row">([xy])</th>.*?<td>([0-9]+)</td></tr>', table))
+    assert shown == {"x": "40", "y": "10"}
+    assert [(r.name, r.value, read.step_of(r)) for r in read.results if r.unit] == [
+        ("zeroshot/x/top1", 3.7, 40), ("zeroshot/y/top1", 55.0, 10),
+    ]  # fmt: skip
+    assert [r.items is None for r in read.results if r.unit] == [True, False]  # those of x are of step 10
+    evaluate(run, "x", 9.0, 40)  # of equal steps the run's own
+    assert [(r.value, record.read(run).step_of(r)) for r in record.read(run).results if r.unit] == [(3.7, 40)]
+    evaluate(run, "x", 9.0, 60)
+    assert [(r.value, record.read(run).step_of(r)) for r in record.read(run).results if r.unit] == [(9.0, 60)]
+
+
+@pytest.mark.parametrize(("step", "shown"), [(2, "at step 2 "), (4, "x ")])
+def test_a_run_without_sets_that_was_evaluated_at_an_earlier_step_says_so(step, shown, tmp_path):
+    run = written(tmp_path / "run", tiny.config("clip", steps=4), []).folder
+    write_json(RunFolder(run).results_file, {"results": {}, "records": [], "config": {}})
+    evaluate(run, "x", 40.0, step)
+    text = html.render(record.read(run), examples.Examples())
+    ((_, details),) = tiles(text).values()
+    assert details.endswith(shown) and ("the newest of each set. " in text.replace("</p>", " ")) == (step == 2)
+    assert "the run is not complete" not in text
+
+
+def test_a_run_that_is_killed_in_its_last_evaluation_shows_all_of_its_sets(tmp_path):
+    """The last evaluation has a line for each set."""
+    evaluations = [(2, numbers("x", 20.0) + numbers("z", 5.0)), (4, numbers("x", 40.0))]
+    evaluations.append((4, [Result("s", "textual", "r1", 30.0, n=9, chance=2.0, headline=True)]))
+    read = written(tmp_path / "run", tiny.config("clip", steps=4), [], evaluations)
+    assert [step for step, _ in read.evaluations] == [2, 4]
+    text = html.render(read, examples.Examples())
+    shown = tiles(text)
+    assert [number[:4] for number, _ in shown.values()] == ["40.0", "30.0"]
+    assert all(details.endswith("at step 4 ") for _, details in shown.values())
+    assert '<th scope="row">z</th>' in text
+
+
+def lines_of(text):
+    """{name: (steps, values)} of the chart of evaluations."""
+    (data,) = re.findall(r'data-chart="([^"]+)"[^>]*><figcaption><b>Evaluation during training', text)
+    return {line["name"]: (line["x"], line["y"]) for line in json.loads(unescape(data))["lines"]}
+
+
+def test_each_step_of_an_evaluation_is_one_point(tmp_path):
+    """Also the last, which results.jsonl and results.json have; a set that is evaluated only then has no line."""
+    sets = {"folder:/data/a/val": 1.0, "folder:/data/b/val": 50.0}
+    rows = [{"step": step, "loss": 1.0, "clip/loss": 1.0} for step in (1, 2, 3)]  # log.every may not divide the steps
+    evaluations = [(2, [result for name, top1 in sets.items() for result in numbers(name, top1)])]
+    final = {name: top1 + 3 for name, top1 in sets.items()} | {"only_at_the_end": 7.0}
+    last = [(4, numbers(name, top1)) for name, top1 in final.items()]
+    run = written(tmp_path / "run", tiny.config("clip", steps=4), rows, evaluations + last).folder
+    results = [result for _, of_set in last for result in of_set]
+    content = {"results": flat(results), "records": to_json(results), "config": {}}
+    write_json(RunFolder(run).results_file, content)
+    drawn = lines_of(html.render(record.read(run), examples.Examples()))
+    assert drawn == {"folder:a/val, top-1": ([2, 4], [1, 4]), "folder:b/val, top-1": ([2, 4], [50, 53])}
+    RunFolder(run).results_log_file.write_text(made_results.lines(evaluations))  # results.json has the last
+    assert lines_of(html.render(record.read(run), examples.Examples())) == drawn
+
+
+def test_sets_of_one_name_have_a_line_each(tmp_path):
+    """`retrieval/holdout` and `zeroshot/holdout` are of the same pairs."""
+    rows = [{"step": 1, "loss": 1.0, "clip/loss": 1.0}]
+    evaluations = [(step, numbers("holdout", 20.0) + retrieval("holdout")) for step in (1, 2)]
+    run = written(tmp_path / "run", tiny.config("clip"), rows, evaluations)
+    drawn = lines_of(html.render(run, examples.Examples()))
+    assert [name.partition(",")[0] for name in drawn] == [
+        "held-out pairs (zero-shot classification)",
+        "held-out pairs (retrieval)",
+    ]
+
+
+def test_a_metric_that_is_not_a_number_is_shown_as_such(tmp_path):
+    """JSON has null in its place."""
+    rows = [{"step": step, "loss": 1.0, "clip/loss": 1.0} for step in (1, 2)]
+    evaluations = [(1, numbers("x", 20.0)), (2, numbers("x", 20.0)), (4, numbers("x", math.nan))]
+    run = written(tmp_path / "run", tiny.config("clip", steps=4), rows, evaluations).folder
+    results = numbers("x", math.nan) + numbers("y", 40.0)
+    content = {"results": flat(results), "records": to_json(results), "config": {}}
+    write_json(RunFolder(run).results_file, content)
+    assert '"value": null' in RunFolder(run).results_file.read_text()
+    evaluate(run, "x", math.nan, 4)
+    text = html.render(record.read(run), examples.Examples())
+    check(text)
+    shown = text.partition("<main")[2].partition("<script")[0]
+    assert not re.search(r"\bnan\b", shown)
+    assert tiles(text)["zero-shot classification"][0] == "<small>not a number</small>"
+    assert re.search(r'<th scope="row">x</th>.*?<td>not a number.*?<th scope="row">y</th>.*?<td>40\.0', shown)
+    assert lines_of(text) == {"x, top-1": ([1, 2], [20, 20])}
+    assert math.isnan(from_json([{"set": "x", "family": "zeroshot", "metric": "top1", "value": None}])[0].value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("data.json", lambda content: [content[0] | {"samples": "many"}], r"data\.json is damaged"),
+        (
+            "config.json",
+            lambda content: content | {"environment": {"versions": []}},
+            "has another form .*versions",
+        ),
+        ("config.json", lambda content: content | {"environment": {"commit": 7}}, "has another form .*commit"),
+    ],
+)
+def test_facts_of_another_type_are_one_sentence(name, change, message, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    content = json.loads((tmp_path / "run" / name).read_text())
+    (tmp_path / "run" / name).write_text(json.dumps(change(content)))
+    with pytest.raises(UserError, match=message):
+        record.read(tmp_path / "run")

@@ -1,0 +1,305 @@
+"""The page of several runs, and the command that writes it."""
+
+import dataclasses
+import json
+import re
+import types
+from html import unescape
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers import made_results, tiny
+from tests.helpers.made_results import zero_shot
+from tests.helpers.pages import HOSTILE, check, written
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.evaluators import registry
+from xclip_jax.evaluators import results as results_files
+from xclip_jax.evaluators.results import Provenance, Result, from_json, to_json
+from xclip_jax.evaluators.statistics import PerExample
+from xclip_jax.report import __main__ as command
+from xclip_jax.report import examples, record, several, side_by_side
+from xclip_jax.report.markup import Images
+
+SECTIONS = ("results", "differences", "names", "search", "curves", "settings")
+
+
+def run(folder, color, right, *, objective="clip", split="1", **changes):
+    """A run with logged steps, and an evaluation of 100 images of which the first `right` are."""
+    rows = [
+        {"step": s, "loss": right / s, f"{objective}/loss": right / s, "lr": 1e-3, "grad_norm": 1.0} for s in (1, 2, 3)
+    ]
+    evaluations = [(step, zero_shot("x", step * right / 3, None, n=100)) for step in (2, 3)]
+    written(folder, tiny.config(objective, run=folder, **changes), rows, evaluations)
+    values = np.repeat([1.0, 0.0], [right, 100 - right])
+    result = Result("x", "zeroshot", "top1", float(right), n=100, chance=25.0, headline=True, evaluator="zeroshot")
+    entry = {"set": "x", "name": "zeroshot/x", "metric": "top1", "value": float(right), "n": 100, "step": 3}
+    entry |= {"records": to_json([result]), "metrics": {"top1": float(right)}, "checkpoint": folder.name}
+    entry |= {"profile": "", "changes": {}, "split_hash": split, "fingerprint": folder.name}
+    file = RunFolder(folder).evaluation_file
+    results_files.add(file, entry, {result.name: PerExample(values)}, {}, own=True)
+    return several.Run(folder.name, color, record.read(folder), examples.Examples())
+
+
+def predicted(answers):
+    """Examples with an image of each answer's right name, and the best names."""
+    images = [np.full((8, 8, 3), 40 * i, np.uint8) for i in range(len(answers))]
+    guesses = [
+        examples.Prediction(image, name, 1 if best[0] == name else 2, [
+            examples.ScoredLabel(label, 0.5, "50 %", label == name) for label in best
+        ])
+        for image, (name, best) in zip(images, answers, strict=True)
+    ]  # fmt: skip
+    gallery = examples.Gallery(images, images, [name for name, _ in answers])
+    searched = [examples.SearchResult("red", [1, 0], [])]
+    panel = examples.ZeroShotExamples("Animals", "Of 3 names.", 3, guesses)
+    return examples.Examples(named=[panel], gallery=gallery, searches=searched)
+
+
+def compared(folder):
+    """Three runs, of which the second is the best and the third is not above chance."""
+    of_each = enumerate((("a", 40), (HOSTILE[:9], 70), ("c", 26)))
+    return [run(folder / name, i, right) for i, (name, right) in of_each]
+
+
+def test_a_page_of_three_runs(tmp_path):
+    best = [[("fox", ["fox", "hen"]), ("hen", ["fox", "hen"])], [("fox", ["hen", "fox"]), ("hen", ["hen", "fox"])]]
+    shown = [
+        dataclasses.replace(x, examples=predicted(p)) for x, p in zip(compared(tmp_path), (*best, best[0]), strict=True)
+    ]
+    text = several.render(shown)
+    words = " ".join(check(text, SECTIONS).text)
+    assert "3 runs side by side" in words
+    # results: bold is the best, each with its verdict
+    assert "<b>70.0</b>" in text and text.count("<b>40.0</b>") == 0
+    row = re.search(r'<tr><th scope="row">x<br>.*?</tr>', text)[0]
+    assert re.findall(r'pill([a-z ]*)">([a-z ]+)<', row) == [
+        (" above", "above chance"), (" above", "above chance"), ("", "not distinguishable from chance"),
+    ]  # fmt: skip
+    # differences to the first: 30 more are right, 14 fewer
+    bars = re.findall(r'<td>([+-][0-9.]+)</td><td class="bar"><svg class="forest([a-z ]*)"', text)
+    assert bars == [("+30.0", " above"), ("-14.0", " below")]
+    assert "better" in words and "worse" in words and "two seeds of one recipe may differ by more" in words
+    # predictions of the same image beside one another
+    card = re.search(r'<article class="card guess">.*?</article>', text)[0]
+    assert card.count('class="run c') == 3 and card.count('class="bars"') == 3 and card.count('class="im ') == 1
+    assert re.findall(r"<small[^>]*>(right|rank 2 of 3)</small>", card) == ["right", "rank 2 of 3", "right"]
+    assert text.count("<q>red</q>") == 1
+    # curves over one another
+    (loss,) = [json.loads(unescape(x)) for x in
+               re.findall(r'<figure[^>]*data-chart="([^"]+)"[^>]*><figcaption><b>CLIP loss', text)]  # fmt: skip
+    assert [line["name"] for line in loss["lines"]] == ["a", HOSTILE[:9], "c"]
+    assert [line["color"] for line in loss["lines"]] == [0, 1, 2] and loss["lines"][1]["y"][0] == 70
+    assert "<b>x, top-1</b>" in text and "All of" in words and "config keys are equal" in words
+
+
+def test_what_differs_is_listed_and_what_cannot_be_compared_is_said(tmp_path):
+    a = run(tmp_path / "a", 0, 40)
+    b = run(tmp_path / "b", 1, 50, split="2", objective="siglip", data__batch=8, optim__lr=3e-3)
+    text = several.render([a, b])
+    words = " ".join(check(text, SECTIONS).text)
+    assert "x is not the same in" in words and "split_hash" in words and "forest" not in text.partition("<main")[2]
+    rows = dict(re.findall(r'<tr><th scope="row">([^/]+?)</th>(.*?)</tr>', text))
+    assert rows["optim.lr"] == "<td>0.001</td><td>0.003</td>" and rows["data.batch"] == "<td>16</td><td>8</td>"
+    assert "Batches differ, and so does what a step is: a 16, b 8." in words
+    assert "no evaluation set of images in common" in words
+    RunFolder(tmp_path / "b").evaluation_file.unlink()
+    assert (
+        f"evaluation.json does not exist; make it with xclip-jax evaluate --checkpoint {tmp_path / 'b'} --suite NAME"
+        in several.render([a, b])
+    )
+
+
+def test_levels_that_differ_between_runs_are_left_out(tmp_path):
+    """ln b of batches of 16 and of 8."""
+    runs = [run(tmp_path / name, i, 40) for i, name in enumerate("ab")]
+    for levels, shown in (((2.77, 2.77), 1), ((2.77, 2.08), 0)):
+        for one, level in zip(runs, levels, strict=True):
+            for row in one.record.training:
+                row["clip/ln_b"] = level
+        assert several.render(runs).count(">ln b</span>") == shown
+
+
+def test_differences_without_values_of_items_have_no_interval(tmp_path):
+    runs = [run(tmp_path / name, i, right) for i, (name, right) in enumerate((("a", 40), ("b", 70)))]
+    RunFolder(tmp_path / "b").evaluation_file.with_name("evaluation.json.items.npz").unlink()
+    text = several.render(runs)
+    check(text, SECTIONS)
+    row = text.partition('id="differences"')[2].partition("</section>")[0]
+    assert "<td>+30.0</td>" in row and "<small>no per-item values</small>" in row and "pill" not in row
+
+
+def test_sets_whose_paths_end_alike_are_told_apart(tmp_path):
+    """In the results, in the differences and as curves, also where each run has one of them only."""
+    runs = []
+    for color, (name, sets) in enumerate((("a", ("pets", "birds")), ("b", ("birds",)))):
+        one = run(tmp_path / name, color, 40)
+        results = [
+            dataclasses.replace(one.record.results[0], set=f"folder:/data/{of}/test", value=40.0 + i)
+            for i, of in enumerate(sets)
+        ]
+        entries = json.loads(RunFolder(tmp_path / name).evaluation_file.read_text())
+        entries["results"][0] |= {"set": "folder:/data/birds/test"}
+        RunFolder(tmp_path / name).evaluation_file.write_text(json.dumps(entries))
+        evaluated = [(step, results) for step in (2, 3)]
+        record_ = dataclasses.replace(one.record, results=results, evaluations=evaluated)
+        runs.append(dataclasses.replace(one, record=record_))
+    text = several.render(runs)
+    check(text, SECTIONS)
+    rows = re.findall(r'<tr><th scope="row">(folder:.*?)<br>', text.replace("<wbr>", ""))
+    assert rows == ["folder:pets/test", "folder:birds/test", "folder:birds/test"]
+    charts = {}
+    for data, title in re.findall(r'data-chart="([^"]+)"[^>]*><figcaption><b>(folder:[^<]+)<', text):
+        charts[title] = [(line["name"], line["y"]) for line in json.loads(unescape(data))["lines"]]
+    assert charts == {
+        "folder:pets/test, top-1": [("a", [40, 40])],
+        "folder:birds/test, top-1": [("a", [41, 41]), ("b", [40, 40])],
+    }
+
+
+def test_sets_of_two_families_that_share_a_name_have_a_row_and_a_chart_each(tmp_path):
+    """`retrieval/holdout` and `zeroshot/holdout` are both called holdout, as are those of `retrieval/folder:X`."""
+    shared = {"unit": "%", "n": 100, "chance": 1.0}
+    names, runs = ("holdout", "folder:/data/x"), []
+    for color, name in enumerate("ab"):
+        one = run(tmp_path / name, color, 40)
+        results = [Result(of, "zeroshot", "top1", 60.0 + color, evaluator="zeroshot", **shared) for of in names]
+        results += [
+            Result(of, "retrieval", f"{way}/r{k}", 20.0 + color, evaluator="retrieval", **shared)
+            for of in names for way in ("image_to_text", "text_to_image") for k in (1, 5)
+        ]  # fmt: skip
+        changed = dataclasses.replace(one.record, results=results, evaluations=[(step, results) for step in (2, 3)])
+        runs.append(dataclasses.replace(one, record=changed))
+    text = several.render(runs)
+    check(text, SECTIONS)
+    table = text.replace("<wbr>", "").partition('<table class="several">')[2].partition("</table>")[0]
+    rows = re.findall(r'<tr><th scope="row">(.*?)<br>.*?<b>([0-9.]+)</b>', table)
+    assert rows == [
+        ("held-out pairs (zero-shot classification)", "61.0"), ("folder:x (zero-shot classification)", "61.0"),
+        ("held-out pairs (retrieval)", "21.0"), ("folder:x (retrieval)", "21.0"),
+    ]  # fmt: skip
+    charts = re.findall(r"<figcaption><b>((?:held-out pairs|folder:x) \([a-z -]+\)),", text)
+    assert charts == [name for name, _ in rows]
+
+
+def test_runs_that_are_not_complete_have_the_newest_result_of_each_set_and_its_step(tmp_path):
+    """Evaluated at step 3 by the command, at step 5 by the run."""
+    a, b = (run(tmp_path / name, i, 40) for i, name in enumerate("ab"))
+    with RunFolder(tmp_path / "b").results_log_file.open("a") as file:
+        file.write(made_results.lines([(5, zero_shot("x", 90.0, None, n=100))]))
+    text = several.render([a, dataclasses.replace(b, record=record.read(b.record.folder))])
+    words = " ".join(check(text, SECTIONS).text)
+    table = text.partition('<table class="several">')[2].partition("</table>")[0]
+    assert re.findall(r"<td>(?:<b>)?([0-9.]+)(?:</b>)? <small>step ([0-9]+)</small>", table) == [
+        ("40.0", "3"), ("90.0", "5"),
+    ]  # fmt: skip
+    assert "Runs without a last evaluation have the newest result of each set, with its step." in words
+
+
+def test_a_result_that_is_not_a_number_is_not_the_best(tmp_path, monkeypatch):
+    a, b = (run(tmp_path / name, i, 40) for i, name in enumerate("ab"))
+    undefined = [dataclasses.replace(b.record.results[0], value=float("nan"), items=None)]
+    row = {"set": "x", "metric": "top1", "unit": "%", "a": 40.0, "b": float("nan"), "difference": float("nan")}
+    monkeypatch.setattr(several.tables, "compare", lambda *_, **__: [row])
+    text = several.render([a, dataclasses.replace(b, record=dataclasses.replace(b.record, results=undefined))])
+    table = text.partition('<table class="several">')[2].partition("</table>")[0]
+    assert "<td>not a number" in table and "nan<" not in table and "<td>40.0" in table
+    differences = text.partition('id="differences"')[2].partition("</section>")[0]
+    assert "<td>40.0</td><td>not a number</td><td>not a number</td>" in differences and "nan" not in differences
+
+
+def test_held_out_pairs_templates_and_names_are_those_of_the_first_run(tmp_path, monkeypatch, capsys):
+    pairs, sets = tmp_path / "pairs", ("retrieval/holdout", "zeroshot/holdout")
+    for seed, label in enumerate(("fox", "hen")):
+        tiny.folder(pairs / label, 20, seed=seed)
+    changes = {"data__sources": (f"folder:{pairs}",), "data__holdout": 0.25, "eval__sets": sets}
+    (tmp_path / "names.json").write_text('{"fox": "a red fox"}')
+    own = {"eval__templates": ("art of {c}",), "eval__class_names": str(tmp_path / "names.json")}
+    tiny.untrained(tmp_path / "a", "clip", **changes, **own)
+    tiny.untrained(tmp_path / "b", "clip", **changes | {"data__holdout": 0.5})
+    prompts = []
+    monkeypatch.setattr(command, "collect_examples", lambda *args, **options: prompts.append(
+        registry.load("zeroshot/holdout", 16, profile=options["profile"], data=options["data"]).prompts
+    ) or examples.collect_examples(*args, **options))  # fmt: skip
+    command.main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "x.html")])
+    text = (tmp_path / "x.html").read_text()
+    words = " ".join(check(text, SECTIONS).text)
+    assert prompts == [[["art of a red fox"], ["art of hen"]]] * 2
+    assert "holds out no pairs" not in words and "Image to text, held-out pairs" in words
+    cards = re.findall(r'<article class="card guess">.*?</article>', text)
+    assert len(cards) > 4 and all(card.count('<div class="by">') == 2 for card in cards)
+    assert "those of a; b learned from other data" in words
+    (tmp_path / "names.json").unlink()  # left behind where a run was moved
+    prompts.clear()
+    command.main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "x.html")])
+    assert prompts == [[["art of fox"], ["art of hen"]]] * 2
+    assert capsys.readouterr().out.count("names.json' does not exist; own classes go by their labels") == 1
+    command.main([str(tmp_path / "a")])
+    assert "names.json' does not exist; own classes go by their labels" in capsys.readouterr().out
+    assert "fox" in RunFolder(tmp_path / "a").report_file.read_text()
+
+
+def test_images_that_differ_are_not_put_side_by_side():
+    one, other = predicted([("fox", ["fox"])]), predicted([("hen", ["hen"])])
+    text = side_by_side.predictions([("A", one), ("B", other)], Images()).body
+    assert ">A<" in text.replace("A<small", ">A<") and "hen" not in text
+
+
+def test_names_of_runs():
+    assert several.short_names(["runs/a/", "runs/b"]) == ["a", "b"]
+    assert several.short_names(["x/1/run", "y/1/run", "z"]) == ["x/1/run", "y/1/run", "z"]
+    with pytest.raises(UserError, match="run 'a/' is named twice"):
+        several.short_names(["a", "a/"])
+    with pytest.raises(UserError, match="9 runs are named; a page of several shows 2 to 8"):
+        several.short_names(list("abcdefghi"))
+
+
+def test_the_command_writes_a_page_of_trained_runs(tmp_path, monkeypatch, capsys):
+    """Of untrained models: predictions on a set that both name, where one has no checkpoint a sentence."""
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / "set" / label).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(tmp_path / f"set/{label}/{i}.png")
+    sets = {"eval__sets": (f"folder:{tmp_path / 'set'}",)}
+    tiny.untrained(tmp_path / "a", "clip", **sets)
+    tiny.untrained(tmp_path / "b", "nclip", **sets)
+    monkeypatch.chdir(tmp_path)
+    command.main(["a", "b"])
+    assert "report: comparison.html" in capsys.readouterr().out
+    text = (tmp_path / "comparison.html").read_text()
+    words = " ".join(check(text, SECTIONS).text)
+    assert text.count('<div class="by">') == 2 * 2 and "no run has results yet" in words
+    assert "objective.terms" in words.replace("\u200b", "")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "config.json").write_text((tmp_path / "a" / "config.json").read_text())
+    command.main(["a", "c", "--output", "x.html"])
+    assert "holds no checkpoint" in " ".join(check((tmp_path / "x.html").read_text(), SECTIONS).text)
+    for flags, message in (
+        (["a", "a"], "named twice"), (["a", "none"], "does not exist"), (["a", "b", "--output", "."], "a folder"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit, match=message):
+            command.main(flags)
+
+
+def test_results_of_other_data_are_neither_ranked_nor_under_the_chance_of_the_first(monkeypatch):
+    def result(value, n, chance, split_hash):
+        card = Provenance(split_hash=split_hash)
+        return Result("holdout", "retrieval", "image_to_text/r1", value, n=n, chance=chance, protocol=card)
+
+    def cells(*results):
+        fields = {"steps_of": {}, "evaluations": [], "step_of": lambda _: None}
+        records = [types.SimpleNamespace(results=[result], **fields) for result in results]
+        runs = [types.SimpleNamespace(label="run", record=record) for record in records]
+        return several._results(runs).body.split("<td>")[2:]
+
+    a, b = cells(result(2.4, 166, 0.6, "x"), result(5.6, 18, 5.6, "y"))
+    assert "<b>" not in a + b and "other data, chance 5.6" in b and "other data" not in a
+    a, b = cells(result(2.4, 166, 0.6, "x"), result(5.6, 166, 0.6, "x"))
+    assert "<b>5.6</b>" in b and "other data" not in a + b
+    a, b = cells(result(2.4, 166, 0.6, "x"), result(5.6, 166, 0.6, "y"))
+    assert "<b>" not in a + b and "other data" in b
+    (back,) = from_json(to_json([result(2.4, 166, 0.6, "x")]))
+    assert back.protocol.split_hash == "x"

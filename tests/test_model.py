@@ -1,0 +1,338 @@
+import functools
+import io
+import json
+import subprocess
+import sys
+import traceback
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from PIL import Image
+
+import xclip_jax
+from tests.helpers import tiny
+from tests.helpers.util import jit, random_variables
+from xclip_jax import interop
+from xclip_jax import model as inference
+from xclip_jax.config import schema
+from xclip_jax.core.errors import UserError
+from xclip_jax.data import tokenizer, transforms
+from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
+from xclip_jax.train import build, weights
+from xclip_jax.train.encoder import make_encoder
+
+TEXTS = ["a fox", "a hen", "what a long text this one is", "", "a fox"]
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return xclip_jax.load(run, batch=16)
+
+
+@functools.cache
+def random_model(objective):
+    """A model with random weights, and what it was made of."""
+    parts = build.build(tiny.config(objective, data__normalization="half", data__resample="area"))
+    image, text = jnp.zeros((1, tiny.SIZE, tiny.SIZE, 3)), jnp.zeros((1, tiny.LENGTH), jnp.int32)
+    variables = random_variables(parts.model, image, text)
+    return parts.model, variables, inference.Model(parts, variables, {}, batch=8)
+
+
+def pictures(n=5, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, (20 + 3 * i, 30 - i % 9, 3), dtype=np.uint8) for i in range(n)]
+
+
+def encoded(picture, kind="png"):
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, kind)
+    return out.getvalue()
+
+
+def test_a_run_gives_what_its_evaluators_see(run, model):
+    _, found, variables, _ = weights.load(str(run))
+    encoder = make_encoder(found)
+    images = pictures()
+    prepared = [transforms.evaluation_image(encoded(p), tiny.SIZE) for p in images]
+    np.testing.assert_allclose(model.encode_image(images), encoder.images(variables, prepared)["embedding"], atol=2e-6)
+    np.testing.assert_allclose(model.encode_text(TEXTS), encoder.texts(variables, TEXTS)["embedding"], atol=2e-6)
+    assert model.card["step"] == 0 and model.card["objective"] == "xclip"
+    assert xclip_jax.load(run, step=0).fingerprint() == model.fingerprint()
+    assert weights.fingerprint(found, variables) == model.fingerprint()  # whatever a CPU makes of the weights
+    other = jax.tree.map(lambda x: x, variables)
+    other["params"]["img"]["cls"] = other["params"]["img"]["cls"] + 1
+    assert weights.fingerprint(found, other) != model.fingerprint()
+
+
+TAU = 0.5  # of the recipe
+
+
+@pytest.mark.parametrize("objective", ["clip", "nclip"])
+def test_embeddings_are_those_of_the_towers(objective):
+    """Against `TwoTowers.apply` and NumPy; nCLIP's are its distributions, of unit length."""
+    towers, variables, model = random_model(objective)
+    mean, std = (np.asarray(x, np.float32) for x in transforms.STATISTICS["half"])
+    pixels = np.stack([transforms.resize_center_crop(p, tiny.SIZE) for p in pictures()])
+    pixels = ((pixels / 255 - mean) / std).astype(np.float32)
+    tokens = tokenizer.load("bytes")(TEXTS, tiny.LENGTH)
+    out = jax.device_get(jit(towers.apply)(variables, pixels, tokens))
+
+    def expected(kind):
+        if objective == "clip":
+            return out[f"z_{kind}"]
+        p = np.exp(out[f"s_{kind}"] / TAU) / np.exp(out[f"s_{kind}"] / TAU).sum(axis=1, keepdims=True)
+        return p / np.linalg.norm(p, axis=1, keepdims=True)
+
+    for found, kind in (
+        (model.encode_image(pictures()), "img"),
+        (model.encode_pixels(pixels), "img"),
+        (model.encode_text(TEXTS), "txt"),
+        (model.encode_tokens(tokens), "txt"),
+    ):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected(kind), atol=3e-6)
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+
+
+def test_images_in_every_form_are_the_same(model, tmp_path):
+    images = pictures(3)
+    for i, picture in enumerate(images):
+        (tmp_path / f"{i}.png").write_bytes(encoded(picture))
+    expected = model.encode_image(images)
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for form in (paths, list(map(str, paths)), [encoded(p) for p in images], list(map(Image.open, paths))):
+        np.testing.assert_array_equal(model.encode_image(form), expected)
+    same = np.stack([np.resize(p, (21, 21, 3)) for p in images])
+    np.testing.assert_array_equal(model.encode_image(same), model.encode_image(list(same)))
+
+
+def test_weights_of_open_clip_give_its_embeddings(tmp_path):
+    """From files and strings to embeddings, each by its own preprocessing, tokenizer and towers."""
+    import open_clip
+    import torch
+
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1}
+    text = {"context_length": 12, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
+    theirs = open_clip.model.CLIP(24, vision, text).eval()
+    torch.save(theirs.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    config = {"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    ours, images = xclip_jax.load(tmp_path, batch=8), [Image.fromarray(p) for p in pictures()]
+    preprocess = open_clip.image_transform(32, is_train=False)
+    with torch.inference_mode():
+        z_img = theirs.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)
+        z_txt = theirs.encode_text(open_clip.SimpleTokenizer(context_length=12)(TEXTS), normalize=True)
+    np.testing.assert_allclose(ours.encode_image(images), z_img.numpy(), atol=1e-5)
+    np.testing.assert_allclose(ours.encode_text(TEXTS), z_txt.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["xclip", "nclip"])
+def test_exported_weights_are_the_same_model(objective, tmp_path):
+    _, variables, model = random_model(objective)
+    interop.write(variables, schema.to_dict(model.config), tmp_path, "safetensors")
+    again = xclip_jax.load(tmp_path, batch=8)
+    assert again.fingerprint() == model.fingerprint()
+    np.testing.assert_array_equal(again.encode_text(TEXTS), model.encode_text(TEXTS))
+    np.testing.assert_array_equal(again.clusters(pictures()).ids, model.clusters(pictures()).ids)
+
+
+def test_preprocessing_is_open_clips():
+    """Resized and cropped as open_clip's transform does it, for odd sizes, grey and transparent pictures."""
+    import open_clip
+
+    _, _, model = random_model("clip")
+    plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    theirs = open_clip.image_transform(tiny.SIZE, is_train=False, **plain)
+    for picture in (Image.fromarray(pictures()[3]), Image.fromarray(pictures()[1]).convert("L"),
+                    Image.fromarray(pictures()[2]).convert("RGBA")):  # fmt: skip
+        found = model.prepare(picture).astype(np.float32)
+        np.testing.assert_array_equal(found, np.round(255 * theirs(picture).numpy()).transpose(1, 2, 0))
+
+
+def test_nothing_is_compiled_after_each_size_was_seen_once(model):
+    """On eight devices batches are of 8 and 16; any number of items is made of these."""
+    assert model._encoder.sizes == [8, 16]
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+    )
+    prepared = np.zeros((40, tiny.SIZE, tiny.SIZE, 3), np.uint8)
+    tokens = np.full((40, tiny.LENGTH), 2, np.int32)  # ends
+    fresh = random_model.__wrapped__("clip")[2]
+    fresh.encode_image(prepared[:3])
+    assert compiled  # else the listener hears nothing
+    for n in (3, 9):
+        model.encode_prepared(prepared[:n]), model.encode_tokens(tokens[:n])
+    compiled.clear()
+    for n in (0, 1, 2, 5, 8, 11, 16, 17, 25, 33, 40):
+        assert len(model.encode_prepared(prepared[:n])) == len(model.encode_tokens(tokens[:n])) == n
+    assert not compiled
+
+
+def test_batches_do_not_change_an_embedding(model):
+    images, texts = pictures(37), [f"text {i}" for i in range(37)]
+    one_by_one = np.concatenate([model.encode_image([image]) for image in images[:6]])
+    np.testing.assert_allclose(model.encode_image(images)[:6], one_by_one, atol=1e-6)
+    np.testing.assert_allclose(model.encode_text(texts)[30:], model.encode_text(texts[30:]), atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["clip", "xclip", "nclip"])
+def test_zero_shot_is_its_definition_and_the_evaluators(objective):
+    """Against SciPy on what the heads write: cosines with the mean of a class's prompts, or cross-entropies with it."""
+    _, variables, model = random_model(objective)
+    names, templates = ["fox", "{hen}", "owl"], ["a {}.", "the {}, a {}."]
+    images = [model.prepare(p) for p in pictures(9)]
+    prompts = [[t.replace("{}", n) for t in templates] for n in names]
+    key = "cluster_logits" if objective == "nclip" else "embedding"
+    img = model._encoder.images(model._variables, images)[key]
+    txt = np.stack([model._encoder.texts(model._variables, of_class)[key] for of_class in prompts])
+    if objective == "nclip":
+        p, q = scipy.special.softmax(img / TAU, axis=1), scipy.special.softmax(txt / TAU, axis=2).mean(axis=1)
+        scores, scale = 0.5 * (p @ np.log(q).T + np.log(p) @ q.T), 1.0
+    else:
+        classes = txt.mean(axis=1)
+        scores = img @ (classes / np.linalg.norm(classes, axis=1, keepdims=True)).T
+        scale = np.exp(variables["params"]["log_scale"])
+    found = model.zero_shot(pictures(9), names, templates)
+    np.testing.assert_allclose(found.scores, scores, rtol=1e-5, atol=1e-6)
+    assert found.labels == [names[i] for i in scores.argmax(axis=1)]
+    np.testing.assert_allclose(found.probabilities, scipy.special.softmax(scale * scores, axis=1), rtol=1e-4)
+    evaluated = ZeroShot(model._encoder, ZeroShotSet("x", images, np.zeros(9, int), prompts)).scores(model._variables)
+    np.testing.assert_allclose(found.scores, evaluated["cross_entropy" if objective == "nclip" else ""], atol=1e-6)
+    assert model.zero_shot([], names).probabilities.shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("objective", "scores"), [("xclip", ["cosine", "cross_entropy", "both"]), ("nclip", ["cosine"])]
+)
+def test_zero_shot_by_another_score(objective, scores):
+    """Against SciPy: of clusters the cosine and the cross-entropy, and both the projection and the clusters."""
+    _, _, model = random_model(objective)
+    names, images = ["fox", "hen", "owl"], pictures(9)
+    img = model._encoder.images(model._variables, [model.prepare(p) for p in images])
+    txt = model._encoder.texts(model._variables, names)
+    p, q = (scipy.special.softmax(x["cluster_logits"] / TAU, axis=1) for x in (img, txt))
+    expected = {
+        "cosine": 1 - scipy.spatial.distance.cdist(p, q, "cosine"),
+        "cross_entropy": 0.5 * (p @ np.log(q).T + np.log(p) @ q.T),
+    }
+    if objective == "xclip":
+        parts = img["embedding"] @ txt["embedding"].T, expected["cross_entropy"]
+        expected["both"] = sum(part / part.std() for part in parts)
+    for name in scores:
+        assert model.zero_shot([], names, by=name).scores.shape == (0, 3)
+        assert model.zero_shot(images[:1], names[:1], by=name).probabilities == 1  # no deviation to divide by
+        found = model.zero_shot(images, names, ["{}"], by=name)
+        np.testing.assert_allclose(found.scores, expected[name], rtol=1e-4, atol=1e-5)
+        assert found.labels == [names[i] for i in expected[name].argmax(axis=1)]
+        np.testing.assert_allclose(found.probabilities, scipy.special.softmax(expected[name], axis=1), rtol=1e-4)
+
+
+def test_clusters_are_the_largest_of_the_distribution(model):
+    p = scipy.special.softmax(model._encoder.texts(model._variables, TEXTS)["cluster_logits"] / TAU, axis=1)
+    assert model.has_clusters and not random_model("clip")[2].has_clusters
+    found = model.clusters(texts=TEXTS, top=3)
+    for row, ids, probabilities in zip(p, found.ids, found.probabilities, strict=True):
+        assert list(ids) == sorted(range(len(row)), key=lambda i, row=row: -row[i])[:3]
+        np.testing.assert_allclose(probabilities, row[ids], rtol=1e-5)
+    whole = model.clusters(pictures(4), top=24)
+    assert whole.ids.shape == (4, 24)
+    np.testing.assert_allclose(whole.probabilities.sum(axis=1), 1, rtol=1e-5)
+    assert model.clusters([]).ids.shape == (0, 5)
+
+
+def test_nothing_in_nothing_out(model):
+    for found in (model.encode_image([]), model.encode_text([])):
+        assert found.shape == (0, 16) and found.dtype == np.float32
+
+
+def test_bad_input_is_named(model, run, tmp_path):
+    (tmp_path / "good.png").write_bytes(encoded(pictures()[0]))
+    (tmp_path / "bad.jpg").write_bytes(b"<html>")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    pixels = np.zeros((1, tiny.SIZE, tiny.SIZE, 3))
+    for call, message in (
+        (lambda: model.encode_image([tmp_path / "good.png", tmp_path / "bad.jpg"]), r"image 1, '.*bad.jpg': not an im"),
+        (lambda: model.encode_image([str(tmp_path / "none.jpg")]), r"none.jpg': file does not exist"),
+        (lambda: model.encode_image([tmp_path / "empty.jpg"]), r"empty.jpg': file is empty"),
+        (lambda: model.encode_image([encoded(pictures()[0])[:200]]), "image 0: image"),
+        (lambda: model.encode_image([pixels[0]]), r"not an image array: expected uint8 .*float64"),
+        (lambda: model.encode_image([3]), "image 0: not an image: an int"),
+        (lambda: model.encode_image("a.jpg"), "images is a single image; pass a list"),
+        (lambda: model.encode_pixels(pixels), "pixels are float64"),
+        (lambda: model.encode_pixels(pixels[0].astype(np.float32)), "this model takes float32"),
+        (lambda: model.encode_tokens(np.zeros((1, 3), np.int32)), r"int32 of shape \(1, 3\); expected .* \(b, 12\)"),
+        (lambda: model.encode_tokens(np.zeros(12, np.int64)), r"int64 of shape \(12,\); expected"),
+        (lambda: model.encode_tokens(np.zeros((1, 1, 12), np.int64)), r"int64 of shape \(1, 1, 12\); expected"),
+        (lambda: model.encode_tokens(np.ones((1, 12))), "tokens are float64 of shape"),
+        (lambda: model.encode_tokens(np.ones((1, 12), bool)), "tokens are bool of shape"),
+        (lambda: model.encode_tokens([[1] * 9 + [259, 0, 0]]), "token 259 in row 0, column 9 is outside .* 0 to 258"),
+        (lambda: model.encode_tokens([[1] * 12, [5, -3] + [0] * 10]), "token -3 in row 1, column 1 is outside"),
+        (lambda: model.encode_tokens(np.full((1, 12), 2**63 + 1, np.uint64)), f"token {2**63 + 1} in row 0"),
+        (lambda: model.encode_tokens([[1] * 9 + [2, 0, 0], [1] * 12]), "row 1 of the tokens has no end token, 2, from"),
+        (lambda: model.encode_text("a fox"), "pass a list of strings"),
+        (lambda: model.encode_text(["a", 3]), "texts holds 3, an int"),
+        (lambda: model.zero_shot([], []), "at least one class"),
+        (lambda: model.zero_shot([], ["fox"], ["a fox"]), "has no {}"),
+        (lambda: model.zero_shot([], "fox"), "in brackets"),
+        (lambda: model.zero_shot([], ["fox"], by="all"), "by='all' is not a score .* 'cross_entropy', 'both'; leave"),
+        (lambda: random_model("clip")[2].zero_shot([], ["fox"], by="both"), "which has only its own"),
+        (lambda: model.clusters([], texts=[]), "either images or texts"),
+        (lambda: model.clusters([], top=99), "top=99 must be from 1 to the model's 24"),
+        (lambda: random_model("clip")[2].clusters([]), "this model has no cluster heads"),
+        (lambda: xclip_jax.load(tmp_path, step=3), "no checkpoint of step 3"),
+        (lambda: xclip_jax.load(run / "none"), "none' does not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+def test_an_error_of_an_image_has_a_short_traceback(model, tmp_path):
+    with pytest.raises(UserError) as error:
+        model.encode_image([tmp_path / "none.jpg"])
+    text = "".join(traceback.format_exception(error.value))
+    assert text.count("Traceback") == 1 and "pool.py" not in text
+    assert text.endswith("none.jpg': file does not exist.\n")
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int64", "uint64", ">i4"])
+def test_tokens_of_every_integer_type_are_the_same(model, dtype):
+    tokens = model.tokenizer(TEXTS, model.length)
+    few = np.minimum(tokens, 200).astype(np.int32)  # within uint8
+    np.testing.assert_array_equal(model.encode_tokens(few.astype(dtype)), model.encode_tokens(few))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": 0}, "batch is 0; expected an integer of at least 1"),
+        ({"batch": -8}, "batch is -8; expected"),
+        ({"batch": 2.5}, "batch is 2.5; expected an integer"),
+        ({"threads": -1}, "threads is -1; expected an integer of at least 0"),
+    ],
+)
+def test_counts_are_checked_before_anything_is_read(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        xclip_jax.load(tmp_path / "none", **changes)
+
+
+def test_loading_a_run_logs_nothing_and_leaves_logging_alone(run):
+    code = f"""import logging, xclip_jax
+from absl import logging as absl_logging
+xclip_jax.load({str(run)!r})
+logging.getLogger("orbax").warning("other library")
+absl_logging.warning("own message")"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if "WARNING" in line or "message" in line or "library" in line]
+    assert lines == ["WARNING:orbax:other library", "WARNING:absl:own message"]
+
+
+def test_the_package_alone_imports_no_jax():
+    code = "import sys, xclip_jax; assert 'jax' not in sys.modules; xclip_jax.load; assert 'jax' in sys.modules"
+    code += "; import xclip_jax.main"
+    code += "; assert not {'torch', 'tensorflow', 'datasets', 'huggingface_hub', 'scipy.stats'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

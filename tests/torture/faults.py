@@ -1,0 +1,59 @@
+"""Provokes every fault that a run is promised to survive, and prints what was expected and what came.
+
+    python -m tests.torture.faults                    all of them, the slow ones too
+    python -m tests.torture.faults --only checkpoints
+
+Each of `tests.torture.promises` has the tests that provoke its faults; this command runs them. The last line is "N of M
+promises hold"; status 1 if not all do.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+
+from tests.torture.promises import PROMISES, Promise
+
+
+def node(test: str) -> str:
+    """Return pytest's name of "FOLDER/FILE::FUNCTION"."""
+    file, function = test.split("::")
+    folder, _, name = file.rpartition("/")
+    return f"tests/{folder}/test_{name}.py::test_{function}".replace("//", "/")
+
+
+def run(promise: Promise) -> tuple[bool, str]:
+    """Run the tests of a promise; return whether it holds, and what came."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "--tb=line", *map(node, promise.tests)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in result.stdout.splitlines() if line.strip()]
+    counts = re.search(r"\d+ (passed|failed|skipped|error).*", lines[-1] if lines else "")
+    came = counts[0] if counts else f"status {result.returncode}: {(lines or [result.stderr])[-1]}"
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    passed = result.returncode == 0 and "passed" in came
+    return passed, "; ".join([came if counts else f"{came} in {time.perf_counter() - began:.0f} s", *failed])
+
+
+def main() -> None:
+    """Run the command."""
+    areas = list(dict.fromkeys(promise.area for promise in PROMISES))
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.torture.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=areas, help="one area")
+    only = parser.parse_args().only
+    chosen = [promise for promise in PROMISES if only in (None, promise.area)]
+    held = 0
+    for promise in chosen:
+        print(f"{promise.area}: {promise.fault}\n  expected: {promise.expected}", flush=True)
+        holds, came = run(promise)
+        held += holds
+        print(f"  came:     {'as expected' if holds else 'NOT SO'} ({came})", flush=True)
+    print(f"{held} of {len(chosen)} promises hold")
+    sys.exit(0 if held == len(chosen) else 1)
+
+
+if __name__ == "__main__":
+    main()

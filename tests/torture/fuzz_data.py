@@ -1,0 +1,273 @@
+"""Readers of training data for `tests.torture.fuzz`: tars and their indexes, images, captions, folders and tables."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import pathlib
+import random
+import tarfile
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from PIL import Image
+
+from tests.torture import fuzz_inputs
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.data import labelled, loader, records, tokenizer, transforms
+from xclip_jax.data.base import Source
+from xclip_jax.data.config import DataConfig
+from xclip_jax.data.readers import tables, tar_index, wds
+from xclip_jax.data.readers.folder_source import FolderSource
+from xclip_jax.data.readers.tar_source import TarSource
+
+Path = pathlib.Path
+_CAPTIONS = ("text", "caption", "a/b")
+
+
+def _picture(mode: str = "RGB", w: int = 40, h: int = 30) -> Image.Image:
+    y, x = np.mgrid[:h, :w]
+    waves = [127 + 120 * np.sin((x * (1 + c) + y) / 9 + c) for c in range(3)]
+    return Image.fromarray(np.stack(waves, -1).astype(np.uint8)).convert(mode)
+
+
+def _encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def images() -> list[bytes]:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)
+    frames = [_picture("P"), _picture("P", 40, 30)]
+    modes = (
+        ("RGB", "PNG"),
+        ("RGBA", "PNG"),
+        ("P", "PNG"),
+        ("1", "PNG"),
+        ("LA", "PNG"),
+        ("L", "JPEG"),
+        ("CMYK", "JPEG"),
+        ("RGB", "BMP"),
+        ("RGB", "PPM"),
+        ("RGB", "TIFF"),
+        ("RGB", "WEBP"),
+        ("RGBA", "WEBP"),
+        ("RGB", "ICO"),
+        ("RGB", "JPEG2000"),
+    )
+    return [
+        *(_encode(_picture(mode), kind) for mode, kind in modes),
+        _encode(_picture(w=200, h=150), "JPEG", quality=80),
+        _encode(_picture(), "JPEG", progressive=True),
+        _encode(_picture(), "JPEG", exif=exif),
+        _encode(_picture(), "TIFF", compression="tiff_lzw"),
+        _encode(_picture(), "TIFF", compression="jpeg"),
+        _encode(_picture(), "PNG", exif=exif),
+        _encode(deep, "PNG"),
+        _encode(deep.convert("I"), "TIFF"),
+        _encode(deep.convert("F"), "TIFF"),
+        _encode(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+    ]
+
+
+_CONFIG = DataConfig(sources=("x",), tags=2, max_bad_fraction=1.0)
+TOKENIZERS = {name: tokenizer.load(name) for name in tokenizer.NAMES}
+
+
+def _train(item: dict) -> None:
+    """Becomes a row of a batch as in training; any exception of a sample is a bad sample there."""
+    rng = np.random.default_rng(0)
+    for resample, name in (("area", "bytes"), ("bicubic", "clip")):
+        config = dataclasses.replace(_CONFIG, resample=resample)
+        row = {"image": np.zeros((1, 32, 32, 3), np.uint8), "text": np.zeros((1, 16), np.int32)}
+        try:
+            loader.Transform(config, 32, TOKENIZERS[name], 16)(item, rng, row)
+        except Exception as error:
+            raise records.as_bad_sample(error) from error
+
+
+def read_image(data: bytes, _: Path) -> None:
+    _train({"image": data, "text": ["a fox"], "tags": []})
+
+
+def evaluate_image(data: bytes, _: Path) -> None:
+    for mode in transforms.RESIZE_MODES:
+        transforms.evaluation_image(data, 32, mode=mode)
+
+
+def _read_all(source: Source, train: bool = False) -> None:
+    """Reads up to 40 samples; of a source whose samples are all bad, raises the first one's reason."""
+    source.fingerprint()
+    source.known_faults()
+    list(source.remarks())
+    bad, good = [], 0
+    for index in range(min(len(source), 40)):
+        source.describe(index)
+        source.known_fault(index)
+        item = records.read(source, index)
+        if isinstance(item, BadSample):
+            bad.append(item)
+            continue
+        good += 1
+        if train:
+            _train(item)
+    if bad and not good:
+        raise bad[0]
+
+
+def _tar(parts: Sequence[tuple[str, bytes]], fmt: int = tarfile.GNU_FORMAT) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=fmt) as tar:
+        for name, data in parts:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def tars() -> list[bytes]:
+    image = _encode(_picture(), "JPEG")
+    text = json.dumps({"caption": "a fox", "tags": ["red", "fox"], "a": {"b": "x"}}).encode()
+    parts = [
+        (f"{stem}.{suffix}", data)
+        for stem in ("0", "long/" * 40 + "1", "ü")
+        for suffix, data in (("jpg", image), ("txt", b"a fox"), ("json", text))
+    ]
+    return [_tar(parts), _tar(parts, tarfile.PAX_FORMAT), _tar(parts[:3], tarfile.USTAR_FORMAT)]
+
+
+def read_tar(data: bytes, folder: Path) -> None:
+    (folder / "x.tar").write_bytes(data)
+    _read_all(TarSource(str(folder / "x.tar"), _CAPTIONS, "tags"))
+
+
+def wds_tars() -> list[bytes]:
+    """Tars of the three types of data sets at once."""
+    answer = io.BytesIO()
+    np.save(answer, np.array([1, 0, 1]))
+    answers = (("cls", b"2\n"), ("npy", answer.getvalue()), ("txt", b"a fox\na red fox"))
+    parts = [
+        (f"{stem}.{kind}", data) for stem in "01" for kind, data in (("png", _encode(_picture(), "PNG")), *answers)
+    ]
+    return [_tar(parts), _tar(parts, tarfile.PAX_FORMAT), _tar(parts[:4], tarfile.USTAR_FORMAT)]
+
+
+def read_wds(data: bytes, folder: Path) -> None:
+    """Reads the tar as each of the types; raises the last reason if none can be read."""
+    (folder / "test").mkdir()
+    (folder / "test" / "0.tar").write_bytes(data)
+    (folder / "test" / "nshards.txt").write_text("1")
+    (folder / "classnames.txt").write_text("fox\nhen\nowl")
+    refused = []
+    for kind in (wds.CLASSES, wds.SEVERAL, wds.CAPTIONS):
+        (folder / "dataset_type.txt").write_text(kind)
+        split = wds.locate(str(folder))
+        try:
+            images = wds.open_captions(split)[0] if kind == wds.CAPTIONS else wds.open_labelled(split).items
+            _ = list(images.sizes()), [(images.name(i), images[i]) for i in range(min(len(images), 40))]  # ty: ignore[missing-attribute]
+        except UserError as error:
+            refused.append(error)
+    if len(refused) == 3:
+        raise refused[-1]
+
+
+def stored_indexes() -> list[bytes]:
+    out = io.BytesIO()
+    rows = np.zeros(3, tar_index.dtype(5))
+    rows["image"], rows["image_size"], rows["text"], rows["text_size"] = (512, 1536, 0), (700, 0, 1 << 31), 512, 5
+    rows["fault"], rows["key"] = (0, 1, 2), (b"a", b"b", b"c")
+    np.save(out, rows)
+    return [out.getvalue()]
+
+
+def make_index(rng: random.Random, seeds: Sequence[bytes]) -> bytes:
+    """A mutated index, in most cases with the digest that belongs to it."""
+    data = fuzz_inputs.mutated(rng, seeds)
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    return data + (digest if rng.random() < 0.8 else rng.randbytes(16))
+
+
+def read_index(data: bytes, folder: Path) -> None:
+    (folder / "x.tar").write_bytes(tars()[0])
+    stored = tar_index.index_files(str(folder / "x.tar"))[0]
+    stored.parent.mkdir()
+    stored.write_bytes(data)
+    _read_all(TarSource(str(folder / "x.tar"), _CAPTIONS, "tags"))
+
+
+CAPTION_FILES = (
+    json.dumps({"text": "no", "caption": ["a fox", "x"], "tags": ["red", "fox"], "a": {"b": "x"}}).encode(),
+    b'{"caption": "half a letter \\ud83d", "tags": ["\\udc00"], "a": {"b": ["\\ud83d\\ude00"]}}',
+    b"a plain caption &amp; more\r\n",
+    "café".encode("latin-1"),
+    "mark".encode("utf-16"),
+)
+
+
+def read_captions(data: bytes, folder: Path) -> None:
+    parts = [("0.jpg", _encode(_picture(), "JPEG")), ("0.txt", data), ("0.json", data)]
+    (folder / "x.tar").write_bytes(_tar(parts[:2]) + _tar([(f"1{n[1:]}", d) for n, d in (parts[0], parts[2])]))
+    _read_all(TarSource(str(folder / "x.tar"), _CAPTIONS, "tags"), train=True)
+
+
+def read_folder(data: bytes, folder: Path) -> None:
+    (folder / "0.jpg").write_bytes(_encode(_picture(), "JPEG"))
+    (folder / "0.txt").write_bytes(data)
+    _read_all(FolderSource(folder), train=True)
+
+
+CSV = (
+    b'image,text,tags\nx.png,a fox,"red,fox"\nx.png,"a ""quoted"" fox, in\ntwo lines",\n/etc/passwd,x,\n../x.png,y,\n',
+    b"\xef\xbb\xbftext,image\nfox,x.png\n\nfox,missing.png\n,\n",
+    b'image\ttext\nx.png\ta "quote\nx.png\tb\n',
+)
+LABELS = (
+    b"path,label\nx.png,cat\nx.png,dog\n",
+    b"path,label,more\nx.png,1|2,\nx.png,,x\n",
+    b"label,path\n3,x.png\n07,x.png\n",
+)
+
+
+def _with_picture(data: bytes, folder: Path, name: str) -> str:
+    (folder / "x.png").write_bytes(_encode(_picture(), "PNG"))
+    (folder / name).write_bytes(data)
+    return str(folder / name)
+
+
+def read_csv(data: bytes, folder: Path) -> None:
+    path = _with_picture(data, folder, "x.csv")
+    _read_all(tables.CsvSource(path, "image", ("text",), "tags" if b"tags" in data.split(b"\n")[0] else ""))
+
+
+def read_labels(data: bytes, folder: Path) -> None:
+    source = labelled.open_files("csv:x.csv", _with_picture(data, folder, "x.csv"))
+    source.fingerprint()
+    for index in range(min(len(source), 40)):
+        item = records.read(source, index)
+        if isinstance(item, BadSample):
+            raise item
+
+
+def parquets() -> list[bytes]:
+    image = _encode(_picture(w=8, h=8), "PNG")
+    columns = (
+        {"image": [image, None], "text": ["a fox", None], "tags": ["a,b", ""]},
+        {"image": [{"bytes": image, "path": None}] * 3, "text": [["a", "b"], [], None], "tags": [["x"], None, []]},
+        {"image": ["x.png"] * 40, "text": [f"text {i % 3}" for i in range(40)], "tags": [None] * 40},
+    )
+    files = []
+    for table in columns:
+        for compression in ("snappy", "zstd"):
+            out = io.BytesIO()
+            pyarrow.parquet.write_table(pyarrow.table(table), out, compression=compression)
+            files.append(out.getvalue())
+    return files
+
+
+def read_parquet(data: bytes, folder: Path) -> None:
+    _read_all(tables.ParquetSource(_with_picture(data, folder, "x.parquet"), "image", ("text",), "tags"))

@@ -1,0 +1,66 @@
+"""The table of promises: each names tests that exist, and the command tells what came from what was expected."""
+
+import ast
+import functools
+import pathlib
+import re
+
+import pytest
+
+from tests.torture import faults
+
+ROOT = pathlib.Path(__file__).parents[2]
+# Promises that the normal suite does not try: each of their tests starts whole runs, half a minute of them, or more.
+# `python -m tests.torture.faults` tries them.
+SLOW = {
+    "the run is killed and has processes that read",  # the run is a process of its own, with workers of its own
+    "one of several processes is killed or hangs",  # one that fails is in the suite; these take seconds of silence too
+    "a signal to one of several processes",  # the suite has signals to one alone, and who agrees on them in parts
+}
+
+
+@functools.cache
+def parsed(path):
+    return ast.parse((ROOT / path).read_text())
+
+
+def function(test):
+    """The function of a test, "FILE::FUNCTION" as promises name it."""
+    path, name = faults.node(test).split("::")
+    found = [x for x in ast.walk(parsed(path)) if isinstance(x, ast.FunctionDef) and x.name == name]
+    assert found, f"{path} has no {name}"
+    return found[0]
+
+
+def is_in_the_normal_suite(test):
+    """Whether neither the test nor one of its cases is marked to be left out."""
+    marks = [ast.unparse(decorator) for decorator in function(test).decorator_list]
+    return not any(re.search(r"\b(slow|skip)\b", mark) for mark in marks)
+
+
+def test_every_promise_names_tests_that_exist():
+    for promise in faults.PROMISES:
+        assert promise.tests and all(function(test) for test in promise.tests)
+
+
+def test_every_promise_has_a_test_in_the_normal_suite():
+    slow = {x.fault for x in faults.PROMISES if not any(is_in_the_normal_suite(test) for test in x.tests)}
+    assert slow == SLOW
+
+
+@pytest.mark.parametrize(
+    ("body", "holds", "words"), [("assert True", True, "1 passed"), ("assert 1 == 2", False, "FAILED")]
+)
+def test_what_came(body, holds, words, tmp_path, monkeypatch):
+    path = tmp_path / "test_it.py"
+    path.write_text(f"def test_x():\n    {body}\n")
+    monkeypatch.setattr(faults, "node", lambda _: str(path))
+    got, came = faults.run(faults.Promise("area", "fault", "expected", ("it::x",)))
+    assert got == holds and words in came
+
+
+def test_a_promise_without_a_test_that_ran_does_not_hold(tmp_path, monkeypatch):
+    path = tmp_path / "test_it.py"
+    path.write_text("import pytest\n\n\n@pytest.mark.skip\ndef test_x():\n    pass\n")
+    monkeypatch.setattr(faults, "node", lambda _: str(path))
+    assert not faults.run(faults.Promise("area", "fault", "expected", ("it::x",)))[0]

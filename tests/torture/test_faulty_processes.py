@@ -1,0 +1,170 @@
+"""Two processes of one run, of which one fails, is killed, stopped or started with something else: both end, by name.
+
+One case is in the normal suite; each of the others takes as long, half a minute:
+bash launch/test.sh -m slow tests/torture/test_faulty_processes.py
+"""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.helpers import tiny
+from tests.helpers.util import free_address
+from tests.processes.test_runtime import ROOT
+from xclip_jax.core.errors import EXIT_RESTART, EXIT_RESUMABLE
+from xclip_jax.core.run_folder import RunFolder
+
+GONE = 134, 250  # 256 - SIGABRT: JAX aborts who loses process 0
+slow = pytest.mark.slow
+
+
+def both(tmp_path, fault, step, process, *changes, of_second=()):
+    """Statuses and outputs of both processes, and the seconds between their ends."""
+    pairs, at, running = tiny.folder(tmp_path / "pairs"), free_address(), []
+    env = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
+    for i in range(2):
+        settings = [*changes, *(of_second if i else ())]
+        command = [str(tmp_path / "run"), str(pairs), fault, str(step), str(process), *settings, "--", at, "2", str(i)]
+        with open(tmp_path / f"{i}.log", "w") as log:
+            arguments = [sys.executable, "-m", "tests.helpers.faulty_run", *command]
+            running.append(subprocess.Popen(arguments, cwd=ROOT, env=env, stdout=log, stderr=log))
+    deadline, first = time.monotonic() + 400, None
+    while any(each.poll() is None for each in running) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        if first is None and any(each.poll() is not None for each in running):
+            first = time.monotonic()
+    seconds = time.monotonic() - first if first is not None else None
+    for each in running:
+        each.kill()
+    outputs = [(tmp_path / f"{i}.log").read_text() for i in range(2)]
+    assert seconds is not None and seconds < 30, outputs
+    return [each.wait() % 256 for each in running], outputs
+
+
+def test_an_error_in_one_process_ends_both(tmp_path):
+    statuses, outputs = both(tmp_path, "raise", 3, 1)
+    assert statuses == [1, 1], outputs
+    assert "error: process 1 of 2: ValueError('disk on fire')" in outputs[1]
+    assert "error: process 1 of 2 has ended: ValueError('disk on fire'). Process 0 ends too; start all" in outputs[0]
+
+
+@slow
+def test_a_killed_process_is_named(tmp_path):
+    statuses, outputs = both(tmp_path, "kill", 3, 1)
+    assert statuses == [EXIT_RESTART, 256 - 9], outputs
+    assert "error: process 1 of 2 has given no sign of life for" in outputs[0]
+
+
+@slow
+def test_the_end_of_process_0_ends_the_other(tmp_path):
+    statuses, outputs = both(tmp_path, "kill", 3, 0)
+    assert statuses[0] == 256 - 9 and statuses[1] in (*GONE, EXIT_RESTART), outputs
+    assert len(outputs[1].splitlines()) < 40
+
+
+@slow
+@pytest.mark.parametrize("fault", ["sigint", "sigterm"])
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_signal_to_one_process_saves_in_both(tmp_path, fault, process):
+    statuses, outputs = both(tmp_path, fault, 3, process)
+    assert statuses == [EXIT_RESUMABLE] * 2, outputs
+    assert f"stopped at step {RunFolder(tmp_path / 'run').latest_step()} of 10000" in outputs[0]
+
+
+@slow
+def test_a_signal_before_the_first_step_stops_both_after_it(tmp_path):
+    statuses, outputs = both(tmp_path, "sigterm", 1, 1)
+    assert statuses == [EXIT_RESUMABLE] * 2, outputs
+    assert RunFolder(tmp_path / "run").latest_step() in (1, 2, 3)
+
+
+@slow
+def test_a_signal_in_an_evaluation_leaves_it_in_both(tmp_path):
+    statuses, outputs = both(tmp_path, "sigint in evaluation", 0, 1, "eval__sets=('a',)", "eval__every=2")
+    assert statuses == [EXIT_RESUMABLE] * 2, outputs
+    assert RunFolder(tmp_path / "run").latest_step() == 2
+
+
+REPORT = "steps=2", "eval__report=True"
+
+
+@slow
+def test_a_report_that_takes_longer_than_the_barrier_at_the_end_is_awaited(tmp_path):
+    statuses, outputs = both(tmp_path, "slow report", 0, 0, *REPORT)
+    assert statuses == [0, 0], outputs
+    assert RunFolder(tmp_path / "run").report_file.exists()
+
+
+@slow
+def test_an_error_in_the_report_of_one_process_ends_both(tmp_path):
+    statuses, outputs = both(tmp_path, "raise in report", 0, 1, *REPORT)
+    assert statuses == [1, 1], outputs
+    assert "error: process 1 of 2 has ended: ValueError('disk on fire')" in outputs[0]
+
+
+@slow
+def test_a_signal_in_the_report_leaves_it_in_both(tmp_path):
+    statuses, outputs = both(tmp_path, "sigint in report", 0, 1, *REPORT)
+    assert statuses == [EXIT_RESUMABLE] * 2, outputs
+    assert f"the report was left; xclip-jax report {tmp_path / 'run'} makes it" in outputs[0]
+    assert not RunFolder(tmp_path / "run").report_file.exists()
+
+
+@slow
+def test_too_many_bad_samples_save_in_both(tmp_path):
+    """All count them at the same step."""
+    for path in sorted(tiny.folder(tmp_path / "bad").glob("*.png"))[::2]:
+        path.write_bytes(b"<html>")
+    changes = f"data__sources=('folder:{tmp_path / 'bad'}',)", "data__max_bad_fraction=0.002"
+    statuses, outputs = both(tmp_path, "none", 0, 0, *changes)
+    assert statuses == [1, 1], outputs
+    assert all("samples are bad, more than data.max_bad_fraction=0.002 allows" in output for output in outputs)
+    assert RunFolder(tmp_path / "run").latest_step() == 2
+
+
+@slow
+def test_a_process_that_hangs_ends_both_and_is_named(tmp_path):
+    limits = "log__stall_warning=5.0", "log__stall_limit=30.0"
+    statuses, outputs = both(tmp_path, "hang in data", 4, 1, *limits)
+    assert statuses == [EXIT_RESTART] * 2, outputs
+    assert "no progress: waiting for data from folder:" in outputs[1]
+    assert "process 1: waiting for data from folder:" in outputs[0]
+    assert "time.sleep" in outputs[1] or "faulty_run" in outputs[1]
+    assert (tmp_path / "run" / "stacks-1.txt").exists() or (tmp_path / "run" / "stacks-0.txt").exists()
+
+
+@slow
+def test_a_signal_that_cannot_be_honoured_ends_both(tmp_path):
+    statuses, outputs = both(tmp_path, "hang after sigterm", 4, 1)
+    assert statuses == [EXIT_RESUMABLE] * 2, outputs
+    assert "asked to stop, and" in outputs[1]
+
+
+@slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optim__lr=0.005", "process 1 differs from process 0: optim.lr (0.005, not 0.001); start all processes with"),
+        ("data__threads=1", None),
+        ("data__text_keys=('other',)", "data.text_keys"),
+    ],
+)
+def test_processes_with_different_configs_refuse_to_start(tmp_path, change, message):
+    statuses, outputs = both(tmp_path, "none", 0, 0, "steps=2", of_second=[change])
+    if message is None:
+        assert statuses == [0, 0], outputs
+        return
+    assert statuses == [1, 1], outputs
+    assert all(message in output for output in outputs)
+    assert not (tmp_path / "run").exists()
+
+
+@slow
+def test_processes_with_different_data_refuse_to_start(tmp_path):
+    other = tiny.folder(tmp_path / "other", 30, seed=1)
+    statuses, outputs = both(tmp_path, "none", 0, 0, "steps=2", of_second=[f"data__sources=('folder:{other}',)"])
+    assert statuses == [1, 1], outputs
+    assert all("process 1 differs from process 0: source 0" in output for output in outputs)

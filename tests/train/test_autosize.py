@@ -1,0 +1,339 @@
+"""Sizes that follow from the pairs and the machine, and a run from pairs to results."""
+
+import colorsys
+import dataclasses
+import itertools
+import json
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from PIL import Image
+
+from tests.helpers import tiny
+from xclip_jax.commands.doctor import settings
+from xclip_jax.config import load, schema
+from xclip_jax.core.errors import UserError
+from xclip_jax.data import holdout, sources, tokenizer
+from xclip_jax.train import autosize, build, trainer, weights
+
+
+def config(count, device="cpu", **arguments):
+    given = {"pairs": "folder:/my/pairs", "count": count, "device": device} | arguments
+    return load.load_config("small:" + ",".join(f"{key}={value}" for key, value in given.items()))
+
+
+def drawn(folder, n=60):
+    """Discs on a ground in `folder`, sub-folders of it by their colour; captions name both."""
+    hues = {"red": 0.0, "green": 0.35, "blue": 0.6, "pink": 0.9}
+    for i, (name, ground, radius) in zip(range(n), itertools.cycle(itertools.product(hues, hues, range(4, 12)))):
+        rows, columns = np.mgrid[:36, :48]
+        disc = (rows - 18) ** 2 + (columns - 20 - i % 5) ** 2 < radius**2
+        colours = [[int(255 * x) for x in colorsys.hsv_to_rgb(hues[key], 0.9, 0.8)] for key in (ground, name)]
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.where(disc[..., None], *colours[::-1]).astype(np.uint8)).save(folder / name / f"{i:02d}.png")
+        (folder / name / f"{i:02d}.txt").write_text(f"a {name} disc on {ground}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def discs(tmp_path_factory):
+    # The first 60 of the product have two colours alone.
+    return drawn(tmp_path_factory.mktemp("discs") / "pairs", 128)
+
+
+@pytest.mark.parametrize(
+    ("count", "device", "preset", "batch", "clusters", "holdout"),
+    [
+        (20, "cpu", "Ti/12", 8, 256, 0.2),
+        (200, "cpu", "Ti/12", 64, 256, 0.1),
+        (1_000, "cpu", "Ti/12", 256, 1024, 0.05),
+        (5_000, "cpu", "Ti/12", 256, 4096, 0.05),
+        (5_000, "gpu", "Ti/12", 1024, 4096, 0.05),
+        (200_000, "gpu", "S/16", 2048, 32_768, 0.025),
+        (10_000_000, "tpu", "B/16", 4096, 32_768, 0.0005),
+    ],
+)
+def test_sizes_follow_from_the_number_of_pairs(count, device, preset, batch, clusters, holdout):
+    c = config(count, device)
+    resolved = schema.resolve(c)
+    width, patch = {"Ti/12": (192, 12), "S/16": (384, 16), "B/16": (768, 16)}[preset]
+    assert (c.model.img.width, c.model.img.patch, c.data.batch) == (width, patch, batch)
+    assert (c.model.cluster_head.clusters, c.data.holdout) == (clusters, holdout)
+    assert c.model.dtype == ("float32" if device == "cpu" else "bfloat16")
+    trained = count * (1 - holdout)
+    assert 24 <= c.steps * batch / trained <= 101  # epochs
+    assert batch <= trained / 2
+    if preset == "Ti/12":
+        assert c.optim.warmup == round(min(c.steps, 1000) / 2)
+        assert c.optim.lr <= 2e-3 * math.sqrt(batch / 256) * 1.01
+        assert c.optim.lr / c.optim.warmup <= 2e-3 / 300 * 1.01  # as slowly as where it was tuned
+    else:
+        assert c.optim.warmup < c.steps / 5 and c.optim.lr == (1e-3 if preset == "S/16" else 5e-4)
+    assert c.log.collapse_warmup_steps == min(c.steps // 2, 500)  # so short runs are warned of a plateau too
+    assert list(settings._schedule(resolved)) == []
+    assert c.steps >= 10 * c.checkpoint.every or c.checkpoint.every == min(200, c.steps)
+    assert 8 <= c.steps / c.eval.every < 17 and resolved.eval.sets == ("retrieval/holdout",)
+
+
+def test_warm_up_and_intervals_follow_from_steps_and_parts_of_epochs():
+    for steps in (1, 2, 10, 40):
+        c = load.load_config(f"small:pairs=folder:x,count=1000,device=cpu,steps={steps}")
+        schema.resolve(c)
+        assert (c.steps, c.eval.every, c.log.every) == (steps, max(steps // 8, 1), max(steps // 20, 1))
+        assert c.optim.warmup == steps // 2
+    whole, half = (load.load_config(f"small:pairs=folder:x,count=5000,device=cpu,epochs={n}").steps for n in (1, 0.5))
+    assert (whole, half) == (19, 9)
+    for given in ("epochs=-1", "epochs=nan", "epochs=inf", "epochs=0", "epochs=0.0", "steps=0"):
+        key, _, value = given.partition("=")
+        with pytest.raises(UserError, match=rf"config argument {key}='{value}'; expected above 0\."):
+            load.load_config(f"small:pairs=folder:x,count=1000,device=cpu,{given}")
+    with pytest.raises(UserError, match=r"small:steps=5,epochs=2: give steps or epochs, not both\."):
+        load.load_config("small:pairs=folder:x,count=1000,device=cpu,epochs=2,steps=5")
+
+
+def test_too_few_pairs_are_refused(tmp_path):
+    tiny.folder(tmp_path / "pairs", 7)
+    with pytest.raises(UserError, match=r"pairs' has 7 pairs, too few to learn from: .*; give 8 or more"):
+        load.load_config(f"small:pairs={tmp_path / 'pairs'},tokenizer=bytes")
+
+
+def test_weights_that_are_not_on_this_machine_are_said_not_to_be(capsys):
+    load.load_config("small:pairs=folder:x,count=1000,device=cpu,weights=nowhere.pt")
+    assert "towers of nowhere.pt (not on this machine)" in capsys.readouterr().err
+
+
+def test_other_pairs_have_another_folder():
+    specs = (
+        "folder:фото/кошки", "folder:фото/собаки", "folder:写真/犬", "folder:.", "tar:...", "csv:/",
+        f"folder:/home/alice/{'data/' * 9}train", f"folder:/home/bob/{'data/' * 9}train",
+    )  # fmt: skip
+    names = [autosize.run_name(spec) for spec in specs]
+    assert (
+        len(set(names)) == len(specs)
+        and names[0] == "фото-кошки"
+        and autosize.run_name("tar:my/pairs/*.tar") == "my-pairs-.tar"
+    )
+    assert all(re.fullmatch(r"\w[\w.-]*", name) and len(name) < 48 for name in names), names
+
+
+@pytest.mark.parametrize("objective", ["clip", "xclip"])
+def test_activations_take_half_of_the_memory_that_the_state_leaves(objective):
+    plain = config(10_000_000, "gpu", objective=objective)
+    assert plain.optim.microbatches > 8
+    for memory in (12, 16, 80):
+        machine = dataclasses.replace(autosize.ORDINARY["gpu"], memory=memory * 2**30)
+        parts = autosize.microbatches(plain, machine)
+        held = plain.data.batch / parts * autosize.activation_bytes(plain)
+        room = (machine.memory - autosize.fixed_bytes(plain, machine)) / 2
+        assert held <= room and (parts == 1 or 2 * held > room)
+    assert config(200).optim.microbatches == 1
+
+
+def test_what_a_step_holds_beside_activations_is_the_state_and_logits_of_clusters():
+    machine, sizes = autosize.ORDINARY["gpu"], {}
+    for objective in ("clip", "xclip"):
+        c = config(20_000, "gpu", objective=objective, preset="Ti/12")
+        state = build.build(c).abstract
+        n = sum(x.size for x in jax.tree.leaves(state.params))
+        logits = 24 * c.data.batch * c.model.cluster_head.clusters if objective == "xclip" else 0
+        sizes[objective] = autosize.fixed_bytes(c, machine)
+        assert sizes[objective] - logits == pytest.approx(16 * n, rel=0.03)
+    assert sizes["xclip"] > 2 * sizes["clip"]
+
+
+def test_a_cpu_is_not_asked_for_days():
+    slow, fast = config(1_000_000), config(1_000_000, epochs=3)
+    assert slow.steps * slow.data.batch == pytest.approx(995_000, rel=0.01)  # one epoch, for want of more time
+    assert fast.steps == pytest.approx(3 * slow.steps, rel=0.01)
+    few, more = (autosize.Machine("cpu", 1, 2**33, cores) for cores in (2, 64))
+    steps = []
+    for machine in (few, more):
+        c = config(20_000)
+        autosize._schedule(c, machine, 19_000, 0, 0)
+        steps.append(c.steps)
+    assert steps[0] < steps[1]
+
+
+def test_batches_are_in_equal_parts_for_the_devices():
+    machine = dataclasses.replace(autosize.ORDINARY["gpu"], devices=6)
+    assert autosize.batch_size(180, "Ti/12", machine) == 60
+    assert autosize.batch_size(10, "Ti/12", machine) == 6
+
+
+def test_counts_are_those_of_the_pairs(tmp_path):
+    folder = tiny.folder(tmp_path / "pairs", 10)
+    for i in range(4):
+        (folder / f"{i:03d}.txt").write_text("the same")
+    counts = autosize.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
+    assert counts == autosize.Counts(10, 24, 22, tokens=11, repeats=0.4)
+    (folder / "007.png").write_bytes(b"no image")
+    fault = r"^1 of 10 pairs that were read cannot be used, more than 5%; the first is .*/007\.png'"
+    with pytest.raises(
+        UserError, match=fault + r" \(not an image.*\); see xclip-jax check, or pass count=10, with which "
+    ):
+        autosize.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
+    tiny.folder(folder, 10)
+    for file in folder.glob("*.txt"):
+        file.write_text("a thing")
+    with pytest.raises(
+        UserError, match=r"^all 10 captions that were read are 'a thing': there is nothing to learn; give"
+    ):
+        autosize.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
+    for file in folder.glob("*.txt"):
+        file.write_text("")
+    with pytest.raises(UserError, match="none of the 10 pairs that were read can be used"):
+        autosize.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
+
+
+def test_the_pairs_decide_on_size_context_and_captions_apart(discs, capsys):
+    c = load.load_config(f"small:pairs={discs},tokenizer=bytes")
+    assert capsys.readouterr().err == (
+        f"small: 128 pairs, 16 % of them held out; clip, Ti/12, 36 px, 24 tokens, batch {c.data.batch}, {c.steps} "
+        f"steps ({c.steps * c.data.batch / (0.84 * 128):.3g} epochs); 100 % of captions repeat\n"
+    )
+    assert c.data.sources == (f"folder:{discs}",) and re.fullmatch(r"runs/small-.*pairs-[0-9a-f]{6}", c.run)
+    assert (c.model.img.image_size, c.model.txt.context_length) == (36, 24)
+    assert c.data.spread_duplicate_captions and c.data.cache
+    assert c.eval.sets == ("retrieval/holdout", "zeroshot/holdout")
+    assert load.load_config(f"small:pairs={discs},tokenizer=bytes").to_dict() == c.to_dict()  # so that it resumes
+    assert load.load_config(f"small:pairs={discs},tokenizer=bytes,size=24").model.img.image_size == 24
+
+
+def test_a_table_and_its_columns(tmp_path):
+    folder = tiny.folder(tmp_path / "pairs", 12)
+    rows = [f"pairs/{i:03d}.png,picture {i}" for i in range(12)]
+    (tmp_path / "all.csv").write_text("\n".join(["path,words", *rows]))
+    c = load.load_config(f"small:pairs={tmp_path / 'all.csv'},image=path,text=words,tokenizer=bytes")
+    assert c.data.sources == (f"csv:{tmp_path / 'all.csv'}",) and c.data.text_keys == ("words",)
+    assert c.eval.sets == ("retrieval/holdout",) and not c.data.spread_duplicate_captions
+    assert folder.exists()
+    # Before flags are read, the remedy is an argument.
+    with pytest.raises(
+        UserError, match=r"no column 'image'; its columns are 'path', 'words'; name its .*small:.*,image"
+    ):
+        load.load_config(f"small:pairs={tmp_path / 'all.csv'}")
+
+
+def test_commas_in_paths_and_several_columns(tmp_path):
+    tiny.folder(tmp_path / "a, b", 12)
+    rows = [f"a, b/{i:03d}.png\tpicture {i}\tnumber {i}" for i in range(12)]
+    (tmp_path / "x,y.tsv").write_text("\n".join(["path\ttext\tobjective", *rows]))
+    c = load.load_config(f"small:image=path,text=text,objective,pairs={tmp_path / 'x,y.tsv'},tokenizer=bytes")
+    assert c.data.sources == (f"csv:{tmp_path / 'x,y.tsv'}",) and c.data.text_keys == ("text", "objective")
+    c = load.load_config(f"small:pairs={tmp_path / 'a, b'},tokenizer=bytes")
+    assert c.data.sources == (f"folder:{tmp_path / 'a, b'}",)
+
+
+def test_sizes_of_weights_are_taken_over(discs, run):
+    c = load.load_config(f"small:pairs={discs},weights={run}")
+    saved = json.loads((run / "config.json").read_text())["config"]
+    assert c.model.img.image_size == saved["model"]["img"]["image_size"] and c.model.embed == saved["model"]["embed"]
+    assert c.objective.name == "xclip" and c.data.tokenizer == "bytes" and c.init.weights == str(run)
+    scratch = load.load_config(f"small:pairs={discs},tokenizer=bytes")
+    assert c.optim.lr < scratch.optim.lr / 10 and c.steps * c.data.batch < scratch.steps * scratch.data.batch / 4
+    assert load.load_config(f"small:pairs={discs},weights={run},objective=clip").objective.terms.to_dict() == {
+        "clip": 1.0
+    }
+    schema.resolve(c)
+
+
+def test_a_cluster_head_of_weights_keeps_its_size(discs, run):
+    c = load.load_config(f"small:pairs={discs},weights={run}")
+    shapes = build.build(c).abstract
+    tensors = weights.read_initial(schema.resolve(c), shapes)
+    heads = {name for name in flatten_dict(shapes.variables(), sep="/") if "/clusters_" in name}
+    assert heads and heads <= tensors.keys() and c.model.cluster_head.clusters == 24
+
+
+def test_weights_without_a_cluster_head_get_one_by_the_pairs(discs, tmp_path):
+    c = load.load_config(f"small:pairs={discs},weights={tiny.untrained(tmp_path / 'clip', 'clip')},objective=xclip")
+    tensors = weights.read_initial(schema.resolve(c), build.build(c).abstract)
+    assert c.model.cluster_head.clusters == 256
+    assert tensors and not any("/clusters_" in name for name in tensors)
+
+
+def test_the_objective_of_weights_is_taken_over_with_its_terms(discs, tmp_path):
+    own = {"clip": 0.7, "nclip": 0.3}
+    run = tiny.untrained(tmp_path / "own", objective__terms=own, objective__nclip__tau=2.0)
+    taken = load.load_config(f"small:pairs={discs},weights={run}").objective
+    assert (taken.terms.to_dict(), taken.nclip.tau) == (own, 2.0)
+    c = load.load_config(f"small:pairs={discs},weights={run},objective=xclip")
+    assert (c.objective.terms.to_dict(), c.objective.nclip.tau) == ({"clip": 0.5, "nclip": 0.5}, 0.5)
+    fine_tuned = json.loads((run / "config.json").read_text())
+    terms = {"name": "classify", "terms": {"classify": 1.0}, "classify": {"classes": 3}}
+    fine_tuned["config"]["objective"] |= terms
+    (run / "config.json").write_text(json.dumps(fine_tuned))
+    assert load.load_config(f"small:pairs={discs},weights={run}").objective.name == "clip"
+
+
+def test_the_scale_of_siglip_weights_is_kept_and_bounded_for_clip(discs, tmp_path):
+    run = tiny.untrained(tmp_path / "siglip", "siglip", model__scale_init=117.33)
+    assert load.load_config(f"small:pairs={discs},weights={run}").model.scale_init == 117.33
+    assert load.load_config(f"small:pairs={discs},weights={run},objective=clip").model.scale_init == 100
+
+
+def all_trained(folder, n):
+    """Pairs none of which is held out of training, whatever bytes this version of Pillow writes."""
+    for seed in itertools.count(1):
+        images = [file.read_bytes() for file in tiny.folder(folder, n, seed).glob("*.png")]
+        if not holdout.selected(images, autosize.LARGEST_SHARE):
+            return
+
+
+def sub_folders(folder):
+    """Two hundred pairs, and two folders with three images each, none of which is held out."""
+    tiny.folder(folder, 200)
+    for name in ("cat", "dog"):
+        all_trained(folder / name, 3)
+    return folder
+
+
+def several_labels(folder):
+    rows = [f"{folder.name}/{i:03d}.png,picture {i},{'cat|dog' if i % 2 else 'cat'}" for i in range(40)]
+    tiny.folder(folder)
+    table = folder.with_suffix(".csv")
+    table.write_text("\n".join(["path,text,label", *rows]))
+    return f"{table},image=path"
+
+
+def one_class_held_out(folder):
+    tiny.folder(folder / "cat", 40)
+    all_trained(folder / "dog", 1)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (sub_folders, "no labelled image is held out"),
+        (several_labels, "have several labels"),
+        (one_class_held_out, "the held-out images are all of one class"),
+        (lambda folder: tiny.folder(folder / "12").parent, "are numbers"),
+        (tiny.folder, "no classes: one sub-folder a class would add zero-shot classification"),
+    ],
+)
+def test_held_out_classes_are_left_out_where_they_cannot_be_evaluated(make, reason, tmp_path, capsys):
+    c = load.load_config(f"small:pairs={make(tmp_path / 'pairs')},tokenizer=bytes")
+    assert c.eval.sets == ("retrieval/holdout",)
+    (chosen,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"small: .* epochs\).* \((no zero-shot classification: )?.*{reason}.*\)", chosen)
+
+
+@pytest.mark.slow
+def test_a_run_from_pairs_to_results(discs, tmp_path):
+    c = load.load_config(f"small:pairs={discs},tokenizer=bytes,size=24,epochs=4")
+    c.unlock()
+    c.run, c.eval.report, c.optim.lr = str(tmp_path / "run"), False, 2e-3
+    trainer.run(c)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())["results"]
+    assert results["retrieval/holdout/images"] >= 8
+    level = results["retrieval/holdout/chance/image_to_text/r5"]
+    assert 0 <= results["retrieval/holdout/image_to_text/r5"] <= 100 and 0 < level <= 100
+    assert "zeroshot/holdout/top1" in results
+    assert sum("retrieval/holdout/image_to_text/r1" in line for line in tiny.lines(c.run)) > 2  # on the way
+    losses = tiny.losses(c.run)
+    assert losses[-1] < losses[0]

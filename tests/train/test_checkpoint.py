@@ -1,0 +1,304 @@
+"""Checkpoints that are damaged or cut off: noticed, named, and the newest whole one is used."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+
+from tests.helpers import checkpoints
+from tests.helpers.checkpoints import ABSTRACT, abstract, check_is, files_of, make_state, restore, resume, save
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.train import checkpoint_digest
+from xclip_jax.train.checkpoint import Checkpointer
+
+# Orbax writes them last, and reads no state from them.
+HARMLESS = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+saved, run = checkpoints.saved, checkpoints.run
+
+
+# Every file of a checkpoint, damaged in every way
+
+
+def flip(content, rng):
+    position, changed = rng.integers(len(content)), bytearray(content)
+    changed[position] ^= 1 << rng.integers(8)
+    return bytes(changed)
+
+
+DAMAGE = {
+    "flip 1": flip,
+    "flip 2": flip,
+    "flip 3": flip,
+    "flip 4": flip,
+    "cut": lambda content, rng: content[: rng.integers(len(content))],
+    "empty": lambda content, _: b"",
+    "zero": lambda content, _: bytes(len(content)),
+    "longer": lambda content, _: content + b"\0",
+    "delete": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_every_damaged_file_is_named_or_harmless(run, damage):
+    folder = run / "checkpoints" / "4"
+    files = files_of(folder)
+    assert len(files) > 8 and {"state/_METADATA", "position/metadata", checkpoint_digest.FILE} <= set(files)
+    rng = np.random.default_rng(sorted(DAMAGE).index(damage))
+    for name in files:
+        path = folder / name
+        content = path.read_bytes()
+        path.unlink() if DAMAGE[damage] is None else path.write_bytes(DAMAGE[damage](content, rng))
+        if name in HARMLESS:
+            check_is(restore(run), 4)
+        else:
+            with pytest.raises(UserError) as caught:
+                restore(run)
+            message = str(caught.value)
+            assert f"checkpoints/4 is damaged: {name} " in message and "the newest whole one is of step 2" in message
+            assert "--step 2" in message and len(message.splitlines()) == 1
+        path.write_bytes(content)
+    check_is(restore(run), 4)
+
+
+def test_what_orbax_writes_last_is_not_needed_to_resume(run):
+    for name in HARMLESS:
+        for content in (b"", b"\xff", b"{", None):
+            path = run / "checkpoints" / "4" / name
+            path.unlink() if content is None else path.write_bytes(content)
+            check_is(resume(run), 4)
+    save(run, 6, 8, keep=2)
+    assert RunFolder(run).steps() == [6, 8]
+
+
+# Which checkpoint is used instead
+
+
+def damage(folder):
+    path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path.relative_to(folder).as_posix()
+
+
+def test_the_newest_whole_checkpoint_is_used_and_the_others_move_aside(run, capsys):
+    save(run, 6, keep=9)
+    folder = run / "checkpoints"
+    names = {step: damage(folder / str(step)) for step in (4, 6)}
+    check_is(resume(run), 2)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("WARNING: damaged: ") and line.endswith("that of step 2, the newest whole one")
+    assert all(f"checkpoints/{step} ({name} has other bytes than were written)" in line for step, name in names.items())
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "damaged-4", "damaged-6"]
+    assert RunFolder(run).steps() == [2]
+    check_is(restore(run), 2)
+    # The run goes on, saves step 4 again, and that one is damaged too.
+    save(run, 4, keep=9)
+    check_is(resume(run), 4)
+    damage(folder / "4")
+    check_is(resume(run), 2)
+    assert (folder / "damaged-4").is_dir() and (folder / "damaged-4-1").is_dir()
+
+
+def test_no_whole_checkpoint_is_one_sentence_and_nothing_is_moved(run):
+    names = [damage(run / "checkpoints" / step) for step in "24"]
+    with pytest.raises(
+        UserError, match=r"checkpoints has no whole checkpoint \(4: state.*; 2: state.*delete the run's"
+    ):
+        resume(run)
+    with pytest.raises(UserError, match=rf"checkpoints/4 is damaged: {names[1]} has .*; no other one is whole"):
+        restore(run)
+    assert RunFolder(run).steps() == [2, 4]
+
+
+def test_readers_move_nothing(run):
+    damage(run / "checkpoints" / "4")
+    before = sorted(path for path in run.rglob("*"))
+    with pytest.raises(UserError, match="is damaged"):
+        restore(run)
+    check_is(restore(run, 2), 2)
+    assert sorted(path for path in run.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("make", "fault"),
+    [
+        (lambda folder: (folder / "70").mkdir(), "digest.json is missing"),
+        (lambda folder: shutil.copytree(folder / "4", folder / "70"), "digest.json is that of step 4"),
+        (lambda folder: shutil.copytree(folder / "4" / "state", folder / "70"), "digest.json is missing"),
+        (lambda folder: (folder / "70").write_text(""), None),
+        (lambda folder: (folder / "copy_of_70").mkdir(), None),
+        (lambda folder: (folder / "70.orbax-checkpoint-tmp").mkdir(), None),
+    ],
+)
+def test_folders_that_are_no_checkpoints(run, make, fault, capsys):
+    make(run / "checkpoints")
+    if fault is None:  # neither Orbax nor we take it for one
+        assert RunFolder(run).latest_step() == 4
+        check_is(restore(run), 4)
+        return
+    with pytest.raises(UserError, match=rf"checkpoints/70 is damaged: {fault}.*the newest whole one is of step 4"):
+        restore(run)
+    check_is(resume(run), 4)
+    assert "damaged-70" in capsys.readouterr().out
+    save(run, 6)
+    check_is(restore(run), 6)
+
+
+def test_another_architecture_is_not_damage(run):
+    with (
+        Checkpointer(run) as checkpointer,
+        pytest.raises(UserError, match=r"another architecture: params/img/a has sha"),
+    ):
+        checkpointer.restore_good(abstract(make_state(0, size=32)))
+    assert RunFolder(run).steps() == [2, 4]
+
+
+def test_a_file_that_may_not_be_read_is_not_damage(run, monkeypatch):
+    """Nothing is moved aside because another user started the command."""
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied", "x")
+
+    monkeypatch.setattr(checkpoint_digest, "_hash", refused)
+    with Checkpointer(run) as checkpointer, pytest.raises(PermissionError):
+        checkpointer.restore_good(ABSTRACT)
+    assert RunFolder(run).steps() == [2, 4]
+
+
+@pytest.mark.parametrize("error", [MemoryError("out of memory"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")])
+def test_too_little_memory_is_not_damage(run, monkeypatch, error):
+    def refused(*_, **__):
+        raise error
+
+    with Checkpointer(run) as checkpointer, pytest.raises(type(error)):
+        monkeypatch.setattr(checkpointer._manager, "restore", refused)
+        checkpointer.restore_good(ABSTRACT)
+    assert RunFolder(run).steps() == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(5, "Input/output error"), OSError(116, "Stale file handle"), ValueError("429 Too Many Requests")],
+    ids=str,
+)
+@pytest.mark.parametrize("call", ["item_metadata", "restore"])
+def test_a_storage_that_fails_for_a_moment_is_not_damage(run, monkeypatch, call, error):
+    """The digest has shown that all files are whole: the newest checkpoint stays where it is."""
+
+    with Checkpointer(run) as checkpointer:
+        original = getattr(checkpointer._manager, call)
+
+        def fails(step, **options):
+            if step == 4:
+                raise error
+            return original(step, **options)
+
+        monkeypatch.setattr(checkpointer._manager, call, fails)
+        with pytest.raises(type(error), match=str(error.args[-1])):
+            checkpointer.restore_good(ABSTRACT)
+    check_is(resume(run), 4)
+
+
+@pytest.mark.parametrize("item", ["state", "position"])
+def test_an_item_that_a_storage_does_not_show_for_a_moment_is_not_damage(run, monkeypatch, item):
+    """Orbax gives None for it."""
+    with Checkpointer(run) as checkpointer:
+        call = "item_metadata" if item == "state" else "restore"
+        original = getattr(checkpointer._manager, call)
+
+        def lacking(*args, **options):
+            return ocp.args.Composite(**{**dict(original(*args, **options).items()), item: None})
+
+        monkeypatch.setattr(checkpointer._manager, call, lacking)
+        with pytest.raises(UserError, match=r"checkpoints/4 cannot be read \(.*\), though its files .* to try again"):
+            checkpointer.restore_good(ABSTRACT)
+    check_is(resume(run), 4)
+
+
+def test_a_bad_sector_is_damage(run, monkeypatch):
+    original = checkpoint_digest._hash
+
+    def bad(path, **options):
+        if "/4/state/manifest" in str(path):
+            raise OSError(5, "Input/output error")
+        return original(path, **options)
+
+    monkeypatch.setattr(checkpoint_digest, "_hash", bad)
+    with pytest.raises(UserError, match=r"4 is damaged: state/manifest\.ocdbt cannot be read \(Input/output error\)"):
+        restore(run)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """Has all folders taken for ones in a bucket; lists the files that are hashed."""
+    hashed, original = [], checkpoint_digest._hash
+    monkeypatch.setattr(checkpoint_digest, "is_remote", lambda _: True)
+    monkeypatch.setattr(checkpoint_digest, "_hash", lambda path, **_: hashed.append(path) or original(path))
+    return hashed
+
+
+def test_in_a_bucket_names_and_sizes_are_compared_and_nothing_is_hashed(bucket, tmp_path, monkeypatch):
+    save(tmp_path, 2, 4)
+    folder = tmp_path / "checkpoints" / "4"
+    names = [name for name in files_of(folder) if name not in (*HARMLESS, checkpoint_digest.FILE)]
+    digest = json.loads((folder / checkpoint_digest.FILE).read_text())
+    assert digest["files"] == {name: [(folder / name).stat().st_size, None] for name in names}
+    check_is(restore(tmp_path), 4)
+    for name in names:
+        content = (folder / name).read_bytes()
+        for damaged in (content[:-1], content + b"\0", None):
+            (folder / name).unlink() if damaged is None else (folder / name).write_bytes(damaged)
+            with pytest.raises(UserError, match=rf"4 is damaged: {name} is .*the newest whole one is of step 2"):
+                restore(tmp_path)
+        (folder / name).write_bytes(flip(content, np.random.default_rng(0)))
+        assert checkpoint_digest.find_fault(epath.Path(folder), 4) is None
+        (folder / name).write_bytes(content)
+    assert bucket == []
+    monkeypatch.undo()  # copied to a disk
+    check_is(restore(tmp_path), 4)
+
+
+def test_hashes_of_a_checkpoint_that_was_copied_to_a_bucket_are_not_compared(bucket, run):
+    folder = epath.Path(run / "checkpoints" / "4")
+    assert damage(run / "checkpoints" / "4") and checkpoint_digest.find_fault(folder, 4) is None and bucket == []
+
+
+def test_in_a_bucket_a_checkpoint_gets_its_digest_under_its_final_name(run):
+    """Where no folder is renamed."""
+    path = run / "checkpoints" / "4" / checkpoint_digest.FILE
+    content = path.read_bytes()
+    path.unlink()
+    with Checkpointer(run) as checkpointer:
+        checkpointer._saving = 4
+        checkpointer._write_digest()
+    assert path.read_bytes() == content
+
+
+def test_a_checkpoint_comes_back_on_other_meshes(tmp_path):
+    """Saved over eight devices, read over two of them, in other axes, and on one: all bits are equal."""
+    P = jax.sharding.PartitionSpec
+
+    def laid_out(shape, spec):
+        devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
+        mesh = jax.sharding.Mesh(devices, ("x", "y"))
+        return lambda x: jax.sharding.NamedSharding(mesh, spec if x.ndim == 2 else P())
+
+    saved, state = laid_out((4, 2), P("x", "y")), make_state(2)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(jax.tree.map(lambda x: jax.device_put(x, saved(x)), state), {"samples": 16, "batch": 8})
+    for shape, spec in (((1, 2), P("y", None)), ((2, 4), P(None, ("x", "y"))), ((1, 1), P())):
+        layout = laid_out(shape, spec)
+        shapes = jax.tree.map(
+            lambda x, layout=layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout(x)), state
+        )
+        with Checkpointer(tmp_path, read_only=True) as checkpointer:
+            restored = checkpointer.restore(shapes)
+        check_is(restored, 2)
+        assert restored[0].params["img"]["a"].sharding == layout(state.params["img"]["a"])

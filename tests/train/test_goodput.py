@@ -1,0 +1,227 @@
+import time
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.helpers import tiny
+from tests.helpers.pages import Page, written
+from xclip_jax.config import schema
+from xclip_jax.core import environment
+from xclip_jax.core.run_folder import CLOCKS
+from xclip_jax.data import loader
+from xclip_jax.report import run_sections
+from xclip_jax.train import flops, goodput, guard, progress, recovery, trainer
+from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.goodput import Goodput
+from xclip_jax.train.log import utilization
+
+
+class Clock:
+    def __init__(self, now=0.0):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+
+def values(goodput, wall, useful):
+    return pytest.approx({"goodput": goodput, "wall_seconds": wall, "useful_seconds": useful})
+
+
+def test_goodput_of_one_process():
+    """100 s of start-up, then 100 s: 12 in an evaluation, 8 in a checkpoint, 10 without data; 70 for ten steps."""
+    clock = Clock(1000.0)
+    count = Goodput(1000.0, clock=clock)
+    clock.now = 1100.0
+    count.lose(50.0)  # of the start-up, which is lost anyway
+    count.tick()
+    clock.now = 1150.0
+    count.tick()
+    count.lose(12.0)
+    count.lose(8.0)
+    clock.now = 1200.0
+    assert count.values(10, wasted=0, waited=10.0) == values(0.35, 200.0, 70.0)
+    # One of the ten steps was skipped: a tenth of the 70 s.
+    assert count.values(10, wasted=1, waited=10.0) == values(0.315, 200.0, 63.0)
+    assert count.values(10, wasted=10, waited=10.0) == values(0.0, 200.0, 0.0)
+
+
+def test_goodput_of_a_run_that_resumes():
+    """The run resumes at step 10: 27 of the 90 useful seconds until step 14 were in vain."""
+    before = [
+        {"step": 5, "loss": 1.0, "wall_seconds": 150.0, "useful_seconds": 30.0},
+        {"step": 10, "loss": 1.0, "wall_seconds": 200.0, "useful_seconds": 63.0},
+        {"step": 10, "zeroshot/x/top1": 3.0},
+        {"step": 14, "loss": 1.0, "wall_seconds": 260.0, "useful_seconds": 90.0},
+    ]
+    clock = Clock(0.0)
+    count = Goodput(0.0, 10, before, clock)
+    clock.now = 30.0
+    assert count.values(10, wasted=0, waited=0.0) == values(63 / 290, 290.0, 63.0)
+    count.tick()
+    clock.now = 130.0
+    assert count.values(20, wasted=0, waited=0.0) == values(163 / 390, 390.0, 163.0)
+    # A rewind to step 4: the ten steps of this process, and six of the process before it at the same 10 s a step.
+    assert count.values(20, wasted=16, waited=0.0) == values(3 / 390, 390.0, 3.0)
+    assert Goodput(0.0, 10, [{"step": 10, "loss": 1.0}], clock).values(10, wasted=0, waited=0.0)["wall_seconds"] == 130
+
+
+def test_speed_is_of_the_steps_after_the_first_line(monkeypatch):
+    """Steps of 2 s. As on a CPU, the second one is computed before the line of the first is printed."""
+    clock = Clock(0.0)
+    monkeypatch.setattr(progress.time, "perf_counter", clock)
+    count = progress.Progress(100, 8)
+    count.tick()
+    assert count.samples_per_second() == 0 and count.line(11, {"loss": 1.0}).endswith("(compiled)")
+    for step in range(11, 16):
+        clock.now += 2.0
+        count.tick()
+        assert count.samples_per_second() == 8 / 2 and "4 samples/s, " in count.line(step, {"loss": 1.0})
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.03, "267"), (1.7, "4.7"), (20.0, "0.4"), (250.0, "0.032")])
+def test_the_line_has_two_digits_of_a_low_speed(seconds, shown, monkeypatch):
+    clock = Clock(0.0)
+    monkeypatch.setattr(progress.time, "perf_counter", clock)
+    count = progress.Progress(100, 8)
+    count.tick()
+    clock.now = seconds
+    count.tick()
+    assert f"  {shown} samples/s, " in count.line(2, {"loss": 1.0})
+
+
+def test_speed_leaves_out_pauses_after_the_first_step_alone(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(progress.time, "perf_counter", clock)
+    count = progress.Progress(100, 8)
+    count.pause(40.0)  # an evaluation that a resumed run makes before its first step
+    clock.now = 50.0
+    count.tick()
+    clock.now = 55.0
+    count.tick()
+    clock.now = 65.0
+    count.pause(10.0)
+    assert count.samples_per_second() == 8 / 5
+    clock.now = 70.0
+    count.tick()
+    assert count.samples_per_second() == 2 * 8 / 10
+    assert "MFU 41.2%" in count.line(6, {"loss": 1.0, "mfu": 0.412})
+    assert "MFU" not in count.line(6, {"loss": 1.0})
+
+
+def test_wasted_steps_are_those_skipped_and_those_undone(tmp_path, monkeypatch):
+    """Steps 2, 7 and 8 are skipped; a rewind to the checkpoint of step 4 undoes 5 and 6 as well."""
+    config = types.SimpleNamespace(
+        data=types.SimpleNamespace(batch=8),
+        optim=types.SimpleNamespace(max_skipped_steps=1, rewind=True),
+        steps=100,
+        checkpoint=types.SimpleNamespace(every=4),
+    )
+    folder = types.SimpleNamespace(skipped_steps_file=tmp_path / "skipped_steps.jsonl")
+    job = types.SimpleNamespace(config=config, folder=folder, experiment=types.SimpleNamespace(abstract=None))
+    checkpointer = types.SimpleNamespace(steps=lambda: [4], restore=lambda *_: ({}, {}))
+    monkeypatch.setattr(guard, "at_step", lambda state, step: state)
+    skipped = recovery.SkippedSteps(job, 0, types.SimpleNamespace(counters={}), checkpointer)
+    assert skipped.wasted == 0
+    for step in range(1, 9):
+        skipped.check(step, {"skipped": jnp.asarray(step in (2, 7, 8)), "loss": jnp.asarray(float("nan"))})
+    assert skipped.exceeded and skipped.wasted == 3
+    skipped.rewind({})
+    assert skipped.wasted == 5  # 2, and 5 to 8
+    skipped.close()
+
+
+def test_utilization():
+    assert utilization(4e12, 16e12) == {"model_flops_per_second": 4e12, "mfu": 0.25}
+    assert utilization(4e12, None) == {"model_flops_per_second": 4e12}
+    assert utilization(0.0, 16e12) == {}
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_run_logs_what_it_makes_of_its_time(tmp_path, monkeypatch, capsys):
+    """Killed in step 6 and resumed at step 3; a save takes 0.3 s more than it takes."""
+    pairs = tiny.folder(tmp_path / "pairs")
+    changes = {"steps": 6, "checkpoint__every": 3, "data__sources": (f"folder:{pairs}",), "log__to": ()}
+    c, seen, lost = tiny.config("clip", run=tmp_path / "run", **changes), [], []
+    to_global, save, lose = loader.to_global, Checkpointer.save, Goodput.lose
+
+    def counted(batch, mesh):
+        seen.append(batch)
+        if len(seen) == 6:
+            raise Stopped
+        return to_global(batch, mesh)
+
+    def slow(*args):
+        time.sleep(0.3)
+        save(*args)
+
+    monkeypatch.setattr(loader, "to_global", counted)
+    monkeypatch.setattr(Checkpointer, "save", slow)
+    monkeypatch.setattr(Goodput, "lose", lambda self, seconds: (lost.append(seconds), lose(self, seconds)))
+    began = time.perf_counter()
+    with pytest.raises(Stopped):
+        trainer.run(c, uptime=1000.0)
+    first = tiny.lines(tmp_path / "run")
+    assert [line["step"] for line in first] == [1, 2, 3, 4]
+    assert 1000.0 < first[-1]["wall_seconds"] < 1000.0 + time.perf_counter() - began
+    # Eight devices of a known kind from now on, of 1 MFLOP/s each.
+    monkeypatch.setitem(flops.PEAK, jax.devices()[0].device_kind, 1e6)
+    capsys.readouterr()
+    trainer.run(c)
+    assert sum(seconds > 0.3 for seconds in lost) == 2  # the saves of steps 3 and 6
+    lines = tiny.lines(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and lines[:3] == first[:3]
+    step, mfus = flops.train_step(schema.resolve(c)), []
+    for line in lines:
+        assert line["goodput"] == pytest.approx(line["useful_seconds"] / line["wall_seconds"])
+        assert 0 <= line["goodput"] < 1
+        assert ("mfu" in line) == (line["step"] >= 5)  # the first step of a process has no speed
+        if "model_flops_per_second" in line:
+            per_second = step / tiny.BATCH * line["samples_per_second"]
+            assert line["model_flops_per_second"] == pytest.approx(per_second)
+            mfus += [line["mfu"] / (per_second / 8e6)] if "mfu" in line else []
+    assert mfus == pytest.approx([1.0, 1.0])
+    # Step 4 of the first process is in the wall time of those after it, and no more in their useful time.
+    assert lines[3]["wall_seconds"] > first[3]["wall_seconds"]
+    assert lines[3]["useful_seconds"] - first[2]["useful_seconds"] < lines[3]["wall_seconds"] - first[3]["wall_seconds"]
+    assert set(CLOCKS) <= lines[-1].keys()
+    assert capsys.readouterr().out.count("MFU ") == 2
+
+
+def test_the_report_shows_them(tmp_path):
+    row = {"step": 1, "loss": 1.0, "samples_per_second": 0.0, "goodput": 0.0, "wall_seconds": 9.0}
+    fast = row | {"samples_per_second": 8.0, "goodput": 0.625, "model_flops_per_second": 4.2e12}
+    unknown = written(tmp_path / "a", tiny.config("clip"), [row, fast | {"step": 2}, fast | {"step": 3}])
+    words = " ".join(Page(run_sections.head(unknown, None)).text)
+    assert "Goodput 62.5%" in words and "Model TFLOP/s 4.2" in words and "MFU" not in words
+    assert "MFU" not in Page(run_sections.curves(unknown).body).text
+    fast["mfu"] = 0.314
+    known = written(tmp_path / "b", tiny.config("clip"), [row, fast | {"step": 2}, fast | {"step": 3}])
+    assert "MFU 31.4%" in " ".join(Page(run_sections.head(known, None)).text)
+    words = Page(run_sections.curves(known).body).text
+    assert "MFU" in words and "Goodput" in words
+    unmeasured = written(tmp_path / "c", tiny.config("clip"), [{"step": 1, "loss": 1.0}])
+    assert "Goodput" not in run_sections.head(unmeasured, None)
+
+
+def test_frozen_towers_have_no_backward_pass():
+    c = tiny.config("clip")
+    parts, whole = flops.forward(schema.resolve(c)), flops.train_step(schema.resolve(c))
+    c.init.frozen = ("img",)
+    assert whole - flops.train_step(schema.resolve(c)) == pytest.approx(2 * tiny.BATCH * parts["img"])
+
+
+def test_uptime_is_that_of_this_process():
+    before = environment.uptime()
+    time.sleep(0.3)
+    assert 0.25 < environment.uptime() - before < 5
+    assert before > 0.1  # it has imported JAX
+
+
+def test_clocks_are_what_is_logged():
+    assert {"goodput", goodput.WALL, goodput.USEFUL, "mfu", "model_flops_per_second"} < set(CLOCKS)

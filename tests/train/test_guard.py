@@ -1,0 +1,299 @@
+"""Losses and gradients that are not finite: what a step, a run and a resumed run make of them."""
+
+import dataclasses
+from typing import ClassVar
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.helpers import tiny
+from xclip_jax import optim
+from xclip_jax.config import schema
+from xclip_jax.core.errors import Diverged, UserError
+from xclip_jax.core.run_folder import CLOCKS
+from xclip_jax.data import loader
+from xclip_jax.objectives import Term
+from xclip_jax.train import build, guard, state, trainer
+from xclip_jax.train.checkpoint import Checkpointer
+
+# First token of a text: what is not finite at a step with it, or large.
+LOSS, GRADIENT, CENTER, SPIKE = 201, 202, 203, 204
+
+
+@dataclasses.dataclass(frozen=True)
+class Poison(Term):
+    """Nothing, but for batches with one of the tokens above."""
+
+    title: ClassVar[str] = "poison"
+
+    def initial_state(self, model, vocab):
+        """A running value, as of a center."""
+        return {"poison": jnp.zeros(3)}
+
+    def __call__(self, out, teacher, state, batch):
+        """See `Term.__call__`."""
+
+        def marked(token):
+            return (batch["text"][:, 0] == token).any()
+
+        zero = out["z_img"].sum() * 0
+        root = jnp.sqrt(jnp.where(marked(GRADIENT), zero, zero + 1.0))  # infinite slope at 0, times 0
+        steep = root + jnp.where(marked(SPIKE), 1e3, 0.0) * out["z_img"][:, 0].sum()
+        loss = steep - jax.lax.stop_gradient(steep) + jnp.where(marked(LOSS), jnp.nan, 0.0)
+        return loss, {"loss": loss}, {"poison": state["poison"] + jnp.where(marked(CENTER), jnp.inf, 1.0)}
+
+
+def config(objective="clip", **changes):
+    c = tiny.config(objective, **changes)
+    c.objective.name = f"poisoned_{objective}"
+    c.objective.terms = c.objective.terms.to_dict() | {"poison": 1.0}
+    c.objective.plugins = {"poison": {"type": f"{__name__}:Poison"}}
+    return c
+
+
+def mark(batch, token):
+    text = batch["text"].copy()
+    text[5, 0] = token
+    return batch | {"text": text}
+
+
+def assert_same(a, b):
+    chex.assert_trees_all_equal(jax.device_get(a), jax.device_get(b))
+
+
+# A step
+
+
+def test_a_bad_batch_changes_nothing_but_the_step():
+    """And the steps after it are those of a run that never saw its update."""
+    changes = {"objective__nclip__target": "ema", "objective__nclip__balance": "center", "optim__grad_clip_norm": 1.0}
+    p = build.build(config("xclip", mesh={"data": -1, "fsdp": 1, "model": 1, "strategy": "zero1"}, **changes))
+    batches = [tiny.batch(i, eot=p.tokenizer.eot_id) for i in range(3)]
+
+    def step(s, batch):
+        return p.compiled(s, loader.to_global(batch, p.mesh))
+
+    s, metrics = step(state.create(p.init, p.abstract), batches[0])
+    assert not metrics["skipped"]
+    before = jax.device_get(s)
+    assert len(jax.tree.leaves(before.ema_batch_stats)) and before.loss_state["center_img"].any()
+    for count, (token, bad) in enumerate(((LOSS, ["loss"]), (GRADIENT, ["grad_norm"]), (CENTER, [])), 2):
+        s, metrics = step(s, mark(batches[1], token))
+        assert metrics["skipped"]
+        assert [name for name in ("loss", "grad_norm") if not np.isfinite(metrics[name])] == bad
+        assert int(s.step) == count
+        for name in ("params", "batch_stats", "ema_params", "ema_batch_stats", "loss_state", "seed"):
+            assert_same(getattr(s, name), getattr(before, name))
+        assert_same(s, guard.at_step(state_like(before, p), count))
+        # The learning rate moves on, the correction of the moments' bias does not.
+        assert (counts(s, optax.ScaleByScheduleState), counts(s, optax.ScaleByAdamState)) == ([count], [1])
+    s, metrics = step(s, batches[2])
+    expected, _ = step(guard.at_step(state_like(before, p), 4), batches[2])
+    assert not metrics["skipped"] and np.isfinite(metrics["loss"])
+    assert_same(s, expected)
+    assert not np.array_equal(jax.tree.leaves(s.params)[0], jax.tree.leaves(before.params)[0])
+    assert p.compiled._cache_size() == 1
+
+
+def counts(s, kind):
+    """The counters of the optimizer's states of a kind."""
+    nodes = jax.tree.leaves(s.opt_state, is_leaf=lambda x: isinstance(x, kind))
+    return [int(x.count) for x in nodes if isinstance(x, kind)]
+
+
+def state_like(host, p):
+    """A state in memory of the host, laid out on the devices."""
+    return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), host, p.abstract)
+
+
+@pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("b1", "b2"), [(0.0, 0.0), (0.999999, 0.0), (0.0, 0.999999), (0.9999999, 0.9999999)])
+def test_updates_are_finite_within_the_bounds_of_the_optimizer(b1, b2, mu_dtype):
+    """So a step can be accepted before its update is known."""
+    largest = {"lr": 1000.0, "lr_start": 1000.0, "lr_end": 1000.0, "weight_decay": 1000.0, "eps": 1e-15}
+    c = tiny.config(**{f"optim__{key}": value for key, value in (largest | {"b1": b1, "b2": b2}).items()})
+    c.optim.mu_dtype = mu_dtype
+    tx = optim.make_optimizer(schema.resolve(c).optim, 10, {})
+    values = np.array([0.0, 1e-45, -1e-38, 1e-23, 1e-10, -1.0, 1e10, 1.8e19], np.float32)  # squares that fp32 holds
+    params = {"kernel": jnp.asarray(np.repeat(values, len(values)))}
+    opt_state, rng = tx.init(params), np.random.default_rng(0)
+    for i in range(20):  # each value after each, as a gradient and as a parameter
+        grads = {"kernel": jnp.asarray(np.tile(rng.permutation(values) if i % 2 else np.roll(values, i), len(values)))}
+        updates, opt_state = tx.update(grads, opt_state, params)
+        chex.assert_tree_all_finite((updates, opt_state, optax.apply_updates(params, updates)))
+
+
+def test_a_spike_of_the_gradient_is_skipped_once_its_mean_is_known(monkeypatch):
+    monkeypatch.setattr(guard, "WARMUP", 3)
+    p = build.build(config(optim__max_grad_norm_ratio=20.0), jax.devices()[:1])
+    s, norms = state.create(p.init, p.abstract), []
+    for i, token in enumerate([0, SPIKE, 0, 0, SPIKE, 0]):
+        batch, before = tiny.batch(i, eot=p.tokenizer.eot_id), jax.device_get(s)
+        s, metrics = p.compiled(s, loader.to_global(mark(batch, token) if token else batch, p.mesh))
+        assert bool(metrics["skipped"]) == (i == 4)
+        if i >= 3:  # over the accepted steps before, an exponential average of logarithms
+            weights = guard.DECAY ** np.arange(len(norms))[::-1]
+            mean = np.exp(np.average(np.log(norms), weights=weights))
+            assert float(metrics["grad_norm_mean"]) == pytest.approx(mean, rel=1e-4)
+        if i != 4:
+            norms.append(float(metrics["grad_norm"]))
+        else:
+            assert_same(s, guard.at_step(state_like(before, p), 5))
+            assert metrics["grad_norm"] > 20 * mean
+
+
+# A run
+
+
+class Killed(Exception):
+    pass
+
+
+def train(c, monkeypatch, poisoned, start=0, kill=None):
+    """Run `c`, whose steps `poisoned` have bad batches, from step `start`, up to a kill before step `kill`.
+
+    Returns the batches of the steps.
+    """
+    original, batches = loader.to_global, {}
+
+    def to_global(batch, mesh):
+        step = start + len(batches) + 1
+        if step == kill:
+            raise Killed
+        batches[step] = mark({name: x.copy() for name, x in batch.items()}, LOSS) if step in poisoned else batch
+        return original(batches[step], mesh)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "to_global", to_global)
+        trainer.run(c)
+    return batches
+
+
+def run_config(pairs, run, **changes):
+    return config(
+        run=run, **{"data__sources": (f"folder:{pairs}",), "checkpoint__every": 2, "checkpoint__keep": 20} | changes
+    )
+
+
+def logged(run):
+    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in tiny.lines(run)]
+
+
+def restored(c, step=None):
+    with Checkpointer(c.run) as checkpointer:
+        return checkpointer.restore(build.build(c).abstract, step)
+
+
+def assert_same_run(a, b, steps):
+    for step in steps:
+        (state_a, position_a), (state_b, position_b) = restored(a, step), restored(b, step)
+        assert_same(state_a, state_b)
+        assert position_a == position_b
+    assert logged(a.run) == logged(b.run)
+    assert tiny.lines(a.run, "skipped_steps.jsonl") == tiny.lines(b.run, "skipped_steps.jsonl")
+
+
+def test_a_run_goes_on_without_the_bad_steps(pairs, tmp_path, monkeypatch, capsys):
+    c = run_config(pairs, tmp_path / "run")
+    train(c, monkeypatch, poisoned={4, 5, 9})
+    out = capsys.readouterr().out
+    assert out.count("the step is skipped") == 3
+    assert "WARNING: loss of step 5 is nan; the step is skipped, 2 in a row, 2 in all" in out
+    assert "skipped 3" in out.split("step 10/10")[1].splitlines()[0]
+    b = tiny.BATCH
+    entries = [
+        (line["step"], line["position"], line["samples"], line["loss"])
+        for line in tiny.lines(c.run, "skipped_steps.jsonl")
+    ]
+    assert entries == [(4, 3 * b, b, None), (5, 4 * b, b, None), (9, 8 * b, b, None)]
+    assert [(line["step"], line["skipped_steps"]) for line in tiny.lines(c.run)] == [
+        (1, 0), (2, 0), (3, 0), (6, 2), (7, 2), (8, 2), (10, 3)
+    ]  # fmt: skip
+    rates = {line["step"]: line["lr"] for line in tiny.lines(c.run)}  # of 10 steps, the first of them warm-up
+    cosine = {step: 1e-5 + 4.95e-4 * (1 + np.cos(np.pi * (step - 2) / 9)) for step in rates}
+    assert rates == pytest.approx(cosine | {1: 1e-6}, rel=1e-4)
+    final, position = restored(c)
+    assert position["counters"]["skipped"] == {"total": 3, "in_a_row": 0, "rewound": 0}
+    assert position["samples"] == 10 * b
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(final)))
+
+    cut = run_config(pairs, tmp_path / "cut")
+    with pytest.raises(Killed):
+        train(cut, monkeypatch, poisoned={4, 5, 9}, kill=8)
+    train(cut, monkeypatch, poisoned={4, 5, 9}, start=6)
+    assert_same_run(c, cut, steps=[10])
+
+
+def test_too_many_in_a_row_stop_the_run(pairs, tmp_path, monkeypatch):
+    c = run_config(pairs, tmp_path / "run", optim__max_skipped_steps=2, checkpoint__keep=1)
+    message = (
+        "loss of step 8 is nan, after 2 skipped steps in a row, and is not saved; the last checkpoint is of step 4"
+    )
+    with pytest.raises(Diverged, match=message):
+        train(c, monkeypatch, poisoned={2, 3, 6, 7, 8, 9})
+    assert [line["step"] for line in tiny.lines(c.run, "skipped_steps.jsonl")] == [2, 3, 6, 7, 8]
+
+
+def rewind_config(pairs, run):
+    return run_config(pairs, run, steps=12, optim__max_skipped_steps=2, optim__rewind=True)
+
+
+POISONED = {5, 6, 7}
+
+
+@pytest.fixture(scope="module")
+def rewound(pairs, tmp_path_factory):
+    """A run that rewinds at step 7, and its batches."""
+    c = rewind_config(pairs, tmp_path_factory.mktemp("rewound") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        return c, train(c, patch, POISONED)
+
+
+def test_a_rewind_undoes_the_last_steps_and_goes_on_behind_the_bad_ones(rewound):
+    c, batches = rewound
+    assert tiny.lines(c.run, "skipped_steps.jsonl")[-1] == {
+        "step": 7,
+        "rewound_to": 2,
+    }  # the parameters of step 4 failed
+    p = build.build(c)
+    s = guard.at_step(restored(c, 2)[0], 7)
+    for step in range(8, 13):
+        s, _ = p.compiled(s, loader.to_global(batches[step], p.mesh))
+    final, position = restored(c)
+    assert_same(final, s)
+    assert position["counters"]["skipped"] == {"total": 3, "in_a_row": 0, "rewound": 7}
+    assert [line["step"] for line in tiny.lines(c.run)] == [1, 2, 3, 4, 8, 9, 10, 11, 12]
+
+
+@pytest.mark.parametrize(
+    ("kill", "resume"), [pytest.param(*steps, marks=pytest.mark.slow) for steps in ((8, 4), (7, 4), (9, 8))]
+)
+def test_a_run_killed_near_a_rewind_resumes_bit_exactly(pairs, tmp_path, monkeypatch, rewound, kill, resume):
+    """Right after it, before it, and after the next checkpoint."""
+    c = rewind_config(pairs, tmp_path / "run")
+    with pytest.raises(Killed):
+        train(c, monkeypatch, POISONED, kill=kill)
+    train(c, monkeypatch, POISONED, start=resume)
+    assert_same_run(rewound[0], c, steps=[8, 12])
+
+
+def test_a_rewind_that_did_not_help_is_the_last(pairs, tmp_path, monkeypatch):
+    c = rewind_config(pairs, tmp_path / "run")
+    with pytest.raises(
+        Diverged, match=r"steps 8 to 10 are skipped, and no checkpoint between the rewind at step 7 and"
+    ):
+        train(c, monkeypatch, {*POISONED, 8, 9, 10})
+
+
+def test_rewind_without_a_skipped_step_is_refused():
+    with pytest.raises(UserError, match=r"optim\.rewind is True and max_skipped_steps is 0"):
+        schema.resolve(tiny.config(optim__rewind=True, optim__max_skipped_steps=0))
+    kept = tiny.config(optim__rewind=True, checkpoint__keep=1)
+    with pytest.raises(UserError, match=r"optim\.rewind may need .* checkpoint\.keep is 1; raise it to 2"):
+        schema.resolve(kept)
+    kept.checkpoint.keep_every = 100
+    assert schema.resolve(kept)

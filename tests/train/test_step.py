@@ -1,0 +1,220 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.helpers import tiny
+from xclip_jax import optim
+from xclip_jax.data import loader, transforms
+from xclip_jax.train import build, state
+
+VARIANTS = {
+    "clip": {},
+    "siglip": {},
+    "nclip": {},
+    "xclip": {},
+    # Every target with every balance is held against eight devices in the losses' own tests.
+    "xclip-joint-sinkhorn": {"objective__nclip__target": "joint", "objective__nclip__balance": "sinkhorn"},
+    "xclip-ema-center": {"objective__nclip__target": "ema", "objective__nclip__balance": "center"},
+    "xclip-patch-dropout": {"model__img__patch_dropout": 0.5},
+    "xclip-kept-average": {"ema__on": True},
+}
+
+
+def make(variant, devices=8, **changes):
+    config = tiny.config(variant.split("-")[0], **VARIANTS[variant], **changes)
+    return build.build(config, jax.devices()[:devices])
+
+
+def run(p, steps=1):
+    s, seen = state.create(p.init, p.abstract), []
+    for i in range(steps):
+        s, metrics = p.compiled(s, loader.to_global(tiny.batch(i, eot=p.tokenizer.eot_id), p.mesh))
+        seen.append(jax.device_get(metrics))
+    return jax.device_get(s), seen
+
+
+def catching(p):
+    """The step with an optimizer that keeps the gradient as its state, and a first state for it."""
+    catch = optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, _, params=None: (grads, grads)
+    )
+    s = state.create(p.init, p.abstract)
+    return jax.jit(p.make_step(catch, p.length_groups)), s.replace(opt_state=catch.init(s.params))
+
+
+def gradients(p, batch=None):
+    """Loss and gradients as the step makes them."""
+    batch = batch or tiny.batch(eot=p.tokenizer.eot_id)
+    step, s = catching(p)
+    s, metrics = step(s, loader.to_global(batch, p.mesh))
+    return float(metrics["loss"]), jax.device_get(s.opt_state), jax.device_get(s.batch_stats)
+
+
+# test_sharding holds the other variants, on every mesh.
+@pytest.mark.parametrize("variant", ["clip", "nclip", "xclip-joint-sinkhorn"])
+def test_one_device_against_eight(variant):
+    loss_1, grads_1, stats_1 = gradients(make(variant, devices=1))
+    loss_8, grads_8, stats_8 = gradients(make(variant, devices=8))
+    assert loss_8 == pytest.approx(loss_1, rel=1e-5, abs=1e-5)  # nCLIP's terms nearly cancel at the start
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(grads_1))
+    assert largest > 1e-3
+    chex.assert_trees_all_close(grads_8, grads_1, rtol=1e-5, atol=1e-5 * largest)
+    chex.assert_trees_all_close(stats_8, stats_1, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["clip", "siglip", "nclip", "xclip"])
+def test_the_loss_falls_on_one_batch(objective):
+    p = make(objective, steps=40, data__flip_prob=0.0, data__color_jitter=0.0, optim__schedule="constant")
+    s, losses = state.create(p.init, p.abstract), []
+    fixed = loader.to_global(tiny.batch(eot=p.tokenizer.eot_id), p.mesh)
+    for _ in range(40):
+        s, metrics = p.compiled(s, fixed)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.5, losses[::10]
+
+
+@pytest.mark.parametrize(
+    ("objective", "start", "end"),
+    [("clip", 117.33, 100.0), ("xclip", 117.33, 100.0), ("siglip", 117.33, 117.33), ("clip", 20.0, 20.0)],
+)
+def test_the_logit_scale_is_bounded_by_clip_alone(objective, start, end):
+    """CLIP's paper bounds it by 100, SigLIP's not: published SigLIP weights have 117."""
+    p = make(objective, devices=1, optim__warmup=0, optim__lr=1e-6)
+    s = state.create(p.init, p.abstract)
+    s = s.replace(params=s.params | {"log_scale": jnp.log(jnp.float32(start))})
+    s, metrics = p.compiled(s, loader.to_global(tiny.batch(eot=p.tokenizer.eot_id), p.mesh))
+    assert not metrics["skipped"]
+    # The bound acts on the update, not in the forward pass, where it would leave no gradient to come back from it.
+    assert [float(x) for name, x in metrics.items() if name.endswith("/scale")] == [pytest.approx(start, rel=1e-5)]
+    assert float(jnp.exp(s.params["log_scale"])) == pytest.approx(end, rel=1e-5)
+
+
+def test_compiled_once_and_counted():
+    p = make("xclip")
+    s, seen = run(p, steps=4)
+    assert p.compiled._cache_size() == 1
+    assert s.step == 4
+    assert all(np.isfinite(value) for metrics in seen for value in metrics.values())
+
+
+def test_same_state_and_batch_same_result():
+    s_1, seen_1 = run(make("xclip-patch-dropout"), steps=3)
+    s_2, seen_2 = run(make("xclip-patch-dropout"), steps=3)
+    chex.assert_trees_all_equal(s_1.params, s_2.params)
+    assert seen_1 == seen_2
+
+
+def test_randomness_moves_with_the_step_and_the_seed():
+    p = make("clip")
+    s = state.create(p.init, p.abstract)
+    batch = loader.to_global(tiny.batch(eot=p.tokenizer.eot_id), p.mesh)
+    step = jax.jit(p.step)
+    losses = {
+        float(step(s.replace(step=jnp.int32(at), seed=jnp.uint32(seed)), batch)[1]["loss"])
+        for at, seed in ((0, 0), (1, 0), (0, 1))
+    }
+    assert len(losses) == 3  # other flips and colours
+
+
+def test_state_is_donated():
+    p = make("xclip-kept-average")
+    s = state.create(p.init, p.abstract)
+    p.compiled(s, loader.to_global(tiny.batch(eot=p.tokenizer.eot_id), p.mesh))
+    assert all(x.is_deleted() for x in jax.tree.leaves((s.params, s.opt_state, s.ema_params)))
+
+
+def test_parameters_are_what_the_abstract_state_says():
+    p = make("xclip-ema-center")
+    s = state.create(p.init, p.abstract)
+    chex.assert_trees_all_equal_shapes_and_dtypes(s, p.abstract)
+    assert all(x.sharding == a.sharding for x, a in zip(jax.tree.leaves(s), jax.tree.leaves(p.abstract), strict=True))
+
+
+def test_average_follows_its_formula():
+    """Of the parameters, and of the statistics of BatchNorm, which have no teacher here."""
+    p = make("xclip-kept-average", steps=10, ema__momentum=0.9)
+    s = state.create(p.init, p.abstract)
+    expected = jax.device_get(s.variables())
+    for i in range(3):
+        s, _ = p.compiled(s, loader.to_global(tiny.batch(i, eot=p.tokenizer.eot_id), p.mesh))
+        m = float(optim.ema_momentum(i, 10, 0.9, "cosine"))
+        expected = jax.tree.map(lambda e, x, m=m: m * e + (1 - m) * x, expected, jax.device_get(s.variables()))
+    assert jax.tree.leaves(expected["batch_stats"])
+    chex.assert_trees_all_close(jax.device_get(s.variables(ema=True)), expected, rtol=1e-5, atol=1e-7)
+
+
+PLAIN = {"data__flip_prob": 0.0, "data__color_jitter": 0.0}
+
+
+def projected(p, variables, batch):
+    """What the heads write of the batch as it is, and the statistics of BatchNorm that they get by it."""
+    images = transforms.normalize(jnp.asarray(batch["image"]), *transforms.STATISTICS["imagenet"])
+    inputs = {"image": images, "text": batch["text"]}
+    h = [p.model.apply(variables, x, method=f"encode_{name}") for name, x in inputs.items()]
+    out, new = p.model.apply(variables, *h, train=True, mutable=["batch_stats"], method="project")
+    return out, new["batch_stats"]
+
+
+def test_a_teacher_has_the_statistics_of_its_own_features():
+    p = make("xclip-ema-center", **PLAIN, ema__momentum=0.9, optim__lr=0.1, optim__warmup=0)
+    s = state.create(p.init, p.abstract)
+    for i in range(3):
+        batch = tiny.batch(i, eot=p.tokenizer.eot_id)
+        before = jax.device_get(s)
+        s, _ = p.compiled(s, loader.to_global(batch, p.mesh))
+    _, expected = projected(p, {"params": before.ema_params, "batch_stats": before.ema_batch_stats}, batch)
+    average = jax.device_get(s).variables(ema=True)["batch_stats"]
+    chex.assert_trees_all_close(average, expected, rtol=1e-4, atol=1e-5)
+    differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), average, jax.device_get(s.batch_stats))
+    assert max(jax.tree.leaves(differences)) > 1e-2
+
+
+def test_centers_follow_the_teacher():
+    """The teacher has the parameters of another seed and sees all patches; the centers are not zero, nor in chunks."""
+    options = PLAIN | {"objective__nclip__center_momentum": 0.8, "model__img__patch_dropout": 0.5}
+    p, chunked = (make("xclip-ema-center", **options, loss__chunk_size=size) for size in (0, 8))
+    other = make("xclip-ema-center", seed=1)
+    batch, rng = tiny.batch(eot=p.tokenizer.eot_id), np.random.default_rng(0)
+    step, s = catching(p)
+    centers = {name: rng.normal(size=x.shape).astype(np.float32) for name, x in s.loss_state.items()}
+    assert centers.keys() == {"center_img", "center_txt"}
+    s = s.replace(ema_params=state.create(other.init, other.abstract).params, loss_state=centers)
+    logits, student = (projected(p, jax.device_get(s.variables(ema=ema)), batch)[0] for ema in (True, False))
+    found = [jax.device_get(f(s, loader.to_global(batch, p.mesh))) for f in (step, catching(chunked)[0])]
+    for name, center in centers.items():
+        key = name.replace("center", "s")
+        expected = 0.8 * center + 0.2 * logits[key].mean(axis=0)
+        for moved, _ in found:
+            np.testing.assert_allclose(moved.loss_state[name], expected, rtol=1e-4, atol=1e-5)
+        assert np.abs(logits[key].mean(axis=0) - student[key].mean(axis=0)).max() > 0.1
+    (whole, metrics), (parts, of_parts) = found
+    assert of_parts["nclip/loss"] == pytest.approx(metrics["nclip/loss"], rel=1e-5, abs=1e-5)
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(whole.opt_state))
+    chex.assert_trees_all_close(parts.opt_state, whole.opt_state, rtol=1e-5, atol=1e-5 * largest)
+
+
+def test_objectives_have_only_the_heads_that_they_need():
+    heads = {name: set(make(name).abstract.params) - {"img", "txt"} for name in ("clip", "siglip", "nclip", "xclip")}
+    clip = {"proj_img", "proj_txt", "log_scale"}
+    clusters = {"clusters_img", "clusters_txt"}
+    assert heads == {"clip": clip, "siglip": clip | {"bias"}, "nclip": clusters, "xclip": clip | clusters}
+
+
+def test_idle_head_changes_nothing():
+    """xCLIP without weight on nCLIP is CLIP with as many parameters: the control for model size."""
+    loss, idle, _ = gradients(make("xclip", objective__terms={"clip": 1.0, "nclip": 0.0}))
+    clip_loss, clip, _ = gradients(make("clip"))
+    heads = [idle.pop(name) for name in ("clusters_img", "clusters_txt")]
+    assert not any(g.any() for g in jax.tree.leaves(heads))
+    assert loss == pytest.approx(clip_loss, rel=1e-6)
+    assert clip.keys() == {"img", "txt", "proj_img", "proj_txt", "log_scale"}
+    assert all(max(np.abs(g).max() for g in jax.tree.leaves(part)) > 1e-4 for part in clip.values())
+    chex.assert_trees_all_close(idle, clip, rtol=1e-5, atol=1e-7)
+
+
+def test_xclip_is_the_weighted_sum():
+    _, seen = run(make("xclip", objective__terms={"clip": 0.25, "nclip": 0.5}))
+    assert seen[0]["loss"] == pytest.approx(0.25 * seen[0]["clip/loss"] + 0.5 * seen[0]["nclip/loss"], rel=1e-6)

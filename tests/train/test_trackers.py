@@ -1,0 +1,220 @@
+"""Trackers of a run, against fake modules `wandb` and `trackio` that note what they are called with."""
+
+import importlib.machinery
+import json
+import signal
+import sys
+import threading
+import types
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboardX import event_file_writer
+
+from tests.helpers import tiny
+from xclip_jax.config import schema
+from xclip_jax.config.schema import resolve
+from xclip_jax.core.errors import EXIT_RESUMABLE, UserError
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.data.ledger import Ledger
+from xclip_jax.train import job, log, trackers, trainer
+from xclip_jax.train.callbacks import Callback
+from xclip_jax.train.trackers import Trackers
+from xclip_jax.train.training_folder import TrainingFolder
+
+
+class FakeRun:
+    def __init__(self, calls, name):
+        self.calls, self.name = calls, name
+
+    def log(self, values, step=None):
+        self.calls.append((self.name, "log", values if step is None else {"step": step} | values))
+
+    def define_metric(self, name, step_metric):
+        self.calls.append((self.name, "define_metric", (name, step_metric)))
+
+    def finish(self):
+        self.calls.append((self.name, "finish", None))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the fake modules were called with, as (tracker, call, arguments)."""
+    calls = []
+    for name in ("wandb", "trackio"):
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+
+        def init(project, name=None, _name=name, **options):
+            calls.append((_name, "init", options | {"project": project, "name": name}))
+            return FakeRun(calls, _name)
+
+        module.init = init
+        module.Image, module.Html = lambda image: image.size, lambda page, inject: page
+        monkeypatch.setitem(sys.modules, name, module)
+    return calls
+
+
+def settings(run, **changes):
+    return resolve(tiny.config(run=run, log__to=("tensorboard", "wandb", "trackio"), **changes))
+
+
+def logged(calls, tracker, call):
+    return [values for name, kind, values in calls if (name, kind) == (tracker, call)]
+
+
+class Report(Callback):
+    def on_end(self, job, variables, results):
+        Image.fromarray(np.zeros((3, 5, 4), np.uint8)).save(job.folder.picture_file)
+        job.folder.report_file.write_text("<p>page")
+
+
+def test_a_run_with_all_trackers(calls, pairs, tmp_path):
+    run = tmp_path / "mine"
+    trainer.run(tiny.short(pairs, run, log__to=("tensorboard", "wandb", "trackio"), log__project="birds"), [Report()])
+    run_id = json.loads((run / "trackers.json").read_text())["id"]
+    names = {"wandb": "mine", "trackio": f"mine-{run_id}"}
+    for name, shown in names.items():
+        (init,) = logged(calls, name, "init")
+        assert (init["project"], init["name"], init["resume"]) == ("birds", shown, "allow")
+        assert init["config"]["optim"]["lr"] == 1e-3
+        media = {"step": 4, "picture": (5, 3), "report": "<p>page"}
+        assert logged(calls, name, "log") == [*tiny.lines(run), media]
+        assert calls.index((name, "finish", None)) > calls.index((name, "log", media))
+    assert logged(calls, "wandb", "init")[0]["id"] == run_id
+    assert logged(calls, "wandb", "init")[0]["dir"] == str(run)
+    assert logged(calls, "wandb", "define_metric") == [("*", "step")]
+    assert any((run / "tensorboard").iterdir())
+
+
+def test_a_resumed_run_goes_on_in_the_same_run(calls, tmp_path):
+    def start(step):
+        Trackers(RunFolder(tmp_path), settings(tmp_path), step).close()
+        return logged(calls, "wandb", "init")[-1]["id"], logged(calls, "trackio", "init")[-1]["name"]
+
+    first = start(0)
+    assert start(5) == first
+    restarted = start(0)  # without a checkpoint: another run
+    assert restarted[0] != first[0] and restarted[1] != first[1]
+    (tmp_path / "trackers.json").write_text("{")
+    assert start(5)[0] not in (first[0], restarted[0])
+
+
+@pytest.mark.parametrize("call", ["init", "log", "Html", "finish"])
+def test_one_that_fails_is_one_warning_and_the_others_go_on(call, calls, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise ConnectionError("no route to host\nmore of it")
+
+    wandb = sys.modules["wandb"]
+    if call in ("init", "Html"):
+        monkeypatch.setattr(wandb, call, fail)
+    (tmp_path / "report.html").write_text("<p>")
+    opened = Trackers(RunFolder(tmp_path), settings(tmp_path), 0)
+    if call in ("log", "finish"):
+        real = getattr(FakeRun, call)
+        monkeypatch.setattr(
+            FakeRun, call, lambda self, *a, **k: (fail if self.name == "wandb" else real)(self, *a, **k)
+        )
+    for step in (1, 2):
+        opened.log(step, {"loss": 1.0})
+    opened.show_report(2)
+    opened.close()
+    warning = (
+        f"WARNING: wandb failed and gets nothing more (ConnectionError: no route to host); {tmp_path}/metrics.jsonl"
+    )
+    assert capsys.readouterr().out.count(warning) == 1
+    assert logged(calls, "trackio", "log") == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 1.0},
+        {"step": 2, "report": "<p>"},
+    ]
+    assert logged(calls, "trackio", "finish") == [None]
+    assert len(logged(calls, "wandb", "log")) == {"init": 0, "log": 0, "Html": 2, "finish": 3}[call]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_one_that_is_not_installed_is_one_sentence_before_the_folder(name, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=rf"^log\.to names '{name}'.* pip install 'xclip_jax\[{name}\]'"):
+        trainer.run(tiny.short(pairs, tmp_path / "run", log__to=(name,)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_trackers_are_named():
+    with pytest.raises(UserError, match=r"log\.to is \('mlflow',\); expected names among 'tensorboard', 'wandb'"):
+        resolve(tiny.config(log__to=("mlflow",)))
+    assert tuple(trackers.TRACKERS) == schema.TRACKERS
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_process_0_alone_writes(process, calls, pairs, tmp_path, monkeypatch):
+    config = resolve(tiny.short(pairs, tmp_path / "run", log__to=("tensorboard", "wandb", "trackio")))
+    prepared = job.prepare(config, TrainingFolder(config.run))
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    ledger = Ledger(tmp_path / "run", max_bad_fraction=1.0, start=0, counters=None)
+    logger = log.MetricLogger(prepared, 0, ledger, None, began=0.0)
+    logger.show_report(0)
+    logger.end()
+    assert [(name, call) for name, call, _ in calls if call == "init"] == [
+        (name, "init") for name in ("wandb", "trackio") if process == 0
+    ]
+    assert (tmp_path / "run" / "tensorboard").exists() == (process == 0)
+
+
+class Fails(Callback):
+    """Raises, or asks for a stop, in one of its methods."""
+
+    def __init__(self, method, act):
+        setattr(self, method, lambda *_: act())
+
+
+def fail():
+    raise RuntimeError("no")
+
+
+@pytest.mark.parametrize("method", ["on_start", "on_log", "on_end"])
+def test_an_error_ends_the_trackers_too(method, calls, pairs, tmp_path):
+    with pytest.raises(RuntimeError):
+        trainer.run(tiny.short(pairs, tmp_path / "run", log__to=("wandb",)), [Fails(method, fail)])
+    assert calls[-1] == ("wandb", "finish", None)
+
+
+def test_a_signal_in_the_report_leaves_it_and_ends_the_trackers(calls, pairs, tmp_path, capsys):
+    run, reported = tmp_path / "run", []
+    stops = [Fails("on_end", lambda: signal.raise_signal(signal.SIGTERM)), Fails("on_end", lambda: reported.append(1))]
+    with pytest.raises(SystemExit) as stopped:
+        trainer.run(tiny.short(pairs, run, log__to=("wandb",)), stops)
+    assert stopped.value.code == EXIT_RESUMABLE and not reported and calls[-1] == ("wandb", "finish", None)
+    assert f"the report was left; xclip-jax report {run} makes it" in capsys.readouterr().out
+    assert RunFolder(run).results_file.exists()
+
+
+def test_no_trackers(tmp_path):
+    opened = Trackers(RunFolder(tmp_path), resolve(tiny.config(run=tmp_path, log__to=())), 0)
+    opened.log(1, {"loss": 1.0})
+    opened.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fails_under_tensorboard_does_not_block_the_run(tmp_path, monkeypatch, capsys):
+    """Its thread ends at the first error, and nobody empties its queue then."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    opened = Trackers(RunFolder(tmp_path), resolve(tiny.config(run=tmp_path)), 0)
+    opened.log(0, {"a": 0.0})
+    monkeypatch.setattr(event_file_writer.EventsWriter, "write_event", full)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    opened.log(0, {"a": 1.0})
+    opened._open["tensorboard"]._writer.file_writer.event_writer._worker.join(30)
+    thread = threading.Thread(
+        target=lambda: [*(opened.log(i, {"a": 1.0, "b": 2.0}) for i in range(200)), opened.close()], daemon=True
+    )
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert capsys.readouterr().out.count("WARNING: tensorboard failed") == 1

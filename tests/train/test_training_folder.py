@@ -1,0 +1,387 @@
+"""A run's folder over several starts: what is refused, what is kept, and what resumes."""
+
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from tests.data.test_tokenizer import save_words
+from tests.helpers import tiny
+from xclip_jax.config import schema
+from xclip_jax.core import ending, environment, storage
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.data import loader
+from xclip_jax.processes import interrupt
+from xclip_jax.train import build, checkpoint_digest, job, trainer, weights
+from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.training_folder import TrainingFolder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_check_needs_neither_data_nor_a_folder(tmp_path):
+    config = tiny.config(run=tmp_path / "run", data__sources=("folder:/on/the/pod",), eval__sets=("imagenet",))
+    job.check(config)
+    for key, value, message in (
+        ("eval__final_sets", ("imagenett",), "unknown evaluation set 'imagenett'; did you mean 'imagenet'"),
+        ("data__sources", ("foldr:/data",), "unknown source 'foldr:/data'.*did you mean 'folder:/data'"),
+        ("data__sources", (), r"data\.sources is empty"),
+        ("optim__lr", -1.0, r"optim\.lr is -1\.0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            job.check(tiny.config(run=tmp_path / "run", **({"data__sources": ("folder:x",)} | {key: value})))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "extras"),
+    [
+        ({"data__sources": ("tfds:x/train", "folder:/x"), "log__to": ("tensorboard",)}, []),
+        ({"data__sources": ("hf:org/name/train",), "log__to": ("tensorboard", "trackio")}, ["datasets", "trackio"]),
+        ({"data__sources": ("parquet:/x", "demo:train")}, ["demo", "parquet"]),
+        ({"init__weights": "hf:org/name"}, ["hub"]),
+        ({"eval__sets": ("wds:/x", "imagenet", "probe/wds:/x")}, []),
+        ({"eval__sets": ("probe/wds:/x",), "eval__final_sets": ("wds:hf:org/name",)}, ["hub"]),
+        ({"eval__sets": ("emoji/test_concepts", "retrieval/hf:org/name/test")}, ["datasets", "demo"]),
+        ({"eval__sets": ("tests.extension.greys:Greys",)}, []),
+    ],
+)
+def test_extras_that_a_config_needs(changes, extras):
+    assert job.extras(job.check(tiny.config(**({"data__sources": ("folder:x",)} | changes)))) == extras
+
+
+# What a run must not become
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_keeps_its_last_good_checkpoint_and_resumes_from_it(pairs, tmp_path, monkeypatch, capsys):
+    """checkpoint.keep=1: what is not finite must not take the place of the good one."""
+    c = tiny.short(pairs, tmp_path / "run", steps=6, checkpoint__keep=1, optim__max_skipped_steps=0)
+    original, calls = loader.to_global, []
+
+    def poisoned(batch, mesh):
+        calls.append(batch)
+        batch = original(batch, mesh)
+        return batch | {"image": batch["image"].astype(jnp.float32) * jnp.nan} if len(calls) == 4 else batch
+
+    monkeypatch.setattr(loader, "to_global", poisoned)
+    with pytest.raises(UserError, match=r"of step 4 is nan and is not saved; the last checkpoint is of step 2"):
+        trainer.run(c)
+    assert RunFolder(c.run).latest_step() == 2
+    monkeypatch.undo()
+    trainer.run(c)
+    assert "resuming at step 2" in capsys.readouterr().out
+    assert RunFolder(c.run).latest_step() == 6
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_resumed_from(pairs, run, capsys):
+    c = tiny.short(pairs, run, steps=8)
+    made = build.build(c)
+    with Checkpointer(run) as checkpointer:
+        state, position = checkpointer.restore(made.abstract, 4)
+        params = jax.tree.map(lambda x: x * np.nan, state.params)
+        checkpointer.save(state.replace(step=state.step + 1, params=params), position)
+    config_file = run / "config.json"
+    content = json.loads(config_file.read_text())
+    content["config"]["steps"] = 8
+    config_file.write_text(json.dumps(content))
+    (run / "results.json").unlink()
+    trainer.run(c)
+    out = capsys.readouterr().out
+    assert "checkpoints/5 (it has values that are not finite) is now damaged-5" in out and "resuming at step 4" in out
+    assert RunFolder(run).latest_step() == 8
+
+
+# Starting and starting again
+
+
+def test_a_first_command_that_fails_leaves_nothing_and_the_corrected_one_starts(pairs, tmp_path):
+    run = tmp_path / "deep" / "run"
+    for changes in (
+        {"data__tokenizer": "foo"},
+        {"data__sources": ("folder:nowhere",)},
+        {"init__weights": "nowhere"},
+        {"eval__final_sets": ("nothing",)},
+    ):
+        with pytest.raises(UserError):
+            trainer.run(tiny.short(pairs, run, steps=1, **changes))
+        assert not (tmp_path / "deep").exists(), changes
+    trainer.run(tiny.short(pairs, run, steps=1))
+
+
+def test_a_folder_without_a_checkpoint_takes_the_new_config(pairs, tmp_path, capsys):
+    first = tiny.short(pairs, tmp_path / "run")
+    with TrainingFolder(first.run).claimed(build.build(first).config, []):
+        pass
+    trainer.run(tiny.short(pairs, tmp_path / "run", optim__lr=2e-3))
+    assert "no checkpoint, so the run starts with its new config: optim.lr (0.001 in config.json, 0.002 now)" in (
+        capsys.readouterr().out
+    )
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["optim"]["lr"] == 2e-3
+
+
+def test_a_run_may_be_moved_with_its_data_and_its_tokenizer(pairs, tmp_path, capsys):
+    vocabulary = tmp_path / "tokenizer.json"
+    save_words(vocabulary, ["?", "<pad>", "<s>", "</s>", "picture", "number"])
+    data = pathlib.Path(shutil.copytree(pairs, tmp_path / "data"))
+    c = tiny.short(data, tmp_path / "run", data__tokenizer=str(vocabulary))
+    trainer.run(c)
+    (tmp_path / "moved").mkdir()
+    for name in ("run", "data"):
+        shutil.move(tmp_path / name, tmp_path / "moved" / name)
+    vocabulary.rename(tmp_path / "moved" / "words.json")
+    there = tmp_path / "moved"
+    trainer.run(tiny.short(there / "data", there / "run", data__tokenizer=str(there / "words.json")))
+    assert "is complete at step 4" in capsys.readouterr().out
+    loaded, *_ = weights.load(str(there / "run"))
+    assert loaded.data.tokenizer == str(there / "run" / "tokenizer.json")
+    (there / "words.json").write_text("{}")
+    (there / "run" / "results.json").unlink()
+    with pytest.raises(UserError, match=r"data\.tokenizer='.*words\.json' differs from .*tokenizer\.json"):
+        trainer.run(tiny.short(there / "data", there / "run", data__tokenizer=str(there / "words.json")))
+
+
+def test_the_tokenizer_is_that_of_the_start(pairs, tmp_path):
+    """What a start that came to nothing has left is not read; a run with a checkpoint keeps its own."""
+    words = [tmp_path / "first.json", tmp_path / "second.json"]
+    for path, more in zip(words, ([], ["more"]), strict=True):
+        save_words(path, ["?", "<pad>", "<s>", "</s>", "picture", "number", *more])
+    run = tmp_path / "run"
+
+    def resolved(name):
+        return schema.resolve(tiny.short(pairs, run, data__tokenizer=str(name)))
+
+    folder = TrainingFolder(str(run))
+    for name in (words[0], words[1], "bytes", words[1]):
+        c = resolved(name)
+        assert folder.tokenizer(c) == str(name)
+        with folder.claimed(c, []):
+            assert folder.tokenizer_file.exists() == (name != "bytes")
+    assert folder.tokenizer_file.read_bytes() == words[1].read_bytes()
+    trainer.run(tiny.short(pairs, run, data__tokenizer="bytes"))
+    assert not folder.tokenizer_file.exists() and weights.load(str(run))[0].data.tokenizer == "bytes"
+    (run / "results.json").unlink()
+    with pytest.raises(UserError, match=r"data\.tokenizer='.*first\.json' differs from 'bytes', which the run was"):
+        trainer.run(tiny.short(pairs, run, data__tokenizer=str(words[0])))
+
+
+def test_changed_data_is_refused(pairs, run, tmp_path):
+    data = pathlib.Path(shutil.copytree(pairs, tmp_path / "data"))
+    (run / "results.json").unlink()
+    (data / "000.txt").write_text("another caption, longer than the first\n")
+    with pytest.raises(UserError, match=r"source 0, 'folder:.*', has changed since .*data\.json"):
+        trainer.run(tiny.short(data, run))
+    with pytest.raises(UserError, match=r"has 2 sources and had 1"):
+        trainer.run(tiny.short(data, run, data__sources=(f"folder:{pairs}", f"folder:{data}")))
+
+
+def test_free_keys_are_written_and_earlier_starts_are_kept(pairs, run):
+    (run / "results.json").unlink()
+    trainer.run(tiny.short(pairs, run, log__every=3, eval__ema=True))
+    content = json.loads((run / "config.json").read_text())
+    assert content["config"]["log"]["every"] == 3
+    assert content["config"]["eval"]["ema"] is True
+    (start,) = content["starts"]
+    assert start["step"] == 4
+    assert start["changed"]["eval.ema"] == [False, True]
+    assert start["environment"]["versions"].keys() == content["environment"]["versions"].keys()
+
+
+def test_options_of_terms_that_neither_has_may_differ(pairs, run):
+    """The run is of CLIP: what a recipe says of nCLIP has no part in it, until it becomes one."""
+    content = json.loads((run / "config.json").read_text())
+    content["config"]["objective"] |= {"name": "clip", "terms": {"clip": 1.0}}
+    content["config"]["objective"]["nclip"]["tau"] = 0.25
+    (run / "config.json").write_text(json.dumps(content))
+    folder, c = TrainingFolder(str(run)), tiny.short(pairs, run, objective="clip")
+    folder.check(schema.resolve(c))
+    c.objective.clip.label_smoothing = 0.1
+    with pytest.raises(
+        UserError, match=r"different config: objective\.clip\.label_smoothing \(0\.0 .* 0\.1 now\)\. Use"
+    ):
+        folder.check(schema.resolve(c))
+    c.objective.clip.label_smoothing, c.objective.name = 0.0, "xclip"
+    c.objective.terms = {"clip": 0.5, "nclip": 0.5}
+    with pytest.raises(
+        UserError, match=r"objective\.nclip\.tau \(0\.25 in config\.json, 0\.5 now\).*values of its config"
+    ):
+        folder.check(schema.resolve(c))
+
+
+def test_keys_that_an_older_run_did_not_know_have_their_defaults(pairs, run, capsys):
+    content = json.loads((run / "config.json").read_text())
+    del content["config"]["data"]["spread_duplicate_captions"], content["config"]["init"]
+    (run / "config.json").write_text(json.dumps(content))
+    trainer.run(tiny.short(pairs, run))
+    assert "is complete at step 4" in capsys.readouterr().out
+
+
+def test_two_runs_cannot_share_a_folder(pairs, run):
+    (run / "results.json").unlink()
+    script = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); f.truncate(0);"
+    script += "f.write('process 1 on host'); f.flush(); print('locked', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", script, str(run / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match=r"is in use by process 1 on host"):
+            trainer.run(tiny.short(pairs, run))
+        other.stdin.close()
+    trainer.run(tiny.short(pairs, run))
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(pairs, tmp_path, monkeypatch, capsys):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    made = build.build(tiny.short(pairs, tmp_path / "run"))
+    with TrainingFolder(tmp_path / "run").claimed(made.config, []):
+        assert "has no locks; do not start another run" in capsys.readouterr().out
+        assert RunFolder(tmp_path / "run").writer() == ""
+    assert RunFolder(tmp_path / "run").is_run()
+
+
+def test_a_run_goes_back_to_its_newest_whole_checkpoint_and_ends_as_it_would_have(pairs, trained, run, capsys):
+    """What only reads the run says which checkpoint is whole, and changes nothing."""
+    c = tiny.short(pairs, run)
+    (run / "results.json").unlink()
+    data = max(
+        (path for path in (run / "checkpoints" / "4" / "state").rglob("*") if path.is_file()), key=os.path.getsize
+    )
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 4
+    data.write_bytes(content)
+    with pytest.raises(UserError, match=rf"4 is damaged: .*{data.name} has other bytes .* of step 2; .* --step 2"):
+        weights.load(str(run))
+    *_, step = weights.load(str(run), 2)
+    assert step == 2 and (run / "checkpoints" / "4").exists()
+    trainer.run(c)
+    out = capsys.readouterr().out
+    assert out.count("WARNING") == 1 and f"{data.name} has other bytes" in out and "resuming at step 2" in out
+    states = []
+    for where in (trained, run):
+        with Checkpointer(where, read_only=True) as checkpointer:
+            states.append(jax.device_get(checkpointer.restore(build.build(c).abstract, 4)[0]))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    assert tiny.losses(run) == tiny.losses(trained)
+
+
+@pytest.mark.slow  # two runs
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(pairs, tmp_path, monkeypatch):
+    """Not at the next checkpoint, which may be an hour later."""
+
+    called, original, batches = threading.Event(), loader.to_global, []
+
+    def full(*_):
+        called.set()
+        raise OSError(28, "No space left on device")
+
+    def to_global(*args):
+        batches.append(args)
+        if len(batches) > 8:  # as long as a step of a real model
+            assert called.wait(60)
+            time.sleep(0.2)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_digest, "write", full)
+        patch.setattr(loader, "to_global", to_global)
+        c = tiny.short(pairs, tmp_path / "run", steps=24, checkpoint__every=8)
+        with pytest.raises(UserError, match=r"checkpoint of step 8 could not be written to .*No space left on device"):
+            trainer.run(c)
+    assert 8 <= tiny.lines(tmp_path / "run")[-1]["step"] < 16
+    trainer.run(c)
+    assert RunFolder(c.run).steps() == [8, 16, 24]
+
+
+def test_a_disk_that_is_too_small_is_an_error_before_anything_is_written(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"has 1000 B free, and 2 checkpoints of up to .* KiB must fit; make room"):
+        trainer.run(tiny.short(pairs, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_that_cannot_be_written(pairs, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    os.symlink(tmp_path / "nowhere", tmp_path / "link")
+    for run in (file, file / "run", tmp_path / "link"):
+        with pytest.raises(UserError, match=r"is not a folder; name another folder"):
+            trainer.run(tiny.short(pairs, run))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+# Evaluations
+
+
+@pytest.mark.slow  # two runs
+def test_the_average_has_batch_statistics_of_its_own(pairs, tmp_path):
+    """With momentum 0 the average is the model; else its statistics lie between the first ones and the model's."""
+    states = {}
+    for momentum in (0.0, 0.5):
+        c = tiny.short(pairs, tmp_path / str(momentum), ema__on=True, ema__momentum=momentum, ema__schedule="constant")
+        trainer.run(c)
+        with Checkpointer(c.run) as checkpointer:
+            states[momentum] = jax.device_get(checkpointer.restore(build.build(c).abstract)[0])
+    for state, equal in ((states[0.0], True), (states[0.5], False)):
+        average, model = state.variables(ema=True), state.variables()
+        for name in ("params", "batch_stats"):
+            same = all(map(np.array_equal, *map(jax.tree.leaves, (average[name], model[name]))))
+            assert same == equal, name
+
+
+# Signals
+
+
+def test_signals_outside_the_loop_end_the_process_at_once(monkeypatch):
+    ended = []
+    monkeypatch.setattr(ending.os, "_exit", ended.append)
+    with interrupt.PreemptionHandler():
+        signal.raise_signal(signal.SIGTERM)
+    assert ended == [interrupt.EXIT_RESUMABLE]
+
+
+def test_the_second_signal_acts_also_where_the_first_is_ignored_by_inheritance():
+    """As under nohup."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupt.PreemptionHandler() as handler:
+            handler.saves = True
+            signal.raise_signal(signal.SIGINT)
+            assert handler.requested()
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_versions_are_known_without_an_installation(monkeypatch):
+    def missing(name):
+        raise environment.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(environment.metadata, "version", missing)
+    versions = environment.capture()["versions"]
+    assert versions["xclip_jax"] == environment.xclip_jax.__version__
+    assert versions["jax"] == "unknown"
+
+
+def test_results_are_json_for_every_reader(tmp_path):
+    storage.write_json(epath.Path(tmp_path / "x.json"), {"a": float("nan"), "b": [float("inf"), 1.5]})
+    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {"a": None, "b": [None, 1.5]}

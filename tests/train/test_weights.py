@@ -1,0 +1,192 @@
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import open_clip
+import pytest
+import torch
+from flax.traverse_util import flatten_dict
+
+from tests.helpers import tiny
+from tests.helpers.util import random_variables, two_towers
+from xclip_jax.core.errors import UserError
+from xclip_jax.data import loader
+from xclip_jax.models.layers import stack_blocks
+from xclip_jax.train import build, state, trainer, weights
+from xclip_jax.train.checkpoint import Checkpointer
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """What a run leaves, with weights and statistics of its own; to be read only."""
+    return tiny.untrained(tmp_path_factory.mktemp("source") / "run", noise=0.1, model__img__depth=2)
+
+
+def restored(c, step):
+    with Checkpointer(c.run, keep=None) as checkpointer:
+        return jax.device_get(checkpointer.restore(build.build(c).abstract, step)[0])
+
+
+@pytest.mark.slow  # two runs
+def test_a_run_starts_from_another_and_resumes_without_it(source, pairs, tmp_path, monkeypatch, capsys):
+    kept = shutil.copytree(source, tmp_path / "source")
+    # The first step's learning rate is zero: what is saved after it is what was loaded.
+    c = tiny.config(
+        "nclip", run=tmp_path / "run", steps=2, data__sources=(f"folder:{pairs}",), checkpoint__every=1,
+        model__img__depth=2, model__img__scan=True, optim__lr_start=0.0, init__weights=str(kept), seed=1,
+        mesh={"data": 2, "fsdp": 2, "model": 2, "strategy": "fsdp_tp"},
+    )  # fmt: skip
+    c.model.txt.context_length -= 2
+    original, calls = loader.to_global, []
+
+    def stop_at_two(batch, mesh):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Stopped
+        return original(batch, mesh)
+
+    monkeypatch.setattr(loader, "to_global", stop_at_two)
+    with pytest.raises(Stopped):
+        trainer.run(c)
+    said = capsys.readouterr().out
+    assert "starting from" in said and f"text positions cut from {tiny.LENGTH} to {tiny.LENGTH - 2}" in said
+    assert "not in this run: log_scale, proj_img, proj_txt" in said and "WARNING" not in said
+    there, here = jax.device_get(weights.load(str(kept))[2]["params"]), restored(c, 1).params
+    expected = there["img"] | {"transformer": stack_blocks(there["img"]["transformer"], 2)}
+    chex.assert_trees_all_equal(here["img"], expected)
+    chex.assert_trees_all_equal(here["clusters_txt"], there["clusters_txt"])
+    np.testing.assert_array_equal(here["txt"]["positions"], there["txt"]["positions"][:-2])
+    monkeypatch.undo()
+    shutil.rmtree(kept)
+    trainer.run(c)
+    assert "starting from" not in capsys.readouterr().out
+    assert np.any(restored(c, 2).params["img"]["cls"] != here["img"]["cls"])
+
+
+def test_average_statistics_and_layout_of_a_start(source):
+    c = tiny.config(
+        model__img__depth=2, model__txt__scan=True, init__weights=str(source), seed=1, ema__on=True,
+        mesh={"data": 4, "fsdp": 2, "model": 1, "strategy": "zero1"},
+    )  # fmt: skip
+    p = build.build(c)
+    fresh = state.create(p.init, p.abstract)
+    begun = weights.init_from_weights(weights.read_initial(build.build(c).config, fresh), fresh)
+    assert jax.tree.map(lambda x: x.sharding, begun) == jax.tree.map(lambda x: x.sharding, p.abstract)
+    there = jax.device_get(weights.load(str(source))[2])
+    chex.assert_trees_all_equal(jax.device_get(begun.batch_stats), there["batch_stats"])
+    for params in (begun.params, begun.ema_params):
+        chex.assert_trees_all_equal(jax.device_get(params["img"]), there["params"]["img"])
+    chex.assert_trees_all_equal(begun.opt_state, fresh.opt_state)
+
+
+def test_a_start_that_cannot_be_is_one_sentence(source, pairs, tmp_path):
+    def run(**changes):
+        changes = {"model__img__depth": 2, "init__weights": str(source)} | changes
+        trainer.run(tiny.config(run=tmp_path / "run", data__sources=(f"folder:{pairs}",), **changes))
+
+    with pytest.raises(UserError, match="does not exist; name the folder of a run"):
+        run(init__weights=str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match=r"params/proj_img/linear/kernel has shape \(32, 16\), expected \(32, 8\)"):
+        run(model__embed=8)
+    with pytest.raises(UserError, match="params/img/transformer has 2 blocks, expected 3"):
+        run(model__img__depth=3)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=r"init\.frozen is \('image',\); expected names of towers, 'img' or 'txt'"):
+        build.build(tiny.config(init__frozen=("image",)))
+
+
+def towers(size=16, length=8, embed=8, vocab=20, **img):
+    """A model and random variables of it."""
+    model = two_towers(
+        img={"image_size": size, "patch": 4, "width": 16, "depth": 1, "heads": 2} | img,
+        txt={"vocab": vocab, "eot_id": 19, "context_length": length, "width": 8, "depth": 1, "heads": 2},
+        embed=embed,
+    )  # fmt: skip
+    args = jnp.zeros((1, size, size, 3)), jnp.zeros((1, length), jnp.int32)
+    return model, jax.device_get(random_variables(model, *args))
+
+
+def convert(before, after):
+    pairs = {name: (getattr(before[0], name), getattr(after[0], name)) for name in ("img", "txt")}
+    return weights.convert_params(before[1], after[1], pairs, "x")
+
+
+@pytest.mark.parametrize("size", [8, 12, 28])
+def test_image_positions_are_interpolated_as_open_clip_does(size):
+    before, after = towers(16), towers(size)
+    found, notes = convert(before, after)
+    vision = {"image_size": size, "patch_size": 4, "width": 16, "head_width": 8, "layers": 1}
+    theirs = open_clip.model.CLIP(8, vision, {"vocab_size": 20, "width": 8, "heads": 2, "layers": 1})
+    held = {"visual.positional_embedding": torch.tensor(before[1]["params"]["img"]["positions"])}
+    open_clip.model.resize_pos_embed(held, theirs)
+    np.testing.assert_allclose(
+        found["params/img/positions"], held["visual.positional_embedding"].numpy(), rtol=0, atol=1e-6
+    )
+    assert notes == [f"image positions interpolated from 4 x 4 to {size // 4} x {size // 4}"]
+
+
+def test_what_is_fresh_and_what_is_left_out_is_named():
+    found, notes = convert(towers(embed=0), towers(pre_norm=False))
+    assert "params/txt/tokens" in found and "params/log_scale" not in found
+    assert notes == [
+        "not in x, so initialised at random: log_scale, proj_img, proj_txt",
+        "in x and not in this run: params/img/norm_pre/norm/bias, params/img/norm_pre/norm/scale",
+    ]
+    with pytest.raises(UserError, match=r"txt/positions are those of 8 tokens and context_length is 9; set it to 8 or"):
+        convert(towers(), towers(length=9))
+    with pytest.raises(UserError, match=r"img/positions has shape \(16, 16\), expected \(17, 16\)"):
+        convert(towers(pool="mean"), towers())
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"vocab": 30}, r"Set data\.tokenizer to what the weights have"),
+        ({"vocab": 30, "embed": 4}, r"Set data\.tokenizer and the keys of model to what the weights have"),
+        ({"embed": 4}, "Set the keys of model to what the weights have"),
+    ],
+)
+def test_what_decides_on_a_shape_is_named(changes, remedy):
+    with pytest.raises(UserError, match=f"{remedy}, or leave"):
+        convert(towers(), towers(**changes))
+
+
+def test_other_meanings_are_warned_of(source, capsys):
+    c = tiny.config(model__img__depth=2, model__img__act="quick_gelu", init__weights=str(source))
+    p = build.build(c)
+    weights.read_initial(p.config, p.abstract)
+    said = capsys.readouterr().out
+    assert "trained with different settings: model.img.act ('gelu', 'quick_gelu' in this run)" in said
+
+
+@pytest.mark.parametrize(("frozen", "changes"), [(("img",), {}), (("txt",), {"optim__microbatches": 2})])
+def test_a_frozen_tower_stays_bit_for_bit_and_has_no_moments(frozen, changes):
+    c = tiny.config("clip", init__frozen=frozen, optim__weight_decay=0.5, optim__grad_clip_norm=1.0, **changes)
+    p = build.build(c)
+    before = state.create(p.init, p.abstract)
+    kept, after = jax.device_get(before.params), before
+    for seed in range(3):
+        after, metrics = p.compiled(after, loader.to_global(tiny.batch(seed), p.mesh))
+    assert metrics["grad_norm"] > 0
+    same = jax.tree.map(np.array_equal, kept, jax.device_get(after.params))
+    assert all(jax.tree.leaves(same[frozen[0]]))
+    moved = flatten_dict({name: tree for name, tree in same.items() if name not in frozen}, sep="/")
+    assert [name for name, is_same in moved.items() if is_same] == []
+    # Two moments for each parameter that moves, and counters.
+    count = sum(x.size for x in jax.tree.leaves(after.opt_state) if x.ndim)
+    assert count == 2 * sum(x.size for name, tree in kept.items() if name not in frozen for x in jax.tree.leaves(tree)
+                            if x.ndim)  # fmt: skip
+
+
+def test_a_key_that_a_run_has_and_the_package_lacks_is_named_with_its_file(source, tmp_path):
+    shutil.copy(source / "config.json", tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace('"resize":', '"picture": true, "resize":'))
+    with pytest.raises(UserError, match=rf"{file}: config key 'eval\.picture' is unknown; did you mean 'eval\.\w+'\?"):
+        weights.load(str(tmp_path))

@@ -1,0 +1,1 @@
+"""What is wrong with a run, before it is started and afterwards: xclip-jax doctor."""

@@ -1,0 +1,94 @@
+"""Check a run before it is started, or look at one that is in progress or has ended.
+
+    xclip-jax doctor --config RECIPE[:a=1,b=2] [--config.KEY=VALUE ...]
+    xclip-jax doctor RUN
+
+One line for each check: ok, warning or FAIL, with the remedy. The exit code is 1 if anything is a FAIL, else 0. Nothing
+is written to the run's folder. Keys of a config are listed by xclip-jax train --help.
+"""
+
+import argparse
+import contextlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+
+from absl import flags, logging
+
+from xclip_jax.commands.doctor import finding
+from xclip_jax.core.addresses import public
+from xclip_jax.core.errors import Parser, exit_with_message
+from xclip_jax.core.imports import add_trust, trusting
+from xclip_jax.core.storage import strict_json
+
+_CONFIG = re.compile(r"--?(no)?config\b")
+
+
+def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command's own arguments, and those of the config."""
+    parser = Parser(
+        prog="xclip-jax doctor", description=__doc__, hints={"checkpoint": "write RUN without --checkpoint"}
+    )
+    default = finding.Options()
+    before = any(_CONFIG.match(argument) for argument in argv)
+    if not before:
+        parser.add_argument("run", metavar="RUN", help="a run's folder; or --config RECIPE, of a run to be started")
+    add_trust(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--samples", type=int, default=default.samples, help="samples to read at least")
+    parser.add_argument("--seconds", type=float, default=default.seconds, help="how long reading is measured for")
+    parser.add_argument(
+        "--step",
+        choices=("auto", "always", "never"),
+        default=default.step,
+        help="compile the train step and time it; by default unless that takes minutes on this CPU",
+    )
+    options, rest = parser.parse_known_args(argv)
+    strange = [argument for argument in rest if argument.startswith("-") and not _CONFIG.match(argument)]
+    strange = [argument for argument in strange if not re.match(r"-[\d.]", argument)]  # values of a key
+    if strange or (rest and not before):
+        parser.error(f"unknown argument {(strange or rest)[0]!r}")
+    if options.samples < 1 or not options.seconds >= 0:
+        parser.error("--samples must be at least 1, and --seconds at least 0")
+    return options, rest
+
+
+def _findings(options: argparse.Namespace, rest: list[str]) -> Iterator[finding.Finding]:
+    # Imported once the arguments are right: JAX and the trainer take a second.
+    from xclip_jax.commands.doctor.after import check_run
+    from xclip_jax.commands.doctor.before import check_config
+    from xclip_jax.config import load as config_file
+
+    if "run" in options:
+        yield from check_run(options.run)
+    else:
+        config_file.parse([sys.argv[0], *rest])
+        yield from check_config(flags.FLAGS.config, finding.Options(options.samples, options.seconds, options.step))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    logging.set_verbosity(logging.ERROR)
+    options, rest = _arguments(sys.argv[1:] if argv is None else argv)
+    out, lines = sys.stdout, []
+    with exit_with_message(), trusting(options.trust):
+        with contextlib.redirect_stdout(sys.stderr):  # what is checked prints lines of its own
+            for each in _findings(options, rest):
+                lines.append(each)
+                if not options.json:
+                    print(public(each.line()).encode("utf-8", "replace").decode(), file=out, flush=True)
+        marks = [each.mark for each in lines]
+        if options.json:
+            rows = [{"check": x.check, "mark": x.mark, "text": x.text, "remedy": x.remedy, **_named(x)} for x in lines]
+            print(strict_json(public({"ok": finding.FAIL not in marks, "findings": rows}), indent=2))
+        else:
+            print(finding.summary(marks))
+    return 1 if finding.FAIL in marks else 0
+
+
+def _named(each: finding.Finding) -> dict[str, dict[str, object]]:
+    return {"values": dict(each.values)} if each.values else {}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Evaluate a checkpoint, or compare two evaluations.
+
+    xclip-jax evaluate --checkpoint RUN --suite demo
+    xclip-jax evaluate --checkpoint RUN --suite imagenet,imagenet_v2 --profile slip
+    xclip-jax evaluate --compare RUN_A RUN_B
+
+RUN is a run's folder, or weights that `xclip_jax.interop` reads: a folder or file of open_clip, of transformers, of
+OpenAI's CLIP or of xclip_jax.commands.export, or hf:ORG/NAME[@REVISION] of the Hugging Face Hub. Results are added to
+RUN/evaluation.json (beside a file RUN.evaluation.json, of a repository ORG--NAME.evaluation.json), or to --output, set
+by set: each has its value, metric, protocol, templates, preprocessing, data set version, hash of the split, n and
+seconds, and its step and profile. A result of the same set, step and profile is replaced, all others stay;
+`evaluators.results` documents the file. FILE.items.npz beside it has per-example values, which --compare resamples for
+its intervals.
+
+Images that cannot be decoded count as wrong, and the result says how many there were ("unreadable"); more than 5 % of a
+set are an error.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from absl import logging
+from etils import epath
+
+from xclip_jax.commands import compilation_cache
+from xclip_jax.commands.doctor import machine
+from xclip_jax.commands.evaluation import evaluate
+from xclip_jax.core.console import log0
+from xclip_jax.core.errors import Parser, exit_with_message
+from xclip_jax.core.imports import add_trust, trusting
+from xclip_jax.core.storage import write_json
+from xclip_jax.evaluators import registry, results
+from xclip_jax.evaluators.prompts import read_class_names
+from xclip_jax.evaluators.tables import compare, render_comparison
+
+PROFILE_FIELDS = ("prefix", "lower", "captions", "templates", "names")
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = Parser(
+        prog="xclip-jax evaluate",
+        description=__doc__,
+        epilog=registry.listing(),
+    )
+    parser.add_argument("--checkpoint", metavar="RUN", help="folder of a run, or weights")
+    parser.add_argument(
+        "--suite",
+        action="append",
+        help="demo (the default), paper, or names of sets joined by "
+        "commas; may be given several times. The names are listed below",
+    )
+    parser.add_argument("--profile", help=f"{', '.join(registry.PROFILES)}; openai by default")
+    parser.add_argument(
+        "--prefix",
+        help="text before captions of retrieval; by default that of the profile before those of published sets",
+    )
+    parser.add_argument("--lower", action="store_true", default=None, help="captions in lower case")
+    parser.add_argument("--captions", type=int, help="number of captions of each image; 0 for all")
+    parser.add_argument(
+        "--template",
+        dest="templates",
+        action="append",
+        help="prompt of own labelled images, with {c} for the class; may be given several times",
+    )
+    parser.add_argument(
+        "--class-names", dest="names", metavar="FILE", help="JSON file of names of own classes, {label: name}"
+    )
+    parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
+    parser.add_argument("--data-dir", default="", help="root of the data sets")
+    parser.add_argument("--output", default="", help="file of the results")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="runs' folders, or files of results; of --step and --profile, or the newest",
+    )
+    add_trust(parser)
+    flags = parser.parse_args(argv)
+    if bool(flags.checkpoint) == bool(flags.compare):
+        parser.error("give either --checkpoint RUN or --compare A B")
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    flags = _arguments(argv)
+    logging.set_verbosity(logging.ERROR)
+    with exit_with_message(), trusting(flags.trust):
+        if flags.compare:
+            if flags.output:
+                results.make_folder(epath.Path(flags.output))
+            rows = compare(*flags.compare, step=flags.step, profile=flags.profile)
+            log0(render_comparison(rows, *flags.compare))
+            if flags.output:
+                write_json(epath.Path(flags.output), {"a": flags.compare[0], "b": flags.compare[1], "rows": rows})
+            return
+        compilation_cache.enable()
+        machine.warn_of_idle_accelerator()
+        flags.names = read_class_names(flags.names) if flags.names else None
+        suite, fields = flags.suite or ["demo"], {key: getattr(flags, key) for key in PROFILE_FIELDS}
+        evaluate(
+            flags.checkpoint,
+            suite[0] if len(suite) == 1 else suite,
+            step=flags.step,
+            profile=flags.profile or "openai",
+            changes={key: value for key, value in fields.items() if value is not None},
+            data_dir=flags.data_dir,
+            output=flags.output,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Export weights of a run, or of another project, in the format of another library.
+
+    xclip-jax export --checkpoint RUN --to hf OUT [--push ORG/NAME]
+
+writes the folder OUT: `hf` for transformers (CLIPModel, with its processor), `open_clip` for open_clip, `safetensors`
+for xclip_jax itself, which loses nothing. The model's preprocessing and tokenizer are written too; where the format has
+no place for them, the export is an error. README.md is a model card with data, recipe and results of the run. RUN may
+also be weights that `xclip_jax.interop` reads, such as hf:ORG/NAME. Where the run evaluates the moving average of its
+parameters (eval.ema), the average is exported. --push uploads what was written to a repository of the Hugging Face Hub,
+after everything else.
+"""
+
+from collections.abc import Sequence
+
+import jax
+from absl import logging
+from etils import epath
+
+from xclip_jax import interop
+from xclip_jax.config import schema
+from xclip_jax.core.console import log0
+from xclip_jax.core.errors import Parser, UserError, exit_with_message
+from xclip_jax.core.imports import add_trust, trusting
+from xclip_jax.core.run_folder import is_run
+from xclip_jax.interop import hub
+from xclip_jax.report import card as model_card
+from xclip_jax.train.weights import load, read_classes
+
+CARD = "README.md"
+
+
+def export(
+    path: str,
+    out: str,
+    *,
+    to: str = "hf",
+    step: int | None = None,
+    overwrite: bool = False,
+    push: str = "",
+    private: bool = False,
+) -> None:
+    """Write the weights at `path` to the folder `out`, with a model card.
+
+    Args:
+      path, step: as in `weights.load`.
+      out: a folder that is empty or does not exist.
+      to: one of `interop.FORMATS`.
+      overwrite: replace the files of an earlier export in `out`; other files stay.
+      push: "ORG/NAME" of the Hub, to which the files are uploaded once all are written; "" for none. There too the
+        files of an earlier export are replaced, and others stay.
+      private: whether a repository that the upload makes is private.
+
+    Raises:
+      UserError: bad input, or a model that the format does not have; of `push`, see `hub.check_push`, `hub.push`.
+    """
+    if to not in interop.FORMATS:
+        raise UserError(f"--to is {to!r}; expected one of {', '.join(interop.FORMATS)}.")
+    folder = epath.Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{out!r} is a file; name a folder.")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise UserError(f"folder {out!r} is not empty; name another, or add --overwrite.")
+    source = epath.Path(path).resolve()
+    if folder.resolve() in (source, source.parent):
+        raise UserError(f"{out!r} contains the weights to export; name another folder.")
+    if private and not push:
+        raise UserError("--private is for an upload; add --push ORG/NAME.")
+    if push:
+        hub.check_push(push)
+    pinned = hub.pin(path)
+    _, experiment, variables, loaded_step = load(pinned, step)
+    variables = jax.device_get(variables)
+    if not variables["batch_stats"]:
+        del variables["batch_stats"]
+    if jax.process_index() == 0:
+        notes = interop.write(
+            variables, schema.to_dict(experiment.config), out, to, repository=push, classes=read_classes(pinned)
+        )
+        card = model_card.render(pinned, out, to, experiment, loaded_step, notes, run=is_run(path), repository=push)
+        (folder / CARD).write_text(card)
+        for note in notes:
+            log0(note)
+    log0(f"{path}, step {loaded_step}, as {to}: {out}")
+    if push and jax.process_index() == 0:
+        names = [name for name in (*interop.WRITTEN, CARD) if (folder / name).exists()]
+        log0(f"uploaded: {hub.push(out, names, push, obsolete=interop.WRITTEN, private=private)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = Parser(prog="xclip-jax export", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run directory, or weights")
+    parser.add_argument("--to", default="hf", help=", ".join(interop.FORMATS))
+    parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument("--push", default="", metavar="ORG/NAME", help="repository of the Hub to upload the files to")
+    parser.add_argument("--private", action="store_true", help="a repository that --push makes is private")
+    add_trust(parser)
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    flags = parser.parse_args(argv)
+    logging.set_verbosity(logging.ERROR)
+    with exit_with_message(), trusting(flags.trust):
+        options = {key: getattr(flags, key) for key in ("to", "step", "overwrite", "push", "private")}
+        export(flags.checkpoint, flags.out, **options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""A model on the tasks of MTEB and of MIEB, its part with images, by the package `mteb` (2.x, the extra `mteb`).
+
+    import mteb, xclip_jax.commands.mteb
+
+    model = xclip_jax.commands.mteb.Model("runs/mine")
+    mteb.evaluate(model, mteb.get_tasks(tasks=["STS12", "CIFAR10ZeroShot", "Flickr30kT2IRetrieval"]))
+
+`mteb` fetches the data of its tasks, computes the scores and keeps the results in its own cache.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from xclip_jax import model as inference
+from xclip_jax.core.errors import UserError
+from xclip_jax.interop import hub
+
+
+class Model:
+    """A model as `mteb.EncoderProtocol` wants it: dense embeddings of texts and images that are compared by cosine.
+
+    Prompts and instructions of tasks are not used. An item of a text and an image has the sum of both embeddings, each
+    of unit length.
+
+    Attributes:
+      model: the `xclip_jax.model.Model`.
+      mteb_model_meta: `mteb.ModelMeta`. Its revision is a checksum of weights, tokenizer and preprocessing: `mteb`
+        keeps results by name and revision.
+    """
+
+    def __init__(
+        self, model: inference.Model | str | os.PathLike, *, name: str = "", step: int | None = None, batch: int = 32
+    ) -> None:
+        """Load a model, on all devices of this machine.
+
+        Args:
+          model: a run's folder, weights or hf:ORG/NAME, as `xclip_jax.load` takes it; or what that returned.
+          name: "ORG/NAME" for the results; by default that of the Hub, or xclip_jax/FOLDER.
+          step, batch: as in `xclip_jax.load`.
+
+        Raises:
+          UserError: `mteb` is not installed, a model that cannot be loaded, or a name without a slash.
+        """
+        try:
+            from mteb.models.model_meta import ModelMeta, ScoringFunction
+        except ImportError as error:
+            raise UserError(
+                "xclip_jax.commands.mteb needs mteb of version 2: pip install 'xclip_jax[mteb]'."
+            ) from error
+        self.model = model if isinstance(model, inference.Model) else inference.load(model, step=step, batch=batch)
+        name = name or _name(str(self.model.card.get("checkpoint", "model")))
+        if "/" not in name:
+            raise UserError(f"name is {name!r}; mteb wants ORG/NAME.")
+        self.mteb_model_meta = ModelMeta.create_empty(
+            {
+                "name": name,
+                "revision": self.model.fingerprint(),
+                "n_parameters": self.model.num_parameters,
+                "max_tokens": self.model.length,
+                "framework": ["JAX"],
+                "similarity_fn_name": ScoringFunction.COSINE,
+                "use_instructions": False,
+                "modalities": ["text", "image"],
+            }
+        )
+
+    def encode(self, inputs: Iterable[Mapping[str, Any]], **options: Any) -> np.ndarray:
+        """Return the embeddings of the items of a `DataLoader`.
+
+        Args:
+          inputs: batches {"text": strings, "image": Pillow's images}, of either or of both.
+          options: those of the protocol, such as `task_metadata` and `prompt_type`; not used.
+
+        Returns:
+          fp32 (items, e).
+
+        Raises:
+          UserError: items of another modality, or none at all.
+        """
+        embeddings = []
+        for batch in inputs:
+            parts = [encode(batch[key]) for key, encode in self._encoders.items() if key in batch]
+            if not parts:
+                raise UserError(f"mteb: a batch has {', '.join(batch)}; this model takes text and image.")
+            embeddings.append(sum(parts[1:], parts[0]))
+        if not embeddings:
+            raise UserError("mteb: a task has no items to encode.")
+        return np.concatenate(embeddings)
+
+    @property
+    def _encoders(self) -> dict[str, Any]:
+        return {"text": self.model.encode_text, "image": self.model.encode_image}
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """Return the cosines (n, m) of embeddings (n, e) and (m, e), as a torch tensor."""
+        from mteb.similarity_functions import cos_sim
+
+        return cos_sim(embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """Return the cosines (n,) of embeddings (n, e) and (n, e), pair by pair, as a torch tensor."""
+        from mteb.similarity_functions import pairwise_cos_sim
+
+        return pairwise_cos_sim(embeddings1, embeddings2)
+
+
+def _name(checkpoint: str) -> str:
+    """Return "ORG/NAME" of a repository of the Hub, or "xclip_jax/FOLDER"."""
+    if hub.is_hub(checkpoint):
+        return checkpoint.partition(":")[2].partition("@")[0]
+    return f"xclip_jax/{os.path.basename(os.path.abspath(checkpoint))}"

@@ -1,0 +1,1 @@
+"""The ground floor: errors, files and storage, locks, config fields, console output."""

@@ -1,0 +1,127 @@
+"""Versions, devices and commit that a result was computed with, and the memory of this machine."""
+
+import contextlib
+import functools
+import math
+import os
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+import time
+from importlib import metadata
+from typing import Any
+
+import jax
+from etils import epath
+
+import xclip_jax
+from xclip_jax.core.addresses import public
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy", "xclip_jax")
+_CGROUP = pathlib.Path("/sys/fs/cgroup")
+# For cgroups 2 and 1: limit, use, statistics, and the key of these for pages of files that were not read lately.
+_CGROUP_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+
+
+@functools.cache
+def git_commit(folder: epath.Path) -> str:
+    """Return the commit of the checkout that `folder` is at the top of, or of the `git archive` that it is from.
+
+    It ends in "-dirty" where files were changed, and is "unknown" outside both. It is that of the first call: a
+    checkout may move on while a process runs.
+    """
+    try:
+        # The package may lie in a folder that another project's checkout ignores, such as .venv.
+        if not os.path.samefile(_git(folder, "rev-parse", "--show-toplevel"), folder.parent):
+            raise FileNotFoundError
+        return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        archive = folder.parent / ".git_archival.txt"
+        match = re.fullmatch(r"node: ([0-9a-f]{40})\s*", archive.read_text()) if archive.is_file() else None
+        return match[1] if match else "unknown"
+
+
+def _git(folder: epath.Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def _version(package: str) -> str:
+    """Version of a package; this one's own also where it is on the path and not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return xclip_jax.__version__ if package == "xclip_jax" else "unknown"
+
+
+def uptime() -> float:
+    """Seconds since this process was started, as Linux counts them; 0 elsewhere."""
+    try:
+        # The name of the program, in brackets, may contain anything; the start is field 22.
+        ticks = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0
+
+
+def machine() -> str:
+    """Return the processor, its cores, the versions of Python and JAX and the commit, in one line."""
+    try:
+        lines = [line.partition(":") for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()]
+        facts = {name.strip(): value.strip() for name, _, value in lines}
+        processor = f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']})"
+    except (OSError, KeyError):  # not Linux, or no x86
+        processor = platform.processor() or platform.machine()
+    commit = git_commit(epath.Path(__file__).parent)
+    return (
+        f"{processor}, {os.cpu_count()} cores, Python {platform.python_version()}, JAX {_version('jax')}, "
+        f"commit {commit[:7]}"
+    )
+
+
+def capture() -> dict[str, Any]:
+    """Return versions, devices, commit and command line of this process."""
+    return {
+        "command": public(" ".join(sys.argv)),
+        "commit": git_commit(epath.Path(__file__).parent),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "platform": jax.default_backend(),
+        "processes": jax.process_count(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def host_memory(field: str = "MemAvailable") -> float:
+    """Return the bytes of memory that a process can still take on this machine, or in this container.
+
+    Args:
+      field: of /proc/meminfo; "MemTotal" for what the machine or container has altogether.
+    """
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        available = next(float(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    except (OSError, StopIteration):
+        available = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(available, _container_memory(free=field == "MemAvailable"))
+
+
+def _container_memory(*, free: bool) -> float:
+    """Return the bytes that this container may take, or with `free` can still take; infinity without a limit."""
+    for limit, usage, stat, cache in _CGROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            left = float((_CGROUP / limit).read_text())
+            if free:
+                with contextlib.suppress(OSError, ValueError, StopIteration):
+                    left -= float((_CGROUP / usage).read_text())
+                    # Pages of files that were not read lately count as used, and are given up when memory is short.
+                    lines = map(str.split, (_CGROUP / stat).read_text().splitlines())
+                    left += next(float(value) for key, value in lines if key == cache)
+            return max(left, 0.0)
+    return math.inf

@@ -1,0 +1,267 @@
+"""What a config key is: a field of a frozen dataclass with a default, a doc string and the values that it allows.
+
+    @dataclasses.dataclass(frozen=True)
+    class LogConfig:
+        every: int = key(20, "steps between two lines of metrics; 0 for none", at_least(0))
+
+Each module defines the group of keys that it reads; `schema` collects them. A group may have a method
+`conflicts() -> Iterable[str]`, which says what is wrong with values that are allowed by themselves, each time
+beginning with the name of a key.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.imports import import_class
+
+T = typing.TypeVar("T")
+
+# Other trainers' words for keys.
+ALIASES = {
+    "lr": "optim.lr", "learning_rate": "optim.lr", "warmup_steps": "optim.warmup", "epochs": "steps",
+    "batch": "data.batch", "batch_size": "data.batch",
+}  # fmt: skip
+
+_MAX_FLOAT = float(np.finfo(np.float32).max)
+_TYPE_NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """Values that a key allows.
+
+    Attributes:
+      allowed: ends the sentence "expected ...".
+      accepts: whether a value, which has the key's type, is allowed.
+    """
+
+    allowed: str
+    accepts: Callable[[Any], bool]
+
+
+def at_least(low: float) -> Check:
+    """Numbers from `low` on."""
+    return Check(f"at least {low}", lambda value: value >= low)
+
+
+def above(low: float) -> Check:
+    """Numbers greater than `low`."""
+    return Check(f"a value above {low}", lambda value: value > low)
+
+
+def at_most(high: float) -> Check:
+    """Numbers up to `high`."""
+    return Check(f"at most {high}", lambda value: value <= high)
+
+
+def between(low: float, high: float) -> Check:
+    """Numbers from `low` to `high`, both included."""
+    return Check(f"a value from {low} to {high}", lambda value: low <= value <= high)
+
+
+def not_empty() -> Check:
+    """Strings that are not empty."""
+    return Check("a string that is not empty", bool)
+
+
+def fraction_below_one() -> Check:
+    """Numbers from 0 to 1, excluding 1 and numbers that round to 1 in float32."""
+    return Check("at least 0 and below 1", lambda value: bool(0 <= np.float32(value) < 1))
+
+
+def choice(valid: Iterable[Any]) -> Check:
+    """One of `valid`."""
+    valid = tuple(valid)
+    return Check(f"one of {', '.join(map(repr, valid))}", lambda value: value in valid)
+
+
+def key(default: Any, doc: str, *checks: Check) -> Any:
+    """Declare a config key: a dataclass field that knows its doc string and its checks."""
+    metadata = {"doc": doc, "checks": checks}
+    if isinstance(default, Mapping):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def default(group: Any) -> dict[str, Any]:
+    """Nested dict of a config dataclass, or of an instance of one. Tuples stay tuples."""
+    group = group() if isinstance(group, type) else group
+    return {
+        field.name: default(value) if dataclasses.is_dataclass(value := getattr(group, field.name)) else value
+        for field in dataclasses.fields(group)
+    }
+
+
+def _type_name(expected: Any) -> str:
+    if expected in _TYPE_NAMES:
+        return _TYPE_NAMES[expected]
+    origin, args = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_type_name, args))
+    if origin is Mapping:
+        return "a group of keys"
+    if origin is tuple and args[-1] is not Ellipsis:
+        return f"a tuple of {len(args)} values, {', '.join(map(_type_name, args))}"
+    plural = {int: "integers", float: "numbers", str: "strings"}.get(args[0], "tuples")
+    return f"a tuple of {plural}"
+
+
+def _matches(value: Any, expected: Any) -> bool:
+    if expected is Any:
+        return True
+    if expected is float:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and math.isfinite(value) and abs(value) <= _MAX_FLOAT
+    if expected is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(expected, type):
+        return isinstance(value, expected)
+    origin, args = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, option) for option in args)
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(_matches(item, args[1]) for item in value.values())
+    if not isinstance(value, (list, tuple)):
+        return False
+    if origin is tuple and args[-1] is not Ellipsis:
+        return len(value) == len(args) and all(map(_matches, value, args))
+    return all(_matches(item, args[0]) for item in value)
+
+
+def with_tuples(value: Any) -> Any:
+    """Replace lists, which JSON gives, by tuples."""
+    return tuple(map(with_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _value_fault(path: str, value: Any, expected: Any, checks: Sequence[Check]) -> str | None:
+    if not _matches(value, expected):
+        finite = isinstance(value, float) and not math.isinf(value) and value == value
+        limit = " that float32 can hold" if expected is float and finite else ""
+        return f"{path} is {value!r}; expected {_type_name(expected)}{limit}"
+    for check in checks:
+        if not check.accepts(value):
+            return f"{path} is {value!r}; expected {check.allowed}"
+    return None
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.0) -> str | None:
+    """The most similar of `names`, if it is as similar as `cutoff`, up to 1."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
+
+
+def sentence(fault: str) -> str:
+    """`fault` with a full stop, unless it is a question."""
+    return fault if fault.endswith("?") else f"{fault}."
+
+
+def other_word(name: str) -> str:
+    """Return the key that other trainers call `name`, with hyphens or underscores; "" for none."""
+    return ALIASES.get(name.replace("-", "_"), "")
+
+
+def unknown_key(key: str, names: Iterable[str]) -> str:
+    """Return the sentence about a dotted `key` whose last part is not among `names`, without a stop."""
+    prefix, dot, name = key.rpartition(".")
+    alias = other_word(name)
+    if prefix and not alias.startswith(f"{prefix}."):  # another group has keys of its own
+        alias = ""
+    near = alias or (f"{prefix}{dot}{similar}" if (similar := nearest(name, names)) else "")
+    return f"config key {key!r} is unknown" + (f"; did you mean {near!r}?" if near else "")
+
+
+def find_class(name: Any, table: Mapping[str, type[T]], base: type[T], what: str) -> type[T]:
+    """Return the config dataclass that `name` is an entry of in `table`, or "package.module:Class", which is imported.
+
+    Raises:
+      UserError: no such entry, module or class, or a class that is not a dataclass derived from `base`.
+    """
+    name = str(name)
+    if name in table:
+        return table[name]
+    if ":" not in name:
+        raise UserError(
+            f"unknown {what} {name!r}; did you mean {nearest(name, table)!r}? One of another package is named "
+            "'package.module:Class'."
+        )
+    return import_class(name, base, what, dataclass=True)
+
+
+def read_plugin(
+    values: Mapping[str, Any], path: str, table: Mapping[str, type[T]], base: type[T], what: str, type_name: str = ""
+) -> T:
+    """Make an instance of the class that key "type" of `values` names, with the other keys as its options.
+
+    Args:
+      values: {"type": name, key: value}.
+      path: dotted name of the group.
+      table, base, what: see `find_class`.
+      type_name: name where `values` has none.
+
+    Raises:
+      UserError: names every key that is unknown and every value that is not allowed.
+    """
+    options = dict(values)
+    name = options.pop("type", type_name)
+    if not name:
+        raise UserError(f"{path}.type is missing; expected 'package.module:Class'.")
+    faults: list[str] = []
+    made = read_group(find_class(name, table, base, what), options, path, faults)
+    if faults:
+        raise UserError("; ".join(map(sentence, faults)))
+    return made
+
+
+def read_group(group: type[Any], values: Any, path: str, faults: list[str]) -> Any:
+    """Make an instance of the config dataclass `group` from nested `values`.
+
+    Args:
+      group: dataclass whose fields are keys or groups of keys.
+      values: mapping; keys that are absent keep their defaults.
+      path: dotted name of the group; "" for the whole config.
+      faults: gets a sentence for each unknown key and each value that is not allowed, whose default is taken instead.
+    """
+    prefix = f"{path}." if path else ""
+    if not isinstance(values, Mapping):
+        faults.append(f"{path} is {values!r}; expected a group of keys")
+        return group()
+    fields = {field.name: field for field in dataclasses.fields(group)}
+    for name in values:
+        if name not in fields:
+            faults.append(unknown_key(f"{prefix}{name}", fields))
+    expected, arguments = typing.get_type_hints(group), {}
+    for name, field in fields.items():
+        if name not in values:
+            continue
+        if dataclasses.is_dataclass(expected[name]):
+            arguments[name] = read_group(expected[name], values[name], prefix + name, faults)
+            continue
+        value = with_tuples(values[name])
+        if fault := _value_fault(prefix + name, value, expected[name], field.metadata["checks"]):
+            faults.append(fault)
+        else:
+            arguments[name] = value
+    made, before = group(**arguments), len(faults)
+    if hasattr(made, "conflicts") and not any(fault.startswith(path) for fault in faults[:before]):
+        faults.extend(f"{path}.{conflict}" if path else conflict for conflict in made.conflicts())
+    return made
+
+
+def describe(group: type[Any], path: str = "") -> Iterator[tuple[str, Any, str, str]]:
+    """(dotted key, default, allowed values, doc string) of each key of a config dataclass."""
+    expected, defaults = typing.get_type_hints(group), group()
+    for field in dataclasses.fields(group):
+        name = f"{path}.{field.name}" if path else field.name
+        if dataclasses.is_dataclass(expected[field.name]):
+            yield from describe(expected[field.name], name)
+        else:
+            checks = field.metadata["checks"]
+            allowed = ", ".join([_type_name(expected[field.name]), *(check.allowed for check in checks)])
+            yield name, getattr(defaults, field.name), allowed, field.metadata["doc"]

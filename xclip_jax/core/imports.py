@@ -1,0 +1,112 @@
+"""Classes of other packages by their names, "package.module:Class".
+
+Importing a module runs its code. A name that the user wrote, on the command line or in a recipe, is imported. A name
+out of a file, such as a run's config.json or the config of downloaded weights, may be somebody else's: its module must
+be of this package or imported already, or the user must consent, by --trust or trust=True. Files of results import
+nothing.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import TypeVar
+
+from xclip_jax.core.errors import UserError
+
+_CLASS_NAME = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
+
+T = TypeVar("T")
+
+_file = ContextVar("file that names come from", default="")
+_trusted = ContextVar("whether names out of files are imported", default=False)
+
+
+@contextlib.contextmanager
+def named_by(file: object) -> Iterator[None]:
+    """Context in which names of classes are out of `file`."""
+    token = _file.set(str(file))
+    try:
+        yield
+    finally:
+        _file.reset(token)
+
+
+@contextlib.contextmanager
+def trusting(trust: bool) -> Iterator[None]:
+    """Context in which classes that files name are imported, if `trust` or a context around it says so."""
+    token = _trusted.set(trust or _trusted.get())
+    try:
+        yield
+    finally:
+        _trusted.reset(token)
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add --trust to the arguments of a command that reads runs or weights."""
+    doc = "import the modules of other packages that the files of RUN name, which runs their code"
+    parser.add_argument("--trust", action="store_true", help=doc)
+
+
+def is_imported(name: str) -> bool:
+    """Whether the class `name`, "package.module:Class", is of this package, or its module has been imported."""
+    module = name.partition(":")[0]
+    return module.split(".")[0] == __name__.split(".")[0] or module in sys.modules
+
+
+def class_name(spec: str) -> str | None:
+    """Return the "package.module:Class" that `spec` begins with, or None."""
+    match = _CLASS_NAME.match(spec)
+    return match.group() if match else None
+
+
+def import_class(name: str, base: type[T], what: str = "class", *, dataclass: bool = False) -> type[T]:
+    """Import the class `name`, "package.module:Class", which must be a subclass of `base`.
+
+    Args:
+      name: where it is.
+      base: class that it must derive from.
+      what: what it is, for messages, such as "image tower".
+      dataclass: whether it must be a dataclass.
+
+    Raises:
+      UserError: a name of another form, a module that cannot be imported, no such class in it, one that leaves out
+        what `base` requires, or a name out of a file, see `named_by`, without consent.
+    """
+    match = _CLASS_NAME.fullmatch(name)
+    if match is None:
+        raise UserError(f"{what} {name!r} is not the name of a class; expected 'package.module:Class'.")
+    module_name, attribute = match.groups()
+    if (file := _file.get()) and not _trusted.get() and not is_imported(name):
+        raise UserError(
+            f"{file} names the {what} {name!r}, of a module that is not part of xclip_jax and would run with your "
+            f"rights; if you trust these files, add --trust (in Python trust=True, or import {module_name} first)."
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"{what} {name!r} cannot be imported ({error}); install its package or put its folder on PYTHONPATH."
+        ) from error
+    if (value := getattr(module, attribute, None)) is None:
+        classes = [key for key, item in vars(module).items() if _derived(item, base) and item is not base]
+        near = difflib.get_close_matches(attribute, classes, 1, 0.0)
+        remedy = f"did you mean '{module_name}:{near[0]}'?" if near else "name a class of that module."
+        raise UserError(f"{what} {name!r} cannot be imported (its module has no attribute {attribute!r}); {remedy}")
+    if not _derived(value, base) or (dataclass and not dataclasses.is_dataclass(value)):
+        base_name = f"{base.__module__.removesuffix('.base')}.{base.__qualname__}"
+        raise UserError(f"{what} {name!r} is not a {'data' * dataclass}class derived from {base_name}.")
+    if inspect.isabstract(value):
+        members = " and ".join(sorted(value.__abstractmethods__))
+        raise UserError(f"{what} {name!r} does not define {members}, which {base.__qualname__} requires; add it.")
+    return value
+
+
+def _derived(value: object, base: type) -> bool:
+    return isinstance(value, type) and issubclass(value, base)

@@ -1,0 +1,222 @@
+"""A run's folder: what its files are called, and what is in them. No other module knows their names.
+
+config.json     {"config", "environment", "started", "length_groups", "text_rows": that these are for,
+                 "starts": later starts, where something differed}
+data.json       fingerprint of each training source, and digests of what was read of its records for their order
+tokenizer.json  the tokenizer, where data.tokenizer is a file
+metrics.jsonl   {"step", metric: value} a line; lines of training steps have a "loss", those of evaluations do not
+results.jsonl   {"step", "records"} a line: the results of each evaluation, as `evaluators.results.to_json` writes them
+results.json    {"results", "records", "config", "environment", "seconds"} of the last evaluation
+evaluation.json of `xclip_jax.commands.evaluate`, see `evaluators.results`
+trackers.json   {"id": of the run in wandb and Trackio}
+stacks-N.txt    stacks of all threads of process N, where it hung and was ended
+compiled/       compilation cache of a run of several processes, see `compilation_cache`
+profile/        traces of the steps of log.profile, see `train.profile`
+checkpoints/, bad_samples.jsonl, skipped_steps.jsonl, tensorboard/, wandb/, report.html, picture.png
+"""
+
+import contextlib
+import difflib
+import fcntl
+import json
+import sys
+from typing import Any
+
+from etils import epath
+
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.file_lock import NO_LOCKS
+from xclip_jax.core.paths import expand_home
+from xclip_jax.core.storage import is_remote
+
+# Metrics of metrics.jsonl that measure time: two runs that learn the same differ in them.
+CLOCKS = (
+    "samples_per_second", "data/wait_share", "model_flops_per_second", "mfu", "goodput", "wall_seconds",
+    "useful_seconds",
+)  # fmt: skip
+
+
+class RunFolder:
+    """Paths and contents of a run's files, complete or in progress. It only reads; `train.run_folder` writes."""
+
+    def __init__(self, path: str | epath.Path) -> None:
+        self.path = epath.Path(expand_home(str(path)))
+        self.config_file = self.path / "config.json"
+        self.data_file = self.path / "data.json"
+        self.tokenizer_file = self.path / "tokenizer.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.results_log_file = self.path / "results.jsonl"
+        self.results_file = self.path / "results.json"
+        self.evaluation_file = self.path / "evaluation.json"
+        self.bad_samples_file = self.path / "bad_samples.jsonl"
+        self.skipped_steps_file = self.path / "skipped_steps.jsonl"
+        self.trackers_file = self.path / "trackers.json"
+        self.report_file = self.path / "report.html"
+        self.picture_file = self.path / "picture.png"
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile"
+        self.compiled = self.path / "compiled"
+        self.lock_file = self.path / ".lock"
+
+    def stacks_file(self, process: int) -> epath.Path:
+        """Where a process that hung leaves the stacks of its threads."""
+        return self.path / f"stacks-{process}.txt"
+
+    def is_run(self) -> bool:
+        """Whether this is a run's folder. transformers too calls its file config.json; it has other keys."""
+        if not self.config_file.exists():
+            return False
+        try:
+            content = json.loads(self.config_file.read_text())
+            return isinstance(content, dict) and "config" in content
+        except (ValueError, RecursionError):
+            return True  # damaged: `read_config` raises an error that says so
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, ascending; touches nothing, and takes no folder for whole or damaged."""
+        import orbax.checkpoint as ocp  # takes seconds
+
+        if not self.checkpoints.exists():
+            return []
+        return sorted(item.step for item in ocp.path.step.standard_name_format().find_all(self.checkpoints))
+
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint, or None; touches nothing."""
+        return max(self.steps(), default=None)
+
+    def writer(self) -> str:
+        """Return a description of the process that writes to the folder now, or ""; a bucket has no locks."""
+        if is_remote(str(self.path)) or not self.lock_file.exists():
+            return ""
+        with open(self.lock_file) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+        return ""
+
+    def read_config(self) -> dict[str, Any] | None:
+        """Return the content of config.json, or None where there is no run. Keys newer than the run are absent.
+
+        Raises:
+          UserError: the file is damaged, or another program's.
+        """
+        content = self._read(self.config_file)
+        if content is None or (isinstance(content, dict) and _has(content, "config", environment=dict, starts=list)):
+            return content
+        raise UserError(f"{self.config_file} is not the config of a run; use a different --config.run.")
+
+    def read_sources(self) -> list[dict[str, Any]] | None:
+        """Return the fingerprints in data.json, one for each of data.sources, or None where there is no such file.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+        content = self._read(self.data_file)
+        if content is None or (
+            isinstance(content, list)
+            and all(isinstance(item, dict) and isinstance(item.get("samples"), int) for item in content)
+            and all(isinstance(item.get("hash"), str) for item in content)
+        ):
+            return content
+        raise UserError(f"{self.data_file} is damaged; restore it, or use a different --config.run.")
+
+    def read_classes(self) -> tuple[str, ...] | None:
+        """Return the classes that a fine-tuning run was trained on, or None where data.json names none.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+        sources = self.read_sources() or []
+        return next((tuple(source["classes"]) for source in sources if source.get("classes")), None)
+
+    def read_results(self) -> dict[str, Any] | None:
+        """Return the content of results.json, or None where there was no last evaluation yet.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+        if not self.results_file.exists():
+            return None
+        with contextlib.suppress(ValueError, RecursionError):
+            content = json.loads(self.results_file.read_text())
+            if isinstance(content, dict) and _has(content, "results", config=dict) and "records" in content:
+                return content
+        raise UserError(f"{self.results_file} is damaged; delete it and run the same command to evaluate again.")
+
+    def read_metrics(self) -> list[dict[str, float]]:
+        """Return the objects of metrics.jsonl without values that were not finite, or are not numbers.
+
+        A line that is damaged, without a step or only half written is left out.
+        """
+        lines = _read_lines(self.metrics_file)
+        rows = [{key: value for key, value in line.items() if _is_finite(value)} for line in lines]
+        return [row for row in rows if "step" in row]
+
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """Return the objects of results.jsonl; a line that is damaged or only half written is left out."""
+        return [line for line in _read_lines(self.results_log_file) if line.keys() >= {"step", "records"}]
+
+    def read_bad_samples(self) -> list[dict[str, Any]]:
+        """Return the entries of bad_samples.jsonl, see `data.ledger`; a line that is only half written is left out."""
+        return _read_lines(self.bad_samples_file)
+
+    def _read(self, path: epath.Path) -> Any:
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{path} is damaged and cannot be read ({reason}); restore it, or use a different --config.run."
+            ) from error
+
+
+def _has(content: dict[str, Any], key: str, **others: type) -> bool:
+    """Whether `content` has a dict at `key`, and at `others`, which it may lack, values of their types."""
+    return isinstance(content.get(key), dict) and all(
+        isinstance(content.get(name, kind()), kind) for name, kind in others.items()
+    )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and -sys.float_info.max <= value <= sys.float_info.max
+
+
+def is_run(path: str) -> bool:
+    """Whether `path` is a run's folder."""
+    return RunFolder(path).is_run()
+
+
+def evaluation_file(path: str | epath.Path) -> epath.Path:
+    """Return the file of evaluations of a run or of weights: in a folder, or beside a file and named after it."""
+    run = RunFolder(path)
+    weights, file = run.path, run.evaluation_file
+    return file if weights.is_dir() else weights.with_name(f"{weights.name}.{file.name}")
+
+
+def not_found(path: str | epath.Path, otherwise: str) -> str:
+    """Return the sentence that `path` does not exist; it asks for the folder beside it of a similar name.
+
+    Args:
+      path: of a run.
+      otherwise: what to do where there is no such folder, or in a bucket, which is not searched.
+    """
+    place = epath.Path(path)
+    near: list[str] = []
+    if not is_remote(str(path)) and place.parent.is_dir():
+        near = difflib.get_close_matches(place.name, [x.name for x in place.parent.iterdir() if x.is_dir()], n=1)
+    return f"{str(path)!r} does not exist; " + (f"did you mean {str(place.parent / near[0])!r}?" if near else otherwise)
+
+
+def _read_lines(path: epath.Path) -> list[dict[str, Any]]:
+    objects = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            content = json.loads(line)
+            if isinstance(content, dict):
+                objects.append(content)
+    return objects

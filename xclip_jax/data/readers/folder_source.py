@@ -1,0 +1,112 @@
+"""Folders of images: pairs, each image with a .txt file beside it, or classes, each a sub-folder."""
+
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from xclip_jax.core import storage
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.data import labelled
+from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.text import decode_text
+
+
+class FolderSource(Source):
+    """A folder of images, sub-folders too, each beside a .txt file of the same name: one caption a line.
+
+    Files and folders whose names begin with a dot are left out: editors and systems write those.
+    """
+
+    def __init__(self, path: str | pathlib.Path) -> None:
+        self.path = pathlib.Path(path).expanduser()
+        if not self.path.is_dir():
+            raise UserError(f"data folder {str(path)!r} does not exist; set data.sources to folder:PATH of your pairs.")
+        self.images = sorted(_visible_images(self.path))
+        if not self.images:
+            raise UserError(
+                f"data folder {str(path)!r} contains no image ({', '.join(IMAGE_SUFFIXES)}), also in its sub-folders; "
+                "set data.sources to folder:PATH of your pairs."
+            )
+        if not any(p.with_suffix(".txt").is_file() for p in self.images):
+            raise UserError(
+                f"data folder {str(path)!r} contains {len(self.images)} images, and none has a .txt file of the same "
+                "name beside it; captions belong in such files."
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Record:
+        path = self.images[index]
+        try:
+            image = storage.read(str(path), MAX_BYTES["image"])
+            caption = storage.read(str(path.with_suffix(".txt")), MAX_BYTES["text"])
+        except FileNotFoundError as error:
+            raise BadSample("no caption file" if path.exists() else "no image file") from error
+        except OSError as error:
+            raise storage.unreadable(error) from error
+        text = [line.strip() for line in decode_text(caption).splitlines() if line.strip()]
+        if not text:
+            raise BadSample("caption is empty", f"{str(path.with_suffix('.txt'))!r}")
+        return {"image": image, "text": text, "tags": [], "id": str(path)}
+
+    def describe(self, index: int) -> dict[str, str]:
+        """Path of the image."""
+        return {"file": str(self.images[index])}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Number of images, and a hash of names below the folder and sizes of images and caption files."""
+        digest = hashlib.blake2b(digest_size=16)
+        root = len(str(self.path / "x")) - 1
+        for image in map(str, self.images):  # pathlib would take most of the time, of millions of files minutes
+            sizes = file_size(image), file_size(f"{os.path.splitext(image)[0]}.txt")
+            digest.update(f"{image[root:]}\0{sizes}\n".encode("utf-8", "surrogateescape"))
+        return {"samples": len(self), "hash": digest.hexdigest()}
+
+
+def _visible_images(root: pathlib.Path) -> Iterator[pathlib.Path]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
+                yield pathlib.Path(folder, name)
+
+
+def file_size(path: str | os.PathLike) -> int:
+    """Bytes of a file; -1 where there is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+class Folders(SourceKind):
+    """`folder:PATH`."""
+
+    pair_specs: ClassVar = {
+        "folder:PATH": "images, sub-folders too, each with a .txt file of the same name: one caption a line"
+    }
+    labelled_specs: ClassVar = {"folder:PATH": "images, one sub-folder a class"}
+    split_specs: ClassVar = {"folder:PATH": "images, one sub-folder a split, in it one a class"}
+
+    @classmethod
+    def open_pairs(cls, rest: str, options: SourceOptions) -> FolderSource:
+        """Open a `FolderSource`."""
+        return FolderSource(rest)
+
+    @classmethod
+    def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
+        """Open the images of `labelled.read_files`."""
+        return labelled.open_files(f"folder:{rest}", rest)
+
+    @classmethod
+    def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
+        """Whether the sub-folder exists."""
+        return (pathlib.Path(rest).expanduser() / split).is_dir()
+
+    @classmethod
+    def reads(cls, path: str) -> bool:
+        """Whether it is a folder."""
+        return os.path.isdir(path)

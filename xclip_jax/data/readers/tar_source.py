@@ -1,0 +1,190 @@
+"""Pairs in WebDataset tars, as img2dataset writes them, at random access: nothing is converted or streamed.
+
+The shuffle is global and exact, a run resumes anywhere, and shards need not be distributed over hosts.
+"""
+
+import bisect
+import collections
+import hashlib
+import itertools
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from xclip_jax.core import storage
+from xclip_jax.core.addresses import public
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.readers import open_files, tar_index
+from xclip_jax.data.text import decode_text, decode_utf8, json_strings
+
+_GAP = 1 << 16  # files of a sample that are closer than this are read in one request
+_MAX_KEYS = 20_000_000  # more keys would take gigabytes to compare
+_EXAMPLES = 3
+
+
+class TarSource(Source):
+    """Samples of tars: `{key}.jpg` (or another image), `{key}.txt`, `{key}.json`.
+
+    A sample that is incomplete, and a part of a tar that cannot be read, have an index of their own, and raise
+    `BadSample`.
+    """
+
+    def __init__(self, pattern: str, text_keys: Sequence[str] = ("text",), tags_key: str = "") -> None:
+        """Indexes what has no index yet.
+
+        Args:
+          pattern: a folder of tars, or see `storage.expand`.
+          text_keys: where captions are: "text" is the .txt file, any other a field of the .json file.
+          tags_key: field of the .json file with keywords, or "".
+
+        Raises:
+          UserError: files that do not exist; no sample at all.
+        """
+        self.pattern, self.text_keys, self.tags_key = pattern, tuple(text_keys), tags_key
+        fields = bool(tags_key) or any(key != "text" for key in self.text_keys)
+        self._parts = ("image", *["text"] * ("text" in self.text_keys), *["json"] * fields)
+        self.tars = tar_index.find(pattern)
+        self._open(tar_index.load(self.tars))
+        if not any((rows["fault"] == tar_index.OK).any() for rows in self.rows):
+            faults = sorted({tar_index.FAULTS[fault] for rows in self.rows for fault in np.unique(rows["fault"])})
+            raise UserError(
+                f"{pattern!r} names {len(self.tars)} tars and none contains a whole sample ({', '.join(faults)}); a "
+                "sample is KEY.jpg and KEY.txt, as img2dataset writes them with --output_format webdataset."
+            )
+
+    def _open(self, index_paths: Sequence[pathlib.Path]) -> None:
+        open_files.allow(len(index_paths), "tars")
+        self._index_paths = list(index_paths)
+        # Mapped, so that all worker processes share one copy of what may be gigabytes.
+        self.rows = [np.load(path, mmap_mode="r").view(np.ndarray) for path in index_paths]
+        self._ends = list(itertools.accumulate(map(len, self.rows)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the arrays: a worker process maps them again."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("rows", "_ends")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._open(self._index_paths)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _row(self, index: int) -> tuple[str, np.void]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = bisect.bisect_right(self._ends, index)
+        rows = self.rows[shard]
+        return self.tars[shard], rows[index - self._ends[shard] + len(rows)]
+
+    def describe(self, index: int) -> dict[str, str]:
+        """Tar and key of a sample."""
+        tar, row = self._row(index)
+        return {"tar": tar, "key": row["key"].decode("utf-8", "replace")}
+
+    def known_fault(self, index: int) -> str:
+        """The fault of a sample in the index of its tar, or ""."""
+        return tar_index.FAULTS[self._row(index)[1]["fault"]]
+
+    def known_faults(self) -> Mapping[str, int]:
+        """Number of rows of the indexes with each fault."""
+        counts: collections.Counter = collections.Counter()
+        for rows in self.rows:
+            for fault, count in zip(*np.unique(rows["fault"], return_counts=True), strict=True):
+                if fault != tar_index.OK:
+                    counts[tar_index.FAULTS[fault]] += int(count)
+        return counts
+
+    def remarks(self) -> Iterator[str]:
+        """Keys that several samples have, of up to `_MAX_KEYS` samples."""
+        if len(self) > _MAX_KEYS:
+            return
+        counts = collections.Counter(key for rows in self.rows for key in rows["key"].tolist())
+        repeated = [key.decode("utf-8", "replace") for key, count in counts.items() if count > 1 and key]
+        examples = ", ".join(repr(key[-40:]) for key in repeated[:_EXAMPLES])
+        yield f"keys of several samples: {len(repeated):,}" + (f", as {examples}; all are used" if repeated else "")
+
+    def __getitem__(self, index: int) -> Record:
+        tar, row = self._row(index)
+        if row["fault"]:
+            raise BadSample(tar_index.FAULTS[row["fault"]])
+        parts = self._read(tar, row, self._parts)
+        if not parts["image"]:
+            raise BadSample("image file is empty")
+        text, tags = self._captions(parts)
+        name = f"{public(tar)}#{row['key'].decode(errors='replace')}"
+        return {"image": parts["image"], "text": text, "tags": tags, "id": name}
+
+    def image(self, index: int) -> bytes:
+        """Return the image of a sample that need not have a caption. Raises `BadSample` where the image is missing."""
+        tar, row = self._row(index)
+        if row["fault"] not in (tar_index.OK, tar_index.NO_TEXT):
+            raise BadSample(tar_index.FAULTS[row["fault"]])
+        return self._read(tar, row, ("image",))["image"] or b""
+
+    def _captions(self, parts: dict[str, bytes | None]) -> tuple[list[str], list[str]]:
+        fields = {}
+        if "json" in self._parts:
+            try:
+                fields = json.loads(decode_utf8(parts["json"] or b"{}"))
+            except BadSample:
+                raise
+            except (ValueError, RecursionError) as error:
+                raise BadSample("JSON file is damaged", str(error)) from error
+        text = []
+        for key in self.text_keys:
+            if key != "text":
+                text += json_strings(fields, key)
+            elif parts["text"] is not None and (caption := decode_text(parts["text"]).strip()):
+                text.append(caption)
+        if not text:
+            some = parts.get("text") is not None or "text" not in self.text_keys
+            raise BadSample("caption is empty" if some else tar_index.FAULTS[tar_index.NO_TEXT])
+        return text, json_strings(fields, self.tags_key) if self.tags_key else []
+
+    def _read(self, tar: str, row: np.void, parts: Sequence[str]) -> dict[str, bytes | None]:
+        """Return the content of these files of a sample, None for those that it lacks."""
+        contents: dict[str, bytes | None] = dict.fromkeys(parts)
+        spans = {part: (start, int(row[f"{part}_size"])) for part in parts if (start := int(row[part]))}
+        first, end = min(start for start, _ in spans.values()), max(start + size for start, size in spans.values())
+        try:
+            file = storage.open_file(tar)
+            if end - first <= sum(size for _, size in spans.values()) + _GAP:
+                whole = file.read(first, end - first)
+                contents |= {part: whole[start - first : start - first + size] for part, (start, size) in spans.items()}
+            else:
+                contents |= {part: file.read(start, size) for part, (start, size) in spans.items()}
+        except OSError as error:
+            raise BadSample("tar cannot be read", str(error)) from error
+        if any(len(contents[part] or b"") < size for part, (_, size) in spans.items()):
+            raise BadSample("tar cut off", "it is shorter than when it was indexed")
+        return contents
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Number of samples, a hash of the indexes, and names and sizes of the tars."""
+        digest = hashlib.blake2b(digest_size=16)
+        for rows in self.rows:
+            digest.update(rows.tobytes())
+        tars = [
+            {"name": pathlib.PurePosixPath(public(tar)).name, "bytes": storage.stat(tar)[0], "samples": len(rows)}
+            for tar, rows in zip(self.tars, self.rows, strict=True)
+        ]
+        return {"samples": len(self), "hash": digest.hexdigest(), "tars": tars}
+
+
+class Tars(SourceKind):
+    """`tar:PATTERN`."""
+
+    pair_specs: ClassVar = {
+        "tar:PATTERN": "KEY.jpg (or another image) with KEY.txt or KEY.json in tars, as img2dataset writes them"
+    }
+    suffixes = (".tar",)
+
+    @classmethod
+    def open_pairs(cls, rest: str, options: SourceOptions) -> TarSource:
+        """Open a `TarSource`."""
+        return TarSource(rest, options.text_keys, options.tags_key)

@@ -1,0 +1,239 @@
+"""Data sets of TensorFlow Datasets, as pairs or labelled images, read without TensorFlow; and the demo's."""
+
+import contextlib
+import hashlib
+import io
+import json
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.data import labelled
+from xclip_jax.data.base import LabelledSource, MissingColumnError, Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.readers.tables import strip_texts
+from xclip_jax.data.text import decode_utf8, first_line
+from xclip_jax.demo import emoji
+
+
+def lookup(record: Record, key: str) -> list[str]:
+    """Return the strings at `key` of a TFDS record, '/' for nested features ("captions/text").
+
+    Raises:
+      BadSample: one is not UTF-8.
+    """
+    value: Any = record
+    for part in key.split("/"):
+        value = [item[part] for item in value] if isinstance(value, list) else value[part]
+    values = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
+    return [decode_utf8(item) if isinstance(item, bytes) else str(item) for item in values]
+
+
+def open_tfds(
+    spec: str, split: str, data_dir: str | None, image_key: str = "image"
+) -> tuple[Any, tfds.core.DatasetInfo]:
+    """Open a split as a data source whose images, at `image_key`, are not decoded, and return its information too.
+
+    Raises:
+      UserError: an unknown data set or split; one that is not prepared, or in files without random access.
+    """
+    folder = data_dir or "the default data_dir"
+    prepare = (
+        f"`pip install 'xclip_jax[tfds-prepare]'` and `tfds build {spec} --file_format=array_record"
+        f"{f' --data_dir={data_dir}' if data_dir else ''}`"
+    )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # a banner where TensorFlow is missing
+            builder: Any = tfds.builder(spec, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        raise UserError(f"unknown TFDS data set {spec!r}; see https://www.tensorflow.org/datasets/catalog.") from error
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and "'tensorflow'" in str(error):
+            raise UserError(
+                f"TFDS data set {spec!r} is not prepared in {folder}, which needs TensorFlow; prepare it once with "
+                f"{prepare}."
+            ) from None
+        raise UserError(f"TFDS data set {spec!r} cannot be opened in {folder} ({first_line(error)}).") from error
+    try:
+        features = builder.info.features
+        encoded = image_key in features and isinstance(features[image_key], tfds.features.Image)
+        decoders = {image_key: tfds.decode.SkipDecoding()} if encoded else None
+        return builder.as_data_source(split, decoders=decoders), builder.info
+    except Exception as error:
+        if not builder.is_prepared():
+            by_hand = (
+                "its archives have to be downloaded by hand into downloads/manual there; then "
+                if builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+                else ""
+            )
+            message = f"TFDS data set {spec!r} is not prepared in {folder}; {by_hand}prepare it once with {prepare}."
+        elif isinstance(error, NotImplementedError):
+            message = (
+                f"TFDS data set {spec!r} in {folder} is prepared as {builder.info.file_format.value}, which does not "
+                f"allow random access; delete it and prepare it again, with {prepare}."
+            )
+        else:
+            message = (
+                f"TFDS data set {spec!r}, split {split!r}, cannot be read from {folder} ({first_line(error)}). Is the "
+                f"split right? If files are missing, prepare it again with {prepare}."
+            )
+        raise UserError(message) from error
+
+
+class TfdsSource(Source):
+    """A split of a TFDS data set, read with `tfds.data_source`: array_record or parquet files."""
+
+    def __init__(self, data: Any, info: tfds.core.DatasetInfo, split: str, options: SourceOptions) -> None:
+        """`data` and `info` are those of `open_tfds`, keys of features those of `lookup`.
+
+        Raises:
+          MissingColumnError: the data set has no feature of such a key.
+        """
+        self.data, self.options = data, options
+        for key in filter(None, (options.image_key, *options.text_keys, options.tags_key)):
+            if key.split("/")[0] not in info.features:
+                names = ", ".join(sorted(info.features))
+                raise MissingColumnError(
+                    f"{info.full_name} has no feature {key!r}; it has {names}",
+                    "data.image_key, data.text_keys and data.tags_key",
+                )
+        shards = [(name, part.num_bytes, list(part.shard_lengths)) for name, part in sorted(info.splits.items())]
+        content = json.dumps([info.full_name, split, len(data), shards]).encode()
+        self._fingerprint = {
+            "samples": len(data),
+            "hash": hashlib.blake2b(content, digest_size=16).hexdigest(),
+            "name": info.full_name,
+            "split": split,
+        }
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Name, version and split of the data set, and a hash of these and of the sizes of its shards."""
+        return self._fingerprint
+
+    def __getitem__(self, index: int) -> Record:
+        record = self.data[index]
+        text = strip_texts([caption for key in self.options.text_keys for caption in lookup(record, key)])
+        if not text:
+            raise BadSample("caption is empty")
+        return {
+            "image": record[self.options.image_key],
+            "text": text,
+            "tags": strip_texts(lookup(record, self.options.tags_key)) if self.options.tags_key else [],
+            "id": str(index),
+        }
+
+
+class TfdsLabelled(LabelledSource):
+    """Images of a TFDS split with a feature "label"; nothing is kept in memory."""
+
+    key = "image"
+
+    def __init__(self, name: str, split: str, data_dir: str | None) -> None:
+        self._arguments, self._name, self._split = (name, split, data_dir), name, split
+        self._data, info = open_tfds(name, split, data_dir)
+        self.names, self.version = getattr(info.features.get("label"), "names", None) or (), str(info.version)
+        if not self.names or "image" not in info.features:
+            raise UserError(
+                f"tfds:{name}/{split}: TFDS data set {name!r} has no features image and label (of classes)."
+            )
+        self.items = labelled.Field(self._data, "image")
+        self._labels: np.ndarray | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        """A worker process opens the data set itself."""
+        return TfdsLabelled, self._arguments
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def labels(self) -> np.ndarray:
+        """All labels (n,)."""
+        if self._labels is None:
+            self._labels = np.array([self._data[i]["label"] for i in range(len(self))])
+        return self._labels
+
+    def fingerprint(self) -> dict[str, Any]:
+        """A hash of name, version and split, since a version of a TFDS data set does not change."""
+        return labelled.fingerprint(len(self), self.names, [self._name, self.version, self._split])
+
+    @property
+    def identity(self) -> list[str]:
+        """The split and its version."""
+        return [f"tfds:{self._name}/{self._split}", self.version]
+
+    def __getitem__(self, index: int) -> Record:
+        record = self._data[index]
+        return {"image": record["image"], "label": record["label"], "id": str(index)}
+
+
+class TfdsSplits(SourceKind):
+    """`tfds:NAME/SPLIT`, prepared once as array_record files."""
+
+    pair_specs: ClassVar = {"tfds:NAME/SPLIT": "a prepared data set of TensorFlow Datasets"}
+    labelled_specs: ClassVar = {
+        "tfds:NAME/SPLIT": "a prepared data set of TensorFlow Datasets with features image and label"
+    }
+    split_specs: ClassVar = {"tfds:NAME": labelled_specs["tfds:NAME/SPLIT"]}
+
+    @classmethod
+    def open_pairs(cls, rest: str, options: SourceOptions) -> TfdsSource:
+        """Open a `TfdsSource`."""
+        name, split = _name_and_split(rest)
+        return TfdsSource(*open_tfds(name, split, options.dir or None, options.image_key), split, options)
+
+    @classmethod
+    def open_labelled(cls, rest: str, options: SourceOptions) -> TfdsLabelled:
+        """Open a `TfdsLabelled`."""
+        return TfdsLabelled(*_name_and_split(rest), options.dir or None)
+
+    @classmethod
+    def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
+        """Whether the data set, prepared or not, has it."""
+        try:
+            return split in tfds.builder(rest, data_dir=options.dir or None).info.splits
+        except Exception:  # opening the first split says what is wrong
+            return False
+
+
+def _name_and_split(rest: str) -> tuple[str, str]:
+    name, _, split = rest.rpartition("/")
+    if not name:
+        raise UserError(
+            f"source 'tfds:{rest}' does not name a split; write tfds:NAME/SPLIT, as in tfds:coco_captions/train."
+        )
+    return name, split
+
+
+class DemoSplits(SourceKind):
+    """`demo:SPLIT`, the emoji of `data.demo`, prepared on first use."""
+
+    pair_specs: ClassVar = {"demo:SPLIT": "a split of the demo's emoji, prepared on first use"}
+
+    @classmethod
+    def extras(cls, rest: str) -> tuple[str, ...]:
+        """Packages of images."""
+        return ("demo",)
+
+    @classmethod
+    def open_pairs(cls, rest: str, options: SourceOptions) -> TfdsSource:
+        """Open a split of the data set of `emoji.prepare`."""
+        return open_prepared("demo", emoji.prepare(options.dir or None), rest, options)
+
+
+def open_prepared(kind: str, builder: Any, split: str, options: SourceOptions) -> TfdsSource:
+    """Open a split of a builder whose data set is prepared; `kind` is what its specs begin with.
+
+    Raises:
+      UserError: an unknown split.
+    """
+    try:
+        data = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"source '{kind}:{split}': unknown split; expected one of {', '.join(builder.info.splits)}."
+        ) from error
+    return TfdsSource(data, builder.info, split, options)

@@ -1,0 +1,275 @@
+"""Labelled or captioned images in tars, in the layout of clip_benchmark: `wds:PATH` and `wds:hf:ORG/NAME`.
+
+    PATH/classnames.txt                            names of the classes, one a line, in the order of their numbers
+    PATH/zeroshot_classification_templates.txt     prompts, one a line, with {c} for the class
+    PATH/dataset_type.txt                          "retrieval" or "multilabel"; without the file one class an image
+    PATH/test/nshards.txt                          number of tars
+    PATH/test/0.tar, PATH/test/1.tar, ...          KEY.webp, .png or .jpg, with KEY.cls, or KEY.txt or KEY.npy
+
+KEY.cls is the number of a class, KEY.txt has the captions of a retrieval set, one a line, and KEY.npy an array of zeros
+and ones for several classes an image. `clip_benchmark_export_wds` writes such folders, and the Hub has many, as
+clip-benchmark/wds_cifar10. Tars are read in place, by the walk of their headers that `tar_index` makes.
+"""
+
+import dataclasses
+import functools
+import io
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from xclip_jax.core import storage
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.data import hub_client, labelled
+from xclip_jax.data.base import MAX_BYTES, SourceKind, SourceOptions
+from xclip_jax.data.readers import tar_index
+from xclip_jax.data.readers.tar_headers import members
+from xclip_jax.data.text import TO_UTF8, decode_utf8
+
+CLASSES, SEVERAL, CAPTIONS = "classification", "multilabel", "retrieval"
+# Of a type of data set, the files with labels or captions.
+_ANSWERS = {CLASSES: ".cls", SEVERAL: ".npy", CAPTIONS: ".txt"}
+_IMAGES = (".webp", ".png", ".jpg", ".jpeg")  # of several, the first one counts
+_SHARDS = "nshards.txt"
+_MAX_SHARDS = 1_000_000
+_HUB = re.compile(rf"({hub_client.ID})(?:@([^/]+))?(?:/([\w.-]+))?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A split of a data set, not yet read.
+
+    Attributes:
+      spec: as the user wrote it.
+      root: folder of the data set.
+      name: of the split.
+      version: commit of the Hub, or "".
+    """
+
+    spec: str
+    root: pathlib.Path
+    name: str
+    version: str = ""
+
+    @functools.cached_property
+    def type(self) -> str:
+        """`CLASSES`, `SEVERAL` or `CAPTIONS`."""
+        kind = "\n".join(self.lines("dataset_type.txt", optional=True)).lower() or CLASSES
+        if kind not in _ANSWERS:
+            raise UserError(f"{self.spec}: data sets of type {kind!r} are not supported, only {', '.join(_ANSWERS)}.")
+        return kind
+
+    def lines(self, name: str, *, optional: bool = False) -> list[str]:
+        """Return the lines of a text file of the data set, without white space around them."""
+        try:
+            text = storage.read(str(self.root / name), MAX_BYTES["json"]).decode("utf-8-sig")
+        except FileNotFoundError as error:
+            if optional:
+                return []
+            lacks = f"has no file {name}" if self.root.is_dir() else "does not exist"
+            raise UserError(f"{self.spec}: {str(self.root)!r} {lacks}; {self._expected()}.") from error
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self.spec}: {str(self.root / name)!r} is not UTF-8 ({error}); convert it, as with {TO_UTF8}."
+            ) from error
+        return [line.strip() for line in text.splitlines()]
+
+    def _expected(self) -> str:
+        splits = sorted(path.parent.name for path in self.root.glob(f"*/{_SHARDS}"))
+        known = f"; its splits are {', '.join(splits)}" if splits else ""
+        return f"expected clip_benchmark's layout (classnames.txt, {self.name}/{_SHARDS}, {self.name}/0.tar){known}"
+
+    def tars(self) -> list[str]:
+        """Return the paths of the tars."""
+        number = "".join(self.lines(f"{self.name}/{_SHARDS}"))
+        if not re.fullmatch("[0-9]{1,7}", number) or not 0 < int(number) <= _MAX_SHARDS:
+            raise UserError(
+                f"{self.spec}: {str(self.root / self.name / _SHARDS)!r} has {number!r}, not a number of tars."
+            )
+        tars = [str(self.root / self.name / f"{i}.tar") for i in range(int(number))]
+        if missing := [tar for tar in tars if not pathlib.Path(tar).is_file()]:
+            raise UserError(f"{self.spec}: {len(missing)} of {len(tars)} tars do not exist, {missing[0]!r} first.")
+        return tars
+
+
+class Members(labelled.Files):
+    """Images that are files in tars."""
+
+    def __init__(self, tars: Sequence[str], rows: Sequence[tuple[int, bytes, int, int]]) -> None:
+        """Of each image `rows` has the number of its tar, its key, the offset and the size in bytes."""
+        self.tars, self.rows = list(tars), list(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        """Return "TAR#KEY"."""
+        number, key, *_ = self.rows[index]
+        return f"{self.tars[number]}#{key.decode('utf-8', 'replace')}"
+
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """Key and size of each image."""
+        return ((key.decode("utf-8", "replace"), size) for _, key, _, size in self.rows)
+
+    def __getitem__(self, index: int) -> bytes:  # ty: ignore[incompatible-method-override] no slices
+        number, _, offset, size = self.rows[index]
+        if size > MAX_BYTES["image"]:
+            raise BadSample("file too large", self.name(index))
+        try:
+            data = storage.open_file(self.tars[number]).read(offset, size)
+        except OSError as error:
+            raise BadSample("tar cannot be read", str(error)) from error
+        if len(data) < size:
+            raise BadSample("tar cut off", "it is shorter than when it was opened")
+        return data
+
+
+def locate(rest: str, *, fetch: bool = True) -> Split:
+    """Find the split that the spec "wds:" + `rest` names, "test" where it names none.
+
+    Args:
+      rest: path of a data set or of a split in it, or "hf:ORG/NAME[@REVISION][/SPLIT]".
+      fetch: whether the tars of a data set on the Hub are needed, and not only its text files.
+
+    Raises:
+      UserError: a repository that cannot be opened; see `hub_client.dataset_folder`.
+    """
+    spec = f"wds:{rest}"
+    if not rest.startswith(hub_client.PREFIX):
+        path = pathlib.Path(rest).expanduser()
+        is_split = (path / _SHARDS).is_file()
+        return Split(spec, path.parent, path.name) if is_split else Split(spec, path, "test")
+    match = _HUB.fullmatch(rest.removeprefix(hub_client.PREFIX))
+    if not match:
+        raise UserError(f"{spec!r} names no data set of the Hub; write wds:hf:ORG/NAME[@REVISION][/SPLIT].")
+    repository, revision, split = match[1], match[2], match[3] or "test"
+    patterns = ["*.txt", *[f"{split}/*.tar"] * fetch]
+    folder = hub_client.dataset_folder(spec, repository, revision, patterns)
+    return Split(spec, folder, split, folder.name)
+
+
+def read(split: Split) -> tuple[Members, list[bytes]]:
+    """Return the images of a split, and the content of the file with the label or the captions of each.
+
+    Raises:
+      UserError: files that are missing, tars that are damaged, or images without labels or labels without images.
+    """
+    tars = split.tars()
+    rows, answers = [], []
+    for number, tar in enumerate(tars):
+        for key, image, answer in _samples(split, tar):
+            rows.append((number, key, *image))
+            answers.append(answer)
+    return Members(tars, rows), answers
+
+
+def _samples(split: Split, tar: str) -> Iterator[tuple[bytes, tuple[int, int], bytes]]:
+    """Yield key, offset and size of the image, and content of the answer of each sample of a tar."""
+    suffix, size, file = _ANSWERS[split.type], storage.stat(tar)[0], storage.open_file(tar)
+    samples: dict[bytes, dict[str, tuple[int, int]]] = {}
+    for name, offset, length in members(tar, size):
+        if not name or offset + length > size:
+            what = f"is damaged at byte {offset:,}" if not name else "is cut off"
+            raise UserError(f"{split.spec}: tar {tar!r} {what}; get it again.")
+        key, ending = tar_index.split_name(name)
+        samples.setdefault(key, {})[ending] = offset, length
+    for key, files in samples.items():
+        image = next((files[ending] for ending in _IMAGES if ending in files), None)
+        if image is None or suffix not in files or files[suffix][1] > MAX_BYTES["text"]:
+            raise UserError(
+                f"{split.spec}: sample {key.decode('utf-8', 'replace')!r} of {tar!r} has the files "
+                f"{', '.join(files)}; a data set of type {split.type} needs {suffix} and one of {', '.join(_IMAGES)}."
+            )
+        yield key, image, file.read(*files[suffix])
+
+
+def open_labelled(split: Split) -> labelled.Labelled:
+    """Open images in classes: one class an image, or with type `SEVERAL` any number.
+
+    Raises:
+      UserError: a retrieval set, or as `read`; labels that are not among the classes.
+    """
+    if split.type == CAPTIONS:
+        raise UserError(f"{split.spec} has captions and no classes; name it as a set of its own: {split.spec}.")
+    names = split.lines("classnames.txt")
+    images, answers = read(split)
+    shape = (len(names),) if split.type == SEVERAL else ()
+    labels = np.zeros((len(answers), *shape), bool if shape else np.int64)
+    for i, answer in enumerate(answers):
+        label = _label(answer, shape)
+        if label is None or not (shape or 0 <= label < len(names)):
+            raise UserError(
+                f"{split.spec}: {images.name(i)!r} has the label {answer[:20]!r}; expected "
+                + (f"an array of {len(names)} zeros and ones." if shape else f"a number from 0 to {len(names) - 1}.")
+            )
+        labels[i] = label
+    source = labelled.Labelled("image", images, labels, names)
+    source.templates, source.version = (
+        split.lines("zeroshot_classification_templates.txt", optional=True),
+        split.version,
+    )
+    return source
+
+
+def _label(answer: bytes, shape: tuple[int, ...]) -> Any:
+    """Return the label in a .cls file or, with a shape, in a .npy file; None where it is none."""
+    try:
+        if not shape:
+            return int(answer)
+        file = io.BytesIO(answer)
+        version = np.lib.format.read_magic(file)
+        # The header first: np.load makes room for as many values as a header claims.
+        size, _, dtype = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else ((), False, None)
+        if size != shape or dtype is None or dtype.kind not in "biuf":
+            return None
+        value = np.frombuffer(answer, dtype, count=shape[0], offset=file.tell())
+        return value.astype(bool) if np.isin(value, (0, 1)).all() else None
+    except ValueError:
+        return None
+
+
+def open_captions(split: Split) -> tuple[Members, list[list[str]]]:
+    """Open images and the captions of each, one a line.
+
+    Raises:
+      UserError: as `read`, or text that is not UTF-8.
+    """
+    images, answers = read(split)
+    captions = []
+    for i, answer in enumerate(answers):
+        try:
+            captions.append(decode_utf8(answer).splitlines())
+        except BadSample as error:
+            raise UserError(f"{split.spec}, {images.name(i)!r}: {error}.") from error
+    return images, captions
+
+
+class Wds(SourceKind):
+    """`wds:PATH` and `wds:hf:ORG/NAME[@REVISION]`, each of them perhaps with /SPLIT."""
+
+    labelled_specs: ClassVar = {
+        "wds:PATH": "tars in clip_benchmark's layout",
+        "wds:hf:ORG/NAME": "the same on the Hugging Face Hub",
+    }
+    split_specs: ClassVar = {"wds:PATH": labelled_specs["wds:PATH"]}
+
+    @classmethod
+    def extras(cls, rest: str) -> tuple[str, ...]:
+        """The client of the Hub, where a data set is there."""
+        return ("hub",) if rest.startswith(hub_client.PREFIX) else ()
+
+    @classmethod
+    def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
+        """Open labelled images, see `open_labelled` of the module."""
+        return open_labelled(locate(rest))
+
+    @classmethod
+    def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
+        """Whether the data set has it."""
+        try:
+            return (locate(rest, fetch=False).root / split / _SHARDS).is_file()
+        except UserError:  # opening the first split says what is wrong
+            return False

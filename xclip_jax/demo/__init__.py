@@ -1,0 +1,1 @@
+"""The demo: emoji as image-text pairs, and its evaluation sets."""

@@ -1,0 +1,297 @@
+"""Evaluation sets of the demo, `xclip_jax.demo.emoji` (`emoji/...`).
+
+The images are of three artists; results are means over them.
+
+    validation_concepts, test_concepts      images of 100 and 200 concepts that are not in the training data, among the
+                                            names of these; a class's embedding is the mean over its prompts,
+                                            "name, tag, tag, tag" with each of its tags first once, and each tag alone
+    ..._concepts_one_prompt                 the same with the one prompt "name, tag, tag, tag"
+    validation_rendering, test_rendering    concepts of the training data by an artist whose image of them is not in it,
+                                            among the names of all concepts
+    test_rendering_flags, _animals_food, _rest    the same for one group, among the names of the group
+    test_rendering_flags_all_names          flags among all names
+    test_line, test_line_concepts           line drawings, a style that is not in the training data: all names; the
+                                            200 test concepts
+    validation_retrieval, test_retrieval    the images of ..._rendering with name and aliases as captions
+    test_probe                              visual: category and subcategory by a linear probe and nearest neighbours,
+                                            trained on the training images, tested on test_concepts; C is chosen on
+                                            validation_concepts
+    test_aliases, test_translations         textual: retrieval of the 200 test concepts' names by their aliases; by
+                                            their names in five other languages, which are not in the training data
+    test_text_probe                         textual: the category by a linear probe on names, split as test_probe
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from xclip_jax.data import assets
+from xclip_jax.data.preprocessing import Preprocessing
+from xclip_jax.demo import emoji
+from xclip_jax.evaluators.base import SetKind
+from xclip_jax.evaluators.probe import ProbeSet, Sweep
+from xclip_jax.evaluators.prompts import Profile
+from xclip_jax.evaluators.results import SHIFTED, VALIDATION, Provenance, digest
+from xclip_jax.evaluators.retrieval import RetrievalSet
+from xclip_jax.evaluators.text import TextRetrievalSet
+from xclip_jax.evaluators.zeroshot import ZeroShotSet
+
+Record = dict[str, Any]
+EmojiSet = ZeroShotSet | RetrievalSet | ProbeSet | TextRetrievalSet
+Maker = Callable[[str, Preprocessing, str | None], EmojiSet]
+
+_UNCATEGORISED = {"flags": "Flags"}  # the newest flags have no category in Unicode's table
+_SWEEP = Sweep(halvings=0, tolerance=1e-4)  # coarse, from 1e-6 to 1e6: the demo is short
+
+
+@functools.lru_cache(maxsize=16)
+def _emoji(split: str, prepare: Preprocessing, data_dir: str | None) -> tuple[list[np.ndarray], list[Record]]:
+    """Return images and records of a split; cached, because several sets share them."""
+    images, records = [], []
+    for image, record in assets.encoded_records(emoji.prepare(data_dir), split):
+        images.append(prepare(image))
+        records.append(record)
+    return images, records
+
+
+def _classify(
+    name: str,
+    prepare: Preprocessing,
+    data_dir: str | None,
+    *,
+    split: str,
+    prompts: Callable[[Record], list[str]] | None = None,
+    role: str = "",
+    group: str = "",
+    all_names: bool = False,
+) -> ZeroShotSet:
+    """Return a set of zero-shot classification: the images of `split`, among the names of concepts.
+
+    Args:
+      name, prepare, data_dir: as in `load`.
+      split: of the demo's data set.
+      prompts: texts of a concept; by default its name.
+      role: only concepts of this role, as images and as names.
+      group: only concepts of this group, as images and, unless `all_names`, as names.
+      all_names: see `group`.
+    """
+    concepts = {c["id"]: c for c in emoji.concepts(emoji.prepare(data_dir)) if role in ("", c["role"])}
+    classes = {i: c for i, c in concepts.items() if all_names or group in ("", c["group"])}
+    images, records = _emoji(split, prepare, data_dir)
+    if role or group:
+        keep = [i for i, r in enumerate(records) if r["concept"] in concepts and group in ("", r["group"])]
+        images, records = [images[i] for i in keep], [records[i] for i in keep]
+    index = {concept: i for i, concept in enumerate(classes)}
+    vendors = np.array([r["vendor"] for r in records])
+    return ZeroShotSet(
+        name,
+        images,
+        np.array([index[r["concept"]] for r in records]),
+        [prompts(c) if prompts else [c["name"]] for c in classes.values()],
+        {str(v): vendors == v for v in np.unique(vendors)} if len(set(vendors)) > 1 else {},
+        [c["name"] for c in classes.values()],
+        _card(
+            split,
+            [(r["vendor"], r["concept"]) for r in records],
+            [c["name"] for c in classes.values()],
+            protocol="nearest class text by cosine, mean over artists",
+            preprocessing=prepare.resizing,
+            templates={_prompts: "name and three tags in turn, each tag", _one_prompt: "name and three tags"}.get(
+                prompts, "name"
+            ),
+        ),
+        [c["category"] or _UNCATEGORISED.get(c["group"], "Other") for c in classes.values()],
+    )
+
+
+def _card(split: str, *items: list[Any], **fields: str) -> Provenance:
+    """Return the provenance of a set with these contents."""
+    role = VALIDATION if split.startswith("validation") else SHIFTED if split == "test_line" else ""
+    items_hash = digest(x for part in items for x in part)
+    return Provenance("emoji_pairs", str(emoji.EmojiPairs.VERSION), split, items_hash, role=role, **fields)
+
+
+def _retrieve(name: str, prepare: Preprocessing, data_dir: str | None, *, split: str) -> RetrievalSet:
+    """Return a retrieval set: the images of `split`, with names and aliases as captions."""
+    images, records = _emoji(split, prepare, data_dir)
+    captions = [[r["name"], *r["aliases"]] for r in records]
+    card = _card(
+        split, captions, protocol="recall, any match", preprocessing=prepare.resizing, metric="image_to_text/r1"
+    )
+    return RetrievalSet(name, images, captions, card)
+
+
+_ROLES = ("train", "validation_concepts", "test_concepts")  # of concepts, and the splits with their pictures
+
+
+def _probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
+    """Return a probe of categories: trained on concepts of the training data, C and accuracy on other ones.
+
+    To save time it is trained on one image of each concept, of the artists in turn.
+    """
+    parts = [_emoji(split, prepare, data_dir) for split in _ROLES]
+    # The newest flags have no category.
+    kept = [[i for i, r in enumerate(records) if r["category"]] for _, records in parts]
+    drawings: dict[str, list[int]] = {}
+    for i in kept[0]:
+        drawings.setdefault(parts[0][1][i]["concept"], []).append(i)
+    kept[0] = sorted(drawn[turn % len(drawn)] for turn, (_, drawn) in enumerate(sorted(drawings.items())))
+    train, validation, test = ([images[i] for i in keep] for (images, _), keep in zip(parts, kept, strict=True))
+    records = [[part[i] for i in keep] for (_, part), keep in zip(parts, kept, strict=True)]
+    card = _card(
+        "+".join(_ROLES),
+        [(r["vendor"], r["concept"], r["subcategory"]) for part in records for r in part],
+        protocol="linear probe (L-BFGS, C of 7 on validation) and 20 neighbours (T 0.07) on features before projection",
+        preprocessing=prepare.resizing,
+        metric="category/linear/top1",
+    )
+    tasks = {task: _index([[r[task] for r in part] for part in records]) for task in ("category", "subcategory")}
+    return ProbeSet(name, train, validation, test, tasks, sweep=_SWEEP, card=card)
+
+
+def _index(words: list[list[str]]) -> tuple[np.ndarray, ...]:
+    """Return the labels of each part's words, numbered in alphabetical order of the first part's."""
+    number = {word: i for i, word in enumerate(sorted(set(words[0])))}
+    return tuple(np.array([number[word] for word in part], int) for part in words)
+
+
+def _text_probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
+    """Return a probe of categories on the names of concepts, split as `_probe`."""
+    del prepare
+    known = [c for c in emoji.concepts(emoji.prepare(data_dir)) if c["category"]]
+    parts = [[c for c in known if c["role"] == role] for role in _ROLES]
+    train, validation, test = ([c["name"] for c in part] for part in parts)
+    card = _card(
+        "+".join(_ROLES),
+        [(c["name"], c["category"]) for part in parts for c in part],
+        protocol="linear probe (L-BFGS, C of 7 on validation) on text features before projection",
+        metric="linear/top1",
+    )
+    tasks = {"": _index([[c["category"] for c in part] for part in parts])}
+    return ProbeSet(name, train, validation, test, tasks, sweep=_SWEEP, neighbours=False, card=card)
+
+
+def _same_meaning(
+    name: str, prepare: Preprocessing, data_dir: str | None, *, keys: tuple[str, ...]
+) -> TextRetrievalSet:
+    """Return a set of the test concepts' names, with their other names at `keys` as queries but for equal ones."""
+    del prepare
+    concepts = [c for c in emoji.concepts(emoji.prepare(data_dir)) if c["role"] == "test_concepts"]
+    rows = []
+    for key in keys:
+        for i, c in enumerate(concepts):
+            words = c[key] if isinstance(c[key], list) else [c[key]]
+            rows += [(key, w, i) for w in words if w and w.casefold() != c["name"].casefold()]
+    names, key_of = [c["name"] for c in concepts], np.array([key for key, *_ in rows])
+    queries = [(word, i) for _, word, i in rows]
+    card = _card(
+        "test_concepts",
+        names,
+        queries,
+        protocol="recall of names by cosine of text embeddings",
+        metric="r1",
+    )
+    groups = {key: key_of == key for key in keys if key in key_of} if len(keys) > 1 else {}
+    return TextRetrievalSet(name, names, queries, groups, card)
+
+
+def _known(split: str, **options: Any) -> Maker:
+    return functools.partial(_classify, split=split, **options)
+
+
+def _one_prompt(concept: Record) -> list[str]:
+    return [", ".join([concept["name"], *concept["tags"][:3]])]
+
+
+def _prompts(concept: Record) -> list[str]:
+    """Return captions of the training data's form: keywords after the name, and alone."""
+    name, tags = concept["name"], concept["tags"]
+    rotations = [tags[i:] + tags[:i] for i in range(len(tags))]
+    return [", ".join([name, *rotation[:3]]) for rotation in rotations or [[]]] + tags
+
+
+def _unseen(role: str, split: str, prompts: Callable[[Record], list[str]] = _prompts) -> Maker:
+    return functools.partial(_classify, split=split, role=role, prompts=prompts)
+
+
+_MAKERS: Mapping[str, Maker] = {
+    "emoji/validation_concepts": _unseen("validation_concepts", "validation_concepts"),
+    "emoji/test_concepts": _unseen("test_concepts", "test_concepts"),
+    "emoji/validation_concepts_one_prompt": _unseen("validation_concepts", "validation_concepts", _one_prompt),
+    "emoji/test_concepts_one_prompt": _unseen("test_concepts", "test_concepts", _one_prompt),
+    "emoji/validation_rendering": _known("validation_rendering"),
+    "emoji/test_rendering": _known("test_rendering"),
+    "emoji/test_rendering_flags": _known("test_rendering", group="flags"),
+    "emoji/test_rendering_animals_food": _known("test_rendering", group="animals_food"),
+    "emoji/test_rendering_rest": _known("test_rendering", group="rest"),
+    "emoji/test_rendering_flags_all_names": _known("test_rendering", group="flags", all_names=True),
+    "emoji/test_line": _known("test_line"),
+    "emoji/test_line_concepts": _unseen("test_concepts", "test_line"),
+    "emoji/validation_retrieval": functools.partial(_retrieve, split="validation_rendering"),
+    "emoji/test_retrieval": functools.partial(_retrieve, split="test_rendering"),
+    "emoji/test_probe": _probe,
+    "emoji/test_aliases": functools.partial(_same_meaning, keys=("aliases",)),
+    "emoji/test_translations": functools.partial(_same_meaning, keys=emoji.LANGUAGES),
+    "emoji/test_text_probe": _text_probe,
+}
+
+_CREDIT = (
+    "Emoji: Twemoji (CC-BY 4.0, Twitter and contributors), OpenMoji (CC BY-SA 4.0, openmoji.org), Noto Emoji "
+    "(Apache-2.0, Google). The pictures in this page are under these licences."
+)
+_QUERIES = (
+    "cat",
+    "red heart",
+    "fruit",
+    "angry face",
+    "blue",
+    "clock",
+    "woman with long hair",
+    "vehicle on rails",
+)
+TESTS = tuple(name for name in _MAKERS if name.startswith("emoji/test_"))
+_PANELS = {
+    "emoji/test_concepts": (
+        "Things it has never seen",
+        "No picture of these was ever shown in training. The model chooses among {num_classes} new names, each with up "
+        "to three keywords.",
+    ),
+    "emoji/test_rendering": (
+        "Known things, drawn by another artist",
+        "Training showed other artists' pictures of these, never this one. The model chooses among {num_classes} "
+        "names.",
+    ),
+    "emoji/test_line": (
+        "Line drawings",
+        "Training showed colour pictures only. The model chooses among {num_classes} names.",
+    ),
+}
+
+
+class EmojiSets(SetKind):
+    """`emoji/NAME`."""
+
+    prefixes = ("emoji",)
+    names = tuple(_MAKERS)
+    panels = _PANELS
+    queries = _QUERIES
+    credit = _CREDIT
+    sources = ("demo",)
+
+    @classmethod
+    def knows(cls, spec: str) -> bool:
+        """Return whether the demo has a set of this name."""
+        return spec in _MAKERS
+
+    @classmethod
+    def load(cls, spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> EmojiSet:
+        """Return the set `spec`; the profile is of published sets and not used."""
+        return _MAKERS[spec](spec, Profile().preprocessing(prepare), data_dir)
+
+    @classmethod
+    def shows(cls, spec: str) -> str:
+        """Return "classes" or "captions" for sets of images, but for those of the probe."""
+        maker = getattr(_MAKERS[spec], "func", None)
+        return {_classify: "classes", _retrieve: "captions"}.get(maker, "")

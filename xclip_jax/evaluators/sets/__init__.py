@@ -1,0 +1,1 @@
+"""Evaluation sets: published ones, and your own in files, tars and folders."""

@@ -1,0 +1,382 @@
+"""A trained model for use: embeddings, zero-shot labels and clusters of images and texts.
+
+    model = xclip_jax.load("runs/mine")
+    z_img, z_txt = model.encode_image(["a.jpg", "b.png"]), model.encode_text(["a fox", "a hen"])
+    result = model.zero_shot(["a.jpg"], ["fox", "hen"])
+
+Results are NumPy arrays. Any number of items is encoded on all devices in batches of a few fixed sizes, so that each is
+compiled once. Images are resized, cropped and normalised as the model's config says.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from xclip_jax.core import imports, storage
+from xclip_jax.core.errors import BadSample, UserError, check_count
+from xclip_jax.data.base import MAX_BYTES
+from xclip_jax.data.prefetch import ThreadPrefetcher
+from xclip_jax.evaluators.encoder import Encoder, Features, Rows
+from xclip_jax.evaluators.zeroshot import class_scores
+from xclip_jax.models.two_towers import TwoTowers, Variables
+from xclip_jax.objectives.similarity import cluster_similarity, features, softmax
+from xclip_jax.parallel.mesh import make_mesh, replicated
+from xclip_jax.train import weights
+from xclip_jax.train.build import Experiment
+
+ImageLike = str | os.PathLike | bytes | np.ndarray | Image.Image
+
+TEMPLATES = ("a photo of a {}.",)
+_SMALLER = (1, 8)  # batches for few items
+_MESH = {"data": -1, "fsdp": 1, "model": 1}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ZeroShotResult:
+    """Zero-shot classification of b images among n classes.
+
+    Attributes:
+      labels: the likeliest class of each image.
+      probabilities: fp32 (b, n), rows sum to 1.
+      scores: fp32 (b, n), of which the probabilities are computed: cosines, or negative cross-entropies in nats, or the
+        sum of both, each over its standard deviation.
+    """
+
+    labels: list[str]
+    probabilities: np.ndarray
+    scores: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clusters:
+    """The likeliest clusters of b items, likeliest first.
+
+    Attributes:
+      ids: int (b, top).
+      probabilities: fp32 (b, top).
+    """
+
+    ids: np.ndarray
+    probabilities: np.ndarray
+
+
+class Model:
+    """Both towers with their weights, tokenizer and preprocessing; `load` returns one.
+
+    Embeddings are those of the model's own similarity, see `Objective.similarities`: of a projection (b, e), or without
+    one distributions over clusters (b, k), scaled to unit length, so that products of embeddings are the cosines that
+    its evaluations print.
+
+    Attributes:
+      config: of the run, or of other weights.
+      card: origin of the model, for the records of what is computed with it.
+      preprocessing: resizing, cropping and normalisation of images.
+      size: side of an image, pixels.
+      length: tokens of a text, start and end included.
+      batch: items that are encoded at once.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        variables: Variables,
+        card: Mapping[str, Any],
+        *,
+        batch: int,
+        threads: int = 0,
+    ) -> None:
+        self.config, self.preprocessing, self.tokenizer = (
+            experiment.config,
+            experiment.preprocessing,
+            experiment.tokenizer,
+        )
+        self.size, self.length = experiment.image_size, experiment.context_length
+        self.card = dict(card) | {
+            "objective": self.config.objective.name, "size": self.size,
+            "preprocessing": self.preprocessing.describe(), "tokenizer": self.config.data.tokenizer,
+        }  # fmt: skip
+        self._experiment = experiment
+        self._threads, self._similarities = threads, experiment.objective.similarities
+        mesh = make_mesh(_MESH)
+        self._towers = {name: getattr(experiment.model, name) for name in experiment.model.towers}
+        model, variables = _unrolled(experiment.model, variables)
+        self._variables = jax.device_put(variables, replicated(mesh))
+        self._encoder = Encoder(
+            model,
+            self.tokenizer,
+            text_length=self.length,
+            preprocessing=self.preprocessing,
+            mesh=mesh,
+            batch=batch,
+            smaller=[size for size in _SMALLER if size < batch],
+            similarities=self._similarities,
+        )
+        self.batch = self._encoder.batch
+
+    def encode_image(self, images: Sequence[ImageLike] | np.ndarray) -> np.ndarray:
+        """Embeddings of images.
+
+        Args:
+          images: paths (of buckets too), Pillow's images, contents of image files (bytes) or uint8 RGB arrays
+            (h, w, 3), of any size; or all as one uint8 array (b, h, w, 3).
+
+        Returns:
+          fp32 (b, e), rows of unit length.
+
+        Raises:
+          UserError: an image that is missing or cannot be decoded; the message names it.
+        """
+        return self._embed(self._images, images)
+
+    def encode_prepared(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """`encode_image` of results of `prepare`; anything with `len` and `[]`, read once and roughly in that order."""
+        return self._embed(self._prepared, images)
+
+    def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """Embeddings (b, e) of fp32 pixels (b, size, size, 3) that are normalised by the model's mean and deviation."""
+        pixels = np.asarray(pixels)
+        if pixels.dtype != np.float32 or pixels.shape[1:] != (self.size, self.size, 3):
+            raise UserError(
+                f"pixels are {pixels.dtype} of shape {pixels.shape}; this model takes float32 (b, {self.size}, "
+                f"{self.size}, 3) that are normalised; use encode_image for other inputs."
+            )
+        return self._embed(self._prepared, pixels)
+
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings (b, e) of texts, cut to the model's length."""
+        return self._embed(self._texts, texts)
+
+    def encode_tokens(self, tokens: np.ndarray) -> np.ndarray:
+        """Embeddings of token ids, as `model.tokenizer(texts, model.length)` makes them.
+
+        Args:
+          tokens: ids (b, length) of any integer dtype.
+
+        Returns:
+          fp32 (b, e), rows of unit length.
+
+        Raises:
+          UserError: another dtype or shape, an id outside of the tokenizer's vocabulary, or a row without its end
+            token where the tower reads the text from there.
+        """
+        tokens, vocab = np.asarray(tokens), self.tokenizer.vocab_size
+        if tokens.dtype.kind not in "iu" or tokens.ndim != 2 or tokens.shape[1] != self.length:
+            raise UserError(
+                f"tokens are {tokens.dtype} of shape {tokens.shape}; expected integers of shape (b, {self.length}). "
+                "Use encode_text for strings."
+            )
+        if (outside := (tokens < 0) | (tokens >= vocab)).any():
+            row, column = np.argwhere(outside)[0]
+            raise UserError(
+                f"token {tokens[row, column]} in row {row}, column {column} is outside of the model's vocabulary, "
+                f"0 to {vocab - 1}; use the model's own tokenizer, model.tokenizer(texts, {self.length})."
+            )
+        ends = (tokens == self.tokenizer.eot_id).any(axis=1)
+        if getattr(self._towers.get("txt"), "pool", "") == "eot" and not ends.all():
+            raise UserError(
+                f"row {ends.argmin()} of the tokens has no end token, {self.tokenizer.eot_id}, from which the model "
+                f"reads the text; use the model's own tokenizer, model.tokenizer(texts, {self.length})."
+            )
+        return self._embed(self._tokens, tokens.astype(np.int32))
+
+    def zero_shot(
+        self,
+        images: Sequence[ImageLike] | np.ndarray,
+        class_names: Sequence[str],
+        templates: Sequence[str] = TEMPLATES,
+        *,
+        by: str = "",
+    ) -> ZeroShotResult:
+        """Classify images by the texts of their classes.
+
+        By the model's own similarity, unless another is named. With a projection a class is the mean over its prompts,
+        each normalised, normalised again, the score is the cosine, and the probabilities are its softmax at the learned
+        scale, also for models of the sigmoid loss. Without one the score is the negative cross-entropy of distributions
+        over clusters.
+
+        Args:
+          images: as in `encode_image`.
+          class_names: at least one.
+          templates: prompts, with {} for the class.
+          by: another score of the model, by the name that evaluations print, whose softmax the probabilities then are.
+            Of xCLIP the "cosine" and the (negative) "cross_entropy" of clusters, and "both", the sum of the cosine of
+            embeddings and the cross-entropy, each over its standard deviation among these images and classes; of nCLIP
+            the "cosine".
+
+        Raises:
+          UserError: as in `encode_image`; no class, a template without {}, a score that the model lacks.
+        """
+        if isinstance(class_names, str) or isinstance(templates, str):
+            raise UserError("class_names and templates are lists of strings; put a single one in brackets.")
+        if not class_names or not templates:
+            raise UserError("zero_shot needs at least one class name and one template.")
+        if wrong := [template for template in templates if "{}" not in template]:
+            raise UserError(f"template {wrong[0]!r} has no {{}}, where the class name goes.")
+        # str.format would fail on braces in a name.
+        prompts = [template.replace("{}", name) for name in class_names for template in templates]
+        used = self._similarities if by else self._similarities[:1]
+        img, txt = self._images(images, features(used)), self._texts(prompts, features(used))
+        by_score = class_scores(used, img, txt, [len(templates)] * len(class_names))
+        if by not in by_score:
+            known = ", ".join(repr(name) for name in by_score if name) or "only its own"
+            raise UserError(f"by={by!r} is not a score of this model, which has {known}; leave it out for its own.")
+        scores = by_score[by or used[0].logits].astype(np.float32)
+        labels = [class_names[i] for i in scores.argmax(axis=1)]
+        logits = scores if by else self._encoder.logits_of(by_score, self._variables)
+        return ZeroShotResult(labels, softmax(logits), scores)
+
+    @property
+    def has_clusters(self) -> bool:
+        """Whether the model has a similarity of distributions over clusters, which `clusters` shows."""
+        return cluster_similarity(self._similarities) is not None
+
+    def clusters(
+        self,
+        images: Sequence[ImageLike] | np.ndarray | None = None,
+        *,
+        texts: Sequence[str] | None = None,
+        top: int = 5,
+    ) -> Clusters:
+        """The likeliest clusters of images or of texts, for models that have them, see `has_clusters`.
+
+        Raises:
+          UserError: a model without cluster heads; both images and texts, or neither; as in `encode_image`.
+        """
+        similarity = cluster_similarity(self._similarities)
+        if similarity is None:
+            raise UserError("this model has no cluster heads; clusters needs one that was trained with them.")
+        keys = (similarity.feature,)
+        if texts is None and images is not None:
+            outputs = self._images(images, keys)
+        elif texts is not None and images is None:
+            outputs = self._texts(texts, keys)
+        else:
+            raise UserError("clusters takes either images or texts=[...].")
+        p = similarity.rows(outputs[similarity.feature])
+        if not 1 <= top <= p.shape[1]:
+            raise UserError(f"top={top} must be from 1 to the model's {p.shape[1]} clusters.")
+        ids = np.argsort(-p, axis=1, kind="stable")[:, :top]
+        return Clusters(ids, np.take_along_axis(p, ids, axis=1))
+
+    def prepare(self, image: ImageLike) -> np.ndarray:
+        """An image of `encode_image` -> uint8 (size, size, 3).
+
+        Raises:
+          BadSample: it cannot be read or decoded.
+        """
+        if isinstance(image, str | os.PathLike):
+            image = read(image)
+        elif isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+                raise BadSample("not an image array", f"expected uint8 (h, w, 3), got {image.dtype} {image.shape}")
+        elif not isinstance(image, bytes | Image.Image):
+            raise BadSample("not an image", _a(image))
+        return self.preprocessing(image)
+
+    def _images(self, images: Sequence[ImageLike] | np.ndarray, keys: Sequence[str]) -> Features:
+        if isinstance(images, str | bytes | os.PathLike | Image.Image):
+            raise UserError("images is a single image; pass a list.")
+
+        def make(i: int) -> np.ndarray:
+            image = images[i]
+            try:
+                return self.prepare(image)
+            except BadSample as error:
+                name = f", {os.fspath(image)!r}" if isinstance(image, str | os.PathLike) else ""
+                raise UserError(f"image {i}{name}: {error}.") from None
+
+        window = 2 * self.batch
+        with ThreadPrefetcher(make, len(images), threads=self._threads, window=window) as prepared:
+            return self._prepared(prepared, keys)
+
+    def _prepared(self, images: Rows, keys: Sequence[str]) -> Features:
+        return self._encoder.images(self._variables, images, keys)
+
+    def _texts(self, texts: Sequence[str], keys: Sequence[str]) -> Features:
+        if isinstance(texts, str):
+            raise UserError(f"texts is the string {texts[:40]!r}; pass a list of strings.")
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise UserError(f"texts holds {wrong[0]!r:.40}, {_a(wrong[0])}; pass strings.")
+        return self._encoder.texts(self._variables, texts, keys)
+
+    def _tokens(self, tokens: Rows, keys: Sequence[str]) -> Features:
+        return self._encoder.tokens(self._variables, tokens, keys)
+
+    def _embed(self, encode: Callable[[Any, Sequence[str]], Features], items: Any) -> np.ndarray:
+        """Embeddings of `items`, whose features `encode` computes."""
+        keys = features(self._similarities[:1])
+        return self._similarities[0].embedding(encode(items, keys)[keys[0]])
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters, heads included."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self._variables["params"]))
+
+    def fingerprint(self) -> str:
+        """A checksum of weights, tokenizer and preprocessing, see `train.weights.fingerprint`."""
+        return weights.fingerprint(self._experiment, self._variables)
+
+
+def _a(value: object) -> str:
+    """The type of a value, after its article."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+
+
+def read(path: str | os.PathLike) -> bytes:
+    """Content of a file, of a bucket too. Raises `BadSample`."""
+    name = os.fspath(path)
+    try:
+        data = storage.read(name, MAX_BYTES["image"])
+    except FileNotFoundError as error:
+        raise BadSample("file does not exist") from error
+    except OSError as error:
+        raise BadSample("file cannot be read", str(error)) from error
+    if not data:
+        raise BadSample("file is empty")
+    return data
+
+
+def load(
+    path: str | os.PathLike, *, step: int | None = None, batch: int = 32, threads: int = 0, trust: bool = False
+) -> Model:
+    """The model at `path`, on all devices of this machine.
+
+    On a CPU, which has no fast bfloat16, it computes in float32.
+
+    Args:
+      path: a run's folder, or weights that `xclip_jax.interop.read` reads, such as "hf:ORG/NAME".
+      step: of one of a run's checkpoints; the newest by default.
+      batch: items that are encoded at once, rounded up to a multiple of the devices; 32 suits the caches of a CPU,
+        accelerators take more.
+      threads: that read and decode images; 0 for one a core.
+      trust: whether to import the modules of other packages that the config in `path` names, which runs their code.
+
+    Raises:
+      UserError: `path` is neither a run nor weights; `batch` below 1 or `threads` below 0; a config that names a class
+        of another package, whose module has not been imported, without `trust`.
+    """
+    check_count("batch", batch, 1)  # before weights are read, which may take a while
+    check_count("threads", threads, 0)
+    source = os.fspath(path)
+    pinned, origin = weights.pin(source)
+    with imports.trusting(trust):
+        _, experiment, variables, step = weights.load(pinned, step)
+    card = {"checkpoint": source, "step": step, **origin}
+    return Model(experiment, variables, card, batch=batch, threads=threads)
+
+
+def _unrolled(model: TwoTowers, variables: Variables) -> tuple[TwoTowers, Variables]:
+    """On a CPU: in float32, without scans over blocks, which cost a quarter of the time."""
+    if jax.default_backend() != "cpu":
+        return model, variables
+    towers = {name: getattr(model, name).unrolled() for name in model.towers}
+    params = {name: tower.convert(variables["params"][name])[0] for name, tower in towers.items()}
+    variables = {**variables, "params": {**variables["params"], **params}}
+    return model.clone(dtype=jnp.float32, **towers), variables

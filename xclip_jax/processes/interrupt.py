@@ -1,0 +1,112 @@
+"""Signals: a run saves its state and stops, so that the same command can resume it."""
+
+import contextlib
+import ctypes
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from xclip_jax.core import ending
+from xclip_jax.core.console import log0
+from xclip_jax.core.errors import EXIT_RESUMABLE
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(BaseException):
+    """Leaves work, such as an evaluation, because the run is to stop; not an `Exception`, which is a fault."""
+
+
+class PreemptionHandler:
+    """Makes the first SIGTERM or SIGINT a request to save and stop; the second one acts at once.
+
+    While `saves` is false nothing could be saved: the first signal leaves an evaluation, and elsewhere ends the process
+    with `EXIT_RESUMABLE`, at once, as an exception could be lost in a callback and would leave XLA compiling. Several
+    processes agree on the moment through JAX's preemption service, and each of them has to ask (`requested`) equally
+    often; a signal to one of them stops all.
+
+    Attributes:
+      saves: whether a request leads to a checkpoint; set by the training loop.
+      noticed: whether a signal came.
+    """
+
+    def __init__(self) -> None:
+        self.saves = self.noticed = False
+        self._leaves = self._agreed = False
+        self._questions = 0
+        self._previous: dict[int, Any] = {}
+        self._service: Callable[[int], None] | None = None
+
+    def __enter__(self) -> "PreemptionHandler":
+        if jax.process_count() > 1:
+            self._service = _handler_below_python(signal.SIGTERM)
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: Any) -> None:
+        name, previous = signal.Signals(number).name, self._previous[number]
+        # Under nohup the inherited handler ignores SIGINT; the second one must end the process nevertheless. That of a
+        # command would wait while the main thread is in C code.
+        signal.signal(number, signal.SIG_DFL if previous in (signal.SIG_IGN, ending.at_once) else previous)
+        self.noticed = True
+        alone = jax.process_count() == 1
+        stopping = "saving, then stopping; send it again to stop at once"
+        with contextlib.suppress(RuntimeError, OSError):  # it came while a line was printed, or nobody reads them
+            log0(f"{name}: {stopping if self.saves else 'stopping; run the same command to resume'}")
+        if self._service is not None:
+            self._service(signal.SIGTERM)
+        if alone and self._leaves:
+            self._leaves = False
+            raise Interrupted
+        if alone and not self.saves:
+            ending.exit_now(EXIT_RESUMABLE)
+
+    def requested(self) -> bool:
+        """Whether to stop here; the same answer on every process."""
+        if jax.process_count() == 1:
+            return self.noticed
+        # The service names the question at which all stop, one more than any process has asked. It counts from 1.
+        self._questions += 1
+        self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(self._questions)
+        return self._agreed
+
+    def check(self) -> None:
+        """Raises `Interrupted` if the run is to stop here; every process has to call it."""
+        if self.requested():
+            raise Interrupted
+
+    def check_alone(self) -> None:
+        """Raises `Interrupted` if a run of one process is to stop; of several none can leave the others."""
+        if self.noticed and jax.process_count() == 1:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Context that a signal leaves at once, with `Interrupted`, where there is one process."""
+        self.check_alone()
+        self._leaves = True
+        try:
+            yield
+        finally:
+            self._leaves = False
+
+
+def _handler_below_python(number: int) -> Callable[[int], None] | None:
+    """The C handler of a signal, taken out, or None: JAX's service installs one, which Python's would replace."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+        address = libc.signal(number, None)
+    except (OSError, AttributeError):
+        return None
+    if address in (None, 1, ctypes.c_void_p(-1).value):  # the default, ignored, an error
+        return None
+    return ctypes.CFUNCTYPE(None, ctypes.c_int)(address)

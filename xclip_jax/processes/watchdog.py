@@ -1,0 +1,210 @@
+"""Watchdog: a thread that names the phase in which a run hangs, and ends a process that hangs for too long.
+
+It also receives signals while the main thread is in C code, where Python's handlers wait: a compiler, a collective.
+"""
+
+import contextlib
+import faulthandler
+import os
+import select
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+
+import jax
+
+from xclip_jax.core.ending import exit_now
+from xclip_jax.core.errors import EXIT_RESTART, EXIT_RESUMABLE
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.processes import runtime
+from xclip_jax.processes.interrupt import SIGNALS, PreemptionHandler
+
+DATA, COMPILATION, STEP = "waiting for data", "the first step, which compiles", "a step"
+CHECKPOINT, RESTORE, EVALUATION = "a checkpoint", "restoring a checkpoint", "an evaluation"
+# After a signal the main thread stops at its next mark; where that does not come in this time, nor in `_SLOWER` times
+# the longest wait of its phase so far, it never may. A save may take as long as it takes without a signal.
+STOP_SECONDS = 60.0
+_SLOWER = 3
+# How much has to end before a wait can be called long: the first step compiles, and so does the first evaluation.
+_EVIDENCE = {STEP: 2, EVALUATION: 1}
+_POLL_SECONDS = 0.5
+_MOMENT = 2.0  # in which Python's handler runs, where the main thread is not in C code
+
+
+class Watchdog:
+    """Watches a run, in a context; outside of phases it does nothing.
+
+    A process that hangs writes the stacks of its threads to standard error and to the run's folder, and exits with
+    `EXIT_RESTART`. One that was asked to stop and hangs exits with `EXIT_RESUMABLE`: it goes on at its last checkpoint.
+
+    Attributes:
+      phase: the one that was entered last.
+      step, saved: the last step that was begun, and that of the last checkpoint, 0 where there is none.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        preemption: PreemptionHandler,
+        clock: Callable[[], float] = time.monotonic,
+        /,
+        *,
+        warning: float,
+        limit: float,
+    ) -> None:
+        """Make a watchdog that is not watching yet.
+
+        Args:
+          folder: the run's.
+          preemption: handles the signals.
+          clock: seconds.
+          warning: seconds without progress after which the phase is named; 0 for never.
+          limit: seconds without progress after which the process ends; 0 for never.
+        """
+        self._folder, self._preemption, self._warning, self._limit = folder, preemption, warning, limit
+        self._clock, self._last = clock, clock()
+        self.phase, self._detail, self._since, self._warned_of = "", "", clock(), 0.0
+        self._asked_at, self._asked = 0.0, 0
+        self.step = self.saved = 0
+        self._longest = dict.fromkeys(_EVIDENCE, 0.0)  # seconds without progress
+        self._ended = dict.fromkeys(_EVIDENCE, 0)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+
+    def __enter__(self) -> "Watchdog":
+        self._read_end, self._write_end = socket.socketpair()
+        for end in (self._read_end, self._write_end):
+            end.setblocking(False)
+        self._previous = signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
+        if (peers := runtime.peers()) is not None:
+            peers.status = self.status
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._previous)
+        if (peers := runtime.peers()) is not None:
+            peers.status = lambda: ""
+        self._stop.set()
+        self._thread.join()
+        self._read_end.close()
+        self._write_end.close()
+
+    def enter(self, phase: str, detail: str = "") -> None:
+        """Begin a phase, which is progress; "" for one that may take as long as it likes."""
+        self.beat()
+        if self.phase == EVALUATION != phase:
+            self._ended[EVALUATION] += 1
+        self.phase, self._detail = phase, detail
+
+    def beat(self) -> None:
+        """Mark progress within the phase."""
+        now = self._clock()
+        if self.phase in self._longest:
+            self._longest[self.phase] = max(self._longest[self.phase], now - self._since)
+        self._since = now
+
+    def end_step(self) -> None:
+        """Count a step that the devices have computed; it is progress for who waits for a step."""
+        self._ended[STEP] += 1
+        if self.phase == STEP:
+            self.beat()
+
+    def status(self) -> str:
+        """What this process is doing, and for how long: "a step (3 s)"."""
+        return f"{self.phase}{self._detail} ({self._clock() - self._since:.0f} s)" if self.phase else ""
+
+    def check(self) -> None:
+        """Name the phase, or end the process, where it is time; called by the watchdog's thread every moment."""
+        now = self._clock()
+        if now - self._last > 10 * _POLL_SECONDS:  # the whole process was suspended
+            self._since += now - self._last
+        self._last = now
+        if self._asked:
+            self._check_signal(now)
+        if self.phase:
+            self._check_progress(now)
+
+    def _watch(self) -> None:
+        signals = select.poll()  # select() takes no descriptor above 1023
+        signals.register(self._read_end, select.POLLIN)
+        self._last = self._clock()
+        while not self._stop.is_set():
+            if signals.poll(1000 * _POLL_SECONDS):
+                self._hear()
+            self.check()
+
+    def _hear(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            count = sum(number in SIGNALS for number in self._read_end.recv(64))
+            if count and not self._asked:
+                self._asked_at = self._clock()
+            self._asked += count
+
+    def _check_signal(self, now: float) -> None:
+        if self._asked > 1 and now - self._asked_at > _MOMENT and not self._preemption.noticed:
+            self._end("asked to stop twice", EXIT_RESUMABLE, stacks=False)
+        alone = jax.process_count() == 1
+        if alone and self.phase == COMPILATION and now - self._asked_at > _MOMENT:
+            self._end(f"stopping in the compilation: {self._loss()}", EXIT_RESUMABLE, stacks=False)
+        waited, phase = now - max(self._asked_at, self._since), self.phase
+        evidence = self._ended.get(phase, 0) >= _EVIDENCE.get(phase, 0)
+        if phase not in ("", CHECKPOINT) and evidence and waited > self._at_least(STOP_SECONDS, phase):
+            self._end(f"asked to stop, and in {self.status()}; {self._loss()}", EXIT_RESUMABLE)
+
+    def _at_least(self, seconds: float, phase: str) -> float:
+        """Seconds without progress that are long for a phase."""
+        return max(seconds, _SLOWER * self._longest.get(phase, 0.0))
+
+    def _loss(self) -> str:
+        """Which steps are lost with this process."""
+        lost = f"{self.step - self.saved} steps since the last checkpoint are lost" if self.step > self.saved else ""
+        if not self.saved:
+            return f"there is no checkpoint yet, and {self.step} steps are lost" if lost else "nothing is trained yet"
+        return lost or "no step is lost"
+
+    def _check_progress(self, now: float) -> None:
+        phase, since = self.phase, self._since
+        if self._limit and now - since > self._limit:
+            self._end(f"no progress: {self.status()}{self._others()}", EXIT_RESTART)
+        warns = self._warning and phase != COMPILATION and self._warned_of != since
+        if warns and now - since > self._at_least(self._warning, phase):
+            self._warned_of = since
+            limit = f"; the run ends after {self._limit:.0f} s (log.stall_limit)" if self._limit else ""
+            print(f"WARNING: {self._who()}no progress: {self.status()}{self._others()}{limit}", flush=True)
+
+    def _others(self) -> str:
+        if (peers := runtime.peers()) is None:
+            return ""
+        with contextlib.suppress(Exception):  # process 0 may be gone
+            return f"; {others}" if (others := peers.waiting()) else ""
+        return ""
+
+    def _who(self) -> str:
+        return f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+
+    def _end(self, sentence: str, status: int, *, stacks: bool = True) -> None:
+        where = self._dump_stacks() if stacks else ""
+        advice = "run the same command to resume"
+        print(f"error: {self._who()}{sentence}{where}; {advice}", file=sys.stderr, flush=True)
+        if (peers := runtime.peers()) is not None:
+            peers.leave(sentence, status)
+        exit_now(status)
+
+    def _dump_stacks(self) -> str:
+        """Write the stacks of all threads to standard error and to the run's folder, and return where they are."""
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            text = file.read()
+        os.write(2, text.encode())
+        path = self._folder.stacks_file(jax.process_index())
+        # In a thread: what hangs may be the run's own disk.
+        writer = threading.Thread(target=lambda: path.write_text(text), daemon=True)
+        writer.start()
+        writer.join(10)
+        return f" (stacks of all threads: {path})"

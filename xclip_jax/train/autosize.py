@@ -1,0 +1,351 @@
+"""Sizes of a run that follow from its pairs, its initial weights and the machine: the recipe `small`."""
+
+import dataclasses
+import hashlib
+import math
+import os
+import re
+import sys
+
+import jax
+import ml_collections
+import numpy as np
+
+from xclip_jax.config import recipes, schema
+from xclip_jax.core.command_names import command
+from xclip_jax.core.errors import UserError
+from xclip_jax.data import holdout, inspect, labelled, sources, tokenizer
+from xclip_jax.data.base import MissingColumnError, Source, SourceOptions, name_of
+from xclip_jax.data.config import DataConfig
+from xclip_jax.evaluators.sets import zeroshot_datasets
+from xclip_jax.models.heads import ClusterHead, Head
+from xclip_jax.objectives import OBJECTIVES, RECIPES, make_objective
+from xclip_jax.objectives.clip import Clip
+from xclip_jax.train import flops, memory, weights
+
+SAMPLE = 512  # pairs that are read to learn their sizes
+HELD_OUT = (20, 0.05, 5000)  # at least so many pairs, this share, at most so many: scores are a square matrix
+LARGEST_SHARE = 0.2
+# FLOP/s of a core, measured with these towers, and the seconds that a run on a CPU may take at this speed.
+CORE, LONGEST = 4e10, 1800
+# Small towers from random parameters: the learning rate at batch 256, the share of the first 1,000 steps that is
+# warm-up, and the shortest warm-up for this rate. A shorter warm-up gets a lower rate, so that the rate rises no faster
+# than where it was tuned: on the demo's validation sets (docs/demo.md), and about so on the icons (docs/study.md).
+SMALL_TOWERS = (2e-3, 0.5, 1000, 300)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Sizes of a source's pairs.
+
+    Attributes:
+      pairs: their number.
+      width, height: median sides of the images, pixels.
+      tokens: length of the captions, start and end included, at the 95th percentile.
+      repeats: share of the captions that another pair has too.
+    """
+
+    pairs: int
+    width: int = 512
+    height: int = 512
+    tokens: int = 32
+    repeats: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Devices that a run may use. `memory` is in bytes for each device; the devices of a CPU share it."""
+
+    platform: str = "cpu"
+    devices: int = 1
+    memory: float = 8 * 2**30
+    cores: int = 4
+
+
+ORDINARY = {"cpu": Machine(), "gpu": Machine("gpu", 1, 16 * 2**30, 8), "tpu": Machine("tpu", 1, 16 * 2**30, 8)}
+
+
+def this_machine() -> Machine:
+    """Return the devices of this process, with their whole memory, free or not."""
+    device = jax.devices()[0]
+    platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    return Machine(platform, jax.device_count(), memory.total(device), os.cpu_count() or 1)
+
+
+def _unusable(source: Source, bad: list[inspect.Sample], count: int) -> str:
+    """Return the sentence about the samples `bad`, of `count` pairs that were read."""
+    first, see = bad[0], f"see {command('check')}"
+    reason = ": ".join(filter(None, (first.reason, first.detail)))
+    if len(bad) < count:
+        most = f"more than {DataConfig.max_bad_fraction:.0%}; the first is {name_of(source, first.index)!r} ({reason})"
+        other = f"or pass count={len(source)}, with which none is read here, and raise data.max_bad_fraction"
+        return f"{len(bad)} of {count} pairs that were read cannot be used, {most}; {see}, {other}."
+    if first.reason in ("caption is empty", "no image in the record"):
+        see += ", and for records with features of other names the recipe's arguments image=NAME,text=NAME"
+    return f"none of the {count} pairs that were read can be used ({reason}); {see}."
+
+
+def measure(source: Source, tokens: tokenizer.Tokenizer) -> Counts:
+    """Read a random part of a source's pairs and return their sizes.
+
+    Raises:
+      UserError: too many pairs cannot be used, or all have the same caption.
+    """
+    n = len(source)
+    chosen = np.random.default_rng(0).choice(n, min(SAMPLE, n), replace=False)
+    samples, _ = inspect.read(source, sorted(chosen.tolist()), os.cpu_count() or 1, 32)
+    good = [sample for sample in samples if not sample.reason]
+    if len(bad := [sample for sample in samples if sample.reason]) > DataConfig.max_bad_fraction * len(samples):
+        raise UserError(_unusable(source, bad, len(samples)))
+    captions = [sample.caption for sample in good]
+    if len(set(captions)) == 1 < len(good):
+        raise UserError(
+            f"all {len(good)} captions that were read are {captions[0]!r}: there is nothing to learn; give each "
+            "image a caption of its own."
+        )
+    return Counts(
+        n,
+        *(int(np.median([sample.size[axis] for sample in good])) for axis in (0, 1)),
+        tokens=int(np.percentile(tokens.lengths(tokens(captions, 77)), 95)),
+        repeats=inspect.repeated_share(np.array(captions)),
+    )
+
+
+def held_out_share(pairs: int) -> float:
+    """Return the share of the pairs that is held out: a twentieth, more of few pairs and less of very many."""
+    least, share, most = HELD_OUT
+    return float(f"{min(max(share, least / pairs), most / pairs, LARGEST_SHARE):.2g}")
+
+
+def tower_preset(pairs: int, machine: Machine) -> str:
+    """Return the preset of the towers: small for a CPU, and for few pairs, which larger towers would memorise."""
+    if machine.platform == "cpu" or pairs < 20_000:
+        return "Ti/12"
+    return "S/16" if pairs < 2_000_000 else "B/16"
+
+
+def image_size(preset: str, counts: Counts, machine: Machine) -> int:
+    """Return the side of the images in pixels: whole patches, two or more, and not above the pairs' own side."""
+    patch = int(preset.partition("/")[2])
+    most = 224 if not preset.startswith("Ti") else 96 if machine.platform == "cpu" else 144
+    side = min(most, min(counts.width, counts.height))
+    return max(math.ceil(side / patch), 2) * patch
+
+
+def batch_size(trained: int, preset: str, machine: Machine) -> int:
+    """Return the batch size: a power of two, at least two batches an epoch, equal parts for the devices."""
+    most = 256 if machine.platform == "cpu" else {"Ti": 1024, "S": 2048}.get(preset.partition("/")[0], 4096)
+    batch = min(2 ** int(math.log2(max(trained // 2, 1))), most)
+    return max(batch - batch % machine.devices, machine.devices)
+
+
+def activation_bytes(config: ml_collections.ConfigDict) -> float:
+    """Estimate the bytes that the towers keep for the backward pass of one pair."""
+    img, txt = config.model.img, config.model.txt
+    total, width = 0.0, 4 if config.model.dtype == "float32" else 2
+    for tower, n in ((img, (img.image_size // img.patch) ** 2 + 1), (txt, txt.context_length)):
+        kept = {"none": 20 * tower.width + 3 * tower.heads * n, "dots": 9 * tower.width, "full": tower.width}
+        total += tower.depth * n * kept[tower.remat] * width
+    return total + 12 * img.image_size**2 * width
+
+
+def fixed_bytes(config: ml_collections.ConfigDict, machine: Machine) -> float:
+    """Estimate a device's bytes that microbatches do not reduce: state, gradients and cluster logits."""
+    resolved = schema.resolve(config)
+    vocab = tokenizer.load(config.data.tokenizer).vocab_size
+    heads = make_objective(resolved.objective).flops(resolved.model, vocab, 0)["heads"]
+    parameters = vocab * config.model.txt.width + heads / 2
+    parameters += sum(12 * tower.width**2 * tower.depth for tower in (config.model.img, config.model.txt))
+    clusters = config.model.cluster_head.clusters if _has_clusters(resolved) else 0
+    # Parameters, gradients and two moments; and for two modalities logits, distributions and gradients.
+    return 4 * (4 * parameters + 6 * config.data.batch // machine.devices * clusters)
+
+
+def microbatches(config: ml_collections.ConfigDict, machine: Machine) -> int:
+    """Return the number of microbatches with which activations fit half of the memory that the state leaves."""
+    devices = machine.devices if machine.platform == "cpu" else 1
+    memory = machine.memory / devices
+    room = max(memory - fixed_bytes(config, machine), memory / 8) / 2
+    each = config.data.batch // machine.devices
+    parts = 1
+    while each % (2 * parts) == 0 and each / parts * activation_bytes(config) > room:
+        parts *= 2
+    return parts
+
+
+def _is_small(config: ml_collections.ConfigDict) -> bool:
+    return config.model.img.width <= 192
+
+
+def _model(config: ml_collections.ConfigDict, saved: schema.Config | None, machine: Machine, trained: int) -> None:
+    """Set how the towers are computed, and the size of the cluster head, which the weights may have."""
+    model, cpu = config.model, machine.platform == "cpu"
+    plain = cpu or _is_small(config)
+    model.dtype = "float32" if cpu else "bfloat16"
+    for tower in (model.img, model.txt):
+        tower.scan, tower.remat = not plain, "none" if plain else "dots"
+    if saved is not None and _has_clusters(saved):
+        model.cluster_head.update(dataclasses.asdict(saved.model.cluster_head))
+    else:
+        clusters = 2 ** round(math.log2(min(max(trained, 256), 32_768)))
+        model.cluster_head.update(clusters=clusters, hidden=min(max(clusters // 2, 256), 4096))
+
+
+def _has_clusters(config: schema.Config) -> bool:
+    heads = make_objective(config.objective).heads(config.model, vocab=1)  # the vocabulary changes no kind of head
+    return any(isinstance(head, Head) and isinstance(head.module, ClusterHead) for head in heads.values())
+
+
+def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int, epochs: float, steps: int) -> None:
+    """Set the number of steps, from `steps` or `epochs` if one is not 0, and the keys that follow from it."""
+    batch, asked = config.data.batch, bool(epochs or steps)
+    pretrained = bool(config.init.weights)
+    usual = min(max(30_000 / trained, 25), 100) / (5 if pretrained else 1)
+    steps = steps or max(round(trained * (epochs or usual) / batch), 2)
+    config.steps = steps
+    # A tower of another package may not count its FLOPs.
+    if machine.platform == "cpu" and not asked and (step := flops.train_step(schema.resolve(config))):
+        affordable = int(LONGEST * CORE * machine.cores / step)
+        steps = min(steps, max(affordable, trained // batch, 2))
+    config.steps = steps
+    config.optim.lr = 2e-5 if pretrained else 1e-3 if config.model.img.width < 768 else 5e-4
+    config.optim.warmup = min(max(trained // batch, 1) * 2, steps // 10)
+    if not pretrained and _is_small(config):
+        lr, share, most, least = SMALL_TOWERS
+        config.optim.warmup = max(config.optim.warmup, round(share * min(steps, most)))
+        config.optim.lr = float(f"{lr * min(math.sqrt(batch / 256), max(config.optim.warmup, 1) / least, 1):.3g}")
+    config.log.collapse_warmup_steps = min(config.log.collapse_warmup_steps, max(steps // 2, 1))
+    config.eval.every = max(steps // 8, 1)
+    # A run of few steps is soon trained again, and a checkpoint is three times the model.
+    config.checkpoint.every = max(steps // 10, min(200, steps))
+    config.log.every = max(min(20, steps // 20), 1)
+
+
+def _data(config: ml_collections.ConfigDict, counts: Counts, machine: Machine) -> None:
+    data = config.data
+    data.spread_duplicate_captions = counts.repeats > 0.02
+    data.threads = max(min(machine.cores, 16), 2)
+    data.cache = 3.0 * counts.pairs * counts.width * counts.height < min(machine.memory / 8, 2**31)
+    data.holdout = held_out_share(counts.pairs)
+    config.eval.batch = min(256, 8 * max(data.batch // 8, machine.devices))
+
+
+def without_classes(spec: str, data_dir: str, image_key: str, share: float) -> str:
+    """Return why a source's held-out images are not classified by their labels, with the remedy; "" if they are.
+
+    Classification takes one label an image, and held-out images of two classes. The search goes class by class, so that
+    it reads few of many images.
+    """
+    try:
+        content = zeroshot_datasets.read_source(spec, data_dir or None, image_key)
+    except UserError as error:
+        if spec.startswith("folder:"):
+            return "no classes: one sub-folder a class would add zero-shot classification"
+        return f"no zero-shot classification: {error}"
+    if np.ndim(content.labels) != 1:
+        return "no zero-shot classification: images have several labels; give each one class"
+    if all(re.fullmatch(r"\d+", name) for name in content.classes):
+        return "no zero-shot classification: the classes are numbers, which no text describes; name them by words"
+    held_out = 0
+    for label in range(len(content.classes)):
+        places = np.flatnonzero(np.asarray(content.labels) == label)
+        held_out += any(holdout.selected(labelled.Chosen(content.images, [i]), share) for i in places)
+        if held_out == 2:
+            return ""
+    what = "the held-out images are all of one class" if held_out else "no labelled image is held out"
+    return f"no zero-shot classification: {what}; label more images"
+
+
+def _open(spec: str, options: SourceOptions) -> Source:
+    """As `sources.open_pairs`; the remedy for a missing column is an argument of the recipe, as flags come later."""
+    try:
+        return sources.open_pairs(spec, options)
+    except MissingColumnError as error:
+        raise UserError(f"{error.fault}; name its columns, small:pairs=PATH,image=COLUMN,text=COLUMN.") from error
+
+
+def summary(config: ml_collections.ConfigDict, counts: Counts, preset: str, *, read: bool) -> str:
+    """Return the sentence about the choices. `read`: whether the initial weights are on this machine."""
+    share, batch, model, initial = config.data.holdout, config.data.batch, config.model, config.init.weights
+    epochs = config.steps * batch / max(counts.pairs * (1 - share), 1)
+    towers = preset if not initial else f"towers of {initial}{'' if read else ' (not on this machine)'}"
+    parts = f" in {config.optim.microbatches} parts" if config.optim.microbatches > 1 else ""
+    apart = ": equal captions are kept apart" if counts.repeats < 1 else ""
+    repeats = f"; {100 * counts.repeats:.0f} % of captions repeat{apart}"
+    return (
+        f"small: {counts.pairs:,} pairs, {100 * share:.2g} % of them held out; {config.objective.name}, {towers}, "
+        f"{model.img.image_size} px, {model.txt.context_length} tokens, batch {batch}{parts}, {config.steps:,} steps "
+        f"({epochs:.3g} epochs){repeats if config.data.spread_duplicate_captions else ''}"
+    )
+
+
+def fill_in(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) -> None:
+    """Choose the sizes of a run on own pairs, and print a line about them.
+
+    Args:
+      config: from `get_config` of configs/small.py; is changed.
+      args: the recipe's arguments.
+
+    Raises:
+      UserError: pairs or weights that cannot be used.
+    """
+    machine = ORDINARY[args.device] if args.device else this_machine()
+    spec = sources.spec_from_path(args.pairs)
+    source = None if args.count else _open(spec, SourceOptions(args.dir, args.image, config.data.text_keys))
+    pairs = args.count or len(source or ())
+    if pairs < inspect.FEWEST:
+        raise UserError(
+            f"{args.pairs!r} has {pairs} pairs, too few to learn from: the loss compares the pairs of a batch; give "
+            f"{inspect.FEWEST} or more."
+        )
+    config.run, config.data.sources = f"runs/small-{run_name(spec)}", (spec,)
+    preset = args.preset or tower_preset(pairs, machine)
+    recipes.set_towers(config, preset)
+    saved = weights.adopt(config, args.weights) if args.weights else None
+    if saved is not None:
+        _adopt_objective(config, saved, args.objective)
+    counts = Counts(pairs) if source is None else measure(source, tokenizer.load(config.data.tokenizer))
+    trained = max(round(pairs * (1 - held_out_share(pairs))), 1)
+    if saved is None or args.size:
+        config.model.img.image_size = args.size or image_size(preset, counts, machine)
+    if saved is None:
+        config.model.txt.context_length = min(max(8 * math.ceil(counts.tokens / 8), 16), 77)
+    config.data.batch = args.batch or batch_size(trained, preset, machine)
+    _model(config, saved, machine, trained)
+    _data(config, counts, machine)
+    note = ""
+    if source is not None and sources.has_labels(spec, "image"):
+        if reason := without_classes(spec, args.dir, args.image, config.data.holdout):
+            note = f" ({reason})"
+        else:
+            config.eval.sets = (*config.eval.sets, "zeroshot/holdout")
+    _schedule(config, machine, trained, args.epochs, args.steps)
+    config.optim.microbatches = microbatches(config, machine)
+    # Not log0: the processes of a run may not have joined yet. Not to stdout: commands print JSON there.
+    print(summary(config, counts, preset, read=saved is not None) + note, file=sys.stderr)
+
+
+def run_name(spec: str) -> str:
+    """Return a folder's name for the pairs of `spec`: the path or, if it is long, its end and a hash."""
+    length = 40
+    name = re.sub(r"[^\w.-]+", "-", spec.partition(":")[2].rstrip("/*")).strip("-.")
+    if 0 < len(name) <= length:
+        return name
+    digest = hashlib.blake2b(spec.encode(errors="surrogateescape"), digest_size=3).hexdigest()
+    return "-".join(filter(None, [name[-length:].strip("-."), digest]))
+
+
+def _adopt_objective(config: ml_collections.ConfigDict, saved: schema.Config, objective: str) -> None:
+    """Take over the heads of the weights, and their objective unless another one is given."""
+    model = dataclasses.asdict(saved.model)
+    config.model.update({name: model[name] for name in ("embed", "project_img", "project_bias")})
+    config.model.update({name: model[name] for name in ("scale_init", "bias_init")})
+    if not objective and saved.objective.name in OBJECTIVES:
+        config.objective.name, config.objective.terms = saved.objective.name, dict(saved.objective.terms)
+        for term in ("clip", "nclip"):
+            config.objective[term].update(dataclasses.asdict(getattr(saved.objective, term)))
+    else:
+        config.objective.name = objective or "clip"
+        config.objective.terms = dict(RECIPES[config.objective.name])
+        if "clip" in config.objective.terms:  # SigLIP's weights may have a larger scale
+            config.model.scale_init = min(config.model.scale_init, Clip.max_scale)

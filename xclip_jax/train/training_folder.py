@@ -1,0 +1,318 @@
+"""The run's folder of a training run: whether it may be started or resumed there, and what it writes."""
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from xclip_jax.config import schema
+from xclip_jax.config.schema import Config
+from xclip_jax.core import environment, file_lock, lease
+from xclip_jax.core.console import log0
+from xclip_jax.core.errors import UserError, check_writable
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.storage import is_remote, write_json, write_whole
+from xclip_jax.data import tokenizer
+from xclip_jax.data.length_groups import AUTO, FULL, WHOLE, LengthGroups
+from xclip_jax.evaluators.results import Result, flat, to_json
+from xclip_jax.interop import hub
+from xclip_jax.objectives import TERMS
+
+# A resumed run may differ in these: they do not change what is learned, or other files of the folder guard them.
+KEYS_FREE_ON_RESUME = (
+    "checkpoint.", "data.buffer", "data.dir", "data.length_groups", "data.max_bad_fraction", "data.read_timeout",
+    "data.sources", "data.threads", "data.tokenizer", "data.workers", "eval.", "log.", "loss.", "mesh.",
+    "model.img.remat", "model.txt.remat", "optim.max_skipped_steps", "optim.microbatches", "optim.rewind", "run",
+)  # fmt: skip
+_EVALUATION_KEYS = (
+    "eval.sets", "eval.final_sets", "eval.ema", "eval.resize", "eval.resize_size", "eval.interpolation",
+    "eval.templates", "eval.class_names",
+)  # fmt: skip
+# Keys of a fingerprint with `data.records.outcome`, and what it is of.
+OUTCOMES = {
+    "data.holdout": "what data.holdout holds out",
+    "data.spread_duplicate_captions": "what data.spread_duplicate_captions spreads",
+}
+TRANSPARENT = "transparent"  # share of transparent images among some records of a source, in data.json
+_SHOWN = 5  # differences that an error lists
+
+
+class TrainingFolder(RunFolder):
+    """Checks a folder before a run, claims it for the time of the run, and writes its small files."""
+
+    def check(self, config: Config) -> None:
+        """Check, without writing anything, that a run of `config` can start or resume here.
+
+        Raises:
+          UserError: a path that cannot be written, a damaged file, a run of another config, or lost checkpoints.
+        """
+        self._check_writable()
+        saved = self.read_config()
+        if saved is None:
+            return
+        step = self.latest_step()
+        if step is None:
+            self._check_not_lost(saved)
+            return
+        if differing := _differences(saved["config"], config):
+            rest = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+            raise UserError(
+                f"{self.path} contains a run with a different config: {', '.join(differing[:_SHOWN])}{rest}. Use a "
+                "different --config.run, delete the folder, or give these keys the values of its config.json."
+            )
+        weights = config.init.weights
+        if (
+            saved.get("init_weights")
+            and RunFolder(weights).path.exists()
+            and fingerprint(weights) != saved["init_weights"]
+        ):
+            log0(f"WARNING: init.weights={weights!r} has changed since the run started from it")
+
+    def read_config(self) -> dict[str, Any] | None:
+        """Return the content of config.json, with defaults for keys that it lacks."""
+        content = super().read_config()
+        return content and content | {"config": schema.complete(content["config"]).to_dict()}
+
+    def completed(self, config: Config) -> dict[str, float] | None:
+        """Results of a run that is trained to its end and evaluated as `config` asks, else None."""
+        if self.latest_step() != config.steps or (record := self.read_results()) is None:
+            return None
+        saved = schema.flatten(schema.complete(record.get("config", {})).to_dict())
+        current = schema.flatten(schema.to_dict(config))
+        if record.get("failed") or any(saved[key] != current[key] for key in _EVALUATION_KEYS):
+            return None
+        return record["results"]
+
+    def tokenizer(self, config: Config) -> str:
+        """Value of data.tokenizer to build with: the run's own copy of a tokenizer file, where it has one.
+
+        Raises:
+          UserError: it is another one than the run, which has a checkpoint, was started with.
+        """
+        name, saved = config.data.tokenizer, self.read_config()
+        if saved is None or self.latest_step() is None:
+            return name  # `claimed` writes the copy again
+        was = saved["config"]["data"]["tokenizer"]
+        if name != was and {name, was} & set(tokenizer.NAMES):
+            raise UserError(
+                f"data.tokenizer={name!r} differs from {was!r}, which the run was started with; use a different "
+                "--config.run."
+            )
+        if name in tokenizer.NAMES or not self.tokenizer_file.exists():
+            return name
+        given = epath.Path(name)
+        if given.exists() and given.read_bytes() != self.tokenizer_file.read_bytes():
+            raise UserError(
+                f"data.tokenizer={name!r} differs from {self.tokenizer_file}, which the run was started with; use a "
+                "different --config.run, or restore the file."
+            )
+        return str(self.tokenizer_file)
+
+    def length_groups(self, text_rows: tuple[int, int]) -> LengthGroups | None:
+        """Return the run's groups of texts, or None where it has no checkpoint yet, or they suit other `text_rows`.
+
+        Args:
+          text_rows: see `train.build.Experiment`.
+        """
+        content = self.read_config()
+        if content is None or self.latest_step() is None:
+            return None
+        groups, chosen_for = content.get("length_groups", FULL), content.get("text_rows")
+        if chosen_for == list(text_rows):
+            return LengthGroups.parse(groups)
+        if groups != FULL:
+            log0(
+                f"data.length_groups={groups} is for {chosen_for}, the texts of a device's microbatch and the number "
+                f"of these, now {list(text_rows)}; other groups are chosen"
+            )
+        return None
+
+    def check_sources(self, config: Config, fingerprints: Sequence[Mapping[str, Any]]) -> None:
+        """Check that a run that resumes reads the data that it read before, wherever they are now.
+
+        Raises:
+          UserError: names the source that has changed, or a damaged data.json.
+        """
+        content = self.read_config()
+        if content is None or self.latest_step() is None or (saved := self.read_sources()) is None:
+            return
+        if len(saved) != len(fingerprints):
+            raise UserError(
+                f"data.sources has {len(fingerprints)} sources and had {len(saved)} when {self.path} was started; "
+                "restore them, or use a different --config.run."
+            )
+        for number, (old, new) in enumerate(zip(saved, fingerprints, strict=True)):
+            spec, same = config.data.sources[number], old["hash"] == new["hash"]
+            if same:
+                self._check_reading(f"source {number}, {spec!r}", old, new)
+            if not same or any(key in old and old[key] != new.get(key) for key in ("samples", "classes")):
+                raise UserError(
+                    f"source {number}, {spec!r}, has changed since {self.data_file} was "
+                    f"written: {old['samples']:,} samples then, {new['samples']:,} now, or other files. Restore it, or "
+                    "use a different --config.run."
+                )
+
+    def _check_reading(self, source: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        """Check that a source's records are read as before: which are held out, and which are spread."""
+        for key, what in OUTCOMES.items():
+            before, now = old.get(key), new.get(key)
+            if before is None or now is None or before["digest"] == now["digest"]:
+                continue
+            then, count = before["unreadable"], now["unreadable"]
+            changed = ", or files have changed" if count == then else ""
+            remedy = "see that all files can be read, and start again"
+            if count < then:
+                remedy = f"use a different --config.run, or delete {self.data_file} to go on in another order"
+            raise UserError(
+                f"{source}: {what} differs from that of {self.data_file}, and with it the order of all samples: "
+                f"{count:,} of the records cannot be read now, {then:,} could not be read then{changed}; {remedy}."
+            )
+
+    @contextlib.contextmanager
+    def claimed(
+        self,
+        config: Config,
+        fingerprints: Sequence[Mapping[str, Any]],
+        groups: LengthGroups = WHOLE,
+        text_rows: tuple[int, int] | None = None,
+    ) -> Iterator[None]:
+        """Keep other runs out of the folder, write config.json, data.json and the tokenizer, and delete old results.
+
+        Args:
+          config: of the run.
+          fingerprints: of its sources.
+          groups: of its texts.
+          text_rows: that `groups` are for, see `length_groups`.
+
+        Raises:
+          UserError: another run is writing to the folder.
+        """
+        if jax.process_index() != 0:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            self.check(config)  # another run may have come and gone
+            self.results_file.unlink(missing_ok=True)  # of another evaluation, or a failed one; a launcher looks for it
+            self._write_config(config, groups, text_rows)
+            write_json(self.data_file, list(fingerprints))
+            starts, named = self.latest_step() is None, config.data.tokenizer in tokenizer.NAMES
+            if starts and named:
+                self.tokenizer_file.unlink(missing_ok=True)  # that of a start which came to nothing
+            elif not named and (starts or not self.tokenizer_file.exists()):
+                write_whole(self.tokenizer_file, epath.Path(config.data.tokenizer).read_bytes())
+            yield
+
+    def write_results(self, config: Config, results: Sequence[Result], **details: Any) -> None:
+        """Write results.json: the results as numbers and as records, their config and environment, and `details`."""
+        facts = {"config": schema.to_dict(config), "environment": environment.capture()}
+        values = {"results": flat(results), "records": to_json(results)}
+        write_json(self.results_file, values | facts | details)
+
+    def _check_writable(self) -> None:
+        if is_remote(str(self.path)):
+            return
+        for path in (self.path, self.checkpoints):  # which may be a link to another disk
+            check_writable(f"--config.run={str(self.path)!r}", path)
+
+    def _check_not_lost(self, saved: Mapping[str, Any]) -> None:
+        """Metrics without checkpoints are a run that was killed early, or one whose checkpoints are lost."""
+        step, every = self.last_logged_step(), saved["config"]["checkpoint"]["every"]
+        # The second checkpoint is started when the first is on disk.
+        if self.results_file.exists() or 0 < 2 * every < step:
+            raise UserError(
+                f"{self.path} has metrics up to step {step} and no checkpoint; restore {self.checkpoints}, or "
+                "delete the folder to train from step 0."
+            )
+
+    def last_logged_step(self) -> int:
+        """Last step of metrics.jsonl, 0 where there is none."""
+        step = 0
+        for line in self.read_metrics():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                step = max(step, int(line["step"]))
+        return step
+
+    def _write_config(self, config: Config, groups: LengthGroups, text_rows: tuple[int, int] | None) -> None:
+        saved, current = self.read_config(), schema.to_dict(config)
+        facts, now = environment.capture(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        chosen = {"length_groups": str(groups), "text_rows": text_rows and list(text_rows)}
+        if saved is None or self.latest_step() is None:
+            if saved is not None and (differing := _differences(saved["config"], config)):
+                log0(f"{self.path} has no checkpoint, so the run starts with its new config: {', '.join(differing)}")
+            content = {"config": current, "environment": facts, "started": now, **chosen}
+            if config.init.weights:
+                pinned = hub.pin(config.init.weights)
+                content["init_weights"] = fingerprint(hub.resolve(pinned))
+                content |= {"init_commit": hub.commit(pinned)} if hub.is_hub(pinned) else {}
+            write_json(self.config_file, content)
+            return
+        before, after = schema.flatten(saved["config"]), schema.flatten(current)
+        changed = {key: [before.get(key), value] for key, value in after.items() if before.get(key) != value}
+        last = (saved.get("starts") or [saved])[-1].get("environment", {})
+        # Groups that a config names are for this start only.
+        renew = saved.get("text_rows") != chosen["text_rows"] and config.data.length_groups == AUTO
+        if changed or renew or {**last, "command": ""} != {**facts, "command": ""}:
+            start = {"step": self.latest_step(), "time": now, "changed": changed, "environment": facts}
+            saved |= {"config": current, "starts": [*saved.get("starts", []), start]}
+            write_json(self.config_file, saved | chosen if renew else saved)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        if is_remote(str(self.path)):
+            with lease.held(self.lock_file):
+                yield
+            return
+        with open(self.lock_file, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise UserError(
+                    f"{self.path} is in use by {file.read().strip() or 'another run'}; wait for it, or use a different "
+                    "--config.run."
+                ) from error
+            except OSError as error:
+                if error.errno not in file_lock.NO_LOCKS:
+                    raise
+                log0(f"WARNING: the file system of {self.path} has no locks; do not start another run in it meanwhile")
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            yield
+
+
+def _differences(saved: Mapping[str, Any], config: Config) -> list[str]:
+    """Keys that decide what is learned and differ between a saved config and `config`."""
+    before, after = schema.flatten(saved), schema.flatten(schema.to_dict(config))
+    # Options of terms that neither has.
+    idle = tuple(f"objective.{name}." for name in TERMS if name not in {*config.objective.terms, *_terms(saved)})
+    return [
+        f"{key} ({before.get(key)!r} in config.json, {after.get(key)!r} now)"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith((*KEYS_FREE_ON_RESUME, *idle))
+    ]
+
+
+def _terms(saved: Mapping[str, Any]) -> Collection[str]:
+    return saved.get("objective", {}).get("terms", {})
+
+
+def fingerprint(path: str) -> str:
+    """SHA-256 that changes with other weights: of a run its config and newest step, else names and sizes of files."""
+    run = RunFolder(path)
+    root = run.path
+    if run.is_run() and (content := run.read_config()):
+        facts: list[Any] = [content["config"], run.latest_step()]
+    else:
+        files = sorted(item for item in root.iterdir() if item.is_file()) if root.is_dir() else [root]
+        facts = [[file.name, file.stat().length] for file in files]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
