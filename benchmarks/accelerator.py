@@ -8,8 +8,8 @@ Each row is a process of its own, and so is each attempt at it: one that ran out
 it compiled to the next. Ours, with the rematerialisation of the recipes (remat=dots), compiles the step of two small
 batches, takes the largest multiple of 128 pairs a device whose memory fits by what the compiler says of these (less, if
 the device disagrees), and takes --steps steps, whose median counts. Images are random uint8, texts as long as those of
-CC12M (`benchmarks.captions`) and whole unless --groups. MFU is the model's FLOPs (`xclip_jax.train.flops`, three forward
-passes, of what is cut from texts none) over the devices' dense bf16 peak. open_clip runs on one GPU, without
+CC12M (`benchmarks.captions`) and whole unless --groups. MFU is the model's FLOPs (`xclip_jax.train.flops`, three
+forward passes, of what is cut from texts none) over the devices' dense bf16 peak. open_clip runs on one GPU, without
 rematerialisation, with torch.compile, bf16 autocast and fused AdamW, at the pairs of one of our devices or the largest
 half, quarter ... of these that fits; its texts are always whole.
 """

@@ -1,4 +1,4 @@
-"""The command `xclip-jax COMMAND ...`: imports and runs one module, which `python -m` runs as well."""
+"""The command `xclip-jax COMMAND ...`, or `python -m xclip_jax COMMAND ...`: imports and runs one module."""
 
 import runpy
 import sys

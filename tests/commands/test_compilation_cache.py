@@ -52,13 +52,13 @@ def options(monkeypatch, tmp_path):
         jax.config.update(name, value)
 
 
-def starts(tmp_path, *runtime):
+def starts(tmp_path, *processes):
     """Start a run as these processes; return the number of JAX's events about the cache in each, by name."""
     names = {name.upper() for name in OPTIONS}
     env = {key: value for key, value in os.environ.items() if key not in names} | {
         "XCLIP_CACHE": str(tmp_path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={8 // len(runtime)}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={8 // len(processes)}",
     }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-c", RUN, str(tmp_path / "run"), str(tmp_path / "pairs")]

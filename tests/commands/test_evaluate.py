@@ -120,7 +120,7 @@ def test_a_run_that_is_missing_or_not_evaluated_is_named(tmp_path):
 def test_a_suite_is_a_name_or_names():
     assert len(registry.expand_suites("demo")) > 10 and "imagenet_a" in registry.expand_suites("paper")
     assert registry.expand_suites("imagenet, emoji/test_line,imagenet") == ("imagenet", "emoji/test_line")
-    demo = registry.SUITES["demo"]
+    demo = registry.all_suites()["demo"]
     assert (
         registry.expand_suites("demo,imagenet") == registry.expand_suites(["demo", "imagenet"]) == (*demo, "imagenet")
     )

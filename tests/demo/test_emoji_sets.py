@@ -152,7 +152,7 @@ def test_the_final_table_has_a_row_for_each_family(small_demo):
     assert float(lines[at + 4].split()[-2]) == pytest.approx(
         flat(results)["visual/emoji/test_probe/category/linear/top1"], abs=0.051
     )
-    assert set(demo_config.TESTS) == set(registry.SUITES["demo"])
+    assert set(demo_config.TESTS) == set(registry.all_suites()["demo"])
     assert "test_translations" in tables.headlines(results)
 
 

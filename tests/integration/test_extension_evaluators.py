@@ -38,13 +38,12 @@ def check_table(shown):
 
 
 def test_built_in_ones_are_an_entry_each(monkeypatch):
-    """What KINDS, from which SETS is made, and EVALUATORS have is all that a kind of sets and an evaluator need."""
+    """An entry in KINDS and one in EVALUATORS are all that a kind of sets and an evaluator need."""
 
     class BuiltIn(greys.Greys):
         prefixes, names = ("greys",), ("greys/20",)
 
-    monkeypatch.setattr(registry, "KINDS", (*registry.KINDS, BuiltIn))
-    monkeypatch.setattr(registry, "SETS", {**registry.SETS, "greys": BuiltIn})
+    monkeypatch.setattr(registry, "KINDS", {**registry.KINDS, "greys": BuiltIn})
     monkeypatch.setattr(registry, "EVALUATORS", {**registry.EVALUATORS, "neighbours": greys.Neighbours})
     monkeypatch.setattr(greys.GreyImages, "evaluator", "neighbours")
     assert "greys/20" in registry.listing() and registry.expand_suites("greys/20,mnist") == ("greys/20", "mnist")

@@ -211,7 +211,7 @@ def test_devices_that_a_recipe_has_looked_at_are_one_sentence():
 
 
 def test_alone_where_others_should_be_is_one_sentence():
-    code = "from xclip_jax.parallel import processes; runtime.join(True)"
+    code = "from xclip_jax.processes import runtime; runtime.join(True)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert "UserError: this process cannot join the others" in done.stderr
 

@@ -2,9 +2,9 @@
 
     JAX_PLATFORMS=cpu python -m tests.torture.fuzz --inputs 100000 --seed 0 [--only READER ...] [--failures FOLDER]
 
-An input is a function of the seed, the reader's name and its number, see `tests.torture.fuzz_inputs`; it is given to one
-of the readers of `tests.torture.fuzz_readers` in a process with a bound on its memory, and the process dies where it takes
-too long. Prints a row for each reader and `N inputs, K failures`, and leaves with 1 where there are any: exceptions
+An input is a function of the seed, the reader's name and its number, see `tests.torture.fuzz_inputs`. One of the
+readers of `tests.torture.fuzz_readers` gets it, in a process with bounded memory that is killed if it takes too long.
+Prints a row for each reader and `N inputs, K failures`, and leaves with 1 where there are any: exceptions
 other than a sentence or a reason, hangs, crashes, more memory. Their inputs are written to FOLDER/READER/;
 tests/fuzz_cases holds one for each fault that was corrected. Linux alone.
 """

@@ -19,7 +19,7 @@ COMMANDS = {
 
 
 def command(name: str) -> str:
-    """Return the command `name` as a user of this process types it: `xclip-jax NAME`, or `python -m MODULE`."""
+    """Return the command `name` as a user of this process types it: `xclip-jax NAME`, or `python -m xclip_jax NAME`."""
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
     as_module = Parser.program is None and main is not None and main.name.startswith("xclip_jax.")
-    return f"python -m {COMMANDS[name][0]}" if as_module else f"xclip-jax {name}"
+    return f"python -m xclip_jax {name}" if as_module else f"xclip-jax {name}"

@@ -14,7 +14,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -106,6 +106,29 @@ def import_class(name: str, base: type[T], what: str = "class", *, dataclass: bo
         members = " and ".join(sorted(value.__abstractmethods__))
         raise UserError(f"{what} {name!r} does not define {members}, which {base.__qualname__} requires; add it.")
     return value
+
+
+class Classes(Mapping[str, type[T]]):
+    """Built-in classes by name; the module of a class is imported when the class is first used."""
+
+    def __init__(self, base: type[T], places: Mapping[str, str]) -> None:
+        """`places` has the "package.module:Class" of each name; all derive from `base`."""
+        self._base, self._places = base, places
+
+    def __getitem__(self, name: str) -> type[T]:
+        module, _, attribute = self._places[name].partition(":")
+        value = getattr(importlib.import_module(module), attribute)
+        assert _derived(value, self._base)
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def _derived(value: object, base: type) -> bool:

@@ -176,7 +176,7 @@ def format_of(path: pathlib.Path) -> Format:
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the columns of a file of `xclip_jax.commands.embed`: "kind", "id", "text" (lists) and "embedding", fp32 (n, e).
+    """Return the columns of a file of embeddings: "kind", "id", "text" (lists) and "embedding", fp32 (n, e).
 
     Raises:
       UserError: another ending, or a file that is damaged or another program's.

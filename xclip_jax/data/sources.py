@@ -18,7 +18,7 @@ import numpy as np
 
 from xclip_jax.core.command_names import command
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.core.imports import import_class
+from xclip_jax.core.imports import Classes, import_class
 from xclip_jax.core.paths import expand_home
 from xclip_jax.data import records, rgb, transforms
 from xclip_jax.data.base import (
@@ -31,27 +31,23 @@ from xclip_jax.data.base import (
     SourceOptions,
     WrappedSource,
 )
-from xclip_jax.data.readers.array_record import ArrayRecords
-from xclip_jax.data.readers.folder_source import Folders
-from xclip_jax.data.readers.glue import GlueTasks
-from xclip_jax.data.readers.hub_source import HubSets
-from xclip_jax.data.readers.tables import CsvTables, ParquetTables
-from xclip_jax.data.readers.tar_source import Tars
-from xclip_jax.data.readers.tfds_source import DemoSplits, TfdsSplits
-from xclip_jax.data.readers.wds import Wds
 
-SOURCES: Mapping[str, type[SourceKind]] = {
-    "tar": Tars,
-    "folder": Folders,
-    "csv": CsvTables,
-    "parquet": ParquetTables,
-    "array_record": ArrayRecords,
-    "tfds": TfdsSplits,
-    "demo": DemoSplits,
-    "glue": GlueTasks,
-    "wds": Wds,
-    "hf": HubSets,
-}
+READERS = "xclip_jax.data.readers"
+SOURCES: Mapping[str, type[SourceKind]] = Classes(
+    SourceKind,
+    {
+        "tar": f"{READERS}.tar_source:Tars",
+        "folder": f"{READERS}.folder_source:Folders",
+        "csv": f"{READERS}.tables:CsvTables",
+        "parquet": f"{READERS}.tables:ParquetTables",
+        "array_record": f"{READERS}.array_record:ArrayRecords",
+        "tfds": f"{READERS}.tfds_source:TfdsSplits",
+        "demo": "xclip_jax.demo.emoji:DemoSplits",
+        "glue": f"{READERS}.glue:GlueTasks",
+        "wds": f"{READERS}.wds:Wds",
+        "hf": f"{READERS}.hub_source:HubSets",
+    },
+)
 OF_ANOTHER_PACKAGE = "package.module:Class:REST"
 _SAMPLED = 256
 _WILDCARDS = r"[*?\[{]"

@@ -16,7 +16,7 @@ import pathlib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 from xml.etree import ElementTree
 
 import numpy as np
@@ -25,6 +25,8 @@ import tensorflow_datasets as tfds
 
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import assets
+from xclip_jax.data.base import SourceKind, SourceOptions
+from xclip_jax.data.readers.tfds_source import TfdsSource, open_prepared
 
 VENDORS = ("twemoji", "openmoji", "noto")
 LINE = "openmoji-line"
@@ -360,3 +362,19 @@ def concepts(builder: tfds.core.DatasetBuilder) -> list[dict[str, Any]]:
     "test_concepts" or "validation_concepts".
     """
     return builder.info.metadata["concepts"]
+
+
+class DemoSplits(SourceKind):
+    """`demo:SPLIT`, a split of the emoji, prepared on first use."""
+
+    pair_specs: ClassVar = {"demo:SPLIT": "a split of the demo's emoji, prepared on first use"}
+
+    @classmethod
+    def extras(cls, rest: str) -> tuple[str, ...]:
+        """Packages of images."""
+        return ("demo",)
+
+    @classmethod
+    def open_pairs(cls, rest: str, options: SourceOptions) -> TfdsSource:
+        """Open a split of the data set of `prepare`."""
+        return open_prepared("demo", prepare(options.dir or None), rest, options)

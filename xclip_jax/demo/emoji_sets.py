@@ -23,7 +23,7 @@ The images are of three artists; results are means over them.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -275,6 +275,7 @@ class EmojiSets(SetKind):
 
     prefixes = ("emoji",)
     names = tuple(_MAKERS)
+    suites: ClassVar = {"demo": TESTS}
     panels = _PANELS
     queries = _QUERIES
     credit = _CREDIT

@@ -15,6 +15,8 @@ from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Result, flat
 from xclip_jax.models.two_towers import Variables
 
+# Sets of the pairs that a run holds out of its training are named PROTOCOL/holdout.
+HELD_OUT = "holdout"
 # Metrics between -1 and 1: correlations, and precision averaged over a ranking.
 _TIMES_100 = ("spearman", "spearman_all", "spearman_mean", "pearson", "matthews", "map", "map11", "roc_auc")
 
@@ -129,6 +131,7 @@ class SetKind(abc.ABC):
       names: complete names of sets, as far as they can be listed.
       at_path: names that are followed by a path, NAME@PATH.
       usage: how other sets are named, for --help.
+      suites: {name: names of sets} that are evaluated together.
       panels: {name: (title, sentence)} of sets that a report shows before others; {num_classes} in the sentence is
         replaced by their number.
       queries: texts with which a report searches the images.
@@ -140,6 +143,7 @@ class SetKind(abc.ABC):
     names: ClassVar[Sequence[str]] = ()
     at_path: ClassVar[Sequence[str]] = ()
     usage: ClassVar[str] = ""
+    suites: ClassVar[Mapping[str, Sequence[str]]] = {}
     panels: ClassVar[Mapping[str, tuple[str, str]]] = {}
     queries: ClassVar[Sequence[str]] = ()
     credit: ClassVar[str] = ""

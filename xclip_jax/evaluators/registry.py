@@ -1,6 +1,6 @@
 """Registry of evaluation sets and evaluators; opens sets by their names and runs evaluators.
 
-A set's name begins with one of the prefixes in `SETS`; its kind interprets the rest. A name that begins with
+A set's name begins with one of the prefixes of a kind in `KINDS`, which interprets the rest. A name that begins with
 "package.module:Class" is of that `SetKind` of another package. A set names its evaluator: one of `EVALUATORS`, or
 "package.module:Class".
 """
@@ -8,6 +8,7 @@ A set's name begins with one of the prefixes in `SETS`; its kind interprets the 
 import dataclasses
 import pathlib
 import re
+import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,32 +18,35 @@ import numpy as np
 from xclip_jax.core.command_names import command
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import BadSample, UserError, check_choice, describe
-from xclip_jax.core.imports import class_name, import_class, is_imported
+from xclip_jax.core.imports import Classes, class_name, import_class, is_imported
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.demo.emoji_sets import TESTS, EmojiSets
 from xclip_jax.evaluators.base import Evaluator, Layout, SetKind, closest
-from xclip_jax.evaluators.classification import ClassifierEvaluator, FinetunedSets
+from xclip_jax.evaluators.classifier import ClassifierEvaluator
 from xclip_jax.evaluators.dense import DenseProbe
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.probe import Probe
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.retrieval import Retrieval
-from xclip_jax.evaluators.sets.dense_datasets import DenseSets
-from xclip_jax.evaluators.sets.file_datasets import FileSets
-from xclip_jax.evaluators.sets.pair_sets import PairSets, check_columns
-from xclip_jax.evaluators.sets.probe_datasets import ProbeSets
-from xclip_jax.evaluators.sets.wds_sets import WdsSets
-from xclip_jax.evaluators.sets.zeroshot_datasets import PAPER, PublishedSets
 from xclip_jax.evaluators.text import SentenceSimilarity, TextRetrieval
 from xclip_jax.evaluators.zeroshot import ZeroShot
 from xclip_jax.models.two_towers import Variables
 
-KINDS: tuple[type[SetKind], ...] = (
-    EmojiSets, PublishedSets, WdsSets, FileSets, PairSets, ProbeSets, DenseSets, FinetunedSets,
-)  # fmt: skip
-SETS: Mapping[str, type[SetKind]] = {prefix: kind for kind in KINDS for prefix in kind.prefixes}
+_SETS = "xclip_jax.evaluators.sets"
+KINDS: Mapping[str, type[SetKind]] = Classes(
+    SetKind,
+    {
+        "emoji": "xclip_jax.demo.emoji_sets:EmojiSets",
+        "published": f"{_SETS}.zeroshot_datasets:PublishedSets",
+        "wds": f"{_SETS}.wds_sets:WdsSets",
+        "files": f"{_SETS}.file_datasets:FileSets",
+        "pairs": f"{_SETS}.pair_sets:PairSets",
+        "probes": f"{_SETS}.probe_datasets:ProbeSets",
+        "dense": f"{_SETS}.dense_datasets:DenseSets",
+        "finetuned": f"{_SETS}.finetuned:FinetunedSets",
+    },
+)
 EVALUATORS: Mapping[str, type[Evaluator]] = {
     "zeroshot": ZeroShot,
     "retrieval": Retrieval,
@@ -52,7 +56,6 @@ EVALUATORS: Mapping[str, type[Evaluator]] = {
     "similarity": SentenceSimilarity,
     "dense": DenseProbe,
 }
-SUITES: Mapping[str, tuple[str, ...]] = {"demo": TESTS, "paper": (*PAPER, "coco_retrieval")}
 
 _SET_ATTRIBUTES = ("name", "card", "evaluator")
 _NUM_CHECKED = 8  # images of a set that `open_all` decodes
@@ -89,7 +92,8 @@ def check(spec: str, others: Sequence[str] = ()) -> type[SetKind]:
     Raises:
       UserError: an unknown name; the message suggests the nearest ones, of `others` too.
     """
-    kind = SETS.get(re.split("[/:@]", spec, maxsplit=1)[0])
+    prefix = re.split("[/:@]", spec, maxsplit=1)[0]
+    kind = next((kind for kind in KINDS.values() if prefix in kind.prefixes), None)
     if kind is None and (name := class_name(spec)):
         kind = import_class(name, SetKind, "evaluation set")
     if kind and kind.knows(spec):
@@ -104,40 +108,54 @@ def check(spec: str, others: Sequence[str] = ()) -> type[SetKind]:
 
 def _all(attribute: str) -> list[str]:
     """Return `names` or `at_path` of all kinds."""
-    return list(dict.fromkeys(name for kind in KINDS for name in getattr(kind, attribute)))
+    return list(dict.fromkeys(name for kind in KINDS.values() for name in getattr(kind, attribute)))
+
+
+def all_suites() -> dict[str, Sequence[str]]:
+    """Return {name: sets} of the suites of all kinds."""
+    return {name: sets for kind in KINDS.values() for name, sets in kind.suites.items()}
 
 
 def listing() -> str:
     """Return a text with all names of sets and suites."""
     lines = (
-        f"suites: {', '.join(SUITES)}",
+        f"suites: {', '.join(all_suites())}",
         f"sets: {', '.join(_all('names'))}",
         f"sets in files, NAME@PATH: {', '.join(_all('at_path'))}",
-        *(kind.usage for kind in KINDS if kind.usage),
+        *(kind.usage for kind in KINDS.values() if kind.usage),
         "sets of another package: package.module:Class",
     )
     return "\n".join(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
 
 
 def expand_suites(suites: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the names of sets, each once, of names and `SUITES` joined by commas, or of several of these.
+    """Return the names of sets, each once, of names and `all_suites` joined by commas, or of several of these.
 
     A name whose path has commas is not split where the path exists.
 
     Raises:
       UserError: no names, or unknown ones.
     """
-    names: dict[str, None] = {}
+    named, names = all_suites(), dict[str, None]()
     for part in [suites] if isinstance(suites, str) else suites:
         pieces = split(part)
-        check_columns(pieces)
+        _check_columns(pieces)
         for name in pieces:
-            names |= dict.fromkeys(SUITES.get(name, (name,)))
+            names |= dict.fromkeys(named.get(name, (name,)))
     if not names:
-        raise UserError(f"--suite is empty; it must be one of {', '.join(SUITES)} or names of sets.")
+        raise UserError(f"--suite is empty; it must be one of {', '.join(named)} or names of sets.")
     for name in names:
-        check(name, others=tuple(SUITES))
+        check(name, others=tuple(named))
     return tuple(names)
+
+
+def _check_columns(names: Sequence[str]) -> None:
+    """Raise `UserError` where columns follow a source among `names` of sets after commas, with the right spelling."""
+    columns = [name for name in names if re.match("(image|text)=", name)]
+    place = names[names.index(columns[0]) - 1] if columns else ""
+    if place.startswith("retrieval/"):
+        right = shlex.quote(f"{place}?{'&'.join(columns)}")
+        raise UserError(f"{columns[0]!r} is not a set; columns follow a question mark: write {right}.")
 
 
 def split(suite: str) -> list[str]:

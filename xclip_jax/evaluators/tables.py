@@ -13,9 +13,8 @@ from xclip_jax.core.addresses import public
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import evaluation_file, not_found
 from xclip_jax.evaluators import registry
-from xclip_jax.evaluators.base import Layout, Metric
+from xclip_jax.evaluators.base import HELD_OUT, Layout, Metric
 from xclip_jax.evaluators.results import SHIFTED, UNITS, VALIDATION, Entry, ItemsOf, Result, of_entries, read
-from xclip_jax.evaluators.sets.pair_sets import HELD_OUT
 from xclip_jax.evaluators.statistics import bootstrap
 
 # Titles of families, in the order of their table; another family has its own name as title.

@@ -9,8 +9,8 @@ JAX_PLATFORMS=cpu.
 
 The page of several runs, comparison.html in the current folder, has their curves over one another, the same images and
 texts by each, the config keys that differ, and the paired difference of each run to the first, with its interval:
-of sets that `xclip_jax.commands.evaluate` has evaluated for both. Held-out and training pairs, templates and class names are
-those of the first run.
+of sets that `xclip-jax evaluate` has evaluated for both. Held-out and training pairs, templates and class names come
+from the first run.
 """
 
 import argparse

@@ -34,8 +34,8 @@ class Record:
       environment: versions, devices, commit and command.
       training: metrics of the logged steps, in order.
       evaluations: (step, results) of each step with an evaluation during training, the last one among them.
-      results: of the last evaluation, then those of other sets that `xclip_jax.commands.evaluate` has measured at the same
-        step; before there is one the newest of each set, during training or by `xclip_jax.commands.evaluate`. With per-example
+      results: of the last evaluation, then those of other sets that `xclip-jax evaluate` has measured at the same
+        step; before there is one the newest of each set, during training or by `xclip-jax evaluate`. With per-example
         values where evaluation.json has them of the same number.
       steps_of: {(family, set): step} of the results, where they are the newest of each set.
       sources: fingerprint of each of config's data.sources.

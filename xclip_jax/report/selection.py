@@ -179,7 +179,7 @@ def _training_pairs(
         selection.missing.append("None of the training pairs could be read.")
         return
     source_types = {spec.partition(":")[0] for spec in data.sources}
-    for kind in registry.KINDS:
+    for kind in registry.KINDS.values():
         if source_types & set(kind.sources):
             selection.add_kind(kind)
     title = "training pairs, on which the model was trained"

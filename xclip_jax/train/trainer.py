@@ -39,7 +39,7 @@ def run(
 ) -> dict[str, float]:
     """Train, or resume training, to `config.steps` and return the results of the last evaluation.
 
-    Everything goes to the folder `config.run`, see `xclip_jax.core.run_folder`. The same call on the same folder resumes, or
+    Everything goes to the folder `config.run`, see `core.run_folder`. The same call on the same folder resumes, or
     returns the results of a run that is complete. Nothing is written before the config, the folder, the sources and
     the evaluation sets are checked.
 

@@ -221,7 +221,7 @@ def test_coco_of_tfds(monkeypatch):
     monkeypatch.setattr(file_datasets, "open_tfds", lambda *_: (source, type("Info", (), {"version": "1.1.0"})))
     data = load("coco_retrieval")
     assert data.captions == [["one", "two"]] * 3 and data.card.version == "1.1.0"
-    assert "coco_retrieval" in registry.SUITES["paper"]
+    assert "coco_retrieval" in registry.all_suites()["paper"]
 
 
 @pytest.mark.parametrize(

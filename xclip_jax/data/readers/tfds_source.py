@@ -1,4 +1,4 @@
-"""Data sets of TensorFlow Datasets, as pairs or labelled images, read without TensorFlow; and the demo's."""
+"""Data sets of TensorFlow Datasets, as pairs or labelled images, read without TensorFlow."""
 
 import contextlib
 import hashlib
@@ -14,7 +14,6 @@ from xclip_jax.data import labelled
 from xclip_jax.data.base import LabelledSource, MissingColumnError, Record, Source, SourceKind, SourceOptions
 from xclip_jax.data.readers.tables import strip_texts
 from xclip_jax.data.text import decode_utf8, first_line
-from xclip_jax.demo import emoji
 
 
 def lookup(record: Record, key: str) -> list[str]:
@@ -206,22 +205,6 @@ def _name_and_split(rest: str) -> tuple[str, str]:
             f"source 'tfds:{rest}' does not name a split; write tfds:NAME/SPLIT, as in tfds:coco_captions/train."
         )
     return name, split
-
-
-class DemoSplits(SourceKind):
-    """`demo:SPLIT`, the emoji of `data.demo`, prepared on first use."""
-
-    pair_specs: ClassVar = {"demo:SPLIT": "a split of the demo's emoji, prepared on first use"}
-
-    @classmethod
-    def extras(cls, rest: str) -> tuple[str, ...]:
-        """Packages of images."""
-        return ("demo",)
-
-    @classmethod
-    def open_pairs(cls, rest: str, options: SourceOptions) -> TfdsSource:
-        """Open a split of the data set of `emoji.prepare`."""
-        return open_prepared("demo", emoji.prepare(options.dir or None), rest, options)
 
 
 def open_prepared(kind: str, builder: Any, split: str, options: SourceOptions) -> TfdsSource:

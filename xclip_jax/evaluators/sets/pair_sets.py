@@ -13,8 +13,6 @@ import contextlib
 import dataclasses
 import difflib
 import os
-import re
-import shlex
 import urllib.parse
 from collections.abc import Sequence
 from typing import Any
@@ -31,14 +29,14 @@ from xclip_jax.data.config import DataConfig
 from xclip_jax.data.controls import Subset
 from xclip_jax.data.labelled import Field
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.evaluators.base import SetKind
+from xclip_jax.evaluators.base import HELD_OUT, SetKind
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.probe import Joined
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, digest
 from xclip_jax.evaluators.retrieval import RetrievalSet
 
-PREFIX, HELD_OUT = "retrieval/", "holdout"
+PREFIX = "retrieval/"
 _COLUMNS = "?image=COLUMN&text=COLUMN"
 
 
@@ -88,15 +86,6 @@ def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
     if columns.keys() - {"image", "text"} or len(images) > 1 or not all((*images, *texts)):
         raise UserError(f"{PREFIX}{name} ends in '?{end}'; expected {_COLUMNS}, or one of the two.")
     return place, dataclasses.replace(data, image_key=images[0], text_keys=tuple(texts))
-
-
-def check_columns(names: Sequence[str]) -> None:
-    """Raise `UserError` where columns follow a source among `names` of sets after commas, with the right spelling."""
-    columns = [name for name in names if re.match("(image|text)=", name)]
-    place = names[names.index(columns[0]) - 1] if columns else ""
-    if place.startswith(PREFIX):
-        right = shlex.quote(f"{place}?{'&'.join(columns)}")
-        raise UserError(f"{columns[0]!r} is not a set; columns follow a question mark: write {right}.")
 
 
 def _pairs(specs: Sequence[str], share: float, data: DataConfig) -> tuple[list[Source], list[holdout.Pairs]]:

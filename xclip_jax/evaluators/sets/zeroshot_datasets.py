@@ -16,7 +16,7 @@ import functools
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -31,12 +31,12 @@ from xclip_jax.data.labelled import Chosen, Field, read_files
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers.tfds_source import open_tfds
 from xclip_jax.evaluators import prompts
-from xclip_jax.evaluators.base import SetKind
+from xclip_jax.evaluators.base import HELD_OUT, SetKind
 from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.probe import Joined
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import SHIFTED, VALIDATION, Provenance, contents, digest
-from xclip_jax.evaluators.sets.pair_sets import HELD_OUT, held_out_data, names_held_out
+from xclip_jax.evaluators.sets.pair_sets import held_out_data, names_held_out
 from xclip_jax.evaluators.sets.published_sets import ENTRIES, PAPER, Entry
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
@@ -324,6 +324,7 @@ class PublishedSets(SetKind):
     prefixes = (*ENTRIES, *_OWN, PREFIX.rstrip("/"))
     names = (*PAPER, PREFIX + HELD_OUT)
     at_path = tuple(ENTRIES)
+    suites: ClassVar = {"paper": (*PAPER, "coco_retrieval")}
     usage = "own data: " + "; ".join(
         [
             *(f"{spec}, {meaning}" for name in _OWN for spec, meaning in sources.SOURCES[name].labelled_specs.items()),

@@ -1,8 +1,4 @@
-"""Evaluation of the classifier of a fine-tuned model on labelled items.
-
-`finetuned/SPEC`, where SPEC is a source of labelled items (`data.sources`): finetuned/tfds:imagenet2012/validation,
-finetuned/folder:PATH, finetuned/glue:cola/validation. Its classes are matched with those of the run by their names.
-"""
+"""Evaluation of the classifier of a fine-tuned model on labelled items, whose classes are matched by their names."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,21 +8,13 @@ import numpy as np
 
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
-from xclip_jax.data import sources
-from xclip_jax.data.base import SourceOptions
-from xclip_jax.data.labelled import check_one_class
-from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.evaluators.base import Evaluator, Layout, Metric, SetKind, are_texts
+from xclip_jax.evaluators.base import Evaluator, Layout, Metric, are_texts
 from xclip_jax.evaluators.encoder import Encoder
-from xclip_jax.evaluators.pictures import Pictures
-from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.results import VALIDATION, Provenance, Result, contents, digest
-from xclip_jax.evaluators.sets.published_sets import ENTRIES
+from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample, class_weights
 from xclip_jax.evaluators.zeroshot import accuracy
 from xclip_jax.models.two_towers import Variables
 
-PREFIX = "finetuned/"
 _LABELS = {"top1": "top-1", "matthews": "Matthews", "f1": "F1", "spearman": "Spearman", "pearson": "Pearson"}
 
 
@@ -126,63 +114,3 @@ class ClassifierEvaluator(Evaluator):
             results.append(self.result(f"finetuned/{key}", item.value(), n=n, items=item, chance=chance))
         results.append(self.result("finetuned/top5", 100 * accuracy(logits, labels, 5), n=n))
         return [*results, self.count("n", n), self.count("ways", self.data.classes), self.result("majority", majority)]
-
-
-def load(spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> ClassificationSet:
-    """Return the set `finetuned/SPEC`; images as `prepare` and the profile say.
-
-    Raises:
-      UserError: a source that cannot be opened, several labels an image.
-    """
-    source_spec = spec.removeprefix(PREFIX)
-    options = SourceOptions(data_dir or "")
-    source = sources.open_labelled(source_spec, options)
-    check_one_class(source_spec, source)
-    labels, images, prepare = source.labels(), source.key == "image", profile.preprocessing(prepare)
-    card = Provenance(
-        data=source_spec,
-        version=source.version,
-        split=source_spec.rpartition("/")[2],
-        split_hash=digest(
-            [
-                source.identity,
-                *labels.tolist(),
-                *source.names,
-                *(contents(source.items) if images else source.items),
-            ]
-        ),
-        protocol="the classifier that end-to-end fine-tuning fitted",
-        metric=f"finetuned/{source.metrics[0]}",
-        preprocessing=prepare.resizing if images else "",
-        role=VALIDATION if _is_for_choices(source_spec, options) else "",
-    )
-    items = Pictures(source.items, prepare) if images else source.items
-    return ClassificationSet(spec, items, labels, len(source.names) or 1, card, tuple(source.names))
-
-
-def _is_for_choices(spec: str, options: SourceOptions) -> bool:
-    """Whether a source is the split "validation" of a data set that has labelled test items in another one.
-
-    That of ImageNet and of GLUE's tasks, whose test labels are not published, is what results are reported of.
-    """
-    place, _, split = spec.rpartition("/")
-    if split != "validation" or place.endswith(":") or not sources.is_spec(place):
-        return False
-    source = sources.parse(place)
-    reported = {(entry.tfds.partition(":")[0], entry.split) for entry in ENTRIES.values()}
-    if (source.rest.partition(":")[0], split) in reported or not source.kind.split_specs:
-        return False
-    return source.kind.has_split(source.rest, "test", options)
-
-
-class FinetunedSets(SetKind):
-    """`finetuned/SOURCE`: labelled items for a model with a classifier."""
-
-    prefixes = (PREFIX.rstrip("/"),)
-    usage = "of a fine-tuned model: finetuned/SOURCE"
-    load = staticmethod(load)
-
-    @classmethod
-    def knows(cls, spec: str) -> bool:
-        """Whether a source is named."""
-        return spec.startswith(PREFIX)
