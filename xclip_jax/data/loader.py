@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import gc
 import itertools
 import json
 import math
@@ -328,6 +329,8 @@ def _report_bad_samples(
         raise UserError(str(error)) from error  # without the notes on tracebacks that Grain adds
     finally:
         read.close()  # else worker processes live as long as this one
+        if workers:
+            gc.collect()  # else Python's exit reports the shared memory of batches in reference cycles as leaked
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
