@@ -12,7 +12,12 @@ DOCS = pathlib.Path(__file__).parents[1] / "docs"
 # Constant, or default of a config key, in a module of xclip_jax; its value; the page that states it, and how.
 NUMBERS = (
     ("commands.compilation_cache:MAX_BYTES", 2 * 2**30, "train.md", "is limited to 2 GiB"),
-    ("commands.compilation_cache:MIN_SECONDS", 0.1, "train.md", "Programs that compile in less than 0.1 s are not kept"),
+    (
+        "commands.compilation_cache:MIN_SECONDS",
+        0.1,
+        "train.md",
+        "Programs that compile in less than 0.1 s are not kept",
+    ),
     ("train.guard:DECAY", 0.99, "train.md", "over about the last 100 steps that were not skipped"),
     ("train.guard:WARMUP", 100, "train.md", "over about the last 100 steps that were not skipped"),
     ("optim:OptimConfig.max_skipped_steps", 10, "train.md", "`optim.max_skipped_steps` (10) in a row"),
