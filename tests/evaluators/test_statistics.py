@@ -4,6 +4,7 @@ import scipy.stats
 import sklearn.metrics
 from etils import epath
 
+from tests.helpers.made_results import entry
 from xclip_jax.commands import evaluate
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import results, statistics
@@ -132,21 +133,14 @@ def test_the_bootstrap_of_one_kind_of_item_has_no_interval(y, monkeypatch):
 
 
 def test_a_comparison_without_an_interval_leaves_it_out(tmp_path):
-    entry = {"set": "pcam", "name": "zeroshot/pcam", "metric": "roc_auc", "value": 60.0, "items": "x"}
-    entry |= {
-        "checkpoint": "run",
-        "step": 1,
-        "profile": "openai",
-        "changes": {},
-        "fingerprint": "1",
-    }
+    fields = entry("zeroshot/pcam", set="pcam", metric="roc_auc", value=60.0)
     for name, values in (("a", [1.0, 2]), ("b", [2.0, 1])):
         items = statistics.PerExample(np.array(values), other=np.array([True, True]), statistic="roc_auc")
         path = epath.Path(tmp_path / f"{name}.json")
-        results.add(path, dict(entry), {"zeroshot/pcam/roc_auc": items}, {}, own=True)
+        results.add(path, fields, {"zeroshot/pcam/roc_auc": items}, {}, own=True)
     rows = evaluate.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"))
     assert [(row["difference"], "low" in row) for row in rows] == [(0.0, False)]
-    assert evaluate.render(rows, "a", "b").splitlines()[-1].endswith("+0.0")
+    assert evaluate.render_comparison(rows, "a", "b").splitlines()[-1].endswith("+0.0")
 
 
 class OnlyTheFirst:
