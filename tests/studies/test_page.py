@@ -289,15 +289,6 @@ def test_the_committed_page_is_that_of_the_committed_files(make, tmp_path):
     assert made == {path.relative_to(docs): path.read_bytes() for path in committed}
 
 
-def test_the_readme_has_the_finding(tmp_path):
-    matrix = Matrix(icons.study(), load.load_config)
-    snapshot = Snapshot(matrix, records.read_all(RUNS))
-    text = (ROOT / "README.md").read_text()
-    (tmp_path / "README.md").write_text(text)
-    page.write_finding(tmp_path / "README.md", snapshot)
-    assert (tmp_path / "README.md").read_text() == text and page.START in text
-
-
 def test_the_finding_is_a_plot_and_a_sentence_on_the_claims(tmp_path):
     m = tiny_study.matrix()
     assert "under way, 0 of 6 runs are finished and none of the core" in page.finding(Snapshot(m, {}))
