@@ -1,11 +1,12 @@
 """Each example as its users run it, only shorter."""
 
+import functools
 import json
 import pathlib
 
 import pytest
 
-from examples import compare_objectives, use_a_model
+from examples import clusters, compare_objectives, use_a_model
 from tests.helpers import tiny
 from xclip_jax.config import load
 
@@ -89,3 +90,19 @@ def test_compare_objectives(tmp_path, capsys, monkeypatch):
 def test_headers_name_their_command():
     for path in pathlib.Path(use_a_model.__file__).parent.glob("[a-z]*.py"):
         assert f"python -m examples.{path.stem}" in path.read_text().split('"""')[1]
+
+
+def test_clusters_need_both_regularisers():
+    information = {
+        name: clusters.train(*weights, steps=80)[1][-1]["mutual_information_img"]
+        for name, weights in clusters.SETTINGS.items()
+    }
+    assert information["no regulariser"] < 0.2 and information["smoothness only"] < 0.2
+    assert 0.5 < information["sharpness only"] < 1.4 and information["both"] > 2
+
+
+def test_the_figures_of_clusters_are_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(clusters, "train", functools.partial(clusters.train, steps=2))
+    clusters.main(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["information.png", "words.png"]
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == list(clusters.SETTINGS)
