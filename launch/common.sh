@@ -2,7 +2,7 @@
 # Shared by the launch scripts. Source it from the root of the checkout.
 #
 # `setup EXTRAS` makes a virtual environment with this checkout in it:
-#   PYTHON  interpreter to build the environment with (default: python3; 3.11 to 3.13)
+#   PYTHON  interpreter to build the environment with (default: python3; 3.11 to 3.14)
 #   VENV    its path (default: .venv in the checkout, one for each version of Python)
 #
 # `tpu_*` prepare a Cloud TPU that is called NAME; their variables are described in tpu_vm.sh.
@@ -26,13 +26,13 @@ use_jemalloc() {
 setup() {
   local python=${PYTHON:-python3} version
   version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || {
-    echo "error: $python is not a Python; set PYTHON=python3.11 (3.11 to 3.13)" >&2
+    echo "error: $python is not a Python; set PYTHON=python3.11 (3.11 to 3.14)" >&2
     exit 2
   }
   case $version in
-    3.11 | 3.12 | 3.13) ;;
+    3.11 | 3.12 | 3.13 | 3.14) ;;
     *)
-      echo "error: $python is Python $version; set PYTHON to one of 3.11 to 3.13" >&2
+      echo "error: $python is Python $version; set PYTHON to one of 3.11 to 3.14" >&2
       exit 2
       ;;
   esac

@@ -7,7 +7,7 @@ from typing import Any
 
 from xclip_jax.core import ending
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # A command's imports take seconds. For `python -m` sys.argv has "-m" alone; whose module it is, sys.orig_argv says.
 _module = next((after for word, after in itertools.pairwise(sys.orig_argv) if word == "-m"), "")
