@@ -197,7 +197,7 @@ def draw(rows: dict[tuple[Any, ...], dict[str, Any]], path: pathlib.Path) -> Non
 def page(make: Planner) -> str:
     """The page of the plans that are known."""
     versions = make.environment["versions"]
-    head = f"""# Plans
+    head = f"""# What full-size runs need and cost
 
 What full-size runs need: their train steps compiled for TPU topologies, without a TPU. Made by
 `JAX_PLATFORMS=cpu python -m benchmarks.plans` with jax {versions["jax"]} and libtpu {versions["libtpu"]}.

@@ -1,9 +1,8 @@
 """Write the pages and parts of pages that are made from the code: python -m docs.generate [--check]."""
 
-import ast
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from tests.torture import promises
 from xclip_jax.config import schema
@@ -11,7 +10,6 @@ from xclip_jax.core import fields
 from xclip_jax.core.errors import Parser, UserError, exit_with_message
 
 ROOT = pathlib.Path(__file__).parents[1]
-FOLDERS = ("xclip_jax", "configs", "examples", "benchmarks", "launch", "docs")
 MADE = "Made by `python -m docs.generate`; a test verifies that it is current."
 
 
@@ -27,37 +25,6 @@ def config_page() -> str:
         cells = (f"`{name}`", f"`{default!r}`", allowed, doc)
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _markdown(text: str) -> str:
-    """Escape brackets, which would be links."""
-    return re.sub(r"([\[\]<>])", r"\\\1", text)
-
-
-def summary(path: pathlib.Path) -> str:
-    """Return the first line of a module's docstring, or of the comment that begins a shell or YAML file."""
-    text = path.read_text()
-    if path.suffix == ".py":
-        return (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
-    comment = re.search(r"^# (?!shellcheck)(.+)", text, re.MULTILINE)
-    return comment[1] if comment else ""
-
-
-def _tree(folder: pathlib.Path, depth: int) -> Iterator[str]:
-    init = folder / "__init__.py"
-    about = summary(init) if init.exists() else ""
-    yield f"{'    ' * depth}- **{folder.name}/**{' ' + _markdown(about) if about else ''}"
-    files = (path for path in folder.iterdir() if path.suffix in (".py", ".sh", ".yaml") and path != init)
-    for path in sorted(files):
-        yield f"{'    ' * (depth + 1)}- `{path.name}` {_markdown(summary(path))}"
-    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.py"))):
-        yield from _tree(inner, depth + 1)
-
-
-def tree_page() -> str:
-    """Return the tree of source files, each with the first line of its docstring."""
-    lines = [line for name in FOLDERS for line in _tree(ROOT / name, 0)]
-    return "\n".join(["# The tree", "", f"One line for each file, the first of its docstring. {MADE}", "", *lines, ""])
 
 
 def extend_page() -> str:
@@ -94,7 +61,6 @@ PAGES = {
     "docs/config.md": config_page,
     "docs/extend.md": extend_page,
     "docs/reliability.md": reliability_page,
-    "docs/tree.md": tree_page,
 }
 
 

@@ -9,7 +9,7 @@ from xclip_jax import __main__ as cli
 from xclip_jax.config import load
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if not path.stem.startswith(("study", "tree"))]
+PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if not path.stem.startswith("study")]
 MODULES = "|".join(module.replace(".", r"\.") for module, _ in cli.COMMANDS.values())
 
 
