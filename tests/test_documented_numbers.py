@@ -28,6 +28,8 @@ NUMBERS = (
     ("data.length_groups:_LEAST_SAVING", 0.05, "train.md", "if at least 5 % of a step's FLOPs are saved"),
     ("core.errors:EXIT_RESUMABLE", 75, "train.md", 'ends with status 75, "try again"'),
     ("core.errors:EXIT_RESTART", 79, "train.md", "and exits with 79: start it again"),
+    ("objectives.nclip:Nclip.sharpness", 1.0, "clusters.md", "With the default weights, sharpness 1 and smoothness 2"),
+    ("objectives.nclip:Nclip.smoothness", 2.0, "clusters.md", "With the default weights, sharpness 1 and smoothness 2"),
     # Two that make 2.5 s.
     ("processes.watchdog:_MOMENT", 2.0, "train.md", "during its compilation | the run ends within 3 s"),
     ("processes.watchdog:_POLL_SECONDS", 0.5, "train.md", "during its compilation | the run ends within 3 s"),
