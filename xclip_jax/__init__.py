@@ -5,7 +5,7 @@ import pathlib
 import sys
 from typing import Any
 
-from xclip_jax.core import ending
+from xclip_jax.core import errors
 
 __version__ = "0.2.0"
 
@@ -14,7 +14,7 @@ _module = next((after for word, after in itertools.pairwise(sys.orig_argv) if wo
 if pathlib.PurePath(next(iter(sys.argv), "")).name == "xclip-jax" or (
     sys.argv[:1] == ["-m"] and _module.partition(".")[0] == __name__
 ):
-    ending.end_at_once()
+    errors.end_at_once()
 
 
 def __getattr__(name: str) -> Any:

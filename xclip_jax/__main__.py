@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 import xclip_jax
-from xclip_jax.core.command_names import COMMANDS
+from xclip_jax.core.console import COMMANDS
 from xclip_jax.core.errors import Parser, exit_with_message
 from xclip_jax.core.fields import nearest
 

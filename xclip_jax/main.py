@@ -9,9 +9,8 @@ from xclip_jax import report
 from xclip_jax.commands import compilation_cache
 from xclip_jax.commands.doctor import machine
 from xclip_jax.config import load
-from xclip_jax.core import ending, environment, imports
-from xclip_jax.core.command_names import command
-from xclip_jax.core.console import log0
+from xclip_jax.core import environment, errors, imports
+from xclip_jax.core.console import command, log0
 from xclip_jax.core.errors import exit_with_message
 from xclip_jax.processes import runtime
 from xclip_jax.train import callbacks, job, trackers, trainer
@@ -31,7 +30,7 @@ def main(_: list[str]) -> None:
     """Run the trainer."""
     logging.set_verbosity(logging.ERROR)
     with runtime.exits(), exit_with_message(), imports.trusting(load.TRUST.value):
-        ending.end_at_once()  # until the run handles signals
+        errors.end_at_once()  # until the run handles signals
         if _CHECK.value:
             config = job.check(flags.FLAGS.config)
             callbacks.classes(config)

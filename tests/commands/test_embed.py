@@ -14,7 +14,7 @@ import pytest
 import xclip_jax
 from tests.helpers import bad_tars, tiny
 from xclip_jax.commands import embed, embed_sources
-from xclip_jax.core import file_lock
+from xclip_jax.core import locks
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import embeddings, sources
 
@@ -276,7 +276,7 @@ def test_one_process_at_a_time_writes_a_file(root, model, tmp_path, capsys):
     first, second = (embed.EmbeddingJob(model, sources, str(out)) for _ in range(2))
     third = embed.EmbeddingJob(model, {"image": embed.open_images(str(root / "pictures/00?.png"))}, str(out))
     with (
-        file_lock.beside(out, wait=False),
+        locks.lock(out, blocking=False),
         pytest.raises(UserError, match=r"x\.npz is being written by another process; wait for it"),
     ):
         first.run()

@@ -16,7 +16,7 @@ from etils import epath
 from tests.helpers import tiny
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.paths import expand_home
+from xclip_jax.core.remote import expand_home
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import sources
 from xclip_jax.interop import hub

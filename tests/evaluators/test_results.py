@@ -19,7 +19,7 @@ from tests.demo.test_emoji_sets import small_demo  # noqa: F401
 from tests.helpers.encoding import make_encoder, small_model
 from tests.helpers.made_results import entry
 from xclip_jax.commands import evaluate
-from xclip_jax.core import file_lock
+from xclip_jax.core import locks
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.evaluators import registry, results, tables
@@ -249,7 +249,7 @@ def test_a_file_system_without_locks_is_written(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(file_lock.fcntl, "flock", refuse)
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
     for name in ("x", "y"):
         results.add(epath.Path(tmp_path / "x.json"), entry(set=name), {}, {}, own=True)
     assert [e["set"] for e in results.read(epath.Path(tmp_path / "x.json"))[0]] == ["x", "y"]
@@ -259,7 +259,7 @@ def test_a_file_system_without_locks_is_written(tmp_path, monkeypatch, capsys):
 
 def test_a_lock_that_its_holder_removed_is_taken_again(tmp_path, monkeypatch):
     """Between opening the lock file and locking it another process may finish, and remove it."""
-    lock, flock, locked = tmp_path / ".x.json.lock", file_lock.fcntl.flock, []
+    lock, flock, locked = tmp_path / ".x.json.lock", locks.fcntl.flock, []
 
     def late(file, how):
         if not locked:
@@ -267,7 +267,7 @@ def test_a_lock_that_its_holder_removed_is_taken_again(tmp_path, monkeypatch):
         locked.append(file.name)
         flock(file, how)
 
-    monkeypatch.setattr(file_lock.fcntl, "flock", late)
+    monkeypatch.setattr(locks.fcntl, "flock", late)
     results.add(epath.Path(tmp_path / "x.json"), entry(), {}, {}, own=True)
     assert locked == [str(lock)] * 2 and not lock.exists()
 

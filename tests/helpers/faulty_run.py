@@ -14,7 +14,7 @@ import jax
 
 from tests.helpers import tiny
 from xclip_jax import report
-from xclip_jax.core import heartbeat
+from xclip_jax.core import console
 from xclip_jax.core.errors import exit_with_message
 from xclip_jax.data import loader
 from xclip_jax.evaluators import registry
@@ -60,7 +60,7 @@ def spoil_report(fault, process):
         for number in range(200):
             if number == 3 and jax.process_index() == process:
                 FAULTS[fault.removesuffix(" in report")]()
-            heartbeat.beat()
+            console.report_progress()
             time.sleep(0.05)
         return collect(*args, **options)
 
@@ -83,7 +83,7 @@ class LongSet:
         for number in range(1000):
             if number == 3:
                 self._fault()
-            heartbeat.beat()
+            console.report_progress()
             time.sleep(0.05)
         return []
 

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from tests.helpers import tiny
-from xclip_jax.core import heartbeat
+from xclip_jax.core import console
 from xclip_jax.core.errors import EXIT_RESTART, EXIT_RESUMABLE, UserError, describe
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import loader, prefetch
@@ -37,7 +37,7 @@ class Set:
 
     def measure(self, variables):
         for _ in range(2):
-            heartbeat.beat()
+            console.report_progress()
             self.batches += 1
             if self.stops:
                 signal.raise_signal(signal.SIGTERM)
@@ -66,13 +66,13 @@ def test_several_processes_leave_an_evaluation_between_batches():
     handler, watch = interrupt.PreemptionHandler(), type("Watch", (), {"enter": print, "beat": lambda self: None})()
     reached = []
     with pytest.raises(interrupt.Interrupted), loop.evaluating(watch, handler):
-        heartbeat.beat()
+        console.report_progress()
         handler.noticed = True
-        heartbeat.beat(alike=False)  # a place that others may not reach
+        console.report_progress(all_processes=False)  # a place that others may not reach
         reached.append(True)
-        heartbeat.beat()
+        console.report_progress()
     assert reached
-    heartbeat.beat()  # outside, nobody listens
+    console.report_progress()  # outside, nobody listens
 
 
 @pytest.fixture

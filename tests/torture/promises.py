@@ -70,7 +70,7 @@ PROMISES = (
         "status 75, nothing half written",
         (
             "processes/interrupt::a_signal_ends_a_compilation",
-            "core/ending::a_signal_while_xla_compiles_ends_a_run_with_its_status",
+            "core/errors::a_signal_while_xla_compiles_ends_a_run_with_its_status",
             "train/training_folder::signals_outside_the_loop_end_the_process_at_once",
         ),
     ),
@@ -80,8 +80,8 @@ PROMISES = (
         "status 75; before the run handles signals 143, of Ctrl-C 130",
         (
             "torture/signals::a_signal_at_any_second_of_the_start_ends_a_run_as_documented",
-            "core/ending::ctrl_c_while_a_command_imports_is_one_sentence",
-            "core/ending::ctrl_c_in_a_callback_that_drops_exceptions_ends_a_command",
+            "core/errors::ctrl_c_while_a_command_imports_is_one_sentence",
+            "core/errors::ctrl_c_in_a_callback_that_drops_exceptions_ends_a_command",
         ),
     ),
     Promise(
@@ -249,9 +249,9 @@ PROMISES = (
         "two runs are started on one folder in a bucket, which has no locks",
         "the second is refused while the first renews its lease; after a kill it waits up to 70 s",
         (
-            "core/lease::a_second_holder_is_refused_while_the_first_renews",
-            "core/lease::the_lease_of_a_process_that_was_killed_expires",
-            "core/lease::a_run_in_a_bucket_holds_it",
+            "core/locks::a_second_holder_is_refused_while_the_first_renews",
+            "core/locks::the_lease_of_a_process_that_was_killed_expires",
+            "core/locks::a_run_in_a_bucket_holds_it",
         ),
     ),
     Promise(

@@ -22,8 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from xclip_jax.core.ending import EXIT_INTERRUPTED
-from xclip_jax.core.errors import EXIT_RESUMABLE
+from xclip_jax.core.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE
 from xclip_jax.core.run_folder import RunFolder
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -22,7 +22,7 @@ from etils import epath
 from tests.data.test_tokenizer import save_words
 from tests.helpers import tiny
 from xclip_jax.config import schema
-from xclip_jax.core import ending, environment, storage
+from xclip_jax.core import environment, errors, storage
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import loader
@@ -254,7 +254,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(pairs, tmp_path, mon
     monkeypatch.setattr(fcntl, "flock", refused)
     made = build.build(tiny.short(pairs, tmp_path / "run"))
     with TrainingFolder(tmp_path / "run").claimed(made.config, []):
-        assert "has no locks; do not start another run" in capsys.readouterr().out
+        assert "has no locks; let no other process write to it" in capsys.readouterr().out
         assert RunFolder(tmp_path / "run").writer() == ""
     assert RunFolder(tmp_path / "run").is_run()
 
@@ -353,7 +353,7 @@ def test_the_average_has_batch_statistics_of_its_own(pairs, tmp_path):
 
 def test_signals_outside_the_loop_end_the_process_at_once(monkeypatch):
     ended = []
-    monkeypatch.setattr(ending.os, "_exit", ended.append)
+    monkeypatch.setattr(errors.os, "_exit", ended.append)
     with interrupt.PreemptionHandler():
         signal.raise_signal(signal.SIGTERM)
     assert ended == [interrupt.EXIT_RESUMABLE]

@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from xclip_jax.core.addresses import public
-from xclip_jax.core.errors import Parser, UserError, exit_with_message
+from xclip_jax.core.errors import Parser, UserError, exit_with_message, public
 from xclip_jax.data import inspect, loader, rgb, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, Source, SourceOptions
 from xclip_jax.data.inspect import Sample

@@ -34,10 +34,9 @@ from xclip_jax import model as inference
 from xclip_jax.commands import compilation_cache
 from xclip_jax.commands.doctor import machine
 from xclip_jax.commands.embed_sources import Lines, Source, open_images
-from xclip_jax.core import environment, file_lock, storage
-from xclip_jax.core.addresses import public
+from xclip_jax.core import environment, locks, storage
 from xclip_jax.core.console import format_duration, log0
-from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, check_writable, exit_with_message
+from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, check_writable, exit_with_message, public
 from xclip_jax.core.imports import add_trust
 from xclip_jax.core.storage import write_json
 from xclip_jax.data import embeddings
@@ -155,11 +154,11 @@ class EmbeddingJob:
         if not self.complete:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             try:
-                with file_lock.beside(self.out, wait=False):
+                with locks.lock(self.out, blocking=False):
                     self._check_plan()
                     if not self.complete:
                         return self._make()
-            except file_lock.HeldError as error:
+            except locks.HeldError as error:
                 raise UserError(
                     f"{self.out} is being written by another process; wait for it, or name another file."
                 ) from error

@@ -14,8 +14,7 @@ import numpy as np
 
 from xclip_jax import model
 from xclip_jax.core import storage
-from xclip_jax.core.addresses import public
-from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.core.errors import BadSample, UserError, public
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES
 from xclip_jax.data.readers.folder_source import file_size
 from xclip_jax.data.readers.tar_source import TarSource

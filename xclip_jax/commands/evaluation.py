@@ -12,8 +12,8 @@ from etils import epath
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.core import environment
-from xclip_jax.core.addresses import public
 from xclip_jax.core.console import log0
+from xclip_jax.core.errors import public
 from xclip_jax.core.run_folder import evaluation_file
 from xclip_jax.evaluators import registry, results, tables
 from xclip_jax.evaluators.results import Result

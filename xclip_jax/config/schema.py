@@ -12,8 +12,7 @@ from typing import Any
 import ml_collections
 
 from xclip_jax.core import fields
-from xclip_jax.core.addresses import public
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import UserError, public
 from xclip_jax.core.fields import Check, at_least, between, choice, key, not_empty
 from xclip_jax.core.imports import class_name
 from xclip_jax.data.config import DataConfig

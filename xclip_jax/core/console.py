@@ -1,12 +1,17 @@
-"""Output for the user of a command."""
+"""Output for the user of a command, names of commands in messages, and marks of progress in long work."""
 
-import jax
+import contextlib
+import contextvars
+import sys
+from collections.abc import Callable, Iterator
 
-from xclip_jax.core.addresses import public
+from xclip_jax.core.errors import Parser, public
 
 
 def log0(message: str) -> None:
-    """Print to standard output from the first process alone, addresses as `addresses.public` shows them."""
+    """Print to standard output from process 0, with addresses as `errors.public` shows them."""
+    import jax  # takes a second, which names of commands need not wait for
+
     if jax.process_index() == 0:
         print(public(message), flush=True)
 
@@ -24,3 +29,48 @@ def format_bytes(n: float) -> str:
         if n >= scale:
             return f"{n / scale:.2f} {unit}"
     return f"{n:.0f} B"
+
+
+Observer = Callable[[bool], None]
+
+_observer: contextvars.ContextVar[Observer] = contextvars.ContextVar("observer", default=lambda all_processes: None)
+
+
+@contextlib.contextmanager
+def observing_progress(observer: Observer) -> Iterator[None]:
+    """Call `observer` at every `report_progress` of this thread; it may raise to abandon the work."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def report_progress(*, all_processes: bool = True) -> None:
+    """Tell a watchdog that the work advances; an interrupt may end it here.
+
+    Args:
+      all_processes: whether every process of a run calls this equally often, so that all can stop together.
+    """
+    _observer.get()(all_processes)
+
+
+COMMANDS = {
+    "train": ("xclip_jax.main", "train a model by a recipe, or resume a run"),
+    "evaluate": ("xclip_jax.commands.evaluate", "evaluate a run or weights of another project, or compare two runs"),
+    "embed": ("xclip_jax.commands.embed", "write embeddings of images or texts to a file"),
+    "export": ("xclip_jax.commands.export", "write weights for transformers, open_clip or safetensors"),
+    "plan": ("xclip_jax.commands.plan", "show memory, traffic and time of a run before it is started"),
+    "doctor": ("xclip_jax.commands.doctor", "check a run before it is started, or look at one by its folder"),
+    "report": ("xclip_jax.report", "write the page of a run"),
+    "serve": ("xclip_jax.commands.serve", "search a folder of images by words on a page in the browser"),
+    "check": ("xclip_jax.commands.check", "check image-text pairs before training"),
+    "index": ("xclip_jax.data.readers.tar_index", "index tars ahead of a run"),
+}
+
+
+def command(name: str) -> str:
+    """Return "xclip-jax NAME", or "python -m xclip_jax NAME" in a process that was started that way."""
+    main = getattr(sys.modules.get("__main__"), "__spec__", None)
+    as_module = Parser.program is None and main is not None and main.name.startswith("xclip_jax.")
+    return f"python -m xclip_jax {name}" if as_module else f"xclip-jax {name}"

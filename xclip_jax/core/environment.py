@@ -17,7 +17,7 @@ import jax
 from etils import epath
 
 import xclip_jax
-from xclip_jax.core.addresses import public
+from xclip_jax.core.errors import public
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy", "xclip_jax")
 _CGROUP = pathlib.Path("/sys/fs/cgroup")

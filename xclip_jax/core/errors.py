@@ -10,14 +10,110 @@ import pathlib
 import re
 import select
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, ClassVar, NoReturn
 
-from xclip_jax.core import ending
-from xclip_jax.core.addresses import public
+# The bounds keep matching linear in the length of a text, which may be a caption of somebody else.
+_USER = re.compile(r"""(?<![A-Za-z0-9+.-])([A-Za-z0-9+.-]{1,40})://([^\s/"]{0,2000})@""")
+# A query, in http also a fragment: up to a space, a quote, closing marks before these, or a comma and a next address.
+# Elsewhere than in http a ? without KEY= is a wildcard.
+_QUERY = re.compile(
+    r"""
+    (?<![A-Za-z0-9+.-])
+    (https?://[^\s"`<>?\#]*+ (?=[?\#]) | [A-Za-z0-9+.-]{1,40}://[^\s"`<>?]*+ (?=\?[\w.-]+=))
+    ((?:(?!,\s{0,9}[A-Za-z][\w.+:-]{0,40}:) (?![?'"()\[\]{},.:;!\\]{0,9}(?:[\s"`<>]|$)) (?:[^\s"`<>\\]|\\(?!["'])))*)
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+# Columns that the name of a source or set ends in, which are no part of the address.
+_COLUMNS = re.compile(r"\?(?:(?:image|text|label)=[^?#&]*(?:&|$))+$")
+
+
+def public(content: Any) -> Any:
+    """Return `content`, a text or JSON, without user information, query and fragment of every URL in it.
+
+    The user of another file system than http stays where it has no password: abfs://container@account names a place. So
+    do columns, ?image=COLUMN&text=COLUMN, at the end of a source or set.
+    """
+    if isinstance(content, str):
+        return _QUERY.sub(_without_query, _USER.sub(_without_user, content)) if "://" in content else content
+    if isinstance(content, Mapping):
+        return {public(key): public(value) for key, value in content.items()}
+    return type(content)(map(public, content)) if isinstance(content, (list, tuple)) else content
+
+
+def _without_user(match: re.Match[str]) -> str:
+    scheme, user = match.groups()
+    return f"{scheme}://" if scheme.lower() in ("http", "https") or ":" in user else match[0]
+
+
+def _without_query(match: re.Match[str]) -> str:
+    columns = _COLUMNS.search(match[2])
+    return match[1] + (columns[0] if columns else "")
+
+
+# What a shell reports of a program that SIGINT ends.
+EXIT_INTERRUPTED = 130
+
+
+def exit_now(status: int) -> NoReturn:
+    """End this process without waiting for its threads, wherever it is, a signal's handler included.
+
+    Python's own exit crashes where XLA still compiles in threads of its own, and waits for threads that read.
+    """
+    try:
+        for flush in (sys.stdout.flush, sys.stderr.flush):
+            with contextlib.suppress(Exception):  # a stream that nobody reads, or that was just being written
+                flush()
+    finally:
+        os._exit(status)
+
+
+def interrupted(advice: str = "") -> NoReturn:
+    """End this process by Ctrl-C, in one sentence."""
+    os.write(2, f"error: interrupted{advice and f'; {advice}'}\n".encode())  # a handler may not enter sys.stderr again
+    exit_now(EXIT_INTERRUPTED)
+
+
+def at_once(*_: Any) -> NoReturn:
+    """Handle SIGINT: end this process.
+
+    An exception could be lost: in a callback, as JAX has one in each garbage collection, or in an import that is tried.
+    """
+    interrupted()
+
+
+def end_at_once() -> None:
+    """From here on, Ctrl-C ends this process at once, unless it is ignored by inheritance, as under nohup."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, at_once)
+        sys.unraisablehook = _unraisable
+
+
+@contextlib.contextmanager
+def unwinding() -> Iterator[None]:
+    """Context in which Ctrl-C ends a command, see `end_at_once`, by `KeyboardInterrupt`: open files are closed."""
+    if signal.getsignal(signal.SIGINT) is not at_once:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        interrupted("; ".join(getattr(error, "__notes__", ())))
+    finally:
+        signal.signal(signal.SIGINT, at_once)
+
+
+def _unraisable(event: Any) -> None:
+    if issubclass(event.exc_type, KeyboardInterrupt):  # else the command would go on
+        interrupted()
+    sys.__unraisablehook__(event)
+
 
 # Exit statuses after which the same command goes on with the run: of one that was asked to stop (EX_TEMPFAIL of
 # sysexits.h), and of one that hung or lost a process (the first number that sysexits.h leaves free).
@@ -76,13 +172,13 @@ def _print_exception(kind: type[BaseException], error: BaseException, trace: Tra
 def exit_with_message() -> Iterator[None]:
     """Context of a command: `UserError`, and an `OSError` that names a file, end it with one sentence and status 1.
 
-    Ctrl-C ends it with one sentence, which has the notes of the `KeyboardInterrupt`, and `ending.EXIT_INTERRUPTED`.
+    Ctrl-C ends it with one sentence, which has the notes of the `KeyboardInterrupt`, and `errors.EXIT_INTERRUPTED`.
     Where the reader of its output closes it, as `head` does, it ends silently, with status `EXIT_UNREAD`. Other
     exceptions, whose traceback Python prints, show addresses without passwords and signatures too.
     """
     sys.excepthook = _print_exception
     try:
-        with ending.unwinding():
+        with unwinding():
             yield
         print(end="", flush=True)  # at Python's own exit an error could not be caught
     except UserError as error:

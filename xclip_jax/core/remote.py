@@ -3,13 +3,13 @@
 import contextlib
 import errno
 import ipaddress
+import os
 import re
 import socket
 from collections.abc import Iterator
 from typing import Any
 
-from xclip_jax.core.addresses import public
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import UserError, public
 
 # For one request of an http server: an answer that goes on without end, however slowly, ends.
 SECONDS = 120
@@ -182,3 +182,20 @@ async def _guarded_client(**options: Any) -> Any:
         return socket.socket(family, kind, protocol)
 
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(socket_factory=open_socket), **options)
+
+
+_ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")  # one letter is a drive
+
+
+def expand_home(path: str) -> str:
+    """Return `path` with "~" at its start expanded, which shells leave in --config.run=~/x.
+
+    Raises:
+      UserError: a URL with one slash, which would be a local folder "gs:".
+    """
+    if match := _ONE_SLASH.match(path):
+        scheme, rest = match[0][:-1], path[match.end() :]
+        # Named as a URL, which messages show without passwords.
+        written = f"'{scheme}//{rest}' is written with one slash after {scheme!r}"
+        raise UserError(f"{written}; write two, or begin a local path with './'.")
+    return os.path.expanduser(path)

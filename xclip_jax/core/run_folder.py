@@ -17,16 +17,15 @@ checkpoints/, bad_samples.jsonl, skipped_steps.jsonl, tensorboard/, wandb/, repo
 
 import contextlib
 import difflib
-import fcntl
 import json
 import sys
 from typing import Any
 
 from etils import epath
 
+from xclip_jax.core import locks
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.file_lock import NO_LOCKS
-from xclip_jax.core.paths import expand_home
+from xclip_jax.core.remote import expand_home
 from xclip_jax.core.storage import is_remote
 
 # Metrics of metrics.jsonl that measure time: two runs that learn the same differ in them.
@@ -86,18 +85,8 @@ class RunFolder:
         return max(self.steps(), default=None)
 
     def writer(self) -> str:
-        """Return a description of the process that writes to the folder now, or ""; a bucket has no locks."""
-        if is_remote(str(self.path)) or not self.lock_file.exists():
-            return ""
-        with open(self.lock_file) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return file.read().strip() or "another process"
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-        return ""
+        """Return a description of the process that writes to the folder now, or ""; unknown in a bucket."""
+        return locks.holder(self.lock_file)
 
     def read_config(self) -> dict[str, Any] | None:
         """Return the content of config.json, or None where there is no run. Keys newer than the run are absent.

@@ -20,9 +20,8 @@ from typing import Any
 from etils import epath
 
 from xclip_jax.core import remote
-from xclip_jax.core.addresses import public
-from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.core.paths import expand_home
+from xclip_jax.core.errors import BadSample, UserError, public
+from xclip_jax.core.remote import expand_home
 
 # Open files kept in each process; the soft limit of open files is often 1024.
 _OPEN = 256

@@ -11,7 +11,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from xclip_jax.core import storage
-from xclip_jax.core.command_names import command
+from xclip_jax.core.console import command
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
 

@@ -16,10 +16,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from xclip_jax.core.command_names import command
+from xclip_jax.core.console import command
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.core.imports import Classes, import_class
-from xclip_jax.core.paths import expand_home
+from xclip_jax.core.remote import expand_home
 from xclip_jax.data import records, rgb, transforms
 from xclip_jax.data.base import (
     IMAGE_SUFFIXES,

@@ -6,8 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from xclip_jax.core.addresses import public
-from xclip_jax.core.errors import BadSample
+from xclip_jax.core.errors import BadSample, public
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.encoder import Encoder

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from xclip_jax.core import heartbeat
-from xclip_jax.core.command_names import command
+from xclip_jax.core import console
+from xclip_jax.core.console import command
 from xclip_jax.core.errors import BadSample, UserError, describe
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.transforms import normalize
@@ -253,7 +253,7 @@ class Encoder:
         pending: tuple[dict[str, jax.Array], int] = {}, 0
         start = 0
         while start < max(len(items), 1):
-            heartbeat.beat()
+            console.report_progress()
             size = self._size(len(items) - start)
             out = encode(variables, *self._place(items, start, size, shape, dtype))
             # One batch behind: the device works while the host fetches and loads.

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xclip_jax.core import heartbeat
+from xclip_jax.core import console
 from xclip_jax.core.errors import UserError
 
 HISTORY = 10
@@ -170,7 +170,7 @@ def _solve(
     }
     alive, out = np.arange(count), (np.zeros((d, count, classes), np.float32), np.zeros(count), np.zeros(count, int))
     for _ in range(0, iterations, _ROUND):
-        heartbeat.beat(alike=False)  # rounding decides how many there are
+        console.report_progress(all_processes=False)  # rounding decides how many there are
         state = _iterate(x, y, back, problem, state, iterations, tolerance)
         done = np.asarray(state["done"])
         keep = np.flatnonzero(~done)

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from xclip_jax.core.command_names import command
-from xclip_jax.core.console import log0
+from xclip_jax.core.console import command, log0
 from xclip_jax.core.errors import BadSample, UserError, check_choice, describe
 from xclip_jax.core.imports import Classes, class_name, import_class, is_imported
 from xclip_jax.data.config import DataConfig

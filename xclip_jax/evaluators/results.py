@@ -33,11 +33,9 @@ import numpy as np
 from etils import epath
 
 from xclip_jax.config.schema import Config
-from xclip_jax.core import file_lock
-from xclip_jax.core.addresses import public
-from xclip_jax.core.command_names import command
-from xclip_jax.core.console import format_bytes
-from xclip_jax.core.errors import UserError
+from xclip_jax.core import locks
+from xclip_jax.core.console import command, format_bytes
+from xclip_jax.core.errors import UserError, public
 from xclip_jax.core.storage import write_json, write_whole
 from xclip_jax.data.labelled import Paths
 from xclip_jax.data.preprocessing import Preprocessing
@@ -280,7 +278,7 @@ def add(
     Raises:
       UserError: the file is damaged.
     """
-    with file_lock.beside(path, wait=True):
+    with locks.lock(path, blocking=True):
         entries, items_of = read(path) if path.exists() else ([], {})
         if own:
             entries = [old | {"checkpoint": entry["checkpoint"]} for old in entries]

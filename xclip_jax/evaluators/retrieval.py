@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import scipy
 
-from xclip_jax.core import heartbeat
+from xclip_jax.core import console
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import statistics
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
@@ -71,7 +71,7 @@ def ranks_by_score(
     for direction, queries, items in (("image_to_text", images, texts), ("text_to_image", texts, images)):
         step = max(1, BLOCK // items)
         for start in range(0, queries, step):
-            heartbeat.beat()
+            console.report_progress()
             part = slice(start, start + step)
             if direction == "image_to_text":
                 positive = matches.of_images(part)

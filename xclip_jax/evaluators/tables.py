@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from xclip_jax.core.addresses import public
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import UserError, public
 from xclip_jax.core.run_folder import evaluation_file, not_found
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import HELD_OUT, Layout, Metric

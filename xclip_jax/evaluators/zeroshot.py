@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from xclip_jax.core import heartbeat
+from xclip_jax.core import console
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
 from xclip_jax.evaluators.encoder import Encoder, Features
@@ -120,7 +120,7 @@ def spreads_of(
     for similarity, texts in zip(similarities[:2], rows[:2], strict=True):
         moments = []  # number of logits, mean and variance of each block
         for start in range(0, len(readable), step):
-            heartbeat.beat()
+            console.report_progress()
             x = similarity.scores(img[similarity.feature][readable[start : start + step]], texts)[similarity.logits]
             moments.append((x.size, float(x.mean()), float(x.var())))
         count, mean, variance = np.array(moments or [(1, np.nan, np.nan)]).T

@@ -16,7 +16,7 @@ from etils import epath
 
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.paths import expand_home
+from xclip_jax.core.remote import expand_home
 from xclip_jax.core.storage import write_whole
 from xclip_jax.data import hub_client
 from xclip_jax.data.hub_client import ID, PREFIX

@@ -10,7 +10,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from xclip_jax.core.command_names import command
+from xclip_jax.core.console import command
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import is_run
 from xclip_jax.interop import torch_file

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from xclip_jax.core import ending
+from xclip_jax.core import errors
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import EXIT_RESUMABLE
 
@@ -55,7 +55,7 @@ class PreemptionHandler:
         name, previous = signal.Signals(number).name, self._previous[number]
         # Under nohup the inherited handler ignores SIGINT; the second one must end the process nevertheless. That of a
         # command would wait while the main thread is in C code.
-        signal.signal(number, signal.SIG_DFL if previous in (signal.SIG_IGN, ending.at_once) else previous)
+        signal.signal(number, signal.SIG_DFL if previous in (signal.SIG_IGN, errors.at_once) else previous)
         self.noticed = True
         alone = jax.process_count() == 1
         stopping = "saving, then stopping; send it again to stop at once"
@@ -67,7 +67,7 @@ class PreemptionHandler:
             self._leaves = False
             raise Interrupted
         if alone and not self.saves:
-            ending.exit_now(EXIT_RESUMABLE)
+            errors.exit_now(EXIT_RESUMABLE)
 
     def requested(self) -> bool:
         """Whether to stop here; the same answer on every process."""

@@ -17,9 +17,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from xclip_jax.core.addresses import public
-from xclip_jax.core.ending import exit_now
-from xclip_jax.core.errors import EXIT_RESTART, UserError, describe
+from xclip_jax.core.errors import EXIT_RESTART, UserError, describe, exit_now, public
 
 # All processes end within 30 s after one of them: JAX counts as dead what sends no heartbeat for so long.
 HEARTBEAT_SECONDS = 25

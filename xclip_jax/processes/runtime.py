@@ -14,8 +14,7 @@ import jax
 from jax._src import distributed as jax_distributed
 from jax._src import xla_bridge
 
-from xclip_jax.core.ending import exit_now
-from xclip_jax.core.errors import EXIT_RESUMABLE, UserError
+from xclip_jax.core.errors import EXIT_RESUMABLE, UserError, exit_now
 from xclip_jax.processes.peers import HEARTBEAT_SECONDS, Peers
 
 # How long a process that has done its work waits for the others, when process 0 has done its own.

@@ -17,8 +17,7 @@ from collections.abc import Callable
 
 import jax
 
-from xclip_jax.core.ending import exit_now
-from xclip_jax.core.errors import EXIT_RESTART, EXIT_RESUMABLE
+from xclip_jax.core.errors import EXIT_RESTART, EXIT_RESUMABLE, exit_now
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.processes import runtime
 from xclip_jax.processes.interrupt import SIGNALS, PreemptionHandler

@@ -10,7 +10,7 @@ from etils import epath
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.core import environment
-from xclip_jax.core.addresses import public
+from xclip_jax.core.errors import public
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import hub_client, rgb
 from xclip_jax.data.preprocessing import Preprocessing

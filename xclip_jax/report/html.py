@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 from etils import epath
 
-from xclip_jax.core.command_names import command
+from xclip_jax.core.console import command
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.models.two_towers import Variables

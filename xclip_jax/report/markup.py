@@ -8,7 +8,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from xclip_jax.core.addresses import public
+from xclip_jax.core.errors import public
 
 THUMB = 72  # side of an image in the page, pixels
 

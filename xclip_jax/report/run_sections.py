@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from xclip_jax.config import schema
-from xclip_jax.core.command_names import command
+from xclip_jax.core.console import command
 from xclip_jax.data import rgb
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.results import UNITS

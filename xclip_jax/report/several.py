@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from xclip_jax.config import schema
-from xclip_jax.core.command_names import command
+from xclip_jax.core.console import command
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.results import Result

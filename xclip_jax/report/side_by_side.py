@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from xclip_jax.core.command_names import command
+from xclip_jax.core.console import command
 from xclip_jax.report.examples import Examples, Gallery, Prediction, SearchResult
 from xclip_jax.report.markup import Images, Section, esc, missing
 from xclip_jax.report.model_sections import bars, place, row

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import jax
 
-from xclip_jax.core.command_names import command
-from xclip_jax.core.console import log0
+from xclip_jax.core.console import command, log0
 from xclip_jax.evaluators.results import Result
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.report import html, picture

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from xclip_jax.config import recipes, schema
-from xclip_jax.core.command_names import command
+from xclip_jax.core.console import command
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import holdout, inspect, labelled, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, Source, SourceOptions, name_of

@@ -9,10 +9,9 @@ import ml_collections
 import numpy as np
 
 from xclip_jax.config.schema import Config, resolve
-from xclip_jax.core.addresses import public
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import UserError
-from xclip_jax.core.paths import expand_home
+from xclip_jax.core.errors import UserError, public
+from xclip_jax.core.remote import expand_home
 from xclip_jax.data import controls, labelled, loader, opening, rgb, sources
 from xclip_jax.data.base import Source
 from xclip_jax.data.config import DataConfig

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from xclip_jax.core import heartbeat
-from xclip_jax.core.addresses import public
+from xclip_jax.core import console
 from xclip_jax.core.console import log0
+from xclip_jax.core.errors import public
 from xclip_jax.data import loader
 from xclip_jax.data.ledger import Ledger, TooManyBadSamples
 from xclip_jax.data.prefetch import interruptible_iterator
@@ -112,7 +112,7 @@ def run_evaluators(evaluators: Sequence[Evaluator], variables: Variables) -> lis
     """Return the results of all evaluators; an exception names the evaluator that raised it."""
     results: list[Result] = []
     for evaluator in evaluators:
-        heartbeat.beat()
+        console.report_progress()
         results += registry.measure(evaluator, variables)
     return results
 
@@ -121,13 +121,13 @@ def run_evaluators(evaluators: Sequence[Evaluator], variables: Variables) -> lis
 def evaluating(watch: Watchdog, stop: PreemptionHandler, phase: str = EVALUATION) -> Iterator[None]:
     """Context of what evaluates: an interrupt leaves it between two batches, a signal to a single process at once."""
 
-    def observe(alike: bool) -> None:
+    def observe(all_processes: bool) -> None:
         watch.beat()
-        if alike:
+        if all_processes:
             stop.check()
 
     watch.enter(phase)
-    with heartbeat.observed(observe), stop.interruptible():
+    with console.observing_progress(observe), stop.interruptible():
         yield
 
 

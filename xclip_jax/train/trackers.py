@@ -16,9 +16,8 @@ from PIL import Image
 
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
-from xclip_jax.core.addresses import public
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import UserError, public
 from xclip_jax.core.imports import import_class
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import is_remote, write_json

@@ -9,8 +9,7 @@ import jax
 import ml_collections
 
 from xclip_jax.config.schema import Config, resolve
-from xclip_jax.core.command_names import command
-from xclip_jax.core.console import log0
+from xclip_jax.core.console import command, log0
 from xclip_jax.core.errors import EXIT_RESUMABLE, UserError, describe
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.evaluators import tables

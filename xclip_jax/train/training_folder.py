@@ -2,11 +2,8 @@
 
 import contextlib
 import datetime
-import fcntl
 import hashlib
 import json
-import os
-import platform
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +12,7 @@ from etils import epath
 
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
-from xclip_jax.core import environment, file_lock, lease
+from xclip_jax.core import environment, locks
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError, check_writable
 from xclip_jax.core.run_folder import RunFolder
@@ -199,7 +196,9 @@ class TrainingFolder(RunFolder):
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        with self._locked():
+        remote = is_remote(str(self.path))
+        lock = locks.lease(self.lock_file) if remote else locks.hold(self.lock_file, self.path, blocking=False)
+        with lock:
             self.check(config)  # another run may have come and gone
             self.results_file.unlink(missing_ok=True)  # of another evaluation, or a failed one; a launcher looks for it
             self._write_config(config, groups, text_rows)
@@ -264,30 +263,6 @@ class TrainingFolder(RunFolder):
             start = {"step": self.latest_step(), "time": now, "changed": changed, "environment": facts}
             saved |= {"config": current, "starts": [*saved.get("starts", []), start]}
             write_json(self.config_file, saved | chosen if renew else saved)
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        if is_remote(str(self.path)):
-            with lease.held(self.lock_file):
-                yield
-            return
-        with open(self.lock_file, "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                raise UserError(
-                    f"{self.path} is in use by {file.read().strip() or 'another run'}; wait for it, or use a different "
-                    "--config.run."
-                ) from error
-            except OSError as error:
-                if error.errno not in file_lock.NO_LOCKS:
-                    raise
-                log0(f"WARNING: the file system of {self.path} has no locks; do not start another run in it meanwhile")
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n")
-            file.flush()
-            yield
 
 
 def _differences(saved: Mapping[str, Any], config: Config) -> list[str]:

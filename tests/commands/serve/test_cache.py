@@ -10,7 +10,7 @@ from PIL import Image
 from tests.helpers import bad_tars
 from xclip_jax.commands.embed_sources import open_images
 from xclip_jax.commands.serve import cache
-from xclip_jax.core import file_lock
+from xclip_jax.core import locks
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.transforms import decode
 
@@ -159,7 +159,7 @@ def test_two_processes_do_not_write_one_cache(model, images, tmp_path):
     folder = cache.folder_of(model, str(images), tmp_path / "cache")
     folder.mkdir(parents=True)
     with (
-        file_lock.beside(folder / "embeddings.npz", wait=False),
+        locks.lock(folder / "embeddings.npz", blocking=False),
         pytest.raises(UserError, match="is being written by another process; wait for it, or set another --cache"),
     ):
         embedded(model, images, tmp_path / "cache")

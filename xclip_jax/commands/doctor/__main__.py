@@ -16,8 +16,7 @@ from collections.abc import Iterator, Sequence
 from absl import flags, logging
 
 from xclip_jax.commands.doctor import finding
-from xclip_jax.core.addresses import public
-from xclip_jax.core.errors import Parser, exit_with_message
+from xclip_jax.core.errors import Parser, exit_with_message, public
 from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.storage import strict_json
 

@@ -10,8 +10,7 @@ from etils import epath
 
 from xclip_jax.commands.doctor import series
 from xclip_jax.commands.doctor.finding import Finding, fail, warning
-from xclip_jax.core.command_names import command
-from xclip_jax.core.console import format_bytes, format_duration
+from xclip_jax.core.console import command, format_bytes, format_duration
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import REWRITE_SECONDS
 from xclip_jax.objectives.clip import Contrastive

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 
 from xclip_jax.commands.doctor.finding import Finding, attempt, fail, warning
-from xclip_jax.core.command_names import command
+from xclip_jax.core.console import command
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import controls, inspect, labelled, loader, opening, rgb, sources
 from xclip_jax.data.base import Source

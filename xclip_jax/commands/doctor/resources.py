@@ -15,8 +15,7 @@ import numpy as np
 from xclip_jax.commands.doctor.finding import Finding, attempt, fail, warning
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
-from xclip_jax.core.command_names import command
-from xclip_jax.core.console import format_bytes, format_duration
+from xclip_jax.core.console import command, format_bytes, format_duration
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import is_remote
 from xclip_jax.data import loader

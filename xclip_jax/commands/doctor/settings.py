@@ -7,7 +7,7 @@ import jax
 
 from xclip_jax.commands.doctor.finding import Finding, warning
 from xclip_jax.config.schema import Config
-from xclip_jax.core.command_names import command
+from xclip_jax.core.console import command
 from xclip_jax.objectives import Objective, Term
 from xclip_jax.objectives.clip import Contrastive
 from xclip_jax.train.build import Experiment

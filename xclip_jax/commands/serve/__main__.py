@@ -26,9 +26,8 @@ from xclip_jax import model as inference
 from xclip_jax.commands import compilation_cache
 from xclip_jax.commands.doctor import machine
 from xclip_jax.commands.serve.index import MAX_NAMES, MAX_TEXT, make_index
-from xclip_jax.core.addresses import public
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, exit_with_message
+from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, exit_with_message, public
 from xclip_jax.core.imports import add_trust
 from xclip_jax.data.text import decode_text
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from xclip_jax.commands.embed import Progress
 from xclip_jax.commands.embed_sources import Images, Tars
-from xclip_jax.core import file_lock, storage
+from xclip_jax.core import locks, storage
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import embeddings
@@ -64,11 +64,11 @@ def embed(model: Model, source: Images | Tars, folder: pathlib.Path) -> Embedded
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with file_lock.beside(folder / _FILE, wait=False):
+        with locks.lock(folder / _FILE, blocking=False):
             embedded = _embed(model, source, folder)
             _delete_oldest(folder.parent)
             _return_memory()
-    except file_lock.HeldError as error:
+    except locks.HeldError as error:
         raise UserError(
             f"{folder} is being written by another process; wait for it, or set another --cache."
         ) from error
@@ -200,5 +200,5 @@ def _delete_oldest(parent: pathlib.Path) -> None:
     caches = (file for file in parent.glob(f"*/{_FILE}") if _NAME.fullmatch(file.parent.name))
     used = {file.parent: file.stat().st_mtime for file in caches}
     for folder in sorted(used, key=used.__getitem__, reverse=True)[_KEPT:]:
-        with contextlib.suppress(file_lock.HeldError), file_lock.beside(folder / _FILE, wait=False):
+        with contextlib.suppress(locks.HeldError), locks.lock(folder / _FILE, blocking=False):
             shutil.rmtree(folder)

@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from xclip_jax.core import remote, storage
-from xclip_jax.core.addresses import public
-from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.core.errors import BadSample, UserError, public
 from xclip_jax.data import labelled
 from xclip_jax.data.base import MAX_BYTES, MissingColumnError, Record, Source, SourceKind, SourceOptions
 from xclip_jax.data.text import check_encoding, decode_utf8, first_line, separator

@@ -25,8 +25,7 @@ from typing import IO, Any, cast
 import numpy as np
 
 from xclip_jax.core import storage
-from xclip_jax.core.addresses import public
-from xclip_jax.core.errors import Parser, UserError, exit_with_message
+from xclip_jax.core.errors import Parser, UserError, exit_with_message, public
 from xclip_jax.data import assets
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES
 from xclip_jax.data.readers.tar_headers import members

@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from xclip_jax.core import storage
-from xclip_jax.core.addresses import public
-from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.core.errors import BadSample, UserError, public
 from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions
 from xclip_jax.data.readers import open_files, tar_index
 from xclip_jax.data.text import decode_text, decode_utf8, json_strings
