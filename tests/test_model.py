@@ -22,7 +22,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.data import tokenizer, transforms
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
 from xclip_jax.train import build, weights
-from xclip_jax.train.encoder import make_encoder
+from xclip_jax.train.build import make_encoder
 
 TEXTS = ["a fox", "a hen", "what a long text this one is", "", "a fox"]
 

@@ -25,7 +25,7 @@ from xclip_jax.models.layers import stack_blocks
 from xclip_jax.objectives.config import RECIPES
 from xclip_jax.report import card as model_card
 from xclip_jax.train import build, state, trainer, weights
-from xclip_jax.train.encoder import make_encoder, profile_of_run
+from xclip_jax.train.build import make_encoder, profile_of_run
 
 STEPS = 2
 

@@ -26,7 +26,7 @@ from xclip_jax.data import transforms
 from xclip_jax.data.preprocessing import Preprocessing, mean_std
 from xclip_jax.evaluators import registry
 from xclip_jax.train import build, weights
-from xclip_jax.train.encoder import make_encoder
+from xclip_jax.train.build import make_encoder
 from xclip_jax.train.state import create
 from xclip_jax.train.training_folder import TrainingFolder
 

@@ -14,7 +14,7 @@ from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import tokenizer
 from xclip_jax.processes import runtime
-from xclip_jax.train import checkpoint_digest, job, same_run, weights
+from xclip_jax.train import checkpoint_files, job, same_run, weights
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.state import create
 from xclip_jax.train.training_folder import TrainingFolder
@@ -94,14 +94,14 @@ def test_requests_for_a_digest_do_not_grow_with_the_files(bucket):
             for i in range(n):
                 (folder / item / f"{i}").write_text("x" * i)
         Bucket.requests.clear()
-        checkpoint_digest.write(folder, 4)
-        assert checkpoint_digest.find_fault(folder, 4) is None
+        checkpoint_files.write_digest(folder, 4)
+        assert checkpoint_files.find_fault(folder, 4) is None
         counted.append(len(Bucket.requests))
     assert counted[0] == counted[1]
     (folder / "state" / "7").write_text("x")
-    assert checkpoint_digest.find_fault(folder, 4) == "state/7 is 1 bytes, not 7 bytes"
+    assert checkpoint_files.find_fault(folder, 4) == "state/7 is 1 bytes, not 7 bytes"
     (folder / "state" / "7").unlink()
-    assert checkpoint_digest.find_fault(folder, 4) == "state/7 is missing"
+    assert checkpoint_files.find_fault(folder, 4) == "state/7 is missing"
 
 
 def test_a_tokenizer_that_a_bucket_lacks_is_one_sentence(bucket):

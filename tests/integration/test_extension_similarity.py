@@ -19,7 +19,7 @@ from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, accuracy
 from xclip_jax.model import Model
 from xclip_jax.report.examples import collect_examples
 from xclip_jax.train import build, trainer
-from xclip_jax.train.encoder import make_encoder
+from xclip_jax.train.build import make_encoder
 
 WORDS = ["fox", "owl", "hen", "cat", "dog"]
 IMAGES = list(np.random.default_rng(0).integers(0, 256, (40, tiny.SIZE, tiny.SIZE, 3), np.uint8))

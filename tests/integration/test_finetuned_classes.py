@@ -18,8 +18,8 @@ from xclip_jax.core.storage import write_json
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.classifier import ClassificationSet, ClassifierEvaluator
 from xclip_jax.train import build, weights
+from xclip_jax.train.build import make_encoder
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.encoder import make_encoder
 from xclip_jax.train.state import create
 from xclip_jax.train.training_folder import TrainingFolder
 

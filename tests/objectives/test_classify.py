@@ -16,7 +16,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader, transforms
 from xclip_jax.losses import classification
 from xclip_jax.train import build, state
-from xclip_jax.train.augment import Augment
+from xclip_jax.train.step import Augment
 
 # Losses.
 

@@ -13,8 +13,8 @@ from xclip_jax.commands import plan
 from xclip_jax.parallel.collectives import collectives
 from xclip_jax.parallel.mesh import AXES
 from xclip_jax.train import build, memory, state
+from xclip_jax.train.build import make_encoder
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.encoder import make_encoder
 
 HIDDEN, CLUSTERS = 40, 64
 HEAD = {"clusters": CLUSTERS, "hidden": HIDDEN, "layers": 1, "last_norm": False}

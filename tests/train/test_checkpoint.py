@@ -13,7 +13,7 @@ from tests.helpers import checkpoints
 from tests.helpers.checkpoints import ABSTRACT, abstract, check_is, files_of, make_state, restore, resume, save
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
-from xclip_jax.train import checkpoint_digest
+from xclip_jax.train import checkpoint_files
 from xclip_jax.train.checkpoint import Checkpointer
 
 # Orbax writes them last, and reads no state from them.
@@ -48,7 +48,7 @@ DAMAGE = {
 def test_every_damaged_file_is_named_or_harmless(run, damage):
     folder = run / "checkpoints" / "4"
     files = files_of(folder)
-    assert len(files) > 8 and {"state/_METADATA", "position/metadata", checkpoint_digest.FILE} <= set(files)
+    assert len(files) > 8 and {"state/_METADATA", "position/metadata", checkpoint_files.DIGEST_FILE} <= set(files)
     rng = np.random.default_rng(sorted(DAMAGE).index(damage))
     for name in files:
         path = folder / name
@@ -166,7 +166,7 @@ def test_a_file_that_may_not_be_read_is_not_damage(run, monkeypatch):
     def refused(*_, **__):
         raise PermissionError(13, "Permission denied", "x")
 
-    monkeypatch.setattr(checkpoint_digest, "_hash", refused)
+    monkeypatch.setattr(checkpoint_files, "_hash", refused)
     with Checkpointer(run) as checkpointer, pytest.raises(PermissionError):
         checkpointer.restore_good(ABSTRACT)
     assert RunFolder(run).steps() == [2, 4]
@@ -223,14 +223,14 @@ def test_an_item_that_a_storage_does_not_show_for_a_moment_is_not_damage(run, mo
 
 
 def test_a_bad_sector_is_damage(run, monkeypatch):
-    original = checkpoint_digest._hash
+    original = checkpoint_files._hash
 
     def bad(path, **options):
         if "/4/state/manifest" in str(path):
             raise OSError(5, "Input/output error")
         return original(path, **options)
 
-    monkeypatch.setattr(checkpoint_digest, "_hash", bad)
+    monkeypatch.setattr(checkpoint_files, "_hash", bad)
     with pytest.raises(UserError, match=r"4 is damaged: state/manifest\.ocdbt cannot be read \(Input/output error\)"):
         restore(run)
 
@@ -238,17 +238,17 @@ def test_a_bad_sector_is_damage(run, monkeypatch):
 @pytest.fixture
 def bucket(monkeypatch):
     """Has all folders taken for ones in a bucket; lists the files that are hashed."""
-    hashed, original = [], checkpoint_digest._hash
-    monkeypatch.setattr(checkpoint_digest, "is_remote", lambda _: True)
-    monkeypatch.setattr(checkpoint_digest, "_hash", lambda path, **_: hashed.append(path) or original(path))
+    hashed, original = [], checkpoint_files._hash
+    monkeypatch.setattr(checkpoint_files, "is_remote", lambda _: True)
+    monkeypatch.setattr(checkpoint_files, "_hash", lambda path, **_: hashed.append(path) or original(path))
     return hashed
 
 
 def test_in_a_bucket_names_and_sizes_are_compared_and_nothing_is_hashed(bucket, tmp_path, monkeypatch):
     save(tmp_path, 2, 4)
     folder = tmp_path / "checkpoints" / "4"
-    names = [name for name in files_of(folder) if name not in (*HARMLESS, checkpoint_digest.FILE)]
-    digest = json.loads((folder / checkpoint_digest.FILE).read_text())
+    names = [name for name in files_of(folder) if name not in (*HARMLESS, checkpoint_files.DIGEST_FILE)]
+    digest = json.loads((folder / checkpoint_files.DIGEST_FILE).read_text())
     assert digest["files"] == {name: [(folder / name).stat().st_size, None] for name in names}
     check_is(restore(tmp_path), 4)
     for name in names:
@@ -258,7 +258,7 @@ def test_in_a_bucket_names_and_sizes_are_compared_and_nothing_is_hashed(bucket, 
             with pytest.raises(UserError, match=rf"4 is damaged: {name} is .*the newest whole one is of step 2"):
                 restore(tmp_path)
         (folder / name).write_bytes(flip(content, np.random.default_rng(0)))
-        assert checkpoint_digest.find_fault(epath.Path(folder), 4) is None
+        assert checkpoint_files.find_fault(epath.Path(folder), 4) is None
         (folder / name).write_bytes(content)
     assert bucket == []
     monkeypatch.undo()  # copied to a disk
@@ -267,12 +267,12 @@ def test_in_a_bucket_names_and_sizes_are_compared_and_nothing_is_hashed(bucket, 
 
 def test_hashes_of_a_checkpoint_that_was_copied_to_a_bucket_are_not_compared(bucket, run):
     folder = epath.Path(run / "checkpoints" / "4")
-    assert damage(run / "checkpoints" / "4") and checkpoint_digest.find_fault(folder, 4) is None and bucket == []
+    assert damage(run / "checkpoints" / "4") and checkpoint_files.find_fault(folder, 4) is None and bucket == []
 
 
 def test_in_a_bucket_a_checkpoint_gets_its_digest_under_its_final_name(run):
     """Where no folder is renamed."""
-    path = run / "checkpoints" / "4" / checkpoint_digest.FILE
+    path = run / "checkpoints" / "4" / checkpoint_files.DIGEST_FILE
     content = path.read_bytes()
     path.unlink()
     with Checkpointer(run) as checkpointer:

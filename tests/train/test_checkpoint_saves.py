@@ -14,7 +14,7 @@ from tests.helpers.checkpoints import check_is, files_of, make_state, restore, r
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
-from xclip_jax.train import checkpoint_digest
+from xclip_jax.train import checkpoint_files
 from xclip_jax.train.checkpoint import Checkpointer
 
 saved, run = checkpoints.saved, checkpoints.run
@@ -22,14 +22,14 @@ saved, run = checkpoints.saved, checkpoints.run
 
 def test_the_digest_is_in_the_checkpoint_before_it_has_its_name(tmp_path, monkeypatch):
     """So that no kill can leave a checkpoint without one; and the step after does not wait for it."""
-    began, go, original = threading.Event(), threading.Event(), checkpoint_digest.write
+    began, go, original = threading.Event(), threading.Event(), checkpoint_files.write_digest
 
     def write(folder, step):
         began.set()
         assert go.wait(60)
         original(folder, step)
 
-    monkeypatch.setattr(checkpoint_digest, "write", write)
+    monkeypatch.setattr(checkpoint_files, "write_digest", write)
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(make_state(2), {"samples": 16, "batch": 8})
         assert began.wait(60)
@@ -38,7 +38,7 @@ def test_the_digest_is_in_the_checkpoint_before_it_has_its_name(tmp_path, monkey
             restore(tmp_path)
         checkpointer.raise_failure()
         go.set()
-    assert (tmp_path / "checkpoints" / "2" / checkpoint_digest.FILE).exists()
+    assert (tmp_path / "checkpoints" / "2" / checkpoint_files.DIGEST_FILE).exists()
     check_is(restore(tmp_path), 2)
 
 
@@ -139,7 +139,7 @@ def test_a_digest_that_cannot_be_written_leaves_no_checkpoint(run, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_digest, "write", full)
+    monkeypatch.setattr(checkpoint_files, "write_digest", full)
     with (
         pytest.raises(UserError, match=r"step 6 could not be written .*\(No space left"),
         Checkpointer(run) as checkpointer,

@@ -11,8 +11,8 @@ from xclip_jax.config import schema
 from xclip_jax.core.console import format_bytes
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
-from xclip_jax.train import disk_space
-from xclip_jax.train.disk_space import num_bytes
+from xclip_jax.train import checkpoint_files
+from xclip_jax.train.checkpoint_files import num_bytes
 
 saved, run = checkpoints.saved, checkpoints.run
 SIZE = num_bytes(ABSTRACT)
@@ -25,7 +25,7 @@ def space(monkeypatch, run, checkpoints, *, keep=3, every=2, keep_every=0, steps
     config = schema.resolve(
         {"steps": steps, "optim": {"warmup": 1}, "checkpoint": {"every": every, "keep": keep, "keep_every": keep_every}}
     )
-    disk_space.check(config, RunFolder(run), ABSTRACT)
+    checkpoint_files.check(config, RunFolder(run), ABSTRACT)
 
 
 @pytest.mark.parametrize(

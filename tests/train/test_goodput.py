@@ -12,7 +12,7 @@ from xclip_jax.core import environment
 from xclip_jax.core.run_folder import CLOCKS
 from xclip_jax.data import loader
 from xclip_jax.report import run_sections
-from xclip_jax.train import flops, goodput, guard, progress, recovery, trainer
+from xclip_jax.train import flops, goodput, progress, recovery, trainer
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.goodput import Goodput
 from xclip_jax.train.log import utilization
@@ -122,7 +122,7 @@ def test_wasted_steps_are_those_skipped_and_those_undone(tmp_path, monkeypatch):
     folder = types.SimpleNamespace(skipped_steps_file=tmp_path / "skipped_steps.jsonl")
     job = types.SimpleNamespace(config=config, folder=folder, experiment=types.SimpleNamespace(abstract=None))
     checkpointer = types.SimpleNamespace(steps=lambda: [4], restore=lambda *_: ({}, {}))
-    monkeypatch.setattr(guard, "at_step", lambda state, step: state)
+    monkeypatch.setattr(recovery, "at_step", lambda state, step: state)
     skipped = recovery.SkippedSteps(job, 0, types.SimpleNamespace(counters={}), checkpointer)
     assert skipped.wasted == 0
     for step in range(1, 9):

@@ -17,7 +17,8 @@ from xclip_jax.core.errors import Diverged, UserError
 from xclip_jax.core.run_folder import CLOCKS
 from xclip_jax.data import loader
 from xclip_jax.objectives import Term
-from xclip_jax.train import build, guard, state, trainer
+from xclip_jax.train import build, state, trainer
+from xclip_jax.train import step as train_step
 from xclip_jax.train.checkpoint import Checkpointer
 
 # First token of a text: what is not finite at a step with it, or large.
@@ -88,11 +89,11 @@ def test_a_bad_batch_changes_nothing_but_the_step():
         assert int(s.step) == count
         for name in ("params", "batch_stats", "ema_params", "ema_batch_stats", "loss_state", "seed"):
             assert_same(getattr(s, name), getattr(before, name))
-        assert_same(s, guard.at_step(state_like(before, p), count))
+        assert_same(s, train_step.at_step(state_like(before, p), count))
         # The learning rate moves on, the correction of the moments' bias does not.
         assert (counts(s, optax.ScaleByScheduleState), counts(s, optax.ScaleByAdamState)) == ([count], [1])
     s, metrics = step(s, batches[2])
-    expected, _ = step(guard.at_step(state_like(before, p), 4), batches[2])
+    expected, _ = step(train_step.at_step(state_like(before, p), 4), batches[2])
     assert not metrics["skipped"] and np.isfinite(metrics["loss"])
     assert_same(s, expected)
     assert not np.array_equal(jax.tree.leaves(s.params)[0], jax.tree.leaves(before.params)[0])
@@ -128,7 +129,7 @@ def test_updates_are_finite_within_the_bounds_of_the_optimizer(b1, b2, mu_dtype)
 
 
 def test_a_spike_of_the_gradient_is_skipped_once_its_mean_is_known(monkeypatch):
-    monkeypatch.setattr(guard, "WARMUP", 3)
+    monkeypatch.setattr(train_step, "WARMUP", 3)
     p = build.build(config(optim__max_grad_norm_ratio=20.0), jax.devices()[:1])
     s, norms = state.create(p.init, p.abstract), []
     for i, token in enumerate([0, SPIKE, 0, 0, SPIKE, 0]):
@@ -136,13 +137,13 @@ def test_a_spike_of_the_gradient_is_skipped_once_its_mean_is_known(monkeypatch):
         s, metrics = p.compiled(s, loader.to_global(mark(batch, token) if token else batch, p.mesh))
         assert bool(metrics["skipped"]) == (i == 4)
         if i >= 3:  # over the accepted steps before, an exponential average of logarithms
-            weights = guard.DECAY ** np.arange(len(norms))[::-1]
+            weights = train_step.DECAY ** np.arange(len(norms))[::-1]
             mean = np.exp(np.average(np.log(norms), weights=weights))
             assert float(metrics["grad_norm_mean"]) == pytest.approx(mean, rel=1e-4)
         if i != 4:
             norms.append(float(metrics["grad_norm"]))
         else:
-            assert_same(s, guard.at_step(state_like(before, p), 5))
+            assert_same(s, train_step.at_step(state_like(before, p), 5))
             assert metrics["grad_norm"] > 20 * mean
 
 
@@ -260,7 +261,7 @@ def test_a_rewind_undoes_the_last_steps_and_goes_on_behind_the_bad_ones(rewound)
         "rewound_to": 2,
     }  # the parameters of step 4 failed
     p = build.build(c)
-    s = guard.at_step(restored(c, 2)[0], 7)
+    s = train_step.at_step(restored(c, 2)[0], 7)
     for step in range(8, 13):
         s, _ = p.compiled(s, loader.to_global(batches[step], p.mesh))
     final, position = restored(c)

@@ -5,7 +5,7 @@ import jax
 import pytest
 
 from tests.helpers import tiny
-from xclip_jax.train import build, restoring
+from xclip_jax.train import build, checkpoint_files
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.memory import bytes_on_device
 from xclip_jax.train.state import create
@@ -28,9 +28,9 @@ def make(strategy="dp", fsdp=1, model=1):
 @pytest.mark.parametrize(("strategy", "fsdp", "model"), MESHES)
 def test_many_processes_read_each_byte_once(strategy, fsdp, model, monkeypatch, tmp_path):
     experiment = make(strategy, fsdp, model)
-    assert restoring.parts(experiment.abstract) is experiment.abstract  # one process reads all of it
-    monkeypatch.setattr(restoring, "_spans_processes", lambda _: True)
-    parts = restoring.parts(experiment.abstract)
+    assert checkpoint_files.split_for_reading(experiment.abstract) is experiment.abstract  # one process reads all of it
+    monkeypatch.setattr(checkpoint_files, "_spans_processes", lambda _: True)
+    parts = checkpoint_files.split_for_reading(experiment.abstract)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(parts))
     # Small arrays are read by all.
     assert size <= 8 * bytes_on_device(parts) < 1.2 * size
@@ -42,7 +42,7 @@ def test_many_processes_read_each_byte_once(strategy, fsdp, model, monkeypatch, 
         saved = jax.tree.leaves(checkpointer._manager.item_metadata(0)["state"])
         written = [x.storage.chunk_shape for x in saved if hasattr(x, "storage")]
         monkeypatch.setattr(
-            restoring, "gather", lambda arrays, abstract: read.append(arrays) or gather(arrays, abstract)
+            checkpoint_files, "gather_parts", lambda arrays, abstract: read.append(arrays) or gather(arrays, abstract)
         )
         restored, _ = checkpointer.restore(experiment.abstract)
     layouts = [jax.tree.map(lambda x: x.sharding, tree) for tree in (read[0], parts, restored, experiment.abstract)]
@@ -54,4 +54,4 @@ def test_many_processes_read_each_byte_once(strategy, fsdp, model, monkeypatch, 
     assert {x.sharding.shard_shape(x.shape) for x in large} <= set(written)
 
 
-gather = restoring.gather
+gather = checkpoint_files.gather_parts

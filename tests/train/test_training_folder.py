@@ -27,7 +27,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import loader
 from xclip_jax.processes import interrupt
-from xclip_jax.train import build, checkpoint_digest, job, trainer, weights
+from xclip_jax.train import build, checkpoint_files, job, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.training_folder import TrainingFolder
 
@@ -302,7 +302,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(pairs
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_digest, "write", full)
+        patch.setattr(checkpoint_files, "write_digest", full)
         patch.setattr(loader, "to_global", to_global)
         c = tiny.short(pairs, tmp_path / "run", steps=24, checkpoint__every=8)
         with pytest.raises(UserError, match=r"checkpoint of step 8 could not be written to .*No space left on device"):

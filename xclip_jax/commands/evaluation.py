@@ -19,8 +19,7 @@ from xclip_jax.evaluators import registry, results, tables
 from xclip_jax.evaluators.results import Result
 from xclip_jax.interop import hub
 from xclip_jax.models.two_towers import Variables
-from xclip_jax.train.build import Experiment
-from xclip_jax.train.encoder import make_encoder, profile_of_run
+from xclip_jax.train.build import Experiment, make_encoder, profile_of_run
 from xclip_jax.train.weights import fingerprint, load, pin, read_classes
 
 

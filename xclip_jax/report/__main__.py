@@ -28,7 +28,7 @@ from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.report import html, record, several
 from xclip_jax.report.examples import Examples, collect_examples
-from xclip_jax.train.encoder import make_encoder, profile_of_run
+from xclip_jax.train.build import make_encoder, profile_of_run
 from xclip_jax.train.weights import load
 
 

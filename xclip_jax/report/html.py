@@ -14,8 +14,7 @@ from xclip_jax.report.attention import Maps, attention
 from xclip_jax.report.examples import Examples, collect_examples
 from xclip_jax.report.markup import Images, esc
 from xclip_jax.report.record import Record
-from xclip_jax.train.build import Experiment
-from xclip_jax.train.encoder import profile_of_run
+from xclip_jax.train.build import Experiment, profile_of_run
 
 _NO_SETS = "the run has no evaluation sets. Add some to eval.final_sets, or run: {report} {run} --sets NAME,NAME"
 

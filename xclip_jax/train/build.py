@@ -3,29 +3,33 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+from etils import epath
 from jax.sharding import Mesh
 
 from xclip_jax import optim
 from xclip_jax.config.schema import Config, resolve
+from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import tokenizer
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.length_groups import WHOLE, LengthGroups
 from xclip_jax.data.preprocessing import Preprocessing
+from xclip_jax.evaluators import prompts
+from xclip_jax.evaluators.encoder import Encoder
+from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.models.two_towers import TOWERS, TwoTowers
 from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import AXES, BATCH_AXES, check_batch, make_mesh
-from xclip_jax.train import guard, state
-from xclip_jax.train.augment import Augment
-from xclip_jax.train.step import TrainStep, compile_step
+from xclip_jax.train import state
+from xclip_jax.train.step import Augment, SpikeFilter, TrainStep, compile_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +121,9 @@ def _length_groups(config: Config, model: TwoTowers) -> LengthGroups:
     return groups
 
 
-def _spike_filter(config: Config) -> guard.SpikeFilter | None:
+def _spike_filter(config: Config) -> SpikeFilter | None:
     ratio = config.optim.max_grad_norm_ratio
-    return guard.SpikeFilter(ratio) if ratio else None
+    return SpikeFilter(ratio) if ratio else None
 
 
 def _make_step(
@@ -196,3 +200,47 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
         make_step=_make_step(config, layout, model, objective, augment, abstract),
         length_groups=_length_groups(config, model),
     )
+
+
+def make_encoder(experiment: Experiment, classes: Sequence[str] | None = None) -> Encoder:
+    """Return an encoder of the model in `experiment`: one compiled function for each modality.
+
+    Args:
+      experiment: of the run; `eval.batch` of its config is the number of items that are encoded at once.
+      classes: those of a fine-tuned model.
+    """
+    return Encoder(
+        experiment.model,
+        experiment.tokenizer,
+        text_length=experiment.context_length,
+        preprocessing=experiment.preprocessing,
+        mesh=experiment.mesh,
+        batch=experiment.config.eval.batch,
+        similarities=experiment.objective.similarities,
+        classes=classes,
+    )
+
+
+def own_profile(config: Config, name: str = "openai") -> Profile:
+    """Return the profile `name` with the templates and class names that a run has for labelled images of its own."""
+    return prompts.with_own(PROFILES[name], config.eval.templates, config.eval.class_names)
+
+
+def profile_of_run(config: Config, name: str = "openai", changes: Mapping[str, Any] | None = None) -> Profile:
+    """Return `own_profile` of a run that may have been moved without its file of class names, which a line says then.
+
+    Args:
+      config: of the run.
+      name: of the profile.
+      changes: fields of `Profile` to change; where these are the class names the run's file is not read.
+    """
+    changes, file = changes or {}, config.eval.class_names
+    missing = bool(file) and not epath.Path(file).expanduser().exists()
+    if missing and "names" not in changes:
+        log0(
+            f"WARNING: eval.class_names={file!r} does not exist; own classes go by their labels. Restore the file, or "
+            "name one to evaluate, --class-names."
+        )
+    if missing or "names" in changes:
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, class_names=""))
+    return dataclasses.replace(own_profile(config, name), **changes)

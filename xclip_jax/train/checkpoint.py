@@ -21,8 +21,8 @@ from xclip_jax.core.console import format_bytes, log0
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import is_remote
-from xclip_jax.train import checkpoint_digest, restoring
-from xclip_jax.train.disk_space import free_bytes, num_bytes
+from xclip_jax.train import checkpoint_files
+from xclip_jax.train.checkpoint_files import free_bytes, num_bytes
 from xclip_jax.train.state import TrainState
 
 _SHOWN = 4  # mismatches that an error lists by name
@@ -290,11 +290,11 @@ class Checkpointer:
         folder = self.path / str(self._saving)
         if not folder.exists():  # in a bucket it has its final name from the start
             folder = max(self.path.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
-        checkpoint_digest.write(folder, self._saving)
+        checkpoint_files.write_digest(folder, self._saving)
 
     def _find_fault(self, step: int) -> str | None:
         """What process 0 finds wrong with the files of `step`; all processes get the same verdict."""
-        fault = checkpoint_digest.find_fault(self.path / str(step), step) if jax.process_index() == 0 else None
+        fault = checkpoint_files.find_fault(self.path / str(step), step) if jax.process_index() == 0 else None
         if _of_process_0(fault is not None):
             return fault or "process 0 names the file"
         return None
@@ -311,10 +311,11 @@ class Checkpointer:
         restored: Any = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(restoring.parts(abstract)), position=ocp.args.JsonRestore()
+                state=ocp.args.StandardRestore(checkpoint_files.split_for_reading(abstract)),
+                position=ocp.args.JsonRestore(),
             ),
         )
-        state, position = restoring.gather(restored.state, abstract), restored.position
+        state, position = checkpoint_files.gather_parts(restored.state, abstract), restored.position
         if not isinstance(position, dict) or not isinstance(position.get("samples"), int):
             raise self._unreadable(step, "position/metadata does not have the number of samples")
         return state, position

@@ -25,8 +25,7 @@ from xclip_jax.objectives import make_objective
 from xclip_jax.objectives.base import Objective
 from xclip_jax.parallel.mesh import BatchPart, batch_part
 from xclip_jax.train import caption_lengths, flops
-from xclip_jax.train.build import Experiment, build
-from xclip_jax.train.encoder import make_encoder, own_profile
+from xclip_jax.train.build import Experiment, build, make_encoder, own_profile
 from xclip_jax.train.training_folder import TRANSPARENT, TrainingFolder
 from xclip_jax.train.weights import read_initial
 

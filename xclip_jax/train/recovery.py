@@ -9,10 +9,10 @@ from xclip_jax.core.console import log0
 from xclip_jax.core.errors import Diverged
 from xclip_jax.core.storage import JsonLines
 from xclip_jax.data.ledger import Ledger
-from xclip_jax.train import guard
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.job import Job
 from xclip_jax.train.state import TrainState
+from xclip_jax.train.step import at_step
 
 # What is written down of a skipped step, and looked at in this order for the reason.
 _VALUES = ("loss", "grad_norm", "param_norm", "grad_norm_mean")
@@ -104,7 +104,7 @@ class SkippedSteps:
         )
         self._wasted.update(range(target + 1, step + 1))
         self._count(in_a_row=0, rewound=step)
-        return guard.at_step(restored, step)
+        return at_step(restored, step)
 
     def _checkpoint_before(self, failed: int, rewound: int) -> int:
         """Return the newest checkpoint between two steps, a regular one if possible.

@@ -1,23 +1,159 @@
 """The train step: a pure function of (state, batch), compiled once for the whole mesh."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from xclip_jax.data import transforms
+from xclip_jax.data.config import DataConfig
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.losses.rank import effective_rank
+from xclip_jax.models.tower import Tower
 from xclip_jax.models.two_towers import TOWERS, TwoTowers
 from xclip_jax.objectives import Objective
 from xclip_jax.parallel import compiler, sharding
 from xclip_jax.parallel.mesh import batch_sharding, replicated
-from xclip_jax.train import gradcache, guard
-from xclip_jax.train.augment import NOISE, Augment
 from xclip_jax.train.length_groups import LengthOrder, Sizes
 from xclip_jax.train.state import TrainState
+
+NOISE = "noise"  # key of {tower: its random inputs} among the inputs of a step
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment:
+    """Samples all that is random in a batch, so that it can be applied to any part of the batch.
+
+    Attributes:
+      data: strengths of the augmentations.
+      preprocessing: how pixels are normalised, and the size of an image.
+      objective: adds inputs of its own, such as those of mixup.
+      towers: {"img", "txt"}, which have random inputs of their own, such as those of patch dropout.
+    """
+
+    data: DataConfig
+    preprocessing: Preprocessing
+    objective: Objective
+    towers: Mapping[str, Tower]
+
+    def sample(self, random_key: jax.Array, batch: dict[str, jax.Array]) -> dict[str, Any]:
+        """The batch with its random inputs: arrays with a row for each sample.
+
+        Each use folds a number of its own into the step's key: 0 flips and colours, 1 mixup, 2 stochastic depth,
+        3 the text tower, 4 patch dropout, above 15 terms of other packages and shuffled targets.
+
+        Args:
+          random_key: of the step.
+          batch: of "image" (b, h, w, 3), "text" (b, n) and "label" (b,) what the objective reads.
+        """
+        b, inputs = len(next(iter(batch.values()))), dict(batch)
+        if "image" in batch:
+            key_image = jax.random.fold_in(random_key, 0)
+            inputs |= transforms.sample_augmentations(
+                key_image, b, flip=self.data.flip_prob, color=self.data.color_jitter
+            )
+            inputs = self.objective.draw(random_key, inputs, self.preprocessing.size)
+        keys = {"img": random_key, "txt": jax.random.fold_in(random_key, 3)}
+        noise = {name: self.towers[name].sample_noise(keys[name], b) for name in self.objective.towers}
+        return inputs | {NOISE: noise}
+
+    def apply(self, inputs: dict[str, Any]) -> jax.Array:
+        """Inputs, or some of their rows -> normalised, augmented images (b, h, w, 3)."""
+        images = transforms.augment(inputs["image"], inputs)
+        images = transforms.normalize(images, self.preprocessing.mean, self.preprocessing.std)
+        return transforms.mix(images, self.apply(inputs["other"]), inputs) if "other" in inputs else images
+
+
+def gradcache(
+    encode: Callable[[Any, Any], Any], loss: Callable[[Any, Any], tuple[jax.Array, Any]], microbatches: int
+) -> Callable[[Any, Any], tuple[tuple[jax.Array, Any], Any]]:
+    """`jax.value_and_grad` of loss(params, encode(params, inputs)) with regard to params; `loss` returns (value, aux).
+
+    Args:
+      encode: (params, inputs) -> features, row by row: all randomness must be in `inputs`.
+      loss: sees the features of the global batch.
+      microbatches: parts of the batch to encode one after the other; 1 keeps all activations.
+
+    Returns:
+      (params, inputs) -> ((value, aux), grads).
+    """
+
+    def whole(params: Any, inputs: Any) -> tuple[jax.Array, Any]:
+        return loss(params, encode_microbatches(encode, params, inputs, microbatches))
+
+    return jax.value_and_grad(whole, has_aux=True)
+
+
+def encode_microbatches(encode: Callable[[Any, Any], Any], params: Any, inputs: Any, microbatches: int) -> Any:
+    """encode(params, inputs), one part of the rows after the other; its derivative computes each part once more."""
+    if microbatches == 1:
+        return encode(params, inputs)
+    return sharding.map_microbatches(encode, params, inputs, microbatches, stack=False)
+
+
+# Of the running mean of the gradient norm: its decay in a step, and the accepted steps before it is relied on.
+DECAY = 0.99
+WARMUP = 100
+
+
+def all_finite(*trees: Any) -> jax.Array:
+    """Whether all floating-point values of `trees` are finite, bool ()."""
+    floats = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
+
+
+@dataclasses.dataclass(frozen=True)
+class SpikeFilter:
+    """Refuses steps whose gradient norm is far above its running geometric mean over the steps that were accepted.
+
+    Attributes:
+      ratio: of the norm and its mean above which a step is refused, once the mean is of `WARMUP` steps.
+    """
+
+    ratio: float
+
+    def initial_state(self) -> dict[str, jax.Array]:
+        """Sum of log norms and sum of weights, of an exponential moving average."""
+        return {"grad_norm_log_sum": jnp.zeros(()), "grad_norm_weight": jnp.zeros(())}
+
+    def __call__(
+        self, state: Mapping[str, jax.Array], grad_norm: jax.Array
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        """Return whether to accept a step, bool (), the mean before it, and the state after a step that is accepted."""
+        total, weight = state["grad_norm_log_sum"], state["grad_norm_weight"]
+        tiny = float(np.finfo(np.float32).tiny)
+        mean = jnp.exp(total / jnp.maximum(weight, tiny))
+        # Half a step below the weight of `WARMUP` steps, for rounding.
+        accept = (weight < 1 - DECAY ** (WARMUP - 0.5)) | (grad_norm <= self.ratio * mean)
+        log_norm = jnp.log(jnp.maximum(grad_norm, tiny))
+        new = {
+            "grad_norm_log_sum": DECAY * total + (1 - DECAY) * log_norm,
+            "grad_norm_weight": DECAY * weight + (1 - DECAY),
+        }
+        return accept, mean, new
+
+
+def _is_schedule(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
+
+
+def at_step(state: TrainState, step: int | jax.Array) -> TrainState:
+    """Return `state` as of another step of the run: its own counter and that of the learning-rate schedule."""
+
+    def move(node: Any) -> Any:
+        return node._replace(count=jnp.full_like(node.count, step)) if _is_schedule(node) else node
+
+    return dataclasses.replace(
+        state,
+        step=jnp.full_like(state.step, step),
+        opt_state=jax.tree.map(move, state.opt_state, is_leaf=_is_schedule),
+    )
+
 
 Batch = dict[str, jax.Array]
 Inputs = dict[str, Any]
@@ -51,7 +187,7 @@ class TrainStep:
     microbatches: int = 1
     constrain_grads: Callable[[Any], Any] = lambda grads: grads
     frozen: tuple[str, ...] = ()
-    spikes: guard.SpikeFilter | None = None
+    spikes: SpikeFilter | None = None
     text_groups: Sizes = ()
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -66,7 +202,7 @@ class TrainStep:
         (value, (metrics, batch_stats, ema_batch_stats, loss_state)), grads = self._gradients(state, inputs)
         grads = self.constrain_grads(grads)
         norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(state.params)}
-        accept = guard.all_finite(value, norms, batch_stats, ema_batch_stats, loss_state)
+        accept = all_finite(value, norms, batch_stats, ema_batch_stats, loss_state)
         if self.spikes:
             calm, metrics["grad_norm_mean"], moved = self.spikes(state.loss_state, norms["grad_norm"])
             accept, loss_state = accept & calm, loss_state | moved
@@ -88,7 +224,7 @@ class TrainStep:
 
         # A branch costs nothing, where a choice between the old and the new values is a pass over both.
         new, update_norm = jax.lax.cond(accept, update, lambda: (state, jnp.zeros(())))
-        new = guard.at_step(new, state.step + 1)
+        new = at_step(new, state.step + 1)
         return new, metrics | norms | {"update_norm": update_norm, "skipped": ~accept}
 
     def _gradients(self, state: TrainState, inputs: Inputs) -> tuple[tuple[jax.Array, Any], Any]:
@@ -121,7 +257,7 @@ class TrainStep:
             metrics |= {f"rank/{name}": effective_rank(x) for name, x in features.items()}
             return value, (metrics, batch_stats, ema_batch_stats, loss_state)
 
-        value_and_grad = gradcache.value_and_grad(self._encode, loss, self.microbatches)
+        value_and_grad = gradcache(self._encode, loss, self.microbatches)
         return value_and_grad(state.params, _grouped(inputs, order))
 
     def _encode(self, params: Any, inputs: Inputs) -> Features:
@@ -161,7 +297,7 @@ class TrainStep:
         """What the moving average makes of the batch: without random inputs of towers, with statistics of its own."""
         params = jax.lax.stop_gradient(state.ema_params)
         inputs = {key: value for key, value in inputs.items() if key != NOISE}
-        h = gradcache.encode_microbatches(self._encode, params, _grouped(inputs, order), self.microbatches)
+        h = encode_microbatches(self._encode, params, _grouped(inputs, order), self.microbatches)
         return self._project(params, state.ema_batch_stats, _joined(h, order))
 
     def _average(self, state: TrainState, params: Any, batch_stats: Any, ema_batch_stats: Any) -> tuple[Any, Any]:

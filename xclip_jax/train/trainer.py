@@ -18,7 +18,7 @@ from xclip_jax.models.two_towers import Variables
 from xclip_jax.processes import runtime
 from xclip_jax.processes.interrupt import Interrupted, PreemptionHandler
 from xclip_jax.processes.watchdog import COMPILATION, RESTORE, Watchdog
-from xclip_jax.train import disk_space, memory, same_run, trackers
+from xclip_jax.train import checkpoint_files, memory, same_run, trackers
 from xclip_jax.train.callbacks import Callback, make_callbacks
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.job import Job, check_moved_sources, prepare
@@ -68,7 +68,7 @@ def run(
         callbacks = [*callbacks, *make_callbacks(config)]
         job = prepare(config, folder)
         same_run.check_data(job)
-        disk_space.check(config, folder, job.experiment.abstract)
+        checkpoint_files.check(config, folder, job.experiment.abstract)
         memory.check(job.experiment)
         keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
         groups = (job.experiment.length_groups, job.experiment.text_rows)

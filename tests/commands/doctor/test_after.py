@@ -17,7 +17,7 @@ from xclip_jax.commands.doctor import __main__ as command
 from xclip_jax.commands.doctor import after, series
 from xclip_jax.commands.doctor.after import check_run
 from xclip_jax.commands.doctor.finding import FAIL, OK, WARNING
-from xclip_jax.train import checkpoint_digest
+from xclip_jax.train import checkpoint_files
 
 LN_B = math.log(16)
 
@@ -205,7 +205,7 @@ def test_checkpoints(tmp_path, run):
     assert "damaged in" in text and "400 (" in text
     (folder / "checkpoints/400/digest.json").unlink()
     assert "400 (digest.json is missing)" in only(folder, "checkpoints", FAIL).text
-    checkpoint_digest.write(epath.Path(folder / "checkpoints/400"), 400)
+    checkpoint_files.write_digest(epath.Path(folder / "checkpoints/400"), 400)
     metrics = folder / "metrics.jsonl"
     metrics.write_text("".join(json.dumps(line) + "\n" for line in rows()))
     finding = only(folder, "checkpoints", OK)
@@ -219,7 +219,7 @@ def test_checkpoints(tmp_path, run):
     assert "is missing)" in only(folder, "checkpoints", FAIL).text
 
 
-@pytest.mark.parametrize(("module", "function"), [(after, "_bytes"), (checkpoint_digest, "_hash")])
+@pytest.mark.parametrize(("module", "function"), [(after, "_bytes"), (checkpoint_files, "_hash")])
 def test_a_checkpoint_that_is_rotated_out_meanwhile_is_no_damage(module, function, tmp_path, run, monkeypatch):
     """While its size is taken, or its hashes: the run deletes the oldest."""
     folder, real = tmp_path / "run", getattr(module, function)
@@ -227,7 +227,7 @@ def test_a_checkpoint_that_is_rotated_out_meanwhile_is_no_damage(module, functio
     rotated, kept = folder / "checkpoints/0", folder / "checkpoints/400"
     shutil.copytree(rotated, kept)
     (kept / "digest.json").unlink()
-    checkpoint_digest.write(epath.Path(kept), 400)
+    checkpoint_files.write_digest(epath.Path(kept), 400)
 
     def rotate(path, *arguments, **options):
         shutil.rmtree(rotated, ignore_errors=True)
@@ -239,14 +239,14 @@ def test_a_checkpoint_that_is_rotated_out_meanwhile_is_no_damage(module, functio
 
 
 def test_a_run_that_keeps_one_checkpoint_is_looked_at_while_it_is_replaced(tmp_path, run, monkeypatch):
-    folder, real = tmp_path / "run", checkpoint_digest.find_fault
+    folder, real = tmp_path / "run", checkpoint_files.find_fault
     shutil.copytree(run, folder)
 
     def replace(path, step):
         (folder / "checkpoints/0").rename(folder / "checkpoints/400")
         return real(path, step)
 
-    monkeypatch.setattr(checkpoint_digest, "find_fault", replace)
+    monkeypatch.setattr(checkpoint_files, "find_fault", replace)
     assert only(folder, "checkpoints", OK).text == "step 400, written meanwhile"
 
 

@@ -17,7 +17,7 @@ from xclip_jax.objectives.clip import Contrastive
 from xclip_jax.report import chance, record
 from xclip_jax.report.health import Warnings, complete_rows
 from xclip_jax.report.record import Record
-from xclip_jax.train import checkpoint_digest
+from xclip_jax.train import checkpoint_files
 from xclip_jax.train.progress import INPUT_BOUND
 
 # A run counts as stalled after this many times the time that a line of metrics takes, and at least after these seconds:
@@ -128,7 +128,7 @@ def _examine(folder: RunFolder) -> tuple[dict[int, int], dict[int, str]]:
         path = folder.checkpoints / str(step)
         try:
             sizes[step] = _bytes(path)
-            fault = checkpoint_digest.find_fault(path, step)
+            fault = checkpoint_files.find_fault(path, step)
         except FileNotFoundError as error:
             fault = f"{error.filename} is missing"
         if fault:

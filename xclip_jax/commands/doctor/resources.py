@@ -20,7 +20,7 @@ from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import is_remote
 from xclip_jax.data import loader
 from xclip_jax.parallel.mesh import batch_part
-from xclip_jax.train import disk_space, flops, memory
+from xclip_jax.train import checkpoint_files, flops, memory
 from xclip_jax.train.build import Experiment
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.state import TrainState, create
@@ -130,7 +130,10 @@ def check_disk(experiment: Experiment, folder: RunFolder) -> Iterator[Finding]:
     """Yield whether the disk has room for the checkpoints: those that are kept, and one that is being written."""
     config, remote = experiment.config, is_remote(str(folder.path))
     saved = [] if remote else folder.steps()
-    each, count = disk_space.num_bytes(experiment.abstract), len(saved) + disk_space.most_added(config, saved)
+    each, count = (
+        checkpoint_files.num_bytes(experiment.abstract),
+        len(saved) + checkpoint_files.most_added(config, saved),
+    )
     number, verb = ("1 checkpoint", "takes") if count == 1 else (f"{count} checkpoints", "take")
     text = f"{number} of {format_bytes(each)} {verb} {format_bytes(count * each)}"
     values: dict[str, Any] = {"checkpoint_bytes": each, "checkpoints": count, "needed_bytes": count * each}
