@@ -13,7 +13,7 @@ from xclip_jax.core import environment, errors, imports
 from xclip_jax.core.console import command, log0
 from xclip_jax.core.errors import exit_with_message
 from xclip_jax.processes import runtime
-from xclip_jax.train import callbacks, job, trackers, trainer
+from xclip_jax.train import callbacks, job, trainer
 
 _CHECK = flags.DEFINE_bool(
     "check", False, "Check keys and names of the config, and stop: no data, no device and no run's folder are needed."
@@ -34,7 +34,7 @@ def main(_: list[str]) -> None:
         if _CHECK.value:
             config = job.check(flags.FLAGS.config)
             callbacks.classes(config)
-            trackers.classes(config)
+            callbacks.tracker_classes(config)
             log0("the config, and the names of its sources and evaluation sets, are valid")
             if extras := job.extras(config):
                 log0(f"extras: {','.join(extras)}")  # launch/common.sh reads it

@@ -12,10 +12,9 @@ from xclip_jax.core import environment
 from xclip_jax.core.run_folder import CLOCKS
 from xclip_jax.data import loader
 from xclip_jax.report import run_sections
-from xclip_jax.train import flops, goodput, progress, recovery, trainer
+from xclip_jax.train import flops, log, recovery, trainer
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.goodput import Goodput
-from xclip_jax.train.log import utilization
+from xclip_jax.train.log import Goodput, utilization
 
 
 class Clock:
@@ -71,8 +70,8 @@ def test_goodput_of_a_run_that_resumes():
 def test_speed_is_of_the_steps_after_the_first_line(monkeypatch):
     """Steps of 2 s. As on a CPU, the second one is computed before the line of the first is printed."""
     clock = Clock(0.0)
-    monkeypatch.setattr(progress.time, "perf_counter", clock)
-    count = progress.Progress(100, 8)
+    monkeypatch.setattr(log.time, "perf_counter", clock)
+    count = log.Progress(100, 8)
     count.tick()
     assert count.samples_per_second() == 0 and count.line(11, {"loss": 1.0}).endswith("(compiled)")
     for step in range(11, 16):
@@ -84,8 +83,8 @@ def test_speed_is_of_the_steps_after_the_first_line(monkeypatch):
 @pytest.mark.parametrize(("seconds", "shown"), [(0.03, "267"), (1.7, "4.7"), (20.0, "0.4"), (250.0, "0.032")])
 def test_the_line_has_two_digits_of_a_low_speed(seconds, shown, monkeypatch):
     clock = Clock(0.0)
-    monkeypatch.setattr(progress.time, "perf_counter", clock)
-    count = progress.Progress(100, 8)
+    monkeypatch.setattr(log.time, "perf_counter", clock)
+    count = log.Progress(100, 8)
     count.tick()
     clock.now = seconds
     count.tick()
@@ -94,8 +93,8 @@ def test_the_line_has_two_digits_of_a_low_speed(seconds, shown, monkeypatch):
 
 def test_speed_leaves_out_pauses_after_the_first_step_alone(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(progress.time, "perf_counter", clock)
-    count = progress.Progress(100, 8)
+    monkeypatch.setattr(log.time, "perf_counter", clock)
+    count = log.Progress(100, 8)
     count.pause(40.0)  # an evaluation that a resumed run makes before its first step
     clock.now = 50.0
     count.tick()
@@ -224,4 +223,4 @@ def test_uptime_is_that_of_this_process():
 
 
 def test_clocks_are_what_is_logged():
-    assert {"goodput", goodput.WALL, goodput.USEFUL, "mfu", "model_flops_per_second"} < set(CLOCKS)
+    assert {"goodput", log.WALL, log.USEFUL, "mfu", "model_flops_per_second"} < set(CLOCKS)

@@ -2,32 +2,27 @@ import gzip
 import json
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from tests.helpers import tiny
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import loader
-from xclip_jax.train import profile, trainer
-
-ENDS = ("perfetto.json.gz", "trace.json.gz", "xplane.pb")
+from xclip_jax.train import loop, trainer
 
 
 def config(pairs, run, **changes):
     return tiny.config("clip", run=run, **{"data__sources": (f"folder:{pairs}",), "log__profile": (2, 3)} | changes)
 
 
-def session(run, name="steps-2-3"):
-    return run / "profile" / "plugins" / "profile" / name
+def traced_file(run, end):
+    """The only file of the run's traces whose name ends in `end`."""
+    (path,) = (run / "profile" / "plugins" / "profile").glob(f"*/*{end}")
+    return path
 
 
-def files(run, process=0, **name):
-    return {f"process-{process}.{end}": session(run, **name) / f"process-{process}.{end}" for end in ENDS}
-
-
-def events(run, **name):
+def events(run):
     """(step, start, end) of the step annotations, and (name, start, end) of all else, in nanoseconds."""
-    data = jax.profiler.ProfileData.from_file(str(files(run, **name)["process-0.xplane.pb"]))
+    data = jax.profiler.ProfileData.from_file(str(traced_file(run, ".xplane.pb")))
     lines = [event for plane in data.planes for line in plane.lines for event in line.events]
     steps = [(dict(event.stats).get("step_num"), event) for event in lines if event.name == "train"]
     return (
@@ -38,12 +33,11 @@ def events(run, **name):
 
 def test_a_run_leaves_a_trace_of_its_steps(pairs, tmp_path, capsys):
     trainer.run(config(pairs, tmp_path / "run", steps=4))
-    made = files(tmp_path / "run")
-    assert sorted(path.name for path in session(tmp_path / "run").iterdir()) == sorted(made)
     steps, others = events(tmp_path / "run")
     assert [step for step, *_ in steps] == [2, 3]
     assert len(others) > 100
-    traces = [json.loads(gzip.decompress(made[f"process-0.{end}"].read_bytes())) for end in ENDS[:2]]
+    files = [traced_file(tmp_path / "run", end) for end in ("perfetto_trace.json.gz", ".trace.json.gz")]
+    traces = [json.loads(gzip.decompress(file.read_bytes())) for file in files]
     for trace in traces:
         annotated = [event for event in trace["traceEvents"] if event.get("name") == "train"]
         assert sorted(int(event["args"]["step_num"]) for event in annotated) == [2, 3]
@@ -71,11 +65,11 @@ def test_a_run_that_stops_leaves_what_it_traced_and_one_past_the_steps_traces_no
     with pytest.raises(Stopped):
         trainer.run(c)
     monkeypatch.undo()
-    assert [step for step, *_ in events(tmp_path / "run", name="steps-2-5")[0]] == [2, 3]
+    assert [step for step, *_ in events(tmp_path / "run")[0]] == [2, 3]
     c.log.profile = (1, 2)
     trainer.run(c)
     assert len(tiny.lines(tmp_path / "run")) == 6
-    assert not session(tmp_path / "run", "steps-1-2").exists()
+    assert [step for step, *_ in events(tmp_path / "run")[0]] == [2, 3]
 
 
 def test_the_trace_waits_for_the_steps_before_it_and_in_it(tmp_path, monkeypatch):
@@ -83,40 +77,29 @@ def test_the_trace_waits_for_the_steps_before_it_and_in_it(tmp_path, monkeypatch
     monkeypatch.setattr(jax, "block_until_ready", lambda x: calls.append(("wait", x)) or x)
     monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    tracer = profile.StepTracer((4, 5), RunFolder(tmp_path))
+    tracer = loop.StepTracer((4, 5), RunFolder(tmp_path))
     for step in range(3, 8):
         assert tracer(step, lambda x: calls.append(x) or x + 1, 10 * step) == 10 * step + 1
     tracer.close()
     assert calls == [30, ("wait", (40,)), "start", 40, 50, ("wait", 51), "stop", 60, 70]
     calls.clear()
-    tracer = profile.StepTracer((4, 6), RunFolder(tmp_path))  # of a run that resumed at step 4
+    tracer = loop.StepTracer((4, 6), RunFolder(tmp_path))  # of a run that resumed at step 4
     for step in (5, 6, 7):
         tracer(step, calls.append, step)
     assert calls == [("wait", (5,)), "start", 5, 6, ("wait", None), "stop", 7]
 
 
-def test_processes_of_one_host_write_into_one_session(tmp_path, monkeypatch):
-    double = jax.jit(lambda x: 2 * x)
-    for process in (0, 1):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        tracer = profile.StepTracer((1, 2), RunFolder(tmp_path))
-        for step in (1, 2):
-            tracer(step, double, jnp.ones(3))
-    made = files(tmp_path, name="steps-1-2") | files(tmp_path, process=1, name="steps-1-2")
-    assert {path.name for path in session(tmp_path, "steps-1-2").iterdir()} == made.keys()
-
-
 def test_a_trace_that_fails_is_a_warning(tmp_path, capsys):
     """Another trace is in progress; the run's folder cannot be written to."""
-    tracer = profile.StepTracer((1, 2), RunFolder(tmp_path / "run"))
+    tracer = loop.StepTracer((1, 2), RunFolder(tmp_path / "run"))
     with jax.profiler.trace(tmp_path / "other"):
         assert [tracer(step, lambda x: x, step) for step in (1, 2, 3)] == [1, 2, 3]
     tracer.close()
     assert "WARNING: the steps of log.profile cannot be traced: Profile has already" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
-    tracer = profile.StepTracer((1, 2), RunFolder(tmp_path / "file"))
+    tracer = loop.StepTracer((1, 2), RunFolder(tmp_path / "file"))
     assert [tracer(step, lambda x: x, step) for step in (1, 2, 3)] == [1, 2, 3]
     out = capsys.readouterr().out
-    assert "WARNING: the profile could not be written to" in out and out.count("\n") == 1
+    assert "WARNING: the steps of log.profile cannot be traced" in out and out.count("\n") == 1
     with jax.profiler.trace(tmp_path / "other"):  # the profiler is free again
         pass

@@ -19,9 +19,8 @@ from xclip_jax.config.schema import resolve
 from xclip_jax.core.errors import EXIT_RESUMABLE, UserError
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data.ledger import Ledger
-from xclip_jax.train import job, log, trackers, trainer
-from xclip_jax.train.callbacks import Callback
-from xclip_jax.train.trackers import Trackers
+from xclip_jax.train import callbacks, job, log, trainer
+from xclip_jax.train.callbacks import Callback, Trackers
 from xclip_jax.train.training_folder import TrainingFolder
 
 
@@ -136,7 +135,7 @@ def test_one_that_fails_is_one_warning_and_the_others_go_on(call, calls, tmp_pat
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_one_that_is_not_installed_is_one_sentence_before_the_folder(name, pairs, tmp_path, monkeypatch):
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(callbacks.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=rf"^log\.to names '{name}'.* pip install 'xclip_jax\[{name}\]'"):
         trainer.run(tiny.short(pairs, tmp_path / "run", log__to=(name,)))
     assert not (tmp_path / "run").exists()
@@ -145,7 +144,7 @@ def test_one_that_is_not_installed_is_one_sentence_before_the_folder(name, pairs
 def test_unknown_trackers_are_named():
     with pytest.raises(UserError, match=r"log\.to is \('mlflow',\); expected names among 'tensorboard', 'wandb'"):
         resolve(tiny.config(log__to=("mlflow",)))
-    assert tuple(trackers.TRACKERS) == schema.TRACKERS
+    assert tuple(callbacks.TRACKERS) == schema.TRACKERS
 
 
 @pytest.mark.parametrize("process", [0, 1])

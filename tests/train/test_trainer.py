@@ -21,10 +21,11 @@ from xclip_jax.core.run_folder import CLOCKS, RunFolder
 from xclip_jax.data import loader
 from xclip_jax.evaluators.results import flat, from_json
 from xclip_jax.processes.interrupt import EXIT_RESUMABLE
-from xclip_jax.train import build, job, progress, trainer
+from xclip_jax.train import build, job, trainer
+from xclip_jax.train.batches import InputStallTimer
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.log import MetricWriter
+from xclip_jax.train.log import MetricWriter, Progress
 from xclip_jax.train.training_folder import TrainingFolder
 
 
@@ -298,7 +299,7 @@ def test_waiting_counts_when_the_devices_are_idle(step, data, share):
             time.sleep(data if i else 0.5)  # the first one waits for workers to start
             yield i
 
-    stalls, before = progress.InputStallTimer(), None
+    stalls, before = InputStallTimer(), None
     for i, batch in enumerate(stalls(batches())):
         assert i == batch
         value = Step(step, before)
@@ -309,8 +310,8 @@ def test_waiting_counts_when_the_devices_are_idle(step, data, share):
     measured = stalls.share()
     stalls.close()
     assert measured == pytest.approx(share, abs=0.2)
-    assert "input-bound: 75%" in progress.Progress(10, 8).line(1, {"loss": 1.0, "data/wait_share": 0.75})
-    assert "input-bound" not in progress.Progress(10, 8).line(1, {"loss": 1.0, "data/wait_share": 0.01})
+    assert "input-bound: 75%" in Progress(10, 8).line(1, {"loss": 1.0, "data/wait_share": 0.75})
+    assert "input-bound" not in Progress(10, 8).line(1, {"loss": 1.0, "data/wait_share": 0.01})
 
 
 def test_durations():

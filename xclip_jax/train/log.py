@@ -2,24 +2,133 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from xclip_jax.core.console import log0
+from xclip_jax.core.console import format_duration, log0
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import JsonLines
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.evaluators.results import Result, flat, to_json
 from xclip_jax.train import flops
-from xclip_jax.train.callbacks import Callback
-from xclip_jax.train.goodput import Goodput
+from xclip_jax.train.batches import INPUT_BOUND, InputStallTimer
+from xclip_jax.train.callbacks import Callback, Trackers
 from xclip_jax.train.job import Job
-from xclip_jax.train.progress import InputStallTimer, Progress
 from xclip_jax.train.recovery import SkippedSteps
-from xclip_jax.train.trackers import Trackers
+
+WALL, USEFUL = "wall_seconds", "useful_seconds"
+
+
+class Goodput:
+    """Wall time and useful time of a run, of this process and of those before it.
+
+    Wall time is that of the run's processes, each from its start to its last line of metrics; the time between two
+    processes is not known. Useful is the time since the first step was dispatched, without what is reported as `lost`
+    (evaluations, checkpoints, rewinds, traces), the devices' waits for data, and the shares of steps that were skipped
+    or undone. Of processes before, what they did after the checkpoint that the run resumed from is not useful.
+    """
+
+    def __init__(
+        self,
+        began: float,
+        start: int = 0,
+        lines: Iterable[Mapping[str, float]] = (),
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Begin to count.
+
+        Args:
+          began: when this process began, by `clock`.
+          start: the step that it starts or resumes from.
+          lines: metrics that the processes before it logged, in order, those of steps after `start` as well.
+          clock: seconds.
+        """
+        self._began, self._start, self._clock = began, start, clock
+        self._first: float | None = None  # when the first step was dispatched
+        self._lost = self._wall = self._useful = 0.0
+        for line in lines:
+            self._wall = max(self._wall, line.get(WALL, 0.0))
+            if line["step"] <= start:
+                self._useful = line.get(USEFUL, self._useful)
+
+    def tick(self) -> None:
+        """Count a step as dispatched; all time before the first one is start-up."""
+        if self._first is None:
+            self._first, self._lost = self._clock(), 0.0
+
+    def lose(self, seconds: float) -> None:
+        """Count the last `seconds`, in which no step was computed, as lost."""
+        self._lost += seconds
+
+    def values(self, step: int, *, wasted: int, waited: float) -> dict[str, float]:
+        """Return "goodput", a share, and what it is made of, "wall_seconds" and "useful_seconds", up to now.
+
+        Args:
+          step: the last that has ended.
+          wasted: steps that this process computed in vain, or whose updates it undid.
+          waited: seconds since the first step in which the devices waited for data.
+        """
+        now = self._clock()
+        computing = 0.0 if self._first is None else max(0.0, now - self._first - self._lost - waited)
+        steps = max(step - self._start, 1)
+        wall = self._wall + now - self._began
+        useful = max(0.0, self._useful + computing * (steps - wasted) / steps)
+        return {"goodput": useful / wall if wall > 0 else 0.0, WALL: wall, USEFUL: useful}
+
+
+class Progress:
+    """Training speed and time left, without pauses and the first step, which compiles."""
+
+    def __init__(
+        self,
+        steps: int,
+        batch: int,
+        terms: Callable[[Mapping[str, float]], Sequence[str]] = lambda metrics: (),
+    ) -> None:
+        """Begin to count.
+
+        Args:
+          steps: of the whole run.
+          batch: samples of a step.
+          terms: metrics -> the objective's parts of the line.
+        """
+        self.steps, self.batch, self._terms = steps, batch, terms
+        self._ended = 0
+        self._first_end = self._last_end = 0.0  # without the pauses between them
+
+    def tick(self) -> None:
+        """Count a step; to be called when the devices have computed it, which may be before or after its dispatch."""
+        self._last_end = time.perf_counter()
+        if not self._ended:
+            self._first_end = self._last_end
+        self._ended += 1
+
+    def pause(self, seconds: float) -> None:
+        """Leave the last `seconds`, as of an evaluation, out of the speed."""
+        self._first_end += seconds
+        self._last_end += seconds
+
+    def samples_per_second(self) -> float:
+        """Return the training speed since the first step of this process has ended, 0 until the second has."""
+        elapsed = self._last_end - self._first_end
+        return (self._ended - 1) * self.batch / elapsed if self._ended > 1 and elapsed > 0 else 0.0
+
+    def line(self, step: int, metrics: Mapping[str, float]) -> str:
+        """Return the line that is printed for a step."""
+        speed = self.samples_per_second()
+        left = format_duration((self.steps - step) * self.batch / speed) if speed else ""
+        parts = [f"step {step}/{self.steps}", f"loss {metrics['loss']:.3f}", *self._terms(metrics)]
+        if skipped := metrics.get("skipped_steps"):
+            parts.append(f"skipped {skipped:.0f}")
+        if (share := metrics.get("data/wait_share", 0.0)) > INPUT_BOUND:
+            parts.append(f"input-bound: {share:.0%}")
+        if mfu := metrics.get("mfu"):
+            parts.append(f"MFU {mfu:.1%}")
+        shown = f"{speed:.0f}" if speed >= 10 else f"{speed:.2g}"
+        return "  ".join([*parts, f"{shown} samples/s, {left} left" if speed else "(compiled)"])
 
 
 def is_due(every: int, step: int) -> bool:

@@ -1,28 +1,28 @@
 """The training loop: batches, steps, checkpoints and evaluations during training."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from xclip_jax.core import console
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import public
-from xclip_jax.data import loader
+from xclip_jax.core.errors import describe
+from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data.ledger import Ledger, TooManyBadSamples
-from xclip_jax.data.prefetch import interruptible_iterator
 from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.results import Result
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.processes.interrupt import Interrupted, PreemptionHandler
-from xclip_jax.processes.watchdog import CHECKPOINT, COMPILATION, DATA, EVALUATION, STEP, Watchdog
+from xclip_jax.processes.watchdog import CHECKPOINT, DATA, EVALUATION, Watchdog
+from xclip_jax.train.batches import batches
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.job import Job
 from xclip_jax.train.log import MetricLogger, is_due
-from xclip_jax.train.profile import StepTracer
 from xclip_jax.train.state import TrainState
 
 
@@ -32,7 +32,7 @@ def train(
     """Train `state` to the end of the run, or save it at an interrupt. Returns it, and whether it was interrupted."""
     config, experiment, start = job.config, job.experiment, int(state.step)
     step, tracer = start, StepTracer(config.log.profile, job.folder, log.pause)
-    batches = log.stalls(_watched(_batches(job, start, log.ledger), job, watch, stop))  # closed last: it may take long
+    arrays = batches(job, start, log.ledger, log.stalls, watch, stop)  # closed last: it may take long
 
     def save(*, regular: bool = False) -> None:
         watch.enter(CHECKPOINT)
@@ -49,10 +49,8 @@ def train(
         # A run that stopped between a checkpoint and the evaluation of the same step makes that evaluation now.
         if _evaluates(job, start) and not log.has_evaluation(start):
             _evaluate(job, start, state, log, watch, stop)
-        for batch in batches:
-            watch.enter(STEP if stop.saves else COMPILATION)
-            # Steps are dispatched without waiting: this batch travels to the devices while they compute the last step.
-            state, metrics = tracer(step + 1, experiment.compiled, state, loader.to_global(batch, experiment.mesh))
+        for batch in arrays:
+            state, metrics = tracer(step + 1, experiment.compiled, state, batch)
             step, watch.step, stop.saves = step + 1, step + 1, True
             log.log_step(step, metrics)
             checkpointer.raise_failure()  # of a save in the background
@@ -97,17 +95,6 @@ def _can_save_after(error: Exception, phase: str) -> bool:
     return isinstance(error, TooManyBadSamples) or (alone and phase in (DATA, EVALUATION))
 
 
-def _watched(
-    batches: Iterator[dict[str, np.ndarray]], job: Job, watch: Watchdog, stop: PreemptionHandler
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the batches; an interrupt need not wait for one, and the watchdog knows where they come from."""
-    sources = public(f" from {', '.join(job.config.data.sources)}")
-    watch.enter(DATA, sources)
-    for batch in interruptible_iterator(batches, stop.check_alone):
-        yield batch
-        watch.enter(DATA, sources)
-
-
 def run_evaluators(evaluators: Sequence[Evaluator], variables: Variables) -> list[Result]:
     """Return the results of all evaluators; an exception names the evaluator that raised it."""
     results: list[Result] = []
@@ -131,29 +118,6 @@ def evaluating(watch: Watchdog, stop: PreemptionHandler, phase: str = EVALUATION
         yield
 
 
-def _batches(job: Job, start: int, ledger: Ledger) -> Iterator[dict[str, np.ndarray]]:
-    """This process's rows of the batches from step `start` on to the last."""
-    config, experiment = job.config, job.experiment
-    return loader.batches(
-        job.order,
-        loader.Transform(
-            experiment.data,
-            experiment.image_size,
-            experiment.tokenizer,
-            experiment.context_length,
-            experiment.objective.fields,
-        ),
-        batch=experiment.data.batch,
-        start=start,
-        stop=config.steps,
-        seed=config.seed,
-        host=job.part.number,
-        hosts=job.part.count,
-        shards=job.part.shards,
-        ledger=ledger,
-    )
-
-
 def _evaluates(job: Job, step: int) -> bool:
     return bool(job.during) and is_due(job.config.eval.every, step) and 0 < step < job.config.steps
 
@@ -169,3 +133,61 @@ def _evaluate(
         log.write_results(step, results)
         log.end_evaluation(step, results)
         log0(f"step {step}: {tables.headlines(results)}")
+
+
+class StepTracer:
+    """Runs the steps, and traces those of `log.profile` with JAX's profiler; a trace that fails is a warning.
+
+    The trace starts when the steps before it have ended, and ends when the traced ones have.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[int],
+        folder: RunFolder,
+        pause: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        """Trace from the first to the last of `steps`, or nothing, into `folder`, in the context `pause`."""
+        self._steps = range(steps[0], steps[1] + 1) if steps else range(0)
+        self._path, self._pause = folder.profile, pause
+        self._local: tempfile.TemporaryDirectory[str] | None = None  # the profiler cannot write to a bucket
+
+    def __call__(self, step: int, function: Callable[..., Any], *args: Any) -> Any:
+        """Return `function(*args)`, the results of step number `step`."""
+        if step in self._steps and self._local is None:
+            jax.block_until_ready(args)
+            with self._pause(), self._warning():
+                options = jax.profiler.ProfileOptions()
+                options.python_tracer_level = 0  # Python calls of data threads would fill the trace
+                local = tempfile.TemporaryDirectory(prefix="xclip_jax_profile_", ignore_cleanup_errors=True)
+                jax.profiler.start_trace(local.name, create_perfetto_trace=True, profiler_options=options)
+                self._local = local
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            results = function(*args)
+        if self._local is not None and step == self._steps[-1]:
+            jax.block_until_ready(results)
+            self.close()
+        return results
+
+    def close(self) -> None:
+        """Write a trace that is in progress, such as one that an interrupt cut short."""
+        if self._local is not None:
+            with self._pause(), self._warning(), self._local as local:
+                jax.profiler.stop_trace()
+                for file in filter(pathlib.Path.is_file, pathlib.Path(local).rglob("*")):
+                    copy = self._path / file.relative_to(local)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    copy.write_bytes(file.read_bytes())
+                log0(
+                    f"profile of steps {self._steps[0]} to {self._steps[-1]}: {self._path}; open it with xprof "
+                    f"--logdir {self._path} (pip install xprof), or its perfetto_trace.json.gz at https://ui.perfetto.dev"
+                )
+            self._local, self._steps = None, range(0)
+
+    @contextlib.contextmanager
+    def _warning(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            log0(f"WARNING: the steps of log.profile cannot be traced: {describe(error)}")
+            self._steps = range(0)

@@ -18,8 +18,8 @@ from xclip_jax.models.two_towers import Variables
 from xclip_jax.processes import runtime
 from xclip_jax.processes.interrupt import Interrupted, PreemptionHandler
 from xclip_jax.processes.watchdog import COMPILATION, RESTORE, Watchdog
-from xclip_jax.train import checkpoint_files, memory, same_run, trackers
-from xclip_jax.train.callbacks import Callback, make_callbacks
+from xclip_jax.train import checkpoint_files, memory, same_run
+from xclip_jax.train.callbacks import Callback, check_trackers, make_callbacks
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.job import Job, check_moved_sources, prepare
 from xclip_jax.train.log import MetricLogger
@@ -64,7 +64,7 @@ def run(
             check_moved_sources(config, folder)  # two recipes may have one folder
             log0(f"{folder.path} is complete at step {config.steps}; to train again, use a different --config.run")
             return results
-        trackers.check(config)
+        check_trackers(config)
         callbacks = [*callbacks, *make_callbacks(config)]
         job = prepare(config, folder)
         same_run.check_data(job)

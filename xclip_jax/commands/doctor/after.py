@@ -18,7 +18,7 @@ from xclip_jax.report import chance, record
 from xclip_jax.report.health import Warnings, complete_rows
 from xclip_jax.report.record import Record
 from xclip_jax.train import checkpoint_files
-from xclip_jax.train.progress import INPUT_BOUND
+from xclip_jax.train.batches import INPUT_BOUND
 
 # A run counts as stalled after this many times the time that a line of metrics takes, and at least after these seconds:
 # an evaluation may come in between.

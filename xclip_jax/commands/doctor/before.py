@@ -15,7 +15,7 @@ from xclip_jax.commands.doctor.resources import check_disk, check_folder, check_
 from xclip_jax.commands.doctor.settings import check_settings
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.data import tokenizer
-from xclip_jax.train import callbacks, trackers
+from xclip_jax.train import callbacks
 from xclip_jax.train.build import Experiment, build
 from xclip_jax.train.training_folder import TrainingFolder
 from xclip_jax.train.weights import read_initial
@@ -70,7 +70,7 @@ def check_config(
 
 def check_log(config: Config) -> Iterator[Finding]:
     """Yield which of `log.callbacks` and `log.to` cannot be imported; none is made."""
-    for look in (callbacks.classes, trackers.check):
+    for look in (callbacks.classes, callbacks.check_trackers):
         _, problem = attempt("log", functools.partial(look, config))
         yield from filter(None, [problem])
 

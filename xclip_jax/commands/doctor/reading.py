@@ -17,8 +17,8 @@ from xclip_jax.evaluators import registry
 from xclip_jax.objectives import Objective
 from xclip_jax.objectives.clip import Contrastive
 from xclip_jax.parallel.mesh import batch_part
+from xclip_jax.train.batches import INPUT_BOUND
 from xclip_jax.train.build import Experiment, make_encoder, own_profile
-from xclip_jax.train.progress import INPUT_BOUND
 from xclip_jax.train.training_folder import TrainingFolder
 
 # Share of data.max_bad_fraction above which the samples that were not read may well stop a run.
