@@ -76,7 +76,7 @@ class Planner:
         spec, topology, changes = case
         config = config_file.load_config(spec)
         config.update_from_flattened_dict(changes)
-        self.known[name] = plan.plan(config, topology, look=False) | {"environment": self.environment}
+        self.known[name] = plan.plan(config, topology) | {"environment": self.environment}
         self.path.write_text(json.dumps(self.known, indent=1) + "\n")
 
     def rows(self, cases: dict[tuple[Any, ...], Case]) -> dict[tuple[Any, ...], dict[str, Any]]:

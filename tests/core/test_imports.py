@@ -11,7 +11,7 @@ import pytest
 import xclip_jax
 from tests.helpers import tiny
 from xclip_jax.commands import embed, evaluate, export
-from xclip_jax.commands.doctor.__main__ import main as doctor
+from xclip_jax.commands.doctor import main as doctor
 from xclip_jax.commands.serve.__main__ import main as serve
 from xclip_jax.config import load as config_file
 from xclip_jax.core import imports

@@ -1,8 +1,8 @@
 """What tests of the doctor share."""
 
 from tests.helpers import tiny
-from xclip_jax.commands.doctor.finding import OK
 from xclip_jax.train import build
+from xclip_jax.train.checks import OK
 
 
 def built(objective="clip", **changes):

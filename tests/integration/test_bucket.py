@@ -14,7 +14,7 @@ from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import tokenizer
 from xclip_jax.processes import runtime
-from xclip_jax.train import checkpoint_files, job, same_run, weights
+from xclip_jax.train import checkpoint_files, checks, job, weights
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.state import create
 from xclip_jax.train.training_folder import TrainingFolder
@@ -70,7 +70,7 @@ def test_a_run_with_a_tokenizer_file_resumes_and_is_exported(bucket, pairs, tmp_
     compared = []
     monkeypatch.setattr(runtime, "peers", lambda: True)
     monkeypatch.setattr(runtime, "check_same", lambda facts, _: compared.append(facts))
-    same_run.check_data(again)
+    checks.check_same_data(again)
     assert "tokenizer file" in compared[0]
 
     # Orbax would read the checkpoint by a client of its own, from the real store.

@@ -9,12 +9,12 @@ from typing import ClassVar
 import pytest
 
 from tests.helpers import tiny
-from xclip_jax.commands.doctor.before import check_config
-from xclip_jax.commands.doctor.finding import FAIL
+from xclip_jax.commands.doctor import check_config
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.train import callbacks, job, trainer
 from xclip_jax.train.callbacks import Callback
+from xclip_jax.train.checks import FAIL
 
 STATUS = "tests.extension.status_file:StatusFile"
 LIST = "tests.integration.test_extension_callback:List"

@@ -11,7 +11,7 @@ from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import holdout, loader, opening, sources, tokenizer, transforms
 from xclip_jax.data.readers.folder_source import FolderSource
 from xclip_jax.processes import runtime
-from xclip_jax.train import job, same_run
+from xclip_jax.train import checks, job
 from xclip_jax.train.training_folder import TrainingFolder
 
 
@@ -100,9 +100,9 @@ def compare(monkeypatch):
 def test_hosts_compare_their_newest_checkpoints(run, monkeypatch):
     """Of a folder that they do not share only one has any; each would go on by itself, and wait for the other."""
     compared, folder = compare(monkeypatch), TrainingFolder(run.config.run)
-    same_run.check_config(run.config, folder)
+    checks.check_same_config(run.config, folder)
     run.start()
-    same_run.check_config(run.config, folder)
+    checks.check_same_config(run.config, folder)
     (before, remedy), (after, _) = compared
     name = "newest checkpoint in --config.run"
     assert {key for key in after if before[key] != after[key]} == {name} and (before[name], after[name]) == (None, 2)
@@ -115,7 +115,7 @@ def test_hosts_compare_their_evaluation_sets(tmp_path, monkeypatch):
     config, compared = resolve(tiny.short(pairs, tmp_path / "run", **keys)), compare(monkeypatch)
 
     def check():
-        same_run.check_data(job.prepare(config, TrainingFolder(config.run)))
+        checks.check_same_data(job.prepare(config, TrainingFolder(config.run)))
         return compared[-1][0]
 
     first, again = check(), check()
@@ -133,7 +133,7 @@ def test_hosts_compare_what_they_could_read(run, monkeypatch):
     compared = compare(monkeypatch)
     for bad in (None, run.held_out[0], run.twins[0], run.trained[0]):
         run.bad = bad
-        same_run.check_data(run.prepare())
+        checks.check_same_data(run.prepare())
     (facts, remedy), *others = compared
     assert "see that the files can be read, and start again" in remedy
     differing = [{key for key in facts if facts[key] != other[key]} for other, _ in others]

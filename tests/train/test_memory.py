@@ -1,8 +1,6 @@
 """Memory of the train step: whether it fits is known before the first step."""
 
-import dataclasses
 import os
-from itertools import chain
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +11,26 @@ from tests.helpers import tiny
 from xclip_jax.config import schema
 from xclip_jax.core import environment
 from xclip_jax.core.errors import UserError
-from xclip_jax.data.length_groups import LengthGroups
 from xclip_jax.parallel.mesh import make_mesh
-from xclip_jax.train import build, memory, trainer
+from xclip_jax.train import build, checks, memory, trainer
 from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.checks import FAIL, OK, WARNING
+from xclip_jax.train.job import Start
 from xclip_jax.train.training_folder import TrainingFolder
 
 
 @pytest.fixture(scope="module")
 def experiment():
     return build.build(tiny.config("clip", data__batch=512))
+
+
+def check(experiment):
+    """The finding on the memory of an experiment, raised or printed as the trainer does."""
+    start = Start(experiment.config, TrainingFolder("/nowhere/run"))
+    start.experiment = start.grouped = experiment
+    findings = list(checks.check_memory(start))
+    assert len(findings) == 1
+    return findings[0]
 
 
 def refusal(message):
@@ -34,7 +42,7 @@ def refusal(message):
 
 def test_a_step_that_exceeds_memory_says_by_how_much(experiment, monkeypatch):
     monkeypatch.setattr(memory, "compile_for", refusal("Ran out of memory in memory space hbm. Used 17.20G of 15.75G"))
-    assert memory.compile_if_fits(experiment) == (None, "beside the state, it needs 17.20G")
+    assert memory.compile_if_fits(experiment) == (None, "it needs 17.20G besides the state")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +71,7 @@ def has(monkeypatch, each, free=None):
 
 def test_a_step_never_needs_more_than_all_of_its_values(experiment, peak):
     state = memory.bytes_on_device(experiment.abstract)
-    assert state < peak < memory._written(memory.trace(experiment).jaxpr.jaxpr) / 8 + 8 * state
+    assert state < peak < memory._bytes_computed(memory.trace(experiment).jaxpr.jaxpr) / 8 + 8 * state
 
 
 @pytest.mark.parametrize("axes", [{"data"}, {"data", "fsdp"}])
@@ -72,90 +80,76 @@ def test_values_of_a_shard_map_count_on_all_devices(axes):
     spec = PartitionSpec(tuple(sorted(axes)))
     mesh = make_mesh({"data": 4, "fsdp": 2, "model": 1})
     fn = jax.shard_map(jnp.sin, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=axes)
-    assert memory._written(jax.make_jaxpr(jax.jit(fn))(jnp.zeros((64, 16))).jaxpr) == 64 * 16 * 4
+    assert memory._bytes_computed(jax.make_jaxpr(jax.jit(fn))(jnp.zeros((64, 16))).jaxpr) == 64 * 16 * 4
 
 
 def test_microbatches_compute_all_values_of_the_whole_batch(experiment):
     def written(made):
-        return memory._written(memory.trace(made).jaxpr.jaxpr)
+        return memory._bytes_computed(memory.trace(made).jaxpr.jaxpr)
 
     # Encoders once more, and the same heads and losses.
     parts = build.build(tiny.config("clip", data__batch=512, optim__microbatches=4))
     assert written(experiment) < written(parts) < 2 * written(experiment)
 
 
-def test_a_step_that_fits_by_far_is_not_compiled(experiment, monkeypatch, capsys):
+def test_a_step_that_fits_by_far_is_not_compiled(experiment, monkeypatch):
     monkeypatch.setattr(memory, "compile_if_fits", lambda _: pytest.fail("compiled"))
     has(monkeypatch, 2**40)
-    memory.check(experiment)
-    assert capsys.readouterr().out == ""
+    assert check(experiment).mark == OK
 
 
 def test_devices_along_the_model_axis_share_no_activations(monkeypatch):
     """What eight devices would hold in parts, two and their copies may not."""
     made = build.build(tiny.config("clip", data__batch=512, mesh={"data": 2, "fsdp": 1, "model": 4, "strategy": "dp"}))
-    written, state = memory._written(memory.trace(made).jaxpr.jaxpr), memory.bytes_on_device(made.abstract)
+    written, state = memory._bytes_computed(memory.trace(made).jaxpr.jaxpr), memory.bytes_on_device(made.abstract)
     compiled = []
     monkeypatch.setattr(memory, "compile_if_fits", lambda made: compiled.append(made) or (None, "it needs more"))
-    monkeypatch.setattr(memory, "suggest", lambda *_: "")
     has(monkeypatch, 1.01 * written / 2 + 8 * state)
-    memory.check(made)
-    assert not compiled
+    assert check(made).mark == OK and not compiled
     has(monkeypatch, 0.99 * written / 2 + 8 * state)
-    with pytest.raises(UserError, match="does not fit"):
-        memory.check(made)
-    assert compiled == [made]
+    assert "does not fit" in check(made).text and compiled == [made]
 
 
-def test_a_step_that_fits_just_so(experiment, peak, monkeypatch, capsys):
+def test_a_step_that_fits_just_so(experiment, peak, monkeypatch):
     has(monkeypatch, 1.1 * peak)
-    memory.check(experiment)
-    assert capsys.readouterr().out == ""
+    finding = check(experiment)
+    assert finding.mark == OK and finding.values["peak_bytes"] == peak
     has(monkeypatch, 1.1 * peak, free=0.9 * peak)
-    memory.check(experiment)
-    assert "WARNING: a step takes" in capsys.readouterr().out
-
-
-def test_what_does_not_fit_is_refused_with_a_change_that_does(experiment, peak, monkeypatch, capsys):
+    assert check(experiment).mark == WARNING
     has(monkeypatch, 0.9 * peak)
-    monkeypatch.setattr(memory, "remedies", lambda config: [{"optim.microbatches": 3}, {"optim.microbatches": 4}])
-    with pytest.raises(UserError, match=r"does not fit .* it takes .*fits with --config.optim.microbatches=4"):
-        memory.check(experiment)
-    assert "looking for a change that fits" in capsys.readouterr().out
-
-
-def test_a_smaller_batch_is_the_last_resort(experiment, peak, monkeypatch):
-    tried = []
-    compile_config = memory.compile_config
-    monkeypatch.setattr(memory, "compile_config", lambda c, d: tried.append(c.data.batch) or compile_config(c, d))
-    monkeypatch.setattr(memory, "remedies", lambda config: [])
-    has(monkeypatch, 0.9 * peak)
-    with pytest.raises(UserError, match=r"fits with --config.optim.microbatches=1 --config.data.batch=128, or start"):
-        memory.check(experiment)
-    assert tried == [128]
-
-
-def test_remedies_that_save_too_little_are_not_compiled(experiment, monkeypatch):
-    config, tried = tiny.config("clip", data__batch=4096), []
-    monkeypatch.setattr(memory, "compile_config", lambda c, _: tried.append(c.optim.microbatches) or (None, None, ""))
-    assert memory.suggest(config, jax.devices(), 1e9, peak=1e11) == ""
-    assert tried == [16, 64, 1, 1]  # the last two in batches of a 16th and a 64th
+    finding = check(experiment)
+    assert finding.mark == FAIL and "does not fit a device's" in finding.text
+    assert "zero1, --config.model.img.remat=full" in finding.remedy and "small:pairs=PATH" in finding.remedy
 
 
 def test_nothing_fits_a_state_that_is_too_large(experiment, monkeypatch):
     has(monkeypatch, memory.bytes_on_device(experiment.abstract) / 2)
-    with pytest.raises(UserError, match=r"the state alone takes .*fsdp.*--config small:pairs=PATH"):
-        memory.check(experiment)
+    finding = check(experiment)
+    assert finding.mark == FAIL and finding.text.startswith("the state takes") and "fsdp" in finding.remedy
+
+
+def remedies(**changes):
+    return memory.remedies(schema.resolve(tiny.config("clip", **changes)))
+
+
+def test_remedies_are_in_the_order_of_their_cost_and_take_nothing_back():
+    assert remedies() == [
+        "--config.mesh.strategy=zero1",
+        "--config.model.img.remat=full --config.model.txt.remat=full",
+        "--config.optim.microbatches=4",
+    ]
+    most = {"mesh__strategy": "fsdp", "model__img__remat": "full", "optim__microbatches": 2}
+    assert remedies(**most) == ["--config.model.txt.remat=full", "--config.optim.microbatches=8"]
 
 
 def test_a_run_may_resume_with_every_remedy_for_its_batch(pairs, trained):
-    """What an error recommends is not refused by the folder, and restores the same state."""
-    folder, changes = TrainingFolder(trained), memory.remedies(tiny.short(pairs, trained))
-    changes = [change for change in changes if tiny.BATCH % change.get("optim.microbatches", 1) == 0]
-    assert {"mesh.strategy", "model.img.remat", "model.txt.remat", "optim.microbatches"} <= {*chain(*changes)}
-    for change in [*changes, {"data.read_timeout": 1.0}]:
+    """The folder accepts what an error recommends, and the same state is restored."""
+    folder, flags = TrainingFolder(trained), memory.remedies(schema.resolve(tiny.short(pairs, trained)))
+    changes = dict(flag.removeprefix("--config.").split("=") for line in flags for flag in line.split())
+    assert changes.keys() == {"mesh.strategy", "model.img.remat", "model.txt.remat", "optim.microbatches"}
+    for key, value in [*changes.items(), ("data.read_timeout", 1.0)]:
         config = tiny.short(pairs, trained)
-        config.update_from_flattened_dict(change)
+        config.update_from_flattened_dict({key: int(value) if key == "optim.microbatches" else value})
         folder.check(schema.resolve(config))
     most = tiny.short(pairs, trained, model__img__remat="full", model__txt__remat="full")
     with Checkpointer(trained, read_only=True) as checkpointer:
@@ -166,20 +160,9 @@ def test_a_run_may_resume_with_every_remedy_for_its_batch(pairs, trained):
 def test_a_run_is_refused_before_its_folder_is_made(pairs, tmp_path, monkeypatch):
     c = tiny.short(pairs, tmp_path / "run")
     has(monkeypatch, 1.2 * memory.bytes_on_device(build.build(c).abstract))
-    monkeypatch.setattr(memory, "suggest", lambda *_: "")
-    with pytest.raises(UserError, match="no change that was tried makes it fit"):
+    with pytest.raises(UserError, match="add one after the other until it fits"):
         trainer.run(c)
     assert not (tmp_path / "run").exists()
-
-
-def test_suggestions_are_tried_with_the_groups_that_were_chosen(experiment, peak, monkeypatch):
-    made = dataclasses.replace(experiment, length_groups=LengthGroups.parse("4:0.5"))
-    suggested = []
-    monkeypatch.setattr(memory, "suggest", lambda config, *_: suggested.append(config.data.length_groups) or "")
-    has(monkeypatch, 0.9 * peak)
-    with pytest.raises(UserError, match="does not fit"):
-        memory.check(made)
-    assert suggested == ["4:0.5"]
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,6 @@ from etils import epath
 
 from xclip_jax import model as inference
 from xclip_jax.commands import compilation_cache
-from xclip_jax.commands.doctor import machine
 from xclip_jax.commands.embed_sources import Lines, Source, open_images
 from xclip_jax.core import environment, locks, storage
 from xclip_jax.core.console import format_duration, log0
@@ -41,6 +40,7 @@ from xclip_jax.core.imports import add_trust
 from xclip_jax.core.storage import write_json
 from xclip_jax.data import embeddings
 from xclip_jax.data.prefetch import ThreadPrefetcher
+from xclip_jax.train import checks
 
 PART = 1024  # rows that an interruption may lose
 _PROGRESS_SECONDS = 5
@@ -317,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.texts:
             sources["text"] = Lines(options.texts)
         compilation_cache.enable()
-        machine.warn_of_idle_accelerator()
+        checks.warn_of_idle_accelerator()
         model = inference.load(options.checkpoint, step=options.step, batch=options.batch, trust=options.trust)
         try:
             EmbeddingJob(model, sources, options.out, part=options.part, threads=options.threads).run()

@@ -23,7 +23,6 @@ from absl import logging
 from etils import epath
 
 from xclip_jax.commands import compilation_cache
-from xclip_jax.commands.doctor import machine
 from xclip_jax.commands.evaluation import evaluate
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import Parser, exit_with_message
@@ -32,6 +31,7 @@ from xclip_jax.core.storage import write_json
 from xclip_jax.evaluators import registry, results
 from xclip_jax.evaluators.prompts import read_class_names
 from xclip_jax.evaluators.tables import compare, render_comparison
+from xclip_jax.train import checks
 
 PROFILE_FIELDS = ("prefix", "lower", "captions", "templates", "names")
 
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write_json(epath.Path(flags.output), {"a": flags.compare[0], "b": flags.compare[1], "rows": rows})
             return
         compilation_cache.enable()
-        machine.warn_of_idle_accelerator()
+        checks.warn_of_idle_accelerator()
         flags.names = read_class_names(flags.names) if flags.names else None
         suite, fields = flags.suite or ["demo"], {key: getattr(flags, key) for key in PROFILE_FIELDS}
         evaluate(

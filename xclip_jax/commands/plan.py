@@ -35,7 +35,6 @@ _PRICE = flags.DEFINE_float("price", 0.0, "Of a chip-hour, for the cost of the r
 _HLO = flags.DEFINE_string("hlo", "", "File to write the optimised program to.")
 _EXPLAIN = flags.DEFINE_bool("explain", False, "Print the sharding of each parameter, and stop.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
-_SUGGEST = flags.DEFINE_bool("suggest", True, "Look for the nearest change that fits, where the step does not.")
 
 
 def explain(experiment: Experiment) -> list[dict[str, Any]]:
@@ -61,7 +60,6 @@ def plan(
     mfu: float | None = None,
     price: float = 0.0,
     hlo: str = "",
-    look: bool = True,
 ) -> dict[str, Any]:
     """Everything that the command prints, as plain numbers and strings; bytes are of one device.
 
@@ -71,7 +69,6 @@ def plan(
       mfu: share of peak FLOP/s that the model's FLOPs reach; by default the compiler's estimates decide.
       price: of a chip-hour.
       hlo: file to write the optimised program to.
-      look: whether to look for a change that fits, where the step does not; each try is a compilation.
 
     Raises:
       UserError: as `devices_of`; a config that cannot be built; an `mfu` that is not a share; a file in no folder.
@@ -98,7 +95,7 @@ def plan(
         "model_parameters": sum(x.size for x in jax.tree.leaves(experiment.abstract.params)),
         "fits": compiled is not None,
         "trouble": trouble,
-        "remedy": memory.suggest(config, devices) if compiled is None and look else "",
+        "remedies": memory.remedies(experiment.config) if compiled is None else [],
         "compile_seconds": time.perf_counter() - began,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         "capacity": chip.memory,
@@ -183,7 +180,7 @@ def render(facts: dict[str, Any]) -> str:
         lines += [f"fits: {format_bytes(sizes['peak'])} of a {device}'s {capacity} ({held})"]
     else:
         lines += [f"DOES NOT FIT in a {device}'s {capacity}: {facts['trouble']}"]
-        lines += [f"it would with {facts['remedy']}" if facts["remedy"] else "no change that was tried makes it fit"]
+        lines += [f"to need less, add one after the other: {', '.join(facts['remedies'])}"]
     lines += _render_time(facts)
     if "roofline" in facts:
         lines += ["", *_render_roofline(facts)]
@@ -271,7 +268,6 @@ def main(_: list[str]) -> None:
             mfu=_MFU.value,
             price=_PRICE.value,
             hlo=_HLO.value,
-            look=_SUGGEST.value,
         )
         print(json.dumps(facts, indent=2) if _JSON.value else render(facts))
 

@@ -1,7 +1,8 @@
-"""What a run consists of, checked and opened before anything is written or trained."""
+"""A run before its first step: its parts are opened and checked before anything is written."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from xclip_jax.interop import hub
 from xclip_jax.objectives import make_objective
 from xclip_jax.objectives.base import Objective
 from xclip_jax.parallel.mesh import BatchPart, batch_part
-from xclip_jax.train import caption_lengths, flops
+from xclip_jax.train import caption_lengths, flops, memory
 from xclip_jax.train.build import Experiment, build, make_encoder, own_profile
 from xclip_jax.train.training_folder import TRANSPARENT, TrainingFolder
 from xclip_jax.train.weights import read_initial
@@ -39,12 +40,12 @@ class Job:
       part: which part of each batch this process loads.
       initial: tensors of `init.weights` that a new run starts from.
       sources: training data, as `data.subset` and `data.caption_noise` change it.
-      order: of their samples.
-      fingerprints: one of each whole source, with digests of what the order takes from its records; on process 0 with
-        the share of transparent images among some records, where there are any.
+      order: order of the samples.
+      fingerprints: a fingerprint of each whole source, with digests of the records that decide the order, and on
+        process 0 with the share of transparent images, if there are any.
       during: evaluators of `eval.sets`, run every `eval.every` steps.
-      final: those of `eval.sets` and `eval.final_sets`, run at the end.
-      encoder: what the evaluators share.
+      final: evaluators of `eval.sets` and `eval.final_sets`, run at the end.
+      encoder: the encoder that the evaluators share.
     """
 
     config: Config
@@ -71,7 +72,7 @@ class Job:
 
 
 def check(config: ml_collections.ConfigDict | Config) -> Config:
-    """Check what needs neither data nor devices: all keys, and the names of the folder, sources and evaluation sets.
+    """Check, without data and devices, all keys, and the names of the folder, sources and evaluation sets.
 
     Returns:
       The config, resolved.
@@ -88,10 +89,7 @@ def check(config: ml_collections.ConfigDict | Config) -> Config:
 
 
 def extras(config: Config) -> list[str]:
-    """Return the extras of this package (setup.py) that a run needs, by the names in its config alone.
-
-    They are those of its trackers, of weights and data on the Hub, and of other sources and evaluation sets.
-    """
+    """Return the extras of this package (setup.py) that a run needs, judged by the names in its config."""
     names = {name for name in config.log.to if name != "tensorboard" and ":" not in name}
     if hub.is_hub(config.init.weights):
         names.add("hub")
@@ -107,50 +105,137 @@ def extras(config: Config) -> list[str]:
     return sorted(names)
 
 
-def prepare(config: Config, folder: TrainingFolder) -> Job:
-    """Build and open everything that a run needs, so that what is missing shows before it is written or trained.
+class Start:
+    """A run that is about to start: what it is built from and reads, each part opened when it is first used.
 
-    Raises:
-      UserError: a source, a set or initial weights that cannot be opened or do not fit the config.
+    Any part raises `UserError` for what is missing or does not fit the config.
+
+    Attributes:
+      config, folder: config and folder of the run.
+      compiles: whether checks may compile the step, which may take minutes.
     """
-    built = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=folder.tokenizer(config)))
-    experiment = build(built)
-    opened = _open_sources(experiment.data, experiment.objective)
-    fingerprints = [source.fingerprint() for source in opened]
-    folder.check_sources(config, fingerprints)
-    samples = controls.apply(opened, experiment.data, config.seed, labelled=experiment.objective.labelled)
-    if config.data.length_groups == AUTO:
-        groups = folder.length_groups(experiment.text_rows) or caption_lengths.choose(experiment, samples)
-        experiment = dataclasses.replace(experiment, length_groups=groups)
-    starts = config.init.weights and folder.latest_step() is None
-    classes = fingerprints[0].get("classes")
-    initial = read_initial(config, experiment.abstract, classes) if starts else {}
-    encoder = make_encoder(experiment, classes)
-    specs = tuple(dict.fromkeys((*config.eval.sets, *config.eval.final_sets)))
-    evaluators = dict(
-        zip(specs, registry.open_all(specs, encoder, None, own_profile(config), experiment.data), strict=True)
-    )
-    during = [evaluators[spec] for spec in config.eval.sets] if config.eval.every else []
-    final = list(evaluators.values())
-    order = loader.sample_order(samples, experiment.data, config.seed)  # the last, as it may read all captions
+
+    def __init__(self, config: Config, folder: TrainingFolder) -> None:
+        self.config, self.folder = config, folder
+        self.compiles = True
+
+    @functools.cached_property
+    def experiment(self) -> Experiment:
+        """Model, objective and step, with the tokenizer of the run's folder."""
+        data = dataclasses.replace(self.config.data, tokenizer=self.folder.tokenizer(self.config))
+        return build(dataclasses.replace(self.config, data=data))
+
+    @functools.cached_property
+    def resumes(self) -> bool:
+        """Whether the folder has a checkpoint."""
+        return self.folder.latest_step() is not None
+
+    @functools.cached_property
+    def sources(self) -> list[Source]:
+        """The training data, whole."""
+        return open_sources(self.experiment.data, self.experiment.objective)
+
+    @functools.cached_property
+    def fingerprints(self) -> list[dict[str, Any]]:
+        """Fingerprints of the sources, which a run that resumes read before."""
+        fingerprints = [source.fingerprint() for source in self.sources]
+        self.folder.check_sources(self.config, fingerprints)
+        return fingerprints
+
+    @property
+    def classes(self) -> Sequence[str] | None:
+        """Classes of the training data, if the run is fine-tuned on labels."""
+        return self.fingerprints[0].get("classes") if self.experiment.objective.labelled else None
+
+    @functools.cached_property
+    def samples(self) -> list[Source]:
+        """The training data as `data.subset` and `data.caption_noise` change it."""
+        labelled = self.experiment.objective.labelled
+        return controls.apply(self.sources, self.experiment.data, self.config.seed, labelled=labelled)
+
+    @functools.cached_property
+    def grouped(self) -> Experiment:
+        """The experiment with the groups of texts that `data.length_groups="auto"` chooses."""
+        if self.config.data.length_groups != AUTO:
+            return self.experiment
+        groups = self.folder.length_groups(self.experiment.text_rows)
+        groups = groups or caption_lengths.choose(self.experiment, self.samples)
+        return dataclasses.replace(self.experiment, length_groups=groups)
+
+    @functools.cached_property
+    def compiled(self) -> tuple[Any, str]:
+        """The compiled step, or None and the reason why it does not fit, see `memory.compile_if_fits`."""
+        return memory.compile_if_fits(self.grouped)
+
+    @functools.cached_property
+    def initial(self) -> Mapping[str, np.ndarray]:
+        """Tensors of `init.weights`, for a run that does not resume."""
+        if not self.config.init.weights or self.resumes:
+            return {}
+        return read_initial(self.config, self.experiment.abstract, self.classes)
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """The encoder of all evaluators."""
+        return make_encoder(self.experiment, self.classes)
+
+    def open_sets(self, specs: Sequence[str]) -> list[Evaluator]:
+        """Open evaluation sets."""
+        return registry.open_all(specs, self.encoder, None, own_profile(self.config), self.experiment.data)
+
+    @functools.cached_property
+    def evaluators(self) -> dict[str, Evaluator]:
+        """All sets of `eval.sets` and `eval.final_sets`, by name."""
+        specs = tuple(dict.fromkeys((*self.config.eval.sets, *self.config.eval.final_sets)))
+        return dict(zip(specs, self.open_sets(specs), strict=True))
+
+    @functools.cached_property
+    def transparency(self) -> list[float]:
+        """On process 0, the share of transparent images among some records of each source; empty without images."""
+        if jax.process_index() != 0 or "image" not in self.experiment.objective.fields:
+            return []
+        data = self.experiment.data
+        return [sources.transparent_share([source], data.read_timeout, data.threads) for source in self.sources]
+
+
+def prepare(config: Config, folder: TrainingFolder) -> Job:
+    """Build and open everything that a run needs."""
+    return make_job(Start(config, folder))
+
+
+def make_job(start: Start) -> Job:
+    """Return the run with its groups of texts, its order of samples, and all evaluators open."""
+    config, folder, fingerprints, experiment = start.config, start.folder, start.fingerprints, start.grouped
+    initial, evaluators = start.initial, start.evaluators
+    order = loader.sample_order(start.samples, experiment.data, config.seed)  # the last, as it may read all captions
     if order.captions:
         captions = ({"data.spread_duplicate_captions": outcome} for outcome in order.captions)
         fingerprints = [a | b for a, b in zip(fingerprints, captions, strict=True)]
         folder.check_sources(config, fingerprints)
-    if jax.process_index() == 0 and "image" in experiment.objective.fields:
-        data = experiment.data
-        shares = [sources.transparent_share([source], data.read_timeout, data.threads) for source in opened]
-        if any(shares):
-            fingerprints = [a | {TRANSPARENT: share} for a, share in zip(fingerprints, shares, strict=True)]
-            log0(f"transparent images: {rgb.describe(max(shares), data.background)} (data.background)")
-    part = batch_part(experiment.mesh)
+    if any(start.transparency):
+        shares = start.transparency
+        fingerprints = [a | {TRANSPARENT: share} for a, share in zip(fingerprints, shares, strict=True)]
+        log0(f"transparent images: {rgb.describe(max(shares), experiment.data.background)} (data.background)")
     if reason := flops.without_peak(experiment.mesh.devices.flat[0]):
         log0(reason)
-    return Job(config, experiment, folder, part, initial, samples, order, fingerprints, during, final, encoder)
+    during = [evaluators[spec] for spec in config.eval.sets] if config.eval.every else []
+    return Job(
+        config=config,
+        experiment=experiment,
+        folder=folder,
+        part=batch_part(experiment.mesh),
+        initial=initial,
+        sources=start.samples,
+        order=order,
+        fingerprints=fingerprints,
+        during=during,
+        final=list(evaluators.values()),
+        encoder=start.encoder,
+    )
 
 
 def check_moved_sources(config: Config, folder: TrainingFolder) -> None:
-    """Check that sources which the run in `folder` names otherwise are its own, elsewhere now.
+    """Check that sources which were renamed since the run in `folder` was started have the same data.
 
     Raises:
       UserError: they have other data, or cannot be opened.
@@ -158,11 +243,12 @@ def check_moved_sources(config: Config, folder: TrainingFolder) -> None:
     content = folder.read_config()
     if content is None or tuple(content["config"]["data"]["sources"]) == public(tuple(config.data.sources)):
         return
-    opened = _open_sources(config.data, make_objective(config.objective))
+    opened = open_sources(config.data, make_objective(config.objective))
     folder.check_sources(config, [source.fingerprint() for source in opened])
 
 
-def _open_sources(data: DataConfig, objective: Objective) -> list[Source]:
+def open_sources(data: DataConfig, objective: Objective) -> list[Source]:
+    """Open training data; an error has the remedy of the objective."""
     try:
         return opening.open_sources(data, objective.classes, objective.fields)
     except labelled.MismatchError as error:

@@ -18,10 +18,10 @@ from xclip_jax.models.two_towers import Variables
 from xclip_jax.processes import runtime
 from xclip_jax.processes.interrupt import Interrupted, PreemptionHandler
 from xclip_jax.processes.watchdog import COMPILATION, RESTORE, Watchdog
-from xclip_jax.train import checkpoint_files, memory, same_run
-from xclip_jax.train.callbacks import Callback, check_trackers, make_callbacks
+from xclip_jax.train import checks
+from xclip_jax.train.callbacks import Callback, make_callbacks
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.job import Job, check_moved_sources, prepare
+from xclip_jax.train.job import Job, Start, check_moved_sources, make_job
 from xclip_jax.train.log import MetricLogger
 from xclip_jax.train.loop import evaluating, run_evaluators, train
 from xclip_jax.train.recovery import SkippedSteps
@@ -59,17 +59,16 @@ def run(
     folder.check(config)
     limits = {"warning": config.log.stall_warning, "limit": config.log.stall_limit}
     with PreemptionHandler() as stop:
-        same_run.check_config(config, folder)
+        checks.check_same_config(config, folder)
         if (results := folder.completed(config)) is not None:
             check_moved_sources(config, folder)  # two recipes may have one folder
             log0(f"{folder.path} is complete at step {config.steps}; to train again, use a different --config.run")
             return results
-        check_trackers(config)
+        start = Start(config, folder)
+        checks.require(start)
         callbacks = [*callbacks, *make_callbacks(config)]
-        job = prepare(config, folder)
-        same_run.check_data(job)
-        checkpoint_files.check(config, folder, job.experiment.abstract)
-        memory.check(job.experiment)
+        job = make_job(start)
+        checks.check_same_data(job)
         keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
         groups = (job.experiment.length_groups, job.experiment.text_rows)
         with folder.claimed(config, job.fingerprints, *groups), Watchdog(folder, stop, **limits) as watch:

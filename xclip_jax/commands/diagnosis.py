@@ -1,15 +1,14 @@
-"""The checks of a run's folder, of a run in progress or one that has ended; nothing in it is changed."""
+"""What is wrong with a run that is in progress or has ended, judged by its folder, in which nothing is changed."""
 
 import collections
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from etils import epath
 
-from xclip_jax.commands.doctor import series
-from xclip_jax.commands.doctor.finding import Finding, fail, warning
 from xclip_jax.core.console import command, format_bytes, format_duration
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import REWRITE_SECONDS
@@ -19,13 +18,20 @@ from xclip_jax.report.health import Warnings, complete_rows
 from xclip_jax.report.record import Record
 from xclip_jax.train import checkpoint_files
 from xclip_jax.train.batches import INPUT_BOUND
+from xclip_jax.train.checks import Finding, fail, warning
 
-# A run counts as stalled after this many times the time that a line of metrics takes, and at least after these seconds:
-# an evaluation may come in between.
+# A run counts as stalled after this many times the usual time between lines of metrics, and after these seconds at
+# least: an evaluation may come in between.
 _LATE, _STALLED_SECONDS = 10, 15 * 60
-_MANY_BAD = 0.5  # of data.max_bad_fraction
+_MANY_BAD = 0.5  # share of data.max_bad_fraction
 _HOUR = 3600
-# A whole checkpoint is as large as the others, but for what compression makes of values that are zero at the start.
+# [ours] A spike is this many times the usual deviation of the logged steps before it above their median, and at least
+# a share of the range that the loss has gone through.
+_WINDOW, _DEVIATIONS, _LEAST_SHARE = 10, 6.0, 0.15
+_EXPLODING, _VANISHING = 10.0, 1 / 200  # [ours] times the median gradient norm of the steps before
+_SLOWER = 0.2
+_FEWEST = 20  # logged steps that a judgement needs
+_SHOWN = 3
 
 
 def check_run(path: str, now: float | None = None) -> Iterator[Finding]:
@@ -45,9 +51,9 @@ def check_run(path: str, now: float | None = None) -> Iterator[Finding]:
         for name in run.objective.terms:
             yield from _health(run, name)
             yield from _scale(run, name)
-        yield from series.check_loss(run)
-        yield from series.check_gradients(run)
-        yield from series.check_speed(run)
+        yield from check_loss(run)
+        yield from check_gradients(run)
+        yield from check_speed(run)
         yield from _input(run)
         yield from _bad_samples(run, folder)
         yield from _skipped(run, folder)
@@ -261,3 +267,112 @@ def _results(run: Record, folder: RunFolder) -> Iterator[Finding]:
         names = ", ".join(sorted({name for name, _ in judged}))
         remedy = "see the objective's lines; too few steps, a wrong tokenizer, or captions of other images do this"
         yield warning("results", f"no set {when} is above chance ({names})", remedy, **values)
+
+
+def _points(run: Record, name: str) -> list[tuple[int, float]]:
+    return [(int(row["step"]), row[name]) for row in run.training if name in row]
+
+
+def spikes(values: Sequence[float]) -> list[int]:
+    """Return the indices of values that stand out above the ten before them."""
+    if len(values) <= _WINDOW:
+        return []
+    medians = [statistics.median(values[i : i + _WINDOW]) for i in range(len(values) - _WINDOW + 1)]
+    least = _LEAST_SHARE * (max(medians) - min(medians))
+    indices = []
+    for i in range(_WINDOW, len(values)):
+        window = values[i - _WINDOW : i]
+        middle = statistics.median(window)
+        deviation = 1.4826 * statistics.median(abs(x - middle) for x in window)  # of a normal distribution
+        if values[i] - middle > max(_DEVIATIONS * deviation, least) > 0:
+            indices.append(i)
+    return indices
+
+
+def check_loss(run: Record) -> Iterator[Finding]:
+    """Yield the loss, and the steps at which it jumps."""
+    points = _points(run, "loss")
+    (start, first), (end, last) = points[0], points[-1]
+    text = f"{first:.3f} at step {start:,}, {last:.3f} at step {end:,}"
+    jumps = [points[i] for i in spikes([value for _, value in points])]
+    values = {"first": first, "last": last, "spikes": [step for step, _ in jumps]}
+    if not jumps:
+        yield Finding("loss", text, values=values)
+        return
+    listed = ", ".join(f"{value:.3f} at step {step:,}" for step, value in jumps[-_SHOWN:])
+    text += f"; {len(jumps)} spike{'s' if len(jumps) > 1 else ''} among the logged steps, the last {listed}"
+    remedy = "set optim.grad_clip_norm=1, lower optim.lr or optim.b2 (0.95), under a different --config.run"
+    yield warning("loss", text, remedy, **values)
+
+
+def check_gradients(run: Record) -> Iterator[Finding]:
+    """Yield the norm of the gradient of the last tenth of the logged steps against those before."""
+    norms = [value for _, value in _points(run, "grad_norm")]
+    if not norms:
+        return
+    recent = max(len(norms) // 10, 1)
+    last = statistics.median(norms[-recent:])
+    values = {"grad_norm": last}
+    if len(norms) < _FEWEST:
+        yield Finding("gradient", f"norm {last:.3g}; too few logged steps to judge it", values=values)
+        return
+    before = statistics.median(norms[:-recent])
+    text, values = (
+        f"norm {last:.3g}, and {before:.3g} before the last {recent:,} logged steps",
+        values | {"before": before},
+    )
+    if last > _EXPLODING * before:
+        remedy = "set optim.grad_clip_norm=1, or lower optim.lr"
+        yield warning("gradient", f"{text}: it explodes", remedy, **values)
+    elif last < _VANISHING * max(before, max(norms[:recent])):
+        remedy = (
+            "see the objective's lines: nothing is learned from it any more; lengthen optim.warmup or lower optim.lr"
+        )
+        yield warning("gradient", f"{text}, {max(norms[:recent]):.3g} at the start: it vanishes", remedy, **values)
+    else:
+        yield Finding("gradient", text, values=values)
+
+
+def _segments(points: Sequence[tuple[int, float]]) -> list[list[tuple[int, float]]]:
+    """Points of each process: the speed is 0 at its first step, which compiles."""
+    segments: list[list[tuple[int, float]]] = []
+    for point in points:
+        if not segments or not point[1] or point[0] <= segments[-1][-1][0]:
+            segments.append([])
+        segments[-1].append(point)
+    return [segment for segment in segments if segment]
+
+
+def rates(points: Sequence[tuple[int, float]], batch: int) -> list[float]:
+    """Samples a second between logged steps, from (step, mean speed since the first step) of one process."""
+    (first, _), *rest = points
+    times = [(step, (step - first) * batch / speed) for step, speed in rest if speed > 0]
+    return [
+        (b - a) * batch / (after - before) for (a, before), (b, after) in itertools.pairwise(times) if after > before
+    ]
+
+
+def check_speed(run: Record) -> Iterator[Finding]:
+    """Yield the speed of the present process, and whether it falls: its last quarter against its second one."""
+    points = _points(run, "samples_per_second")
+    if not points:
+        return
+    between = rates(_segments(points)[-1], run.config.data.batch)
+    if len(between) < _FEWEST:
+        if points[-1][1]:
+            yield Finding("speed", f"{points[-1][1]:,.0f} samples/s", values={"samples_per_second": points[-1][1]})
+        return
+    quarter = len(between) // 4
+    early, late = statistics.median(between[quarter : 2 * quarter]), statistics.median(between[-quarter:])
+    values = {"samples_per_second": late, "before": early}
+    text = f"{late:,.0f} samples/s in the last {quarter:,} logged steps"
+    if late < (1 - _SLOWER) * early:
+        waits = [row.get("data/wait_share", 0.0) for row in run.training[-quarter:]]
+        cause = (
+            "reading has become slower, see input"
+            if statistics.fmean(waits) > _SLOWER / 2
+            else "look for other processes, a hot device, or swapped memory on its machine"
+        )
+        yield warning("speed", f"{text}, {1 - late / early:.0%} less than the {early:,.0f} before", cause, **values)
+    else:
+        yield Finding("speed", f"{text}, {early:,.0f} before", values=values)

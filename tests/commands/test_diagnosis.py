@@ -13,11 +13,11 @@ from etils import epath
 from tests.helpers import tiny
 from tests.helpers.pages import written
 from tests.report.test_health import collapsed
-from xclip_jax.commands.doctor import __main__ as command
-from xclip_jax.commands.doctor import after, series
-from xclip_jax.commands.doctor.after import check_run
-from xclip_jax.commands.doctor.finding import FAIL, OK, WARNING
+from xclip_jax.commands import diagnosis
+from xclip_jax.commands import doctor as command
+from xclip_jax.commands.diagnosis import check_run
 from xclip_jax.train import checkpoint_files
+from xclip_jax.train.checks import FAIL, OK, WARNING
 
 LN_B = math.log(16)
 
@@ -155,7 +155,9 @@ def test_spikes_of_the_loss(tmp_path):
     folder = run_of(tmp_path, rows(clip__loss=lambda i: 2.7 - 0.03 * i + 1.5 * (i in (25, 40)) + 0.02 * (i % 2)))
     finding = only(folder, "loss", WARNING)
     assert finding.values["spikes"] == [250, 400] and "2 spikes" in finding.text and "grad_clip_norm" in finding.remedy
-    assert series.spikes([1.0] * 30) == [] and series.spikes([5 - 0.1 * i + 0.2 * (i % 2) for i in range(40)]) == []
+    assert (
+        diagnosis.spikes([1.0] * 30) == [] and diagnosis.spikes([5 - 0.1 * i + 0.2 * (i % 2) for i in range(40)]) == []
+    )
 
 
 def test_gradients(tmp_path):
@@ -219,7 +221,7 @@ def test_checkpoints(tmp_path, run):
     assert "is missing)" in only(folder, "checkpoints", FAIL).text
 
 
-@pytest.mark.parametrize(("module", "function"), [(after, "_bytes"), (checkpoint_files, "_hash")])
+@pytest.mark.parametrize(("module", "function"), [(diagnosis, "_bytes"), (checkpoint_files, "_hash")])
 def test_a_checkpoint_that_is_rotated_out_meanwhile_is_no_damage(module, function, tmp_path, run, monkeypatch):
     """While its size is taken, or its hashes: the run deletes the oldest."""
     folder, real = tmp_path / "run", getattr(module, function)

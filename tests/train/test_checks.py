@@ -1,0 +1,239 @@
+"""The checks of a run before it starts, which trainer and doctor share: each warning and FAIL."""
+
+import dataclasses
+import fcntl
+import json
+import pathlib
+import shutil
+import types
+
+import jax
+import pytest
+
+from tests.helpers import checkpoints, tiny
+from tests.helpers.findings import only
+from xclip_jax.config import schema
+from xclip_jax.core.console import format_bytes
+from xclip_jax.core.errors import UserError
+from xclip_jax.train import build, checks, trainer
+from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.checkpoint_files import num_bytes
+from xclip_jax.train.checks import FAIL, OK, WARNING
+from xclip_jax.train.job import Start
+from xclip_jax.train.training_folder import TrainingFolder
+
+saved = checkpoints.saved
+SIZE = num_bytes(checkpoints.ABSTRACT)
+
+
+@pytest.fixture
+def saved_run(saved, tmp_path):
+    return pathlib.Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def start_of(config):
+    resolved = schema.resolve(config)
+    return Start(resolved, TrainingFolder(resolved.run))
+
+
+def test_an_accelerator_that_jax_does_not_use(tmp_path):
+    assert checks.accelerator(tmp_path) == ""
+    card = tmp_path / "sys/bus/pci/devices/0"
+    card.mkdir(parents=True)
+    (card / "vendor").write_text("0x1ae0\n")
+    (card / "device").write_text("0x0042\n")  # a network card of Google's
+    assert checks.accelerator(tmp_path) == ""
+    assert only([checks.check_devices(tmp_path)], "devices", OK).values["devices"] == jax.device_count()
+    (card / "device").write_text("0x0063\n")
+    finding = only([checks.check_devices(tmp_path)], "devices", WARNING)
+    assert "JAX_PLATFORMS=cpu keeps JAX from this machine's TPU" in finding.text
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidia0").touch()
+    platforms = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", None)
+        finding = only([checks.check_devices(tmp_path)], "devices", FAIL)
+    finally:
+        jax.config.update("jax_platforms", platforms)
+    assert "a NVIDIA GPU that JAX does not use" in finding.text and "xclip_jax[gpu]" in finding.remedy
+
+
+@pytest.mark.parametrize("asked", ["cpu", None])
+def test_commands_say_loudly_that_they_compute_on_the_cpu(asked, tmp_path, capsys, monkeypatch):
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidia0").touch()
+    platforms = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", asked)
+        checks.warn_of_idle_accelerator(tmp_path)
+    finally:
+        jax.config.update("jax_platforms", platforms)
+    out = capsys.readouterr().out
+    assert out.count("WARNING: computing on the CPU. 8 x cpu, of 1 process; this machine has a NVIDIA GPU") == (
+        not asked
+    )
+
+    def none():
+        raise RuntimeError("Unable to initialize backend 'tpu'")
+
+    monkeypatch.setattr(jax, "devices", none)
+    with pytest.raises(
+        UserError, match=r"JAX has no device, .*Unable to initialize backend 'tpu'.*; unset JAX_PLATFORMS"
+    ):
+        checks.warn_of_idle_accelerator(tmp_path)
+
+
+def folder_finding(config, mark):
+    return only(list(checks.run_checks(start_of(config))), "folder", mark)
+
+
+def test_the_runs_folder(tmp_path, run):
+    (tmp_path / "file").touch()
+    finding = folder_finding(tiny.config(run=tmp_path / "file/run"), FAIL)
+    assert "is not a folder; name another folder" in finding.text
+    assert folder_finding(tiny.config(run=tmp_path / "new"), OK).text.endswith("starts at step 0")
+    saved = json.loads((run / "config.json").read_text())["config"]
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    config = schema.complete(saved | {"run": str(copy)})
+    assert "resumes at step" in folder_finding(config, OK).text
+    with (copy / ".lock").open("a+") as file:
+        file.write("process 7 on a host\n")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "in use by process 7 on a host" in folder_finding(config, FAIL).text
+    config.optim.lr = 0.5
+    assert "optim.lr" in folder_finding(config, FAIL).text
+
+
+def test_a_run_that_is_complete(tmp_path):
+    config = tiny.config("clip", run=tmp_path, steps=2)
+    experiment = build.build(config)
+    folder = TrainingFolder(tmp_path)
+    with folder.claimed(experiment.config, []):
+        pass
+    state = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), experiment.abstract)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(dataclasses.replace(state, step=jax.numpy.asarray(2)), {"samples": 32})
+    folder.write_results(experiment.config, [])
+    assert "nothing would be trained" in folder_finding(config, WARNING).text
+
+
+def test_a_fault_is_reported_once_and_stops_the_trainer(tmp_path):
+    """The sources are missing, and with them the data of the model's classes; nothing is written."""
+    config = tiny.config("clip", run=tmp_path / "run", data__sources=("folder:/nowhere",), eval__sets=("folder:/no",))
+    findings = list(checks.run_checks(start_of(config)))
+    assert [x.check for x in findings if x.mark == FAIL] == ["data", "evaluation"], findings
+    with pytest.raises(UserError, match="'/nowhere' does not exist"):
+        trainer.run(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def data_findings(run=None, **changes):
+    config = tiny.config("clip", **changes, **({"run": run} if run else {}))
+    return list(checks.check_data(start_of(config)))
+
+
+def test_sources_that_do_not_open(pairs):
+    findings = data_findings(data__sources=("folder:/nowhere",))
+    assert "'/nowhere' does not exist" in only(findings, "data", FAIL).text
+    findings = data_findings(data__sources=(f"folder:{pairs}", "folder:/no/1", "csv:/no/2"))
+    assert [(x.check, x.mark) for x in findings] == [("data", FAIL)] * 2
+    assert "/no/1" in findings[0].text and "/no/2" in findings[1].text
+    findings = data_findings(data__sources=(f"folder:{pairs}",), data__batch=48)
+    assert "data.batch=48 exceeds the 40 pairs" in only(findings, "data", FAIL).text
+
+
+def test_a_source_that_has_changed(tmp_path, pairs, run):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "data.json").write_text(json.dumps([{"samples": 9, "hash": "x"}]))
+    config = tiny.config("xclip", run=copy, data__sources=(f"folder:{pairs}",))
+    findings = [x for x in checks.run_checks(start_of(config)) if x.mark == FAIL]
+    assert any("has changed since" in x.text for x in findings)
+
+
+@pytest.mark.parametrize(("every", "interval"), [(1, "step"), (2, "2 steps")])
+def test_how_often_a_set_is_evaluated(every, interval, pairs):
+    sets = (f"retrieval/folder:{pairs}",)
+    config = tiny.config("clip", data__sources=(f"folder:{pairs}",), eval__sets=sets, eval__every=every)
+    (finding,) = checks.check_sets(start_of(config))
+    assert finding.mark == OK and finding.text == f"1 set opens; 1 of them every {interval}"
+
+
+def test_evaluation_sets_that_do_not_open(pairs):
+    sets = {"eval__sets": ("emoji/nothing", "folder:/nowhere"), "eval__final_sets": ("folder:/nowhere",)}
+    findings = list(checks.check_sets(start_of(tiny.config("clip", data__sources=(f"folder:{pairs}",), **sets))))
+    assert [(x.check, x.mark) for x in findings] == [("evaluation", FAIL)] * 2
+    assert "emoji/nothing" in findings[0].text and "/nowhere" in findings[1].text
+
+
+def test_initial_weights(tmp_path, run, pairs):
+    changes = {"data__sources": (f"folder:{pairs}",), "init__weights": str(run)}
+    config = tiny.config("xclip", run=tmp_path / "new", **changes)
+    finding = only(list(checks.check_weights(start_of(config))), "weights", OK)
+    assert finding.values["initial_values"] == finding.values["model_values"]
+    config.model.embed = 24
+    assert "has another architecture" in only(list(checks.run_checks(start_of(config))), "weights", FAIL).text
+    assert list(checks.check_weights(start_of(tiny.config("clip")))) == []
+
+
+def space(monkeypatch, run, number, *, keep=3, every=2, keep_every=0, steps=100):
+    """Check a run on a disk with free space for so many checkpoints."""
+    usage = types.SimpleNamespace(free=int(number * SIZE))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    config = schema.resolve(
+        {"steps": steps, "optim": {"warmup": 1}, "checkpoint": {"every": every, "keep": keep, "keep_every": keep_every}}
+    )
+    start = Start(config, TrainingFolder(run))
+    start.experiment = types.SimpleNamespace(abstract=checkpoints.ABSTRACT)
+    (finding,) = checks.check_disk(start)
+    return finding
+
+
+@pytest.mark.parametrize(
+    ("options", "least", "most"),
+    [
+        ({}, 2, 4),
+        ({"keep": 1}, 2, 2),
+        ({"every": 0}, 1, 1),  # one, at the end
+        ({"steps": 3}, 2, 2),
+        ({"keep_every": 20}, 2, 9),
+    ],
+)
+def test_space_for_the_checkpoints(monkeypatch, tmp_path, options, least, most):
+    finding = space(monkeypatch, tmp_path / "new", least - 0.01, **options)
+    few = f"free, and {least} checkpoint{'s' if least > 1 else ''} of up to {format_bytes(SIZE)} must fit"
+    assert finding.mark == FAIL and finding.text.endswith(few) and finding.remedy.startswith("free some")
+    assert not (tmp_path / "new").exists()
+    if most > least:
+        finding = space(monkeypatch, tmp_path / "new", most - 0.01, **options)
+        assert finding.mark == WARNING and f"need up to {format_bytes(most * SIZE)} more" in finding.text
+    assert space(monkeypatch, tmp_path / "new", most, **options).mark == OK
+
+
+def test_what_is_kept_for_ever_stays_when_a_run_resumes(monkeypatch, tmp_path):
+    for step in (20, 40, 54, 56, 58):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    # Steps 60, 80 and 100 are kept besides 20 and 40; one of 54 to 58 is deleted for each of the others.
+    finding = space(monkeypatch, tmp_path, 3.9, keep_every=20)
+    assert finding.mark == WARNING and f"need up to {format_bytes(4 * SIZE)} more" in finding.text
+    assert space(monkeypatch, tmp_path, 4, keep_every=20).mark == OK
+
+
+def test_what_is_saved_already_needs_no_space_again(monkeypatch, saved_run):
+    assert "and 1 checkpoint of up to" in space(monkeypatch, saved_run, 0.9).text
+    assert space(monkeypatch, saved_run, 2).mark == OK
+    # What an interrupted save left is deleted when the folder is opened.
+    half = saved_run / "checkpoints" / "6.orbax-checkpoint-tmp" / "state"
+    half.mkdir(parents=True)
+    (half / "data").write_bytes(bytes(SIZE))
+    assert space(monkeypatch, saved_run, 1).mark == OK
+
+
+def test_a_bucket_has_room():
+    start = start_of(tiny.config("clip", run="gs://bucket/run", checkpoint__keep=1))
+    start.experiment = types.SimpleNamespace(abstract=checkpoints.ABSTRACT)
+    (finding,) = checks.check_disk(start)
+    assert finding.mark == OK and finding.text.startswith("the run's checkpoints need up to ")
+    assert "free_bytes" not in finding.values and finding.values["checkpoints"] == 2
